@@ -1,0 +1,14 @@
+CELERY_BROKER_URL = required("CELERY_BROKER_URL", "redis://127.0.0.1:6379/0")
+CELERY_BROKER_TRANSPORT_OPTIONS = {
+    # Redis gives a task out again after this time, also one that still runs: so, after its limit.
+    "visibility_timeout": TASK_TIME_LIMIT + 60,
+    # Look for such tasks at every poll, not at every hundredth.
+    "unacked_restore_interval": 1,
+    "unacked_restore_throttle": 1,
+    # A Redis that hangs costs a request one second.
+    "socket_timeout": 1,
+    "socket_connect_timeout": 1,
+    "retry_on_timeout": False,
+    # Another project on the same Redis does not take this one's messages.
+    "global_keyprefix": "{{ cookiecutter.project_slug }}:",
+}

@@ -1,0 +1,538 @@
+"""What may be answered: hostile texts come through as they are, wrong answers are refused."""
+
+import ast
+import json
+import os
+import re
+import stat
+import subprocess
+import sys
+import tomllib
+from email.headerregistry import Address
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import Project
+from cookiecutter.exceptions import FailedHookException
+from cookiecutter.utils import create_env_with_context
+from markdown_it import MarkdownIt
+
+TEMPLATE = Path(__file__).parents[1]
+OPTIONS = {
+    option: default
+    for option, default in json.loads((TEMPLATE / "cookiecutter.json").read_text()).items()
+    if not option.startswith("_")
+}
+CHOICES = {
+    option: default if isinstance(default, list) else [True, False]
+    for option, default in OPTIONS.items()
+    if isinstance(default, list | bool)
+}
+# Complete and valid, as a replay file holds them.
+ANSWERS = {
+    **{option: default for option, default in OPTIONS.items() if isinstance(default, str)},
+    **{option: choices[0] for option, choices in CHOICES.items()},
+    "project_slug": "shop",
+}
+
+NAMES = [
+    "Shop",
+    "My-Project 2.0 (beta)",
+    # Quotes and backslashes
+    "O'Brien's",
+    'The "Best" Shop',
+    """Both "kinds" of 'quotes'""",
+    """More "of" "these" than of 'those'""",
+    '"',
+    "'",
+    '""" + 1',
+    "''' + 1",
+    '"}""" + 1',
+    "\\",
+    "ends with \\",
+    'ends with \\"',
+    "C:\\new\\tests",
+    "\\N{BULLET} \\u0041 \\x41 \\101",
+    # Code
+    "'; import os; os.abort()  #",
+    '"); raise SystemExit  #',
+    "$(id) `id` ${HOME} $HOME %PATH% !!",
+    "{0} {name} %s %(name)s {}",
+    "{ braces } }} %}",
+    "name | upper",
+    # TOML and YAML
+    "# no comment",
+    "no # comment",
+    "key: value",
+    "- item",
+    "null",
+    "2026-01-31",
+    "[table]",
+    "&anchor *alias !tag @at",
+    "a, b",
+    # HTML and Markdown
+    "<script>alert(1)</script>",
+    "</title><!-- comment",
+    "Tom & Jerry &amp; &#65;",
+    "*bold* _it_ **b** __b__ ~~gone~~ `code`",
+    "[link](https://example.com) ![image](a.png)",
+    "<https://example.com>",
+    "| a | b |",
+    "+ item",
+    "= = =",
+    "---",
+    "1. one",
+    "1) one",
+    "> quote",
+    "```",
+    "$x$ and $$y$$",
+    "ends with #",
+    "    indented",
+    # Unicode
+    "🚀 Shop",
+    "👩‍👩‍👧‍👦 🏳️‍🌈 🇨🇭",
+    "Überraschung für Straße",
+    "名前 プロジェクト",
+    "חנות متجر",
+    "e\u0301 o\u0308",
+    "no\u00a0break soft\u00adhyphen zero\u200bwidth",
+    # Length
+    "x" * 200,
+    "many words " * 18 + "and 👩‍👩‍👧‍👦",
+]
+
+# Cookiecutter renders answers given with --no-input, but neither typed nor replayed ones.
+BRACES = [
+    "{{ 7*7 }}",
+    "{% raw %}",
+    "{% endraw %} {{ cookiecutter.project_slug }}",
+    "{# comment",
+    "{{ cookiecutter.__class__.__mro__ }}",
+    "{{",
+]
+
+SLUGS = {
+    "no identifier": [
+        "my-shop",
+        "my shop",
+        "my.shop",
+        "1shop",
+        "sh/op",
+        "../shop",
+        "a$b",
+        "shop\n",
+    ],
+    "bad style": ["Shop", "SHOP", "_shop", "__init__", "shop_", "s" * 41],
+    "not ASCII": ["größe", "店", "ｓhop", "s٣"],
+    "keyword": ["class", "async", "match", "case"],
+    "standard library": ["test", "email", "json", "secrets"],
+    "dependency": [
+        *("django", "celery", "rest_framework", "redis", "kombu", "flower", "drf_spectacular"),
+        *("structlog", "whitenoise", "djangorestframework", "django_environ", "psycopg"),
+    ],
+    "own module": ["config", "jobs", "orders", "tests", "manage", "dev"],
+}
+
+ADDRESSES = ["o'brien+django@mail.example.co.uk", "a.b-c_d@ex-ample.org", "A@B.CH"]
+NO_ADDRESSES = [
+    *(
+        "",
+        " ",
+        "you",
+        "you@",
+        "@example.com",
+        "you@localhost",
+        "you@@example.com",
+        "a b@example.com",
+    ),
+    *("you@example.com ", "You <you@example.com>", "you@example.com, me@example.com"),
+    *(".you@example.com", "you.@example.com", "y..ou@example.com", "you@-example.com"),
+    *("you@example..com", "you@example.com.", "yöu@example.com", "you@exämple.com"),
+    *('"you"@example.com', "you@[127.0.0.1]", "you@example.com\n", 'you"@example.com'),
+]
+
+INVISIBLE = [
+    *("\x00", "\t", "\n", "\r", "\x1b[31m", "\x7f", "\x85", "\u2028", "\u2029", "\ud800"),
+    *("\u202a", "\u202b", "\u202c", "\u202d", "\u202e", "\u2066", "\u2067", "\u2068", "\u2069"),
+]
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Run the real cookiecutter in a process; the output goes to `tmp_path / "out"`."""
+
+    def run(*arguments, typed=None, out="out"):
+        config = tmp_path / "config.yaml"
+        config.write_text(f"replay_dir: {tmp_path}/replay\ncookiecutters_dir: {tmp_path}/cloned\n")
+        command = [sys.executable, "-m", "cookiecutter", TEMPLATE, "--config-file", config]
+        return subprocess.run(
+            [*command, "--output-dir", tmp_path / out, *arguments],
+            input=typed,
+            capture_output=True,
+            encoding="utf-8",
+            env={**os.environ, "PYTHONUTF8": "1"},
+        )
+
+    return run
+
+
+@pytest.fixture
+def replay(run, tmp_path):
+    """Replay the valid answers, but for those given here."""
+
+    def replay(**answers):
+        file = tmp_path / "answers.json"
+        file.write_text(json.dumps({"cookiecutter": {**ANSWERS, **answers}}))
+        return run("--replay-file", file)
+
+    return replay
+
+
+@pytest.fixture
+def refusal(bake, capfd, tmp_path):
+    """Bake with a wrong answer and return what the hook says."""
+
+    def refusal(**answers):
+        with pytest.raises(FailedHookException):
+            bake(**answers)
+        assert nothing_is_left(tmp_path / "cookies")
+        return capfd.readouterr().err
+
+    return refusal
+
+
+def nothing_is_left(folder):
+    return not any(path.is_file() for path in folder.rglob("*"))
+
+
+def macros():
+    source = (TEMPLATE / "templates/text.jinja").read_text("utf-8")
+    return create_env_with_context({}).from_string(source).module
+
+
+def literal_texts(markdown):
+    """The headings and paragraphs that are nothing but text, as a reader sees them."""
+    parser = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
+    opening = None
+    for token in parser.parse(markdown):
+        if token.type == "inline" and all(child.type == "text" for child in token.children):
+            yield opening, "".join(child.content for child in token.children)
+        opening = token.tag
+
+
+def assert_holds(project, text):
+    """The project is whole, and name, description and author read as given."""
+    about = tomllib.loads((project / "pyproject.toml").read_text("utf-8"))["project"]
+    assert about["description"] == text
+    assert about["authors"][0]["name"] == text
+
+    settings = ast.parse((project / "config/settings.py").read_text("utf-8"))
+    [name] = [
+        node.value
+        for node in settings.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "PROJECT_NAME"
+    ]
+    assert ast.literal_eval(name) == text
+
+    readme = list(literal_texts((project / "README.md").read_text("utf-8")))
+    assert readme[0] == ("h1", text.strip())
+    assert ("p", text.strip()) in readme
+
+    for file in project.files():
+        source = file.read_text("utf-8")
+        assert "cookiecutter" in text or "cookiecutter" not in source, file
+        if file.suffix == ".py":
+            compile(source, file, "exec")
+        elif file.suffix == ".toml":
+            tomllib.loads(source)
+        elif file.suffix in (".yaml", ".yml"):
+            list(yaml.safe_load_all(source))
+        elif file.suffix == ".json":
+            json.loads(source)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_hostile_name_comes_through_as_it_is(bake, name):
+    project = bake(project_name=name, description=name, author_name=name)
+
+    assert_holds(project, name)
+    project.run("ruff", "check", "--no-cache")
+    project.run("ruff", "format", "--check", "--no-cache")
+
+
+@pytest.mark.parametrize("character", ["x", "x ", "'", '"', "\\", "名", "e\u0301", "👩‍👩‍👧‍👦"])
+def test_settings_are_formatted_however_long_the_name(bake, character):
+    project = bake()
+    settings = (project / "config/settings.py").read_text("utf-8")
+    default = macros().python(ANSWERS["project_name"])
+    assert default in settings
+
+    for length in range(1, 201):
+        literal = macros().python((character * length)[:length])
+        file = project / f"config/settings_{length}.py"
+        file.write_text(settings.replace(default, literal), "utf-8")
+
+    project.run("ruff", "format", "--check", "--no-cache")
+
+
+def test_python_strings_have_the_quotes_that_ruff_chooses(bake):
+    project = bake()
+    names = "".join(f"    {macros().python(name)},\n" for name in NAMES)
+    (project / "names.py").write_text(f"NAMES = [\n{names}]\n", "utf-8")
+
+    project.run("ruff", "format", "--check", "--no-cache", "names.py")
+
+
+@pytest.mark.parametrize(
+    ("name", "escaped"),
+    [
+        ("My-Project 2.0 (beta)", "My-Project 2.0 (beta)"),
+        ("O'Brien's: 100% + more = 1. choice!", "O'Brien's: 100% + more = 1. choice!"),
+        ("a | b, $x$", "a \\| b, \\$x\\$"),  # a table's cell, GitHub's formulas
+    ],
+)
+def test_markdown_escapes_no_more_than_is_risky(name, escaped):
+    assert macros().markdown(name) == escaped
+
+
+@pytest.mark.parametrize("braces", BRACES)
+def test_typed_braces_are_text(run, tmp_path, braces):
+    typed = {"project_name": braces, "project_slug": "shop", "description": braces}
+    typed |= {"author_name": braces}
+    result = run(typed="".join(typed.get(option, "") + "\n" for option in OPTIONS))
+
+    assert result.returncode == 0, result.stderr
+    assert_holds(Project(tmp_path / "out/shop"), braces)
+
+
+@pytest.mark.parametrize("name", [*BRACES, *NAMES[:8]])
+def test_replayed_texts_are_text(replay, tmp_path, name):
+    result = replay(project_name=name, description=name, author_name=name)
+
+    assert result.returncode == 0, result.stderr
+    assert_holds(Project(tmp_path / "out/shop"), name)
+
+
+def test_what_was_answered_can_be_replayed(run, tmp_path):
+    assert run(typed="{{ 7*7 }}\nshop\n" + "\n" * len(OPTIONS)).returncode == 0
+    [answers] = (tmp_path / "replay").iterdir()
+    assert run("--replay-file", answers, out="again").returncode == 0
+
+    typed, replayed = (tmp_path / out / "shop/README.md" for out in ("out", "again"))
+    assert typed.read_text("utf-8") == replayed.read_text("utf-8")
+
+
+def test_each_prompt_explains_its_option():
+    prompts = json.loads((TEMPLATE / "cookiecutter.json").read_text())["__prompts__"]
+
+    assert list(prompts) == list(OPTIONS)
+    for option, choices in OPTIONS.items():
+        if isinstance(choices, list):
+            assert set(prompts[option]) == {"__prompt__", *choices}
+
+
+@pytest.mark.parametrize(
+    "name", ["3D Shop", "Größe", "名前", "🚀", "42", "x" * 200, "a_" * 60, "_"]
+)
+def test_a_slug_is_derived_from_any_name(bake, name):
+    slug = bake(project_name=name).name
+
+    assert slug.isidentifier() and slug.isascii() and slug.islower() and len(slug) <= 40
+
+
+@pytest.mark.parametrize(
+    ("kind", "slug"), [(kind, slug) for kind, slugs in SLUGS.items() for slug in slugs]
+)
+def test_a_bad_slug_is_refused(refusal, kind, slug):
+    said = refusal(project_slug=slug)
+
+    assert f"project_slug {slug!r}: " in said
+    if kind in ("keyword", "standard library", "dependency", "own module"):
+        assert f"try {slug}_project" in said
+    else:
+        assert "a-z, 0-9 and _" in said
+
+
+def test_no_dependency_gives_the_project_its_name(run, refusal, tmp_path):
+    run("--no-input")
+    about = tomllib.loads((tmp_path / "out/my_project/pyproject.toml").read_text())
+    groups = about.get("dependency-groups", {}).values()
+    requirements = sum(groups, about["project"]["dependencies"])
+    names = {re.match(r"[\w.-]+", entry)[0] for entry in requirements if isinstance(entry, str)}
+
+    assert names
+    for name in names:
+        assert "try " in refusal(project_slug=re.sub(r"[-.]+", "_", name).lower()), name
+
+
+@pytest.mark.parametrize("text", ["", "  ", None, 42, ["a"], {"a": "b"}])
+def test_an_answer_that_is_no_text_is_refused(replay, tmp_path, text):
+    # Without a slug, cookiecutter itself refuses: that folder exists.
+    options = set(OPTIONS) - set(CHOICES) - ({"project_slug"} if text == "" else set())
+    result = replay(**dict.fromkeys(options, text))
+
+    assert result.returncode == 1
+    for option in options:
+        assert f"{option} {text!r}: write a text that is not empty." in result.stderr
+    assert nothing_is_left(tmp_path / "out")
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_an_address_comes_through_as_it_is(bake, address):
+    about = tomllib.loads((bake(author_email=address) / "pyproject.toml").read_text())
+
+    assert about["project"]["authors"][0]["email"] == address
+    Address(addr_spec=address)  # what build tools do with it
+
+
+@pytest.mark.parametrize("address", NO_ADDRESSES)
+def test_what_is_no_address_is_refused(refusal, address):
+    assert "such as you@example.com" in refusal(author_email=address)
+
+
+@pytest.mark.parametrize("character", INVISIBLE, ids=ascii)
+def test_an_invisible_character_is_refused(replay, tmp_path, character):
+    options, text = ("project_name", "description", "author_name"), f"Sh{character}op"
+    result = replay(**dict.fromkeys(options, text))
+
+    assert result.returncode == 1
+    for option in options:
+        assert f"{option} {text!r}: leave out line breaks" in result.stderr
+    assert nothing_is_left(tmp_path / "out")
+
+
+@pytest.mark.parametrize("option", CHOICES)
+@pytest.mark.parametrize("choice", ["maybe", "", "True", 1, None, ["redis"]])
+def test_a_replayed_choice_that_does_not_exist_is_refused(replay, tmp_path, option, choice):
+    result = replay(**{option: choice})
+
+    assert result.returncode == 1
+    assert (
+        f"{option} {choice!r}: choose one of {json.dumps(CHOICES[option])[1:-1]}" in result.stderr
+    )
+    assert nothing_is_left(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("option", "choice"), [(option, choice) for option in CHOICES for choice in CHOICES[option]]
+)
+def test_every_choice_can_be_replayed(replay, option, choice):
+    result = replay(**{option: choice})
+
+    assert result.returncode == 0, result.stderr
+
+
+def test_all_faults_are_listed_at_once(replay, tmp_path):
+    result = replay(
+        project_name=" ",
+        project_slug="class",
+        description="two\nlines",
+        author_name="\u202eeman",
+        author_email="nobody",
+        include_example="maybe",
+    )
+
+    faults = [line.split()[0] for line in result.stderr.splitlines() if line.startswith("  ")]
+    assert result.returncode == 1
+    assert set(faults) >= set(OPTIONS) - set(CHOICES) | {"include_example"}
+    assert nothing_is_left(tmp_path / "out")
+
+
+def test_a_refusal_leaves_an_existing_project_alone(run, bake):
+    project = bake(project_slug="shop")
+    before = {path: path.read_bytes() for path in project.files()}
+    result = run(
+        *("--no-input", "--overwrite-if-exists", "author_email=nobody", "project_slug=shop"),
+        out=project.parent,
+    )
+
+    assert result.returncode == 1
+    assert {path: path.read_bytes() for path in project.files()} == before
+
+
+def test_env_has_fresh_secrets(bake):
+    one, other = ((bake() / ".env").read_text().splitlines() for _ in range(2))
+    patterns = [
+        "DEBUG=True",
+        "SECRET_KEY=[A-Za-z0-9_-]{50,}",
+        "FLOWER_BASIC_AUTH=admin:[A-Za-z0-9_-]{16,}",
+        "DJANGO_SUPERUSER_USERNAME=demo",
+        "DJANGO_SUPERUSER_EMAIL=demo@example\\.com",
+        "DJANGO_SUPERUSER_PASSWORD=[A-Za-z0-9_-]{16,}",
+    ]
+
+    assert len(one) == len(patterns)
+    assert all(map(re.fullmatch, patterns, one))
+    assert len(set(one) - set(other)) == 3
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
+def test_env_is_its_owners_only(bake, umask):
+    before = os.umask(umask)
+    try:
+        project = bake()
+    finally:
+        os.umask(before)
+
+    assert stat.S_IMODE((project / ".env").stat().st_mode) == 0o600
+
+
+def test_env_is_never_overwritten(run, tmp_path):
+    env = tmp_path / "out/my_project/.env"
+    run("--no-input")
+    env.write_text("SECRET_KEY=in-use\n")
+    result = run("--no-input", "--overwrite-if-exists")
+
+    assert result.returncode == 0
+    assert env.read_text() == "SECRET_KEY=in-use\n"
+
+
+def test_no_folder_stays_empty(bake):
+    project = bake(include_example=False)
+
+    assert [path for path in project.rglob("*") if path.is_dir() and not any(path.iterdir())] == []
+
+
+def test_empty_folders_of_git_and_virtualenvs_stay(tmp_path):
+    kept = [tmp_path / folder for folder in (".git/refs/tags", ".venv/include")]
+    gone = [tmp_path / folder for folder in ("orders/migrations", ".github/workflows")]
+    for folder in kept + gone:
+        folder.mkdir(parents=True)
+    subprocess.run(
+        [sys.executable, TEMPLATE / "hooks/post_gen_project.py"], cwd=tmp_path, check=True
+    )
+
+    assert all(folder.exists() for folder in kept)
+    assert not any(folder.parent.exists() for folder in gone)
+
+
+def test_the_next_steps_are_printed(run):
+    assert "    cd my_project\n    make run\n" in run("--no-input").stdout
+
+
+@pytest.mark.parametrize("hook", ["pre_gen_project", "post_gen_project"])
+def test_hooks_run_on_a_bare_python(tmp_path, hook):
+    source = (TEMPLATE / f"hooks/{hook}.py").read_text("utf-8")
+    script = tmp_path / "hook.py"
+    script.write_text(create_env_with_context({}).from_string(source).render(cookiecutter=ANSWERS))
+    result = subprocess.run(
+        [sys.executable, "-I", "-S", "-X", "importtime", script], cwd=tmp_path, capture_output=True
+    )
+
+    assert result.returncode == 0
+    # Each import costs every user time: these few take 5 ms.
+    imported = {
+        node.names[0].name for node in ast.parse(source).body if isinstance(node, ast.Import)
+    }
+    assert imported <= {"json", "keyword", "os", "re", "sys", "unicodedata"}
+
+
+@pytest.mark.parametrize("out", ["with space", "ünï/名前/🚀", 'o\'clock "now"', "$HOME; #1 & [x]"])
+def test_the_output_path_may_be_awkward(run, tmp_path, out):
+    result = run("--no-input", out=out)
+
+    assert result.returncode == 0, result.stderr
+    project = Project(tmp_path / out / "my_project")
+    project.run("ruff", "check", "--no-cache")
+    assert (project / ".env").exists()

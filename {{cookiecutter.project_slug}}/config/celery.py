@@ -1,0 +1,24 @@
+import os
+
+from celery import Celery, signals
+from django.db import close_old_connections
+from django_structlog.celery.steps import DjangoStructLogInitStep
+
+os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
+
+app = Celery("config")
+app.config_from_object("django.conf:settings", namespace="CELERY")
+app.autodiscover_tasks()
+app.steps["worker"].add(DjangoStructLogInitStep)
+
+
+@signals.setup_logging.connect
+def keep_django_logging(**kwargs):
+    """Leave logging to settings.LOGGING: with a receiver here Celery sets up none of its own."""
+
+
+@signals.task_prerun.connect
+def drop_dead_connections(task, **kwargs):
+    """Like a request, a task starts with a database connection that works."""
+    if not task.request.is_eager:
+        close_old_connections()

@@ -1,0 +1,247 @@
+{% import "text.jinja" as text %}
+"""Settings. Whatever differs between machines comes from the environment: see .env.example."""
+
+from pathlib import Path
+from urllib.parse import quote
+
+import environ
+import sentry_sdk
+import structlog
+{% if cookiecutter.include_example %}
+from celery.schedules import crontab
+{% endif %}
+from django.core.exceptions import ImproperlyConfigured
+
+PROJECT_NAME = {{ text.python(cookiecutter.project_name) }}
+BASE_DIR = Path(__file__).resolve().parent.parent
+
+env = environ.Env()
+env.read_env(BASE_DIR / ".env")
+
+DEBUG = env.bool("DEBUG", default=False)
+
+
+def required(name, development):
+    """Return the variable `name`, or where DEBUG is on and it is missing, `development`.
+
+    Raises ImproperlyConfigured, naming the variable, where production lacks it.
+    """
+    value = env.str(name, default="") or (DEBUG and development)
+    if not value:
+        raise ImproperlyConfigured(f"Set the environment variable {name}: see .env.example")
+    return value
+
+
+# Security
+
+SECRET_KEY = required("SECRET_KEY", "")
+ALLOWED_HOSTS = required("ALLOWED_HOSTS", "localhost,127.0.0.1").split(",")
+CSRF_TRUSTED_ORIGINS = env.list("CSRF_TRUSTED_ORIGINS", default=[])
+SECURE_SSL_REDIRECT = SESSION_COOKIE_SECURE = CSRF_COOKIE_SECURE = not DEBUG
+SECURE_REDIRECT_EXEMPT = [r"^health/"]  # probes come without TLS
+SECURE_PROXY_SSL_HEADER = ("HTTP_X_FORWARDED_PROTO", "https")  # the proxy must set it itself
+SECURE_HSTS_SECONDS = 0 if DEBUG else 3600
+# Subdomains and the preload list concern more than this project: decide on them yourself.
+SILENCED_SYSTEM_CHECKS = ["security.W005", "security.W021"]
+AUTH_PASSWORD_VALIDATORS = [
+    {"NAME": f"django.contrib.auth.password_validation.{name}Validator"}
+    for name in ["UserAttributeSimilarity", "MinimumLength", "CommonPassword", "NumericPassword"]
+]
+
+# Django
+
+INSTALLED_APPS = [
+    "django.contrib.admin",
+    "django.contrib.auth",
+    "django.contrib.contenttypes",
+    "django.contrib.sessions",
+    "django.contrib.messages",
+    "django.contrib.staticfiles",
+    "rest_framework",
+    "rest_framework.authtoken",
+    "django_filters",
+    "drf_spectacular",
+    "drf_spectacular_sidecar",
+    "django_structlog",
+    "jobs",
+{% if cookiecutter.include_example %}
+    "orders",
+{% endif %}
+]
+MIDDLEWARE = [
+    "django.middleware.security.SecurityMiddleware",
+    "whitenoise.middleware.WhiteNoiseMiddleware",
+    "django.contrib.sessions.middleware.SessionMiddleware",
+    "django.middleware.common.CommonMiddleware",
+    "django.middleware.csrf.CsrfViewMiddleware",
+    "django.contrib.auth.middleware.AuthenticationMiddleware",
+    "django.contrib.messages.middleware.MessageMiddleware",
+    "django.middleware.clickjacking.XFrameOptionsMiddleware",
+    "django_structlog.middlewares.RequestMiddleware",
+]
+TEMPLATES = [
+    {
+        "BACKEND": "django.template.backends.django.DjangoTemplates",
+        "APP_DIRS": True,
+        "OPTIONS": {
+            "context_processors": [
+                "django.template.context_processors.request",
+                "django.contrib.auth.context_processors.auth",
+                "django.contrib.messages.context_processors.messages",
+            ]
+        },
+    }
+]
+ROOT_URLCONF = "config.urls"
+WSGI_APPLICATION = "config.wsgi.application"
+DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
+LOGIN_URL = "login"
+LOGIN_REDIRECT_URL = LOGOUT_REDIRECT_URL = "index"
+TIME_ZONE = "UTC"
+STATIC_URL = "static/"
+STATIC_ROOT = BASE_DIR / "staticfiles"
+WHITENOISE_USE_FINDERS = DEBUG
+
+# Database, cache, mail
+
+SQLITE = f"sqlite:///{quote(str(BASE_DIR))}/db.sqlite3"
+DATABASE = env.db_url_config(required("DATABASE_URL", SQLITE))
+DATABASE["CONN_MAX_AGE"] = 60  # seconds; no new connection for each request or task
+DATABASE["CONN_HEALTH_CHECKS"] = True  # and none that a restarted server left behind
+if DATABASE["ENGINE"] == "django.db.backends.sqlite3":
+    # Web, worker and Beat write to one file: they wait for each other in place of failing.
+    pragmas = "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL"
+    DATABASE["OPTIONS"] = {"transaction_mode": "IMMEDIATE", "timeout": 20, "init_command": pragmas}
+    DATABASE["TEST"] = {"NAME": BASE_DIR / "test.sqlite3"}  # a file, for a live worker to share
+DATABASES = {"default": DATABASE}
+CACHES = {"default": env.cache("CACHE_URL", default="locmemcache://")}
+vars().update(env.email_url_config(required("EMAIL_URL", "consolemail://")))
+
+# API
+
+REST_FRAMEWORK = {
+    "DEFAULT_AUTHENTICATION_CLASSES": [
+        "rest_framework.authentication.TokenAuthentication",
+        "rest_framework.authentication.SessionAuthentication",
+    ],
+    "DEFAULT_PERMISSION_CLASSES": ["rest_framework.permissions.IsAuthenticated"],
+    "DEFAULT_PARSER_CLASSES": ["rest_framework.parsers.JSONParser"],
+    "DEFAULT_PAGINATION_CLASS": "rest_framework.pagination.PageNumberPagination",
+    "PAGE_SIZE": 20,
+    "DEFAULT_THROTTLE_CLASSES": [
+        "rest_framework.throttling.AnonRateThrottle",
+        "rest_framework.throttling.UserRateThrottle",
+    ],
+    "DEFAULT_THROTTLE_RATES": {"anon": "60/min", "user": env.str("THROTTLE", default="600/min")},
+    "DEFAULT_SCHEMA_CLASS": "drf_spectacular.openapi.AutoSchema",
+}
+SPECTACULAR_SETTINGS = {
+    "TITLE": PROJECT_NAME,
+    "VERSION": "1.0.0",
+    "SWAGGER_UI_DIST": "SIDECAR",  # from this server, not from another one
+    "POSTPROCESSING_HOOKS": [
+        "drf_spectacular.hooks.postprocess_schema_enums",
+        "jobs.schema.document_common_answers",
+    ],
+}
+
+# Jobs (jobs/models.py says how one lives)
+
+JOB_LEASE_SECONDS = env.float("JOB_LEASE_SECONDS", default=30)  # a worker silent so long is dead
+JOB_SWEEP_SECONDS = env.float("JOB_SWEEP_SECONDS", default=5)  # how often Beat looks
+JOB_RESEND_SECONDS = env.float("JOB_RESEND_SECONDS", default=30)  # then is a message missed
+JOB_MAX_CRASHES = env.int("JOB_MAX_CRASHES", default=3)  # a job that kills its workers ends
+JOB_RETENTION_DAYS = env.float("JOB_RETENTION_DAYS", default=30)  # final jobs are deleted
+
+TASK_TIME_LIMIT = env.int("TASK_TIME_LIMIT", default=600)  # seconds, of every job and task
+
+# Celery: what the broker needs
+
+{% include "brokers/" ~ cookiecutter._broker ~ "/settings.py" %}
+
+# Celery: results of plain tasks
+
+{% include "results/" ~ cookiecutter._result_backend ~ "/settings.py" %}
+
+# Celery: delivery
+
+CELERY_TASK_ACKS_LATE = True  # a killed worker gives its plain tasks back
+CELERY_TASK_REJECT_ON_WORKER_LOST = True  # and so does a killed child
+CELERY_WORKER_CANCEL_LONG_RUNNING_TASKS_ON_CONNECTION_LOSS = True  # they are delivered again
+CELERY_WORKER_PREFETCH_MULTIPLIER = 1  # a long task does not hold others hostage
+CELERY_WORKER_ETA_TASK_LIMIT = 1000  # far-off countdowns do not fill the worker's memory
+CELERY_BROKER_CONNECTION_RETRY_ON_STARTUP = True  # a worker waits for its broker
+CELERY_TASK_SERIALIZER = CELERY_RESULT_SERIALIZER = "json"
+CELERY_ACCEPT_CONTENT = ["json"]  # no code in messages
+CELERY_TASK_SEND_SENT_EVENT = True  # Flower shows the whole life of a task
+CELERY_WORKER_SEND_TASK_EVENTS = True
+CELERY_TIMEZONE = TIME_ZONE
+{% if cookiecutter.include_example %}
+CELERY_TASK_ROUTES = {  # a queue for each kind of load, so that none waits for another
+    "orders.tasks.forecast_demand": {"queue": "cpu"},
+    "orders.tasks.check_links": {"queue": "io"},
+}
+{% endif %}
+
+# Celery: the web never hangs on a broker
+
+CELERY_BROKER_CONNECTION_TIMEOUT = 1  # seconds
+CELERY_BROKER_POOL_ACQUIRE_TIMEOUT = 1
+CELERY_TASK_PUBLISH_RETRY_POLICY = {"max_retries": 1, "interval_start": 0}
+
+# Celery: time and memory
+
+CELERY_TASK_TIME_LIMIT = TASK_TIME_LIMIT  # seconds; nothing runs for ever
+CELERY_TASK_SOFT_TIME_LIMIT = TASK_TIME_LIMIT * 0.9  # raises SoftTimeLimitExceeded in the task
+CELERY_WORKER_SOFT_SHUTDOWN_TIMEOUT = env.float("SOFT_SHUTDOWN_SECONDS", default=20)
+CELERY_WORKER_ENABLE_SOFT_SHUTDOWN_ON_IDLE = True
+CELERY_WORKER_MAX_TASKS_PER_CHILD = 1000  # leaks end
+CELERY_WORKER_MAX_MEMORY_PER_CHILD = env.int("WORKER_MAX_KILOBYTES", default=500_000)
+CELERY_WORKER_CONCURRENCY = env.int("WORKER_CONCURRENCY", default=None)  # the number of CPUs
+CELERY_DB_REUSE_MAX = 1000  # no new database connection for each task
+
+# Celery: Beat
+{% if cookiecutter.include_example %}
+
+CELERY_BEAT_SCHEDULE = {
+    "daily-report": {
+        "task": "orders.tasks.send_daily_report",
+        "schedule": crontab(hour=6, minute=0),
+    },
+}
+{% endif %}
+
+# Logs and errors
+
+if dsn := env.str("SENTRY_DSN", default=""):
+    sentry_sdk.init(dsn)
+
+LOG_PROCESSORS = [
+    structlog.contextvars.merge_contextvars,
+    structlog.stdlib.add_logger_name,
+    structlog.stdlib.add_log_level,
+    structlog.stdlib.PositionalArgumentsFormatter(),
+    structlog.processors.TimeStamper(fmt="iso"),
+]
+LOG_JSON = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+LOG_OUTPUT = [structlog.dev.ConsoleRenderer()] if DEBUG else LOG_JSON
+LOG_FORMATTER = structlog.stdlib.ProcessorFormatter
+structlog.configure(
+    processors=[*LOG_PROCESSORS, LOG_FORMATTER.wrap_for_formatter],
+    logger_factory=structlog.stdlib.LoggerFactory(),
+    cache_logger_on_first_use=True,
+)
+LOGGING = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "formatters": {
+        "structlog": {
+            "()": LOG_FORMATTER,
+            "foreign_pre_chain": LOG_PROCESSORS,
+            "processors": [LOG_FORMATTER.remove_processors_meta, *LOG_OUTPUT],
+        }
+    },
+    "handlers": {"console": {"class": "logging.StreamHandler", "formatter": "structlog"}},
+    "root": {"handlers": ["console"], "level": env.str("LOG_LEVEL", default="INFO")},
+}
+DJANGO_STRUCTLOG_CELERY_ENABLED = True  # the request's id goes with the message to the worker

@@ -1,0 +1,48 @@
+from django.conf import settings
+from django.contrib import admin
+from django.contrib.auth.decorators import login_required
+from django.contrib.auth.views import LoginView, LogoutView
+from django.db import DatabaseError, connection
+from django.http import HttpResponse
+from django.urls import include, path
+from django.views.generic import TemplateView
+from drf_spectacular.views import SpectacularAPIView, SpectacularSwaggerView
+from rest_framework.routers import DefaultRouter
+
+from jobs.views import JobViewSet
+{% if cookiecutter.include_example %}
+from orders.views import NewsletterViewSet, OrderViewSet
+{% endif %}
+
+router = DefaultRouter()
+router.register("jobs", JobViewSet, basename="job")
+{% if cookiecutter.include_example %}
+router.register("orders", OrderViewSet, basename="order")
+router.register("newsletters", NewsletterViewSet, basename="newsletter")
+{% endif %}
+
+admin.site.site_header = admin.site.site_title = settings.PROJECT_NAME
+name = {"project_name": settings.PROJECT_NAME}
+jobs_page = TemplateView.as_view(template_name="jobs/index.html", extra_context=name)
+
+
+def ready(request):
+    """200 if the database answers. The broker is not asked: without it jobs are still accepted."""
+    try:
+        connection.cursor().execute("SELECT 1")
+    except DatabaseError:
+        return HttpResponse("no database", status=503)
+    return HttpResponse("ok")
+
+
+urlpatterns = [
+    path("", login_required(jobs_page), name="index"),
+    path("login/", LoginView.as_view(extra_context=name), name="login"),
+    path("logout/", LogoutView.as_view(), name="logout"),
+    path("admin/", admin.site.urls),
+    path("api/", include(router.urls)),
+    path("api/schema/", SpectacularAPIView.as_view(), name="schema"),
+    path("api/docs/", SpectacularSwaggerView.as_view(), name="schema-ui"),
+    path("health/live", lambda request: HttpResponse("ok")),
+    path("health/ready", ready),
+]

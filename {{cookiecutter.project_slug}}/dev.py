@@ -1,0 +1,97 @@
+"""`make run`: the whole project on this machine, for development. Ctrl-C ends all of it."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import django
+from django.conf import settings
+from django.core.management import call_command
+
+HOST = "127.0.0.1"
+
+
+def main():
+    os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
+    os.environ.setdefault("SOFT_SHUTDOWN_SECONDS", "1")  # what runs longer goes on next time
+    for name, port in {"PORT": "8000", "FLOWER_PORT": "5555"}.items():
+        port = os.environ.setdefault(name, port)
+        if answers(port):
+            sys.exit(f"Port {port} is taken. Choose another one: {name}={int(port) + 1} make run")
+    django.setup()
+    call_command("migrate", verbosity=0)
+    links = describe()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
+    processes = []
+    try:
+        processes += start_broker()
+        # In a session of its own: Ctrl-C reaches it through here, before the broker ends.
+        processes.append(subprocess.Popen(["honcho", "start"], start_new_session=True))
+        while all(process.poll() is None for process in processes):
+            time.sleep(0.2)
+            if links and answers(os.environ["PORT"]):
+                print(links, flush=True)
+                links = None
+        failure = "A process has ended (the lines above say which and why), so all were stopped."
+    except KeyboardInterrupt:
+        failure = None
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for process in reversed(processes):
+            process.terminate()
+            process.wait()
+    sys.exit(failure)
+
+
+def describe():
+    """Create the user of DJANGO_SUPERUSER_… if it is missing; return the links and two commands."""
+    from django.contrib.auth import get_user_model
+    from rest_framework.authtoken.models import Token
+
+    name, password = (os.environ[f"DJANGO_SUPERUSER_{x}"] for x in ("USERNAME", "PASSWORD"))
+    users = get_user_model().objects.filter(username=name)
+    if not users.exists():
+        call_command("createsuperuser", interactive=False, verbosity=0)
+    token, _ = Token.objects.get_or_create(user=users.get())
+    web = f"http://{HOST}:{os.environ['PORT']}"
+    curl = f"curl -H 'Authorization: Token {token}' {web}/api"
+    return f"""
+    Jobs     {web}/    {name} / {password}
+    Admin    {web}/admin/
+    API      {web}/api/docs/
+    Flower   http://{HOST}:{os.environ["FLOWER_PORT"]}/    {os.environ["FLOWER_BASIC_AUTH"]}
+
+{% if cookiecutter.include_example %}
+    Place an order, then follow its job:
+    {curl}/orders/ -H 'Content-Type: application/json' \\
+        -d '{% raw %}{{"email": "you@example.com", "product": "Tea"}}{% endraw %}'
+    {curl}/jobs/
+{% else %}
+    See the jobs (README.md says how to write one):
+    {curl}/jobs/
+{% endif %}
+
+    Ctrl-C ends everything.
+"""
+
+
+def answers(port, host=HOST):
+    try:
+        socket.create_connection((host, port), timeout=1).close()
+        return True
+    except OSError:
+        return False
+
+
+{% include "brokers/" ~ cookiecutter._broker ~ "/dev.py" %}
+
+
+if __name__ == "__main__":
+    main()

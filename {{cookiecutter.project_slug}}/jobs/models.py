@@ -1,0 +1,167 @@
+"""The ledger: the row is the job. Every change of its state is one UPDATE, and stands here."""
+
+import json
+import logging
+import time
+import uuid
+from datetime import timedelta
+
+from celery import current_app
+from celery.exceptions import NotRegistered
+from django.conf import settings
+from django.db import models, transaction
+from django.db.models import F, Q
+from django.db.models.functions import Least, Now
+
+logger = logging.getLogger(__name__)
+
+ACTIVE = ["queued", "running"]
+OVER_TIME_LIMIT = "Over its time limit"
+PUBLISH_PAUSE = 10  # seconds without a try after the broker refused one: requests stay quick
+publish_again_at = 0.0
+
+
+class JobManager(models.Manager):
+    def enqueue(self, task, args=(), kwargs=None, *, countdown=None, queue=None, **fields):
+        """Store a job, and send its message once the caller's transaction commits.
+
+        `task` is a task with `base=JobTask`; `args` and `kwargs` are what JSON can hold;
+        `countdown` is in seconds; `queue` overrides CELERY_TASK_ROUTES. The fields are `owner`, a
+        user, and for views `idempotency_key`, unique for each owner, and `fingerprint`, which tells
+        one request from another.
+
+        Returns the Job. Raises TypeError for another kind of task, for arguments that the task does
+        not take or that are not JSON; IntegrityError if the owner has used the key before.
+        """
+        from jobs.tasks import JobTask
+
+        if not isinstance(task, JobTask):
+            raise TypeError(f"{task!r} is no job: declare it with @shared_task(base=JobTask)")
+        args, kwargs = json.loads(json.dumps([args, kwargs or {}]))
+        task.__header__(*args, **kwargs)
+        if queue is None:
+            queue = current_app.amqp.router.route({}, task.name, args, kwargs)["queue"].name
+        wake_at = Now() + timedelta(seconds=countdown or settings.JOB_RESEND_SECONDS)
+        fields |= {"sent": 0 if countdown else 1, "wake_at": wake_at}
+        job = self.create(task=task.name, args=args, kwargs=kwargs, queue=queue, **fields)
+        if not countdown:
+            transaction.on_commit(job.publish, robust=True)
+        return job
+
+
+class JobQuerySet(models.QuerySet):
+    def visible_to(self, user):
+        """The jobs that `user` may see: the own ones, for staff also those that nobody owns."""
+        own = Q(owner=user)
+        return self.filter(own | Q(owner=None) if user.is_staff else own)
+
+    def start(self, run, *, retries, limit):
+        """Claim a queued job for `run`, for `limit` seconds. Returns 0 if the message is stale."""
+        return self.filter(state="queued", retries=retries).update(
+            state="running",
+            run=run,
+            progress=0,
+            message="",
+            started_at=Now(),
+            deadline=Now() + timedelta(seconds=limit),
+            wake_at=Now() + timedelta(seconds=min(settings.JOB_LEASE_SECONDS, limit)),
+        )
+
+    def renew(self):
+        """Extend the leases of these runs, none beyond its deadline. Returns how many there are."""
+        lease = Now() + timedelta(seconds=settings.JOB_LEASE_SECONDS)
+        return self.update(wake_at=Least(lease, F("deadline")))
+
+    def requeue(self, delay=0, **changes):
+        """Let these jobs start (again) in `delay` seconds: the sweep sends what is due."""
+        due = Now() + timedelta(seconds=delay)
+        return self.update(state="queued", run=None, sent=0, wake_at=due, **changes)
+
+    def finish(self, state, **changes):
+        """Write a final state where there is none yet. Returns how many rows were changed."""
+        changes |= {"state": state, "run": None, "wake_at": None, "finished_at": Now()}
+        return self.filter(state__in=ACTIVE).update(**changes)
+
+    def cancel(self):
+        """Fence what runs, and let nothing start. Returns how many jobs were active."""
+        return self.finish("cancelled")
+
+
+class Job(models.Model):
+    class State(models.TextChoices):
+        QUEUED = "queued"
+        RUNNING = "running"
+        SUCCEEDED = "succeeded"
+        FAILED = "failed"
+        CANCELLED = "cancelled"
+
+    id = models.UUIDField(primary_key=True, default=uuid.uuid4, editable=False)
+    owner = models.ForeignKey(settings.AUTH_USER_MODEL, models.CASCADE, null=True)
+    task = models.CharField(max_length=255)
+    args = models.JSONField(default=list)
+    kwargs = models.JSONField(default=dict)
+    queue = models.CharField(max_length=255)
+    idempotency_key = models.CharField(max_length=255, null=True)  # noqa: DJ001
+    fingerprint = models.CharField(max_length=64)
+
+    state = models.CharField(max_length=9, choices=State, default=State.QUEUED)
+    progress = models.PositiveSmallIntegerField(default=0, help_text="percent")
+    message = models.CharField(max_length=255)
+    result = models.JSONField(null=True)
+    error = models.TextField()
+    created_at = models.DateTimeField(db_default=Now())
+    started_at = models.DateTimeField(null=True, help_text="of the last run")
+    finished_at = models.DateTimeField(null=True)
+
+    run = models.UUIDField(null=True, help_text="who runs it; another token fences the old run")
+    wake_at = models.DateTimeField(null=True, help_text="when the sweep must look at it")
+    deadline = models.DateTimeField(null=True, help_text="when the run is over its time limit")
+    sent = models.PositiveSmallIntegerField(default=0, help_text="messages since it was queued")
+    retries = models.PositiveIntegerField(default=0)
+    crashes = models.PositiveSmallIntegerField(default=0, help_text="workers that died of it")
+
+    objects = JobManager.from_queryset(JobQuerySet)()
+
+    class Meta:
+        indexes = [
+            models.Index(fields=["owner", "-created_at"], name="job_owner"),
+            models.Index(fields=["finished_at"], name="job_finished"),
+            models.Index(
+                fields=["state", "queue", "wake_at"],
+                name="job_active",
+                condition=Q(state__in=ACTIVE),
+            ),
+        ]
+        constraints = [
+            models.UniqueConstraint(fields=["owner", "idempotency_key"], name="job_key"),
+            models.UniqueConstraint(
+                fields=["idempotency_key"], name="job_key_unowned", condition=Q(owner=None)
+            ),
+            models.CheckConstraint(name="job_running", condition=Q(state="running") ^ Q(run=None)),
+            models.CheckConstraint(
+                name="job_active_or_finished",
+                condition=Q(state__in=ACTIVE, wake_at__isnull=False, finished_at=None)
+                | ~Q(state__in=ACTIVE) & Q(wake_at=None, finished_at__isnull=False),
+            ),
+        ]
+
+    def __str__(self):
+        return f"{self.task} {self.id}"
+
+    def publish(self):
+        """Send the message. Returns False, and leaves it to the sweep, if the broker is down."""
+        global publish_again_at
+        if time.monotonic() >= publish_again_at:
+            try:
+                options = {"queue": self.queue, "retries": self.retries, "headers": {"job": True}}
+                task = current_app.tasks[self.task]
+                task.apply_async(self.args, self.kwargs, task_id=str(self.id), **options)
+                return True
+            except NotRegistered:
+                logger.error("job %s waits for code that knows its task %s", self.id, self.task)
+                return True
+            except Exception as error:  # each transport raises its own
+                publish_again_at = time.monotonic() + PUBLISH_PAUSE
+                logger.warning("job %s is stored but not sent: %r", self.id, error)
+        Job.objects.filter(pk=self.pk, state="queued").requeue()
+        return False

@@ -1,0 +1,199 @@
+// The jobs page: asks the API for the jobs in view and patches the list in place, row by row, so that focus,
+// selection and opened details stay. What a job says is shown with textContent only, never as HTML.
+
+const FAST = 1500, SLOW = 5000, SLOWEST = 30000, TIMEOUT = 10000; // milliseconds
+const STATES = ["queued", "running", "succeeded", "failed", "cancelled"];
+
+const $ = (selector, root = document) => root.querySelector(selector);
+const { jobsUrl, loginUrl } = $("main").dataset;
+const heading = $("h1"), list = $("#jobs"), live = $("#live"), problem = $("#problem"), pages = $("#pages");
+const rows = new Map(); // job id -> { job, name, element, part }
+let shown, timer, latest = 0, failures = 0, due = 0, skew = 0;
+
+// ---- Words
+const capital = (words) => words.charAt(0).toUpperCase() + words.slice(1);
+const shortName = (task) => capital(task.split(".").pop().replaceAll("_", " ").trim()) || task;
+const fullTime = (iso) => (iso ? new Date(iso).toLocaleString([], { dateStyle: "medium", timeStyle: "medium" }) : "not yet");
+const explain = (status) => (status ? `The server answered with an error (${status}).` : "Cannot reach the server.");
+const isActive = (job) => job.state === "queued" || job.state === "running";
+
+function span(milliseconds) {
+  const seconds = Math.floor(Math.max(0, milliseconds / 1000)) || 0;
+  if (seconds < 60) return `${seconds} s`;
+  if (seconds < 3600) return `${Math.floor(seconds / 60)} min`;
+  return seconds < 172800 ? `${Math.floor(seconds / 3600)} h` : `${Math.floor(seconds / 86400)} days`;
+}
+
+function duration({ state, created_at, started_at, finished_at }, now) {
+  if (state === "queued") return `waiting ${span(now - Date.parse(created_at))}`;
+  if (!started_at) return "never ran";
+  if (!finished_at) return `for ${span(now - Date.parse(started_at))}`;
+  const took = Date.parse(finished_at) - Date.parse(started_at);
+  return `took ${took < 9950 ? `${Math.max(0, took / 1000).toFixed(1)} s` : span(took)}`;
+}
+
+function note({ state, progress, message }) {
+  if (state === "queued") return message || "Waiting for a worker";
+  if (state === "running") return message;
+  return state === "succeeded" ? "" : [progress > 0 && `Stopped at ${progress}%`, message].filter(Boolean).join(" · ");
+}
+
+function outcome({ state, error, result }) {
+  if (state === "succeeded" && typeof result !== "string") {
+    const line = result === null ? "" : JSON.stringify(result, null, 1).replace(/\n */g, " ");
+    return { line, all: JSON.stringify(result, null, 2), long: line.length > 90 };
+  }
+  const all = String((state === "succeeded" ? result : error) ?? "").trim(), lines = all.split("\n");
+  return { line: all.startsWith("Traceback") ? lines.at(-1) : lines[0], all, long: all.length > 90 || lines.length > 1 };
+}
+
+// ---- Rows: only what differs is written, and what hides hands its focus on
+function text(node, value) {
+  if (node.textContent !== value) node.textContent = value;
+}
+
+function show(node, visible) {
+  if (!visible && node.contains(document.activeElement)) (node.closest(".job") ?? heading).focus({ preventScroll: true });
+  node.hidden = !visible;
+}
+
+function addRow(job) {
+  const element = $("#job").content.firstElementChild.cloneNode(true), name = shortName(job.task);
+  const part = Object.fromEntries([...element.querySelectorAll("[data-part]")].map((node) => [node.dataset.part, node]));
+  const row = { element, part, name };
+  part.name.title = `${job.task}\nJob ${job.id}`;
+  part.cancel.setAttribute("aria-label", `Cancel ${name}`);
+  part.cancel.addEventListener("click", () => cancel(row));
+  rows.set(job.id, row);
+  return row;
+}
+
+function updateRow(row, job) { // returns what a screen reader should say
+  const { element, part, name } = row, { line, all, long } = outcome(job), active = isActive(job);
+  const changed = row.job && row.job.state !== job.state;
+  const texts = { name, task: job.task, state: capital(job.state), percent: `${job.progress}%`, message: note(job) };
+  Object.assign(texts, { short: long ? "" : line, summary: line.slice(0, 300), all }, changed && { error: "" });
+  for (const key in texts) text(part[key], texts[key]);
+  row.job = job;
+  element.dataset.state = job.state;
+  part.icon.setAttribute("href", `#icon-${job.state}`);
+  part.bar.value = job.progress;
+  part.when.dateTime = job.created_at;
+  part.when.title = `Created ${fullTime(job.created_at)}\nStarted ${fullTime(job.started_at)}\nFinished ${fullTime(job.finished_at)}`;
+  show(part.progress, active);
+  show(part.long, long);
+  show(part.cancel, active);
+  return changed ? [`${name}: ${job.state}`] : [];
+}
+
+// ---- The list
+function view() {
+  const hash = new URLSearchParams(location.hash.slice(1)), state = hash.get("state");
+  return { state: STATES.includes(state) ? state : "", page: Math.max(1, parseInt(hash.get("page")) || 1) };
+}
+const query = ({ state, page }) => new URLSearchParams(state ? { state, page } : { page });
+
+function render(wanted, { count, next, previous, results }) {
+  const turned = shown?.state === wanted.state && shown.page !== wanted.page, news = [];
+  const kept = new Set(results.map((job) => job.id));
+  for (const [id, { element }] of rows) {
+    if (kept.has(id)) continue;
+    if (element.contains(document.activeElement)) heading.focus({ preventScroll: true });
+    element.remove();
+    rows.delete(id);
+  }
+  results.forEach((job, index) => { // newest first, so a row that stays never moves
+    const row = rows.get(job.id) ?? addRow(job);
+    news.push(...updateRow(row, job));
+    if (list.children[index] !== row.element) list.insertBefore(row.element, list.children[index] ?? null);
+  });
+  if (news.length) $("#news").textContent = news.join(", ");
+  show($("#empty"), !count && !wanted.state);
+  show($("#no-match"), !count && wanted.state);
+  text($("#no-match span"), wanted.state);
+
+  const [newer, range, older] = pages.children, last = next ? wanted.page * results.length : count;
+  newer.href = `#${query({ ...wanted, page: wanted.page - 1 })}`;
+  older.href = `#${query({ ...wanted, page: wanted.page + 1 })}`;
+  text(range, `${last - results.length + 1}–${last} of ${count}`);
+  show(newer, previous);
+  show(older, next);
+  show(pages, previous || next);
+  if (turned) heading.focus();
+  list.removeAttribute("aria-busy");
+  shown = wanted;
+}
+
+function tick() { // what changes with the clock alone
+  const now = Date.now() + skew, left = due - Date.now();
+  for (const { job, part } of rows.values()) {
+    const age = now - Date.parse(job.created_at);
+    text(part.when, age > 5000 ? `${span(age)} ago` : "just now");
+    text(part.duration, duration(job, now));
+  }
+  text($("small", problem), left > 0 ? `Trying again in ${span(left + 999)}.` : "Trying now…");
+}
+
+// ---- The server
+async function ask(url, options) {
+  try {
+    const response = await fetch(url, { ...options, signal: AbortSignal.timeout(TIMEOUT) });
+    return { status: response.status, headers: response.headers, data: await response.json() };
+  } catch {
+    return { status: 0, data: {} };
+  }
+}
+
+async function load() {
+  clearTimeout(timer);
+  const mine = ++latest, wanted = view(), { status, headers, data } = await ask(`${jobsUrl}?${query(wanted)}`);
+  if (mine !== latest) return; // a newer request took over
+  const back = new URLSearchParams({ next: location.pathname + location.hash });
+  if (status === 401 || status === 403) return location.assign(`${loginUrl}?${back}`);
+  if (status === 404 && wanted.page > 1) return location.replace(`#${query({ ...wanted, page: 1 })}`);
+  const good = status === 200 && Array.isArray(data.results), date = Date.parse(headers?.get("Date")) - Date.now();
+  failures = good ? 0 : failures + 1;
+  let pause = headers?.get("Retry-After") * 1000 || Math.min(SLOWEST, FAST * 2 ** failures) * (0.75 + Math.random() / 4);
+  if (good) {
+    skew = Math.abs(date) > 3000 ? date : 0; // this computer's clock is wrong
+    pause = data.results.some(isActive) ? FAST : SLOW;
+    render(wanted, data);
+    text($("time", live), new Date().toLocaleTimeString());
+  }
+  live.dataset.live = good;
+  text($("span", live), good ? "Live, updated" : "Not live, last updated");
+  text($("[role=alert]", problem), good ? "" : status === 429 ? "The server wants a pause." : explain(status));
+  show(problem, !good);
+  show(live, shown);
+  due = Date.now() + pause;
+  if (!document.hidden) timer = setTimeout(load, pause);
+  tick();
+}
+
+async function cancel(row) {
+  const { job, part } = row, focused = document.activeElement === part.cancel;
+  const headers = { "X-CSRFToken": $("[name=csrfmiddlewaretoken]").value };
+  part.cancel.disabled = true;
+  text(part.error, "");
+  const { status, data } = await ask(`${jobsUrl}${encodeURIComponent(job.id)}/cancel/`, { method: "POST", headers });
+  part.cancel.disabled = false;
+  if (focused && document.activeElement === document.body) part.cancel.focus();
+  if (status === 200) $("#news").textContent = updateRow(row, data).join();
+  const error = status === 200 ? "" : (data.detail ?? explain(status));
+  text(part.error, error);
+  await load();
+  text(part.error, error); // also when the job has ended meanwhile
+}
+
+function navigate() {
+  for (const link of $("#filter").children) link.setAttribute("aria-current", link.hash === `#state=${view().state}`);
+  list.setAttribute("aria-busy", true);
+  load();
+}
+
+addEventListener("hashchange", navigate);
+addEventListener("online", load);
+document.addEventListener("visibilitychange", () => (document.hidden ? clearTimeout(timer) : load()));
+$("button", problem).addEventListener("click", load);
+setInterval(tick, 1000);
+navigate();

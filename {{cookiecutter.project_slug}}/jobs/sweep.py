@@ -1,0 +1,97 @@
+"""The sweep: a thread of Beat's process that finds what was lost and lets it run (again)."""
+
+import itertools
+import logging
+import random
+import threading
+import time
+from datetime import timedelta
+
+from celery import current_app
+from django.conf import settings
+from django.db import DatabaseError, close_old_connections
+from django.db.models import Q
+from django.db.models.functions import Now
+
+from .models import OVER_TIME_LIMIT, Job
+
+logger = logging.getLogger(__name__)
+
+BATCH = 1000  # jobs of a queue; then leases are looked at again
+RESEND_AT_LEAST_EVERY = 3600  # seconds
+PURGE_EVERY = 3600  # seconds
+
+
+def start(**kwargs):
+    threading.Thread(target=sweep_for_ever, name="sweep", daemon=True).start()
+
+
+def sweep_for_ever():
+    judge_at = time.monotonic() + settings.JOB_LEASE_SECONDS / 2
+    purge_at = 0
+    while True:
+        try:
+            close_old_connections()
+            # While the database was away nobody could renew a lease: first, let them.
+            if time.monotonic() >= judge_at:
+                judge_leases()
+            if time.monotonic() >= purge_at:
+                purge()
+                purge_at = time.monotonic() + PURGE_EVERY
+            send_due()
+        except DatabaseError as error:
+            logger.warning("the database does not answer the sweep: %s", error)
+            judge_at = time.monotonic() + settings.JOB_LEASE_SECONDS / 2
+        except Exception as error:  # each transport raises its own
+            logger.warning("the broker does not answer the sweep: %r", error)
+        time.sleep(settings.JOB_SWEEP_SECONDS)
+
+
+def judge_leases():
+    """End or queue again the running jobs whose lease was not renewed."""
+    lapsed = Job.objects.filter(state="running", wake_at__lt=Now())
+    for job in lapsed.annotate(late=Q(deadline__lte=Now()))[:BATCH]:
+        row = lapsed.filter(pk=job.pk, run=job.run)  # unless it was renewed or ended meanwhile
+        crashes = job.crashes + 1
+        if job.late:
+            row.finish("failed", error=OVER_TIME_LIMIT)
+        elif crashes >= settings.JOB_MAX_CRASHES:
+            row.finish("failed", error=f"Its worker died {crashes} times", crashes=crashes)
+        else:
+            delay = 5 * 2**job.crashes * random.uniform(0.8, 1.2)
+            row.requeue(delay, crashes=crashes)
+            logger.warning("job %s lost its worker: again in %.0f s", job.pk, delay)
+
+
+def send_due():
+    """Send the jobs that are due and of which the broker has no message."""
+    queued = Job.objects.filter(state="queued")
+    due = queued.filter(wake_at__lt=Now())
+    for queue in list(due.values_list("queue", flat=True).distinct()):
+        unsent = due.filter(queue=queue, sent=0)[:BATCH]
+        # First come, first served: the messages that are left are those of the latest jobs.
+        missing = queued.filter(queue=queue, sent__gt=0).count() - messages_in(queue)
+        lost = due.filter(queue=queue, sent__gt=0).order_by("wake_at")[: max(0, missing)]
+        for job in itertools.islice(itertools.chain(unsent, lost), BATCH):
+            wait = min(settings.JOB_RESEND_SECONDS * 2**job.sent, RESEND_AT_LEAST_EVERY)
+            row = queued.filter(pk=job.pk, sent=job.sent)  # unless another sweep was quicker
+            claimed = row.update(sent=job.sent + 1, wake_at=Now() + timedelta(seconds=wait))
+            if claimed and not job.publish():
+                return
+
+
+def messages_in(queue):
+    """Return how many messages wait in `queue`. Raises what the transport does if it is down."""
+    with current_app.connection_for_write() as connection:
+        connection.ensure_connection(max_retries=1, interval_start=0)
+        try:
+            return connection.default_channel.queue_declare(queue, passive=True).message_count
+        except connection.channel_errors:  # there is no such queue: on some brokers, none yet
+            return 0
+
+
+def purge():
+    """Delete what has been final for JOB_RETENTION_DAYS, and with it the idempotency keys."""
+    old = Job.objects.filter(finished_at__lt=Now() - timedelta(days=settings.JOB_RETENTION_DAYS))
+    while batch := list(old.values_list("pk", flat=True)[:BATCH]):
+        Job.objects.filter(pk__in=batch).delete()

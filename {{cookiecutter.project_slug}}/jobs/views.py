@@ -1,0 +1,102 @@
+import hashlib
+import json
+import re
+
+from django.db import IntegrityError, transaction
+from django.shortcuts import get_object_or_404
+from django.urls import reverse
+from drf_spectacular.utils import OpenApiParameter, extend_schema
+from rest_framework import mixins, viewsets
+from rest_framework.decorators import action
+from rest_framework.exceptions import APIException, ValidationError
+from rest_framework.response import Response
+
+from .models import Job
+from .serializers import JobSerializer
+
+
+class Ended(APIException):
+    status_code = 409
+    default_detail = "The job has ended already."
+
+
+class KeyReused(APIException):
+    status_code = 422
+    default_detail = "This Idempotency-Key was used for another request."
+
+
+class JobViewSet(viewsets.ReadOnlyModelViewSet):
+    """The caller's own jobs."""
+
+    queryset = Job.objects.order_by("-created_at", "id")
+    serializer_class = JobSerializer
+    filterset_fields = ["state"]
+
+    def get_queryset(self):
+        return super().get_queryset().visible_to(self.request.user)
+
+    @extend_schema(request=None)
+    @action(detail=True, methods=["post"])
+    def cancel(self, request, pk):
+        """Cancel: a queued job never starts, a running one stops when it next reports."""
+        job = self.get_object()
+        if not Job.objects.filter(pk=job.pk).cancel():
+            raise Ended
+        job.refresh_from_db()
+        return Response(self.get_serializer(job).data)
+
+
+class EnqueueMixin(mixins.CreateModelMixin):
+    """POST stores an object and enqueues its job in one transaction, then answers 202.
+
+    The object has a field `job`, which perform_create() sets to what self.enqueue() returned. Sent
+    again with the same Idempotency-Key, a request gets the first answer and does nothing.
+    """
+
+    @extend_schema(parameters=[OpenApiParameter("Idempotency-Key", str, OpenApiParameter.HEADER)])
+    def create(self, request, *args, **kwargs):
+        instance = self.earlier()
+        if instance is None:
+            serializer = self.get_serializer(data=request.data)
+            serializer.is_valid(raise_exception=True)
+            try:
+                with transaction.atomic():
+                    self.perform_create(serializer)
+                instance = serializer.instance
+            except IntegrityError:  # the same key at the same time: the other request has won
+                instance = self.earlier()
+                if instance is None:
+                    raise
+        headers = {"Location": reverse("job-detail", args=[instance.job_id]), "Retry-After": "1"}
+        return Response(self.get_serializer(instance).data, status=202, headers=headers)
+
+    def enqueue(self, task, *args, **kwargs):
+        """Job.objects.enqueue() for the user and the Idempotency-Key of this request."""
+        keys = {"idempotency_key": self.idempotency_key, "fingerprint": self.fingerprint}
+        return Job.objects.enqueue(task, args, kwargs, owner=self.request.user, **keys)
+
+    def earlier(self):
+        """Return what the first request with this key stored, or None.
+
+        Raises KeyReused (422) if that was another request.
+        """
+        if (key := self.idempotency_key) is None:
+            return None
+        job = Job.objects.filter(owner=self.request.user, idempotency_key=key).first()
+        if job and job.fingerprint != self.fingerprint:
+            raise KeyReused
+        return get_object_or_404(self.get_queryset(), job=job) if job else None
+
+    @property
+    def idempotency_key(self):
+        key = self.request.headers.get("Idempotency-Key")
+        if key is not None and not re.fullmatch("[ -~]{1,255}", key):
+            raise ValidationError({"Idempotency-Key": ["1 to 255 printable ASCII characters."]})
+        return key
+
+    @property
+    def fingerprint(self):
+        """A digest of method, path and body: what makes a request the same request."""
+        body = json.dumps(self.request.data, sort_keys=True)
+        request = f"{self.request.method} {self.request.get_full_path()} {body}"
+        return hashlib.sha256(request.encode()).hexdigest()

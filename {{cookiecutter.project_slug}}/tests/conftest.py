@@ -1,0 +1,68 @@
+"""Fixtures. Jobs run in the test's own process, as soon as they are published."""
+
+import pytest
+from django.core.cache import cache
+from kombu.exceptions import OperationalError
+from rest_framework.test import APIClient
+
+from config.celery import app
+from jobs import lease, models
+from jobs.tasks import JobTask
+
+
+@pytest.fixture(autouse=True)
+def eager(request, monkeypatch):
+    """No worker and no broker, but for tests marked `live`: who publishes a job runs it."""
+    live = request.node.get_closest_marker("live")
+    monkeypatch.setattr(app.conf, "task_always_eager", live is None)
+    monkeypatch.setattr(lease, "keeper", "none: its thread would not see a test's transaction")
+    monkeypatch.setattr(models, "publish_again_at", 0.0)
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(settings):
+    """Throttles count in the cache: none inherits from another test, or from your CACHE_URL."""
+    settings.CACHES = {"default": {"BACKEND": "django.core.cache.backends.locmem.LocMemCache"}}
+    cache.clear()
+
+
+@pytest.fixture
+def commit(db, django_capture_on_commit_callbacks):
+    """`with commit():` does what a commit does: it publishes, and so runs, what was enqueued.
+
+    Without it a test stays in its transaction, and jobs stay queued until it calls job.publish().
+    """
+    return lambda: django_capture_on_commit_callbacks(execute=True)
+
+
+@pytest.fixture
+def broker_down(monkeypatch):
+    """Refuse every message. Returns the list of those that were tried."""
+    tried = []
+
+    def refuse(task, args, kwargs, **options):
+        tried.append(options["task_id"])
+        raise OperationalError("connection refused")
+
+    monkeypatch.setattr(JobTask, "apply_async", refuse)
+    return tried
+
+
+@pytest.fixture
+def user(db, django_user_model):
+    return django_user_model.objects.create_user("user", "user@example.com")
+
+
+@pytest.fixture
+def api(user):
+    """A client of the API that `user` is logged in to."""
+    client = APIClient()
+    client.force_login(user)
+    return client
+
+
+@pytest.fixture
+def staff_api(admin_user):
+    client = APIClient()
+    client.force_login(admin_user)
+    return client

@@ -1,0 +1,549 @@
+"""The ledger: what a job's row promises, whatever happens to its message or its worker.
+
+Nothing here needs a broker. What a worker does with a message, job.publish() does at once; a test
+that must look in between takes `published`, a broker without workers.
+"""
+
+import sys
+import uuid
+from datetime import timedelta
+
+import pytest
+from celery import shared_task
+from celery.exceptions import SoftTimeLimitExceeded
+from celery.worker.control import Panel
+from django.core.checks import run_checks
+from django.db import IntegrityError, OperationalError, transaction
+from django.db.models.functions import Now
+from django.utils import timezone
+from kombu import Connection
+
+from config.celery import app
+from jobs import lease, models, sweep
+from jobs.models import Job, JobQuerySet
+from jobs.tasks import JobTask, follow_revokes
+
+pytestmark = pytest.mark.django_db
+
+
+@shared_task(base=JobTask, bind=True)
+def add(self, x, y):
+    self.report(1, 2, "adding")
+    return x + y
+
+
+@shared_task(base=JobTask, bind=True, autoretry_for=(OSError,), retry_backoff=10, max_retries=2)
+def flaky(self, failures):
+    if self.request.retries < failures:
+        raise OSError("away")
+
+
+flaky.retry_jitter = False
+
+
+@shared_task(base=JobTask, bind=True)
+def act(self):
+    return act.body(self)
+
+
+@shared_task
+def plain():
+    pass
+
+
+def run(body):
+    """Return a job as it is after its body: body(task)."""
+    act.body = body
+    return deliver(Job.objects.enqueue(act))
+
+
+def deliver(job):
+    job.publish()
+    job.refresh_from_db()
+    return job
+
+
+def start(job, limit=60, **changes):
+    """Let a worker claim the job, and never be heard of again."""
+    row = Job.objects.filter(pk=job.pk)
+    assert row.start(uuid.uuid4(), retries=job.retries, limit=limit)
+    lapse(job)
+
+
+def lapse(*jobs):
+    """Let it be time for the sweep to look at these jobs, the first one first."""
+    for place, job in enumerate(jobs):
+        past = Now() - timedelta(seconds=1000 - place)
+        Job.objects.filter(pk=job.pk).update(wake_at=past)
+
+
+def seconds_until_due(job):
+    job.refresh_from_db()
+    return (job.wake_at - timezone.now()).total_seconds()
+
+
+@pytest.fixture
+def published(monkeypatch):
+    """A broker without workers: the ids of the messages in it. What is removed here is lost."""
+    messages = []
+
+    def publish(task, args, kwargs, *, task_id, **options):
+        messages.append(task_id)
+
+    monkeypatch.setattr(JobTask, "apply_async", publish)
+    monkeypatch.setattr(sweep, "messages_in", lambda queue: len(messages))
+    return messages
+
+
+# Enqueueing
+
+
+def test_a_job_runs_when_its_transaction_commits(commit):
+    with commit():
+        job = Job.objects.enqueue(add, [1], {"y": 2})
+        assert job.state == "queued"
+    job.refresh_from_db()
+    assert (job.state, job.result) == ("succeeded", 3)
+
+
+def test_a_rollback_leaves_neither_row_nor_message(commit, published):
+    with commit(), pytest.raises(ZeroDivisionError), transaction.atomic():
+        Job.objects.enqueue(add, [1, 2])
+        raise ZeroDivisionError
+    assert not Job.objects.exists()
+    assert published == []
+
+
+@pytest.mark.parametrize(
+    "task, args",
+    [(add, [1]), (add, [1, 2, 3]), (add, [1, object()]), (plain, []), (len, [])],
+    ids=["too few arguments", "too many", "not JSON", "a task that is no job", "no task"],
+)
+def test_what_cannot_run_is_refused_at_once(task, args):
+    with pytest.raises(TypeError):
+        Job.objects.enqueue(task, args)
+    assert not Job.objects.exists()
+
+
+@pytest.mark.parametrize("owned", [True, False])
+def test_a_key_is_used_once(user, owned):
+    owner = user if owned else None
+    Job.objects.enqueue(add, [1, 2], owner=owner, idempotency_key="key")
+    with pytest.raises(IntegrityError), transaction.atomic():
+        Job.objects.enqueue(add, [3, 4], owner=owner, idempotency_key="key")
+    assert Job.objects.count() == 1
+
+
+def test_two_owners_may_use_the_same_key(user, admin_user):
+    Job.objects.enqueue(add, [1, 2], owner=user, idempotency_key="key")
+    Job.objects.enqueue(add, [1, 2], owner=admin_user, idempotency_key="key")
+
+
+def test_a_countdown_is_not_published_before_it_is_due(commit, published):
+    with commit():
+        job = Job.objects.enqueue(add, [1, 2], countdown=60)
+    sweep.send_due()
+    assert published == []
+    assert seconds_until_due(job) == pytest.approx(60, abs=5)
+    lapse(job)
+    sweep.send_due()
+    assert published == [str(job.pk)]
+
+
+def test_a_broker_that_is_down_leaves_the_job_queued_and_due(broker_down):
+    job = Job.objects.enqueue(add, [1, 2])
+    assert not job.publish()
+    assert seconds_until_due(job) <= 0
+    assert (job.state, job.sent) == ("queued", 0)
+
+
+def test_who_finds_the_broker_down_does_not_try_again_for_a_while(broker_down, monkeypatch):
+    first, second = Job.objects.enqueue(add, [1, 2]), Job.objects.enqueue(add, [3, 4])
+    first.publish()
+    second.publish()
+    assert broker_down == [str(first.pk)]
+    assert seconds_until_due(second) <= 0
+    monkeypatch.setattr(models, "publish_again_at", 0)
+    second.publish()
+    assert broker_down == [str(first.pk), str(second.pk)]
+
+
+def test_a_job_waits_for_code_that_knows_its_task():
+    job = Job.objects.enqueue(add, [1, 2])
+    job.task = "to.be.deployed"
+    assert deliver(job).state == "queued"
+
+
+# Running
+
+
+def test_a_result_is_stored():
+    job = deliver(Job.objects.enqueue(add, [1, 2]))
+    assert (job.state, job.result, job.error) == ("succeeded", 3, "")
+    assert (job.progress, job.message) == (100, "adding")
+    assert job.created_at <= job.started_at <= job.finished_at
+
+
+@pytest.mark.parametrize("text, stored", [("bad", "bad"), ("b\0ad", "bad"), ("b\ud800d", "b?d")])
+def test_an_error_is_stored_without_what_a_database_refuses(text, stored):
+    def body(task):
+        task.report(30, message=text)
+        raise ValueError(text)
+
+    job = run(body)
+    assert (job.state, job.error) == ("failed", f"ValueError: {stored}")
+    assert (job.progress, job.message) == (30, stored)
+
+
+@pytest.mark.parametrize("result", [object(), float("nan"), {"a": {1}}])
+def test_a_result_that_is_not_json_fails_the_job(result):
+    job = run(lambda task: result)
+    assert job.state == "failed"
+    assert job.error.startswith("Its result cannot be stored as JSON")
+
+
+def test_a_body_that_exits_fails_and_its_worker_lives():
+    job = run(lambda task: sys.exit("bye"))
+    assert (job.state, job.error) == ("failed", "The task called sys.exit('bye')")
+
+
+def test_a_body_over_its_soft_time_limit_fails():
+    def body(task):
+        raise SoftTimeLimitExceeded
+
+    job = run(body)
+    assert (job.state, job.error) == ("failed", "Over its time limit")
+
+
+@pytest.mark.parametrize("done, total, percent", [(1, 3, 33), (4, 3, 100), (-1, 3, 0), (0, 0, 100)])
+def test_a_report_is_stored_while_the_body_runs(done, total, percent):
+    def body(task):
+        task.report(done, total, "x" * 300)
+        lease.write_reports([task.job_run])  # as the thread does, twice a second
+        job = Job.objects.get()
+        return [job.state, job.progress, len(job.message)]
+
+    assert run(body).result == ["running", percent, 255]
+
+
+def test_a_second_copy_of_the_message_does_nothing():
+    runs = []
+    job = run(runs.append)
+    deliver(job)
+    assert len(runs) == 1
+
+
+def test_a_copy_that_comes_while_the_job_runs_does_nothing():
+    runs = []
+
+    def body(task):
+        runs.append(task)
+        Job.objects.get().publish()
+
+    assert run(body).state == "succeeded"
+    assert len(runs) == 1
+
+
+def test_a_message_from_before_a_retry_does_nothing():
+    job = Job.objects.enqueue(add, [1, 2])
+    Job.objects.update(retries=1)
+    assert deliver(job).state == "queued"
+
+
+def test_a_retry_waits_ever_longer_in_the_row(monkeypatch):
+    requeue, delays = JobQuerySet.requeue, []
+
+    def spy(self, delay=0, **changes):
+        delays.append(delay)
+        return requeue(self, delay, **changes)
+
+    monkeypatch.setattr(JobQuerySet, "requeue", spy)
+    job = deliver(Job.objects.enqueue(flaky, [2]))
+    assert (job.state, job.retries, job.crashes) == ("succeeded", 2, 0)
+    assert delays == [10, 20]
+
+
+def test_the_last_retry_fails_the_job():
+    job = deliver(Job.objects.enqueue(flaky, [9]))
+    assert (job.state, job.retries, job.error) == ("failed", 2, "OSError: away")
+
+
+def test_a_result_waits_for_a_database_that_is_away(monkeypatch):
+    finish, answers = JobQuerySet.finish, [OperationalError, OperationalError]
+
+    def away(self, *args, **kwargs):
+        if answers:
+            raise answers.pop()
+        return finish(self, *args, **kwargs)
+
+    monkeypatch.setattr(JobQuerySet, "finish", away)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    assert run(lambda task: "done").result == "done"
+
+
+def test_without_a_row_it_is_a_plain_task():
+    assert add(1, 2) == 3
+    assert add.delay(1, 2).get() == 3
+    assert not Job.objects.exists()
+
+
+# Cancelling, and runs that another one has replaced
+
+
+def test_a_cancelled_job_never_starts():
+    job = Job.objects.enqueue(add, [1, 2])
+    assert Job.objects.cancel() == 1
+    assert (deliver(job).state, job.result) == ("cancelled", None)
+
+
+def test_a_job_that_has_ended_cannot_be_cancelled():
+    job = deliver(Job.objects.enqueue(add, [1, 2]))
+    assert Job.objects.cancel() == 0
+    job.refresh_from_db()
+    assert job.state == "succeeded"
+
+
+def replace_run():
+    Job.objects.requeue()
+    Job.objects.all().start(uuid.uuid4(), retries=0, limit=60)
+
+
+@pytest.mark.parametrize(
+    "end_run, state", [(Job.objects.cancel, "cancelled"), (replace_run, "running")]
+)
+def test_the_result_of_a_run_that_lost_its_job_is_dropped(end_run, state):
+    def body(task):
+        end_run()
+        return "too late"
+
+    job = run(body)
+    assert (job.state, job.result) == (state, None)
+
+
+@pytest.mark.parametrize("end_run", [Job.objects.cancel, replace_run])
+def test_the_next_report_ends_a_body_that_lost_its_job(end_run):
+    steps = []
+
+    def body(task):
+        task.report(1, 3)
+        end_run()
+        lease.write_reports([task.job_run])
+        steps.append("before")
+        task.report(2, 3)
+        steps.append("after")
+
+    job = run(body)
+    assert steps == ["before"]
+    assert job.progress == 0
+
+
+def test_the_renewal_of_a_lease_finds_lost_runs():
+    job = Job.objects.enqueue(add, [1, 2])
+    mine, other = lease.Run(job.pk), lease.Run(job.pk)
+    Job.objects.all().start(mine.token, retries=0, limit=60)
+    lease.find_lost([mine, other], held=lease.rows([mine, other]).renew())
+    assert (mine.lost, other.lost) == (False, True)
+
+
+@pytest.mark.django_db(transaction=True)  # a worker closes its connection after a revoke
+def test_a_revoke_cancels_the_job(monkeypatch, published):
+    job, other = Job.objects.enqueue(add, [1, 2]), Job.objects.enqueue(add, [1, 2])
+    monkeypatch.setitem(Panel.data, "revoke", lambda state, task_id, **kwargs: "revoked")
+    follow_revokes()
+    assert Panel.data["revoke"](None, [str(job.pk), "no job"]) == "revoked"
+    assert list(Job.objects.filter(state="cancelled")) == [job]
+    assert Panel.data["revoke"](None, str(other.pk), terminate=True) == "revoked"
+    assert Job.objects.filter(state="cancelled").count() == 2
+
+
+# The sweep
+
+
+def test_a_job_whose_worker_died_runs_again_later_each_time():
+    job = Job.objects.enqueue(add, [1, 2])
+    for crashes, delay in (1, 5), (2, 10):
+        start(job)
+        sweep.judge_leases()
+        assert seconds_until_due(job) == pytest.approx(delay, rel=0.3)
+        assert (job.state, job.crashes, job.sent) == ("queued", crashes, 0)
+    start(job)
+    sweep.judge_leases()
+    job.refresh_from_db()
+    assert (job.state, job.error) == ("failed", "Its worker died 3 times")
+
+
+def test_a_job_past_its_deadline_fails():
+    job = Job.objects.enqueue(add, [1, 2])
+    start(job, limit=0)
+    sweep.judge_leases()
+    job.refresh_from_db()
+    assert (job.state, job.error, job.crashes) == ("failed", "Over its time limit", 0)
+
+
+def test_a_job_with_a_lease_is_left_alone():
+    job = Job.objects.enqueue(add, [1, 2])
+    start(job)
+    Job.objects.all().renew()
+    sweep.judge_leases()
+    assert seconds_until_due(job) == pytest.approx(30, abs=5)
+    assert job.state == "running"
+
+
+def test_no_lease_goes_beyond_the_deadline():
+    job = Job.objects.enqueue(add, [1, 2])
+    start(job, limit=10)
+    Job.objects.all().renew()
+    assert seconds_until_due(job) == pytest.approx(10, abs=5)
+
+
+def enqueue_and_publish(count):
+    jobs = [Job.objects.enqueue(add, [1, 2]) for _ in range(count)]
+    for job in jobs:
+        job.publish()
+    return jobs
+
+
+def test_a_backlog_that_the_broker_still_has_is_not_published_twice(published):
+    lapse(*enqueue_and_publish(3))
+    sweep.send_due()
+    assert len(published) == 3
+
+
+def test_lost_messages_are_published_again_the_oldest_first(published):
+    jobs = enqueue_and_publish(4)
+    lapse(*jobs)
+    del published[:2]
+    sweep.send_due()
+    assert published[2:] == [str(job.pk) for job in jobs[:2]]
+
+
+def test_what_was_never_sent_is_sent_whatever_the_broker_has(published):
+    lapse(*enqueue_and_publish(3))
+    unsent = Job.objects.enqueue(add, [1, 2], countdown=1)
+    lapse(unsent)
+    sweep.send_due()
+    assert published[3:] == [str(unsent.pk)]
+
+
+def test_a_message_that_is_lost_again_and_again_is_sent_ever_less_often(published, settings):
+    settings.JOB_RESEND_SECONDS = 10
+    [job] = enqueue_and_publish(1)
+    for wait in 20, 40, 80:
+        published.clear()
+        lapse(job)
+        sweep.send_due()
+        assert published == [str(job.pk)]
+        assert seconds_until_due(job) == pytest.approx(wait, abs=5)
+
+
+def test_two_sweeps_at_once_send_a_job_once(monkeypatch):
+    jobs = [Job.objects.enqueue(add, [1, 2], countdown=1) for _ in range(3)]
+    lapse(*jobs)
+    sent = []
+
+    def publish(task, args, kwargs, *, task_id, **options):
+        sent.append(task_id)
+        if len(sent) == 1:
+            sweep.send_due()  # the other one, while this one has read all three
+
+    monkeypatch.setattr(JobTask, "apply_async", publish)
+    monkeypatch.setattr(sweep, "messages_in", lambda queue: 0)
+    sweep.send_due()
+    assert sorted(sent) == sorted(str(job.pk) for job in jobs)
+
+
+def test_a_sweep_that_finds_the_broker_down_stops_and_changes_nothing(broker_down, monkeypatch):
+    monkeypatch.setattr(sweep, "messages_in", lambda queue: 0)
+    jobs = [Job.objects.enqueue(add, [1, 2], countdown=1) for _ in range(3)]
+    lapse(*jobs)
+    sweep.send_due()
+    assert len(broker_down) == 1
+    assert all(seconds_until_due(job) <= 0 for job in jobs)
+    assert not Job.objects.exclude(sent=0)
+
+
+def test_the_sweep_counts_what_waits_in_a_queue(monkeypatch):
+    connection = Connection("memory://")
+    monkeypatch.setattr(app, "connection_for_write", connection.clone)
+    assert sweep.messages_in("new") == 0
+    connection.SimpleQueue("new").put("message")
+    assert sweep.messages_in("new") == 1
+
+
+def test_final_jobs_and_their_keys_are_purged(settings):
+    old = deliver(Job.objects.enqueue(add, [1, 2], idempotency_key="key"))
+    new = deliver(Job.objects.enqueue(add, [1, 2]))
+    active = Job.objects.enqueue(add, [1, 2])
+    past = Now() - timedelta(days=settings.JOB_RETENTION_DAYS, seconds=1)
+    Job.objects.update(created_at=past)
+    Job.objects.filter(pk=old.pk).update(finished_at=past)
+    sweep.purge()
+    assert set(Job.objects.all()) == {new, active}
+    Job.objects.enqueue(add, [1, 2], idempotency_key="key")
+
+
+# What the database guards
+
+
+@pytest.mark.parametrize(
+    "impossible",
+    [
+        {"state": "queued"},
+        {"state": "queued", "wake_at": Now(), "finished_at": Now()},
+        {"state": "queued", "wake_at": Now(), "run": uuid.uuid4()},
+        {"state": "running", "wake_at": Now()},
+        {"state": "running", "run": uuid.uuid4()},
+        {"state": "succeeded"},
+        {"state": "failed", "finished_at": Now(), "wake_at": Now()},
+        {"state": "cancelled", "finished_at": Now(), "run": uuid.uuid4()},
+        {"state": "lost", "wake_at": Now()},
+    ],
+    ids=str,
+)
+def test_the_database_refuses_impossible_jobs(impossible):
+    with pytest.raises(IntegrityError):
+        Job.objects.create(task="task", queue="queue", **impossible)
+
+
+# manage.py check --deploy
+
+
+def check(monkeypatch, **environment):
+    """Return the ids of what the checks of this app find."""
+    monkeypatch.delenv("CACHE_URL", raising=False)
+    for name, value in {"FLOWER_BASIC_AUTH": "user:password", **environment}.items():
+        monkeypatch.setenv(name, value)
+    found = run_checks(include_deployment_checks=True)
+    return {message.id for message in found if message.id.startswith("jobs.")}
+
+
+def test_sound_settings_pass_the_checks(monkeypatch):
+    assert check(monkeypatch) == set()
+
+
+def test_the_checks_find_a_result_backend_that_loses_results(monkeypatch, settings):
+    settings.CELERY_RESULT_BACKEND = "rpc://"
+    assert "jobs.E001" in check(monkeypatch)
+
+
+def test_the_checks_find_a_database_with_two_uses(monkeypatch, settings):
+    settings.CELERY_BROKER_URL = "scheme://host:1/0"
+    assert check(monkeypatch, CACHE_URL="scheme://host:1/1") == set()
+    assert check(monkeypatch, CACHE_URL="scheme://user@host:1") == {"jobs.W001"}
+
+
+@pytest.mark.parametrize("option", ["ssl_cert_reqs=none", "ssl_cert_reqs=CERT_NONE", "verify=0"])
+def test_the_checks_find_tls_that_trusts_everybody(monkeypatch, settings, option):
+    settings.CELERY_BROKER_URL = "scheme://host?ssl_cert_reqs=required"
+    assert check(monkeypatch) == set()
+    settings.CELERY_BROKER_URL = f"scheme://host?{option}"
+    assert check(monkeypatch) == {"jobs.W002"}
+
+
+def test_the_checks_find_a_flower_without_password(monkeypatch):
+    assert check(monkeypatch, FLOWER_BASIC_AUTH="") == {"jobs.W003"}
+
+
+def test_the_checks_find_a_task_that_the_broker_would_double(monkeypatch, settings):
+    settings.CELERY_BROKER_TRANSPORT_OPTIONS = {"visibility_timeout": settings.TASK_TIME_LIMIT}
+    assert check(monkeypatch) == {"jobs.W004"}
