@@ -1,33 +1,32 @@
-import subprocess
-import sys
-from pathlib import Path
+import os
 
 import pytest
-
-
-class Project(type(Path())):
-    """The path of a baked project, which can also run commands."""
-
-    def run(self, *command):
-        """Run a command of the test environment, say `ruff check`, and return what it prints."""
-        result = subprocess.run(
-            [sys.executable, "-m", *command], cwd=self, capture_output=True, text=True
-        )
-        assert result.returncode == 0, result.stdout + result.stderr
-        return result.stdout
-
-    def files(self):
-        return [path for path in self.rglob("*") if path.is_file()]
+from project import Project
 
 
 @pytest.fixture
 def bake(cookies):
     """Bake a project: `bake(project_name="Shop").run("ruff", "check")`."""
+    return lambda **answers: baked(cookies, answers)
 
-    def bake(**answers):
-        result = cookies.bake(extra_context=answers)
-        if result.exception:
-            raise result.exception
-        return Project(result.project_path)
 
-    return bake
+@pytest.fixture(scope="session", params=[True, False], ids=["example", "no-example"])
+def project(request, cookies_session):
+    """A project with its own virtual environment, once with the example and once without."""
+    project = baked(cookies_session, {"include_example": request.param})
+    project.install()
+    return project
+
+
+def baked(cookies, answers):
+    result = cookies.bake(extra_context=answers)
+    if result.exception:
+        raise result.exception
+    return Project(result.project_path)
+
+
+def missing(reason):
+    """Skip the test for lack of something on this machine, or fail it where all was promised."""
+    if os.environ.get("DEMAND_ALL"):
+        pytest.fail(reason)
+    pytest.skip(reason)

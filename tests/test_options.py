@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import Project
 from cookiecutter.exceptions import FailedHookException
 from cookiecutter.utils import create_env_with_context
 from markdown_it import MarkdownIt
+from project import Project
 
 TEMPLATE = Path(__file__).parents[1]
 OPTIONS = {
@@ -228,12 +228,10 @@ def assert_holds(project, text):
     assert about["authors"][0]["name"] == text
 
     settings = ast.parse((project / "config/settings.py").read_text("utf-8"))
-    [name] = [
-        node.value
-        for node in settings.body
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "PROJECT_NAME"
-    ]
-    assert ast.literal_eval(name) == text
+    dicts = [node for node in ast.walk(settings) if isinstance(node, ast.Dict)]
+    pairs = [pair for node in dicts for pair in zip(node.keys, node.values, strict=True)]
+    [title] = [value.value for key, value in pairs if key and ast.unparse(key) == "'TITLE'"]
+    assert title == text
 
     readme = list(literal_texts((project / "README.md").read_text("utf-8")))
     assert readme[0] == ("h1", text.strip())

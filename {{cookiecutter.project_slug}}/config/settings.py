@@ -12,7 +12,6 @@ from celery.schedules import crontab
 {% endif %}
 from django.core.exceptions import ImproperlyConfigured
 
-PROJECT_NAME = {{ text.python(cookiecutter.project_name) }}
 BASE_DIR = Path(__file__).resolve().parent.parent
 
 env = environ.Env()
@@ -136,7 +135,7 @@ REST_FRAMEWORK = {
     "DEFAULT_SCHEMA_CLASS": "drf_spectacular.openapi.AutoSchema",
 }
 SPECTACULAR_SETTINGS = {
-    "TITLE": PROJECT_NAME,
+    "TITLE": {{ text.python(cookiecutter.project_name) }},
     "VERSION": "1.0.0",
     "SWAGGER_UI_DIST": "SIDECAR",  # from this server, not from another one
     "POSTPROCESSING_HOOKS": [

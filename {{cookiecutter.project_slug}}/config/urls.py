@@ -2,7 +2,7 @@ from django.conf import settings
 from django.contrib import admin
 from django.contrib.auth.decorators import login_required
 from django.contrib.auth.views import LoginView, LogoutView
-from django.db import DatabaseError, connection
+from django.db import Error, connection
 from django.http import HttpResponse
 from django.urls import include, path
 from django.views.generic import TemplateView
@@ -21,8 +21,9 @@ router.register("orders", OrderViewSet, basename="order")
 router.register("newsletters", NewsletterViewSet, basename="newsletter")
 {% endif %}
 
-admin.site.site_header = admin.site.site_title = settings.PROJECT_NAME
-name = {"project_name": settings.PROJECT_NAME}
+title = settings.SPECTACULAR_SETTINGS["TITLE"]
+admin.site.site_header = admin.site.site_title = title
+name = {"project_name": title}
 jobs_page = TemplateView.as_view(template_name="jobs/index.html", extra_context=name)
 
 
@@ -30,7 +31,7 @@ def ready(request):
     """200 if the database answers. The broker is not asked: without it jobs are still accepted."""
     try:
         connection.cursor().execute("SELECT 1")
-    except DatabaseError:
+    except Error:
         return HttpResponse("no database", status=503)
     return HttpResponse("ok")
 

@@ -6,7 +6,7 @@ import time
 import uuid
 
 from django.conf import settings
-from django.db import DatabaseError, close_old_connections
+from django.db import close_old_connections
 
 from .models import Job
 
@@ -69,8 +69,8 @@ def keep():
                 close_old_connections()
                 find_lost(current, held=rows(current).renew())
                 renew_at = time.monotonic() + settings.JOB_LEASE_SECONDS / 3
-        except DatabaseError as error:
-            logger.warning("cannot renew leases: %s", error)
+        except Exception as error:  # whatever it is: without this thread all leases would lapse
+            logger.warning("cannot renew leases: %r", error)
             close_old_connections()
 
 

@@ -9,7 +9,7 @@ from datetime import timedelta
 
 from celery import current_app
 from django.conf import settings
-from django.db import DatabaseError, close_old_connections
+from django.db import Error, close_old_connections
 from django.db.models import Q
 from django.db.models.functions import Now
 
@@ -39,7 +39,7 @@ def sweep_for_ever():
                 purge()
                 purge_at = time.monotonic() + PURGE_EVERY
             send_due()
-        except DatabaseError as error:
+        except Error as error:
             logger.warning("the database does not answer the sweep: %s", error)
             judge_at = time.monotonic() + settings.JOB_LEASE_SECONDS / 2
         except Exception as error:  # each transport raises its own

@@ -12,7 +12,7 @@ from celery.utils.time import maybe_make_aware
 from celery.worker.control import Panel
 from django.conf import settings
 from django.core.exceptions import ValidationError
-from django.db import DatabaseError, close_old_connections, connection
+from django.db import Error, close_old_connections, connection
 from django.db.utils import InterfaceError, OperationalError
 from django.utils import timezone
 from kombu.utils.functional import maybe_list
@@ -114,7 +114,7 @@ def succeed(run, result):
     try:
         json.dumps(result, allow_nan=False)
         written = insist(run.row.finish, "succeeded", **changes)
-    except (TypeError, ValueError, DatabaseError) as error:
+    except (TypeError, ValueError, Error) as error:
         fail(run, f"Its result cannot be stored as JSON: {error}")
         raise
     if not written:
@@ -150,7 +150,7 @@ def follow_revokes(**kwargs):
 
     def cancel_and_revoke(state, task_id, *args, **kwargs):
         for pk in maybe_list(task_id) or []:
-            with suppress(ValidationError, DatabaseError):  # some task's own kind of id
+            with suppress(ValidationError, Error):  # some task's own kind of id
                 Job.objects.filter(pk=pk).cancel()
         connection.close()  # the children that this process forks must not inherit it
         return revoke(state, task_id, *args, **kwargs)

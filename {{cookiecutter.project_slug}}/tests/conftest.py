@@ -13,17 +13,18 @@ from jobs.tasks import JobTask
 @pytest.fixture(autouse=True)
 def eager(request, monkeypatch):
     """No worker and no broker, but for tests marked `live`: who publishes a job runs it."""
-    live = request.node.get_closest_marker("live")
-    monkeypatch.setattr(app.conf, "task_always_eager", live is None)
+    app.conf.task_always_eager = not request.node.get_closest_marker("live")
     monkeypatch.setattr(lease, "keeper", "none: its thread would not see a test's transaction")
     monkeypatch.setattr(models, "publish_again_at", 0.0)
 
 
 @pytest.fixture(autouse=True)
-def empty_cache(settings):
-    """Throttles count in the cache: none inherits from another test, or from your CACHE_URL."""
+def test_settings(settings):
+    # Throttles count in the cache: they start anew, and leave alone what is at your CACHE_URL.
     settings.CACHES = {"default": {"BACKEND": "django.core.cache.backends.locmem.LocMemCache"}}
     cache.clear()
+    settings.PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]  # quick
+    settings.WHITENOISE_AUTOREFRESH = True  # does without `manage.py collectstatic`
 
 
 @pytest.fixture

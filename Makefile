@@ -1,0 +1,17 @@
+.PHONY: demo test lint
+
+demo: .venv  ## bake a project, start it, run a job: make demo ARGS="include_example=false"
+	@.venv/bin/python tests/demo.py $(ARGS)
+
+test: .venv  ## the template's own tests: make test ARGS="-k hook"
+	.venv/bin/python -m pytest $(ARGS)
+
+lint: .venv
+	.venv/bin/ruff format .
+	.venv/bin/ruff check --fix .
+
+.venv: pyproject.toml
+	python3 -m venv .venv
+	.venv/bin/pip install --quiet uv
+	.venv/bin/uv pip install --quiet --python .venv/bin/python --group test
+	@touch .venv

@@ -1,0 +1,224 @@
+"""A baked project, as the tests and `make demo` use it: install it, start it, talk to it."""
+
+import base64
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+FINAL = {"succeeded", "failed", "cancelled"}
+TASKS = """
+
+from celery import chord, shared_task
+
+
+@shared_task(base=JobTask, bind=True)
+def count(self, to):
+    for done in range(to):
+        self.report(done, to, f"{done} of {to}")
+        time.sleep(0.1)
+    return to
+
+
+@shared_task
+def add(*numbers):
+    return sum(numbers)
+
+
+@shared_task
+def add_all(sums):
+    return sum(sums)
+"""
+
+
+class Project(type(Path())):
+    """The path of a baked project, which can also run commands."""
+
+    def run(self, *command, **environment):
+        """Run a module of the test environment, say `ruff check`, and return what it prints."""
+        return self.call(sys.executable, "-m", *command, **environment)
+
+    def call(self, *command, **environment):
+        """Run a command in the project and return what it prints. Fails if the command does."""
+        result = subprocess.run(
+            command, cwd=self, env=env(**environment), capture_output=True, text=True
+        )
+        assert result.returncode == 0, f"{command}\n{result.stdout}{result.stderr}"
+        return result.stdout
+
+    def manage(self, *command, **environment):
+        return self.call(".venv/bin/python", "manage.py", *command, **environment)
+
+    def shell(self, code, **environment):
+        """Run Python code in the project and return the last word that it prints."""
+        return self.manage("shell", "-v0", "-c", code, **environment).split()[-1]
+
+    def files(self):
+        """Every file's path, without what tools left there."""
+        return [path for path in self.rglob("*") if path.is_file() and "_cache" not in str(path)]
+
+    def install(self):
+        """Install what the project's own pyproject.toml declares, and nothing else."""
+        self.call("make", ".venv")
+
+    def add_tasks(self):
+        """Give the project tasks of our own, which need no example: see TASKS."""
+        with open(self / "jobs/tasks.py", "a") as file:
+            file.write(TASKS)
+
+    @contextmanager
+    def up(self, **environment):
+        """`make run` on free ports until the block ends: gives the Site once it answers."""
+        port, flower, broker = free_ports(3)
+        environment = {
+            "PORT": port,
+            "FLOWER_PORT": flower,
+            "CELERY_BROKER_URL": f"redis://127.0.0.1:{broker}/0",
+            "CELERY_RESULT_BACKEND": f"redis://127.0.0.1:{broker}/1",
+            **environment,
+        }
+        with open(self / "run.log", "w") as log:
+            process = subprocess.Popen(
+                ["make", "run"],
+                cwd=self,
+                env=env(**environment),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        site = Site(self, process, environment)
+        try:
+            site.wait_until_ready()
+            yield site
+        finally:
+            site.stop()
+
+
+class Site:
+    """What `make run` started."""
+
+    def __init__(self, project, process, environment):
+        self.project = project
+        self.process = process
+        self.web = f"http://127.0.0.1:{environment['PORT']}"
+        self.flower = f"http://127.0.0.1:{environment['FLOWER_PORT']}"
+        self.environment = environment
+        self.token = None
+
+    @property
+    def log(self):
+        return (self.project / "run.log").read_text(errors="replace")
+
+    def wait_until_ready(self):
+        wait_for(lambda: "Ctrl-C ends everything" in self.log or self.process.poll(), 60, self)
+        assert self.process.poll() is None, self.log
+        self.token = re.search("Token ([0-9a-f]{40})", self.log)[1]
+        wait_for(lambda: re.search(r"celery@\S+ ready", self.log), 60, self)
+
+    def request(self, path, data=None, **headers):
+        """Return (status, headers, JSON) of a GET, or with `data` of a POST, as the demo user."""
+        headers = {"Authorization": f"Token {self.token}", **headers}
+        return fetch(self.web + path, data, headers)
+
+    def enqueue(self, task, *args):
+        """Enqueue a job of a task in TASKS for the demo user; return its URL."""
+        code = f"""
+from django.contrib.auth.models import User
+from jobs import models, tasks
+print(models.Job.objects.enqueue(tasks.{task}, {args!r}, owner=User.objects.get()).pk)
+"""
+        return f"/api/jobs/{self.project.shell(code, **self.environment)}/"
+
+    def follow(self, url, seconds=60):
+        """Yield the job at `url` whenever it looks different, until its final state."""
+        seen, until = None, time.monotonic() + seconds
+        while time.monotonic() < until:
+            _, _, job = self.request(url)
+            looks = job["state"], job["progress"], job["message"]
+            if looks != seen:
+                seen = looks
+                yield job
+            if job["state"] in FINAL:
+                return
+            time.sleep(0.15)  # 400 a minute: below the throttle
+        raise AssertionError(f"{job}\n{self.log}")
+
+    def ask_flower(self, path, authenticated=True):
+        """Return (status, headers, JSON) of Flower's API."""
+        secret = re.search("^FLOWER_BASIC_AUTH=(.*)$", (self.project / ".env").read_text(), re.M)
+        basic = "Basic " + base64.b64encode(secret[1].encode()).decode()
+        return fetch(self.flower + path, None, {"Authorization": basic} if authenticated else {})
+
+    def find_in_flower(self, task_id):
+        """Return what Flower knows of a task that has ended, or None."""
+        _, _, task = self.ask_flower(f"/api/task/info/{task_id}")
+        return task if task and task["state"] == "SUCCESS" else None
+
+    def processes(self):
+        """The living processes that work in the project's folder, {pid: command line} (Linux)."""
+        found = {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                if (folder / "cwd").resolve().is_relative_to(self.project.resolve()):
+                    command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                    found[int(folder.name)] = command
+            except OSError:  # it has ended, or is somebody else's
+                continue
+        return found
+
+    def find(self, pattern):
+        """The ids of those whose command line matches, without the shells around them."""
+        commands = [(pid, line) for pid, line in self.processes().items() if "sh -c" not in line]
+        return [pid for pid, line in commands if re.search(pattern, line)]
+
+    def stop(self):
+        """What Ctrl-C does."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGINT)
+        self.process.wait(30)
+
+
+def fetch(url, data, headers):
+    body = None
+    if data is not None:
+        body = json.dumps(data).encode()
+        headers = {"Content-Type": "application/json", **headers}
+    request = urllib.request.Request(url, body, headers)
+    try:
+        with urllib.request.urlopen(request, timeout=30) as response:
+            return response.status, response.headers, json.loads(response.read() or "null")
+    except urllib.error.HTTPError as error:
+        return error.code, error.headers, None
+
+
+def wait_for(condition, seconds, site=None):
+    until = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < until, site.log if site else "waited in vain"
+        time.sleep(0.1)
+    return value
+
+
+def env(**environment):
+    """This process's environment with the test environment's tools, and without its settings."""
+    tools = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    kept = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "MAKEFLAGS")}
+    return {**kept, "PATH": tools, **{key: str(value) for key, value in environment.items()}}
+
+
+def free_ports(count):
+    sockets = [socket.socket() for _ in range(count)]
+    for probe in sockets:
+        probe.bind(("127.0.0.1", 0))
+    ports = [probe.getsockname()[1] for probe in sockets]
+    for probe in sockets:
+        probe.close()
+    return ports

@@ -1,0 +1,173 @@
+"""What HTTP sees of jobs: the API, the pages, the admin, the probes."""
+
+import os
+import uuid
+
+import pytest
+from celery import shared_task
+from django.core.management import call_command
+from django.db import OperationalError, connection
+from rest_framework.test import APIClient
+from rest_framework.throttling import UserRateThrottle
+
+from config import urls
+from jobs.models import Job
+from jobs.tasks import JobTask
+
+pytestmark = pytest.mark.django_db
+
+
+@shared_task(base=JobTask, bind=True)
+def greet(self, name="you"):
+    return f"Hello {name}"
+
+
+def ids(response):
+    assert response.status_code == 200
+    return [job["id"] for job in response.json()["results"]]
+
+
+# The API
+
+
+def test_a_job_is_shown_to_its_owner(api, user, commit):
+    with commit():
+        job = Job.objects.enqueue(greet, ["Ada"], owner=user)
+    shown = api.get(f"/api/jobs/{job.pk}/").json()
+    assert shown["task"] == "test_api.greet"
+    assert (shown["state"], shown["progress"], shown["result"]) == ("succeeded", 100, "Hello Ada")
+    assert api.get(shown["url"]).json() == shown
+    assert "args" not in shown
+
+
+def test_the_jobs_of_others_are_unknown(api, admin_user):
+    for owner in admin_user, None:
+        url = f"/api/jobs/{Job.objects.enqueue(greet, owner=owner).pk}/"
+        assert api.get(url).status_code == 404
+        assert api.post(f"{url}cancel/").status_code == 404
+    assert ids(api.get("/api/jobs/")) == []
+    assert api.get(f"/api/jobs/{uuid.uuid4()}/").status_code == 404
+    assert not Job.objects.exclude(state="queued")
+
+
+def test_staff_sees_jobs_that_nobody_owns(staff_api, user, admin_user):
+    own, unowned = (Job.objects.enqueue(greet, owner=owner) for owner in (admin_user, None))
+    Job.objects.enqueue(greet, owner=user)
+    assert set(ids(staff_api.get("/api/jobs/"))) == {str(own.pk), str(unowned.pk)}
+
+
+def test_the_list_comes_in_pages_the_newest_first(api, user):
+    jobs = [Job.objects.enqueue(greet, owner=user) for _ in range(21)]
+    Job.objects.filter(pk=jobs[0].pk).update(created_at="2020-01-01T00:00Z")
+    first = api.get("/api/jobs/").json()
+    assert (first["count"], len(first["results"])) == (21, 20)
+    assert ids(api.get(first["next"])) == [str(jobs[0].pk)]
+
+
+def test_the_list_is_filtered_by_state(api, user, commit):
+    with commit():
+        Job.objects.enqueue(greet, owner=user)
+    queued = Job.objects.enqueue(greet, owner=user)
+    assert ids(api.get("/api/jobs/?state=queued")) == [str(queued.pk)]
+    assert api.get("/api/jobs/?state=unheard-of").status_code == 400
+
+
+def test_cancel_ends_a_job_once(api, user):
+    job = Job.objects.enqueue(greet, owner=user)
+    response = api.post(f"/api/jobs/{job.pk}/cancel/")
+    assert (response.status_code, response.json()["state"]) == (200, "cancelled")
+    assert api.post(f"/api/jobs/{job.pk}/cancel/").status_code == 409
+
+
+def test_who_is_not_logged_in_gets_nothing():
+    assert APIClient().get("/api/jobs/").status_code == 401
+    assert APIClient().post(f"/api/jobs/{uuid.uuid4()}/cancel/").status_code == 401
+
+
+def test_who_asks_too_often_is_told_when_to_come_back(api, monkeypatch):
+    monkeypatch.setitem(UserRateThrottle.THROTTLE_RATES, "user", "1/min")
+    assert api.get("/api/jobs/").status_code == 200
+    response = api.get("/api/jobs/")
+    assert response.status_code == 429
+    assert 0 < int(response["Retry-After"]) <= 60
+
+
+def test_the_openapi_document_has_no_warnings():
+    call_command("spectacular", validate=True, fail_on_warn=True, file=os.devnull)
+
+
+# Pages
+
+
+def test_the_pages_show_the_name_of_the_project_escaped(client, user, monkeypatch):
+    monkeypatch.setitem(urls.name, "project_name", "<b>Tea & Co</b>")
+    assert client.get("/").status_code == 302
+    login = client.get("/login/").content.decode()
+    client.force_login(user)
+    for page in login, client.get("/").content.decode():
+        assert "&lt;b&gt;Tea &amp; Co&lt;/b&gt;" in page
+        assert "<b>" not in page
+
+
+def test_the_login_leads_to_the_jobs(client, user):
+    user.set_password("secret")
+    user.save()
+    response = client.post("/login/", {"username": "user", "password": "secret"}, follow=True)
+    assert response.request["PATH_INFO"] == "/"
+    assert b'data-jobs-url="/api/jobs/"' in response.content
+
+
+def test_the_api_describes_itself_to_a_browser(client, user):
+    client.force_login(user)
+    assert client.get("/api/docs/").status_code == 200
+    assert client.get("/api/schema/").status_code == 200
+
+
+# The admin
+
+
+def act(admin_client, action):
+    data = {"action": action, "_selected_action": list(Job.objects.values_list("pk", flat=True))}
+    return admin_client.post("/admin/jobs/job/", data, follow=True).content.decode()
+
+
+def test_the_admin_lists_and_shows_jobs(admin_client, user):
+    job = Job.objects.enqueue(greet, owner=user)
+    assert str(job.pk) in admin_client.get(f"/admin/jobs/job/?q={job.pk}").content.decode()
+    assert admin_client.get(f"/admin/jobs/job/{job.pk}/change/").status_code == 200
+    assert admin_client.get("/admin/jobs/job/add/").status_code == 403
+
+
+def test_the_admin_cancels_jobs(admin_client):
+    job = Job.objects.enqueue(greet)
+    assert "1 jobs cancelled" in act(admin_client, "cancel")
+    job.refresh_from_db()
+    assert job.state == "cancelled"
+
+
+def test_the_admin_runs_ended_jobs_again(admin_client, user, commit):
+    with commit():
+        ended = Job.objects.enqueue(greet, ["Ada"], owner=user, queue="special")
+    active = Job.objects.enqueue(greet)
+    with commit():
+        assert "1 jobs enqueued again" in act(admin_client, "run_again")
+    again = Job.objects.exclude(pk__in=[ended.pk, active.pk]).get()
+    assert (again.owner, again.queue) == (user, "special")
+    assert (again.state, again.result) == ("succeeded", "Hello Ada")
+
+
+# Probes
+
+
+def test_the_probes_answer_without_login_and_without_broker(client, broker_down):
+    assert client.get("/health/live").status_code == 200
+    assert client.get("/health/ready").status_code == 200
+
+
+def test_without_a_database_the_web_is_alive_but_not_ready(client, monkeypatch):
+    def refuse(*args):
+        raise OperationalError("connection refused")
+
+    monkeypatch.setattr(connection, "cursor", refuse)
+    assert client.get("/health/live").status_code == 200
+    assert client.get("/health/ready").status_code == 503

@@ -1,0 +1,146 @@
+"""Jobs on a real worker, a real Beat and a real broker.
+
+The broker is what answers at CELERY_BROKER_URL, else the stand-in that `make run` would start.
+Without these tests: make test ARGS="-m 'not live'"
+"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+from celery import shared_task
+from celery.backends.base import DisabledBackend
+from django.db import connection
+from honcho.environ import parse_procfile
+
+import config.wsgi  # noqa: F401  sets Django up where Celery imports this: celery -A test_live
+from config.celery import app
+from jobs.models import Job
+from jobs.tasks import JobTask
+
+pytestmark = [pytest.mark.live, pytest.mark.django_db(transaction=True)]
+
+QUEUE = "test"  # a worker of `make run` on the same broker stays out of this
+STEPS = 30
+
+
+@shared_task(base=JobTask, bind=True)
+def count(self):
+    for step in range(STEPS):
+        self.report(step, STEPS, f"Step {step}")
+        time.sleep(0.1)
+    return STEPS
+
+
+@shared_task
+def double(number):
+    return 2 * number
+
+
+def wait_until(job, condition):
+    for _ in range(300):
+        job.refresh_from_db()
+        if condition(job):
+            return
+        time.sleep(0.1)
+    pytest.fail(f"The job is {job.state} at {job.progress} %, crashes: {job.crashes}")
+
+
+def has_ended(job):
+    return job.finished_at
+
+
+def kill(process):
+    """End a process and its children, without a word of warning."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def broker():
+    import dev
+
+    try:
+        processes = dev.start_broker()
+    except SystemExit as reason:
+        pytest.skip(str(reason))
+    with app.connection_for_write() as connection:
+        connection.ensure_connection(max_retries=50, interval_start=0.1, interval_step=0)
+    yield
+    for process in processes:
+        kill(process)
+
+
+@pytest.fixture(scope="module")
+def start(broker, django_db_setup, tmp_path_factory):
+    """Return a function that starts a process of the Procfile, on the test's database."""
+    folder = Path(__file__).parent
+    commands = parse_procfile((folder.parent / "Procfile").read_text()).processes
+    options = {"worker": f"--queues {QUEUE}", "beat": f"-s {tmp_path_factory.mktemp('beat')}/beat"}
+    name = quote(str(connection.settings_dict["NAME"]))
+    url = os.environ.get("DATABASE_URL") or "sqlite:///"
+    environment = os.environ | {
+        "DATABASE_URL": re.sub("(//[^/]*/)[^?]*", rf"\g<1>{name}", url),
+        "JOB_LEASE_SECONDS": "3",
+        "JOB_SWEEP_SECONDS": "0.2",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(folder),
+        "WORKER_CONCURRENCY": "2",
+    }
+    processes = []
+
+    def start(name):
+        command = commands[name].replace("-A config", "-A test_live")
+        process = subprocess.Popen(
+            f"{command} {options[name]}",
+            shell=True,
+            cwd=folder.parent,
+            env=environment,
+            start_new_session=True,
+        )
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        if process.poll() is None:
+            kill(process)
+
+
+@pytest.fixture(scope="module")
+def worker(start):
+    return start("worker")
+
+
+@pytest.fixture(scope="module")
+def beat(start):
+    return start("beat")
+
+
+def test_a_plain_task_returns_its_result(worker):
+    if isinstance(app.backend, DisabledBackend):
+        pytest.skip("no result backend was chosen")
+    assert double.apply_async([21], queue=QUEUE).get(timeout=30) == 42
+
+
+def test_a_job_shows_its_progress_and_its_result(worker):
+    job = Job.objects.enqueue(count, queue=QUEUE)
+    wait_until(job, lambda job: job.progress > 0)
+    assert (job.state, job.message[:5]) == ("running", "Step ")
+    wait_until(job, has_ended)
+    assert (job.state, job.progress, job.result) == ("succeeded", 100, STEPS)
+
+
+def test_a_job_survives_its_worker(worker, beat, start):
+    job = Job.objects.enqueue(count, queue=QUEUE)
+    wait_until(job, lambda job: job.progress > 0)
+    kill(worker)
+    start("worker")
+    wait_until(job, has_ended)
+    assert (job.state, job.result, job.crashes) == ("succeeded", STEPS, 1)
