@@ -1,6 +1,7 @@
 {% import "text.jinja" as text %}
 """Settings. Whatever differs between machines comes from the environment: see .env.example."""
 
+import logging
 from pathlib import Path
 from urllib.parse import quote
 
@@ -242,5 +243,7 @@ LOGGING = {
     },
     "handlers": {"console": {"class": "logging.StreamHandler", "formatter": "structlog"}},
     "root": {"handlers": ["console"], "level": env.str("LOG_LEVEL", default="INFO")},
+    "loggers": {"django.server": {"level": "WARNING"}, "flower": {"level": "ERROR"}},
 }
+DJANGO_STRUCTLOG_STATUS_START_LOG_LEVEL = logging.DEBUG  # one line a request
 DJANGO_STRUCTLOG_CELERY_ENABLED = True  # the request's id goes with the message to the worker

@@ -14,12 +14,13 @@ from jobs.tasks import JobTask
 def eager(request, monkeypatch):
     """No worker and no broker, but for tests marked `live`: who publishes a job runs it."""
     app.conf.task_always_eager = not request.node.get_closest_marker("live")
-    monkeypatch.setattr(lease, "keeper", "none: its thread would not see a test's transaction")
+    # No thread renews leases: it would not see what the transaction of a test holds.
+    monkeypatch.setattr(lease, "keeper", "nobody")
     monkeypatch.setattr(models, "publish_again_at", 0.0)
 
 
 @pytest.fixture(autouse=True)
-def test_settings(settings):
+def quick_settings(settings):
     # Throttles count in the cache: they start anew, and leave alone what is at your CACHE_URL.
     settings.CACHES = {"default": {"BACKEND": "django.core.cache.backends.locmem.LocMemCache"}}
     cache.clear()

@@ -132,8 +132,9 @@ def act(admin_client, action):
 
 
 def test_the_admin_lists_and_shows_jobs(admin_client, user):
-    job = Job.objects.enqueue(greet, owner=user)
-    assert str(job.pk) in admin_client.get(f"/admin/jobs/job/?q={job.pk}").content.decode()
+    job, other = (Job.objects.enqueue(greet, owner=user) for _ in range(2))
+    found = admin_client.get(f"/admin/jobs/job/?q={job.pk}").content.decode()
+    assert str(job.pk) in found and str(other.pk) not in found
     assert admin_client.get(f"/admin/jobs/job/{job.pk}/change/").status_code == 200
     assert admin_client.get("/admin/jobs/job/add/").status_code == 403
 

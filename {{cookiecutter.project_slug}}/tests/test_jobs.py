@@ -172,10 +172,11 @@ def test_who_finds_the_broker_down_does_not_try_again_for_a_while(broker_down, m
     assert broker_down == [str(first.pk), str(second.pk)]
 
 
-def test_a_job_waits_for_code_that_knows_its_task():
-    job = Job.objects.enqueue(add, [1, 2])
+def test_a_job_waits_for_code_that_knows_its_task_and_holds_up_no_other():
+    job, other = Job.objects.enqueue(add, [1, 2]), Job.objects.enqueue(add, [1, 2])
     job.task = "to.be.deployed"
     assert deliver(job).state == "queued"
+    assert deliver(other).state == "succeeded"
 
 
 # Running
@@ -230,6 +231,14 @@ def test_a_report_is_stored_while_the_body_runs(done, total, percent):
     assert run(body).result == ["running", percent, 255]
 
 
+def test_a_new_run_starts_its_progress_anew():
+    job = Job.objects.enqueue(add, [1, 2])
+    Job.objects.update(progress=50, message="half done")
+    start(job)
+    job.refresh_from_db()
+    assert (job.progress, job.message) == (0, "")
+
+
 def test_a_second_copy_of_the_message_does_nothing():
     runs = []
     job = run(runs.append)
@@ -252,6 +261,7 @@ def test_a_message_from_before_a_retry_does_nothing():
     job = Job.objects.enqueue(add, [1, 2])
     Job.objects.update(retries=1)
     assert deliver(job).state == "queued"
+    assert deliver(job).state == "succeeded"  # it knows of the retry now
 
 
 def test_a_retry_waits_ever_longer_in_the_row(monkeypatch):

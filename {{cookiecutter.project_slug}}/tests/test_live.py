@@ -20,6 +20,7 @@ from django.db import connection
 from honcho.environ import parse_procfile
 
 import config.wsgi  # noqa: F401  sets Django up where Celery imports this: celery -A test_live
+import dev
 from config.celery import app
 from jobs.models import Job
 from jobs.tasks import JobTask
@@ -64,14 +65,12 @@ def kill(process):
 
 @pytest.fixture(scope="module")
 def broker():
-    import dev
-
     try:
         processes = dev.start_broker()
     except SystemExit as reason:
         pytest.skip(str(reason))
-    with app.connection_for_write() as connection:
-        connection.ensure_connection(max_retries=50, interval_start=0.1, interval_step=0)
+    with app.connection_for_write() as opened:
+        opened.ensure_connection(max_retries=50, interval_start=0.1, interval_step=0)
     yield
     for process in processes:
         kill(process)
