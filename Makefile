@@ -7,8 +7,8 @@ test: .venv  ## the template's own tests: make test ARGS="-k hook"
 	.venv/bin/python -m pytest $(ARGS)
 
 lint: .venv
-	.venv/bin/ruff format .
 	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
 
 .venv: pyproject.toml
 	python3 -m venv .venv

@@ -17,8 +17,8 @@ PRODUCTION = {
     "ALLOWED_HOSTS": "example.com",
     "DATABASE_URL": "postgres://user:password@127.0.0.1:5432/name",
     "EMAIL_URL": "smtp+tls://user:password@127.0.0.1:587",
-    "CELERY_BROKER_URL": "rediss://:password@127.0.0.1:6379/0",
-    "CELERY_RESULT_BACKEND": "rediss://:password@127.0.0.1:6379/1",
+    "CELERY_BROKER_URL": "rediss://:password@127.0.0.1:6379/0?ssl_cert_reqs=required",
+    "CELERY_RESULT_BACKEND": "rediss://:password@127.0.0.1:6379/1?ssl_cert_reqs=required",
 }
 FLOWER = {"FLOWER_BASIC_AUTH": "admin:password"}
 ORDER = {"email": "you@example.com", "product": "Tea", "quantity": 2}

@@ -1,7 +1,10 @@
+from contextlib import suppress
+
 from celery import current_app
+from celery.exceptions import NotRegistered
 from django.contrib import admin
 
-from .models import ACTIVE, Job
+from .models import FINAL, Job
 
 
 @admin.register(Job)
@@ -22,11 +25,15 @@ class JobAdmin(admin.ModelAdmin):
     @admin.action(description="Run again, as new jobs", permissions=["delete"])
     def run_again(self, request, queryset):
         current_app.loader.import_default_modules()
-        jobs = queryset.exclude(state__in=ACTIVE)
-        for job in jobs:
-            task = current_app.tasks[job.task]
-            Job.objects.enqueue(task, job.args, job.kwargs, owner=job.owner, queue=job.queue)
-        self.message_user(request, f"{len(jobs)} jobs enqueued again; active ones were left alone.")
+        again = 0
+        for job in queryset.filter(state__in=FINAL):
+            with suppress(NotRegistered, TypeError):  # the code has changed since
+                task = current_app.tasks[job.task]
+                Job.objects.enqueue(task, job.args, job.kwargs, owner=job.owner, queue=job.queue)
+                again += 1
+        rest = queryset.count() - again
+        text = f"{again} jobs enqueued again. {rest} left alone: active, or their task is gone."
+        self.message_user(request, text)
 
     @admin.action(description="Cancel", permissions=["delete"])
     def cancel(self, request, queryset):

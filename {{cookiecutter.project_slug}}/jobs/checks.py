@@ -26,20 +26,22 @@ def check_servers(app_configs, **kwargs):
                 hint=f"Point {name} to a server or a database.",
                 id="jobs.E001",
             )
-        if re.search(r"cert_reqs=(cert_)?none", url, re.IGNORECASE):
+        if url.startswith("rediss:") and not re.search("ssl_cert_reqs=(CERT_)?required", url, re.I):
             yield Warning(
-                f"{name} switches off the check of the server's TLS certificate.",
-                hint="Use ssl_cert_reqs=required, with ssl_ca_certs for an authority of your own.",
+                f"The TLS certificate of the server of {name} is not checked.",
+                hint="Add ?ssl_cert_reqs=required, and ssl_ca_certs= for an authority of your own.",
                 id="jobs.W001",
             )
 
 
 @register(deploy=True)
 def check_shared_database(app_configs, **kwargs):
+    def place(url):
+        parts = urlsplit(url)
+        return parts.hostname, parts.port, parts.path.strip("/") or "0"
+
     for (name, url), (other, other_url) in combinations(urls().items(), 2):
-        left, right = urlsplit(url), urlsplit(other_url)
-        same_path = left.path.strip("/0") == right.path.strip("/0")
-        if left.netloc and left.netloc == right.netloc and same_path:
+        if "//" in url and place(url) == place(other_url):
             yield Warning(
                 f"{name} and {other} are one database: to clear one of them empties both.",
                 hint="Give each a database of its own, and the cache a server of its own.",

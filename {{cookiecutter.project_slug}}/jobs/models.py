@@ -16,6 +16,7 @@ from django.db.models.functions import Least, Now
 logger = logging.getLogger(__name__)
 
 ACTIVE = ["queued", "running"]
+FINAL = ["succeeded", "failed", "cancelled"]
 OVER_TIME_LIMIT = "Over its time limit"
 PUBLISH_PAUSE = 10  # seconds without a try after the broker refused one: requests stay quick
 publish_again_at = 0.0
@@ -37,7 +38,10 @@ class JobManager(models.Manager):
 
         if not isinstance(task, JobTask):
             raise TypeError(f"{task!r} is no job: declare it with @shared_task(base=JobTask)")
-        args, kwargs = json.loads(json.dumps([args, kwargs or {}]))
+        try:
+            args, kwargs = json.loads(json.dumps([args, kwargs or {}], allow_nan=False))
+        except ValueError as error:
+            raise TypeError(f"Not JSON: {error}") from error
         task.__header__(*args, **kwargs)
         if queue is None:
             queue = current_app.amqp.router.route({}, task.name, args, kwargs)["queue"].name
@@ -141,7 +145,7 @@ class Job(models.Model):
             models.CheckConstraint(
                 name="job_active_or_finished",
                 condition=Q(state__in=ACTIVE, wake_at__isnull=False, finished_at=None)
-                | ~Q(state__in=ACTIVE) & Q(wake_at=None, finished_at__isnull=False),
+                | Q(state__in=FINAL, wake_at=None, finished_at__isnull=False),
             ),
         ]
 

@@ -50,7 +50,7 @@ class EnqueueMixin(mixins.CreateModelMixin):
     """POST stores an object and enqueues its job in one transaction, then answers 202.
 
     The object has a field `job`, which perform_create() sets to what self.enqueue() returned. Sent
-    again with the same Idempotency-Key, a request gets the first answer and does nothing.
+    again with the same Idempotency-Key, a request does nothing and gets the same object and job.
     """
 
     @extend_schema(parameters=[OpenApiParameter("Idempotency-Key", str, OpenApiParameter.HEADER)])

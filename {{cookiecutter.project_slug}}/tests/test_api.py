@@ -157,6 +157,14 @@ def test_the_admin_runs_ended_jobs_again(admin_client, user, commit):
     assert (again.state, again.result) == ("succeeded", "Hello Ada")
 
 
+def test_the_admin_leaves_alone_a_job_whose_task_is_gone(admin_client, user, commit):
+    with commit():
+        gone = Job.objects.enqueue(greet, ["Ada"], owner=user)
+    Job.objects.filter(pk=gone.pk).update(task="no.such.task")
+    assert "0 jobs enqueued again. 1 left alone" in act(admin_client, "run_again")
+    assert Job.objects.count() == 1
+
+
 # Probes
 
 

@@ -7,6 +7,7 @@ that must look in between takes `published`, a broker without workers.
 import sys
 import uuid
 from datetime import timedelta
+from math import nan
 
 import pytest
 from celery import shared_task
@@ -120,8 +121,8 @@ def test_a_rollback_leaves_neither_row_nor_message(commit, published):
 
 @pytest.mark.parametrize(
     "task, args",
-    [(add, [1]), (add, [1, 2, 3]), (add, [1, object()]), (plain, []), (len, [])],
-    ids=["too few arguments", "too many", "not JSON", "a task that is no job", "no task"],
+    [(add, [1]), (add, [1, 2, 3]), (add, [1, object()]), (add, [1, nan]), (plain, []), (len, [])],
+    ids=["too few arguments", "too many", "not JSON", "NaN", "a task that is no job", "no task"],
 )
 def test_what_cannot_run_is_refused_at_once(task, args):
     with pytest.raises(TypeError):
@@ -541,18 +542,20 @@ def test_the_checks_find_a_result_backend_that_loses_results(monkeypatch, settin
     assert check(monkeypatch) == {"jobs.E001"}
 
 
-@pytest.mark.parametrize("value", ["none", "CERT_NONE"])
-def test_the_checks_find_tls_that_trusts_everybody(monkeypatch, settings, value):
-    settings.CELERY_BROKER_URL = "scheme://host?ssl_cert_reqs=required"
+@pytest.mark.parametrize("query", ["", "?ssl_cert_reqs=none", "?ssl_cert_reqs=CERT_NONE"])
+def test_the_checks_find_tls_that_trusts_everybody(monkeypatch, settings, query):
+    settings.CELERY_BROKER_URL = "rediss://host?ssl_cert_reqs=required"
     assert check(monkeypatch) == set()
-    settings.CELERY_BROKER_URL = f"scheme://host?ssl_cert_reqs={value}"
+    settings.CELERY_BROKER_URL = f"rediss://host{query}"
     assert check(monkeypatch) == {"jobs.W001"}
 
 
 def test_the_checks_find_a_database_with_two_uses(monkeypatch, settings):
     settings.CELERY_BROKER_URL = "scheme://host:1/0"
     assert check(monkeypatch, CACHE_URL="scheme://host:1/1") == set()
-    assert check(monkeypatch, CACHE_URL="scheme://host:1") == {"jobs.W002"}
+    assert check(monkeypatch, CACHE_URL="scheme://user:password@host:1") == {"jobs.W002"}
+    settings.CELERY_BROKER_URL = "scheme://host:1/1"
+    assert check(monkeypatch, CACHE_URL="scheme://host:1/10") == set()
 
 
 def test_the_checks_find_a_flower_without_password(monkeypatch):
