@@ -77,14 +77,8 @@ class Project(type(Path())):
     @contextmanager
     def up(self, **environment):
         """`make run` on free ports until the block ends: gives the Site once it answers."""
-        port, flower, broker = free_ports(3)
-        environment = {
-            "PORT": port,
-            "FLOWER_PORT": flower,
-            "CELERY_BROKER_URL": f"redis://127.0.0.1:{broker}/0",
-            "CELERY_RESULT_BACKEND": f"redis://127.0.0.1:{broker}/1",
-            **environment,
-        }
+        port, flower = free_ports(2)
+        environment = {"PORT": port, "FLOWER_PORT": flower, **free_servers(), **environment}
         with open(self / "run.log", "w") as log:
             process = subprocess.Popen(
                 ["make", "run"],
@@ -210,8 +204,16 @@ def wait_for(condition, seconds, site=None):
 def env(**environment):
     """This process's environment with the test environment's tools, and without its settings."""
     tools = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    kept = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "MAKEFLAGS")}
+    ours = {"VIRTUAL_ENV", "MAKEFLAGS", "ARGS"}
+    kept = {key: value for key, value in os.environ.items() if key not in ours}
     return {**kept, "PATH": tools, **{key: str(value) for key, value in environment.items()}}
+
+
+def free_servers():
+    """The variables of a broker and a result backend where no server is, for a stand-in."""
+    [port] = free_ports(1)
+    server = f"redis://127.0.0.1:{port}"
+    return {"CELERY_BROKER_URL": f"{server}/0", "CELERY_RESULT_BACKEND": f"{server}/1"}
 
 
 def free_ports(count):
