@@ -1,0 +1,48 @@
+def start_redis():
+    """Start a Redis for development wherever the settings point to and none answers.
+
+    Returns the processes that were started. Exits if that is on another machine.
+    """
+    urls = [settings.CELERY_BROKER_URL, getattr(settings, "CELERY_RESULT_BACKEND", "")]
+    servers = {urlsplit(url).netloc: urlsplit(url) for url in urls if url.startswith("redis")}
+    return [start_redis_at(url) for url in servers.values() if not answers(url.port, url.hostname)]
+
+
+def start_redis_at(url):
+    if url.hostname not in ("127.0.0.1", "localhost"):
+        sys.exit(f"No Redis answers at {url.hostname}:{url.port}, see .env")
+    if server := shutil.which("redis-server") or shutil.which("valkey-server"):
+        print(f"Starting {server} on port {url.port}; it keeps its data in .redis/")
+        Path(".redis").mkdir(exist_ok=True)
+        options = "--dir .redis --appendonly yes --loglevel warning".split()
+        command = [server, "--bind", HOST, "--port", str(url.port), *options]
+    else:
+        print(f"Starting fakeredis on port {url.port}; it keeps data in memory, for a first look")
+        command = [sys.executable, "-c", f"import dev; dev.serve_fakeredis({url.port})"]
+    return subprocess.Popen(command, start_new_session=True)
+
+
+def serve_fakeredis(port):
+    from fakeredis import TcpFakeServer
+    from fakeredis._clients._tcp_server import TCPFakeRequestHandler
+    from redis import ResponseError
+
+    class Handler(TCPFakeRequestHandler):
+        disable_nagle_algorithm = True  # else each transaction takes 44 ms
+
+        def setup(self):
+            super().setup()
+            read = self.current_client.read_response
+
+            def read_response():
+                try:
+                    return read()
+                except ResponseError as error:  # an answer, and no reason to hang up
+                    return error
+
+            self.current_client.read_response = read_response
+
+    server = TcpFakeServer((HOST, port))
+    server.RequestHandlerClass = Handler
+    server.daemon_threads = True
+    server.serve_forever()
