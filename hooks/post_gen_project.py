@@ -3,17 +3,18 @@
 import os
 
 
-def secret(size):
+def secret():
     """Hexadecimal digits, which no shell, URL or .env parser reads otherwise."""
-    return os.urandom(size).hex()
+    return os.urandom(12).hex()
 
 
+with open(".env.example", encoding="utf-8") as example:
+    # What comes before the first empty line is for development.
+    development = example.read().split("\n\n")[0].splitlines()[1:]
 try:
     # "x" leaves alone an .env that is already there: its secrets are in use.
     with open(".env", "x", opener=lambda path, flags: os.open(path, flags, 0o600)) as env:
-        env.write(f"DEBUG=True\nSECRET_KEY={secret(32)}\nFLOWER_BASIC_AUTH=admin:{secret(12)}\n")
-        env.write("DJANGO_SUPERUSER_USERNAME=demo\nDJANGO_SUPERUSER_EMAIL=demo@example.com\n")
-        env.write(f"DJANGO_SUPERUSER_PASSWORD={secret(12)}\n")
+        env.writelines(line.replace("change-me", secret()) + "\n" for line in development)
 except FileExistsError:
     pass
 

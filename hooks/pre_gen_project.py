@@ -10,7 +10,14 @@ import unicodedata
 ANSWERS = json.loads(r"""{{ cookiecutter | tojson }}""")
 
 # Cookiecutter checks no choice of a replay file; a test holds these to cookiecutter.json.
-CHOICES = {"include_example": [True, False]}
+CHOICES = {
+    "broker": ["redis", "rabbitmq", "sqs"],
+    "result_backend": ["redis", "database", "dynamodb", "none"],
+    "worker_pool": ["prefork", "threads", "gevent"],
+    "periodic_tasks": ["code", "admin"],
+    "ci": ["github", "gitlab", "none"],
+    "include_example": [True, False],
+}
 TEXTS = ("project_name", "project_slug", "description", "author_name", "author_email")
 
 SLUG = r"[a-z]([a-z0-9_]{0,38}[a-z0-9])?"  # fits packages, containers and databases too

@@ -1,3 +1,6 @@
+{% import "brokers/" ~ cookiecutter.broker ~ "/flags.jinja" as broker %}
+{% import "results/" ~ cookiecutter.result_backend ~ "/flags.jinja" as results %}
+{% set standins = [broker.standin, results.standin] | select | unique | list %}
 """`make run`: the whole project on this machine, for development. Ctrl-C ends all of it."""
 
 import os
@@ -20,7 +23,7 @@ HOST = "127.0.0.1"
 def main():
     os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
     os.environ.setdefault("SOFT_SHUTDOWN_SECONDS", "1")  # what runs longer goes on next time
-    for name, port in {"PORT": "8000", "FLOWER_PORT": "5555"}.items():
+    for name, port in {"PORT": "8000"{{ ', "FLOWER_PORT": "5555"' if broker.flower }}}.items():
         port = os.environ.setdefault(name, port)
         if answers(port):
             sys.exit(f"Port {port} is taken. Choose another one: {name}={int(port) + 1} make run")
@@ -31,7 +34,9 @@ def main():
         signal.signal(number, signal.default_int_handler)
     processes = []
     try:
-        processes += start_broker()
+{% for standin in standins %}
+        processes += start_{{ standin }}()
+{% endfor %}
         # In a session of its own: Ctrl-C reaches it through here, before the broker ends.
         processes.append(subprocess.Popen(["honcho", "start"], start_new_session=True))
         while all(process.poll() is None for process in processes):
@@ -66,7 +71,9 @@ def describe():
     Jobs     {web}/    {name} / {password}
     Admin    {web}/admin/
     API      {web}/api/docs/
+{% if broker.flower %}
     Flower   http://{HOST}:{os.environ["FLOWER_PORT"]}/    {os.environ["FLOWER_BASIC_AUTH"]}
+{% endif %}
 
 {% if cookiecutter.include_example %}
     Place an order, then follow its job:
@@ -90,8 +97,10 @@ def answers(port, host=HOST):
         return False
 
 
-{% include "brokers/" ~ cookiecutter._broker ~ "/dev.py" %}
+{% for standin in standins %}
+{% include "standins/" ~ standin ~ "/dev.py" %}
 
 
+{% endfor %}
 if __name__ == "__main__":
     main()

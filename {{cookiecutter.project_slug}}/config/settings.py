@@ -1,4 +1,7 @@
 {% import "text.jinja" as text %}
+{% import "brokers/" ~ cookiecutter.broker ~ "/flags.jinja" as broker %}
+{% import "results/" ~ cookiecutter.result_backend ~ "/flags.jinja" as results %}
+{% import "periodic/" ~ cookiecutter.periodic_tasks ~ "/flags.jinja" as periodic %}
 """Settings. Whatever differs between machines comes from the environment: see .env.example."""
 
 import logging
@@ -8,7 +11,7 @@ from urllib.parse import quote
 import environ
 import sentry_sdk
 import structlog
-{% if cookiecutter.include_example %}
+{% if cookiecutter.include_example and cookiecutter.periodic_tasks == "code" %}
 from celery.schedules import crontab
 {% endif %}
 from django.core.exceptions import ImproperlyConfigured
@@ -63,6 +66,9 @@ INSTALLED_APPS = [
     "drf_spectacular",
     "drf_spectacular_sidecar",
     "django_structlog",
+{% for app in [results.app, periodic.app] | select %}
+    "{{ app }}",
+{% endfor %}
     "jobs",
 {% if cookiecutter.include_example %}
     "orders",
@@ -158,24 +164,21 @@ TASK_TIME_LIMIT = env.int("TASK_TIME_LIMIT", default=600)  # seconds, of every j
 
 # Celery: what the broker needs
 
-{% include "brokers/" ~ cookiecutter._broker ~ "/settings.py" %}
+{% include "brokers/" ~ cookiecutter.broker ~ "/settings.py" %}
 
-# Celery: results of plain tasks
-
-{% include "results/" ~ cookiecutter._result_backend ~ "/settings.py" %}
-
+{% include "results/" ~ cookiecutter.result_backend ~ "/settings.py" %}
 # Celery: delivery
 
 CELERY_TASK_ACKS_LATE = True  # a killed worker gives its plain tasks back
 CELERY_TASK_REJECT_ON_WORKER_LOST = True  # and so does a killed child
-CELERY_WORKER_CANCEL_LONG_RUNNING_TASKS_ON_CONNECTION_LOSS = True  # they are delivered again
-CELERY_WORKER_PREFETCH_MULTIPLIER = 1  # a long task does not hold others hostage
 CELERY_WORKER_ETA_TASK_LIMIT = 1000  # far-off countdowns do not fill the worker's memory
 CELERY_BROKER_CONNECTION_RETRY_ON_STARTUP = True  # a worker waits for its broker
 CELERY_TASK_SERIALIZER = CELERY_RESULT_SERIALIZER = "json"
 CELERY_ACCEPT_CONTENT = ["json"]  # no code in messages
+{% if broker.flower %}
 CELERY_TASK_SEND_SENT_EVENT = True  # Flower shows the whole life of a task
 CELERY_WORKER_SEND_TASK_EVENTS = True
+{% endif %}
 CELERY_TIMEZONE = TIME_ZONE
 {% if cookiecutter.include_example %}
 CELERY_TASK_ROUTES = {  # a queue for each kind of load, so that none waits for another
@@ -194,23 +197,15 @@ CELERY_TASK_PUBLISH_RETRY_POLICY = {"max_retries": 1, "interval_start": 0}
 
 CELERY_TASK_TIME_LIMIT = TASK_TIME_LIMIT  # seconds; nothing runs for ever
 CELERY_TASK_SOFT_TIME_LIMIT = TASK_TIME_LIMIT * 0.9  # raises SoftTimeLimitExceeded in the task
-CELERY_WORKER_SOFT_SHUTDOWN_TIMEOUT = env.float("SOFT_SHUTDOWN_SECONDS", default=20)
-CELERY_WORKER_ENABLE_SOFT_SHUTDOWN_ON_IDLE = True
-CELERY_WORKER_MAX_TASKS_PER_CHILD = 1000  # leaks end
-CELERY_WORKER_MAX_MEMORY_PER_CHILD = env.int("WORKER_MAX_KILOBYTES", default=500_000)
-CELERY_WORKER_CONCURRENCY = env.int("WORKER_CONCURRENCY", default=None)  # the number of CPUs
 CELERY_DB_REUSE_MAX = 1000  # no new database connection for each task
 
-# Celery: Beat
-{% if cookiecutter.include_example %}
+# Celery: the worker pool
 
-CELERY_BEAT_SCHEDULE = {
-    "daily-report": {
-        "task": "orders.tasks.send_daily_report",
-        "schedule": crontab(hour=6, minute=0),
-    },
-}
-{% endif %}
+{% include "pools/" ~ cookiecutter.worker_pool ~ "/settings.py" %}
+
+# Celery: Beat
+
+{% include "periodic/" ~ cookiecutter.periodic_tasks ~ "/settings.py" %}
 
 # Logs and errors
 
@@ -244,7 +239,7 @@ LOGGING = {
     },
     "handlers": {"console": {"class": "logging.StreamHandler", "formatter": "structlog"}},
     "root": {"handlers": ["console"], "level": env.str("LOG_LEVEL", default="INFO")},
-    "loggers": {"django.server": {"level": "WARNING"}, "flower": {"level": "ERROR"}},
+    "loggers": {"django.server": {"level": "WARNING"}{{ ', "flower": {"level": "ERROR"}' if broker.flower }}},
 }
 DJANGO_STRUCTLOG_STATUS_START_LOG_LEVEL = logging.DEBUG  # one line a request
 DJANGO_STRUCTLOG_CELERY_ENABLED = True  # the request's id goes with the message to the worker

@@ -1,3 +1,4 @@
+{% import "brokers/" ~ cookiecutter.broker ~ "/flags.jinja" as broker %}
 """What `manage.py check --deploy` says of settings that would lose work, double it or expose it."""
 
 import os
@@ -49,6 +50,7 @@ def check_shared_database(app_configs, **kwargs):
             )
 
 
+{% if broker.flower %}
 @register(deploy=True)
 def check_flower(app_configs, **kwargs):
     if not os.environ.get("FLOWER_BASIC_AUTH"):
@@ -57,4 +59,5 @@ def check_flower(app_configs, **kwargs):
             hint="Set FLOWER_BASIC_AUTH=user:password.",
             id="jobs.W003",
         )
-{% include "brokers/" ~ cookiecutter._broker ~ "/checks.py" %}
+{% endif %}
+{% include "brokers/" ~ cookiecutter.broker ~ "/checks.py" %}

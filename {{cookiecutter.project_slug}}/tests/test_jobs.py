@@ -560,8 +560,4 @@ def test_the_checks_find_a_database_with_two_uses(monkeypatch, settings):
 
 def test_the_checks_find_a_flower_without_password(monkeypatch):
     assert check(monkeypatch, FLOWER_BASIC_AUTH="") == {"jobs.W003"}
-
-
-def test_the_checks_find_a_task_that_the_broker_would_double(monkeypatch, settings):
-    settings.CELERY_BROKER_TRANSPORT_OPTIONS = {"visibility_timeout": settings.TASK_TIME_LIMIT}
-    assert check(monkeypatch) == {"jobs.W004"}
+{% include "brokers/" ~ cookiecutter.broker ~ "/tests.py" %}
