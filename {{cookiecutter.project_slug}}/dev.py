@@ -1,6 +1,6 @@
 {% import "brokers/" ~ cookiecutter.broker ~ "/flags.jinja" as broker %}
 {% import "results/" ~ cookiecutter.result_backend ~ "/flags.jinja" as results %}
-{% set standins = [broker.standin, results.standin] | select | unique | list %}
+{% set servers = [broker.server, results.server] | select | unique | list %}
 """`make run`: the whole project on this machine, for development. Ctrl-C ends all of it."""
 
 import os
@@ -34,8 +34,8 @@ def main():
         signal.signal(number, signal.default_int_handler)
     processes = []
     try:
-{% for standin in standins %}
-        processes += start_{{ standin }}()
+{% for server in servers %}
+        processes += start_{{ server }}()
 {% endfor %}
         # In a session of its own: Ctrl-C reaches it through here, before the broker ends.
         processes.append(subprocess.Popen(["honcho", "start"], start_new_session=True))
@@ -97,8 +97,8 @@ def answers(port, host=HOST):
         return False
 
 
-{% for standin in standins %}
-{% include "standins/" ~ standin ~ "/dev.py" %}
+{% for server in servers %}
+{% include "servers/" ~ server ~ "/dev.py" %}
 
 
 {% endfor %}

@@ -1,3 +1,6 @@
+{% import "brokers/" ~ cookiecutter.broker ~ "/flags.jinja" as broker %}
+{% import "results/" ~ cookiecutter.result_backend ~ "/flags.jinja" as results %}
+{% set servers = [broker.server, results.server] | select | unique | list %}
 """The ledger: what a job's row promises, whatever happens to its message or its worker.
 
 Nothing here needs a broker. What a worker does with a message, job.publish() does at once; a test
@@ -535,29 +538,20 @@ def check(monkeypatch, **environment):
 
 def test_sound_settings_pass_the_checks(monkeypatch):
     assert check(monkeypatch) == set()
+{% if results.results %}
 
 
 def test_the_checks_find_a_result_backend_that_loses_results(monkeypatch, settings):
     settings.CELERY_RESULT_BACKEND = "rpc://"
     assert check(monkeypatch) == {"jobs.E001"}
-
-
-@pytest.mark.parametrize("query", ["", "?ssl_cert_reqs=none", "?ssl_cert_reqs=CERT_NONE"])
-def test_the_checks_find_tls_that_trusts_everybody(monkeypatch, settings, query):
-    settings.CELERY_BROKER_URL = "rediss://host?ssl_cert_reqs=required"
-    assert check(monkeypatch) == set()
-    settings.CELERY_BROKER_URL = f"rediss://host{query}"
-    assert check(monkeypatch) == {"jobs.W001"}
-
-
-def test_the_checks_find_a_database_with_two_uses(monkeypatch, settings):
-    settings.CELERY_BROKER_URL = "scheme://host:1/0"
-    assert check(monkeypatch, CACHE_URL="scheme://host:1/1") == set()
-    assert check(monkeypatch, CACHE_URL="scheme://user:password@host:1") == {"jobs.W002"}
-    settings.CELERY_BROKER_URL = "scheme://host:1/1"
-    assert check(monkeypatch, CACHE_URL="scheme://host:1/10") == set()
+{% endif %}
+{% for server in servers %}
+{% include "servers/" ~ server ~ "/tests.py" %}
+{% endfor %}
+{% if broker.flower %}
 
 
 def test_the_checks_find_a_flower_without_password(monkeypatch):
     assert check(monkeypatch, FLOWER_BASIC_AUTH="") == {"jobs.W003"}
+{% endif %}
 {% include "brokers/" ~ cookiecutter.broker ~ "/tests.py" %}
