@@ -4,7 +4,7 @@ demo: .venv  ## bake a project, start it, run a job: make demo ARGS="include_exa
 	@.venv/bin/python tests/demo.py $(ARGS)
 
 test: .venv  ## the template's own tests: make test ARGS="-k hook"
-	.venv/bin/python -m pytest -n auto $(ARGS)
+	.venv/bin/python -m pytest -n auto --dist loadgroup $(ARGS)
 
 lint: .venv
 	.venv/bin/ruff check --fix .

@@ -10,10 +10,10 @@ def bake(cookies):
     return lambda **answers: baked(cookies, answers)
 
 
-@pytest.fixture(scope="session", params=[True, False], ids=["example", "no-example"])
+@pytest.fixture(scope="module")
 def project(request, cookies_session):
-    """A project with its own virtual environment, once with the example and once without."""
-    project = baked(cookies_session, {"include_example": request.param})
+    """An installed project; its tests name the answers: see RUNS in test_run.py."""
+    project = baked(cookies_session, request.param)
     project.install()
     return project
 

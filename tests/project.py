@@ -36,6 +36,11 @@ def add(*numbers):
 @shared_task
 def add_all(sums):
     return sum(sums)
+
+
+@shared_task
+def touch(path):
+    open(path, "w").close()
 """
 
 
@@ -61,6 +66,31 @@ class Project(type(Path())):
         """Run Python code in the project and return the last word that it prints."""
         return self.manage("shell", "-v0", "-c", code, **environment).split()[-1]
 
+    def read(self, file):
+        return (self / file).read_text("utf-8")
+
+    def production(self):
+        """The variables that production needs, with the example values of .env.example."""
+        examples = dict(re.findall(r"^# ([A-Z_]+)=(.+)$", self.read(".env.example"), re.MULTILINE))
+        needed = re.findall(r"""required\(["']([A-Z_]+)""", self.read("config/settings.py"))
+        secret = {"SECRET_KEY": "only-this-test-knows-0123456789-abcdefghijklmnopqrstuvwxyz"}
+        return {name: value for name, value in {**examples, **secret}.items() if name in needed}
+
+    def free_servers(self):
+        """The variables that move each server of the project to a port where none answers."""
+        moved, ports = {}, {}
+        addresses = self.read("config/settings.py") + self.read(".env")
+        for name, url in {
+            "CELERY_BROKER_URL": "redis://127.0.0.1:6379/0",
+            "CELERY_RESULT_BACKEND": "redis://127.0.0.1:6379/1",
+            "AWS_ENDPOINT_URL": "http://127.0.0.1:4566",
+        }.items():
+            if url in addresses:
+                port = re.search("[0-9]{4}", url)[0]
+                ports.setdefault(port, free_ports(1)[0])
+                moved[name] = url.replace(port, str(ports[port]))
+        return moved
+
     def files(self):
         """Every file's path, without what tools left there."""
         return [path for path in self.rglob("*") if path.is_file() and "_cache" not in str(path)]
@@ -78,7 +108,8 @@ class Project(type(Path())):
     def up(self, **environment):
         """`make run` on free ports until the block ends: gives the Site once it answers."""
         port, flower = free_ports(2)
-        environment = {"PORT": port, "FLOWER_PORT": flower, **free_servers(), **environment}
+        servers = {**self.free_servers(), **environment}
+        environment = {"PORT": port, "FLOWER_PORT": flower, **servers}
         with open(self / "run.log", "w") as log:
             process = subprocess.Popen(
                 ["make", "run"],
@@ -147,7 +178,7 @@ print(models.Job.objects.enqueue(tasks.{task}, {args!r}, owner=User.objects.get(
 
     def ask_flower(self, path, authenticated=True):
         """Return (status, headers, JSON) of Flower's API."""
-        secret = re.search("^FLOWER_BASIC_AUTH=(.*)$", (self.project / ".env").read_text(), re.M)
+        secret = re.search("^FLOWER_BASIC_AUTH=(.*)$", self.project.read(".env"), re.MULTILINE)
         basic = "Basic " + base64.b64encode(secret[1].encode()).decode()
         return fetch(self.flower + path, None, {"Authorization": basic} if authenticated else {})
 
@@ -207,13 +238,6 @@ def env(**environment):
     ours = {"VIRTUAL_ENV", "MAKEFLAGS", "ARGS"}
     kept = {key: value for key, value in os.environ.items() if key not in ours}
     return {**kept, "PATH": tools, **{key: str(value) for key, value in environment.items()}}
-
-
-def free_servers():
-    """The variables of a broker and a result backend where no server is, for a stand-in."""
-    [port] = free_ports(1)
-    server = f"redis://127.0.0.1:{port}"
-    return {"CELERY_BROKER_URL": f"{server}/0", "CELERY_RESULT_BACKEND": f"{server}/1"}
 
 
 def free_ports(count):

@@ -1,101 +1,105 @@
-"""An output runs: installed from its own pyproject.toml, with a real worker on a real broker."""
+"""Outputs run: installed from their own pyproject.toml, with a real worker on a real broker."""
 
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import time
 
 import pytest
-from conftest import missing
-from project import env, free_ports, free_servers, wait_for
+import servers
+from project import env, free_ports, wait_for
+from test_bake import CHOICES
 
-PRODUCTION = {
-    "DEBUG": "False",
-    "SECRET_KEY": "a-long-secret-that-only-this-test-knows-0123456789-abcdefghijk",
-    "ALLOWED_HOSTS": "example.com",
-    "DATABASE_URL": "postgres://user:password@127.0.0.1:5432/name",
-    "EMAIL_URL": "smtp+tls://user:password@127.0.0.1:587",
-    "CELERY_BROKER_URL": "rediss://:password@127.0.0.1:6379/0?ssl_cert_reqs=required",
-    "CELERY_RESULT_BACKEND": "rediss://:password@127.0.0.1:6379/1?ssl_cert_reqs=required",
-}
-FLOWER = {"FLOWER_BASIC_AUTH": "admin:password"}
+EXTRA = {"FLOWER_BASIC_AUTH": "admin:password", "DEBUG": "False"}
 ORDER = {"email": "you@example.com", "product": "Tea", "quantity": 2}
-with_example = pytest.mark.parametrize("project", [True], ids=["example"], indirect=True)
 CHORD = """
 from jobs.tasks import *
-print(chord([add.s(1, 2), add.s(3, 4)])(add_all.s()).get(timeout=20))
+print(chord([add.s(1, 2), add.s(3, 4)])(add_all.s()).get(timeout=30))
+"""
+COUNTDOWN = """
+from jobs.tasks import *
+print(add.apply_async([1, 2], countdown=2).id)
+"""
+SCHEDULE = """
+CELERY_BEAT_SCHEDULE = {{
+    "tick": {{"task": "jobs.tasks.touch", "schedule": 1, "args": ["{path}"]}}
+}}
 """
 
 
-@pytest.fixture(params=["fakeredis", "redis-server"])
-def broker(request, project, tmp_path):
-    """A broker that runs already: {variable: URL}. `make run` then starts none."""
-    [port] = free_ports(1)
-    if request.param == "fakeredis":
-        command = [project / ".venv/bin/python", "-c", f"import dev; dev.serve_fakeredis({port})"]
-    elif shutil.which(request.param):
-        command = ["redis-server", "--port", str(port), "--save", ""]
-    else:
-        missing("redis-server is not installed")
-    process = subprocess.Popen(
-        command, cwd=tmp_path, env=env(PYTHONPATH=project), stdout=subprocess.DEVNULL
-    )
-    url = f"redis://127.0.0.1:{port}"
-    yield {"CELERY_BROKER_URL": f"{url}/0", "CELERY_RESULT_BACKEND": f"{url}/1"}
-    process.terminate()
-    process.wait()
+def runs():
+    """Every result backend, and every other choice of a pool and a schedule, on every broker."""
+    default = {option: choices[0] for option, choices in CHOICES.items()}
+    for broker in CHOICES["broker"]:
+        for result_backend in CHOICES["result_backend"]:
+            yield {**default, "broker": broker, "result_backend": result_backend}
+        for option in ("worker_pool", "periodic_tasks"):
+            for choice in CHOICES[option][1:]:
+                yield {**default, "broker": broker, option: choice}
+    yield {**default, "include_example": False}
 
 
-def test_its_own_checks_pass(project):
-    project.call("make", "check")
+def name(answers):
+    return "-".join(str(choice) for choice in answers.values())
 
 
-def test_its_own_tests_pass(project):
-    printed = project.call("make", "test", **free_servers())
-    assert re.search(r"= \d+ passed in", printed), printed  # none was skipped
+def outputs(*answers):
+    """Run the test with these outputs, each wholly in one process of pytest-xdist."""
+    params = [
+        pytest.param(each, id=name(each), marks=pytest.mark.xdist_group(name(each)))
+        for each in answers
+    ]
+    return pytest.mark.parametrize("project", params, indirect=True)
 
 
-def test_it_is_fit_for_production(project):
-    project.manage("check", "--deploy", "--fail-level", "WARNING", **PRODUCTION, **FLOWER)
-
-
-@pytest.mark.parametrize("variable", sorted(set(PRODUCTION) - {"DEBUG"}))
-def test_production_does_not_start_without(project, variable):
-    (project / ".env").rename(project / ".env.away")
-    try:
-        with pytest.raises(AssertionError, match=f"ImproperlyConfigured: .*{variable}"):
-            project.manage("check", **{**PRODUCTION, variable: ""})
-    finally:
-        (project / ".env.away").rename(project / ".env")
+every_output = outputs(*runs())
+default_output = outputs(next(runs()))
 
 
 @pytest.fixture
-def with_tasks(project):
-    """The project with tasks of our own, so that it needs no example."""
-    tasks = project / "jobs/tasks.py"
-    before = tasks.read_text()
+def broker(project, tmp_path):
+    """The variables of a real server, where `make run` starts none by itself."""
+    if "amqp://" in project.read("config/settings.py"):
+        with servers.rabbitmq(tmp_path) as variables:
+            yield variables
+    elif "redis://127.0.0.1:6379" in project.read("config/settings.py"):
+        with servers.redis(tmp_path) as variables:
+            yield {**project.free_servers(), **variables}
+    else:
+        yield project.free_servers()
+
+
+@every_output
+def test_it_passes_its_own_checks_and_tests(project, broker):
+    project.call("make", "check")
+    project.manage("check", "--deploy", "--fail-level", "WARNING", **project.production(), **EXTRA)
+    printed = project.call("make", "test", **broker)
+    assert re.search(r"= \d+ passed in", printed), printed  # none was skipped
+
+
+@pytest.fixture
+def with_tasks(project, tmp_path):
+    """The project with tasks of our own, so that it needs no example, one of them periodic."""
+    tasks, settings = project / "jobs/tasks.py", project / "config/settings.py"
+    before = {file: file.read_text() for file in (tasks, settings)}
     project.add_tasks()
+    settings.write_text(before[settings] + SCHEDULE.format(path=tmp_path / "ticked"))
     yield project
-    tasks.write_text(before)
+    for file, text in before.items():
+        file.write_text(text)
 
 
-def test_it_runs_jobs_and_tasks(with_tasks, broker):
+@every_output
+def test_it_runs(with_tasks, broker, tmp_path):
     project = with_tasks
     with project.up(**broker) as site:
-        states = list(site.follow(site.enqueue("count", 20)))
-
-        assert [job["state"] for job in states][-1] == "succeeded"
+        states = list(site.follow(site.enqueue("count", 15)))
+        assert states[-1]["state"] == "succeeded", states[-1]
+        assert states[-1]["result"] == 15
         assert any(0 < job["progress"] < 100 for job in states)
-        assert states[-1]["result"] == 20
         assert site.request("/api/jobs/", Authorization="")[0] == 401
-
-        assert wait_for(lambda: site.find_in_flower(states[-1]["id"]), 15, site)
-        assert site.ask_flower("/api/workers", authenticated=False)[0] == 401
-
-        assert project.shell(CHORD, **broker) == "10"
 
         if (project / "orders").exists():
             status, headers, order = site.request("/api/orders/", ORDER)
@@ -105,8 +109,51 @@ def test_it_runs_jobs_and_tasks(with_tasks, broker):
             assert site.request(f"/api/orders/{order['id']}/")[2]["confirmed_at"]
             assert "Thank you! You ordered 2 × Tea." in site.log
 
+        if "CELERY_RESULT_BACKEND" in project.read("config/settings.py"):
+            assert project.shell(CHORD, **site.environment) == "10"
+        if "flower" in project.read("Procfile"):
+            task = project.shell(COUNTDOWN, **site.environment)
+            assert wait_for(lambda: site.find_in_flower(task), 30, site)
+            assert site.find_in_flower(states[-1]["id"])
+            assert site.ask_flower("/api/workers", authenticated=False)[0] == 401
 
-@with_example
+        wait_for((tmp_path / "ticked").exists, 30, site)  # Beat
+
+
+@default_output
+def test_production_names_what_is_missing(project):
+    (project / ".env").rename(project / ".env.away")
+    try:
+        variables = project.production()
+        assert {"SECRET_KEY", "DATABASE_URL", "CELERY_BROKER_URL"} <= set(variables)
+        for variable in variables:
+            with pytest.raises(AssertionError, match=f"ImproperlyConfigured: .*{variable}"):
+                project.manage("check", **{**variables, variable: ""})
+    finally:
+        (project / ".env.away").rename(project / ".env")
+
+
+@default_output
+def test_it_runs_on_the_stand_in(with_tasks, tmp_path):
+    """On fakeredis, which `make run` takes where no Redis is installed."""
+    [port] = free_ports(1)
+    command = [with_tasks / ".venv/bin/python", "-c", f"import dev; dev.serve_fakeredis({port})"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=env(PYTHONPATH=with_tasks))
+    url = f"redis://127.0.0.1:{port}"
+    fakeredis = {"CELERY_BROKER_URL": f"{url}/0", "CELERY_RESULT_BACKEND": f"{url}/1"}
+    try:
+        with with_tasks.up(**fakeredis) as site:
+            *_, job = site.follow(site.enqueue("count", 5))
+            assert job["state"] == "succeeded"
+            assert with_tasks.shell(CHORD, **site.environment) == "10"
+            assert wait_for(lambda: site.find_in_flower(job["id"]), 30, site)
+            wait_for((tmp_path / "ticked").exists, 30, site)
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@default_output
 def test_a_killed_child_loses_no_job(with_tasks):
     """With the default timings: within 60 s."""
     with with_tasks.up() as site:
@@ -127,7 +174,7 @@ def test_a_killed_child_loses_no_job(with_tasks):
         assert restarted_after < 60
 
 
-@with_example
+@default_output
 def test_ctrl_c_ends_everything(project):
     with project.up() as site:
         assert len(site.processes()) > 5
@@ -136,7 +183,7 @@ def test_ctrl_c_ends_everything(project):
         wait_for(lambda: not site.processes(), 10, site)
 
 
-@with_example
+@default_output
 @pytest.mark.parametrize("command", ["serve_fakeredis|redis-server", "runserver", "beat", "flower"])
 def test_when_one_process_dies_all_end(project, command):
     with project.up() as site:
@@ -148,7 +195,7 @@ def test_when_one_process_dies_all_end(project, command):
         wait_for(lambda: not site.processes(), 10, site)
 
 
-@with_example
+@default_output
 def test_a_taken_port_is_named(project):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -158,7 +205,7 @@ def test_a_taken_port_is_named(project):
             project.call("make", "run", PORT=port)
 
 
-@with_example
+@default_output
 def test_a_broker_elsewhere_gets_no_stand_in(project):
     with pytest.raises(AssertionError, match="No Redis answers at 127.0.0.2:1"):
         web, flower = free_ports(2)

@@ -1,17 +1,26 @@
 {% import "brokers/" ~ cookiecutter.broker ~ "/flags.jinja" as broker %}
 {% import "results/" ~ cookiecutter.result_backend ~ "/flags.jinja" as results %}
 {% set servers = [broker.server, results.server] | select | unique | list %}
-"""`make run`: the whole project on this machine, for development. Ctrl-C ends all of it."""
-
+{% set imports %}
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
-from urllib.parse import urlsplit
+{% for server in servers %}
+{% include "servers/" ~ server ~ "/dev.imports" %}
+{% endfor %}
+{% endset %}
+{% set imports = imports.split("\n") | select | unique | sort | list %}
+"""`make run`: the whole project on this machine, for development. Ctrl-C ends all of it."""
+
+{% for line in imports if line.startswith("import ") %}
+{{ line }}
+{% endfor %}
+{% for line in imports if line.startswith("from ") %}
+{{ line }}
+{% endfor %}
 
 import django
 from django.conf import settings
@@ -37,8 +46,10 @@ def main():
 {% for server in servers %}
         processes += start_{{ server }}()
 {% endfor %}
+        # The environment is .env already, and wins over it: honcho would turn that round.
         # In a session of its own: Ctrl-C reaches it through here, before the broker ends.
-        processes.append(subprocess.Popen(["honcho", "start"], start_new_session=True))
+        command = ["honcho", "--env", os.devnull, "start"]
+        processes.append(subprocess.Popen(command, start_new_session=True))
         while all(process.poll() is None for process in processes):
             time.sleep(0.2)
             if links and answers(os.environ["PORT"]):

@@ -173,7 +173,7 @@ CELERY_TASK_ACKS_LATE = True  # a killed worker gives its plain tasks back
 CELERY_TASK_REJECT_ON_WORKER_LOST = True  # and so does a killed child
 CELERY_WORKER_ETA_TASK_LIMIT = 1000  # far-off countdowns do not fill the worker's memory
 CELERY_BROKER_CONNECTION_RETRY_ON_STARTUP = True  # a worker waits for its broker
-CELERY_TASK_SERIALIZER = CELERY_RESULT_SERIALIZER = "json"
+CELERY_TASK_SERIALIZER = {{ "CELERY_RESULT_SERIALIZER = " if results.results }}"json"
 CELERY_ACCEPT_CONTENT = ["json"]  # no code in messages
 {% if broker.flower %}
 CELERY_TASK_SEND_SENT_EVENT = True  # Flower shows the whole life of a task

@@ -1,3 +1,4 @@
+{% import "brokers/" ~ cookiecutter.broker ~ "/flags.jinja" as broker %}
 from celery import signals
 from django.apps import AppConfig
 
@@ -6,8 +7,10 @@ class JobsConfig(AppConfig):
     name = "jobs"
 
     def ready(self):
-        from jobs import checks, sweep, tasks  # noqa: F401
+        from jobs import checks, sweep{{ ", tasks" if broker.flower }}  # noqa: F401
 
+{% if broker.flower %}
         signals.worker_init.connect(tasks.follow_revokes)
+{% endif %}
         signals.beat_init.connect(sweep.start)
         signals.beat_embedded_init.connect(sweep.start)  # celery worker --beat

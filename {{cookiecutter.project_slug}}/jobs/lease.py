@@ -1,10 +1,6 @@
 """The jobs that this process runs: one thread renews their leases and writes what they report."""
 
-import logging
-import threading
-import time
-import uuid
-
+{% include "pools/" ~ cookiecutter.worker_pool ~ "/lease.imports" %}
 from django.conf import settings
 from django.db import close_old_connections
 
@@ -16,7 +12,7 @@ TICK = 0.5  # seconds between two writes of what bodies reported
 
 runs = {}  # token: Run
 keeper = None
-lock = threading.Lock()
+{% include "pools/" ~ cookiecutter.worker_pool ~ "/lease_lock.py" %}
 
 
 class Lost(BaseException):
@@ -43,9 +39,7 @@ class Run:
         global keeper
         with lock:
             runs[self.token] = self
-            if keeper is None:  # not earlier: threads do not survive the fork of a prefork child
-                keeper = threading.Thread(target=keep, name="leases", daemon=True)
-                keeper.start()
+{% include "pools/" ~ cookiecutter.worker_pool ~ "/lease_start.py" %}
 
     def __exit__(self, *exc_info):
         with lock:
@@ -69,6 +63,7 @@ def keep():
                 close_old_connections()
                 find_lost(current, held=rows(current).renew())
                 renew_at = time.monotonic() + settings.JOB_LEASE_SECONDS / 3
+{% include "pools/" ~ cookiecutter.worker_pool ~ "/lease_stop.py" %}
         except Exception as error:  # whatever it is: without this thread all leases would lapse
             logger.warning("cannot renew leases: %r", error)
             close_old_connections()
@@ -89,3 +84,4 @@ def find_lost(candidates, held):
         tokens = set(rows(candidates).values_list("run", flat=True))
         for run in candidates:
             run.lost = run.token not in tokens
+{% include "pools/" ~ cookiecutter.worker_pool ~ "/lease_signal.py" %}

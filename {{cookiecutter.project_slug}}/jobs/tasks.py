@@ -1,21 +1,30 @@
+{% import "brokers/" ~ cookiecutter.broker ~ "/flags.jinja" as broker %}
 """The base class of tasks that are jobs: claims the row, runs the body, writes how it ended."""
 
 import json
 import logging
 import time
+{% if broker.flower %}
 from contextlib import suppress
+{% endif %}
 
-from billiard.common import terminate_handler_fired
+{% include "pools/" ~ cookiecutter.worker_pool ~ "/tasks.imports" %}
 from celery import Task
 from celery.exceptions import Ignore, Retry, SoftTimeLimitExceeded
 from celery.utils.time import maybe_make_aware
+{% if broker.flower %}
 from celery.worker.control import Panel
+{% endif %}
 from django.conf import settings
+{% if broker.flower %}
 from django.core.exceptions import ValidationError
-from django.db import Error, close_old_connections, connection
+{% endif %}
+from django.db import Error, close_old_connections{{ ", connection" if broker.flower }}
 from django.db.utils import InterfaceError, OperationalError
 from django.utils import timezone
+{% if broker.flower %}
 from kombu.utils.functional import maybe_list
+{% endif %}
 
 from .lease import Lost, Run
 from .models import OVER_TIME_LIMIT, Job
@@ -73,12 +82,7 @@ class JobTask(Task):
         except SoftTimeLimitExceeded:
             fail(run, OVER_TIME_LIMIT)
             raise
-        except SystemExit as error:
-            if terminate_handler_fired():  # the worker shuts down: another one goes on
-                insist(run.row.requeue)
-                raise
-            fail(run, f"The task called sys.exit({error.code!r})")
-            raise RuntimeError("sys.exit() in a task") from error  # which keeps its slot
+{% include "pools/" ~ cookiecutter.worker_pool ~ "/ends.py" %}
         except BaseException as error:
             fail(run, f"{type(error).__name__}: {error}")
             raise
@@ -125,6 +129,7 @@ def fail(run, reason):
     insist(run.row.finish, "failed", error=printable(reason), **run.report)
 
 
+{% include "pools/" ~ cookiecutter.worker_pool ~ "/insist.py" %}
 def insist(update, *args, **kwargs):
     """Return update(…), tried until the database answers: how a job ended must not get lost."""
     while True:
@@ -139,6 +144,7 @@ def insist(update, *args, **kwargs):
 def printable(text):
     """Return `text` without what PostgreSQL refuses: NUL characters and lone surrogates."""
     return str(text).replace("\0", "").encode(errors="replace").decode()
+{% if broker.flower %}
 
 
 def follow_revokes(**kwargs):
@@ -152,7 +158,8 @@ def follow_revokes(**kwargs):
         for pk in maybe_list(task_id) or []:
             with suppress(ValidationError, Error):  # some task's own kind of id
                 Job.objects.filter(pk=pk).cancel()
-        connection.close()  # the children that this process forks must not inherit it
+        connection.close()  # it would grow stale here, and a child must not inherit it
         return revoke(state, task_id, *args, **kwargs)
 
     Panel.data["revoke"] = cancel_and_revoke
+{% endif %}

@@ -15,7 +15,9 @@ from math import nan
 import pytest
 from celery import shared_task
 from celery.exceptions import SoftTimeLimitExceeded
+{% if broker.flower %}
 from celery.worker.control import Panel
+{% endif %}
 from django.core.checks import run_checks
 from django.db import IntegrityError, InterfaceError, OperationalError, transaction
 from django.db.models.functions import Now
@@ -25,7 +27,7 @@ from kombu import Connection
 from config.celery import app
 from jobs import lease, models, sweep
 from jobs.models import Job, JobQuerySet
-from jobs.tasks import JobTask, follow_revokes
+from jobs.tasks import JobTask{{ ", follow_revokes" if broker.flower }}
 
 pytestmark = pytest.mark.django_db
 
@@ -364,6 +366,7 @@ def test_the_renewal_of_a_lease_finds_lost_runs():
     assert (mine.lost, other.lost) == (False, True)
 
 
+{% if broker.flower %}
 @pytest.mark.django_db(transaction=True)  # it closes the connection
 def test_a_revoke_cancels_the_job(monkeypatch, published):
     job, other = Job.objects.enqueue(add, [1, 2]), Job.objects.enqueue(add, [1, 2])
@@ -375,6 +378,7 @@ def test_a_revoke_cancels_the_job(monkeypatch, published):
     assert Job.objects.filter(state="cancelled").count() == 2
 
 
+{% endif %}
 # The sweep
 
 

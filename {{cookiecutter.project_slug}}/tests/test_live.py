@@ -1,6 +1,9 @@
+{% import "brokers/" ~ cookiecutter.broker ~ "/flags.jinja" as broker %}
+{% import "results/" ~ cookiecutter.result_backend ~ "/flags.jinja" as results %}
+{% set servers = [broker.server, results.server] | select | unique | list %}
 """Jobs on a real worker, a real Beat and a real broker.
 
-The broker is what answers at CELERY_BROKER_URL, else the stand-in that `make run` would start.
+The broker is what answers where the settings point to, else the stand-in that `make run` would start.
 Without these tests: make test ARGS="-m 'not live'"
 """
 
@@ -15,7 +18,6 @@ from urllib.parse import quote
 
 import pytest
 from celery import shared_task
-from celery.backends.base import DisabledBackend
 from django.db import connection
 from honcho.environ import parse_procfile
 
@@ -39,11 +41,13 @@ def count(self):
     return STEPS
 
 
+{% if results.results %}
 @shared_task
 def double(number):
     return 2 * number
 
 
+{% endif %}
 def wait_until(job, condition):
     for _ in range(300):
         job.refresh_from_db()
@@ -66,7 +70,8 @@ def kill(process):
 @pytest.fixture(scope="module")
 def broker():
     try:
-        processes = dev.start_broker()
+        processes = {% for server in servers %}{{ " + " if not loop.first }}dev.start_{{ server }}(){% endfor %}
+
     except SystemExit as reason:
         pytest.skip(str(reason))
     with app.connection_for_write() as opened:
@@ -122,12 +127,12 @@ def beat(start):
     return start("beat")
 
 
+{% if results.results %}
 def test_a_plain_task_returns_its_result(worker):
-    if isinstance(app.backend, DisabledBackend):
-        pytest.skip("no result backend was chosen")
     assert double.apply_async([21], queue=QUEUE).get(timeout=30) == 42
 
 
+{% endif %}
 def test_a_job_shows_its_progress_and_its_result(worker):
     job = Job.objects.enqueue(count, queue=QUEUE)
     wait_until(job, lambda job: job.progress > 0)

@@ -1,0 +1,1 @@
+{% include "pools/threads/lease_signal.py" %}

@@ -1,0 +1,2 @@
+            if keeper is None:
+                keeper = start_new_thread(keep, ())

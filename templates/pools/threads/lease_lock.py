@@ -1,0 +1,2 @@
+lock = threading.Lock()
+stop_at = float("inf")

@@ -1,0 +1,3 @@
+            if keeper is None:
+                keeper = threading.Thread(target=keep, name="leases", daemon=True)
+                keeper.start()
