@@ -1,6 +1,7 @@
 """An output runs: installed from its own pyproject.toml, with a real worker on a real broker."""
 
 import os
+import pty
 import re
 import shutil
 import signal
@@ -10,7 +11,7 @@ import time
 
 import pytest
 from conftest import missing
-from project import env, free_ports, free_servers, wait_for
+from project import env, free_ports, free_servers, processes_in, wait_for
 
 PRODUCTION = {
     "DEBUG": "False",
@@ -134,6 +135,22 @@ def test_ctrl_c_ends_everything(project):
         site.stop()
 
         wait_for(lambda: not site.processes(), 10, site)
+
+
+@with_example
+def test_closing_the_terminal_ends_everything(project):
+    ports = dict(zip(["PORT", "FLOWER_PORT"], free_ports(2), strict=True))
+    child, terminal = pty.fork()
+    if child == 0:
+        os.chdir(project)
+        os.execvpe("make", ["make", "run"], env(**ports, **free_servers()))
+    printed = b""
+    while b"Ctrl-C ends everything" not in printed:
+        printed += os.read(terminal, 4096)
+    os.close(terminal)
+
+    wait_for(lambda: not processes_in(project), 15)
+    os.waitpid(child, 0)
 
 
 @with_example

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -15,11 +16,12 @@ from django.conf import settings
 from django.core.management import call_command
 
 HOST = "127.0.0.1"
+STOP = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]  # Ctrl-C, kill, the terminal closes
 
 
 def main():
     os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
-    os.environ.setdefault("SOFT_SHUTDOWN_SECONDS", "1")  # what runs longer goes on next time
+    os.environ.setdefault("SOFT_SHUTDOWN_SECONDS", "1")  # what runs longer runs again next time
     for name, port in {"PORT": "8000", "FLOWER_PORT": "5555"}.items():
         port = os.environ.setdefault(name, port)
         if answers(port):
@@ -27,27 +29,43 @@ def main():
     django.setup()
     call_command("migrate", verbosity=0)
     links = describe()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in STOP:
         signal.signal(number, signal.default_int_handler)
     processes = []
     try:
         processes += start_broker()
+        # The environment is .env already, and wins over it; honcho would turn that round.
         # In a session of its own: Ctrl-C reaches it through here, before the broker ends.
-        processes.append(subprocess.Popen(["honcho", "start"], start_new_session=True))
+        command = ["honcho", "--env", os.devnull, "start"]
+        honcho = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
+        processes.append(honcho)
+        threading.Thread(target=copy, args=[honcho.stdout, links], daemon=True).start()
+        terminal = os.isatty(1)
         while all(process.poll() is None for process in processes):
             time.sleep(0.2)
-            if links and answers(os.environ["PORT"]):
-                print(links, flush=True)
-                links = None
+            if terminal and not os.isatty(1):  # it was closed
+                raise KeyboardInterrupt
         failure = "A process has ended (the lines above say which and why), so all were stopped."
     except KeyboardInterrupt:
         failure = None
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for number in STOP:
+            signal.signal(number, signal.SIG_IGN)
         for process in reversed(processes):
             process.terminate()
             process.wait()
     sys.exit(failure)
+
+
+def copy(output, links):
+    """Print what honcho prints, and the links once the worker is ready; stop if nobody reads it."""
+    for line in output:
+        if links and b" ready." in line and b"celery@" in line:
+            line, links = line + links.encode(), None
+        try:
+            os.write(1, line)
+        except OSError:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def describe():
@@ -60,13 +78,14 @@ def describe():
     if not users.exists():
         call_command("createsuperuser", interactive=False, verbosity=0)
     token, _ = Token.objects.get_or_create(user=users.get())
+    flower = os.environ["FLOWER_BASIC_AUTH"].replace(":", " / ")
     web = f"http://{HOST}:{os.environ['PORT']}"
     curl = f"curl -H 'Authorization: Token {token}' {web}/api"
     return f"""
     Jobs     {web}/    {name} / {password}
     Admin    {web}/admin/
     API      {web}/api/docs/
-    Flower   http://{HOST}:{os.environ["FLOWER_PORT"]}/    {os.environ["FLOWER_BASIC_AUTH"]}
+    Flower   http://{HOST}:{os.environ["FLOWER_PORT"]}/    {flower}
 
 {% if cookiecutter.include_example %}
     Place an order, then follow its job:
@@ -79,6 +98,7 @@ def describe():
 {% endif %}
 
     Ctrl-C ends everything.
+
 """
 
 
