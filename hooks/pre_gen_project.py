@@ -53,4 +53,5 @@ def faults():
 
 
 if messages := [f"  {option} {ANSWERS[option]!r}: {remedy}." for option, remedy in faults()]:
-    sys.exit("\n".join(["No project was made. Please correct:", *messages]))
+    end = "Cookiecutter's own report of this follows."
+    sys.exit("\n".join(["No project was made. Please correct:", *messages, "", end]))

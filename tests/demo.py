@@ -51,7 +51,8 @@ def main(answers):
     for name, took in seconds.items():
         print(f"  {took:5.1f}  {name}")
     print(f"  {sum(seconds.values()):5.1f}  in all")
-    print(f"\nIt is yours to try: cd {project.relative_to(Path.cwd())} && make run")
+    print(f"\nTry it: cd {project.relative_to(Path.cwd())} && make run")
+    print("The next `make demo` writes that folder anew.")
 
 
 def run_example(site):

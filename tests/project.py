@@ -110,7 +110,7 @@ class Project(type(Path())):
         port, flower = free_ports(2)
         servers = {**self.free_servers(), **environment}
         environment = {"PORT": port, "FLOWER_PORT": flower, **servers}
-        with open(self / "run.log", "w") as log:
+        with open(self.parent / "run.log", "w") as log:
             process = subprocess.Popen(
                 ["make", "run"],
                 cwd=self,
@@ -140,7 +140,7 @@ class Site:
 
     @property
     def log(self):
-        return (self.project / "run.log").read_text(errors="replace")
+        return (self.project.parent / "run.log").read_text(errors="replace")
 
     def wait_until_ready(self):
         wait_for(lambda: "Ctrl-C ends everything" in self.log or self.process.poll(), 60, self)
@@ -188,16 +188,7 @@ print(models.Job.objects.enqueue(tasks.{task}, {args!r}, owner=User.objects.get(
         return task if task and task["state"] == "SUCCESS" else None
 
     def processes(self):
-        """The living processes that work in the project's folder, {pid: command line} (Linux)."""
-        found = {}
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                if (folder / "cwd").resolve().is_relative_to(self.project.resolve()):
-                    command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-                    found[int(folder.name)] = command
-            except OSError:  # it has ended, or is somebody else's
-                continue
-        return found
+        return processes_in(self.project)
 
     def find(self, pattern):
         """The ids of those whose command line matches, without the shells around them."""
@@ -209,6 +200,19 @@ print(models.Job.objects.enqueue(tasks.{task}, {args!r}, owner=User.objects.get(
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGINT)
         self.process.wait(30)
+
+
+def processes_in(project):
+    """The living processes that work in the project's folder, {pid: command line} (Linux)."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if (folder / "cwd").resolve().is_relative_to(project.resolve()):
+                command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                found[int(folder.name)] = command
+        except OSError:  # it has ended, or is somebody else's
+            continue
+    return found
 
 
 def fetch(url, data, headers):

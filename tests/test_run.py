@@ -1,6 +1,7 @@
 """Outputs run: installed from their own pyproject.toml, with a real worker on a real broker."""
 
 import os
+import pty
 import re
 import signal
 import socket
@@ -9,7 +10,7 @@ import time
 
 import pytest
 import servers
-from project import env, free_ports, wait_for
+from project import env, free_ports, processes_in, wait_for
 from test_bake import CHOICES
 
 EXTRA = {"FLOWER_BASIC_AUTH": "admin:password", "DEBUG": "False"}
@@ -181,6 +182,22 @@ def test_ctrl_c_ends_everything(project):
         site.stop()
 
         wait_for(lambda: not site.processes(), 10, site)
+
+
+@default_output
+def test_closing_the_terminal_ends_everything(project):
+    ports = dict(zip(["PORT", "FLOWER_PORT"], free_ports(2), strict=True))
+    child, terminal = pty.fork()
+    if child == 0:
+        os.chdir(project)
+        os.execvpe("make", ["make", "run"], env(**ports, **project.free_servers()))
+    printed = b""
+    while b"Ctrl-C ends everything" not in printed:
+        printed += os.read(terminal, 4096)
+    os.close(terminal)
+
+    wait_for(lambda: not processes_in(project), 15)
+    os.waitpid(child, 0)
 
 
 @default_output

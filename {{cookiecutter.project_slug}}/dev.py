@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 {% for server in servers %}
 {% include "servers/" ~ server ~ "/dev.imports" %}
@@ -27,11 +28,12 @@ from django.conf import settings
 from django.core.management import call_command
 
 HOST = "127.0.0.1"
+STOP = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]  # Ctrl-C, kill, the terminal closes
 
 
 def main():
     os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
-    os.environ.setdefault("SOFT_SHUTDOWN_SECONDS", "1")  # what runs longer goes on next time
+    os.environ.setdefault("SOFT_SHUTDOWN_SECONDS", "1")  # what runs longer runs again next time
     for name, port in {"PORT": "8000"{{ ', "FLOWER_PORT": "5555"' if broker.flower }}}.items():
         port = os.environ.setdefault(name, port)
         if answers(port):
@@ -39,31 +41,45 @@ def main():
     django.setup()
     call_command("migrate", verbosity=0)
     links = describe()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in STOP:
         signal.signal(number, signal.default_int_handler)
     processes = []
     try:
 {% for server in servers %}
         processes += start_{{ server }}()
 {% endfor %}
-        # The environment is .env already, and wins over it: honcho would turn that round.
+        # The environment is .env already, and wins over it; honcho would turn that round.
         # In a session of its own: Ctrl-C reaches it through here, before the broker ends.
         command = ["honcho", "--env", os.devnull, "start"]
-        processes.append(subprocess.Popen(command, start_new_session=True))
+        honcho = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
+        processes.append(honcho)
+        threading.Thread(target=copy, args=[honcho.stdout, links], daemon=True).start()
+        terminal = os.isatty(1)
         while all(process.poll() is None for process in processes):
             time.sleep(0.2)
-            if links and answers(os.environ["PORT"]):
-                print(links, flush=True)
-                links = None
+            if terminal and not os.isatty(1):  # it was closed
+                raise KeyboardInterrupt
         failure = "A process has ended (the lines above say which and why), so all were stopped."
     except KeyboardInterrupt:
         failure = None
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for number in STOP:
+            signal.signal(number, signal.SIG_IGN)
         for process in reversed(processes):
             process.terminate()
             process.wait()
     sys.exit(failure)
+
+
+def copy(output, links):
+    """Print what honcho prints, and the links once the worker is ready; stop if nobody reads it."""
+    for line in output:
+        if links and b" ready." in line and b"celery@" in line:
+            line, links = line + links.encode(), None
+        try:
+            os.write(1, line)
+        except OSError:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def describe():
@@ -76,6 +92,9 @@ def describe():
     if not users.exists():
         call_command("createsuperuser", interactive=False, verbosity=0)
     token, _ = Token.objects.get_or_create(user=users.get())
+{% if broker.flower %}
+    flower = os.environ["FLOWER_BASIC_AUTH"].replace(":", " / ")
+{% endif %}
     web = f"http://{HOST}:{os.environ['PORT']}"
     curl = f"curl -H 'Authorization: Token {token}' {web}/api"
     return f"""
@@ -83,7 +102,7 @@ def describe():
     Admin    {web}/admin/
     API      {web}/api/docs/
 {% if broker.flower %}
-    Flower   http://{HOST}:{os.environ["FLOWER_PORT"]}/    {os.environ["FLOWER_BASIC_AUTH"]}
+    Flower   http://{HOST}:{os.environ["FLOWER_PORT"]}/    {flower}
 {% endif %}
 
 {% if cookiecutter.include_example %}
@@ -97,6 +116,7 @@ def describe():
 {% endif %}
 
     Ctrl-C ends everything.
+
 """
 
 

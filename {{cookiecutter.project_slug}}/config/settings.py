@@ -99,7 +99,6 @@ TEMPLATES = [
     }
 ]
 ROOT_URLCONF = "config.urls"
-WSGI_APPLICATION = "config.wsgi.application"
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 LOGIN_URL = "login"
 LOGIN_REDIRECT_URL = LOGOUT_REDIRECT_URL = "index"
@@ -146,6 +145,7 @@ SPECTACULAR_SETTINGS = {
     "TITLE": {{ text.python(cookiecutter.project_name) }},
     "VERSION": "1.0.0",
     "SWAGGER_UI_DIST": "SIDECAR",  # from this server, not from another one
+    "SWAGGER_UI_FAVICON_HREF": "SIDECAR",
     "POSTPROCESSING_HOOKS": [
         "drf_spectacular.hooks.postprocess_schema_enums",
         "jobs.schema.document_common_answers",
@@ -173,7 +173,6 @@ CELERY_TASK_ACKS_LATE = True  # a killed worker gives its plain tasks back
 CELERY_TASK_REJECT_ON_WORKER_LOST = True  # and so does a killed child
 CELERY_WORKER_ETA_TASK_LIMIT = 1000  # far-off countdowns do not fill the worker's memory
 CELERY_BROKER_CONNECTION_RETRY_ON_STARTUP = True  # a worker waits for its broker
-CELERY_TASK_SERIALIZER = {{ "CELERY_RESULT_SERIALIZER = " if results.results }}"json"
 CELERY_ACCEPT_CONTENT = ["json"]  # no code in messages
 {% if broker.flower %}
 CELERY_TASK_SEND_SENT_EVENT = True  # Flower shows the whole life of a task
@@ -217,9 +216,12 @@ LOG_PROCESSORS = [
     structlog.stdlib.add_logger_name,
     structlog.stdlib.add_log_level,
     structlog.stdlib.PositionalArgumentsFormatter(),
-    structlog.processors.TimeStamper(fmt="iso"),
 ]
-LOG_JSON = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+LOG_JSON = [
+    structlog.processors.TimeStamper(fmt="iso"),
+    structlog.processors.format_exc_info,
+    structlog.processors.JSONRenderer(),
+]
 LOG_OUTPUT = [structlog.dev.ConsoleRenderer()] if DEBUG else LOG_JSON
 LOG_FORMATTER = structlog.stdlib.ProcessorFormatter
 structlog.configure(
@@ -239,7 +241,13 @@ LOGGING = {
     },
     "handlers": {"console": {"class": "logging.StreamHandler", "formatter": "structlog"}},
     "root": {"handlers": ["console"], "level": env.str("LOG_LEVEL", default="INFO")},
-    "loggers": {"django.server": {"level": "WARNING"}{{ ', "flower": {"level": "ERROR"}' if broker.flower }}},
+    "loggers": {
+        "django": {},
+        "django.server": {"level": "CRITICAL"},
+{% if broker.flower %}
+        "flower": {"level": "ERROR"},
+{% endif %}
+    },
 }
 DJANGO_STRUCTLOG_STATUS_START_LOG_LEVEL = logging.DEBUG  # one line a request
 DJANGO_STRUCTLOG_CELERY_ENABLED = True  # the request's id goes with the message to the worker

@@ -9,7 +9,8 @@ from .models import FINAL, Job
 
 @admin.register(Job)
 class JobAdmin(admin.ModelAdmin):
-    list_display = ["id", "task", "state", "progress", "owner", "created_at", "finished_at"]
+    list_display = ["task", "state", "progress", "owner", "created_at", "finished_at"]
+    ordering = ["-created_at"]
     list_filter = ["state", "task", "queue", "created_at"]
     list_select_related = ["owner"]
     search_fields = ["id", "task", "error", "owner__username"]

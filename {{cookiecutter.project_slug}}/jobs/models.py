@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 ACTIVE = ["queued", "running"]
 FINAL = ["succeeded", "failed", "cancelled"]
+STATES = [(state, state.title()) for state in ACTIVE + FINAL]
 OVER_TIME_LIMIT = "Over its time limit"
 PUBLISH_PAUSE = 10  # seconds without a try after the broker refused one: requests stay quick
 publish_again_at = 0.0
@@ -92,13 +93,6 @@ class JobQuerySet(models.QuerySet):
 
 
 class Job(models.Model):
-    class State(models.TextChoices):
-        QUEUED = "queued"
-        RUNNING = "running"
-        SUCCEEDED = "succeeded"
-        FAILED = "failed"
-        CANCELLED = "cancelled"
-
     id = models.UUIDField(primary_key=True, default=uuid.uuid4, editable=False)
     owner = models.ForeignKey(settings.AUTH_USER_MODEL, models.CASCADE, null=True)
     task = models.CharField(max_length=255)
@@ -108,7 +102,7 @@ class Job(models.Model):
     idempotency_key = models.CharField(max_length=255, null=True)  # noqa: DJ001
     fingerprint = models.CharField(max_length=64)
 
-    state = models.CharField(max_length=9, choices=State, default=State.QUEUED)
+    state = models.CharField(max_length=9, choices=STATES, default="queued")
     progress = models.PositiveSmallIntegerField(default=0, help_text="percent")
     message = models.CharField(max_length=255)
     result = models.JSONField(null=True)

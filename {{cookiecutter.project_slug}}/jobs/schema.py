@@ -23,7 +23,7 @@ def document_common_answers(result, generator, request, public):
             responses = operation["responses"]
             if "Idempotency-Key" in parameters:
                 answers[422] = "The key was used for another request"
-                responses["202"] = responses.pop("201")
+                responses["202"] = responses.pop("201", responses.get("202"))
                 responses["202"]["headers"] = {"Location": TEXT, "Retry-After": TEXT}
             for status, description in answers.items():
                 content = {"application/json": {"schema": ERROR if status != 400 else {}}}

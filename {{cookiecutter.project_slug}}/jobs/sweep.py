@@ -59,7 +59,7 @@ def judge_leases():
             row.finish("failed", error=f"Its worker died {crashes} times", crashes=crashes)
         else:
             delay = 5 * 2**job.crashes * random.uniform(0.8, 1.2)
-            row.requeue(delay, crashes=crashes)
+            row.requeue(delay, crashes=crashes, message="Its worker died, so it starts again soon")
             logger.warning("job %s lost its worker: again in %.0f s", job.pk, delay)
 
 

@@ -6,7 +6,7 @@ from django.db import IntegrityError, transaction
 from django.shortcuts import get_object_or_404
 from django.urls import reverse
 from drf_spectacular.utils import OpenApiParameter, extend_schema
-from rest_framework import mixins, viewsets
+from rest_framework import viewsets
 from rest_framework.decorators import action
 from rest_framework.exceptions import APIException, ValidationError
 from rest_framework.response import Response
@@ -46,7 +46,7 @@ class JobViewSet(viewsets.ReadOnlyModelViewSet):
         return Response(self.get_serializer(job).data)
 
 
-class EnqueueMixin(mixins.CreateModelMixin):
+class EnqueueMixin:
     """POST stores an object and enqueues its job in one transaction, then answers 202.
 
     The object has a field `job`, which perform_create() sets to what self.enqueue() returned. Sent

@@ -1,3 +1,1 @@
-            if time.monotonic() >= stop_at:
-                rows(current).requeue()
-                os._exit(0)
+{% include "pools/threads/lease_stop.py" %}

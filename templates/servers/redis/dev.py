@@ -5,20 +5,21 @@ def start_redis():
     """
     urls = [settings.CELERY_BROKER_URL, getattr(settings, "CELERY_RESULT_BACKEND", "")]
     servers = {urlsplit(url).netloc: urlsplit(url) for url in urls if url.startswith("redis")}
-    return [start_redis_at(url) for url in servers.values() if not answers(url.port, url.hostname)]
+    ports = [(url.port or 6379, url.hostname) for url in servers.values()]
+    return [start_redis_at(*place) for place in ports if not answers(*place)]
 
 
-def start_redis_at(url):
-    if url.hostname not in ("127.0.0.1", "localhost"):
-        sys.exit(f"No Redis answers at {url.hostname}:{url.port}, see .env")
+def start_redis_at(port, host):
+    if host not in ("127.0.0.1", "localhost"):
+        sys.exit(f"No Redis answers at {host}:{port}, see .env")
     if server := shutil.which("redis-server") or shutil.which("valkey-server"):
-        print(f"Starting {server} on port {url.port}; it keeps its data in .redis/")
-        Path(".redis").mkdir(exist_ok=True)
-        options = "--dir .redis --appendonly yes --loglevel warning".split()
-        command = [server, "--bind", HOST, "--port", str(url.port), *options]
+        print(f"Starting {server} on port {port}; it keeps its data in .data/")
+        Path(".data").mkdir(exist_ok=True)
+        options = "--dir .data --appendonly yes --loglevel warning".split()
+        command = [server, "--bind", HOST, "--port", str(port), *options]
     else:
-        print(f"Starting fakeredis on port {url.port}; it keeps data in memory, for a first look")
-        command = [sys.executable, "-c", f"import dev; dev.serve_fakeredis({url.port})"]
+        print(f"Starting fakeredis on port {port}; it keeps data in memory, for a first look")
+        command = [sys.executable, "-c", f"import dev; dev.serve_fakeredis({port})"]
     return subprocess.Popen(command, start_new_session=True)
 
 
