@@ -34,7 +34,7 @@ TRACES = {
     "pool threads": [("worker_pool", "threads")],
     "billiard|max_tasks_per_child": [("worker_pool", "prefork")],
     "django.celery.beat": [("periodic_tasks", "admin")],
-    "beat_schedule": [("periodic_tasks", "code")],
+    r"beat_schedule\b": [("periodic_tasks", "code")],
     "github": [("ci", "github")],
     "gitlab": [("ci", "gitlab")],
     "orders|newsletter|httpx": [("include_example", True)],

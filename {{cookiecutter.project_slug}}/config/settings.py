@@ -195,8 +195,6 @@ CELERY_TASK_PUBLISH_RETRY_POLICY = {"max_retries": 1, "interval_start": 0}
 # Celery: time and memory
 
 CELERY_TASK_TIME_LIMIT = TASK_TIME_LIMIT  # seconds; nothing runs for ever
-CELERY_TASK_SOFT_TIME_LIMIT = TASK_TIME_LIMIT * 0.9  # raises SoftTimeLimitExceeded in the task
-CELERY_DB_REUSE_MAX = 1000  # no new database connection for each task
 
 # Celery: the worker pool
 

@@ -43,6 +43,12 @@ class JobTask(Task):
     acks_late = False  # the row survives a crash, so the message may go at once
     ignore_result = True  # the row has the result
 
+    @classmethod
+    def on_bound(cls, app):
+        """Lower the soft limit of the settings for a task with a short hard limit of its own."""
+        if cls.time_limit and cls.soft_time_limit and cls.soft_time_limit > cls.time_limit:
+            cls.soft_time_limit = cls.time_limit * 0.9
+
     @property
     def job_run(self):
         return getattr(self.request, "job_run", None)

@@ -32,6 +32,11 @@ from jobs.tasks import JobTask{{ ", follow_revokes" if broker.flower }}
 pytestmark = pytest.mark.django_db
 
 
+@shared_task(base=JobTask, time_limit=1)
+def short(x):
+    return x
+
+
 @shared_task(base=JobTask, bind=True)
 def add(self, x, y):
     self.report(1, 2, "adding")
@@ -133,6 +138,13 @@ def test_what_cannot_run_is_refused_at_once(task, args):
     with pytest.raises(TypeError):
         Job.objects.enqueue(task, args)
     assert not Job.objects.exists()
+
+
+def test_a_task_may_have_a_shorter_time_limit_than_the_settings(commit):
+    with commit():
+        job = Job.objects.enqueue(short, [1])
+    job.refresh_from_db()
+    assert job.state == "succeeded"
 
 
 @pytest.mark.parametrize("owned", [True, False])

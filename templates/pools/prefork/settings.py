@@ -1,3 +1,5 @@
+CELERY_TASK_SOFT_TIME_LIMIT = TASK_TIME_LIMIT * 0.9  # raises SoftTimeLimitExceeded in the task
+CELERY_DB_REUSE_MAX = 1000  # no new database connection for each task
 CELERY_WORKER_CONCURRENCY = env.int("WORKER_CONCURRENCY", default=None)  # the number of CPUs
 CELERY_WORKER_PREFETCH_MULTIPLIER = 1  # a long task does not hold others hostage
 CELERY_WORKER_CANCEL_LONG_RUNNING_TASKS_ON_CONNECTION_LOSS = True  # they are delivered again

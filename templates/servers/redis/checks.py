@@ -2,7 +2,11 @@
 
 def redis_urls():
     """Return the Redis databases in use, {variable: URL}."""
+{% if results.server == "redis" %}
     names = ["CELERY_BROKER_URL", "CELERY_RESULT_BACKEND", "CACHE_URL"]
+{% else %}
+    names = ["CELERY_BROKER_URL", "CACHE_URL"]
+{% endif %}
     urls = {name: getattr(settings, name, None) or os.environ.get(name, "") for name in names}
     return {name: url for name, url in urls.items() if url.startswith("redis")}
 

@@ -3,10 +3,10 @@ def start_redis():
 
     Returns the processes that were started. Exits if that is on another machine.
     """
-    urls = [settings.CELERY_BROKER_URL, getattr(settings, "CELERY_RESULT_BACKEND", "")]
-    servers = {urlsplit(url).netloc: urlsplit(url) for url in urls if url.startswith("redis")}
-    ports = [(url.port or 6379, url.hostname) for url in servers.values()]
-    return [start_redis_at(*place) for place in ports if not answers(*place)]
+{% set variables = ["CELERY_BROKER_URL" if broker.server == "redis", "CELERY_RESULT_BACKEND" if results.server == "redis"] %}
+    urls = [{% for variable in variables if variable %}{{ "" if loop.first else ", " }}urlsplit(settings.{{ variable }}){% endfor %}]
+    places = {(url.port or 6379, url.hostname) for url in urls}
+    return [start_redis_at(*place) for place in places if not answers(*place)]
 
 
 def start_redis_at(port, host):
