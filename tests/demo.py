@@ -40,10 +40,11 @@ def main(answers):
     with ExitStack() as stack:
         with step("Start it: make run"):
             site = stack.enter_context(project.up())
-            print(f"  {site.web}  {site.flower}")
+            print(f"  {site.web}  {site.flower if site.has_flower else ''}")
         job = run(site)
-        with step("Look for it in Flower"):
-            show_in_flower(site, job)
+        if site.has_flower:
+            with step("Look for it in Flower"):
+                show_in_flower(site, job)
         with step("Stop everything"):
             site.stop()
             wait_for(lambda: not site.processes(), 10)

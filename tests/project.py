@@ -139,6 +139,11 @@ class Site:
         self.token = None
 
     @property
+    def has_flower(self):
+        """Not every broker carries what it shows."""
+        return "flower" in self.project.read("Procfile")
+
+    @property
     def log(self):
         return (self.project.parent / "run.log").read_text(errors="replace")
 

@@ -112,7 +112,7 @@ def test_it_runs(with_tasks, broker, tmp_path):
 
         if "CELERY_RESULT_BACKEND" in project.read("config/settings.py"):
             assert project.shell(CHORD, **site.environment) == "10"
-        if "flower" in project.read("Procfile"):
+        if site.has_flower:
             task = project.shell(COUNTDOWN, **site.environment)
             assert wait_for(lambda: site.find_in_flower(task), 30, site)
             assert site.find_in_flower(states[-1]["id"])

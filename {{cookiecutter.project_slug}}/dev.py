@@ -53,12 +53,16 @@ def main():
         command = ["honcho", "--env", os.devnull, "start"]
         honcho = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
         processes.append(honcho)
-        threading.Thread(target=copy, args=[honcho.stdout, links], daemon=True).start()
+        ready = threading.Event()
+        threading.Thread(target=copy, args=[honcho.stdout, ready], daemon=True).start()
         terminal = os.isatty(1)
         while all(process.poll() is None for process in processes):
             time.sleep(0.2)
             if terminal and not os.isatty(1):  # it was closed
                 raise KeyboardInterrupt
+            if links and ready.is_set() and answers(os.environ["PORT"]):
+                print(links, flush=True)
+                links = None
         failure = "A process has ended (the lines above say which and why), so all were stopped."
     except KeyboardInterrupt:
         failure = None
@@ -71,15 +75,15 @@ def main():
     sys.exit(failure)
 
 
-def copy(output, links):
-    """Print what honcho prints, and the links once the worker is ready; stop if nobody reads it."""
+def copy(output, ready):
+    """Print what honcho prints, and set `ready` once the worker is; stop if nobody reads it."""
     for line in output:
-        if links and b" ready." in line and b"celery@" in line:
-            line, links = line + links.encode(), None
         try:
             os.write(1, line)
         except OSError:
             os.kill(os.getpid(), signal.SIGTERM)
+        if b" ready." in line and b"celery@" in line:
+            ready.set()
 
 
 def describe():
