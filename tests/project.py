@@ -148,10 +148,10 @@ class Site:
         return (self.project.parent / "run.log").read_text(errors="replace")
 
     def wait_until_ready(self):
-        wait_for(lambda: "Ctrl-C ends everything" in self.log or self.process.poll(), 60, self)
+        wait_for(lambda: "Ctrl-C ends everything" in self.log or self.process.poll(), 120, self)
         assert self.process.poll() is None, self.log
         self.token = re.search("Token ([0-9a-f]{40})", self.log)[1]
-        wait_for(lambda: re.search(r"celery@\S+ ready", self.log), 60, self)
+        wait_for(lambda: re.search(r"celery@\S+ ready", self.log), 120, self)
 
     def request(self, path, data=None, **headers):
         """Return (status, headers, JSON) of a GET, or with `data` of a POST, as the demo user."""
@@ -167,7 +167,7 @@ print(models.Job.objects.enqueue(tasks.{task}, {args!r}, owner=User.objects.get(
 """
         return f"/api/jobs/{self.project.shell(code, **self.environment)}/"
 
-    def follow(self, url, seconds=60):
+    def follow(self, url, seconds=120):
         """Yield the job at `url` whenever it looks different, until its final state."""
         seen, until = None, time.monotonic() + seconds
         while time.monotonic() < until:
@@ -204,7 +204,7 @@ print(models.Job.objects.enqueue(tasks.{task}, {args!r}, owner=User.objects.get(
         """What Ctrl-C does."""
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGINT)
-        self.process.wait(30)
+        self.process.wait(60)
 
 
 def processes_in(project):

@@ -37,6 +37,7 @@ TRACES = {
     r"beat_schedule\b": [("periodic_tasks", "code")],
     "github": [("ci", "github")],
     "gitlab": [("ci", "gitlab")],
+    r"\bCI\b": [("ci", "github"), ("ci", "gitlab")],
     "orders|newsletter|httpx": [("include_example", True)],
 }
 # Modules whose package has another name.

@@ -17,7 +17,7 @@ EXTRA = {"FLOWER_BASIC_AUTH": "admin:password", "DEBUG": "False"}
 ORDER = {"email": "you@example.com", "product": "Tea", "quantity": 2}
 CHORD = """
 from jobs.tasks import *
-print(chord([add.s(1, 2), add.s(3, 4)])(add_all.s()).get(timeout=30))
+print(chord([add.s(1, 2), add.s(3, 4)])(add_all.s()).get(timeout=60))
 """
 COUNTDOWN = """
 from jobs.tasks import *
@@ -114,11 +114,11 @@ def test_it_runs(with_tasks, broker, tmp_path):
             assert project.shell(CHORD, **site.environment) == "10"
         if site.has_flower:
             task = project.shell(COUNTDOWN, **site.environment)
-            assert wait_for(lambda: site.find_in_flower(task), 30, site)
-            assert site.find_in_flower(states[-1]["id"])
+            assert wait_for(lambda: site.find_in_flower(task), 60, site)
+            assert wait_for(lambda: site.find_in_flower(states[-1]["id"]), 60, site)
             assert site.ask_flower("/api/workers", authenticated=False)[0] == 401
 
-        wait_for((tmp_path / "ticked").exists, 30, site)  # Beat
+        wait_for((tmp_path / "ticked").exists, 60, site)  # Beat
 
 
 @default_output
@@ -147,8 +147,8 @@ def test_it_runs_on_the_stand_in(with_tasks, tmp_path):
             *_, job = site.follow(site.enqueue("count", 5))
             assert job["state"] == "succeeded"
             assert with_tasks.shell(CHORD, **site.environment) == "10"
-            assert wait_for(lambda: site.find_in_flower(job["id"]), 30, site)
-            wait_for((tmp_path / "ticked").exists, 30, site)
+            assert wait_for(lambda: site.find_in_flower(job["id"]), 60, site)
+            wait_for((tmp_path / "ticked").exists, 60, site)
     finally:
         process.terminate()
         process.wait()
@@ -181,7 +181,7 @@ def test_ctrl_c_ends_everything(project):
         assert len(site.processes()) > 5
         site.stop()
 
-        wait_for(lambda: not site.processes(), 10, site)
+        wait_for(lambda: not site.processes(), 30, site)
 
 
 @default_output
@@ -196,7 +196,7 @@ def test_closing_the_terminal_ends_everything(project):
         printed += os.read(terminal, 4096)
     os.close(terminal)
 
-    wait_for(lambda: not processes_in(project), 15)
+    wait_for(lambda: not processes_in(project), 30)
     os.waitpid(child, 0)
 
 
@@ -207,9 +207,9 @@ def test_when_one_process_dies_all_end(project, command):
         for pid in site.find(command):
             os.kill(pid, signal.SIGKILL)
 
-        assert site.process.wait(20) != 0
+        assert site.process.wait(60) != 0
         assert "A process has ended" in site.log
-        wait_for(lambda: not site.processes(), 10, site)
+        wait_for(lambda: not site.processes(), 30, site)
 
 
 @default_output
