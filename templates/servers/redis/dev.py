@@ -6,17 +6,20 @@ def start_redis():
 {% set variables = ["CELERY_BROKER_URL" if broker.server == "redis", "CELERY_RESULT_BACKEND" if results.server == "redis"] %}
     urls = [{% for variable in variables if variable %}{{ "" if loop.first else ", " }}urlsplit(settings.{{ variable }}){% endfor %}]
     places = {(url.port or 6379, url.hostname) for url in urls}
-    return [start_redis_at(*place) for place in places if not answers(*place)]
+    missing = [place for place in places if not answers(*place)]
+    for port, host in missing:
+        if host not in ("127.0.0.1", "localhost"):
+            sys.exit(f"No Redis answers at {host}:{port}, see .env")
+    return [start_redis_at(port) for port, _ in missing]
 
 
-def start_redis_at(port, host):
-    if host not in ("127.0.0.1", "localhost"):
-        sys.exit(f"No Redis answers at {host}:{port}, see .env")
+def start_redis_at(port):
     if server := shutil.which("redis-server") or shutil.which("valkey-server"):
-        print(f"Starting {server} on port {port}; it keeps its data in .data/")
-        Path(".data").mkdir(exist_ok=True)
-        options = "--dir .data --appendonly yes --loglevel warning".split()
-        command = [server, "--bind", HOST, "--port", str(port), *options]
+        folder = Path(".data", str(port))
+        folder.mkdir(parents=True, exist_ok=True)
+        print(f"Starting {server} on port {port}; it keeps its data in {folder}/")
+        options = f"--bind {HOST} --port {port} --dir {folder} --appendonly yes --loglevel warning"
+        command = [server, *options.split()]
     else:
         print(f"Starting fakeredis on port {port}; it keeps data in memory, for a first look")
         command = [sys.executable, "-c", f"import dev; dev.serve_fakeredis({port})"]
