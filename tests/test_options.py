@@ -497,6 +497,7 @@ def test_empty_folders_of_git_and_virtualenvs_stay(tmp_path):
     gone = [tmp_path / folder for folder in ("orders/migrations", ".github/workflows")]
     for folder in kept + gone:
         folder.mkdir(parents=True)
+    (tmp_path / ".env.example").write_text("# For development\nDEBUG=True\n\n# For production\n")
     subprocess.run(
         [sys.executable, TEMPLATE / "hooks/post_gen_project.py"], cwd=tmp_path, check=True
     )
@@ -512,6 +513,7 @@ def test_the_next_steps_are_printed(run):
 @pytest.mark.parametrize("hook", ["pre_gen_project", "post_gen_project"])
 def test_hooks_run_on_a_bare_python(tmp_path, hook):
     source = (TEMPLATE / f"hooks/{hook}.py").read_text("utf-8")
+    (tmp_path / ".env.example").write_text("# For development\nDEBUG=True\n\n# For production\n")
     script = tmp_path / "hook.py"
     script.write_text(create_env_with_context({}).from_string(source).render(cookiecutter=ANSWERS))
     result = subprocess.run(
