@@ -47,12 +47,8 @@ def name(answers):
 
 
 def outputs(*answers):
-    """Run the test with these outputs, each wholly in one process of pytest-xdist."""
-    params = [
-        pytest.param(each, id=name(each), marks=pytest.mark.xdist_group(name(each)))
-        for each in answers
-    ]
-    return pytest.mark.parametrize("project", params, indirect=True)
+    """Run the test with these outputs."""
+    return pytest.mark.parametrize("project", answers, ids=map(name, answers), indirect=True)
 
 
 every_output = outputs(*runs())
