@@ -60,7 +60,7 @@ def broker(project, tmp_path):
     """The variables of a real server, where `make run` starts none by itself."""
     if "amqp://" in project.read("config/settings.py"):
         with servers.rabbitmq(tmp_path) as variables:
-            yield variables
+            yield {**project.free_servers(), **variables}
     elif "redis://127.0.0.1:6379" in project.read("config/settings.py"):
         with servers.redis(tmp_path) as variables:
             yield {**project.free_servers(), **variables}
