@@ -1,7 +1,8 @@
+{% import "imports.jinja" as imports %}
 {% import "brokers/" ~ cookiecutter.broker ~ "/flags.jinja" as broker %}
 {% import "results/" ~ cookiecutter.result_backend ~ "/flags.jinja" as results %}
 {% set servers = [broker.server, results.server] | select | unique | list %}
-{% set imports %}
+{% set lines %}
 import os
 import signal
 import socket
@@ -13,16 +14,10 @@ import time
 {% include "servers/" ~ server ~ "/dev.imports" %}
 {% endfor %}
 {% endset %}
-{% set imports = imports.split("\n") | select | unique | sort | list %}
+{% set sorted = imports.sort(lines) %}
 """`make run`: the whole project on this machine, for development. Ctrl-C ends all of it."""
 
-{% for line in imports if line.startswith("import ") %}
-{{ line }}
-{% endfor %}
-{% for line in imports if line.startswith("from ") %}
-{{ line }}
-{% endfor %}
-
+{{ sorted }}
 import django
 from django.conf import settings
 from django.core.management import call_command

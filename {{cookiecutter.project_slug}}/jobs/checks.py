@@ -1,22 +1,17 @@
+{% import "imports.jinja" as imports %}
 {% import "brokers/" ~ cookiecutter.broker ~ "/flags.jinja" as broker %}
 {% import "results/" ~ cookiecutter.result_backend ~ "/flags.jinja" as results %}
 {% set servers = [broker.server, results.server] | select | unique | list %}
-{% set imports %}
+{% set lines %}
 {{ "import os" if broker.flower }}
 {% for server in servers %}
 {% include "servers/" ~ server ~ "/checks.imports" %}
 {% endfor %}
 {% endset %}
-{% set imports = imports.split("\n") | select | unique | sort | list %}
+{% set sorted = imports.sort(lines) %}
 """What `manage.py check --deploy` says of settings that would lose work, double it or expose it."""
 
-{% for line in imports if line.startswith("import ") %}
-{{ line }}
-{% endfor %}
-{% for line in imports if line.startswith("from ") %}
-{{ line }}
-{% endfor %}
-{% if imports %}
+{{ sorted }}{% if sorted %}
 
 {% endif %}
 {% include "brokers/" ~ cookiecutter.broker ~ "/checks.imports" %}
