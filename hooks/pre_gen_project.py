@@ -15,6 +15,7 @@ CHOICES = {
     "result_backend": ["redis", "database", "dynamodb", "none"],
     "worker_pool": ["prefork", "threads", "gevent"],
     "periodic_tasks": ["code", "admin"],
+    "deployment": ["docker", "kubernetes", "none"],
     "ci": ["github", "gitlab", "none"],
     "include_example": [True, False],
 }

@@ -35,6 +35,8 @@ TRACES = {
     "billiard|max_tasks_per_child": [("worker_pool", "prefork")],
     "django.celery.beat": [("periodic_tasks", "admin")],
     r"beat_schedule\b": [("periodic_tasks", "code")],
+    r"compose\.yaml|dockerfile|make up": [("deployment", "docker"), ("deployment", "kubernetes")],
+    "kubernetes|kustomize": [("deployment", "kubernetes")],
     "github": [("ci", "github")],
     "gitlab": [("ci", "gitlab")],
     r"\bCI\b": [("ci", "github"), ("ci", "gitlab")],

@@ -56,7 +56,7 @@ def main():
             if terminal and not os.isatty(1):  # it was closed
                 raise KeyboardInterrupt
             if links and ready.is_set() and answers(os.environ["PORT"]):
-                print(links, flush=True)
+                print(f"{links}\n    Ctrl-C ends everything.\n\n", flush=True)
                 links = None
         failure = "A process has ended (the lines above say which and why), so all were stopped."
     except KeyboardInterrupt:
@@ -113,9 +113,6 @@ def describe():
     See the jobs (README.md says how to write one):
     {curl}/jobs/
 {% endif %}
-
-    Ctrl-C ends everything.
-
 """
 
 

@@ -12,5 +12,6 @@ class JobsConfig(AppConfig):
 {% if broker.flower %}
         signals.worker_init.connect(tasks.follow_revokes)
 {% endif %}
+        signals.heartbeat_sent.connect(sweep.show_life)  # by a worker
         signals.beat_init.connect(sweep.start)
         signals.beat_embedded_init.connect(sweep.start)  # celery worker --beat

@@ -8,6 +8,12 @@ def start_aws():
     server = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
     while server.poll() is None and not answers(url.port):
         time.sleep(0.1)
+    prepare_aws()
+    return [server]
+
+
+def prepare_aws():
+    """Create what the stand-in lacks."""
 {% if broker.server == "aws" %}
     create_queues()
 {% endif %}
@@ -16,7 +22,6 @@ def start_aws():
 
     app.backend.client  # noqa: B018  creates the table
 {% endif %}
-    return [server]
 {% if broker.server == "aws" %}
 
 
