@@ -1,0 +1,245 @@
+"""Outputs in containers: built and started as they were baked, with nothing edited."""
+
+import itertools
+import json
+import re
+import shutil
+import subprocess
+import time
+
+import pytest
+from conftest import baked, missing
+from project import Project, Site, env, free_ports, wait_for
+from test_bake import CHOICES
+
+ORDER = {"email": "you@example.com", "product": "Tea", "quantity": 1}
+# A job of some twenty seconds or more, which says at each thousandth how far it is.
+LONG_JOB = """
+from django.contrib.auth.models import User
+from jobs.models import Job
+from orders.tasks import forecast_demand
+arguments = {"rounds": 5_000_000}
+print(Job.objects.enqueue(forecast_demand, ["Tea"], arguments, owner=User.objects.get()).pk)
+"""
+CRASHES = "from jobs.models import Job; print(Job.objects.get(pk='{}').crashes)"
+MEGABYTE = 1_000_000
+
+pytestmark = pytest.mark.xdist_group("docker")  # one stack at a time
+
+
+def docker(*command):
+    result = subprocess.run(["docker", *command], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def engine():
+    """An engine and Compose v2, which not every machine has."""
+    if not shutil.which("docker"):
+        missing("docker is not installed")
+    for command in ("info", "compose version"):
+        if subprocess.run(["docker", *command.split()], capture_output=True).returncode:
+            missing(f"`docker {command}` fails: no engine, or no Compose v2")
+
+
+@pytest.fixture(scope="module", params=CHOICES["broker"])
+def stack(request, engine, cookies_session):
+    """The untouched output of a broker in its containers, taken down at the end with its data."""
+    port, flower = free_ports(2)
+    project = baked(cookies_session, {"broker": request.param, "project_slug": f"shop_{port}"})
+    stack = Stack(project, PORT=port, FLOWER_PORT=flower)
+    try:
+        stack.up("--build")
+        yield stack
+    finally:
+        stack.compose("down", "--volumes", "--remove-orphans")
+        subprocess.run(["docker", "image", "rm", project.name], capture_output=True)
+
+
+class Stack(Site):
+    """What `docker compose up` started."""
+
+    def __init__(self, project, **environment):
+        super().__init__(project, process=None, environment=environment)
+        self.began = time.monotonic()
+
+    @property
+    def log(self):
+        return self.compose("ps", "--all") + self.compose("logs", "--no-color")
+
+    def compose(self, *command):
+        return self.project.call("docker", "compose", *command, **self.environment)
+
+    def up(self, *options):
+        command = ["docker", "compose", "up", "--detach", "--wait", *options]
+        result = subprocess.run(
+            command,
+            cwd=self.project,
+            env=env(**self.environment),
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, result.stderr + self.log
+        printed = self.compose("logs", "--no-color", "migrate")
+        self.token = re.findall("Token ([0-9a-f]{40})", printed)[-1]
+
+    def shell(self, code):
+        """Run Python code in the web's container and return the last word that it prints."""
+        command = ("python", "manage.py", "shell", "-v0", "-c", code)
+        return self.compose("exec", "-T", "web", *command).split()[-1]
+
+    def containers(self, *options):
+        """What Docker knows of each container, {service: [containers]}."""
+        ids = self.compose("ps", "--quiet", *options).split()
+        found = {}
+        for container in json.loads(docker("inspect", *ids)):
+            service = container["Config"]["Labels"]["com.docker.compose.service"]
+            found.setdefault(service, []).append(container)
+        return found
+
+    def order(self):
+        """Place an order; return its URL and the job after its end."""
+        status, headers, order = self.request("/api/orders/", ORDER)
+        assert status == 202, self.log
+        *_, job = self.follow(headers["Location"])
+        assert job["state"] == "succeeded", job
+        return f"/api/orders/{order['id']}/", job
+
+    def start_long_job(self):
+        """Return the URL and the id of a job that is in the middle."""
+        self.order()
+        pk = self.shell(LONG_JOB)
+        url = f"/api/jobs/{pk}/"
+        job = next(job for job in self.follow(url) if job["progress"] >= 5)
+        assert job["state"] == "running", f"too quick: {job}"
+        return url, pk
+
+
+def test_an_order_becomes_a_succeeded_job(stack, record_property):
+    url, job = stack.order()
+    seconds = time.monotonic() - stack.began
+    record_property("seconds from up to succeeded", round(seconds))
+    print(f"{stack.project.name}: {seconds:.0f} s from up to succeeded, the build included")
+
+    assert stack.request(url)[2]["confirmed_at"]
+    assert "Thank you! You ordered 1 × Tea." in stack.compose("logs", "worker")
+    assert stack.request("/api/jobs/", Authorization="")[0] == 401
+    if stack.has_flower:
+        assert wait_for(lambda: stack.find_in_flower(job["id"]), 60, stack)
+        assert stack.ask_flower("/api/workers", authenticated=False)[0] == 401
+
+
+def test_each_service_is_healthy_and_has_few_rights(stack):
+    for service, [container] in stack.containers("--all").items():
+        state, host = container["State"], container["HostConfig"]
+        if state["Running"]:
+            assert state["Health"]["Status"] == "healthy", service
+            assert host["RestartPolicy"]["Name"] == "unless-stopped", service
+            assert docker("exec", container["Id"], "id", "-u") != "0", service
+        else:
+            assert state["ExitCode"] == 0, service
+        assert container["Config"]["User"] not in ("", "0", "root"), service
+        assert host["ReadonlyRootfs"] and host["Init"] and host["Memory"], service
+        assert host["CapDrop"] == ["ALL"], service
+        assert host["SecurityOpt"] == ["no-new-privileges:true"], service
+        assert host["LogConfig"]["Config"]["max-size"], service
+        ports = host["PortBindings"].values()
+        assert all(port["HostIp"] == "127.0.0.1" for [port] in ports), service
+
+
+def test_the_image_is_small_and_knows_no_secret(stack):
+    image, base = stack.project.name, "python:3.13-slim"
+    sizes = [int(docker("image", "inspect", "-f", "{{.Size}}", name)) for name in (image, base)]
+    added = (sizes[0] - sizes[1]) / MEGABYTE
+    print(f"{image}: {sizes[0] / MEGABYTE:.0f} MB, {added:.0f} MB on top of {base}")
+    assert added <= 150
+    if stack.has_flower:  # boto is larger than all the rest of a broker
+        assert added <= 130
+
+    layers = subprocess.run(["docker", "image", "save", image], stdout=subprocess.PIPE).stdout
+    assert b"config/settings.py" in layers
+    secrets = re.findall("[0-9a-f]{24}", stack.project.read(".env"))
+    assert secrets
+    assert not [secret for secret in secrets if secret.encode() in layers]
+
+
+def test_a_stop_in_the_middle_of_a_job_loses_nothing(stack):
+    url, pk = stack.start_long_job()
+    stack.compose("stop")
+    stack.up()
+    *_, job = stack.follow(url, seconds=300)
+
+    assert job["state"] == "succeeded"
+    assert stack.shell(CRASHES.format(pk)) == "0"  # the worker gave it back by itself
+
+
+def test_a_job_of_a_killed_worker_is_done_again(stack):
+    url, pk = stack.start_long_job()
+    stack.compose("kill", "worker")
+    stack.compose("start", "worker")
+    *_, job = stack.follow(url, seconds=300)
+
+    assert job["state"] == "succeeded"
+    assert stack.shell(CRASHES.format(pk)) == "1"
+
+
+def test_there_may_be_several_workers(stack):
+    stack.up("--scale", "worker=3")
+    assert len(stack.containers()["worker"]) == 3
+
+    def workers():
+        return len(stack.ask_flower("/api/workers?refresh=1")[2] or []) >= 3
+
+    if stack.has_flower:
+        assert wait_for(workers, 60, stack)
+    stack.up("--scale", "worker=1")
+
+
+def test_the_data_outlives_the_containers(stack):
+    url, _ = stack.order()
+    token = stack.token
+    stack.compose("down")
+    stack.up()
+
+    assert stack.token == token
+    assert stack.request(url)[0] == 200
+    stack.order()
+
+
+@pytest.mark.parametrize("stack", CHOICES["broker"][:1], indirect=True)
+def test_what_hangs_is_unhealthy(stack):
+    """Frozen: the container runs, but nothing in it moves."""
+    services = ["web", "worker", "beat"]
+
+    def health():
+        containers = stack.containers()
+        return {containers[service][0]["State"]["Health"]["Status"] for service in services}
+
+    for service in services:
+        stack.compose("exec", "-T", service, "sh", "-c", "kill -STOP -1")
+    wait_for(lambda: health() == {"unhealthy"}, 180, stack)
+    for service in services:
+        stack.compose("exec", "-T", service, "sh", "-c", "kill -CONT -1")
+    wait_for(lambda: health() == {"healthy"}, 60, stack)
+
+
+def test_every_compose_file_and_dockerfile_is_valid(bake):
+    seen = set()
+    options = ("broker", "result_backend", "worker_pool", "include_example")
+    for values in itertools.product(*(CHOICES[option] for option in options)):
+        project = bake(**dict(zip(options, values, strict=True)))
+        for file in ("compose.yaml", "Dockerfile"):
+            if (text := project.read(file)) not in seen:
+                seen.add(text)
+                check(project, file)
+    assert len(seen) > 1
+
+
+def check(project: Project, file):
+    if file == "Dockerfile":
+        project.call("hadolint", file)
+        return
+    project.call("check-jsonschema", "--builtin-schema", "vendor.compose-spec", file)
+    if shutil.which("docker"):
+        project.call("docker", "compose", "config", "--quiet")
