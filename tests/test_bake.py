@@ -36,7 +36,7 @@ TRACES = {
     "django.celery.beat": [("periodic_tasks", "admin")],
     r"beat_schedule\b": [("periodic_tasks", "code")],
     r"compose\.yaml|dockerfile|make up": [("deployment", "docker"), ("deployment", "kubernetes")],
-    "kubernetes|kustomize": [("deployment", "kubernetes")],
+    "kubernetes|kustomize|keda": [("deployment", "kubernetes")],
     "github": [("ci", "github")],
     "gitlab": [("ci", "gitlab")],
     r"\bCI\b": [("ci", "github"), ("ci", "gitlab")],

@@ -8,6 +8,7 @@ import subprocess
 import time
 
 import pytest
+import yaml
 from conftest import baked, missing
 from project import Project, Site, env, free_ports, wait_for
 from test_bake import CHOICES
@@ -205,6 +206,32 @@ def test_the_data_outlives_the_containers(stack):
     assert stack.token == token
     assert stack.request(url)[0] == 200
     stack.order()
+
+
+@pytest.mark.parametrize("stack", CHOICES["broker"][:1], indirect=True)
+def test_the_query_that_scales_workers_counts_jobs(stack, bake):
+    """That of deploy/kubernetes/, which needs PostgreSQL."""
+    manifests = bake(deployment="kubernetes").read("deploy/kubernetes/base/workers.yaml")
+    queries = [
+        each["spec"]["triggers"][0]["metadata"]["query"]
+        for each in yaml.safe_load_all(manifests)
+        if each["kind"] == "ScaledObject"
+    ]
+    [query] = [query for query in queries if "'cpu'" in query]
+
+    def count():
+        name = stack.project.name
+        psql = ("psql", "-U", name, "-d", name, "-tAc", query)
+        return int(stack.compose("exec", "-T", "db", *psql))
+
+    assert count() == 0
+    url, _ = stack.start_long_job()
+    stack.shell(LONG_JOB)
+    stack.shell(LONG_JOB.replace("owner", "countdown=3600, owner"))
+    assert count() == 2
+    for job in stack.request("/api/jobs/")[2]["results"]:
+        stack.request(f"{job['url'].removeprefix(stack.web)}cancel/", {})
+    assert count() == 0
 
 
 @pytest.mark.parametrize("stack", CHOICES["broker"][:1], indirect=True)
