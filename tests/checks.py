@@ -89,16 +89,17 @@ def check_celery(settings, addresses):
     urls = settings + addresses
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     names = {name for name in names if name.startswith("CELERY_")}
-    assert names <= {"CELERY_" + name.upper() for name in DEFAULTS} | reads(
-        "celery.fixups.django", "conf"
-    )
+    unknown = names - {f"CELERY_{name.upper()}" for name in DEFAULTS}
+    assert not unknown - reads("celery.fixups.django", "conf"), "Celery knows no such setting"
 
     broker = re.search(r"CELERY_BROKER_URL\b.*?(\w+)://", urls)[1]
-    assert options(tree, "CELERY_BROKER_TRANSPORT_OPTIONS") <= transport_options(broker)
+    unknown = options(tree, "CELERY_BROKER_TRANSPORT_OPTIONS") - transport_options(broker)
+    assert not unknown, f"the transport of {broker}:// reads no such option"
     if found := options(tree, "CELERY_RESULT_BACKEND_TRANSPORT_OPTIONS"):
         backend = re.search(r"CELERY_RESULT_BACKEND\b.*?(\w+)://", urls)[1]
-        modules = "celery.backends.base", BACKEND_ALIASES[backend].split(":")[0]
-        assert found <= set().union(*(reads(module, "transport_options") for module in modules))
+        for module in ("celery.backends.base", BACKEND_ALIASES[backend].split(":")[0]):
+            found -= reads(module, "transport_options")
+        assert not found, f"the backend of {backend}:// reads no such option"
 
 
 def options(tree, setting):
@@ -132,7 +133,7 @@ def transport_options(scheme):
 
 @cache
 def reads(module, mapping):
-    """The keys that a module's source reads of a mapping whose name ends so."""
+    """The keys that a module's source reads from what has `mapping` in its name."""
     keys = set()
     for node in ast.walk(source(module)):
         match node:
@@ -172,7 +173,8 @@ def check_dependencies(texts):
         foreign = imported - own - sys.stdlib_module_names
         needed = {PACKAGES.get(module, module.replace("_", "-")) for module in foreign}
         extras = re.findall(r"\w+", " ".join(re.findall(r"\[(.*?)\]", " ".join(declared))))
-        assert needed <= packages(declared) | set(extras), "imported, but not declared"
+        undeclared = needed - packages(declared) - set(extras)
+        assert not undeclared, "imported, but not declared"
     for files, declared in ((deployed, production), (code, groups)):
         words = set().union(*(words_of(file, text) for file, text in files.items()))
         modules = {package: module for module, package in PACKAGES.items()}
@@ -181,7 +183,7 @@ def check_dependencies(texts):
             for package in packages(declared)
             if modules.get(package, package.replace("-", "_")) not in words
         }
-        assert unused <= INDIRECT, "declared, but not used"
+        assert not unused - INDIRECT, "declared, but not used"
 
 
 def packages(requirements):
