@@ -1,7 +1,16 @@
 import os
+import tempfile
 
 import pytest
 from project import Project
+
+pytest_plugins = ["checks"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def temporary_files(tmp_path_factory):
+    """Cookiecutter leaves the hooks that it renders: they go where pytest removes them."""
+    tempfile.tempdir = str(tmp_path_factory.mktemp("hooks"))
 
 
 @pytest.fixture

@@ -5,163 +5,222 @@ import hashlib
 import itertools
 import json
 import re
-import sys
-import tomllib
+from collections import defaultdict
+from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 
 import pytest
-import yaml
+from checks import NEW_FILES, check_celery, check_dependencies, check_file, check_readme
+from cookiecutter.utils import create_env_with_context
+from jinja2 import nodes
 
 TEMPLATE = Path(__file__).parents[1]
+OPTIONS = json.loads((TEMPLATE / "cookiecutter.json").read_text("utf-8"))
 CHOICES = {
     option: default if isinstance(default, list) else [True, False]
-    for option, default in json.loads((TEMPLATE / "cookiecutter.json").read_text()).items()
+    for option, default in OPTIONS.items()
     if isinstance(default, list | bool) and not option.startswith("_")
 }
 COMBINATIONS = [
     dict(zip(CHOICES, values, strict=True)) for values in itertools.product(*CHOICES.values())
 ]
-# {word: what must have been chosen, as (option, choice), for the word to appear anywhere}
+# Where the choices of an option have a folder each, in templates/. Its file `traces` has patterns
+# of words that appear only where it was chosen, one a line; so has the folder of its server.
+FOLDERS = {
+    "broker": "brokers",
+    "result_backend": "results",
+    "worker_pool": "pools",
+    "periodic_tasks": "periodic",
+    "deployment": "deployment",
+}
+# The same for options without folders.
 TRACES = {
-    "redis": [("broker", "redis"), ("result_backend", "redis")],
-    "rabbitmq|amqp://": [("broker", "rabbitmq")],
-    r"\bsqs\b": [("broker", "sqs")],
-    "aws|moto": [("broker", "sqs"), ("result_backend", "dynamodb")],
-    "dynamodb": [("result_backend", "dynamodb")],
-    "django.celery.results": [("result_backend", "database")],
-    "result_backend": [("result_backend", other) for other in CHOICES["result_backend"][:-1]],
-    "gevent|greenlet": [("worker_pool", "gevent")],
-    "pool threads": [("worker_pool", "threads")],
-    "billiard|max_tasks_per_child": [("worker_pool", "prefork")],
-    "django.celery.beat": [("periodic_tasks", "admin")],
-    r"beat_schedule\b": [("periodic_tasks", "code")],
-    r"compose\.yaml|dockerfile|make up": [("deployment", "docker"), ("deployment", "kubernetes")],
-    "kubernetes|kustomize|keda": [("deployment", "kubernetes")],
-    "github": [("ci", "github")],
-    "gitlab": [("ci", "gitlab")],
-    r"\bCI\b": [("ci", "github"), ("ci", "gitlab")],
-    "orders|newsletter|httpx": [("include_example", True)],
+    ("ci", "github"): ["github", r"\bCI\b"],
+    ("ci", "gitlab"): ["gitlab", r"\bCI\b"],
+    ("include_example", True): ["orders", "newsletter", "httpx"],
 }
-# Modules whose package has another name.
-PACKAGES = {
-    "environ": "django-environ",
-    "rest_framework": "djangorestframework",
-    "sentry_sdk": "sentry-sdk",
-}
-INDIRECT = {
-    "gevent",  # by the worker's option --pool
-    "moto",  # by the command moto_server
-    "psycopg",  # by Django, where DATABASE_URL says postgres
-    "pytest-django",  # by pytest
-}
-seen = set()  # what was checked already, by this process
+NOTHING = ("none", False)  # choices that leave no trace
+ENVIRONMENT = create_env_with_context({"cookiecutter": OPTIONS})
 
 
 def name(answers):
     return "-".join(str(choice) for choice in answers.values())
 
 
+def own_traces(option, choice):
+    """The patterns of a choice: see FOLDERS and TRACES."""
+    if option not in FOLDERS:
+        return TRACES.get((option, choice), [])
+    return (folder(option, choice) / "traces").read_text("utf-8").splitlines()
+
+
+def server_traces(option, choice):
+    flags = option in FOLDERS and folder(option, choice) / "flags.jinja"
+    if not flags or not flags.exists():
+        return []
+    server = getattr(ENVIRONMENT.from_string(flags.read_text("utf-8")).module, "server", "")
+    path = TEMPLATE / "templates/servers" / server / "traces"
+    return path.read_text("utf-8").splitlines() if server else []
+
+
+def folder(option, choice):
+    return TEMPLATE / "templates" / FOLDERS[option] / choice
+
+
+@cache
+def owners():
+    """The choices that may bring a word into the output, {pattern: {(option, choice)}}."""
+    found = defaultdict(set)
+    for option, choices in CHOICES.items():
+        for choice in choices:
+            for word in own_traces(option, choice) + server_traces(option, choice):
+                found[word].add((option, choice))
+    return found
+
+
+@cache
+def traces_in(file, text):
+    """The patterns that a file or its name matches."""
+    return {word for word in owners() if re.search(word, f"{file}\n{text}", re.IGNORECASE)}
+
+
+def read(project):
+    return {file.relative_to(project): file.read_text("utf-8") for file in project.files()}
+
+
+@pytest.fixture(scope="session")
+def seen(tmp_path_factory, worker_id):
+    """A folder for all processes of this run."""
+    base = tmp_path_factory.getbasetemp()
+    path = (base if worker_id == "master" else base.parent) / "seen"
+    path.mkdir(exist_ok=True)
+    return path
+
+
+@pytest.fixture
+def is_new(seen):
+    """Whether this run has not yet checked these texts: `is_new(check, *texts)`."""
+
+    def is_new(check, *texts):
+        digest = hashlib.sha256("\n".join(map(str, texts)).encode()).hexdigest()
+        try:
+            (seen / f"{check}-{digest}").touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
+
+    return is_new
+
+
 @pytest.mark.parametrize("answers", COMBINATIONS, ids=name)
-def test_every_combination_is_clean(bake, answers):
+def test_every_combination_is_clean(bake, answers, is_new, record_property):
     project = bake(**answers)
-    texts = {file.relative_to(project): file.read_text("utf-8") for file in project.files()}
+    texts = read(project)
+    python = [part for file in texts.items() if file[0].suffix == ".py" for part in file]
+    about = texts[Path("pyproject.toml")]
+    del texts[Path(".env")]  # .env.example with secrets
 
-    assert len(texts) - 1 <= 45, "files, without .env"
+    manifests = 5 if answers["deployment"] == "kubernetes" else 0
+    assert len(texts) - manifests <= 45, "files"
+    empty = [path for path in project.rglob("*") if path.is_dir() and not any(path.iterdir())]
+    assert empty == []
     for file, text in texts.items():
-        check_traces(file, text, answers)
-        if is_new(file, text):
-            check_file(file, text)
-    check_dependencies(project, texts)
-    check_readme(texts)
-    if is_new("", "".join(text for file, text in texts.items() if file.name != ".env")):
-        project.run("ruff", "check", "--no-cache")
-        project.run("ruff", "format", "--check", "--no-cache")
+        for word in traces_in(file, text):
+            assert owners()[word] & answers.items(), f"{file} has {word}"
+    checked = 0
+    for file, text in texts.items():
+        if is_new("file", file, text):
+            check_file(project, file, text)
+            checked += 1
+    record_property(NEW_FILES, checked)
+    celery = texts[Path("config/settings.py")], texts[Path(".env.example")]
+    if is_new("celery", *celery):
+        check_celery(*celery)
+    rest = {file: text for file, text in texts.items() if file.suffix != ".md"}
+    if is_new("dependencies", *rest, *rest.values()):
+        check_dependencies(texts)
+    if is_new("readme", *texts, texts[Path("README.md")], texts[Path("Makefile")]):
+        check_readme(texts, template_paths())
+    if is_new("ruff", about, *python):
+        project.call("ruff", "check", "--no-cache")
+        project.call("ruff", "format", "--check", "--no-cache")
 
 
-def is_new(file, text):
-    digest = hashlib.sha256(f"{file}\n{text}".encode()).digest()
-    return digest not in seen and not seen.add(digest)
+@cache
+def template_paths():
+    """The paths that an output may have."""
+    project = TEMPLATE / "{{cookiecutter.project_slug}}"
+    paths = [str(path.relative_to(project)) for path in project.rglob("*") if path.is_file()]
+    return {Path(re.sub("{%.*?%}", "", path)) for path in paths}
 
 
-def check_traces(file, text, answers):
-    for word, choices in TRACES.items():
-        if not any(answers[option] == choice for option, choice in choices):
-            found = re.search(f".*({word}).*", f"{file}\n{text}", re.IGNORECASE)
-            assert not found, f"{file}: {found[0]}"
+@pytest.mark.parametrize(
+    ("option", "choice"), [(option, choice) for option in CHOICES for choice in CHOICES[option]]
+)
+def test_a_choice_leaves_its_traces(bake, option, choice):
+    """So that test_every_combination_is_clean() looks for words that exist."""
+    own = own_traces(option, choice)
+    assert own or choice in NOTHING, "none are listed: see FOLDERS and TRACES"
 
-
-def check_file(file, text):
-    assert "cookiecutter" not in text, file
-    if file.suffix not in (".html", ".yml"):  # Django's braces, GitHub's
-        assert not re.search(r"{%|{#|{{ ", text), file
-    assert text.strip() or file.name == "__init__.py", f"{file} is empty"
-    assert not text or (text.endswith("\n") and not text.endswith("\n\n")), file
-    assert "\n\n\n" not in text or file.suffix == ".py", file
-    assert not re.search("[ \t]\n", text), file
-    match file.suffix:
-        case ".py":
-            ast.parse(text)
-        case ".toml":
-            tomllib.loads(text)
-        case ".yml" | ".yaml":
-            yaml.safe_load(text)
-
-
-def check_dependencies(project, texts):
-    """Every module that is imported is declared, and every dependency that is declared is used."""
-    about = tomllib.loads(texts[Path("pyproject.toml")])
-    declared = about["project"]["dependencies"] + about["dependency-groups"]["dev"]
-    packages = {re.match("[a-z0-9-]+", requirement)[0] for requirement in declared}
-    extras = set(re.findall(r"[a-z0-9]+", " ".join(re.findall(r"\[(.*?)\]", " ".join(declared)))))
-    own = {path.name.removesuffix(".py") for path in project.iterdir()}
-    own |= {path.stem for path in (project / "tests").iterdir()}
-    imported = {
-        module.split(".")[0]
-        for file, text in texts.items()
-        if file.suffix == ".py"
-        for module in imports(ast.parse(text))
-    }
-    foreign = imported - own - sys.stdlib_module_names
-    needed = {PACKAGES.get(module, module.replace("_", "-")) for module in foreign}
-    assert needed <= packages | extras
-
-    everything = "\n".join(text for file, text in texts.items() if file.name != "pyproject.toml")
-    modules = {package: module for module, package in PACKAGES.items()}
-    unused = {
-        package
-        for package in packages
-        if modules.get(package, package.replace("-", "_")) not in everything
-    }
-    assert unused <= INDIRECT
-
-
-def imports(tree):
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            yield node.module
-
-
-def check_readme(texts):
-    """It names no file and no command of make that the output lacks."""
-    readme = texts[Path("README.md")]
-    targets = set(re.findall(r"^([a-z]+):", texts[Path("Makefile")], re.MULTILINE))
-    assert set(re.findall(r"`make ([a-z]+)", readme)) <= targets
-    paths = set(re.findall(r"`((?:config|jobs|orders|tests)/[\w./]*)`", readme))
-    assert all(any(str(file).startswith(path) for file in texts) for path in paths)
+    found = set()
+    for file, text in read(bake(**{option: choice})).items():
+        found |= traces_in(file, text)
+    assert not {*own, *server_traces(option, choice)} - found, "its output lacks these"
 
 
 def test_no_broker_and_no_backend_is_named_outside_its_folder():
     """A new one is a choice and a folder: see CONTRIBUTING.md."""
-    names = "|".join(CHOICES.get("broker", []) + CHOICES.get("result_backend", []))
-    compared = re.compile(
-        rf"cookiecutter\.(broker|result_backend) *(==|!=|in\b)|[\"']({names})[\"']"
-    )
-    files = [TEMPLATE / "hooks/post_gen_project.py"]
-    files += [file for file in (TEMPLATE / "{{cookiecutter.project_slug}}").rglob("*")]
-    for file in files:
-        if file.is_file():
-            for line in file.read_text("utf-8").splitlines():
-                if "{%" in line or "{{" in line:
-                    assert not compared.search(line), f"{file}: {line}"
+    hooks = list((TEMPLATE / "hooks").glob("*.py"))
+    project = (TEMPLATE / "{{cookiecutter.project_slug}}").rglob("*")
+    for path in [TEMPLATE / "cookiecutter.json", *hooks, *project]:
+        file = str(path.relative_to(TEMPLATE))
+        assert not names_in_jinja(file), file
+        copied = any(fnmatch(file, pattern) for pattern in OPTIONS["_copy_without_render"])
+        if path.is_file() and not copied:
+            assert not names_in_jinja(path.read_text("utf-8")), file
+    for hook in hooks:
+        assert not names_in_hook(hook.read_text("utf-8")), hook
+
+
+NAMES = {
+    *("broker", "result_backend", *CHOICES["broker"], *CHOICES["result_backend"]),
+    *(path.name for path in (TEMPLATE / "templates/servers").iterdir()),
+}
+
+
+def names_in_jinja(text):
+    """What names a broker or a backend, but for the path of an include of what was chosen.
+
+    Other options may be compared with the same word: {% if cookiecutter.ci == "none" %}.
+    """
+    tree = ENVIRONMENT.parse(text)
+    options = {
+        node
+        for node in tree.find_all(nodes.Getattr)
+        if isinstance(node.node, nodes.Name) and node.node.name == "cookiecutter"
+    }
+    allowed = set()
+    for path in tree.find_all(nodes.Concat):
+        allowed |= set(map(id, path.nodes))
+    for compare in tree.find_all(nodes.Compare):
+        if compare.expr in options and compare.expr.attr not in NAMES:
+            allowed |= set(map(id, compare.find_all(nodes.Const)))
+    found = [node for node in options if node.attr in NAMES]
+    found += [
+        node
+        for node in tree.find_all(nodes.Const)
+        if isinstance(node.value, str) and NAMES & set(node.value.split("/"))
+    ]
+    return [node for node in found if id(node) not in allowed]
+
+
+def names_in_hook(source):
+    """The names of brokers and backends in its strings, but for the table of choices."""
+    tree = ast.parse(source)
+    allowed = set()
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "CHOICES":
+            allowed |= set(map(id, ast.walk(node)))
+    strings = [node for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+    return [node.value for node in strings if node.value in NAMES and id(node) not in allowed]

@@ -171,7 +171,7 @@ def run(tmp_path):
             input=typed,
             capture_output=True,
             encoding="utf-8",
-            env={**os.environ, "PYTHONUTF8": "1"},
+            env={**os.environ, "PYTHONUTF8": "1", "TMPDIR": str(tmp_path)},
         )
 
     return run

@@ -11,6 +11,9 @@ from contextlib import suppress
 {% include "pools/" ~ cookiecutter.worker_pool ~ "/tasks.imports" %}
 from celery import Task
 from celery.exceptions import Ignore, Retry, SoftTimeLimitExceeded
+{% if broker.flower %}
+from celery.utils.functional import maybe_list
+{% endif %}
 from celery.utils.time import maybe_make_aware
 {% if broker.flower %}
 from celery.worker.control import Panel
@@ -22,9 +25,6 @@ from django.core.exceptions import ValidationError
 from django.db import Error, close_old_connections{{ ", connection" if broker.flower }}
 from django.db.utils import InterfaceError, OperationalError
 from django.utils import timezone
-{% if broker.flower %}
-from kombu.utils.functional import maybe_list
-{% endif %}
 
 from .lease import Lost, Run
 from .models import OVER_TIME_LIMIT, Job

@@ -1,8 +1,8 @@
 """Fixtures. Jobs run in the test's own process, as soon as they are published."""
 
 import pytest
+from celery.exceptions import OperationalError
 from django.core.cache import cache
-from kombu.exceptions import OperationalError
 from rest_framework.test import APIClient
 
 from config.celery import app

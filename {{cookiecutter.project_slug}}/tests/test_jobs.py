@@ -22,7 +22,6 @@ from django.core.checks import run_checks
 from django.db import IntegrityError, InterfaceError, OperationalError, transaction
 from django.db.models.functions import Now
 from django.utils import timezone
-from kombu import Connection
 
 from config.celery import app
 from jobs import lease, models, sweep
@@ -498,7 +497,7 @@ def test_a_sweep_that_finds_the_broker_down_stops_and_changes_nothing(broker_dow
 
 
 def test_the_sweep_counts_what_waits_in_a_queue(monkeypatch):
-    connection = Connection("memory://")
+    connection = app.connection_for_write("memory://")
     monkeypatch.setattr(app, "connection_for_write", connection.clone)
     assert sweep.messages_in("new") == 0
     connection.SimpleQueue("new").put("message")

@@ -1,0 +1,247 @@
+"""What the files of a baked project are checked for, beyond what stands in them word for word.
+
+A plugin of pytest (see conftest.py), so that a failed assert here says what it compared.
+"""
+
+import ast
+import inspect
+import re
+import sys
+import tomllib
+from ast import unparse
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import yaml
+from celery.app.backends import BACKEND_ALIASES
+from celery.app.defaults import DEFAULTS
+from kombu.transport import TRANSPORT_ALIASES, resolve_transport
+from markdown_it import MarkdownIt
+
+# Commands that read a file with such a path and end with an error if something is wrong with it.
+CHECKERS = {
+    ".github/workflows/*.yml": [
+        "check-jsonschema --builtin-schema vendor.github-workflows",
+        "zizmor --offline --quiet",
+    ],
+    ".gitlab-ci.yml": ["check-jsonschema --builtin-schema vendor.gitlab-ci"],
+    "compose.yaml": ["check-jsonschema --builtin-schema vendor.compose-spec"],
+    "Dockerfile": ["hadolint"],
+}
+# Modules whose package has another name.
+PACKAGES = {
+    "django_filters": "django-filter",
+    "environ": "django-environ",
+    "rest_framework": "djangorestframework",
+}
+# Packages that no file of a project names.
+INDIRECT = {
+    "gunicorn",  # started in production, by hand: see README.md
+    "psycopg",  # imported by Django, where DATABASE_URL says postgres
+    "pytest-django",  # found by pytest
+}
+NEW_FILES = "new files"  # how many a test checked
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Print what test_bake.py counted, in all of its processes."""
+    reports = [report for found in terminalreporter.stats.values() for report in found]
+    calls = [report for report in reports if getattr(report, "when", "") == "call"]
+    files = [count for call in calls for name, count in call.user_properties if name == NEW_FILES]
+    if files:
+        line = f"{len(files)} combinations baked, {sum(files):,} distinct files checked"
+        terminalreporter.section("bake")
+        terminalreporter.write_line(line)
+
+
+def check_file(project, file, text):
+    assert "cookiecutter" not in text, file
+    if file.suffix != ".html":  # Django's braces; then GitHub's, and those of Python's f-strings
+        braces = r"(?<!\$)\{\{" if file.suffix != ".py" else r"\{\{-? "
+        assert not re.search(rf"{braces}|\{{%|\{{#", text), f"{file} has a trace of Jinja"
+    assert text.strip() or file.name == "__init__.py", f"{file} is empty"
+    assert not text or (text.endswith("\n") and not text.endswith("\n\n")), file
+    assert "\n\n\n" not in text or file.suffix == ".py", file
+    assert not re.search("[ \t]\n", text), file
+    match file.suffix:
+        case ".py":
+            compile(text, file, "exec")
+        case ".toml":
+            tomllib.loads(text)
+        case ".yml" | ".yaml":
+            list(yaml.safe_load_all(text))
+    for pattern, commands in CHECKERS.items():
+        if file.match(pattern):
+            for command in commands:
+                project.call(*command.split(), file)
+
+
+# Settings of Celery
+
+
+def check_celery(settings, addresses):
+    """Celery knows each setting, and the broker's transport and the backend read each option.
+
+    Names only, not values, and of nested options the outermost name. A source that reads a name may
+    still do nothing with it in this configuration: test_run.py shows what happens. The addresses in
+    the settings or in .env.example say which transport and which backend.
+    """
+    tree = ast.parse(settings)
+    urls = settings + addresses
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    names = {name for name in names if name.startswith("CELERY_")}
+    unknown = names - {f"CELERY_{name.upper()}" for name in DEFAULTS}
+    assert not unknown - reads("celery.fixups.django", "conf"), "Celery knows no such setting"
+
+    broker = re.search(r"CELERY_BROKER_URL\b.*?(\w+)://", urls)[1]
+    unknown = options(tree, "CELERY_BROKER_TRANSPORT_OPTIONS") - transport_options(broker)
+    assert not unknown, f"the transport of {broker}:// reads no such option"
+    if found := options(tree, "CELERY_RESULT_BACKEND_TRANSPORT_OPTIONS"):
+        backend = re.search(r"CELERY_RESULT_BACKEND\b.*?(\w+)://", urls)[1]
+        for module in ("celery.backends.base", BACKEND_ALIASES[backend].split(":")[0]):
+            found -= reads(module, "transport_options")
+        assert not found, f"the backend of {backend}:// reads no such option"
+
+
+def options(tree, setting):
+    """The keys that a setting's dict gets, all written as literals."""
+    found = set()
+    for node in ast.walk(tree):
+        match node:
+            case (
+                ast.Assign(targets=[ast.Name(name)], value=value)
+                | ast.AugAssign(target=ast.Name(name), value=value)
+            ) if name == setting:
+                found |= {key.value for key in value.keys}
+            case ast.Subscript(ast.Name(name), ast.Constant(key)) if name == setting:
+                found.add(key)
+    return found
+
+
+@cache
+def transport_options(scheme):
+    """The options that kombu reads for the URLs of a scheme, or hands on to the client it has."""
+    module = TRANSPORT_ALIASES[scheme].split(":")[0]
+    known = reads("kombu.connection", "transport_opt") | reads(module, "transport_options")
+    for node in ast.walk(source(module)):
+        match node:
+            case ast.ImportFrom(names=[ast.alias("virtual")]):
+                known |= reads("kombu.transport.virtual.base", "transport_options")
+            case ast.keyword(None, opts) if re.search("transport_options( or {})?$", unparse(opts)):
+                known |= inspect.signature(resolve_transport(scheme).Connection).parameters.keys()
+    return known
+
+
+@cache
+def reads(module, mapping):
+    """The keys that a module's source reads from what has `mapping` in its name."""
+    keys = set()
+    for node in ast.walk(source(module)):
+        match node:
+            case (
+                ast.Call(ast.Attribute(owner, "get"), [ast.Constant(key), *_])
+                | ast.Subscript(owner, ast.Constant(key))
+                | ast.Compare(ast.Constant(key), comparators=[owner])
+            ) if mapping in unparse(owner):
+                keys.add(key)
+            case ast.Assign([ast.Name("from_transport_options")], value):
+                keys |= {leaf.value for leaf in ast.walk(value) if isinstance(leaf, ast.Constant)}
+    return keys
+
+
+def source(module):
+    return ast.parse(Path(find_spec(module).origin).read_text("utf-8"))
+
+
+# Dependencies
+
+
+def check_dependencies(texts):
+    """What is imported is declared, what is declared is used: in production, and in development."""
+    about = tomllib.loads(texts[Path("pyproject.toml")])
+    production = about["project"]["dependencies"]
+    groups = sum(about["dependency-groups"].values(), [])
+    own = {file.parts[0].removesuffix(".py") for file in texts} | {
+        file.stem for file in texts if file.parts[0] == "tests"
+    }
+    code = {file: text for file, text in texts.items() if file.suffix != ".md"}
+    del code[Path("pyproject.toml")]
+    deployed = {
+        file: text for file, text in code.items() if file.parts[0] not in ("tests", "dev.py")
+    }
+    for files, declared in ((deployed, production), (code, production + groups)):
+        imported = set().union(*(imports(text) for file, text in files.items() if is_python(file)))
+        foreign = imported - own - sys.stdlib_module_names
+        needed = {PACKAGES.get(module, module.replace("_", "-")) for module in foreign}
+        extras = re.findall(r"\w+", " ".join(re.findall(r"\[(.*?)\]", " ".join(declared))))
+        undeclared = needed - packages(declared) - set(extras)
+        assert not undeclared, "imported, but not declared"
+    for files, declared in ((deployed, production), (code, groups)):
+        words = set().union(*(words_of(file, text) for file, text in files.items()))
+        modules = {package: module for module, package in PACKAGES.items()}
+        unused = {
+            package
+            for package in packages(declared)
+            if modules.get(package, package.replace("-", "_")) not in words
+        }
+        assert not unused - INDIRECT, "declared, but not used"
+
+
+def packages(requirements):
+    return {re.match("[a-z0-9-]+", requirement)[0] for requirement in requirements}
+
+
+def is_python(file):
+    return file.suffix == ".py"
+
+
+@cache
+def imports(text):
+    """The modules that Python code imports, without what follows the first dot."""
+    found = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+@cache
+def words_of(file, text):
+    """The words of a file; of Python code the modules that it imports and the words in strings."""
+    if not is_python(file):
+        return set(re.findall(r"\w+", text))
+    nodes = list(ast.walk(ast.parse(text)))
+    docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+    strings = [
+        str(node.value)
+        for node in nodes
+        if isinstance(node, ast.Constant) and id(node) not in docstrings
+    ]
+    return imports(text) | set(re.findall(r"\w+", " ".join(strings)))
+
+
+# README
+
+
+def check_readme(texts, template):
+    """It names no file and no command of make that the output lacks.
+
+    `template` has the paths that any output may have: what a reader shall write is none of them.
+    """
+    tokens = MarkdownIt("commonmark").enable("table").parse(texts[Path("README.md")])
+    tokens += [child for token in tokens for child in token.children or []]
+    code = "\n".join(token.content for token in tokens if token.type.startswith(("code", "fence")))
+
+    targets = set(re.findall(r"^([a-z]+):", texts[Path("Makefile")], re.MULTILINE))
+    for command in re.findall(r"\bmake((?: [a-z]+\b(?!=))+)", code):
+        assert set(command.split()) <= targets, f"make{command}"
+
+    folders = {path.parts[0] for path in template if len(path.parts) > 1}
+    known = {str(path) for path in template}
+    files = {str(file) for file in texts}
+    for word in re.findall(r"(?<![\w/.-])[\w.][\w./-]*", code):
+        if word in known or word.split("/")[0] in folders and "/" in word:
+            assert any(file.startswith(word) for file in files), f"{word} does not exist"
