@@ -154,9 +154,7 @@ def test_the_image_is_small_and_knows_no_secret(stack):
     sizes = [int(docker("image", "inspect", "-f", "{{.Size}}", name)) for name in (image, base)]
     added = (sizes[0] - sizes[1]) / MEGABYTE
     print(f"{image}: {sizes[0] / MEGABYTE:.0f} MB, {added:.0f} MB on top of {base}")
-    assert added <= 150
-    if stack.has_flower:  # boto is larger than all the rest of a broker
-        assert added <= 130
+    assert added <= (130 if stack.has_flower else 170)  # boto knows all of AWS
 
     layers = subprocess.run(["docker", "image", "save", image], stdout=subprocess.PIPE).stdout
     assert b"config/settings.py" in layers
