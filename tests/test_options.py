@@ -458,11 +458,13 @@ def test_env_has_fresh_secrets(bake):
         "DJANGO_SUPERUSER_USERNAME=demo",
         "DJANGO_SUPERUSER_EMAIL=demo@example\\.com",
         "DJANGO_SUPERUSER_PASSWORD=[A-Za-z0-9_-]{16,}",
+        "POSTGRES_PASSWORD=[a-z0-9]{16,}",
+        "REDIS_PASSWORD=[a-z0-9]{16,}",
     ]
 
     assert len(one) == len(patterns)
     assert all(map(re.fullmatch, patterns, one))
-    assert len(set(one) - set(other)) == 3
+    assert len(set(one) - set(other)) == 5
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
