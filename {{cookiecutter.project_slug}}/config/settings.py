@@ -5,8 +5,8 @@
 """Settings. Whatever differs between machines comes from the environment: see .env.example."""
 
 import logging
+import os
 from pathlib import Path
-from urllib.parse import quote
 
 import environ
 import sentry_sdk
@@ -14,31 +14,20 @@ import structlog
 {% if cookiecutter.include_example and cookiecutter.periodic_tasks == "code" %}
 from celery.schedules import crontab
 {% endif %}
-from django.core.exceptions import ImproperlyConfigured
 
 BASE_DIR = Path(__file__).resolve().parent.parent
 
 env = environ.Env()
 env.read_env(BASE_DIR / ".env")
+# An empty variable is a missing one: without those that have no default here nothing starts.
+env.ENVIRON = {name: value for name, value in os.environ.items() if value}
 
 DEBUG = env.bool("DEBUG", default=False)
 
-
-def required(name, development):
-    """Return the variable `name`, or where DEBUG is on and it is missing, `development`.
-
-    Raises ImproperlyConfigured, naming the variable, where production lacks it.
-    """
-    value = env.str(name, default="") or (DEBUG and development)
-    if not value:
-        raise ImproperlyConfigured(f"Set the environment variable {name}: see .env.example")
-    return value
-
-
 # Security
 
-SECRET_KEY = required("SECRET_KEY", "")
-ALLOWED_HOSTS = required("ALLOWED_HOSTS", "localhost,127.0.0.1").split(",")
+SECRET_KEY = env.str("SECRET_KEY")
+ALLOWED_HOSTS = env.list("ALLOWED_HOSTS")
 CSRF_TRUSTED_ORIGINS = env.list("CSRF_TRUSTED_ORIGINS", default=[])
 SECURE_SSL_REDIRECT = SESSION_COOKIE_SECURE = CSRF_COOKIE_SECURE = not DEBUG
 SECURE_REDIRECT_EXEMPT = [r"^health/"]  # probes come without TLS
@@ -109,18 +98,18 @@ WHITENOISE_USE_FINDERS = DEBUG
 
 # Database, cache, mail
 
-SQLITE = f"sqlite:///{quote(str(BASE_DIR))}/db.sqlite3"
-DATABASE = env.db_url_config(required("DATABASE_URL", SQLITE))
+DATABASE = env.db("DATABASE_URL")
 DATABASE["CONN_MAX_AGE"] = 60  # seconds; no new connection for each request or task
 DATABASE["CONN_HEALTH_CHECKS"] = True  # and none that a restarted server left behind
 if DATABASE["ENGINE"] == "django.db.backends.sqlite3":
     # Web, worker and Beat write to one file: they wait for each other in place of failing.
     pragmas = "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL"
     DATABASE["OPTIONS"] = {"transaction_mode": "IMMEDIATE", "timeout": 20, "init_command": pragmas}
+    DATABASE["NAME"] = BASE_DIR / DATABASE["NAME"]
     DATABASE["TEST"] = {"NAME": BASE_DIR / "test.sqlite3"}  # a file, for a live worker to share
 DATABASES = {"default": DATABASE}
 CACHES = {"default": env.cache("CACHE_URL", default="locmemcache://")}
-vars().update(env.email_url_config(required("EMAIL_URL", "consolemail://")))
+vars().update(env.email("EMAIL_URL"))
 
 # API
 

@@ -1,4 +1,4 @@
-CELERY_BROKER_URL = required("CELERY_BROKER_URL", "redis://127.0.0.1:6379/0")
+CELERY_BROKER_URL = env.str("CELERY_BROKER_URL")
 CELERY_BROKER_TRANSPORT_OPTIONS = {
     # Redis gives a task out again after this time, also one that still runs: so, after its limit.
     "visibility_timeout": TASK_TIME_LIMIT + 60,
