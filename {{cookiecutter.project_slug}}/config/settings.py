@@ -94,7 +94,6 @@ LOGIN_REDIRECT_URL = LOGOUT_REDIRECT_URL = "index"
 TIME_ZONE = "UTC"
 STATIC_URL = "static/"
 STATIC_ROOT = BASE_DIR / "staticfiles"
-WHITENOISE_USE_FINDERS = DEBUG
 
 # Database, cache, mail
 
@@ -123,11 +122,8 @@ REST_FRAMEWORK = {
     "DEFAULT_FILTER_BACKENDS": ["django_filters.rest_framework.DjangoFilterBackend"],
     "DEFAULT_PAGINATION_CLASS": "rest_framework.pagination.PageNumberPagination",
     "PAGE_SIZE": 20,
-    "DEFAULT_THROTTLE_CLASSES": [
-        "rest_framework.throttling.AnonRateThrottle",
-        "rest_framework.throttling.UserRateThrottle",
-    ],
-    "DEFAULT_THROTTLE_RATES": {"anon": "60/min", "user": env.str("THROTTLE", default="600/min")},
+    "DEFAULT_THROTTLE_CLASSES": ["rest_framework.throttling.UserRateThrottle"],
+    "DEFAULT_THROTTLE_RATES": {"user": env.str("THROTTLE", default="600/min")},
     "DEFAULT_SCHEMA_CLASS": "drf_spectacular.openapi.AutoSchema",
 }
 SPECTACULAR_SETTINGS = {
@@ -162,7 +158,6 @@ CELERY_TASK_ACKS_LATE = True  # a killed worker gives its plain tasks back
 CELERY_TASK_REJECT_ON_WORKER_LOST = True  # and so does a killed child
 CELERY_WORKER_ETA_TASK_LIMIT = 1000  # far-off countdowns do not fill the worker's memory
 CELERY_BROKER_CONNECTION_RETRY_ON_STARTUP = True  # a worker waits for its broker
-CELERY_ACCEPT_CONTENT = ["json"]  # no code in messages
 {% if broker.flower %}
 CELERY_TASK_SEND_SENT_EVENT = True  # Flower shows the whole life of a task
 CELERY_WORKER_SEND_TASK_EVENTS = True
@@ -202,7 +197,6 @@ LOG_PROCESSORS = [
     structlog.contextvars.merge_contextvars,
     structlog.stdlib.add_logger_name,
     structlog.stdlib.add_log_level,
-    structlog.stdlib.PositionalArgumentsFormatter(),
 ]
 LOG_JSON = [
     structlog.processors.TimeStamper(fmt="iso"),

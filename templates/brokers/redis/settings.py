@@ -8,7 +8,6 @@ CELERY_BROKER_TRANSPORT_OPTIONS = {
     # A Redis that hangs costs a request one second.
     "socket_timeout": 1,
     "socket_connect_timeout": 1,
-    "retry_on_timeout": False,
     # Another project on the same Redis does not take this one's messages.
     "global_keyprefix": "{{ cookiecutter.project_slug }}:",
 }
