@@ -145,7 +145,8 @@ JOB_RESEND_SECONDS = env.float("JOB_RESEND_SECONDS", default=30)  # then is a me
 JOB_MAX_CRASHES = env.int("JOB_MAX_CRASHES", default=3)  # a job that kills its workers ends
 JOB_RETENTION_DAYS = env.float("JOB_RETENTION_DAYS", default=30)  # final jobs are deleted
 
-TASK_TIME_LIMIT = env.int("TASK_TIME_LIMIT", default=600)  # seconds, of every job and task
+# Seconds, of every job and task: nothing runs for ever.
+TASK_TIME_LIMIT = CELERY_TASK_TIME_LIMIT = env.int("TASK_TIME_LIMIT", default=600)
 
 # Celery: what the broker needs
 
@@ -175,10 +176,6 @@ CELERY_TASK_ROUTES = {  # a queue for each kind of load, so that none waits for 
 CELERY_BROKER_CONNECTION_TIMEOUT = 1  # seconds
 CELERY_BROKER_POOL_ACQUIRE_TIMEOUT = 1
 CELERY_TASK_PUBLISH_RETRY_POLICY = {"max_retries": 1, "interval_start": 0}
-
-# Celery: time and memory
-
-CELERY_TASK_TIME_LIMIT = TASK_TIME_LIMIT  # seconds; nothing runs for ever
 
 # Celery: the worker pool
 
