@@ -10,7 +10,7 @@
 {% endset %}
 {% set sorted = imports.sort(lines) %}
 {% set checks %}
-{% if results.results %}
+{% if results.server %}
 
 
 @register(deploy=True)

@@ -554,7 +554,7 @@ def check(monkeypatch, **environment):
 
 def test_sound_settings_pass_the_checks(monkeypatch):
     assert check(monkeypatch) == set()
-{% if results.results %}
+{% if results.server %}
 
 
 def test_the_checks_find_a_result_backend_that_loses_results(monkeypatch, settings):

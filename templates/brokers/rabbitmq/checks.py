@@ -8,7 +8,7 @@ def check_consumer_timeout(app_configs, **kwargs):
     for task in current_app.tasks.values():
         if task.acks_late and 2 * task.time_limit >= timeout:
             yield Warning(
-                f"{task.name} has {task.time_limit} s, RabbitMQ cuts its worker off after {timeout} s.",
+                f"{task.name} has {task.time_limit} s; RabbitMQ cuts workers off after {timeout} s.",
                 hint="Raise consumer_timeout in rabbitmq.conf, then RABBITMQ_CONSUMER_TIMEOUT.",
                 id="jobs.W004",
             )
