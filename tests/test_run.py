@@ -58,10 +58,10 @@ default_output = outputs(next(runs()))
 @pytest.fixture
 def broker(project, tmp_path):
     """The variables of a real server, where `make run` starts none by itself."""
-    if "amqp://" in project.read("config/settings.py"):
+    if "amqp://" in project.read(".env"):
         with servers.rabbitmq(tmp_path) as variables:
             yield {**project.free_servers(), **variables}
-    elif "redis://127.0.0.1:6379" in project.read("config/settings.py"):
+    elif "redis://127.0.0.1:6379" in project.read(".env"):
         with servers.redis(tmp_path) as variables:
             yield {**project.free_servers(), **variables}
     else:
