@@ -1,20 +1,32 @@
-HEADER = {"schema": {"type": "string"}}
-ERROR = {"description": "An error, and what to do", "content": {"application/json": {}}}
+ERROR = {"type": "object", "properties": {"detail": {"type": "string"}}}
+TEXT = {"schema": {"type": "string"}}
+COMMON = {401: "Not authenticated", 403: "Not permitted", 406: "No such representation"}
 
 
 def document_common_answers(result, generator, request, public):
-    """Add to the OpenAPI document how every view tells errors, and what EnqueueMixin answers.
+    """Add to the OpenAPI document what authentication, throttles, parsers and EnqueueMixin answer.
 
     A postprocessing hook of drf-spectacular: returns the changed document.
     """
-    for operations in result["paths"].values():
+    for path, operations in result["paths"].items():
         for operation in operations.values():
+            parameters = {parameter["name"] for parameter in operation.get("parameters", [])}
+            answers = COMMON | {429: "Too many requests"}
+            if "{" in path or "page" in parameters:
+                answers[404] = "Not found"
+            if "requestBody" in operation or "state" in parameters:
+                answers[400] = "Not valid"
+            if "requestBody" in operation:
+                answers[415] = "Not JSON"
+            if path.endswith("/cancel/"):
+                answers[409] = "The job has ended already"
             responses = operation["responses"]
-            responses["429"] = ERROR | {"headers": {"Retry-After": HEADER}}
-            responses["default"] = ERROR
-            parameters = [parameter["name"] for parameter in operation.get("parameters", [])]
             if "Idempotency-Key" in parameters:
+                answers[422] = "The key was used for another request"
                 responses["202"] = responses.pop("201", responses.get("202"))
-                responses["422"] = ERROR | {"description": "The key was used for another request"}
-                responses["202"]["headers"] = {"Location": HEADER, "Retry-After": HEADER}
+                responses["202"]["headers"] = {"Location": TEXT, "Retry-After": TEXT}
+            for status, description in answers.items():
+                content = {"application/json": {"schema": ERROR if status != 400 else {}}}
+                responses[str(status)] = {"description": description, "content": content}
+            responses["429"]["headers"] = {"Retry-After": TEXT}
     return result

@@ -38,10 +38,7 @@ class JobViewSet(viewsets.ReadOnlyModelViewSet):
     @extend_schema(request=None)
     @action(detail=True, methods=["post"])
     def cancel(self, request, pk):
-        """Cancel: a queued job never starts, a running one stops when it next reports.
-
-        409 if it has ended already.
-        """
+        """Cancel: a queued job never starts, a running one stops when it next reports."""
         job = self.get_object()
         if not Job.objects.filter(pk=job.pk).cancel():
             raise Ended
