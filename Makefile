@@ -7,7 +7,7 @@ test: .venv  ## the template's own tests: make test ARGS="-k hook"
 	.venv/bin/python -m pytest -n auto --ignore tests/test_run.py $(ARGS) || test $$? = 5  # none selected
 	.venv/bin/python -m pytest tests/test_run.py $(ARGS) || test $$? = 5  # one stack at a time
 
-bench: .venv  ## measure, and write the tables of docs/performance.md: a trial: make bench ARGS="--scale 0.1"
+bench: .venv  ## measure, write docs/performance.md; a trial: make bench ARGS="--scale 0.1"
 	.venv/bin/python bench/run.py $(ARGS)
 
 lint: .venv
