@@ -196,8 +196,8 @@ def test_closing_the_terminal_ends_everything(project):
     os.waitpid(child, 0)
 
 
-@default_output
 @pytest.mark.parametrize("command", ["serve_fakeredis|redis-server", "runserver", "beat", "flower"])
+@default_output
 def test_when_one_process_dies_all_end(project, command):
     with project.up() as site:
         for pid in site.find(command):

@@ -220,6 +220,8 @@ LOGGING = {
     "handlers": {"console": {"class": "logging.StreamHandler", "formatter": "structlog"}},
     "root": {"handlers": ["console"], "level": env.str("LOG_LEVEL", default="INFO")},
     "loggers": {
+        "celery.app.trace": {"level": "WARNING"},  # django_structlog says when a task starts, ends
+        "celery.worker.strategy": {"level": "WARNING"},
         "django": {},
         "django.server": {"level": "CRITICAL"},
 {% if broker.flower %}
