@@ -1,4 +1,4 @@
-.PHONY: demo test lint
+.PHONY: demo test bench lint
 
 demo: .venv  ## bake a project, start it, run a job: make demo ARGS="include_example=false"
 	@.venv/bin/python tests/demo.py $(ARGS)
@@ -6,6 +6,9 @@ demo: .venv  ## bake a project, start it, run a job: make demo ARGS="include_exa
 test: .venv  ## the template's own tests: make test ARGS="-k hook"
 	.venv/bin/python -m pytest -n auto --ignore tests/test_run.py --ignore tests/test_docker.py $(ARGS) || test $$? = 5  # none selected
 	.venv/bin/python -m pytest tests/test_run.py tests/test_docker.py $(ARGS) || test $$? = 5  # one stack at a time
+
+bench: .venv  ## measure, write docs/performance.md; a trial: make bench ARGS="--scale 0.1"
+	.venv/bin/python bench/run.py $(ARGS)
 
 lint: .venv
 	.venv/bin/ruff check --fix .

@@ -72,7 +72,7 @@ class Project(type(Path())):
     def production(self):
         """The variables that production needs, with the example values of .env.example."""
         examples = dict(re.findall(r"^# ([A-Z_]+)=(.+)$", self.read(".env.example"), re.MULTILINE))
-        needed = re.findall(r"""required\(["']([A-Z_]+)""", self.read("config/settings.py"))
+        needed = re.findall(r"""env\.\w+\(["']([A-Z_]+)["']\)""", self.read("config/settings.py"))
         secret = {"SECRET_KEY": "only-this-test-knows-0123456789-abcdefghijklmnopqrstuvwxyz"}
         return {name: value for name, value in {**examples, **secret}.items() if name in needed}
 

@@ -58,10 +58,10 @@ default_output = outputs(next(runs()))
 @pytest.fixture
 def broker(project, tmp_path):
     """The variables of a real server, where `make run` starts none by itself."""
-    if "amqp://" in project.read("config/settings.py"):
+    if "amqp://" in project.read(".env"):
         with servers.rabbitmq(tmp_path) as variables:
             yield {**project.free_servers(), **variables}
-    elif "redis://127.0.0.1:6379" in project.read("config/settings.py"):
+    elif "redis://127.0.0.1:6379" in project.read(".env"):
         with servers.redis(tmp_path) as variables:
             yield {**project.free_servers(), **variables}
     else:
@@ -196,8 +196,8 @@ def test_closing_the_terminal_ends_everything(project):
     os.waitpid(child, 0)
 
 
-@default_output
 @pytest.mark.parametrize("command", ["serve_fakeredis|redis-server", "runserver", "beat", "flower"])
+@default_output
 def test_when_one_process_dies_all_end(project, command):
     with project.up() as site:
         for pid in site.find(command):

@@ -5,8 +5,8 @@
 """Settings. Whatever differs between machines comes from the environment: see .env.example."""
 
 import logging
+import os
 from pathlib import Path
-from urllib.parse import quote
 
 import environ
 import sentry_sdk
@@ -14,31 +14,20 @@ import structlog
 {% if cookiecutter.include_example and cookiecutter.periodic_tasks == "code" %}
 from celery.schedules import crontab
 {% endif %}
-from django.core.exceptions import ImproperlyConfigured
 
 BASE_DIR = Path(__file__).resolve().parent.parent
 
 env = environ.Env()
 env.read_env(BASE_DIR / ".env")
+# An empty variable is a missing one: without those that have no default here nothing starts.
+env.ENVIRON = {name: value for name, value in os.environ.items() if value}
 
 DEBUG = env.bool("DEBUG", default=False)
 
-
-def required(name, development):
-    """Return the variable `name`, or where DEBUG is on and it is missing, `development`.
-
-    Raises ImproperlyConfigured, naming the variable, where production lacks it.
-    """
-    value = env.str(name, default="") or (DEBUG and development)
-    if not value:
-        raise ImproperlyConfigured(f"Set the environment variable {name}: see .env.example")
-    return value
-
-
 # Security
 
-SECRET_KEY = required("SECRET_KEY", "")
-ALLOWED_HOSTS = required("ALLOWED_HOSTS", "localhost,127.0.0.1").split(",")
+SECRET_KEY = env.str("SECRET_KEY")
+ALLOWED_HOSTS = env.list("ALLOWED_HOSTS")
 CSRF_TRUSTED_ORIGINS = env.list("CSRF_TRUSTED_ORIGINS", default=[])
 SECURE_SSL_REDIRECT = SESSION_COOKIE_SECURE = CSRF_COOKIE_SECURE = not DEBUG
 SECURE_REDIRECT_EXEMPT = [r"^health/"]  # probes come without TLS
@@ -105,22 +94,21 @@ LOGIN_REDIRECT_URL = LOGOUT_REDIRECT_URL = "index"
 TIME_ZONE = "UTC"
 STATIC_URL = "static/"
 STATIC_ROOT = BASE_DIR / "staticfiles"
-WHITENOISE_USE_FINDERS = DEBUG
 
 # Database, cache, mail
 
-SQLITE = f"sqlite:///{quote(str(BASE_DIR))}/db.sqlite3"
-DATABASE = env.db_url_config(required("DATABASE_URL", SQLITE))
+DATABASE = env.db("DATABASE_URL")
 DATABASE["CONN_MAX_AGE"] = 60  # seconds; no new connection for each request or task
 DATABASE["CONN_HEALTH_CHECKS"] = True  # and none that a restarted server left behind
 if DATABASE["ENGINE"] == "django.db.backends.sqlite3":
     # Web, worker and Beat write to one file: they wait for each other in place of failing.
     pragmas = "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL"
     DATABASE["OPTIONS"] = {"transaction_mode": "IMMEDIATE", "timeout": 20, "init_command": pragmas}
+    DATABASE["NAME"] = BASE_DIR / DATABASE["NAME"]
     DATABASE["TEST"] = {"NAME": BASE_DIR / "test.sqlite3"}  # a file, for a live worker to share
 DATABASES = {"default": DATABASE}
 CACHES = {"default": env.cache("CACHE_URL", default="locmemcache://")}
-vars().update(env.email_url_config(required("EMAIL_URL", "consolemail://")))
+vars().update(env.email("EMAIL_URL"))
 
 # API
 
@@ -134,11 +122,8 @@ REST_FRAMEWORK = {
     "DEFAULT_FILTER_BACKENDS": ["django_filters.rest_framework.DjangoFilterBackend"],
     "DEFAULT_PAGINATION_CLASS": "rest_framework.pagination.PageNumberPagination",
     "PAGE_SIZE": 20,
-    "DEFAULT_THROTTLE_CLASSES": [
-        "rest_framework.throttling.AnonRateThrottle",
-        "rest_framework.throttling.UserRateThrottle",
-    ],
-    "DEFAULT_THROTTLE_RATES": {"anon": "60/min", "user": env.str("THROTTLE", default="600/min")},
+    "DEFAULT_THROTTLE_CLASSES": ["rest_framework.throttling.UserRateThrottle"],
+    "DEFAULT_THROTTLE_RATES": {"user": env.str("THROTTLE", default="600/min")},
     "DEFAULT_SCHEMA_CLASS": "drf_spectacular.openapi.AutoSchema",
 }
 SPECTACULAR_SETTINGS = {
@@ -160,7 +145,8 @@ JOB_RESEND_SECONDS = env.float("JOB_RESEND_SECONDS", default=30)  # then is a me
 JOB_MAX_CRASHES = env.int("JOB_MAX_CRASHES", default=3)  # a job that kills its workers ends
 JOB_RETENTION_DAYS = env.float("JOB_RETENTION_DAYS", default=30)  # final jobs are deleted
 
-TASK_TIME_LIMIT = env.int("TASK_TIME_LIMIT", default=600)  # seconds, of every job and task
+# Seconds, of every job and task: nothing runs for ever.
+TASK_TIME_LIMIT = CELERY_TASK_TIME_LIMIT = env.int("TASK_TIME_LIMIT", default=600)
 
 # Celery: what the broker needs
 
@@ -173,7 +159,6 @@ CELERY_TASK_ACKS_LATE = True  # a killed worker gives its plain tasks back
 CELERY_TASK_REJECT_ON_WORKER_LOST = True  # and so does a killed child
 CELERY_WORKER_ETA_TASK_LIMIT = 1000  # far-off countdowns do not fill the worker's memory
 CELERY_BROKER_CONNECTION_RETRY_ON_STARTUP = True  # a worker waits for its broker
-CELERY_ACCEPT_CONTENT = ["json"]  # no code in messages
 {% if broker.flower %}
 CELERY_TASK_SEND_SENT_EVENT = True  # Flower shows the whole life of a task
 CELERY_WORKER_SEND_TASK_EVENTS = True
@@ -192,10 +177,6 @@ CELERY_BROKER_CONNECTION_TIMEOUT = 1  # seconds
 CELERY_BROKER_POOL_ACQUIRE_TIMEOUT = 1
 CELERY_TASK_PUBLISH_RETRY_POLICY = {"max_retries": 1, "interval_start": 0}
 
-# Celery: time and memory
-
-CELERY_TASK_TIME_LIMIT = TASK_TIME_LIMIT  # seconds; nothing runs for ever
-
 # Celery: the worker pool
 
 {% include "pools/" ~ cookiecutter.worker_pool ~ "/settings.py" %}
@@ -213,7 +194,6 @@ LOG_PROCESSORS = [
     structlog.contextvars.merge_contextvars,
     structlog.stdlib.add_logger_name,
     structlog.stdlib.add_log_level,
-    structlog.stdlib.PositionalArgumentsFormatter(),
 ]
 LOG_JSON = [
     structlog.processors.TimeStamper(fmt="iso"),
@@ -240,6 +220,8 @@ LOGGING = {
     "handlers": {"console": {"class": "logging.StreamHandler", "formatter": "structlog"}},
     "root": {"handlers": ["console"], "level": env.str("LOG_LEVEL", default="INFO")},
     "loggers": {
+        "celery.app.trace": {"level": "WARNING"},  # django_structlog says when a task starts, ends
+        "celery.worker.strategy": {"level": "WARNING"},
         "django": {},
         "django.server": {"level": "CRITICAL"},
 {% if broker.flower %}

@@ -14,7 +14,6 @@ class JobAdmin(admin.ModelAdmin):
     list_filter = ["state", "task", "queue", "created_at"]
     list_select_related = ["owner"]
     search_fields = ["id", "task", "error", "owner__username"]
-    date_hierarchy = "created_at"
     actions = ["run_again", "cancel"]
 
     def has_add_permission(self, request):

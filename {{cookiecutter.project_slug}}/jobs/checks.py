@@ -9,15 +9,8 @@
 {% endfor %}
 {% endset %}
 {% set sorted = imports.sort(lines) %}
-"""What `manage.py check --deploy` says of settings that would lose work, double it or expose it."""
-
-{{ sorted }}{% if sorted %}
-
-{% endif %}
-{% include "brokers/" ~ cookiecutter.broker ~ "/checks.imports" %}
-from django.conf import settings
-from django.core.checks import {{ "Error, " if results.results }}Warning, register
-{% if results.results %}
+{% set checks %}
+{% if results.server %}
 
 
 @register(deploy=True)
@@ -45,3 +38,15 @@ def check_flower(app_configs, **kwargs):
         )
 {% endif %}
 {% include "brokers/" ~ cookiecutter.broker ~ "/checks.py" %}
+{% include "pools/" ~ cookiecutter.worker_pool ~ "/checks.py" %}
+{% endset %}
+{% set kinds = ["Error", "Info", "Warning"] %}
+"""What `manage.py check --deploy` says of settings that would lose work, double it or expose it."""
+
+{{ sorted }}{% if sorted %}
+
+{% endif %}
+{% include "brokers/" ~ cookiecutter.broker ~ "/checks.imports" %}
+from django.conf import settings
+from django.core.checks import {% for kind in kinds if "yield " ~ kind in checks %}{{ kind }}, {% endfor %}register
+{{ checks }}

@@ -23,7 +23,7 @@ PUBLISH_PAUSE = 10  # seconds without a try after the broker refused one: reques
 publish_again_at = 0.0
 
 
-class JobManager(models.Manager):
+class JobQuerySet(models.QuerySet):
     def enqueue(self, task, args=(), kwargs=None, *, countdown=None, queue=None, **fields):
         """Store a job, and send its message once the caller's transaction commits.
 
@@ -53,8 +53,6 @@ class JobManager(models.Manager):
             transaction.on_commit(job.publish, robust=True)
         return job
 
-
-class JobQuerySet(models.QuerySet):
     def visible_to(self, user):
         """The jobs that `user` may see: the own ones, for staff also those that nobody owns."""
         own = Q(owner=user)
@@ -118,7 +116,7 @@ class Job(models.Model):
     retries = models.PositiveIntegerField(default=0)
     crashes = models.PositiveSmallIntegerField(default=0, help_text="workers that died of it")
 
-    objects = JobManager.from_queryset(JobQuerySet)()
+    objects = JobQuerySet.as_manager()
 
     class Meta:
         indexes = [

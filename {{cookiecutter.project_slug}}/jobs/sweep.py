@@ -1,6 +1,5 @@
 """The sweep: a thread of Beat's process that finds what was lost and lets it run (again)."""
 
-import itertools
 import logging
 import os
 import random
@@ -80,8 +79,8 @@ def send_due():
         unsent = due.filter(queue=queue, sent=0)[:BATCH]
         # First come, first served: the messages that are left are those of the latest jobs.
         missing = queued.filter(queue=queue, sent__gt=0).count() - messages_in(queue)
-        lost = due.filter(queue=queue, sent__gt=0).order_by("wake_at")[: max(0, missing)]
-        for job in itertools.islice(itertools.chain(unsent, lost), BATCH):
+        lost = due.filter(queue=queue, sent__gt=0).order_by("wake_at")
+        for job in [*unsent, *lost[: min(max(0, missing), BATCH)]]:
             wait = min(settings.JOB_RESEND_SECONDS * 2**job.sent, RESEND_AT_LEAST_EVERY)
             row = queued.filter(pk=job.pk, sent=job.sent)  # unless another sweep was quicker
             claimed = row.update(sent=job.sent + 1, wake_at=Now() + timedelta(seconds=wait))

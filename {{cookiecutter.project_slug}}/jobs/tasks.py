@@ -18,7 +18,6 @@ from celery.utils.time import maybe_make_aware
 {% if broker.flower %}
 from celery.worker.control import Panel
 {% endif %}
-from django.conf import settings
 {% if broker.flower %}
 from django.core.exceptions import ValidationError
 {% endif %}
@@ -68,7 +67,7 @@ class JobTask(Task):
         if not is_job or self.job_run:
             return super().__call__(*args, **kwargs)
         run = Run(request.id)
-        limit = request.time_limit or self.time_limit or settings.TASK_TIME_LIMIT
+        limit = request.time_limit or self.time_limit
         job = Job.objects.filter(pk=request.id)
         if not insist(job.start, run.token, retries=request.retries, limit=limit):
             raise Ignore("a copy of the message, or the job is cancelled")

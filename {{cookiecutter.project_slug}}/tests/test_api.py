@@ -96,6 +96,14 @@ def test_the_openapi_document_has_no_warnings():
     call_command("spectacular", validate=True, fail_on_warn=True, file=os.devnull)
 
 
+def test_the_openapi_document_tells_errors(api):
+    document = api.get("/api/schema/", headers={"Accept": "application/json"}).json()
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            assert "Retry-After" in operation["responses"]["429"]["headers"]
+            assert "default" in operation["responses"]
+
+
 # Pages
 
 

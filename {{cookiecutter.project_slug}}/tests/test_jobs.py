@@ -543,17 +543,17 @@ def test_the_database_refuses_impossible_jobs(impossible):
 
 
 def check(monkeypatch, **environment):
-    """Return the ids of what the checks of this app find."""
+    """Return the ids of the errors and warnings that the checks of this app find."""
     monkeypatch.delenv("CACHE_URL", raising=False)
     for name, value in {"FLOWER_BASIC_AUTH": "user:password", **environment}.items():
         monkeypatch.setenv(name, value)
     found = run_checks(include_deployment_checks=True)
-    return {message.id for message in found if message.id.startswith("jobs.")}
+    return {message.id for message in found if message.id.startswith(("jobs.E", "jobs.W"))}
 
 
 def test_sound_settings_pass_the_checks(monkeypatch):
     assert check(monkeypatch) == set()
-{% if results.results %}
+{% if results.server %}
 
 
 def test_the_checks_find_a_result_backend_that_loses_results(monkeypatch, settings):
@@ -570,3 +570,4 @@ def test_the_checks_find_a_flower_without_password(monkeypatch):
     assert check(monkeypatch, FLOWER_BASIC_AUTH="") == {"jobs.W003"}
 {% endif %}
 {% include "brokers/" ~ cookiecutter.broker ~ "/tests.py" %}
+{% include "pools/" ~ cookiecutter.worker_pool ~ "/tests.py" %}

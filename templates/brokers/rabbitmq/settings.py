@@ -1,4 +1,4 @@
-CELERY_BROKER_URL = required("CELERY_BROKER_URL", "amqp://guest:guest@127.0.0.1:5672//")
+CELERY_BROKER_URL = env.str("CELERY_BROKER_URL")
 if CELERY_BROKER_URL.startswith("amqps:"):
     CELERY_BROKER_USE_SSL = {"server_hostname": None}  # that of the URL, else none is checked
 # Quorum queues survive the loss of a node, and count how often a message came back.

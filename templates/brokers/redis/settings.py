@@ -1,4 +1,4 @@
-CELERY_BROKER_URL = required("CELERY_BROKER_URL", "redis://127.0.0.1:6379/0")
+CELERY_BROKER_URL = env.str("CELERY_BROKER_URL")
 CELERY_BROKER_TRANSPORT_OPTIONS = {
     # Redis gives a task out again after this time, also one that still runs: so, after its limit.
     "visibility_timeout": TASK_TIME_LIMIT + 60,
@@ -8,7 +8,6 @@ CELERY_BROKER_TRANSPORT_OPTIONS = {
     # A Redis that hangs costs a request one second.
     "socket_timeout": 1,
     "socket_connect_timeout": 1,
-    "retry_on_timeout": False,
     # Another project on the same Redis does not take this one's messages.
     "global_keyprefix": "{{ cookiecutter.project_slug }}:",
 }

@@ -1,7 +1,7 @@
 CELERY_BROKER_URL = "sqs://"  # AWS's own variables and roles say where, and who asks
-SQS_REGION = required("AWS_DEFAULT_REGION", "us-east-1")
-SQS_ENDPOINT = env.str("AWS_ENDPOINT_URL", default="") or f"https://sqs.{SQS_REGION}.amazonaws.com"
-SQS_ADDRESS = f"{SQS_ENDPOINT}/{required('AWS_ACCOUNT_ID', '123456789012')}/{{ cookiecutter.project_slug }}"
+SQS_REGION = env.str("AWS_DEFAULT_REGION")
+SQS_ENDPOINT = env.str("AWS_ENDPOINT_URL", default=f"https://sqs.{SQS_REGION}.amazonaws.com")
+SQS_ADDRESS = f"{SQS_ENDPOINT}/{env.str('AWS_ACCOUNT_ID')}/{{ cookiecutter.project_slug }}"
 # A worker creates no queue: a new one is added here, then made, see README.md. "test" is for tests.
 SQS_QUEUES = ["celery", {{ '"cpu", "io", ' if cookiecutter.include_example }}"test"]
 # What the queues have: SQS gives a task out again after this time, also one that still runs.

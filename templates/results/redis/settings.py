@@ -1,6 +1,6 @@
 # Celery: results of plain tasks
 
-CELERY_RESULT_BACKEND = required("CELERY_RESULT_BACKEND", "redis://127.0.0.1:6379/1")
+CELERY_RESULT_BACKEND = env.str("CELERY_RESULT_BACKEND")
 CELERY_REDIS_SOCKET_TIMEOUT = CELERY_REDIS_SOCKET_CONNECT_TIMEOUT = 2  # seconds
 CELERY_RESULT_BACKEND_TRANSPORT_OPTIONS = {
     "global_keyprefix": "{{ cookiecutter.project_slug }}:",

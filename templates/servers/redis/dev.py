@@ -27,26 +27,17 @@ def start_redis_at(port):
 
 
 def serve_fakeredis(port):
-    from fakeredis import TcpFakeServer
-    from fakeredis._clients._tcp_server import TCPFakeRequestHandler
+    from fakeredis._clients import _tcp_server
     from redis import ResponseError
 
-    class Handler(TCPFakeRequestHandler):
-        disable_nagle_algorithm = True  # else each transaction takes 44 ms
+    class Connection(_tcp_server.FakeRedisConnection):
+        def read_response(self):
+            try:
+                return super().read_response()
+            except ResponseError as error:  # an answer, and no reason to hang up
+                return error
 
-        def setup(self):
-            super().setup()
-            read = self.current_client.read_response
-
-            def read_response():
-                try:
-                    return read()
-                except ResponseError as error:  # an answer, and no reason to hang up
-                    return error
-
-            self.current_client.read_response = read_response
-
-    server = TcpFakeServer((HOST, port))
-    server.RequestHandlerClass = Handler
-    server.daemon_threads = True
-    server.serve_forever()
+    _tcp_server.FakeRedisConnection = Connection
+    # Else each transaction takes 44 ms.
+    _tcp_server.TCPFakeRequestHandler.disable_nagle_algorithm = True
+    _tcp_server.TcpFakeServer((HOST, port)).serve_forever()

@@ -1,0 +1,119 @@
+"""A project takes over what is new in the template, and keeps what its owner changed."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from project import Project
+
+TEMPLATE = Path(__file__).parents[1]
+PARTS = ["cookiecutter.json", "hooks", "templates", "{{cookiecutter.project_slug}}"]
+ANSWERS = {"project_name": "Tea Shop", "broker": "rabbitmq", "include_example": False}
+SETTINGS = "config/settings.py"
+OWNERS = '"PAGE_SIZE": 20', '"PAGE_SIZE": 50'
+TEMPLATES = "ETA_TASK_LIMIT = 1000", "ETA_TASK_LIMIT = 500"
+
+
+@pytest.fixture(autouse=True)
+def no_settings_of_this_machine(monkeypatch, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(f"replay_dir: {tmp_path}/replay\ncookiecutters_dir: {tmp_path}/cloned\n")
+    monkeypatch.setenv("COOKIECUTTER_CONFIG", str(config))
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    for name in ("AUTHOR_NAME", "AUTHOR_EMAIL", "COMMITTER_NAME", "COMMITTER_EMAIL"):
+        monkeypatch.setenv(f"GIT_{name}", "you@example.com")
+
+
+@pytest.fixture
+def template(tmp_path):
+    """This template in a repository of its own, so that it can have a newer commit."""
+    template = Project(tmp_path / "template")
+    template.mkdir()
+    for part in PARTS:
+        copy = shutil.copytree if (TEMPLATE / part).is_dir() else shutil.copy
+        copy(TEMPLATE / part, template / part)
+    template.call("git", "init", "--quiet")
+    commit(template)
+    return template
+
+
+def created(template, folder):
+    """What `cruft create` makes."""
+    answers = json.dumps(ANSWERS)
+    options = ["--output-dir", folder, "--no-input", "--extra-context", answers, "--skip", ".env"]
+    template.run("cruft", "create", template, *options)
+    return Project(folder / "tea_shop")
+
+
+def baked(template, folder):
+    """What cookiecutter makes."""
+    answers = [f"{option}={answer}" for option, answer in ANSWERS.items()]
+    options = ["--output-dir", folder, "--no-input", *answers]
+    template.run("cookiecutter", template, *options)
+    return Project(folder / "tea_shop")
+
+
+def linked(template, folder):
+    """What cookiecutter made, after `cruft link`, as docs/upgrading.md says."""
+    project = baked(template, folder)
+    project.run("cruft", "link", template, "--no-input", "--extra-context", json.dumps(ANSWERS))
+    state = json.loads(project.read(".cruft.json"))
+    (project / ".cruft.json").write_text(json.dumps({**state, "skip": [".env"]}))
+    return project
+
+
+def commit(folder):
+    folder.call("git", "add", ".")
+    folder.call("git", "commit", "--quiet", "--message", "A commit")
+
+
+def change(file, old, new):
+    text = file.read_text("utf-8")
+    assert text.count(old) == 1
+    file.write_text(text.replace(old, new), "utf-8")
+
+
+def contents(project):
+    left_out = {".env", ".cruft.json"}
+    files = [file for file in project.files() if file.name not in left_out]
+    return {file.relative_to(project): file.read_bytes() for file in files}
+
+
+def test_cruft_writes_what_cookiecutter_writes(template, tmp_path):
+    project = created(template, tmp_path / "cruft")
+    assert (project / ".env").exists() and (project / ".cruft.json").exists()
+
+    assert contents(project) == contents(baked(template, tmp_path / "cookiecutter"))
+
+
+@pytest.mark.parametrize("make", [created, linked])
+def test_an_update_keeps_what_the_owner_changed(make, template, tmp_path):
+    project = make(template, tmp_path)
+    secrets = project.read(".env")
+    change(project / SETTINGS, *OWNERS)
+    (project / "Procfile").unlink()
+    (project / "own.py").write_text("")
+    project.call("git", "init", "--quiet")
+    commit(project)
+
+    output = template / "{{cookiecutter.project_slug}}"
+    change(output / SETTINGS, *TEMPLATES)
+    change(output / "Procfile", "beat: celery", "beat: exec celery")
+    (output / "{{ cookiecutter.new_option }}.md").write_text("New\n")
+    options = '"new_option": ["default", "other"], "include_example"'
+    change(template / "cookiecutter.json", '"include_example": true', f"{options}: true")
+    commit(template)
+    project.run("cruft", "update", "--skip-apply-ask")
+
+    settings = project.read(SETTINGS)
+    assert OWNERS[1] in settings and TEMPLATES[1] in settings
+    assert project.read(".env") == secrets
+    changes = project.call("git", "status", "--short", "--untracked-files=all").split()
+    assert dict(zip(changes[1::2], changes[::2], strict=True)) == {
+        SETTINGS: "M",  # applied without a conflict; nothing of it was rejected
+        "default.md": "A",
+        ".cruft.json": "M",
+    }
+    assert "up to date" in project.run("cruft", "check")
