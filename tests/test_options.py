@@ -450,21 +450,15 @@ def test_a_refusal_leaves_an_existing_project_alone(run, bake):
 
 
 def test_env_has_fresh_secrets(bake):
-    one, other = ((bake() / ".env").read_text().splitlines() for _ in range(2))
-    patterns = [
-        "DEBUG=True",
-        "SECRET_KEY=[A-Za-z0-9_-]{50,}",
-        "FLOWER_BASIC_AUTH=admin:[A-Za-z0-9_-]{16,}",
-        "DJANGO_SUPERUSER_USERNAME=demo",
-        "DJANGO_SUPERUSER_EMAIL=demo@example\\.com",
-        "DJANGO_SUPERUSER_PASSWORD=[A-Za-z0-9_-]{16,}",
-        "POSTGRES_PASSWORD=[a-z0-9]{16,}",
-        "REDIS_PASSWORD=[a-z0-9]{16,}",
-    ]
+    one, other = (
+        dict(line.split("=", 1) for line in (bake() / ".env").read_text().splitlines())
+        for _ in range(2)
+    )
+    secrets = {name for name in one if re.search("SECRET|PASSWORD|AUTH", name)}
 
-    assert len(one) == len(patterns)
-    assert all(map(re.fullmatch, patterns, one))
-    assert len(set(one) - set(other)) == 5
+    assert {"SECRET_KEY", "FLOWER_BASIC_AUTH", "POSTGRES_PASSWORD", "REDIS_PASSWORD"} <= secrets
+    assert secrets == {name for name in one if one[name] != other[name]}
+    assert all(re.search("[0-9a-f]{24}$", one[name]) for name in secrets)
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
