@@ -23,8 +23,9 @@ def test_the_workflow_passes(command):
 
 
 def test_each_output_that_runs_does_so_in_one_job():
-    matrix = yaml.safe_load((TEMPLATE / WORKFLOW).read_text())["jobs"]["run"]["strategy"]["matrix"]
-    assert matrix["broker"] == CHOICES["broker"]
+    jobs = yaml.safe_load((TEMPLATE / WORKFLOW).read_text())["jobs"]
+    matrix = jobs["run"]["strategy"]["matrix"]
+    assert matrix["broker"] == jobs["docker"]["strategy"]["matrix"]["broker"] == CHOICES["broker"]
 
     tests = Project(TEMPLATE).run("pytest", "tests/test_run.py", "--collect-only", "--quiet")
     tests = re.findall(r"tests/\S+::.+", tests)
