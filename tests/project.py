@@ -13,8 +13,11 @@ import urllib.error
 import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 FINAL = {"succeeded", "failed", "cancelled"}
+# A variable and the address in development that settings.py or .env gives it.
+ADDRESS = r"""([A-Z_]+)(?:=|["'], ["'])(\w+://(?:[^"'\s]*@)?127\.0\.0\.1:\d+[^"'\s]*)"""
 TASKS = """
 
 from celery import chord, shared_task
@@ -78,18 +81,15 @@ class Project(type(Path())):
 
     def free_servers(self):
         """The variables that move each server of the project to a port where none answers."""
-        moved, ports = {}, {}
         addresses = self.read("config/settings.py") + self.read(".env")
-        for name, url in {
-            "CELERY_BROKER_URL": "redis://127.0.0.1:6379/0",
-            "CELERY_RESULT_BACKEND": "redis://127.0.0.1:6379/1",
-            "AWS_ENDPOINT_URL": "http://127.0.0.1:4566",
-        }.items():
-            if url in addresses:
-                port = re.search("[0-9]{4}", url)[0]
-                ports.setdefault(port, free_ports(1)[0])
-                moved[name] = url.replace(port, str(ports[port]))
-        return moved
+        found = dict(re.findall(ADDRESS, addresses))
+        ports = {urlsplit(url).port for url in found.values()}
+        free = dict(zip(ports, free_ports(len(ports)), strict=True))
+        return {
+            name: url.replace(f":{port}", f":{free[port]}")
+            for name, url in found.items()
+            for port in [urlsplit(url).port]
+        }
 
     def files(self):
         """Every file's path, without what tools left there."""
@@ -181,11 +181,11 @@ print(models.Job.objects.enqueue(tasks.{task}, {args!r}, owner=User.objects.get(
             time.sleep(0.15)  # 400 a minute: below the throttle
         raise AssertionError(f"{job}\n{self.log}")
 
-    def ask_flower(self, path, authenticated=True):
-        """Return (status, headers, JSON) of Flower's API."""
+    def ask_flower(self, path, data=None, *, authenticated=True):
+        """Return (status, headers, JSON) of Flower's API, of a POST where there is `data`."""
         secret = re.search("^FLOWER_BASIC_AUTH=(.*)$", self.project.read(".env"), re.MULTILINE)
         basic = "Basic " + base64.b64encode(secret[1].encode()).decode()
-        return fetch(self.flower + path, None, {"Authorization": basic} if authenticated else {})
+        return fetch(self.flower + path, data, {"Authorization": basic} if authenticated else {})
 
     def find_in_flower(self, task_id):
         """Return what Flower knows of a task that has ended, or None."""
@@ -247,6 +247,17 @@ def env(**environment):
     ours = {"VIRTUAL_ENV", "MAKEFLAGS", "ARGS"}
     kept = {key: value for key, value in os.environ.items() if key not in ours}
     return {**kept, "PATH": tools, **{key: str(value) for key, value in environment.items()}}
+
+
+def path_without(*tools, folder):
+    """A PATH with all that this process's has, but for these tools: links in a new folder."""
+    folder.mkdir()
+    for place in os.environ["PATH"].split(":"):
+        for tool in Path(place).glob("*"):
+            link = folder / tool.name
+            if tool.name not in tools and not link.is_symlink():
+                link.symlink_to(tool)
+    return folder
 
 
 def free_ports(count):
