@@ -136,7 +136,7 @@ class Site:
         self.web = f"http://127.0.0.1:{environment['PORT']}"
         self.flower = f"http://127.0.0.1:{environment['FLOWER_PORT']}"
         self.environment = environment
-        self.token = None
+        self.token = self.worker = None
 
     @property
     def has_flower(self):
@@ -151,7 +151,11 @@ class Site:
         wait_for(lambda: "Ctrl-C ends everything" in self.log or self.process.poll(), 120, self)
         assert self.process.poll() is None, self.log
         self.token = re.search("Token ([0-9a-f]{40})", self.log)[1]
-        wait_for(lambda: re.search(r"celery@\S+ ready", self.log), 120, self)
+        ready = r"(celery@\S+) ready"
+        self.worker = wait_for(lambda: re.search(ready, self.log), 120, self)[1]
+        if self.has_flower:
+            port = self.environment["FLOWER_PORT"]
+            wait_for(lambda: connects(int(port)), 120, self)
 
     def request(self, path, data=None, **headers):
         """Return (status, headers, JSON) of a GET, or with `data` of a POST, as the demo user."""
@@ -258,6 +262,11 @@ def path_without(*tools, folder):
             if tool.name not in tools and not link.is_symlink():
                 link.symlink_to(tool)
     return folder
+
+
+def connects(port):
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def free_ports(count):

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from urllib.parse import urlsplit
 
 from conftest import missing
-from project import free_ports, wait_for
+from project import connects, free_ports, wait_for
 
 
 @contextmanager
@@ -91,11 +91,6 @@ def speaks_amqp(port):
             return probe.recv(1)
     except OSError:
         return False
-
-
-def connects(port):
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 SCHEMES = {"redis": redis, "amqp": rabbitmq}

@@ -144,13 +144,13 @@ def use(project, tmp_path, **environment):
 
 def show_in_flower(site, done):
     """Flower knows the worker that did the job of this id, and tells only who has its password."""
-    celery = ".venv/bin/celery", "-A", "config"
-    assert "pong" in site.project.call(*celery, "inspect", "ping", **site.environment)
-    [worker] = site.ask_flower("/api/workers?refresh=1")[2]
-    assert wait_for(lambda: site.find_in_flower(done), 60, site)["worker"] == worker
-    assert done in site.ask_flower("/api/tasks")[2]
     for path in "/api/workers", "/api/tasks":
         assert site.ask_flower(path, authenticated=False)[0] == 401
+    ping = [".venv/bin/celery", "-A", "config", "inspect", "ping", "--timeout", "30"]
+    assert "pong" in site.project.call(*ping, "-d", site.worker, **site.environment)
+    wait_for(lambda: site.worker in site.ask_flower("/api/workers?refresh=1")[2], 60, site)
+    wait_for(lambda: site.find_in_flower(done), 60, site)
+    assert done in site.ask_flower("/api/tasks")[2]
 
 
 @default_output
