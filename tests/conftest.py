@@ -52,12 +52,15 @@ def pytest_terminal_summary(terminalreporter):
             columns.setdefault(column, []).append(report)
     if not outputs:
         return
-    varied = [len(set(choices)) > 1 for choices in zip(*outputs, strict=True)]
-    options = list(itertools.compress([option for option, _ in next(iter(outputs))], varied))
+    always = {"broker", "result_backend", "worker_pool"}
+    shown = [
+        choices[0][0] in always or len(set(choices)) > 1 for choices in zip(*outputs, strict=True)
+    ]
+    options = list(itertools.compress([option for option, _ in next(iter(outputs))], shown))
     tests = sorted(set().union(*outputs.values()), key=lambda column: (column[0] == "o", column))
     table = [[*options, *tests]]
     for answers, reports in sorted(outputs.items(), key=str):
-        choices = [str(choice) for _, choice in itertools.compress(answers, varied)]
+        choices = [str(choice) for _, choice in itertools.compress(answers, shown)]
         table.append([*choices, *(cell(reports.get(test, [])) for test in tests)])
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     terminalreporter.section("outputs that ran")
