@@ -4,8 +4,7 @@ demo: .venv  ## bake a project, start it, run a job: make demo ARGS="include_exa
 	@.venv/bin/python tests/demo.py $(ARGS)
 
 test: .venv  ## the template's own tests: make test ARGS="-k hook"
-	.venv/bin/python -m pytest -n auto --ignore tests/test_run.py --ignore tests/test_docker.py $(ARGS) || test $$? = 5  # none selected
-	.venv/bin/python -m pytest tests/test_run.py tests/test_docker.py $(ARGS) || test $$? = 5  # one stack at a time
+	.venv/bin/python -m pytest -n auto --dist loadgroup --durations 10 $(ARGS)
 
 bench: .venv  ## measure, write docs/performance.md; a trial: make bench ARGS="--scale 0.1"
 	.venv/bin/python bench/run.py $(ARGS)

@@ -1,3 +1,4 @@
+import itertools
 import os
 import tempfile
 
@@ -39,3 +40,49 @@ def missing(reason):
     if os.environ.get("DEMAND_ALL"):
         pytest.fail(reason)
     pytest.skip(reason)
+
+
+def pytest_collection_modifyitems(items):
+    """Have the reports of a test say which output it ran with: they are all that xdist sends."""
+    for item in items:
+        if "project" in item.fixturenames and hasattr(item, "callspec"):
+            item.user_properties.append(("answers", item.callspec.params["project"]))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Print what ran with which output and for how long, what was skipped and why."""
+    outputs = {}  # {answers: {column: reports}}
+    for report in itertools.chain(*terminalreporter.stats.values()):
+        answers = dict(getattr(report, "user_properties", ())).get("answers")
+        if answers and isinstance(report, pytest.TestReport):
+            test = report.nodeid.split("::")[1].split("[")[0]
+            column = test[8:].replace("_", " ") if test.startswith("test_it_") else "other tests"
+            columns = outputs.setdefault(tuple(answers.items()), {})
+            columns.setdefault(column, []).append(report)
+    if not outputs:
+        return
+    always = {"broker", "result_backend", "worker_pool"}
+    shown = [
+        choices[0][0] in always or len(set(choices)) > 1 for choices in zip(*outputs, strict=True)
+    ]
+    options = list(itertools.compress([option for option, _ in next(iter(outputs))], shown))
+    tests = sorted(set().union(*outputs.values()), key=lambda column: (column[0] == "o", column))
+    table = [[*options, *tests]]
+    for answers, reports in sorted(outputs.items(), key=str):
+        choices = [str(choice) for _, choice in itertools.compress(answers, shown)]
+        table.append([*choices, *(cell(reports.get(test, [])) for test in tests)])
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    terminalreporter.section("outputs that ran")
+    for row in table:
+        cells = (text.ljust(width) for text, width in zip(row, widths, strict=True))
+        terminalreporter.line("  ".join(cells).rstrip())
+    for reason in sorted({r.longrepr[2] for r in terminalreporter.stats.get("skipped", [])}):
+        terminalreporter.line(reason)
+
+
+def cell(reports):
+    outcomes = {report.outcome for report in reports}
+    for bad in {"failed", "skipped"} & outcomes:
+        return bad
+    seconds = sum(report.duration for report in reports)
+    return f"{seconds:.0f} s" if reports else "-"

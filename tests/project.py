@@ -13,8 +13,11 @@ import urllib.error
 import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 FINAL = {"succeeded", "failed", "cancelled"}
+# A variable and the address in development that settings.py or .env gives it.
+ADDRESS = r"""([A-Z_]+)(?:=|["'], ["'])(\w+://(?:[^"'\s]*@)?127\.0\.0\.1:\d+[^"'\s]*)"""
 TASKS = """
 
 from celery import chord, shared_task
@@ -78,18 +81,15 @@ class Project(type(Path())):
 
     def free_servers(self):
         """The variables that move each server of the project to a port where none answers."""
-        moved, ports = {}, {}
         addresses = self.read("config/settings.py") + self.read(".env")
-        for name, url in {
-            "CELERY_BROKER_URL": "redis://127.0.0.1:6379/0",
-            "CELERY_RESULT_BACKEND": "redis://127.0.0.1:6379/1",
-            "AWS_ENDPOINT_URL": "http://127.0.0.1:4566",
-        }.items():
-            if url in addresses:
-                port = re.search("[0-9]{4}", url)[0]
-                ports.setdefault(port, free_ports(1)[0])
-                moved[name] = url.replace(port, str(ports[port]))
-        return moved
+        found = dict(re.findall(ADDRESS, addresses))
+        ports = {urlsplit(url).port for url in found.values()}
+        free = dict(zip(ports, free_ports(len(ports)), strict=True))
+        return {
+            name: url.replace(f":{port}", f":{free[port]}")
+            for name, url in found.items()
+            for port in [urlsplit(url).port]
+        }
 
     def files(self):
         """Every file's path, without what tools left there."""
@@ -136,7 +136,7 @@ class Site:
         self.web = f"http://127.0.0.1:{environment['PORT']}"
         self.flower = f"http://127.0.0.1:{environment['FLOWER_PORT']}"
         self.environment = environment
-        self.token = None
+        self.token = self.worker = None
 
     @property
     def has_flower(self):
@@ -151,7 +151,11 @@ class Site:
         wait_for(lambda: "Ctrl-C ends everything" in self.log or self.process.poll(), 120, self)
         assert self.process.poll() is None, self.log
         self.token = re.search("Token ([0-9a-f]{40})", self.log)[1]
-        wait_for(lambda: re.search(r"celery@\S+ ready", self.log), 120, self)
+        ready = r"(celery@\S+) ready"
+        self.worker = wait_for(lambda: re.search(ready, self.log), 120, self)[1]
+        if self.has_flower:
+            port = self.environment["FLOWER_PORT"]
+            wait_for(lambda: connects(int(port)), 120, self)
 
     def request(self, path, data=None, **headers):
         """Return (status, headers, JSON) of a GET, or with `data` of a POST, as the demo user."""
@@ -181,11 +185,11 @@ print(models.Job.objects.enqueue(tasks.{task}, {args!r}, owner=User.objects.get(
             time.sleep(0.15)  # 400 a minute: below the throttle
         raise AssertionError(f"{job}\n{self.log}")
 
-    def ask_flower(self, path, authenticated=True):
-        """Return (status, headers, JSON) of Flower's API."""
+    def ask_flower(self, path, data=None, *, authenticated=True):
+        """Return (status, headers, JSON) of Flower's API, of a POST where there is `data`."""
         secret = re.search("^FLOWER_BASIC_AUTH=(.*)$", self.project.read(".env"), re.MULTILINE)
         basic = "Basic " + base64.b64encode(secret[1].encode()).decode()
-        return fetch(self.flower + path, None, {"Authorization": basic} if authenticated else {})
+        return fetch(self.flower + path, data, {"Authorization": basic} if authenticated else {})
 
     def find_in_flower(self, task_id):
         """Return what Flower knows of a task that has ended, or None."""
@@ -247,6 +251,22 @@ def env(**environment):
     ours = {"VIRTUAL_ENV", "MAKEFLAGS", "ARGS"}
     kept = {key: value for key, value in os.environ.items() if key not in ours}
     return {**kept, "PATH": tools, **{key: str(value) for key, value in environment.items()}}
+
+
+def path_without(*tools, folder):
+    """A PATH with all that this process's has, but for these tools: links in a new folder."""
+    folder.mkdir()
+    for place in os.environ["PATH"].split(":"):
+        for tool in Path(place).glob("*"):
+            link = folder / tool.name
+            if tool.name not in tools and not link.is_symlink():
+                link.symlink_to(tool)
+    return folder
+
+
+def connects(port):
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def free_ports(count):

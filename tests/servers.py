@@ -5,36 +5,50 @@ import shutil
 import signal
 import socket
 import subprocess
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from urllib.parse import urlsplit
 
 from conftest import missing
-from project import free_ports, wait_for
+from project import connects, free_ports, wait_for
 
 
 @contextmanager
-def redis(folder):
+def real(variables, folder):
+    """Start a server wherever these variables of a project point to, if we have one for its URL."""
+    places = {(urlsplit(url).scheme, urlsplit(url).port) for url in variables.values()}
+    with ExitStack() as stack:
+        for scheme, port in places:
+            if scheme in SCHEMES:
+                stack.enter_context(SCHEMES[scheme](folder, port))
+        yield variables
+
+
+@contextmanager
+def redis(folder, port=None):
     """A Redis: gives the variables that point to it."""
     if not shutil.which("redis-server"):
-        missing("redis-server is not installed")
-    [port] = free_ports(1)
+        missing("redis-server is not installed: sudo apt install redis-server")
+    port = port or free_ports(1)[0]
     command = ["redis-server", "--port", str(port), "--save", "", "--dir", folder]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     url = f"redis://127.0.0.1:{port}"
     try:
+        wait_for(lambda: connects(port), 60)
         yield {"CELERY_BROKER_URL": f"{url}/0", "CELERY_RESULT_BACKEND": f"{url}/1"}
     finally:
-        process.terminate()
+        process.kill()
         process.wait()
 
 
 @contextmanager
-def rabbitmq(folder):
+def rabbitmq(folder, port=None):
     """A RabbitMQ: gives the variables that point to it."""
     # What Debian has on PATH changes the user; the scripts themselves stand here.
     path = f"/usr/lib/rabbitmq/bin:{os.environ['PATH']}"
     if not shutil.which("rabbitmq-server", path=path):
-        missing("rabbitmq-server is not installed")
-    port, distribution, epmd = free_ports(3)
+        missing("rabbitmq-server is not installed: sudo apt install rabbitmq-server")
+    distribution, epmd, free = free_ports(3)
+    port = port or free
     environment = {
         "PATH": path,
         "HOME": folder,  # where Erlang puts its cookie
@@ -77,3 +91,6 @@ def speaks_amqp(port):
             return probe.recv(1)
     except OSError:
         return False
+
+
+SCHEMES = {"redis": redis, "amqp": rabbitmq}

@@ -1,27 +1,31 @@
 """Outputs run: installed from their own pyproject.toml, with a real worker on a real broker."""
 
+import json
 import os
 import pty
 import re
 import signal
 import socket
-import subprocess
 import time
 
 import pytest
 import servers
-from project import env, free_ports, processes_in, wait_for
-from test_bake import CHOICES
+from project import env, free_ports, path_without, processes_in, wait_for
+from test_bake import CHOICES, name
 
 EXTRA = {"FLOWER_BASIC_AUTH": "admin:password", "DEBUG": "False"}
 ORDER = {"email": "you@example.com", "product": "Tea", "quantity": 2}
-CHORD = """
+PLAIN_TASKS = """
+import json, time
+from celery.result import AsyncResult
 from jobs.tasks import *
-print(chord([add.s(1, 2), add.s(3, 4)])(add_all.s()).get(timeout=60))
-"""
-COUNTDOWN = """
-from jobs.tasks import *
-print(add.apply_async([1, 2], countdown=2).id)
+sent = time.time()
+touch.apply_async([{path!r}], countdown=2)
+results = []
+if {has_results}:
+    results.append(AsyncResult(add.delay(1, 2).id).get(timeout=60))
+    results.append(chord([add.s(1, 2), add.s(3, 4)])(add_all.s()).get(timeout=60))
+print(json.dumps([sent, results], separators=(",", ":")))
 """
 SCHEDULE = """
 CELERY_BEAT_SCHEDULE = {{
@@ -42,36 +46,34 @@ def runs():
     yield {**default, "include_example": False}
 
 
-def name(answers):
-    return "-".join(str(choice) for choice in answers.values())
-
-
 def outputs(*answers):
-    """Run the test with these outputs."""
-    return pytest.mark.parametrize("project", answers, ids=map(name, answers), indirect=True)
+    """Run the test with these outputs: one process all tests of an output, to install it once."""
+    params = [
+        pytest.param(each, id=name(each), marks=pytest.mark.xdist_group(name(each)))
+        for each in answers
+    ]
+    return pytest.mark.parametrize("project", params, indirect=True)
 
 
 every_output = outputs(*runs())
 default_output = outputs(next(runs()))
 
 
-@pytest.fixture
-def broker(project, tmp_path):
-    """The variables of a real server, where `make run` starts none by itself."""
-    if "amqp://" in project.read(".env"):
-        with servers.rabbitmq(tmp_path) as variables:
-            yield {**project.free_servers(), **variables}
-    elif "redis://127.0.0.1:6379" in project.read(".env"):
-        with servers.redis(tmp_path) as variables:
-            yield {**project.free_servers(), **variables}
-    else:
-        yield project.free_servers()
+@pytest.fixture(scope="module")
+def broker(project, tmp_path_factory):
+    """The variables of real servers for this output alone."""
+    with servers.real(project.free_servers(), tmp_path_factory.mktemp("servers")) as variables:
+        yield variables
 
 
 @every_output
-def test_it_passes_its_own_checks_and_tests(project, broker):
+def test_it_passes_its_checks(project):
     project.call("make", "check")
     project.manage("check", "--deploy", "--fail-level", "WARNING", **project.production(), **EXTRA)
+
+
+@every_output
+def test_it_passes_its_own_tests(project, broker):
     printed = project.call("make", "test", **broker)
     assert re.search(r"= \d+ passed in", printed), printed  # none was skipped
 
@@ -90,12 +92,22 @@ def with_tasks(project, tmp_path):
 
 @every_output
 def test_it_runs(with_tasks, broker, tmp_path):
-    project = with_tasks
-    with project.up(**broker) as site:
-        states = list(site.follow(site.enqueue("count", 15)))
-        assert states[-1]["state"] == "succeeded", states[-1]
-        assert states[-1]["result"] == 15
-        assert any(0 < job["progress"] < 100 for job in states)
+    use(with_tasks, tmp_path, **broker)
+
+
+@default_output
+def test_it_runs_on_the_stand_in(with_tasks, tmp_path):
+    """On fakeredis, which `make run` takes where no Redis is installed."""
+    path = path_without("redis-server", "valkey-server", folder=tmp_path / "bin")
+    log = use(with_tasks, tmp_path, PATH=path)
+    assert "Starting fakeredis" in log
+
+
+def use(project, tmp_path, **environment):
+    """Start the project and use all of it; return what it printed."""
+    with project.up(**environment) as site:
+        *_, done = site.follow(site.enqueue("count", 5))
+        assert (done["state"], done["result"]) == ("succeeded", 5), done
         assert site.request("/api/jobs/", Authorization="")[0] == 401
 
         if (project / "orders").exists():
@@ -106,15 +118,39 @@ def test_it_runs(with_tasks, broker, tmp_path):
             assert site.request(f"/api/orders/{order['id']}/")[2]["confirmed_at"]
             assert "Thank you! You ordered 2 × Tea." in site.log
 
-        if "CELERY_RESULT_BACKEND" in project.read("config/settings.py"):
-            assert project.shell(CHORD, **site.environment) == "10"
+        late = tmp_path / "late"
+        has_results = "RESULT_BACKEND" in project.read("config/settings.py")
+        script = PLAIN_TASKS.format(path=str(late), has_results=has_results)
+        sent, results = json.loads(project.shell(script, **site.environment))
+        assert results == ([3, 10] if has_results else [])
+        wait_for(late.exists, 60, site)
+        assert late.stat().st_mtime - sent >= 2
+
+        if site.has_flower:  # then the broker carries events and remote control
+            show_in_flower(site, done["id"])
+        endless = site.enqueue("count", 1000)
+        following = site.follow(endless)
+        while not next(following)["progress"]:
+            pass
         if site.has_flower:
-            task = project.shell(COUNTDOWN, **site.environment)
-            assert wait_for(lambda: site.find_in_flower(task), 60, site)
-            assert wait_for(lambda: site.find_in_flower(states[-1]["id"]), 60, site)
-            assert site.ask_flower("/api/workers", authenticated=False)[0] == 401
+            assert site.ask_flower(f"/api/task/revoke/{endless.split('/')[3]}", {})[0] == 200
+        else:
+            assert site.request(f"{endless}cancel/", {})[0] == 200
+        assert [job["state"] for job in following][-1] == "cancelled"
 
         wait_for((tmp_path / "ticked").exists, 60, site)  # Beat
+        return site.log
+
+
+def show_in_flower(site, done):
+    """Flower knows the worker that did the job of this id, and tells only who has its password."""
+    for path in "/api/workers", "/api/tasks":
+        assert site.ask_flower(path, authenticated=False)[0] == 401
+    ping = [".venv/bin/celery", "-A", "config", "inspect", "ping", "--timeout", "30"]
+    assert "pong" in site.project.call(*ping, "-d", site.worker, **site.environment)
+    wait_for(lambda: site.worker in site.ask_flower("/api/workers?refresh=1")[2], 60, site)
+    wait_for(lambda: site.find_in_flower(done), 60, site)
+    assert done in site.ask_flower("/api/tasks")[2]
 
 
 @default_output
@@ -128,26 +164,6 @@ def test_production_names_what_is_missing(project):
                 project.manage("check", **{**variables, variable: ""})
     finally:
         (project / ".env.away").rename(project / ".env")
-
-
-@default_output
-def test_it_runs_on_the_stand_in(with_tasks, tmp_path):
-    """On fakeredis, which `make run` takes where no Redis is installed."""
-    [port] = free_ports(1)
-    command = [with_tasks / ".venv/bin/python", "-c", f"import dev; dev.serve_fakeredis({port})"]
-    process = subprocess.Popen(command, cwd=tmp_path, env=env(PYTHONPATH=with_tasks))
-    url = f"redis://127.0.0.1:{port}"
-    fakeredis = {"CELERY_BROKER_URL": f"{url}/0", "CELERY_RESULT_BACKEND": f"{url}/1"}
-    try:
-        with with_tasks.up(**fakeredis) as site:
-            *_, job = site.follow(site.enqueue("count", 5))
-            assert job["state"] == "succeeded"
-            assert with_tasks.shell(CHORD, **site.environment) == "10"
-            assert wait_for(lambda: site.find_in_flower(job["id"]), 60, site)
-            wait_for((tmp_path / "ticked").exists, 60, site)
-    finally:
-        process.terminate()
-        process.wait()
 
 
 @default_output
