@@ -159,12 +159,13 @@ def follow_revokes(**kwargs):
     """
     revoke = Panel.data["revoke"]
 
-    def cancel_and_revoke(state, task_id, *args, **kwargs):
+    def cancel_and_revoke(state, task_id, terminate=False, signal=None, **kwargs):
         for pk in maybe_list(task_id) or []:
             with suppress(ValidationError, Error):  # some task's own kind of id
                 Job.objects.filter(pk=pk).cancel()
         connection.close()  # it would grow stale here, and a child must not inherit it
-        return revoke(state, task_id, *args, **kwargs)
+        # Whatever signal Flower asks for: one that children ignore would leave the task running.
+        return revoke(state, task_id, terminate=terminate, signal="SIGKILL", **kwargs)
 
     Panel.data["revoke"] = cancel_and_revoke
 {% endif %}
