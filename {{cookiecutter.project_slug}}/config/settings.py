@@ -125,6 +125,7 @@ REST_FRAMEWORK = {
     "DEFAULT_THROTTLE_CLASSES": ["rest_framework.throttling.UserRateThrottle"],
     "DEFAULT_THROTTLE_RATES": {"user": env.str("THROTTLE", default="600/min")},
     "DEFAULT_SCHEMA_CLASS": "drf_spectacular.openapi.AutoSchema",
+    "EXCEPTION_HANDLER": "jobs.views.handle_exception",
 }
 SPECTACULAR_SETTINGS = {
     "TITLE": {{ text.python(cookiecutter.project_name) }},

@@ -15,6 +15,7 @@ from orders.views import NewsletterViewSet, OrderViewSet
 {% endif %}
 
 router = DefaultRouter()
+router.include_format_suffixes = False  # no jobs.json beside jobs/
 router.register("jobs", JobViewSet, basename="job")
 {% if cookiecutter.include_example %}
 router.register("orders", OrderViewSet, basename="order")

@@ -8,8 +8,9 @@ from django.urls import reverse
 from drf_spectacular.utils import OpenApiParameter, extend_schema
 from rest_framework import viewsets
 from rest_framework.decorators import action
-from rest_framework.exceptions import APIException, ValidationError
+from rest_framework.exceptions import APIException, ParseError, ValidationError
 from rest_framework.response import Response
+from rest_framework.views import exception_handler
 
 from .models import Job
 from .serializers import JobSerializer
@@ -23,6 +24,13 @@ class Ended(APIException):
 class KeyReused(APIException):
     status_code = 422
     default_detail = "This Idempotency-Key was used for another request."
+
+
+def handle_exception(error, context):
+    """What Django REST framework does, and 400 for JSON that is nested too deeply to be read."""
+    if isinstance(error, RecursionError):
+        error = ParseError("Nested too deeply.")
+    return exception_handler(error, context)
 
 
 class JobViewSet(viewsets.ReadOnlyModelViewSet):

@@ -7,7 +7,9 @@ import pytest
 from celery import shared_task
 from django.core.management import call_command
 from django.db import OperationalError, connection
-from rest_framework.test import APIClient
+from rest_framework.decorators import api_view, permission_classes
+from rest_framework.response import Response
+from rest_framework.test import APIClient, APIRequestFactory
 from rest_framework.throttling import UserRateThrottle
 
 from config import urls
@@ -171,6 +173,25 @@ def test_the_admin_leaves_alone_a_job_whose_task_is_gone(admin_client, user, com
     Job.objects.filter(pk=gone.pk).update(task="no.such.task")
     assert "0 jobs enqueued again. 1 left alone" in act(admin_client, "run_again")
     assert Job.objects.count() == 1
+
+
+# Bad input
+
+
+def test_a_format_in_the_address_is_not_found(api, user):
+    job = Job.objects.enqueue(greet, owner=user)
+    assert api.post(f"/api/jobs/{job.pk}/cancel.json").status_code == 404
+    assert api.get("/api/jobs.json").status_code == 404
+
+
+def test_json_that_is_nested_too_deeply_is_refused():
+    @api_view(["POST"])
+    @permission_classes([])
+    def echo(request):
+        return Response(request.data)
+
+    request = APIRequestFactory().post("/", "[" * 100_000, content_type="application/json")
+    assert echo(request).status_code == 400
 
 
 # Probes

@@ -7,10 +7,12 @@ Nothing here needs a broker. What a worker does with a message, job.publish() do
 that must look in between takes `published`, a broker without workers.
 """
 
+import itertools
 import sys
 import uuid
 from datetime import timedelta
 from math import nan
+from types import SimpleNamespace
 
 import pytest
 from celery import shared_task
@@ -484,6 +486,29 @@ def test_two_sweeps_at_once_send_a_job_once(monkeypatch):
     monkeypatch.setattr(sweep, "messages_in", lambda queue: 0)
     sweep.send_due()
     assert sorted(sent) == sorted(str(job.pk) for job in jobs)
+
+
+def test_a_sweep_lets_leases_be_renewed_after_the_database_was_away(monkeypatch):
+    judged, clock = [], itertools.count(0, 10)  # seconds; a lease has 30
+    now = [next(clock)]
+
+    def sleep(seconds):
+        now[0] = next(clock)
+        if now[0] > 60:
+            raise SystemExit
+
+    def judge():
+        judged.append(now[0])
+        if now[0] == 30:
+            raise OperationalError("the database is away")
+
+    monkeypatch.setattr(sweep, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+    monkeypatch.setattr(sweep, "judge_leases", judge)
+    for other in ("close_old_connections", "purge", "send_due"):
+        monkeypatch.setattr(sweep, other, lambda: None)
+    with pytest.raises(SystemExit):
+        sweep.sweep_for_ever()
+    assert judged == [20, 30, 50, 60]  # not in the first 15 seconds, and not in 15 more
 
 
 def test_a_sweep_that_finds_the_broker_down_stops_and_changes_nothing(broker_down, monkeypatch):
