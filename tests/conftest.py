@@ -42,8 +42,14 @@ def missing(reason):
     pytest.skip(reason)
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
-    """Have the reports of a test say which output it ran with: they are all that xdist sends."""
+    """Put the tests that share a stack one after the other, and first, because they take longest.
+
+    And have the reports of a test say which output it ran with: they are all that xdist sends.
+    """
+    groups = {item: item.get_closest_marker("xdist_group") for item in items}
+    items.sort(key=lambda item: groups[item].args if groups[item] else ("~",))
     for item in items:
         if "project" in item.fixturenames and hasattr(item, "callspec"):
             item.user_properties.append(("answers", item.callspec.params["project"]))

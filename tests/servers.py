@@ -40,9 +40,8 @@ def redis(folder, port=None):
         process.wait()
 
 
-@contextmanager
-def rabbitmq(folder, port=None):
-    """A RabbitMQ: gives the variables that point to it."""
+def rabbitmq_command(folder, port=None):
+    """What starts a RabbitMQ: its command, environment and port."""
     # What Debian has on PATH changes the user; the scripts themselves stand here.
     path = f"/usr/lib/rabbitmq/bin:{os.environ['PATH']}"
     if not shutil.which("rabbitmq-server", path=path):
@@ -67,10 +66,18 @@ def rabbitmq(folder, port=None):
         "RABBITMQ_PID_FILE": folder / "pid",
         "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "+S 2:2 +sbwt none",  # no busy waiting
     }
+    command = ["sh", "-c", "epmd & exec rabbitmq-server"]  # one group, so that both end at once
+    return command, {name: str(value) for name, value in environment.items()}, port
+
+
+@contextmanager
+def rabbitmq(folder, port=None):
+    """A RabbitMQ: gives the variables that point to it."""
+    command, environment, port = rabbitmq_command(folder, port)
     process = subprocess.Popen(
-        ["sh", "-c", "epmd & exec rabbitmq-server"],  # one group, so that both end at once
+        command,
         cwd=folder,
-        env={name: str(value) for name, value in environment.items()},
+        env=environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

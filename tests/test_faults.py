@@ -1,0 +1,526 @@
+"""What was accepted is not lost, whatever dies: real processes, killed, paused and restarted.
+
+The property `seconds` of a test (see pytest's --junitxml) is what it measured: from the fault, or
+where one was needed from the restart, to the end of the last job.
+"""
+
+import json
+import os
+import re
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from urllib.error import URLError
+
+import pytest
+from conftest import baked
+from faults import SQS, TIMINGS, PostgreSQL, RabbitMQ, Redis, Stack, prepare
+from project import fetch, free_ports, wait_for
+from test_bake import CHOICES
+
+BROKERS = {"redis": Redis, "rabbitmq": RabbitMQ, "sqs": SQS}
+POOLS = CHOICES["worker_pool"]
+
+
+def stacks(brokers=CHOICES["broker"], pools=POOLS, **options):
+    """Run the test on each of these brokers with each of these pools, and with these options."""
+    params = []
+    for broker in brokers:
+        for pool in pools:
+            name = "-".join([broker, pool, *options])
+            # One object for one stack: pytest asks whether it is the same one.
+            param = STACKS.setdefault(name, {"broker": broker, "pool": pool, **options})
+            params.append(pytest.param(param, id=name, marks=pytest.mark.xdist_group(name)))
+    return pytest.mark.parametrize("running", params, indirect=True)
+
+
+STACKS = {}
+everywhere = stacks()
+on_each_broker = stacks(pools=POOLS[:1])  # what no pool changes
+on_one = {"brokers": CHOICES["broker"][:1], "pools": POOLS[:1]}
+
+
+@pytest.fixture(scope="session")
+def database():
+    database = PostgreSQL()
+    database.start()
+    yield database
+    database.remove()
+
+
+@pytest.fixture(scope="module")
+def running(request, cookies_session, tmp_path_factory):
+    """A stack, for all tests with the same answers one after the other."""
+    options = {"timings": TIMINGS, "sqlite": False, **request.param}
+    broker = BROKERS[options["broker"]]
+    folder = tmp_path_factory.mktemp("stack")
+    (folder / "broker").mkdir()
+    project = baked(cookies_session, {**broker.answers, "worker_pool": options["pool"]})
+    project.install()
+    prepare(project, broker)
+    database = None if options["sqlite"] else request.getfixturevalue("database")
+    broker = broker(folder / "broker", project)
+    stack = Stack(project, broker, folder, database, **options["timings"])
+    try:
+        stack.start()
+        yield stack
+    finally:
+        stack.stop()
+
+
+@pytest.fixture
+def stack(running):
+    running.recover()
+    return running
+
+
+@pytest.fixture
+def gate(tmp_path):
+    """Bodies run until this file exists."""
+    return tmp_path / "gate"
+
+
+@pytest.fixture
+def since(record_property):
+    """Return a function that records the seconds since `start`."""
+
+    def since(start):
+        record_property("seconds", round(time.monotonic() - start, 1))
+
+    return since
+
+
+def succeeded(rows, crashes):
+    return all((row["state"], row["crashes"]) == ("succeeded", crashes) for row in rows)
+
+
+# Workers die
+
+
+@everywhere
+def test_a_killed_worker_loses_nothing(stack, gate, since):
+    """Neither jobs nor, after the visibility timeout, plain tasks."""
+    jobs = [stack.enqueue("hold", gate, queue="cpu") for _ in range(2)]
+    task = stack.send("plain", gate, queue="cpu")
+    stack.wait_until_started(*jobs, task)
+    time.sleep(1)  # what is acknowledged early, is by now
+
+    stack.worker.kill()
+    start = time.monotonic()
+    gate.touch()
+    stack.worker.start()
+
+    rows = stack.wait_until_final(*jobs)
+    since(start)
+    assert succeeded(rows, crashes=1), rows
+    wait_for(lambda: stack.notes("end", task), 60)
+
+
+@stacks(pools=["prefork"])
+def test_a_killed_child_loses_nothing(stack, gate, since):
+    job = stack.enqueue("hold", gate, queue="cpu")
+    task = stack.send("plain", gate, queue="cpu")
+    children = [stack.wait_until_started(job), stack.wait_until_started(task)]
+    time.sleep(1)  # what is acknowledged early, is by now
+
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+    start = time.monotonic()
+    gate.touch()
+
+    rows = stack.wait_until_final(job)
+    since(start)
+    assert succeeded(rows, crashes=1), rows
+    wait_for(lambda: stack.notes("end", task), 60)
+    assert stack.worker.is_running()
+
+
+@everywhere
+def test_a_job_that_kills_its_worker_every_time_fails(stack, since):
+    start = time.monotonic()
+    job = stack.enqueue("die", queue="cpu")
+    with stack.supervised():
+        [row] = stack.wait_until_final(job, seconds=120)
+    since(start)
+    assert (row["state"], row["error"]) == ("failed", "Its worker died 3 times")
+    assert len(stack.notes("start", job)) == 3
+
+
+@everywhere
+def test_a_worker_that_is_stopped_loses_nothing(stack, gate, tmp_path, since):
+    """What ends in time ends, the rest is handed back, and no crash is counted."""
+    nearly_done = tmp_path / "nearly-done"
+    ends = stack.enqueue("hold", nearly_done, queue="cpu")
+    job = stack.enqueue("hold", gate, queue="cpu")
+    task = stack.send("plain", gate, queue="cpu")
+    stack.wait_until_started(ends, job, task)
+
+    start = time.monotonic()
+    os.kill(stack.worker.pid, signal.SIGTERM)
+    time.sleep(0.5)
+    nearly_done.touch()
+    [row] = stack.wait_until_final(ends)
+    assert succeeded([row], crashes=0), row
+    assert len(stack.notes("start", ends)) == 1
+    assert stack.worker.process.wait(30) == 0
+    assert stack.row(job)["state"] == "queued"  # before any lease has lapsed
+    gate.touch()
+    stack.worker.start()
+
+    rows = stack.wait_until_final(job)
+    since(start)
+    assert succeeded(rows, crashes=0), rows
+    wait_for(lambda: stack.notes("end", task), 60)
+
+
+@everywhere
+def test_a_frozen_worker_is_fenced(stack, gate, since):
+    """Its job runs elsewhere, and what it does once it goes on is dropped."""
+    job = stack.enqueue("hold", gate)
+    first = stack.wait_until_started(job)
+    [frozen] = [worker for worker in stack.workers if worker.pid == os.getpgid(first)]
+
+    start = time.monotonic()
+    frozen.pause()
+    second = stack.wait_until_started(job, times=2)
+    gate.with_name(f"gate-{first}").touch()
+    frozen.resume()
+    wait_for(lambda: first in stack.notes("end", job), 30)
+    time.sleep(1)
+    assert stack.row(job)["state"] == "running"  # in the other process
+    gate.touch()
+    rows = stack.wait_until_final(job)
+    since(start)
+
+    assert second != first
+    assert rows[0]["result"] == second
+    assert succeeded(rows, crashes=1), rows
+
+
+@everywhere
+def test_a_job_over_its_time_limit_fails(stack, gate, since):
+    start = time.monotonic()
+    job = stack.enqueue("hold_too_long", gate, queue="cpu")
+    [row] = stack.wait_until_final(job)
+    since(start)
+    assert (row["state"], row["error"]) == ("failed", "Over its time limit")
+    assert len(stack.notes("start", job)) == 1
+    gate.touch()  # the body of a thread goes on
+    [row] = stack.wait_until_final(stack.enqueue("quick", queue="cpu"))
+    assert succeeded([row], crashes=0), row
+
+
+@pytest.fixture
+def revoke(stack):
+    """Return a function that revokes a task through Flower."""
+    [port] = free_ports(1)
+    url, basic = f"http://127.0.0.1:{port}/api", {"Authorization": "Basic YWRtaW46c2VjcmV0"}
+
+    def answers():
+        try:
+            return fetch(f"{url}/workers", None, basic)[0] == 200
+        except OSError:
+            return False
+
+    command = f"celery -A config flower --address=127.0.0.1 --port={port} --basic-auth=admin:secret"
+    flower = stack.process(command, name="flower", is_ready=answers)
+    flower.start()
+
+    def revoke(task, query=""):
+        assert fetch(f"{url}/task/revoke/{task}{query}", {}, basic)[0] == 200
+
+    yield revoke
+    flower.kill()
+
+
+with_flower = [broker for broker in BROKERS if broker != "sqs"]
+
+
+@stacks(brokers=with_flower)
+def test_a_revoke_from_flower_cancels(stack, gate, revoke, since):
+    waits = stack.enqueue("hold", gate, queue="cpu", countdown=3600)
+    runs = stack.enqueue("hold", gate, queue="cpu")
+    stack.wait_until_started(runs)
+    start = time.monotonic()
+    revoke(waits)
+    revoke(runs)
+    rows = stack.wait_until_final(waits, runs, seconds=10)
+    since(start)
+    assert [row["state"] for row in rows] == ["cancelled", "cancelled"]
+    gate.touch()
+    wait_for(lambda: stack.notes("end", runs), 30)
+    time.sleep(1)
+    assert stack.row(runs)["state"] == "cancelled"
+    assert stack.finals(waits, runs) == 2
+    assert not stack.notes("start", waits)
+
+
+@stacks(brokers=with_flower, pools=["prefork"])
+def test_a_revoke_that_terminates_ends_this_task_and_no_other(stack, gate, revoke):
+    revoked, task = stack.send("plain", gate, queue="cpu"), stack.send("plain", gate, queue="cpu")
+    child, other = stack.wait_until_started(revoked), stack.wait_until_started(task)
+    revoke(revoked, "?terminate=1")
+    wait_for(lambda: not os.path.exists(f"/proc/{child}"), 10)
+    os.kill(other, signal.SIGKILL)
+    gate.touch()
+    wait_for(lambda: stack.notes("end", task), 30)
+    assert stack.notes("start", revoked) == [child]
+
+
+# The broker
+
+
+@everywhere
+def test_jobs_outlive_their_broker(stack, gate, tmp_path, since):
+    """What runs goes on, what is retried and what is posted meanwhile runs once it is back."""
+    later = tmp_path / "later"
+    ends_without = stack.enqueue("hold", gate, queue="cpu")
+    retries_without = stack.enqueue("hold_then_retry", gate, queue="io")
+    ends_after = stack.enqueue("hold", later, queue="io")
+    stack.wait_until_started(ends_without, retries_without, ends_after)
+    stack.renew_web()
+    with stack.supervised(stack.workers):
+        stack.broker.kill()
+        posted = stack.post_many(50, "quick")
+        assert max(seconds for _, seconds in posted) < 5
+        gate.touch()
+        stack.wait_until_final(ends_without)
+        stack.broker.start()
+        start = time.monotonic()
+        later.touch()
+        ids = [job for job, _ in posted]
+        jobs = [ends_without, retries_without, ends_after, *ids]
+        rows = stack.wait_until_final(*jobs)
+        since(start)
+    assert succeeded(rows, crashes=0), rows
+    assert [len(stack.notes("start", job)) for job in jobs] == [1, 2, 1, *[1] * 50]
+
+
+@on_each_broker
+def test_a_broker_that_hangs_delays_no_request(stack, record_property, since):
+    stack.renew_web()
+    stack.broker.pause()
+    posted = stack.post_many(50, "quick")
+    record_property("slowest post", round(max(seconds for _, seconds in posted), 1))
+    assert max(seconds for _, seconds in posted) < 5
+
+    stack.broker.resume()
+    start = time.monotonic()
+    jobs = [job for job, _ in posted]
+    with stack.supervised(stack.workers):
+        rows = stack.wait_until_final(*jobs)
+    since(start)
+    assert succeeded(rows, crashes=0), rows
+    assert [len(stack.notes("start", job)) for job in jobs] == [1] * 50
+
+
+@on_each_broker
+def test_an_emptied_broker_loses_no_job(stack, since):
+    """And as long as it has their messages, they are not sent again."""
+    stack.other.stop()
+    jobs = [stack.enqueue("quick", queue="io") for _ in range(20)]
+    time.sleep(3)  # longer than JOB_RESEND_SECONDS
+    assert 20 <= stack.messages_in("io") < 25  # one that is just being sent may look missing
+    stack.empty("io")
+    assert stack.messages_in("io") == 0
+
+    start = time.monotonic()
+    stack.other.start()
+    rows = stack.wait_until_final(*jobs)
+    since(start)
+    assert succeeded(rows, crashes=0), rows
+    assert [len(stack.notes("start", job)) for job in jobs] == [1] * 20
+
+
+@on_each_broker
+def test_copies_of_a_message_run_one_body(stack, gate):
+    """Five copies, and some more for another worker at the same moment."""
+    code = """
+jobs = [Job.objects.enqueue(hold, [gate], countdown=3600) for _ in range(3)]
+for copy in range(5):
+    for job in jobs:
+        for job.queue in ["cpu", "io"]:
+            assert job.publish()
+result = [job.pk for job in jobs]
+"""
+    jobs = stack.ask(code, gate=str(gate))
+    stack.wait_until_started(*jobs)
+    wait_for(lambda: stack.messages_in("cpu") + stack.messages_in("io") == 0, 30)
+    gate.touch()
+    rows = stack.wait_until_final(*jobs)
+    marker = stack.enqueue("quick", queue="cpu")  # behind all copies
+    stack.wait_until_final(marker)
+    assert succeeded(rows, crashes=0), rows
+    assert [len(stack.notes("start", job)) for job in jobs] == [1] * 3
+
+
+# Web, Beat and the database
+
+
+@on_each_broker
+def test_a_web_killed_between_commit_and_publish_loses_no_job(stack, since):
+    start = time.monotonic()
+    with pytest.raises((URLError, OSError)):
+        stack.post("quick", key="killed", die=True)
+    [job] = stack.ask(
+        'result = list(Job.objects.filter(idempotency_key="killed").values_list("pk", flat=True))'
+    )
+    rows = stack.wait_until_final(job)
+    since(start)
+    assert succeeded(rows, crashes=0), rows
+    assert stack.post("quick", key="killed") == job
+
+
+@on_each_broker
+def test_without_beat_jobs_wait_at_most(stack, gate, since):
+    """New jobs run, and what was lost meanwhile is found once Beat is back."""
+    stack.beat.kill()
+    lost = stack.enqueue("hold", gate, queue="cpu")
+    stack.wait_until_started(lost)
+    stack.worker.kill()
+    stack.worker.start()
+    [row] = stack.wait_until_final(stack.enqueue("quick", queue="cpu"))
+    assert succeeded([row], crashes=0), row
+    gate.touch()
+    time.sleep(4)  # longer than a lease
+    assert stack.row(lost)["state"] == "running"
+
+    start = time.monotonic()
+    stack.beat.start()
+    rows = stack.wait_until_final(lost)
+    since(start)
+    assert succeeded(rows, crashes=1), rows
+
+
+@everywhere
+def test_a_restarted_database_loses_no_job(stack, gate, since):
+    """How a body ended is written once the database is back; no lease lapses meanwhile."""
+    jobs = [stack.enqueue("hold", gate, queue=queue) for queue in ["cpu", "io"]]
+    stack.wait_until_started(*jobs)
+    stack.database.kill()
+    gate.touch()
+    time.sleep(4)  # longer than a lease
+    stack.database.start()
+    start = time.monotonic()
+    rows = stack.wait_until_final(*jobs)
+    since(start)
+    assert succeeded(rows, crashes=0), rows
+    assert [len(stack.notes("start", job)) for job in jobs] == [1, 1]
+
+
+# Other settings
+
+
+@stacks(**on_one, timings={})
+def test_a_killed_worker_loses_no_job_with_the_default_timings(stack, gate, since):
+    kill_a_worker(stack, gate, since)
+
+
+@stacks(**on_one, sqlite=True)
+def test_a_killed_worker_loses_no_job_on_sqlite(stack, gate, since):
+    kill_a_worker(stack, gate, since)
+
+
+def kill_a_worker(stack, gate, since):
+    job = stack.enqueue("hold", gate)
+    worker = os.getpgid(stack.wait_until_started(job))
+    [killed] = [worker_ for worker_ in stack.workers if worker_.pid == worker]
+    killed.kill()
+    start = time.monotonic()
+    gate.touch()
+    rows = stack.wait_until_final(job)
+    since(start)
+    assert succeeded(rows, crashes=1), rows
+    assert time.monotonic() - start < 60
+
+
+# Bad input
+
+ORDER = {"email": "you@example.com", "product": "Tea", "quantity": 1}
+DEEP = "[" * 100_000 + "]" * 100_000
+BODIES = {
+    "10 MB": json.dumps({**ORDER, "product": "x" * 10_000_000}),
+    "10 MB of digits": json.dumps(ORDER).replace("1}", "1" * 10_000_000 + "}"),
+    "10 MB of objects": json.dumps([ORDER] * 150_000),
+    "deep": DEEP,
+    "deep inside": json.dumps(ORDER)[:-1] + f', "more": {DEEP}}}',
+    "deep, but read": json.dumps(ORDER)[:-1] + ', "more": ' + "[" * 900 + "]" * 900 + "}",
+    "NUL": json.dumps({**ORDER, "product": "\0"}),
+    "half a character": r'{"email": "you@example.com", "product": "\ud800"}',
+    "not UTF-8": b'{"email": "you@example.com", "product": "\xff"}',
+    "not JSON": "{",
+    "NaN": json.dumps({**ORDER, "quantity": float("nan")}),
+    "too many": json.dumps({**ORDER, "quantity": 10**30}),
+    "nothing": "",
+    "null": "null",
+}
+TYPES = ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "nonsense", ""]
+PATHS = ["orders/%00/", "jobs/%00/", "jobs/?state=%00", "jobs/?page=%00", f"jobs/{'9' * 5000}/"]
+
+
+@stacks(**on_one)
+@pytest.mark.parametrize("body", BODIES)
+def test_a_bad_body_is_refused(stack, body):
+    status, answer = stack.send_raw("orders/", BODIES[body])
+    allowed = {"deep, but read": [202, 400]}  # what a request says too much is ignored
+    assert status in allowed.get(body, [400, 0] if body.startswith("10 MB") else [400]), answer[
+        :999
+    ]
+    assert stack.send_raw("jobs/", None)[0] == 200
+
+
+@stacks(**on_one)
+def test_bad_addresses_and_types_are_refused(stack):
+    for content_type in TYPES:
+        assert stack.send_raw("orders/", json.dumps(ORDER), content_type)[0] in (400, 415)
+    for path in PATHS:
+        assert stack.send_raw(path, None)[0] in (400, 404, 414)
+
+
+@stacks(**on_one)
+def test_what_belongs_to_others_is_not_found(stack):
+    job = stack.post("quick")
+    order = json.loads(stack.send_raw("orders/", json.dumps(ORDER))[1])["id"]
+    other = stack.add_user("other")
+    for path, body in [
+        (f"jobs/{job}/", None),
+        (f"jobs/{job}/cancel/", ""),
+        (f"orders/{order}/", None),
+    ]:
+        assert stack.send_raw(path, body, token=other)[0] == 404
+    assert json.loads(stack.send_raw("jobs/", None, token=other)[1])["count"] == 0
+
+
+@stacks(**on_one)
+def test_200_posts_with_one_key_are_one_job(stack):
+    def post(_):
+        status, answer = stack.send_raw("orders/", json.dumps(ORDER), key="the-only-one")
+        return status, json.loads(answer)["id"]
+
+    orders = "from orders.models import Order\nresult = Order.objects.count()"
+    before = stack.ask(orders)
+    with ThreadPoolExecutor(200) as pool:
+        answers = set(pool.map(post, range(200)))
+
+    assert {status for status, _ in answers} == {202}
+    assert len(answers) == 1  # all name the same order
+    assert stack.ask("result = Job.objects.filter(idempotency_key='the-only-one').count()") == 1
+    assert stack.ask(orders) == before + 1
+    other = json.dumps({**ORDER, "quantity": 2})
+    assert stack.send_raw("orders/", other, key="the-only-one")[0] == 422
+
+
+@stacks(**on_one)
+def test_the_api_answers_as_it_documents(stack, tmp_path):
+    """Thousands of requests made from the output's own OpenAPI document, as two kinds of user."""
+    schema = tmp_path / "schema.yaml"
+    stack.project.manage("spectacular", "--file", str(schema), **stack.variables)
+    for token in (stack.token, stack.add_user("staff", is_staff=True)):
+        command = ["schemathesis", "run", str(schema), "--url", f"http://127.0.0.1:{stack.port}"]
+        options = ["-H", f"Authorization: Token {token}", "--seed", "1"]
+        options += ["--exclude-path", "/faults/", "--exclude-path", "/api/schema/"]
+        limit = ["--max-examples", os.environ.get("EXAMPLES", "20")]
+        checks = "not_a_server_error,status_code_conformance"
+        checks += ",response_schema_conformance,response_headers_conformance"
+        printed = stack.project.call(*command, *options, *limit, "--checks", checks)
+        assert re.search(r"(\d+) generated, \1 passed", printed), printed
