@@ -11,7 +11,7 @@ from pathlib import Path
 from celery import current_app
 from django.conf import settings
 from django.db import Error, close_old_connections
-from django.db.models import Q
+from django.db.models import Min, Q
 from django.db.models.functions import Now
 
 from .models import OVER_TIME_LIMIT, Job
@@ -75,11 +75,14 @@ def send_due():
     """Send the jobs that are due and of which the broker has no message."""
     queued = Job.objects.filter(state="queued")
     due = queued.filter(wake_at__lt=Now())
-    for queue in list(due.values_list("queue", flat=True).distinct()):
-        unsent = due.filter(queue=queue, sent=0)[:BATCH]
-        # First come, first served: the messages that are left are those of the latest jobs.
-        missing = queued.filter(queue=queue, sent__gt=0).count() - messages_in(queue)
-        lost = due.filter(queue=queue, sent__gt=0).order_by("wake_at")
+    # First come, first served: who cannot be sent, say because it is too large, is due anew, and so
+    # behind all others; and the messages that are left in a queue are those of the latest jobs.
+    queues = due.values_list("queue").annotate(first=Min("wake_at")).order_by("first")
+    for queue, _ in list(queues):
+        unsent = due.filter(queue=queue, sent=0).order_by("wake_at")[:BATCH]
+        sent = queued.filter(queue=queue, sent__gt=0)
+        missing = sent.count() - messages_in(queue) if sent.exists() else 0
+        lost = sent.filter(wake_at__lt=Now()).order_by("wake_at")
         for job in [*unsent, *lost[: min(max(0, missing), BATCH)]]:
             wait = min(settings.JOB_RESEND_SECONDS * 2**job.sent, RESEND_AT_LEAST_EVERY)
             row = queued.filter(pk=job.pk, sent=job.sent)  # unless another sweep was quicker

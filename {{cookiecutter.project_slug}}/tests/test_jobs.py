@@ -521,6 +521,27 @@ def test_a_sweep_that_finds_the_broker_down_stops_and_changes_nothing(broker_dow
     assert not Job.objects.exclude(sent=0)
 
 
+def test_a_job_that_the_broker_refuses_keeps_no_other_waiting(monkeypatch):
+    """Say because it is too large, or because its queue was never made."""
+    sent = []
+
+    def send(task, args, kwargs, **options):
+        if args == [0, 0]:
+            raise ValueError("too large")
+        sent.append(options["task_id"])
+
+    monkeypatch.setattr(JobTask, "apply_async", send)
+    monkeypatch.setattr(sweep, "messages_in", lambda queue: 0)
+    monkeypatch.setattr(models, "PUBLISH_PAUSE", 0)
+    refused = [Job.objects.enqueue(add, [0, 0], queue=queue, countdown=1) for queue in "ab"]
+    others = [Job.objects.enqueue(add, [1, 2], queue=queue, countdown=1) for queue in "abc"]
+    lapse(*refused, *others)
+    for _ in range(6):
+        sweep.send_due()
+    assert sorted(sent) == sorted(str(job.pk) for job in others)
+    assert all(seconds_until_due(job) <= 0 for job in refused)
+
+
 def test_the_sweep_counts_what_waits_in_a_queue(monkeypatch):
     connection = app.connection_for_write("memory://")
     monkeypatch.setattr(app, "connection_for_write", connection.clone)
