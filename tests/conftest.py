@@ -8,12 +8,6 @@ from project import Project
 pytest_plugins = ["checks"]
 
 
-@pytest.fixture(scope="session", autouse=True)
-def temporary_files(tmp_path_factory):
-    """Cookiecutter leaves the hooks that it renders: they go where pytest removes them."""
-    tempfile.tempdir = str(tmp_path_factory.mktemp("hooks"))
-
-
 @pytest.fixture
 def bake(cookies):
     """Bake a project: `bake(project_name="Shop").run("ruff", "check")`."""
@@ -29,7 +23,10 @@ def project(request, cookies_session):
 
 
 def baked(cookies, answers):
-    result = cookies.bake(extra_context=answers)
+    # Cookiecutter leaves the hooks that it renders behind: here they are removed.
+    with tempfile.TemporaryDirectory() as tempfile.tempdir:
+        result = cookies.bake(extra_context=answers)
+    tempfile.tempdir = None
     if result.exception:
         raise result.exception
     return Project(result.project_path)
