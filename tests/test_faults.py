@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from urllib.error import URLError
 
 import pytest
-from conftest import baked
+from conftest import baked, missing
 from faults import SQS, TIMINGS, PostgreSQL, RabbitMQ, Redis, Stack, prepare
 from project import fetch, free_ports, wait_for
 from test_bake import CHOICES
@@ -52,7 +52,8 @@ def database():
 def running(request, cookies_session, tmp_path_factory):
     """A stack, for all tests with the same answers one after the other."""
     options = {"timings": TIMINGS, "sqlite": False, **request.param}
-    broker = BROKERS[options["broker"]]
+    if (broker := BROKERS.get(options["broker"])) is None:
+        missing(f"tests/faults.py has no class that starts, kills and empties {options['broker']}")
     folder = tmp_path_factory.mktemp("stack")
     (folder / "broker").mkdir()
     project = baked(cookies_session, {**broker.answers, "worker_pool": options["pool"]})
