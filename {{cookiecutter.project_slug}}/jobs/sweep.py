@@ -96,7 +96,7 @@ def messages_in(queue):
     arguments = current_app.amqp.queues[queue].queue_arguments
     with current_app.connection_for_write() as connection:
         connection.ensure_connection(max_retries=1, interval_start=0)
-        # Not passive: with a prefix for its keys, kombu finds no queue on Redis in that way.
+        # Not passive: where keys have a prefix, kombu finds no queue in that way.
         declare = connection.default_channel.queue_declare
         declared = declare(queue, durable=True, auto_delete=False, arguments=arguments)
         return declared.message_count
