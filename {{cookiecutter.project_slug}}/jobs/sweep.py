@@ -81,7 +81,8 @@ def send_due():
     for queue, _ in list(queues):
         unsent = due.filter(queue=queue, sent=0).order_by("wake_at")[:BATCH]
         sent = queued.filter(queue=queue, sent__gt=0)
-        missing = sent.count() - messages_in(queue) if sent.exists() else 0
+        if missing := sent.count():
+            missing -= messages_in(queue)
         lost = sent.filter(wake_at__lt=Now()).order_by("wake_at")
         for job in [*unsent, *lost[: min(max(0, missing), BATCH)]]:
             wait = min(settings.JOB_RESEND_SECONDS * 2**job.sent, RESEND_AT_LEAST_EVERY)
