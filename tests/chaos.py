@@ -15,11 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from cookiecutter.main import cookiecutter
-from faults import SQS, TIMINGS, PostgreSQL, RabbitMQ, Redis, Stack, prepare
+from faults import BROKERS, TIMINGS, PostgreSQL, Stack, prepare
 from project import Project
 
 TEMPLATE = Path(__file__).parents[1]
-BROKERS = {"redis": Redis, "rabbitmq": RabbitMQ, "sqs": SQS}
 EVERY = 2  # seconds
 SURVEY = """
 from django.db.models import Count, Sum
@@ -200,7 +199,7 @@ def run(name, folder, options):
     project = Project(baked)
     project.install()
     prepare(project, broker)
-    database = PostgreSQL()
+    database = PostgreSQL("fsync=off")
     database.start()
     try:
         stack = Stack(project, broker(folder / "broker", project), folder, database, **TIMINGS)

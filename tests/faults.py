@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import threading
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import servers
 from conftest import missing
-from project import env, fetch, free_ports, wait_for
+from project import connects, env, fetch, free_ports, wait_for
 
 TIMINGS = {"JOB_LEASE_SECONDS": 3, "JOB_SWEEP_SECONDS": 0.3, "JOB_RESEND_SECONDS": 2}
 VISIBILITY_TIMEOUT = 8  # seconds; of plain tasks
@@ -166,12 +165,6 @@ class Process:
         """What it printed since its last start."""
         return self.log.read_bytes()[self.read_from :].decode(errors="replace")
 
-    def listens(self):
-        try:
-            return socket.create_connection(("127.0.0.1", self.port), timeout=1).close() is None
-        except OSError:
-            return False
-
     def is_running(self):
         return self.process is not None and self.process.poll() is None
 
@@ -234,7 +227,8 @@ class Redis(Process):
         url = f"redis://127.0.0.1:{self.port}"
         self.variables = {"CELERY_BROKER_URL": f"{url}/0", "CELERY_RESULT_BACKEND": f"{url}/1"}
         command = f"redis-server --port {self.port} --dir {folder} --appendonly yes"
-        super().__init__(command.split(), folder.with_suffix(".log"), is_ready=self.listens)
+        is_ready = partial(connects, self.port)
+        super().__init__(command.split(), folder.with_suffix(".log"), is_ready=is_ready)
 
 
 class RabbitMQ(Process):
@@ -263,28 +257,36 @@ class SQS(Process):
         }
         self.project = project
         command = [project / ".venv/bin/python", "-m", "moto.server", "--port", str(self.port)]
-        super().__init__(command, folder.with_suffix(".log"), is_ready=self.listens)
+        is_ready = partial(connects, self.port)
+        super().__init__(command, folder.with_suffix(".log"), is_ready=is_ready)
 
     def wait_until_ready(self):
         super().wait_until_ready()
         self.project.call("make", "queues", **self.variables)
 
 
+BROKERS = {"redis": Redis, "rabbitmq": RabbitMQ, "sqs": SQS}
+
+
 class PostgreSQL(Process):
-    def __init__(self):
+    def __init__(self, *settings):
+        """With such settings as `fsync=off`."""
         if not (binaries := sorted(glob("/usr/lib/postgresql/*/bin"))):
             missing("PostgreSQL is not installed")
         self.binaries = Path(binaries[-1])
         [self.port] = free_ports(1)
+        self.url = f"postgres://postgres@127.0.0.1:{self.port}"
         self.folder = Path(tempfile.mkdtemp(prefix="postgresql-"))  # where its user gets to
         user = {"user": "postgres", "group": "postgres"} if os.getuid() == 0 else {}
         if user:
             shutil.chown(self.folder, **user)
         data = self.folder / "data"
-        initdb = [self.binaries / "initdb", *"-U postgres -A trust -N -D".split(), data]
+        options = f"-U postgres -A trust -E UTF8 --locale C -N -D {data}"
+        initdb = [self.binaries / "initdb", *options.split()]
         subprocess.run(initdb, check=True, cwd=self.folder, stdout=subprocess.DEVNULL, **user)
-        options = f"-D {data} -p {self.port} -k {self.folder} -h 127.0.0.1 -c fsync=off"
+        options = f"-D {data} -p {self.port} -k {self.folder} -h 127.0.0.1"
         command = [self.binaries / "postgres", *options.split()]
+        command += [f"-c{setting}" for setting in settings]
         log = self.folder.with_suffix(".log")
         super().__init__(command, log, is_ready=self.accepts, cwd=self.folder, **user)
 
@@ -298,7 +300,7 @@ class PostgreSQL(Process):
     def create(self, name):
         """Create a database; return its URL."""
         assert self.run("createdb", name)
-        return f"postgres://postgres@127.0.0.1:{self.port}/{name}"
+        return f"{self.url}/{name}"
 
     def kill(self):
         self.stop(signal.SIGQUIT)  # at once, and recovers at its start as after a crash
@@ -516,9 +518,16 @@ with app.connection_for_write() as broker:
             return list(pool.map(post, range(count)))
 
     def row(self, job):
-        fields = ["state", "result", "error", "crashes", "finished_at", "sent"]
-        code = "result = Job.objects.values(*fields).get(pk=job)"
-        return self.ask(code, job=job, fields=fields)
+        return self.rows(job)[0]
+
+    def rows(self, *jobs):
+        """What the ledger says of these jobs, in their order."""
+        code = """
+fields = ["pk", "state", "result", "error", "crashes"]
+found = {str(row["pk"]): row for row in Job.objects.filter(pk__in=jobs).values(*fields)}
+result = [found[job] for job in jobs]
+"""
+        return self.ask(code, jobs=jobs)
 
     def finals(self, *jobs):
         """How often a final state was written, of all these jobs together."""
@@ -541,7 +550,7 @@ with connection.cursor() as cursor:
             raise AssertionError(self.ask(code, jobs=jobs)) from error
         if self.database:
             assert self.finals(*jobs) == len(jobs)
-        return [self.row(job) for job in jobs[:5]]
+        return self.rows(*jobs)
 
     def notes(self, what, job):
         """The processes in which a body has started or ended, in order."""

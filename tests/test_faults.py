@@ -14,11 +14,10 @@ from urllib.error import URLError
 
 import pytest
 from conftest import baked, missing
-from faults import SQS, TIMINGS, PostgreSQL, RabbitMQ, Redis, Stack, prepare
+from faults import BROKERS, TIMINGS, PostgreSQL, Stack, prepare
 from project import fetch, free_ports, wait_for
 from test_bake import CHOICES
 
-BROKERS = {"redis": Redis, "rabbitmq": RabbitMQ, "sqs": SQS}
 POOLS = CHOICES["worker_pool"]
 
 
@@ -42,7 +41,7 @@ on_one = {"brokers": CHOICES["broker"][:1], "pools": POOLS[:1]}
 
 @pytest.fixture(scope="session")
 def database():
-    database = PostgreSQL()
+    database = PostgreSQL("fsync=off")
     database.start()
     yield database
     database.remove()
