@@ -42,7 +42,6 @@ def main():
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         folder = Project(folder)
-        folder.chmod(0o755)  # PostgreSQL has a user of its own
         tables = measure(folder, sizes)
     tables["machine"] += f" All of it took {(time.monotonic() - began) / 60:.0f} minutes.\n"
     page = PAGE.read_text("utf-8")
@@ -58,7 +57,7 @@ def measure(folder, sizes):
     """The texts of the page, {place: text}."""
     speeds, posts, goals = [], [], []
     rendered = rendering(folder, sizes)
-    with postgres(folder) as database:
+    with postgres() as database:
         for broker in ("redis", "rabbitmq"):
             (folder / broker).mkdir()
             with getattr(servers, broker)(folder / broker) as server:

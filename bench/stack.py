@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,8 +16,8 @@ TEMPLATE = BENCH.parent
 sys.path.insert(0, str(TEMPLATE / "tests"))
 
 import servers  # noqa: E402, F401
-from conftest import missing  # noqa: E402
-from project import Project, env, free_ports, processes_in, wait_for  # noqa: E402
+from faults import PostgreSQL  # noqa: E402
+from project import Project, connects, env, free_ports, processes_in, wait_for  # noqa: E402
 
 
 class Contestant:
@@ -119,7 +118,7 @@ class Output(Contestant):
         [port] = free_ports(1)
         command = re.search("`(gunicorn .+?)`", self.folder.read("README.md"))[1]
         with self.running(command.replace("8000", str(port))) as process:
-            wait_for(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0, 30)
+            wait_for(lambda: connects(port), 30)
             yield process, port
 
     def memory(self, process):
@@ -139,26 +138,11 @@ def bare(output):
 
 
 @contextmanager
-def postgres(folder):
+def postgres():
     """A PostgreSQL: gives its URL, without the name of a database."""
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parts[-2]))
-    path = ":".join([*map(str, reversed(found)), os.environ["PATH"]])
-    if not shutil.which("initdb", path=path):
-        missing("PostgreSQL is not installed")
-    data, [port] = folder / "postgres", free_ports(1)
-    data.mkdir()
-    options = {"cwd": data, "env": env(PATH=path), "stdout": subprocess.DEVNULL}
-    if os.geteuid() == 0:  # which PostgreSQL refuses
-        shutil.chown(data, "postgres", "postgres")
-        options |= {"user": "postgres", "group": "postgres", "extra_groups": []}
-    made = ["initdb", "-D", data, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale", "C"]
-    subprocess.run(made, check=True, **options)
-    command = ["postgres", "-D", data, "-p", str(port), "-k", data, "-c", "max_connections=300"]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, **options)
+    database = PostgreSQL("max_connections=300")
+    database.start()
     try:
-        wait_for((data / "postmaster.pid").exists, 30)
-        wait_for(lambda: "ready" in (data / "postmaster.pid").read_text(), 30)
-        yield f"postgres://postgres@127.0.0.1:{port}"
+        yield database.url
     finally:
-        process.send_signal(signal.SIGINT)
-        process.wait()
+        database.remove()
