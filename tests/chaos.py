@@ -20,6 +20,7 @@ from project import Project
 
 TEMPLATE = Path(__file__).parents[1]
 EVERY = 2  # seconds
+JOBS, SECONDS = 1000, 100
 SURVEY = """
 from django.db.models import Count, Sum
 rows = Job.objects.filter(pk__in=jobs)
@@ -177,21 +178,22 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("brokers", nargs="*", default=list(BROKERS), metavar="broker")
     parser.add_argument("--pool", default="prefork")
-    parser.add_argument("--jobs", type=int, default=1000)
-    parser.add_argument("--seconds", type=float, default=100, help="of disturbance")
+    parser.add_argument("--jobs", type=int, default=JOBS)
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="of disturbance")
     parser.add_argument("--seed", type=int, default=random.randrange(10_000))
-    options = parser.parse_args()
+    options = vars(parser.parse_args())
     fine = True
-    for name in options.brokers:
-        print(f"{name}, {options.pool}, seed {options.seed}", flush=True)
+    for broker in options.pop("brokers"):
         with tempfile.TemporaryDirectory() as folder:
-            fine &= run(name, Path(folder), options)
+            fine &= run(broker, Path(folder), **options)
     sys.exit(not fine)
 
 
-def run(name, folder, options):
+def run(name, folder, *, jobs=JOBS, seconds=SECONDS, seed, pool="prefork"):
+    """Disturb a project on this broker; print what happened, return whether nothing was lost."""
+    print(f"{name}, {pool}, seed {seed}", flush=True)
     broker = BROKERS[name]
-    answers = {**broker.answers, "worker_pool": options.pool}
+    answers = {**broker.answers, "worker_pool": pool}
     (folder / "broker").mkdir()
     baked = cookiecutter(
         str(TEMPLATE), no_input=True, output_dir=str(folder), extra_context=answers
@@ -206,7 +208,7 @@ def run(name, folder, options):
         stack.add_worker("test")
         try:
             stack.start()
-            return Chaos(stack, options.jobs, options.seconds, options.seed).run()
+            return Chaos(stack, jobs, seconds, seed).run()
         finally:
             stack.stop()
     finally:

@@ -52,11 +52,20 @@ def pytest_collection_modifyitems(items):
             item.user_properties.append(("answers", item.callspec.params["project"]))
 
 
+def pytest_xdist_auto_num_workers():
+    """More than there are processors: most tests wait, for servers and for time to pass."""
+    return os.cpu_count() * 3 // 2
+
+
 def pytest_terminal_summary(terminalreporter):
     """Print what ran with which output and for how long, what was skipped and why."""
     outputs = {}  # {answers: {column: reports}}
     for report in itertools.chain(*terminalreporter.stats.values()):
-        answers = dict(getattr(report, "user_properties", ())).get("answers")
+        properties = dict(getattr(report, "user_properties", ()))
+        if "chaos" in properties and report.when == "call":
+            terminalreporter.section("chaos")
+            terminalreporter.write(properties["chaos"])
+        answers = properties.get("answers")
         if answers and isinstance(report, pytest.TestReport):
             test = report.nodeid.split("::")[1].split("[")[0]
             column = test[8:].replace("_", " ") if test.startswith("test_it_") else "other tests"

@@ -367,6 +367,10 @@ class Stack:
     def processes(self):
         return [self.web, self.beat, *self.workers]
 
+    @property
+    def logs(self):
+        return sorted(self.folder.glob("*.log"))
+
     def start(self):
         self.broker.start()
         variables = {key: str(value) for key, value in self.variables.items()}
@@ -404,6 +408,8 @@ class Stack:
         started = [process for process in self.processes if process.recover()]
         for process in started:
             process.wait_until_ready()
+        with self.supervised(self.workers):  # one that lost its broker may be about to end
+            self.wait_until_final(*[self.enqueue("quick", queue=queue) for queue in ["cpu", "io"]])
 
     def renew_web(self):
         """Forget that the broker refused a message, and have connections to it."""

@@ -12,6 +12,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from urllib.error import URLError
 
+import chaos
 import pytest
 from conftest import baked, missing
 from faults import BROKERS, TIMINGS, PostgreSQL, Stack, prepare
@@ -70,8 +71,13 @@ def running(request, cookies_session, tmp_path_factory):
 
 @pytest.fixture
 def stack(running):
+    """The stack, with everything in it running. What it logs, pytest shows if the test fails."""
     running.recover()
-    return running
+    sizes = {log: log.stat().st_size for log in running.logs}
+    yield running
+    for log in running.logs:
+        printed = log.read_bytes()[sizes.get(log, 0) :].decode(errors="replace")
+        print(f"--- {log.name}\n{printed[-5000:]}")
 
 
 @pytest.fixture
@@ -296,6 +302,21 @@ def test_jobs_outlive_their_broker(stack, gate, tmp_path, since):
     assert [len(stack.notes("start", job)) for job in jobs] == [1, 2, 1, *[1] * 50]
 
 
+# Without gevent: its worker ends, and has to be started again, where queues are gone for a moment,
+# as they are on the stand-in for SQS.
+@stacks(pools=[pool for pool in POOLS if pool != "gevent"])
+def test_idle_workers_outlive_their_broker(stack, since):
+    processes = [worker.pid for worker in stack.workers]
+    stack.broker.kill()
+    time.sleep(4)  # several polls
+    stack.broker.start()
+    start = time.monotonic()
+    rows = stack.wait_until_final(*[stack.enqueue("quick", queue=name) for name in ["cpu", "io"]])
+    since(start)
+    assert succeeded(rows, crashes=0), rows
+    assert [worker.pid for worker in stack.workers if worker.is_running()] == processes
+
+
 @on_each_broker
 def test_a_broker_that_hangs_delays_no_request(stack, record_property, since):
     stack.renew_web()
@@ -432,6 +453,19 @@ def kill_a_worker(stack, gate, since):
     since(start)
     assert succeeded(rows, crashes=1), rows
     assert time.monotonic() - start < 60
+
+
+# All of it, at random
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.xdist_group(f"chaos-{name}")) for name in BROKERS]
+)
+def test_chaos_loses_no_job(name, tmp_path, capsys, record_property):
+    """`make chaos`, for one broker."""
+    nothing_lost = chaos.run(name, tmp_path, seed=1)
+    record_property("chaos", printed := capsys.readouterr().out)
+    assert nothing_lost, printed
 
 
 # Bad input
