@@ -3,9 +3,26 @@ import os
 import tempfile
 
 import pytest
+from jinja2 import Environment
 from project import Project
 
 pytest_plugins = ["checks"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled():
+    """Compile a template once: each bake has an environment of its own, and would do it again."""
+    codes = {}
+
+    def compile(environment, *source, **options):
+        key = (*source, *options.items())
+        if key not in codes:
+            codes[key] = original(environment, *source, **options)
+        return codes[key]
+
+    original, Environment.compile = Environment.compile, compile
+    yield
+    Environment.compile = original
 
 
 @pytest.fixture
@@ -52,6 +69,7 @@ def pytest_collection_modifyitems(items):
             item.user_properties.append(("answers", item.callspec.params["project"]))
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers():
     """More than there are processors: most tests wait, for servers and for time to pass."""
     return os.cpu_count() * 3 // 2
