@@ -21,3 +21,6 @@ class Channel(SQS.Channel):
 
 class Transport(SQS.Transport):
     Channel = Channel
+
+
+TRANSPORT_ALIASES["sqs"] = f"{__name__}:Transport"

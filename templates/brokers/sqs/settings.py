@@ -6,7 +6,6 @@ SQS_ADDRESS = f"{SQS_ENDPOINT}/{env.str('AWS_ACCOUNT_ID')}/{{ cookiecutter.proje
 SQS_QUEUES = ["celery", {{ '"cpu", "io", ' if cookiecutter.include_example }}"test"]
 # What the queues have: SQS gives a task out again after this time, also one that still runs.
 SQS_VISIBILITY_TIMEOUT = env.int("SQS_VISIBILITY_TIMEOUT", default=660)
-CELERY_BROKER_TRANSPORT = "config.celery:Transport"  # outlives an SQS that does not answer
 CELERY_BROKER_TRANSPORT_OPTIONS = {
     "region": SQS_REGION,
     "predefined_queues": {name: {"url": f"{SQS_ADDRESS}-{name}"} for name in SQS_QUEUES},

@@ -23,7 +23,10 @@ def start_redis_at(port):
     else:
         print(f"Starting fakeredis on port {port}; it keeps data in memory, for a first look")
         command = [sys.executable, "-c", f"import dev; dev.serve_fakeredis({port})"]
-    return subprocess.Popen(command, start_new_session=True)
+    server = subprocess.Popen(command, start_new_session=True)
+    while server.poll() is None and not answers(port):
+        time.sleep(0.1)
+    return server
 
 
 def serve_fakeredis(port):
