@@ -194,6 +194,16 @@ def test_json_that_is_nested_too_deeply_is_refused():
     assert echo(request).status_code == 400
 
 
+def test_code_that_recurses_without_end_is_an_error_of_ours():
+    @api_view()
+    @permission_classes([])
+    def recurse(request):
+        return recurse.cls().get(request)
+
+    with pytest.raises(RecursionError):
+        recurse(APIRequestFactory().get("/"))
+
+
 # Probes
 
 
