@@ -33,7 +33,7 @@ def bake(cookies):
 
 @pytest.fixture(scope="module")
 def project(request, cookies_session):
-    """An installed project; its tests name the answers: see runs() in test_run.py."""
+    """An installed project; its tests name the answers: see outputs() in test_run.py."""
     project = baked(cookies_session, request.param)
     project.install()
     return project

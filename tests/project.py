@@ -248,7 +248,8 @@ def wait_for(condition, seconds, site=None):
 def env(**environment):
     """This process's environment with the test environment's tools, and without its settings."""
     tools = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    ours = {"VIRTUAL_ENV", "MAKEFLAGS", "ARGS"}
+    # The last one, as images of CI have it, would have each process compile all that it imports.
+    ours = {"VIRTUAL_ENV", "MAKEFLAGS", "ARGS", "PYTHONDONTWRITEBYTECODE"}
     kept = {key: value for key, value in os.environ.items() if key not in ours}
     return {**kept, "PATH": tools, **{key: str(value) for key, value in environment.items()}}
 
