@@ -70,13 +70,6 @@ def outputs(*answers):
     return pytest.mark.parametrize("project", params, indirect=True)
 
 
-def test_each_choice_is_tested_on_each_broker():
-    for broker in CHOICES["broker"]:
-        for option in ("result_backend", "worker_pool", "periodic_tasks"):
-            pairs = (answers for answers in one_of_each_pair() if answers["broker"] == broker)
-            assert {answers[option] for answers in pairs} == set(CHOICES[option]), option
-
-
 every_combination = outputs(*combinations())
 every_pair = outputs(*one_of_each_pair())
 default_output = outputs(next(combinations()))

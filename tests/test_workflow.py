@@ -6,6 +6,7 @@ import pytest
 import yaml
 from project import Project
 from test_bake import CHOICES, TEMPLATE
+from test_run import one_of_each_pair
 
 WORKFLOW = ".github/workflows/ci.yml"
 
@@ -22,13 +23,24 @@ def test_the_workflow_passes(command):
     Project(TEMPLATE).call(*command, WORKFLOW)
 
 
-def test_each_output_that_runs_does_so_in_one_job():
-    jobs = yaml.safe_load((TEMPLATE / WORKFLOW).read_text())["jobs"]
-    matrix = jobs["run"]["strategy"]["matrix"]
-    assert matrix["broker"] == jobs["docker"]["strategy"]["matrix"]["broker"] == CHOICES["broker"]
+@pytest.mark.parametrize("job", ["run", "faults", "docker"])
+def test_each_broker_has_its_job(job):
+    workflow = yaml.safe_load((TEMPLATE / WORKFLOW).read_text())
+    assert workflow["jobs"][job]["strategy"]["matrix"]["broker"] == CHOICES["broker"]
 
-    tests = Project(TEMPLATE).run("pytest", "tests/test_run.py", "--collect-only", "--quiet")
-    tests = re.findall(r"tests/\S+::.+", tests)
+
+@pytest.mark.parametrize(("job", "keyword"), [("run", "[{}-"), ("faults", "{}")])
+def test_each_test_is_in_one_of_these_jobs(job, keyword):
+    file = f"tests/test_{job}.py"
+    tests = Project(TEMPLATE).run("pytest", file, "--collect-only", "--quiet")
+    tests = re.findall(r"tests/\S+::(.+)", tests)
     assert tests
     for test in tests:
-        assert sum(f"[{broker}-" in test for broker in matrix["broker"]) == 1, test
+        assert sum(keyword.format(broker) in test for broker in CHOICES["broker"]) == 1, test
+
+
+def test_each_choice_is_tested_on_each_broker():
+    for broker in CHOICES["broker"]:
+        for option in ("result_backend", "worker_pool", "periodic_tasks"):
+            pairs = (answers for answers in one_of_each_pair() if answers["broker"] == broker)
+            assert {answers[option] for answers in pairs} == set(CHOICES[option]), option
