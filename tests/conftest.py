@@ -78,17 +78,23 @@ def pytest_xdist_auto_num_workers():
 def pytest_terminal_summary(terminalreporter):
     """Print what ran with which output and for how long, what was skipped and why."""
     outputs = {}  # {answers: {column: reports}}
+    chaos = []
     for report in itertools.chain(*terminalreporter.stats.values()):
-        properties = dict(getattr(report, "user_properties", ()))
+        if not isinstance(report, pytest.TestReport):
+            continue
+        properties = dict(report.user_properties)
         if "chaos" in properties and report.when == "call":
-            terminalreporter.section("chaos")
-            terminalreporter.write(properties["chaos"])
-        answers = properties.get("answers")
-        if answers and isinstance(report, pytest.TestReport):
+            chaos.append(properties["chaos"])
+        if "answers" in properties:
             test = report.nodeid.split("::")[1].split("[")[0]
             column = test[8:].replace("_", " ") if test.startswith("test_it_") else "other tests"
-            columns = outputs.setdefault(tuple(answers.items()), {})
+            columns = outputs.setdefault(tuple(properties["answers"].items()), {})
             columns.setdefault(column, []).append(report)
+    if chaos:
+        terminalreporter.section("chaos")
+        terminalreporter.write("".join(chaos))
+    for reason in sorted({r.longrepr[2] for r in terminalreporter.stats.get("skipped", [])}):
+        terminalreporter.line(reason)
     if not outputs:
         return
     always = {"broker", "result_backend", "worker_pool"}
@@ -106,8 +112,6 @@ def pytest_terminal_summary(terminalreporter):
     for row in table:
         cells = (text.ljust(width) for text, width in zip(row, widths, strict=True))
         terminalreporter.line("  ".join(cells).rstrip())
-    for reason in sorted({r.longrepr[2] for r in terminalreporter.stats.get("skipped", [])}):
-        terminalreporter.line(reason)
 
 
 def cell(reports):
