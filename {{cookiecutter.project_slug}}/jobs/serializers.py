@@ -17,7 +17,7 @@ class JobSerializer(serializers.ModelSerializer):
 
 
 def document_common_answers(result, generator, request, public):
-    """Add to the OpenAPI document what authentication, throttles, parsers and EnqueueMixin answer.
+    """Add to the OpenAPI document what no view declares: say of throttles, parsers, EnqueueMixin.
 
     A postprocessing hook of drf-spectacular: returns the changed document.
     """
@@ -42,4 +42,5 @@ def document_common_answers(result, generator, request, public):
                 content = {"application/json": {"schema": ERROR if status != 400 else {}}}
                 responses[str(status)] = {"description": description, "content": content}
             responses["429"]["headers"] = {"Retry-After": TEXT}
+            responses["414"] = {"description": "The address is too long"}  # says gunicorn
     return result
