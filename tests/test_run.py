@@ -49,16 +49,9 @@ def combinations():
 
 
 def one_of_each_pair():
-    """Of these, one for each broker and result backend: on each broker every pool, and schedule."""
-    pools = itertools.cycle(CHOICES["worker_pool"])
-    pairs = itertools.product(CHOICES["broker"], CHOICES["result_backend"])
-    for pair, pool in zip(pairs, pools, strict=False):
-        for answers in combinations():
-            if (answers["broker"], answers["result_backend"], answers["worker_pool"]) == (
-                *pair,
-                pool,
-            ):
-                yield answers
+    """Of these, one for each broker and result backend, with the pools in turn."""
+    every, pools = list(combinations()), len(CHOICES["worker_pool"])
+    return [every[pools * pair + pair % pools] for pair in range(len(every) // pools)]
 
 
 def outputs(*answers):
