@@ -1,6 +1,7 @@
 import itertools
 import os
 import tempfile
+from collections import Counter
 
 import pytest
 from jinja2 import Environment
@@ -76,12 +77,13 @@ def pytest_xdist_auto_num_workers():
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Print what ran with which output and for how long, what was skipped and why."""
+    """Print how long tests took, what ran with which output, what was skipped and why."""
     outputs = {}  # {answers: {column: reports}}
-    chaos = []
+    chaos, seconds = [], Counter()
     for report in itertools.chain(*terminalreporter.stats.values()):
         if not isinstance(report, pytest.TestReport):
             continue
+        seconds[report.nodeid.split("::")[0]] += report.duration
         properties = dict(report.user_properties)
         if "chaos" in properties and report.when == "call":
             chaos.append(properties["chaos"])
@@ -90,6 +92,9 @@ def pytest_terminal_summary(terminalreporter):
             column = test[8:].replace("_", " ") if test.startswith("test_it_") else "other tests"
             columns = outputs.setdefault(tuple(properties["answers"].items()), {})
             columns.setdefault(column, []).append(report)
+    terminalreporter.section("seconds, of all processes together")
+    for file, count in seconds.most_common():
+        terminalreporter.line(f"{count:6.0f}  {file}")
     if chaos:
         terminalreporter.section("chaos")
         terminalreporter.write("".join(chaos))
