@@ -38,12 +38,13 @@ CELERY_BEAT_SCHEDULE = {{
 def combinations():
     """Every broker with every result backend and every pool; the schedule and the example vary."""
     default = {option: choices[0] for option, choices in CHOICES.items()}
+    schedules = CHOICES["periodic_tasks"]
     options = ("broker", "result_backend", "worker_pool")
     for number, choices in enumerate(itertools.product(*(CHOICES[option] for option in options))):
         yield {
             **default,
             **dict(zip(options, choices, strict=True)),
-            "periodic_tasks": CHOICES["periodic_tasks"][number % 2],
+            "periodic_tasks": schedules[number % len(schedules)],
             "include_example": number % 5 != 4,
         }
 
