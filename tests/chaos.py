@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from cookiecutter.main import cookiecutter
-from faults import BROKERS, TIMINGS, PostgreSQL, Stack, prepare
+from faults import BROKERS, TIMINGS, PostgreSQL, prepare
 from project import Project
 
 TEMPLATE = Path(__file__).parents[1]
@@ -194,17 +194,13 @@ def run(name, folder, *, jobs=JOBS, seconds=SECONDS, seed, pool="prefork"):
     print(f"{name}, {pool}, seed {seed}", flush=True)
     broker = BROKERS[name]
     answers = {**broker.answers, "worker_pool": pool}
-    (folder / "broker").mkdir()
     baked = cookiecutter(
         str(TEMPLATE), no_input=True, output_dir=str(folder), extra_context=answers
     )
-    project = Project(baked)
-    project.install()
-    prepare(project, broker)
     database = PostgreSQL("fsync=off")
     database.start()
     try:
-        stack = Stack(project, broker(folder / "broker", project), folder, database, **TIMINGS)
+        stack = prepare(Project(baked), broker, folder, database, **TIMINGS)
         stack.add_worker("test")
         try:
             stack.start()

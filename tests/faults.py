@@ -570,8 +570,12 @@ with connection.cursor() as cursor:
         return self.notes("start", jobs[0])[-1]
 
 
-def prepare(project, broker):
-    """Give the project the tasks and the view of these tests, and the broker's timings."""
+def prepare(project, broker, folder, database, **variables):
+    """Install a baked project with the tasks and the view of these tests; return its Stack.
+
+    `broker` is one of the classes in BROKERS; in `folder` everything keeps its files.
+    """
+    project.install()
     (project / "faults").mkdir()
     (project / "faults/__init__.py").touch()
     (project / "faults/tasks.py").write_text(TASKS)
@@ -582,3 +586,5 @@ def prepare(project, broker):
         file.write(
             '\nfrom faults.views import enqueue\nurlpatterns.append(path("faults/", enqueue))\n'
         )
+    (folder / "broker").mkdir()
+    return Stack(project, broker(folder / "broker", project), folder, database, **variables)
