@@ -3,7 +3,7 @@ import os
 from celery import Celery, signals
 from django.db import close_old_connections
 from django_structlog.celery.steps import DjangoStructLogInitStep
-{% include "brokers/" ~ cookiecutter.broker ~ "/celery.imports" ignore missing %}
+{% include "brokers/" ~ cookiecutter.broker ~ "/celery.imports" %}
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
 
@@ -23,4 +23,4 @@ def drop_dead_connections(task, **kwargs):
     """Like a request, a task starts with a database connection that works."""
     if not task.request.is_eager:
         close_old_connections()
-{% include "brokers/" ~ cookiecutter.broker ~ "/celery.py" ignore missing %}
+{% include "brokers/" ~ cookiecutter.broker ~ "/celery.py" %}
