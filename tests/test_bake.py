@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from checks import NEW_FILES, check_celery, check_dependencies, check_file, check_readme
 from cookiecutter.utils import create_env_with_context
-from jinja2 import nodes
+from jinja2 import FileSystemLoader, nodes
 
 TEMPLATE = Path(__file__).parents[1]
 OPTIONS = json.loads((TEMPLATE / "cookiecutter.json").read_text("utf-8"))
@@ -25,16 +25,17 @@ CHOICES = {
 COMBINATIONS = [
     dict(zip(CHOICES, values, strict=True)) for values in itertools.product(*CHOICES.values())
 ]
-# Where the choices of an option have a folder each, in templates/. Its file `traces` has patterns
-# of words that appear only where it was chosen, one a line; so has the folder of its server.
-FOLDERS = {
-    "broker": "brokers",
+# The options whose choices have a file each in templates/, and what templates/chosen.jinja calls
+# the one that was chosen. Its `traces` are patterns of words that appear only where it was chosen;
+# so are those of its server.
+CHOSEN = {
+    "broker": "broker",
     "result_backend": "results",
-    "worker_pool": "pools",
+    "worker_pool": "pool",
     "periodic_tasks": "periodic",
     "deployment": "deployment",
 }
-# The same for options without folders.
+# The traces of the other options.
 TRACES = {
     ("ci", "github"): ["github", r"\bCI\b"],
     ("ci", "gitlab"): ["gitlab", r"\bCI\b"],
@@ -42,6 +43,7 @@ TRACES = {
 }
 NOTHING = ("none", False)  # choices that leave no trace
 ENVIRONMENT = create_env_with_context({"cookiecutter": OPTIONS})
+ENVIRONMENT.loader = FileSystemLoader(TEMPLATE / "templates")
 
 
 def name(answers):
@@ -49,23 +51,23 @@ def name(answers):
 
 
 def own_traces(option, choice):
-    """The patterns of a choice: see FOLDERS and TRACES."""
-    if option not in FOLDERS:
+    """The patterns of a choice: see CHOSEN and TRACES."""
+    if option not in CHOSEN:
         return TRACES.get((option, choice), [])
-    return (folder(option, choice) / "traces").read_text("utf-8").splitlines()
+    return getattr(getattr(chosen(option, choice), CHOSEN[option]), "traces", [])
 
 
 def server_traces(option, choice):
-    flags = option in FOLDERS and folder(option, choice) / "flags.jinja"
-    if not flags or not flags.exists():
-        return []
-    server = getattr(ENVIRONMENT.from_string(flags.read_text("utf-8")).module, "server", "")
-    path = TEMPLATE / "templates/servers" / server / "traces"
-    return path.read_text("utf-8").splitlines() if server else []
+    module = chosen(option, choice)
+    name = getattr(getattr(module, CHOSEN.get(option, ""), None), "server", "")
+    return [trace for server in module.servers if server.name == name for trace in server.traces]
 
 
-def folder(option, choice):
-    return TEMPLATE / "templates" / FOLDERS[option] / choice
+def chosen(option, choice):
+    """What templates/chosen.jinja sets for this choice, and the defaults of all other options."""
+    defaults = {name: choices[0] for name, choices in CHOICES.items()}
+    answers = {**defaults, "project_slug": "my_project", option: choice}
+    return ENVIRONMENT.get_template("chosen.jinja").make_module({"cookiecutter": answers})
 
 
 @cache
@@ -162,7 +164,7 @@ def template_paths():
 def test_a_choice_leaves_its_traces(bake, option, choice):
     """So that test_every_combination_is_clean() looks for words that exist."""
     own = own_traces(option, choice)
-    assert own or choice in NOTHING, "none are listed: see FOLDERS and TRACES"
+    assert own or choice in NOTHING, "none are listed: see CHOSEN and TRACES"
 
     found = set()
     for file, text in read(bake(**{option: choice})).items():
@@ -170,28 +172,59 @@ def test_a_choice_leaves_its_traces(bake, option, choice):
     assert not {*own, *server_traces(option, choice)} - found, "its output lacks these"
 
 
-def test_no_broker_and_no_backend_is_named_outside_its_folder():
-    """A new one is a choice and a folder: see CONTRIBUTING.md."""
-    hooks = list((TEMPLATE / "hooks").glob("*.py"))
-    project = (TEMPLATE / "{{cookiecutter.project_slug}}").rglob("*")
-    for path in [TEMPLATE / "cookiecutter.json", *hooks, *project]:
+def test_every_part_of_a_choice_is_printed_and_every_part_printed_exists():
+    """A choice leaves out what it has nothing to say for, so nothing else finds a misspelling."""
+    written, used = defaultdict(set), defaultdict(set)
+    for path in (TEMPLATE / "templates").glob("*/*.jinja"):
+        for node in ENVIRONMENT.parse(path.read_text("utf-8")).body:
+            if isinstance(node, nodes.Assign | nodes.AssignBlock):
+                written[path.parent.name].add(node.target.name)
+    for path in [*TEMPLATE.glob("templates/**/*.jinja"), *output_files()]:
+        for node in ENVIRONMENT.parse(path.read_text("utf-8")).find_all(nodes.Getattr):
+            if isinstance(node.node, nodes.Name) and node.node.name in KINDS:
+                used[KINDS[node.node.name]].add(node.attr)
+    for kind, parts in written.items():
+        assert parts - {"traces"} == used[kind], kind
+
+
+KINDS = {
+    "broker": "brokers",
+    "results": "results",
+    "server": "servers",
+    "pool": "pools",
+    "periodic": "periodic",
+    "deployment": "deployment",
+}
+
+
+def output_files():
+    """The files of the output that are rendered."""
+    for path in (TEMPLATE / "{{cookiecutter.project_slug}}").rglob("*"):
         file = str(path.relative_to(TEMPLATE))
-        assert not names_in_jinja(file), file
         copied = any(fnmatch(file, pattern) for pattern in OPTIONS["_copy_without_render"])
         if path.is_file() and not copied:
-            assert not names_in_jinja(path.read_text("utf-8")), file
+            yield path
+
+
+def test_no_broker_and_no_backend_is_named_outside_its_file():
+    """A new one is a choice and a file: see CONTRIBUTING.md."""
+    hooks = list((TEMPLATE / "hooks").glob("*.py"))
+    for path in [TEMPLATE / "cookiecutter.json", *hooks, *output_files()]:
+        file = str(path.relative_to(TEMPLATE))
+        assert not names_in_jinja(file), file
+        assert not names_in_jinja(path.read_text("utf-8")), file
     for hook in hooks:
         assert not names_in_hook(hook.read_text("utf-8")), hook
 
 
 NAMES = {
     *("broker", "result_backend", *CHOICES["broker"], *CHOICES["result_backend"]),
-    *(path.name for path in (TEMPLATE / "templates/servers").iterdir()),
+    *(path.stem for path in (TEMPLATE / "templates/servers").iterdir()),
 }
 
 
 def names_in_jinja(text):
-    """What names a broker or a backend, but for the path of an include of what was chosen.
+    """What names a broker or a backend.
 
     Other options may be compared with the same word: {% if cookiecutter.ci == "none" %}.
     """
@@ -202,8 +235,6 @@ def names_in_jinja(text):
         if isinstance(node.node, nodes.Name) and node.node.name == "cookiecutter"
     }
     allowed = set()
-    for path in tree.find_all(nodes.Concat):
-        allowed |= set(map(id, path.nodes))
     for compare in tree.find_all(nodes.Compare):
         if compare.expr in options and compare.expr.attr not in NAMES:
             allowed |= set(map(id, compare.find_all(nodes.Const)))

@@ -1,7 +1,5 @@
 {% import "imports.jinja" as imports %}
-{% import "brokers/" ~ cookiecutter.broker ~ "/flags.jinja" as broker %}
-{% import "results/" ~ cookiecutter.result_backend ~ "/flags.jinja" as results %}
-{% set servers = [broker.server, results.server] | select | unique | list %}
+{% from "chosen.jinja" import broker, servers with context %}
 {% set lines %}
 import os
 import signal
@@ -11,7 +9,7 @@ import sys
 import threading
 import time
 {% for server in servers %}
-{% include "servers/" ~ server ~ "/dev.imports" %}
+{% print server.dev_imports %}
 {% endfor %}
 {% endset %}
 {% set sorted = imports.sort(lines) %}
@@ -41,7 +39,7 @@ def main():
     processes = []
     try:
 {% for server in servers %}
-        processes += start_{{ server }}()
+        processes += start_{{ server.name }}()
 {% endfor %}
         # The environment is .env already, and wins over it; honcho would turn that round.
         # In a session of its own: Ctrl-C reaches it through here, before the broker ends.
@@ -125,7 +123,7 @@ def answers(port, host=HOST):
 
 
 {% for server in servers %}
-{% include "servers/" ~ server ~ "/dev.py" %}
+{% print server.dev %}
 
 
 {% endfor %}

@@ -1,9 +1,10 @@
+{% from "chosen.jinja" import broker with context %}
 import os
 
 from celery import Celery, signals
 from django.db import close_old_connections
 from django_structlog.celery.steps import DjangoStructLogInitStep
-{% include "brokers/" ~ cookiecutter.broker ~ "/celery.imports" %}
+{% print broker.celery_imports | default %}
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
 
@@ -23,4 +24,4 @@ def drop_dead_connections(task, **kwargs):
     """Like a request, a task starts with a database connection that works."""
     if not task.request.is_eager:
         close_old_connections()
-{% include "brokers/" ~ cookiecutter.broker ~ "/celery.py" %}
+{% print broker.celery | default %}

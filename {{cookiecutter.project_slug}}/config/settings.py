@@ -1,7 +1,5 @@
 {% import "text.jinja" as text %}
-{% import "brokers/" ~ cookiecutter.broker ~ "/flags.jinja" as broker %}
-{% import "results/" ~ cookiecutter.result_backend ~ "/flags.jinja" as results %}
-{% import "periodic/" ~ cookiecutter.periodic_tasks ~ "/flags.jinja" as periodic %}
+{% from "chosen.jinja" import broker, result_backend, worker_pool, periodic_tasks with context %}
 """Settings. Whatever differs between machines comes from the environment: see .env.example."""
 
 import logging
@@ -55,7 +53,7 @@ INSTALLED_APPS = [
     "drf_spectacular",
     "drf_spectacular_sidecar",
     "django_structlog",
-{% for app in [results.app, periodic.app] | select %}
+{% for app in [result_backend.app, periodic_tasks.app] | select %}
     "{{ app }}",
 {% endfor %}
     "jobs",
@@ -151,9 +149,9 @@ TASK_TIME_LIMIT = CELERY_TASK_TIME_LIMIT = env.int("TASK_TIME_LIMIT", default=60
 
 # Celery: what the broker needs
 
-{% include "brokers/" ~ cookiecutter.broker ~ "/settings.py" %}
+{% print broker.settings %}
 
-{% include "results/" ~ cookiecutter.result_backend ~ "/settings.py" %}
+{% print result_backend.settings | default %}
 # Celery: delivery
 
 CELERY_TASK_ACKS_LATE = True  # a killed worker gives its plain tasks back
@@ -180,11 +178,11 @@ CELERY_TASK_PUBLISH_RETRY_POLICY = {"max_retries": 1, "interval_start": 0}
 
 # Celery: the worker pool
 
-{% include "pools/" ~ cookiecutter.worker_pool ~ "/settings.py" %}
+{% print worker_pool.settings %}
 
 # Celery: Beat
 
-{% include "periodic/" ~ cookiecutter.periodic_tasks ~ "/settings.py" %}
+{% print periodic_tasks.settings %}
 
 # Logs and errors
 

@@ -1,4 +1,4 @@
-{% import "brokers/" ~ cookiecutter.broker ~ "/flags.jinja" as broker %}
+{% from "chosen.jinja" import broker with context %}
 from celery import signals
 from django.apps import AppConfig
 

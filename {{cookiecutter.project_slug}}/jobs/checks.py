@@ -1,16 +1,14 @@
 {% import "imports.jinja" as imports %}
-{% import "brokers/" ~ cookiecutter.broker ~ "/flags.jinja" as broker %}
-{% import "results/" ~ cookiecutter.result_backend ~ "/flags.jinja" as results %}
-{% set servers = [broker.server, results.server] | select | unique | list %}
+{% from "chosen.jinja" import broker, result_backend, servers, worker_pool with context %}
 {% set lines %}
 {{ "import os" if broker.flower }}
 {% for server in servers %}
-{% include "servers/" ~ server ~ "/checks.imports" %}
+{% print server.checks_imports | default %}
 {% endfor %}
 {% endset %}
 {% set sorted = imports.sort(lines) %}
 {% set checks %}
-{% if results.server %}
+{% if result_backend.server %}
 
 
 @register(deploy=True)
@@ -23,7 +21,7 @@ def check_result_backend(app_configs, **kwargs):
         )
 {% endif %}
 {% for server in servers %}
-{% include "servers/" ~ server ~ "/checks.py" %}
+{% print server.checks | default %}
 {% endfor %}
 {% if broker.flower %}
 
@@ -37,8 +35,8 @@ def check_flower(app_configs, **kwargs):
             id="jobs.W003",
         )
 {% endif %}
-{% include "brokers/" ~ cookiecutter.broker ~ "/checks.py" %}
-{% include "pools/" ~ cookiecutter.worker_pool ~ "/checks.py" %}
+{% print broker.checks %}
+{% print worker_pool.checks | default %}
 {% endset %}
 {% set kinds = ["Error", "Info", "Warning"] %}
 """What `manage.py check --deploy` says of settings that would lose work, double it or expose it."""
@@ -46,7 +44,7 @@ def check_flower(app_configs, **kwargs):
 {{ sorted }}{% if sorted %}
 
 {% endif %}
-{% include "brokers/" ~ cookiecutter.broker ~ "/checks.imports" %}
+{% print broker.checks_imports %}
 from django.conf import settings
 from django.core.checks import {% for kind in kinds if "yield " ~ kind in checks %}{{ kind }}, {% endfor %}register
 {{ checks }}

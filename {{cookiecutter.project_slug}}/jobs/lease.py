@@ -1,6 +1,7 @@
+{% from "chosen.jinja" import worker_pool with context %}
 """The jobs that this process runs: one thread renews their leases and writes what they report."""
 
-{% include "pools/" ~ cookiecutter.worker_pool ~ "/lease.imports" %}
+{% print worker_pool.lease_imports %}
 from django.conf import settings
 from django.db import close_old_connections
 
@@ -12,7 +13,7 @@ TICK = 0.5  # seconds between two writes of what bodies reported
 
 runs = {}  # token: Run
 keeper = None
-{% include "pools/" ~ cookiecutter.worker_pool ~ "/lease_lock.py" %}
+{% print worker_pool.lease_lock %}
 
 
 class Lost(BaseException):
@@ -39,7 +40,7 @@ class Run:
         global keeper
         with lock:
             runs[self.token] = self
-{% include "pools/" ~ cookiecutter.worker_pool ~ "/lease_start.py" %}
+{% print worker_pool.lease_start %}
 
     def __exit__(self, *exc_info):
         with lock:
@@ -63,7 +64,7 @@ def keep():
                 close_old_connections()
                 find_lost(current, held=rows(current).renew())
                 renew_at = time.monotonic() + settings.JOB_LEASE_SECONDS / 3
-{% include "pools/" ~ cookiecutter.worker_pool ~ "/lease_stop.py" %}
+{% print worker_pool.lease_stop | default %}
         except Exception as error:  # whatever it is: without this thread all leases would lapse
             logger.warning("cannot renew leases: %r", error)
             close_old_connections()
@@ -84,4 +85,4 @@ def find_lost(candidates, held):
         tokens = set(rows(candidates).values_list("run", flat=True))
         for run in candidates:
             run.lost = run.token not in tokens
-{% include "pools/" ~ cookiecutter.worker_pool ~ "/lease_signal.py" %}
+{% print worker_pool.lease_signal | default %}

@@ -1,4 +1,4 @@
-{% import "brokers/" ~ cookiecutter.broker ~ "/flags.jinja" as broker %}
+{% from "chosen.jinja" import broker, worker_pool with context %}
 """The base class of tasks that are jobs: claims the row, runs the body, writes how it ended."""
 
 import json
@@ -8,7 +8,7 @@ import time
 from contextlib import suppress
 {% endif %}
 
-{% include "pools/" ~ cookiecutter.worker_pool ~ "/tasks.imports" %}
+{% print worker_pool.tasks_imports | default %}
 from celery import Task
 from celery.exceptions import Ignore, Retry, SoftTimeLimitExceeded
 {% if broker.flower %}
@@ -87,7 +87,7 @@ class JobTask(Task):
         except SoftTimeLimitExceeded:
             fail(run, OVER_TIME_LIMIT)
             raise
-{% include "pools/" ~ cookiecutter.worker_pool ~ "/ends.py" %}
+{% print worker_pool.ends %}
         except BaseException as error:
             fail(run, f"{type(error).__name__}: {error}")
             raise
@@ -134,7 +134,7 @@ def fail(run, reason):
     insist(run.row.finish, "failed", error=printable(reason), **run.report)
 
 
-{% include "pools/" ~ cookiecutter.worker_pool ~ "/insist.py" %}
+{% print worker_pool.insist | default %}
 def insist(update, *args, **kwargs):
     """Return update(…), tried until the database answers: how a job ended must not get lost."""
     while True:

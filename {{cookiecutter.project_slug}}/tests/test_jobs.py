@@ -1,6 +1,4 @@
-{% import "brokers/" ~ cookiecutter.broker ~ "/flags.jinja" as broker %}
-{% import "results/" ~ cookiecutter.result_backend ~ "/flags.jinja" as results %}
-{% set servers = [broker.server, results.server] | select | unique | list %}
+{% from "chosen.jinja" import broker, result_backend, servers, worker_pool with context %}
 """The ledger: what a job's row promises, whatever happens to its message or its worker.
 
 Nothing here needs a broker. What a worker does with a message, job.publish() does at once; a test
@@ -599,7 +597,7 @@ def check(monkeypatch, **environment):
 
 def test_sound_settings_pass_the_checks(monkeypatch):
     assert check(monkeypatch) == set()
-{% if results.server %}
+{% if result_backend.server %}
 
 
 def test_the_checks_find_a_result_backend_that_loses_results(monkeypatch, settings):
@@ -607,7 +605,7 @@ def test_the_checks_find_a_result_backend_that_loses_results(monkeypatch, settin
     assert check(monkeypatch) == {"jobs.E001"}
 {% endif %}
 {% for server in servers %}
-{% include "servers/" ~ server ~ "/tests.py" %}
+{% print server.tests | default %}
 {% endfor %}
 {% if broker.flower %}
 
@@ -615,5 +613,5 @@ def test_the_checks_find_a_result_backend_that_loses_results(monkeypatch, settin
 def test_the_checks_find_a_flower_without_password(monkeypatch):
     assert check(monkeypatch, FLOWER_BASIC_AUTH="") == {"jobs.W003"}
 {% endif %}
-{% include "brokers/" ~ cookiecutter.broker ~ "/tests.py" %}
-{% include "pools/" ~ cookiecutter.worker_pool ~ "/tests.py" %}
+{% print broker.tests %}
+{% print worker_pool.tests | default %}

@@ -1,6 +1,4 @@
-{% import "brokers/" ~ cookiecutter.broker ~ "/flags.jinja" as broker %}
-{% import "results/" ~ cookiecutter.result_backend ~ "/flags.jinja" as results %}
-{% set servers = [broker.server, results.server] | select | unique | list %}
+{% from "chosen.jinja" import result_backend, servers with context %}
 """Jobs on a real worker, a real Beat and a real broker.
 
 The broker is what answers where the settings point to, else the stand-in that `make run` would start.
@@ -41,7 +39,7 @@ def count(self):
     return STEPS
 
 
-{% if results.results %}
+{% if result_backend.keeps_results %}
 @shared_task
 def double(number):
     return 2 * number
@@ -70,7 +68,7 @@ def kill(process):
 @pytest.fixture(scope="module")
 def broker():
     try:
-        processes = {% for server in servers %}{{ " + " if not loop.first }}dev.start_{{ server }}(){% endfor %}
+        processes = {% for server in servers %}{{ " + " if not loop.first }}dev.start_{{ server.name }}(){% endfor %}
 
     except SystemExit as reason:
         pytest.skip(str(reason))
@@ -127,7 +125,7 @@ def beat(start):
     return start("beat")
 
 
-{% if results.results %}
+{% if result_backend.keeps_results %}
 def test_a_plain_task_returns_its_result(worker):
     assert double.apply_async([21], queue=QUEUE).get(timeout=30) == 42
 

@@ -1,2 +1,0 @@
-            if keeper is None:
-                keeper = start_new_thread(keep, ())

@@ -1,1 +1,0 @@
-{% include "pools/threads/lease_stop.py" %}

@@ -1,9 +1,0 @@
-CELERY_TASK_SOFT_TIME_LIMIT = TASK_TIME_LIMIT * 0.9  # raises SoftTimeLimitExceeded in the task
-CELERY_DB_REUSE_MAX = 1000  # no new database connection for each task
-CELERY_WORKER_CONCURRENCY = env.int("WORKER_CONCURRENCY", default=None)  # the number of CPUs
-CELERY_WORKER_PREFETCH_MULTIPLIER = 1  # a long task does not hold others hostage
-CELERY_WORKER_CANCEL_LONG_RUNNING_TASKS_ON_CONNECTION_LOSS = True  # they are delivered again
-CELERY_WORKER_SOFT_SHUTDOWN_TIMEOUT = env.float("SOFT_SHUTDOWN_SECONDS", default=20)
-CELERY_WORKER_ENABLE_SOFT_SHUTDOWN_ON_IDLE = True
-CELERY_WORKER_MAX_TASKS_PER_CHILD = 1000  # leaks end
-CELERY_WORKER_MAX_MEMORY_PER_CHILD = env.int("WORKER_MAX_KILOBYTES", default=500_000)

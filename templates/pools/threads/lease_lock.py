@@ -1,2 +1,0 @@
-lock = threading.Lock()
-stop_at = float("inf")

@@ -1,3 +1,0 @@
-            if time.monotonic() >= stop_at:
-                rows(current).requeue()
-                os._exit(0)
