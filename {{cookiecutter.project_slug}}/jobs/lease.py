@@ -64,7 +64,6 @@ def keep():
                 close_old_connections()
                 find_lost(current, held=rows(current).renew())
                 renew_at = time.monotonic() + settings.JOB_LEASE_SECONDS / 3
-{% print worker_pool.lease_stop | default %}
         except Exception as error:  # whatever it is: without this thread all leases would lapse
             logger.warning("cannot renew leases: %r", error)
             close_old_connections()
@@ -85,4 +84,4 @@ def find_lost(candidates, held):
         tokens = set(rows(candidates).values_list("run", flat=True))
         for run in candidates:
             run.lost = run.token not in tokens
-{% print worker_pool.lease_signal | default %}
+{% print worker_pool.lease_end | default %}
