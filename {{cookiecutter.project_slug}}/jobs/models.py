@@ -18,6 +18,10 @@ logger = logging.getLogger(__name__)
 ACTIVE = ["queued", "running"]
 FINAL = ["succeeded", "failed", "cancelled"]
 STATES = [(state, state.title()) for state in ACTIVE + FINAL]
+# States as the UPDATEs of one row ask for them, by columns that no index of unfinished jobs has: on
+# old statistics PostgreSQL would take that index, and walk the whole backlog to find the row.
+UNFINISHED = Q(finished_at=None)
+QUEUED = Q(run=None) & UNFINISHED
 OVER_TIME_LIMIT = "Over its time limit"
 PUBLISH_PAUSE = 10  # seconds without a try after the broker refused one: requests stay quick
 publish_again_at = 0.0
@@ -60,7 +64,7 @@ class JobQuerySet(models.QuerySet):
 
     def start(self, run, *, retries, limit):
         """Claim a queued job for `run`, for `limit` seconds. Returns 0 if the message is stale."""
-        return self.filter(state="queued", retries=retries).update(
+        return self.filter(QUEUED, retries=retries).update(
             state="running",
             run=run,
             progress=0,
@@ -83,7 +87,7 @@ class JobQuerySet(models.QuerySet):
     def finish(self, state, **changes):
         """Write a final state where there is none yet. Returns how many rows were changed."""
         changes |= {"state": state, "run": None, "wake_at": None, "finished_at": Now()}
-        return self.filter(state__in=ACTIVE).update(**changes)
+        return self.filter(UNFINISHED).update(**changes)
 
     def cancel(self):
         """Fence what runs, and let nothing start. Returns how many jobs were active."""
@@ -121,7 +125,11 @@ class Job(models.Model):
     class Meta:
         indexes = [
             models.Index(fields=["owner", "-created_at"], name="job_owner"),
-            models.Index(fields=["finished_at"], name="job_finished"),
+            models.Index(
+                fields=["finished_at"],
+                name="job_finished",
+                condition=Q(finished_at__isnull=False),
+            ),
             models.Index(
                 fields=["state", "queue", "wake_at"],
                 name="job_active",
@@ -159,5 +167,5 @@ class Job(models.Model):
             except Exception as error:  # each transport raises its own
                 publish_again_at = time.monotonic() + PUBLISH_PAUSE
                 logger.warning("job %s is stored but not sent: %r", self.id, error)
-        Job.objects.filter(pk=self.pk, state="queued").requeue()
+        Job.objects.filter(QUEUED, pk=self.pk).requeue()
         return False

@@ -59,7 +59,8 @@ def judge_leases():
     """End or queue again the running jobs whose lease was not renewed."""
     lapsed = Job.objects.filter(state="running", wake_at__lt=Now())
     for job in lapsed.annotate(late=Q(deadline__lte=Now()))[:BATCH]:
-        row = lapsed.filter(pk=job.pk, run=job.run)  # unless it was renewed or ended meanwhile
+        # Unless it was renewed or ended meanwhile.
+        row = Job.objects.filter(pk=job.pk, run=job.run, wake_at__lt=Now())
         crashes = job.crashes + 1
         if job.late:
             row.finish("failed", error=OVER_TIME_LIMIT)

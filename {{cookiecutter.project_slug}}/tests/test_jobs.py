@@ -6,6 +6,7 @@ that must look in between takes `published`, a broker without workers.
 """
 
 import itertools
+import re
 import sys
 import uuid
 from datetime import timedelta
@@ -19,8 +20,9 @@ from celery.exceptions import SoftTimeLimitExceeded
 from celery.worker.control import Panel
 {% endif %}
 from django.core.checks import run_checks
-from django.db import IntegrityError, InterfaceError, OperationalError, transaction
+from django.db import IntegrityError, InterfaceError, OperationalError, connection, transaction
 from django.db.models.functions import Now
+from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
 from config.celery import app
@@ -581,6 +583,60 @@ def test_final_jobs_and_their_keys_are_purged(settings):
 def test_the_database_refuses_impossible_jobs(impossible):
     with pytest.raises(IntegrityError):
         Job.objects.create(task="task", queue="queue", **impossible)
+
+
+# What the database does
+
+
+@pytest.fixture
+def backlog():
+    """Thousands of jobs that wait, run or have ended since PostgreSQL last looked: a quiet hour.
+
+    All is in one transaction, so that no autovacuum sees it.
+    """
+    if connection.vendor != "postgresql":
+        pytest.skip("only PostgreSQL plans with statistics: set DATABASE_URL=postgres://…")
+    now = timezone.now()
+    final = {"state": "succeeded", "finished_at": now}
+    waits = {"state": "queued", "wake_at": now}
+    runs = {"state": "running", "wake_at": now, "run": uuid.UUID(int=1)}
+    fields = {"task": add.name, "queue": "celery", "created_at": now}
+    Job.objects.bulk_create(Job(**fields, **final) for _ in range(100))
+    with connection.cursor() as cursor:
+        cursor.execute("ANALYZE jobs_job")
+    for state in waits, runs, final:
+        Job.objects.bulk_create(Job(**fields, **state) for _ in range(3000))
+
+
+@pytest.fixture
+def by_key(backlog):
+    """A function that does an UPDATE, and fails if PostgreSQL does not find its rows by their key."""
+
+    def check(update, *args, **kwargs):
+        with CaptureQueriesContext(connection) as captured:
+            assert update(*args, **kwargs)
+        [sql] = [query["sql"] for query in captured if query["sql"].startswith("UPDATE")]
+        with connection.cursor() as cursor:
+            cursor.execute(f"EXPLAIN {sql}")
+            plan = "\n".join(line for (line,) in cursor.fetchall())
+        scanned = re.findall(r"(?:Seq Scan|Index Scan) (?:using|on) (\w+)", plan)
+        assert set(scanned) == {"jobs_job_pkey"}, plan
+
+    return check
+
+
+def test_the_change_of_a_job_walks_no_backlog(by_key):
+    jobs = [Job.objects.enqueue(add, [1, 2]) for _ in range(3)]
+    runs = [lease.Run(job.pk) for job in jobs]
+    for run in runs:
+        row = Job.objects.filter(pk=run.job_id)
+        by_key(row.start, run.token, retries=0, limit=60)
+    by_key(lease.rows(runs).renew)
+    by_key(runs[0].row.renew)
+    by_key(runs[0].row.finish, "succeeded")
+    by_key(runs[1].row.requeue)
+    by_key(Job.objects.filter(pk=jobs[1].pk).cancel)
+    by_key(lease.rows(runs[1:]).requeue)
 
 
 # manage.py check --deploy
