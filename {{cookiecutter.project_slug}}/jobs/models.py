@@ -5,13 +5,14 @@ import logging
 import time
 import uuid
 from datetime import timedelta
+from functools import partial
 
 from celery import current_app
 from celery.exceptions import NotRegistered
 from django.conf import settings
 from django.db import models, transaction
-from django.db.models import F, Q
-from django.db.models.functions import Least, Now
+from django.db.models import F, Max, Q
+from django.db.models.functions import Coalesce, Least, Now
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +24,7 @@ STATES = [(state, state.title()) for state in ACTIVE + FINAL]
 UNFINISHED = Q(finished_at=None)
 QUEUED = Q(run=None) & UNFINISHED
 OVER_TIME_LIMIT = "Over its time limit"
+BATCH = 500  # jobs of one statement
 PUBLISH_PAUSE = 10  # seconds without a try after the broker refused one: requests stay quick
 publish_again_at = 0.0
 
@@ -39,6 +41,33 @@ class JobQuerySet(models.QuerySet):
         Returns the Job. Raises TypeError for another kind of task, for arguments that the task does
         not take or that are not JSON; IntegrityError if the owner has used the key before.
         """
+        fields |= self.prepare(task, args, kwargs, countdown, queue)
+        wait = timedelta(seconds=countdown or settings.JOB_RESEND_SECONDS)
+        job = self.create(wake_at=Now() + wait, **fields)
+        if not countdown:
+            transaction.on_commit(job.publish, robust=True)
+        return job
+
+    def enqueue_many(self, task, calls, *, countdown=None, queue=None, owner=None):
+        """Store a job for each of `calls`, lists of arguments: all of them or none.
+
+        With the promises of enqueue(), at a fraction of its cost. Returns the Jobs.
+        """
+        wait = timedelta(seconds=countdown or settings.JOB_RESEND_SECONDS)
+        # The database's clock, read once: PostgreSQL takes rows of plain values much more quickly.
+        now = self.filter(pk=uuid.uuid4()).aggregate(now=Coalesce(Max("created_at"), Now()))["now"]
+        jobs = []
+        for place, args in enumerate(calls):
+            times = {"created_at": now + timedelta(microseconds=place), "wake_at": now + wait}
+            fields = self.prepare(task, args, None, countdown, queue)
+            jobs.append(Job(owner=owner, **times, **fields))
+        self.bulk_create(jobs, batch_size=BATCH)
+        if not countdown:
+            transaction.on_commit(partial(publish, jobs), robust=True)
+        return jobs
+
+    def prepare(self, task, args, kwargs, countdown, queue):
+        """Return the fields of a new job, or raise what enqueue() raises."""
         from jobs.tasks import JobTask
 
         if not isinstance(task, JobTask):
@@ -50,12 +79,8 @@ class JobQuerySet(models.QuerySet):
         task.__header__(*args, **kwargs)
         if queue is None:
             queue = current_app.amqp.router.route({}, task.name, args, kwargs)["queue"].name
-        wake_at = Now() + timedelta(seconds=countdown or settings.JOB_RESEND_SECONDS)
-        fields |= {"sent": 0 if countdown else 1, "wake_at": wake_at}
-        job = self.create(task=task.name, args=args, kwargs=kwargs, queue=queue, **fields)
-        if not countdown:
-            transaction.on_commit(job.publish, robust=True)
-        return job
+        sent = 0 if countdown else 1
+        return {"task": task.name, "args": args, "kwargs": kwargs, "queue": queue, "sent": sent}
 
     def visible_to(self, user):
         """The jobs that `user` may see: the own ones, for staff also those that nobody owns."""
@@ -131,7 +156,7 @@ class Job(models.Model):
                 condition=Q(finished_at__isnull=False),
             ),
             models.Index(
-                fields=["state", "queue", "wake_at"],
+                fields=["state", "queue", "sent", "wake_at"],
                 name="job_active",
                 condition=Q(state__in=ACTIVE),
             ),
@@ -154,18 +179,32 @@ class Job(models.Model):
 
     def publish(self):
         """Send the message. Returns False, and leaves it to the sweep, if the broker is down."""
-        global publish_again_at
+        return publish([self])
+
+
+def publish(jobs):
+    """Send the messages of these jobs. Returns False if some are left to the sweep."""
+    global publish_again_at
+    all_sent = True
+    for start in range(0, len(jobs), BATCH):
+        batch = jobs[start : start + BATCH]
         if time.monotonic() >= publish_again_at:
             try:
-                options = {"queue": self.queue, "retries": self.retries, "headers": {"job": True}}
-                task = current_app.tasks[self.task]
-                task.apply_async(self.args, self.kwargs, task_id=str(self.id), **options)
-                return True
-            except NotRegistered:
-                logger.error("job %s waits for code that knows its task %s", self.id, self.task)
-                return True
+                send(batch)
+                continue
             except Exception as error:  # each transport raises its own
                 publish_again_at = time.monotonic() + PUBLISH_PAUSE
-                logger.warning("job %s is stored but not sent: %r", self.id, error)
-        Job.objects.filter(QUEUED, pk=self.pk).requeue()
-        return False
+                logger.warning("jobs from %s on are stored but not sent: %r", batch[0].pk, error)
+        Job.objects.filter(QUEUED, pk__in=[job.pk for job in batch]).requeue()
+        all_sent = False
+    return all_sent
+
+
+def send(jobs):
+    """Send the messages of these jobs over one connection. Raises what the transport does."""
+    with current_app.producer_or_acquire() as producer, producer.batch():
+        for job in jobs:
+            try:
+                current_app.tasks[job.task].send(job, producer)
+            except NotRegistered:
+                logger.error("job %s waits for code that knows its task %s", job.pk, job.task)

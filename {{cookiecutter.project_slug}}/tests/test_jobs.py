@@ -31,6 +31,7 @@ from jobs.models import Job, JobQuerySet
 from jobs.tasks import JobTask{{ ", follow_revokes" if broker.flower }}
 
 pytestmark = pytest.mark.django_db
+send = JobTask.send  # which tests replace
 
 
 @shared_task(base=JobTask, time_limit=1)
@@ -103,10 +104,10 @@ def published(monkeypatch):
     """A broker without workers: the ids of the messages in it. What is removed here is lost."""
     messages = []
 
-    def publish(task, args, kwargs, *, task_id, **options):
-        messages.append(task_id)
+    def publish(task, job, producer):
+        messages.append(str(job.pk))
 
-    monkeypatch.setattr(JobTask, "apply_async", publish)
+    monkeypatch.setattr(JobTask, "send", publish)
     monkeypatch.setattr(sweep, "messages_in", lambda queue: len(messages))
     return messages
 
@@ -196,6 +197,60 @@ def test_a_job_waits_for_code_that_knows_its_task_and_holds_up_no_other():
     job.task = "to.be.deployed"
     assert deliver(job).state == "queued"
     assert deliver(other).state == "succeeded"
+
+
+def test_many_jobs_are_stored_and_sent_together(commit, published, user):
+    with CaptureQueriesContext(connection) as captured, commit():
+        jobs = Job.objects.enqueue_many(add, [[1, 2], [3, 4], [5, 6]], owner=user, queue="cpu")
+        assert published == []
+    assert len([query for query in captured if query["sql"].startswith("INSERT")]) == 1
+    assert [(job.args, job.owner, job.queue) for job in Job.objects.order_by("created_at")] == [
+        ([number, number + 1], user, "cpu") for number in (1, 3, 5)
+    ]
+    assert published == [str(job.pk) for job in jobs]
+    assert all(seconds_until_due(job) == pytest.approx(30, abs=5) for job in jobs)
+
+
+def test_many_jobs_run(commit):
+    with commit():
+        Job.objects.enqueue_many(add, ([number, 1] for number in range(3)))
+    assert [job.result for job in Job.objects.order_by("created_at")] == [1, 2, 3]
+
+
+def test_of_many_jobs_all_are_stored_or_none(commit, published):
+    with commit(), pytest.raises(TypeError):
+        Job.objects.enqueue_many(add, [[1, 2], [3]])
+    with commit(), pytest.raises(ZeroDivisionError), transaction.atomic():
+        Job.objects.enqueue_many(add, [[1, 2], [3, 4]])
+        raise ZeroDivisionError
+    assert not Job.objects.exists()
+    assert published == []
+
+
+def test_many_jobs_wait_for_their_broker_and_for_their_time(commit, broker_down, monkeypatch):
+    monkeypatch.setattr(models, "BATCH", 2)
+    with commit():
+        late = Job.objects.enqueue_many(add, [[1, 2]] * 3, countdown=60)
+        jobs = Job.objects.enqueue_many(add, [[1, 2]] * 5)
+    assert broker_down == [str(jobs[0].pk)]
+    assert all(seconds_until_due(job) <= 0 and not job.sent for job in jobs)
+    assert all(seconds_until_due(job) == pytest.approx(60, abs=5) for job in late)
+
+
+def test_no_jobs_are_no_error(commit):
+    with commit():
+        assert Job.objects.enqueue_many(add, []) == []
+
+
+def test_the_message_of_a_job_is_one_of_celery():
+    job = Job.objects.enqueue(add, [1], {"y": 2}, queue="cpu")
+    job.retries = 3
+    with app.connection_for_write("memory://") as broker:
+        send(add, job, app.amqp.Producer(broker, auto_declare=False))
+        message = broker.SimpleQueue("cpu").get(timeout=5)
+    assert message.payload[:2] == [[1], {"y": 2}]
+    kept = {name: message.headers[name] for name in ("id", "task", "retries", "job")}
+    assert kept == {"id": str(job.pk), "task": add.name, "retries": 3, "job": True}
 
 
 # Running
@@ -477,12 +532,12 @@ def test_two_sweeps_at_once_send_a_job_once(monkeypatch):
     lapse(*jobs)
     sent = []
 
-    def publish(task, args, kwargs, *, task_id, **options):
-        sent.append(task_id)
+    def publish(task, job, producer):
+        sent.append(str(job.pk))
         if len(sent) == 1:
             sweep.send_due()  # the other one, while this one has read all three
 
-    monkeypatch.setattr(JobTask, "apply_async", publish)
+    monkeypatch.setattr(JobTask, "send", publish)
     monkeypatch.setattr(sweep, "messages_in", lambda queue: 0)
     sweep.send_due()
     assert sorted(sent) == sorted(str(job.pk) for job in jobs)
@@ -525,12 +580,12 @@ def test_a_job_that_the_broker_refuses_keeps_no_other_waiting(monkeypatch):
     """Say because it is too large, or because its queue was never made."""
     sent = []
 
-    def send(task, args, kwargs, **options):
-        if args == [0, 0]:
+    def publish(task, job, producer):
+        if job.args == [0, 0]:
             raise ValueError("too large")
-        sent.append(options["task_id"])
+        sent.append(str(job.pk))
 
-    monkeypatch.setattr(JobTask, "apply_async", send)
+    monkeypatch.setattr(JobTask, "send", publish)
     monkeypatch.setattr(sweep, "messages_in", lambda queue: 0)
     monkeypatch.setattr(models, "PUBLISH_PAUSE", 0)
     refused = [Job.objects.enqueue(add, [0, 0], queue=queue, countdown=1) for queue in "ab"]
@@ -540,6 +595,63 @@ def test_a_job_that_the_broker_refuses_keeps_no_other_waiting(monkeypatch):
         sweep.send_due()
     assert sorted(sent) == sorted(str(job.pk) for job in others)
     assert all(seconds_until_due(job) <= 0 for job in refused)
+
+
+def test_the_sweep_changes_many_rows_with_one_statement(published, monkeypatch):
+    """And has few of them in memory at once."""
+    in_memory = []
+    monkeypatch.setattr(sweep, "send", lambda jobs: in_memory.append(len(jobs)))
+    Job.objects.enqueue_many(add, [[1, 2]] * 400, countdown=1)
+    Job.objects.update(wake_at=Now() - timedelta(seconds=1))
+    with CaptureQueriesContext(connection) as captured:
+        sweep.send_due()
+    assert len([query for query in captured if query["sql"].startswith("UPDATE")]) == 1
+    assert in_memory == [100] * 4
+    assert set(Job.objects.values_list("sent", flat=True)) == {1}
+
+
+def test_the_sweep_passes_by_rows_that_are_locked(published):
+    if not connection.features.has_select_for_update_skip_locked:
+        pytest.skip("only PostgreSQL locks rows: set DATABASE_URL=postgres://…")
+    lapse(Job.objects.enqueue(add, [1, 2], countdown=1))
+    with CaptureQueriesContext(connection) as captured:
+        sweep.send_due()
+    assert any("SKIP LOCKED" in query["sql"] for query in captured)
+
+
+def test_a_queue_that_fails_keeps_no_other_waiting(published, monkeypatch):
+    """Say because it exists with other arguments."""
+
+    def messages_in(queue):
+        if queue == "bad":
+            raise ValueError("inequivalent arg 'x-max-priority'")
+        return 0
+
+    monkeypatch.setattr(sweep, "messages_in", messages_in)
+    bad, good = (Job.objects.enqueue(add, [1, 2], countdown=1, queue=q) for q in ("bad", "good"))
+    lapse(bad, good)
+    for _ in range(9):  # in any order
+        sweep.send_due()
+    assert published == [str(good.pk)]
+    assert seconds_until_due(bad) <= 0
+
+
+def test_a_queue_with_many_jobs_keeps_no_other_waiting(published, monkeypatch):
+    monkeypatch.setattr(sweep, "BATCH", 20)
+    many = Job.objects.enqueue_many(add, [[1, 2]] * 100, countdown=1, queue="many")
+    few = [Job.objects.enqueue(add, [1, 2], countdown=1, queue=queue) for queue in "abcdef"]
+    lapse(*many, *few)
+    assert not sweep.send_due()
+    assert len(published) == 106
+    assert max(published.index(str(job.pk)) for job in few) < 20 + len(few)
+
+
+def test_the_sweep_stops_in_time_for_leases(published, monkeypatch):
+    now = itertools.count(0, 2)  # seconds; a round has 5
+    monkeypatch.setattr(sweep, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    lapse(*(Job.objects.enqueue(add, [1, 2], countdown=1, queue=queue) for queue in "abcdef"))
+    assert sweep.send_due()
+    assert 0 < len(published) < 6
 
 
 def test_the_sweep_counts_what_waits_in_a_queue(monkeypatch):
