@@ -8,7 +8,6 @@ from datetime import timedelta
 from functools import partial
 
 from celery import current_app
-from celery.exceptions import NotRegistered
 from django.conf import settings
 from django.db import models, transaction
 from django.db.models import F, Max, Q
@@ -41,9 +40,8 @@ class JobQuerySet(models.QuerySet):
         Returns the Job. Raises TypeError for another kind of task, for arguments that the task does
         not take or that are not JSON; IntegrityError if the owner has used the key before.
         """
-        fields |= self.prepare(task, args, kwargs, countdown, queue)
-        wait = timedelta(seconds=countdown or settings.JOB_RESEND_SECONDS)
-        job = self.create(wake_at=Now() + wait, **fields)
+        fields |= self.prepare(Now(), task, args, kwargs, countdown, queue)
+        job = self.create(**fields)
         if not countdown:
             transaction.on_commit(job.publish, robust=True)
         return job
@@ -53,21 +51,20 @@ class JobQuerySet(models.QuerySet):
 
         With the promises of enqueue(), at a fraction of its cost. Returns the Jobs.
         """
-        wait = timedelta(seconds=countdown or settings.JOB_RESEND_SECONDS)
         # The database's clock, read once: PostgreSQL takes rows of plain values much more quickly.
         now = self.filter(pk=uuid.uuid4()).aggregate(now=Coalesce(Max("created_at"), Now()))["now"]
-        jobs = []
-        for place, args in enumerate(calls):
-            times = {"created_at": now + timedelta(microseconds=place), "wake_at": now + wait}
-            fields = self.prepare(task, args, None, countdown, queue)
-            jobs.append(Job(owner=owner, **times, **fields))
+        calls = [self.prepare(now, task, args, None, countdown, queue) for args in calls]
+        jobs = [Job(owner=owner, **fields) for fields in calls]
+        for place, job in enumerate(jobs):
+            job.created_at = now + timedelta(microseconds=place)  # lists have this order
         self.bulk_create(jobs, batch_size=BATCH)
-        if not countdown:
-            transaction.on_commit(partial(publish, jobs), robust=True)
+        for start in range(0, 0 if countdown else len(jobs), BATCH):
+            batch = jobs[start : start + BATCH]
+            transaction.on_commit(partial(publish, batch), robust=True)
         return jobs
 
-    def prepare(self, task, args, kwargs, countdown, queue):
-        """Return the fields of a new job, or raise what enqueue() raises."""
+    def prepare(self, now, task, args, kwargs, countdown, queue):
+        """Return the fields of a new job. Raises what enqueue() says."""
         from jobs.tasks import JobTask
 
         if not isinstance(task, JobTask):
@@ -79,8 +76,9 @@ class JobQuerySet(models.QuerySet):
         task.__header__(*args, **kwargs)
         if queue is None:
             queue = current_app.amqp.router.route({}, task.name, args, kwargs)["queue"].name
-        sent = 0 if countdown else 1
-        return {"task": task.name, "args": args, "kwargs": kwargs, "queue": queue, "sent": sent}
+        fields = {"task": task.name, "args": args, "kwargs": kwargs, "queue": queue}
+        wake_at = now + timedelta(seconds=countdown or settings.JOB_RESEND_SECONDS)
+        return {**fields, "sent": 0 if countdown else 1, "wake_at": wake_at}
 
     def visible_to(self, user):
         """The jobs that `user` may see: the own ones, for staff also those that nobody owns."""
@@ -150,11 +148,7 @@ class Job(models.Model):
     class Meta:
         indexes = [
             models.Index(fields=["owner", "-created_at"], name="job_owner"),
-            models.Index(
-                fields=["finished_at"],
-                name="job_finished",
-                condition=Q(finished_at__isnull=False),
-            ),
+            models.Index(fields=["finished_at"], name="job_finished", condition=~UNFINISHED),
             models.Index(
                 fields=["state", "queue", "sent", "wake_at"],
                 name="job_active",
@@ -183,28 +177,24 @@ class Job(models.Model):
 
 
 def publish(jobs):
-    """Send the messages of these jobs. Returns False if some are left to the sweep."""
+    """Send the messages of these jobs. Returns False, and leaves them to the sweep, if that fails."""
     global publish_again_at
-    all_sent = True
-    for start in range(0, len(jobs), BATCH):
-        batch = jobs[start : start + BATCH]
-        if time.monotonic() >= publish_again_at:
-            try:
-                send(batch)
-                continue
-            except Exception as error:  # each transport raises its own
-                publish_again_at = time.monotonic() + PUBLISH_PAUSE
-                logger.warning("jobs from %s on are stored but not sent: %r", batch[0].pk, error)
-        Job.objects.filter(QUEUED, pk__in=[job.pk for job in batch]).requeue()
-        all_sent = False
-    return all_sent
+    if time.monotonic() >= publish_again_at:
+        try:
+            send(jobs)
+            return True
+        except Exception as error:  # each transport raises its own
+            publish_again_at = time.monotonic() + PUBLISH_PAUSE
+            logger.warning("%d jobs from %s are stored but not sent: %r", len(jobs), jobs[0], error)
+    Job.objects.filter(QUEUED, pk__in=[job.pk for job in jobs]).requeue()
+    return False
 
 
 def send(jobs):
     """Send the messages of these jobs over one connection. Raises what the transport does."""
     with current_app.producer_or_acquire() as producer, producer.batch():
         for job in jobs:
-            try:
-                current_app.tasks[job.task].send(job, producer)
-            except NotRegistered:
-                logger.error("job %s waits for code that knows its task %s", job.pk, job.task)
+            if task := current_app.tasks.get(job.task):
+                task.send(job, producer)
+            else:
+                logger.error("job %s waits for code that knows its task", job)

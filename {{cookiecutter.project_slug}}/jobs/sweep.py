@@ -5,7 +5,6 @@ import os
 import random
 import threading
 import time
-from collections import deque
 from datetime import timedelta
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from django.conf import settings
 from django.db import Error, close_old_connections, transaction
 from django.db.models import Q
 from django.db.models.functions import Now
-from kombu.exceptions import OperationalError as BrokerAway
 
 from .models import BATCH, OVER_TIME_LIMIT, QUEUED, Job, send
 
@@ -24,7 +22,7 @@ IN_MEMORY = 100  # jobs at once, for arguments may be large
 PURGED = 2000  # jobs a round: more than a million an hour
 RESEND_AT_LEAST_EVERY = 3600  # seconds
 
-refused = set()  # queues that did not take what was sent last
+refused = set()  # queues with a job that the broker did not take
 
 
 def start(**kwargs):
@@ -83,57 +81,51 @@ def send_due():
     """
     until = time.monotonic() + settings.JOB_SWEEP_SECONDS
     due = Job.objects.filter(state="queued", wake_at__lt=Now())
-    queues = deque(due.values_list("queue", flat=True).distinct())
+    queues = list(due.values_list("queue", flat=True).distinct())
     random.shuffle(queues)  # however many there are, each gets its turn
-    share = max(BATCH // max(len(queues), 1), 20)
+    size = max(IN_MEMORY // max(len(queues), 1), 10)
     while queues and time.monotonic() < until:
-        queue = queues.popleft()
+        queue = queues.pop()
         try:
-            if send_share(queue, share) == share:
-                queues.append(queue)
+            if send_batch(queue, 1 if queue in refused else size):
+                queues.insert(0, queue)
         except Error:
             raise
-        except BrokerAway as error:
-            logger.warning("the broker does not answer the sweep: %s", error)
-            return False
         except Exception as error:  # each transport raises its own
-            logger.warning("the queue %s takes no jobs: %r", queue, error)
+            logger.warning("the broker takes no jobs for the queue %s: %r", queue, error)
     return bool(queues)
 
 
-def send_share(queue, share):
-    """Send `share` jobs of a queue at most. Returns how many."""
+def send_batch(queue, size):
+    """Send `size` jobs of a queue at most. Returns whether there may be more."""
     queued = Job.objects.filter(state="queued", queue=queue)
     missing = queued.filter(sent__gt=0).count() - messages_in(queue)
     # First come, first served: who cannot be sent, say because it is too large, is due anew, and so
     # behind all others; and the messages that are left in a queue are those of the latest jobs.
     due = queued.filter(wake_at__lt=Now()).order_by("wake_at")
-    ids = claim(due.filter(sent=0)[:share])
-    ids += claim(due.filter(sent__gt=0)[: min(max(0, missing), share - len(ids))])
-    size = 1 if queue in refused else IN_MEMORY
-    for start in range(0, len(ids), size):
-        batch, rest = ids[start : start + size], ids[start + size :]
-        jobs = Job.objects.filter(QUEUED).in_bulk(batch)
-        try:
-            send([jobs[pk] for pk in batch if pk in jobs])
-        except Exception:
-            refused.add(queue)  # perhaps because of one of them: next time one by one
-            Job.objects.filter(QUEUED, pk__in=rest).requeue(-1)  # before those
-            Job.objects.filter(QUEUED, pk__in=batch).requeue()
-            raise
-    refused.discard(queue)
-    return len(ids)
+    ids = claim(due.filter(sent=0)[:size])
+    ids += claim(due.filter(sent__gt=0)[: min(max(0, missing), size - len(ids))])
+    jobs = Job.objects.filter(QUEUED).in_bulk(ids)
+    try:
+        send([jobs[pk] for pk in ids if pk in jobs])
+    except Exception:
+        refused.add(queue)  # perhaps because of one of them: from now on one by one
+        Job.objects.filter(QUEUED, pk__in=ids).requeue()
+        raise
+    if len(ids) < size:
+        refused.discard(queue)
+    return len(ids) == size
 
 
 def claim(due):
     """Mark these jobs as sent, unless another sweep is at it. Returns their ids."""
     with transaction.atomic():
-        jobs = list(due.select_for_update(skip_locked=True).values_list("pk", "sent"))
-        for times in {sent for _, sent in jobs}:
-            wait = min(settings.JOB_RESEND_SECONDS * 2 ** min(times, 20), RESEND_AT_LEAST_EVERY)
-            rows = Job.objects.filter(pk__in=[pk for pk, sent in jobs if sent == times])
-            rows.update(sent=times + 1, wake_at=Now() + timedelta(seconds=wait))
-    return [pk for pk, _ in jobs]
+        jobs = dict(due.select_for_update(skip_locked=True).values_list("pk", "sent"))
+        for sent in set(jobs.values()):
+            wait = min(settings.JOB_RESEND_SECONDS * 2 ** min(sent, 20), RESEND_AT_LEAST_EVERY)
+            rows = Job.objects.filter(pk__in=[pk for pk in jobs if jobs[pk] == sent])
+            rows.update(sent=sent + 1, wake_at=Now() + timedelta(seconds=wait))
+    return list(jobs)
 
 
 def messages_in(queue):

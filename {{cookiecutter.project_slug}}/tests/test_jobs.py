@@ -601,12 +601,12 @@ def test_the_sweep_changes_many_rows_with_one_statement(published, monkeypatch):
     """And has few of them in memory at once."""
     in_memory = []
     monkeypatch.setattr(sweep, "send", lambda jobs: in_memory.append(len(jobs)))
-    Job.objects.enqueue_many(add, [[1, 2]] * 400, countdown=1)
+    Job.objects.enqueue_many(add, [[1, 2]] * 250, countdown=1)
     Job.objects.update(wake_at=Now() - timedelta(seconds=1))
     with CaptureQueriesContext(connection) as captured:
         sweep.send_due()
-    assert len([query for query in captured if query["sql"].startswith("UPDATE")]) == 1
-    assert in_memory == [100] * 4
+    assert len([query for query in captured if query["sql"].startswith("UPDATE")]) == 3
+    assert in_memory == [100, 100, 50]
     assert set(Job.objects.values_list("sent", flat=True)) == {1}
 
 
@@ -637,13 +637,13 @@ def test_a_queue_that_fails_keeps_no_other_waiting(published, monkeypatch):
 
 
 def test_a_queue_with_many_jobs_keeps_no_other_waiting(published, monkeypatch):
-    monkeypatch.setattr(sweep, "BATCH", 20)
+    monkeypatch.setattr(sweep, "IN_MEMORY", 10)
     many = Job.objects.enqueue_many(add, [[1, 2]] * 100, countdown=1, queue="many")
     few = [Job.objects.enqueue(add, [1, 2], countdown=1, queue=queue) for queue in "abcdef"]
     lapse(*many, *few)
     assert not sweep.send_due()
     assert len(published) == 106
-    assert max(published.index(str(job.pk)) for job in few) < 20 + len(few)
+    assert max(published.index(str(job.pk)) for job in few) < 10 + len(few)
 
 
 def test_the_sweep_stops_in_time_for_leases(published, monkeypatch):

@@ -43,7 +43,7 @@ class Migration(migrations.Migration):
                 ('owner', models.ForeignKey(null=True, on_delete=django.db.models.deletion.CASCADE, to=settings.AUTH_USER_MODEL)),
             ],
             options={
-                'indexes': [models.Index(fields=['owner', '-created_at'], name='job_owner'), models.Index(condition=models.Q(('finished_at__isnull', False)), fields=['finished_at'], name='job_finished'), models.Index(condition=models.Q(('state__in', ['queued', 'running'])), fields=['state', 'queue', 'sent', 'wake_at'], name='job_active')],
+                'indexes': [models.Index(fields=['owner', '-created_at'], name='job_owner'), models.Index(condition=models.Q(('finished_at', None), _negated=True), fields=['finished_at'], name='job_finished'), models.Index(condition=models.Q(('state__in', ['queued', 'running'])), fields=['state', 'queue', 'sent', 'wake_at'], name='job_active')],
                 'constraints': [models.UniqueConstraint(fields=('owner', 'idempotency_key'), name='job_key'), models.UniqueConstraint(condition=models.Q(('owner', None)), fields=('idempotency_key',), name='job_key_unowned'), models.CheckConstraint(condition=models.Q(('state', 'running'), ('run', None), _connector='XOR'), name='job_running'), models.CheckConstraint(condition=models.Q(models.Q(('finished_at', None), ('state__in', ['queued', 'running']), ('wake_at__isnull', False)), models.Q(('finished_at__isnull', False), ('state__in', ['succeeded', 'failed', 'cancelled']), ('wake_at', None)), _connector='OR'), name='job_active_or_finished')],
             },
         ),
