@@ -25,7 +25,7 @@ def document_common_answers(result, generator, request, public):
         for operation in operations.values():
             parameters = {parameter["name"] for parameter in operation.get("parameters", [])}
             answers = COMMON | {429: "Too many requests"}
-            if "{" in path or "page" in parameters:
+            if "{" in path or {"page", "cursor"} & set(parameters):
                 answers[404] = "Not found"
             if "requestBody" in operation or "state" in parameters:
                 answers[400] = "Not valid"
