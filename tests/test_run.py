@@ -99,7 +99,7 @@ def test_it_passes_its_own_tests(project, broker, database, tmp_path):
     assert re.search(r"= \d+ passed in", printed), printed  # none was skipped
 
 
-@every_pair
+@default_output
 def test_it_passes_its_own_tests_on_sqlite(project, broker):
     """But for those of what only PostgreSQL has: plans, and locks of rows."""
     printed = project.call("make", "test", **broker)
