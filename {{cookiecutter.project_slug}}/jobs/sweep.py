@@ -32,15 +32,14 @@ def start(**kwargs):
 def sweep_for_ever():
     judge_at = time.monotonic() + settings.JOB_LEASE_SECONDS / 2
     while True:
-        pause = settings.JOB_SWEEP_SECONDS
+        busy = False
         try:
             close_old_connections()
             # While the database was away nobody could renew a lease: first, let them.
             if time.monotonic() >= judge_at:
                 judge_leases()
-            if send_due():
-                pause = 0
-            else:
+            busy = send_due()
+            if not busy:
                 purge()
         except Error as error:
             logger.warning("the database does not answer the sweep: %s", error)
@@ -48,7 +47,7 @@ def sweep_for_ever():
         except Exception as error:  # whatever it is: without this thread nothing is found again
             logger.warning("the sweep goes on in its next round: %r", error)
         show_life()
-        time.sleep(pause)
+        time.sleep(0 if busy else settings.JOB_SWEEP_SECONDS)
 
 
 def show_life(**kwargs):
