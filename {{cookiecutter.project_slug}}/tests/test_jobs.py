@@ -248,7 +248,7 @@ def test_the_message_of_a_job_is_one_of_celery():
     job.retries = 3
     with app.connection_for_write("memory://") as broker:
         send(add, job, app.amqp.Producer(broker, auto_declare=False))
-        message = broker.SimpleQueue("cpu").get(timeout=5)
+        message = app.amqp.queues["cpu"](broker.default_channel).get()
     assert message.payload[:2] == [[1], {"y": 2}]
     kept = {name: message.headers[name] for name in ("id", "task", "retries", "job")}
     assert kept == {"id": str(job.pk), "task": add.name, "retries": 3, "job": True}
