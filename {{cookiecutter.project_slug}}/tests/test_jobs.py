@@ -701,6 +701,15 @@ def test_the_database_refuses_impossible_jobs(impossible):
 # What the database does
 
 
+def test_postgresql_cleans_up_after_some_thousand_jobs():
+    if connection.vendor != "postgresql":
+        pytest.skip("only PostgreSQL has dead rows: set DATABASE_URL=postgres://…")
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT reloptions FROM pg_class WHERE relname = 'jobs_job'")
+        [[options]] = cursor.fetchall()
+    assert "autovacuum_vacuum_scale_factor=0.02" in options
+
+
 @pytest.fixture
 def backlog():
     """Thousands of jobs that wait, run or have ended since PostgreSQL last looked: a quiet hour.

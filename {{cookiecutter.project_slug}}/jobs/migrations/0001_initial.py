@@ -7,6 +7,18 @@ from django.conf import settings
 from django.db import migrations, models
 
 
+def clean_up_sooner(apps, schema_editor):
+    """Have PostgreSQL clean up after some thousand jobs, not after a fifth of the table has changed.
+
+    What 50,000 jobs leave behind costs each round of the sweep up to 20 ms; cleaned up, 0.02 ms.
+    """
+    if schema_editor.connection.vendor == 'postgresql':
+        schema_editor.execute(
+            'ALTER TABLE jobs_job SET'
+            ' (autovacuum_vacuum_scale_factor = 0.02, autovacuum_analyze_scale_factor = 0.02)'
+        )
+
+
 class Migration(migrations.Migration):
 
     initial = True
@@ -47,4 +59,5 @@ class Migration(migrations.Migration):
                 'constraints': [models.UniqueConstraint(fields=('owner', 'idempotency_key'), name='job_key'), models.UniqueConstraint(condition=models.Q(('owner', None)), fields=('idempotency_key',), name='job_key_unowned'), models.CheckConstraint(condition=models.Q(('state', 'running'), ('run', None), _connector='XOR'), name='job_running'), models.CheckConstraint(condition=models.Q(models.Q(('finished_at', None), ('state__in', ['queued', 'running']), ('wake_at__isnull', False)), models.Q(('finished_at__isnull', False), ('state__in', ['succeeded', 'failed', 'cancelled']), ('wake_at', None)), _connector='OR'), name='job_active_or_finished')],
             },
         ),
+        migrations.RunPython(clean_up_sooner, migrations.RunPython.noop),
     ]
