@@ -202,8 +202,10 @@ def publish(jobs):
 def send(jobs):
     """Send the messages of these jobs over one connection. Raises what the transport does."""
     with current_app.producer_or_acquire() as producer, producer.batch():
+        # Of one job Flower hears at once; of many when a worker has them, for it costs a message each.
+        event = len(jobs) == 1 and current_app.conf.task_send_sent_event
         for job in jobs:
             if task := current_app.tasks.get(job.task):
-                task.send(job, producer)
+                task.send(job, producer, create_sent_event=event)
             else:
                 logger.error("job %s waits for code that knows its task", job)

@@ -10,7 +10,7 @@ from jobs import lease, models, sweep
 from jobs.tasks import JobTask
 
 
-def run(task, job, producer):
+def run(task, job, producer, **options):
     """Do at once what a worker does with the job's message."""
     options = {"task_id": str(job.pk), "retries": job.retries, "headers": {"job": True}}
     task.apply(job.args, job.kwargs, **options)
@@ -51,7 +51,7 @@ def broker_down(monkeypatch):
     """Refuse every message. Returns the list of those that were tried."""
     tried = []
 
-    def refuse(task, job, producer):
+    def refuse(task, job, producer, **options):
         tried.append(str(job.pk))
         raise OperationalError("connection refused")
 

@@ -104,7 +104,7 @@ def published(monkeypatch):
     """A broker without workers: the ids of the messages in it. What is removed here is lost."""
     messages = []
 
-    def publish(task, job, producer):
+    def publish(task, job, producer, **options):
         messages.append(str(job.pk))
 
     monkeypatch.setattr(JobTask, "send", publish)
@@ -436,6 +436,18 @@ def test_the_renewal_of_a_lease_finds_lost_runs():
 
 
 {% if broker.flower %}
+def test_flower_hears_at_once_of_one_job_and_later_of_many(monkeypatch):
+    events = []
+    monkeypatch.setattr(JobTask, "send", send)
+    monkeypatch.setattr(
+        app.amqp, "send_task_message", lambda *args, **kwargs: events.append(args[2].sent_event)
+    )
+    jobs = [Job.objects.enqueue(add, [1, 2]) for _ in range(3)]
+    models.send(jobs[:1])
+    models.send(jobs[1:])
+    assert [event and event["uuid"] for event in events] == [str(jobs[0].pk), None, None]
+
+
 @pytest.mark.django_db(transaction=True)  # it closes the connection
 def test_a_revoke_cancels_the_job(monkeypatch, published):
     job, other = Job.objects.enqueue(add, [1, 2]), Job.objects.enqueue(add, [1, 2])
@@ -533,7 +545,7 @@ def test_two_sweeps_at_once_send_a_job_once(monkeypatch):
     lapse(*jobs)
     sent = []
 
-    def publish(task, job, producer):
+    def publish(task, job, producer, **options):
         sent.append(str(job.pk))
         if len(sent) == 1:
             sweep.send_due()  # the other one, while this one has read all three
@@ -581,7 +593,7 @@ def test_a_job_that_the_broker_refuses_keeps_no_other_waiting(monkeypatch):
     """Say because it is too large, or because its queue was never made."""
     sent = []
 
-    def publish(task, job, producer):
+    def publish(task, job, producer, **options):
         if job.args == [0, 0]:
             raise ValueError("too large")
         sent.append(str(job.pk))
