@@ -18,7 +18,10 @@ from datetime import date
 from pathlib import Path
 from statistics import median
 
-from stack import TEMPLATE, Output, Project, bare, postgres, servers
+from harness.bake import TEMPLATE
+from harness.project import Project
+from harness.servers import BROKERS, running
+from stack import Output, bare, postgres
 
 PAGE = TEMPLATE / "docs/performance.md"
 TURNS = 4
@@ -59,9 +62,8 @@ def measure(folder, sizes):
     rendered = rendering(folder, sizes)
     with postgres() as database:
         for broker in ("redis", "rabbitmq"):
-            (folder / broker).mkdir()
-            with getattr(servers, broker)(folder / broker) as server:
-                urls = database, server["CELERY_BROKER_URL"]
+            with running(BROKERS[broker], folder / broker) as server:
+                urls = database, server.variables["CELERY_BROKER_URL"]
                 output = Output(folder, *urls, broker=broker)
                 rows, of_bare, of_plain = speed(output, sizes)
                 speeds += [[broker, *row] for row in rows]

@@ -1,13 +1,14 @@
 import itertools
 import os
-import tempfile
 from collections import Counter
 
 import pytest
 from jinja2 import Environment
-from project import Project
 
-pytest_plugins = ["checks"]
+pytest.register_assert_rewrite("harness")  # before the first import from there
+from harness.bake import baked  # noqa: E402
+
+pytest_plugins = ["harness.checks"]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -38,23 +39,6 @@ def project(request, cookies_session):
     project = baked(cookies_session, request.param)
     project.install()
     return project
-
-
-def baked(cookies, answers):
-    # Cookiecutter leaves the hooks that it renders behind: here they are removed.
-    with tempfile.TemporaryDirectory() as tempfile.tempdir:
-        result = cookies.bake(extra_context=answers)
-    tempfile.tempdir = None
-    if result.exception:
-        raise result.exception
-    return Project(result.project_path)
-
-
-def missing(reason):
-    """Skip the test for lack of something on this machine, or fail it where all was promised."""
-    if os.environ.get("DEMAND_ALL"):
-        pytest.fail(reason)
-    pytest.skip(reason)
 
 
 @pytest.hookimpl(trylast=True)

@@ -9,9 +9,10 @@ import time
 
 import pytest
 import yaml
-from conftest import baked, missing
-from project import Site, env, free_ports, wait_for
-from test_bake import CHOICES
+
+from harness import missing
+from harness.bake import CHOICES, baked
+from harness.project import Site, env, free_ports, wait_for
 
 ORDER = {"email": "you@example.com", "product": "Tea", "quantity": 1}
 # A job of some twenty seconds or more, which says at each thousandth how far it is.

@@ -7,8 +7,9 @@ import shutil
 import kubernetes_validate
 import pytest
 import yaml
-from conftest import missing
-from test_bake import CHOICES
+
+from harness import missing
+from harness.bake import CHOICES
 
 PRODUCTION = "deploy/kubernetes/overlays/production"
 OPTIONS = ("broker", "result_backend", "worker_pool", "include_example")

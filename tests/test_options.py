@@ -9,32 +9,19 @@ import subprocess
 import sys
 import tomllib
 from email.headerregistry import Address
-from pathlib import Path
 
 import pytest
 import yaml
 from cookiecutter.exceptions import FailedHookException
 from cookiecutter.utils import create_env_with_context
 from markdown_it import MarkdownIt
-from project import Project
 
-TEMPLATE = Path(__file__).parents[1]
-OPTIONS = {
-    option: default
-    for option, default in json.loads((TEMPLATE / "cookiecutter.json").read_text()).items()
-    if not option.startswith("_")
-}
-CHOICES = {
-    option: default if isinstance(default, list) else [True, False]
-    for option, default in OPTIONS.items()
-    if isinstance(default, list | bool)
-}
+from harness.bake import CHOICES, DEFAULTS, OPTIONS, TEMPLATE
+from harness.project import Project
+
 # Complete and valid, as a replay file holds them.
-ANSWERS = {
-    **{option: default for option, default in OPTIONS.items() if isinstance(default, str)},
-    **{option: choices[0] for option, choices in CHOICES.items()},
-    "project_slug": "shop",
-}
+TEXTS = {option: text for option, text in OPTIONS.items() if isinstance(text, str)}
+ANSWERS = {**TEXTS, **DEFAULTS, "project_slug": "shop"}
 
 NAMES = [
     "Shop",

@@ -5,44 +5,33 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import socket
 import time
 
 import pytest
-import servers
-from project import env, free_ports, path_without, processes_in, wait_for
-from test_bake import CHOICES, name
+
+from harness import servers
+from harness.bake import CHOICES, DEFAULTS, name
+from harness.project import env, free_ports, path_without, processes_in, wait_for
 
 EXTRA = {"FLOWER_BASIC_AUTH": "admin:password", "DEBUG": "False"}
 ORDER = {"email": "you@example.com", "product": "Tea", "quantity": 2}
-PLAIN_TASKS = """
-import json, time
-from celery.result import AsyncResult
-from jobs.tasks import *
-sent = time.time()
-touch.apply_async([{path!r}], countdown=2)
-results = []
-if {has_results}:
-    results.append(AsyncResult(add.delay(1, 2).id).get(timeout=60))
-    results.append(chord([add.s(1, 2), add.s(3, 4)])(add_all.s()).get(timeout=60))
-print(json.dumps([sent, results], separators=(",", ":")))
-"""
 SCHEDULE = """
 CELERY_BEAT_SCHEDULE = {{
-    "tick": {{"task": "jobs.tasks.touch", "schedule": 1, "args": ["{path}"]}}
+    "tick": {{"task": "samples.tasks.touch", "schedule": 1, "args": ["{path}"]}}
 }}
 """
 
 
 def combinations():
     """Every broker with every result backend and every pool; the schedule and the example vary."""
-    default = {option: choices[0] for option, choices in CHOICES.items()}
     schedules = CHOICES["periodic_tasks"]
     options = ("broker", "result_backend", "worker_pool")
     for number, choices in enumerate(itertools.product(*(CHOICES[option] for option in options))):
         yield {
-            **default,
+            **DEFAULTS,
             **dict(zip(options, choices, strict=True)),
             "periodic_tasks": schedules[number % len(schedules)],
             "include_example": number % 5 != 4,
@@ -91,13 +80,12 @@ def test_it_passes_its_own_tests(project, broker):
 @pytest.fixture
 def with_tasks(project, tmp_path):
     """The project with tasks of our own, so that it needs no example, one of them periodic."""
-    tasks, settings = project / "jobs/tasks.py", project / "config/settings.py"
-    before = {file: file.read_text() for file in (tasks, settings)}
-    project.add_tasks()
-    settings.write_text(before[settings] + SCHEDULE.format(path=tmp_path / "ticked"))
+    settings = project / "config/settings.py"
+    before = settings.read_text()
+    project.add_app("samples", SCHEDULE.format(path=tmp_path / "ticked"))
     yield project
-    for file, text in before.items():
-        file.write_text(text)
+    settings.write_text(before)
+    shutil.rmtree(project / "samples")
 
 
 @every_combination
@@ -130,7 +118,7 @@ def use(project, tmp_path, **environment):
 
         late = tmp_path / "late"
         has_results = "RESULT_BACKEND" in project.read("config/settings.py")
-        script = PLAIN_TASKS.format(path=str(late), has_results=has_results)
+        script = f"from samples import plain; plain.use({str(late)!r}, {has_results})"
         sent, results = json.loads(project.shell(script, **site.environment))
         assert results == ([3, 10] if has_results else [])
         wait_for(late.exists, 60, site)

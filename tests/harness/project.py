@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,33 +19,7 @@ from urllib.parse import urlsplit
 FINAL = {"succeeded", "failed", "cancelled"}
 # A variable and the address in development that settings.py or .env gives it.
 ADDRESS = r"""([A-Z_]+)(?:=|["'], ["'])(\w+://(?:[^"'\s]*@)?127\.0\.0\.1:\d+[^"'\s]*)"""
-TASKS = """
-
-from celery import chord, shared_task
-
-
-@shared_task(base=JobTask, bind=True)
-def count(self, to):
-    for done in range(to):
-        self.report(done, to, f"{done} of {to}")
-        time.sleep(0.1)
-    return to
-
-
-@shared_task
-def add(*numbers):
-    return sum(numbers)
-
-
-@shared_task
-def add_all(sums):
-    return sum(sums)
-
-
-@shared_task
-def touch(path):
-    open(path, "w").close()
-"""
+APPS = Path(__file__).parent / "apps"  # of Django, for projects under test
 
 
 class Project(type(Path())):
@@ -99,10 +74,11 @@ class Project(type(Path())):
         """Install what the project's own pyproject.toml declares, and nothing else."""
         self.call("make", ".venv")
 
-    def add_tasks(self):
-        """Give the project tasks of our own, which need no example: see TASKS."""
-        with open(self / "jobs/tasks.py", "a") as file:
-            file.write(TASKS)
+    def add_app(self, name, settings=""):
+        """Give the project one of our apps, and these lines at the end of its settings."""
+        shutil.copytree(APPS / name, self / name, ignore=shutil.ignore_patterns("__pycache__"))
+        with open(self / "config/settings.py", "a") as file:
+            file.write(f'INSTALLED_APPS += ["{name}"]\n{settings}\n')
 
     @contextmanager
     def up(self, **environment):
@@ -163,11 +139,12 @@ class Site:
         return fetch(self.web + path, data, headers)
 
     def enqueue(self, task, *args):
-        """Enqueue a job of a task in TASKS for the demo user; return its URL."""
+        """Enqueue a job of a task of the app `samples` for the demo user; return its URL."""
         code = f"""
 from django.contrib.auth.models import User
-from jobs import models, tasks
-print(models.Job.objects.enqueue(tasks.{task}, {args!r}, owner=User.objects.get()).pk)
+from jobs.models import Job
+from samples import tasks
+print(Job.objects.enqueue(tasks.{task}, {args!r}, owner=User.objects.get()).pk)
 """
         return f"/api/jobs/{self.project.shell(code, **self.environment)}/"
 
