@@ -61,18 +61,11 @@ def read(project):
     return {file.relative_to(project): file.read_text("utf-8") for file in project.files()}
 
 
-@pytest.fixture(scope="session")
-def seen(tmp_path_factory, worker_id):
-    """A folder for all processes of this run."""
-    base = tmp_path_factory.getbasetemp()
-    path = (base if worker_id == "master" else base.parent) / "seen"
-    path.mkdir(exist_ok=True)
-    return path
-
-
 @pytest.fixture
-def is_new(seen):
+def is_new(shared):
     """Whether this run has not yet checked these texts: `is_new(check, *texts)`."""
+    seen = shared / "seen"
+    seen.mkdir(exist_ok=True)
 
     def is_new(check, *texts):
         digest = hashlib.sha256("\n".join(map(str, texts)).encode()).hexdigest()

@@ -26,7 +26,11 @@ print(Job.objects.enqueue(forecast_demand, ["Tea"], arguments, owner=User.object
 CRASHES = "from jobs.models import Job; print(Job.objects.get(pk='{}').crashes)"
 MEGABYTE = 1_000_000
 
-pytestmark = pytest.mark.xdist_group("docker")  # one stack at a time
+# The tests of a stack one after the other.
+STACKS = [
+    pytest.param(broker, marks=pytest.mark.xdist_group(f"docker-{broker}"))
+    for broker in CHOICES["broker"]
+]
 
 
 def docker(*command):
@@ -45,7 +49,7 @@ def engine():
             missing(f"`docker {command}` fails: no engine, or no Compose v2")
 
 
-@pytest.fixture(scope="module", params=CHOICES["broker"])
+@pytest.fixture(scope="module", params=STACKS)
 def stack(request, engine, cookies_session):
     """The untouched output of a broker in its containers, taken down at the end with its data."""
     port, flower = free_ports(2)
@@ -207,7 +211,7 @@ def test_the_data_outlives_the_containers(stack):
     stack.order()
 
 
-@pytest.mark.parametrize("stack", CHOICES["broker"][:1], indirect=True)
+@pytest.mark.parametrize("stack", STACKS[:1], indirect=True)
 def test_the_query_that_scales_workers_counts_jobs(stack, bake):
     """That of deploy/kubernetes/, which needs PostgreSQL."""
     manifests = bake(deployment="kubernetes").read("deploy/kubernetes/base/workers.yaml")
@@ -233,7 +237,7 @@ def test_the_query_that_scales_workers_counts_jobs(stack, bake):
     assert count() == 0
 
 
-@pytest.mark.parametrize("stack", CHOICES["broker"][:1], indirect=True)
+@pytest.mark.parametrize("stack", STACKS[:1], indirect=True)
 def test_what_hangs_is_unhealthy(stack):
     """Frozen: the container runs, but nothing in it moves."""
     services = ["web", "worker", "beat"]

@@ -12,7 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -24,6 +24,8 @@ APPS = Path(__file__).parent / "apps"  # of Django, for projects under test
 
 class Project(type(Path())):
     """The path of a baked project, which can also run commands."""
+
+    bytecode = None  # a folder, if the environments of all projects share what they compile
 
     def run(self, *command, **environment):
         """Run a module of the test environment, say `ruff check`, and return what it prints."""
@@ -73,6 +75,8 @@ class Project(type(Path())):
     def install(self):
         """Install what the project's own pyproject.toml declares, and nothing else."""
         self.call("make", ".venv")
+        if self.bytecode:
+            share_bytecode(next(self.glob(".venv/lib/*/site-packages")), self.bytecode)
 
     def add_app(self, name, settings=""):
         """Give the project one of our apps, and these lines at the end of its settings."""
@@ -186,6 +190,27 @@ print(Job.objects.enqueue(tasks.{task}, {args!r}, owner=User.objects.get()).pk)
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGINT)
         self.process.wait(60)
+
+
+def share_bytecode(packages, folder):
+    """Take from this folder what others have compiled, compile the rest and leave it there.
+
+    Python does not trust what belongs to another source, by time and size, so all that changes is
+    that the first start of an environment is as quick as the second.
+    """
+    link_trees(folder, packages)
+    subprocess.run([sys.executable, "-m", "compileall", "-qq", packages])
+    link_trees(packages, folder, new=True)
+
+
+def link_trees(source, target, *, new=False):
+    """Link the compiled files of a tree into another one: where it has their sources, or all."""
+    for compiled in source.rglob("__pycache__/*.pyc"):
+        link = target / compiled.relative_to(source)
+        if not link.exists() and (new or link.parent.parent.is_dir()):
+            link.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(FileExistsError):  # another process was quicker
+                link.hardlink_to(compiled)
 
 
 def processes_in(project):
