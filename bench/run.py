@@ -18,11 +18,12 @@ from datetime import date
 from pathlib import Path
 from statistics import median
 
-from harness.bake import TEMPLATE
+from harness.bake import CHOICES, TEMPLATE
 from harness.project import Project
 from harness.servers import BROKERS, running
 from stack import Output, bare, postgres
 
+_, *POOLS = CHOICES["worker_pool"]  # besides the default
 PAGE = TEMPLATE / "docs/performance.md"
 TURNS = 4
 CLIENTS = 4  # of the web, at once
@@ -68,7 +69,7 @@ def measure(folder, sizes):
                 rows, of_bare, of_plain = speed(output, sizes)
                 speeds += [[broker, *row] for row in rows]
                 if broker == "redis":  # these do not depend on it
-                    more = [Output(folder, *urls, worker_pool=p) for p in ("threads", "gevent")]
+                    more = [Output(folder, *urls, worker_pool=p) for p in POOLS]
                     pooled, used = pools([output, *more], sizes)
                     used += others(output)
                 half, slow, rate = post(output, sizes)  # the last, because it leaves a queue

@@ -15,12 +15,13 @@ from harness.bake import CHOICES, baked
 from harness.project import Site, env, free_ports, wait_for
 
 ORDER = {"email": "you@example.com", "product": "Tea", "quantity": 1}
-# A job of some twenty seconds or more, which says at each thousandth how far it is.
+SOFT_SHUTDOWN_SECONDS = 2
+# A job of far more seconds than these, which says at each thousandth how far it is.
 LONG_JOB = """
 from django.contrib.auth.models import User
 from jobs.models import Job
 from orders.tasks import forecast_demand
-arguments = {"rounds": 5_000_000}
+arguments = {"rounds": 2_000_000}
 print(Job.objects.enqueue(forecast_demand, ["Tea"], arguments, owner=User.objects.get()).pk)
 """
 CRASHES = "from jobs.models import Job; print(Job.objects.get(pk='{}').crashes)"
@@ -51,9 +52,14 @@ def engine():
 
 @pytest.fixture(scope="module", params=STACKS)
 def stack(request, engine, cookies_session):
-    """The untouched output of a broker in its containers, taken down at the end with its data."""
+    """The untouched output of a broker in its containers, taken down at the end with its data.
+
+    In `.env` stands a shorter shutdown: workers wait for it at each stop.
+    """
     port, flower = free_ports(2)
     project = baked(cookies_session, {"broker": request.param, "project_slug": f"shop_{port}"})
+    with open(project / ".env", "a") as file:
+        file.write(f"SOFT_SHUTDOWN_SECONDS={SOFT_SHUTDOWN_SECONDS}\n")
     stack = Stack(project, PORT=port, FLOWER_PORT=flower)
     try:
         stack.up("--build")

@@ -17,7 +17,7 @@ import pytest
 from harness import chaos
 from harness.bake import CHOICES, baked, chosen
 from harness.project import fetch, free_ports, wait_for
-from harness.servers import PostgreSQL, known
+from harness.servers import PostgreSQL, broker_class
 from harness.stack import TIMINGS, prepare
 
 POOLS = CHOICES["worker_pool"]
@@ -53,7 +53,7 @@ def database():
 def running(request, cookies_session, tmp_path_factory):
     """A stack, for all tests with the same answers one after the other."""
     options = {"timings": TIMINGS, "sqlite": False, **request.param}
-    broker = known(options["broker"])
+    broker = broker_class(options["broker"])
     folder = tmp_path_factory.mktemp("stack")
     project = baked(cookies_session, {**broker.answers, "worker_pool": options["pool"]})
     database = None if options["sqlite"] else request.getfixturevalue("database")
@@ -480,7 +480,7 @@ def kill_a_worker(stack, gate, since):
 )
 def test_chaos_loses_no_job(name, tmp_path, capsys, record_property):
     """`make chaos`, for one broker."""
-    known(name)
+    broker_class(name)
     nothing_lost = chaos.run(name, tmp_path, seed=1)
     record_property("chaos", printed := capsys.readouterr().out)
     assert nothing_lost, printed

@@ -1,7 +1,6 @@
 """Outputs run: installed from their own pyproject.toml, with a real worker on a real broker."""
 
 import itertools
-import json
 import os
 import pty
 import re
@@ -118,8 +117,8 @@ def use(project, tmp_path, **environment):
 
         late = tmp_path / "late"
         has_results = "RESULT_BACKEND" in project.read("config/settings.py")
-        script = f"from samples import plain; plain.use({str(late)!r}, {has_results})"
-        sent, results = json.loads(project.shell(script, **site.environment))
+        script = f"from samples import plain\nresult = plain.use({str(late)!r}, {has_results})"
+        sent, results = site.ask(script)
         assert results == ([3, 10] if has_results else [])
         wait_for(late.exists, 60, site)
         assert late.stat().st_mtime - sent >= 2

@@ -20,6 +20,7 @@ FINAL = {"succeeded", "failed", "cancelled"}
 # A variable and the address in development that settings.py or .env gives it.
 ADDRESS = r"""([A-Z_]+)(?:=|["'], ["'])(\w+://(?:[^"'\s]*@)?127\.0\.0\.1:\d+[^"'\s]*)"""
 APPS = Path(__file__).parent / "apps"  # of Django, for projects under test
+CONSOLE = Path(__file__).parent / "console.py"
 
 
 class Project(type(Path())):
@@ -107,6 +108,37 @@ class Project(type(Path())):
             site.stop()
 
 
+class Console:
+    """Runs Python code in a project, as `manage.py shell` does, but starts only once."""
+
+    def __init__(self, project, log, **environment):
+        self.log = log
+        self.process = subprocess.Popen(
+            [project / ".venv/bin/python", CONSOLE],
+            cwd=project,
+            env=env(**environment, DJANGO_SETTINGS_MODULE="config.settings", PYTHONPATH=project),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=open(log, "ab"),
+            text=True,
+        )
+
+    def ask(self, code):
+        """Return what the code leaves in `result`."""
+        self.process.stdin.write(json.dumps(code) + "\n")
+        self.process.stdin.flush()
+        for line in self.process.stdout:
+            if line.startswith("=>"):
+                answer = json.loads(line[2:])
+                assert "error" not in answer, answer["error"]
+                return answer["result"]
+        raise AssertionError(self.log.read_text())
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+
+
 class Site:
     """What `make run` started."""
 
@@ -116,7 +148,7 @@ class Site:
         self.web = f"http://127.0.0.1:{environment['PORT']}"
         self.flower = f"http://127.0.0.1:{environment['FLOWER_PORT']}"
         self.environment = environment
-        self.token = self.worker = None
+        self.token = self.worker = self.console = None
 
     @property
     def has_flower(self):
@@ -148,9 +180,16 @@ class Site:
 from django.contrib.auth.models import User
 from jobs.models import Job
 from samples import tasks
-print(Job.objects.enqueue(tasks.{task}, {args!r}, owner=User.objects.get()).pk)
+result = Job.objects.enqueue(tasks.{task}, {args!r}, owner=User.objects.get()).pk
 """
-        return f"/api/jobs/{self.project.shell(code, **self.environment)}/"
+        return f"/api/jobs/{self.ask(code)}/"
+
+    def ask(self, code):
+        """Run Python code in the project, in one process for all calls; return its `result`."""
+        if not self.console:
+            log = self.project.parent / "console.log"
+            self.console = Console(self.project, log, **self.environment)
+        return self.console.ask(code)
 
     def follow(self, url, seconds=120):
         """Yield the job at `url` whenever it looks different, until its final state."""
@@ -187,6 +226,9 @@ print(Job.objects.enqueue(tasks.{task}, {args!r}, owner=User.objects.get()).pk)
 
     def stop(self):
         """What Ctrl-C does."""
+        if self.console:
+            self.console.kill()
+            self.console = None
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGINT)
         self.process.wait(60)

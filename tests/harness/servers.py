@@ -90,7 +90,19 @@ class Process:
         return True
 
 
-class Redis(Process):
+class Broker(Process):
+    """A broker for one output, made with (folder, project=None, port=None).
+
+    The folder is for its data, the project, baked and installed, for a server that it brings along;
+    without a port it takes a free one. Its `variables` point the output to it.
+    """
+
+    scheme = None  # of its URL, where `make run` does not start it
+    answers = {}  # of an output of the fault tests
+    settings = ""  # more lines for that output
+
+
+class Redis(Broker):
     scheme = "redis"
     answers = {"broker": "redis"}
     settings = f'CELERY_BROKER_TRANSPORT_OPTIONS["visibility_timeout"] = {VISIBILITY_TIMEOUT}'
@@ -106,10 +118,9 @@ class Redis(Process):
         super().__init__(command.split(), folder.with_suffix(".log"), is_ready=is_ready)
 
 
-class RabbitMQ(Process):
+class RabbitMQ(Broker):
     scheme = "amqp"
     answers = {"broker": "rabbitmq", "result_backend": "none"}
-    settings = ""
 
     def __init__(self, folder, project=None, port=None):
         # What Debian has on PATH changes the user; the scripts themselves stand here.
@@ -152,15 +163,13 @@ class RabbitMQ(Process):
             return False
 
 
-class SQS(Process):
+class SQS(Broker):
     """moto, which keeps nothing: after a restart its queues are made anew, and empty."""
 
-    scheme = None  # `make run` starts one
     answers = {"broker": "sqs", "result_backend": "none"}
-    settings = ""
 
-    def __init__(self, folder, project):
-        [port] = free_ports(1)
+    def __init__(self, folder, project, port=None):
+        port = port or free_ports(1)[0]
         self.variables = {
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
             "SQS_VISIBILITY_TIMEOUT": VISIBILITY_TIMEOUT,
@@ -179,7 +188,7 @@ BROKERS = {"redis": Redis, "rabbitmq": RabbitMQ, "sqs": SQS}
 SCHEMES = {broker.scheme: broker for broker in BROKERS.values() if broker.scheme}
 
 
-def known(name):
+def broker_class(name):
     """Return the class of a broker; skip the test of one that has none."""
     if name not in BROKERS:
         missing(f"tests/harness/servers.py has no class that starts, kills and empties {name}")

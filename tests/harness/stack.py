@@ -1,16 +1,14 @@
 """A stack for the tests of faults: each process can be killed, paused and started by itself."""
 
-import json
 import os
 import re
-import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.client import HTTPConnection
 
-from .project import env, fetch, free_ports, wait_for
+from .project import Console, fetch, free_ports, wait_for
 from .servers import Process
 
 TIMINGS = {"JOB_LEASE_SECONDS": 3, "JOB_SWEEP_SECONDS": 0.3, "JOB_RESEND_SECONDS": 2}
@@ -82,15 +80,7 @@ class Stack:
         self.project.manage("migrate", "-v0", **variables)
         for process in self.processes:
             process.launch()
-        self.console = subprocess.Popen(
-            [self.project / ".venv/bin/python", "-m", "faults.console"],
-            cwd=self.project,
-            env=env(**variables, DJANGO_SETTINGS_MODULE="config.settings"),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=open(self.folder / "console.log", "ab"),
-            text=True,
-        )
+        self.console = Console(self.project, self.folder / "console.log", **variables)
         if self.database:
             self.ask('connection.cursor().execute(open("faults/tables.sql").read())')
         self.token = self.add_user("tester")
@@ -149,15 +139,7 @@ class Stack:
         """Run code in the project; return its `result`."""
         lines = [f"{name} = {value!r}" for name, value in names.items()]
         imports = ["from django.db import connection", "from jobs.models import *"]
-        code = "\n".join([*imports, "from faults.tasks import *", *lines, code])
-        self.console.stdin.write(json.dumps(code) + "\n")
-        self.console.stdin.flush()
-        for line in self.console.stdout:
-            if line.startswith("=>"):
-                answer = json.loads(line[2:])
-                assert "error" not in answer, answer["error"]
-                return answer["result"]
-        raise AssertionError((self.folder / "console.log").read_text())
+        return self.console.ask("\n".join([*imports, "from faults.tasks import *", *lines, code]))
 
     def add_user(self, name, **fields):
         """Return the token of a new user."""

@@ -1,4 +1,4 @@
-"""Runs the Python that it is sent, one JSON text a line, and answers in the same way."""
+"""In a project: runs the Python that it is sent, one JSON text a line, and answers likewise."""
 
 import json
 import sys
