@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from jinja2 import nodes
 
-from harness.bake import CHOICES, COMBINATIONS, ENVIRONMENT, OPTIONS, TEMPLATE, chosen, name
+from harness.bake import CHOICES, COMBINATIONS, CONTEXT, ENVIRONMENT, TEMPLATE, chosen, name
 from harness.checks import NEW_FILES, check_celery, check_dependencies, check_file, check_readme
 
 OUTPUT = TEMPLATE / "{{cookiecutter.project_slug}}"
@@ -172,7 +172,7 @@ def output_files():
     """The files of the output that are rendered."""
     for path in OUTPUT.rglob("*"):
         file = str(path.relative_to(TEMPLATE))
-        copied = any(fnmatch(file, pattern) for pattern in OPTIONS["_copy_without_render"])
+        copied = any(fnmatch(file, pattern) for pattern in CONTEXT["_copy_without_render"])
         if path.is_file() and not copied:
             yield path
 

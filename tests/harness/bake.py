@@ -11,17 +11,18 @@ from jinja2 import FileSystemLoader
 from .project import Project
 
 TEMPLATE = Path(__file__).parents[2]
-OPTIONS = json.loads((TEMPLATE / "cookiecutter.json").read_text("utf-8"))
+CONTEXT = json.loads((TEMPLATE / "cookiecutter.json").read_text("utf-8"))
+OPTIONS = {option: value for option, value in CONTEXT.items() if not option.startswith("_")}
 CHOICES = {
     option: default if isinstance(default, list) else [True, False]
     for option, default in OPTIONS.items()
-    if isinstance(default, list | bool) and not option.startswith("_")
+    if isinstance(default, list | bool)
 }
 DEFAULTS = {option: choices[0] for option, choices in CHOICES.items()}
 COMBINATIONS = [
     dict(zip(CHOICES, values, strict=True)) for values in itertools.product(*CHOICES.values())
 ]
-ENVIRONMENT = create_env_with_context({"cookiecutter": OPTIONS})
+ENVIRONMENT = create_env_with_context({"cookiecutter": CONTEXT})
 ENVIRONMENT.loader = FileSystemLoader(TEMPLATE / "templates")
 
 
