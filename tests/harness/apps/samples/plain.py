@@ -5,13 +5,13 @@ import time
 from celery import chord
 from celery.result import AsyncResult
 
-from .tasks import add, add_all, touch
+from .tasks import add, add_all, note_time
 
 
 def use(path, has_results):
-    """Have `path` touched in 2 s, and read results where there are any; return when, and which."""
+    """Have the time noted in 2 s, and read results where there are any; return when, and which."""
     sent = time.time()
-    touch.apply_async([path], countdown=2)
+    note_time.apply_async([path], countdown=2)
     results = []
     if has_results:
         results.append(AsyncResult(add.delay(1, 2).id).get(timeout=60))
