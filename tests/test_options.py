@@ -622,3 +622,64 @@ def test_a_replay_in_the_background_touches_nothing_of_others(run, neighbours, t
 
     assert result.returncode
     assert everything(neighbours) == before
+
+
+@pytest.mark.parametrize(
+    ("slug", "remedy"),
+    [
+        *((slug, f"try {slug}_project") for slug in ("null", "true", "no", "on", "yes", "off")),
+        *((slug, f"try {slug}_project") for slug in ("postgres", "template1", "public", "guest")),
+        *((slug, "use 1-40 of a-z, 0-9 and _") for slug in ("pg_shop", "a___b")),
+    ],
+)
+def test_a_slug_that_yaml_or_a_server_reads_otherwise_is_refused(refusal, slug, remedy):
+    assert f"project_slug {slug!r}: " in (said := refusal(project_slug=slug))
+    assert remedy in said
+
+
+def test_no_secret_of_env_is_a_copy_of_another(bake):
+    secrets = re.findall("[0-9a-f]{24}", (bake() / ".env").read_text())
+
+    assert len(secrets) >= 6
+    assert len(set(secrets)) == len(secrets)
+
+
+def test_overwriting_keeps_what_the_owner_added(run, tmp_path):
+    project = tmp_path / "out/my_project"
+    assert run("--no-input").returncode == 0
+    (project / "media/uploads").mkdir(parents=True)  # empty still
+    (project / "jobs/templates/jobs/mine.html").write_text("mine")
+    (project / "jobs/static/jobs/mine.css").write_text("mine")
+    result = run("--no-input", "--overwrite-if-exists")
+
+    assert result.returncode == 0, result.stderr
+    assert (project / "media/uploads").is_dir()
+    assert (project / "jobs/templates/jobs/mine.html").read_text() == "mine"
+    assert (project / "jobs/static/jobs/mine.css").read_text() == "mine"
+
+
+@pytest.mark.parametrize("folder", ["with space", "Jürgens Läden", "$HOME; #1 & 'x'"])
+def test_make_finds_its_tools_in_any_folder(bake, tmp_path, folder):
+    """Stand-ins tell which honcho `make run` would take, and what uv is asked for."""
+    project = Project(bake().rename(tmp_path / folder))
+    tools = {
+        "python": "command -v honcho",
+        "honcho": "true",
+        "uv": "true",
+        "pip": "true",
+    }
+    (project / ".venv/bin").mkdir(parents=True)
+    for name, command in tools.items():
+        tool = project / ".venv/bin" / name
+        tool.write_text(f"#!/bin/sh\n{command}\n")
+        tool.chmod(0o755)
+    printed = project.call("make", "--silent", "run").strip()
+
+    assert printed == str(project.resolve() / ".venv/bin/honcho")
+
+
+def test_images_have_a_version(bake):
+    """But those that stand in during development, and python's, whose tag is its version."""
+    dockerfile = bake().read("Dockerfile")
+    assert re.search(r"uv:\d+\.\d+\.\d+ ", dockerfile)
+    assert "latest" not in dockerfile
