@@ -42,10 +42,9 @@ def faults():
         yield "author_email", "write one plain address, such as you@example.com"
 
 
-folder = str(ANSWERS["project_slug"])
+folder, parent = str(ANSWERS["project_slug"]), None
 ANSWERS["project_slug"] = "-" in folder and ANSWERS.get("__refused_slug") or ANSWERS["project_slug"]
 if messages := [f"  {option} {ANSWERS[option]!r}: {remedy}." for option, remedy in faults()]:
-    print("No project was made. Please correct:", *messages, "", sep="\n", file=sys.stderr)
     if folder != os.path.basename(os.getcwd()):  # a path, replayed: what is there may be another's
         import signal
         import time  # not above: they cost every user time
@@ -55,6 +54,7 @@ if messages := [f"  {option} {ANSWERS[option]!r}: {remedy}." for option, remedy 
         while path != (path := os.path.dirname(path)):
             if os.path.isdir(path) and os.stat(path).st_atime > new and not os.listdir(path):
                 os.rmdir(os.path.realpath(path))
-        while os.getppid() == parent:  # Ctrl-C stops it; after a mere refusal it removes all there
-            time.sleep(0.01)
+    print("No project was made. Please correct:", *messages, "", sep="\n", file=sys.stderr)
+    while os.getppid() == parent:  # Ctrl-C stops it; after a mere refusal it removes all there
+        time.sleep(0.01)
     sys.exit("Cookiecutter's own report of this follows.")

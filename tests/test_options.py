@@ -624,6 +624,19 @@ def test_a_replay_in_the_background_touches_nothing_of_others(run, neighbours, t
     assert everything(neighbours) == before
 
 
+def test_a_replay_that_nobody_listens_to_touches_nothing_of_others(neighbours, tmp_path):
+    before = everything(neighbours)
+    file = tmp_path / "answers.json"
+    file.write_text(json.dumps({"cookiecutter": {**ANSWERS, "project_slug": "../victim"}}))
+    command = [sys.executable, "-m", "cookiecutter", TEMPLATE, "--replay-file", file]
+    subprocess.run(
+        ["sh", "-c", '"$@" 2>&1 | true', "sh", *command, "--output-dir", neighbours / "new"],
+        env={**os.environ, "HOME": str(tmp_path), "TMPDIR": str(tmp_path)},
+    )
+
+    assert everything(neighbours) == before
+
+
 @pytest.mark.parametrize(
     ("slug", "remedy"),
     [
