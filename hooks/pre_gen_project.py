@@ -50,9 +50,9 @@ if messages := [f"  {option} {ANSWERS[option]!r}: {remedy}." for option, remedy 
         import time  # not above: they cost every user time
 
         os.kill(parent := os.getppid(), 15 if signal.getsignal(2) == signal.SIG_IGN else 2)
-        path, new = os.path.join(ANSWERS["_output_dir"], folder, ""), os.stat(__file__).st_mtime - 1
-        while path != (path := os.path.dirname(path)):
-            if os.path.isdir(path) and os.stat(path).st_atime > new and not os.listdir(path):
+        path, new = os.path.join(ANSWERS["_output_dir"], folder, ""), os.stat(__file__)[8] - 1
+        while path != (path := os.path.dirname(path)):  # new by atime and mtime, empty: ours
+            if os.path.isdir(path) and min(os.stat(path)[7:9]) >= new and not os.listdir(path):
                 os.rmdir(os.path.realpath(path))
     print("No project was made. Please correct:", *messages, "", sep="\n", file=sys.stderr)
     while os.getppid() == parent:  # Ctrl-C stops it; after a mere refusal it removes all there
