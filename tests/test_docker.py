@@ -270,3 +270,75 @@ def test_compose_reads_every_file(engine, bake):
             seen.add(text)
             project.call("docker", "compose", "config", "--quiet")
     assert len(seen) > 1
+
+
+ATTACKS = """
+from django.db import connection
+for sql in [
+    "COPY (SELECT 1) TO PROGRAM 'touch /tmp/broken'",
+    "CREATE TEMP TABLE t (x text); COPY t FROM PROGRAM 'id'",
+    "SELECT pg_read_file('/etc/passwd')",
+    "CREATE ROLE another SUPERUSER",
+    "CREATE DATABASE another",
+    "ALTER ROLE CURRENT_USER SUPERUSER",
+]:
+    try:
+        with connection.cursor() as cursor:
+            cursor.execute(sql)
+        print("DONE:", sql)
+    except Exception as error:
+        assert "permission denied" in str(error), error
+print("refused")
+"""
+AS_SUPERUSER = """
+import psycopg
+from django.db import connection
+options = {**connection.get_connection_params(), "user": "postgres"}
+try:
+    psycopg.connect(**{name: options[name] for name in ("host", "user", "password", "dbname")})
+    print("connected")
+except psycopg.OperationalError as error:
+    assert "password authentication failed" in str(error), error
+    print("refused")
+"""
+
+
+@pytest.mark.parametrize("stack", CHOICES["broker"][:1], indirect=True)
+def test_whoever_holds_the_app_does_not_hold_the_database_server(stack):
+    assert stack.shell(ATTACKS) == "refused"
+    assert stack.shell(AS_SUPERUSER) == "refused"
+
+
+@pytest.mark.parametrize("stack", CHOICES["broker"][:1], indirect=True)
+def test_no_command_line_has_a_secret(stack):
+    secrets = re.findall("[0-9a-f]{24}", stack.project.read(".env"))
+    assert secrets
+    for service, [container] in stack.containers("--all").items():
+        arguments = [container["Path"], *container["Args"]]
+        if container["State"]["Running"]:
+            arguments += [docker("top", container["Id"], "-o", "pid,args")]
+        assert not [secret for secret in secrets if secret in " ".join(arguments)], service
+
+
+def test_the_image_takes_no_backup_along(engine, bake, tmp_path):
+    """That of the README, and others of PostgreSQL's usual names."""
+    project = bake()
+    [backup] = set(re.findall(r"pg_dump .* > (\S+?)`", project.read("README.md")))
+    backups = [backup, "shop-2026-01-31.sql.gz", "shop.dump"]
+    for name in backups:
+        (project / name).write_text("secrets")
+    (project / "jobs/report.sql").write_text("SELECT 1")  # a program's, which it needs
+    (tmp_path / "Dockerfile").write_text("FROM scratch\nCOPY . /\n")
+    project.call(
+        *("docker", "build", "--file", tmp_path / "Dockerfile"),
+        *("--output", tmp_path / "image", "."),
+        DOCKER_BUILDKIT=1,
+    )
+    project.call("git", "init", "--quiet")
+    tracked = project.call("git", "ls-files", "--others", "--exclude-standard").split()
+
+    assert (tmp_path / "image/jobs/report.sql").exists()
+    assert "jobs/report.sql" in tracked
+    for name in backups:
+        assert not (tmp_path / "image" / name).exists()
+        assert name not in tracked
