@@ -1,16 +1,16 @@
 .PHONY: demo test chaos bench lint
 
 demo: .venv  ## bake a project, start it, run a job: make demo ARGS="include_example=false"
-	@.venv/bin/python tests/demo.py $(ARGS)
+	@PYTHONPATH=tests .venv/bin/python -m harness.demo $(ARGS)
 
 test: .venv  ## the template's own tests: make test ARGS="-k hook"
 	.venv/bin/python -m pytest -n auto --dist loadgroup --durations 10 $(ARGS)
 
 chaos: .venv  ## two minutes of faults on each broker; longer: make chaos ARGS="redis --seconds 600 --jobs 5000 --seed 1"
-	@.venv/bin/python tests/chaos.py $(ARGS)
+	@PYTHONPATH=tests .venv/bin/python -m harness.chaos $(ARGS)
 
 bench: .venv  ## measure, write docs/performance.md; a trial: make bench ARGS="--scale 0.1"
-	.venv/bin/python bench/run.py $(ARGS)
+	PYTHONPATH=tests .venv/bin/python bench/run.py $(ARGS)
 
 lint: .venv
 	.venv/bin/ruff check --fix .

@@ -18,8 +18,12 @@ from datetime import date
 from pathlib import Path
 from statistics import median
 
-from stack import TEMPLATE, Output, Project, bare, postgres, servers
+from harness.bake import CHOICES, TEMPLATE
+from harness.project import Project
+from harness.servers import BROKERS, running
+from stack import Output, bare, postgres
 
+_, *POOLS = CHOICES["worker_pool"]  # besides the default
 PAGE = TEMPLATE / "docs/performance.md"
 TURNS = 4
 CLIENTS = 4  # of the web, at once
@@ -59,14 +63,13 @@ def measure(folder, sizes):
     rendered = rendering(folder, sizes)
     with postgres() as database:
         for broker in ("redis", "rabbitmq"):
-            (folder / broker).mkdir()
-            with getattr(servers, broker)(folder / broker) as server:
-                urls = database, server["CELERY_BROKER_URL"]
+            with running(BROKERS[broker], folder / broker) as server:
+                urls = database, server.variables["CELERY_BROKER_URL"]
                 output = Output(folder, *urls, broker=broker)
                 rows, of_bare, of_plain = speed(output, sizes)
                 speeds += [[broker, *row] for row in rows]
                 if broker == "redis":  # these do not depend on it
-                    more = [Output(folder, *urls, worker_pool=p) for p in ("threads", "gevent")]
+                    more = [Output(folder, *urls, worker_pool=p) for p in POOLS]
                     pooled, used = pools([output, *more], sizes)
                     used += others(output)
                 half, slow, rate = post(output, sizes)  # the last, because it leaves a queue

@@ -6,18 +6,15 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-BENCH = Path(__file__).parent
-TEMPLATE = BENCH.parent
-sys.path.insert(0, str(TEMPLATE / "tests"))
+from harness.bake import TEMPLATE
+from harness.project import Project, connects, env, free_ports, processes_in, wait_for
+from harness.servers import PostgreSQL
 
-import servers  # noqa: E402, F401
-from faults import PostgreSQL  # noqa: E402
-from project import Project, connects, env, free_ports, processes_in, wait_for  # noqa: E402
+BENCH = Path(__file__).parent
 
 
 class Contestant:

@@ -1,9 +1,10 @@
 """Give the project its secrets, remove folders that stayed empty, say what comes next."""
 
 import os
+import re
 
 
-def secret():
+def secret(match):
     """Hexadecimal digits, which no shell, URL or .env parser reads otherwise."""
     return os.urandom(12).hex()
 
@@ -14,13 +15,16 @@ with open(".env.example", encoding="utf-8") as example:
 try:
     # "x" leaves alone an .env that is already there: its secrets are in use.
     with open(".env", "x", opener=lambda path, flags: os.open(path, flags, 0o600)) as env:
-        env.writelines(line.replace("change-me", secret()) + "\n" for line in development)
+        env.writelines(re.sub("change-me", secret, line) + "\n" for line in development)
 except FileExistsError:
     pass
 
-for folder, _, _ in os.walk(".", topdown=False):
-    # Git keeps empty folders of its own and needs them.
-    if not folder.startswith(("./.git/", "./.venv/")) and not os.listdir(folder):
-        os.rmdir(folder)
+# Those that an answer may leave without files; other empty folders are the owner's.
+kubernetes = ("deploy/kubernetes/base", "deploy/kubernetes/overlays/production")
+for folder in (".github/workflows", "orders/migrations", *kubernetes):
+    try:
+        os.removedirs(folder)  # and what is then empty above it
+    except OSError:  # it has files
+        pass
 
 print(f"\nNext:\n\n    cd {os.path.basename(os.getcwd())}\n    make run\n")

@@ -1,13 +1,15 @@
 import itertools
 import os
-import tempfile
 from collections import Counter
 
 import pytest
 from jinja2 import Environment
-from project import Project
 
-pytest_plugins = ["checks"]
+pytest.register_assert_rewrite("harness")  # before the first import from there
+from harness.bake import baked  # noqa: E402
+from harness.project import Project  # noqa: E402
+
+pytest_plugins = ["harness.checks"]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -26,6 +28,20 @@ def compiled():
     Environment.compile = original
 
 
+@pytest.fixture(scope="session", autouse=True)
+def bytecode(shared):
+    """Compile a package once, not in each environment."""
+    Project.bytecode = shared / "bytecode"
+    Project.bytecode.mkdir(exist_ok=True)
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory, worker_id):
+    """A folder for all processes of this run."""
+    base = tmp_path_factory.getbasetemp()
+    return base if worker_id == "master" else base.parent
+
+
 @pytest.fixture
 def bake(cookies):
     """Bake a project: `bake(project_name="Shop").run("ruff", "check")`."""
@@ -40,31 +56,19 @@ def project(request, cookies_session):
     return project
 
 
-def baked(cookies, answers):
-    # Cookiecutter leaves the hooks that it renders behind: here they are removed.
-    with tempfile.TemporaryDirectory() as tempfile.tempdir:
-        result = cookies.bake(extra_context=answers)
-    tempfile.tempdir = None
-    if result.exception:
-        raise result.exception
-    return Project(result.project_path)
-
-
-def missing(reason):
-    """Skip the test for lack of something on this machine, or fail it where all was promised."""
-    if os.environ.get("DEMAND_ALL"):
-        pytest.fail(reason)
-    pytest.skip(reason)
-
-
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
     """Put the tests that share a stack one after the other, and first, because they take longest.
 
-    And have the reports of a test say which output it ran with: they are all that xdist sends.
+    First containers, then faults, then outputs that run. And have the reports of a test say which
+    output it ran with: they are all that xdist sends.
     """
-    groups = {item: item.get_closest_marker("xdist_group") for item in items}
-    items.sort(key=lambda item: groups[item].args if groups[item] else ("~",))
+
+    def order(item):
+        group = item.get_closest_marker("xdist_group")
+        return (0, item.path.name, group.args[0]) if group else (1,)
+
+    items.sort(key=order)
     for item in items:
         if "project" in item.fixturenames and hasattr(item, "callspec"):
             item.user_properties.append(("answers", item.callspec.params["project"]))
@@ -73,7 +77,7 @@ def pytest_collection_modifyitems(items):
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers():
     """More than there are processors: most tests wait, for servers and for time to pass."""
-    return os.cpu_count() * 3 // 2
+    return os.cpu_count() * 5 // 2
 
 
 def pytest_terminal_summary(terminalreporter):

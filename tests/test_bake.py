@@ -3,7 +3,6 @@
 import ast
 import hashlib
 import itertools
-import json
 import re
 from collections import defaultdict
 from fnmatch import fnmatch
@@ -11,63 +10,34 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from checks import NEW_FILES, check_celery, check_dependencies, check_file, check_readme
-from cookiecutter.utils import create_env_with_context
-from jinja2 import FileSystemLoader, nodes
+from jinja2 import nodes
 
-TEMPLATE = Path(__file__).parents[1]
-OPTIONS = json.loads((TEMPLATE / "cookiecutter.json").read_text("utf-8"))
-CHOICES = {
-    option: default if isinstance(default, list) else [True, False]
-    for option, default in OPTIONS.items()
-    if isinstance(default, list | bool) and not option.startswith("_")
-}
-COMBINATIONS = [
-    dict(zip(CHOICES, values, strict=True)) for values in itertools.product(*CHOICES.values())
-]
-# The options whose choices have a file each in templates/, and what templates/chosen.jinja calls
-# the one that was chosen. Its `traces` are patterns of words that appear only where it was chosen;
-# so are those of its server.
-CHOSEN = {
-    "broker": "broker",
-    "result_backend": "results",
-    "worker_pool": "pool",
-    "periodic_tasks": "periodic",
-    "deployment": "deployment",
-}
-# The traces of the other options.
+from harness.bake import CHOICES, COMBINATIONS, CONTEXT, ENVIRONMENT, TEMPLATE, chosen, name
+from harness.checks import NEW_FILES, check_celery, check_dependencies, check_file, check_readme
+
+OUTPUT = TEMPLATE / "{{cookiecutter.project_slug}}"
+PARTS = TEMPLATE / "templates"  # a folder for each option whose choices have a file, and `servers`
+# Patterns of words that appear only where a choice was made, of the options without such a folder.
+# Elsewhere the choice's file has them, and its server's.
 TRACES = {
     ("ci", "github"): ["github", r"\bCI\b"],
     ("ci", "gitlab"): ["gitlab", r"\bCI\b"],
     ("include_example", True): ["orders", "newsletter", "httpx"],
 }
 NOTHING = ("none", False)  # choices that leave no trace
-ENVIRONMENT = create_env_with_context({"cookiecutter": OPTIONS})
-ENVIRONMENT.loader = FileSystemLoader(TEMPLATE / "templates")
-
-
-def name(answers):
-    return "-".join(str(choice) for choice in answers.values())
 
 
 def own_traces(option, choice):
-    """The patterns of a choice: see CHOSEN and TRACES."""
-    if option not in CHOSEN:
+    """The patterns of a choice, from its file or from TRACES."""
+    if not (PARTS / option).exists():
         return TRACES.get((option, choice), [])
-    return getattr(getattr(chosen(option, choice), CHOSEN[option]), "traces", [])
+    return getattr(getattr(chosen(**{option: choice}), option), "traces", [])
 
 
 def server_traces(option, choice):
-    module = chosen(option, choice)
-    name = getattr(getattr(module, CHOSEN.get(option, ""), None), "server", "")
+    module = chosen(**{option: choice})
+    name = getattr(getattr(module, option, None), "server", "")
     return [trace for server in module.servers if server.name == name for trace in server.traces]
-
-
-def chosen(option, choice):
-    """What templates/chosen.jinja sets for this choice, and the defaults of all other options."""
-    defaults = {name: choices[0] for name, choices in CHOICES.items()}
-    answers = {**defaults, "project_slug": "my_project", option: choice}
-    return ENVIRONMENT.get_template("chosen.jinja").make_module({"cookiecutter": answers})
 
 
 @cache
@@ -91,18 +61,11 @@ def read(project):
     return {file.relative_to(project): file.read_text("utf-8") for file in project.files()}
 
 
-@pytest.fixture(scope="session")
-def seen(tmp_path_factory, worker_id):
-    """A folder for all processes of this run."""
-    base = tmp_path_factory.getbasetemp()
-    path = (base if worker_id == "master" else base.parent) / "seen"
-    path.mkdir(exist_ok=True)
-    return path
-
-
 @pytest.fixture
-def is_new(seen):
+def is_new(shared):
     """Whether this run has not yet checked these texts: `is_new(check, *texts)`."""
+    seen = shared / "seen"
+    seen.mkdir(exist_ok=True)
 
     def is_new(check, *texts):
         digest = hashlib.sha256("\n".join(map(str, texts)).encode()).hexdigest()
@@ -153,9 +116,12 @@ def test_every_combination_is_clean(bake, answers, is_new, record_property):
 @cache
 def template_paths():
     """The paths that an output may have."""
-    project = TEMPLATE / "{{cookiecutter.project_slug}}"
-    paths = [str(path.relative_to(project)) for path in project.rglob("*") if path.is_file()]
-    return {Path(re.sub("{%.*?%}", "", path)) for path in paths}
+    return {Path(rendered(path)) for path in OUTPUT.rglob("*") if path.is_file()}
+
+
+def rendered(path):
+    """The path that a file of the template has in an output."""
+    return re.sub("{%.*?%}", "", str(path.relative_to(OUTPUT)))
 
 
 @pytest.mark.parametrize(
@@ -164,7 +130,7 @@ def template_paths():
 def test_a_choice_leaves_its_traces(bake, option, choice):
     """So that test_every_combination_is_clean() looks for words that exist."""
     own = own_traces(option, choice)
-    assert own or choice in NOTHING, "none are listed: see CHOSEN and TRACES"
+    assert own or choice in NOTHING, "none are listed: see TRACES"
 
     found = set()
     for file, text in read(bake(**{option: choice})).items():
@@ -172,36 +138,41 @@ def test_a_choice_leaves_its_traces(bake, option, choice):
     assert not {*own, *server_traces(option, choice)} - found, "its output lacks these"
 
 
-def test_every_part_of_a_choice_is_printed_and_every_part_printed_exists():
+def test_every_part_of_a_choice_is_printed_where_its_comment_says():
     """A choice leaves out what it has nothing to say for, so nothing else finds a misspelling."""
-    written, used = defaultdict(set), defaultdict(set)
-    for path in (TEMPLATE / "templates").glob("*/*.jinja"):
-        for node in ENVIRONMENT.parse(path.read_text("utf-8")).body:
-            if isinstance(node, nodes.Assign | nodes.AssignBlock):
-                written[path.parent.name].add(node.target.name)
-    for path in [*TEMPLATE.glob("templates/**/*.jinja"), *output_files()]:
+    printed = defaultdict(set)  # {(option, part): names of the files that print it}
+    for path in [*PARTS.rglob("*.jinja"), *output_files()]:
         for node in ENVIRONMENT.parse(path.read_text("utf-8")).find_all(nodes.Getattr):
-            if isinstance(node.node, nodes.Name) and node.node.name in KINDS:
-                used[KINDS[node.node.name]].add(node.attr)
-    for kind, parts in written.items():
-        assert parts - {"traces"} == used[kind], kind
-
-
-KINDS = {
-    "broker": "brokers",
-    "results": "results",
-    "server": "servers",
-    "pool": "pools",
-    "periodic": "periodic",
-    "deployment": "deployment",
-}
+            if isinstance(node.node, nodes.Name):
+                printed[node.node.name, node.attr].add(re.sub("{%.*?%}", "", path.name))
+    options = {folder.name: folder.name for folder in PARTS.iterdir() if folder.is_dir()}
+    options["servers"] = "server"  # what chosen.jinja calls one of them
+    written, follows = set(), set()
+    for path in PARTS.glob("*/*.jinja"):
+        option, text, places = options[path.parent.name], path.read_text("utf-8"), []
+        for node in ENVIRONMENT.parse(text).body:
+            if not isinstance(node, nodes.Assign | nodes.AssignBlock):
+                continue
+            part = node.target.name
+            written.add((option, part))
+            comment = re.search(rf"{{# (.+) #}}\n{{% (?:set|macro) {part}\b", text)
+            assert comment, f"{path.name}: no line above {part} says what it is"
+            if isinstance(node, nodes.AssignBlock):
+                for file in printed[option, part]:
+                    assert file in comment[1], f"{path.name}: {file} prints {part}"
+                places.append(re.match("[^,:]+", comment[1])[0])
+        follows |= {pair for pair in itertools.combinations(places, 2) if len(set(pair)) == 2}
+    traces = {(option, "traces") for option in options.values()}
+    asked = {key for key in printed if key[0] in options.values()}
+    assert written - traces == asked
+    assert not {pair for pair in follows if pair[::-1] in follows}, "each file in the same order"
 
 
 def output_files():
     """The files of the output that are rendered."""
-    for path in (TEMPLATE / "{{cookiecutter.project_slug}}").rglob("*"):
+    for path in OUTPUT.rglob("*"):
         file = str(path.relative_to(TEMPLATE))
-        copied = any(fnmatch(file, pattern) for pattern in OPTIONS["_copy_without_render"])
+        copied = any(fnmatch(file, pattern) for pattern in CONTEXT["_copy_without_render"])
         if path.is_file() and not copied:
             yield path
 
@@ -219,7 +190,7 @@ def test_no_broker_and_no_backend_is_named_outside_its_file():
 
 NAMES = {
     *("broker", "result_backend", *CHOICES["broker"], *CHOICES["result_backend"]),
-    *(path.stem for path in (TEMPLATE / "templates/servers").iterdir()),
+    *(path.stem for path in (PARTS / "servers").iterdir()),
 }
 
 

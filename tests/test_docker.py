@@ -9,23 +9,29 @@ import time
 
 import pytest
 import yaml
-from conftest import baked, missing
-from project import Site, env, free_ports, wait_for
-from test_bake import CHOICES
+
+from harness import missing
+from harness.bake import CHOICES, baked
+from harness.project import Site, env, free_ports, wait_for
 
 ORDER = {"email": "you@example.com", "product": "Tea", "quantity": 1}
-# A job of some twenty seconds or more, which says at each thousandth how far it is.
+SOFT_SHUTDOWN_SECONDS = 2
+# A job of far more seconds than these, which says at each thousandth how far it is.
 LONG_JOB = """
 from django.contrib.auth.models import User
 from jobs.models import Job
 from orders.tasks import forecast_demand
-arguments = {"rounds": 5_000_000}
+arguments = {"rounds": 2_000_000}
 print(Job.objects.enqueue(forecast_demand, ["Tea"], arguments, owner=User.objects.get()).pk)
 """
 CRASHES = "from jobs.models import Job; print(Job.objects.get(pk='{}').crashes)"
 MEGABYTE = 1_000_000
 
-pytestmark = pytest.mark.xdist_group("docker")  # one stack at a time
+# The tests of a stack one after the other.
+STACKS = [
+    pytest.param(broker, marks=pytest.mark.xdist_group(f"docker-{broker}"))
+    for broker in CHOICES["broker"]
+]
 
 
 def docker(*command):
@@ -44,11 +50,16 @@ def engine():
             missing(f"`docker {command}` fails: no engine, or no Compose v2")
 
 
-@pytest.fixture(scope="module", params=CHOICES["broker"])
+@pytest.fixture(scope="module", params=STACKS)
 def stack(request, engine, cookies_session):
-    """The untouched output of a broker in its containers, taken down at the end with its data."""
+    """The untouched output of a broker in its containers, taken down at the end with its data.
+
+    In `.env` stands a shorter shutdown: workers wait for it at each stop.
+    """
     port, flower = free_ports(2)
     project = baked(cookies_session, {"broker": request.param, "project_slug": f"shop_{port}"})
+    with open(project / ".env", "a") as file:
+        file.write(f"SOFT_SHUTDOWN_SECONDS={SOFT_SHUTDOWN_SECONDS}\n")
     stack = Stack(project, PORT=port, FLOWER_PORT=flower)
     try:
         stack.up("--build")
@@ -206,7 +217,7 @@ def test_the_data_outlives_the_containers(stack):
     stack.order()
 
 
-@pytest.mark.parametrize("stack", CHOICES["broker"][:1], indirect=True)
+@pytest.mark.parametrize("stack", STACKS[:1], indirect=True)
 def test_the_query_that_scales_workers_counts_jobs(stack, bake):
     """That of deploy/kubernetes/, which needs PostgreSQL."""
     manifests = bake(deployment="kubernetes").read("deploy/kubernetes/base/workers.yaml")
@@ -232,7 +243,7 @@ def test_the_query_that_scales_workers_counts_jobs(stack, bake):
     assert count() == 0
 
 
-@pytest.mark.parametrize("stack", CHOICES["broker"][:1], indirect=True)
+@pytest.mark.parametrize("stack", STACKS[:1], indirect=True)
 def test_what_hangs_is_unhealthy(stack):
     """Frozen: the container runs, but nothing in it moves."""
     services = ["web", "worker", "beat"]
@@ -259,3 +270,75 @@ def test_compose_reads_every_file(engine, bake):
             seen.add(text)
             project.call("docker", "compose", "config", "--quiet")
     assert len(seen) > 1
+
+
+ATTACKS = """
+from django.db import connection
+for sql in [
+    "COPY (SELECT 1) TO PROGRAM 'touch /tmp/broken'",
+    "CREATE TEMP TABLE t (x text); COPY t FROM PROGRAM 'id'",
+    "SELECT pg_read_file('/etc/passwd')",
+    "CREATE ROLE another SUPERUSER",
+    "CREATE DATABASE another",
+    "ALTER ROLE CURRENT_USER SUPERUSER",
+]:
+    try:
+        with connection.cursor() as cursor:
+            cursor.execute(sql)
+        print("DONE:", sql)
+    except Exception as error:
+        assert "permission denied" in str(error), error
+print("refused")
+"""
+AS_SUPERUSER = """
+import psycopg
+from django.db import connection
+options = {**connection.get_connection_params(), "user": "postgres"}
+try:
+    psycopg.connect(**{name: options[name] for name in ("host", "user", "password", "dbname")})
+    print("connected")
+except psycopg.OperationalError as error:
+    assert "password authentication failed" in str(error), error
+    print("refused")
+"""
+
+
+@pytest.mark.parametrize("stack", CHOICES["broker"][:1], indirect=True)
+def test_whoever_holds_the_app_does_not_hold_the_database_server(stack):
+    assert stack.shell(ATTACKS) == "refused"
+    assert stack.shell(AS_SUPERUSER) == "refused"
+
+
+@pytest.mark.parametrize("stack", CHOICES["broker"][:1], indirect=True)
+def test_no_command_line_has_a_secret(stack):
+    secrets = re.findall("[0-9a-f]{24}", stack.project.read(".env"))
+    assert secrets
+    for service, [container] in stack.containers("--all").items():
+        arguments = [container["Path"], *container["Args"]]
+        if container["State"]["Running"]:
+            arguments += [docker("top", container["Id"], "-o", "pid,args")]
+        assert not [secret for secret in secrets if secret in " ".join(arguments)], service
+
+
+def test_the_image_takes_no_backup_along(engine, bake, tmp_path):
+    """That of the README, and others of PostgreSQL's usual names."""
+    project = bake()
+    [backup] = set(re.findall(r"pg_dump .* > (\S+?)`", project.read("README.md")))
+    backups = [backup, "shop-2026-01-31.sql.gz", "shop.dump"]
+    for name in backups:
+        (project / name).write_text("secrets")
+    (project / "jobs/report.sql").write_text("SELECT 1")  # a program's, which it needs
+    (tmp_path / "Dockerfile").write_text("FROM scratch\nCOPY . /\n")
+    project.call(
+        *("docker", "build", "--file", tmp_path / "Dockerfile"),
+        *("--output", tmp_path / "image", "."),
+        DOCKER_BUILDKIT=1,
+    )
+    project.call("git", "init", "--quiet")
+    tracked = project.call("git", "ls-files", "--others", "--exclude-standard").split()
+
+    assert (tmp_path / "image/jobs/report.sql").exists()
+    assert "jobs/report.sql" in tracked
+    for name in backups:
+        assert not (tmp_path / "image" / name).exists()
+        assert name not in tracked

@@ -12,12 +12,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from urllib.error import URLError
 
-import chaos
 import pytest
-from conftest import baked, missing
-from faults import BROKERS, TIMINGS, PostgreSQL, prepare
-from project import fetch, free_ports, wait_for
-from test_bake import CHOICES
+
+from harness import chaos
+from harness.bake import CHOICES, baked, chosen
+from harness.project import fetch, free_ports, wait_for
+from harness.servers import PostgreSQL, broker_class
+from harness.stack import TIMINGS, prepare
 
 POOLS = CHOICES["worker_pool"]
 
@@ -48,18 +49,11 @@ def database():
     database.remove()
 
 
-def known(name):
-    """Return the class of a broker; skip the test of one that has none."""
-    if name not in BROKERS:
-        missing(f"tests/faults.py has no class that starts, kills and empties {name}")
-    return BROKERS[name]
-
-
 @pytest.fixture(scope="module")
 def running(request, cookies_session, tmp_path_factory):
     """A stack, for all tests with the same answers one after the other."""
     options = {"timings": TIMINGS, "sqlite": False, **request.param}
-    broker = known(options["broker"])
+    broker = broker_class(options["broker"])
     folder = tmp_path_factory.mktemp("stack")
     project = baked(cookies_session, {**broker.answers, "worker_pool": options["pool"]})
     database = None if options["sqlite"] else request.getfixturevalue("database")
@@ -181,6 +175,23 @@ def test_a_worker_that_is_stopped_loses_nothing(stack, gate, tmp_path, since):
     wait_for(lambda: stack.notes("end", task), 60)
 
 
+@stacks(brokers=CHOICES["broker"][:1])
+def test_a_worker_that_has_run_only_plain_tasks_ends_in_time(stack, gate, since):
+    """SOFT_SHUTDOWN_SECONDS, 2 here, hold for them too; what is cut off comes back."""
+    stack.worker.stop()
+    stack.worker.start()
+    task = stack.send("plain", gate, queue="cpu")
+    stack.wait_until_started(task)
+
+    start = time.monotonic()
+    os.kill(stack.worker.pid, signal.SIGTERM)
+    assert stack.worker.process.wait(10) == 0
+    since(start)
+    gate.touch()
+    stack.worker.start()
+    wait_for(lambda: stack.notes("end", task), 60)
+
+
 @everywhere
 def test_a_frozen_worker_is_fenced(stack, gate, since):
     """Its job runs elsewhere, and what it does once it goes on is dropped."""
@@ -241,7 +252,7 @@ def revoke(stack):
     flower.kill()
 
 
-with_flower = [broker for broker in BROKERS if broker != "sqs"]
+with_flower = [name for name in CHOICES["broker"] if chosen(broker=name).broker.flower]
 
 
 @stacks(brokers=with_flower)
@@ -469,7 +480,7 @@ def kill_a_worker(stack, gate, since):
 )
 def test_chaos_loses_no_job(name, tmp_path, capsys, record_property):
     """`make chaos`, for one broker."""
-    known(name)
+    broker_class(name)
     nothing_lost = chaos.run(name, tmp_path, seed=1)
     record_property("chaos", printed := capsys.readouterr().out)
     assert nothing_lost, printed

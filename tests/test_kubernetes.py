@@ -1,14 +1,19 @@
 """The manifests of outputs: rendered as `kubectl apply -k` does, and held to the schema."""
 
+import base64
 import itertools
 import re
 import shutil
+import subprocess
+from ipaddress import ip_address, ip_network
+from urllib.parse import urlsplit
 
 import kubernetes_validate
 import pytest
 import yaml
-from conftest import missing
-from test_bake import CHOICES
+
+from harness import missing
+from harness.bake import CHOICES
 
 PRODUCTION = "deploy/kubernetes/overlays/production"
 OPTIONS = ("broker", "result_backend", "worker_pool", "include_example")
@@ -109,3 +114,78 @@ def test_the_probes_ask_for_an_allowed_host(render):
         [header] = web[probe]["httpGet"]["httpHeaders"]
         assert header["name"] == "Host"
         assert header["value"] in config["ALLOWED_HOSTS"].split(",")
+
+
+def ports(rules):
+    return {(port.get("protocol", "TCP"), port["port"]) for rule in rules for port in rule["ports"]}
+
+
+@pytest.mark.parametrize("result_backend", CHOICES["result_backend"])
+@pytest.mark.parametrize("broker", CHOICES["broker"])
+def test_the_network_carries_only_what_is_needed(render, broker, result_backend):
+    _, documents = render(broker=broker, result_backend=result_backend)
+    policies = {name: each["spec"] for (kind, name), each in documents.items() if "Policy" in kind}
+
+    everybody = policies["all"]
+    assert everybody["podSelector"] == {}
+    assert set(everybody["policyTypes"]) == {"Ingress", "Egress"}
+    assert "ingress" not in everybody
+    # The ports of the servers in .env; Amazon's have no other address than their names.
+    [secret] = [each["data"] for (kind, _), each in documents.items() if kind == "Secret"]
+    values = {name: base64.b64decode(value).decode() for name, value in secret.items()}
+    urls = {name: urlsplit(value) for name, value in values.items() if "://" in value}
+    mail = urls.pop("EMAIL_URL")
+    needed = {("TCP", url.port or 443) for url in urls.values()}
+    needed |= {("TCP", 443)} if any(name.startswith("AWS_") for name in values) else set()
+    assert ports(everybody["egress"]) == needed | {("UDP", 53), ("TCP", 53)}
+    [names] = [rule for rule in everybody["egress"] if ("UDP", 53) in ports([rule])]
+    assert names["to"]
+
+    [ingress] = [spec["ingress"] for spec in policies.values() if "ingress" in spec]
+    assert policies["web"]["podSelector"] == {"matchLabels": {"app": "web"}}
+    [rule] = ingress
+    assert rule["from"] and ports([rule]) == {("TCP", 8000)}
+    [service] = [each["spec"] for (kind, _), each in documents.items() if kind == "Service"]
+    assert service["ports"][0]["targetPort"] == 8000
+
+    [workers] = policies["workers"]["podSelector"]["matchExpressions"]
+    assert {f"worker-{queue}" for queue in ("celery", "cpu", "io")} == set(workers["values"])
+    assert ports(policies["workers"]["egress"]) == {("TCP", mail.port)}
+
+
+def test_links_are_checked_outside_only(render):
+    _, documents = render()
+    policy = documents["NetworkPolicy", "worker-io"]["spec"]
+    [rule] = policy["egress"]
+    [block] = [peer["ipBlock"] for peer in rule["to"]]
+    closed = [ip_network(each) for each in block["except"]]
+    for address in ("10.0.0.1", "172.20.0.1", "192.168.1.1", "169.254.169.254", "100.100.0.1"):
+        assert any(ip_address(address) in network for network in closed), address
+    assert ports([rule]) == {("TCP", 80), ("TCP", 443)}
+
+    _, documents = render(include_example=False)
+    assert ("NetworkPolicy", "worker-io") not in documents
+
+
+@pytest.mark.parametrize("broker", CHOICES["broker"])
+def test_flower_has_no_password_that_others_know(render, broker):
+    _, documents = render(broker=broker)
+    [secret] = [each["data"] for (kind, _), each in documents.items() if kind == "Secret"]
+    if ("Deployment", "flower") not in documents:
+        assert "FLOWER_BASIC_AUTH" not in secret
+        return
+    assert not secret["FLOWER_BASIC_AUTH"]
+    [container] = pods(documents)["Deployment", "flower"]["containers"]
+    shell, option, script = container["command"]
+    assert "--address=127.0.0.1" in script
+    for password, starts in (("", False), ("admin:secret", True)):
+        script = script.replace("exec celery", "echo started")
+        result = subprocess.run([shell, option, script], env={"FLOWER_BASIC_AUTH": password})
+        assert (result.returncode == 0) == starts
+
+
+def test_no_pod_fills_the_disk_of_its_node(render):
+    _, documents = render()
+    for key, spec in pods(documents).items():
+        for volume in spec["volumes"]:
+            assert volume["emptyDir"]["sizeLimit"], key

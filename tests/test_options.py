@@ -4,37 +4,25 @@ import ast
 import json
 import os
 import re
+import signal
 import stat
 import subprocess
 import sys
 import tomllib
 from email.headerregistry import Address
-from pathlib import Path
 
 import pytest
 import yaml
 from cookiecutter.exceptions import FailedHookException
 from cookiecutter.utils import create_env_with_context
 from markdown_it import MarkdownIt
-from project import Project
 
-TEMPLATE = Path(__file__).parents[1]
-OPTIONS = {
-    option: default
-    for option, default in json.loads((TEMPLATE / "cookiecutter.json").read_text()).items()
-    if not option.startswith("_")
-}
-CHOICES = {
-    option: default if isinstance(default, list) else [True, False]
-    for option, default in OPTIONS.items()
-    if isinstance(default, list | bool)
-}
+from harness.bake import CHOICES, DEFAULTS, OPTIONS, TEMPLATE
+from harness.project import Project
+
 # Complete and valid, as a replay file holds them.
-ANSWERS = {
-    **{option: default for option, default in OPTIONS.items() if isinstance(default, str)},
-    **{option: choices[0] for option, choices in CHOICES.items()},
-    "project_slug": "shop",
-}
+TEXTS = {option: text for option, text in OPTIONS.items() if isinstance(text, str)}
+ANSWERS = {**TEXTS, **DEFAULTS, "project_slug": "shop"}
 
 NAMES = [
     "Shop",
@@ -532,3 +520,166 @@ def test_the_output_path_may_be_awkward(run, tmp_path, out):
     project = Project(tmp_path / out / "my_project")
     project.run("ruff", "check", "--no-cache")
     assert (project / ".env").exists()
+
+
+# Slugs that are paths: what they lead to is somebody else's
+
+PATHS = [
+    *("..", ".", "shop/", "a/b", "x/..", "../victim", "../empty", "../new"),
+    *("x/../../victim", "{neighbours}/new/deep"),
+]
+
+
+@pytest.fixture
+def neighbours(tmp_path):
+    """What is beside the output, and was there for a while."""
+    folder = tmp_path / "neighbours"
+    for file in ("victim/file", "victim/deep/file", "file", "there/file"):
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_text("mine")
+    (folder / "empty").mkdir()
+    for path in (folder, *folder.rglob("*")):
+        os.utime(path, (0, 0))
+    return folder
+
+
+def everything(folder):
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("slug", PATHS)
+@pytest.mark.parametrize("out", ["there", "new_out/deeper"])
+def test_a_slug_that_is_a_path_touches_nothing_of_others(run, neighbours, tmp_path, slug, out):
+    slug = slug.format(neighbours=neighbours)
+    before = everything(neighbours)
+    file = tmp_path / "answers.json"
+    file.write_text(json.dumps({"cookiecutter": {**ANSWERS, "project_slug": slug}}))
+    ways = [
+        {"typed": f"Shop\n{slug}\n" + "\n" * len(OPTIONS)},
+        {"arguments": ["--no-input", f"project_slug={slug}"]},
+        {"arguments": ["--replay-file", file]},
+        {"arguments": ["--replay-file", file, "--overwrite-if-exists"]},
+    ]
+    for way in ways:
+        result = run(*way.get("arguments", []), typed=way.get("typed"), out=neighbours / out)
+
+        assert result.returncode == 1, way
+        after = everything(neighbours)
+        made = {neighbours / out, *(neighbours / out).parents} & after.keys() - before.keys()
+        for folder in sorted(made, reverse=True):  # what --output-dir asked for, and it is empty
+            del after[folder]
+            folder.rmdir()
+        assert after == before, way
+        if "exists" not in result.stdout:  # cookiecutter's own refusal
+            assert f"project_slug {slug!r}: use 1-40 of a-z, 0-9 and _" in result.stderr, way
+            assert "--replay-file" not in result.args or "Traceback" not in result.stderr, way
+
+
+@pytest.mark.parametrize("slug", ["s" * 300, "a\0b", "a\0/../b"], ids=len)
+def test_a_typed_slug_that_no_folder_can_have_is_refused(run, tmp_path, slug):
+    result = run(typed=f"Shop\n{slug}\n" + "\n" * len(OPTIONS))
+
+    assert result.returncode == 1
+    assert f"project_slug {slug!r}: use 1-40 of a-z, 0-9 and _" in result.stderr
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_refused_slug_can_be_corrected_in_the_replay_file(run, tmp_path):
+    assert run("--no-input", "project_slug=../shop").returncode == 1
+    [file] = (tmp_path / "replay").iterdir()
+    assert "project_slug '../shop': use" in run("--replay-file", file).stderr
+
+    answers = json.loads(file.read_text())
+    answers["cookiecutter"]["project_slug"] = "shop"
+    file.write_text(json.dumps(answers))
+    assert run("--replay-file", file).returncode == 0
+    assert (tmp_path / "out/shop/manage.py").exists()
+
+
+def test_a_replay_in_the_background_touches_nothing_of_others(run, neighbours, tmp_path):
+    """A shell lets what it starts with & ignore Ctrl-C."""
+    before = everything(neighbours)
+    file = tmp_path / "answers.json"
+    file.write_text(json.dumps({"cookiecutter": {**ANSWERS, "project_slug": "../victim"}}))
+    ignore = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        result = run("--replay-file", file, out=neighbours / "new")
+    finally:
+        signal.signal(signal.SIGINT, ignore)
+
+    assert result.returncode
+    assert everything(neighbours) == before
+
+
+def test_a_replay_that_nobody_listens_to_touches_nothing_of_others(neighbours, tmp_path):
+    before = everything(neighbours)
+    file = tmp_path / "answers.json"
+    file.write_text(json.dumps({"cookiecutter": {**ANSWERS, "project_slug": "../victim"}}))
+    command = [sys.executable, "-m", "cookiecutter", TEMPLATE, "--replay-file", file]
+    subprocess.run(
+        ["sh", "-c", '"$@" 2>&1 | true', "sh", *command, "--output-dir", neighbours / "new"],
+        env={**os.environ, "HOME": str(tmp_path), "TMPDIR": str(tmp_path)},
+    )
+
+    assert everything(neighbours) == before
+
+
+@pytest.mark.parametrize(
+    ("slug", "remedy"),
+    [
+        *((slug, f"try {slug}_project") for slug in ("null", "true", "no", "on", "yes", "off")),
+        *((slug, f"try {slug}_project") for slug in ("postgres", "template1", "public", "guest")),
+        *((slug, "use 1-40 of a-z, 0-9 and _") for slug in ("pg_shop", "a___b")),
+    ],
+)
+def test_a_slug_that_yaml_or_a_server_reads_otherwise_is_refused(refusal, slug, remedy):
+    assert f"project_slug {slug!r}: " in (said := refusal(project_slug=slug))
+    assert remedy in said
+
+
+def test_no_secret_of_env_is_a_copy_of_another(bake):
+    secrets = re.findall("[0-9a-f]{24}", (bake() / ".env").read_text())
+
+    assert len(secrets) >= 6
+    assert len(set(secrets)) == len(secrets)
+
+
+def test_overwriting_keeps_what_the_owner_added(run, tmp_path):
+    project = tmp_path / "out/my_project"
+    assert run("--no-input").returncode == 0
+    (project / "media/uploads").mkdir(parents=True)  # empty still
+    (project / "jobs/templates/jobs/mine.html").write_text("mine")
+    (project / "jobs/static/jobs/mine.css").write_text("mine")
+    result = run("--no-input", "--overwrite-if-exists")
+
+    assert result.returncode == 0, result.stderr
+    assert (project / "media/uploads").is_dir()
+    assert (project / "jobs/templates/jobs/mine.html").read_text() == "mine"
+    assert (project / "jobs/static/jobs/mine.css").read_text() == "mine"
+
+
+@pytest.mark.parametrize("folder", ["with space", "Jürgens Läden", "$HOME; #1 & 'x'"])
+def test_make_finds_its_tools_in_any_folder(bake, tmp_path, folder):
+    """Stand-ins tell which honcho `make run` would take, and what uv is asked for."""
+    project = Project(bake().rename(tmp_path / folder))
+    tools = {
+        "python": "command -v honcho",
+        "honcho": "true",
+        "uv": "true",
+        "pip": "true",
+    }
+    (project / ".venv/bin").mkdir(parents=True)
+    for name, command in tools.items():
+        tool = project / ".venv/bin" / name
+        tool.write_text(f"#!/bin/sh\n{command}\n")
+        tool.chmod(0o755)
+    printed = project.call("make", "--silent", "run").strip()
+
+    assert printed == str(project.resolve() / ".venv/bin/honcho")
+
+
+def test_images_have_a_version(bake):
+    """But those that stand in during development, and python's, whose tag is its version."""
+    dockerfile = bake().read("Dockerfile")
+    assert re.search(r"uv:\d+\.\d+\.\d+ ", dockerfile)
+    assert "latest" not in dockerfile

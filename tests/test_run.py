@@ -1,49 +1,36 @@
 """Outputs run: installed from their own pyproject.toml, with a real worker on a real broker."""
 
 import itertools
-import json
 import os
 import pty
 import re
+import shutil
 import signal
 import socket
 import time
 
 import pytest
-import servers
-from faults import PostgreSQL
-from project import env, free_ports, path_without, processes_in, wait_for
-from test_bake import CHOICES, name
+
+from harness import servers
+from harness.bake import CHOICES, DEFAULTS, name
+from harness.project import env, free_ports, path_without, processes_in, wait_for
 
 EXTRA = {"FLOWER_BASIC_AUTH": "admin:password", "DEBUG": "False"}
 ORDER = {"email": "you@example.com", "product": "Tea", "quantity": 2}
-PLAIN_TASKS = """
-import json, time
-from celery.result import AsyncResult
-from jobs.tasks import *
-sent = time.time()
-touch.apply_async([{path!r}], countdown=2)
-results = []
-if {has_results}:
-    results.append(AsyncResult(add.delay(1, 2).id).get(timeout=60))
-    results.append(chord([add.s(1, 2), add.s(3, 4)])(add_all.s()).get(timeout=60))
-print(json.dumps([sent, results], separators=(",", ":")))
-"""
 SCHEDULE = """
 CELERY_BEAT_SCHEDULE = {{
-    "tick": {{"task": "jobs.tasks.touch", "schedule": 1, "args": ["{path}"]}}
+    "tick": {{"task": "samples.tasks.note_time", "schedule": 1, "args": ["{path}"]}}
 }}
 """
 
 
 def combinations():
     """Every broker with every result backend and every pool; the schedule and the example vary."""
-    default = {option: choices[0] for option, choices in CHOICES.items()}
     schedules = CHOICES["periodic_tasks"]
     options = ("broker", "result_backend", "worker_pool")
     for number, choices in enumerate(itertools.product(*(CHOICES[option] for option in options))):
         yield {
-            **default,
+            **DEFAULTS,
             **dict(zip(options, choices, strict=True)),
             "periodic_tasks": schedules[number % len(schedules)],
             "include_example": number % 5 != 4,
@@ -80,7 +67,7 @@ def broker(project, tmp_path_factory):
 @pytest.fixture(scope="module")
 def database():
     """A PostgreSQL, on which no test of the outputs is skipped."""
-    database = PostgreSQL("fsync=off")
+    database = servers.PostgreSQL("fsync=off")
     database.start()
     yield database
     database.remove()
@@ -109,13 +96,12 @@ def test_it_passes_its_own_tests_on_sqlite(project, broker):
 @pytest.fixture
 def with_tasks(project, tmp_path):
     """The project with tasks of our own, so that it needs no example, one of them periodic."""
-    tasks, settings = project / "jobs/tasks.py", project / "config/settings.py"
-    before = {file: file.read_text() for file in (tasks, settings)}
-    project.add_tasks()
-    settings.write_text(before[settings] + SCHEDULE.format(path=tmp_path / "ticked"))
+    settings = project / "config/settings.py"
+    before = settings.read_text()
+    project.add_app("samples", SCHEDULE.format(path=tmp_path / "ticked"))
     yield project
-    for file, text in before.items():
-        file.write_text(text)
+    settings.write_text(before)
+    shutil.rmtree(project / "samples")
 
 
 @every_combination
@@ -148,11 +134,11 @@ def use(project, tmp_path, **environment):
 
         late = tmp_path / "late"
         has_results = "RESULT_BACKEND" in project.read("config/settings.py")
-        script = PLAIN_TASKS.format(path=str(late), has_results=has_results)
-        sent, results = json.loads(project.shell(script, **site.environment))
+        script = f"from samples import plain\nresult = plain.use({str(late)!r}, {has_results})"
+        sent, results = site.ask(script)
         assert results == ([3, 10] if has_results else [])
-        wait_for(late.exists, 60, site)
-        assert late.stat().st_mtime - sent >= 2
+        ran = wait_for(lambda: late.exists() and late.read_text(), 60, site)
+        assert float(ran) - sent >= 2
 
         if site.has_flower:  # then the broker carries events and remote control
             show_in_flower(site, done["id"])

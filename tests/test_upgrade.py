@@ -3,12 +3,12 @@
 import json
 import os
 import shutil
-from pathlib import Path
 
 import pytest
-from project import Project
 
-TEMPLATE = Path(__file__).parents[1]
+from harness.bake import TEMPLATE
+from harness.project import Project
+
 PARTS = ["cookiecutter.json", "hooks", "templates", "{{cookiecutter.project_slug}}"]
 ANSWERS = {"project_name": "Tea Shop", "broker": "rabbitmq", "include_example": False}
 SETTINGS = "config/settings.py"

@@ -4,8 +4,9 @@ import re
 
 import pytest
 import yaml
-from project import Project
-from test_bake import CHOICES, TEMPLATE
+
+from harness.bake import CHOICES, TEMPLATE
+from harness.project import Project
 from test_run import one_of_each_pair
 
 WORKFLOW = ".github/workflows/ci.yml"

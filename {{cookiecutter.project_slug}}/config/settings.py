@@ -107,6 +107,7 @@ if DATABASE["ENGINE"] == "django.db.backends.sqlite3":
 DATABASES = {"default": DATABASE}
 CACHES = {"default": env.cache("CACHE_URL", default="locmemcache://")}
 vars().update(env.email("EMAIL_URL"))
+DEFAULT_FROM_EMAIL = env.str("DEFAULT_FROM_EMAIL")
 
 # API
 

@@ -28,13 +28,30 @@ def check_result_backend(app_configs, **kwargs):
 
 @register(deploy=True)
 def check_flower(app_configs, **kwargs):
-    if not os.environ.get("FLOWER_BASIC_AUTH"):
-        yield Warning(
+    users = os.environ.get("FLOWER_BASIC_AUTH", "").split(",")
+    if any(user.partition(":")[2] in ("", "change-me") for user in users):
+        yield Error(
             "Flower has no password: whoever reaches it sees arguments and can revoke tasks.",
-            hint="Set FLOWER_BASIC_AUTH=user:password.",
-            id="jobs.W003",
+            hint="Set FLOWER_BASIC_AUTH=user:password. Without Flower, silence this check.",
+            id="jobs.E002",
         )
 {% endif %}
+
+
+@register(deploy=True)
+def check_mail(app_configs, **kwargs):
+    if settings.EMAIL_BACKEND.split(".")[-2] in ("console", "dummy", "filebased", "locmem"):
+        yield Error(
+            "No mail leaves this machine.",
+            hint="Set EMAIL_URL=smtp+tls://user:password@host:587.",
+            id="jobs.E003",
+        )
+    if "@localhost" in settings.DEFAULT_FROM_EMAIL:
+        yield Error(
+            f"Other servers refuse mail from {settings.DEFAULT_FROM_EMAIL}.",
+            hint="Set DEFAULT_FROM_EMAIL to an address of a domain of yours.",
+            id="jobs.E004",
+        )
 {% print broker.checks %}
 {% print worker_pool.checks | default %}
 {% endset %}

@@ -22,6 +22,7 @@ from celery.worker.control import Panel
 from django.core.checks import run_checks
 from django.db import IntegrityError, InterfaceError, OperationalError, connection, transaction
 from django.db.models.functions import Now
+from django.test import override_settings
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
@@ -779,9 +780,13 @@ def test_the_change_of_a_job_walks_no_backlog(by_key):
 def check(monkeypatch, **environment):
     """Return the ids of the errors and warnings that the checks of this app find."""
     monkeypatch.delenv("CACHE_URL", raising=False)
+    mail = {"EMAIL_BACKEND": "django.core.mail.backends.smtp.EmailBackend"}
+    mail["DEFAULT_FROM_EMAIL"] = "shop@example.com"
+    mail |= {name: environment.pop(name) for name in mail.keys() & environment.keys()}
     for name, value in {"FLOWER_BASIC_AUTH": "user:password", **environment}.items():
         monkeypatch.setenv(name, value)
-    found = run_checks(include_deployment_checks=True)
+    with override_settings(**mail):
+        found = run_checks(include_deployment_checks=True)
     return {message.id for message in found if message.id.startswith(("jobs.E", "jobs.W"))}
 
 
@@ -800,8 +805,19 @@ def test_the_checks_find_a_result_backend_that_loses_results(monkeypatch, settin
 {% if broker.flower %}
 
 
-def test_the_checks_find_a_flower_without_password(monkeypatch):
-    assert check(monkeypatch, FLOWER_BASIC_AUTH="") == {"jobs.W003"}
+@pytest.mark.parametrize("users", ["", "admin", "admin:", "admin:change-me", "me:secret,admin:"])
+def test_the_checks_find_a_flower_without_password(monkeypatch, users):
+    assert check(monkeypatch, FLOWER_BASIC_AUTH=users) == {"jobs.E002"}
 {% endif %}
+
+
+@pytest.mark.parametrize("backend", ["console", "dummy", "filebased", "locmem"])
+def test_the_checks_find_mail_that_stays_on_this_machine(monkeypatch, backend):
+    backend = f"django.core.mail.backends.{backend}.EmailBackend"
+    assert check(monkeypatch, EMAIL_BACKEND=backend) == {"jobs.E003"}
+
+
+def test_the_checks_find_a_sender_that_other_servers_refuse(monkeypatch):
+    assert check(monkeypatch, DEFAULT_FROM_EMAIL="webmaster@localhost") == {"jobs.E004"}
 {% print broker.tests %}
 {% print worker_pool.tests | default %}

@@ -10,9 +10,9 @@ import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from project import Project, wait_for
+from .bake import TEMPLATE
+from .project import Project, wait_for
 
-TEMPLATE = Path(__file__).parents[1]
 seconds = {}
 
 
@@ -36,7 +36,7 @@ def main(answers):
         project.install()
     run = run_example if (project / "orders").exists() else run_own_task
     if run is run_own_task:
-        project.add_tasks()
+        project.add_app("samples")
     with ExitStack() as stack:
         with step("Start it: make run"):
             site = stack.enter_context(project.up())

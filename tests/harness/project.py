@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,44 +12,21 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
 FINAL = {"succeeded", "failed", "cancelled"}
 # A variable and the address in development that settings.py or .env gives it.
 ADDRESS = r"""([A-Z_]+)(?:=|["'], ["'])(\w+://(?:[^"'\s]*@)?127\.0\.0\.1:\d+[^"'\s]*)"""
-TASKS = """
-
-from celery import chord, shared_task
-
-
-@shared_task(base=JobTask, bind=True)
-def count(self, to):
-    for done in range(to):
-        self.report(done, to, f"{done} of {to}")
-        time.sleep(0.1)
-    return to
-
-
-@shared_task
-def add(*numbers):
-    return sum(numbers)
-
-
-@shared_task
-def add_all(sums):
-    return sum(sums)
-
-
-@shared_task
-def touch(path):
-    open(path, "w").close()
-"""
+APPS = Path(__file__).parent / "apps"  # of Django, for projects under test
+CONSOLE = Path(__file__).parent / "console.py"
 
 
 class Project(type(Path())):
     """The path of a baked project, which can also run commands."""
+
+    bytecode = None  # a folder, if the environments of all projects share what they compile
 
     def run(self, *command, **environment):
         """Run a module of the test environment, say `ruff check`, and return what it prints."""
@@ -98,11 +76,14 @@ class Project(type(Path())):
     def install(self):
         """Install what the project's own pyproject.toml declares, and nothing else."""
         self.call("make", ".venv")
+        if self.bytecode:
+            share_bytecode(next(self.glob(".venv/lib/*/site-packages")), self.bytecode)
 
-    def add_tasks(self):
-        """Give the project tasks of our own, which need no example: see TASKS."""
-        with open(self / "jobs/tasks.py", "a") as file:
-            file.write(TASKS)
+    def add_app(self, name, settings=""):
+        """Give the project one of our apps, and these lines at the end of its settings."""
+        shutil.copytree(APPS / name, self / name, ignore=shutil.ignore_patterns("__pycache__"))
+        with open(self / "config/settings.py", "a") as file:
+            file.write(f'INSTALLED_APPS += ["{name}"]\n{settings}\n')
 
     @contextmanager
     def up(self, **environment):
@@ -127,6 +108,37 @@ class Project(type(Path())):
             site.stop()
 
 
+class Console:
+    """Runs Python code in a project, as `manage.py shell` does, but starts only once."""
+
+    def __init__(self, project, log, **environment):
+        self.log = log
+        self.process = subprocess.Popen(
+            [project / ".venv/bin/python", CONSOLE],
+            cwd=project,
+            env=env(**environment, DJANGO_SETTINGS_MODULE="config.settings", PYTHONPATH=project),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=open(log, "ab"),
+            text=True,
+        )
+
+    def ask(self, code):
+        """Return what the code leaves in `result`."""
+        self.process.stdin.write(json.dumps(code) + "\n")
+        self.process.stdin.flush()
+        for line in self.process.stdout:
+            if line.startswith("=>"):
+                answer = json.loads(line[2:])
+                assert "error" not in answer, answer["error"]
+                return answer["result"]
+        raise AssertionError(self.log.read_text())
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+
+
 class Site:
     """What `make run` started."""
 
@@ -136,7 +148,7 @@ class Site:
         self.web = f"http://127.0.0.1:{environment['PORT']}"
         self.flower = f"http://127.0.0.1:{environment['FLOWER_PORT']}"
         self.environment = environment
-        self.token = self.worker = None
+        self.token = self.worker = self.console = None
 
     @property
     def has_flower(self):
@@ -163,13 +175,21 @@ class Site:
         return fetch(self.web + path, data, headers)
 
     def enqueue(self, task, *args):
-        """Enqueue a job of a task in TASKS for the demo user; return its URL."""
+        """Enqueue a job of a task of the app `samples` for the demo user; return its URL."""
         code = f"""
 from django.contrib.auth.models import User
-from jobs import models, tasks
-print(models.Job.objects.enqueue(tasks.{task}, {args!r}, owner=User.objects.get()).pk)
+from jobs.models import Job
+from samples import tasks
+result = Job.objects.enqueue(tasks.{task}, {args!r}, owner=User.objects.get()).pk
 """
-        return f"/api/jobs/{self.project.shell(code, **self.environment)}/"
+        return f"/api/jobs/{self.ask(code)}/"
+
+    def ask(self, code):
+        """Run Python code in the project, in one process for all calls; return its `result`."""
+        if not self.console:
+            log = self.project.parent / "console.log"
+            self.console = Console(self.project, log, **self.environment)
+        return self.console.ask(code)
 
     def follow(self, url, seconds=120):
         """Yield the job at `url` whenever it looks different, until its final state."""
@@ -206,9 +226,33 @@ print(models.Job.objects.enqueue(tasks.{task}, {args!r}, owner=User.objects.get(
 
     def stop(self):
         """What Ctrl-C does."""
+        if self.console:
+            self.console.kill()
+            self.console = None
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGINT)
         self.process.wait(60)
+
+
+def share_bytecode(packages, folder):
+    """Take from this folder what others have compiled, compile the rest and leave it there.
+
+    Python does not trust what belongs to another source, by time and size, so all that changes is
+    that the first start of an environment is as quick as the second.
+    """
+    link_trees(folder, packages)
+    subprocess.run([sys.executable, "-m", "compileall", "-qq", packages])
+    link_trees(packages, folder, new=True)
+
+
+def link_trees(source, target, *, new=False):
+    """Link the compiled files of a tree into another one: where it has their sources, or all."""
+    for compiled in source.rglob("__pycache__/*.pyc"):
+        link = target / compiled.relative_to(source)
+        if not link.exists() and (new or link.parent.parent.is_dir()):
+            link.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(FileExistsError):  # another process was quicker
+                link.hardlink_to(compiled)
 
 
 def processes_in(project):

@@ -1,0 +1,7 @@
+-- Each final state that any row ever takes, and the rows that the task `write` writes.
+CREATE TABLE finals (job uuid, state text);
+CREATE TABLE written (number integer PRIMARY KEY);
+CREATE FUNCTION note_final() RETURNS trigger AS $$
+BEGIN INSERT INTO finals VALUES (NEW.id, NEW.state); RETURN NEW; END $$ LANGUAGE plpgsql;
+CREATE TRIGGER note_final AFTER UPDATE ON jobs_job FOR EACH ROW
+WHEN (NEW.state IN ('succeeded', 'failed', 'cancelled')) EXECUTE FUNCTION note_final();

@@ -1,0 +1,26 @@
+"""The way into the ledger for the tests of faults."""
+
+import os
+import signal
+
+from django.db import transaction
+from rest_framework.decorators import api_view
+from rest_framework.response import Response
+
+from jobs.models import Job
+
+from . import tasks
+
+
+@api_view(["POST"])
+def enqueue(request):
+    """Enqueue a job, once for each key; with "die", die between commit and publish."""
+    task, key = getattr(tasks, request.data["task"]), request.data.get("key")
+    with transaction.atomic():
+        if request.data.get("die"):
+            transaction.on_commit(lambda: os.kill(os.getpid(), signal.SIGKILL))
+        job = Job.objects.filter(idempotency_key=key).exclude(idempotency_key=None).first()
+        if not job:
+            args, owner = request.data["args"], request.user
+            job = Job.objects.enqueue(task, args, owner=owner, idempotency_key=key)
+    return Response({"id": job.pk}, status=202)

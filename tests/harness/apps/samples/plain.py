@@ -1,0 +1,19 @@
+"""Plain tasks, as a view would send them."""
+
+import time
+
+from celery import chord
+from celery.result import AsyncResult
+
+from .tasks import add, add_all, note_time
+
+
+def use(path, has_results):
+    """Have the time noted in 2 s, and read results where there are any; return when, and which."""
+    sent = time.time()
+    note_time.apply_async([path], countdown=2)
+    results = []
+    if has_results:
+        results.append(AsyncResult(add.delay(1, 2).id).get(timeout=60))
+        results.append(chord([add.s(1, 2), add.s(3, 4)])(add_all.s()).get(timeout=60))
+    return sent, results

@@ -1,0 +1,32 @@
+"""Tasks of our own, which need no example: a job with progress, and plain tasks."""
+
+import time
+from pathlib import Path
+
+from celery import shared_task
+
+from jobs.tasks import JobTask
+
+
+@shared_task(base=JobTask, bind=True)
+def count(self, to):
+    for done in range(to):
+        self.report(done, to, f"{done} of {to}")
+        time.sleep(0.1)
+    return to
+
+
+@shared_task
+def add(*numbers):
+    return sum(numbers)
+
+
+@shared_task
+def add_all(sums):
+    return sum(sums)
+
+
+@shared_task
+def note_time(path):
+    """Write down when this ran: more exact than the time of the file."""
+    Path(path).write_text(str(time.time()))

@@ -1,0 +1,46 @@
+"""The options of cookiecutter.json, every combination of their choices, and a bake of one."""
+
+import itertools
+import json
+import tempfile
+from pathlib import Path
+
+from cookiecutter.utils import create_env_with_context
+from jinja2 import FileSystemLoader
+
+from .project import Project
+
+TEMPLATE = Path(__file__).parents[2]
+CONTEXT = json.loads((TEMPLATE / "cookiecutter.json").read_text("utf-8"))
+OPTIONS = {option: value for option, value in CONTEXT.items() if not option.startswith("_")}
+CHOICES = {
+    option: default if isinstance(default, list) else [True, False]
+    for option, default in OPTIONS.items()
+    if isinstance(default, list | bool)
+}
+DEFAULTS = {option: choices[0] for option, choices in CHOICES.items()}
+COMBINATIONS = [
+    dict(zip(CHOICES, values, strict=True)) for values in itertools.product(*CHOICES.values())
+]
+ENVIRONMENT = create_env_with_context({"cookiecutter": CONTEXT})
+ENVIRONMENT.loader = FileSystemLoader(TEMPLATE / "templates")
+
+
+def name(answers):
+    return "-".join(str(choice) for choice in answers.values())
+
+
+def chosen(**answers):
+    """What templates/chosen.jinja sets for these answers, and the defaults of all other options."""
+    answers = {**DEFAULTS, "project_slug": "my_project", **answers}
+    return ENVIRONMENT.get_template("chosen.jinja").make_module({"cookiecutter": answers})
+
+
+def baked(cookies, answers):
+    # Cookiecutter leaves the hooks that it renders behind: here they are removed.
+    with tempfile.TemporaryDirectory() as tempfile.tempdir:
+        result = cookies.bake(extra_context=answers)
+    tempfile.tempdir = None
+    if result.exception:
+        raise result.exception
+    return Project(result.project_path)

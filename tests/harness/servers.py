@@ -1,0 +1,261 @@
+"""Real servers, each on a port and in a folder of its own: started, killed, paused.
+
+A new broker has its class here, and its name in BROKERS.
+"""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from glob import glob
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from . import missing
+from .project import connects, env, free_ports, wait_for
+
+VISIBILITY_TIMEOUT = 8  # seconds; of plain tasks
+
+
+class Process:
+    """A command in a session of its own, so that signals reach its children too."""
+
+    def __init__(self, command, log, *, is_ready=None, cwd=None, variables=(), **options):
+        self.command, self.log, self.options = command, Path(log), options
+        self.options |= {"cwd": cwd, "env": env(**dict(variables))}
+        self.is_ready = is_ready or (lambda: True)
+        self.process = None
+
+    @property
+    def pid(self):
+        return self.process.pid
+
+    @property
+    def printed(self):
+        """What it printed since its last start."""
+        return self.log.read_bytes()[self.read_from :].decode(errors="replace")
+
+    def is_running(self):
+        return self.process is not None and self.process.poll() is None
+
+    def launch(self):
+        self.read_from = self.log.stat().st_size if self.log.exists() else 0
+        with open(self.log, "ab") as log:
+            out = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+            self.process = subprocess.Popen(
+                self.command, start_new_session=True, **out, **self.options
+            )
+
+    def wait_until_ready(self):
+        wait_for(lambda: not self.is_running() or self.is_ready(), 60)
+        assert self.is_running(), f"{self.command}\n{self.printed}"
+
+    def start(self):
+        self.launch()
+        self.wait_until_ready()
+
+    def signal_all(self, number):
+        os.killpg(self.pid, number)
+
+    def kill(self):
+        """kill -9, with all children."""
+        self.signal_all(signal.SIGKILL)
+        self.process.wait()
+
+    def pause(self):
+        self.signal_all(signal.SIGSTOP)
+
+    def resume(self):
+        self.signal_all(signal.SIGCONT)
+
+    def resume_if_running(self):
+        if self.is_running():
+            self.resume()
+
+    def stop(self, number=signal.SIGTERM):
+        """Ask the process, not its children, to end; return its exit code."""
+        os.kill(self.pid, number)
+        return self.process.wait(60)
+
+    def recover(self):
+        """Have it run, whatever a test did to it. Returns whether it had to be started."""
+        if self.is_running():
+            self.resume()
+            return False
+        self.launch()
+        return True
+
+
+class Broker(Process):
+    """A broker for one output, made with (folder, project=None, port=None).
+
+    The folder is for its data, the project, baked and installed, for a server that it brings along;
+    without a port it takes a free one. Its `variables` point the output to it.
+    """
+
+    scheme = None  # of its URL, where `make run` does not start it
+    answers = {}  # of an output of the fault tests
+    settings = ""  # more lines for that output
+
+
+class Redis(Broker):
+    scheme = "redis"
+    answers = {"broker": "redis"}
+    settings = f'CELERY_BROKER_TRANSPORT_OPTIONS["visibility_timeout"] = {VISIBILITY_TIMEOUT}'
+
+    def __init__(self, folder, project=None, port=None):
+        if not shutil.which("redis-server"):
+            missing("redis-server is not installed: sudo apt install redis-server")
+        port = port or free_ports(1)[0]
+        url = f"redis://127.0.0.1:{port}"
+        self.variables = {"CELERY_BROKER_URL": f"{url}/0", "CELERY_RESULT_BACKEND": f"{url}/1"}
+        command = f"redis-server --port {port} --dir {folder} --appendonly yes"
+        is_ready = partial(connects, port)
+        super().__init__(command.split(), folder.with_suffix(".log"), is_ready=is_ready)
+
+
+class RabbitMQ(Broker):
+    scheme = "amqp"
+    answers = {"broker": "rabbitmq", "result_backend": "none"}
+
+    def __init__(self, folder, project=None, port=None):
+        # What Debian has on PATH changes the user; the scripts themselves stand here.
+        path = f"/usr/lib/rabbitmq/bin:{os.environ['PATH']}"
+        if not shutil.which("rabbitmq-server", path=path):
+            missing("rabbitmq-server is not installed: sudo apt install rabbitmq-server")
+        distribution, epmd, free = free_ports(3)
+        self.port = port or free
+        self.variables = {"CELERY_BROKER_URL": f"amqp://guest:guest@127.0.0.1:{self.port}//"}
+        environment = {
+            "PATH": path,
+            "HOME": folder,  # where Erlang puts its cookie
+            "LANG": "C.UTF-8",
+            "ERL_EPMD_ADDRESS": "127.0.0.1",
+            "ERL_EPMD_PORT": epmd,
+            "RABBITMQ_CONF_ENV_FILE": "/dev/null",
+            "RABBITMQ_CONFIG_FILE": folder / "rabbitmq",
+            "RABBITMQ_DIST_PORT": distribution,
+            "RABBITMQ_ENABLED_PLUGINS_FILE": folder / "plugins",
+            "RABBITMQ_LOG_BASE": folder / "log",
+            "RABBITMQ_MNESIA_BASE": folder / "data",
+            "RABBITMQ_NODENAME": f"test{self.port}@localhost",
+            "RABBITMQ_NODE_IP_ADDRESS": "127.0.0.1",
+            "RABBITMQ_NODE_PORT": self.port,
+            "RABBITMQ_PID_FILE": folder / "pid",
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "+S 2:2 +sbwt none",  # no busy waiting
+        }
+        command = ["sh", "-c", "epmd & exec rabbitmq-server"]  # one group, so that both end at once
+        super().__init__(
+            command, folder.with_suffix(".log"), is_ready=self.answers_amqp, cwd=folder
+        )
+        self.options["env"] = {name: str(value) for name, value in environment.items()}
+
+    def answers_amqp(self):
+        try:
+            with socket.create_connection(("127.0.0.1", self.port), timeout=1) as probe:
+                probe.sendall(b"AMQP\0\0\x09\x01")
+                return probe.recv(1)
+        except OSError:
+            return False
+
+
+class SQS(Broker):
+    """moto, which keeps nothing: after a restart its queues are made anew, and empty."""
+
+    answers = {"broker": "sqs", "result_backend": "none"}
+
+    def __init__(self, folder, project, port=None):
+        port = port or free_ports(1)[0]
+        self.variables = {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+            "SQS_VISIBILITY_TIMEOUT": VISIBILITY_TIMEOUT,
+        }
+        self.project = project
+        command = [project / ".venv/bin/python", "-m", "moto.server", "--port", str(port)]
+        is_ready = partial(connects, port)
+        super().__init__(command, folder.with_suffix(".log"), is_ready=is_ready)
+
+    def wait_until_ready(self):
+        super().wait_until_ready()
+        self.project.call("make", "queues", **self.variables)
+
+
+BROKERS = {"redis": Redis, "rabbitmq": RabbitMQ, "sqs": SQS}
+SCHEMES = {broker.scheme: broker for broker in BROKERS.values() if broker.scheme}
+
+
+def broker_class(name):
+    """Return the class of a broker; skip the test of one that has none."""
+    if name not in BROKERS:
+        missing(f"tests/harness/servers.py has no class that starts, kills and empties {name}")
+    return BROKERS[name]
+
+
+@contextmanager
+def real(variables, folder):
+    """Start a server wherever these variables of a project point to, if we have one for its URL."""
+    places = {(urlsplit(url).scheme, urlsplit(url).port) for url in variables.values()}
+    with ExitStack() as stack:
+        for scheme, port in places:
+            if scheme in SCHEMES:
+                stack.enter_context(running(SCHEMES[scheme], folder / str(port), port=port))
+        yield variables
+
+
+@contextmanager
+def running(broker, folder, **options):
+    """A server of this class until the block ends."""
+    folder.mkdir()
+    server = broker(folder, **options)
+    server.start()
+    try:
+        yield server
+    finally:
+        server.kill()
+
+
+class PostgreSQL(Process):
+    def __init__(self, *settings):
+        """With such settings as `fsync=off`."""
+        if not (binaries := sorted(glob("/usr/lib/postgresql/*/bin"))):
+            missing("PostgreSQL is not installed: sudo apt install postgresql")
+        self.binaries = Path(binaries[-1])
+        [self.port] = free_ports(1)
+        self.url = f"postgres://postgres@127.0.0.1:{self.port}"
+        self.folder = Path(tempfile.mkdtemp(prefix="postgresql-"))  # where its user gets to
+        user = {"user": "postgres", "group": "postgres"} if os.getuid() == 0 else {}
+        if user:
+            shutil.chown(self.folder, **user)
+        data = self.folder / "data"
+        options = f"-U postgres -A trust -E UTF8 --locale C -N -D {data}"
+        initdb = [self.binaries / "initdb", *options.split()]
+        subprocess.run(initdb, check=True, cwd=self.folder, stdout=subprocess.DEVNULL, **user)
+        options = f"-D {data} -p {self.port} -k {self.folder} -h 127.0.0.1"
+        command = [self.binaries / "postgres", *options.split()]
+        command += [f"-c{setting}" for setting in settings]
+        log = self.folder.with_suffix(".log")
+        super().__init__(command, log, is_ready=self.accepts, cwd=self.folder, **user)
+
+    def run(self, tool, *options):
+        place = f"-h 127.0.0.1 -p {self.port} -U postgres".split()
+        return subprocess.run([self.binaries / tool, *place, *options]).returncode == 0
+
+    def accepts(self):
+        return self.run("pg_isready", "--quiet")
+
+    def create(self, name):
+        """Create a database; return its URL."""
+        assert self.run("createdb", name)
+        return f"{self.url}/{name}"
+
+    def kill(self):
+        self.stop(signal.SIGQUIT)  # at once, and recovers at its start as after a crash
+
+    def remove(self):
+        self.kill()
+        shutil.rmtree(self.folder)
+        self.log.unlink()

@@ -1,0 +1,272 @@
+"""A stack for the tests of faults: each process can be killed, paused and started by itself."""
+
+import os
+import re
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from http.client import HTTPConnection
+
+from .project import Console, fetch, free_ports, wait_for
+from .servers import Process
+
+TIMINGS = {"JOB_LEASE_SECONDS": 3, "JOB_SWEEP_SECONDS": 0.3, "JOB_RESEND_SECONDS": 2}
+
+
+class Stack:
+    """A project with its broker, database, web, Beat and workers, on real servers.
+
+    `workers` are two: both consume the queue `celery`, the first also `cpu`, the second `io`.
+    """
+
+    def __init__(self, project, broker, folder, database=None, **variables):
+        """Without a `database`, a PostgreSQL, it has SQLite."""
+        self.project, self.broker, self.folder, self.database = project, broker, folder, database
+        sqlite = f"sqlite:///{folder}/db.sqlite3"
+        self.notes_file = folder / "notes"
+        self.notes_file.touch()
+        self.variables = {
+            "DATABASE_URL": database.create(folder.name) if database else sqlite,
+            "NOTES": self.notes_file,
+            "SOFT_SHUTDOWN_SECONDS": 2,
+            "THROTTLE": "1000000/min",
+            "WORKER_CONCURRENCY": 4,
+            **broker.variables,
+            **variables,
+        }
+        [self.port] = free_ports(1)
+        self.web = self.process(
+            f"gunicorn config.wsgi --preload --bind 127.0.0.1:{self.port} --workers 4",
+            is_ready=lambda: self.web.printed.count("Booting worker") >= 4,
+        )
+        self.beat = self.process(f"celery -A config beat -s {folder}/beat", name="beat")
+        self.workers = []
+        self.worker, self.other = self.add_worker("cpu"), self.add_worker("io")
+        self.console = self.token = None
+
+    def process(self, command, name=None, **options):
+        path = f"{self.project}/.venv/bin:{os.environ['PATH']}"
+        words = command.split()
+        name = name or words[0]
+        return Process(
+            ["env", *words] if "=" in words[0] else words,
+            self.folder / f"{name}.log",
+            cwd=self.project,
+            variables={**self.variables, "PATH": path},
+            **options,
+        )
+
+    def add_worker(self, queue):
+        """One more worker, for `celery` and for another queue."""
+        procfile = self.project.read("Procfile")
+        command = re.search("^worker: (.*) --queues", procfile, re.MULTILINE)[1]
+        worker = self.process(f"{command} --queues celery,{queue} -n {queue}@%h", queue)
+        worker.is_ready = lambda: f"{queue}@" in worker.printed and " ready." in worker.printed
+        self.workers.append(worker)
+        return worker
+
+    @property
+    def processes(self):
+        return [self.web, self.beat, *self.workers]
+
+    @property
+    def logs(self):
+        return sorted(self.folder.glob("*.log"))
+
+    def start(self):
+        self.broker.start()
+        variables = {key: str(value) for key, value in self.variables.items()}
+        self.project.manage("migrate", "-v0", **variables)
+        for process in self.processes:
+            process.launch()
+        self.console = Console(self.project, self.folder / "console.log", **variables)
+        if self.database:
+            self.ask('connection.cursor().execute(open("faults/tables.sql").read())')
+        self.token = self.add_user("tester")
+        for process in self.processes:
+            process.wait_until_ready()
+
+    def stop(self):
+        if self.console:
+            self.console.kill()
+        for process in [*self.processes, self.broker]:
+            if process.is_running():
+                process.resume()
+                process.kill()
+
+    def recover(self):
+        """Have everything run again that a test has stopped."""
+        for server in [self.broker, self.database]:
+            if server and server.recover():
+                server.wait_until_ready()
+        started = [process for process in self.processes if process.recover()]
+        for process in started:
+            process.wait_until_ready()
+        with self.supervised(self.workers):  # one that lost its broker may be about to end
+            self.wait_until_final(*[self.enqueue("quick", queue=queue) for queue in ["cpu", "io"]])
+
+    def renew_web(self):
+        """Forget that the broker refused a message, and have connections to it."""
+        self.web.stop()
+        self.web.start()
+        jobs = [job for job, _ in self.post_many(30, "quick")]
+        self.wait_until_final(*jobs)
+
+    @contextmanager
+    def supervised(self, processes=None):
+        """Start processes again when they end, as in production, until the block ends."""
+        processes = processes or self.processes
+        done = threading.Event()
+
+        def supervise():
+            while not done.wait(0.3):
+                for process in processes:
+                    if not process.is_running():
+                        process.launch()
+
+        thread = threading.Thread(target=supervise)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+    # What the tests ask and say
+
+    def ask(self, code, **names):
+        """Run code in the project; return its `result`."""
+        lines = [f"{name} = {value!r}" for name, value in names.items()]
+        imports = ["from django.db import connection", "from jobs.models import *"]
+        return self.console.ask("\n".join([*imports, "from faults.tasks import *", *lines, code]))
+
+    def add_user(self, name, **fields):
+        """Return the token of a new user."""
+        code = """
+from django.contrib.auth.models import User
+from rest_framework.authtoken.models import Token
+result = Token.objects.create(user=User.objects.create_user(name, **fields)).key
+"""
+        return self.ask(code, name=name, fields=fields)
+
+    def enqueue(self, task, *args, **options):
+        code = f"result = Job.objects.enqueue({task}, args, **options).pk"
+        return self.ask(code, args=[str(arg) for arg in args], options=options)
+
+    def send(self, task, *args, **options):
+        """Send a plain task."""
+        args = [str(arg) for arg in args]
+        return self.ask(
+            f"result = {task}.apply_async(args, **options).id", args=args, options=options
+        )
+
+    def messages_in(self, queue):
+        return self.ask(
+            "from jobs.sweep import messages_in\nresult = messages_in(queue)", queue=queue
+        )
+
+    def empty(self, queue):
+        code = """
+from config.celery import app
+with app.connection_for_write() as broker:
+    broker.default_channel.queue_purge(queue)
+"""
+        self.ask(code, queue=queue)
+
+    def post(self, task, *args, **data):
+        """Let the API enqueue a job; return its id. Raises if the answer is not 202."""
+        data = {"task": task, "args": [str(arg) for arg in args], **data}
+        headers = {"Authorization": f"Token {self.token}"}
+        status, _, job = fetch(f"http://127.0.0.1:{self.port}/faults/", data, headers)
+        assert status == 202, status
+        return job["id"]
+
+    def send_raw(self, path, body, content_type="application/json", *, token=None, key=None):
+        """Return (status, text) of what the API answers to a GET, or with a body to a POST.
+
+        The status is 0 where the web hangs up on a body that it does not want to read.
+        """
+        headers = {"Authorization": f"Token {token or self.token}", "Content-Type": content_type}
+        if key:
+            headers["Idempotency-Key"] = key
+        if isinstance(body, str):
+            body = body.encode()
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=60)
+        try:
+            connection.request("GET" if body is None else "POST", f"/api/{path}", body, headers)
+            response = connection.getresponse()
+            return response.status, response.read().decode()
+        except (BrokenPipeError, ConnectionResetError):
+            return 0, ""
+
+    def post_many(self, count, task):
+        """Post `count` jobs at once: return [(id, seconds until the answer)]."""
+
+        def post(_):
+            start = time.monotonic()
+            return self.post(task), time.monotonic() - start
+
+        with ThreadPoolExecutor(count) as pool:
+            return list(pool.map(post, range(count)))
+
+    def row(self, job):
+        return self.rows(job)[0]
+
+    def rows(self, *jobs):
+        """What the ledger says of these jobs, in their order."""
+        code = """
+fields = ["pk", "state", "result", "error", "crashes"]
+found = {str(row["pk"]): row for row in Job.objects.filter(pk__in=jobs).values(*fields)}
+result = [found[job] for job in jobs]
+"""
+        return self.ask(code, jobs=jobs)
+
+    def finals(self, *jobs):
+        """How often a final state was written, of all these jobs together."""
+        code = """
+with connection.cursor() as cursor:
+    cursor.execute("SELECT count(*) FROM finals WHERE job = ANY(%s::uuid[])", [jobs])
+    [result] = cursor.fetchone()
+"""
+        return self.ask(code, jobs=list(jobs))
+
+    def wait_until_final(self, *jobs, seconds=60):
+        """Return the rows, once each has a final state: written once."""
+        code = "result = Job.objects.filter(pk__in=jobs, state__in=FINAL).count()"
+        try:
+            wait_for(lambda: self.ask(code, jobs=jobs) == len(jobs), seconds)
+        except AssertionError as error:
+            code = (
+                "result = [j for j in Job.objects.filter(pk__in=jobs, state__in=ACTIVE).values()]"
+            )
+            raise AssertionError(self.ask(code, jobs=jobs)) from error
+        if self.database:
+            assert self.finals(*jobs) == len(jobs)
+        return self.rows(*jobs)
+
+    def notes(self, what, job):
+        """The processes in which a body has started or ended, in order."""
+        words = [line.split() for line in self.notes_file.read_text().splitlines()]
+        return [int(pid) for kind, task, pid in words if (kind, task) == (what, job)]
+
+    def wait_until_started(self, *jobs, times=1):
+        """Return the process of the last run of the first job."""
+        for job in jobs:
+            wait_for(lambda job=job: len(self.notes("start", job)) >= times, 60)
+        return self.notes("start", jobs[0])[-1]
+
+
+def prepare(project, broker, folder, database, **variables):
+    """Install a baked project with the tasks and the view of these tests; return its Stack.
+
+    `broker` is one of the classes in BROKERS; in `folder` everything keeps its files.
+    """
+    project.install()
+    project.add_app("faults", broker.settings)
+    with open(project / "config/urls.py", "a") as file:
+        file.write(
+            '\nfrom faults.views import enqueue\nurlpatterns.append(path("faults/", enqueue))\n'
+        )
+    (folder / "broker").mkdir()
+    return Stack(project, broker(folder / "broker", project), folder, database, **variables)
