@@ -39,11 +39,6 @@ def count(self):
     return STEPS
 
 
-@shared_task(base=JobTask)
-def echo(number):
-    return number
-
-
 {% if result_backend.keeps_results %}
 @shared_task
 def double(number):
@@ -142,14 +137,6 @@ def test_a_job_shows_its_progress_and_its_result(worker):
     assert (job.state, job.message[:5]) == ("running", "Step ")
     wait_until(job, has_ended)
     assert (job.state, job.progress, job.result) == ("succeeded", 100, STEPS)
-
-
-def test_many_jobs_are_done(worker):
-    jobs = Job.objects.enqueue_many(echo, [[number] for number in range(150)], queue=QUEUE)
-    assert all(job.sent for job in jobs)
-    for job in jobs:
-        wait_until(job, has_ended)
-    assert [(job.state, job.result) for job in jobs] == [("succeeded", n) for n in range(150)]
 
 
 def test_a_job_survives_its_worker(worker, beat, start):
