@@ -507,7 +507,13 @@ BODIES = {
     "null": "null",
 }
 TYPES = ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "nonsense", ""]
-PATHS = ["orders/%00/", "jobs/%00/", "jobs/?state=%00", "jobs/?cursor=nonsense", f"jobs/{'9' * 5000}/"]
+PATHS = [
+    "orders/%00/",
+    "jobs/%00/",
+    "jobs/?state=%00",
+    "jobs/?cursor=nonsense",
+    f"jobs/{'9' * 5000}/",
+]
 
 
 @stacks(**on_one)
