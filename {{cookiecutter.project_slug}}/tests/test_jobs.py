@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 from celery import shared_task
+from celery.app.utils import Settings
 from celery.exceptions import SoftTimeLimitExceeded
 {% if broker.flower %}
 from celery.worker.control import Panel
@@ -23,7 +24,7 @@ from django.db import IntegrityError, InterfaceError, OperationalError, transact
 from django.db.models.functions import Now
 from django.utils import timezone
 
-from config.celery import app
+from config.celery import app, own_settings
 from jobs import lease, models, sweep
 from jobs.models import Job, JobQuerySet
 from jobs.tasks import JobTask{{ ", follow_revokes" if broker.flower }}
@@ -581,6 +582,17 @@ def test_final_jobs_and_their_keys_are_purged(settings):
 def test_the_database_refuses_impossible_jobs(impossible):
     with pytest.raises(IntegrityError):
         Job.objects.create(task="task", queue="queue", **impossible)
+
+
+# What others see of the settings
+
+
+def test_celery_shows_no_password_in_flower_and_inspect(settings):
+    settings.CELERY_BROKER_URL = "memory://user:secret@host"
+    settings.CACHES = {"default": {"LOCATION": "memory://user:secret@host"}}
+    shown = Settings({}, [own_settings(), {}]).table()
+    assert shown["broker_url"].startswith("memory://user:***")
+    assert "secret" not in str(shown)
 
 
 # manage.py check --deploy
