@@ -2,12 +2,15 @@
 
 import re
 import socket
+import time
 from urllib.parse import urlsplit
 
 import pytest
 import servers
+from project import free_ports
 from test_run import combinations, outputs
 
+default = outputs(next(combinations()))
 PASSWORD = "only-this-server-knows"
 each_broker = outputs(*{each["broker"]: each for each in reversed(list(combinations()))}.values())
 
@@ -44,3 +47,18 @@ def protect(url):
             assert connection.recv(99).startswith((b"+OK", b"-NOAUTH"))
     user = "guest" if parts.scheme == "amqp" else ""
     return re.sub("//(.*@)?", f"//{user}:{PASSWORD}@", url, count=1)
+
+
+@default
+@pytest.mark.parametrize("fault", ["dead", "hung"])
+def test_a_cache_that_is_away_stops_no_request(project, fault):
+    with socket.socket() as cache:  # accepts, and never answers
+        cache.bind(("127.0.0.1", 0))
+        cache.listen(100)
+        port = cache.getsockname()[1] if fault == "hung" else free_ports(1)[0]
+        with project.up(CACHE_URL=f"redis://127.0.0.1:{port}/0") as site:
+            for _ in range(5):
+                began = time.monotonic()
+                assert site.request("/api/jobs/")[0] == 200
+                assert time.monotonic() - began < 5
+            assert "requests are not counted" in site.log

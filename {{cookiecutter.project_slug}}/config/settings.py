@@ -1,5 +1,5 @@
 {% import "text.jinja" as text %}
-{% from "chosen.jinja" import broker, result_backend, worker_pool, periodic_tasks with context %}
+{% from "chosen.jinja" import broker, result_backend, servers, worker_pool, periodic_tasks with context %}
 """Settings. Whatever differs between machines comes from the environment: see .env.example."""
 
 import logging
@@ -106,6 +106,9 @@ if DATABASE["ENGINE"] == "django.db.backends.sqlite3":
     DATABASE["TEST"] = {"NAME": BASE_DIR / "test.sqlite3"}  # a file, for a live worker to share
 DATABASES = {"default": DATABASE}
 CACHES = {"default": env.cache("CACHE_URL", default="locmemcache://")}
+{% for server in servers %}
+{% print server.settings | default %}
+{% endfor %}
 vars().update(env.email("EMAIL_URL"))
 
 # API
@@ -120,7 +123,7 @@ REST_FRAMEWORK = {
     "DEFAULT_FILTER_BACKENDS": ["django_filters.rest_framework.DjangoFilterBackend"],
     "DEFAULT_PAGINATION_CLASS": "rest_framework.pagination.PageNumberPagination",
     "PAGE_SIZE": 20,
-    "DEFAULT_THROTTLE_CLASSES": ["rest_framework.throttling.UserRateThrottle"],
+    "DEFAULT_THROTTLE_CLASSES": ["jobs.serializers.Throttle"],
     "DEFAULT_THROTTLE_RATES": {"user": env.str("THROTTLE", default="600/min")},
     "DEFAULT_SCHEMA_CLASS": "drf_spectacular.openapi.AutoSchema",
     "EXCEPTION_HANDLER": "jobs.views.handle_exception",
