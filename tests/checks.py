@@ -31,6 +31,7 @@ CHECKERS = {
 }
 # Modules whose package has another name.
 PACKAGES = {
+    "axes": "django-axes",
     "django_filters": "django-filter",
     "environ": "django-environ",
     "rest_framework": "djangorestframework",

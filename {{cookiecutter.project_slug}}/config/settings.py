@@ -4,6 +4,7 @@
 
 import logging
 import os
+from datetime import timedelta
 from pathlib import Path
 
 import environ
@@ -30,6 +31,11 @@ CSRF_TRUSTED_ORIGINS = env.list("CSRF_TRUSTED_ORIGINS", default=[])
 SECURE_SSL_REDIRECT = SESSION_COOKIE_SECURE = CSRF_COOKIE_SECURE = not DEBUG
 SECURE_REDIRECT_EXEMPT = [r"^health/"]  # probes come without TLS
 SECURE_PROXY_SSL_HEADER = ("HTTP_X_FORWARDED_PROTO", "https")  # the proxy must set it itself
+# Each appends an address to X-Forwarded-For; what stands before these anybody can write.
+NUM_PROXIES = env.int("NUM_PROXIES", default=0 if DEBUG else 1)
+IPWARE_META_PRECEDENCE_ORDER = ["HTTP_X_FORWARDED_FOR"] * bool(NUM_PROXIES) + ["REMOTE_ADDR"]
+IPWARE_META_PROXY_COUNT = max(NUM_PROXIES - 1, 0)  # it does not count the last one
+IPWARE_STRICT = False  # there may be more addresses
 SECURE_HSTS_SECONDS = 0 if DEBUG else 3600
 # Subdomains and the preload list concern more than this project: decide on them yourself.
 SILENCED_SYSTEM_CHECKS = ["security.W005", "security.W021"]
@@ -37,6 +43,16 @@ AUTH_PASSWORD_VALIDATORS = [
     {"NAME": f"django.contrib.auth.password_validation.{name}Validator"}
     for name in ["UserAttributeSimilarity", "MinimumLength", "CommonPassword", "NumericPassword"]
 ]
+# After ten wrong passwords an address is locked out, before any other is hashed.
+AUTHENTICATION_BACKENDS = [
+    "axes.backends.AxesStandaloneBackend",
+    "django.contrib.auth.backends.ModelBackend",
+]
+AXES_FAILURE_LIMIT = 10
+AXES_COOLOFF_TIME = timedelta(minutes=15)
+AXES_RESET_COOL_OFF_ON_FAILURE_DURING_LOCKOUT = False  # nor does it write any more
+AXES_DISABLE_ACCESS_LOG = True  # of logins that succeed: it would grow for ever
+AXES_VERBOSE = False
 
 # Django
 
@@ -53,6 +69,7 @@ INSTALLED_APPS = [
     "drf_spectacular",
     "drf_spectacular_sidecar",
     "django_structlog",
+    "axes",
 {% for app in [result_backend.app, periodic_tasks.app] | select %}
     "{{ app }}",
 {% endfor %}
@@ -71,6 +88,7 @@ MIDDLEWARE = [
     "django.contrib.messages.middleware.MessageMiddleware",
     "django.middleware.clickjacking.XFrameOptionsMiddleware",
     "django_structlog.middlewares.RequestMiddleware",
+    "axes.middleware.AxesMiddleware",
 ]
 TEMPLATES = [
     {
@@ -127,6 +145,7 @@ REST_FRAMEWORK = {
     "DEFAULT_THROTTLE_RATES": {"user": env.str("THROTTLE", default="600/min")},
     "DEFAULT_SCHEMA_CLASS": "drf_spectacular.openapi.AutoSchema",
     "EXCEPTION_HANDLER": "jobs.views.handle_exception",
+    "NUM_PROXIES": NUM_PROXIES,
 }
 SPECTACULAR_SETTINGS = {
     "TITLE": {{ text.python(cookiecutter.project_name) }},

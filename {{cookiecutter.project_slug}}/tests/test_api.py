@@ -1,13 +1,18 @@
 """What HTTP sees of jobs: the API, the pages, the admin, the probes."""
 
 import os
+import runpy
 import uuid
 
 import pytest
+import structlog
+from axes.helpers import get_client_ip_address
 from celery import shared_task
 from django.core.cache.backends.locmem import LocMemCache
 from django.core.management import call_command
 from django.db import OperationalError, connection
+from django.test import RequestFactory
+from django_structlog.middlewares import RequestMiddleware
 from rest_framework.decorators import api_view, permission_classes
 from rest_framework.response import Response
 from rest_framework.test import APIClient, APIRequestFactory
@@ -135,6 +140,42 @@ def test_the_login_leads_to_the_jobs(client, user):
     response = client.post("/login/", {"username": "user", "password": "secret"}, follow=True)
     assert response.request["PATH_INFO"] == "/"
     assert b'data-jobs-url="/api/jobs/"' in response.content
+
+
+@pytest.mark.parametrize("url", ["/login/", "/admin/login/"])
+def test_who_guesses_passwords_is_locked_out(client, user, url, settings, caplog):
+    user.is_staff = True
+    user.set_password("secret")
+    user.save()
+
+    def log_in(password, address="192.0.2.1"):
+        data = {"username": "user", "password": password}
+        return client.post(url, data, REMOTE_ADDR=address).status_code
+
+    for guess in range(settings.AXES_FAILURE_LIMIT - 1):
+        assert log_in(guess) == 200
+    assert "login failure" in caplog.text
+    assert log_in("the last one") == 429
+    assert log_in("secret") == 429
+    assert log_in("secret", "192.0.2.2") == 302
+
+
+@pytest.mark.parametrize(
+    "proxies, believed", [(0, "192.0.2.9"), (1, "192.0.2.2"), (2, "192.0.2.1")]
+)
+def test_a_client_cannot_choose_its_address(settings, monkeypatch, proxies, believed):
+    """It has written 192.0.2.0, two proxies the next ones; the last proxy is 192.0.2.9."""
+    monkeypatch.setenv("NUM_PROXIES", str(proxies))
+    values = runpy.run_path(settings.BASE_DIR / "config/settings.py")
+    for name in ["REST_FRAMEWORK", *(name for name in values if name.startswith("IPWARE_"))]:
+        setattr(settings, name, values[name])
+    settings.AXES_IPWARE_META_PRECEDENCE_ORDER = settings.IPWARE_META_PRECEDENCE_ORDER
+    headers = {"X-Forwarded-For": "192.0.2.0, 192.0.2.1, 192.0.2.2", "X-Real-IP": "192.0.2.0"}
+    request = RequestFactory().get("/", headers=headers, REMOTE_ADDR="192.0.2.9")
+    RequestMiddleware.bind_ip(request)
+    assert structlog.contextvars.get_contextvars()["ip"] == believed  # in the log
+    assert get_client_ip_address(request) == believed  # at the login
+    assert Throttle().get_ident(request) == believed
 
 
 def test_the_api_describes_itself_to_a_browser(client, user):
