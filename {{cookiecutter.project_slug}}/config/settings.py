@@ -4,6 +4,7 @@
 
 import logging
 import os
+import re
 from datetime import timedelta
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import structlog
 {% if cookiecutter.include_example and cookiecutter.periodic_tasks == "code" %}
 from celery.schedules import crontab
 {% endif %}
+from django.core.exceptions import ImproperlyConfigured
 
 BASE_DIR = Path(__file__).resolve().parent.parent
 
@@ -39,6 +41,18 @@ IPWARE_STRICT = False  # there may be more addresses
 SECURE_HSTS_SECONDS = 0 if DEBUG else 3600
 # Subdomains and the preload list concern more than this project: decide on them yourself.
 SILENCED_SYSTEM_CHECKS = ["security.W005", "security.W021"]
+# A page runs the project's own scripts, and none that somebody got into it.
+CONTENT_SECURITY_POLICY = {
+    "DIRECTIVES": {
+        "default-src": ["'self'"],
+        "style-src": ["'self'", "'unsafe-inline'"],  # Swagger UI and the browsable API need it
+        "img-src": ["'self'", "data:"],
+        "object-src": ["'none'"],
+        "base-uri": ["'none'"],
+        "form-action": ["'self'"],
+        "frame-ancestors": ["'none'"],
+    }
+}
 AUTH_PASSWORD_VALIDATORS = [
     {"NAME": f"django.contrib.auth.password_validation.{name}Validator"}
     for name in ["UserAttributeSimilarity", "MinimumLength", "CommonPassword", "NumericPassword"]
@@ -80,6 +94,7 @@ INSTALLED_APPS = [
 ]
 MIDDLEWARE = [
     "django.middleware.security.SecurityMiddleware",
+    "csp.middleware.CSPMiddleware",
     "whitenoise.middleware.WhiteNoiseMiddleware",
     "django.contrib.sessions.middleware.SessionMiddleware",
     "django.middleware.common.CommonMiddleware",
@@ -131,6 +146,9 @@ vars().update(env.email("EMAIL_URL"))
 
 # API
 
+THROTTLE = env.str("THROTTLE", default="600/min")  # requests of one user
+if not re.fullmatch("[1-9][0-9]*/(s|sec|second|m|min|minute|h|hour|d|day)", THROTTLE):
+    raise ImproperlyConfigured(f"THROTTLE={THROTTLE}: write a number and a unit, such as 600/min.")
 REST_FRAMEWORK = {
     "DEFAULT_AUTHENTICATION_CLASSES": [
         "rest_framework.authentication.TokenAuthentication",
@@ -142,7 +160,7 @@ REST_FRAMEWORK = {
     "DEFAULT_PAGINATION_CLASS": "rest_framework.pagination.PageNumberPagination",
     "PAGE_SIZE": 20,
     "DEFAULT_THROTTLE_CLASSES": ["jobs.serializers.Throttle"],
-    "DEFAULT_THROTTLE_RATES": {"user": env.str("THROTTLE", default="600/min")},
+    "DEFAULT_THROTTLE_RATES": {"user": THROTTLE},
     "DEFAULT_SCHEMA_CLASS": "drf_spectacular.openapi.AutoSchema",
     "EXCEPTION_HANDLER": "jobs.views.handle_exception",
     "NUM_PROXIES": NUM_PROXIES,
@@ -150,6 +168,7 @@ REST_FRAMEWORK = {
 SPECTACULAR_SETTINGS = {
     "TITLE": {{ text.python(cookiecutter.project_name) }},
     "VERSION": "1.0.0",
+    "SERVE_PERMISSIONS": ["rest_framework.permissions.IsAuthenticated"],
     "SWAGGER_UI_DIST": "SIDECAR",  # from this server, not from another one
     "SWAGGER_UI_FAVICON_HREF": "SIDECAR",
     "POSTPROCESSING_HOOKS": [

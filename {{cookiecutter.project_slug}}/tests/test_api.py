@@ -9,6 +9,7 @@ import structlog
 from axes.helpers import get_client_ip_address
 from celery import shared_task
 from django.core.cache.backends.locmem import LocMemCache
+from django.core.exceptions import ImproperlyConfigured
 from django.core.management import call_command
 from django.db import OperationalError, connection
 from django.test import RequestFactory
@@ -90,6 +91,8 @@ def test_cancel_ends_a_job_once(api, user):
 def test_who_is_not_logged_in_gets_nothing():
     assert APIClient().get("/api/jobs/").status_code == 401
     assert APIClient().post(f"/api/jobs/{uuid.uuid4()}/cancel/").status_code == 401
+    assert APIClient().get("/api/schema/").status_code == 401
+    assert APIClient().get("/api/docs/").status_code == 302
 
 
 def test_who_asks_too_often_is_told_when_to_come_back(api, monkeypatch):
@@ -107,6 +110,13 @@ def test_a_cache_that_is_away_stops_nobody(api, monkeypatch):
     monkeypatch.setattr(LocMemCache, "get", refuse)
     monkeypatch.setattr(Throttle, "count_again_at", 0.0)
     assert api.get("/api/jobs/").status_code == 200
+
+
+@pytest.mark.parametrize("rate", ["lots", "0/min", "10", "10/fortnight"])
+def test_a_throttle_that_is_none_is_refused_at_the_start(settings, monkeypatch, rate):
+    monkeypatch.setenv("THROTTLE", rate)
+    with pytest.raises(ImproperlyConfigured, match=f"THROTTLE={rate}: write"):
+        runpy.run_path(settings.BASE_DIR / "config/settings.py")
 
 
 def test_the_openapi_document_has_no_warnings():
@@ -176,6 +186,14 @@ def test_a_client_cannot_choose_its_address(settings, monkeypatch, proxies, beli
     assert structlog.contextvars.get_contextvars()["ip"] == believed  # in the log
     assert get_client_ip_address(request) == believed  # at the login
     assert Throttle().get_ident(request) == believed
+
+
+@pytest.mark.parametrize("url", ["/", "/login/", "/admin/", "/api/docs/"])
+def test_a_page_runs_no_script_that_is_not_the_projects_own(admin_client, url):
+    response = admin_client.get(url)
+    assert "default-src 'self'" in response["Content-Security-Policy"]
+    assert "script-src" not in response["Content-Security-Policy"]
+    assert b"<script>" not in response.content
 
 
 def test_the_api_describes_itself_to_a_browser(client, user):
