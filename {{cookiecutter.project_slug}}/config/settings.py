@@ -66,7 +66,6 @@ AXES_FAILURE_LIMIT = 10
 AXES_COOLOFF_TIME = timedelta(minutes=15)
 AXES_RESET_COOL_OFF_ON_FAILURE_DURING_LOCKOUT = False  # nor does it write any more
 AXES_DISABLE_ACCESS_LOG = True  # of logins that succeed: it would grow for ever
-AXES_VERBOSE = False
 
 # Django
 
@@ -260,6 +259,7 @@ LOGGING = {
     "handlers": {"console": {"class": "logging.StreamHandler", "formatter": "structlog"}},
     "root": {"handlers": ["console"], "level": env.str("LOG_LEVEL", default="INFO")},
     "loggers": {
+        "axes": {"level": "WARNING"},  # logins that fail
         "celery.app.trace": {"level": "WARNING"},  # django_structlog says when a task starts, ends
         "celery.worker.strategy": {"level": "WARNING"},
         "django": {},

@@ -3,6 +3,7 @@ import json
 import re
 from traceback import walk_tb
 
+from django.core.exceptions import RequestDataTooBig
 from django.db import IntegrityError, transaction
 from django.shortcuts import get_object_or_404
 from django.urls import reverse
@@ -28,7 +29,9 @@ class KeyReused(APIException):
 
 
 def handle_exception(error, context):
-    """What Django REST framework does, and 400 for JSON that is nested too deeply to be read."""
+    """What Django REST framework does, and 400 for JSON that is too big or too deep to be read."""
+    if isinstance(error, RequestDataTooBig):
+        error = ParseError("The body is too big.")
     if isinstance(error, RecursionError):
         *_, (frame, _) = walk_tb(error.__traceback__)
         if frame.f_globals["__name__"].startswith("json."):  # anything else is a bug: 500

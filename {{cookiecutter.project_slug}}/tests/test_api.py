@@ -263,6 +263,16 @@ def test_json_that_is_nested_too_deeply_is_refused():
     assert echo(request).status_code == 400
 
 
+def test_a_body_that_is_too_big_is_refused():
+    @api_view(["POST"])
+    @permission_classes([])
+    def echo(request):
+        return Response(request.data)
+
+    request = APIRequestFactory().post("/", "1" * 3_000_000, content_type="application/json")
+    assert echo(request).status_code == 400
+
+
 def test_code_that_recurses_without_end_is_an_error_of_ours():
     @api_view()
     @permission_classes([])
