@@ -570,3 +570,29 @@ def test_the_api_answers_as_it_documents(stack, tmp_path, record_property):
         cases += int(generated[1])
     record_property("cases", cases)
     assert cases >= 5000
+
+
+# A failover
+
+
+@stacks(brokers=CHOICES["broker"][:1])
+def test_a_database_that_takes_no_writes_loses_no_job(stack, gate, since):
+    """How a body ended is written once it does; no body runs twice, no crash is counted."""
+
+    def set_read_only(state):
+        setting = f"ALTER SYSTEM SET default_transaction_read_only = {state}"
+        assert stack.database.run("psql", "-q", "-c", setting, "-c", "SELECT pg_reload_conf()")
+
+    jobs = [stack.enqueue("hold", gate, queue=queue) for queue in ["cpu", "io"]]
+    stack.wait_until_started(*jobs)
+    set_read_only("on")
+    try:
+        gate.touch()
+        time.sleep(4)  # longer than a lease
+    finally:
+        set_read_only("off")
+    start = time.monotonic()
+    rows = stack.wait_until_final(*jobs)
+    since(start)
+    assert succeeded(rows, crashes=0), rows
+    assert [len(stack.notes("start", job)) for job in jobs] == [1, 1]

@@ -20,9 +20,16 @@ from celery.exceptions import SoftTimeLimitExceeded
 from celery.worker.control import Panel
 {% endif %}
 from django.core.checks import run_checks
-from django.db import IntegrityError, InterfaceError, OperationalError, transaction
+from django.db import (
+    IntegrityError,
+    InterfaceError,
+    InternalError,
+    OperationalError,
+    transaction,
+)
 from django.db.models.functions import Now
 from django.utils import timezone
+from psycopg.errors import ReadOnlySqlTransaction
 
 from config.celery import app, own_settings
 from jobs import lease, models, sweep
@@ -302,7 +309,9 @@ def test_the_last_retry_fails_the_job():
 
 @pytest.mark.django_db(transaction=True)  # it opens a new connection
 def test_a_result_waits_for_a_database_that_is_away(monkeypatch):
-    finish, errors = JobQuerySet.finish, [OperationalError, InterfaceError]
+    read_only = InternalError()
+    read_only.__cause__ = ReadOnlySqlTransaction()
+    finish, errors = JobQuerySet.finish, [OperationalError, InterfaceError, read_only]
 
     def away(self, *args, **kwargs):
         if errors:
