@@ -564,6 +564,7 @@ def test_the_api_answers_as_it_documents(stack, tmp_path, record_property):
         limit = ["--max-examples", os.environ.get("EXAMPLES", "150")]
         checks = "not_a_server_error,status_code_conformance"
         checks += ",response_schema_conformance,response_headers_conformance"
+        checks += ",content_type_conformance,negative_data_rejection"
         printed = stack.project.call(*command, *options, *limit, "--checks", checks)
         generated = re.search(r"(\d+) generated, \1 passed", printed)
         assert generated, printed

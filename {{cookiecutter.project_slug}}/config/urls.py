@@ -14,7 +14,7 @@ from jobs.views import JobViewSet
 from orders.views import NewsletterViewSet, OrderViewSet
 {% endif %}
 
-router = DefaultRouter()
+router = DefaultRouter(use_regex_path=False)  # any id is the API's to answer, also one with a dot
 router.include_format_suffixes = False  # no jobs.json beside jobs/
 router.register("jobs", JobViewSet, basename="job")
 {% if cookiecutter.include_example %}

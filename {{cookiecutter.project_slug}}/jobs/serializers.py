@@ -1,6 +1,7 @@
 import logging
 import time
 
+from django_filters.rest_framework import DjangoFilterBackend
 from rest_framework import serializers
 from rest_framework.throttling import UserRateThrottle
 
@@ -34,7 +35,7 @@ def document_common_answers(result, generator, request, public):
             answers = COMMON | {429: "Too many requests"}
             if "{" in path or "page" in parameters:
                 answers[404] = "Not found"
-            if "requestBody" in operation or "state" in parameters:
+            if "requestBody" in operation or "page" in parameters:
                 answers[400] = "Not valid"
             if "requestBody" in operation:
                 answers[415] = "Not JSON"
@@ -53,11 +54,21 @@ def document_common_answers(result, generator, request, public):
     return result
 
 
-class Throttle(UserRateThrottle):
-    """Counts requests in the cache, and lets them pass while that is away.
+# Not in views.py, because the framework imports these two before there can be views.
 
-    Not in views.py: the framework imports it before there can be views.
-    """
+
+class Filter(DjangoFilterBackend):
+    """Refuses a parameter that is empty or comes twice: the answer would not be what was asked."""
+
+    def filter_queryset(self, request, queryset, view):
+        for name, values in request.query_params.lists():
+            if len(values) > 1 or not values[0]:
+                raise serializers.ValidationError({name: ["Say it once, and not empty."]})
+        return super().filter_queryset(request, queryset, view)
+
+
+class Throttle(UserRateThrottle):
+    """Counts requests in the cache, and lets them pass while that is away."""
 
     count_again_at = 0.0
 

@@ -17,6 +17,9 @@ from rest_framework.views import exception_handler
 from .models import Job
 from .serializers import JobSerializer
 
+# 1 to 255 printable ASCII characters; HTTP takes away spaces at the ends.
+KEY = {"type": "string", "pattern": "^[!-~]([ -~]{0,253}[!-~])?$"}
+
 
 class Ended(APIException):
     status_code = 409
@@ -67,7 +70,7 @@ class EnqueueMixin:
     again with the same Idempotency-Key, a request does nothing and gets the same object and job.
     """
 
-    @extend_schema(parameters=[OpenApiParameter("Idempotency-Key", str, OpenApiParameter.HEADER)])
+    @extend_schema(parameters=[OpenApiParameter("Idempotency-Key", KEY, OpenApiParameter.HEADER)])
     def create(self, request, *args, **kwargs):
         instance = self.earlier()
         if instance is None:
@@ -104,7 +107,7 @@ class EnqueueMixin:
     @property
     def idempotency_key(self):
         key = self.request.headers.get("Idempotency-Key")
-        if key is not None and not re.fullmatch("[ -~]{1,255}", key):
+        if key is not None and not re.fullmatch(KEY["pattern"], key):
             raise ValidationError({"Idempotency-Key": ["1 to 255 printable ASCII characters."]})
         return key
 

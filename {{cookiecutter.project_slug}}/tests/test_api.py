@@ -78,7 +78,8 @@ def test_the_list_is_filtered_by_state(api, user, commit):
         Job.objects.enqueue(greet, owner=user)
     queued = Job.objects.enqueue(greet, owner=user)
     assert ids(api.get("/api/jobs/?state=queued")) == [str(queued.pk)]
-    assert api.get("/api/jobs/?state=unheard-of").status_code == 400
+    for query in ["unheard-of", "", "unheard-of&state=queued", "queued&page=1&page=1"]:
+        assert api.get(f"/api/jobs/?state={query}").status_code == 400
 
 
 def test_cancel_ends_a_job_once(api, user):
@@ -251,6 +252,8 @@ def test_a_format_in_the_address_is_not_found(api, user):
     job = Job.objects.enqueue(greet, owner=user)
     assert api.post(f"/api/jobs/{job.pk}/cancel.json").status_code == 404
     assert api.get("/api/jobs.json").status_code == 404
+    response = api.get(f"/api/jobs/{job.pk}.json/")
+    assert (response.status_code, response["Content-Type"]) == (404, "application/json")
 
 
 def test_json_that_is_nested_too_deeply_is_refused():
