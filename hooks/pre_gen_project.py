@@ -24,11 +24,12 @@ TEXTS = ("project_name", "project_slug", "description", "author_name", "author_e
 SLUG = r"[a-z]([a-z0-9_]{0,38}[a-z0-9])?"  # fits packages, containers and databases too
 # The project's own modules, then what it may import or install.
 PACKAGES = """config dev jobs manage orders test tests
-    amqp asgiref axes billiard boto3 botocore celery csp django django_axes django_celery_beat
-    django_celery_results django_csp django_environ django_filter django_filters django_structlog djangorestframework
-    drf_spectacular drf_spectacular_sidecar environ fakeredis flower gevent greenlet gunicorn
-    honcho httpx kombu moto psycopg psycopg_binary pycurl pytest pytest_django redis rest_framework
-    ruff sentry_sdk sqlparse structlog tornado vine whitenoise""".split()
+    amqp asgiref axes billiard boto3 botocore celery csp django django_axes
+    django_celery_beat django_celery_results django_csp django_environ django_filter
+    django_filters django_structlog djangorestframework drf_spectacular
+    drf_spectacular_sidecar environ fakeredis flower gevent greenlet gunicorn honcho
+    httpx kombu moto psycopg psycopg_binary pycurl pytest pytest_django redis
+    rest_framework ruff sentry_sdk sqlparse structlog tornado vine whitenoise""".split()
 TAKEN = {*PACKAGES, *keyword.kwlist, *keyword.softkwlist, *sys.stdlib_module_names}
 ATOM, LABEL = r"[\w!#$%&'*+/=?^`{|}~-]+", r"[a-z0-9]([a-z0-9-]*[a-z0-9])?"
 EMAIL = rf"{ATOM}(\.{ATOM})*@{LABEL}(\.{LABEL})+"  # what RFC 5322 allows without quotes
