@@ -557,7 +557,7 @@ def test_the_api_answers_as_it_documents(stack, tmp_path, record_property):
     cases = 0
     schema = tmp_path / "schema.yaml"
     stack.project.manage("spectacular", "--file", str(schema), **stack.variables)
-    for token in (stack.token, stack.add_user("staff", is_staff=True)):
+    for token in (stack.token, stack.add_user("staff", is_staff=True, is_superuser=True)):
         command = ["schemathesis", "run", str(schema), "--url", f"http://127.0.0.1:{stack.port}"]
         options = ["-H", f"Authorization: Token {token}", "--seed", "1"]
         options += ["--exclude-path", "/faults/", "--exclude-path", "/api/schema/"]
