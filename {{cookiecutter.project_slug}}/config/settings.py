@@ -64,7 +64,7 @@ AUTHENTICATION_BACKENDS = [
 ]
 AXES_FAILURE_LIMIT = 10
 AXES_COOLOFF_TIME = timedelta(minutes=15)
-AXES_RESET_COOL_OFF_ON_FAILURE_DURING_LOCKOUT = False  # nor does it write any more
+AXES_RESET_COOL_OFF_ON_FAILURE_DURING_LOCKOUT = False  # a try then writes nothing
 AXES_DISABLE_ACCESS_LOG = True  # of logins that succeed: it would grow for ever
 
 # Django

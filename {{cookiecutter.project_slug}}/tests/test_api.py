@@ -7,6 +7,7 @@ import uuid
 import pytest
 import structlog
 from axes.helpers import get_client_ip_address
+from axes.models import AccessAttempt, AccessLog
 from celery import shared_task
 from django.core.cache.backends.locmem import LocMemCache
 from django.core.exceptions import ImproperlyConfigured
@@ -169,6 +170,12 @@ def test_who_guesses_passwords_is_locked_out(client, user, url, settings, caplog
     assert log_in("the last one") == 429
     assert log_in("secret") == 429
     assert log_in("secret", "192.0.2.2") == 302
+    attempt = AccessAttempt.objects.get()
+    assert attempt.failures_since_start == settings.AXES_FAILURE_LIMIT
+    attempt.attempt_time -= settings.AXES_COOLOFF_TIME
+    attempt.save()
+    assert log_in("secret") == 302
+    assert not AccessLog.objects.exists()
 
 
 @pytest.mark.parametrize(
