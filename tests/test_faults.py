@@ -561,7 +561,7 @@ def test_the_api_answers_as_it_documents(stack, tmp_path, record_property):
         command = ["schemathesis", "run", str(schema), "--url", f"http://127.0.0.1:{stack.port}"]
         options = ["-H", f"Authorization: Token {token}", "--seed", "1"]
         options += ["--exclude-path", "/faults/", "--exclude-path", "/api/schema/"]
-        limit = ["--max-examples", os.environ.get("EXAMPLES", "150")]
+        limit = ["--max-examples", os.environ.get("EXAMPLES", "180")]
         checks = "not_a_server_error,status_code_conformance"
         checks += ",response_schema_conformance,response_headers_conformance"
         checks += ",content_type_conformance,negative_data_rejection"
