@@ -197,7 +197,7 @@ def others(output):
         output.done(path, 100)
         for _ in range(100):
             client = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
-            client.request("GET", "/api/docs/", headers={"X-Forwarded-Proto": "https"})
+            client.request("GET", "/login/", headers={"X-Forwarded-Proto": "https"})
             client.getresponse().read()
         processes = {"gunicorn": web, "Beat": beat, "Flower": flower}
         return [r for name, p in processes.items() for r in memory(name, output.memory(p))]

@@ -14,12 +14,12 @@ CHOICES = {  # Cookiecutter checks none of a replay; a test holds these to cooki
     "ci": ["github", "gitlab", "none"]}  # fmt: skip
 SLUG = r"(?!pg_|.*___)[a-z]([a-z0-9_]{0,38}[a-z0-9])?"  # fits packages, images, databases
 TAKEN = """config dev jobs manage orders test tests default false guest n no none null off on
-    postgres public template0 template1 true y yes amqp asgiref billiard boto3 botocore celery
-    django django_celery_beat django_celery_results django_environ django_filter django_filters
-    django_structlog djangorestframework drf_spectacular drf_spectacular_sidecar environ
-    fakeredis flower gevent greenlet gunicorn honcho httpx kombu moto psycopg psycopg_binary
-    pycurl pytest pytest_django redis rest_framework ruff sentry_sdk sqlparse structlog tornado
-    vine whitenoise""".split()  # the project's; of YAML and servers; what it may import
+    postgres public template0 template1 true y yes amqp asgiref axes billiard boto3 botocore celery
+    csp django django_axes django_celery_beat django_celery_results django_csp django_environ
+    django_filter django_filters django_structlog djangorestframework drf_spectacular
+    drf_spectacular_sidecar environ fakeredis flower gevent greenlet gunicorn honcho httpx kombu
+    moto psycopg psycopg_binary pycurl pytest pytest_django redis rest_framework ruff sentry_sdk
+    sqlparse structlog tornado vine whitenoise""".split()  # its own, of servers, YAML, imports
 ATOM, LABEL = r"[\w!#$%&'*+/=?^`{|}~-]+", r"[a-z0-9]([a-z0-9-]*[a-z0-9])?"
 EMAIL = rf"{ATOM}(\.{ATOM})*@{LABEL}(\.{LABEL})+"  # what RFC 5322 allows without quotes
 

@@ -30,9 +30,12 @@ def test_each_broker_has_its_job(job):
     assert workflow["jobs"][job]["strategy"]["matrix"]["broker"] == CHOICES["broker"]
 
 
-@pytest.mark.parametrize(("job", "keyword"), [("run", "[{}-"), ("faults", "{}")])
-def test_each_test_is_in_one_of_these_jobs(job, keyword):
-    file = f"tests/test_{job}.py"
+@pytest.mark.parametrize(
+    ("name", "keyword"), [("run", "[{}-"), ("hardening", "[{}-"), ("faults", "{}")]
+)
+def test_each_test_is_in_the_job_of_one_broker(name, keyword):
+    file = f"tests/test_{name}.py"
+    assert f" {file} " in (TEMPLATE / WORKFLOW).read_text()
     tests = Project(TEMPLATE).run("pytest", file, "--collect-only", "--quiet")
     tests = re.findall(r"tests/\S+::(.+)", tests)
     assert tests

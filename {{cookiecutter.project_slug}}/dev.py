@@ -105,7 +105,7 @@ def describe():
 {% if cookiecutter.include_example %}
     Place an order, then follow its job:
     {curl}/orders/ -H 'Content-Type: application/json' \\
-        -d '{% raw %}{{"email": "you@example.com", "product": "Tea"}}{% endraw %}'
+        -d '{% raw %}{{"product": "Tea"}}{% endraw %}'
     {curl}/jobs/
 {% else %}
     See the jobs (README.md says how to write one):

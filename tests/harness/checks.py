@@ -31,6 +31,8 @@ CHECKERS = {
 }
 # Modules whose package has another name.
 PACKAGES = {
+    "axes": "django-axes",
+    "csp": "django-csp",
     "django_filters": "django-filter",
     "environ": "django-environ",
     "rest_framework": "djangorestframework",

@@ -2,6 +2,7 @@
 import os
 
 from celery import Celery, signals
+from django.conf import settings
 from django.db import close_old_connections
 from django_structlog.celery.steps import DjangoStructLogInitStep
 {% print broker.celery_imports | default %}
@@ -9,9 +10,22 @@ from django_structlog.celery.steps import DjangoStructLogInitStep
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
 
 app = Celery("config")
-app.config_from_object("django.conf:settings", namespace="CELERY")
 app.autodiscover_tasks()
 app.steps["worker"].add(DjangoStructLogInitStep)
+
+
+def own_settings():
+    """What config/settings.py names CELERY_…, under Celery's own names, and nothing else.
+
+    Flower and `celery inspect conf` show all that Celery has, and hide passwords by these names.
+    """
+    names = [name for name in dir(settings) if name.startswith("CELERY_")]
+    own = {name.removeprefix("CELERY_").lower(): getattr(settings, name) for name in names}
+    own["CELERY_DB_REUSE_MAX"] = own.pop("db_reuse_max")  # the one that Celery reads by this name
+    return own
+
+
+app.add_defaults(own_settings)  # called when Celery needs them
 
 
 @signals.setup_logging.connect

@@ -1,9 +1,11 @@
 {% import "text.jinja" as text %}
-{% from "chosen.jinja" import broker, result_backend, worker_pool, periodic_tasks with context %}
+{% from "chosen.jinja" import broker, result_backend, servers, worker_pool, periodic_tasks with context %}
 """Settings. Whatever differs between machines comes from the environment: see .env.example."""
 
 import logging
 import os
+import re
+from datetime import timedelta
 from pathlib import Path
 
 import environ
@@ -12,6 +14,7 @@ import structlog
 {% if cookiecutter.include_example and cookiecutter.periodic_tasks == "code" %}
 from celery.schedules import crontab
 {% endif %}
+from django.core.exceptions import ImproperlyConfigured
 
 BASE_DIR = Path(__file__).resolve().parent.parent
 
@@ -30,13 +33,39 @@ CSRF_TRUSTED_ORIGINS = env.list("CSRF_TRUSTED_ORIGINS", default=[])
 SECURE_SSL_REDIRECT = SESSION_COOKIE_SECURE = CSRF_COOKIE_SECURE = not DEBUG
 SECURE_REDIRECT_EXEMPT = [r"^health/"]  # probes come without TLS
 SECURE_PROXY_SSL_HEADER = ("HTTP_X_FORWARDED_PROTO", "https")  # the proxy must set it itself
+# Each appends an address to X-Forwarded-For; what stands before these anybody can write.
+NUM_PROXIES = env.int("NUM_PROXIES", default=0 if DEBUG else 1)
+IPWARE_META_PRECEDENCE_ORDER = ["HTTP_X_FORWARDED_FOR"] * bool(NUM_PROXIES) + ["REMOTE_ADDR"]
+IPWARE_META_PROXY_COUNT = max(NUM_PROXIES - 1, 0)  # it does not count the last one
+IPWARE_STRICT = False  # there may be more addresses
 SECURE_HSTS_SECONDS = 0 if DEBUG else 3600
 # Subdomains and the preload list concern more than this project: decide on them yourself.
 SILENCED_SYSTEM_CHECKS = ["security.W005", "security.W021"]
+# A page runs the project's own scripts, and none that somebody got into it.
+CONTENT_SECURITY_POLICY = {
+    "DIRECTIVES": {
+        "default-src": ["'self'"],
+        "style-src": ["'self'", "'unsafe-inline'"],  # Swagger UI and the browsable API need it
+        "img-src": ["'self'", "data:"],
+        "object-src": ["'none'"],
+        "base-uri": ["'none'"],
+        "form-action": ["'self'"],
+        "frame-ancestors": ["'none'"],
+    }
+}
 AUTH_PASSWORD_VALIDATORS = [
     {"NAME": f"django.contrib.auth.password_validation.{name}Validator"}
     for name in ["UserAttributeSimilarity", "MinimumLength", "CommonPassword", "NumericPassword"]
 ]
+# After ten wrong passwords an address is locked out, before any other is hashed.
+AUTHENTICATION_BACKENDS = [
+    "axes.backends.AxesStandaloneBackend",
+    "django.contrib.auth.backends.ModelBackend",
+]
+AXES_FAILURE_LIMIT = 10
+AXES_COOLOFF_TIME = timedelta(minutes=15)
+AXES_RESET_COOL_OFF_ON_FAILURE_DURING_LOCKOUT = False  # a try then writes nothing
+AXES_DISABLE_ACCESS_LOG = True  # of logins that succeed: it would grow for ever
 
 # Django
 
@@ -53,6 +82,7 @@ INSTALLED_APPS = [
     "drf_spectacular",
     "drf_spectacular_sidecar",
     "django_structlog",
+    "axes",
 {% for app in [result_backend.app, periodic_tasks.app] | select %}
     "{{ app }}",
 {% endfor %}
@@ -63,6 +93,7 @@ INSTALLED_APPS = [
 ]
 MIDDLEWARE = [
     "django.middleware.security.SecurityMiddleware",
+    "csp.middleware.CSPMiddleware",
     "whitenoise.middleware.WhiteNoiseMiddleware",
     "django.contrib.sessions.middleware.SessionMiddleware",
     "django.middleware.common.CommonMiddleware",
@@ -71,6 +102,7 @@ MIDDLEWARE = [
     "django.contrib.messages.middleware.MessageMiddleware",
     "django.middleware.clickjacking.XFrameOptionsMiddleware",
     "django_structlog.middlewares.RequestMiddleware",
+    "axes.middleware.AxesMiddleware",
 ]
 TEMPLATES = [
     {
@@ -106,11 +138,17 @@ if DATABASE["ENGINE"] == "django.db.backends.sqlite3":
     DATABASE["TEST"] = {"NAME": BASE_DIR / "test.sqlite3"}  # a file, for a live worker to share
 DATABASES = {"default": DATABASE}
 CACHES = {"default": env.cache("CACHE_URL", default="locmemcache://")}
+{% for server in servers %}
+{% print server.settings | default %}
+{% endfor %}
 vars().update(env.email("EMAIL_URL"))
 DEFAULT_FROM_EMAIL = env.str("DEFAULT_FROM_EMAIL")
 
 # API
 
+THROTTLE = env.str("THROTTLE", default="600/min")  # requests of one user
+if not re.fullmatch("[1-9][0-9]*/(s|sec|second|m|min|minute|h|hour|d|day)", THROTTLE):
+    raise ImproperlyConfigured(f"THROTTLE={THROTTLE}: write a number and a unit, such as 600/min.")
 REST_FRAMEWORK = {
     "DEFAULT_AUTHENTICATION_CLASSES": [
         "rest_framework.authentication.TokenAuthentication",
@@ -118,17 +156,20 @@ REST_FRAMEWORK = {
     ],
     "DEFAULT_PERMISSION_CLASSES": ["rest_framework.permissions.IsAuthenticated"],
     "DEFAULT_PARSER_CLASSES": ["rest_framework.parsers.JSONParser"],
-    "DEFAULT_FILTER_BACKENDS": ["django_filters.rest_framework.DjangoFilterBackend"],
+    "DEFAULT_FILTER_BACKENDS": ["jobs.serializers.Filter"],
     "DEFAULT_PAGINATION_CLASS": "rest_framework.pagination.PageNumberPagination",
     "PAGE_SIZE": 20,
-    "DEFAULT_THROTTLE_CLASSES": ["rest_framework.throttling.UserRateThrottle"],
-    "DEFAULT_THROTTLE_RATES": {"user": env.str("THROTTLE", default="600/min")},
+    "DEFAULT_THROTTLE_CLASSES": ["jobs.serializers.Throttle"],
+    "DEFAULT_THROTTLE_RATES": {"user": THROTTLE},
     "DEFAULT_SCHEMA_CLASS": "drf_spectacular.openapi.AutoSchema",
     "EXCEPTION_HANDLER": "jobs.views.handle_exception",
+    "NUM_PROXIES": NUM_PROXIES,
 }
 SPECTACULAR_SETTINGS = {
     "TITLE": {{ text.python(cookiecutter.project_name) }},
     "VERSION": "1.0.0",
+    "COMPONENT_SPLIT_REQUEST": True,  # an answer may have blank texts, a request not
+    "SERVE_PERMISSIONS": ["rest_framework.permissions.IsAuthenticated"],
     "SWAGGER_UI_DIST": "SIDECAR",  # from this server, not from another one
     "SWAGGER_UI_FAVICON_HREF": "SIDECAR",
     "POSTPROCESSING_HOOKS": [
@@ -220,6 +261,7 @@ LOGGING = {
     "handlers": {"console": {"class": "logging.StreamHandler", "formatter": "structlog"}},
     "root": {"handlers": ["console"], "level": env.str("LOG_LEVEL", default="INFO")},
     "loggers": {
+        "axes": {"level": "WARNING"},  # logins that fail
         "celery.app.trace": {"level": "WARNING"},  # django_structlog says when a task starts, ends
         "celery.worker.strategy": {"level": "WARNING"},
         "django": {},

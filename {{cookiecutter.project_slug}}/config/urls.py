@@ -6,7 +6,7 @@ from django.db import Error, connection
 from django.http import HttpResponse
 from django.urls import include, path
 from django.views.generic import TemplateView
-from drf_spectacular.views import SpectacularAPIView, SpectacularSwaggerView
+from drf_spectacular.views import SpectacularAPIView, SpectacularSwaggerSplitView
 from rest_framework.routers import DefaultRouter
 
 from jobs.views import JobViewSet
@@ -14,7 +14,7 @@ from jobs.views import JobViewSet
 from orders.views import NewsletterViewSet, OrderViewSet
 {% endif %}
 
-router = DefaultRouter()
+router = DefaultRouter(use_regex_path=False)  # any id is the API's to answer, also one with a dot
 router.include_format_suffixes = False  # no jobs.json beside jobs/
 router.register("jobs", JobViewSet, basename="job")
 {% if cookiecutter.include_example %}
@@ -25,6 +25,7 @@ router.register("newsletters", NewsletterViewSet, basename="newsletter")
 title = settings.SPECTACULAR_SETTINGS["TITLE"]
 admin.site.site_header = admin.site.site_title = title
 name = {"project_name": title}
+api_docs = SpectacularSwaggerSplitView.as_view()
 jobs_page = TemplateView.as_view(template_name="jobs/index.html", extra_context=name)
 
 
@@ -44,7 +45,7 @@ urlpatterns = [
     path("admin/", admin.site.urls),
     path("api/", include(router.urls)),
     path("api/schema/", SpectacularAPIView.as_view(), name="schema"),
-    path("api/docs/", SpectacularSwaggerView.as_view(), name="schema-ui"),
+    path("api/docs/", login_required(api_docs), name="schema-ui"),
     path("health/live", lambda request: HttpResponse("ok")),
     path("health/ready", ready),
 ]

@@ -1,7 +1,15 @@
+import logging
+import time
+
+from django_filters.rest_framework import DjangoFilterBackend
 from rest_framework import serializers
+from rest_framework.throttling import UserRateThrottle
 
 from .models import Job
 
+logger = logging.getLogger(__name__)
+
+CACHE_PAUSE = 10  # seconds without a try after the cache failed: requests stay quick
 SHOWN = "id url task state progress message result error created_at started_at finished_at"
 ERROR = {"type": "object", "properties": {"detail": {"type": "string"}}}
 TEXT = {"schema": {"type": "string"}}
@@ -25,9 +33,10 @@ def document_common_answers(result, generator, request, public):
         for operation in operations.values():
             parameters = {parameter["name"] for parameter in operation.get("parameters", [])}
             answers = COMMON | {429: "Too many requests"}
-            if "{" in path or {"page", "cursor"} & set(parameters):
+            has_pages = {"page", "cursor"} & parameters
+            if "{" in path or has_pages:
                 answers[404] = "Not found"
-            if "requestBody" in operation or "state" in parameters:
+            if "requestBody" in operation or has_pages:
                 answers[400] = "Not valid"
             if "requestBody" in operation:
                 answers[415] = "Not JSON"
@@ -44,3 +53,32 @@ def document_common_answers(result, generator, request, public):
             responses["429"]["headers"] = {"Retry-After": TEXT}
             responses["414"] = {"description": "The address is too long"}  # says gunicorn
     return result
+
+
+# Not in views.py, because the framework imports these two before there can be views.
+
+
+class Filter(DjangoFilterBackend):
+    """Refuses a parameter that is empty or comes twice: the answer would not be what was asked."""
+
+    def filter_queryset(self, request, queryset, view):
+        for name, values in request.query_params.lists():
+            if len(values) > 1 or not values[0]:
+                raise serializers.ValidationError({name: ["Say it once, and not empty."]})
+        return super().filter_queryset(request, queryset, view)
+
+
+class Throttle(UserRateThrottle):
+    """Counts requests in the cache, and lets them pass while that is away."""
+
+    count_again_at = 0.0
+
+    def allow_request(self, request, view):
+        if time.monotonic() < Throttle.count_again_at:
+            return True
+        try:
+            return super().allow_request(request, view)
+        except Exception as error:  # each cache raises its own
+            Throttle.count_again_at = time.monotonic() + CACHE_PAUSE
+            logger.warning("requests are not counted, the cache is away: %r", error)
+            return True

@@ -147,10 +147,18 @@ def insist(update, *args, **kwargs):
     while True:
         try:
             return update(*args, **kwargs)
-        except (OperationalError, InterfaceError) as error:
+        except Error as error:
+            if not is_away(error):
+                raise
             logger.warning("waiting for the database: %s", error)
             close_old_connections()
             time.sleep(1)
+
+
+def is_away(error):
+    """Whether it may pass: also PostgreSQL's 25006, "read only", as after a failover."""
+    read_only = getattr(error.__cause__, "sqlstate", None) == "25006"
+    return read_only or isinstance(error, (OperationalError, InterfaceError))
 
 
 def printable(text):

@@ -18,6 +18,9 @@ from rest_framework.views import exception_handler
 from .models import Job
 from .serializers import JobSerializer
 
+# 1 to 255 printable ASCII characters; HTTP takes away spaces at the ends.
+KEY = {"type": "string", "pattern": "^[!-~]([ -~]{0,253}[!-~])?$"}
+
 
 class Ended(APIException):
     status_code = 409
@@ -30,7 +33,9 @@ class KeyReused(APIException):
 
 
 def handle_exception(error, context):
-    """What Django REST framework does, and 400 for JSON that is nested too deeply to be read."""
+    """What Django REST framework does, and 400 for JSON that is too big or too deep to be read."""
+    if isinstance(error, exceptions.RequestDataTooBig):
+        error = ParseError("The body is too big.")
     if isinstance(error, RecursionError):
         *_, (frame, _) = walk_tb(error.__traceback__)
         if frame.f_globals["__name__"].startswith("json."):  # anything else is a bug: 500
@@ -79,7 +84,7 @@ class EnqueueMixin:
     again with the same Idempotency-Key, a request does nothing and gets the same object and job.
     """
 
-    @extend_schema(parameters=[OpenApiParameter("Idempotency-Key", str, OpenApiParameter.HEADER)])
+    @extend_schema(parameters=[OpenApiParameter("Idempotency-Key", KEY, OpenApiParameter.HEADER)])
     def create(self, request, *args, **kwargs):
         instance = self.earlier()
         if instance is None:
@@ -116,7 +121,7 @@ class EnqueueMixin:
     @property
     def idempotency_key(self):
         key = self.request.headers.get("Idempotency-Key")
-        if key is not None and not re.fullmatch("[ -~]{1,255}", key):
+        if key is not None and not re.fullmatch(KEY["pattern"], key):
             raise ValidationError({"Idempotency-Key": ["1 to 255 printable ASCII characters."]})
         return key
 

@@ -1,21 +1,29 @@
 """What HTTP sees of jobs: the API, the pages, the admin, the probes."""
 
 import os
+import runpy
 import uuid
 from base64 import b64encode
 
 import pytest
+import structlog
+from axes.helpers import get_client_ip_address
+from axes.models import AccessAttempt, AccessLog
 from celery import shared_task
+from django.core.cache.backends.locmem import LocMemCache
+from django.core.exceptions import ImproperlyConfigured
 from django.core.management import call_command
 from django.db import OperationalError, connection
+from django.test import RequestFactory
 from django.test.utils import CaptureQueriesContext
+from django_structlog.middlewares import RequestMiddleware
 from rest_framework.decorators import api_view, permission_classes
 from rest_framework.response import Response
 from rest_framework.test import APIClient, APIRequestFactory
-from rest_framework.throttling import UserRateThrottle
 
 from config import urls
 from jobs.models import Job
+from jobs.serializers import Throttle
 from jobs.tasks import JobTask
 
 pytestmark = pytest.mark.django_db
@@ -102,7 +110,8 @@ def test_the_list_is_filtered_by_state(api, user, commit):
         Job.objects.enqueue(greet, owner=user)
     queued = Job.objects.enqueue(greet, owner=user)
     assert ids(api.get("/api/jobs/?state=queued")) == [str(queued.pk)]
-    assert api.get("/api/jobs/?state=unheard-of").status_code == 400
+    for query in ["unheard-of", "", "unheard-of&state=queued", "queued&cursor=x&cursor=x"]:
+        assert api.get(f"/api/jobs/?state={query}").status_code == 400
 
 
 def test_cancel_ends_a_job_once(api, user):
@@ -115,14 +124,32 @@ def test_cancel_ends_a_job_once(api, user):
 def test_who_is_not_logged_in_gets_nothing():
     assert APIClient().get("/api/jobs/").status_code == 401
     assert APIClient().post(f"/api/jobs/{uuid.uuid4()}/cancel/").status_code == 401
+    assert APIClient().get("/api/schema/").status_code == 401
+    assert APIClient().get("/api/docs/").status_code == 302
 
 
 def test_who_asks_too_often_is_told_when_to_come_back(api, monkeypatch):
-    monkeypatch.setitem(UserRateThrottle.THROTTLE_RATES, "user", "1/min")
+    monkeypatch.setitem(Throttle.THROTTLE_RATES, "user", "1/min")
     assert api.get("/api/jobs/").status_code == 200
     response = api.get("/api/jobs/")
     assert response.status_code == 429
     assert 0 < int(response["Retry-After"]) <= 60
+
+
+def test_a_cache_that_is_away_stops_nobody(api, monkeypatch):
+    def refuse(*args):
+        raise ConnectionError("connection refused")
+
+    monkeypatch.setattr(LocMemCache, "get", refuse)
+    monkeypatch.setattr(Throttle, "count_again_at", 0.0)
+    assert api.get("/api/jobs/").status_code == 200
+
+
+@pytest.mark.parametrize("rate", ["lots", "0/min", "10", "10/fortnight"])
+def test_a_throttle_that_is_none_is_refused_at_the_start(settings, monkeypatch, rate):
+    monkeypatch.setenv("THROTTLE", rate)
+    with pytest.raises(ImproperlyConfigured, match=f"THROTTLE={rate}: write"):
+        runpy.run_path(settings.BASE_DIR / "config/settings.py")
 
 
 def test_the_openapi_document_has_no_warnings():
@@ -156,6 +183,56 @@ def test_the_login_leads_to_the_jobs(client, user):
     response = client.post("/login/", {"username": "user", "password": "secret"}, follow=True)
     assert response.request["PATH_INFO"] == "/"
     assert b'data-jobs-url="/api/jobs/"' in response.content
+
+
+@pytest.mark.parametrize("url", ["/login/", "/admin/login/"])
+def test_who_guesses_passwords_is_locked_out(client, user, url, settings, caplog):
+    user.is_staff = True
+    user.set_password("secret")
+    user.save()
+
+    def log_in(password, address="192.0.2.1"):
+        data = {"username": "user", "password": password}
+        return client.post(url, data, REMOTE_ADDR=address).status_code
+
+    for guess in range(settings.AXES_FAILURE_LIMIT - 1):
+        assert log_in(guess) == 200
+    assert "login failure" in caplog.text
+    assert log_in("the last one") == 429
+    assert log_in("secret") == 429
+    assert log_in("secret", "192.0.2.2") == 302
+    attempt = AccessAttempt.objects.get()
+    assert attempt.failures_since_start == settings.AXES_FAILURE_LIMIT
+    attempt.attempt_time -= settings.AXES_COOLOFF_TIME
+    attempt.save()
+    assert log_in("secret") == 302
+    assert not AccessLog.objects.exists()
+
+
+@pytest.mark.parametrize(
+    "proxies, believed", [(0, "192.0.2.9"), (1, "192.0.2.2"), (2, "192.0.2.1")]
+)
+def test_a_client_cannot_choose_its_address(settings, monkeypatch, proxies, believed):
+    """It has written 192.0.2.0, two proxies the next ones; the last proxy is 192.0.2.9."""
+    monkeypatch.setenv("NUM_PROXIES", str(proxies))
+    values = runpy.run_path(settings.BASE_DIR / "config/settings.py")
+    for name in ["REST_FRAMEWORK", *(name for name in values if name.startswith("IPWARE_"))]:
+        setattr(settings, name, values[name])
+    settings.AXES_IPWARE_META_PRECEDENCE_ORDER = settings.IPWARE_META_PRECEDENCE_ORDER
+    headers = {"X-Forwarded-For": "192.0.2.0, 192.0.2.1, 192.0.2.2", "X-Real-IP": "192.0.2.0"}
+    request = RequestFactory().get("/", headers=headers, REMOTE_ADDR="192.0.2.9")
+    RequestMiddleware.bind_ip(request)
+    assert structlog.contextvars.get_contextvars()["ip"] == believed  # in the log
+    assert get_client_ip_address(request) == believed  # at the login
+    assert Throttle().get_ident(request) == believed
+
+
+@pytest.mark.parametrize("url", ["/", "/login/", "/admin/", "/api/docs/"])
+def test_a_page_runs_no_script_that_is_not_the_projects_own(admin_client, url):
+    response = admin_client.get(url)
+    assert "default-src 'self'" in response["Content-Security-Policy"]
+    assert "script-src" not in response["Content-Security-Policy"]
+    assert b"<script>" not in response.content
 
 
 def test_the_api_describes_itself_to_a_browser(client, user):
@@ -217,6 +294,8 @@ def test_a_format_in_the_address_is_not_found(api, user):
     job = Job.objects.enqueue(greet, owner=user)
     assert api.post(f"/api/jobs/{job.pk}/cancel.json").status_code == 404
     assert api.get("/api/jobs.json").status_code == 404
+    response = api.get(f"/api/jobs/{job.pk}.json/")
+    assert (response.status_code, response["Content-Type"]) == (404, "application/json")
 
 
 def test_json_that_is_nested_too_deeply_is_refused():
@@ -226,6 +305,16 @@ def test_json_that_is_nested_too_deeply_is_refused():
         return Response(request.data)
 
     request = APIRequestFactory().post("/", "[" * 100_000, content_type="application/json")
+    assert echo(request).status_code == 400
+
+
+def test_a_body_that_is_too_big_is_refused():
+    @api_view(["POST"])
+    @permission_classes([])
+    def echo(request):
+        return Response(request.data)
+
+    request = APIRequestFactory().post("/", "1" * 3_000_000, content_type="application/json")
     assert echo(request).status_code == 400
 
 

@@ -15,18 +15,27 @@ from types import SimpleNamespace
 
 import pytest
 from celery import shared_task
+from celery.app.utils import Settings
 from celery.exceptions import SoftTimeLimitExceeded
 {% if broker.flower %}
 from celery.worker.control import Panel
 {% endif %}
 from django.core.checks import run_checks
-from django.db import IntegrityError, InterfaceError, OperationalError, connection, transaction
+from django.db import (
+    IntegrityError,
+    InterfaceError,
+    InternalError,
+    OperationalError,
+    connection,
+    transaction,
+)
 from django.db.models.functions import Now
 from django.test import override_settings
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
+from psycopg.errors import ReadOnlySqlTransaction
 
-from config.celery import app
+from config.celery import app, own_settings
 from jobs import lease, models, sweep
 from jobs.models import Job, JobQuerySet
 from jobs.tasks import JobTask{{ ", follow_revokes" if broker.flower }}
@@ -360,7 +369,9 @@ def test_the_last_retry_fails_the_job():
 
 @pytest.mark.django_db(transaction=True)  # it opens a new connection
 def test_a_result_waits_for_a_database_that_is_away(monkeypatch):
-    finish, errors = JobQuerySet.finish, [OperationalError, InterfaceError]
+    read_only = InternalError()
+    read_only.__cause__ = ReadOnlySqlTransaction()
+    finish, errors = JobQuerySet.finish, [OperationalError, InterfaceError, read_only]
 
     def away(self, *args, **kwargs):
         if errors:
@@ -709,6 +720,17 @@ def test_final_jobs_and_their_keys_are_purged(settings):
 def test_the_database_refuses_impossible_jobs(impossible):
     with pytest.raises(IntegrityError):
         Job.objects.create(task="task", queue="queue", **impossible)
+
+
+# What others see of the settings
+
+
+def test_celery_shows_no_password_in_flower_and_inspect(settings):
+    settings.CELERY_BROKER_URL = "memory://user:secret@host"
+    settings.CACHES = {"default": {"LOCATION": "memory://user:secret@host"}}
+    shown = Settings({}, [own_settings(), {}]).table()
+    assert shown["broker_url"].startswith("memory://user:***")
+    assert "secret" not in str(shown)
 
 
 # What the database does

@@ -1,0 +1,137 @@
+"""What an attacker tried on a running output. What needs no server stands in the output's tests."""
+
+import re
+import shutil
+import socket
+import subprocess
+import threading
+import time
+import urllib.request
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
+
+import pytest
+
+from harness import missing, servers
+from harness.bake import chosen
+from harness.project import free_ports
+from test_run import ORDER, combinations, outputs
+
+default = outputs(next(combinations()))
+PASSWORD = "only-this-server-knows"
+one_each = {each["broker"]: each for each in reversed(list(combinations()))}
+with_flower = outputs(*(each for each in one_each.values() if chosen(**each).broker.flower))
+
+
+@with_flower
+def test_celery_and_flower_show_no_password(project, tmp_path):
+    """Neither those of broker and results, nor that of the cache, which Celery need not know."""
+    with servers.real(project.free_servers(), tmp_path) as addresses:
+        variables = {"CACHE_URL": f"redis://:{PASSWORD}@127.0.0.1:1/2"}
+        for name, url in addresses.items():
+            variables[name] = protect(url)
+        with project.up(**variables) as site:
+            conf = [".venv/bin/celery", "-A", "config", "inspect", "conf", "--timeout", "30"]
+            shown = {
+                "inspect conf": project.call(*conf, "-d", site.worker, **site.environment),
+                "report": project.call(*conf[:3], "report", **site.environment),
+                "Flower": str(site.ask_flower("/api/workers?refresh=1")[2]),
+                "the log": site.log,
+            }
+    for name, text in shown.items():
+        assert PASSWORD not in text and "guest:guest" not in text, name  # RabbitMQ's own
+    assert "broker_url" in shown["inspect conf"] and "broker_url" in shown["Flower"]
+
+
+def protect(url):
+    """Give the Redis at this URL a password; return the URL with it. Others keep theirs."""
+    parts = urlsplit(url)
+    if parts.scheme != "redis":
+        return url
+    with socket.create_connection((parts.hostname, parts.port)) as connection:
+        connection.sendall(f"CONFIG SET requirepass {PASSWORD}\r\n".encode())
+        assert connection.recv(99).startswith((b"+OK", b"-NOAUTH"))
+    return url.replace("//", f"//:{PASSWORD}@", 1)
+
+
+@pytest.mark.parametrize("fault", ["dead", "hung"])
+@default
+def test_a_cache_that_is_away_stops_no_request(project, fault):
+    with socket.socket() as cache:  # accepts, and never answers
+        cache.bind(("127.0.0.1", 0))
+        cache.listen(100)
+        port = cache.getsockname()[1] if fault == "hung" else free_ports(1)[0]
+        with project.up(CACHE_URL=f"redis://127.0.0.1:{port}/0") as site:
+            for _ in range(5):
+                began = time.monotonic()
+                assert site.request("/api/jobs/")[0] == 200
+                assert time.monotonic() - began < 5
+            assert "requests are not counted" in site.log
+
+
+PAGES = {
+    "/": "Send confirmation",
+    "/api/docs/": "/api/jobs/",
+    "/admin/": "Site administration",
+    "/admin/jobs/job/": "Select job to",
+    "/admin/auth/user/add/": "Add user",
+    "/api/jobs/?format=api": "Job List",
+}
+
+
+@default
+def test_the_pages_work_under_their_content_security_policy(project, tmp_path):
+    """In a browser, logged in: what scripts make is there, and no violation is logged."""
+    if not (browser := shutil.which("chromium") or shutil.which("google-chrome")):
+        missing("chromium is not installed: sudo apt install chromium")
+    with project.up() as site, logged_in(site) as address:
+        assert site.request("/api/orders/", ORDER)[0] == 202
+        options = f"--headless --no-sandbox --disable-gpu --user-data-dir={tmp_path}"
+        options += " --virtual-time-budget=5000 --enable-logging=stderr --dump-dom"
+        for page, words in {"/login/": "Log in", **PAGES}.items():
+            command = [browser, *options.split(), address + page]
+            shown = subprocess.run(command, capture_output=True, text=True, timeout=120)
+            assert re.search(words, shown.stdout), (page, shown.stdout, shown.stderr)
+            assert "Content Security Policy" not in shown.stderr, shown.stderr
+
+
+@contextmanager
+def logged_in(site):
+    """An address that shows the site to a browser that needs no cookies."""
+    code = """
+from django.contrib.auth import BACKEND_SESSION_KEY, HASH_SESSION_KEY, SESSION_KEY
+from django.contrib.auth.models import User
+from django.contrib.sessions.backends.db import SessionStore
+user, session = User.objects.get(), SessionStore()
+session[SESSION_KEY], session[HASH_SESSION_KEY] = str(user.pk), user.get_session_auth_hash()
+session[BACKEND_SESSION_KEY] = "django.contrib.auth.backends.ModelBackend"
+session.save()
+print(session.session_key)
+"""
+    cookie = f"sessionid={site.project.shell(code, **site.environment)}"
+
+    class Proxy(BaseHTTPRequestHandler):
+        def do_GET(self):
+            accept = self.headers["Accept"]
+            request = urllib.request.Request(site.web + self.path, headers={"Cookie": cookie})
+            request.add_header("Accept", accept)
+            try:
+                answer = urllib.request.urlopen(request, timeout=30)
+            except urllib.error.HTTPError as error:
+                answer = error
+            body = answer.read()
+            self.send_response(answer.status)
+            for name in "Content-Type", "Content-Security-Policy":
+                if name in answer.headers:
+                    self.send_header(name, answer.headers[name])
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args):
+            """Be quiet."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as proxy:
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{proxy.server_port}"
+        proxy.shutdown()
