@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import time
+from uuid import uuid4
 
 import pytest
 
@@ -80,8 +81,8 @@ def test_it_passes_its_checks(project):
 
 
 @every_pair
-def test_it_passes_its_own_tests(project, broker, database, tmp_path):
-    url = database.create(tmp_path.name)
+def test_it_passes_its_own_tests(project, broker, database):
+    url = database.create(f"own_{uuid4().hex}")
     printed = project.call("make", "test", **broker, DATABASE_URL=url)
     assert re.search(r"= \d+ passed in", printed), printed  # none was skipped
 
