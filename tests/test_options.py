@@ -146,6 +146,14 @@ INVISIBLE = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """As at a terminal: what a shell starts in the background ignores it, with all its children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def run(tmp_path):
     """Run the real cookiecutter in a process; the output goes to `tmp_path / "out"`."""

@@ -35,7 +35,10 @@ def keep_django_logging(**kwargs):
 
 @signals.task_prerun.connect
 def drop_dead_connections(task, **kwargs):
-    """Like a request, a task starts with a database connection that works."""
-    if not task.request.is_eager:
+    """Like a request, a plain task starts with a database connection that works.
+
+    A job needs no such look, which is a question to the database: its claim is tried again.
+    """
+    if not task.request.is_eager and "job" not in (task.request.headers or {}):
         close_old_connections()
 {% print broker.celery | default %}

@@ -5,22 +5,35 @@ import logging
 import time
 import uuid
 from datetime import timedelta
+from functools import partial
 
 from celery import current_app
-from celery.exceptions import NotRegistered
 from django.conf import settings
 from django.db import models, transaction
-from django.db.models import F, Q
-from django.db.models.functions import Least, Now
+from django.db.models import F, Max, Q
+from django.db.models.functions import Coalesce, Least, Now
 
 logger = logging.getLogger(__name__)
 
 ACTIVE = ["queued", "running"]
 FINAL = ["succeeded", "failed", "cancelled"]
 STATES = [(state, state.title()) for state in ACTIVE + FINAL]
+# States as the UPDATEs of one row ask for them, by columns that no index of unfinished jobs has: on
+# old statistics PostgreSQL would take that index, and walk the whole backlog to find the row.
+UNFINISHED = Q(finished_at=None)
+QUEUED = Q(run=None) & UNFINISHED
 OVER_TIME_LIMIT = "Over its time limit"
+BATCH = 500  # jobs of one statement
 PUBLISH_PAUSE = 10  # seconds without a try after the broker refused one: requests stay quick
 publish_again_at = 0.0
+
+
+class Clock(Now):
+    """The database's clock; on SQLite in the format of other times, which are compared as text."""
+
+    def as_sqlite(self, compiler, connection, **context):
+        text = "STRFTIME('%%%%Y-%%%%m-%%%%d %%%%H:%%%%M:%%%%f000', 'NOW')"
+        return self.as_sql(compiler, connection, template=text, **context)
 
 
 class JobQuerySet(models.QuerySet):
@@ -35,6 +48,30 @@ class JobQuerySet(models.QuerySet):
         Returns the Job. Raises TypeError for another kind of task, for arguments that the task does
         not take or that are not JSON; IntegrityError if the owner has used the key before.
         """
+        fields |= self.prepare(Now(), task, args, kwargs, countdown, queue)
+        job = self.create(**fields)
+        if not countdown:
+            transaction.on_commit(job.publish, robust=True)
+        return job
+
+    def enqueue_many(self, task, calls, *, countdown=None, queue=None, owner=None):
+        """Store a job for each of `calls`, lists of arguments: all of them or none.
+
+        With the promises of enqueue(), at a fraction of its cost. Returns the Jobs.
+        """
+        # The database's clock, read once: PostgreSQL takes rows of plain values much more quickly.
+        now = self.filter(pk=uuid.uuid4()).aggregate(now=Coalesce(Max("created_at"), Now()))["now"]
+        calls = [self.prepare(now, task, args, None, countdown, queue) for args in calls]
+        jobs = [Job(owner=owner, **fields) for fields in calls]
+        for place, job in enumerate(jobs):
+            job.created_at = now + timedelta(microseconds=place)  # lists have this order
+        self.bulk_create(jobs, batch_size=BATCH)
+        for start in range(0, 0 if countdown else len(jobs), BATCH):
+            transaction.on_commit(partial(publish, jobs[start : start + BATCH]), robust=True)
+        return jobs
+
+    def prepare(self, now, task, args, kwargs, countdown, queue):
+        """Return the fields of a new job. Raises what enqueue() says."""
         from jobs.tasks import JobTask
 
         if not isinstance(task, JobTask):
@@ -46,12 +83,9 @@ class JobQuerySet(models.QuerySet):
         task.__header__(*args, **kwargs)
         if queue is None:
             queue = current_app.amqp.router.route({}, task.name, args, kwargs)["queue"].name
-        wake_at = Now() + timedelta(seconds=countdown or settings.JOB_RESEND_SECONDS)
-        fields |= {"sent": 0 if countdown else 1, "wake_at": wake_at}
-        job = self.create(task=task.name, args=args, kwargs=kwargs, queue=queue, **fields)
-        if not countdown:
-            transaction.on_commit(job.publish, robust=True)
-        return job
+        fields = {"task": task.name, "args": args, "kwargs": kwargs, "queue": queue}
+        wake_at = now + timedelta(seconds=countdown or settings.JOB_RESEND_SECONDS)
+        return {**fields, "sent": 0 if countdown else 1, "wake_at": wake_at}
 
     def visible_to(self, user):
         """The jobs that `user` may see: the own ones, for staff also those that nobody owns."""
@@ -60,7 +94,7 @@ class JobQuerySet(models.QuerySet):
 
     def start(self, run, *, retries, limit):
         """Claim a queued job for `run`, for `limit` seconds. Returns 0 if the message is stale."""
-        return self.filter(state="queued", retries=retries).update(
+        return self.filter(QUEUED, retries=retries).update(
             state="running",
             run=run,
             progress=0,
@@ -83,7 +117,7 @@ class JobQuerySet(models.QuerySet):
     def finish(self, state, **changes):
         """Write a final state where there is none yet. Returns how many rows were changed."""
         changes |= {"state": state, "run": None, "wake_at": None, "finished_at": Now()}
-        return self.filter(state__in=ACTIVE).update(**changes)
+        return self.filter(UNFINISHED).update(**changes)
 
     def cancel(self):
         """Fence what runs, and let nothing start. Returns how many jobs were active."""
@@ -92,7 +126,7 @@ class JobQuerySet(models.QuerySet):
 
 class Job(models.Model):
     id = models.UUIDField(primary_key=True, default=uuid.uuid4, editable=False)
-    owner = models.ForeignKey(settings.AUTH_USER_MODEL, models.CASCADE, null=True)
+    owner = models.ForeignKey(settings.AUTH_USER_MODEL, models.CASCADE, null=True, db_index=False)
     task = models.CharField(max_length=255)
     args = models.JSONField(default=list)
     kwargs = models.JSONField(default=dict)
@@ -105,7 +139,7 @@ class Job(models.Model):
     message = models.CharField(max_length=255)
     result = models.JSONField(null=True)
     error = models.TextField()
-    created_at = models.DateTimeField(db_default=Now())
+    created_at = models.DateTimeField(db_default=Clock())
     started_at = models.DateTimeField(null=True, help_text="of the last run")
     finished_at = models.DateTimeField(null=True)
 
@@ -120,10 +154,12 @@ class Job(models.Model):
 
     class Meta:
         indexes = [
+            models.Index(fields=["-created_at"], name="job_created"),
             models.Index(fields=["owner", "-created_at"], name="job_owner"),
-            models.Index(fields=["finished_at"], name="job_finished"),
+            models.Index(fields=["owner", "state", "-created_at"], name="job_owner_state"),
+            models.Index(fields=["finished_at"], name="job_finished", condition=~UNFINISHED),
             models.Index(
-                fields=["state", "queue", "wake_at"],
+                fields=["state", "queue", "sent", "wake_at"],
                 name="job_active",
                 condition=Q(state__in=ACTIVE),
             ),
@@ -146,18 +182,30 @@ class Job(models.Model):
 
     def publish(self):
         """Send the message. Returns False, and leaves it to the sweep, if the broker is down."""
-        global publish_again_at
-        if time.monotonic() >= publish_again_at:
-            try:
-                options = {"queue": self.queue, "retries": self.retries, "headers": {"job": True}}
-                task = current_app.tasks[self.task]
-                task.apply_async(self.args, self.kwargs, task_id=str(self.id), **options)
-                return True
-            except NotRegistered:
-                logger.error("job %s waits for code that knows its task %s", self.id, self.task)
-                return True
-            except Exception as error:  # each transport raises its own
-                publish_again_at = time.monotonic() + PUBLISH_PAUSE
-                logger.warning("job %s is stored but not sent: %r", self.id, error)
-        Job.objects.filter(pk=self.pk, state="queued").requeue()
-        return False
+        return publish([self])
+
+
+def publish(jobs):
+    """Send the messages of these jobs. Returns False, and leaves them to the sweep, if that fails."""
+    global publish_again_at
+    if time.monotonic() >= publish_again_at:
+        try:
+            send(jobs)
+            return True
+        except Exception as error:  # each transport raises its own
+            publish_again_at = time.monotonic() + PUBLISH_PAUSE
+            logger.warning("%d jobs from %s are stored but not sent: %r", len(jobs), jobs[0], error)
+    Job.objects.filter(QUEUED, pk__in=[job.pk for job in jobs]).requeue()
+    return False
+
+
+def send(jobs):
+    """Send the messages of these jobs over one connection. Raises what the transport does."""
+    with current_app.producer_or_acquire() as producer, producer.batch():
+        # Of one job Flower hears at once; of many when a worker has them, for it costs a message each.
+        event = len(jobs) == 1 and current_app.conf.task_send_sent_event
+        for job in jobs:
+            if task := current_app.tasks.get(job.task):
+                task.send(job, producer, create_sent_event=event)
+            else:
+                logger.error("job %s waits for code that knows its task", job)

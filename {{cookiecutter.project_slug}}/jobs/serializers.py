@@ -33,9 +33,10 @@ def document_common_answers(result, generator, request, public):
         for operation in operations.values():
             parameters = {parameter["name"] for parameter in operation.get("parameters", [])}
             answers = COMMON | {429: "Too many requests"}
-            if "{" in path or "page" in parameters:
+            has_pages = {"page", "cursor"} & parameters
+            if "{" in path or has_pages:
                 answers[404] = "Not found"
-            if "requestBody" in operation or "page" in parameters:
+            if "requestBody" in operation or has_pages:
                 answers[400] = "Not valid"
             if "requestBody" in operation:
                 answers[415] = "Not JSON"

@@ -10,17 +10,19 @@ from pathlib import Path
 
 from celery import current_app
 from django.conf import settings
-from django.db import Error, close_old_connections
-from django.db.models import Min, Q
+from django.db import Error, close_old_connections, transaction
+from django.db.models import Q
 from django.db.models.functions import Now
 
-from .models import OVER_TIME_LIMIT, Job
+from .models import BATCH, OVER_TIME_LIMIT, QUEUED, Job, send
 
 logger = logging.getLogger(__name__)
 
-BATCH = 1000  # jobs of a queue; then leases are looked at again
+IN_MEMORY = 100  # jobs at once, for arguments may be large
+PURGED = 2000  # jobs a round: more than a million an hour
 RESEND_AT_LEAST_EVERY = 3600  # seconds
-PURGE_EVERY = 3600  # seconds
+
+refused = set()  # queues with a job that the broker did not take
 
 
 def start(**kwargs):
@@ -29,24 +31,23 @@ def start(**kwargs):
 
 def sweep_for_ever():
     judge_at = time.monotonic() + settings.JOB_LEASE_SECONDS / 2
-    purge_at = 0
     while True:
+        busy = False
         try:
             close_old_connections()
             # While the database was away nobody could renew a lease: first, let them.
             if time.monotonic() >= judge_at:
                 judge_leases()
-            if time.monotonic() >= purge_at:
+            busy = send_due()
+            if not busy:
                 purge()
-                purge_at = time.monotonic() + PURGE_EVERY
-            send_due()
         except Error as error:
             logger.warning("the database does not answer the sweep: %s", error)
             judge_at = time.monotonic() + settings.JOB_LEASE_SECONDS / 2
-        except Exception as error:  # each transport raises its own
-            logger.warning("the broker does not answer the sweep: %r", error)
+        except Exception as error:  # whatever it is: without this thread nothing is found again
+            logger.warning("the sweep goes on in its next round: %r", error)
         show_life()
-        time.sleep(settings.JOB_SWEEP_SECONDS)
+        time.sleep(0 if busy else settings.JOB_SWEEP_SECONDS)
 
 
 def show_life(**kwargs):
@@ -58,8 +59,9 @@ def show_life(**kwargs):
 def judge_leases():
     """End or queue again the running jobs whose lease was not renewed."""
     lapsed = Job.objects.filter(state="running", wake_at__lt=Now())
-    for job in lapsed.annotate(late=Q(deadline__lte=Now()))[:BATCH]:
-        row = lapsed.filter(pk=job.pk, run=job.run)  # unless it was renewed or ended meanwhile
+    for job in lapsed.only("run", "crashes").annotate(late=Q(deadline__lte=Now()))[:BATCH]:
+        # Unless it was renewed or ended meanwhile.
+        row = Job.objects.filter(pk=job.pk, run=job.run, wake_at__lt=Now())
         crashes = job.crashes + 1
         if job.late:
             row.finish("failed", error=OVER_TIME_LIMIT)
@@ -72,39 +74,71 @@ def judge_leases():
 
 
 def send_due():
-    """Send the jobs that are due and of which the broker has no message."""
-    queued = Job.objects.filter(state="queued")
-    due = queued.filter(wake_at__lt=Now())
+    """Send the jobs that are due and of which the broker has no message, for as long as a round.
+
+    Returns whether some are left. A queue that fails keeps no other one waiting.
+    """
+    until = time.monotonic() + settings.JOB_SWEEP_SECONDS
+    due = Job.objects.filter(state="queued", wake_at__lt=Now())
+    queues = list(due.values_list("queue", flat=True).distinct())
+    random.shuffle(queues)  # however many there are, each gets its turn
+    size = max(IN_MEMORY // max(len(queues), 1), 10)
+    while queues and time.monotonic() < until:
+        queue = queues.pop()
+        try:
+            if send_batch(queue, 1 if queue in refused else size):
+                queues.insert(0, queue)
+        except Error:
+            raise
+        except Exception as error:  # each transport raises its own
+            logger.warning("the broker takes no jobs for the queue %s: %r", queue, error)
+    return bool(queues)
+
+
+def send_batch(queue, size):
+    """Send `size` jobs of a queue at most. Returns whether there may be more."""
+    queued = Job.objects.filter(state="queued", queue=queue)
+    missing = queued.filter(sent__gt=0).count() - messages_in(queue)
     # First come, first served: who cannot be sent, say because it is too large, is due anew, and so
     # behind all others; and the messages that are left in a queue are those of the latest jobs.
-    queues = due.values_list("queue").annotate(first=Min("wake_at")).order_by("first")
-    for queue, _ in list(queues):
-        unsent = due.filter(queue=queue, sent=0).order_by("wake_at")[:BATCH]
-        sent = queued.filter(queue=queue, sent__gt=0)
-        if missing := sent.count():
-            missing -= messages_in(queue)
-        lost = sent.filter(wake_at__lt=Now()).order_by("wake_at")
-        for job in [*unsent, *lost[: min(max(0, missing), BATCH)]]:
-            wait = min(settings.JOB_RESEND_SECONDS * 2**job.sent, RESEND_AT_LEAST_EVERY)
-            row = queued.filter(pk=job.pk, sent=job.sent)  # unless another sweep was quicker
-            claimed = row.update(sent=job.sent + 1, wake_at=Now() + timedelta(seconds=wait))
-            if claimed and not job.publish():
-                return
+    due = queued.filter(wake_at__lt=Now()).order_by("wake_at")
+    ids = claim(due.filter(sent=0)[:size])
+    ids += claim(due.filter(sent__gt=0)[: min(max(0, missing), size - len(ids))])
+    jobs = Job.objects.filter(QUEUED).in_bulk(ids)
+    try:
+        send([jobs[pk] for pk in ids if pk in jobs])
+    except Exception:
+        refused.add(queue)  # perhaps because of one of them: from now on one by one
+        Job.objects.filter(QUEUED, pk__in=ids).requeue()
+        raise
+    if len(ids) < size:
+        refused.discard(queue)
+    return len(ids) == size
+
+
+def claim(due):
+    """Mark these jobs as sent, unless another sweep is at it. Returns their ids."""
+    with transaction.atomic():
+        jobs = dict(due.select_for_update(skip_locked=True).values_list("pk", "sent"))
+        for sent in set(jobs.values()):
+            wait = min(settings.JOB_RESEND_SECONDS * 2 ** min(sent, 20), RESEND_AT_LEAST_EVERY)
+            rows = Job.objects.filter(pk__in=[pk for pk in jobs if jobs[pk] == sent])
+            rows.update(sent=sent + 1, wake_at=Now() + timedelta(seconds=wait))
+    return list(jobs)
 
 
 def messages_in(queue):
     """Return how many messages wait in `queue`. Raises what the transport does if it is down."""
-    arguments = current_app.amqp.queues[queue].queue_arguments
     with current_app.connection_for_write() as connection:
         connection.ensure_connection(max_retries=1, interval_start=0)
         # Not passive: where keys have a prefix, kombu finds no queue in that way.
-        declare = connection.default_channel.queue_declare
-        declared = declare(queue, durable=True, auto_delete=False, arguments=arguments)
+        declared = current_app.amqp.queues[queue](connection.default_channel).queue_declare()
         return declared.message_count
 
 
 def purge():
     """Delete what has been final for JOB_RETENTION_DAYS, and with it the idempotency keys."""
     old = Job.objects.filter(finished_at__lt=Now() - timedelta(days=settings.JOB_RETENTION_DAYS))
-    while batch := list(old.values_list("pk", flat=True)[:BATCH]):
+    if batch := list(old.values_list("pk", flat=True)[:PURGED]):
         Job.objects.filter(pk__in=batch).delete()
+        logger.info("deleted %d jobs older than %g days", len(batch), settings.JOB_RETENTION_DAYS)

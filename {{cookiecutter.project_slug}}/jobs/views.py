@@ -3,14 +3,15 @@ import json
 import re
 from traceback import walk_tb
 
-from django.core.exceptions import RequestDataTooBig
+from django.core import exceptions
 from django.db import IntegrityError, transaction
 from django.shortcuts import get_object_or_404
 from django.urls import reverse
 from drf_spectacular.utils import OpenApiParameter, extend_schema
 from rest_framework import viewsets
 from rest_framework.decorators import action
-from rest_framework.exceptions import APIException, ParseError, ValidationError
+from rest_framework.exceptions import APIException, NotFound, ParseError, ValidationError
+from rest_framework.pagination import CursorPagination
 from rest_framework.response import Response
 from rest_framework.views import exception_handler
 
@@ -33,7 +34,7 @@ class KeyReused(APIException):
 
 def handle_exception(error, context):
     """What Django REST framework does, and 400 for JSON that is too big or too deep to be read."""
-    if isinstance(error, RequestDataTooBig):
+    if isinstance(error, exceptions.RequestDataTooBig):
         error = ParseError("The body is too big.")
     if isinstance(error, RecursionError):
         *_, (frame, _) = walk_tb(error.__traceback__)
@@ -42,11 +43,24 @@ def handle_exception(error, context):
     return exception_handler(error, context)
 
 
+class NewestFirst(CursorPagination):
+    """Pages that cost the same however many jobs there are: no count, and no walk to page 1,000."""
+
+    ordering = ["-created_at", "id"]
+
+    def paginate_queryset(self, *args, **kwargs):
+        try:
+            return super().paginate_queryset(*args, **kwargs)
+        except exceptions.ValidationError:  # well formed, but no time in it
+            raise NotFound(self.invalid_cursor_message) from None
+
+
 class JobViewSet(viewsets.ReadOnlyModelViewSet):
     """The caller's own jobs."""
 
-    queryset = Job.objects.order_by("-created_at", "id")
+    queryset = Job.objects.all()
     serializer_class = JobSerializer
+    pagination_class = NewestFirst
     filterset_fields = ["state"]
 
     def get_queryset(self):

@@ -6,6 +6,7 @@ that must look in between takes `published`, a broker without workers.
 """
 
 import itertools
+import re
 import sys
 import uuid
 from datetime import timedelta
@@ -25,10 +26,12 @@ from django.db import (
     InterfaceError,
     InternalError,
     OperationalError,
+    connection,
     transaction,
 )
 from django.db.models.functions import Now
 from django.test import override_settings
+from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 from psycopg.errors import ReadOnlySqlTransaction
 
@@ -38,6 +41,7 @@ from jobs.models import Job, JobQuerySet
 from jobs.tasks import JobTask{{ ", follow_revokes" if broker.flower }}
 
 pytestmark = pytest.mark.django_db
+send = JobTask.send  # which tests replace
 
 
 @shared_task(base=JobTask, time_limit=1)
@@ -110,10 +114,10 @@ def published(monkeypatch):
     """A broker without workers: the ids of the messages in it. What is removed here is lost."""
     messages = []
 
-    def publish(task, args, kwargs, *, task_id, **options):
-        messages.append(task_id)
+    def publish(task, job, producer, **options):
+        messages.append(str(job.pk))
 
-    monkeypatch.setattr(JobTask, "apply_async", publish)
+    monkeypatch.setattr(JobTask, "send", publish)
     monkeypatch.setattr(sweep, "messages_in", lambda queue: len(messages))
     return messages
 
@@ -203,6 +207,61 @@ def test_a_job_waits_for_code_that_knows_its_task_and_holds_up_no_other():
     job.task = "to.be.deployed"
     assert deliver(job).state == "queued"
     assert deliver(other).state == "succeeded"
+
+
+def test_many_jobs_are_stored_and_sent_together(commit, published, user):
+    with CaptureQueriesContext(connection) as captured, commit():
+        jobs = Job.objects.enqueue_many(add, [[1, 2], [3, 4], [5, 6]], owner=user, queue="cpu")
+        assert published == []
+    assert len([query for query in captured if query["sql"].startswith("INSERT")]) == 1
+    assert [(job.args, job.owner, job.queue) for job in Job.objects.order_by("created_at")] == [
+        ([number, number + 1], user, "cpu") for number in (1, 3, 5)
+    ]
+    assert len({job.created_at for job in jobs}) == 3  # pages need an order
+    assert published == [str(job.pk) for job in jobs]
+    assert all(seconds_until_due(job) == pytest.approx(30, abs=5) for job in jobs)
+
+
+def test_many_jobs_run(commit):
+    with commit():
+        Job.objects.enqueue_many(add, ([number, 1] for number in range(3)))
+    assert [job.result for job in Job.objects.order_by("created_at")] == [1, 2, 3]
+
+
+def test_of_many_jobs_all_are_stored_or_none(commit, published):
+    with commit(), pytest.raises(TypeError):
+        Job.objects.enqueue_many(add, [[1, 2], [3]])
+    with commit(), pytest.raises(ZeroDivisionError), transaction.atomic():
+        Job.objects.enqueue_many(add, [[1, 2], [3, 4]])
+        raise ZeroDivisionError
+    assert not Job.objects.exists()
+    assert published == []
+
+
+def test_many_jobs_wait_for_their_broker_and_for_their_time(commit, broker_down, monkeypatch):
+    monkeypatch.setattr(models, "BATCH", 2)
+    with commit():
+        late = Job.objects.enqueue_many(add, [[1, 2]] * 3, countdown=60)
+        jobs = Job.objects.enqueue_many(add, [[1, 2]] * 5)
+    assert broker_down == [str(jobs[0].pk)]
+    assert all(seconds_until_due(job) <= 0 and not job.sent for job in jobs)
+    assert all(seconds_until_due(job) == pytest.approx(60, abs=5) for job in late)
+
+
+def test_no_jobs_are_no_error(commit):
+    with commit():
+        assert Job.objects.enqueue_many(add, []) == []
+
+
+def test_the_message_of_a_job_is_one_of_celery():
+    job = Job.objects.enqueue(add, [1], {"y": 2}, queue="cpu")
+    job.retries = 3
+    with app.connection_for_write("memory://") as broker:
+        send(add, job, app.amqp.Producer(broker, auto_declare=False))
+        message = app.amqp.queues["cpu"](broker.default_channel).get()
+    assert message.payload[:2] == [[1], {"y": 2}]
+    kept = {name: message.headers[name] for name in ("id", "task", "retries", "job")}
+    assert kept == {"id": str(job.pk), "task": add.name, "retries": 3, "job": True}
 
 
 # Running
@@ -389,6 +448,18 @@ def test_the_renewal_of_a_lease_finds_lost_runs():
 
 
 {% if broker.flower %}
+def test_flower_hears_at_once_of_one_job_and_later_of_many(monkeypatch):
+    events = []
+    monkeypatch.setattr(JobTask, "send", send)
+    monkeypatch.setattr(
+        app.amqp, "send_task_message", lambda *args, **kwargs: events.append(args[2].sent_event)
+    )
+    jobs = [Job.objects.enqueue(add, [1, 2]) for _ in range(3)]
+    models.send(jobs[:1])
+    models.send(jobs[1:])
+    assert [event and event["uuid"] for event in events] == [str(jobs[0].pk), None, None]
+
+
 @pytest.mark.django_db(transaction=True)  # it closes the connection
 def test_a_revoke_cancels_the_job(monkeypatch, published):
     job, other = Job.objects.enqueue(add, [1, 2]), Job.objects.enqueue(add, [1, 2])
@@ -486,12 +557,12 @@ def test_two_sweeps_at_once_send_a_job_once(monkeypatch):
     lapse(*jobs)
     sent = []
 
-    def publish(task, args, kwargs, *, task_id, **options):
-        sent.append(task_id)
+    def publish(task, job, producer, **options):
+        sent.append(str(job.pk))
         if len(sent) == 1:
             sweep.send_due()  # the other one, while this one has read all three
 
-    monkeypatch.setattr(JobTask, "apply_async", publish)
+    monkeypatch.setattr(JobTask, "send", publish)
     monkeypatch.setattr(sweep, "messages_in", lambda queue: 0)
     sweep.send_due()
     assert sorted(sent) == sorted(str(job.pk) for job in jobs)
@@ -534,12 +605,12 @@ def test_a_job_that_the_broker_refuses_keeps_no_other_waiting(monkeypatch):
     """Say because it is too large, or because its queue was never made."""
     sent = []
 
-    def send(task, args, kwargs, **options):
-        if args == [0, 0]:
+    def publish(task, job, producer, **options):
+        if job.args == [0, 0]:
             raise ValueError("too large")
-        sent.append(options["task_id"])
+        sent.append(str(job.pk))
 
-    monkeypatch.setattr(JobTask, "apply_async", send)
+    monkeypatch.setattr(JobTask, "send", publish)
     monkeypatch.setattr(sweep, "messages_in", lambda queue: 0)
     monkeypatch.setattr(models, "PUBLISH_PAUSE", 0)
     refused = [Job.objects.enqueue(add, [0, 0], queue=queue, countdown=1) for queue in "ab"]
@@ -549,6 +620,63 @@ def test_a_job_that_the_broker_refuses_keeps_no_other_waiting(monkeypatch):
         sweep.send_due()
     assert sorted(sent) == sorted(str(job.pk) for job in others)
     assert all(seconds_until_due(job) <= 0 for job in refused)
+
+
+def test_the_sweep_changes_many_rows_with_one_statement(published, monkeypatch):
+    """And has few of them in memory at once."""
+    in_memory = []
+    monkeypatch.setattr(sweep, "send", lambda jobs: in_memory.append(len(jobs)))
+    Job.objects.enqueue_many(add, [[1, 2]] * 250, countdown=1)
+    Job.objects.update(wake_at=Now() - timedelta(seconds=1))
+    with CaptureQueriesContext(connection) as captured:
+        sweep.send_due()
+    assert len([query for query in captured if query["sql"].startswith("UPDATE")]) == 3
+    assert in_memory == [100, 100, 50]
+    assert set(Job.objects.values_list("sent", flat=True)) == {1}
+
+
+def test_the_sweep_passes_by_rows_that_are_locked(published):
+    if not connection.features.has_select_for_update_skip_locked:
+        pytest.skip("only PostgreSQL locks rows: set DATABASE_URL=postgres://…")
+    lapse(Job.objects.enqueue(add, [1, 2], countdown=1))
+    with CaptureQueriesContext(connection) as captured:
+        sweep.send_due()
+    assert any("SKIP LOCKED" in query["sql"] for query in captured)
+
+
+def test_a_queue_that_fails_keeps_no_other_waiting(published, monkeypatch):
+    """Say because it exists with other arguments."""
+
+    def messages_in(queue):
+        if queue == "bad":
+            raise ValueError("inequivalent arg 'x-max-priority'")
+        return 0
+
+    monkeypatch.setattr(sweep, "messages_in", messages_in)
+    bad, good = (Job.objects.enqueue(add, [1, 2], countdown=1, queue=q) for q in ("bad", "good"))
+    lapse(bad, good)
+    for _ in range(9):  # in any order
+        sweep.send_due()
+    assert published == [str(good.pk)]
+    assert seconds_until_due(bad) <= 0
+
+
+def test_a_queue_with_many_jobs_keeps_no_other_waiting(published, monkeypatch):
+    monkeypatch.setattr(sweep, "IN_MEMORY", 10)
+    many = Job.objects.enqueue_many(add, [[1, 2]] * 100, countdown=1, queue="many")
+    few = [Job.objects.enqueue(add, [1, 2], countdown=1, queue=queue) for queue in "abcdef"]
+    lapse(*many, *few)
+    assert not sweep.send_due()
+    assert len(published) == 106
+    assert max(published.index(str(job.pk)) for job in few) < 10 + len(few)
+
+
+def test_the_sweep_stops_in_time_for_leases(published, monkeypatch):
+    now = itertools.count(0, 2)  # seconds; a round has 5
+    monkeypatch.setattr(sweep, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    lapse(*(Job.objects.enqueue(add, [1, 2], countdown=1, queue=queue) for queue in "abcdef"))
+    assert sweep.send_due()
+    assert 0 < len(published) < 6
 
 
 def test_the_sweep_counts_what_waits_in_a_queue(monkeypatch):
@@ -603,6 +731,69 @@ def test_celery_shows_no_password_in_flower_and_inspect(settings):
     shown = Settings({}, [own_settings(), {}]).table()
     assert shown["broker_url"].startswith("memory://user:***")
     assert "secret" not in str(shown)
+
+
+# What the database does
+
+
+def test_postgresql_cleans_up_after_some_thousand_jobs():
+    if connection.vendor != "postgresql":
+        pytest.skip("only PostgreSQL has dead rows: set DATABASE_URL=postgres://…")
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT reloptions FROM pg_class WHERE relname = 'jobs_job'")
+        [[options]] = cursor.fetchall()
+    assert "autovacuum_vacuum_scale_factor=0.02" in options
+
+
+@pytest.fixture
+def backlog():
+    """Thousands of jobs that wait, run or have ended since PostgreSQL last looked: a quiet hour.
+
+    All is in one transaction, so that no autovacuum sees it.
+    """
+    if connection.vendor != "postgresql":
+        pytest.skip("only PostgreSQL plans with statistics: set DATABASE_URL=postgres://…")
+    now = timezone.now()
+    final = {"state": "succeeded", "finished_at": now}
+    waits = {"state": "queued", "wake_at": now}
+    runs = {"state": "running", "wake_at": now, "run": uuid.UUID(int=1)}
+    fields = {"task": add.name, "queue": "celery", "created_at": now}
+    Job.objects.bulk_create(Job(**fields, **final) for _ in range(100))
+    with connection.cursor() as cursor:
+        cursor.execute("ANALYZE jobs_job")
+    for state in waits, runs, final:
+        Job.objects.bulk_create(Job(**fields, **state) for _ in range(3000))
+
+
+@pytest.fixture
+def by_key(backlog):
+    """A function that does an UPDATE, and fails if PostgreSQL does not find its rows by their key."""
+
+    def check(update, *args, **kwargs):
+        with CaptureQueriesContext(connection) as captured:
+            assert update(*args, **kwargs)
+        [sql] = [query["sql"] for query in captured if query["sql"].startswith("UPDATE")]
+        with connection.cursor() as cursor:
+            cursor.execute(f"EXPLAIN {sql}")
+            plan = "\n".join(line for (line,) in cursor.fetchall())
+        scanned = re.findall(r"(?:Seq Scan|Index Scan) (?:using|on) (\w+)", plan)
+        assert set(scanned) == {"jobs_job_pkey"}, plan
+
+    return check
+
+
+def test_the_change_of_a_job_walks_no_backlog(by_key):
+    jobs = [Job.objects.enqueue(add, [1, 2]) for _ in range(3)]
+    runs = [lease.Run(job.pk) for job in jobs]
+    for run in runs:
+        row = Job.objects.filter(pk=run.job_id)
+        by_key(row.start, run.token, retries=0, limit=60)
+    by_key(lease.rows(runs).renew)
+    by_key(runs[0].row.renew)
+    by_key(runs[0].row.finish, "succeeded")
+    by_key(runs[1].row.requeue)
+    by_key(Job.objects.filter(pk=jobs[1].pk).cancel)
+    by_key(lease.rows(runs[1:]).requeue)
 
 
 # manage.py check --deploy

@@ -89,12 +89,13 @@ function updateRow(row, job) { // returns what a screen reader should say
 // ---- The list
 function view() {
   const hash = new URLSearchParams(location.hash.slice(1)), state = hash.get("state");
-  return { state: STATES.includes(state) ? state : "", page: Math.max(1, parseInt(hash.get("page")) || 1) };
+  return { state: STATES.includes(state) ? state : "", cursor: hash.get("cursor") ?? "" };
 }
-const query = ({ state, page }) => new URLSearchParams(state ? { state, page } : { page });
+const query = (view) => new URLSearchParams(Object.entries(view).filter(([, value]) => value));
+const cursor = (url) => url && new URL(url).searchParams.get("cursor");
 
-function render(wanted, { count, next, previous, results }) {
-  const turned = shown?.state === wanted.state && shown.page !== wanted.page, news = [];
+function render(wanted, { next, previous, results }) {
+  const turned = shown?.state === wanted.state && shown.cursor !== wanted.cursor, news = [];
   const kept = new Set(results.map((job) => job.id));
   for (const [id, { element }] of rows) {
     if (kept.has(id)) continue;
@@ -108,14 +109,13 @@ function render(wanted, { count, next, previous, results }) {
     if (list.children[index] !== row.element) list.insertBefore(row.element, list.children[index] ?? null);
   });
   if (news.length) $("#news").textContent = news.join(", ");
-  show($("#empty"), !count && !wanted.state);
-  show($("#no-match"), !count && wanted.state);
+  show($("#empty"), !results.length && !wanted.state);
+  show($("#no-match"), !results.length && wanted.state);
   text($("#no-match span"), wanted.state);
 
-  const [newer, range, older] = pages.children, last = next ? wanted.page * results.length : count;
-  newer.href = `#${query({ ...wanted, page: wanted.page - 1 })}`;
-  older.href = `#${query({ ...wanted, page: wanted.page + 1 })}`;
-  text(range, `${last - results.length + 1}–${last} of ${count}`);
+  const [newer, older] = pages.children;
+  newer.href = `#${query({ ...wanted, cursor: cursor(previous) })}`;
+  older.href = `#${query({ ...wanted, cursor: cursor(next) })}`;
   show(newer, previous);
   show(older, next);
   show(pages, previous || next);
@@ -150,8 +150,10 @@ async function load() {
   if (mine !== latest) return; // a newer request took over
   const back = new URLSearchParams({ next: location.pathname + location.hash });
   if (status === 401 || status === 403) return location.assign(`${loginUrl}?${back}`);
-  if (status === 404 && wanted.page > 1) return location.replace(`#${query({ ...wanted, page: 1 })}`);
-  const good = status === 200 && Array.isArray(data.results), date = Date.parse(headers?.get("Date")) - Date.now();
+  const good = status === 200 && Array.isArray(data.results), atTop = good && !data.previous;
+  // Nothing is newer, or the cursor is no longer known: to the first page, where new jobs appear.
+  if (wanted.cursor && (atTop || status === 404)) return location.replace(`#${query({ state: wanted.state })}`);
+  const date = Date.parse(headers?.get("Date")) - Date.now();
   failures = good ? 0 : failures + 1;
   let pause = headers?.get("Retry-After") * 1000 || Math.min(SLOWEST, FAST * 2 ** failures) * (0.75 + Math.random() / 4);
   if (good) {
