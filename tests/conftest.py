@@ -49,11 +49,16 @@ def bake(cookies):
 
 
 @pytest.fixture(scope="module")
-def project(request, cookies_session):
-    """An installed project; its tests name the answers: see outputs() in test_run.py."""
-    project = baked(cookies_session, request.param)
-    project.install()
-    return project
+def output(request, cookies_session):
+    """A baked project; its tests name the answers: see outputs() in test_run.py."""
+    return baked(cookies_session, request.param)
+
+
+@pytest.fixture(scope="module")
+def project(output):
+    """The output, installed."""
+    output.install()
+    return output
 
 
 @pytest.hookimpl(trylast=True)
@@ -70,8 +75,8 @@ def pytest_collection_modifyitems(items):
 
     items.sort(key=order)
     for item in items:
-        if "project" in item.fixturenames and hasattr(item, "callspec"):
-            item.user_properties.append(("answers", item.callspec.params["project"]))
+        if "output" in item.fixturenames and hasattr(item, "callspec"):
+            item.user_properties.append(("answers", item.callspec.params["output"]))
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -50,7 +50,7 @@ def outputs(*answers):
         pytest.param(each, id=name(each), marks=pytest.mark.xdist_group(name(each)))
         for each in answers
     ]
-    return pytest.mark.parametrize("project", params, indirect=True)
+    return pytest.mark.parametrize("output", params, indirect=True)
 
 
 every_combination = outputs(*combinations())
@@ -59,9 +59,9 @@ default_output = outputs(next(combinations()))
 
 
 @pytest.fixture(scope="module")
-def broker(project, tmp_path_factory):
-    """The variables of real servers for this output alone."""
-    with servers.real(project.free_servers(), tmp_path_factory.mktemp("servers")) as variables:
+def broker(output, tmp_path_factory):
+    """The variables of real servers for this output alone. Asked for first: one may be missing."""
+    with servers.real(output.free_servers(), tmp_path_factory.mktemp("servers")) as variables:
         yield variables
 
 
@@ -81,14 +81,14 @@ def test_it_passes_its_checks(project):
 
 
 @every_pair
-def test_it_passes_its_own_tests(project, broker, database):
+def test_it_passes_its_own_tests(broker, database, project):
     url = database.create(f"own_{uuid4().hex}")
     printed = project.call("make", "test", **broker, DATABASE_URL=url)
     assert re.search(r"= \d+ passed in", printed), printed  # none was skipped
 
 
 @default_output
-def test_it_passes_its_own_tests_on_sqlite(project, broker):
+def test_it_passes_its_own_tests_on_sqlite(broker, project):
     """But for those of what only PostgreSQL has: plans, and locks of rows."""
     printed = project.call("make", "test", **broker)
     assert re.search(r"= \d+ passed, 3 skipped in", printed), printed
@@ -106,7 +106,7 @@ def with_tasks(project, tmp_path):
 
 
 @every_combination
-def test_it_runs(with_tasks, broker, tmp_path):
+def test_it_runs(broker, with_tasks, tmp_path):
     use(with_tasks, tmp_path, **broker)
 
 
