@@ -3,7 +3,7 @@ import os
 
 from celery import Celery, signals
 from django.conf import settings
-from django.db import close_old_connections
+from django.db import close_old_connections, connection
 from django_structlog.celery.steps import DjangoStructLogInitStep
 {% print broker.celery_imports | default %}
 
@@ -21,7 +21,7 @@ def own_settings():
     """
     names = [name for name in dir(settings) if name.startswith("CELERY_")]
     own = {name.removeprefix("CELERY_").lower(): getattr(settings, name) for name in names}
-    own["CELERY_DB_REUSE_MAX"] = own.pop("db_reuse_max")  # the one that Celery reads by this name
+    own["CELERY_DB_REUSE_MAX"] = own.pop("db_reuse_max", None)  # Celery reads it by this name
     return own
 
 
@@ -35,10 +35,9 @@ def keep_django_logging(**kwargs):
 
 @signals.task_prerun.connect
 def drop_dead_connections(task, **kwargs):
-    """Like a request, a plain task starts with a database connection that works.
-
-    A job needs no such look, which is a question to the database: its claim is tried again.
-    """
-    if not task.request.is_eager and "job" not in (task.request.headers or {}):
+    """Like a request, a task starts with database connections that work."""
+    if not task.request.is_eager:
         close_old_connections()
+        if "job" in (task.request.headers or {}):
+            connection.health_check_done = True  # spares a question: a job's claim is tried again
 {% print broker.celery | default %}

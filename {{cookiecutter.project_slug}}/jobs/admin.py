@@ -14,9 +14,11 @@ from .models import FINAL, Job
 class LatestPages(Paginator):
     """Ends after some pages, for a count of a million rows takes long: filter to see older ones."""
 
+    most = 5000
+
     @cached_property
     def count(self):
-        return self.object_list[:5000].count()
+        return self.object_list[: self.most].count()
 
 
 @admin.register(Job)
@@ -39,6 +41,11 @@ class JobAdmin(admin.ModelAdmin):
         except ValueError:
             found = {f"owner__{get_user_model().USERNAME_FIELD}": search_term}
         return queryset.filter(**found) if search_term else queryset, False
+
+    def response_action(self, request, queryset):
+        if request.POST.get("select_across") == "1":  # as many as the page says, not a million
+            queryset = queryset.filter(pk__in=queryset.values("pk")[: LatestPages.most])
+        return super().response_action(request, queryset)
 
     def has_add_permission(self, request):
         return False

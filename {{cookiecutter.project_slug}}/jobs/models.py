@@ -5,7 +5,6 @@ import logging
 import time
 import uuid
 from datetime import timedelta
-from functools import partial
 
 from celery import current_app
 from django.conf import settings
@@ -67,7 +66,8 @@ class JobQuerySet(models.QuerySet):
             job.created_at = now + timedelta(microseconds=place)  # lists have this order
         self.bulk_create(jobs, batch_size=BATCH)
         for start in range(0, 0 if countdown else len(jobs), BATCH):
-            transaction.on_commit(partial(publish, jobs[start : start + BATCH]), robust=True)
+            part = jobs[start : start + BATCH]
+            transaction.on_commit(lambda part=part: publish(part), robust=True)
         return jobs
 
     def prepare(self, now, task, args, kwargs, countdown, queue):
@@ -82,7 +82,8 @@ class JobQuerySet(models.QuerySet):
             raise TypeError(f"Not JSON: {error}") from error
         task.__header__(*args, **kwargs)
         if queue is None:
-            queue = current_app.amqp.router.route({}, task.name, args, kwargs)["queue"].name
+            route = current_app.amqp.router.route({}, task.name, args, kwargs)
+            queue = route["queue"].name if "queue" in route else current_app.conf.task_default_queue
         fields = {"task": task.name, "args": args, "kwargs": kwargs, "queue": queue}
         wake_at = now + timedelta(seconds=countdown or settings.JOB_RESEND_SECONDS)
         return {**fields, "sent": 0 if countdown else 1, "wake_at": wake_at}
@@ -195,7 +196,8 @@ def publish(jobs):
         except Exception as error:  # each transport raises its own
             publish_again_at = time.monotonic() + PUBLISH_PAUSE
             logger.warning("%d jobs from %s are stored but not sent: %r", len(jobs), jobs[0], error)
-    Job.objects.filter(QUEUED, pk__in=[job.pk for job in jobs]).requeue()
+    # Not those that a worker had after all, and that wait for their next try.
+    Job.objects.filter(QUEUED, pk__in=[job.pk for job in jobs], sent__gt=0).requeue()
     return False
 
 

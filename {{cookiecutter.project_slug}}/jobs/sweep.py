@@ -108,8 +108,9 @@ def send_batch(queue, size):
     try:
         send([jobs[pk] for pk in ids if pk in jobs])
     except Exception:
-        refused.add(queue)  # perhaps because of one of them: from now on one by one
-        Job.objects.filter(QUEUED, pk__in=ids).requeue()
+        if queue not in refused:  # else it was one alone, which waits ever longer: see claim()
+            refused.add(queue)  # perhaps because of one of them: from now on one by one
+            Job.objects.filter(QUEUED, pk__in=ids, sent__gt=0).requeue()
         raise
     if len(ids) < size:
         refused.discard(queue)

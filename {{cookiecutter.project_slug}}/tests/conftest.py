@@ -10,18 +10,10 @@ from jobs import lease, models, sweep
 from jobs.tasks import JobTask
 
 
-def run(task, job, producer, **options):
-    """Do at once what a worker does with the job's message."""
-    options = {"task_id": str(job.pk), "retries": job.retries, "headers": {"job": True}}
-    task.apply(job.args, job.kwargs, **options)
-
-
 @pytest.fixture(autouse=True)
 def eager(request, monkeypatch):
     """No worker and no broker, but for tests marked `live`: who publishes a job runs it."""
     app.conf.task_always_eager = not request.node.get_closest_marker("live")
-    if app.conf.task_always_eager:
-        monkeypatch.setattr(JobTask, "send", run)
     # No thread renews leases: it would not see what the transaction of a test holds.
     monkeypatch.setattr(lease, "keeper", "nobody")
     monkeypatch.setattr(models, "publish_again_at", 0.0)

@@ -268,6 +268,14 @@ def test_the_admin_cancels_jobs(admin_client):
     assert job.state == "cancelled"
 
 
+def test_the_admin_acts_on_no_more_jobs_than_it_says(admin_client, monkeypatch):
+    monkeypatch.setattr("jobs.admin.LatestPages.most", 2)
+    jobs = [Job.objects.enqueue(greet, countdown=9) for _ in range(3)]
+    data = {"action": "cancel", "select_across": "1", "_selected_action": [jobs[0].pk]}
+    admin_client.post("/admin/jobs/job/", data)
+    assert Job.objects.filter(state="cancelled").count() == 2
+
+
 def test_the_admin_runs_ended_jobs_again(admin_client, user, commit):
     with commit():
         ended = Job.objects.enqueue(greet, ["Ada"], owner=user, queue="special")

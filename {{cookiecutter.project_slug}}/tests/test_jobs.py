@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 from celery import shared_task
+from celery.app import routes
 from celery.app.utils import Settings
 from celery.exceptions import SoftTimeLimitExceeded
 {% if broker.flower %}
@@ -41,7 +42,6 @@ from jobs.models import Job, JobQuerySet
 from jobs.tasks import JobTask{{ ", follow_revokes" if broker.flower }}
 
 pytestmark = pytest.mark.django_db
-send = JobTask.send  # which tests replace
 
 
 @shared_task(base=JobTask, time_limit=1)
@@ -254,10 +254,11 @@ def test_no_jobs_are_no_error(commit):
 
 
 def test_the_message_of_a_job_is_one_of_celery():
+    app.conf.task_always_eager = False
     job = Job.objects.enqueue(add, [1], {"y": 2}, queue="cpu")
     job.retries = 3
     with app.connection_for_write("memory://") as broker:
-        send(add, job, app.amqp.Producer(broker, auto_declare=False))
+        add.send(job, app.amqp.Producer(broker, auto_declare=False))
         message = app.amqp.queues["cpu"](broker.default_channel).get()
     assert message.payload[:2] == [[1], {"y": 2}]
     kept = {name: message.headers[name] for name in ("id", "task", "retries", "job")}
@@ -450,7 +451,7 @@ def test_the_renewal_of_a_lease_finds_lost_runs():
 {% if broker.flower %}
 def test_flower_hears_at_once_of_one_job_and_later_of_many(monkeypatch):
     events = []
-    monkeypatch.setattr(JobTask, "send", send)
+    app.conf.task_always_eager = False
     monkeypatch.setattr(
         app.amqp, "send_task_message", lambda *args, **kwargs: events.append(args[2].sent_event)
     )
@@ -619,7 +620,25 @@ def test_a_job_that_the_broker_refuses_keeps_no_other_waiting(monkeypatch):
     for _ in range(6):
         sweep.send_due()
     assert sorted(sent) == sorted(str(job.pk) for job in others)
-    assert all(seconds_until_due(job) <= 0 for job in refused)
+    assert all(seconds_until_due(job) > 0 for job in refused)
+
+
+@pytest.mark.django_db(transaction=True)  # its commits are real ones
+def test_what_fails_after_the_commit_is_not_the_callers(monkeypatch):
+    """Who sees an error enqueues again, and then has all jobs twice."""
+    monkeypatch.setattr(models, "publish", lambda jobs: 1 / 0)
+    with transaction.atomic():
+        Job.objects.enqueue_many(add, [[1, 2]] * 3)
+    assert Job.objects.count() == 3
+
+
+def test_a_worker_that_took_an_uncertain_message_keeps_its_retry(broker_down):
+    """The broker may have the message though it did not say so."""
+    job = Job.objects.enqueue(add, [1, 2])
+    lease.Run(job.pk).row.requeue()
+    Job.objects.filter(pk=job.pk).update(sent=0, wake_at=Now() + timedelta(seconds=600))
+    assert not job.publish()
+    assert seconds_until_due(job) > 500
 
 
 def test_the_sweep_changes_many_rows_with_one_statement(published, monkeypatch):
@@ -731,6 +750,21 @@ def test_celery_shows_no_password_in_flower_and_inspect(settings):
     shown = Settings({}, [own_settings(), {}]).table()
     assert shown["broker_url"].startswith("memory://user:***")
     assert "secret" not in str(shown)
+
+
+@pytest.mark.parametrize("name", ["CELERY_DB_REUSE_MAX", "CELERY_WORKER_PREFETCH_MULTIPLIER"])
+def test_a_setting_that_is_left_out_takes_no_other_with_it(settings, name):
+    delattr(settings, name)
+    assert own_settings()["task_acks_late"]
+
+
+def test_a_priority_of_the_routes_reaches_the_broker(monkeypatch):
+    app.conf.task_always_eager = False
+    monkeypatch.setattr(app.amqp.router, "routes", routes.prepare({add.name: {"priority": 7}}))
+    sent = []
+    monkeypatch.setattr(app.amqp, "send_task_message", lambda *args, **more: sent.append(more))
+    add.send(Job.objects.enqueue(add, [1, 2], countdown=9), None)
+    assert (sent[0]["priority"], sent[0]["queue"].name) == (7, "celery")
 
 
 # What the database does
