@@ -36,7 +36,7 @@ from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 from psycopg.errors import ReadOnlySqlTransaction
 
-from config.celery import app, own_settings
+from config.celery import app, drop_dead_connections, own_settings
 from jobs import lease, models, sweep
 from jobs.models import Job, JobQuerySet
 from jobs.tasks import JobTask{{ ", follow_revokes" if broker.flower }}
@@ -739,6 +739,19 @@ def test_final_jobs_and_their_keys_are_purged(settings):
 def test_the_database_refuses_impossible_jobs(impossible):
     with pytest.raises(IntegrityError):
         Job.objects.create(task="task", queue="queue", **impossible)
+
+
+@pytest.mark.django_db(transaction=True)  # it closes the connection
+@pytest.mark.parametrize("headers, spared", [({}, False), ({"job": True}, True)])
+def test_a_task_starts_with_a_connection_that_works(headers, spared):
+    """Of a job nobody asks the database before its claim, which is tried again."""
+    connection.ensure_connection()
+    task = SimpleNamespace(request=SimpleNamespace(is_eager=False, headers=headers))
+    drop_dead_connections(task)
+    assert connection.connection and connection.health_check_done is spared
+    connection.close_at = 0  # CONN_MAX_AGE is over
+    drop_dead_connections(task)
+    assert not connection.connection
 
 
 # What others see of the settings
