@@ -58,7 +58,7 @@ def main(answers):
 
 def run_example(site):
     with step("Place an order over HTTP and follow its job"):
-        order = {"email": "you@example.com", "product": "Tea", "quantity": 2}
+        order = {"product": "Tea", "quantity": 2}
         follow(site, post(site, "/api/orders/", order))
     with step("Mail a newsletter to 5,000 recipients"):
         recipients = [f"reader-{number}@example.com" for number in range(5000)]
