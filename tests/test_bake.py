@@ -116,12 +116,13 @@ def test_every_combination_is_clean(bake, answers, is_new, record_property):
 @cache
 def template_paths():
     """The paths that an output may have."""
-    return {Path(rendered(path)) for path in OUTPUT.rglob("*") if path.is_file()}
+    files = (path.relative_to(OUTPUT) for path in OUTPUT.rglob("*") if path.is_file())
+    return {Path(rendered(file)) for file in files}
 
 
 def rendered(path):
-    """The path that a file of the template has in an output."""
-    return re.sub("{%.*?%}", "", str(path.relative_to(OUTPUT)))
+    """The path, or the name, that a file of the template has in an output."""
+    return re.sub("{%.*?%}", "", str(path))
 
 
 @pytest.mark.parametrize(
@@ -144,7 +145,7 @@ def test_every_part_of_a_choice_is_printed_where_its_comment_says():
     for path in [*PARTS.rglob("*.jinja"), *output_files()]:
         for node in ENVIRONMENT.parse(path.read_text("utf-8")).find_all(nodes.Getattr):
             if isinstance(node.node, nodes.Name):
-                printed[node.node.name, node.attr].add(re.sub("{%.*?%}", "", path.name))
+                printed[node.node.name, node.attr].add(rendered(path.name))
     options = {folder.name: folder.name for folder in PARTS.iterdir() if folder.is_dir()}
     options["servers"] = "server"  # what chosen.jinja calls one of them
     written, follows = set(), set()

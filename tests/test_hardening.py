@@ -107,9 +107,9 @@ user, session = User.objects.get(), SessionStore()
 session[SESSION_KEY], session[HASH_SESSION_KEY] = str(user.pk), user.get_session_auth_hash()
 session[BACKEND_SESSION_KEY] = "django.contrib.auth.backends.ModelBackend"
 session.save()
-print(session.session_key)
+result = session.session_key
 """
-    cookie = f"sessionid={site.project.shell(code, **site.environment)}"
+    cookie = f"sessionid={site.ask(code)}"
 
     class Proxy(BaseHTTPRequestHandler):
         def do_GET(self):

@@ -99,7 +99,7 @@ def send_batch(queue, size):
     """Send `size` jobs of a queue at most. Returns whether there may be more."""
     queued = Job.objects.filter(state="queued", queue=queue)
     missing = queued.filter(sent__gt=0).count() - messages_in(queue)
-    # First come, first served: who cannot be sent, say because it is too large, is due anew, and so
+    # First come, first served: who cannot be sent, say because it is too large, is due later, and so
     # behind all others; and the messages that are left in a queue are those of the latest jobs.
     due = queued.filter(wake_at__lt=Now()).order_by("wake_at")
     ids = claim(due.filter(sent=0)[:size])
