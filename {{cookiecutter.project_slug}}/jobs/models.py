@@ -28,11 +28,22 @@ publish_again_at = 0.0
 
 
 class Clock(Now):
-    """The database's clock; on SQLite in the format of other times, which are compared as text."""
+    """The database's clock, also for who had to wait for a lock; for WHERE take Now(), which is fixed.
+
+    On SQLite in the format of other times, which are compared as text.
+    """
+
+    def as_postgresql(self, compiler, connection, **context):
+        return self.as_sql(compiler, connection, template="CLOCK_TIMESTAMP()", **context)
 
     def as_sqlite(self, compiler, connection, **context):
         text = "STRFTIME('%%%%Y-%%%%m-%%%%d %%%%H:%%%%M:%%%%f000', 'NOW')"
         return self.as_sql(compiler, connection, template=text, **context)
+
+
+def lease():
+    """Return until when a lease that is renewed now holds: not beyond the deadline."""
+    return Least(Clock() + timedelta(seconds=settings.JOB_LEASE_SECONDS), F("deadline"))
 
 
 class JobQuerySet(models.QuerySet):
@@ -50,7 +61,7 @@ class JobQuerySet(models.QuerySet):
         fields |= self.prepare(Now(), task, args, kwargs, countdown, queue)
         job = self.create(**fields)
         if not countdown:
-            transaction.on_commit(job.publish, robust=True)
+            transaction.on_commit(lambda: publish([job]), using=self.db, robust=True)
         return job
 
     def enqueue_many(self, task, calls, *, countdown=None, queue=None, owner=None):
@@ -61,13 +72,12 @@ class JobQuerySet(models.QuerySet):
         # The database's clock, read once: PostgreSQL takes rows of plain values much more quickly.
         now = self.filter(pk=uuid.uuid4()).aggregate(now=Coalesce(Max("created_at"), Now()))["now"]
         calls = [self.prepare(now, task, args, None, countdown, queue) for args in calls]
-        jobs = [Job(owner=owner, **fields) for fields in calls]
-        for place, job in enumerate(jobs):
-            job.created_at = now + timedelta(microseconds=place)  # lists have this order
+        at = (now + timedelta(microseconds=place) for place in range(len(calls)))  # lists' order
+        jobs = [Job(owner=owner, created_at=next(at), **fields) for fields in calls]
         self.bulk_create(jobs, batch_size=BATCH)
         for start in range(0, 0 if countdown else len(jobs), BATCH):
             part = jobs[start : start + BATCH]
-            transaction.on_commit(lambda part=part: publish(part), robust=True)
+            transaction.on_commit(lambda part=part: publish(part), using=self.db, robust=True)
         return jobs
 
     def prepare(self, now, task, args, kwargs, countdown, queue):
@@ -78,9 +88,10 @@ class JobQuerySet(models.QuerySet):
             raise TypeError(f"{task!r} is no job: declare it with @shared_task(base=JobTask)")
         try:
             args, kwargs = json.loads(json.dumps([args, kwargs or {}], allow_nan=False))
-        except ValueError as error:
+        except (RecursionError, ValueError) as error:
             raise TypeError(f"Not JSON: {error}") from error
         task.__header__(*args, **kwargs)
+        queue = queue or getattr(task, "queue", None)
         if queue is None:
             route = current_app.amqp.router.route({}, task.name, args, kwargs)
             queue = route["queue"].name if "queue" in route else current_app.conf.task_default_queue
@@ -88,27 +99,18 @@ class JobQuerySet(models.QuerySet):
         wake_at = now + timedelta(seconds=countdown or settings.JOB_RESEND_SECONDS)
         return {**fields, "sent": 0 if countdown else 1, "wake_at": wake_at}
 
-    def visible_to(self, user):
-        """The jobs that `user` may see: the own ones, for staff also those that nobody owns."""
-        own = Q(owner=user)
-        return self.filter(own | Q(owner=None) if user.is_staff else own)
-
     def start(self, run, *, retries, limit):
         """Claim a queued job for `run`, for `limit` seconds. Returns 0 if the message is stale."""
-        return self.filter(QUEUED, retries=retries).update(
+        # Also if it is claimed for this run: then the answer to the first try was lost.
+        return self.filter(Q(run=None) | Q(run=run), UNFINISHED, retries=retries).update(
             state="running",
             run=run,
             progress=0,
             message="",
-            started_at=Now(),
-            deadline=Now() + timedelta(seconds=limit),
-            wake_at=Now() + timedelta(seconds=min(settings.JOB_LEASE_SECONDS, limit)),
+            started_at=Clock(),
+            deadline=Clock() + timedelta(seconds=limit),
+            wake_at=Clock() + timedelta(seconds=min(settings.JOB_LEASE_SECONDS, limit)),
         )
-
-    def renew(self):
-        """Extend the leases of these runs, none beyond its deadline. Returns how many there are."""
-        lease = Now() + timedelta(seconds=settings.JOB_LEASE_SECONDS)
-        return self.update(wake_at=Least(lease, F("deadline")))
 
     def requeue(self, delay=0, **changes):
         """Let these jobs start (again) in `delay` seconds: the sweep sends what is due."""
@@ -180,10 +182,6 @@ class Job(models.Model):
 
     def __str__(self):
         return f"{self.task} {self.id}"
-
-    def publish(self):
-        """Send the message. Returns False, and leaves it to the sweep, if the broker is down."""
-        return publish([self])
 
 
 def publish(jobs):

@@ -1,0 +1,28 @@
+"""What `task.AsyncResult(id)` says of a job: it reads the row."""
+
+from celery import states
+from celery.backends.base import BaseBackend
+
+from .models import Job
+
+STATES = {
+    "queued": states.PENDING,
+    "running": states.STARTED,
+    "succeeded": states.SUCCESS,
+    "failed": states.FAILURE,
+    "cancelled": states.REVOKED,
+}
+
+
+ERRORS = {"failed": "TaskError", "cancelled": "TaskRevokedError"}  # of celery.exceptions
+
+
+class JobBackend(BaseBackend):
+    def get_task_meta(self, task_id, cache=True):
+        job = Job.objects.filter(pk=task_id).first()
+        if job is None:
+            return {"status": states.PENDING, "result": None}  # as Celery says of unknown tasks
+        result = job.result
+        if kind := ERRORS.get(job.state):
+            result = {"exc_type": kind, "exc_message": job.error, "exc_module": "celery.exceptions"}
+        return {"status": STATES[job.state], "result": result}
