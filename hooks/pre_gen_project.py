@@ -13,7 +13,7 @@ CHOICES = {  # Cookiecutter checks none of a replay; a test holds these to cooki
     "deployment": ["docker", "kubernetes", "none"], "periodic_tasks": ["code", "admin"],
     "ci": ["github", "gitlab", "none"]}  # fmt: skip
 SLUG = r"(?!pg_|.*___)[a-z]([a-z0-9_]{0,38}[a-z0-9])?"  # fits packages, images, databases
-TAKEN = """config dev jobs manage orders test tests default false guest n no none null off on
+TAKEN = """config dev jobs manage orders users test tests default false guest n no none null off on
     postgres public template0 template1 true y yes amqp asgiref axes billiard boto3 botocore celery
     csp django django_axes django_celery_beat django_celery_results django_csp django_environ
     django_filter django_filters django_structlog djangorestframework drf_spectacular

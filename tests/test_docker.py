@@ -18,7 +18,7 @@ ORDER = {"email": "you@example.com", "product": "Tea", "quantity": 1}
 SOFT_SHUTDOWN_SECONDS = 2
 # A job of far more seconds than these, which says at each thousandth how far it is.
 LONG_JOB = """
-from django.contrib.auth.models import User
+from users.models import User
 from jobs.models import Job
 from orders.tasks import forecast_demand
 arguments = {"rounds": 2_000_000}

@@ -119,7 +119,7 @@ SLUGS = {
         *("django", "celery", "rest_framework", "redis", "kombu", "flower", "drf_spectacular"),
         *("structlog", "whitenoise", "djangorestframework", "django_environ", "psycopg"),
     ],
-    "own module": ["config", "jobs", "orders", "tests", "manage", "dev"],
+    "own module": ["config", "jobs", "orders", "users", "tests", "manage", "dev"],
 }
 
 ADDRESSES = ["o'brien+django@mail.example.co.uk", "a.b-c_d@ex-ample.org", "A@B.CH"]

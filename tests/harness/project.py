@@ -177,7 +177,7 @@ class Site:
     def enqueue(self, task, *args):
         """Enqueue a job of a task of the app `samples` for the demo user; return its URL."""
         code = f"""
-from django.contrib.auth.models import User
+from users.models import User
 from jobs.models import Job
 from samples import tasks
 result = Job.objects.enqueue(tasks.{task}, {args!r}, owner=User.objects.get()).pk

@@ -53,6 +53,7 @@ CONTENT_SECURITY_POLICY = {
         "frame-ancestors": ["'none'"],
     }
 }
+AUTH_USER_MODEL = "users.User"
 AUTH_PASSWORD_VALIDATORS = [
     {"NAME": f"django.contrib.auth.password_validation.{name}Validator"}
     for name in ["UserAttributeSimilarity", "MinimumLength", "CommonPassword", "NumericPassword"]
@@ -86,6 +87,7 @@ INSTALLED_APPS = [
 {% for app in [result_backend.app, periodic_tasks.app] | select %}
     "{{ app }}",
 {% endfor %}
+    "users",
     "jobs",
 {% if cookiecutter.include_example %}
     "orders",

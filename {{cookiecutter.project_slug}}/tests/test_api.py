@@ -39,6 +39,14 @@ def ids(response):
     return [job["id"] for job in response.json()["results"]]
 
 
+# Users
+
+
+def test_users_are_the_projects_own_and_in_the_admin(admin_client, user):
+    assert user._meta.label == "users.User"
+    assert "user@example.com" in admin_client.get("/admin/users/user/").content.decode()
+
+
 # The API
 
 
