@@ -75,7 +75,7 @@ PAGES = {
     "/api/docs/": "/api/jobs/",
     "/admin/": "Site administration",
     "/admin/jobs/job/": "Select job to",
-    "/admin/auth/user/add/": "Add user",
+    "/admin/users/user/add/": "Add user",
     "/api/jobs/?format=api": "Job List",
 }
 

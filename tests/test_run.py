@@ -14,10 +14,20 @@ import pytest
 
 from harness import servers
 from harness.bake import CHOICES, DEFAULTS, name
+from harness.browser import browser
 from harness.project import env, free_ports, path_without, processes_in, wait_for
 
 EXTRA = {"FLOWER_BASIC_AUTH": "admin:password", "DEBUG": "False"}
 ORDER = {"email": "you@example.com", "product": "Tea", "quantity": 2}
+# An action of the admin, which waits for workers; returns its page.
+ADD_UP = """
+from django.test import Client
+from users.models import User
+client = Client(HTTP_HOST="localhost")
+client.force_login(User.objects.get())
+data = {"action": "add_up", "_selected_action": [1]}
+result = client.post("/admin/orders/order/", data, follow=True).content.decode()
+"""
 SCHEDULE = """
 CELERY_BEAT_SCHEDULE = {{
     "tick": {{"task": "samples.tasks.note_time", "schedule": 1, "args": ["{path}"]}}
@@ -132,6 +142,8 @@ def use(project, tmp_path, **environment):
             assert job["state"] == "succeeded"
             assert site.request(f"/api/orders/{order['id']}/")[2]["confirmed_at"]
             assert "Thank you! You ordered 2 × Tea." in site.log
+            if "chord" in project.read("orders/admin.py"):
+                assert "Ordered: 2 × Tea." in site.ask(ADD_UP)
 
         late = tmp_path / "late"
         has_results = "RESULT_BACKEND" in project.read("config/settings.py")
@@ -155,6 +167,33 @@ def use(project, tmp_path, **environment):
 
         wait_for((tmp_path / "ticked").exists, 60, site)  # Beat
         return site.log
+
+
+@default_output
+def test_who_has_no_code_starts_a_job_watches_and_cancels_it(project, tmp_path):
+    with project.up() as site, browser(tmp_path) as tab:
+        tab.log_in(site)
+        began = time.monotonic()
+        tab.click("#start button")
+        tab.wait("document.querySelector('.job')")
+        assert time.monotonic() - began < 2
+        site.request("/api/orders/", ORDER)  # a new job that the page has not started
+        began = time.monotonic()
+        tab.wait("document.querySelectorAll('.job').length == 2")
+        assert time.monotonic() - began < 2
+        tab.wait("document.querySelector('.job').innerText.includes('Sent to')")
+
+        bar = ".job:nth-child(2) progress"
+        seen = []
+        while time.monotonic() - began < 10:
+            seen.append(tab.run(f"document.querySelector('{bar}').value"))
+            time.sleep(0.5)
+        assert seen == sorted(seen) and len(set(seen)) > 5 and seen[-1] < 100
+        tab.click(".job:nth-child(2) button")
+        tab.wait("document.querySelectorAll('.job')[1].dataset.state == 'cancelled'", 2)
+
+        tools = tab.run("[...document.querySelectorAll('.bar a')].map((a) => a.href).join()")
+        assert site.flower in tools
 
 
 def show_in_flower(site, done):

@@ -176,13 +176,28 @@ def test_the_openapi_document_tells_errors(api):
 
 
 def test_the_pages_show_the_name_of_the_project_escaped(client, user, monkeypatch):
-    monkeypatch.setitem(urls.name, "project_name", "<b>Tea & Co</b>")
+    monkeypatch.setitem(urls.page, "project_name", "<b>Tea & Co</b>")
     assert client.get("/").status_code == 302
     login = client.get("/login/").content.decode()
     client.force_login(user)
     for page in login, client.get("/").content.decode():
         assert "&lt;b&gt;Tea &amp; Co&lt;/b&gt;" in page
         assert "<b>" not in page
+
+
+def test_the_page_has_a_button_for_each_view_that_starts_a_job(client, user, monkeypatch):
+    monkeypatch.setitem(urls.page, "buttons", {"Build it": "/api/builds/"})
+    client.force_login(user)
+    button = '<button type="button" data-url="/api/builds/">Build it</button>'
+    assert button in client.get("/").content.decode()
+
+
+def test_staff_finds_its_tools_on_the_page(client, admin_client, user):
+    client.force_login(user)
+    for label, url in urls.page["staff_links"].items():
+        link = f'<a href="{url}">{label}</a>'.encode()
+        assert link in admin_client.get("/").content
+        assert link not in client.get("/").content
 
 
 def test_the_login_leads_to_the_jobs(client, user):
@@ -271,7 +286,7 @@ def test_the_admin_lists_and_shows_jobs(admin_client, user):
 
 def test_the_admin_cancels_jobs(admin_client):
     job = Job.objects.enqueue(greet)
-    assert "1 jobs cancelled" in act(admin_client, "cancel")
+    assert "1 job cancelled. 0 had ended already." in act(admin_client, "cancel")
     job.refresh_from_db()
     assert job.state == "cancelled"
 
@@ -289,7 +304,7 @@ def test_the_admin_runs_ended_jobs_again(admin_client, user, commit):
         ended = Job.objects.enqueue(greet, ["Ada"], owner=user, queue="special")
     active = Job.objects.enqueue(greet)
     with commit():
-        assert "1 jobs enqueued again" in act(admin_client, "run_again")
+        assert "1 job enqueued again</a>. 1 left alone" in act(admin_client, "run_again")
     again = Job.objects.exclude(pk__in=[ended.pk, active.pk]).get()
     assert (again.owner, again.queue) == (user, "special")
     assert (again.state, again.result) == ("succeeded", "Hello Ada")
