@@ -100,6 +100,10 @@ def test_every_combination_is_clean(bake, answers, is_new, record_property):
             check_file(project, file, text)
             checked += 1
     record_property(NEW_FILES, checked)
+    asked = re.findall(r'env\.\w+\("([A-Z_]+)"\)', texts[Path("config/settings.py")])
+    assert asked and ast.literal_eval(
+        re.search(r"^REQUIRED = (\[.*?\])", texts[Path("config/settings.py")], re.S | re.M)[1]
+    ) == sorted(asked, key=asked.index), "all that is missing is named at once"
     celery = texts[Path("config/settings.py")], texts[Path(".env.example")]
     if is_new("celery", *celery):
         check_celery(*celery)

@@ -135,7 +135,9 @@ def test_an_order_becomes_a_succeeded_job(stack, record_property):
     print(f"{stack.project.name}: {seconds:.0f} s from up to succeeded, the build included")
 
     assert stack.request(url)[2]["confirmed_at"]
-    assert "Thank you! You ordered 1 × Tea." in stack.compose("logs", "worker")
+    assert "Thank you! You ordered 1 × Tea." in stack.compose(
+        "exec", "worker", "sh", "-c", "cat .data/mail/*"
+    )
     assert stack.request("/api/jobs/", Authorization="")[0] == 401
     if stack.has_flower:
         assert wait_for(lambda: stack.find_in_flower(job["id"]), 60, stack)

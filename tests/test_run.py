@@ -141,7 +141,7 @@ def use(project, tmp_path, **environment):
             *_, job = site.follow(headers["Location"])
             assert job["state"] == "succeeded"
             assert site.request(f"/api/orders/{order['id']}/")[2]["confirmed_at"]
-            assert "Thank you! You ordered 2 × Tea." in site.log
+            assert "Thank you! You ordered 2 × Tea." in mails(project)
             if "chord" in project.read("orders/admin.py"):
                 assert "Ordered: 2 × Tea." in site.ask(ADD_UP)
 
@@ -196,6 +196,27 @@ def test_who_has_no_code_starts_a_job_watches_and_cancels_it(project, tmp_path):
         assert site.flower in tools
 
 
+@default_output
+def test_the_log_tells_an_event_once(with_tasks):
+    with with_tasks.up() as site:
+        *_, job = site.follow(site.enqueue("count", "no number"))
+        assert job["state"] == "failed"
+        for path in "/api/jobs/", "/health/live":
+            site.request(path)
+        list(site.follow(site.enqueue("count", 1)))
+        wait_for(lambda: "task_succeeded" in site.log, 10, site)
+        log = re.sub(r"\x1b\[\d*m", "", site.log)
+    assert log.count("Traceback") == 1
+    for event in "task_started", "task_failed", "task_succeeded":
+        assert re.search(rf"{event}.* task=samples.tasks.count", log), log
+    assert "GET /" not in log
+
+
+def mails(project):
+    """All that development has sent."""
+    return "".join(file.read_text() for file in (project / ".data/mail").iterdir())
+
+
 def show_in_flower(site, done):
     """Flower knows the worker that did the job of this id, and tells only who has its password."""
     for path in "/api/workers", "/api/tasks":
@@ -207,12 +228,23 @@ def show_in_flower(site, done):
     assert done in site.ask_flower("/api/tasks")[2]
 
 
+def required(project):
+    """What settings.py says that production must set."""
+    return re.findall(
+        r'"(\w+)"', re.search(r"REQUIRED = \[(.*?)\]", project.read("config/settings.py"), re.S)[1]
+    )
+
+
 @default_output
 def test_production_names_what_is_missing(project):
     (project / ".env").rename(project / ".env.away")
     try:
         variables = project.production()
         assert {"SECRET_KEY", "DATABASE_URL", "CELERY_BROKER_URL"} <= set(variables)
+        with pytest.raises(AssertionError) as all_at_once:
+            project.manage("check", **dict.fromkeys(variables, ""))
+        assert f"environment: {', '.join(required(project))}." in str(all_at_once.value)
+        assert set(required(project)) == set(variables)
         for variable in variables:
             with pytest.raises(AssertionError, match=f"ImproperlyConfigured: .*{variable}"):
                 project.manage("check", **{**variables, variable: ""})

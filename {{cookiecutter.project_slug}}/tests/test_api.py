@@ -264,6 +264,27 @@ def test_the_api_describes_itself_to_a_browser(client, user):
     assert client.get("/api/schema/").status_code == 200
 
 
+# The log
+
+
+def test_the_log_has_no_line_for_each_poll_and_probe(api, caplog):
+    caplog.set_level("INFO")
+    for url in "/api/jobs/", "/api/jobs/?state=failed", "/health/live", "/health/ready":
+        assert api.get(url).status_code == 200
+    assert not caplog.records
+    api.get(f"/api/jobs/{uuid.uuid4()}/")
+    api.get("/api/schema/")
+    assert [record.msg["code"] for record in caplog.records] == [404, 200]
+
+
+def test_the_log_has_one_traceback_for_a_failure(api, caplog, monkeypatch):
+    api.raise_request_exception = False
+    monkeypatch.setattr("jobs.views.JobViewSet.get_queryset", lambda view: 1 / 0)
+    assert api.get("/api/jobs/").status_code == 500
+    [record] = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert record.msg["event"] == "request_failed"
+
+
 # The admin
 
 
