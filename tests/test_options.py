@@ -686,6 +686,15 @@ def test_make_finds_its_tools_in_any_folder(bake, tmp_path, folder):
     assert printed == str(project.resolve() / ".venv/bin/honcho")
 
 
+def test_a_project_says_which_version_of_the_template_wrote_it(bake):
+    """There is one, and CHANGELOG.md has it, or it is the next one."""
+    [version] = re.findall(r'version = "(.+)"', (TEMPLATE / "templates/version.jinja").read_text())
+    newest = re.search(r"^## (\S+)", (TEMPLATE / "CHANGELOG.md").read_text("utf-8"), re.M)[1]
+
+    assert f"# Written by version {version} of its template" in bake().read("pyproject.toml")
+    assert version == newest or (newest == "Unreleased" and version.endswith(".dev"))
+
+
 def test_images_have_a_version(bake):
     """But those that stand in during development, and python's, whose tag is its version."""
     dockerfile = bake().read("Dockerfile")
