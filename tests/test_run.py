@@ -201,8 +201,6 @@ def test_the_log_tells_an_event_once(with_tasks):
     with with_tasks.up() as site:
         *_, job = site.follow(site.enqueue("count", "no number"))
         assert job["state"] == "failed"
-        for path in "/api/jobs/", "/health/live":
-            site.request(path)
         list(site.follow(site.enqueue("count", 1)))
         wait_for(lambda: "task_succeeded" in site.log, 10, site)
         log = re.sub(r"\x1b\[\d*m", "", site.log)

@@ -19,8 +19,8 @@ def browser(folder):
     options = "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage"
     (orders, write), (read, answers) = os.pipe(), os.pipe()
     process = subprocess.Popen(
-        # Chromium reads from the descriptor 3 and writes to 4.
-        ["sh", "-c", f'exec "$0" {options} "$@" 3<&{orders} 4>&{answers}', command]
+        # Chromium reads from the descriptor 3 and writes to 4. Not sh: dash knows no descriptor 10.
+        ["bash", "-c", f'exec "$0" {options} "$@" 3<&{orders} 4>&{answers}', command]
         + ["--remote-debugging-pipe", f"--user-data-dir={folder}"],
         pass_fds=[orders, answers],
         stderr=subprocess.DEVNULL,
@@ -51,7 +51,8 @@ class Browser:
         self.orders.write(json.dumps(order).encode() + b"\0")
         while True:
             while b"\0" not in self.rest:
-                self.rest += self.answers.read(65536)
+                self.rest += (part := self.answers.read(65536))
+                assert part, "the browser has ended"
             text, _, self.rest = self.rest.partition(b"\0")
             if (answer := json.loads(text)).get("id") == self.number:
                 assert "error" not in answer, answer
