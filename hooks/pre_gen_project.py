@@ -45,7 +45,7 @@ def faults():
 folder, parent = str(ANSWERS["project_slug"]), None
 ANSWERS["project_slug"] = "-" in folder and ANSWERS.get("__refused_slug") or ANSWERS["project_slug"]
 if messages := [f"  {option} {ANSWERS[option]!r}: {remedy}." for option, remedy in faults()]:
-    if folder != os.path.basename(os.getcwd()):  # a path, replayed: what is there may be another's
+    if os.isatty(0) or folder != os.path.basename(os.getcwd()):  # a person; a path, another's
         import signal
         import time  # not above: they cost every user time
 
@@ -57,4 +57,4 @@ if messages := [f"  {option} {ANSWERS[option]!r}: {remedy}." for option, remedy 
     print("No project was made. Please correct:", *messages, "", sep="\n", file=sys.stderr)
     while os.getppid() == parent:  # Ctrl-C stops it; after a mere refusal it removes all there
         time.sleep(0.01)
-    sys.exit("Cookiecutter's own report of this follows.")
+    sys.exit(1 if parent else "Cookiecutter's own report of this follows.")

@@ -3,12 +3,14 @@
 import ast
 import json
 import os
+import pty
 import re
 import signal
 import stat
 import subprocess
 import sys
 import tomllib
+from contextlib import suppress
 from email.headerregistry import Address
 
 import pytest
@@ -431,6 +433,29 @@ def test_all_faults_are_listed_at_once(replay, tmp_path):
     assert result.returncode == 1
     assert set(faults) >= set(OPTIONS) - set(CHOICES) | {"include_example"}
     assert nothing_is_left(tmp_path / "out")
+
+
+@pytest.mark.parametrize("out", ["new", "there"])
+def test_at_a_terminal_nothing_hides_the_refusal(tmp_path, out):
+    (tmp_path / "there/my_project").mkdir(parents=True)
+    (tmp_path / "there/my_project/file").write_text("mine")
+    arguments = ["--no-input", "--overwrite-if-exists", "author_email=nobody"]
+    child, terminal = pty.fork()
+    if child == 0:
+        os.environ |= {"HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
+        command = [sys.executable, "-m", "cookiecutter", TEMPLATE, "-o", tmp_path / out]
+        os.execv(sys.executable, [str(word) for word in [*command, *arguments]])
+    printed = b""
+    with suppress(OSError):  # it has ended
+        while part := os.read(terminal, 4096):
+            printed += part
+
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+    *_, refusal, end = filter(None, printed.decode().splitlines())
+    assert refusal == "  author_email 'nobody': write one plain address, such as you@example.com."
+    assert end == "Aborted!" and b"Traceback" not in printed
+    assert (tmp_path / "there/my_project/file").read_text() == "mine"
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_refusal_leaves_an_existing_project_alone(run, bake):
