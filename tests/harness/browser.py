@@ -16,7 +16,7 @@ def browser(folder):
     """A Browser with its profile in this folder, until the block ends."""
     if not (command := shutil.which("chromium") or shutil.which("google-chrome")):
         missing("chromium is not installed: sudo apt install chromium")
-    options = "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage"
+    options = "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --hide-scrollbars"
     (orders, write), (read, answers) = os.pipe(), os.pipe()
     process = subprocess.Popen(
         # Chromium reads from the descriptor 3 and writes to 4. Not sh: dash knows no descriptor 10.
