@@ -136,7 +136,7 @@ def test_an_order_becomes_a_succeeded_job(stack, record_property):
 
     assert stack.request(url)[2]["confirmed_at"]
     assert "Thank you! You ordered 1 × Tea." in stack.compose(
-        "exec", "worker", "sh", "-c", "cat .data/mail/*"
+        "exec", "-T", "worker", "sh", "-c", "cat .data/mail/*"
     )
     assert stack.request("/api/jobs/", Authorization="")[0] == 401
     if stack.has_flower:
