@@ -135,7 +135,7 @@ def speed(output, sizes):
 def post(output, sizes):
     """Median and p99 in ms, and the rate: clients that place order after order."""
     token = output.shell(
-        "from django.contrib.auth.models import User\n"
+        "from users.models import User\n"
         "from rest_framework.authtoken.models import Token\n"
         "print(Token.objects.create(user=User.objects.create_user('demo')))"
     )

@@ -13,7 +13,7 @@ CHOICES = {  # Cookiecutter checks none of a replay; a test holds these to cooki
     "deployment": ["docker", "kubernetes", "none"], "periodic_tasks": ["code", "admin"],
     "ci": ["github", "gitlab", "none"]}  # fmt: skip
 SLUG = r"(?!pg_|.*___)[a-z]([a-z0-9_]{0,38}[a-z0-9])?"  # fits packages, images, databases
-TAKEN = """config dev jobs manage orders test tests default false guest n no none null off on
+TAKEN = """config dev jobs manage orders users test tests default false guest n no none null off on
     postgres public template0 template1 true y yes amqp asgiref axes billiard boto3 botocore celery
     csp django django_axes django_celery_beat django_celery_results django_csp django_environ
     django_filter django_filters django_structlog djangorestframework drf_spectacular
@@ -45,7 +45,7 @@ def faults():
 folder, parent = str(ANSWERS["project_slug"]), None
 ANSWERS["project_slug"] = "-" in folder and ANSWERS.get("__refused_slug") or ANSWERS["project_slug"]
 if messages := [f"  {option} {ANSWERS[option]!r}: {remedy}." for option, remedy in faults()]:
-    if folder != os.path.basename(os.getcwd()):  # a path, replayed: what is there may be another's
+    if os.isatty(0) or folder != os.path.basename(os.getcwd()):  # a person; a path, another's
         import signal
         import time  # not above: they cost every user time
 
@@ -57,4 +57,4 @@ if messages := [f"  {option} {ANSWERS[option]!r}: {remedy}." for option, remedy 
     print("No project was made. Please correct:", *messages, "", sep="\n", file=sys.stderr)
     while os.getppid() == parent:  # Ctrl-C stops it; after a mere refusal it removes all there
         time.sleep(0.01)
-    sys.exit("Cookiecutter's own report of this follows.")
+    sys.exit(1 if parent else "Cookiecutter's own report of this follows.")

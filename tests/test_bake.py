@@ -88,7 +88,7 @@ def test_every_combination_is_clean(bake, answers, is_new, record_property):
 
     # Manifests, and a migration that makes a periodic task, come on top of the default's.
     more = 5 * (answers["deployment"] == "kubernetes") + (answers["periodic_tasks"] == "admin")
-    assert len(texts) <= 45 + more, "files"
+    assert len(texts) <= 52 + more, "files"
     empty = [path for path in project.rglob("*") if path.is_dir() and not any(path.iterdir())]
     assert empty == []
     for file, text in texts.items():
@@ -100,6 +100,10 @@ def test_every_combination_is_clean(bake, answers, is_new, record_property):
             check_file(project, file, text)
             checked += 1
     record_property(NEW_FILES, checked)
+    asked = re.findall(r'env\.\w+\("([A-Z_]+)"\)', texts[Path("config/settings.py")])
+    assert asked and ast.literal_eval(
+        re.search(r"^REQUIRED = (\[.*?\])", texts[Path("config/settings.py")], re.S | re.M)[1]
+    ) == sorted(asked, key=asked.index), "all that is missing is named at once"
     celery = texts[Path("config/settings.py")], texts[Path(".env.example")]
     if is_new("celery", *celery):
         check_celery(*celery)

@@ -18,7 +18,7 @@ ORDER = {"email": "you@example.com", "product": "Tea", "quantity": 1}
 SOFT_SHUTDOWN_SECONDS = 2
 # A job of far more seconds than these, which says at each thousandth how far it is.
 LONG_JOB = """
-from django.contrib.auth.models import User
+from users.models import User
 from jobs.models import Job
 from orders.tasks import forecast_demand
 arguments = {"rounds": 2_000_000}
@@ -135,7 +135,9 @@ def test_an_order_becomes_a_succeeded_job(stack, record_property):
     print(f"{stack.project.name}: {seconds:.0f} s from up to succeeded, the build included")
 
     assert stack.request(url)[2]["confirmed_at"]
-    assert "Thank you! You ordered 1 × Tea." in stack.compose("logs", "worker")
+    assert "Thank you! You ordered 1 × Tea." in stack.compose(
+        "exec", "-T", "worker", "sh", "-c", "cat .data/mail/*"
+    )
     assert stack.request("/api/jobs/", Authorization="")[0] == 401
     if stack.has_flower:
         assert wait_for(lambda: stack.find_in_flower(job["id"]), 60, stack)

@@ -75,7 +75,7 @@ PAGES = {
     "/api/docs/": "/api/jobs/",
     "/admin/": "Site administration",
     "/admin/jobs/job/": "Select job to",
-    "/admin/auth/user/add/": "Add user",
+    "/admin/users/user/add/": "Add user",
     "/api/jobs/?format=api": "Job List",
 }
 
@@ -101,7 +101,7 @@ def logged_in(site):
     """An address that shows the site to a browser that needs no cookies."""
     code = """
 from django.contrib.auth import BACKEND_SESSION_KEY, HASH_SESSION_KEY, SESSION_KEY
-from django.contrib.auth.models import User
+from users.models import User
 from django.contrib.sessions.backends.db import SessionStore
 user, session = User.objects.get(), SessionStore()
 session[SESSION_KEY], session[HASH_SESSION_KEY] = str(user.pk), user.get_session_auth_hash()

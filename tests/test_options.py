@@ -3,12 +3,14 @@
 import ast
 import json
 import os
+import pty
 import re
 import signal
 import stat
 import subprocess
 import sys
 import tomllib
+from contextlib import suppress
 from email.headerregistry import Address
 
 import pytest
@@ -119,7 +121,7 @@ SLUGS = {
         *("django", "celery", "rest_framework", "redis", "kombu", "flower", "drf_spectacular"),
         *("structlog", "whitenoise", "djangorestframework", "django_environ", "psycopg"),
     ],
-    "own module": ["config", "jobs", "orders", "tests", "manage", "dev"],
+    "own module": ["config", "jobs", "orders", "users", "tests", "manage", "dev"],
 }
 
 ADDRESSES = ["o'brien+django@mail.example.co.uk", "a.b-c_d@ex-ample.org", "A@B.CH"]
@@ -433,6 +435,29 @@ def test_all_faults_are_listed_at_once(replay, tmp_path):
     assert nothing_is_left(tmp_path / "out")
 
 
+@pytest.mark.parametrize("out", ["new", "there"])
+def test_at_a_terminal_nothing_hides_the_refusal(tmp_path, out):
+    (tmp_path / "there/my_project").mkdir(parents=True)
+    (tmp_path / "there/my_project/file").write_text("mine")
+    arguments = ["--no-input", "--overwrite-if-exists", "author_email=nobody"]
+    child, terminal = pty.fork()
+    if child == 0:
+        os.environ |= {"HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
+        command = [sys.executable, "-m", "cookiecutter", TEMPLATE, "-o", tmp_path / out]
+        os.execv(sys.executable, [str(word) for word in [*command, *arguments]])
+    printed = b""
+    with suppress(OSError):  # it has ended
+        while part := os.read(terminal, 4096):
+            printed += part
+
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+    *_, refusal, end = filter(None, printed.decode().splitlines())
+    assert refusal == "  author_email 'nobody': write one plain address, such as you@example.com."
+    assert end == "Aborted!" and b"Traceback" not in printed
+    assert (tmp_path / "there/my_project/file").read_text() == "mine"
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_refusal_leaves_an_existing_project_alone(run, bake):
     project = bake(project_slug="shop")
     before = {path: path.read_bytes() for path in project.files()}
@@ -684,6 +709,15 @@ def test_make_finds_its_tools_in_any_folder(bake, tmp_path, folder):
     printed = project.call("make", "--silent", "run").strip()
 
     assert printed == str(project.resolve() / ".venv/bin/honcho")
+
+
+def test_a_project_says_which_version_of_the_template_wrote_it(bake):
+    """There is one, and CHANGELOG.md has it, or it is the next one."""
+    [version] = re.findall(r'version = "(.+)"', (TEMPLATE / "templates/version.jinja").read_text())
+    newest = re.search(r"^## (\S+)", (TEMPLATE / "CHANGELOG.md").read_text("utf-8"), re.M)[1]
+
+    assert f"# Written by version {version} of its template" in bake().read("pyproject.toml")
+    assert version == newest or (newest == "Unreleased" and version.endswith(".dev"))
 
 
 def test_images_have_a_version(bake):

@@ -14,10 +14,20 @@ import pytest
 
 from harness import servers
 from harness.bake import CHOICES, DEFAULTS, name
+from harness.browser import browser
 from harness.project import env, free_ports, path_without, processes_in, wait_for
 
 EXTRA = {"FLOWER_BASIC_AUTH": "admin:password", "DEBUG": "False"}
 ORDER = {"email": "you@example.com", "product": "Tea", "quantity": 2}
+# An action of the admin, which waits for workers; returns its page.
+ADD_UP = """
+from django.test import Client
+from users.models import User
+client = Client(HTTP_HOST="localhost")
+client.force_login(User.objects.get())
+data = {"action": "add_up", "_selected_action": [1]}
+result = client.post("/admin/orders/order/", data, follow=True).content.decode()
+"""
 SCHEDULE = """
 CELERY_BEAT_SCHEDULE = {{
     "tick": {{"task": "samples.tasks.note_time", "schedule": 1, "args": ["{path}"]}}
@@ -131,7 +141,9 @@ def use(project, tmp_path, **environment):
             *_, job = site.follow(headers["Location"])
             assert job["state"] == "succeeded"
             assert site.request(f"/api/orders/{order['id']}/")[2]["confirmed_at"]
-            assert "Thank you! You ordered 2 × Tea." in site.log
+            assert "Thank you! You ordered 2 × Tea." in mails(project)
+            if "chord" in project.read("orders/admin.py"):
+                assert "Ordered: 2 × Tea." in site.ask(ADD_UP)
 
         late = tmp_path / "late"
         has_results = "RESULT_BACKEND" in project.read("config/settings.py")
@@ -157,6 +169,52 @@ def use(project, tmp_path, **environment):
         return site.log
 
 
+@default_output
+def test_who_has_no_code_starts_a_job_watches_and_cancels_it(project, tmp_path):
+    with project.up() as site, browser(tmp_path) as tab:
+        tab.log_in(site)
+        began = time.monotonic()
+        tab.click("#start button")
+        tab.wait("document.querySelector('.job')")
+        assert time.monotonic() - began < 2
+        site.request("/api/orders/", ORDER)  # a new job that the page has not started
+        began = time.monotonic()
+        tab.wait("document.querySelectorAll('.job').length == 2")
+        assert time.monotonic() - began < 2
+        tab.wait("document.querySelector('.job').innerText.includes('Sent to')")
+
+        bar = ".job:nth-child(2) progress"
+        seen = []
+        while time.monotonic() - began < 10:
+            seen.append(tab.run(f"document.querySelector('{bar}').value"))
+            time.sleep(0.5)
+        assert seen == sorted(seen) and len(set(seen)) > 5 and seen[-1] < 100
+        tab.click(".job:nth-child(2) button")
+        tab.wait("document.querySelectorAll('.job')[1].dataset.state == 'cancelled'", 2)
+
+        tools = tab.run("[...document.querySelectorAll('.bar a')].map((a) => a.href).join()")
+        assert site.flower in tools
+
+
+@default_output
+def test_the_log_tells_an_event_once(with_tasks):
+    with with_tasks.up() as site:
+        *_, job = site.follow(site.enqueue("count", "no number"))
+        assert job["state"] == "failed"
+        list(site.follow(site.enqueue("count", 1)))
+        wait_for(lambda: "task_succeeded" in site.log, 10, site)
+        log = re.sub(r"\x1b\[\d*m", "", site.log)
+    assert log.count("Traceback") == 1
+    for event in "task_started", "task_failed", "task_succeeded":
+        assert re.search(rf"{event}.* task=samples.tasks.count", log), log
+    assert "GET /" not in log
+
+
+def mails(project):
+    """All that development has sent."""
+    return "".join(file.read_text() for file in (project / ".data/mail").iterdir())
+
+
 def show_in_flower(site, done):
     """Flower knows the worker that did the job of this id, and tells only who has its password."""
     for path in "/api/workers", "/api/tasks":
@@ -168,12 +226,23 @@ def show_in_flower(site, done):
     assert done in site.ask_flower("/api/tasks")[2]
 
 
+def required(project):
+    """What settings.py says that production must set."""
+    return re.findall(
+        r'"(\w+)"', re.search(r"REQUIRED = \[(.*?)\]", project.read("config/settings.py"), re.S)[1]
+    )
+
+
 @default_output
 def test_production_names_what_is_missing(project):
     (project / ".env").rename(project / ".env.away")
     try:
         variables = project.production()
         assert {"SECRET_KEY", "DATABASE_URL", "CELERY_BROKER_URL"} <= set(variables)
+        with pytest.raises(AssertionError) as all_at_once:
+            project.manage("check", **dict.fromkeys(variables, ""))
+        assert f"environment: {', '.join(required(project))}." in str(all_at_once.value)
+        assert set(required(project)) == set(variables)
         for variable in variables:
             with pytest.raises(AssertionError, match=f"ImproperlyConfigured: .*{variable}"):
                 project.manage("check", **{**variables, variable: ""})

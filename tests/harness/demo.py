@@ -60,6 +60,9 @@ def run_example(site):
     with step("Place an order over HTTP and follow its job"):
         order = {"product": "Tea", "quantity": 2}
         follow(site, post(site, "/api/orders/", order))
+    with step("Start a report, as the button on the page does, watch it and cancel it"):
+        url = post(site, "/api/orders/report/", {})
+        follow(site, url, cancel_at=20)
     with step("Mail a newsletter to 5,000 recipients"):
         recipients = [f"reader-{number}@example.com" for number in range(5000)]
         letter = {"subject": "News", "body": "It works.", "recipients": recipients}
@@ -79,12 +82,15 @@ def post(site, path, data):
     return headers["Location"]
 
 
-def follow(site, url):
+def follow(site, url, cancel_at=None):
     print(f"  GET {url}")
     for job in site.follow(url):
         bar = "#" * (job["progress"] // 5)
         print(f"  {job['state']:9} {bar:20} {job['progress']:3} %  {job['message']}", flush=True)
-    assert job["state"] == "succeeded", job
+        if cancel_at and job["state"] == "running" and job["progress"] >= cancel_at:
+            status, _, _ = site.request(f"{url}cancel/", {})
+            print(f"  POST {url}cancel/ -> {status}")
+    assert job["state"] == ("cancelled" if cancel_at else "succeeded"), job
     return job
 
 

@@ -169,6 +169,10 @@ class Site:
             port = self.environment["FLOWER_PORT"]
             wait_for(lambda: connects(int(port)), 120, self)
 
+    def user(self):
+        """The name and password of the demo user, and its address."""
+        return dict(re.findall("^DJANGO_SUPERUSER_(.*)=(.*)$", self.project.read(".env"), re.M))
+
     def request(self, path, data=None, **headers):
         """Return (status, headers, JSON) of a GET, or with `data` of a POST, as the demo user."""
         headers = {"Authorization": f"Token {self.token}", **headers}
@@ -177,7 +181,7 @@ class Site:
     def enqueue(self, task, *args):
         """Enqueue a job of a task of the app `samples` for the demo user; return its URL."""
         code = f"""
-from django.contrib.auth.models import User
+from users.models import User
 from jobs.models import Job
 from samples import tasks
 result = Job.objects.enqueue(tasks.{task}, {args!r}, owner=User.objects.get()).pk

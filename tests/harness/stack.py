@@ -144,7 +144,7 @@ class Stack:
     def add_user(self, name, **fields):
         """Return the token of a new user."""
         code = """
-from django.contrib.auth.models import User
+from users.models import User
 from rest_framework.authtoken.models import Token
 result = Token.objects.create(user=User.objects.create_user(name, **fields)).key
 """

@@ -1,9 +1,12 @@
 {% from "chosen.jinja" import broker with context %}
 import os
 
+import structlog
 from celery import Celery, signals
 from django.conf import settings
 from django.db import close_old_connections, connection
+from django.dispatch import receiver
+from django_structlog.celery.signals import bind_extra_task_metadata
 from django_structlog.celery.steps import DjangoStructLogInitStep
 {% print broker.celery_imports | default %}
 
@@ -31,6 +34,12 @@ app.add_defaults(own_settings)  # called when Celery needs them
 @signals.setup_logging.connect
 def keep_django_logging(**kwargs):
     """Leave logging to settings.LOGGING: with a receiver here Celery sets up none of its own."""
+
+
+@receiver(bind_extra_task_metadata)
+def name_task(task, **kwargs):
+    """Say in each line of a task's log which task it is."""
+    structlog.contextvars.bind_contextvars(task=task.name)
 
 
 @signals.task_prerun.connect

@@ -20,8 +20,16 @@ BASE_DIR = Path(__file__).resolve().parent.parent
 
 env = environ.Env()
 env.read_env(BASE_DIR / ".env")
-# An empty variable is a missing one: without those that have no default here nothing starts.
+# An empty variable is a missing one.
 env.ENVIRON = {name: value for name, value in os.environ.items() if value}
+
+REQUIRED = [
+{% for name in ["SECRET_KEY", "ALLOWED_HOSTS", "DATABASE_URL", "EMAIL_URL", "DEFAULT_FROM_EMAIL", broker.required, result_backend.required | default] | select %}
+    "{{ name }}",
+{% endfor %}
+]
+if missing := [name for name in REQUIRED if name not in env.ENVIRON]:
+    raise ImproperlyConfigured(f"Missing in the environment: {', '.join(missing)}.")
 
 DEBUG = env.bool("DEBUG", default=False)
 
@@ -53,6 +61,7 @@ CONTENT_SECURITY_POLICY = {
         "frame-ancestors": ["'none'"],
     }
 }
+AUTH_USER_MODEL = "users.User"
 AUTH_PASSWORD_VALIDATORS = [
     {"NAME": f"django.contrib.auth.password_validation.{name}Validator"}
     for name in ["UserAttributeSimilarity", "MinimumLength", "CommonPassword", "NumericPassword"]
@@ -86,6 +95,7 @@ INSTALLED_APPS = [
 {% for app in [result_backend.app, periodic_tasks.app] | select %}
     "{{ app }}",
 {% endfor %}
+    "users",
     "jobs",
 {% if cookiecutter.include_example %}
     "orders",
@@ -121,6 +131,10 @@ ROOT_URLCONF = "config.urls"
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 LOGIN_URL = "login"
 LOGIN_REDIRECT_URL = LOGOUT_REDIRECT_URL = "index"
+{% if broker.flower %}
+FLOWER_PORT = env.int("FLOWER_PORT", default=5555)  # of `make run`
+FLOWER_URL = env.str("FLOWER_URL", default=f"http://127.0.0.1:{FLOWER_PORT}/")  # a link for staff
+{% endif %}
 TIME_ZONE = "UTC"
 STATIC_URL = "static/"
 STATIC_ROOT = BASE_DIR / "staticfiles"
@@ -231,6 +245,15 @@ CELERY_TASK_PUBLISH_RETRY_POLICY = {"max_retries": 1, "interval_start": 0}
 if dsn := env.str("SENTRY_DSN", default=""):
     sentry_sdk.init(dsn)
 
+
+def drop_polls(logger, method, event):
+    """Leave out what pages and probes ask again and again, if it went well."""
+    if event["event"] == "request_finished" and event["code"] == 200:
+        if re.match("GET /(api/jobs|health)/", event["request"]):
+            raise structlog.DropEvent
+    return event
+
+
 LOG_PROCESSORS = [
     structlog.contextvars.merge_contextvars,
     structlog.stdlib.add_logger_name,
@@ -244,7 +267,7 @@ LOG_JSON = [
 LOG_OUTPUT = [structlog.dev.ConsoleRenderer()] if DEBUG else LOG_JSON
 LOG_FORMATTER = structlog.stdlib.ProcessorFormatter
 structlog.configure(
-    processors=[*LOG_PROCESSORS, LOG_FORMATTER.wrap_for_formatter],
+    processors=[drop_polls, *LOG_PROCESSORS, LOG_FORMATTER.wrap_for_formatter],
     logger_factory=structlog.stdlib.LoggerFactory(),
     cache_logger_on_first_use=True,
 )
@@ -262,9 +285,12 @@ LOGGING = {
     "root": {"handlers": ["console"], "level": env.str("LOG_LEVEL", default="INFO")},
     "loggers": {
         "axes": {"level": "WARNING"},  # logins that fail
-        "celery.app.trace": {"level": "WARNING"},  # django_structlog says when a task starts, ends
+        # What django_structlog says of tasks and requests, with one traceback, they would repeat.
+        "celery.app.trace": {"level": "CRITICAL"},
+        "celery.beat": {"level": "WARNING"},
         "celery.worker.strategy": {"level": "WARNING"},
         "django": {},
+        "django.request": {"level": "CRITICAL"},
         "django.server": {"level": "CRITICAL"},
 {% if broker.flower %}
         "flower": {"level": "ERROR"},

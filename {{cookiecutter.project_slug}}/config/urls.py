@@ -1,10 +1,11 @@
+{% from "chosen.jinja" import broker with context %}
 from django.conf import settings
 from django.contrib import admin
 from django.contrib.auth.decorators import login_required
 from django.contrib.auth.views import LoginView, LogoutView
 from django.db import Error, connection
 from django.http import HttpResponse
-from django.urls import include, path
+from django.urls import include, path, reverse_lazy
 from django.views.generic import TemplateView
 from drf_spectacular.views import SpectacularAPIView, SpectacularSwaggerSplitView
 from rest_framework.routers import DefaultRouter
@@ -24,9 +25,14 @@ router.register("newsletters", NewsletterViewSet, basename="newsletter")
 
 title = settings.SPECTACULAR_SETTINGS["TITLE"]
 admin.site.site_header = admin.site.site_title = title
-name = {"project_name": title}
+page = {
+    "project_name": title,
+    "staff_links": {"Admin": reverse_lazy("admin:index"){{ ', "Flower": settings.FLOWER_URL' if broker.flower }}},
+    # A view that answers 202 with a job, and what its button on the page of jobs says.
+    "buttons": {% raw %}{{% endraw %}{{ '"Write a report": reverse_lazy("order-report")' if cookiecutter.include_example }}},
+}
 api_docs = SpectacularSwaggerSplitView.as_view()
-jobs_page = TemplateView.as_view(template_name="jobs/index.html", extra_context=name)
+jobs_page = TemplateView.as_view(template_name="jobs/index.html", extra_context=page)
 
 
 def ready(request):
@@ -40,7 +46,7 @@ def ready(request):
 
 urlpatterns = [
     path("", login_required(jobs_page), name="index"),
-    path("login/", LoginView.as_view(extra_context=name), name="login"),
+    path("login/", LoginView.as_view(extra_context=page), name="login"),
     path("logout/", LogoutView.as_view(), name="logout"),
     path("admin/", admin.site.urls),
     path("api/", include(router.urls)),

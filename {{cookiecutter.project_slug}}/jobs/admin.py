@@ -3,10 +3,13 @@ from contextlib import suppress
 
 from celery import current_app
 from celery.exceptions import NotRegistered
-from django.contrib import admin
+from django.contrib import admin, messages
 from django.contrib.auth import get_user_model
 from django.core.paginator import Paginator
+from django.template.defaultfilters import pluralize
+from django.urls import reverse
 from django.utils.functional import cached_property
+from django.utils.html import format_html
 
 from .models import FINAL, Job
 
@@ -19,6 +22,19 @@ class LatestPages(Paginator):
     @cached_property
     def count(self):
         return self.object_list[: self.most].count()
+
+
+def announce(request, jobs, done="enqueued", rest=""):
+    """Say in the admin how many jobs were enqueued, with a link to where this user sees them."""
+    if not request.user.has_perm("jobs.view_job"):
+        url = reverse("index")
+    elif len(jobs) == 1:
+        url = reverse("admin:jobs_job_change", args=[jobs[0].pk])
+    else:
+        url = reverse("admin:jobs_job_changelist")  # the newest first
+    text = f"{len(jobs)} job{pluralize(jobs)} {done}"
+    link = format_html('<a href="{}">{}</a>', url, text) if jobs else text
+    messages.success(request, format_html("{}. {}", link, rest))
 
 
 @admin.register(Job)
@@ -56,16 +72,16 @@ class JobAdmin(admin.ModelAdmin):
     @admin.action(description="Run again, as new jobs", permissions=["delete"])
     def run_again(self, request, queryset):
         current_app.loader.import_default_modules()
-        again = 0
+        again = []
         for job in queryset.filter(state__in=FINAL):
             with suppress(NotRegistered, TypeError):  # the code has changed since
-                task = current_app.tasks[job.task]
-                Job.objects.enqueue(task, job.args, job.kwargs, owner=job.owner, queue=job.queue)
-                again += 1
-        rest = queryset.count() - again
-        text = f"{again} jobs enqueued again. {rest} left alone: active, or their task is gone."
-        self.message_user(request, text)
+                task, same = current_app.tasks[job.task], {"owner": job.owner, "queue": job.queue}
+                again.append(Job.objects.enqueue(task, job.args, job.kwargs, **same))
+        rest = f"{queryset.count() - len(again)} left alone: active, or their task is gone."
+        announce(request, again, "enqueued again", rest)
 
     @admin.action(description="Cancel", permissions=["delete"])
     def cancel(self, request, queryset):
-        self.message_user(request, f"{queryset.cancel()} jobs cancelled.")
+        count, cancelled = queryset.count(), queryset.cancel()
+        rest = f"{count - cancelled} had ended already."
+        self.message_user(request, f"{cancelled} job{pluralize(cancelled)} cancelled. {rest}")

@@ -39,6 +39,14 @@ def ids(response):
     return [job["id"] for job in response.json()["results"]]
 
 
+# Users
+
+
+def test_users_are_the_projects_own_and_in_the_admin(admin_client, user):
+    assert user._meta.label == "users.User"
+    assert "user@example.com" in admin_client.get("/admin/users/user/").content.decode()
+
+
 # The API
 
 
@@ -168,13 +176,28 @@ def test_the_openapi_document_tells_errors(api):
 
 
 def test_the_pages_show_the_name_of_the_project_escaped(client, user, monkeypatch):
-    monkeypatch.setitem(urls.name, "project_name", "<b>Tea & Co</b>")
+    monkeypatch.setitem(urls.page, "project_name", "<b>Tea & Co</b>")
     assert client.get("/").status_code == 302
     login = client.get("/login/").content.decode()
     client.force_login(user)
     for page in login, client.get("/").content.decode():
         assert "&lt;b&gt;Tea &amp; Co&lt;/b&gt;" in page
         assert "<b>" not in page
+
+
+def test_the_page_has_a_button_for_each_view_that_starts_a_job(client, user, monkeypatch):
+    monkeypatch.setitem(urls.page, "buttons", {"Build it": "/api/builds/"})
+    client.force_login(user)
+    button = '<button type="button" data-url="/api/builds/">Build it</button>'
+    assert button in client.get("/").content.decode()
+
+
+def test_staff_finds_its_tools_on_the_page(client, admin_client, user):
+    client.force_login(user)
+    for label, url in urls.page["staff_links"].items():
+        link = f'<a href="{url}">{label}</a>'.encode()
+        assert link in admin_client.get("/").content
+        assert link not in client.get("/").content
 
 
 def test_the_login_leads_to_the_jobs(client, user):
@@ -241,6 +264,27 @@ def test_the_api_describes_itself_to_a_browser(client, user):
     assert client.get("/api/schema/").status_code == 200
 
 
+# The log
+
+
+def test_the_log_has_no_line_for_each_poll_and_probe(api, caplog):
+    caplog.set_level("INFO")
+    for url in "/api/jobs/", "/api/jobs/?state=failed", "/health/live", "/health/ready":
+        assert api.get(url).status_code == 200
+    assert not caplog.records
+    api.get(f"/api/jobs/{uuid.uuid4()}/")
+    api.get("/api/schema/")
+    assert [record.msg["code"] for record in caplog.records] == [404, 200]
+
+
+def test_the_log_has_one_traceback_for_a_failure(api, caplog, monkeypatch):
+    api.raise_request_exception = False
+    monkeypatch.setattr("jobs.views.JobViewSet.get_queryset", lambda view: 1 / 0)
+    assert api.get("/api/jobs/").status_code == 500
+    [record] = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert record.msg["event"] == "request_failed"
+
+
 # The admin
 
 
@@ -263,7 +307,7 @@ def test_the_admin_lists_and_shows_jobs(admin_client, user):
 
 def test_the_admin_cancels_jobs(admin_client):
     job = Job.objects.enqueue(greet)
-    assert "1 jobs cancelled" in act(admin_client, "cancel")
+    assert "1 job cancelled. 0 had ended already." in act(admin_client, "cancel")
     job.refresh_from_db()
     assert job.state == "cancelled"
 
@@ -281,7 +325,7 @@ def test_the_admin_runs_ended_jobs_again(admin_client, user, commit):
         ended = Job.objects.enqueue(greet, ["Ada"], owner=user, queue="special")
     active = Job.objects.enqueue(greet)
     with commit():
-        assert "1 jobs enqueued again" in act(admin_client, "run_again")
+        assert "1 job enqueued again</a>. 1 left alone" in act(admin_client, "run_again")
     again = Job.objects.exclude(pk__in=[ended.pk, active.pk]).get()
     assert (again.owner, again.queue) == (user, "special")
     assert (again.state, again.result) == ("succeeded", "Hello Ada")

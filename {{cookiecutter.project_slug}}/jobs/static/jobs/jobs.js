@@ -1,7 +1,7 @@
 // The jobs page: asks the API for the jobs in view and patches the list in place, row by row, so that focus,
 // selection and opened details stay. What a job says is shown with textContent only, never as HTML.
 
-const FAST = 1500, SLOW = 5000, SLOWEST = 30000, TIMEOUT = 10000; // milliseconds
+const PAUSE = 1500, LONGEST = 30000, TIMEOUT = 10000; // milliseconds
 const STATES = ["queued", "running", "succeeded", "failed", "cancelled"];
 
 const $ = (selector, root = document) => root.querySelector(selector);
@@ -34,8 +34,8 @@ function duration({ state, created_at, started_at, finished_at }, now) {
 
 function note({ state, progress, message }) {
   if (state === "queued") return message || "Waiting for a worker";
-  if (state === "running") return message;
-  return state === "succeeded" ? "" : [progress > 0 && `Stopped at ${progress}%`, message].filter(Boolean).join(" · ");
+  if (state === "running" || state === "succeeded") return message;
+  return [progress > 0 && `Stopped at ${progress}%`, message].filter(Boolean).join(" · ");
 }
 
 function outcome({ state, error, result }) {
@@ -144,6 +144,8 @@ async function ask(url, options) {
   }
 }
 
+const post = (url) => ask(url, { method: "POST", headers: { "X-CSRFToken": $("[name=csrfmiddlewaretoken]").value } });
+
 async function load() {
   clearTimeout(timer);
   const mine = ++latest, wanted = view(), { status, headers, data } = await ask(`${jobsUrl}?${query(wanted)}`);
@@ -155,10 +157,10 @@ async function load() {
   if (wanted.cursor && (atTop || status === 404)) return location.replace(`#${query({ state: wanted.state })}`);
   const date = Date.parse(headers?.get("Date")) - Date.now();
   failures = good ? 0 : failures + 1;
-  let pause = headers?.get("Retry-After") * 1000 || Math.min(SLOWEST, FAST * 2 ** failures) * (0.75 + Math.random() / 4);
+  let pause = headers?.get("Retry-After") * 1000 || Math.min(LONGEST, PAUSE * 2 ** failures) * (0.75 + Math.random() / 4);
   if (good) {
     skew = Math.abs(date) > 3000 ? date : 0; // this computer's clock is wrong
-    pause = data.results.some(isActive) ? FAST : SLOW;
+    pause = PAUSE;
     render(wanted, data);
     text($("time", live), new Date().toLocaleTimeString());
   }
@@ -174,10 +176,9 @@ async function load() {
 
 async function cancel(row) {
   const { job, part } = row, focused = document.activeElement === part.cancel;
-  const headers = { "X-CSRFToken": $("[name=csrfmiddlewaretoken]").value };
   part.cancel.disabled = true;
   text(part.error, "");
-  const { status, data } = await ask(`${jobsUrl}${encodeURIComponent(job.id)}/cancel/`, { method: "POST", headers });
+  const { status, data } = await post(`${jobsUrl}${encodeURIComponent(job.id)}/cancel/`);
   part.cancel.disabled = false;
   if (focused && document.activeElement === document.body) part.cancel.focus();
   if (status === 200) $("#news").textContent = updateRow(row, data).join();
@@ -185,6 +186,17 @@ async function cancel(row) {
   text(part.error, error);
   await load();
   text(part.error, error); // also when the job has ended meanwhile
+}
+
+async function start(button) {
+  button.disabled = true;
+  const { status, data } = await post(button.dataset.url);
+  button.disabled = false;
+  if (document.activeElement === document.body) button.focus();
+  text($("#start .error"), status === 202 ? "" : (data.detail ?? explain(status)));
+  const { state, cursor } = view();
+  if (status === 202 && (state || cursor)) location.hash = "#state="; // where the new job is shown
+  else await load();
 }
 
 function navigate() {
@@ -197,5 +209,6 @@ addEventListener("hashchange", navigate);
 addEventListener("online", load);
 document.addEventListener("visibilitychange", () => (document.hidden ? clearTimeout(timer) : load()));
 $("button", problem).addEventListener("click", load);
+$("#start")?.addEventListener("click", ({ target }) => target.dataset.url && start(target));
 setInterval(tick, 1000);
 navigate();
