@@ -20,8 +20,8 @@ PARTS = TEMPLATE / "templates"  # a folder for each option whose choices have a 
 # Patterns of words that appear only where a choice was made, of the options without such a folder.
 # Elsewhere the choice's file has them, and its server's.
 TRACES = {
-    ("ci", "github"): ["github", r"\bCI\b"],
-    ("ci", "gitlab"): ["gitlab", r"\bCI\b"],
+    ("ci", "github"): ["github", r"\bCI\b", "dependabot"],
+    ("ci", "gitlab"): ["gitlab", r"\bCI\b", "renovate"],
     ("include_example", True): ["orders", "newsletter", "httpx"],
 }
 NOTHING = ("none", False)  # choices that leave no trace
@@ -88,7 +88,7 @@ def test_every_combination_is_clean(bake, answers, is_new, record_property):
 
     # Manifests, and a migration that makes a periodic task, come on top of the default's.
     more = 5 * (answers["deployment"] == "kubernetes") + (answers["periodic_tasks"] == "admin")
-    assert len(texts) <= 45 + more, "files"
+    assert len(texts) <= 46 + more, "files"
     empty = [path for path in project.rglob("*") if path.is_dir() and not any(path.iterdir())]
     assert empty == []
     for file, text in texts.items():

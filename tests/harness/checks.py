@@ -25,6 +25,8 @@ CHECKERS = {
         "check-jsonschema --builtin-schema vendor.github-workflows",
         "zizmor --offline --quiet",
     ],
+    ".github/dependabot.yml": ["check-jsonschema --builtin-schema vendor.dependabot"],
+    "renovate.json": ["check-jsonschema --builtin-schema vendor.renovate"],
     ".gitlab-ci.yml": ["check-jsonschema --builtin-schema vendor.gitlab-ci"],
     "compose.yaml": ["check-jsonschema --builtin-schema vendor.compose-spec"],
     "Dockerfile": ["hadolint"],

@@ -1,6 +1,7 @@
-{% from "chosen.jinja" import broker with context %}
+{% from "chosen.jinja" import broker, worker_pool with context %}
 import os
-
+{{ "import sys" if broker.flower }}
+{% print worker_pool.celery_imports | default("\n") %}
 from celery import Celery, signals
 from django.conf import settings
 from django.db import close_old_connections, connection
@@ -28,6 +29,13 @@ def own_settings():
 app.add_defaults(own_settings)  # called when Celery needs them
 
 
+@signals.celeryd_init.connect
+def take_from_every_queue(options, **kwargs):
+    """A worker without --queues, as one types it, serves all that the settings name."""
+    if not options.get("queues"):
+        app.amqp.queues.select(settings.WORKER_QUEUES)
+
+
 @signals.setup_logging.connect
 def keep_django_logging(**kwargs):
     """Leave logging to settings.LOGGING: with a receiver here Celery sets up none of its own."""
@@ -40,4 +48,14 @@ def drop_dead_connections(task, **kwargs):
         close_old_connections()
         if "job" in (task.request.headers or {}):
             connection.health_check_done = True  # spares a question: a job's claim is tried again
+{% print worker_pool.celery | default %}
+{% if broker.flower %}
+
+
+if "flower" in sys.argv:  # also where somebody types it: it shows all tasks, and starts them
+    if not settings.FLOWER_BASIC_AUTH:
+        sys.exit("Flower wants a password: set FLOWER_BASIC_AUTH=user:password, here or in .env.")
+    os.environ.setdefault("FLOWER_ADDRESS", "127.0.0.1")  # else it answers on all addresses
+    os.environ.setdefault("FLOWER_MAX_TASKS", "10000")  # in memory
+{% endif %}
 {% print broker.celery | default %}
