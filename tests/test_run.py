@@ -354,11 +354,11 @@ def test_ctrl_c_leaves_another_project_its_broker(project):
     with project.up() as site:
         ports = dict(zip(["PORT", "FLOWER_PORT"], free_ports(2), strict=True))
         variables = {**site.environment, **ports, "PATH": path}
+        port = urlsplit(variables["CELERY_BROKER_URL"]).port
         with typed(project, "python dev.py", **variables) as second:
             second.wait_for("Ctrl-C ends everything")
-            assert "Starting" not in second.log
+            assert f" on port {port}" not in second.log
             site.stop()
-            port = urlsplit(variables["CELERY_BROKER_URL"]).port
             wait_for(lambda: connects(port), 5, second)
             second.process.send_signal(signal.SIGINT)
             second.process.wait(30)

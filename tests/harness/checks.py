@@ -28,7 +28,7 @@ CHECKERS = {
     ".github/dependabot.yml": ["check-jsonschema --builtin-schema vendor.dependabot"],
     "renovate.json": ["check-jsonschema --builtin-schema vendor.renovate"],
     ".gitlab-ci.yml": ["check-jsonschema --builtin-schema vendor.gitlab-ci"],
-    "compose.yaml": ["check-jsonschema --builtin-schema vendor.compose-spec"],
+    "compose*.yaml": ["check-jsonschema --builtin-schema vendor.compose-spec"],
     "Dockerfile": ["hadolint"],
 }
 # Modules whose package has another name.
