@@ -1,6 +1,8 @@
 {% from "chosen.jinja" import broker, worker_pool with context %}
 import os
-{{ "import sys" if broker.flower }}
+{% if broker.flower %}
+import sys
+{% endif %}
 {% print worker_pool.celery_imports | default("\n") %}
 from celery import Celery, signals
 from django.conf import settings
