@@ -187,7 +187,9 @@ def pools(outputs, sizes):
 
 def others(output):
     """Rows of what the other processes need, after some work."""
-    commands = dict(re.findall("^(beat|flower): (.+)$", output.folder.read("Procfile"), re.M))
+    commands = dict(
+        re.findall("^(beat|flower): .*(celery .+)$", output.folder.read("Procfile"), re.M)
+    )
     path = output.folder / "others.done"
     with ExitStack() as stack:
         web, port = stack.enter_context(output.web())

@@ -98,7 +98,7 @@ class Output(Contestant):
             "SOFT_SHUTDOWN_SECONDS": 1,
             "THROTTLE": "100000/s",  # a short period: the throttle lists all its requests
         }
-        worker = re.search("^worker: (.+)$", project.read("Procfile"), re.MULTILINE)[1]
+        worker = re.search("^worker: .*(celery .+)$", project.read("Procfile"), re.MULTILINE)[1]
         super().__init__(project, worker, environment)
         connect = f"import psycopg; psycopg.connect('{database}/postgres', autocommit=True)"
         self.call("python", "-c", f"{connect}.execute('CREATE DATABASE {name}')")

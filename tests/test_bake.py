@@ -20,8 +20,8 @@ PARTS = TEMPLATE / "templates"  # a folder for each option whose choices have a 
 # Patterns of words that appear only where a choice was made, of the options without such a folder.
 # Elsewhere the choice's file has them, and its server's.
 TRACES = {
-    ("ci", "github"): ["github", r"\bCI\b"],
-    ("ci", "gitlab"): ["gitlab", r"\bCI\b"],
+    ("ci", "github"): ["github", r"\bCI\b", "dependabot"],
+    ("ci", "gitlab"): ["gitlab", r"\bCI\b", "renovate"],
     ("include_example", True): ["orders", "newsletter", "httpx"],
 }
 NOTHING = ("none", False)  # choices that leave no trace

@@ -344,3 +344,25 @@ def test_the_image_takes_no_backup_along(engine, bake, tmp_path):
     for name in backups:
         assert not (tmp_path / "image" / name).exists()
         assert name not in tracked
+
+
+@pytest.mark.parametrize("stack", STACKS[:1], indirect=True)
+def test_an_edit_shows_in_seconds(stack):
+    """With `make dev`; what `make up` starts has the code of its image."""
+    tasks = stack.project / "orders/tasks.py"
+
+    def starts():
+        return stack.compose("logs", "worker").count(" ready.")
+
+    stack.project.call("make", "dev", **stack.environment)
+    try:
+        before = starts()
+        tasks.write_text(tasks.read_text() + "\n# edited\n")
+        wait_for(lambda: starts() > before, 10, stack)
+        stack.order()
+    finally:
+        stack.up()
+    before = starts()
+    tasks.write_text(tasks.read_text() + "\n# edited again\n")
+    time.sleep(5)
+    assert starts() == before

@@ -58,7 +58,8 @@ def test_the_manifests_are_valid(render, answers):
 
     for key, spec in pods(documents).items():
         check_pod(spec, documents, key)
-    queues = re.search("--queues (.*)", project.read("Procfile"))[1].split(",")
+    queues = re.search(r"WORKER_QUEUES = \[(.*)\]", project.read("config/settings.py"))[1]
+    queues = re.findall(r"\w+", queues)
     assert {f"worker-{queue}" for queue in queues} == {
         name for kind, name in documents if kind == "ScaledObject"
     }

@@ -7,7 +7,10 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
 import time
+from contextlib import contextmanager
+from urllib.parse import urlsplit
 from uuid import uuid4
 
 import pytest
@@ -15,7 +18,7 @@ import pytest
 from harness import servers
 from harness.bake import CHOICES, DEFAULTS, name
 from harness.browser import browser
-from harness.project import env, free_ports, path_without, processes_in, wait_for
+from harness.project import connects, env, fetch, free_ports, path_without, processes_in, wait_for
 
 EXTRA = {"FLOWER_BASIC_AUTH": "admin:password", "DEBUG": "False"}
 ORDER = {"email": "you@example.com", "product": "Tea", "quantity": 2}
@@ -65,6 +68,7 @@ def outputs(*answers):
 
 every_combination = outputs(*combinations())
 every_pair = outputs(*one_of_each_pair())
+every_pool = outputs(*itertools.islice(combinations(), len(CHOICES["worker_pool"])))
 default_output = outputs(next(combinations()))
 
 
@@ -258,7 +262,7 @@ def test_a_killed_child_loses_no_job(with_tasks):
         following = site.follow(url, seconds=90)
         while next(following)["progress"] < 20:
             pass
-        _, *children = sorted(site.find("celery -A config worker"))
+        _, _, *children = sorted(site.find("celery -A config worker"))  # after what reloads it
         for child in children:
             os.kill(child, signal.SIGKILL)
         killed_at = time.monotonic()
@@ -324,3 +328,128 @@ def test_a_broker_elsewhere_gets_no_stand_in(project):
         web, flower = free_ports(2)
         url = "redis://127.0.0.2:1/0"
         project.call("make", "run", PORT=web, FLOWER_PORT=flower, CELERY_BROKER_URL=url)
+
+
+class Typed:
+    """A command that somebody types in the project."""
+
+    def __init__(self, project, command, **variables):
+        self.file = project.parent / "typed.log"
+        self.process = subprocess.Popen(
+            f".venv/bin/{command}".split(),
+            cwd=project,
+            env=env(**variables),
+            stdout=self.file.open("w"),
+            stderr=subprocess.STDOUT,
+        )
+
+    @property
+    def log(self):
+        return self.file.read_text()
+
+    def wait_for(self, text):
+        wait_for(lambda: text in self.log or self.process.poll() is not None, 60, self)
+        assert self.process.poll() is None, self.log
+
+
+@contextmanager
+def typed(project, command, **variables):
+    command = Typed(project, command, **variables)
+    try:
+        yield command
+    finally:
+        command.process.kill()
+        command.process.wait()
+
+
+@every_pool
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_worker_typed_by_hand_is_the_projects(broker, project, request, number):
+    """Its pool, its concurrency, all queues; and what has nothing to do ends at once."""
+    pool = request.node.callspec.params["output"]["worker_pool"]
+    command = "celery -A config worker -l info"
+    if pool == "gevent":  # whose greenlets Celery makes of nothing but this option
+        with typed(project, command, **broker) as refused:
+            assert refused.process.wait(60) == 1
+            command = re.search("Type: (celery .*)", refused.log)[1]
+    with typed(project, command, WORKER_CONCURRENCY=3, **broker) as worker:
+        worker.wait_for(" ready.")
+        assert re.search(r"concurrency: 3 \((\w+)\)", worker.log)[1] in pool
+        queues = re.findall(r"\.> (\w+) +exchange=", worker.log)
+        assert sorted(queues) == ["celery", "cpu", "io"]
+
+        worker.process.send_signal(number)
+        worker.process.wait(3)
+
+
+@default_output
+def test_flower_typed_by_hand_is_the_projects(broker, project):
+    [port] = free_ports(1)
+    variables = {**broker, "FLOWER_PORT": port}
+    with typed(project, "celery -A config flower", **variables) as flower:
+        wait_for(lambda: connects(port), 60, flower)
+        assert fetch(f"http://127.0.0.1:{port}/api/workers", None, {})[0] == 401
+        with pytest.raises(ConnectionRefusedError):  # it is there on no other address
+            socket.create_connection(("127.0.0.2", port))
+
+    with typed(project, "celery -A config flower", FLOWER_BASIC_AUTH="", **variables) as flower:
+        assert flower.process.wait(60) == 1
+        assert "set FLOWER_BASIC_AUTH=user:password" in flower.log
+
+
+@default_output
+def test_changed_code_reaches_the_worker(with_tasks):
+    with with_tasks.up() as site:
+        tasks = with_tasks / "samples/tasks.py"
+        code = tasks.read_text()
+        (with_tasks / "samples/new.py").write_text("")
+        wait_for(lambda: site.log.count(f"{site.worker} ready") == 2, 10, site)
+        assert site.log.count("this starts anew: celery -A config beat") == 1
+
+        tasks.write_text(f"{code}\n1 +")  # not yet done
+        wait_for(lambda: site.log.count("SyntaxError") >= 2, 10, site)
+        tasks.write_text(code)
+        wait_for(lambda: site.log.count(f"{site.worker} ready") == 3, 10, site)
+        *_, done = site.follow(site.enqueue("count", 1))
+        assert done["state"] == "succeeded"
+        start = time.monotonic()
+        site.stop()
+        assert time.monotonic() - start < 5
+
+
+@default_output
+def test_ctrl_c_leaves_another_project_its_broker(project):
+    path = f"{project}/.venv/bin:{os.environ['PATH']}"
+    with project.up() as site:
+        ports = dict(zip(["PORT", "FLOWER_PORT"], free_ports(2), strict=True))
+        variables = {**site.environment, **ports, "PATH": path}
+        port = urlsplit(variables["CELERY_BROKER_URL"]).port
+        with typed(project, "python dev.py", **variables) as second:
+            second.wait_for("Ctrl-C ends everything")
+            assert f" on port {port}" not in second.log
+            site.stop()
+            wait_for(lambda: connects(port), 5, second)
+            second.process.send_signal(signal.SIGINT)
+            second.process.wait(30)
+            assert "A process has ended" not in second.log
+
+
+@outputs(next(each for each in combinations() if each["broker"] == "rabbitmq"))
+def test_its_own_tests_pass_beside_a_worker(broker, project):
+    with typed(project, "celery -A config worker", **broker) as worker:
+        worker.wait_for(" ready.")
+        assert re.search(r"= \d+ passed", project.call("make", "test", ARGS="-m live", **broker))
+
+
+@default_output
+def test_the_tests_of_a_new_app_run(project):
+    """With the fixtures of all others: nothing of theirs reaches a broker."""
+    project.manage("startapp", "reports")
+    (project / "reports/tests.py").write_text(
+        "from config.celery import app\n\n\n"
+        "def test_jobs_run_here():\n    assert app.conf.task_always_eager\n"
+    )
+    try:
+        assert "1 passed" in project.call("make", "test", ARGS="-k jobs_run_here")
+    finally:
+        shutil.rmtree(project / "reports")

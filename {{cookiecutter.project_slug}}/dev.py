@@ -8,6 +8,8 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
+from pathlib import Path
 {% for server in servers %}
 {% print server.dev_imports %}
 {% endfor %}
@@ -51,6 +53,10 @@ def main():
         terminal = os.isatty(1)
         while all(process.poll() is None for process in processes):
             time.sleep(0.2)
+            with suppress(SystemExit):  # one elsewhere may come back by itself
+{% for server in servers %}
+                processes[:0] = start_{{ server.name }}()  # that of another project has ended
+{% endfor %}
             if terminal and not os.isatty(1):  # it was closed
                 raise KeyboardInterrupt
             if links and ready.is_set() and answers(os.environ["PORT"]):
@@ -66,6 +72,38 @@ def main():
             process.terminate()
             process.wait()
     sys.exit(failure)
+
+
+def reload(command):
+    """`python dev.py COMMAND`: start it anew whenever the code changes; end when it ends.
+
+    Not where it ends with an error after a change: that one will be mended, by the next.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    changed = False
+    while True:
+        code = read_code()
+        process = subprocess.Popen(command)
+        try:
+            while (status := process.poll()) is None and code == read_code():
+                time.sleep(0.5)
+            if status is not None and not (changed and status > 0):
+                sys.exit(status)
+            while code == read_code():
+                time.sleep(0.5)
+            changed = True
+            print("The code has changed, so this starts anew:", *command, flush=True)
+        except KeyboardInterrupt:
+            sys.exit()
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def read_code():
+    """When each file was written. Files are looked at: what a container sees tells it no events."""
+    files = [file for folder in Path().glob("[!.]*/") for file in folder.rglob("*.py")]
+    return {file: file.stat().st_mtime for file in files if file.exists()}
 
 
 def copy(output, ready):
@@ -128,4 +166,4 @@ def answers(port, host=HOST):
 
 {% endfor %}
 if __name__ == "__main__":
-    main()
+    reload(sys.argv[1:]) if sys.argv[1:] else main()

@@ -25,8 +25,10 @@ CHECKERS = {
         "check-jsonschema --builtin-schema vendor.github-workflows",
         "zizmor --offline --quiet",
     ],
+    ".github/dependabot.yml": ["check-jsonschema --builtin-schema vendor.dependabot"],
+    "renovate.json": ["check-jsonschema --builtin-schema vendor.renovate"],
     ".gitlab-ci.yml": ["check-jsonschema --builtin-schema vendor.gitlab-ci"],
-    "compose.yaml": ["check-jsonschema --builtin-schema vendor.compose-spec"],
+    "compose*.yaml": ["check-jsonschema --builtin-schema vendor.compose-spec"],
     "Dockerfile": ["hadolint"],
 }
 # Modules whose package has another name.
@@ -170,7 +172,9 @@ def check_dependencies(texts):
     code = {file: text for file, text in texts.items() if file.suffix != ".md"}
     del code[Path("pyproject.toml")]
     deployed = {
-        file: text for file, text in code.items() if file.parts[0] not in ("tests", "dev.py")
+        file: text
+        for file, text in code.items()
+        if file.parts[0] not in ("tests", "conftest.py", "dev.py")
     }
     for files, declared in ((deployed, production), (code, production + groups)):
         imported = set().union(*(imports(text) for file, text in files.items() if is_python(file)))

@@ -50,7 +50,7 @@ class Stack:
         words = command.split()
         name = name or words[0]
         return Process(
-            ["env", *words] if "=" in words[0] else words,
+            words,
             self.folder / f"{name}.log",
             cwd=self.project,
             variables={**self.variables, "PATH": path},
@@ -60,7 +60,7 @@ class Stack:
     def add_worker(self, queue):
         """One more worker, for `celery` and for another queue."""
         procfile = self.project.read("Procfile")
-        command = re.search("^worker: (.*) --queues", procfile, re.MULTILINE)[1]
+        command = re.search("^worker: .*(celery .*)", procfile, re.MULTILINE)[1]
         worker = self.process(f"{command} --queues celery,{queue} -n {queue}@%h", queue)
         worker.is_ready = lambda: f"{queue}@" in worker.printed and " ready." in worker.printed
         self.workers.append(worker)

@@ -1,7 +1,9 @@
-{% from "chosen.jinja" import broker with context %}
+{% from "chosen.jinja" import broker, worker_pool with context %}
 import os
-
-import structlog
+{% if broker.flower %}
+import sys
+{% endif %}
+{% print worker_pool.celery_imports | default("\n") %}
 from celery import Celery, signals
 from django.conf import settings
 from django.db import close_old_connections, connection
@@ -9,6 +11,7 @@ from django.dispatch import receiver
 from django_structlog.celery.signals import bind_extra_task_metadata
 from django_structlog.celery.steps import DjangoStructLogInitStep
 {% print broker.celery_imports | default %}
+from structlog.contextvars import bind_contextvars
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
 
@@ -31,6 +34,13 @@ def own_settings():
 app.add_defaults(own_settings)  # called when Celery needs them
 
 
+@signals.celeryd_init.connect
+def take_from_every_queue(options, **kwargs):
+    """A worker without --queues, as one types it, serves all that the settings name."""
+    if not options.get("queues"):
+        app.amqp.queues.select(settings.WORKER_QUEUES)
+
+
 @signals.setup_logging.connect
 def keep_django_logging(**kwargs):
     """Leave logging to settings.LOGGING: with a receiver here Celery sets up none of its own."""
@@ -39,7 +49,7 @@ def keep_django_logging(**kwargs):
 @receiver(bind_extra_task_metadata)
 def name_task(task, **kwargs):
     """Say in each line of a task's log which task it is."""
-    structlog.contextvars.bind_contextvars(task=task.name)
+    bind_contextvars(task=task.name)
 
 
 @signals.task_prerun.connect
@@ -49,4 +59,14 @@ def drop_dead_connections(task, **kwargs):
         close_old_connections()
         if "job" in (task.request.headers or {}):
             connection.health_check_done = True  # spares a question: a job's claim is tried again
+{% print worker_pool.celery | default %}
+{% if broker.flower %}
+
+
+if "flower" in sys.argv:  # also where somebody types it: it shows all tasks, and starts them
+    if not settings.FLOWER_BASIC_AUTH:
+        sys.exit("Flower wants a password: set FLOWER_BASIC_AUTH=user:password, here or in .env.")
+    os.environ.setdefault("FLOWER_ADDRESS", "127.0.0.1")  # else it answers on all addresses
+    os.environ.setdefault("FLOWER_MAX_TASKS", "10000")  # in memory
+{% endif %}
 {% print broker.celery | default %}

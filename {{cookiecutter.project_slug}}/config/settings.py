@@ -200,6 +200,9 @@ JOB_RESEND_SECONDS = env.float("JOB_RESEND_SECONDS", default=30)  # then is a me
 JOB_MAX_CRASHES = env.int("JOB_MAX_CRASHES", default=3)  # a job that kills its workers ends
 JOB_RETENTION_DAYS = env.float("JOB_RETENTION_DAYS", default=30)  # final jobs are deleted
 
+# What a worker without --queues takes from: a new queue is added here.
+WORKER_QUEUES = ["celery"{{ ', "cpu", "io"' if cookiecutter.include_example }}]
+
 # Seconds, of every job and task: nothing runs for ever.
 TASK_TIME_LIMIT = CELERY_TASK_TIME_LIMIT = env.int("TASK_TIME_LIMIT", default=600)
 
@@ -217,6 +220,7 @@ CELERY_BROKER_CONNECTION_RETRY_ON_STARTUP = True  # a worker waits for its broke
 {% if broker.flower %}
 CELERY_TASK_SEND_SENT_EVENT = True  # Flower shows the whole life of a task
 CELERY_WORKER_SEND_TASK_EVENTS = True
+FLOWER_BASIC_AUTH = env.str("FLOWER_BASIC_AUTH", default="")  # without one it does not start
 {% endif %}
 CELERY_TIMEZONE = TIME_ZONE
 {% if cookiecutter.include_example %}

@@ -7,7 +7,7 @@ from contextlib import suppress
 {% endif %}
 from pathlib import Path
 
-from celery import signals
+{% print worker_pool.worker_celery | default("from celery import signals\n") %}
 {% if broker.flower %}
 from celery.utils.functional import maybe_list
 {% endif %}

@@ -84,7 +84,9 @@ def start(broker, django_db_setup, tmp_path_factory):
     """Return a function that starts a process of the Procfile, on the test's database."""
     folder = Path(__file__).parent
     commands = parse_procfile((folder.parent / "Procfile").read_text()).processes
-    options = {"worker": f"--queues {QUEUE}", "beat": f"-s {tmp_path_factory.mktemp('beat')}/beat"}
+    node = f"{QUEUE}-{os.getpid()}@%h"  # a name twice on one broker is refused, or confuses it
+    schedule = f"{tmp_path_factory.mktemp('beat')}/beat"
+    options = {"worker": f"--queues {QUEUE} -n {node}", "beat": f"-s {schedule}"}
     name = quote(str(connection.settings_dict["NAME"]))
     url = os.environ.get("DATABASE_URL") or "sqlite:///"
     environment = os.environ | {
