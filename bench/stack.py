@@ -166,7 +166,9 @@ class Rivals(Contestant):
         }
         workers = {
             "procrastinate": "python -m django procrastinate worker --concurrency 2",
-            "django-tasks": "sh -c '{0} & exec {0}'".format("python -m django db_worker"),
+            "django-tasks": "sh -c '{0} & exec {0}'".format(
+                "python -m django db_worker --no-startup-delay"
+            ),
         }
         super().__init__(folder, workers, environment)
         self.create_database()

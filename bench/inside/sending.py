@@ -5,6 +5,7 @@ import random
 import time
 
 NAMES = ["path", "seconds", "rounds"]  # of the arguments of work()
+WARM_UP = 3
 
 
 class Plain:
@@ -85,14 +86,14 @@ def send(kind, count, arguments, options):
 def send_each(kind, count, path):
     """Send the next one when the one before is done: the seconds that each took."""
     kind, taken = KINDS[kind](), []
-    for _ in range(count):
+    for _ in range(WARM_UP + count):
         time.sleep(kind.pause * random.random())
         size, began = os.path.getsize(path), time.perf_counter()
         sent = kind.send(path, 0, 0)
         while not is_done(kind, sent, path, size):
             time.sleep(0.001)
         taken.append(time.perf_counter() - began)
-    return taken
+    return taken[WARM_UP:]
 
 
 def is_done(kind, sent, path, size):
