@@ -25,10 +25,10 @@ from stack import Output, Rivals, bare, postgres
 
 _, *POOLS = CHOICES["worker_pool"]  # besides the default
 PAGE = TEMPLATE / "docs/performance.md"
-TURNS = 4
 CLIENTS = 4  # of the web, at once
 LOOP = 250_000  # some 20 ms of computing
 SIZES = {
+    "turns": [4],
     "renderings": [15],
     "tasks": [1000],  # sent one by one, and as many again in bulk
     "singles": [100],  # sent when the one before is done
@@ -145,7 +145,7 @@ class Bench:
             contestants["django-tasks-db"] = rivals, "django-tasks"
         sent, bulk, done, one = ({name: [] for name in contestants} for _ in range(4))
         parts = []
-        for turn in range(TURNS):
+        for turn in range(self.size("turns")):
             for name, (contestant, kind) in contestants.items():
                 if kind == "job":
                     parts.append(output.ask("ledger.parts", self.size("tasks")))
@@ -185,7 +185,7 @@ class Bench:
     def waiting(self, output):
         sizes = [0, *self.sizes["waiting"]]
         claims, done = ({size: [] for size in sizes} for _ in range(2))
-        for turn in range(TURNS):
+        for turn in range(self.size("turns")):
             for size in sizes:
                 count = self.size("tasks")
                 if size:
@@ -226,7 +226,7 @@ class Bench:
     def processes(self, output):
         for processes in (1, 2, 4):
             rates = {"plain": [], "job": []}
-            for turn in range(TURNS):
+            for turn in range(self.size("turns") // 2):
                 for kind, done in rates.items():
                     path = output.folder / f"{kind}-{processes}-{turn}.done"
                     output.send(kind, self.size("tasks"), path)
@@ -267,7 +267,7 @@ class Bench:
         with output.web() as (_, port), ThreadPoolExecutor(CLIENTS) as clients:
             for path in paths.values():
                 from_all(port, path, 1)  # a warm-up
-            for _ in range(TURNS):
+            for _ in range(self.size("turns")):
                 for name, path in paths.items():
                     seconds = self.size("seconds")
                     answers = from_all(port, path, seconds)
