@@ -21,20 +21,44 @@ from statistics import median
 from harness.bake import CHOICES, TEMPLATE
 from harness.project import Project
 from harness.servers import BROKERS, running
-from stack import Output, bare, postgres
+from stack import Output, Rivals, bare, postgres
 
 _, *POOLS = CHOICES["worker_pool"]  # besides the default
 PAGE = TEMPLATE / "docs/performance.md"
-TURNS = 4
 CLIENTS = 4  # of the web, at once
 LOOP = 250_000  # some 20 ms of computing
 SIZES = {
-    "renderings": 15,
-    "tasks": 1500,  # sent at once
-    "singles": 100,  # sent when the one before is done
-    "seconds": 15,  # of requests
-    "computes": 100,  # tasks for each slot of the pool, but no more than 200
-    "waits 1 s": 10,
+    "turns": [4],
+    "renderings": [15],
+    "tasks": [1000],  # sent one by one, and as many again in bulk
+    "singles": [100],  # sent when the one before is done
+    "polled": [20],  # the same for a queue that is looked at once a second
+    "waiting": [1000, 10_000, 100_000],
+    "due": [5000, 1000],  # jobs, and queues in which they may be
+    "rows": [1000, 100_000, 1_000_000],
+    "seconds": [5],  # of requests, in each turn
+    "computes": [100],  # tasks for each slot of the pool, but no more than 200
+    "waits 1 s": [10],
+}
+PAGES = [
+    "`GET /api/jobs/`",
+    "`?state=failed`",
+    "nine tenths down",
+    "admin: list",
+    "admin: search by id",
+]
+TABLES = {
+    "goals": "what|goal|measured|",
+    "speed": "broker|what|sent/s|in bulk/s|done/s|one: median ms|p95 ms",
+    "parts": "broker|with|INSERT/s|publish/s|one after the other/s|jobs sent/s|ratio",
+    "waiting": "jobs that wait|claims/s|jobs done/s",
+    "sweep": "broker|queues|jobs sent/s",
+    "rows": "finished jobs|" + "|".join(PAGES) + "|purged/s",
+    "processes": "child processes|plain tasks/s|jobs/s",
+    "post": "broker|what|202/s|median ms|p99 ms",
+    "pools": "pool|slots|each task|tasks|plain tasks/s|jobs/s",
+    "memory": "process|RSS MB|PSS MB",
+    "rendering": "template|median s",
 }
 
 
@@ -42,14 +66,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scale", type=float, help="0.1: a trial, which prints and writes nothing")
     scale = parser.parse_args().scale
-    sizes = {name: max(2, int(size * (scale or 1))) for name, size in SIZES.items()}
+    sizes = {name: [max(2, int(n * (scale or 1))) for n in all] for name, all in SIZES.items()}
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        folder = Project(folder)
-        tables = measure(folder, sizes)
-    tables["machine"] += f" All of it took {(time.monotonic() - began) / 60:.0f} minutes.\n"
+        bench = Bench(Project(folder), sizes)
+        bench.measure()
+    bench.machine += f" All of it took {(time.monotonic() - began) / 60:.0f} minutes.\n"
     page = PAGE.read_text("utf-8")
-    for name, text in tables.items():
+    texts = {name: table(TABLES[name], rows) for name, rows in bench.rows.items()}
+    for name, text in {"machine": bench.machine, **texts}.items():
         print(f"\n{text}", end="")
         before, rest = page.split(f"<!-- {name} -->\n")
         page = f"{before}<!-- {name} -->\n{text}{rest[rest.index('<!-- end -->') :]}"
@@ -57,165 +82,261 @@ def main():
         PAGE.write_text(page, "utf-8")
 
 
-def measure(folder, sizes):
-    """The texts of the page, {place: text}."""
-    speeds, posts, goals = [], [], []
-    rendered = rendering(folder, sizes)
-    with postgres() as database:
-        for broker in ("redis", "rabbitmq"):
-            with running(BROKERS[broker], folder / broker) as server:
-                urls = database, server.variables["CELERY_BROKER_URL"]
-                output = Output(folder, *urls, broker=broker)
-                rows, of_bare, of_plain = speed(output, sizes)
-                speeds += [[broker, *row] for row in rows]
-                if broker == "redis":  # these do not depend on it
-                    more = [Output(folder, *urls, worker_pool=p) for p in POOLS]
-                    pooled, used = pools([output, *more], sizes)
-                    used += others(output)
-                half, slow, rate = post(output, sizes)  # the last, because it leaves a queue
-                posts += [[broker, f"{rate:.0f}", f"{half:.1f}", f"{slow:.1f}"]]
-                goals += [
-                    [f"plain tasks / bare Celery, {broker}", "≥ 0.95", *goal(of_bare, 0.95)],
-                    [f"jobs / plain tasks, {broker}", "≥ 0.5", *goal(of_plain, 0.5)],
-                    [f"POST → 202, {broker}: p99 in ms", "≤ 30", *goal(slow, 30, at_most=True)],
-                ]
-                if broker == "rabbitmq":  # which says its version
-                    about = machine(output)
-    return {
-        "machine": about,
-        "goals": table("what|goal|measured|", goals),
-        "speed": table("broker|what|sent/s|done/s|one: median ms|p95 ms", speeds),
-        "post": table("broker|202/s|median ms|p99 ms", posts),
-        "pools": table("pool|slots|each task|tasks|plain tasks/s|jobs/s", pooled),
-        "memory": table("process|RSS MB|PSS MB", used),
-        "rendering": table("template|median s", rendered),
-    }
+class Bench:
+    """Each method measures a topic, and adds to the rows of its tables."""
 
+    def __init__(self, folder, sizes):
+        self.folder, self.sizes = folder, sizes
+        self.rows = {name: [] for name in TABLES}
 
-def rendering(folder, sizes):
-    """This template, and one with nothing but a README."""
-    empty = folder / "empty"
-    (empty / "{{cookiecutter.project_slug}}").mkdir(parents=True)
-    (empty / "{{cookiecutter.project_slug}}/README.md").write_text("# Empty\n")
-    (empty / "cookiecutter.json").write_text('{"project_slug": "my_project"}')
-    taken = {empty: [], TEMPLATE: []}
-    options = ["--default-config", "--no-input", "--overwrite-if-exists", "--output-dir"]
-    for _ in range(sizes["renderings"]):
-        for template, seconds in taken.items():
-            began = time.perf_counter()
-            folder.run("cookiecutter", template, *options, folder / "rendered")
-            seconds.append(time.perf_counter() - began)
-    nothing, this = taken.values()
-    rows = [["an empty one", f"{median(nothing):.2f}"], ["this one", f"{median(this):.2f}"]]
-    return [*rows, ["ratio", f"{ratio(this, nothing):.1f}"]]
+    def size(self, name):
+        return self.sizes[name][0]
 
+    def measure(self):
+        self.rendering()
+        with postgres() as database:
+            rivals = Rivals(self.folder, database)
+            for broker in ("redis", "rabbitmq"):
+                with running(BROKERS[broker], self.folder / broker) as server:
+                    urls = database, server.variables["CELERY_BROKER_URL"]
+                    output = Output(self.folder, *urls, broker=broker)
+                    if broker == "redis":  # what does not depend on it
+                        self.speed(broker, output, rivals)
+                        self.waiting(output)
+                        self.pages(output)
+                        self.processes(output)
+                        more = [Output(self.folder, *urls, worker_pool=pool) for pool in POOLS]
+                        self.pools([output, *more])
+                        self.others(output)
+                    else:
+                        self.speed(broker, output)
+                        self.machine = machine(output, rivals)
+                    self.sweep(broker, output)
+                    self.post(broker, output)  # the last, because it leaves a queue
 
-def speed(output, sizes):
-    """Rows, and the ratios of what is done: plain tasks to bare Celery, jobs to plain tasks."""
-    contestants = {"bare Celery": (bare(output), "bare")}
-    contestants |= {"plain tasks": (output, "plain"), "jobs": (output, "job")}
-    sent, done, one = ({name: [] for name in contestants} for _ in range(3))
-    for turn in range(TURNS):
-        for name, (contestant, kind) in contestants.items():
-            path = contestant.folder / f"{kind}{turn}.done"
-            sent[name].append(contestant.send(kind, "all", sizes["tasks"], path))
-            with contestant.running(contestant.worker):
-                done[name].append(contestant.done(path, sizes["tasks"]))
-                one[name] += contestant.send(kind, "each", sizes["singles"], path)
-            say(output, f"{name}: {sent[name][-1]:.0f} sent/s, {done[name][-1]:.0f} done/s")
-    rows = []
-    for name in contestants:
-        half, slow = median(one[name]) * 1000, slowest(one[name], 95) * 1000
-        rates = f"{median(sent[name]):.0f}", f"{median(done[name]):.0f}"
-        rows.append([name, *rates, f"{half:.1f}", f"{slow:.1f}"])
-    of_bare = ratio(done["plain tasks"], done["bare Celery"])
-    return rows, of_bare, ratio(done["jobs"], done["plain tasks"])
+    def goal(self, what, limit, measured, at_most=False):
+        held = measured <= limit if at_most else measured >= limit
+        sign, held = "≤" if at_most else "≥", "held" if held else "**missed**"
+        limit, measured = (whole(x) if x >= 100 else f"{x:.3g}" for x in (limit, measured))
+        self.rows["goals"].append([what, f"{sign} {limit}", measured, held])
 
+    def rendering(self):
+        """This template, and one with nothing but a README."""
+        empty = self.folder / "empty"
+        (empty / "{{cookiecutter.project_slug}}").mkdir(parents=True)
+        (empty / "{{cookiecutter.project_slug}}/README.md").write_text("# Empty\n")
+        (empty / "cookiecutter.json").write_text('{"project_slug": "my_project"}')
+        taken = {empty: [], TEMPLATE: []}
+        options = ["--default-config", "--no-input", "--overwrite-if-exists", "--output-dir"]
+        for _ in range(self.size("renderings")):
+            for template, seconds in taken.items():
+                began = time.perf_counter()
+                self.folder.run("cookiecutter", template, *options, self.folder / "rendered")
+                seconds.append(time.perf_counter() - began)
+        nothing, this = taken.values()
+        rows = [["an empty one", f"{median(nothing):.2f}"], ["this one", f"{median(this):.2f}"]]
+        self.rows["rendering"] = [*rows, ["ratio", f"{ratio(this, nothing):.1f}"]]
 
-def post(output, sizes):
-    """Median and p99 in ms, and the rate: clients that place order after order."""
-    token = output.shell(
-        "from users.models import User\n"
-        "from rest_framework.authtoken.models import Token\n"
-        "print(Token.objects.create(user=User.objects.create_user('demo')))"
-    )
-    headers = {"Authorization": f"Token {token}", "Content-Type": "application/json"}
-    headers |= {"X-Forwarded-Proto": "https"}
-    order = json.dumps({"email": "you@example.com", "product": "Tea"})
+    def speed(self, broker, output, rivals=None):
+        contestants = {"bare Celery": (bare(output), "plain"), "plain tasks": (output, "plain")}
+        contestants["jobs"] = output, "job"
+        if rivals:
+            contestants["Procrastinate"] = rivals, "procrastinate"
+            contestants["django-tasks-db"] = rivals, "django-tasks"
+        sent, bulk, done, one = ({name: [] for name in contestants} for _ in range(4))
+        parts = []
+        for turn in range(self.size("turns")):
+            for name, (contestant, kind) in contestants.items():
+                if kind == "job":
+                    parts.append(output.ask("ledger.parts", self.size("tasks")))
+                path = contestant.folder / f"{kind}{turn}.done"
+                one_by_one, many = contestant.send(kind, self.size("tasks"), path)
+                sent[name].append(one_by_one)
+                bulk[name] += [many] if many else []
+                with contestant.working(kind):
+                    done[name].append(contestant.done(path))
+                    contestant.ask("sending.wait_for_rows", kind)
+                    singles = self.size("polled" if kind == "django-tasks" else "singles")
+                    one[name] += contestant.ask("sending.send_each", kind, singles, str(path))
+                say(output, f"{name}: {sent[name][-1]:.0f} sent/s, {done[name][-1]:.0f} done/s")
+        for name, (contestant, _) in contestants.items():
+            ms = [f"{figure * 1000:.1f}" for figure in (median(one[name]), slowest(one[name], 95))]
+            many = whole(median(bulk[name])) if bulk[name] else "–"
+            rates = whole(median(sent[name])), many, whole(median(done[name]))
+            where = "–" if contestant is rivals else broker
+            self.rows["speed"].append([where, name, *rates, *ms])
+        for place, means in enumerate(["bare SQL, kombu", "`create()`, `delay()`"]):
+            insert, publish, both = zip(*(turn[place] for turn in parts), strict=True)
+            of_both = ratio(sent["jobs"], both)
+            rates = [whole(median(figures)) for figures in (insert, publish, both, sent["jobs"])]
+            self.rows["parts"].append([broker, means, *rates, f"{of_both:.2f}"])
+            self.goal(f"jobs / INSERT and publish ({means}), {broker}: sent", 0.8, of_both)
+        of_bare = ratio(done["plain tasks"], done["bare Celery"])
+        of_plain = ratio(done["jobs"], done["plain tasks"])
+        self.goal(f"plain tasks / bare Celery, {broker}: done", 0.95, of_bare)
+        self.goal(f"jobs / plain tasks, {broker}: done", 0.5, of_plain)
+        if rivals:
+            self.goal(f"jobs sent in bulk a second, {broker}", 3000, median(bulk["jobs"]))
+            of_rival = ratio(done["jobs"], done["Procrastinate"])
+            self.goal("jobs / Procrastinate: done", 1, of_rival)
+            of_rival = median(one["jobs"]) / median(one["Procrastinate"])
+            self.goal("jobs / Procrastinate: median ms of one", 1, of_rival, at_most=True)
 
-    def place_orders(port, until):
-        client, taken = http.client.HTTPConnection("127.0.0.1", port, timeout=120), []
-        while (began := time.perf_counter()) < until:
-            client.request("POST", "/api/orders/", order, headers)
-            answer = client.getresponse()
-            text = answer.read()
-            taken.append(time.perf_counter() - began)
-            assert answer.status == 202, text
-        return taken
+    def waiting(self, output):
+        sizes = [0, *self.sizes["waiting"]]
+        claims, done = ({size: [] for size in sizes} for _ in range(2))
+        for turn in range(self.size("turns")):
+            for size in sizes:
+                count = self.size("tasks")
+                if size:
+                    claims[size].append(output.ask("ledger.claims", size, min(count, size) // 2))
+                else:
+                    output.ask("sending.empty", "job")
+                path = output.folder / f"waiting{size}-{turn}.done"
+                output.send("job", count, path, fresh=False)
+                with output.working("job"):
+                    done[size].append(output.done(path))
+                say(output, f"{size} waiting: {done[size][-1]:.0f} done/s")
+        for size in sizes:
+            claimed = whole(median(claims[size])) if size else "–"
+            self.rows["waiting"].append([f"{size:,}", claimed, whole(median(done[size]))])
+        least, *_, most = sizes[1:]
+        of_least = min(ratio(claims[size], claims[least]) for size in sizes[2:])
+        self.goal(f"claims of {least:,} to {most:,} that wait: slowest / first", 0.9, of_least)
+        self.goal(f"jobs done with {most:,} others waiting / none", 0.9, ratio(done[most], done[0]))
 
-    with output.web() as (_, port), ThreadPoolExecutor(CLIENTS) as clients:
-        for seconds in (1, sizes["seconds"]):  # the first is a warm-up
+    def sweep(self, broker, output):
+        due, many = self.sizes["due"]
+        for queues in [1, many] if broker == "redis" else [1]:
+            sent = output.ask("ledger.sweep_due", due, queues)
+            self.rows["sweep"].append([broker, f"{queues:,}", whole(sent)])
+            if (broker, queues) == ("redis", 1):
+                self.goal("jobs that the sweep sends a second, redis", 1000, sent)
+
+    def pages(self, output):
+        sizes = self.sizes["rows"]
+        few, *_, many = taken = [output.ask("ledger.pages", size) for size in sizes]
+        for size, (pages, purged) in zip(sizes, taken, strict=True):
+            ms = [f"{page:.1f} ms" for page in pages]
+            self.rows["rows"].append([f"{size:,}", *ms, whole(purged)])
+        for name, first, last in zip(PAGES, few[0], many[0], strict=True):
+            what = f"{name}, {sizes[-1]:,} jobs: ms"
+            self.goal(what, max(15, 2 * first), last, at_most=True)
+
+    def processes(self, output):
+        rates = {processes: {"plain": [], "job": []} for processes in (1, 2, 4)}
+        for turn in range(self.size("turns") // 2):
+            for processes, kinds in rates.items():
+                for kind, done in kinds.items():
+                    path = output.folder / f"{kind}-{processes}-{turn}.done"
+                    output.send(kind, self.size("tasks"), path)
+                    with output.working(kind, WORKER_CONCURRENCY=processes):
+                        done.append(output.done(path))
+                    say(output, f"{processes} processes, {kind}: {done[-1]:.0f} done/s")
+        for processes, kinds in rates.items():
+            row = [str(processes), *(whole(median(done)) for done in kinds.values())]
+            self.rows["processes"].append(row)
+
+    def post(self, broker, output):
+        """Clients that place order after order, and do the same without the ledger."""
+        token = output.shell(
+            "from users.models import User\n"
+            "from rest_framework.authtoken.models import Token\n"
+            "print(Token.objects.create(user=User.objects.create_user('demo')))"
+        )
+        headers = {"Authorization": f"Token {token}", "Content-Type": "application/json"}
+        headers |= {"X-Forwarded-Proto": "https"}
+        order = json.dumps({"product": "Tea"})
+
+        def place_orders(port, path, until):
+            client, taken = http.client.HTTPConnection("127.0.0.1", port, timeout=120), []
+            while (began := time.perf_counter()) < until:
+                client.request("POST", path, order, headers)
+                answer = client.getresponse()
+                text = answer.read()
+                taken.append(time.perf_counter() - began)
+                assert answer.status in (201, 202), text
+            return taken
+
+        def from_all(port, path, seconds):
             until = time.perf_counter() + seconds
-            runs = [clients.submit(place_orders, port, until) for _ in range(CLIENTS)]
-            taken = [each for run in runs for each in run.result()]
-    say(output, f"POST: {len(taken) / seconds:.0f}/s")
-    return median(taken) * 1000, slowest(taken, 99) * 1000, len(taken) / seconds
+            runs = [clients.submit(place_orders, port, path, until) for _ in range(CLIENTS)]
+            return [each for run in runs for each in run.result()]
+
+        paths = {"jobs": "/api/orders/", "without": "/plain/orders/"}
+        taken, rates = ({name: [] for name in paths} for _ in range(2))
+        with output.web() as (_, port), ThreadPoolExecutor(CLIENTS) as clients:
+            for path in paths.values():
+                from_all(port, path, 1)  # a warm-up
+            for _ in range(self.size("turns")):
+                for name, path in paths.items():
+                    seconds = self.size("seconds")
+                    answers = from_all(port, path, seconds)
+                    taken[name] += answers
+                    rates[name].append(len(answers) / seconds)
+        for name in paths:
+            ms = [median(taken[name]) * 1000, slowest(taken[name], 99) * 1000]
+            row = [broker, name, whole(median(rates[name])), *(f"{figure:.1f}" for figure in ms)]
+            self.rows["post"].append(row)
+            say(output, f"POST, {name}: {row[2]}/s")
+        slow, of_plain = slowest(taken["jobs"], 99), ratio(rates["jobs"], rates["without"])
+        of_slow = slow / slowest(taken["without"], 99)
+        self.goal(f"POST → 202, {broker}: p99 in ms", 30, slow * 1000, at_most=True)
+        self.goal(f"POST → 202 / without the ledger, {broker}: rate", 0.85, of_plain)
+        self.goal(f"POST → 202 / without the ledger, {broker}: p99", 1.3, of_slow, at_most=True)
+
+    def pools(self, outputs):
+        """Rows of speed, and of what the workers need."""
+        for work, arguments in {"computes": (0, LOOP), "waits 1 s": (1, 0)}.items():
+            for output in outputs:
+                pool = output.answers.get("worker_pool", "prefork")
+                slots = output.shell("print(settings.CELERY_WORKER_CONCURRENCY or os.cpu_count())")
+                count, rates = self.size(work) * int(slots), {}
+                if work == "computes":
+                    count = min(count, 200)
+                for kind in ("plain", "job"):
+                    path = output.folder / f"{kind}-{work[0]}.done"
+                    output.send(kind, count, path, *arguments, in_bulk=False)
+                    with output.working(kind) as process:
+                        rates[kind] = output.done(path)
+                        if (work, kind) == ("waits 1 s", "job"):
+                            self.memory(f"worker, {pool}", output.memory(process))
+                say(
+                    output, f"{work}: {rates['plain']:.1f} plain tasks/s, {rates['job']:.1f} jobs/s"
+                )
+                measured = (f"{rate:.1f}" for rate in rates.values())
+                self.rows["pools"].append([pool, slots, work, str(count), *measured])
+
+    def others(self, output):
+        """What the other processes need, after some work."""
+        procfile = output.folder.read("Procfile")
+        commands = dict(re.findall("^(beat|flower): .*(celery .+)$", procfile, re.M))
+        path = output.folder / "others.done"
+        with ExitStack() as stack:
+            web, port = stack.enter_context(output.web())
+            stack.enter_context(output.working("job"))
+            beat, flower = (
+                stack.enter_context(output.running(commands[p])) for p in sorted(commands)
+            )
+            output.send("job", 100, path, in_bulk=False)
+            output.done(path)
+            for _ in range(100):
+                client = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+                client.request("GET", "/login/", headers={"X-Forwarded-Proto": "https"})
+                client.getresponse().read()
+            for name, process in {"gunicorn": web, "Beat": beat, "Flower": flower}.items():
+                self.memory(name, output.memory(process))
+
+    def memory(self, name, used):
+        """Rows of a process and of its children."""
+        main, *children = used
+        self.rows["memory"].append([name, *map(whole, main)])
+        if children:
+            each = [whole(median(kind)) for kind in zip(*children, strict=True)]
+            self.rows["memory"].append([f"{name}, each of {len(children)} children", *each])
 
 
-def pools(outputs, sizes):
-    """Rows of speed, and of what the workers need."""
-    rows, used = [], []
-    for work, arguments in {"computes": {"rounds": LOOP}, "waits 1 s": {"seconds": 1}}.items():
-        for output in outputs:
-            pool = output.answers.get("worker_pool", "prefork")
-            slots = int(output.shell("print(settings.CELERY_WORKER_CONCURRENCY or os.cpu_count())"))
-            count, rates = sizes[work] * slots, {}
-            if "rounds" in arguments:
-                count = min(count, 200)
-            for kind in ("plain", "job"):
-                path = output.folder / f"{kind}-{work[0]}.done"
-                output.send(kind, "all", count, path, **arguments)
-                with output.running(output.worker) as process:
-                    rates[kind] = output.done(path, count)
-                    if (work, kind) == ("waits 1 s", "job"):
-                        used += memory(f"worker, {pool}", output.memory(process))
-            say(output, f"{work}: {rates['plain']:.1f} plain tasks/s, {rates['job']:.1f} jobs/s")
-            measured = (f"{rate:.1f}" for rate in rates.values())
-            rows.append([pool, str(slots), work, str(count), *measured])
-    return rows, used
-
-
-def others(output):
-    """Rows of what the other processes need, after some work."""
-    commands = dict(
-        re.findall("^(beat|flower): .*(celery .+)$", output.folder.read("Procfile"), re.M)
-    )
-    path = output.folder / "others.done"
-    with ExitStack() as stack:
-        web, port = stack.enter_context(output.web())
-        stack.enter_context(output.running(output.worker))
-        beat, flower = (stack.enter_context(output.running(commands[p])) for p in sorted(commands))
-        output.send("job", "all", 100, path)
-        output.done(path, 100)
-        for _ in range(100):
-            client = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
-            client.request("GET", "/login/", headers={"X-Forwarded-Proto": "https"})
-            client.getresponse().read()
-        processes = {"gunicorn": web, "Beat": beat, "Flower": flower}
-        return [r for name, p in processes.items() for r in memory(name, output.memory(p))]
-
-
-def memory(name, used):
-    """Rows of a process and of its children."""
-    main, *children = used
-    rows = [[name, *(f"{megabytes:.0f}" for megabytes in main)]]
-    if children:
-        each = [f"{median(kind):.0f}" for kind in zip(*children, strict=True)]
-        rows.append([f"{name}, each of {len(children)} children", *each])
-    return rows
-
-
-def machine(output):
+def machine(output, rivals):
     """A sentence about the machine and what ran on it."""
     cpu = re.search("model name.*: (.+)", Path("/proc/cpuinfo").read_text())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
@@ -229,10 +350,13 @@ def machine(output):
         "    print('RabbitMQ_' + broker.connection.server_properties['version'])"
     )
     redis = re.search("v=([0-9.]+)", output.folder.call("redis-server", "--version"))[1]
+    theirs = rivals.folder.call("uv", "pip", "freeze", "--python", ".venv/bin/python")
+    theirs = re.findall("^(procrastinate|django-tasks-db)==(.+)$", theirs, re.M)
     return (
         f"Measured on {date.today()} with {os.cpu_count()} CPUs ({cpu[1] if cpu else 'unknown'}) "
         f"and {memory:.0f} GB, which servers and clients share: "
-        f"Python {platform.python_version()}, {versions.replace('_', ' ')}, Redis {redis}."
+        f"Python {platform.python_version()}, {versions.replace('_', ' ')}, Redis {redis}, "
+        f"{', '.join(f'{name} {version}' for name, version in theirs)}."
     )
 
 
@@ -245,14 +369,13 @@ def slowest(taken, percent):
     return sorted(taken)[math.ceil(len(taken) * percent / 100) - 1]
 
 
-def goal(measured, limit, at_most=False):
-    held = measured <= limit if at_most else measured >= limit
-    return [f"{measured:.3g}", "held" if held else "**missed**"]
+def whole(figure):
+    return f"{figure:.0f}"
 
 
 def table(header, rows):
-    lines = [header.split("|"), ["---"] * len(rows[0]), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    header = header.split("|")
+    return "".join(f"| {' | '.join(line)} |\n" for line in [header, ["---"] * len(header), *rows])
 
 
 def say(output, text):

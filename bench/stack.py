@@ -15,18 +15,28 @@ from harness.project import Project, connects, env, free_ports, processes_in, wa
 from harness.servers import PostgreSQL
 
 BENCH = Path(__file__).parent
+RIVALS = [
+    "django~=5.2.0",
+    "django-tasks-db[compat]~=0.13",
+    "procrastinate[django]~=3.10",
+    "psycopg[binary]~=3.3",
+]
 
 
 class Contestant:
-    """A folder in which a worker runs: tasks are sent to it with send.py."""
+    """A folder in which workers run, with the modules of inside/ in it."""
 
-    def __init__(self, folder, worker, environment):
-        self.folder = folder
-        self.worker = f"{worker} --include work"
-        self.environment = environment
+    def __init__(self, folder, workers, environment):
+        """`workers` are command lines, for each kind of task."""
+        self.folder, self.workers, self.environment = folder, workers, environment
         self.log = folder.parent / f"{folder.name}.log"
-        for file in ("work.py", "send.py"):
-            shutil.copy(BENCH / file, folder)
+        shutil.copytree(BENCH / "inside", folder, dirs_exist_ok=True)
+
+    def create_database(self):
+        server, _, name = self.environment["DATABASE_URL"].rpartition("/")
+        connect = f"import psycopg; psycopg.connect('{server}/postgres', autocommit=True)"
+        self.call("python", "-c", f"{connect}.execute('CREATE DATABASE {name}')")
+        self.call("python", "-m", "django", "migrate", "-v0")
 
     @contextmanager
     def running(self, command):
@@ -50,22 +60,32 @@ class Contestant:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
-    def send(self, kind, mode, count, path, **arguments):
-        """What send.py prints: how many were sent a second, or the seconds that each took."""
-        sent = json.dumps(arguments)
-        command = ["python", "send.py", kind, mode, str(count), path, sent]
+    def working(self, kind, **variables):
+        settings = " ".join(f"{name}={value}" for name, value in variables.items())
+        return self.running(f"{settings} {self.workers[kind]}")
+
+    def ask(self, function, *arguments):
+        """What this function of a module in inside/ returns."""
+        command = ["python", "ask.py", *function.split("."), json.dumps(arguments)]
         return json.loads(self.call(*command))
 
     def call(self, *command):
         return self.folder.call(*command, **self.environment)
 
-    def done(self, path, count):
-        """Wait until `count` tasks are done; return how many were so a second.
+    def send(self, kind, count, path, *arguments, **options):
+        """How many a second, see sending.py; done() waits for what was sent."""
+        self.sent, *rates = self.ask(
+            "sending.send", kind, count, [str(path), *(arguments or (0, 0))], options
+        )
+        return rates
+
+    def done(self, path):
+        """Wait until the tasks that were sent are done; return how many were so a second.
 
         From the start of the first one: that of the worker does not count.
         """
         until, lines = time.monotonic() + 300, []
-        while len(lines) < count:
+        while len(lines) < self.sent:
             assert time.monotonic() < until, self.log.read_text()[-5000:]
             time.sleep(0.2)
             lines = path.read_text().splitlines() if path.exists() else []
@@ -91,6 +111,7 @@ class Output(Contestant):
             "CELERY_BROKER_URL": broker_url,
             "DATABASE_URL": f"{database}/{name}",
             "DEBUG": "False",
+            "DJANGO_SETTINGS_MODULE": "config.settings",
             "EMAIL_URL": "dummymail://",
             "FLOWER_BASIC_AUTH": "user:password",
             "FLOWER_PORT": free_ports(1)[0],
@@ -99,10 +120,11 @@ class Output(Contestant):
             "THROTTLE": "100000/s",  # a short period: the throttle lists all its requests
         }
         worker = re.search("^worker: .*(celery .+)$", project.read("Procfile"), re.MULTILINE)[1]
-        super().__init__(project, worker, environment)
-        connect = f"import psycopg; psycopg.connect('{database}/postgres', autocommit=True)"
-        self.call("python", "-c", f"{connect}.execute('CREATE DATABASE {name}')")
-        self.call("python", "manage.py", "migrate")
+        worker += " --include work_tasks"
+        super().__init__(project, {"plain": worker, "job": worker}, environment)
+        with open(project / "config/urls.py", "a") as file:
+            file.write("\nimport plain_view\n\nurlpatterns += plain_view.urlpatterns\n")
+        self.create_database()
 
     def shell(self, code):
         """Run Python code in the project and return the last word that it prints."""
@@ -126,12 +148,39 @@ class Output(Contestant):
         return [[int(re.search(kind, text, re.M)[1]) / 1024 for kind in kinds] for text in rollups]
 
 
+class Rivals(Contestant):
+    """The durable queues that people would pick in place of ours, in a project of their own.
+
+    Two slots each: Procrastinate's worker runs two jobs at once, django-tasks-db's one at a time.
+    """
+
+    def __init__(self, folder, database):
+        folder = Project(folder / "rivals")
+        folder.mkdir()
+        folder.call("uv", "venv", "--quiet", ".venv")
+        folder.call("uv", "pip", "install", "--quiet", "--python", ".venv/bin/python", *RIVALS)
+        environment = {
+            "DATABASE_URL": f"{database}/rivals",
+            "DJANGO_SETTINGS_MODULE": "rivals.settings",
+            "PATH": f"{folder}/.venv/bin:{os.environ['PATH']}",
+        }
+        workers = {
+            "procrastinate": "python -m django procrastinate worker --concurrency 2",
+            "django-tasks": "sh -c '{0} & exec {0}'".format(
+                "python -m django db_worker --no-startup-delay"
+            ),
+        }
+        super().__init__(folder, workers, environment)
+        self.create_database()
+
+
 def bare(output):
     """Bare Celery beside an output: the same packages, the same broker."""
     folder = Project(output.folder.parent / f"{output.folder.name}_bare")
-    folder.mkdir()
-    shutil.copy(BENCH / "bare.py", folder)
-    return Contestant(folder, "celery -A bare worker --loglevel INFO", output.environment)
+    worker = "celery -A bare worker --loglevel INFO --include work_tasks"
+    return Contestant(
+        folder, {"plain": worker}, {**output.environment, "DJANGO_SETTINGS_MODULE": ""}
+    )
 
 
 @contextmanager

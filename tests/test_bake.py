@@ -88,7 +88,7 @@ def test_every_combination_is_clean(bake, answers, is_new, record_property):
 
     # Manifests, and a migration that makes a periodic task, come on top of the default's.
     more = 5 * (answers["deployment"] == "kubernetes") + (answers["periodic_tasks"] == "admin")
-    assert len(texts) <= 52 + more, "files"
+    assert len(texts) <= 54 + more, "files"
     empty = [path for path in project.rglob("*") if path.is_dir() and not any(path.iterdir())]
     assert empty == []
     for file, text in texts.items():

@@ -6,8 +6,8 @@ class JobsConfig(AppConfig):
     name = "jobs"
 
     def ready(self):
-        from jobs import checks, sweep, worker  # noqa: F401
+        from jobs import celery, checks, sweep  # noqa: F401
 
-        signals.heartbeat_sent.connect(worker.show_life)
+        signals.heartbeat_sent.connect(celery.show_life)
         signals.beat_init.connect(sweep.start)
         signals.beat_embedded_init.connect(sweep.start)  # celery worker --beat

@@ -12,9 +12,9 @@ from django.db import Error, close_old_connections, transaction
 from django.db.models import Q
 from django.db.models.functions import Now
 
+from .celery import show_life
 from .lease import TICK
 from .models import BATCH, OVER_TIME_LIMIT, QUEUED, Job, send
-from .worker import show_life
 
 logger = logging.getLogger(__name__)
 

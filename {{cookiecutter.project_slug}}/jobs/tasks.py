@@ -17,9 +17,9 @@ from django.db import Error, close_old_connections, connection
 from django.db.utils import InterfaceError, OperationalError
 from django.utils import timezone
 
+from .celery import JobBackend
 from .lease import Lost, Run
 from .models import OVER_TIME_LIMIT, QUEUED, Job
-from .results import JobBackend
 
 logger = logging.getLogger(__name__)
 

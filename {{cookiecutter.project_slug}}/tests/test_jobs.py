@@ -38,11 +38,11 @@ from psycopg.errors import ProgramLimitExceeded, ReadOnlySqlTransaction
 
 from config.celery import app, drop_dead_connections, own_settings
 from jobs import lease, models, sweep, tasks
+{% if broker.flower %}
+from jobs.celery import follow_revokes
+{% endif %}
 from jobs.models import Job, JobQuerySet
 from jobs.tasks import JobTask
-{% if broker.flower %}
-from jobs.worker import follow_revokes
-{% endif %}
 
 pytestmark = pytest.mark.django_db
 

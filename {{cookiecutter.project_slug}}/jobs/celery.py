@@ -1,5 +1,5 @@
 {% from "chosen.jinja" import broker, worker_pool with context %}
-"""What the process of a worker does for jobs, beside running them."""
+"""What Celery wants of jobs beside running them: signs of life, leases, revokes, results."""
 
 {% print worker_pool.worker_imports %}
 {% if broker.flower %}
@@ -7,7 +7,8 @@ from contextlib import suppress
 {% endif %}
 from pathlib import Path
 
-{% print worker_pool.worker_celery | default("from celery import signals\n") %}
+{% print worker_pool.worker_celery | default("from celery import signals, states\n") %}
+from celery.backends.base import BaseBackend
 {% if broker.flower %}
 from celery.utils.functional import maybe_list
 {% endif %}
@@ -17,6 +18,28 @@ from celery.worker.control import Panel
 {% endif %}
 from django.conf import settings
 {% print worker_pool.worker_django_imports %}
+
+
+class JobBackend(BaseBackend):
+    """The result backend of `task.AsyncResult(id)`: it reads the row."""
+
+    states = {
+        "queued": states.PENDING,
+        "running": states.STARTED,
+        "succeeded": states.SUCCESS,
+        "failed": states.FAILURE,
+        "cancelled": states.REVOKED,
+    }
+    errors = {"failed": "TaskError", "cancelled": "TaskRevokedError"}  # of celery.exceptions
+
+    def get_task_meta(self, task_id, cache=True):
+        job = Job.objects.filter(pk=task_id).first()
+        if job is None:
+            return {"status": states.PENDING, "result": None}  # as Celery says of unknown tasks
+        result = job.result
+        if kind := self.errors.get(job.state):
+            result = {"exc_type": kind, "exc_message": job.error, "exc_module": "celery.exceptions"}
+        return {"status": self.states[job.state], "result": result}
 
 
 def show_life(**kwargs):

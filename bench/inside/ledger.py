@@ -1,0 +1,146 @@
+"""What only the ledger of an output can be asked."""
+
+import time
+import uuid
+from base64 import b64encode
+from statistics import median
+from urllib.parse import urlencode
+
+from celery import current_app
+from users.models import User
+from django.db import connection
+from django.test import Client
+
+from jobs import sweep
+from jobs.models import Job
+from sending import empty, rate, seconds_of
+from work_tasks import job as task
+from work_tasks import plain
+
+LATER = 10**6  # seconds
+
+
+def parts(count):
+    """How many a second: INSERTs of a job's row, publishes of its message, both in turn.
+
+    First each of them bare, then as one would write it: Django's create() and Celery's delay().
+    """
+    job = job_for_later("parts")
+    row = Job.objects.filter(pk=job.pk).values().get()
+    message = current_app.amqp.create_task_message(str(job.pk), job.task, job.args, job.kwargs)
+    options = {"routing_key": "parts", "headers": message.headers, **message.properties}
+    with connection.cursor() as cursor, current_app.producer_or_acquire() as producer:
+        cursor.execute("SELECT * FROM jobs_job WHERE id = %s", [job.pk])
+        [[_, *values]], names = cursor.fetchall(), [column.name for column in cursor.description]
+        places = ", ".join("%s" for _ in names)
+        statement = f"INSERT INTO jobs_job ({', '.join(names)}) VALUES ({places})"
+        current_app.amqp.queues["parts"](producer.channel).declare()
+
+        def insert():
+            cursor.execute(statement, [uuid.uuid4(), *values])
+
+        def publish():
+            producer.publish(message.body, exchange="", serializer="json", **options)
+
+        def create():
+            Job.objects.create(**row | {"id": uuid.uuid4()})
+
+        def delay():
+            plain.apply_async(job.args, queue="parts")
+
+        rates = []
+        for store, send in [(insert, publish), (create, delay)]:
+            send()  # connects
+            calls = [()] * count
+            alone = rate(store, calls), rate(send, calls)
+            rates.append([*alone, rate(lambda: (store(), send()), calls)])  # noqa: B023
+        return rates
+
+
+def claims(waiting, count):
+    """How many jobs a second are claimed of so many that wait, of which the planner knows nothing.
+
+    Its statistics are those of an idle hour. The rest goes on waiting.
+    """
+    empty("job")
+    finished(100)
+    sql("ALTER TABLE jobs_job SET (autovacuum_enabled = off)", "ANALYZE jobs_job")
+    copies(job_for_later("later"), waiting)
+    jobs = list(Job.objects.filter(queue="later").order_by("?").values_list("pk")[:count])
+    options = {"retries": 0, "limit": 600}
+    claims = Job.objects.all()
+    return rate(lambda pk: claims.filter(pk=pk).start(uuid.uuid4(), **options), jobs)
+
+
+def sweep_due(count, queues):
+    """How many jobs a second the sweep sends that an outage has left behind in so many queues."""
+    empty("job")
+    queue, due = f"'due' || n % {queues}", "now() - interval '1 second'"
+    copies(job_for_later("due"), count, queue=queue, wake_at=due, created_at=due)
+    began = time.perf_counter()
+    while sweep.send_due():
+        sweep.judge_leases()
+    seconds = time.perf_counter() - began
+    assert Job.objects.filter(sent=1, queue__startswith="due").count() == count
+    return count / seconds
+
+
+def pages(count):
+    """With so many finished jobs of one owner: the ms of each page, and what is purged a second."""
+    empty("job")
+    User.objects.filter(username="owner").delete()
+    owner = User.objects.create_superuser("owner")
+    finished(count, owner)
+    sql("ALTER TABLE jobs_job RESET (autovacuum_enabled)", "VACUUM ANALYZE jobs_job")
+    newest = Job.objects.filter(owner=owner).order_by("-created_at")
+    position = urlencode({"p": newest[int(count * 0.9)].created_at})
+    client = Client(SERVER_NAME="127.0.0.1")
+    client.force_login(owner, "django.contrib.auth.backends.ModelBackend")
+
+    def get(url):
+        answer = client.get(url, secure=True)
+        assert answer.status_code == 200 and b"work.job" in answer.content, answer.content
+
+    taken = []
+    for url in [
+        "/api/jobs/",
+        "/api/jobs/?state=failed",
+        f"/api/jobs/?cursor={b64encode(position.encode()).decode()}",
+        "/admin/jobs/job/",
+        f"/admin/jobs/job/?q={newest[count // 2].pk}",
+    ]:
+        seconds = [seconds_of(get, url) for _ in range(23)]
+        taken.append(median(seconds[3:]) * 1000)  # the first ones compile, connect
+    rounds = sum(seconds_of(sweep.purge) for _ in range(3))
+    return taken, (count - newest.count()) / rounds
+
+
+def job_for_later(queue, **options):
+    """A job that has no message yet."""
+    return Job.objects.enqueue(task, ["-", 0, 0], queue=queue, countdown=LATER, **options)
+
+
+def finished(count, owner=None):
+    """Jobs of the last sixty days, every tenth of which failed."""
+    job = job_for_later("celery", owner=owner)
+    type(job).objects.filter(pk=job.pk).cancel()
+    age = f"now() - n * interval '60 days' / {count}"
+    state = "CASE WHEN n % 10 = 0 THEN 'failed' ELSE 'succeeded' END"
+    copies(job, count, state=state, created_at=age, finished_at=age)
+    job.delete()
+
+
+def copies(job, count, **columns):
+    """`count` more rows like this job's; `columns` are SQL, in which `n` counts them."""
+    values = {field.column: field.column for field in job._meta.concrete_fields}
+    values |= {"id": "gen_random_uuid()", **columns}
+    sql(
+        f"INSERT INTO jobs_job ({', '.join(values)}) SELECT {', '.join(values.values())}"
+        f" FROM jobs_job, generate_series(1, {count}) AS n WHERE id = '{job.pk}'"
+    )
+
+
+def sql(*statements):
+    with connection.cursor() as cursor:
+        for statement in statements:
+            cursor.execute(statement)

@@ -1,0 +1,18 @@
+"""What one writes without the ledger: store the order, send a plain task."""
+
+from django.urls import path
+from rest_framework.generics import CreateAPIView
+
+from orders.views import OrderSerializer
+from work_tasks import plain
+
+
+class PlainOrders(CreateAPIView):
+    serializer_class = OrderSerializer
+
+    def perform_create(self, serializer):
+        order = serializer.save(owner=self.request.user)
+        plain.delay(order.pk)
+
+
+urlpatterns = [path("plain/orders/", PlainOrders.as_view())]
