@@ -7,9 +7,9 @@ from statistics import median
 from urllib.parse import urlencode
 
 from celery import current_app
-from users.models import User
 from django.db import connection
 from django.test import Client
+from users.models import User
 
 from jobs import sweep
 from jobs.models import Job
