@@ -362,8 +362,8 @@ def typed(project, command, **variables):
         command.process.wait()
 
 
-@every_pool
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@every_pool
 def test_a_worker_typed_by_hand_is_the_projects(broker, project, request, number):
     """Its pool, its concurrency, all queues; and what has nothing to do ends at once."""
     pool = request.node.callspec.params["output"]["worker_pool"]
