@@ -167,8 +167,8 @@ def return_nested(self):
 def return_what_no_database_takes(self):
     """Python makes JSON of it, PostgreSQL refuses it for its limits, as it does 256 MB."""
     note(self, "start")
-    sys.setrecursionlimit(20_000)
-    return nested(9_000)
+    sys.setrecursionlimit(40_000)
+    return nested(30_000)
 
 
 @shared_task(base=JobTask, bind=True)
