@@ -3,9 +3,9 @@
 
 {% print worker_pool.lease_imports %}
 from django.conf import settings
-from django.db import close_old_connections
+from django.db import close_old_connections, transaction
 
-from .models import Job
+from .models import Job, lease
 
 logger = logging.getLogger(__name__)
 
@@ -30,21 +30,32 @@ class Run:
         self.job_id = job_id
         self.token = uuid.uuid4()
         self.report = self.written = {}  # progress in percent, message
+        self.renew_at = time.monotonic() + settings.JOB_LEASE_SECONDS / 3
         self.lost = False
+        have_keeper()
 
     @property
     def row(self):
         return rows([self])
 
+    def is_due(self):
+        return not self.lost and (self.report != self.written or time.monotonic() > self.renew_at)
+
     def __enter__(self):
-        global keeper
         with lock:
             runs[self.token] = self
-{% print worker_pool.lease_start %}
 
     def __exit__(self, *exc_info):
         with lock:
             del runs[self.token]
+
+
+def have_keeper():
+    """Start the thread. Not earlier: no thread survives the fork of a prefork child."""
+    global keeper
+    with lock:
+        if keeper is None:
+{% print worker_pool.lease_start %}
 
 
 def rows(runs):
@@ -52,36 +63,35 @@ def rows(runs):
 
 
 def keep():
-    """Write reports at every tick and renew all leases three times in their length; for ever."""
-    renew_at = time.monotonic() + settings.JOB_LEASE_SECONDS / 3
+    """Write reports at every tick and renew each lease three times in its length; for ever."""
     while True:
         time.sleep(TICK)
         with lock:
             current = list(runs.values())
         try:
-            write_reports([run for run in current if run.report != run.written])
-            if time.monotonic() >= renew_at:
-                close_old_connections()
-                find_lost(current, held=rows(current).renew())
-                renew_at = time.monotonic() + settings.JOB_LEASE_SECONDS / 3
+            close_old_connections()
+            write([run for run in current if run.is_due()])
         except Exception as error:  # whatever it is: without this thread all leases would lapse
             logger.warning("cannot renew leases: %r", error)
-            close_old_connections()
 
 
-def write_reports(reporting):
-    reports = [(run, run.report) for run in reporting]
-    jobs = [Job(pk=run.job_id, **report) for run, report in reports]
-    if jobs:
-        find_lost(reporting, held=rows(reporting).bulk_update(jobs, ["progress", "message"]))
-    for run, report in reports:
-        run.written = report
+def write(due):
+    """Write what these runs reported, and renew their leases. Finds out who has lost its job.
 
-
-def find_lost(candidates, held):
-    """Mark the runs that the database no longer knows; `held` is how many it does know."""
-    if held < len(candidates):
-        tokens = set(rows(candidates).values_list("run", flat=True))
-        for run in candidates:
-            run.lost = run.token not in tokens
-{% print worker_pool.lease_end | default %}
+    Locked rows are left to the next tick: who waits for one lets all other leases lapse.
+    """
+    if not due:
+        return
+    reports = {run: run.report for run in due}
+    with transaction.atomic():
+        unlocked = rows(due).select_for_update(skip_locked=True)
+        held = set(unlocked.values_list("run", flat=True))
+        written = [run for run in due if run.token in held]
+        jobs = [Job(pk=run.job_id, wake_at=lease(), **reports[run]) for run in written]
+        Job.objects.bulk_update(jobs, ["progress", "message", "wake_at"])
+    for run in written:
+        run.written, run.renew_at = reports[run], time.monotonic() + settings.JOB_LEASE_SECONDS / 3
+    if len(held) < len(due):
+        held = set(rows(due).values_list("run", flat=True))
+        for run in due:
+            run.lost = run.token not in held

@@ -28,11 +28,22 @@ publish_again_at = 0.0
 
 
 class Clock(Now):
-    """The database's clock; on SQLite in the format of other times, which are compared as text."""
+    """The database's clock, also for who had to wait for a lock; for WHERE take Now(), which is fixed.
+
+    On SQLite in the format of other times, which are compared as text.
+    """
+
+    def as_postgresql(self, compiler, connection, **context):
+        return self.as_sql(compiler, connection, template="CLOCK_TIMESTAMP()", **context)
 
     def as_sqlite(self, compiler, connection, **context):
         text = "STRFTIME('%%%%Y-%%%%m-%%%%d %%%%H:%%%%M:%%%%f000', 'NOW')"
         return self.as_sql(compiler, connection, template=text, **context)
+
+
+def lease():
+    """Return until when a lease that is renewed now holds: not beyond the deadline."""
+    return Least(Clock() + timedelta(seconds=settings.JOB_LEASE_SECONDS), F("deadline"))
 
 
 class JobQuerySet(models.QuerySet):
@@ -50,7 +61,7 @@ class JobQuerySet(models.QuerySet):
         fields |= self.prepare(Now(), task, args, kwargs, countdown, queue)
         job = self.create(**fields)
         if not countdown:
-            transaction.on_commit(job.publish, robust=True)
+            transaction.on_commit(job.publish, using=self.db, robust=True)
         return job
 
     def enqueue_many(self, task, calls, *, countdown=None, queue=None, owner=None):
@@ -67,7 +78,7 @@ class JobQuerySet(models.QuerySet):
         self.bulk_create(jobs, batch_size=BATCH)
         for start in range(0, 0 if countdown else len(jobs), BATCH):
             part = jobs[start : start + BATCH]
-            transaction.on_commit(lambda part=part: publish(part), robust=True)
+            transaction.on_commit(lambda part=part: publish(part), using=self.db, robust=True)
         return jobs
 
     def prepare(self, now, task, args, kwargs, countdown, queue):
@@ -78,9 +89,10 @@ class JobQuerySet(models.QuerySet):
             raise TypeError(f"{task!r} is no job: declare it with @shared_task(base=JobTask)")
         try:
             args, kwargs = json.loads(json.dumps([args, kwargs or {}], allow_nan=False))
-        except ValueError as error:
+        except (RecursionError, ValueError) as error:
             raise TypeError(f"Not JSON: {error}") from error
         task.__header__(*args, **kwargs)
+        queue = queue or getattr(task, "queue", None)
         if queue is None:
             route = current_app.amqp.router.route({}, task.name, args, kwargs)
             queue = route["queue"].name if "queue" in route else current_app.conf.task_default_queue
@@ -95,20 +107,20 @@ class JobQuerySet(models.QuerySet):
 
     def start(self, run, *, retries, limit):
         """Claim a queued job for `run`, for `limit` seconds. Returns 0 if the message is stale."""
-        return self.filter(QUEUED, retries=retries).update(
+        free = Q(run=None) | Q(run=run)  # its own: the answer to the first try was lost
+        return self.filter(free, UNFINISHED, retries=retries).update(
             state="running",
             run=run,
             progress=0,
             message="",
-            started_at=Now(),
-            deadline=Now() + timedelta(seconds=limit),
-            wake_at=Now() + timedelta(seconds=min(settings.JOB_LEASE_SECONDS, limit)),
+            started_at=Clock(),
+            deadline=Clock() + timedelta(seconds=limit),
+            wake_at=Clock() + timedelta(seconds=min(settings.JOB_LEASE_SECONDS, limit)),
         )
 
     def renew(self):
         """Extend the leases of these runs, none beyond its deadline. Returns how many there are."""
-        lease = Now() + timedelta(seconds=settings.JOB_LEASE_SECONDS)
-        return self.update(wake_at=Least(lease, F("deadline")))
+        return self.update(wake_at=lease())
 
     def requeue(self, delay=0, **changes):
         """Let these jobs start (again) in `delay` seconds: the sweep sends what is due."""

@@ -14,6 +14,7 @@ from django.db import Error, close_old_connections, transaction
 from django.db.models import Q
 from django.db.models.functions import Now
 
+from .lease import TICK
 from .models import BATCH, OVER_TIME_LIMIT, QUEUED, Job, send
 
 logger = logging.getLogger(__name__)
@@ -31,11 +32,15 @@ def start(**kwargs):
 
 def sweep_for_ever():
     judge_at = time.monotonic() + settings.JOB_LEASE_SECONDS / 2
+    last_round = time.time()
     while True:
         busy = False
+        # While the database was away, or the machine stood still, nobody could renew a lease.
+        if time.time() - last_round > settings.JOB_LEASE_SECONDS / 2:
+            judge_at = time.monotonic() + settings.JOB_LEASE_SECONDS / 2
+        last_round = time.time()
         try:
             close_old_connections()
-            # While the database was away nobody could renew a lease: first, let them.
             if time.monotonic() >= judge_at:
                 judge_leases()
             busy = send_due()
@@ -59,9 +64,16 @@ def show_life(**kwargs):
 def judge_leases():
     """End or queue again the running jobs whose lease was not renewed."""
     lapsed = Job.objects.filter(state="running", wake_at__lt=Now())
-    for job in lapsed.only("run", "crashes").annotate(late=Q(deadline__lte=Now()))[:BATCH]:
-        # Unless it was renewed or ended meanwhile.
-        row = Job.objects.filter(pk=job.pk, run=job.run, wake_at__lt=Now())
+    if suspects := list(lapsed.values_list("pk", flat=True)[:BATCH]):
+        time.sleep(2 * TICK)  # who was held up until now, by a lock say, renews at its next tick
+        with transaction.atomic():
+            lapsed = lapsed.filter(pk__in=suspects).annotate(late=Q(deadline__lte=Now()))
+            judge(lapsed.select_for_update(skip_locked=True).only("crashes"))
+
+
+def judge(lapsed):
+    for job in lapsed:
+        row = Job.objects.filter(pk=job.pk)
         crashes = job.crashes + 1
         if job.late:
             row.finish("failed", error=OVER_TIME_LIMIT)
@@ -103,7 +115,8 @@ def send_batch(queue, size):
     # behind all others; and the messages that are left in a queue are those of the latest jobs.
     due = queued.filter(wake_at__lt=Now()).order_by("wake_at")
     ids = claim(due.filter(sent=0)[:size])
-    ids += claim(due.filter(sent__gt=0)[: min(max(0, missing), size - len(ids))])
+    # One in any case, for not all messages in a queue are of jobs.
+    ids += claim(due.filter(sent__gt=0)[: min(max(1, missing), size - len(ids))])
     jobs = Job.objects.filter(QUEUED).in_bulk(ids)
     try:
         send([jobs[pk] for pk in ids if pk in jobs])
@@ -132,14 +145,17 @@ def messages_in(queue):
     """Return how many messages wait in `queue`. Raises what the transport does if it is down."""
     with current_app.connection_for_write() as connection:
         connection.ensure_connection(max_retries=1, interval_start=0)
+        queue = current_app.amqp.queues[queue](connection.default_channel)
+        queue.declare()  # with its binding, should somebody have deleted it
         # Not passive: where keys have a prefix, kombu finds no queue in that way.
-        declared = current_app.amqp.queues[queue](connection.default_channel).queue_declare()
-        return declared.message_count
+        return queue.queue_declare().message_count
 
 
 def purge():
     """Delete what has been final for JOB_RETENTION_DAYS, and with it the idempotency keys."""
     old = Job.objects.filter(finished_at__lt=Now() - timedelta(days=settings.JOB_RETENTION_DAYS))
-    if batch := list(old.values_list("pk", flat=True)[:PURGED]):
-        Job.objects.filter(pk__in=batch).delete()
-        logger.info("deleted %d jobs older than %g days", len(batch), settings.JOB_RETENTION_DAYS)
+    with transaction.atomic():
+        unlocked = old.select_for_update(skip_locked=True).values_list("pk", flat=True)
+        deleted, _ = Job.objects.filter(pk__in=list(unlocked[:PURGED])).delete()
+    if deleted:
+        logger.info("deleted %d jobs older than %g days", deleted, settings.JOB_RETENTION_DAYS)
