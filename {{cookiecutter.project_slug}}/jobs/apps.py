@@ -8,6 +8,6 @@ class JobsConfig(AppConfig):
     def ready(self):
         from jobs import checks, sweep, worker  # noqa: F401
 
-        signals.heartbeat_sent.connect(sweep.show_life)  # by a worker
+        signals.heartbeat_sent.connect(worker.show_life)
         signals.beat_init.connect(sweep.start)
         signals.beat_embedded_init.connect(sweep.start)  # celery worker --beat

@@ -27,12 +27,15 @@ class Run:
     """
 
     def __init__(self, job_id):
+        global keeper
         self.job_id = job_id
         self.token = uuid.uuid4()
         self.report = self.written = {}  # progress in percent, message
         self.renew_at = time.monotonic() + settings.JOB_LEASE_SECONDS / 3
         self.lost = False
-        have_keeper()
+        with lock:
+            if keeper is None:  # not earlier: no thread survives the fork of a prefork child
+{% print worker_pool.lease_start %}
 
     @property
     def row(self):
@@ -50,14 +53,6 @@ class Run:
             del runs[self.token]
 
 
-def have_keeper():
-    """Start the thread. Not earlier: no thread survives the fork of a prefork child."""
-    global keeper
-    with lock:
-        if keeper is None:
-{% print worker_pool.lease_start %}
-
-
 def rows(runs):
     return Job.objects.filter(pk__in=[r.job_id for r in runs], run__in=[r.token for r in runs])
 
@@ -70,7 +65,8 @@ def keep():
             current = list(runs.values())
         try:
             close_old_connections()
-            write([run for run in current if run.is_due()])
+            if due := [run for run in current if run.is_due()]:
+                write(due)
         except Exception as error:  # whatever it is: without this thread all leases would lapse
             logger.warning("cannot renew leases: %r", error)
 
@@ -80,8 +76,6 @@ def write(due):
 
     Locked rows are left to the next tick: who waits for one lets all other leases lapse.
     """
-    if not due:
-        return
     reports = {run: run.report for run in due}
     with transaction.atomic():
         unlocked = rows(due).select_for_update(skip_locked=True)

@@ -61,7 +61,7 @@ class JobQuerySet(models.QuerySet):
         fields |= self.prepare(Now(), task, args, kwargs, countdown, queue)
         job = self.create(**fields)
         if not countdown:
-            transaction.on_commit(job.publish, using=self.db, robust=True)
+            transaction.on_commit(lambda: publish([job]), using=self.db, robust=True)
         return job
 
     def enqueue_many(self, task, calls, *, countdown=None, queue=None, owner=None):
@@ -72,9 +72,8 @@ class JobQuerySet(models.QuerySet):
         # The database's clock, read once: PostgreSQL takes rows of plain values much more quickly.
         now = self.filter(pk=uuid.uuid4()).aggregate(now=Coalesce(Max("created_at"), Now()))["now"]
         calls = [self.prepare(now, task, args, None, countdown, queue) for args in calls]
-        jobs = [Job(owner=owner, **fields) for fields in calls]
-        for place, job in enumerate(jobs):
-            job.created_at = now + timedelta(microseconds=place)  # lists have this order
+        at = (now + timedelta(microseconds=place) for place in range(len(calls)))  # lists' order
+        jobs = [Job(owner=owner, created_at=next(at), **fields) for fields in calls]
         self.bulk_create(jobs, batch_size=BATCH)
         for start in range(0, 0 if countdown else len(jobs), BATCH):
             part = jobs[start : start + BATCH]
@@ -100,15 +99,10 @@ class JobQuerySet(models.QuerySet):
         wake_at = now + timedelta(seconds=countdown or settings.JOB_RESEND_SECONDS)
         return {**fields, "sent": 0 if countdown else 1, "wake_at": wake_at}
 
-    def visible_to(self, user):
-        """The jobs that `user` may see: the own ones, for staff also those that nobody owns."""
-        own = Q(owner=user)
-        return self.filter(own | Q(owner=None) if user.is_staff else own)
-
     def start(self, run, *, retries, limit):
         """Claim a queued job for `run`, for `limit` seconds. Returns 0 if the message is stale."""
-        free = Q(run=None) | Q(run=run)  # its own: the answer to the first try was lost
-        return self.filter(free, UNFINISHED, retries=retries).update(
+        # Also if it is claimed for this run: then the answer to the first try was lost.
+        return self.filter(Q(run=None) | Q(run=run), UNFINISHED, retries=retries).update(
             state="running",
             run=run,
             progress=0,
@@ -117,10 +111,6 @@ class JobQuerySet(models.QuerySet):
             deadline=Clock() + timedelta(seconds=limit),
             wake_at=Clock() + timedelta(seconds=min(settings.JOB_LEASE_SECONDS, limit)),
         )
-
-    def renew(self):
-        """Extend the leases of these runs, none beyond its deadline. Returns how many there are."""
-        return self.update(wake_at=lease())
 
     def requeue(self, delay=0, **changes):
         """Let these jobs start (again) in `delay` seconds: the sweep sends what is due."""
@@ -192,10 +182,6 @@ class Job(models.Model):
 
     def __str__(self):
         return f"{self.task} {self.id}"
-
-    def publish(self):
-        """Send the message. Returns False, and leaves it to the sweep, if the broker is down."""
-        return publish([self])
 
 
 def publish(jobs):

@@ -14,10 +14,15 @@ STATES = {
 }
 
 
+ERRORS = {"failed": "TaskError", "cancelled": "TaskRevokedError"}  # of celery.exceptions
+
+
 class JobBackend(BaseBackend):
     def get_task_meta(self, task_id, cache=True):
         job = Job.objects.filter(pk=task_id).first()
         if job is None:
             return {"status": states.PENDING, "result": None}  # as Celery says of unknown tasks
-        result = {"exc_type": "JobFailed", "exc_message": job.error} if job.error else job.result
+        result = job.result
+        if kind := ERRORS.get(job.state):
+            result = {"exc_type": kind, "exc_message": job.error, "exc_module": "celery.exceptions"}
         return {"status": STATES[job.state], "result": result}

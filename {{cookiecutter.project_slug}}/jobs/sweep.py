@@ -1,12 +1,10 @@
 """The sweep: a thread of Beat's process that finds what was lost and lets it run (again)."""
 
 import logging
-import os
 import random
 import threading
 import time
 from datetime import timedelta
-from pathlib import Path
 
 from celery import current_app
 from django.conf import settings
@@ -16,6 +14,7 @@ from django.db.models.functions import Now
 
 from .lease import TICK
 from .models import BATCH, OVER_TIME_LIMIT, QUEUED, Job, send
+from .worker import show_life
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +30,7 @@ def start(**kwargs):
 
 
 def sweep_for_ever():
-    judge_at = time.monotonic() + settings.JOB_LEASE_SECONDS / 2
-    last_round = time.time()
+    last_round = 0
     while True:
         busy = False
         # While the database was away, or the machine stood still, nobody could renew a lease.
@@ -55,34 +53,25 @@ def sweep_for_ever():
         time.sleep(0 if busy else settings.JOB_SWEEP_SECONDS)
 
 
-def show_life(**kwargs):
-    """Touch LIVENESS_FILE: who finds it old takes this process for dead."""
-    if file := os.environ.get("LIVENESS_FILE"):
-        Path(file).touch()
-
-
 def judge_leases():
     """End or queue again the running jobs whose lease was not renewed."""
     lapsed = Job.objects.filter(state="running", wake_at__lt=Now())
     if suspects := list(lapsed.values_list("pk", flat=True)[:BATCH]):
         time.sleep(2 * TICK)  # who was held up until now, by a lock say, renews at its next tick
         with transaction.atomic():
-            lapsed = lapsed.filter(pk__in=suspects).annotate(late=Q(deadline__lte=Now()))
-            judge(lapsed.select_for_update(skip_locked=True).only("crashes"))
+            lapsed = lapsed.filter(pk__in=suspects).select_for_update(skip_locked=True)
+            for job in lapsed.only("crashes").annotate(late=Q(deadline__lte=Now())):
+                judge(Job.objects.filter(pk=job.pk), job.crashes + 1, job.late)
 
 
-def judge(lapsed):
-    for job in lapsed:
-        row = Job.objects.filter(pk=job.pk)
-        crashes = job.crashes + 1
-        if job.late:
-            row.finish("failed", error=OVER_TIME_LIMIT)
-        elif crashes >= settings.JOB_MAX_CRASHES:
-            row.finish("failed", error=f"Its worker died {crashes} times", crashes=crashes)
-        else:
-            delay = 5 * 2**job.crashes * random.uniform(0.8, 1.2)
-            row.requeue(delay, crashes=crashes, message="Its worker died, so it starts again soon")
-            logger.warning("job %s lost its worker: again in %.0f s", job.pk, delay)
+def judge(row, crashes, late):
+    if late:
+        row.finish("failed", error=OVER_TIME_LIMIT)
+    elif crashes >= settings.JOB_MAX_CRASHES:
+        row.finish("failed", error=f"Its worker died {crashes} times", crashes=crashes)
+    else:
+        delay = 5 * 2 ** (crashes - 1) * random.uniform(0.8, 1.2)
+        row.requeue(delay, crashes=crashes, message="Its worker died, so it starts again soon")
 
 
 def send_due():

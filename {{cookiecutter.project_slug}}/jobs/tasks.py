@@ -23,7 +23,7 @@ from .results import JobBackend
 
 logger = logging.getLogger(__name__)
 
-NO_MATTER = ("add_to_parent", "headers", "ignore_result", "producer", "publisher", "retries")
+OPTIONS = ("queue", "headers", "ignore_result", "producer", "retries")  # of apply_async()
 last_chance = threading.Lock()  # held by the one job of this process that has its last try
 
 
@@ -47,9 +47,7 @@ class JobTask(Task):
         if cls.time_limit and cls.soft_time_limit and cls.soft_time_limit > cls.time_limit:
             cls.soft_time_limit = cls.time_limit * 0.9
 
-    @property
-    def job_run(self):
-        return getattr(self.request, "job_run", None)
+    job_run = property(lambda self: getattr(self.request, "job_run", None))
 
     def send(self, job, producer, **options):
         """Publish a job's message: what apply_async() does, in a third of its time."""
@@ -64,9 +62,7 @@ class JobTask(Task):
         options["priority"] = options.get("priority") or 0
         amqp.send_task_message(producer, self.name, message, headers=headers, **options)
 
-    def apply_async(
-        self, args=(), kwargs=None, task_id=None, countdown=None, eta=None, queue=None, **options
-    ):
+    def apply_async(self, args=(), kwargs=None, task_id=None, countdown=None, eta=None, **options):
         """Enqueue a job that nobody owns: what delay() and a schedule do. Returns its AsyncResult.
 
         Raises TypeError for what a job cannot have or be, say a member of a group.
@@ -74,11 +70,11 @@ class JobTask(Task):
         if eta:
             countdown = (maybe_make_aware(eta) - timezone.now()).total_seconds()
         if self.job_run and task_id == self.request.id:  # by retry()
-            return self.requeue(self.job_run, args, kwargs, countdown, queue=queue, **options)
-        if refused := [name for name in options if options[name] and name not in NO_MATTER]:
+            return self.requeue(self.job_run, args, kwargs, countdown, **options)
+        if refused := [name for name in options if options[name] and name not in OPTIONS]:
             raise TypeError(f"a job takes no {', '.join(refused)}: see Job.objects.enqueue()")
         fields = {"pk": task_id} if task_id else {}
-        fields |= {"countdown": max(countdown or 0, 0), "queue": queue}
+        fields |= {"countdown": max(countdown or 0, 0), "queue": options.get("queue")}
         job = Job.objects.enqueue(self, args or (), kwargs, **fields)
         return self.AsyncResult(str(job.pk))
 
@@ -109,8 +105,7 @@ class JobTask(Task):
         is_job = not request.called_directly and "job" in (request.headers or {})
         if not is_job or self.job_run:
             return super().__call__(*args, **kwargs)
-        job = Job.objects.filter(pk=request.id)
-        crashes = request.headers["job"]
+        job, crashes = Job.objects.filter(pk=request.id), request.headers["job"]
         # A crash is no proof against a job that was not alone: let it be the only suspect.
         apart = crashes and crashes + 1 >= settings.JOB_MAX_CRASHES
         if apart and not last_chance.acquire(blocking=False):
@@ -143,21 +138,19 @@ class JobTask(Task):
             result = None
         except Lost:
             raise Ignore("cancelled, or taken over by another run") from None
-        except SoftTimeLimitExceeded:
-            fail(run, OVER_TIME_LIMIT)
-            raise
 {% print worker_pool.ends %}
         except BaseException as error:
-            fail(run, "".join(format_exception_only(error)).strip())
+            over = isinstance(error, SoftTimeLimitExceeded)
+            fail(run, OVER_TIME_LIMIT if over else "".join(format_exception_only(error)).strip())
             raise
         succeed(run, result)
         return result
 
 
 def succeed(run, result):
-    changes = {**run.report, "progress": 100, "result": result}
     try:
         json.dumps(result, allow_nan=False)
+        changes = {**run.report, "progress": 100, "result": result}
         written = insist(run.row.finish, "succeeded", **changes)
     except Exception as error:
         fail(run, f"Its result cannot be stored as JSON: {error}")

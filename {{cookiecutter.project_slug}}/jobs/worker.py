@@ -5,6 +5,7 @@
 {% if broker.flower %}
 from contextlib import suppress
 {% endif %}
+from pathlib import Path
 
 from celery import signals
 {% if broker.flower %}
@@ -16,6 +17,12 @@ from celery.worker.control import Panel
 {% endif %}
 from django.conf import settings
 {% print worker_pool.worker_django_imports %}
+
+
+def show_life(**kwargs):
+    """Touch LIVENESS_FILE: who finds it old takes this process for dead."""
+    if file := os.environ.get("LIVENESS_FILE"):
+        Path(file).touch()
 
 
 {% print worker_pool.worker %}

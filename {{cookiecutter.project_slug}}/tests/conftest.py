@@ -34,7 +34,7 @@ def quick_settings(settings):
 def commit(db, django_capture_on_commit_callbacks):
     """`with commit():` does what a commit does: it publishes, and so runs, what was enqueued.
 
-    Without it a test stays in its transaction, and jobs stay queued until it calls job.publish().
+    Without it a test stays in its transaction, and jobs stay queued until it calls publish([job]).
     """
     return lambda: django_capture_on_commit_callbacks(execute=True)
 
