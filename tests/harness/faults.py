@@ -35,12 +35,15 @@ def database():
 @pytest.fixture(scope="module")
 def running(request, cookies_session, tmp_path_factory):
     """A stack, for all tests with the same answers one after the other."""
-    options = {"timings": TIMINGS, "slots": 4, "sqlite": False, **request.param}
+    options = {"timings": TIMINGS, "slots": {}, "sqlite": False, **request.param}
     broker = broker_class(options["broker"])
     folder = tmp_path_factory.mktemp("stack")
     project = baked(cookies_session, {**broker.answers, "worker_pool": options["pool"]})
     database = None if options["sqlite"] else request.getfixturevalue("database")
-    variables = {**options["timings"], "WORKER_CONCURRENCY": options["slots"]}
+    variables = {
+        **options["timings"],
+        "WORKER_CONCURRENCY": options["slots"].get(options["pool"], 4),
+    }
     stack = prepare(project, broker, folder, database, **variables)
     try:
         stack.start()
