@@ -9,7 +9,7 @@ pytest.register_assert_rewrite("harness")  # before the first import from there
 from harness.bake import baked  # noqa: E402
 from harness.project import Project  # noqa: E402
 
-pytest_plugins = ["harness.checks"]
+pytest_plugins = ["harness.checks", "harness.faults"]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -15,85 +15,14 @@ from urllib.error import URLError
 import pytest
 
 from harness import chaos
-from harness.bake import CHOICES, baked, chosen
+from harness.bake import CHOICES, chosen
+from harness.faults import POOLS, stacks, succeeded
 from harness.project import fetch, free_ports, wait_for
-from harness.servers import PostgreSQL, broker_class
-from harness.stack import TIMINGS, prepare
+from harness.servers import broker_class
 
-POOLS = CHOICES["worker_pool"]
-
-
-def stacks(brokers=CHOICES["broker"], pools=POOLS, **options):
-    """Run the test on each of these brokers with each of these pools, and with these options."""
-    params = []
-    for broker in brokers:
-        for pool in pools:
-            name = "-".join([broker, pool, *options])
-            # One object for one stack: pytest asks whether it is the same one.
-            param = STACKS.setdefault(name, {"broker": broker, "pool": pool, **options})
-            params.append(pytest.param(param, id=name, marks=pytest.mark.xdist_group(name)))
-    return pytest.mark.parametrize("running", params, indirect=True)
-
-
-STACKS = {}
 everywhere = stacks()
 on_each_broker = stacks(pools=POOLS[:1])  # what no pool changes
 on_one = {"brokers": CHOICES["broker"][:1], "pools": POOLS[:1]}
-
-
-@pytest.fixture(scope="session")
-def database():
-    database = PostgreSQL("fsync=off")
-    database.start()
-    yield database
-    database.remove()
-
-
-@pytest.fixture(scope="module")
-def running(request, cookies_session, tmp_path_factory):
-    """A stack, for all tests with the same answers one after the other."""
-    options = {"timings": TIMINGS, "sqlite": False, **request.param}
-    broker = broker_class(options["broker"])
-    folder = tmp_path_factory.mktemp("stack")
-    project = baked(cookies_session, {**broker.answers, "worker_pool": options["pool"]})
-    database = None if options["sqlite"] else request.getfixturevalue("database")
-    stack = prepare(project, broker, folder, database, **options["timings"])
-    try:
-        stack.start()
-        yield stack
-    finally:
-        stack.stop()
-
-
-@pytest.fixture
-def stack(running):
-    """The stack, with everything in it running. What it logs, pytest shows if the test fails."""
-    running.recover()
-    sizes = {log: log.stat().st_size for log in running.logs}
-    yield running
-    for log in running.logs:
-        printed = log.read_bytes()[sizes.get(log, 0) :].decode(errors="replace")
-        print(f"--- {log.name}\n{printed[-5000:]}")
-
-
-@pytest.fixture
-def gate(tmp_path):
-    """Bodies run until this file exists."""
-    return tmp_path / "gate"
-
-
-@pytest.fixture
-def since(record_property):
-    """Return a function that records the seconds since `start`."""
-
-    def since(start):
-        record_property("seconds", round(time.monotonic() - start, 1))
-
-    return since
-
-
-def succeeded(rows, crashes):
-    return all((row["state"], row["crashes"]) == ("succeeded", crashes) for row in rows)
 
 
 # Workers die

@@ -31,7 +31,8 @@ def test_each_broker_has_its_job(job):
 
 
 @pytest.mark.parametrize(
-    ("name", "keyword"), [("run", "[{}-"), ("hardening", "[{}-"), ("faults", "{}")]
+    ("name", "keyword"),
+    [("run", "[{}-"), ("hardening", "[{}-"), ("faults", "{}"), ("odds", "{}")],
 )
 def test_each_test_is_in_the_job_of_one_broker(name, keyword):
     file = f"tests/test_{name}.py"

@@ -1,6 +1,7 @@
 """`make chaos`: jobs are posted while every two seconds something is killed, stopped or emptied.
 
-At the end each accepted job must have reached a final state once, and have written its row.
+At the end each accepted job must have succeeded once, and have written its row; those that kill
+their process must have failed.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import SkipTest
@@ -18,7 +20,7 @@ from unittest import SkipTest
 from cookiecutter.main import cookiecutter
 
 from .bake import TEMPLATE
-from .project import Project
+from .project import Project, children_of
 from .servers import BROKERS, PostgreSQL
 from .stack import TIMINGS, prepare
 
@@ -27,16 +29,18 @@ JOBS, SECONDS = 1000, 100
 
 
 class Chaos:
-    def __init__(self, stack, jobs, seconds, seed):
-        self.stack, self.seconds = stack, seconds
+    def __init__(self, stack, jobs, seconds, seed, backlog=0):
+        self.stack, self.seconds, self.backlog = stack, seconds, backlog
         self.random = random.Random(seed)
         lengths = random.Random(seed)
         self.jobs = [(number, round(lengths.uniform(0, 1), 2)) for number in range(jobs)]
         self.accepted = {}  # number: job
+        self.killers = []
         self.faults = {}  # name: how often
 
     def run(self):
         """Post and disturb, then wait until all has ended; return whether nothing was lost."""
+        self.enqueue_backlog()
         start = time.monotonic()
         with self.stack.supervised(), ThreadPoolExecutor(8) as pool:
             posting = [pool.submit(self.post, *job, start) for job in self.jobs]
@@ -45,8 +49,17 @@ class Chaos:
                 self.disturb()
             for future in posting:
                 future.result()
-            survey = self.wait(180)
+            survey = self.wait(180 + self.backlog / 50)
         return self.report(survey)
+
+    def enqueue_backlog(self):
+        """Jobs that are there before the first fault."""
+        numbers = range(len(self.jobs), len(self.jobs) + self.backlog)
+        code = "result = [job.pk for job in Job.objects.enqueue_many(write, calls)]"
+        for start in range(0, self.backlog, 10_000):
+            part = numbers[start : start + 10_000]
+            calls = [[number, 0] for number in part]
+            self.accepted |= zip(part, self.stack.ask(code, calls=calls), strict=True)
 
     def post(self, number, seconds, start):
         """Post until the answer is 202, as a client does that wants its job accepted."""
@@ -116,46 +129,64 @@ class Chaos:
     def fault_messages_copied(self):
         self.stack.ask("from faults.survey import copy_messages\ncopy_messages()")
 
+    def fault_backlog(self):
+        """Plain tasks, always some of them in the queue of the jobs, for half a minute."""
+        gate = self.stack.folder / f"gate-{time.monotonic()}"
+        self.stack.ask("for _ in range(30): circle.delay(gate, 0.1)", gate=str(gate))
+        timer = threading.Timer(30, gate.touch)
+        timer.daemon = True
+        timer.start()
+
+    def fault_row_locked(self):
+        code = "result = Job.objects.filter(state='running').values_list('pk', flat=True).first()"
+        if job := self.stack.ask(code):
+            self.lock(f"SELECT FROM jobs_job WHERE id = '{job}' FOR UPDATE")
+
+    def fault_table_locked(self):
+        self.lock("LOCK TABLE jobs_job IN ACCESS EXCLUSIVE MODE")
+
+    def lock(self, statement):
+        """For longer than a lease."""
+        with self.stack.locked(statement):
+            time.sleep(5)
+
+    def fault_killer(self):
+        """A job that kills its process each time; those beside it must not fail for that."""
+        self.killers.append(self.stack.enqueue("die", 0.5))
+
     def wait(self, seconds):
         until = time.monotonic() + seconds
-        numbers, jobs = list(self.accepted), list(self.accepted.values())
-        ask = "from faults.survey import survey\nresult = survey(jobs, numbers)"
-        while True:
-            survey = self.stack.ask(ask, jobs=jobs, numbers=numbers)
-            states = survey["states"]
-            active = states.get("queued", 0) + states.get("running", 0)
-            if not active or time.monotonic() > until:
-                time.sleep(2)  # what ends a second time, does it now
-                return self.stack.ask(ask, jobs=jobs, numbers=numbers)
+        active = "result = Job.objects.filter(state__in=ACTIVE).exists()"
+        while self.stack.ask(active) and time.monotonic() < until:
             time.sleep(1)
+        time.sleep(2)  # what ends a second time, does it now
+        numbers, jobs = list(self.accepted), list(self.accepted.values())
+        ask = "from faults.survey import survey\nresult = survey(jobs, numbers, killers)"
+        return self.stack.ask(ask, jobs=jobs, numbers=numbers, killers=self.killers)
 
     def report(self, survey):
         accepted = len(self.accepted)
         finished = survey["distinct"]
         twice = survey["finals"] - finished
-        starts = [self.stack.notes("start", job) for job in self.accepted.values()]
-        redelivered = sum(len(pids) - 1 for pids in starts if pids)
+        failed = accepted - survey["states"].get("succeeded", 0)
+        alive = len(self.killers) - survey["killers"].get("failed", 0)
+        notes = [line.split() for line in self.stack.notes_file.read_text().splitlines()]
+        starts = Counter(job for what, job, _ in notes if what == "start")
+        redelivered = sum(starts[job] - 1 for job in self.accepted.values() if starts[job])
         lost = max(accepted - finished, accepted - survey["written"])
         faults = ", ".join(f"{name} {count}" for name, count in sorted(self.faults.items()))
         states = ", ".join(f"{state} {count}" for state, count in sorted(survey["states"].items()))
         print(f"  faults: {sum(self.faults.values())} ({faults})")
         print(f"  states: {states}; leases lapsed: {survey['crashes']}")
+        print(f"  killers: {len(self.killers)}, of which {alive} did not end as failed")
         for error in survey["errors"]:
             print(f"  {error}")
         print(
             f"  accepted {accepted}, finished {finished}, finished twice {twice},"
-            f" redelivered {redelivered}, rows {survey['written']}, lost {lost}"
+            f" redelivered {redelivered}, rows {survey['written']}, failed {failed}, lost {lost}"
         )
-        return accepted == len(self.jobs) and not lost and not twice
-
-
-def children_of(pid):
-    try:
-        return [
-            int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        ]
-    except OSError:  # it is just starting again
-        return []
+        complete = accepted == len(self.jobs) + self.backlog
+        return complete and not (lost or twice or failed or alive)
 
 
 def main():
@@ -163,6 +194,7 @@ def main():
     parser.add_argument("brokers", nargs="*", default=list(BROKERS), metavar="broker")
     parser.add_argument("--pool", default="prefork")
     parser.add_argument("--jobs", type=int, default=JOBS)
+    parser.add_argument("--backlog", type=int, default=0, help="more jobs, before the first fault")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of disturbance")
     parser.add_argument("--seed", type=int, default=random.randrange(10_000))
     options = vars(parser.parse_args())
@@ -177,7 +209,7 @@ def main():
     sys.exit(not fine)
 
 
-def run(name, folder, *, jobs=JOBS, seconds=SECONDS, seed, pool="prefork"):
+def run(name, folder, *, jobs=JOBS, backlog=0, seconds=SECONDS, seed, pool="prefork"):
     """Disturb a project on this broker; print what happened, return whether nothing was lost."""
     print(f"{name}, {pool}, seed {seed}", flush=True)
     broker = BROKERS[name]
@@ -192,7 +224,7 @@ def run(name, folder, *, jobs=JOBS, seconds=SECONDS, seed, pool="prefork"):
         stack.add_worker("test")
         try:
             stack.start()
-            return Chaos(stack, jobs, seconds, seed).run()
+            return Chaos(stack, jobs, seconds, seed, backlog).run()
         finally:
             stack.stop()
     finally:

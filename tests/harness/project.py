@@ -272,6 +272,15 @@ def processes_in(project):
     return found
 
 
+def children_of(pid):
+    try:
+        return [
+            int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        ]
+    except OSError:  # it is just starting again
+        return []
+
+
 def fetch(url, data, headers):
     body = None
     if data is not None:

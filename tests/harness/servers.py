@@ -16,7 +16,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from . import missing
-from .project import connects, env, free_ports, wait_for
+from .project import children_of, connects, env, free_ports, wait_for
 
 VISIBILITY_TIMEOUT = 8  # seconds; of plain tasks
 
@@ -100,12 +100,14 @@ class Broker(Process):
     scheme = None  # of its URL, where `make run` does not start it
     answers = {}  # of an output of the fault tests
     settings = ""  # more lines for that output
+    refuse = ""  # code for its `channel`: makes "refused" a queue of which it takes no message
 
 
 class Redis(Broker):
     scheme = "redis"
     answers = {"broker": "redis"}
     settings = f'CELERY_BROKER_TRANSPORT_OPTIONS["visibility_timeout"] = {VISIBILITY_TIMEOUT}'
+    refuse = 'channel.client.set("refused", "no list")'
 
     def __init__(self, folder, project=None, port=None):
         if not shutil.which("redis-server"):
@@ -121,6 +123,8 @@ class Redis(Broker):
 class RabbitMQ(Broker):
     scheme = "amqp"
     answers = {"broker": "rabbitmq", "result_backend": "none"}
+    # With other arguments than those that the project declares it with: 406.
+    refuse = 'channel.queue_declare("refused", auto_delete=False, arguments={"x-max-priority": 9})'
 
     def __init__(self, folder, project=None, port=None):
         # What Debian has on PATH changes the user; the scripts themselves stand here.
@@ -251,6 +255,11 @@ class PostgreSQL(Process):
         """Create a database; return its URL."""
         assert self.run("createdb", name)
         return f"{self.url}/{name}"
+
+    def signal_all(self, number):
+        """Its children have sessions of their own."""
+        for pid in [self.pid, *children_of(self.pid)]:
+            os.kill(pid, number)
 
     def kill(self):
         self.stop(signal.SIGQUIT)  # at once, and recovers at its start as after a crash

@@ -2,6 +2,7 @@
 
 import os
 import re
+import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -133,6 +134,24 @@ class Stack:
             done.set()
             thread.join()
 
+    @contextmanager
+    def locked(self, statement):
+        """Hold what this statement locks in the database, until the block ends."""
+        psql = subprocess.Popen(
+            [self.database.binaries / "psql", "--quiet", self.variables["DATABASE_URL"]],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            psql.stdin.write(f"BEGIN;\n{statement};\n\\echo locked\n")
+            psql.stdin.flush()
+            assert "locked\n" in iter(psql.stdout.readline, ""), statement
+            yield
+        finally:
+            psql.stdin.close()  # at whose end it goes, and the lock with it
+            psql.wait()
+
     # What the tests ask and say
 
     def ask(self, code, **names):
@@ -263,7 +282,8 @@ def prepare(project, broker, folder, database, **variables):
     `broker` is one of the classes in BROKERS; in `folder` everything keeps its files.
     """
     project.install()
-    project.add_app("faults", broker.settings)
+    routes = 'CELERY_TASK_ROUTES["faults.tasks.routed"] = {"queue": "io"}'
+    project.add_app("faults", f"{broker.settings}\n{routes}")
     with open(project / "config/urls.py", "a") as file:
         file.write(
             '\nfrom faults.views import enqueue\nurlpatterns.append(path("faults/", enqueue))\n'

@@ -6,7 +6,7 @@ from django.db.models import Count, Sum
 from jobs.models import ACTIVE, Job, publish
 
 
-def survey(jobs, numbers):
+def survey(jobs, numbers, killers):
     """How the jobs ended, and which of these numbers have their row."""
     rows = Job.objects.filter(pk__in=jobs)
     with connection.cursor() as cursor:
@@ -16,13 +16,18 @@ def survey(jobs, numbers):
         cursor.execute("SELECT count(*) FROM written WHERE number = ANY(%s)", [numbers])
         [written] = cursor.fetchone()
     return {
-        "states": dict(rows.values_list("state").annotate(Count("pk"))),
+        "states": states(rows),
+        "killers": states(Job.objects.filter(pk__in=killers)),
         "crashes": rows.aggregate(n=Sum("crashes"))["n"],
         "errors": sorted(set(rows.filter(state="failed").values_list("error", flat=True))),
         "finals": finals,
         "distinct": distinct,
         "written": written,
     }
+
+
+def states(rows):
+    return dict(rows.values_list("state").annotate(Count("pk")))
 
 
 def copy_messages():

@@ -1,13 +1,18 @@
 """Bodies that wait, die or fail when a test of faults wants it."""
 
+import ctypes
 import os
 import signal
+import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from celery import shared_task
-from django.db import Error, connection
+from celery.exceptions import Retry
+from django.db import Error, connection, transaction
 
+from jobs.models import Job
 from jobs.tasks import JobTask
 
 
@@ -44,14 +49,49 @@ def hold_too_long(self, gate):
     wait_for(gate)
 
 
+@shared_task(base=JobTask, bind=True, time_limit=60, soft_time_limit=3)
+def hold_softly(self, gate, error=""):
+    note(self, "start")
+    wait_for(gate)
+    if error:
+        raise ValueError(error)
+
+
+@shared_task(base=JobTask, bind=True)
+def hold_its_row(self, gate):
+    note(self, "start")
+    with transaction.atomic():
+        Job.objects.select_for_update().get(pk=self.request.id)
+        wait_for(gate)
+
+
+@shared_task(base=JobTask, bind=True)
+def hold_the_interpreter(self, seconds):
+    """As a call into C does that computes."""
+    note(self, "start")
+    ctypes.PyDLL(None).sleep(int(seconds))
+
+
 @shared_task(base=JobTask, bind=True)
 def quick(self):
     note(self, "start")
 
 
 @shared_task(base=JobTask, bind=True)
-def die(self):
+def read(self, text):
     note(self, "start")
+
+
+@shared_task(base=JobTask, bind=True)
+def rest(self, seconds):
+    note(self, "start")
+    time.sleep(float(seconds))
+
+
+@shared_task(base=JobTask, bind=True)
+def die(self, seconds=0):
+    note(self, "start")
+    time.sleep(float(seconds))
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -70,3 +110,77 @@ def plain(self, gate):
     note(self, "start")
     wait_for(gate)
     note(self, "end")
+
+
+@shared_task(bind=True)
+def circle(self, gate, seconds):
+    """Be sent again and again, until the gate is there."""
+    time.sleep(float(seconds))
+    if not Path(gate).exists():
+        self.delay(gate, seconds)
+
+
+@shared_task(base=JobTask, bind=True, queue="io")
+def declared(self):
+    note(self, "start")
+
+
+@shared_task(base=JobTask, bind=True)
+def routed(self):
+    note(self, "start")
+
+
+# Ends that are not what a ledger expects
+
+
+class Mute(Exception):
+    def __str__(self):
+        raise RuntimeError("no words")
+
+
+def nested(levels):
+    result = []
+    for _ in range(levels):
+        result = [result]
+    return result
+
+
+@shared_task(base=JobTask, bind=True)
+def raise_mute(self):
+    note(self, "start")
+    raise Mute
+
+
+@shared_task(base=JobTask, bind=True)
+def raise_retry(self):
+    note(self, "start")
+    raise Retry("by hand")
+
+
+@shared_task(base=JobTask, bind=True)
+def return_nested(self):
+    note(self, "start")
+    return nested(100_000)
+
+
+@shared_task(base=JobTask, bind=True)
+def return_what_no_database_takes(self):
+    """Python makes JSON of it, PostgreSQL refuses it for its limits, as it does 256 MB."""
+    note(self, "start")
+    sys.setrecursionlimit(40_000)
+    return nested(30_000)
+
+
+@shared_task(base=JobTask, bind=True)
+def leave_a_transaction(self):
+    note(self, "start")
+    transaction.set_autocommit(False)
+    connection.cursor().execute("SELECT 1")
+
+
+@shared_task(base=JobTask, bind=True)
+def leave_an_aborted_transaction(self):
+    note(self, "start")
+    transaction.set_autocommit(False)
+    with suppress(Error):
+        connection.cursor().execute("INSERT INTO written VALUES (-1), (-1)")

@@ -1,0 +1,83 @@
+"""Fixtures for tests with real processes: a running stack on the brokers and pools they name."""
+
+import time
+
+import pytest
+
+from .bake import CHOICES, baked
+from .servers import PostgreSQL, broker_class
+from .stack import TIMINGS, prepare
+
+POOLS = CHOICES["worker_pool"]
+STACKS = {}
+
+
+def stacks(brokers=CHOICES["broker"], pools=POOLS, **options):
+    """Run the test on each of these brokers with each of these pools, and with these options."""
+    params = []
+    for broker in brokers:
+        for pool in pools:
+            name = "-".join([broker, pool, *options])
+            # One object for one stack: pytest asks whether it is the same one.
+            param = STACKS.setdefault(name, {"broker": broker, "pool": pool, **options})
+            params.append(pytest.param(param, id=name, marks=pytest.mark.xdist_group(name)))
+    return pytest.mark.parametrize("running", params, indirect=True)
+
+
+@pytest.fixture(scope="session")
+def database():
+    database = PostgreSQL("fsync=off")
+    database.start()
+    yield database
+    database.remove()
+
+
+@pytest.fixture(scope="module")
+def running(request, cookies_session, tmp_path_factory):
+    """A stack, for all tests with the same answers one after the other."""
+    options = {"timings": TIMINGS, "slots": {}, "sqlite": False, **request.param}
+    broker = broker_class(options["broker"])
+    folder = tmp_path_factory.mktemp("stack")
+    project = baked(cookies_session, {**broker.answers, "worker_pool": options["pool"]})
+    database = None if options["sqlite"] else request.getfixturevalue("database")
+    variables = {
+        **options["timings"],
+        "WORKER_CONCURRENCY": options["slots"].get(options["pool"], 4),
+    }
+    stack = prepare(project, broker, folder, database, **variables)
+    try:
+        stack.start()
+        yield stack
+    finally:
+        stack.stop()
+
+
+@pytest.fixture
+def stack(running):
+    """The stack, with everything in it running. What it logs, pytest shows if the test fails."""
+    running.recover()
+    sizes = {log: log.stat().st_size for log in running.logs}
+    yield running
+    for log in running.logs:
+        printed = log.read_bytes()[sizes.get(log, 0) :].decode(errors="replace")
+        print(f"--- {log.name}\n{printed[-5000:]}")
+
+
+@pytest.fixture
+def gate(tmp_path):
+    """Bodies run until this file exists."""
+    return tmp_path / "gate"
+
+
+@pytest.fixture
+def since(record_property):
+    """Return a function that records the seconds since `start`."""
+
+    def since(start):
+        record_property("seconds", round(time.monotonic() - start, 1))
+
+    return since
+
+
+def succeeded(rows, crashes):
+    return all((row["state"], row["crashes"]) == ("succeeded", crashes) for row in rows)

@@ -1,0 +1,306 @@
+"""In company and under odd conditions nobody is forgotten, doubled or blamed for others.
+
+Real processes, as in test_faults.py; `seconds` is measured likewise.
+"""
+
+import os
+import time
+from pathlib import Path
+from urllib.error import URLError
+
+import pytest
+
+from harness.bake import CHOICES
+from harness.faults import POOLS, stacks, succeeded
+from harness.project import wait_for
+
+ONE = CHOICES["broker"][:1]
+SLOTS = {"threads": 16, "gevent": 16}  # of a worker whose jobs share a process
+on_each_broker = stacks(pools=POOLS[:1], slots=SLOTS)
+on_each_pool = stacks(brokers=ONE, slots=SLOTS)
+on_prefork = stacks(brokers=ONE, pools=["prefork"], slots=SLOTS)
+on_one = stacks(brokers=ONE, pools=POOLS[:1], slots=SLOTS)
+
+
+def ran_once(stack, jobs):
+    return [len(stack.notes("start", job)) for job in jobs] == [1] * len(jobs)
+
+
+# In company
+
+
+@on_each_broker
+def test_a_lost_message_is_missed_in_a_queue_that_is_never_empty(stack, gate, since):
+    """Plain tasks wait there all the time."""
+    stack.ask("for _ in range(30): circle.delay(gate, 0.2)", gate=str(gate))
+    start = time.monotonic()
+    with pytest.raises((URLError, OSError)):
+        stack.post("quick", key="lost", die=True)
+    code = 'result = [job.pk for job in Job.objects.filter(idempotency_key="lost")]'
+    [job] = stack.ask(code)
+    try:
+        rows = stack.wait_until_final(job, seconds=20)
+        since(start)
+        assert stack.messages_in("celery") > 5
+    finally:
+        gate.touch()
+    assert succeeded(rows, crashes=0), rows
+    assert ran_once(stack, [job])
+    wait_for(lambda: stack.messages_in("celery") == 0, 30)  # the next test's do not wait behind
+
+
+@on_each_broker
+def test_a_queue_that_is_refused_stops_no_other(stack, gate, since):
+    """Neither new jobs, countdowns nor retries."""
+    refuse = "from config.celery import app\nwith app.connection_for_write() as broker:\n"
+    stack.ask(f"{refuse}    channel = broker.default_channel\n    {stack.broker.refuse}")
+    refused = [stack.enqueue("quick", queue="refused") for _ in range(5)]
+    time.sleep(1)  # some rounds of the sweep
+    gate.touch()
+    start = time.monotonic()
+    jobs = [stack.enqueue("quick", queue="cpu", countdown=1) for _ in range(5)]
+    jobs += [stack.enqueue("quick", queue="io"), stack.enqueue("hold_then_retry", gate, queue="io")]
+    rows = stack.wait_until_final(*jobs, seconds=15)
+    since(start)
+    assert succeeded(rows, crashes=0), rows
+    assert [row["state"] for row in stack.rows(*refused)] == ["queued"] * 5
+    stack.ask("Job.objects.filter(pk__in=jobs).delete()", jobs=refused)
+
+
+@on_one
+def test_jobs_with_arguments_of_old_code_fail_and_delay_no_other(stack, since):
+    """They were stored before their task's signature changed."""
+    code = """
+jobs = [job.pk for job in Job.objects.enqueue_many(quick, [[]] * 40, countdown=2)]
+for position, args in enumerate(jobs[:30]):
+    args, kwargs = ([], {"gone": 1}) if position % 2 else (["one too many"], {})
+    Job.objects.filter(pk=jobs[position]).update(args=args, kwargs=kwargs)
+result = jobs
+"""
+    start = time.monotonic()
+    jobs = stack.ask(code)
+    rows = stack.wait_until_final(*jobs[30:], seconds=10)
+    assert succeeded(rows, crashes=0), rows
+    rows = stack.wait_until_final(*jobs[:30], seconds=10)
+    since(start)
+    assert {(row["state"], row["crashes"]) for row in rows} == {("failed", 0)}, rows
+    assert all("argument" in row["error"] for row in rows), rows
+    assert all("gone" in row["error"] for row in rows[1::2]), rows
+
+
+@stacks(brokers=ONE, pools=[pool for pool in POOLS if pool != "prefork"], slots=SLOTS)
+def test_a_job_that_kills_its_process_fails_alone(stack, since):
+    """15 others run in the same process each time, and are not blamed."""
+    start = time.monotonic()
+    innocents = [stack.enqueue("rest", 2, queue="cpu") for _ in range(15)]
+    killer = stack.enqueue("die", 1, queue="cpu")
+    with stack.supervised():
+        [row] = stack.wait_until_final(killer, seconds=120)
+        rows = stack.wait_until_final(*innocents, seconds=120)
+    since(start)
+    assert (row["state"], row["error"]) == ("failed", "Its worker died 3 times")
+    assert {row["state"] for row in rows} == {"succeeded"}, rows
+
+
+# What is locked or stands still, for longer than a lease
+
+
+@on_each_pool
+def test_a_locked_row_doubles_nobody_and_stops_no_other(stack, gate, since):
+    """One is locked by another connection, one by its own body."""
+    jobs = [stack.enqueue("hold", gate, queue="cpu") for _ in range(3)]
+    jobs.append(stack.enqueue("hold_its_row", gate, queue="cpu"))
+    stack.wait_until_started(*jobs)
+    with stack.locked(f"SELECT FROM jobs_job WHERE id = '{jobs[0]}' FOR UPDATE"):
+        time.sleep(4)
+        start = time.monotonic()
+        [other] = stack.wait_until_final(stack.enqueue("quick", queue="io", countdown=1), seconds=9)
+        since(start)
+    time.sleep(1)  # some rounds of the sweep
+    gate.touch()
+    rows = stack.wait_until_final(*jobs)
+    assert succeeded([other, *rows], crashes=0), rows
+    assert ran_once(stack, jobs)
+
+
+@on_each_pool
+def test_a_locked_table_doubles_nobody(stack, gate, since):
+    """As migrations lock it."""
+    jobs = [stack.enqueue("hold", gate, queue=queue) for queue in ["cpu", "io"] * 4]
+    stack.wait_until_started(*jobs)
+    with stack.locked("LOCK TABLE jobs_job IN ACCESS EXCLUSIVE MODE"):
+        time.sleep(5)
+    start = time.monotonic()
+    time.sleep(1)  # some rounds of the sweep
+    gate.touch()
+    rows = stack.wait_until_final(*jobs)
+    since(start)
+    assert succeeded(rows, crashes=0), rows
+    assert ran_once(stack, jobs)
+
+
+@on_each_pool
+def test_a_database_that_stands_still_doubles_nobody(stack, gate, since):
+    jobs = [stack.enqueue("hold", gate, queue=queue) for queue in ["cpu", "io"] * 4]
+    stack.wait_until_started(*jobs)
+    stack.database.pause()
+    time.sleep(5)
+    stack.database.resume()
+    start = time.monotonic()
+    time.sleep(1)  # some rounds of the sweep
+    gate.touch()
+    rows = stack.wait_until_final(*jobs)
+    since(start)
+    assert succeeded(rows, crashes=0), rows
+    assert ran_once(stack, jobs)
+
+
+@on_each_pool
+def test_a_machine_that_stands_still_doubles_nobody(stack, gate, since):
+    """Who goes on first is chance: here it is Beat."""
+    jobs = [stack.enqueue("hold", gate, queue=queue) for queue in ["cpu", "io"] * 4]
+    stack.wait_until_started(*jobs)
+    processes = [stack.database, stack.beat, *stack.workers]
+    for process in reversed(processes):
+        process.pause()
+    time.sleep(5)
+    start = time.monotonic()
+    for process in processes:
+        process.resume()
+        time.sleep(0.2)
+    time.sleep(1)  # some rounds of the sweep
+    gate.touch()
+    rows = stack.wait_until_final(*jobs)
+    since(start)
+    assert succeeded(rows, crashes=0), rows
+    assert ran_once(stack, jobs)
+
+
+@on_prefork
+def test_a_body_that_holds_the_interpreter_keeps_its_job(stack, since):
+    start = time.monotonic()
+    job = stack.enqueue("hold_the_interpreter", 7, queue="cpu")
+    rows = stack.wait_until_final(job)
+    since(start)
+    assert succeeded(rows, crashes=0), rows
+    assert ran_once(stack, [job])
+
+
+@on_prefork
+def test_an_outage_is_not_the_time_of_a_body_that_has_ended(stack, gate, since):
+    """It lasts longer than the rest of the soft time limit."""
+    jobs = [
+        stack.enqueue("hold_softly", gate, queue="cpu"),
+        stack.enqueue("hold_softly", gate, "its own reason", queue="cpu"),
+    ]
+    stack.wait_until_started(*jobs)
+    stack.database.kill()
+    gate.touch()
+    time.sleep(4)
+    stack.database.start()
+    start = time.monotonic()
+    rows = stack.wait_until_final(*jobs)
+    since(start)
+    assert [row["state"] for row in rows] == ["succeeded", "failed"], rows
+    assert rows[1]["error"] == "ValueError: its own reason"
+    assert ran_once(stack, jobs)
+
+
+# Odd ends
+
+
+ODD = {  # task: its states, and words of its reason
+    "raise_mute": ({"failed"}, "Mute"),
+    "raise_retry": ({"failed"}, "etry"),
+    "return_nested": ({"failed"}, "result"),
+    "return_what_no_database_takes": ({"failed"}, "result"),
+    "leave_a_transaction": ({"succeeded", "failed"}, "transaction"),
+    "leave_an_aborted_transaction": ({"succeeded", "failed"}, "transaction"),
+}
+
+
+@on_each_pool
+def test_odd_ends_are_ends(stack, since):
+    """In one run, with the true reason."""
+    start = time.monotonic()
+    jobs = [stack.enqueue(task, queue="cpu") for task in ODD]
+    rows = stack.wait_until_final(*jobs, seconds=10)
+    since(start)
+    for (states, words), row in zip(ODD.values(), rows, strict=True):
+        assert row["state"] in states, rows
+        assert row["state"] == "succeeded" or words in row["error"], rows
+    assert ran_once(stack, jobs)
+    [row] = stack.wait_until_final(stack.enqueue("quick", queue="cpu"))
+    assert succeeded([row], crashes=0), row
+
+
+# Much at once
+
+
+@on_one
+def test_beat_keeps_few_arguments_in_memory(stack, record_property):
+    """1,000 jobs of 40 kB are due at once."""
+    stack.beat.stop()
+    stack.beat.start()
+    stack.wait_until_final(stack.enqueue("quick", countdown=1))
+    Path(f"/proc/{stack.beat.pid}/clear_refs").write_text("5")  # forgets the peak
+    idle = peak(stack.beat.pid)
+    code = 'Job.objects.enqueue_many(read, [["x" * 40_000]] * 1000, countdown=1, queue="nobody")'
+    stack.ask(code)
+    try:
+        wait_for(lambda: stack.messages_in("nobody") >= 1000, 60)
+    finally:
+        stack.ask('Job.objects.filter(queue="nobody").delete()')
+        stack.empty("nobody")
+    more = peak(stack.beat.pid) - idle
+    record_property("megabytes", more)
+    assert more < 40
+
+
+def peak(pid):
+    """The most memory that a process has had, in MB."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1000
+
+
+@on_one
+def test_old_jobs_delay_none_that_is_due(stack, since):
+    """When Beat starts there are 100,000 to delete."""
+    stack.beat.stop()
+    code = """
+from datetime import timedelta
+from django.utils import timezone
+old = Job.objects.enqueue(quick, countdown=99)
+Job.objects.filter(pk=old.pk).cancel()
+Job.objects.filter(pk=old.pk).update(finished_at=timezone.now() - timedelta(days=99))
+sql = '''INSERT INTO jobs_job SELECT (jsonb_populate_record(
+    job, jsonb_build_object('id', gen_random_uuid()))).*
+    FROM jobs_job job, generate_series(1, 100000) WHERE id = %s'''
+with connection.cursor() as cursor:
+    cursor.execute(sql, [old.pk])
+"""
+    stack.ask(code)
+    stack.beat.start()
+    start = time.monotonic()
+    rows = stack.wait_until_final(stack.enqueue("quick", countdown=1), seconds=30)
+    since(start)
+    took = time.monotonic() - start
+    stack.ask("""
+with connection.cursor() as cursor:
+    cursor.execute("DELETE FROM jobs_job WHERE finished_at < now() - interval '90 days'")
+""")
+    assert succeeded(rows, crashes=0), rows
+    assert took < 5
+
+
+# Where a job goes
+
+
+@on_one
+def test_a_job_goes_where_its_task_says(stack):
+    """By its decorator or CELERY_TASK_ROUTES, which both say `io`; enqueue() has the last word."""
+    for task in ["declared", "routed"]:
+        said, overruled = stack.enqueue(task), stack.enqueue(task, queue="cpu")
+        stack.wait_until_final(said, overruled)
+        workers = [os.getpgid(stack.notes("start", job)[0]) for job in [said, overruled]]
+        assert workers == [stack.other.pid, stack.worker.pid]
