@@ -150,6 +150,10 @@ if DATABASE["ENGINE"] == "django.db.backends.sqlite3":
     DATABASE["OPTIONS"] = {"transaction_mode": "IMMEDIATE", "timeout": 20, "init_command": pragmas}
     DATABASE["NAME"] = BASE_DIR / DATABASE["NAME"]
     DATABASE["TEST"] = {"NAME": BASE_DIR / "test.sqlite3"}  # a file, for a live worker to share
+else:
+    # Seconds and milliseconds: a connection that has vanished without a word is given up in time.
+    limits = {"connect_timeout": 5, "tcp_user_timeout": 10_000}
+    DATABASE["OPTIONS"] = limits | DATABASE.get("OPTIONS", {})
 DATABASES = {"default": DATABASE}
 CACHES = {"default": env.cache("CACHE_URL", default="locmemcache://")}
 {% for server in servers %}

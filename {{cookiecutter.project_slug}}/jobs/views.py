@@ -1,6 +1,7 @@
 import hashlib
 import json
 import re
+import uuid
 from traceback import walk_tb
 
 from django.core import exceptions
@@ -84,34 +85,37 @@ class JobViewSet(viewsets.ReadOnlyModelViewSet):
 class EnqueueMixin:
     """POST stores an object and enqueues its job in one transaction, then answers 202.
 
-    The object has a field `job`, which perform_create() sets to what self.enqueue() returned. Sent
-    again with the same Idempotency-Key, a request does nothing and gets the same object and job.
+    The object has a field `job`: perform_create() saves it with job_id=self.job_id, and then calls
+    self.enqueue(). Sent again with the same Idempotency-Key, a request does nothing and gets the
+    same object and job.
     """
 
     @extend_schema(parameters=[OpenApiParameter("Idempotency-Key", KEY, OpenApiParameter.HEADER)])
     def create(self, request, *args, **kwargs):
-        instance = self.earlier()
-        if instance is None:
+        serializer = self.earlier()
+        if serializer is None:
             serializer = self.get_serializer(data=request.data)
             serializer.is_valid(raise_exception=True)
+            self.job_id = uuid.uuid4()
             try:
                 with transaction.atomic():
                     self.perform_create(serializer)
-                instance = serializer.instance
             except IntegrityError:  # the same key at the same time: the other request has won
-                instance = self.earlier()
-                if instance is None:
+                serializer = self.earlier()
+                if serializer is None:
                     raise
-        headers = {"Location": reverse("job-detail", args=[instance.job_id]), "Retry-After": "1"}
-        return Response(self.get_serializer(instance).data, status=202, headers=headers)
+        job_url = reverse("job-detail", args=[serializer.instance.job_id])
+        headers = {"Location": job_url, "Retry-After": "1"}
+        return Response(serializer.data, status=202, headers=headers)
 
     def enqueue(self, task, *args, **kwargs):
         """Job.objects.enqueue() for the user and the Idempotency-Key of this request."""
-        keys = {"idempotency_key": self.idempotency_key, "fingerprint": self.fingerprint}
-        return Job.objects.enqueue(task, args, kwargs, owner=self.request.user, **keys)
+        fields = {"pk": self.job_id, "owner": self.request.user, "fingerprint": self.fingerprint}
+        key = self.idempotency_key
+        return Job.objects.enqueue(task, args, kwargs, idempotency_key=key, **fields)
 
     def earlier(self):
-        """Return what the first request with this key stored, or None.
+        """Return a serializer of what the first request with this key stored, or None.
 
         Raises KeyReused (422) if that was another request.
         """
@@ -120,7 +124,9 @@ class EnqueueMixin:
         job = Job.objects.filter(owner=self.request.user, idempotency_key=key).first()
         if job and job.fingerprint != self.fingerprint:
             raise KeyReused
-        return get_object_or_404(self.get_queryset(), job=job) if job else None
+        if job is None:
+            return None
+        return self.get_serializer(get_object_or_404(self.get_queryset(), job=job))
 
     @property
     def idempotency_key(self):
