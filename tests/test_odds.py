@@ -102,6 +102,44 @@ def test_a_job_that_kills_its_process_fails_alone(stack, since):
     assert {row["state"] for row in rows} == {"succeeded"}, rows
 
 
+@on_one
+def test_what_delay_and_apply_async_send_outlives_its_worker(stack, gate, since):
+    """It is a job like any other, and says how it ends."""
+    jobs = [stack.ask("result = hold.delay(gate).id", gate=str(gate))]
+    code = "result = hold.apply_async([gate], queue='cpu', countdown=1).id"
+    jobs.append(stack.ask(code, gate=str(gate)))
+    stack.wait_until_started(*jobs)
+    for worker in stack.workers:
+        worker.kill()
+    start = time.monotonic()
+    gate.touch()
+    for worker in stack.workers:
+        worker.start()
+    assert succeeded(stack.wait_until_final(*jobs), crashes=1)
+    since(start)
+    assert stack.ask("result = hold.AsyncResult(job).state", job=jobs[0]) == "SUCCESS"
+
+
+@on_one
+def test_the_command_terminate_cancels(stack, gate, since):
+    job = stack.enqueue("hold", gate, queue="cpu")
+    stack.wait_until_started(job)
+    start = time.monotonic()
+    stack.project.call(
+        "celery",
+        "-A",
+        "config",
+        "control",
+        "terminate",
+        "SIGTERM",
+        job,
+        **{name: str(value) for name, value in stack.variables.items()},
+    )
+    [row] = stack.wait_until_final(job, seconds=5)
+    since(start)
+    assert row["state"] == "cancelled"
+
+
 # What is locked or stands still, for longer than a lease
 
 

@@ -431,7 +431,7 @@ def test_what_a_job_cannot_be_is_refused(send):
 
 
 @pytest.mark.filterwarnings("ignore::celery.exceptions.CDeprecationWarning")
-@pytest.mark.parametrize("option", ["exchange", "expires", "routing_key"])
+@pytest.mark.parametrize("option", ["before_start", "exchange", "expires", "routing_key"])
 def test_a_task_with_what_a_job_cannot_have_is_refused(option):
     class Task(JobTask):
         name = "bad"
@@ -593,7 +593,7 @@ def test_a_revoke_cancels_the_job(monkeypatch, published):
     follow_revokes()
     assert Panel.data["revoke"](None, [str(job.pk), "no job"]) == "revoked"
     assert list(Job.objects.filter(state="cancelled")) == [job]
-    assert Panel.data["revoke"](None, str(other.pk), terminate=True) == "revoked"
+    assert Panel.data["terminate"](None, "SIGTERM", str(other.pk)) == "revoked"
     assert Job.objects.filter(state="cancelled").count() == 2
 
 
