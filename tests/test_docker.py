@@ -358,7 +358,7 @@ def test_an_edit_shows_in_seconds(stack):
     try:
         before = starts()
         tasks.write_text(tasks.read_text() + "\n# edited\n")
-        wait_for(lambda: starts() > before, 10, stack)
+        wait_for(lambda: starts() > before, 30, stack)
         stack.order()
     finally:
         stack.up()

@@ -120,6 +120,16 @@ def test_what_delay_and_apply_async_send_outlives_its_worker(stack, gate, since)
     assert stack.ask("result = hold.AsyncResult(job).state", job=jobs[0]) == "SUCCESS"
 
 
+@on_each_pool
+def test_a_retry_in_a_transaction_is_not_rolled_back(stack, since):
+    start = time.monotonic()
+    job = stack.enqueue("retry_in_a_transaction")
+    [row] = stack.wait_until_final(job, seconds=20)
+    since(start)
+    assert succeeded([row], crashes=0)
+    assert len(stack.notes("start", job)) == 2
+
+
 @on_one
 def test_the_command_terminate_cancels(stack, gate, since):
     job = stack.enqueue("hold", gate, queue="cpu")

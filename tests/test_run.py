@@ -105,7 +105,7 @@ def test_it_passes_its_own_tests(broker, database, project):
 def test_it_passes_its_own_tests_on_sqlite(broker, project):
     """But for those of what only PostgreSQL has: plans, and locks of rows."""
     printed = project.call("make", "test", **broker)
-    assert re.search(r"= \d+ passed, 3 skipped in", printed), printed
+    assert re.search(r"= \d+ passed, 5 skipped in", printed), printed
 
 
 @pytest.fixture
@@ -379,7 +379,7 @@ def test_a_worker_typed_by_hand_is_the_projects(broker, project, request, number
         assert sorted(queues) == ["celery", "cpu", "io"]
 
         worker.process.send_signal(number)
-        worker.process.wait(3)
+        worker.process.wait(8)  # seconds, on a busy machine; it was over 20
 
 
 @default_output

@@ -89,6 +89,8 @@ def reload(command):
                 time.sleep(0.5)
             if status is not None and not (changed and status > 0):
                 sys.exit(status)
+            if status is not None:
+                print("Ended with an error; starts anew after a change:", *command, flush=True)
             while code == read_code():
                 time.sleep(0.5)
             changed = True
@@ -102,8 +104,11 @@ def reload(command):
 
 def read_code():
     """When each file was written. Files are looked at: what a container sees tells it no events."""
-    files = [file for folder in Path().glob("[!.]*/") for file in folder.rglob("*.py")]
-    return {file: file.stat().st_mtime for file in files if file.exists()}
+    try:
+        files = [file for folder in Path().glob("[!.]*/") for file in folder.rglob("*.py")]
+        return {file: file.stat().st_mtime for file in files if file.exists()}
+    except OSError:  # one went meanwhile, with its folder perhaps
+        return read_code()
 
 
 def copy(output, ready):

@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import tempfile
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from glob import glob
 from pathlib import Path
@@ -259,7 +259,8 @@ class PostgreSQL(Process):
     def signal_all(self, number):
         """Its children have sessions of their own."""
         for pid in [self.pid, *children_of(self.pid)]:
-            os.kill(pid, number)
+            with suppress(ProcessLookupError):  # one has just ended
+                os.kill(pid, number)
 
     def kill(self):
         self.stop(signal.SIGQUIT)  # at once, and recovers at its start as after a crash

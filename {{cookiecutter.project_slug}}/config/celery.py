@@ -63,7 +63,8 @@ def drop_dead_connections(task, **kwargs):
 {% if broker.flower %}
 
 
-if "flower" in sys.argv:  # also where somebody types it: it shows all tasks, and starts them
+# Also where somebody types it: it shows all tasks, and starts them.
+if sys.argv[0].endswith(("celery", "__main__.py")) and "flower" in sys.argv:
     if not settings.FLOWER_BASIC_AUTH:
         sys.exit("Flower wants a password: set FLOWER_BASIC_AUTH=user:password, here or in .env.")
     os.environ.setdefault("FLOWER_ADDRESS", "127.0.0.1")  # else it answers on all addresses

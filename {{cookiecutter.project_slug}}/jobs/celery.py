@@ -1,5 +1,5 @@
 {% from "chosen.jinja" import broker, worker_pool with context %}
-"""What Celery wants of jobs beside running them: signs of life, leases, revokes, results."""
+"""What Celery's own words do with jobs, delay() and revoke say; what a worker does beside them."""
 
 {% print worker_pool.worker_imports %}
 {% if broker.flower %}
@@ -9,9 +9,11 @@ from pathlib import Path
 
 {% print worker_pool.worker_celery | default("from celery import signals, states\n") %}
 from celery.backends.base import BaseBackend
+from celery.contrib.django.task import DjangoTask
 {% if broker.flower %}
 from celery.utils.functional import maybe_list
 {% endif %}
+from celery.utils.time import maybe_make_aware
 {% print worker_pool.worker_celery_imports | default %}
 {% if broker.flower %}
 from celery.worker.control import Panel
@@ -40,6 +42,53 @@ class JobBackend(BaseBackend):
         if kind := self.errors.get(job.state):
             result = {"exc_type": kind, "exc_message": job.error, "exc_module": "celery.exceptions"}
         return {"status": self.states[job.state], "result": result}
+
+
+class CeleryTask(DjangoTask):
+    """A task whose delay() and apply_async(), and what calls these, enqueue a job."""
+
+    abstract = True
+    options = ("queue", "headers", "ignore_result", "producer", "retries")  # which matter or not
+    job_run = property(lambda self: getattr(self.request, "job_run", None))
+
+    @classmethod
+    def on_bound(cls, app):
+        """Refuse what a job cannot have. Lower the soft limit to a short hard limit of the task."""
+        for name in ("before_start", "exchange", "expires", "routing_key"):
+            if getattr(cls, name, None) != getattr(DjangoTask, name, None):
+                raise TypeError(f"{cls.name}: a job cannot have {name}, begin in its body")
+        if cls.time_limit and cls.soft_time_limit and cls.soft_time_limit > cls.time_limit:
+            cls.soft_time_limit = cls.time_limit * 0.9
+
+    def apply_async(self, args=(), kwargs=None, task_id=None, countdown=None, eta=None, **options):
+        """Enqueue a job that nobody owns. Returns its AsyncResult.
+
+        Raises TypeError for what a job cannot have or be, say a member of a group.
+        """
+        if eta:
+            countdown = (maybe_make_aware(eta) - timezone.now()).total_seconds()
+        if self.job_run and task_id == self.request.id:
+            return self.retry_later(args, kwargs, countdown, **options)
+        if refused := [name for name in options if options[name] and name not in self.options]:
+            raise TypeError(f"a job takes no {', '.join(refused)}: see Job.objects.enqueue()")
+        if "celery_beat_task" in (options.get("headers") or {}):
+            close_old_connections()  # Beat has no requests or tasks that do it
+        fields = {"pk": task_id} if task_id else {}
+        fields |= {"countdown": max(countdown or 0, 0), "queue": options.get("queue")}
+        job = Job.objects.enqueue(self, args or (), kwargs, **fields)
+        return self.AsyncResult(str(job.pk))
+
+    def retry_later(self, args, kwargs, countdown, retries, queue=None, **options):
+        """Remember what retry() wants: once the body and its transactions have ended, it is written."""
+        text = f"Try {retries} failed, the next one in {countdown:.0f} s"
+        changes = {"args": args, "kwargs": kwargs, "retries": retries, "message": text}
+        self.job_run.retry = {"delay": countdown, **changes, **({"queue": queue} if queue else {})}
+
+    def AsyncResult(self, task_id, **kwargs):  # noqa: N802
+        return self.app.AsyncResult(task_id, backend=JobBackend(self.app), **kwargs)
+
+    def replace(self, sig):
+        raise NotImplementedError("a job cannot be replaced: enqueue the other one, and return")
 
 
 def show_life(**kwargs):

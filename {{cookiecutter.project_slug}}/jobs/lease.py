@@ -12,6 +12,7 @@ logger = logging.getLogger(__name__)
 TICK = 0.5  # seconds between two writes of what bodies reported
 
 runs = {}  # token: Run
+suspect = None  # the run that has the last try of its job
 keeper = None
 {% print worker_pool.lease_lock %}
 
@@ -32,7 +33,8 @@ class Run:
         self.token = uuid.uuid4()
         self.report = self.written = {}  # progress in percent, message
         self.renew_at = time.monotonic() + settings.JOB_LEASE_SECONDS / 3
-        self.lost = False
+        self.retry = None  # what retry() wants
+        self.lost = self.ended = False
         with lock:
             if keeper is None:  # not earlier: no thread survives the fork of a prefork child
 {% print worker_pool.lease_start %}
@@ -43,6 +45,14 @@ class Run:
 
     def is_due(self):
         return not self.lost and (self.report != self.written or time.monotonic() > self.renew_at)
+
+    def is_only_suspect(self):
+        """Return whether no other job of this process has its last try; if so this one has."""
+        global suspect
+        with lock:
+            if suspect is None or suspect.lost or suspect.ended:
+                suspect = self
+            return suspect is self
 
     def __enter__(self):
         with lock:

@@ -34,7 +34,8 @@ def sweep_for_ever():
     while True:
         busy = False
         # While the database was away, or the machine stood still, nobody could renew a lease.
-        if time.time() - last_round > settings.JOB_LEASE_SECONDS / 2:
+        longest = settings.JOB_LEASE_SECONDS / 2 + 2 * settings.JOB_SWEEP_SECONDS
+        if time.time() - last_round > longest:
             judge_at = time.monotonic() + settings.JOB_LEASE_SECONDS / 2
         last_round = time.time()
         try:
@@ -103,9 +104,9 @@ def send_batch(queue, size):
     # First come, first served: who cannot be sent, say because it is too large, is due later, and so
     # behind all others; and the messages that are left in a queue are those of the latest jobs.
     due = queued.filter(wake_at__lt=Now()).order_by("wake_at")
-    ids = claim(due.filter(sent=0)[:size])
+    fresh = claim(due.filter(sent=0)[:size])
     # One in any case, for not all messages in a queue are of jobs.
-    ids += claim(due.filter(sent__gt=0)[: min(max(1, missing), size - len(ids))])
+    ids = fresh + claim(due.filter(sent__gt=0)[: min(max(1, missing), size - len(fresh))])
     jobs = Job.objects.filter(QUEUED).in_bulk(ids)
     try:
         send([jobs[pk] for pk in ids if pk in jobs])
@@ -116,7 +117,7 @@ def send_batch(queue, size):
         raise
     if len(ids) < size:
         refused.discard(queue)
-    return len(ids) == size
+    return len(ids) == size and bool(fresh or missing > 1)
 
 
 def claim(due):

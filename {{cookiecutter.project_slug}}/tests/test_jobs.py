@@ -497,14 +497,57 @@ def test_a_body_that_ends_oddly_fails_once(body, error):
     assert error in job.error
 
 
-@pytest.mark.django_db(transaction=True)
-def test_a_body_that_leaves_a_transaction_open_fails():
-    def leave(task):
-        transaction.set_autocommit(False)
-        Job.objects.count()
+def leave_autocommit_off(task):
+    transaction.set_autocommit(False)
+    Job.objects.filter(pk=task.request.id).update(message="lost")
 
-    # SQLite has nothing that could be lost.
-    assert run(leave).state == "succeeded" if connection.vendor == "sqlite" else "failed"
+
+def leave_a_block(task):
+    transaction.atomic().__enter__()
+    Job.objects.filter(pk=task.request.id).update(message="lost")
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize("leave", [leave_autocommit_off, leave_a_block])
+def test_a_body_that_leaves_a_transaction_open_fails_alone(leave):
+    job = run(leave)
+    if connection.vendor == "postgresql" or leave is leave_a_block:  # SQLite would commit
+        assert (job.state, job.message) == ("failed", "")
+    assert not connection.in_atomic_block
+    assert run(lambda task: None).state == "succeeded"
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_body_that_bore_a_lost_connection_succeeds():
+    if connection.vendor == "sqlite":
+        pytest.skip("only PostgreSQL can be lost: set DATABASE_URL=postgres://…")
+    assert run(lambda task: connection.connection.close()).state == "succeeded"
+
+
+@pytest.mark.django_db(transaction=True)
+def test_beat_gets_a_connection_that_works():
+    if connection.vendor == "sqlite":
+        pytest.skip("only PostgreSQL can be lost: set DATABASE_URL=postgres://…")
+    connection.ensure_connection()
+    connection.connection.close()
+    add.apply_async([1, 2], headers={"celery_beat_task": True})
+    assert Job.objects.count() == 1
+
+
+def test_delay_on_commit_enqueues_a_job(commit):
+    with commit():
+        add.delay_on_commit(1, 2)
+    assert Job.objects.get().result == 3
+
+
+def test_one_job_of_a_process_has_its_last_try_until_it_ends_or_is_lost():
+    first, second, third = (lease.Run(uuid.uuid4()) for _ in range(3))
+    assert first.is_only_suspect() and not second.is_only_suspect()
+    first.lost = True
+    assert second.is_only_suspect() and not third.is_only_suspect()
+    second.ended = True
+    assert third.is_only_suspect()
+    third.ended = True
 
 
 def test_what_the_database_cannot_hold_is_not_tried_for_ever():
@@ -660,6 +703,13 @@ def test_lost_messages_are_published_again_the_oldest_first(published):
     assert published[2:] == [str(job.pk) for job in jobs[:2]]
 
 
+def test_a_queue_that_refused_a_job_gets_no_backlog_twice(published):
+    sweep.refused.add("celery")
+    lapse(*enqueue_and_publish(3))
+    sweep.send_due()
+    assert len(published) == 4
+
+
 def test_what_was_never_sent_is_sent_whatever_the_broker_has(published):
     enqueue_and_publish(3)
     unsent = Job.objects.enqueue(add, [1, 2], countdown=1)
@@ -696,12 +746,13 @@ def test_two_sweeps_at_once_send_a_job_once(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("stands_still", "expected"),  # not in the first 15 seconds, and not in 15 more
-    [(0, [20, 30, 50, 60]), (45, [20, 50, 60])],
-    ids=["database_away", "machine_stands_still"],
+    ("lease", "stands_still", "expected"),  # not in half a lease, and not in half a one more
+    [(30, 0, [20, 30, 50, 60]), (30, 45, [20, 50, 60]), (10, 0, [10, 20, 30, 40, 50, 60])],
+    ids=["database_away", "machine_stands_still", "short_lease"],
 )
-def test_a_sweep_lets_leases_be_renewed_first(monkeypatch, stands_still, expected):
-    judged, clock = [], itertools.count(0, 10)  # seconds; a lease has 30
+def test_a_sweep_lets_leases_be_renewed_first(monkeypatch, settings, lease, stands_still, expected):
+    settings.JOB_LEASE_SECONDS = lease
+    judged, clock = [], itertools.count(0, 10)  # seconds
     now = [next(clock)]
 
     def wall_clock():
@@ -837,7 +888,8 @@ def test_the_sweep_counts_what_waits_in_a_queue(monkeypatch):
     connection = app.connection_for_write("memory://")
     monkeypatch.setattr(app, "connection_for_write", connection.clone)
     assert sweep.messages_in("new") == 0
-    connection.SimpleQueue("new").put("message")
+    queue = app.amqp.queues["new"]  # which has its binding now, as if nobody had deleted it
+    connection.Producer().publish("message", queue.routing_key, exchange=queue.exchange.name)
     assert sweep.messages_in("new") == 1
 
 

@@ -78,6 +78,14 @@ def quick(self):
 
 
 @shared_task(base=JobTask, bind=True)
+def retry_in_a_transaction(self):
+    note(self, "start")
+    if not self.request.retries:
+        with transaction.atomic():
+            raise self.retry(countdown=0.1)
+
+
+@shared_task(base=JobTask, bind=True)
 def read(self, text):
     note(self, "start")
 
