@@ -179,13 +179,14 @@ def test_who_has_no_code_starts_a_job_watches_and_cancels_it(project, tmp_path):
         tab.log_in(site)
         began = time.monotonic()
         tab.click("#start button")
-        tab.wait("document.querySelector('.job')")
+        newest = "(document.querySelector('.job')?.innerText ?? '')"
+        tab.wait(f"{newest}.includes('Write report')")
         assert time.monotonic() - began < 4
         assert site.request("/api/orders/", ORDER)[0] == 202  # a job that the page has not started
         began = time.monotonic()
-        tab.wait("document.querySelectorAll('.job').length == 2")
+        tab.wait(f"{newest}.includes('Send confirmation')")
         assert time.monotonic() - began < 4
-        tab.wait("document.querySelector('.job').innerText.includes('Sent to')")
+        tab.wait(f"{newest}.includes('Sent to')")
 
         bar = ".job:nth-child(2) progress"
         seen = []
