@@ -135,16 +135,8 @@ def test_the_command_terminate_cancels(stack, gate, since):
     job = stack.enqueue("hold", gate, queue="cpu")
     stack.wait_until_started(job)
     start = time.monotonic()
-    stack.project.call(
-        "celery",
-        "-A",
-        "config",
-        "control",
-        "terminate",
-        "SIGTERM",
-        job,
-        **{name: str(value) for name, value in stack.variables.items()},
-    )
+    command = [".venv/bin/celery", "-A", "config", "control", "terminate", "SIGTERM", job]
+    stack.project.call(*command, **{name: str(v) for name, v in stack.variables.items()})
     [row] = stack.wait_until_final(job, seconds=5)
     since(start)
     assert row["state"] == "cancelled"
