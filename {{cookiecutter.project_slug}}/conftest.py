@@ -18,6 +18,7 @@ def eager(request, monkeypatch):
     monkeypatch.setattr(lease, "keeper", "nobody")
     monkeypatch.setattr(models, "publish_again_at", 0.0)
     monkeypatch.setattr(sweep, "refused", set())
+    monkeypatch.setattr(sweep, "extra_at", {})
     monkeypatch.setattr(sweep, "TICK", 0)
 
 

@@ -23,6 +23,7 @@ PURGED = 2000  # jobs a round: more than a million an hour
 RESEND_AT_LEAST_EVERY = 3600  # seconds
 
 refused = set()  # queues with a job that the broker did not take
+extra_at = {}  # queue: when a job may be sent again of which no message seems to be missing
 
 
 def start(**kwargs):
@@ -104,9 +105,13 @@ def send_batch(queue, size):
     # First come, first served: who cannot be sent, say because it is too large, is due later, and so
     # behind all others; and the messages that are left in a queue are those of the latest jobs.
     due = queued.filter(wake_at__lt=Now()).order_by("wake_at")
-    fresh = claim(due.filter(sent=0)[:size])
-    # One in any case, for not all messages in a queue are of jobs.
-    ids = fresh + claim(due.filter(sent__gt=0)[: min(max(1, missing), size - len(fresh))])
+    ids = claim(due.filter(sent=0)[:size])
+    # One now and then in any case, for not all messages in a queue are of jobs.
+    extra = missing < 1 and time.monotonic() >= extra_at.get(queue, 0)
+    again = claim(due.filter(sent__gt=0)[: min(max(0, missing, extra), size - len(ids))])
+    if extra and again:
+        extra_at[queue] = time.monotonic() + settings.JOB_RESEND_SECONDS
+    ids += again
     jobs = Job.objects.filter(QUEUED).in_bulk(ids)
     try:
         send([jobs[pk] for pk in ids if pk in jobs])
@@ -117,7 +122,7 @@ def send_batch(queue, size):
         raise
     if len(ids) < size:
         refused.discard(queue)
-    return len(ids) == size and bool(fresh or missing > 1)
+    return len(ids) == size
 
 
 def claim(due):
