@@ -540,6 +540,13 @@ def test_delay_on_commit_enqueues_a_job(commit):
     assert Job.objects.get().result == 3
 
 
+def test_a_claim_whose_answer_was_lost_can_be_said_again():
+    job, run = Job.objects.enqueue(add, [1, 2]), uuid.uuid4()
+    row = Job.objects.filter(pk=job.pk)
+    claims = [row.start(token, retries=0, limit=60) for token in (run, run, uuid.uuid4())]
+    assert claims == [1, 1, 0]
+
+
 def test_one_job_of_a_process_has_its_last_try_until_it_ends_or_is_lost():
     first, second, third = (lease.Run(uuid.uuid4()) for _ in range(3))
     assert first.is_only_suspect() and not second.is_only_suspect()
