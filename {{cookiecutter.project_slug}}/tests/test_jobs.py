@@ -14,7 +14,7 @@ from math import nan
 from types import SimpleNamespace
 
 import pytest
-from celery import chain{{ ", chord" if result_backend.keeps_results }}, group, shared_task
+from celery import chain, group, shared_task
 from celery.app import routes
 from celery.app.utils import Settings
 from celery.exceptions import Retry, SoftTimeLimitExceeded
@@ -420,9 +420,6 @@ def test_apply_async_takes_what_a_job_can_have():
         lambda: add.apply_async([1, 2], time_limit=5),
         lambda: group(add.s(1, 2), add.s(3, 4)).apply_async(),
         lambda: chain(add.s(1, 2), add.s(3)).apply_async(),
-{% if result_backend.keeps_results %}
-        lambda: chord([add.s(1, 2), add.s(3, 4)], add.s()).apply_async(),
-{% endif %}
     ],
 )
 def test_what_a_job_cannot_be_is_refused(send):
