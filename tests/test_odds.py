@@ -60,7 +60,7 @@ def test_a_queue_that_is_refused_stops_no_other(stack, gate, since):
     start = time.monotonic()
     jobs = [stack.enqueue("quick", queue="cpu", countdown=1) for _ in range(5)]
     jobs += [stack.enqueue("quick", queue="io"), stack.enqueue("hold_then_retry", gate, queue="io")]
-    rows = stack.wait_until_final(*jobs, seconds=15)
+    rows = stack.wait_until_final(*jobs, seconds=45)
     since(start)
     assert succeeded(rows, crashes=0), rows
     assert [row["state"] for row in stack.rows(*refused)] == ["queued"] * 5
