@@ -163,43 +163,48 @@ def test_a_locked_row_doubles_nobody_and_stops_no_other(stack, gate, since):
     assert ran_once(stack, jobs)
 
 
+def hold_eight(stack, gate):
+    """Start four jobs in each worker; return their ids."""
+    jobs = [stack.enqueue("hold", gate, queue=queue) for queue in ["cpu", "io"] * 4]
+    stack.wait_until_started(*jobs)
+    return jobs
+
+
+def check_eight(stack, gate, jobs):
+    """Let them end, after some rounds of the sweep: each has run once."""
+    time.sleep(1)
+    gate.touch()
+    rows = stack.wait_until_final(*jobs)
+    assert succeeded(rows, crashes=0), rows
+    assert ran_once(stack, jobs)
+
+
 @on_each_pool
 def test_a_locked_table_doubles_nobody(stack, gate, since):
     """As migrations lock it."""
-    jobs = [stack.enqueue("hold", gate, queue=queue) for queue in ["cpu", "io"] * 4]
-    stack.wait_until_started(*jobs)
+    jobs = hold_eight(stack, gate)
     with stack.locked("LOCK TABLE jobs_job IN ACCESS EXCLUSIVE MODE"):
         time.sleep(5)
     start = time.monotonic()
-    time.sleep(1)  # some rounds of the sweep
-    gate.touch()
-    rows = stack.wait_until_final(*jobs)
+    check_eight(stack, gate, jobs)
     since(start)
-    assert succeeded(rows, crashes=0), rows
-    assert ran_once(stack, jobs)
 
 
 @on_each_pool
 def test_a_database_that_stands_still_doubles_nobody(stack, gate, since):
-    jobs = [stack.enqueue("hold", gate, queue=queue) for queue in ["cpu", "io"] * 4]
-    stack.wait_until_started(*jobs)
+    jobs = hold_eight(stack, gate)
     stack.database.pause()
     time.sleep(5)
     stack.database.resume()
     start = time.monotonic()
-    time.sleep(1)  # some rounds of the sweep
-    gate.touch()
-    rows = stack.wait_until_final(*jobs)
+    check_eight(stack, gate, jobs)
     since(start)
-    assert succeeded(rows, crashes=0), rows
-    assert ran_once(stack, jobs)
 
 
 @on_each_pool
 def test_a_machine_that_stands_still_doubles_nobody(stack, gate, since):
     """Who goes on first is chance: here it is Beat."""
-    jobs = [stack.enqueue("hold", gate, queue=queue) for queue in ["cpu", "io"] * 4]
-    stack.wait_until_started(*jobs)
+    jobs = hold_eight(stack, gate)
     processes = [stack.database, stack.beat, *stack.workers]
     for process in reversed(processes):
         process.pause()
@@ -208,12 +213,8 @@ def test_a_machine_that_stands_still_doubles_nobody(stack, gate, since):
     for process in processes:
         process.resume()
         time.sleep(0.2)
-    time.sleep(1)  # some rounds of the sweep
-    gate.touch()
-    rows = stack.wait_until_final(*jobs)
+    check_eight(stack, gate, jobs)
     since(start)
-    assert succeeded(rows, crashes=0), rows
-    assert ran_once(stack, jobs)
 
 
 @on_prefork

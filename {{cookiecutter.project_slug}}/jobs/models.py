@@ -72,8 +72,9 @@ class JobQuerySet(models.QuerySet):
         # The database's clock, read once: PostgreSQL takes rows of plain values much more quickly.
         now = self.filter(pk=uuid.uuid4()).aggregate(now=Coalesce(Max("created_at"), Now()))["now"]
         calls = [self.prepare(now, task, args, None, countdown, queue) for args in calls]
-        at = (now + timedelta(microseconds=place) for place in range(len(calls)))  # lists' order
-        jobs = [Job(owner=owner, created_at=next(at), **fields) for fields in calls]
+        jobs = [Job(owner=owner, **fields) for fields in calls]
+        for place, job in enumerate(jobs):
+            job.created_at = now + timedelta(microseconds=place)  # lists have this order
         self.bulk_create(jobs, batch_size=BATCH)
         for start in range(0, 0 if countdown else len(jobs), BATCH):
             part = jobs[start : start + BATCH]

@@ -63,17 +63,19 @@ def judge_leases():
         with transaction.atomic():
             lapsed = lapsed.filter(pk__in=suspects).select_for_update(skip_locked=True)
             for job in lapsed.only("crashes").annotate(late=Q(deadline__lte=Now())):
-                judge(Job.objects.filter(pk=job.pk), job.crashes + 1, job.late)
+                judge(job)
 
 
-def judge(row, crashes, late):
-    if late:
+def judge(job):
+    row, crashes = Job.objects.filter(pk=job.pk), job.crashes + 1
+    if job.late:
         row.finish("failed", error=OVER_TIME_LIMIT)
     elif crashes >= settings.JOB_MAX_CRASHES:
         row.finish("failed", error=f"Its worker died {crashes} times", crashes=crashes)
     else:
-        delay = 5 * 2 ** (crashes - 1) * random.uniform(0.8, 1.2)
+        delay = 5 * 2**job.crashes * random.uniform(0.8, 1.2)
         row.requeue(delay, crashes=crashes, message="Its worker died, so it starts again soon")
+        logger.warning("job %s lost its worker: again in %.0f s", job.pk, delay)
 
 
 def send_due():
