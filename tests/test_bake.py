@@ -86,9 +86,10 @@ def test_every_combination_is_clean(bake, answers, is_new, record_property):
     about = texts[Path("pyproject.toml")]
     del texts[Path(".env")]  # .env.example with secrets
 
-    # Manifests, and a migration that makes a periodic task, come on top of the default's.
+    # Manifests, a migration that makes a periodic task, and a policy, on top of the default's.
     more = 5 * (answers["deployment"] == "kubernetes") + (answers["periodic_tasks"] == "admin")
-    assert len(texts) <= 54 + more, "files"
+    more += answers["broker"] == "rabbitmq"
+    assert len(texts) <= 52 + more, "files"
     empty = [path for path in project.rglob("*") if path.is_dir() and not any(path.iterdir())]
     assert empty == []
     for file, text in texts.items():
