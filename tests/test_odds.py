@@ -4,6 +4,9 @@ Real processes, as in test_faults.py; `seconds` is measured likewise.
 """
 
 import os
+import re
+import subprocess
+import textwrap
 import time
 from pathlib import Path
 from urllib.error import URLError
@@ -332,6 +335,61 @@ with connection.cursor() as cursor:
 """)
     assert succeeded(rows, crashes=0), rows
     assert took < 5
+
+
+# Periodic tasks
+
+
+@on_one
+def test_two_beats_start_a_job_once(stack):
+    """One has begun half a second after the other, and both start it every second."""
+    beats = []
+    for name in ["first", "second"]:
+        command = f"celery -A faults.every_second beat -s {stack.folder}/{name}"
+        beats.append(stack.process(command, name))
+        beats[-1].launch()
+        wait_for(lambda: "Sending due task" in beats[-1].printed, 30)
+        time.sleep(0.5)
+    time.sleep(8)
+    for beat in beats:
+        beat.stop()
+    sent = [beat.printed.count("Sending due task") for beat in beats]
+    jobs = stack.ask("result = Job.objects.filter(task='faults.tasks.tick').count()")
+    assert min(sent) >= 8, sent
+    assert max(sent) - 1 <= jobs <= max(sent) + 1, (sent, jobs)
+    assert "Traceback" not in "".join(beat.printed for beat in beats)
+
+
+# Dead letters
+
+
+@stacks(brokers=["rabbitmq"], pools=POOLS[:1])
+def test_a_dead_letter_is_kept_and_sent_again(stack):
+    """With the file and with the lines of the output's README."""
+    node, environment = f"test{stack.broker.port}@localhost", stack.broker.options["env"]
+
+    def control(*words):
+        subprocess.run(["rabbitmqctl", "-n", node, *words], env=environment, check=True)
+
+    readme = stack.project.read("README.md")
+    [again] = re.findall(r"^    from config import celery_app\n(?:    .*\n)*", readme, re.MULTILINE)
+    control("import_definitions", stack.project / "rabbitmq.json")
+    for worker in stack.workers:
+        worker.stop()
+    try:
+        stack.send("circle", ".", 0, queue="cpu")
+        stack.ask("""
+from config.celery import app
+with app.connection_for_write() as broker:
+    for _ in range(21):
+        broker.default_channel.basic_get("cpu").reject(requeue=True)
+""")
+        wait_for(lambda: stack.messages_in("dead-letters") == 1, 20)
+        assert stack.messages_in("cpu") == 0
+        stack.ask(textwrap.dedent(again))
+        assert (stack.messages_in("dead-letters"), stack.messages_in("cpu")) == (0, 1)
+    finally:
+        control("clear_policy", "dead-letters")
 
 
 # Where a job goes

@@ -26,12 +26,13 @@ router.register("newsletters", NewsletterViewSet, basename="newsletter")
 title = settings.SPECTACULAR_SETTINGS["TITLE"]
 admin.site.site_header = admin.site.site_title = title
 page = {
-    "project_name": title,
+    **{"site_header": title, "site_title": title, "title": "Log in"},  # for the admin's own login
     "staff_links": {"Admin": reverse_lazy("admin:index"){{ ', "Flower": settings.FLOWER_URL' if broker.flower }}},
     # A view that answers 202 with a job, and what its button on the page of jobs says.
     "buttons": {% raw %}{{% endraw %}{{ '"Write a report": reverse_lazy("order-report")' if cookiecutter.include_example }}},
 }
 api_docs = SpectacularSwaggerSplitView.as_view()
+log_in = LoginView.as_view(template_name="admin/login.html", extra_context=page)
 jobs_page = TemplateView.as_view(template_name="jobs/index.html", extra_context=page)
 
 
@@ -46,7 +47,7 @@ def ready(request):
 
 urlpatterns = [
     path("", login_required(jobs_page), name="index"),
-    path("login/", LoginView.as_view(extra_context=page), name="login"),
+    path("login/", log_in, name="login"),
     path("logout/", LogoutView.as_view(), name="logout"),
     path("admin/", admin.site.urls),
     path("api/", include(router.urls)),

@@ -5,10 +5,14 @@
 {% if broker.flower %}
 from contextlib import suppress
 {% endif %}
+from copy import copy
+from datetime import timedelta
 from pathlib import Path
+from uuid import NAMESPACE_OID, uuid5
 
 {% print worker_pool.worker_celery | default("from celery import signals, states\n") %}
 from celery.backends.base import BaseBackend
+from celery.beat import SchedulingError
 from celery.contrib.django.task import DjangoTask
 {% if broker.flower %}
 from celery.utils.functional import maybe_list
@@ -71,8 +75,6 @@ class CeleryTask(DjangoTask):
             return self.retry_later(args, kwargs, countdown, **options)
         if refused := [name for name in options if options[name] and name not in self.options]:
             raise TypeError(f"a job takes no {', '.join(refused)}: see Job.objects.enqueue()")
-        if "celery_beat_task" in (options.get("headers") or {}):
-            close_old_connections()  # Beat has no requests or tasks that do it
         fields = {"pk": task_id} if task_id else {}
         fields |= {"countdown": max(countdown or 0, 0), "queue": options.get("queue")}
         job = Job.objects.enqueue(self, args or (), kwargs, **fields)
@@ -89,6 +91,32 @@ class CeleryTask(DjangoTask):
 
     def replace(self, sig):
         raise NotImplementedError("a job cannot be replaced: enqueue the other one, and return")
+
+
+@signals.beat_init.connect
+@signals.beat_embedded_init.connect  # celery worker --beat
+def name_ticks(sender, **kwargs):
+    """Give a job that Beat starts, which is `sender`, the id of its tick: two Beats start one job."""
+    apply_async = sender.scheduler.apply_async
+
+    def apply_tick(entry, **options):
+        if not isinstance(sender.app.tasks.get(entry.task), CeleryTask):
+            return apply_async(entry, **options)
+        close_old_connections()  # Beat has no requests or tasks that do it
+        schedule, entry = entry.schedule, copy(entry)
+        # Exact to milliseconds, so a second is added. Intervals begin when their Beat does: one tick
+        # counts between two multiples of its length.
+        due = schedule.now() + schedule.remaining_estimate(entry.last_run_at) + timedelta(seconds=1)
+        length = getattr(schedule, "run_every", timedelta(minutes=1))
+        tick = uuid5(NAMESPACE_OID, f"{entry.name} {due.timestamp() // length.total_seconds()}")
+        entry.options = {"task_id": str(tick), **entry.options}
+        try:
+            return apply_async(entry, **options)
+        except SchedulingError as error:
+            if not isinstance(error.__context__, IntegrityError):
+                raise
+
+    sender.scheduler.apply_async = apply_tick
 
 
 def show_life(**kwargs):

@@ -176,7 +176,8 @@ def test_the_openapi_document_tells_errors(api):
 
 
 def test_the_pages_show_the_name_of_the_project_escaped(client, user, monkeypatch):
-    monkeypatch.setitem(urls.page, "project_name", "<b>Tea & Co</b>")
+    for name in "site_header", "site_title":
+        monkeypatch.setitem(urls.page, name, "<b>Tea & Co</b>")
     assert client.get("/").status_code == 302
     login = client.get("/login/").content.decode()
     client.force_login(user)

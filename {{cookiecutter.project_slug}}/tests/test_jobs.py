@@ -9,15 +9,18 @@ import itertools
 import re
 import sys
 import uuid
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from math import nan
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from celery import chain, group, shared_task
 from celery.app import routes
 from celery.app.utils import Settings
+from celery.beat import Scheduler, Service
 from celery.exceptions import Retry, SoftTimeLimitExceeded
+from celery.schedules import crontab
 {% if broker.flower %}
 from celery.worker.control import Panel
 {% endif %}
@@ -38,9 +41,7 @@ from psycopg.errors import ProgramLimitExceeded, ReadOnlySqlTransaction
 
 from config.celery import app, drop_dead_connections, own_settings
 from jobs import lease, models, sweep, tasks
-{% if broker.flower %}
-from jobs.celery import follow_revokes
-{% endif %}
+from jobs.celery import {{ "follow_revokes, " if broker.flower }}name_ticks
 from jobs.models import Job, JobQuerySet
 from jobs.tasks import JobTask
 
@@ -529,8 +530,41 @@ def test_beat_gets_a_connection_that_works():
         pytest.skip("only PostgreSQL can be lost: set DATABASE_URL=postgres://…")
     connection.ensure_connection()
     connection.connection.close()
-    add.apply_async([1, 2], headers={"celery_beat_task": True})
+    tick(beat(), crontab())
     assert Job.objects.count() == 1
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize("schedule", [crontab(), timedelta(minutes=1)])
+def test_two_beats_start_one_job_for_each_tick(schedule):
+    beats = [beat(), beat()]
+    for minute in range(3):
+        for place, scheduler in enumerate(beats):
+            since = datetime(2026, 1, 1, 12, minute, 10 + 20 * place, tzinfo=UTC)
+            tick(scheduler, schedule, since)
+            tick(scheduler, schedule, since, name="another")
+    assert Job.objects.count() == 6
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_tick_that_cannot_be_stored_is_said(monkeypatch, caplog):
+    monkeypatch.setattr(JobQuerySet, "create", Mock(side_effect=OperationalError("away")))
+    tick(beat(), crontab())
+    assert "Couldn't apply scheduled task" in caplog.text
+
+
+def beat():
+    """Return the scheduler of a Beat that has just started."""
+    service = Service(app, scheduler_cls=Scheduler)
+    name_ticks(service)
+    return service.scheduler
+
+
+def tick(scheduler, schedule, since=None, name="add"):
+    """Let Beat start the job of an entry, which it started `since` for the last time."""
+    entry = scheduler.Entry(name, add.name, since, schedule=schedule, args=[1, 2], app=app)
+    scheduler.schedule[name] = entry
+    scheduler.apply_entry(entry)
 
 
 def test_delay_on_commit_enqueues_a_job(commit):

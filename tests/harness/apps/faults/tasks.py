@@ -72,6 +72,11 @@ def hold_the_interpreter(self, seconds):
     ctypes.PyDLL(None).sleep(int(seconds))
 
 
+@shared_task(base=JobTask)
+def tick():
+    """Beat starts it."""
+
+
 @shared_task(base=JobTask, bind=True)
 def quick(self):
     note(self, "start")
