@@ -337,6 +337,26 @@ with connection.cursor() as cursor:
     assert took < 5
 
 
+@on_prefork
+def test_a_worker_of_threads_serves_beside_those_of_processes(stack, gate, since):
+    """As the README says, for what waits: it has 20 jobs at once, and they outlive it."""
+    command = "celery -A config worker --pool threads --concurrency 20 --queues waiting"
+    worker = stack.process(command, "waiting")
+    worker.is_ready = lambda: " ready." in worker.printed
+    worker.start()
+    jobs = [stack.enqueue("hold", gate, queue="waiting") for _ in range(20)]
+    stack.wait_until_started(*jobs)
+    worker.kill()
+    start = time.monotonic()
+    worker.start()
+    stack.wait_until_started(*jobs, times=2)
+    gate.touch()
+    rows = stack.wait_until_final(*jobs)
+    since(start)
+    worker.stop()
+    assert succeeded(rows, crashes=1), rows
+
+
 # Periodic tasks
 
 

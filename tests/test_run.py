@@ -373,6 +373,10 @@ def test_a_worker_typed_by_hand_is_the_projects(broker, project, request, number
         with typed(project, command, **broker) as refused:
             assert refused.process.wait(60) == 1
             command = re.search("Type: (celery .*)", refused.log)[1]
+    if pool == "threads":  # which Celery would start for this option too, without a word
+        with typed(project, f"{command} --pool prefork", **broker) as refused:
+            assert refused.process.wait(60) == 1
+            assert "This worker has threads: leave out --pool." in refused.log
     with typed(project, command, WORKER_CONCURRENCY=3, **broker) as worker:
         worker.wait_for(" ready.")
         assert re.search(r"concurrency: 3 \((\w+)\)", worker.log)[1] in pool
