@@ -32,7 +32,9 @@ page = {
     "buttons": {% raw %}{{% endraw %}{{ '"Write a report": reverse_lazy("order-report")' if cookiecutter.include_example }}},
 }
 api_docs = SpectacularSwaggerSplitView.as_view()
-log_in = LoginView.as_view(template_name="admin/login.html", extra_context=page)
+log_in = LoginView.as_view(
+    template_name="admin/login.html", extra_context=page, redirect_authenticated_user=True
+)
 jobs_page = TemplateView.as_view(template_name="jobs/index.html", extra_context=page)
 
 

@@ -207,6 +207,7 @@ def test_the_login_leads_to_the_jobs(client, user):
     response = client.post("/login/", {"username": "user", "password": "secret"}, follow=True)
     assert response.request["PATH_INFO"] == "/"
     assert b'data-jobs-url="/api/jobs/"' in response.content
+    assert client.get("/login/").url == "/"
 
 
 @pytest.mark.parametrize("url", ["/login/", "/admin/login/"])
@@ -253,7 +254,10 @@ def test_a_client_cannot_choose_its_address(settings, monkeypatch, proxies, beli
 
 @pytest.mark.parametrize("url", ["/", "/login/", "/admin/", "/api/docs/"])
 def test_a_page_runs_no_script_that_is_not_the_projects_own(admin_client, url):
+    if url == "/login/":
+        admin_client.logout()
     response = admin_client.get(url)
+    assert response.status_code == 200
     assert "default-src 'self'" in response["Content-Security-Policy"]
     assert "script-src" not in response["Content-Security-Policy"]
     assert b"<script>" not in response.content
