@@ -402,12 +402,16 @@ def test_a_dead_letter_is_kept_and_sent_again(stack):
         worker.stop()
     try:
         stack.send("circle", ".", 0, queue="cpu")
-        stack.ask("""
+        deliver = """
 from config.celery import app
 with app.connection_for_write() as broker:
-    for _ in range(21):
-        broker.default_channel.basic_get("cpu").reject(requeue=True)
-""")
+    channel = broker.default_channel
+    if message := channel.basic_get("cpu"):
+        channel.basic_reject(message.delivery_tag, requeue=True)
+result = bool(message)
+"""
+        deliveries = sum(stack.ask(deliver) for _ in range(30))
+        assert deliveries == 21
         wait_for(lambda: stack.messages_in("dead-letters") == 1, 20)
         assert stack.messages_in("cpu") == 0
         stack.ask(textwrap.dedent(again))
