@@ -70,6 +70,20 @@ def test_a_queue_that_is_refused_stops_no_other(stack, gate, since):
     stack.ask("Job.objects.filter(pk__in=jobs).delete()", jobs=refused)
 
 
+@on_each_broker
+def test_a_worker_whose_slots_were_full_asks_for_more_at_once(stack, since):
+    """100 short jobs on its 4 slots: a pause after every four would be 25 seconds."""
+    start = time.monotonic()
+    jobs = stack.ask(
+        "result = [j.pk for j in Job.objects.enqueue_many(quick, [[]] * 100, queue='cpu')]"
+    )
+    rows = stack.wait_until_final(*jobs)
+    since(start)
+    took = time.monotonic() - start
+    assert succeeded(rows, crashes=0), rows
+    assert took < 20
+
+
 @on_one
 def test_jobs_with_arguments_of_old_code_fail_and_delay_no_other(stack, since):
     """They were stored before their task's signature changed."""
