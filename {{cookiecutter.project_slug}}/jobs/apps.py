@@ -31,8 +31,8 @@ def check_flower(app_configs, **kwargs):
     users = os.environ.get("FLOWER_BASIC_AUTH", "").split(",")
     if any(user.partition(":")[2] in ("", "change-me") for user in users):
         yield Error(
-            "Flower has no password: whoever reaches it sees arguments and can revoke tasks.",
-            hint="Set FLOWER_BASIC_AUTH=user:password. Without Flower, silence this check.",
+            "FLOWER_BASIC_AUTH has no password: whoever reaches Flower sees and revokes tasks.",
+            hint='Set it to user:password. Without Flower: SILENCED_SYSTEM_CHECKS = ["jobs.E002"]',
             id="jobs.E002",
         )
 {% endif %}

@@ -2,9 +2,7 @@
 """What Celery's own words do with jobs, delay() and revoke say; what a worker does beside them."""
 
 {% print worker_pool.worker_imports %}
-{% if broker.flower %}
 from contextlib import suppress
-{% endif %}
 from copy import copy
 from datetime import timedelta
 from pathlib import Path
@@ -23,6 +21,7 @@ from celery.utils.time import maybe_make_aware
 from celery.worker.control import Panel
 {% endif %}
 from django.conf import settings
+from django.core.exceptions import ValidationError
 {% print worker_pool.worker_django_imports %}
 
 
@@ -39,7 +38,9 @@ class JobBackend(BaseBackend):
     errors = {"failed": "TaskError", "cancelled": "TaskRevokedError"}  # of celery.exceptions
 
     def get_task_meta(self, task_id, cache=True):
-        job = Job.objects.filter(pk=task_id).first()
+        job = None
+        with suppress(ValidationError):  # some task's own kind of id
+            job = Job.objects.filter(pk=task_id).first()
         if job is None:
             return {"status": states.PENDING, "result": None}  # as Celery says of unknown tasks
         result = job.result
@@ -74,7 +75,8 @@ class CeleryTask(DjangoTask):
         if self.job_run and task_id == self.request.id:
             return self.retry_later(args, kwargs, countdown, **options)
         if refused := [name for name in options if options[name] and name not in self.options]:
-            raise TypeError(f"a job takes no {', '.join(refused)}: see Job.objects.enqueue()")
+            reason = f"a job takes no {', '.join(refused)}, and joins no group, chain or chord"
+            raise TypeError(f"{reason}: see Job.objects.enqueue() and enqueue_many()")
         fields = {"pk": task_id} if task_id else {}
         fields |= {"countdown": max(countdown or 0, 0), "queue": options.get("queue")}
         job = Job.objects.enqueue(self, args or (), kwargs, **fields)

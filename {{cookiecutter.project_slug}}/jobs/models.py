@@ -91,6 +91,8 @@ class JobQuerySet(models.QuerySet):
             args, kwargs = json.loads(json.dumps([args, kwargs or {}], allow_nan=False))
         except (RecursionError, ValueError) as error:
             raise TypeError(f"Not JSON: {error}") from error
+        if not isinstance(args, list) or not isinstance(kwargs, dict):
+            raise TypeError("Arguments come as a list, such as [10], and as a dictionary")
         task.__header__(*args, **kwargs)
         queue = queue or getattr(task, "queue", None)
         if queue is None:

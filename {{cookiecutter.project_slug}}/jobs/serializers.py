@@ -10,7 +10,7 @@ from .models import Job
 logger = logging.getLogger(__name__)
 
 CACHE_PAUSE = 10  # seconds without a try after the cache failed: requests stay quick
-SHOWN = "id url task state progress message result error created_at started_at finished_at"
+SHOWN = "id url task queue state progress message result error created_at started_at finished_at"
 ERROR = {"type": "object", "properties": {"detail": {"type": "string"}}}
 TEXT = {"schema": {"type": "string"}}
 COMMON = {401: "Not authenticated", 403: "Not permitted", 406: "No such representation"}

@@ -156,6 +156,13 @@ def test_what_cannot_run_is_refused_at_once(task, args):
     assert not Job.objects.exists()
 
 
+@pytest.mark.parametrize("args, kwargs", [(12, {}), ("12", {}), ({1: 2}, {}), ([], [1, 2])])
+def test_arguments_come_as_a_list_and_as_a_dictionary(args, kwargs):
+    with pytest.raises(TypeError, match="Arguments come as a list"):
+        Job.objects.enqueue(add, args, kwargs)
+    assert not Job.objects.exists()
+
+
 def test_a_task_may_have_a_shorter_time_limit_than_the_settings(commit):
     with commit():
         job = Job.objects.enqueue(short, [1])
@@ -401,6 +408,7 @@ def test_delay_enqueues_a_job():
     assert result.state == "PENDING"
     deliver(job)
     assert (result.state, add.AsyncResult(result.id).result) == ("SUCCESS", 3)
+    assert [add.AsyncResult(pk).state for pk in ("another", uuid.uuid4())] == ["PENDING"] * 2
 
 
 def test_apply_async_takes_what_a_job_can_have():

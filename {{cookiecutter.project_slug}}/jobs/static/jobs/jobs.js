@@ -32,8 +32,8 @@ function duration({ state, created_at, started_at, finished_at }, now) {
   return `took ${took < 9950 ? `${Math.max(0, took / 1000).toFixed(1)} s` : span(took)}`;
 }
 
-function note({ state, progress, message }) {
-  if (state === "queued") return message || "Waiting for a worker";
+function note({ state, queue, progress, message }) {
+  if (state === "queued") return message || `Waiting for a worker of the queue ${queue}`;
   if (state === "running" || state === "succeeded") return message;
   return [progress > 0 && `Stopped at ${progress}%`, message].filter(Boolean).join(" · ");
 }
