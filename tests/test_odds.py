@@ -72,10 +72,10 @@ def test_a_queue_that_is_refused_stops_no_other(stack, gate, since):
 
 @on_each_broker
 def test_a_worker_whose_slots_were_full_asks_for_more_at_once(stack, since):
-    """100 short jobs on its 4 slots: a pause after every four would be 25 seconds."""
+    """250 short jobs on its 4 slots: pauses of a second after every eight would be 31 of them."""
     start = time.monotonic()
     jobs = stack.ask(
-        "result = [j.pk for j in Job.objects.enqueue_many(quick, [[]] * 100, queue='cpu')]"
+        "result = [j.pk for j in Job.objects.enqueue_many(quick, [[]] * 250, queue='cpu')]"
     )
     rows = stack.wait_until_final(*jobs)
     since(start)
