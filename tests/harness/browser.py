@@ -77,7 +77,7 @@ class Browser:
         self.open(f"{site.web}/login/")
         for field in ("USERNAME", "PASSWORD"):
             self.run(f"id_{field.lower()}.value = {site.user()[field]!r}")
-        self.run("document.querySelector('form button').click()")
+        self.run("document.querySelector('form [type=submit]').click()")
         self.wait("document.querySelector('#jobs') && document.readyState == 'complete'")
 
     def click(self, selector):
