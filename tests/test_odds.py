@@ -405,10 +405,9 @@ result = [shelve.open(file)["entries"]["every second"].total_run_count for file 
 @stacks(brokers=["rabbitmq"], pools=POOLS[:1])
 def test_a_dead_letter_is_kept_and_sent_again(stack):
     """With the file and with the lines of the output's README."""
-    node, environment = f"test{stack.broker.port}@localhost", stack.broker.options["env"]
 
     def control(*words):
-        subprocess.run(["rabbitmqctl", "-n", node, *words], env=environment, check=True)
+        subprocess.run(["rabbitmqctl", *words], env=stack.broker.options["env"], check=True)
 
     readme = stack.project.read("README.md")
     [again] = re.findall(r"^    from config import celery_app\n(?:    .*\n)*", readme, re.MULTILINE)

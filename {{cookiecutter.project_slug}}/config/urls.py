@@ -26,7 +26,9 @@ router.register("newsletters", NewsletterViewSet, basename="newsletter")
 title = settings.SPECTACULAR_SETTINGS["TITLE"]
 admin.site.site_header = admin.site.site_title = title
 page = {
-    **{"site_header": title, "site_title": title, "title": "Log in"},  # for the admin's own login
+    "site_header": title,
+    "site_title": title,
+    "title": "Log in",  # of the admin's page of the login
     "staff_links": {"Admin": reverse_lazy("admin:index"){{ ', "Flower": settings.FLOWER_URL' if broker.flower }}},
     # A view that answers 202 with a job, and what its button on the page of jobs says.
     "buttons": {% raw %}{{% endraw %}{{ '"Write a report": reverse_lazy("order-report")' if cookiecutter.include_example }}},

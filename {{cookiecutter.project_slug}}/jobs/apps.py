@@ -74,6 +74,7 @@ class JobsConfig(AppConfig):
         from jobs import celery, sweep
 
         signals.heartbeat_sent.connect(celery.show_life)
-        signals.beat_init.connect(sweep.start)
-        signals.beat_embedded_init.connect(sweep.start)  # celery worker --beat
+        for beat in signals.beat_init, signals.beat_embedded_init:  # that is celery worker --beat
+            beat.connect(celery.name_ticks)
+            beat.connect(sweep.start)
 {{ checks }}

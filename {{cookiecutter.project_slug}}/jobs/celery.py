@@ -95,8 +95,6 @@ class CeleryTask(DjangoTask):
         raise NotImplementedError("a job cannot be replaced: enqueue the other one, and return")
 
 
-@signals.beat_init.connect
-@signals.beat_embedded_init.connect  # celery worker --beat
 def name_ticks(sender, **kwargs):
     """Give a job that Beat starts, which is `sender`, the id of its tick: two Beats start one job."""
     apply_async = sender.scheduler.apply_async
