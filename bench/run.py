@@ -26,6 +26,7 @@ from stack import Output, Rivals, bare, postgres
 _, *POOLS = CHOICES["worker_pool"]  # besides the default
 PAGE = TEMPLATE / "docs/performance.md"
 CLIENTS = 4  # of the web, at once
+SLOTS = 2  # of a worker, where it is compared with others
 LOOP = 250_000  # some 20 ms of computing
 SIZES = {
     "turns": [4],
@@ -153,7 +154,7 @@ class Bench:
                 one_by_one, many = contestant.send(kind, self.size("tasks"), path)
                 sent[name].append(one_by_one)
                 bulk[name] += [many] if many else []
-                with contestant.working(kind):
+                with contestant.working(kind, WORKER_CONCURRENCY=SLOTS):
                     done[name].append(contestant.done(path))
                     contestant.ask("sending.wait_for_rows", kind)
                     singles = self.size("polled" if kind == "django-tasks" else "singles")
@@ -194,7 +195,7 @@ class Bench:
                     output.ask("sending.empty", "job")
                 path = output.folder / f"waiting{size}-{turn}.done"
                 output.send("job", count, path, fresh=False)
-                with output.working("job"):
+                with output.working("job", WORKER_CONCURRENCY=SLOTS):
                     done[size].append(output.done(path))
                 say(output, f"{size} waiting: {done[size][-1]:.0f} done/s")
         for size in sizes:
