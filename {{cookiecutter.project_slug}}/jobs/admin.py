@@ -12,7 +12,6 @@ from django.utils.html import format_html, format_html_join
 
 from .models import Job
 
-
 WENT = "state progress message result error started_at finished_at"
 INTERNALS = "id idempotency_key fingerprint unique_key run wake_at deadline sent retries crashes"
 

@@ -109,7 +109,7 @@ class JobQuerySet(models.QuerySet):
         if not isinstance(unique, str) or not 0 < len(unique) <= 255:
             raise ValueError(f"unique= is a text of 1 to 255 characters, not {unique!r:.50}")
         for tries_left in reversed(range(20)):  # a transaction that sees no new rows has no end
-            if job := self.filter(unique_key=unique, state__in=ACTIVE).first():
+            if job := self.filter(UNFINISHED, unique_key=unique).first():
                 return job, False
             try:
                 with transaction.atomic(self.db):
@@ -234,7 +234,7 @@ class Job(models.Model):
             models.UniqueConstraint(
                 fields=["unique_key"],
                 name="job_unique_key",
-                condition=Q(state__in=ACTIVE, unique_key__isnull=False),
+                condition=UNFINISHED & Q(unique_key__isnull=False),  # which no UPDATE asks for
             ),
             models.CheckConstraint(name="job_running", condition=Q(state="running") ^ Q(run=None)),
             models.CheckConstraint(
