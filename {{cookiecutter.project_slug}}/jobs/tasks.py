@@ -14,7 +14,6 @@ from django.conf import settings
 from django.db import Error, close_old_connections, connection
 from django.db.transaction import TransactionManagementError
 from django.db.utils import InterfaceError, OperationalError
-from kombu.utils.encoding import safe_repr
 
 from .celery import CeleryTask
 from .lease import Lost, Run
@@ -181,8 +180,8 @@ def describe(error, caught):
     try:
         text = "".join(format_exception_only(error)).strip()
         parts = [part[:500] for part in format_exception(caught, limit=-20)]  # frames, messages
-    except Exception:  # of an object that cannot be shown, or is no exception
-        return printable(safe_repr(error)), ""
+    except Exception:  # of an exception that cannot be shown, or is none
+        return type(error).__name__, ""
     return printable(text), printable("".join(parts)[-4000:])
 
 

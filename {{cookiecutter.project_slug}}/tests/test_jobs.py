@@ -525,20 +525,28 @@ def test_the_latest_twenty_attempts_are_kept():
 
 def fall(depth):
     if not depth:
-        raise ValueError("long" * 1_000_000)
+        raise ValueError("long" * 10_000)
     fall(depth - 1)
 
 
-def test_an_endless_error_and_traceback_are_cut(monkeypatch):
+def chain_errors(depth):
+    try:
+        fall(depth) if depth < 9_900 else chain_errors(depth - 1)
+    except ValueError as error:
+        raise ValueError("long" * 10_000) from error
+
+
+@pytest.mark.parametrize("body", [fall, chain_errors])
+def test_an_endless_error_and_traceback_are_cut(body):
     limit = sys.getrecursionlimit()
     sys.setrecursionlimit(20_000)
     try:
-        job = run(lambda task: fall(10_000))
+        job = run(lambda task: body(10_000))
     finally:
         sys.setrecursionlimit(limit)
     [attempt] = job.attempts
     assert attempt["error"] == ("ValueError: " + "long" * 1000)[:1000]
-    assert "fall(depth - 1)" in attempt["traceback"]
+    assert 'raise ValueError("long" * 10_000)' in attempt["traceback"]
     assert len(attempt["traceback"]) <= 4000
 
 
