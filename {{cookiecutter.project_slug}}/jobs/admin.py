@@ -12,7 +12,9 @@ from django.utils.html import format_html, format_html_join
 
 from .models import Job
 
-WENT = "state progress message result error started_at finished_at"
+# What the page of a job shows.
+WHAT = "task args kwargs owner queue created_at"
+WENT = "state error result progress message started_at finished_at"
 INTERNALS = "id idempotency_key fingerprint unique_key run wake_at deadline sent retries crashes"
 
 
@@ -53,9 +55,9 @@ class JobAdmin(admin.ModelAdmin):
     search_help_text = "The id of a job, or the whole name of its owner"
     actions = ["run_again", "cancel"]
     fieldsets = [
-        (None, {"fields": ["task", "args", "kwargs", "owner", "queue", "created_at"]}),
+        (None, {"fields": WHAT.split()}),
         ("How it went", {"fields": WENT.split()}),
-        ("Attempts", {"fields": ["failed_attempts"]}),
+        ("Attempts that failed", {"fields": ["failed_attempts"]}),
         ("Internals", {"fields": INTERNALS.split(), "classes": ["collapse"]}),
     ]
 
@@ -77,17 +79,15 @@ class JobAdmin(admin.ModelAdmin):
     def has_change_permission(self, request, obj=None):
         return False  # only the ledger's own UPDATEs keep a job and its worker in step
 
-    @admin.display(description="those that failed")
+    @admin.display(description="the latest first")
     def failed_attempts(self, job):
-        """The latest first."""
-
         def shown(run):
             start, end = (datetime.fromisoformat(run[name]) for name in ("started_at", "ended_at"))
             took = f"{start:%Y-%m-%d %H:%M:%S}, for {(end - start).total_seconds():.1f} s"
             return run["error"], took, run["traceback"]
 
-        html = "<p><strong>{}</strong><br>{}</p><pre>{}</pre>"
-        return format_html_join("", html, map(shown, reversed(job.attempts)))
+        html = '<p><strong>{}</strong><br>{}</p><pre style="white-space: pre-wrap">{}</pre>'
+        return format_html_join("", html, map(shown, reversed(job.attempts))) or "-"
 
     @admin.action(description="Run again, as new jobs", permissions=["delete"])
     def run_again(self, request, queryset):
