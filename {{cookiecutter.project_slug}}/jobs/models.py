@@ -248,10 +248,10 @@ class Job(models.Model):
         return f"{self.task} {self.id}"
 
     def run_again(self):
-        """Enqueue a job that does the same, once this one has ended. Returns it.
+        """Enqueue a job that does the same, once this one has ended.
 
-        Raises ValueError if this one is active or its task is gone; TypeError if that takes other
-        arguments now.
+        Returns it, or the one that is active under its `unique`. Raises ValueError if this one is
+        active or its task is gone; TypeError if that takes other arguments now.
         """
         current_app.loader.import_default_modules()
         if self.state in ACTIVE:

@@ -115,7 +115,7 @@ def send_batch(queue, size):
     if extra and again:
         extra_at[queue] = time.monotonic() + settings.JOB_RESEND_SECONDS
     ids += again
-    jobs = Job.objects.filter(QUEUED).in_bulk(ids)
+    jobs = Job.objects.filter(QUEUED).defer("attempts").in_bulk(ids)
     try:
         send([jobs[pk] for pk in ids if pk in jobs])
     except Exception:
