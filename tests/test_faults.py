@@ -16,7 +16,7 @@ import pytest
 
 from harness import chaos
 from harness.bake import CHOICES, chosen
-from harness.faults import POOLS, stacks, succeeded
+from harness.faults import POOLS, errors, stacks, succeeded
 from harness.project import fetch, free_ports, wait_for
 from harness.servers import broker_class
 
@@ -44,6 +44,7 @@ def test_a_killed_worker_loses_nothing(stack, gate, since):
     rows = stack.wait_until_final(*jobs)
     since(start)
     assert succeeded(rows, crashes=1), rows
+    assert [errors(row) for row in rows] == [["Its worker died"]] * 2
     wait_for(lambda: stack.notes("end", task), 60)
 
 
@@ -101,6 +102,7 @@ def test_a_worker_that_is_stopped_loses_nothing(stack, gate, tmp_path, since):
     rows = stack.wait_until_final(job)
     since(start)
     assert succeeded(rows, crashes=0), rows
+    assert errors(rows[0]) == []
     wait_for(lambda: stack.notes("end", task), 60)
 
 
@@ -152,6 +154,7 @@ def test_a_job_over_its_time_limit_fails(stack, gate, since):
     [row] = stack.wait_until_final(job)
     since(start)
     assert (row["state"], row["error"]) == ("failed", "Over its time limit")
+    assert errors(row) == ["Over its time limit"]
     assert len(stack.notes("start", job)) == 1
     gate.touch()  # the body of a thread goes on
     [row] = stack.wait_until_final(stack.enqueue("quick", queue="cpu"))

@@ -14,7 +14,7 @@ from urllib.error import URLError
 import pytest
 
 from harness.bake import CHOICES
-from harness.faults import POOLS, stacks, succeeded
+from harness.faults import POOLS, errors, stacks, succeeded
 from harness.project import wait_for
 
 ONE = CHOICES["broker"][:1]
@@ -145,6 +145,19 @@ def test_a_retry_in_a_transaction_is_not_rolled_back(stack, since):
     since(start)
     assert succeeded([row], crashes=0)
     assert len(stack.notes("start", job)) == 2
+
+
+@on_each_pool
+def test_each_run_that_failed_says_why(stack, since):
+    """Those that were tried again, too."""
+    start = time.monotonic()
+    jobs = [stack.enqueue(task) for task in ["fail_twice", "fail_and_go_on"]]
+    rows = stack.wait_until_final(*jobs, seconds=20)
+    since(start)
+    assert [row["state"] for row in rows] == ["failed", "succeeded"]
+    assert [errors(row) for row in rows] == [["OSError: away"] * 2, ["OSError: away"]]
+    attempts = [attempt for row in rows for attempt in row["attempts"]]
+    assert all('raise OSError("away")' in attempt["traceback"] for attempt in attempts), attempts
 
 
 @on_one

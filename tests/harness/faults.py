@@ -79,5 +79,10 @@ def since(record_property):
     return since
 
 
+def errors(row):
+    """Why runs of a job have failed, in order."""
+    return [attempt["error"] for attempt in row["attempts"]]
+
+
 def succeeded(rows, crashes):
     return all((row["state"], row["crashes"]) == ("succeeded", crashes) for row in rows)

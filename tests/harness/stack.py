@@ -235,7 +235,7 @@ with app.connection_for_write() as broker:
     def rows(self, *jobs):
         """What the ledger says of these jobs, in their order."""
         code = """
-fields = ["pk", "state", "result", "error", "crashes"]
+fields = ["pk", "state", "result", "error", "crashes", "attempts"]
 found = {str(row["pk"]): row for row in Job.objects.filter(pk__in=jobs).values(*fields)}
 result = [found[job] for job in jobs]
 """

@@ -1,17 +1,21 @@
 import uuid
 from contextlib import suppress
+from datetime import datetime
 
-from celery import current_app
-from celery.exceptions import NotRegistered
 from django.contrib import admin, messages
 from django.contrib.auth import get_user_model
 from django.core.paginator import Paginator
 from django.template.defaultfilters import pluralize
 from django.urls import reverse
 from django.utils.functional import cached_property
-from django.utils.html import format_html
+from django.utils.html import format_html, format_html_join
 
-from .models import FINAL, Job
+from .models import Job
+
+# What the page of a job shows.
+WHAT = "task args kwargs owner queue created_at"
+WENT = "state error result progress message started_at finished_at"
+INTERNALS = "id idempotency_key fingerprint unique_key run wake_at deadline sent retries crashes"
 
 
 class LatestPages(Paginator):
@@ -50,6 +54,12 @@ class JobAdmin(admin.ModelAdmin):
     search_fields = ["pk"]  # for the box to be there
     search_help_text = "The id of a job, or the whole name of its owner"
     actions = ["run_again", "cancel"]
+    fieldsets = [
+        (None, {"fields": WHAT.split()}),
+        ("How it went", {"fields": WENT.split()}),
+        ("Attempts that failed", {"fields": ["failed_attempts"]}),
+        ("Internals", {"fields": INTERNALS.split(), "classes": ["collapse"]}),
+    ]
 
     def get_search_results(self, request, queryset, search_term):
         try:
@@ -69,14 +79,22 @@ class JobAdmin(admin.ModelAdmin):
     def has_change_permission(self, request, obj=None):
         return False  # only the ledger's own UPDATEs keep a job and its worker in step
 
+    @admin.display(description="the latest first")
+    def failed_attempts(self, job):
+        def shown(run):
+            start, end = (datetime.fromisoformat(run[name]) for name in ("started_at", "ended_at"))
+            took = f"{start:%Y-%m-%d %H:%M:%S}, for {(end - start).total_seconds():.1f} s"
+            return run["error"], took, run["traceback"]
+
+        html = '<p><strong>{}</strong><br>{}</p><pre style="white-space: pre-wrap">{}</pre>'
+        return format_html_join("", html, map(shown, reversed(job.attempts))) or "-"
+
     @admin.action(description="Run again, as new jobs", permissions=["delete"])
     def run_again(self, request, queryset):
-        current_app.loader.import_default_modules()
         again = []
-        for job in queryset.filter(state__in=FINAL):
-            with suppress(NotRegistered, TypeError):  # the code has changed since
-                task, same = current_app.tasks[job.task], {"owner": job.owner, "queue": job.queue}
-                again.append(Job.objects.enqueue(task, job.args, job.kwargs, **same))
+        for job in queryset:
+            with suppress(TypeError, ValueError):
+                again.append(job.run_again())
         rest = f"{queryset.count() - len(again)} left alone: active, or their task is gone."
         announce(request, again, "enqueued again", rest)
 

@@ -34,6 +34,7 @@ class Run:
         self.report = self.written = {}  # progress in percent, message
         self.renew_at = time.monotonic() + settings.JOB_LEASE_SECONDS / 3
         self.retry = None  # what retry() wants
+        self.cause = "Another try was asked for", ""  # of the retry: its error, its traceback
         self.lost = self.ended = False
         with lock:
             if keeper is None:  # not earlier: no thread survives the fork of a prefork child

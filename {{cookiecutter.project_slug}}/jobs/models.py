@@ -8,9 +8,9 @@ from datetime import timedelta
 
 from celery import current_app
 from django.conf import settings
-from django.db import models, transaction
-from django.db.models import F, Max, Q
-from django.db.models.functions import Coalesce, Least, Now
+from django.db import IntegrityError, models, transaction
+from django.db.models import F, Func, Max, Q, Value
+from django.db.models.functions import Coalesce, JSONObject, Least, Now
 
 logger = logging.getLogger(__name__)
 
@@ -41,28 +41,82 @@ class Clock(Now):
         return self.as_sql(compiler, connection, template=text, **context)
 
 
+class Iso(Func):
+    """A time as JSON has it, on SQLite too."""
+
+    template = "%(expressions)s"
+
+    def as_sqlite(self, compiler, connection, **context):
+        template = "REPLACE(%(expressions)s, ' ', 'T') || 'Z'"
+        return self.as_sql(compiler, connection, template=template, **context)
+
+
+class WithAttempt(Func):
+    """`attempts` and the run that ends now; the latest 20. Its writer need not read the row."""
+
+    output_field = models.JSONField()
+
+    def __init__(self, error, traceback=""):
+        texts = {"error": Value(error[:1000]), "traceback": Value(traceback)}
+        run = JSONObject(started_at=Iso("started_at"), ended_at=Iso(Now()), **texts)
+        super().__init__("attempts", run)
+
+    def as_postgresql(self, compiler, connection, **context):
+        append = {"template": "(%(expressions)s) - -21", "arg_joiner": " || "}
+        return self.as_sql(compiler, connection, **append, **context)
+
+    def as_sqlite(self, compiler, connection, **context):
+        template = "JSON_REMOVE(JSON_INSERT(%(expressions)s), '$[#-21]')"
+        append = {"template": template, "arg_joiner": ", '$[#]', "}
+        return self.as_sql(compiler, connection, **append, **context)
+
+
 def lease():
     """Return until when a lease that is renewed now holds: not beyond the deadline."""
     return Least(Clock() + timedelta(seconds=settings.JOB_LEASE_SECONDS), F("deadline"))
 
 
 class JobQuerySet(models.QuerySet):
-    def enqueue(self, task, args=(), kwargs=None, *, countdown=None, queue=None, **fields):
+    def enqueue(
+        self, task, args=(), kwargs=None, *, countdown=None, queue=None, unique=None, **fields
+    ):
         """Store a job, and send its message once the caller's transaction commits.
 
         `task` is a task with `base=JobTask`; `args` and `kwargs` are what JSON can hold;
-        `countdown` is in seconds; `queue` overrides CELERY_TASK_ROUTES. The fields are `owner`, a
+        `countdown` is in seconds; `queue` overrides CELERY_TASK_ROUTES. `unique` is a text that one
+        queued or running job has at most, whatever its task and owner. The fields are `owner`, a
         user, and for views `idempotency_key`, unique for each owner, and `fingerprint`, which tells
         one request from another.
 
-        Returns the Job. Raises TypeError for another kind of task, for arguments that the task does
-        not take or that are not JSON; IntegrityError if the owner has used the key before.
+        Returns the Job, or in its place the one that is queued or running under `unique`. Raises
+        TypeError for another kind of task, for arguments that the task does not take or that are
+        not JSON; ValueError for a `unique` that is empty or too long; IntegrityError if the owner
+        has used the key before.
         """
         fields |= self.prepare(Now(), task, args, kwargs, countdown, queue)
-        job = self.create(**fields)
+        if unique is None:
+            job = self.create(**fields)
+        else:
+            job, is_new = self.get_or_create_active(unique, fields)
+            if not is_new:
+                return job
         if not countdown:
             transaction.on_commit(lambda: publish([job]), using=self.db, robust=True)
         return job
+
+    def get_or_create_active(self, unique, fields):
+        """Return the job that is active under this key, else a new one; and whether it is new."""
+        if not isinstance(unique, str) or not 0 < len(unique) <= 255:
+            raise ValueError(f"unique= is a text of 1 to 255 characters, not {unique!r:.50}")
+        for tries_left in reversed(range(20)):  # a transaction that sees no new rows has no end
+            if job := self.filter(UNFINISHED, unique_key=unique).first():
+                return job, False
+            try:
+                with transaction.atomic(self.db):
+                    return self.create(unique_key=unique, **fields), True
+            except IntegrityError as error:  # another one at the same time, which may have ended
+                if not tries_left or "unique_key" not in str(error).partition("\n")[0]:
+                    raise
 
     def enqueue_many(self, task, calls, *, countdown=None, queue=None, owner=None):
         """Store a job for each of `calls`, lists of arguments: all of them or none.
@@ -139,12 +193,14 @@ class Job(models.Model):
     queue = models.CharField(max_length=255)
     idempotency_key = models.CharField(max_length=255, null=True)  # noqa: DJ001
     fingerprint = models.CharField(max_length=64)
+    unique_key = models.CharField(max_length=255, null=True)  # noqa: DJ001
 
     state = models.CharField(max_length=9, choices=STATES, default="queued")
     progress = models.PositiveSmallIntegerField(default=0, help_text="percent")
     message = models.CharField(max_length=255)
     result = models.JSONField(null=True)
     error = models.TextField()
+    attempts = models.JSONField(default=list, help_text="runs that failed or lost their worker")
     created_at = models.DateTimeField(db_default=Clock())
     started_at = models.DateTimeField(null=True, help_text="of the last run")
     finished_at = models.DateTimeField(null=True)
@@ -175,6 +231,11 @@ class Job(models.Model):
             models.UniqueConstraint(
                 fields=["idempotency_key"], name="job_key_unowned", condition=Q(owner=None)
             ),
+            models.UniqueConstraint(
+                fields=["unique_key"],
+                name="job_unique_key",
+                condition=UNFINISHED & Q(unique_key__isnull=False),  # which no UPDATE asks for
+            ),
             models.CheckConstraint(name="job_running", condition=Q(state="running") ^ Q(run=None)),
             models.CheckConstraint(
                 name="job_active_or_finished",
@@ -185,6 +246,21 @@ class Job(models.Model):
 
     def __str__(self):
         return f"{self.task} {self.id}"
+
+    def run_again(self):
+        """Enqueue a job that does the same, once this one has ended.
+
+        Returns it, or the one that is active under its `unique`. Raises ValueError if this one is
+        active or its task is gone; TypeError if that takes other arguments now.
+        """
+        current_app.loader.import_default_modules()
+        if self.state in ACTIVE:
+            raise ValueError("it has not ended yet")
+        if self.task not in current_app.tasks:
+            raise ValueError(f"there is no task {self.task}")
+        task, same = current_app.tasks[self.task], {"args": self.args, "kwargs": self.kwargs}
+        same |= {"owner_id": self.owner_id, "queue": self.queue, "unique": self.unique_key}
+        return Job.objects.enqueue(task, **same)
 
 
 def publish(jobs):

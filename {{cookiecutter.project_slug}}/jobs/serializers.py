@@ -10,18 +10,43 @@ from .models import Job
 logger = logging.getLogger(__name__)
 
 CACHE_PAUSE = 10  # seconds without a try after the cache failed: requests stay quick
-SHOWN = "id url task queue state progress message result error created_at started_at finished_at"
+SHOWN = "id url task queue state progress message result error attempts"
+TIMES = "created_at started_at finished_at"
 ERROR = {"type": "object", "properties": {"detail": {"type": "string"}}}
 TEXT = {"schema": {"type": "string"}}
 COMMON = {401: "Not authenticated", 403: "Not permitted", 406: "No such representation"}
+CONFLICTS = {
+    "cancel": "The job has ended already",
+    "run_again": "The job is active, or its task is gone or takes other arguments",
+}
+
+
+def may(user, action):
+    """Return whether this user may "view" or "delete" every job: what the admin asks for too."""
+    return user.is_staff and user.has_perm(f"jobs.{action}_job")
+
+
+class AttemptSerializer(serializers.Serializer):
+    started_at = serializers.DateTimeField()
+    ended_at = serializers.DateTimeField()
+    error = serializers.CharField()
+    traceback = serializers.CharField()
 
 
 class JobSerializer(serializers.ModelSerializer):
     url = serializers.HyperlinkedIdentityField(view_name="job-detail")
+    attempts = AttemptSerializer(
+        many=True, required=False, help_text="of one job, for who may view all jobs"
+    )
 
     class Meta:
         model = Job
-        fields = SHOWN.split()
+        fields = f"{SHOWN} {TIMES}".split()
+
+    def to_representation(self, job):
+        if self.parent is not None or not may(self.context["request"].user, "view"):
+            self.fields.pop("attempts", None)
+        return super().to_representation(job)
 
 
 def document_common_answers(result, generator, request, public):
@@ -40,12 +65,14 @@ def document_common_answers(result, generator, request, public):
                 answers[400] = "Not valid"
             if "requestBody" in operation:
                 answers[415] = "Not JSON"
-            if path.endswith("/cancel/"):
-                answers[409] = "The job has ended already"
+            *_, action, _ = path.rsplit("/", 2)
+            if action in CONFLICTS:
+                answers[409] = CONFLICTS[action]
             responses = operation["responses"]
             if "Idempotency-Key" in parameters:
                 answers[422] = "The key was used for another request"
                 responses["202"] = responses.pop("201", responses.get("202"))
+            if "Idempotency-Key" in parameters or action == "run_again":
                 responses["202"]["headers"] = {"Location": TEXT, "Retry-After": TEXT}
             for status, description in answers.items():
                 content = {"application/json": {"schema": ERROR if status != 400 else {}}}

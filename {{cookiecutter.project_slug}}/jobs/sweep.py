@@ -14,7 +14,7 @@ from django.db.models.functions import Now
 
 from .celery import show_life
 from .lease import TICK
-from .models import BATCH, OVER_TIME_LIMIT, QUEUED, Job, send
+from .models import BATCH, OVER_TIME_LIMIT, QUEUED, Job, WithAttempt, send
 
 logger = logging.getLogger(__name__)
 
@@ -68,13 +68,14 @@ def judge_leases():
 
 def judge(job):
     row, crashes = Job.objects.filter(pk=job.pk), job.crashes + 1
+    died = {"crashes": crashes, "attempts": WithAttempt("Its worker died")}
     if job.late:
-        row.finish("failed", error=OVER_TIME_LIMIT)
+        row.finish("failed", error=OVER_TIME_LIMIT, attempts=WithAttempt(OVER_TIME_LIMIT))
     elif crashes >= settings.JOB_MAX_CRASHES:
-        row.finish("failed", error=f"Its worker died {crashes} times", crashes=crashes)
+        row.finish("failed", error=f"Its worker died {crashes} times", **died)
     else:
         delay = 5 * 2**job.crashes * random.uniform(0.8, 1.2)
-        row.requeue(delay, crashes=crashes, message="Its worker died, so it starts again soon")
+        row.requeue(delay, message="Its worker died, so it starts again soon", **died)
         logger.warning("job %s lost its worker: again in %.0f s", job.pk, delay)
 
 
@@ -114,7 +115,7 @@ def send_batch(queue, size):
     if extra and again:
         extra_at[queue] = time.monotonic() + settings.JOB_RESEND_SECONDS
     ids += again
-    jobs = Job.objects.filter(QUEUED).in_bulk(ids)
+    jobs = Job.objects.filter(QUEUED).defer("attempts").in_bulk(ids)
     try:
         send([jobs[pk] for pk in ids if pk in jobs])
     except Exception:

@@ -3,9 +3,10 @@
 
 import json
 import logging
+import sys
 import time
 from contextlib import suppress
-from traceback import format_exception_only
+from traceback import format_exception, format_exception_only
 
 {% print worker_pool.tasks_imports | default %}
 from celery.exceptions import Ignore, Retry, SoftTimeLimitExceeded
@@ -16,7 +17,7 @@ from django.db.utils import InterfaceError, OperationalError
 
 from .celery import CeleryTask
 from .lease import Lost, Run
-from .models import OVER_TIME_LIMIT, QUEUED, Job
+from .models import OVER_TIME_LIMIT, QUEUED, Job, WithAttempt
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,13 @@ class JobTask(CeleryTask):
             percent = int(100 * done / total) if total else 100
             message = printable(message)[:255]
             run.report = {"progress": max(0, min(percent, 100)), "message": message}
+
+    def retry(self, args=None, kwargs=None, exc=None, *more, **options):
+        """Celery's own, which remembers what led to it."""
+        caught = sys.exception()
+        if self.job_run and (exc or caught):
+            self.job_run.cause = describe(exc or caught, caught or exc)
+        return super().retry(args, kwargs, exc, *more, **options)
 
     def __call__(self, *args, **kwargs):
         request = self.request
@@ -97,8 +105,7 @@ class JobTask(CeleryTask):
             raise Ignore("cancelled, or taken over by another run") from None
 {% print worker_pool.ends %}
         except BaseException as error:
-            over = isinstance(error, SoftTimeLimitExceeded)
-            fail(run, OVER_TIME_LIMIT if over else "".join(format_exception_only(error)).strip())
+            fail(run, OVER_TIME_LIMIT if isinstance(error, SoftTimeLimitExceeded) else None)
             raise
         if run.retry:  # with throw=False
             requeue(run)
@@ -120,8 +127,12 @@ def succeed(run, result):
         raise Ignore("cancelled, or taken over by another run")
 
 
-def fail(run, reason):
-    insist(run.row.finish, "failed", error=printable(reason), **run.report)
+def fail(run, reason=None):
+    """Write that it failed: for this reason, or for that of the exception that is handled."""
+    error, traceback = describe(sys.exception(), sys.exception())
+    error = printable(reason) if reason else error
+    changes = {"error": error, "attempts": WithAttempt(error, traceback), **run.report}
+    insist(run.row.finish, "failed", **changes)
 
 
 {% print worker_pool.insist | default %}
@@ -148,7 +159,7 @@ def is_away(error):
 
 def requeue(run):
     if run.retry:
-        insist(run.row.requeue, **run.retry)
+        insist(run.row.requeue, attempts=WithAttempt(*run.cause), **run.retry)
 
 
 def leave_transaction():
@@ -162,6 +173,16 @@ def leave_transaction():
         with suppress(Error):
             connection.connect()  # forgets the blocks, also if it fails
     return left
+
+
+def describe(error, caught):
+    """Return class and message of an exception, and the end of the traceback of the one caught."""
+    try:
+        text = "".join(format_exception_only(error)).strip()
+        parts = [part[:500] for part in format_exception(caught, limit=-20)]  # frames, messages
+    except Exception:  # of an exception that cannot be shown, or is none
+        return type(error).__name__, ""
+    return printable(text), printable("".join(parts)[-4000:])
 
 
 def printable(text):

@@ -18,15 +18,14 @@ from rest_framework.response import Response
 from rest_framework.views import exception_handler
 
 from .models import Job
-from .serializers import JobSerializer
+from .serializers import JobSerializer, may
 
 # 1 to 255 printable ASCII characters; HTTP takes away spaces at the ends.
 KEY = {"type": "string", "pattern": "^[!-~]([ -~]{0,253}[!-~])?$"}
 
 
-class Ended(APIException):
+class Conflict(APIException):
     status_code = 409
-    default_detail = "The job has ended already."
 
 
 class KeyReused(APIException):
@@ -57,6 +56,12 @@ class NewestFirst(CursorPagination):
             raise NotFound(self.invalid_cursor_message) from None
 
 
+def accepted(job_id, data):
+    """Return the answer that a job was enqueued."""
+    headers = {"Location": reverse("job-detail", args=[job_id]), "Retry-After": "1"}
+    return Response(data, status=202, headers=headers)
+
+
 class JobViewSet(viewsets.ReadOnlyModelViewSet):
     """The caller's own jobs."""
 
@@ -66,10 +71,12 @@ class JobViewSet(viewsets.ReadOnlyModelViewSet):
     filterset_fields = ["state"]
 
     def get_queryset(self):
-        """The user's own jobs, for staff also those that nobody owns."""
-        user = self.request.user
+        """The user's own jobs; for staff also those that nobody owns, by id any that it may see."""
+        user, jobs = self.request.user, super().get_queryset()
+        if self.detail and may(user, "view" if self.action == "retrieve" else "delete"):
+            return jobs
         own = Q(owner=user)
-        return super().get_queryset().filter(own | Q(owner=None) if user.is_staff else own)
+        return jobs.filter(own | Q(owner=None) if user.is_staff else own).defer("attempts")
 
     @extend_schema(request=None)
     @action(detail=True, methods=["post"])
@@ -77,9 +84,21 @@ class JobViewSet(viewsets.ReadOnlyModelViewSet):
         """Cancel: a queued job never starts, a running one stops when it next reports."""
         job = self.get_object()
         if not Job.objects.filter(pk=job.pk).cancel():
-            raise Ended
+            raise Conflict("The job has ended already.")
         job.refresh_from_db()
         return Response(self.get_serializer(job).data)
+
+    @extend_schema(request=None, responses={202: JobSerializer})
+    @action(detail=True, methods=["post"])
+    def run_again(self, request, pk):
+        """Enqueue a job that does the same as one that has ended: for staff that may delete jobs."""
+        if not may(request.user, "delete"):
+            self.permission_denied(request)
+        try:
+            job = self.get_object().run_again()
+        except (TypeError, ValueError) as error:
+            raise Conflict(f"It cannot run again: {error}.") from error
+        return accepted(job.pk, self.get_serializer(job).data)
 
 
 class EnqueueMixin:
@@ -104,9 +123,7 @@ class EnqueueMixin:
                 serializer = self.earlier()
                 if serializer is None:
                     raise
-        job_url = reverse("job-detail", args=[serializer.instance.job_id])
-        headers = {"Location": job_url, "Retry-After": "1"}
-        return Response(serializer.data, status=202, headers=headers)
+        return accepted(serializer.instance.job_id, serializer.data)
 
     def enqueue(self, task, *args, **kwargs):
         """Job.objects.enqueue() for the user and the Idempotency-Key of this request."""

@@ -10,6 +10,9 @@ import structlog
 from axes.helpers import get_client_ip_address
 from axes.models import AccessAttempt, AccessLog
 from celery import shared_task
+from django.contrib.admin import site
+from django.contrib.admin.utils import flatten_fieldsets
+from django.contrib.auth.models import Permission
 from django.core.cache.backends.locmem import LocMemCache
 from django.core.exceptions import ImproperlyConfigured
 from django.core.management import call_command
@@ -32,6 +35,26 @@ pytestmark = pytest.mark.django_db
 @shared_task(base=JobTask, bind=True)
 def greet(self, name="you"):
     return f"Hello {name}"
+
+
+@shared_task(base=JobTask)
+def fail():
+    raise ValueError("<b>no</b>")
+
+
+@pytest.fixture
+def staff(db, django_user_model):
+    """A function: a client of staff with a right to jobs, say "view", or without any."""
+
+    def log_in(*actions):
+        user = django_user_model.objects.create_user("staff" + "".join(actions), is_staff=True)
+        codenames = [f"{action}_job" for action in actions]
+        user.user_permissions.set(Permission.objects.filter(codename__in=codenames))
+        client = APIClient()
+        client.force_login(user)
+        return client
+
+    return log_in
 
 
 def ids(response):
@@ -127,6 +150,76 @@ def test_cancel_ends_a_job_once(api, user):
     response = api.post(f"/api/jobs/{job.pk}/cancel/")
     assert (response.status_code, response.json()["state"]) == (200, "cancelled")
     assert api.post(f"/api/jobs/{job.pk}/cancel/").status_code == 409
+
+
+def test_rights_open_every_job_to_staff(staff, user):
+    job = Job.objects.enqueue(greet, owner=user)
+    url = f"/api/jobs/{job.pk}/"
+    assert staff().get(url).status_code == 404
+    viewer, deleter = staff("view"), staff("delete")
+    assert viewer.get(url).json()["id"] == str(job.pk)
+    assert ids(viewer.get("/api/jobs/")) == ids(deleter.get("/api/jobs/")) == []
+    assert viewer.post(f"{url}cancel/").status_code == 404
+    assert deleter.post(f"{url}cancel/").json()["state"] == "cancelled"
+
+
+def test_a_traceback_is_for_staff_that_may_view_jobs(api, staff, user, commit):
+    with commit():
+        job = Job.objects.enqueue(fail, owner=user)
+    shown = api.get(f"/api/jobs/{job.pk}/").json()
+    assert shown["error"] == "ValueError: <b>no</b>"
+    assert "attempts" not in shown
+    viewer = staff("view")
+    [attempt] = viewer.get(f"/api/jobs/{job.pk}/").json()["attempts"]
+    assert attempt["error"] == shown["error"]
+    assert attempt["traceback"].startswith("Traceback")
+    Job.objects.update(owner=None)
+    [shown] = viewer.get("/api/jobs/").json()["results"]
+    assert "attempts" not in shown
+    assert "attempts" not in staff().get(f"/api/jobs/{job.pk}/").json()
+
+
+def test_staff_runs_a_job_again(staff, user, commit):
+    with commit():
+        ended = Job.objects.enqueue(greet, ["Ada"], owner=user, queue="special", unique="key")
+    with commit():
+        response = staff("delete").post(f"/api/jobs/{ended.pk}/run_again/")
+    again = Job.objects.exclude(pk=ended.pk).get()
+    assert (response.status_code, response.json()["id"]) == (202, str(again.pk))
+    assert response["Location"] == f"/api/jobs/{again.pk}/"
+    assert (again.owner, again.queue, again.unique_key) == (user, "special", "key")
+    assert (again.state, again.result) == ("succeeded", "Hello Ada")
+
+
+def test_who_may_not_delete_jobs_may_not_run_them_again(api, staff, user, commit):
+    with commit():
+        job = Job.objects.enqueue(greet, owner=user)
+    Permission.objects.get(codename="delete_job").user_set.add(user)  # who is no staff
+    for client in api, staff(), staff("view"):
+        assert client.post(f"/api/jobs/{job.pk}/run_again/").status_code == 403
+    assert APIClient().post(f"/api/jobs/{job.pk}/run_again/").status_code == 401
+    assert staff("delete").post(f"/api/jobs/{uuid.uuid4()}/run_again/").status_code == 404
+    assert Job.objects.count() == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, "it has not ended yet"),
+        ({"task": "no.such.task"}, "there is no task no.such.task"),
+        ({"args": [1, 2, 3]}, "arguments"),
+        ({"task": "celery.backend_cleanup"}, "is no job"),
+    ],
+)
+def test_a_job_that_cannot_run_again_says_why(staff_api, changes, reason):
+    job = Job.objects.enqueue(greet)
+    if changes:
+        Job.objects.cancel()
+        Job.objects.update(**changes)
+    response = staff_api.post(f"/api/jobs/{job.pk}/run_again/")
+    assert response.status_code == 409
+    assert reason in response.json()["detail"]
+    assert Job.objects.count() == 1
 
 
 def test_who_is_not_logged_in_gets_nothing():
@@ -308,6 +401,20 @@ def test_the_admin_lists_and_shows_jobs(admin_client, user):
     assert "0 jobs" in admin_client.get("/admin/jobs/job/?q=use").content.decode()
     assert admin_client.get(f"/admin/jobs/job/{job.pk}/change/").status_code == 200
     assert admin_client.get("/admin/jobs/job/add/").status_code == 403
+
+
+def test_the_admin_shows_tracebacks(admin_client, commit):
+    with commit():
+        job = Job.objects.enqueue(fail)
+    page = admin_client.get(f"/admin/jobs/job/{job.pk}/change/").content.decode()
+    assert "<strong>ValueError: &lt;b&gt;no&lt;/b&gt;</strong>" in page
+    assert ">Traceback" in page
+    assert "<b>" not in page
+
+
+def test_the_admin_shows_every_field_of_a_job():
+    shown = {"attempts", *flatten_fieldsets(site.get_model_admin(Job).fieldsets)}
+    assert {field.name for field in Job._meta.fields} <= shown
 
 
 def test_the_admin_cancels_jobs(admin_client):

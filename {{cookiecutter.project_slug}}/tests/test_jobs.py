@@ -8,7 +8,10 @@ that must look in between takes `published`, a broker without workers.
 import itertools
 import re
 import sys
+import threading
 import uuid
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
 from math import nan
 from types import SimpleNamespace
@@ -184,6 +187,85 @@ def test_two_owners_may_use_the_same_key(user, admin_user):
     Job.objects.enqueue(add, [1, 2], owner=admin_user, idempotency_key="key")
 
 
+def test_a_key_is_one_job_at_a_time(published):
+    first = Job.objects.enqueue(add, [1, 2], unique="key")
+    assert Job.objects.enqueue(short, [3], unique="key") == first
+    start(first)
+    assert Job.objects.enqueue(add, [1, 2], unique="key").state == "running"
+    others = [Job.objects.enqueue(add, [1, 2], unique=unique) for unique in ("other", None, None)]
+    assert Job.objects.count() == 1 + len(others)
+    Job.objects.filter(pk=first.pk).cancel()
+    assert Job.objects.enqueue(add, [1, 2], unique="key").state == "queued"
+
+
+def at_once(count, function):
+    """Call it in so many threads, each with a connection of its own; return what it returns."""
+    barrier = threading.Barrier(count)
+
+    def call(number):
+        try:
+            connection.ensure_connection()
+            barrier.wait(20)
+            return function()
+        finally:
+            connection.close()
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(call, range(count)))
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize("block", [nullcontext, transaction.atomic])
+def test_twenty_that_want_a_key_at_once_get_one_job(block):
+    def enqueue():
+        with block():
+            job = Job.objects.enqueue(add, [1, 2], unique="key", countdown=60)
+            return Job.objects.get(pk=job.pk).pk  # the transaction goes on
+
+    assert set(at_once(20, enqueue)) == {Job.objects.get().pk}
+
+
+@pytest.mark.django_db(transaction=True)
+def test_twenty_that_want_a_key_at_once_all_get_a_job_that_runs():
+    """Some of these end while others look for them."""
+    jobs = set(at_once(20, lambda: Job.objects.enqueue(add, [1, 2], unique="key").pk))
+    assert set(Job.objects.values_list("pk", "state")) == {(pk, "succeeded") for pk in jobs}
+
+
+def test_a_job_that_ends_before_it_is_found_leaves_its_key(monkeypatch):
+    other, first = Job.objects.enqueue(add, [1, 2], unique="key"), JobQuerySet.first
+    looks = iter([lambda: None, Job.objects.cancel])  # not committed yet, ended by now
+
+    def look(self):
+        next(looks)()
+        return None
+
+    monkeypatch.setattr(JobQuerySet, "first", look)
+    job = Job.objects.enqueue(add, [1, 2], unique="key")
+    monkeypatch.setattr(JobQuerySet, "first", first)
+    assert set(Job.objects.values_list("pk", "state")) == {
+        (other.pk, "cancelled"),
+        (job.pk, "queued"),
+    }
+
+
+def test_a_key_hides_no_other_conflict():
+    Job.objects.enqueue(add, [1, 2], unique="first", idempotency_key="unique_key")
+    with (
+        CaptureQueriesContext(connection) as captured,
+        pytest.raises(IntegrityError),
+        transaction.atomic(),
+    ):
+        Job.objects.enqueue(add, [1, 2], unique="second", idempotency_key="unique_key")
+    assert len([query for query in captured if query["sql"].startswith("INSERT")]) == 1
+
+
+@pytest.mark.parametrize("unique", ["", "x" * 256, 7])
+def test_a_key_is_a_text_that_fits(unique):
+    with pytest.raises(ValueError, match="unique= is a text of 1 to 255 characters"):
+        Job.objects.enqueue(add, [1, 2], unique=unique)
+
+
 def test_a_countdown_is_not_published_before_it_is_due(commit, published):
     with commit():
         job = Job.objects.enqueue(add, [1, 2], countdown=60)
@@ -295,6 +377,7 @@ def test_an_error_is_stored_without_what_a_database_refuses(text, stored):
     job = run(body)
     assert (job.state, job.error) == ("failed", f"ValueError: {stored}")
     assert (job.progress, job.message) == (30, stored)
+    assert job.attempts[0]["traceback"].endswith(f"raise ValueError(text)\nValueError: {stored}\n")
 
 
 @pytest.mark.parametrize("result", [object(), float("nan"), {"a": {1}}])
@@ -377,6 +460,104 @@ def test_a_retry_waits_ever_longer_in_the_row(monkeypatch):
 def test_the_last_retry_fails_the_job():
     job = deliver(Job.objects.enqueue(flaky, [9]))
     assert (job.state, job.retries, job.error) == ("failed", 2, "OSError: away")
+
+
+def test_each_run_that_failed_is_kept_with_its_traceback():
+    job = deliver(Job.objects.enqueue(flaky, [2]))
+    assert job.state == "succeeded"
+    assert errors(job) == ["OSError: away"] * 2
+    job = deliver(Job.objects.enqueue(flaky, [9]))
+    assert errors(job) == ["OSError: away"] * 3
+    assert all('raise OSError("away")' in attempt["traceback"] for attempt in job.attempts)
+    names = "started_at", "ended_at"
+    times = [datetime.fromisoformat(a[name]) for a in job.attempts for name in names]
+    assert times == sorted(times)
+    assert times[-2] == job.started_at and times[-1] <= job.finished_at
+
+
+def errors(job):
+    return [attempt["error"] for attempt in job.attempts]
+
+
+def divide(task, **options):
+    try:
+        1 / 0  # noqa: B018
+    except ZeroDivisionError:
+        raise task.retry(**options) from None
+
+
+def divide_and_go_on(task):
+    try:
+        1 / 0  # noqa: B018
+    except ZeroDivisionError:
+        task.retry(throw=False)
+
+
+@pytest.mark.parametrize(
+    ("body", "error", "raised"),
+    [
+        (divide, "ZeroDivisionError: division by zero", "1 / 0"),
+        (lambda task: divide(task, exc=ValueError("no")), "ValueError: no", "1 / 0"),
+        (divide_and_go_on, "ZeroDivisionError: division by zero", "1 / 0"),
+        (lambda task: task.retry(exc=ValueError("no")), "ValueError: no", "ValueError: no"),
+        (lambda task: task.retry(exc=OSError("no"), throw=False), "OSError: no", "OSError: no"),
+        (lambda task: task.retry(), "Another try was asked for", ""),
+    ],
+)
+def test_a_retry_says_what_led_to_it(body, error, raised):
+    def retry(task):
+        task.request.is_eager = False  # as in a worker
+        if not task.request.retries:
+            body(task)
+
+    job = run(retry)
+    assert (job.retries, errors(job)) == (1, [error])
+    assert raised in job.attempts[0]["traceback"]
+
+
+def test_the_latest_twenty_attempts_are_kept():
+    job = Job.objects.enqueue(add, [1, 2])
+    for number in range(23):
+        Job.objects.requeue(attempts=models.WithAttempt(str(number)))
+    job.refresh_from_db()
+    assert errors(job) == [str(number) for number in range(3, 23)]
+
+
+def fall(depth):
+    if not depth:
+        raise ValueError("long" * 10_000)
+    fall(depth - 1)
+
+
+def chain_errors(depth):
+    try:
+        fall(depth) if depth < 9_900 else chain_errors(depth - 1)
+    except ValueError as error:
+        raise ValueError("long" * 10_000) from error
+
+
+@pytest.mark.parametrize("body", [fall, chain_errors])
+def test_an_endless_error_and_traceback_are_cut(body):
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(20_000)
+    try:
+        job = run(lambda task: body(10_000))
+    finally:
+        sys.setrecursionlimit(limit)
+    [attempt] = job.attempts
+    assert attempt["error"] == ("ValueError: " + "long" * 1000)[:1000]
+    assert 'raise ValueError("long" * 10_000)' in attempt["traceback"]
+    assert len(attempt["traceback"]) <= 4000
+
+
+def test_a_job_that_succeeds_at_once_costs_two_statements():
+    job = Job.objects.enqueue(add, [1, 2])
+    with CaptureQueriesContext(connection) as captured:
+        models.publish([job])
+    assert len(captured) == 2
+    assert not any("attempts" in query["sql"] for query in captured)
+    job.refresh_from_db()
+    assert (job.state, job.attempts) == ("succeeded", [])
 
 
 @pytest.mark.django_db(transaction=True)  # it opens a new connection
@@ -482,9 +663,15 @@ class Unspeakable(Exception):
     def __str__(self):
         raise ValueError
 
+    __repr__ = __str__
+
 
 def unspeakable():
     raise Unspeakable
+
+
+def unprintable():
+    raise SyntaxError("bad", ("file", 1, 2, 3))
 
 
 def retry_by_hand():
@@ -496,6 +683,7 @@ def retry_by_hand():
     [
         (nested, "Its result cannot be stored as JSON"),
         (unspeakable, "Unspeakable"),
+        (unprintable, "SyntaxError"),
         (retry_by_hand, "Retry was raised by hand"),
     ],
 )
@@ -503,6 +691,7 @@ def test_a_body_that_ends_oddly_fails_once(body, error):
     job = run(lambda task: body())
     assert (job.state, job.crashes) == ("failed", 0)
     assert error in job.error
+    assert errors(job) == [job.error]
 
 
 def leave_autocommit_off(task):
@@ -703,6 +892,7 @@ def test_a_job_whose_worker_died_runs_again_later_each_time():
     sweep.judge_leases()
     job.refresh_from_db()
     assert (job.state, job.error) == ("failed", "Its worker died 3 times")
+    assert errors(job) == ["Its worker died"] * 3
 
 
 def test_a_job_past_its_deadline_fails():
@@ -711,6 +901,7 @@ def test_a_job_past_its_deadline_fails():
     sweep.judge_leases()
     job.refresh_from_db()
     assert (job.state, job.error, job.crashes) == ("failed", "Over its time limit", 0)
+    assert errors(job) == ["Over its time limit"]
 
 
 def test_a_job_with_a_lease_is_left_alone():
@@ -1044,7 +1235,8 @@ def backlog():
     with connection.cursor() as cursor:
         cursor.execute("ANALYZE jobs_job")
     for state in waits, runs, final:
-        Job.objects.bulk_create(Job(**fields, **state) for _ in range(3000))
+        keys = [str(uuid.uuid4()) for _ in range(3000)]
+        Job.objects.bulk_create(Job(**fields, **state, unique_key=key) for key in keys)
 
 
 @pytest.fixture
@@ -1055,13 +1247,17 @@ def by_key(backlog):
         with CaptureQueriesContext(connection) as captured:
             assert update(*args, **kwargs)
         [sql] = [query["sql"] for query in captured if query["sql"].startswith("UPDATE")]
-        with connection.cursor() as cursor:
-            cursor.execute(f"EXPLAIN {sql}")
-            plan = "\n".join(line for (line,) in cursor.fetchall())
-        scanned = re.findall(r"(?:Seq Scan|Index Scan) (?:using|on) (\w+)", plan)
-        assert set(scanned) == {"jobs_job_pkey"}, plan
+        assert scanned(sql) == {"jobs_job_pkey"}
 
     return check
+
+
+def scanned(sql):
+    """Return the indexes, or the table, that PostgreSQL reads for a statement."""
+    with connection.cursor() as cursor:
+        cursor.execute(f"EXPLAIN {sql}")
+        plan = "\n".join(line for (line,) in cursor.fetchall())
+    return set(re.findall(r"(?:Seq Scan|Index Scan) (?:using|on) (\w+)", plan))
 
 
 def test_the_change_of_a_job_walks_no_backlog(by_key):
@@ -1075,6 +1271,13 @@ def test_the_change_of_a_job_walks_no_backlog(by_key):
     by_key(runs[1].row.requeue)
     by_key(Job.objects.filter(pk=jobs[1].pk).cancel)
     by_key(lease.rows(runs[1:]).requeue)
+
+
+def test_the_job_of_a_key_is_found_without_a_walk(backlog):
+    job = Job.objects.enqueue(add, [1, 2], unique="key")
+    with CaptureQueriesContext(connection) as captured:
+        assert Job.objects.enqueue(add, [1, 2], unique="key") == job
+    assert [scanned(query["sql"]) for query in captured] == [{"job_unique_key"}]
 
 
 # manage.py check --deploy

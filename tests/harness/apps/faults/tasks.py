@@ -90,6 +90,22 @@ def retry_in_a_transaction(self):
             raise self.retry(countdown=0.1)
 
 
+@shared_task(
+    base=JobTask, bind=True, autoretry_for=(OSError,), default_retry_delay=0, max_retries=1
+)
+def fail_twice(self):
+    raise OSError("away")
+
+
+@shared_task(base=JobTask, bind=True)
+def fail_and_go_on(self):
+    try:
+        if not self.request.retries:
+            raise OSError("away")
+    except OSError:
+        self.retry(countdown=0, throw=False)
+
+
 @shared_task(base=JobTask, bind=True)
 def read(self, text):
     note(self, "start")
