@@ -9,7 +9,7 @@ from datetime import timedelta
 from celery import current_app
 from django.conf import settings
 from django.db import models, transaction
-from django.db.models import F, Max, Q
+from django.db.models import Case, F, Max, Q, When
 from django.db.models.functions import Coalesce, Least, Now
 
 logger = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ class JobQuerySet(models.QuerySet):
         return self.filter(Q(run=None) | Q(run=run), UNFINISHED, retries=retries).update(
             state="running",
             run=run,
-            progress=0,
+            progress=Case(When(cursor__isnull=True, then=0), default=F("progress")),
             message="",
             started_at=Clock(),
             deadline=Clock() + timedelta(seconds=limit),
@@ -143,6 +143,7 @@ class Job(models.Model):
     state = models.CharField(max_length=9, choices=STATES, default="queued")
     progress = models.PositiveSmallIntegerField(default=0, help_text="percent")
     message = models.CharField(max_length=255)
+    cursor = models.JSONField(null=True, help_text="where a next run goes on")
     result = models.JSONField(null=True)
     error = models.TextField()
     created_at = models.DateTimeField(db_default=Clock())

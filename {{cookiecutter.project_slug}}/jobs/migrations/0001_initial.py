@@ -41,6 +41,7 @@ class Migration(migrations.Migration):
                 ('state', models.CharField(choices=[('queued', 'Queued'), ('running', 'Running'), ('succeeded', 'Succeeded'), ('failed', 'Failed'), ('cancelled', 'Cancelled')], default='queued', max_length=9)),
                 ('progress', models.PositiveSmallIntegerField(default=0, help_text='percent')),
                 ('message', models.CharField(max_length=255)),
+                ('cursor', models.JSONField(help_text='where a next run goes on', null=True)),
                 ('result', models.JSONField(null=True)),
                 ('error', models.TextField()),
                 ('created_at', models.DateTimeField(db_default=jobs.models.Clock())),
