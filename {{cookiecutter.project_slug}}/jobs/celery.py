@@ -108,8 +108,9 @@ def name_ticks(sender, **kwargs):
         # counts between two multiples of its length.
         due = schedule.now() + schedule.remaining_estimate(entry.last_run_at) + timedelta(seconds=1)
         length = getattr(schedule, "run_every", timedelta(minutes=1))
-        tick = uuid.uuid5(uuid.NAMESPACE_OID, f"{entry.name} {due.timestamp() // length.total_seconds()}")
-        entry.options = {"task_id": str(tick), **entry.options}
+        tick = f"{entry.name} {due.timestamp() // length.total_seconds()}"
+        task_id = str(uuid.uuid5(uuid.NAMESPACE_OID, tick))
+        entry.options = {"task_id": task_id, **entry.options}
         try:
             return apply_async(entry, **options)
         except SchedulingError as error:

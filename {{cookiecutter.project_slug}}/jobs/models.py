@@ -108,7 +108,7 @@ class JobQuerySet(models.QuerySet):
         return self.filter(Q(run=None) | Q(run=run), UNFINISHED, retries=retries).update(
             state="running",
             run=run,
-            progress=Case(When(cursor__isnull=True, then=0), default=F("progress")),
+            progress=Case(When(cursor__isnull=False, then="progress"), default=0),
             message="",
             started_at=Clock(),
             deadline=Clock() + timedelta(seconds=limit),

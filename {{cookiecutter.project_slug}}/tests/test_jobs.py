@@ -356,9 +356,11 @@ def test_a_run_goes_on_where_the_last_one_stopped():
 
 
 def test_a_job_without_a_cursor_never_asks_for_it():
+    act.body = lambda task: task.report(1, 2)
+    job = Job.objects.enqueue(act)
     with CaptureQueriesContext(connection) as captured:
-        run(lambda task: task.report(1, 2))
-    assert not [query for query in captured if query["sql"].startswith('SELECT "jobs_job"."cursor"')]
+        models.publish([job])
+    assert not [query for query in captured if query["sql"].startswith("SELECT")]
 
 
 ASK = [lambda task: task.report(1, cursor=1), lambda task: task.cursor]
@@ -381,33 +383,28 @@ def test_a_cursor_ends_a_body_that_lost_its_job(ask, end_run):
 
 @pytest.fixture
 def update_fails(monkeypatch):
-    """A function that lets the next UPDATE of jobs raise this error."""
-    update = JobQuerySet.update
+    """A list of errors: each is raised by one UPDATE of jobs."""
+    update, errors = JobQuerySet.update, []
 
-    def fail(error):
-        def away(self, **changes):
-            monkeypatch.setattr(JobQuerySet, "update", update)
-            raise error
+    def fail(self, **changes):
+        if errors:
+            raise errors.pop()
+        return update(self, **changes)
 
-        monkeypatch.setattr(JobQuerySet, "update", away)
-
+    monkeypatch.setattr(JobQuerySet, "update", fail)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    return fail
+    return errors
 
 
 @pytest.mark.django_db(transaction=True)  # it opens a new connection
 @pytest.mark.parametrize(
-    ("error", "state"),
-    [
-        (OperationalError, "succeeded"),
-        (SoftTimeLimitExceeded, "failed"),
-    ],
+    ("error", "state"), [(OperationalError, "succeeded"), (SoftTimeLimitExceeded, "failed")]
 )
 def test_a_cursor_waits_for_a_database_that_is_away(update_fails, error, state):
     """But not beyond the time limit of its body."""
 
     def body(task):
-        update_fails(error)
+        update_fails.append(error)
         task.report(1, 2, cursor=7)
 
     job = run(body)
@@ -420,7 +417,7 @@ def test_a_cursor_and_what_changes_with_it_are_stored_together(update_fails):
         for error in ZeroDivisionError, OperationalError:
             with suppress(error), transaction.atomic():
                 Job.objects.create(task="effect", queue="", wake_at=Now())
-                update_fails(error)
+                update_fails.append(error)
                 task.report(1, 2, cursor=7)
         with suppress(ZeroDivisionError), transaction.atomic():
             task.report(1, 2, cursor=8)
