@@ -48,8 +48,9 @@ def test_a_killed_worker_loses_nothing(stack, gate, since):
     wait_for(lambda: stack.notes("end", task), 60)
 
 
-@stacks(pools=["prefork"])
-def test_a_killed_child_loses_nothing(stack, gate, since):
+@stacks(pools=["prefork"], timings={})
+def test_a_killed_child_loses_nothing(stack, gate, since, record_property):
+    """Its worker knows at once: no lease, which lasts for 30 s by default, has to lapse."""
     job = stack.enqueue("hold", gate, queue="cpu")
     task = stack.send("plain", gate, queue="cpu")
     children = [stack.wait_until_started(job), stack.wait_until_started(task)]
@@ -58,6 +59,10 @@ def test_a_killed_child_loses_nothing(stack, gate, since):
     for child in children:
         os.kill(child, signal.SIGKILL)
     start = time.monotonic()
+    wait_for(lambda: stack.row(job)["state"] == "queued", 5)
+    record_property("queued", round(time.monotonic() - start, 1))
+    stack.wait_until_started(job, times=2)
+    assert time.monotonic() - start < 20
     gate.touch()
 
     rows = stack.wait_until_final(job)
@@ -363,6 +368,7 @@ def test_without_beat_jobs_wait_at_most(stack, gate, since):
 def test_a_restarted_database_loses_no_job(stack, gate, since):
     """How a body ended is written once the database is back; no lease lapses meanwhile."""
     jobs = [stack.enqueue("hold", gate, queue=queue) for queue in ["cpu", "io"]]
+    jobs.append(stack.enqueue("count", gate, queue="cpu"))
     stack.wait_until_started(*jobs)
     stack.database.kill()
     gate.touch()
@@ -372,7 +378,9 @@ def test_a_restarted_database_loses_no_job(stack, gate, since):
     rows = stack.wait_until_final(*jobs)
     since(start)
     assert succeeded(rows, crashes=0), rows
-    assert [len(stack.notes("start", job)) for job in jobs] == [1, 1]
+    assert [len(stack.notes("start", job)) for job in jobs] == [1, 1, 1]
+    number, cursor = rows[2]["result"]
+    assert number == cursor > 0
 
 
 # Other settings

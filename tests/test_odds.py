@@ -5,9 +5,12 @@ Real processes, as in test_faults.py; `seconds` is measured likewise.
 
 import os
 import re
+import socketserver
 import subprocess
 import textwrap
+import threading
 import time
+from collections import Counter
 from pathlib import Path
 from urllib.error import URLError
 
@@ -170,6 +173,94 @@ def test_the_command_terminate_cancels(stack, gate, since):
     [row] = stack.wait_until_final(job, seconds=5)
     since(start)
     assert row["state"] == "cancelled"
+
+
+# What is resumed
+
+
+class Mails(socketserver.ThreadingTCPServer):
+    """A mail server that is slow, and knows for whom it has taken a mail."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), MailHandler)
+        self.received = []
+
+
+class MailHandler(socketserver.StreamRequestHandler):
+    def handle(self):
+        self.say("220 ready")
+        for line in self.rfile:
+            word = line[:4].upper()
+            if word == b"RCPT":
+                recipient = re.search(rb"<(.+)>", line)[1].decode()
+            if word == b"DATA":
+                self.say("354 go on")
+                while (end := self.rfile.readline()) not in (b".\r\n", b""):
+                    pass
+                if not end:  # who sends it is dead
+                    return
+                time.sleep(0.002)
+                self.server.received.append(recipient)
+            self.say("221 bye" if word == b"QUIT" else "250 fine")
+
+    def say(self, text):
+        self.wfile.write(f"{text}\r\n".encode())
+
+
+@pytest.fixture
+def mails():
+    with Mails() as server:
+        threading.Thread(target=server.serve_forever, args=[0.05], daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@on_each_pool
+def test_a_newsletter_goes_on_where_its_worker_was_killed(stack, mails, since, record_property):
+    """Nobody is forgotten, and no more get it twice than one chunk of 100."""
+    count = int(os.environ.get("MAILS", "1000"))
+    stack.variables["EMAIL_URL"] = f"smtp://127.0.0.1:{mails.server_address[1]}"
+    worker = stack.add_worker("news")
+    stack.workers.remove(worker)
+    worker.start()
+    code = """
+from orders.models import Newsletter, Recipient
+from orders.tasks import send_newsletter
+newsletter = Newsletter.objects.create(subject="News", body="All is well.")
+emails = [f"{number}@example.com" for number in range(count)]
+Recipient.objects.bulk_create(Recipient(newsletter=newsletter, email=email) for email in emails)
+result = Job.objects.enqueue(send_newsletter, [newsletter.pk], queue="news").pk
+"""
+    job = stack.ask(code, count=count)
+    wait_for(lambda: len(mails.received) > count / 2, 60)
+    worker.kill()
+    start = time.monotonic()
+    killed_at = len(mails.received)
+    worker.start()
+    try:
+        rows = stack.wait_until_final(job)
+    finally:
+        worker.kill()
+    since(start)
+    got = Counter(mails.received)
+    record_property("mails", f"killed after {killed_at}, {len(mails.received)} in all")
+    assert succeeded(rows, crashes=1), rows
+    assert len(got) == count == rows[0]["result"]["sent"]
+    assert killed_at < count
+    assert len(mails.received) - count <= 100
+
+
+@on_each_pool
+def test_transactions_that_are_longer_than_a_lease_keep_their_job(stack, since):
+    """They lock its row, so that nobody renews the lease."""
+    start = time.monotonic()
+    jobs = [stack.enqueue("commit_slowly", 4, 3.5, queue="cpu") for _ in range(4)]
+    rows = stack.wait_until_final(*jobs)
+    since(start)
+    assert succeeded(rows, crashes=0), rows
+    assert ran_once(stack, jobs)
 
 
 # What is locked or stands still, for longer than a lease

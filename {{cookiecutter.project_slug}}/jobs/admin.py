@@ -15,7 +15,7 @@ from .models import Job
 # What the page of a job shows.
 WHAT = "task args kwargs owner queue created_at"
 WENT = "state error result progress message started_at finished_at"
-INTERNALS = "id idempotency_key fingerprint unique_key run wake_at deadline sent retries crashes"
+INTERNALS = "id idempotency_key fingerprint unique_key cursor run wake_at deadline sent retries crashes"
 
 
 class LatestPages(Paginator):

@@ -2,11 +2,11 @@
 """What Celery's own words do with jobs, delay() and revoke say; what a worker does beside them."""
 
 {% print worker_pool.worker_imports %}
+import uuid
 from contextlib import suppress
 from copy import copy
 from datetime import timedelta
 from pathlib import Path
-from uuid import NAMESPACE_OID, uuid5
 
 {% print worker_pool.worker_celery | default("from celery import signals, states\n") %}
 from celery.backends.base import BaseBackend
@@ -108,8 +108,9 @@ def name_ticks(sender, **kwargs):
         # counts between two multiples of its length.
         due = schedule.now() + schedule.remaining_estimate(entry.last_run_at) + timedelta(seconds=1)
         length = getattr(schedule, "run_every", timedelta(minutes=1))
-        tick = uuid5(NAMESPACE_OID, f"{entry.name} {due.timestamp() // length.total_seconds()}")
-        entry.options = {"task_id": str(tick), **entry.options}
+        tick = f"{entry.name} {due.timestamp() // length.total_seconds()}"
+        task_id = str(uuid.uuid5(uuid.NAMESPACE_OID, tick))
+        entry.options = {"task_id": task_id, **entry.options}
         try:
             return apply_async(entry, **options)
         except SchedulingError as error:

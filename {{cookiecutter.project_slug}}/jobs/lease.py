@@ -32,6 +32,7 @@ class Run:
         self.job_id = job_id
         self.token = uuid.uuid4()
         self.report = self.written = {}  # progress in percent, message
+        self.cursor = []  # it alone, once it is read
         self.renew_at = time.monotonic() + settings.JOB_LEASE_SECONDS / 3
         self.retry = None  # what retry() wants
         self.cause = "Another try was asked for", ""  # of the retry: its error, its traceback

@@ -9,7 +9,7 @@ from datetime import timedelta
 from celery import current_app
 from django.conf import settings
 from django.db import IntegrityError, models, transaction
-from django.db.models import F, Func, Max, Q, Value
+from django.db.models import Case, F, Func, Max, Q, Value, When
 from django.db.models.functions import Coalesce, JSONObject, Least, Now
 
 logger = logging.getLogger(__name__)
@@ -162,7 +162,7 @@ class JobQuerySet(models.QuerySet):
         return self.filter(Q(run=None) | Q(run=run), UNFINISHED, retries=retries).update(
             state="running",
             run=run,
-            progress=0,
+            progress=Case(When(cursor__isnull=False, then="progress"), default=0),
             message="",
             started_at=Clock(),
             deadline=Clock() + timedelta(seconds=limit),
@@ -198,6 +198,7 @@ class Job(models.Model):
     state = models.CharField(max_length=9, choices=STATES, default="queued")
     progress = models.PositiveSmallIntegerField(default=0, help_text="percent")
     message = models.CharField(max_length=255)
+    cursor = models.JSONField(null=True, help_text="where a next run goes on")
     result = models.JSONField(null=True)
     error = models.TextField()
     attempts = models.JSONField(default=list, help_text="runs that failed or lost their worker")
@@ -248,7 +249,7 @@ class Job(models.Model):
         return f"{self.task} {self.id}"
 
     def run_again(self):
-        """Enqueue a job that does the same, once this one has ended.
+        """Enqueue a job that does the same, once this one has ended: unless it succeeded, the rest.
 
         Returns it, or the one that is active under its `unique`. Raises ValueError if this one is
         active or its task is gone; TypeError if that takes other arguments now.
@@ -260,6 +261,8 @@ class Job(models.Model):
             raise ValueError(f"there is no task {self.task}")
         task, same = current_app.tasks[self.task], {"args": self.args, "kwargs": self.kwargs}
         same |= {"owner_id": self.owner_id, "queue": self.queue, "unique": self.unique_key}
+        if self.state != "succeeded":
+            same["cursor"] = self.cursor
         return Job.objects.enqueue(task, **same)
 
 

@@ -58,25 +58,29 @@ def sweep_for_ever():
 def judge_leases():
     """End or queue again the running jobs whose lease was not renewed."""
     lapsed = Job.objects.filter(state="running", wake_at__lt=Now())
-    if suspects := list(lapsed.values_list("pk", flat=True)[:BATCH]):
+    with transaction.atomic():  # a row that its own body locks is no suspect yet
+        unlocked = lapsed.select_for_update(skip_locked=True)
+        suspects = list(unlocked.values_list("pk", flat=True)[:BATCH])
+    if suspects:
         time.sleep(2 * TICK)  # who was held up until now, by a lock say, renews at its next tick
-        with transaction.atomic():
-            lapsed = lapsed.filter(pk__in=suspects).select_for_update(skip_locked=True)
-            for job in lapsed.only("crashes").annotate(late=Q(deadline__lte=Now())):
-                judge(job)
+        judge(lapsed.filter(pk__in=suspects))
 
 
-def judge(job):
-    row, crashes = Job.objects.filter(pk=job.pk), job.crashes + 1
-    died = {"crashes": crashes, "attempts": WithAttempt("Its worker died")}
-    if job.late:
-        row.finish("failed", error=OVER_TIME_LIMIT, attempts=WithAttempt(OVER_TIME_LIMIT))
-    elif crashes >= settings.JOB_MAX_CRASHES:
-        row.finish("failed", error=f"Its worker died {crashes} times", **died)
-    else:
-        delay = 5 * 2**job.crashes * random.uniform(0.8, 1.2)
-        row.requeue(delay, message="Its worker died, so it starts again soon", **died)
-        logger.warning("job %s lost its worker: again in %.0f s", job.pk, delay)
+@transaction.atomic
+def judge(jobs):
+    """End or queue again these jobs, whose workers are dead. Locked rows are left alone."""
+    late = Q(deadline__lte=Now())
+    for job in jobs.select_for_update(skip_locked=True).only("crashes").annotate(late=late):
+        row, crashes = Job.objects.filter(pk=job.pk), job.crashes + 1
+        died = {"crashes": crashes, "attempts": WithAttempt("Its worker died")}
+        if job.late:
+            row.finish("failed", error=OVER_TIME_LIMIT, attempts=WithAttempt(OVER_TIME_LIMIT))
+        elif crashes >= settings.JOB_MAX_CRASHES:
+            row.finish("failed", error=f"Its worker died {crashes} times", **died)
+        else:
+            delay = 5 * 2**job.crashes * random.uniform(0.8, 1.2)
+            row.requeue(delay, message="Its worker died, so it starts again soon", **died)
+            logger.warning("job %s lost its worker: again in %.0f s", job.pk, delay)
 
 
 def send_due():

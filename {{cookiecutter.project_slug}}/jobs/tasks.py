@@ -17,7 +17,7 @@ from django.db.utils import InterfaceError, OperationalError
 
 from .celery import CeleryTask
 from .lease import Lost, Run
-from .models import OVER_TIME_LIMIT, QUEUED, Job, WithAttempt
+from .models import OVER_TIME_LIMIT, QUEUED, Job, WithAttempt, lease
 
 logger = logging.getLogger(__name__)
 
@@ -46,14 +46,34 @@ class JobTask(CeleryTask):
         options["priority"] = options.get("priority") or 0
         amqp.send_task_message(producer, self.name, message, headers=headers, **options)
 
-    def report(self, done, total=100, message=""):
-        """Show the progress, `done` of `total`, and a line of text. Ends a cancelled job's body."""
+    @property
+    def cursor(self):
+        """What the last report() with a cursor has left, of this run or of an earlier one, or None.
+
+        None also where the task is called. Read it once, at the start of the body.
+        """
+        run = self.job_run
+        if run and not run.cursor:
+            run.cursor = held(list, run.row.values_list("cursor", flat=True))
+        return run.cursor[0] if run else None
+
+    def report(self, done, total=100, message="", *, cursor=None):
+        """Show the progress, `done` of `total`, and a line of text. Ends a cancelled job's body.
+
+        With a `cursor`, whatever JSON can hold, the next run goes on here: self.cursor is that
+        after a crash, a deploy or a retry. It is stored when this returns; inside your own atomic()
+        with what else that changes: together, once, or not at all. Keep that short, for it locks
+        the job. Raises TypeError for a cursor that is not JSON.
+        """
         if run := self.job_run:
             if run.lost:
                 raise Lost
             percent = int(100 * done / total) if total else 100
             message = printable(message)[:255]
             run.report = {"progress": max(0, min(percent, 100)), "message": message}
+            if cursor is not None:
+                held(run.row.update, cursor=cursor, wake_at=lease(), **run.report)
+                run.cursor = []  # perhaps it is rolled back
 
     def retry(self, args=None, kwargs=None, exc=None, *more, **options):
         """Celery's own, which remembers what led to it."""
@@ -69,6 +89,7 @@ class JobTask(CeleryTask):
             return super().__call__(*args, **kwargs)
         job, crashes = Job.objects.filter(pk=request.id), request.headers["job"]
         run = Run(request.id)
+{% print worker_pool.run | default %}
         # A crash is no proof against a job that was not alone: let it be the only suspect.
         if crashes and crashes + 1 >= settings.JOB_MAX_CRASHES and not run.is_only_suspect():
             insist(job.filter(QUEUED).requeue, settings.JOB_SWEEP_SECONDS)
@@ -135,19 +156,36 @@ def fail(run, reason=None):
     insist(run.row.finish, "failed", **changes)
 
 
-{% print worker_pool.insist | default %}
 def insist(update, *args, **kwargs):
-    """Return update(…), tried until the database answers: how a job ended must not get lost."""
+    """Do as wait_for() also over the soft time limit: how a job ended must not get lost."""
     while True:
         with suppress(SoftTimeLimitExceeded):
-            try:
-                return update(*args, **kwargs)
-            except Error as error:
-                if not is_away(error):
-                    raise
-                logger.warning("waiting for the database: %s", error)
-                close_old_connections()
-                time.sleep(1)
+            return wait_for(update, *args, **kwargs)
+
+
+def held(query, *args, **kwargs):
+    """Return what this query of a run's row brings. Raises Lost if the row is no longer the run's.
+
+    In a transaction of the body it is part of that, so it is tried once.
+    """
+    wait = not transaction_open()
+    if not (answer := wait_for(query, *args, **kwargs) if wait else query(*args, **kwargs)):
+        raise Lost
+    return answer
+
+
+{% print worker_pool.insist | default %}
+def wait_for(query, *args, **kwargs):
+    """Return query(…), tried until the database answers."""
+    while True:
+        try:
+            return query(*args, **kwargs)
+        except Error as error:
+            if not is_away(error):
+                raise
+            logger.warning("waiting for the database: %s", error)
+            close_old_connections()
+            time.sleep(1)
 
 
 def is_away(error):
@@ -162,13 +200,16 @@ def requeue(run):
         insist(run.row.requeue, attempts=WithAttempt(*run.cause), **run.retry)
 
 
+def transaction_open():
+    return connection.connection and (connection.in_atomic_block or not connection.autocommit)
+
+
 def leave_transaction():
     """Roll back what a body left open, or else how it ended would be part of it. Returns if so."""
     with suppress(Error):
         if connection.connection and not (connection.in_atomic_block or connection.autocommit):
             connection.set_autocommit(True)  # perhaps all was committed
-    left = connection.connection and (connection.in_atomic_block or not connection.autocommit)
-    if left:
+    if left := transaction_open():
         connection.close()
         with suppress(Error):
             connection.connect()  # forgets the blocks, also if it fails

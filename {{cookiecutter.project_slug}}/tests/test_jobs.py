@@ -11,7 +11,7 @@ import sys
 import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from datetime import UTC, datetime, timedelta
 from math import nan
 from types import SimpleNamespace
@@ -419,6 +419,98 @@ def test_a_new_run_starts_its_progress_anew():
     assert (job.progress, job.message) == (0, "")
 
 
+def test_a_run_goes_on_where_the_last_one_stopped():
+    seen = []
+
+    def body(task):
+        seen.append((task.cursor, Job.objects.get().progress))
+        task.report(1, 2, "half done", cursor={"page": 5})
+        task.report(1, 1)  # without one, so it is not in the database yet
+        job = Job.objects.get()
+        seen.append((task.cursor, job.cursor, job.progress, job.message))
+        Job.objects.requeue()  # as after a crash
+
+    job = run(body)
+    stopped = ({"page": 5}, {"page": 5}, 50, "half done")
+    assert seen == [(None, 0), stopped]
+    assert deliver(job).state == "queued"
+    assert seen[2:] == [({"page": 5}, 50), stopped]
+
+
+def test_a_job_without_a_cursor_never_asks_for_it():
+    act.body = lambda task: task.report(1, 2)
+    job = Job.objects.enqueue(act)
+    with CaptureQueriesContext(connection) as captured:
+        models.publish([job])
+    assert not [query for query in captured if query["sql"].startswith("SELECT")]
+
+
+ASK = [lambda task: task.report(1, cursor=1), lambda task: task.cursor]
+
+
+@pytest.mark.parametrize("ask", ASK, ids=["report", "cursor"])
+@pytest.mark.parametrize("end_run", [Job.objects.cancel, lambda: replace_run()])
+def test_a_cursor_ends_a_body_that_lost_its_job(ask, end_run):
+    steps = []
+
+    def body(task):
+        end_run()
+        steps.append("before")
+        ask(task)
+        steps.append("after")
+
+    job = run(body)
+    assert (steps, job.cursor) == (["before"], None)
+
+
+@pytest.fixture
+def update_fails(monkeypatch):
+    """A list of errors: each is raised by one UPDATE of jobs."""
+    update, errors = JobQuerySet.update, []
+
+    def fail(self, **changes):
+        if errors:
+            raise errors.pop()
+        return update(self, **changes)
+
+    monkeypatch.setattr(JobQuerySet, "update", fail)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    return errors
+
+
+@pytest.mark.django_db(transaction=True)  # it opens a new connection
+@pytest.mark.parametrize(
+    ("error", "state"), [(OperationalError, "succeeded"), (SoftTimeLimitExceeded, "failed")]
+)
+def test_a_cursor_waits_for_a_database_that_is_away(update_fails, error, state):
+    """But not beyond the time limit of its body."""
+
+    def body(task):
+        update_fails.append(error)
+        task.report(1, 2, cursor=7)
+
+    job = run(body)
+    assert (job.state, job.cursor) == (state, 7 if state == "succeeded" else None)
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_cursor_and_what_changes_with_it_are_stored_together(update_fails):
+    def body(task):
+        for error in ZeroDivisionError, OperationalError:
+            with suppress(error), transaction.atomic():
+                Job.objects.create(task="effect", queue="", wake_at=Now())
+                update_fails.append(error)
+                task.report(1, 2, cursor=7)
+        with suppress(ZeroDivisionError), transaction.atomic():
+            task.report(1, 2, cursor=8)
+            raise ZeroDivisionError
+        return task.cursor
+
+    assert run(body).state == "succeeded"
+    [job] = Job.objects.all()
+    assert (job.result, job.cursor) == (None, None)
+
+
 def test_a_second_copy_of_the_message_does_nothing():
     runs = []
     job = run(runs.append)
@@ -579,6 +671,8 @@ def test_a_result_waits_for_a_database_that_is_away(monkeypatch):
 def test_without_a_row_it_is_a_plain_task():
     assert add(1, 2) == 3
     assert add.apply([1, 2]).get() == 3
+    act.body = lambda task: [task.report(1, 2, cursor=7), task.cursor]
+    assert act() == [None, None]
     assert not Job.objects.exists()
 
 
@@ -1267,6 +1361,7 @@ def test_the_change_of_a_job_walks_no_backlog(by_key):
         row = Job.objects.filter(pk=run.job_id)
         by_key(row.start, run.token, retries=0, limit=60)
     by_key(lease.rows(runs).update, wake_at=models.lease())
+    by_key(runs[0].row.update, cursor=7, wake_at=models.lease())
     by_key(runs[0].row.finish, "succeeded")
     by_key(runs[1].row.requeue)
     by_key(Job.objects.filter(pk=jobs[1].pk).cancel)

@@ -42,6 +42,7 @@ class Migration(migrations.Migration):
                 ('state', models.CharField(choices=[('queued', 'Queued'), ('running', 'Running'), ('succeeded', 'Succeeded'), ('failed', 'Failed'), ('cancelled', 'Cancelled')], default='queued', max_length=9)),
                 ('progress', models.PositiveSmallIntegerField(default=0, help_text='percent')),
                 ('message', models.CharField(max_length=255)),
+                ('cursor', models.JSONField(help_text='where a next run goes on', null=True)),
                 ('result', models.JSONField(null=True)),
                 ('error', models.TextField()),
                 ('attempts', models.JSONField(default=list, help_text='runs that failed or lost their worker')),

@@ -66,6 +66,28 @@ def hold_its_row(self, gate):
 
 
 @shared_task(base=JobTask, bind=True)
+def commit_slowly(self, times, seconds):
+    """Long transactions, in which it locks its own row."""
+    note(self, "start")
+    for done in range(int(times)):
+        with transaction.atomic():
+            self.report(done, int(times), cursor=done)
+            time.sleep(float(seconds))
+
+
+@shared_task(base=JobTask, bind=True)
+def count(self, gate):
+    """Store a cursor all the time."""
+    note(self, "start")
+    number = self.cursor or 0
+    while not Path(gate).exists():
+        number += 1
+        self.report(0, cursor=number)
+        time.sleep(0.05)
+    return [number, self.cursor]
+
+
+@shared_task(base=JobTask, bind=True)
 def hold_the_interpreter(self, seconds):
     """As a call into C does that computes."""
     note(self, "start")
