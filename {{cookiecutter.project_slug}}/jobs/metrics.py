@@ -35,10 +35,11 @@ class Ledger:
     def collect(self):
         queued = Q(state="queued")
         due = queued & Q(due_at__lte=Now())
-        rows = Job.objects.filter(state__in=ACTIVE).values("queue").annotate(
-            jobs_waiting=Count("*", filter=due),
-            jobs_waiting_later=Count("*", filter=queued & Q(due_at__gt=Now())),
-            jobs_running=Count("*", filter=Q(state="running")),
+        rows = Job.objects.filter(state__in=ACTIVE).values("queue")
+        rows = rows.annotate(
+            jobs_waiting=Count("queue", filter=due),
+            jobs_waiting_later=Count("queue", filter=queued & Q(due_at__gt=Now())),
+            jobs_running=Count("queue", filter=Q(state="running")),
             jobs_oldest_wait_seconds=Now() - Min("due_at", filter=due),
         )
         empty = [{"queue": queue} for queue in settings.WORKER_QUEUES]

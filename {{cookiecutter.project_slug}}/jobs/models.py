@@ -191,7 +191,7 @@ class Job(models.Model):
         return f"{self.task} {self.id}"
 
 
-class Sweep(models.Model):
+class Sweep(models.Model):  # noqa: DJ008
     """One row, which says when Beat has last looked at all jobs."""
 
     ended_at = models.DateTimeField()
