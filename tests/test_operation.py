@@ -46,7 +46,7 @@ SITUATIONS = {
         },
         [("JobsFail", {"task": "mail"}), ("JobsKillWorkers", {"task": "mail"})],
     ),
-    "Beat never ran": ({"jobs_sweep_age_seconds": "Infx20"}, [("SweepSilent", {})]),
+    "Beat never ran": ({"jobs_sweep_age_seconds": 20 * "Inf "}, [("SweepSilent", {})]),
     "nothing is scraped": ({}, [("NoMetrics", {})]),
 }
 
