@@ -18,8 +18,8 @@ TAKEN = """config dev jobs manage orders users test tests default false guest n 
     csp django django_axes django_celery_beat django_celery_results django_csp django_environ
     django_filter django_filters django_structlog djangorestframework drf_spectacular
     drf_spectacular_sidecar environ fakeredis flower gevent greenlet gunicorn honcho httpx kombu
-    moto psycopg psycopg_binary pycurl pytest pytest_django redis rest_framework ruff sentry_sdk
-    sqlparse structlog tornado vine whitenoise""".split()  # its own, of servers, YAML, imports
+    moto prometheus_client psycopg psycopg_binary pycurl pytest pytest_django redis rest_framework
+    ruff sentry_sdk sqlparse structlog tornado vine whitenoise""".split()  # its own, of servers, YAML
 ATOM, LABEL = r"[\w!#$%&'*+/=?^`{|}~-]+", r"[a-z0-9]([a-z0-9-]*[a-z0-9])?"
 EMAIL = rf"{ATOM}(\.{ATOM})*@{LABEL}(\.{LABEL})+"  # what RFC 5322 allows without quotes
 

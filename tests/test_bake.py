@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import yaml
 from jinja2 import nodes
 
 from harness.bake import CHOICES, COMBINATIONS, CONTEXT, ENVIRONMENT, TEMPLATE, chosen, name
@@ -89,7 +90,7 @@ def test_every_combination_is_clean(bake, answers, is_new, record_property):
     # Manifests, a migration that makes a periodic task, and a policy, on top of the default's.
     more = 5 * (answers["deployment"] == "kubernetes") + (answers["periodic_tasks"] == "admin")
     more += answers["broker"] == "rabbitmq"
-    assert len(texts) <= 52 + more, "files"
+    assert len(texts) <= 53 + more, "files"
     empty = [path for path in project.rglob("*") if path.is_dir() and not any(path.iterdir())]
     assert empty == []
     for file, text in texts.items():
@@ -116,6 +117,28 @@ def test_every_combination_is_clean(bake, answers, is_new, record_property):
     if is_new("ruff", about, *python):
         project.call("ruff", "check", "--no-cache")
         project.call("ruff", "format", "--check", "--no-cache")
+
+
+@pytest.mark.parametrize("broker", CHOICES["broker"])
+def test_flower_answers_on_the_loopback_only(bake, broker):
+    """For its /metrics and /healthcheck ask nobody for a password."""
+    texts = read(bake(broker=broker, deployment="kubernetes"))
+    services = yaml.safe_load(texts[Path("compose.yaml")])["services"]
+    for service, options in services.items():
+        for port in options.get("ports", []):
+            assert port.startswith("127.0.0.1:"), service
+    pods = list(yaml.safe_load_all(texts[Path("deploy/kubernetes/base/app.yaml")]))
+    assert [each["metadata"]["name"] for each in pods if each["kind"] == "Service"] == ["web"]
+    [has_flower] = {"flower" in services, "\nflower:" in texts[Path("Procfile")]}
+    said = "so keep the port closed" in texts[Path("README.md")]
+    assert has_flower == said == chosen(broker=broker).broker.flower
+    if has_flower:
+        assert 'setdefault("FLOWER_ADDRESS", "127.0.0.1")' in texts[Path("config/celery.py")]
+        assert re.search("^flower: celery -A config flower$", texts[Path("Procfile")], re.M)
+        [pod] = [each for each in pods if each["metadata"]["name"] == "flower"]
+        [container] = pod["spec"]["template"]["spec"]["containers"]
+        assert "--address=127.0.0.1" in container["command"][-1]
+        assert "ports" not in container
 
 
 @cache

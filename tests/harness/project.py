@@ -178,6 +178,15 @@ class Site:
         headers = {"Authorization": f"Token {self.token}", **headers}
         return fetch(self.web + path, data, headers)
 
+    def scrape(self):
+        """What Prometheus would read, {name with labels: value}."""
+        request = urllib.request.Request(f"{self.web}/metrics")
+        request.add_header("Authorization", f"Token {self.token}")
+        with urllib.request.urlopen(request, timeout=30) as response:
+            lines = response.read().decode().splitlines()
+        samples = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+        return {name: float(value) for name, value in samples}
+
     def enqueue(self, task, *args):
         """Enqueue a job of a task of the app `samples` for the demo user; return its URL."""
         code = f"""

@@ -255,9 +255,9 @@ if dsn := env.str("SENTRY_DSN", default=""):
 
 
 def drop_polls(logger, method, event):
-    """Leave out what pages and probes ask again and again, if it went well."""
+    """Leave out what pages, probes and Prometheus ask again and again, if it went well."""
     if event["event"] == "request_finished" and event["code"] == 200:
-        if re.match("GET /(api/jobs|health)/", event["request"]):
+        if re.match("GET /(api/jobs/|health/|metrics$)", event["request"]):
             raise structlog.DropEvent
     return event
 

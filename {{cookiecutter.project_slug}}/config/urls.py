@@ -10,6 +10,7 @@ from django.views.generic import TemplateView
 from drf_spectacular.views import SpectacularAPIView, SpectacularSwaggerSplitView
 from rest_framework.routers import DefaultRouter
 
+from jobs.metrics import Metrics
 from jobs.views import JobViewSet
 {% if cookiecutter.include_example %}
 from orders.views import NewsletterViewSet, OrderViewSet
@@ -57,6 +58,7 @@ urlpatterns = [
     path("api/", include(router.urls)),
     path("api/schema/", SpectacularAPIView.as_view(), name="schema"),
     path("api/docs/", login_required(api_docs), name="schema-ui"),
+    path("metrics", Metrics.as_view()),
     path("health/live", lambda request: HttpResponse("ok")),
     path("health/ready", ready),
 ]

@@ -153,8 +153,9 @@ class JobQuerySet(models.QuerySet):
             route = current_app.amqp.router.route({}, task.name, args, kwargs)
             queue = route["queue"].name if "queue" in route else current_app.conf.task_default_queue
         fields = {"task": task.name, "args": args, "kwargs": kwargs, "queue": queue}
-        wake_at = now + timedelta(seconds=countdown or settings.JOB_RESEND_SECONDS)
-        return {**fields, "sent": 0 if countdown else 1, "wake_at": wake_at}
+        due_at = now + timedelta(seconds=countdown or 0)
+        wake_at = due_at if countdown else now + timedelta(seconds=settings.JOB_RESEND_SECONDS)
+        return {**fields, "sent": 0 if countdown else 1, "due_at": due_at, "wake_at": wake_at}
 
     def start(self, run, *, retries, limit):
         """Claim a queued job for `run`, for `limit` seconds. Returns 0 if the message is stale."""
@@ -172,6 +173,8 @@ class JobQuerySet(models.QuerySet):
     def requeue(self, delay=0, **changes):
         """Let these jobs start (again) in `delay` seconds: the sweep sends what is due."""
         due = Now() + timedelta(seconds=delay)
+        # Who waits already, and is put back as its message was refused, has waited since then.
+        changes["due_at"] = Case(When(state="queued", then="due_at"), default=due)
         return self.update(state="queued", run=None, sent=0, wake_at=due, **changes)
 
     def finish(self, state, **changes):
@@ -207,6 +210,7 @@ class Job(models.Model):
     finished_at = models.DateTimeField(null=True)
 
     run = models.UUIDField(null=True, help_text="who runs it; another token fences the old run")
+    due_at = models.DateTimeField(null=True, help_text="from when on a worker may take it")
     wake_at = models.DateTimeField(null=True, help_text="when the sweep must look at it")
     deadline = models.DateTimeField(null=True, help_text="when the run is over its time limit")
     sent = models.PositiveSmallIntegerField(default=0, help_text="messages since it was queued")
@@ -222,7 +226,7 @@ class Job(models.Model):
             models.Index(fields=["owner", "state", "-created_at"], name="job_owner_state"),
             models.Index(fields=["finished_at"], name="job_finished", condition=~UNFINISHED),
             models.Index(
-                fields=["state", "queue", "sent", "wake_at"],
+                fields=["state", "queue", "sent", "wake_at", "due_at"],  # the last one for metrics
                 name="job_active",
                 condition=Q(state__in=ACTIVE),
             ),
@@ -261,9 +265,14 @@ class Job(models.Model):
             raise ValueError(f"there is no task {self.task}")
         task, same = current_app.tasks[self.task], {"args": self.args, "kwargs": self.kwargs}
         same |= {"owner_id": self.owner_id, "queue": self.queue, "unique": self.unique_key}
-        if self.state != "succeeded":
-            same["cursor"] = self.cursor
+        same["cursor"] = None if self.state == "succeeded" else self.cursor
         return Job.objects.enqueue(task, **same)
+
+
+class Sweep(models.Model):  # noqa: DJ008
+    """One row, which says when Beat has last looked at all jobs."""
+
+    ended_at = models.DateTimeField()
 
 
 def publish(jobs):

@@ -14,7 +14,7 @@ from django.db.models.functions import Now
 
 from .celery import show_life
 from .lease import TICK
-from .models import BATCH, OVER_TIME_LIMIT, QUEUED, Job, WithAttempt, send
+from .models import BATCH, OVER_TIME_LIMIT, QUEUED, Job, Sweep, WithAttempt, send
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +46,8 @@ def sweep_for_ever():
             busy = send_due()
             if not busy:
                 purge()
+            # Also if the broker took nothing: what is measured is whether somebody looks.
+            Sweep.objects.update_or_create(pk=1, defaults={"ended_at": Now()})
         except Error as error:
             logger.warning("the database does not answer the sweep: %s", error)
             judge_at = time.monotonic() + settings.JOB_LEASE_SECONDS / 2

@@ -1,9 +1,12 @@
 """What HTTP sees of jobs: the API, the pages, the admin, the probes."""
 
 import os
+import re
 import runpy
 import uuid
 from base64 import b64encode
+from datetime import timedelta
+from math import inf
 
 import pytest
 import structlog
@@ -17,9 +20,11 @@ from django.core.cache.backends.locmem import LocMemCache
 from django.core.exceptions import ImproperlyConfigured
 from django.core.management import call_command
 from django.db import OperationalError, connection
+from django.db.models.functions import Now
 from django.test import RequestFactory
 from django.test.utils import CaptureQueriesContext
 from django_structlog.middlewares import RequestMiddleware
+from rest_framework.authtoken.models import Token
 from rest_framework.decorators import api_view, permission_classes
 from rest_framework.response import Response
 from rest_framework.test import APIClient, APIRequestFactory
@@ -365,10 +370,10 @@ def test_the_api_describes_itself_to_a_browser(client, user):
 # The log
 
 
-def test_the_log_has_no_line_for_each_poll_and_probe(api, caplog):
+def test_the_log_has_no_line_for_each_poll_and_probe(api, staff_api, caplog):
     caplog.set_level("INFO")
-    for url in "/api/jobs/", "/api/jobs/?state=failed", "/health/live", "/health/ready":
-        assert api.get(url).status_code == 200
+    for url in "/api/jobs/", "/api/jobs/?state=failed", "/health/live", "/health/ready", "/metrics":
+        assert staff_api.get(url).status_code == 200
     assert not caplog.records
     api.get(f"/api/jobs/{uuid.uuid4()}/")
     api.get("/api/schema/")
@@ -381,6 +386,99 @@ def test_the_log_has_one_traceback_for_a_failure(api, caplog, monkeypatch):
     assert api.get("/api/jobs/").status_code == 500
     [record] = [record for record in caplog.records if record.levelname == "ERROR"]
     assert record.msg["event"] == "request_failed"
+
+
+# Metrics
+
+
+def scrape(client):
+    """The samples of GET /metrics that are not 0, {name and labels: value}."""
+    response = client.get("/metrics")
+    assert response.status_code == 200
+    found = {}
+    for line in response.content.decode().splitlines():
+        name, *labels, value = re.split('[{}",= ]+', line)
+        if name != "#" and float(value):
+            found[" ".join([name, *labels[1::2]])] = float(value)
+    return found
+
+
+def ago(seconds):
+    return Now() - timedelta(seconds=seconds)
+
+
+def test_the_metrics_tell_what_waits_and_since_when(staff_api):
+    Job.objects.enqueue(greet, queue="slow")
+    resent = Job.objects.enqueue(greet, queue="slow")
+    Job.objects.filter(pk=resent.pk).update(due_at=ago(100), sent=3)
+    Job.objects.enqueue(greet, queue="slow", countdown=60)
+    retried, running = (Job.objects.enqueue(greet) for _ in range(2))
+    for job in retried, running:
+        Job.objects.filter(pk=job.pk).update(due_at=ago(100))
+        Job.objects.filter(pk=job.pk).start(uuid.uuid4(), retries=0, limit=60)
+    Job.objects.filter(pk=retried.pk).requeue(30, retries=1)
+    found = scrape(staff_api)
+    assert 100 <= found.pop("jobs_oldest_wait_seconds slow") < 160
+    assert found == {
+        "jobs_waiting slow": 2,
+        "jobs_waiting_later slow": 1,
+        "jobs_waiting_later celery": 1,
+        "jobs_running celery": 1,
+        "jobs_sweep_age_seconds": inf,
+    }
+
+
+def test_the_metrics_name_each_queue_also_an_empty_one(staff_api, settings):
+    shown = staff_api.get("/metrics").content.decode()
+    for queue in settings.WORKER_QUEUES:
+        assert re.search(f'jobs_waiting.queue="{queue}". 0.0', shown)
+
+
+def test_the_metrics_tell_what_has_ended_in_the_last_minute(staff_api):
+    ended = {"started_at": ago(4), "finished_at": Now(), "wake_at": None}
+    for change in [
+        {"state": "succeeded"},
+        {"state": "succeeded", "started_at": ago(8), "retries": 2},
+        {"state": "failed", "crashes": 3},
+        {"state": "cancelled", "started_at": None},
+        {"state": "cancelled"},
+        {"state": "failed", "finished_at": ago(61)},
+    ]:
+        job = Job.objects.enqueue(greet)
+        Job.objects.filter(pk=job.pk).update(**ended | change)
+    found = scrape(staff_api)
+    ran = {name: found.pop(name) for name in list(found) if "run_seconds" in name}
+    assert ran == {
+        "jobs_ended_last_minute_run_seconds succeeded test_api.greet": pytest.approx(12, abs=0.5),
+        "jobs_ended_last_minute_run_seconds failed test_api.greet": pytest.approx(4, abs=0.5),
+    }
+    assert found == {
+        "jobs_ended_last_minute succeeded test_api.greet": 2,
+        "jobs_ended_last_minute failed test_api.greet": 1,
+        "jobs_ended_last_minute cancelled test_api.greet": 2,
+        "jobs_ended_last_minute_retries succeeded test_api.greet": 2,
+        "jobs_ended_last_minute_crashes failed test_api.greet": 3,
+        "jobs_sweep_age_seconds": inf,
+    }
+
+
+def test_the_metrics_are_for_staff(api, staff_api, admin_user, monkeypatch):
+    monkeypatch.setitem(Throttle.THROTTLE_RATES, "user", "1/min")
+    assert APIClient().get("/metrics").status_code == 401
+    assert api.get("/metrics").status_code == 403
+    token = Token.objects.create(user=admin_user)
+    by_token = APIClient(HTTP_AUTHORIZATION=f"Token {token}", HTTP_ACCEPT="text/plain")
+    for client in staff_api, by_token, by_token:  # however often
+        assert client.get("/metrics")["Content-Type"].startswith("text/plain")
+
+
+def test_the_metrics_cost_three_queries_however_many_jobs_there_are(staff_api):
+    for number in range(20):
+        Job.objects.enqueue(greet, queue=f"queue{number % 7}")
+    Job.objects.filter(queue="queue1").cancel()
+    with CaptureQueriesContext(connection) as captured:
+        scrape(staff_api)
+    assert len([query for query in captured if "jobs_" in query["sql"]]) == 3
 
 
 # The admin

@@ -45,7 +45,8 @@ from psycopg.errors import ProgramLimitExceeded, ReadOnlySqlTransaction
 from config.celery import app, drop_dead_connections, own_settings
 from jobs import lease, models, sweep, tasks
 from jobs.celery import {{ "follow_revokes, " if broker.flower }}name_ticks
-from jobs.models import Job, JobQuerySet
+from jobs.metrics import Ledger
+from jobs.models import Job, JobQuerySet, Sweep
 from jobs.tasks import JobTask
 
 pytestmark = pytest.mark.django_db
@@ -1226,6 +1227,55 @@ def test_the_sweep_counts_what_waits_in_a_queue(monkeypatch):
     assert sweep.messages_in("new") == 1
 
 
+def waits_for(job):
+    job.refresh_from_db()
+    return (timezone.now() - job.due_at).total_seconds()
+
+
+def test_a_job_waits_from_its_time_on_however_often_it_is_sent(published, monkeypatch):
+    job = Job.objects.enqueue(add, [1, 2], countdown=60)
+    assert waits_for(job) == pytest.approx(-60, abs=5)
+    Job.objects.filter(pk=job.pk).update(due_at=Now() - timedelta(seconds=500))
+    for _ in range(2):  # then it is lost, and sent again
+        lapse(job)
+        sweep.send_due()
+        published.clear()
+        assert waits_for(job) == pytest.approx(500, abs=5)
+    monkeypatch.setattr(sweep, "send", lambda jobs: 1 / 0)
+    lapse(job)
+    sweep.send_due()
+    assert waits_for(job) == pytest.approx(500, abs=5)
+    assert seconds_until_due(job) <= 0  # sent never, as far as anybody knows
+
+
+def test_what_runs_again_waits_anew(settings):
+    crashed, retried = (Job.objects.enqueue(add, [1, 2]) for _ in range(2))
+    Job.objects.update(due_at=Now() - timedelta(seconds=500))
+    start(crashed)
+    start(retried)
+    Job.objects.filter(pk=retried.pk).requeue(30)
+    sweep.judge_leases()
+    assert waits_for(crashed) == pytest.approx(-5, abs=3)
+    assert waits_for(retried) == pytest.approx(-30, abs=3)
+
+
+@pytest.mark.parametrize("error, rounds", [(None, 1), (OperationalError("away"), 0)], ids=str)
+def test_a_round_of_the_sweep_leaves_its_time(broker_down, monkeypatch, error, rounds):
+    """Also without a broker; but not if the database answered nothing else."""
+    lapse(Job.objects.enqueue(add, [1, 2], countdown=1))
+    monkeypatch.setattr(sweep, "messages_in", lambda queue: 0)
+    monkeypatch.setattr(sweep, "close_old_connections", lambda: None)
+    monkeypatch.setattr(sweep, "purge", Mock(side_effect=error))
+    monkeypatch.setattr(sweep, "show_life", Mock(side_effect=[None, SystemExit]))
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    for _ in range(2):  # of two Beats, say
+        with pytest.raises(SystemExit):
+            sweep.sweep_for_ever()
+        sweep.show_life.side_effect = [None, SystemExit]
+    assert Sweep.objects.filter(ended_at__lte=timezone.now()).count() == rounds
+    assert broker_down
+
+
 def test_final_jobs_and_their_keys_are_purged(settings):
     old = deliver(Job.objects.enqueue(add, [1, 2], idempotency_key="key"))
     new = deliver(Job.objects.enqueue(add, [1, 2]))
@@ -1373,6 +1423,26 @@ def test_the_job_of_a_key_is_found_without_a_walk(backlog):
     with CaptureQueriesContext(connection) as captured:
         assert Job.objects.enqueue(add, [1, 2], unique="key") == job
     assert [scanned(query["sql"]) for query in captured] == [{"job_unique_key"}]
+
+
+def test_a_scrape_walks_no_table():
+    if connection.vendor != "postgresql":
+        pytest.skip("only PostgreSQL plans with statistics: set DATABASE_URL=postgres://…")
+    now = timezone.now()
+    fields = {"task": add.name, "queue": "celery", "created_at": now}
+    final = {"state": "succeeded", "finished_at": now - timedelta(hours=1)}
+    Job.objects.bulk_create(Job(**fields, **final) for _ in range(5000))
+    Job.objects.bulk_create(Job(**fields, due_at=now, wake_at=now) for _ in range(50))
+    with CaptureQueriesContext(connection) as captured, connection.cursor() as cursor:
+        cursor.execute("ANALYZE jobs_job")
+        list(Ledger().collect())
+        plans = []
+        for query in captured.captured_queries[1:3]:
+            cursor.execute(f"EXPLAIN {query['sql']}")
+            plans.append("\n".join(line for (line,) in cursor.fetchall()))
+    for plan, index in zip(plans, ["job_active", "job_finished"], strict=True):
+        assert re.findall(r"Scan (?:using|on) (\w+)", plan)[0] == index, plan
+        assert "Seq Scan" not in plan, plan
 
 
 # manage.py check --deploy

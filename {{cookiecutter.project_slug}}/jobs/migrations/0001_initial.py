@@ -50,6 +50,7 @@ class Migration(migrations.Migration):
                 ('started_at', models.DateTimeField(help_text='of the last run', null=True)),
                 ('finished_at', models.DateTimeField(null=True)),
                 ('run', models.UUIDField(help_text='who runs it; another token fences the old run', null=True)),
+                ('due_at', models.DateTimeField(help_text='from when on a worker may take it', null=True)),
                 ('wake_at', models.DateTimeField(help_text='when the sweep must look at it', null=True)),
                 ('deadline', models.DateTimeField(help_text='when the run is over its time limit', null=True)),
                 ('sent', models.PositiveSmallIntegerField(default=0, help_text='messages since it was queued')),
@@ -58,9 +59,16 @@ class Migration(migrations.Migration):
                 ('owner', models.ForeignKey(db_index=False, null=True, on_delete=django.db.models.deletion.CASCADE, to=settings.AUTH_USER_MODEL)),
             ],
             options={
-                'indexes': [models.Index(fields=['-created_at'], name='job_created'), models.Index(fields=['owner', '-created_at'], name='job_owner'), models.Index(fields=['owner', 'state', '-created_at'], name='job_owner_state'), models.Index(condition=models.Q(('finished_at', None), _negated=True), fields=['finished_at'], name='job_finished'), models.Index(condition=models.Q(('state__in', ['queued', 'running'])), fields=['state', 'queue', 'sent', 'wake_at'], name='job_active')],
+                'indexes': [models.Index(fields=['-created_at'], name='job_created'), models.Index(fields=['owner', '-created_at'], name='job_owner'), models.Index(fields=['owner', 'state', '-created_at'], name='job_owner_state'), models.Index(condition=models.Q(('finished_at', None), _negated=True), fields=['finished_at'], name='job_finished'), models.Index(condition=models.Q(('state__in', ['queued', 'running'])), fields=['state', 'queue', 'sent', 'wake_at', 'due_at'], name='job_active')],
                 'constraints': [models.UniqueConstraint(fields=('owner', 'idempotency_key'), name='job_key'), models.UniqueConstraint(condition=models.Q(('owner', None)), fields=('idempotency_key',), name='job_key_unowned'), models.UniqueConstraint(condition=models.Q(('finished_at', None), ('unique_key__isnull', False)), fields=('unique_key',), name='job_unique_key'), models.CheckConstraint(condition=models.Q(('state', 'running'), ('run', None), _connector='XOR'), name='job_running'), models.CheckConstraint(condition=models.Q(models.Q(('finished_at', None), ('state__in', ['queued', 'running']), ('wake_at__isnull', False)), models.Q(('finished_at__isnull', False), ('state__in', ['succeeded', 'failed', 'cancelled']), ('wake_at', None)), _connector='OR'), name='job_active_or_finished')],
             },
+        ),
+        migrations.CreateModel(
+            name='Sweep',
+            fields=[
+                ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
+                ('ended_at', models.DateTimeField()),
+            ],
         ),
         migrations.RunPython(clean_up_sooner, migrations.RunPython.noop),
     ]

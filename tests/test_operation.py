@@ -1,0 +1,109 @@
+"""docs/operation.md: its alerts are about metrics that an output has, and fire when they should."""
+
+import re
+import shutil
+import subprocess
+
+import pytest
+import yaml
+
+from harness import missing
+from harness.bake import CHOICES, TEMPLATE
+
+TEXT = (TEMPLATE / "docs/operation.md").read_text("utf-8")
+CONFIG, RULES = re.findall("```yaml\n(.*?)```", TEXT, re.DOTALL)
+ALERTS = {rule["alert"]: rule["expr"] for rule in yaml.safe_load(RULES)["groups"][0]["rules"]}
+PROMQL = {"absent", "avg_over_time", "by", "count_over_time", "max", "max_over_time", "scalar"}
+PROMQL |= {"sum", "sum_over_time"}
+LABELS = {"queue", "state", "task"}
+# What Prometheus has scraped every minute, and the alerts that fire after 15 of them.
+SITUATIONS = {
+    "all is well": (
+        {
+            'jobs_oldest_wait_seconds{queue="celery"}': "0+1x20",
+            'jobs_ended_last_minute{task="mail",state="succeeded"}': "99x20",
+            'jobs_ended_last_minute{task="mail",state="cancelled"}': "99x20",
+            'jobs_ended_last_minute{task="mail",state="failed"}': "1x20",
+            'jobs_ended_last_minute_crashes{task="mail",state="failed"}': "0x20",
+            "jobs_sweep_age_seconds": "5x20",
+        },
+        [],
+    ),
+    "jobs wait": (
+        {
+            'jobs_oldest_wait_seconds{queue="celery"}': "0+60x20",
+            'jobs_oldest_wait_seconds{queue="io"}': "0x20",
+            "jobs_sweep_age_seconds": "5x20",
+        },
+        [("JobsWait", {"queue": "celery"})],
+    ),
+    "jobs fail and kill": (
+        {
+            'jobs_ended_last_minute{task="mail",state="succeeded"}': "4x20",
+            'jobs_ended_last_minute{task="mail",state="failed"}': "_x10 1x10",
+            'jobs_ended_last_minute_crashes{task="mail",state="failed"}': "_x10 3 _x9",
+            "jobs_sweep_age_seconds": "5x20",
+        },
+        [("JobsFail", {"task": "mail"}), ("JobsKillWorkers", {"task": "mail"})],
+    ),
+    "Beat never ran": ({"jobs_sweep_age_seconds": 20 * "Inf "}, [("SweepSilent", {})]),
+    "nothing is scraped": ({}, [("NoMetrics", {})]),
+}
+
+
+def metrics_named(expression):
+    """The names in an expression that are neither PromQL's nor labels."""
+    words = re.sub(r'"[^"]*"|\[\w+\]', "", expression)
+    return set(re.findall(r"\b[a-z_]\w*", words)) - PROMQL - LABELS
+
+
+def test_the_documents_name_metrics_that_an_output_has(bake):
+    exposed = set(re.findall('"(jobs_[a-z_]+)": "', bake().read("jobs/metrics.py")))
+    rows = re.findall(r"^\| `(\w+)` \|", TEXT, re.MULTILINE)
+    assert set(rows) == exposed and len(rows) == len(exposed)
+    dashboard = re.findall(r"^\| .* \| `(sum .*)` \|$", TEXT, re.MULTILINE)
+    assert len(ALERTS) == 5 and len(dashboard) == 2
+    for expression in [*ALERTS.values(), *dashboard]:
+        assert metrics_named(expression) <= exposed, expression
+
+
+@pytest.mark.parametrize("broker", CHOICES["broker"])
+def test_a_readme_names_metrics_that_its_output_has(bake, broker):
+    project = bake(broker=broker)
+    exposed = set(re.findall('"(jobs_[a-z_]+)": "', project.read("jobs/metrics.py")))
+    named = set(re.findall(r"`(jobs_\w+)", project.read("README.md")))
+    assert named and named <= exposed
+
+
+def promtool(*arguments, cwd):
+    if not shutil.which("promtool"):
+        missing("promtool is not installed: sudo apt install prometheus, which has it")
+    result = subprocess.run(["promtool", *arguments], cwd=cwd, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def test_prometheus_takes_the_configuration(tmp_path):
+    (tmp_path / "prometheus.yml").write_text(CONFIG)
+    (tmp_path / "jobs.yml").write_text(RULES)
+    promtool("check", "config", "--syntax-only", "prometheus.yml", cwd=tmp_path)
+    assert f"{len(ALERTS)} rules found" in promtool("check", "rules", "jobs.yml", cwd=tmp_path)
+
+
+@pytest.mark.parametrize("situation", SITUATIONS)
+def test_the_alerts_fire_when_they_should(tmp_path, situation):
+    series, alerts = SITUATIONS[situation]
+    firing = []
+    for alert, labels in alerts:
+        labels = {"alertname": alert, "alertstate": "firing", **labels}
+        pairs = ", ".join(f'{name}="{value}"' for name, value in labels.items())
+        firing.append({"labels": f"ALERTS{{{pairs}}}", "value": 1})
+    test = {
+        "interval": "1m",
+        "input_series": [{"series": name, "values": values} for name, values in series.items()],
+        "promql_expr_test": [{"expr": "ALERTS", "eval_time": "15m", "exp_samples": firing}],
+    }
+    (tmp_path / "jobs.yml").write_text(RULES)
+    tests = {"rule_files": ["jobs.yml"], "evaluation_interval": "1m", "tests": [test]}
+    (tmp_path / "test.yml").write_text(yaml.safe_dump(tests))
+    promtool("test", "rules", "test.yml", cwd=tmp_path)
