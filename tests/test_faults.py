@@ -277,6 +277,41 @@ def test_a_broker_that_hangs_delays_no_request(stack, record_property, since):
     assert [len(stack.notes("start", job)) for job in jobs] == [1] * 50
 
 
+@stacks(brokers=["redis-sentinel"], pools=POOLS[:1])
+def test_jobs_outlive_a_failover(stack, gate, tmp_path, since):
+    """With Sentinel, TLS and passwords, for results too; jobs are posted all the time."""
+    results = "sent = plain.delay(gate)\nsent.get(timeout=20)\nresult = sent.state"
+    done = tmp_path / "done"
+    assert stack.ask(results, gate=str(stack.notes_file)) == "SUCCESS"
+    stack.renew_web()
+    runs = stack.enqueue("hold", gate, queue="cpu")
+    stack.wait_until_started(runs)
+
+    def post_until_done():
+        posted = []
+        while not done.exists():
+            posted += stack.post_many(2, "quick")
+        return posted
+
+    with ThreadPoolExecutor(1) as thread, stack.supervised(stack.workers):
+        posting = thread.submit(post_until_done)
+        time.sleep(2)
+        master = stack.broker.master
+        master.kill()
+        start = time.monotonic()
+        wait_for(lambda: stack.broker.master is not master, 30)
+        since(start)
+        [row] = stack.wait_until_final(stack.enqueue("quick", queue="io"))
+        gate.touch()
+        done.touch()
+        jobs = [runs, *[job for job, _ in posting.result()]]
+        rows = stack.wait_until_final(*jobs)
+    assert max(seconds for _, seconds in posting.result()) < 5
+    assert succeeded([row, *rows], crashes=0), rows
+    assert [len(stack.notes("start", job)) for job in jobs] == [1] * len(jobs)
+    assert stack.ask(results, gate=str(gate)) == "SUCCESS"
+
+
 @on_each_broker
 def test_an_emptied_broker_loses_no_job(stack, since):
     """And as long as it has their messages, they are not sent again."""
