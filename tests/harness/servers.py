@@ -191,7 +191,8 @@ sentinel failover-timeout main 10000
 
     def launch(self):
         for server in self.servers.values():
-            server.start()
+            if not server.is_running():
+                server.start()
         super().launch()
 
     def kill(self):
@@ -201,7 +202,8 @@ sentinel failover-timeout main 10000
                 server.kill()
 
     def recover(self):
-        return any([server.recover() for server in [*self.servers.values(), super()]])
+        started = [server.recover() for server in self.servers.values()]
+        return super().recover() or any(started)
 
 
 class RabbitMQ(Broker):
