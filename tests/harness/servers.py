@@ -135,13 +135,18 @@ class RedisSentinel(Redis):
             missing("openssl is not installed: sudo apt install openssl")
         away, self.port, *ports = free_ports(4)
         self.certificate = folder / "certificate.pem"  # which is its own authority
-        options = "-x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=test"
-        options += " -addext subjectAltName=IP:127.0.0.1 -addext keyUsage=digitalSignature,keyCertSign"
         key = folder / "key.pem"
+        options = "-x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=test"
+        options += " -addext subjectAltName=IP:127.0.0.1"
+        options += " -addext keyUsage=digitalSignature,keyCertSign"
         openssl = ["openssl", "req", *options.split(), "-keyout", key, "-out", self.certificate]
         subprocess.run(openssl, check=True, capture_output=True)
-        tls = f"tls-cert-file {self.certificate}\ntls-key-file {key}\ntls-ca-cert-file {self.certificate}"
-        tls += "\ntls-auth-clients no\ntls-replication yes\nport 0"
+        tls = f"""port 0
+tls-cert-file {self.certificate}
+tls-key-file {key}
+tls-ca-cert-file {self.certificate}
+tls-auth-clients no
+tls-replication yes"""
         self.servers = {}  # by port
         for port in ports:
             (folder / str(port)).mkdir()
@@ -153,8 +158,8 @@ appendonly yes
 requirepass of/redis
 masterauth of/redis
 """)
-            log = folder.with_name(f"redis-{port}.log")
-            self.servers[port] = Process(["redis-server", config], log, is_ready=partial(connects, port))
+            log, is_ready = folder.with_name(f"redis-{port}.log"), partial(connects, port)
+            self.servers[port] = Process(["redis-server", config], log, is_ready=is_ready)
         with open(config, "a") as file:
             file.write(f"replicaof 127.0.0.1 {ports[0]}\nrepl-diskless-sync-delay 0\n")
         config = folder / "sentinel.conf"
