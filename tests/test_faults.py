@@ -320,6 +320,9 @@ def test_jobs_and_results_outlive_a_failover(stack, gate, since):
     assert succeeded(rows, crashes=0), rows
     assert [len(stack.notes("start", job)) for job in jobs] == [1] * len(jobs)
     assert stack.ask(ask_for_a_result, gate=str(gate)) == "SUCCESS"
+    variables = {name: str(value) for name, value in stack.variables.items()}
+    stats = stack.project.call(".venv/bin/celery", "-A", "config", "inspect", "stats", **variables)
+    assert "2 nodes online" in stats and "of/" not in stats  # which Flower shows
 
 
 @on_each_broker
