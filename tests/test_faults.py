@@ -8,8 +8,10 @@ import json
 import os
 import re
 import signal
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from urllib.error import URLError
 
 import pytest
@@ -283,6 +285,52 @@ def test_a_broker_that_hangs_delays_no_request(stack, record_property, since):
     since(start)
     assert succeeded(rows, crashes=0), rows
     assert [len(stack.notes("start", job)) for job in jobs] == [1] * 50
+
+
+@contextmanager
+def posting(stack):
+    """Post jobs all the time until the block ends: gives what post_many() returns."""
+    posted, done = [], threading.Event()
+
+    def post():
+        while not done.is_set():
+            posted.extend(stack.post_many(2, "quick"))
+
+    with ThreadPoolExecutor(1) as thread:
+        ending = thread.submit(post)
+        try:
+            yield posted
+        finally:
+            done.set()
+        ending.result()
+
+
+@stacks(brokers=["redis-sentinel"], pools=POOLS[:1])
+def test_jobs_and_results_outlive_a_failover(stack, gate, since):
+    """With Sentinel, TLS and passwords; requests are answered meanwhile."""
+    ask_for_a_result = "sent = plain.delay(gate)\nsent.get(timeout=20)\nresult = sent.state"
+    assert stack.ask(ask_for_a_result, gate="/") == "SUCCESS"
+    stack.renew_web()
+    runs = stack.enqueue("hold", gate, queue="cpu")
+    stack.wait_until_started(runs)
+    with stack.supervised(stack.workers), posting(stack) as posted:
+        wait_for(lambda: len(posted) > 20, 30)
+        master = stack.broker.master
+        master.kill()
+        start = time.monotonic()
+        wait_for(lambda: stack.broker.master is not master, 30)
+        stack.wait_until_final(stack.enqueue("quick", queue="io"))
+        since(start)
+        gate.touch()
+    jobs = [runs, *[job for job, _ in posted]]
+    rows = stack.wait_until_final(*jobs)
+    assert max(seconds for _, seconds in posted) < 5
+    assert succeeded(rows, crashes=0), rows
+    assert [len(stack.notes("start", job)) for job in jobs] == [1] * len(jobs)
+    assert stack.ask(ask_for_a_result, gate=str(gate)) == "SUCCESS"
+    variables = {name: str(value) for name, value in stack.variables.items()}
+    stats = stack.project.call(".venv/bin/celery", "-A", "config", "inspect", "stats", **variables)
+    assert "2 nodes online" in stats and "of/" not in stats  # which Flower shows
 
 
 @on_each_broker

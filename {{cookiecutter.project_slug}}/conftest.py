@@ -17,7 +17,7 @@ def eager(request, monkeypatch):
     # No thread renews leases: it would not see what the transaction of a test holds.
     monkeypatch.setattr(lease, "keeper", "nobody")
     monkeypatch.setattr(models, "publish_again_at", 0.0)
-    monkeypatch.setattr(sweep, "refused", set())
+    monkeypatch.setattr(sweep, "refused", {})
     monkeypatch.setattr(sweep, "extra_at", {})
     monkeypatch.setattr(sweep, "TICK", 0)
 

@@ -120,6 +120,97 @@ class Redis(Broker):
         super().__init__(command.split(), folder.with_suffix(".log"), is_ready=is_ready)
 
 
+class RedisSentinel(Redis):
+    """A master and a replica, and the one Sentinel that this object is: TLS and passwords on all.
+
+    The first sentinel that the variables name is away.
+    """
+
+    scheme = None
+    answers = {"broker": "redis", "result_backend": "redis"}
+
+    def __init__(self, folder, project=None, port=None):
+        super().__init__(folder, project, port)
+        if not shutil.which("openssl"):
+            missing("openssl is not installed: sudo apt install openssl")
+        away, self.port, *ports = free_ports(4)
+        self.certificate = folder / "certificate.pem"  # which is its own authority
+        key = folder / "key.pem"
+        options = "-x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=test"
+        options += " -addext subjectAltName=IP:127.0.0.1"
+        options += " -addext keyUsage=digitalSignature,keyCertSign"
+        openssl = ["openssl", "req", *options.split(), "-keyout", key, "-out", self.certificate]
+        subprocess.run(openssl, check=True, capture_output=True)
+        tls = f"""port 0
+tls-cert-file {self.certificate}
+tls-key-file {key}
+tls-ca-cert-file {self.certificate}
+tls-auth-clients no
+tls-replication yes"""
+        self.servers = {}  # by port
+        for port in ports:
+            (folder / str(port)).mkdir()
+            config = folder / f"{port}.conf"
+            config.write_text(f"""{tls}
+tls-port {port}
+dir {folder / str(port)}
+appendonly yes
+requirepass of/redis
+masterauth of/redis
+""")
+            log, is_ready = folder.with_name(f"redis-{port}.log"), partial(connects, port)
+            self.servers[port] = Process(["redis-server", config], log, is_ready=is_ready)
+        with open(config, "a") as file:
+            file.write(f"replicaof 127.0.0.1 {ports[0]}\nrepl-diskless-sync-delay 0\n")
+        config = folder / "sentinel.conf"
+        config.write_text(f"""{tls}
+tls-port {self.port}
+dir {folder}
+requirepass of/sentinel
+sentinel monitor main 127.0.0.1 {ports[0]} 1
+sentinel auth-pass main of/redis
+sentinel down-after-milliseconds main 2000
+sentinel failover-timeout main 10000
+""")
+        self.command = ["redis-server", config, "--sentinel"]
+        self.is_ready = lambda: "master-link-status\nok" in self.ask("replicas", "main")
+        url = "sentinel://:of%2Fredis@127.0.0.1:"
+        self.variables = {
+            "CELERY_BROKER_URL": f"{url}{away}/0;{url}{self.port}/0",
+            "CELERY_RESULT_BACKEND": f"{url}{away}/1;{url}{self.port}/1",
+            "REDIS_SENTINEL_MASTER": "main",
+            "REDIS_SENTINEL_PASSWORD": "of/sentinel",
+            "REDIS_SENTINEL_CA_CERTS": self.certificate,
+        }
+
+    def ask(self, *words):
+        """What Sentinel answers."""
+        place = f"--tls --cacert {self.certificate} -p {self.port} --no-auth-warning".split()
+        command = ["redis-cli", *place, "-a", "of/sentinel", "sentinel", *words]
+        return subprocess.run(command, capture_output=True, text=True).stdout
+
+    @property
+    def master(self):
+        """The one that Sentinel names."""
+        return self.servers[int(self.ask("get-master-addr-by-name", "main").split()[1])]
+
+    def launch(self):
+        for server in self.servers.values():
+            if not server.is_running():
+                server.start()
+        super().launch()
+
+    def kill(self):
+        super().kill()
+        for server in self.servers.values():
+            if server.is_running():
+                server.kill()
+
+    def recover(self):
+        started = [server.recover() for server in self.servers.values()]
+        return super().recover() or any(started)
+
+
 class RabbitMQ(Broker):
     scheme = "amqp"
     answers = {"broker": "rabbitmq", "result_backend": "none"}
@@ -189,14 +280,15 @@ class SQS(Broker):
 
 
 BROKERS = {"redis": Redis, "rabbitmq": RabbitMQ, "sqs": SQS}
+SETUPS = {**BROKERS, "redis-sentinel": RedisSentinel}
 SCHEMES = {broker.scheme: broker for broker in BROKERS.values() if broker.scheme}
 
 
 def broker_class(name):
-    """Return the class of a broker; skip the test of one that has none."""
-    if name not in BROKERS:
+    """Return the class of a broker, or of a way to run one; skip the test of one that has none."""
+    if name not in SETUPS:
         missing(f"tests/harness/servers.py has no class that starts, kills and empties {name}")
-    return BROKERS[name]
+    return SETUPS[name]
 
 
 @contextmanager

@@ -22,7 +22,7 @@ IN_MEMORY = 100  # jobs at once, for arguments may be large
 PURGED = 2000  # jobs a round: more than a million an hour
 RESEND_AT_LEAST_EVERY = 3600  # seconds
 
-refused = set()  # queues with a job that the broker did not take
+refused = {}  # queue with jobs that the broker did not take: how many it gets at once now
 extra_at = {}  # queue: when a job may be sent again of which no message seems to be missing
 
 
@@ -98,7 +98,7 @@ def send_due():
     while queues and time.monotonic() < until:
         queue = queues.pop()
         try:
-            if send_batch(queue, 1 if queue in refused else size):
+            if send_batch(queue, min(size, refused.get(queue, size))):
                 queues.insert(0, queue)
         except Error:
             raise
@@ -125,12 +125,14 @@ def send_batch(queue, size):
     try:
         send([jobs[pk] for pk in ids if pk in jobs])
     except Exception:
-        if queue not in refused:  # else it was one alone, which waits ever longer: see claim()
-            refused.add(queue)  # perhaps because of one of them: from now on one by one
+        if size > 1:  # else it was one alone, which waits ever longer: see claim()
+            refused[queue] = 1  # perhaps because of one of them: begin anew, one by one
             Job.objects.filter(QUEUED, pk__in=ids, sent__gt=0).requeue()
         raise
+    if queue in refused:
+        refused[queue] = 2 * size
     if len(ids) < size:
-        refused.discard(queue)
+        refused.pop(queue, None)
     return len(ids) == size
 
 

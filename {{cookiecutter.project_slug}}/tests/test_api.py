@@ -1,3 +1,4 @@
+{% from "chosen.jinja" import servers with context %}
 """What HTTP sees of jobs: the API, the pages, the admin, the probes."""
 
 import os
@@ -256,6 +257,9 @@ def test_a_throttle_that_is_none_is_refused_at_the_start(settings, monkeypatch, 
     monkeypatch.setenv("THROTTLE", rate)
     with pytest.raises(ImproperlyConfigured, match=f"THROTTLE={rate}: write"):
         runpy.run_path(settings.BASE_DIR / "config/settings.py")
+{% for server in servers %}
+{% print server.settings_tests | default %}
+{% endfor %}
 
 
 def test_the_openapi_document_has_no_warnings():

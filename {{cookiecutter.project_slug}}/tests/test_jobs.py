@@ -1038,10 +1038,20 @@ def test_lost_messages_are_published_again_the_oldest_first(published):
 
 
 def test_a_queue_that_refused_a_job_gets_no_backlog_twice(published):
-    sweep.refused.add("celery")
+    sweep.refused["celery"] = 1
     lapse(*enqueue_and_publish(3))
     sweep.send_due()
     assert len(published) == 4
+
+
+def test_a_queue_that_refused_a_job_gets_ever_more_at_once(published, monkeypatch):
+    asked = []
+    monkeypatch.setattr(sweep, "messages_in", lambda queue: asked.append(queue) or 0)
+    sweep.refused["celery"] = 1
+    lapse(*[Job.objects.enqueue(add, [1, 2], countdown=1) for _ in range(20)])
+    sweep.send_due()
+    assert (len(published), len(asked)) == (20, 5)  # 1, 2, 4 and 8, and the rest
+    assert not sweep.refused
 
 
 def test_what_was_never_sent_is_sent_whatever_the_broker_has(published):
