@@ -15,7 +15,8 @@ from .models import Job
 # What the page of a job shows.
 WHAT = "task args kwargs owner queue created_at"
 WENT = "state error result progress message started_at finished_at"
-INTERNALS = "id idempotency_key fingerprint unique_key cursor run wake_at deadline sent retries crashes"
+KEYS = "id idempotency_key fingerprint unique_key"
+INTERNALS = "cursor run due_at wake_at deadline sent retries crashes"
 
 
 class LatestPages(Paginator):
@@ -58,7 +59,7 @@ class JobAdmin(admin.ModelAdmin):
         (None, {"fields": WHAT.split()}),
         ("How it went", {"fields": WENT.split()}),
         ("Attempts that failed", {"fields": ["failed_attempts"]}),
-        ("Internals", {"fields": INTERNALS.split(), "classes": ["collapse"]}),
+        ("Internals", {"fields": f"{KEYS} {INTERNALS}".split(), "classes": ["collapse"]}),
     ]
 
     def get_search_results(self, request, queryset, search_term):
