@@ -4,13 +4,15 @@ import json
 import logging
 import time
 import uuid
+from contextlib import suppress
 from datetime import timedelta
 
 from celery import current_app
 from django.conf import settings
 from django.db import IntegrityError, models, transaction
-from django.db.models import Case, F, Func, Max, Q, Value, When
-from django.db.models.functions import Coalesce, JSONObject, Least, Now
+from django.db.models import Case, F, Max, Q, When
+from django.db.models.functions import Coalesce, Least, Now
+from django.utils import timezone
 
 logger = logging.getLogger(__name__)
 
@@ -39,36 +41,6 @@ class Clock(Now):
     def as_sqlite(self, compiler, connection, **context):
         text = "STRFTIME('%%%%Y-%%%%m-%%%%d %%%%H:%%%%M:%%%%f000', 'NOW')"
         return self.as_sql(compiler, connection, template=text, **context)
-
-
-class Iso(Func):
-    """A time as JSON has it, on SQLite too."""
-
-    template = "%(expressions)s"
-
-    def as_sqlite(self, compiler, connection, **context):
-        template = "REPLACE(%(expressions)s, ' ', 'T') || 'Z'"
-        return self.as_sql(compiler, connection, template=template, **context)
-
-
-class WithAttempt(Func):
-    """`attempts` and the run that ends now; the latest 20. Its writer need not read the row."""
-
-    output_field = models.JSONField()
-
-    def __init__(self, error, traceback=""):
-        texts = {"error": Value(error[:1000]), "traceback": Value(traceback)}
-        run = JSONObject(started_at=Iso("started_at"), ended_at=Iso(Now()), **texts)
-        super().__init__("attempts", run)
-
-    def as_postgresql(self, compiler, connection, **context):
-        append = {"template": "(%(expressions)s) - -21", "arg_joiner": " || "}
-        return self.as_sql(compiler, connection, **append, **context)
-
-    def as_sqlite(self, compiler, connection, **context):
-        template = "JSON_REMOVE(JSON_INSERT(%(expressions)s), '$[#-21]')"
-        append = {"template": template, "arg_joiner": ", '$[#]', "}
-        return self.as_sql(compiler, connection, **append, **context)
 
 
 def lease():
@@ -108,15 +80,11 @@ class JobQuerySet(models.QuerySet):
         """Return the job that is active under this key, else a new one; and whether it is new."""
         if not isinstance(unique, str) or not 0 < len(unique) <= 255:
             raise ValueError(f"unique= is a text of 1 to 255 characters, not {unique!r:.50}")
-        for tries_left in reversed(range(20)):  # a transaction that sees no new rows has no end
-            if job := self.filter(UNFINISHED, unique_key=unique).first():
-                return job, False
-            try:
-                with transaction.atomic(self.db):
-                    return self.create(unique_key=unique, **fields), True
-            except IntegrityError as error:  # another one at the same time, which may have ended
-                if not tries_left or "unique_key" not in str(error).partition("\n")[0]:
-                    raise
+        active = self.filter(UNFINISHED)
+        for _ in range(20):  # the one that was in the way may have ended before it was found
+            with suppress(IntegrityError):
+                return active.get_or_create(fields, unique_key=unique)
+        return active.get_or_create(fields, unique_key=unique)
 
     def enqueue_many(self, task, calls, *, countdown=None, queue=None, owner=None):
         """Store a job for each of `calls`, lists of arguments: all of them or none.
@@ -181,6 +149,12 @@ class JobQuerySet(models.QuerySet):
         """Write a final state where there is none yet. Returns how many rows were changed."""
         changes |= {"state": state, "run": None, "wake_at": None, "finished_at": Now()}
         return self.filter(UNFINISHED).update(**changes)
+
+    def attempts_with(self, error, traceback=""):
+        """Return `attempts` of this one job, and the run that ends now; the latest 20."""
+        for started_at, attempts in self.values_list("started_at", "attempts"):
+            times = {"started_at": started_at.isoformat(), "ended_at": timezone.now().isoformat()}
+            return [*attempts, {**times, "error": error[:1000], "traceback": traceback}][-20:]
 
     def cancel(self):
         """Fence what runs, and let nothing start. Returns how many jobs were active."""

@@ -14,7 +14,7 @@ from django.db.models.functions import Now
 
 from .celery import show_life
 from .lease import TICK
-from .models import BATCH, OVER_TIME_LIMIT, QUEUED, Job, Sweep, WithAttempt, send
+from .models import BATCH, OVER_TIME_LIMIT, QUEUED, Job, Sweep, send
 
 logger = logging.getLogger(__name__)
 
@@ -74,9 +74,10 @@ def judge(jobs):
     late = Q(deadline__lte=Now())
     for job in jobs.select_for_update(skip_locked=True).only("crashes").annotate(late=late):
         row, crashes = Job.objects.filter(pk=job.pk), job.crashes + 1
-        died = {"crashes": crashes, "attempts": WithAttempt("Its worker died")}
+        error = OVER_TIME_LIMIT if job.late else "Its worker died"
+        died = {"crashes": crashes, "attempts": row.attempts_with(error)}
         if job.late:
-            row.finish("failed", error=OVER_TIME_LIMIT, attempts=WithAttempt(OVER_TIME_LIMIT))
+            row.finish("failed", error=error, attempts=died["attempts"])
         elif crashes >= settings.JOB_MAX_CRASHES:
             row.finish("failed", error=f"Its worker died {crashes} times", **died)
         else:

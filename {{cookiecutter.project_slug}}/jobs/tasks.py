@@ -17,7 +17,7 @@ from django.db.utils import InterfaceError, OperationalError
 
 from .celery import CeleryTask
 from .lease import Lost, Run
-from .models import OVER_TIME_LIMIT, QUEUED, Job, WithAttempt, lease
+from .models import OVER_TIME_LIMIT, QUEUED, Job, lease
 
 logger = logging.getLogger(__name__)
 
@@ -152,8 +152,8 @@ def fail(run, reason=None):
     """Write that it failed: for this reason, or for that of the exception that is handled."""
     error, traceback = describe(sys.exception(), sys.exception())
     error = printable(reason) if reason else error
-    changes = {"error": error, "attempts": WithAttempt(error, traceback), **run.report}
-    insist(run.row.finish, "failed", **changes)
+    attempts = insist(run.row.attempts_with, error, traceback)
+    insist(run.row.finish, "failed", error=error, attempts=attempts, **run.report)
 
 
 def insist(update, *args, **kwargs):
@@ -197,7 +197,8 @@ def is_away(error):
 
 def requeue(run):
     if run.retry:
-        insist(run.row.requeue, attempts=WithAttempt(*run.cause), **run.retry)
+        attempts = insist(run.row.attempts_with, *run.cause)
+        insist(run.row.requeue, attempts=attempts, **run.retry)
 
 
 def transaction_open():

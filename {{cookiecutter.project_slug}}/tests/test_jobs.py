@@ -234,16 +234,17 @@ def test_twenty_that_want_a_key_at_once_all_get_a_job_that_runs():
 
 
 def test_a_job_that_ends_before_it_is_found_leaves_its_key(monkeypatch):
-    other, first = Job.objects.enqueue(add, [1, 2], unique="key"), JobQuerySet.first
-    looks = iter([lambda: None, Job.objects.cancel])  # not committed yet, ended by now
+    other, get = Job.objects.enqueue(add, [1, 2], unique="key"), JobQuerySet.get
+    looks = [Job.objects.cancel, lambda: None]  # not committed yet, ended by now
 
-    def look(self):
-        next(looks)()
-        return None
+    def look(self, **key):
+        if looks:
+            looks.pop()()
+            raise Job.DoesNotExist
+        return get(self, **key)
 
-    monkeypatch.setattr(JobQuerySet, "first", look)
+    monkeypatch.setattr(JobQuerySet, "get", look)
     job = Job.objects.enqueue(add, [1, 2], unique="key")
-    monkeypatch.setattr(JobQuerySet, "first", first)
     assert set(Job.objects.values_list("pk", "state")) == {
         (other.pk, "cancelled"),
         (job.pk, "queued"),
@@ -252,13 +253,8 @@ def test_a_job_that_ends_before_it_is_found_leaves_its_key(monkeypatch):
 
 def test_a_key_hides_no_other_conflict():
     Job.objects.enqueue(add, [1, 2], unique="first", idempotency_key="unique_key")
-    with (
-        CaptureQueriesContext(connection) as captured,
-        pytest.raises(IntegrityError),
-        transaction.atomic(),
-    ):
+    with pytest.raises(IntegrityError), transaction.atomic():
         Job.objects.enqueue(add, [1, 2], unique="second", idempotency_key="unique_key")
-    assert len([query for query in captured if query["sql"].startswith("INSERT")]) == 1
 
 
 @pytest.mark.parametrize("unique", ["", "x" * 256, 7])
@@ -611,7 +607,8 @@ def test_a_retry_says_what_led_to_it(body, error, raised):
 def test_the_latest_twenty_attempts_are_kept():
     job = Job.objects.enqueue(add, [1, 2])
     for number in range(23):
-        Job.objects.requeue(attempts=models.WithAttempt(str(number)))
+        Job.objects.update(started_at=timezone.now())
+        Job.objects.update(attempts=Job.objects.attempts_with(str(number)))
     job.refresh_from_db()
     assert errors(job) == [str(number) for number in range(3, 23)]
 
