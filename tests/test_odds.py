@@ -256,7 +256,7 @@ result = Job.objects.enqueue(send_newsletter, [newsletter.pk], queue="news").pk
 def test_transactions_that_are_longer_than_a_lease_keep_their_job(stack, since):
     """They lock its row, so that nobody renews the lease."""
     start = time.monotonic()
-    jobs = [stack.enqueue("commit_slowly", 4, 3.5, queue="cpu") for _ in range(4)]
+    jobs = [stack.enqueue("commit_slowly", 3, 4.5 + more / 4, queue="cpu") for more in range(4)]
     rows = stack.wait_until_final(*jobs)
     since(start)
     assert succeeded(rows, crashes=0), rows

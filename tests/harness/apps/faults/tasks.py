@@ -73,6 +73,7 @@ def commit_slowly(self, times, seconds):
         with transaction.atomic():
             self.report(done, int(times), cursor=done)
             time.sleep(float(seconds))
+        time.sleep(1.5)  # in which it may be judged
 
 
 @shared_task(base=JobTask, bind=True)
