@@ -19,7 +19,8 @@ TAKEN = """config dev jobs manage orders users test tests default false guest n 
     django_filter django_filters django_structlog djangorestframework drf_spectacular
     drf_spectacular_sidecar environ fakeredis flower gevent greenlet gunicorn honcho httpx kombu
     moto prometheus_client psycopg psycopg_binary pycurl pytest pytest_django redis rest_framework
-    ruff sentry_sdk sqlparse structlog tornado vine whitenoise""".split()  # its own, of servers, YAML
+    ruff sentry_sdk sqlparse structlog tornado vine
+    whitenoise""".split()  # its own, of servers, YAML, imports
 ATOM, LABEL = r"[\w!#$%&'*+/=?^`{|}~-]+", r"[a-z0-9]([a-z0-9-]*[a-z0-9])?"
 EMAIL = rf"{ATOM}(\.{ATOM})*@{LABEL}(\.{LABEL})+"  # what RFC 5322 allows without quotes
 
