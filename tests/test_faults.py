@@ -225,6 +225,16 @@ def test_a_revoke_that_terminates_ends_this_task_and_no_other(stack, gate, revok
     assert stack.notes("start", revoked) == [child]
 
 
+@stacks(brokers=with_flower, pools=["prefork"])
+def test_a_job_that_holds_its_own_row_can_be_terminated(stack, gate, revoke):
+    """Its worker's loop does not wait for the lock: else nobody would end the body."""
+    job = stack.enqueue("hold_its_row", gate, queue="cpu")
+    stack.wait_until_started(job)
+    revoke(job, "?terminate=1")
+    [row] = stack.wait_until_final(job, seconds=10)
+    assert row["state"] == "cancelled"
+
+
 # The broker
 
 

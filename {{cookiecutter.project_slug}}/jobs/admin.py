@@ -62,6 +62,9 @@ class JobAdmin(admin.ModelAdmin):
         ("Internals", {"fields": f"{KEYS} {INTERNALS}".split(), "classes": ["collapse"]}),
     ]
 
+    def get_queryset(self, request):
+        return super().get_queryset(request).defer("attempts")  # of thousands they are large
+
     def get_search_results(self, request, queryset, search_term):
         try:
             found = {"pk": uuid.UUID(search_term)}

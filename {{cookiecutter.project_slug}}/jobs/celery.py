@@ -138,11 +138,15 @@ def follow_revokes(**kwargs):
     """
     revoke = Panel.data["revoke"]
 
-    def cancel_and_revoke(state, task_id, terminate=False, signal=None, **kwargs):
-        for pk in maybe_list(task_id) or []:
+    def cancel(ids):
+        for pk in ids:
             with suppress(Exception):  # some task's own kind of id, or the database is away
                 Job.objects.filter(pk=pk).cancel()
-        connection.close()  # it would grow stale here, and a child must not inherit it
+        connection.close()  # a child must not inherit it
+
+    def cancel_and_revoke(state, task_id, terminate=False, signal=None, **kwargs):
+        # Not in the worker's loop, which ends bodies in time: one of them may hold the job's row.
+        threading.Thread(target=cancel, args=[maybe_list(task_id) or []]).start()
         # Whatever signal Flower asks for: one that children ignore would leave the task running.
         return revoke(state, task_id, terminate=terminate, signal="SIGKILL", **kwargs)
 

@@ -12,7 +12,6 @@ from django.conf import settings
 from django.db import IntegrityError, models, transaction
 from django.db.models import Case, F, Max, Q, When
 from django.db.models.functions import Coalesce, Least, Now
-from django.utils import timezone
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +55,7 @@ class JobQuerySet(models.QuerySet):
 
         `task` is a task with `base=JobTask`; `args` and `kwargs` are what JSON can hold;
         `countdown` is in seconds; `queue` overrides CELERY_TASK_ROUTES. `unique` is a text that one
-        queued or running job has at most, whatever its task and owner. The fields are `owner`, a
+        queued or running job has at most, whatever its task and owner: put both into it. The fields are `owner`, a
         user, and for views `idempotency_key`, unique for each owner, and `fingerprint`, which tells
         one request from another.
 
@@ -152,8 +151,8 @@ class JobQuerySet(models.QuerySet):
 
     def attempts_with(self, error, traceback=""):
         """Return `attempts` of this one job, and the run that ends now; the latest 20."""
-        for started_at, attempts in self.values_list("started_at", "attempts"):
-            times = {"started_at": started_at.isoformat(), "ended_at": timezone.now().isoformat()}
+        for started_at, now, attempts in self.values_list("started_at", Now(), "attempts"):
+            times = {"started_at": started_at.isoformat(), "ended_at": now.isoformat()}
             return [*attempts, {**times, "error": error[:1000], "traceback": traceback}][-20:]
 
     def cancel(self):

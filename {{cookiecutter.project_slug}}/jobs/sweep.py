@@ -47,7 +47,8 @@ def sweep_for_ever():
             if not busy:
                 purge()
             # Also if the broker took nothing: what is measured is whether somebody looks.
-            Sweep.objects.update_or_create(pk=1, defaults={"ended_at": Now()})
+            if not Sweep.objects.filter(pk=1).update(ended_at=Now()):
+                Sweep.objects.create(pk=1, ended_at=Now())
         except Error as error:
             logger.warning("the database does not answer the sweep: %s", error)
             judge_at = time.monotonic() + settings.JOB_LEASE_SECONDS / 2
@@ -126,7 +127,7 @@ def send_batch(queue, size):
     try:
         send([jobs[pk] for pk in ids if pk in jobs])
     except Exception:
-        if size > 1:  # else it was one alone, which waits ever longer: see claim()
+        if len(ids) > 1:  # else it was one alone, which waits ever longer: see claim()
             refused[queue] = 1  # perhaps because of one of them: begin anew, one by one
             Job.objects.filter(QUEUED, pk__in=ids, sent__gt=0).requeue()
         raise

@@ -62,8 +62,8 @@ class JobTask(CeleryTask):
 
         With a `cursor`, whatever JSON can hold, the next run goes on here: self.cursor is that
         after a crash, a deploy or a retry. It is stored when this returns; inside your own atomic()
-        with what else that changes: together, once, or not at all. Keep that short, for it locks
-        the job. Raises TypeError for a cursor that is not JSON.
+        with what else that changes: together, once, or not at all. Keep that short: until it ends
+        nobody can cancel the job. Raises TypeError or ValueError for a cursor that is not JSON.
         """
         if run := self.job_run:
             if run.lost:
@@ -72,6 +72,7 @@ class JobTask(CeleryTask):
             message = printable(message)[:255]
             run.report = {"progress": max(0, min(percent, 100)), "message": message}
             if cursor is not None:
+                json.dumps(cursor, allow_nan=False)
                 held(run.row.update, cursor=cursor, wake_at=lease(), **run.report)
                 run.cursor = []  # perhaps it is rolled back
 
@@ -79,7 +80,7 @@ class JobTask(CeleryTask):
         """Celery's own, which remembers what led to it."""
         caught = sys.exception()
         if self.job_run and (exc or caught):
-            self.job_run.cause = describe(exc or caught, caught or exc)
+            self.job_run.cause = describe(exc or caught, caught)
         return super().retry(args, kwargs, exc, *more, **options)
 
     def __call__(self, *args, **kwargs):
@@ -150,7 +151,7 @@ def succeed(run, result):
 
 def fail(run, reason=None):
     """Write that it failed: for this reason, or for that of the exception that is handled."""
-    error, traceback = describe(sys.exception(), sys.exception())
+    error, traceback = describe(sys.exception())
     error = printable(reason) if reason else error
     attempts = insist(run.row.attempts_with, error, traceback)
     insist(run.row.finish, "failed", error=error, attempts=attempts, **run.report)
@@ -217,14 +218,14 @@ def leave_transaction():
     return left
 
 
-def describe(error, caught):
+def describe(error, caught=None):
     """Return class and message of an exception, and the end of the traceback of the one caught."""
     try:
         text = "".join(format_exception_only(error)).strip()
-        parts = [part[:500] for part in format_exception(caught, limit=-20)]  # frames, messages
+        frames = format_exception(caught or error, limit=-20)
     except Exception:  # of an exception that cannot be shown, or is none
         return type(error).__name__, ""
-    return printable(text), printable("".join(parts)[-4000:])
+    return printable(text), printable("".join(frame[:500] for frame in frames)[-4000:])
 
 
 def printable(text):

@@ -76,7 +76,9 @@ class JobViewSet(viewsets.ReadOnlyModelViewSet):
         if self.detail and may(user, "view" if self.action == "retrieve" else "delete"):
             return jobs
         own = Q(owner=user)
-        return jobs.filter(own | Q(owner=None) if user.is_staff else own).defer("attempts")
+        if user.is_staff and self.action != "cancel":
+            own |= Q(owner=None)
+        return jobs.filter(own).defer("attempts")
 
     @extend_schema(request=None)
     @action(detail=True, methods=["post"])

@@ -105,6 +105,14 @@ def test_staff_sees_jobs_that_nobody_owns(staff_api, user, admin_user):
     assert set(ids(staff_api.get("/api/jobs/"))) == {str(own.pk), str(unowned.pk)}
 
 
+def test_staff_without_rights_cancels_no_job_of_others(staff):
+    url = f"/api/jobs/{Job.objects.enqueue(greet).pk}/"
+    powerless = staff()
+    assert powerless.get(url).status_code == 200
+    assert powerless.post(f"{url}cancel/").status_code == 404
+    assert staff("delete").post(f"{url}cancel/").status_code == 200
+
+
 def test_the_list_comes_in_pages_the_newest_first(api, user):
     jobs = [Job.objects.enqueue(greet, owner=user) for _ in range(21)]
     Job.objects.filter(pk=jobs[0].pk).update(created_at="2020-01-01T00:00Z")

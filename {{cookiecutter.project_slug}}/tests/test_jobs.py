@@ -957,11 +957,16 @@ def test_flower_hears_at_once_of_one_job_and_later_of_many(monkeypatch):
     assert [event and event["uuid"] for event in events] == [str(jobs[0].pk), None, None]
 
 
+def at_once_in_this_thread(target, args):
+    return SimpleNamespace(start=lambda: target(*args))
+
+
 @pytest.mark.django_db(transaction=True)  # it closes the connection
 def test_a_revoke_cancels_the_job(monkeypatch, published):
     job, other = Job.objects.enqueue(add, [1, 2]), Job.objects.enqueue(add, [1, 2])
     monkeypatch.setitem(Panel.data, "revoke", lambda state, task_id, **kwargs: "revoked")
     monkeypatch.setitem(Panel.data, "terminate", None)
+    monkeypatch.setattr("threading.Thread", at_once_in_this_thread)
     follow_revokes()
     assert Panel.data["revoke"](None, [str(job.pk), "no job"]) == "revoked"
     assert list(Job.objects.filter(state="cancelled")) == [job]
