@@ -127,7 +127,7 @@ def send_batch(queue, size):
     try:
         send([jobs[pk] for pk in ids if pk in jobs])
     except Exception:
-        if len(ids) > 1:  # else it was one alone, which waits ever longer: see claim()
+        if size > 1:  # else it was one alone, which waits ever longer: see claim()
             refused[queue] = 1  # perhaps because of one of them: begin anew, one by one
             Job.objects.filter(QUEUED, pk__in=ids, sent__gt=0).requeue()
         raise
