@@ -81,7 +81,7 @@ def count(self, gate):
     """Store a cursor all the time."""
     note(self, "start")
     number = self.cursor or 0
-    while not Path(gate).exists():
+    while not (number and Path(gate).exists()):
         number += 1
         self.report(0, cursor=number)
         time.sleep(0.05)
