@@ -567,6 +567,7 @@ def test_200_posts_with_one_key_are_one_job(stack):
     assert stack.send_raw("orders/", other, key="the-only-one")[0] == 422
 
 
+@pytest.mark.timeout(1800)  # on a busy machine it takes ten minutes
 @stacks(**on_one)
 def test_the_api_answers_as_it_documents(stack, tmp_path, record_property):
     """5,000 requests made from the output's own OpenAPI document, as two kinds of user."""
