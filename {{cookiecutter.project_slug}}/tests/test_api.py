@@ -205,6 +205,13 @@ def test_staff_runs_a_job_again(staff, user, commit):
     assert (again.state, again.result) == ("succeeded", "Hello Ada")
 
 
+def test_the_admin_reads_the_attempts_of_one_job_only(admin_client):
+    job = Job.objects.enqueue(greet)
+    with CaptureQueriesContext(connection) as captured:
+        assert str(job.pk) in admin_client.get("/admin/jobs/job/").content.decode()
+    assert not [query for query in captured if '"attempts"' in query["sql"]]
+
+
 def test_who_may_not_delete_jobs_may_not_run_them_again(api, staff, user, commit):
     with commit():
         job = Job.objects.enqueue(greet, owner=user)

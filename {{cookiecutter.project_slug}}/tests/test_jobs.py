@@ -434,6 +434,21 @@ def test_a_run_goes_on_where_the_last_one_stopped():
     assert seen[2:] == [({"page": 5}, 50), stopped]
 
 
+def test_a_cursor_is_json():
+    job = run(lambda task: task.report(1, 2, cursor=nan))
+    assert (job.state, job.error[:10], job.cursor) == ("failed", "ValueError", None)
+
+
+@pytest.mark.parametrize(
+    ("state", "cursor"), [("failed", 7), ("cancelled", 7), ("succeeded", None)]
+)
+def test_run_again_goes_on_unless_all_was_done(published, state, cursor):
+    job = Job.objects.enqueue(add, [1, 2])
+    Job.objects.finish(state, cursor=7)
+    job.refresh_from_db()
+    assert job.run_again().cursor == cursor
+
+
 def test_a_job_without_a_cursor_never_asks_for_it():
     act.body = lambda task: task.report(1, 2)
     job = Job.objects.enqueue(act)
