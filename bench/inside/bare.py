@@ -14,7 +14,7 @@ app.conf.update(
     task_send_sent_event=True,
     task_soft_time_limit=540,
     task_time_limit=600,
-    worker_concurrency=2,
+    worker_concurrency=int(os.environ.get("WORKER_CONCURRENCY", 1)),
     worker_prefetch_multiplier=1,
     worker_send_task_events=True,
 )

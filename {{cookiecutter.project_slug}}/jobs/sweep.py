@@ -76,9 +76,10 @@ def judge(jobs):
     for job in jobs.select_for_update(skip_locked=True).only("crashes").annotate(late=late):
         row, crashes = Job.objects.filter(pk=job.pk), job.crashes + 1
         error = OVER_TIME_LIMIT if job.late else "Its worker died"
-        died = {"crashes": crashes, "attempts": row.attempts_with(error)}
+        attempts = row.attempts_with(error)
+        died = {"crashes": crashes, "attempts": attempts}
         if job.late:
-            row.finish("failed", error=error, attempts=died["attempts"])
+            row.finish("failed", error=error, attempts=attempts)
         elif crashes >= settings.JOB_MAX_CRASHES:
             row.finish("failed", error=f"Its worker died {crashes} times", **died)
         else:

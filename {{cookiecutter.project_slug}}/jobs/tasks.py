@@ -175,7 +175,7 @@ def held(query, *args, **kwargs):
     return answer
 
 
-{% print worker_pool.insist | default %}
+{% print worker_pool.wait_for | default %}
 def wait_for(query, *args, **kwargs):
     """Return query(…), tried until the database answers."""
     while True:
