@@ -140,7 +140,7 @@ def test_an_order_becomes_a_succeeded_job(stack, record_property):
     )
     assert stack.request("/api/jobs/", Authorization="")[0] == 401
     if stack.has_flower:
-        assert wait_for(lambda: stack.find_in_flower(job["id"]), 60, stack)
+        assert wait_for(lambda: stack.find_in_flower(job["id"]), site=stack)
         assert stack.ask_flower("/api/workers", authenticated=False)[0] == 401
 
 
@@ -204,7 +204,7 @@ def test_there_may_be_several_workers(stack):
         return len(stack.ask_flower("/api/workers?refresh=1")[2] or []) >= 3
 
     if stack.has_flower:
-        assert wait_for(workers, 60, stack)
+        assert wait_for(workers, site=stack)
     stack.up("--scale", "worker=1")
 
 
@@ -259,7 +259,7 @@ def test_what_hangs_is_unhealthy(stack):
     wait_for(lambda: health() == {"unhealthy"}, 180, stack)
     for service in services:
         stack.compose("exec", "-T", service, "sh", "-c", "kill -CONT -1")
-    wait_for(lambda: health() == {"healthy"}, 60, stack)
+    wait_for(lambda: health() == {"healthy"}, site=stack)
 
 
 def test_compose_reads_every_file(engine, bake):
@@ -358,7 +358,7 @@ def test_an_edit_shows_in_seconds(stack):
     try:
         before = starts()
         tasks.write_text(tasks.read_text() + "\n# edited\n")
-        wait_for(lambda: starts() > before, 30, stack)
+        wait_for(lambda: starts() > before, 120, stack)
         stack.order()
     finally:
         stack.up()

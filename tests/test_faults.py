@@ -47,7 +47,7 @@ def test_a_killed_worker_loses_nothing(stack, gate, since):
     since(start)
     assert succeeded(rows, crashes=1), rows
     assert [errors(row) for row in rows] == [["Its worker died"]] * 2
-    wait_for(lambda: stack.notes("end", task), 60)
+    wait_for(lambda: stack.notes("end", task))
 
 
 @stacks(pools=["prefork"], timings={})
@@ -61,16 +61,16 @@ def test_a_killed_child_loses_nothing(stack, gate, since, record_property):
     for child in children:
         os.kill(child, signal.SIGKILL)
     start = time.monotonic()
-    wait_for(lambda: stack.row(job)["state"] == "queued", 5)
+    wait_for(lambda: stack.row(job)["state"] == "queued", 15)
     record_property("queued", round(time.monotonic() - start, 1))
     stack.wait_until_started(job, times=2)
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 25  # 20 for the lease at least, and the pause of a crash
     gate.touch()
 
     rows = stack.wait_until_final(job)
     since(start)
     assert succeeded(rows, crashes=1), rows
-    wait_for(lambda: stack.notes("end", task), 60)
+    wait_for(lambda: stack.notes("end", task))
     assert stack.worker.is_running()
 
 
@@ -110,7 +110,7 @@ def test_a_worker_that_is_stopped_loses_nothing(stack, gate, tmp_path, since):
     since(start)
     assert succeeded(rows, crashes=0), rows
     assert errors(rows[0]) == []
-    wait_for(lambda: stack.notes("end", task), 60)
+    wait_for(lambda: stack.notes("end", task))
 
 
 @stacks(brokers=CHOICES["broker"][:1])
@@ -127,7 +127,7 @@ def test_a_worker_that_has_run_only_plain_tasks_ends_in_time(stack, gate, since)
     since(start)
     gate.touch()
     stack.worker.start()
-    wait_for(lambda: stack.notes("end", task), 60)
+    wait_for(lambda: stack.notes("end", task))
 
 
 @everywhere
@@ -142,7 +142,7 @@ def test_a_frozen_worker_is_fenced(stack, gate, since):
     second = stack.wait_until_started(job, times=2)
     gate.with_name(f"gate-{first}").touch()
     frozen.resume()
-    wait_for(lambda: first in stack.notes("end", job), 30)
+    wait_for(lambda: first in stack.notes("end", job))
     time.sleep(1)
     assert stack.row(job)["state"] == "running"  # in the other process
     gate.touch()
@@ -206,7 +206,7 @@ def test_a_revoke_from_flower_cancels(stack, gate, revoke, since):
     since(start)
     assert [row["state"] for row in rows] == ["cancelled", "cancelled"]
     gate.touch()
-    wait_for(lambda: stack.notes("end", runs), 30)
+    wait_for(lambda: stack.notes("end", runs))
     time.sleep(1)
     assert stack.row(runs)["state"] == "cancelled"
     assert stack.finals(waits, runs) == 2
@@ -218,10 +218,10 @@ def test_a_revoke_that_terminates_ends_this_task_and_no_other(stack, gate, revok
     revoked, task = stack.send("plain", gate, queue="cpu"), stack.send("plain", gate, queue="cpu")
     child, other = stack.wait_until_started(revoked), stack.wait_until_started(task)
     revoke(revoked, "?terminate=1")
-    wait_for(lambda: not os.path.exists(f"/proc/{child}"), 10)
+    wait_for(lambda: not os.path.exists(f"/proc/{child}"))
     os.kill(other, signal.SIGKILL)
     gate.touch()
-    wait_for(lambda: stack.notes("end", task), 30)
+    wait_for(lambda: stack.notes("end", task))
     assert stack.notes("start", revoked) == [child]
 
 
@@ -326,18 +326,18 @@ def test_jobs_and_results_outlive_a_failover(stack, gate, since):
     stats = "from config.celery import app\nresult = app.control.inspect(timeout=5).stats()"
     with stack.supervised(stack.workers):  # one that held a message at the failover may end
         with posting(stack) as posted:
-            wait_for(lambda: len(posted) > 20, 30)
+            wait_for(lambda: len(posted) > 20)
             master = stack.broker.master
             master.kill()
             start = time.monotonic()
-            wait_for(lambda: stack.broker.master is not master, 30)
+            wait_for(lambda: stack.broker.master is not master)
             stack.wait_until_final(stack.enqueue("quick", queue="io"))
             since(start)
             gate.touch()
         jobs = [runs, *[job for job, _ in posted]]
         rows = stack.wait_until_final(*jobs)
         assert stack.ask(ask_for_a_result, gate=str(gate)) == "SUCCESS"
-        wait_for(lambda: len(stack.ask(stats) or {}) == 2, 60)
+        wait_for(lambda: len(stack.ask(stats) or {}) == 2)
     assert max(seconds for _, seconds in posted) < 5
     assert succeeded(rows, crashes=0), rows
     assert [len(stack.notes("start", job)) for job in jobs] == [1] * len(jobs)
@@ -376,7 +376,7 @@ result = [job.pk for job in jobs]
 """
     jobs = stack.ask(code, gate=str(gate))
     stack.wait_until_started(*jobs)
-    wait_for(lambda: stack.messages_in("cpu") + stack.messages_in("io") == 0, 30)
+    wait_for(lambda: stack.messages_in("cpu") + stack.messages_in("io") == 0)
     gate.touch()
     rows = stack.wait_until_final(*jobs)
     marker = stack.enqueue("quick", queue="cpu")  # behind all copies

@@ -52,7 +52,7 @@ def test_a_lost_message_is_missed_in_a_queue_that_is_never_empty(stack, gate, si
         gate.touch()
     assert succeeded(rows, crashes=0), rows
     assert ran_once(stack, [job])
-    wait_for(lambda: stack.messages_in("celery") == 0, 30)  # the next test's do not wait behind
+    wait_for(lambda: stack.messages_in("celery") == 0)  # the next test's do not wait behind
 
 
 @on_each_broker
@@ -234,7 +234,7 @@ Recipient.objects.bulk_create(Recipient(newsletter=newsletter, email=email) for 
 result = Job.objects.enqueue(send_newsletter, [newsletter.pk], queue="news").pk
 """
     job = stack.ask(code, count=count)
-    wait_for(lambda: len(mails.received) > count / 2, 60)
+    wait_for(lambda: len(mails.received) > count / 2)
     worker.kill()
     start = time.monotonic()
     killed_at = len(mails.received)
@@ -410,7 +410,7 @@ def test_beat_keeps_few_arguments_in_memory(stack, record_property):
     code = 'Job.objects.enqueue_many(read, [["x" * 40_000]] * 1000, countdown=1, queue="nobody")'
     stack.ask(code)
     try:
-        wait_for(lambda: stack.messages_in("nobody") >= 1000, 60)
+        wait_for(lambda: stack.messages_in("nobody") >= 1000)
     finally:
         stack.ask('Job.objects.filter(queue="nobody").delete()')
         stack.empty("nobody")
@@ -487,7 +487,7 @@ def test_two_beats_start_a_job_once(stack):
         command = f"celery -A faults.every_second beat -s {stack.folder}/{name}"
         beats.append(stack.process(command, name))
         beats[-1].launch()
-        wait_for(lambda: " is starting." in beats[-1].printed, 30)
+        wait_for(lambda: " is starting." in beats[-1].printed)
         time.sleep(0.5)
     time.sleep(10)
     for beat in beats:
@@ -530,7 +530,7 @@ result = bool(message)
 """
         deliveries = sum(stack.ask(deliver) for _ in range(30))
         assert deliveries == 21
-        wait_for(lambda: stack.messages_in("dead-letters") == 1, 20)
+        wait_for(lambda: stack.messages_in("dead-letters") == 1)
         assert stack.messages_in("cpu") == 0
         stack.ask(textwrap.dedent(again))
         assert (stack.messages_in("dead-letters"), stack.messages_in("cpu")) == (0, 1)

@@ -142,7 +142,7 @@ def use(project, tmp_path, **environment):
         labels = '{state="succeeded",task="samples.tasks.count"}'
         assert metrics[f"jobs_ended_last_minute{labels}"] >= 1
         assert metrics['jobs_running{queue="celery"}'] == 0
-        wait_for(lambda: site.scrape()["jobs_sweep_age_seconds"] < 60, 60, site)  # Beat
+        wait_for(lambda: site.scrape()["jobs_sweep_age_seconds"] < 60, site=site)  # Beat
 
         if (project / "orders").exists():
             status, headers, order = site.request("/api/orders/", ORDER)
@@ -159,7 +159,7 @@ def use(project, tmp_path, **environment):
         script = f"from samples import plain\nresult = plain.use({str(late)!r}, {has_results})"
         sent, results = site.ask(script)
         assert results == ([3, 10] if has_results else [])
-        ran = wait_for(lambda: late.exists() and late.read_text(), 60, site)
+        ran = wait_for(lambda: late.exists() and late.read_text(), site=site)
         assert float(ran) - sent >= 2
 
         if site.has_flower:  # then the broker carries events and remote control
@@ -174,7 +174,7 @@ def use(project, tmp_path, **environment):
             assert site.request(f"{endless}cancel/", {})[0] == 200
         assert [job["state"] for job in following][-1] == "cancelled"
 
-        wait_for((tmp_path / "ticked").exists, 60, site)  # Beat
+        wait_for((tmp_path / "ticked").exists, site=site)  # Beat
         return site.log
 
 
@@ -212,7 +212,7 @@ def test_the_log_tells_an_event_once(with_tasks):
         *_, job = site.follow(site.enqueue("count", "no number"))
         assert job["state"] == "failed"
         list(site.follow(site.enqueue("count", 1)))
-        wait_for(lambda: "task_succeeded" in site.log, 10, site)
+        wait_for(lambda: "task_succeeded" in site.log, site=site)
         log = re.sub(r"\x1b\[\d*m", "", site.log)
     assert log.count("Traceback") == 1
     for event in "task_started", "task_failed", "task_succeeded":
@@ -231,8 +231,8 @@ def show_in_flower(site, done):
         assert site.ask_flower(path, authenticated=False)[0] == 401
     ping = [".venv/bin/celery", "-A", "config", "inspect", "ping", "--timeout", "30"]
     assert "pong" in site.project.call(*ping, "-d", site.worker, **site.environment)
-    wait_for(lambda: site.worker in site.ask_flower("/api/workers?refresh=1")[2], 60, site)
-    wait_for(lambda: site.find_in_flower(done), 60, site)
+    wait_for(lambda: site.worker in site.ask_flower("/api/workers?refresh=1")[2], site=site)
+    wait_for(lambda: site.find_in_flower(done), site=site)
     assert done in site.ask_flower("/api/tasks")[2]
 
 
@@ -287,7 +287,7 @@ def test_ctrl_c_ends_everything(project):
         assert len(site.processes()) > 5
         site.stop()
 
-        wait_for(lambda: not site.processes(), 30, site)
+        wait_for(lambda: not site.processes(), site=site)
 
 
 @default_output
@@ -302,7 +302,7 @@ def test_closing_the_terminal_ends_everything(project):
         printed += os.read(terminal, 4096)
     os.close(terminal)
 
-    wait_for(lambda: not processes_in(project), 30)
+    wait_for(lambda: not processes_in(project))
     os.waitpid(child, 0)
 
 
@@ -315,7 +315,7 @@ def test_when_one_process_dies_all_end(project, command):
 
         assert site.process.wait(60) != 0
         assert "A process has ended" in site.log
-        wait_for(lambda: not site.processes(), 30, site)
+        wait_for(lambda: not site.processes(), site=site)
 
 
 @default_output
@@ -354,7 +354,7 @@ class Typed:
         return self.file.read_text()
 
     def wait_for(self, text):
-        wait_for(lambda: text in self.log or self.process.poll() is not None, 60, self)
+        wait_for(lambda: text in self.log or self.process.poll() is not None, site=self)
         assert self.process.poll() is None, self.log
 
 
@@ -397,7 +397,7 @@ def test_flower_typed_by_hand_is_the_projects(broker, project):
     [port] = free_ports(1)
     variables = {**broker, "FLOWER_PORT": port}
     with typed(project, "celery -A config flower", **variables) as flower:
-        wait_for(lambda: connects(port), 60, flower)
+        wait_for(lambda: connects(port), site=flower)
         assert fetch(f"http://127.0.0.1:{port}/api/workers", None, {})[0] == 401
         with pytest.raises(ConnectionRefusedError):  # it is there on no other address
             socket.create_connection(("127.0.0.2", port))
@@ -413,13 +413,13 @@ def test_changed_code_reaches_the_worker(with_tasks):
         tasks = with_tasks / "samples/tasks.py"
         code = tasks.read_text()
         (with_tasks / "samples/new.py").write_text("")
-        wait_for(lambda: site.log.count(f"{site.worker} ready") == 2, 10, site)
+        wait_for(lambda: site.log.count(f"{site.worker} ready") == 2, site=site)
         assert site.log.count("this starts anew: celery -A config beat") == 1
 
         tasks.write_text(f"{code}\n1 +")  # not yet done
-        wait_for(lambda: site.log.count("SyntaxError") >= 2, 10, site)
+        wait_for(lambda: site.log.count("SyntaxError") >= 2, site=site)
         tasks.write_text(code)
-        wait_for(lambda: site.log.count(f"{site.worker} ready") == 3, 10, site)
+        wait_for(lambda: site.log.count(f"{site.worker} ready") == 3, site=site)
         *_, done = site.follow(site.enqueue("count", 1))
         assert done["state"] == "succeeded"
         start = time.monotonic()
@@ -438,7 +438,7 @@ def test_ctrl_c_leaves_another_project_its_broker(project):
             second.wait_for("Ctrl-C ends everything")
             assert f" on port {port}" not in second.log
             site.stop()
-            wait_for(lambda: connects(port), 5, second)
+            wait_for(lambda: connects(port), site=second)
             second.process.send_signal(signal.SIGINT)
             second.process.wait(30)
             assert "A process has ended" not in second.log

@@ -47,7 +47,7 @@ def main(answers):
                 show_in_flower(site, job)
         with step("Stop everything"):
             site.stop()
-            wait_for(lambda: not site.processes(), 10)
+            wait_for(lambda: not site.processes())
     print("\nSeconds")
     for name, took in seconds.items():
         print(f"  {took:5.1f}  {name}")
@@ -98,7 +98,7 @@ def show_in_flower(site, job):
     status, _, _ = site.ask_flower("/api/workers", authenticated=False)
     print(f"  without its password: {status}")
     assert status == 401
-    task = wait_for(lambda: site.find_in_flower(job["id"]), 15)
+    task = wait_for(lambda: site.find_in_flower(job["id"]))
     print(f"  {task['worker']} ran {task['name']}: {task['state']}")
 
 

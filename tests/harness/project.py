@@ -303,7 +303,7 @@ def fetch(url, data, headers):
         return error.code, error.headers, None
 
 
-def wait_for(condition, seconds, site=None):
+def wait_for(condition, seconds=60, site=None):
     until = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < until, site.log if site else "waited in vain"

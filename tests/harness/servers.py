@@ -51,7 +51,7 @@ class Process:
             )
 
     def wait_until_ready(self):
-        wait_for(lambda: not self.is_running() or self.is_ready(), 60)
+        wait_for(lambda: not self.is_running() or self.is_ready())
         assert self.is_running(), f"{self.command}\n{self.printed}"
 
     def start(self):

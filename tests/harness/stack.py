@@ -272,7 +272,7 @@ with connection.cursor() as cursor:
     def wait_until_started(self, *jobs, times=1):
         """Return the process of the last run of the first job."""
         for job in jobs:
-            wait_for(lambda job=job: len(self.notes("start", job)) >= times, 60)
+            wait_for(lambda job=job: len(self.notes("start", job)) >= times)
         return self.notes("start", jobs[0])[-1]
 
 
