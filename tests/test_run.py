@@ -186,21 +186,22 @@ def test_who_has_no_code_starts_a_job_watches_and_cancels_it(project, tmp_path):
         tab.click("#start button")
         newest = "(document.querySelector('.job')?.innerText ?? '')"
         tab.wait(f"{newest}.includes('Write report')")
-        assert time.monotonic() - began < 4
+        assert time.monotonic() - began < 10
         assert site.request("/api/orders/", ORDER)[0] == 202  # a job that the page has not started
         began = time.monotonic()
         tab.wait(f"{newest}.includes('Send confirmation')")
-        assert time.monotonic() - began < 4
+        assert time.monotonic() - began < 10
         tab.wait(f"{newest}.includes('Sent to')")
 
         bar = ".job:nth-child(2) progress"
         seen = []
+        began = time.monotonic()
         while time.monotonic() - began < 10:
             seen.append(tab.run(f"document.querySelector('{bar}').value"))
             time.sleep(0.5)
         assert seen == sorted(seen) and len(set(seen)) > 5 and seen[-1] < 100
         tab.click(".job:nth-child(2) button")
-        tab.wait("document.querySelectorAll('.job')[1].dataset.state == 'cancelled'", 2)
+        tab.wait("document.querySelectorAll('.job')[1].dataset.state == 'cancelled'")
 
         tools = tab.run("[...document.querySelectorAll('.bar a')].map((a) => a.href).join()")
         assert site.flower in tools

@@ -1,8 +1,10 @@
 """A baked project, as the tests and `make demo` use it: install it, start it, talk to it."""
 
 import base64
+import itertools
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -336,11 +338,19 @@ def connects(port):
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
+def is_free(port):
+    with socket.socket() as probe, suppress(OSError):
+        probe.bind(("", port))
+        return True
+
+
+# A server listens on its port long after it got it: so none is given twice, by no process of a run.
+# They are below those that the kernel gives to connections.
+WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+FIRST_PORT = 12_000 + 1000 * (WORKER % 20)
+PORTS = filter(is_free, itertools.cycle(random.sample(range(FIRST_PORT, FIRST_PORT + 1000), 1000)))
+
+
 def free_ports(count):
-    sockets = [socket.socket() for _ in range(count)]
-    for probe in sockets:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in sockets]
-    for probe in sockets:
-        probe.close()
-    return ports
+    """Return so many ports of this machine that nobody has."""
+    return list(itertools.islice(PORTS, count))
