@@ -229,7 +229,11 @@ def test_twenty_that_want_a_key_at_once_get_one_job(block):
 @pytest.mark.django_db(transaction=True)
 def test_twenty_that_want_a_key_at_once_all_get_a_job_that_runs():
     """Some of these end while others look for them."""
-    jobs = set(at_once(20, lambda: Job.objects.enqueue(add, [1, 2], unique="key").pk))
+
+    def enqueue():
+        return [Job.objects.enqueue(add, [1, 2], unique="key").pk for _ in range(10)]
+
+    jobs = {pk for pks in at_once(20, enqueue) for pk in pks}
     assert set(Job.objects.values_list("pk", "state")) == {(pk, "succeeded") for pk in jobs}
 
 
@@ -1452,24 +1456,25 @@ def test_the_job_of_a_key_is_found_without_a_walk(backlog):
     assert [scanned(query["sql"]) for query in captured] == [{"job_unique_key"}]
 
 
+@pytest.mark.django_db(transaction=True)  # which VACUUM needs
 def test_a_scrape_walks_no_table():
     if connection.vendor != "postgresql":
         pytest.skip("only PostgreSQL plans with statistics: set DATABASE_URL=postgres://…")
     now = timezone.now()
     fields = {"task": add.name, "queue": "celery", "created_at": now}
     final = {"state": "succeeded", "finished_at": now - timedelta(hours=1)}
-    Job.objects.bulk_create(Job(**fields, **final) for _ in range(5000))
-    Job.objects.bulk_create(Job(**fields, due_at=now, wake_at=now) for _ in range(50))
-    with CaptureQueriesContext(connection) as captured, connection.cursor() as cursor:
-        cursor.execute("ANALYZE jobs_job")
-        list(Ledger().collect())
-        plans = []
-        for query in captured.captured_queries[1:3]:
+    with connection.cursor() as cursor:
+        cursor.execute("TRUNCATE jobs_job CASCADE")  # with what other tests left in its indexes
+        Job.objects.bulk_create(Job(**fields, **final) for _ in range(5000))
+        Job.objects.bulk_create(Job(**fields, due_at=now, wake_at=now) for _ in range(50))
+        cursor.execute("VACUUM ANALYZE jobs_job")
+        with CaptureQueriesContext(connection) as captured:
+            list(Ledger().collect())
+        scans = "Index Only Scan using job_active", "Index Scan using job_finished"
+        for query, scan in zip(captured, scans, strict=False):  # the third one reads one row
             cursor.execute(f"EXPLAIN {query['sql']}")
-            plans.append("\n".join(line for (line,) in cursor.fetchall()))
-    for plan, index in zip(plans, ["job_active", "job_finished"], strict=True):
-        assert re.findall(r"Scan (?:using|on) (\w+)", plan)[0] == index, plan
-        assert "Seq Scan" not in plan, plan
+            plan = "\n".join(line for (line,) in cursor.fetchall())
+            assert scan in plan and plan.count("Scan") == 1, plan
 
 
 # manage.py check --deploy
