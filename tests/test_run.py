@@ -160,7 +160,7 @@ def use(project, tmp_path, **environment):
         sent, results = site.ask(script)
         assert results == ([3, 10] if has_results else [])
         ran = wait_for(lambda: late.exists() and late.read_text(), site=site)
-        assert float(ran) - sent >= 2
+        assert float(ran) - sent > 1.9  # of 2: greenlets count from the start of their loop's round
 
         if site.has_flower:  # then the broker carries events and remote control
             show_in_flower(site, done["id"])

@@ -37,6 +37,7 @@ class Chaos:
         self.accepted = {}  # number: job
         self.killers = []
         self.faults = {}  # name: how often
+        self.timers = []
 
     def run(self):
         """Post and disturb, then wait until all has ended; return whether nothing was lost."""
@@ -50,6 +51,8 @@ class Chaos:
             for future in posting:
                 future.result()
             survey = self.wait(180 + self.backlog / 50)
+        for timer in self.timers:
+            timer.cancel()
         return self.report(survey)
 
     def enqueue_backlog(self):
@@ -136,6 +139,7 @@ class Chaos:
         timer = threading.Timer(30, gate.touch)
         timer.daemon = True
         timer.start()
+        self.timers.append(timer)
 
     def fault_row_locked(self):
         code = "result = Job.objects.filter(state='running').values_list('pk', flat=True).first()"
