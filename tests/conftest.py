@@ -82,7 +82,7 @@ def pytest_collection_modifyitems(items):
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers():
     """More than there are processors: most tests wait, for servers and for time to pass."""
-    return os.cpu_count() * 5 // 2
+    return os.cpu_count() * 3 // 2
 
 
 def pytest_terminal_summary(terminalreporter):
