@@ -1,21 +1,20 @@
 """Fixtures. Jobs run in the test's own process, as soon as they are published."""
 
 import pytest
+from celery import current_app
 from celery.exceptions import OperationalError
 from django.core.cache import cache
 from rest_framework.test import APIClient
 
-from config.celery import app
-from jobs import lease, models, sweep
-from jobs.tasks import JobTask
+from jobs import lease, messages, models, sweep
 
 
 @pytest.fixture(autouse=True)
 def eager(request, monkeypatch):
     """No worker and no broker, but for tests marked `live`: who publishes a job runs it."""
-    app.conf.task_always_eager = not request.node.get_closest_marker("live")
+    current_app.conf.task_always_eager = not request.node.get_closest_marker("live")
     # No thread renews leases: it would not see what the transaction of a test holds.
-    monkeypatch.setattr(lease, "keeper", "nobody")
+    monkeypatch.setattr(lease, "keeper_runs", True)
     monkeypatch.setattr(models, "publish_again_at", 0.0)
     monkeypatch.setattr(sweep, "refused", {})
     monkeypatch.setattr(sweep, "extra_at", {})
@@ -49,7 +48,7 @@ def broker_down(monkeypatch):
         tried.append(str(job.pk))
         raise OperationalError("connection refused")
 
-    monkeypatch.setattr(JobTask, "send", refuse)
+    monkeypatch.setattr(messages, "send_one", refuse)
     return tried
 
 

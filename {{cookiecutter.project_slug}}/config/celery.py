@@ -1,17 +1,18 @@
-{% from "chosen.jinja" import broker, worker_pool with context %}
+{% from "chosen.jinja" import broker with context %}
 import os
 {% if broker.flower %}
 import sys
 {% endif %}
-{% print worker_pool.celery_imports | default("\n") %}
+
 from celery import Celery, signals
 from django.conf import settings
-from django.db import close_old_connections, connection
 from django.dispatch import receiver
 from django_structlog.celery.signals import bind_extra_task_metadata
 from django_structlog.celery.steps import DjangoStructLogInitStep
 {% print broker.celery_imports | default %}
 from structlog.contextvars import bind_contextvars
+
+from jobs import pools
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
 
@@ -52,14 +53,9 @@ def name_task(task, **kwargs):
     bind_contextvars(task=task.name)
 
 
-@signals.task_prerun.connect
-def drop_dead_connections(task, **kwargs):
-    """Like a request, a task starts with database connections that work."""
-    if not task.request.is_eager:
-        close_old_connections()
-        if "job" in (task.request.headers or {}):
-            connection.health_check_done = True  # spares a question: a job's claim is tried again
-{% print worker_pool.celery | default %}
+pools.remap_sigterm()
+if pools.IS_GEVENT:
+    os.environ.setdefault("CELERY_WORKER_WITHOUT_GOSSIP", "1")  # the option: see config/settings.py
 {% if broker.flower %}
 
 

@@ -1,5 +1,5 @@
 {% import "text.jinja" as text %}
-{% from "chosen.jinja" import broker, result_backend, servers, worker_pool, periodic_tasks with context %}
+{% from "chosen.jinja" import broker, result_backend, servers, periodic_tasks with context %}
 """Settings. Whatever differs between machines comes from the environment: see .env.example."""
 
 import logging
@@ -15,6 +15,8 @@ import structlog
 from celery.schedules import crontab
 {% endif %}
 from django.core.exceptions import ImproperlyConfigured
+
+from jobs import pools
 
 BASE_DIR = Path(__file__).resolve().parent.parent
 
@@ -240,9 +242,24 @@ CELERY_BROKER_CONNECTION_TIMEOUT = 1  # seconds
 CELERY_BROKER_POOL_ACQUIRE_TIMEOUT = 1
 CELERY_TASK_PUBLISH_RETRY_POLICY = {"max_retries": 1, "interval_start": 0}
 
-# Celery: the worker pool
+# Celery: workers. Each names its pool: celery -A config worker --pool threads
 
-{% print worker_pool.settings %}
+POOL = pools.named()  # of this process, "" if it is no worker
+SLOTS = {"threads": 20, "gevent": 100}.get(POOL)  # tasks at once; of processes the number of CPUs
+CELERY_WORKER_CONCURRENCY = env.int("WORKER_CONCURRENCY", default=SLOTS)
+CELERY_WORKER_PREFETCH_MULTIPLIER = 1  # a long task does not hold others hostage
+CELERY_WORKER_SOFT_SHUTDOWN_TIMEOUT = env.float("SOFT_SHUTDOWN_SECONDS", default=20)
+# Tasks that run when the broker is lost end, for they are delivered again; threads cannot be ended.
+CELERY_WORKER_CANCEL_LONG_RUNNING_TASKS_ON_CONNECTION_LOSS = POOL in ("prefork", "gevent")
+CELERY_DB_REUSE_MAX = 1000  # no new database connection for each task
+# Of processes alone
+CELERY_TASK_SOFT_TIME_LIMIT = TASK_TIME_LIMIT * 0.9  # raises SoftTimeLimitExceeded in the task
+CELERY_WORKER_MAX_TASKS_PER_CHILD = 1000  # leaks end
+CELERY_WORKER_MAX_MEMORY_PER_CHILD = env.int("WORKER_MAX_KILOBYTES", default=500_000)
+if POOL == "gevent":
+    CELERY_WORKER_PREFETCH_MULTIPLIER = 4  # the next tasks are here while acknowledgements wait
+    CELERY_DB_REUSE_MAX = 0  # each task has a greenlet and a connection of its own: close it
+{{ broker.gevent | trim | indent }}
 
 # Celery: Beat
 

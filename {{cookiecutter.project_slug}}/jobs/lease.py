@@ -1,11 +1,20 @@
-{% from "chosen.jinja" import worker_pool with context %}
-"""The jobs that this process runs: one thread renews their leases and writes what they report."""
+"""Leases: what says that a run's worker lives, and what happens to a job whose worker does not.
 
-{% print worker_pool.lease_imports %}
+One thread of each process renews the leases of its runs and writes what their bodies report.
+"""
+
+import logging
+import random
+import time
+import uuid
+
 from django.conf import settings
 from django.db import close_old_connections, transaction
+from django.db.models import Q
+from django.db.models.functions import Now
 
-from .models import Job, lease
+from .models import OVER_TIME_LIMIT, Job, lease
+from .pools import pool
 
 logger = logging.getLogger(__name__)
 
@@ -13,8 +22,8 @@ TICK = 0.5  # seconds between two writes of what bodies reported
 
 runs = {}  # token: Run
 suspect = None  # the run that has the last try of its job
-keeper = None
-{% print worker_pool.lease_lock %}
+keeper_runs = False
+lock = pool.Lock()
 
 
 class Lost(BaseException):
@@ -27,19 +36,16 @@ class Run:
     A context manager: inside, the lease is renewed.
     """
 
-    def __init__(self, job_id):
-        global keeper
+    def __init__(self, job_id, token=None):
         self.job_id = job_id
-        self.token = uuid.uuid4()
+        self.token = token or uuid.uuid4()
         self.report = self.written = {}  # progress in percent, message
         self.cursor = []  # it alone, once it is read
         self.renew_at = time.monotonic() + settings.JOB_LEASE_SECONDS / 3
         self.retry = None  # what retry() wants
         self.cause = "Another try was asked for", ""  # of the retry: its error, its traceback
         self.lost = self.ended = False
-        with lock:
-            if keeper is None:  # not earlier: no thread survives the fork of a prefork child
-{% print worker_pool.lease_start %}
+        start_keeper()
 
     @property
     def row(self):
@@ -67,6 +73,15 @@ class Run:
 
 def rows(runs):
     return Job.objects.filter(pk__in=[r.job_id for r in runs], run__in=[r.token for r in runs])
+
+
+def start_keeper():
+    """Start the thread, once. Not when this is imported: no thread survives the fork of a child."""
+    global keeper_runs
+    with lock:
+        if not keeper_runs:
+            pool.start_thread(keep)
+            keeper_runs = True
 
 
 def keep():
@@ -101,3 +116,29 @@ def write(due):
         held = set(rows(due).values_list("run", flat=True))
         for run in due:
             run.lost = run.token not in held
+
+
+@transaction.atomic
+def renew(jobs):
+    """Renew the leases of these jobs, of runs in other processes. Locked rows are left alone."""
+    unlocked = jobs.select_for_update(skip_locked=True).values_list("pk", flat=True)
+    Job.objects.filter(pk__in=list(unlocked)).update(wake_at=lease())
+
+
+@transaction.atomic
+def judge(jobs):
+    """End or queue again these jobs, whose workers are dead. Locked rows are left alone."""
+    late = Q(deadline__lte=Now())
+    for job in jobs.select_for_update(skip_locked=True).only("crashes").annotate(late=late):
+        row, crashes = Job.objects.filter(pk=job.pk), job.crashes + 1
+        error = OVER_TIME_LIMIT if job.late else "Its worker died"
+        attempts = row.attempts_with(error)
+        died = {"crashes": crashes, "attempts": attempts}
+        if job.late:
+            row.finish("failed", error=error, attempts=attempts)
+        elif crashes >= settings.JOB_MAX_CRASHES:
+            row.finish("failed", error=f"Its worker died {crashes} times", **died)
+        else:
+            delay = 5 * 2**job.crashes * random.uniform(0.8, 1.2)
+            row.requeue(delay, message="Its worker died, so it starts again soon", **died)
+            logger.warning("job %s lost its worker: again in %.0f s", job.pk, delay)

@@ -13,6 +13,8 @@ from django.db import IntegrityError, models, transaction
 from django.db.models import Case, F, Max, Q, When
 from django.db.models.functions import Coalesce, Least, Now
 
+from .messages import queue_of, send
+
 logger = logging.getLogger(__name__)
 
 ACTIVE = ["queued", "running"]
@@ -104,9 +106,7 @@ class JobQuerySet(models.QuerySet):
 
     def prepare(self, now, task, args, kwargs, countdown, queue):
         """Return the fields of a new job. Raises what enqueue() says."""
-        from jobs.tasks import JobTask
-
-        if not isinstance(task, JobTask):
+        if not getattr(task, "is_job", False):
             raise TypeError(f"{task!r} is no job: declare it with @shared_task(base=JobTask)")
         try:
             args, kwargs = json.loads(json.dumps([args, kwargs or {}], allow_nan=False))
@@ -115,10 +115,7 @@ class JobQuerySet(models.QuerySet):
         if not isinstance(args, list) or not isinstance(kwargs, dict):
             raise TypeError("Arguments come as a list, such as [10], and as a dictionary")
         task.__header__(*args, **kwargs)
-        queue = queue or getattr(task, "queue", None)
-        if queue is None:
-            route = current_app.amqp.router.route({}, task.name, args, kwargs)
-            queue = route["queue"].name if "queue" in route else current_app.conf.task_default_queue
+        queue = queue or queue_of(task, args, kwargs)
         fields = {"task": task.name, "args": args, "kwargs": kwargs, "queue": queue}
         due_at = now + timedelta(seconds=countdown or 0)
         wake_at = due_at if countdown else now + timedelta(seconds=settings.JOB_RESEND_SECONDS)
@@ -261,15 +258,3 @@ def publish(jobs):
     # Not those that a worker had after all, and that wait for their next try.
     Job.objects.filter(QUEUED, pk__in=[job.pk for job in jobs], sent__gt=0).requeue()
     return False
-
-
-def send(jobs):
-    """Send the messages of these jobs over one connection. Raises what the transport does."""
-    with current_app.producer_or_acquire() as producer, producer.batch():
-        # Of one job Flower hears at once; of many when a worker has them, for it costs a message each.
-        event = len(jobs) == 1 and current_app.conf.task_send_sent_event
-        for job in jobs:
-            if task := current_app.tasks.get(job.task):
-                task.send(job, producer, create_sent_event=event)
-            else:
-                logger.error("job %s waits for code that knows its task", job)

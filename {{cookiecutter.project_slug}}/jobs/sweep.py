@@ -6,15 +6,14 @@ import threading
 import time
 from datetime import timedelta
 
-from celery import current_app
 from django.conf import settings
 from django.db import Error, close_old_connections, transaction
-from django.db.models import Q
 from django.db.models.functions import Now
 
-from .celery import show_life
-from .lease import TICK
-from .models import BATCH, OVER_TIME_LIMIT, QUEUED, Job, Sweep, send
+from .lease import TICK, judge
+from .liveness import show_life
+from .messages import messages_in, send
+from .models import BATCH, QUEUED, Job, Sweep
 
 logger = logging.getLogger(__name__)
 
@@ -67,25 +66,6 @@ def judge_leases():
     if suspects:
         time.sleep(2 * TICK)  # who was held up until now, by a lock say, renews at its next tick
         judge(lapsed.filter(pk__in=suspects))
-
-
-@transaction.atomic
-def judge(jobs):
-    """End or queue again these jobs, whose workers are dead. Locked rows are left alone."""
-    late = Q(deadline__lte=Now())
-    for job in jobs.select_for_update(skip_locked=True).only("crashes").annotate(late=late):
-        row, crashes = Job.objects.filter(pk=job.pk), job.crashes + 1
-        error = OVER_TIME_LIMIT if job.late else "Its worker died"
-        attempts = row.attempts_with(error)
-        died = {"crashes": crashes, "attempts": attempts}
-        if job.late:
-            row.finish("failed", error=error, attempts=attempts)
-        elif crashes >= settings.JOB_MAX_CRASHES:
-            row.finish("failed", error=f"Its worker died {crashes} times", **died)
-        else:
-            delay = 5 * 2**job.crashes * random.uniform(0.8, 1.2)
-            row.requeue(delay, message="Its worker died, so it starts again soon", **died)
-            logger.warning("job %s lost its worker: again in %.0f s", job.pk, delay)
 
 
 def send_due():
@@ -148,16 +128,6 @@ def claim(due):
             rows = Job.objects.filter(pk__in=[pk for pk in jobs if jobs[pk] == sent])
             rows.update(sent=sent + 1, wake_at=Now() + timedelta(seconds=wait))
     return list(jobs)
-
-
-def messages_in(queue):
-    """Return how many messages wait in `queue`. Raises what the transport does if it is down."""
-    with current_app.connection_for_write() as connection:
-        connection.ensure_connection(max_retries=1, interval_start=0)
-        queue = current_app.amqp.queues[queue](connection.default_channel)
-        queue.declare()  # with its binding, should somebody have deleted it
-        # Not passive: where keys have a prefix, kombu finds no queue in that way.
-        return queue.queue_declare().message_count
 
 
 def purge():

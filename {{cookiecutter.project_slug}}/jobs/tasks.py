@@ -1,50 +1,93 @@
-{% from "chosen.jinja" import worker_pool with context %}
-"""The base class of tasks that are jobs: claims the row, runs the body, writes how it ended."""
+"""The base class of tasks that are jobs: what Celery's words do with a row, and how a body runs."""
 
 import json
 import logging
 import sys
-import time
 from contextlib import suppress
 from traceback import format_exception, format_exception_only
 
-{% print worker_pool.tasks_imports | default %}
+from celery.contrib.django.task import DjangoTask
 from celery.exceptions import Ignore, Retry, SoftTimeLimitExceeded
+from celery.utils.time import maybe_make_aware
 from django.conf import settings
-from django.db import Error, close_old_connections, connection
+from django.db import connection
 from django.db.transaction import TransactionManagementError
-from django.db.utils import InterfaceError, OperationalError
+from django.utils import timezone
 
-from .celery import CeleryTask
+from .database import in_transaction, insist, leave_transaction, wait_for
 from .lease import Lost, Run
 from .models import OVER_TIME_LIMIT, QUEUED, Job, lease
+from .pools import pool
+from .results import JobBackend
 
 logger = logging.getLogger(__name__)
 
+# Options of apply_async() that a job has, or that do not matter to it.
+OPTIONS = ("queue", "headers", "ignore_result", "producer", "retries")
 
-class JobTask(CeleryTask):
+
+class JobTask(DjangoTask):
     """Base of the tasks for Job.objects.enqueue(): @shared_task(base=JobTask, bind=True).
 
-    Called, or sent by app.send_task(), it is a plain task. After a crash the body runs again, so
-    what it does must bear being done twice.
+    Their delay() and apply_async(), and what calls these, enqueue a job. Called, or sent by
+    app.send_task(), it is a plain task. After a crash the body runs again, so what it does must bear
+    being done twice.
     """
 
     abstract = True
+    is_job = True  # what Job.objects.enqueue() asks
     acks_late = False  # the row survives a crash, so the message may go at once
     ignore_result = True  # the row has the result
+    job_run = property(lambda self: getattr(self.request, "job_run", None))
 
-    def send(self, job, producer, **options):
-        """Publish a job's message: what apply_async() does, in a third of its time."""
-        amqp, pk, headers = self.app.amqp, str(job.pk), {"job": job.crashes}
-        if self.app.conf.task_always_eager:
-            self.apply(job.args, job.kwargs, task_id=pk, retries=job.retries, headers=headers)
-            return
-        options = {"retries": job.retries, "ignore_result": True, **options}
-        message = amqp.create_task_message(pk, self.name, job.args, job.kwargs, **options)
-        options = {"queue": job.queue, "priority": self.priority}
-        options = amqp.router.route(options, self.name, job.args, job.kwargs)
-        options["priority"] = options.get("priority") or 0
-        amqp.send_task_message(producer, self.name, message, headers=headers, **options)
+    @classmethod
+    def on_bound(cls, app):
+        """Refuse what a job cannot have. Lower the soft limit to a short hard limit of the task."""
+        for name in ("before_start", "exchange", "expires", "routing_key"):
+            if getattr(cls, name, None) != getattr(DjangoTask, name, None):
+                raise TypeError(f"{cls.name}: a job cannot have {name}, begin in its body")
+        if cls.time_limit and cls.soft_time_limit and cls.soft_time_limit > cls.time_limit:
+            cls.soft_time_limit = cls.time_limit * 0.9
+
+    # Celery's own words
+
+    def apply_async(self, args=(), kwargs=None, task_id=None, countdown=None, eta=None, **options):
+        """Enqueue a job that nobody owns. Returns its AsyncResult.
+
+        Raises TypeError for what a job cannot have or be, say a member of a group.
+        """
+        if eta:
+            countdown = (maybe_make_aware(eta) - timezone.now()).total_seconds()
+        if self.job_run and task_id == self.request.id:
+            return self.retry_later(args, kwargs, countdown, **options)
+        if refused := [name for name in options if options[name] and name not in OPTIONS]:
+            reason = f"a job takes no {', '.join(refused)}, and joins no group, chain or chord"
+            raise TypeError(f"{reason}: see Job.objects.enqueue() and enqueue_many()")
+        fields = {"pk": task_id} if task_id else {}
+        fields |= {"countdown": max(countdown or 0, 0), "queue": options.get("queue")}
+        job = Job.objects.enqueue(self, args or (), kwargs, **fields)
+        return self.AsyncResult(str(job.pk))
+
+    def AsyncResult(self, task_id, **kwargs):  # noqa: N802
+        return self.app.AsyncResult(task_id, backend=JobBackend(self.app), **kwargs)
+
+    def retry(self, args=None, kwargs=None, exc=None, *more, **options):
+        """Celery's own, which remembers what led to it."""
+        caught = sys.exception()
+        if self.job_run and (exc or caught):
+            self.job_run.cause = describe(exc or caught, caught)
+        return super().retry(args, kwargs, exc, *more, **options)
+
+    def retry_later(self, args, kwargs, countdown, retries, queue=None, **options):
+        """Remember what retry() wants: once the body and its transactions have ended, it is written."""
+        text = f"Try {retries} failed, the next one in {countdown:.0f} s"
+        changes = {"args": args, "kwargs": kwargs, "retries": retries, "message": text}
+        self.job_run.retry = {"delay": countdown, **changes, **({"queue": queue} if queue else {})}
+
+    def replace(self, sig):
+        raise NotImplementedError("a job cannot be replaced: enqueue the other one, and return")
+
+    # For bodies
 
     @property
     def cursor(self):
@@ -76,12 +119,7 @@ class JobTask(CeleryTask):
                 held(run.row.update, cursor=cursor, wake_at=lease(), **run.report)
                 run.cursor = []  # perhaps it is rolled back
 
-    def retry(self, args=None, kwargs=None, exc=None, *more, **options):
-        """Celery's own, which remembers what led to it."""
-        caught = sys.exception()
-        if self.job_run and (exc or caught):
-            self.job_run.cause = describe(exc or caught, caught)
-        return super().retry(args, kwargs, exc, *more, **options)
+    # In a worker
 
     def __call__(self, *args, **kwargs):
         request = self.request
@@ -89,8 +127,7 @@ class JobTask(CeleryTask):
         if not is_job or self.job_run:
             return super().__call__(*args, **kwargs)
         job, crashes = Job.objects.filter(pk=request.id), request.headers["job"]
-        run = Run(request.id)
-{% print worker_pool.run | default %}
+        run = Run(request.id, request.headers.get("run"))
         # A crash is no proof against a job that was not alone: let it be the only suspect.
         if crashes and crashes + 1 >= settings.JOB_MAX_CRASHES and not run.is_only_suspect():
             insist(job.filter(QUEUED).requeue, settings.JOB_SWEEP_SECONDS)
@@ -106,12 +143,12 @@ class JobTask(CeleryTask):
             run.ended = True
 
     def run_job(self, run, args, kwargs):
-        in_transaction = connection.in_atomic_block  # of who calls it, as tests do
+        in_block = connection.in_atomic_block  # of who calls it, as tests do
         try:
             try:
                 result = self.run(*args, **kwargs)
             finally:
-                left = not in_transaction and leave_transaction()
+                left = not in_block and leave_transaction()
             if left:
                 raise TransactionManagementError("The task left a transaction open")
         except Retry as retry:
@@ -125,9 +162,14 @@ class JobTask(CeleryTask):
             result = None
         except Lost:
             raise Ignore("cancelled, or taken over by another run") from None
-{% print worker_pool.ends %}
         except BaseException as error:
-            fail(run, OVER_TIME_LIMIT if isinstance(error, SoftTimeLimitExceeded) else None)
+            if pool.is_shutdown(error):
+                insist(run.row.requeue)  # another worker goes on
+                raise
+            if isinstance(error, SystemExit):
+                fail(run, f"The task called sys.exit({error.code!r})")
+                raise RuntimeError("sys.exit() in a task") from error  # which keeps its slot
+            fail(run, OVER_TIME_LIMIT if isinstance(error, pool.time_limits) else None)
             raise
         if run.retry:  # with throw=False
             requeue(run)
@@ -157,65 +199,21 @@ def fail(run, reason=None):
     insist(run.row.finish, "failed", error=error, attempts=attempts, **run.report)
 
 
-def insist(update, *args, **kwargs):
-    """Do as wait_for() also over the soft time limit: how a job ended must not get lost."""
-    while True:
-        with suppress(SoftTimeLimitExceeded):
-            return wait_for(update, *args, **kwargs)
-
-
 def held(query, *args, **kwargs):
     """Return what this query of a run's row brings. Raises Lost if the row is no longer the run's.
 
     In a transaction of the body it is part of that, so it is tried once.
     """
-    wait = not transaction_open()
+    wait = not in_transaction()
     if not (answer := wait_for(query, *args, **kwargs) if wait else query(*args, **kwargs)):
         raise Lost
     return answer
-
-
-{% print worker_pool.wait_for | default %}
-def wait_for(query, *args, **kwargs):
-    """Return query(…), tried until the database answers."""
-    while True:
-        try:
-            return query(*args, **kwargs)
-        except Error as error:
-            if not is_away(error):
-                raise
-            logger.warning("waiting for the database: %s", error)
-            close_old_connections()
-            time.sleep(1)
-
-
-def is_away(error):
-    """Whether it may pass: PostgreSQL's 25006, "read only", may; class 54, "too large", does not."""
-    state = getattr(error.__cause__, "sqlstate", None) or ""
-    away = isinstance(error, (OperationalError, InterfaceError)) and not state.startswith("54")
-    return away or state == "25006"
 
 
 def requeue(run):
     if run.retry:
         attempts = insist(run.row.attempts_with, *run.cause)
         insist(run.row.requeue, attempts=attempts, **run.retry)
-
-
-def transaction_open():
-    return connection.connection and (connection.in_atomic_block or not connection.autocommit)
-
-
-def leave_transaction():
-    """Roll back what a body left open, or else how it ended would be part of it. Returns if so."""
-    with suppress(Error):
-        if connection.connection and not (connection.in_atomic_block or connection.autocommit):
-            connection.set_autocommit(True)  # perhaps all was committed
-    if left := transaction_open():
-        connection.close()
-        with suppress(Error):
-            connection.connect()  # forgets the blocks, also if it fails
-    return left
 
 
 def describe(error, caught=None):

@@ -1,4 +1,3 @@
-{% from "chosen.jinja" import broker, result_backend, servers, worker_pool with context %}
 """The ledger: what a job's row promises, whatever happens to its message or its worker.
 
 Nothing here needs a broker. What a worker does with a message, publish([job]) does at once; a test
@@ -18,15 +17,13 @@ from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
-from celery import chain, group, shared_task
+from celery import chain, exceptions, group, shared_task
+from celery import current_app as app
 from celery.app import routes
-from celery.app.utils import Settings
 from celery.beat import Scheduler, Service
 from celery.exceptions import Retry, SoftTimeLimitExceeded
 from celery.schedules import crontab
-{% if broker.flower %}
 from celery.worker.control import Panel
-{% endif %}
 from django.core.checks import run_checks
 from django.db import (
     IntegrityError,
@@ -42,9 +39,8 @@ from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 from psycopg.errors import ProgramLimitExceeded, ReadOnlySqlTransaction
 
-from config.celery import app, drop_dead_connections, own_settings
-from jobs import lease, models, sweep, tasks
-from jobs.celery import {{ "follow_revokes, " if broker.flower }}name_ticks
+from jobs import database, lease, messages, models, sweep, worker
+from jobs.beat import name_ticks
 from jobs.metrics import Ledger
 from jobs.models import Job, JobQuerySet, Sweep
 from jobs.tasks import JobTask
@@ -120,14 +116,14 @@ def seconds_until_due(job):
 @pytest.fixture
 def published(monkeypatch):
     """A broker without workers: the ids of the messages in it. What is removed here is lost."""
-    messages = []
+    waiting = []
 
     def publish(task, job, producer, **options):
-        messages.append(str(job.pk))
+        waiting.append(str(job.pk))
 
-    monkeypatch.setattr(JobTask, "send", publish)
-    monkeypatch.setattr(sweep, "messages_in", lambda queue: len(messages))
-    return messages
+    monkeypatch.setattr(messages, "send_one", publish)
+    monkeypatch.setattr(sweep, "messages_in", lambda queue: len(waiting))
+    return waiting
 
 
 # Enqueueing
@@ -352,7 +348,7 @@ def test_the_message_of_a_job_is_one_of_celery():
     job = Job.objects.enqueue(add, [1], {"y": 2}, queue="cpu")
     job.retries = 3
     with app.connection_for_write("memory://") as broker:
-        add.send(job, app.amqp.Producer(broker, auto_declare=False))
+        messages.send_one(add, job, app.amqp.Producer(broker, auto_declare=False))
         message = app.amqp.queues["cpu"](broker.default_channel).get()
     assert message.payload[:2] == [[1], {"y": 2}]
     kept = {name: message.headers[name] for name in ("id", "task", "retries", "job")}
@@ -901,8 +897,8 @@ def test_one_job_of_a_process_has_its_last_try_until_it_ends_or_is_lost():
 def test_what_the_database_cannot_hold_is_not_tried_for_ever():
     too_large = OperationalError()
     too_large.__cause__ = ProgramLimitExceeded()
-    assert not tasks.is_away(too_large)
-    assert tasks.is_away(OperationalError())
+    assert not database.is_away(too_large)
+    assert database.is_away(OperationalError())
 
 
 # Cancelling, and runs that another one has replaced
@@ -963,7 +959,6 @@ def test_the_renewal_of_a_lease_finds_lost_runs():
     assert (mine.lost, other.lost) == (False, True)
 
 
-{% if broker.flower %}
 def test_flower_hears_at_once_of_one_job_and_later_of_many(monkeypatch):
     events = []
     app.conf.task_always_eager = False
@@ -971,8 +966,8 @@ def test_flower_hears_at_once_of_one_job_and_later_of_many(monkeypatch):
         app.amqp, "send_task_message", lambda *args, **kwargs: events.append(args[2].sent_event)
     )
     jobs = [Job.objects.enqueue(add, [1, 2]) for _ in range(3)]
-    models.send(jobs[:1])
-    models.send(jobs[1:])
+    messages.send(jobs[:1])
+    messages.send(jobs[1:])
     assert [event and event["uuid"] for event in events] == [str(jobs[0].pk), None, None]
 
 
@@ -986,14 +981,13 @@ def test_a_revoke_cancels_the_job(monkeypatch, published):
     monkeypatch.setitem(Panel.data, "revoke", lambda state, task_id, **kwargs: "revoked")
     monkeypatch.setitem(Panel.data, "terminate", None)
     monkeypatch.setattr("threading.Thread", at_once_in_this_thread)
-    follow_revokes()
+    worker.follow_revokes()
     assert Panel.data["revoke"](None, [str(job.pk), "no job"]) == "revoked"
     assert list(Job.objects.filter(state="cancelled")) == [job]
     assert Panel.data["terminate"](None, "SIGTERM", str(other.pk)) == "revoked"
     assert Job.objects.filter(state="cancelled").count() == 2
 
 
-{% endif %}
 # The sweep
 
 
@@ -1104,7 +1098,7 @@ def test_two_sweeps_at_once_send_a_job_once(monkeypatch):
         if len(sent) == 1:
             sweep.send_due()  # the other one, while this one has read all three
 
-    monkeypatch.setattr(JobTask, "send", publish)
+    monkeypatch.setattr(messages, "send_one", publish)
     monkeypatch.setattr(sweep, "messages_in", lambda queue: 0)
     sweep.send_due()
     assert sorted(sent) == sorted(str(job.pk) for job in jobs)
@@ -1162,7 +1156,7 @@ def test_a_job_that_the_broker_refuses_keeps_no_other_waiting(monkeypatch):
             raise ValueError("too large")
         sent.append(str(job.pk))
 
-    monkeypatch.setattr(JobTask, "send", publish)
+    monkeypatch.setattr(messages, "send_one", publish)
     monkeypatch.setattr(sweep, "messages_in", lambda queue: 0)
     monkeypatch.setattr(models, "PUBLISH_PAUSE", 0)
     refused = [Job.objects.enqueue(add, [0, 0], queue=queue, countdown=1) for queue in "ab"]
@@ -1319,6 +1313,65 @@ def test_final_jobs_and_their_keys_are_purged(settings):
     Job.objects.enqueue(add, [1, 2], idempotency_key="key")
 
 
+# Child processes
+
+
+
+@pytest.mark.django_db(transaction=True)  # it closes the connection
+def test_the_job_of_a_killed_child_is_due_again_soon(monkeypatch, published):
+    """But not when another run has it by now."""
+    def call(seconds, function, args):
+        return SimpleNamespace(start=lambda: function(*args))
+
+    monkeypatch.setattr("threading.Timer", call)
+    job, request = Job.objects.enqueue(add, [1, 2]), SimpleNamespace(request_dict={"job": 0})
+    worker.name_run(request)
+    headers = request.request_dict
+    sender = SimpleNamespace(request=SimpleNamespace(headers=headers))
+    row, error = Job.objects.filter(pk=job.pk), exceptions.WorkerLostError()
+    for token, state, crashes in (uuid.uuid4(), "running", 0), (headers["run"], "queued", 1):
+        row.requeue()
+        row.start(token, retries=0, limit=60)
+        worker.notice_death(sender, str(job.pk), error)
+        job.refresh_from_db()
+        assert (job.state, job.crashes) == (state, crashes)
+    assert seconds_until_due(job) == pytest.approx(5, rel=0.3)
+
+
+def test_a_worker_looks_for_dead_children_all_the_time(monkeypatch):
+    """Celery looks every 5 s, and so long the job of a killed child would wait in vain."""
+    monkeypatch.setattr("threading.Thread", Mock())  # of leases
+    consumer = Mock()
+    worker.keep_children(consumer)
+    consumer.hub.call_repeatedly.assert_called_once_with(0.5, consumer.pool.maintain_pool)
+
+
+@pytest.mark.django_db(transaction=True)  # it closes the connection
+def test_the_main_process_renews_only_the_runs_of_its_children(monkeypatch, published):
+    """Not that of the worker which took over while this one was frozen."""
+    jobs = [Job.objects.enqueue(add, [1, 2]) for _ in range(2)]
+    start(jobs[0])
+    start(jobs[1])
+    runs = [Job.objects.get(pk=jobs[0].pk).run, uuid.uuid4()]
+    requests = [
+        SimpleNamespace(id=str(job.pk), request_dict={"run": run})
+        for job, run in zip(jobs, runs, strict=True)
+    ]
+    monkeypatch.setattr(worker.state, "active_requests", requests)
+    monkeypatch.setattr("time.sleep", Mock(side_effect=[None, SystemExit]))
+    with pytest.raises(SystemExit):
+        worker.renew_leases_of_children()
+    assert [seconds_until_due(job) > 0 for job in jobs] == [True, False]
+
+
+def test_a_run_has_the_token_that_the_main_process_chose():
+    token = uuid.uuid4()
+    act.body = lambda task: str(Job.objects.get().run)
+    job = Job.objects.enqueue(act)
+    result = act.apply(task_id=str(job.pk), headers={"job": 0, "run": token})
+    assert result.get() == str(token)
+
+
 # What the database guards
 
 
@@ -1348,28 +1401,11 @@ def test_a_task_starts_with_a_connection_that_works(headers, spared):
     """Of a job nobody asks the database before its claim, which is tried again."""
     connection.ensure_connection()
     task = SimpleNamespace(request=SimpleNamespace(is_eager=False, headers=headers))
-    drop_dead_connections(task)
+    worker.drop_dead_connections(task)
     assert connection.connection and connection.health_check_done is spared
     connection.close_at = 0  # CONN_MAX_AGE is over
-    drop_dead_connections(task)
+    worker.drop_dead_connections(task)
     assert not connection.connection
-
-
-# What others see of the settings
-
-
-def test_celery_shows_no_password_in_flower_and_inspect(settings):
-    settings.CELERY_BROKER_URL = "memory://user:secret@host"
-    settings.CACHES = {"default": {"LOCATION": "memory://user:secret@host"}}
-    shown = Settings({}, [own_settings(), {}]).table()
-    assert shown["broker_url"].startswith("memory://user:***")
-    assert "secret" not in str(shown)
-
-
-@pytest.mark.parametrize("name", ["CELERY_DB_REUSE_MAX", "CELERY_WORKER_PREFETCH_MULTIPLIER"])
-def test_a_setting_that_is_left_out_takes_no_other_with_it(settings, name):
-    delattr(settings, name)
-    assert own_settings()["task_acks_late"]
 
 
 def test_a_priority_of_the_routes_reaches_the_broker(monkeypatch):
@@ -1377,7 +1413,7 @@ def test_a_priority_of_the_routes_reaches_the_broker(monkeypatch):
     monkeypatch.setattr(app.amqp.router, "routes", routes.prepare({add.name: {"priority": 7}}))
     sent = []
     monkeypatch.setattr(app.amqp, "send_task_message", lambda *args, **more: sent.append(more))
-    add.send(Job.objects.enqueue(add, [1, 2], countdown=9), None)
+    messages.send_one(add, Job.objects.enqueue(add, [1, 2], countdown=9), None)
     assert (sent[0]["priority"], sent[0]["queue"].name) == (7, "celery")
 
 
@@ -1480,12 +1516,16 @@ def test_a_scrape_walks_no_table():
 # manage.py check --deploy
 
 
+MAIL = {
+    "EMAIL_BACKEND": "django.core.mail.backends.smtp.EmailBackend",
+    "DEFAULT_FROM_EMAIL": "shop@example.com",
+}
+
+
 def check(monkeypatch, **environment):
     """Return the ids of the errors and warnings that the checks of this app find."""
     monkeypatch.delenv("CACHE_URL", raising=False)
-    mail = {"EMAIL_BACKEND": "django.core.mail.backends.smtp.EmailBackend"}
-    mail["DEFAULT_FROM_EMAIL"] = "shop@example.com"
-    mail |= {name: environment.pop(name) for name in mail.keys() & environment.keys()}
+    mail = {name: environment.pop(name, default) for name, default in MAIL.items()}
     for name, value in {"FLOWER_BASIC_AUTH": "user:password", **environment}.items():
         monkeypatch.setenv(name, value)
     with override_settings(**mail):
@@ -1495,23 +1535,39 @@ def check(monkeypatch, **environment):
 
 def test_sound_settings_pass_the_checks(monkeypatch):
     assert check(monkeypatch) == set()
-{% if result_backend.server %}
 
 
 def test_the_checks_find_a_result_backend_that_loses_results(monkeypatch, settings):
     settings.CELERY_RESULT_BACKEND = "rpc://"
     assert check(monkeypatch) == {"jobs.E001"}
-{% endif %}
-{% for server in servers %}
-{% print server.tests | default %}
-{% endfor %}
-{% if broker.flower %}
+
+
+@pytest.mark.parametrize("query", ["", "?ssl_cert_reqs=none", "?ssl_cert_reqs=CERT_NONE"])
+def test_the_checks_find_tls_that_trusts_everybody(monkeypatch, settings, query):
+    settings.CELERY_BROKER_URL = "rediss://host?ssl_cert_reqs=required"
+    assert check(monkeypatch) == set()
+    settings.CELERY_BROKER_URL = f"rediss://host{query}"
+    assert check(monkeypatch) == {"jobs.W001"}
+
+
+def test_the_checks_find_a_database_with_two_uses(monkeypatch, settings):
+    settings.CELERY_BROKER_URL = "redis://host:1/0"
+    assert check(monkeypatch, CACHE_URL="redis://host:1/1") == set()
+    assert check(monkeypatch, CACHE_URL="redis://user:password@host:1") == {"jobs.W002"}
+    settings.CELERY_BROKER_URL = "redis://host:1/1"
+    assert check(monkeypatch, CACHE_URL="redis://host:1/10") == set()
+    settings.CELERY_BROKER_URL = "sentinel://:secret@host:1/0;sentinel://:secret@host:2/0"
+    settings.CELERY_RESULT_BACKEND = "sentinel://:secret@host:1/1;sentinel://host:2/1"
+    assert check(monkeypatch) == set()
+    settings.CELERY_RESULT_BACKEND = "sentinel://:secret@host:1/0;sentinel://host:2/0"
+    assert check(monkeypatch) == {"jobs.W002"}
 
 
 @pytest.mark.parametrize("users", ["", "admin", "admin:", "admin:change-me", "me:secret,admin:"])
-def test_the_checks_find_a_flower_without_password(monkeypatch, users):
+def test_the_checks_find_a_flower_without_password(monkeypatch, settings, users):
     assert check(monkeypatch, FLOWER_BASIC_AUTH=users) == {"jobs.E002"}
-{% endif %}
+    del settings.FLOWER_BASIC_AUTH  # a broker without Flower
+    assert check(monkeypatch, FLOWER_BASIC_AUTH=users) == set()
 
 
 @pytest.mark.parametrize("backend", ["console", "dummy", "filebased", "locmem"])
@@ -1522,5 +1578,8 @@ def test_the_checks_find_mail_that_stays_on_this_machine(monkeypatch, backend):
 
 def test_the_checks_find_a_sender_that_other_servers_refuse(monkeypatch):
     assert check(monkeypatch, DEFAULT_FROM_EMAIL="webmaster@localhost") == {"jobs.E004"}
-{% print broker.tests %}
-{% print worker_pool.tests | default %}
+
+
+def test_the_checks_find_a_task_that_the_broker_would_repeat(monkeypatch, settings):
+    settings.REDELIVERY_SECONDS = app.conf.task_time_limit
+    assert check(monkeypatch) == {"jobs.W004"}

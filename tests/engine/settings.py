@@ -1,0 +1,89 @@
+"""As little as the app `jobs` needs: no broker, and SQLite unless DATABASE_URL names PostgreSQL."""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from celery import Celery
+
+OUTPUT = Path(__file__).parents[2] / "{{cookiecutter.project_slug}}"
+sys.path.append(str(OUTPUT))  # behind this folder: both have a conftest.py
+
+app = Celery("engine", set_as_current=True)
+app.conf.update(
+    broker_url="memory://",
+    task_acks_late=True,
+    task_send_sent_event=True,
+    task_soft_time_limit=540,
+    task_time_limit=600,
+)
+
+SECRET_KEY = "engine"  # noqa: S105
+ROOT_URLCONF = "urls"
+USE_TZ = True
+STATIC_URL = "static/"
+INSTALLED_APPS = [
+    "django.contrib.admin",
+    "django.contrib.auth",
+    "django.contrib.contenttypes",
+    "django.contrib.messages",
+    "django.contrib.sessions",
+    "rest_framework",
+    "rest_framework.authtoken",
+    "django_filters",
+    "drf_spectacular",
+    "jobs",
+]
+MIDDLEWARE = [
+    "django.contrib.sessions.middleware.SessionMiddleware",
+    "django.contrib.auth.middleware.AuthenticationMiddleware",
+    "django.contrib.messages.middleware.MessageMiddleware",
+]
+TEMPLATES = [
+    {
+        "BACKEND": "django.template.backends.django.DjangoTemplates",
+        "APP_DIRS": True,
+        "OPTIONS": {
+            "context_processors": [
+                "django.template.context_processors.request",
+                "django.contrib.auth.context_processors.auth",
+                "django.contrib.messages.context_processors.messages",
+            ]
+        },
+    }
+]
+url = urlsplit(os.environ.get("DATABASE_URL", ""))
+if url.scheme:
+    DATABASE = {"ENGINE": "django.db.backends.postgresql", "NAME": url.path[1:], "USER": url.username}
+    DATABASE |= {"PASSWORD": url.password, "HOST": url.hostname, "PORT": url.port}
+else:
+    file = Path(tempfile.gettempdir(), f"engine-{os.getpid()}.sqlite3")  # a file: tests use threads
+    options = {"transaction_mode": "IMMEDIATE", "timeout": 20}
+    options["init_command"] = "PRAGMA journal_mode=WAL; PRAGMA synchronous=OFF"
+    DATABASE = {"ENGINE": "django.db.backends.sqlite3", "OPTIONS": options, "TEST": {"NAME": file}}
+DATABASES = {"default": DATABASE | {"CONN_MAX_AGE": 60, "CONN_HEALTH_CHECKS": True}}
+REST_FRAMEWORK = {
+    "DEFAULT_AUTHENTICATION_CLASSES": [
+        "rest_framework.authentication.TokenAuthentication",
+        "rest_framework.authentication.SessionAuthentication",
+    ],
+    "DEFAULT_PERMISSION_CLASSES": ["rest_framework.permissions.IsAuthenticated"],
+    "DEFAULT_PARSER_CLASSES": ["rest_framework.parsers.JSONParser"],
+    "DEFAULT_FILTER_BACKENDS": ["jobs.serializers.Filter"],
+    "PAGE_SIZE": 20,
+    "DEFAULT_THROTTLE_CLASSES": ["jobs.serializers.Throttle"],
+    "DEFAULT_THROTTLE_RATES": {"user": "600/min"},
+    "DEFAULT_SCHEMA_CLASS": "drf_spectacular.openapi.AutoSchema",
+    "EXCEPTION_HANDLER": "jobs.views.handle_exception",
+}
+WORKER_QUEUES = ["celery", "cpu", "io"]
+REDELIVERY_SECONDS = 660
+FLOWER_BASIC_AUTH = "user:password"
+JOB_LEASE_SECONDS = 30
+JOB_SWEEP_SECONDS = 5
+JOB_RESEND_SECONDS = 30
+JOB_MAX_CRASHES = 3
+JOB_RETENTION_DAYS = 30
+CELERY_WORKER_SOFT_SHUTDOWN_TIMEOUT = 20

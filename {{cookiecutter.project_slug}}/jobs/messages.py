@@ -1,0 +1,51 @@
+"""What goes to the broker, and what it says of its queues. No row is read or written here."""
+
+import logging
+
+from celery import current_app
+
+logger = logging.getLogger(__name__)
+
+
+def send(jobs):
+    """Send the messages of these jobs over one connection. Raises what the transport does."""
+    with current_app.producer_or_acquire() as producer, producer.batch():
+        # Of one job Flower hears at once; of many when a worker has them, for it costs a message each.
+        event = len(jobs) == 1 and current_app.conf.task_send_sent_event
+        for job in jobs:
+            if task := current_app.tasks.get(job.task):
+                send_one(task, job, producer, create_sent_event=event)
+            else:
+                logger.error("job %s waits for code that knows its task", job)
+
+
+def send_one(task, job, producer, **options):
+    """Do what apply_async() does, in a third of its time. The header `job` makes the task a job."""
+    amqp, pk, headers = current_app.amqp, str(job.pk), {"job": job.crashes}
+    if current_app.conf.task_always_eager:
+        task.apply(job.args, job.kwargs, task_id=pk, retries=job.retries, headers=headers)
+        return
+    options = {"retries": job.retries, "ignore_result": True, **options}
+    message = amqp.create_task_message(pk, task.name, job.args, job.kwargs, **options)
+    options = {"queue": job.queue, "priority": task.priority}
+    options = amqp.router.route(options, task.name, job.args, job.kwargs)
+    options["priority"] = options.get("priority") or 0
+    amqp.send_task_message(producer, task.name, message, headers=headers, **options)
+
+
+def queue_of(task, args, kwargs):
+    """Return the name of the queue that the decorator or CELERY_TASK_ROUTES gives this task."""
+    if queue := getattr(task, "queue", None):
+        return queue
+    route = current_app.amqp.router.route({}, task.name, args, kwargs)
+    return route["queue"].name if "queue" in route else current_app.conf.task_default_queue
+
+
+def messages_in(queue):
+    """Return how many messages wait in `queue`. Raises what the transport does if it is down."""
+    with current_app.connection_for_write() as connection:
+        connection.ensure_connection(max_retries=1, interval_start=0)
+        queue = current_app.amqp.queues[queue](connection.default_channel)
+        queue.declare()  # with its binding, should somebody have deleted it
+        # Not passive: where keys have a prefix, kombu finds no queue in that way.
+        return queue.queue_declare().message_count

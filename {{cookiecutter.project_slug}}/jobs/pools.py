@@ -1,0 +1,85 @@
+"""What differs between Celery's worker pools: the only module that asks which one a process has.
+
+The command line names it, and the workers of one project may have different ones:
+
+    celery -A config worker                       # prefork, child processes
+    celery -A config worker --pool threads
+    celery -A config worker --pool gevent         # where the package gevent is installed
+"""
+
+import os
+import re
+import sys
+import threading
+from pathlib import Path
+
+from billiard.common import terminate_handler_fired
+from celery.exceptions import SoftTimeLimitExceeded
+
+# Celery imports gevent where it is asked for that pool, and patches Python before all else.
+gevent = sys.modules.get("gevent")
+monkey = sys.modules.get("gevent.monkey")
+IS_GEVENT = bool(monkey and monkey.is_module_patched("socket"))
+
+
+class ThreadPool:
+    """Threads; also the one thread of a prefork child, and of what is no worker: web, Beat, tests."""
+
+    time_limits = (SoftTimeLimitExceeded,)  # what a body gets that is over its time limit
+    Lock = staticmethod(threading.Lock)
+
+    def start_thread(self, function):
+        threading.Thread(target=function, daemon=True).start()
+
+    def query(self, function, *args, **kwargs):
+        """Call what asks the database. Not for what belongs to a transaction of a body."""
+        return function(*args, **kwargs)
+
+    def is_shutdown(self, error):
+        """Whether a body got this exception because its worker shuts down."""
+        return isinstance(error, SystemExit) and terminate_handler_fired()  # of a prefork child
+
+
+class GeventPool:
+    """Greenlets. What must go on while a body blocks all of them has native threads and locks."""
+
+    def __init__(self):
+        self.time_limits = (SoftTimeLimitExceeded, gevent.Timeout)
+        self.Lock = monkey.get_original("_thread", "allocate_lock")
+
+    def start_thread(self, function):
+        monkey.get_original("_thread", "start_new_thread")(function, ())
+
+    def query(self, function, *args, **kwargs):
+        """Not on the body's greenlet, which would open a database connection for each job."""
+        return gevent.get_hub().threadpool.apply(function, args, kwargs)
+
+    def is_shutdown(self, error):
+        return isinstance(error, gevent.GreenletExit)
+
+
+pool = GeventPool() if IS_GEVENT else ThreadPool()
+
+
+def named():
+    """Return the name of the pool that this command line asks for, before Celery has read it.
+
+    "" if this is no worker.
+    """
+    is_celery = "celery" in Path(sys.argv[0]).parts[-2:]  # bin/celery, or python -m celery
+    if not is_celery or "worker" not in sys.argv:
+        return ""
+    option = re.search(r" (?:-P ?|--pool[ =])(\w+)", " ".join(sys.argv))
+    return option[1].replace("processes", "prefork") if option else "prefork"
+
+
+def remap_sigterm():
+    """Have SIGTERM shut a prefork worker down softly: what is unfinished goes back to the broker.
+
+    Other pools have no such shutdown, see worker.end_in_time(). Celery has already read the variable
+    by now, so its command starts once more, as the same process.
+    """
+    remap = "SIGQUIT" if named() == "prefork" else ""
+    if named() and os.environ.get("REMAP_SIGTERM", "") != remap:
+        os.environ["REMAP_SIGTERM"] = remap
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606
