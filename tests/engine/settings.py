@@ -56,7 +56,11 @@ TEMPLATES = [
 ]
 url = urlsplit(os.environ.get("DATABASE_URL", ""))
 if url.scheme:
-    DATABASE = {"ENGINE": "django.db.backends.postgresql", "NAME": url.path[1:], "USER": url.username}
+    DATABASE = {
+        "ENGINE": "django.db.backends.postgresql",
+        "NAME": url.path[1:],
+        "USER": url.username,
+    }
     DATABASE |= {"PASSWORD": url.password, "HOST": url.hostname, "PORT": url.port}
 else:
     file = Path(tempfile.gettempdir(), f"engine-{os.getpid()}.sqlite3")  # a file: tests use threads

@@ -24,6 +24,7 @@ from jobs.models import Job
 from jobs.serializers import Throttle
 from jobs.tasks import JobTask
 
+
 @shared_task(base=JobTask, bind=True)
 def greet(self, name="you"):
     return f"Hello {name}"

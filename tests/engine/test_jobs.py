@@ -1316,10 +1316,10 @@ def test_final_jobs_and_their_keys_are_purged(settings):
 # Child processes
 
 
-
 @pytest.mark.django_db(transaction=True)  # it closes the connection
 def test_the_job_of_a_killed_child_is_due_again_soon(monkeypatch, published):
     """But not when another run has it by now."""
+
     def call(seconds, function, args):
         return SimpleNamespace(start=lambda: function(*args))
 

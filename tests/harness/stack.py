@@ -182,7 +182,7 @@ result = Token.objects.create(user=User.objects.create_user(name, **fields)).key
 
     def messages_in(self, queue):
         return self.ask(
-            "from jobs.sweep import messages_in\nresult = messages_in(queue)", queue=queue
+            "from jobs.messages import messages_in\nresult = messages_in(queue)", queue=queue
         )
 
     def empty(self, queue):

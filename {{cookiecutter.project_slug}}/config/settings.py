@@ -259,7 +259,9 @@ CELERY_WORKER_MAX_MEMORY_PER_CHILD = env.int("WORKER_MAX_KILOBYTES", default=500
 if POOL == "gevent":
     CELERY_WORKER_PREFETCH_MULTIPLIER = 4  # the next tasks are here while acknowledgements wait
     CELERY_DB_REUSE_MAX = 0  # each task has a greenlet and a connection of its own: close it
-{{ broker.gevent | trim | indent }}
+{% filter indent(first=true) %}
+{% print broker.gevent %}
+{% endfilter %}
 
 # Celery: Beat
 
