@@ -4,7 +4,7 @@ demo: .venv  ## bake a project, start it, run a job: make demo ARGS="include_exa
 	@PYTHONPATH=tests .venv/bin/python -m harness.demo $(ARGS)
 
 engine: .venv  ## the tests of the app `jobs`, in seconds: make engine ARGS="-k retry"
-	.venv/bin/python -m pytest -c tests/engine/pytest.ini $(ARGS)
+	.venv/bin/python -m pytest tests/engine -c tests/engine/pytest.ini $(ARGS)
 
 test: .venv engine  ## the template's own tests: make test ARGS="-k hook"
 	.venv/bin/python -m pytest -n auto --dist loadgroup --durations 10 $(ARGS)
