@@ -5,6 +5,7 @@ Real processes, as in test_faults.py; `seconds` is measured likewise.
 
 import os
 import re
+import signal
 import socketserver
 import subprocess
 import textwrap
@@ -25,6 +26,7 @@ SLOTS = {"threads": 16, "gevent": 16}  # of a worker whose jobs share a process
 on_each_broker = stacks(pools=POOLS[:1], slots=SLOTS)
 on_each_pool = stacks(brokers=ONE, slots=SLOTS)
 on_prefork = stacks(brokers=ONE, pools=["prefork"], slots=SLOTS)
+on_gevent = stacks(brokers=ONE, pools=["gevent"], slots=SLOTS)
 on_one = stacks(brokers=ONE, pools=POOLS[:1], slots=SLOTS)
 
 
@@ -455,25 +457,38 @@ with connection.cursor() as cursor:
     assert took < 5
 
 
-@on_prefork
-def test_a_worker_of_threads_serves_beside_those_of_processes(stack, gate, since):
-    """As the README says, for what waits: it has 20 jobs at once, and they outlive it."""
-    command = "celery -A config worker --pool threads --concurrency 20 --queues waiting"
-    worker = stack.process(command, "waiting")
-    worker.is_ready = lambda: " ready." in worker.printed
-    worker.start()
-    jobs = [stack.enqueue("hold", gate, queue="waiting") for _ in range(20)]
+@on_gevent  # whose output has that package; the other pools need none
+def test_workers_of_every_pool_serve_side_by_side(stack, gate, since):
+    """Killed or stopped, each leaves its jobs to a worker of another pool."""
+
+    def worker(pool, queue):
+        command = f"celery -A config worker --pool {pool} --concurrency 4 --queues {queue}"
+        worker = stack.process(f"{command} -n {pool}-{queue}@%h", f"{pool}-{queue}")
+        worker.is_ready = lambda: " ready." in worker.printed
+        worker.start()
+        assert re.search(r"concurrency: 4 \((\w+)\)", worker.printed)[1] in pool
+        return worker
+
+    first = [worker(pool, pool) for pool in POOLS]
+    jobs = [stack.enqueue("hold", gate, queue=pool) for pool in POOLS for _ in range(3)]
     stack.wait_until_started(*jobs)
-    worker.kill()
+    for each in first:
+        each.kill()
     start = time.monotonic()
-    worker.start()
+    second = [worker(POOLS[place - 1], pool) for place, pool in enumerate(POOLS)]
     stack.wait_until_started(*jobs, times=2)
     since(start)
-    worker.process.terminate()
-    time.sleep(4)  # longer than a soft shutdown: it finishes what it has
+    for each in second:
+        os.kill(each.pid, signal.SIGTERM)
+    for each in second:
+        assert each.process.wait(20) == 0, each.printed
+    assert {row["state"] for row in stack.rows(*jobs)} == {"queued"}  # handed back, no lease lapsed
+    third = [worker(POOLS[place - 2], pool) for place, pool in enumerate(POOLS)]
+    stack.wait_until_started(*jobs, times=3)
     gate.touch()
-    assert worker.process.wait(20) == 0, worker.printed
-    assert succeeded(stack.rows(*jobs), crashes=1)
+    assert succeeded(stack.wait_until_final(*jobs), crashes=1)
+    for each in third:
+        each.stop()
 
 
 # Periodic tasks
