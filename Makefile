@@ -15,9 +15,14 @@ chaos: .venv  ## two minutes of faults on each broker; longer: make chaos ARGS="
 bench: .venv  ## measure, write docs/performance.md; a trial: make bench ARGS="--scale 0.1"
 	PYTHONPATH=tests .venv/bin/python bench/run.py $(ARGS)
 
+# Plain Python of the output, too. Its own pyproject.toml is none before it is rendered.
+ENGINE := --config tests/engine/jobs_ruff.toml '{{cookiecutter.project_slug}}/jobs' '{{cookiecutter.project_slug}}/conftest.py'
+
 lint: .venv
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
+	.venv/bin/ruff check --fix $(ENGINE)
+	.venv/bin/ruff format $(ENGINE)
 
 .venv: pyproject.toml
 	python3 -m venv .venv

@@ -1452,7 +1452,7 @@ def backlog():
 
 @pytest.fixture
 def by_key(backlog):
-    """A function that does an UPDATE, and fails if PostgreSQL does not find its rows by their key."""
+    """A function that does an UPDATE, and fails if PostgreSQL finds its rows by another index."""
 
     def check(update, *args, **kwargs):
         with CaptureQueriesContext(connection) as captured:
