@@ -372,15 +372,16 @@ def typed(project, command, **variables):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @every_pool
 def test_a_worker_typed_by_hand_is_the_projects(broker, project, request, number):
-    """Its concurrency, all queues, whatever its pool; and what has nothing to do ends at once."""
-    pools = ["prefork", "threads"]
-    if request.node.callspec.params["output"]["worker_pool"] == "gevent":
-        pools.append("gevent")
-        with typed(project, "celery -A config worker -Pgevent", **broker) as refused:
+    """Its pool, its concurrency, all queues; and what has nothing to do ends at once."""
+    own = request.node.callspec.params["output"]["worker_pool"]
+    command = "celery -A config worker -l info"
+    commands = {pool: f"{command} --pool {pool}" for pool in ("prefork", "threads", own)}
+    commands |= {own: command} if own != "gevent" else {}
+    if own == "gevent":
+        with typed(project, command, **broker) as refused:
             assert refused.process.wait(60) == 1
             assert "Type the option in full: --pool gevent" in refused.log
-    for pool in pools:
-        command = f"celery -A config worker -l info --pool {pool}"
+    for pool, command in commands.items():
         with typed(project, command, WORKER_CONCURRENCY=3, **broker) as worker:
             worker.wait_for(" ready.")
             assert re.search(r"concurrency: 3 \((\w+)\)", worker.log)[1] in pool

@@ -15,21 +15,21 @@ WORKER = "/bin/celery -A config worker"
 @pytest.mark.parametrize(
     ("command", "pool"),
     [
-        (WORKER, "prefork"),
-        (f"{WORKER} --queues threads", "prefork"),
+        (WORKER, "the default"),
+        (f"{WORKER} --queues threads", "the default"),
         (f"{WORKER} --pool threads -n one@%h", "threads"),
         (f"{WORKER} --pool=gevent", "gevent"),
         (f"{WORKER} -P solo", "solo"),
         (f"{WORKER} -Psolo", "solo"),
         (f"{WORKER} --pool processes", "prefork"),
-        ("/x/celery/__main__.py -A config worker", "prefork"),
+        ("/x/celery/__main__.py -A config worker", "the default"),
         ("/bin/celery -A config beat", ""),
         ("manage.py runserver", ""),
     ],
 )
 def test_the_command_line_names_the_pool(monkeypatch, command, pool):
     monkeypatch.setattr(sys, "argv", command.split())
-    assert pools.named() == pool
+    assert pools.named("the default") == pool
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_a_prefork_worker_starts_again_to_end_softly(monkeypatch, command, befor
     monkeypatch.delenv("REMAP_SIGTERM", raising=False)
     if before is not None:
         monkeypatch.setenv("REMAP_SIGTERM", before)
-    pools.remap_sigterm()
+    pools.remap_sigterm(pools.named("prefork"))
     assert len(started) == (after is not None)
     assert pools.os.environ.get("REMAP_SIGTERM") == (before if after is None else after)
 

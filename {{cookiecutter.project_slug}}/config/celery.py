@@ -16,6 +16,11 @@ from jobs import pools
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
 
+POOL = pools.named("{{ cookiecutter.worker_pool }}")  # unless --pool names another one
+pools.remap_sigterm(POOL)
+if POOL == "gevent":
+    os.environ.setdefault("CELERY_WORKER_WITHOUT_GOSSIP", "1")  # the option: see settings.py
+
 app = Celery("config")
 app.autodiscover_tasks()
 app.steps["worker"].add(DjangoStructLogInitStep)
@@ -51,11 +56,6 @@ def keep_django_logging(**kwargs):
 def name_task(task, **kwargs):
     """Say in each line of a task's log which task it is."""
     bind_contextvars(task=task.name)
-
-
-pools.remap_sigterm()
-if pools.IS_GEVENT:
-    os.environ.setdefault("CELERY_WORKER_WITHOUT_GOSSIP", "1")  # the option: see config/settings.py
 {% if broker.flower %}
 
 

@@ -16,7 +16,7 @@ from celery.schedules import crontab
 {% endif %}
 from django.core.exceptions import ImproperlyConfigured
 
-from jobs import pools
+from config.celery import POOL
 
 BASE_DIR = Path(__file__).resolve().parent.parent
 
@@ -242,9 +242,9 @@ CELERY_BROKER_CONNECTION_TIMEOUT = 1  # seconds
 CELERY_BROKER_POOL_ACQUIRE_TIMEOUT = 1
 CELERY_TASK_PUBLISH_RETRY_POLICY = {"max_retries": 1, "interval_start": 0}
 
-# Celery: workers. Each names its pool: celery -A config worker --pool threads
+# Celery: workers, whose pools may differ: celery -A config worker --pool threads
 
-POOL = pools.named()  # of this process, "" if it is no worker
+CELERY_WORKER_POOL = POOL or "prefork"  # Celery asks this also where the command line says prefork
 SLOTS = {"threads": 20, "gevent": 100}.get(POOL)  # tasks at once; of processes the number of CPUs
 CELERY_WORKER_CONCURRENCY = env.int("WORKER_CONCURRENCY", default=SLOTS)
 CELERY_WORKER_PREFETCH_MULTIPLIER = 1  # a long task does not hold others hostage

@@ -1,9 +1,10 @@
 """What differs between Celery's worker pools: the only module that asks which one a process has.
 
-The command line names it, and the workers of one project may have different ones:
+The workers of one project may have different ones, beside each other:
 
-    celery -A config worker                       # prefork, child processes
+    celery -A config worker                       # the project's own
     celery -A config worker --pool threads
+    celery -A config worker --pool prefork        # child processes
     celery -A config worker --pool gevent         # where the package gevent is installed
 """
 
@@ -61,25 +62,22 @@ class GeventPool:
 pool = GeventPool() if IS_GEVENT else ThreadPool()
 
 
-def named():
-    """Return the name of the pool that this command line asks for, before Celery has read it.
-
-    "" if this is no worker.
-    """
+def named(default):
+    """Return the pool of this worker, before Celery has read its command line; "" of no worker."""
     is_celery = "celery" in Path(sys.argv[0]).parts[-2:]  # bin/celery, or python -m celery
     if not is_celery or "worker" not in sys.argv:
         return ""
     option = re.search(r" (?:-P ?|--pool[ =])(\w+)", " ".join(sys.argv))
-    return option[1].replace("processes", "prefork") if option else "prefork"
+    return option[1].replace("processes", "prefork") if option else default
 
 
-def remap_sigterm():
+def remap_sigterm(name):
     """Have SIGTERM shut a prefork worker down softly: what is unfinished goes back to the broker.
 
     Other pools have no such shutdown, see worker.end_in_time(). Celery has already read the variable
     by now, so its command starts once more, as the same process.
     """
-    remap = "SIGQUIT" if named() == "prefork" else ""
-    if named() and os.environ.get("REMAP_SIGTERM", "") != remap:
+    remap = "SIGQUIT" if name == "prefork" else ""
+    if name and os.environ.get("REMAP_SIGTERM", "") != remap:
         os.environ["REMAP_SIGTERM"] = remap
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606
