@@ -1,4 +1,4 @@
-"""What differs between Celery's worker pools: the only module that asks which one a process has.
+"""What differs between Celery's worker pools. No other module knows one of them.
 
 The workers of one project may have different ones, beside each other:
 
@@ -15,7 +15,8 @@ import threading
 from pathlib import Path
 
 from billiard.common import terminate_handler_fired
-from celery.exceptions import SoftTimeLimitExceeded
+from celery import concurrency
+from celery.exceptions import SoftTimeLimitExceeded, WorkerShutdown
 
 # Celery imports gevent where it is asked for that pool, and patches Python before all else.
 gevent = sys.modules.get("gevent")
@@ -40,6 +41,9 @@ class ThreadPool:
         """Whether a body got this exception because its worker shuts down."""
         return isinstance(error, SystemExit) and terminate_handler_fired()  # of a prefork child
 
+    def end_idle_worker(self):
+        """Have a worker without tasks end at once: this one does."""
+
 
 class GeventPool:
     """Greenlets. What must go on while a body blocks all of them has native threads and locks."""
@@ -58,6 +62,10 @@ class GeventPool:
     def is_shutdown(self, error):
         return isinstance(error, gevent.GreenletExit)
 
+    def end_idle_worker(self):
+        # It does not look for messages any more, for which Celery takes five seconds.
+        gevent.kill(gevent.get_hub().parent, WorkerShutdown(0))
+
 
 pool = GeventPool() if IS_GEVENT else ThreadPool()
 
@@ -69,6 +77,14 @@ def named(default):
         return ""
     option = re.search(r" (?:-P ?|--pool[ =])(\w+)", " ".join(sys.argv))
     return option[1].replace("processes", "prefork") if option else default
+
+
+def has_children(worker):
+    """Whether this worker's bodies run in child processes. Refuses greenlets that would block."""
+    module = concurrency.get_implementation(worker.pool_cls).__module__
+    if module.endswith(".gevent") and not IS_GEVENT:  # Celery patches if it reads this very option
+        raise SystemExit("Greenlets need a patched Python. Type the option in full: --pool gevent")
+    return module.endswith(".prefork")
 
 
 def remap_sigterm(name):

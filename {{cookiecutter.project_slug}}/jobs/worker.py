@@ -7,7 +7,7 @@ import time
 import uuid
 from contextlib import suppress
 
-from celery import concurrency, exceptions, signals
+from celery import exceptions, signals
 from celery.utils.functional import maybe_list
 from celery.worker import state
 from celery.worker.control import Panel
@@ -16,18 +16,14 @@ from django.db import close_old_connections, connection
 
 from .lease import TICK, judge, lock, renew, rows, runs
 from .models import Job
-from .pools import IS_GEVENT, gevent, pool
+from .pools import has_children, pool
 
 logger = logging.getLogger(__name__)
 
 
 def start(sender, **kwargs):
     """Prepare for the worker's pool: `sender` is the worker, which has not started it yet."""
-    pool_class = concurrency.get_implementation(sender.pool_cls)
-    kind = pool_class.__module__.split(".")[-1]  # prefork, thread, gevent, solo
-    if kind == "gevent" and not IS_GEVENT:  # Celery patches Python only if it reads this option
-        raise SystemExit("Greenlets need a patched Python. Type the option in full: --pool gevent")
-    if kind == "prefork":
+    if has_children(sender):
         signals.worker_ready.connect(keep_children)
     else:
         signals.worker_shutting_down.connect(end_in_time)
@@ -86,15 +82,14 @@ def judge_run(pk, run):
     connection.close()
 
 
-# Threads and greenlets
+# Bodies in this process
 
 
 def end_in_time(**kwargs):
     """Have the process end and its jobs go on elsewhere: Celery waits for the last body."""
     pool.start_thread(end)
-    if IS_GEVENT and not state.reserved_requests:
-        # An idle worker does not look for messages any more, for which Celery takes five seconds.
-        gevent.kill(gevent.get_hub().parent, exceptions.WorkerShutdown(0))
+    if not state.reserved_requests:
+        pool.end_idle_worker()
 
 
 def end():
