@@ -1583,3 +1583,10 @@ def test_the_checks_find_a_sender_that_other_servers_refuse(monkeypatch):
 def test_the_checks_find_a_task_that_the_broker_would_repeat(monkeypatch, settings):
     settings.REDELIVERY_SECONDS = app.conf.task_time_limit
     assert check(monkeypatch) == {"jobs.W004"}
+
+
+@pytest.mark.parametrize("pool", ["threads", "prefork"])
+def test_the_checks_say_that_threads_have_no_time_limit(settings, pool):
+    settings.CELERY_WORKER_POOL = pool
+    found = run_checks(include_deployment_checks=True)
+    assert ("jobs.I001" in {message.id for message in found}) == (pool == "threads")

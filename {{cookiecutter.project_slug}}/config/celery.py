@@ -16,7 +16,8 @@ from jobs import pools
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
 
-POOL = pools.named("{{ cookiecutter.worker_pool }}")  # unless --pool names another one
+DEFAULT_POOL = "{{ cookiecutter.worker_pool }}"  # of a worker without --pool
+POOL = pools.named(DEFAULT_POOL)  # of this process, "" if it is no worker
 pools.remap_sigterm(POOL)
 if POOL == "gevent":
     os.environ.setdefault("CELERY_WORKER_WITHOUT_GOSSIP", "1")  # the option: see settings.py

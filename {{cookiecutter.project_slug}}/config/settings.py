@@ -16,7 +16,7 @@ from celery.schedules import crontab
 {% endif %}
 from django.core.exceptions import ImproperlyConfigured
 
-from config.celery import POOL
+from config.celery import DEFAULT_POOL, POOL
 
 BASE_DIR = Path(__file__).resolve().parent.parent
 
@@ -244,7 +244,7 @@ CELERY_TASK_PUBLISH_RETRY_POLICY = {"max_retries": 1, "interval_start": 0}
 
 # Celery: workers, whose pools may differ: celery -A config worker --pool threads
 
-CELERY_WORKER_POOL = POOL or "prefork"  # Celery asks this also where the command line says prefork
+CELERY_WORKER_POOL = POOL or DEFAULT_POOL  # which Celery takes even for `--pool prefork`
 SLOTS = {"threads": 20, "gevent": 100}.get(POOL)  # tasks at once; of processes the number of CPUs
 CELERY_WORKER_CONCURRENCY = env.int("WORKER_CONCURRENCY", default=SLOTS)
 CELERY_WORKER_PREFETCH_MULTIPLIER = 1  # a long task does not hold others hostage

@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 
 from celery import current_app
 from django.conf import settings
-from django.core.checks import Error, Warning, register
+from django.core.checks import Error, Info, Warning, register
 
 
 @register(deploy=True)
@@ -84,3 +84,13 @@ def check_time_limits(app_configs, **kwargs):
                 hint="config/settings.py says where REDELIVERY_SECONDS comes from: raise that first.",
                 id="jobs.W004",
             )
+
+
+@register(deploy=True)
+def check_threads(app_configs, **kwargs):
+    if getattr(settings, "CELERY_WORKER_POOL", "") == "threads":
+        yield Info(
+            "Threads have no time limit: a task that waits for ever keeps its thread.",
+            hint="Give each wait a timeout of its own. Then add this id to SILENCED_SYSTEM_CHECKS.",
+            id="jobs.I001",
+        )
