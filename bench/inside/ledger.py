@@ -67,9 +67,9 @@ def claims(waiting, count):
     sql("ALTER TABLE jobs_job SET (autovacuum_enabled = off)", "ANALYZE jobs_job")
     copies(job_for_later("later"), waiting)
     jobs = list(Job.objects.filter(queue="later").order_by("?").values_list("pk")[:count])
-    options = {"retries": 0, "limit": 600}
+    options = {"worker": "", "retries": 0, "limit": 600}
     claims = Job.objects.all()
-    return rate(lambda pk: claims.filter(pk=pk).start(uuid.uuid4(), **options), jobs)
+    return rate(lambda pk: claims.filter(pk=pk).claim(uuid.uuid4(), **options), jobs)
 
 
 def sweep_due(count, queues):
@@ -79,7 +79,7 @@ def sweep_due(count, queues):
     copies(job_for_later("due"), count, queue=queue, wake_at=due, created_at=due)
     began = time.perf_counter()
     while sweep.send_due():
-        sweep.judge_leases()
+        sweep.recover_lapsed()
     seconds = time.perf_counter() - began
     assert Job.objects.filter(sent=1, queue__startswith="due").count() == count
     return count / seconds

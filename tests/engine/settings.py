@@ -66,7 +66,7 @@ else:
     file = Path(tempfile.gettempdir(), f"engine-{os.getpid()}.sqlite3")  # a file: tests use threads
     options = {"transaction_mode": "IMMEDIATE", "timeout": 20}
     options["init_command"] = "PRAGMA journal_mode=WAL; PRAGMA synchronous=OFF"
-    DATABASE = {"ENGINE": "django.db.backends.sqlite3", "OPTIONS": options, "TEST": {"NAME": file}}
+    DATABASE = {"ENGINE": "django.db.backends.sqlite3", "NAME": file, "OPTIONS": options, "TEST": {"NAME": file}}
 DATABASES = {"default": DATABASE | {"CONN_MAX_AGE": 60, "CONN_HEALTH_CHECKS": True}}
 REST_FRAMEWORK = {
     "DEFAULT_AUTHENTICATION_CLASSES": [
@@ -74,13 +74,12 @@ REST_FRAMEWORK = {
         "rest_framework.authentication.SessionAuthentication",
     ],
     "DEFAULT_PERMISSION_CLASSES": ["rest_framework.permissions.IsAuthenticated"],
-    "DEFAULT_PARSER_CLASSES": ["rest_framework.parsers.JSONParser"],
-    "DEFAULT_FILTER_BACKENDS": ["jobs.serializers.Filter"],
+    "DEFAULT_PARSER_CLASSES": ["jobs.rest.Parser"],
+    "DEFAULT_FILTER_BACKENDS": ["jobs.rest.Filter"],
     "PAGE_SIZE": 20,
-    "DEFAULT_THROTTLE_CLASSES": ["jobs.serializers.Throttle"],
+    "DEFAULT_THROTTLE_CLASSES": ["jobs.rest.Throttle"],
     "DEFAULT_THROTTLE_RATES": {"user": "600/min"},
-    "DEFAULT_SCHEMA_CLASS": "drf_spectacular.openapi.AutoSchema",
-    "EXCEPTION_HANDLER": "jobs.views.handle_exception",
+    "DEFAULT_SCHEMA_CLASS": "jobs.schema.Schema",
 }
 WORKER_QUEUES = ["celery", "cpu", "io"]
 REDELIVERY_SECONDS = 660

@@ -21,7 +21,7 @@ from rest_framework.response import Response
 from rest_framework.test import APIClient, APIRequestFactory
 
 from jobs.models import Job
-from jobs.serializers import Throttle
+from jobs.rest import Throttle
 from jobs.tasks import JobTask
 
 
@@ -165,6 +165,7 @@ def test_a_traceback_is_for_staff_that_may_view_jobs(api, staff, user, commit):
     viewer = staff("view")
     [attempt] = viewer.get(f"/api/jobs/{job.pk}/").json()["attempts"]
     assert attempt["error"] == shown["error"]
+    assert attempt["exception"] == "builtins.ValueError"
     assert attempt["traceback"].startswith("Traceback")
     Job.objects.update(owner=None)
     [shown] = viewer.get("/api/jobs/").json()["results"]
@@ -182,13 +183,6 @@ def test_staff_runs_a_job_again(staff, user, commit):
     assert response["Location"] == f"/api/jobs/{again.pk}/"
     assert (again.owner, again.queue, again.unique_key) == (user, "special", "key")
     assert (again.state, again.result) == ("succeeded", "Hello Ada")
-
-
-def test_the_admin_reads_the_attempts_of_one_job_only(admin_client):
-    job = Job.objects.enqueue(greet)
-    with CaptureQueriesContext(connection) as captured:
-        assert str(job.pk) in admin_client.get("/admin/jobs/job/").content.decode()
-    assert not [query for query in captured if '"attempts"' in query["sql"]]
 
 
 def test_who_may_not_delete_jobs_may_not_run_them_again(api, staff, user, commit):
@@ -271,7 +265,7 @@ def test_the_metrics_tell_what_waits_and_since_when(staff_api):
     retried, running = (Job.objects.enqueue(greet) for _ in range(2))
     for job in retried, running:
         Job.objects.filter(pk=job.pk).update(due_at=ago(100))
-        Job.objects.filter(pk=job.pk).start(uuid.uuid4(), retries=0, limit=60)
+        Job.objects.filter(pk=job.pk).claim(uuid.uuid4(), worker="", retries=0, limit=60)
     Job.objects.filter(pk=retried.pk).requeue(30, retries=1)
     found = scrape(staff_api)
     assert 100 <= found.pop("jobs_oldest_wait_seconds slow") < 160
@@ -361,13 +355,13 @@ def test_the_admin_shows_tracebacks(admin_client, commit):
     with commit():
         job = Job.objects.enqueue(fail)
     page = admin_client.get(f"/admin/jobs/job/{job.pk}/change/").content.decode()
-    assert "<strong>ValueError: &lt;b&gt;no&lt;/b&gt;</strong>" in page
+    assert "ValueError: &lt;b&gt;no&lt;/b&gt;" in page
     assert ">Traceback" in page
-    assert "<b>" not in page
+    assert "<b>no" not in page
 
 
 def test_the_admin_shows_every_field_of_a_job():
-    shown = {"attempts", *flatten_fieldsets(site.get_model_admin(Job).fieldsets)}
+    shown = set(flatten_fieldsets(site.get_model_admin(Job).fieldsets))
     assert {field.name for field in Job._meta.fields} <= shown
 
 
@@ -423,16 +417,6 @@ def test_json_that_is_nested_too_deeply_is_refused():
         return Response(request.data)
 
     request = APIRequestFactory().post("/", "[" * 100_000, content_type="application/json")
-    assert echo(request).status_code == 400
-
-
-def test_a_body_that_is_too_big_is_refused():
-    @api_view(["POST"])
-    @permission_classes([])
-    def echo(request):
-        return Response(request.data)
-
-    request = APIRequestFactory().post("/", "1" * 3_000_000, content_type="application/json")
     assert echo(request).status_code == 400
 
 

@@ -1,10 +1,12 @@
 """The pools: what differs between them, and that a process finds out which one it has."""
 
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
+from celery.platforms import signals
 from settings import OUTPUT
 
 from jobs import pools, worker
@@ -15,44 +17,40 @@ WORKER = "/bin/celery -A config worker"
 @pytest.mark.parametrize(
     ("command", "pool"),
     [
-        (WORKER, "the default"),
-        (f"{WORKER} --queues threads", "the default"),
-        (f"{WORKER} --pool threads -n one@%h", "threads"),
-        (f"{WORKER} --pool=gevent", "gevent"),
+        (WORKER, "threads"),
+        (f"{WORKER} --queues prefork -n solo", "threads"),
+        (f"{WORKER} --pool prefork -n one@%h", "prefork"),
+        (f"{WORKER} --queues io --pool=prefork", "prefork"),
         (f"{WORKER} -P solo", "solo"),
         (f"{WORKER} -Psolo", "solo"),
-        (f"{WORKER} --pool processes", "prefork"),
-        ("/x/celery/__main__.py -A config worker", "the default"),
-        ("/bin/celery -A config beat", ""),
-        ("manage.py runserver", ""),
+        ("/x/celery/__main__.py -A config -q worker --pool prefork", "prefork"),
+        ("/bin/celery -A config beat", "threads"),
+        ("manage.py runserver", "threads"),
     ],
 )
-def test_the_command_line_names_the_pool(monkeypatch, command, pool):
+def test_only_the_option_names_another_pool(monkeypatch, command, pool):
     monkeypatch.setattr(sys, "argv", command.split())
-    assert pools.named("the default") == pool
+    assert pools.named("threads") == pool
 
 
-@pytest.mark.parametrize(
-    ("command", "before", "after"),
-    [
-        (WORKER, None, "SIGQUIT"),
-        (WORKER, "SIGQUIT", None),
-        (f"{WORKER} --pool threads", None, None),
-        (f"{WORKER} --pool threads", "SIGQUIT", ""),
-        ("/bin/celery -A config beat", None, None),
-    ],
-)
-def test_a_prefork_worker_starts_again_to_end_softly(monkeypatch, command, before, after):
-    """And a worker of another pool if it has inherited the variable."""
-    started = []
-    monkeypatch.setattr(sys, "argv", command.split())
-    monkeypatch.setattr("os.execv", lambda *command: started.append(command))
-    monkeypatch.delenv("REMAP_SIGTERM", raising=False)
-    if before is not None:
-        monkeypatch.setenv("REMAP_SIGTERM", before)
-    pools.remap_sigterm(pools.named("prefork"))
-    assert len(started) == (after is not None)
-    assert pools.os.environ.get("REMAP_SIGTERM") == (before if after is None else after)
+def test_greenlets_are_refused_in_a_project_that_was_not_made_for_them(monkeypatch):
+    monkeypatch.setattr(sys, "argv", f"{WORKER} --pool gevent".split())
+    assert pools.named("gevent") == "gevent"
+    with pytest.raises(SystemExit, match="not made for gevent. Use --pool threads or prefork"):
+        pools.named("prefork")
+
+
+def test_sigterm_does_what_sigquit_does_at_that_moment():
+    before = {name: signals[name] for name in ("SIGTERM", "SIGQUIT")}
+    seen = []
+    try:
+        pools.soften_sigterm()
+        for handler in "first", "second":  # Celery replaces its own during a shutdown
+            signals["SIGQUIT"] = lambda *args, handler=handler: seen.append(handler)
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signals.update(before)
+    assert seen == ["first", "second"]
 
 
 @pytest.mark.parametrize(
@@ -61,8 +59,8 @@ def test_a_prefork_worker_starts_again_to_end_softly(monkeypatch, command, befor
 )
 def test_a_worker_does_what_its_pool_needs(monkeypatch, pool, ready, shutting_down):
     connected = {"worker_ready": [], "worker_shutting_down": []}
-    signals = {name: SimpleNamespace(connect=done.append) for name, done in connected.items()}
-    monkeypatch.setattr(worker, "signals", SimpleNamespace(**signals))
+    fakes = {name: SimpleNamespace(connect=done.append) for name, done in connected.items()}
+    monkeypatch.setattr(worker, "signals", SimpleNamespace(**fakes))
     monkeypatch.setattr(worker, "follow_revokes", lambda: None)
     worker.start(SimpleNamespace(pool_cls=pool))
     counts = [len(done) for done in connected.values()]

@@ -235,8 +235,10 @@ with app.connection_for_write() as broker:
     def rows(self, *jobs):
         """What the ledger says of these jobs, in their order."""
         code = """
-fields = ["pk", "state", "result", "error", "crashes", "attempts"]
+fields = ["pk", "state", "result", "error", "crashes"]
 found = {str(row["pk"]): row for row in Job.objects.filter(pk__in=jobs).values(*fields)}
+for row in found.values():
+    row["attempts"] = list(Attempt.objects.filter(job=row["pk"]).values())
 result = [found[job] for job in jobs]
 """
         return self.ask(code, jobs=jobs)

@@ -1,4 +1,4 @@
-{% from "chosen.jinja" import broker with context %}
+{% from "chosen.jinja" import broker, worker_pool with context %}
 import os
 {% if broker.flower %}
 import sys
@@ -12,15 +12,8 @@ from django_structlog.celery.steps import DjangoStructLogInitStep
 {% print broker.celery_imports | default %}
 from structlog.contextvars import bind_contextvars
 
-from jobs import pools
-
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
-
-DEFAULT_POOL = "{{ cookiecutter.worker_pool }}"  # of a worker without --pool
-POOL = pools.named(DEFAULT_POOL)  # of this process, "" if it is no worker
-pools.remap_sigterm(POOL)
-if POOL == "gevent":
-    os.environ.setdefault("CELERY_WORKER_WITHOUT_GOSSIP", "1")  # the option: see settings.py
+{% print worker_pool.celery | default %}
 
 app = Celery("config")
 app.autodiscover_tasks()

@@ -1,5 +1,5 @@
 {% import "text.jinja" as text %}
-{% from "chosen.jinja" import broker, result_backend, servers, periodic_tasks with context %}
+{% from "chosen.jinja" import broker, result_backend, servers, periodic_tasks, worker_pool with context %}
 """Settings. Whatever differs between machines comes from the environment: see .env.example."""
 
 import logging
@@ -16,7 +16,7 @@ from celery.schedules import crontab
 {% endif %}
 from django.core.exceptions import ImproperlyConfigured
 
-from config.celery import DEFAULT_POOL, POOL
+from jobs import pools
 
 BASE_DIR = Path(__file__).resolve().parent.parent
 
@@ -175,14 +175,13 @@ REST_FRAMEWORK = {
         "rest_framework.authentication.SessionAuthentication",
     ],
     "DEFAULT_PERMISSION_CLASSES": ["rest_framework.permissions.IsAuthenticated"],
-    "DEFAULT_PARSER_CLASSES": ["rest_framework.parsers.JSONParser"],
-    "DEFAULT_FILTER_BACKENDS": ["jobs.serializers.Filter"],
+    "DEFAULT_PARSER_CLASSES": ["jobs.rest.Parser"],
+    "DEFAULT_FILTER_BACKENDS": ["jobs.rest.Filter"],
     "DEFAULT_PAGINATION_CLASS": "rest_framework.pagination.PageNumberPagination",
     "PAGE_SIZE": 20,
-    "DEFAULT_THROTTLE_CLASSES": ["jobs.serializers.Throttle"],
+    "DEFAULT_THROTTLE_CLASSES": ["jobs.rest.Throttle"],
     "DEFAULT_THROTTLE_RATES": {"user": THROTTLE},
-    "DEFAULT_SCHEMA_CLASS": "drf_spectacular.openapi.AutoSchema",
-    "EXCEPTION_HANDLER": "jobs.views.handle_exception",
+    "DEFAULT_SCHEMA_CLASS": "jobs.schema.Schema",
     "NUM_PROXIES": NUM_PROXIES,
 }
 SPECTACULAR_SETTINGS = {
@@ -192,10 +191,6 @@ SPECTACULAR_SETTINGS = {
     "SERVE_PERMISSIONS": ["rest_framework.permissions.IsAuthenticated"],
     "SWAGGER_UI_DIST": "SIDECAR",  # from this server, not from another one
     "SWAGGER_UI_FAVICON_HREF": "SIDECAR",
-    "POSTPROCESSING_HOOKS": [
-        "drf_spectacular.hooks.postprocess_schema_enums",
-        "jobs.serializers.document_common_answers",
-    ],
 }
 
 # Jobs (jobs/models.py says how one lives)
@@ -242,26 +237,22 @@ CELERY_BROKER_CONNECTION_TIMEOUT = 1  # seconds
 CELERY_BROKER_POOL_ACQUIRE_TIMEOUT = 1
 CELERY_TASK_PUBLISH_RETRY_POLICY = {"max_retries": 1, "interval_start": 0}
 
-# Celery: workers, whose pools may differ: celery -A config worker --pool threads
+# Celery: workers. Each may have another pool: celery -A config worker --pool threads
 
-CELERY_WORKER_POOL = POOL or DEFAULT_POOL  # which Celery takes even for `--pool prefork`
-SLOTS = {"threads": 20, "gevent": 100}.get(POOL)  # tasks at once; of processes the number of CPUs
+CELERY_WORKER_POOL = POOL = pools.named("{{ cookiecutter.worker_pool }}")  # that of --pool, else this one
+# How many tasks at once; without a number, as many processes as there are CPUs.
+SLOTS = 20 if POOL == "threads" else None
 CELERY_WORKER_CONCURRENCY = env.int("WORKER_CONCURRENCY", default=SLOTS)
 CELERY_WORKER_PREFETCH_MULTIPLIER = 1  # a long task does not hold others hostage
 CELERY_WORKER_SOFT_SHUTDOWN_TIMEOUT = env.float("SOFT_SHUTDOWN_SECONDS", default=20)
-# Tasks that run when the broker is lost end, for they are delivered again; threads cannot be ended.
-CELERY_WORKER_CANCEL_LONG_RUNNING_TASKS_ON_CONNECTION_LOSS = POOL in ("prefork", "gevent")
+# When the broker is lost, end the tasks that it will deliver again. Threads cannot be ended.
+CELERY_WORKER_CANCEL_LONG_RUNNING_TASKS_ON_CONNECTION_LOSS = POOL == "prefork"
 CELERY_DB_REUSE_MAX = 1000  # no new database connection for each task
-# Of processes alone
+# For processes alone
 CELERY_TASK_SOFT_TIME_LIMIT = TASK_TIME_LIMIT * 0.9  # raises SoftTimeLimitExceeded in the task
 CELERY_WORKER_MAX_TASKS_PER_CHILD = 1000  # leaks end
 CELERY_WORKER_MAX_MEMORY_PER_CHILD = env.int("WORKER_MAX_KILOBYTES", default=500_000)
-if POOL == "gevent":
-    CELERY_WORKER_PREFETCH_MULTIPLIER = 4  # the next tasks are here while acknowledgements wait
-    CELERY_DB_REUSE_MAX = 0  # each task has a greenlet and a connection of its own: close it
-{% filter indent(first=true) %}
-{% print broker.gevent %}
-{% endfilter %}
+{% print worker_pool.settings | default %}
 
 # Celery: Beat
 

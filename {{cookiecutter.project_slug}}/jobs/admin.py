@@ -1,6 +1,5 @@
 import uuid
 from contextlib import suppress
-from datetime import datetime
 
 from django.contrib import admin, messages
 from django.contrib.auth import get_user_model
@@ -8,19 +7,19 @@ from django.core.paginator import Paginator
 from django.template.defaultfilters import pluralize
 from django.urls import reverse
 from django.utils.functional import cached_property
-from django.utils.html import format_html, format_html_join
+from django.utils.html import format_html
 
-from .models import Job
+from .models import Attempt, Job
 
 # What the page of a job shows.
 WHAT = "task args kwargs owner queue created_at"
 WENT = "state error result progress message started_at finished_at"
 KEYS = "id idempotency_key fingerprint unique_key"
-INTERNALS = "cursor run due_at wake_at deadline sent retries crashes"
+INTERNALS = "cursor run worker due_at wake_at deadline sent retries crashes"
 
 
 class LatestPages(Paginator):
-    """Ends after some pages, for a count of a million rows takes long: filter to see older ones."""
+    """Counts 5,000 rows and no more, for counting a million takes long: filter to see older ones."""
 
     most = 5000
 
@@ -30,7 +29,7 @@ class LatestPages(Paginator):
 
 
 def announce(request, jobs, done="enqueued", rest=""):
-    """Say in the admin how many jobs were enqueued, with a link to where this user sees them."""
+    """Show in the admin how many jobs were enqueued, with a link to where this user sees them."""
     if not request.user.has_perm("jobs.view_job"):
         url = reverse("index")
     elif len(jobs) == 1:
@@ -42,9 +41,25 @@ def announce(request, jobs, done="enqueued", rest=""):
     messages.success(request, format_html("{}. {}", link, rest))
 
 
+class AttemptInline(admin.StackedInline):
+    model = Attempt
+    verbose_name_plural = "Attempts that failed, the latest first"
+    fields = readonly_fields = ["started_at", "ended_at", "worker", "exception", "shown_traceback"]
+    ordering = ["-pk"]
+    max_num = 0
+    can_delete = False
+
+    def has_view_permission(self, request, obj=None):
+        return True  # who sees the job sees its attempts
+
+    @admin.display(description="traceback")
+    def shown_traceback(self, attempt):
+        return format_html('<pre style="white-space: pre-wrap">{}</pre>', attempt.traceback)
+
+
 @admin.register(Job)
 class JobAdmin(admin.ModelAdmin):
-    """Whatever it lists, filters or searches has an index."""
+    """What it lists, filters and searches by has an index."""
 
     list_display = ["task", "state", "progress", "owner", "created_at", "finished_at"]
     ordering = ["-created_at"]
@@ -52,18 +67,15 @@ class JobAdmin(admin.ModelAdmin):
     list_select_related = ["owner"]
     paginator = LatestPages
     show_full_result_count = False
-    search_fields = ["pk"]  # for the box to be there
+    search_fields = ["pk"]  # shows the search box
     search_help_text = "The id of a job, or the whole name of its owner"
     actions = ["run_again", "cancel"]
+    inlines = [AttemptInline]
     fieldsets = [
         (None, {"fields": WHAT.split()}),
         ("How it went", {"fields": WENT.split()}),
-        ("Attempts that failed", {"fields": ["failed_attempts"]}),
         ("Internals", {"fields": f"{KEYS} {INTERNALS}".split(), "classes": ["collapse"]}),
     ]
-
-    def get_queryset(self, request):
-        return super().get_queryset(request).defer("attempts")  # of thousands they are large
 
     def get_search_results(self, request, queryset, search_term):
         try:
@@ -72,26 +84,16 @@ class JobAdmin(admin.ModelAdmin):
             found = {f"owner__{get_user_model().USERNAME_FIELD}": search_term}
         return queryset.filter(**found) if search_term else queryset, False
 
-    def response_action(self, request, queryset):
+    def response_action(self, request, queryset, **kwargs):
         if request.POST.get("select_across") == "1":  # as many as the page says, not a million
             queryset = queryset.filter(pk__in=queryset.values("pk")[: LatestPages.most])
-        return super().response_action(request, queryset)
+        return super().response_action(request, queryset, **kwargs)
 
     def has_add_permission(self, request):
         return False
 
     def has_change_permission(self, request, obj=None):
-        return False  # only the ledger's own UPDATEs keep a job and its worker in step
-
-    @admin.display(description="the latest first")
-    def failed_attempts(self, job):
-        def shown(run):
-            start, end = (datetime.fromisoformat(run[name]) for name in ("started_at", "ended_at"))
-            took = f"{start:%Y-%m-%d %H:%M:%S}, for {(end - start).total_seconds():.1f} s"
-            return run["error"], took, run["traceback"]
-
-        html = '<p><strong>{}</strong><br>{}</p><pre style="white-space: pre-wrap">{}</pre>'
-        return format_html_join("", html, map(shown, reversed(job.attempts))) or "-"
+        return False  # only the methods of JobQuerySet keep a job and its worker in step
 
     @admin.action(description="Run again, as new jobs", permissions=["delete"])
     def run_again(self, request, queryset):

@@ -4,6 +4,7 @@ from django.apps import AppConfig
 
 class JobsConfig(AppConfig):
     name = "jobs"
+    default_auto_field = "django.db.models.BigAutoField"
 
     def ready(self):
         from . import beat, checks, liveness, worker  # noqa: F401  checks register themselves
@@ -12,6 +13,6 @@ class JobsConfig(AppConfig):
         signals.task_received.connect(worker.name_run)
         signals.task_prerun.connect(worker.drop_dead_connections)
         signals.task_failure.connect(worker.notice_death)
-        signals.heartbeat_sent.connect(liveness.show_life)
+        signals.heartbeat_sent.connect(liveness.touch_liveness_file)
         signals.beat_init.connect(beat.start)
         signals.beat_embedded_init.connect(beat.start)  # that is celery worker --beat

@@ -1,4 +1,4 @@
-"""What Beat's process does beside its schedule: it names ticks, and starts the sweep."""
+"""What Beat's process does besides its schedule: it names ticks, and starts the sweep."""
 
 import uuid
 from copy import copy
@@ -12,22 +12,22 @@ from .tasks import JobTask
 
 
 def start(sender, **kwargs):
-    """Begin, once Beat has: `sender` is its service."""
+    """Prepare Beat's service, the `sender`, which has just started."""
     name_ticks(sender)
     sweep.start()
 
 
 def name_ticks(beat):
-    """Give a job that Beat starts the id of its tick: two Beats start one job."""
+    """Give a job that Beat starts the id of its tick, so that two Beats start one job."""
     apply_async = beat.scheduler.apply_async
 
     def apply_tick(entry, **options):
         if not isinstance(beat.app.tasks.get(entry.task), JobTask):
             return apply_async(entry, **options)
-        close_old_connections()  # Beat has no requests or tasks that do it
+        close_old_connections()  # Django does so for requests, and we for tasks; not for Beat
         schedule, entry = entry.schedule, copy(entry)
-        # Exact to milliseconds, so a second is added. Intervals begin when their Beat does: one tick
-        # counts between two multiples of its length.
+        # `due` may be milliseconds early, so add a second. Two Beats count an interval from different
+        # starts, so its tick is its number since 1970.
         due = schedule.now() + schedule.remaining_estimate(entry.last_run_at) + timedelta(seconds=1)
         length = getattr(schedule, "run_every", timedelta(minutes=1))
         tick = f"{entry.name} {due.timestamp() // length.total_seconds()}"

@@ -1,4 +1,4 @@
-"""How a worker waits for a database that is away, and clears up what a body left open in it."""
+"""How a worker waits for a database that is unavailable, and rolls back what a body left open."""
 
 import logging
 import time
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 def wait_for(query, *args, **kwargs):
-    """Return query(…), tried until the database answers."""
+    """Return query(…). While the database is unavailable, try again every second."""
     return pool.query(try_until_answered, query, *args, **kwargs)
 
 
@@ -23,38 +23,39 @@ def try_until_answered(query, *args, **kwargs):
         try:
             return query(*args, **kwargs)
         except Error as error:
-            if not is_away(error):
+            if not is_unavailable(error):
                 raise
             logger.warning("waiting for the database: %s", error)
             close_old_connections()
             time.sleep(1)
 
 
-def insist(update, *args, **kwargs):
-    """Do as wait_for(), also over the soft time limit: how a job ended must not get lost."""
+def store_outcome(update, *args, **kwargs):
+    """Do as wait_for(), and ignore the soft time limit: how a run ended must not get lost."""
     while True:
         with suppress(SoftTimeLimitExceeded):
             return wait_for(update, *args, **kwargs)
 
 
-def is_away(error):
-    """Whether it may pass: PostgreSQL's 25006, "read only", may; class 54, "too large", does not."""
+def is_unavailable(error):
+    """Return whether the same query may succeed later."""
     state = getattr(error.__cause__, "sqlstate", None) or ""
-    away = isinstance(error, (OperationalError, InterfaceError)) and not state.startswith("54")
-    return away or state == "25006"
+    # PostgreSQL's class 54 is "program limit exceeded", 25006 "read-only transaction": a standby.
+    may_pass = isinstance(error, (OperationalError, InterfaceError)) and not state.startswith("54")
+    return may_pass or state == "25006"
 
 
 def in_transaction():
     return connection.connection and (connection.in_atomic_block or not connection.autocommit)
 
 
-def leave_transaction():
-    """Roll back what a body left open, or else how it ended would be part of it. Returns if so."""
+def roll_back_open_transaction():
+    """Roll back what a body left open, which would swallow the outcome. Return whether one was."""
     with suppress(Error):
         if connection.connection and not (connection.in_atomic_block or connection.autocommit):
-            connection.set_autocommit(True)  # perhaps all was committed
-    if left := in_transaction():
+            connection.set_autocommit(True)  # PostgreSQL refuses while a transaction is open
+    if was_open := in_transaction():
         connection.close()
         with suppress(Error):
-            connection.connect()  # forgets the blocks, also if it fails
-    return left
+            connection.connect()  # forgets the open blocks, even if it fails
+    return was_open

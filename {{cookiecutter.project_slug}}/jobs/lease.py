@@ -1,6 +1,6 @@
-"""Leases: what says that a run's worker lives, and what happens to a job whose worker does not.
+"""Leases: a running job's lease says that its worker is alive. Without one, the job is recovered.
 
-One thread of each process renews the leases of its runs and writes what their bodies report.
+In each process, one thread renews the leases of all runs, and writes what their bodies report.
 """
 
 import logging
@@ -20,30 +20,30 @@ logger = logging.getLogger(__name__)
 
 TICK = 0.5  # seconds between two writes of what bodies reported
 
-runs = {}  # token: Run
-suspect = None  # the run that has the last try of its job
+runs = {}  # token: Run, of the bodies that run in this process
+last_try = None  # the Run of this process whose job gets no other try
 keeper_runs = False
 lock = pool.Lock()
 
 
 class Lost(BaseException):
-    """Ends a body whose run is no longer its job's: cancelled, or fenced by a newer run."""
+    """Ends a body whose job was cancelled, or was given to a newer run."""
 
 
 class Run:
-    """One run of a job, which holds the job for as long as its token stands in the row.
+    """One run of a job. The job is its own as long as the row has its token.
 
-    A context manager: inside, the lease is renewed.
+    A context manager: the lease is renewed inside.
     """
 
     def __init__(self, job_id, token=None):
         self.job_id = job_id
         self.token = token or uuid.uuid4()
         self.report = self.written = {}  # progress in percent, message
-        self.cursor = []  # it alone, once it is read
+        self.cursor = []  # empty until it was read, then [cursor]
         self.renew_at = time.monotonic() + settings.JOB_LEASE_SECONDS / 3
-        self.retry = None  # what retry() wants
-        self.cause = "Another try was asked for", ""  # of the retry: its error, its traceback
+        self.retry = None  # what retry() asked for: options of requeue()
+        self.failure = {"error": "Another try was asked for"}  # why: fields of an Attempt
         self.lost = self.ended = False
         start_keeper()
 
@@ -54,13 +54,16 @@ class Run:
     def is_due(self):
         return not self.lost and (self.report != self.written or time.monotonic() > self.renew_at)
 
-    def is_only_suspect(self):
-        """Return whether no other job of this process has its last try; if so this one has."""
-        global suspect
+    def takes_last_try(self):
+        """Return whether this is the only run of this process whose job gets no other try.
+
+        If the process dies, then there is one job to blame.
+        """
+        global last_try
         with lock:
-            if suspect is None or suspect.lost or suspect.ended:
-                suspect = self
-            return suspect is self
+            if last_try is None or last_try.lost or last_try.ended:
+                last_try = self
+            return last_try is self
 
     def __enter__(self):
         with lock:
@@ -76,7 +79,7 @@ def rows(runs):
 
 
 def start_keeper():
-    """Start the thread, once. Not when this is imported: no thread survives the fork of a child."""
+    """Start the thread once, at the first run: a thread does not survive the fork of a child."""
     global keeper_runs
     with lock:
         if not keeper_runs:
@@ -85,7 +88,7 @@ def start_keeper():
 
 
 def keep():
-    """Write reports at every tick and renew each lease three times in its length; for ever."""
+    """Write reports at every tick, and renew each lease three times in its length. Never ends."""
     while True:
         time.sleep(TICK)
         with lock:
@@ -94,14 +97,14 @@ def keep():
             close_old_connections()
             if due := [run for run in current if run.is_due()]:
                 write(due)
-        except Exception as error:  # whatever it is: without this thread all leases would lapse
+        except Exception as error:  # without this thread all leases would lapse
             logger.warning("cannot renew leases: %r", error)
 
 
 def write(due):
-    """Write what these runs reported, and renew their leases. Finds out who has lost its job.
+    """Write what these runs reported, renew their leases, and find out which ones lost their job.
 
-    Locked rows are left to the next tick: who waits for one lets all other leases lapse.
+    Locked rows wait for the next tick, for while one is waited for, all other leases would lapse.
     """
     reports = {run: run.report for run in due}
     with transaction.atomic():
@@ -120,22 +123,20 @@ def write(due):
 
 @transaction.atomic
 def renew(jobs):
-    """Renew the leases of these jobs, of runs in other processes. Locked rows are left alone."""
+    """Renew the leases of these jobs, which run in other processes. Skip locked rows."""
     unlocked = jobs.select_for_update(skip_locked=True).values_list("pk", flat=True)
     Job.objects.filter(pk__in=list(unlocked)).update(wake_at=lease())
 
 
 @transaction.atomic
-def judge(jobs):
-    """End or queue again these jobs, whose workers are dead. Locked rows are left alone."""
+def recover(jobs):
+    """Queue these jobs again, whose workers are dead, or end them. Skip locked rows."""
     late = Q(deadline__lte=Now())
     for job in jobs.select_for_update(skip_locked=True).only("crashes").annotate(late=late):
         row, crashes = Job.objects.filter(pk=job.pk), job.crashes + 1
-        error = OVER_TIME_LIMIT if job.late else "Its worker died"
-        attempts = row.attempts_with(error)
-        died = {"crashes": crashes, "attempts": attempts}
+        died = {"attempt": {"error": "Its worker died"}, "crashes": crashes}
         if job.late:
-            row.finish("failed", error=error, attempts=attempts)
+            row.finish("failed", attempt={"error": OVER_TIME_LIMIT}, error=OVER_TIME_LIMIT)
         elif crashes >= settings.JOB_MAX_CRASHES:
             row.finish("failed", error=f"Its worker died {crashes} times", **died)
         else:

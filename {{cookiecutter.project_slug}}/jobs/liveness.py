@@ -1,10 +1,10 @@
-"""How a worker and Beat show that they live, to who restarts what has stopped."""
+"""How a worker and Beat show that they are alive to what restarts them."""
 
 import os
 from pathlib import Path
 
 
-def show_life(**kwargs):
-    """Touch LIVENESS_FILE: who finds it old takes this process for dead."""
+def touch_liveness_file(**kwargs):
+    """Touch LIVENESS_FILE, if it is set: an old timestamp means that this process hangs."""
     if file := os.environ.get("LIVENESS_FILE"):
         Path(file).touch()

@@ -1,4 +1,4 @@
-"""GET /metrics: what the ledger says of queues, tasks and the sweep, for Prometheus."""
+"""GET /metrics: what the jobs' rows say of queues, tasks and the sweep, for Prometheus."""
 
 import math
 from datetime import timedelta
@@ -20,7 +20,7 @@ QUEUE = {
     "jobs_running": "Jobs that a worker has taken",
     "jobs_oldest_wait_seconds": "Seconds since that job was due which waits longest for a worker",
 }
-TASK = {  # of one minute: rows are purged, and to count all of them takes long
+TASK = {  # of one minute: rows are purged, and counting all of them takes long
     "jobs_ended_last_minute": "Jobs that ended within the last minute",
     "jobs_ended_last_minute_run_seconds": "Seconds that their last runs took, cancelled ones left out",
     "jobs_ended_last_minute_crashes": "Workers that died of them",

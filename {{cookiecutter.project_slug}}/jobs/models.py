@@ -1,4 +1,4 @@
-"""The ledger: the row is the job. Every change of its state is one UPDATE, and stands here."""
+"""The row is the job. Each change of its state is one UPDATE, and this module has them all."""
 
 import json
 import logging
@@ -20,20 +20,21 @@ logger = logging.getLogger(__name__)
 ACTIVE = ["queued", "running"]
 FINAL = ["succeeded", "failed", "cancelled"]
 STATES = [(state, state.title()) for state in ACTIVE + FINAL]
-# States as the UPDATEs of one row ask for them, by columns that no index of unfinished jobs has: on
-# old statistics PostgreSQL would take that index, and walk the whole backlog to find the row.
+# How the UPDATE of one row asks for its state: by columns that are not in the index `job_active`.
+# With old statistics PostgreSQL would use that index, and read the whole backlog to find the row.
 UNFINISHED = Q(finished_at=None)
 QUEUED = Q(run=None) & UNFINISHED
 OVER_TIME_LIMIT = "Over its time limit"
-BATCH = 500  # jobs of one statement
-PUBLISH_PAUSE = 10  # seconds without a try after the broker refused one: requests stay quick
+BATCH = 500  # jobs in one statement
+ATTEMPTS = 20  # kept of each job, the latest
+PUBLISH_PAUSE = 10  # seconds without a try after the broker refused a message: the web stays quick
 publish_again_at = 0.0
 
 
 class Clock(Now):
-    """The database's clock, also for who had to wait for a lock; for WHERE take Now(), which is fixed.
+    """The database's clock, even after a wait for a lock. In WHERE use Now(), which stands still.
 
-    On SQLite in the format of other times, which are compared as text.
+    On SQLite in Django's format, because SQLite compares times as text.
     """
 
     def as_postgresql(self, compiler, connection, **context):
@@ -45,7 +46,7 @@ class Clock(Now):
 
 
 def lease():
-    """Return until when a lease that is renewed now holds: not beyond the deadline."""
+    """Return the end of a lease that is renewed now: not after the deadline."""
     return Least(Clock() + timedelta(seconds=settings.JOB_LEASE_SECONDS), F("deadline"))
 
 
@@ -53,18 +54,17 @@ class JobQuerySet(models.QuerySet):
     def enqueue(
         self, task, args=(), kwargs=None, *, countdown=None, queue=None, unique=None, **fields
     ):
-        """Store a job, and send its message once the caller's transaction commits.
+        """Store a job, and send its message when the caller's transaction commits.
 
-        `task` is a task with `base=JobTask`; `args` and `kwargs` are what JSON can hold;
-        `countdown` is in seconds; `queue` overrides CELERY_TASK_ROUTES. `unique` is a text that one
-        queued or running job has at most, whatever its task and owner: put both into it. The fields are `owner`, a
-        user, and for views `idempotency_key`, unique for each owner, and `fingerprint`, which tells
-        one request from another.
+        `task` has `base=JobTask`; `args` and `kwargs` are JSON; `countdown` is in seconds; `queue`
+        overrides CELERY_TASK_ROUTES. `unique` is a text that at most one queued or running job has,
+        whatever its task and owner, so put both into it. The fields are `owner`, a user, and for
+        views `idempotency_key`, unique for each owner, and `fingerprint`, a digest of the request.
 
-        Returns the Job, or in its place the one that is queued or running under `unique`. Raises
-        TypeError for another kind of task, for arguments that the task does not take or that are
-        not JSON; ValueError for a `unique` that is empty or too long; IntegrityError if the owner
-        has used the key before.
+        Returns the Job; or, if one is queued or running with this `unique`, that one. Raises
+        TypeError if the task is no JobTask, or if the arguments are not JSON or not the task's;
+        ValueError for a `unique` that is empty or too long; IntegrityError if the owner has used
+        the key before.
         """
         fields |= self.prepare(Now(), task, args, kwargs, countdown, queue)
         if unique is None:
@@ -78,26 +78,26 @@ class JobQuerySet(models.QuerySet):
         return job
 
     def get_or_create_active(self, unique, fields):
-        """Return the job that is active under this key, else a new one; and whether it is new."""
+        """Return the active job with this key, or else a new one, and whether it is new."""
         if not isinstance(unique, str) or not 0 < len(unique) <= 255:
             raise ValueError(f"unique= is a text of 1 to 255 characters, not {unique!r:.50}")
         active = self.filter(UNFINISHED)
-        for _ in range(20):  # the one that was in the way may have ended before it was found
+        for _ in range(20):  # the conflicting job may finish before we read it, so try again
             with suppress(IntegrityError):
                 return active.get_or_create(fields, unique_key=unique)
         return active.get_or_create(fields, unique_key=unique)
 
     def enqueue_many(self, task, calls, *, countdown=None, queue=None, owner=None):
-        """Store a job for each of `calls`, lists of arguments: all of them or none.
+        """Store a job for each of `calls`, which are lists of arguments: all of them or none.
 
-        With the promises of enqueue(), at a fraction of its cost. Returns the Jobs.
+        It promises what enqueue() does, at a fraction of the cost. Returns the Jobs.
         """
-        # The database's clock, read once: PostgreSQL takes rows of plain values much more quickly.
+        # Read the clock once: PostgreSQL inserts plain values much faster than expressions.
         now = self.filter(pk=uuid.uuid4()).aggregate(now=Coalesce(Max("created_at"), Now()))["now"]
         calls = [self.prepare(now, task, args, None, countdown, queue) for args in calls]
         jobs = [Job(owner=owner, **fields) for fields in calls]
         for place, job in enumerate(jobs):
-            job.created_at = now + timedelta(microseconds=place)  # lists have this order
+            job.created_at = now + timedelta(microseconds=place)  # pages sort by it
         self.bulk_create(jobs, batch_size=BATCH)
         for start in range(0, 0 if countdown else len(jobs), BATCH):
             part = jobs[start : start + BATCH]
@@ -105,7 +105,7 @@ class JobQuerySet(models.QuerySet):
         return jobs
 
     def prepare(self, now, task, args, kwargs, countdown, queue):
-        """Return the fields of a new job. Raises what enqueue() says."""
+        """Return the fields of a new job. Raises what enqueue() does."""
         if not getattr(task, "is_job", False):
             raise TypeError(f"{task!r} is no job: declare it with @shared_task(base=JobTask)")
         try:
@@ -121,12 +121,13 @@ class JobQuerySet(models.QuerySet):
         wake_at = due_at if countdown else now + timedelta(seconds=settings.JOB_RESEND_SECONDS)
         return {**fields, "sent": 0 if countdown else 1, "due_at": due_at, "wake_at": wake_at}
 
-    def start(self, run, *, retries, limit):
-        """Claim a queued job for `run`, for `limit` seconds. Returns 0 if the message is stale."""
-        # Also if it is claimed for this run: then the answer to the first try was lost.
+    def claim(self, run, *, worker, retries, limit):
+        """Give a queued job to `run`, for `limit` seconds. Returns 0 if the message is stale."""
+        # If this run has the job already, then the answer to the first try was lost.
         return self.filter(Q(run=None) | Q(run=run), UNFINISHED, retries=retries).update(
             state="running",
             run=run,
+            worker=worker,
             progress=Case(When(cursor__isnull=False, then="progress"), default=0),
             message="",
             started_at=Clock(),
@@ -134,26 +135,35 @@ class JobQuerySet(models.QuerySet):
             wake_at=Clock() + timedelta(seconds=min(settings.JOB_LEASE_SECONDS, limit)),
         )
 
-    def requeue(self, delay=0, **changes):
+    def requeue(self, delay=0, attempt=None, **changes):
         """Let these jobs start (again) in `delay` seconds: the sweep sends what is due."""
         due = Now() + timedelta(seconds=delay)
-        # Who waits already, and is put back as its message was refused, has waited since then.
+        # A job that is already queued keeps its due_at.
         changes["due_at"] = Case(When(state="queued", then="due_at"), default=due)
-        return self.update(state="queued", run=None, sent=0, wake_at=due, **changes)
+        changes |= {"state": "queued", "run": None, "sent": 0, "wake_at": due}
+        return self.change(attempt, changes)
 
-    def finish(self, state, **changes):
-        """Write a final state where there is none yet. Returns how many rows were changed."""
+    def finish(self, state, attempt=None, **changes):
+        """Write a final state, unless there is one. Returns how many rows were changed."""
         changes |= {"state": state, "run": None, "wake_at": None, "finished_at": Now()}
-        return self.filter(UNFINISHED).update(**changes)
+        return self.filter(UNFINISHED).change(attempt, changes)
 
-    def attempts_with(self, error, traceback=""):
-        """Return `attempts` of this one job, and the run that ends now; the latest 20."""
-        for started_at, now, attempts in self.values_list("started_at", Now(), "attempts"):
-            times = {"started_at": started_at.isoformat(), "ended_at": now.isoformat()}
-            return [*attempts, {**times, "error": error[:1000], "traceback": traceback}][-20:]
+    def change(self, attempt, changes):
+        """Update these rows. With an `attempt`, fields of one, it is one row, whose run has failed."""
+        if attempt is None:
+            return self.update(**changes)
+        with transaction.atomic():
+            job = self.only("started_at", "worker").first()
+            changed = self.update(**changes)
+            if job and changed:
+                attempt["error"] = attempt["error"][:1000]
+                job.attempts.create(started_at=job.started_at, worker=job.worker, **attempt)
+                old = job.attempts.order_by("-pk")[ATTEMPTS:]
+                Attempt.objects.filter(pk__in=old.values("pk")).delete()
+        return changed
 
     def cancel(self):
-        """Fence what runs, and let nothing start. Returns how many jobs were active."""
+        """Cancel what is queued or running. Returns how many jobs that were."""
         return self.finish("cancelled")
 
 
@@ -171,21 +181,21 @@ class Job(models.Model):
     state = models.CharField(max_length=9, choices=STATES, default="queued")
     progress = models.PositiveSmallIntegerField(default=0, help_text="percent")
     message = models.CharField(max_length=255)
-    cursor = models.JSONField(null=True, help_text="where a next run goes on")
+    cursor = models.JSONField(null=True, help_text="where the next run continues")
     result = models.JSONField(null=True)
     error = models.TextField()
-    attempts = models.JSONField(default=list, help_text="runs that failed or lost their worker")
     created_at = models.DateTimeField(db_default=Clock())
     started_at = models.DateTimeField(null=True, help_text="of the last run")
     finished_at = models.DateTimeField(null=True)
 
-    run = models.UUIDField(null=True, help_text="who runs it; another token fences the old run")
-    due_at = models.DateTimeField(null=True, help_text="from when on a worker may take it")
+    run = models.UUIDField(null=True, help_text="token of the run that may write this row")
+    worker = models.CharField(max_length=255, default="", help_text="of the last run")
+    due_at = models.DateTimeField(null=True, help_text="when a worker may start it")
     wake_at = models.DateTimeField(null=True, help_text="when the sweep must look at it")
     deadline = models.DateTimeField(null=True, help_text="when the run is over its time limit")
     sent = models.PositiveSmallIntegerField(default=0, help_text="messages since it was queued")
     retries = models.PositiveIntegerField(default=0)
-    crashes = models.PositiveSmallIntegerField(default=0, help_text="workers that died of it")
+    crashes = models.PositiveSmallIntegerField(default=0, help_text="times its worker died")
 
     objects = JobQuerySet.as_manager()
 
@@ -196,7 +206,7 @@ class Job(models.Model):
             models.Index(fields=["owner", "state", "-created_at"], name="job_owner_state"),
             models.Index(fields=["finished_at"], name="job_finished", condition=~UNFINISHED),
             models.Index(
-                fields=["state", "queue", "sent", "wake_at", "due_at"],  # the last one for metrics
+                fields=["state", "queue", "sent", "wake_at", "due_at"],  # due_at for the metrics
                 name="job_active",
                 condition=Q(state__in=ACTIVE),
             ),
@@ -209,7 +219,7 @@ class Job(models.Model):
             models.UniqueConstraint(
                 fields=["unique_key"],
                 name="job_unique_key",
-                condition=UNFINISHED & Q(unique_key__isnull=False),  # which no UPDATE asks for
+                condition=UNFINISHED & Q(unique_key__isnull=False),  # so no UPDATE uses this index
             ),
             models.CheckConstraint(name="job_running", condition=Q(state="running") ^ Q(run=None)),
             models.CheckConstraint(
@@ -223,10 +233,10 @@ class Job(models.Model):
         return f"{self.task} {self.id}"
 
     def run_again(self):
-        """Enqueue a job that does the same, once this one has ended: unless it succeeded, the rest.
+        """Enqueue a new job like this one, which has ended. It continues at a failed job's cursor.
 
-        Returns it, or the one that is active under its `unique`. Raises ValueError if this one is
-        active or its task is gone; TypeError if that takes other arguments now.
+        Returns the new Job, or the active one with the same `unique`. Raises ValueError if this job
+        is active or its task is gone; TypeError if its task takes other arguments now.
         """
         current_app.loader.import_default_modules()
         if self.state in ACTIVE:
@@ -239,14 +249,33 @@ class Job(models.Model):
         return Job.objects.enqueue(task, **same)
 
 
+class Attempt(models.Model):
+    """A run that failed or lost its worker."""
+
+    job = models.ForeignKey(Job, models.CASCADE, related_name="attempts")
+    worker = models.CharField(max_length=255)
+    started_at = models.DateTimeField()
+    ended_at = models.DateTimeField(db_default=Clock())
+    error = models.TextField()
+    exception = models.CharField(max_length=255, help_text="its class")
+    traceback = models.TextField()
+
+    class Meta:
+        default_permissions = ()  # those of the job count
+        ordering = ["pk"]
+
+    def __str__(self):
+        return self.error
+
+
 class Sweep(models.Model):  # noqa: DJ008
-    """One row, which says when Beat has last looked at all jobs."""
+    """One row, which says when Beat last looked at all jobs."""
 
     ended_at = models.DateTimeField()
 
 
 def publish(jobs):
-    """Send the messages of these jobs. Returns False, and leaves them to the sweep, if that fails."""
+    """Send the messages of these jobs. If that fails, returns False: the sweep will send them."""
     global publish_again_at
     if time.monotonic() >= publish_again_at:
         try:
@@ -255,6 +284,6 @@ def publish(jobs):
         except Exception as error:  # each transport raises its own
             publish_again_at = time.monotonic() + PUBLISH_PAUSE
             logger.warning("%d jobs from %s are stored but not sent: %r", len(jobs), jobs[0], error)
-    # Not those that a worker had after all, and that wait for their next try.
+    # Skip jobs whose message did arrive and that now wait for a retry.
     Job.objects.filter(QUEUED, pk__in=[job.pk for job in jobs], sent__gt=0).requeue()
     return False

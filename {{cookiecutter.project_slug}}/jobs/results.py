@@ -15,16 +15,16 @@ STATES = {
     "failed": states.FAILURE,
     "cancelled": states.REVOKED,
 }
-ERRORS = {"failed": "TaskError", "cancelled": "TaskRevokedError"}  # of celery.exceptions
+ERRORS = {"failed": "TaskError", "cancelled": "TaskRevokedError"}  # in celery.exceptions
 
 
 class JobBackend(BaseBackend):
     def get_task_meta(self, task_id, cache=True):
         job = None
-        with suppress(ValidationError):  # some task's own kind of id
+        with suppress(ValidationError):  # the id is no UUID
             job = Job.objects.filter(pk=task_id).first()
         if job is None:
-            return {"status": states.PENDING, "result": None}  # as Celery says of unknown tasks
+            return {"status": states.PENDING, "result": None}  # Celery's answer for unknown tasks
         result = job.result
         if kind := ERRORS.get(job.state):
             result = {"exc_type": kind, "exc_message": job.error, "exc_module": "celery.exceptions"}

@@ -10,19 +10,19 @@ from django.conf import settings
 from django.db import Error, close_old_connections, transaction
 from django.db.models.functions import Now
 
-from .lease import TICK, judge
-from .liveness import show_life
+from .lease import TICK, recover
+from .liveness import touch_liveness_file
 from .messages import messages_in, send
 from .models import BATCH, QUEUED, Job, Sweep
 
 logger = logging.getLogger(__name__)
 
-IN_MEMORY = 100  # jobs at once, for arguments may be large
-PURGED = 2000  # jobs a round: more than a million an hour
+IN_MEMORY = 100  # jobs at once, because arguments may be large
+PURGED = 2000  # jobs in a round: more than a million an hour
 RESEND_AT_LEAST_EVERY = 3600  # seconds
 
-refused = {}  # queue with jobs that the broker did not take: how many it gets at once now
-extra_at = {}  # queue: when a job may be sent again of which no message seems to be missing
+refused = {}  # queue that refused jobs: how many are sent at once now
+extra_at = {}  # queue: when one job may be sent again although no message seems to be missing
 
 
 def start(**kwargs):
@@ -33,50 +33,50 @@ def sweep_for_ever():
     last_round = 0
     while True:
         busy = False
-        # While the database was away, or the machine stood still, nobody could renew a lease.
+        # While the machine stood still, or the database was unavailable, no lease could be renewed.
         longest = settings.JOB_LEASE_SECONDS / 2 + 2 * settings.JOB_SWEEP_SECONDS
         if time.time() - last_round > longest:
-            judge_at = time.monotonic() + settings.JOB_LEASE_SECONDS / 2
+            recover_at = time.monotonic() + settings.JOB_LEASE_SECONDS / 2
         last_round = time.time()
         try:
             close_old_connections()
-            if time.monotonic() >= judge_at:
-                judge_leases()
+            if time.monotonic() >= recover_at:
+                recover_lapsed()
             busy = send_due()
             if not busy:
                 purge()
-            # Also if the broker took nothing: what is measured is whether somebody looks.
+            # Even if the broker took nothing: this says that the sweep looks, not what it did.
             if not Sweep.objects.filter(pk=1).update(ended_at=Now()):
                 Sweep.objects.create(pk=1, ended_at=Now())
         except Error as error:
             logger.warning("the database does not answer the sweep: %s", error)
-            judge_at = time.monotonic() + settings.JOB_LEASE_SECONDS / 2
-        except Exception as error:  # whatever it is: without this thread nothing is found again
-            logger.warning("the sweep goes on in its next round: %r", error)
-        show_life()
+            recover_at = time.monotonic() + settings.JOB_LEASE_SECONDS / 2
+        except Exception as error:  # without this thread nothing would be recovered
+            logger.warning("the sweep continues in its next round: %r", error)
+        touch_liveness_file()
         time.sleep(0 if busy else settings.JOB_SWEEP_SECONDS)
 
 
-def judge_leases():
-    """End or queue again the running jobs whose lease was not renewed."""
+def recover_lapsed():
+    """Recover the running jobs whose lease was not renewed."""
     lapsed = Job.objects.filter(state="running", wake_at__lt=Now())
-    with transaction.atomic():  # a row that its own body locks is no suspect yet
+    with transaction.atomic():  # skip a row that its own body has locked
         unlocked = lapsed.select_for_update(skip_locked=True)
-        suspects = list(unlocked.values_list("pk", flat=True)[:BATCH])
-    if suspects:
-        time.sleep(2 * TICK)  # who was held up until now, by a lock say, renews at its next tick
-        judge(lapsed.filter(pk__in=suspects))
+        found = list(unlocked.values_list("pk", flat=True)[:BATCH])
+    if found:
+        time.sleep(2 * TICK)  # a worker that was held up, say by a lock, renews at its next tick
+        recover(lapsed.filter(pk__in=found))
 
 
 def send_due():
-    """Send the jobs that are due and of which the broker has no message, for as long as a round.
+    """Send the due jobs of which the broker has no message, for at most the time of a round.
 
-    Returns whether some are left. A queue that fails keeps no other one waiting.
+    Returns whether some are left. A queue that fails does not delay the others.
     """
     until = time.monotonic() + settings.JOB_SWEEP_SECONDS
     due = Job.objects.filter(state="queued", wake_at__lt=Now())
     queues = list(due.values_list("queue", flat=True).distinct())
-    random.shuffle(queues)  # however many there are, each gets its turn
+    random.shuffle(queues)  # so that each one gets its turn, however many there are
     size = max(IN_MEMORY // max(len(queues), 1), 10)
     while queues and time.monotonic() < until:
         queue = queues.pop()
@@ -94,22 +94,22 @@ def send_batch(queue, size):
     """Send `size` jobs of a queue at most. Returns whether there may be more."""
     queued = Job.objects.filter(state="queued", queue=queue)
     missing = queued.filter(sent__gt=0).count() - messages_in(queue)
-    # First come, first served: who cannot be sent, say because it is too large, is due later, and so
-    # behind all others; and the messages that are left in a queue are those of the latest jobs.
+    # First come, first served. A job that the broker refused gets a later wake_at, behind all others.
+    # Of jobs that were sent, the first ones are missing: the messages in the queue are the latest.
     due = queued.filter(wake_at__lt=Now()).order_by("wake_at")
-    ids = claim(due.filter(sent=0)[:size])
-    # One now and then in any case, for not all messages in a queue are of jobs.
+    ids = mark_sent(due.filter(sent=0)[:size])
+    # Plain tasks have messages in the queue too, so send one job now and then in any case.
     extra = missing < 1 and time.monotonic() >= extra_at.get(queue, 0)
-    again = claim(due.filter(sent__gt=0)[: min(max(0, missing, extra), size - len(ids))])
+    again = mark_sent(due.filter(sent__gt=0)[: min(max(0, missing, extra), size - len(ids))])
     if extra and again:
         extra_at[queue] = time.monotonic() + settings.JOB_RESEND_SECONDS
     ids += again
-    jobs = Job.objects.filter(QUEUED).defer("attempts").in_bulk(ids)
+    jobs = Job.objects.filter(QUEUED).in_bulk(ids)
     try:
         send([jobs[pk] for pk in ids if pk in jobs])
     except Exception:
-        if size > 1:  # else it was one alone, which waits ever longer: see claim()
-            refused[queue] = 1  # perhaps because of one of them: begin anew, one by one
+        if size > 1:  # a job that is refused alone waits longer each time: see mark_sent()
+            refused[queue] = 1  # perhaps because of one of them, so send one by one
             Job.objects.filter(QUEUED, pk__in=ids, sent__gt=0).requeue()
         raise
     if queue in refused:
@@ -119,8 +119,8 @@ def send_batch(queue, size):
     return len(ids) == size
 
 
-def claim(due):
-    """Mark these jobs as sent, unless another sweep is at it. Returns their ids."""
+def mark_sent(due):
+    """Mark these jobs as sent, unless another sweep does. Returns their ids."""
     with transaction.atomic():
         jobs = dict(due.select_for_update(skip_locked=True).values_list("pk", "sent"))
         for sent in set(jobs.values()):
@@ -131,7 +131,7 @@ def claim(due):
 
 
 def purge():
-    """Delete what has been final for JOB_RETENTION_DAYS, and with it the idempotency keys."""
+    """Delete jobs that ended JOB_RETENTION_DAYS ago, and so their idempotency keys."""
     old = Job.objects.filter(finished_at__lt=Now() - timedelta(days=settings.JOB_RETENTION_DAYS))
     with transaction.atomic():
         unlocked = old.select_for_update(skip_locked=True).values_list("pk", flat=True)

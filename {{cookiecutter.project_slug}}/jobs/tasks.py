@@ -1,4 +1,4 @@
-"""The base class of tasks that are jobs: what Celery's words do with a row, and how a body runs."""
+"""JobTask: what delay(), retry() and report() do with a job's row, and how a worker runs a body."""
 
 import json
 import logging
@@ -14,7 +14,7 @@ from django.db import connection
 from django.db.transaction import TransactionManagementError
 from django.utils import timezone
 
-from .database import in_transaction, insist, leave_transaction, wait_for
+from .database import in_transaction, roll_back_open_transaction, store_outcome, wait_for
 from .lease import Lost, Run
 from .models import OVER_TIME_LIMIT, QUEUED, Job, lease
 from .pools import pool
@@ -22,43 +22,43 @@ from .results import JobBackend
 
 logger = logging.getLogger(__name__)
 
-# Options of apply_async() that a job has, or that do not matter to it.
+# Options of apply_async() that a job has, or that change nothing for it.
 OPTIONS = ("queue", "headers", "ignore_result", "producer", "retries")
 
 
 class JobTask(DjangoTask):
-    """Base of the tasks for Job.objects.enqueue(): @shared_task(base=JobTask, bind=True).
+    """The base class of tasks that are jobs: @shared_task(base=JobTask, bind=True).
 
-    Their delay() and apply_async(), and what calls these, enqueue a job. Called, or sent by
-    app.send_task(), it is a plain task. After a crash the body runs again, so what it does must bear
-    being done twice.
+    delay() and apply_async(), and what calls them, enqueue a job that nobody owns. A task that is
+    called, or sent with app.send_task(), runs as a plain task. After a crash the body runs again, so
+    it must be safe to repeat.
     """
 
     abstract = True
     is_job = True  # what Job.objects.enqueue() asks
-    acks_late = False  # the row survives a crash, so the message may go at once
+    acks_late = False  # the row survives a crash, so the message may be deleted at once
     ignore_result = True  # the row has the result
     job_run = property(lambda self: getattr(self.request, "job_run", None))
 
     @classmethod
     def on_bound(cls, app):
-        """Refuse what a job cannot have. Lower the soft limit to a short hard limit of the task."""
+        """Raise TypeError for what a job cannot have. Keep the soft limit below the hard one."""
         for name in ("before_start", "exchange", "expires", "routing_key"):
             if getattr(cls, name, None) != getattr(DjangoTask, name, None):
-                raise TypeError(f"{cls.name}: a job cannot have {name}, begin in its body")
+                raise TypeError(f"{cls.name}: a job cannot have {name}")
         if cls.time_limit and cls.soft_time_limit and cls.soft_time_limit > cls.time_limit:
             cls.soft_time_limit = cls.time_limit * 0.9
 
-    # Celery's own words
+    # What callers use: Celery's methods
 
     def apply_async(self, args=(), kwargs=None, task_id=None, countdown=None, eta=None, **options):
         """Enqueue a job that nobody owns. Returns its AsyncResult.
 
-        Raises TypeError for what a job cannot have or be, say a member of a group.
+        Raises TypeError for options that a job cannot have, such as those of a group's member.
         """
         if eta:
             countdown = (maybe_make_aware(eta) - timezone.now()).total_seconds()
-        if self.job_run and task_id == self.request.id:
+        if self.job_run and task_id == self.request.id:  # Celery's retry() calls this
             return self.retry_later(args, kwargs, countdown, **options)
         if refused := [name for name in options if options[name] and name not in OPTIONS]:
             reason = f"a job takes no {', '.join(refused)}, and joins no group, chain or chord"
@@ -72,14 +72,14 @@ class JobTask(DjangoTask):
         return self.app.AsyncResult(task_id, backend=JobBackend(self.app), **kwargs)
 
     def retry(self, args=None, kwargs=None, exc=None, *more, **options):
-        """Celery's own, which remembers what led to it."""
+        """Do as Celery documents, and remember why: the attempt will say it."""
         caught = sys.exception()
         if self.job_run and (exc or caught):
-            self.job_run.cause = describe(exc or caught, caught)
+            self.job_run.failure = describe(exc or caught, caught)
         return super().retry(args, kwargs, exc, *more, **options)
 
     def retry_later(self, args, kwargs, countdown, retries, queue=None, **options):
-        """Remember what retry() wants: once the body and its transactions have ended, it is written."""
+        """Remember what retry() asked for. It is stored when the body and its transaction have ended."""
         text = f"Try {retries} failed, the next one in {countdown:.0f} s"
         changes = {"args": args, "kwargs": kwargs, "retries": retries, "message": text}
         self.job_run.retry = {"delay": countdown, **changes, **({"queue": queue} if queue else {})}
@@ -87,26 +87,26 @@ class JobTask(DjangoTask):
     def replace(self, sig):
         raise NotImplementedError("a job cannot be replaced: enqueue the other one, and return")
 
-    # For bodies
+    # What bodies use
 
     @property
     def cursor(self):
-        """What the last report() with a cursor has left, of this run or of an earlier one, or None.
+        """The cursor of the last report() that had one, in this run or an earlier one, or None.
 
-        None also where the task is called. Read it once, at the start of the body.
+        Read it once, at the start of the body. It is None if the task was called.
         """
         run = self.job_run
         if run and not run.cursor:
-            run.cursor = held(list, run.row.values_list("cursor", flat=True))
+            run.cursor = query_own_row(list, run.row.values_list("cursor", flat=True))
         return run.cursor[0] if run else None
 
     def report(self, done, total=100, message="", *, cursor=None):
-        """Show the progress, `done` of `total`, and a line of text. Ends a cancelled job's body.
+        """Show the progress, `done` of `total`, and a line of text. A cancelled job's body ends here.
 
-        With a `cursor`, whatever JSON can hold, the next run goes on here: self.cursor is that
-        after a crash, a deploy or a retry. It is stored when this returns; inside your own atomic()
-        with what else that changes: together, once, or not at all. Keep that short: until it ends
-        nobody can cancel the job. Raises TypeError or ValueError for a cursor that is not JSON.
+        With a `cursor`, any JSON, the next run continues here: after a crash, a deploy or a retry
+        self.cursor has it. It is stored when this returns. Inside your own atomic() it is stored
+        together with your changes, or not at all; keep that block short, for until it ends nobody
+        can cancel the job. Raises TypeError or ValueError for a cursor that is not JSON.
         """
         if run := self.job_run:
             if run.lost:
@@ -116,8 +116,8 @@ class JobTask(DjangoTask):
             run.report = {"progress": max(0, min(percent, 100)), "message": message}
             if cursor is not None:
                 json.dumps(cursor, allow_nan=False)
-                held(run.row.update, cursor=cursor, wake_at=lease(), **run.report)
-                run.cursor = []  # perhaps it is rolled back
+                query_own_row(run.row.update, cursor=cursor, wake_at=lease(), **run.report)
+                run.cursor = []  # to be read again: your transaction may roll back
 
     # In a worker
 
@@ -128,13 +128,14 @@ class JobTask(DjangoTask):
             return super().__call__(*args, **kwargs)
         job, crashes = Job.objects.filter(pk=request.id), request.headers["job"]
         run = Run(request.id, request.headers.get("run"))
-        # A crash is no proof against a job that was not alone: let it be the only suspect.
-        if crashes and crashes + 1 >= settings.JOB_MAX_CRASHES and not run.is_only_suspect():
-            insist(job.filter(QUEUED).requeue, settings.JOB_SWEEP_SECONDS)
-            raise Ignore("waits until another job has had its last try")
+        # Run its last try beside no other last try, so that a crash has one culprit.
+        if crashes and crashes + 1 >= settings.JOB_MAX_CRASHES and not run.takes_last_try():
+            store_outcome(job.filter(QUEUED).requeue, settings.JOB_SWEEP_SECONDS)
+            raise Ignore("waits until the last try of another job has ended")
+        claim = {"worker": request.hostname, "retries": request.retries}
+        claim["limit"] = request.time_limit or self.time_limit
         try:
-            limit = request.time_limit or self.time_limit
-            if not insist(job.start, run.token, retries=request.retries, limit=limit):
+            if not store_outcome(job.claim, run.token, **claim):
                 raise Ignore("a copy of the message, or the job is cancelled")
             request.job_run = run
             with run:
@@ -143,13 +144,13 @@ class JobTask(DjangoTask):
             run.ended = True
 
     def run_job(self, run, args, kwargs):
-        in_block = connection.in_atomic_block  # of who calls it, as tests do
+        in_block = connection.in_atomic_block  # of the caller: a test
         try:
             try:
                 result = self.run(*args, **kwargs)
             finally:
-                left = not in_block and leave_transaction()
-            if left:
+                was_open = not in_block and roll_back_open_transaction()
+            if was_open:
                 raise TransactionManagementError("The task left a transaction open")
         except Retry as retry:
             if retry.is_eager:
@@ -164,11 +165,11 @@ class JobTask(DjangoTask):
             raise Ignore("cancelled, or taken over by another run") from None
         except BaseException as error:
             if pool.is_shutdown(error):
-                insist(run.row.requeue)  # another worker goes on
+                store_outcome(run.row.requeue)  # for another worker
                 raise
             if isinstance(error, SystemExit):
                 fail(run, f"The task called sys.exit({error.code!r})")
-                raise RuntimeError("sys.exit() in a task") from error  # which keeps its slot
+                raise RuntimeError("sys.exit() in a task") from error  # a slot must not end
             fail(run, OVER_TIME_LIMIT if isinstance(error, pool.time_limits) else None)
             raise
         if run.retry:  # with throw=False
@@ -180,10 +181,10 @@ class JobTask(DjangoTask):
 
 def succeed(run, result):
     try:
-        with suppress(SoftTimeLimitExceeded):  # the limit is the body's, here and in insist()
+        with suppress(SoftTimeLimitExceeded):  # it is for the body, which has ended
             json.dumps(result, allow_nan=False)
         changes = {**run.report, "progress": 100, "result": result}
-        written = insist(run.row.finish, "succeeded", **changes)
+        written = store_outcome(run.row.finish, "succeeded", **changes)
     except Exception as error:
         fail(run, f"Its result cannot be stored as JSON: {error}")
         raise
@@ -192,17 +193,22 @@ def succeed(run, result):
 
 
 def fail(run, reason=None):
-    """Write that it failed: for this reason, or for that of the exception that is handled."""
-    error, traceback = describe(sys.exception())
-    error = printable(reason) if reason else error
-    attempts = insist(run.row.attempts_with, error, traceback)
-    insist(run.row.finish, "failed", error=error, attempts=attempts, **run.report)
+    """Store that the job failed: for this reason, or with the message of the handled exception."""
+    attempt = describe(sys.exception())
+    error = printable(reason) if reason else attempt["error"]
+    attempt["error"] = error
+    store_outcome(run.row.finish, "failed", attempt=attempt, error=error, **run.report)
 
 
-def held(query, *args, **kwargs):
-    """Return what this query of a run's row brings. Raises Lost if the row is no longer the run's.
+def requeue(run):
+    if run.retry:
+        store_outcome(run.row.requeue, attempt=run.failure, **run.retry)
 
-    In a transaction of the body it is part of that, so it is tried once.
+
+def query_own_row(query, *args, **kwargs):
+    """Return what this query of a run's row returns. Raises Lost if the row is another run's by now.
+
+    Inside a transaction of the body there is no second try, for an error has ended that transaction.
     """
     wait = not in_transaction()
     if not (answer := wait_for(query, *args, **kwargs) if wait else query(*args, **kwargs)):
@@ -210,20 +216,16 @@ def held(query, *args, **kwargs):
     return answer
 
 
-def requeue(run):
-    if run.retry:
-        attempts = insist(run.row.attempts_with, *run.cause)
-        insist(run.row.requeue, attempts=attempts, **run.retry)
-
-
 def describe(error, caught=None):
-    """Return class and message of an exception, and the end of the traceback of the one caught."""
+    """Return the fields of an Attempt: `error`'s class and text, the traceback of the one caught."""
     try:
         text = "".join(format_exception_only(error)).strip()
         frames = format_exception(caught or error, limit=-20)
-    except Exception:  # of an exception that cannot be shown, or is none
-        return type(error).__name__, ""
-    return printable(text), printable("".join(frame[:500] for frame in frames)[-4000:])
+    except Exception:  # the exception cannot be formatted, or is none
+        text, frames = type(error).__name__, []
+    traceback = printable("".join(frame[:500] for frame in frames)[-4000:])
+    name = f"{type(error).__module__}.{type(error).__qualname__}"[:255]
+    return {"error": printable(text), "exception": name, "traceback": traceback}
 
 
 def printable(text):

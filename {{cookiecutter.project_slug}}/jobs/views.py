@@ -2,26 +2,34 @@ import hashlib
 import json
 import re
 import uuid
-from traceback import walk_tb
 
-from django.core import exceptions
+from django.core.exceptions import ValidationError as DjangoValidationError
 from django.db import IntegrityError, transaction
 from django.db.models import Q
 from django.shortcuts import get_object_or_404
 from django.urls import reverse
-from drf_spectacular.utils import OpenApiParameter, extend_schema
+from drf_spectacular.utils import OpenApiParameter, OpenApiResponse, extend_schema
 from rest_framework import viewsets
 from rest_framework.decorators import action
-from rest_framework.exceptions import APIException, NotFound, ParseError, ValidationError
+from rest_framework.exceptions import APIException, NotFound, ValidationError
 from rest_framework.pagination import CursorPagination
 from rest_framework.response import Response
-from rest_framework.views import exception_handler
 
 from .models import Job
+from .schema import DETAIL
 from .serializers import JobSerializer, may
 
 # 1 to 255 printable ASCII characters; HTTP takes away spaces at the ends.
 KEY = {"type": "string", "pattern": "^[!-~]([ -~]{0,253}[!-~])?$"}
+# For the OpenAPI document
+HEADER = OpenApiParameter.HEADER
+ACCEPTED = [
+    OpenApiParameter(name, str, HEADER, response=[201, 202]) for name in ["Location", "Retry-After"]
+]
+ENDED = OpenApiResponse(DETAIL, "The job has ended already")
+NOT_AGAIN = OpenApiResponse(
+    DETAIL, "The job is active, or its task is gone or takes other arguments"
+)
 
 
 class Conflict(APIException):
@@ -33,31 +41,20 @@ class KeyReused(APIException):
     default_detail = "This Idempotency-Key was used for another request."
 
 
-def handle_exception(error, context):
-    """What Django REST framework does, and 400 for JSON that is too big or too deep to be read."""
-    if isinstance(error, exceptions.RequestDataTooBig):
-        error = ParseError("The body is too big.")
-    if isinstance(error, RecursionError):
-        *_, (frame, _) = walk_tb(error.__traceback__)
-        if frame.f_globals["__name__"].startswith("json."):  # anything else is a bug: 500
-            error = ParseError("Nested too deeply.")
-    return exception_handler(error, context)
-
-
 class NewestFirst(CursorPagination):
-    """Pages that cost the same however many jobs there are: no count, and no walk to page 1,000."""
+    """Pages that cost the same however many jobs there are: by cursor, without a count."""
 
     ordering = ["-created_at", "id"]
 
     def paginate_queryset(self, *args, **kwargs):
         try:
             return super().paginate_queryset(*args, **kwargs)
-        except exceptions.ValidationError:  # well formed, but no time in it
+        except DjangoValidationError:  # well formed, but without a time
             raise NotFound(self.invalid_cursor_message) from None
 
 
 def accepted(job_id, data):
-    """Return the answer that a job was enqueued."""
+    """Return the response 202, with the address of the job."""
     headers = {"Location": reverse("job-detail", args=[job_id]), "Retry-After": "1"}
     return Response(data, status=202, headers=headers)
 
@@ -71,16 +68,16 @@ class JobViewSet(viewsets.ReadOnlyModelViewSet):
     filterset_fields = ["state"]
 
     def get_queryset(self):
-        """The user's own jobs; for staff also those that nobody owns, by id any that it may see."""
+        """The user's own jobs, and for staff those without owner. By id also what rights allow."""
         user, jobs = self.request.user, super().get_queryset()
         if self.detail and may(user, "view" if self.action == "retrieve" else "delete"):
             return jobs
         own = Q(owner=user)
         if user.is_staff and self.action != "cancel":
             own |= Q(owner=None)
-        return jobs.filter(own).defer("attempts")
+        return jobs.filter(own)
 
-    @extend_schema(request=None)
+    @extend_schema(request=None, responses={200: JobSerializer, 409: ENDED})
     @action(detail=True, methods=["post"])
     def cancel(self, request, pk):
         """Cancel: a queued job never starts, a running one stops when it next reports."""
@@ -90,10 +87,12 @@ class JobViewSet(viewsets.ReadOnlyModelViewSet):
         job.refresh_from_db()
         return Response(self.get_serializer(job).data)
 
-    @extend_schema(request=None, responses={202: JobSerializer})
+    @extend_schema(
+        request=None, parameters=ACCEPTED, responses={202: JobSerializer, 409: NOT_AGAIN}
+    )
     @action(detail=True, methods=["post"])
     def run_again(self, request, pk):
-        """Enqueue a job that does the same as one that has ended: for staff that may delete jobs."""
+        """Enqueue a new job like this one, which has ended. For staff who may delete jobs."""
         if not may(request.user, "delete"):
             self.permission_denied(request)
         try:
@@ -106,12 +105,12 @@ class JobViewSet(viewsets.ReadOnlyModelViewSet):
 class EnqueueMixin:
     """POST stores an object and enqueues its job in one transaction, then answers 202.
 
-    The object has a field `job`: perform_create() saves it with job_id=self.job_id, and then calls
-    self.enqueue(). Sent again with the same Idempotency-Key, a request does nothing and gets the
-    same object and job.
+    The object has a field `job`: perform_create() saves it with job_id=self.job_id, then calls
+    self.enqueue(). A second request with the same Idempotency-Key does nothing, and gets the same
+    object and job.
     """
 
-    @extend_schema(parameters=[OpenApiParameter("Idempotency-Key", KEY, OpenApiParameter.HEADER)])
+    @extend_schema(parameters=[OpenApiParameter("Idempotency-Key", KEY, HEADER), *ACCEPTED])
     def create(self, request, *args, **kwargs):
         serializer = self.earlier()
         if serializer is None:
@@ -121,7 +120,7 @@ class EnqueueMixin:
             try:
                 with transaction.atomic():
                     self.perform_create(serializer)
-            except IntegrityError:  # the same key at the same time: the other request has won
+            except IntegrityError:  # another request with the same key was faster
                 serializer = self.earlier()
                 if serializer is None:
                     raise
@@ -156,7 +155,7 @@ class EnqueueMixin:
 
     @property
     def fingerprint(self):
-        """A digest of method, path and body: what makes a request the same request."""
+        """A digest of method, path and body: two requests that differ in it are not the same."""
         body = json.dumps(self.request.data, sort_keys=True)
         request = f"{self.request.method} {self.request.get_full_path()} {body}"
         return hashlib.sha256(request.encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""What a worker's main process does beside its tasks. Celery's signals call it: see apps.py."""
+"""What a worker's main process does besides running tasks. apps.py connects it to signals."""
 
 import logging
 import os
@@ -14,43 +14,44 @@ from celery.worker.control import Panel
 from django.conf import settings
 from django.db import close_old_connections, connection
 
-from .lease import TICK, judge, lock, renew, rows, runs
+from .lease import TICK, lock, recover, renew, rows, runs
 from .models import Job
-from .pools import has_children, pool
+from .pools import has_children, pool, soften_sigterm
 
 logger = logging.getLogger(__name__)
 
 
 def start(sender, **kwargs):
-    """Prepare for the worker's pool: `sender` is the worker, which has not started it yet."""
+    """Prepare for the pool of the worker, the `sender`, which has not started it yet."""
     if has_children(sender):
-        signals.worker_ready.connect(keep_children)
+        signals.worker_ready.connect(watch_children)
     else:
         signals.worker_shutting_down.connect(end_in_time)
     follow_revokes()
 
 
 def name_run(request, **kwargs):
-    """Choose the token of a job's run, so that it is known here which run a dead child had."""
+    """Choose the token of a job's run here, so that the run of a dead child is known."""
     if "job" in request.request_dict:
         request.request_dict["run"] = uuid.uuid4()
 
 
 def drop_dead_connections(task, **kwargs):
-    """Like a request, a task starts with database connections that work."""
+    """Close connections that do not work, as Django does for a request."""
     if not task.request.is_eager:
         close_old_connections()
         if "job" in (task.request.headers or {}):
-            connection.health_check_done = True  # spares a question: a job's claim is tried again
+            connection.health_check_done = True  # saves a query: a job's claim is tried again
 
 
 # Child processes
 
 
-def keep_children(sender, **kwargs):
-    """Renew leases here as well: a body in C may hold up all threads of its child."""
+def watch_children(sender, **kwargs):
+    soften_sigterm()
+    # A body in C may hold up all threads of its child, so renew its lease here as well.
     threading.Thread(target=renew_leases_of_children, daemon=True).start()
-    if sender.hub:  # Celery looks for dead children when it hears of one, too early, and every 5 s
+    if sender.hub:  # else Celery looks for dead children every 5 s
         sender.hub.call_repeatedly(TICK, sender.pool.maintain_pool)
 
 
@@ -61,24 +62,24 @@ def renew_leases_of_children():
             requests = [r for r in tuple(state.active_requests) if "run" in r.request_dict]
             active = {request.request_dict["run"]: request.id for request in requests}
             renew(Job.objects.filter(pk__in=active.values(), run__in=active))
-        except Exception as error:  # whatever it is: the next time it may be possible
+        except Exception as error:  # the next try may succeed
             logger.warning("cannot renew leases: %r", error)
         connection.close()  # a child must not inherit it
 
 
 def notice_death(sender, task_id, exception, **kwargs):
-    """Have the job of a killed child judged at once, not when its lease has lapsed."""
+    """Recover the job of a killed child at once, not when its lease has lapsed."""
     run = (sender.request.headers or {}).get("run")
     if run and isinstance(exception, exceptions.WorkerLostError):
-        # Not in the loop of the worker. By then the child's transaction has been rolled back.
-        threading.Timer(TICK, judge_run, [task_id, run]).start()
+        # In a thread, not to block the worker; later, when the child's transaction is rolled back.
+        threading.Timer(TICK, recover_run, [task_id, run]).start()
 
 
-def judge_run(pk, run):
+def recover_run(pk, run):
     try:
-        judge(Job.objects.filter(pk=pk, run=run))
-    except Exception as error:  # whatever it is: then the lease lapses
-        logger.warning("cannot judge the job %s of a dead child: %r", pk, error)
+        recover(Job.objects.filter(pk=pk, run=run))
+    except Exception as error:  # the sweep will do it when the lease has lapsed
+        logger.warning("cannot recover the job %s of a dead child: %r", pk, error)
     connection.close()
 
 
@@ -86,7 +87,7 @@ def judge_run(pk, run):
 
 
 def end_in_time(**kwargs):
-    """Have the process end and its jobs go on elsewhere: Celery waits for the last body."""
+    """Hand back the jobs and end the process in time: Celery would wait for the last body."""
     pool.start_thread(end)
     if not state.reserved_requests:
         pool.end_idle_worker()
@@ -101,26 +102,26 @@ def end():
         os._exit(0)
 
 
-# Flower's and `celery inspect`'s remote control
+# Remote control, from Flower or `celery control`
 
 
 def follow_revokes():
-    """Cancel the job of every task that this worker is told to revoke or to terminate.
+    """Cancel a job when this worker is told to revoke or to terminate its task.
 
-    Celery's signal task_revoked comes when the message reaches a free slot, on some pools never.
+    Celery's signal task_revoked comes only when the message reaches a free slot, or never.
     """
     revoke = Panel.data["revoke"]
 
     def cancel(ids):
         for pk in ids:
-            with suppress(Exception):  # some task's own kind of id, or the database is away
+            with suppress(Exception):  # the id is no UUID, or the database is unavailable
                 Job.objects.filter(pk=pk).cancel()
         connection.close()  # a child must not inherit it
 
     def cancel_and_revoke(state, task_id, terminate=False, signal=None, **kwargs):
-        # Not in the worker's loop, which ends bodies in time: one of them may hold the job's row.
+        # In a thread: the body may hold a lock on the row, and the worker's loop must not wait for it.
         threading.Thread(target=cancel, args=[maybe_list(task_id) or []]).start()
-        # Whatever signal Flower asks for: one that children ignore would leave the task running.
+        # SIGKILL, whatever was asked for: a signal that children ignore would end nothing.
         return revoke(state, task_id, terminate=terminate, signal="SIGKILL", **kwargs)
 
     def cancel_and_terminate(state, signal, task_id, **kwargs):

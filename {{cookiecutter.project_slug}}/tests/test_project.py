@@ -19,7 +19,7 @@ from rest_framework.test import APIClient
 
 from config import urls
 from config.celery import own_settings
-from jobs.serializers import Throttle
+from jobs.rest import Throttle
 
 pytestmark = pytest.mark.django_db
 

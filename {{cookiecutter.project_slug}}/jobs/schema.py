@@ -1,0 +1,40 @@
+"""The schema class of all views, which REST_FRAMEWORK in the settings names."""
+
+from drf_spectacular.openapi import AutoSchema
+
+DETAIL = {"type": "object", "properties": {"detail": {"type": "string"}}}
+COMMON = {
+    401: "Not authenticated",
+    403: "Not permitted",
+    406: "No such representation",
+    429: "Too many requests",
+}
+OF_BODIES = {400: "Not valid", 415: "Not JSON"}
+OF_PAGES = {400: "Not valid", 404: "Not found"}
+RETRY_AFTER = {"Retry-After": {"schema": {"type": "string"}}}
+
+
+class Schema(AutoSchema):
+    """Documents the responses that no view declares, for they are those of all views."""
+
+    def get_operation(self, path, *args, **kwargs):
+        operation = super().get_operation(path, *args, **kwargs)
+        if operation is None:  # the view is not part of the document
+            return None
+        responses, more = operation["responses"], dict(COMMON)
+        parameters = {parameter["name"] for parameter in operation.get("parameters", [])}
+        if "requestBody" in operation:
+            more |= OF_BODIES
+        if {"page", "cursor"} & parameters:
+            more |= OF_PAGES
+        if "{" in path:
+            more[404] = "Not found"
+        if "Idempotency-Key" in parameters:  # of EnqueueMixin
+            responses["202"] = responses.pop("201")
+            more[422] = "The key was used for another request"
+        for status, description in more.items():
+            content = {"application/json": {"schema": DETAIL if status != 400 else {}}}
+            responses[str(status)] = {"description": description, "content": content}
+        responses["429"]["headers"] = RETRY_AFTER
+        responses["414"] = {"description": "The address is too long"}  # from gunicorn
+        return operation
