@@ -67,8 +67,8 @@ def test_a_worker_does_what_its_pool_needs(monkeypatch, pool, ready, shutting_do
     assert counts == [ready, shutting_down]
 
 
-def test_greenlets_without_a_patched_python_are_refused():
-    pytest.importorskip("gevent")
+def test_greenlets_without_a_patched_python_are_refused(monkeypatch):
+    monkeypatch.setattr(pools, "IS_GEVENT", False)
     with pytest.raises(SystemExit, match="--pool gevent"):
         worker.start(SimpleNamespace(pool_cls="gevent"))
 
@@ -99,6 +99,4 @@ assert pool.query(max, 1, 2) == 2
 
 @pytest.mark.parametrize("code", [GREENLETS, NO_GREENLETS], ids=["gevent", "threads"])
 def test_a_process_has_the_pool_that_it_was_patched_for(code):
-    if code is GREENLETS:
-        pytest.importorskip("gevent")
     subprocess.run([sys.executable, "-c", code], cwd=OUTPUT, check=True)

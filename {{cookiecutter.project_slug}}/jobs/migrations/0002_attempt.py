@@ -6,11 +6,10 @@ from django.db import migrations, models
 
 
 def copy_attempts(apps, schema_editor):
-    """Copy the JSON list `attempts` of each job into rows of their own."""
     Attempt = apps.get_model('jobs', 'Attempt')
-    jobs = apps.get_model('jobs', 'Job').objects.exclude(attempts=[]).only('attempts')
-    for job in jobs.iterator(chunk_size=500):
-        Attempt.objects.bulk_create(Attempt(job=job, **attempt) for attempt in job.attempts)
+    jobs = apps.get_model('jobs', 'Job').objects.exclude(list_of_attempts=[])
+    for job in jobs.only('list_of_attempts').iterator(chunk_size=500):
+        Attempt.objects.bulk_create(Attempt(job=job, **each) for each in job.list_of_attempts)
 
 
 class Migration(migrations.Migration):
@@ -20,6 +19,12 @@ class Migration(migrations.Migration):
     ]
 
     operations = [
+        # `attempts` becomes the name of the rows that refer to a job.
+        migrations.RenameField(
+            model_name='job',
+            old_name='attempts',
+            new_name='list_of_attempts',
+        ),
         migrations.AddField(
             model_name='job',
             name='worker',
@@ -65,6 +70,6 @@ class Migration(migrations.Migration):
         migrations.RunPython(copy_attempts, migrations.RunPython.noop),
         migrations.RemoveField(
             model_name='job',
-            name='attempts',
+            name='list_of_attempts',
         ),
     ]

@@ -1,0 +1,48 @@
+"""Migrations: projects have run them, so from now on each change of a table is a new one."""
+
+import hashlib
+
+import pytest
+from django.db import connection
+from django.db.migrations.executor import MigrationExecutor
+from django.utils import timezone
+from settings import OUTPUT
+
+# What has left this repository. Add the digest of a new migration here once it is on main.
+DIGESTS = {
+    "0001_initial.py": "710ed48011bc7b601144dc9e302619731dd015ccba7320fbab36105fd0c0833e",
+    "0002_attempt.py": "f14582c977ca493e2f3a36db94ad5c2416e2b8cabcc5238423fd4733a23df598",
+}
+
+
+@pytest.mark.parametrize("name", DIGESTS)
+def test_a_migration_is_not_rewritten(name):
+    text = (OUTPUT / "jobs/migrations" / name).read_bytes()
+    assert hashlib.sha256(text).hexdigest() == DIGESTS[name], "write a new migration in its place"
+
+
+@pytest.fixture
+def migrate(transactional_db):
+    """A function: bring the tables to the state of this migration, and return its models."""
+
+    def migrate(name):
+        executor = MigrationExecutor(connection)
+        executor.migrate([("jobs", name)])
+        return executor.loader.project_state([("jobs", name)]).apps.get_model
+
+    yield migrate
+    executor = MigrationExecutor(connection)
+    executor.migrate(executor.loader.graph.leaf_nodes("jobs"))
+
+
+def test_attempts_of_older_jobs_are_kept(migrate):
+    now = timezone.now()
+    times = {"started_at": now.isoformat(), "ended_at": now.isoformat()}
+    attempts = [{**times, "error": str(number), "traceback": "…"} for number in range(3)]
+    old = migrate("0001_initial")("jobs", "Job")
+    fields = {"task": "task", "queue": "queue", "wake_at": now}
+    jobs = [old.objects.create(attempts=each, **fields) for each in (attempts, [], attempts[:1])]
+    Attempt = migrate("0002_attempt")("jobs", "Attempt")  # noqa: N806
+    kept = [[each.error for each in Attempt.objects.filter(job=job.pk)] for job in jobs]
+    assert kept == [["0", "1", "2"], [], ["0"]]
+    assert {each.ended_at for each in Attempt.objects.all()} == {now}
