@@ -19,12 +19,13 @@ try:
 except FileExistsError:
     pass
 
-# Those that an answer may leave without files; other empty folders are the owner's.
+# Folders that an answer may leave without files. Other empty folders are the owner's.
 kubernetes = ("deploy/kubernetes/base", "deploy/kubernetes/overlays/production")
 for folder in (".github/workflows", "orders/migrations", *kubernetes):
-    try:
-        os.removedirs(folder)  # and what is then empty above it
-    except OSError:  # it has files
-        pass
+    if os.path.realpath(folder) == os.path.abspath(folder):  # a link may lead out of the project
+        try:
+            os.removedirs(folder)  # and its parents up to the project, where they are empty too
+        except OSError:  # it has files
+            pass
 
 print(f"\nNext:\n\n    cd {os.path.basename(os.getcwd())}\n    make run\n")
