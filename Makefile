@@ -1,4 +1,4 @@
-.PHONY: demo engine test chaos bench lint
+.PHONY: demo engine test chaos bench package lint
 
 demo: .venv  ## bake a project, start it, run a job: make demo ARGS="include_example=false"
 	@PYTHONPATH=tests .venv/bin/python -m harness.demo $(ARGS)
@@ -14,6 +14,9 @@ chaos: .venv  ## two minutes of faults on each broker; longer: make chaos ARGS="
 
 bench: .venv  ## measure, write docs/performance.md; a trial: make bench ARGS="--scale 0.1"
 	PYTHONPATH=tests .venv/bin/python bench/run.py $(ARGS)
+
+package: .venv  ## the engine as a wheel, in dist/; elsewhere: make package ARGS="--out-dir /tmp"
+	.venv/bin/uv build --wheel $(ARGS)
 
 # Plain Python of the output, too. Its own pyproject.toml is none before it is rendered.
 ENGINE := --config tests/engine/jobs_ruff.toml '{{cookiecutter.project_slug}}/jobs' '{{cookiecutter.project_slug}}/conftest.py'

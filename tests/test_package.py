@@ -1,0 +1,57 @@
+"""The engine is a library: a wheel of `jobs/` alone does what the folder does."""
+
+import re
+import shutil
+import sys
+import tomllib
+import zipfile
+
+import pytest
+
+from harness.bake import TEMPLATE
+from harness.checks import PACKAGES, imports, packages
+from harness.project import Project
+
+OUTPUT = TEMPLATE / "{{cookiecutter.project_slug}}"
+FILES = [path for path in (OUTPUT / "jobs").rglob("*") if path.is_file() and path.suffix != ".pyc"]
+
+pytestmark = pytest.mark.xdist_group("package")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dist")
+    Project(TEMPLATE).call("make", "package", ARGS=f"--out-dir {folder}")
+    [wheel] = folder.glob("*.whl")
+    return wheel
+
+
+def test_the_wheel_holds_every_file_of_the_engine(wheel):
+    files = {str(path.relative_to(OUTPUT)): path.read_bytes() for path in FILES}
+    with zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if ".dist-info/" not in name]
+        assert {name: archive.read(name) for name in names} == files
+
+
+def test_the_wheel_requires_what_the_engine_imports(bake):
+    """In the versions that a project requires."""
+    about = tomllib.loads((TEMPLATE / "pyproject.toml").read_text())
+    required = about["project"]["dependencies"]
+    python = [path.read_text("utf-8") for path in FILES if path.suffix == ".py"]
+    foreign = set().union(*map(imports, python)) - sys.stdlib_module_names - {"jobs"}
+    assert packages(required) == {PACKAGES.get(name, name.replace("_", "-")) for name in foreign}
+
+    project = tomllib.loads(bake().read("pyproject.toml"))["project"]
+    assert set(required) <= {re.sub(r"\[.*]", "", each) for each in project["dependencies"]}
+
+
+def test_a_project_without_the_folder_passes_its_tests_on_the_wheel(wheel, bake):
+    project = bake()
+    project.install()
+    shutil.rmtree(project / "jobs")
+    # Offline: the project has installed all that the wheel requires.
+    project.run("uv", "pip", "install", "--offline", "--python", ".venv/bin/python", wheel)
+    assert "/site-packages/jobs/" in project.shell("import jobs; print(jobs.__file__)")
+
+    printed = project.call("make", "check", "test", **project.free_servers())
+    assert re.search(r"= \d+ passed", printed), printed
