@@ -7,6 +7,7 @@ import re
 from collections import defaultdict
 from fnmatch import fnmatch
 from functools import cache
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -91,10 +92,12 @@ def test_every_combination_is_clean(bake, answers, is_new, record_property):
     more = 5 * (answers["deployment"] == "kubernetes") + (answers["periodic_tasks"] == "admin")
     more += answers["broker"] == "rabbitmq"
     assert len(texts) <= 60 + more, "files"
+    jobs = {file: text for file, text in texts.items() if file.parts[0] == "jobs"}
+    assert jobs == engine(), "the engine is the same, byte for byte, whatever was chosen"
     empty = [path for path in project.rglob("*") if path.is_dir() and not any(path.iterdir())]
     assert empty == []
     for file, text in texts.items():
-        for word in traces_in(file, text) if file.parts[0] != "jobs" else ():
+        for word in traces_in(file, text) if file not in engine() else ():
             assert owners()[word] & answers.items(), f"{file} has {word}"
     checked = 0
     for file, text in texts.items():
@@ -119,15 +122,51 @@ def test_every_combination_is_clean(bake, answers, is_new, record_property):
         project.call("ruff", "format", "--check", "--no-cache")
 
 
-def test_the_engine_is_the_same_whatever_was_chosen(bake):
-    """Byte for byte, so that its tests run once, on the template: see tests/engine/."""
-    jobs = [
-        {file: text for file, text in read(bake(**answers)).items() if file.parts[0] == "jobs"}
-        for answers in (COMBINATIONS[0], COMBINATIONS[-1])
-    ]
-    engine = OUTPUT / "jobs"
-    files = [path for path in engine.rglob("*") if path.is_file() and path.suffix != ".pyc"]
-    assert jobs == [{path.relative_to(OUTPUT): path.read_text("utf-8") for path in files}] * 2
+@cache
+def engine():
+    """The folder `jobs/` as it is in the template, {path: text}."""
+    files = [path for path in (OUTPUT / "jobs").rglob("*") if path.is_file()]
+    files = [path for path in files if path.suffix != ".pyc"]
+    return {path.relative_to(OUTPUT): path.read_text("utf-8") for path in files}
+
+
+def test_the_engine_is_plain_python():
+    """An editor, a linter and its own tests can read it before any bake: see tests/engine/."""
+    for file, text in engine().items():
+        if file.suffix == ".py":
+            assert "{%" not in text and "{{" not in text, file
+
+
+def test_imports_run_one_way(bake):
+    """No module is imported, not even inside a function, by one that it needs."""
+    project = bake()
+    modules = {
+        ".".join(file.relative_to(project).with_suffix("").parts): ast.parse(file.read_text())
+        for file in project.rglob("*.py")
+        if "migrations" not in file.parts
+    }
+    graph = {name: imports(name, tree) & modules.keys() for name, tree in modules.items()}
+    assert {"jobs.models", "jobs.pools"} <= graph["jobs.tasks"]  # so it does find them
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+    for name, tree in modules.items():
+        functions = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
+        late = {function.name for function in functions if imports(name, function)}
+        if name.startswith("jobs."):  # ready() is where Django wants imports of models
+            assert late <= {"ready"}, name
+
+
+def imports(name, tree):
+    """The modules that the module of this name may import in this part of it."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            package = name.split(".")[: -node.level] if node.level else []
+            base = [*package, *(node.module or "").split(".")]
+            base = ".".join(filter(None, base))
+            found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+    return found
 
 
 @pytest.mark.parametrize("broker", CHOICES["broker"])

@@ -26,7 +26,6 @@ SLOTS = {"threads": 16, "gevent": 16}  # of a worker whose jobs share a process
 on_each_broker = stacks(pools=POOLS[:1], slots=SLOTS)
 on_each_pool = stacks(brokers=ONE, slots=SLOTS)
 on_prefork = stacks(brokers=ONE, pools=["prefork"], slots=SLOTS)
-on_gevent = stacks(brokers=ONE, pools=["gevent"], slots=SLOTS)
 on_one = stacks(brokers=ONE, pools=POOLS[:1], slots=SLOTS)
 
 
@@ -457,11 +456,13 @@ with connection.cursor() as cursor:
     assert took < 5
 
 
-@on_gevent  # whose output has that package; the other pools need none
-def test_workers_of_every_pool_serve_side_by_side(stack, gate, since):
-    """Killed or stopped, each leaves its jobs to a worker of another pool."""
+@on_each_pool
+def test_workers_of_several_pools_serve_side_by_side(stack, gate, since):
+    """Prefork, threads and the project's own. Killed or stopped, each leaves its jobs to another."""
+    own = stack.project.read("config/settings.py").split('pools.named("')[1].split('"')[0]
+    pools = sorted({"prefork", "threads", own})
 
-    def worker(pool, queue):
+    def start(pool, queue):
         command = f"celery -A config worker --pool {pool} --concurrency 4 --queues {queue}"
         worker = stack.process(f"{command} -n {pool}-{queue}@%h", f"{pool}-{queue}")
         worker.is_ready = lambda: " ready." in worker.printed
@@ -469,26 +470,26 @@ def test_workers_of_every_pool_serve_side_by_side(stack, gate, since):
         assert re.search(r"concurrency: 4 \((\w+)\)", worker.printed)[1] in pool
         return worker
 
-    first = [worker(pool, pool) for pool in POOLS]
-    jobs = [stack.enqueue("hold", gate, queue=pool) for pool in POOLS for _ in range(3)]
+    first = [start(pool, queue=pool) for pool in pools]
+    jobs = [stack.enqueue("hold", gate, queue=pool) for pool in pools for _ in range(3)]
     stack.wait_until_started(*jobs)
-    for each in first:
-        each.kill()
-    start = time.monotonic()
-    second = [worker(POOLS[place - 1], pool) for place, pool in enumerate(POOLS)]
+    for worker in first:
+        worker.kill()
+    began = time.monotonic()
+    second = [start(pools[place - 1], queue) for place, queue in enumerate(pools)]
     stack.wait_until_started(*jobs, times=2)
-    since(start)
-    for each in second:
-        os.kill(each.pid, signal.SIGTERM)
-    for each in second:
-        assert each.process.wait(20) == 0, each.printed
+    since(began)
+    for worker in second:
+        os.kill(worker.pid, signal.SIGTERM)
+    for worker in second:
+        assert worker.process.wait(60) == 0, worker.printed
     assert {row["state"] for row in stack.rows(*jobs)} == {"queued"}  # handed back, no lease lapsed
-    third = [worker(POOLS[place - 2], pool) for place, pool in enumerate(POOLS)]
+    third = [start(pool, queue=pool) for pool in pools]
     stack.wait_until_started(*jobs, times=3)
     gate.touch()
     assert succeeded(stack.wait_until_final(*jobs), crashes=1)
-    for each in third:
-        each.stop()
+    for worker in third:
+        worker.stop()
 
 
 # Periodic tasks

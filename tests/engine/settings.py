@@ -8,6 +8,9 @@ from urllib.parse import urlsplit
 
 from celery import Celery
 
+# What Python compiled would be baked, too.
+sys.dont_write_bytecode = True
+os.environ["PYTHONDONTWRITEBYTECODE"] = "1"  # of processes that tests start
 OUTPUT = Path(__file__).parents[2] / "{{cookiecutter.project_slug}}"
 sys.path.append(str(OUTPUT))  # behind this folder: both have a conftest.py
 
