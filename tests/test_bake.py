@@ -15,6 +15,7 @@ from jinja2 import nodes
 
 from harness.bake import CHOICES, COMBINATIONS, CONTEXT, ENVIRONMENT, TEMPLATE, chosen, name
 from harness.checks import NEW_FILES, check_celery, check_dependencies, check_file, check_readme
+from harness.servers import SENTINEL_RECIPE
 
 OUTPUT = TEMPLATE / "{{cookiecutter.project_slug}}"
 PARTS = TEMPLATE / "templates"  # a folder for each option whose choices have a file, and `servers`
@@ -128,6 +129,15 @@ def test_the_engine_is_the_same_whatever_was_chosen(bake):
     engine = OUTPUT / "jobs"
     files = [path for path in engine.rglob("*") if path.is_file() and path.suffix != ".pyc"]
     assert jobs == [{path.relative_to(OUTPUT): path.read_text("utf-8") for path in files}] * 2
+
+
+@pytest.mark.parametrize("broker", CHOICES["broker"])
+def test_the_settings_for_sentinel_fit_each_project_with_results_in_redis(bake, broker):
+    project = bake(broker=broker, result_backend="redis")
+    with open(project / "config/settings.py", "a") as file:
+        file.write(SENTINEL_RECIPE)
+    project.call("ruff", "check", "--no-cache")
+    project.call("ruff", "format", "--check", "--no-cache")
 
 
 @pytest.mark.parametrize("broker", CHOICES["broker"])
