@@ -16,6 +16,7 @@ from jinja2 import nodes
 
 from harness.bake import CHOICES, COMBINATIONS, CONTEXT, ENVIRONMENT, TEMPLATE, chosen, name
 from harness.checks import NEW_FILES, check_celery, check_dependencies, check_file, check_readme
+from harness.servers import SENTINEL_RECIPE
 
 OUTPUT = TEMPLATE / "{{cookiecutter.project_slug}}"
 PARTS = TEMPLATE / "templates"  # a folder for each option whose choices have a file, and `servers`
@@ -167,6 +168,15 @@ def imports(name, tree):
             base = ".".join(filter(None, base))
             found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
     return found
+
+
+@pytest.mark.parametrize("broker", CHOICES["broker"])
+def test_the_settings_for_sentinel_fit_each_project_with_results_in_redis(bake, broker):
+    project = bake(broker=broker, result_backend="redis")
+    with open(project / "config/settings.py", "a") as file:
+        file.write(SENTINEL_RECIPE)
+    project.call("ruff", "check", "--no-cache")
+    project.call("ruff", "format", "--check", "--no-cache")
 
 
 @pytest.mark.parametrize("broker", CHOICES["broker"])

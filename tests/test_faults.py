@@ -315,7 +315,10 @@ def posting(stack):
         ending.result()
 
 
-@stacks(brokers=["redis-sentinel"], pools=POOLS[:1])
+with_sentinel = stacks(brokers=["redis-sentinel"], pools=POOLS[:1])
+
+
+@with_sentinel
 def test_jobs_and_results_outlive_a_failover(stack, gate, since):
     """With Sentinel, TLS and passwords; requests are answered meanwhile."""
     ask_for_a_result = "sent = plain.delay(gate)\nsent.get(timeout=20)\nresult = sent.state"
@@ -323,7 +326,11 @@ def test_jobs_and_results_outlive_a_failover(stack, gate, since):
     stack.renew_web()
     runs = stack.enqueue("hold", gate, queue="cpu")
     stack.wait_until_started(runs)
-    stats = "from config.celery import app\nresult = app.control.inspect(timeout=5).stats()"
+    what_flower_shows = """
+from config.celery import app
+workers = app.control.inspect(timeout=5)
+result = [workers.stats() or {}, workers.conf(with_defaults=True) or {}]
+"""
     with stack.supervised(stack.workers):  # one that held a message at the failover may end
         with posting(stack) as posted:
             wait_for(lambda: len(posted) > 20)
@@ -337,11 +344,19 @@ def test_jobs_and_results_outlive_a_failover(stack, gate, since):
         jobs = [runs, *[job for job, _ in posted]]
         rows = stack.wait_until_final(*jobs)
         assert stack.ask(ask_for_a_result, gate=str(gate)) == "SUCCESS"
-        wait_for(lambda: len(stack.ask(stats) or {}) == 2)
+        wait_for(lambda: [len(each) for each in stack.ask(what_flower_shows)] == [2, 2])
     assert max(seconds for _, seconds in posted) < 5
     assert succeeded(rows, crashes=0), rows
     assert [len(stack.notes("start", job)) for job in jobs] == [1] * len(jobs)
-    assert "of/" not in str(stack.ask(stats))  # which Flower shows
+    shown = str(stack.ask(what_flower_shows))
+    assert "of/" not in shown and "of%2F" not in shown  # the passwords
+
+
+@with_sentinel
+def test_nothing_starts_behind_sentinel_without_the_name_of_the_master(running):
+    variables = {**running.variables, "REDIS_SENTINEL_MASTER": ""}
+    with pytest.raises(AssertionError, match="ImproperlyConfigured.* REDIS_SENTINEL_MASTER"):
+        running.project.manage("check", **variables)
 
 
 @on_each_broker

@@ -103,9 +103,8 @@ def test_it_passes_its_own_tests(broker, database, project):
 
 @default_output
 def test_it_passes_its_own_tests_on_sqlite(broker, project):
-    """But for those of what only PostgreSQL has: plans, and locks of rows."""
     printed = project.call("make", "test", **broker)
-    assert re.search(r"= \d+ passed, 7 skipped in", printed), printed
+    assert re.search(r"= \d+ passed in", printed), printed  # none was skipped
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ A new broker has its class here, and its name in BROKERS.
 """
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -16,9 +17,14 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from . import missing
+from .bake import TEMPLATE
 from .project import children_of, connects, env, free_ports, wait_for
 
 VISIBILITY_TIMEOUT = 8  # seconds; of plain tasks
+# What its readers are told to add to the settings, so that the tests prove the page.
+SENTINEL_RECIPE = re.search(
+    r"```python\n(.*?)```", (TEMPLATE / "docs/sentinel.md").read_text("utf-8"), re.DOTALL
+)[1]
 
 
 class Process:
@@ -128,6 +134,7 @@ class RedisSentinel(Redis):
 
     scheme = None
     answers = {"broker": "redis", "result_backend": "redis"}
+    settings = f"{Redis.settings}\n{SENTINEL_RECIPE}"
 
     def __init__(self, folder, project=None, port=None):
         super().__init__(folder, project, port)

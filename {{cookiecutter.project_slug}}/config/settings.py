@@ -227,7 +227,7 @@ CELERY_TIMEZONE = TIME_ZONE
 {% if cookiecutter.include_example %}
 CELERY_TASK_ROUTES = {  # a queue for each kind of load, so that none waits for another
     "orders.tasks.forecast_demand": {"queue": "cpu"},
-    "orders.tasks.check_links": {"queue": "io"},
+    "orders.tasks.ask_supplier": {"queue": "io"},
 }
 {% endif %}
 

@@ -1,4 +1,3 @@
-{% from "chosen.jinja" import servers with context %}
 """The project around its jobs: settings, pages, the login, the log, probes."""
 
 import os
@@ -34,9 +33,6 @@ def test_a_throttle_that_is_none_is_refused_at_the_start(settings, monkeypatch, 
     monkeypatch.setenv("THROTTLE", rate)
     with pytest.raises(ImproperlyConfigured, match=f"THROTTLE={rate}: write"):
         runpy.run_path(settings.BASE_DIR / "config/settings.py")
-{% for server in servers %}
-{% print server.settings_tests | default %}
-{% endfor %}
 
 
 def test_the_openapi_document_has_no_warnings():
