@@ -21,6 +21,7 @@ WORKER = "/bin/celery -A config worker"
         (f"{WORKER} --queues prefork -n solo", "threads"),
         (f"{WORKER} --pool prefork -n one@%h", "prefork"),
         (f"{WORKER} --queues io --pool=prefork", "prefork"),
+        (f"{WORKER} --pool processes", "prefork"),
         (f"{WORKER} -P solo", "solo"),
         (f"{WORKER} -Psolo", "solo"),
         ("/x/celery/__main__.py -A config -q worker --pool prefork", "prefork"),

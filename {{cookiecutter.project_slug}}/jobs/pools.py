@@ -75,7 +75,7 @@ def named(default):
     project with another default, because settings of the whole project depend on them.
     """
     option = re.search(r"\bworker\b.*? (?:-P ?|--pool[ =])(\w+)", " ".join(sys.argv[1:]))
-    name = option[1] if option else default
+    name = option[1].replace("processes", "prefork") if option else default  # the same pool
     if name == "gevent" != default:
         raise SystemExit("This project was not made for gevent. Use --pool threads or prefork.")
     return name
