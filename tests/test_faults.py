@@ -114,6 +114,27 @@ def test_a_worker_that_is_stopped_loses_nothing(stack, gate, tmp_path, since):
 
 
 @stacks(brokers=CHOICES["broker"][:1])
+def test_a_worker_whose_children_are_stopped_too_loses_nothing(stack, gate, since):
+    """As systemd and honcho do it: SIGTERM goes to the whole process group."""
+    job = stack.enqueue("hold", gate, queue="cpu")
+    task = stack.send("plain", gate, queue="cpu")
+    stack.wait_until_started(job, task)
+
+    start = time.monotonic()
+    os.killpg(stack.worker.pid, signal.SIGTERM)
+    stack.worker.process.wait(60)
+    assert stack.row(job)["state"] == "queued"  # before any lease has lapsed
+    gate.touch()
+    stack.worker.start()
+
+    [row] = stack.wait_until_final(job)
+    since(start)
+    assert succeeded([row], crashes=0), row
+    assert errors(row) == []
+    wait_for(lambda: stack.notes("end", task))
+
+
+@stacks(brokers=CHOICES["broker"][:1])
 def test_a_worker_that_has_run_only_plain_tasks_ends_in_time(stack, gate, since):
     """SOFT_SHUTDOWN_SECONDS, 2 here, hold for them too; what is cut off comes back."""
     stack.worker.stop()

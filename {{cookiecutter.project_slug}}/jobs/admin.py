@@ -44,13 +44,17 @@ def announce(request, jobs, done="enqueued", rest=""):
 class AttemptInline(admin.StackedInline):
     model = Attempt
     verbose_name_plural = "Attempts that failed, the latest first"
-    fields = readonly_fields = ["started_at", "ended_at", "worker", "exception", "shown_traceback"]
+    fields = readonly_fields = ["started", "worker", "shown_traceback"]
     ordering = ["-pk"]
     max_num = 0
     can_delete = False
 
     def has_view_permission(self, request, obj=None):
         return True  # who sees the job sees its attempts
+
+    def started(self, attempt):
+        seconds = (attempt.ended_at - attempt.started_at).total_seconds()
+        return f"{attempt.started_at:%Y-%m-%d %H:%M:%S}, for {seconds:.1f} s"
 
     @admin.display(description="traceback")
     def shown_traceback(self, attempt):
