@@ -411,16 +411,24 @@ def test_changed_code_reaches_the_worker(with_tasks):
     with with_tasks.up() as site:
         tasks = with_tasks / "samples/tasks.py"
         code = tasks.read_text()
+        url = site.enqueue("count", 100)
+        following = site.follow(url)
+        while next(following)["state"] != "running":
+            pass
         (with_tasks / "samples/new.py").write_text("")
+        while next(following)["state"] != "queued":  # the old worker gives its job back
+            pass
         wait_for(lambda: site.log.count(f"{site.worker} ready") == 2, site=site)
-        assert site.log.count("this starts anew: celery -A config beat") == 1
+        assert site.log.count("has changed. Restarting: celery -A config beat") == 1
 
         tasks.write_text(f"{code}\n1 +")  # not yet done
         wait_for(lambda: site.log.count("SyntaxError") >= 2, site=site)
         tasks.write_text(code)
         wait_for(lambda: site.log.count(f"{site.worker} ready") == 3, site=site)
-        *_, done = site.follow(site.enqueue("count", 1))
+        *_, done = following
         assert done["state"] == "succeeded"
+        job = f"Job.objects.get(pk='{url.split('/')[3]}')"
+        assert site.ask(f"from jobs.models import Job; result = {job}.crashes") == 0
         site.stop()
         wait_for(lambda: not site.processes(), site=site)
 

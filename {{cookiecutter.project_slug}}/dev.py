@@ -1,6 +1,7 @@
 {% import "imports.jinja" as imports %}
 {% from "chosen.jinja" import broker, servers with context %}
 {% set lines %}
+import itertools
 import os
 import signal
 import socket
@@ -22,13 +23,10 @@ import django
 from django.conf import settings
 from django.core.management import call_command
 
-HOST = "127.0.0.1"
-STOP = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]  # Ctrl-C, kill, the terminal closes
-
 
 def main():
     os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
-    os.environ.setdefault("SOFT_SHUTDOWN_SECONDS", "1")  # what runs longer runs again next time
+    os.environ.setdefault("SOFT_SHUTDOWN_SECONDS", "1")  # longer tasks run again next time
     for name, port in {"PORT": "8000"{{ ', "FLOWER_PORT": "5555"' if broker.flower }}}.items():
         port = os.environ.setdefault(name, port)
         if answers(port):
@@ -36,90 +34,72 @@ def main():
     django.setup()
     call_command("migrate", verbosity=0)
     links = describe()
-    for number in STOP:
-        signal.signal(number, signal.default_int_handler)
+    stop, ready = threading.Event(), threading.Event()
+    # Ctrl-C, kill, a closed terminal, a pipe that nobody reads
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
+        signal.signal(number, lambda *args: stop.set())
     processes = []
     try:
 {% for server in servers %}
         processes += start_{{ server.name }}()
 {% endfor %}
-        # The environment is .env already, and wins over it; honcho would turn that round.
-        # In a session of its own: Ctrl-C reaches it through here, before the broker ends.
+        # Variables of the environment win over .env; if honcho read .env, they would not.
+        # A session of its own keeps Ctrl-C from it: it ends first, then the broker.
         command = ["honcho", "--env", os.devnull, "start"]
         honcho = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
-        processes.append(honcho)
-        ready = threading.Event()
+        processes.insert(0, honcho)
         threading.Thread(target=copy, args=[honcho.stdout, ready], daemon=True).start()
+        # A closed terminal sends SIGHUP to the session's leader only: that may be a shell, or make.
         terminal = os.isatty(1)
-        while all(process.poll() is None for process in processes):
-            time.sleep(0.2)
-            with suppress(SystemExit):  # one elsewhere may come back by itself
+        while os.isatty(1) == terminal and not stop.wait(0.5):
+            if any(process.poll() is not None for process in processes):
+                sys.exit("A process has ended (see above which and why), so all were stopped.")
+            with suppress(SystemExit):  # a server on another machine may come back by itself
 {% for server in servers %}
-                processes[:0] = start_{{ server.name }}()  # that of another project has ended
+                processes += start_{{ server.name }}()  # if it was another project's, and ended
 {% endfor %}
-            if terminal and not os.isatty(1):  # it was closed
-                raise KeyboardInterrupt
             if links and ready.is_set() and answers(os.environ["PORT"]):
                 print(f"{links}\n    Ctrl-C ends everything.\n\n", flush=True)
                 links = None
-        failure = "A process has ended (the lines above say which and why), so all were stopped."
-    except KeyboardInterrupt:
-        failure = None
     finally:
-        for number in STOP:
-            signal.signal(number, signal.SIG_IGN)
-        for process in reversed(processes):
+        for process in processes:
             process.terminate()
             process.wait()
-    sys.exit(failure)
+
+
+def copy(output, ready):
+    """Print what honcho prints, and set `ready` once the worker is."""
+    for line in output:
+        with suppress(OSError):  # nothing reads it any more
+            os.write(1, line)
+        if b" ready." in line and b"celery@" in line:
+            ready.set()
 
 
 def reload(command):
-    """`python dev.py COMMAND`: start it anew whenever the code changes; end when it ends.
+    """`python dev.py COMMAND`: restart it when the code changes; end when it ends.
 
-    Not where it ends with an error after a change: that one will be mended, by the next.
+    If it ends with an error after a change, wait for the next change, which may fix it.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    changed = False
-    while True:
+    for restarts in itertools.count():
         code = read_code()
         process = subprocess.Popen(command)
         try:
-            while (status := process.poll()) is None and code == read_code():
-                time.sleep(0.5)
-            if status is not None and not (changed and status > 0):
-                sys.exit(status)
-            if status is not None:
-                print("Ended with an error; starts anew after a change:", *command, flush=True)
             while code == read_code():
                 time.sleep(0.5)
-            changed = True
-            print("The code has changed, so this starts anew:", *command, flush=True)
-        except KeyboardInterrupt:
-            sys.exit()
+                if process.poll() is not None and not (restarts and process.returncode > 0):
+                    sys.exit(process.returncode)
+            print("The code has changed. Restarting:", *command, flush=True)
         finally:
             process.terminate()
             process.wait()
 
 
 def read_code():
-    """When each file was written. Files are looked at: what a container sees tells it no events."""
-    try:
-        files = [file for folder in Path().glob("[!.]*/") for file in folder.rglob("*.py")]
-        return {file: file.stat().st_mtime for file in files if file.exists()}
-    except OSError:  # one went meanwhile, with its folder perhaps
-        return read_code()
-
-
-def copy(output, ready):
-    """Print what honcho prints, and set `ready` once the worker is; stop if nobody reads it."""
-    for line in output:
-        try:
-            os.write(1, line)
-        except OSError:
-            os.kill(os.getpid(), signal.SIGTERM)
-        if b" ready." in line and b"celery@" in line:
-            ready.set()
+    """When each file was changed. A container gets no events of the folder that it mounts."""
+    with suppress(OSError):  # a file or folder was just removed, which is a change too
+        return {file: file.stat().st_mtime for file in Path().glob("[!.]*/**/[!.]*.py")}
 
 
 def describe():
@@ -132,17 +112,14 @@ def describe():
     if not users.exists():
         call_command("createsuperuser", interactive=False, verbosity=0)
     token, _ = Token.objects.get_or_create(user=users.get())
-{% if broker.flower %}
-    flower = os.environ["FLOWER_BASIC_AUTH"].replace(":", " / ")
-{% endif %}
-    web = f"http://{HOST}:{os.environ['PORT']}"
+    web = f"http://127.0.0.1:{os.environ['PORT']}"
     curl = f"curl -H 'Authorization: Token {token}' {web}/api"
     return f"""
     Jobs     {web}/    {name} / {password}
     Admin    {web}/admin/
     API      {web}/api/docs/
 {% if broker.flower %}
-    Flower   http://{HOST}:{os.environ["FLOWER_PORT"]}/    {flower}
+    Flower   {settings.FLOWER_URL}    {settings.FLOWER_BASIC_AUTH.replace(":", " / ")}
 {% endif %}
 
 {% if cookiecutter.include_example %}
@@ -157,12 +134,9 @@ def describe():
 """
 
 
-def answers(port, host=HOST):
-    try:
-        socket.create_connection((host, port), timeout=1).close()
+def answers(port, host="127.0.0.1"):
+    with suppress(OSError), socket.create_connection((host, port), timeout=1):
         return True
-    except OSError:
-        return False
 
 
 {% for server in servers %}
@@ -171,4 +145,5 @@ def answers(port, host=HOST):
 
 {% endfor %}
 if __name__ == "__main__":
-    reload(sys.argv[1:]) if sys.argv[1:] else main()
+    with suppress(KeyboardInterrupt):
+        reload(sys.argv[1:]) if sys.argv[1:] else main()
