@@ -149,21 +149,21 @@ def test_imports_run_one_way(bake):
     graph = {name: imports(name, tree) & modules.keys() for name, tree in modules.items()}
     assert {"jobs.models", "jobs.pools"} <= graph["jobs.tasks"]  # so it does find them
     TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
-    for name, tree in modules.items():
+    for module, tree in modules.items():
         functions = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
-        late = {function.name for function in functions if imports(name, function)}
-        if name.startswith("jobs."):  # ready() is where Django wants imports of models
-            assert late <= {"ready"}, name
+        late = {function.name for function in functions if imports(module, function)}
+        if module.startswith("jobs."):  # ready() is where Django wants imports of models
+            assert late <= {"ready"}, module
 
 
-def imports(name, tree):
-    """The modules that the module of this name may import in this part of it."""
+def imports(module, tree):
+    """The modules that this one may import in this part of it."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            package = name.split(".")[: -node.level] if node.level else []
+            package = module.split(".")[: -node.level] if node.level else []
             base = [*package, *(node.module or "").split(".")]
             base = ".".join(filter(None, base))
             found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}

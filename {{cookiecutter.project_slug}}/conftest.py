@@ -14,9 +14,9 @@ def eager(request, monkeypatch):
     """No worker and no broker, but for tests marked `live`: who publishes a job runs it."""
     current_app.conf.task_always_eager = not request.node.get_closest_marker("live")
     # No thread renews leases: it would not see what the transaction of a test holds.
-    monkeypatch.setattr(lease, "keeper_runs", True)
+    monkeypatch.setattr(lease, "keeper_started", True)
     monkeypatch.setattr(models, "publish_again_at", 0.0)
-    monkeypatch.setattr(sweep, "refused", {})
+    monkeypatch.setattr(sweep, "batch_sizes", {})
     monkeypatch.setattr(sweep, "extra_at", {})
     monkeypatch.setattr(sweep, "TICK", 0)
 

@@ -69,7 +69,12 @@ else:
     file = Path(tempfile.gettempdir(), f"engine-{os.getpid()}.sqlite3")  # a file: tests use threads
     options = {"transaction_mode": "IMMEDIATE", "timeout": 20}
     options["init_command"] = "PRAGMA journal_mode=WAL; PRAGMA synchronous=OFF"
-    DATABASE = {"ENGINE": "django.db.backends.sqlite3", "NAME": file, "OPTIONS": options, "TEST": {"NAME": file}}
+    DATABASE = {
+        "ENGINE": "django.db.backends.sqlite3",
+        "NAME": file,
+        "OPTIONS": options,
+        "TEST": {"NAME": file},
+    }
 DATABASES = {"default": DATABASE | {"CONN_MAX_AGE": 60, "CONN_HEALTH_CHECKS": True}}
 REST_FRAMEWORK = {
     "DEFAULT_AUTHENTICATION_CLASSES": [

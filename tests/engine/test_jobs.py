@@ -40,8 +40,8 @@ from psycopg.errors import ProgramLimitExceeded, ReadOnlySqlTransaction
 
 from jobs import database, lease, messages, models, sweep, worker
 from jobs.beat import name_ticks
-from jobs.metrics import Ledger
-from jobs.models import Job, JobQuerySet, Sweep
+from jobs.metrics import Collector
+from jobs.models import Attempt, Job, JobQuerySet, Sweep
 from jobs.tasks import JobTask
 
 pytestmark = pytest.mark.django_db
@@ -401,11 +401,24 @@ def test_a_body_over_its_soft_time_limit_fails():
 def test_a_report_is_stored_while_the_body_runs(done, total, percent):
     def body(task):
         task.report(done, total, "x" * 300)
-        lease.write([task.job_run])  # as the thread does, twice a second
+        lease.write_and_renew([task.job_run])  # as the thread does, twice a second
         job = Job.objects.get()
         return [job.state, job.progress, len(job.message)]
 
     assert run(body).result == ["running", percent, 255]
+
+
+def test_a_renewal_keeps_the_progress_of_a_resumed_job():
+    """It has nothing new to say until its body reports."""
+    job = Job.objects.enqueue(add, [1, 2])
+    Job.objects.update(cursor=7, progress=50)
+    row, resumed = Job.objects.filter(pk=job.pk), lease.Run(job.pk)
+    row.claim(resumed.token, worker="", retries=0, limit=60)
+    row.update(message="Half of it", wake_at=Now())
+    lease.write_and_renew([resumed])
+    job.refresh_from_db()
+    assert (job.progress, job.message) == (50, "Half of it")
+    assert seconds_until_due(job) == pytest.approx(30, abs=5)
 
 
 def test_a_new_run_starts_its_progress_anew():
@@ -851,6 +864,17 @@ def test_two_beats_start_one_job_for_each_tick(schedule):
 
 
 @pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize("embedded", [False, True])  # celery beat, celery worker --beat
+def test_one_beat_has_one_sweep(monkeypatch, embedded):
+    sweeps = []
+    monkeypatch.setattr(sweep, "start", lambda: sweeps.append(1))
+    monkeypatch.setattr("celery.platforms.set_process_title", lambda *args, **kwargs: None)
+    service = Service(app, scheduler_cls=Scheduler)
+    service._is_shutdown.set()  # it starts, and ends at once
+    service.start(embedded_process=embedded)
+    assert sweeps == [1]
+
+
 def test_a_tick_that_cannot_be_stored_is_said(monkeypatch, caplog):
     monkeypatch.setattr(JobQuerySet, "create", Mock(side_effect=OperationalError("away")))
     tick(beat(), crontab())
@@ -880,17 +904,19 @@ def test_delay_on_commit_enqueues_a_job(commit):
 def test_a_claim_whose_answer_was_lost_can_be_said_again():
     job, run = Job.objects.enqueue(add, [1, 2]), uuid.uuid4()
     row = Job.objects.filter(pk=job.pk)
-    claims = [row.claim(token, worker="", retries=0, limit=60) for token in (run, run, uuid.uuid4())]
+    claims = [
+        row.claim(token, worker="", retries=0, limit=60) for token in (run, run, uuid.uuid4())
+    ]
     assert claims == [1, 1, 0]
 
 
 def test_one_job_of_a_process_has_its_last_try_until_it_ends_or_is_lost():
     first, second, third = (lease.Run(uuid.uuid4()) for _ in range(3))
-    assert first.takes_last_try() and not second.takes_last_try()
+    assert first.claim_last_try() and not second.claim_last_try()
     first.lost = True
-    assert second.takes_last_try() and not third.takes_last_try()
+    assert second.claim_last_try() and not third.claim_last_try()
     second.ended = True
-    assert third.takes_last_try()
+    assert third.claim_last_try()
     third.ended = True
 
 
@@ -941,7 +967,7 @@ def test_the_next_report_ends_a_body_that_lost_its_job(end_run):
     def body(task):
         task.report(1, 3)
         end_run()
-        lease.write([task.job_run])
+        lease.write_and_renew([task.job_run])
         steps.append("before")
         task.report(2, 3)
         steps.append("after")
@@ -955,7 +981,7 @@ def test_the_renewal_of_a_lease_finds_lost_runs():
     job = Job.objects.enqueue(add, [1, 2])
     mine, other = lease.Run(job.pk), lease.Run(job.pk)
     Job.objects.all().claim(mine.token, worker="", retries=0, limit=60)
-    lease.write([mine, other])
+    lease.write_and_renew([mine, other])
     assert (mine.lost, other.lost) == (False, True)
 
 
@@ -1017,7 +1043,7 @@ def test_a_job_past_its_deadline_fails():
 def test_a_job_with_a_lease_is_left_alone():
     job = Job.objects.enqueue(add, [1, 2])
     start(job)
-    Job.objects.update(wake_at=models.lease())
+    Job.objects.update(wake_at=models.lease_end())
     sweep.recover_lapsed()
     assert seconds_until_due(job) == pytest.approx(30, abs=5)
     assert job.state == "running"
@@ -1026,7 +1052,7 @@ def test_a_job_with_a_lease_is_left_alone():
 def test_no_lease_goes_beyond_the_deadline():
     job = Job.objects.enqueue(add, [1, 2])
     start(job, limit=10)
-    Job.objects.update(wake_at=models.lease())
+    Job.objects.update(wake_at=models.lease_end())
     assert seconds_until_due(job) == pytest.approx(10, abs=5)
 
 
@@ -1053,7 +1079,7 @@ def test_lost_messages_are_published_again_the_oldest_first(published):
 
 
 def test_a_queue_that_refused_a_job_gets_no_backlog_twice(published):
-    sweep.refused["celery"] = 1
+    sweep.batch_sizes["celery"] = 1
     lapse(*enqueue_and_publish(3))
     sweep.send_due()
     assert len(published) == 4
@@ -1062,11 +1088,11 @@ def test_a_queue_that_refused_a_job_gets_no_backlog_twice(published):
 def test_a_queue_that_refused_a_job_gets_ever_more_at_once(published, monkeypatch):
     asked = []
     monkeypatch.setattr(sweep, "messages_in", lambda queue: asked.append(queue) or 0)
-    sweep.refused["celery"] = 1
+    sweep.batch_sizes["celery"] = 1
     lapse(*[Job.objects.enqueue(add, [1, 2], countdown=1) for _ in range(20)])
     sweep.send_due()
     assert (len(published), len(asked)) == (20, 5)  # 1, 2, 4 and 8, and the rest
-    assert not sweep.refused
+    assert not sweep.batch_sizes
 
 
 def test_what_was_never_sent_is_sent_whatever_the_broker_has(published):
@@ -1301,14 +1327,17 @@ def test_a_round_of_the_sweep_leaves_its_time(broker_down, monkeypatch, error, r
     assert broker_down
 
 
-def test_final_jobs_and_their_keys_are_purged(settings):
+def test_final_jobs_and_their_keys_are_purged(settings, caplog):
+    caplog.set_level("INFO")
     old = deliver(Job.objects.enqueue(add, [1, 2], idempotency_key="key"))
     new = deliver(Job.objects.enqueue(add, [1, 2]))
     active = Job.objects.enqueue(add, [1, 2])
     past = Now() - timedelta(days=settings.JOB_RETENTION_DAYS, seconds=1)
     Job.objects.update(created_at=past)
     Job.objects.filter(pk=old.pk).update(finished_at=past)
+    Attempt.objects.create(job=old, started_at=timezone.now())
     sweep.purge()
+    assert "deleted 1 jobs older than 30 days" in caplog.text
     assert set(Job.objects.all()) == {new, active}
     Job.objects.enqueue(add, [1, 2], idempotency_key="key")
 
@@ -1342,6 +1371,8 @@ def test_a_worker_looks_for_dead_children_all_the_time(monkeypatch):
     """Celery looks every 5 s, and so long the job of a killed child would wait in vain."""
     monkeypatch.setattr("threading.Thread", Mock())  # of leases
     consumer = Mock()
+    monkeypatch.setattr(worker, "bodies_in_children", True)
+    monkeypatch.setattr(worker, "soften_sigterm", Mock())
     worker.watch_children(consumer)
     consumer.hub.call_repeatedly.assert_called_once_with(0.5, consumer.pool.maintain_pool)
 
@@ -1477,8 +1508,8 @@ def test_the_change_of_a_job_walks_no_backlog(by_key):
     for run in runs:
         row = Job.objects.filter(pk=run.job_id)
         by_key(row.claim, run.token, worker="", retries=0, limit=60)
-    by_key(lease.rows(runs).update, wake_at=models.lease())
-    by_key(runs[0].row.update, cursor=7, wake_at=models.lease())
+    by_key(lease.rows(runs).update, wake_at=models.lease_end())
+    by_key(runs[0].row.update, cursor=7, wake_at=models.lease_end())
     by_key(runs[0].row.finish, "succeeded")
     by_key(runs[1].row.requeue)
     by_key(Job.objects.filter(pk=jobs[1].pk).cancel)
@@ -1505,7 +1536,7 @@ def test_a_scrape_walks_no_table():
         Job.objects.bulk_create(Job(**fields, due_at=now, wake_at=now) for _ in range(50))
         cursor.execute("VACUUM ANALYZE jobs_job")
         with CaptureQueriesContext(connection) as captured:
-            list(Ledger().collect())
+            list(Collector().collect())
         scans = "Index Only Scan using job_active", "Index Scan using job_finished"
         for query, scan in zip(captured.captured_queries[:2], scans, strict=True):
             cursor.execute(f"EXPLAIN {query['sql']}")

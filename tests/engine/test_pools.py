@@ -4,9 +4,11 @@ import signal
 import subprocess
 import sys
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from celery.platforms import signals
+from celery.signals import worker_ready, worker_shutting_down
 from settings import OUTPUT
 
 from jobs import pools, worker
@@ -59,13 +61,19 @@ def test_sigterm_does_what_sigquit_does_at_that_moment():
     [("prefork", 1, 0), ("threads", 0, 1), ("solo", 0, 1)],
 )
 def test_a_worker_does_what_its_pool_needs(monkeypatch, pool, ready, shutting_down):
-    connected = {"worker_ready": [], "worker_shutting_down": []}
-    fakes = {name: SimpleNamespace(connect=done.append) for name, done in connected.items()}
-    monkeypatch.setattr(worker, "signals", SimpleNamespace(**fakes))
+    calls = []
+    monkeypatch.setattr(worker, "soften_sigterm", lambda: calls.append("ready"))
+    monkeypatch.setattr("threading.Thread", Mock())  # of leases
+    end = SimpleNamespace(
+        start_thread=lambda function: calls.append("shutting down"), end_idle_worker=lambda: None
+    )
+    monkeypatch.setattr(worker, "pool", end)
+    monkeypatch.setattr(worker, "bodies_in_children", None)
     monkeypatch.setattr(worker, "follow_revokes", lambda: None)
     worker.start(SimpleNamespace(pool_cls=pool))
-    counts = [len(done) for done in connected.values()]
-    assert counts == [ready, shutting_down]
+    worker_ready.send(Mock(hub=None))
+    worker_shutting_down.send("celery@host")
+    assert calls == ["ready"] * ready + ["shutting down"] * shutting_down
 
 
 def test_greenlets_without_a_patched_python_are_refused(monkeypatch):
@@ -88,7 +96,7 @@ pool.start_thread(tick)
 time.sleep(0.2)
 assert ticks == [True]
 assert pool.is_shutdown(gevent.GreenletExit()) and not pool.is_shutdown(SystemExit())
-assert isinstance(gevent.Timeout(1), pool.time_limits)
+assert isinstance(gevent.Timeout(1), pool.time_limit_errors)
 """
 NO_GREENLETS = """
 import sys

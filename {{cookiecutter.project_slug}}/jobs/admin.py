@@ -19,7 +19,7 @@ INTERNALS = "cursor run worker due_at wake_at deadline sent retries crashes"
 
 
 class LatestPages(Paginator):
-    """Counts 5,000 rows and no more, for counting a million takes long: filter to see older ones."""
+    """Counts 5,000 rows and no more, because counting a million takes long: filter to see older ones."""
 
     most = 5000
 
@@ -50,7 +50,7 @@ class AttemptInline(admin.StackedInline):
     can_delete = False
 
     def has_view_permission(self, request, obj=None):
-        return True  # who sees the job sees its attempts
+        return True  # whoever may see the job may see its attempts
 
     def started(self, attempt):
         seconds = (attempt.ended_at - attempt.started_at).total_seconds()
@@ -89,7 +89,7 @@ class JobAdmin(admin.ModelAdmin):
         return queryset.filter(**found) if search_term else queryset, False
 
     def response_action(self, request, queryset, **kwargs):
-        if request.POST.get("select_across") == "1":  # as many as the page says, not a million
+        if request.POST.get("select_across") == "1":  # at most as many as the page says
             queryset = queryset.filter(pk__in=queryset.values("pk")[: LatestPages.most])
         return super().response_action(request, queryset, **kwargs)
 

@@ -1,4 +1,4 @@
-"""What Beat's process does besides its schedule: it names ticks, and starts the sweep."""
+"""What Beat's process does besides its schedule: it gives ticks an id, and starts the sweep."""
 
 import uuid
 from copy import copy
@@ -24,10 +24,11 @@ def name_ticks(beat):
     def apply_tick(entry, **options):
         if not isinstance(beat.app.tasks.get(entry.task), JobTask):
             return apply_async(entry, **options)
-        close_old_connections()  # Django does so for requests, and we for tasks; not for Beat
+        close_old_connections()  # in Beat's process nothing else does
         schedule, entry = entry.schedule, copy(entry)
-        # `due` may be milliseconds early, so add a second. Two Beats count an interval from different
-        # starts, so its tick is its number since 1970.
+        # The id is made of the entry's name and the number of the interval (of crontab: the minute)
+        # since 1970, so Beats that were started at different times get the same one. The clock is read
+        # twice, so `due` may be a little early: add a second.
         due = schedule.now() + schedule.remaining_estimate(entry.last_run_at) + timedelta(seconds=1)
         length = getattr(schedule, "run_every", timedelta(minutes=1))
         tick = f"{entry.name} {due.timestamp() // length.total_seconds()}"

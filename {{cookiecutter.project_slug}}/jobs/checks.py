@@ -11,7 +11,7 @@ from django.core.checks import Error, Info, Warning, register
 
 @register(deploy=True)
 def check_flower(app_configs, **kwargs):
-    # Without the setting there is no Flower: the broker carries nothing for it.
+    # Without the setting there is no Flower, and the default passes.
     users = getattr(settings, "FLOWER_BASIC_AUTH", "no:flower").split(",")
     if any(user.partition(":")[2] in ("", "change-me") for user in users):
         yield Error(
@@ -23,7 +23,7 @@ def check_flower(app_configs, **kwargs):
 
 @register(deploy=True)
 def check_servers(app_configs, **kwargs):
-    """Of servers that messages, results and the cache share."""
+    """Check the servers of messages, results and cache."""
     used_by = {}
     for name in ["CELERY_BROKER_URL", "CELERY_RESULT_BACKEND", "CACHE_URL"]:
         url = getattr(settings, name, None) or os.environ.get(name, "")
@@ -38,7 +38,7 @@ def check_servers(app_configs, **kwargs):
         place = parts.hostname, parts.port or 6379, parts.path.strip("/") or "0"
         if url.startswith(("redis", "sentinel")) and used_by.setdefault(place, name) != name:
             yield Warning(
-                f"{used_by[place]} and {name} are one database: to clear one of them empties both.",
+                f"{used_by[place]} and {name} are one database: clearing one empties both.",
                 hint="Give each a database of its own, and the cache a server of its own.",
                 id="jobs.W002",
             )
@@ -46,7 +46,7 @@ def check_servers(app_configs, **kwargs):
 
 @register(deploy=True)
 def check_time_limits(app_configs, **kwargs):
-    """Of plain tasks, which the broker gives out again while they run too long."""
+    """Check plain tasks that may run longer than the broker waits before it delivers them again."""
     current_app.loader.import_default_modules()
     limit = settings.REDELIVERY_SECONDS
     for task in current_app.tasks.values():

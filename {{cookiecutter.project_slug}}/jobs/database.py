@@ -31,7 +31,7 @@ def try_until_answered(query, *args, **kwargs):
 
 
 def store_outcome(update, *args, **kwargs):
-    """Do as wait_for(), and ignore the soft time limit: how a run ended must not get lost."""
+    """Do as wait_for(), and ignore the soft time limit: a claim or an outcome must not get lost."""
     while True:
         with suppress(SoftTimeLimitExceeded):
             return wait_for(update, *args, **kwargs)
@@ -46,16 +46,20 @@ def is_unavailable(error):
 
 
 def in_transaction():
-    return connection.connection and (connection.in_atomic_block or not connection.autocommit)
+    is_open = connection.in_atomic_block or not connection.autocommit
+    return bool(connection.connection and is_open)
 
 
 def roll_back_open_transaction():
-    """Roll back what a body left open, which would swallow the outcome. Return whether one was."""
+    """Roll back a transaction that a body left open: the outcome would be written inside it and lost.
+
+    Return whether there was one.
+    """
     with suppress(Error):
         if connection.connection and not (connection.in_atomic_block or connection.autocommit):
             connection.set_autocommit(True)  # PostgreSQL refuses while a transaction is open
     if was_open := in_transaction():
         connection.close()
         with suppress(Error):
-            connection.connect()  # forgets the open blocks, even if it fails
+            connection.connect()  # resets Django's atomic blocks, even if it fails
     return was_open

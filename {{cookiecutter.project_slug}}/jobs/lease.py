@@ -13,16 +13,17 @@ from django.db import close_old_connections, transaction
 from django.db.models import Q
 from django.db.models.functions import Now
 
-from .models import OVER_TIME_LIMIT, Job, lease
+from .models import OVER_TIME_LIMIT, Job, lease_end
 from .pools import pool
 
 logger = logging.getLogger(__name__)
 
-TICK = 0.5  # seconds between two writes of what bodies reported
+TICK = 0.5  # seconds, of what is looked at all the time: reports, leases, dead children
+RETRY_AFTER = 5  # seconds until the job of a dead worker starts again; doubles with each crash
 
 runs = {}  # token: Run, of the bodies that run in this process
-last_try = None  # the Run of this process whose job gets no other try
-keeper_runs = False
+last_try = None  # the Run of this process that has a last try: see claim_last_try()
+keeper_started = False
 lock = pool.Lock()
 
 
@@ -31,7 +32,7 @@ class Lost(BaseException):
 
 
 class Run:
-    """One run of a job. The job is its own as long as the row has its token.
+    """One run of a job. It owns the job as long as `Job.run` is its token.
 
     A context manager: the lease is renewed inside.
     """
@@ -51,13 +52,14 @@ class Run:
     def row(self):
         return rows([self])
 
-    def is_due(self):
+    def needs_write(self):
         return not self.lost and (self.report != self.written or time.monotonic() > self.renew_at)
 
-    def takes_last_try(self):
-        """Return whether this is the only run of this process whose job gets no other try.
+    def claim_last_try(self):
+        """Take this process's only place for a last try, if it is free. Returns whether it was.
 
-        If the process dies, then there is one job to blame.
+        A job that fails with its next crash runs beside no other such job: if the process dies, it
+        is the only one that fails for it.
         """
         global last_try
         with lock:
@@ -80,14 +82,14 @@ def rows(runs):
 
 def start_keeper():
     """Start the thread once, at the first run: a thread does not survive the fork of a child."""
-    global keeper_runs
+    global keeper_started
     with lock:
-        if not keeper_runs:
-            pool.start_thread(keep)
-            keeper_runs = True
+        if not keeper_started:
+            pool.start_thread(keep_leases)
+            keeper_started = True
 
 
-def keep():
+def keep_leases():
     """Write reports at every tick, and renew each lease three times in its length. Never ends."""
     while True:
         time.sleep(TICK)
@@ -95,51 +97,59 @@ def keep():
             current = list(runs.values())
         try:
             close_old_connections()
-            if due := [run for run in current if run.is_due()]:
-                write(due)
+            if due := [run for run in current if run.needs_write()]:
+                write_and_renew(due)
         except Exception as error:  # without this thread all leases would lapse
             logger.warning("cannot renew leases: %r", error)
 
 
-def write(due):
+def write_and_renew(due):
     """Write what these runs reported, renew their leases, and find out which ones lost their job.
 
-    Locked rows wait for the next tick, for while one is waited for, all other leases would lapse.
+    Skip locked rows until the next tick: waiting for one would let all other leases lapse.
     """
     reports = {run: run.report for run in due}
     with transaction.atomic():
         unlocked = rows(due).select_for_update(skip_locked=True)
         held = set(unlocked.values_list("run", flat=True))
         written = [run for run in due if run.token in held]
-        jobs = [Job(pk=run.job_id, wake_at=lease(), **reports[run]) for run in written]
+        silent = [run for run in written if not reports[run]]  # these keep progress and message
+        rows(silent).update(wake_at=lease_end())
+        jobs = [(run.job_id, reports[run]) for run in written if reports[run]]
+        jobs = [Job(pk=pk, wake_at=lease_end(), **report) for pk, report in jobs]
         Job.objects.bulk_update(jobs, ["progress", "message", "wake_at"])
     for run in written:
         run.written, run.renew_at = reports[run], time.monotonic() + settings.JOB_LEASE_SECONDS / 3
     if len(held) < len(due):
-        held = set(rows(due).values_list("run", flat=True))
+        own = set(rows(due).values_list("run", flat=True))  # locked ones, too
         for run in due:
-            run.lost = run.token not in held
+            run.lost = run.token not in own
 
 
 @transaction.atomic
-def renew(jobs):
-    """Renew the leases of these jobs, which run in other processes. Skip locked rows."""
+def renew_for_children(jobs):
+    """Renew the leases of these jobs, which run in child processes. Skip locked rows."""
     unlocked = jobs.select_for_update(skip_locked=True).values_list("pk", flat=True)
-    Job.objects.filter(pk__in=list(unlocked)).update(wake_at=lease())
+    Job.objects.filter(pk__in=list(unlocked)).update(wake_at=lease_end())
 
 
 @transaction.atomic
 def recover(jobs):
-    """Queue these jobs again, whose workers are dead, or end them. Skip locked rows."""
+    """Queue the jobs of dead workers again, or fail them. Skip locked rows.
+
+    A child that exceeded the hard time limit was killed too: its job is past its deadline.
+    """
     late = Q(deadline__lte=Now())
     for job in jobs.select_for_update(skip_locked=True).only("crashes").annotate(late=late):
         row, crashes = Job.objects.filter(pk=job.pk), job.crashes + 1
-        died = {"attempt": {"error": "Its worker died"}, "crashes": crashes}
+        died = {"error": "Its worker died"}
         if job.late:
             row.finish("failed", attempt={"error": OVER_TIME_LIMIT}, error=OVER_TIME_LIMIT)
         elif crashes >= settings.JOB_MAX_CRASHES:
-            row.finish("failed", error=f"Its worker died {crashes} times", **died)
+            error = f"Its worker died {crashes} times"
+            row.finish("failed", attempt=died, error=error, crashes=crashes)
         else:
-            delay = 5 * 2**job.crashes * random.uniform(0.8, 1.2)
-            row.requeue(delay, message="Its worker died, so it starts again soon", **died)
+            delay = RETRY_AFTER * 2**job.crashes * random.uniform(0.8, 1.2)
+            message = "Its worker died, so it starts again soon"
+            row.requeue(delay, attempt=died, message=message, crashes=crashes)
             logger.warning("job %s lost its worker: again in %.0f s", job.pk, delay)

@@ -1,4 +1,4 @@
-"""How a worker and Beat show that they are alive to what restarts them."""
+"""Shows a supervisor that a worker or Beat is alive."""
 
 import os
 from pathlib import Path

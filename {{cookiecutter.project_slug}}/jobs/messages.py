@@ -1,4 +1,4 @@
-"""What goes to the broker, and what it says of its queues. No row is read or written here."""
+"""Sends messages to the broker, and asks how many wait there. No row is read or written here."""
 
 import logging
 
@@ -10,7 +10,7 @@ logger = logging.getLogger(__name__)
 def send(jobs):
     """Send the messages of these jobs over one connection. Raises what the transport does."""
     with current_app.producer_or_acquire() as producer, producer.batch():
-        # Of one job Flower hears at once; of many when a worker has them, for it costs a message each.
+        # Tell Flower about a single job at once; not about many, for each event is one more message.
         event = len(jobs) == 1 and current_app.conf.task_send_sent_event
         for job in jobs:
             if task := current_app.tasks.get(job.task):
@@ -20,7 +20,10 @@ def send(jobs):
 
 
 def send_one(task, job, producer, **options):
-    """Do what apply_async() does, in a third of its time. The header `job` makes the task a job."""
+    """Do what apply_async() does, in a third of its time.
+
+    The header `job` says that the message belongs to a job, and how often its worker has died.
+    """
     amqp, pk, headers = current_app.amqp, str(job.pk), {"job": job.crashes}
     if current_app.conf.task_always_eager:
         task.apply(job.args, job.kwargs, task_id=pk, retries=job.retries, headers=headers)

@@ -18,19 +18,19 @@ QUEUE = {
     "jobs_waiting": "Jobs that are due and that no worker has taken",
     "jobs_waiting_later": "Jobs that wait for their countdown or their next try",
     "jobs_running": "Jobs that a worker has taken",
-    "jobs_oldest_wait_seconds": "Seconds since that job was due which waits longest for a worker",
+    "jobs_oldest_wait_seconds": "Seconds that the oldest due job has waited for a worker",
 }
 TASK = {  # of one minute: rows are purged, and counting all of them takes long
     "jobs_ended_last_minute": "Jobs that ended within the last minute",
     "jobs_ended_last_minute_run_seconds": "Seconds that their last runs took, cancelled ones left out",
-    "jobs_ended_last_minute_crashes": "Workers that died of them",
+    "jobs_ended_last_minute_crashes": "Times a worker died while running them",
     "jobs_ended_last_minute_retries": "Tries before the last one",
 }
 SWEEP = {"jobs_sweep_age_seconds": "Seconds since Beat last looked at the jobs"}
 
 
-class Ledger:
-    """A collector of prometheus_client: three queries, however many jobs there are."""
+class Collector:
+    """What prometheus_client collects from: three queries, however many jobs there are."""
 
     def collect(self):
         queued = Q(state="queued")
@@ -60,7 +60,7 @@ class Ledger:
 
 
 def gauges(texts, labels, rows):
-    """Yield a metric family for each of `texts`, with the values of the rows' column of its name."""
+    """Yield a metric family for each of `texts`, with the values of the column with the same name."""
     for name, text in texts.items():
         family = GaugeMetricFamily(name, text, labels=labels)
         values = {tuple(row[label] for label in labels): row.get(name) or 0 for row in rows}
@@ -71,7 +71,7 @@ def gauges(texts, labels, rows):
 
 
 class Metrics(APIView):
-    """For staff. A user of its own without any right is enough."""
+    """For staff. Give Prometheus a staff user without permissions."""
 
     permission_classes = [IsAdminUser]
     throttle_classes = []
@@ -81,4 +81,4 @@ class Metrics(APIView):
         return super().perform_content_negotiation(request, force=True)  # there is one format
 
     def get(self, request):
-        return HttpResponse(generate_latest(Ledger()), content_type=CONTENT_TYPE_LATEST)
+        return HttpResponse(generate_latest(Collector()), content_type=CONTENT_TYPE_LATEST)

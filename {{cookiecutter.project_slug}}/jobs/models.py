@@ -20,8 +20,8 @@ logger = logging.getLogger(__name__)
 ACTIVE = ["queued", "running"]
 FINAL = ["succeeded", "failed", "cancelled"]
 STATES = [(state, state.title()) for state in ACTIVE + FINAL]
-# How the UPDATE of one row asks for its state: by columns that are not in the index `job_active`.
-# With old statistics PostgreSQL would use that index, and read the whole backlog to find the row.
+# For an UPDATE of rows whose ids are known, in place of state=…: with that, PostgreSQL may choose the
+# index `job_active` when its statistics are old, and read the whole backlog to find one row.
 UNFINISHED = Q(finished_at=None)
 QUEUED = Q(run=None) & UNFINISHED
 OVER_TIME_LIMIT = "Over its time limit"
@@ -32,7 +32,8 @@ publish_again_at = 0.0
 
 
 class Clock(Now):
-    """The database's clock, even after a wait for a lock. In WHERE use Now(), which stands still.
+    """The time when a row is written. In WHERE use Now(), the time when the statement began: it is
+    constant, so PostgreSQL can use an index.
 
     On SQLite in Django's format, because SQLite compares times as text.
     """
@@ -45,8 +46,8 @@ class Clock(Now):
         return self.as_sql(compiler, connection, template=text, **context)
 
 
-def lease():
-    """Return the end of a lease that is renewed now: not after the deadline."""
+def lease_end():
+    """Return when a lease ends that is renewed now: not after the deadline of the run."""
     return Least(Clock() + timedelta(seconds=settings.JOB_LEASE_SECONDS), F("deadline"))
 
 
@@ -57,12 +58,12 @@ class JobQuerySet(models.QuerySet):
         """Store a job, and send its message when the caller's transaction commits.
 
         `task` has `base=JobTask`; `args` and `kwargs` are JSON; `countdown` is in seconds; `queue`
-        overrides CELERY_TASK_ROUTES. `unique` is a text that at most one queued or running job has,
-        whatever its task and owner, so put both into it. The fields are `owner`, a user, and for
-        views `idempotency_key`, unique for each owner, and `fingerprint`, a digest of the request.
+        overrides CELERY_TASK_ROUTES. `unique` is a text that only one active job may have, across all
+        tasks and owners. The fields are `owner`, a user, and for views `idempotency_key`, unique for
+        each owner, and `fingerprint`, a digest of the request.
 
-        Returns the Job; or, if one is queued or running with this `unique`, that one. Raises
-        TypeError if the task is no JobTask, or if the arguments are not JSON or not the task's;
+        Returns the Job; or, if one with this `unique` is queued or running, that one. Raises
+        TypeError if the task is not a JobTask, or if the arguments are not JSON or not the task's;
         ValueError for a `unique` that is empty or too long; IntegrityError if the owner has used
         the key before.
         """
@@ -90,9 +91,10 @@ class JobQuerySet(models.QuerySet):
     def enqueue_many(self, task, calls, *, countdown=None, queue=None, owner=None):
         """Store a job for each of `calls`, which are lists of arguments: all of them or none.
 
-        It promises what enqueue() does, at a fraction of the cost. Returns the Jobs.
+        It has the guarantees of enqueue(), at a fraction of the cost. Returns the Jobs.
         """
-        # Read the clock once: PostgreSQL inserts plain values much faster than expressions.
+        # Read the clock once, for PostgreSQL inserts plain values much faster than expressions. Max()
+        # of no rows is NULL, so this query always returns Now().
         now = self.filter(pk=uuid.uuid4()).aggregate(now=Coalesce(Max("created_at"), Now()))["now"]
         calls = [self.prepare(now, task, args, None, countdown, queue) for args in calls]
         jobs = [Job(owner=owner, **fields) for fields in calls]
@@ -123,7 +125,7 @@ class JobQuerySet(models.QuerySet):
 
     def claim(self, run, *, worker, retries, limit):
         """Give a queued job to `run`, for `limit` seconds. Returns 0 if the message is stale."""
-        # If this run has the job already, then the answer to the first try was lost.
+        # Q(run=run): the first try of this UPDATE was committed, but its answer was lost.
         return self.filter(Q(run=None) | Q(run=run), UNFINISHED, retries=retries).update(
             state="running",
             run=run,
@@ -149,21 +151,21 @@ class JobQuerySet(models.QuerySet):
         return self.filter(UNFINISHED).change(attempt, changes)
 
     def change(self, attempt, changes):
-        """Update these rows. With an `attempt`, fields of one, it is one row, whose run has failed."""
+        """Update these rows. `attempt` has the fields of an Attempt to store: then this is one row."""
         if attempt is None:
             return self.update(**changes)
         with transaction.atomic():
             job = self.only("started_at", "worker").first()
             changed = self.update(**changes)
             if job and changed:
-                attempt["error"] = attempt["error"][:1000]
+                attempt = attempt | {"error": attempt["error"][:1000]}
                 job.attempts.create(started_at=job.started_at, worker=job.worker, **attempt)
                 old = job.attempts.order_by("-pk")[ATTEMPTS:]
                 Attempt.objects.filter(pk__in=old.values("pk")).delete()
         return changed
 
     def cancel(self):
-        """Cancel what is queued or running. Returns how many jobs that were."""
+        """Cancel the active jobs. Returns how many were cancelled."""
         return self.finish("cancelled")
 
 
@@ -188,9 +190,10 @@ class Job(models.Model):
     started_at = models.DateTimeField(null=True, help_text="of the last run")
     finished_at = models.DateTimeField(null=True)
 
-    run = models.UUIDField(null=True, help_text="token of the run that may write this row")
+    run = models.UUIDField(null=True, help_text="token of the run that owns this job")
     worker = models.CharField(max_length=255, default="", help_text="of the last run")
     due_at = models.DateTimeField(null=True, help_text="when a worker may start it")
+    # Of a running job, the end of its lease; of a queued one, when it is sent (again).
     wake_at = models.DateTimeField(null=True, help_text="when the sweep must look at it")
     deadline = models.DateTimeField(null=True, help_text="when the run is over its time limit")
     sent = models.PositiveSmallIntegerField(default=0, help_text="messages since it was queued")
@@ -219,7 +222,8 @@ class Job(models.Model):
             models.UniqueConstraint(
                 fields=["unique_key"],
                 name="job_unique_key",
-                condition=UNFINISHED & Q(unique_key__isnull=False),  # so no UPDATE uses this index
+                # The second condition keeps PostgreSQL from using it for UNFINISHED alone.
+                condition=UNFINISHED & Q(unique_key__isnull=False),
             ),
             models.CheckConstraint(name="job_running", condition=Q(state="running") ^ Q(run=None)),
             models.CheckConstraint(
@@ -233,7 +237,7 @@ class Job(models.Model):
         return f"{self.task} {self.id}"
 
     def run_again(self):
-        """Enqueue a new job like this one, which has ended. It continues at a failed job's cursor.
+        """Enqueue a new job like this one, which has ended; unless it succeeded, with its cursor.
 
         Returns the new Job, or the active one with the same `unique`. Raises ValueError if this job
         is active or its task is gone; TypeError if its task takes other arguments now.
@@ -275,15 +279,14 @@ class Sweep(models.Model):  # noqa: DJ008
 
 
 def publish(jobs):
-    """Send the messages of these jobs. If that fails, returns False: the sweep will send them."""
+    """Send the messages of these jobs. If that fails, the sweep will send them."""
     global publish_again_at
     if time.monotonic() >= publish_again_at:
         try:
             send(jobs)
-            return True
+            return
         except Exception as error:  # each transport raises its own
             publish_again_at = time.monotonic() + PUBLISH_PAUSE
             logger.warning("%d jobs from %s are stored but not sent: %r", len(jobs), jobs[0], error)
-    # Skip jobs whose message did arrive and that now wait for a retry.
+    # sent=0: the message did arrive, and the job has been queued again since.
     Job.objects.filter(QUEUED, pk__in=[job.pk for job in jobs], sent__gt=0).requeue()
-    return False

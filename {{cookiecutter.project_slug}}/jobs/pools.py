@@ -1,4 +1,4 @@
-"""What differs between Celery's worker pools. No other module knows a pool.
+"""What differs between Celery's worker pools. No other module asks which one it is.
 
 The workers of one project may have different pools:
 
@@ -23,16 +23,16 @@ IS_GEVENT = bool(monkey and monkey.is_module_patched("socket"))
 
 
 class ThreadPool:
-    """Threads. Also for a prefork child, which has one, and for web, Beat and tests."""
+    """Threads, and whatever has no greenlets: a prefork child, web, Beat, tests."""
 
-    time_limits = (SoftTimeLimitExceeded,)  # what a body gets when it is over its time limit
-    Lock = staticmethod(threading.Lock)
+    time_limit_errors = (SoftTimeLimitExceeded,)  # what a body gets when it exceeds its time limit
+    Lock = threading.Lock
 
     def start_thread(self, function):
         threading.Thread(target=function, daemon=True).start()
 
     def query(self, function, *args, **kwargs):
-        """Call a function that queries the database, outside of the body's own transaction."""
+        """Call a function that queries the database; in a transaction of the body, do without."""
         return function(*args, **kwargs)
 
     def is_shutdown(self, error):
@@ -47,14 +47,14 @@ class GeventPool:
     """Greenlets. A body may block all of them, so the leases have a native thread and lock."""
 
     def __init__(self):
-        self.time_limits = (SoftTimeLimitExceeded, gevent.Timeout)
+        self.time_limit_errors = (SoftTimeLimitExceeded, gevent.Timeout)
         self.Lock = monkey.get_original("_thread", "allocate_lock")
 
     def start_thread(self, function):
         monkey.get_original("_thread", "start_new_thread")(function, ())
 
     def query(self, function, *args, **kwargs):
-        # Each greenlet would open a database connection of its own; these threads are few.
+        # In a thread, of which there are ten: each greenlet would open a connection of its own.
         return gevent.get_hub().threadpool.apply(function, args, kwargs)
 
     def is_shutdown(self, error):
@@ -76,7 +76,7 @@ def named(default):
     """
     option = re.search(r"\bworker\b.*? (?:-P ?|--pool[ =])(\w+)", " ".join(sys.argv[1:]))
     name = option[1].replace("processes", "prefork") if option else default  # the same pool
-    if name == "gevent" != default:
+    if name == "gevent" and default != "gevent":
         raise SystemExit("This project was not made for gevent. Use --pool threads or prefork.")
     return name
 

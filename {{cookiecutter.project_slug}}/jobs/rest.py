@@ -22,12 +22,12 @@ class Parser(parsers.JSONParser):
 
 
 class Filter(DjangoFilterBackend):
-    """Refuses a parameter that is empty or comes twice, for then the question is not clear."""
+    """Refuses a parameter that is empty or comes twice, because it is ambiguous."""
 
     def filter_queryset(self, request, queryset, view):
         for name, values in request.query_params.lists():
             if len(values) > 1 or not values[0]:
-                raise exceptions.ValidationError({name: ["Say it once, and not empty."]})
+                raise exceptions.ValidationError({name: ["Give it once, with a value."]})
         return super().filter_queryset(request, queryset, view)
 
 

@@ -9,13 +9,13 @@ COMMON = {
     406: "No such representation",
     429: "Too many requests",
 }
-OF_BODIES = {400: "Not valid", 415: "Not JSON"}
-OF_PAGES = {400: "Not valid", 404: "Not found"}
+WITH_BODY = {400: "Not valid", 415: "Not JSON"}
+WITH_PAGES = {400: "Not valid", 404: "Not found"}
 RETRY_AFTER = {"Retry-After": {"schema": {"type": "string"}}}
 
 
 class Schema(AutoSchema):
-    """Documents the responses that no view declares, for they are those of all views."""
+    """Documents the responses that every view has, and so none declares."""
 
     def get_operation(self, path, *args, **kwargs):
         operation = super().get_operation(path, *args, **kwargs)
@@ -24,9 +24,9 @@ class Schema(AutoSchema):
         responses, more = operation["responses"], dict(COMMON)
         parameters = {parameter["name"] for parameter in operation.get("parameters", [])}
         if "requestBody" in operation:
-            more |= OF_BODIES
+            more |= WITH_BODY
         if {"page", "cursor"} & parameters:
-            more |= OF_PAGES
+            more |= WITH_PAGES
         if "{" in path:
             more[404] = "Not found"
         if "Idempotency-Key" in parameters:  # of EnqueueMixin
@@ -34,7 +34,7 @@ class Schema(AutoSchema):
             more[422] = "The key was used for another request"
         for status, description in more.items():
             content = {"application/json": {"schema": DETAIL if status != 400 else {}}}
-            responses[str(status)] = {"description": description, "content": content}
-        responses["429"]["headers"] = RETRY_AFTER
+            responses.setdefault(str(status), {"description": description, "content": content})
+        responses["429"].setdefault("headers", RETRY_AFTER)
         responses["414"] = {"description": "The address is too long"}  # from gunicorn
         return operation

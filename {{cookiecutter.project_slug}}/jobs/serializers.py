@@ -20,7 +20,7 @@ class AttemptSerializer(serializers.ModelSerializer):
 class JobSerializer(serializers.ModelSerializer):
     url = serializers.HyperlinkedIdentityField(view_name="job-detail")
     attempts = AttemptSerializer(
-        many=True, required=False, help_text="of one job, for who may view all jobs"
+        many=True, required=False, help_text="in the detail view, for users who may view all jobs"
     )
 
     class Meta:

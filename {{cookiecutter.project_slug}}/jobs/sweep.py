@@ -21,11 +21,12 @@ IN_MEMORY = 100  # jobs at once, because arguments may be large
 PURGED = 2000  # jobs in a round: more than a million an hour
 RESEND_AT_LEAST_EVERY = 3600  # seconds
 
-refused = {}  # queue that refused jobs: how many are sent at once now
+# After an error a queue gets one job at a time, then 2, 4, … until a batch is not full.
+batch_sizes = {}
 extra_at = {}  # queue: when one job may be sent again although no message seems to be missing
 
 
-def start(**kwargs):
+def start():
     threading.Thread(target=sweep_for_ever, name="sweep", daemon=True).start()
 
 
@@ -33,7 +34,8 @@ def sweep_for_ever():
     last_round = 0
     while True:
         busy = False
-        # While the machine stood still, or the database was unavailable, no lease could be renewed.
+        # After a pause (start, suspended machine, database outage) give live workers half a lease to
+        # renew before anything is recovered.
         longest = settings.JOB_LEASE_SECONDS / 2 + 2 * settings.JOB_SWEEP_SECONDS
         if time.time() - last_round > longest:
             recover_at = time.monotonic() + settings.JOB_LEASE_SECONDS / 2
@@ -81,7 +83,7 @@ def send_due():
     while queues and time.monotonic() < until:
         queue = queues.pop()
         try:
-            if send_batch(queue, min(size, refused.get(queue, size))):
+            if send_batch(queue, min(size, batch_sizes.get(queue, size))):
                 queues.insert(0, queue)
         except Error:
             raise
@@ -95,10 +97,10 @@ def send_batch(queue, size):
     queued = Job.objects.filter(state="queued", queue=queue)
     missing = queued.filter(sent__gt=0).count() - messages_in(queue)
     # First come, first served. A job that the broker refused gets a later wake_at, behind all others.
-    # Of jobs that were sent, the first ones are missing: the messages in the queue are the latest.
+    # Workers take the oldest messages first, so those that are missing are of the oldest jobs.
     due = queued.filter(wake_at__lt=Now()).order_by("wake_at")
     ids = mark_sent(due.filter(sent=0)[:size])
-    # Plain tasks have messages in the queue too, so send one job now and then in any case.
+    # Messages of plain tasks hide that some are missing, so send one job now and then in any case.
     extra = missing < 1 and time.monotonic() >= extra_at.get(queue, 0)
     again = mark_sent(due.filter(sent__gt=0)[: min(max(0, missing, extra), size - len(ids))])
     if extra and again:
@@ -108,14 +110,16 @@ def send_batch(queue, size):
     try:
         send([jobs[pk] for pk in ids if pk in jobs])
     except Exception:
-        if size > 1:  # a job that is refused alone waits longer each time: see mark_sent()
-            refused[queue] = 1  # perhaps because of one of them, so send one by one
+        if (
+            size > 1
+        ):  # perhaps one of them is refused, so send one by one; that one waits ever longer
+            batch_sizes[queue] = 1
             Job.objects.filter(QUEUED, pk__in=ids, sent__gt=0).requeue()
         raise
-    if queue in refused:
-        refused[queue] = 2 * size
+    if queue in batch_sizes:
+        batch_sizes[queue] = 2 * size
     if len(ids) < size:
-        refused.pop(queue, None)
+        batch_sizes.pop(queue, None)
     return len(ids) == size
 
 
@@ -135,6 +139,7 @@ def purge():
     old = Job.objects.filter(finished_at__lt=Now() - timedelta(days=settings.JOB_RETENTION_DAYS))
     with transaction.atomic():
         unlocked = old.select_for_update(skip_locked=True).values_list("pk", flat=True)
-        deleted, _ = Job.objects.filter(pk__in=list(unlocked[:PURGED])).delete()
+        _, deleted = Job.objects.filter(pk__in=list(unlocked[:PURGED])).delete()
     if deleted:
-        logger.info("deleted %d jobs older than %g days", deleted, settings.JOB_RETENTION_DAYS)
+        count = deleted["jobs.Job"]
+        logger.info("deleted %d jobs older than %g days", count, settings.JOB_RETENTION_DAYS)

@@ -16,26 +16,26 @@ from django.utils import timezone
 
 from .database import in_transaction, roll_back_open_transaction, store_outcome, wait_for
 from .lease import Lost, Run
-from .models import OVER_TIME_LIMIT, QUEUED, Job, lease
+from .models import OVER_TIME_LIMIT, QUEUED, Job, lease_end
 from .pools import pool
 from .results import JobBackend
 
 logger = logging.getLogger(__name__)
 
-# Options of apply_async() that a job has, or that change nothing for it.
+# Options of apply_async() that are supported or harmless.
 OPTIONS = ("queue", "headers", "ignore_result", "producer", "retries")
 
 
 class JobTask(DjangoTask):
     """The base class of tasks that are jobs: @shared_task(base=JobTask, bind=True).
 
-    delay() and apply_async(), and what calls them, enqueue a job that nobody owns. A task that is
-    called, or sent with app.send_task(), runs as a plain task. After a crash the body runs again, so
-    it must be safe to repeat.
+    delay(), apply_async() and whatever calls them enqueue a job without owner. A task that is called,
+    or sent with app.send_task(), runs as a plain task. After a crash the body runs again, so it must
+    be safe to repeat.
     """
 
     abstract = True
-    is_job = True  # what Job.objects.enqueue() asks
+    is_job = True  # checked by Job.objects.enqueue()
     acks_late = False  # the row survives a crash, so the message may be deleted at once
     ignore_result = True  # the row has the result
     job_run = property(lambda self: getattr(self.request, "job_run", None))
@@ -52,7 +52,7 @@ class JobTask(DjangoTask):
     # What callers use: Celery's methods
 
     def apply_async(self, args=(), kwargs=None, task_id=None, countdown=None, eta=None, **options):
-        """Enqueue a job that nobody owns. Returns its AsyncResult.
+        """Enqueue a job without owner. Returns its AsyncResult.
 
         Raises TypeError for options that a job cannot have, such as those of a group's member.
         """
@@ -115,21 +115,22 @@ class JobTask(DjangoTask):
             message = printable(message)[:255]
             run.report = {"progress": max(0, min(percent, 100)), "message": message}
             if cursor is not None:
-                json.dumps(cursor, allow_nan=False)
-                query_own_row(run.row.update, cursor=cursor, wake_at=lease(), **run.report)
-                run.cursor = []  # to be read again: your transaction may roll back
+                json.dumps(cursor, allow_nan=False)  # raises if it is not JSON
+                query_own_row(run.row.update, cursor=cursor, wake_at=lease_end(), **run.report)
+                run.cursor = []  # read it again: your transaction may roll back
 
     # In a worker
 
     def __call__(self, *args, **kwargs):
         request = self.request
         is_job = not request.called_directly and "job" in (request.headers or {})
-        if not is_job or self.job_run:
+        if not is_job or self.job_run:  # the second: a body that calls itself, inside its own run
             return super().__call__(*args, **kwargs)
         job, crashes = Job.objects.filter(pk=request.id), request.headers["job"]
         run = Run(request.id, request.headers.get("run"))
-        # Run its last try beside no other last try, so that a crash has one culprit.
-        if crashes and crashes + 1 >= settings.JOB_MAX_CRASHES and not run.takes_last_try():
+        # A first run is no last try, even if JOB_MAX_CRASHES is 1.
+        is_last_try = crashes and crashes + 1 >= settings.JOB_MAX_CRASHES
+        if is_last_try and not run.claim_last_try():
             store_outcome(job.filter(QUEUED).requeue, settings.JOB_SWEEP_SECONDS)
             raise Ignore("waits until the last try of another job has ended")
         claim = {"worker": request.hostname, "retries": request.retries}
@@ -144,7 +145,7 @@ class JobTask(DjangoTask):
             run.ended = True
 
     def run_job(self, run, args, kwargs):
-        in_block = connection.in_atomic_block  # of the caller: a test
+        in_block = connection.in_atomic_block  # a test's atomic(), in eager mode: leave it open
         try:
             try:
                 result = self.run(*args, **kwargs)
@@ -153,13 +154,14 @@ class JobTask(DjangoTask):
             if was_open:
                 raise TransactionManagementError("The task left a transaction open")
         except Retry as retry:
-            if retry.is_eager:
+            if retry.is_eager:  # then Celery's retry() has not called apply_async()
                 self.apply_async(retry.sig.args, retry.sig.kwargs, **retry.sig.options)
-            if not run.retry:
+            if run.retry:
+                requeue(run)
+            else:
                 fail(run, "Retry was raised by hand: self.retry() would queue the job again")
-            requeue(run)
             raise
-        except Ignore:
+        except Ignore:  # raised by the body: it has ended, without a result
             result = None
         except Lost:
             raise Ignore("cancelled, or taken over by another run") from None
@@ -170,7 +172,7 @@ class JobTask(DjangoTask):
             if isinstance(error, SystemExit):
                 fail(run, f"The task called sys.exit({error.code!r})")
                 raise RuntimeError("sys.exit() in a task") from error  # a slot must not end
-            fail(run, OVER_TIME_LIMIT if isinstance(error, pool.time_limits) else None)
+            fail(run, OVER_TIME_LIMIT if isinstance(error, pool.time_limit_errors) else None)
             raise
         if run.retry:  # with throw=False
             requeue(run)
@@ -201,27 +203,26 @@ def fail(run, reason=None):
 
 
 def requeue(run):
-    if run.retry:
-        store_outcome(run.row.requeue, attempt=run.failure, **run.retry)
+    store_outcome(run.row.requeue, attempt=run.failure, **run.retry)
 
 
 def query_own_row(query, *args, **kwargs):
-    """Return what this query of a run's row returns. Raises Lost if the row is another run's by now.
+    """Run a query on this run's row. Raises Lost if there is none: cancelled, or another run's now.
 
-    Inside a transaction of the body there is no second try, for an error has ended that transaction.
+    Inside a transaction of the body it is tried once, because an error ends that transaction.
     """
-    wait = not in_transaction()
-    if not (answer := wait_for(query, *args, **kwargs) if wait else query(*args, **kwargs)):
+    answer = query(*args, **kwargs) if in_transaction() else wait_for(query, *args, **kwargs)
+    if not answer:
         raise Lost
     return answer
 
 
 def describe(error, caught=None):
-    """Return the fields of an Attempt: `error`'s class and text, the traceback of the one caught."""
+    """Return the fields of an Attempt. The traceback is that of `caught`, else that of `error`."""
     try:
         text = "".join(format_exception_only(error)).strip()
         frames = format_exception(caught or error, limit=-20)
-    except Exception:  # the exception cannot be formatted, or is none
+    except Exception:  # it cannot be formatted, or it is not an exception
         text, frames = type(error).__name__, []
     traceback = printable("".join(frame[:500] for frame in frames)[-4000:])
     name = f"{type(error).__module__}.{type(error).__qualname__}"[:255]

@@ -49,7 +49,7 @@ class NewestFirst(CursorPagination):
     def paginate_queryset(self, *args, **kwargs):
         try:
             return super().paginate_queryset(*args, **kwargs)
-        except DjangoValidationError:  # well formed, but without a time
+        except DjangoValidationError:  # the cursor can be decoded, but its position is not a date
             raise NotFound(self.invalid_cursor_message) from None
 
 
@@ -60,7 +60,7 @@ def accepted(job_id, data):
 
 
 class JobViewSet(viewsets.ReadOnlyModelViewSet):
-    """The caller's own jobs."""
+    """The caller's own jobs; for staff also those without owner."""
 
     queryset = Job.objects.all()
     serializer_class = JobSerializer
@@ -68,7 +68,7 @@ class JobViewSet(viewsets.ReadOnlyModelViewSet):
     filterset_fields = ["state"]
 
     def get_queryset(self):
-        """The user's own jobs, and for staff those without owner. By id also what rights allow."""
+        """The user's own jobs, and for staff those without owner; by id, any job that rights allow."""
         user, jobs = self.request.user, super().get_queryset()
         if self.detail and may(user, "view" if self.action == "retrieve" else "delete"):
             return jobs
@@ -140,10 +140,10 @@ class EnqueueMixin:
         if (key := self.idempotency_key) is None:
             return None
         job = Job.objects.filter(owner=self.request.user, idempotency_key=key).first()
-        if job and job.fingerprint != self.fingerprint:
-            raise KeyReused
         if job is None:
             return None
+        if job.fingerprint != self.fingerprint:
+            raise KeyReused
         return self.get_serializer(get_object_or_404(self.get_queryset(), job=job))
 
     @property

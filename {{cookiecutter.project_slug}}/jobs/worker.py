@@ -7,26 +7,26 @@ import time
 import uuid
 from contextlib import suppress
 
-from celery import exceptions, signals
+from celery import exceptions
 from celery.utils.functional import maybe_list
 from celery.worker import state
 from celery.worker.control import Panel
 from django.conf import settings
 from django.db import close_old_connections, connection
 
-from .lease import TICK, lock, recover, renew, rows, runs
+from .lease import TICK, lock, recover, renew_for_children, rows, runs
 from .models import Job
 from .pools import has_children, pool, soften_sigterm
 
 logger = logging.getLogger(__name__)
 
+bodies_in_children = False  # of this worker
+
 
 def start(sender, **kwargs):
-    """Prepare for the pool of the worker, the `sender`, which has not started it yet."""
-    if has_children(sender):
-        signals.worker_ready.connect(watch_children)
-    else:
-        signals.worker_shutting_down.connect(end_in_time)
+    """Prepare the worker, the `sender`: its pool has not started yet."""
+    global bodies_in_children
+    bodies_in_children = has_children(sender)
     follow_revokes()
 
 
@@ -41,17 +41,22 @@ def drop_dead_connections(task, **kwargs):
     if not task.request.is_eager:
         close_old_connections()
         if "job" in (task.request.headers or {}):
-            connection.health_check_done = True  # saves a query: a job's claim is tried again
+            # Skip Django's health check, a query: on a dead connection the claim is tried again.
+            connection.health_check_done = True
 
 
 # Child processes
 
 
 def watch_children(sender, **kwargs):
+    """If there are child processes, look after them: the worker is ready, its consumer the `sender`."""
+    if not bodies_in_children:
+        return
     soften_sigterm()
     # A body in C may hold up all threads of its child, so renew its lease here as well.
     threading.Thread(target=renew_leases_of_children, daemon=True).start()
-    if sender.hub:  # else Celery looks for dead children every 5 s
+    # Look for dead children at every tick. Celery does so every 5 s.
+    if sender.hub:
         sender.hub.call_repeatedly(TICK, sender.pool.maintain_pool)
 
 
@@ -61,7 +66,7 @@ def renew_leases_of_children():
         try:
             requests = [r for r in tuple(state.active_requests) if "run" in r.request_dict]
             active = {request.request_dict["run"]: request.id for request in requests}
-            renew(Job.objects.filter(pk__in=active.values(), run__in=active))
+            renew_for_children(Job.objects.filter(pk__in=active.values(), run__in=active))
         except Exception as error:  # the next try may succeed
             logger.warning("cannot renew leases: %r", error)
         connection.close()  # a child must not inherit it
@@ -88,12 +93,14 @@ def recover_run(pk, run):
 
 def end_in_time(**kwargs):
     """Hand back the jobs and end the process in time: Celery would wait for the last body."""
-    pool.start_thread(end)
+    if bodies_in_children:  # they have Celery's soft shutdown
+        return
+    pool.start_thread(requeue_and_exit)
     if not state.reserved_requests:
         pool.end_idle_worker()
 
 
-def end():
+def requeue_and_exit():
     time.sleep(settings.CELERY_WORKER_SOFT_SHUTDOWN_TIMEOUT)
     try:
         with lock:
@@ -118,13 +125,13 @@ def follow_revokes():
                 Job.objects.filter(pk=pk).cancel()
         connection.close()  # a child must not inherit it
 
-    def cancel_and_revoke(state, task_id, terminate=False, signal=None, **kwargs):
+    def cancel_and_revoke(worker, task_id, terminate=False, signal=None, **kwargs):
         # In a thread: the body may hold a lock on the row, and the worker's loop must not wait for it.
         threading.Thread(target=cancel, args=[maybe_list(task_id) or []]).start()
         # SIGKILL, whatever was asked for: a signal that children ignore would end nothing.
-        return revoke(state, task_id, terminate=terminate, signal="SIGKILL", **kwargs)
+        return revoke(worker, task_id, terminate=terminate, signal="SIGKILL", **kwargs)
 
-    def cancel_and_terminate(state, signal, task_id, **kwargs):
-        return cancel_and_revoke(state, task_id, terminate=True, **kwargs)
+    def cancel_and_terminate(worker, signal, task_id, **kwargs):
+        return cancel_and_revoke(worker, task_id, terminate=True, **kwargs)
 
     Panel.data |= {"revoke": cancel_and_revoke, "terminate": cancel_and_terminate}
