@@ -202,7 +202,7 @@ def test_who_may_not_delete_jobs_may_not_run_them_again(api, staff, user, commit
         ({}, "it has not ended yet"),
         ({"task": "no.such.task"}, "there is no task no.such.task"),
         ({"args": [1, 2, 3]}, "arguments"),
-        ({"task": "celery.backend_cleanup"}, "is no job"),
+        ({"task": "celery.backend_cleanup"}, "is not a job"),
     ],
 )
 def test_a_job_that_cannot_run_again_says_why(staff_api, changes, reason):

@@ -33,14 +33,14 @@ WORKER = "/bin/celery -A config worker"
 )
 def test_only_the_option_names_another_pool(monkeypatch, command, pool):
     monkeypatch.setattr(sys, "argv", command.split())
-    assert pools.named("threads") == pool
+    assert pools.pool_name("threads") == pool
 
 
 def test_greenlets_are_refused_in_a_project_that_was_not_made_for_them(monkeypatch):
     monkeypatch.setattr(sys, "argv", f"{WORKER} --pool gevent".split())
-    assert pools.named("gevent") == "gevent"
+    assert pools.pool_name("gevent") == "gevent"
     with pytest.raises(SystemExit, match="not made for gevent. Use --pool threads or prefork"):
-        pools.named("prefork")
+        pools.pool_name("prefork")
 
 
 def test_sigterm_does_what_sigquit_does_at_that_moment():

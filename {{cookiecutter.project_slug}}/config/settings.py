@@ -239,7 +239,7 @@ CELERY_TASK_PUBLISH_RETRY_POLICY = {"max_retries": 1, "interval_start": 0}
 
 # Celery: workers. Each may have another pool: celery -A config worker --pool threads
 
-CELERY_WORKER_POOL = POOL = pools.named("{{ cookiecutter.worker_pool }}")  # that of --pool, else this one
+CELERY_WORKER_POOL = POOL = pools.pool_name("{{ cookiecutter.worker_pool }}")  # that of --pool, else this one
 # How many tasks at once; without a number, as many processes as there are CPUs.
 SLOTS = 20 if POOL == "threads" else None
 CELERY_WORKER_CONCURRENCY = env.int("WORKER_CONCURRENCY", default=SLOTS)

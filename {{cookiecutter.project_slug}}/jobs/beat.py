@@ -1,4 +1,4 @@
-"""What Beat's process does besides its schedule: it gives ticks an id, and starts the sweep."""
+"""What Beat's process does besides its schedule: one job for each due time, and the sweep."""
 
 import uuid
 from copy import copy
@@ -18,7 +18,7 @@ def start(sender, **kwargs):
 
 
 def name_ticks(beat):
-    """Give a job that Beat starts the id of its tick, so that two Beats start one job."""
+    """Give a job that Beat starts the id of its due time, so that two Beats start it only once."""
     apply_async = beat.scheduler.apply_async
 
     def apply_tick(entry, **options):
@@ -28,7 +28,7 @@ def name_ticks(beat):
         schedule, entry = entry.schedule, copy(entry)
         # The id is made of the entry's name and the number of the interval (of crontab: the minute)
         # since 1970, so Beats that were started at different times get the same one. The clock is read
-        # twice, so `due` may be a little early: add a second.
+        # twice, so `due` may be a few milliseconds early, in the interval before: add a second.
         due = schedule.now() + schedule.remaining_estimate(entry.last_run_at) + timedelta(seconds=1)
         length = getattr(schedule, "run_every", timedelta(minutes=1))
         tick = f"{entry.name} {due.timestamp() // length.total_seconds()}"

@@ -8,6 +8,8 @@ from celery import current_app
 from django.conf import settings
 from django.core.checks import Error, Info, Warning, register
 
+from .pools import TIME_LIMITED
+
 
 @register(deploy=True)
 def check_flower(app_configs, **kwargs):
@@ -15,7 +17,7 @@ def check_flower(app_configs, **kwargs):
     users = getattr(settings, "FLOWER_BASIC_AUTH", "no:flower").split(",")
     if any(user.partition(":")[2] in ("", "change-me") for user in users):
         yield Error(
-            "FLOWER_BASIC_AUTH has no password: whoever reaches Flower sees and revokes tasks.",
+            "FLOWER_BASIC_AUTH has no password: anyone who reaches Flower can see and revoke tasks.",
             hint='Set it to user:password. Without Flower: SILENCED_SYSTEM_CHECKS = ["jobs.E002"]',
             id="jobs.E002",
         )
@@ -38,7 +40,7 @@ def check_servers(app_configs, **kwargs):
         place = parts.hostname, parts.port or 6379, parts.path.strip("/") or "0"
         if url.startswith(("redis", "sentinel")) and used_by.setdefault(place, name) != name:
             yield Warning(
-                f"{used_by[place]} and {name} are one database: clearing one empties both.",
+                f"{used_by[place]} and {name} are the same database: clearing one empties both.",
                 hint="Give each a database of its own, and the cache a server of its own.",
                 id="jobs.W002",
             )
@@ -59,10 +61,10 @@ def check_time_limits(app_configs, **kwargs):
 
 
 @register(deploy=True)
-def check_threads(app_configs, **kwargs):
-    if getattr(settings, "CELERY_WORKER_POOL", "") == "threads":
+def check_pool(app_configs, **kwargs):
+    if (pool := settings.CELERY_WORKER_POOL) not in TIME_LIMITED:
         yield Info(
-            "Threads have no time limit: a task that waits for ever keeps its thread.",
+            f"The pool {pool} has no time limits: a task that waits for ever keeps its slot.",
             hint="Give each wait a timeout of its own. Then add this id to SILENCED_SYSTEM_CHECKS.",
             id="jobs.I001",
         )

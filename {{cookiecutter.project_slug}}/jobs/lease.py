@@ -1,6 +1,7 @@
 """Leases: a running job's lease says that its worker is alive. Without one, the job is recovered.
 
-In each process, one thread renews the leases of all runs, and writes what their bodies report.
+In each process, one thread renews the leases of all runs, and writes what their bodies report. The
+main process of a prefork worker renews them too, and so does a report() with a cursor.
 """
 
 import logging
@@ -18,7 +19,7 @@ from .pools import pool
 
 logger = logging.getLogger(__name__)
 
-TICK = 0.5  # seconds, of what is looked at all the time: reports, leases, dead children
+TICK = 0.5  # seconds between two looks at reports, leases and dead children
 RETRY_AFTER = 5  # seconds until the job of a dead worker starts again; doubles with each crash
 
 runs = {}  # token: Run, of the bodies that run in this process
@@ -56,10 +57,10 @@ class Run:
         return not self.lost and (self.report != self.written or time.monotonic() > self.renew_at)
 
     def claim_last_try(self):
-        """Take this process's only place for a last try, if it is free. Returns whether it was.
+        """Become this process's only run that is a last try. Returns whether that worked.
 
-        A job that fails with its next crash runs beside no other such job: if the process dies, it
-        is the only one that fails for it.
+        The job of a last try fails if its process dies. With one in each process, a dead process
+        fails at most one job.
         """
         global last_try
         with lock:
@@ -137,7 +138,8 @@ def renew_for_children(jobs):
 def recover(jobs):
     """Queue the jobs of dead workers again, or fail them. Skip locked rows.
 
-    A child that exceeded the hard time limit was killed too: its job is past its deadline.
+    A job past its deadline fails whatever its crashes: Celery killed its child, or its thread never
+    ended.
     """
     late = Q(deadline__lte=Now())
     for job in jobs.select_for_update(skip_locked=True).only("crashes").annotate(late=late):

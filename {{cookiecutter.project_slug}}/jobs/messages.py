@@ -10,7 +10,7 @@ logger = logging.getLogger(__name__)
 def send(jobs):
     """Send the messages of these jobs over one connection. Raises what the transport does."""
     with current_app.producer_or_acquire() as producer, producer.batch():
-        # Tell Flower about a single job at once; not about many, for each event is one more message.
+        # Send Flower's task-sent event only for a single job: each event is one more message.
         event = len(jobs) == 1 and current_app.conf.task_send_sent_event
         for job in jobs:
             if task := current_app.tasks.get(job.task):
@@ -49,6 +49,6 @@ def messages_in(queue):
     with current_app.connection_for_write() as connection:
         connection.ensure_connection(max_retries=1, interval_start=0)
         queue = current_app.amqp.queues[queue](connection.default_channel)
-        queue.declare()  # with its binding, should somebody have deleted it
-        # Not passive: where keys have a prefix, kombu finds no queue in that way.
+        queue.declare()  # creates queue and binding, if somebody deleted them
+        # Declare once more, for the count. With passive=True kombu finds no queue that has a prefix.
         return queue.queue_declare().message_count

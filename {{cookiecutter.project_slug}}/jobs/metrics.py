@@ -20,7 +20,7 @@ QUEUE = {
     "jobs_running": "Jobs that a worker has taken",
     "jobs_oldest_wait_seconds": "Seconds that the oldest due job has waited for a worker",
 }
-TASK = {  # of one minute: rows are purged, and counting all of them takes long
+TASK = {  # over one minute only: rows are purged, and counting all of them takes long
     "jobs_ended_last_minute": "Jobs that ended within the last minute",
     "jobs_ended_last_minute_run_seconds": "Seconds that their last runs took, cancelled ones left out",
     "jobs_ended_last_minute_crashes": "Times a worker died while running them",

@@ -20,8 +20,8 @@ logger = logging.getLogger(__name__)
 ACTIVE = ["queued", "running"]
 FINAL = ["succeeded", "failed", "cancelled"]
 STATES = [(state, state.title()) for state in ACTIVE + FINAL]
-# For an UPDATE of rows whose ids are known, in place of state=…: with that, PostgreSQL may choose the
-# index `job_active` when its statistics are old, and read the whole backlog to find one row.
+# In an UPDATE by ids use these, not state=…. With state=… and old statistics, PostgreSQL may choose the
+# index `job_active`, and read the whole backlog to find one row. Constraints keep both in step.
 UNFINISHED = Q(finished_at=None)
 QUEUED = Q(run=None) & UNFINISHED
 OVER_TIME_LIMIT = "Over its time limit"
@@ -32,8 +32,10 @@ publish_again_at = 0.0
 
 
 class Clock(Now):
-    """The time when a row is written. In WHERE use Now(), the time when the statement began: it is
-    constant, so PostgreSQL can use an index.
+    """The time when a row is written, even after a wait for a lock.
+
+    Now() is the time when the statement began: use that in WHERE, where it lets PostgreSQL use an
+    index, and for what may be a moment earlier.
 
     On SQLite in Django's format, because SQLite compares times as text.
     """
@@ -47,7 +49,7 @@ class Clock(Now):
 
 
 def lease_end():
-    """Return when a lease ends that is renewed now: not after the deadline of the run."""
+    """Return the end of a lease that is renewed now, but no later than the deadline of its run."""
     return Least(Clock() + timedelta(seconds=settings.JOB_LEASE_SECONDS), F("deadline"))
 
 
@@ -93,7 +95,7 @@ class JobQuerySet(models.QuerySet):
 
         It has the guarantees of enqueue(), at a fraction of the cost. Returns the Jobs.
         """
-        # Read the clock once, for PostgreSQL inserts plain values much faster than expressions. Max()
+        # Read the clock once, because PostgreSQL inserts plain values much faster than expressions. Max()
         # of no rows is NULL, so this query always returns Now().
         now = self.filter(pk=uuid.uuid4()).aggregate(now=Coalesce(Max("created_at"), Now()))["now"]
         calls = [self.prepare(now, task, args, None, countdown, queue) for args in calls]
@@ -109,7 +111,7 @@ class JobQuerySet(models.QuerySet):
     def prepare(self, now, task, args, kwargs, countdown, queue):
         """Return the fields of a new job. Raises what enqueue() does."""
         if not getattr(task, "is_job", False):
-            raise TypeError(f"{task!r} is no job: declare it with @shared_task(base=JobTask)")
+            raise TypeError(f"{task!r} is not a job: declare it with @shared_task(base=JobTask)")
         try:
             args, kwargs = json.loads(json.dumps([args, kwargs or {}], allow_nan=False))
         except (RecursionError, ValueError) as error:
@@ -288,5 +290,5 @@ def publish(jobs):
         except Exception as error:  # each transport raises its own
             publish_again_at = time.monotonic() + PUBLISH_PAUSE
             logger.warning("%d jobs from %s are stored but not sent: %r", len(jobs), jobs[0], error)
-    # sent=0: the message did arrive, and the job has been queued again since.
+    # Leave out sent=0: these messages did arrive, and the jobs were queued again since.
     Job.objects.filter(QUEUED, pk__in=[job.pk for job in jobs], sent__gt=0).requeue()

@@ -19,11 +19,12 @@ from celery.exceptions import SoftTimeLimitExceeded, WorkerShutdown
 # Celery imports gevent for `--pool gevent`, and patches Python before it imports anything else.
 gevent = sys.modules.get("gevent")
 monkey = sys.modules.get("gevent.monkey")
+TIME_LIMITED = {"prefork", "gevent"}  # pools in which Celery ends a body that takes too long
 IS_GEVENT = bool(monkey and monkey.is_module_patched("socket"))
 
 
-class ThreadPool:
-    """Threads, and whatever has no greenlets: a prefork child, web, Beat, tests."""
+class Threads:
+    """Python's own threads: in a prefork child, a worker of threads, the web, Beat and tests."""
 
     time_limit_errors = (SoftTimeLimitExceeded,)  # what a body gets when it exceeds its time limit
     Lock = threading.Lock
@@ -32,7 +33,10 @@ class ThreadPool:
         threading.Thread(target=function, daemon=True).start()
 
     def query(self, function, *args, **kwargs):
-        """Call a function that queries the database; in a transaction of the body, do without."""
+        """Call a function that queries the database, but never inside a transaction of the body.
+
+        With greenlets it runs in another thread, and so on another connection.
+        """
         return function(*args, **kwargs)
 
     def is_shutdown(self, error):
@@ -40,10 +44,10 @@ class ThreadPool:
         return isinstance(error, SystemExit) and terminate_handler_fired()  # of a prefork child
 
     def end_idle_worker(self):
-        """Make a worker without tasks end at once: this one does so by itself."""
+        """End an idle worker at once. With threads Celery does so by itself."""
 
 
-class GeventPool:
+class Greenlets:
     """Greenlets. A body may block all of them, so the leases have a native thread and lock."""
 
     def __init__(self):
@@ -61,14 +65,14 @@ class GeventPool:
         return isinstance(error, gevent.GreenletExit)
 
     def end_idle_worker(self):
-        # Else Celery notices up to five seconds later that it should stop.
+        # Otherwise Celery may take five seconds to notice that it should stop.
         gevent.kill(gevent.get_hub().parent, WorkerShutdown(0))
 
 
-pool = GeventPool() if IS_GEVENT else ThreadPool()
+pool = Greenlets() if IS_GEVENT else Threads()  # of this process
 
 
-def named(default):
+def pool_name(default):
     """Return the name of this worker's pool: from the command line, else the project's default.
 
     The settings need it before Celery has read its options. Raises SystemExit for greenlets in a

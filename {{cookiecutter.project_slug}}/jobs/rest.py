@@ -22,7 +22,7 @@ class Parser(parsers.JSONParser):
 
 
 class Filter(DjangoFilterBackend):
-    """Refuses a parameter that is empty or comes twice, because it is ambiguous."""
+    """Refuses a parameter that is empty or is given twice, because it is ambiguous."""
 
     def filter_queryset(self, request, queryset, view):
         for name, values in request.query_params.lists():

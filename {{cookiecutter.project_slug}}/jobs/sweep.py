@@ -100,19 +100,22 @@ def send_batch(queue, size):
     # Workers take the oldest messages first, so those that are missing are of the oldest jobs.
     due = queued.filter(wake_at__lt=Now()).order_by("wake_at")
     ids = mark_sent(due.filter(sent=0)[:size])
-    # Messages of plain tasks hide that some are missing, so send one job now and then in any case.
-    extra = missing < 1 and time.monotonic() >= extra_at.get(queue, 0)
-    again = mark_sent(due.filter(sent__gt=0)[: min(max(0, missing, extra), size - len(ids))])
-    if extra and again:
+    # messages_in() counts messages of plain tasks too, so some may be missing even if it does not look
+    # so: send one job again now and then.
+    resend, is_extra = max(missing, 0), False
+    if not resend and time.monotonic() >= extra_at.get(queue, 0):
+        resend, is_extra = 1, True
+    again = mark_sent(due.filter(sent__gt=0)[: min(resend, size - len(ids))])
+    if is_extra and again:
         extra_at[queue] = time.monotonic() + settings.JOB_RESEND_SECONDS
     ids += again
     jobs = Job.objects.filter(QUEUED).in_bulk(ids)
     try:
         send([jobs[pk] for pk in ids if pk in jobs])
     except Exception:
-        if (
-            size > 1
-        ):  # perhaps one of them is refused, so send one by one; that one waits ever longer
+        # Perhaps the broker refuses one of these jobs: queue them again, and send one by one. A job that
+        # is refused alone stays marked as sent, so it waits longer each time: see mark_sent().
+        if size > 1:
             batch_sizes[queue] = 1
             Job.objects.filter(QUEUED, pk__in=ids, sent__gt=0).requeue()
         raise

@@ -128,7 +128,7 @@ class JobTask(DjangoTask):
             return super().__call__(*args, **kwargs)
         job, crashes = Job.objects.filter(pk=request.id), request.headers["job"]
         run = Run(request.id, request.headers.get("run"))
-        # A first run is no last try, even if JOB_MAX_CRASHES is 1.
+        # A first run is never a last try, even if JOB_MAX_CRASHES is 1.
         is_last_try = crashes and crashes + 1 >= settings.JOB_MAX_CRASHES
         if is_last_try and not run.claim_last_try():
             store_outcome(job.filter(QUEUED).requeue, settings.JOB_SWEEP_SECONDS)
@@ -161,7 +161,7 @@ class JobTask(DjangoTask):
             else:
                 fail(run, "Retry was raised by hand: self.retry() would queue the job again")
             raise
-        except Ignore:  # raised by the body: it has ended, without a result
+        except Ignore:  # raised by the body: the job succeeds, without a result
             result = None
         except Lost:
             raise Ignore("cancelled, or taken over by another run") from None
@@ -183,7 +183,7 @@ class JobTask(DjangoTask):
 
 def succeed(run, result):
     try:
-        with suppress(SoftTimeLimitExceeded):  # it is for the body, which has ended
+        with suppress(SoftTimeLimitExceeded):  # it is meant for the body, which has ended
             json.dumps(result, allow_nan=False)
         changes = {**run.report, "progress": 100, "result": result}
         written = store_outcome(run.row.finish, "succeeded", **changes)

@@ -68,12 +68,15 @@ class JobViewSet(viewsets.ReadOnlyModelViewSet):
     filterset_fields = ["state"]
 
     def get_queryset(self):
-        """The user's own jobs, and for staff those without owner; by id, any job that rights allow."""
+        """In lists the user's own jobs, and for staff those without owner.
+
+        By id, staff with the right also get the jobs of others: to view, to cancel, to run again.
+        """
         user, jobs = self.request.user, super().get_queryset()
         if self.detail and may(user, "view" if self.action == "retrieve" else "delete"):
             return jobs
         own = Q(owner=user)
-        if user.is_staff and self.action != "cancel":
+        if user.is_staff and self.action != "cancel":  # for that they need the right
             own |= Q(owner=None)
         return jobs.filter(own)
 

@@ -49,7 +49,7 @@ def drop_dead_connections(task, **kwargs):
 
 
 def watch_children(sender, **kwargs):
-    """If there are child processes, look after them: the worker is ready, its consumer the `sender`."""
+    """Look after the child processes, if any, when the worker is ready. `sender` is its consumer."""
     if not bodies_in_children:
         return
     soften_sigterm()

@@ -48,7 +48,7 @@ class Migration(migrations.Migration):
         migrations.AlterField(
             model_name='job',
             name='run',
-            field=models.UUIDField(help_text='token of the run that may write this row', null=True),
+            field=models.UUIDField(help_text='token of the run that owns this job', null=True),
         ),
         migrations.CreateModel(
             name='Attempt',
