@@ -402,12 +402,12 @@ def test_an_emptied_broker_loses_no_job(stack, since):
 def test_copies_of_a_message_run_one_body(stack, gate):
     """Five copies, and some more for another worker at the same moment."""
     code = """
-from jobs.models import publish
+from jobs.messages import send
 jobs = [Job.objects.enqueue(hold, [gate], countdown=3600) for _ in range(3)]
 for copy in range(5):
     for job in jobs:
         for job.queue in ["cpu", "io"]:
-            assert publish([job])
+            send([job])
 result = [job.pk for job in jobs]
 """
     jobs = stack.ask(code, gate=str(gate))
