@@ -14,11 +14,21 @@ import pytest
 import yaml
 from jinja2 import nodes
 
-from harness.bake import CHOICES, COMBINATIONS, CONTEXT, ENVIRONMENT, TEMPLATE, chosen, name
+from harness.bake import (
+    CHOICES,
+    COMBINATIONS,
+    CONTEXT,
+    ENVIRONMENT,
+    OUTPUT,
+    TEMPLATE,
+    chosen,
+    engine,
+    name,
+)
 from harness.checks import NEW_FILES, check_celery, check_dependencies, check_file, check_readme
 from harness.servers import SENTINEL_RECIPE
 
-OUTPUT = TEMPLATE / "{{cookiecutter.project_slug}}"
+ENGINE = engine()
 PARTS = TEMPLATE / "templates"  # a folder for each option whose choices have a file, and `servers`
 # Patterns of words that appear only where a choice was made, of the options without such a folder.
 # Elsewhere the choice's file has them, and its server's.
@@ -94,11 +104,11 @@ def test_every_combination_is_clean(bake, answers, is_new, record_property):
     more += answers["broker"] == "rabbitmq"
     jobs = {file: text for file, text in texts.items() if file.parts[0] == "jobs"}
     assert len(texts) - len(jobs) <= 36 + more, "files of the owner"
-    assert jobs == engine(), "the engine is the same, byte for byte, whatever was chosen"
+    assert jobs == ENGINE, "the engine is the same, byte for byte, whatever was chosen"
     empty = [path for path in project.rglob("*") if path.is_dir() and not any(path.iterdir())]
     assert empty == []
     for file, text in texts.items():
-        for word in traces_in(file, text) if file not in engine() else ():
+        for word in traces_in(file, text) if file not in ENGINE else ():
             assert owners()[word] & answers.items(), f"{file} has {word}"
     checked = 0
     for file, text in texts.items():
@@ -123,17 +133,9 @@ def test_every_combination_is_clean(bake, answers, is_new, record_property):
         project.call("ruff", "format", "--check", "--no-cache")
 
 
-@cache
-def engine():
-    """The folder `jobs/` as it is in the template, {path: text}."""
-    files = [path for path in (OUTPUT / "jobs").rglob("*") if path.is_file()]
-    files = [path for path in files if path.suffix != ".pyc"]
-    return {path.relative_to(OUTPUT): path.read_text("utf-8") for path in files}
-
-
 def test_the_engine_is_plain_python():
     """An editor, a linter and its own tests can read it before any bake: see tests/engine/."""
-    for file, text in engine().items():
+    for file, text in ENGINE.items():
         if file.suffix == ".py":
             assert "{%" not in text and "{{" not in text, file
 

@@ -457,9 +457,9 @@ with connection.cursor() as cursor:
 
 
 @on_each_pool
-def test_workers_of_several_pools_serve_side_by_side(stack, gate, since):
+def test_workers_of_several_pools_serve_side_by_side(stack, gate, since, request):
     """Prefork, threads, the project's own. Killed or stopped, each leaves its jobs to another."""
-    own = stack.project.read("config/settings.py").split('pools.pool_name("')[1].split('"')[0]
+    own = request.node.callspec.params["running"]["pool"]
     pools = sorted({"prefork", "threads", own})
 
     def start(pool, queue):

@@ -8,12 +8,9 @@ import zipfile
 
 import pytest
 
-from harness.bake import TEMPLATE
+from harness.bake import TEMPLATE, engine
 from harness.checks import PACKAGES, imports, packages
 from harness.project import Project
-
-OUTPUT = TEMPLATE / "{{cookiecutter.project_slug}}"
-FILES = [path for path in (OUTPUT / "jobs").rglob("*") if path.is_file() and path.suffix != ".pyc"]
 
 pytestmark = pytest.mark.xdist_group("package")
 
@@ -27,7 +24,7 @@ def wheel(tmp_path_factory):
 
 
 def test_the_wheel_holds_every_file_of_the_engine(wheel):
-    files = {str(path.relative_to(OUTPUT)): path.read_bytes() for path in FILES}
+    files = {str(file): text.encode() for file, text in engine().items()}
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if ".dist-info/" not in name]
         assert {name: archive.read(name) for name in names} == files
@@ -37,7 +34,7 @@ def test_the_wheel_requires_what_the_engine_imports(bake):
     """In the versions that a project requires."""
     about = tomllib.loads((TEMPLATE / "pyproject.toml").read_text())
     required = about["project"]["dependencies"]
-    python = [path.read_text("utf-8") for path in FILES if path.suffix == ".py"]
+    python = [text for file, text in engine().items() if file.suffix == ".py"]
     foreign = set().union(*map(imports, python)) - sys.stdlib_module_names - {"jobs"}
     assert packages(required) == {PACKAGES.get(name, name.replace("_", "-")) for name in foreign}
 

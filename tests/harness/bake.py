@@ -11,6 +11,7 @@ from jinja2 import FileSystemLoader
 from .project import Project
 
 TEMPLATE = Path(__file__).parents[2]
+OUTPUT = TEMPLATE / "{{cookiecutter.project_slug}}"
 CONTEXT = json.loads((TEMPLATE / "cookiecutter.json").read_text("utf-8"))
 OPTIONS = {option: value for option, value in CONTEXT.items() if not option.startswith("_")}
 CHOICES = {
@@ -24,6 +25,13 @@ COMBINATIONS = [
 ]
 ENVIRONMENT = create_env_with_context({"cookiecutter": CONTEXT})
 ENVIRONMENT.loader = FileSystemLoader(TEMPLATE / "templates")
+
+
+def engine():
+    """The folder `jobs/` as it is in the template, {path: text}."""
+    files = [path for path in (OUTPUT / "jobs").rglob("*") if path.is_file()]
+    files = [path for path in files if path.suffix != ".pyc"]
+    return {path.relative_to(OUTPUT): path.read_text("utf-8") for path in files}
 
 
 def name(answers):

@@ -116,8 +116,8 @@ def write_and_renew(due):
         written = [run for run in due if run.token in held]
         silent = [run for run in written if not reports[run]]  # these keep progress and message
         rows(silent).update(wake_at=lease_end())
-        jobs = [(run.job_id, reports[run]) for run in written if reports[run]]
-        jobs = [Job(pk=pk, wake_at=lease_end(), **report) for pk, report in jobs]
+        reported = [run for run in written if reports[run]]
+        jobs = [Job(pk=run.job_id, wake_at=lease_end(), **reports[run]) for run in reported]
         Job.objects.bulk_update(jobs, ["progress", "message", "wake_at"])
     for run in written:
         run.written, run.renew_at = reports[run], time.monotonic() + settings.JOB_LEASE_SECONDS / 3

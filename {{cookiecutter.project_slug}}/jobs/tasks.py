@@ -197,9 +197,10 @@ def succeed(run, result):
 def fail(run, reason=None):
     """Store that the job failed: for this reason, or with the message of the handled exception."""
     attempt = describe(sys.exception())
-    error = printable(reason) if reason else attempt["error"]
-    attempt["error"] = error
-    store_outcome(run.row.finish, "failed", attempt=attempt, error=error, **run.report)
+    if reason:
+        attempt["error"] = printable(reason)
+    failed = {**run.report, "error": attempt["error"], "attempt": attempt}
+    store_outcome(run.row.finish, "failed", **failed)
 
 
 def requeue(run):
