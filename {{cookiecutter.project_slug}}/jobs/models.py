@@ -2,6 +2,7 @@
 
 import json
 import logging
+import random
 import time
 import uuid
 from contextlib import suppress
@@ -88,6 +89,7 @@ class JobQuerySet(models.QuerySet):
         for _ in range(20):  # the conflicting job may finish before we read it, so try again
             with suppress(IntegrityError):
                 return active.get_or_create(fields, unique_key=unique)
+            time.sleep(random.uniform(0, 0.01))  # else greenlets in step take turns without end
         return active.get_or_create(fields, unique_key=unique)
 
     def enqueue_many(self, task, calls, *, countdown=None, queue=None, owner=None):
