@@ -486,7 +486,7 @@ def test_what_a_body_sets_in_its_session_stops_no_other(stack):
     worker = stack.process(command, "alone", is_ready=lambda: " ready." in worker.printed)
     worker.start()
     jobs = []
-    for setting in ["search_path=''", "statement_timeout=1", "default_transaction_read_only=on"]:
+    for setting in ["search_path=''", "default_transaction_read_only=on"]:
         jobs.append(stack.enqueue("set_session", setting, queue="alone"))
         jobs += [stack.enqueue("quick", queue="alone") for _ in range(3)]
     try:
