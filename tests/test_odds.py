@@ -485,16 +485,16 @@ def test_what_a_body_sets_in_its_session_stops_no_other(stack):
     command = "celery -A config worker --pool prefork --concurrency 1 --queues alone -n alone@%h"
     worker = stack.process(command, "alone", is_ready=lambda: " ready." in worker.printed)
     worker.start()
-    jobs = []
+    odd, others = [], []
     for setting in ["search_path=''", "default_transaction_read_only=on"]:
-        jobs.append(stack.enqueue("set_session", setting, queue="alone"))
-        jobs += [stack.enqueue("quick", queue="alone") for _ in range(3)]
+        odd.append(stack.enqueue("set_session", setting, queue="alone"))
+        others += [stack.enqueue("quick", queue="alone") for _ in range(3)]
     try:
-        rows = stack.wait_until_final(*jobs, seconds=30)
+        stack.wait_until_final(*odd, *others, seconds=30)
     finally:
         worker.kill()
-    assert succeeded(rows, crashes=0), rows
-    assert ran_once(stack, jobs)
+    assert succeeded(stack.rows(*others), crashes=0)
+    assert ran_once(stack, odd + others)
 
 
 @on_each_pool
