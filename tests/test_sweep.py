@@ -190,57 +190,76 @@ with patch("jobs.models.publish"):
 @on_sqs
 def test_arguments_too_large_for_the_broker_are_refused_at_enqueue(stack):
     """And the largest that are not, it takes, also where a message has 256 KiB at most."""
-    code = """
+    limit = """
 import boto3
 from django.conf import settings
 sqs = boto3.client("sqs", endpoint_url=settings.SQS_ENDPOINT, region_name=settings.SQS_REGION)
 url = settings.CELERY_BROKER_TRANSPORT_OPTIONS["predefined_queues"]["cpu"]["url"]
-def limit(size):
-    sqs.set_queue_attributes(QueueUrl=url, Attributes={"MaximumMessageSize": str(size)})
+sqs.set_queue_attributes(QueueUrl=url, Attributes={"MaximumMessageSize": str(limit)})
+"""
+    code = """
 def enqueue_largest(letter):
     for size in range(2**20 // len(json.dumps(letter)), 0, -100):
         try:
             return Job.objects.enqueue(read, [letter * size], queue="cpu").pk
         except ValueError as error:
             assert "JOB_MAX_BYTES" in str(error), error
-limit(2**18)
-try:
-    result = [enqueue_largest(letter) for letter in ["x", "é", "😀", '"']]
-finally:
-    limit(2**20)
+result = [enqueue_largest(letter) for letter in ["x", "é", "😀", '"']]
 """
-    rows = stack.wait_until_final(*stack.ask(code))
+    stack.ask(limit, limit=2**18)
+    try:
+        rows = stack.wait_until_final(*stack.ask(code))
+    finally:
+        stack.ask(limit, limit=2**20)
     assert succeeded(rows, crashes=0), rows
+
+
+def store_large(stack, countdown=None):
+    """Store 200 jobs, 1 in 20 with more than SQS takes. Return the ids of these, and of others."""
+    code = """
+result = [], []
+for number in range(200):
+    with transaction.atomic():
+        job = Job.objects.enqueue(read, ["x"], queue="cpu", countdown=countdown)
+        if is_large := number % 20 == 10:
+            job.args = ["x" * 1_200_000]
+            job.save(update_fields=["args"])
+        result[not is_large].append(job.pk)
+"""
+    return stack.ask(code, countdown=countdown)
 
 
 @on_sqs
-def test_jobs_that_the_broker_refuses_fail_and_delay_no_other(stack, since):
-    """1 in 20 has arguments that were stored in spite of the limit."""
-    code = """
-def enqueue(text):
-    with transaction.atomic():
-        job = Job.objects.enqueue(read, [""], queue="cpu", countdown=countdown)
-        job.args = [text]
-        job.save(update_fields=["args"])
-    return job.pk
-refused = [enqueue("x" * 1_200_000) for _ in range(5)]
-good = [enqueue("x") for _ in range(100)]
-refused += [enqueue("x" * 1_200_000) for _ in range(5)]
-good += [enqueue("x") for _ in range(100)]
-result = refused, good
-"""
+def test_jobs_that_the_broker_refuses_delay_no_other(stack, since):
+    """Neither those that are sent at once, which need no Beat, nor those that Beat sends."""
     stack.beat.pause()
-    sent_refused, sent = stack.ask(code, countdown=None)
-    sent.append(stack.enqueue("quick", queue="io"))
-    rows = stack.wait_until_final(*sent)  # without Beat
-    due_refused, due = stack.ask(code, countdown=1)
+    _, good = store_large(stack)
+    rows = stack.wait_until_final(*good)
+    _, good = store_large(stack, countdown=1)
     start = time.monotonic()
     stack.beat.resume()
-    due.append(stack.enqueue("quick", queue="io", countdown=1))
-    rows += stack.wait_until_final(*due, seconds=15)
+    good.append(stack.enqueue("quick", queue="io", countdown=1))
+    rows += stack.wait_until_final(*good, seconds=15)
     since(start)
     assert succeeded(rows, crashes=0), rows
-    rows = stack.wait_until_final(*sent_refused, *due_refused)
+    stack.ask("Job.objects.cancel()")
+
+
+@on_sqs
+def test_jobs_that_the_broker_refuses_fail(stack, since):
+    """While it takes others of their queue, which need no Beat."""
+    start = time.monotonic()
+    refused, _ = store_large(stack)
+
+    active = "result = Job.objects.filter(pk__in=jobs, state__in=ACTIVE).exists()"
+
+    def have_ended():
+        stack.enqueue("quick", queue="cpu")
+        return not stack.ask(active, jobs=refused)
+
+    wait_for(have_ended)
+    since(start)
+    rows = stack.rows(*refused)
     assert {row["state"] for row in rows} == {"failed"}, rows
     assert {row["error"].split(":")[0] for row in rows} == {"The broker refused it 5 times"}
 
