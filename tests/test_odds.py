@@ -20,7 +20,7 @@ import pytest
 
 from harness.bake import CHOICES
 from harness.faults import POOLS, errors, stacks, succeeded
-from harness.project import wait_for
+from harness.project import children_of, wait_for
 
 ONE = CHOICES["broker"][:1]
 SLOTS = {"threads": 16, "gevent": 16}  # of a worker whose jobs share a process
@@ -429,6 +429,43 @@ def test_an_outage_is_not_the_time_of_a_body_that_has_ended(stack, gate, since):
     assert [row["state"] for row in rows] == ["succeeded", "failed"], rows
     assert rows[1]["error"] == "ValueError: its own reason"
     assert ran_once(stack, jobs)
+
+
+@on_prefork
+def test_a_broker_that_is_lost_while_a_child_gets_a_large_message(stack, since):
+    """Then the worker ends, but the child waits for the rest: Celery would wait for it for ever."""
+    children = children_of(stack.worker.pid)
+    for child in children:
+        os.kill(child, signal.SIGSTOP)  # so that the message is not written at once
+    code = "result = Job.objects.enqueue(read, ['x' * 2_000_000], queue='cpu').pk"
+    jobs = [stack.ask(code)]
+    wait_for(lambda: stack.messages_in("cpu") == 0)
+    time.sleep(1)
+    stack.broker.kill()
+    stack.broker.start()
+    start = time.monotonic()
+    for child in children:
+        os.kill(child, signal.SIGCONT)
+    jobs.append(stack.enqueue("quick", queue="cpu"))
+    with stack.supervised(stack.workers):
+        rows = stack.wait_until_final(*jobs)
+    since(start)
+    assert succeeded(rows, crashes=0), rows
+    assert ran_once(stack, jobs)
+
+
+@on_prefork
+def test_an_idle_worker_opens_no_connections_to_the_database(stack):
+    """Its main process has looked for leases to renew 5 times."""
+    code = """
+with connection.cursor() as cursor:
+    cursor.execute("SELECT sessions FROM pg_stat_database WHERE datname = current_database()")
+    [result] = cursor.fetchone()
+"""
+    time.sleep(2)  # PostgreSQL counts with a delay
+    before = stack.ask(code)
+    time.sleep(5)
+    assert stack.ask(code) - before < 4  # those of others may be older than CONN_MAX_AGE
 
 
 # Odd ends

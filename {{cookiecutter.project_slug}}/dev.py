@@ -51,7 +51,7 @@ def main():
         threading.Thread(target=copy, args=[honcho.stdout, ready], daemon=True).start()
         # A closed terminal sends SIGHUP to the session's leader only: that may be a shell, or make.
         terminal = os.isatty(1)
-        while os.isatty(1) == terminal and not stop.wait(0.5):
+        while os.isatty(1) == terminal and not stop.wait(0.5 if links else 2):
             if any(process.poll() is not None for process in processes):
                 sys.exit("A process has ended (see above which and why), so all were stopped.")
             with suppress(SystemExit):  # a server on another machine may come back by itself
