@@ -108,6 +108,10 @@ class Broker(Process):
     settings = ""  # more lines for that output
     refuse = ""  # code for its `channel`: makes "refused" a queue of which it takes no message
 
+    def limit_messages(self):
+        """Before the first start: refuse each message of more than 1 MiB."""
+        raise NotImplementedError
+
 
 class Redis(Broker):
     scheme = "redis"
@@ -124,6 +128,9 @@ class Redis(Broker):
         command = f"redis-server --port {port} --dir {folder} --appendonly yes"
         is_ready = partial(connects, port)
         super().__init__(command.split(), folder.with_suffix(".log"), is_ready=is_ready)
+
+    def limit_messages(self):
+        self.command += ["--proto-max-bulk-len", "1mb"]
 
 
 class RedisSentinel(Redis):
@@ -256,6 +263,9 @@ class RabbitMQ(Broker):
         )
         self.options["env"] = {name: str(value) for name, value in environment.items()}
 
+    def limit_messages(self):
+        (self.options["cwd"] / "rabbitmq.conf").write_text(f"max_message_size = {2**20}\n")
+
     def answers_amqp(self):
         try:
             with socket.create_connection(("127.0.0.1", self.port), timeout=1) as probe:
@@ -280,6 +290,11 @@ class SQS(Broker):
         command = [project / ".venv/bin/python", "-m", "moto.server", "--port", str(port)]
         is_ready = partial(connects, port)
         super().__init__(command, folder.with_suffix(".log"), is_ready=is_ready)
+
+    def limit_messages(self):
+        """It does by itself. The project, which would refuse such a job, takes it."""
+        with open(self.project / "config/settings.py", "a") as file:
+            file.write("\nJOB_MAX_BYTES = 10**9\n")
 
     def wait_until_ready(self):
         super().wait_until_ready()

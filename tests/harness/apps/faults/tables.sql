@@ -1,6 +1,8 @@
--- Each final state that any row ever takes, and the rows that the task `write` writes.
+-- Each final state that any row ever takes, the rows that the task `write` writes, and jobs that
+-- cannot be deleted.
 CREATE TABLE finals (job uuid, state text);
 CREATE TABLE written (number integer PRIMARY KEY);
+CREATE TABLE keeps (job uuid REFERENCES jobs_job);
 CREATE FUNCTION note_final() RETURNS trigger AS $$
 BEGIN INSERT INTO finals VALUES (NEW.id, NEW.state); RETURN NEW; END $$ LANGUAGE plpgsql;
 CREATE TRIGGER note_final AFTER UPDATE ON jobs_job FOR EACH ROW
