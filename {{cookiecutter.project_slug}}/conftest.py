@@ -15,9 +15,8 @@ def eager(request, monkeypatch):
     current_app.conf.task_always_eager = not request.node.get_closest_marker("live")
     # No thread renews leases: it would not see what the transaction of a test holds.
     monkeypatch.setattr(lease, "keeper_started", True)
-    monkeypatch.setattr(models, "publish_again_at", 0.0)
-    monkeypatch.setattr(sweep, "batch_sizes", {})
-    monkeypatch.setattr(sweep, "extra_at", {})
+    for memory in [models.publish_again_at, sweep.queues, sweep.refusals]:
+        memory.clear()
     monkeypatch.setattr(sweep, "TICK", 0)
 
 

@@ -67,7 +67,7 @@ def claims(waiting, count):
     sql("ALTER TABLE jobs_job SET (autovacuum_enabled = off)", "ANALYZE jobs_job")
     copies(job_for_later("later"), waiting)
     jobs = list(Job.objects.filter(queue="later").order_by("?").values_list("pk")[:count])
-    options = {"worker": "", "retries": 0, "limit": 600}
+    options = {"worker": "", "retries": 0, "crashes": 0, "sent": 1, "limit": 600}
     claims = Job.objects.all()
     return rate(lambda pk: claims.filter(pk=pk).claim(uuid.uuid4(), **options), jobs)
 

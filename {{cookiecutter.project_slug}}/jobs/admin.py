@@ -1,5 +1,4 @@
 import uuid
-from contextlib import suppress
 
 from django.contrib import admin, messages
 from django.contrib.auth import get_user_model
@@ -101,10 +100,7 @@ class JobAdmin(admin.ModelAdmin):
 
     @admin.action(description="Run again, as new jobs", permissions=["delete"])
     def run_again(self, request, queryset):
-        again = []
-        for job in queryset:
-            with suppress(TypeError, ValueError):
-                again.append(job.run_again())
+        again = queryset.run_again()
         rest = f"{queryset.count() - len(again)} left alone: active, or their task is gone."
         announce(request, again, "enqueued again", rest)
 

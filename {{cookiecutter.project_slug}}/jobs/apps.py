@@ -1,5 +1,12 @@
 from celery import signals
 from django.apps import AppConfig
+from django.conf import settings
+from django.core.exceptions import ImproperlyConfigured
+
+# With 0 or less nothing would be sent or recovered, or everything would run twice or be deleted.
+POSITIVE = (
+    "JOB_LEASE_SECONDS JOB_SWEEP_SECONDS JOB_RESEND_SECONDS JOB_MAX_CRASHES JOB_RETENTION_DAYS"
+)
 
 
 class JobsConfig(AppConfig):
@@ -9,11 +16,15 @@ class JobsConfig(AppConfig):
     def ready(self):
         from . import beat, checks, liveness, worker  # noqa: F401  checks register themselves
 
+        for name in [*POSITIVE.split(), "CELERY_TASK_TIME_LIMIT"]:
+            if not (value := getattr(settings, name)) > 0:
+                raise ImproperlyConfigured(f"{name} is {value}: it must be more than 0.")
         signals.worker_init.connect(worker.start)
         signals.worker_ready.connect(worker.watch_children)
         signals.worker_shutting_down.connect(worker.end_in_time)
         signals.task_received.connect(worker.name_run)
         signals.task_prerun.connect(worker.drop_dead_connections)
         signals.task_failure.connect(worker.notice_death)
+        signals.task_unknown.connect(worker.requeue_unknown)
         signals.heartbeat_sent.connect(liveness.touch_liveness_file)
         signals.beat_init.connect(beat.start)

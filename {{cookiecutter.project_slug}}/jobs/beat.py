@@ -1,14 +1,22 @@
 """What Beat's process does besides its schedule: one job for each due time, and the sweep."""
 
+import logging
+import threading
+import time
 import uuid
 from copy import copy
 from datetime import timedelta
+from queue import SimpleQueue
 
 from celery.beat import SchedulingError
-from django.db import IntegrityError, close_old_connections
+from django.db import close_old_connections
 
 from . import sweep
+from .database import is_unavailable
+from .models import Job
 from .tasks import JobTask
+
+logger = logging.getLogger(__name__)
 
 
 def start(sender, **kwargs):
@@ -19,12 +27,13 @@ def start(sender, **kwargs):
 
 def name_ticks(beat):
     """Give a job that Beat starts the id of its due time, so that two Beats start it only once."""
-    apply_async = beat.scheduler.apply_async
+    apply_async, late = beat.scheduler.apply_async, SimpleQueue()
 
     def apply_tick(entry, **options):
         if not isinstance(beat.app.tasks.get(entry.task), JobTask):
             return apply_async(entry, **options)
-        close_old_connections()  # in Beat's process nothing else does
+        if "task_id" in entry.options:
+            raise SchedulingError(f"{entry.name}: the schedule of a job cannot have a task_id")
         schedule, entry = entry.schedule, copy(entry)
         # The id is made of the entry's name and the number of the interval (of crontab: the minute)
         # since 1970, so Beats that were started at different times get the same one. The clock is read
@@ -32,12 +41,28 @@ def name_ticks(beat):
         due = schedule.now() + schedule.remaining_estimate(entry.last_run_at) + timedelta(seconds=1)
         length = getattr(schedule, "run_every", timedelta(minutes=1))
         tick = f"{entry.name} {due.timestamp() // length.total_seconds()}"
-        task_id = str(uuid.uuid5(uuid.NAMESPACE_OID, tick))
-        entry.options = {"task_id": task_id, **entry.options}
+        entry.options = {**entry.options, "task_id": str(uuid.uuid5(uuid.NAMESPACE_OID, tick))}
+        return store(entry, **options)
+
+    def store(entry, **options):
+        close_old_connections()  # in Beat's process nothing else does
         try:
             return apply_async(entry, **options)
         except SchedulingError as error:
-            if not isinstance(error.__context__, IntegrityError):
-                raise
+            if is_unavailable(error.__context__):
+                late.put(entry)
+            elif not Job.objects.filter(pk=entry.options["task_id"]).exists():
+                raise  # else another Beat was faster
+
+    def store_late():
+        """Store in a thread of its own what was due while the database was unavailable."""
+        while True:
+            time.sleep(1)
+            for _ in range(late.qsize()):
+                try:
+                    store(late.get(), advance=False)
+                except Exception as error:  # without this thread all others would be lost
+                    logger.warning("a job of the schedule cannot be stored: %r", error)
 
     beat.scheduler.apply_async = apply_tick
+    threading.Thread(target=store_late, daemon=True).start()

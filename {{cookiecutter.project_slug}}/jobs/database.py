@@ -5,7 +5,7 @@ import time
 from contextlib import suppress
 
 from celery.exceptions import SoftTimeLimitExceeded
-from django.db import Error, close_old_connections, connection
+from django.db import Error, connection
 from django.db.utils import InterfaceError, OperationalError
 
 from .pools import pool
@@ -15,19 +15,40 @@ logger = logging.getLogger(__name__)
 
 def wait_for(query, *args, **kwargs):
     """Return query(…). While the database is unavailable, try again every second."""
-    return pool.query(try_until_answered, query, *args, **kwargs)
-
-
-def try_until_answered(query, *args, **kwargs):
     while True:
         try:
-            return query(*args, **kwargs)
+            return pool.query(try_once, query, *args, **kwargs)
         except Error as error:
             if not is_unavailable(error):
                 raise
             logger.warning("waiting for the database: %s", error)
-            close_old_connections()
             time.sleep(1)
+
+
+def try_once(query, *args, **kwargs):
+    try:
+        return query(*args, **kwargs)
+    except Error:
+        if not connection.in_atomic_block:  # of a test
+            connection.close()  # perhaps it is broken, or a body has changed its settings
+        raise
+
+
+def split(function, keys):
+    """Call function(keys). If it fails, call it for each half, so that one row stops no other.
+
+    Returns how many keys failed alone. Raises what function() does if the database is unavailable.
+    """
+    try:
+        function(keys)
+    except Exception as error:  # an owner's signal handler may raise anything
+        if not connection.is_usable():
+            raise
+        if middle := len(keys) // 2:
+            return split(function, keys[:middle]) + split(function, keys[middle:])
+        logger.warning("%s fails for the job %s: %r", function.__name__, keys[0], error)
+        return 1
+    return 0
 
 
 def store_outcome(update, *args, **kwargs):

@@ -14,13 +14,13 @@ from django.db import close_old_connections, transaction
 from django.db.models import Q
 from django.db.models.functions import Now
 
-from .models import OVER_TIME_LIMIT, Job, lease_end
+from .models import OVER_TIME_LIMIT, Job, LockTimeout, lease_end
 from .pools import pool
 
 logger = logging.getLogger(__name__)
 
 TICK = 0.5  # seconds between two looks at reports, leases and dead children
-RETRY_AFTER = 5  # seconds until the job of a dead worker starts again; doubles with each crash
+RETRY_AFTER = 5  # seconds until the job of a dead worker starts again; doubles up to 43 minutes
 
 runs = {}  # token: Run, of the bodies that run in this process
 last_try = None  # the Run of this process that has a last try: see claim_last_try()
@@ -38,7 +38,8 @@ class Run:
     A context manager: the lease is renewed inside.
     """
 
-    def __init__(self, job_id, token=None):
+    def __init__(self, job_id, token=None, task=None):
+        self.task = task
         self.job_id = job_id
         self.token = token or uuid.uuid4()
         self.report = self.written = {}  # progress in percent, message
@@ -52,6 +53,11 @@ class Run:
     @property
     def row(self):
         return rows([self])
+
+    @property
+    def outcome(self):
+        """The row, to write how the body ended: if others lock it, that is tried again and again."""
+        return self.row.filter(LockTimeout())
 
     def needs_write(self):
         return not self.lost and (self.report != self.written or time.monotonic() > self.renew_at)
@@ -130,8 +136,7 @@ def write_and_renew(due):
 @transaction.atomic
 def renew_for_children(jobs):
     """Renew the leases of these jobs, which run in child processes. Skip locked rows."""
-    unlocked = jobs.select_for_update(skip_locked=True).values_list("pk", flat=True)
-    Job.objects.filter(pk__in=list(unlocked)).update(wake_at=lease_end())
+    jobs.unlocked().update(wake_at=lease_end())
 
 
 @transaction.atomic
@@ -151,7 +156,7 @@ def recover(jobs):
             error = f"Its worker died {crashes} times"
             row.finish("failed", attempt=died, error=error, crashes=crashes)
         else:
-            delay = RETRY_AFTER * 2**job.crashes * random.uniform(0.8, 1.2)
+            delay = RETRY_AFTER * 2 ** min(job.crashes, 9) * random.uniform(0.8, 1.2)
             message = "Its worker died, so it starts again soon"
             row.requeue(delay, attempt=died, message=message, crashes=crashes)
             logger.warning("job %s lost its worker: again in %.0f s", job.pk, delay)

@@ -3,6 +3,7 @@
 import logging
 
 from celery import current_app
+from kombu.exceptions import KombuError
 
 logger = logging.getLogger(__name__)
 
@@ -22,9 +23,10 @@ def send(jobs):
 def send_one(task, job, producer, **options):
     """Do what apply_async() does, in a third of its time.
 
-    The header `job` says that the message belongs to a job, and how often its worker has died.
+    The header `job` says that the message belongs to a job, and how often its worker has died;
+    `sent` says which message of the job it is.
     """
-    amqp, pk, headers = current_app.amqp, str(job.pk), {"job": job.crashes}
+    amqp, pk, headers = current_app.amqp, str(job.pk), {"job": job.crashes, "sent": job.sent}
     if current_app.conf.task_always_eager:
         task.apply(job.args, job.kwargs, task_id=pk, retries=job.retries, headers=headers)
         return
@@ -34,6 +36,12 @@ def send_one(task, job, producer, **options):
     options = amqp.router.route(options, task.name, job.args, job.kwargs)
     options["priority"] = options.get("priority") or 0
     amqp.send_task_message(producer, task.name, message, headers=headers, **options)
+
+
+def is_connection_error(error):
+    """Return whether the broker was unavailable, and has not refused this one message."""
+    with current_app.connection_for_write() as connection:  # of which only the class is asked
+        return isinstance(error, (KombuError, *connection.connection_errors))
 
 
 def queue_of(task, args, kwargs):

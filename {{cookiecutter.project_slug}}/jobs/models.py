@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import random
 import time
 import uuid
@@ -10,11 +11,11 @@ from datetime import timedelta
 
 from celery import current_app
 from django.conf import settings
-from django.db import IntegrityError, models, transaction
+from django.db import IntegrityError, models, router, transaction
 from django.db.models import Case, F, Max, Q, When
 from django.db.models.functions import Coalesce, Least, Now
 
-from .messages import queue_of, send
+from .messages import is_connection_error, queue_of, send
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +29,9 @@ QUEUED = Q(run=None) & UNFINISHED
 OVER_TIME_LIMIT = "Over its time limit"
 BATCH = 500  # jobs in one statement
 ATTEMPTS = 20  # kept of each job, the latest
-PUBLISH_PAUSE = 10  # seconds without a try after the broker refused a message: the web stays quick
-publish_again_at = 0.0
+LONGEST_WAIT = 10 * 365 * 86400  # seconds: a longer one was meant as milliseconds
+PUBLISH_PAUSE = 10  # seconds without a try after the broker was unavailable: the web stays quick
+publish_again_at = {}  # queue: when
 
 
 class Clock(Now):
@@ -47,6 +49,19 @@ class Clock(Now):
     def as_sqlite(self, compiler, connection, **context):
         text = "STRFTIME('%%%%Y-%%%%m-%%%%d %%%%H:%%%%M:%%%%f000', 'NOW')"
         return self.as_sql(compiler, connection, template=text, **context)
+
+
+class LockTimeout(models.Func):
+    """A condition that is always true. With it an UPDATE waits a second for a locked row, then fails.
+
+    It costs no query of its own. It holds until the transaction ends, so keep it out of bodies.
+    """
+
+    output_field = models.BooleanField()
+    template = "SET_CONFIG('lock_timeout', '1s', TRUE) IS NOT NULL"
+
+    def as_sqlite(self, compiler, connection, **context):
+        return self.as_sql(compiler, connection, template="TRUE", **context)
 
 
 def lease_end():
@@ -67,17 +82,21 @@ class JobQuerySet(models.QuerySet):
 
         Returns the Job; or, if one with this `unique` is queued or running, that one. Raises
         TypeError if the task is not a JobTask, or if the arguments are not JSON or not the task's;
-        ValueError for a `unique` that is empty or too long; IntegrityError if the owner has used
-        the key before.
+        ValueError for a `unique` that is empty or too long, a `countdown` of more than ten years,
+        or more arguments than JOB_MAX_BYTES; IntegrityError if the owner has used the key before.
         """
         fields |= self.prepare(Now(), task, args, kwargs, countdown, queue)
+        return self.store(fields, unique)
+
+    def store(self, fields, unique):
+        """Create the job, unless one with this `unique` is active; see enqueue()."""
         if unique is None:
             job = self.create(**fields)
         else:
             job, is_new = self.get_or_create_active(unique, fields)
             if not is_new:
                 return job
-        if not countdown:
+        if job.sent:
             transaction.on_commit(lambda: publish([job]), using=self.db, robust=True)
         return job
 
@@ -97,16 +116,38 @@ class JobQuerySet(models.QuerySet):
 
         It has the guarantees of enqueue(), at a fraction of the cost. Returns the Jobs.
         """
-        # Read the clock once, because PostgreSQL inserts plain values much faster than expressions. Max()
-        # of no rows is NULL, so this query always returns Now().
-        now = self.filter(pk=uuid.uuid4()).aggregate(now=Coalesce(Max("created_at"), Now()))["now"]
+        now = self.now()
         calls = [self.prepare(now, task, args, None, countdown, queue) for args in calls]
-        jobs = [Job(owner=owner, **fields) for fields in calls]
+        return self.create_all(now, [Job(owner=owner, **fields) for fields in calls])
+
+    def run_again(self):
+        """Enqueue a new job like each of these, unless it is active or cannot run: all or none.
+
+        Returns the new Jobs, or active ones with the same `unique`: see Job.run_again().
+        """
+        with transaction.atomic(self.db):
+            now, again, new = self.now(), [], []
+            for job in self.defer("result", "error"):
+                with suppress(TypeError, ValueError):
+                    if job.unique_key:
+                        again.append(job.run_again())
+                    else:
+                        new.append(Job(**job.again(now)))
+            return again + self.create_all(now, new)
+
+    def now(self):
+        """Return the database's time: PostgreSQL inserts plain values much faster than expressions."""
+        # Max() of no rows is NULL, so this query always returns Now().
+        latest = Coalesce(Max("created_at"), Now())
+        return Job.objects.using(self.db).filter(pk=uuid.uuid4()).aggregate(now=latest)["now"]
+
+    def create_all(self, now, jobs):
         for place, job in enumerate(jobs):
             job.created_at = now + timedelta(microseconds=place)  # pages sort by it
         self.bulk_create(jobs, batch_size=BATCH)
-        for start in range(0, 0 if countdown else len(jobs), BATCH):
-            part = jobs[start : start + BATCH]
+        due = [job for job in jobs if job.sent]
+        for start in range(0, len(due), BATCH):
+            part = due[start : start + BATCH]
             transaction.on_commit(lambda part=part: publish(part), using=self.db, robust=True)
         return jobs
 
@@ -115,11 +156,19 @@ class JobQuerySet(models.QuerySet):
         if not getattr(task, "is_job", False):
             raise TypeError(f"{task!r} is not a job: declare it with @shared_task(base=JobTask)")
         try:
-            args, kwargs = json.loads(json.dumps([args, kwargs or {}], allow_nan=False))
+            text = json.dumps([args, kwargs or {}], allow_nan=False)
+            args, kwargs = json.loads(text)
         except (RecursionError, ValueError) as error:
             raise TypeError(f"Not JSON: {error}") from error
         if not isinstance(args, list) or not isinstance(kwargs, dict):
             raise TypeError("Arguments come as a list, such as [10], and as a dictionary")
+        if len(text) > getattr(settings, "JOB_MAX_BYTES", math.inf):
+            limit = f"{settings.JOB_MAX_BYTES:,} (JOB_MAX_BYTES)"
+            raise ValueError(
+                f"{len(text):,} bytes of arguments, {limit} at most: pass a key instead"
+            )
+        if countdown and countdown > LONGEST_WAIT:
+            raise ValueError(f"countdown={countdown} is longer than ten years: it is in seconds")
         task.__header__(*args, **kwargs)
         queue = queue or queue_of(task, args, kwargs)
         fields = {"task": task.name, "args": args, "kwargs": kwargs, "queue": queue}
@@ -127,13 +176,18 @@ class JobQuerySet(models.QuerySet):
         wake_at = due_at if countdown else now + timedelta(seconds=settings.JOB_RESEND_SECONDS)
         return {**fields, "sent": 0 if countdown else 1, "due_at": due_at, "wake_at": wake_at}
 
-    def claim(self, run, *, worker, retries, limit):
-        """Give a queued job to `run`, for `limit` seconds. Returns 0 if the message is stale."""
+    def claim(self, run, *, worker, retries, crashes, sent, limit):
+        """Give a queued job to `run`, for `limit` seconds. Returns 0 if the message is stale.
+
+        `retries` and `crashes` of the job, and which message of it this is, are those of the message.
+        """
         # Q(run=run): the first try of this UPDATE was committed, but its answer was lost.
-        return self.filter(Q(run=None) | Q(run=run), UNFINISHED, retries=retries).update(
+        claimable = Q(run=None) | Q(run=run), UNFINISHED, LockTimeout()
+        return self.filter(*claimable, retries=retries, crashes=crashes).update(
             state="running",
             run=run,
             worker=worker,
+            sent=sent,
             progress=Case(When(cursor__isnull=False, then="progress"), default=0),
             message="",
             started_at=Clock(),
@@ -168,9 +222,20 @@ class JobQuerySet(models.QuerySet):
                 Attempt.objects.filter(pk__in=old.values("pk")).delete()
         return changed
 
+    def unlocked(self):
+        """Lock these rows for this transaction, and return those that nobody else has locked."""
+        keys = self.select_for_update(skip_locked=True).values_list("pk", flat=True)
+        return self.model.objects.filter(pk__in=list(keys))
+
     def cancel(self):
         """Cancel the active jobs. Returns how many were cancelled."""
         return self.finish("cancelled")
+
+
+class JobManager(models.Manager.from_queryset(JobQuerySet)):
+    def get_queryset(self):
+        """Read where jobs are written, whatever a router says: a replica may be behind."""
+        return super().get_queryset().using(self._db or router.db_for_write(self.model))
 
 
 class Job(models.Model):
@@ -204,7 +269,7 @@ class Job(models.Model):
     retries = models.PositiveIntegerField(default=0)
     crashes = models.PositiveSmallIntegerField(default=0, help_text="times its worker died")
 
-    objects = JobQuerySet.as_manager()
+    objects = JobManager()
 
     class Meta:
         indexes = [
@@ -246,15 +311,19 @@ class Job(models.Model):
         Returns the new Job, or the active one with the same `unique`. Raises ValueError if this job
         is active or its task is gone; TypeError if its task takes other arguments now.
         """
+        return Job.objects.store(self.again(Now()), self.unique_key)
+
+    def again(self, now):
+        """Return the fields of a job like this one. Raises what run_again() does."""
         current_app.loader.import_default_modules()
         if self.state in ACTIVE:
             raise ValueError("it has not ended yet")
         if self.task not in current_app.tasks:
             raise ValueError(f"there is no task {self.task}")
-        task, same = current_app.tasks[self.task], {"args": self.args, "kwargs": self.kwargs}
-        same |= {"owner_id": self.owner_id, "queue": self.queue, "unique": self.unique_key}
-        same["cursor"] = None if self.state == "succeeded" else self.cursor
-        return Job.objects.enqueue(task, **same)
+        task = current_app.tasks[self.task]
+        fields = Job.objects.prepare(now, task, self.args, self.kwargs, None, self.queue)
+        fields["cursor"] = None if self.state == "succeeded" else self.cursor
+        return {**fields, "owner_id": self.owner_id}
 
 
 class Attempt(models.Model):
@@ -284,13 +353,14 @@ class Sweep(models.Model):  # noqa: DJ008
 
 def publish(jobs):
     """Send the messages of these jobs. If that fails, the sweep will send them."""
-    global publish_again_at
-    if time.monotonic() >= publish_again_at:
+    queue = jobs[0].queue
+    if time.monotonic() >= publish_again_at.get(queue, 0):
         try:
             send(jobs)
             return
         except Exception as error:  # each transport raises its own
-            publish_again_at = time.monotonic() + PUBLISH_PAUSE
+            if is_connection_error(error):
+                publish_again_at[queue] = time.monotonic() + PUBLISH_PAUSE
             logger.warning("%d jobs from %s are stored but not sent: %r", len(jobs), jobs[0], error)
     # Leave out sent=0: these messages did arrive, and the jobs were queued again since.
     Job.objects.filter(QUEUED, pk__in=[job.pk for job in jobs], sent__gt=0).requeue()

@@ -3,6 +3,7 @@ from rest_framework import serializers
 from .models import Attempt, Job
 
 SHOWN = "id url task queue state progress message result error attempts"
+LONG = "Too long for a list: see the job itself"
 TIMES = "created_at started_at finished_at"
 
 
@@ -26,8 +27,11 @@ class JobSerializer(serializers.ModelSerializer):
     class Meta:
         model = Job
         fields = f"{SHOWN} {TIMES}".split()
+        extra_kwargs = {"result": {"help_text": f"in lists, if it is long: {LONG!r}"}}
 
     def to_representation(self, job):
+        if "result" in job.get_deferred_fields():  # in lists
+            job.result = job.short_result
         if self.parent is not None or not may(self.context["request"].user, "view"):
             self.fields.pop("attempts", None)
         return super().to_representation(job)

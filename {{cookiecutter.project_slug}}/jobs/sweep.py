@@ -1,33 +1,65 @@
-"""The sweep: a thread of Beat's process that finds what was lost and lets it run (again)."""
+"""The sweep: threads of Beat's process that find what was lost, let it run (again), and delete old jobs."""
 
 import logging
+import os
 import random
 import threading
 import time
+from collections import defaultdict
+from dataclasses import dataclass
 from datetime import timedelta
 
 from django.conf import settings
-from django.db import Error, close_old_connections, transaction
-from django.db.models.functions import Now
+from django.db import close_old_connections, transaction
+from django.db.models import TextField
+from django.db.models.functions import Cast, Length, Now
 
+from .database import is_unavailable, split
 from .lease import TICK, recover
 from .liveness import touch_liveness_file
-from .messages import messages_in, send
+from .messages import is_connection_error, messages_in, send
 from .models import BATCH, QUEUED, Job, Sweep
 
 logger = logging.getLogger(__name__)
 
 IN_MEMORY = 100  # jobs at once, because arguments may be large
-PURGED = 2000  # jobs in a round: more than a million an hour
+BYTES_IN_MEMORY = 1_000_000  # of arguments: in Python they take up to 20 times as much
+MESSAGE = "task args kwargs queue retries crashes sent".split()  # what it is made of
+REFUSALS = 5  # of one job alone, until it fails
+PURGED = 2000  # jobs at once: more than a million an hour
+KEPT_SECONDS = 3600  # until jobs that could not be deleted are tried again
 RESEND_AT_LEAST_EVERY = 3600  # seconds
 
-# After an error a queue gets one job at a time, then 2, 4, … until a batch is not full.
-batch_sizes = {}
-extra_at = {}  # queue: when one job may be sent again although no message seems to be missing
+
+@dataclass
+class Queue:
+    """What the sweep remembers of a queue."""
+
+    size: int = IN_MEMORY  # of the next batch: 1 after an error, then 2, 4, … until one is not full
+    taken: int = 0  # messages that the broker took
+    most: int = 0  # messages that waited there when it took one
+    refused_at: int = -1  # what `taken` was when it refused a message
+    # Jobs are sent again now and then although no message seems to be missing.
+    extra_at: float = 0  # when
+    extras: tuple = ()  # those of the last time
+
+
+queues = defaultdict(Queue)  # by name
+refusals = defaultdict(
+    set
+)  # by the id of a job: what `taken` was each time that it was refused alone
 
 
 def start():
-    threading.Thread(target=sweep_for_ever, name="sweep", daemon=True).start()
+    threading.Thread(target=sweep_or_exit, name="sweep", daemon=True).start()
+    threading.Thread(target=purge_for_ever, name="purge", daemon=True).start()
+
+
+def sweep_or_exit():
+    try:
+        sweep_for_ever()
+    finally:  # without this thread nothing would be recovered: let a supervisor start Beat again
+        os._exit(1)
 
 
 def sweep_for_ever():
@@ -42,19 +74,18 @@ def sweep_for_ever():
         last_round = time.time()
         try:
             close_old_connections()
-            if time.monotonic() >= recover_at:
-                recover_lapsed()
-            busy = send_due()
-            if not busy:
-                purge()
+            try:
+                if time.monotonic() >= recover_at:
+                    recover_lapsed()
+            finally:
+                busy = send_due()
             # Even if the broker took nothing: this says that the sweep looks, not what it did.
             if not Sweep.objects.filter(pk=1).update(ended_at=Now()):
                 Sweep.objects.create(pk=1, ended_at=Now())
-        except Error as error:
-            logger.warning("the database does not answer the sweep: %s", error)
-            recover_at = time.monotonic() + settings.JOB_LEASE_SECONDS / 2
-        except Exception as error:  # without this thread nothing would be recovered
+        except Exception as error:
             logger.warning("the sweep continues in its next round: %r", error)
+            if is_unavailable(error):
+                recover_at = time.monotonic() + settings.JOB_LEASE_SECONDS / 2
         touch_liveness_file()
         time.sleep(0 if busy else settings.JOB_SWEEP_SECONDS)
 
@@ -65,9 +96,13 @@ def recover_lapsed():
     with transaction.atomic():  # skip a row that its own body has locked
         unlocked = lapsed.select_for_update(skip_locked=True)
         found = list(unlocked.values_list("pk", flat=True)[:BATCH])
+
+    def recover_found(ids):
+        recover(lapsed.filter(pk__in=ids))
+
     if found:
         time.sleep(2 * TICK)  # a worker that was held up, say by a lock, renews at its next tick
-        recover(lapsed.filter(pk__in=found))
+        split(recover_found, found)
 
 
 def send_due():
@@ -77,72 +112,117 @@ def send_due():
     """
     until = time.monotonic() + settings.JOB_SWEEP_SECONDS
     due = Job.objects.filter(state="queued", wake_at__lt=Now())
-    queues = list(due.values_list("queue", flat=True).distinct())
-    random.shuffle(queues)  # so that each one gets its turn, however many there are
-    size = max(IN_MEMORY // max(len(queues), 1), 10)
-    while queues and time.monotonic() < until:
-        queue = queues.pop()
+    names = list(due.values_list("queue", flat=True).distinct())
+    random.shuffle(names)  # so that each one gets its turn, however many there are
+    size = max(IN_MEMORY // max(len(names), 1), 10)
+    while names and time.monotonic() < until:
+        name = names.pop()
         try:
-            if send_batch(queue, min(size, batch_sizes.get(queue, size))):
-                queues.insert(0, queue)
-        except Error:
-            raise
+            if send_batch(name, min(size, queues[name].size)):
+                names.insert(0, name)
         except Exception as error:  # each transport raises its own
-            logger.warning("the broker takes no jobs for the queue %s: %r", queue, error)
-    return bool(queues)
+            if is_unavailable(error):
+                raise
+            logger.warning("the broker takes no jobs for the queue %s: %r", name, error)
+    return bool(names)
 
 
-def send_batch(queue, size):
+def send_batch(name, size):
     """Send `size` jobs of a queue at most. Returns whether there may be more."""
-    queued = Job.objects.filter(state="queued", queue=queue)
-    missing = queued.filter(sent__gt=0).count() - messages_in(queue)
-    # First come, first served. A job that the broker refused gets a later wake_at, behind all others.
-    # Workers take the oldest messages first, so those that are missing are of the oldest jobs.
+    queue, queued = queues[name], Job.objects.filter(state="queued", queue=name)
+    waiting = messages_in(name)
+    resend, is_extra = max(queued.filter(sent__gt=0).count() - waiting, 0), False
+    # First come, first served. Workers take the oldest messages first, so those that are missing are of
+    # the oldest jobs.
     due = queued.filter(wake_at__lt=Now()).order_by("wake_at")
-    ids = mark_sent(due.filter(sent=0)[:size])
+    sizes = mark_sent(due.filter(sent=0)[:size])
     # messages_in() counts messages of plain tasks too, so some may be missing even if it does not look
-    # so: send one job again now and then.
-    resend, is_extra = max(missing, 0), False
-    if not resend and time.monotonic() >= extra_at.get(queue, 0):
-        resend, is_extra = 1, True
-    again = mark_sent(due.filter(sent__gt=0)[: min(resend, size - len(ids))])
+    # so: send one job again now and then, and twice as many if that message was the one that ran.
+    if not resend and time.monotonic() >= queue.extra_at:
+        ran = Job.objects.filter(pk__in=queue.extras, sent__gt=1).exclude(state="queued")
+        resend, is_extra = 2 * len(queue.extras) if ran.exists() else 1, True
+    again = mark_sent(due.filter(sent__gt=0)[: min(resend, size - len(sizes))])
     if is_extra and again:
-        extra_at[queue] = time.monotonic() + settings.JOB_RESEND_SECONDS
-    ids += again
-    jobs = Job.objects.filter(QUEUED).in_bulk(ids)
+        queue.extra_at = time.monotonic() + settings.JOB_RESEND_SECONDS
+        queue.extras = tuple(again)
+    sizes |= again
+    ids, step = list(sizes), size if sum(sizes.values()) < BYTES_IN_MEMORY else 1
     try:
-        send([jobs[pk] for pk in ids if pk in jobs])
-    except Exception:
-        # Perhaps the broker refuses one of these jobs: queue them again, and send one by one. A job that
-        # is refused alone stays marked as sent, so it waits longer each time: see mark_sent().
-        if size > 1:
-            batch_sizes[queue] = 1
-            Job.objects.filter(QUEUED, pk__in=ids, sent__gt=0).requeue()
-        raise
-    if queue in batch_sizes:
-        batch_sizes[queue] = 2 * size
-    if len(ids) < size:
-        batch_sizes.pop(queue, None)
+        for start in range(0, len(ids), step):
+            part = ids[start : start + step]
+            jobs = Job.objects.filter(QUEUED).only(*MESSAGE).in_bulk(part)
+            send([jobs[pk] for pk in part if pk in jobs])
+    except Exception as error:
+        return refuse(queue, waiting, ids, error)
+    for pk in ids:
+        refusals.pop(pk, None)
+    queue.taken += len(ids)
+    queue.most = max(queue.most, waiting + len(ids))
+    queue.size = min(2 * size, IN_MEMORY) if len(ids) == size else IN_MEMORY
     return len(ids) == size
 
 
 def mark_sent(due):
-    """Mark these jobs as sent, unless another sweep does. Returns their ids."""
+    """Mark these jobs as sent, unless another sweep does. Returns {id: bytes of its arguments}."""
+    length = Length(Cast("args", TextField())) + Length(Cast("kwargs", TextField()))
     with transaction.atomic():
-        jobs = dict(due.select_for_update(skip_locked=True).values_list("pk", "sent"))
-        for sent in set(jobs.values()):
+        jobs = list(due.select_for_update(skip_locked=True).values_list("pk", "sent", length))
+        for sent in {sent for _, sent, _ in jobs}:
             wait = min(settings.JOB_RESEND_SECONDS * 2 ** min(sent, 20), RESEND_AT_LEAST_EVERY)
-            rows = Job.objects.filter(pk__in=[pk for pk in jobs if jobs[pk] == sent])
+            rows = Job.objects.filter(pk__in=[pk for pk, times, _ in jobs if times == sent])
             rows.update(sent=sent + 1, wake_at=Now() + timedelta(seconds=wait))
-    return list(jobs)
+    return {pk: size for pk, _, size in jobs}
 
 
-def purge():
-    """Delete jobs that ended JOB_RETENTION_DAYS ago, and so their idempotency keys."""
-    old = Job.objects.filter(finished_at__lt=Now() - timedelta(days=settings.JOB_RETENTION_DAYS))
-    with transaction.atomic():
-        unlocked = old.select_for_update(skip_locked=True).values_list("pk", flat=True)
-        _, deleted = Job.objects.filter(pk__in=list(unlocked[:PURGED])).delete()
-    if deleted:
-        count = deleted["jobs.Job"]
+def refuse(queue, waiting, ids, error):
+    """Queue these jobs again, which the broker did not take: next time each is sent alone.
+
+    A job that is refused alone waits, and fails after some times if its queue takes others. Returns
+    True, for there may be more jobs. Raises `error` if the broker took nothing since the last one.
+    """
+    is_alone = queue.size == 1
+    refused = Job.objects.filter(QUEUED, pk__in=ids, sent__gt=0)
+    refused.requeue(settings.JOB_RESEND_SECONDS if is_alone else 0)
+    if is_alone and waiting < queue.most:  # else the queue may be full
+        refusals[ids[0]].add(queue.taken)
+    if is_alone and len(refusals[ids[0]]) >= REFUSALS:
+        text = f"The broker refused it {REFUSALS} times: {error!r:.500}"
+        Job.objects.filter(QUEUED, pk=ids[0]).finish("failed", error=text)
+        del refusals[ids[0]]
+    queue.size, was_refused_at, queue.refused_at = 1, queue.refused_at, queue.taken
+    if was_refused_at == queue.taken or is_connection_error(error):
+        raise error
+    logger.warning("the broker refused one of %d jobs, such as %s: %r", len(ids), ids[0], error)
+    return True
+
+
+def purge_for_ever():
+    kept = start_over_at = 0
+    while True:
+        time.sleep(settings.JOB_SWEEP_SECONDS)
+        if time.monotonic() > start_over_at:
+            kept, start_over_at = 0, time.monotonic() + KEPT_SECONDS
+        try:
+            close_old_connections()
+            kept = purge(kept)
+        except Exception as error:
+            logger.warning("old jobs are not deleted: %r", error)
+
+
+def purge(kept=0):
+    """Delete jobs that ended JOB_RETENTION_DAYS ago, and so their idempotency keys.
+
+    Leaves out the `kept` oldest ones, which could not be deleted. Returns how many these are now.
+    """
+    before = Now() - timedelta(days=settings.JOB_RETENTION_DAYS)
+    old = Job.objects.filter(finished_at__lt=before).order_by("finished_at")
+    ids = list(old.values_list("pk", flat=True)[kept : kept + PURGED])
+    return kept + split(delete, ids)
+
+
+@transaction.atomic
+def delete(ids):
+    # Django loads what it deletes: keys are enough, results may be large.
+    _, deleted = Job.objects.filter(pk__in=ids).unlocked().only("pk").delete()
+    if count := deleted.get("jobs.Job"):
         logger.info("deleted %d jobs older than %g days", count, settings.JOB_RETENTION_DAYS)

@@ -15,8 +15,8 @@ from django.db.transaction import TransactionManagementError
 from django.utils import timezone
 
 from .database import in_transaction, roll_back_open_transaction, store_outcome, wait_for
-from .lease import Lost, Run
-from .models import OVER_TIME_LIMIT, QUEUED, Job, lease_end
+from .lease import Lost, Run, runs
+from .models import LONGEST_WAIT, OVER_TIME_LIMIT, QUEUED, Job, lease_end
 from .pools import pool
 from .results import JobBackend
 
@@ -80,6 +80,7 @@ class JobTask(DjangoTask):
 
     def retry_later(self, args, kwargs, countdown, retries, queue=None, **options):
         """Remember what retry() asked for. It is stored when the body and its transaction have ended."""
+        countdown = min(countdown, LONGEST_WAIT)
         text = f"Try {retries} failed, the next one in {countdown:.0f} s"
         changes = {"args": args, "kwargs": kwargs, "retries": retries, "message": text}
         self.job_run.retry = {"delay": countdown, **changes, **({"queue": queue} if queue else {})}
@@ -93,9 +94,10 @@ class JobTask(DjangoTask):
     def cursor(self):
         """The cursor of the last report() that had one, in this run or an earlier one, or None.
 
-        Read it once, at the start of the body. It is None if the task was called.
+        Read it once, at the start of the body. It is None if the task was called. Raises what
+        report() does in another thread.
         """
-        run = self.job_run
+        run = self.own_run()
         if run and not run.cursor:
             run.cursor = query_own_row(list, run.row.values_list("cursor", flat=True))
         return run.cursor[0] if run else None
@@ -106,9 +108,10 @@ class JobTask(DjangoTask):
         With a `cursor`, any JSON, the next run continues here: after a crash, a deploy or a retry
         self.cursor has it. It is stored when this returns. Inside your own atomic() it is stored
         together with your changes, or not at all; keep that block short, for until it ends nobody
-        can cancel the job. Raises TypeError or ValueError for a cursor that is not JSON.
+        can cancel the job. Raises TypeError or ValueError for a cursor that is not JSON, RuntimeError
+        in a thread that the body has started.
         """
-        if run := self.job_run:
+        if run := self.own_run():
             if run.lost:
                 raise Lost
             percent = int(100 * done / total) if total else 100
@@ -119,6 +122,13 @@ class JobTask(DjangoTask):
                 query_own_row(run.row.update, cursor=cursor, wake_at=lease_end(), **run.report)
                 run.cursor = []  # read it again: your transaction may roll back
 
+    def own_run(self):
+        if self.request_stack.top is None and any(r.task is self for r in tuple(runs.values())):
+            raise RuntimeError(
+                "report() and cursor are for the thread that runs the body: call them there"
+            )
+        return self.job_run
+
     # In a worker
 
     def __call__(self, *args, **kwargs):
@@ -127,13 +137,14 @@ class JobTask(DjangoTask):
         if not is_job or self.job_run:  # the second: a body that calls itself, inside its own run
             return super().__call__(*args, **kwargs)
         job, crashes = Job.objects.filter(pk=request.id), request.headers["job"]
-        run = Run(request.id, request.headers.get("run"))
+        run = Run(request.id, request.headers.get("run"), self)
         # A first run is never a last try, even if JOB_MAX_CRASHES is 1.
         is_last_try = crashes and crashes + 1 >= settings.JOB_MAX_CRASHES
         if is_last_try and not run.claim_last_try():
             store_outcome(job.filter(QUEUED).requeue, settings.JOB_SWEEP_SECONDS)
             raise Ignore("waits until the last try of another job has ended")
-        claim = {"worker": request.hostname, "retries": request.retries}
+        claim = {"worker": request.hostname, "retries": request.retries, "crashes": crashes}
+        claim["sent"] = request.headers.get("sent", 1)  # not in messages of older versions
         claim["limit"] = request.time_limit or self.time_limit
         try:
             if not store_outcome(job.claim, run.token, **claim):
@@ -167,7 +178,7 @@ class JobTask(DjangoTask):
             raise Ignore("cancelled, or taken over by another run") from None
         except BaseException as error:
             if pool.is_shutdown(error):
-                store_outcome(run.row.requeue)  # for another worker
+                store_outcome(run.outcome.requeue)  # for another worker
                 raise
             if isinstance(error, SystemExit):
                 fail(run, f"The task called sys.exit({error.code!r})")
@@ -186,7 +197,7 @@ def succeed(run, result):
         with suppress(SoftTimeLimitExceeded):  # it is meant for the body, which has ended
             json.dumps(result, allow_nan=False)
         changes = {**run.report, "progress": 100, "result": result}
-        written = store_outcome(run.row.finish, "succeeded", **changes)
+        written = store_outcome(run.outcome.finish, "succeeded", **changes)
     except Exception as error:
         fail(run, f"Its result cannot be stored as JSON: {error}")
         raise
@@ -200,11 +211,15 @@ def fail(run, reason=None):
     if reason:
         attempt["error"] = printable(reason)
     failed = {**run.report, "error": attempt["error"], "attempt": attempt}
-    store_outcome(run.row.finish, "failed", **failed)
+    store_outcome(run.outcome.finish, "failed", **failed)
 
 
 def requeue(run):
-    store_outcome(run.row.requeue, attempt=run.failure, **run.retry)
+    try:
+        store_outcome(run.outcome.requeue, attempt=run.failure, **run.retry)
+    except Exception as error:  # arguments that are not JSON, say
+        fail(run, f"Its next try cannot be stored: {error}")
+        raise
 
 
 def query_own_row(query, *args, **kwargs):
@@ -231,5 +246,5 @@ def describe(error, caught=None):
 
 
 def printable(text):
-    """Return `text` without what PostgreSQL refuses: NUL characters and lone surrogates."""
-    return str(text).replace("\0", "").encode(errors="replace").decode()
+    """Return 10,000 characters at most, without what PostgreSQL refuses: NUL and lone surrogates."""
+    return str(text)[:10_000].replace("\0", "").encode(errors="replace").decode()

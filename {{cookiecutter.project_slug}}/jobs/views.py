@@ -5,8 +5,8 @@ import uuid
 
 from django.core.exceptions import ValidationError as DjangoValidationError
 from django.db import IntegrityError, transaction
-from django.db.models import Q
-from django.shortcuts import get_object_or_404
+from django.db.models import Case, JSONField, Q, TextField, Value, When
+from django.db.models.functions import Cast, Length
 from django.urls import reverse
 from drf_spectacular.utils import OpenApiParameter, OpenApiResponse, extend_schema
 from rest_framework import viewsets
@@ -17,7 +17,7 @@ from rest_framework.response import Response
 
 from .models import Job
 from .schema import DETAIL
-from .serializers import JobSerializer, may
+from .serializers import LONG, JobSerializer, may
 
 # 1 to 255 printable ASCII characters; HTTP takes away spaces at the ends.
 KEY = {"type": "string", "pattern": "^[!-~]([ -~]{0,253}[!-~])?$"}
@@ -78,6 +78,13 @@ class JobViewSet(viewsets.ReadOnlyModelViewSet):
         own = Q(owner=user)
         if user.is_staff and self.action != "cancel":  # for that they need the right
             own |= Q(owner=None)
+        if not self.detail:  # a page asks again and again: leave out what may be large
+            is_short = Q(length__lt=10_000) | Q(result=None)
+            short = Case(When(is_short, then="result"), default=Value(LONG, JSONField()))
+            jobs = jobs.alias(length=Length(Cast("result", TextField()))).annotate(
+                short_result=short
+            )
+            jobs = jobs.defer("args", "kwargs", "cursor", "result")
         return jobs.filter(own)
 
     @extend_schema(request=None, responses={200: JobSerializer, 409: ENDED})
@@ -147,7 +154,11 @@ class EnqueueMixin:
             return None
         if job.fingerprint != self.fingerprint:
             raise KeyReused
-        return self.get_serializer(get_object_or_404(self.get_queryset(), job=job))
+        if found := self.get_queryset().filter(job=job).first():
+            return self.get_serializer(found)
+        if Job.objects.filter(pk=job.pk).exists():
+            raise NotFound  # somebody has deleted the object
+        return None  # the job was purged between the queries, so its key is free
 
     @property
     def idempotency_key(self):

@@ -12,10 +12,12 @@ from celery.utils.functional import maybe_list
 from celery.worker import state
 from celery.worker.control import Panel
 from django.conf import settings
-from django.db import close_old_connections, connection
+from django.core.exceptions import ValidationError
+from django.db import close_old_connections, connection, transaction
 
-from .lease import TICK, lock, recover, renew_for_children, rows, runs
-from .models import Job
+from .database import wait_for
+from .lease import RETRY_AFTER, TICK, lock, recover, renew_for_children, rows, runs
+from .models import QUEUED, Job
 from .pools import has_children, pool, soften_sigterm
 
 logger = logging.getLogger(__name__)
@@ -66,7 +68,8 @@ def renew_leases_of_children():
         try:
             requests = [r for r in tuple(state.active_requests) if "run" in r.request_dict]
             active = {request.request_dict["run"]: request.id for request in requests}
-            renew_for_children(Job.objects.filter(pk__in=active.values(), run__in=active))
+            if active:
+                renew_for_children(Job.objects.filter(pk__in=active.values(), run__in=active))
         except Exception as error:  # the next try may succeed
             logger.warning("cannot renew leases: %r", error)
         connection.close()  # a child must not inherit it
@@ -76,16 +79,30 @@ def notice_death(sender, task_id, exception, **kwargs):
     """Recover the job of a killed child at once, not when its lease has lapsed."""
     run = (sender.request.headers or {}).get("run")
     if run and isinstance(exception, exceptions.WorkerLostError):
-        # In a thread, not to block the worker; later, when the child's transaction is rolled back.
-        threading.Timer(TICK, recover_run, [task_id, run]).start()
+        # Later, when the child's transaction is rolled back.
+        write(recover, Job.objects.filter(pk=task_id, run=run), delay=TICK)
 
 
-def recover_run(pk, run):
-    try:
-        recover(Job.objects.filter(pk=pk, run=run))
-    except Exception as error:  # the sweep will do it when the lease has lapsed
-        logger.warning("cannot recover the job %s of a dead child: %r", pk, error)
-    connection.close()
+# Of jobs that this worker does not run
+
+
+def write(query, *args, delay=0):
+    """Call query(…) in a thread: the worker's loop must not wait for a lock or for the database."""
+
+    def run():
+        try:
+            wait_for(query, *args)
+        except Exception as error:  # in a job's name nobody else would hear of it
+            logger.warning("cannot %s: %r", query.__name__, error)
+        connection.close()  # a child must not inherit it
+
+    threading.Timer(delay, run).start()
+
+
+def requeue_unknown(id, message, **kwargs):
+    """Try again soon where the message of an unknown task was a job's: another worker may know it."""
+    if "job" in (message.headers or {}):
+        write(Job.objects.filter(QUEUED, pk=id).requeue, RETRY_AFTER)
 
 
 # Bodies in this process
@@ -103,8 +120,8 @@ def end_in_time(**kwargs):
 def requeue_and_exit():
     time.sleep(settings.CELERY_WORKER_SOFT_SHUTDOWN_TIMEOUT)
     try:
-        with lock:
-            rows(runs.values()).requeue()
+        with lock, transaction.atomic():
+            rows(runs.values()).unlocked().requeue()  # of the others the lease will lapse
     finally:
         os._exit(0)
 
@@ -119,15 +136,10 @@ def follow_revokes():
     """
     revoke = Panel.data["revoke"]
 
-    def cancel(ids):
-        for pk in ids:
-            with suppress(Exception):  # the id is no UUID, or the database is unavailable
-                Job.objects.filter(pk=pk).cancel()
-        connection.close()  # a child must not inherit it
-
     def cancel_and_revoke(worker, task_id, terminate=False, signal=None, **kwargs):
-        # In a thread: the body may hold a lock on the row, and the worker's loop must not wait for it.
-        threading.Thread(target=cancel, args=[maybe_list(task_id) or []]).start()
+        for pk in maybe_list(task_id) or []:
+            with suppress(ValidationError):  # no UUID, so no job
+                write(Job.objects.filter(pk=pk).cancel)
         # SIGKILL, whatever was asked for: a signal that children ignore would end nothing.
         return revoke(worker, task_id, terminate=terminate, signal="SIGKILL", **kwargs)
 
