@@ -205,10 +205,10 @@ class Chaos:
         for _ in range(3):
             self.fault_refused()
         jobs, until = [], time.monotonic() + 60
-        while any(row["state"] == "queued" for row in self.stack.rows(*self.refused)):
+        while time.monotonic() < until:
             jobs += self.stack.ask(code)
-            time.sleep(0.5)
-            if time.monotonic() > until:
+            time.sleep(1)
+            if all(row["state"] == "failed" for row in self.stack.rows(*self.refused)):
                 break
         self.stack.wait_until_final(*jobs)
         ask = "from faults.survey import longest_wait\nresult = longest_wait(jobs)"
@@ -288,7 +288,9 @@ def run(name, folder, *, jobs=JOBS, backlog=0, seconds=SECONDS, seed, pool="pref
     database = PostgreSQL("fsync=off")
     database.start()
     try:
-        stack = prepare(Project(baked), broker, folder, database, **TIMINGS)
+        # The project would refuse at once what its broker is to refuse.
+        variables = {**TIMINGS, "JOB_MAX_BYTES": 10**9}
+        stack = prepare(Project(baked), broker, folder, database, **variables)
         stack.add_worker("test")
         stack.broker.limit_messages()
         try:
