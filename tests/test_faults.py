@@ -421,6 +421,28 @@ result = [job.pk for job in jobs]
     assert [len(stack.notes("start", job)) for job in jobs] == [1] * 3
 
 
+@stacks(**on_one)
+def test_a_copy_from_before_a_crash_skips_no_pause(stack, gate):
+    job = stack.enqueue("hold", gate, queue="cpu")
+    os.kill(stack.wait_until_started(job), signal.SIGKILL)
+    wait_for(lambda: stack.row(job)["crashes"] == 1)
+    code = """
+from jobs.messages import send
+copy = Job.objects.get(pk=job)
+copy.crashes = 0
+send([copy])
+"""
+    stack.ask(code, job=job)
+    gate.touch()
+    rows = stack.wait_until_final(job)
+    assert succeeded(rows, crashes=1), rows
+    code = """
+job = Job.objects.get(pk=job)
+result = (job.started_at - job.attempts.get().ended_at).total_seconds()
+"""
+    assert stack.ask(code, job=job) > 3.5  # 5 s, which vary by a fifth
+
+
 # Web, Beat and the database
 
 
@@ -484,6 +506,26 @@ def test_a_restarted_database_loses_no_job(stack, gate, since):
 @stacks(**on_one, timings={})
 def test_a_killed_worker_loses_no_job_with_the_default_timings(stack, gate, since):
     kill_a_worker(stack, gate, since)
+
+
+@stacks(**on_one, timings={})
+def test_a_worker_of_old_code_delays_no_new_task(stack, since):
+    """In a rolling deploy it takes messages of a task that it does not know, and drops them.
+
+    They run before the 30 s after which a message is missed.
+    """
+    stack.other.stop()
+    command = "env OLD_CODE=1 celery -A config worker --queues io -n old@%h"
+    old = stack.process(command, "old", is_ready=lambda: " ready." in old.printed)
+    old.start()
+    jobs = [stack.enqueue("new", queue="io") for _ in range(5)]
+    wait_for(lambda: old.printed.count("unregistered task") == 5)
+    old.stop()
+    start = time.monotonic()
+    stack.other.start()
+    rows = stack.wait_until_final(*jobs, seconds=20)
+    since(start)
+    assert succeeded(rows, crashes=0), rows
 
 
 @stacks(**on_one, sqlite=True)
@@ -602,6 +644,26 @@ def test_200_posts_with_one_key_are_one_job(stack):
     assert stack.ask(orders) == before + 1
     other = json.dumps({**ORDER, "quantity": 2})
     assert stack.send_raw("orders/", other, key="the-only-one")[0] == 422
+
+
+@stacks(**on_one)
+def test_a_key_whose_job_is_just_deleted_is_as_new(stack, gate):
+    """The request finds the job, waits for the lock, and then finds no order of that job."""
+    first = stack.send_raw("orders/", json.dumps(ORDER), key="old")
+    code = """
+with transaction.atomic():
+    connection.cursor().execute("LOCK TABLE orders_order")
+    Job.objects.filter(idempotency_key="old").delete()
+    Path(gate).touch()
+    time.sleep(2)
+"""
+    with ThreadPoolExecutor(1) as purge:
+        purging = purge.submit(stack.ask, code, gate=str(gate))
+        wait_for(gate.exists)
+        again = stack.send_raw("orders/", json.dumps(ORDER), key="old")
+        purging.result()
+    assert [status for status, _ in [first, again]] == [202, 202]
+    assert json.loads(first[1])["id"] != json.loads(again[1])["id"]
 
 
 @pytest.mark.timeout(1800)  # on a busy machine it takes ten minutes

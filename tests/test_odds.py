@@ -3,6 +3,7 @@
 Real processes, as in test_faults.py; `seconds` is measured likewise.
 """
 
+import json
 import os
 import re
 import signal
@@ -26,6 +27,9 @@ SLOTS = {"threads": 16, "gevent": 16}  # of a worker whose jobs share a process
 on_each_broker = stacks(pools=POOLS[:1], slots=SLOTS)
 on_each_pool = stacks(brokers=ONE, slots=SLOTS)
 on_prefork = stacks(brokers=ONE, pools=["prefork"], slots=SLOTS)
+where_jobs_share_a_process = stacks(
+    brokers=ONE, pools=[pool for pool in POOLS if pool != "prefork"], slots=SLOTS
+)
 on_one = stacks(brokers=ONE, pools=POOLS[:1], slots=SLOTS)
 
 
@@ -109,7 +113,7 @@ result = jobs
     assert all("gone" in row["error"] for row in rows[1::2]), rows
 
 
-@stacks(brokers=ONE, pools=[pool for pool in POOLS if pool != "prefork"], slots=SLOTS)
+@where_jobs_share_a_process
 def test_a_job_that_kills_its_process_fails_alone(stack, since):
     """15 others run in the same process each time, and are not blamed."""
     start = time.monotonic()
@@ -164,16 +168,37 @@ def test_each_run_that_failed_says_why(stack, since):
     assert all('raise OSError("away")' in attempt["traceback"] for attempt in attempts), attempts
 
 
+def control(stack, *words):
+    stack.project.call(".venv/bin/celery", "-A", "config", "control", *words, **stack.variables)
+
+
 @on_one
 def test_the_command_terminate_cancels(stack, gate, since):
     job = stack.enqueue("hold", gate, queue="cpu")
     stack.wait_until_started(job)
     start = time.monotonic()
-    command = [".venv/bin/celery", "-A", "config", "control", "terminate", "SIGTERM", job]
-    stack.project.call(*command, **{name: str(v) for name, v in stack.variables.items()})
+    control(stack, "terminate", "SIGTERM", job)
     [row] = stack.wait_until_final(job, seconds=5)
     since(start)
     assert row["state"] == "cancelled"
+
+
+@on_each_pool
+def test_a_revoke_waits_for_the_database(stack, gate, since):
+    waits = stack.enqueue("hold", gate, queue="cpu", countdown=3600)
+    runs = stack.enqueue("hold", gate, queue="cpu")
+    stack.wait_until_started(runs)
+    stack.database.kill()
+    control(stack, "revoke", waits, runs)
+    time.sleep(2)
+    stack.database.start()
+    start = time.monotonic()
+    try:
+        rows = stack.wait_until_final(waits, runs, seconds=20)
+    finally:
+        gate.touch()
+    since(start)
+    assert [row["state"] for row in rows] == ["cancelled", "cancelled"]
 
 
 # What is resumed
@@ -285,6 +310,43 @@ def test_a_locked_row_doubles_nobody_and_stops_no_other(stack, gate, since):
     assert ran_once(stack, jobs)
 
 
+@where_jobs_share_a_process
+def test_a_body_that_holds_its_row_does_not_hold_up_a_stop(stack, gate, since):
+    """The others are handed back before their leases have lapsed."""
+    holder = stack.enqueue("hold_its_row", gate, queue="cpu")
+    jobs = [stack.enqueue("hold", gate, queue="cpu") for _ in range(10)]
+    stack.wait_until_started(holder, *jobs)
+    start = time.monotonic()
+    os.kill(stack.worker.pid, signal.SIGTERM)
+    try:
+        assert stack.worker.process.wait(10) == 0
+        since(start)
+        assert {row["state"] for row in stack.rows(*jobs)} == {"queued"}
+    finally:
+        gate.touch()
+    stack.worker.start()
+    rows = stack.wait_until_final(holder, *jobs)
+    assert {row["state"] for row in rows} == {"succeeded"}, rows
+    assert [row["crashes"] for row in rows] == [1, *[0] * 10]
+
+
+@stacks(brokers=ONE, pools=["gevent"], slots=SLOTS)
+def test_ends_that_wait_for_a_lock_stop_no_other(stack, gate, since):
+    """Ten wait: as many as there are threads that store how a body ended."""
+    jobs = [stack.enqueue("hold", gate, queue="cpu") for _ in range(10)]
+    stack.wait_until_started(*jobs)
+    with stack.locked(f"SELECT FROM jobs_job WHERE id IN {tuple(jobs)} FOR UPDATE"):
+        gate.touch()
+        wait_for(lambda: all(stack.notes("end", job) for job in jobs))
+        start = time.monotonic()
+        others = [stack.enqueue("quick", queue="cpu") for _ in range(20)]
+        rows = stack.wait_until_final(*others, seconds=30)
+        since(start)
+    rows += stack.wait_until_final(*jobs)
+    assert succeeded(rows, crashes=0), rows
+    assert ran_once(stack, [*jobs, *others])
+
+
 def hold_eight(stack, gate):
     """Start four jobs in each worker; return their ids."""
     jobs = [stack.enqueue("hold", gate, queue=queue) for queue in ["cpu", "io"] * 4]
@@ -375,6 +437,8 @@ def test_an_outage_is_not_the_time_of_a_body_that_has_ended(stack, gate, since):
 ODD = {  # task: its states, and words of its reason
     "raise_mute": ({"failed"}, "Mute"),
     "raise_retry": ({"failed"}, "etry"),
+    "retry_with_an_object": ({"failed"}, "not JSON"),
+    "retry_in_a_queue_with_a_long_name": ({"failed"}, "too long"),
     "return_nested": ({"failed"}, "result"),
     "return_what_no_database_takes": ({"failed"}, "result"),
     "leave_a_transaction": ({"succeeded", "failed"}, "transaction"),
@@ -395,6 +459,71 @@ def test_odd_ends_are_ends(stack, since):
     assert ran_once(stack, jobs)
     [row] = stack.wait_until_final(stack.enqueue("quick", queue="cpu"))
     assert succeeded([row], crashes=0), row
+
+
+@on_one
+def test_a_retry_in_the_far_future_breaks_no_list(stack):
+    """Python cannot read a time after the year 9999."""
+    with pytest.raises(AssertionError, match="ValueError"):
+        stack.enqueue("quick", countdown=1.7e12)  # milliseconds, by mistake
+    job = stack.post("retry_after", "1e12")
+    stack.wait_until_started(job)
+    wait_for(lambda: stack.row(job)["state"] == "queued")
+    code = """
+from django.test import Client
+from users.models import User
+admin = Client(raise_request_exception=False, HTTP_HOST="127.0.0.1")
+admin.force_login(User.objects.create_superuser("superuser"))
+result = admin.get("/admin/jobs/job/").status_code
+"""
+    assert (stack.send_raw("jobs/", None)[0], stack.ask(code)) == (200, 200)
+
+
+@on_prefork
+def test_what_a_body_sets_in_its_session_stops_no_other(stack):
+    """They run in the same child, one after the other."""
+    command = "celery -A config worker --pool prefork --concurrency 1 --queues alone -n alone@%h"
+    worker = stack.process(command, "alone", is_ready=lambda: " ready." in worker.printed)
+    worker.start()
+    odd, others = [], []
+    for setting in ["search_path=''", "default_transaction_read_only=on"]:
+        odd.append(stack.enqueue("set_session", setting, queue="alone"))
+        others += [stack.enqueue("quick", queue="alone") for _ in range(3)]
+    try:
+        stack.wait_until_final(*odd, *others, seconds=30)
+    finally:
+        worker.kill()
+    assert succeeded(stack.rows(*others), crashes=0)
+    assert ran_once(stack, odd + others)
+
+
+@on_each_pool
+def test_a_report_in_a_thread_of_a_body_is_refused(stack):
+    """It would say nothing and store nothing, and a cancel would not end it."""
+    [row] = stack.wait_until_final(stack.enqueue("report_in_a_thread", queue="cpu"))
+    assert all("RuntimeError" in error for error in row["result"]), row
+
+
+@on_one
+def test_a_long_error_is_cut(stack):
+    job = stack.post("raise_at_length", 20_000_000)
+    [row] = stack.wait_until_final(job)
+    assert row["error"].startswith("ValueError: xxx")
+    assert len(row["error"]) <= 10_000
+    assert len(stack.send_raw("jobs/", None)[1]) < 1_000_000
+
+
+@on_one
+def test_long_results_are_not_in_the_list(stack):
+    """But in their details: the page asks for the list every 1.5 s."""
+    jobs = [stack.post("return_at_length", 5_000_000) for _ in range(20)]
+    code = "result = Job.objects.filter(pk__in=jobs, state='succeeded').count()"
+    wait_for(lambda: stack.ask(code, jobs=jobs) == 20)
+    status, shown = stack.send_raw("jobs/", None)
+    assert (status, len(json.loads(shown)["results"])) == (200, 20)
+    assert len(shown) < 1_000_000
+    detail = json.loads(stack.send_raw(f"jobs/{jobs[0]}/", None)[1])
+    assert len(detail["result"]) == 5_000_000
 
 
 # Much at once

@@ -45,6 +45,12 @@ class Process:
         """What it printed since its last start."""
         return self.log.read_bytes()[self.read_from :].decode(errors="replace")
 
+    @property
+    def peak(self):
+        """The most memory that it has had, in MB (Linux)."""
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) / 1000
+
     def is_running(self):
         return self.process is not None and self.process.poll() is None
 

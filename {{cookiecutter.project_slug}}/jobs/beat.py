@@ -2,17 +2,16 @@
 
 import logging
 import threading
-import time
 import uuid
 from copy import copy
 from datetime import timedelta
 from queue import SimpleQueue
 
 from celery.beat import SchedulingError
-from django.db import close_old_connections
+from django.db import Error, close_old_connections
 
 from . import sweep
-from .database import is_unavailable
+from .database import is_unavailable, wait_for
 from .models import Job
 from .tasks import JobTask
 
@@ -42,7 +41,10 @@ def name_ticks(beat):
         length = getattr(schedule, "run_every", timedelta(minutes=1))
         tick = f"{entry.name} {due.timestamp() // length.total_seconds()}"
         entry.options = {**entry.options, "task_id": str(uuid.uuid5(uuid.NAMESPACE_OID, tick))}
-        return store(entry, **options)
+        try:
+            return store(entry, **options)
+        except Error:
+            late.put(entry)
 
     def store(entry, **options):
         close_old_connections()  # in Beat's process nothing else does
@@ -50,19 +52,18 @@ def name_ticks(beat):
             return apply_async(entry, **options)
         except SchedulingError as error:
             if is_unavailable(error.__context__):
-                late.put(entry)
-            elif not Job.objects.filter(pk=entry.options["task_id"]).exists():
+                raise error.__context__ from None
+            if not Job.objects.filter(pk=entry.options["task_id"]).exists():
                 raise  # else another Beat was faster
 
     def store_late():
-        """Store in a thread of its own what was due while the database was unavailable."""
+        """Store what was due while the database was unavailable, in a thread of its own."""
         while True:
-            time.sleep(1)
-            for _ in range(late.qsize()):
-                try:
-                    store(late.get(), advance=False)
-                except Exception as error:  # without this thread all others would be lost
-                    logger.warning("a job of the schedule cannot be stored: %r", error)
+            entry = late.get()
+            try:
+                wait_for(store, entry, advance=False)
+            except Exception as error:  # without this thread all others would be lost
+                logger.warning("a job of the schedule cannot be stored: %r", error)
 
     beat.scheduler.apply_async = apply_tick
     threading.Thread(target=store_late, daemon=True).start()

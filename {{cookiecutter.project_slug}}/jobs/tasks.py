@@ -199,7 +199,7 @@ def succeed(run, result):
         changes = {**run.report, "progress": 100, "result": result}
         written = store_outcome(run.outcome.finish, "succeeded", **changes)
     except Exception as error:
-        fail(run, f"Its result cannot be stored as JSON: {error}")
+        fail(run, f"Its result cannot be stored: {error}")
         raise
     if not written:
         raise Ignore("cancelled, or taken over by another run")

@@ -6,6 +6,7 @@ import threading
 import time
 import uuid
 from contextlib import suppress
+from functools import partial
 
 from celery import exceptions
 from celery.utils.functional import maybe_list
@@ -80,20 +81,21 @@ def notice_death(sender, task_id, exception, **kwargs):
     run = (sender.request.headers or {}).get("run")
     if run and isinstance(exception, exceptions.WorkerLostError):
         # Later, when the child's transaction is rolled back.
-        write(recover, Job.objects.filter(pk=task_id, run=run), delay=TICK)
+        write(partial(recover, Job.objects.filter(pk=task_id, run=run)), delay=TICK)
 
 
 # Of jobs that this worker does not run
 
 
-def write(query, *args, delay=0):
-    """Call query(…) in a thread: the worker's loop must not wait for a lock or for the database."""
+def write(*queries, delay=0):
+    """Make these queries in a thread: the worker's loop must not wait for a lock or the database."""
 
     def run():
-        try:
-            wait_for(query, *args)
-        except Exception as error:  # in a job's name nobody else would hear of it
-            logger.warning("cannot %s: %r", query.__name__, error)
+        for query in queries:
+            try:
+                wait_for(query)
+            except Exception as error:  # nobody else would hear of it
+                logger.warning("cannot write to a job: %r", error)
         connection.close()  # a child must not inherit it
 
     threading.Timer(delay, run).start()
@@ -102,7 +104,7 @@ def write(query, *args, delay=0):
 def requeue_unknown(id, message, **kwargs):
     """Try again soon where the message of an unknown task was a job's: another worker may know it."""
     if "job" in (message.headers or {}):
-        write(Job.objects.filter(QUEUED, pk=id).requeue, RETRY_AFTER)
+        write(partial(Job.objects.filter(QUEUED, pk=id).requeue, RETRY_AFTER))
 
 
 # Bodies in this process
@@ -136,10 +138,12 @@ def follow_revokes():
     """
     revoke = Panel.data["revoke"]
 
+    def cancel(pk):
+        with suppress(ValidationError):  # no UUID, so no job
+            Job.objects.filter(pk=pk).cancel()
+
     def cancel_and_revoke(worker, task_id, terminate=False, signal=None, **kwargs):
-        for pk in maybe_list(task_id) or []:
-            with suppress(ValidationError):  # no UUID, so no job
-                write(Job.objects.filter(pk=pk).cancel)
+        write(*[partial(cancel, pk) for pk in maybe_list(task_id) or []])
         # SIGKILL, whatever was asked for: a signal that children ignore would end nothing.
         return revoke(worker, task_id, terminate=terminate, signal="SIGKILL", **kwargs)
 

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -129,6 +130,26 @@ def fail_and_go_on(self):
 
 
 @shared_task(base=JobTask, bind=True)
+def retry_after(self, seconds):
+    note(self, "start")
+    raise self.retry(countdown=float(seconds))
+
+
+@shared_task(base=JobTask, bind=True)
+def set_session(self, setting):
+    note(self, "start")
+    connection.cursor().execute(f"SET {setting}")
+
+
+@shared_task(base=JobTask, bind=True)
+def report_in_a_thread(self):
+    """Return what came of it."""
+    calls = [lambda: self.report(1), lambda: self.report(1, cursor=1), lambda: self.cursor]
+    with ThreadPoolExecutor(1) as thread:
+        return [repr(thread.submit(call).exception()) for call in calls]
+
+
+@shared_task(base=JobTask, bind=True)
 def read(self, text):
     note(self, "start")
 
@@ -181,6 +202,13 @@ def routed(self):
     note(self, "start")
 
 
+if "OLD_CODE" not in os.environ:
+
+    @shared_task(base=JobTask, bind=True)
+    def new(self):
+        note(self, "start")
+
+
 # Ends that are not what a ledger expects
 
 
@@ -206,6 +234,28 @@ def raise_mute(self):
 def raise_retry(self):
     note(self, "start")
     raise Retry("by hand")
+
+
+@shared_task(base=JobTask, bind=True)
+def retry_with_an_object(self):
+    note(self, "start")
+    raise self.retry(args=[object()])
+
+
+@shared_task(base=JobTask, bind=True)
+def retry_in_a_queue_with_a_long_name(self):
+    note(self, "start")
+    raise self.retry(queue="q" * 300)
+
+
+@shared_task(base=JobTask)
+def raise_at_length(length):
+    raise ValueError("x" * int(length))
+
+
+@shared_task(base=JobTask)
+def return_at_length(length):
+    return "x" * int(length)
 
 
 @shared_task(base=JobTask, bind=True)

@@ -1,0 +1,354 @@
+"""Beat's sweep goes on, whatever it meets: rows that cannot be deleted, huge ones, refused jobs.
+
+Real processes, as in test_faults.py; `seconds` is measured likewise.
+"""
+
+import subprocess
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from harness.bake import CHOICES
+from harness.faults import POOLS, stacks, succeeded
+from harness.project import wait_for
+
+on_one = stacks(brokers=CHOICES["broker"][:1], pools=POOLS[:1])
+on_sqs = stacks(brokers=["sqs"], pools=POOLS[:1])
+on_rabbitmq = stacks(brokers=["rabbitmq"], pools=POOLS[:1])
+
+
+def enqueue_many(stack, count, *args, **options):
+    code = "result = [job.pk for job in Job.objects.enqueue_many(read, [args] * count, **options)]"
+    return stack.ask(code, args=args, count=count, options=options)
+
+
+def start_beat(stack, app="config", **variables):
+    """Start a Beat of its own, with these variables, in place of the stack's."""
+    stack.beat.stop()
+    name = f"beat-of-{app}"
+    beat = stack.process(f"celery -A {app} beat -s {stack.folder}/{name}", name)
+    beat.options["env"] |= variables
+    beat.is_ready = lambda: " is starting." in beat.printed
+    beat.start()
+    return beat
+
+
+# Old jobs
+
+
+def cancelled(stack, count):
+    """Jobs that have ended."""
+    jobs = enqueue_many(stack, count, "", countdown=99)
+    stack.ask("Job.objects.filter(pk__in=jobs).cancel()", jobs=jobs)
+    return jobs
+
+
+def age(stack, jobs, **fields):
+    """Have them ended 31 days ago."""
+    code = """
+ended = Now() - timedelta(days=31)
+Job.objects.filter(pk__in=jobs).update(finished_at=ended, **fields)
+"""
+    stack.ask(code, jobs=jobs, fields=fields)
+
+
+def left(stack, jobs):
+    return stack.ask("result = Job.objects.filter(pk__in=jobs).count()", jobs=jobs)
+
+
+def run_sql(stack, *statements):
+    stack.ask("for sql in statements:\n    connection.cursor().execute(sql)", statements=statements)
+
+
+@contextmanager
+def kept(stack, jobs):
+    """One by an app of the owner's, with PROTECT; one by a table that Django does not know."""
+    run_sql(
+        stack,
+        f"INSERT INTO keeps VALUES ('{jobs[0]}')",
+        "CREATE TABLE mentions (job uuid REFERENCES jobs_job DEFERRABLE INITIALLY DEFERRED)",
+        f"INSERT INTO mentions VALUES ('{jobs[1]}')",
+    )
+    try:
+        yield
+        wait_for(lambda: left(stack, jobs) == 2)  # the others are deleted
+    finally:
+        run_sql(stack, "TRUNCATE keeps", "DROP TABLE mentions")
+        stack.beat.stop()
+        stack.beat.start()  # and try these two again, not in an hour
+
+
+def locked(stack, jobs):
+    """Another transaction holds a row that refers to one."""
+    stack.ask("Attempt.objects.create(job_id=job, started_at=Now())", job=jobs[0])
+    return stack.locked(f"SELECT FROM jobs_attempt WHERE job_id = '{jobs[0]}' FOR UPDATE")
+
+
+@contextmanager
+def slow(stack, jobs):
+    """Each deletion reads a table of 400,000 rows, which refers to jobs without an index."""
+    run_sql(stack, "INSERT INTO keeps SELECT FROM generate_series(1, 400000)")
+    beat = "FROM pg_stat_activity WHERE query LIKE 'DELETE%' OR query LIKE 'COMMIT%'"
+    try:
+        yield
+        assert left(stack, jobs)
+    finally:
+        run_sql(stack, f"SELECT pg_terminate_backend(pid) {beat}", "TRUNCATE keeps")
+
+
+@pytest.mark.parametrize("hindered", [kept, locked, slow])
+@on_one
+def test_old_jobs_that_cannot_be_deleted_stop_nothing(stack, gate, since, hindered):
+    job = stack.enqueue("hold", gate, queue="cpu")
+    stack.wait_until_started(job)
+    old = cancelled(stack, 2000)
+    with hindered(stack, old):
+        age(stack, old)
+        time.sleep(1)  # a round of the sweep
+        start = time.monotonic()
+        stack.worker.kill()
+        [row] = stack.wait_until_final(stack.enqueue("quick", queue="io", countdown=1))
+        wait_for(lambda: stack.row(job)["crashes"])
+        since(start)
+    assert succeeded([row], crashes=0), row
+    wait_for(lambda: not left(stack, old))
+    stack.ask("Job.objects.filter(pk=job).cancel()", job=job)
+
+
+# Memory
+
+
+def watch_memory(stack):
+    """Start Beat anew. Return a function: the megabytes that it has needed since."""
+    stack.beat.stop()
+    stack.beat.start()
+    stack.wait_until_final(stack.enqueue("quick", countdown=1))
+    Path(f"/proc/{stack.beat.pid}/clear_refs").write_text("5")  # forgets the peak
+    idle = stack.beat.peak
+    return lambda: stack.beat.peak - idle
+
+
+@on_one
+def test_beat_does_not_load_what_it_deletes(stack, record_property):
+    """1,000 jobs with results of 500 kB."""
+    megabytes = watch_memory(stack)
+    old = cancelled(stack, 1000)
+    age(stack, old, result="x" * 500_000)
+    wait_for(lambda: not left(stack, old))
+    record_property("megabytes", megabytes())
+    assert megabytes() < 40
+
+
+LARGE = {  # how many jobs, what each has, and the megabytes that Beat may need for them
+    "cursors": (100, 'cursor="x" * 5_000_000', 40),
+    "arguments": (20, 'args=[["xy"] * 500_000]', 150),
+}
+
+
+@pytest.mark.parametrize("count, field, limit", LARGE.values(), ids=LARGE)
+@on_one
+def test_beat_loads_little_of_what_is_due(stack, record_property, count, field, limit):
+    """Cursors of 5 MB, of which a message needs nothing; arguments of 3 MB, 30 in memory."""
+    megabytes = watch_memory(stack)
+    jobs = enqueue_many(stack, count, "", countdown=99, queue="nobody")
+    try:
+        stack.ask(f"Job.objects.filter(pk__in=jobs).update(wake_at=Now(), {field})", jobs=jobs)
+        wait_for(lambda: stack.messages_in("nobody") >= count)
+    finally:
+        stack.ask('Job.objects.filter(queue="nobody").delete()')
+        stack.empty("nobody")
+    record_property("megabytes", megabytes())
+    assert megabytes() < limit
+
+
+# Messages that are lost or refused
+
+
+@on_one
+def test_many_lost_messages_are_found_soon_among_plain_tasks(stack, gate, since):
+    """40 of them, in a queue that always has more messages than that."""
+    stack.ask("for _ in range(90): circle.delay(gate, 0.05)", gate=str(gate))
+    start = time.monotonic()
+    code = """
+from unittest.mock import patch
+with patch("jobs.models.publish"):
+    result = [Job.objects.enqueue(quick).pk for _ in range(40)]
+"""
+    jobs = stack.ask(code)
+    try:
+        rows = stack.wait_until_final(*jobs, seconds=45)
+        since(start)
+        assert stack.messages_in("celery") > 40
+    finally:
+        gate.touch()
+    assert succeeded(rows, crashes=0), rows
+    wait_for(lambda: stack.messages_in("celery") == 0)  # the next test's do not wait behind
+
+
+@on_sqs
+def test_arguments_too_large_for_the_broker_are_refused_at_enqueue(stack):
+    """And the largest that are not, it takes, also where a message has 256 KiB at most."""
+    limit = """
+import boto3
+from django.conf import settings
+sqs = boto3.client("sqs", endpoint_url=settings.SQS_ENDPOINT, region_name=settings.SQS_REGION)
+url = settings.CELERY_BROKER_TRANSPORT_OPTIONS["predefined_queues"]["cpu"]["url"]
+sqs.set_queue_attributes(QueueUrl=url, Attributes={"MaximumMessageSize": str(limit)})
+"""
+    code = """
+def enqueue_largest(letter):
+    for size in range(2**20 // len(json.dumps(letter)), 0, -100):
+        try:
+            return Job.objects.enqueue(read, [letter * size], queue="cpu").pk
+        except ValueError as error:
+            assert "JOB_MAX_BYTES" in str(error), error
+result = [enqueue_largest(letter) for letter in ["x", "é", "😀", '"']]
+"""
+    stack.ask(limit, limit=2**18)
+    try:
+        rows = stack.wait_until_final(*stack.ask(code))
+    finally:
+        stack.ask(limit, limit=2**20)
+    assert succeeded(rows, crashes=0), rows
+
+
+def store_large(stack, countdown=None):
+    """Store 200 jobs, 1 in 20 with more than SQS takes. Return the ids of these, and of others."""
+    code = """
+result = [], []
+for number in range(200):
+    with transaction.atomic():
+        job = Job.objects.enqueue(read, ["x"], queue="cpu", countdown=countdown)
+        if is_large := number % 20 == 10:
+            job.args = ["x" * 1_200_000]
+            job.save(update_fields=["args"])
+        result[not is_large].append(job.pk)
+"""
+    return stack.ask(code, countdown=countdown)
+
+
+@on_sqs
+def test_jobs_that_the_broker_refuses_delay_no_other(stack, since):
+    """Neither those that are sent at once, which need no Beat, nor those that Beat sends."""
+    stack.beat.pause()
+    _, good = store_large(stack)
+    rows = stack.wait_until_final(*good)
+    _, good = store_large(stack, countdown=1)
+    start = time.monotonic()
+    stack.beat.resume()
+    good.append(stack.enqueue("quick", queue="io", countdown=1))
+    rows += stack.wait_until_final(*good, seconds=15)
+    since(start)
+    assert succeeded(rows, crashes=0), rows
+    stack.ask("Job.objects.cancel()")
+
+
+@on_sqs
+def test_jobs_that_the_broker_refuses_fail(stack, since):
+    """While it takes others of their queue, which need no Beat."""
+    start = time.monotonic()
+    refused, _ = store_large(stack)
+
+    active = "result = Job.objects.filter(pk__in=jobs, state__in=ACTIVE).exists()"
+
+    def have_ended():
+        stack.enqueue("quick", queue="cpu")
+        return not stack.ask(active, jobs=refused)
+
+    wait_for(have_ended)
+    since(start)
+    rows = stack.rows(*refused)
+    assert {row["state"] for row in rows} == {"failed"}, rows
+    assert {row["error"].split(":")[0] for row in rows} == {"The broker refused it 5 times"}
+
+
+@contextmanager
+def small(stack, queue, length):
+    """RabbitMQ refuses what comes into this queue while it is full."""
+
+    def control(*words):
+        subprocess.run(["rabbitmqctl", *words], env=stack.broker.options["env"], check=True)
+
+    policy = f'{{"max-length": {length}, "overflow": "reject-publish"}}'
+    control("set_policy", "small", f"^{queue}$", policy, "--apply-to", "queues")
+    try:
+        yield
+    finally:
+        control("clear_policy", "small")
+
+
+@on_rabbitmq
+def test_what_a_full_queue_refused_runs_when_it_has_room(stack, gate, since):
+    """Soon, however long it was full."""
+    held = [stack.enqueue("hold", gate, queue="cpu") for _ in range(4)]
+    stack.wait_until_started(*held)
+    with small(stack, "cpu", 5):
+        jobs = [stack.enqueue("quick", queue="cpu") for _ in range(13)]
+        time.sleep(16)  # in which some are refused again and again
+        start = time.monotonic()
+        gate.touch()
+        rows = stack.wait_until_final(*held, *jobs, seconds=8)
+        since(start)
+    assert succeeded(rows, crashes=0), rows
+
+
+@on_rabbitmq
+def test_a_full_queue_fails_no_job(stack, since):
+    """It takes others all the time, but refuses each job again and again."""
+    start = time.monotonic()
+    with small(stack, "cpu", 2):
+        jobs = [stack.enqueue("rest", 0.5, queue="cpu") for _ in range(150)]
+        rows = stack.wait_until_final(*jobs)
+        since(start)
+    assert succeeded(rows, crashes=0), rows
+
+
+# Beat itself
+
+
+@on_one
+def test_a_liveness_file_that_cannot_be_touched_stops_nothing(stack, since):
+    """Its folder is missing."""
+    beat = start_beat(stack, LIVENESS_FILE="/missing/beat")
+    try:
+        stack.wait_until_final(stack.enqueue("quick", countdown=1))
+        start = time.monotonic()
+        stack.wait_until_final(stack.enqueue("quick", countdown=1))
+        since(start)
+        assert "/missing/beat" in beat.printed
+    finally:
+        beat.kill()
+
+
+@on_one
+def test_beat_ends_with_its_sweep(stack, since):
+    """A supervisor then starts it again."""
+    start = time.monotonic()
+    beat = start_beat(stack, "faults.ending_sweep")
+    try:
+        assert beat.process.wait(30) == 1
+        since(start)
+    finally:
+        if beat.is_running():
+            beat.kill()
+
+
+@on_one
+def test_a_tick_while_the_database_is_away_is_not_lost(stack, since):
+    """The next one is an hour later."""
+    count = 'result = Job.objects.filter(task="faults.tasks.tick").count()'
+    beat = start_beat(stack, "faults.every_hour")
+    try:
+        assert not stack.ask(count)
+        stack.database.kill()
+        time.sleep(5)
+        start = time.monotonic()
+        stack.database.start()
+        wait_for(lambda: stack.ask(count), 30)
+        since(start)
+        time.sleep(1)
+        assert stack.ask(count) == 1
+    finally:
+        beat.kill()
