@@ -101,6 +101,21 @@ def test_the_list_comes_in_pages_the_newest_first(api, user):
     assert ids(api.get(api.get(first["next"]).json()["previous"])) == ids(api.get("/api/jobs/"))
 
 
+def test_a_long_result_is_not_in_the_list(api, user, commit):
+    """The page asks for it again and again."""
+    with commit():
+        long, short = (Job.objects.enqueue(greet, ["x" * n], owner=user) for n in [20_000, 9])
+    Job.objects.filter(pk=short.pk).update(result=[1, {"a": None}])
+    active = Job.objects.enqueue(greet, owner=user)
+    results = {job["id"]: job["result"] for job in api.get("/api/jobs/").json()["results"]}
+    assert results == {
+        str(long.pk): "Too long for a list: see the job itself",
+        str(short.pk): [1, {"a": None}],
+        str(active.pk): None,
+    }
+    assert len(api.get(f"/api/jobs/{long.pk}/").json()["result"]) > 20_000
+
+
 def test_pages_show_each_job_once_also_of_one_moment(api, user):
     Job.objects.enqueue_many(greet, [[]] * 50, owner=user)
     Job.objects.update(created_at="2020-01-01T00:00Z")
@@ -391,6 +406,21 @@ def test_the_admin_runs_ended_jobs_again(admin_client, user, commit):
     again = Job.objects.exclude(pk__in=[ended.pk, active.pk]).get()
     assert (again.owner, again.queue) == (user, "special")
     assert (again.state, again.result) == ("succeeded", "Hello Ada")
+
+
+def test_many_jobs_run_again_in_a_few_queries(admin_client, user):
+    """Of one each it took a minute for 5,000 jobs, longer than a server waits."""
+    keyed = Job.objects.enqueue(greet, unique="key")
+    Job.objects.enqueue_many(greet, [["one"], ["two"]] * 10, queue="cpu", owner=user)
+    Job.objects.update(cursor=[7])
+    Job.objects.all().cancel()
+    with CaptureQueriesContext(connection) as queries:
+        again = Job.objects.filter(unique_key=None).run_again()
+    assert len(queries) < 12
+    assert len(again) == 20
+    assert {(job.queue, job.owner_id, *job.cursor) for job in again} == {("cpu", user.pk, 7)}
+    assert "21 jobs enqueued again" in act(admin_client, "run_again")
+    assert Job.objects.filter(state="queued", unique_key="key").exclude(pk=keyed.pk).count() == 1
 
 
 def test_the_admin_leaves_alone_a_job_whose_task_is_gone(admin_client, user, commit):

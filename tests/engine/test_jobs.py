@@ -8,6 +8,7 @@ import itertools
 import re
 import sys
 import threading
+import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
@@ -24,7 +25,9 @@ from celery.beat import Scheduler, Service
 from celery.exceptions import Retry, SoftTimeLimitExceeded
 from celery.schedules import crontab
 from celery.worker.control import Panel
+from django.apps import apps as django_apps
 from django.core.checks import run_checks
+from django.core.exceptions import ImproperlyConfigured
 from django.db import (
     IntegrityError,
     InterfaceError,
@@ -33,12 +36,14 @@ from django.db import (
     connection,
     transaction,
 )
+from django.db.models import ProtectedError
 from django.db.models.functions import Now
+from django.db.models.signals import pre_delete
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 from psycopg.errors import ProgramLimitExceeded, ReadOnlySqlTransaction
 
-from jobs import database, lease, messages, models, sweep, worker
+from jobs import apps, database, lease, liveness, messages, models, sweep, worker
 from jobs.beat import name_ticks
 from jobs.metrics import Collector
 from jobs.models import Attempt, Job, JobQuerySet, Sweep
@@ -554,6 +559,17 @@ def test_a_cursor_and_what_changes_with_it_are_stored_together(update_fails):
     assert (job.result, job.cursor) == (None, None)
 
 
+def test_a_copy_from_before_a_crash_does_nothing(published):
+    """It would skip the pause."""
+    job = Job.objects.enqueue(add, [1, 2])
+    start(job)
+    sweep.recover_lapsed()
+    message = {"worker": "", "retries": 0, "sent": 1, "limit": 60}
+    row = Job.objects.filter(pk=job.pk)
+    assert not row.claim(uuid.uuid4(), crashes=0, **message)
+    assert row.claim(uuid.uuid4(), crashes=1, **message)
+
+
 def test_a_second_copy_of_the_message_does_nothing():
     runs = []
     job = run(runs.append)
@@ -590,6 +606,60 @@ def test_a_retry_waits_ever_longer_in_the_row(monkeypatch):
     job = deliver(Job.objects.enqueue(flaky, [2]))
     assert (job.state, job.retries, job.crashes) == ("succeeded", 2, 0)
     assert delays == [10, 20]
+
+
+@pytest.mark.parametrize("options", [{"args": [object()]}, {"kwargs": {"x": {1}}}], ids=str)
+def test_a_retry_that_cannot_be_stored_fails_the_job(options):
+    job = run(lambda task: task.retry(**options))
+    assert (job.state, job.crashes) == ("failed", 0)
+    assert job.error.startswith("Its next try cannot be stored: ")
+
+
+def test_a_retry_waits_ten_years_at_most():
+    job = run(lambda task: task.request.retries or task.retry(countdown=1e12))
+    wait = (job.due_at - timezone.now()).total_seconds()
+    assert wait == pytest.approx(models.LONGEST_WAIT, abs=60)
+
+
+@pytest.mark.parametrize("options", [{"countdown": 1.7e12}, {"queue": "cpu", "countdown": 1e9}])
+def test_a_countdown_of_more_than_ten_years_is_refused(options):
+    with pytest.raises(ValueError, match="it is in seconds"):
+        Job.objects.enqueue(add, [1, 2], **options)
+
+
+def test_arguments_that_no_message_can_hold_are_refused(settings):
+    settings.JOB_MAX_BYTES = 100
+    Job.objects.enqueue(add, ["x" * 80, 1])
+    with pytest.raises(ValueError, match=r"112 bytes of arguments, 100 \(JOB_MAX_BYTES\) at most"):
+        Job.objects.enqueue(add, ["x" * 99, 1])
+
+
+def test_jobs_are_read_where_they_are_written(settings):
+    """A router may send other queries to a replica, which is behind."""
+
+    class Router:
+        def db_for_read(self, model, **hints):
+            return "replica"
+
+        def db_for_write(self, model, **hints):
+            return "default"
+
+    settings.DATABASE_ROUTERS = [Router()]
+    assert Job.objects.filter(pk=uuid.uuid4()).db == "default"
+    assert not Job.objects.exists()
+
+
+@pytest.mark.parametrize("ask", [lambda task: task.cursor, lambda task: task.report(1)])
+def test_a_report_in_a_thread_of_the_body_is_refused(ask):
+    """Nobody would see it."""
+
+    def body(task):
+        with ThreadPoolExecutor() as threads:
+            return threads.submit(ask, task).result()
+
+    assert run(body).error.startswith("RuntimeError: report() and cursor")
+    with ThreadPoolExecutor() as threads:
+        assert threads.submit(ask, act).result() is None  # nothing runs
 
 
 def test_the_last_retry_fails_the_job():
@@ -898,6 +968,23 @@ def test_a_tick_that_cannot_be_stored_is_said(monkeypatch, caplog):
     monkeypatch.setattr(JobQuerySet, "create", Mock(side_effect=IntegrityError("no such owner")))
     tick(beat(), crontab())
     assert "Couldn't apply scheduled task" in caplog.text
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_tick_waits_for_a_database_that_is_away(monkeypatch):
+    create, errors = JobQuerySet.create, [OperationalError("away"), OperationalError("away")]
+
+    def fail(self, **fields):
+        if errors:
+            raise errors.pop()
+        return create(self, **fields)
+
+    monkeypatch.setattr(JobQuerySet, "create", fail)
+    tick(beat(), crontab())
+    until = time.monotonic() + 60
+    while not Job.objects.exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert Job.objects.get().args == [1, 2]
 
 
 def test_a_tick_that_has_an_id_of_its_own_is_refused(caplog):
@@ -1219,8 +1306,59 @@ def test_a_job_that_the_broker_refuses_keeps_no_other_waiting(monkeypatch):
     lapse(*refused, *others)
     for _ in range(6):
         sweep.send_due()
-    assert sorted(sent) == sorted(str(job.pk) for job in others)
+    ids = {str(job.pk) for job in others}
+    assert sorted(pk for pk in sent if pk in ids) == sorted(ids)
     assert all(seconds_until_due(job) > 0 for job in refused)
+
+
+@pytest.mark.parametrize(("waiting", "state"), [(3, "failed"), (10, "queued")])
+def test_a_job_that_is_refused_again_and_again_fails_unless_its_queue_is_full(
+    monkeypatch, waiting, state
+):
+    def publish(task, job, producer, **options):
+        if job.args == [0, 0]:
+            raise ValueError("too large")
+
+    monkeypatch.setattr(messages, "send_one", publish)
+    monkeypatch.setattr(sweep, "messages_in", lambda queue: waiting)
+    sweep.queues["celery"].most = 10
+    job = Job.objects.enqueue(add, [0, 0], countdown=1)
+    for _ in range(sweep.REFUSALS):
+        lapse(job)
+        sweep.send_due()
+    job.refresh_from_db()
+    assert job.state == state
+    assert state == "queued" or job.error == (
+        "The broker refused it 5 times: ValueError('too large')"
+    )
+
+
+def test_what_is_found_missing_lets_twice_as_many_be_looked_for(published):
+    """Among plain tasks, which hide how many messages are missing."""
+    enqueue_and_publish(8)
+    looked_for = []
+    for message in 2, 2, 1, 1:  # of each job that then runs: its first or its second one
+        published[:] = ["plain"] * 20
+        lapse(*Job.objects.filter(state="queued"))
+        sweep.queues["celery"].extra_at = 0
+        sweep.send_due()
+        looked_for.append(len(published) - 20)
+        for pk in published[20:]:
+            claim = {"worker": "", "retries": 0, "crashes": 0, "limit": 60}
+            assert Job.objects.filter(pk=pk).claim(uuid.uuid4(), sent=message, **claim)
+    assert looked_for == [1, 2, 4, 1]
+
+
+def test_large_arguments_are_loaded_one_job_at_a_time(published, monkeypatch):
+    monkeypatch.setattr(sweep, "BYTES_IN_MEMORY", 50)
+    sent = []
+    monkeypatch.setattr(sweep, "send", lambda jobs: sent.append([job.args[0] for job in jobs]))
+    for text in "x" * 50, "y" * 50:
+        lapse(Job.objects.enqueue(add, [text, 1], countdown=1))
+    with CaptureQueriesContext(connection) as queries:
+        sweep.send_due()
+    assert sent == [["x" * 50], ["y" * 50]]
+    assert not any('"result"' in query["sql"] for query in queries)
 
 
 @pytest.mark.django_db(transaction=True)  # its commits are real ones
@@ -1325,8 +1463,7 @@ def test_a_job_waits_from_its_time_on_however_often_it_is_sent(published, monkey
     lapse(job)
     sweep.send_due()
     assert waits_for(job) == pytest.approx(500, abs=5)
-    assert seconds_until_due(job) == pytest.approx(30, abs=5)
-    assert job.sent == 0
+    assert seconds_until_due(job) <= 0  # sent never, as far as anybody knows
 
 
 def test_what_runs_again_waits_anew(settings):
@@ -1371,6 +1508,68 @@ def test_final_jobs_and_their_keys_are_purged(settings, caplog):
     assert "deleted 1 jobs older than 30 days" in caplog.text
     assert set(Job.objects.all()) == {new, active}
     Job.objects.enqueue(add, [1, 2], idempotency_key="key")
+
+
+def test_old_jobs_that_cannot_be_deleted_keep_no_other(settings, caplog):
+    jobs = [deliver(Job.objects.enqueue(add, [1, 2])) for _ in range(7)]
+    past = Now() - timedelta(days=settings.JOB_RETENTION_DAYS, seconds=1)
+    Job.objects.update(finished_at=past)
+
+    def protect(instance, **kwargs):
+        if instance in (jobs[2], jobs[5]):
+            raise ProtectedError("an order refers to it", {instance})
+
+    pre_delete.connect(protect, sender=Job)
+    try:
+        assert sweep.purge() == 2
+    finally:
+        pre_delete.disconnect(protect, sender=Job)
+    assert set(Job.objects.all()) == {jobs[2], jobs[5]}
+    assert sweep.purge(2) == 2  # it leaves them out
+    assert caplog.text.count("an order refers to it") == 2
+    assert sweep.purge() == 0
+
+
+def test_a_job_that_cannot_be_recovered_keeps_no_other(monkeypatch, caplog):
+    jobs = [Job.objects.enqueue(add, [1, 2]) for _ in range(5)]
+    for job in jobs:
+        start(job)
+    requeue = JobQuerySet.requeue
+
+    def fail(self, *args, **kwargs):
+        if self.filter(pk=jobs[3].pk).exists():
+            raise IntegrityError("a trigger")
+        return requeue(self, *args, **kwargs)
+
+    monkeypatch.setattr(JobQuerySet, "requeue", fail)
+    sweep.recover_lapsed()
+    assert list(Job.objects.filter(state="running")) == [jobs[3]]
+    assert "a trigger" in caplog.text
+
+
+def test_a_liveness_file_that_cannot_be_written_is_said(monkeypatch, caplog):
+    monkeypatch.setenv("LIVENESS_FILE", "/no/such/folder/alive")
+    liveness.touch_liveness_file()
+    assert "LIVENESS_FILE cannot be written" in caplog.text
+
+
+@pytest.mark.parametrize("name", [*apps.POSITIVE.split(), "CELERY_TASK_TIME_LIMIT"])
+@pytest.mark.parametrize("value", [0, -1])
+def test_a_setting_that_would_lose_jobs_is_refused_at_the_start(settings, name, value):
+    setattr(settings, name, value)
+    with pytest.raises(ImproperlyConfigured, match=f"{name} is {value}: it must be more than 0"):
+        django_apps.get_app_config("jobs").ready()
+
+
+def test_a_worker_that_does_not_know_a_task_leaves_its_job_to_others_soon(monkeypatch, published):
+    """It knows only older code, in a rolling deploy."""
+    monkeypatch.setattr("threading.Timer", in_this_thread)
+    monkeypatch.setattr(connection, "close", Mock())
+    [job, other] = enqueue_and_publish(2)
+    worker.requeue_unknown(str(job.pk), SimpleNamespace(headers={"job": 0}))
+    worker.requeue_unknown(str(other.pk), SimpleNamespace(headers=None))
+    assert seconds_until_due(job) == pytest.approx(5, abs=2)
+    assert seconds_until_due(other) == pytest.approx(30, abs=2)
 
 
 # Child processes

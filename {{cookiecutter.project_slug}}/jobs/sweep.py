@@ -5,7 +5,7 @@ import os
 import random
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -45,9 +45,7 @@ class Queue:
 
 
 queues = defaultdict(Queue)  # by name
-refusals = defaultdict(
-    set
-)  # by the id of a job: what `taken` was each time that it was refused alone
+refusals = Counter()  # by the id of a job
 
 
 def start():
@@ -131,6 +129,7 @@ def send_batch(name, size):
     """Send `size` jobs of a queue at most. Returns whether there may be more."""
     queue, queued = queues[name], Job.objects.filter(state="queued", queue=name)
     waiting = messages_in(name)
+    queue.most = max(queue.most, waiting)
     resend, is_extra = max(queued.filter(sent__gt=0).count() - waiting, 0), False
     # First come, first served. Workers take the oldest messages first, so those that are missing are of
     # the oldest jobs.
@@ -153,11 +152,9 @@ def send_batch(name, size):
             jobs = Job.objects.filter(QUEUED).only(*MESSAGE).in_bulk(part)
             send([jobs[pk] for pk in part if pk in jobs])
     except Exception as error:
-        return refuse(queue, waiting, ids, error)
+        return refuse(name, size, waiting, ids, error)
     for pk in ids:
         refusals.pop(pk, None)
-    queue.taken += len(ids)
-    queue.most = max(queue.most, waiting + len(ids))
     queue.size = min(2 * size, IN_MEMORY) if len(ids) == size else IN_MEMORY
     return len(ids) == size
 
@@ -174,23 +171,25 @@ def mark_sent(due):
     return {pk: size for pk, _, size in jobs}
 
 
-def refuse(queue, waiting, ids, error):
-    """Queue these jobs again, which the broker did not take: next time each is sent alone.
+def refuse(name, size, waiting, ids, error):
+    """Queue these jobs again, of which the broker did not take all: next time each is sent alone.
 
-    A job that is refused alone waits, and fails after some times if its queue takes others. Returns
-    True, for there may be more jobs. Raises `error` if the broker took nothing since the last one.
+    A job that was refused alone fails after some times, if its queue takes others and is not full.
+    Returns True, for there may be more jobs. Raises what the transport does if it takes nothing.
     """
-    is_alone = queue.size == 1
-    refused = Job.objects.filter(QUEUED, pk__in=ids, sent__gt=0)
-    refused.requeue(settings.JOB_RESEND_SECONDS if is_alone else 0)
-    if is_alone and waiting < queue.most:  # else the queue may be full
-        refusals[ids[0]].add(queue.taken)
-    if is_alone and len(refusals[ids[0]]) >= REFUSALS:
-        text = f"The broker refused it {REFUSALS} times: {error!r:.500}"
-        Job.objects.filter(QUEUED, pk=ids[0]).finish("failed", error=text)
-        del refusals[ids[0]]
-    queue.size, was_refused_at, queue.refused_at = 1, queue.refused_at, queue.taken
-    if was_refused_at == queue.taken or is_connection_error(error):
+    queues[name].size = 1
+    Job.objects.filter(QUEUED, pk__in=ids, sent__gt=0).requeue()
+    if size == 1:
+        job = Job.objects.only("task").get(pk=ids[0])
+        send([Job(task=job.task, queue=name)])  # a message without a row: the worker drops it
+        row, reason = Job.objects.filter(QUEUED, pk=job.pk), f"{error!r:.500}"
+        row.requeue(settings.JOB_RESEND_SECONDS)
+        if 2 * waiting < max(queues[name].most, 1):
+            refusals[job.pk] += 1
+        if refusals[job.pk] >= REFUSALS:
+            row.finish("failed", error=f"The broker refused it {REFUSALS} times: {reason}")
+            del refusals[job.pk]
+    elif is_connection_error(error):
         raise error
     logger.warning("the broker refused one of %d jobs, such as %s: %r", len(ids), ids[0], error)
     return True

@@ -79,8 +79,8 @@ class JobViewSet(viewsets.ReadOnlyModelViewSet):
         if user.is_staff and self.action != "cancel":  # for that they need the right
             own |= Q(owner=None)
         if not self.detail:  # a page asks again and again: leave out what may be large
-            is_short = Q(length__lt=10_000) | Q(result=None)
-            short = Case(When(is_short, then="result"), default=Value(LONG, JSONField()))
+            long = When(length__gt=10_000, then=Value(LONG, JSONField()))
+            short = Case(long, default="result")
             jobs = jobs.alias(length=Length(Cast("result", TextField()))).annotate(
                 short_result=short
             )
