@@ -1,18 +1,19 @@
 """`make chaos`: jobs are posted while every two seconds something is killed, stopped or emptied.
 
-At the end each accepted job must have succeeded once, and have written its row; those that kill
-their process must have failed.
+At the end each accepted job must have succeeded once, and have written its row. Those that kill
+their process or that the broker refuses must have failed, and no other may have waited for them.
 """
 
 import argparse
 import os
 import random
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import SkipTest
@@ -25,6 +26,7 @@ from .servers import BROKERS, PostgreSQL
 from .stack import TIMINGS, prepare
 
 EVERY = 2  # seconds
+QUEUES = ["cpu", "io", "test"]  # one of each worker
 JOBS, SECONDS = 1000, 100
 
 
@@ -35,8 +37,10 @@ class Chaos:
         lengths = random.Random(seed)
         self.jobs = [(number, round(lengths.uniform(0, 1), 2)) for number in range(jobs)]
         self.accepted = {}  # number: job
-        self.killers = []
-        self.faults = {}  # name: how often
+        self.killers, self.refused, self.holders = [], [], []
+        self.workers_stuck = 0
+        self.old, self.kept = [], []  # those that are to be deleted, and those that cannot be
+        self.round, self.faults = [], {}  # those still to come, and how often each came
         self.timers = []
 
     def run(self):
@@ -50,10 +54,12 @@ class Chaos:
                 self.disturb()
             for future in posting:
                 future.result()
-            survey = self.wait(180 + self.backlog / 50)
+            self.wait(180 + self.backlog / 50)
+            wait = self.refuse_in_peace()
+            survey = self.survey()
         for timer in self.timers:
             timer.cancel()
-        return self.report(survey)
+        return self.report(survey, wait)
 
     def enqueue_backlog(self):
         """Jobs that are there before the first fault."""
@@ -78,13 +84,15 @@ class Chaos:
                 return
 
     def disturb(self):
-        faults = [getattr(self, name) for name in sorted(vars(Chaos)) if name.startswith("fault_")]
-        fault = self.random.choice(faults)
-        name = fault.__name__.removeprefix("fault_")
+        if not self.round:  # so that each one comes in its turn
+            self.round = [name for name in sorted(vars(Chaos)) if name.startswith("fault_")]
+            self.random.shuffle(self.round)
+        fault = self.round.pop()
+        name = fault.removeprefix("fault_")
         self.faults[name] = self.faults.get(name, 0) + 1
         try:
-            fault()
-        except (ProcessLookupError, AssertionError) as error:  # it is just starting, or away
+            getattr(self, fault)()
+        except (OSError, AssertionError) as error:  # it is just starting, or away
             print(f"  {name}: {str(error)[-200:]}", file=sys.stderr)
 
     def fault_worker_killed(self):
@@ -158,22 +166,69 @@ class Chaos:
         """A job that kills its process each time; those beside it must not fail for that."""
         self.killers.append(self.stack.enqueue("die", 0.5))
 
+    def fault_refused(self):
+        """A job that is too large for the broker; those beside it must not wait for it."""
+        self.refused.append(self.stack.post("read", "x" * 1_200_000))
+
+    def fault_row_held(self):
+        """By its own body, while its worker is asked to end."""
+        gate = self.stack.folder / f"gate-{time.monotonic()}"
+        try:
+            self.holders.append(job := self.stack.enqueue("hold_its_row", gate))
+            group = os.getpgid(self.stack.wait_until_started(job))
+            [worker] = [w.process for w in self.stack.workers if w.pid == group]
+            worker.terminate()
+            worker.wait(20)
+        except subprocess.TimeoutExpired:
+            self.workers_stuck += 1
+        finally:
+            gate.touch()
+
+    def fault_old_jobs(self):
+        """One of them cannot be deleted; the others must be."""
+        kept, *old = self.stack.ask("from faults.survey import age_jobs\nresult = age_jobs()")
+        self.kept.append(kept)
+        self.old += old
+
     def wait(self, seconds):
+        """Until all jobs have ended or are deleted, but those that end only when others are sent."""
         until = time.monotonic() + seconds
-        active = "result = Job.objects.filter(state__in=ACTIVE).exists()"
-        while self.stack.ask(active) and time.monotonic() < until:
+        code = """
+rows = Job.objects.filter(Q(state__in=ACTIVE) | Q(pk__in=old))
+result = rows.exclude(task=read.name).exists()
+"""
+        while self.stack.ask(code, old=self.old) and time.monotonic() < until:
             time.sleep(1)
         time.sleep(2)  # what ends a second time, does it now
-        numbers, jobs = list(self.accepted), list(self.accepted.values())
-        ask = "from faults.survey import survey\nresult = survey(jobs, numbers, killers)"
-        return self.stack.ask(ask, jobs=jobs, numbers=numbers, killers=self.killers)
 
-    def report(self, survey):
+    def refuse_in_peace(self):
+        """When nothing else fails, return how long others wait beside jobs that are refused."""
+        code = "result = [j.pk for j in Job.objects.enqueue_many(quick, [[]] * 20, countdown=1)]"
+        self.stack.wait_until_final(*[self.stack.enqueue("quick", queue=q) for q in QUEUES])
+        for _ in range(3):
+            self.fault_refused()
+        jobs, until = [], time.monotonic() + 60
+        while time.monotonic() < until:
+            jobs += self.stack.ask(code)
+            time.sleep(1)
+            if all(row["state"] == "failed" for row in self.stack.rows(*self.refused)):
+                break
+        self.stack.wait_until_final(*jobs)
+        ask = "from faults.survey import longest_wait\nresult = longest_wait(jobs)"
+        return self.stack.ask(ask, jobs=jobs)
+
+    def survey(self):
+        numbers, jobs = list(self.accepted), list(self.accepted.values())
+        odd = [*self.killers, *self.refused, *self.holders, *self.old, *self.kept]
+        ask = "from faults.survey import survey\nresult = survey(jobs, numbers, odd)"
+        return self.stack.ask(ask, jobs=jobs, numbers=numbers, odd=odd)
+
+    def report(self, survey, wait):
         accepted = len(self.accepted)
         finished = survey["distinct"]
+        ends = defaultdict(lambda: "deleted", survey["odd"])
         twice = survey["finals"] - finished
         failed = accepted - survey["states"].get("succeeded", 0)
-        alive = len(self.killers) - survey["killers"].get("failed", 0)
         notes = [line.split() for line in self.stack.notes_file.read_text().splitlines()]
         starts = Counter(job for what, job, _ in notes if what == "start")
         redelivered = sum(starts[job] - 1 for job in self.accepted.values() if starts[job])
@@ -182,7 +237,19 @@ class Chaos:
         states = ", ".join(f"{state} {count}" for state, count in sorted(survey["states"].items()))
         print(f"  faults: {sum(self.faults.values())} ({faults})")
         print(f"  states: {states}; leases lapsed: {survey['crashes']}")
-        print(f"  killers: {len(self.killers)}, of which {alive} did not end as failed")
+        fine = wait < 5 and not self.workers_stuck
+        for kind, jobs, end in [
+            ("that kill their process", self.killers, "failed Its worker died"),
+            ("that the broker refuses", self.refused, "failed The broker refused it 5 times: "),
+            ("that held their row", self.holders, "succeeded"),
+            ("old", self.old, "deleted"),
+            ("old, which cannot be deleted", self.kept, "cancelled"),
+        ]:
+            wrong = Counter(end_ for job in jobs if not (end_ := ends[job]).startswith(end))
+            print(f"  jobs {kind}: {len(jobs)}{', but ' * bool(wrong)}{dict(wrong) or ''}")
+            fine &= not wrong
+        print(f"  workers that did not end in 20 s: {self.workers_stuck}")
+        print(f"  the longest wait beside those that the broker refuses: {wait:.1f} s")
         for error in survey["errors"]:
             print(f"  {error}")
         print(
@@ -190,7 +257,7 @@ class Chaos:
             f" redelivered {redelivered}, rows {survey['written']}, failed {failed}, lost {lost}"
         )
         complete = accepted == len(self.jobs) + self.backlog
-        return complete and not (lost or twice or failed or alive)
+        return fine and complete and not (lost or twice or failed)
 
 
 def main():
@@ -224,8 +291,11 @@ def run(name, folder, *, jobs=JOBS, backlog=0, seconds=SECONDS, seed, pool="pref
     database = PostgreSQL("fsync=off")
     database.start()
     try:
-        stack = prepare(Project(baked), broker, folder, database, **TIMINGS)
+        # The project would refuse at once what its broker is to refuse.
+        variables = {**TIMINGS, "JOB_MAX_BYTES": 10**9}
+        stack = prepare(Project(baked), broker, folder, database, **variables)
         stack.add_worker("test")
+        stack.broker.limit_messages()
         try:
             stack.start()
             return Chaos(stack, jobs, seconds, seed, backlog).run()

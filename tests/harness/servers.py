@@ -114,6 +114,9 @@ class Broker(Process):
     settings = ""  # more lines for that output
     refuse = ""  # code for its `channel`: makes "refused" a queue of which it takes no message
 
+    def limit_messages(self):
+        """Before the first start: refuse each message of more than 1 MiB. moto always does."""
+
 
 class Redis(Broker):
     scheme = "redis"
@@ -130,6 +133,9 @@ class Redis(Broker):
         command = f"redis-server --port {port} --dir {folder} --appendonly yes"
         is_ready = partial(connects, port)
         super().__init__(command.split(), folder.with_suffix(".log"), is_ready=is_ready)
+
+    def limit_messages(self):
+        self.command += ["--proto-max-bulk-len", "1mb"]
 
 
 class RedisSentinel(Redis):
@@ -261,6 +267,9 @@ class RabbitMQ(Broker):
             command, folder.with_suffix(".log"), is_ready=self.answers_amqp, cwd=folder
         )
         self.options["env"] = {name: str(value) for name, value in environment.items()}
+
+    def limit_messages(self):
+        (self.options["cwd"] / "rabbitmq.conf").write_text(f"max_message_size = {2**20}\n")
 
     def answers_amqp(self):
         try:

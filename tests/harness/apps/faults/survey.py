@@ -1,13 +1,18 @@
-"""What chaos asks of the database, and does to the broker from inside."""
+"""What chaos asks of the database, and does to it and to the broker from inside."""
+
+from datetime import timedelta
 
 from django.db import connection
-from django.db.models import Count, Sum
+from django.db.models import Count, F, Max, Sum
+from django.utils import timezone
 
 from jobs.models import ACTIVE, Job, publish
 
+from .tasks import quick
 
-def survey(jobs, numbers, killers):
-    """How the jobs ended, and which of these numbers have their row."""
+
+def survey(jobs, numbers, odd):
+    """How the jobs ended, also the odd ones; and which of these numbers have their row."""
     rows = Job.objects.filter(pk__in=jobs)
     with connection.cursor() as cursor:
         count = "SELECT count(*), count(DISTINCT job) FROM finals WHERE job = ANY(%s::uuid[])"
@@ -17,7 +22,7 @@ def survey(jobs, numbers, killers):
         [written] = cursor.fetchone()
     return {
         "states": states(rows),
-        "killers": states(Job.objects.filter(pk__in=killers)),
+        "odd": {str(job.pk): f"{job.state} {job.error}" for job in Job.objects.filter(pk__in=odd)},
         "crashes": rows.aggregate(n=Sum("crashes"))["n"],
         "errors": sorted(set(rows.filter(state="failed").values_list("error", flat=True))),
         "finals": finals,
@@ -28,6 +33,23 @@ def survey(jobs, numbers, killers):
 
 def states(rows):
     return dict(rows.values_list("state").annotate(Count("pk")))
+
+
+def longest_wait(jobs):
+    """Seconds from when a job was due until it ran."""
+    wait = Max(F("started_at") - F("due_at"))
+    return Job.objects.filter(pk__in=jobs).aggregate(wait=wait)["wait"].total_seconds()
+
+
+def age_jobs():
+    """Have 20 jobs that ended 99 days ago; the first one cannot be deleted."""
+    jobs = [job.pk for job in Job.objects.enqueue_many(quick, [[]] * 20, countdown=99)]
+    with connection.cursor() as cursor:
+        cursor.execute("INSERT INTO keeps VALUES (%s)", [jobs[0]])
+    rows = Job.objects.filter(pk__in=jobs)
+    rows.cancel()
+    rows.update(finished_at=timezone.now() - timedelta(days=99))
+    return [str(job) for job in jobs]
 
 
 def copy_messages():

@@ -13,7 +13,6 @@ from celery import shared_task
 from celery.exceptions import Retry
 from django.db import Error, connection, transaction
 
-from jobs.models import Job
 from jobs.tasks import JobTask
 
 
@@ -58,11 +57,11 @@ def hold_softly(self, gate, error=""):
         raise ValueError(error)
 
 
-@shared_task(base=JobTask, bind=True)
+@shared_task(base=JobTask, bind=True, autoretry_for=(Error,), default_retry_delay=1, max_retries=99)
 def hold_its_row(self, gate):
     note(self, "start")
     with transaction.atomic():
-        Job.objects.select_for_update().get(pk=self.request.id)
+        self.report(50, cursor=1)
         wait_for(gate)
 
 
