@@ -191,7 +191,7 @@ class Chaos:
         self.old += old
 
     def wait(self, seconds):
-        """Until all jobs have ended or are deleted, but those that end only when others are sent."""
+        """Wait until all have ended or are deleted, but those that only end when others are sent."""
         until = time.monotonic() + seconds
         code = """
 rows = Job.objects.filter(Q(state__in=ACTIVE) | Q(pk__in=old))
