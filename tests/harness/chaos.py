@@ -191,7 +191,7 @@ class Chaos:
         self.old += old
 
     def wait(self, seconds):
-        """Wait until all have ended or are deleted, but those that only end when others are sent."""
+        """Wait until all have ended or are deleted; those that the broker refuses may not end."""
         until = time.monotonic() + seconds
         code = """
 rows = Job.objects.filter(Q(state__in=ACTIVE) | Q(pk__in=old))

@@ -3,7 +3,7 @@
 import logging
 
 from celery import current_app
-from kombu.exceptions import KombuError
+from celery.exceptions import OperationalError
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def send_one(task, job, producer, **options):
 def is_connection_error(error):
     """Return whether the broker was unavailable, and has not refused this one message."""
     with current_app.connection_for_write() as connection:  # of which only the class is asked
-        return isinstance(error, (KombuError, *connection.connection_errors))
+        return isinstance(error, (OperationalError, *connection.connection_errors))
 
 
 def queue_of(task, args, kwargs):
