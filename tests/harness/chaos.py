@@ -237,7 +237,7 @@ result = rows.exclude(task=read.name).exists()
         states = ", ".join(f"{state} {count}" for state, count in sorted(survey["states"].items()))
         print(f"  faults: {sum(self.faults.values())} ({faults})")
         print(f"  states: {states}; leases lapsed: {survey['crashes']}")
-        fine = wait < 5 and not self.workers_stuck
+        fine = wait < 10 and not self.workers_stuck
         for kind, jobs, end in [
             ("that kill their process", self.killers, "failed Its worker died"),
             ("that the broker refuses", self.refused, "failed The broker refused it 5 times: "),
