@@ -9,6 +9,7 @@ from contextlib import suppress
 from functools import partial
 
 from celery import exceptions
+from celery.bootsteps import RUN
 from celery.utils.functional import maybe_list
 from celery.worker import state
 from celery.worker.control import Panel
@@ -23,6 +24,7 @@ from .pools import has_children, pool, soften_sigterm
 
 logger = logging.getLogger(__name__)
 
+IDLE = 10  # seconds in which children without work must end, when their worker ends
 bodies_in_children = False  # of this worker
 
 
@@ -58,9 +60,24 @@ def watch_children(sender, **kwargs):
     soften_sigterm()
     # A body in C may hold up all threads of its child, so renew its lease here as well.
     threading.Thread(target=renew_leases_of_children, daemon=True).start()
+    threading.Thread(target=end_if_stuck, args=[sender.controller.blueprint], daemon=True).start()
     # Look for dead children at every tick. Celery does so every 5 s.
     if sender.hub:
         sender.hub.call_repeatedly(TICK, sender.pool.maintain_pool)
+
+
+def end_if_stuck(worker):
+    """End a worker that wants to end, but waits for children that have no work.
+
+    Celery waits without a limit: for ever, if the broker was lost while a child had half of a message
+    of more than 64 KB.
+    """
+    idle = 0
+    while idle < IDLE:
+        time.sleep(1)
+        idle = idle + 1 if worker.state > RUN and not state.active_requests else 0
+    logger.error("a child does not end: the worker ends without it")
+    os._exit(1)
 
 
 def renew_leases_of_children():
