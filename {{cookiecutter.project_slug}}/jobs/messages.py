@@ -41,7 +41,8 @@ def send_one(task, job, producer, **options):
 def is_connection_error(error):
     """Return whether the broker was unavailable, and has not refused this one message."""
     with current_app.connection_for_write() as connection:  # of which only the class is asked
-        return isinstance(error, (OperationalError, *connection.connection_errors))
+        kinds = OperationalError, *connection.connection_errors
+    return isinstance(error, kinds) or isinstance(error.__cause__, kinds)
 
 
 def queue_of(task, args, kwargs):

@@ -17,7 +17,7 @@ from django.db.models.functions import Cast, Length, Now
 from .database import is_unavailable, split
 from .lease import TICK, recover
 from .liveness import touch_liveness_file
-from .messages import is_connection_error, messages_in, send
+from .messages import messages_in, send
 from .models import BATCH, QUEUED, Job, Sweep
 
 logger = logging.getLogger(__name__)
@@ -35,10 +35,7 @@ RESEND_AT_LEAST_EVERY = 3600  # seconds
 class Queue:
     """What the sweep remembers of a queue."""
 
-    size: int = IN_MEMORY  # of the next batch: 1 after an error, then 2, 4, … until one is not full
-    taken: int = 0  # messages that the broker took
-    most: int = 0  # messages that waited there when it took one
-    refused_at: int = -1  # what `taken` was when it refused a message
+    most: int = 0  # messages that were seen in it
     # Jobs are sent again now and then although no message seems to be missing.
     extra_at: float = 0  # when
     extras: tuple = ()  # those of the last time
@@ -116,7 +113,7 @@ def send_due():
     while names and time.monotonic() < until:
         name = names.pop()
         try:
-            if send_batch(name, min(size, queues[name].size)):
+            if send_batch(name, size):
                 names.insert(0, name)
         except Exception as error:  # each transport raises its own
             if is_unavailable(error):
@@ -149,14 +146,43 @@ def send_batch(name, size):
     try:
         for start in range(0, len(ids), step):
             part = ids[start : start + step]
-            jobs = Job.objects.filter(QUEUED).only(*MESSAGE).in_bulk(part)
-            send([jobs[pk] for pk in part if pk in jobs])
-    except Exception as error:
-        return refuse(name, size, waiting, ids, error)
+            try:
+                load_and_send(part)
+            except Exception as error:
+                logger.warning("the broker refused one of %d jobs: %r", len(part), error)
+                send_singly(name, part, is_full=2 * waiting >= max(queue.most, 1))
+    except Exception:
+        Job.objects.filter(QUEUED, pk__in=ids, sent__gt=0).requeue()
+        raise
+    return len(ids) == size
+
+
+def load_and_send(ids):
+    jobs = Job.objects.filter(QUEUED).only(*MESSAGE).in_bulk(ids)
+    send([jobs[pk] for pk in ids if pk in jobs])
     for pk in ids:
         refusals.pop(pk, None)
-    queue.size = min(2 * size, IN_MEMORY) if len(ids) == size else IN_MEMORY
-    return len(ids) == size
+
+
+def send_singly(name, ids, is_full):
+    """Send these jobs one by one, because the broker did not take all of them.
+
+    A job that it refuses alone waits, and fails after some times; not if the queue is_full, or takes
+    nothing else either: then this raises what the transport does.
+    """
+    for pk in ids:
+        try:
+            load_and_send([pk])
+        except Exception as error:
+            row = Job.objects.filter(QUEUED, pk=pk)
+            for task in row.values_list("task", flat=True):
+                send([Job(task=task, queue=name)])  # it has no row, so the worker drops it
+            row.requeue(settings.JOB_RESEND_SECONDS)
+            refusals[pk] += not is_full
+            if refusals[pk] >= REFUSALS:
+                text = f"The broker refused it {REFUSALS} times: {error.__cause__ or error!r:.500}"
+                row.finish("failed", error=text)
+                del refusals[pk]
 
 
 def mark_sent(due):
@@ -169,30 +195,6 @@ def mark_sent(due):
             rows = Job.objects.filter(pk__in=[pk for pk, times, _ in jobs if times == sent])
             rows.update(sent=sent + 1, wake_at=Now() + timedelta(seconds=wait))
     return {pk: size for pk, _, size in jobs}
-
-
-def refuse(name, size, waiting, ids, error):
-    """Queue these jobs again, of which the broker did not take all: next time each is sent alone.
-
-    A job that was refused alone fails after some times, if its queue takes others and is not full.
-    Returns True, for there may be more jobs. Raises what the transport does if it takes nothing.
-    """
-    queues[name].size = 1
-    Job.objects.filter(QUEUED, pk__in=ids, sent__gt=0).requeue()
-    if size == 1:
-        job = Job.objects.only("task").get(pk=ids[0])
-        send([Job(task=job.task, queue=name)])  # a message without a row: the worker drops it
-        row, reason = Job.objects.filter(QUEUED, pk=job.pk), f"{error!r:.500}"
-        row.requeue(settings.JOB_RESEND_SECONDS)
-        if 2 * waiting < max(queues[name].most, 1):
-            refusals[job.pk] += 1
-        if refusals[job.pk] >= REFUSALS:
-            row.finish("failed", error=f"The broker refused it {REFUSALS} times: {reason}")
-            del refusals[job.pk]
-    elif is_connection_error(error):
-        raise error
-    logger.warning("the broker refused one of %d jobs, such as %s: %r", len(ids), ids[0], error)
-    return True
 
 
 def purge_for_ever():
