@@ -197,6 +197,7 @@ def test_a_revoke_waits_for_the_database(stack, gate, since):
         rows = stack.wait_until_final(waits, runs, seconds=20)
     finally:
         gate.touch()
+        wait_for(lambda: stack.notes("end", runs))  # the gate goes with this test
     since(start)
     assert [row["state"] for row in rows] == ["cancelled", "cancelled"]
 
@@ -434,8 +435,6 @@ def test_an_outage_is_not_the_time_of_a_body_that_has_ended(stack, gate, since):
 @on_prefork
 def test_a_broker_that_is_lost_while_a_child_gets_a_large_message(stack, since):
     """Then the worker ends, but the child waits for the rest: Celery would wait for it for ever."""
-    active = "result = any(app.control.inspect(timeout=5).active().values())"
-    wait_for(lambda: not stack.ask(f"from config.celery import app\n{active}"))
     children = children_of(stack.worker.pid)
     for child in children:
         os.kill(child, signal.SIGSTOP)  # so that the message is not written at once
