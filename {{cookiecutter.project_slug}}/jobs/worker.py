@@ -115,7 +115,9 @@ def write(*queries, delay=0):
                 logger.warning("cannot write to a job: %r", error)
         connection.close()  # a child must not inherit it
 
-    threading.Timer(delay, run).start()
+    timer = threading.Timer(delay, run)
+    timer.daemon = True  # a worker that ends does not wait for the database
+    timer.start()
 
 
 def requeue_unknown(id, message, **kwargs):
