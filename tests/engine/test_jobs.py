@@ -1318,7 +1318,7 @@ def test_a_job_that_is_refused_again_and_again_fails_unless_its_queue_is_full(
 
 def test_what_is_found_missing_lets_twice_as_many_be_looked_for(published):
     """Among plain tasks, which hide how many messages are missing."""
-    enqueue_and_publish(8)
+    enqueue_and_publish(12)
     looked_for = []
     for message in 2, 2, 1, 1:  # of each job that then runs: its first or its second one
         published[:] = ["plain"] * 20
@@ -1508,7 +1508,10 @@ def test_old_jobs_that_cannot_be_deleted_keep_no_other(settings, caplog):
     finally:
         pre_delete.disconnect(protect, sender=Job)
     assert set(Job.objects.all()) == {jobs[2], jobs[5]}
+    later = deliver(Job.objects.enqueue(add, [1, 2]))
+    Job.objects.filter(pk=later.pk).update(finished_at=past + timedelta(milliseconds=500))
     assert sweep.purge(2) == 2  # it leaves them out
+    assert set(Job.objects.all()) == {jobs[2], jobs[5]}
     assert caplog.text.count("an order refers to it") == 2
     assert sweep.purge() == 0
 
