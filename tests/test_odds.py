@@ -80,16 +80,20 @@ def test_a_queue_that_is_refused_stops_no_other(stack, gate, since):
 
 @on_each_broker
 def test_a_worker_whose_slots_were_full_asks_for_more_at_once(stack, since):
-    """250 short jobs on its 4 slots: pauses of a second after every eight would be 31 of them."""
+    """250 short jobs on its 4 slots: there would be a pause of a second after every eight."""
     start = time.monotonic()
     jobs = stack.ask(
         "result = [j.pk for j in Job.objects.enqueue_many(quick, [[]] * 250, queue='cpu')]"
     )
-    rows = stack.wait_until_final(*jobs)
+    rows = stack.wait_until_final(*jobs, seconds=120)
     since(start)
-    took = time.monotonic() - start
     assert succeeded(rows, crashes=0), rows
-    assert took < 30
+    code = """
+starts = sorted(Job.objects.filter(pk__in=jobs).values_list("started_at", flat=True))
+result = [(later - at).total_seconds() for at, later in zip(starts, starts[1:])]
+"""
+    pauses = [seconds for seconds in stack.ask(code, jobs=jobs) if seconds > 0.9]
+    assert len(pauses) < 15, pauses  # not 31
 
 
 @on_one
@@ -197,7 +201,6 @@ def test_a_revoke_waits_for_the_database(stack, gate, since):
         rows = stack.wait_until_final(waits, runs, seconds=20)
     finally:
         gate.touch()
-        wait_for(lambda: stack.notes("end", runs))  # the gate goes with this test
     since(start)
     assert [row["state"] for row in rows] == ["cancelled", "cancelled"]
 
@@ -435,6 +438,7 @@ def test_an_outage_is_not_the_time_of_a_body_that_has_ended(stack, gate, since):
 @on_prefork
 def test_a_broker_that_is_lost_while_a_child_gets_a_large_message(stack, since):
     """Then the worker ends, but the child waits for the rest: Celery would wait for it for ever."""
+    time.sleep(1)  # what other tests have left ends
     children = children_of(stack.worker.pid)
     for child in children:
         os.kill(child, signal.SIGSTOP)  # so that the message is not written at once

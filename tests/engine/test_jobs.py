@@ -1615,6 +1615,20 @@ def test_a_run_has_the_token_that_the_main_process_chose():
     assert result.get() == str(token)
 
 
+@pytest.mark.parametrize(
+    ("at_work", "seconds"), [((), 30), ((object(),), 20 + 10 + 600)], ids=["idle", "busy"]
+)
+def test_a_worker_that_cannot_end_is_ended(monkeypatch, at_work, seconds):
+    """10 s after it has nothing to do, or when all bodies are over their time limits."""
+    slept = []
+    monkeypatch.setattr(worker.state, "active_requests", at_work)
+    monkeypatch.setattr("time.sleep", slept.append)
+    monkeypatch.setattr("os._exit", Mock())
+    blueprint = type("Blueprint", (), {"state": property(lambda self: 1 + (len(slept) > 20))})()
+    worker.end_if_stuck(blueprint)
+    assert len(slept) == seconds
+
+
 # What the database guards
 
 

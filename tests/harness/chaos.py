@@ -178,7 +178,7 @@ class Chaos:
             group = os.getpgid(self.stack.wait_until_started(job))
             [worker] = [w.process for w in self.stack.workers if w.pid == group]
             worker.terminate()
-            worker.wait(20)
+            worker.wait(60)
         except subprocess.TimeoutExpired:
             self.workers_stuck += 1
         finally:
@@ -248,7 +248,7 @@ result = rows.exclude(task=read.name).exists()
             wrong = Counter(end_ for job in jobs if not (end_ := ends[job]).startswith(end))
             print(f"  jobs {kind}: {len(jobs)}{', but ' * bool(wrong)}{dict(wrong) or ''}")
             fine &= not wrong
-        print(f"  workers that did not end in 20 s: {self.workers_stuck}")
+        print(f"  workers that did not end in a minute: {self.workers_stuck}")
         print(f"  the longest wait beside those that the broker refuses: {wait:.1f} s")
         for error in survey["errors"]:
             print(f"  {error}")

@@ -64,9 +64,11 @@ def stack(running):
 
 
 @pytest.fixture
-def gate(tmp_path):
-    """Bodies run until this file exists."""
-    return tmp_path / "gate"
+def gate(tmp_path_factory):
+    """Bodies run until this file exists: at the end of the test at the latest."""
+    gate = tmp_path_factory.mktemp("gate") / "gate"
+    yield gate
+    gate.touch()
 
 
 @pytest.fixture

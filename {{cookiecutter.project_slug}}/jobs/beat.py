@@ -8,7 +8,7 @@ from datetime import timedelta
 from queue import SimpleQueue
 
 from celery.beat import SchedulingError
-from django.db import Error, close_old_connections
+from django.db import Error, close_old_connections, connection
 
 from . import sweep
 from .database import is_unavailable, wait_for
@@ -64,6 +64,7 @@ def name_ticks(beat):
                 wait_for(store, entry, advance=False)
             except Exception as error:  # without this thread all others would be lost
                 logger.warning("a job of the schedule cannot be stored: %r", error)
+            connection.close()  # perhaps not needed again for months
 
     beat.scheduler.apply_async = apply_tick
     threading.Thread(target=store_late, daemon=True).start()

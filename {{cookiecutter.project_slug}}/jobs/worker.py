@@ -8,7 +8,7 @@ import uuid
 from contextlib import suppress
 from functools import partial
 
-from celery import exceptions
+from celery import current_app, exceptions
 from celery.bootsteps import RUN
 from celery.utils.functional import maybe_list
 from celery.worker import state
@@ -70,11 +70,13 @@ def end_if_stuck(worker):
     """End a worker that wants to end, but waits for children that have no work.
 
     Celery waits without a limit: for ever, if the broker was lost while a child had half of a message
-    of more than 64 KB.
+    of more than 64 KB. It does not hear of bodies that end meanwhile, but all have a time limit.
     """
-    idle = 0
-    while idle < IDLE:
+    longest = max(task.time_limit or 0 for task in current_app.tasks.values())
+    idle = ending = 0
+    while idle < IDLE and ending < IDLE + longest:
         time.sleep(1)
+        ending += worker.state > RUN
         idle = idle + 1 if worker.state > RUN and not state.active_requests else 0
     logger.error("a child does not end: the worker ends without it")
     os._exit(1)
