@@ -125,6 +125,7 @@ class JobQuerySet(models.QuerySet):
 
         Returns the new Jobs, or active ones with the same `unique`: see Job.run_again().
         """
+        current_app.loader.import_default_modules()
         with transaction.atomic(self.db):
             now, again, new = self.now(), [], []
             for job in self.defer("result", "error"):
@@ -311,11 +312,11 @@ class Job(models.Model):
         Returns the new Job, or the active one with the same `unique`. Raises ValueError if this job
         is active or its task is gone; TypeError if its task takes other arguments now.
         """
+        current_app.loader.import_default_modules()
         return Job.objects.store(self.again(Now()), self.unique_key)
 
     def again(self, now):
         """Return the fields of a job like this one. Raises what run_again() does."""
-        current_app.loader.import_default_modules()
         if self.state in ACTIVE:
             raise ValueError("it has not ended yet")
         if self.task not in current_app.tasks:
