@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import socketserver
-import subprocess
 import textwrap
 import threading
 import time
@@ -578,7 +577,7 @@ def test_beat_keeps_few_arguments_in_memory(stack, record_property):
     stack.beat.start()
     stack.wait_until_final(stack.enqueue("quick", countdown=1))
     Path(f"/proc/{stack.beat.pid}/clear_refs").write_text("5")  # forgets the peak
-    idle = peak(stack.beat.pid)
+    idle = stack.beat.peak
     code = 'Job.objects.enqueue_many(read, [["x" * 40_000]] * 1000, countdown=1, queue="nobody")'
     stack.ask(code)
     try:
@@ -586,15 +585,9 @@ def test_beat_keeps_few_arguments_in_memory(stack, record_property):
     finally:
         stack.ask('Job.objects.filter(queue="nobody").delete()')
         stack.empty("nobody")
-    more = peak(stack.beat.pid) - idle
+    more = stack.beat.peak - idle
     record_property("megabytes", more)
     assert more < 40
-
-
-def peak(pid):
-    """The most memory that a process has had, in MB."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 1000
 
 
 @on_one
@@ -696,13 +689,9 @@ result = [shelve.open(file)["entries"]["every second"].total_run_count for file 
 @stacks(brokers=["rabbitmq"], pools=POOLS[:1])
 def test_a_dead_letter_is_kept_and_sent_again(stack):
     """With the file and with the lines of the output's README."""
-
-    def control(*words):
-        subprocess.run(["rabbitmqctl", *words], env=stack.broker.options["env"], check=True)
-
     readme = stack.project.read("README.md")
     [again] = re.findall(r"^    from config import celery_app\n(?:    .*\n)*", readme, re.MULTILINE)
-    control("import_definitions", stack.project / "rabbitmq.json")
+    stack.broker.control("import_definitions", stack.project / "rabbitmq.json")
     for worker in stack.workers:
         worker.stop()
     try:
@@ -722,7 +711,7 @@ result = bool(message)
         stack.ask(textwrap.dedent(again))
         assert (stack.messages_in("dead-letters"), stack.messages_in("cpu")) == (0, 1)
     finally:
-        control("clear_policy", "dead-letters")
+        stack.broker.control("clear_policy", "dead-letters")
 
 
 # Where a job goes

@@ -3,7 +3,6 @@
 Real processes, as in test_faults.py; `seconds` is measured likewise.
 """
 
-import subprocess
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -268,16 +267,12 @@ def test_jobs_that_the_broker_refuses_fail(stack, since):
 @contextmanager
 def small(stack, queue, length):
     """RabbitMQ refuses what comes into this queue while it is full."""
-
-    def control(*words):
-        subprocess.run(["rabbitmqctl", *words], env=stack.broker.options["env"], check=True)
-
     policy = f'{{"max-length": {length}, "overflow": "reject-publish"}}'
-    control("set_policy", "small", f"^{queue}$", policy, "--apply-to", "queues")
+    stack.broker.control("set_policy", "small", f"^{queue}$", policy, "--apply-to", "queues")
     try:
         yield
     finally:
-        control("clear_policy", "small")
+        stack.broker.control("clear_policy", "small")
 
 
 @on_rabbitmq

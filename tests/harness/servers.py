@@ -268,6 +268,9 @@ class RabbitMQ(Broker):
         )
         self.options["env"] = {name: str(value) for name, value in environment.items()}
 
+    def control(self, *words):
+        subprocess.run(["rabbitmqctl", *words], env=self.options["env"], check=True)
+
     def limit_messages(self):
         (self.options["cwd"] / "rabbitmq.conf").write_text(f"max_message_size = {2**20}\n")
 

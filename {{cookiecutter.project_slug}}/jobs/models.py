@@ -183,8 +183,8 @@ class JobQuerySet(models.QuerySet):
         `retries` and `crashes` of the job, and which message of it this is, are those of the message.
         """
         # Q(run=run): the first try of this UPDATE was committed, but its answer was lost.
-        claimable = Q(run=None) | Q(run=run), UNFINISHED, LockTimeout()
-        return self.filter(*claimable, retries=retries, crashes=crashes).update(
+        claimable = Q(run=None) | Q(run=run)
+        return self.filter(claimable, UNFINISHED, retries=retries, crashes=crashes).update(
             state="running",
             run=run,
             worker=worker,

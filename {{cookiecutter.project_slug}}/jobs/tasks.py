@@ -16,7 +16,7 @@ from django.utils import timezone
 
 from .database import in_transaction, roll_back_open_transaction, store_outcome, wait_for
 from .lease import Lost, Run, runs
-from .models import LONGEST_WAIT, OVER_TIME_LIMIT, QUEUED, Job, lease_end
+from .models import LONGEST_WAIT, OVER_TIME_LIMIT, QUEUED, Job, LockTimeout, lease_end
 from .pools import pool
 from .results import JobBackend
 
@@ -136,7 +136,8 @@ class JobTask(DjangoTask):
         is_job = not request.called_directly and "job" in (request.headers or {})
         if not is_job or self.job_run:  # the second: a body that calls itself, inside its own run
             return super().__call__(*args, **kwargs)
-        job, crashes = Job.objects.filter(pk=request.id), request.headers["job"]
+        job = Job.objects.filter(LockTimeout(), pk=request.id)
+        crashes = request.headers["job"]
         run = Run(request.id, request.headers.get("run"), self)
         # A first run is never a last try, even if JOB_MAX_CRASHES is 1.
         is_last_try = crashes and crashes + 1 >= settings.JOB_MAX_CRASHES
