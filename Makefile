@@ -1,4 +1,4 @@
-.PHONY: demo engine test chaos bench package lint
+.PHONY: demo engine test prove chaos bench package lint
 
 demo: .venv  ## bake a project, start it, run a job: make demo ARGS="include_example=false"
 	@PYTHONPATH=tests .venv/bin/python -m harness.demo $(ARGS)
@@ -6,8 +6,13 @@ demo: .venv  ## bake a project, start it, run a job: make demo ARGS="include_exa
 engine: .venv  ## the tests of the app `jobs`, in seconds: make engine ARGS="-k retry"
 	.venv/bin/python -m pytest tests/engine -c tests/engine/pytest.ini $(ARGS)
 
-test: .venv  ## the template's own tests: make test ARGS="-k hook"
-	.venv/bin/python -m pytest -n auto --dist loadgroup --durations 10 $(ARGS)
+PYTEST := .venv/bin/python -m pytest -n auto --dist loadgroup --durations 10
+
+test: .venv  ## all that is quick: make test ARGS="-k hook"
+	$(PYTEST) --ignore tests/prove $(ARGS)
+
+prove: .venv  ## what takes longer, faults and containers among it: make prove ARGS="-k redis-gevent"
+	$(PYTEST) tests/prove $(ARGS)
 
 chaos: .venv  ## two minutes of faults on each broker; longer: make chaos ARGS="redis --seconds 600 --jobs 5000 --seed 1"
 	@PYTHONPATH=tests .venv/bin/python -m harness.chaos $(ARGS)

@@ -9,7 +9,7 @@ pytest.register_assert_rewrite("harness")  # before the first import from there
 from harness.bake import baked  # noqa: E402
 from harness.project import Project  # noqa: E402
 
-pytest_plugins = ["harness.checks", "harness.faults"]
+pytest_plugins = ["harness.checks", "harness.faults", "harness.outputs"]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -29,10 +29,10 @@ def compiled():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def bytecode(shared):
-    """Compile a package once, not in each environment."""
-    Project.bytecode = shared / "bytecode"
-    Project.bytecode.mkdir(exist_ok=True)
+def environments(shared):
+    """Install and compile a package once, not for each output."""
+    Project.environments = shared / "environments"
+    Project.environments.mkdir(exist_ok=True)
 
 
 @pytest.fixture(scope="session")
@@ -48,32 +48,22 @@ def bake(cookies):
     return lambda **answers: baked(cookies, answers)
 
 
-@pytest.fixture(scope="module")
-def output(request, cookies_session):
-    """A baked project; its tests name the answers: see outputs() in test_run.py."""
-    return baked(cookies_session, request.param)
-
-
-@pytest.fixture(scope="module")
-def project(output):
-    """The output, installed."""
-    output.install()
-    return output
-
-
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
     """Put the tests that share a stack one after the other, and first, because they take longest.
 
-    First containers, then faults, then outputs that run. And have the reports of a test say which
-    output it ran with: they are all that xdist sends.
+    By the first file of each stack: chaos, containers, faults, outputs that run. And have the
+    reports of a test say which output it ran with: they are all that xdist sends.
     """
 
-    def order(item):
-        group = item.get_closest_marker("xdist_group")
-        return (0, item.path.name, group.args[0]) if group else (1,)
+    def group(item):
+        marker = item.get_closest_marker("xdist_group")
+        return marker and marker.args[0]
 
-    items.sort(key=order)
+    first = {}
+    for item in items:
+        first.setdefault(group(item), item.path.name)
+    items.sort(key=lambda item: (0, first[group(item)], group(item)) if group(item) else (1,))
     for item in items:
         if "output" in item.fixturenames and hasattr(item, "callspec"):
             item.user_properties.append(("answers", item.callspec.params["output"]))

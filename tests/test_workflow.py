@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from harness.bake import CHOICES, TEMPLATE
+from harness.outputs import one_of_each_pair
 from harness.project import Project
-from test_run import one_of_each_pair
 
 WORKFLOW = ".github/workflows/ci.yml"
 

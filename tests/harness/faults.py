@@ -32,17 +32,17 @@ def database():
     database.remove()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def running(request, cookies_session, tmp_path_factory):
     """A stack, for all tests with the same answers one after the other."""
-    options = {"timings": TIMINGS, "slots": {}, "sqlite": False, **request.param}
+    options = {"timings": TIMINGS, "sqlite": False, **request.param}
     broker = broker_class(options["broker"])
     folder = tmp_path_factory.mktemp("stack")
     project = baked(cookies_session, {**broker.answers, "worker_pool": options["pool"]})
     database = None if options["sqlite"] else request.getfixturevalue("database")
     variables = {
         **options["timings"],
-        "WORKER_CONCURRENCY": options["slots"].get(options["pool"], 4),
+        "WORKER_CONCURRENCY": 4 if options["pool"] == "prefork" else 16,  # jobs share a process
     }
     stack = prepare(project, broker, folder, database, **variables)
     try:

@@ -1,10 +1,10 @@
 """A baked project, as the tests and `make demo` use it: install it, start it, talk to it."""
 
 import base64
-import itertools
+import fcntl
+import hashlib
 import json
 import os
-import random
 import re
 import shutil
 import signal
@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
 import urllib.error
 import urllib.request
 from contextlib import contextmanager, suppress
@@ -28,7 +29,7 @@ CONSOLE = Path(__file__).parent / "console.py"
 class Project(type(Path())):
     """The path of a baked project, which can also run commands."""
 
-    bytecode = None  # a folder, if the environments of all projects share what they compile
+    environments = None  # a folder, if projects that declare the same share an environment
 
     def run(self, *command, **environment):
         """Run a module of the test environment, say `ruff check`, and return what it prints."""
@@ -77,9 +78,12 @@ class Project(type(Path())):
 
     def install(self):
         """Install what the project's own pyproject.toml declares, and nothing else."""
-        self.call("make", ".venv")
-        if self.bytecode:
-            share_bytecode(next(self.glob(".venv/lib/*/site-packages")), self.bytecode)
+        if self.environments:
+            environment = shared_environment(self, self.environments)
+            (self / ".venv").symlink_to(environment)
+            environment.touch()  # newer than pyproject.toml: make has nothing to do
+        else:
+            self.call("make", ".venv")
 
     def add_app(self, name, settings=""):
         """Give the project one of our apps, and these lines at the end of its settings."""
@@ -249,6 +253,23 @@ result = Job.objects.enqueue(tasks.{task}, {args!r}, owner=User.objects.get()).p
         self.process.wait(60)
 
 
+def shared_environment(project, folder):
+    """Return the environment for what a project declares: the first one that asks has it made."""
+    declared = tomllib.loads(project.read("pyproject.toml"))
+    declared = json.dumps([declared["project"]["dependencies"], declared["dependency-groups"]])
+    shared = Project(folder / hashlib.sha256(declared.encode()).hexdigest()[:16])
+    shared.mkdir(exist_ok=True)
+    with open(shared / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (shared / "done").exists():
+            for file in ["Makefile", "pyproject.toml"]:
+                shutil.copy(project / file, shared)
+            shared.call("make", ".venv")
+            share_bytecode(next(shared.glob(".venv/lib/*/site-packages")), folder / "bytecode")
+            (shared / "done").touch()
+    return shared / ".venv"
+
+
 def share_bytecode(packages, folder):
     """Take from this folder what others have compiled, compile the rest and leave it there.
 
@@ -338,19 +359,17 @@ def connects(port):
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def is_free(port):
-    with socket.socket() as probe, suppress(OSError):
-        probe.bind(("", port))
-        return True
-
-
-# A server listens on its port long after it got it: so none is given twice, by no process of a run.
-# They are below those that the kernel gives to connections.
-WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-FIRST_PORT = 12_000 + 1000 * (WORKER % 20)
-PORTS = filter(is_free, itertools.cycle(random.sample(range(FIRST_PORT, FIRST_PORT + 1000), 1000)))
+HELD = []  # sockets, each bound to a port that was given
 
 
 def free_ports(count):
-    """Return so many ports of this machine that nobody has."""
-    return list(itertools.islice(PORTS, count))
+    """Return so many ports of this machine that nobody has, nor gets until this process ends.
+
+    A socket that is bound but does not listen keeps its port from everybody who looks for one. A
+    server that is told the number may still listen there.
+    """
+    for _ in range(count):
+        HELD.append(socket.socket())
+        HELD[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        HELD[-1].bind(("127.0.0.1", 0))
+    return [held.getsockname()[1] for held in HELD[len(HELD) - count :]]

@@ -15,13 +15,11 @@ import pytest
 
 from harness import missing, servers
 from harness.bake import chosen
+from harness.outputs import ORDER, default_output, one_for_each_broker, outputs
 from harness.project import free_ports
-from test_run import ORDER, combinations, outputs
 
-default = outputs(next(combinations()))
 PASSWORD = "only-this-server-knows"
-one_each = {each["broker"]: each for each in reversed(list(combinations()))}
-with_flower = outputs(*(each for each in one_each.values() if chosen(**each).broker.flower))
+with_flower = outputs(*(each for each in one_for_each_broker() if chosen(**each).broker.flower))
 
 
 @with_flower
@@ -56,7 +54,7 @@ def protect(url):
 
 
 @pytest.mark.parametrize("fault", ["dead", "hung"])
-@default
+@default_output
 def test_a_cache_that_is_away_stops_no_request(project, fault):
     with socket.socket() as cache:  # accepts, and never answers
         cache.bind(("127.0.0.1", 0))
@@ -80,7 +78,7 @@ PAGES = {
 }
 
 
-@default
+@default_output
 def test_the_pages_work_under_their_content_security_policy(project, tmp_path):
     """In a browser, logged in: what scripts make is there, and no violation is logged."""
     if not (browser := shutil.which("chromium") or shutil.which("google-chrome")):

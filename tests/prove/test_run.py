@@ -1,6 +1,5 @@
 """Outputs run: installed from their own pyproject.toml, with a real worker on a real broker."""
 
-import itertools
 import os
 import pty
 import re
@@ -15,77 +14,20 @@ from uuid import uuid4
 
 import pytest
 
-from harness import servers
-from harness.bake import CHOICES, DEFAULTS, name
 from harness.browser import browser
-from harness.project import connects, env, fetch, free_ports, path_without, processes_in, wait_for
+from harness.outputs import (
+    ORDER,
+    all_others,
+    combinations,
+    default_output,
+    every_pair,
+    every_pool,
+    outputs,
+    use,
+)
+from harness.project import connects, env, fetch, free_ports, processes_in, wait_for
 
 EXTRA = {"FLOWER_BASIC_AUTH": "admin:password", "DEBUG": "False"}
-ORDER = {"email": "you@example.com", "product": "Tea", "quantity": 2}
-# An action of the admin, which waits for workers; returns its page.
-ADD_UP = """
-from django.test import Client
-from users.models import User
-client = Client(HTTP_HOST="localhost")
-client.force_login(User.objects.get())
-data = {"action": "add_up", "_selected_action": [1]}
-result = client.post("/admin/orders/order/", data, follow=True).content.decode()
-"""
-SCHEDULE = """
-CELERY_BEAT_SCHEDULE = {{
-    "tick": {{"task": "samples.tasks.note_time", "schedule": 1, "args": ["{path}"]}}
-}}
-"""
-
-
-def combinations():
-    """Every broker with every result backend and every pool; the schedule and the example vary."""
-    schedules = CHOICES["periodic_tasks"]
-    options = ("broker", "result_backend", "worker_pool")
-    for number, choices in enumerate(itertools.product(*(CHOICES[option] for option in options))):
-        yield {
-            **DEFAULTS,
-            **dict(zip(options, choices, strict=True)),
-            "periodic_tasks": schedules[number % len(schedules)],
-            "include_example": number % 5 != 4,
-        }
-
-
-def one_of_each_pair():
-    """Of these, one for each broker and result backend, with the pools in turn."""
-    every, pools = list(combinations()), len(CHOICES["worker_pool"])
-    return [every[pools * pair + pair % pools] for pair in range(len(every) // pools)]
-
-
-def outputs(*answers):
-    """Run the test with these outputs: one process all tests of an output, to install it once."""
-    params = [
-        pytest.param(each, id=name(each), marks=pytest.mark.xdist_group(name(each)))
-        for each in answers
-    ]
-    return pytest.mark.parametrize("output", params, indirect=True)
-
-
-every_combination = outputs(*combinations())
-every_pair = outputs(*one_of_each_pair())
-every_pool = outputs(*itertools.islice(combinations(), len(CHOICES["worker_pool"])))
-default_output = outputs(next(combinations()))
-
-
-@pytest.fixture(scope="module")
-def broker(output, tmp_path_factory):
-    """The variables of real servers for this output alone. Asked for first: one may be missing."""
-    with servers.real(output.free_servers(), tmp_path_factory.mktemp("servers")) as variables:
-        yield variables
-
-
-@pytest.fixture(scope="module")
-def database():
-    """A PostgreSQL, on which no test of the outputs is skipped."""
-    database = servers.PostgreSQL("fsync=off")
-    database.start()
-    yield database
-    database.remove()
 
 
 @every_pair
@@ -101,80 +43,9 @@ def test_it_passes_its_own_tests(broker, database, project):
     assert re.search(r"= \d+ passed in", printed), printed  # none was skipped
 
 
-@default_output
-def test_it_passes_its_own_tests_on_sqlite(broker, project):
-    printed = project.call("make", "test", **broker)
-    assert re.search(r"= \d+ passed in", printed), printed  # none was skipped
-
-
-@pytest.fixture
-def with_tasks(project, tmp_path):
-    """The project with tasks of our own, so that it needs no example, one of them periodic."""
-    settings = project / "config/settings.py"
-    before = settings.read_text()
-    project.add_app("samples", SCHEDULE.format(path=tmp_path / "ticked"))
-    yield project
-    settings.write_text(before)
-    shutil.rmtree(project / "samples")
-
-
-@every_combination
+@all_others  # than those of ../test_first_run.py
 def test_it_runs(broker, with_tasks, tmp_path):
     use(with_tasks, tmp_path, **broker)
-
-
-@default_output
-def test_it_runs_on_the_stand_in(with_tasks, tmp_path):
-    """On fakeredis, which `make run` takes where no Redis is installed."""
-    path = path_without("redis-server", "valkey-server", folder=tmp_path / "bin")
-    log = use(with_tasks, tmp_path, PATH=path)
-    assert "Starting fakeredis" in log
-
-
-def use(project, tmp_path, **environment):
-    """Start the project and use all of it; return what it printed."""
-    with project.up(**environment) as site:
-        *_, done = site.follow(site.enqueue("count", 5))
-        assert (done["state"], done["result"]) == ("succeeded", 5), done
-        assert site.request("/api/jobs/", Authorization="")[0] == 401
-        metrics = site.scrape()
-        labels = '{state="succeeded",task="samples.tasks.count"}'
-        assert metrics[f"jobs_ended_last_minute{labels}"] >= 1
-        assert metrics['jobs_running{queue="celery"}'] == 0
-        wait_for(lambda: site.scrape()["jobs_sweep_age_seconds"] < 60, site=site)  # Beat
-
-        if (project / "orders").exists():
-            status, headers, order = site.request("/api/orders/", ORDER)
-            assert (status, headers["Retry-After"]) == (202, "1")
-            *_, job = site.follow(headers["Location"])
-            assert job["state"] == "succeeded"
-            assert site.request(f"/api/orders/{order['id']}/")[2]["confirmed_at"]
-            assert "Thank you! You ordered 2 × Tea." in mails(project)
-            if "chord" in project.read("orders/admin.py"):
-                assert "Ordered: 2 × Tea." in site.ask(ADD_UP)
-
-        late = tmp_path / "late"
-        has_results = "RESULT_BACKEND" in project.read("config/settings.py")
-        script = f"from samples import plain\nresult = plain.use({str(late)!r}, {has_results})"
-        sent, results = site.ask(script)
-        assert results == ([3, 10] if has_results else [])
-        ran = wait_for(lambda: late.exists() and late.read_text(), site=site)
-        assert float(ran) - sent > 1.9  # of 2: greenlets count from the start of their loop's round
-
-        if site.has_flower:  # then the broker carries events and remote control
-            show_in_flower(site, done["id"])
-        endless = site.enqueue("count", 1000)
-        following = site.follow(endless)
-        while not next(following)["progress"]:
-            pass
-        if site.has_flower:
-            assert site.ask_flower(f"/api/task/revoke/{endless.split('/')[3]}", {})[0] == 200
-        else:
-            assert site.request(f"{endless}cancel/", {})[0] == 200
-        assert [job["state"] for job in following][-1] == "cancelled"
-
-        wait_for((tmp_path / "ticked").exists, site=site)  # Beat
-        return site.log
 
 
 @default_output
@@ -218,22 +89,6 @@ def test_the_log_tells_an_event_once(with_tasks):
     for event in "task_started", "task_failed", "task_succeeded":
         assert re.search(rf"{event}.* task=samples.tasks.count", log), log
     assert "GET /" not in log
-
-
-def mails(project):
-    """All that development has sent."""
-    return "".join(file.read_text() for file in (project / ".data/mail").iterdir())
-
-
-def show_in_flower(site, done):
-    """Flower knows the worker that did the job of this id, and tells only who has its password."""
-    for path in "/api/workers", "/api/tasks":
-        assert site.ask_flower(path, authenticated=False)[0] == 401
-    ping = [".venv/bin/celery", "-A", "config", "inspect", "ping", "--timeout", "30"]
-    assert "pong" in site.project.call(*ping, "-d", site.worker, **site.environment)
-    wait_for(lambda: site.worker in site.ask_flower("/api/workers?refresh=1")[2], site=site)
-    wait_for(lambda: site.find_in_flower(done), site=site)
-    assert done in site.ask_flower("/api/tasks")[2]
 
 
 def required(project):

@@ -22,14 +22,11 @@ from harness.faults import POOLS, errors, stacks, succeeded
 from harness.project import children_of, wait_for
 
 ONE = CHOICES["broker"][:1]
-SLOTS = {"threads": 16, "gevent": 16}  # of a worker whose jobs share a process
-on_each_broker = stacks(pools=POOLS[:1], slots=SLOTS)
-on_each_pool = stacks(brokers=ONE, slots=SLOTS)
-on_prefork = stacks(brokers=ONE, pools=["prefork"], slots=SLOTS)
-where_jobs_share_a_process = stacks(
-    brokers=ONE, pools=[pool for pool in POOLS if pool != "prefork"], slots=SLOTS
-)
-on_one = stacks(brokers=ONE, pools=POOLS[:1], slots=SLOTS)
+on_each_broker = stacks(pools=POOLS[:1])
+on_each_pool = stacks(brokers=ONE)
+on_prefork = stacks(brokers=ONE, pools=["prefork"])
+where_jobs_share_a_process = stacks(ONE, [pool for pool in POOLS if pool != "prefork"])
+on_one = stacks(brokers=ONE, pools=POOLS[:1])
 
 
 def ran_once(stack, jobs):
@@ -333,7 +330,7 @@ def test_a_body_that_holds_its_row_does_not_hold_up_a_stop(stack, gate, since):
     assert [row["crashes"] for row in rows] == [1, *[0] * 10]
 
 
-@stacks(brokers=ONE, pools=["gevent"], slots=SLOTS)
+@stacks(brokers=ONE, pools=["gevent"])
 def test_ends_that_wait_for_a_lock_stop_no_other(stack, gate, since):
     """Ten wait: as many as there are threads that store how a body ended."""
     jobs = [stack.enqueue("hold", gate, queue="cpu") for _ in range(10)]

@@ -1,0 +1,17 @@
+"""`make chaos`: everything is killed, paused and emptied at random, and no job is lost."""
+
+import pytest
+
+from harness import chaos
+from harness.bake import CHOICES
+from harness.servers import broker_class
+
+pytestmark = pytest.mark.xdist_group("chaos")  # one after the other: each needs a machine
+
+
+@pytest.mark.parametrize("name", CHOICES["broker"])
+def test_chaos_loses_no_job(name, tmp_path, capsys, record_property):
+    broker_class(name)
+    nothing_lost = chaos.run(name, tmp_path, seed=1)
+    record_property("chaos", printed := capsys.readouterr().out)
+    assert nothing_lost, printed

@@ -1,0 +1,139 @@
+"""What the API takes, refuses and shows: odd bodies, many at once, and what a fuzzer makes up."""
+
+import json
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from harness.bake import CHOICES
+from harness.faults import POOLS, stacks
+from harness.project import wait_for
+
+on_one = stacks(brokers=CHOICES["broker"][:1], pools=POOLS[:1])
+
+ORDER = {"email": "you@example.com", "product": "Tea", "quantity": 1}
+DEEP = "[" * 100_000 + "]" * 100_000
+BODIES = {
+    "10 MB": json.dumps({**ORDER, "product": "x" * 10_000_000}),
+    "10 MB of digits": json.dumps(ORDER).replace("1}", "1" * 10_000_000 + "}"),
+    "10 MB of objects": json.dumps([ORDER] * 150_000),
+    "deep": DEEP,
+    "deep inside": json.dumps(ORDER)[:-1] + f', "more": {DEEP}}}',
+    "deep, but read": json.dumps(ORDER)[:-1] + ', "more": ' + "[" * 900 + "]" * 900 + "}",
+    "NUL": json.dumps({**ORDER, "product": "\0"}),
+    "half a character": r'{"email": "you@example.com", "product": "\ud800"}',
+    "not UTF-8": b'{"email": "you@example.com", "product": "\xff"}',
+    "not JSON": "{",
+    "NaN": json.dumps({**ORDER, "quantity": float("nan")}),
+    "too many": json.dumps({**ORDER, "quantity": 10**30}),
+    "nothing": "",
+    "null": "null",
+}
+TYPES = ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "nonsense", ""]
+PATHS = [
+    "orders/%00/",
+    "jobs/%00/",
+    "jobs/?state=%00",
+    "jobs/?cursor=nonsense",
+    f"jobs/{'9' * 5000}/",
+]
+
+
+@on_one
+@pytest.mark.parametrize("body", BODIES)
+def test_a_bad_body_is_refused(stack, body):
+    status, answer = stack.send_raw("orders/", BODIES[body])
+    allowed = {"deep, but read": [202, 400]}  # what a request says too much is ignored
+    assert status in allowed.get(body, [400, 0] if body.startswith("10 MB") else [400]), answer[
+        :999
+    ]
+    assert stack.send_raw("jobs/", None)[0] == 200
+
+
+@on_one
+def test_bad_addresses_and_types_are_refused(stack):
+    for content_type in TYPES:
+        assert stack.send_raw("orders/", json.dumps(ORDER), content_type)[0] in (400, 415)
+    for path in PATHS:
+        assert stack.send_raw(path, None)[0] in (400, 404, 414)
+
+
+@on_one
+def test_what_belongs_to_others_is_not_found(stack):
+    job = stack.post("quick")
+    order = json.loads(stack.send_raw("orders/", json.dumps(ORDER))[1])["id"]
+    other = stack.add_user("other")
+    for path, body in [
+        (f"jobs/{job}/", None),
+        (f"jobs/{job}/cancel/", ""),
+        (f"orders/{order}/", None),
+    ]:
+        assert stack.send_raw(path, body, token=other)[0] == 404
+    assert json.loads(stack.send_raw("jobs/", None, token=other)[1])["results"] == []
+
+
+@on_one
+def test_200_posts_with_one_key_are_one_job(stack):
+    def post(_):
+        status, answer = stack.send_raw("orders/", json.dumps(ORDER), key="the-only-one")
+        return status, json.loads(answer)["id"]
+
+    orders = "from orders.models import Order\nresult = Order.objects.count()"
+    before = stack.ask(orders)
+    with ThreadPoolExecutor(200) as pool:
+        answers = set(pool.map(post, range(200)))
+
+    assert {status for status, _ in answers} == {202}
+    assert len(answers) == 1  # all name the same order
+    assert stack.ask("result = Job.objects.filter(idempotency_key='the-only-one').count()") == 1
+    assert stack.ask(orders) == before + 1
+    other = json.dumps({**ORDER, "quantity": 2})
+    assert stack.send_raw("orders/", other, key="the-only-one")[0] == 422
+
+
+@on_one
+def test_a_key_whose_job_is_just_deleted_is_as_new(stack, gate):
+    """The request finds the job, waits for the lock, and then finds no order of that job."""
+    first = stack.send_raw("orders/", json.dumps(ORDER), key="old")
+    code = """
+with transaction.atomic():
+    connection.cursor().execute("LOCK TABLE orders_order")
+    Job.objects.filter(idempotency_key="old").delete()
+    Path(gate).touch()
+    time.sleep(2)
+"""
+    with ThreadPoolExecutor(1) as purge:
+        purging = purge.submit(stack.ask, code, gate=str(gate))
+        wait_for(gate.exists)
+        again = stack.send_raw("orders/", json.dumps(ORDER), key="old")
+        purging.result()
+    assert [status for status, _ in [first, again]] == [202, 202]
+    assert json.loads(first[1])["id"] != json.loads(again[1])["id"]
+
+
+@pytest.mark.timeout(1800)  # on a busy machine it takes ten minutes
+@on_one
+def test_the_api_answers_as_it_documents(stack, tmp_path, record_property):
+    """5,000 requests made from the output's own OpenAPI document, as two kinds of user."""
+    cases = 0
+    schema, config = tmp_path / "schema.yaml", tmp_path / "schemathesis.toml"
+    rejections = [400, 401, 403, 404, 405, 406, 409, 414, 415, 422, 429]  # 414 is none by default
+    config.write_text(f"[checks]\nnegative_data_rejection.expected-statuses = {rejections}\n")
+    stack.project.manage("spectacular", "--file", str(schema), **stack.variables)
+    for token in (stack.token, stack.add_user("staff", is_staff=True, is_superuser=True)):
+        command = ["schemathesis", "--config-file", str(config), "run", str(schema)]
+        options = ["--url", f"http://127.0.0.1:{stack.port}", "--seed", "1"]
+        options += ["-H", f"Authorization: Token {token}"]
+        options += ["--exclude-path", "/faults/", "--exclude-path", "/api/schema/"]
+        limit = ["--max-examples", os.environ.get("EXAMPLES", "180")]
+        checks = "not_a_server_error,status_code_conformance"
+        checks += ",response_schema_conformance,response_headers_conformance"
+        checks += ",content_type_conformance,negative_data_rejection"
+        printed = stack.project.call(*command, *options, *limit, "--checks", checks)
+        generated = re.search(r"(\d+) generated, \1 passed", printed)
+        assert generated, printed
+        cases += int(generated[1])
+    record_property("cases", cases)
+    assert cases >= 5000

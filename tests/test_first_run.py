@@ -1,0 +1,27 @@
+"""The first five minutes: the default output is installed and works, and so does each broker."""
+
+import re
+
+from harness.outputs import default_output, one_for_each_broker, outputs, use
+from harness.project import path_without
+
+
+@default_output
+def test_it_passes_its_checks_and_its_own_tests(project):
+    """On SQLite. A real worker takes its jobs from a Redis, or from what stands in for one."""
+    project.call("make", "check")
+    printed = project.call("make", "test", **project.free_servers())
+    assert re.search(r"= \d+ passed in", printed), printed  # none was skipped
+
+
+@default_output
+def test_it_runs_on_the_stand_in(with_tasks, tmp_path):
+    """On fakeredis, which `make run` takes where no Redis is installed."""
+    path = path_without("redis-server", "valkey-server", folder=tmp_path / "bin")
+    log = use(with_tasks, tmp_path, PATH=path)
+    assert "Starting fakeredis" in log
+
+
+@outputs(*one_for_each_broker())
+def test_it_runs(broker, with_tasks, tmp_path):
+    use(with_tasks, tmp_path, **broker)
