@@ -62,7 +62,7 @@ class Browser:
         """Return the value of an expression of JavaScript, None while a page comes."""
         return self.send("Runtime.evaluate", expression=script)["result"].get("value")
 
-    def wait(self, script, seconds=30):
+    def wait(self, script, seconds=300):
         """Wait until the expression is true."""
         wait_for(lambda: self.run(f"!!({script})"), seconds)
 

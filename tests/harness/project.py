@@ -166,14 +166,14 @@ class Site:
         return (self.project.parent / "run.log").read_text(errors="replace")
 
     def wait_until_ready(self):
-        wait_for(lambda: "Ctrl-C ends everything" in self.log or self.process.poll(), 120, self)
+        wait_for(lambda: "Ctrl-C ends everything" in self.log or self.process.poll(), site=self)
         assert self.process.poll() is None, self.log
         self.token = re.search("Token ([0-9a-f]{40})", self.log)[1]
         ready = r"(celery@\S+) ready"
-        self.worker = wait_for(lambda: re.search(ready, self.log), 120, self)[1]
+        self.worker = wait_for(lambda: re.search(ready, self.log), site=self)[1]
         if self.has_flower:
             port = self.environment["FLOWER_PORT"]
-            wait_for(lambda: connects(int(port)), 120, self)
+            wait_for(lambda: connects(int(port)), site=self)
 
     def user(self):
         """The name and password of the demo user, and its address."""
@@ -210,7 +210,7 @@ result = Job.objects.enqueue(tasks.{task}, {args!r}, owner=User.objects.get()).p
             self.console = Console(self.project, log, **self.environment)
         return self.console.ask(code)
 
-    def follow(self, url, seconds=120):
+    def follow(self, url, seconds=300):
         """Yield the job at `url` whenever it looks different, until its final state."""
         seen, until = None, time.monotonic() + seconds
         while time.monotonic() < until:
@@ -250,7 +250,7 @@ result = Job.objects.enqueue(tasks.{task}, {args!r}, owner=User.objects.get()).p
             self.console = None
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGINT)
-        self.process.wait(60)
+        self.process.wait(300)
 
 
 def shared_environment(project, folder):
@@ -326,7 +326,7 @@ def fetch(url, data, headers):
         return error.code, error.headers, None
 
 
-def wait_for(condition, seconds=60, site=None):
+def wait_for(condition, seconds=300, site=None):
     until = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < until, site.log if site else "waited in vain"

@@ -91,7 +91,7 @@ class Process:
     def stop(self, number=signal.SIGTERM):
         """Ask the process, not its children, to end; return its exit code."""
         os.kill(self.pid, number)
-        return self.process.wait(60)
+        return self.process.wait(300)
 
     def recover(self):
         """Have it run, whatever a test did to it. Returns whether it had to be started."""

@@ -252,7 +252,7 @@ with connection.cursor() as cursor:
 """
         return self.ask(code, jobs=list(jobs))
 
-    def wait_until_final(self, *jobs, seconds=60):
+    def wait_until_final(self, *jobs, seconds=300):
         """Return the rows, once each has a final state: written once."""
         code = "result = Job.objects.filter(pk__in=jobs, state__in=FINAL).count()"
         try:
