@@ -1,8 +1,10 @@
 import itertools
 import os
 from collections import Counter
+from functools import cache
 
 import pytest
+from cookiecutter import generate
 from jinja2 import Environment
 
 pytest.register_assert_rewrite("harness")  # before the first import from there
@@ -13,8 +15,8 @@ pytest_plugins = ["harness.checks", "harness.faults", "harness.outputs"]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compiled():
-    """Compile a template once: each bake has an environment of its own, and would do it again."""
+def read_once():
+    """Compile a template, and look whether a file is binary, once: each bake would do it again."""
     codes = {}
 
     def compile(environment, *source, **options):
@@ -23,9 +25,11 @@ def compiled():
             codes[key] = original(environment, *source, **options)
         return codes[key]
 
-    original, Environment.compile = Environment.compile, compile
-    yield
-    Environment.compile = original
+    original = Environment.compile
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Environment, "compile", compile)
+        patch.setattr(generate, "is_binary", cache(generate.is_binary))
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
