@@ -204,11 +204,12 @@ result = rows.exclude(task=read.name).exists()
 
     def refuse_in_peace(self):
         """Return the seconds that others wait beside jobs that are refused, in order."""
-        code = "result = [j.pk for j in Job.objects.enqueue_many(quick, [[]] * 20, countdown=1)]"
+        # Few: the stand-in for SQS takes some 50 calls a second.
+        code = "result = [j.pk for j in Job.objects.enqueue_many(quick, [[]] * 4, countdown=1)]"
         self.stack.wait_until_final(*[self.stack.enqueue("quick", queue=q) for q in QUEUES])
         for _ in range(3):
             self.fault_refused()
-        jobs, until = [], time.monotonic() + 60
+        jobs, until = [], time.monotonic() + 300
         while time.monotonic() < until:
             jobs += self.stack.ask(code)
             time.sleep(1)
@@ -238,7 +239,7 @@ result = rows.exclude(task=read.name).exists()
         states = ", ".join(f"{state} {count}" for state, count in sorted(survey["states"].items()))
         print(f"  faults: {sum(self.faults.values())} ({faults})")
         print(f"  states: {states}; leases lapsed: {survey['crashes']}")
-        # Not the longest: SQS may have given a message to a worker that was killed before.
+        # SQS may have given one message to a worker that was killed before: it comes back later.
         wait = statistics.median(waits)
         fine = wait < 10 and not self.workers_stuck
         for kind, jobs, end in [
@@ -252,9 +253,7 @@ result = rows.exclude(task=read.name).exists()
             print(f"  jobs {kind}: {len(jobs)}{', but ' * bool(wrong)}{dict(wrong) or ''}")
             fine &= not wrong
         print(f"  workers that did not end when asked to: {self.workers_stuck}")
-        print(
-            f"  waits beside those that the broker refuses: median {wait:.1f}, most {waits[-1]:.1f} s"
-        )
+        print(f"  waits beside the refused ones: median {wait:.1f} s, longest {waits[-1]:.1f} s")
         for error in survey["errors"]:
             print(f"  {error}")
         print(

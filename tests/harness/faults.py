@@ -58,9 +58,7 @@ def stack(running):
     running.recover()
     sizes = {log: log.stat().st_size for log in running.logs}
     yield running
-    for log in running.logs:
-        printed = log.read_bytes()[sizes.get(log, 0) :].decode(errors="replace")
-        print(f"--- {log.name}\n{printed[-5000:]}")
+    running.print_logs(sizes)
 
 
 @pytest.fixture

@@ -75,6 +75,12 @@ class Stack:
     def logs(self):
         return sorted(self.folder.glob("*.log"))
 
+    def print_logs(self, sizes):
+        """What was logged last, and after the logs had these sizes."""
+        for log in self.logs:
+            printed = log.read_bytes()[sizes.get(log, 0) :].decode(errors="replace")
+            print(f"--- {log.name}\n{printed[-5000:]}")
+
     def start(self):
         self.broker.start()
         variables = {key: str(value) for key, value in self.variables.items()}
