@@ -47,7 +47,7 @@ def double(number):
 
 {% endif %}
 def wait_until(job, condition):
-    for _ in range(300):
+    for _ in range(3000):  # five minutes, for a busy machine
         job.refresh_from_db()
         if condition(job):
             return
@@ -129,7 +129,7 @@ def beat(start):
 
 {% if result_backend.keeps_results %}
 def test_a_plain_task_returns_its_result(worker):
-    assert double.apply_async([21], queue=QUEUE).get(timeout=30) == 42
+    assert double.apply_async([21], queue=QUEUE).get(timeout=300) == 42
 
 
 {% endif %}
