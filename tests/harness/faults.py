@@ -24,6 +24,16 @@ def stacks(brokers=CHOICES["broker"], pools=POOLS, **options):
     return pytest.mark.parametrize("running", params, indirect=True)
 
 
+ONE = {"brokers": CHOICES["broker"][:1], "pools": POOLS[:1]}
+everywhere = stacks()
+on_each_broker = stacks(pools=POOLS[:1])  # what no pool changes
+on_each_pool = stacks(brokers=ONE["brokers"])
+on_one = stacks(**ONE)
+on_prefork = stacks(brokers=ONE["brokers"], pools=["prefork"])
+# No message is sent a second time while a test waits; the other timings are those of a project.
+without_resends = stacks(**ONE, timings={"JOB_RESEND_SECONDS": 600})
+
+
 @pytest.fixture(scope="session")
 def database():
     database = PostgreSQL("fsync=off")
@@ -82,6 +92,10 @@ def since(record_property):
 def errors(row):
     """Why runs of a job have failed, in order."""
     return [attempt["error"] for attempt in row["attempts"]]
+
+
+def ran_once(stack, jobs):
+    return [len(stack.notes("start", job)) for job in jobs] == [1] * len(jobs)
 
 
 def succeeded(rows, crashes):

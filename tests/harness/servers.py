@@ -91,6 +91,10 @@ class Process:
     def stop(self, number=signal.SIGTERM):
         """Ask the process, not its children, to end; return its exit code."""
         os.kill(self.pid, number)
+        return self.wait()
+
+    def wait(self):
+        """Wait until the process has ended; return its exit code."""
         return self.process.wait(300)
 
     def recover(self):
@@ -207,6 +211,10 @@ sentinel failover-timeout main 10000
         place = f"--tls --cacert {self.certificate} -p {self.port} --no-auth-warning".split()
         command = ["redis-cli", *place, "-a", "of/sentinel", "sentinel", *words]
         return subprocess.run(command, capture_output=True, text=True).stdout
+
+    def wait_until_down(self, seconds):
+        """Have Sentinel look for another master when this one has been away for so long."""
+        assert self.ask("set", "main", "down-after-milliseconds", str(seconds * 1000)) == "OK\n"
 
     @property
     def master(self):

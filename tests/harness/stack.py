@@ -12,7 +12,12 @@ from http.client import HTTPConnection
 from .project import Console, fetch, free_ports, wait_for
 from .servers import Process
 
-TIMINGS = {"JOB_LEASE_SECONDS": 3, "JOB_SWEEP_SECONDS": 0.3, "JOB_RESEND_SECONDS": 2}
+LEASE, SWEEP, RESEND = 5, 0.3, 2  # seconds
+TIMINGS = {
+    "JOB_LEASE_SECONDS": LEASE,
+    "JOB_SWEEP_SECONDS": SWEEP,
+    "JOB_RESEND_SECONDS": RESEND,
+}
 
 
 class Stack:
@@ -36,6 +41,7 @@ class Stack:
             **broker.variables,
             **variables,
         }
+        self.made = []  # all processes, of tests too
         [self.port] = free_ports(1)
         self.web = self.process(
             f"gunicorn config.wsgi --preload --bind 127.0.0.1:{self.port} --workers 4",
@@ -46,26 +52,51 @@ class Stack:
         self.worker, self.other = self.add_worker("cpu"), self.add_worker("io")
         self.console = self.token = None
 
-    def process(self, command, name=None, **options):
+    def process(self, command, name=None, *, is_ready=None, **variables):
+        """One more process, with more variables. It ends with the test at the latest."""
         path = f"{self.project}/.venv/bin:{os.environ['PATH']}"
         words = command.split()
-        name = name or words[0]
-        return Process(
+        process = Process(
             words,
-            self.folder / f"{name}.log",
+            self.folder / f"{name or words[0]}.log",
+            is_ready=is_ready,
             cwd=self.project,
-            variables={**self.variables, "PATH": path},
-            **options,
+            variables={**self.variables, **variables, "PATH": path},
         )
+        self.made.append(process)
+        return process
 
-    def add_worker(self, queue):
-        """One more worker, for `celery` and for another queue."""
+    def make_worker(self, queues, name, pool=None, **variables):
+        """A worker of the project's pool, or of this one."""
         procfile = self.project.read("Procfile")
         command = re.search("^worker: .*(celery .*)", procfile, re.MULTILINE)[1]
-        worker = self.process(f"{command} --queues celery,{queue} -n {queue}@%h", queue)
-        worker.is_ready = lambda: f"{queue}@" in worker.printed and " ready." in worker.printed
-        self.workers.append(worker)
+        if pool:
+            command = f"celery -A config worker --pool {pool}"
+        command = f"{command} --queues {queues} -n {name}@%h"
+        worker = self.process(command, name, **variables)
+        worker.is_ready = lambda: f"{name}@" in worker.printed and " ready." in worker.printed
         return worker
+
+    def add_worker(self, queue):
+        """One more worker of the stack, for `celery` and for another queue."""
+        self.workers.append(self.make_worker(f"celery,{queue}", queue))
+        return self.workers[-1]
+
+    def replace_worker(self, **variables):
+        """Start a worker with these variables in place of the first one, until the test ends."""
+        self.worker.stop()
+        worker = self.make_worker("celery,cpu", "other-cpu", **variables)
+        worker.start()
+        return worker
+
+    def replace_beat(self, app="config", **variables):
+        """Start a Beat with these variables in place of the stack's, until the test ends."""
+        self.beat.stop()
+        name = f"beat-of-{app}"
+        beat = self.process(f"celery -A {app} beat -s {self.folder}/{name}", name, **variables)
+        beat.is_ready = lambda: " is starting." in beat.printed
+        beat.start()
+        return beat
 
     @property
     def processes(self):
@@ -97,19 +128,25 @@ class Stack:
     def stop(self):
         if self.console:
             self.console.kill()
-        for process in [*self.processes, self.broker]:
+        self.kill(*self.made, self.broker)
+
+    def kill(self, *processes):
+        for process in processes:
             if process.is_running():
                 process.resume()
                 process.kill()
 
     def recover(self):
-        """Have everything run again that a test has stopped."""
+        """Have the stack run again, without what a test has left."""
+        self.kill(*(process for process in self.made if process not in self.processes))
+        self.made = self.processes
         for server in [self.broker, self.database]:
             if server and server.recover():
                 server.wait_until_ready()
         started = [process for process in self.processes if process.recover()]
         for process in started:
             process.wait_until_ready()
+        self.ask("Job.objects.cancel()")
         with self.supervised(self.workers):  # one that lost its broker may be about to end
             self.wait_until_final(*[self.enqueue("quick", queue=queue) for queue in ["cpu", "io"]])
 

@@ -10,20 +10,32 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from urllib.error import URLError
 
 import pytest
 
 from harness.bake import CHOICES, chosen
-from harness.faults import POOLS, errors, stacks, succeeded
+from harness.faults import (
+    ONE,
+    POOLS,
+    errors,
+    everywhere,
+    on_each_broker,
+    on_each_pool,
+    on_one,
+    ran_once,
+    stacks,
+    succeeded,
+    without_resends,
+)
 from harness.project import fetch, free_ports, wait_for
-
-everywhere = stacks()
-on_each_broker = stacks(pools=POOLS[:1])  # what no pool changes
-on_one = {"brokers": CHOICES["broker"][:1], "pools": POOLS[:1]}
-
+from harness.stack import LEASE, RESEND
 
 # Workers die
+
+
+def wait_for_early_acknowledgements(stack):
+    """What a worker acknowledges before the body has ended, it has when a later job ends."""
+    stack.wait_until_final(stack.enqueue("quick", queue="cpu"))
 
 
 @everywhere
@@ -32,7 +44,7 @@ def test_a_killed_worker_loses_nothing(stack, gate, since):
     jobs = [stack.enqueue("hold", gate, queue="cpu") for _ in range(2)]
     task = stack.send("plain", gate, queue="cpu")
     stack.wait_until_started(*jobs, task)
-    time.sleep(1)  # what is acknowledged early, is by now
+    wait_for_early_acknowledgements(stack)
 
     stack.worker.kill()
     start = time.monotonic()
@@ -46,28 +58,27 @@ def test_a_killed_worker_loses_nothing(stack, gate, since):
     wait_for(lambda: stack.notes("end", task))
 
 
-@stacks(pools=["prefork"], timings={})
+@stacks(pools=["prefork"])
 def test_a_killed_child_loses_nothing(stack, gate, since, record_property):
-    """Its worker knows at once: no lease, which lasts for 30 s by default, has to lapse."""
+    """Its worker knows at once: no lease has to lapse."""
+    worker = stack.replace_worker(JOB_LEASE_SECONDS=600)
     job = stack.enqueue("hold", gate, queue="cpu")
     task = stack.send("plain", gate, queue="cpu")
     children = [stack.wait_until_started(job), stack.wait_until_started(task)]
-    time.sleep(1)  # what is acknowledged early, is by now
+    wait_for_early_acknowledgements(stack)
 
+    start = time.monotonic()
     for child in children:
         os.kill(child, signal.SIGKILL)
-    start = time.monotonic()
-    wait_for(lambda: stack.row(job)["state"] == "queued", 15)
+    wait_for(lambda: stack.row(job)["state"] == "queued")
     record_property("queued", round(time.monotonic() - start, 1))
-    stack.wait_until_started(job, times=2)
-    assert time.monotonic() - start < 25  # 20 for the lease at least, and the pause of a crash
     gate.touch()
 
     rows = stack.wait_until_final(job)
     since(start)
     assert succeeded(rows, crashes=1), rows
     wait_for(lambda: stack.notes("end", task))
-    assert stack.worker.is_running()
+    assert worker.is_running()
 
 
 @everywhere
@@ -75,7 +86,7 @@ def test_a_job_that_kills_its_worker_every_time_fails(stack, since):
     start = time.monotonic()
     job = stack.enqueue("die", queue="cpu")
     with stack.supervised():
-        [row] = stack.wait_until_final(job, seconds=120)
+        [row] = stack.wait_until_final(job)
     since(start)
     assert (row["state"], row["error"]) == ("failed", "Its worker died 3 times")
     assert len(stack.notes("start", job)) == 3
@@ -92,12 +103,12 @@ def test_a_worker_that_is_stopped_loses_nothing(stack, gate, tmp_path, since):
 
     start = time.monotonic()
     os.kill(stack.worker.pid, signal.SIGTERM)
-    time.sleep(0.5)
+    wait_for(lambda: "hutdown" in stack.worker.printed)
     nearly_done.touch()
     [row] = stack.wait_until_final(ends)
     assert succeeded([row], crashes=0), row
-    assert len(stack.notes("start", ends)) == 1
-    assert stack.worker.process.wait(30) == 0
+    assert ran_once(stack, [ends])
+    assert stack.worker.wait() == 0
     assert stack.row(job)["state"] == "queued"  # before any lease has lapsed
     gate.touch()
     stack.worker.start()
@@ -109,7 +120,7 @@ def test_a_worker_that_is_stopped_loses_nothing(stack, gate, tmp_path, since):
     wait_for(lambda: stack.notes("end", task))
 
 
-@stacks(brokers=CHOICES["broker"][:1])
+@on_each_pool
 def test_a_worker_whose_children_are_stopped_too_loses_nothing(stack, gate, since):
     """As systemd and honcho do it: SIGTERM goes to the whole process group."""
     job = stack.enqueue("hold", gate, queue="cpu")
@@ -118,7 +129,7 @@ def test_a_worker_whose_children_are_stopped_too_loses_nothing(stack, gate, sinc
 
     start = time.monotonic()
     os.killpg(stack.worker.pid, signal.SIGTERM)
-    stack.worker.process.wait(60)
+    stack.worker.wait()
     assert stack.row(job)["state"] == "queued"  # before any lease has lapsed
     gate.touch()
     stack.worker.start()
@@ -130,17 +141,16 @@ def test_a_worker_whose_children_are_stopped_too_loses_nothing(stack, gate, sinc
     wait_for(lambda: stack.notes("end", task))
 
 
-@stacks(brokers=CHOICES["broker"][:1])
-def test_a_worker_that_has_run_only_plain_tasks_ends_in_time(stack, gate, since):
-    """SOFT_SHUTDOWN_SECONDS, 2 here, hold for them too; what is cut off comes back."""
+@on_each_pool
+def test_a_worker_that_has_run_only_plain_tasks_does_not_wait_for_one(stack, gate, since):
+    """SOFT_SHUTDOWN_SECONDS hold for them too; what is cut off comes back."""
     stack.worker.stop()
     stack.worker.start()
     task = stack.send("plain", gate, queue="cpu")
     stack.wait_until_started(task)
 
     start = time.monotonic()
-    os.kill(stack.worker.pid, signal.SIGTERM)
-    assert stack.worker.process.wait(10) == 0
+    assert stack.worker.stop() == 0
     since(start)
     gate.touch()
     stack.worker.start()
@@ -160,7 +170,7 @@ def test_a_frozen_worker_is_fenced(stack, gate, since):
     gate.with_name(f"gate-{first}").touch()
     frozen.resume()
     wait_for(lambda: first in stack.notes("end", job))
-    time.sleep(1)
+    time.sleep(1)  # in which it could write how it ended
     assert stack.row(job)["state"] == "running"  # in the other process
     gate.touch()
     rows = stack.wait_until_final(job)
@@ -179,7 +189,7 @@ def test_a_job_over_its_time_limit_fails(stack, gate, since):
     since(start)
     assert (row["state"], row["error"]) == ("failed", "Over its time limit")
     assert errors(row) == ["Over its time limit"]
-    assert len(stack.notes("start", job)) == 1
+    assert ran_once(stack, [job])
     gate.touch()  # the body of a thread goes on
     [row] = stack.wait_until_final(stack.enqueue("quick", queue="cpu"))
     assert succeeded([row], crashes=0), row
@@ -204,8 +214,7 @@ def revoke(stack):
     def revoke(task, query=""):
         assert fetch(f"{url}/task/revoke/{task}{query}", {}, basic)[0] == 200
 
-    yield revoke
-    flower.kill()
+    return revoke
 
 
 with_flower = [name for name in CHOICES["broker"] if chosen(broker=name).broker.flower]
@@ -219,7 +228,7 @@ def test_a_revoke_from_flower_cancels(stack, gate, revoke, since):
     start = time.monotonic()
     revoke(waits)
     revoke(runs)
-    rows = stack.wait_until_final(waits, runs, seconds=10)
+    rows = stack.wait_until_final(waits, runs)
     since(start)
     assert [row["state"] for row in rows] == ["cancelled", "cancelled"]
     gate.touch()
@@ -248,11 +257,17 @@ def test_a_job_that_holds_its_own_row_can_be_terminated(stack, gate, revoke):
     job = stack.enqueue("hold_its_row", gate, queue="cpu")
     stack.wait_until_started(job)
     revoke(job, "?terminate=1")
-    [row] = stack.wait_until_final(job, seconds=10)
+    [row] = stack.wait_until_final(job)
     assert row["state"] == "cancelled"
 
 
 # The broker
+
+
+def check_tries(stack, start):
+    """Each of the four web processes tries to send once, and then not for ten seconds."""
+    tries = stack.web.printed.count("stored but not sent")
+    assert 0 < tries <= 4 * (1 + (time.monotonic() - start) // 10), stack.web.printed
 
 
 @everywhere
@@ -266,8 +281,9 @@ def test_jobs_outlive_their_broker(stack, gate, tmp_path, since):
     stack.renew_web()
     with stack.supervised(stack.workers):
         stack.broker.kill()
-        posted = stack.post_many(50, "quick")
-        assert max(seconds for _, seconds in posted) < 5
+        start = time.monotonic()
+        posted = stack.post_many(50, "quick")  # and is answered: the web does not wait for it
+        check_tries(stack, start)
         gate.touch()
         stack.wait_until_final(ends_without)
         stack.broker.start()
@@ -297,12 +313,14 @@ def test_idle_workers_outlive_their_broker(stack, since):
 
 
 @on_each_broker
-def test_a_broker_that_hangs_delays_no_request(stack, record_property, since):
+def test_a_broker_that_hangs_holds_up_no_request(stack, record_property, since):
+    """All are answered before it goes on."""
     stack.renew_web()
     stack.broker.pause()
+    start = time.monotonic()
     posted = stack.post_many(50, "quick")
     record_property("slowest post", round(max(seconds for _, seconds in posted), 1))
-    assert max(seconds for _, seconds in posted) < 5
+    check_tries(stack, start)
 
     stack.broker.resume()
     start = time.monotonic()
@@ -311,7 +329,7 @@ def test_a_broker_that_hangs_delays_no_request(stack, record_property, since):
         rows = stack.wait_until_final(*jobs)
     since(start)
     assert succeeded(rows, crashes=0), rows
-    assert [len(stack.notes("start", job)) for job in jobs] == [1] * 50
+    assert ran_once(stack, jobs)
 
 
 @contextmanager
@@ -337,7 +355,7 @@ with_sentinel = stacks(brokers=["redis-sentinel"], pools=POOLS[:1])
 
 @with_sentinel
 def test_jobs_and_results_outlive_a_failover(stack, gate, since):
-    """With Sentinel, TLS and passwords; requests are answered meanwhile."""
+    """With Sentinel, TLS and passwords; requests are answered while there is no master."""
     ask_for_a_result = "sent = plain.delay(gate)\nsent.get(timeout=20)\nresult = sent.state"
     assert stack.ask(ask_for_a_result, gate="/") == "SUCCESS"
     stack.renew_web()
@@ -351,8 +369,11 @@ result = [workers.stats() or {}, workers.conf(with_defaults=True) or {}]
     with stack.supervised(stack.workers):  # one that held a message at the failover may end
         with posting(stack) as posted:
             wait_for(lambda: len(posted) > 20)
-            master = stack.broker.master
+            master, count = stack.broker.master, len(posted)
+            stack.broker.wait_until_down(600)  # seconds, until it looks for another master
             master.kill()
+            wait_for(lambda: len(posted) > count + 20)
+            stack.broker.wait_until_down(2)
             start = time.monotonic()
             wait_for(lambda: stack.broker.master is not master)
             stack.wait_until_final(stack.enqueue("quick", queue="io"))
@@ -362,9 +383,8 @@ result = [workers.stats() or {}, workers.conf(with_defaults=True) or {}]
         rows = stack.wait_until_final(*jobs)
         assert stack.ask(ask_for_a_result, gate=str(gate)) == "SUCCESS"
         wait_for(lambda: [len(each) for each in stack.ask(what_flower_shows)] == [2, 2])
-    assert max(seconds for _, seconds in posted) < 5
     assert succeeded(rows, crashes=0), rows
-    assert [len(stack.notes("start", job)) for job in jobs] == [1] * len(jobs)
+    assert ran_once(stack, jobs)
     shown = str(stack.ask(what_flower_shows))
     assert "of/" not in shown and "of%2F" not in shown  # the passwords
 
@@ -380,18 +400,23 @@ def test_nothing_starts_behind_sentinel_without_the_name_of_the_master(running):
 def test_an_emptied_broker_loses_no_job(stack, since):
     """And as long as it has their messages, they are not sent again."""
     stack.other.stop()
+    start = time.monotonic()
     jobs = [stack.enqueue("quick", queue="io") for _ in range(20)]
-    time.sleep(3)  # longer than JOB_RESEND_SECONDS
-    assert 20 <= stack.messages_in("io") < 25  # one that is just being sent may look missing
+    time.sleep(RESEND + 1)
+    more = stack.messages_in("io") - 20
+    # One that is just being sent may look missing; and one now and then is sent for plain tasks.
+    assert 0 <= more < 5 + (time.monotonic() - start) // RESEND
+    stack.beat.pause()
     stack.empty("io")
-    assert stack.messages_in("io") < 20  # the sweep may be at it already
+    assert stack.messages_in("io") == 0
 
+    stack.beat.resume()
     start = time.monotonic()
     stack.other.start()
     rows = stack.wait_until_final(*jobs)
     since(start)
     assert succeeded(rows, crashes=0), rows
-    assert [len(stack.notes("start", job)) for job in jobs] == [1] * 20
+    assert ran_once(stack, jobs)
 
 
 @on_each_broker
@@ -414,10 +439,10 @@ result = [job.pk for job in jobs]
     marker = stack.enqueue("quick", queue="cpu")  # behind all copies
     stack.wait_until_final(marker)
     assert succeeded(rows, crashes=0), rows
-    assert [len(stack.notes("start", job)) for job in jobs] == [1] * 3
+    assert ran_once(stack, jobs)
 
 
-@stacks(**on_one)
+@on_one
 def test_a_copy_from_before_a_crash_skips_no_pause(stack, gate):
     job = stack.enqueue("hold", gate, queue="cpu")
     os.kill(stack.wait_until_started(job), signal.SIGKILL)
@@ -445,7 +470,7 @@ result = (job.started_at - job.attempts.get().ended_at).total_seconds()
 @on_each_broker
 def test_a_web_killed_between_commit_and_publish_loses_no_job(stack, since):
     start = time.monotonic()
-    with pytest.raises((URLError, OSError)):
+    with pytest.raises(OSError):
         stack.post("quick", key="killed", die=True)
     [job] = stack.ask(
         'result = list(Job.objects.filter(idempotency_key="killed").values_list("pk", flat=True))'
@@ -467,7 +492,7 @@ def test_without_beat_jobs_wait_at_most(stack, gate, since):
     [row] = stack.wait_until_final(stack.enqueue("quick", queue="cpu"))
     assert succeeded([row], crashes=0), row
     gate.touch()
-    time.sleep(4)  # longer than a lease
+    time.sleep(LEASE + 1)
     assert stack.row(lost)["state"] == "running"
 
     start = time.monotonic()
@@ -485,13 +510,13 @@ def test_a_restarted_database_loses_no_job(stack, gate, since):
     stack.wait_until_started(*jobs)
     stack.database.kill()
     gate.touch()
-    time.sleep(4)  # longer than a lease
+    time.sleep(LEASE + 1)
     stack.database.start()
     start = time.monotonic()
     rows = stack.wait_until_final(*jobs)
     since(start)
     assert succeeded(rows, crashes=0), rows
-    assert [len(stack.notes("start", job)) for job in jobs] == [1, 1, 1]
+    assert ran_once(stack, jobs)
     number, cursor = rows[2]["result"]
     assert number == cursor > 0
 
@@ -499,32 +524,28 @@ def test_a_restarted_database_loses_no_job(stack, gate, since):
 # Other settings
 
 
-@stacks(**on_one, timings={})
+@without_resends
 def test_a_killed_worker_loses_no_job_with_the_default_timings(stack, gate, since):
     kill_a_worker(stack, gate, since)
 
 
-@stacks(**on_one, timings={})
+@without_resends
 def test_a_worker_of_old_code_delays_no_new_task(stack, since):
-    """In a rolling deploy it takes messages of a task that it does not know, and drops them.
-
-    They run before the 30 s after which a message is missed.
-    """
+    """In a rolling deploy it takes messages of a task that it does not know, and drops them."""
     stack.other.stop()
-    command = "env OLD_CODE=1 celery -A config worker --queues io -n old@%h"
-    old = stack.process(command, "old", is_ready=lambda: " ready." in old.printed)
+    old = stack.make_worker("io", "old", OLD_CODE=1)
     old.start()
     jobs = [stack.enqueue("new", queue="io") for _ in range(5)]
     wait_for(lambda: old.printed.count("unregistered task") == 5)
     old.stop()
     start = time.monotonic()
     stack.other.start()
-    rows = stack.wait_until_final(*jobs, seconds=20)
+    rows = stack.wait_until_final(*jobs)
     since(start)
     assert succeeded(rows, crashes=0), rows
 
 
-@stacks(**on_one, sqlite=True)
+@stacks(**ONE, sqlite=True)
 def test_a_killed_worker_loses_no_job_on_sqlite(stack, gate, since):
     kill_a_worker(stack, gate, since)
 
@@ -539,13 +560,12 @@ def kill_a_worker(stack, gate, since):
     rows = stack.wait_until_final(job)
     since(start)
     assert succeeded(rows, crashes=1), rows
-    assert time.monotonic() - start < 60
 
 
 # A failover
 
 
-@stacks(brokers=CHOICES["broker"][:1])
+@on_each_pool
 def test_a_database_that_takes_no_writes_loses_no_job(stack, gate, since):
     """How a body ended is written once it does; no body runs twice, no crash is counted."""
 
@@ -558,11 +578,11 @@ def test_a_database_that_takes_no_writes_loses_no_job(stack, gate, since):
     set_read_only("on")
     try:
         gate.touch()
-        time.sleep(4)  # longer than a lease
+        time.sleep(LEASE + 1)
     finally:
         set_read_only("off")
     start = time.monotonic()
     rows = stack.wait_until_final(*jobs)
     since(start)
     assert succeeded(rows, crashes=0), rows
-    assert [len(stack.notes("start", job)) for job in jobs] == [1, 1]
+    assert ran_once(stack, jobs)

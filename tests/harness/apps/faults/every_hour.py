@@ -1,10 +1,10 @@
-"""For celery -A: the project, with a Beat that starts a job in three seconds, then every hour."""
+"""For celery -A: the project, with a Beat that starts a job at once, then every hour."""
 
 from datetime import timedelta
 
 from config.celery import app
 
-last = app.now() - timedelta(seconds=3597)
+last = app.now() - timedelta(hours=1)
 app.conf.beat_schedule = {
     "every hour": {"task": "faults.tasks.tick", "schedule": 3600, "last_run_at": last}
 }

@@ -49,7 +49,7 @@ def hold_too_long(self, gate):
     wait_for(gate)
 
 
-@shared_task(base=JobTask, bind=True, time_limit=60, soft_time_limit=3)
+@shared_task(base=JobTask, bind=True, time_limit=60, soft_time_limit=10)
 def hold_softly(self, gate, error=""):
     note(self, "start")
     wait_for(gate)
