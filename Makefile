@@ -6,7 +6,7 @@ demo: .venv  ## bake a project, start it, run a job: make demo ARGS="include_exa
 engine: .venv  ## the tests of the app `jobs`, in seconds: make engine ARGS="-k retry"
 	.venv/bin/python -m pytest tests/engine -c tests/engine/pytest.ini $(ARGS)
 
-PYTEST := .venv/bin/python -m pytest -n auto --dist loadgroup --durations 10
+PYTEST := .venv/bin/python -m pytest -n auto --dist loadgroup --no-loadscope-reorder --durations 10
 
 test: .venv  ## all that is quick: make test ARGS="-k hook"
 	$(PYTEST) --ignore tests/prove $(ARGS)

@@ -54,20 +54,18 @@ def bake(cookies):
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
-    """Put the tests that share a stack one after the other, and first, because they take longest.
+    """Put the tests that share a stack one after the other, and what takes longest first.
 
-    By the first file of each stack: chaos, containers, faults, outputs that run. And have the
-    reports of a test say which output it ran with: they are all that xdist sends.
+    That is chaos, then the stacks of most tests. And have the reports of a test say which output it
+    ran with: they are all that xdist sends.
     """
 
     def group(item):
         marker = item.get_closest_marker("xdist_group")
-        return marker and marker.args[0]
+        return marker.args[0] if marker else ""
 
-    first = {}
-    for item in items:
-        first.setdefault(group(item), item.path.name)
-    items.sort(key=lambda item: (0, first[group(item)], group(item)) if group(item) else (1,))
+    sizes = Counter(map(group, items)) | {"chaos": len(items), "": 0}
+    items.sort(key=lambda item: (-sizes[group(item)], group(item)))
     for item in items:
         if "output" in item.fixturenames and hasattr(item, "callspec"):
             item.user_properties.append(("answers", item.callspec.params["output"]))
