@@ -254,7 +254,7 @@ with app.connection_for_write() as broker:
             headers["Idempotency-Key"] = key
         if isinstance(body, str):
             body = body.encode()
-        connection = HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=300)
         try:
             connection.request("GET" if body is None else "POST", f"/api/{path}", body, headers)
             response = connection.getresponse()
