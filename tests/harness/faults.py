@@ -1,5 +1,6 @@
 """Fixtures for tests with real processes: a running stack on the brokers and pools they name."""
 
+import itertools
 import time
 
 import pytest
@@ -12,20 +13,22 @@ POOLS = CHOICES["worker_pool"]
 STACKS = {}
 
 
-def stacks(brokers=CHOICES["broker"], pools=POOLS, **options):
+def stacks(brokers=CHOICES["broker"], pools=POOLS, only=lambda *pair: True, **options):
     """Run the test on each of these brokers with each of these pools, and with these options."""
     params = []
-    for broker in brokers:
-        for pool in pools:
-            name = "-".join([broker, pool, *options])
-            # One object for one stack: pytest asks whether it is the same one.
-            param = STACKS.setdefault(name, {"broker": broker, "pool": pool, **options})
+    for broker, pool in itertools.product(brokers, pools):
+        name = "-".join([broker, pool, *options])
+        # One object for one stack: pytest asks whether it is the same one.
+        param = STACKS.setdefault(name, {"broker": broker, "pool": pool, **options})
+        if only(broker, pool):
             params.append(pytest.param(param, id=name, marks=pytest.mark.xdist_group(name)))
     return pytest.mark.parametrize("running", params, indirect=True)
 
 
 ONE = {"brokers": CHOICES["broker"][:1], "pools": POOLS[:1]}
 everywhere = stacks()
+# What broker and pool change, but not together: the first of one with each of the other.
+on_each = stacks(only=lambda broker, pool: [broker] == ONE["brokers"] or [pool] == ONE["pools"])
 on_each_broker = stacks(pools=POOLS[:1])  # what no pool changes
 on_each_pool = stacks(brokers=ONE["brokers"])
 on_one = stacks(**ONE)

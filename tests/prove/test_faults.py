@@ -19,6 +19,7 @@ from harness.faults import (
     POOLS,
     errors,
     everywhere,
+    on_each,
     on_each_broker,
     on_each_pool,
     on_one,
@@ -81,7 +82,7 @@ def test_a_killed_child_loses_nothing(stack, gate, since, record_property):
     assert worker.is_running()
 
 
-@everywhere
+@on_each
 def test_a_job_that_kills_its_worker_every_time_fails(stack, since):
     start = time.monotonic()
     job = stack.enqueue("die", queue="cpu")
@@ -157,7 +158,7 @@ def test_a_worker_that_has_run_only_plain_tasks_does_not_wait_for_one(stack, gat
     wait_for(lambda: stack.notes("end", task))
 
 
-@everywhere
+@on_each
 def test_a_frozen_worker_is_fenced(stack, gate, since):
     """Its job runs elsewhere, and what it does once it goes on is dropped."""
     job = stack.enqueue("hold", gate)
@@ -181,7 +182,7 @@ def test_a_frozen_worker_is_fenced(stack, gate, since):
     assert succeeded(rows, crashes=1), rows
 
 
-@everywhere
+@on_each
 def test_a_job_over_its_time_limit_fails(stack, gate, since):
     start = time.monotonic()
     job = stack.enqueue("hold_too_long", gate, queue="cpu")
@@ -502,7 +503,7 @@ def test_without_beat_jobs_wait_at_most(stack, gate, since):
     assert succeeded(rows, crashes=1), rows
 
 
-@everywhere
+@on_each
 def test_a_restarted_database_loses_no_job(stack, gate, since):
     """How a body ended is written once the database is back; no lease lapses meanwhile."""
     jobs = [stack.enqueue("hold", gate, queue=queue) for queue in ["cpu", "io"]]
