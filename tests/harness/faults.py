@@ -65,6 +65,17 @@ def running(request, cookies_session, tmp_path_factory):
         stack.stop()
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+    """End a stack after its last test: pytest would keep it until a test asks for another one."""
+    params = [
+        each.callspec.params if hasattr(each, "callspec") else {} for each in (item, nextitem)
+    ]
+    stack, following = [each.get("running") for each in params]
+    if stack and stack is not following:
+        item.funcargs["running"].stop()
+
+
 @pytest.fixture
 def stack(running):
     """The stack, with everything in it running. What it logs, pytest shows if the test fails."""
