@@ -40,6 +40,7 @@ class Browser:
     def __init__(self, answers, orders):
         self.answers, self.orders, self.rest = answers, orders, b""
         self.number, self.session = 0, {}
+        self.events = []  # what the domains that were enabled have told
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
         attached = self.send("Target.attachToTarget", targetId=target, flatten=True)
         self.session = {"sessionId": attached["sessionId"]}
@@ -54,9 +55,11 @@ class Browser:
                 self.rest += (part := self.answers.read(65536))
                 assert part, "the browser has ended"
             text, _, self.rest = self.rest.partition(b"\0")
-            if (answer := json.loads(text)).get("id") == self.number:
+            answer = json.loads(text)
+            if answer.get("id") == self.number:
                 assert "error" not in answer, answer
                 return answer["result"]
+            self.events.append(answer)
 
     def run(self, script):
         """Return the value of an expression of JavaScript, None while a page comes."""

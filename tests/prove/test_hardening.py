@@ -1,19 +1,13 @@
 """What an attacker tried on a running output. What needs no server stands in the output's tests."""
 
-import re
-import shutil
 import socket
-import subprocess
-import threading
-import urllib.request
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
 import pytest
 
-from harness import missing, servers
+from harness import servers
 from harness.bake import chosen
+from harness.browser import browser
 from harness.outputs import ORDER, default_output, one_for_each_broker, outputs
 from harness.project import free_ports
 
@@ -79,56 +73,12 @@ PAGES = {
 @default_output
 def test_the_pages_work_under_their_content_security_policy(project, tmp_path):
     """In a browser, logged in: what scripts make is there, and no violation is logged."""
-    if not (browser := shutil.which("chromium") or shutil.which("google-chrome")):
-        missing("chromium is not installed: sudo apt install chromium")
-    with project.up() as site, logged_in(site) as address:
+    with project.up() as site, browser(tmp_path) as tab:
+        tab.send("Log.enable")
+        tab.log_in(site)
         assert site.request("/api/orders/", ORDER)[0] == 202
-        options = f"--headless --no-sandbox --disable-gpu --user-data-dir={tmp_path}"
-        options += " --virtual-time-budget=5000 --enable-logging=stderr --dump-dom"
-        for page, words in {"/login/": "Log in", **PAGES}.items():
-            command = [browser, *options.split(), address + page]
-            shown = subprocess.run(command, capture_output=True, text=True, timeout=600)
-            assert re.search(words, shown.stdout), (page, shown.stdout, shown.stderr)
-            assert "Content Security Policy" not in shown.stderr, shown.stderr
-
-
-@contextmanager
-def logged_in(site):
-    """An address that shows the site to a browser that needs no cookies, but for the login."""
-    code = """
-from django.contrib.auth import BACKEND_SESSION_KEY, HASH_SESSION_KEY, SESSION_KEY
-from users.models import User
-from django.contrib.sessions.backends.db import SessionStore
-user, session = User.objects.get(), SessionStore()
-session[SESSION_KEY], session[HASH_SESSION_KEY] = str(user.pk), user.get_session_auth_hash()
-session[BACKEND_SESSION_KEY] = "django.contrib.auth.backends.ModelBackend"
-session.save()
-result = session.session_key
-"""
-    cookie = f"sessionid={site.ask(code)}"
-
-    class Proxy(BaseHTTPRequestHandler):
-        def do_GET(self):
-            accept = self.headers["Accept"]
-            request = urllib.request.Request(site.web + self.path, headers={"Accept": accept})
-            if self.path != "/login/":  # which leads on who is logged in
-                request.add_header("Cookie", cookie)
-            try:
-                answer = urllib.request.urlopen(request, timeout=30)
-            except urllib.error.HTTPError as error:
-                answer = error
-            body = answer.read()
-            self.send_response(answer.status)
-            for name in "Content-Type", "Content-Security-Policy":
-                if name in answer.headers:
-                    self.send_header(name, answer.headers[name])
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *args):
-            """Be quiet."""
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as proxy:
-        threading.Thread(target=proxy.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{proxy.server_port}"
-        proxy.shutdown()
+        for page, words in PAGES.items():
+            tab.open(site.web + page)
+            tab.wait(f"document.body.innerHTML.includes({words!r})")
+        violations = [event for event in tab.events if "Content Security Policy" in str(event)]
+        assert not violations
