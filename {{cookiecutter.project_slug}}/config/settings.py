@@ -9,7 +9,6 @@ from datetime import timedelta
 from pathlib import Path
 
 import environ
-import sentry_sdk
 import structlog
 {% if cookiecutter.include_example and cookiecutter.periodic_tasks == "code" %}
 from celery.schedules import crontab
@@ -261,6 +260,8 @@ CELERY_WORKER_MAX_MEMORY_PER_CHILD = env.int("WORKER_MAX_KILOBYTES", default=500
 # Logs and errors
 
 if dsn := env.str("SENTRY_DSN", default=""):
+    import sentry_sdk  # here: each process would start a sixth later
+
     sentry_sdk.init(dsn)
 
 
