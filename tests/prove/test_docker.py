@@ -32,6 +32,7 @@ STACKS = [
     pytest.param(broker, marks=pytest.mark.xdist_group(f"docker-{broker}"))
     for broker in CHOICES["broker"]
 ]
+on_one = pytest.mark.parametrize("stack", STACKS[:1], indirect=True)
 
 
 def docker(*command):
@@ -191,6 +192,7 @@ def test_a_stop_in_the_middle_of_a_job_loses_nothing(stack):
     assert stack.request(order)[0] == 200
 
 
+@on_one
 def test_a_job_of_a_killed_worker_is_done_again(stack):
     url, pk = stack.start_long_job()
     stack.compose("kill", "worker")
@@ -201,6 +203,7 @@ def test_a_job_of_a_killed_worker_is_done_again(stack):
     assert stack.shell(CRASHES.format(pk)) == "1"
 
 
+@on_one
 def test_there_may_be_several_workers(stack):
     stack.up("--scale", "worker=3")
     assert len(stack.containers()["worker"]) == 3
@@ -213,7 +216,7 @@ def test_there_may_be_several_workers(stack):
     stack.up("--scale", "worker=1")
 
 
-@pytest.mark.parametrize("stack", STACKS[:1], indirect=True)
+@on_one
 def test_the_query_that_scales_workers_counts_jobs(stack, bake):
     """That of deploy/kubernetes/, which needs PostgreSQL."""
     manifests = bake(deployment="kubernetes").read("deploy/kubernetes/base/workers.yaml")
@@ -239,7 +242,7 @@ def test_the_query_that_scales_workers_counts_jobs(stack, bake):
     assert count() == 0
 
 
-@pytest.mark.parametrize("stack", STACKS[:1], indirect=True)
+@on_one
 def test_what_hangs_is_unhealthy(stack):
     """Frozen: the container runs, but nothing in it moves."""
     services = ["web", "worker", "beat"]
@@ -299,13 +302,13 @@ except psycopg.OperationalError as error:
 """
 
 
-@pytest.mark.parametrize("stack", CHOICES["broker"][:1], indirect=True)
+@on_one
 def test_whoever_holds_the_app_does_not_hold_the_database_server(stack):
     assert stack.shell(ATTACKS) == "refused"
     assert stack.shell(AS_SUPERUSER) == "refused"
 
 
-@pytest.mark.parametrize("stack", CHOICES["broker"][:1], indirect=True)
+@on_one
 def test_no_command_line_has_a_secret(stack):
     secrets = re.findall("[0-9a-f]{24}", stack.project.read(".env"))
     assert secrets
@@ -340,7 +343,7 @@ def test_the_image_takes_no_backup_along(engine, bake, tmp_path):
         assert name not in tracked
 
 
-@pytest.mark.parametrize("stack", STACKS[:1], indirect=True)
+@on_one
 def test_an_edit_shows_in_seconds(stack):
     """With `make dev`; what `make up` starts has the code of its image."""
     tasks = stack.project / "orders/tasks.py"

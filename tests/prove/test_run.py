@@ -163,9 +163,10 @@ def test_closing_the_terminal_ends_everything(project):
     os.waitpid(child, 0)
 
 
-@pytest.mark.parametrize("command", ["serve_fakeredis|redis-server", "runserver", "beat", "flower"])
+@pytest.mark.parametrize("command", ["serve_fakeredis|redis-server", "beat"])
 @default_output
 def test_when_one_process_dies_all_end(project, command):
+    """One that dev.py has started, or one of the Procfile, over which honcho watches."""
     with project.up() as site:
         for pid in site.find(command):
             os.kill(pid, signal.SIGKILL)
@@ -225,9 +226,8 @@ def typed(project, command, **variables):
         command.process.wait()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @every_pool
-def test_a_worker_typed_by_hand_is_the_projects(broker, project, request, number):
+def test_a_worker_typed_by_hand_is_the_projects(broker, project, request):
     """Its pool, its concurrency, all queues; and with nothing to do it ends before its time."""
     own = request.node.callspec.params["output"]["worker_pool"]
     command = "celery -A config worker -l info"
@@ -238,8 +238,9 @@ def test_a_worker_typed_by_hand_is_the_projects(broker, project, request, number
         with typed(project, command, **broker) as refused:
             assert refused.process.wait(300) == 1
             assert "Type the option in full: --pool gevent" in refused.log
-    for pool, command in commands.items():
-        with typed(project, command, **settings, **broker) as worker:
+    runs = [(signal.SIGINT, own), *((signal.SIGTERM, pool) for pool in commands)]
+    for number, pool in runs:
+        with typed(project, commands[pool], **settings, **broker) as worker:
             worker.wait_for(" ready.")
             assert re.search(r"concurrency: 3 \((\w+)\)", worker.log)[1] in pool
             queues = re.findall(r"\.> (\w+) +exchange=", worker.log)

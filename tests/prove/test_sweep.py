@@ -202,8 +202,9 @@ url = settings.CELERY_BROKER_TRANSPORT_OPTIONS["predefined_queues"]["cpu"]["url"
 sqs.set_queue_attributes(QueueUrl=url, Attributes={"MaximumMessageSize": str(limit)})
 """
     code = """
+from django.conf import settings
 def enqueue_largest(letter):
-    for size in range(2**20 // len(json.dumps(letter)), 0, -100):
+    for size in range(2 * settings.JOB_MAX_BYTES // len(json.dumps(letter)), 0, -100):
         try:
             return Job.objects.enqueue(read, [letter * size], queue="cpu").pk
         except ValueError as error:
