@@ -3,7 +3,7 @@
 from datetime import timedelta
 
 from django.db import connection
-from django.db.models import Count, F, Sum
+from django.db.models import Count, Max, Sum
 from django.utils import timezone
 
 from jobs.models import ACTIVE, Job, publish
@@ -35,10 +35,10 @@ def states(rows):
     return dict(rows.values_list("state").annotate(Count("pk")))
 
 
-def waits(jobs):
-    """Seconds from when each of these jobs was due until it ran, in order."""
-    waits = Job.objects.filter(pk__in=jobs).annotate(wait=F("started_at") - F("due_at"))
-    return [wait.total_seconds() for wait in waits.order_by("wait").values_list("wait", flat=True)]
+def count_started(jobs, others):
+    """How many of these jobs ran before the last of the others had ended."""
+    end = Job.objects.filter(pk__in=others).aggregate(end=Max("finished_at"))["end"]
+    return Job.objects.filter(pk__in=jobs, started_at__lt=end).count()
 
 
 def age_jobs():
