@@ -327,10 +327,11 @@ def fetch(url, data, headers):
 
 
 def wait_for(condition, seconds=300, site=None):
-    until = time.monotonic() + seconds
+    until, pause = time.monotonic() + seconds, 0.05
     while not (value := condition()):
         assert time.monotonic() < until, site.log if site else "waited in vain"
-        time.sleep(0.1)
+        time.sleep(pause)
+        pause = min(1.2 * pause, 0.5)
     return value
 
 
