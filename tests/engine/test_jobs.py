@@ -1372,13 +1372,25 @@ def test_the_sweep_changes_many_rows_with_one_statement(published, monkeypatch):
     assert set(Job.objects.values_list("sent", flat=True)) == {1}
 
 
-def test_the_sweep_passes_by_rows_that_are_locked(published):
+LOOKS = {
+    "to send": lambda jobs: sweep.send_due(),
+    "to recover": lambda jobs: sweep.recover_lapsed(),
+    "to renew": lambda jobs: lease.write_and_renew([lease.Run(job.pk) for job in jobs]),
+    "to renew for children": lease.renew_for_children,
+}
+
+
+@pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)
+def test_who_looks_after_all_jobs_passes_by_rows_that_are_locked(published, look):
+    """Waiting for one would hold up all others."""
     if not connection.features.has_select_for_update_skip_locked:
         pytest.skip("only PostgreSQL locks rows: set DATABASE_URL=postgres://…")
     lapse(Job.objects.enqueue(add, [1, 2], countdown=1))
+    start(Job.objects.enqueue(add, [1, 2]))
     with CaptureQueriesContext(connection) as captured:
-        sweep.send_due()
-    assert any("SKIP LOCKED" in query["sql"] for query in captured)
+        look(Job.objects.all())
+    locks = [query["sql"] for query in captured if "FOR UPDATE" in query["sql"]]
+    assert locks and all("SKIP LOCKED" in sql for sql in locks)
 
 
 def test_a_queue_that_fails_keeps_no_other_waiting(published, monkeypatch):
