@@ -11,8 +11,9 @@ PYTEST := .venv/bin/python -m pytest -n auto --dist loadgroup --no-loadscope-reo
 test: .venv  ## all that is quick: make test ARGS="-k hook"
 	$(PYTEST) --ignore tests/prove $(ARGS)
 
+prove: TESTS := tests/prove
 prove: .venv  ## what takes longer, faults and containers among it: make prove ARGS="-k redis-gevent"
-	$(PYTEST) tests/prove $(ARGS)
+	$(PYTEST) $(TESTS) $(ARGS)
 
 chaos: .venv  ## two minutes of faults on each broker; longer: make chaos ARGS="redis --seconds 600 --jobs 5000 --seed 1"
 	@PYTHONPATH=tests .venv/bin/python -m harness.chaos $(ARGS)
