@@ -65,9 +65,9 @@ class Browser:
         """Return the value of an expression of JavaScript, None while a page comes."""
         return self.send("Runtime.evaluate", expression=script)["result"].get("value")
 
-    def wait(self, script, seconds=300):
+    def wait(self, script):
         """Wait until the expression is true."""
-        wait_for(lambda: self.run(f"!!({script})"), seconds)
+        wait_for(lambda: self.run(f"!!({script})"))
 
     def open(self, url, width=1280, height=800):
         size = {"width": width, "height": height, "deviceScaleFactor": 1}

@@ -20,6 +20,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 FINAL = {"succeeded", "failed", "cancelled"}
+LIMIT = 300  # seconds, of every wait: a machine may be ten times slower than this one
 # A variable and the address in development that settings.py or .env gives it.
 ADDRESS = r"""([A-Z_]+)(?:=|["'], ["'])(\w+://(?:[^"'\s]*@)?127\.0\.0\.1:\d+[^"'\s]*)"""
 APPS = Path(__file__).parent / "apps"  # of Django, for projects under test
@@ -210,9 +211,9 @@ result = Job.objects.enqueue(tasks.{task}, {args!r}, owner=User.objects.get()).p
             self.console = Console(self.project, log, **self.environment)
         return self.console.ask(code)
 
-    def follow(self, url, seconds=300):
+    def follow(self, url):
         """Yield the job at `url` whenever it looks different, until its final state."""
-        seen, until = None, time.monotonic() + seconds
+        seen, until = None, time.monotonic() + LIMIT
         while time.monotonic() < until:
             _, _, job = self.request(url)
             looks = job["state"], job["progress"], job["message"]
@@ -250,7 +251,7 @@ result = Job.objects.enqueue(tasks.{task}, {args!r}, owner=User.objects.get()).p
             self.console = None
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGINT)
-        self.process.wait(300)
+        self.process.wait(LIMIT)
 
 
 def shared_environment(project, folder):
@@ -326,8 +327,8 @@ def fetch(url, data, headers):
         return error.code, error.headers, None
 
 
-def wait_for(condition, seconds=300, site=None):
-    until, pause = time.monotonic() + seconds, 0.05
+def wait_for(condition, site=None):
+    until, pause = time.monotonic() + LIMIT, 0.05
     while not (value := condition()):
         assert time.monotonic() < until, site.log if site else "waited in vain"
         time.sleep(pause)

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from . import missing
 from .bake import TEMPLATE
-from .project import children_of, connects, env, free_ports, wait_for
+from .project import LIMIT, children_of, connects, env, free_ports, wait_for
 
 VISIBILITY_TIMEOUT = 8  # seconds; of plain tasks
 # For the quorum queues that still have none a second after their broker's start; in Erlang.
@@ -100,7 +100,7 @@ class Process:
 
     def wait(self):
         """Wait until the process has ended; return its exit code."""
-        return self.process.wait(300)
+        return self.process.wait(LIMIT)
 
     def recover(self):
         """Have it run, whatever a test did to it. Returns whether it had to be started."""

@@ -295,11 +295,11 @@ with connection.cursor() as cursor:
 """
         return self.ask(code, jobs=list(jobs))
 
-    def wait_until_final(self, *jobs, seconds=300):
+    def wait_until_final(self, *jobs):
         """Return the rows, once each has a final state: written once."""
         code = "result = Job.objects.filter(pk__in=jobs, state__in=FINAL).count()"
         try:
-            wait_for(lambda: self.ask(code, jobs=jobs) == len(jobs), seconds)
+            wait_for(lambda: self.ask(code, jobs=jobs) == len(jobs))
         except AssertionError as error:
             code = (
                 "result = [j for j in Job.objects.filter(pk__in=jobs, state__in=ACTIVE).values()]"

@@ -13,8 +13,8 @@ from collections import Counter
 
 import pytest
 
-from harness.bake import CHOICES
 from harness.faults import (
+    ONE,
     POOLS,
     errors,
     on_each_broker,
@@ -30,8 +30,7 @@ from harness.mails import Mails
 from harness.project import children_of, wait_for
 from harness.stack import LEASE
 
-ONE = CHOICES["broker"][:1]
-where_jobs_share_a_process = stacks(ONE, [pool for pool in POOLS if pool != "prefork"])
+where_jobs_share_a_process = stacks(ONE["brokers"], [pool for pool in POOLS if pool != "prefork"])
 
 
 # In company
@@ -281,7 +280,7 @@ def test_a_body_that_holds_its_row_does_not_hold_up_a_stop(stack, gate, since):
     assert [row["crashes"] for row in rows] == [1, *[0] * 10]
 
 
-@stacks(brokers=ONE, pools=["gevent"])
+@stacks(brokers=ONE["brokers"], pools=["gevent"])
 def test_ends_that_wait_for_a_lock_stop_no_other(stack, gate, since):
     """Ten wait: as many as there are threads that store how a body ended."""
     jobs = [stack.enqueue("hold", gate, queue="cpu") for _ in range(10)]
