@@ -300,13 +300,14 @@ def run(name, folder, *, jobs=JOBS, backlog=0, seconds=SECONDS, seed, pool="pref
         stack = prepare(Project(baked), broker, folder, database, **variables)
         stack.add_worker("test")
         stack.broker.limit_messages()
+        fine = False
         try:
             stack.start()
             fine = Chaos(stack, jobs, seconds, seed, backlog).run()
-            if not fine:
-                stack.print_logs()
             return fine
         finally:
+            if not fine:
+                stack.print_logs({})
             stack.stop()
     finally:
         database.remove()

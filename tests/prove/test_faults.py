@@ -23,12 +23,13 @@ from harness.faults import (
     on_each_broker,
     on_each_pool,
     on_one,
+    on_prefork,
     ran_once,
     stacks,
     succeeded,
     without_resends,
 )
-from harness.project import fetch, free_ports, wait_for
+from harness.project import children_of, fetch, free_ports, wait_for
 from harness.stack import LEASE, RESEND
 
 # Workers die
@@ -140,6 +141,28 @@ def test_a_worker_whose_children_are_stopped_too_loses_nothing(stack, gate, sinc
     assert succeeded([row], crashes=0), row
     assert errors(row) == []
     wait_for(lambda: stack.notes("end", task))
+
+
+@on_prefork
+def test_a_worker_ends_although_a_child_has_half_of_a_message(stack, since):
+    """Celery waits for that child, and the child for the other half."""
+    children = children_of(stack.worker.pid)
+    for child in children:
+        os.kill(child, signal.SIGSTOP)
+    job = stack.enqueue("read", "x" * 1_000_000, queue="cpu")  # no pipe takes that at once
+    wait_for(lambda: not stack.messages_in("cpu"))
+    time.sleep(1)  # in which the worker writes to a child
+
+    start = time.monotonic()
+    os.kill(stack.worker.pid, signal.SIGTERM)
+    wait_for(lambda: "terminate all running tasks" in stack.worker.printed)
+    for child in children:
+        os.kill(child, signal.SIGCONT)
+    stack.worker.wait()
+    since(start)
+    assert "a child does not end" in stack.worker.printed
+    stack.worker.start()
+    assert succeeded(stack.wait_until_final(job), crashes=0)
 
 
 @on_each_pool

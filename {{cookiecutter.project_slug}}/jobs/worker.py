@@ -8,7 +8,7 @@ import uuid
 from contextlib import suppress
 from functools import partial
 
-from celery import current_app, exceptions
+from celery import current_app, exceptions, platforms
 from celery.bootsteps import RUN
 from celery.utils.functional import maybe_list
 from celery.worker import state
@@ -69,15 +69,17 @@ def watch_children(sender, **kwargs):
 def end_if_stuck(worker):
     """End a worker that wants to end, but waits for children that have no work.
 
-    Celery waits without a limit: for ever, if the broker was lost while a child had half of a message
-    of more than 64 KB. It does not hear of bodies that end meanwhile, but all have a time limit.
+    Celery waits without a limit: for ever, if a child has half of a message when the broker is lost or
+    the worker is asked to end. It does not hear of bodies that end meanwhile, but all have a time limit.
     """
+    handler = platforms.signals["SIGQUIT"]  # the soft shutdown begins with another one
     longest = max(task.time_limit or 0 for task in current_app.tasks.values())
     idle = ending = 0
     while idle < IDLE and ending < IDLE + longest:
         time.sleep(1)
-        ending += worker.state > RUN
-        idle = idle + 1 if worker.state > RUN and not state.active_requests else 0
+        is_ending = worker.state > RUN or platforms.signals["SIGQUIT"] != handler
+        ending += is_ending
+        idle = idle + 1 if is_ending and not state.active_requests else 0
     logger.error("a child does not end: the worker ends without it")
     os._exit(1)
 
