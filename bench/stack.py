@@ -11,10 +11,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from harness.bake import TEMPLATE
-from harness.project import Project, connects, env, free_ports, processes_in, wait_for
+from harness.project import Project, children_of, connects, env, free_ports, processes_in, wait_for
 from harness.servers import PostgreSQL
 
 BENCH = Path(__file__).parent
+TICKS = os.sysconf("SC_CLK_TCK")  # in a second
 RIVALS = [
     "django~=5.2.0",
     "django-tasks-db[compat]~=0.13",
@@ -73,7 +74,7 @@ class Contestant:
         return self.folder.call(*command, **self.environment)
 
     def send(self, kind, count, path, *arguments, **options):
-        """How many a second, see sending.py; done() waits for what was sent."""
+        """What sending.py returns but for the count; done() waits for what was sent."""
         self.sent, *rates = self.ask(
             "sending.send", kind, count, [str(path), *(arguments or (0, 0))], options
         )
@@ -84,13 +85,18 @@ class Contestant:
 
         From the start of the first one: that of the worker does not count.
         """
+        lines = self.wait_for_lines(path, self.sent)
+        starts, ends = zip(*(map(float, line.split()) for line in lines), strict=True)
+        return len(lines) / (max(ends) - min(starts))
+
+    def wait_for_lines(self, path, count):
+        """Wait until so many tasks have written theirs; return all that are written."""
         until, lines = time.monotonic() + 300, []
-        while len(lines) < self.sent:
+        while len(lines) < count:
             assert time.monotonic() < until, self.log.read_text()[-5000:]
             time.sleep(0.2)
             lines = path.read_text().splitlines() if path.exists() else []
-        starts, ends = zip(*(map(float, line.split()) for line in lines), strict=True)
-        return len(lines) / (max(ends) - min(starts))
+        return lines
 
 
 class Output(Contestant):
@@ -185,10 +191,26 @@ def bare(output):
 
 @contextmanager
 def postgres():
-    """A PostgreSQL: gives its URL, without the name of a database."""
     database = PostgreSQL("max_connections=300")
     database.start()
     try:
-        yield database.url
+        yield database
     finally:
         database.remove()
+
+
+def flushes(database):
+    """How often PostgreSQL has flushed its log to the disk, without those of open connections."""
+    query = ["-Atc", "SELECT wal_sync FROM pg_stat_wal", f"{database.url}/postgres"]
+    answer = subprocess.run([database.binaries / "psql", *query], capture_output=True, text=True)
+    return int(answer.stdout)
+
+
+def cpu_ms(pid):
+    """What a process, and all those below it, have used of CPUs: [itself, the others]."""
+    try:
+        *_, rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")
+    except OSError:  # it has just ended, so its parent has it
+        return [0, 0]
+    user, system, *ended = (int(ticks) * 1000 / TICKS for ticks in rest.split()[11:15])
+    return [user + system, sum(ended) + sum(sum(cpu_ms(child)) for child in children_of(pid))]

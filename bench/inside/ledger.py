@@ -3,6 +3,7 @@
 import time
 import uuid
 from base64 import b64encode
+from datetime import timedelta
 from statistics import median
 from urllib.parse import urlencode
 
@@ -67,9 +68,9 @@ def claims(waiting, count):
     sql("ALTER TABLE jobs_job SET (autovacuum_enabled = off)", "ANALYZE jobs_job")
     copies(job_for_later("later"), waiting)
     jobs = list(Job.objects.filter(queue="later").order_by("?").values_list("pk")[:count])
-    options = {"worker": "", "retries": 0, "crashes": 0, "sent": 1, "limit": 600}
-    claims = Job.objects.all()
-    return rate(lambda pk: claims.filter(pk=pk).claim(uuid.uuid4(), **options), jobs)
+    limits = {"limit": timedelta(seconds=600), "lease": timedelta(seconds=30)}
+    message = {"worker": "", "retries": 0, "crashes": 0, "sent": 1, **limits}
+    return rate(lambda pk: Job.objects.claim(pk=pk, run=uuid.uuid4(), **message), jobs)
 
 
 def sweep_due(count, queues):

@@ -280,9 +280,7 @@ def test_the_metrics_tell_what_waits_and_since_when(staff_api):
     retried, running = (Job.objects.enqueue(greet) for _ in range(2))
     for job in retried, running:
         Job.objects.filter(pk=job.pk).update(due_at=ago(100))
-        Job.objects.filter(pk=job.pk).claim(
-            uuid.uuid4(), worker="", crashes=0, sent=1, retries=0, limit=60
-        )
+        Job.objects.filter(pk=job.pk).update(state="running", run=uuid.uuid4())
     Job.objects.filter(pk=retried.pk).requeue(30, retries=1)
     found = scrape(staff_api)
     assert 100 <= found.pop("jobs_oldest_wait_seconds slow") < 160

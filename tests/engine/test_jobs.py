@@ -13,6 +13,7 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from math import nan
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -41,9 +42,10 @@ from django.db.models.functions import Now
 from django.db.models.signals import pre_delete
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
+from kombu import Connection
 from psycopg.errors import ProgramLimitExceeded, ReadOnlySqlTransaction
 
-from jobs import apps, database, lease, liveness, messages, models, sweep, worker
+from jobs import apps, database, events, lease, liveness, messages, models, sweep, tasks, worker
 from jobs.beat import name_ticks
 from jobs.metrics import Collector
 from jobs.models import Attempt, Job, JobQuerySet, Sweep
@@ -51,7 +53,14 @@ from jobs.tasks import JobTask
 
 pytestmark = pytest.mark.django_db
 
-CLAIM = {"worker": "", "retries": 0, "crashes": 0, "sent": 1, "limit": 60}  # by a first message
+CLAIM = {  # by a first message
+    "worker": "",
+    "retries": 0,
+    "crashes": 0,
+    "sent": 1,
+    "limit": timedelta(seconds=60),
+    "lease": timedelta(seconds=30),
+}
 
 
 @shared_task(base=JobTask, time_limit=1)
@@ -102,10 +111,14 @@ def deliver(job):
 
 def start(job, limit=60):
     """Let a worker claim the job, and never be heard of again."""
-    row = Job.objects.filter(pk=job.pk)
     message = {"retries": job.retries, "crashes": job.crashes}
-    assert row.claim(uuid.uuid4(), **CLAIM | message | {"limit": limit})
+    assert claim(job.pk, limit=timedelta(seconds=limit), **message)
     lapse(job)
+
+
+def claim(pk, run=None, **message):
+    """Return what the claim of a job by this message returns."""
+    return Job.objects.claim(pk=pk, run=run or uuid.uuid4(), **CLAIM | message)
 
 
 def lapse(*jobs):
@@ -436,9 +449,9 @@ def test_a_renewal_keeps_the_progress_of_a_resumed_job():
     """It has nothing new to say until its body reports."""
     job = Job.objects.enqueue(add, [1, 2])
     Job.objects.update(cursor=7, progress=50)
-    row, resumed = Job.objects.filter(pk=job.pk), lease.Run(job.pk)
-    row.claim(resumed.token, **CLAIM)
-    row.update(message="Half of it", wake_at=Now())
+    resumed = lease.Run(job.pk)
+    claim(job.pk, resumed.token)
+    Job.objects.update(message="Half of it", wake_at=Now())
     lease.write_and_renew([resumed])
     job.refresh_from_db()
     assert (job.progress, job.message) == (50, "Half of it")
@@ -565,9 +578,8 @@ def test_a_copy_from_before_a_crash_does_nothing(published):
     job = Job.objects.enqueue(add, [1, 2])
     start(job)
     sweep.recover_lapsed()
-    row = Job.objects.filter(pk=job.pk)
-    assert not row.claim(uuid.uuid4(), **CLAIM)
-    assert row.claim(uuid.uuid4(), **CLAIM | {"crashes": 1})
+    assert not claim(job.pk)
+    assert claim(job.pk, crashes=1)
 
 
 def test_a_second_copy_of_the_message_does_nothing():
@@ -1018,8 +1030,7 @@ def test_delay_on_commit_enqueues_a_job(commit):
 
 def test_a_claim_whose_answer_was_lost_can_be_said_again():
     job, run = Job.objects.enqueue(add, [1, 2]), uuid.uuid4()
-    row = Job.objects.filter(pk=job.pk)
-    claims = [row.claim(token, **CLAIM) for token in (run, run, uuid.uuid4())]
+    claims = [claim(job.pk, token) for token in (run, run, uuid.uuid4())]
     assert claims == [1, 1, 0]
 
 
@@ -1058,7 +1069,7 @@ def test_a_job_that_has_ended_cannot_be_cancelled():
 
 def replace_run():
     Job.objects.requeue()
-    Job.objects.all().claim(uuid.uuid4(), **CLAIM)
+    claim(Job.objects.get().pk)
 
 
 @pytest.mark.parametrize(
@@ -1093,21 +1104,91 @@ def test_the_next_report_ends_a_body_that_lost_its_job(end_run):
 def test_the_renewal_of_a_lease_finds_lost_runs():
     job = Job.objects.enqueue(add, [1, 2])
     mine, other = lease.Run(job.pk), lease.Run(job.pk)
-    Job.objects.all().claim(mine.token, **CLAIM)
+    claim(job.pk, mine.token)
     lease.write_and_renew([mine, other])
     assert (mine.lost, other.lost) == (False, True)
 
 
-def test_flower_hears_at_once_of_one_job_and_later_of_many(monkeypatch):
-    events = []
-    app.conf.task_always_eager = False
-    monkeypatch.setattr(
-        app.amqp, "send_task_message", lambda *args, **kwargs: events.append(args[2].sent_event)
-    )
-    jobs = [Job.objects.enqueue(add, [1, 2]) for _ in range(3)]
-    messages.send(jobs[:1])
-    messages.send(jobs[1:])
-    assert [event and event["uuid"] for event in events] == [str(jobs[0].pk), None, None]
+def test_a_claim_that_a_crash_of_the_database_has_forgotten_is_made_again():
+    """Unless another run was quicker, or the body has ended and its job was given away."""
+    forgotten, overtaken, ended = (Job.objects.enqueue(add, [1, 2]) for _ in range(3))
+    runs = [lease.Run(job.pk) for job in (forgotten, overtaken, ended)]
+    for run in runs[:2]:
+        run.claim = partial(claim, run.job_id, run.token)
+    claim(overtaken.pk)
+    lease.write_and_renew(runs)
+    assert [run.lost for run in runs] == [False, True, True]
+    assert Job.objects.get(run=runs[0].token) == forgotten
+
+
+def test_a_run_claims_nothing_once_its_body_has_ended(monkeypatch):
+    runs = []
+    monkeypatch.setattr(tasks, "succeed", lambda run, result: runs.append(run))
+    act.body = lambda task: runs.append(task.job_run.claim)
+    deliver(Job.objects.enqueue(act))
+    claimed, run = runs
+    assert claimed and not run.claim
+
+
+def test_a_claim_does_not_wait_for_the_disk():
+    """A second later it looks whether it is there: see the test above."""
+    if connection.vendor != "postgresql":
+        pytest.skip("only PostgreSQL has the setting: set DATABASE_URL=postgres://…")
+    job, began = Job.objects.enqueue(add, [1, 2]), time.monotonic()
+    with transaction.atomic(), connection.cursor() as cursor:
+        assert claim(job.pk)
+        cursor.execute("SHOW synchronous_commit")
+        assert cursor.fetchall() == [("off",)]
+    assert lease.Run(job.pk).renew_at == pytest.approx(began + 1, abs=0.5)
+
+
+def batches(dispatcher):
+    """Let a worker send its events in batches; return the step, and what is published."""
+    published, consumer = [], SimpleNamespace(event_dispatcher=dispatcher, timer=Mock())
+    dispatcher.producer = Mock(publish=lambda event, **options: published.append(event))
+    step = events.Batches(consumer)
+    step.start(consumer)
+    [[_, flush]] = [call.args for call in consumer.timer.call_repeatedly.call_args_list]
+    return step, consumer, flush, published
+
+
+def test_a_worker_sends_its_task_events_in_batches():
+    """What Flower hears is the same, but one message for many."""
+    _, _, flush, published = batches(app.events.Dispatcher(Connection("memory://")))
+    dispatcher = flush.__self__
+    for number in range(30):
+        dispatcher.send("task-succeeded", uuid=number)
+    assert not published
+    dispatcher.send("worker-heartbeat")
+    flush()
+    heartbeat, batch = published
+    assert heartbeat["type"] == "worker-heartbeat"
+    assert [event["uuid"] for event in batch] == list(range(30))
+
+
+def test_events_outlive_the_connection_and_a_shutdown():
+    dispatcher = app.events.Dispatcher(Connection("memory://"))
+    step, consumer, _, published = batches(dispatcher)
+    dispatcher.send("task-succeeded", uuid=1)
+    step.stop(consumer)
+    assert [event["uuid"] for event in published[0]] == [1]
+    consumer.timer.call_repeatedly.return_value.cancel.assert_called_once_with()
+
+    dispatcher.producer.publish = Mock(side_effect=ConnectionError)
+    dispatcher.send("task-succeeded", uuid=2)
+    step.stop(consumer)
+    following = app.events.Dispatcher(Connection("memory://"))
+    _, _, flush, published = batches(following)
+    following.extend_buffer(dispatcher)  # as Celery does
+    flush()
+    assert [event["uuid"] for event in published[0]] == [2]
+
+
+def test_a_worker_without_events_has_no_batches():
+    consumer = SimpleNamespace(event_dispatcher=None)
+    step = events.Batches(consumer)
+    step.start(consumer)
+    step.stop(consumer)
 
 
 def in_this_thread(delay, function):
@@ -1233,7 +1314,7 @@ def test_two_sweeps_at_once_send_a_job_once(monkeypatch):
 )
 def test_a_sweep_lets_leases_be_renewed_first(monkeypatch, settings, lease, stands_still, expected):
     settings.JOB_LEASE_SECONDS = lease
-    recovered, clock = [], itertools.count(0, 10)  # seconds
+    recovered, resent, clock = [], [], itertools.count(0, 10)  # seconds
     now = [next(clock)]
 
     def wall_clock():
@@ -1252,11 +1333,11 @@ def test_a_sweep_lets_leases_be_renewed_first(monkeypatch, settings, lease, stan
     clocks = {"monotonic": lambda: now[0], "time": wall_clock, "sleep": sleep}
     monkeypatch.setattr(sweep, "time", SimpleNamespace(**clocks))
     monkeypatch.setattr(sweep, "recover_lapsed", recover)
-    for other in ("close_old_connections", "purge", "send_due"):
-        monkeypatch.setattr(sweep, other, lambda: None)
+    monkeypatch.setattr(sweep, "connection", Mock())
+    monkeypatch.setattr(sweep, "send_due", lambda resend: resent.append(now[0]) if resend else None)
     with pytest.raises(SystemExit):
         sweep.sweep_for_ever()
-    assert recovered == expected
+    assert recovered == resent == expected
 
 
 def test_a_sweep_that_finds_the_broker_down_stops_and_changes_nothing(broker_down, monkeypatch):
@@ -1324,8 +1405,7 @@ def test_what_is_found_missing_lets_twice_as_many_be_looked_for(published):
         sweep.send_due()
         looked_for.append(len(published) - 20)
         for pk in published[20:]:
-            row = Job.objects.filter(pk=pk)
-            assert row.claim(uuid.uuid4(), **CLAIM | {"sent": message})
+            assert claim(pk, sent=message)
     assert looked_for == [1, 2, 4, 1]
 
 
@@ -1474,7 +1554,7 @@ def test_a_round_of_the_sweep_leaves_its_time(broker_down, monkeypatch, error, r
     """Also without a broker; but not if the database answered nothing else."""
     lapse(Job.objects.enqueue(add, [1, 2], countdown=1))
     monkeypatch.setattr(sweep, "messages_in", lambda queue: 0)
-    monkeypatch.setattr(sweep, "close_old_connections", lambda: None)
+    monkeypatch.setattr(sweep, "connection", Mock())
     if error:
         monkeypatch.setattr(sweep, "send_due", Mock(side_effect=error))
     monkeypatch.setattr(sweep, "touch_liveness_file", Mock(side_effect=[None, SystemExit]))
@@ -1581,7 +1661,7 @@ def test_the_job_of_a_killed_child_is_due_again_soon(monkeypatch, published):
     row, error = Job.objects.filter(pk=job.pk), exceptions.WorkerLostError()
     for token, state, crashes in (uuid.uuid4(), "running", 0), (headers["run"], "queued", 1):
         row.requeue()
-        row.claim(token, **CLAIM)
+        claim(job.pk, token)
         worker.notice_death(sender, str(job.pk), error)
         job.refresh_from_db()
         assert (job.state, job.crashes) == (state, crashes)
@@ -1741,11 +1821,10 @@ def test_the_change_of_a_job_walks_no_backlog(by_key):
     jobs = [Job.objects.enqueue(add, [1, 2]) for _ in range(3)]
     runs = [lease.Run(job.pk) for job in jobs]
     for run in runs:
-        row = Job.objects.filter(pk=run.job_id)
-        by_key(row.claim, run.token, **CLAIM)
+        by_key(claim, run.job_id, run.token)
     by_key(lease.rows(runs).update, wake_at=models.lease_end())
     by_key(runs[0].row.update, cursor=7, wake_at=models.lease_end())
-    by_key(runs[0].row.finish, "succeeded")
+    by_key(Job.objects.succeed, pk=runs[0].job_id, run=runs[0].token, result=7, message="")
     by_key(runs[1].row.requeue)
     by_key(Job.objects.filter(pk=jobs[1].pk).cancel)
     by_key(lease.rows(runs[1:]).requeue)

@@ -143,6 +143,51 @@ def test_a_worker_whose_children_are_stopped_too_loses_nothing(stack, gate, sinc
     wait_for(lambda: stack.notes("end", task))
 
 
+@on_each_pool
+def test_what_the_database_forgets_of_claims_runs_once_at_a_time(stack, gate, since):
+    """It crashes before its log is on the disk. What still runs goes on, what died runs again."""
+    code = """
+with transaction.atomic():
+    jobs = [Job.objects.enqueue(hold, [gate], queue=queue) for queue in ["cpu", "io"]]
+result = [job.pk for job in jobs]
+"""
+    stack.beat.stop()  # it writes all the time, and so flushes the log
+    with slow_log(stack):
+        jobs = stack.ask(code, gate=str(gate))
+        stack.wait_until_started(*jobs)
+        stack.worker.pause()
+        stack.other.kill()
+        start = time.monotonic()
+        stack.database.kill()
+        stack.database.start()
+        assert [row["state"] for row in stack.rows(*jobs)] == ["queued", "queued"]
+        stack.worker.resume()
+        for process in (stack.beat, stack.other):
+            process.start()
+        stack.wait_until_started(jobs[1], times=2)
+        time.sleep(2 * LEASE)  # in which the other one could start again
+        gate.touch()
+        rows = stack.wait_until_final(*jobs)
+        since(start)
+    assert succeeded(rows, crashes=0), rows
+    assert [len(stack.notes("start", job)) for job in jobs] == [1, 2]
+
+
+@contextmanager
+def slow_log(stack):
+    """PostgreSQL leaves what nobody waits for in memory for ten seconds, in place of 0.2."""
+
+    def alter(setting):
+        stack.ask("connection.cursor().execute(f'ALTER SYSTEM {setting}')", setting=setting)
+        stack.ask("connection.cursor().execute('SELECT pg_reload_conf()')")
+
+    alter("SET wal_writer_delay = 10000")
+    try:
+        yield
+    finally:
+        alter("RESET wal_writer_delay")
+
+
 @on_prefork
 def test_a_worker_ends_although_a_child_has_half_of_a_message(stack, since):
     """Celery waits for that child, and the child for the other half."""

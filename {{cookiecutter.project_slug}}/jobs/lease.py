@@ -20,6 +20,7 @@ from .pools import pool
 logger = logging.getLogger(__name__)
 
 TICK = 0.5  # seconds between two looks at reports, leases and dead children
+FLUSHED = 1  # seconds after which PostgreSQL has a claim on the disk: with its defaults 0.6
 RETRY_AFTER = 5  # seconds until the job of a dead worker starts again; doubles up to 43 minutes
 
 runs = {}  # token: Run, of the bodies that run in this process
@@ -44,7 +45,8 @@ class Run:
         self.token = token or uuid.uuid4()
         self.report = self.written = {}  # progress in percent, message
         self.cursor = []  # empty until it was read, then [cursor]
-        self.renew_at = time.monotonic() + settings.JOB_LEASE_SECONDS / 3
+        self.claim = None  # claims the job (again)
+        self.renew_at = time.monotonic() + FLUSHED
         self.retry = None  # what retry() asked for: options of requeue()
         self.failure = {"error": "Another try was asked for"}  # why: fields of an Attempt
         self.lost = self.ended = False
@@ -129,8 +131,8 @@ def write_and_renew(due):
         run.written, run.renew_at = reports[run], time.monotonic() + settings.JOB_LEASE_SECONDS / 3
     if len(held) < len(due):
         own = set(rows(due).values_list("run", flat=True))  # locked ones, too
-        for run in due:
-            run.lost = run.token not in own
+        for run in due:  # claim again what a crash of the database has forgotten
+            run.lost = run.token not in own and not (run.claim and run.claim())
 
 
 @transaction.atomic

@@ -1,6 +1,7 @@
 """Sends messages to the broker, and asks how many wait there. No row is read or written here."""
 
 import logging
+from contextlib import nullcontext
 
 from celery import current_app
 from celery.exceptions import OperationalError
@@ -10,18 +11,21 @@ logger = logging.getLogger(__name__)
 
 def send(jobs):
     """Send the messages of these jobs over one connection. Raises what the transport does."""
-    with current_app.producer_or_acquire() as producer, producer.batch():
-        # Send Flower's task-sent event only for a single job: each event is one more message.
-        event = len(jobs) == 1 and current_app.conf.task_send_sent_event
+    with (
+        current_app.producer_or_acquire() as producer,
+        producer.batch() if jobs[1:] else nullcontext(),
+    ):
+        declared = set()
         for job in jobs:
             if task := current_app.tasks.get(job.task):
-                send_one(task, job, producer, create_sent_event=event)
+                send_one(task, job, producer, declare=[] if job.queue in declared else None)
+                declared.add(job.queue)
             else:
                 logger.error("job %s waits for code that knows its task", job)
 
 
 def send_one(task, job, producer, **options):
-    """Do what apply_async() does, in a third of its time.
+    """Do what apply_async() does, in a third of its time, but for the event task-sent: one more message.
 
     The header `job` says that the message belongs to a job, and how often its worker has died;
     `sent` says which message of the job it is.
@@ -30,9 +34,10 @@ def send_one(task, job, producer, **options):
     if current_app.conf.task_always_eager:
         task.apply(job.args, job.kwargs, task_id=pk, retries=job.retries, headers=headers)
         return
-    options = {"retries": job.retries, "ignore_result": True, **options}
-    message = amqp.create_task_message(pk, task.name, job.args, job.kwargs, **options)
-    options = {"queue": job.queue, "priority": task.priority}
+    message = amqp.create_task_message(
+        pk, task.name, job.args, job.kwargs, retries=job.retries, ignore_result=True
+    )
+    options |= {"queue": job.queue, "priority": task.priority}
     options = amqp.router.route(options, task.name, job.args, job.kwargs)
     options["priority"] = options.get("priority") or 0
     amqp.send_task_message(producer, task.name, message, headers=headers, **options)

@@ -16,6 +16,7 @@ from django.db.models import Case, F, Max, Q, When
 from django.db.models.functions import Coalesce, Least, Now
 
 from .messages import is_connection_error, queue_of, send
+from .updates import built_once
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,12 @@ class LockTimeout(models.Func):
 
     def as_sqlite(self, compiler, connection, **context):
         return self.as_sql(compiler, connection, template="TRUE", **context)
+
+
+class WithoutFlush(LockTimeout):
+    """As LockTimeout: this transaction does not wait until PostgreSQL's log is on the disk."""
+
+    template = "SET_CONFIG('synchronous_commit', 'off', TRUE) IS NOT NULL"
 
 
 def lease_end():
@@ -177,25 +184,6 @@ class JobQuerySet(models.QuerySet):
         wake_at = due_at if countdown else now + timedelta(seconds=settings.JOB_RESEND_SECONDS)
         return {**fields, "sent": 0 if countdown else 1, "due_at": due_at, "wake_at": wake_at}
 
-    def claim(self, run, *, worker, retries, crashes, sent, limit):
-        """Give a queued job to `run`, for `limit` seconds. Returns 0 if the message is stale.
-
-        `retries` and `crashes` of the job, and which message of it this is, are those of the message.
-        """
-        # Q(run=run): the first try of this UPDATE was committed, but its answer was lost.
-        claimable = Q(run=None) | Q(run=run)
-        return self.filter(claimable, UNFINISHED, retries=retries, crashes=crashes).update(
-            state="running",
-            run=run,
-            worker=worker,
-            sent=sent,
-            progress=Case(When(cursor__isnull=False, then="progress"), default=0),
-            message="",
-            started_at=Clock(),
-            deadline=Clock() + timedelta(seconds=limit),
-            wake_at=Clock() + timedelta(seconds=min(settings.JOB_LEASE_SECONDS, limit)),
-        )
-
     def requeue(self, delay=0, attempt=None, **changes):
         """Let these jobs start (again) in `delay` seconds: the sweep sends what is due."""
         due = Now() + timedelta(seconds=delay)
@@ -237,6 +225,50 @@ class JobManager(models.Manager.from_queryset(JobQuerySet)):
     def get_queryset(self):
         """Read where jobs are written, whatever a router says: a replica may be behind."""
         return super().get_queryset().using(self._db or router.db_for_write(self.model))
+
+    @built_once(
+        pk=models.UUIDField(),
+        run=models.UUIDField(),
+        worker=models.CharField(),
+        retries=models.PositiveIntegerField(),
+        crashes=models.PositiveSmallIntegerField(),
+        sent=models.PositiveSmallIntegerField(),
+        limit=models.DurationField(),
+        lease=models.DurationField(),
+    )
+    def claim(self, *, pk, run, worker, retries, crashes, sent, limit, lease):
+        """Give a queued job to `run`, for `limit` seconds. Returns 0 if the message is stale.
+
+        `retries` and `crashes` of the job, and which message of it this is, are those of the message.
+        If PostgreSQL crashes within a second, the claim may be lost: the run must claim it again.
+        """
+        # Q(run=run): the first try of this UPDATE was committed, but its answer was lost.
+        claimable = Q(run=None) | Q(run=run)
+        same_try = Q(retries=retries, crashes=crashes)
+        rows = self.filter(claimable, UNFINISHED, same_try, LockTimeout(), WithoutFlush(), pk=pk)
+        return rows, {
+            "state": "running",
+            "run": run,
+            "worker": worker,
+            "sent": sent,
+            "progress": Case(When(cursor__isnull=False, then="progress"), default=0),
+            "message": "",
+            "started_at": Clock(),
+            "deadline": Clock() + limit,
+            "wake_at": Clock() + lease,
+        }
+
+    @built_once(
+        pk=models.UUIDField(),
+        run=models.UUIDField(),
+        result=models.JSONField(),
+        message=models.CharField(),
+    )
+    def succeed(self, *, pk, run, result, message):
+        """Write the result of a run, if it still owns the job."""
+        final = {"state": "succeeded", "run": None, "wake_at": None, "finished_at": Now()}
+        rows = self.filter(UNFINISHED, LockTimeout(), pk=pk, run=run)
+        return rows, {**final, "progress": 100, "result": result, "message": message}
 
 
 class Job(models.Model):

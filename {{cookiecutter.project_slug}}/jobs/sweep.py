@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from django.conf import settings
-from django.db import close_old_connections, transaction
+from django.db import close_old_connections, connection, transaction
 from django.db.models import TextField
 from django.db.models.functions import Cast, Length, Now
 
@@ -62,24 +62,25 @@ def sweep_for_ever():
     while True:
         busy = False
         # After a pause (start, suspended machine, database outage) give live workers half a lease to
-        # renew before anything is recovered.
+        # renew, and to claim again what the database lost, before anything is recovered or sent again.
         longest = settings.JOB_LEASE_SECONDS / 2 + 2 * settings.JOB_SWEEP_SECONDS
         if time.time() - last_round > longest:
             recover_at = time.monotonic() + settings.JOB_LEASE_SECONDS / 2
         last_round = time.time()
         try:
-            close_old_connections()
+            judges = time.monotonic() >= recover_at
             try:
-                if time.monotonic() >= recover_at:
+                if judges:
                     recover_lapsed()
             finally:
-                busy = send_due()
+                busy = send_due(resend=judges)
             # Even if the broker took nothing: this says that the sweep looks, not what it did.
             if not Sweep.objects.filter(pk=1).update(ended_at=Now()):
                 Sweep.objects.create(pk=1, ended_at=Now())
         except Exception as error:
             logger.warning("the sweep continues in its next round: %r", error)
             if is_unavailable(error):
+                connection.close()
                 recover_at = time.monotonic() + settings.JOB_LEASE_SECONDS / 2
         touch_liveness_file()
         time.sleep(0 if busy else settings.JOB_SWEEP_SECONDS)
@@ -100,10 +101,11 @@ def recover_lapsed():
         split(recover_found, found)
 
 
-def send_due():
+def send_due(resend=True):
     """Send the due jobs of which the broker has no message, for at most the time of a round.
 
-    Returns whether some are left. A queue that fails does not delay the others.
+    Without `resend` only those that were never sent. Returns whether some are left. A queue that
+    fails does not delay the others.
     """
     until = time.monotonic() + settings.JOB_SWEEP_SECONDS
     due = Job.objects.filter(state="queued", wake_at__lt=Now())
@@ -113,7 +115,7 @@ def send_due():
     while names and time.monotonic() < until:
         name = names.pop()
         try:
-            if send_batch(name, size):
+            if send_batch(name, size, resend):
                 names.insert(0, name)
         except Exception as error:  # each transport raises its own
             if is_unavailable(error):
@@ -122,22 +124,23 @@ def send_due():
     return bool(names)
 
 
-def send_batch(name, size):
+def send_batch(name, size, resend=True):
     """Send `size` jobs of a queue at most. Returns whether there may be more."""
     queue, queued = queues[name], Job.objects.filter(state="queued", queue=name)
     waiting = messages_in(name)
     queue.most = max(queue.most, waiting)
-    resend, is_extra = max(queued.filter(sent__gt=0).count() - waiting, 0), False
+    missing, is_extra = max(queued.filter(sent__gt=0).count() - waiting, 0), False
     # First come, first served. Workers take the oldest messages first, so those that are missing are of
     # the oldest jobs.
     due = queued.filter(wake_at__lt=Now()).order_by("wake_at")
     sizes = mark_sent(due.filter(sent=0)[:size])
     # messages_in() counts messages of plain tasks too, so some may be missing even if it does not look
     # so: send one job again now and then, and twice as many if that message was the one that ran.
-    if not resend and time.monotonic() >= queue.extra_at:
+    if not missing and time.monotonic() >= queue.extra_at:
         ran = Job.objects.filter(pk__in=queue.extras, sent__gt=1).exclude(state="queued")
-        resend, is_extra = 2 * len(queue.extras) if ran.exists() else 1, True
-    again = mark_sent(due.filter(sent__gt=0)[: min(resend, size - len(sizes))])
+        missing, is_extra = 2 * len(queue.extras) if ran.exists() else 1, True
+    missing = min(missing, size - len(sizes)) if resend else 0
+    again = mark_sent(due.filter(sent__gt=0)[:missing])
     if is_extra and again:
         queue.extra_at = time.monotonic() + settings.JOB_RESEND_SECONDS
         queue.extras = tuple(again)

@@ -4,6 +4,8 @@ import json
 import logging
 import sys
 from contextlib import suppress
+from datetime import timedelta
+from functools import partial
 from traceback import format_exception, format_exception_only
 
 from celery.contrib.django.task import DjangoTask
@@ -144,11 +146,20 @@ class JobTask(DjangoTask):
         if is_last_try and not run.claim_last_try():
             store_outcome(job.filter(QUEUED).requeue, settings.JOB_SWEEP_SECONDS)
             raise Ignore("waits until the last try of another job has ended")
-        claim = {"worker": request.hostname, "retries": request.retries, "crashes": crashes}
-        claim["sent"] = request.headers.get("sent", 1)  # not in messages of older versions
-        claim["limit"] = request.time_limit or self.time_limit
+        limit = request.time_limit or self.time_limit
+        run.claim = partial(
+            Job.objects.claim,
+            pk=request.id,
+            run=run.token,
+            worker=request.hostname,
+            retries=request.retries,
+            crashes=crashes,
+            sent=request.headers.get("sent", 1),  # not in messages of older versions
+            limit=timedelta(seconds=limit),
+            lease=timedelta(seconds=min(settings.JOB_LEASE_SECONDS, limit)),
+        )
         try:
-            if not store_outcome(job.claim, run.token, **claim):
+            if not store_outcome(run.claim):
                 raise Ignore("a copy of the message, or the job is cancelled")
             request.job_run = run
             with run:
@@ -162,6 +173,7 @@ class JobTask(DjangoTask):
             try:
                 result = self.run(*args, **kwargs)
             finally:
+                run.claim = None  # what is written next gives the job away
                 was_open = not in_block and roll_back_open_transaction()
             if was_open:
                 raise TransactionManagementError("The task left a transaction open")
@@ -197,8 +209,8 @@ def succeed(run, result):
     try:
         with suppress(SoftTimeLimitExceeded):  # it is meant for the body, which has ended
             json.dumps(result, allow_nan=False)
-        changes = {**run.report, "progress": 100, "result": result}
-        written = store_outcome(run.outcome.finish, "succeeded", **changes)
+        changes = {"result": result, "message": run.report.get("message", "")}
+        written = store_outcome(Job.objects.succeed, pk=run.job_id, run=run.token, **changes)
     except Exception as error:
         fail(run, f"Its result cannot be stored: {error}")
         raise

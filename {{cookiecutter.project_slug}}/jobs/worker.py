@@ -18,6 +18,7 @@ from django.core.exceptions import ValidationError
 from django.db import close_old_connections, connection, transaction
 
 from .database import wait_for
+from .events import Batches
 from .lease import RETRY_AFTER, TICK, lock, recover, renew_for_children, rows, runs
 from .models import QUEUED, Job
 from .pools import has_children, pool, soften_sigterm
@@ -32,6 +33,7 @@ def start(sender, **kwargs):
     """Prepare the worker, the `sender`: its pool has not started yet."""
     global bodies_in_children
     bodies_in_children = has_children(sender)
+    current_app.steps["consumer"].add(Batches)
     follow_revokes()
 
 
@@ -146,6 +148,8 @@ def requeue_and_exit():
     time.sleep(settings.CELERY_WORKER_SOFT_SHUTDOWN_TIMEOUT)
     try:
         with lock, transaction.atomic():
+            for run in runs.values():
+                run.claim = None
             rows(runs.values()).unlocked().requeue()  # of the others the lease will lapse
     finally:
         os._exit(0)

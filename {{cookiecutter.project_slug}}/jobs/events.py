@@ -1,0 +1,25 @@
+"""Sends a worker's task events, for Flower, in batches: one by one they take a sixth of a job's CPU time."""
+
+from celery.bootsteps import StartStopStep
+
+PAUSE = 0.2  # seconds between two batches
+AT_MOST = 1000  # events in a batch
+
+
+class Batches(StartStopStep):
+    """Starts anew with each connection to the broker, when Celery has made a new dispatcher."""
+
+    requires = ("celery.worker.consumer.events:Events",)
+
+    def start(self, consumer):
+        self.dispatcher, self.timer = consumer.event_dispatcher, None
+        if self.dispatcher:
+            self.dispatcher.buffer_group = {"task"}
+            self.dispatcher.buffer_limit = AT_MOST
+            self.dispatcher.on_send_buffered = None
+            self.timer = consumer.timer.call_repeatedly(PAUSE, self.dispatcher.flush)
+
+    def stop(self, consumer):
+        if self.dispatcher:
+            self.timer.cancel()
+            self.dispatcher.flush()  # without a connection Celery keeps them for the next one
