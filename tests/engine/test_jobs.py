@@ -142,7 +142,7 @@ def published(monkeypatch):
         waiting.append(str(job.pk))
 
     monkeypatch.setattr(messages, "send_one", publish)
-    monkeypatch.setattr(sweep, "messages_in", lambda queue: len(waiting))
+    monkeypatch.setattr(sweep, "messages_in", lambda queue, broker: len(waiting))
     return waiting
 
 
@@ -1302,7 +1302,7 @@ def test_two_sweeps_at_once_send_a_job_once(monkeypatch):
             sweep.send_due()  # the other one, while this one has read all three
 
     monkeypatch.setattr(messages, "send_one", publish)
-    monkeypatch.setattr(sweep, "messages_in", lambda queue: 0)
+    monkeypatch.setattr(sweep, "messages_in", lambda queue, broker: 0)
     sweep.send_due()
     assert sorted(sent) == sorted(str(job.pk) for job in jobs)
 
@@ -1341,7 +1341,7 @@ def test_a_sweep_lets_leases_be_renewed_first(monkeypatch, settings, lease, stan
 
 
 def test_a_sweep_that_finds_the_broker_down_stops_and_changes_nothing(broker_down, monkeypatch):
-    monkeypatch.setattr(sweep, "messages_in", lambda queue: 0)
+    monkeypatch.setattr(sweep, "messages_in", lambda queue, broker: 0)
     jobs = [Job.objects.enqueue(add, [1, 2], countdown=1) for _ in range(3)]
     lapse(*jobs)
     sweep.send_due()
@@ -1360,7 +1360,7 @@ def test_a_job_that_the_broker_refuses_keeps_no_other_waiting(monkeypatch):
         sent.append(str(job.pk))
 
     monkeypatch.setattr(messages, "send_one", publish)
-    monkeypatch.setattr(sweep, "messages_in", lambda queue: 0)
+    monkeypatch.setattr(sweep, "messages_in", lambda queue, broker: 0)
     monkeypatch.setattr(models, "PUBLISH_PAUSE", 0)
     refused = [Job.objects.enqueue(add, [0, 0], queue=queue, countdown=1) for queue in "ab"]
     others = [Job.objects.enqueue(add, [1, 2], queue=queue, countdown=1) for queue in "abc"]
@@ -1381,7 +1381,7 @@ def test_a_job_that_is_refused_again_and_again_fails_unless_its_queue_is_full(
             raise ValueError("too large")
 
     monkeypatch.setattr(messages, "send_one", publish)
-    monkeypatch.setattr(sweep, "messages_in", lambda queue: waiting)
+    monkeypatch.setattr(sweep, "messages_in", lambda queue, broker: waiting)
     sweep.queues["celery"].most = 10
     job = Job.objects.enqueue(add, [0, 0], countdown=1)
     for _ in range(sweep.REFUSALS):
@@ -1476,7 +1476,7 @@ def test_who_looks_after_all_jobs_passes_by_rows_that_are_locked(published, look
 def test_a_queue_that_fails_keeps_no_other_waiting(published, monkeypatch):
     """Say because it exists with other arguments."""
 
-    def messages_in(queue):
+    def messages_in(queue, broker):
         if queue == "bad":
             raise ValueError("inequivalent arg 'x-max-priority'")
         return 0
@@ -1508,13 +1508,12 @@ def test_the_sweep_stops_in_time_for_leases(published, monkeypatch):
     assert 0 < len(published) < 6
 
 
-def test_the_sweep_counts_what_waits_in_a_queue(monkeypatch):
-    connection = app.connection_for_write("memory://")
-    monkeypatch.setattr(app, "connection_for_write", connection.clone)
-    assert sweep.messages_in("new") == 0
+def test_the_sweep_counts_what_waits_in_a_queue():
+    broker = app.connection_for_write("memory://")
+    assert messages.messages_in("new", broker) == 0
     queue = app.amqp.queues["new"]  # which has its binding now, as if nobody had deleted it
-    connection.Producer().publish("message", queue.routing_key, exchange=queue.exchange.name)
-    assert sweep.messages_in("new") == 1
+    broker.Producer().publish("message", queue.routing_key, exchange=queue.exchange.name)
+    assert messages.messages_in("new", broker) == 1
 
 
 def waits_for(job):
@@ -1553,7 +1552,7 @@ def test_what_runs_again_waits_anew(settings):
 def test_a_round_of_the_sweep_leaves_its_time(broker_down, monkeypatch, error, rounds):
     """Also without a broker; but not if the database answered nothing else."""
     lapse(Job.objects.enqueue(add, [1, 2], countdown=1))
-    monkeypatch.setattr(sweep, "messages_in", lambda queue: 0)
+    monkeypatch.setattr(sweep, "messages_in", lambda queue, broker: 0)
     monkeypatch.setattr(sweep, "connection", Mock())
     if error:
         monkeypatch.setattr(sweep, "send_due", Mock(side_effect=error))

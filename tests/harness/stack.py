@@ -224,9 +224,13 @@ result = Token.objects.create(user=User.objects.create_user(name, **fields)).key
         )
 
     def messages_in(self, queue):
-        return self.ask(
-            "from jobs.messages import messages_in\nresult = messages_in(queue)", queue=queue
-        )
+        code = """
+from jobs.messages import messages_in
+from config.celery import app
+with app.connection_for_write() as broker:
+    result = messages_in(queue, broker)
+"""
+        return self.ask(code, queue=queue)
 
     def empty(self, queue):
         code = """

@@ -58,11 +58,10 @@ def queue_of(task, args, kwargs):
     return route["queue"].name if "queue" in route else current_app.conf.task_default_queue
 
 
-def messages_in(queue):
-    """Return how many messages wait in `queue`. Raises what the transport does if it is down."""
-    with current_app.connection_for_write() as connection:
-        connection.ensure_connection(max_retries=1, interval_start=0)
-        queue = current_app.amqp.queues[queue](connection.default_channel)
-        queue.declare()  # creates queue and binding, if somebody deleted them
-        # Declare once more, for the count. With passive=True kombu finds no queue that has a prefix.
-        return queue.queue_declare().message_count
+def messages_in(queue, broker):
+    """Return how many messages wait in `queue`, over this connection. Raises what the transport does."""
+    broker.ensure_connection(max_retries=1, interval_start=0)
+    queue = current_app.amqp.queues[queue](broker.default_channel)
+    queue.declare()  # creates queue and binding, if somebody deleted them
+    # Declare once more, for the count. With passive=True kombu finds no queue that has a prefix.
+    return queue.queue_declare().message_count

@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from datetime import timedelta
 
+from celery import current_app
 from django.conf import settings
 from django.db import close_old_connections, connection, transaction
 from django.db.models import TextField
@@ -112,22 +113,26 @@ def send_due(resend=True):
     names = list(due.values_list("queue", flat=True).distinct())
     random.shuffle(names)  # so that each one gets its turn, however many there are
     size = max(IN_MEMORY // max(len(names), 1), 10)
-    while names and time.monotonic() < until:
-        name = names.pop()
-        try:
-            if send_batch(name, size, resend):
-                names.insert(0, name)
-        except Exception as error:  # each transport raises its own
-            if is_unavailable(error):
-                raise
-            logger.warning("the broker takes no jobs for the queue %s: %r", name, error)
+    with current_app.connection_for_write() as broker:
+        while names and time.monotonic() < until:
+            name = names.pop()
+            try:
+                if send_batch(name, size, resend, messages_in(name, broker)):
+                    names.insert(0, name)
+            except Exception as error:  # each transport raises its own
+                if is_unavailable(error):
+                    raise
+                logger.warning("the broker takes no jobs for the queue %s: %r", name, error)
+                broker.close()  # perhaps it is broken; the next queue opens it again
     return bool(names)
 
 
-def send_batch(name, size, resend=True):
-    """Send `size` jobs of a queue at most. Returns whether there may be more."""
+def send_batch(name, size, resend, waiting):
+    """Send `size` jobs of a queue at most, in which so many messages are `waiting`.
+
+    Returns whether there may be more.
+    """
     queue, queued = queues[name], Job.objects.filter(state="queued", queue=name)
-    waiting = messages_in(name)
     queue.most = max(queue.most, waiting)
     missing, is_extra = max(queued.filter(sent__gt=0).count() - waiting, 0), False
     # First come, first served. Workers take the oldest messages first, so those that are missing are of
