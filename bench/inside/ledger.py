@@ -70,7 +70,7 @@ def claims(waiting, count):
     jobs = list(Job.objects.filter(queue="later").order_by("?").values_list("pk")[:count])
     limits = {"limit": timedelta(seconds=600), "lease": timedelta(seconds=30)}
     message = {"worker": "", "retries": 0, "crashes": 0, "sent": 1, **limits}
-    return rate(lambda pk: Job.objects.claim(pk=pk, run=uuid.uuid4(), **message), jobs)
+    return rate(lambda pk: Job.objects.claim(id=pk, run=uuid.uuid4(), **message), jobs)
 
 
 def sweep_due(count, queues):

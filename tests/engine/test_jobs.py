@@ -118,7 +118,7 @@ def start(job, limit=60):
 
 def claim(pk, run=None, **message):
     """Return what the claim of a job by this message returns."""
-    return Job.objects.claim(pk=pk, run=run or uuid.uuid4(), **CLAIM | message)
+    return Job.objects.claim(id=pk, run=run or uuid.uuid4(), **CLAIM | message)
 
 
 def lapse(*jobs):
@@ -1823,7 +1823,7 @@ def test_the_change_of_a_job_walks_no_backlog(by_key):
         by_key(claim, run.job_id, run.token)
     by_key(lease.rows(runs).update, wake_at=models.lease_end())
     by_key(runs[0].row.update, cursor=7, wake_at=models.lease_end())
-    by_key(Job.objects.succeed, pk=runs[0].job_id, run=runs[0].token, result=7, message="")
+    by_key(Job.objects.succeed, id=runs[0].job_id, run=runs[0].token, result=7, message="")
     by_key(runs[1].row.requeue)
     by_key(Job.objects.filter(pk=jobs[1].pk).cancel)
     by_key(lease.rows(runs[1:]).requeue)

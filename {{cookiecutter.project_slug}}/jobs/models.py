@@ -226,17 +226,8 @@ class JobManager(models.Manager.from_queryset(JobQuerySet)):
         """Read where jobs are written, whatever a router says: a replica may be behind."""
         return super().get_queryset().using(self._db or router.db_for_write(self.model))
 
-    @built_once(
-        pk=models.UUIDField(),
-        run=models.UUIDField(),
-        worker=models.CharField(),
-        retries=models.PositiveIntegerField(),
-        crashes=models.PositiveSmallIntegerField(),
-        sent=models.PositiveSmallIntegerField(),
-        limit=models.DurationField(),
-        lease=models.DurationField(),
-    )
-    def claim(self, *, pk, run, worker, retries, crashes, sent, limit, lease):
+    @built_once
+    def claim(self, id, run, worker, retries, crashes, sent, limit, lease):
         """Give a queued job to `run`, for `limit` seconds. Returns 0 if the message is stale.
 
         `retries` and `crashes` of the job, and which message of it this is, are those of the message.
@@ -245,7 +236,7 @@ class JobManager(models.Manager.from_queryset(JobQuerySet)):
         # Q(run=run): the first try of this UPDATE was committed, but its answer was lost.
         claimable = Q(run=None) | Q(run=run)
         same_try = Q(retries=retries, crashes=crashes)
-        rows = self.filter(claimable, UNFINISHED, same_try, LockTimeout(), WithoutFlush(), pk=pk)
+        rows = self.filter(claimable, UNFINISHED, same_try, LockTimeout(), WithoutFlush(), pk=id)
         return rows, {
             "state": "running",
             "run": run,
@@ -258,16 +249,11 @@ class JobManager(models.Manager.from_queryset(JobQuerySet)):
             "wake_at": Clock() + lease,
         }
 
-    @built_once(
-        pk=models.UUIDField(),
-        run=models.UUIDField(),
-        result=models.JSONField(),
-        message=models.CharField(),
-    )
-    def succeed(self, *, pk, run, result, message):
+    @built_once
+    def succeed(self, id, run, result, message):
         """Write the result of a run, if it still owns the job."""
         final = {"state": "succeeded", "run": None, "wake_at": None, "finished_at": Now()}
-        rows = self.filter(UNFINISHED, LockTimeout(), pk=pk, run=run)
+        rows = self.filter(UNFINISHED, LockTimeout(), pk=id, run=run)
         return rows, {**final, "progress": 100, "result": result, "message": message}
 
 

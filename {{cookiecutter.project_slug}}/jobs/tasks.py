@@ -147,17 +147,16 @@ class JobTask(DjangoTask):
             store_outcome(job.filter(QUEUED).requeue, settings.JOB_SWEEP_SECONDS)
             raise Ignore("waits until the last try of another job has ended")
         limit = request.time_limit or self.time_limit
-        run.claim = partial(
-            Job.objects.claim,
-            pk=request.id,
-            run=run.token,
-            worker=request.hostname,
-            retries=request.retries,
-            crashes=crashes,
-            sent=request.headers.get("sent", 1),  # not in messages of older versions
-            limit=timedelta(seconds=limit),
-            lease=timedelta(seconds=min(settings.JOB_LEASE_SECONDS, limit)),
-        )
+        # Messages of older versions have no `sent`.
+        message = {
+            "crashes": crashes,
+            "retries": request.retries,
+            "sent": request.headers.get("sent", 1),
+        }
+        lease = min(settings.JOB_LEASE_SECONDS, limit)
+        limits = {"limit": timedelta(seconds=limit), "lease": timedelta(seconds=lease)}
+        own = {"id": request.id, "run": run.token, "worker": request.hostname}
+        run.claim = partial(Job.objects.claim, **own, **message, **limits)
         try:
             if not store_outcome(run.claim):
                 raise Ignore("a copy of the message, or the job is cancelled")
@@ -210,7 +209,7 @@ def succeed(run, result):
         with suppress(SoftTimeLimitExceeded):  # it is meant for the body, which has ended
             json.dumps(result, allow_nan=False)
         changes = {"result": result, "message": run.report.get("message", "")}
-        written = store_outcome(Job.objects.succeed, pk=run.job_id, run=run.token, **changes)
+        written = store_outcome(Job.objects.succeed, id=run.job_id, run=run.token, **changes)
     except Exception as error:
         fail(run, f"Its result cannot be stored: {error}")
         raise
