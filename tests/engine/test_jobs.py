@@ -475,7 +475,7 @@ def test_a_run_goes_on_where_the_last_one_stopped():
         task.report(1, 1)  # without one, so it is not in the database yet
         job = Job.objects.get()
         seen.append((task.cursor, job.cursor, job.progress, job.message))
-        Job.objects.requeue()  # as after a crash
+        Job.objects.requeue(crashes=job.crashes + 1)
 
     job = run(body)
     stopped = ({"page": 5}, {"page": 5}, 50, "half done")
@@ -1110,24 +1110,36 @@ def test_the_renewal_of_a_lease_finds_lost_runs():
 
 
 def test_a_claim_that_a_crash_of_the_database_has_forgotten_is_made_again():
-    """Unless another run was quicker, or the body has ended and its job was given away."""
+    """Unless another run was quicker, or the body has ended: then its end gives the job away."""
     forgotten, overtaken, ended = (Job.objects.enqueue(add, [1, 2]) for _ in range(3))
     runs = [lease.Run(job.pk) for job in (forgotten, overtaken, ended)]
-    for run in runs[:2]:
-        run.claim = partial(claim, run.job_id, run.token)
+    for run in runs:
+        run.claim, run.in_body = partial(claim, run.job_id, run.token), run is not runs[2]
     claim(overtaken.pk)
     lease.write_and_renew(runs)
     assert [run.lost for run in runs] == [False, True, True]
     assert Job.objects.get(run=runs[0].token) == forgotten
 
 
-def test_a_run_claims_nothing_once_its_body_has_ended(monkeypatch):
-    runs = []
-    monkeypatch.setattr(tasks, "succeed", lambda run, result: runs.append(run))
-    act.body = lambda task: runs.append(task.job_run.claim)
-    deliver(Job.objects.enqueue(act))
-    claimed, run = runs
-    assert claimed and not run.claim
+@pytest.mark.parametrize("end, state", [(None, "succeeded"), (ValueError, "failed")], ids=str)
+def test_the_end_of_a_body_is_stored_although_its_claim_was_forgotten(end, state):
+    seen = []
+
+    def body(task):
+        seen.append(task.job_run.in_body)
+        Job.objects.update(state="queued", run=None, started_at=None)
+        if end:
+            raise end
+
+    assert run(body).state == state
+    assert seen == [True]
+
+
+def test_a_run_claims_nothing_by_itself_once_its_body_has_ended(monkeypatch):
+    ended = []
+    monkeypatch.setattr(tasks, "succeed", lambda run, result: ended.append(run.in_body))
+    run(lambda task: None)
+    assert ended == [False]
 
 
 def test_a_claim_does_not_wait_for_the_disk():

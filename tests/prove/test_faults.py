@@ -145,32 +145,35 @@ def test_a_worker_whose_children_are_stopped_too_loses_nothing(stack, gate, sinc
 
 @on_each_pool
 def test_what_the_database_forgets_of_claims_runs_once_at_a_time(stack, gate, since):
-    """It crashes before its log is on the disk. What still runs goes on, what died runs again."""
+    """It crashes before its log is on the disk. What runs goes on, what died runs again."""
     code = """
 with transaction.atomic():
-    jobs = [Job.objects.enqueue(hold, [gate], queue=queue) for queue in ["cpu", "io"]]
+    calls = [(gate, "cpu"), (other_gate, "cpu"), (gate, "io")]
+    jobs = [Job.objects.enqueue(hold, [gate], queue=queue) for gate, queue in calls]
 result = [job.pk for job in jobs]
 """
+    other_gate = gate.with_name("other")
     stack.beat.stop()  # it writes all the time, and so flushes the log
     with slow_log(stack):
-        jobs = stack.ask(code, gate=str(gate))
+        jobs = stack.ask(code, gate=str(gate), other_gate=str(other_gate))
         stack.wait_until_started(*jobs)
         stack.worker.pause()
         stack.other.kill()
         start = time.monotonic()
         stack.database.kill()
         stack.database.start()
-        assert [row["state"] for row in stack.rows(*jobs)] == ["queued", "queued"]
+        assert [row["state"] for row in stack.rows(*jobs)] == ["queued"] * 3
+        other_gate.touch()
         stack.worker.resume()
         for process in (stack.beat, stack.other):
             process.start()
-        stack.wait_until_started(jobs[1], times=2)
-        time.sleep(2 * LEASE)  # in which the other one could start again
+        stack.wait_until_started(jobs[2], times=2)
+        time.sleep(2 * LEASE)  # in which the others could start again
         gate.touch()
         rows = stack.wait_until_final(*jobs)
         since(start)
     assert succeeded(rows, crashes=0), rows
-    assert [len(stack.notes("start", job)) for job in jobs] == [1, 2]
+    assert [len(stack.notes("start", job)) for job in jobs] == [1, 1, 2]
 
 
 @contextmanager

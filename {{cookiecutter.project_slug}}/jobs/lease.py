@@ -14,6 +14,7 @@ from django.db import close_old_connections, transaction
 from django.db.models import Q
 from django.db.models.functions import Now
 
+from .database import store_outcome
 from .models import OVER_TIME_LIMIT, Job, LockTimeout, lease_end
 from .pools import pool
 
@@ -45,7 +46,8 @@ class Run:
         self.token = token or uuid.uuid4()
         self.report = self.written = {}  # progress in percent, message
         self.cursor = []  # empty until it was read, then [cursor]
-        self.claim = None  # claims the job (again)
+        self.claim = None  # a function that claims the job, also again
+        self.in_body = False
         self.renew_at = time.monotonic() + FLUSHED
         self.retry = None  # what retry() asked for: options of requeue()
         self.failure = {"error": "Another try was asked for"}  # why: fields of an Attempt
@@ -75,6 +77,16 @@ class Run:
             if last_try is None or last_try.lost or last_try.ended:
                 last_try = self
             return last_try is self
+
+    def store(self, update, *args, **kwargs):
+        """Store how the body ended. Returns 0 if the run has lost its job.
+
+        If a crash of the database has forgotten the claim, the job is claimed again first.
+        """
+        written = store_outcome(update, *args, **kwargs)
+        if written or not store_outcome(self.claim):
+            return written
+        return store_outcome(update, *args, **kwargs)
 
     def __enter__(self):
         with lock:
@@ -132,7 +144,7 @@ def write_and_renew(due):
     if len(held) < len(due):
         own = set(rows(due).values_list("run", flat=True))  # locked ones, too
         for run in due:  # claim again what a crash of the database has forgotten
-            run.lost = run.token not in own and not (run.claim and run.claim())
+            run.lost = run.token not in own and not (run.in_body and run.claim())
 
 
 @transaction.atomic

@@ -170,9 +170,10 @@ class JobTask(DjangoTask):
         in_block = connection.in_atomic_block  # a test's atomic(), in eager mode: leave it open
         try:
             try:
+                run.in_body = True
                 result = self.run(*args, **kwargs)
             finally:
-                run.claim = None  # what is written next gives the job away
+                run.in_body = False  # what is written next gives the job away
                 was_open = not in_block and roll_back_open_transaction()
             if was_open:
                 raise TransactionManagementError("The task left a transaction open")
@@ -190,7 +191,7 @@ class JobTask(DjangoTask):
             raise Ignore("cancelled, or taken over by another run") from None
         except BaseException as error:
             if pool.is_shutdown(error):
-                store_outcome(run.outcome.requeue)  # for another worker
+                run.store(run.outcome.requeue)  # for another worker
                 raise
             if isinstance(error, SystemExit):
                 fail(run, f"The task called sys.exit({error.code!r})")
@@ -209,7 +210,7 @@ def succeed(run, result):
         with suppress(SoftTimeLimitExceeded):  # it is meant for the body, which has ended
             json.dumps(result, allow_nan=False)
         changes = {"result": result, "message": run.report.get("message", "")}
-        written = store_outcome(Job.objects.succeed, id=run.job_id, run=run.token, **changes)
+        written = run.store(Job.objects.succeed, id=run.job_id, run=run.token, **changes)
     except Exception as error:
         fail(run, f"Its result cannot be stored: {error}")
         raise
@@ -223,12 +224,12 @@ def fail(run, reason=None):
     if reason:
         attempt["error"] = printable(reason)
     failed = {**run.report, "error": attempt["error"], "attempt": attempt}
-    store_outcome(run.outcome.finish, "failed", **failed)
+    run.store(run.outcome.finish, "failed", **failed)
 
 
 def requeue(run):
     try:
-        store_outcome(run.outcome.requeue, attempt=run.failure, **run.retry)
+        run.store(run.outcome.requeue, attempt=run.failure, **run.retry)
     except Exception as error:  # arguments that are not JSON, say
         fail(run, f"Its next try cannot be stored: {error}")
         raise

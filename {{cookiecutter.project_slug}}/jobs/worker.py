@@ -149,7 +149,7 @@ def requeue_and_exit():
     try:
         with lock, transaction.atomic():
             for run in runs.values():
-                run.claim = None
+                run.in_body = False
             rows(runs.values()).unlocked().requeue()  # of the others the lease will lapse
     finally:
         os._exit(0)
