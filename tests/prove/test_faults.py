@@ -185,6 +185,8 @@ def slow_log(stack):
         stack.ask("connection.cursor().execute('SELECT pg_reload_conf()')")
 
     alter("SET wal_writer_delay = 10000")
+    # The first claim after a while would wake the writer at once.
+    stack.wait_until_final(stack.enqueue("quick"))
     try:
         yield
     finally:
