@@ -1142,6 +1142,18 @@ def test_a_run_claims_nothing_by_itself_once_its_body_has_ended(monkeypatch):
     assert ended == [False]
 
 
+def test_a_worker_that_hands_back_its_jobs_claims_none_again(monkeypatch):
+    run = lease.Run(Job.objects.enqueue(add, [1, 2]).pk)
+    run.in_body = True
+    claim(run.job_id, run.token)
+    monkeypatch.setattr("time.sleep", Mock())
+    monkeypatch.setattr("os._exit", Mock())
+    with run:
+        worker.requeue_and_exit()
+    assert Job.objects.get().state == "queued"
+    assert not run.in_body
+
+
 def test_a_claim_does_not_wait_for_the_disk():
     """A second later it looks whether it is there: see the test above."""
     if connection.vendor != "postgresql":
@@ -1154,10 +1166,32 @@ def test_a_claim_does_not_wait_for_the_disk():
     assert lease.Run(job.pk).renew_at == pytest.approx(began + 1, abs=0.5)
 
 
+def test_messages_sent_together_declare_each_queue_once(monkeypatch):
+    app.conf.task_always_eager = False
+    sent, producer = [], Mock(batch=Mock(side_effect=nullcontext))
+    monkeypatch.setattr(app, "producer_or_acquire", lambda: nullcontext(producer))
+    monkeypatch.setattr(app.amqp, "send_task_message", lambda *args, **more: sent.append(more))
+    jobs = [Job(task=add.name, queue=queue) for queue in ("a", "b", "a")]
+    messages.send(jobs)
+    messages.send(jobs[:1])
+    assert [message["declare"] for message in sent] == [None, None, [], None]
+    assert producer.batch.call_count == 1
+
+
+def test_flower_shows_the_beginning_of_large_arguments(monkeypatch):
+    app.conf.task_always_eager = False
+    sent = []
+    monkeypatch.setattr(app.amqp, "send_task_message", lambda *args, **more: sent.append(args[2]))
+    messages.send([Job(task=add.name, args=["x" * 5000], kwargs={"y": "z" * 5000}, queue="a")])
+    [message] = sent
+    assert [len(message.headers[name]) for name in ("argsrepr", "kwargsrepr")] == [1000, 1000]
+
+
 def batches(dispatcher):
     """Let a worker send its events in batches; return the step, and what is published."""
     published, consumer = [], SimpleNamespace(event_dispatcher=dispatcher, timer=Mock())
     dispatcher.producer = Mock(publish=lambda event, **options: published.append(event))
+    dispatcher.on_send_buffered = lambda: published.append("at once")
     step = events.Batches(consumer)
     step.start(consumer)
     [[_, flush]] = [call.args for call in consumer.timer.call_repeatedly.call_args_list]
@@ -1345,11 +1379,12 @@ def test_a_sweep_lets_leases_be_renewed_first(monkeypatch, settings, lease, stan
     clocks = {"monotonic": lambda: now[0], "time": wall_clock, "sleep": sleep}
     monkeypatch.setattr(sweep, "time", SimpleNamespace(**clocks))
     monkeypatch.setattr(sweep, "recover_lapsed", recover)
-    monkeypatch.setattr(sweep, "connection", Mock())
+    monkeypatch.setattr(sweep, "connection", database := Mock())
     monkeypatch.setattr(sweep, "send_due", lambda resend: resent.append(now[0]) if resend else None)
     with pytest.raises(SystemExit):
         sweep.sweep_for_ever()
     assert recovered == resent == expected
+    assert database.close.called == (30 in expected)  # then the database was away
 
 
 def test_a_sweep_that_finds_the_broker_down_stops_and_changes_nothing(broker_down, monkeypatch):
@@ -1518,6 +1553,18 @@ def test_the_sweep_stops_in_time_for_leases(published, monkeypatch):
     lapse(*(Job.objects.enqueue(add, [1, 2], countdown=1, queue=queue) for queue in "abcdef"))
     assert sweep.send_due()
     assert 0 < len(published) < 6
+
+
+def test_the_sweep_first_sends_what_was_never_sent(published):
+    """Until workers have had the time to claim again what a crash of the database has forgotten."""
+    enqueue_and_publish(1)
+    published.clear()
+    new = Job.objects.enqueue(add, [1, 2], countdown=1)
+    lapse(*Job.objects.all())
+    sweep.send_due(resend=False)
+    assert published == [str(new.pk)]
+    sweep.send_due()
+    assert len(published) == 2
 
 
 def test_the_sweep_counts_what_waits_in_a_queue():

@@ -7,11 +7,12 @@ from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
+from celery import current_app as app
 from celery.platforms import signals
 from celery.signals import worker_ready, worker_shutting_down
 from settings import OUTPUT
 
-from jobs import pools, worker
+from jobs import events, pools, worker
 
 WORKER = "/bin/celery -A config worker"
 
@@ -74,6 +75,7 @@ def test_a_worker_does_what_its_pool_needs(monkeypatch, pool, ready, shutting_do
     worker_ready.send(Mock(hub=None))
     worker_shutting_down.send("celery@host")
     assert calls == ["ready"] * ready + ["shutting down"] * shutting_down
+    assert events.Batches in app.steps["consumer"]
 
 
 def test_greenlets_without_a_patched_python_are_refused(monkeypatch):
