@@ -1143,6 +1143,9 @@ def test_a_run_claims_nothing_by_itself_once_its_body_has_ended(monkeypatch):
 
 
 def test_a_worker_that_hands_back_its_jobs_claims_none_again(monkeypatch):
+    """Also one that it has just locked itself, to renew its lease."""
+    unlocked, locked = JobQuerySet.unlocked, [Job.objects.none()]
+    monkeypatch.setattr(JobQuerySet, "unlocked", lambda rows: (locked or [unlocked(rows)]).pop())
     run = lease.Run(Job.objects.enqueue(add, [1, 2]).pk)
     run.in_body = True
     claim(run.job_id, run.token)
@@ -1763,17 +1766,34 @@ def test_a_run_has_the_token_that_the_main_process_chose():
 
 
 @pytest.mark.parametrize(
-    ("at_work", "seconds"), [((), 30), ((object(),), 20 + 10 + 600)], ids=["idle", "busy"]
+    ("is_soft", "at_work", "seconds"),
+    [
+        (False, (), 20 + 10),
+        (False, (object(),), 20 + 10 + 600),
+        (True, (), 20 + 10),
+        (True, (object(),), 20 + 10 + 25),
+    ],
 )
-def test_a_worker_that_cannot_end_is_ended(monkeypatch, at_work, seconds):
-    """10 s after it has nothing to do, or when all bodies are over their time limits."""
-    slept = []
+def test_a_worker_that_cannot_end_is_ended(monkeypatch, settings, is_soft, at_work, seconds):
+    """10 s after it has nothing to do, or when all bodies are over their time."""
+    settings.CELERY_WORKER_SOFT_SHUTDOWN_TIMEOUT = 25
+    slept, errors = [], []
+    handlers = {"SIGQUIT": "before"}
+
+    def sleep(seconds):
+        slept.append(seconds)
+        if is_soft and len(slept) > 20:
+            handlers["SIGQUIT"] = "of a soft shutdown, in which the worker's state stays as it was"
+
+    monkeypatch.setattr(worker.platforms, "signals", handlers)
     monkeypatch.setattr(worker.state, "active_requests", at_work)
-    monkeypatch.setattr("time.sleep", slept.append)
+    monkeypatch.setattr(worker.logger, "error", errors.append)
+    monkeypatch.setattr("time.sleep", sleep)
     monkeypatch.setattr("os._exit", Mock())
-    blueprint = type("Blueprint", (), {"state": property(lambda self: 1 + (len(slept) > 20))})()
-    worker.end_if_stuck(blueprint)
-    assert len(slept) == seconds
+    state = property(lambda self: 1 + (not is_soft and len(slept) > 20))
+    worker.end_if_stuck(type("Blueprint", (), {"state": state})())
+    assert len(slept) == seconds + 1  # in which the error is logged
+    assert errors == ["a child does not end: the worker ends without it"]
 
 
 # What the database guards

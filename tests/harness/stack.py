@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import threading
 import time
@@ -107,7 +108,11 @@ class Stack:
         return sorted(self.folder.glob("*.log"))
 
     def print_logs(self, sizes):
-        """What was logged last, and after the logs had these sizes."""
+        """What was logged last, and after the logs had these sizes; also what each thread does."""
+        for worker in self.workers:
+            if worker.is_running():
+                os.kill(worker.pid, signal.SIGUSR1)  # Celery's command to print it
+        time.sleep(1)
         for log in self.logs:
             printed = log.read_bytes()[sizes.get(log, 0) :].decode(errors="replace")
             print(f"--- {log.name}\n{printed[-5000:]}")

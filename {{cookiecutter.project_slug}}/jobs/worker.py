@@ -69,20 +69,26 @@ def watch_children(sender, **kwargs):
 
 
 def end_if_stuck(worker):
-    """End a worker that wants to end, but waits for children that have no work.
+    """End a worker that wants to end, but waits for children that have no work or take too long.
 
     Celery waits without a limit: for ever, if a child has half of a message when the broker is lost or
     the worker is asked to end. It does not hear of bodies that end meanwhile, but all have a time limit.
     """
-    handler = platforms.signals["SIGQUIT"]  # the soft shutdown begins with another one
+    handler = platforms.signals["SIGQUIT"]  # a soft shutdown begins with another one
     longest = max(task.time_limit or 0 for task in current_app.tasks.values())
     idle = ending = 0
     while idle < IDLE and ending < IDLE + longest:
         time.sleep(1)
-        is_ending = worker.state > RUN or platforms.signals["SIGQUIT"] != handler
-        ending += is_ending
-        idle = idle + 1 if is_ending and not state.active_requests else 0
-    logger.error("a child does not end: the worker ends without it")
+        if platforms.signals["SIGQUIT"] != handler:
+            longest = settings.CELERY_WORKER_SOFT_SHUTDOWN_TIMEOUT
+        elif worker.state <= RUN:
+            continue
+        ending += 1
+        idle = 0 if state.active_requests else idle + 1
+    # In a thread, because what is stuck may hold the lock of a log.
+    error = "a child does not end: the worker ends without it"
+    threading.Thread(target=logger.error, args=[error], daemon=True).start()
+    time.sleep(1)
     os._exit(1)
 
 
@@ -147,10 +153,13 @@ def end_in_time(**kwargs):
 def requeue_and_exit():
     time.sleep(settings.CELERY_WORKER_SOFT_SHUTDOWN_TIMEOUT)
     try:
-        with lock, transaction.atomic():
+        with lock:
             for run in runs.values():
                 run.in_body = False
-            rows(runs.values()).unlocked().requeue()  # of the others the lease will lapse
+            for pause in TICK, 0:  # a renewal may have locked a row for a moment
+                with transaction.atomic():
+                    rows(runs.values()).unlocked().requeue()  # of the others the lease will lapse
+                time.sleep(pause)
     finally:
         os._exit(0)
 
