@@ -279,8 +279,8 @@ def test_the_metrics_tell_what_waits_and_since_when(staff_api):
     Job.objects.enqueue(greet, queue="slow", countdown=60)
     retried, running = (Job.objects.enqueue(greet) for _ in range(2))
     for job in retried, running:
-        Job.objects.filter(pk=job.pk).update(due_at=ago(100))
-        Job.objects.filter(pk=job.pk).update(state="running", run=uuid.uuid4())
+        changes = {"due_at": ago(100), "state": "running", "run": uuid.uuid4()}
+        Job.objects.filter(pk=job.pk).update(**changes)
     Job.objects.filter(pk=retried.pk).requeue(30, retries=1)
     found = scrape(staff_api)
     assert 100 <= found.pop("jobs_oldest_wait_seconds slow") < 160

@@ -475,7 +475,7 @@ def test_a_run_goes_on_where_the_last_one_stopped():
         task.report(1, 1)  # without one, so it is not in the database yet
         job = Job.objects.get()
         seen.append((task.cursor, job.cursor, job.progress, job.message))
-        Job.objects.requeue(crashes=job.crashes + 1)
+        Job.objects.requeue(crashes=job.crashes + 1)  # as after a crash
 
     job = run(body)
     stopped = ({"page": 5}, {"page": 5}, 50, "half done")
@@ -1158,7 +1158,7 @@ def test_a_worker_that_hands_back_its_jobs_claims_none_again(monkeypatch):
 
 
 def test_a_claim_does_not_wait_for_the_disk():
-    """A second later it looks whether it is there: see the test above."""
+    """A second later its run looks whether it is still there."""
     if connection.vendor != "postgresql":
         pytest.skip("only PostgreSQL has the setting: set DATABASE_URL=postgres://…")
     job, began = Job.objects.enqueue(add, [1, 2]), time.monotonic()
@@ -1234,10 +1234,11 @@ def test_events_outlive_the_connection_and_a_shutdown():
 
 
 def test_a_worker_without_events_has_no_batches():
-    consumer = SimpleNamespace(event_dispatcher=None)
+    consumer = SimpleNamespace(event_dispatcher=None, timer=Mock())
     step = events.Batches(consumer)
     step.start(consumer)
     step.stop(consumer)
+    assert not consumer.timer.mock_calls
 
 
 def in_this_thread(delay, function):

@@ -12,7 +12,7 @@ class Batches(StartStopStep):
     requires = ("celery.worker.consumer.events:Events",)
 
     def start(self, consumer):
-        self.dispatcher, self.timer = consumer.event_dispatcher, None
+        self.dispatcher = consumer.event_dispatcher
         if self.dispatcher:
             self.dispatcher.buffer_group = {"task"}
             self.dispatcher.buffer_limit = AT_MOST

@@ -138,25 +138,26 @@ class JobTask(DjangoTask):
         is_job = not request.called_directly and "job" in (request.headers or {})
         if not is_job or self.job_run:  # the second: a body that calls itself, inside its own run
             return super().__call__(*args, **kwargs)
-        job = Job.objects.filter(LockTimeout(), pk=request.id)
         crashes = request.headers["job"]
         run = Run(request.id, request.headers.get("run"), self)
         # A first run is never a last try, even if JOB_MAX_CRASHES is 1.
         is_last_try = crashes and crashes + 1 >= settings.JOB_MAX_CRASHES
         if is_last_try and not run.claim_last_try():
-            store_outcome(job.filter(QUEUED).requeue, settings.JOB_SWEEP_SECONDS)
+            row = Job.objects.filter(QUEUED, LockTimeout(), pk=request.id)
+            store_outcome(row.requeue, settings.JOB_SWEEP_SECONDS)
             raise Ignore("waits until the last try of another job has ended")
         limit = request.time_limit or self.time_limit
-        # Messages of older versions have no `sent`.
-        message = {
-            "crashes": crashes,
-            "retries": request.retries,
-            "sent": request.headers.get("sent", 1),
-        }
-        lease = min(settings.JOB_LEASE_SECONDS, limit)
-        limits = {"limit": timedelta(seconds=limit), "lease": timedelta(seconds=lease)}
-        own = {"id": request.id, "run": run.token, "worker": request.hostname}
-        run.claim = partial(Job.objects.claim, **own, **message, **limits)
+        run.claim = partial(
+            Job.objects.claim,
+            id=request.id,
+            run=run.token,
+            worker=request.hostname,
+            retries=request.retries,
+            crashes=crashes,
+            sent=request.headers.get("sent", 1),  # not in messages of older versions
+            limit=timedelta(seconds=limit),
+            lease=timedelta(seconds=min(settings.JOB_LEASE_SECONDS, limit)),
+        )
         try:
             if not store_outcome(run.claim):
                 raise Ignore("a copy of the message, or the job is cancelled")
