@@ -403,7 +403,10 @@ class PostgreSQL(Process):
                 os.kill(pid, number)
 
     def kill(self):
-        self.stop(signal.SIGQUIT)  # at once, and recovers at its start as after a crash
+        """At once. It recovers at its start as after a crash."""
+        self.signal_all(signal.SIGQUIT)
+        self.resume()  # a child that was paused
+        self.wait()
 
     def remove(self):
         self.kill()

@@ -155,7 +155,7 @@ result = [job.pk for job in jobs]
 """
     other_gate = gate.with_name("other")
     stack.beat.stop()
-    with slow_log(stack):
+    with unwritten_log(stack):
         jobs = stack.ask(code, gate=str(gate), other_gate=str(other_gate))
         stack.wait_until_started(*jobs)
         stack.worker.pause()
@@ -178,21 +178,27 @@ result = [job.pk for job in jobs]
 
 
 @contextmanager
-def slow_log(stack):
-    """Nobody waits for PostgreSQL's log, which stays in memory for ten seconds, in place of 0.2."""
+def unwritten_log(stack):
+    """PostgreSQL keeps in memory what nobody waits for: who writes its log by itself is paused."""
 
-    def alter(*settings):
-        for setting in settings:
-            stack.ask("connection.cursor().execute(f'ALTER SYSTEM {setting}')", setting=setting)
+    def alter(setting):
+        stack.ask("connection.cursor().execute(f'ALTER SYSTEM {setting}')", setting=setting)
         stack.ask("connection.cursor().execute('SELECT pg_reload_conf()')")
 
-    alter("SET wal_writer_delay = 10000", "SET synchronous_commit = off")
-    # The first claim after a while would wake the writer at once.
-    stack.wait_until_final(stack.enqueue("quick"))
+    code = """
+with connection.cursor() as cursor:
+    cursor.execute("SELECT pid FROM pg_stat_activity WHERE backend_type = ANY(%s)", [writers])
+    result = [pid for [pid] in cursor]
+"""
+    writers = ["walwriter", "background writer", "checkpointer"]
+    alter("SET synchronous_commit = off")
+    stack.wait_until_final(stack.enqueue("quick"))  # the workers' sessions know it now
+    for pid in stack.ask(code, writers=writers):
+        os.kill(pid, signal.SIGSTOP)
     try:
         yield
     finally:
-        alter("RESET wal_writer_delay", "RESET synchronous_commit")
+        alter("RESET synchronous_commit")
 
 
 @on_prefork
