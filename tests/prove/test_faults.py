@@ -102,6 +102,9 @@ def test_a_worker_that_is_stopped_loses_nothing(stack, gate, tmp_path, since):
     job = stack.enqueue("hold", gate, queue="cpu")
     task = stack.send("plain", gate, queue="cpu")
     stack.wait_until_started(ends, job, task)
+    # Once a later one has ended, the worker's main process knows that these have started: asked to
+    # end a moment before, Celery would wait for one of them, and the engine end the worker with 1.
+    stack.wait_until_final(stack.enqueue("hold", tmp_path, queue="cpu"))
 
     start = time.monotonic()
     os.kill(stack.worker.pid, signal.SIGTERM)
