@@ -576,6 +576,23 @@ result = *ticks, len(times), (times[-1] - times[0]).total_seconds()
     assert "Traceback" not in "".join(beat.printed for beat in beats)
 
 
+@on_one
+def test_a_beat_that_hangs_is_not_alive(stack, tmp_path):
+    """Its sweep goes on, so this is the only sign."""
+    file = tmp_path / "alive"
+    beat = stack.replace_beat("faults.hanging_beat", LIVENESS_FILE=file)
+    wait_for(file.exists)
+    wait_for(lambda: time.time() - file.stat().st_mtime > 2 * LEASE)
+    assert beat.is_running()
+    code = """
+from django.utils import timezone
+sweep = Sweep.objects.get()
+result = [(timezone.now() - time).total_seconds() for time in (sweep.ended_at, sweep.tick_due_at)]
+"""
+    swept, late = stack.ask(code)
+    assert swept < LEASE < 2 * LEASE < late
+
+
 # Dead letters
 
 

@@ -46,7 +46,14 @@ SITUATIONS = {
         },
         [("JobsFail", {"task": "mail"}), ("JobsKillWorkers", {"task": "mail"})],
     ),
-    "Beat never ran": ({"jobs_sweep_age_seconds": 20 * "Inf "}, [("SweepSilent", {})]),
+    "Beat never ran": (
+        {"jobs_sweep_age_seconds": 20 * "Inf ", "jobs_beat_late_seconds": 20 * "Inf "},
+        [("SweepSilent", {}), ("BeatHangs", {})],
+    ),
+    "Beat hangs": (
+        {"jobs_sweep_age_seconds": "5x20", "jobs_beat_late_seconds": "0+60x20"},
+        [("BeatHangs", {})],
+    ),
     "nothing is scraped": ({}, [("NoMetrics", {})]),
 }
 

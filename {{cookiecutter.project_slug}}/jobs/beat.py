@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 import uuid
 from copy import copy
 from datetime import timedelta
@@ -21,7 +22,21 @@ logger = logging.getLogger(__name__)
 def start(sender, **kwargs):
     """Prepare Beat's service, the `sender`, which has just started."""
     name_ticks(sender)
-    sweep.start()
+    sweep.start(watch_ticks(sender))
+
+
+def watch_ticks(beat):
+    """Return a function that returns for how many seconds the next tick has been due."""
+    tick, due_at = beat.scheduler.tick, time.monotonic()
+
+    def timed_tick():
+        nonlocal due_at
+        interval = tick()
+        due_at = time.monotonic() + interval
+        return interval
+
+    beat.scheduler.tick = timed_tick
+    return lambda: time.monotonic() - due_at
 
 
 def name_ticks(beat):

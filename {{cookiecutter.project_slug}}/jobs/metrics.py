@@ -26,7 +26,10 @@ TASK = {  # over one minute only: rows are purged, and counting all of them take
     "jobs_ended_last_minute_crashes": "Times a worker died while running them",
     "jobs_ended_last_minute_retries": "Tries before the last one",
 }
-SWEEP = {"jobs_sweep_age_seconds": "Seconds since Beat last looked at the jobs"}
+BEAT = {
+    "jobs_sweep_age_seconds": "Seconds since Beat last looked at the jobs",
+    "jobs_beat_late_seconds": "Seconds since Beat should have looked at its schedule",
+}
 
 
 class Collector:
@@ -55,8 +58,9 @@ class Collector:
         )
         yield from gauges(TASK, ["task", "state"], rows)
 
-        rows = Sweep.objects.values(jobs_sweep_age_seconds=Now() - F("ended_at"))
-        yield from gauges(SWEEP, [], rows or [{"jobs_sweep_age_seconds": math.inf}])
+        ages = {"jobs_sweep_age_seconds": "ended_at", "jobs_beat_late_seconds": "tick_due_at"}
+        rows = Sweep.objects.values(**{name: Now() - F(time) for name, time in ages.items()})
+        yield from gauges(BEAT, [], rows or [dict.fromkeys(BEAT, math.inf)])
 
 
 def gauges(texts, labels, rows):
@@ -66,7 +70,7 @@ def gauges(texts, labels, rows):
         values = {tuple(row[label] for label in labels): row.get(name) or 0 for row in rows}
         for key, value in values.items():
             is_time = isinstance(value, timedelta)
-            family.add_metric(key, value.total_seconds() if is_time else value)
+            family.add_metric(key, max(value.total_seconds(), 0) if is_time else value)
         yield family
 
 

@@ -365,9 +365,10 @@ class Attempt(models.Model):
 
 
 class Sweep(models.Model):  # noqa: DJ008
-    """One row, which says when Beat last looked at all jobs."""
+    """One row, which says when Beat last looked at all jobs, and will look at its schedule."""
 
     ended_at = models.DateTimeField()
+    tick_due_at = models.DateTimeField(null=True)
 
 
 def publish(jobs):

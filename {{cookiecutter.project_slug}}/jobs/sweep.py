@@ -46,19 +46,20 @@ queues = defaultdict(Queue)  # by name
 refusals = Counter()  # by the id of a job
 
 
-def start():
-    threading.Thread(target=sweep_or_exit, name="sweep", daemon=True).start()
+def start(late):
+    """Start the threads. `late` returns for how many seconds Beat's next tick has been due."""
+    threading.Thread(target=sweep_or_exit, args=[late], name="sweep", daemon=True).start()
     threading.Thread(target=purge_for_ever, name="purge", daemon=True).start()
 
 
-def sweep_or_exit():
+def sweep_or_exit(late):
     try:
-        sweep_for_ever()
+        sweep_for_ever(late)
     finally:  # without this thread nothing would be recovered: let a supervisor start Beat again
         os._exit(1)
 
 
-def sweep_for_ever():
+def sweep_for_ever(late):
     last_round = 0
     while True:
         busy = False
@@ -76,14 +77,16 @@ def sweep_for_ever():
             finally:
                 busy = send_due(resend=judges)
             # Even if the broker took nothing: this says that the sweep looks, not what it did.
-            if not Sweep.objects.filter(pk=1).update(ended_at=Now()):
-                Sweep.objects.create(pk=1, ended_at=Now())
+            now = {"ended_at": Now(), "tick_due_at": Now() - timedelta(seconds=late())}
+            if not Sweep.objects.filter(pk=1).update(**now):
+                Sweep.objects.create(pk=1, **now)
         except Exception as error:
             logger.warning("the sweep continues in its next round: %r", error)
             if is_unavailable(error):
                 connection.close()
                 recover_at = time.monotonic() + settings.JOB_LEASE_SECONDS / 2
-        touch_liveness_file()
+        if late() < settings.JOB_LEASE_SECONDS:  # else Beat hangs: nothing starts on its schedule
+            touch_liveness_file()
         time.sleep(0 if busy else settings.JOB_SWEEP_SECONDS)
 
 
