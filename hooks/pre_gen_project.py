@@ -22,7 +22,7 @@ IDENTIFIER = r"(?!pg_|.*___)[a-z]([a-z0-9_]{0,38}[a-z0-9])?"  # fits packages, i
 TAKEN = """config dev jobs manage orders users test tests default false guest n no none null off on
     postgres public template0 template1 true y yes amqp asgiref axes billiard boto3 botocore celery
     csp django django_axes django_celery_beat django_celery_results django_csp django_environ
-    django_filter django_filters django_structlog djangorestframework drf_spectacular
+    django_filter django_filters django_structlog django_tasks djangorestframework drf_spectacular
     drf_spectacular_sidecar environ fakeredis flower gevent greenlet gunicorn honcho httpx kombu
     moto prometheus_client psycopg psycopg_binary pycurl pytest pytest_django redis rest_framework
     ruff sentry_sdk sqlparse structlog tornado vine

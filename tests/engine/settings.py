@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import django
 from celery import Celery
 
 # What Python compiled would be baked, too.
@@ -28,6 +29,7 @@ ROOT_URLCONF = "urls"
 USE_TZ = True
 STATIC_URL = "static/"
 INSTALLED_APPS = [
+    *({"django_tasks"} if django.VERSION < (6,) else {}),
     "django.contrib.admin",
     "django.contrib.auth",
     "django.contrib.contenttypes",
@@ -90,6 +92,7 @@ REST_FRAMEWORK = {
     "DEFAULT_SCHEMA_CLASS": "jobs.schema.Schema",
 }
 WORKER_QUEUES = ["celery", "cpu", "io"]
+TASKS = {"default": {"BACKEND": "jobs.backends.TaskBackend", "QUEUES": ["default", *WORKER_QUEUES]}}
 REDELIVERY_SECONDS = 660
 FLOWER_BASIC_AUTH = "user:password"
 CELERY_TASK_TIME_LIMIT = 600

@@ -46,7 +46,7 @@ from kombu import Connection
 from psycopg.errors import ProgramLimitExceeded, ReadOnlySqlTransaction
 
 from jobs import apps, database, events, lease, liveness, messages, models, sweep, tasks, worker
-from jobs.beat import name_ticks
+from jobs.beat import name_ticks, watch_ticks
 from jobs.metrics import Collector
 from jobs.models import Attempt, Job, JobQuerySet, Sweep
 from jobs.tasks import JobTask
@@ -967,7 +967,7 @@ def test_two_beats_start_one_job_for_each_tick(schedule):
 @pytest.mark.parametrize("embedded", [False, True])  # celery beat, celery worker --beat
 def test_one_beat_has_one_sweep(monkeypatch, embedded):
     sweeps = []
-    monkeypatch.setattr(sweep, "start", lambda: sweeps.append(1))
+    monkeypatch.setattr(sweep, "start", lambda late: sweeps.append(1))
     monkeypatch.setattr("celery.platforms.set_process_title", lambda *args, **kwargs: None)
     service = Service(app, scheduler_cls=Scheduler)
     service._is_shutdown.set()  # it starts, and ends at once
@@ -1387,7 +1387,7 @@ def test_a_sweep_lets_leases_be_renewed_first(monkeypatch, settings, lease, stan
     monkeypatch.setattr(sweep, "connection", database := Mock())
     monkeypatch.setattr(sweep, "send_due", lambda resend: resent.append(now[0]) if resend else None)
     with pytest.raises(SystemExit):
-        sweep.sweep_for_ever()
+        sweep.sweep_for_ever(late=lambda: 0)
     assert recovered == resent == expected
     assert database.close.called == (30 in expected)  # then the database was away
 
@@ -1624,7 +1624,7 @@ def test_a_round_of_the_sweep_leaves_its_time(broker_down, monkeypatch, error, r
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     for _ in range(2):  # of two Beats, say
         with pytest.raises(SystemExit):
-            sweep.sweep_for_ever()
+            sweep.sweep_for_ever(late=lambda: 0)
         sweep.touch_liveness_file.side_effect = [None, SystemExit]
     assert Sweep.objects.filter(ended_at__lte=timezone.now()).count() == rounds
     assert error or broker_down
@@ -1683,6 +1683,42 @@ def test_a_job_that_cannot_be_recovered_keeps_no_other(monkeypatch, caplog):
     sweep.recover_lapsed()
     assert list(Job.objects.filter(state="running")) == [jobs[3]]
     assert "a trigger" in caplog.text
+
+
+@pytest.mark.parametrize("late, touched", [(-60, 1), (29, 1), (31, 0)])
+def test_a_beat_that_hangs_looks_dead(monkeypatch, late, touched):
+    """Its sweep goes on, and says by how much the schedule is late."""
+    monkeypatch.setattr(sweep, "touch_liveness_file", touch := Mock())
+    monkeypatch.setattr("time.sleep", Mock(side_effect=SystemExit))
+    with pytest.raises(SystemExit):
+        sweep.sweep_for_ever(late=lambda: late)
+    assert touch.call_count == touched
+    *_, age, behind = [family.samples[0].value for family in list(Collector().collect())[-2:]]
+    assert (age, behind) == (pytest.approx(0, abs=3), pytest.approx(max(late, 0), abs=3))
+
+
+def test_celery_sends_no_job_again_that_killed_its_child(monkeypatch):
+    """It would be enqueued a second time: the row counts crashes."""
+    monkeypatch.setitem(app.conf, "task_retry_on_worker_lost", True)
+
+    @app.task(base=JobTask, name="killer")
+    def killer():
+        pass
+
+    assert killer.retry_on_worker_lost is False
+    app.tasks.unregister("killer")
+
+
+def test_beat_is_late_from_when_its_next_tick_is_due(monkeypatch):
+    now = 100
+    monkeypatch.setattr("jobs.beat.time", SimpleNamespace(monotonic=lambda: now))
+    scheduler = Mock(tick=Mock(return_value=5))
+    late = watch_ticks(SimpleNamespace(scheduler=scheduler))
+    now = 140
+    assert late() == 40  # it has not begun
+    assert scheduler.tick() == 5 and late() == -5
+    now = 146
+    assert late() == 1
 
 
 def test_a_liveness_file_that_cannot_be_written_is_said(monkeypatch, caplog):

@@ -340,7 +340,8 @@ def prepare(project, broker, folder, database, **variables):
     project.add_app("faults", f"{broker.settings}\n{routes}")
     with open(project / "config/urls.py", "a") as file:
         file.write(
-            '\nfrom faults.views import enqueue\nurlpatterns.append(path("faults/", enqueue))\n'
+            "\nfrom faults.views import add, enqueue\n"
+            'urlpatterns += [path("faults/", enqueue), path("api/faults/add/", add)]\n'
         )
     (folder / "broker").mkdir()
     return Stack(project, broker(folder / "broker", project), folder, database, **variables)

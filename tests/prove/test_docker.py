@@ -27,6 +27,21 @@ print(Job.objects.enqueue(forecast_demand, ["Tea"], arguments, owner=User.object
 CRASHES = "from jobs.models import Job; print(Job.objects.get(pk='{}').crashes)"
 MEGABYTE = 1_000_000
 
+# An image with all packages, of tests too, for the newest Python.
+TESTED = """
+FROM python:3.14-slim
+COPY --from=ghcr.io/astral-sh/uv:0.13.8 /uv /usr/local/bin/
+ENV UV_LINK_MODE=copy UV_CACHE_DIR=/cache VIRTUAL_ENV=/venv PATH=/venv/bin:$PATH
+COPY pyproject.toml /
+RUN --mount=type=cache,target=/cache uv venv /venv && uv pip install -r pyproject.toml --group dev
+WORKDIR /app
+"""
+VERSIONS = {  # of Django
+    "default": ["5.2", "6.1"],
+    "admin": ["5.2", "6.0"],  # django-celery-beat has no release for 6.1
+}
+ANSWERS = {"default": {}, "admin": {"periodic_tasks": "admin", "result_backend": "database"}}
+
 # The tests of a stack one after the other.
 STACKS = [
     pytest.param(broker, marks=pytest.mark.xdist_group(f"docker-{broker}"))
@@ -164,7 +179,7 @@ def test_each_service_is_healthy_and_has_few_rights(stack):
 
 
 def test_the_image_is_small_and_knows_no_secret(stack):
-    image, base = stack.project.name, "python:3.13-slim"
+    image, base = stack.project.name, "python:3.14-slim"
     sizes = [int(docker("image", "inspect", "-f", "{{.Size}}", name)) for name in (image, base)]
     added = (sizes[0] - sizes[1]) / MEGABYTE
     print(f"{image}: {sizes[0] / MEGABYTE:.0f} MB, {added:.0f} MB on top of {base}")
@@ -341,6 +356,29 @@ def test_the_image_takes_no_backup_along(engine, bake, tmp_path):
     for name in backups:
         assert not (tmp_path / "image" / name).exists()
         assert name not in tracked
+
+
+@pytest.mark.parametrize(
+    ("answers", "django"), [(name, version) for name in VERSIONS for version in VERSIONS[name]]
+)
+def test_its_own_tests_pass_with_these_versions(engine, bake, answers, django):
+    """Nothing is edited but the pin, and nothing that it does is deprecated."""
+    project = bake(**ANSWERS[answers])
+    pyproject = project.read("pyproject.toml")
+    assert '"django~=5.2.0"' in pyproject
+    pyproject = pyproject.replace("django~=5.2.0", f"django~={django}.0")
+    (project / "pyproject.toml").write_text(pyproject)
+    (project / "Dockerfile").write_text(TESTED)
+    image = f"{project.name}_{answers}_{django}"
+    docker("build", "--quiet", "--tag", image, str(project))
+    test = ["python", "-W", "error::DeprecationWarning", "-m", "pytest"]
+    run = ["run", "--rm", "--volume", f"{project}:/app", image]
+    try:
+        assert docker(*run, "django-admin", "--version").startswith(django)
+        printed = docker(*run, *test)
+    finally:
+        subprocess.run(["docker", "image", "rm", image], capture_output=True)
+    assert re.search(r"= \d+ passed in", printed), printed
 
 
 @on_one

@@ -94,6 +94,18 @@ def test_a_job_that_kills_its_worker_every_time_fails(stack, since):
     assert len(stack.notes("start", job)) == 3
 
 
+@stacks(pools=["prefork"])
+def test_a_plain_task_that_kills_its_child_every_time_ends(stack, since):
+    start = time.monotonic()
+    task = stack.send("die_plainly", queue="cpu")
+    wait_for(lambda: len(stack.notes("start", task)) == 3)
+    since(start)
+    stack.wait_until_final(*[stack.enqueue("quick", queue="cpu") for _ in range(20)])
+    time.sleep(2)  # in which it would start again
+    assert len(stack.notes("start", task)) == 3
+    assert not stack.messages_in("cpu")
+
+
 @everywhere
 def test_a_worker_that_is_stopped_loses_nothing(stack, gate, tmp_path, since):
     """What ends in time ends, the rest is handed back, and no crash is counted."""

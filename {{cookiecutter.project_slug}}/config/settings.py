@@ -92,6 +92,7 @@ INSTALLED_APPS = [
     "drf_spectacular",
     "drf_spectacular_sidecar",
     "django_structlog",
+    "django_tasks",
     "axes",
 {% for app in [result_backend.app, periodic_tasks.app] | select %}
     "{{ app }}",
@@ -203,6 +204,9 @@ JOB_RETENTION_DAYS = env.float("JOB_RETENTION_DAYS", default=30)  # final jobs a
 # What a worker without --queues takes from: a new queue is added here.
 WORKER_QUEUES = ["celery"{{ ', "cpu", "io"' if cookiecutter.include_example }}]
 
+# What @task declares runs as a job; on the queue "default" if CELERY_TASK_ROUTES names no other.
+TASKS = {"default": {"BACKEND": "jobs.backends.TaskBackend", "QUEUES": ["default", *WORKER_QUEUES]}}
+
 # Seconds, of every job and task: nothing runs for ever.
 TASK_TIME_LIMIT = CELERY_TASK_TIME_LIMIT = env.int("TASK_TIME_LIMIT", default=600)
 
@@ -215,6 +219,7 @@ TASK_TIME_LIMIT = CELERY_TASK_TIME_LIMIT = env.int("TASK_TIME_LIMIT", default=60
 
 CELERY_TASK_ACKS_LATE = True  # a killed worker gives its plain tasks back
 CELERY_TASK_REJECT_ON_WORKER_LOST = True  # and so does a killed child
+CELERY_TASK_RETRY_ON_WORKER_LOST = True  # but a task that kills its child ends, after max_retries
 CELERY_WORKER_ETA_TASK_LIMIT = 1000  # far-off countdowns do not fill the worker's memory
 CELERY_BROKER_CONNECTION_RETRY_ON_STARTUP = True  # a worker waits for its broker
 {% if broker.flower %}
@@ -226,7 +231,6 @@ CELERY_TIMEZONE = TIME_ZONE
 {% if cookiecutter.include_example %}
 CELERY_TASK_ROUTES = {  # a queue for each kind of load, so that none waits for another
     "orders.tasks.forecast_demand": {"queue": "cpu"},
-    "orders.tasks.ask_supplier": {"queue": "io"},
 }
 {% endif %}
 
@@ -311,6 +315,8 @@ LOGGING = {
         "django": {},
         "django.request": {"level": "CRITICAL"},
         "django.server": {"level": "CRITICAL"},
+        "django.tasks": {"level": "CRITICAL"},
+        "django_tasks": {"level": "CRITICAL"},
 {% if broker.flower %}
         "flower": {"level": "ERROR"},
 {% endif %}

@@ -50,7 +50,11 @@ class Run:
         self.in_body = False
         self.renew_at = time.monotonic() + FLUSHED
         self.retry = None  # what retry() asked for: options of requeue()
-        self.failure = {"error": "Another try was asked for"}  # why: fields of an Attempt
+        # Why: fields of an Attempt.
+        self.failure = {
+            "error": "Another try was asked for",
+            "exception": "celery.exceptions.Retry",
+        }
         self.lost = self.ended = False
         start_keeper()
 
@@ -163,9 +167,10 @@ def recover(jobs):
     late = Q(deadline__lte=Now())
     for job in jobs.select_for_update(skip_locked=True).only("crashes").annotate(late=late):
         row, crashes = Job.objects.filter(pk=job.pk), job.crashes + 1
-        died = {"error": "Its worker died"}
+        died = {"error": "Its worker died", "exception": "celery.exceptions.WorkerLostError"}
         if job.late:
-            row.finish("failed", attempt={"error": OVER_TIME_LIMIT}, error=OVER_TIME_LIMIT)
+            over = {"error": OVER_TIME_LIMIT, "exception": "celery.exceptions.TimeLimitExceeded"}
+            row.finish("failed", attempt=over, error=OVER_TIME_LIMIT)
         elif crashes >= settings.JOB_MAX_CRASHES:
             error = f"Its worker died {crashes} times"
             row.finish("failed", attempt=died, error=error, crashes=crashes)

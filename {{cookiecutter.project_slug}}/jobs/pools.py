@@ -11,7 +11,9 @@ The workers of one project may have different pools:
 import re
 import sys
 import threading
+from importlib import import_module
 
+from asgiref import sync
 from billiard.common import terminate_handler_fired
 from celery import concurrency, platforms
 from celery.exceptions import SoftTimeLimitExceeded, WorkerShutdown
@@ -53,6 +55,9 @@ class Greenlets:
     def __init__(self):
         self.time_limit_errors = (SoftTimeLimitExceeded, gevent.Timeout)
         self.Lock = monkey.get_original("_thread", "allocate_lock")
+        # A native thread for the event loop of each body that is a coroutine: one thread cannot run
+        # two of them, and all greenlets share one.
+        sync.ThreadPoolExecutor = import_module("gevent.threadpool").ThreadPoolExecutor
 
     def start_thread(self, function):
         monkey.get_original("_thread", "start_new_thread")(function, ())

@@ -1,13 +1,16 @@
 """JobTask: what delay(), retry() and report() do with a job's row, and how a worker runs a body."""
 
+import asyncio
 import json
 import logging
 import sys
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
+from inspect import getattr_static, iscoroutinefunction
 from traceback import format_exception, format_exception_only
 
+from asgiref.sync import async_to_sync
 from celery.contrib.django.task import DjangoTask
 from celery.exceptions import Ignore, Retry, SoftTimeLimitExceeded
 from celery.utils.time import maybe_make_aware
@@ -39,6 +42,7 @@ class JobTask(DjangoTask):
     abstract = True
     is_job = True  # checked by Job.objects.enqueue()
     acks_late = False  # the row survives a crash, so the message may be deleted at once
+    retry_on_worker_lost = False  # the row counts crashes
     ignore_result = True  # the row has the result
     job_run = property(lambda self: getattr(self.request, "job_run", None))
 
@@ -50,6 +54,11 @@ class JobTask(DjangoTask):
                 raise TypeError(f"{cls.name}: a job cannot have {name}")
         if cls.time_limit and cls.soft_time_limit and cls.soft_time_limit > cls.time_limit:
             cls.soft_time_limit = cls.time_limit * 0.9
+        if iscoroutinefunction(cls.run):
+            body = getattr_static(cls, "run")  # of the class, to be bound to an instance
+            cls.run = lambda self, *args, **kwargs: run_coroutine(
+                self, body.__get__(self, cls)(*args, **kwargs)
+            )
 
     # What callers use: Celery's methods
 
@@ -233,6 +242,32 @@ def requeue(run):
         run.store(run.outcome.requeue, attempt=run.failure, **run.retry)
     except Exception as error:  # arguments that are not JSON, say
         fail(run, f"Its next try cannot be stored: {error}")
+        raise
+
+
+def run_coroutine(task, body):
+    """Run the coroutine of a body in an event loop, which has a thread of its own.
+
+    What it gives to sync_to_async() runs in the thread, and on the connection, of this call. An
+    exception that ends this call, such as that of a time limit, cancels the coroutine.
+    """
+    request, running = task.request, []
+    task.cursor  # noqa: B018  read now, because a coroutine may not query
+
+    async def run():
+        running.extend([asyncio.get_running_loop(), asyncio.current_task()])
+        task.request_stack.push(request)  # which is of one thread
+        try:
+            return await body
+        finally:
+            task.request_stack.pop()
+
+    try:
+        return async_to_sync(run)()
+    except BaseException:
+        with suppress(RuntimeError, ValueError):  # it has ended, or did not start
+            loop, current = running
+            loop.call_soon_threadsafe(current.cancel)
         raise
 
 

@@ -1,5 +1,6 @@
 """Bodies that wait, die or fail when a test of faults wants it."""
 
+import asyncio
 import ctypes
 import os
 import signal
@@ -12,7 +13,9 @@ from pathlib import Path
 from celery import shared_task
 from celery.exceptions import Retry
 from django.db import Error, connection, transaction
+from django_tasks import task
 
+from jobs.models import Job
 from jobs.tasks import JobTask
 
 
@@ -177,11 +180,17 @@ def write(self, number, seconds):
     time.sleep(float(seconds))
 
 
-@shared_task(bind=True)
+@shared_task(bind=True, default_retry_delay=1)  # also of one that has lost its child
 def plain(self, gate):
     note(self, "start")
     wait_for(gate)
     note(self, "end")
+
+
+@shared_task(bind=True, default_retry_delay=0, max_retries=2)
+def die_plainly(self):
+    note(self, "start")
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @shared_task(bind=True)
@@ -207,6 +216,46 @@ if "OLD_CODE" not in os.environ:
     @shared_task(base=JobTask, bind=True)
     def new(self):
         note(self, "start")
+
+
+# Django's own Tasks
+
+
+@task
+def add(a, b):
+    return a + b
+
+
+@task
+def look_up(word):
+    raise LookupError(word)
+
+
+@task(takes_context=True, celery={"max_retries": 1})
+def try_twice(context):
+    if context.attempt == 1:
+        raise context.retry(exc=OSError("away"), countdown=0)
+    return context.attempt
+
+
+@task(takes_context=True, queue_name="cpu")
+def hold_a_function(context, gate):
+    note(context.job, "start")
+    while not Path(gate).exists():
+        context.report(1, 2, "waits")
+        time.sleep(0.05)
+
+
+@task(takes_context=True, queue_name="cpu")
+async def hold_a_coroutine(context, gate):
+    note(context.job, "start")
+    try:
+        while not Path(gate).exists():
+            context.report(1, 2, "waits")
+            await asyncio.sleep(0.05)
+    finally:
+        note(context.job, "end")
+    return await Job.objects.filter(pk=context.task_result.id).acount()
 
 
 # Ends that are not what a ledger expects

@@ -1,9 +1,11 @@
 """The way into the ledger for the tests of faults."""
 
+import asyncio
 import os
 import signal
 
 from django.db import transaction
+from django.http import JsonResponse
 from rest_framework.decorators import api_view
 from rest_framework.response import Response
 
@@ -24,3 +26,12 @@ def enqueue(request):
             args, owner = request.data["args"], request.user
             job = Job.objects.enqueue(task, args, owner=owner, idempotency_key=key)
     return Response({"id": job.pk}, status=202)
+
+
+async def add(request):
+    """Enqueue a function, and wait for what it returns."""
+    result = await tasks.add.aenqueue(1, 2)
+    while not result.is_finished:
+        await asyncio.sleep(0.05)
+        result = await tasks.add.aget_result(result.id)
+    return JsonResponse({"value": result.return_value})

@@ -1,0 +1,88 @@
+"""Functions that Django's @task declares, on a real worker: each is a job like any other."""
+
+import json
+
+import pytest
+
+from harness.faults import everywhere, succeeded
+from harness.project import wait_for
+
+RESULTS = """
+from django_tasks import default_task_backend
+def seen(id):
+    found = default_task_backend.get_result(id)
+    value = found.return_value if found.status == "SUCCESSFUL" else None
+    errors = [error.exception_class_path for error in found.errors]
+    return [found.status, value, found.attempts, errors]
+"""
+
+
+@everywhere
+def test_a_function_returns_fails_or_is_tried_again(stack):
+    code = "result = [add.enqueue(1, b=2).id, look_up.enqueue('x').id, try_twice.enqueue().id]"
+    jobs = stack.ask(code)
+    stack.wait_until_final(*jobs)
+    assert stack.ask(f"{RESULTS}\nresult = [seen(id) for id in ids]", ids=jobs) == [
+        ["SUCCESSFUL", 3, 1, []],
+        ["FAILED", None, 1, ["builtins.LookupError"]],
+        ["SUCCESSFUL", 2, 2, ["builtins.OSError"]],
+    ]
+    [attempt] = stack.row(jobs[1])["attempts"]
+    assert "in look_up" in attempt["traceback"]
+
+
+@pytest.mark.parametrize("function", ["hold_a_function", "hold_a_coroutine"])
+@everywhere
+def test_a_function_is_cancelled_and_runs_again_after_a_crash(stack, gate, function):
+    code = "result = [function.enqueue(gate).id for _ in range(2)]"
+    killed, cancelled = jobs = stack.ask(f"function = {function}\n{code}", gate=str(gate))
+    stack.wait_until_started(*jobs)
+    wait_for(lambda: stack.ask("result = Job.objects.filter(message='waits').count()") >= 2)
+    assert stack.ask("result = Job.objects.filter(pk=job).cancel()", job=cancelled) == 1
+    stack.worker.kill()
+    gate.touch()
+    stack.worker.start()
+
+    rows = stack.wait_until_final(killed)
+    assert succeeded(rows, crashes=1), rows
+    assert [len(stack.notes("start", job)) for job in jobs] == [2, 1]
+    assert stack.ask(f"{RESULTS}\nresult = [seen(id)[0] for id in ids]", ids=jobs) == [
+        "SUCCESSFUL",
+        "FAILED",
+    ]
+
+
+@everywhere
+def test_a_cancelled_coroutine_ends(stack, gate):
+    [job] = stack.ask("result = [hold_a_coroutine.enqueue(gate).id]", gate=str(gate))
+    stack.wait_until_started(job)
+    stack.ask("Job.objects.filter(pk=job).cancel()", job=job)
+    wait_for(lambda: stack.notes("end", job))
+
+
+@everywhere
+def test_an_async_view_enqueues_a_function_and_awaits_its_result(stack):
+    status, text = stack.send_raw("faults/add/", None)
+    assert (status, json.loads(text)) == (200, {"value": 3})
+
+
+@everywhere
+def test_a_rollback_leaves_nothing_of_a_function(stack):
+    code = """
+from contextlib import suppress
+with suppress(ZeroDivisionError), transaction.atomic():
+    add.using(queue_name="io").enqueue(1, 2)
+    1 / 0
+result = Job.objects.count()
+"""
+    stack.other.pause()
+    before = stack.ask("result = Job.objects.count()"), stack.messages_in("io")
+    assert (stack.ask(code), stack.messages_in("io")) == before
+
+
+@everywhere
+def test_beat_starts_a_function(stack):
+    stack.replace_beat("faults.every_second")
+    started = "Job.objects.filter(task='faults.tasks.add', state='succeeded', result=3)"
+    before = stack.ask(f"result = {started}.count()")
+    wait_for(lambda: stack.ask(f"result = {started}.count()") >= before + 2)
