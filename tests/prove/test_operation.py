@@ -69,7 +69,7 @@ def test_the_documents_name_metrics_that_an_output_has(bake):
     rows = re.findall(r"^\| `(\w+)` \|", TEXT, re.MULTILINE)
     assert set(rows) == exposed and len(rows) == len(exposed)
     dashboard = re.findall(r"^\| .* \| `(sum .*)` \|$", TEXT, re.MULTILINE)
-    assert len(ALERTS) == 5 and len(dashboard) == 2
+    assert len(ALERTS) == 6 and len(dashboard) == 2
     for expression in [*ALERTS.values(), *dashboard]:
         assert metrics_named(expression) <= exposed, expression
 
