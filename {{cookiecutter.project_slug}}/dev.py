@@ -45,18 +45,24 @@ def main():
 {% endfor %}
         # Variables of the environment win over .env; if honcho read .env, they would not.
         # A session of its own keeps Ctrl-C from it: it ends first, then the broker.
-        command = ["honcho", "--env", os.devnull, "start"]
-        honcho = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
+        watched = "".join(f"{name}: python dev.py {name}\n" for name in read_procfile())
+        command = ["honcho", "--env", os.devnull, "--procfile", "/dev/stdin", "start"]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        honcho = subprocess.Popen(command, **pipes, start_new_session=True)
+        with honcho.stdin as procfile:
+            procfile.write(watched.encode())
         processes.insert(0, honcho)
         threading.Thread(target=copy, args=[honcho.stdout, ready], daemon=True).start()
         # A closed terminal sends SIGHUP to the session's leader only: that may be a shell, or make.
         terminal = os.isatty(1)
         while os.isatty(1) == terminal and not stop.wait(0.5 if links else 2):
-            if any(process.poll() is not None for process in processes):
+            if honcho.poll() is not None:
                 sys.exit("A process has ended (see above which and why), so all were stopped.")
-            with suppress(SystemExit):  # a server on another machine may come back by itself
+            processes = [process for process in processes if process.poll() is None]
+            # If it was killed, or another project's and ended. One elsewhere may come back by itself.
+            with suppress(SystemExit):
 {% for server in servers %}
-                processes += start_{{ server.name }}()  # if it was another project's, and ended
+                processes += start_{{ server.name }}()
 {% endfor %}
             if links and ready.is_set() and answers(os.environ["PORT"]):
                 print(f"{links}\n    Ctrl-C ends everything.\n\n", flush=True)
@@ -76,24 +82,37 @@ def copy(output, ready):
             ready.set()
 
 
-def reload(command):
-    """`python dev.py COMMAND`: restart it when the code changes; end when it ends.
+def watch(name, *options):
+    """`python dev.py NAME`: run this line of the Procfile; end when it ends.
 
-    If it ends with an error after a change, wait for the next change, which may fix it.
+    It starts again when the code changes or when somebody kills it. If it ends with an error after
+    a change, wait for the next change, which may fix it.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    command = " ".join(["exec", read_procfile()[name], *options])
     for restarts in itertools.count():
         code = read_code()
-        process = subprocess.Popen(command)
+        process = subprocess.Popen(command, shell=True)
         try:
-            while code == read_code():
+            while name == "flower" or code == read_code():  # Flower would forget what it has seen
                 time.sleep(0.5)
-                if process.poll() is not None and not (restarts and process.returncode > 0):
-                    sys.exit(process.returncode)
-            print("The code has changed. Restarting:", *command, flush=True)
+                if (status := process.poll()) is None or (restarts and status > 0):
+                    continue
+                if status >= 0:
+                    sys.exit(status)
+                killer = signal.Signals(-status).name
+                print(f"Killed by {killer}. Starting again: {name}", flush=True)
+                break
+            else:
+                print(f"The code has changed. Starting again: {name}", flush=True)
         finally:
             process.terminate()
             process.wait()
+
+
+def read_procfile():
+    """Return the commands by their names."""
+    return dict(line.split(": ", 1) for line in Path("Procfile").read_text().splitlines())
 
 
 def read_code():
@@ -146,4 +165,4 @@ def answers(port, host="127.0.0.1"):
 {% endfor %}
 if __name__ == "__main__":
     with suppress(KeyboardInterrupt):
-        reload(sys.argv[1:]) if sys.argv[1:] else main()
+        watch(*sys.argv[1:]) if sys.argv[1:] else main()

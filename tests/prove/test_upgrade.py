@@ -100,7 +100,7 @@ def test_an_update_keeps_what_the_owner_changed(make, template, tmp_path):
 
     output = template / "{{cookiecutter.project_slug}}"
     change(output / SETTINGS, *TEMPLATES)
-    change(output / "Procfile", "beat: python", "beat: exec python")
+    change(output / "Procfile", "beat: celery", "beat: exec celery")
     (output / "{{ cookiecutter.new_option }}.md").write_text("New\n")
     options = '"new_option": ["default", "other"], "include_example"'
     change(template / "cookiecutter.json", '"include_example": true', f"{options}: true")
