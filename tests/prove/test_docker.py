@@ -160,6 +160,13 @@ def test_an_order_becomes_a_succeeded_job(stack, record_property):
         assert stack.ask_flower("/api/workers", authenticated=False)[0] == 401
 
 
+def test_the_worker_reads_what_the_web_stored(stack):
+    status, headers, _ = stack.upload("/api/imports/", "product,quantity\nTea,2\nTea,3")
+    assert status == 202, stack.log
+    *_, job = stack.follow(headers["Location"])
+    assert (job["label"], job["result"]) == ("Import upload.csv", {"imported": 2}), job
+
+
 def test_each_service_is_healthy_and_has_few_rights(stack):
     for service, [container] in stack.containers("--all").items():
         state, host = container["State"], container["HostConfig"]

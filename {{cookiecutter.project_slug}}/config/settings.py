@@ -141,7 +141,7 @@ TIME_ZONE = "UTC"
 STATIC_URL = "static/"
 STATIC_ROOT = BASE_DIR / "staticfiles"
 
-# Database, cache, mail
+# Database, cache, files, mail
 
 DATABASE = env.db("DATABASE_URL")
 DATABASE["CONN_MAX_AGE"] = 60  # seconds; no new connection for each request or task
@@ -161,6 +161,15 @@ CACHES = {"default": env.cache("CACHE_URL", default="locmemcache://")}
 {% for server in servers %}
 {% print server.settings | default %}
 {% endfor %}
+# Uploads, which web and worker share: in a folder, or in a bucket of S3. No URL leads to them.
+MEDIA_ROOT = env.str("MEDIA_ROOT", default=str(BASE_DIR / ".data/media"))
+STORAGES = {
+    "default": {"BACKEND": "django.core.files.storage.FileSystemStorage"},
+    "staticfiles": {"BACKEND": "django.contrib.staticfiles.storage.StaticFilesStorage"},
+}
+if bucket := env.str("S3_BUCKET", default=""):
+    options = {"bucket_name": bucket, "file_overwrite": False}  # two uploads may have one name
+    STORAGES["default"] = {"BACKEND": "storages.backends.s3.S3Storage", "OPTIONS": options}
 vars().update(env.email("EMAIL_URL"))
 DEFAULT_FROM_EMAIL = env.str("DEFAULT_FROM_EMAIL")
 

@@ -13,7 +13,7 @@ from rest_framework.routers import DefaultRouter
 from jobs.metrics import Metrics
 from jobs.views import JobViewSet
 {% if cookiecutter.include_example %}
-from orders.views import NewsletterViewSet, OrderViewSet
+from orders.views import ImportViewSet, NewsletterViewSet, OrderViewSet
 {% endif %}
 
 router = DefaultRouter(use_regex_path=False)  # any id is the API's to answer, also one with a dot
@@ -21,6 +21,7 @@ router.include_format_suffixes = False  # no jobs.json beside jobs/
 router.register("jobs", JobViewSet, basename="job")
 {% if cookiecutter.include_example %}
 router.register("orders", OrderViewSet, basename="order")
+router.register("imports", ImportViewSet, basename="import")
 router.register("newsletters", NewsletterViewSet, basename="newsletter")
 {% endif %}
 
@@ -30,6 +31,7 @@ page = {
     "site_header": title,
     "site_title": title,
     "title": "Log in",  # of the admin's page of the login
+    "links": {},  # in the bar on top, for everybody
     "staff_links": {"Admin": reverse_lazy("admin:index"){{ ', "Flower": settings.FLOWER_URL' if broker.flower }}},
     # A view that answers 202 with a job, and what its button on the page of jobs says.
     "buttons": {% raw %}{{% endraw %}{{ '"Write a report": reverse_lazy("order-report")' if cookiecutter.include_example }}},
@@ -52,6 +54,7 @@ def ready(request):
 
 urlpatterns = [
     path("", login_required(jobs_page), name="index"),
+    path("jobs/<uuid:pk>/", login_required(jobs_page), name="job"),
     path("login/", log_in, name="login"),
     path("logout/", LogoutView.as_view(), name="logout"),
     path("admin/", admin.site.urls),
