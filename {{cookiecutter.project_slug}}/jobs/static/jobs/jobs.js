@@ -5,7 +5,7 @@ const PAUSE = 1500, LONGEST = 30000, TIMEOUT = 10000; // milliseconds
 const STATES = ["queued", "running", "succeeded", "failed", "cancelled"];
 
 const $ = (selector, root = document) => root.querySelector(selector);
-const { jobsUrl, loginUrl } = $("main").dataset;
+const { jobsUrl, loginUrl, pageUrl, job: only } = $("main").dataset; // with `only`, the page of this job
 const heading = $("h1"), list = $("#jobs"), live = $("#live"), problem = $("#problem"), pages = $("#pages");
 const rows = new Map(); // job id -> { job, name, element, part }
 let shown, timer, latest = 0, failures = 0, due = 0, skew = 0;
@@ -14,7 +14,7 @@ let shown, timer, latest = 0, failures = 0, due = 0, skew = 0;
 const capital = (words) => words.charAt(0).toUpperCase() + words.slice(1);
 const shortName = (task) => capital(task.split(".").pop().replaceAll("_", " ").trim()) || task;
 const fullTime = (iso) => (iso ? new Date(iso).toLocaleString([], { dateStyle: "medium", timeStyle: "medium" }) : "not yet");
-const explain = (status) => (status ? `The server answered with an error (${status}).` : "Cannot reach the server.");
+const explain = (status) => (status === 404 ? "There is no such job, or it is not yours." : status ? `The server answered with an error (${status}).` : "Cannot reach the server.");
 const isActive = (job) => job.state === "queued" || job.state === "running";
 
 function span(milliseconds) {
@@ -58,10 +58,11 @@ function show(node, visible) {
 }
 
 function addRow(job) {
-  const element = $("#job").content.firstElementChild.cloneNode(true), name = shortName(job.task);
+  const element = $("#job").content.firstElementChild.cloneNode(true), name = job.label || shortName(job.task);
   const part = Object.fromEntries([...element.querySelectorAll("[data-part]")].map((node) => [node.dataset.part, node]));
   const row = { element, part, name };
   part.name.title = `${job.task}\nJob ${job.id}`;
+  part.name.href = `${pageUrl}jobs/${job.id}/`;
   part.cancel.setAttribute("aria-label", `Cancel ${name}`);
   part.cancel.addEventListener("click", () => cancel(row));
   rows.set(job.id, row);
@@ -148,8 +149,10 @@ const post = (url) => ask(url, { method: "POST", headers: { "X-CSRFToken": $("[n
 
 async function load() {
   clearTimeout(timer);
-  const mine = ++latest, wanted = view(), { status, headers, data } = await ask(`${jobsUrl}?${query(wanted)}`);
+  const mine = ++latest, wanted = view();
+  const answer = await ask(only ? `${jobsUrl}${only}/` : `${jobsUrl}?${query(wanted)}`), { status, headers } = answer;
   if (mine !== latest) return; // a newer request took over
+  const data = only && status === 200 ? { results: [answer.data] } : answer.data;
   const back = new URLSearchParams({ next: location.pathname + location.hash });
   if (status === 401 || status === 403) return location.assign(`${loginUrl}?${back}`);
   const good = status === 200 && Array.isArray(data.results), atTop = good && !data.previous;
@@ -200,7 +203,7 @@ async function start(button) {
 }
 
 function navigate() {
-  for (const link of $("#filter").children) link.setAttribute("aria-current", link.hash === `#state=${view().state}`);
+  for (const link of $("#filter")?.children ?? []) link.setAttribute("aria-current", link.hash === `#state=${view().state}`);
   list.setAttribute("aria-busy", true);
   load();
 }
