@@ -13,6 +13,7 @@ from jobs import lease, messages, models, sweep
 def eager(request, monkeypatch):
     """No worker and no broker, but for tests marked `live`: who publishes a job runs it."""
     current_app.conf.task_always_eager = not request.node.get_closest_marker("live")
+    current_app.conf.task_eager_propagates = True  # a plain task that fails fails its test
     # No thread renews leases: it would not see what the transaction of a test holds.
     monkeypatch.setattr(lease, "keeper_started", True)
     for memory in [models.publish_again_at, sweep.queues, sweep.refusals]:
@@ -25,6 +26,8 @@ def quick_settings(settings):
     # Throttles count in the cache: they start anew, and leave alone what is at your CACHE_URL.
     settings.CACHES = {"default": {"BACKEND": "django.core.cache.backends.locmem.LocMemCache"}}
     cache.clear()
+    memory = {"BACKEND": "django.core.files.storage.InMemoryStorage"}  # of uploads
+    settings.STORAGES = {**settings.STORAGES, "default": memory}
     settings.PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]  # quick
     settings.WHITENOISE_AUTOREFRESH = True  # does without `manage.py collectstatic`
 
@@ -36,6 +39,22 @@ def commit(db, django_capture_on_commit_callbacks):
     Without it a test stays in its transaction, and jobs stay queued until it calls publish([job]).
     """
     return lambda: django_capture_on_commit_callbacks(execute=True)
+
+
+@pytest.fixture
+def run_jobs(db):
+    """run_jobs() runs what is queued, and what that enqueues, without waiting for countdowns."""
+
+    queued = models.Job.objects.filter(state="queued").order_by("created_at")
+
+    def run():
+        ran = set()  # no try twice: a test may have a broker that takes no jobs
+        while tries := set(queued.values_list("pk", "retries")) - ran:
+            ran |= tries
+            for job in queued.filter(pk__in=[pk for pk, _ in tries]):
+                models.publish([job])
+
+    return run
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import django
-from celery import Celery
 
 # What Python compiled would be baked, too.
 sys.dont_write_bytecode = True
@@ -15,9 +14,12 @@ os.environ["PYTHONDONTWRITEBYTECODE"] = "1"  # of processes that tests start
 OUTPUT = Path(__file__).parents[2] / "{{cookiecutter.project_slug}}"
 sys.path.append(str(OUTPUT))  # behind this folder: both have a conftest.py
 
+from jobs.celery import Celery  # noqa: E402
+
 app = Celery("engine", set_as_current=True)
 app.conf.update(
     broker_url="memory://",
+    result_backend="cache+memory://",
     task_acks_late=True,
     task_send_sent_event=True,
     task_soft_time_limit=540,

@@ -796,7 +796,6 @@ def test_a_result_waits_for_a_database_that_is_away(monkeypatch):
 
 def test_without_a_row_it_is_a_plain_task():
     assert add(1, 2) == 3
-    assert add.apply([1, 2]).get() == 3
     act.body = lambda task: [task.report(1, 2, cursor=7), task.cursor]
     assert act() == [None, None]
     assert not Job.objects.exists()
@@ -806,7 +805,9 @@ def test_delay_enqueues_a_job():
     result = add.delay(1, y=2)
     [job] = Job.objects.all()
     assert (result.id, job.args, job.kwargs, job.owner) == (str(job.pk), [1], {"y": 2}, None)
+    app.conf.task_always_eager = False  # else to ask is to run it
     assert result.state == "PENDING"
+    app.conf.task_always_eager = True
     deliver(job)
     assert (result.state, add.AsyncResult(result.id).result) == ("SUCCESS", 3)
     assert [add.AsyncResult(pk).state for pk in ("another", uuid.uuid4())] == ["PENDING"] * 2
@@ -1273,6 +1274,7 @@ def test_a_job_whose_worker_died_runs_again_later_each_time():
     sweep.recover_lapsed()
     job.refresh_from_db()
     assert (job.state, job.error) == ("failed", "Its worker died 3 times")
+    assert job.reason == job.error  # its owner reads it
     assert errors(job) == ["Its worker died"] * 3
 
 
@@ -1282,6 +1284,7 @@ def test_a_job_past_its_deadline_fails():
     sweep.recover_lapsed()
     job.refresh_from_db()
     assert (job.state, job.error, job.crashes) == ("failed", "Over its time limit", 0)
+    assert job.reason == job.error
     assert errors(job) == ["Over its time limit"]
 
 
@@ -1547,7 +1550,7 @@ def test_a_queue_with_many_jobs_keeps_no_other_waiting(published, monkeypatch):
     many = Job.objects.enqueue_many(add, [[1, 2]] * 100, countdown=1, queue="many")
     few = [Job.objects.enqueue(add, [1, 2], countdown=1, queue=queue) for queue in "abcdef"]
     lapse(*many, *few)
-    assert not sweep.send_due()
+    assert sweep.send_due() == 5
     assert len(published) == 106
     assert max(published.index(str(job.pk)) for job in few) < 10 + len(few)
 
@@ -1556,8 +1559,18 @@ def test_the_sweep_stops_in_time_for_leases(published, monkeypatch):
     now = itertools.count(0, 2)  # seconds; a round has 5
     monkeypatch.setattr(sweep, "time", SimpleNamespace(monotonic=lambda: next(now)))
     lapse(*(Job.objects.enqueue(add, [1, 2], countdown=1, queue=queue) for queue in "abcdef"))
-    assert sweep.send_due()
+    assert sweep.send_due() == 0
     assert 0 < len(published) < 6
+
+
+@pytest.mark.parametrize(("countdown", "pause"), [(60, 5), (3, 3), (0.1, 0.5)])
+def test_the_sweep_looks_when_a_countdown_ends(published, countdown, pause):
+    """And asks no more for that."""
+    Job.objects.enqueue(add, [1, 2])  # whose message is looked for in 30 s
+    Job.objects.enqueue(add, [1, 2], countdown=countdown)
+    with CaptureQueriesContext(connection) as captured:
+        assert sweep.send_due() == pytest.approx(pause, abs=0.3)
+    assert len(captured) == 1
 
 
 def test_the_sweep_first_sends_what_was_never_sent(published):

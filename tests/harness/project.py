@@ -185,6 +185,13 @@ class Site:
         headers = {"Authorization": f"Token {self.token}", **headers}
         return fetch(self.web + path, data, headers)
 
+    def upload(self, path, text):
+        """POST this text as the file that a form calls `file`."""
+        head = 'Content-Disposition: form-data; name="file"; filename="upload.csv"'
+        body = f"--end\r\n{head}\r\n\r\n{text}\r\n--end--\r\n".encode()
+        kind = {"Content-Type": "multipart/form-data; boundary=end"}
+        return self.request(path, body, **kind)
+
     def scrape(self):
         """What Prometheus would read, {name with labels: value}."""
         request = urllib.request.Request(f"{self.web}/metrics")
@@ -235,6 +242,11 @@ result = Job.objects.enqueue(tasks.{task}, {args!r}, owner=User.objects.get()).p
         """Return what Flower knows of a task that has ended, or None."""
         _, _, task = self.ask_flower(f"/api/task/info/{task_id}")
         return task if task and task["state"] == "SUCCESS" else None
+
+    def state_in_flower(self, task_id):
+        """Return the state that Flower shows, or None if it has not heard of the task yet."""
+        _, _, task = self.ask_flower(f"/api/task/info/{task_id}")
+        return task and task["state"]
 
     def processes(self):
         return processes_in(self.project)
@@ -315,8 +327,9 @@ def children_of(pid):
 
 
 def fetch(url, data, headers):
-    body = None
-    if data is not None:
+    """Return (status, headers, JSON). A POST if there is `data`: bytes, or what becomes JSON."""
+    body = data
+    if data is not None and not isinstance(data, bytes):
         body = json.dumps(data).encode()
         headers = {"Content-Type": "application/json", **headers}
     request = urllib.request.Request(url, body, headers)

@@ -62,6 +62,7 @@ def test_a_cache_that_is_away_stops_no_request(project, fault):
 
 PAGES = {
     "/": "Send confirmation",
+    "/jobs/{job}/": "Send confirmation",
     "/api/docs/": "/api/jobs/",
     "/admin/": "Site administration",
     "/admin/jobs/job/": "Select job to",
@@ -76,9 +77,10 @@ def test_the_pages_work_under_their_content_security_policy(project, tmp_path):
     with project.up() as site, browser(tmp_path) as tab:
         tab.send("Log.enable")
         tab.log_in(site)
-        assert site.request("/api/orders/", ORDER)[0] == 202
+        status, _, order = site.request("/api/orders/", ORDER)
+        assert status == 202
         for page, words in PAGES.items():
-            tab.open(site.web + page)
+            tab.open(site.web + page.format(**order))
             tab.wait(f"document.body.innerHTML.includes({words!r})")
         violations = [event for event in tab.events if "Content Security Policy" in str(event)]
         assert not violations

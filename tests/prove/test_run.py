@@ -77,8 +77,38 @@ def test_who_has_no_code_starts_a_job_watches_and_cancels_it(project, tmp_path):
         tab.click(".job:nth-child(2) button")
         tab.wait("document.querySelectorAll('.job')[1].dataset.state == 'cancelled'")
 
+        tab.click(".job:nth-child(2) h2 a")  # the page of this job alone
+        tab.wait("location.pathname.startsWith('/jobs/') && document.querySelector('.job')")
+        tab.wait("document.querySelector('.job').innerText.includes('Write report')")
+        assert tab.run("document.querySelectorAll('.job').length") == 1
+        pk = tab.run("location.pathname.split('/')[2]")
+        wait_for(lambda: site.state_in_flower(pk) == "REVOKED", site=site)
+
+        tab.open(f"{site.web}/admin/jobs/job/{pk}/change/")
+        tab.click("button[value=run_again]")
+        tab.wait("document.body.innerText.includes('1 job enqueued again')")
+        tab.click(".messagelist a")
+        tab.wait("document.querySelector('button[value=cancel]')")
+        tab.click("button[value=cancel]")
+        tab.wait("document.body.innerText.includes('1 job cancelled')")
+
+        tab.open(site.web)
         tools = tab.run("[...document.querySelectorAll('.bar a')].map((a) => a.href).join()")
         assert site.flower in tools
+
+
+@every_pool
+def test_flower_sees_a_cancelled_job_end(with_tasks):
+    """Whether it had started or not, and so does who reads the worker's log."""
+    with with_tasks.up(WORKER_CONCURRENCY=1) as site:
+        urls = [site.enqueue("count", 300) for _ in range(2)]
+        next(job for job in site.follow(urls[0]) if job["state"] == "running")
+        for url in reversed(urls):
+            assert site.request(f"{url}cancel/", {})[2]["state"] == "cancelled"
+        for url in urls:
+            pk = url.split("/")[3]
+            wait_for(lambda pk=pk: site.state_in_flower(pk) == "REVOKED", site=site)
+        wait_for(lambda: site.log.count(" is cancelled") == 2, site=site)
 
 
 @default_output
@@ -127,7 +157,7 @@ def test_a_killed_child_loses_no_job(with_tasks, since):
         following = site.follow(url)
         while next(following)["progress"] < 20:
             pass
-        _, _, *children = sorted(site.find("celery -A config worker"))  # after what reloads it
+        _, *children = sorted(site.find("celery -A config worker"))
         for child in children:
             os.kill(child, signal.SIGKILL)
         start = time.monotonic()
@@ -163,13 +193,30 @@ def test_closing_the_terminal_ends_everything(project):
     os.waitpid(child, 0)
 
 
-@pytest.mark.parametrize("command", ["serve_fakeredis|redis-server", "beat"])
 @default_output
-def test_when_one_process_dies_all_end(project, command):
-    """One that dev.py has started, or one of the Procfile, over which honcho watches."""
+def test_what_is_killed_starts_again(with_tasks):
+    """Whatever somebody kills to see what happens: the job that ran then succeeds."""
+    with with_tasks.up() as site:
+        following = site.follow(site.enqueue("count", 50))
+        while next(following)["state"] != "running":
+            pass
+        for command in "worker", "beat", "flower", "runserver", "serve_fakeredis|redis-server":
+            for pid in site.find(f"(?<!dev.py )({command})"):  # not what watches over it
+                os.kill(pid, signal.SIGKILL)
+        for name in "worker", "beat", "flower", "web":
+            text = f"Killed by SIGKILL. Starting again: {name}"
+            wait_for(lambda text=text: text in site.log, site=site)
+        wait_for(lambda: site.log.count(f"{site.worker} ready") == 2, site=site)
+        wait_for(lambda: connects(site.environment["PORT"]), site=site)
+        *_, done = following
+        assert done["state"] == "succeeded"
+
+
+@default_output
+def test_when_one_process_ends_all_end(project):
     with project.up() as site:
-        for pid in site.find(command):
-            os.kill(pid, signal.SIGKILL)
+        for pid in site.find("beat"):
+            os.kill(pid, signal.SIGTERM)
 
         assert site.process.wait(300) != 0
         assert "A process has ended" in site.log
@@ -271,24 +318,26 @@ def test_changed_code_reaches_the_worker(with_tasks):
     with with_tasks.up() as site:
         tasks = with_tasks / "samples/tasks.py"
         code = tasks.read_text()
-        url = site.enqueue("count", 100)
-        following = site.follow(url)
-        while next(following)["state"] != "running":
-            pass
+        pk = site.enqueue("count", 100).split("/")[3]
+
+        def ask(field):  # not the web, which starts anew as well
+            return site.ask(
+                f"from jobs.models import Job; result = Job.objects.get(pk='{pk}').{field}"
+            )
+
+        wait_for(lambda: ask("state") == "running", site=site)
         (with_tasks / "samples/new.py").write_text("")
-        while next(following)["state"] != "queued":  # the old worker gives its job back
-            pass
+        wait_for(lambda: ask("state") == "queued", site=site)  # the old worker gives its job back
         wait_for(lambda: site.log.count(f"{site.worker} ready") == 2, site=site)
-        assert site.log.count("has changed. Restarting: celery -A config beat") == 1
+        assert site.log.count("has changed. Starting again: beat") == 1
 
         tasks.write_text(f"{code}\n1 +")  # not yet done
         wait_for(lambda: site.log.count("SyntaxError") >= 2, site=site)
         tasks.write_text(code)
         wait_for(lambda: site.log.count(f"{site.worker} ready") == 3, site=site)
-        *_, done = following
-        assert done["state"] == "succeeded"
-        job = f"Job.objects.get(pk='{url.split('/')[3]}')"
-        assert site.ask(f"from jobs.models import Job; result = {job}.crashes") == 0
+        wait_for(lambda: ask("state") == "succeeded", site=site)
+        assert ask("crashes") == 0
+        wait_for(lambda: connects(site.environment["PORT"]), site=site)
         site.stop()
         wait_for(lambda: not site.processes(), site=site)
 
@@ -315,6 +364,30 @@ def test_its_own_tests_pass_beside_a_worker(broker, project):
     with typed(project, "celery -A config worker", **broker) as worker:
         worker.wait_for(" ready.")
         assert re.search(r"= \d+ passed", project.call("make", "test", ARGS="-m live", **broker))
+
+
+S3 = """
+import boto3
+from django.core.files.base import ContentFile
+from django.core.files.storage import default_storage
+boto3.client("s3").create_bucket(Bucket="uploads")
+names = [default_storage.save("imports/tea.csv", ContentFile(text)) for text in (b"1", b"2")]
+print(*[default_storage.open(name).read().decode() for name in names])
+"""
+
+
+@outputs(next(each for each in combinations() if each["broker"] == "sqs"))
+def test_uploads_go_to_a_bucket(project, tmp_path):
+    """With the package that README.md names; two files of one name are two files."""
+    packages = ["--target", tmp_path, "django-storages[s3]"]
+    subprocess.run(["uv", "pip", "install", "--quiet", *packages], check=True, env=env())
+    [port] = free_ports(1)
+    variables = {"S3_BUCKET": "uploads", "PYTHONPATH": tmp_path}
+    variables["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{port}"
+    variables["AWS_DEFAULT_REGION"] = "us-east-1"  # where a bucket needs no region of its own
+    with typed(project, f"python -m moto.server --port {port}") as server:
+        wait_for(lambda: connects(port), site=server)
+        assert project.manage("shell", "-v0", "-c", S3, **variables).split()[-2:] == ["1", "2"]
 
 
 @default_output

@@ -4,13 +4,15 @@ import os
 import sys
 {% endif %}
 
-from celery import Celery, signals
+from celery import signals
 from django.conf import settings
 from django.dispatch import receiver
 from django_structlog.celery.signals import bind_extra_task_metadata
 from django_structlog.celery.steps import DjangoStructLogInitStep
 {% print broker.celery_imports | default %}
 from structlog.contextvars import bind_contextvars
+
+from jobs.celery import Celery
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
 {% print worker_pool.celery | default %}

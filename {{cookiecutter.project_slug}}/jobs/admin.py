@@ -11,8 +11,8 @@ from django.utils.html import format_html
 from .models import Attempt, Job
 
 # What the page of a job shows.
-WHAT = "task args kwargs owner queue created_at"
-WENT = "state error result progress message started_at finished_at"
+WHAT = "task label args kwargs owner queue created_at"
+WENT = "state error reason result progress message started_at finished_at"
 KEYS = "id idempotency_key fingerprint unique_key"
 INTERNALS = "cursor run worker due_at wake_at deadline sent retries crashes"
 

@@ -1,4 +1,4 @@
-"""What `manage.py check --deploy` says of settings that would lose work."""
+"""What `manage.py check` says of work that nobody would do; with --deploy, of what would lose it."""
 
 import os
 import re
@@ -8,7 +8,29 @@ from celery import current_app
 from django.conf import settings
 from django.core.checks import Error, Info, Warning, register
 
+from .messages import queue_of
 from .pools import TIME_LIMITED
+
+
+@register()
+def check_names(app_configs, **kwargs):
+    """Check the queues that tasks are routed to, and the tasks that the schedule names."""
+    current_app.autodiscover_tasks(force=True)  # the loader would run this check again
+    for name, task in sorted(current_app.tasks.items()):
+        queue = queue_of(task, [], {})
+        if queue not in settings.WORKER_QUEUES and not name.startswith("celery."):
+            yield Warning(
+                f"{name} goes to the queue {queue}, which is not in WORKER_QUEUES: no worker takes it.",
+                hint="Add it there, or mend CELERY_TASK_ROUTES.",
+                id="jobs.W005",
+            )
+    for name, entry in current_app.conf.beat_schedule.items():
+        if entry["task"] not in current_app.tasks:
+            yield Warning(
+                f"CELERY_BEAT_SCHEDULE: {name} names the task {entry['task']}, which does not exist.",
+                hint="Write the path of its function: app.tasks.name. Is its app in INSTALLED_APPS?",
+                id="jobs.W006",
+            )
 
 
 @register(deploy=True)

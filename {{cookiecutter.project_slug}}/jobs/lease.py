@@ -170,10 +170,10 @@ def recover(jobs):
         died = {"error": "Its worker died", "exception": "celery.exceptions.WorkerLostError"}
         if job.late:
             over = {"error": OVER_TIME_LIMIT, "exception": "celery.exceptions.TimeLimitExceeded"}
-            row.finish("failed", attempt=over, error=OVER_TIME_LIMIT)
+            row.finish("failed", attempt=over, error=OVER_TIME_LIMIT, reason=OVER_TIME_LIMIT)
         elif crashes >= settings.JOB_MAX_CRASHES:
             error = f"Its worker died {crashes} times"
-            row.finish("failed", attempt=died, error=error, crashes=crashes)
+            row.finish("failed", attempt=died, error=error, reason=error, crashes=crashes)
         else:
             delay = RETRY_AFTER * 2 ** min(job.crashes, 9) * random.uniform(0.8, 1.2)
             message = "Its worker died, so it starts again soon"

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 
 from celery import current_app
 from celery.exceptions import OperationalError
+from kombu.utils.json import dumps, loads
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,8 @@ def send_one(task, job, producer, **options):
     """
     amqp, pk, headers = current_app.amqp, str(job.pk), {"job": job.crashes, "sent": job.sent}
     if current_app.conf.task_always_eager:
-        task.apply(job.args, job.kwargs, task_id=pk, retries=job.retries, headers=headers)
+        args, kwargs = loads(dumps([job.args, job.kwargs]))  # as a message brings them
+        task.apply(args, kwargs, task_id=pk, retries=job.retries, headers=headers)
         return
     # What Flower shows. Celery's own way to shorten takes a second for each megabyte.
     shown = {"argsrepr": repr(job.args)[:1000], "kwargsrepr": repr(job.kwargs)[:1000]}

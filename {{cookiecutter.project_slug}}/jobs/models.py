@@ -14,6 +14,7 @@ from django.conf import settings
 from django.db import IntegrityError, models, router, transaction
 from django.db.models import Case, F, Max, Q, When
 from django.db.models.functions import Coalesce, Least, Now
+from kombu.utils.json import dumps
 
 from .messages import is_connection_error, queue_of, send
 from .updates import built_once
@@ -29,6 +30,7 @@ UNFINISHED = Q(finished_at=None)
 QUEUED = Q(run=None) & UNFINISHED
 OVER_TIME_LIMIT = "Over its time limit"
 BATCH = 500  # jobs in one statement
+LABEL = 255  # characters
 ATTEMPTS = 20  # kept of each job, the latest
 LONGEST_WAIT = 10 * 365 * 86400  # seconds: a longer one was meant as milliseconds
 PUBLISH_PAUSE = 10  # seconds without a try after the broker was unavailable: the web stays quick
@@ -76,16 +78,36 @@ def lease_end():
     return Least(Clock() + timedelta(seconds=settings.JOB_LEASE_SECONDS), F("deadline"))
 
 
+def as_json(args, kwargs):
+    """Return both as a row holds them, and their size in bytes.
+
+    As in Celery's messages a datetime, a UUID or a Decimal is a dictionary that names its type: the
+    body gets the value back. Raises TypeError, ValueError or RecursionError for what is not JSON.
+    """
+    text = dumps([args, kwargs], allow_nan=False)
+    return *json.loads(text), len(text)
+
+
 class JobQuerySet(models.QuerySet):
     def enqueue(
-        self, task, args=(), kwargs=None, *, countdown=None, queue=None, unique=None, **fields
+        self,
+        task,
+        args=(),
+        kwargs=None,
+        *,
+        countdown=None,
+        queue=None,
+        unique=None,
+        label="",
+        **fields,
     ):
         """Store a job, and send its message when the caller's transaction commits.
 
-        `task` has `base=JobTask`; `args` and `kwargs` are JSON; `countdown` is in seconds; `queue`
-        overrides CELERY_TASK_ROUTES. `unique` is a text that only one active job may have, across all
-        tasks and owners. The fields are `owner`, a user, and for views `idempotency_key`, unique for
-        each owner, and `fingerprint`, a digest of the request.
+        `task` has `base=JobTask`; `args` and `kwargs` are what Celery's JSON takes; `countdown` is in
+        seconds; `queue` overrides CELERY_TASK_ROUTES. `unique` is a text that only one active job may
+        have, across all tasks and owners. People see the `label`, up to 255 characters of it. The
+        fields are `owner`, a user, and for views `idempotency_key`, unique for each owner, and
+        `fingerprint`, a digest of the request.
 
         Returns the Job; or, if one with this `unique` is queued or running, that one. Raises
         TypeError if the task is not a JobTask, or if the arguments are not JSON or not the task's;
@@ -93,6 +115,7 @@ class JobQuerySet(models.QuerySet):
         or more arguments than JOB_MAX_BYTES; IntegrityError if the owner has used the key before.
         """
         fields |= self.prepare(Now(), task, args, kwargs, countdown, queue)
+        fields["label"] = label[:LABEL]
         return self.store(fields, unique)
 
     def store(self, fields, unique):
@@ -118,14 +141,16 @@ class JobQuerySet(models.QuerySet):
             time.sleep(random.uniform(0, 0.01))  # else greenlets in step take turns without end
         return active.get_or_create(fields, unique_key=unique)
 
-    def enqueue_many(self, task, calls, *, countdown=None, queue=None, owner=None):
+    def enqueue_many(self, task, calls, *, countdown=None, queue=None, owner=None, label=""):
         """Store a job for each of `calls`, which are lists of arguments: all of them or none.
 
         It has the guarantees of enqueue(), at a fraction of the cost. Returns the Jobs.
         """
         now = self.now()
         calls = [self.prepare(now, task, args, None, countdown, queue) for args in calls]
-        return self.create_all(now, [Job(owner=owner, **fields) for fields in calls])
+        return self.create_all(
+            now, [Job(owner=owner, label=label[:LABEL], **fields) for fields in calls]
+        )
 
     def run_again(self):
         """Enqueue a new job like each of these, unless it is active or cannot run: all or none.
@@ -164,17 +189,14 @@ class JobQuerySet(models.QuerySet):
         if not getattr(task, "is_job", False):
             raise TypeError(f"{task!r} is not a job: declare it with @shared_task(base=JobTask)")
         try:
-            text = json.dumps([args, kwargs or {}], allow_nan=False)
-            args, kwargs = json.loads(text)
+            args, kwargs, size = as_json(args, kwargs or {})
         except (RecursionError, ValueError) as error:
             raise TypeError(f"Not JSON: {error}") from error
         if not isinstance(args, list) or not isinstance(kwargs, dict):
             raise TypeError("Arguments come as a list, such as [10], and as a dictionary")
-        if len(text) > getattr(settings, "JOB_MAX_BYTES", math.inf):
+        if size > getattr(settings, "JOB_MAX_BYTES", math.inf):
             limit = f"{settings.JOB_MAX_BYTES:,} (JOB_MAX_BYTES)"
-            raise ValueError(
-                f"{len(text):,} bytes of arguments, {limit} at most: pass a key instead"
-            )
+            raise ValueError(f"{size:,} bytes of arguments, {limit} at most: pass a key instead")
         if countdown and countdown > LONGEST_WAIT:
             raise ValueError(f"countdown={countdown} is longer than ten years: it is in seconds")
         task.__header__(*args, **kwargs)
@@ -267,6 +289,9 @@ class Job(models.Model):
     idempotency_key = models.CharField(max_length=255, null=True)  # noqa: DJ001
     fingerprint = models.CharField(max_length=64)
     unique_key = models.CharField(max_length=255, null=True)  # noqa: DJ001
+    label = models.CharField(
+        max_length=LABEL, default="", db_default="", help_text="its name, for people"
+    )
 
     state = models.CharField(max_length=9, choices=STATES, default="queued")
     progress = models.PositiveSmallIntegerField(default=0, help_text="percent")
@@ -274,6 +299,7 @@ class Job(models.Model):
     cursor = models.JSONField(null=True, help_text="where the next run continues")
     result = models.JSONField(null=True)
     error = models.TextField()
+    reason = models.TextField(default="", db_default="", help_text="why it failed, for its owner")
     created_at = models.DateTimeField(db_default=Clock())
     started_at = models.DateTimeField(null=True, help_text="of the last run")
     finished_at = models.DateTimeField(null=True)
@@ -342,7 +368,7 @@ class Job(models.Model):
         task = current_app.tasks[self.task]
         fields = Job.objects.prepare(now, task, self.args, self.kwargs, None, self.queue)
         fields["cursor"] = None if self.state == "succeeded" else self.cursor
-        return {**fields, "owner_id": self.owner_id}
+        return {**fields, "owner_id": self.owner_id, "label": self.label}
 
 
 class Attempt(models.Model):

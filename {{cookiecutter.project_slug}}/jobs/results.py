@@ -1,12 +1,13 @@
-"""The result backend of jobs: task.AsyncResult(id) reads the row."""
+"""The result backend of jobs: AsyncResult(id) reads the row."""
 
 from contextlib import suppress
 
 from celery import states
+from celery.app import backends
 from celery.backends.base import BaseBackend
 from django.core.exceptions import ValidationError
 
-from .models import Job
+from .models import Job, publish
 
 STATES = {
     "queued": states.PENDING,
@@ -18,13 +19,41 @@ STATES = {
 ERRORS = {"failed": "TaskError", "cancelled": "TaskRevokedError"}  # in celery.exceptions
 
 
-class JobBackend(BaseBackend):
+def backend(app, url=None):
+    """Return the result backend of the settings, which knows the ids of jobs besides."""
+    kind, url = backends.by_url(app.conf.result_backend, app.loader)
+    return type(kind.__name__, (Rows, kind), {})(app=app, url=url)
+
+
+def find(id):
+    """Return the job with this id, or None."""
+    with suppress(ValidationError):  # the id is no UUID
+        return Job.objects.filter(pk=id).first()
+
+
+class Rows:
+    """A result backend that reads the rows of jobs."""
+
     def get_task_meta(self, task_id, cache=True):
-        job = None
-        with suppress(ValidationError):  # the id is no UUID
-            job = Job.objects.filter(pk=task_id).first()
+        backend = JobBackend(self.app) if find(task_id) else super()
+        return backend.get_task_meta(task_id, cache=cache)
+
+    def wait_for_pending(self, result, **options):
+        backend = JobBackend(self.app) if find(result.id) else super()
+        return backend.wait_for_pending(result, **options)
+
+
+class JobBackend(BaseBackend):
+    def _ensure_not_eager(self):
+        """Do not warn: what a job returns is in its row in eager mode, too."""
+
+    def get_task_meta(self, task_id, cache=True):
+        job = find(task_id)
         if job is None:
             return {"status": states.PENDING, "result": None}  # Celery's answer for unknown tasks
+        if job.state == "queued" and self.app.conf.task_always_eager:
+            publish([job])  # a test's transaction does not commit, and get() would wait for ever
+            job.refresh_from_db()
         result = job.result
         if kind := ERRORS.get(job.state):
             result = {"exc_type": kind, "exc_message": job.error, "exc_module": "celery.exceptions"}

@@ -2,7 +2,8 @@ from rest_framework import serializers
 
 from .models import Attempt, Job
 
-SHOWN = "id url task queue state progress message result error attempts"
+SHOWN = "id url task label queue state progress message result error attempts"
+FAILED = "It failed"  # what an owner reads in place of an exception: see JobError
 LONG = "Too long for a list: see the job itself"
 TIMES = "created_at started_at finished_at"
 
@@ -32,6 +33,9 @@ class JobSerializer(serializers.ModelSerializer):
     def to_representation(self, job):
         if "result" in job.get_deferred_fields():  # in lists
             job.result = job.short_result
-        if self.parent is not None or not may(self.context["request"].user, "view"):
+        is_trusted = may(self.context["request"].user, "view")
+        if self.parent is not None or not is_trusted:
             self.fields.pop("attempts", None)
+        if job.error and not is_trusted:
+            job.error = job.reason or FAILED
         return super().to_representation(job)

@@ -12,7 +12,7 @@ from datetime import timedelta
 from celery import current_app
 from django.conf import settings
 from django.db import close_old_connections, connection, transaction
-from django.db.models import TextField
+from django.db.models import Min, Q, TextField
 from django.db.models.functions import Cast, Length, Now
 
 from .database import is_unavailable, split
@@ -30,6 +30,7 @@ REFUSALS = 5  # of one job alone, until it fails
 PURGED = 2000  # jobs at once: more than a million an hour
 KEPT_SECONDS = 3600  # until jobs that could not be deleted are tried again
 RESEND_AT_LEAST_EVERY = 3600  # seconds
+SHORTEST = 0.5  # seconds between two looks, however many countdowns end
 
 
 @dataclass
@@ -62,7 +63,7 @@ def sweep_or_exit(late):
 def sweep_for_ever(late):
     last_round = 0
     while True:
-        busy = False
+        pause = settings.JOB_SWEEP_SECONDS
         # After a pause (start, suspended machine, database outage) give live workers half a lease to
         # renew, and to claim again what the database lost, before anything is recovered or sent again.
         longest = settings.JOB_LEASE_SECONDS / 2 + 2 * settings.JOB_SWEEP_SECONDS
@@ -75,7 +76,7 @@ def sweep_for_ever(late):
                 if judges:
                     recover_lapsed()
             finally:
-                busy = send_due(resend=judges)
+                pause = send_due(resend=judges)
             # Even if the broker took nothing: this says that the sweep looks, not what it did.
             now = {"ended_at": Now(), "tick_due_at": Now() - timedelta(seconds=late())}
             if not Sweep.objects.filter(pk=1).update(**now):
@@ -87,7 +88,7 @@ def sweep_for_ever(late):
                 recover_at = time.monotonic() + settings.JOB_LEASE_SECONDS / 2
         if late() < settings.JOB_LEASE_SECONDS:  # else Beat hangs: nothing starts on its schedule
             touch_liveness_file()
-        time.sleep(0 if busy else settings.JOB_SWEEP_SECONDS)
+        time.sleep(pause)
 
 
 def recover_lapsed():
@@ -108,12 +109,19 @@ def recover_lapsed():
 def send_due(resend=True):
     """Send the due jobs of which the broker has no message, for at most the time of a round.
 
-    Without `resend` only those that were never sent. Returns whether some are left. A queue that
-    fails does not delay the others.
+    Without `resend` only those that were never sent. A queue that fails does not delay the others.
+    Returns the seconds until the next look: 0 if some are left, and less than JOB_SWEEP_SECONDS if
+    a countdown ends sooner.
     """
-    until = time.monotonic() + settings.JOB_SWEEP_SECONDS
-    due = Job.objects.filter(state="queued", wake_at__lt=Now())
-    names = list(due.values_list("queue", flat=True).distinct())
+    pause = settings.JOB_SWEEP_SECONDS
+    until = time.monotonic() + pause
+    soon = Job.objects.filter(state="queued", wake_at__lt=Now() + timedelta(seconds=pause))
+    later = Min("wake_at", filter=Q(sent=0, wake_at__gte=Now()))
+    rows = list(
+        soon.values_list("queue").annotate(first=Min("wake_at") - Now(), next=later - Now())
+    )
+    names = [name for name, first, _ in rows if first < timedelta()]
+    countdowns = [wait.total_seconds() for _, _, wait in rows if wait is not None]
     random.shuffle(names)  # so that each one gets its turn, however many there are
     size = max(IN_MEMORY // max(len(names), 1), 10)
     with current_app.connection_for_write() as broker:
@@ -127,7 +135,7 @@ def send_due(resend=True):
                     raise
                 logger.warning("the broker takes no jobs for the queue %s: %r", name, error)
                 broker.close()  # perhaps it is broken; the next queue opens it again
-    return bool(names)
+    return 0 if names else min([pause, *(max(wait, SHORTEST) for wait in countdowns)])
 
 
 def send_batch(name, size, resend, waiting):

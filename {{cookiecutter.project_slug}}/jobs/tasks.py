@@ -19,9 +19,10 @@ from django.db import connection
 from django.db.transaction import TransactionManagementError
 from django.utils import timezone
 
+from .celery import ALONE
 from .database import in_transaction, roll_back_open_transaction, store_outcome, wait_for
 from .lease import Lost, Run, runs
-from .models import LONGEST_WAIT, OVER_TIME_LIMIT, QUEUED, Job, LockTimeout, lease_end
+from .models import LONGEST_WAIT, OVER_TIME_LIMIT, QUEUED, Job, LockTimeout, as_json, lease_end
 from .pools import pool
 from .results import JobBackend
 
@@ -29,6 +30,13 @@ logger = logging.getLogger(__name__)
 
 # Options of apply_async() that are supported or harmless.
 OPTIONS = ("queue", "headers", "ignore_result", "producer", "retries")
+
+
+class JobError(Exception):
+    """Ends a job with a text for its owner: raise JobError("Row 17 has no e-mail").
+
+    What other exceptions say is for staff: an owner reads that the job failed.
+    """
 
 
 class JobTask(DjangoTask):
@@ -93,11 +101,24 @@ class JobTask(DjangoTask):
         """Remember what retry() asked for. It is stored when the body and its transaction have ended."""
         countdown = min(countdown, LONGEST_WAIT)
         text = f"Try {retries} failed, the next one in {countdown:.0f} s"
-        changes = {"args": args, "kwargs": kwargs, "retries": retries, "message": text}
-        self.job_run.retry = {"delay": countdown, **changes, **({"queue": queue} if queue else {})}
+        changes = {"retries": retries, "message": text, **({"queue": queue} if queue else {})}
+        self.job_run.retry = {"delay": countdown, "args": args, "kwargs": kwargs, **changes}
 
     def replace(self, sig):
         raise NotImplementedError("a job cannot be replaced: enqueue the other one, and return")
+
+    def apply(self, args=None, kwargs=None, headers=None, throw=None, **options):
+        """Run a message in eager mode. Raises TypeError for all else, as members of a group in a test."""
+        if "job" not in (headers or {}):
+            raise TypeError(
+                f"{self.name}.apply() runs no job: enqueue it, or call the task. {ALONE}"
+            )
+        return super().apply(args, kwargs, headers=headers, throw=False, **options)
+
+    def update_state(self, *args, **kwargs):
+        raise NotImplementedError(
+            "a job has no update_state(): say self.report(done, total, message)"
+        )
 
     # What bodies use
 
@@ -169,7 +190,7 @@ class JobTask(DjangoTask):
         )
         try:
             if not store_outcome(run.claim):
-                raise Ignore("a copy of the message, or the job is cancelled")
+                raise dropped(self)
             request.job_run = run
             with run:
                 return self.run_job(run, args, kwargs)
@@ -198,7 +219,7 @@ class JobTask(DjangoTask):
         except Ignore:  # raised by the body: the job succeeds, without a result
             result = None
         except Lost:
-            raise Ignore("cancelled, or taken over by another run") from None
+            raise dropped(self) from None
         except BaseException as error:
             if pool.is_shutdown(error):
                 run.store(run.outcome.requeue)  # for another worker
@@ -215,6 +236,19 @@ class JobTask(DjangoTask):
         return result
 
 
+def dropped(task):
+    """Return the exception of a run whose job is cancelled, or not its own. Flower sees a cancel end."""
+    id, app = task.request.id, task.app
+    if wait_for(Job.objects.filter(pk=id, state="cancelled").exists):
+        logger.info("job %s %s is cancelled", task.name, id)
+        if app.conf.worker_send_task_events:
+            try:
+                task.send_event("task-revoked", terminated=True, signum=None, expired=False)
+            except Exception as error:  # each transport raises its own
+                logger.warning("Flower will not see that job %s is cancelled: %r", id, error)
+    return Ignore("a copy of the message, or a job that is cancelled or another run's")
+
+
 def succeed(run, result):
     try:
         with suppress(SoftTimeLimitExceeded):  # it is meant for the body, which has ended
@@ -225,21 +259,26 @@ def succeed(run, result):
         fail(run, f"Its result cannot be stored: {error}")
         raise
     if not written:
-        raise Ignore("cancelled, or taken over by another run")
+        raise dropped(run.task)
 
 
 def fail(run, reason=None):
     """Store that the job failed: for this reason, or with the message of the handled exception."""
-    attempt = describe(sys.exception())
+    error = sys.exception()
+    attempt = describe(error)
+    if isinstance(error, JobError):
+        reason = reason or str(error)
     if reason:
-        attempt["error"] = printable(reason)
-    failed = {**run.report, "error": attempt["error"], "attempt": attempt}
+        reason = attempt["error"] = printable(reason)
+    failed = {**run.report, "error": attempt["error"], "reason": reason or "", "attempt": attempt}
     run.store(run.outcome.finish, "failed", **failed)
 
 
 def requeue(run):
     try:
-        run.store(run.outcome.requeue, attempt=run.failure, **run.retry)
+        changes = run.retry
+        changes["args"], changes["kwargs"], _ = as_json(changes["args"], changes["kwargs"])
+        run.store(run.outcome.requeue, attempt=run.failure, **changes)
     except Exception as error:  # arguments that are not JSON, say
         fail(run, f"Its next try cannot be stored: {error}")
         raise

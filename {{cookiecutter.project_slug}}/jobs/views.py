@@ -59,6 +59,13 @@ def accepted(job_id, data):
     return Response(data, status=202, headers=headers)
 
 
+def digest(upload):
+    """Return the name of an uploaded file, and a digest of what is in it."""
+    found = [upload.name, hashlib.file_digest(upload.file, "sha256").hexdigest()]
+    upload.seek(0)
+    return found
+
+
 class JobViewSet(viewsets.ReadOnlyModelViewSet):
     """The caller's own jobs; for staff also those without owner."""
 
@@ -117,8 +124,10 @@ class EnqueueMixin:
 
     The object has a field `job`: perform_create() saves it with job_id=self.job_id, then calls
     self.enqueue(). A second request with the same Idempotency-Key does nothing, and gets the same
-    object and job.
+    object and job. perform_create() may set `job_label`, the job's name for people.
     """
+
+    job_label = ""
 
     @extend_schema(parameters=[OpenApiParameter("Idempotency-Key", KEY, HEADER), *ACCEPTED])
     def create(self, request, *args, **kwargs):
@@ -138,9 +147,10 @@ class EnqueueMixin:
 
     def enqueue(self, task, *args, **kwargs):
         """Job.objects.enqueue() for the user and the Idempotency-Key of this request."""
-        fields = {"pk": self.job_id, "owner": self.request.user, "fingerprint": self.fingerprint}
-        key = self.idempotency_key
-        return Job.objects.enqueue(task, args, kwargs, idempotency_key=key, **fields)
+        fields = {"pk": self.job_id, "owner": self.request.user, "label": self.job_label}
+        if key := self.idempotency_key:
+            fields |= {"idempotency_key": key, "fingerprint": self.fingerprint}
+        return Job.objects.enqueue(task, args, kwargs, **fields)
 
     def earlier(self):
         """Return a serializer of what the first request with this key stored, or None.
@@ -169,7 +179,7 @@ class EnqueueMixin:
 
     @property
     def fingerprint(self):
-        """A digest of method, path and body: two requests that differ in it are not the same."""
-        body = json.dumps(self.request.data, sort_keys=True)
+        """A digest of method, path, body and files: requests that differ in it are not the same."""
+        body = json.dumps(self.request.data, sort_keys=True, default=digest)
         request = f"{self.request.method} {self.request.get_full_path()} {body}"
         return hashlib.sha256(request.encode()).hexdigest()
