@@ -44,7 +44,6 @@ def commit(db, django_capture_on_commit_callbacks):
 @pytest.fixture
 def run_jobs(db):
     """run_jobs() runs what is queued, and what that enqueues, without waiting for countdowns."""
-
     queued = models.Job.objects.filter(state="queued").order_by("created_at")
 
     def run():

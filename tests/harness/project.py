@@ -238,15 +238,10 @@ result = Job.objects.enqueue(tasks.{task}, {args!r}, owner=User.objects.get()).p
         basic = "Basic " + base64.b64encode(secret[1].encode()).decode()
         return fetch(self.flower + path, data, {"Authorization": basic} if authenticated else {})
 
-    def find_in_flower(self, task_id):
-        """Return what Flower knows of a task that has ended, or None."""
+    def find_in_flower(self, task_id, state="SUCCESS"):
+        """Return what Flower knows of a task that has ended in this state, or None."""
         _, _, task = self.ask_flower(f"/api/task/info/{task_id}")
-        return task if task and task["state"] == "SUCCESS" else None
-
-    def state_in_flower(self, task_id):
-        """Return the state that Flower shows, or None if it has not heard of the task yet."""
-        _, _, task = self.ask_flower(f"/api/task/info/{task_id}")
-        return task and task["state"]
+        return task if task and task["state"] == state else None
 
     def processes(self):
         return processes_in(self.project)

@@ -25,21 +25,30 @@ def backend(app, url=None):
     return type(kind.__name__, (Rows, kind), {})(app=app, url=url)
 
 
-def find(id):
-    """Return the job with this id, or None."""
+def read(id, app):
+    """Return what AsyncResult shall know of the job with this id, or None if there is no such job."""
+    job = None
     with suppress(ValidationError):  # the id is no UUID
-        return Job.objects.filter(pk=id).first()
+        job = Job.objects.filter(pk=id).first()
+    if job is None:
+        return None
+    if job.state == "queued" and app.conf.task_always_eager:
+        publish([job])  # a test's transaction does not commit, and get() would wait for ever
+        job.refresh_from_db()
+    result = job.result
+    if kind := ERRORS.get(job.state):
+        result = {"exc_type": kind, "exc_message": job.error, "exc_module": "celery.exceptions"}
+    return {"status": STATES[job.state], "result": result}
 
 
 class Rows:
     """A result backend that reads the rows of jobs."""
 
     def get_task_meta(self, task_id, cache=True):
-        backend = JobBackend(self.app) if find(task_id) else super()
-        return backend.get_task_meta(task_id, cache=cache)
+        return read(task_id, self.app) or super().get_task_meta(task_id, cache=cache)
 
     def wait_for_pending(self, result, **options):
-        backend = JobBackend(self.app) if find(result.id) else super()
+        backend = JobBackend(self.app) if read(result.id, self.app) else super()
         return backend.wait_for_pending(result, **options)
 
 
@@ -48,13 +57,5 @@ class JobBackend(BaseBackend):
         """Do not warn: what a job returns is in its row in eager mode, too."""
 
     def get_task_meta(self, task_id, cache=True):
-        job = find(task_id)
-        if job is None:
-            return {"status": states.PENDING, "result": None}  # Celery's answer for unknown tasks
-        if job.state == "queued" and self.app.conf.task_always_eager:
-            publish([job])  # a test's transaction does not commit, and get() would wait for ever
-            job.refresh_from_db()
-        result = job.result
-        if kind := ERRORS.get(job.state):
-            result = {"exc_type": kind, "exc_message": job.error, "exc_module": "celery.exceptions"}
-        return {"status": STATES[job.state], "result": result}
+        # Celery's answer for unknown tasks
+        return read(task_id, self.app) or {"status": states.PENDING, "result": None}
