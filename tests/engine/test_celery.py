@@ -3,10 +3,12 @@
 import uuid
 from datetime import UTC, date, datetime
 from decimal import Decimal
+from unittest.mock import Mock
 
 import pytest
 from celery import chain, chord, group, shared_task
 from celery import current_app as app
+from celery.backends.cache import CacheBackend
 from celery.result import AsyncResult
 from django.core.checks import run_checks
 from test_jobs import CLAIM
@@ -114,6 +116,14 @@ def test_a_job_is_known_by_its_id_alone():
     publish([job])
     for result in AsyncResult(str(job.pk)), app.AsyncResult(str(job.pk)):
         assert (result.state, result.get()) == ("SUCCESS", 3)
+
+
+def test_who_waits_for_a_job_by_its_id_waits_for_its_row(monkeypatch):
+    """Redis' backend, for one, would wait for a message that no job sends."""
+    monkeypatch.setattr(CacheBackend, "wait_for_pending", Mock(), raising=False)
+    job = Job.objects.enqueue(add, [1, 2])
+    assert AsyncResult(str(job.pk)).get(timeout=10) == 3
+    CacheBackend.wait_for_pending.assert_not_called()
 
 
 def test_a_job_is_enqueued_by_the_name_of_its_task(run_jobs):
