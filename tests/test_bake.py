@@ -27,8 +27,8 @@ from harness.bake import (
     engine,
     name,
 )
-from harness.checks import NEW_FILES, check_celery, check_dependencies, check_file, check_readme
-from harness.servers import SENTINEL_RECIPE
+from harness.checks import NEW_FILES, check_celery, check_dependencies, check_file, check_pages
+from harness.servers import sentinel_settings
 
 ENGINE = engine()
 PARTS = TEMPLATE / "templates"  # a folder for each option whose choices have a file, and `servers`
@@ -117,7 +117,8 @@ def test_every_combination_is_clean(bake, answers, is_new, record_property):
     more = 5 * (answers["deployment"] == "kubernetes") + (answers["periodic_tasks"] == "admin")
     more += answers["broker"] == "rabbitmq"
     jobs = {file: text for file, text in texts.items() if file.parts[0] == "jobs"}
-    assert len(texts) - len(jobs) <= 36 + more, "files of the owner"
+    pages = {file for file in texts if file.parts[0] == "docs"}
+    assert len(texts) - len(jobs) - len(pages) <= 36 + more, "files of the owner"
     assert jobs == ENGINE, "the engine is the same, byte for byte, whatever was chosen"
     empty = [path for path in project.rglob("*") if path.is_dir() and not any(path.iterdir())]
     assert empty == []
@@ -138,7 +139,7 @@ def test_every_combination_is_clean(bake, answers, is_new, record_property):
     if is_new("celery", *celery):
         check_celery(*celery)
     check_dependencies(texts)
-    check_readme(texts, template_paths())
+    check_pages(texts, template_paths())
     if is_new("ruff", about, *python):
         project.call("ruff", "check", "--no-cache")
         project.call("ruff", "format", "--check", "--no-cache")
@@ -183,11 +184,19 @@ def imports(module, tree):
     return found
 
 
-@pytest.mark.parametrize("broker", CHOICES["broker"])
-def test_the_settings_for_sentinel_fit_each_project_with_results_in_redis(bake, broker):
-    project = bake(broker=broker, result_backend="redis")
+@pytest.mark.parametrize(
+    ("broker", "result_backend"),
+    [
+        (broker, result_backend)
+        for broker in CHOICES["broker"]
+        for result_backend in CHOICES["result_backend"]
+        if "redis" in (broker, result_backend)
+    ],
+)
+def test_the_settings_for_sentinel_fit_each_project_with_redis(bake, broker, result_backend):
+    project = bake(broker=broker, result_backend=result_backend)
     with open(project / "config/settings.py", "a") as file:
-        file.write(SENTINEL_RECIPE)
+        file.write(sentinel_settings(project.read("docs/sentinel.md")))
     project.call("ruff", "check", "--no-cache")
     project.call("ruff", "format", "--check", "--no-cache")
 
@@ -203,7 +212,7 @@ def test_flower_answers_on_the_loopback_only(bake, broker):
     pods = list(yaml.safe_load_all(texts[Path("deploy/kubernetes/base/app.yaml")]))
     assert [each["metadata"]["name"] for each in pods if each["kind"] == "Service"] == ["web"]
     [has_flower] = {"flower" in services, "\nflower:" in texts[Path("Procfile")]}
-    said = "so keep the port closed" in texts[Path("README.md")]
+    said = "Keep the port closed" in texts[Path("docs/security.md")]
     assert has_flower == said == chosen(broker=broker).broker.flower
     if has_flower:
         assert 'setdefault("FLOWER_ADDRESS", "127.0.0.1")' in texts[Path("config/celery.py")]

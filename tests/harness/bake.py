@@ -38,10 +38,19 @@ def name(answers):
     return "-".join(str(choice) for choice in answers.values())
 
 
+def context(**answers):
+    """What a template is rendered with: these answers, and the defaults of all other options."""
+    return {"cookiecutter": {**DEFAULTS, "project_slug": "my_project", **answers}}
+
+
 def chosen(**answers):
-    """What templates/chosen.jinja sets for these answers, and the defaults of all other options."""
-    answers = {**DEFAULTS, "project_slug": "my_project", **answers}
-    return ENVIRONMENT.get_template("chosen.jinja").make_module({"cookiecutter": answers})
+    """What templates/chosen.jinja sets for these answers."""
+    return ENVIRONMENT.get_template("chosen.jinja").make_module(context(**answers))
+
+
+def render(file, **answers):
+    """The text of a file of the output, without a bake."""
+    return ENVIRONMENT.from_string((OUTPUT / file).read_text("utf-8")).render(context(**answers))
 
 
 def baked(cookies, answers):

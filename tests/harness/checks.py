@@ -5,13 +5,17 @@ A plugin of pytest (see conftest.py), so that a failed assert here says what it 
 
 import ast
 import inspect
+import itertools
+import os
 import re
 import sys
 import tomllib
 from ast import unparse
+from collections import Counter
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import yaml
 from celery.app.backends import BACKEND_ALIASES
@@ -61,13 +65,16 @@ def pytest_terminal_summary(terminalreporter):
 
 def check_file(project, file, text):
     assert "cookiecutter" not in text, file
-    if file.suffix != ".html":  # Django's braces; then GitHub's, and those of Python's f-strings
-        braces = r"(?<!\$)\{\{" if file.suffix != ".py" else r"\{\{-? "
-        tags = r"\{%(?! (extends|block|endblock|static)\b)"  # README.md shows some of Django's
+    if (
+        file.suffix != ".html"
+    ):  # Django's braces; then GitHub's and Prometheus', and those of Python's f-strings
+        braces = r"(?<!\$)\{\{(?! \$)" if file.suffix != ".py" else r"\{\{-? "
+        tags = r"\{%(?! (extends|load|block|endblock|static)\b)"  # README.md shows some of Django's
         assert not re.search(rf"{braces}|{tags}|\{{#", text), f"{file} has a trace of Jinja"
     assert text.strip() or file.name == "__init__.py", f"{file} is empty"
     assert not text or (text.endswith("\n") and not text.endswith("\n\n")), file
-    assert "\n\n\n" not in text or file.suffix == ".py", file
+    prose = re.sub(r"^```python\n.*?^```", "code", text, flags=re.DOTALL | re.MULTILINE)
+    assert "\n\n\n" not in prose or file.suffix == ".py", file
     assert not re.search("[ \t]\n", text), file
     match file.suffix:
         case ".py":
@@ -230,16 +237,54 @@ def words_of(file, text):
     return imports(text) | set(re.findall(r"\w+", " ".join(strings)))
 
 
-# README
+# Pages of Markdown
 
 
-def check_readme(texts, template):
-    """It names no file and no command of make that the output lacks.
+@cache
+def parse(markdown):
+    """All tokens of a page, those within its lines last."""
+    tokens = MarkdownIt("commonmark").enable("table").parse(markdown)
+    return tokens + [child for token in tokens for child in token.children or []]
+
+
+def check_links(pages, files):
+    """Each relative link of these pages leads to a file, and its fragment to a heading on GitHub.
+
+    `files` are all that a link may lead to, {path: text}.
+    """
+    for page in pages:
+        tokens = parse(files[page])
+        links = [token.attrs.get("href") or token.attrs.get("src") for token in tokens]
+        for link in map(urlsplit, filter(None, links)):
+            if link.scheme:
+                assert link.scheme == "https" and link.netloc, f"{page}: {link.geturl()}"
+                continue
+            target = Path(os.path.normpath(page.parent / unquote(link.path))) if link.path else page
+            assert target in files, f"{page}: no file {target}"
+            missing = link.fragment and link.fragment not in anchors(parse(files[target]))
+            assert not missing, f"{page}: {target} has no heading #{link.fragment}"
+
+
+def anchors(tokens):
+    """The fragments that GitHub gives to headings: a second one of the same text gets a number."""
+    seen = Counter()
+    for before, token in itertools.pairwise(tokens):
+        if before.type == "heading_open":
+            words = "".join(child.content for child in token.children)
+            anchor = re.sub(r"[^\w\- ]", "", words.strip().lower()).replace(" ", "-")
+            yield f"{anchor}-{seen[anchor]}" if seen[anchor] else anchor
+            seen[anchor] += 1
+
+
+def check_pages(texts, template):
+    """Pages link to files that exist, and name no file and no make command that the output lacks.
 
     `template` has the paths that any output may have: what a reader shall write is none of them.
     """
-    tokens = MarkdownIt("commonmark").enable("table").parse(texts[Path("README.md")])
-    tokens += [child for token in tokens for child in token.children or []]
+    pages = [file for file in texts if file.suffix == ".md"]
+    check_links(pages, texts)
+    own = [page for page in pages if page.parts[0] != "jobs"]  # the engine's names are no files
+    tokens = [token for page in own for token in parse(texts[page])]
     code = "\n".join(token.content for token in tokens if token.type.startswith(("code", "fence")))
 
     targets = set(re.findall(r"^([a-z]+):", texts[Path("Makefile")], re.MULTILINE))

@@ -17,7 +17,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from . import missing
-from .bake import TEMPLATE
+from .bake import chosen
 from .project import LIMIT, children_of, connects, env, free_ports, wait_for
 
 VISIBILITY_TIMEOUT = 8  # seconds; of plain tasks
@@ -26,10 +26,11 @@ ELECT_LEADERS = """
 [ra:trigger_election(Id) || Queue <- rabbit_amqqueue:list(), Id <- [amqqueue:get_pid(Queue)],
     is_tuple(Id), element(1, ra:members(Id, 1000)) =/= ok].
 """
-# What its readers are told to add to the settings, so that the tests prove the page.
-SENTINEL_RECIPE = re.search(
-    r"```python\n(.*?)```", (TEMPLATE / "docs/sentinel.md").read_text("utf-8"), re.DOTALL
-)[1]
+
+
+def sentinel_settings(page):
+    """The settings that docs/sentinel.md tells its readers to add: so the tests prove the page."""
+    return re.search(r"```python\n(.*?)```", page, re.DOTALL)[1]
 
 
 class Process:
@@ -155,7 +156,7 @@ class RedisSentinel(Redis):
 
     scheme = None
     answers = {"broker": "redis", "result_backend": "redis"}
-    settings = f"{Redis.settings}\n{SENTINEL_RECIPE}"
+    settings = f"{Redis.settings}\n{sentinel_settings(chosen().servers[0].sentinel)}"
 
     def __init__(self, folder, project=None, port=None):
         super().__init__(folder, project, port)

@@ -342,9 +342,9 @@ def test_no_command_line_has_a_secret(stack):
 
 
 def test_the_image_takes_no_backup_along(engine, bake, tmp_path):
-    """That of the README, and others of PostgreSQL's usual names."""
+    """That of docs/operation.md, and others of PostgreSQL's usual names."""
     project = bake()
-    [backup] = set(re.findall(r"pg_dump .* > (\S+?)`", project.read("README.md")))
+    [backup] = set(re.findall(r"pg_dump .* > (\S+?)`", project.read("docs/operation.md")))
     backups = [backup, "shop-2026-01-31.sql.gz", "shop.dump"]
     for name in backups:
         (project / name).write_text("secrets")

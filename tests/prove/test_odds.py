@@ -598,9 +598,9 @@ result = [(timezone.now() - time).total_seconds() for time in (sweep.ended_at, s
 
 @stacks(brokers=["rabbitmq"], pools=POOLS[:1])
 def test_a_dead_letter_is_kept_and_sent_again(stack):
-    """With the file and with the lines of the output's README."""
-    readme = stack.project.read("README.md")
-    [again] = re.findall(r"^    from config import celery_app\n(?:    .*\n)*", readme, re.MULTILINE)
+    """With the file and with the lines of the output's docs/workers.md."""
+    page = stack.project.read("docs/workers.md")
+    [again] = re.findall(r"^    from config import celery_app\n(?:    .*\n)*", page, re.MULTILINE)
     stack.broker.control("import_definitions", stack.project / "rabbitmq.json")
     for worker in stack.workers:
         worker.stop()

@@ -1,4 +1,4 @@
-"""docs/operation.md: its alerts are about metrics that an output has, and fire when they should."""
+"""The output's docs/operation.md: its alerts use existing metrics, and fire when they should."""
 
 import re
 import shutil
@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 from harness import missing
-from harness.bake import CHOICES, TEMPLATE
+from harness.bake import CHOICES, render
 
-TEXT = (TEMPLATE / "docs/operation.md").read_text("utf-8")
+TEXT = render("docs/operation.md")
 CONFIG, RULES = re.findall("```yaml\n(.*?)```", TEXT, re.DOTALL)
 ALERTS = {rule["alert"]: rule["expr"] for rule in yaml.safe_load(RULES)["groups"][0]["rules"]}
 PROMQL = {"absent", "avg_over_time", "by", "count_over_time", "max", "max_over_time", "scalar"}
@@ -64,7 +64,7 @@ def metrics_named(expression):
     return set(re.findall(r"\b[a-z_]\w*", words)) - PROMQL - LABELS
 
 
-def test_the_documents_name_metrics_that_an_output_has(bake):
+def test_the_page_names_the_metrics_that_an_output_has(bake):
     exposed = set(re.findall('"(jobs_[a-z_]+)": "', bake().read("jobs/metrics.py")))
     rows = re.findall(r"^\| `(\w+)` \|", TEXT, re.MULTILINE)
     assert set(rows) == exposed and len(rows) == len(exposed)
@@ -75,10 +75,10 @@ def test_the_documents_name_metrics_that_an_output_has(bake):
 
 
 @pytest.mark.parametrize("broker", CHOICES["broker"])
-def test_a_readme_names_metrics_that_its_output_has(bake, broker):
+def test_the_page_of_each_broker_names_metrics_that_its_output_has(bake, broker):
     project = bake(broker=broker)
     exposed = set(re.findall('"(jobs_[a-z_]+)": "', project.read("jobs/metrics.py")))
-    named = set(re.findall(r"`(jobs_\w+)", project.read("README.md")))
+    named = set(re.findall(r"`(jobs_\w+)", project.read("docs/operation.md")))
     assert named and named <= exposed
 
 
