@@ -384,7 +384,7 @@ def test_the_admin_shows_every_field_of_a_job():
 
 def test_the_admin_cancels_jobs(admin_client):
     job = Job.objects.enqueue(greet)
-    assert "1 job cancelled. 0 had ended already." in act(admin_client, "cancel")
+    assert "1 job cancelled. 0 had already ended." in act(admin_client, "cancel")
     job.refresh_from_db()
     assert job.state == "cancelled"
 

@@ -10,15 +10,15 @@ from django.utils.html import format_html
 
 from .models import Attempt, Job
 
-# What the page of a job shows.
-WHAT = "task label args kwargs owner queue created_at"
-WENT = "state error reason result progress message started_at finished_at"
+# The fields on the page of a job
+TASK_FIELDS = "task label args kwargs owner queue created_at"
+OUTCOME_FIELDS = "state error reason result progress message started_at finished_at"
 KEYS = "id idempotency_key fingerprint unique_key"
 INTERNALS = "cursor run worker due_at wake_at deadline sent retries crashes"
 
 
 class LatestPages(Paginator):
-    """Counts 5,000 rows and no more, because counting a million takes long: filter to see older ones."""
+    """Counts at most 5,000 rows, because counting a million takes long. Filter to see older jobs."""
 
     most = 5000
 
@@ -28,13 +28,17 @@ class LatestPages(Paginator):
 
 
 def announce(request, jobs, done="enqueued", rest=""):
-    """Show in the admin how many jobs were enqueued, with a link to where this user sees them."""
+    """Show how many jobs were enqueued, as a message in the admin.
+
+    The message links to a page that shows them, or to the user's own jobs if the user may not view
+    jobs in the admin.
+    """
     if not request.user.has_perm("jobs.view_job"):
         url = reverse("index")
     elif len(jobs) == 1:
         url = reverse("admin:jobs_job_change", args=[jobs[0].pk])
     else:
-        url = reverse("admin:jobs_job_changelist")  # the newest first
+        url = reverse("admin:jobs_job_changelist")  # which shows the newest first
     text = f"{len(jobs)} job{pluralize(jobs)} {done}"
     link = format_html('<a href="{}">{}</a>', url, text) if jobs else text
     messages.success(request, format_html("{}. {}", link, rest))
@@ -49,7 +53,7 @@ class AttemptInline(admin.StackedInline):
     can_delete = False
 
     def has_view_permission(self, request, obj=None):
-        return True  # whoever may see the job may see its attempts
+        return True  # every user who may view the job may view its attempts
 
     def started(self, attempt):
         seconds = (attempt.ended_at - attempt.started_at).total_seconds()
@@ -62,7 +66,7 @@ class AttemptInline(admin.StackedInline):
 
 @admin.register(Job)
 class JobAdmin(admin.ModelAdmin):
-    """What it lists, filters and searches by has an index."""
+    """Sorts, filters and searches only by columns that have an index."""
 
     list_display = ["task", "state", "progress", "owner", "created_at", "finished_at"]
     ordering = ["-created_at"]
@@ -71,12 +75,12 @@ class JobAdmin(admin.ModelAdmin):
     paginator = LatestPages
     show_full_result_count = False
     search_fields = ["pk"]  # shows the search box
-    search_help_text = "The id of a job, or the whole name of its owner"
+    search_help_text = "The id of a job, or the full user name of its owner"
     actions = ["run_again", "cancel"]
     inlines = [AttemptInline]
     fieldsets = [
-        (None, {"fields": WHAT.split()}),
-        ("How it went", {"fields": WENT.split()}),
+        (None, {"fields": TASK_FIELDS.split()}),
+        ("How it went", {"fields": OUTCOME_FIELDS.split()}),
         ("Internals", {"fields": f"{KEYS} {INTERNALS}".split(), "classes": ["collapse"]}),
     ]
 
@@ -88,7 +92,7 @@ class JobAdmin(admin.ModelAdmin):
         return queryset.filter(**found) if search_term else queryset, False
 
     def response_action(self, request, queryset, **kwargs):
-        if request.POST.get("select_across") == "1":  # at most as many as the page says
+        if request.POST.get("select_across") == "1":  # no more jobs than the page counts
             queryset = queryset.filter(pk__in=queryset.values("pk")[: LatestPages.most])
         return super().response_action(request, queryset, **kwargs)
 
@@ -96,16 +100,16 @@ class JobAdmin(admin.ModelAdmin):
         return False
 
     def has_change_permission(self, request, obj=None):
-        return False  # only the methods of JobQuerySet keep a job and its worker in step
+        return False  # a form would bypass JobQuerySet, which keeps a job and its worker consistent
 
     @admin.action(description="Run again, as new jobs", permissions=["delete"])
     def run_again(self, request, queryset):
         again = queryset.run_again()
-        rest = f"{queryset.count() - len(again)} left alone: active, or their task is gone."
+        rest = f"{queryset.count() - len(again)} left alone: active, or they can no longer run."
         announce(request, again, "enqueued again", rest)
 
     @admin.action(description="Cancel", permissions=["delete"])
     def cancel(self, request, queryset):
         count, cancelled = queryset.count(), queryset.cancel()
-        rest = f"{count - cancelled} had ended already."
+        rest = f"{count - cancelled} had already ended."
         self.message_user(request, f"{cancelled} job{pluralize(cancelled)} cancelled. {rest}")

@@ -1,9 +1,9 @@
-"""A backend for Django's Tasks: a function that @task declares runs as a job.
+"""A backend for Django's Tasks: each function that is decorated with @task runs as a job.
 
     TASKS = {"default": {"BACKEND": "jobs.backends.TaskBackend", "QUEUES": ["default", …]}}
 
-Django 6 has these Tasks as `django.tasks`, Django 5.2 as the package `django_tasks`. With Django 6 a
-@task of either one uses this backend.
+Django 6 has Tasks as `django.tasks`, Django 5.2 as the package `django_tasks`. With Django 6 this backend
+accepts the @task of either one.
 """
 
 from dataclasses import dataclass, field, replace
@@ -39,19 +39,19 @@ STATUSES = {
     "failed": TaskResultStatus.FAILED,
     "cancelled": TaskResultStatus.FAILED,  # Django has no status for it
 }
-ENDS = {  # the error of a job that ended without an attempt that failed
+ERROR_CLASSES = {  # of a cancelled job, and of one that failed without an Attempt
     "failed": "celery.exceptions.TaskError",
     "cancelled": "celery.exceptions.TaskRevokedError",
 }
-declared = {}  # Celery's tasks by the path of their function
+registered = {}  # Celery's tasks, by the path of their function
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobFunction(Task):
-    """A function that @task declares, with what a job has besides.
+    """A function that is decorated with @task, with the additional options of a job.
 
-    `celery` has options of @shared_task: @task(celery={"autoretry_for": (OSError,)}). A job's
-    `owner` and `unique` come with using(): see Job.objects.enqueue().
+    `celery` has options of @shared_task: @task(celery={"autoretry_for": (OSError,)}). Set `owner` and
+    `unique` with using(): see Job.objects.enqueue().
     """
 
     celery: dict = field(default_factory=dict, compare=False)
@@ -59,13 +59,14 @@ class JobFunction(Task):
     unique: str | None = None
 
     def using(self, *, owner=None, unique=None, **changes):
-        task = super(JobFunction, self).using(**changes)  # slots: super() alone is of another class
+        # A plain super() would fail: slots=True makes a new class, and super() refers to the old one.
+        task = super(JobFunction, self).using(**changes)
         return replace(task, owner=owner or self.owner, unique=unique or self.unique)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobContext(TaskContext):
-    """What a body with takes_context gets: report(), cursor and retry() are those of JobTask."""
+    """The context of a body with takes_context=True, with report(), cursor and retry() of JobTask."""
 
     job: JobTask
 
@@ -77,39 +78,42 @@ class JobContext(TaskContext):
 class TaskBackend(BaseTaskBackend):
     task_class = JobFunction
     supports_defer = supports_async_task = supports_get_result = True
-    supports_priority = False  # what must not wait has a queue with workers of its own
+    supports_priority = False  # put urgent tasks in a queue that has its own workers
 
     def validate_task(self, task):
         super().validate_task(task)
-        declare(task)
+        register(task)
 
     def enqueue(self, task, args, kwargs):
         """Store a job, and send its message when the caller's transaction commits.
 
-        Returns the TaskResult of the job; of the active one, if there is one with this `unique`.
-        Raises InvalidTask, and what Job.objects.enqueue() does.
+        Returns the TaskResult of the job, or of the active job with the same `unique`. Raises
+        InvalidTask, and the errors of Job.objects.enqueue().
         """
-        self.validate_task(task)  # again: the settings may be others than at its declaration
+        self.validate_task(task)  # again, because the settings may have changed since @task ran
         options = {"owner": task.owner, "unique": task.unique}
-        if task.queue_name != DEFAULT_TASK_QUEUE_NAME:  # else CELERY_TASK_ROUTES says which
+        if task.queue_name != DEFAULT_TASK_QUEUE_NAME:  # else CELERY_TASK_ROUTES decides
             options["queue"] = task.queue_name
         if task.run_after:
             options["countdown"] = max((task.run_after - timezone.now()).total_seconds(), 0)
-        job = Job.objects.enqueue(declare(task), args, kwargs, **options)
-        if job.task != task.module_path:  # the active one with this `unique`
+        job = Job.objects.enqueue(register(task), args, kwargs, **options)
+        if job.task != task.module_path:  # an active job with this `unique`, of another task
             return self.get_result(job.pk)
         result = self.result_of(job, task)
         signals.task_enqueued.send(type(self), task_result=result)
         return result
 
     def get_result(self, result_id):
-        """Return the TaskResult of a job. Raises TaskResultDoesNotExist if no @task declares it."""
+        """Return the TaskResult of a job.
+
+        Raises TaskResultDoesNotExist if there is no such job, or if its task was not made by @task.
+        """
         try:
             job = Job.objects.get(pk=result_id)
             task = import_string(job.task)
         except (Job.DoesNotExist, ValidationError, ImportError) as error:
             raise TaskResultDoesNotExist(result_id) from error
-        if not isinstance(task, Task):  # @shared_task declares it
+        if not isinstance(task, Task):  # it was made by @shared_task
             raise TaskResultDoesNotExist(result_id)
         return self.result_of(job, task)
 
@@ -117,7 +121,8 @@ class TaskBackend(BaseTaskBackend):
         attempts = list(job.attempts.all())
         runs = [(attempt.started_at, attempt.worker) for attempt in attempts]
         if job.started_at and (not runs or job.started_at > runs[-1][0]):
-            runs.append((job.started_at, job.worker))  # it runs, succeeded or was cancelled
+            # The last run has no Attempt: it is running, succeeded or was cancelled.
+            runs.append((job.started_at, job.worker))
         errors = [
             TaskError(
                 exception_class_path=attempt.exception,
@@ -126,7 +131,7 @@ class TaskBackend(BaseTaskBackend):
             for attempt in attempts
         ]
         if job.state == "cancelled" or (job.state == "failed" and not errors):
-            error = TaskError(exception_class_path=ENDS[job.state], traceback=job.error)
+            error = TaskError(exception_class_path=ERROR_CLASSES[job.state], traceback=job.error)
             errors.append(error)
         result = TaskResult(
             task=task,
@@ -142,55 +147,55 @@ class TaskBackend(BaseTaskBackend):
             errors=errors,
             worker_ids=[worker for _, worker in runs],
         )
-        change(result, _return_value=job.result)
+        set_fields(result, _return_value=job.result)
         return result
 
 
 class FunctionTask(JobTask):
-    """Celery's task of a function that @task declares. It sends the signals of Django's Tasks."""
+    """The Celery task that runs a JobFunction and sends the signals of Django's Tasks."""
 
     abstract = True
 
-    def start(self, task):
-        """Send task_started. Returns the context of the body."""
+    def send_started(self, task):
+        """Send the signal task_started. Returns the context for the body."""
         result = wait_for(task.get_backend().get_result, self.request.id)
         self.request.task_result = result
         signals.task_started.send_robust(type(task.get_backend()), task_result=result)
         return JobContext(task_result=result, job=self)
 
     def on_success(self, retval, *args):
-        self.finish(status=TaskResultStatus.SUCCESSFUL, _return_value=retval)
+        self.send_finished(status=TaskResultStatus.SUCCESSFUL, _return_value=retval)
 
     def on_failure(self, exc, *args):
         if result := getattr(self.request, "task_result", None):
             error = describe(exc)
             error = TaskError(exception_class_path=error["exception"], traceback=error["traceback"])
-            self.finish(status=TaskResultStatus.FAILED, errors=[*result.errors, error])
+            self.send_finished(status=TaskResultStatus.FAILED, errors=[*result.errors, error])
 
-    def finish(self, **changes):
+    def send_finished(self, **changes):
         result = self.request.task_result
-        change(result, finished_at=timezone.now(), **changes)
+        set_fields(result, finished_at=timezone.now(), **changes)
         signals.task_finished.send_robust(type(result.task.get_backend()), task_result=result)
 
 
-def change(result, **changes):
-    for name, value in changes.items():
-        object.__setattr__(result, name, value)  # as Django does: it is a frozen dataclass
+def set_fields(result, **values):
+    for name, value in values.items():
+        object.__setattr__(result, name, value)  # as Django does, because the dataclass is frozen
 
 
-def declare(task):
-    """Register a function as a task of Celery, unless it is. Returns that task."""
-    if task.module_path not in declared:
+def register(task):
+    """Register the function with Celery, if it is not registered yet. Returns the Celery task."""
+    if task.module_path not in registered:
 
         @wraps(task.func)
         def run(self, *args, **kwargs):
             if self.job_run:
-                context = self.start(task)
+                context = self.send_started(task)
                 args = (context, *args) if task.takes_context else args
             result = task.func(*args, **kwargs)
             return run_coroutine(self, result) if iscoroutine(result) else result
 
         header = staticmethod(head_from_fun(task.func, bound=task.takes_context))
         options = {"name": task.module_path, "__header__": header, **task.celery}
-        declared[task.module_path] = shared_task(run, base=FunctionTask, bind=True, **options)
-    return declared[task.module_path]
+        registered[task.module_path] = shared_task(run, base=FunctionTask, bind=True, **options)
+    return registered[task.module_path]

@@ -1,28 +1,29 @@
-"""Celery's app, which knows jobs: they have rows, and are no part of another task."""
+"""Celery's app with support for jobs. It enqueues jobs by name, and refuses them in Celery's canvas."""
 
 import celery
 from celery.contrib.django.task import DjangoTask
 
-ALONE = "A job joins no group, chain or chord, and is no callback: enqueue it in a task's body"
-COMBINED = ("link", "link_error", "chain", "chord")  # options that hold other tasks
+NO_CANVAS = "A job joins no group, chain or chord, and is no callback: enqueue it in a task's body"
+CANVAS_OPTIONS = ("link", "link_error", "chain", "chord")  # of apply_async(): they hold other tasks
 
 
 class Task(DjangoTask):
-    """A plain task."""
+    """The base class of plain tasks."""
 
     def apply_async(self, *args, **options):
-        refuse_jobs(self.app, options)  # here too, because eager mode sends nothing
+        refuse_jobs(self.app, options)  # not only in send_task(): eager mode does not call that
         return super().apply_async(*args, **options)
 
 
 class Celery(celery.Celery):
     task_cls = Task
-    backend_cls = "jobs.results:backend"  # by its name: it needs models, which need an app
+    # A name, because that module imports models, which need this app.
+    backend_cls = "jobs.results:backend"
 
     def send_task(self, name, args=None, kwargs=None, countdown=None, eta=None, **options):
-        """Send a message, as Celery documents it, or enqueue the job of this name.
+        """Send a message as Celery documents it. If the task is a job, enqueue it instead.
 
-        Raises TypeError if a job is to be a callback, or a part of a chain or chord.
+        Raises TypeError if a job is used as a callback, or in a group, chain or chord.
         """
         refuse_jobs(self, options)
         options |= {"countdown": countdown, "eta": eta}
@@ -36,16 +37,16 @@ def is_job(app, name):
 
 
 def refuse_jobs(app, options):
-    for option in COMBINED:
-        if jobs := [name for name in names(options.get(option)) if is_job(app, name)]:
-            raise TypeError(f"{option}={jobs[0]}: {ALONE}")
+    for option in CANVAS_OPTIONS:
+        if jobs := [name for name in task_names(options.get(option)) if is_job(app, name)]:
+            raise TypeError(f"{option}={jobs[0]}: {NO_CANVAS}")
 
 
-def names(value):
-    """Yield the names of the tasks in a signature, or in a list of some."""
+def task_names(value):
+    """Yield the names of all tasks in a signature, or in a list of signatures."""
     if isinstance(value, dict):
         yield value.get("task")
         value = [*value.get("kwargs", {}).values(), *value.get("options", {}).values()]
     if isinstance(value, (list, tuple)):
         for each in value:
-            yield from names(each)
+            yield from task_names(each)

@@ -1,4 +1,4 @@
-"""What `manage.py check` says of work that nobody would do; with --deploy, of what would lose it."""
+"""Checks for `manage.py check`: tasks that would never run and, with --deploy, unsafe settings."""
 
 import os
 import re
@@ -15,39 +15,40 @@ from .pools import TIME_LIMITED
 @register()
 def check_names(app_configs, **kwargs):
     """Check the queues that tasks are routed to, and the tasks that the schedule names."""
-    current_app.autodiscover_tasks(force=True)  # the loader would run this check again
+    # Not import_default_modules() of the loader: it would run this check again.
+    current_app.autodiscover_tasks(force=True)
     for name, task in sorted(current_app.tasks.items()):
         queue = queue_of(task, [], {})
         if queue not in settings.WORKER_QUEUES and not name.startswith("celery."):
             yield Warning(
-                f"{name} goes to the queue {queue}, which is not in WORKER_QUEUES: no worker takes it.",
-                hint="Add it there, or mend CELERY_TASK_ROUTES.",
+                f"{name} goes to the queue {queue}, which is not in WORKER_QUEUES: no worker runs it.",
+                hint="Add the queue to WORKER_QUEUES, or fix CELERY_TASK_ROUTES.",
                 id="jobs.W005",
             )
     for name, entry in current_app.conf.beat_schedule.items():
         if entry["task"] not in current_app.tasks:
             yield Warning(
                 f"CELERY_BEAT_SCHEDULE: {name} names the task {entry['task']}, which does not exist.",
-                hint="Write the path of its function: app.tasks.name. Is its app in INSTALLED_APPS?",
+                hint="Write the full path, such as app.tasks.name, and add the app to INSTALLED_APPS.",
                 id="jobs.W006",
             )
 
 
 @register(deploy=True)
 def check_flower(app_configs, **kwargs):
-    # Without the setting there is no Flower, and the default passes.
+    # Without this setting there is no Flower, so the default passes the check.
     users = getattr(settings, "FLOWER_BASIC_AUTH", "no:flower").split(",")
     if any(user.partition(":")[2] in ("", "change-me") for user in users):
         yield Error(
             "FLOWER_BASIC_AUTH has no password: anyone who reaches Flower can see and revoke tasks.",
-            hint='Set it to user:password. Without Flower: SILENCED_SYSTEM_CHECKS = ["jobs.E002"]',
+            hint='Set it to user:password. Without Flower, add "jobs.E002" to SILENCED_SYSTEM_CHECKS.',
             id="jobs.E002",
         )
 
 
 @register(deploy=True)
 def check_servers(app_configs, **kwargs):
-    """Check the servers of messages, results and cache."""
+    """Check the addresses of the broker, the result backend and the cache."""
     used_by = {}
     for name in ["CELERY_BROKER_URL", "CELERY_RESULT_BACKEND", "CACHE_URL"]:
         url = getattr(settings, name, None) or os.environ.get(name, "")
@@ -55,29 +56,29 @@ def check_servers(app_configs, **kwargs):
         if not checked and re.search("^rediss:|ssl_cert_reqs", url):
             yield Warning(
                 f"The TLS certificate of the server of {name} is not checked.",
-                hint="Add ?ssl_cert_reqs=required, and ssl_ca_certs= for an authority of your own.",
+                hint="Add ?ssl_cert_reqs=required, and ssl_ca_certs= for your own certificate authority.",
                 id="jobs.W001",
             )
-        parts = urlsplit(url.split(";")[0])  # the first sentinel stands for all
+        parts = urlsplit(url.split(";")[0])  # of several sentinels, compare the first
         place = parts.hostname, parts.port or 6379, parts.path.strip("/") or "0"
         if url.startswith(("redis", "sentinel")) and used_by.setdefault(place, name) != name:
             yield Warning(
-                f"{used_by[place]} and {name} are the same database: clearing one empties both.",
-                hint="Give each a database of its own, and the cache a server of its own.",
+                f"{used_by[place]} and {name} use the same database: clearing one empties both.",
+                hint="Use a separate database for each, and a separate server for the cache.",
                 id="jobs.W002",
             )
 
 
 @register(deploy=True)
 def check_time_limits(app_configs, **kwargs):
-    """Check plain tasks that may run longer than the broker waits before it delivers them again."""
+    """Find plain tasks that may run so long that the broker delivers them a second time."""
     current_app.loader.import_default_modules()
     limit = settings.REDELIVERY_SECONDS
     for task in current_app.tasks.values():
         if task.acks_late and task.time_limit >= limit:
             yield Warning(
-                f"{task.name} may run for {task.time_limit} s; the broker repeats it after {limit} s.",
-                hint="config/settings.py says where REDELIVERY_SECONDS comes from: raise that first.",
+                f"{task.name} may run for {task.time_limit} s, but the broker repeats it after {limit} s.",
+                hint="Raise REDELIVERY_SECONDS first: config/settings.py says where it comes from.",
                 id="jobs.W004",
             )
 
@@ -86,7 +87,7 @@ def check_time_limits(app_configs, **kwargs):
 def check_pool(app_configs, **kwargs):
     if (pool := settings.CELERY_WORKER_POOL) not in TIME_LIMITED:
         yield Info(
-            f"The pool {pool} has no time limits: a task that waits for ever keeps its slot.",
-            hint="Give each wait a timeout of its own. Then add this id to SILENCED_SYSTEM_CHECKS.",
+            f"The pool {pool} has no time limits: a task that waits forever keeps its slot.",
+            hint='Give each wait a timeout. Then add "jobs.I001" to SILENCED_SYSTEM_CHECKS.',
             id="jobs.I001",
         )

@@ -1,4 +1,4 @@
-"""GET /metrics: what the jobs' rows say of queues, tasks and the sweep, for Prometheus."""
+"""GET /metrics for Prometheus: numbers of queues, tasks, Beat and its sweep, read from the database."""
 
 import math
 from datetime import timedelta
@@ -14,26 +14,30 @@ from rest_framework.views import APIView
 
 from .models import ACTIVE, Job, Sweep
 
-QUEUE = {
-    "jobs_waiting": "Jobs that are due and that no worker has taken",
+QUEUE_METRICS = {
+    "jobs_waiting": "Jobs that are due but not running yet",
     "jobs_waiting_later": "Jobs that wait for their countdown or their next try",
-    "jobs_running": "Jobs that a worker has taken",
-    "jobs_oldest_wait_seconds": "Seconds that the oldest due job has waited for a worker",
+    "jobs_running": "Jobs that a worker has claimed",
+    "jobs_oldest_wait_seconds": "Seconds for which the oldest due job has waited for a worker",
 }
-TASK = {  # over one minute only: rows are purged, and counting all of them takes long
-    "jobs_ended_last_minute": "Jobs that ended within the last minute",
-    "jobs_ended_last_minute_run_seconds": "Seconds that their last runs took, cancelled ones left out",
-    "jobs_ended_last_minute_crashes": "Times a worker died while running them",
-    "jobs_ended_last_minute_retries": "Tries before the last one",
+TASK_METRICS = {  # of one minute only: rows are purged, and counting all of them would take long
+    "jobs_ended_last_minute": "Jobs that ended in the last minute",
+    "jobs_ended_last_minute_run_seconds": (
+        "Total seconds of the last runs of jobs that ended in the last minute, without cancelled jobs"
+    ),
+    "jobs_ended_last_minute_crashes": (
+        "Times a worker died while running a job that ended in the last minute"
+    ),
+    "jobs_ended_last_minute_retries": "Retries of jobs that ended in the last minute",
 }
-BEAT = {
-    "jobs_sweep_age_seconds": "Seconds since Beat last looked at the jobs",
-    "jobs_beat_late_seconds": "Seconds since Beat should have looked at its schedule",
+BEAT_METRICS = {
+    "jobs_sweep_age_seconds": "Seconds since Beat's sweep last completed a round",
+    "jobs_beat_late_seconds": "Seconds by which Beat is late to check its schedule",
 }
 
 
 class Collector:
-    """What prometheus_client collects from: three queries, however many jobs there are."""
+    """The collector for prometheus_client. It makes three queries, however many jobs there are."""
 
     def collect(self):
         queued = Q(state="queued")
@@ -46,7 +50,7 @@ class Collector:
             jobs_oldest_wait_seconds=Now() - Min("due_at", filter=due),
         )
         empty = [{"queue": queue} for queue in settings.WORKER_QUEUES]
-        yield from gauges(QUEUE, ["queue"], [*empty, *rows])
+        yield from gauges(QUEUE_METRICS, ["queue"], [*empty, *rows])
 
         ended = Job.objects.filter(finished_at__gt=Now() - timedelta(minutes=1))
         seconds = Sum(F("finished_at") - F("started_at"), filter=~Q(state="cancelled"))
@@ -56,16 +60,16 @@ class Collector:
             jobs_ended_last_minute_crashes=Sum("crashes"),
             jobs_ended_last_minute_retries=Sum("retries"),
         )
-        yield from gauges(TASK, ["task", "state"], rows)
+        yield from gauges(TASK_METRICS, ["task", "state"], rows)
 
         ages = {"jobs_sweep_age_seconds": "ended_at", "jobs_beat_late_seconds": "tick_due_at"}
         rows = Sweep.objects.values(**{name: Now() - F(time) for name, time in ages.items()})
-        yield from gauges(BEAT, [], rows or [dict.fromkeys(BEAT, math.inf)])
+        yield from gauges(BEAT_METRICS, [], rows or [dict.fromkeys(BEAT_METRICS, math.inf)])
 
 
-def gauges(texts, labels, rows):
-    """Yield a metric family for each of `texts`, with the values of the column with the same name."""
-    for name, text in texts.items():
+def gauges(help_texts, labels, rows):
+    """Yield a gauge for each name in `help_texts`, with the values of that key in the `rows`."""
+    for name, text in help_texts.items():
         family = GaugeMetricFamily(name, text, labels=labels)
         values = {tuple(row[label] for label in labels): row.get(name) or 0 for row in rows}
         for key, value in values.items():
@@ -75,14 +79,14 @@ def gauges(texts, labels, rows):
 
 
 class Metrics(APIView):
-    """For staff. Give Prometheus a staff user without permissions."""
+    """The metrics, for staff. Let Prometheus log in as a staff user without permissions."""
 
     permission_classes = [IsAdminUser]
     throttle_classes = []
-    schema = None  # no part of the API
+    schema = None  # not part of the API
 
     def perform_content_negotiation(self, request, force=False):
-        return super().perform_content_negotiation(request, force=True)  # there is one format
+        return super().perform_content_negotiation(request, force=True)  # there is only one format
 
     def get(self, request):
         return HttpResponse(generate_latest(Collector()), content_type=CONTENT_TYPE_LATEST)

@@ -1,4 +1,4 @@
-"""What REST_FRAMEWORK in the settings names for all views: their parser, filter and throttle."""
+"""The parser, filter and throttle of all views, which the setting REST_FRAMEWORK names."""
 
 import logging
 import time
@@ -8,7 +8,7 @@ from rest_framework import exceptions, parsers, throttling
 
 logger = logging.getLogger(__name__)
 
-CACHE_PAUSE = 10  # seconds without a try after the cache failed: requests stay quick
+CACHE_PAUSE = 10  # seconds without another try after the cache failed, so that requests stay fast
 
 
 class Parser(parsers.JSONParser):
@@ -22,7 +22,7 @@ class Parser(parsers.JSONParser):
 
 
 class Filter(DjangoFilterBackend):
-    """Refuses a parameter that is empty or is given twice, because it is ambiguous."""
+    """Answers 400 to a parameter that is empty or is given twice, because it is ambiguous."""
 
     def filter_queryset(self, request, queryset, view):
         for name, values in request.query_params.lists():
@@ -32,7 +32,7 @@ class Filter(DjangoFilterBackend):
 
 
 class Throttle(throttling.UserRateThrottle):
-    """Counts requests in the cache. While the cache is unavailable, all requests may pass."""
+    """Counts requests in the cache. While the cache is unavailable, all requests are allowed."""
 
     count_again_at = 0.0
 
@@ -41,7 +41,7 @@ class Throttle(throttling.UserRateThrottle):
             return True
         try:
             return super().allow_request(request, view)
-        except Exception as error:  # each cache raises its own
+        except Exception as error:  # each cache backend raises its own classes
             Throttle.count_again_at = time.monotonic() + CACHE_PAUSE
             logger.warning("requests are not counted, the cache is unavailable: %r", error)
             return True

@@ -1,4 +1,4 @@
-"""The result backend of jobs: AsyncResult(id) reads the row."""
+"""The result backend of jobs: AsyncResult(id) reads the job's row."""
 
 from contextlib import suppress
 
@@ -20,20 +20,20 @@ ERRORS = {"failed": "TaskError", "cancelled": "TaskRevokedError"}  # in celery.e
 
 
 def backend(app, url=None):
-    """Return the result backend of the settings, which knows the ids of jobs besides."""
+    """Return the result backend of the settings, extended to read the rows of jobs."""
     kind, url = backends.by_url(app.conf.result_backend, app.loader)
-    return type(kind.__name__, (Rows, kind), {})(app=app, url=url)
+    return type(kind.__name__, (JobRowsMixin, kind), {})(app=app, url=url)
 
 
-def read(id, app):
-    """Return what AsyncResult shall know of the job with this id, or None if there is no such job."""
+def read_job(id, app):
+    """Return the job's status and result as Celery's backends do, or None if there is no such job."""
     job = None
-    with suppress(ValidationError):  # the id is no UUID
+    with suppress(ValidationError):  # the id is not a UUID
         job = Job.objects.filter(pk=id).first()
     if job is None:
         return None
     if job.state == "queued" and app.conf.task_always_eager:
-        publish([job])  # a test's transaction does not commit, and get() would wait for ever
+        publish([job])  # a test's transaction never commits, so get() would wait forever
         job.refresh_from_db()
     result = job.result
     if kind := ERRORS.get(job.state):
@@ -41,21 +41,23 @@ def read(id, app):
     return {"status": STATES[job.state], "result": result}
 
 
-class Rows:
-    """A result backend that reads the rows of jobs."""
+class JobRowsMixin:
+    """Reads jobs from their rows. All other ids are left to the result backend."""
 
     def get_task_meta(self, task_id, cache=True):
-        return read(task_id, self.app) or super().get_task_meta(task_id, cache=cache)
+        return read_job(task_id, self.app) or super().get_task_meta(task_id, cache=cache)
 
     def wait_for_pending(self, result, **options):
-        backend = JobBackend(self.app) if read(result.id, self.app) else super()
+        backend = JobBackend(self.app) if read_job(result.id, self.app) else super()
         return backend.wait_for_pending(result, **options)
 
 
 class JobBackend(BaseBackend):
+    """Reads jobs only. It polls the row, because no message reports a job's result."""
+
     def _ensure_not_eager(self):
-        """Do not warn: what a job returns is in its row in eager mode, too."""
+        """Do not warn: in eager mode, too, a job's result is in its row."""
 
     def get_task_meta(self, task_id, cache=True):
-        # Celery's answer for unknown tasks
-        return read(task_id, self.app) or {"status": states.PENDING, "result": None}
+        # For an unknown id, answer as Celery does.
+        return read_job(task_id, self.app) or {"status": states.PENDING, "result": None}

@@ -1,4 +1,4 @@
-"""The schema class of all views, which REST_FRAMEWORK in the settings names."""
+"""The OpenAPI schema class of all views, which the setting REST_FRAMEWORK names."""
 
 from drf_spectacular.openapi import AutoSchema
 
@@ -15,11 +15,11 @@ RETRY_AFTER = {"Retry-After": {"schema": {"type": "string"}}}
 
 
 class Schema(AutoSchema):
-    """Documents the responses that every view has, and so none declares."""
+    """Adds the responses that every view has, so that no view needs to declare them."""
 
     def get_operation(self, path, *args, **kwargs):
         operation = super().get_operation(path, *args, **kwargs)
-        if operation is None:  # the view is not part of the document
+        if operation is None:  # the view is not in the document
             return None
         responses, more = operation["responses"], dict(COMMON)
         parameters = {parameter["name"] for parameter in operation.get("parameters", [])}
@@ -29,12 +29,12 @@ class Schema(AutoSchema):
             more |= WITH_PAGES
         if "{" in path:
             more[404] = "Not found"
-        if "Idempotency-Key" in parameters:  # of EnqueueMixin
+        if "Idempotency-Key" in parameters:  # the view has EnqueueMixin
             responses["202"] = responses.pop("201")
             more[422] = "The key was used for another request"
         for status, description in more.items():
             content = {"application/json": {"schema": DETAIL if status != 400 else {}}}
             responses.setdefault(str(status), {"description": description, "content": content})
         responses["429"].setdefault("headers", RETRY_AFTER)
-        responses["414"] = {"description": "The address is too long"}  # from gunicorn
+        responses["414"] = {"description": "The address is too long"}  # gunicorn answers this
         return operation

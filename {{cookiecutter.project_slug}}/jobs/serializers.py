@@ -2,14 +2,14 @@ from rest_framework import serializers
 
 from .models import Attempt, Job
 
-SHOWN = "id url task label queue state progress message result error attempts"
-FAILED = "It failed"  # what an owner reads in place of an exception: see JobError
-LONG = "Too long for a list: see the job itself"
+FIELDS = "id url task label queue state progress message result error attempts"
+GENERIC_ERROR = "It failed"  # shown to owners instead of an exception: see JobError
+TOO_LONG = "Too long for a list: see the job itself"
 TIMES = "created_at started_at finished_at"
 
 
-def may(user, action):
-    """Return whether this user may "view" or "delete" every job: staff with that right."""
+def has_job_perm(user, action):
+    """Return whether this user is staff with the permission to "view" or "delete" every job."""
     return user.is_staff and user.has_perm(f"jobs.{action}_job")
 
 
@@ -27,15 +27,15 @@ class JobSerializer(serializers.ModelSerializer):
 
     class Meta:
         model = Job
-        fields = f"{SHOWN} {TIMES}".split()
-        extra_kwargs = {"result": {"help_text": f"in lists, if it is long: {LONG!r}"}}
+        fields = f"{FIELDS} {TIMES}".split()
+        extra_kwargs = {"result": {"help_text": f"in lists, if it is long: {TOO_LONG!r}"}}
 
     def to_representation(self, job):
         if "result" in job.get_deferred_fields():  # in lists
             job.result = job.short_result
-        is_trusted = may(self.context["request"].user, "view")
+        is_trusted = has_job_perm(self.context["request"].user, "view")
         if self.parent is not None or not is_trusted:
             self.fields.pop("attempts", None)
         if job.error and not is_trusted:
-            job.error = job.reason or FAILED
+            job.error = job.reason or GENERIC_ERROR
         return super().to_representation(job)

@@ -19,7 +19,7 @@ from django.db import connection
 from django.db.transaction import TransactionManagementError
 from django.utils import timezone
 
-from .celery import ALONE
+from .celery import NO_CANVAS
 from .database import in_transaction, roll_back_open_transaction, store_outcome, wait_for
 from .lease import Lost, Run, runs
 from .models import LONGEST_WAIT, OVER_TIME_LIMIT, QUEUED, Job, LockTimeout, as_json, lease_end
@@ -111,7 +111,7 @@ class JobTask(DjangoTask):
         """Run a message in eager mode. Raises TypeError for all else, as members of a group in a test."""
         if "job" not in (headers or {}):
             raise TypeError(
-                f"{self.name}.apply() runs no job: enqueue it, or call the task. {ALONE}"
+                f"{self.name}.apply() runs no job: enqueue it, or call the task. {NO_CANVAS}"
             )
         return super().apply(args, kwargs, headers=headers, throw=False, **options)
 

@@ -17,17 +17,17 @@ from rest_framework.response import Response
 
 from .models import Job
 from .schema import DETAIL
-from .serializers import LONG, JobSerializer, may
+from .serializers import TOO_LONG, JobSerializer, has_job_perm
 
-# 1 to 255 printable ASCII characters; HTTP takes away spaces at the ends.
-KEY = {"type": "string", "pattern": "^[!-~]([ -~]{0,253}[!-~])?$"}
+# 1 to 255 printable ASCII characters. HTTP strips spaces at both ends.
+KEY_SCHEMA = {"type": "string", "pattern": "^[!-~]([ -~]{0,253}[!-~])?$"}
 # For the OpenAPI document
 HEADER = OpenApiParameter.HEADER
-ACCEPTED = [
+ACCEPTED_HEADERS = [
     OpenApiParameter(name, str, HEADER, response=[201, 202]) for name in ["Location", "Retry-After"]
 ]
-ENDED = OpenApiResponse(DETAIL, "The job has ended already")
-NOT_AGAIN = OpenApiResponse(
+ALREADY_ENDED = OpenApiResponse(DETAIL, "The job has already ended")
+CANNOT_RUN_AGAIN = OpenApiResponse(
     DETAIL, "The job is active, or its task is gone or takes other arguments"
 )
 
@@ -42,32 +42,32 @@ class KeyReused(APIException):
 
 
 class NewestFirst(CursorPagination):
-    """Pages that cost the same however many jobs there are: by cursor, without a count."""
+    """Cursor pagination without a count: a page costs the same however many jobs there are."""
 
     ordering = ["-created_at", "id"]
 
     def paginate_queryset(self, *args, **kwargs):
         try:
             return super().paginate_queryset(*args, **kwargs)
-        except DjangoValidationError:  # the cursor can be decoded, but its position is not a date
+        except DjangoValidationError:  # the cursor was decoded, but its position is not a date
             raise NotFound(self.invalid_cursor_message) from None
 
 
 def accepted(job_id, data):
-    """Return the response 202, with the address of the job."""
+    """Return a response 202 whose Location is the address of the job."""
     headers = {"Location": reverse("job-detail", args=[job_id]), "Retry-After": "1"}
     return Response(data, status=202, headers=headers)
 
 
-def digest(upload):
-    """Return the name of an uploaded file, and a digest of what is in it."""
-    found = [upload.name, hashlib.file_digest(upload.file, "sha256").hexdigest()]
+def identify_upload(upload):
+    """Return the name of an uploaded file, and a digest of its content."""
+    identity = [upload.name, hashlib.file_digest(upload.file, "sha256").hexdigest()]
     upload.seek(0)
-    return found
+    return identity
 
 
 class JobViewSet(viewsets.ReadOnlyModelViewSet):
-    """The caller's own jobs; for staff also those without owner."""
+    """The caller's own jobs. Staff also see jobs without an owner."""
 
     queryset = Job.objects.all()
     serializer_class = JobSerializer
@@ -75,18 +75,19 @@ class JobViewSet(viewsets.ReadOnlyModelViewSet):
     filterset_fields = ["state"]
 
     def get_queryset(self):
-        """In lists the user's own jobs, and for staff those without owner.
+        """Return the jobs that this user may see, or may change with this action.
 
-        By id, staff with the right also get the jobs of others: to view, to cancel, to run again.
+        Lists have the user's own jobs and, for staff, jobs without an owner. By id, staff with the
+        permission also get the jobs of others: "view" to read, "delete" to cancel or to run again.
         """
         user, jobs = self.request.user, super().get_queryset()
-        if self.detail and may(user, "view" if self.action == "retrieve" else "delete"):
+        if self.detail and has_job_perm(user, "view" if self.action == "retrieve" else "delete"):
             return jobs
         own = Q(owner=user)
-        if user.is_staff and self.action != "cancel":  # for that they need the right
+        if user.is_staff and self.action != "cancel":  # which needs the permission
             own |= Q(owner=None)
-        if not self.detail:  # a page asks again and again: leave out what may be large
-            long = When(length__gt=10_000, then=Value(LONG, JSONField()))
+        if not self.detail:  # the jobs page polls the list, so leave out values that may be large
+            long = When(length__gt=10_000, then=Value(TOO_LONG, JSONField()))
             short = Case(long, default="result")
             jobs = jobs.alias(length=Length(Cast("result", TextField()))).annotate(
                 short_result=short
@@ -94,44 +95,48 @@ class JobViewSet(viewsets.ReadOnlyModelViewSet):
             jobs = jobs.defer("args", "kwargs", "cursor", "result")
         return jobs.filter(own)
 
-    @extend_schema(request=None, responses={200: JobSerializer, 409: ENDED})
+    @extend_schema(request=None, responses={200: JobSerializer, 409: ALREADY_ENDED})
     @action(detail=True, methods=["post"])
     def cancel(self, request, pk):
-        """Cancel: a queued job never starts, a running one stops when it next reports."""
+        """Cancel a job. A queued job never starts. A running job stops when it next reports."""
         job = self.get_object()
         if not Job.objects.filter(pk=job.pk).cancel():
-            raise Conflict("The job has ended already.")
+            raise Conflict("The job has already ended.")
         job.refresh_from_db()
         return Response(self.get_serializer(job).data)
 
     @extend_schema(
-        request=None, parameters=ACCEPTED, responses={202: JobSerializer, 409: NOT_AGAIN}
+        request=None,
+        parameters=ACCEPTED_HEADERS,
+        responses={202: JobSerializer, 409: CANNOT_RUN_AGAIN},
     )
     @action(detail=True, methods=["post"])
     def run_again(self, request, pk):
-        """Enqueue a new job like this one, which has ended. For staff who may delete jobs."""
-        if not may(request.user, "delete"):
+        """Enqueue a copy of a job that has ended. Only for staff who may delete jobs."""
+        if not has_job_perm(request.user, "delete"):
             self.permission_denied(request)
         try:
             job = self.get_object().run_again()
         except (TypeError, ValueError) as error:
-            raise Conflict(f"It cannot run again: {error}.") from error
+            raise Conflict(f"The job cannot run again: {error}.") from error
         return accepted(job.pk, self.get_serializer(job).data)
 
 
 class EnqueueMixin:
     """POST stores an object and enqueues its job in one transaction, then answers 202.
 
-    The object has a field `job`: perform_create() saves it with job_id=self.job_id, then calls
-    self.enqueue(). A second request with the same Idempotency-Key does nothing, and gets the same
-    object and job. perform_create() may set `job_label`, the job's name for people.
+    The object has a field `job`. perform_create() saves the object with job_id=self.job_id, then calls
+    self.enqueue(). Before that it may set `job_label`, the job's name for people. A second request with
+    the same Idempotency-Key stores nothing, and is answered with the same object and job.
     """
 
     job_label = ""
 
-    @extend_schema(parameters=[OpenApiParameter("Idempotency-Key", KEY, HEADER), *ACCEPTED])
+    @extend_schema(
+        parameters=[OpenApiParameter("Idempotency-Key", KEY_SCHEMA, HEADER), *ACCEPTED_HEADERS]
+    )
     def create(self, request, *args, **kwargs):
-        serializer = self.earlier()
+        serializer = self.find_stored()
         if serializer is None:
             serializer = self.get_serializer(data=request.data)
             serializer.is_valid(raise_exception=True)
@@ -140,22 +145,22 @@ class EnqueueMixin:
                 with transaction.atomic():
                     self.perform_create(serializer)
             except IntegrityError:  # another request with the same key was faster
-                serializer = self.earlier()
+                serializer = self.find_stored()
                 if serializer is None:
                     raise
         return accepted(serializer.instance.job_id, serializer.data)
 
     def enqueue(self, task, *args, **kwargs):
-        """Job.objects.enqueue() for the user and the Idempotency-Key of this request."""
+        """Call Job.objects.enqueue() with the user and the Idempotency-Key of this request."""
         fields = {"pk": self.job_id, "owner": self.request.user, "label": self.job_label}
         if key := self.idempotency_key:
             fields |= {"idempotency_key": key, "fingerprint": self.fingerprint}
         return Job.objects.enqueue(task, args, kwargs, **fields)
 
-    def earlier(self):
-        """Return a serializer of what the first request with this key stored, or None.
+    def find_stored(self):
+        """Return a serializer of the object that the first request with this key stored, or None.
 
-        Raises KeyReused (422) if that was another request.
+        Raises KeyReused (422) if that was a different request.
         """
         if (key := self.idempotency_key) is None:
             return None
@@ -167,19 +172,19 @@ class EnqueueMixin:
         if found := self.get_queryset().filter(job=job).first():
             return self.get_serializer(found)
         if Job.objects.filter(pk=job.pk).exists():
-            raise NotFound  # somebody has deleted the object
+            raise NotFound  # the object was deleted
         return None  # the job was purged between the queries, so its key is free
 
     @property
     def idempotency_key(self):
         key = self.request.headers.get("Idempotency-Key")
-        if key is not None and not re.fullmatch(KEY["pattern"], key):
-            raise ValidationError({"Idempotency-Key": ["1 to 255 printable ASCII characters."]})
+        if key is not None and not re.fullmatch(KEY_SCHEMA["pattern"], key):
+            raise ValidationError({"Idempotency-Key": ["Use 1 to 255 printable ASCII characters."]})
         return key
 
     @property
     def fingerprint(self):
-        """A digest of method, path, body and files: requests that differ in it are not the same."""
-        body = json.dumps(self.request.data, sort_keys=True, default=digest)
+        """A digest of method, path, body and files. Requests with different digests are different."""
+        body = json.dumps(self.request.data, sort_keys=True, default=identify_upload)
         request = f"{self.request.method} {self.request.get_full_path()} {body}"
         return hashlib.sha256(request.encode()).hexdigest()

@@ -1,16 +1,16 @@
-// The jobs page: asks the API for the jobs in view and patches the list in place, row by row, so that focus,
-// selection and opened details stay. What a job says is shown with textContent only, never as HTML.
+// The jobs page. It polls the API for the jobs of the current view and updates the list in place, so that focus,
+// selection and opened details stay. Texts of a job are set with textContent only, never as HTML.
 
-const PAUSE = 1500, LONGEST = 30000, TIMEOUT = 10000; // milliseconds
+const PAUSE = 1500, MAX_PAUSE = 30000, TIMEOUT = 10000; // milliseconds
 const STATES = ["queued", "running", "succeeded", "failed", "cancelled"];
 
 const $ = (selector, root = document) => root.querySelector(selector);
-const { jobsUrl, loginUrl, pageUrl, job: only } = $("main").dataset; // with `only`, the page of this job
+const { jobsUrl, loginUrl, pageUrl, job: singleJob } = $("main").dataset; // singleJob: the id, on the page of one job
 const heading = $("h1"), list = $("#jobs"), live = $("#live"), problem = $("#problem"), pages = $("#pages");
 const rows = new Map(); // job id -> { job, name, element, part }
 let shown, timer, latest = 0, failures = 0, due = 0, skew = 0;
 
-// ---- Words
+// ---- Texts
 const capital = (words) => words.charAt(0).toUpperCase() + words.slice(1);
 const shortName = (task) => capital(task.split(".").pop().replaceAll("_", " ").trim()) || task;
 const fullTime = (iso) => (iso ? new Date(iso).toLocaleString([], { dateStyle: "medium", timeStyle: "medium" }) : "not yet");
@@ -47,7 +47,7 @@ function outcome({ state, error, result }) {
   return { line: all.startsWith("Traceback") ? lines.at(-1) : lines[0], all, long: all.length > 90 || lines.length > 1 };
 }
 
-// ---- Rows: only what differs is written, and what hides hands its focus on
+// ---- Rows: write only what changed, and move the focus away from an element before it is hidden
 function text(node, value) {
   if (node.textContent !== value) node.textContent = value;
 }
@@ -69,7 +69,7 @@ function addRow(job) {
   return row;
 }
 
-function updateRow(row, job) { // returns what a screen reader should say
+function updateRow(row, job) { // returns the messages for screen readers
   const { element, part, name } = row, { line, all, long } = outcome(job), active = isActive(job);
   const changed = row.job && row.job.state !== job.state;
   const texts = { name, task: job.task, state: capital(job.state), percent: `${job.progress}%`, message: note(job) };
@@ -96,7 +96,7 @@ const query = (view) => new URLSearchParams(Object.entries(view).filter(([, valu
 const cursor = (url) => url && new URL(url).searchParams.get("cursor");
 
 function render(wanted, { next, previous, results }) {
-  const turned = shown?.state === wanted.state && shown.cursor !== wanted.cursor, news = [];
+  const pageChanged = shown?.state === wanted.state && shown.cursor !== wanted.cursor, news = [];
   const kept = new Set(results.map((job) => job.id));
   for (const [id, { element }] of rows) {
     if (kept.has(id)) continue;
@@ -104,7 +104,7 @@ function render(wanted, { next, previous, results }) {
     element.remove();
     rows.delete(id);
   }
-  results.forEach((job, index) => { // newest first, so a row that stays never moves
+  results.forEach((job, index) => { // sorted newest first, so existing rows keep their order
     const row = rows.get(job.id) ?? addRow(job);
     news.push(...updateRow(row, job));
     if (list.children[index] !== row.element) list.insertBefore(row.element, list.children[index] ?? null);
@@ -120,12 +120,12 @@ function render(wanted, { next, previous, results }) {
   show(newer, previous);
   show(older, next);
   show(pages, previous || next);
-  if (turned) heading.focus();
+  if (pageChanged) heading.focus();
   list.removeAttribute("aria-busy");
   shown = wanted;
 }
 
-function tick() { // what changes with the clock alone
+function tick() { // update the texts that depend only on the clock
   const now = Date.now() + skew, left = due - Date.now();
   for (const { job, part } of rows.values()) {
     const age = now - Date.parse(job.created_at);
@@ -136,7 +136,7 @@ function tick() { // what changes with the clock alone
 }
 
 // ---- The server
-async function ask(url, options) {
+async function fetchJson(url, options) {
   try {
     const response = await fetch(url, { ...options, signal: AbortSignal.timeout(TIMEOUT) });
     return { status: response.status, headers: response.headers, data: await response.json() };
@@ -145,31 +145,31 @@ async function ask(url, options) {
   }
 }
 
-const post = (url) => ask(url, { method: "POST", headers: { "X-CSRFToken": $("[name=csrfmiddlewaretoken]").value } });
+const post = (url) => fetchJson(url, { method: "POST", headers: { "X-CSRFToken": $("[name=csrfmiddlewaretoken]").value } });
 
 async function load() {
   clearTimeout(timer);
-  const mine = ++latest, wanted = view();
-  const answer = await ask(only ? `${jobsUrl}${only}/` : `${jobsUrl}?${query(wanted)}`), { status, headers } = answer;
-  if (mine !== latest) return; // a newer request took over
-  const data = only && status === 200 ? { results: [answer.data] } : answer.data;
+  const number = ++latest, wanted = view();
+  const answer = await fetchJson(singleJob ? `${jobsUrl}${singleJob}/` : `${jobsUrl}?${query(wanted)}`), { status, headers } = answer;
+  if (number !== latest) return; // a newer request was sent meanwhile
+  const data = singleJob && status === 200 ? { results: [answer.data] } : answer.data;
   const back = new URLSearchParams({ next: location.pathname + location.hash });
   if (status === 401 || status === 403) return location.assign(`${loginUrl}?${back}`);
   const good = status === 200 && Array.isArray(data.results), atTop = good && !data.previous;
-  // Nothing is newer, or the cursor is no longer known: to the first page, where new jobs appear.
+  // If there are no newer jobs, or the cursor is unknown, go to the first page, where new jobs appear.
   if (wanted.cursor && (atTop || status === 404)) return location.replace(`#${query({ state: wanted.state })}`);
   const date = Date.parse(headers?.get("Date")) - Date.now();
   failures = good ? 0 : failures + 1;
-  let pause = headers?.get("Retry-After") * 1000 || Math.min(LONGEST, PAUSE * 2 ** failures) * (0.75 + Math.random() / 4);
+  let pause = headers?.get("Retry-After") * 1000 || Math.min(MAX_PAUSE, PAUSE * 2 ** failures) * (0.75 + Math.random() / 4);
   if (good) {
-    skew = Math.abs(date) > 3000 ? date : 0; // this computer's clock is wrong
+    skew = Math.abs(date) > 3000 ? date : 0; // correct the clock of this computer
     pause = PAUSE;
     render(wanted, data);
     text($("time", live), new Date().toLocaleTimeString());
   }
   live.dataset.live = good;
   text($("span", live), good ? "Live, updated" : "Not live, last updated");
-  text($("[role=alert]", problem), good ? "" : status === 429 ? "The server wants a pause." : explain(status));
+  text($("[role=alert]", problem), good ? "" : status === 429 ? "Too many requests." : explain(status));
   show(problem, !good);
   show(live, shown);
   due = Date.now() + pause;
@@ -188,7 +188,7 @@ async function cancel(row) {
   const error = status === 200 ? "" : (data.detail ?? explain(status));
   text(part.error, error);
   await load();
-  text(part.error, error); // also when the job has ended meanwhile
+  text(part.error, error); // again, because load() clears it if the job has ended meanwhile
 }
 
 async function start(button) {
@@ -198,7 +198,7 @@ async function start(button) {
   if (document.activeElement === document.body) button.focus();
   text($("#start .error"), status === 202 ? "" : (data.detail ?? explain(status)));
   const { state, cursor } = view();
-  if (status === 202 && (state || cursor)) location.hash = "#state="; // where the new job is shown
+  if (status === 202 && (state || cursor)) location.hash = "#state="; // the view that shows the new job
   else await load();
 }
 
