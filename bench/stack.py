@@ -139,9 +139,9 @@ class Output(Contestant):
 
     @contextmanager
     def web(self):
-        """gunicorn as the README starts it: gives its process and its port."""
+        """gunicorn as docs/production.md starts it: gives its process and its port."""
         [port] = free_ports(1)
-        command = re.search("`(gunicorn .+?)`", self.folder.read("README.md"))[1]
+        command = re.search("`(gunicorn .+?)`", self.folder.read("docs/production.md"))[1]
         with self.running(command.replace("8000", str(port))) as process:
             wait_for(lambda: connects(port), 30)
             yield process, port
