@@ -38,7 +38,7 @@ call_command("spectacular", validate=True, fail_on_warn=True, file="/dev/null")
 
 @every_pair
 def test_it_passes_its_checks(project):
-    """The checks of `make check` that test_bake.py cannot run, and those for production, in one process."""
+    """Those of `make check` that test_bake.py cannot run, and production's, in one process."""
     project.manage("shell", "-v0", "-c", CHECKS, **project.production(), **EXTRA)
 
 
