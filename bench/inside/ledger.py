@@ -61,8 +61,8 @@ def parts(count):
 def claims(waiting, count):
     """Return how many jobs a second are claimed while `waiting` jobs wait.
 
-    The planner's statistics are those of an idle hour and do not count these jobs. The jobs that are
-    not claimed keep waiting.
+    The planner's statistics are those of an idle hour and do not count these jobs. Jobs that this
+    does not claim keep waiting.
     """
     empty("job")
     finished(100)
