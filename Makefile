@@ -3,28 +3,28 @@
 demo: .venv  ## bake a project, start it, run a job: make demo ARGS="include_example=false"
 	@PYTHONPATH=tests .venv/bin/python -m harness.demo $(ARGS)
 
-engine: .venv  ## the tests of the app `jobs`, in seconds: make engine ARGS="-k retry"
+engine: .venv  ## tests of the app `jobs`, in seconds: make engine ARGS="-k retry"
 	.venv/bin/python -m pytest tests/engine -c tests/engine/pytest.ini $(ARGS)
 
 PYTEST := .venv/bin/python -m pytest -n auto --dist loadgroup --no-loadscope-reorder --durations 10
 
-test: .venv  ## all that is quick: make test ARGS="-k hook"
+test: .venv  ## all quick tests: make test ARGS="-k hook"
 	$(PYTEST) --ignore tests/prove $(ARGS)
 
 prove: TESTS := tests/prove
-prove: .venv  ## what takes longer, faults and containers among it: make prove ARGS="-k redis-gevent"
+prove: .venv  ## the slow tests, such as faults and containers: make prove ARGS="-k redis-gevent"
 	$(PYTEST) $(TESTS) $(ARGS)
 
-chaos: .venv  ## two minutes of faults on each broker; longer: make chaos ARGS="redis --seconds 600 --jobs 5000 --seed 1"
+chaos: .venv  ## two minutes of random faults on each broker; longer: make chaos ARGS="redis --seconds 600 --jobs 5000 --seed 1"
 	@PYTHONPATH=tests .venv/bin/python -m harness.chaos $(ARGS)
 
-bench: .venv  ## measure, write docs/performance.md; a trial: make bench ARGS="--scale 0.1"
+bench: .venv  ## measure and write docs/performance.md; a trial: make bench ARGS="--scale 0.1"
 	PYTHONPATH=tests .venv/bin/python bench/run.py $(ARGS)
 
-package: .venv  ## the engine as a wheel, in dist/; elsewhere: make package ARGS="--out-dir /tmp"
+package: .venv  ## build the engine as a wheel in dist/; elsewhere: make package ARGS="--out-dir /tmp"
 	.venv/bin/uv build --wheel $(ARGS)
 
-# Plain Python of the output, too. Its own pyproject.toml is none before it is rendered.
+# The output's plain Python. The output's pyproject.toml is not TOML before it is rendered.
 ENGINE := --config tests/engine/jobs_ruff.toml '{{cookiecutter.project_slug}}/jobs' '{{cookiecutter.project_slug}}/conftest.py'
 
 lint: .venv

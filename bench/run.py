@@ -1,6 +1,6 @@
-"""`make bench` measures what docs/performance.md quotes, and writes its tables.
+"""`make bench` measures the figures of docs/performance.md and writes its tables.
 
-Contestants take turns, because no machine is quiet; ratios are those of the turns, their median.
+Contestants take turns, because no machine is quiet. A ratio is the median of the turns' ratios.
 """
 
 import argparse
@@ -25,20 +25,20 @@ from stack import Output, Rivals, bare, cpu_ms, flushes, postgres
 
 _, *POOLS = CHOICES["worker_pool"]  # besides the default
 PAGE = TEMPLATE / "docs/performance.md"
-CLIENTS = 4  # of the web, at once
-SLOTS = 2  # of a worker, where it is compared with others
-LOOP = 250_000  # some 20 ms of computing
+CLIENTS = 4  # that send requests at once
+SLOTS = 2  # of each contestant's worker
+LOOP = 250_000  # rounds: about 20 ms of computing
 SIZES = {
     "turns": [3],
     "renderings": [15],
     "tasks": [1000],  # sent one by one, and as many again in bulk
-    "singles": [100],  # sent when the one before is done
-    "polled": [20],  # the same for a queue that is looked at once a second
+    "singles": [100],  # each sent when the previous one is done
+    "polled": [20],  # the same, for a queue that is polled once a second
     "waiting": [1000, 10_000, 100_000],
-    "due": [5000, 1000],  # jobs, and queues in which they may be
+    "due": [5000, 1000],  # jobs, and how many queues they are in at most
     "rows": [1000, 100_000, 1_000_000],
     "seconds": [5],  # of requests, in each turn
-    "computes": [100],  # tasks for each slot of the pool, but no more than 200
+    "computes": [100],  # tasks for each slot of the pool, at most 200 in all
     "waits 1 s": [10],
 }
 PAGES = [
@@ -66,7 +66,7 @@ TABLES = {
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--scale", type=float, help="0.1: a trial, which prints and writes nothing")
+    parser.add_argument("--scale", type=float, help="0.1: a trial that leaves the page unchanged")
     scale = parser.parse_args().scale
     sizes = {name: [max(2, int(n * (scale or 1))) for n in all] for name, all in SIZES.items()}
     began = time.monotonic()
@@ -85,7 +85,7 @@ def main():
 
 
 class Bench:
-    """Each method measures a topic, and adds to the rows of its tables."""
+    """Each method measures one topic and adds rows to its tables."""
 
     def __init__(self, folder, sizes):
         self.folder, self.sizes = folder, sizes
@@ -103,7 +103,7 @@ class Bench:
                     urls = database.url, server.variables["CELERY_BROKER_URL"]
                     output = Output(self.folder, *urls, broker=broker)
                     self.speed(broker, output, rivals, database, server)
-                    if broker == "redis":  # what does not depend on it
+                    if broker == "redis":  # topics that do not depend on the broker
                         self.waiting(output)
                         self.pages(output)
                         self.processes(output)
@@ -113,7 +113,7 @@ class Bench:
                     else:
                         self.machine = machine(output, rivals)
                     self.sweep(broker, output)
-                    self.post(broker, output)  # the last, because it leaves a queue
+                    self.post(broker, output)  # last, because it leaves messages in a queue
 
     def goal(self, what, limit, measured, at_most=False):
         held = measured <= limit if at_most else measured >= limit
@@ -122,7 +122,7 @@ class Bench:
         self.rows["goals"].append([what, f"{sign} {limit}", measured, held])
 
     def rendering(self):
-        """This template, and one with nothing but a README."""
+        """Compare this template with one that has only a README."""
         empty = self.folder / "empty"
         (empty / "{{cookiecutter.project_slug}}").mkdir(parents=True)
         (empty / "{{cookiecutter.project_slug}}/README.md").write_text("# Empty\n")
@@ -161,7 +161,7 @@ class Bench:
                 with contestant.working(kind, WORKER_CONCURRENCY=SLOTS) as worker:
                     used = self.used_by(contestant, path, worker, database, server)
                     contestant.ask("sending.wait_for_rows", kind)
-                time.sleep(1)  # until PostgreSQL has counted those of ended connections
+                time.sleep(1)  # until PostgreSQL has counted the flushes of ended connections
                 costs[name].append(
                     [*used, to_enqueue, (flushes(database) - before) / contestant.sent]
                 )
@@ -204,16 +204,16 @@ class Bench:
         self.goal(f"jobs / Procrastinate, {broker}: median ms of one", 1, of_rival, at_most=True)
 
     def used_by(self, contestant, path, worker, database, server):
-        """CPU-ms of each task: of the worker's processes, PostgreSQL, the broker, and together.
+        """Return the CPU-ms of one task: worker's main process, children, PostgreSQL, broker, sum.
 
-        From the time when the worker has done some tasks until it has done all that were sent.
+        Measured from when the worker has done the first task until it has done all that were sent.
         """
-        looks = []
+        readings = []
         for lines in (1, contestant.sent):
             count = len(contestant.wait_for_lines(path, lines))
             servers = [sum(cpu_ms(process.pid)) for process in (database, server)]
-            looks.append([count, *cpu_ms(worker.pid), *servers])
-        count, *used = (after - before for before, after in zip(*looks, strict=True))
+            readings.append([count, *cpu_ms(worker.pid), *servers])
+        count, *used = (after - before for before, after in zip(*readings, strict=True))
         return [*(each / count for each in used), sum(used) / count]
 
     def waiting(self, output):
@@ -272,7 +272,7 @@ class Bench:
             self.rows["processes"].append(row)
 
     def post(self, broker, output):
-        """Clients that place order after order, and do the same without the ledger."""
+        """Let clients place order after order, with jobs and without the ledger."""
         token = output.shell(
             "from users.models import User\n"
             "from rest_framework.authtoken.models import Token\n"
@@ -320,7 +320,7 @@ class Bench:
         self.goal(f"POST → 202 / without the ledger, {broker}: p99", 1.3, of_slow, at_most=True)
 
     def pools(self, outputs):
-        """Rows of speed, and of what the workers need."""
+        """Measure the speed of each pool and the memory of its workers."""
         for work, arguments in {"computes": (0, LOOP), "waits 1 s": (1, 0)}.items():
             for output in outputs:
                 pool = output.answers.get("worker_pool", "prefork")
@@ -342,7 +342,7 @@ class Bench:
                 self.rows["pools"].append([pool, slots, work, str(count), *measured])
 
     def others(self, output):
-        """What the other processes need, after some work."""
+        """Measure the memory of the other processes after some work."""
         procfile = output.folder.read("Procfile")
         commands = dict(re.findall("^(beat|flower): .*(celery .+)$", procfile, re.M))
         path = output.folder / "others.done"
@@ -362,7 +362,7 @@ class Bench:
                 self.memory(name, output.memory(process))
 
     def memory(self, name, used):
-        """Rows of a process and of its children."""
+        """Add a row for a process and one for its children."""
         main, *children = used
         self.rows["memory"].append([name, *map(whole, main)])
         if children:
@@ -371,7 +371,7 @@ class Bench:
 
 
 def machine(output, rivals):
-    """A sentence about the machine and what ran on it."""
+    """Return a sentence about the machine and the versions."""
     cpu = re.search("model name.*: (.+)", Path("/proc/cpuinfo").read_text())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     versions = output.shell(
@@ -395,11 +395,12 @@ def machine(output, rivals):
 
 
 def ratio(ours, theirs):
+    """Return the median of the ratios of each turn."""
     return median(our / their for our, their in zip(ours, theirs, strict=True))
 
 
 def slowest(taken, percent):
-    """The time within which `percent` of 100 were done."""
+    """Return the time within which this percentage was done."""
     return sorted(taken)[math.ceil(len(taken) * percent / 100) - 1]
 
 

@@ -1,4 +1,4 @@
-"""What is measured: outputs in production's settings, bare Celery, and the servers they need."""
+"""The contestants: outputs with production settings, bare Celery, rivals; and PostgreSQL."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from harness.project import Project, children_of, connects, env, free_ports, pro
 from harness.servers import PostgreSQL
 
 BENCH = Path(__file__).parent
-TICKS = os.sysconf("SC_CLK_TCK")  # in a second
+TICKS = os.sysconf("SC_CLK_TCK")  # for each second
 RIVALS = [
     "django~=5.2.0",
     "django-tasks-db[compat]~=0.13",
@@ -25,10 +25,10 @@ RIVALS = [
 
 
 class Contestant:
-    """A folder in which workers run, with the modules of inside/ in it."""
+    """A folder with the modules of inside/, in which workers run."""
 
     def __init__(self, folder, workers, environment):
-        """`workers` are command lines, for each kind of task."""
+        """`workers` has the worker's command line for each kind of task."""
         self.folder, self.workers, self.environment = folder, workers, environment
         self.log = folder.parent / f"{folder.name}.log"
         shutil.copytree(BENCH / "inside", folder, dirs_exist_ok=True)
@@ -41,7 +41,7 @@ class Contestant:
 
     @contextmanager
     def running(self, command):
-        """Run a command line; gives its process."""
+        """Run a command line until the block ends; yield its process."""
         with open(self.log, "a") as log:
             process = subprocess.Popen(
                 ["sh", "-c", f"exec env {command}"],
@@ -62,11 +62,12 @@ class Contestant:
             process.wait()
 
     def working(self, kind, **variables):
+        """Run the worker for this kind of task with these variables until the block ends."""
         settings = " ".join(f"{name}={value}" for name, value in variables.items())
         return self.running(f"{settings} {self.workers[kind]}")
 
     def ask(self, function, *arguments):
-        """What this function of a module in inside/ returns."""
+        """Call `module.function` of inside/ in the contestant; return its result."""
         command = ["python", "ask.py", *function.split("."), json.dumps(arguments)]
         return json.loads(self.call(*command))
 
@@ -74,23 +75,23 @@ class Contestant:
         return self.folder.call(*command, **self.environment)
 
     def send(self, kind, count, path, *arguments, **options):
-        """What sending.py returns but for the count; done() waits for what was sent."""
+        """Send tasks; return the rates of sending.send(). done() waits for these tasks."""
         self.sent, *rates = self.ask(
             "sending.send", kind, count, [str(path), *(arguments or (0, 0))], options
         )
         return rates
 
     def done(self, path):
-        """Wait until the tasks that were sent are done; return how many were so a second.
+        """Wait until the tasks that were sent are done; return how many were done a second.
 
-        From the start of the first one: that of the worker does not count.
+        The time begins when the first task starts, so the start of the worker does not count.
         """
         lines = self.wait_for_lines(path, self.sent)
         starts, ends = zip(*(map(float, line.split()) for line in lines), strict=True)
         return len(lines) / (max(ends) - min(starts))
 
     def wait_for_lines(self, path, count):
-        """Wait until so many tasks have written theirs; return all that are written."""
+        """Wait until `count` tasks have written their lines; return all lines."""
         until, lines = time.monotonic() + 300, []
         while len(lines) < count:
             assert time.monotonic() < until, self.log.read_text()[-5000:]
@@ -123,7 +124,7 @@ class Output(Contestant):
             "FLOWER_PORT": free_ports(1)[0],
             "PATH": f"{project}/.venv/bin:{os.environ['PATH']}",
             "SOFT_SHUTDOWN_SECONDS": 1,
-            "THROTTLE": "100000/s",  # a short period: the throttle lists all its requests
+            "THROTTLE": "100000/s",  # a short period: the throttle keeps a list of its requests
         }
         worker = re.search("^worker: .*(celery .+)$", project.read("Procfile"), re.MULTILINE)[1]
         worker += " --include work_tasks"
@@ -133,13 +134,13 @@ class Output(Contestant):
         self.create_database()
 
     def shell(self, code):
-        """Run Python code in the project and return the last word that it prints."""
+        """Run Python code in the project; return the last word that it prints."""
         code = f"import os; from django.conf import settings\n{code}"
         return self.call("python", "manage.py", "shell", "-v0", "-c", code).split()[-1]
 
     @contextmanager
     def web(self):
-        """gunicorn as docs/production.md starts it: gives its process and its port."""
+        """Run gunicorn as docs/production.md does until the block ends; yield its process and its port."""
         [port] = free_ports(1)
         command = re.search("`(gunicorn .+?)`", self.folder.read("docs/production.md"))[1]
         with self.running(command.replace("8000", str(port))) as process:
@@ -147,7 +148,7 @@ class Output(Contestant):
             yield process, port
 
     def memory(self, process):
-        """RSS and PSS in MB of this process and of those that it started, itself first."""
+        """Return [RSS, PSS] in MB of this process, then of each process that it started."""
         ours = [pid for pid in processes_in(self.folder) if os.getsid(pid) == process.pid]
         rollups = [Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in sorted(ours)]
         kinds = ["^Rss: +([0-9]+)", "^Pss: +([0-9]+)"]
@@ -155,9 +156,10 @@ class Output(Contestant):
 
 
 class Rivals(Contestant):
-    """The durable queues that people would pick in place of ours, in a project of their own.
+    """A project with other durable queues that people could choose instead.
 
-    Two slots each: Procrastinate's worker runs two jobs at once, django-tasks-db's one at a time.
+    Two slots each: Procrastinate's worker runs two jobs at once. A worker of django-tasks-db runs
+    one, so there are two.
     """
 
     def __init__(self, folder, database):
@@ -181,7 +183,7 @@ class Rivals(Contestant):
 
 
 def bare(output):
-    """Bare Celery beside an output: the same packages, the same broker."""
+    """Return bare Celery with the packages and the broker of an output."""
     folder = Project(output.folder.parent / f"{output.folder.name}_bare")
     worker = "celery -A bare worker --loglevel INFO --include work_tasks"
     return Contestant(
@@ -200,17 +202,17 @@ def postgres():
 
 
 def flushes(database):
-    """How often PostgreSQL has flushed its log to the disk, without those of open connections."""
+    """Return how often PostgreSQL flushed its log to disk, without flushes by open connections."""
     query = ["-Atc", "SELECT wal_sync FROM pg_stat_wal", f"{database.url}/postgres"]
     answer = subprocess.run([database.binaries / "psql", *query], capture_output=True, text=True)
     return int(answer.stdout)
 
 
 def cpu_ms(pid):
-    """What a process, and all those below it, have used of CPUs: [itself, the others]."""
+    """Return the CPU-ms that a process and its descendants have used: [itself, the others]."""
     try:
         *_, rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")
-    except OSError:  # it has just ended, so its parent has it
+    except OSError:  # it has just ended, so its parent counts it
         return [0, 0]
     user, system, *ended = (int(ticks) * 1000 / TICKS for ticks in rest.split()[11:15])
     return [user + system, sum(ended) + sum(sum(cpu_ms(child)) for child in children_of(pid))]

@@ -1,4 +1,4 @@
-"""ask.py MODULE FUNCTION ARGUMENTS: call it within a contestant. Arguments and answer are JSON."""
+"""ask.py MODULE FUNCTION ARGUMENTS: call it in a contestant. Arguments and result are JSON."""
 
 import json
 import os

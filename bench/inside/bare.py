@@ -1,4 +1,4 @@
-"""Celery without Django, with the promises that the template's plain tasks make."""
+"""Celery without Django, with the guarantees of the template's plain tasks."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""What only the ledger of an output can be asked."""
+"""Measurements that only an output has: those of its ledger, the table of jobs."""
 
 import time
 import uuid
@@ -22,9 +22,9 @@ LATER = 10**6  # seconds
 
 
 def parts(count):
-    """How many a second: INSERTs of a job's row, publishes of its message, both in turn.
+    """Return [INSERTs of a row, publishes of its message, both in turn] a second, measured twice.
 
-    First each of them bare, then as one would write it: Django's create() and Celery's delay().
+    First with bare SQL and Kombu, then with Django's create() and Celery's apply_async().
     """
     job = job_for_later("parts")
     row = Job.objects.filter(pk=job.pk).values().get()
@@ -59,9 +59,10 @@ def parts(count):
 
 
 def claims(waiting, count):
-    """How many jobs a second are claimed of so many that wait, of which the planner knows nothing.
+    """Return how many jobs a second are claimed while `waiting` jobs wait.
 
-    Its statistics are those of an idle hour. The rest goes on waiting.
+    The planner's statistics are those of an idle hour and do not count these jobs. Jobs that this
+    does not claim keep waiting.
     """
     empty("job")
     finished(100)
@@ -74,7 +75,7 @@ def claims(waiting, count):
 
 
 def sweep_due(count, queues):
-    """How many jobs a second the sweep sends that an outage has left behind in so many queues."""
+    """Return how many jobs a second the sweep sends after an outage, from this many queues."""
     empty("job")
     queue, due = f"'due' || n % {queues}", "now() - interval '1 second'"
     copies(job_for_later("due"), count, queue=queue, wake_at=due, created_at=due)
@@ -87,7 +88,7 @@ def sweep_due(count, queues):
 
 
 def pages(count):
-    """With so many finished jobs of one owner: the ms of each page, and what is purged a second."""
+    """Return the ms of each page with `count` finished jobs, and how many are purged a second."""
     empty("job")
     User.objects.filter(username="owner").delete()
     owner = User.objects.create_superuser("owner")
@@ -111,18 +112,18 @@ def pages(count):
         f"/admin/jobs/job/?q={newest[count // 2].pk}",
     ]:
         seconds = [seconds_of(get, url) for _ in range(23)]
-        taken.append(median(seconds[3:]) * 1000)  # the first ones compile, connect
+        taken.append(median(seconds[3:]) * 1000)  # the first three compile and connect
     rounds = sum(seconds_of(sweep.purge) for _ in range(3))
     return taken, (count - newest.count()) / rounds
 
 
 def job_for_later(queue, **options):
-    """A job that has no message yet."""
+    """Enqueue a job that has no message yet."""
     return Job.objects.enqueue(task, ["-", 0, 0], queue=queue, countdown=LATER, **options)
 
 
 def finished(count, owner=None):
-    """Jobs of the last sixty days, every tenth of which failed."""
+    """Insert jobs that ended in the last sixty days; one in ten failed."""
     job = job_for_later("celery", owner=owner)
     type(job).objects.filter(pk=job.pk).cancel()
     age = f"now() - n * interval '60 days' / {count}"
@@ -132,7 +133,7 @@ def finished(count, owner=None):
 
 
 def copies(job, count, **columns):
-    """`count` more rows like this job's; `columns` are SQL, in which `n` counts them."""
+    """Insert `count` copies of this job's row; `columns` are SQL, with `n` as the row's number."""
     values = {field.column: field.column for field in job._meta.concrete_fields}
     values |= {"id": "gen_random_uuid()", **columns}
     sql(

@@ -1,15 +1,15 @@
-"""Sends the work to each kind of queue."""
+"""Send the work to each kind of queue."""
 
 import os
 import random
 import time
 
-NAMES = ["path", "seconds", "rounds"]  # of the arguments of work()
+NAMES = ["path", "seconds", "rounds"]  # the arguments of work()
 WARM_UP = 3
 
 
 class Plain:
-    """Plain tasks of Celery. Done is what has written its line."""
+    """Plain tasks of Celery. They have no rows: a task is done when it has written its line."""
 
     rows, send_many, pause = None, None, 0
 
@@ -46,7 +46,7 @@ class Procrastinate:
 
 
 class DjangoTasks:
-    pause = 1  # second: its workers look once in that time, and not just after a task was sent
+    pause = 1  # second: its workers poll once in that time, so send at a random moment of it
 
     def __init__(self):
         from django.db import transaction
@@ -57,7 +57,7 @@ class DjangoTasks:
         self.rows, self.succeeded = DBTaskResult.objects, {"status": "SUCCESSFUL"}
         self.send = lambda *arguments: task.enqueue(*arguments).id
 
-        @transaction.atomic  # all that there is for many
+        @transaction.atomic  # it has no call for many tasks
         def send_many(calls):
             for arguments in calls:
                 self.send(*arguments)
@@ -69,10 +69,10 @@ KINDS = {"plain": Plain, "job": Job, "procrastinate": Procrastinate, "django-tas
 
 
 def send(kind, count, arguments, options):
-    """Send tasks one by one, and as many again in bulk where there is such a thing.
+    """Send `count` tasks one by one, and as many again in bulk if the queue can.
 
-    How many they are; how many were sent a second one by one, and the CPU-ms of this process for
-    each; how many a second in bulk.
+    Returns [tasks, one by one a second, this process's CPU-ms for each, in bulk a second].
+    Without a bulk the last is None.
     """
     if options.get("fresh", True):
         empty(kind)
@@ -88,7 +88,7 @@ def send(kind, count, arguments, options):
 
 
 def send_each(kind, count, path):
-    """Send the next one when the one before is done: the seconds that each took."""
+    """Send each task when the previous one is done; return the seconds that each took."""
     kind, taken = KINDS[kind](), []
     for _ in range(WARM_UP + count):
         time.sleep(kind.pause * random.random())
@@ -107,14 +107,14 @@ def is_done(kind, sent, path, size):
 
 
 def wait_for_rows(kind):
-    """Wait until each row says that it succeeded."""
+    """Wait until each row has succeeded."""
     kind, until = KINDS[kind](), time.monotonic() + 10
     while kind.rows is not None and kind.rows.exclude(**kind.succeeded).exists():
         assert time.monotonic() < until, list(kind.rows.exclude(**kind.succeeded).values()[:3])
 
 
 def empty(kind):
-    """Forget all rows."""
+    """Delete all rows."""
     if rows := KINDS[kind]().rows:
         from django.db import connection
 
@@ -122,7 +122,7 @@ def empty(kind):
 
 
 def rate(function, calls):
-    """How many of these calls were made a second."""
+    """Call the function with each of these arguments; return the calls a second."""
     began, done = time.perf_counter(), 0
     for arguments in calls:
         function(*arguments)

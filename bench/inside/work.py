@@ -4,7 +4,7 @@ import time
 
 
 def work(path, seconds=0, rounds=0):
-    """Wait, compute, and write down from when to when."""
+    """Wait, compute, and append the times of start and end to the file."""
     began = time.time()
     time.sleep(seconds)
     sum(number * number for number in range(rounds))

@@ -1,4 +1,4 @@
-"""Functions that Django's @task declares, on a real worker: each is a job like any other."""
+"""Functions declared with Django's @task run as jobs on a real worker."""
 
 import json
 
@@ -18,7 +18,7 @@ def seen(id):
 
 
 @everywhere
-def test_a_function_returns_fails_or_is_tried_again(stack):
+def test_a_function_succeeds_fails_or_is_retried(stack):
     code = "result = [add.enqueue(1, b=2).id, look_up.enqueue('x').id, try_twice.enqueue().id]"
     jobs = stack.ask(code)
     stack.wait_until_final(*jobs)
@@ -67,7 +67,7 @@ def test_an_async_view_enqueues_a_function_and_awaits_its_result(stack):
 
 
 @everywhere
-def test_a_rollback_leaves_nothing_of_a_function(stack):
+def test_a_rollback_leaves_no_job_and_no_message(stack):
     code = """
 from contextlib import suppress
 with suppress(ZeroDivisionError), transaction.atomic():

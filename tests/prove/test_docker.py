@@ -1,4 +1,4 @@
-"""Outputs in containers: built and started as they were baked, with nothing edited."""
+"""Outputs in containers, built and started as baked."""
 
 import itertools
 import json
@@ -16,7 +16,7 @@ from harness.project import Site, env, free_ports, wait_for
 
 ORDER = {"email": "you@example.com", "product": "Tea", "quantity": 1}
 SOFT_SHUTDOWN_SECONDS = 2
-# A job of far more seconds than these, which says at each thousandth how far it is.
+# A job that runs much longer than SOFT_SHUTDOWN_SECONDS and reports 1,000 times.
 LONG_JOB = """
 from users.models import User
 from jobs.models import Job
@@ -27,7 +27,7 @@ print(Job.objects.enqueue(forecast_demand, ["Tea"], arguments, owner=User.object
 CRASHES = "from jobs.models import Job; print(Job.objects.get(pk='{}').crashes)"
 MEGABYTE = 1_000_000
 
-# An image with all packages, of tests too, for the newest Python.
+# An image with the newest Python and all packages, including those for tests.
 TESTED = """
 FROM python:3.14-slim
 COPY --from=ghcr.io/astral-sh/uv:0.13.8 /uv /usr/local/bin/
@@ -42,7 +42,7 @@ VERSIONS = {  # of Django
 }
 ANSWERS = {"default": {}, "admin": {"periodic_tasks": "admin", "result_backend": "database"}}
 
-# The tests of a stack one after the other.
+# The tests of one stack run one after the other.
 STACKS = [
     pytest.param(broker, marks=pytest.mark.xdist_group(f"docker-{broker}"))
     for broker in CHOICES["broker"]
@@ -58,7 +58,7 @@ def docker(*command):
 
 @pytest.fixture(scope="module")
 def engine():
-    """An engine and Compose v2, which not every machine has."""
+    """Call missing() on a machine without a Docker engine or without Compose v2."""
     if not shutil.which("docker"):
         missing("docker is not installed")
     for command in ("info", "compose version"):
@@ -68,9 +68,9 @@ def engine():
 
 @pytest.fixture(scope="module", params=STACKS)
 def stack(request, engine, cookies_session):
-    """The untouched output of a broker in its containers, taken down at the end with its data.
+    """Start the output for a broker in containers; remove them and their data at the end.
 
-    In `.env` stands a shorter shutdown: workers wait for it at each stop.
+    Only `.env` is changed: a shorter soft shutdown, because workers wait that long at each stop.
     """
     port, flower = free_ports(2)
     project = baked(cookies_session, {"broker": request.param, "project_slug": f"shop_{port}"})
@@ -86,7 +86,7 @@ def stack(request, engine, cookies_session):
 
 
 class Stack(Site):
-    """What `docker compose up` started."""
+    """A site that `docker compose up` started."""
 
     def __init__(self, project, **environment):
         super().__init__(project, process=None, environment=environment)
@@ -113,12 +113,12 @@ class Stack(Site):
         self.token = re.findall("Token ([0-9a-f]{40})", printed)[-1]
 
     def shell(self, code):
-        """Run Python code in the web's container and return the last word that it prints."""
+        """Run Python code in the web container; return the last word that it prints."""
         command = ("python", "manage.py", "shell", "-v0", "-c", code)
         return self.compose("exec", "-T", "web", *command).split()[-1]
 
     def containers(self, *options):
-        """What Docker knows of each container, {service: [containers]}."""
+        """Return what `docker inspect` says about the containers: {service: [containers]}."""
         ids = self.compose("ps", "--quiet", *options).split()
         found = {}
         for container in json.loads(docker("inspect", *ids)):
@@ -127,7 +127,7 @@ class Stack(Site):
         return found
 
     def order(self):
-        """Place an order; return its URL and the job after its end."""
+        """Place an order, wait until its job has succeeded; return the order's URL and the job."""
         status, headers, order = self.request("/api/orders/", ORDER)
         assert status == 202, self.log
         *_, job = self.follow(headers["Location"])
@@ -135,7 +135,7 @@ class Stack(Site):
         return f"/api/orders/{order['id']}/", job
 
     def start_long_job(self):
-        """Return the URL and the id of a job that is in the middle."""
+        """Start LONG_JOB, wait for its first progress of 5 or more; return its URL and its id."""
         self.order()
         pk = self.shell(LONG_JOB)
         url = f"/api/jobs/{pk}/"
@@ -160,7 +160,7 @@ def test_an_order_becomes_a_succeeded_job(stack, record_property):
         assert stack.ask_flower("/api/workers", authenticated=False)[0] == 401
 
 
-def test_the_worker_reads_what_the_web_stored(stack):
+def test_the_worker_reads_an_uploaded_file(stack):
     status, headers, _ = stack.upload("/api/imports/", "product,quantity\nTea,2\nTea,3")
     assert status == 202, stack.log
     *_, job = stack.follow(headers["Location"])
@@ -185,12 +185,12 @@ def test_each_service_is_healthy_and_has_few_rights(stack):
         assert all(port["HostIp"] == "127.0.0.1" for [port] in ports), service
 
 
-def test_the_image_is_small_and_knows_no_secret(stack):
+def test_the_image_is_small_and_contains_no_secret(stack):
     image, base = stack.project.name, "python:3.14-slim"
     sizes = [int(docker("image", "inspect", "-f", "{{.Size}}", name)) for name in (image, base)]
     added = (sizes[0] - sizes[1]) / MEGABYTE
     print(f"{image}: {sizes[0] / MEGABYTE:.0f} MB, {added:.0f} MB on top of {base}")
-    assert added <= (130 if stack.has_flower else 170)  # boto knows all of AWS
+    assert added <= (130 if stack.has_flower else 170)  # boto3 knows every service of AWS
 
     layers = subprocess.run(["docker", "image", "save", image], stdout=subprocess.PIPE).stdout
     assert b"config/settings.py" in layers
@@ -200,7 +200,7 @@ def test_the_image_is_small_and_knows_no_secret(stack):
 
 
 def test_a_stop_in_the_middle_of_a_job_loses_nothing(stack):
-    """The data outlives the containers, too."""
+    """The data also outlives the containers."""
     order, _ = stack.order()
     url, pk = stack.start_long_job()
     token = stack.token
@@ -209,13 +209,13 @@ def test_a_stop_in_the_middle_of_a_job_loses_nothing(stack):
     *_, job = stack.follow(url)
 
     assert job["state"] == "succeeded"
-    assert stack.shell(CRASHES.format(pk)) == "0"  # the worker gave it back by itself
+    assert stack.shell(CRASHES.format(pk)) == "0"  # the worker handed it back
     assert stack.token == token
     assert stack.request(order)[0] == 200
 
 
 @on_one
-def test_a_job_of_a_killed_worker_is_done_again(stack):
+def test_a_job_of_a_killed_worker_runs_again(stack):
     url, pk = stack.start_long_job()
     stack.compose("kill", "worker")
     stack.compose("start", "worker")
@@ -226,7 +226,7 @@ def test_a_job_of_a_killed_worker_is_done_again(stack):
 
 
 @on_one
-def test_there_may_be_several_workers(stack):
+def test_compose_scales_the_workers(stack):
     stack.up("--scale", "worker=3")
     assert len(stack.containers()["worker"]) == 3
 
@@ -240,7 +240,7 @@ def test_there_may_be_several_workers(stack):
 
 @on_one
 def test_the_query_that_scales_workers_counts_jobs(stack, bake):
-    """That of deploy/kubernetes/, which needs PostgreSQL."""
+    """The query is in deploy/kubernetes/ and needs PostgreSQL."""
     manifests = bake(deployment="kubernetes").read("deploy/kubernetes/base/workers.yaml")
     queries = [
         each["spec"]["triggers"][0]["metadata"]["query"]
@@ -265,8 +265,8 @@ def test_the_query_that_scales_workers_counts_jobs(stack, bake):
 
 
 @on_one
-def test_what_hangs_is_unhealthy(stack):
-    """Frozen: the container runs, but nothing in it moves."""
+def test_a_frozen_service_is_unhealthy(stack):
+    """Its container runs, but SIGSTOP has paused every process in it."""
     services = ["web", "worker", "beat"]
 
     def health():
@@ -282,7 +282,7 @@ def test_what_hangs_is_unhealthy(stack):
 
 
 def test_compose_reads_every_file(engine, bake):
-    """It sees what the schema does not: references, and variables that are missing in .env."""
+    """It finds what the schema cannot: wrong references, and variables missing from .env."""
     seen = set()
     options = ("broker", "result_backend", "worker_pool")
     for values in itertools.product(*(CHOICES[option] for option in options)):
@@ -325,13 +325,13 @@ except psycopg.OperationalError as error:
 
 
 @on_one
-def test_whoever_holds_the_app_does_not_hold_the_database_server(stack):
+def test_the_app_has_no_power_over_the_database_server(stack):
     assert stack.shell(ATTACKS) == "refused"
     assert stack.shell(AS_SUPERUSER) == "refused"
 
 
 @on_one
-def test_no_command_line_has_a_secret(stack):
+def test_no_command_line_shows_a_secret(stack):
     secrets = re.findall("[0-9a-f]{24}", stack.project.read(".env"))
     assert secrets
     for service, [container] in stack.containers("--all").items():
@@ -341,14 +341,14 @@ def test_no_command_line_has_a_secret(stack):
         assert not [secret for secret in secrets if secret in " ".join(arguments)], service
 
 
-def test_the_image_takes_no_backup_along(engine, bake, tmp_path):
-    """That of docs/operation.md, and others of PostgreSQL's usual names."""
+def test_the_image_contains_no_backup(engine, bake, tmp_path):
+    """Neither the backup file of docs/operation.md nor one with another usual name of a dump."""
     project = bake()
     [backup] = set(re.findall(r"pg_dump .* > (\S+?)`", project.read("docs/operation.md")))
     backups = [backup, "shop-2026-01-31.sql.gz", "shop.dump"]
     for name in backups:
         (project / name).write_text("secrets")
-    (project / "jobs/report.sql").write_text("SELECT 1")  # a program's, which it needs
+    (project / "jobs/report.sql").write_text("SELECT 1")  # part of the program
     (tmp_path / "Dockerfile").write_text("FROM scratch\nCOPY . /\n")
     project.call(
         *("docker", "build", "--file", tmp_path / "Dockerfile"),
@@ -369,7 +369,7 @@ def test_the_image_takes_no_backup_along(engine, bake, tmp_path):
     ("answers", "django"), [(name, version) for name in VERSIONS for version in VERSIONS[name]]
 )
 def test_its_own_tests_pass_with_these_versions(engine, bake, answers, django):
-    """Nothing is edited but the pin, and nothing that it does is deprecated."""
+    """Only the version of Django is edited. A DeprecationWarning fails a test."""
     project = bake(**ANSWERS[answers])
     pyproject = project.read("pyproject.toml")
     assert '"django~=5.2.0"' in pyproject
@@ -389,8 +389,8 @@ def test_its_own_tests_pass_with_these_versions(engine, bake, answers, django):
 
 
 @on_one
-def test_an_edit_shows_in_seconds(stack):
-    """With `make dev`; what `make up` starts has the code of its image."""
+def test_make_dev_restarts_the_worker_after_an_edit(stack):
+    """What `make up` starts does not restart: it has the code of its image."""
     tasks = stack.project / "orders/tasks.py"
 
     def starts():

@@ -1,7 +1,7 @@
-"""What was accepted is not lost, whatever dies: real processes, killed, paused and restarted.
+"""Accepted work is not lost: real processes are killed, paused and restarted.
 
-The property `seconds` of a test (see pytest's --junitxml) is what it measured: from the fault, or
-where one was needed from the restart, to the end of the last job.
+The property `seconds` of a test (see pytest's --junitxml) is the time from the fault, or from the
+restart if one was needed, to the end of the last job.
 """
 
 import os
@@ -36,13 +36,13 @@ from harness.stack import LEASE, RESEND
 
 
 def wait_for_early_acknowledgements(stack):
-    """What a worker acknowledges before the body has ended, it has when a later job ends."""
+    """Run a later job. When it ends, every early acknowledgement has been sent."""
     stack.wait_until_final(stack.enqueue("quick", queue="cpu"))
 
 
 @everywhere
 def test_a_killed_worker_loses_nothing(stack, gate, since):
-    """Neither jobs nor, after the visibility timeout, plain tasks."""
+    """Jobs run again, and so do plain tasks, after the visibility timeout."""
     jobs = [stack.enqueue("hold", gate, queue="cpu") for _ in range(2)]
     task = stack.send("plain", gate, queue="cpu")
     stack.wait_until_started(*jobs, task)
@@ -62,7 +62,7 @@ def test_a_killed_worker_loses_nothing(stack, gate, since):
 
 @stacks(pools=["prefork"])
 def test_a_killed_child_loses_nothing(stack, gate, since, record_property):
-    """Its worker knows at once: no lease has to lapse."""
+    """Its worker notices at once, so the job does not wait until its lease of 600 s lapses."""
     worker = stack.replace_worker(JOB_LEASE_SECONDS=600)
     job = stack.enqueue("hold", gate, queue="cpu")
     task = stack.send("plain", gate, queue="cpu")
@@ -101,21 +101,21 @@ def test_a_plain_task_that_kills_its_child_every_time_ends(stack, since):
     wait_for(lambda: len(stack.notes("start", task)) == 3)
     since(start)
     stack.wait_until_final(*[stack.enqueue("quick", queue="cpu") for _ in range(20)])
-    time.sleep(2)  # in which it would start again
+    time.sleep(2)  # time for a fourth start
     assert len(stack.notes("start", task)) == 3
     assert not stack.messages_in("cpu")
 
 
 @everywhere
-def test_a_worker_that_is_stopped_loses_nothing(stack, gate, tmp_path, since):
-    """What ends in time ends, the rest is handed back, and no crash is counted."""
+def test_a_stopped_worker_loses_nothing(stack, gate, tmp_path, since):
+    """A job that ends in time succeeds, the rest is handed back, and no crash is counted."""
     nearly_done = tmp_path / "nearly-done"
     ends = stack.enqueue("hold", nearly_done, queue="cpu")
     job = stack.enqueue("hold", gate, queue="cpu")
     task = stack.send("plain", gate, queue="cpu")
     stack.wait_until_started(ends, job, task)
-    # Once a later one has ended, the worker's main process knows that these have started: asked to
-    # end a moment before, Celery would wait for one of them, and the engine end the worker with 1.
+    # After the end of a later job, the worker's main process knows that these have started. If
+    # SIGTERM came before, Celery would wait for one of them, and the worker would exit with 1.
     stack.wait_until_final(stack.enqueue("hold", tmp_path, queue="cpu"))
 
     start = time.monotonic()
@@ -139,7 +139,7 @@ def test_a_worker_that_is_stopped_loses_nothing(stack, gate, tmp_path, since):
 
 @on_each_pool
 def test_a_worker_whose_children_are_stopped_too_loses_nothing(stack, gate, since):
-    """As systemd and honcho do it: SIGTERM goes to the whole process group."""
+    """systemd and honcho send SIGTERM to the whole process group."""
     job = stack.enqueue("hold", gate, queue="cpu")
     task = stack.send("plain", gate, queue="cpu")
     stack.wait_until_started(job, task)
@@ -159,8 +159,8 @@ def test_a_worker_whose_children_are_stopped_too_loses_nothing(stack, gate, sinc
 
 
 @on_each_pool
-def test_what_the_database_forgets_of_claims_runs_once_at_a_time(stack, gate, since):
-    """It crashes before its log is on the disk. What runs goes on, what died runs again."""
+def test_a_job_whose_claim_the_database_lost_runs_once_at_a_time(stack, gate, since):
+    """PostgreSQL crashes before its log is on disk. Only the job of the dead worker runs again."""
     code = """
 with transaction.atomic():
     connection.cursor().execute("SET LOCAL synchronous_commit = on")
@@ -184,7 +184,7 @@ result = [job.pk for job in jobs]
         for process in (stack.beat, stack.other):
             process.start()
         stack.wait_until_started(jobs[2], times=2)
-        time.sleep(2 * LEASE)  # in which the others could start again
+        time.sleep(2 * LEASE)  # time for the other two to start again
         gate.touch()
         rows = stack.wait_until_final(*jobs)
         since(start)
@@ -194,7 +194,7 @@ result = [job.pk for job in jobs]
 
 @contextmanager
 def unwritten_log(stack):
-    """PostgreSQL keeps in memory what nobody waits for: who writes its log by itself is paused."""
+    """Keep commits in memory: none waits for the disk, and the background writers are paused."""
 
     def alter(setting):
         stack.ask("connection.cursor().execute(f'ALTER SYSTEM {setting}')", setting=setting)
@@ -207,7 +207,7 @@ with connection.cursor() as cursor:
 """
     writers = ["walwriter", "background writer", "checkpointer"]
     alter("SET synchronous_commit = off")
-    stack.wait_until_final(stack.enqueue("quick"))  # the workers' sessions know it now
+    stack.wait_until_final(stack.enqueue("quick"))  # now the workers' sessions use it
     for pid in stack.ask(code, writers=writers):
         os.kill(pid, signal.SIGSTOP)
     try:
@@ -218,13 +218,13 @@ with connection.cursor() as cursor:
 
 @on_prefork
 def test_a_worker_ends_although_a_child_has_half_of_a_message(stack, since):
-    """Celery waits for that child, and the child for the other half."""
+    """Celery waits for that child, and the child waits for the other half."""
     children = children_of(stack.worker.pid)
     for child in children:
         os.kill(child, signal.SIGSTOP)
-    job = stack.enqueue("read", "x" * 1_000_000, queue="cpu")  # no pipe takes that at once
+    job = stack.enqueue("read", "x" * 1_000_000, queue="cpu")  # more than a pipe holds
     wait_for(lambda: not stack.messages_in("cpu"))
-    time.sleep(1)  # in which the worker writes to a child
+    time.sleep(1)  # the worker writes to a child
 
     start = time.monotonic()
     os.kill(stack.worker.pid, signal.SIGTERM)
@@ -239,8 +239,8 @@ def test_a_worker_ends_although_a_child_has_half_of_a_message(stack, since):
 
 
 @on_each_pool
-def test_a_worker_that_has_run_only_plain_tasks_does_not_wait_for_one(stack, gate, since):
-    """SOFT_SHUTDOWN_SECONDS hold for them too; what is cut off comes back."""
+def test_a_worker_that_ran_only_plain_tasks_stops_in_time(stack, gate, since):
+    """SOFT_SHUTDOWN_SECONDS applies to them too; an interrupted one is delivered again."""
     stack.worker.stop()
     stack.worker.start()
     task = stack.send("plain", gate, queue="cpu")
@@ -256,7 +256,7 @@ def test_a_worker_that_has_run_only_plain_tasks_does_not_wait_for_one(stack, gat
 
 @on_each
 def test_a_frozen_worker_is_fenced(stack, gate, since):
-    """Its job runs elsewhere, and what it does once it goes on is dropped."""
+    """Its job runs in another worker; when it continues, the outcome of its body is dropped."""
     job = stack.enqueue("hold", gate)
     first = stack.wait_until_started(job)
     [frozen] = [worker for worker in stack.workers if worker.pid == os.getpgid(first)]
@@ -267,8 +267,8 @@ def test_a_frozen_worker_is_fenced(stack, gate, since):
     gate.with_name(f"gate-{first}").touch()
     frozen.resume()
     wait_for(lambda: first in stack.notes("end", job))
-    time.sleep(1)  # in which it could write how it ended
-    assert stack.row(job)["state"] == "running"  # in the other process
+    time.sleep(1)  # time to store an outcome
+    assert stack.row(job)["state"] == "running"  # in the other worker
     gate.touch()
     rows = stack.wait_until_final(job)
     since(start)
@@ -287,14 +287,14 @@ def test_a_job_over_its_time_limit_fails(stack, gate, since):
     assert (row["state"], row["error"]) == ("failed", "Over its time limit")
     assert errors(row) == ["Over its time limit"]
     assert ran_once(stack, [job])
-    gate.touch()  # the body of a thread goes on
+    gate.touch()  # in a thread the body still runs
     [row] = stack.wait_until_final(stack.enqueue("quick", queue="cpu"))
     assert succeeded([row], crashes=0), row
 
 
 @pytest.fixture
 def revoke(stack):
-    """Return a function that revokes a task through Flower."""
+    """Start Flower; return a function that revokes a task through it."""
     [port] = free_ports(1)
     url, basic = f"http://127.0.0.1:{port}/api", {"Authorization": "Basic YWRtaW46c2VjcmV0"}
 
@@ -337,7 +337,7 @@ def test_a_revoke_from_flower_cancels(stack, gate, revoke, since):
 
 
 @stacks(brokers=with_flower, pools=["prefork"])
-def test_a_revoke_that_terminates_ends_this_task_and_no_other(stack, gate, revoke):
+def test_a_revoke_with_terminate_ends_only_this_task(stack, gate, revoke):
     revoked, task = stack.send("plain", gate, queue="cpu"), stack.send("plain", gate, queue="cpu")
     child, other = stack.wait_until_started(revoked), stack.wait_until_started(task)
     revoke(revoked, "?terminate=1")
@@ -350,7 +350,7 @@ def test_a_revoke_that_terminates_ends_this_task_and_no_other(stack, gate, revok
 
 @stacks(brokers=with_flower, pools=["prefork"])
 def test_a_job_that_holds_its_own_row_can_be_terminated(stack, gate, revoke):
-    """Its worker's loop does not wait for the lock: else nobody would end the body."""
+    """If its worker's loop waited for the lock, nothing would end the body."""
     job = stack.enqueue("hold_its_row", gate, queue="cpu")
     stack.wait_until_started(job)
     revoke(job, "?terminate=1")
@@ -362,14 +362,14 @@ def test_a_job_that_holds_its_own_row_can_be_terminated(stack, gate, revoke):
 
 
 def check_tries(stack, start):
-    """Each of the four web processes tries to send once, and then not for ten seconds."""
+    """Each of the four web processes tries to send once and then pauses for ten seconds."""
     tries = stack.web.printed.count("stored but not sent")
     assert 0 < tries <= 4 * (1 + (time.monotonic() - start) // 10), stack.web.printed
 
 
 @everywhere
 def test_jobs_outlive_their_broker(stack, gate, tmp_path, since):
-    """What runs goes on, what is retried and what is posted meanwhile runs once it is back."""
+    """Bodies continue; retried and new jobs run once the broker is back."""
     later = tmp_path / "later"
     ends_without = stack.enqueue("hold", gate, queue="cpu")
     retries_without = stack.enqueue("hold_then_retry", gate, queue="io")
@@ -379,7 +379,7 @@ def test_jobs_outlive_their_broker(stack, gate, tmp_path, since):
     with stack.supervised(stack.workers):
         stack.broker.kill()
         start = time.monotonic()
-        posted = stack.post_many(50, "quick")  # and is answered: the web does not wait for it
+        posted = stack.post_many(50, "quick")  # raises if one gets no answer
         check_tries(stack, start)
         gate.touch()
         stack.wait_until_final(ends_without)
@@ -394,8 +394,8 @@ def test_jobs_outlive_their_broker(stack, gate, tmp_path, since):
     assert [len(stack.notes("start", job)) for job in jobs] == [1, 2, 1, *[1] * 50]
 
 
-# Without gevent: its worker ends, and has to be started again, where queues are gone for a moment,
-# as they are on the stand-in for SQS.
+# Without gevent: its worker ends, and must be restarted, if queues are missing for a moment. On the
+# stand-in for SQS they are.
 @stacks(pools=[pool for pool in POOLS if pool != "gevent"])
 def test_idle_workers_outlive_their_broker(stack, since):
     processes = [worker.pid for worker in stack.workers]
@@ -410,8 +410,8 @@ def test_idle_workers_outlive_their_broker(stack, since):
 
 
 @on_each_broker
-def test_a_broker_that_hangs_holds_up_no_request(stack, record_property, since):
-    """All are answered before it goes on."""
+def test_a_broker_that_hangs_delays_no_request(stack, record_property, since):
+    """All requests are answered while it is paused."""
     stack.renew_web()
     stack.broker.pause()
     start = time.monotonic()
@@ -431,7 +431,7 @@ def test_a_broker_that_hangs_holds_up_no_request(stack, record_property, since):
 
 @contextmanager
 def posting(stack):
-    """Post jobs all the time until the block ends: gives what post_many() returns."""
+    """Post jobs until the block ends; yield the list of all that post_many() has returned."""
     posted, done = [], threading.Event()
 
     def post():
@@ -463,11 +463,11 @@ from config.celery import app
 workers = app.control.inspect(timeout=5)
 result = [workers.stats() or {}, workers.conf(with_defaults=True) or {}]
 """
-    with stack.supervised(stack.workers):  # one that held a message at the failover may end
+    with stack.supervised(stack.workers):  # a worker that held a message may end
         with posting(stack) as posted:
             wait_for(lambda: len(posted) > 20)
             master, count = stack.broker.master, len(posted)
-            stack.broker.wait_until_down(600)  # seconds, until it looks for another master
+            stack.broker.wait_until_down(600)  # seconds: no failover yet
             master.kill()
             wait_for(lambda: len(posted) > count + 20)
             stack.broker.wait_until_down(2)
@@ -487,7 +487,7 @@ result = [workers.stats() or {}, workers.conf(with_defaults=True) or {}]
 
 
 @with_sentinel
-def test_nothing_starts_behind_sentinel_without_the_name_of_the_master(running):
+def test_sentinel_without_the_name_of_its_master_is_refused(running):
     variables = {**running.variables, "REDIS_SENTINEL_MASTER": ""}
     with pytest.raises(AssertionError, match="ImproperlyConfigured.* REDIS_SENTINEL_MASTER"):
         running.project.manage("check", **variables)
@@ -495,13 +495,14 @@ def test_nothing_starts_behind_sentinel_without_the_name_of_the_master(running):
 
 @on_each_broker
 def test_an_emptied_broker_loses_no_job(stack, since):
-    """And as long as it has their messages, they are not sent again."""
+    """While the broker has their messages, they are not sent again."""
     stack.other.stop()
     start = time.monotonic()
     jobs = [stack.enqueue("quick", queue="io") for _ in range(20)]
     time.sleep(RESEND + 1)
     more = stack.messages_in("io") - 20
-    # One that is just being sent may look missing; and one now and then is sent for plain tasks.
+    # A message that is being sent may look missing. And every RESEND seconds one job is sent again,
+    # because the messages in the queue may belong to plain tasks.
     assert 0 <= more < 5 + (time.monotonic() - start) // RESEND
     stack.beat.pause()
     stack.empty("io")
@@ -518,7 +519,7 @@ def test_an_emptied_broker_loses_no_job(stack, since):
 
 @on_each_broker
 def test_copies_of_a_message_run_one_body(stack, gate):
-    """Five copies, and some more for another worker at the same moment."""
+    """Two workers get five copies each at the same moment."""
     code = """
 from jobs.messages import send
 jobs = [Job.objects.enqueue(hold, [gate], countdown=3600) for _ in range(3)]
@@ -540,7 +541,7 @@ result = [job.pk for job in jobs]
 
 
 @on_one
-def test_a_copy_from_before_a_crash_skips_no_pause(stack, gate):
+def test_a_copy_from_before_a_crash_does_not_skip_the_pause(stack, gate):
     job = stack.enqueue("hold", gate, queue="cpu")
     os.kill(stack.wait_until_started(job), signal.SIGKILL)
     wait_for(lambda: stack.row(job)["crashes"] == 1)
@@ -558,7 +559,7 @@ send([copy])
 job = Job.objects.get(pk=job)
 result = (job.started_at - job.attempts.get().ended_at).total_seconds()
 """
-    assert stack.ask(code, job=job) > 3.5  # 5 s, which vary by a fifth
+    assert stack.ask(code, job=job) > 3.5  # the pause is 5 s, more or less a fifth
 
 
 # Web, Beat and the database
@@ -579,8 +580,8 @@ def test_a_web_killed_between_commit_and_publish_loses_no_job(stack, since):
 
 
 @on_each_broker
-def test_without_beat_jobs_wait_at_most(stack, gate, since):
-    """New jobs run, and what was lost meanwhile is found once Beat is back."""
+def test_without_beat_jobs_may_wait_but_none_is_lost(stack, gate, since):
+    """New jobs run. A job whose worker died is recovered once Beat is back."""
     stack.beat.kill()
     lost = stack.enqueue("hold", gate, queue="cpu")
     stack.wait_until_started(lost)
@@ -601,7 +602,7 @@ def test_without_beat_jobs_wait_at_most(stack, gate, since):
 
 @on_each
 def test_a_restarted_database_loses_no_job(stack, gate, since):
-    """How a body ended is written once the database is back; no lease lapses meanwhile."""
+    """An outcome is stored once the database is back; no lease lapses before."""
     jobs = [stack.enqueue("hold", gate, queue=queue) for queue in ["cpu", "io"]]
     jobs.append(stack.enqueue("count", gate, queue="cpu"))
     stack.wait_until_started(*jobs)
@@ -628,7 +629,7 @@ def test_a_killed_worker_loses_no_job_with_the_default_timings(stack, gate, sinc
 
 @without_resends
 def test_a_worker_of_old_code_delays_no_new_task(stack, since):
-    """In a rolling deploy it takes messages of a task that it does not know, and drops them."""
+    """In a rolling deploy it receives messages of a task that it does not know, and drops them."""
     stack.other.stop()
     old = stack.make_worker("io", "old", OLD_CODE=1)
     old.start()
@@ -659,12 +660,12 @@ def kill_a_worker(stack, gate, since):
     assert succeeded(rows, crashes=1), rows
 
 
-# A failover
+# A read-only database, as in a failover
 
 
 @on_each_pool
-def test_a_database_that_takes_no_writes_loses_no_job(stack, gate, since):
-    """How a body ended is written once it does; no body runs twice, no crash is counted."""
+def test_a_read_only_database_loses_no_job(stack, gate, since):
+    """Outcomes are stored once writes work again; no body runs twice, no crash is counted."""
 
     def set_read_only(state):
         setting = f"ALTER SYSTEM SET default_transaction_read_only = {state}"

@@ -1,4 +1,4 @@
-"""What an attacker tried on a running output. What needs no server stands in the output's tests."""
+"""Attacks on a running output. Those that need no server are in the output's own tests."""
 
 import socket
 from urllib.parse import urlsplit
@@ -17,7 +17,7 @@ with_flower = outputs(*(each for each in one_for_each_broker() if chosen(**each)
 
 @with_flower
 def test_celery_and_flower_show_no_password(project, tmp_path):
-    """Neither those of broker and results, nor that of the cache, which Celery need not know."""
+    """Neither the passwords of broker and results nor that of the cache, unknown to Celery."""
     with servers.real(project.free_servers(), tmp_path) as addresses:
         variables = {"CACHE_URL": f"redis://:{PASSWORD}@127.0.0.1:1/2"}
         for name, url in addresses.items():
@@ -36,7 +36,7 @@ def test_celery_and_flower_show_no_password(project, tmp_path):
 
 
 def protect(url):
-    """Give the Redis at this URL a password; return the URL with it. Others keep theirs."""
+    """Give the Redis at this URL a password; return the URL with it. Other URLs stay the same."""
     parts = urlsplit(url)
     if parts.scheme != "redis":
         return url
@@ -48,8 +48,8 @@ def protect(url):
 
 @pytest.mark.parametrize("fault", ["dead", "hung"])
 @default_output
-def test_a_cache_that_is_away_stops_no_request(project, fault):
-    """fetch() waits for an answer for 30 s; a cache that hangs, never gives one."""
+def test_an_unavailable_cache_stops_no_request(project, fault):
+    """A hung cache never answers, so a request that waits for it exceeds the 30 s of fetch()."""
     with socket.socket() as cache:  # accepts, and never answers
         cache.bind(("127.0.0.1", 0))
         cache.listen(100)
@@ -73,7 +73,7 @@ PAGES = {
 
 @default_output
 def test_the_pages_work_under_their_content_security_policy(project, tmp_path):
-    """In a browser, logged in: what scripts make is there, and no violation is logged."""
+    """In a browser, logged in: what the scripts add appears, and no violation is logged."""
     with project.up() as site, browser(tmp_path) as tab:
         tab.send("Log.enable")
         tab.log_in(site)

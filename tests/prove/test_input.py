@@ -1,4 +1,4 @@
-"""What the API takes, refuses and shows: odd bodies, many at once, and what a fuzzer makes up."""
+"""What the API accepts, refuses and shows: odd bodies, many requests at once, and a fuzzer's."""
 
 import json
 import os
@@ -45,7 +45,7 @@ PATHS = [
 @pytest.mark.parametrize("body", BODIES)
 def test_a_bad_body_is_refused(stack, body):
     status, answer = stack.send_raw("orders/", BODIES[body])
-    allowed = {"deep, but read": [202, 400]}  # what a request says too much is ignored
+    allowed = {"deep, but read": [202, 400]}  # unknown fields are ignored
     assert status in allowed.get(body, [400, 0] if body.startswith("10 MB") else [400]), answer[
         :999
     ]
@@ -61,7 +61,7 @@ def test_bad_addresses_and_types_are_refused(stack):
 
 
 @on_one
-def test_what_belongs_to_others_is_not_found(stack):
+def test_jobs_and_orders_of_others_are_not_found(stack):
     job = stack.post("quick")
     order = json.loads(stack.send_raw("orders/", json.dumps(ORDER))[1])["id"]
     other = stack.add_user("other")
@@ -75,7 +75,7 @@ def test_what_belongs_to_others_is_not_found(stack):
 
 
 @on_one
-def test_200_posts_with_one_key_are_one_job(stack):
+def test_200_posts_with_one_key_make_one_job(stack):
     def post(_):
         status, answer = stack.send_raw("orders/", json.dumps(ORDER), key="the-only-one")
         return status, json.loads(answer)["id"]
@@ -94,8 +94,8 @@ def test_200_posts_with_one_key_are_one_job(stack):
 
 
 @on_one
-def test_a_key_whose_job_is_just_deleted_is_as_new(stack, gate):
-    """The request finds the job, waits for the lock, and then finds no order of that job."""
+def test_a_key_whose_job_is_being_deleted_is_accepted_as_new(stack, gate):
+    """The request finds the job, waits for the lock, and then finds no order of this job."""
     first = stack.send_raw("orders/", json.dumps(ORDER), key="old")
     code = """
 waiting = "SELECT FROM pg_locks WHERE relation = 'orders_order'::regclass AND NOT granted"
@@ -117,21 +117,22 @@ with transaction.atomic(), connection.cursor() as cursor:
 
 @pytest.mark.timeout(1800)  # with EXAMPLES=180, on a busy machine
 @on_one
-def test_the_api_answers_as_it_documents(stack, tmp_path, record_property):
-    """Requests made from the output's own OpenAPI document, as two kinds of user.
+def test_the_api_answers_as_documented(stack, tmp_path, record_property):
+    """Schemathesis makes requests from the output's OpenAPI document, as two kinds of user.
 
-    Of sixteen rules broken on purpose they find fifteen; with `EXAMPLES=180` a NUL, too, by luck.
+    When sixteen rules were broken on purpose, it found fifteen; with `EXAMPLES=180` also a NUL, by
+    luck.
     """
-    examples = int(os.environ.get("EXAMPLES", "30"))  # of each operation
+    examples = int(os.environ.get("EXAMPLES", "30"))  # for each operation
     schema, config = tmp_path / "schema.json", tmp_path / "schemathesis.toml"
-    rejections = [400, 401, 403, 404, 405, 406, 409, 414, 415, 422, 429]  # 414 is none by default
+    rejections = [400, 401, 403, 404, 405, 406, 409, 414, 415, 422, 429]  # 414 is not a default
     config.write_text(f"[checks]\nnegative_data_rejection.expected-statuses = {rejections}\n")
     checks = "not_a_server_error,status_code_conformance"
     checks += ",response_schema_conformance,response_headers_conformance"
     checks += ",content_type_conformance,negative_data_rejection"
 
-    def ask(token, **options):
-        """Return the number of requests. What schemathesis prints names the seed."""
+    def fuzz(token, **options):
+        """Run schemathesis; return the number of requests. Its output names the seed."""
         schema.write_text(json.dumps(document))
         command = ["schemathesis", "--config-file", str(config), "run", str(schema)]
         command += ["--url", f"http://127.0.0.1:{stack.port}", "--seed", "1", "--checks", checks]
@@ -147,14 +148,15 @@ def test_the_api_answers_as_it_documents(stack, tmp_path, record_property):
     paths = document["paths"]
     del paths["/faults/"], paths["/api/schema/"]
     staff = stack.add_user("staff", is_staff=True, is_superuser=True)
-    cases = ask(stack.token) + ask(staff)
+    cases = fuzz(stack.token) + fuzz(staff)
     assert cases >= 2 * examples * sum(map(len, paths.values()))
-    # In this phase all requests had the same key, so that no body but the first was looked at.
+    # Otherwise all requests of this phase have the same idempotency key, and only the first body is
+    # validated.
     for name in "Order", "Newsletter":
         del paths[f"/api/{name.lower()}s/"]["post"]["parameters"]
         fields = document["components"]["schemas"][f"{name}Request"]["properties"]
         for field, kind in fields.items():
-            if kind["type"] == "string":  # REST framework also takes a number
+            if kind["type"] == "string":  # REST framework also accepts a number
                 fields[field] = {"anyOf": [kind, {"type": "number"}]}
-    cases += ask(staff, phases="coverage")
+    cases += fuzz(staff, phases="coverage")
     record_property("cases", cases)

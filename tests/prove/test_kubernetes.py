@@ -1,4 +1,4 @@
-"""The manifests of outputs: rendered as `kubectl apply -k` does, and held to the schema."""
+"""The manifests of outputs, rendered as by `kubectl apply -k` and validated by the schema."""
 
 import base64
 import itertools
@@ -24,7 +24,7 @@ ANSWERS = [
 
 @pytest.fixture
 def render(bake):
-    """Render the manifests for these answers, {(kind, name): document}."""
+    """Return a function: it bakes a project, and returns it and {(kind, name): document}."""
     if not shutil.which("kubectl"):
         missing("kubectl is not installed")
 
@@ -38,7 +38,7 @@ def render(bake):
 
 
 def pods(documents):
-    """The specifications of all pods, {(kind, name): spec}."""
+    """Return the specifications of all pods, {(kind, name): spec}."""
     return {
         key: document["spec"]["template"]["spec"]
         for key, document in documents.items()
@@ -52,7 +52,7 @@ def pods(documents):
 def test_the_manifests_are_valid(render, answers):
     project, documents = render(**answers)
     for (kind, _), document in documents.items():
-        if kind != "ScaledObject":  # KEDA's own
+        if kind != "ScaledObject":  # KEDA's own, not in the schema
             kubernetes_validate.validate(document, "1.37", strict=True)
 
     for key, spec in pods(documents).items():
@@ -87,7 +87,7 @@ def check_pod(spec, documents, key):
 
 
 def check_workers(queue, documents):
-    """The Deployment of a queue, and that its size follows this queue's jobs."""
+    """Check that this queue has a Deployment, which scales with the jobs of this queue."""
     spec = documents["ScaledObject", f"worker-{queue}"]["spec"]
     [container] = pods(documents)["Deployment", spec["scaleTargetRef"]["name"]]["containers"]
     assert container["command"][-2:] == ["--queues", queue]
@@ -98,7 +98,7 @@ def check_workers(queue, documents):
 
 
 @pytest.mark.parametrize("broker", CHOICES["broker"])
-def test_production_lacks_no_variable(render, broker):
+def test_production_has_every_variable_that_it_needs(render, broker):
     project, documents = render(broker=broker)
     [config] = [each["data"] for (kind, _), each in documents.items() if kind == "ConfigMap"]
     [secret] = [each["data"] for (kind, _), each in documents.items() if kind == "Secret"]
@@ -106,7 +106,7 @@ def test_production_lacks_no_variable(render, broker):
     assert {"SECRET_KEY", *re.findall("^# ([A-Z_]+)=", needed, re.M)} <= {*config, *secret}
 
 
-def test_the_probes_ask_for_an_allowed_host(render):
+def test_the_probes_send_an_allowed_host(render):
     _, documents = render()
     [config] = [each["data"] for (kind, _), each in documents.items() if kind == "ConfigMap"]
     [web] = pods(documents)["Deployment", "web"]["containers"]
@@ -122,7 +122,7 @@ def ports(rules):
 
 @pytest.mark.parametrize("result_backend", CHOICES["result_backend"])
 @pytest.mark.parametrize("broker", CHOICES["broker"])
-def test_the_network_carries_only_what_is_needed(render, broker, result_backend):
+def test_the_network_policies_open_only_needed_ports(render, broker, result_backend):
     _, documents = render(broker=broker, result_backend=result_backend)
     policies = {name: each["spec"] for (kind, name), each in documents.items() if "Policy" in kind}
 
@@ -130,7 +130,7 @@ def test_the_network_carries_only_what_is_needed(render, broker, result_backend)
     assert everybody["podSelector"] == {}
     assert set(everybody["policyTypes"]) == {"Ingress", "Egress"}
     assert "ingress" not in everybody
-    # The ports of the servers in .env; Amazon's have no other address than their names.
+    # The ports of the servers in .env. Amazon's services have no URL there: they use 443.
     [secret] = [each["data"] for (kind, _), each in documents.items() if kind == "Secret"]
     values = {name: base64.b64decode(value).decode() for name, value in secret.items()}
     urls = {name: urlsplit(value) for name, value in values.items() if "://" in value}
@@ -153,7 +153,7 @@ def test_the_network_carries_only_what_is_needed(render, broker, result_backend)
     assert ports(policies["workers"]["egress"]) == {("TCP", mail.port)}
 
 
-def test_the_queue_of_what_waits_for_others_reaches_them(render):
+def test_the_io_queue_reaches_other_services_over_https(render):
     _, documents = render()
     assert ports(documents["NetworkPolicy", "worker-io"]["spec"]["egress"]) == {("TCP", 443)}
     _, documents = render(include_example=False)
@@ -161,7 +161,7 @@ def test_the_queue_of_what_waits_for_others_reaches_them(render):
 
 
 @pytest.mark.parametrize("broker", CHOICES["broker"])
-def test_flower_has_no_password_that_others_know(render, broker):
+def test_flower_has_no_default_password(render, broker):
     _, documents = render(broker=broker)
     [secret] = [each["data"] for (kind, _), each in documents.items() if kind == "Secret"]
     if ("Deployment", "flower") not in documents:
@@ -177,7 +177,7 @@ def test_flower_has_no_password_that_others_know(render, broker):
         assert (result.returncode == 0) == starts
 
 
-def test_no_pod_fills_the_disk_of_its_node(render):
+def test_no_pod_can_fill_the_disk_of_its_node(render):
     _, documents = render()
     for key, spec in pods(documents).items():
         for volume in spec["volumes"]:

@@ -1,6 +1,6 @@
-"""In company and under odd conditions nobody is forgotten, doubled or blamed for others.
+"""Beside other jobs and in odd conditions no job is lost, run twice or blamed for another's crash.
 
-Real processes, as in test_faults.py; `seconds` is measured likewise.
+Real processes, as in test_faults.py, with the same property `seconds`.
 """
 
 import json
@@ -33,12 +33,12 @@ from harness.stack import LEASE
 where_jobs_share_a_process = stacks(ONE["brokers"], [pool for pool in POOLS if pool != "prefork"])
 
 
-# In company
+# Beside other jobs
 
 
 @on_each_broker
-def test_a_lost_message_is_missed_in_a_queue_that_is_never_empty(stack, gate, since):
-    """Plain tasks wait there all the time."""
+def test_a_lost_message_is_noticed_in_a_queue_that_is_never_empty(stack, gate, since):
+    """It always holds messages of plain tasks."""
     stack.ask("for _ in range(30): circle.delay(gate, 0.2)", gate=str(gate))
     start = time.monotonic()
     with pytest.raises(OSError):
@@ -53,12 +53,12 @@ def test_a_lost_message_is_missed_in_a_queue_that_is_never_empty(stack, gate, si
         gate.touch()
     assert succeeded(rows, crashes=0), rows
     assert ran_once(stack, [job])
-    wait_for(lambda: stack.messages_in("celery") == 0)  # the next test's do not wait behind
+    wait_for(lambda: stack.messages_in("celery") == 0)  # so that the next test does not wait
 
 
 @on_each_broker
-def test_a_queue_that_is_refused_stops_no_other(stack, gate, since):
-    """Neither new jobs, countdowns nor retries."""
+def test_a_queue_that_the_broker_refuses_stops_no_other(stack, gate, since):
+    """Other queues still get new jobs, jobs with a countdown, and retries."""
     refuse = "from config.celery import app\nwith app.connection_for_write() as broker:\n"
     stack.ask(f"{refuse}    channel = broker.default_channel\n    {stack.broker.refuse}")
     refused = [stack.enqueue("quick", queue="refused") for _ in range(5)]
@@ -75,8 +75,8 @@ def test_a_queue_that_is_refused_stops_no_other(stack, gate, since):
 
 
 @on_each_broker
-def test_a_worker_whose_slots_were_full_asks_for_more_at_once(stack, since):
-    """250 short jobs on its 4 slots: there would be a pause of a second after every eight."""
+def test_a_worker_whose_slots_were_full_fetches_more_at_once(stack, since):
+    """250 short jobs on 4 slots. By default Kombu's SQS pauses for a second after every eight."""
     start = time.monotonic()
     jobs = stack.ask(
         "result = [j.pk for j in Job.objects.enqueue_many(quick, [[]] * 250, queue='cpu')]"
@@ -89,11 +89,11 @@ starts = sorted(Job.objects.filter(pk__in=jobs).values_list("started_at", flat=T
 result = [(later - at).total_seconds() for at, later in zip(starts, starts[1:])]
 """
     pauses = [seconds for seconds in stack.ask(code, jobs=jobs) if seconds > 0.9]
-    assert len(pauses) < 15, pauses  # not 31
+    assert len(pauses) < 15, pauses  # it would be 31
 
 
 @without_resends
-def test_jobs_with_arguments_of_old_code_fail_and_delay_no_other(stack, since):
+def test_jobs_with_outdated_arguments_fail_and_delay_no_other(stack, since):
     """They were stored before their task's signature changed."""
     code = """
 jobs = [job.pk for job in Job.objects.enqueue_many(quick, [[]] * 40, countdown=2)]
@@ -115,7 +115,7 @@ result = jobs
 
 @where_jobs_share_a_process
 def test_a_job_that_kills_its_process_fails_alone(stack, since):
-    """15 others run in the same process each time, and are not blamed."""
+    """Each time 15 others run in the same process, and they still succeed."""
     start = time.monotonic()
     innocents = [stack.enqueue("rest", 2, queue="cpu") for _ in range(15)]
     killer = stack.enqueue("die", 1, queue="cpu")
@@ -128,8 +128,8 @@ def test_a_job_that_kills_its_process_fails_alone(stack, since):
 
 
 @on_one
-def test_what_delay_and_apply_async_send_outlives_its_worker(stack, gate, since):
-    """It is a job like any other, and says how it ends."""
+def test_jobs_of_delay_and_apply_async_outlive_their_workers(stack, gate, since):
+    """They are jobs like any other, and AsyncResult reads how they ended."""
     jobs = [stack.ask("result = hold.delay(gate).id", gate=str(gate))]
     code = "result = hold.apply_async([gate], queue='cpu', countdown=1).id"
     jobs.append(stack.ask(code, gate=str(gate)))
@@ -157,7 +157,7 @@ def test_a_retry_in_a_transaction_is_not_rolled_back(stack, since):
 
 @on_each_pool
 def test_each_run_that_failed_says_why(stack, since):
-    """Those that were tried again, too."""
+    """Also each run that was retried."""
     start = time.monotonic()
     jobs = [stack.enqueue(task) for task in ["fail_twice", "fail_and_go_on"]]
     rows = stack.wait_until_final(*jobs)
@@ -173,7 +173,7 @@ def control(stack, *words):
 
 
 @on_one
-def test_the_command_terminate_cancels(stack, gate, since):
+def test_celery_control_terminate_cancels(stack, gate, since):
     job = stack.enqueue("hold", gate, queue="cpu")
     stack.wait_until_started(job)
     start = time.monotonic()
@@ -184,7 +184,7 @@ def test_the_command_terminate_cancels(stack, gate, since):
 
 
 @on_each_pool
-def test_a_revoke_waits_for_the_database(stack, gate, since):
+def test_a_revoke_during_a_database_outage_cancels(stack, gate, since):
     waits = stack.enqueue("hold", gate, queue="cpu", countdown=3600)
     runs = stack.enqueue("hold", gate, queue="cpu")
     stack.wait_until_started(runs)
@@ -198,12 +198,12 @@ def test_a_revoke_waits_for_the_database(stack, gate, since):
     assert [row["state"] for row in rows] == ["cancelled", "cancelled"]
 
 
-# What is resumed
+# Resumed jobs, and long transactions
 
 
 @on_each_pool
-def test_a_newsletter_goes_on_where_its_worker_was_killed(stack, since, record_property):
-    """Nobody is forgotten, and no more get it twice than one chunk of 100."""
+def test_a_newsletter_continues_where_its_worker_was_killed(stack, since, record_property):
+    """Everybody gets it, and at most one chunk of 100 gets it twice."""
     count = int(os.environ.get("MAILS", "1000"))
     code = """
 from orders.models import Newsletter, Recipient
@@ -213,7 +213,7 @@ emails = [f"{number}@example.com" for number in range(count)]
 Recipient.objects.bulk_create(Recipient(newsletter=newsletter, email=email) for email in emails)
 result = Job.objects.enqueue(send_newsletter, [newsletter.pk], queue="news").pk
 """
-    with Mails(count // 2 + 50) as mails:  # in the midst of a chunk
+    with Mails(count // 2 + 50) as mails:  # in the middle of a chunk
         worker = stack.make_worker("news", "news", EMAIL_URL=mails.url)
         worker.start()
         job = stack.ask(code, count=count)
@@ -231,8 +231,8 @@ result = Job.objects.enqueue(send_newsletter, [newsletter.pk], queue="news").pk
 
 
 @on_each_pool
-def test_transactions_that_are_longer_than_a_lease_keep_their_job(stack, since):
-    """They lock its row, so that nobody renews the lease."""
+def test_a_job_keeps_its_lease_during_longer_transactions(stack, since):
+    """They lock its row, so that nothing can renew the lease."""
     start = time.monotonic()
     seconds = [LEASE + 1.5 + more / 4 for more in range(4)]
     jobs = [stack.enqueue("commit_slowly", 3, each, queue="cpu") for each in seconds]
@@ -242,12 +242,12 @@ def test_transactions_that_are_longer_than_a_lease_keep_their_job(stack, since):
     assert ran_once(stack, jobs)
 
 
-# What is locked or stands still, for longer than a lease
+# Locked or paused for longer than a lease
 
 
 @on_each_pool
-def test_a_locked_row_doubles_nobody_and_stops_no_other(stack, gate, since):
-    """One is locked by another connection, one by its own body."""
+def test_a_job_with_a_locked_row_runs_once_and_stops_no_other(stack, gate, since):
+    """One row is locked by another connection, one by its own body."""
     jobs = [stack.enqueue("hold", gate, queue="cpu") for _ in range(3)]
     jobs.append(stack.enqueue("hold_its_row", gate, queue="cpu"))
     stack.wait_until_started(*jobs)
@@ -264,8 +264,8 @@ def test_a_locked_row_doubles_nobody_and_stops_no_other(stack, gate, since):
 
 
 @where_jobs_share_a_process
-def test_a_body_that_holds_its_row_does_not_hold_up_a_stop(stack, gate, since):
-    """The others are handed back before their leases have lapsed."""
+def test_a_body_that_locks_its_row_does_not_delay_a_stop(stack, gate, since):
+    """The others are handed back before their leases lapse."""
     holder = stack.enqueue("hold_its_row", gate, queue="cpu")
     jobs = [stack.enqueue("hold", gate, queue="cpu") for _ in range(10)]
     stack.wait_until_started(holder, *jobs)
@@ -281,8 +281,8 @@ def test_a_body_that_holds_its_row_does_not_hold_up_a_stop(stack, gate, since):
 
 
 @stacks(brokers=ONE["brokers"], pools=["gevent"])
-def test_ends_that_wait_for_a_lock_stop_no_other(stack, gate, since):
-    """Ten wait: as many as there are threads that store how a body ended."""
+def test_outcomes_that_wait_for_a_lock_stop_no_other_job(stack, gate, since):
+    """Ten wait: as many as there are threads that store outcomes."""
     jobs = [stack.enqueue("hold", gate, queue="cpu") for _ in range(10)]
     stack.wait_until_started(*jobs)
     with stack.locked(f"SELECT FROM jobs_job WHERE id IN {tuple(jobs)} FOR UPDATE"):
@@ -305,7 +305,7 @@ def hold_eight(stack, gate):
 
 
 def check_eight(stack, gate, jobs):
-    """Let them end, after some rounds of the sweep: each has run once."""
+    """Let them end after some rounds of the sweep; assert that each has run once."""
     time.sleep(1)
     gate.touch()
     rows = stack.wait_until_final(*jobs)
@@ -314,8 +314,8 @@ def check_eight(stack, gate, jobs):
 
 
 @on_each_pool
-def test_a_locked_table_doubles_nobody(stack, gate, since):
-    """As migrations lock it."""
+def test_a_locked_table_lets_no_job_run_twice(stack, gate, since):
+    """A migration takes such a lock."""
     jobs = hold_eight(stack, gate)
     with stack.locked("LOCK TABLE jobs_job IN ACCESS EXCLUSIVE MODE"):
         time.sleep(LEASE + 2)
@@ -325,7 +325,7 @@ def test_a_locked_table_doubles_nobody(stack, gate, since):
 
 
 @on_each_pool
-def test_a_database_that_stands_still_doubles_nobody(stack, gate, since):
+def test_a_paused_database_lets_no_job_run_twice(stack, gate, since):
     jobs = hold_eight(stack, gate)
     stack.database.pause()
     time.sleep(LEASE + 2)
@@ -336,8 +336,8 @@ def test_a_database_that_stands_still_doubles_nobody(stack, gate, since):
 
 
 @on_each_pool
-def test_a_machine_that_stands_still_doubles_nobody(stack, gate, since):
-    """Who goes on first is chance: here it is Beat."""
+def test_a_paused_machine_lets_no_job_run_twice(stack, gate, since):
+    """Any process may be the first to continue; after the database, here it is Beat."""
     jobs = hold_eight(stack, gate)
     processes = [stack.database, stack.beat, *stack.workers]
     for process in reversed(processes):
@@ -362,8 +362,8 @@ def test_a_body_that_holds_the_interpreter_keeps_its_job(stack, since):
 
 
 @on_prefork
-def test_an_outage_is_not_the_time_of_a_body_that_has_ended(stack, gate, since):
-    """It lasts longer than the rest of the soft time limit, 10 s."""
+def test_an_outage_after_a_body_counts_towards_no_time_limit(stack, gate, since):
+    """The outage takes 11 s, and the soft time limit is 10 s."""
     jobs = [
         stack.enqueue("hold_softly", gate, queue="cpu"),
         stack.enqueue("hold_softly", gate, "its own reason", queue="cpu"),
@@ -382,8 +382,8 @@ def test_an_outage_is_not_the_time_of_a_body_that_has_ended(stack, gate, since):
 
 
 @on_prefork
-def test_a_broker_that_is_lost_while_a_child_gets_a_large_message(stack, since):
-    """Then the worker ends, but the child waits for the rest: Celery would wait for it for ever."""
+def test_a_broker_lost_while_a_child_reads_a_large_message_blocks_nothing(stack, since):
+    """The worker ends, the child waits for the rest, and Celery alone would wait for it forever."""
     children = children_of(stack.worker.pid)
     for child in children:
         os.kill(child, signal.SIGSTOP)  # so that the message is not written at once
@@ -406,22 +406,22 @@ def test_a_broker_that_is_lost_while_a_child_gets_a_large_message(stack, since):
 
 @on_prefork
 def test_an_idle_worker_opens_no_connections_to_the_database(stack):
-    """Its main process looks eight times for leases to renew, and so does the other's."""
+    """Meanwhile the main process of each worker checks eight times for leases to renew."""
     code = """
 with connection.cursor() as cursor:
     cursor.execute("SELECT sessions FROM pg_stat_database WHERE datname = current_database()")
     [result] = cursor.fetchone()
 """
-    time.sleep(2)  # PostgreSQL counts with a delay
+    time.sleep(2)  # PostgreSQL updates its counters with a delay
     before = stack.ask(code)
     time.sleep(8 * LEASE / 3)
-    assert stack.ask(code) - before < 8  # those of others may be older than CONN_MAX_AGE
+    assert stack.ask(code) - before < 8  # others may reconnect after CONN_MAX_AGE
 
 
-# Odd ends
+# Odd outcomes
 
 
-ODD = {  # task: its states, and words of its reason
+ODD = {  # task: the allowed states, and words of the error
     "raise_mute": ({"failed"}, "Mute"),
     "raise_retry": ({"failed"}, "etry"),
     "retry_with_an_object": ({"failed"}, "not JSON"),
@@ -434,8 +434,8 @@ ODD = {  # task: its states, and words of its reason
 
 
 @on_each_pool
-def test_odd_ends_are_ends(stack, since):
-    """In one run, with the true reason."""
+def test_odd_outcomes_end_a_job(stack, since):
+    """After one run, with the true reason."""
     start = time.monotonic()
     jobs = [stack.enqueue(task, queue="cpu") for task in ODD]
     rows = stack.wait_until_final(*jobs)
@@ -467,8 +467,8 @@ result = admin.get("/admin/jobs/job/").status_code
 
 
 @on_prefork
-def test_what_a_body_sets_in_its_session_stops_no_other(stack):
-    """They run in the same child, one after the other."""
+def test_a_database_setting_of_a_body_stops_no_other(stack):
+    """The jobs run in the same child, one after the other."""
     stack.make_worker("alone", "alone", WORKER_CONCURRENCY=1).start()
     odd, others = [], []
     for setting in ["search_path=''", "default_transaction_read_only=on"]:
@@ -481,7 +481,7 @@ def test_what_a_body_sets_in_its_session_stops_no_other(stack):
 
 @on_each_pool
 def test_a_report_in_a_thread_of_a_body_is_refused(stack):
-    """It would say nothing and store nothing, and a cancel would not end it."""
+    """It would silently store nothing, and a cancel would not end it."""
     [row] = stack.wait_until_final(stack.enqueue("report_in_a_thread", queue="cpu"))
     assert all("RuntimeError" in error for error in row["result"]), row
 
@@ -497,7 +497,7 @@ def test_a_long_error_is_cut(stack):
 
 @on_one
 def test_long_results_are_not_in_the_list(stack):
-    """But in their details: the page asks for the list every 1.5 s."""
+    """The details have them. The page polls the list every 1.5 s."""
     jobs = [stack.post("return_at_length", 5_000_000) for _ in range(20)]
     code = "result = Job.objects.filter(pk__in=jobs, state='succeeded').count()"
     wait_for(lambda: stack.ask(code, jobs=jobs) == 20)
@@ -508,12 +508,12 @@ def test_long_results_are_not_in_the_list(stack):
     assert len(detail["result"]) == 5_000_000
 
 
-# Workers of several kinds
+# Workers with several pools
 
 
 @on_each_pool
-def test_workers_of_several_pools_serve_side_by_side(stack, gate, since, request):
-    """Prefork, threads, the project's own. Killed or stopped, each leaves its jobs to another."""
+def test_workers_with_different_pools_run_side_by_side(stack, gate, since, request):
+    """Prefork, threads and the project's own. If one is killed or stops, another runs its jobs."""
     own = request.node.callspec.params["running"]["pool"]
     pools = sorted({"prefork", "threads", own})
 
@@ -550,7 +550,7 @@ def test_workers_of_several_pools_serve_side_by_side(stack, gate, since, request
 
 @on_one
 def test_two_beats_start_a_job_once(stack):
-    """One has begun half a second after the other, and both start it every second."""
+    """The second one starts half a second later; both schedule the job every second."""
     started = "Job.objects.filter(task='faults.tasks.tick')"
     stack.ask(f"{started}.delete()")
     beats = []
@@ -577,8 +577,8 @@ result = *ticks, len(times), (times[-1] - times[0]).total_seconds()
 
 
 @on_one
-def test_a_beat_that_hangs_is_not_alive(stack, tmp_path):
-    """Its sweep goes on, so this is the only sign."""
+def test_a_beat_that_hangs_touches_no_liveness_file(stack, tmp_path):
+    """Its sweep continues, so ended_at does not show it."""
     file = tmp_path / "alive"
     beat = stack.replace_beat("faults.hanging_beat", LIVENESS_FILE=file)
     wait_for(file.exists)
@@ -597,8 +597,8 @@ result = [(timezone.now() - time).total_seconds() for time in (sweep.ended_at, s
 
 
 @stacks(brokers=["rabbitmq"], pools=POOLS[:1])
-def test_a_dead_letter_is_kept_and_sent_again(stack):
-    """With the file and with the lines of the output's docs/workers.md."""
+def test_a_dead_letter_is_kept_and_can_be_sent_again(stack):
+    """With rabbitmq.json, and with the code in the output's docs/workers.md."""
     page = stack.project.read("docs/workers.md")
     [again] = re.findall(r"^    from config import celery_app\n(?:    .*\n)*", page, re.MULTILINE)
     stack.broker.control("import_definitions", stack.project / "rabbitmq.json")
@@ -624,12 +624,12 @@ result = bool(message)
         stack.broker.control("clear_policy", "dead-letters")
 
 
-# Where a job goes
+# Routing
 
 
 @on_one
-def test_a_job_goes_where_its_task_says(stack):
-    """By its decorator or CELERY_TASK_ROUTES, which both say `io`; enqueue() has the last word."""
+def test_a_job_goes_to_the_queue_of_its_task(stack):
+    """Its decorator or CELERY_TASK_ROUTES names it, here `io`. enqueue(queue=…) overrides both."""
     for task in ["declared", "routed"]:
         said, overruled = stack.enqueue(task), stack.enqueue(task, queue="cpu")
         stack.wait_until_final(said, overruled)

@@ -16,7 +16,7 @@ ALERTS = {rule["alert"]: rule["expr"] for rule in yaml.safe_load(RULES)["groups"
 PROMQL = {"absent", "avg_over_time", "by", "count_over_time", "max", "max_over_time", "scalar"}
 PROMQL |= {"sum", "sum_over_time"}
 LABELS = {"queue", "state", "task"}
-# What Prometheus has scraped every minute, and the alerts that fire after 15 of them.
+# What Prometheus scrapes every minute, and the alerts that fire after 15 minutes.
 SITUATIONS = {
     "all is well": (
         {
@@ -59,7 +59,7 @@ SITUATIONS = {
 
 
 def metrics_named(expression):
-    """The names in an expression that are neither PromQL's nor labels."""
+    """Return the names in an expression that belong neither to PromQL nor to labels."""
     words = re.sub(r'"[^"]*"|\[\w+\]', "", expression)
     return set(re.findall(r"\b[a-z_]\w*", words)) - PROMQL - LABELS
 
@@ -75,7 +75,7 @@ def test_the_page_names_the_metrics_that_an_output_has(bake):
 
 
 @pytest.mark.parametrize("broker", CHOICES["broker"])
-def test_the_page_of_each_broker_names_metrics_that_its_output_has(bake, broker):
+def test_the_page_of_each_broker_names_only_metrics_that_its_output_has(bake, broker):
     project = bake(broker=broker)
     exposed = set(re.findall('"(jobs_[a-z_]+)": "', project.read("jobs/metrics.py")))
     named = set(re.findall(r"`(jobs_\w+)", project.read("docs/operation.md")))
@@ -90,7 +90,7 @@ def promtool(*arguments, cwd):
     return result.stdout
 
 
-def test_prometheus_takes_the_configuration(tmp_path):
+def test_prometheus_accepts_the_configuration(tmp_path):
     (tmp_path / "prometheus.yml").write_text(CONFIG)
     (tmp_path / "jobs.yml").write_text(RULES)
     promtool("check", "config", "--syntax-only", "prometheus.yml", cwd=tmp_path)

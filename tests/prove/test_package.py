@@ -1,4 +1,4 @@
-"""The engine is a library: a wheel of `jobs/` alone does what the folder does."""
+"""The engine is a library: a wheel of `jobs/` alone replaces the folder."""
 
 import re
 import shutil
@@ -31,7 +31,7 @@ def test_the_wheel_holds_every_file_of_the_engine(wheel):
 
 
 def test_the_wheel_requires_what_the_engine_imports(bake):
-    """In the versions that a project requires."""
+    """The versions are those that a project requires."""
     about = tomllib.loads((TEMPLATE / "pyproject.toml").read_text())
     required = about["project"]["dependencies"]
     python = [text for file, text in engine().items() if file.suffix == ".py"]
@@ -44,9 +44,9 @@ def test_the_wheel_requires_what_the_engine_imports(bake):
 
 def test_a_project_without_the_folder_passes_its_tests_on_the_wheel(wheel, bake):
     project = bake()
-    project.call("make", ".venv")  # of its own: the wheel is installed there
+    project.call("make", ".venv")  # its own, for the wheel
     shutil.rmtree(project / "jobs")
-    # Offline: the project has installed all that the wheel requires.
+    # Offline, because all that the wheel requires is installed.
     project.run("uv", "pip", "install", "--offline", "--python", ".venv/bin/python", wheel)
     assert "/site-packages/jobs/" in project.shell("import jobs; print(jobs.__file__)")
 

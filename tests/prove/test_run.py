@@ -1,4 +1,4 @@
-"""Outputs run: installed from their own pyproject.toml, with a real worker on a real broker."""
+"""Outputs run, installed from their own pyproject.toml, with a real worker on a real broker."""
 
 import os
 import pty
@@ -38,7 +38,7 @@ call_command("spectacular", validate=True, fail_on_warn=True, file="/dev/null")
 
 @every_pair
 def test_it_passes_its_checks(project):
-    """Those of `make check` that test_bake.py cannot run, and for production, in one process."""
+    """Those of `make check` that test_bake.py cannot run, and production's, in one process."""
     project.manage("shell", "-v0", "-c", CHECKS, **project.production(), **EXTRA)
 
 
@@ -49,13 +49,13 @@ def test_it_passes_its_own_tests(broker, database, project):
     assert re.search(r"= \d+ passed in", printed), printed  # none was skipped
 
 
-@all_others  # than those of ../test_first_run.py
+@all_others  # ../test_first_run.py has the first ones
 def test_it_runs(broker, with_tasks, tmp_path):
     use(with_tasks, tmp_path, **broker)
 
 
 @default_output
-def test_who_has_no_code_starts_a_job_watches_and_cancels_it(project, tmp_path):
+def test_the_pages_start_show_cancel_and_repeat_a_job(project, tmp_path):
     with project.up() as site, browser(tmp_path) as tab:
         tab.log_in(site)
         tab.click("#start button")
@@ -99,7 +99,7 @@ def test_who_has_no_code_starts_a_job_watches_and_cancels_it(project, tmp_path):
 
 @every_pool
 def test_flower_sees_a_cancelled_job_end(with_tasks):
-    """Whether it had started or not, and so does who reads the worker's log."""
+    """Whether it had started or not. The worker's log shows it, too."""
     with with_tasks.up(WORKER_CONCURRENCY=1) as site:
         urls = [site.enqueue("count", 300) for _ in range(2)]
         next(job for job in site.follow(urls[0]) if job["state"] == "running")
@@ -112,7 +112,7 @@ def test_flower_sees_a_cancelled_job_end(with_tasks):
 
 
 @default_output
-def test_the_log_tells_an_event_once(with_tasks):
+def test_the_log_names_each_event_and_has_one_traceback(with_tasks):
     with with_tasks.up() as site:
         *_, job = site.follow(site.enqueue("count", "no number"))
         assert job["state"] == "failed"
@@ -126,14 +126,14 @@ def test_the_log_tells_an_event_once(with_tasks):
 
 
 def required(project):
-    """What settings.py says that production must set."""
+    """Return the variables that settings.py requires in production."""
     return re.findall(
         r'"(\w+)"', re.search(r"REQUIRED = \[(.*?)\]", project.read("config/settings.py"), re.S)[1]
     )
 
 
 @default_output
-def test_production_names_what_is_missing(project):
+def test_production_names_all_missing_variables(project):
     (project / ".env").rename(project / ".env.away")
     try:
         variables = project.production()
@@ -194,14 +194,14 @@ def test_closing_the_terminal_ends_everything(project):
 
 
 @default_output
-def test_what_is_killed_starts_again(with_tasks):
-    """Whatever somebody kills to see what happens: the job that ran then succeeds."""
+def test_killed_processes_start_again(with_tasks):
+    """The job that was running succeeds."""
     with with_tasks.up() as site:
         following = site.follow(site.enqueue("count", 50))
         while next(following)["state"] != "running":
             pass
         for command in "worker", "beat", "flower", "runserver", "serve_fakeredis|redis-server":
-            for pid in site.find(f"(?<!dev.py )({command})"):  # not what watches over it
+            for pid in site.find(f"(?<!dev.py )({command})"):  # not dev.py, which supervises it
                 os.kill(pid, signal.SIGKILL)
         for name in "worker", "beat", "flower", "web":
             text = f"Killed by SIGKILL. Starting again: {name}"
@@ -213,7 +213,7 @@ def test_what_is_killed_starts_again(with_tasks):
 
 
 @default_output
-def test_when_one_process_ends_all_end(project):
+def test_all_processes_end_when_one_ends(project):
     with project.up() as site:
         for pid in site.find("beat"):
             os.kill(pid, signal.SIGTERM)
@@ -224,7 +224,7 @@ def test_when_one_process_ends_all_end(project):
 
 
 @default_output
-def test_a_taken_port_is_named(project):
+def test_a_port_in_use_is_named(project):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -234,7 +234,7 @@ def test_a_taken_port_is_named(project):
 
 
 @default_output
-def test_a_broker_elsewhere_gets_no_stand_in(project):
+def test_make_run_starts_no_broker_for_another_host(project):
     with pytest.raises(AssertionError, match="No Redis answers at redis://127.0.0.2:1"):
         web, flower = free_ports(2)
         url = "redis://127.0.0.2:1/0"
@@ -242,7 +242,7 @@ def test_a_broker_elsewhere_gets_no_stand_in(project):
 
 
 class Typed:
-    """A command that somebody types in the project."""
+    """A command that somebody types in a terminal of the project."""
 
     def __init__(self, project, command, **variables):
         self.file = project.parent / "typed.log"
@@ -274,8 +274,8 @@ def typed(project, command, **variables):
 
 
 @every_pool
-def test_a_worker_typed_by_hand_is_the_projects(broker, project, request):
-    """Its pool, its concurrency, all queues; and with nothing to do it ends before its time."""
+def test_a_worker_typed_by_hand_uses_the_projects_settings(broker, project, request):
+    """Pool, concurrency, all queues. If idle, it ends before SOFT_SHUTDOWN_SECONDS have passed."""
     own = request.node.callspec.params["output"]["worker_pool"]
     command = "celery -A config worker -l info"
     commands = {pool: f"{command} --pool {pool}" for pool in ("prefork", "threads", own)}
@@ -295,17 +295,17 @@ def test_a_worker_typed_by_hand_is_the_projects(broker, project, request):
 
             worker.process.send_signal(number)
             worker.process.wait(300)
-            assert "does not end" not in worker.log  # what ends a stuck one, after ten seconds
+            assert "does not end" not in worker.log  # a stuck one logs this after ten seconds
 
 
 @default_output
-def test_flower_typed_by_hand_is_the_projects(broker, project):
+def test_flower_typed_by_hand_uses_the_projects_settings(broker, project):
     [port] = free_ports(1)
     variables = {**broker, "FLOWER_PORT": port}
     with typed(project, "celery -A config flower", **variables) as flower:
         wait_for(lambda: connects(port), site=flower)
         assert fetch(f"http://127.0.0.1:{port}/api/workers", None, {})[0] == 401
-        with pytest.raises(ConnectionRefusedError):  # it is there on no other address
+        with pytest.raises(ConnectionRefusedError):  # it listens on no other address
             socket.create_connection(("127.0.0.2", port))
 
     with typed(project, "celery -A config flower", FLOWER_BASIC_AUTH="", **variables) as flower:
@@ -320,18 +320,18 @@ def test_changed_code_reaches_the_worker(with_tasks):
         code = tasks.read_text()
         pk = site.enqueue("count", 100).split("/")[3]
 
-        def ask(field):  # not the web, which starts anew as well
+        def ask(field):  # does not ask the web, which restarts, too
             return site.ask(
                 f"from jobs.models import Job; result = Job.objects.get(pk='{pk}').{field}"
             )
 
         wait_for(lambda: ask("state") == "running", site=site)
         (with_tasks / "samples/new.py").write_text("")
-        wait_for(lambda: ask("state") == "queued", site=site)  # the old worker gives its job back
+        wait_for(lambda: ask("state") == "queued", site=site)  # the old worker hands its job back
         wait_for(lambda: site.log.count(f"{site.worker} ready") == 2, site=site)
         assert site.log.count("has changed. Starting again: beat") == 1
 
-        tasks.write_text(f"{code}\n1 +")  # not yet done
+        tasks.write_text(f"{code}\n1 +")  # not finished
         wait_for(lambda: site.log.count("SyntaxError") >= 2, site=site)
         tasks.write_text(code)
         wait_for(lambda: site.log.count(f"{site.worker} ready") == 3, site=site)
@@ -343,7 +343,7 @@ def test_changed_code_reaches_the_worker(with_tasks):
 
 
 @default_output
-def test_ctrl_c_leaves_another_project_its_broker(project):
+def test_ctrl_c_keeps_a_broker_that_another_project_uses(project):
     path = f"{project}/.venv/bin:{os.environ['PATH']}"
     with project.up() as site:
         ports = dict(zip(["PORT", "FLOWER_PORT"], free_ports(2), strict=True))
@@ -378,13 +378,13 @@ print(*[default_storage.open(name).read().decode() for name in names])
 
 @outputs(next(each for each in combinations() if each["broker"] == "sqs"))
 def test_uploads_go_to_a_bucket(project, tmp_path):
-    """With the package that README.md names; two files of one name are two files."""
+    """With the package that README.md names. Two uploads with one name are two files."""
     packages = ["--target", tmp_path, "django-storages[s3]"]
     subprocess.run(["uv", "pip", "install", "--quiet", *packages], check=True, env=env())
     [port] = free_ports(1)
     variables = {"S3_BUCKET": "uploads", "PYTHONPATH": tmp_path}
     variables["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{port}"
-    variables["AWS_DEFAULT_REGION"] = "us-east-1"  # where a bucket needs no region of its own
+    variables["AWS_DEFAULT_REGION"] = "us-east-1"  # there a bucket needs no region
     with typed(project, f"python -m moto.server --port {port}") as server:
         wait_for(lambda: connects(port), site=server)
         assert project.manage("shell", "-v0", "-c", S3, **variables).split()[-2:] == ["1", "2"]
@@ -392,7 +392,7 @@ def test_uploads_go_to_a_bucket(project, tmp_path):
 
 @default_output
 def test_the_tests_of_a_new_app_run(project):
-    """With the fixtures of all others: nothing of theirs reaches a broker."""
+    """They have the fixtures of the other tests, so they send nothing to a broker."""
     project.manage("startapp", "reports")
     (project / "reports/tests.py").write_text(
         "from config.celery import app\n\n\n"

@@ -1,6 +1,6 @@
-"""Beat's sweep goes on, whatever it meets: rows that cannot be deleted, huge ones, refused jobs.
+"""Nothing stops Beat's sweep: neither rows that cannot be deleted, nor huge ones, nor refused jobs.
 
-Real processes, as in test_faults.py; `seconds` is measured likewise.
+Real processes, as in test_faults.py, with the same property `seconds`.
 """
 
 import time
@@ -25,15 +25,15 @@ def enqueue_many(stack, count, *args, **options):
 # Old jobs
 
 
-def cancelled(stack, count):
-    """Jobs that have ended."""
+def enqueue_ended(stack, count):
+    """Return the ids of `count` jobs that have ended."""
     jobs = enqueue_many(stack, count, "", countdown=99)
     stack.ask("Job.objects.filter(pk__in=jobs).cancel()", jobs=jobs)
     return jobs
 
 
-def age(stack, jobs, **fields):
-    """Have them ended 31 days ago."""
+def backdate(stack, jobs, **fields):
+    """Write that these jobs ended 31 days ago, and set these fields."""
     code = """
 ended = Now() - timedelta(days=31)
 Job.objects.filter(pk__in=jobs).update(finished_at=ended, **fields)
@@ -41,7 +41,8 @@ Job.objects.filter(pk__in=jobs).update(finished_at=ended, **fields)
     stack.ask(code, jobs=jobs, fields=fields)
 
 
-def left(stack, jobs):
+def remaining(stack, jobs):
+    """Return how many of these jobs still have a row."""
     return stack.ask("result = Job.objects.filter(pk__in=jobs).count()", jobs=jobs)
 
 
@@ -51,7 +52,7 @@ def run_sql(stack, *statements):
 
 @contextmanager
 def kept(stack, jobs):
-    """One by an app of the owner's, with PROTECT; one by a table that Django does not know."""
+    """A model with PROTECT refers to one job, a table unknown to Django refers to another."""
     run_sql(
         stack,
         f"INSERT INTO keeps VALUES ('{jobs[0]}')",
@@ -60,22 +61,22 @@ def kept(stack, jobs):
     )
     try:
         yield
-        wait_for(lambda: left(stack, jobs) == 2)  # the others are deleted
+        wait_for(lambda: remaining(stack, jobs) == 2)  # all others are deleted
     finally:
         run_sql(stack, "TRUNCATE keeps", "DROP TABLE mentions")
         stack.beat.stop()
-        stack.beat.start()  # and try these two again, not in an hour
+        stack.beat.start()  # and tries these two again now, not in an hour
 
 
 def locked(stack, jobs):
-    """Another transaction holds a row that refers to one."""
+    """Another transaction locks a row that refers to one of the jobs."""
     stack.ask("Attempt.objects.create(job_id=job, started_at=Now())", job=jobs[0])
     return stack.locked(f"SELECT FROM jobs_attempt WHERE job_id = '{jobs[0]}' FOR UPDATE")
 
 
 @contextmanager
 def many(stack, jobs):
-    """100,000 have ended before."""
+    """100,000 other jobs ended earlier, and must be deleted first."""
     copy = """
 INSERT INTO jobs_job SELECT (jsonb_populate_record(
     job, jsonb_build_object('id', gen_random_uuid(), 'finished_at', now() - interval '99 days'))).*
@@ -83,31 +84,31 @@ FROM jobs_job job, generate_series(1, 100000) WHERE id = %s"""
     run_sql(stack, copy.replace("%s", f"'{jobs[0]}'"))
     try:
         yield
-        assert left(stack, jobs) == len(jobs)
+        assert remaining(stack, jobs) == len(jobs)
     finally:
         run_sql(stack, "DELETE FROM jobs_job WHERE finished_at < now() - interval '90 days'")
 
 
 @contextmanager
 def slow(stack, jobs):
-    """Each deletion reads a table of 400,000 rows, which refers to jobs without an index."""
+    """Each deletion reads the 400,000 rows of a table that refers to jobs without an index."""
     run_sql(stack, "INSERT INTO keeps SELECT FROM generate_series(1, 400000)")
     beat = "FROM pg_stat_activity WHERE query LIKE 'DELETE%' OR query LIKE 'COMMIT%'"
     try:
         yield
-        assert left(stack, jobs)
+        assert remaining(stack, jobs)
     finally:
         run_sql(stack, f"SELECT pg_terminate_backend(pid) {beat}", "TRUNCATE keeps")
 
 
 @pytest.mark.parametrize("hindered", [kept, locked, many, slow])
 @on_one
-def test_old_jobs_that_cannot_be_deleted_stop_nothing(stack, gate, since, hindered):
+def test_old_jobs_that_are_hard_to_delete_stop_nothing(stack, gate, since, hindered):
     job = stack.enqueue("hold", gate, queue="cpu")
     stack.wait_until_started(job)
-    old = cancelled(stack, 2000)
+    old = enqueue_ended(stack, 2000)
     with hindered(stack, old):
-        age(stack, old)
+        backdate(stack, old)
         time.sleep(1)  # a round of the sweep
         start = time.monotonic()
         stack.worker.kill()
@@ -115,7 +116,7 @@ def test_old_jobs_that_cannot_be_deleted_stop_nothing(stack, gate, since, hinder
         wait_for(lambda: stack.row(job)["crashes"])
         since(start)
     assert succeeded([row], crashes=0), row
-    wait_for(lambda: not left(stack, old))
+    wait_for(lambda: not remaining(stack, old))
     stack.ask("Job.objects.filter(pk=job).cancel()", job=job)
 
 
@@ -123,7 +124,7 @@ def test_old_jobs_that_cannot_be_deleted_stop_nothing(stack, gate, since, hinder
 
 
 def watch_memory(stack):
-    """Start Beat anew. Return a function: the megabytes that it has needed since."""
+    """Restart Beat. Return a function that returns how many megabytes it has needed since."""
     stack.beat.stop()
     stack.beat.start()
     stack.wait_until_final(stack.enqueue("quick", countdown=1))
@@ -133,17 +134,17 @@ def watch_memory(stack):
 
 
 @on_one
-def test_beat_does_not_load_what_it_deletes(stack, record_property):
+def test_beat_does_not_load_the_results_that_it_deletes(stack, record_property):
     """1,000 jobs with results of 500 kB."""
     megabytes = watch_memory(stack)
-    old = cancelled(stack, 1000)
-    age(stack, old, result="x" * 500_000)
-    wait_for(lambda: not left(stack, old))
+    old = enqueue_ended(stack, 1000)
+    backdate(stack, old, result="x" * 500_000)
+    wait_for(lambda: not remaining(stack, old))
     record_property("megabytes", megabytes())
     assert megabytes() < 40
 
 
-LARGE = {  # how many jobs, what each has, and the megabytes that Beat may need for them
+LARGE = {  # how many jobs, a field of each, and how many megabytes Beat may need for all
     "cursors": (100, 'cursor="x" * 5_000_000', 40),
     "arguments": (1000, 'args=["x" * 40_000]', 40),
     "large arguments": (20, 'args=[["xy"] * 500_000]', 150),
@@ -152,8 +153,8 @@ LARGE = {  # how many jobs, what each has, and the megabytes that Beat may need 
 
 @pytest.mark.parametrize("count, field, limit", LARGE.values(), ids=LARGE)
 @on_one
-def test_beat_loads_little_of_what_is_due(stack, record_property, count, field, limit):
-    """A message needs nothing of a cursor; Python needs 30 MB for the large arguments, of 3 MB."""
+def test_beat_needs_little_memory_for_due_jobs(stack, record_property, count, field, limit):
+    """A message has no cursor. For large arguments, of 3 MB, Python needs 30 MB."""
     megabytes = watch_memory(stack)
     jobs = enqueue_many(stack, count, "", countdown=99, queue="nobody")
     try:
@@ -170,8 +171,8 @@ def test_beat_loads_little_of_what_is_due(stack, record_property, count, field, 
 
 
 @on_one
-def test_many_lost_messages_are_found_soon_among_plain_tasks(stack, gate, since):
-    """40 of them, in a queue that always has more: found one by one, they would take 320 s."""
+def test_many_lost_messages_are_noticed_soon_among_plain_tasks(stack, gate, since):
+    """The queue always holds more than these 40. One by one they would take 320 s."""
     stack.replace_beat(JOB_RESEND_SECONDS=8)
     stack.ask("for _ in range(90): circle.delay(gate, 0.05)", gate=str(gate))
     start = time.monotonic()
@@ -188,12 +189,12 @@ with patch("jobs.models.publish"):
     finally:
         gate.touch()
     assert succeeded(rows, crashes=0), rows
-    wait_for(lambda: stack.messages_in("celery") == 0)  # the next test's do not wait behind
+    wait_for(lambda: stack.messages_in("celery") == 0)  # so that the next test does not wait
 
 
 @on_sqs
 def test_arguments_too_large_for_the_broker_are_refused_at_enqueue(stack):
-    """And the largest that are not, it takes, also where a message has 256 KiB at most."""
+    """The broker accepts the largest allowed ones, even with a limit of 256 KiB for a message."""
     limit = """
 import boto3
 from django.conf import settings
@@ -220,7 +221,7 @@ result = [enqueue_largest(letter) for letter in ["x", "é", "😀", '"']]
 
 
 def store_large(stack, countdown=None):
-    """Store 200 jobs, 1 in 20 with more than SQS takes. Return the ids of these, and of others."""
+    """Store 200 jobs, 1 in 20 too large for SQS. Return the ids of these, and of the others."""
     code = """
 result = [], []
 for number in range(200):
@@ -236,7 +237,7 @@ for number in range(200):
 
 @on_sqs
 def test_jobs_that_the_broker_refuses_delay_no_other(stack, since):
-    """Neither those that are sent at once, which need no Beat, nor those that Beat sends."""
+    """Neither jobs that are sent at once, without Beat, nor jobs that Beat sends."""
     stack.beat.pause()
     _, good = store_large(stack)
     rows = stack.wait_until_final(*good)
@@ -252,7 +253,7 @@ def test_jobs_that_the_broker_refuses_delay_no_other(stack, since):
 
 @on_sqs
 def test_jobs_that_the_broker_refuses_fail(stack, since):
-    """While it takes others of their queue, which need no Beat."""
+    """Meanwhile it accepts others of their queue, which are sent without Beat."""
     start = time.monotonic()
     refused, _ = store_large(stack)
 
@@ -263,7 +264,7 @@ def test_jobs_that_the_broker_refuses_fail(stack, since):
         time.sleep(0.5)
         return not stack.ask(active, jobs=refused)
 
-    wait_for(have_ended)  # five tries of each; the stand-in takes 50 calls a second
+    wait_for(have_ended)  # five tries each; the stand-in serves 50 calls a second
     since(start)
     rows = stack.rows(*refused)
     assert {row["state"] for row in rows} == {"failed"}, rows
@@ -272,7 +273,7 @@ def test_jobs_that_the_broker_refuses_fail(stack, since):
 
 @contextmanager
 def small(stack, queue, length):
-    """RabbitMQ refuses what comes into this queue while it is full."""
+    """Have RabbitMQ refuse messages while this queue is full."""
     policy = f'{{"max-length": {length}, "overflow": "reject-publish"}}'
     stack.broker.control("set_policy", "small", f"^{queue}$", policy, "--apply-to", "queues")
     try:
@@ -282,8 +283,8 @@ def small(stack, queue, length):
 
 
 @on_rabbitmq
-def test_what_a_full_queue_refused_runs_when_it_has_room(stack, gate, since):
-    """Soon: the next try is never far away, however long it was full."""
+def test_jobs_that_a_full_queue_refused_run_when_it_has_room(stack, gate, since):
+    """They run soon: however long it was full, the next try is at most RESEND seconds away."""
     held = [stack.enqueue("hold", gate, queue="cpu") for _ in range(4)]
     stack.wait_until_started(*held)
     pauses = """
@@ -293,7 +294,7 @@ result = [job.pause.total_seconds() for job in refused]
     seen = []
     with small(stack, "cpu", 5):
         jobs = [stack.enqueue("quick", queue="cpu") for _ in range(13)]
-        for _ in range(16):  # in which some are refused again and again
+        for _ in range(16):  # meanwhile some are refused several times
             time.sleep(1)
             seen += stack.ask(pauses, jobs=jobs)
         start = time.monotonic()
@@ -306,7 +307,7 @@ result = [job.pause.total_seconds() for job in refused]
 
 @on_rabbitmq
 def test_a_full_queue_fails_no_job(stack, since):
-    """It takes others all the time, but refuses each job again and again."""
+    """It accepts others all the time, but refuses each job several times."""
     start = time.monotonic()
     with small(stack, "cpu", 2):
         jobs = [stack.enqueue("rest", 0.5, queue="cpu") for _ in range(150)]
@@ -320,7 +321,7 @@ def test_a_full_queue_fails_no_job(stack, since):
 
 @on_one
 def test_a_liveness_file_that_cannot_be_touched_stops_nothing(stack, since):
-    """Its folder is missing."""
+    """Here its folder is missing."""
     beat = stack.replace_beat(LIVENESS_FILE="/missing/beat")
     stack.wait_until_final(stack.enqueue("quick", countdown=1))
     start = time.monotonic()
@@ -331,15 +332,15 @@ def test_a_liveness_file_that_cannot_be_touched_stops_nothing(stack, since):
 
 @on_one
 def test_beat_ends_with_its_sweep(stack, since):
-    """A supervisor then starts it again."""
+    """A supervisor can then restart it."""
     start = time.monotonic()
     assert stack.replace_beat("faults.ending_sweep").wait() == 1
     since(start)
 
 
 @on_one
-def test_a_tick_while_the_database_is_away_is_not_lost(stack, since):
-    """The next one is an hour later."""
+def test_a_tick_during_a_database_outage_is_not_lost(stack, since):
+    """The next tick would be an hour later."""
     ticks = "Job.objects.filter(task='faults.tasks.tick')"
     stack.ask(f"{ticks}.delete()")
     stack.database.kill()

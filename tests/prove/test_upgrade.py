@@ -1,4 +1,4 @@
-"""A project takes over what is new in the template, and keeps what its owner changed."""
+"""A project gets the changes of a newer template, and keeps those of its owner."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def no_settings_of_this_machine(monkeypatch, tmp_path):
 
 @pytest.fixture
 def template(tmp_path):
-    """This template in a repository of its own, so that it can have a newer commit."""
+    """A copy of this template in its own repository, which can get a newer commit."""
     template = Project(tmp_path / "template")
     template.mkdir()
     for part in PARTS:
@@ -40,7 +40,7 @@ def template(tmp_path):
 
 
 def created(template, folder):
-    """What `cruft create` makes."""
+    """Bake a project with `cruft create`."""
     answers = json.dumps(ANSWERS)
     options = ["--output-dir", folder, "--no-input", "--extra-context", answers, "--skip", ".env"]
     template.run("cruft", "create", template, *options)
@@ -48,7 +48,7 @@ def created(template, folder):
 
 
 def baked(template, folder):
-    """What cookiecutter makes."""
+    """Bake a project with cookiecutter."""
     answers = [f"{option}={answer}" for option, answer in ANSWERS.items()]
     options = ["--output-dir", folder, "--no-input", *answers]
     template.run("cookiecutter", template, *options)
@@ -56,7 +56,7 @@ def baked(template, folder):
 
 
 def linked(template, folder):
-    """What cookiecutter made, after `cruft link`, as docs/upgrading.md says."""
+    """Bake a project with cookiecutter, then `cruft link` it as docs/upgrading.md says."""
     project = baked(template, folder)
     project.run("cruft", "link", template, "--no-input", "--extra-context", json.dumps(ANSWERS))
     state = json.loads(project.read(".cruft.json"))
@@ -112,7 +112,7 @@ def test_an_update_keeps_what_the_owner_changed(make, template, tmp_path):
     assert project.read(".env") == secrets
     changes = project.call("git", "status", "--short", "--untracked-files=all").split()
     assert dict(zip(changes[1::2], changes[::2], strict=True)) == {
-        SETTINGS: "M",  # applied without a conflict; nothing of it was rejected
+        SETTINGS: "M",  # merged without a conflict
         "default.md": "A",
         ".cruft.json": "M",
     }

@@ -1,4 +1,4 @@
-"""A Django project with nothing but the durable queues that people would pick in place of ours."""
+"""A Django project with only the durable queues that people could choose instead."""
 
 import os
 from urllib.parse import urlsplit
@@ -11,7 +11,7 @@ DATABASES = {
         "PORT": url.port,
         "USER": url.username,
         "NAME": url.path[1:],
-        "CONN_MAX_AGE": 60,  # else django-tasks-db opens a connection for each task
+        "CONN_MAX_AGE": 60,  # otherwise django-tasks-db opens a connection for each task
     }
 }
 INSTALLED_APPS = ["procrastinate.contrib.django", "django_tasks_db", "rivals"]
