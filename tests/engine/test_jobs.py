@@ -365,7 +365,7 @@ def test_of_many_jobs_all_are_stored_or_none(commit, published):
 
 
 def test_many_jobs_wait_for_their_broker_and_for_their_time(commit, broker_down, monkeypatch):
-    monkeypatch.setattr(models, "BATCH", 2)
+    monkeypatch.setattr(models, "BATCH_SIZE", 2)
     with commit():
         late = Job.objects.enqueue_many(add, [[1, 2]] * 3, countdown=60)
         jobs = Job.objects.enqueue_many(add, [[1, 2]] * 5)
@@ -630,7 +630,7 @@ def test_a_retry_that_cannot_be_stored_fails_the_job(options):
 def test_a_retry_waits_ten_years_at_most():
     job = run(lambda task: task.request.retries or task.retry(countdown=1e12))
     wait = (job.due_at - timezone.now()).total_seconds()
-    assert wait == pytest.approx(models.LONGEST_WAIT, abs=60)
+    assert wait == pytest.approx(models.MAX_COUNTDOWN, abs=60)
 
 
 @pytest.mark.parametrize("options", [{"countdown": 1.7e12}, {"queue": "cpu", "countdown": 1e9}])
@@ -968,7 +968,7 @@ def test_two_beats_start_one_job_for_each_tick(schedule):
 @pytest.mark.parametrize("embedded", [False, True])  # celery beat, celery worker --beat
 def test_one_beat_has_one_sweep(monkeypatch, embedded):
     sweeps = []
-    monkeypatch.setattr(sweep, "start", lambda late: sweeps.append(1))
+    monkeypatch.setattr(sweep, "start", lambda tick_delay: sweeps.append(1))
     monkeypatch.setattr("celery.platforms.set_process_title", lambda *args, **kwargs: None)
     service = Service(app, scheduler_cls=Scheduler)
     service._is_shutdown.set()  # it starts, and ends at once
@@ -1390,7 +1390,7 @@ def test_a_sweep_lets_leases_be_renewed_first(monkeypatch, settings, lease, stan
     monkeypatch.setattr(sweep, "connection", database := Mock())
     monkeypatch.setattr(sweep, "send_due", lambda resend: resent.append(now[0]) if resend else None)
     with pytest.raises(SystemExit):
-        sweep.sweep_for_ever(late=lambda: 0)
+        sweep.sweep_for_ever(tick_delay=lambda: 0)
     assert recovered == resent == expected
     assert database.close.called == (30 in expected)  # then the database was away
 
@@ -1437,7 +1437,7 @@ def test_a_job_that_is_refused_again_and_again_fails_unless_its_queue_is_full(
 
     monkeypatch.setattr(messages, "send_one", publish)
     monkeypatch.setattr(sweep, "messages_in", lambda queue, broker: waiting)
-    sweep.queues["celery"].most = 10
+    sweep.queues["celery"].most_messages = 10
     job = Job.objects.enqueue(add, [0, 0], countdown=1)
     for _ in range(sweep.REFUSALS):
         lapse(job)
@@ -1456,7 +1456,7 @@ def test_what_is_found_missing_lets_twice_as_many_be_looked_for(published):
     for message in 2, 2, 1, 1:  # of each job that then runs: its first or its second one
         published[:] = ["plain"] * 20
         lapse(*Job.objects.filter(state="queued"))
-        sweep.queues["celery"].extra_at = 0
+        sweep.queues["celery"].next_probe_at = 0
         sweep.send_due()
         looked_for.append(len(published) - 20)
         for pk in published[20:]:
@@ -1546,7 +1546,7 @@ def test_a_queue_that_fails_keeps_no_other_waiting(published, monkeypatch):
 
 
 def test_a_queue_with_many_jobs_keeps_no_other_waiting(published, monkeypatch):
-    monkeypatch.setattr(sweep, "IN_MEMORY", 10)
+    monkeypatch.setattr(sweep, "JOBS_IN_MEMORY", 10)
     many = Job.objects.enqueue_many(add, [[1, 2]] * 100, countdown=1, queue="many")
     few = [Job.objects.enqueue(add, [1, 2], countdown=1, queue=queue) for queue in "abcdef"]
     lapse(*many, *few)
@@ -1637,7 +1637,7 @@ def test_a_round_of_the_sweep_leaves_its_time(broker_down, monkeypatch, error, r
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     for _ in range(2):  # of two Beats, say
         with pytest.raises(SystemExit):
-            sweep.sweep_for_ever(late=lambda: 0)
+            sweep.sweep_for_ever(tick_delay=lambda: 0)
         sweep.touch_liveness_file.side_effect = [None, SystemExit]
     assert Sweep.objects.filter(ended_at__lte=timezone.now()).count() == rounds
     assert error or broker_down
@@ -1704,7 +1704,7 @@ def test_a_beat_that_hangs_looks_dead(monkeypatch, late, touched):
     monkeypatch.setattr(sweep, "touch_liveness_file", touch := Mock())
     monkeypatch.setattr("time.sleep", Mock(side_effect=SystemExit))
     with pytest.raises(SystemExit):
-        sweep.sweep_for_ever(late=lambda: late)
+        sweep.sweep_for_ever(tick_delay=lambda: late)
     assert touch.call_count == touched
     *_, age, behind = [family.samples[0].value for family in list(Collector().collect())[-2:]]
     assert (age, behind) == (pytest.approx(0, abs=3), pytest.approx(max(late, 0), abs=3))
@@ -1951,12 +1951,12 @@ def test_the_change_of_a_job_walks_no_backlog(by_key):
     runs = [lease.Run(job.pk) for job in jobs]
     for run in runs:
         by_key(claim, run.job_id, run.token)
-    by_key(lease.rows(runs).update, wake_at=models.lease_end())
+    by_key(lease.jobs_of(runs).update, wake_at=models.lease_end())
     by_key(runs[0].row.update, cursor=7, wake_at=models.lease_end())
     by_key(Job.objects.succeed, id=runs[0].job_id, run=runs[0].token, result=7, message="")
     by_key(runs[1].row.requeue)
     by_key(Job.objects.filter(pk=jobs[1].pk).cancel)
-    by_key(lease.rows(runs[1:]).requeue)
+    by_key(lease.jobs_of(runs[1:]).requeue)
 
 
 def test_the_job_of_a_key_is_found_without_a_walk(backlog):

@@ -34,7 +34,7 @@ def try_once(query, *args, **kwargs):
         raise
 
 
-def split(function, keys):
+def try_in_halves(function, keys):
     """Call function(keys). If it fails, call it for each half, so that one row stops no other.
 
     Returns how many keys failed alone. Raises what function() does if the database is unavailable.
@@ -45,7 +45,7 @@ def split(function, keys):
         if not connection.is_usable():
             raise
         if middle := len(keys) // 2:
-            return split(function, keys[:middle]) + split(function, keys[middle:])
+            return try_in_halves(function, keys[:middle]) + try_in_halves(function, keys[middle:])
         logger.warning("%s fails for the job %s: %r", function.__name__, keys[0], error)
         return 1
     return 0

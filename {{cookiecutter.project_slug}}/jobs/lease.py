@@ -20,17 +20,17 @@ from .pools import pool
 
 logger = logging.getLogger(__name__)
 
-TICK = 0.5  # seconds between two looks at reports, leases and dead children
-FLUSHED = 1  # seconds after which PostgreSQL has a claim on the disk: with its defaults 0.6
+POLL_SECONDS = 0.5  # seconds between two looks at reports, leases and dead children
+FLUSH_SECONDS = 1  # seconds after which PostgreSQL has a claim on the disk: with its defaults 0.6
 RETRY_AFTER = 5  # seconds until the job of a dead worker starts again; doubles up to 43 minutes
 
 runs = {}  # token: Run, of the bodies that run in this process
 last_try = None  # the Run of this process that has a last try: see claim_last_try()
-keeper_started = False
+lease_thread_started = False
 lock = pool.Lock()
 
 
-class Lost(BaseException):
+class JobLost(BaseException):
     """Ends a body whose job was cancelled, or was given to a newer run."""
 
 
@@ -48,7 +48,7 @@ class Run:
         self.cursor = []  # empty until it was read, then [cursor]
         self.claim = None  # a function that claims the job, also again
         self.in_body = False
-        self.renew_at = time.monotonic() + FLUSHED
+        self.renew_at = time.monotonic() + FLUSH_SECONDS
         self.retry = None  # what retry() asked for: options of requeue()
         # Why: fields of an Attempt.
         self.failure = {
@@ -56,14 +56,14 @@ class Run:
             "exception": "celery.exceptions.Retry",
         }
         self.lost = self.ended = False
-        start_keeper()
+        start_lease_thread()
 
     @property
     def row(self):
-        return rows([self])
+        return jobs_of([self])
 
     @property
-    def outcome(self):
+    def row_with_lock_timeout(self):
         """The row, to write how the body ended: if others lock it, that is tried again and again."""
         return self.row.filter(LockTimeout())
 
@@ -101,23 +101,23 @@ class Run:
             del runs[self.token]
 
 
-def rows(runs):
+def jobs_of(runs):
     return Job.objects.filter(pk__in=[r.job_id for r in runs], run__in=[r.token for r in runs])
 
 
-def start_keeper():
+def start_lease_thread():
     """Start the thread once, at the first run: a thread does not survive the fork of a child."""
-    global keeper_started
+    global lease_thread_started
     with lock:
-        if not keeper_started:
-            pool.start_thread(keep_leases)
-            keeper_started = True
+        if not lease_thread_started:
+            pool.start_thread(renew_leases)
+            lease_thread_started = True
 
 
-def keep_leases():
+def renew_leases():
     """Write reports at every tick, and renew each lease three times in its length. Never ends."""
     while True:
-        time.sleep(TICK)
+        time.sleep(POLL_SECONDS)
         with lock:
             current = list(runs.values())
         try:
@@ -135,20 +135,20 @@ def write_and_renew(due):
     """
     reports = {run: run.report for run in due}
     with transaction.atomic():
-        unlocked = rows(due).select_for_update(skip_locked=True)
-        held = set(unlocked.values_list("run", flat=True))
-        written = [run for run in due if run.token in held]
+        unlocked = jobs_of(due).select_for_update(skip_locked=True)
+        locked_tokens = set(unlocked.values_list("run", flat=True))
+        written = [run for run in due if run.token in locked_tokens]
         silent = [run for run in written if not reports[run]]  # these keep progress and message
-        rows(silent).update(wake_at=lease_end())
+        jobs_of(silent).update(wake_at=lease_end())
         reported = [run for run in written if reports[run]]
         jobs = [Job(pk=run.job_id, wake_at=lease_end(), **reports[run]) for run in reported]
         Job.objects.bulk_update(jobs, ["progress", "message", "wake_at"])
     for run in written:
         run.written, run.renew_at = reports[run], time.monotonic() + settings.JOB_LEASE_SECONDS / 3
-    if len(held) < len(due):
-        own = set(rows(due).values_list("run", flat=True))  # locked ones, too
+    if len(locked_tokens) < len(due):
+        owned_tokens = set(jobs_of(due).values_list("run", flat=True))  # locked ones, too
         for run in due:  # claim again what a crash of the database has forgotten
-            run.lost = run.token not in own and not (run.in_body and run.claim())
+            run.lost = run.token not in owned_tokens and not (run.in_body and run.claim())
 
 
 @transaction.atomic

@@ -29,10 +29,10 @@ STATES = [(state, state.title()) for state in ACTIVE + FINAL]
 UNFINISHED = Q(finished_at=None)
 QUEUED = Q(run=None) & UNFINISHED
 OVER_TIME_LIMIT = "Over its time limit"
-BATCH = 500  # jobs in one statement
-LABEL = 255  # characters
-ATTEMPTS = 20  # kept of each job, the latest
-LONGEST_WAIT = 10 * 365 * 86400  # seconds: a longer one was meant as milliseconds
+BATCH_SIZE = 500  # jobs in one statement
+MAX_LABEL = 255  # characters
+MAX_ATTEMPTS = 20  # kept of each job, the latest
+MAX_COUNTDOWN = 10 * 365 * 86400  # seconds: a longer one was meant as milliseconds
 PUBLISH_PAUSE = 10  # seconds without a try after the broker was unavailable: the web stays quick
 publish_again_at = {}  # queue: when
 
@@ -67,7 +67,7 @@ class LockTimeout(models.Func):
         return self.as_sql(compiler, connection, template="TRUE", **context)
 
 
-class WithoutFlush(LockTimeout):
+class AsyncCommit(LockTimeout):
     """As LockTimeout: this transaction does not wait until PostgreSQL's log is on the disk."""
 
     template = "SET_CONFIG('synchronous_commit', 'off', TRUE) IS NOT NULL"
@@ -115,7 +115,7 @@ class JobQuerySet(models.QuerySet):
         or more arguments than JOB_MAX_BYTES; IntegrityError if the owner has used the key before.
         """
         fields |= self.prepare(Now(), task, args, kwargs, countdown, queue)
-        fields["label"] = label[:LABEL]
+        fields["label"] = label[:MAX_LABEL]
         return self.store(fields, unique)
 
     def store(self, fields, unique):
@@ -149,7 +149,7 @@ class JobQuerySet(models.QuerySet):
         now = self.now()
         calls = [self.prepare(now, task, args, None, countdown, queue) for args in calls]
         return self.create_all(
-            now, [Job(owner=owner, label=label[:LABEL], **fields) for fields in calls]
+            now, [Job(owner=owner, label=label[:MAX_LABEL], **fields) for fields in calls]
         )
 
     def run_again(self):
@@ -165,7 +165,7 @@ class JobQuerySet(models.QuerySet):
                     if job.unique_key:
                         again.append(job.run_again())
                     else:
-                        new.append(Job(**job.again(now)))
+                        new.append(Job(**job.fields_to_run_again(now)))
             return again + self.create_all(now, new)
 
     def now(self):
@@ -177,10 +177,10 @@ class JobQuerySet(models.QuerySet):
     def create_all(self, now, jobs):
         for place, job in enumerate(jobs):
             job.created_at = now + timedelta(microseconds=place)  # pages sort by it
-        self.bulk_create(jobs, batch_size=BATCH)
+        self.bulk_create(jobs, batch_size=BATCH_SIZE)
         due = [job for job in jobs if job.sent]
-        for start in range(0, len(due), BATCH):
-            part = due[start : start + BATCH]
+        for start in range(0, len(due), BATCH_SIZE):
+            part = due[start : start + BATCH_SIZE]
             transaction.on_commit(lambda part=part: publish(part), using=self.db, robust=True)
         return jobs
 
@@ -197,7 +197,7 @@ class JobQuerySet(models.QuerySet):
         if size > getattr(settings, "JOB_MAX_BYTES", math.inf):
             limit = f"{settings.JOB_MAX_BYTES:,} (JOB_MAX_BYTES)"
             raise ValueError(f"{size:,} bytes of arguments, {limit} at most: pass a key instead")
-        if countdown and countdown > LONGEST_WAIT:
+        if countdown and countdown > MAX_COUNTDOWN:
             raise ValueError(f"countdown={countdown} is longer than ten years: it is in seconds")
         task.__header__(*args, **kwargs)
         queue = queue or queue_of(task, args, kwargs)
@@ -229,7 +229,7 @@ class JobQuerySet(models.QuerySet):
             if job and changed:
                 attempt = attempt | {"error": attempt["error"][:1000]}
                 job.attempts.create(started_at=job.started_at, worker=job.worker, **attempt)
-                old = job.attempts.order_by("-pk")[ATTEMPTS:]
+                old = job.attempts.order_by("-pk")[MAX_ATTEMPTS:]
                 Attempt.objects.filter(pk__in=old.values("pk")).delete()
         return changed
 
@@ -258,7 +258,7 @@ class JobManager(models.Manager.from_queryset(JobQuerySet)):
         # Q(run=run): the first try of this UPDATE was committed, but its answer was lost.
         claimable = Q(run=None) | Q(run=run)
         same_try = Q(retries=retries, crashes=crashes)
-        rows = self.filter(claimable, UNFINISHED, same_try, LockTimeout(), WithoutFlush(), pk=id)
+        rows = self.filter(claimable, UNFINISHED, same_try, LockTimeout(), AsyncCommit(), pk=id)
         return rows, {
             "state": "running",
             "run": run,
@@ -290,7 +290,7 @@ class Job(models.Model):
     fingerprint = models.CharField(max_length=64)
     unique_key = models.CharField(max_length=255, null=True)  # noqa: DJ001
     label = models.CharField(
-        max_length=LABEL, default="", db_default="", help_text="its name, for people"
+        max_length=MAX_LABEL, default="", db_default="", help_text="its name, for people"
     )
 
     state = models.CharField(max_length=9, choices=STATES, default="queued")
@@ -357,9 +357,9 @@ class Job(models.Model):
         is active or its task is gone; TypeError if its task takes other arguments now.
         """
         current_app.loader.import_default_modules()
-        return Job.objects.store(self.again(Now()), self.unique_key)
+        return Job.objects.store(self.fields_to_run_again(Now()), self.unique_key)
 
-    def again(self, now):
+    def fields_to_run_again(self, now):
         """Return the fields of a job like this one. Raises what run_again() does."""
         if self.state in ACTIVE:
             raise ValueError("it has not ended yet")

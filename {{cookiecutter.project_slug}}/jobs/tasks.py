@@ -21,8 +21,8 @@ from django.utils import timezone
 
 from .celery import ALONE
 from .database import in_transaction, roll_back_open_transaction, store_outcome, wait_for
-from .lease import Lost, Run, runs
-from .models import LONGEST_WAIT, OVER_TIME_LIMIT, QUEUED, Job, LockTimeout, as_json, lease_end
+from .lease import JobLost, Run, runs
+from .models import MAX_COUNTDOWN, OVER_TIME_LIMIT, QUEUED, Job, LockTimeout, as_json, lease_end
 from .pools import pool
 from .results import JobBackend
 
@@ -99,7 +99,7 @@ class JobTask(DjangoTask):
 
     def retry_later(self, args, kwargs, countdown, retries, queue=None, **options):
         """Remember what retry() asked for. It is stored when the body and its transaction have ended."""
-        countdown = min(countdown, LONGEST_WAIT)
+        countdown = min(countdown, MAX_COUNTDOWN)
         text = f"Try {retries} failed, the next one in {countdown:.0f} s"
         changes = {"retries": retries, "message": text, **({"queue": queue} if queue else {})}
         self.job_run.retry = {"delay": countdown, "args": args, "kwargs": kwargs, **changes}
@@ -145,7 +145,7 @@ class JobTask(DjangoTask):
         """
         if run := self.own_run():
             if run.lost:
-                raise Lost
+                raise JobLost
             percent = int(100 * done / total) if total else 100
             message = printable(message)[:255]
             run.report = {"progress": max(0, min(percent, 100)), "message": message}
@@ -190,7 +190,7 @@ class JobTask(DjangoTask):
         )
         try:
             if not store_outcome(run.claim):
-                raise dropped(self)
+                raise ignore_run(self)
             request.job_run = run
             with run:
                 return self.run_job(run, args, kwargs)
@@ -218,11 +218,11 @@ class JobTask(DjangoTask):
             raise
         except Ignore:  # raised by the body: the job succeeds, without a result
             result = None
-        except Lost:
-            raise dropped(self) from None
+        except JobLost:
+            raise ignore_run(self) from None
         except BaseException as error:
             if pool.is_shutdown(error):
-                run.store(run.outcome.requeue)  # for another worker
+                run.store(run.row_with_lock_timeout.requeue)  # for another worker
                 raise
             if isinstance(error, SystemExit):
                 fail(run, f"The task called sys.exit({error.code!r})")
@@ -236,7 +236,7 @@ class JobTask(DjangoTask):
         return result
 
 
-def dropped(task):
+def ignore_run(task):
     """Return the exception of a run whose job is cancelled, or not its own. Flower sees a cancel end."""
     id, app = task.request.id, task.app
     if wait_for(Job.objects.filter(pk=id, state="cancelled").exists):
@@ -259,7 +259,7 @@ def succeed(run, result):
         fail(run, f"Its result cannot be stored: {error}")
         raise
     if not written:
-        raise dropped(run.task)
+        raise ignore_run(run.task)
 
 
 def fail(run, reason=None):
@@ -271,14 +271,14 @@ def fail(run, reason=None):
     if reason:
         reason = attempt["error"] = printable(reason)
     failed = {**run.report, "error": attempt["error"], "reason": reason or "", "attempt": attempt}
-    run.store(run.outcome.finish, "failed", **failed)
+    run.store(run.row_with_lock_timeout.finish, "failed", **failed)
 
 
 def requeue(run):
     try:
         changes = run.retry
         changes["args"], changes["kwargs"], _ = as_json(changes["args"], changes["kwargs"])
-        run.store(run.outcome.requeue, attempt=run.failure, **changes)
+        run.store(run.row_with_lock_timeout.requeue, attempt=run.failure, **changes)
     except Exception as error:  # arguments that are not JSON, say
         fail(run, f"Its next try cannot be stored: {error}")
         raise
@@ -311,13 +311,13 @@ def run_coroutine(task, body):
 
 
 def query_own_row(query, *args, **kwargs):
-    """Run a query on this run's row. Raises Lost if there is none: cancelled, or another run's now.
+    """Run a query on this run's row. Raises JobLost if there is none: cancelled, or another run's now.
 
     Inside a transaction of the body it is tried once, because an error ends that transaction.
     """
     answer = query(*args, **kwargs) if in_transaction() else wait_for(query, *args, **kwargs)
     if not answer:
-        raise Lost
+        raise JobLost
     return answer
 
 

@@ -19,7 +19,7 @@ from django.db import close_old_connections, connection, transaction
 
 from .database import wait_for
 from .events import Batches
-from .lease import RETRY_AFTER, TICK, lock, recover, renew_for_children, rows, runs
+from .lease import POLL_SECONDS, RETRY_AFTER, jobs_of, lock, recover, renew_for_children, runs
 from .models import QUEUED, Job
 from .pools import has_children, pool, soften_sigterm
 
@@ -65,7 +65,7 @@ def watch_children(sender, **kwargs):
     threading.Thread(target=end_if_stuck, args=[sender.controller.blueprint], daemon=True).start()
     # Look for dead children at every tick. Celery does so every 5 s.
     if sender.hub:
-        sender.hub.call_repeatedly(TICK, sender.pool.maintain_pool)
+        sender.hub.call_repeatedly(POLL_SECONDS, sender.pool.maintain_pool)
 
 
 def end_if_stuck(worker):
@@ -110,7 +110,7 @@ def notice_death(sender, task_id, exception, **kwargs):
     run = (sender.request.headers or {}).get("run")
     if run and isinstance(exception, exceptions.WorkerLostError):
         # Later, when the child's transaction is rolled back.
-        write(partial(recover, Job.objects.filter(pk=task_id, run=run)), delay=TICK)
+        write(partial(recover, Job.objects.filter(pk=task_id, run=run)), delay=POLL_SECONDS)
 
 
 # Of jobs that this worker does not run
@@ -156,9 +156,9 @@ def requeue_and_exit():
         with lock:
             for run in runs.values():
                 run.in_body = False
-            for pause in TICK, 0:  # a renewal may have locked a row for a moment
+            for pause in POLL_SECONDS, 0:  # a renewal may have locked a row for a moment
                 with transaction.atomic():
-                    rows(runs.values()).unlocked().requeue()  # of the others the lease will lapse
+                    jobs_of(runs.values()).unlocked().requeue()  # leases of locked rows will lapse
                 time.sleep(pause)
     finally:
         os._exit(0)
