@@ -46,7 +46,7 @@ from kombu import Connection
 from psycopg.errors import ProgramLimitExceeded, ReadOnlySqlTransaction
 
 from jobs import apps, database, events, lease, liveness, messages, models, sweep, tasks, worker
-from jobs.beat import name_ticks, watch_ticks
+from jobs.beat import enqueue_once_per_due_time, watch_ticks
 from jobs.metrics import Collector
 from jobs.models import Attempt, Job, JobQuerySet, Sweep
 from jobs.tasks import JobTask
@@ -1011,7 +1011,7 @@ def test_a_tick_that_has_an_id_of_its_own_is_refused(caplog):
 def beat():
     """Return the scheduler of a Beat that has just started."""
     service = Service(app, scheduler_cls=Scheduler)
-    name_ticks(service)
+    enqueue_once_per_due_time(service)
     return service.scheduler
 
 
@@ -1197,7 +1197,7 @@ def batches(dispatcher):
     published, consumer = [], SimpleNamespace(event_dispatcher=dispatcher, timer=Mock())
     dispatcher.producer = Mock(publish=lambda event, **options: published.append(event))
     dispatcher.on_send_buffered = lambda: published.append("at once")
-    step = events.Batches(consumer)
+    step = events.BatchedEvents(consumer)
     step.start(consumer)
     [[_, flush]] = [call.args for call in consumer.timer.call_repeatedly.call_args_list]
     return step, consumer, flush, published
@@ -1237,7 +1237,7 @@ def test_events_outlive_the_connection_and_a_shutdown():
 
 def test_a_worker_without_events_has_no_batches():
     consumer = SimpleNamespace(event_dispatcher=None, timer=Mock())
-    step = events.Batches(consumer)
+    step = events.BatchedEvents(consumer)
     step.start(consumer)
     step.stop(consumer)
     assert not consumer.timer.mock_calls
@@ -1253,7 +1253,7 @@ def test_a_revoke_cancels_the_job(monkeypatch, published):
     monkeypatch.setitem(Panel.data, "revoke", lambda state, task_id, **kwargs: "revoked")
     monkeypatch.setitem(Panel.data, "terminate", None)
     monkeypatch.setattr("threading.Timer", in_this_thread)
-    worker.follow_revokes()
+    worker.cancel_revoked_jobs()
     assert Panel.data["revoke"](None, [str(job.pk), "no job"]) == "revoked"
     assert list(Job.objects.filter(state="cancelled")) == [job]
     assert Panel.data["terminate"](None, "SIGTERM", str(other.pk)) == "revoked"
@@ -1767,14 +1767,14 @@ def test_the_job_of_a_killed_child_is_due_again_soon(monkeypatch, published):
     """But not when another run has it by now."""
     monkeypatch.setattr("threading.Timer", in_this_thread)
     job, request = Job.objects.enqueue(add, [1, 2]), SimpleNamespace(request_dict={"job": 0})
-    worker.name_run(request)
+    worker.assign_run_token(request)
     headers = request.request_dict
     sender = SimpleNamespace(request=SimpleNamespace(headers=headers))
     row, error = Job.objects.filter(pk=job.pk), exceptions.WorkerLostError()
     for token, state, crashes in (uuid.uuid4(), "running", 0), (headers["run"], "queued", 1):
         row.requeue()
         claim(job.pk, token)
-        worker.notice_death(sender, str(job.pk), error)
+        worker.recover_job_of_dead_child(sender, str(job.pk), error)
         job.refresh_from_db()
         assert (job.state, job.crashes) == (state, crashes)
     assert seconds_until_due(job) == pytest.approx(5, rel=0.3)
@@ -1785,7 +1785,7 @@ def test_a_worker_looks_for_dead_children_all_the_time(monkeypatch):
     monkeypatch.setattr("threading.Thread", Mock())  # of leases
     consumer = Mock()
     monkeypatch.setattr(worker, "bodies_in_children", True)
-    monkeypatch.setattr(worker, "soften_sigterm", Mock())
+    monkeypatch.setattr(worker, "remap_sigterm", Mock())
     worker.watch_children(consumer)
     consumer.hub.call_repeatedly.assert_called_once_with(0.5, consumer.pool.maintain_pool)
 

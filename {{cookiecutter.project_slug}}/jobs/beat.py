@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 def start(sender, **kwargs):
     """Prepare Beat's service, the `sender`, which has just started."""
-    name_ticks(sender)
+    enqueue_once_per_due_time(sender)
     sweep.start(watch_ticks(sender))
 
 
@@ -39,11 +39,11 @@ def watch_ticks(beat):
     return lambda: time.monotonic() - due_at
 
 
-def name_ticks(beat):
+def enqueue_once_per_due_time(beat):
     """Give a job that Beat starts the id of its due time, so that two Beats start it only once."""
-    apply_async, late = beat.scheduler.apply_async, SimpleQueue()
+    apply_async, postponed = beat.scheduler.apply_async, SimpleQueue()
 
-    def apply_tick(entry, **options):
+    def apply_once(entry, **options):
         if not isinstance(beat.app.tasks.get(entry.task), JobTask):
             return apply_async(entry, **options)
         if "task_id" in entry.options:
@@ -54,12 +54,12 @@ def name_ticks(beat):
         # twice, so `due` may be a few milliseconds early, in the interval before: add a second.
         due = schedule.now() + schedule.remaining_estimate(entry.last_run_at) + timedelta(seconds=1)
         length = getattr(schedule, "run_every", timedelta(minutes=1))
-        tick = f"{entry.name} {due.timestamp() // length.total_seconds()}"
-        entry.options = {**entry.options, "task_id": str(uuid.uuid5(uuid.NAMESPACE_OID, tick))}
+        interval = f"{entry.name} {due.timestamp() // length.total_seconds()}"
+        entry.options = {**entry.options, "task_id": str(uuid.uuid5(uuid.NAMESPACE_OID, interval))}
         try:
             return store(entry, **options)
         except Error:
-            late.put(entry)
+            postponed.put(entry)
 
     def store(entry, **options):
         close_old_connections()  # in Beat's process nothing else does
@@ -71,15 +71,15 @@ def name_ticks(beat):
             if not Job.objects.filter(pk=entry.options["task_id"]).exists():
                 raise  # else another Beat was faster
 
-    def store_late():
+    def store_postponed():
         """Store what was due while the database was unavailable, in a thread of its own."""
         while True:
-            entry = late.get()
+            entry = postponed.get()
             try:
                 wait_for(store, entry, advance=False)
             except Exception as error:  # without this thread all others would be lost
                 logger.warning("a job of the schedule cannot be stored: %r", error)
             connection.close()  # perhaps not needed again for months
 
-    beat.scheduler.apply_async = apply_tick
-    threading.Thread(target=store_late, daemon=True).start()
+    beat.scheduler.apply_async = apply_once
+    threading.Thread(target=store_postponed, daemon=True).start()

@@ -2,11 +2,11 @@
 
 from celery.bootsteps import StartStopStep
 
-PAUSE = 0.2  # seconds between two batches
-AT_MOST = 1000  # events in a batch
+FLUSH_INTERVAL = 0.2  # seconds between two batches
+MAX_EVENTS = 1000  # events in a batch
 
 
-class Batches(StartStopStep):
+class BatchedEvents(StartStopStep):
     """Starts anew with each connection to the broker, when Celery has made a new dispatcher."""
 
     requires = ("celery.worker.consumer.events:Events",)
@@ -15,9 +15,9 @@ class Batches(StartStopStep):
         self.dispatcher = consumer.event_dispatcher
         if self.dispatcher:
             self.dispatcher.buffer_group = {"task"}
-            self.dispatcher.buffer_limit = AT_MOST
+            self.dispatcher.buffer_limit = MAX_EVENTS
             self.dispatcher.on_send_buffered = None
-            self.timer = consumer.timer.call_repeatedly(PAUSE, self.dispatcher.flush)
+            self.timer = consumer.timer.call_repeatedly(FLUSH_INTERVAL, self.dispatcher.flush)
 
     def stop(self, consumer):
         if self.dispatcher:

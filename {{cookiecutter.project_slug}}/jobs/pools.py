@@ -101,7 +101,7 @@ def has_children(worker):
     return module.endswith(".prefork")
 
 
-def soften_sigterm():
+def remap_sigterm():
     """Make SIGTERM do what SIGQUIT does: a soft shutdown, which Celery has for prefork alone.
 
     Celery's own variable for this, REMAP_SIGTERM, would have to be set before its command starts.

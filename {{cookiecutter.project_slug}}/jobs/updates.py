@@ -7,7 +7,7 @@ from django.db import connections, models
 from django.db.models.sql import UpdateQuery
 
 
-class Later(models.Value):
+class Placeholder(models.Value):
     """Stands in a query for the argument of this name."""
 
     def as_sql(self, compiler, connection):
@@ -29,7 +29,7 @@ def built_once(method):
         if self.db not in built:
             fields = {field.name: field for field in self.model._meta.concrete_fields}
             types = [fields.get(name) or models.DurationField() for name in names]
-            rows, changes = method(self, *map(Later, names, types))
+            rows, changes = method(self, *map(Placeholder, names, types))
             query = rows.query.chain(UpdateQuery)
             query.add_update_values(changes)
             built[self.db] = query.get_compiler(self.db).as_sql()
@@ -42,6 +42,6 @@ def built_once(method):
 
 
 def fill(param, values, connection):
-    if not isinstance(param, Later):
+    if not isinstance(param, Placeholder):
         return param
     return param.output_field.get_db_prep_save(values[param.value], connection)

@@ -18,14 +18,14 @@ from django.core.exceptions import ValidationError
 from django.db import close_old_connections, connection, transaction
 
 from .database import wait_for
-from .events import Batches
+from .events import BatchedEvents
 from .lease import POLL_SECONDS, RETRY_AFTER, jobs_of, lock, recover, renew_for_children, runs
 from .models import QUEUED, Job
-from .pools import has_children, pool, soften_sigterm
+from .pools import has_children, pool, remap_sigterm
 
 logger = logging.getLogger(__name__)
 
-IDLE = 10  # seconds in which children without work must end, when their worker ends
+IDLE_SECONDS = 10  # seconds in which children without work must end, when their worker ends
 bodies_in_children = False  # of this worker
 
 
@@ -33,11 +33,11 @@ def start(sender, **kwargs):
     """Prepare the worker, the `sender`: its pool has not started yet."""
     global bodies_in_children
     bodies_in_children = has_children(sender)
-    current_app.steps["consumer"].add(Batches)
-    follow_revokes()
+    current_app.steps["consumer"].add(BatchedEvents)
+    cancel_revoked_jobs()
 
 
-def name_run(request, **kwargs):
+def assign_run_token(request, **kwargs):
     """Choose the token of a job's run here, so that the run of a dead child is known."""
     if "job" in request.request_dict:
         request.request_dict["run"] = uuid.uuid4()
@@ -59,7 +59,7 @@ def watch_children(sender, **kwargs):
     """Look after the child processes, if any, when the worker is ready. `sender` is its consumer."""
     if not bodies_in_children:
         return
-    soften_sigterm()
+    remap_sigterm()
     # A body in C may hold up all threads of its child, so renew its lease here as well.
     threading.Thread(target=renew_leases_of_children, daemon=True).start()
     threading.Thread(target=end_if_stuck, args=[sender.controller.blueprint], daemon=True).start()
@@ -77,7 +77,7 @@ def end_if_stuck(worker):
     handler = platforms.signals["SIGQUIT"]  # a soft shutdown begins with another one
     longest = max(task.time_limit or 0 for task in current_app.tasks.values())
     idle = ending = 0
-    while idle < IDLE and ending < IDLE + longest:
+    while idle < IDLE_SECONDS and ending < IDLE_SECONDS + longest:
         time.sleep(1)
         if platforms.signals["SIGQUIT"] != handler:
             longest = settings.CELERY_WORKER_SOFT_SHUTDOWN_TIMEOUT
@@ -105,18 +105,18 @@ def renew_leases_of_children():
         connection.close()  # a child must not inherit it
 
 
-def notice_death(sender, task_id, exception, **kwargs):
+def recover_job_of_dead_child(sender, task_id, exception, **kwargs):
     """Recover the job of a killed child at once, not when its lease has lapsed."""
     run = (sender.request.headers or {}).get("run")
     if run and isinstance(exception, exceptions.WorkerLostError):
         # Later, when the child's transaction is rolled back.
-        write(partial(recover, Job.objects.filter(pk=task_id, run=run)), delay=POLL_SECONDS)
+        run_in_thread(partial(recover, Job.objects.filter(pk=task_id, run=run)), delay=POLL_SECONDS)
 
 
 # Of jobs that this worker does not run
 
 
-def write(*queries, delay=0):
+def run_in_thread(*queries, delay=0):
     """Make these queries in a thread: the worker's loop must not wait for a lock or the database."""
 
     def run():
@@ -135,13 +135,13 @@ def write(*queries, delay=0):
 def requeue_unknown(id, message, **kwargs):
     """Try again soon where the message of an unknown task was a job's: another worker may know it."""
     if "job" in (message.headers or {}):
-        write(partial(Job.objects.filter(QUEUED, pk=id).requeue, RETRY_AFTER))
+        run_in_thread(partial(Job.objects.filter(QUEUED, pk=id).requeue, RETRY_AFTER))
 
 
 # Bodies in this process
 
 
-def end_in_time(**kwargs):
+def limit_shutdown(**kwargs):
     """Hand back the jobs and end the process in time: Celery would wait for the last body."""
     if bodies_in_children:  # they have Celery's soft shutdown
         return
@@ -167,7 +167,7 @@ def requeue_and_exit():
 # Remote control, from Flower or `celery control`
 
 
-def follow_revokes():
+def cancel_revoked_jobs():
     """Cancel a job when this worker is told to revoke or to terminate its task.
 
     Celery's signal task_revoked comes only when the message reaches a free slot, or never.
@@ -179,7 +179,7 @@ def follow_revokes():
             Job.objects.filter(pk=pk).cancel()
 
     def cancel_and_revoke(worker, task_id, terminate=False, signal=None, **kwargs):
-        write(*[partial(cancel, pk) for pk in maybe_list(task_id) or []])
+        run_in_thread(*[partial(cancel, pk) for pk in maybe_list(task_id) or []])
         # SIGKILL, whatever was asked for: a signal that children ignore would end nothing.
         return revoke(worker, task_id, terminate=terminate, signal="SIGKILL", **kwargs)
 
