@@ -1,4 +1,4 @@
-"""What Beat's process does besides its schedule: one job for each due time, and the sweep."""
+"""What Beat's process does besides its schedule: it starts each job once per due time, and sweeps."""
 
 import logging
 import threading
@@ -20,13 +20,13 @@ logger = logging.getLogger(__name__)
 
 
 def start(sender, **kwargs):
-    """Prepare Beat's service, the `sender`, which has just started."""
+    """Prepare Beat's service (`sender`), which has just started."""
     enqueue_once_per_due_time(sender)
     sweep.start(watch_ticks(sender))
 
 
 def watch_ticks(beat):
-    """Return a function that returns for how many seconds the next tick has been due."""
+    """Return a function that returns by how many seconds the scheduler's next tick is overdue."""
     tick, due_at = beat.scheduler.tick, time.monotonic()
 
     def timed_tick():
@@ -40,7 +40,7 @@ def watch_ticks(beat):
 
 
 def enqueue_once_per_due_time(beat):
-    """Give a job that Beat starts the id of its due time, so that two Beats start it only once."""
+    """Derive the id of each job that Beat starts from its due time, so that two Beats start it only once."""
     apply_async, postponed = beat.scheduler.apply_async, SimpleQueue()
 
     def apply_once(entry, **options):
@@ -49,9 +49,9 @@ def enqueue_once_per_due_time(beat):
         if "task_id" in entry.options:
             raise SchedulingError(f"{entry.name}: the schedule of a job cannot have a task_id")
         schedule, entry = entry.schedule, copy(entry)
-        # The id is made of the entry's name and the number of the interval (of crontab: the minute)
-        # since 1970, so Beats that were started at different times get the same one. The clock is read
-        # twice, so `due` may be a few milliseconds early, in the interval before: add a second.
+        # The id is made of the entry's name and the number of the interval (with crontab: the minute) since
+        # 1970, so Beats that were started at different times get the same id. The clock is read twice, so
+        # `due` may be a few milliseconds early, in the previous interval: add a second.
         due = schedule.now() + schedule.remaining_estimate(entry.last_run_at) + timedelta(seconds=1)
         length = getattr(schedule, "run_every", timedelta(minutes=1))
         interval = f"{entry.name} {due.timestamp() // length.total_seconds()}"
@@ -62,24 +62,24 @@ def enqueue_once_per_due_time(beat):
             postponed.put(entry)
 
     def store(entry, **options):
-        close_old_connections()  # in Beat's process nothing else does
+        close_old_connections()  # nothing else does it in Beat's process
         try:
             return apply_async(entry, **options)
         except SchedulingError as error:
             if is_unavailable(error.__context__):
                 raise error.__context__ from None
             if not Job.objects.filter(pk=entry.options["task_id"]).exists():
-                raise  # else another Beat was faster
+                raise  # otherwise another Beat was faster
 
     def store_postponed():
-        """Store what was due while the database was unavailable, in a thread of its own."""
+        """Store the jobs that were due while the database was unavailable. It has a thread of its own."""
         while True:
             entry = postponed.get()
             try:
                 wait_for(store, entry, advance=False)
-            except Exception as error:  # without this thread all others would be lost
-                logger.warning("a job of the schedule cannot be stored: %r", error)
-            connection.close()  # perhaps not needed again for months
+            except Exception as error:  # without this thread, all later ones would be lost
+                logger.warning("a scheduled job cannot be stored: %r", error)
+            connection.close()  # it may not be needed again for months
 
     beat.scheduler.apply_async = apply_once
     threading.Thread(target=store_postponed, daemon=True).start()

@@ -1,4 +1,4 @@
-"""Sends a worker's task events, for Flower, in batches: one by one they take a sixth of a job's CPU time."""
+"""Sends a worker's task events to Flower in batches. One by one, they take a sixth of a job's CPU time."""
 
 from celery.bootsteps import StartStopStep
 
@@ -7,7 +7,7 @@ MAX_EVENTS = 1000  # events in a batch
 
 
 class BatchedEvents(StartStopStep):
-    """Starts anew with each connection to the broker, when Celery has made a new dispatcher."""
+    """A bootstep that starts with each connection to the broker, when Celery has made a new dispatcher."""
 
     requires = ("celery.worker.consumer.events:Events",)
 
@@ -22,4 +22,4 @@ class BatchedEvents(StartStopStep):
     def stop(self, consumer):
         if self.dispatcher:
             self.timer.cancel()
-            self.dispatcher.flush()  # without a connection Celery keeps them for the next one
+            self.dispatcher.flush()  # without a connection, Celery keeps the events for the next one

@@ -1,7 +1,7 @@
-"""Leases: a running job's lease says that its worker is alive. Without one, the job is recovered.
+"""Leases: the lease of a running job says that its worker is alive. When it lapses, the job is recovered.
 
 In each process, one thread renews the leases of all runs, and writes what their bodies report. The
-main process of a prefork worker renews them too, and so does a report() with a cursor.
+main process of a prefork worker also renews them, and so does a report() with a cursor.
 """
 
 import logging
@@ -20,24 +20,24 @@ from .pools import pool
 
 logger = logging.getLogger(__name__)
 
-POLL_SECONDS = 0.5  # seconds between two looks at reports, leases and dead children
-FLUSH_SECONDS = 1  # seconds after which PostgreSQL has a claim on the disk: with its defaults 0.6
-RETRY_AFTER = 5  # seconds until the job of a dead worker starts again; doubles up to 43 minutes
+POLL_SECONDS = 0.5  # seconds between two checks of reports, leases and dead children
+FLUSH_SECONDS = 1  # seconds until PostgreSQL has a claim on disk: 0.6 with its defaults
+RETRY_AFTER = 5  # seconds until the job of a dead worker starts again: doubles up to 43 minutes
 
-runs = {}  # token: Run, of the bodies that run in this process
-last_try = None  # the Run of this process that has a last try: see claim_last_try()
+runs = {}  # {token: Run} of the bodies that run in this process
+last_try = None  # the Run of this process that is a last try: see claim_last_try()
 lease_thread_started = False
 lock = pool.Lock()
 
 
 class JobLost(BaseException):
-    """Ends a body whose job was cancelled, or was given to a newer run."""
+    """Ends a body whose job was cancelled or given to a newer run."""
 
 
 class Run:
     """One run of a job. It owns the job as long as `Job.run` is its token.
 
-    A context manager: the lease is renewed inside.
+    As a context manager, it has its lease renewed inside the block.
     """
 
     def __init__(self, job_id, token=None, task=None):
@@ -45,14 +45,14 @@ class Run:
         self.job_id = job_id
         self.token = token or uuid.uuid4()
         self.report = self.written = {}  # progress in percent, message
-        self.cursor = []  # empty until it was read, then [cursor]
-        self.claim = None  # a function that claims the job, also again
+        self.cursor = []  # empty until it is read, then [cursor]
+        self.claim = None  # a function that claims the job, and can be called again
         self.in_body = False
         self.renew_at = time.monotonic() + FLUSH_SECONDS
-        self.retry = None  # what retry() asked for: options of requeue()
-        # Why: fields of an Attempt.
+        self.retry = None  # after retry(): options of requeue()
+        # Why it is retried: the fields of an Attempt.
         self.failure = {
-            "error": "Another try was asked for",
+            "error": "The task requested another try",
             "exception": "celery.exceptions.Retry",
         }
         self.lost = self.ended = False
@@ -64,17 +64,17 @@ class Run:
 
     @property
     def row_with_lock_timeout(self):
-        """The row, to write how the body ended: if others lock it, that is tried again and again."""
+        """The row, to store how the body ended. An UPDATE that waits too long for a lock is tried again."""
         return self.row.filter(LockTimeout())
 
     def needs_write(self):
         return not self.lost and (self.report != self.written or time.monotonic() > self.renew_at)
 
     def claim_last_try(self):
-        """Become this process's only run that is a last try. Returns whether that worked.
+        """Become the only run of this process that is a last try. Returns whether it did.
 
-        The job of a last try fails if its process dies. With one in each process, a dead process
-        fails at most one job.
+        If the process dies, the job of a last try fails. With only one last try in a process, a
+        process that dies fails at most one job.
         """
         global last_try
         with lock:
@@ -85,7 +85,7 @@ class Run:
     def store(self, update, *args, **kwargs):
         """Store how the body ended. Returns 0 if the run has lost its job.
 
-        If a crash of the database has forgotten the claim, the job is claimed again first.
+        If the database has lost the claim in a crash, the job is claimed again first.
         """
         written = store_outcome(update, *args, **kwargs)
         if written or not store_outcome(self.claim):
@@ -106,7 +106,7 @@ def jobs_of(runs):
 
 
 def start_lease_thread():
-    """Start the thread once, at the first run: a thread does not survive the fork of a child."""
+    """Start the thread once, at the first run: a thread from before the fork is not in the child."""
     global lease_thread_started
     with lock:
         if not lease_thread_started:
@@ -115,7 +115,7 @@ def start_lease_thread():
 
 
 def renew_leases():
-    """Write reports at every tick, and renew each lease three times in its length. Never ends."""
+    """Write reports every POLL_SECONDS, and renew each lease every third of its length. Never returns."""
     while True:
         time.sleep(POLL_SECONDS)
         with lock:
@@ -129,9 +129,9 @@ def renew_leases():
 
 
 def write_and_renew(due):
-    """Write what these runs reported, renew their leases, and find out which ones lost their job.
+    """Write what these runs reported, renew their leases, and find out which runs have lost their job.
 
-    Skip locked rows until the next tick: waiting for one would let all other leases lapse.
+    Skip locked rows until the next call: waiting for one would let all other leases lapse.
     """
     reports = {run: run.report for run in due}
     with transaction.atomic():
@@ -146,8 +146,8 @@ def write_and_renew(due):
     for run in written:
         run.written, run.renew_at = reports[run], time.monotonic() + settings.JOB_LEASE_SECONDS / 3
     if len(locked_tokens) < len(due):
-        owned_tokens = set(jobs_of(due).values_list("run", flat=True))  # locked ones, too
-        for run in due:  # claim again what a crash of the database has forgotten
+        owned_tokens = set(jobs_of(due).values_list("run", flat=True))  # locked rows, too
+        for run in due:  # claim again what the database has lost in a crash
             run.lost = run.token not in owned_tokens and not (run.in_body and run.claim())
 
 
@@ -161,8 +161,8 @@ def renew_for_children(jobs):
 def recover(jobs):
     """Queue the jobs of dead workers again, or fail them. Skip locked rows.
 
-    A job past its deadline fails whatever its crashes: Celery killed its child, or its thread never
-    ended.
+    A job past its deadline fails, however many crashes it has: Celery killed its child process, or its
+    thread never ended.
     """
     late = Q(deadline__lte=Now())
     for job in jobs.select_for_update(skip_locked=True).only("crashes").annotate(late=late):
@@ -178,4 +178,4 @@ def recover(jobs):
             delay = RETRY_AFTER * 2 ** min(job.crashes, 9) * random.uniform(0.8, 1.2)
             message = "Its worker died, so it starts again soon"
             row.requeue(delay, attempt=died, message=message, crashes=crashes)
-            logger.warning("job %s lost its worker: again in %.0f s", job.pk, delay)
+            logger.warning("job %s lost its worker and starts again in %.0f s", job.pk, delay)

@@ -1,4 +1,4 @@
-"""UPDATEs of which Django builds the SQL once. Built anew each time, it took half of a child's CPU time."""
+"""UPDATEs whose SQL Django builds only once. Building it each time took half of a child's CPU time."""
 
 from functools import wraps
 from inspect import signature
@@ -8,17 +8,17 @@ from django.db.models.sql import UpdateQuery
 
 
 class Placeholder(models.Value):
-    """Stands in a query for the argument of this name."""
+    """A placeholder in a query, for the argument with this name."""
 
     def as_sql(self, compiler, connection):
         return "%s", [self]
 
 
 def built_once(method):
-    """Decorate a manager's method that returns rows and their changes: it makes this UPDATE.
+    """Turn a manager's method that returns rows and their changes into a method that runs this UPDATE.
 
-    The arguments have the names of the fields whose values they are; others are durations. Returns how
-    many rows were changed.
+    It takes keyword arguments. An argument with the name of a field is a value of this field; other
+    arguments are durations. It returns how many rows were changed.
     """
     _, *names = signature(method).parameters
     built = {}
