@@ -1,4 +1,4 @@
-"""What Beat's process does besides its schedule: it starts each job once per due time, and sweeps."""
+"""Additions to Celery's Beat: it enqueues each job once per due time, and runs the sweep."""
 
 import logging
 import threading
@@ -26,7 +26,7 @@ def start(sender, **kwargs):
 
 
 def watch_ticks(beat):
-    """Return a function that returns by how many seconds the scheduler's next tick is overdue."""
+    """Return a function that returns how many seconds the scheduler's next tick is overdue."""
     tick, due_at = beat.scheduler.tick, time.monotonic()
 
     def timed_tick():
@@ -40,7 +40,7 @@ def watch_ticks(beat):
 
 
 def enqueue_once_per_due_time(beat):
-    """Derive the id of each job that Beat starts from its due time, so that two Beats start it only once."""
+    """Give each job of the schedule an id made of its due time, so that two Beats start it only once."""
     apply_async, postponed = beat.scheduler.apply_async, SimpleQueue()
 
     def apply_once(entry, **options):
@@ -72,7 +72,7 @@ def enqueue_once_per_due_time(beat):
                 raise  # otherwise another Beat was faster
 
     def store_postponed():
-        """Store the jobs that were due while the database was unavailable. It has a thread of its own."""
+        """Store the jobs that were due while the database was unavailable. Runs in its own thread."""
         while True:
             entry = postponed.get()
             try:

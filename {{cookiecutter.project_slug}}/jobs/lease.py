@@ -1,7 +1,8 @@
 """Leases: the lease of a running job says that its worker is alive. When it lapses, the job is recovered.
 
 In each process, one thread renews the leases of all runs, and writes what their bodies report. The
-main process of a prefork worker also renews them, and so does a report() with a cursor.
+main process of a prefork worker also renews the leases of its children, and a report() with a cursor
+renews the lease of its job.
 """
 
 import logging
@@ -21,8 +22,8 @@ from .pools import pool
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5  # seconds between two checks of reports, leases and dead children
-FLUSH_SECONDS = 1  # seconds until PostgreSQL has a claim on disk: 0.6 with its defaults
-RETRY_AFTER = 5  # seconds until the job of a dead worker starts again: doubles up to 43 minutes
+FLUSH_SECONDS = 1  # seconds in which PostgreSQL writes a claim to disk: 0.6 with its defaults
+RETRY_AFTER = 5  # seconds until the job of a dead worker starts again; doubles up to 43 minutes
 
 runs = {}  # {token: Run} of the bodies that run in this process
 last_try = None  # the Run of this process that is a last try: see claim_last_try()
@@ -37,7 +38,7 @@ class JobLost(BaseException):
 class Run:
     """One run of a job. It owns the job as long as `Job.run` is its token.
 
-    As a context manager, it has its lease renewed inside the block.
+    Use it as a context manager: the lease is renewed inside the block.
     """
 
     def __init__(self, job_id, token=None, task=None):
@@ -106,7 +107,7 @@ def jobs_of(runs):
 
 
 def start_lease_thread():
-    """Start the thread once, at the first run: a thread from before the fork is not in the child."""
+    """Start the thread once, at the first run: threads do not survive the fork of a child."""
     global lease_thread_started
     with lock:
         if not lease_thread_started:
@@ -146,7 +147,7 @@ def write_and_renew(due):
     for run in written:
         run.written, run.renew_at = reports[run], time.monotonic() + settings.JOB_LEASE_SECONDS / 3
     if len(locked_tokens) < len(due):
-        owned_tokens = set(jobs_of(due).values_list("run", flat=True))  # locked rows, too
+        owned_tokens = set(jobs_of(due).values_list("run", flat=True))  # including locked rows
         for run in due:  # claim again what the database has lost in a crash
             run.lost = run.token not in owned_tokens and not (run.in_body and run.claim())
 

@@ -26,7 +26,7 @@ def send(jobs):
 
 
 def send_one(task, job, producer, **options):
-    """Do what apply_async() does, in a third of its time. The event task-sent, one more message, is left out.
+    """Do what apply_async() does in a third of its time, but without one more message: the event task-sent.
 
     The header `job` marks the message of a job, and says how often the job's worker has died. The
     header `sent` is the number of this message among those of the job.
@@ -36,7 +36,7 @@ def send_one(task, job, producer, **options):
         args, kwargs = loads(dumps([job.args, job.kwargs]))  # as a worker gets them
         task.apply(args, kwargs, task_id=pk, retries=job.retries, headers=headers)
         return
-    # For Flower. Celery's own function that shortens them takes a second for each megabyte.
+    # Flower shows these. Celery's own function to shorten them takes a second for each megabyte.
     shown = {"argsrepr": repr(job.args)[:1000], "kwargsrepr": repr(job.kwargs)[:1000]}
     shown |= {"retries": job.retries, "ignore_result": True}
     message = amqp.create_task_message(pk, task.name, job.args, job.kwargs, **shown)

@@ -33,7 +33,7 @@ OVER_TIME_LIMIT = "Over its time limit"
 BATCH_SIZE = 500  # jobs per statement
 MAX_LABEL = 255  # characters
 MAX_ATTEMPTS = 20  # stored per job: the latest ones
-MAX_COUNTDOWN = 10 * 365 * 86400  # seconds: a longer countdown was meant as milliseconds
+MAX_COUNTDOWN = 10 * 365 * 86400  # seconds: a longer countdown is probably in milliseconds
 PUBLISH_PAUSE = 10  # seconds without a try after the broker was unavailable, to keep requests fast
 publish_again_at = {}  # queue: time.monotonic() of the next try
 
@@ -70,7 +70,7 @@ class LockTimeout(models.Func):
 
 
 class AsyncCommit(LockTimeout):
-    """A condition that is always true. With it, a commit does not wait until PostgreSQL's log is on disk."""
+    """Always true, as LockTimeout. With it, the commit does not wait until PostgreSQL's log is on disk."""
 
     template = "SET_CONFIG('synchronous_commit', 'off', TRUE) IS NOT NULL"
 
@@ -158,8 +158,8 @@ class JobQuerySet(models.QuerySet):
     def run_again(self):
         """Enqueue a new job like each of these: all or none. Skip jobs that are active or cannot run.
 
-        Returns the new Jobs. If a job with the same `unique` is active, that one takes the place of a
-        new one: see Job.run_again().
+        Returns the new Jobs. If a job with the same `unique` is active, the list has that one instead:
+        see Job.run_again().
         """
         current_app.loader.import_default_modules()
         with transaction.atomic(self.db):
@@ -224,7 +224,7 @@ class JobQuerySet(models.QuerySet):
         return self.filter(UNFINISHED).change(attempt, changes)
 
     def change(self, attempt, changes):
-        """Update these rows. With `attempt`, the fields of an Attempt to store, it must be one row."""
+        """Update these rows. `attempt` has the fields of an Attempt to store: then it must be one row."""
         if attempt is None:
             return self.update(**changes)
         with transaction.atomic():

@@ -25,8 +25,9 @@ logger = logging.getLogger(__name__)
 
 JOBS_IN_MEMORY = 100  # jobs loaded at once, because arguments may be large
 BYTES_IN_MEMORY = 1_000_000  # of arguments: as Python objects they take up to 20 times as much
-MESSAGE_FIELDS = "task args kwargs queue retries crashes sent".split()  # of Job, for a message
-REFUSALS = 5  # a job fails when the broker has refused it this many times, sent alone
+# The fields of a job that its message needs.
+MESSAGE_FIELDS = "task args kwargs queue retries crashes sent".split()
+REFUSALS = 5  # by the broker, after which a job fails
 PURGE_BATCH = 2000  # jobs deleted at once: more than a million an hour
 PURGE_RETRY_SECONDS = 3600  # until jobs that could not be deleted are tried again
 MAX_RESEND_SECONDS = 3600  # between two messages of a job
@@ -48,7 +49,7 @@ refusals = Counter()  # by job id
 
 
 def start(tick_delay):
-    """Start the threads. `tick_delay` returns by how many seconds Beat's next tick is overdue."""
+    """Start the threads. `tick_delay` returns how many seconds Beat's next tick is overdue."""
     threading.Thread(target=sweep_or_exit, args=[tick_delay], name="sweep", daemon=True).start()
     threading.Thread(target=purge_for_ever, name="purge", daemon=True).start()
 
@@ -65,7 +66,7 @@ def sweep_for_ever(tick_delay):
     while True:
         pause = settings.JOB_SWEEP_SECONDS
         # After a pause (start, suspended machine, database outage), live workers get half a lease to renew
-        # their leases, and to claim again what the database lost. Then jobs are recovered and sent again.
+        # their leases, and to claim again what the database lost. After that, jobs are recovered or resent.
         max_gap = settings.JOB_LEASE_SECONDS / 2 + 2 * settings.JOB_SWEEP_SECONDS
         if time.time() - last_round > max_gap:
             recover_at = time.monotonic() + settings.JOB_LEASE_SECONDS / 2
@@ -131,7 +132,7 @@ def send_due(resend=True):
             try:
                 if send_batch(name, size, resend, messages_in(name, broker)):
                     names.insert(0, name)
-            except Exception as error:  # each transport raises its own
+            except Exception as error:  # each transport has its own exceptions
                 if is_unavailable(error):
                     raise
                 logger.warning("the broker takes no jobs for the queue %s: %r", name, error)
@@ -152,7 +153,8 @@ def send_batch(name, size, resend, waiting):
     due = queued.filter(wake_at__lt=Now()).order_by("wake_at")
     sizes = mark_sent(due.filter(sent=0)[:size])
     # messages_in() also counts messages of plain tasks, which may hide that messages of jobs are missing.
-    # So send one job again now and then. If this second message is the one that ran, send twice as many.
+    # So send one job again now and then, as a probe. If the message of a probe was the one that ran, the
+    # next probe has twice as many jobs.
     if not missing and time.monotonic() >= queue.next_probe_at:
         ran = Job.objects.filter(pk__in=queue.probe_ids, sent__gt=1).exclude(state="queued")
         missing, is_probe = 2 * len(queue.probe_ids) if ran.exists() else 1, True
@@ -187,8 +189,8 @@ def load_and_send(ids):
 def send_one_by_one(name, ids, is_full):
     """Send these jobs one by one, because the broker did not take all of them.
 
-    A job that the broker refuses alone is sent again later, and fails after some refusals. Refusals by
-    a queue that `is_full` do not count. If the queue takes no other message either, this raises the
+    A job that the broker refuses alone is sent again later, and fails after REFUSALS refusals. Refusals
+    by a queue that `is_full` do not count. If the queue takes no other message either, this raises the
     transport's exception.
     """
     for pk in ids:
@@ -234,8 +236,8 @@ def purge_for_ever():
 def purge(undeletable=0):
     """Delete jobs that ended more than JOB_RETENTION_DAYS ago, together with their idempotency keys.
 
-    `undeletable` is how many of the oldest jobs could not be deleted: they are skipped. Returns their
-    new number.
+    Skips the oldest `undeletable` jobs, which earlier calls could not delete. Returns how many jobs are
+    undeletable after this call.
     """
     before = Now() - timedelta(days=settings.JOB_RETENTION_DAYS)
     old = Job.objects.filter(finished_at__lt=before).order_by("finished_at")

@@ -237,7 +237,10 @@ class JobTask(DjangoTask):
 
 
 def ignore_run(task):
-    """Return the exception that ends a run without a job. If its job was cancelled, send Flower an event."""
+    """Return the exception that ends a run whose job is cancelled or belongs to another run.
+
+    If the job is cancelled, Flower gets an event.
+    """
     id, app = task.request.id, task.app
     if wait_for(Job.objects.filter(pk=id, state="cancelled").exists):
         logger.info("job %s %s is cancelled", task.name, id)
@@ -263,7 +266,7 @@ def succeed(run, result):
 
 
 def fail(run, reason=None):
-    """Store that the job failed, for this reason or with the text of the exception that is being handled."""
+    """Store that the job failed, for this reason or with the text of the exception being handled."""
     error = sys.exception()
     attempt = describe(error)
     if isinstance(error, JobError):

@@ -1,4 +1,4 @@
-"""UPDATEs whose SQL Django builds only once. Building it each time took half of a child's CPU time."""
+"""UPDATEs whose SQL Django builds once. Building it each time took half of a child process's CPU time."""
 
 from functools import wraps
 from inspect import signature

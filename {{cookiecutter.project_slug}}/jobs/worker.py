@@ -71,9 +71,9 @@ def watch_children(sender, **kwargs):
 def end_if_stuck(worker):
     """End a worker whose shutdown waits for children that have no work or take too long.
 
-    Celery waits without a limit: for ever, if a child has half of a message when the broker is lost or
-    when the shutdown begins. Celery does not notice bodies that end during the shutdown, but all bodies
-    have a time limit.
+    Celery waits without a limit: for ever, if a child has received half of a message when the broker
+    is lost or the shutdown begins. Celery does not notice bodies that end during the shutdown, but all
+    bodies have a time limit.
     """
     handler = platforms.signals["SIGQUIT"]  # a soft shutdown begins by replacing it
     longest = max(task.time_limit or 0 for task in current_app.tasks.values())
@@ -144,7 +144,7 @@ def requeue_unknown(id, message, **kwargs):
 
 def limit_shutdown(**kwargs):
     """Requeue the jobs and end the process in time. Without this, Celery waits for the last body."""
-    if bodies_in_children:  # these have Celery's soft shutdown
+    if bodies_in_children:  # prefork has Celery's soft shutdown
         return
     pool.start_thread(requeue_and_exit)
     if not state.reserved_requests:
@@ -159,7 +159,7 @@ def requeue_and_exit():
                 run.in_body = False
             for pause in POLL_SECONDS, 0:  # twice: a renewal may lock a row for a moment
                 with transaction.atomic():
-                    jobs_of(runs.values()).unlocked().requeue()  # the others' leases will lapse
+                    jobs_of(runs.values()).unlocked().requeue()  # leases of locked rows will lapse
                 time.sleep(pause)
     finally:
         os._exit(0)
@@ -181,7 +181,7 @@ def cancel_revoked_jobs():
 
     def cancel_and_revoke(worker, task_id, terminate=False, signal=None, **kwargs):
         run_in_thread(*[partial(cancel, pk) for pk in maybe_list(task_id) or []])
-        # SIGKILL, whatever the signal is: one that children ignore would not end the body.
+        # Always SIGKILL: a signal that children ignore would not end the body.
         return revoke(worker, task_id, terminate=terminate, signal="SIGKILL", **kwargs)
 
     def cancel_and_terminate(worker, signal, task_id, **kwargs):
