@@ -49,7 +49,7 @@ class JobTask(DjangoTask):
 
     abstract = True
     is_job = True  # checked by Job.objects.enqueue()
-    acks_late = False  # the row survives a crash, so the message need not
+    acks_late = False  # the row survives a crash, so acknowledge the message at once
     retry_on_worker_lost = False  # the row counts crashes
     ignore_result = True  # the row has the result
     job_run = property(lambda self: getattr(self.request, "job_run", None))
