@@ -15,10 +15,10 @@ def eager(request, monkeypatch):
     current_app.conf.task_always_eager = not request.node.get_closest_marker("live")
     current_app.conf.task_eager_propagates = True  # a plain task that fails fails its test
     # No thread renews leases: it would not see what the transaction of a test holds.
-    monkeypatch.setattr(lease, "keeper_started", True)
+    monkeypatch.setattr(lease, "lease_thread_started", True)
     for memory in [models.publish_again_at, sweep.queues, sweep.refusals]:
         memory.clear()
-    monkeypatch.setattr(sweep, "TICK", 0)
+    monkeypatch.setattr(sweep, "POLL_SECONDS", 0)
 
 
 @pytest.fixture(autouse=True)

@@ -103,7 +103,7 @@ def test_a_job_says_its_progress_with_report_only():
     job = Job.objects.enqueue(update)
     publish([job])
     job.refresh_from_db()
-    assert "say self.report(" in job.error
+    assert "call self.report(" in job.error
 
 
 def test_a_job_is_known_by_its_id_alone():

@@ -46,7 +46,7 @@ from kombu import Connection
 from psycopg.errors import ProgramLimitExceeded, ReadOnlySqlTransaction
 
 from jobs import apps, database, events, lease, liveness, messages, models, sweep, tasks, worker
-from jobs.beat import name_ticks, watch_ticks
+from jobs.beat import enqueue_once_per_due_time, watch_ticks
 from jobs.metrics import Collector
 from jobs.models import Attempt, Job, JobQuerySet, Sweep
 from jobs.tasks import JobTask
@@ -178,7 +178,7 @@ def test_what_cannot_run_is_refused_at_once(task, args):
 
 @pytest.mark.parametrize("args, kwargs", [(12, {}), ("12", {}), ({1: 2}, {}), ([], [1, 2])])
 def test_arguments_come_as_a_list_and_as_a_dictionary(args, kwargs):
-    with pytest.raises(TypeError, match="Arguments come as a list"):
+    with pytest.raises(TypeError, match="args must be a list"):
         Job.objects.enqueue(add, args, kwargs)
     assert not Job.objects.exists()
 
@@ -279,7 +279,7 @@ def test_a_key_hides_no_other_conflict():
 
 @pytest.mark.parametrize("unique", ["", "x" * 256, 7])
 def test_a_key_is_a_text_that_fits(unique):
-    with pytest.raises(ValueError, match="unique= is a text of 1 to 255 characters"):
+    with pytest.raises(ValueError, match="unique= must be a string of 1 to 255 characters"):
         Job.objects.enqueue(add, [1, 2], unique=unique)
 
 
@@ -365,7 +365,7 @@ def test_of_many_jobs_all_are_stored_or_none(commit, published):
 
 
 def test_many_jobs_wait_for_their_broker_and_for_their_time(commit, broker_down, monkeypatch):
-    monkeypatch.setattr(models, "BATCH", 2)
+    monkeypatch.setattr(models, "BATCH_SIZE", 2)
     with commit():
         late = Job.objects.enqueue_many(add, [[1, 2]] * 3, countdown=60)
         jobs = Job.objects.enqueue_many(add, [[1, 2]] * 5)
@@ -630,7 +630,7 @@ def test_a_retry_that_cannot_be_stored_fails_the_job(options):
 def test_a_retry_waits_ten_years_at_most():
     job = run(lambda task: task.request.retries or task.retry(countdown=1e12))
     wait = (job.due_at - timezone.now()).total_seconds()
-    assert wait == pytest.approx(models.LONGEST_WAIT, abs=60)
+    assert wait == pytest.approx(models.MAX_COUNTDOWN, abs=60)
 
 
 @pytest.mark.parametrize("options", [{"countdown": 1.7e12}, {"queue": "cpu", "countdown": 1e9}])
@@ -720,7 +720,7 @@ def divide_and_go_on(task):
         (divide_and_go_on, "ZeroDivisionError: division by zero", "1 / 0"),
         (lambda task: task.retry(exc=ValueError("no")), "ValueError: no", "ValueError: no"),
         (lambda task: task.retry(exc=OSError("no"), throw=False), "OSError: no", "OSError: no"),
-        (lambda task: task.retry(), "Another try was asked for", ""),
+        (lambda task: task.retry(), "The task requested another try", ""),
     ],
 )
 def test_a_retry_says_what_led_to_it(body, error, raised):
@@ -835,7 +835,7 @@ def test_apply_async_takes_what_a_job_can_have():
 )
 def test_what_a_job_cannot_be_is_refused(send):
     app.conf.task_always_eager = False
-    with pytest.raises(TypeError, match="a job takes no .+: see Job.objects.enqueue"):
+    with pytest.raises(TypeError, match="a job does not take .+: see Job.objects.enqueue"):
         send()
     assert not Job.objects.exists()
 
@@ -968,7 +968,7 @@ def test_two_beats_start_one_job_for_each_tick(schedule):
 @pytest.mark.parametrize("embedded", [False, True])  # celery beat, celery worker --beat
 def test_one_beat_has_one_sweep(monkeypatch, embedded):
     sweeps = []
-    monkeypatch.setattr(sweep, "start", lambda late: sweeps.append(1))
+    monkeypatch.setattr(sweep, "start", lambda tick_delay: sweeps.append(1))
     monkeypatch.setattr("celery.platforms.set_process_title", lambda *args, **kwargs: None)
     service = Service(app, scheduler_cls=Scheduler)
     service._is_shutdown.set()  # it starts, and ends at once
@@ -1011,7 +1011,7 @@ def test_a_tick_that_has_an_id_of_its_own_is_refused(caplog):
 def beat():
     """Return the scheduler of a Beat that has just started."""
     service = Service(app, scheduler_cls=Scheduler)
-    name_ticks(service)
+    enqueue_once_per_due_time(service)
     return service.scheduler
 
 
@@ -1197,7 +1197,7 @@ def batches(dispatcher):
     published, consumer = [], SimpleNamespace(event_dispatcher=dispatcher, timer=Mock())
     dispatcher.producer = Mock(publish=lambda event, **options: published.append(event))
     dispatcher.on_send_buffered = lambda: published.append("at once")
-    step = events.Batches(consumer)
+    step = events.BatchedEvents(consumer)
     step.start(consumer)
     [[_, flush]] = [call.args for call in consumer.timer.call_repeatedly.call_args_list]
     return step, consumer, flush, published
@@ -1237,7 +1237,7 @@ def test_events_outlive_the_connection_and_a_shutdown():
 
 def test_a_worker_without_events_has_no_batches():
     consumer = SimpleNamespace(event_dispatcher=None, timer=Mock())
-    step = events.Batches(consumer)
+    step = events.BatchedEvents(consumer)
     step.start(consumer)
     step.stop(consumer)
     assert not consumer.timer.mock_calls
@@ -1253,7 +1253,7 @@ def test_a_revoke_cancels_the_job(monkeypatch, published):
     monkeypatch.setitem(Panel.data, "revoke", lambda state, task_id, **kwargs: "revoked")
     monkeypatch.setitem(Panel.data, "terminate", None)
     monkeypatch.setattr("threading.Timer", in_this_thread)
-    worker.follow_revokes()
+    worker.cancel_revoked_jobs()
     assert Panel.data["revoke"](None, [str(job.pk), "no job"]) == "revoked"
     assert list(Job.objects.filter(state="cancelled")) == [job]
     assert Panel.data["terminate"](None, "SIGTERM", str(other.pk)) == "revoked"
@@ -1390,7 +1390,7 @@ def test_a_sweep_lets_leases_be_renewed_first(monkeypatch, settings, lease, stan
     monkeypatch.setattr(sweep, "connection", database := Mock())
     monkeypatch.setattr(sweep, "send_due", lambda resend: resent.append(now[0]) if resend else None)
     with pytest.raises(SystemExit):
-        sweep.sweep_for_ever(late=lambda: 0)
+        sweep.sweep_for_ever(tick_delay=lambda: 0)
     assert recovered == resent == expected
     assert database.close.called == (30 in expected)  # then the database was away
 
@@ -1437,7 +1437,7 @@ def test_a_job_that_is_refused_again_and_again_fails_unless_its_queue_is_full(
 
     monkeypatch.setattr(messages, "send_one", publish)
     monkeypatch.setattr(sweep, "messages_in", lambda queue, broker: waiting)
-    sweep.queues["celery"].most = 10
+    sweep.queues["celery"].most_messages = 10
     job = Job.objects.enqueue(add, [0, 0], countdown=1)
     for _ in range(sweep.REFUSALS):
         lapse(job)
@@ -1456,7 +1456,7 @@ def test_what_is_found_missing_lets_twice_as_many_be_looked_for(published):
     for message in 2, 2, 1, 1:  # of each job that then runs: its first or its second one
         published[:] = ["plain"] * 20
         lapse(*Job.objects.filter(state="queued"))
-        sweep.queues["celery"].extra_at = 0
+        sweep.queues["celery"].next_probe_at = 0
         sweep.send_due()
         looked_for.append(len(published) - 20)
         for pk in published[20:]:
@@ -1546,7 +1546,7 @@ def test_a_queue_that_fails_keeps_no_other_waiting(published, monkeypatch):
 
 
 def test_a_queue_with_many_jobs_keeps_no_other_waiting(published, monkeypatch):
-    monkeypatch.setattr(sweep, "IN_MEMORY", 10)
+    monkeypatch.setattr(sweep, "JOBS_IN_MEMORY", 10)
     many = Job.objects.enqueue_many(add, [[1, 2]] * 100, countdown=1, queue="many")
     few = [Job.objects.enqueue(add, [1, 2], countdown=1, queue=queue) for queue in "abcdef"]
     lapse(*many, *few)
@@ -1637,7 +1637,7 @@ def test_a_round_of_the_sweep_leaves_its_time(broker_down, monkeypatch, error, r
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     for _ in range(2):  # of two Beats, say
         with pytest.raises(SystemExit):
-            sweep.sweep_for_ever(late=lambda: 0)
+            sweep.sweep_for_ever(tick_delay=lambda: 0)
         sweep.touch_liveness_file.side_effect = [None, SystemExit]
     assert Sweep.objects.filter(ended_at__lte=timezone.now()).count() == rounds
     assert error or broker_down
@@ -1704,7 +1704,7 @@ def test_a_beat_that_hangs_looks_dead(monkeypatch, late, touched):
     monkeypatch.setattr(sweep, "touch_liveness_file", touch := Mock())
     monkeypatch.setattr("time.sleep", Mock(side_effect=SystemExit))
     with pytest.raises(SystemExit):
-        sweep.sweep_for_ever(late=lambda: late)
+        sweep.sweep_for_ever(tick_delay=lambda: late)
     assert touch.call_count == touched
     *_, age, behind = [family.samples[0].value for family in list(Collector().collect())[-2:]]
     assert (age, behind) == (pytest.approx(0, abs=3), pytest.approx(max(late, 0), abs=3))
@@ -1767,14 +1767,14 @@ def test_the_job_of_a_killed_child_is_due_again_soon(monkeypatch, published):
     """But not when another run has it by now."""
     monkeypatch.setattr("threading.Timer", in_this_thread)
     job, request = Job.objects.enqueue(add, [1, 2]), SimpleNamespace(request_dict={"job": 0})
-    worker.name_run(request)
+    worker.assign_run_token(request)
     headers = request.request_dict
     sender = SimpleNamespace(request=SimpleNamespace(headers=headers))
     row, error = Job.objects.filter(pk=job.pk), exceptions.WorkerLostError()
     for token, state, crashes in (uuid.uuid4(), "running", 0), (headers["run"], "queued", 1):
         row.requeue()
         claim(job.pk, token)
-        worker.notice_death(sender, str(job.pk), error)
+        worker.recover_job_of_dead_child(sender, str(job.pk), error)
         job.refresh_from_db()
         assert (job.state, job.crashes) == (state, crashes)
     assert seconds_until_due(job) == pytest.approx(5, rel=0.3)
@@ -1785,7 +1785,7 @@ def test_a_worker_looks_for_dead_children_all_the_time(monkeypatch):
     monkeypatch.setattr("threading.Thread", Mock())  # of leases
     consumer = Mock()
     monkeypatch.setattr(worker, "bodies_in_children", True)
-    monkeypatch.setattr(worker, "soften_sigterm", Mock())
+    monkeypatch.setattr(worker, "remap_sigterm", Mock())
     worker.watch_children(consumer)
     consumer.hub.call_repeatedly.assert_called_once_with(0.5, consumer.pool.maintain_pool)
 
@@ -1951,12 +1951,12 @@ def test_the_change_of_a_job_walks_no_backlog(by_key):
     runs = [lease.Run(job.pk) for job in jobs]
     for run in runs:
         by_key(claim, run.job_id, run.token)
-    by_key(lease.rows(runs).update, wake_at=models.lease_end())
+    by_key(lease.jobs_of(runs).update, wake_at=models.lease_end())
     by_key(runs[0].row.update, cursor=7, wake_at=models.lease_end())
     by_key(Job.objects.succeed, id=runs[0].job_id, run=runs[0].token, result=7, message="")
     by_key(runs[1].row.requeue)
     by_key(Job.objects.filter(pk=jobs[1].pk).cancel)
-    by_key(lease.rows(runs[1:]).requeue)
+    by_key(lease.jobs_of(runs[1:]).requeue)
 
 
 def test_the_job_of_a_key_is_found_without_a_walk(backlog):

@@ -48,7 +48,7 @@ def test_sigterm_does_what_sigquit_does_at_that_moment():
     before = {name: signals[name] for name in ("SIGTERM", "SIGQUIT")}
     seen = []
     try:
-        pools.soften_sigterm()
+        pools.remap_sigterm()
         for handler in "first", "second":  # Celery replaces its own during a shutdown
             signals["SIGQUIT"] = lambda *args, handler=handler: seen.append(handler)
             signal.raise_signal(signal.SIGTERM)
@@ -63,19 +63,19 @@ def test_sigterm_does_what_sigquit_does_at_that_moment():
 )
 def test_a_worker_does_what_its_pool_needs(monkeypatch, pool, ready, shutting_down):
     calls = []
-    monkeypatch.setattr(worker, "soften_sigterm", lambda: calls.append("ready"))
+    monkeypatch.setattr(worker, "remap_sigterm", lambda: calls.append("ready"))
     monkeypatch.setattr("threading.Thread", Mock())  # of leases
     end = SimpleNamespace(
         start_thread=lambda function: calls.append("shutting down"), end_idle_worker=lambda: None
     )
     monkeypatch.setattr(worker, "pool", end)
     monkeypatch.setattr(worker, "bodies_in_children", None)
-    monkeypatch.setattr(worker, "follow_revokes", lambda: None)
+    monkeypatch.setattr(worker, "cancel_revoked_jobs", lambda: None)
     worker.start(SimpleNamespace(pool_cls=pool))
     worker_ready.send(Mock(hub=None))
     worker_shutting_down.send("celery@host")
     assert calls == ["ready"] * ready + ["shutting down"] * shutting_down
-    assert events.Batches in app.steps["consumer"]
+    assert events.BatchedEvents in app.steps["consumer"]
 
 
 def test_greenlets_without_a_patched_python_are_refused(monkeypatch):

@@ -1,3 +1,3 @@
-"""Background work whose row in the database survives every crash: see README.md beside this file."""
+"""Background jobs whose rows in the database survive every crash. See README.md beside this file."""
 
 __version__ = "1.0.0.dev"

@@ -3,7 +3,7 @@ from django.apps import AppConfig
 from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
 
-# With 0 or less nothing would be sent or recovered, or everything would run twice or be deleted.
+# With 0 or less, nothing would be sent or recovered, or everything would run twice or be deleted.
 POSITIVE = (
     "JOB_LEASE_SECONDS JOB_SWEEP_SECONDS JOB_RESEND_SECONDS JOB_MAX_CRASHES JOB_RETENTION_DAYS"
 )
@@ -21,10 +21,10 @@ class JobsConfig(AppConfig):
                 raise ImproperlyConfigured(f"{name} is {value}: it must be more than 0.")
         signals.worker_init.connect(worker.start)
         signals.worker_ready.connect(worker.watch_children)
-        signals.worker_shutting_down.connect(worker.end_in_time)
-        signals.task_received.connect(worker.name_run)
+        signals.worker_shutting_down.connect(worker.limit_shutdown)
+        signals.task_received.connect(worker.assign_run_token)
         signals.task_prerun.connect(worker.drop_dead_connections)
-        signals.task_failure.connect(worker.notice_death)
+        signals.task_failure.connect(worker.recover_job_of_dead_child)
         signals.task_unknown.connect(worker.requeue_unknown)
         signals.heartbeat_sent.connect(liveness.touch_liveness_file)
         signals.beat_init.connect(beat.start)

@@ -1,4 +1,4 @@
-"""What Beat's process does besides its schedule: one job for each due time, and the sweep."""
+"""Additions to Celery's Beat: it enqueues each job once per due time, and runs the sweep."""
 
 import logging
 import threading
@@ -20,13 +20,13 @@ logger = logging.getLogger(__name__)
 
 
 def start(sender, **kwargs):
-    """Prepare Beat's service, the `sender`, which has just started."""
-    name_ticks(sender)
+    """Prepare Beat's service (`sender`), which has just started."""
+    enqueue_once_per_due_time(sender)
     sweep.start(watch_ticks(sender))
 
 
 def watch_ticks(beat):
-    """Return a function that returns for how many seconds the next tick has been due."""
+    """Return a function that returns how many seconds the scheduler's next tick is overdue."""
     tick, due_at = beat.scheduler.tick, time.monotonic()
 
     def timed_tick():
@@ -39,47 +39,47 @@ def watch_ticks(beat):
     return lambda: time.monotonic() - due_at
 
 
-def name_ticks(beat):
-    """Give a job that Beat starts the id of its due time, so that two Beats start it only once."""
-    apply_async, late = beat.scheduler.apply_async, SimpleQueue()
+def enqueue_once_per_due_time(beat):
+    """Give each job of the schedule an id made of its due time, so that two Beats start it only once."""
+    apply_async, postponed = beat.scheduler.apply_async, SimpleQueue()
 
-    def apply_tick(entry, **options):
+    def apply_once(entry, **options):
         if not isinstance(beat.app.tasks.get(entry.task), JobTask):
             return apply_async(entry, **options)
         if "task_id" in entry.options:
             raise SchedulingError(f"{entry.name}: the schedule of a job cannot have a task_id")
         schedule, entry = entry.schedule, copy(entry)
-        # The id is made of the entry's name and the number of the interval (of crontab: the minute)
-        # since 1970, so Beats that were started at different times get the same one. The clock is read
-        # twice, so `due` may be a few milliseconds early, in the interval before: add a second.
+        # The id is made of the entry's name and the number of the interval (with crontab: the minute) since
+        # 1970, so Beats that were started at different times get the same id. The clock is read twice, so
+        # `due` may be a few milliseconds early, in the previous interval: add a second.
         due = schedule.now() + schedule.remaining_estimate(entry.last_run_at) + timedelta(seconds=1)
         length = getattr(schedule, "run_every", timedelta(minutes=1))
-        tick = f"{entry.name} {due.timestamp() // length.total_seconds()}"
-        entry.options = {**entry.options, "task_id": str(uuid.uuid5(uuid.NAMESPACE_OID, tick))}
+        interval = f"{entry.name} {due.timestamp() // length.total_seconds()}"
+        entry.options = {**entry.options, "task_id": str(uuid.uuid5(uuid.NAMESPACE_OID, interval))}
         try:
             return store(entry, **options)
         except Error:
-            late.put(entry)
+            postponed.put(entry)
 
     def store(entry, **options):
-        close_old_connections()  # in Beat's process nothing else does
+        close_old_connections()  # nothing else does it in Beat's process
         try:
             return apply_async(entry, **options)
         except SchedulingError as error:
             if is_unavailable(error.__context__):
                 raise error.__context__ from None
             if not Job.objects.filter(pk=entry.options["task_id"]).exists():
-                raise  # else another Beat was faster
+                raise  # otherwise another Beat was faster
 
-    def store_late():
-        """Store what was due while the database was unavailable, in a thread of its own."""
+    def store_postponed():
+        """Store the jobs that were due while the database was unavailable. Runs in its own thread."""
         while True:
-            entry = late.get()
+            entry = postponed.get()
             try:
                 wait_for(store, entry, advance=False)
-            except Exception as error:  # without this thread all others would be lost
-                logger.warning("a job of the schedule cannot be stored: %r", error)
-            connection.close()  # perhaps not needed again for months
+            except Exception as error:  # without this thread, all later ones would be lost
+                logger.warning("a scheduled job cannot be stored: %r", error)
+            connection.close()  # it may not be needed again for months
 
-    beat.scheduler.apply_async = apply_tick
-    threading.Thread(target=store_late, daemon=True).start()
+    beat.scheduler.apply_async = apply_once
+    threading.Thread(target=store_postponed, daemon=True).start()

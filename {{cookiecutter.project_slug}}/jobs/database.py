@@ -1,4 +1,4 @@
-"""How a worker waits for a database that is unavailable, and rolls back what a body left open."""
+"""Waits for an unavailable database, and rolls back a transaction that a body left open."""
 
 import logging
 import time
@@ -29,30 +29,30 @@ def try_once(query, *args, **kwargs):
     try:
         return query(*args, **kwargs)
     except Error:
-        if not connection.in_atomic_block:  # of a test
-            connection.close()  # perhaps it is broken, or a body has changed its settings
+        if not connection.in_atomic_block:  # that of a test
+            connection.close()  # it may be broken, or a body may have changed its settings
         raise
 
 
-def split(function, keys):
-    """Call function(keys). If it fails, call it for each half, so that one row stops no other.
+def try_in_halves(function, keys):
+    """Call function(keys). If it fails, call it for each half, so that one row does not stop the others.
 
-    Returns how many keys failed alone. Raises what function() does if the database is unavailable.
+    Returns how many keys failed alone. If the database is unavailable, raises the function's error.
     """
     try:
         function(keys)
-    except Exception as error:  # an owner's signal handler may raise anything
+    except Exception as error:  # a project's signal handler may raise anything
         if not connection.is_usable():
             raise
         if middle := len(keys) // 2:
-            return split(function, keys[:middle]) + split(function, keys[middle:])
+            return try_in_halves(function, keys[:middle]) + try_in_halves(function, keys[middle:])
         logger.warning("%s fails for the job %s: %r", function.__name__, keys[0], error)
         return 1
     return 0
 
 
 def store_outcome(update, *args, **kwargs):
-    """Do as wait_for(), and ignore the soft time limit: a claim or an outcome must not get lost."""
+    """Do the same as wait_for(), but ignore the soft time limit: a claim or outcome must not be lost."""
     while True:
         with suppress(SoftTimeLimitExceeded):
             return wait_for(update, *args, **kwargs)
@@ -61,7 +61,7 @@ def store_outcome(update, *args, **kwargs):
 def is_unavailable(error):
     """Return whether the same query may succeed later."""
     state = getattr(error.__cause__, "sqlstate", None) or ""
-    # PostgreSQL's class 54 is "program limit exceeded", 25006 "read-only transaction": a standby.
+    # PostgreSQL's class 54 is "program limit exceeded"; 25006 is "read-only transaction", on a standby.
     may_pass = isinstance(error, (OperationalError, InterfaceError)) and not state.startswith("54")
     return may_pass or state == "25006"
 
@@ -72,9 +72,9 @@ def in_transaction():
 
 
 def roll_back_open_transaction():
-    """Roll back a transaction that a body left open: the outcome would be written inside it and lost.
+    """Roll back a transaction that a body left open: the outcome would be written inside it, and be lost.
 
-    Return whether there was one.
+    Returns whether a transaction was open.
     """
     with suppress(Error):
         if connection.connection and not (connection.in_atomic_block or connection.autocommit):

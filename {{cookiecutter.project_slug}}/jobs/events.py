@@ -1,13 +1,13 @@
-"""Sends a worker's task events, for Flower, in batches: one by one they take a sixth of a job's CPU time."""
+"""Sends a worker's task events to Flower in batches. One by one, they take a sixth of a job's CPU time."""
 
 from celery.bootsteps import StartStopStep
 
-PAUSE = 0.2  # seconds between two batches
-AT_MOST = 1000  # events in a batch
+FLUSH_INTERVAL = 0.2  # seconds between two batches
+MAX_EVENTS = 1000  # events in a batch
 
 
-class Batches(StartStopStep):
-    """Starts anew with each connection to the broker, when Celery has made a new dispatcher."""
+class BatchedEvents(StartStopStep):
+    """A bootstep that starts with each connection to the broker, when Celery has made a new dispatcher."""
 
     requires = ("celery.worker.consumer.events:Events",)
 
@@ -15,11 +15,11 @@ class Batches(StartStopStep):
         self.dispatcher = consumer.event_dispatcher
         if self.dispatcher:
             self.dispatcher.buffer_group = {"task"}
-            self.dispatcher.buffer_limit = AT_MOST
+            self.dispatcher.buffer_limit = MAX_EVENTS
             self.dispatcher.on_send_buffered = None
-            self.timer = consumer.timer.call_repeatedly(PAUSE, self.dispatcher.flush)
+            self.timer = consumer.timer.call_repeatedly(FLUSH_INTERVAL, self.dispatcher.flush)
 
     def stop(self, consumer):
         if self.dispatcher:
             self.timer.cancel()
-            self.dispatcher.flush()  # without a connection Celery keeps them for the next one
+            self.dispatcher.flush()  # without a connection, Celery keeps the events for the next one

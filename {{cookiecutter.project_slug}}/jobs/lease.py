@@ -1,7 +1,8 @@
-"""Leases: a running job's lease says that its worker is alive. Without one, the job is recovered.
+"""Leases: the lease of a running job says that its worker is alive. When it lapses, the job is recovered.
 
 In each process, one thread renews the leases of all runs, and writes what their bodies report. The
-main process of a prefork worker renews them too, and so does a report() with a cursor.
+main process of a prefork worker also renews the leases of its children, and a report() with a cursor
+renews the lease of its job.
 """
 
 import logging
@@ -20,24 +21,24 @@ from .pools import pool
 
 logger = logging.getLogger(__name__)
 
-TICK = 0.5  # seconds between two looks at reports, leases and dead children
-FLUSHED = 1  # seconds after which PostgreSQL has a claim on the disk: with its defaults 0.6
+POLL_SECONDS = 0.5  # seconds between two checks of reports, leases and dead children
+FLUSH_SECONDS = 1  # seconds in which PostgreSQL writes a claim to disk: 0.6 with its defaults
 RETRY_AFTER = 5  # seconds until the job of a dead worker starts again; doubles up to 43 minutes
 
-runs = {}  # token: Run, of the bodies that run in this process
-last_try = None  # the Run of this process that has a last try: see claim_last_try()
-keeper_started = False
+runs = {}  # {token: Run} of the bodies that run in this process
+last_try = None  # the Run of this process that is a last try: see claim_last_try()
+lease_thread_started = False
 lock = pool.Lock()
 
 
-class Lost(BaseException):
-    """Ends a body whose job was cancelled, or was given to a newer run."""
+class JobLost(BaseException):
+    """Ends a body whose job was cancelled or given to a newer run."""
 
 
 class Run:
     """One run of a job. It owns the job as long as `Job.run` is its token.
 
-    A context manager: the lease is renewed inside.
+    Use it as a context manager: the lease is renewed inside the block.
     """
 
     def __init__(self, job_id, token=None, task=None):
@@ -45,36 +46,36 @@ class Run:
         self.job_id = job_id
         self.token = token or uuid.uuid4()
         self.report = self.written = {}  # progress in percent, message
-        self.cursor = []  # empty until it was read, then [cursor]
-        self.claim = None  # a function that claims the job, also again
+        self.cursor = []  # empty until it is read, then [cursor]
+        self.claim = None  # a function that claims the job, and can be called again
         self.in_body = False
-        self.renew_at = time.monotonic() + FLUSHED
-        self.retry = None  # what retry() asked for: options of requeue()
-        # Why: fields of an Attempt.
+        self.renew_at = time.monotonic() + FLUSH_SECONDS
+        self.retry = None  # after retry(): options of requeue()
+        # Why it is retried: the fields of an Attempt.
         self.failure = {
-            "error": "Another try was asked for",
+            "error": "The task requested another try",
             "exception": "celery.exceptions.Retry",
         }
         self.lost = self.ended = False
-        start_keeper()
+        start_lease_thread()
 
     @property
     def row(self):
-        return rows([self])
+        return jobs_of([self])
 
     @property
-    def outcome(self):
-        """The row, to write how the body ended: if others lock it, that is tried again and again."""
+    def row_with_lock_timeout(self):
+        """The row, to store how the body ended. An UPDATE that waits too long for a lock is tried again."""
         return self.row.filter(LockTimeout())
 
     def needs_write(self):
         return not self.lost and (self.report != self.written or time.monotonic() > self.renew_at)
 
     def claim_last_try(self):
-        """Become this process's only run that is a last try. Returns whether that worked.
+        """Become the only run of this process that is a last try. Returns whether it did.
 
-        The job of a last try fails if its process dies. With one in each process, a dead process
-        fails at most one job.
+        If the process dies, the job of a last try fails. With only one last try in a process, a
+        process that dies fails at most one job.
         """
         global last_try
         with lock:
@@ -85,7 +86,7 @@ class Run:
     def store(self, update, *args, **kwargs):
         """Store how the body ended. Returns 0 if the run has lost its job.
 
-        If a crash of the database has forgotten the claim, the job is claimed again first.
+        If the database has lost the claim in a crash, the job is claimed again first.
         """
         written = store_outcome(update, *args, **kwargs)
         if written or not store_outcome(self.claim):
@@ -101,23 +102,23 @@ class Run:
             del runs[self.token]
 
 
-def rows(runs):
+def jobs_of(runs):
     return Job.objects.filter(pk__in=[r.job_id for r in runs], run__in=[r.token for r in runs])
 
 
-def start_keeper():
-    """Start the thread once, at the first run: a thread does not survive the fork of a child."""
-    global keeper_started
+def start_lease_thread():
+    """Start the thread once, at the first run: threads do not survive the fork of a child."""
+    global lease_thread_started
     with lock:
-        if not keeper_started:
-            pool.start_thread(keep_leases)
-            keeper_started = True
+        if not lease_thread_started:
+            pool.start_thread(renew_leases)
+            lease_thread_started = True
 
 
-def keep_leases():
-    """Write reports at every tick, and renew each lease three times in its length. Never ends."""
+def renew_leases():
+    """Write reports every POLL_SECONDS, and renew each lease every third of its length. Never returns."""
     while True:
-        time.sleep(TICK)
+        time.sleep(POLL_SECONDS)
         with lock:
             current = list(runs.values())
         try:
@@ -129,26 +130,26 @@ def keep_leases():
 
 
 def write_and_renew(due):
-    """Write what these runs reported, renew their leases, and find out which ones lost their job.
+    """Write what these runs reported, renew their leases, and find out which runs have lost their job.
 
-    Skip locked rows until the next tick: waiting for one would let all other leases lapse.
+    Skip locked rows until the next call: waiting for one would let all other leases lapse.
     """
     reports = {run: run.report for run in due}
     with transaction.atomic():
-        unlocked = rows(due).select_for_update(skip_locked=True)
-        held = set(unlocked.values_list("run", flat=True))
-        written = [run for run in due if run.token in held]
+        unlocked = jobs_of(due).select_for_update(skip_locked=True)
+        locked_tokens = set(unlocked.values_list("run", flat=True))
+        written = [run for run in due if run.token in locked_tokens]
         silent = [run for run in written if not reports[run]]  # these keep progress and message
-        rows(silent).update(wake_at=lease_end())
+        jobs_of(silent).update(wake_at=lease_end())
         reported = [run for run in written if reports[run]]
         jobs = [Job(pk=run.job_id, wake_at=lease_end(), **reports[run]) for run in reported]
         Job.objects.bulk_update(jobs, ["progress", "message", "wake_at"])
     for run in written:
         run.written, run.renew_at = reports[run], time.monotonic() + settings.JOB_LEASE_SECONDS / 3
-    if len(held) < len(due):
-        own = set(rows(due).values_list("run", flat=True))  # locked ones, too
-        for run in due:  # claim again what a crash of the database has forgotten
-            run.lost = run.token not in own and not (run.in_body and run.claim())
+    if len(locked_tokens) < len(due):
+        owned_tokens = set(jobs_of(due).values_list("run", flat=True))  # including locked rows
+        for run in due:  # claim again what the database has lost in a crash
+            run.lost = run.token not in owned_tokens and not (run.in_body and run.claim())
 
 
 @transaction.atomic
@@ -161,8 +162,8 @@ def renew_for_children(jobs):
 def recover(jobs):
     """Queue the jobs of dead workers again, or fail them. Skip locked rows.
 
-    A job past its deadline fails whatever its crashes: Celery killed its child, or its thread never
-    ended.
+    A job past its deadline fails, however many crashes it has: Celery killed its child process, or its
+    thread never ended.
     """
     late = Q(deadline__lte=Now())
     for job in jobs.select_for_update(skip_locked=True).only("crashes").annotate(late=late):
@@ -178,4 +179,4 @@ def recover(jobs):
             delay = RETRY_AFTER * 2 ** min(job.crashes, 9) * random.uniform(0.8, 1.2)
             message = "Its worker died, so it starts again soon"
             row.requeue(delay, attempt=died, message=message, crashes=crashes)
-            logger.warning("job %s lost its worker: again in %.0f s", job.pk, delay)
+            logger.warning("job %s lost its worker and starts again in %.0f s", job.pk, delay)

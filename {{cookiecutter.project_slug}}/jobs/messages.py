@@ -1,4 +1,4 @@
-"""Sends messages to the broker, and asks how many wait there. No row is read or written here."""
+"""Sends messages to the broker, and counts waiting messages. This module reads and writes no rows."""
 
 import logging
 from contextlib import nullcontext
@@ -11,7 +11,7 @@ logger = logging.getLogger(__name__)
 
 
 def send(jobs):
-    """Send the messages of these jobs over one connection. Raises what the transport does."""
+    """Send the messages of these jobs over one connection. Raises the transport's exceptions."""
     with (
         current_app.producer_or_acquire() as producer,
         producer.batch() if jobs[1:] else nullcontext(),
@@ -22,21 +22,21 @@ def send(jobs):
                 send_one(task, job, producer, declare=[] if job.queue in declared else None)
                 declared.add(job.queue)
             else:
-                logger.error("job %s waits for code that knows its task", job)
+                logger.error("job %s is not sent: its task is not registered", job)
 
 
 def send_one(task, job, producer, **options):
-    """Do what apply_async() does, in a third of its time, but for the event task-sent: one more message.
+    """Do what apply_async() does in a third of its time, but without one more message: the event task-sent.
 
-    The header `job` says that the message belongs to a job, and how often its worker has died;
-    `sent` says which message of the job it is.
+    The header `job` marks the message of a job, and says how often the job's worker has died. The
+    header `sent` is the number of this message among those of the job.
     """
     amqp, pk, headers = current_app.amqp, str(job.pk), {"job": job.crashes, "sent": job.sent}
     if current_app.conf.task_always_eager:
-        args, kwargs = loads(dumps([job.args, job.kwargs]))  # as a message brings them
+        args, kwargs = loads(dumps([job.args, job.kwargs]))  # as a worker gets them
         task.apply(args, kwargs, task_id=pk, retries=job.retries, headers=headers)
         return
-    # What Flower shows. Celery's own way to shorten takes a second for each megabyte.
+    # Flower shows these. Celery's own function to shorten them takes a second for each megabyte.
     shown = {"argsrepr": repr(job.args)[:1000], "kwargsrepr": repr(job.kwargs)[:1000]}
     shown |= {"retries": job.retries, "ignore_result": True}
     message = amqp.create_task_message(pk, task.name, job.args, job.kwargs, **shown)
@@ -47,8 +47,8 @@ def send_one(task, job, producer, **options):
 
 
 def is_connection_error(error):
-    """Return whether the broker was unavailable, and has not refused this one message."""
-    with current_app.connection_for_write() as connection:  # of which only the class is asked
+    """Return whether the broker was unavailable, as opposed to refusing this one message."""
+    with current_app.connection_for_write() as connection:  # only its class is needed
         kinds = OperationalError, *connection.connection_errors
     return isinstance(error, kinds) or isinstance(error.__cause__, kinds)
 
@@ -62,9 +62,9 @@ def queue_of(task, args, kwargs):
 
 
 def messages_in(queue, broker):
-    """Return how many messages wait in `queue`, over this connection. Raises what the transport does."""
+    """Return how many messages wait in `queue`. Uses the connection `broker`, and raises its exceptions."""
     broker.ensure_connection(max_retries=1, interval_start=0)
     queue = current_app.amqp.queues[queue](broker.default_channel)
-    queue.declare()  # creates queue and binding, if somebody deleted them
-    # Declare once more, for the count. With passive=True kombu finds no queue that has a prefix.
+    queue.declare()  # creates the queue and its binding, if they were deleted
+    # Declare it again, for the count. With passive=True, kombu does not find a queue that has a prefix.
     return queue.queue_declare().message_count

@@ -1,4 +1,4 @@
-"""The row is the job. Each change of its state is one UPDATE, and this module has them all."""
+"""The Job model. The row is the job, and each change of its state is one UPDATE in this module."""
 
 import json
 import logging
@@ -24,26 +24,27 @@ logger = logging.getLogger(__name__)
 ACTIVE = ["queued", "running"]
 FINAL = ["succeeded", "failed", "cancelled"]
 STATES = [(state, state.title()) for state in ACTIVE + FINAL]
-# In an UPDATE by ids use these, not state=…. With state=… and old statistics, PostgreSQL may choose the
-# index `job_active`, and read the whole backlog to find one row. Constraints keep both in step.
+# Use these in an UPDATE by ids, not state=…. With state=… and old statistics, PostgreSQL may choose the
+# index `job_active` and read the whole backlog to find one row. Constraints keep these fields and the
+# state consistent.
 UNFINISHED = Q(finished_at=None)
 QUEUED = Q(run=None) & UNFINISHED
 OVER_TIME_LIMIT = "Over its time limit"
-BATCH = 500  # jobs in one statement
-LABEL = 255  # characters
-ATTEMPTS = 20  # kept of each job, the latest
-LONGEST_WAIT = 10 * 365 * 86400  # seconds: a longer one was meant as milliseconds
-PUBLISH_PAUSE = 10  # seconds without a try after the broker was unavailable: the web stays quick
-publish_again_at = {}  # queue: when
+BATCH_SIZE = 500  # jobs per statement
+MAX_LABEL = 255  # characters
+MAX_ATTEMPTS = 20  # stored per job: the latest ones
+MAX_COUNTDOWN = 10 * 365 * 86400  # seconds: a longer countdown is probably in milliseconds
+PUBLISH_PAUSE = 10  # seconds without a try after the broker was unavailable, to keep requests fast
+publish_again_at = {}  # queue: time.monotonic() of the next try
 
 
 class Clock(Now):
-    """The time when a row is written, even after a wait for a lock.
+    """The database's time when a row is written, even if the statement has waited for a lock.
 
-    Now() is the time when the statement began: use that in WHERE, where it lets PostgreSQL use an
-    index, and for what may be a moment earlier.
+    Now() is the time when the statement began. Use Now() in WHERE, because it lets PostgreSQL use an
+    index, and where a value that is a moment too early does no harm.
 
-    On SQLite in Django's format, because SQLite compares times as text.
+    On SQLite the value has Django's format, because SQLite compares times as text.
     """
 
     def as_postgresql(self, compiler, connection, **context):
@@ -55,9 +56,10 @@ class Clock(Now):
 
 
 class LockTimeout(models.Func):
-    """A condition that is always true. With it an UPDATE waits a second for a locked row, then fails.
+    """A condition that is always true. With it, an UPDATE waits a second for a locked row, then fails.
 
-    It costs no query of its own. It holds until the transaction ends, so keep it out of bodies.
+    It needs no extra query. The timeout applies until the transaction ends, so do not use it in a
+    transaction of a body.
     """
 
     output_field = models.BooleanField()
@@ -67,8 +69,8 @@ class LockTimeout(models.Func):
         return self.as_sql(compiler, connection, template="TRUE", **context)
 
 
-class WithoutFlush(LockTimeout):
-    """As LockTimeout: this transaction does not wait until PostgreSQL's log is on the disk."""
+class AsyncCommit(LockTimeout):
+    """Always true, as LockTimeout. With it, the commit does not wait until PostgreSQL's log is on disk."""
 
     template = "SET_CONFIG('synchronous_commit', 'off', TRUE) IS NOT NULL"
 
@@ -79,10 +81,11 @@ def lease_end():
 
 
 def as_json(args, kwargs):
-    """Return both as a row holds them, and their size in bytes.
+    """Return `args` and `kwargs` as a row stores them, and their size in bytes.
 
-    As in Celery's messages a datetime, a UUID or a Decimal is a dictionary that names its type: the
-    body gets the value back. Raises TypeError, ValueError or RecursionError for what is not JSON.
+    As in Celery's messages, a datetime, a UUID or a Decimal becomes a dictionary that names its type,
+    and the body gets the original value. Raises TypeError, ValueError or RecursionError if a value
+    cannot be JSON.
     """
     text = dumps([args, kwargs], allow_nan=False)
     return *json.loads(text), len(text)
@@ -103,23 +106,23 @@ class JobQuerySet(models.QuerySet):
     ):
         """Store a job, and send its message when the caller's transaction commits.
 
-        `task` has `base=JobTask`; `args` and `kwargs` are what Celery's JSON takes; `countdown` is in
-        seconds; `queue` overrides CELERY_TASK_ROUTES. `unique` is a text that only one active job may
-        have, across all tasks and owners. People see the `label`, up to 255 characters of it. The
-        fields are `owner`, a user, and for views `idempotency_key`, unique for each owner, and
-        `fingerprint`, a digest of the request.
+        `task` has `base=JobTask`; `args` and `kwargs` hold values that Celery can serialize as JSON;
+        `countdown` is in seconds; `queue` overrides CELERY_TASK_ROUTES. `unique` is a string that only
+        one active job may have, across all tasks and owners. `label` is shown to people, up to 255
+        characters of it. The other fields are `owner`, a user, and for views `idempotency_key`, unique
+        for each owner, and `fingerprint`, a digest of the request.
 
-        Returns the Job; or, if one with this `unique` is queued or running, that one. Raises
-        TypeError if the task is not a JobTask, or if the arguments are not JSON or not the task's;
-        ValueError for a `unique` that is empty or too long, a `countdown` of more than ten years,
-        or more arguments than JOB_MAX_BYTES; IntegrityError if the owner has used the key before.
+        Returns the new Job, or the queued or running one with the same `unique`. Raises TypeError if
+        the task is not a JobTask, or if the arguments are not JSON or do not fit the task; ValueError
+        if `unique` is empty or too long, if `countdown` is more than ten years, or if the arguments
+        exceed JOB_MAX_BYTES; IntegrityError if the owner has already used the key.
         """
         fields |= self.prepare(Now(), task, args, kwargs, countdown, queue)
-        fields["label"] = label[:LABEL]
+        fields["label"] = label[:MAX_LABEL]
         return self.store(fields, unique)
 
     def store(self, fields, unique):
-        """Create the job, unless one with this `unique` is active; see enqueue()."""
+        """Create the job, unless a job with this `unique` is active. See enqueue()."""
         if unique is None:
             job = self.create(**fields)
         else:
@@ -131,31 +134,32 @@ class JobQuerySet(models.QuerySet):
         return job
 
     def get_or_create_active(self, unique, fields):
-        """Return the active job with this key, or else a new one, and whether it is new."""
+        """Return the active job with this key, or a new one, and whether it is new."""
         if not isinstance(unique, str) or not 0 < len(unique) <= 255:
-            raise ValueError(f"unique= is a text of 1 to 255 characters, not {unique!r:.50}")
+            raise ValueError(f"unique= must be a string of 1 to 255 characters, not {unique!r:.50}")
         active = self.filter(UNFINISHED)
         for _ in range(20):  # the conflicting job may finish before we read it, so try again
             with suppress(IntegrityError):
                 return active.get_or_create(fields, unique_key=unique)
-            time.sleep(random.uniform(0, 0.01))  # else greenlets in step take turns without end
+            time.sleep(random.uniform(0, 0.01))  # otherwise greenlets in step conflict forever
         return active.get_or_create(fields, unique_key=unique)
 
     def enqueue_many(self, task, calls, *, countdown=None, queue=None, owner=None, label=""):
-        """Store a job for each of `calls`, which are lists of arguments: all of them or none.
+        """Store a job for each list of arguments in `calls`: all of them or none.
 
-        It has the guarantees of enqueue(), at a fraction of the cost. Returns the Jobs.
+        The guarantees are those of enqueue(), at a fraction of the cost. Returns the Jobs.
         """
         now = self.now()
         calls = [self.prepare(now, task, args, None, countdown, queue) for args in calls]
         return self.create_all(
-            now, [Job(owner=owner, label=label[:LABEL], **fields) for fields in calls]
+            now, [Job(owner=owner, label=label[:MAX_LABEL], **fields) for fields in calls]
         )
 
     def run_again(self):
-        """Enqueue a new job like each of these, unless it is active or cannot run: all or none.
+        """Enqueue a new job like each of these: all or none. Skip jobs that are active or cannot run.
 
-        Returns the new Jobs, or active ones with the same `unique`: see Job.run_again().
+        Returns the new Jobs. If a job with the same `unique` is active, the list has that one instead:
+        see Job.run_again().
         """
         current_app.loader.import_default_modules()
         with transaction.atomic(self.db):
@@ -165,27 +169,27 @@ class JobQuerySet(models.QuerySet):
                     if job.unique_key:
                         again.append(job.run_again())
                     else:
-                        new.append(Job(**job.again(now)))
+                        new.append(Job(**job.fields_to_run_again(now)))
             return again + self.create_all(now, new)
 
     def now(self):
-        """Return the database's time: PostgreSQL inserts plain values much faster than expressions."""
+        """Return the database's time. PostgreSQL inserts plain values much faster than expressions."""
         # Max() of no rows is NULL, so this query always returns Now().
         latest = Coalesce(Max("created_at"), Now())
         return Job.objects.using(self.db).filter(pk=uuid.uuid4()).aggregate(now=latest)["now"]
 
     def create_all(self, now, jobs):
         for place, job in enumerate(jobs):
-            job.created_at = now + timedelta(microseconds=place)  # pages sort by it
-        self.bulk_create(jobs, batch_size=BATCH)
+            job.created_at = now + timedelta(microseconds=place)  # pages sort by this time
+        self.bulk_create(jobs, batch_size=BATCH_SIZE)
         due = [job for job in jobs if job.sent]
-        for start in range(0, len(due), BATCH):
-            part = due[start : start + BATCH]
+        for start in range(0, len(due), BATCH_SIZE):
+            part = due[start : start + BATCH_SIZE]
             transaction.on_commit(lambda part=part: publish(part), using=self.db, robust=True)
         return jobs
 
     def prepare(self, now, task, args, kwargs, countdown, queue):
-        """Return the fields of a new job. Raises what enqueue() does."""
+        """Return the fields of a new job. Raises the TypeError and ValueError of enqueue()."""
         if not getattr(task, "is_job", False):
             raise TypeError(f"{task!r} is not a job: declare it with @shared_task(base=JobTask)")
         try:
@@ -193,11 +197,11 @@ class JobQuerySet(models.QuerySet):
         except (RecursionError, ValueError) as error:
             raise TypeError(f"Not JSON: {error}") from error
         if not isinstance(args, list) or not isinstance(kwargs, dict):
-            raise TypeError("Arguments come as a list, such as [10], and as a dictionary")
+            raise TypeError("args must be a list, such as [10], and kwargs a dictionary")
         if size > getattr(settings, "JOB_MAX_BYTES", math.inf):
             limit = f"{settings.JOB_MAX_BYTES:,} (JOB_MAX_BYTES)"
-            raise ValueError(f"{size:,} bytes of arguments, {limit} at most: pass a key instead")
-        if countdown and countdown > LONGEST_WAIT:
+            raise ValueError(f"{size:,} bytes of arguments, {limit} at most: pass an id instead")
+        if countdown and countdown > MAX_COUNTDOWN:
             raise ValueError(f"countdown={countdown} is longer than ten years: it is in seconds")
         task.__header__(*args, **kwargs)
         queue = queue or queue_of(task, args, kwargs)
@@ -207,7 +211,7 @@ class JobQuerySet(models.QuerySet):
         return {**fields, "sent": 0 if countdown else 1, "due_at": due_at, "wake_at": wake_at}
 
     def requeue(self, delay=0, attempt=None, **changes):
-        """Let these jobs start (again) in `delay` seconds: the sweep sends what is due."""
+        """Queue these jobs (again). The sweep sends their messages in `delay` seconds."""
         due = Now() + timedelta(seconds=delay)
         # A job that is already queued keeps its due_at.
         changes["due_at"] = Case(When(state="queued", then="due_at"), default=due)
@@ -215,12 +219,12 @@ class JobQuerySet(models.QuerySet):
         return self.change(attempt, changes)
 
     def finish(self, state, attempt=None, **changes):
-        """Write a final state, unless there is one. Returns how many rows were changed."""
+        """Write a final state, unless the job already has one. Returns how many rows were changed."""
         changes |= {"state": state, "run": None, "wake_at": None, "finished_at": Now()}
         return self.filter(UNFINISHED).change(attempt, changes)
 
     def change(self, attempt, changes):
-        """Update these rows. `attempt` has the fields of an Attempt to store: then this is one row."""
+        """Update these rows. `attempt` has the fields of an Attempt to store: then it must be one row."""
         if attempt is None:
             return self.update(**changes)
         with transaction.atomic():
@@ -229,36 +233,36 @@ class JobQuerySet(models.QuerySet):
             if job and changed:
                 attempt = attempt | {"error": attempt["error"][:1000]}
                 job.attempts.create(started_at=job.started_at, worker=job.worker, **attempt)
-                old = job.attempts.order_by("-pk")[ATTEMPTS:]
+                old = job.attempts.order_by("-pk")[MAX_ATTEMPTS:]
                 Attempt.objects.filter(pk__in=old.values("pk")).delete()
         return changed
 
     def unlocked(self):
-        """Lock these rows for this transaction, and return those that nobody else has locked."""
+        """Lock those of these rows that no other transaction has locked, and return them."""
         keys = self.select_for_update(skip_locked=True).values_list("pk", flat=True)
         return self.model.objects.filter(pk__in=list(keys))
 
     def cancel(self):
-        """Cancel the active jobs. Returns how many were cancelled."""
+        """Cancel those jobs that are active. Returns how many there were."""
         return self.finish("cancelled")
 
 
 class JobManager(models.Manager.from_queryset(JobQuerySet)):
     def get_queryset(self):
-        """Read where jobs are written, whatever a router says: a replica may be behind."""
+        """Read from the database that jobs are written to, even with a router: a replica may lag behind."""
         return super().get_queryset().using(self._db or router.db_for_write(self.model))
 
     @built_once
     def claim(self, id, run, worker, retries, crashes, sent, limit, lease):
-        """Give a queued job to `run`, for `limit` seconds. Returns 0 if the message is stale.
+        """Give a queued job to `run`, for the duration `limit`. Returns 0 if the message is stale.
 
-        `retries` and `crashes` of the job, and which message of it this is, are those of the message.
-        If PostgreSQL crashes within a second, the claim may be lost: the run must claim it again.
+        `retries`, `crashes` and `sent`, the number of the message, come from the message. If PostgreSQL
+        crashes within a second, the claim may be lost: then the run must claim the job again.
         """
-        # Q(run=run): the first try of this UPDATE was committed, but its answer was lost.
+        # Q(run=run): an earlier try of this UPDATE was committed, but its answer was lost.
         claimable = Q(run=None) | Q(run=run)
         same_try = Q(retries=retries, crashes=crashes)
-        rows = self.filter(claimable, UNFINISHED, same_try, LockTimeout(), WithoutFlush(), pk=id)
+        rows = self.filter(claimable, UNFINISHED, same_try, LockTimeout(), AsyncCommit(), pk=id)
         return rows, {
             "state": "running",
             "run": run,
@@ -290,7 +294,7 @@ class Job(models.Model):
     fingerprint = models.CharField(max_length=64)
     unique_key = models.CharField(max_length=255, null=True)  # noqa: DJ001
     label = models.CharField(
-        max_length=LABEL, default="", db_default="", help_text="its name, for people"
+        max_length=MAX_LABEL, default="", db_default="", help_text="its name, for people"
     )
 
     state = models.CharField(max_length=9, choices=STATES, default="queued")
@@ -307,7 +311,7 @@ class Job(models.Model):
     run = models.UUIDField(null=True, help_text="token of the run that owns this job")
     worker = models.CharField(max_length=255, default="", help_text="of the last run")
     due_at = models.DateTimeField(null=True, help_text="when a worker may start it")
-    # Of a running job, the end of its lease; of a queued one, when it is sent (again).
+    # Of a running job: the end of its lease. Of a queued job: when its message is sent (again).
     wake_at = models.DateTimeField(null=True, help_text="when the sweep must look at it")
     deadline = models.DateTimeField(null=True, help_text="when the run is over its time limit")
     sent = models.PositiveSmallIntegerField(default=0, help_text="messages since it was queued")
@@ -336,7 +340,7 @@ class Job(models.Model):
             models.UniqueConstraint(
                 fields=["unique_key"],
                 name="job_unique_key",
-                # The second condition keeps PostgreSQL from using it for UNFINISHED alone.
+                # Because of the second condition, PostgreSQL does not use it for UNFINISHED alone.
                 condition=UNFINISHED & Q(unique_key__isnull=False),
             ),
             models.CheckConstraint(name="job_running", condition=Q(state="running") ^ Q(run=None)),
@@ -351,16 +355,16 @@ class Job(models.Model):
         return f"{self.task} {self.id}"
 
     def run_again(self):
-        """Enqueue a new job like this one, which has ended; unless it succeeded, with its cursor.
+        """Enqueue a new job like this one, which has ended. Unless it succeeded, copy its cursor.
 
         Returns the new Job, or the active one with the same `unique`. Raises ValueError if this job
-        is active or its task is gone; TypeError if its task takes other arguments now.
+        is active or its task no longer exists; TypeError if its task takes other arguments now.
         """
         current_app.loader.import_default_modules()
-        return Job.objects.store(self.again(Now()), self.unique_key)
+        return Job.objects.store(self.fields_to_run_again(Now()), self.unique_key)
 
-    def again(self, now):
-        """Return the fields of a job like this one. Raises what run_again() does."""
+    def fields_to_run_again(self, now):
+        """Return the fields of a new job like this one. Raises the same errors as run_again()."""
         if self.state in ACTIVE:
             raise ValueError("it has not ended yet")
         if self.task not in current_app.tasks:
@@ -383,7 +387,7 @@ class Attempt(models.Model):
     traceback = models.TextField()
 
     class Meta:
-        default_permissions = ()  # those of the job count
+        default_permissions = ()  # the permissions for the job apply
         ordering = ["pk"]
 
     def __str__(self):
@@ -391,22 +395,22 @@ class Attempt(models.Model):
 
 
 class Sweep(models.Model):  # noqa: DJ008
-    """One row, which says when Beat last looked at all jobs, and will look at its schedule."""
+    """One row: when the last round of the sweep ended, and when Beat's next tick is due."""
 
     ended_at = models.DateTimeField()
     tick_due_at = models.DateTimeField(null=True)
 
 
 def publish(jobs):
-    """Send the messages of these jobs. If that fails, the sweep will send them."""
+    """Send the messages of these jobs. If that fails, the sweep sends them later."""
     queue = jobs[0].queue
     if time.monotonic() >= publish_again_at.get(queue, 0):
         try:
             send(jobs)
             return
-        except Exception as error:  # each transport raises its own
+        except Exception as error:  # each transport has its own exceptions
             if is_connection_error(error):
                 publish_again_at[queue] = time.monotonic() + PUBLISH_PAUSE
-            logger.warning("%d jobs from %s are stored but not sent: %r", len(jobs), jobs[0], error)
-    # Leave out sent=0: these messages did arrive, and the jobs were queued again since.
+            logger.warning("stored but not sent: %d jobs, first %s: %r", len(jobs), jobs[0], error)
+    # Skip sent=0: the messages of these jobs did arrive, and the jobs were queued again since then.
     Job.objects.filter(QUEUED, pk__in=[job.pk for job in jobs], sent__gt=0).requeue()

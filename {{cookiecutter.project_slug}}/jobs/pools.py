@@ -1,4 +1,4 @@
-"""What differs between Celery's worker pools. No other module asks which one it is.
+"""The differences between Celery's worker pools. No other module checks which pool it runs in.
 
 The workers of one project may have different pools:
 
@@ -26,44 +26,44 @@ IS_GEVENT = bool(monkey and monkey.is_module_patched("socket"))
 
 
 class Threads:
-    """Python's own threads: in a prefork child, a worker of threads, the web, Beat and tests."""
+    """Python's own threads: in a prefork child, a worker with threads, the web, Beat and tests."""
 
-    time_limit_errors = (SoftTimeLimitExceeded,)  # what a body gets when it exceeds its time limit
+    time_limit_errors = (SoftTimeLimitExceeded,)  # raised in a body at its time limit
     Lock = threading.Lock
 
     def start_thread(self, function):
         threading.Thread(target=function, daemon=True).start()
 
     def query(self, function, *args, **kwargs):
-        """Call a function that queries the database, but never inside a transaction of the body.
+        """Call a function that queries the database. Do not use this inside a transaction of the body.
 
-        With greenlets it runs in another thread, and so on another connection.
+        With greenlets, the function runs in another thread, and so on another connection.
         """
         return function(*args, **kwargs)
 
     def is_shutdown(self, error):
-        """Return whether a body got this exception because its worker shuts down."""
-        return isinstance(error, SystemExit) and terminate_handler_fired()  # of a prefork child
+        """Return whether a body got this exception because its worker is shutting down."""
+        return isinstance(error, SystemExit) and terminate_handler_fired()  # in a prefork child
 
     def end_idle_worker(self):
-        """End an idle worker at once. With threads Celery does so by itself."""
+        """End an idle worker at once. With threads, Celery does it."""
 
 
 class Greenlets:
-    """Greenlets. A body may block all of them, so the leases have a native thread and lock."""
+    """Greenlets. A body may block all of them, so leases use a native thread and lock."""
 
     def __init__(self):
         self.time_limit_errors = (SoftTimeLimitExceeded, gevent.Timeout)
         self.Lock = monkey.get_original("_thread", "allocate_lock")
-        # A native thread for the event loop of each body that is a coroutine: one thread cannot run
-        # two of them, and all greenlets share one.
+        # Run the event loop of each coroutine in a native thread. All greenlets share one thread, and one
+        # thread cannot run two event loops.
         sync.ThreadPoolExecutor = import_module("gevent.threadpool").ThreadPoolExecutor
 
     def start_thread(self, function):
         monkey.get_original("_thread", "start_new_thread")(function, ())
 
     def query(self, function, *args, **kwargs):
-        # In a thread, of which there are ten: each greenlet would open a connection of its own.
+        # Use one of gevent's ten threads. Otherwise each greenlet would open its own connection.
         return gevent.get_hub().threadpool.apply(function, args, kwargs)
 
     def is_shutdown(self, error):
@@ -78,13 +78,13 @@ pool = Greenlets() if IS_GEVENT else Threads()  # of this process
 
 
 def pool_name(default):
-    """Return the name of this worker's pool: from the command line, else the project's default.
+    """Return the name of this worker's pool: from the command line, or else the project's default.
 
-    The settings need it before Celery has read its options. Raises SystemExit for greenlets in a
-    project with another default, because settings of the whole project depend on them.
+    The settings need it before Celery has read its options. Raises SystemExit for gevent in a project
+    with another default, because settings of the whole project depend on gevent.
     """
     option = re.search(r"\bworker\b.*? (?:-P ?|--pool[ =])(\w+)", " ".join(sys.argv[1:]))
-    name = option[1].replace("processes", "prefork") if option else default  # the same pool
+    name = option[1].replace("processes", "prefork") if option else default  # an alias of it
     if name == "gevent" and default != "gevent":
         raise SystemExit("This project was not made for gevent. Use --pool threads or prefork.")
     return name
@@ -93,7 +93,7 @@ def pool_name(default):
 def has_children(worker):
     """Return whether the bodies of this worker run in child processes.
 
-    Raises SystemExit for greenlets if Python is not patched, for then each body would block all.
+    Raises SystemExit for gevent if Python is not patched, because each body would block all others.
     """
     module = concurrency.get_implementation(worker.pool_cls).__module__
     if module.endswith(".gevent") and not IS_GEVENT:
@@ -101,10 +101,10 @@ def has_children(worker):
     return module.endswith(".prefork")
 
 
-def soften_sigterm():
-    """Make SIGTERM do what SIGQUIT does: a soft shutdown, which Celery has for prefork alone.
+def remap_sigterm():
+    """Make SIGTERM do what SIGQUIT does: a soft shutdown, which Celery has only for prefork.
 
-    Celery's own variable for this, REMAP_SIGTERM, would have to be set before its command starts.
+    Celery's own environment variable for this, REMAP_SIGTERM, must be set before its command starts.
     """
     handlers = platforms.signals
     handlers["SIGTERM"] = lambda *args: handlers["SIGQUIT"](*args)

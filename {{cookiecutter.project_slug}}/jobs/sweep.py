@@ -1,4 +1,4 @@
-"""The sweep: threads of Beat's process that find what was lost, let it run (again), and delete old jobs."""
+"""The sweep: threads of Beat's process that recover lost jobs, send what is due, and delete old jobs."""
 
 import logging
 import os
@@ -15,78 +15,79 @@ from django.db import close_old_connections, connection, transaction
 from django.db.models import Min, Q, TextField
 from django.db.models.functions import Cast, Length, Now
 
-from .database import is_unavailable, split
-from .lease import TICK, recover
+from .database import is_unavailable, try_in_halves
+from .lease import POLL_SECONDS, recover
 from .liveness import touch_liveness_file
 from .messages import messages_in, send
-from .models import BATCH, QUEUED, Job, Sweep
+from .models import BATCH_SIZE, QUEUED, Job, Sweep
 
 logger = logging.getLogger(__name__)
 
-IN_MEMORY = 100  # jobs at once, because arguments may be large
-BYTES_IN_MEMORY = 1_000_000  # of arguments: in Python they take up to 20 times as much
-MESSAGE = "task args kwargs queue retries crashes sent".split()  # what it is made of
-REFUSALS = 5  # of one job alone, until it fails
-PURGED = 2000  # jobs at once: more than a million an hour
-KEPT_SECONDS = 3600  # until jobs that could not be deleted are tried again
-RESEND_AT_LEAST_EVERY = 3600  # seconds
-SHORTEST = 0.5  # seconds between two looks, however many countdowns end
+JOBS_IN_MEMORY = 100  # jobs loaded at once, because arguments may be large
+BYTES_IN_MEMORY = 1_000_000  # of arguments: as Python objects they take up to 20 times as much
+# The fields of a job that its message needs.
+MESSAGE_FIELDS = "task args kwargs queue retries crashes sent".split()
+REFUSALS = 5  # by the broker, after which a job fails
+PURGE_BATCH = 2000  # jobs deleted at once: more than a million an hour
+PURGE_RETRY_SECONDS = 3600  # until jobs that could not be deleted are tried again
+MAX_RESEND_SECONDS = 3600  # between two messages of a job
+MIN_PAUSE = 0.5  # seconds between two rounds, however many countdowns end
 
 
 @dataclass
 class Queue:
-    """What the sweep remembers of a queue."""
+    """What the sweep remembers about a queue."""
 
-    most: int = 0  # messages that were seen in it
-    # Jobs are sent again now and then although no message seems to be missing.
-    extra_at: float = 0  # when
-    extras: tuple = ()  # those of the last time
+    most_messages: int = 0  # the highest number seen in it
+    # A probe sends jobs again although no message seems to be missing.
+    next_probe_at: float = 0  # time.monotonic()
+    probe_ids: tuple = ()  # the jobs of the last probe
 
 
 queues = defaultdict(Queue)  # by name
-refusals = Counter()  # by the id of a job
+refusals = Counter()  # by job id
 
 
-def start(late):
-    """Start the threads. `late` returns for how many seconds Beat's next tick has been due."""
-    threading.Thread(target=sweep_or_exit, args=[late], name="sweep", daemon=True).start()
+def start(tick_delay):
+    """Start the threads. `tick_delay` returns how many seconds Beat's next tick is overdue."""
+    threading.Thread(target=sweep_or_exit, args=[tick_delay], name="sweep", daemon=True).start()
     threading.Thread(target=purge_for_ever, name="purge", daemon=True).start()
 
 
-def sweep_or_exit(late):
+def sweep_or_exit(tick_delay):
     try:
-        sweep_for_ever(late)
-    finally:  # without this thread nothing would be recovered: let a supervisor start Beat again
+        sweep_for_ever(tick_delay)
+    finally:  # without this thread nothing would be recovered: let a supervisor restart Beat
         os._exit(1)
 
 
-def sweep_for_ever(late):
+def sweep_for_ever(tick_delay):
     last_round = 0
     while True:
         pause = settings.JOB_SWEEP_SECONDS
-        # After a pause (start, suspended machine, database outage) give live workers half a lease to
-        # renew, and to claim again what the database lost, before anything is recovered or sent again.
-        longest = settings.JOB_LEASE_SECONDS / 2 + 2 * settings.JOB_SWEEP_SECONDS
-        if time.time() - last_round > longest:
+        # After a pause (start, suspended machine, database outage), live workers get half a lease to renew
+        # their leases, and to claim again what the database lost. After that, jobs are recovered or resent.
+        max_gap = settings.JOB_LEASE_SECONDS / 2 + 2 * settings.JOB_SWEEP_SECONDS
+        if time.time() - last_round > max_gap:
             recover_at = time.monotonic() + settings.JOB_LEASE_SECONDS / 2
         last_round = time.time()
         try:
-            judges = time.monotonic() >= recover_at
+            may_recover = time.monotonic() >= recover_at
             try:
-                if judges:
+                if may_recover:
                     recover_lapsed()
             finally:
-                pause = send_due(resend=judges)
-            # Even if the broker took nothing: this says that the sweep looks, not what it did.
-            now = {"ended_at": Now(), "tick_due_at": Now() - timedelta(seconds=late())}
+                pause = send_due(resend=may_recover)
+            # Even if the broker took nothing: this row says that the sweep runs, not what it did.
+            now = {"ended_at": Now(), "tick_due_at": Now() - timedelta(seconds=tick_delay())}
             if not Sweep.objects.filter(pk=1).update(**now):
                 Sweep.objects.create(pk=1, **now)
         except Exception as error:
-            logger.warning("the sweep continues in its next round: %r", error)
+            logger.warning("the sweep failed, and continues in its next round: %r", error)
             if is_unavailable(error):
                 connection.close()
                 recover_at = time.monotonic() + settings.JOB_LEASE_SECONDS / 2
-        if late() < settings.JOB_LEASE_SECONDS:  # else Beat hangs: nothing starts on its schedule
+        if tick_delay() < settings.JOB_LEASE_SECONDS:  # else Beat hangs
             touch_liveness_file()
         time.sleep(pause)
 
@@ -94,24 +95,25 @@ def sweep_for_ever(late):
 def recover_lapsed():
     """Recover the running jobs whose lease was not renewed."""
     lapsed = Job.objects.filter(state="running", wake_at__lt=Now())
-    with transaction.atomic():  # skip a row that its own body has locked
+    with transaction.atomic():  # skip a row that the job's own body has locked
         unlocked = lapsed.select_for_update(skip_locked=True)
-        found = list(unlocked.values_list("pk", flat=True)[:BATCH])
+        found = list(unlocked.values_list("pk", flat=True)[:BATCH_SIZE])
 
     def recover_found(ids):
         recover(lapsed.filter(pk__in=ids))
 
     if found:
-        time.sleep(2 * TICK)  # a worker that was held up, say by a lock, renews at its next tick
-        split(recover_found, found)
+        # A worker that was delayed, for example by a lock, renews its leases in this time.
+        time.sleep(2 * POLL_SECONDS)
+        try_in_halves(recover_found, found)
 
 
 def send_due(resend=True):
-    """Send the due jobs of which the broker has no message, for at most the time of a round.
+    """Send the due jobs that have no message in the broker, for at most the time of a round.
 
-    Without `resend` only those that were never sent. A queue that fails does not delay the others.
-    Returns the seconds until the next look: 0 if some are left, and less than JOB_SWEEP_SECONDS if
-    a countdown ends sooner.
+    Without `resend`, send only those that were never sent. A queue that fails does not delay the
+    others. Returns the seconds until the next round: 0 if jobs are left, and less than
+    JOB_SWEEP_SECONDS if a countdown ends sooner.
     """
     pause = settings.JOB_SWEEP_SECONDS
     until = time.monotonic() + pause
@@ -122,44 +124,45 @@ def send_due(resend=True):
     )
     names = [name for name, first, _ in rows if first < timedelta()]
     countdowns = [wait.total_seconds() for _, _, wait in rows if wait is not None]
-    random.shuffle(names)  # so that each one gets its turn, however many there are
-    size = max(IN_MEMORY // max(len(names), 1), 10)
+    random.shuffle(names)  # so that each queue gets its turn, however many there are
+    size = max(JOBS_IN_MEMORY // max(len(names), 1), 10)
     with current_app.connection_for_write() as broker:
         while names and time.monotonic() < until:
             name = names.pop()
             try:
                 if send_batch(name, size, resend, messages_in(name, broker)):
                     names.insert(0, name)
-            except Exception as error:  # each transport raises its own
+            except Exception as error:  # each transport has its own exceptions
                 if is_unavailable(error):
                     raise
                 logger.warning("the broker takes no jobs for the queue %s: %r", name, error)
-                broker.close()  # perhaps it is broken; the next queue opens it again
-    return 0 if names else min([pause, *(max(wait, SHORTEST) for wait in countdowns)])
+                broker.close()  # it may be broken; the next queue opens it again
+    return 0 if names else min([pause, *(max(wait, MIN_PAUSE) for wait in countdowns)])
 
 
 def send_batch(name, size, resend, waiting):
-    """Send `size` jobs of a queue at most, in which so many messages are `waiting`.
+    """Send at most `size` jobs of a queue that has `waiting` messages.
 
-    Returns whether there may be more.
+    Returns whether more jobs may be due.
     """
     queue, queued = queues[name], Job.objects.filter(state="queued", queue=name)
-    queue.most = max(queue.most, waiting)
-    missing, is_extra = max(queued.filter(sent__gt=0).count() - waiting, 0), False
-    # First come, first served. Workers take the oldest messages first, so those that are missing are of
-    # the oldest jobs.
+    queue.most_messages = max(queue.most_messages, waiting)
+    missing, is_probe = max(queued.filter(sent__gt=0).count() - waiting, 0), False
+    # First come, first served. Workers take the oldest messages first, so missing messages belong to the
+    # oldest jobs.
     due = queued.filter(wake_at__lt=Now()).order_by("wake_at")
     sizes = mark_sent(due.filter(sent=0)[:size])
-    # messages_in() counts messages of plain tasks too, so some may be missing even if it does not look
-    # so: send one job again now and then, and twice as many if that message was the one that ran.
-    if not missing and time.monotonic() >= queue.extra_at:
-        ran = Job.objects.filter(pk__in=queue.extras, sent__gt=1).exclude(state="queued")
-        missing, is_extra = 2 * len(queue.extras) if ran.exists() else 1, True
+    # messages_in() also counts messages of plain tasks, which may hide that messages of jobs are missing.
+    # So send one job again now and then, as a probe. If the message of a probe was the one that ran, the
+    # next probe has twice as many jobs.
+    if not missing and time.monotonic() >= queue.next_probe_at:
+        ran = Job.objects.filter(pk__in=queue.probe_ids, sent__gt=1).exclude(state="queued")
+        missing, is_probe = 2 * len(queue.probe_ids) if ran.exists() else 1, True
     missing = min(missing, size - len(sizes)) if resend else 0
     again = mark_sent(due.filter(sent__gt=0)[:missing])
-    if is_extra and again:
-        queue.extra_at = time.monotonic() + settings.JOB_RESEND_SECONDS
-        queue.extras = tuple(again)
+    if is_probe and again:
+        queue.next_probe_at = time.monotonic() + settings.JOB_RESEND_SECONDS
+        queue.probe_ids = tuple(again)
     sizes |= again
     ids, step = list(sizes), size if sum(sizes.values()) < BYTES_IN_MEMORY else 1
     try:
@@ -169,7 +172,7 @@ def send_batch(name, size, resend, waiting):
                 load_and_send(part)
             except Exception as error:
                 logger.warning("the broker refused one of %d jobs: %r", len(part), error)
-                send_singly(name, part, is_full=2 * waiting >= max(queue.most, 1))
+                send_one_by_one(name, part, is_full=2 * waiting >= max(queue.most_messages, 1))
     except Exception:
         Job.objects.filter(QUEUED, pk__in=ids, sent__gt=0).requeue()
         raise
@@ -177,17 +180,18 @@ def send_batch(name, size, resend, waiting):
 
 
 def load_and_send(ids):
-    jobs = Job.objects.filter(QUEUED).only(*MESSAGE).in_bulk(ids)
+    jobs = Job.objects.filter(QUEUED).only(*MESSAGE_FIELDS).in_bulk(ids)
     send([jobs[pk] for pk in ids if pk in jobs])
     for pk in ids:
         refusals.pop(pk, None)
 
 
-def send_singly(name, ids, is_full):
+def send_one_by_one(name, ids, is_full):
     """Send these jobs one by one, because the broker did not take all of them.
 
-    A job that it refuses alone waits, and fails after some times; not if the queue is_full, or takes
-    nothing else either: then this raises what the transport does.
+    A job that the broker refuses alone is sent again later, and fails after REFUSALS refusals. Refusals
+    by a queue that `is_full` do not count. If the queue takes no other message either, this raises the
+    transport's exception.
     """
     for pk in ids:
         try:
@@ -195,7 +199,7 @@ def send_singly(name, ids, is_full):
         except Exception as error:
             row = Job.objects.filter(QUEUED, pk=pk)
             for task in row.values_list("task", flat=True):
-                send([Job(task=task, queue=name)])  # it has no row, so the worker drops it
+                send([Job(task=task, queue=name)])  # a test: it has no row, so a worker drops it
             row.requeue(settings.JOB_RESEND_SECONDS)
             refusals[pk] += not is_full
             if refusals[pk] >= REFUSALS:
@@ -205,44 +209,45 @@ def send_singly(name, ids, is_full):
 
 
 def mark_sent(due):
-    """Mark these jobs as sent, unless another sweep does. Returns {id: bytes of its arguments}."""
+    """Mark these jobs as sent, unless another sweep is doing it. Returns {id: bytes of its arguments}."""
     length = Length(Cast("args", TextField())) + Length(Cast("kwargs", TextField()))
     with transaction.atomic():
         jobs = list(due.select_for_update(skip_locked=True).values_list("pk", "sent", length))
         for sent in {sent for _, sent, _ in jobs}:
-            wait = min(settings.JOB_RESEND_SECONDS * 2 ** min(sent, 20), RESEND_AT_LEAST_EVERY)
+            wait = min(settings.JOB_RESEND_SECONDS * 2 ** min(sent, 20), MAX_RESEND_SECONDS)
             rows = Job.objects.filter(pk__in=[pk for pk, times, _ in jobs if times == sent])
             rows.update(sent=sent + 1, wake_at=Now() + timedelta(seconds=wait))
     return {pk: size for pk, _, size in jobs}
 
 
 def purge_for_ever():
-    kept = start_over_at = 0
+    undeletable = start_over_at = 0
     while True:
         time.sleep(settings.JOB_SWEEP_SECONDS)
         if time.monotonic() > start_over_at:
-            kept, start_over_at = 0, time.monotonic() + KEPT_SECONDS
+            undeletable, start_over_at = 0, time.monotonic() + PURGE_RETRY_SECONDS
         try:
             close_old_connections()
-            kept = purge(kept)
+            undeletable = purge(undeletable)
         except Exception as error:
             logger.warning("old jobs are not deleted: %r", error)
 
 
-def purge(kept=0):
-    """Delete jobs that ended JOB_RETENTION_DAYS ago, and so their idempotency keys.
+def purge(undeletable=0):
+    """Delete jobs that ended more than JOB_RETENTION_DAYS ago, together with their idempotency keys.
 
-    Leaves out the `kept` oldest ones, which could not be deleted. Returns how many these are now.
+    Skips the oldest `undeletable` jobs, which earlier calls could not delete. Returns how many jobs are
+    undeletable after this call.
     """
     before = Now() - timedelta(days=settings.JOB_RETENTION_DAYS)
     old = Job.objects.filter(finished_at__lt=before).order_by("finished_at")
-    ids = list(old.values_list("pk", flat=True)[kept : kept + PURGED])
-    return kept + split(delete, ids)
+    ids = list(old.values_list("pk", flat=True)[undeletable : undeletable + PURGE_BATCH])
+    return undeletable + try_in_halves(delete, ids)
 
 
 @transaction.atomic
 def delete(ids):
-    # Django loads what it deletes: keys are enough, results may be large.
+    # Django loads what it deletes. Load only the keys, because results may be large.
     _, deleted = Job.objects.filter(pk__in=ids).unlocked().only("pk").delete()
     if count := deleted.get("jobs.Job"):
         logger.info("deleted %d jobs older than %g days", count, settings.JOB_RETENTION_DAYS)

@@ -21,8 +21,8 @@ from django.utils import timezone
 
 from .celery import NO_CANVAS
 from .database import in_transaction, roll_back_open_transaction, store_outcome, wait_for
-from .lease import Lost, Run, runs
-from .models import LONGEST_WAIT, OVER_TIME_LIMIT, QUEUED, Job, LockTimeout, as_json, lease_end
+from .lease import JobLost, Run, runs
+from .models import MAX_COUNTDOWN, OVER_TIME_LIMIT, QUEUED, Job, LockTimeout, as_json, lease_end
 from .pools import pool
 from .results import JobBackend
 
@@ -33,54 +33,54 @@ OPTIONS = ("queue", "headers", "ignore_result", "producer", "retries")
 
 
 class JobError(Exception):
-    """Ends a job with a text for its owner: raise JobError("Row 17 has no e-mail").
+    """Ends a job with an error text for its owner: raise JobError("Row 17 has no e-mail").
 
-    What other exceptions say is for staff: an owner reads that the job failed.
+    The text of any other exception is for staff: the owner only sees that the job failed.
     """
 
 
 class JobTask(DjangoTask):
     """The base class of tasks that are jobs: @shared_task(base=JobTask, bind=True).
 
-    delay(), apply_async() and whatever calls them enqueue a job without owner. A task that is called,
-    or sent with app.send_task(), runs as a plain task. After a crash the body runs again, so it must
-    be safe to repeat.
+    delay(), apply_async() and everything that calls them enqueue a job without an owner. A task that is
+    called directly, or is sent by name by an app that is not a jobs.celery.Celery, runs as a plain task.
+    After a crash the body runs again, so it must be safe to repeat.
     """
 
     abstract = True
     is_job = True  # checked by Job.objects.enqueue()
-    acks_late = False  # the row survives a crash, so the message may be deleted at once
+    acks_late = False  # the row survives a crash, so acknowledge the message at once
     retry_on_worker_lost = False  # the row counts crashes
     ignore_result = True  # the row has the result
     job_run = property(lambda self: getattr(self.request, "job_run", None))
 
     @classmethod
     def on_bound(cls, app):
-        """Raise TypeError for what a job cannot have. Keep the soft limit below the hard one."""
+        """Raise TypeError for options that a job cannot have. Keep the soft limit below the hard one."""
         for name in ("before_start", "exchange", "expires", "routing_key"):
             if getattr(cls, name, None) != getattr(DjangoTask, name, None):
                 raise TypeError(f"{cls.name}: a job cannot have {name}")
         if cls.time_limit and cls.soft_time_limit and cls.soft_time_limit > cls.time_limit:
             cls.soft_time_limit = cls.time_limit * 0.9
         if iscoroutinefunction(cls.run):
-            body = getattr_static(cls, "run")  # of the class, to be bound to an instance
+            body = getattr_static(cls, "run")  # not yet bound to an instance
             cls.run = lambda self, *args, **kwargs: run_coroutine(
                 self, body.__get__(self, cls)(*args, **kwargs)
             )
 
-    # What callers use: Celery's methods
+    # For callers: Celery's methods
 
     def apply_async(self, args=(), kwargs=None, task_id=None, countdown=None, eta=None, **options):
-        """Enqueue a job without owner. Returns its AsyncResult.
+        """Enqueue a job without an owner. Returns its AsyncResult.
 
-        Raises TypeError for options that a job cannot have, such as those of a group's member.
+        Raises TypeError for options that a job cannot have, such as those of the members of a group.
         """
         if eta:
             countdown = (maybe_make_aware(eta) - timezone.now()).total_seconds()
         if self.job_run and task_id == self.request.id:  # Celery's retry() calls this
             return self.retry_later(args, kwargs, countdown, **options)
         if refused := [name for name in options if options[name] and name not in OPTIONS]:
-            reason = f"a job takes no {', '.join(refused)}, and joins no group, chain or chord"
+            reason = f"a job does not take {', '.join(refused)}, and joins no group, chain or chord"
             raise TypeError(f"{reason}: see Job.objects.enqueue() and enqueue_many()")
         fields = {"pk": task_id} if task_id else {}
         fields |= {"countdown": max(countdown or 0, 0), "queue": options.get("queue")}
@@ -91,24 +91,24 @@ class JobTask(DjangoTask):
         return self.app.AsyncResult(task_id, backend=JobBackend(self.app), **kwargs)
 
     def retry(self, args=None, kwargs=None, exc=None, *more, **options):
-        """Do as Celery documents, and remember why: the attempt will say it."""
+        """Retry as Celery documents. The attempt that ends here stores the reason."""
         caught = sys.exception()
         if self.job_run and (exc or caught):
             self.job_run.failure = describe(exc or caught, caught)
         return super().retry(args, kwargs, exc, *more, **options)
 
     def retry_later(self, args, kwargs, countdown, retries, queue=None, **options):
-        """Remember what retry() asked for. It is stored when the body and its transaction have ended."""
-        countdown = min(countdown, LONGEST_WAIT)
-        text = f"Try {retries} failed, the next one in {countdown:.0f} s"
+        """Remember the options of retry(). They are stored when the body and its transaction have ended."""
+        countdown = min(countdown, MAX_COUNTDOWN)
+        text = f"Try {retries} failed, the next one starts in {countdown:.0f} s"
         changes = {"retries": retries, "message": text, **({"queue": queue} if queue else {})}
         self.job_run.retry = {"delay": countdown, "args": args, "kwargs": kwargs, **changes}
 
     def replace(self, sig):
-        raise NotImplementedError("a job cannot be replaced: enqueue the other one, and return")
+        raise NotImplementedError("a job cannot be replaced: enqueue the other task and return")
 
     def apply(self, args=None, kwargs=None, headers=None, throw=None, **options):
-        """Run a message in eager mode. Raises TypeError for all else, as members of a group in a test."""
+        """Run a message in eager mode. Raises TypeError for other calls, such as a group's in a test."""
         if "job" not in (headers or {}):
             raise TypeError(
                 f"{self.name}.apply() runs no job: enqueue it, or call the task. {NO_CANVAS}"
@@ -117,17 +117,17 @@ class JobTask(DjangoTask):
 
     def update_state(self, *args, **kwargs):
         raise NotImplementedError(
-            "a job has no update_state(): say self.report(done, total, message)"
+            "a job has no update_state(): call self.report(done, total, message)"
         )
 
-    # What bodies use
+    # For bodies
 
     @property
     def cursor(self):
         """The cursor of the last report() that had one, in this run or an earlier one, or None.
 
-        Read it once, at the start of the body. It is None if the task was called. Raises what
-        report() does in another thread.
+        Read it once, at the start of the body. It is None if the task was called directly. Raises
+        RuntimeError in a thread that the body has started.
         """
         run = self.own_run()
         if run and not run.cursor:
@@ -135,29 +135,29 @@ class JobTask(DjangoTask):
         return run.cursor[0] if run else None
 
     def report(self, done, total=100, message="", *, cursor=None):
-        """Show the progress, `done` of `total`, and a line of text. A cancelled job's body ends here.
+        """Show the progress, `done` of `total`, and a line of text. If the job is cancelled, end its body.
 
-        With a `cursor`, any JSON, the next run continues here: after a crash, a deploy or a retry
-        self.cursor has it. It is stored when this returns. Inside your own atomic() it is stored
-        together with your changes, or not at all; keep that block short, for until it ends nobody
-        can cancel the job. Raises TypeError or ValueError for a cursor that is not JSON, RuntimeError
-        in a thread that the body has started.
+        With `cursor`, any JSON value, the next run can continue here: after a crash, a deploy or a
+        retry, it reads the value from self.cursor. The cursor is stored when this method returns.
+        Inside your own atomic() it is stored together with your changes, or not at all. Keep that block
+        short, because nobody can cancel the job until it ends. Raises TypeError or ValueError if the
+        cursor is not JSON, RuntimeError in a thread that the body has started.
         """
         if run := self.own_run():
             if run.lost:
-                raise Lost
+                raise JobLost
             percent = int(100 * done / total) if total else 100
             message = printable(message)[:255]
             run.report = {"progress": max(0, min(percent, 100)), "message": message}
             if cursor is not None:
                 json.dumps(cursor, allow_nan=False)  # raises if it is not JSON
                 query_own_row(run.row.update, cursor=cursor, wake_at=lease_end(), **run.report)
-                run.cursor = []  # read it again: your transaction may roll back
+                run.cursor = []  # read it again next time: your transaction may roll back
 
     def own_run(self):
         if self.request_stack.top is None and any(r.task is self for r in tuple(runs.values())):
             raise RuntimeError(
-                "report() and cursor are for the thread that runs the body: call them there"
+                "report() and cursor work only in the thread that runs the body: call them there"
             )
         return self.job_run
 
@@ -166,7 +166,7 @@ class JobTask(DjangoTask):
     def __call__(self, *args, **kwargs):
         request = self.request
         is_job = not request.called_directly and "job" in (request.headers or {})
-        if not is_job or self.job_run:  # the second: a body that calls itself, inside its own run
+        if not is_job or self.job_run:  # self.job_run: the body calls its own task
             return super().__call__(*args, **kwargs)
         crashes = request.headers["job"]
         run = Run(request.id, request.headers.get("run"), self)
@@ -184,13 +184,13 @@ class JobTask(DjangoTask):
             worker=request.hostname,
             retries=request.retries,
             crashes=crashes,
-            sent=request.headers.get("sent", 1),  # not in messages of older versions
+            sent=request.headers.get("sent", 1),  # missing in messages of older versions
             limit=timedelta(seconds=limit),
             lease=timedelta(seconds=min(settings.JOB_LEASE_SECONDS, limit)),
         )
         try:
             if not store_outcome(run.claim):
-                raise dropped(self)
+                raise ignore_run(self)
             request.job_run = run
             with run:
                 return self.run_job(run, args, kwargs)
@@ -204,7 +204,7 @@ class JobTask(DjangoTask):
                 run.in_body = True
                 result = self.run(*args, **kwargs)
             finally:
-                run.in_body = False  # what is written next gives the job away
+                run.in_body = False  # the next write gives up the job: no claim after it
                 was_open = not in_block and roll_back_open_transaction()
             if was_open:
                 raise TransactionManagementError("The task left a transaction open")
@@ -214,19 +214,19 @@ class JobTask(DjangoTask):
             if run.retry:
                 requeue(run)
             else:
-                fail(run, "Retry was raised by hand: self.retry() would queue the job again")
+                fail(run, "Retry was raised by hand: call self.retry() to queue the job again")
             raise
-        except Ignore:  # raised by the body: the job succeeds, without a result
+        except Ignore:  # raised by the body: the job succeeds without a result
             result = None
-        except Lost:
-            raise dropped(self) from None
+        except JobLost:
+            raise ignore_run(self) from None
         except BaseException as error:
             if pool.is_shutdown(error):
-                run.store(run.outcome.requeue)  # for another worker
+                run.store(run.row_with_lock_timeout.requeue)  # for another worker
                 raise
             if isinstance(error, SystemExit):
                 fail(run, f"The task called sys.exit({error.code!r})")
-                raise RuntimeError("sys.exit() in a task") from error  # a slot must not end
+                raise RuntimeError("sys.exit() in a task") from error  # a slot must not exit
             fail(run, OVER_TIME_LIMIT if isinstance(error, pool.time_limit_errors) else None)
             raise
         if run.retry:  # with throw=False
@@ -236,22 +236,25 @@ class JobTask(DjangoTask):
         return result
 
 
-def dropped(task):
-    """Return the exception of a run whose job is cancelled, or not its own. Flower sees a cancel end."""
+def ignore_run(task):
+    """Return the exception that ends a run whose job is cancelled or belongs to another run.
+
+    If the job is cancelled, Flower gets an event.
+    """
     id, app = task.request.id, task.app
     if wait_for(Job.objects.filter(pk=id, state="cancelled").exists):
         logger.info("job %s %s is cancelled", task.name, id)
         if app.conf.worker_send_task_events:
             try:
                 task.send_event("task-revoked", terminated=True, signum=None, expired=False)
-            except Exception as error:  # each transport raises its own
+            except Exception as error:  # each transport has its own exceptions
                 logger.warning("Flower will not see that job %s is cancelled: %r", id, error)
-    return Ignore("a copy of the message, or a job that is cancelled or another run's")
+    return Ignore("a duplicate message, or its job is cancelled or belongs to another run")
 
 
 def succeed(run, result):
     try:
-        with suppress(SoftTimeLimitExceeded):  # it is meant for the body, which has ended
+        with suppress(SoftTimeLimitExceeded):  # the limit is for the body, which has ended
             json.dumps(result, allow_nan=False)
         changes = {"result": result, "message": run.report.get("message", "")}
         written = run.store(Job.objects.succeed, id=run.job_id, run=run.token, **changes)
@@ -259,11 +262,11 @@ def succeed(run, result):
         fail(run, f"Its result cannot be stored: {error}")
         raise
     if not written:
-        raise dropped(run.task)
+        raise ignore_run(run.task)
 
 
 def fail(run, reason=None):
-    """Store that the job failed: for this reason, or with the message of the handled exception."""
+    """Store that the job failed, for this reason or with the text of the exception being handled."""
     error = sys.exception()
     attempt = describe(error)
     if isinstance(error, JobError):
@@ -271,15 +274,15 @@ def fail(run, reason=None):
     if reason:
         reason = attempt["error"] = printable(reason)
     failed = {**run.report, "error": attempt["error"], "reason": reason or "", "attempt": attempt}
-    run.store(run.outcome.finish, "failed", **failed)
+    run.store(run.row_with_lock_timeout.finish, "failed", **failed)
 
 
 def requeue(run):
     try:
         changes = run.retry
         changes["args"], changes["kwargs"], _ = as_json(changes["args"], changes["kwargs"])
-        run.store(run.outcome.requeue, attempt=run.failure, **changes)
-    except Exception as error:  # arguments that are not JSON, say
+        run.store(run.row_with_lock_timeout.requeue, attempt=run.failure, **changes)
+    except Exception as error:  # for example, arguments that are not JSON
         fail(run, f"Its next try cannot be stored: {error}")
         raise
 
@@ -287,15 +290,16 @@ def requeue(run):
 def run_coroutine(task, body):
     """Run the coroutine of a body in an event loop, which has a thread of its own.
 
-    What it gives to sync_to_async() runs in the thread, and on the connection, of this call. An
-    exception that ends this call, such as that of a time limit, cancels the coroutine.
+    A function that the coroutine passes to sync_to_async() runs in the thread of this call, on its
+    database connection. An exception that ends this call, such as that of a time limit, cancels the
+    coroutine.
     """
     request, running = task.request, []
-    task.cursor  # noqa: B018  read now, because a coroutine may not query
+    task.cursor  # noqa: B018  read now, because a coroutine cannot query the database
 
     async def run():
         running.extend([asyncio.get_running_loop(), asyncio.current_task()])
-        task.request_stack.push(request)  # which is of one thread
+        task.request_stack.push(request)  # each thread has its own stack
         try:
             return await body
         finally:
@@ -304,25 +308,25 @@ def run_coroutine(task, body):
     try:
         return async_to_sync(run)()
     except BaseException:
-        with suppress(RuntimeError, ValueError):  # it has ended, or did not start
+        with suppress(RuntimeError, ValueError):  # the coroutine has ended, or did not start
             loop, current = running
             loop.call_soon_threadsafe(current.cancel)
         raise
 
 
 def query_own_row(query, *args, **kwargs):
-    """Run a query on this run's row. Raises Lost if there is none: cancelled, or another run's now.
+    """Run a query on this run's row. Raises JobLost if the job was cancelled or belongs to another run.
 
-    Inside a transaction of the body it is tried once, because an error ends that transaction.
+    Inside a transaction of the body, the query is tried only once, because an error ends the transaction.
     """
     answer = query(*args, **kwargs) if in_transaction() else wait_for(query, *args, **kwargs)
     if not answer:
-        raise Lost
+        raise JobLost
     return answer
 
 
 def describe(error, caught=None):
-    """Return the fields of an Attempt. The traceback is that of `caught`, else that of `error`."""
+    """Return the fields of an Attempt. The traceback is that of `caught`, or else of `error`."""
     try:
         text = "".join(format_exception_only(error)).strip()
         frames = format_exception(caught or error, limit=-20)
@@ -334,5 +338,5 @@ def describe(error, caught=None):
 
 
 def printable(text):
-    """Return 10,000 characters at most, without what PostgreSQL refuses: NUL and lone surrogates."""
+    """Return at most 10,000 characters, without those that PostgreSQL refuses: NUL and lone surrogates."""
     return str(text)[:10_000].replace("\0", "").encode(errors="replace").decode()

@@ -1,4 +1,4 @@
-"""UPDATEs of which Django builds the SQL once. Built anew each time, it took half of a child's CPU time."""
+"""UPDATEs whose SQL Django builds once. Building it each time took half of a child process's CPU time."""
 
 from functools import wraps
 from inspect import signature
@@ -7,18 +7,18 @@ from django.db import connections, models
 from django.db.models.sql import UpdateQuery
 
 
-class Later(models.Value):
-    """Stands in a query for the argument of this name."""
+class Placeholder(models.Value):
+    """A placeholder in a query, for the argument with this name."""
 
     def as_sql(self, compiler, connection):
         return "%s", [self]
 
 
 def built_once(method):
-    """Decorate a manager's method that returns rows and their changes: it makes this UPDATE.
+    """Turn a manager's method that returns rows and their changes into a method that runs this UPDATE.
 
-    The arguments have the names of the fields whose values they are; others are durations. Returns how
-    many rows were changed.
+    It takes keyword arguments. An argument with the name of a field is a value of this field; other
+    arguments are durations. It returns how many rows were changed.
     """
     _, *names = signature(method).parameters
     built = {}
@@ -29,7 +29,7 @@ def built_once(method):
         if self.db not in built:
             fields = {field.name: field for field in self.model._meta.concrete_fields}
             types = [fields.get(name) or models.DurationField() for name in names]
-            rows, changes = method(self, *map(Later, names, types))
+            rows, changes = method(self, *map(Placeholder, names, types))
             query = rows.query.chain(UpdateQuery)
             query.add_update_values(changes)
             built[self.db] = query.get_compiler(self.db).as_sql()
@@ -42,6 +42,6 @@ def built_once(method):
 
 
 def fill(param, values, connection):
-    if not isinstance(param, Later):
+    if not isinstance(param, Placeholder):
         return param
     return param.output_field.get_db_prep_save(values[param.value], connection)

@@ -1,4 +1,4 @@
-"""What a worker's main process does besides running tasks. apps.py connects it to signals."""
+"""What a worker's main process does besides running tasks. apps.py connects these functions to signals."""
 
 import logging
 import os
@@ -18,37 +18,37 @@ from django.core.exceptions import ValidationError
 from django.db import close_old_connections, connection, transaction
 
 from .database import wait_for
-from .events import Batches
-from .lease import RETRY_AFTER, TICK, lock, recover, renew_for_children, rows, runs
+from .events import BatchedEvents
+from .lease import POLL_SECONDS, RETRY_AFTER, jobs_of, lock, recover, renew_for_children, runs
 from .models import QUEUED, Job
-from .pools import has_children, pool, soften_sigterm
+from .pools import has_children, pool, remap_sigterm
 
 logger = logging.getLogger(__name__)
 
-IDLE = 10  # seconds in which children without work must end, when their worker ends
-bodies_in_children = False  # of this worker
+IDLE_SECONDS = 10  # seconds that a worker's shutdown waits for children without work
+bodies_in_children = False  # whether this worker's bodies run in child processes
 
 
 def start(sender, **kwargs):
-    """Prepare the worker, the `sender`: its pool has not started yet."""
+    """Prepare the worker (`sender`), whose pool has not started yet."""
     global bodies_in_children
     bodies_in_children = has_children(sender)
-    current_app.steps["consumer"].add(Batches)
-    follow_revokes()
+    current_app.steps["consumer"].add(BatchedEvents)
+    cancel_revoked_jobs()
 
 
-def name_run(request, **kwargs):
-    """Choose the token of a job's run here, so that the run of a dead child is known."""
+def assign_run_token(request, **kwargs):
+    """Choose the token of a job's run in the main process, which then knows the run of a dead child."""
     if "job" in request.request_dict:
         request.request_dict["run"] = uuid.uuid4()
 
 
 def drop_dead_connections(task, **kwargs):
-    """Close connections that do not work, as Django does for a request."""
+    """Close connections that are broken or too old, as Django does before a request."""
     if not task.request.is_eager:
         close_old_connections()
         if "job" in (task.request.headers or {}):
-            # Skip Django's health check, a query: on a dead connection the claim is tried again.
+            # Skip Django's health check, which is a query. On a dead connection, the claim is tried again.
             connection.health_check_done = True
 
 
@@ -56,28 +56,29 @@ def drop_dead_connections(task, **kwargs):
 
 
 def watch_children(sender, **kwargs):
-    """Look after the child processes, if any, when the worker is ready. `sender` is its consumer."""
+    """Watch the child processes, if any, once the worker is ready. `sender` is its consumer."""
     if not bodies_in_children:
         return
-    soften_sigterm()
-    # A body in C may hold up all threads of its child, so renew its lease here as well.
+    remap_sigterm()
+    # A body in C may block all threads of its child process, so renew its lease here as well.
     threading.Thread(target=renew_leases_of_children, daemon=True).start()
     threading.Thread(target=end_if_stuck, args=[sender.controller.blueprint], daemon=True).start()
-    # Look for dead children at every tick. Celery does so every 5 s.
+    # Check for dead children every POLL_SECONDS. Celery does it every 5 s.
     if sender.hub:
-        sender.hub.call_repeatedly(TICK, sender.pool.maintain_pool)
+        sender.hub.call_repeatedly(POLL_SECONDS, sender.pool.maintain_pool)
 
 
 def end_if_stuck(worker):
-    """End a worker that wants to end, but waits for children that have no work or take too long.
+    """End a worker whose shutdown waits for children that have no work or take too long.
 
-    Celery waits without a limit: for ever, if a child has half of a message when the broker is lost or
-    the worker is asked to end. It does not hear of bodies that end meanwhile, but all have a time limit.
+    Celery waits without a limit: for ever, if a child has received half of a message when the broker
+    is lost or the shutdown begins. Celery does not notice bodies that end during the shutdown, but all
+    bodies have a time limit.
     """
-    handler = platforms.signals["SIGQUIT"]  # a soft shutdown begins with another one
+    handler = platforms.signals["SIGQUIT"]  # a soft shutdown begins by replacing it
     longest = max(task.time_limit or 0 for task in current_app.tasks.values())
     idle = ending = 0
-    while idle < IDLE and ending < IDLE + longest:
+    while idle < IDLE_SECONDS and ending < IDLE_SECONDS + longest:
         time.sleep(1)
         if platforms.signals["SIGQUIT"] != handler:
             longest = settings.CELERY_WORKER_SOFT_SHUTDOWN_TIMEOUT
@@ -85,7 +86,7 @@ def end_if_stuck(worker):
             continue
         ending += 1
         idle = 0 if state.active_requests else idle + 1
-    # In a thread, because what is stuck may hold the lock of a log.
+    # Log in a thread, because the stuck code may hold the lock of a log handler.
     error = "a child does not end: the worker ends without it"
     threading.Thread(target=logger.error, args=[error], daemon=True).start()
     time.sleep(1)
@@ -105,26 +106,26 @@ def renew_leases_of_children():
         connection.close()  # a child must not inherit it
 
 
-def notice_death(sender, task_id, exception, **kwargs):
-    """Recover the job of a killed child at once, not when its lease has lapsed."""
+def recover_job_of_dead_child(sender, task_id, exception, **kwargs):
+    """Recover the job of a killed child at once, without waiting for its lease to lapse."""
     run = (sender.request.headers or {}).get("run")
     if run and isinstance(exception, exceptions.WorkerLostError):
-        # Later, when the child's transaction is rolled back.
-        write(partial(recover, Job.objects.filter(pk=task_id, run=run)), delay=TICK)
+        # Wait until the database has rolled back the child's transaction.
+        run_in_thread(partial(recover, Job.objects.filter(pk=task_id, run=run)), delay=POLL_SECONDS)
 
 
-# Of jobs that this worker does not run
+# Jobs that this worker does not run
 
 
-def write(*queries, delay=0):
-    """Make these queries in a thread: the worker's loop must not wait for a lock or the database."""
+def run_in_thread(*queries, delay=0):
+    """Run these queries in a thread: the worker's loop must not wait for a lock or the database."""
 
     def run():
         for query in queries:
             try:
                 wait_for(query)
-            except Exception as error:  # nobody else would hear of it
-                logger.warning("cannot write to a job: %r", error)
+            except Exception as error:  # nothing else would report it
+                logger.warning("cannot change a job: %r", error)
         connection.close()  # a child must not inherit it
 
     timer = threading.Timer(delay, run)
@@ -133,17 +134,17 @@ def write(*queries, delay=0):
 
 
 def requeue_unknown(id, message, **kwargs):
-    """Try again soon where the message of an unknown task was a job's: another worker may know it."""
+    """If an unknown task is that of a job, requeue the job: another worker may know the task."""
     if "job" in (message.headers or {}):
-        write(partial(Job.objects.filter(QUEUED, pk=id).requeue, RETRY_AFTER))
+        run_in_thread(partial(Job.objects.filter(QUEUED, pk=id).requeue, RETRY_AFTER))
 
 
 # Bodies in this process
 
 
-def end_in_time(**kwargs):
-    """Hand back the jobs and end the process in time: Celery would wait for the last body."""
-    if bodies_in_children:  # they have Celery's soft shutdown
+def limit_shutdown(**kwargs):
+    """Requeue the jobs and end the process in time. Without this, Celery waits for the last body."""
+    if bodies_in_children:  # prefork has Celery's soft shutdown
         return
     pool.start_thread(requeue_and_exit)
     if not state.reserved_requests:
@@ -156,9 +157,9 @@ def requeue_and_exit():
         with lock:
             for run in runs.values():
                 run.in_body = False
-            for pause in TICK, 0:  # a renewal may have locked a row for a moment
+            for pause in POLL_SECONDS, 0:  # twice: a renewal may lock a row for a moment
                 with transaction.atomic():
-                    rows(runs.values()).unlocked().requeue()  # of the others the lease will lapse
+                    jobs_of(runs.values()).unlocked().requeue()  # leases of locked rows will lapse
                 time.sleep(pause)
     finally:
         os._exit(0)
@@ -167,20 +168,20 @@ def requeue_and_exit():
 # Remote control, from Flower or `celery control`
 
 
-def follow_revokes():
+def cancel_revoked_jobs():
     """Cancel a job when this worker is told to revoke or to terminate its task.
 
-    Celery's signal task_revoked comes only when the message reaches a free slot, or never.
+    Celery sends the signal task_revoked only when the message reaches a free slot, or never.
     """
     revoke = Panel.data["revoke"]
 
     def cancel(pk):
-        with suppress(ValidationError):  # no UUID, so no job
+        with suppress(ValidationError):  # not a UUID, so not a job
             Job.objects.filter(pk=pk).cancel()
 
     def cancel_and_revoke(worker, task_id, terminate=False, signal=None, **kwargs):
-        write(*[partial(cancel, pk) for pk in maybe_list(task_id) or []])
-        # SIGKILL, whatever was asked for: a signal that children ignore would end nothing.
+        run_in_thread(*[partial(cancel, pk) for pk in maybe_list(task_id) or []])
+        # Always SIGKILL: a signal that children ignore would not end the body.
         return revoke(worker, task_id, terminate=terminate, signal="SIGKILL", **kwargs)
 
     def cancel_and_terminate(worker, signal, task_id, **kwargs):
