@@ -1,4 +1,4 @@
-"""The least that the app `jobs` needs: no broker, and SQLite unless DATABASE_URL names PostgreSQL."""
+"""What the app `jobs` needs: no broker, and SQLite unless DATABASE_URL names PostgreSQL."""
 
 import os
 import sys
