@@ -1,6 +1,6 @@
-"""What the files of a baked project are checked for, beyond what stands in them word for word.
+"""Checks of the files of a baked project, beyond a comparison of their text.
 
-A plugin of pytest (see conftest.py), so that a failed assert here says what it compared.
+A plugin of pytest (see conftest.py), so that a failed assert shows what it compared.
 """
 
 import ast
@@ -19,7 +19,7 @@ from celery.app.defaults import DEFAULTS
 from kombu.transport import TRANSPORT_ALIASES, resolve_transport
 from markdown_it import MarkdownIt
 
-# Commands that read a file with such a path and end with an error if something is wrong with it.
+# Commands that check files with these paths, and end with an error if a file is invalid.
 CHECKERS = {
     ".github/workflows/*.yml": [
         "check-jsonschema --builtin-schema vendor.github-workflows",
@@ -31,7 +31,7 @@ CHECKERS = {
     "compose*.yaml": ["check-jsonschema --builtin-schema vendor.compose-spec"],
     "Dockerfile": ["hadolint"],
 }
-# Modules whose package has another name.
+# Modules whose package has a different name.
 PACKAGES = {
     "axes": "django-axes",
     "csp": "django-csp",
@@ -43,13 +43,13 @@ PACKAGES = {
 INDIRECT = {
     "gunicorn",  # started in production, by hand: see README.md
     "psycopg",  # imported by Django, where DATABASE_URL says postgres
-    "pytest-django",  # found by pytest
+    "pytest-django",  # loaded by pytest
 }
 NEW_FILES = "new files"  # how many a test checked
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Print what test_bake.py counted, in all of its processes."""
+    """Print what test_bake.py counted in all its processes."""
     reports = [report for found in terminalreporter.stats.values() for report in found]
     calls = [report for report in reports if getattr(report, "when", "") == "call"]
     files = [count for call in calls for name, count in call.user_properties if name == NEW_FILES]
@@ -61,7 +61,7 @@ def pytest_terminal_summary(terminalreporter):
 
 def check_file(project, file, text):
     assert "cookiecutter" not in text, file
-    if file.suffix != ".html":  # Django's braces; then GitHub's, and those of Python's f-strings
+    if file.suffix != ".html":  # Django's braces; below, GitHub's and those of f-strings
         braces = r"(?<!\$)\{\{" if file.suffix != ".py" else r"\{\{-? "
         tags = r"\{%(?! (extends|block|endblock|static)\b)"  # README.md shows some of Django's
         assert not re.search(rf"{braces}|{tags}|\{{#", text), f"{file} has a trace of Jinja"
@@ -86,11 +86,11 @@ def check_file(project, file, text):
 
 
 def check_celery(settings, addresses):
-    """Celery knows each setting, and the broker's transport and the backend read each option.
+    """Assert that Celery knows each setting, and that transport and backend read each option.
 
-    Names only, not values, and of nested options the outermost name. A source that reads a name may
-    still do nothing with it in this configuration: test_run.py shows what happens. The addresses in
-    the settings or in .env.example say which transport and which backend.
+    This checks names, not values, and only the outermost name of nested options. A name that is
+    read may still have no effect in this configuration: test_run.py tests effects. The addresses in
+    the settings or in .env.example say which transport and which backend to check.
     """
     tree = ast.parse(settings)
     urls = settings + addresses
@@ -110,7 +110,7 @@ def check_celery(settings, addresses):
 
 
 def options(tree, setting):
-    """The keys that a setting's dict gets, all written as literals."""
+    """Return the keys of a setting's dict, all of them literals."""
     found = set()
     for node in ast.walk(tree):
         match node:
@@ -126,7 +126,7 @@ def options(tree, setting):
 
 @cache
 def transport_options(scheme):
-    """The options that kombu reads for the URLs of a scheme, or hands on to the client it has."""
+    """Return the options that kombu reads for URLs of a scheme, or passes to its client."""
     module = TRANSPORT_ALIASES[scheme].split(":")[0]
     known = reads("kombu.connection", "transport_opt") | reads(module, "transport_options")
     for node in ast.walk(source(module)):
@@ -140,7 +140,7 @@ def transport_options(scheme):
 
 @cache
 def reads(module, mapping):
-    """The keys that a module's source reads from what has `mapping` in its name."""
+    """Return the keys that a module reads from mappings with `mapping` in their names."""
     keys = set()
     for node in ast.walk(source(module)):
         match node:
@@ -163,7 +163,7 @@ def source(module):
 
 
 def check_dependencies(texts):
-    """What is imported is declared, what is declared is used: in production, and in development."""
+    """Assert that imports are declared and declarations are used, in production and development."""
     about = tomllib.loads(texts[Path("pyproject.toml")])
     production = about["project"]["dependencies"]
     groups = sum(about["dependency-groups"].values(), [])
@@ -205,7 +205,7 @@ def is_python(file):
 
 @cache
 def imports(text):
-    """The modules that Python code imports, without what follows the first dot."""
+    """Return the modules that Python code imports, up to the first dot of each name."""
     found = set()
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
@@ -217,7 +217,7 @@ def imports(text):
 
 @cache
 def words_of(file, text):
-    """The words of a file; of Python code the modules that it imports and the words in strings."""
+    """Return the words of a file; for Python code, its imported modules and words in strings."""
     if not is_python(file):
         return set(re.findall(r"\w+", text))
     nodes = list(ast.walk(ast.parse(text)))
@@ -234,9 +234,9 @@ def words_of(file, text):
 
 
 def check_readme(texts, template):
-    """It names no file and no command of make that the output lacks.
+    """Assert that README.md names no file and no target of make that the output lacks.
 
-    `template` has the paths that any output may have: what a reader shall write is none of them.
+    `template` has the paths that any output may have; files that a reader writes are not in it.
     """
     tokens = MarkdownIt("commonmark").enable("table").parse(texts[Path("README.md")])
     tokens += [child for token in tokens for child in token.children or []]

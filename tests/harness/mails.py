@@ -1,4 +1,4 @@
-"""A mail server."""
+"""A mail server for tests."""
 
 import re
 import socketserver
@@ -6,7 +6,7 @@ import threading
 
 
 class Mails(socketserver.ThreadingTCPServer):
-    """Knows for whom it has taken a mail; takes `count`, and more once it is told to go on."""
+    """Records the recipients of mails. Accepts `count` mails, and more once `go_on` is set."""
 
     daemon_threads = True
 
@@ -25,7 +25,7 @@ class Mails(socketserver.ThreadingTCPServer):
 
 class Handler(socketserver.StreamRequestHandler):
     def handle(self):
-        self.say("220 ready")
+        self.reply("220 ready")
         for line in self.rfile:
             word = line[:4].upper()
             if word == b"RCPT":
@@ -33,13 +33,13 @@ class Handler(socketserver.StreamRequestHandler):
             if word == b"DATA":
                 if len(self.server.received) >= self.server.count:
                     self.server.go_on.wait()
-                self.say("354 go on")
+                self.reply("354 go on")
                 while (end := self.rfile.readline()) not in (b".\r\n", b""):
                     pass
-                if not end:  # who sends it is dead
+                if not end:  # the sender has died
                     return
                 self.server.received.append(recipient)
-            self.say("221 bye" if word == b"QUIT" else "250 fine")
+            self.reply("221 bye" if word == b"QUIT" else "250 fine")
 
-    def say(self, text):
+    def reply(self, text):
         self.wfile.write(f"{text}\r\n".encode())
