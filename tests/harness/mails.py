@@ -6,19 +6,19 @@ import threading
 
 
 class Mails(socketserver.ThreadingTCPServer):
-    """Records the recipients of mails. Accepts `count` mails, and more once `go_on` is set."""
+    """Records the recipients of mails. Accepts `count` mails, and more once `proceed` is set."""
 
     daemon_threads = True
 
     def __init__(self, count):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.count, self.go_on = count, threading.Event()
+        self.count, self.proceed = count, threading.Event()
         self.url = f"smtp://127.0.0.1:{self.server_address[1]}"
         self.received = []
         threading.Thread(target=self.serve_forever, args=[0.05], daemon=True).start()
 
     def __exit__(self, *exc_info):
-        self.go_on.set()
+        self.proceed.set()
         self.shutdown()
         super().__exit__(*exc_info)
 
@@ -32,7 +32,7 @@ class Handler(socketserver.StreamRequestHandler):
                 recipient = re.search(rb"<(.+)>", line)[1].decode()
             if word == b"DATA":
                 if len(self.server.received) >= self.server.count:
-                    self.server.go_on.wait()
+                    self.server.proceed.wait()
                 self.reply("354 go on")
                 while (end := self.rfile.readline()) not in (b".\r\n", b""):
                     pass

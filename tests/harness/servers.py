@@ -290,7 +290,7 @@ class RabbitMQ(Broker):
         super().launch()
 
     def wait_until_ready(self):
-        """Elect leaders: RabbitMQ 3.10 may not, if it was killed soon after it made a quorum queue."""
+        """Killed soon after it made a quorum queue, RabbitMQ 3.10 elects no leader for it at its start."""
         super().wait_until_ready()
         if self.is_restart:
             self.control("eval", ELECT_LEADERS)

@@ -155,8 +155,8 @@ class Stack:
         with self.supervised(self.workers):  # a worker that lost its broker may be about to end
             self.wait_until_final(*[self.enqueue("quick", queue=queue) for queue in ["cpu", "io"]])
 
-    def renew_web(self):
-        """Restart the web, so that it forgets a refused message, and let it connect to the broker."""
+    def restart_web(self):
+        """Restart the web, so that it forgets a refused message. Let it connect to the broker."""
         self.web.stop()
         self.web.start()
         jobs = [job for job, _ in self.post_many(30, "quick")]
@@ -324,7 +324,7 @@ with connection.cursor() as cursor:
         return [int(pid) for kind, task, pid in words if (kind, task) == (what, job)]
 
     def wait_until_started(self, *jobs, times=1):
-        """Wait for `times` starts of each job. Return the process id of the first one's last run."""
+        """Wait for `times` runs of each job. Return the process id of the first job's last run."""
         for job in jobs:
             wait_for(lambda job=job: len(self.notes("start", job)) >= times)
         return self.notes("start", jobs[0])[-1]

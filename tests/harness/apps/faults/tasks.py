@@ -124,7 +124,7 @@ def fail_twice(self):
 
 
 @shared_task(base=JobTask, bind=True)
-def fail_and_go_on(self):
+def fail_and_continue(self):
     try:
         if not self.request.retries:
             raise OSError("away")
@@ -194,7 +194,7 @@ def die_plainly(self):
 
 
 @shared_task(bind=True)
-def circle(self, gate, seconds):
+def resend_itself(self, gate, seconds):
     """Send this task again and again, until the gate exists."""
     time.sleep(float(seconds))
     if not Path(gate).exists():
