@@ -1252,7 +1252,7 @@ def test_a_worker_without_events_has_no_batches():
     assert not consumer.timer.mock_calls
 
 
-def timer_without_delay(delay, function):
+def in_this_thread(delay, function):
     return SimpleNamespace(start=function)
 
 
@@ -1261,7 +1261,7 @@ def test_revoke_and_terminate_cancel_the_job(monkeypatch, published):
     job, other = Job.objects.enqueue(add, [1, 2]), Job.objects.enqueue(add, [1, 2])
     monkeypatch.setitem(Panel.data, "revoke", lambda state, task_id, **kwargs: "revoked")
     monkeypatch.setitem(Panel.data, "terminate", None)
-    monkeypatch.setattr("threading.Timer", timer_without_delay)
+    monkeypatch.setattr("threading.Timer", in_this_thread)
     worker.follow_revokes()
     assert Panel.data["revoke"](None, [str(job.pk), "no job"]) == "revoked"
     assert list(Job.objects.filter(state="cancelled")) == [job]
@@ -1762,7 +1762,7 @@ def test_a_setting_that_would_lose_jobs_is_refused_at_the_start(settings, name, 
 
 def test_a_job_of_a_task_that_the_worker_does_not_know_is_due_again_soon(monkeypatch, published):
     """The worker has older code, as in a rolling deploy."""
-    monkeypatch.setattr("threading.Timer", timer_without_delay)
+    monkeypatch.setattr("threading.Timer", in_this_thread)
     monkeypatch.setattr(connection, "close", Mock())
     [job, other] = enqueue_and_publish(2)
     worker.requeue_unknown(str(job.pk), SimpleNamespace(headers={"job": 0}))
@@ -1777,7 +1777,7 @@ def test_a_job_of_a_task_that_the_worker_does_not_know_is_due_again_soon(monkeyp
 @pytest.mark.django_db(transaction=True)  # it closes the connection
 def test_the_job_of_a_killed_child_is_due_again_soon(monkeypatch, published):
     """But not if another run has claimed it since."""
-    monkeypatch.setattr("threading.Timer", timer_without_delay)
+    monkeypatch.setattr("threading.Timer", in_this_thread)
     job, request = Job.objects.enqueue(add, [1, 2]), SimpleNamespace(request_dict={"job": 0})
     worker.name_run(request)
     headers = request.request_dict
@@ -1938,7 +1938,7 @@ def backlog():
 
 
 @pytest.fixture
-def update_by_id(backlog):
+def by_key(backlog):
     """A function that does an UPDATE, and fails unless PostgreSQL finds the rows by primary key."""
 
     def check(update, *args, **kwargs):
@@ -1958,17 +1958,17 @@ def scanned(sql):
     return set(re.findall(r"(?:Seq Scan|Index Scan) (?:using|on) (\w+)", plan))
 
 
-def test_an_update_of_a_job_reads_no_backlog(update_by_id):
+def test_an_update_of_a_job_reads_no_backlog(by_key):
     jobs = [Job.objects.enqueue(add, [1, 2]) for _ in range(3)]
     runs = [lease.Run(job.pk) for job in jobs]
     for run in runs:
-        update_by_id(claim, run.job_id, run.token)
-    update_by_id(lease.rows(runs).update, wake_at=models.lease_end())
-    update_by_id(runs[0].row.update, cursor=7, wake_at=models.lease_end())
-    update_by_id(Job.objects.succeed, id=runs[0].job_id, run=runs[0].token, result=7, message="")
-    update_by_id(runs[1].row.requeue)
-    update_by_id(Job.objects.filter(pk=jobs[1].pk).cancel)
-    update_by_id(lease.rows(runs[1:]).requeue)
+        by_key(claim, run.job_id, run.token)
+    by_key(lease.rows(runs).update, wake_at=models.lease_end())
+    by_key(runs[0].row.update, cursor=7, wake_at=models.lease_end())
+    by_key(Job.objects.succeed, id=runs[0].job_id, run=runs[0].token, result=7, message="")
+    by_key(runs[1].row.requeue)
+    by_key(Job.objects.filter(pk=jobs[1].pk).cancel)
+    by_key(lease.rows(runs[1:]).requeue)
 
 
 def test_the_job_of_a_unique_key_is_found_by_its_index(backlog):

@@ -49,7 +49,7 @@ def test_sigterm_calls_the_current_handler_of_sigquit():
     seen = []
     try:
         pools.soften_sigterm()
-        for handler in "first", "second":  # Celery replaces its handler during a shutdown
+        for handler in "first", "second":  # Celery replaces its own during a shutdown
             signals["SIGQUIT"] = lambda *args, handler=handler: seen.append(handler)
             signal.raise_signal(signal.SIGTERM)
     finally:
@@ -64,7 +64,7 @@ def test_sigterm_calls_the_current_handler_of_sigquit():
 def test_a_worker_prepares_its_shutdown_as_its_pool_needs(monkeypatch, pool, ready, shutting_down):
     calls = []
     monkeypatch.setattr(worker, "soften_sigterm", lambda: calls.append("ready"))
-    monkeypatch.setattr("threading.Thread", Mock())  # starts no thread of leases
+    monkeypatch.setattr("threading.Thread", Mock())  # of leases
     end = SimpleNamespace(
         start_thread=lambda function: calls.append("shutting down"), end_idle_worker=lambda: None
     )

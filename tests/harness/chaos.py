@@ -146,7 +146,7 @@ class Chaos:
     def fault_backlog(self):
         """Keep some plain tasks in the queue of the jobs for half a minute."""
         gate = self.stack.folder / f"gate-{time.monotonic()}"
-        self.stack.ask("for _ in range(30): resend_itself.delay(gate, 0.1)", gate=str(gate))
+        self.stack.ask("for _ in range(30): circle.delay(gate, 0.1)", gate=str(gate))
         timer = threading.Timer(30, gate.touch)
         timer.daemon = True
         timer.start()

@@ -290,7 +290,7 @@ class RabbitMQ(Broker):
         super().launch()
 
     def wait_until_ready(self):
-        """Killed soon after it made a quorum queue, RabbitMQ 3.10 elects no leader for it at its start."""
+        """Killed soon after it made a quorum queue, RabbitMQ 3.10 forgets to elect its leader."""
         super().wait_until_ready()
         if self.is_restart:
             self.control("eval", ELECT_LEADERS)

@@ -155,7 +155,7 @@ class Stack:
         with self.supervised(self.workers):  # a worker that lost its broker may be about to end
             self.wait_until_final(*[self.enqueue("quick", queue=queue) for queue in ["cpu", "io"]])
 
-    def restart_web(self):
+    def renew_web(self):
         """Restart the web, so that it forgets a refused message. Let it connect to the broker."""
         self.web.stop()
         self.web.start()

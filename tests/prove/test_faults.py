@@ -375,7 +375,7 @@ def test_jobs_outlive_their_broker(stack, gate, tmp_path, since):
     retries_without = stack.enqueue("hold_then_retry", gate, queue="io")
     ends_after = stack.enqueue("hold", later, queue="io")
     stack.wait_until_started(ends_without, retries_without, ends_after)
-    stack.restart_web()
+    stack.renew_web()
     with stack.supervised(stack.workers):
         stack.broker.kill()
         start = time.monotonic()
@@ -412,7 +412,7 @@ def test_idle_workers_outlive_their_broker(stack, since):
 @on_each_broker
 def test_a_broker_that_hangs_holds_up_no_request(stack, record_property, since):
     """All are answered before it goes on."""
-    stack.restart_web()
+    stack.renew_web()
     stack.broker.pause()
     start = time.monotonic()
     posted = stack.post_many(50, "quick")
@@ -455,7 +455,7 @@ def test_jobs_and_results_outlive_a_failover(stack, gate, since):
     """With Sentinel, TLS and passwords; requests are answered while there is no master."""
     ask_for_a_result = "sent = plain.delay(gate)\nsent.get(timeout=20)\nresult = sent.state"
     assert stack.ask(ask_for_a_result, gate="/") == "SUCCESS"
-    stack.restart_web()
+    stack.renew_web()
     runs = stack.enqueue("hold", gate, queue="cpu")
     stack.wait_until_started(runs)
     what_flower_shows = """

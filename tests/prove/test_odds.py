@@ -39,7 +39,7 @@ where_jobs_share_a_process = stacks(ONE["brokers"], [pool for pool in POOLS if p
 @on_each_broker
 def test_a_lost_message_is_missed_in_a_queue_that_is_never_empty(stack, gate, since):
     """Plain tasks wait there all the time."""
-    stack.ask("for _ in range(30): resend_itself.delay(gate, 0.2)", gate=str(gate))
+    stack.ask("for _ in range(30): circle.delay(gate, 0.2)", gate=str(gate))
     start = time.monotonic()
     with pytest.raises(OSError):
         stack.post("quick", key="lost", die=True)
@@ -605,7 +605,7 @@ def test_a_dead_letter_is_kept_and_sent_again(stack):
     for worker in stack.workers:
         worker.stop()
     try:
-        stack.send("resend_itself", ".", 0, queue="cpu")
+        stack.send("circle", ".", 0, queue="cpu")
         deliver = """
 from config.celery import app
 with app.connection_for_write() as broker:

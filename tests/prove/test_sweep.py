@@ -173,7 +173,7 @@ def test_beat_loads_little_of_what_is_due(stack, record_property, count, field, 
 def test_many_lost_messages_are_found_soon_among_plain_tasks(stack, gate, since):
     """40 of them, in a queue that always has more: found one by one, they would take 320 s."""
     stack.replace_beat(JOB_RESEND_SECONDS=8)
-    stack.ask("for _ in range(90): resend_itself.delay(gate, 0.05)", gate=str(gate))
+    stack.ask("for _ in range(90): circle.delay(gate, 0.05)", gate=str(gate))
     start = time.monotonic()
     code = """
 from unittest.mock import patch

@@ -194,7 +194,7 @@ def die_plainly(self):
 
 
 @shared_task(bind=True)
-def resend_itself(self, gate, seconds):
+def circle(self, gate, seconds):
     """Send this task again and again, until the gate exists."""
     time.sleep(float(seconds))
     if not Path(gate).exists():
