@@ -117,8 +117,8 @@ def test_every_combination_is_clean(bake, answers, is_new, record_property):
     more = 5 * (answers["deployment"] == "kubernetes") + (answers["periodic_tasks"] == "admin")
     more += answers["broker"] == "rabbitmq"
     jobs = {file: text for file, text in texts.items() if file.parts[0] == "jobs"}
-    assert len(texts) - len(jobs) <= 36 + more, "files of the owner"
-    assert jobs == ENGINE, "the engine is the same, byte for byte, whatever was chosen"
+    assert len(texts) - len(jobs) <= 36 + more, "too many files of the owner"
+    assert jobs == ENGINE, "each output has the same engine, byte for byte"
     empty = [path for path in project.rglob("*") if path.is_dir() and not any(path.iterdir())]
     assert empty == []
     for file, text in texts.items():
@@ -133,7 +133,7 @@ def test_every_combination_is_clean(bake, answers, is_new, record_property):
     asked = re.findall(r'env\.\w+\("([A-Z_]+)"\)', texts[Path("config/settings.py")])
     assert asked and ast.literal_eval(
         re.search(r"^REQUIRED = (\[.*?\])", texts[Path("config/settings.py")], re.S | re.M)[1]
-    ) == sorted(asked, key=asked.index), "all that is missing is named at once"
+    ) == sorted(asked, key=asked.index), "REQUIRED lists every required variable"
     celery = texts[Path("config/settings.py")], texts[Path(".env.example")]
     if is_new("celery", *celery):
         check_celery(*celery)
@@ -267,9 +267,7 @@ def test_every_part_of_a_choice_is_printed_where_its_comment_says():
     traces = {(option, "traces") for option in options.values()}
     asked = {key for key in printed if key[0] in options.values()}
     assert written - traces == asked
-    assert not {pair for pair in follows if pair[::-1] in follows}, (
-        "the parts have the same order in each file"
-    )
+    assert not {pair for pair in follows if pair[::-1] in follows}, "parts are in another order"
 
 
 def output_files():

@@ -329,9 +329,7 @@ def test_the_metrics_count_jobs_that_ended_in_the_last_minute(staff_api):
     }
 
 
-def test_the_metrics_are_only_for_staff_and_are_not_throttled(
-    api, staff_api, admin_user, monkeypatch
-):
+def test_the_metrics_are_only_for_staff_without_a_throttle(api, staff_api, admin_user, monkeypatch):
     monkeypatch.setitem(Throttle.THROTTLE_RATES, "user", "1/min")
     assert APIClient().get("/metrics").status_code == 401
     assert api.get("/metrics").status_code == 403
@@ -391,9 +389,7 @@ def test_the_admin_cancels_jobs(admin_client):
     assert job.state == "cancelled"
 
 
-def test_an_action_of_the_admin_changes_no_more_jobs_than_the_page_counts(
-    admin_client, monkeypatch
-):
+def test_the_admin_changes_no_more_jobs_than_it_counts(admin_client, monkeypatch):
     monkeypatch.setattr("jobs.admin.LatestPages.most", 2)
     jobs = [Job.objects.enqueue(greet, countdown=9) for _ in range(3)]
     data = {"action": "cancel", "select_across": "1", "_selected_action": [jobs[0].pk]}

@@ -384,7 +384,7 @@ def test_enqueue_many_accepts_an_empty_list(commit):
         assert Job.objects.enqueue_many(add, []) == []
 
 
-def test_a_job_is_sent_as_a_message_of_celery():
+def test_a_job_is_sent_as_a_celery_message():
     app.conf.task_always_eager = False
     job = Job.objects.enqueue(add, [1], {"y": 2}, queue="cpu")
     job.retries = 3
@@ -1000,7 +1000,7 @@ def test_a_tick_waits_for_an_unavailable_database(monkeypatch):
     monkeypatch.setattr(JobQuerySet, "create", fail)
     tick(beat(), crontab())
     until = time.monotonic() + 60
-    # Wait until the job has ended: after this test, its thread would run without the fixtures.
+    # Wait until the job has ended: otherwise its thread would continue without the fixtures.
     while not Job.objects.filter(state="succeeded").exists() and time.monotonic() < until:
         time.sleep(0.05)
     assert Job.objects.get().result == 3
@@ -1323,7 +1323,7 @@ def enqueue_and_publish(count):
 def test_one_job_is_sent_again_although_the_broker_has_the_whole_backlog(published):
     jobs = enqueue_and_publish(3)
     lapse(*jobs)
-    sweep.send_due()  # a message may be missing, if the broker has messages of plain tasks
+    sweep.send_due()  # in case the broker's messages belong to plain tasks
     assert published[3:] == [str(jobs[0].pk)]
 
 
@@ -1371,7 +1371,7 @@ def test_two_concurrent_sweeps_send_each_job_once(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    # Nothing is recovered in the first half of a lease, nor in half a lease after a pause at 30 s.
+    # Nothing is recovered in the first half of a lease, nor in half a lease after 30 s.
     ("lease", "stands_still", "expected"),
     [(30, 0, [20, 30, 50, 60]), (30, 45, [20, 50, 60]), (10, 0, [10, 20, 30, 40, 50, 60])],
     ids=["database_away", "machine_stands_still", "short_lease"],
@@ -1465,7 +1465,7 @@ def test_the_sweep_resends_twice_as_many_after_it_found_a_lost_message(published
     """Messages of plain tasks hide how many messages of jobs are missing."""
     enqueue_and_publish(12)
     resent = []
-    for message in 2, 2, 1, 1:  # which message then starts each job: the first, or the resent one
+    for message in 2, 2, 1, 1:  # the one that then starts each job: its first, or the resent one
         published[:] = ["plain"] * 20
         lapse(*Job.objects.filter(state="queued"))
         sweep.queues["celery"].extra_at = 0
@@ -1623,7 +1623,7 @@ def test_sending_a_job_again_does_not_reset_its_waiting_time(published, monkeypa
     lapse(job)
     sweep.send_due()
     assert seconds_waited(job) == pytest.approx(500, abs=5)
-    assert seconds_until_due(job) <= 0  # due: its row says that the last message was not sent
+    assert seconds_until_due(job) <= 0  # due again, because sending failed
 
 
 def test_the_waiting_time_starts_again_after_a_crash_or_a_retry(settings):
@@ -1647,7 +1647,7 @@ def test_a_round_of_the_sweep_stores_its_time(broker_down, monkeypatch, error, r
         monkeypatch.setattr(sweep, "send_due", Mock(side_effect=error))
     monkeypatch.setattr(sweep, "touch_liveness_file", Mock(side_effect=[None, SystemExit]))
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    for _ in range(2):  # for example of two Beats
+    for _ in range(2):  # rounds, for example of two Beats
         with pytest.raises(SystemExit):
             sweep.sweep_for_ever(late=lambda: 0)
         sweep.touch_liveness_file.side_effect = [None, SystemExit]
@@ -1670,7 +1670,7 @@ def test_old_final_jobs_are_deleted_with_their_idempotency_keys(settings, caplog
     Job.objects.enqueue(add, [1, 2], idempotency_key="key")
 
 
-def test_old_jobs_that_cannot_be_deleted_do_not_keep_others(settings, caplog):
+def test_old_jobs_that_cannot_be_deleted_do_not_stop_the_purge(settings, caplog):
     jobs = [deliver(Job.objects.enqueue(add, [1, 2])) for _ in range(7)]
     past = Now() - timedelta(days=settings.JOB_RETENTION_DAYS, seconds=1)
     Job.objects.update(finished_at=past)
@@ -1837,7 +1837,9 @@ def test_a_run_has_the_token_that_the_main_process_chose():
         (True, (object(),), 20 + 10 + 25),
     ],
 )
-def test_a_worker_that_hangs_while_it_ends_exits(monkeypatch, settings, is_soft, at_work, seconds):
+def test_a_worker_that_hangs_in_its_shutdown_exits(
+    monkeypatch, settings, is_soft, at_work, seconds
+):
     """After 10 s without work, or 10 s after all bodies must have ended."""
     settings.CELERY_WORKER_SOFT_SHUTDOWN_TIMEOUT = 25
     slept, errors = [], []

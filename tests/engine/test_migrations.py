@@ -21,9 +21,7 @@ DIGESTS = {
 @pytest.mark.parametrize("name", DIGESTS)
 def test_a_migration_is_not_rewritten(name):
     text = (OUTPUT / "jobs/migrations" / name).read_bytes()
-    assert hashlib.sha256(text).hexdigest() == DIGESTS[name], (
-        "do not change it: write a new migration"
-    )
+    assert hashlib.sha256(text).hexdigest() == DIGESTS[name], "write a new migration instead"
 
 
 def test_the_models_have_no_change_without_a_migration(db):

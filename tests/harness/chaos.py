@@ -40,10 +40,7 @@ class Chaos:
         self.killers, self.refused, self.holders = [], [], []
         self.workers_stuck = 0
         self.old, self.kept = [], []  # old jobs that must be deleted, and those that cannot be
-        self.round, self.faults = (
-            [],
-            {},
-        )  # faults still to come in this round, and how often each one came
+        self.round, self.faults = [], {}  # faults still to come, and how often each came
         self.timers = []
 
     def run(self):

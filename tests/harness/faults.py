@@ -55,9 +55,8 @@ def running(request, cookies_session, tmp_path_factory):
     database = None if options["sqlite"] else request.getfixturevalue("database")
     variables = {
         **options["timings"],
-        "WORKER_CONCURRENCY": 4
-        if options["pool"] == "prefork"
-        else 16,  # threads and greenlets share a process
+        # More for threads and greenlets, which share a process.
+        "WORKER_CONCURRENCY": 4 if options["pool"] == "prefork" else 16,
     }
     stack = prepare(project, broker, folder, database, **variables)
     try:

@@ -341,7 +341,7 @@ def fetch(url, data, headers):
 def wait_for(condition, site=None):
     until, pause = time.monotonic() + LIMIT, 0.05
     while not (value := condition()):
-        assert time.monotonic() < until, site.log if site else "waited in vain"
+        assert time.monotonic() < until, site.log if site else "waited too long"
         time.sleep(pause)
         pause = min(1.2 * pause, 0.5)
     return value

@@ -275,11 +275,8 @@ class RabbitMQ(Broker):
             "RABBITMQ_PID_FILE": folder / "pid",
             "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "+S 2:2 +sbwt none",  # no busy waiting
         }
-        command = [
-            "sh",
-            "-c",
-            "epmd & exec rabbitmq-server",
-        ]  # one process group, so that both end together
+        # One process group, so that both end together.
+        command = ["sh", "-c", "epmd & exec rabbitmq-server"]
         super().__init__(
             command, folder.with_suffix(".log"), is_ready=self.answers_amqp, cwd=folder
         )
@@ -374,9 +371,7 @@ class PostgreSQL(Process):
         self.binaries = Path(binaries[-1])
         [self.port] = free_ports(1)
         self.url = f"postgres://postgres@127.0.0.1:{self.port}"
-        self.folder = Path(
-            tempfile.mkdtemp(prefix="postgresql-")
-        )  # where the user postgres has access
+        self.folder = Path(tempfile.mkdtemp(prefix="postgresql-"))  # its user has access
         user = {"user": "postgres", "group": "postgres"} if os.getuid() == 0 else {}
         if user:
             shutil.chown(self.folder, **user)
