@@ -329,7 +329,7 @@ def test_the_metrics_count_jobs_that_ended_in_the_last_minute(staff_api):
     }
 
 
-def test_the_metrics_are_only_for_staff_without_a_throttle(api, staff_api, admin_user, monkeypatch):
+def test_the_metrics_are_for_staff_and_not_throttled(api, staff_api, admin_user, monkeypatch):
     monkeypatch.setitem(Throttle.THROTTLE_RATES, "user", "1/min")
     assert APIClient().get("/metrics").status_code == 401
     assert api.get("/metrics").status_code == 403

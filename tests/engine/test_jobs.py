@@ -260,11 +260,11 @@ def test_a_conflicting_job_that_ends_before_it_is_read_frees_its_unique_key(monk
     other, get = Job.objects.enqueue(add, [1, 2], unique="key"), JobQuerySet.get
     # What happens before each read, the last one first: the other job is not committed yet, then it
     # has ended.
-    events = [Job.objects.cancel, lambda: None]
+    steps = [Job.objects.cancel, lambda: None]
 
     def fail_twice(self, **key):
-        if events:
-            events.pop()()
+        if steps:
+            steps.pop()()
             raise Job.DoesNotExist
         return get(self, **key)
 
