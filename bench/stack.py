@@ -140,7 +140,7 @@ class Output(Contestant):
 
     @contextmanager
     def web(self):
-        """Run gunicorn as docs/production.md does until the block ends; yield its process and its port."""
+        """Run gunicorn as docs/production.md says until the block ends; yield process and port."""
         [port] = free_ports(1)
         command = re.search("`(gunicorn .+?)`", self.folder.read("docs/production.md"))[1]
         with self.running(command.replace("8000", str(port))) as process:

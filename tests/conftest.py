@@ -15,8 +15,8 @@ pytest_plugins = ["harness.checks", "harness.faults", "harness.outputs"]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def read_once():
-    """Compile a template, and look whether a file is binary, once: each bake would do it again."""
+def cache_templates():
+    """Compile each template, and check whether a file is binary, once instead of in each bake."""
     codes = {}
 
     def compile(environment, *source, **options):
@@ -34,14 +34,14 @@ def read_once():
 
 @pytest.fixture(scope="session", autouse=True)
 def environments(shared):
-    """Install and compile a package once, not for each output."""
+    """Share environments: a package is installed and compiled once, not for each output."""
     Project.environments = shared / "environments"
     Project.environments.mkdir(exist_ok=True)
 
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory, worker_id):
-    """A folder for all processes of this run."""
+    """A folder that all processes of this run share."""
     base = tmp_path_factory.getbasetemp()
     return base if worker_id == "master" else base.parent
 
@@ -54,10 +54,10 @@ def bake(cookies):
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
-    """Put the tests that share a stack one after the other, and what takes longest first.
+    """Run tests that share a stack one after the other, and start with those that take longest.
 
-    That is chaos, then the stacks of most tests. And have the reports of a test say which output it
-    ran with: they are all that xdist sends.
+    These are chaos, then the stacks with the most tests. Also add the answers of its output to the
+    reports of a test, because xdist sends nothing else to the main process.
     """
 
     def group(item):
@@ -73,12 +73,12 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers():
-    """More than there are processors: most tests wait, for servers and for time to pass."""
+    """Two for each processor: most tests wait, for servers or for time to pass."""
     return 2 * len(os.sched_getaffinity(0))
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Print how long tests took, what ran with which output, what was skipped and why."""
+    """Print how long tests took, which ran with which output, and why tests were skipped."""
     outputs = {}  # {answers: {column: reports}}
     chaos, seconds = [], Counter()
     for report in itertools.chain(*terminalreporter.stats.values()):

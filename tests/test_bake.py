@@ -32,8 +32,8 @@ from harness.servers import sentinel_settings
 
 ENGINE = engine()
 PARTS = TEMPLATE / "templates"  # a folder for each option whose choices have a file, and `servers`
-# Patterns of words that appear only where a choice was made, of the options without such a folder.
-# Elsewhere the choice's file has them, and its server's.
+# Patterns of words that may appear only where a choice was made, for options without such a folder.
+# Other choices list theirs in their own file and in their server's.
 TRACES = {
     ("ci", "github"): ["github", r"\bCI\b", "dependabot"],
     ("ci", "gitlab"): ["gitlab", r"\bCI\b", "renovate"],
@@ -43,7 +43,7 @@ NOTHING = ("none", False)  # choices that leave no trace
 
 
 def own_traces(option, choice):
-    """The patterns of a choice, from its file or from TRACES."""
+    """Return the patterns of a choice, from its file or from TRACES."""
     if not (PARTS / option).exists():
         return TRACES.get((option, choice), [])
     return getattr(getattr(chosen(**{option: choice}), option), "traces", [])
@@ -57,7 +57,7 @@ def server_traces(option, choice):
 
 @cache
 def owners():
-    """The choices that may bring a word into the output, {pattern: {(option, choice)}}."""
+    """Return the choices that may bring a word into the output, {pattern: {(option, choice)}}."""
     found = defaultdict(set)
     for option, choices in CHOICES.items():
         for choice in choices:
@@ -68,7 +68,7 @@ def owners():
 
 @cache
 def traces_in(file, text):
-    """The patterns that a file or its name matches."""
+    """Return the patterns that match a file or its name."""
     return {word for word in owners() if re.search(word, f"{file}\n{text}", re.IGNORECASE)}
 
 
@@ -78,7 +78,7 @@ def read(project):
 
 @pytest.fixture
 def is_new(shared):
-    """Whether this run has not yet checked these texts: `is_new(check, *texts)`."""
+    """A function, is_new(check, *texts): whether this run has not yet checked these texts."""
     seen = shared / "seen"
     seen.mkdir(exist_ok=True)
 
@@ -95,7 +95,7 @@ def is_new(shared):
 
 @pytest.fixture
 def hooks_in_this_process(monkeypatch):
-    """Without two starts of Python for each bake; test_options.py has them."""
+    """Start no process for a hook, which saves two for each bake; test_options.py starts them."""
 
     def run_script(script, cwd="."):
         with work_in(cwd):
@@ -113,13 +113,13 @@ def test_every_combination_is_clean(bake, answers, is_new, record_property):
     about = texts[Path("pyproject.toml")]
     del texts[Path(".env")]  # .env.example with secrets
 
-    # Manifests, a migration that makes a periodic task, and a policy, on top of the default's.
+    # More than the default has: manifests, a migration that makes a periodic task, and a policy.
     more = 5 * (answers["deployment"] == "kubernetes") + (answers["periodic_tasks"] == "admin")
     more += answers["broker"] == "rabbitmq"
     jobs = {file: text for file, text in texts.items() if file.parts[0] == "jobs"}
     pages = {file for file in texts if file.parts[0] == "docs"}
-    assert len(texts) - len(jobs) - len(pages) <= 36 + more, "files of the owner"
-    assert jobs == ENGINE, "the engine is the same, byte for byte, whatever was chosen"
+    assert len(texts) - len(jobs) - len(pages) <= 36 + more, "too many files of the owner"
+    assert jobs == ENGINE, "each output has the same engine, byte for byte"
     empty = [path for path in project.rglob("*") if path.is_dir() and not any(path.iterdir())]
     assert empty == []
     for file, text in texts.items():
@@ -134,7 +134,7 @@ def test_every_combination_is_clean(bake, answers, is_new, record_property):
     asked = re.findall(r'env\.\w+\("([A-Z_]+)"\)', texts[Path("config/settings.py")])
     assert asked and ast.literal_eval(
         re.search(r"^REQUIRED = (\[.*?\])", texts[Path("config/settings.py")], re.S | re.M)[1]
-    ) == sorted(asked, key=asked.index), "all that is missing is named at once"
+    ) == sorted(asked, key=asked.index), "REQUIRED lists every required variable"
     celery = texts[Path("config/settings.py")], texts[Path(".env.example")]
     if is_new("celery", *celery):
         check_celery(*celery)
@@ -146,7 +146,7 @@ def test_every_combination_is_clean(bake, answers, is_new, record_property):
 
 
 def test_the_engine_is_plain_python():
-    """An editor, a linter and its own tests can read it before any bake: see tests/engine/."""
+    """So an editor, a linter and the tests in tests/engine/ can read it without a bake."""
     for file, text in ENGINE.items():
         if file.suffix == ".py":
             assert "{%" not in text and "{{" not in text, file
@@ -161,8 +161,8 @@ def test_imports_run_one_way(bake):
         if "migrations" not in file.parts
     }
     graph = {name: imports(name, tree) & modules.keys() for name, tree in modules.items()}
-    assert {"jobs.models", "jobs.pools"} <= graph["jobs.tasks"]  # so it does find them
-    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+    assert {"jobs.models", "jobs.pools"} <= graph["jobs.tasks"]  # so imports are found
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the cycle
     for module, tree in modules.items():
         functions = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
         late = {function.name for function in functions if imports(module, function)}
@@ -171,7 +171,7 @@ def test_imports_run_one_way(bake):
 
 
 def imports(module, tree):
-    """The modules that this one may import in this part of it."""
+    """Return the modules that this part of a module may import."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -193,7 +193,7 @@ def imports(module, tree):
         if "redis" in (broker, result_backend)
     ],
 )
-def test_the_settings_for_sentinel_fit_each_project_with_redis(bake, broker, result_backend):
+def test_the_settings_for_sentinel_fit_every_project_with_redis(bake, broker, result_backend):
     project = bake(broker=broker, result_backend=result_backend)
     with open(project / "config/settings.py", "a") as file:
         file.write(sentinel_settings(project.read("docs/sentinel.md")))
@@ -202,8 +202,8 @@ def test_the_settings_for_sentinel_fit_each_project_with_redis(bake, broker, res
 
 
 @pytest.mark.parametrize("broker", CHOICES["broker"])
-def test_flower_answers_on_the_loopback_only(bake, broker):
-    """For its /metrics and /healthcheck ask nobody for a password."""
+def test_flower_listens_only_on_the_loopback_address(bake, broker):
+    """Its /metrics and /healthcheck need no password."""
     texts = read(bake(broker=broker, deployment="kubernetes"))
     services = yaml.safe_load(texts[Path("compose.yaml")])["services"]
     for service, options in services.items():
@@ -225,39 +225,39 @@ def test_flower_answers_on_the_loopback_only(bake, broker):
 
 @cache
 def template_paths():
-    """The paths that an output may have."""
+    """Return the paths that an output may have."""
     files = (path.relative_to(OUTPUT) for path in OUTPUT.rglob("*") if path.is_file())
     return {Path(rendered(file)) for file in files}
 
 
 def rendered(path):
-    """The path, or the name, that a file of the template has in an output."""
+    """Return the path, or the name, that a file of the template has in an output."""
     return re.sub("{%.*?%}", "", str(path))
 
 
 @pytest.mark.parametrize(
     ("option", "choice"), [(option, choice) for option in CHOICES for choice in CHOICES[option]]
 )
-def test_a_choice_leaves_its_traces(bake, option, choice):
-    """So that test_every_combination_is_clean() looks for words that exist."""
+def test_the_output_of_a_choice_has_the_words_listed_as_its_traces(bake, option, choice):
+    """Otherwise test_every_combination_is_clean() would search for words that do not exist."""
     own = own_traces(option, choice)
-    assert own or choice in NOTHING, "none are listed: see TRACES"
+    assert own or choice in NOTHING, "no traces are listed: see TRACES"
 
     found = set()
     for file, text in read(bake(**{option: choice})).items():
         found |= traces_in(file, text)
-    assert not {*own, *server_traces(option, choice)} - found, "its output lacks these"
+    assert not {*own, *server_traces(option, choice)} - found, "the output lacks these words"
 
 
 def test_every_part_of_a_choice_is_printed_where_its_comment_says():
-    """A choice leaves out what it has nothing to say for, so nothing else finds a misspelling."""
+    """A choice may leave out parts, so no other test finds a misspelled name of a part."""
     printed = defaultdict(set)  # {(option, part): names of the files that print it}
     for path in [*PARTS.rglob("*.jinja"), *output_files()]:
         for node in ENVIRONMENT.parse(path.read_text("utf-8")).find_all(nodes.Getattr):
             if isinstance(node.node, nodes.Name):
                 printed[node.node.name, node.attr].add(rendered(path.name))
     options = {folder.name: folder.name for folder in PARTS.iterdir() if folder.is_dir()}
-    options["servers"] = "server"  # what chosen.jinja calls one of them
+    options["servers"] = "server"  # the name of one in chosen.jinja
     written, follows = set(), set()
     for path in PARTS.glob("*/*.jinja"):
         option, text, places = options[path.parent.name], path.read_text("utf-8"), []
@@ -267,7 +267,7 @@ def test_every_part_of_a_choice_is_printed_where_its_comment_says():
             part = node.target.name
             written.add((option, part))
             comment = re.search(rf"{{# (.+) #}}\n{{% (?:set|macro) {part}\b", text)
-            assert comment, f"{path.name}: no line above {part} says what it is"
+            assert comment, f"{path.name}: {part} has no comment on the line above it"
             if isinstance(node, nodes.AssignBlock):
                 for file in printed[option, part]:
                     assert file in comment[1], f"{path.name}: {file} prints {part}"
@@ -276,11 +276,11 @@ def test_every_part_of_a_choice_is_printed_where_its_comment_says():
     traces = {(option, "traces") for option in options.values()}
     asked = {key for key in printed if key[0] in options.values()}
     assert written - traces == asked
-    assert not {pair for pair in follows if pair[::-1] in follows}, "each file in the same order"
+    assert not {pair for pair in follows if pair[::-1] in follows}, "parts are in another order"
 
 
 def output_files():
-    """The files of the output that are rendered."""
+    """Yield the files of the output that are rendered."""
     for path in OUTPUT.rglob("*"):
         file = str(path.relative_to(TEMPLATE))
         copied = any(fnmatch(file, pattern) for pattern in CONTEXT["_copy_without_render"])
@@ -288,8 +288,8 @@ def output_files():
             yield path
 
 
-def test_no_broker_and_no_backend_is_named_outside_its_file():
-    """A new one is a choice and a file: see CONTRIBUTING.md."""
+def test_no_broker_or_result_backend_is_named_outside_its_file():
+    """So that a new one needs only a choice and a file: see CONTRIBUTING.md."""
     hooks = list((TEMPLATE / "hooks").glob("*.py"))
     for path in [TEMPLATE / "cookiecutter.json", *hooks, *output_files()]:
         file = str(path.relative_to(TEMPLATE))
@@ -306,9 +306,9 @@ NAMES = {
 
 
 def names_in_jinja(text):
-    """What names a broker or a backend.
+    """Return the nodes that name a broker or a result backend.
 
-    Other options may be compared with the same word: {% if cookiecutter.ci == "none" %}.
+    Another option may be compared with the same word: {% if cookiecutter.ci == "none" %}.
     """
     tree = ENVIRONMENT.parse(text)
     options = {
@@ -330,7 +330,7 @@ def names_in_jinja(text):
 
 
 def names_in_hook(source):
-    """The names of brokers and backends in its strings, but for the table of choices."""
+    """Return the names of brokers and backends in its strings, except those in CHOICES."""
     tree = ast.parse(source)
     allowed = set()
     for node in tree.body:

@@ -1,4 +1,4 @@
-"""The engine's own tests, on the folder `jobs/` as it is in the template: no bake."""
+"""The engine's own tests, on the folder `jobs/` of the template, without a bake."""
 
 import re
 import subprocess
@@ -13,7 +13,7 @@ from harness.project import env
 TESTS = TEMPLATE / "tests/engine"
 POOLS = {  # a child of prefork has one thread
     "threads": ["pytest"],
-    "gevent": ["gevent.monkey", "--module", "pytest"],  # patched before all else, as in a worker
+    "gevent": ["gevent.monkey", "--module", "pytest"],  # monkey-patched first, as in a worker
 }
 
 
@@ -26,5 +26,5 @@ def test_the_engine_passes_its_own_tests(server, pool, request):
     command = [sys.executable, "-m", *POOLS[pool], "-c", TESTS / "pytest.ini", TESTS]
     run = subprocess.run(command, env=env(**variables), capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
-    skipped = r", \d+ skipped" if server == "sqlite" else ""  # plans and locks of PostgreSQL alone
+    skipped = r", \d+ skipped" if server == "sqlite" else ""  # they need PostgreSQL
     assert re.search(rf"= \d+ passed{skipped} in", run.stdout), run.stdout

@@ -8,7 +8,7 @@ from harness.project import path_without
 
 @default_output
 def test_it_passes_its_checks_and_its_own_tests(project):
-    """On SQLite. A real worker takes its jobs from a Redis, or from what stands in for one."""
+    """On SQLite, with a real worker that takes jobs from Redis or from its stand-in."""
     project.call("make", "check")
     printed = project.call("make", "test", **project.free_servers())
     assert re.search(r"= \d+ passed in", printed), printed  # none was skipped
@@ -16,7 +16,7 @@ def test_it_passes_its_checks_and_its_own_tests(project):
 
 @default_output
 def test_it_runs_on_the_stand_in(with_tasks, tmp_path):
-    """On fakeredis, which `make run` takes where no Redis is installed."""
+    """The stand-in is fakeredis, which `make run` starts if no Redis is installed."""
     path = path_without("redis-server", "valkey-server", folder=tmp_path / "bin")
     log = use(with_tasks, tmp_path, PATH=path)
     assert "Starting fakeredis" in log

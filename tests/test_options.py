@@ -1,4 +1,4 @@
-"""What may be answered: hostile texts come through as they are, wrong answers are refused."""
+"""Answers: hostile texts reach the output unchanged, wrong answers are refused."""
 
 import ast
 import json
@@ -21,7 +21,7 @@ from markdown_it import MarkdownIt
 from harness.bake import CHOICES, DEFAULTS, OPTIONS, TEMPLATE
 from harness.project import Project
 
-# Complete and valid, as a replay file holds them.
+# Complete and valid, as in a replay file.
 TEXTS = {option: text for option, text in OPTIONS.items() if isinstance(text, str)}
 ANSWERS = {**TEXTS, **DEFAULTS, "project_slug": "shop"}
 
@@ -91,7 +91,7 @@ NAMES = [
     "many words " * 18 + "and 👩‍👩‍👧‍👦",
 ]
 
-# Cookiecutter renders answers given with --no-input, but neither typed nor replayed ones.
+# Cookiecutter renders answers given with --no-input, but not those that are typed or replayed.
 BRACES = [
     "{{ 7*7 }}",
     "{% raw %}",
@@ -149,7 +149,7 @@ INVISIBLE = [
 
 @pytest.fixture
 def run(tmp_path):
-    """Run the real cookiecutter in a process; the output goes to `tmp_path / "out"`."""
+    """A function that runs cookiecutter in a process; the output goes to `tmp_path / "out"`."""
 
     def run(*arguments, typed=None, out="out"):
         config = tmp_path / "config.yaml"
@@ -168,7 +168,7 @@ def run(tmp_path):
 
 @pytest.fixture
 def replay(run, tmp_path):
-    """Replay the valid answers, but for those given here."""
+    """A function that replays the valid answers, with some replaced."""
 
     def replay(**answers):
         file = tmp_path / "answers.json"
@@ -180,18 +180,18 @@ def replay(run, tmp_path):
 
 @pytest.fixture
 def refusal(bake, capfd, tmp_path):
-    """Bake with a wrong answer and return what the hook says."""
+    """A function that bakes with a wrong answer and returns what the hook prints."""
 
     def refusal(**answers):
         with pytest.raises(FailedHookException):
             bake(**answers)
-        assert nothing_is_left(tmp_path / "cookies")
+        assert has_no_files(tmp_path / "cookies")
         return capfd.readouterr().err
 
     return refusal
 
 
-def nothing_is_left(folder):
+def has_no_files(folder):
     return not any(path.is_file() for path in folder.rglob("*"))
 
 
@@ -201,7 +201,7 @@ def macros():
 
 
 def literal_texts(markdown):
-    """The headings and paragraphs that are nothing but text, as a reader sees them."""
+    """Yield (tag, text) of each heading and paragraph that is only text, as a reader sees it."""
     parser = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
     opening = None
     for token in parser.parse(markdown):
@@ -211,7 +211,7 @@ def literal_texts(markdown):
 
 
 def assert_holds(project, text):
-    """The project is whole, and name, description and author read as given."""
+    """Assert that the project is valid, and that name, description and author are this text."""
     about = tomllib.loads((project / "pyproject.toml").read_text("utf-8"))["project"]
     assert about["description"] == text
     assert about["authors"][0]["name"] == text
@@ -240,7 +240,7 @@ def assert_holds(project, text):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_hostile_name_comes_through_as_it_is(bake, name):
+def test_a_hostile_name_reaches_the_output_unchanged(bake, name):
     project = bake(project_name=name, description=name, author_name=name)
 
     assert_holds(project, name)
@@ -276,10 +276,10 @@ def test_python_strings_have_the_quotes_that_ruff_chooses(bake):
     [
         ("My-Project 2.0 (beta)", "My-Project 2.0 (beta)"),
         ("O'Brien's: 100% + more = 1. choice!", "O'Brien's: 100% + more = 1. choice!"),
-        ("a | b, $x$", "a \\| b, \\$x\\$"),  # a table's cell, GitHub's formulas
+        ("a | b, $x$", "a \\| b, \\$x\\$"),  # a cell of a table, a formula on GitHub
     ],
 )
-def test_markdown_escapes_no_more_than_is_risky(name, escaped):
+def test_markdown_escapes_only_risky_characters(name, escaped):
     assert macros().markdown(name) == escaped
 
 
@@ -301,7 +301,7 @@ def test_replayed_texts_are_text(replay, tmp_path, name):
     assert_holds(Project(tmp_path / "out/shop"), name)
 
 
-def test_what_was_answered_can_be_replayed(run, tmp_path):
+def test_typed_answers_can_be_replayed(run, tmp_path):
     assert run(typed="{{ 7*7 }}\nshop\n" + "\n" * len(OPTIONS)).returncode == 0
     [answers] = (tmp_path / "replay").iterdir()
     assert run("--replay-file", answers, out="again").returncode == 0
@@ -341,7 +341,7 @@ def test_a_bad_slug_is_refused(refusal, kind, slug):
         assert "a-z, 0-9 and _" in said
 
 
-def test_no_dependency_gives_the_project_its_name(run, refusal, tmp_path):
+def test_the_name_of_a_dependency_is_refused_as_a_slug(run, refusal, tmp_path):
     run("--no-input")
     about = tomllib.loads((tmp_path / "out/my_project/pyproject.toml").read_text())
     groups = about.get("dependency-groups", {}).values()
@@ -354,27 +354,27 @@ def test_no_dependency_gives_the_project_its_name(run, refusal, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "  ", None, 42, ["a"], {"a": "b"}])
-def test_an_answer_that_is_no_text_is_refused(replay, tmp_path, text):
-    # Without a slug, cookiecutter itself refuses: that folder exists.
+def test_an_answer_that_is_not_a_text_is_refused(replay, tmp_path, text):
+    # An empty slug is refused by cookiecutter itself, because its folder exists.
     options = set(OPTIONS) - set(CHOICES) - ({"project_slug"} if text == "" else set())
     result = replay(**dict.fromkeys(options, text))
 
     assert result.returncode == 1
     for option in options:
         assert f"{option} {text!r}: write a text that is not empty." in result.stderr
-    assert nothing_is_left(tmp_path / "out")
+    assert has_no_files(tmp_path / "out")
 
 
 @pytest.mark.parametrize("address", ADDRESSES)
-def test_an_address_comes_through_as_it_is(bake, address):
+def test_an_address_reaches_the_output_unchanged(bake, address):
     about = tomllib.loads((bake(author_email=address) / "pyproject.toml").read_text())
 
     assert about["project"]["authors"][0]["email"] == address
-    Address(addr_spec=address)  # what build tools do with it
+    Address(addr_spec=address)  # build tools do the same
 
 
 @pytest.mark.parametrize("address", NO_ADDRESSES)
-def test_what_is_no_address_is_refused(refusal, address):
+def test_an_invalid_address_is_refused(refusal, address):
     assert "such as you@example.com" in refusal(author_email=address)
 
 
@@ -386,7 +386,7 @@ def test_an_invisible_character_is_refused(replay, tmp_path, character):
     assert result.returncode == 1
     for option in options:
         assert f"{option} {text!r}: leave out line breaks" in result.stderr
-    assert nothing_is_left(tmp_path / "out")
+    assert has_no_files(tmp_path / "out")
 
 
 @pytest.mark.parametrize("option", CHOICES)
@@ -398,7 +398,7 @@ def test_a_replayed_choice_that_does_not_exist_is_refused(replay, tmp_path, opti
     assert (
         f"{option} {choice!r}: choose one of {json.dumps(CHOICES[option])[1:-1]}" in result.stderr
     )
-    assert nothing_is_left(tmp_path / "out")
+    assert has_no_files(tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -423,11 +423,11 @@ def test_all_faults_are_listed_at_once(replay, tmp_path):
     faults = [line.split()[0] for line in result.stderr.splitlines() if line.startswith("  ")]
     assert result.returncode == 1
     assert set(faults) >= set(OPTIONS) - set(CHOICES) | {"include_example"}
-    assert nothing_is_left(tmp_path / "out")
+    assert has_no_files(tmp_path / "out")
 
 
-def at_a_terminal(folder, *arguments, typed=""):
-    """Run Python at a terminal of its own and return its exit status and what it printed."""
+def run_in_a_terminal(folder, *arguments, typed=""):
+    """Run Python in its own terminal. Return its exit status and what it printed."""
     child, terminal = pty.fork()
     if child == 0:
         os.environ |= {"HOME": str(folder), "TMPDIR": str(folder)}
@@ -442,7 +442,7 @@ def at_a_terminal(folder, *arguments, typed=""):
 
 def test_answers_typed_at_a_terminal_are_refused_all_at_once(tmp_path):
     typed = {"project_name": "Shop", "project_slug": "../shop", "author_email": "nobody"}
-    status, printed = at_a_terminal(
+    status, printed = run_in_a_terminal(
         tmp_path,
         *("-m", "cookiecutter", TEMPLATE, "--output-dir", tmp_path / "out"),
         typed="".join(typed.get(option, "") + "\n" for option in OPTIONS),
@@ -455,8 +455,8 @@ def test_answers_typed_at_a_terminal_are_refused_all_at_once(tmp_path):
     assert not (tmp_path / "shop").exists()
 
 
-def test_a_refusal_signals_nobody(tmp_path):
-    """A program that bakes through Cookiecutter's API gets its exception, and continues."""
+def test_a_refusal_does_not_end_the_program_that_bakes(tmp_path):
+    """A program that bakes through Cookiecutter's API gets an exception and continues."""
     program = """if True:
         import sys
         from cookiecutter.exceptions import FailedHookException
@@ -469,7 +469,7 @@ def test_a_refusal_signals_nobody(tmp_path):
             except FailedHookException:
                 print("refused", answers)
     """
-    status, printed = at_a_terminal(tmp_path, "-c", program, TEMPLATE, tmp_path / "out")
+    status, printed = run_in_a_terminal(tmp_path, "-c", program, TEMPLATE, tmp_path / "out")
 
     assert status == 0, printed
     assert "refused {'author_email': 'nobody'}" in printed
@@ -502,7 +502,7 @@ def test_env_has_fresh_secrets(bake):
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
-def test_env_is_its_owners_only(bake, umask):
+def test_only_its_owner_can_read_env(bake, umask):
     before = os.umask(umask)
     try:
         project = bake()
@@ -522,13 +522,13 @@ def test_env_is_never_overwritten(run, tmp_path):
     assert env.read_text() == "SECRET_KEY=in-use\n"
 
 
-def test_no_folder_stays_empty(bake):
+def test_the_output_has_no_empty_folders(bake):
     project = bake(include_example=False)
 
     assert [path for path in project.rglob("*") if path.is_dir() and not any(path.iterdir())] == []
 
 
-def test_empty_folders_of_git_and_virtualenvs_stay(tmp_path):
+def test_empty_folders_of_git_and_virtualenvs_are_kept(tmp_path):
     kept = [tmp_path / folder for folder in (".git/refs/tags", ".venv/include")]
     gone = [tmp_path / folder for folder in ("orders/migrations", ".github/workflows")]
     for folder in kept + gone:
@@ -542,8 +542,8 @@ def test_empty_folders_of_git_and_virtualenvs_stay(tmp_path):
     assert not any(folder.parent.exists() for folder in gone)
 
 
-def test_folders_behind_a_link_stay(run, tmp_path):
-    """The link leads out of the project, so the folders there belong to others."""
+def test_empty_folders_behind_a_link_are_kept(run, tmp_path):
+    """The link leads out of the project, so the folders behind it are not the project's."""
     (tmp_path / "others/kubernetes").mkdir(parents=True)
     (tmp_path / "out/my_project").mkdir(parents=True)
     (tmp_path / "out/my_project/deploy").symlink_to(tmp_path / "others")
@@ -568,7 +568,7 @@ def test_hooks_run_on_a_bare_python(tmp_path, hook):
     )
 
     assert result.returncode == 0
-    # Each import costs every user time: these few take 5 ms.
+    # Each import takes time in every bake: these few take 5 ms.
     imported = {
         node.names[0].name for node in ast.parse(source).body if isinstance(node, ast.Import)
     }
@@ -576,7 +576,7 @@ def test_hooks_run_on_a_bare_python(tmp_path, hook):
 
 
 @pytest.mark.parametrize("out", ["with space", "ünï/名前/🚀", 'o\'clock "now"', "$HOME; #1 & [x]"])
-def test_the_output_path_may_be_awkward(run, tmp_path, out):
+def test_the_output_path_may_have_unusual_characters(run, tmp_path, out):
     result = run("--no-input", out=out)
 
     assert result.returncode == 0, result.stderr
@@ -585,7 +585,7 @@ def test_the_output_path_may_be_awkward(run, tmp_path, out):
     assert (project / ".env").exists()
 
 
-# Slugs that are refused: a folder of that name may exist, and it is somebody else's.
+# Refused slugs: a folder of that name may exist and belong to somebody else.
 
 OCCUPIED = ["class", "my-shop", "Shop"]
 PATHS = [
@@ -596,7 +596,7 @@ PATHS = [
 
 @pytest.fixture
 def neighbours(tmp_path):
-    """Folders and files beside the output folder and in it, from before the bake."""
+    """A folder with files from before the bake, beside the output folder and in it."""
     folder = tmp_path / "neighbours"
     for file in ("victim/file", "victim/deep/file", "file", *(f"there/{s}/file" for s in OCCUPIED)):
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
@@ -611,7 +611,7 @@ def everything(folder):
 
 @pytest.mark.parametrize("slug", [*OCCUPIED, *PATHS])
 @pytest.mark.parametrize("out", ["there", "new_out/deeper"])
-def test_a_refused_slug_touches_nothing_of_others(run, neighbours, slug, out):
+def test_a_refused_slug_changes_no_existing_file(run, neighbours, slug, out):
     slug = slug.format(neighbours=neighbours)
     before = everything(neighbours)
     ways = [
@@ -619,13 +619,13 @@ def test_a_refused_slug_touches_nothing_of_others(run, neighbours, slug, out):
         {"arguments": ["--no-input", "--overwrite-if-exists", f"project_slug={slug}"]},
         {"arguments": ["--overwrite-if-exists"], "typed": f"Shop\n{slug}\n" + "\n" * len(OPTIONS)},
     ]
-    for way in ways if slug else ways[:2]:  # typed, an empty line takes the default
+    for way in ways if slug else ways[:2]:  # an empty line that is typed takes the default
         result = run(*way["arguments"], typed=way.get("typed"), out=neighbours / out)
 
         assert result.returncode == 1, way
         after = everything(neighbours)
         made = {neighbours / out, *(neighbours / out).parents} & after.keys() - before.keys()
-        for folder in sorted(made, reverse=True):  # --output-dir asked for these: they are empty
+        for folder in sorted(made, reverse=True):  # --output-dir made these: they are empty
             del after[folder]
             folder.rmdir()
         assert after == before, way
@@ -634,7 +634,7 @@ def test_a_refused_slug_touches_nothing_of_others(run, neighbours, slug, out):
 
 
 @pytest.mark.parametrize("slug", ["s" * 300, "a\0b", "a\0/../b"], ids=len)
-def test_a_typed_slug_that_no_folder_can_have_is_refused(run, tmp_path, slug):
+def test_a_typed_slug_that_cannot_name_a_folder_is_refused(run, tmp_path, slug):
     result = run(typed=f"Shop\n{slug}\n" + "\n" * len(OPTIONS))
 
     assert result.returncode == 1
@@ -662,22 +662,22 @@ def test_a_refused_slug_can_be_corrected_in_the_replay_file(run, tmp_path):
         *((slug, "use 1-40 of a-z, 0-9 and _") for slug in ("pg_shop", "a___b")),
     ],
 )
-def test_a_slug_that_yaml_or_a_server_reads_otherwise_is_refused(refusal, slug, remedy):
+def test_a_slug_with_a_meaning_in_yaml_or_a_server_is_refused(refusal, slug, remedy):
     assert f"project_slug {slug!r}: " in (said := refusal(project_slug=slug))
     assert remedy in said
 
 
-def test_no_secret_of_env_is_a_copy_of_another(bake):
+def test_all_secrets_of_env_differ(bake):
     secrets = re.findall("[0-9a-f]{24}", (bake() / ".env").read_text())
 
     assert len(secrets) >= 6
     assert len(set(secrets)) == len(secrets)
 
 
-def test_overwriting_keeps_what_the_owner_added(run, tmp_path):
+def test_overwriting_keeps_files_that_the_owner_added(run, tmp_path):
     project = tmp_path / "out/my_project"
     assert run("--no-input").returncode == 0
-    (project / "media/uploads").mkdir(parents=True)  # empty still
+    (project / "media/uploads").mkdir(parents=True)  # still empty
     (project / "jobs/templates/jobs/mine.html").write_text("mine")
     (project / "jobs/static/jobs/mine.css").write_text("mine")
     result = run("--no-input", "--overwrite-if-exists")
@@ -690,7 +690,7 @@ def test_overwriting_keeps_what_the_owner_added(run, tmp_path):
 
 @pytest.mark.parametrize("folder", ["with space", "Jürgens Läden", "$HOME; #1 & 'x'"])
 def test_make_finds_its_tools_in_any_folder(bake, tmp_path, folder):
-    """Stand-ins tell which honcho `make run` would take, and what uv is asked for."""
+    """Fake tools print which honcho `make run` would start."""
     project = Project(bake().rename(tmp_path / folder))
     tools = {
         "python": "command -v honcho",
@@ -709,7 +709,7 @@ def test_make_finds_its_tools_in_any_folder(bake, tmp_path, folder):
 
 
 def test_a_project_says_which_version_of_the_template_wrote_it(bake):
-    """CHANGELOG.md has it, or it is the next one."""
+    """CHANGELOG.md has this version at its top, or it is the next one."""
     [version] = re.findall('__version__ = "(.+)"', bake().read("jobs/__init__.py"))
     newest = re.search(r"^## (\S+)", (TEMPLATE / "CHANGELOG.md").read_text("utf-8"), re.M)[1]
 
@@ -717,7 +717,7 @@ def test_a_project_says_which_version_of_the_template_wrote_it(bake):
 
 
 def test_images_have_a_version(bake):
-    """But those that stand in during development, and python's, whose tag is its version."""
+    """Except stand-ins for development, and the image of Python, whose tag is its version."""
     dockerfile = bake().read("Dockerfile")
     assert re.search(r"uv:\d+\.\d+\.\d+ ", dockerfile)
     assert "latest" not in dockerfile

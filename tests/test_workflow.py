@@ -1,4 +1,4 @@
-"""The template's own workflow is valid, has few rights, and leaves no test out."""
+"""The template's own workflow is valid, has few permissions, and runs every test."""
 
 import re
 
@@ -21,12 +21,12 @@ JOBS = yaml.safe_load((TEMPLATE / WORKFLOW).read_text())["jobs"]
     ],
     ids=" ".join,
 )
-def test_the_workflow_passes(command):
+def test_the_workflow_passes_its_linters(command):
     Project(TEMPLATE).call(*command, WORKFLOW)
 
 
 def test_each_test_of_make_prove_is_in_one_job():
-    """For each broker, where the job has one run for each."""
+    """If the job has one run for each broker, the test is in one of them or in all."""
     collected = Project(TEMPLATE).run("pytest", "tests/prove", "--collect-only", "--quiet")
     tests = re.findall(r"^(tests/prove/\w+\.py)::(.+)", collected, re.MULTILINE)
     assert tests

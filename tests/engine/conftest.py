@@ -1,4 +1,4 @@
-"""The fixtures that an output has, and one for greenlets."""
+"""The fixtures of an output, and one for gevent."""
 
 import runpy
 
@@ -13,5 +13,5 @@ globals().update({name: fixtures[name] for name in fixtures if not name.startswi
 
 @pytest.fixture(autouse=True)
 def one_connection(monkeypatch):
-    """Query in the test's own transaction, which the native threads of gevent's pool cannot see."""
+    """Query in the test's own thread: gevent's native threads do not see its transaction."""
     monkeypatch.setattr(pool, "query", lambda function, *args, **kw: function(*args, **kw))

@@ -1,4 +1,4 @@
-"""As little as the app `jobs` needs: no broker, and SQLite unless DATABASE_URL names PostgreSQL."""
+"""What the app `jobs` needs: no broker, and SQLite unless DATABASE_URL names PostgreSQL."""
 
 import os
 import sys
@@ -8,11 +8,11 @@ from urllib.parse import urlsplit
 
 import django
 
-# What Python compiled would be baked, too.
+# Compiled files would be baked, too.
 sys.dont_write_bytecode = True
-os.environ["PYTHONDONTWRITEBYTECODE"] = "1"  # of processes that tests start
+os.environ["PYTHONDONTWRITEBYTECODE"] = "1"  # for processes that tests start
 OUTPUT = Path(__file__).parents[2] / "{{cookiecutter.project_slug}}"
-sys.path.append(str(OUTPUT))  # behind this folder: both have a conftest.py
+sys.path.append(str(OUTPUT))  # after this folder: both have a conftest.py
 
 from jobs.celery import Celery  # noqa: E402
 

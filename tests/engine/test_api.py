@@ -1,4 +1,4 @@
-"""What HTTP sees of jobs: the API, the metrics, the admin."""
+"""Jobs over HTTP: the API, the metrics, the admin."""
 
 import re
 import uuid
@@ -37,7 +37,7 @@ def fail():
 
 @pytest.fixture
 def staff(db, django_user_model):
-    """A function: a client of staff with a right to jobs, say "view", or without any."""
+    """A function that logs in a staff user with these permissions for jobs, such as "view"."""
 
     def log_in(*actions):
         user = django_user_model.objects.create_user("staff" + "".join(actions), is_staff=True)
@@ -68,7 +68,7 @@ def test_a_job_is_shown_to_its_owner(api, user, commit):
     assert "args" not in shown
 
 
-def test_the_jobs_of_others_are_unknown(api, admin_user):
+def test_jobs_of_other_owners_are_not_found(api, admin_user):
     for owner in admin_user, None:
         url = f"/api/jobs/{Job.objects.enqueue(greet, owner=owner).pk}/"
         assert api.get(url).status_code == 404
@@ -78,21 +78,21 @@ def test_the_jobs_of_others_are_unknown(api, admin_user):
     assert not Job.objects.exclude(state="queued")
 
 
-def test_staff_sees_jobs_that_nobody_owns(staff_api, user, admin_user):
+def test_staff_lists_own_jobs_and_jobs_without_an_owner(staff_api, user, admin_user):
     own, unowned = (Job.objects.enqueue(greet, owner=owner) for owner in (admin_user, None))
     Job.objects.enqueue(greet, owner=user)
     assert set(ids(staff_api.get("/api/jobs/"))) == {str(own.pk), str(unowned.pk)}
 
 
-def test_staff_without_rights_cancels_no_job_of_others(staff):
+def test_staff_needs_the_delete_permission_to_cancel_jobs_of_others(staff):
     url = f"/api/jobs/{Job.objects.enqueue(greet).pk}/"
-    powerless = staff()
-    assert powerless.get(url).status_code == 200
-    assert powerless.post(f"{url}cancel/").status_code == 404
+    without_permissions = staff()
+    assert without_permissions.get(url).status_code == 200
+    assert without_permissions.post(f"{url}cancel/").status_code == 404
     assert staff("delete").post(f"{url}cancel/").status_code == 200
 
 
-def test_the_list_comes_in_pages_the_newest_first(api, user):
+def test_the_list_has_pages_newest_first(api, user):
     jobs = [Job.objects.enqueue(greet, owner=user) for _ in range(21)]
     Job.objects.filter(pk=jobs[0].pk).update(created_at="2020-01-01T00:00Z")
     first = api.get("/api/jobs/").json()
@@ -102,7 +102,7 @@ def test_the_list_comes_in_pages_the_newest_first(api, user):
 
 
 def test_a_long_result_is_not_in_the_list(api, user, commit):
-    """The page asks for it again and again."""
+    """The page polls the list."""
     with commit():
         long, short = (Job.objects.enqueue(greet, ["x" * n], owner=user) for n in [20_000, 9])
     Job.objects.filter(pk=short.pk).update(result=[1, {"a": None}])
@@ -116,7 +116,7 @@ def test_a_long_result_is_not_in_the_list(api, user, commit):
     assert len(api.get(f"/api/jobs/{long.pk}/").json()["result"]) > 20_000
 
 
-def test_pages_show_each_job_once_also_of_one_moment(api, user):
+def test_pages_show_each_job_once_even_if_all_were_created_at_once(api, user):
     Job.objects.enqueue_many(greet, [[]] * 50, owner=user)
     Job.objects.update(created_at="2020-01-01T00:00Z")
     seen, url = [], "/api/jobs/?state=queued"
@@ -128,13 +128,13 @@ def test_pages_show_each_job_once_also_of_one_moment(api, user):
 
 
 @pytest.mark.parametrize("cursor", ["nonsense", b64encode(b"p=yesterday").decode()])
-def test_a_cursor_that_nobody_was_given_is_not_found(api, user, cursor):
+def test_an_invalid_page_cursor_is_not_found(api, user, cursor):
     Job.objects.enqueue(greet, owner=user)
     assert api.get(f"/api/jobs/?cursor={cursor}").status_code == 404
 
 
-def test_lists_cost_the_same_however_many_jobs_there_are(api, admin_client, user):
-    """Nothing counts or compares all of them."""
+def test_a_list_costs_the_same_however_many_jobs_there_are(api, admin_client, user):
+    """No query counts or compares all jobs."""
     Job.objects.enqueue_many(greet, [[]] * 150, owner=user)
     with CaptureQueriesContext(connection) as captured:
         assert len(ids(api.get("/api/jobs/"))) == 20
@@ -160,7 +160,7 @@ def test_cancel_ends_a_job_once(api, user):
     assert api.post(f"/api/jobs/{job.pk}/cancel/").status_code == 409
 
 
-def test_rights_open_every_job_to_staff(staff, user):
+def test_staff_with_permissions_may_open_every_job(staff, user):
     job = Job.objects.enqueue(greet, owner=user)
     url = f"/api/jobs/{job.pk}/"
     assert staff().get(url).status_code == 404
@@ -171,7 +171,7 @@ def test_rights_open_every_job_to_staff(staff, user):
     assert deleter.post(f"{url}cancel/").json()["state"] == "cancelled"
 
 
-def test_a_traceback_is_for_staff_that_may_view_jobs(api, staff, user, commit):
+def test_only_staff_with_the_view_permission_reads_tracebacks(api, staff, user, commit):
     with commit():
         job = Job.objects.enqueue(fail, owner=user)
     shown = api.get(f"/api/jobs/{job.pk}/").json()
@@ -200,10 +200,10 @@ def test_staff_runs_a_job_again(staff, user, commit):
     assert (again.state, again.result) == ("succeeded", "Hello Ada")
 
 
-def test_who_may_not_delete_jobs_may_not_run_them_again(api, staff, user, commit):
+def test_only_staff_with_the_delete_permission_runs_jobs_again(api, staff, user, commit):
     with commit():
         job = Job.objects.enqueue(greet, owner=user)
-    Permission.objects.get(codename="delete_job").user_set.add(user)  # who is no staff
+    Permission.objects.get(codename="delete_job").user_set.add(user)  # but the user is not staff
     for client in api, staff(), staff("view"):
         assert client.post(f"/api/jobs/{job.pk}/run_again/").status_code == 403
     assert APIClient().post(f"/api/jobs/{job.pk}/run_again/").status_code == 401
@@ -220,7 +220,7 @@ def test_who_may_not_delete_jobs_may_not_run_them_again(api, staff, user, commit
         ({"task": "celery.backend_cleanup"}, "is not a job"),
     ],
 )
-def test_a_job_that_cannot_run_again_says_why(staff_api, changes, reason):
+def test_the_answer_says_why_a_job_cannot_run_again(staff_api, changes, reason):
     job = Job.objects.enqueue(greet)
     if changes:
         Job.objects.cancel()
@@ -231,12 +231,12 @@ def test_a_job_that_cannot_run_again_says_why(staff_api, changes, reason):
     assert Job.objects.count() == 1
 
 
-def test_who_is_not_logged_in_gets_nothing():
+def test_a_request_without_a_login_is_refused():
     assert APIClient().get("/api/jobs/").status_code == 401
     assert APIClient().post(f"/api/jobs/{uuid.uuid4()}/cancel/").status_code == 401
 
 
-def test_who_asks_too_often_is_told_when_to_come_back(api, monkeypatch):
+def test_a_throttled_request_is_told_when_to_retry(api, monkeypatch):
     monkeypatch.setitem(Throttle.THROTTLE_RATES, "user", "1/min")
     assert api.get("/api/jobs/").status_code == 200
     response = api.get("/api/jobs/")
@@ -244,7 +244,7 @@ def test_who_asks_too_often_is_told_when_to_come_back(api, monkeypatch):
     assert 0 < int(response["Retry-After"]) <= 60
 
 
-def test_a_cache_that_is_away_stops_nobody(api, monkeypatch):
+def test_an_unavailable_cache_refuses_no_request(api, monkeypatch):
     def refuse(*args):
         raise ConnectionError("connection refused")
 
@@ -257,7 +257,7 @@ def test_a_cache_that_is_away_stops_nobody(api, monkeypatch):
 
 
 def scrape(client):
-    """The samples of GET /metrics that are not 0, {name and labels: value}."""
+    """Return the samples of GET /metrics that are not 0, as {name and labels: value}."""
     response = client.get("/metrics")
     assert response.status_code == 200
     found = {}
@@ -272,7 +272,7 @@ def ago(seconds):
     return Now() - timedelta(seconds=seconds)
 
 
-def test_the_metrics_tell_what_waits_and_since_when(staff_api):
+def test_the_metrics_count_waiting_jobs_and_the_longest_wait(staff_api):
     Job.objects.enqueue(greet, queue="slow")
     resent = Job.objects.enqueue(greet, queue="slow")
     Job.objects.filter(pk=resent.pk).update(due_at=ago(100), sent=3)
@@ -294,13 +294,13 @@ def test_the_metrics_tell_what_waits_and_since_when(staff_api):
     }
 
 
-def test_the_metrics_name_each_queue_also_an_empty_one(staff_api, settings):
+def test_the_metrics_name_each_queue_even_if_it_is_empty(staff_api, settings):
     shown = staff_api.get("/metrics").content.decode()
     for queue in settings.WORKER_QUEUES:
         assert re.search(f'jobs_waiting.queue="{queue}". 0.0', shown)
 
 
-def test_the_metrics_tell_what_has_ended_in_the_last_minute(staff_api):
+def test_the_metrics_count_jobs_that_ended_in_the_last_minute(staff_api):
     ended = {"started_at": ago(4), "finished_at": Now(), "wake_at": None}
     for change in [
         {"state": "succeeded"},
@@ -329,17 +329,17 @@ def test_the_metrics_tell_what_has_ended_in_the_last_minute(staff_api):
     }
 
 
-def test_the_metrics_are_for_staff(api, staff_api, admin_user, monkeypatch):
+def test_the_metrics_are_for_staff_and_not_throttled(api, staff_api, admin_user, monkeypatch):
     monkeypatch.setitem(Throttle.THROTTLE_RATES, "user", "1/min")
     assert APIClient().get("/metrics").status_code == 401
     assert api.get("/metrics").status_code == 403
     token = Token.objects.create(user=admin_user)
     by_token = APIClient(HTTP_AUTHORIZATION=f"Token {token}", HTTP_ACCEPT="text/plain")
-    for client in staff_api, by_token, by_token:  # however often
+    for client in staff_api, by_token, by_token:  # more often than the throttle allows
         assert client.get("/metrics")["Content-Type"].startswith("text/plain")
 
 
-def test_the_metrics_cost_three_queries_however_many_jobs_there_are(staff_api):
+def test_a_scrape_needs_three_queries_however_many_jobs_there_are(staff_api):
     for number in range(20):
         Job.objects.enqueue(greet, queue=f"queue{number % 7}")
     Job.objects.filter(queue="queue1").cancel()
@@ -389,7 +389,7 @@ def test_the_admin_cancels_jobs(admin_client):
     assert job.state == "cancelled"
 
 
-def test_the_admin_acts_on_no_more_jobs_than_it_says(admin_client, monkeypatch):
+def test_the_admin_changes_no_more_jobs_than_it_counts(admin_client, monkeypatch):
     monkeypatch.setattr("jobs.admin.LatestPages.most", 2)
     jobs = [Job.objects.enqueue(greet, countdown=9) for _ in range(3)]
     data = {"action": "cancel", "select_across": "1", "_selected_action": [jobs[0].pk]}
@@ -409,7 +409,7 @@ def test_the_admin_runs_ended_jobs_again(admin_client, user, commit):
 
 
 def test_many_jobs_run_again_in_a_few_queries(admin_client, user):
-    """Of one each it took a minute for 5,000 jobs, longer than a server waits."""
+    """One query for each of 5,000 jobs took a minute, longer than a server waits."""
     keyed = Job.objects.enqueue(greet, unique="key")
     Job.objects.enqueue_many(greet, [["one"], ["two"]] * 10, queue="cpu", owner=user)
     Job.objects.update(cursor=[7])
@@ -423,7 +423,7 @@ def test_many_jobs_run_again_in_a_few_queries(admin_client, user):
     assert Job.objects.filter(state="queued", unique_key="key").exclude(pk=keyed.pk).count() == 1
 
 
-def test_the_admin_leaves_alone_a_job_whose_task_is_gone(admin_client, user, commit):
+def test_the_admin_skips_a_job_whose_task_no_longer_exists(admin_client, user, commit):
     with commit():
         gone = Job.objects.enqueue(greet, ["Ada"], owner=user)
     Job.objects.filter(pk=gone.pk).update(task="no.such.task")
@@ -434,7 +434,7 @@ def test_the_admin_leaves_alone_a_job_whose_task_is_gone(admin_client, user, com
 # Bad input
 
 
-def test_a_format_in_the_address_is_not_found(api, user):
+def test_a_format_suffix_in_the_url_is_not_found(api, user):
     job = Job.objects.enqueue(greet, owner=user)
     assert api.post(f"/api/jobs/{job.pk}/cancel.json").status_code == 404
     assert api.get("/api/jobs.json").status_code == 404
@@ -452,7 +452,7 @@ def test_json_that_is_nested_too_deeply_is_refused():
     assert echo(request).status_code == 400
 
 
-def test_code_that_recurses_without_end_is_an_error_of_ours():
+def test_infinite_recursion_in_a_view_is_not_a_bad_request():
     @api_view()
     @permission_classes([])
     def recurse(request):

@@ -1,4 +1,4 @@
-"""Django's own Tasks: a function that @task declares is a job, and does what Django documents."""
+"""Django's Tasks: a function that @task declares is a job, and behaves as Django documents."""
 
 import asyncio
 import time
@@ -104,12 +104,12 @@ async def read_for_ever():
 
 
 @pytest.fixture(autouse=True)
-def nothing_seen():
+def clear_seen():
     seen.clear()
 
 
 def run(task, *args):
-    """Enqueue and run it, with all its tries. Returns its result."""
+    """Enqueue a task and run it with all its retries. Return its TaskResult."""
     result = task.enqueue(*args)
     publish([Job.objects.get(pk=result.id)])
     for _ in range(3):
@@ -142,13 +142,13 @@ def test_a_rollback_leaves_no_row_and_no_message(commit):
     assert not Job.objects.exists() and not callbacks
 
 
-def test_its_name_is_its_path_and_its_text_that_of_its_function():
+def test_a_task_of_celery_has_the_path_and_the_name_of_its_function():
     job = Job.objects.get(pk=broken.enqueue().id)
     assert job.task == broken.module_path == f"{__name__}.broken"
     assert current_app.tasks[job.task].__name__ == "broken"
 
 
-def test_a_task_that_fails_tells_why():
+def test_a_failed_task_has_its_error_and_traceback():
     result = run(broken)
     assert result.status == TaskResultStatus.FAILED and result.is_finished
     assert result.attempts == 1
@@ -159,7 +159,7 @@ def test_a_task_that_fails_tells_why():
         assert result.return_value
 
 
-def test_the_context_reports_retries_and_continues():
+def test_the_context_can_report_retry_and_continue():
     result = run(flaky, 2)
     assert result.return_value == result.attempts == 3
     assert seen == [(1, None), (2, [1]), (3, [2])]
@@ -170,7 +170,7 @@ def test_the_context_reports_retries_and_continues():
     assert (job.progress, job.message, job.retries) == (100, "half", 2)
 
 
-def test_it_has_the_options_of_shared_task():
+def test_a_task_may_have_options_of_shared_task():
     result = run(unreachable)
     assert result.status == TaskResultStatus.FAILED
     assert [error.exception_class for error in result.errors] == [OSError] * 2
@@ -185,7 +185,7 @@ def test_it_has_the_options_of_shared_task():
     ],
 )
 def test_each_step_sends_a_signal(task, end):
-    """A receiver that fails, fails alone."""
+    """A receiver that fails does not fail the job."""
     steps, receivers = [], {}
     for name in ["enqueued", "started", "finished"]:
 
@@ -203,7 +203,7 @@ def test_each_step_sends_a_signal(task, end):
     assert result.status == end[1]
 
 
-def test_a_body_starts_once_the_database_answers(monkeypatch):
+def test_a_body_waits_for_an_unavailable_database(monkeypatch):
     answers = iter([OperationalError("away")])
     get_result = TaskBackend.get_result
 
@@ -220,7 +220,7 @@ def test_a_body_starts_once_the_database_answers(monkeypatch):
     assert job.result == 2
 
 
-def test_a_function_that_is_gone_fails(monkeypatch, caplog):
+def test_a_job_whose_function_no_longer_exists_fails(monkeypatch, caplog):
     job = Job.objects.get(pk=add.enqueue(1).id)
     monkeypatch.delitem(globals(), "add")
     publish([job])
@@ -229,15 +229,15 @@ def test_a_function_that_is_gone_fails(monkeypatch, caplog):
         "failed",
         f"{TaskResultDoesNotExist.__module__}.TaskResultDoesNotExist: {job.pk}",
     )
-    assert "task_result" not in caplog.text  # which there was none of
+    assert "task_result" not in caplog.text  # no error, although task_started was never sent
 
 
 @pytest.mark.parametrize(
     ("minutes", "status", "error"),
     [(1, "READY", WorkerLostError), (-1, "FAILED", TimeLimitExceeded)],
 )
-def test_a_dead_worker_is_an_attempt(minutes, status, error):
-    """Also one that Celery killed, since the deadline is over."""
+def test_a_dead_worker_counts_as_an_attempt(minutes, status, error):
+    """Also one that Celery killed because the deadline is over."""
     result = add.enqueue(1)
     deadline = timezone.now() + timedelta(minutes=minutes)
     started = {"started_at": timezone.now(), "deadline": deadline, "worker": "celery@host"}
@@ -249,7 +249,7 @@ def test_a_dead_worker_is_an_attempt(minutes, status, error):
     assert result.errors[0].traceback
 
 
-def test_a_job_that_its_broker_refuses_has_failed():
+def test_a_job_that_its_broker_refuses_has_an_error():
     result = add.enqueue(1)
     Job.objects.all().finish("failed", error="The broker refused it")
     result.refresh()
@@ -257,9 +257,9 @@ def test_a_job_that_its_broker_refuses_has_failed():
     assert (error.exception_class, error.traceback) == (TaskError, "The broker refused it")
 
 
-def test_a_queue_that_no_worker_has_is_refused(settings):
+def test_a_queue_that_is_not_in_the_settings_is_refused(settings):
     assert Job.objects.get(pk=add.using(queue_name="cpu").enqueue(1).id).queue == "cpu"
-    assert Job.objects.get(pk=add.enqueue(1).id).queue == "celery"  # by the routes
+    assert Job.objects.get(pk=add.enqueue(1).id).queue == "celery"  # the queue of the routes
     with pytest.raises(InvalidTask, match="'slow' is not valid"):
         add.using(queue_name="slow")
     to_cpu = add.using(queue_name="cpu")
@@ -273,7 +273,7 @@ def test_a_priority_is_refused():
         add.using(priority=1)
 
 
-def test_it_waits_until_run_after():
+def test_a_task_waits_until_run_after():
     later = timezone.now() + timedelta(hours=1)
     job = Job.objects.get(pk=add.using(run_after=later).enqueue(1).id)
     assert job.state == "queued" and job.sent == 0
@@ -282,7 +282,7 @@ def test_it_waits_until_run_after():
     assert Job.objects.get(pk=add.using(run_after=past).enqueue(1).id).sent == 1
 
 
-def test_it_has_an_owner_and_may_be_unique(user):
+def test_a_task_may_have_an_owner_and_a_unique_key(user):
     unique = add.using(owner=user).using(unique="x").using(queue_name="io")
     assert hash(unique) == hash(unique.using())
     first, again = unique.enqueue(1), unique.enqueue(2)
@@ -300,7 +300,7 @@ def test_a_cancelled_task_has_failed(user):
     assert result.errors[0].exception_class is TaskRevokedError
 
 
-def test_a_result_is_found_by_its_id_alone():
+def test_a_result_is_found_only_by_the_id_of_a_task():
     plain = Job.objects.enqueue(read_unbound, [1])
     for unknown in ["no id", "00000000-0000-0000-0000-000000000000", plain.pk]:
         with pytest.raises(TaskResultDoesNotExist):
@@ -310,13 +310,13 @@ def test_a_result_is_found_by_its_id_alone():
 
 
 @pytest.mark.parametrize("args", [[], [1, 2, 3], [object()]])
-def test_arguments_are_checked_when_it_is_enqueued(args):
+def test_arguments_are_checked_when_a_task_is_enqueued(args):
     with pytest.raises(TypeError):
         add.enqueue(*args)
     assert not Job.objects.exists()
 
 
-def test_its_job_runs_again(commit):
+def test_the_job_of_a_task_can_run_again(commit):
     result = run(add, 1)
     with commit():
         again = Job.objects.get(pk=result.id).run_again()
@@ -324,24 +324,24 @@ def test_its_job_runs_again(commit):
     assert again.result == 2
 
 
-def test_called_it_is_its_function():
+def test_call_runs_the_function():
     assert add.call(1, 2) == 3
 
 
-def test_a_coroutine_is_a_body():
+def test_a_coroutine_can_be_a_task():
     result = run(read, 5)
     assert result.return_value == [5, 1], result.errors
     assert Job.objects.get().queue == "io"
 
 
-def test_a_coroutine_has_the_context():
+def test_a_coroutine_can_use_the_context():
     result = run(read_again)
     assert result.return_value == 3, result.errors
     assert seen == [None, [1], [2]]
     assert [e.exception_class.__name__ for e in result.errors] == ["OSError", "Retry"]
 
 
-def test_a_coroutine_is_the_body_of_a_job_task():
+def test_a_coroutine_can_be_the_body_of_a_job_task():
     job = Job.objects.enqueue(celery_read, [5])
     other = Job.objects.enqueue(read_unbound, [6])
     publish([job, other])
@@ -371,7 +371,7 @@ def test_a_coroutine_over_its_time_limit_is_cancelled(monkeypatch):
 
 
 @pytest.mark.django_db(transaction=True)
-def test_it_is_enqueued_from_an_async_view():
+def test_an_async_view_can_enqueue_a_task():
     async def view():
         values = []
         for task in [add, read]:

@@ -1,4 +1,4 @@
-"""What Celery's documentation has for tasks, typed with jobs: it works, or is refused."""
+"""Calls from Celery's documentation, made with jobs: each one works or is refused."""
 
 import uuid
 from datetime import UTC, date, datetime
@@ -35,7 +35,7 @@ def name_types(*args):
 
 
 @shared_task(base=JobTask, bind=True)
-def come_back(self, *args):
+def retry_once(self, *args):
     if not self.request.retries:
         raise self.retry()
     return [type(arg).__name__ for arg in args]
@@ -47,7 +47,7 @@ def enqueue_another():
 
 
 @shared_task(base=JobTask)
-def blame(text):
+def fail_with_text(text):
     raise JobError(text)
 
 
@@ -83,30 +83,30 @@ def mode(request, eager):
         lambda: add.apply_async([1, 2], link=plain.si()),
     ],
 )
-def test_a_job_is_no_part_of_another_task(mode, send):
+def test_a_job_is_refused_in_a_canvas_and_as_a_callback(mode, send):
     with pytest.raises(TypeError, match="joins no group, chain or chord"):
         send()
     assert not Job.objects.exists()
 
 
-def test_plain_tasks_are_combined_as_ever(mode):
+def test_plain_tasks_can_still_be_combined(mode):
     chord([plain.si(), plain.si()])(plain.si())
     plain.apply_async(link=plain.si(), link_error=plain.si())
 
 
-def test_a_plain_task_is_sent_by_its_name():
+def test_send_task_sends_a_plain_task():
     app.conf.task_always_eager = False
     assert app.send_task(plain.name).state == "PENDING"
 
 
-def test_a_job_says_its_progress_with_report_only():
+def test_update_state_is_refused_in_a_job():
     job = Job.objects.enqueue(update)
     publish([job])
     job.refresh_from_db()
     assert "call self.report(" in job.error
 
 
-def test_a_job_is_known_by_its_id_alone():
+def test_an_async_result_finds_a_job_by_its_id():
     job = Job.objects.enqueue(add, [1, 2])
     app.conf.task_always_eager = False
     for result in AsyncResult(str(job.pk)), app.AsyncResult(str(job.pk)):
@@ -118,15 +118,15 @@ def test_a_job_is_known_by_its_id_alone():
         assert (result.state, result.get()) == ("SUCCESS", 3)
 
 
-def test_who_waits_for_a_job_by_its_id_waits_for_its_row(monkeypatch):
-    """Redis' backend, for one, would wait for a message that no job sends."""
+def test_get_waits_for_the_row_of_a_job(monkeypatch):
+    """A result backend such as Redis would wait for a message that no job sends."""
     monkeypatch.setattr(CacheBackend, "wait_for_pending", Mock(), raising=False)
     job = Job.objects.enqueue(add, [1, 2])
     assert AsyncResult(str(job.pk)).get(timeout=10) == 3
     CacheBackend.wait_for_pending.assert_not_called()
 
 
-def test_a_job_is_enqueued_by_the_name_of_its_task(run_jobs):
+def test_send_task_enqueues_a_job(run_jobs):
     result = app.send_task(add.name, [1, 2], countdown=60)
     assert Job.objects.get().args == [1, 2]
     run_jobs()
@@ -136,8 +136,8 @@ def test_a_job_is_enqueued_by_the_name_of_its_task(run_jobs):
 TYPES = [datetime(2026, 1, 2, tzinfo=UTC), date(2026, 1, 2), uuid.UUID(int=1), Decimal("1.10")]
 
 
-@pytest.mark.parametrize("task", [name_types, come_back])
-def test_a_body_gets_the_types_that_celery_sends(run_jobs, task):
+@pytest.mark.parametrize("task", [name_types, retry_once])
+def test_a_body_gets_its_arguments_with_the_types_that_celery_keeps(run_jobs, task):
     job = Job.objects.enqueue(task, TYPES)
     run_jobs()
     job.refresh_from_db()
@@ -147,32 +147,32 @@ def test_a_body_gets_the_types_that_celery_sends(run_jobs, task):
     assert job.result == again.result == ["datetime", "date", "UUID", "Decimal"], job.error
 
 
-@pytest.mark.filterwarnings("error::RuntimeWarning")  # Celery's, of results in eager mode
-def test_what_a_test_asks_for_is_there():
+@pytest.mark.filterwarnings("error::RuntimeWarning")  # Celery's warning about results in eager mode
+def test_get_returns_a_result_in_eager_mode():
     assert add.delay(1, 2).get(timeout=10) == 3
-    assert come_back.delay(1).get(timeout=10) == ["int"]
+    assert retry_once.delay(1).get(timeout=10) == ["int"]
 
 
-def test_what_a_body_enqueues_runs_too(run_jobs):
+def test_run_jobs_also_runs_jobs_that_a_body_enqueues(run_jobs):
     Job.objects.enqueue(enqueue_another)
     run_jobs()
     assert list(Job.objects.values_list("state", flat=True)) == ["succeeded"] * 2
 
 
-def test_a_broker_that_takes_nothing_keeps_no_test(run_jobs, broker_down):
+def test_run_jobs_returns_although_the_broker_is_down(run_jobs, broker_down):
     Job.objects.enqueue(add, [1, 2])
     run_jobs()
     assert Job.objects.get().state == "queued"
 
 
-def test_a_plain_task_that_fails_fails_its_test():
+def test_an_error_of_a_plain_task_is_raised_in_eager_mode():
     with pytest.raises(ZeroDivisionError):
         fail.delay()
 
 
 @pytest.mark.parametrize(("state", "ends"), [("queued", True), ("running", False)])
-def test_flower_sees_that_a_cancelled_job_ends(monkeypatch, state, ends):
-    """A run drops its job in silence if another run has it: that one says how it ends."""
+def test_flower_is_told_that_a_cancelled_job_has_ended(monkeypatch, state, ends):
+    """If another run has the job, no event is sent: that run reports how the job ends."""
     sent = []
     monkeypatch.setattr(JobTask, "send_event", lambda self, name, **fields: sent.append(name))
     monkeypatch.setitem(app.conf, "worker_send_task_events", True)
@@ -185,8 +185,8 @@ def test_flower_sees_that_a_cancelled_job_ends(monkeypatch, state, ends):
     assert sent == (["task-revoked"] if ends else [])
 
 
-def test_a_label_stays_with_its_job():
-    """As much of it as its column holds: a file's name may be long."""
+def test_a_label_is_kept_and_cut_to_its_column():
+    """It is cut to the length of its column, because the name of a file may be long."""
     jobs = Job.objects.enqueue_many(add, [[1, 2]], label="many" * 100)
     publish(jobs)
     jobs[0].refresh_from_db()
@@ -194,31 +194,31 @@ def test_a_label_stays_with_its_job():
     assert Job.objects.enqueue(add, [1, 2], label="one" * 100).label == "one" * 85
 
 
-def test_an_owner_reads_what_a_job_error_says(api, user):
-    for task, args, shown in [(blame, ["Row 17"], "Row 17"), (add, [1, "2"], "It failed")]:
+def test_an_owner_reads_only_the_text_of_a_job_error(api, user):
+    for task, args, shown in [(fail_with_text, ["Row 17"], "Row 17"), (add, [1, "2"], "It failed")]:
         job = Job.objects.enqueue(task, args, owner=user, label="Import")
         publish([job])
         seen = api.get(f"/api/jobs/{job.pk}/").json()
         assert (seen["label"], seen["state"], seen["error"]) == ("Import", "failed", shown)
 
 
-def test_staff_reads_what_an_exception_says(staff_api):
+def test_staff_reads_the_text_of_every_exception(staff_api):
     job = Job.objects.enqueue(add, [1, "2"])
     publish([job])
     assert "TypeError" in staff_api.get(f"/api/jobs/{job.pk}/").json()["error"]
 
 
-def found():
+def found_by_checks():
     return {message.id for message in run_checks() if message.id.startswith("jobs.")}
 
 
-def test_a_queue_that_no_worker_takes_from_is_found(monkeypatch):
-    assert found() == set()
+def test_the_checks_find_a_queue_without_workers(monkeypatch):
+    assert found_by_checks() == set()
     monkeypatch.setattr(add, "queue", "other", raising=False)
-    assert found() == {"jobs.W005"}
+    assert found_by_checks() == {"jobs.W005"}
 
 
-def test_a_schedule_of_no_task_is_found(monkeypatch):
+def test_the_checks_find_a_schedule_of_an_unknown_task(monkeypatch):
     entry = {"task": "no.such.task", "schedule": 60}
     monkeypatch.setitem(app.conf, "beat_schedule", {"daily": entry})
-    assert found() == {"jobs.W006"}
+    assert found_by_checks() == {"jobs.W006"}

@@ -1,7 +1,7 @@
 """The ledger: what a job's row promises, whatever happens to its message or its worker.
 
-Nothing here needs a broker. What a worker does with a message, publish([job]) does at once; a test
-that must look in between takes `published`, a broker without workers.
+Nothing here needs a broker: in eager mode publish([job]) runs the job at once. A test that checks a
+job between its publishing and its run uses the fixture `published`, a broker without workers.
 """
 
 import itertools
@@ -53,7 +53,7 @@ from jobs.tasks import JobTask
 
 pytestmark = pytest.mark.django_db
 
-CLAIM = {  # by a first message
+CLAIM = {  # arguments of a claim by a job's first message
     "worker": "",
     "retries": 0,
     "crashes": 0,
@@ -98,7 +98,7 @@ def plain():
 
 
 def run(body):
-    """Return a job as it is after its body: body(task)."""
+    """Enqueue and run a job that calls body(task). Return the job as it is afterwards."""
     act.body = body
     return deliver(Job.objects.enqueue(act))
 
@@ -110,19 +110,19 @@ def deliver(job):
 
 
 def start(job, limit=60):
-    """Let a worker claim the job, and never be heard of again."""
+    """Claim the job for a worker that then disappears."""
     message = {"retries": job.retries, "crashes": job.crashes}
     assert claim(job.pk, limit=timedelta(seconds=limit), **message)
     lapse(job)
 
 
 def claim(pk, run=None, **message):
-    """Return what the claim of a job by this message returns."""
+    """Claim a job with a message that has these fields. Return what claim() returns."""
     return Job.objects.claim(id=pk, run=run or uuid.uuid4(), **CLAIM | message)
 
 
 def lapse(*jobs):
-    """Let it be time for the sweep to look at these jobs, the first one first."""
+    """Make these jobs due for the sweep, in this order."""
     for place, job in enumerate(jobs):
         past = Now() - timedelta(seconds=1000 - place)
         Job.objects.filter(pk=job.pk).update(wake_at=past)
@@ -135,7 +135,10 @@ def seconds_until_due(job):
 
 @pytest.fixture
 def published(monkeypatch):
-    """A broker without workers: the ids of the messages in it. What is removed here is lost."""
+    """A broker without workers: a list of ids, one for each message in it.
+
+    To lose a message, remove its id.
+    """
     waiting = []
 
     def publish(task, job, producer, **options):
@@ -170,14 +173,14 @@ def test_a_rollback_leaves_neither_row_nor_message(commit, published):
     [(add, [1]), (add, [1, 2, 3]), (add, [1, object()]), (add, [1, nan]), (plain, []), (len, [])],
     ids=["too few arguments", "too many", "not JSON", "NaN", "a task that is no job", "no task"],
 )
-def test_what_cannot_run_is_refused_at_once(task, args):
+def test_a_job_that_cannot_run_is_refused_when_it_is_enqueued(task, args):
     with pytest.raises(TypeError):
         Job.objects.enqueue(task, args)
     assert not Job.objects.exists()
 
 
 @pytest.mark.parametrize("args, kwargs", [(12, {}), ("12", {}), ({1: 2}, {}), ([], [1, 2])])
-def test_arguments_come_as_a_list_and_as_a_dictionary(args, kwargs):
+def test_arguments_must_be_a_list_and_a_dictionary(args, kwargs):
     with pytest.raises(TypeError, match="args must be a list"):
         Job.objects.enqueue(add, args, kwargs)
     assert not Job.objects.exists()
@@ -191,7 +194,7 @@ def test_a_task_may_have_a_shorter_time_limit_than_the_settings(commit):
 
 
 @pytest.mark.parametrize("owned", [True, False])
-def test_a_key_is_used_once(user, owned):
+def test_an_owner_uses_an_idempotency_key_once(user, owned):
     owner = user if owned else None
     Job.objects.enqueue(add, [1, 2], owner=owner, idempotency_key="key")
     with pytest.raises(IntegrityError), transaction.atomic():
@@ -199,12 +202,12 @@ def test_a_key_is_used_once(user, owned):
     assert Job.objects.count() == 1
 
 
-def test_two_owners_may_use_the_same_key(user, admin_user):
+def test_two_owners_may_use_the_same_idempotency_key(user, admin_user):
     Job.objects.enqueue(add, [1, 2], owner=user, idempotency_key="key")
     Job.objects.enqueue(add, [1, 2], owner=admin_user, idempotency_key="key")
 
 
-def test_a_key_is_one_job_at_a_time(published):
+def test_a_unique_key_has_one_active_job(published):
     first = Job.objects.enqueue(add, [1, 2], unique="key")
     assert Job.objects.enqueue(short, [3], unique="key") == first
     start(first)
@@ -215,8 +218,8 @@ def test_a_key_is_one_job_at_a_time(published):
     assert Job.objects.enqueue(add, [1, 2], unique="key").state == "queued"
 
 
-def at_once(count, function):
-    """Call it in so many threads, each with a connection of its own; return what it returns."""
+def call_concurrently(count, function):
+    """Call a function in `count` threads at once, each with its own connection. Return a list."""
     barrier = threading.Barrier(count)
 
     def call(number):
@@ -233,37 +236,39 @@ def at_once(count, function):
 
 @pytest.mark.django_db(transaction=True)
 @pytest.mark.parametrize("block", [nullcontext, transaction.atomic])
-def test_twenty_that_want_a_key_at_once_get_one_job(block):
+def test_concurrent_calls_with_a_unique_key_get_one_job(block):
     def enqueue():
         with block():
             job = Job.objects.enqueue(add, [1, 2], unique="key", countdown=60)
-            return Job.objects.get(pk=job.pk).pk  # the transaction goes on
+            return Job.objects.get(pk=job.pk).pk  # the transaction still works
 
-    assert set(at_once(20, enqueue)) == {Job.objects.get().pk}
+    assert set(call_concurrently(20, enqueue)) == {Job.objects.get().pk}
 
 
 @pytest.mark.django_db(transaction=True)
-def test_twenty_that_want_a_key_at_once_all_get_a_job_that_runs():
-    """Some of these end while others look for them."""
+def test_concurrent_calls_with_a_unique_key_all_get_a_job_that_runs():
+    """Some of the jobs end while other threads read them."""
 
     def enqueue():
         return [Job.objects.enqueue(add, [1, 2], unique="key").pk for _ in range(10)]
 
-    jobs = {pk for pks in at_once(20, enqueue) for pk in pks}
+    jobs = {pk for pks in call_concurrently(20, enqueue) for pk in pks}
     assert set(Job.objects.values_list("pk", "state")) == {(pk, "succeeded") for pk in jobs}
 
 
-def test_a_job_that_ends_before_it_is_found_leaves_its_key(monkeypatch):
+def test_a_conflicting_job_that_ends_before_it_is_read_frees_its_unique_key(monkeypatch):
     other, get = Job.objects.enqueue(add, [1, 2], unique="key"), JobQuerySet.get
-    looks = [Job.objects.cancel, lambda: None]  # not committed yet, ended by now
+    # What happens before each read, the last one first: the other job is not committed yet, then it
+    # has ended.
+    steps = [Job.objects.cancel, lambda: None]
 
-    def look(self, **key):
-        if looks:
-            looks.pop()()
+    def fail_twice(self, **key):
+        if steps:
+            steps.pop()()
             raise Job.DoesNotExist
         return get(self, **key)
 
-    monkeypatch.setattr(JobQuerySet, "get", look)
+    monkeypatch.setattr(JobQuerySet, "get", fail_twice)
     job = Job.objects.enqueue(add, [1, 2], unique="key")
     assert set(Job.objects.values_list("pk", "state")) == {
         (other.pk, "cancelled"),
@@ -271,19 +276,19 @@ def test_a_job_that_ends_before_it_is_found_leaves_its_key(monkeypatch):
     }
 
 
-def test_a_key_hides_no_other_conflict():
+def test_a_unique_key_hides_no_conflict_of_idempotency_keys():
     Job.objects.enqueue(add, [1, 2], unique="first", idempotency_key="unique_key")
     with pytest.raises(IntegrityError), transaction.atomic():
         Job.objects.enqueue(add, [1, 2], unique="second", idempotency_key="unique_key")
 
 
 @pytest.mark.parametrize("unique", ["", "x" * 256, 7])
-def test_a_key_is_a_text_that_fits(unique):
+def test_a_unique_key_must_be_a_text_of_1_to_255_characters(unique):
     with pytest.raises(ValueError, match="unique= must be a string of 1 to 255 characters"):
         Job.objects.enqueue(add, [1, 2], unique=unique)
 
 
-def test_a_countdown_is_not_published_before_it_is_due(commit, published):
+def test_a_job_with_a_countdown_is_not_published_before_it_is_due(commit, published):
     with commit():
         job = Job.objects.enqueue(add, [1, 2], countdown=60)
     sweep.send_due()
@@ -294,14 +299,14 @@ def test_a_countdown_is_not_published_before_it_is_due(commit, published):
     assert published == [str(job.pk)]
 
 
-def test_a_broker_that_is_down_leaves_the_job_queued_and_due(broker_down):
+def test_a_job_stays_queued_and_due_while_the_broker_is_down(broker_down):
     job = Job.objects.enqueue(add, [1, 2])
     assert not models.publish([job])
     assert seconds_until_due(job) <= 0
     assert (job.state, job.sent) == ("queued", 0)
 
 
-def test_who_finds_the_broker_down_does_not_try_again_for_a_while(broker_down, monkeypatch):
+def test_publishing_pauses_after_the_broker_was_found_down(broker_down, monkeypatch):
     first, second = Job.objects.enqueue(add, [1, 2]), Job.objects.enqueue(add, [3, 4])
     models.publish([first])
     models.publish([second])
@@ -312,8 +317,8 @@ def test_who_finds_the_broker_down_does_not_try_again_for_a_while(broker_down, m
     assert broker_down == [str(first.pk), str(second.pk)]
 
 
-def test_a_message_that_the_broker_refused_holds_up_no_other(monkeypatch):
-    """Its connection works: the next one is tried at once."""
+def test_a_message_that_the_broker_refuses_delays_no_other(monkeypatch):
+    """The connection works, so the next message is sent at once."""
     monkeypatch.setattr(messages, "send_one", Mock(side_effect=[ValueError("too large"), None]))
     refused, other = Job.objects.enqueue(add, [1, 2]), Job.objects.enqueue(add, [3, 4])
     models.publish([refused])
@@ -321,21 +326,21 @@ def test_a_message_that_the_broker_refused_holds_up_no_other(monkeypatch):
     assert seconds_until_due(refused) <= 0 < seconds_until_due(other)
 
 
-def test_a_broker_that_is_away_for_one_queue_is_asked_for_others(broker_down):
+def test_an_unavailable_queue_does_not_stop_publishing_to_others(broker_down):
     jobs = [Job.objects.enqueue(add, [1, 2], queue=queue) for queue in ["cpu", "cpu", "io"]]
     for job in jobs:
         models.publish([job])
     assert broker_down == [str(jobs[0].pk), str(jobs[2].pk)]
 
 
-def test_a_job_waits_for_code_that_knows_its_task_and_holds_up_no_other():
+def test_a_job_with_an_unknown_task_stays_queued_and_delays_no_other():
     job, other = Job.objects.enqueue(add, [1, 2]), Job.objects.enqueue(add, [1, 2])
     job.task = "to.be.deployed"
     assert deliver(job).state == "queued"
     assert deliver(other).state == "succeeded"
 
 
-def test_many_jobs_are_stored_and_sent_together(commit, published, user):
+def test_enqueue_many_stores_and_sends_all_jobs_together(commit, published, user):
     with CaptureQueriesContext(connection) as captured, commit():
         jobs = Job.objects.enqueue_many(add, [[1, 2], [3, 4], [5, 6]], owner=user, queue="cpu")
         assert published == []
@@ -343,18 +348,18 @@ def test_many_jobs_are_stored_and_sent_together(commit, published, user):
     assert [(job.args, job.owner, job.queue) for job in Job.objects.order_by("created_at")] == [
         ([number, number + 1], user, "cpu") for number in (1, 3, 5)
     ]
-    assert len({job.created_at for job in jobs}) == 3  # pages need an order
+    assert len({job.created_at for job in jobs}) == 3  # pages are ordered by it
     assert published == [str(job.pk) for job in jobs]
     assert all(seconds_until_due(job) == pytest.approx(30, abs=5) for job in jobs)
 
 
-def test_many_jobs_run(commit):
+def test_enqueue_many_runs_all_jobs(commit):
     with commit():
         Job.objects.enqueue_many(add, ([number, 1] for number in range(3)))
     assert [job.result for job in Job.objects.order_by("created_at")] == [1, 2, 3]
 
 
-def test_of_many_jobs_all_are_stored_or_none(commit, published):
+def test_enqueue_many_stores_all_jobs_or_none(commit, published):
     with commit(), pytest.raises(TypeError):
         Job.objects.enqueue_many(add, [[1, 2], [3]])
     with commit(), pytest.raises(ZeroDivisionError), transaction.atomic():
@@ -364,7 +369,7 @@ def test_of_many_jobs_all_are_stored_or_none(commit, published):
     assert published == []
 
 
-def test_many_jobs_wait_for_their_broker_and_for_their_time(commit, broker_down, monkeypatch):
+def test_many_jobs_wait_for_the_broker_and_their_countdown(commit, broker_down, monkeypatch):
     monkeypatch.setattr(models, "BATCH_SIZE", 2)
     with commit():
         late = Job.objects.enqueue_many(add, [[1, 2]] * 3, countdown=60)
@@ -374,12 +379,12 @@ def test_many_jobs_wait_for_their_broker_and_for_their_time(commit, broker_down,
     assert all(seconds_until_due(job) == pytest.approx(60, abs=5) for job in late)
 
 
-def test_no_jobs_are_no_error(commit):
+def test_enqueue_many_accepts_an_empty_list(commit):
     with commit():
         assert Job.objects.enqueue_many(add, []) == []
 
 
-def test_the_message_of_a_job_is_one_of_celery():
+def test_a_job_is_sent_as_a_celery_message():
     app.conf.task_always_eager = False
     job = Job.objects.enqueue(add, [1], {"y": 2}, queue="cpu")
     job.retries = 3
@@ -402,7 +407,7 @@ def test_a_result_is_stored():
 
 
 @pytest.mark.parametrize("text, stored", [("bad", "bad"), ("b\0ad", "bad"), ("b\ud800d", "b?d")])
-def test_an_error_is_stored_without_what_a_database_refuses(text, stored):
+def test_an_error_is_stored_without_characters_that_a_database_refuses(text, stored):
     def body(task):
         task.report(30, message=text)
         raise ValueError(text)
@@ -421,7 +426,7 @@ def test_a_result_that_is_not_json_fails_the_job(result):
     assert job.error.startswith("Its result cannot be stored: ")
 
 
-def test_a_body_that_exits_fails_and_its_worker_lives():
+def test_a_body_that_calls_sys_exit_fails_and_its_worker_survives():
     job = run(lambda task: sys.exit("bye"))
     assert (job.state, job.error) == ("failed", "The task called sys.exit('bye')")
 
@@ -438,7 +443,7 @@ def test_a_body_over_its_soft_time_limit_fails():
 def test_a_report_is_stored_while_the_body_runs(done, total, percent):
     def body(task):
         task.report(done, total, "x" * 300)
-        lease.write_and_renew([task.job_run])  # as the thread does, twice a second
+        lease.write_and_renew([task.job_run])  # as the thread of leases does, twice a second
         job = Job.objects.get()
         return [job.state, job.progress, len(job.message)]
 
@@ -446,7 +451,7 @@ def test_a_report_is_stored_while_the_body_runs(done, total, percent):
 
 
 def test_a_renewal_keeps_the_progress_of_a_resumed_job():
-    """It has nothing new to say until its body reports."""
+    """A renewal has no progress to write until the body reports some."""
     job = Job.objects.enqueue(add, [1, 2])
     Job.objects.update(cursor=7, progress=50)
     resumed = lease.Run(job.pk)
@@ -458,7 +463,7 @@ def test_a_renewal_keeps_the_progress_of_a_resumed_job():
     assert seconds_until_due(job) == pytest.approx(30, abs=5)
 
 
-def test_a_new_run_starts_its_progress_anew():
+def test_a_new_run_resets_the_progress():
     job = Job.objects.enqueue(add, [1, 2])
     Job.objects.update(progress=50, message="half done")
     start(job)
@@ -466,13 +471,13 @@ def test_a_new_run_starts_its_progress_anew():
     assert (job.progress, job.message) == (0, "")
 
 
-def test_a_run_goes_on_where_the_last_one_stopped():
+def test_a_run_continues_at_the_cursor_of_the_last_run():
     seen = []
 
     def body(task):
         seen.append((task.cursor, Job.objects.get().progress))
         task.report(1, 2, "half done", cursor={"page": 5})
-        task.report(1, 1)  # without one, so it is not in the database yet
+        task.report(1, 1)  # without a cursor, so it is not in the database yet
         job = Job.objects.get()
         seen.append((task.cursor, job.cursor, job.progress, job.message))
         Job.objects.requeue(crashes=job.crashes + 1)  # as after a crash
@@ -484,7 +489,7 @@ def test_a_run_goes_on_where_the_last_one_stopped():
     assert seen[2:] == [({"page": 5}, 50), stopped]
 
 
-def test_a_cursor_is_json():
+def test_a_cursor_that_is_not_json_fails_the_job():
     job = run(lambda task: task.report(1, 2, cursor=nan))
     assert (job.state, job.error[:10], job.cursor) == ("failed", "ValueError", None)
 
@@ -492,14 +497,14 @@ def test_a_cursor_is_json():
 @pytest.mark.parametrize(
     ("state", "cursor"), [("failed", 7), ("cancelled", 7), ("succeeded", None)]
 )
-def test_run_again_goes_on_unless_all_was_done(published, state, cursor):
+def test_run_again_keeps_the_cursor_unless_the_job_succeeded(published, state, cursor):
     job = Job.objects.enqueue(add, [1, 2])
     Job.objects.finish(state, cursor=7)
     job.refresh_from_db()
     assert job.run_again().cursor == cursor
 
 
-def test_a_job_without_a_cursor_never_asks_for_it():
+def test_a_job_that_uses_no_cursor_makes_no_query_for_it():
     act.body = lambda task: task.report(1, 2)
     job = Job.objects.enqueue(act)
     with CaptureQueriesContext(connection) as captured:
@@ -507,18 +512,18 @@ def test_a_job_without_a_cursor_never_asks_for_it():
     assert not [query for query in captured if query["sql"].startswith("SELECT")]
 
 
-ASK = [lambda task: task.report(1, cursor=1), lambda task: task.cursor]
+CURSOR_USES = [lambda task: task.report(1, cursor=1), lambda task: task.cursor]
 
 
-@pytest.mark.parametrize("ask", ASK, ids=["report", "cursor"])
+@pytest.mark.parametrize("use_cursor", CURSOR_USES, ids=["report", "cursor"])
 @pytest.mark.parametrize("end_run", [Job.objects.cancel, lambda: replace_run()])
-def test_a_cursor_ends_a_body_that_lost_its_job(ask, end_run):
+def test_a_use_of_the_cursor_ends_a_body_that_lost_its_job(use_cursor, end_run):
     steps = []
 
     def body(task):
         end_run()
         steps.append("before")
-        ask(task)
+        use_cursor(task)
         steps.append("after")
 
     job = run(body)
@@ -526,8 +531,8 @@ def test_a_cursor_ends_a_body_that_lost_its_job(ask, end_run):
 
 
 @pytest.fixture
-def update_fails(monkeypatch):
-    """A list of errors: each is raised by one UPDATE of jobs."""
+def update_errors(monkeypatch):
+    """A list of errors. Each UPDATE of jobs raises the last one and removes it."""
     update, errors = JobQuerySet.update, []
 
     def fail(self, **changes):
@@ -544,11 +549,11 @@ def update_fails(monkeypatch):
 @pytest.mark.parametrize(
     ("error", "state"), [(OperationalError, "succeeded"), (SoftTimeLimitExceeded, "failed")]
 )
-def test_a_cursor_waits_for_a_database_that_is_away(update_fails, error, state):
-    """But not beyond the time limit of its body."""
+def test_a_cursor_waits_for_an_unavailable_database(update_errors, error, state):
+    """But not longer than the time limit of the body."""
 
     def body(task):
-        update_fails.append(error)
+        update_errors.append(error)
         task.report(1, 2, cursor=7)
 
     job = run(body)
@@ -556,12 +561,12 @@ def test_a_cursor_waits_for_a_database_that_is_away(update_fails, error, state):
 
 
 @pytest.mark.django_db(transaction=True)
-def test_a_cursor_and_what_changes_with_it_are_stored_together(update_fails):
+def test_a_cursor_is_stored_in_the_transaction_of_the_body(update_errors):
     def body(task):
         for error in ZeroDivisionError, OperationalError:
             with suppress(error), transaction.atomic():
                 Job.objects.create(task="effect", queue="", wake_at=Now())
-                update_fails.append(error)
+                update_errors.append(error)
                 task.report(1, 2, cursor=7)
         with suppress(ZeroDivisionError), transaction.atomic():
             task.report(1, 2, cursor=8)
@@ -573,8 +578,8 @@ def test_a_cursor_and_what_changes_with_it_are_stored_together(update_fails):
     assert (job.result, job.cursor) == (None, None)
 
 
-def test_a_copy_from_before_a_crash_does_nothing(published):
-    """It would skip the pause."""
+def test_a_message_from_before_a_crash_does_nothing(published):
+    """It would skip the pause after the crash."""
     job = Job.objects.enqueue(add, [1, 2])
     start(job)
     sweep.recover_lapsed()
@@ -582,14 +587,14 @@ def test_a_copy_from_before_a_crash_does_nothing(published):
     assert claim(job.pk, crashes=1)
 
 
-def test_a_second_copy_of_the_message_does_nothing():
+def test_a_second_copy_of_a_message_does_nothing():
     runs = []
     job = run(runs.append)
     deliver(job)
     assert len(runs) == 1
 
 
-def test_a_copy_that_comes_while_the_job_runs_does_nothing():
+def test_a_copy_of_a_message_that_arrives_during_the_run_does_nothing():
     runs = []
 
     def body(task):
@@ -604,10 +609,10 @@ def test_a_message_from_before_a_retry_does_nothing():
     job = Job.objects.enqueue(add, [1, 2])
     Job.objects.update(retries=1)
     assert deliver(job).state == "queued"
-    assert deliver(job).state == "succeeded"  # it knows of the retry now
+    assert deliver(job).state == "succeeded"  # its message is from after the retry
 
 
-def test_a_retry_waits_ever_longer_in_the_row(monkeypatch):
+def test_each_retry_waits_longer_than_the_one_before(monkeypatch):
     requeue, delays = JobQuerySet.requeue, []
 
     def spy(self, delay=0, **changes):
@@ -627,7 +632,7 @@ def test_a_retry_that_cannot_be_stored_fails_the_job(options):
     assert job.error.startswith("Its next try cannot be stored: ")
 
 
-def test_a_retry_waits_ten_years_at_most():
+def test_a_retry_waits_at_most_ten_years():
     job = run(lambda task: task.request.retries or task.retry(countdown=1e12))
     wait = (job.due_at - timezone.now()).total_seconds()
     assert wait == pytest.approx(models.MAX_COUNTDOWN, abs=60)
@@ -639,15 +644,15 @@ def test_a_countdown_of_more_than_ten_years_is_refused(options):
         Job.objects.enqueue(add, [1, 2], **options)
 
 
-def test_arguments_that_no_message_can_hold_are_refused(settings):
+def test_arguments_that_are_too_large_are_refused(settings):
     settings.JOB_MAX_BYTES = 100
     Job.objects.enqueue(add, ["x" * 80, 1])
     with pytest.raises(ValueError, match=r"112 bytes of arguments, 100 \(JOB_MAX_BYTES\) at most"):
         Job.objects.enqueue(add, ["x" * 99, 1])
 
 
-def test_jobs_are_read_where_they_are_written(settings):
-    """A router may send other queries to a replica, which is behind."""
+def test_jobs_are_read_from_the_database_they_are_written_to(settings):
+    """A database router may send reads to a replica, which lags behind."""
 
     class Router:
         def db_for_read(self, model, **hints):
@@ -661,25 +666,25 @@ def test_jobs_are_read_where_they_are_written(settings):
     assert not Job.objects.exists()
 
 
-@pytest.mark.parametrize("ask", [lambda task: task.cursor, lambda task: task.report(1)])
-def test_a_report_in_a_thread_of_the_body_is_refused(ask):
-    """Nobody would see it."""
+@pytest.mark.parametrize("call", [lambda task: task.cursor, lambda task: task.report(1)])
+def test_a_report_in_a_thread_of_the_body_is_refused(call):
+    """It would be lost without an error."""
 
     def body(task):
         with ThreadPoolExecutor() as threads:
-            return threads.submit(ask, task).result()
+            return threads.submit(call, task).result()
 
     assert run(body).error.startswith("RuntimeError: report() and cursor")
     with ThreadPoolExecutor() as threads:
-        assert threads.submit(ask, act).result() is None  # nothing runs
+        assert threads.submit(call, act).result() is None  # no job runs
 
 
-def test_the_last_retry_fails_the_job():
+def test_a_job_fails_after_its_last_retry():
     job = deliver(Job.objects.enqueue(flaky, [9]))
     assert (job.state, job.retries, job.error) == ("failed", 2, "OSError: away")
 
 
-def test_each_run_that_failed_is_kept_with_its_traceback():
+def test_each_failed_run_is_kept_with_its_traceback():
     job = deliver(Job.objects.enqueue(flaky, [2]))
     assert job.state == "succeeded"
     assert errors(job) == ["OSError: away"] * 2
@@ -705,7 +710,7 @@ def divide(task, **options):
         raise task.retry(**options) from None
 
 
-def divide_and_go_on(task):
+def divide_and_continue(task):
     try:
         1 / 0  # noqa: B018
     except ZeroDivisionError:
@@ -717,13 +722,13 @@ def divide_and_go_on(task):
     [
         (divide, "ZeroDivisionError: division by zero", "1 / 0"),
         (lambda task: divide(task, exc=ValueError("no")), "ValueError: no", "1 / 0"),
-        (divide_and_go_on, "ZeroDivisionError: division by zero", "1 / 0"),
+        (divide_and_continue, "ZeroDivisionError: division by zero", "1 / 0"),
         (lambda task: task.retry(exc=ValueError("no")), "ValueError: no", "ValueError: no"),
         (lambda task: task.retry(exc=OSError("no"), throw=False), "OSError: no", "OSError: no"),
         (lambda task: task.retry(), "The task requested another try", ""),
     ],
 )
-def test_a_retry_says_what_led_to_it(body, error, raised):
+def test_an_attempt_has_the_error_that_led_to_the_retry(body, error, raised):
     def retry(task):
         task.request.is_eager = False  # as in a worker
         if not task.request.retries:
@@ -734,7 +739,7 @@ def test_a_retry_says_what_led_to_it(body, error, raised):
     assert raised in job.attempts.get().traceback
 
 
-def test_the_latest_twenty_attempts_are_kept():
+def test_only_the_latest_twenty_attempts_are_kept():
     job = Job.objects.enqueue(add, [1, 2])
     for number in range(23):
         Job.objects.update(started_at=timezone.now())
@@ -756,7 +761,7 @@ def chain_errors(depth):
 
 
 @pytest.mark.parametrize("body", [fall, chain_errors])
-def test_an_endless_error_and_traceback_are_cut(body):
+def test_a_long_error_and_traceback_are_shortened(body):
     limit = sys.getrecursionlimit()
     sys.setrecursionlimit(20_000)
     try:
@@ -769,7 +774,7 @@ def test_an_endless_error_and_traceback_are_cut(body):
     assert len(attempt.traceback) <= 4000
 
 
-def test_a_job_that_succeeds_at_once_costs_two_statements():
+def test_a_job_that_succeeds_at_once_needs_two_statements():
     job = Job.objects.enqueue(add, [1, 2])
     with CaptureQueriesContext(connection) as captured:
         models.publish([job])
@@ -779,7 +784,7 @@ def test_a_job_that_succeeds_at_once_costs_two_statements():
 
 
 @pytest.mark.django_db(transaction=True)  # it opens a new connection
-def test_a_result_waits_for_a_database_that_is_away(monkeypatch):
+def test_a_result_waits_for_an_unavailable_database(monkeypatch):
     read_only = InternalError()
     read_only.__cause__ = ReadOnlySqlTransaction()
     finish, errors = JobQuerySet.finish, [OperationalError, InterfaceError, read_only]
@@ -794,7 +799,7 @@ def test_a_result_waits_for_a_database_that_is_away(monkeypatch):
     assert run(lambda task: "done").result == "done"
 
 
-def test_without_a_row_it_is_a_plain_task():
+def test_a_job_task_that_is_called_runs_as_a_plain_task():
     assert add(1, 2) == 3
     act.body = lambda task: [task.report(1, 2, cursor=7), task.cursor]
     assert act() == [None, None]
@@ -805,7 +810,7 @@ def test_delay_enqueues_a_job():
     result = add.delay(1, y=2)
     [job] = Job.objects.all()
     assert (result.id, job.args, job.kwargs, job.owner) == (str(job.pk), [1], {"y": 2}, None)
-    app.conf.task_always_eager = False  # else to ask is to run it
+    app.conf.task_always_eager = False  # in eager mode, reading the state runs the job
     assert result.state == "PENDING"
     app.conf.task_always_eager = True
     deliver(job)
@@ -813,7 +818,7 @@ def test_delay_enqueues_a_job():
     assert [add.AsyncResult(pk).state for pk in ("another", uuid.uuid4())] == ["PENDING"] * 2
 
 
-def test_apply_async_takes_what_a_job_can_have():
+def test_apply_async_accepts_options_that_a_job_supports():
     pk, eta = uuid.uuid4(), timezone.now() + timedelta(hours=1)
     add.apply_async([1, 2], task_id=str(pk), queue="cpu", countdown=60)
     add.s(1, 2).apply_async(eta=eta)
@@ -833,7 +838,7 @@ def test_apply_async_takes_what_a_job_can_have():
         lambda: chain(add.s(1, 2), add.s(3)).apply_async(),
     ],
 )
-def test_what_a_job_cannot_be_is_refused(send):
+def test_apply_async_refuses_options_that_a_job_does_not_support(send):
     app.conf.task_always_eager = False
     with pytest.raises(TypeError, match="a job does not take .+: see Job.objects.enqueue"):
         send()
@@ -842,7 +847,7 @@ def test_what_a_job_cannot_be_is_refused(send):
 
 @pytest.mark.filterwarnings("ignore::celery.exceptions.CDeprecationWarning")
 @pytest.mark.parametrize("option", ["before_start", "exchange", "expires", "routing_key"])
-def test_a_task_with_what_a_job_cannot_have_is_refused(option):
+def test_a_task_with_an_attribute_that_jobs_do_not_support_is_refused(option):
     class Task(JobTask):
         name = "bad"
 
@@ -851,7 +856,7 @@ def test_a_task_with_what_a_job_cannot_have_is_refused(option):
         Task.bind(app)
 
 
-def test_the_queue_of_the_decorator_is_where_a_job_goes(monkeypatch):
+def test_a_job_goes_to_the_queue_that_its_decorator_names(monkeypatch):
     monkeypatch.setattr(add, "queue", "mail", raising=False)
     assert Job.objects.enqueue(add, [1, 2]).queue == "mail"
     assert Job.objects.enqueue(add, [1, 2], queue="cpu").queue == "cpu"
@@ -864,13 +869,13 @@ def test_the_queue_of_the_decorator_is_where_a_job_goes(monkeypatch):
         ("cancelled", "", ("REVOKED", "TaskRevokedError('')")),
     ],
 )
-def test_the_result_says_how_a_job_ended(state, error, expected):
+def test_an_async_result_says_how_a_job_ended(state, error, expected):
     result = add.delay(1, 2)
     Job.objects.finish(state, error=error)
     assert (result.state, repr(result.result)) == expected
 
 
-# Bodies that end oddly
+# Bodies with an unusual end
 
 
 def nested():
@@ -880,22 +885,22 @@ def nested():
     return result
 
 
-class Unspeakable(Exception):
+class ErrorWithoutText(Exception):
     def __str__(self):
         raise ValueError
 
     __repr__ = __str__
 
 
-def unspeakable():
-    raise Unspeakable
+def raise_error_without_text():
+    raise ErrorWithoutText
 
 
-def unprintable():
+def raise_unprintable_error():
     raise SyntaxError("bad", ("file", 1, 2, 3))
 
 
-def retry_by_hand():
+def raise_retry():
     raise Retry
 
 
@@ -903,12 +908,12 @@ def retry_by_hand():
     ("body", "error"),
     [
         (nested, "Its result cannot be stored: "),
-        (unspeakable, "Unspeakable"),
-        (unprintable, "SyntaxError"),
-        (retry_by_hand, "Retry was raised by hand"),
+        (raise_error_without_text, "ErrorWithoutText"),
+        (raise_unprintable_error, "SyntaxError"),
+        (raise_retry, "Retry was raised by hand"),
     ],
 )
-def test_a_body_that_ends_oddly_fails_once(body, error):
+def test_a_body_with_an_unusual_end_fails_once(body, error):
     job = run(lambda task: body())
     assert (job.state, job.crashes) == ("failed", 0)
     assert error in job.error
@@ -927,25 +932,25 @@ def leave_a_block(task):
 
 @pytest.mark.django_db(transaction=True)
 @pytest.mark.parametrize("leave", [leave_autocommit_off, leave_a_block])
-def test_a_body_that_leaves_a_transaction_open_fails_alone(leave):
+def test_a_body_that_leaves_a_transaction_open_fails_no_later_job(leave):
     job = run(leave)
-    if connection.vendor == "postgresql" or leave is leave_a_block:  # SQLite would commit
+    if connection.vendor == "postgresql" or leave is leave_a_block:  # SQLite would commit it
         assert (job.state, job.message) == ("failed", "")
     assert not connection.in_atomic_block
     assert run(lambda task: None).state == "succeeded"
 
 
 @pytest.mark.django_db(transaction=True)
-def test_a_body_that_bore_a_lost_connection_succeeds():
+def test_a_body_that_survives_a_lost_connection_succeeds():
     if connection.vendor == "sqlite":
-        pytest.skip("only PostgreSQL can be lost: set DATABASE_URL=postgres://…")
+        pytest.skip("only a connection to PostgreSQL can be lost: set DATABASE_URL=postgres://…")
     assert run(lambda task: connection.connection.close()).state == "succeeded"
 
 
 @pytest.mark.django_db(transaction=True)
-def test_beat_gets_a_connection_that_works():
+def test_beat_replaces_a_lost_connection():
     if connection.vendor == "sqlite":
-        pytest.skip("only PostgreSQL can be lost: set DATABASE_URL=postgres://…")
+        pytest.skip("only a connection to PostgreSQL can be lost: set DATABASE_URL=postgres://…")
     connection.ensure_connection()
     connection.connection.close()
     tick(beat(), crontab())
@@ -971,20 +976,20 @@ def test_one_beat_has_one_sweep(monkeypatch, embedded):
     monkeypatch.setattr(sweep, "start", lambda tick_delay: sweeps.append(1))
     monkeypatch.setattr("celery.platforms.set_process_title", lambda *args, **kwargs: None)
     service = Service(app, scheduler_cls=Scheduler)
-    service._is_shutdown.set()  # it starts, and ends at once
+    service._is_shutdown.set()  # it ends as soon as it has started
     service.start(embedded_process=embedded)
     assert sweeps == [1]
 
 
 @pytest.mark.django_db(transaction=True)  # Beat closes old connections
-def test_a_tick_that_cannot_be_stored_is_said(monkeypatch, caplog):
+def test_a_tick_that_cannot_be_stored_is_logged(monkeypatch, caplog):
     monkeypatch.setattr(JobQuerySet, "create", Mock(side_effect=IntegrityError("no such owner")))
     tick(beat(), crontab())
     assert "Couldn't apply scheduled task" in caplog.text
 
 
 @pytest.mark.django_db(transaction=True)
-def test_a_tick_waits_for_a_database_that_is_away(monkeypatch):
+def test_a_tick_waits_for_an_unavailable_database(monkeypatch):
     create, errors = JobQuerySet.create, [OperationalError("away"), OperationalError("away")]
 
     def fail(self, **fields):
@@ -995,14 +1000,14 @@ def test_a_tick_waits_for_a_database_that_is_away(monkeypatch):
     monkeypatch.setattr(JobQuerySet, "create", fail)
     tick(beat(), crontab())
     until = time.monotonic() + 60
-    # Until the job has ended: what its thread did after this test would do it without its fixtures.
+    # Wait until the job has ended: otherwise its thread would continue without the fixtures.
     while not Job.objects.filter(state="succeeded").exists() and time.monotonic() < until:
         time.sleep(0.05)
     assert Job.objects.get().result == 3
 
 
-def test_a_tick_that_has_an_id_of_its_own_is_refused(caplog):
-    """It would run once, and never again."""
+def test_a_schedule_entry_with_a_task_id_is_refused(caplog):
+    """Its job would run once and never again."""
     tick(beat(), crontab(), task_id=str(uuid.uuid4()))
     assert "cannot have a task_id" in caplog.text
     assert not Job.objects.exists()
@@ -1016,7 +1021,7 @@ def beat():
 
 
 def tick(scheduler, schedule, since=None, name="add", **options):
-    """Let Beat start the job of an entry, which it started `since` for the last time."""
+    """Have Beat start the job of a schedule entry, whose last start was at `since`."""
     entry = scheduler.Entry(
         name, add.name, since, schedule=schedule, args=[1, 2], options=options, app=app
     )
@@ -1030,13 +1035,13 @@ def test_delay_on_commit_enqueues_a_job(commit):
     assert Job.objects.get().result == 3
 
 
-def test_a_claim_whose_answer_was_lost_can_be_said_again():
+def test_a_claim_whose_answer_was_lost_can_be_repeated():
     job, run = Job.objects.enqueue(add, [1, 2]), uuid.uuid4()
     claims = [claim(job.pk, token) for token in (run, run, uuid.uuid4())]
     assert claims == [1, 1, 0]
 
 
-def test_one_job_of_a_process_has_its_last_try_until_it_ends_or_is_lost():
+def test_a_process_runs_one_last_try_at_a_time():
     first, second, third = (lease.Run(uuid.uuid4()) for _ in range(3))
     assert first.claim_last_try() and not second.claim_last_try()
     first.lost = True
@@ -1046,14 +1051,14 @@ def test_one_job_of_a_process_has_its_last_try_until_it_ends_or_is_lost():
     third.ended = True
 
 
-def test_what_the_database_cannot_hold_is_not_tried_for_ever():
+def test_a_value_that_is_too_large_for_the_database_is_not_retried_for_ever():
     too_large = OperationalError()
     too_large.__cause__ = ProgramLimitExceeded()
     assert not database.is_unavailable(too_large)
     assert database.is_unavailable(OperationalError())
 
 
-# Cancelling, and runs that another one has replaced
+# Cancelled jobs and replaced runs
 
 
 def test_a_cancelled_job_never_starts():
@@ -1103,7 +1108,7 @@ def test_the_next_report_ends_a_body_that_lost_its_job(end_run):
     assert job.progress == 0
 
 
-def test_the_renewal_of_a_lease_finds_lost_runs():
+def test_the_renewal_of_leases_finds_lost_runs():
     job = Job.objects.enqueue(add, [1, 2])
     mine, other = lease.Run(job.pk), lease.Run(job.pk)
     claim(job.pk, mine.token)
@@ -1111,8 +1116,8 @@ def test_the_renewal_of_a_lease_finds_lost_runs():
     assert (mine.lost, other.lost) == (False, True)
 
 
-def test_a_claim_that_a_crash_of_the_database_has_forgotten_is_made_again():
-    """Unless another run was quicker, or the body has ended: then its end gives the job away."""
+def test_a_claim_that_a_database_crash_has_lost_is_repeated():
+    """Unless another run has claimed the job, or the body has ended or handed back its job."""
     forgotten, overtaken, ended = (Job.objects.enqueue(add, [1, 2]) for _ in range(3))
     runs = [lease.Run(job.pk) for job in (forgotten, overtaken, ended)]
     for run in runs:
@@ -1124,7 +1129,7 @@ def test_a_claim_that_a_crash_of_the_database_has_forgotten_is_made_again():
 
 
 @pytest.mark.parametrize("end, state", [(None, "succeeded"), (ValueError, "failed")], ids=str)
-def test_the_end_of_a_body_is_stored_although_its_claim_was_forgotten(end, state):
+def test_an_outcome_is_stored_although_a_database_crash_has_lost_the_claim(end, state):
     seen = []
 
     def body(task):
@@ -1137,15 +1142,15 @@ def test_the_end_of_a_body_is_stored_although_its_claim_was_forgotten(end, state
     assert seen == [True]
 
 
-def test_a_run_claims_nothing_by_itself_once_its_body_has_ended(monkeypatch):
+def test_a_run_does_not_repeat_its_claim_after_its_body_has_ended(monkeypatch):
     ended = []
     monkeypatch.setattr(tasks, "succeed", lambda run, result: ended.append(run.in_body))
     run(lambda task: None)
     assert ended == [False]
 
 
-def test_a_worker_that_hands_back_its_jobs_claims_none_again(monkeypatch):
-    """Also one that it has just locked itself, to renew its lease."""
+def test_a_worker_that_hands_back_its_jobs_claims_none_of_them_again(monkeypatch):
+    """Not even a job whose row it has just locked itself, to renew the lease."""
     unlocked, locked = JobQuerySet.unlocked, [Job.objects.none()]
     monkeypatch.setattr(JobQuerySet, "unlocked", lambda rows: (locked or [unlocked(rows)]).pop())
     run = lease.Run(Job.objects.enqueue(add, [1, 2]).pk)
@@ -1160,9 +1165,9 @@ def test_a_worker_that_hands_back_its_jobs_claims_none_again(monkeypatch):
 
 
 def test_a_claim_does_not_wait_for_the_disk():
-    """A second later its run looks whether it is still there."""
+    """A second later, the run checks that its claim was not lost."""
     if connection.vendor != "postgresql":
-        pytest.skip("only PostgreSQL has the setting: set DATABASE_URL=postgres://…")
+        pytest.skip("only PostgreSQL has synchronous_commit: set DATABASE_URL=postgres://…")
     job, began = Job.objects.enqueue(add, [1, 2]), time.monotonic()
     with transaction.atomic(), connection.cursor() as cursor:
         assert claim(job.pk)
@@ -1192,8 +1197,12 @@ def test_flower_shows_the_beginning_of_large_arguments(monkeypatch):
     assert [len(message.headers[name]) for name in ("argsrepr", "kwargsrepr")] == [1000, 1000]
 
 
-def batches(dispatcher):
-    """Let a worker send its events in batches; return the step, and what is published."""
+def start_batches(dispatcher):
+    """Make a worker send its events in batches.
+
+    Returns the boot step, the consumer, the function that sends a batch, and the list of what is
+    published.
+    """
     published, consumer = [], SimpleNamespace(event_dispatcher=dispatcher, timer=Mock())
     dispatcher.producer = Mock(publish=lambda event, **options: published.append(event))
     dispatcher.on_send_buffered = lambda: published.append("at once")
@@ -1204,8 +1213,8 @@ def batches(dispatcher):
 
 
 def test_a_worker_sends_its_task_events_in_batches():
-    """What Flower hears is the same, but one message for many."""
-    _, _, flush, published = batches(app.events.Dispatcher(Connection("memory://")))
+    """Flower receives the same events, but many of them in one message."""
+    _, _, flush, published = start_batches(app.events.Dispatcher(Connection("memory://")))
     dispatcher = flush.__self__
     for number in range(30):
         dispatcher.send("task-succeeded", uuid=number)
@@ -1217,9 +1226,9 @@ def test_a_worker_sends_its_task_events_in_batches():
     assert [event["uuid"] for event in batch] == list(range(30))
 
 
-def test_events_outlive_the_connection_and_a_shutdown():
+def test_events_survive_a_lost_connection_and_a_shutdown():
     dispatcher = app.events.Dispatcher(Connection("memory://"))
-    step, consumer, _, published = batches(dispatcher)
+    step, consumer, _, published = start_batches(dispatcher)
     dispatcher.send("task-succeeded", uuid=1)
     step.stop(consumer)
     assert [event["uuid"] for event in published[0]] == [1]
@@ -1229,7 +1238,7 @@ def test_events_outlive_the_connection_and_a_shutdown():
     dispatcher.send("task-succeeded", uuid=2)
     step.stop(consumer)
     following = app.events.Dispatcher(Connection("memory://"))
-    _, _, flush, published = batches(following)
+    _, _, flush, published = start_batches(following)
     following.extend_buffer(dispatcher)  # as Celery does
     flush()
     assert [event["uuid"] for event in published[0]] == [2]
@@ -1248,7 +1257,7 @@ def in_this_thread(delay, function):
 
 
 @pytest.mark.django_db(transaction=True)  # it closes the connection
-def test_a_revoke_cancels_the_job(monkeypatch, published):
+def test_revoke_and_terminate_cancel_the_job(monkeypatch, published):
     job, other = Job.objects.enqueue(add, [1, 2]), Job.objects.enqueue(add, [1, 2])
     monkeypatch.setitem(Panel.data, "revoke", lambda state, task_id, **kwargs: "revoked")
     monkeypatch.setitem(Panel.data, "terminate", None)
@@ -1263,7 +1272,7 @@ def test_a_revoke_cancels_the_job(monkeypatch, published):
 # The sweep
 
 
-def test_a_job_whose_worker_died_runs_again_later_each_time():
+def test_a_job_waits_longer_after_each_crash_and_fails_after_the_third():
     job = Job.objects.enqueue(add, [1, 2])
     for crashes, delay in (1, 5), (2, 10):
         start(job)
@@ -1274,7 +1283,7 @@ def test_a_job_whose_worker_died_runs_again_later_each_time():
     sweep.recover_lapsed()
     job.refresh_from_db()
     assert (job.state, job.error) == ("failed", "Its worker died 3 times")
-    assert job.reason == job.error  # its owner reads it
+    assert job.reason == job.error  # the text that its owner reads
     assert errors(job) == ["Its worker died"] * 3
 
 
@@ -1288,7 +1297,7 @@ def test_a_job_past_its_deadline_fails():
     assert errors(job) == ["Over its time limit"]
 
 
-def test_a_job_with_a_lease_is_left_alone():
+def test_a_running_job_with_a_lease_is_not_recovered():
     job = Job.objects.enqueue(add, [1, 2])
     start(job)
     Job.objects.update(wake_at=models.lease_end())
@@ -1297,7 +1306,7 @@ def test_a_job_with_a_lease_is_left_alone():
     assert job.state == "running"
 
 
-def test_no_lease_goes_beyond_the_deadline():
+def test_a_lease_ends_no_later_than_the_deadline():
     job = Job.objects.enqueue(add, [1, 2])
     start(job, limit=10)
     Job.objects.update(wake_at=models.lease_end())
@@ -1311,14 +1320,14 @@ def enqueue_and_publish(count):
     return jobs
 
 
-def test_of_a_backlog_that_the_broker_still_has_one_job_a_round_is_published_twice(published):
+def test_one_job_is_sent_again_although_the_broker_has_the_whole_backlog(published):
     jobs = enqueue_and_publish(3)
     lapse(*jobs)
-    sweep.send_due()  # perhaps it is missing, and what the broker has are no jobs
+    sweep.send_due()  # in case the broker's messages belong to plain tasks
     assert published[3:] == [str(jobs[0].pk)]
 
 
-def test_lost_messages_are_published_again_the_oldest_first(published):
+def test_lost_messages_are_published_again_oldest_first(published):
     jobs = enqueue_and_publish(4)
     lapse(*jobs)
     del published[:2]
@@ -1326,7 +1335,7 @@ def test_lost_messages_are_published_again_the_oldest_first(published):
     assert published[2:] == [str(job.pk) for job in jobs[:2]]
 
 
-def test_what_was_never_sent_is_sent_whatever_the_broker_has(published):
+def test_a_job_that_was_never_sent_is_sent_whatever_the_broker_has(published):
     enqueue_and_publish(3)
     unsent = Job.objects.enqueue(add, [1, 2], countdown=1)
     lapse(unsent)
@@ -1334,7 +1343,7 @@ def test_what_was_never_sent_is_sent_whatever_the_broker_has(published):
     assert published[3:] == [str(unsent.pk)]
 
 
-def test_a_message_that_is_lost_again_and_again_is_sent_ever_less_often(published, settings):
+def test_the_pause_before_a_lost_message_is_sent_again_doubles(published, settings):
     settings.JOB_RESEND_SECONDS = 10
     [job] = enqueue_and_publish(1)
     for wait in 20, 40, 80:
@@ -1345,7 +1354,7 @@ def test_a_message_that_is_lost_again_and_again_is_sent_ever_less_often(publishe
         assert seconds_until_due(job) == pytest.approx(wait, abs=5)
 
 
-def test_two_sweeps_at_once_send_a_job_once(monkeypatch):
+def test_two_concurrent_sweeps_send_each_job_once(monkeypatch):
     jobs = [Job.objects.enqueue(add, [1, 2], countdown=1) for _ in range(3)]
     lapse(*jobs)
     sent = []
@@ -1353,7 +1362,7 @@ def test_two_sweeps_at_once_send_a_job_once(monkeypatch):
     def publish(task, job, producer, **options):
         sent.append(str(job.pk))
         if len(sent) == 1:
-            sweep.send_due()  # the other one, while this one has read all three
+            sweep.send_due()  # the second sweep, when the first one has read all three jobs
 
     monkeypatch.setattr(messages, "send_one", publish)
     monkeypatch.setattr(sweep, "messages_in", lambda queue, broker: 0)
@@ -1362,11 +1371,14 @@ def test_two_sweeps_at_once_send_a_job_once(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("lease", "stands_still", "expected"),  # not in half a lease, and not in half a one more
+    # Nothing is recovered in the first half of a lease, nor in half a lease after 30 s.
+    ("lease", "stands_still", "expected"),
     [(30, 0, [20, 30, 50, 60]), (30, 45, [20, 50, 60]), (10, 0, [10, 20, 30, 40, 50, 60])],
     ids=["database_away", "machine_stands_still", "short_lease"],
 )
-def test_a_sweep_lets_leases_be_renewed_first(monkeypatch, settings, lease, stands_still, expected):
+def test_the_sweep_lets_workers_renew_leases_first(
+    monkeypatch, settings, lease, stands_still, expected
+):
     settings.JOB_LEASE_SECONDS = lease
     recovered, resent, clock = [], [], itertools.count(0, 10)  # seconds
     now = [next(clock)]
@@ -1392,7 +1404,7 @@ def test_a_sweep_lets_leases_be_renewed_first(monkeypatch, settings, lease, stan
     with pytest.raises(SystemExit):
         sweep.sweep_for_ever(tick_delay=lambda: 0)
     assert recovered == resent == expected
-    assert database.close.called == (30 in expected)  # then the database was away
+    assert database.close.called == (30 in expected)  # then the database was unavailable
 
 
 def test_a_sweep_that_finds_the_broker_down_stops_and_changes_nothing(broker_down, monkeypatch):
@@ -1400,13 +1412,13 @@ def test_a_sweep_that_finds_the_broker_down_stops_and_changes_nothing(broker_dow
     jobs = [Job.objects.enqueue(add, [1, 2], countdown=1) for _ in range(3)]
     lapse(*jobs)
     sweep.send_due()
-    assert len(broker_down) == 3  # together, one alone, and one that belongs to no job
+    assert len(broker_down) == 3  # all three, the first one alone, and a message without a job
     assert all(seconds_until_due(job) <= 0 for job in jobs)
     assert not Job.objects.exclude(sent=0)
 
 
-def test_a_job_that_the_broker_refuses_keeps_no_other_waiting(monkeypatch):
-    """Say because it is too large, or because its queue was never made."""
+def test_a_job_that_the_broker_refuses_delays_no_other(monkeypatch):
+    """For example because it is too large, or because its queue does not exist."""
     sent = []
 
     def publish(task, job, producer, **options):
@@ -1428,7 +1440,7 @@ def test_a_job_that_the_broker_refuses_keeps_no_other_waiting(monkeypatch):
 
 
 @pytest.mark.parametrize(("waiting", "state"), [(3, "failed"), (10, "queued")])
-def test_a_job_that_is_refused_again_and_again_fails_unless_its_queue_is_full(
+def test_a_job_that_is_refused_five_times_fails_unless_its_queue_is_full(
     monkeypatch, waiting, state
 ):
     def publish(task, job, producer, **options):
@@ -1449,19 +1461,19 @@ def test_a_job_that_is_refused_again_and_again_fails_unless_its_queue_is_full(
     )
 
 
-def test_what_is_found_missing_lets_twice_as_many_be_looked_for(published):
-    """Among plain tasks, which hide how many messages are missing."""
+def test_the_sweep_resends_twice_as_many_after_it_found_a_lost_message(published):
+    """Messages of plain tasks hide how many messages of jobs are missing."""
     enqueue_and_publish(12)
-    looked_for = []
-    for message in 2, 2, 1, 1:  # of each job that then runs: its first or its second one
+    resent = []
+    for message in 2, 2, 1, 1:  # the one that then starts each job: its first, or the resent one
         published[:] = ["plain"] * 20
         lapse(*Job.objects.filter(state="queued"))
         sweep.queues["celery"].next_probe_at = 0
         sweep.send_due()
-        looked_for.append(len(published) - 20)
+        resent.append(len(published) - 20)
         for pk in published[20:]:
             assert claim(pk, sent=message)
-    assert looked_for == [1, 2, 4, 1]
+    assert resent == [1, 2, 4, 1]
 
 
 def test_large_arguments_are_loaded_one_job_at_a_time(published, monkeypatch):
@@ -1476,17 +1488,17 @@ def test_large_arguments_are_loaded_one_job_at_a_time(published, monkeypatch):
     assert not any('"result"' in query["sql"] for query in queries)
 
 
-@pytest.mark.django_db(transaction=True)  # its commits are real ones
-def test_what_fails_after_the_commit_is_not_the_callers(monkeypatch):
-    """Who sees an error enqueues again, and then has all jobs twice."""
+@pytest.mark.django_db(transaction=True)  # the test needs real commits
+def test_an_error_of_publishing_is_not_raised_to_the_caller(monkeypatch):
+    """A caller that sees an error enqueues again, and then has each job twice."""
     monkeypatch.setattr(models, "publish", lambda jobs: 1 / 0)
     with transaction.atomic():
         Job.objects.enqueue_many(add, [[1, 2]] * 3)
     assert Job.objects.count() == 3
 
 
-def test_a_worker_that_took_an_uncertain_message_keeps_its_retry(broker_down):
-    """The broker may have the message though it did not say so."""
+def test_a_failed_publish_does_not_change_a_job_that_waits_for_its_retry(broker_down):
+    """Publishing may report an error although the broker has taken the message."""
     job = Job.objects.enqueue(add, [1, 2])
     lease.Run(job.pk).row.requeue()
     Job.objects.filter(pk=job.pk).update(sent=0, wake_at=Now() + timedelta(seconds=600))
@@ -1494,8 +1506,8 @@ def test_a_worker_that_took_an_uncertain_message_keeps_its_retry(broker_down):
     assert seconds_until_due(job) > 500
 
 
-def test_the_sweep_changes_many_rows_with_one_statement(published, monkeypatch):
-    """And has few of them in memory at once."""
+def test_the_sweep_updates_100_rows_with_one_statement(published, monkeypatch):
+    """It keeps at most 100 jobs in memory at once."""
     in_memory = []
     monkeypatch.setattr(sweep, "send", lambda jobs: in_memory.append(len(jobs)))
     Job.objects.enqueue_many(add, [[1, 2]] * 250, countdown=1)
@@ -1507,7 +1519,7 @@ def test_the_sweep_changes_many_rows_with_one_statement(published, monkeypatch):
     assert set(Job.objects.values_list("sent", flat=True)) == {1}
 
 
-LOOKS = {
+BULK_UPDATES = {
     "to send": lambda jobs: sweep.send_due(),
     "to recover": lambda jobs: sweep.recover_lapsed(),
     "to renew": lambda jobs: lease.write_and_renew([lease.Run(job.pk) for job in jobs]),
@@ -1515,21 +1527,21 @@ LOOKS = {
 }
 
 
-@pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)
-def test_who_looks_after_all_jobs_passes_by_rows_that_are_locked(published, look):
-    """Waiting for one would hold up all others."""
+@pytest.mark.parametrize("update", BULK_UPDATES.values(), ids=BULK_UPDATES)
+def test_an_update_of_many_jobs_skips_locked_rows(published, update):
+    """A wait for one row would delay all others."""
     if not connection.features.has_select_for_update_skip_locked:
         pytest.skip("only PostgreSQL locks rows: set DATABASE_URL=postgres://…")
     lapse(Job.objects.enqueue(add, [1, 2], countdown=1))
     start(Job.objects.enqueue(add, [1, 2]))
     with CaptureQueriesContext(connection) as captured:
-        look(Job.objects.all())
+        update(Job.objects.all())
     locks = [query["sql"] for query in captured if "FOR UPDATE" in query["sql"]]
     assert locks and all("SKIP LOCKED" in sql for sql in locks)
 
 
-def test_a_queue_that_fails_keeps_no_other_waiting(published, monkeypatch):
-    """Say because it exists with other arguments."""
+def test_a_queue_that_fails_delays_no_other(published, monkeypatch):
+    """For example because it exists with other arguments."""
 
     def messages_in(queue, broker):
         if queue == "bad":
@@ -1539,13 +1551,13 @@ def test_a_queue_that_fails_keeps_no_other_waiting(published, monkeypatch):
     monkeypatch.setattr(sweep, "messages_in", messages_in)
     bad, good = (Job.objects.enqueue(add, [1, 2], countdown=1, queue=q) for q in ("bad", "good"))
     lapse(bad, good)
-    for _ in range(9):  # in any order
+    for _ in range(9):  # the sweep takes queues in random order
         sweep.send_due()
     assert published == [str(good.pk)]
     assert seconds_until_due(bad) <= 0
 
 
-def test_a_queue_with_many_jobs_keeps_no_other_waiting(published, monkeypatch):
+def test_a_queue_with_many_jobs_delays_no_other(published, monkeypatch):
     monkeypatch.setattr(sweep, "JOBS_IN_MEMORY", 10)
     many = Job.objects.enqueue_many(add, [[1, 2]] * 100, countdown=1, queue="many")
     few = [Job.objects.enqueue(add, [1, 2], countdown=1, queue=queue) for queue in "abcdef"]
@@ -1555,8 +1567,8 @@ def test_a_queue_with_many_jobs_keeps_no_other_waiting(published, monkeypatch):
     assert max(published.index(str(job.pk)) for job in few) < 10 + len(few)
 
 
-def test_the_sweep_stops_in_time_for_leases(published, monkeypatch):
-    now = itertools.count(0, 2)  # seconds; a round has 5
+def test_the_sweep_stops_sending_in_time_to_check_leases(published, monkeypatch):
+    now = itertools.count(0, 2)  # seconds; a round may take 5
     monkeypatch.setattr(sweep, "time", SimpleNamespace(monotonic=lambda: next(now)))
     lapse(*(Job.objects.enqueue(add, [1, 2], countdown=1, queue=queue) for queue in "abcdef"))
     assert sweep.send_due() == 0
@@ -1564,17 +1576,17 @@ def test_the_sweep_stops_in_time_for_leases(published, monkeypatch):
 
 
 @pytest.mark.parametrize(("countdown", "pause"), [(60, 5), (3, 3), (0.1, 0.5)])
-def test_the_sweep_looks_when_a_countdown_ends(published, countdown, pause):
-    """And asks no more for that."""
-    Job.objects.enqueue(add, [1, 2])  # whose message is looked for in 30 s
+def test_the_sweep_wakes_up_when_a_countdown_ends(published, countdown, pause):
+    """And needs no extra query to know when."""
+    Job.objects.enqueue(add, [1, 2])  # due for a check of its message in 30 s
     Job.objects.enqueue(add, [1, 2], countdown=countdown)
     with CaptureQueriesContext(connection) as captured:
         assert sweep.send_due() == pytest.approx(pause, abs=0.3)
     assert len(captured) == 1
 
 
-def test_the_sweep_first_sends_what_was_never_sent(published):
-    """Until workers have had the time to claim again what a crash of the database has forgotten."""
+def test_the_sweep_at_first_sends_only_jobs_that_were_never_sent(published):
+    """It does so until workers have had time to repeat claims that a database crash has lost."""
     enqueue_and_publish(1)
     published.clear()
     new = Job.objects.enqueue(add, [1, 2], countdown=1)
@@ -1585,49 +1597,49 @@ def test_the_sweep_first_sends_what_was_never_sent(published):
     assert len(published) == 2
 
 
-def test_the_sweep_counts_what_waits_in_a_queue():
+def test_the_sweep_counts_the_messages_in_a_queue():
     broker = app.connection_for_write("memory://")
     assert messages.messages_in("new", broker) == 0
-    queue = app.amqp.queues["new"]  # which has its binding now, as if nobody had deleted it
+    queue = app.amqp.queues["new"]  # messages_in() has created its binding
     broker.Producer().publish("message", queue.routing_key, exchange=queue.exchange.name)
     assert messages.messages_in("new", broker) == 1
 
 
-def waits_for(job):
+def seconds_waited(job):
     job.refresh_from_db()
     return (timezone.now() - job.due_at).total_seconds()
 
 
-def test_a_job_waits_from_its_time_on_however_often_it_is_sent(published, monkeypatch):
+def test_sending_a_job_again_does_not_reset_its_waiting_time(published, monkeypatch):
     job = Job.objects.enqueue(add, [1, 2], countdown=60)
-    assert waits_for(job) == pytest.approx(-60, abs=5)
+    assert seconds_waited(job) == pytest.approx(-60, abs=5)
     Job.objects.filter(pk=job.pk).update(due_at=Now() - timedelta(seconds=500))
-    for _ in range(2):  # then it is lost, and sent again
+    for _ in range(2):  # the second time because the message was lost
         lapse(job)
         sweep.send_due()
         published.clear()
-        assert waits_for(job) == pytest.approx(500, abs=5)
+        assert seconds_waited(job) == pytest.approx(500, abs=5)
     monkeypatch.setattr(sweep, "send", lambda jobs: 1 / 0)
     lapse(job)
     sweep.send_due()
-    assert waits_for(job) == pytest.approx(500, abs=5)
-    assert seconds_until_due(job) <= 0  # sent never, as far as anybody knows
+    assert seconds_waited(job) == pytest.approx(500, abs=5)
+    assert seconds_until_due(job) <= 0  # due again, because sending failed
 
 
-def test_what_runs_again_waits_anew(settings):
+def test_the_waiting_time_starts_again_after_a_crash_or_a_retry(settings):
     crashed, retried = (Job.objects.enqueue(add, [1, 2]) for _ in range(2))
     Job.objects.update(due_at=Now() - timedelta(seconds=500))
     start(crashed)
     start(retried)
     Job.objects.filter(pk=retried.pk).requeue(30)
     sweep.recover_lapsed()
-    assert waits_for(crashed) == pytest.approx(-5, abs=3)
-    assert waits_for(retried) == pytest.approx(-30, abs=3)
+    assert seconds_waited(crashed) == pytest.approx(-5, abs=3)
+    assert seconds_waited(retried) == pytest.approx(-30, abs=3)
 
 
 @pytest.mark.parametrize("error, rounds", [(None, 1), (OperationalError("away"), 0)], ids=str)
-def test_a_round_of_the_sweep_leaves_its_time(broker_down, monkeypatch, error, rounds):
-    """Also without a broker; but not if the database answered nothing else."""
+def test_a_round_of_the_sweep_stores_its_time(broker_down, monkeypatch, error, rounds):
+    """Also without a broker, but not if the database fails during the round."""
     lapse(Job.objects.enqueue(add, [1, 2], countdown=1))
     monkeypatch.setattr(sweep, "messages_in", lambda queue, broker: 0)
     monkeypatch.setattr(sweep, "connection", Mock())
@@ -1635,7 +1647,7 @@ def test_a_round_of_the_sweep_leaves_its_time(broker_down, monkeypatch, error, r
         monkeypatch.setattr(sweep, "send_due", Mock(side_effect=error))
     monkeypatch.setattr(sweep, "touch_liveness_file", Mock(side_effect=[None, SystemExit]))
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    for _ in range(2):  # of two Beats, say
+    for _ in range(2):  # rounds, for example of two Beats
         with pytest.raises(SystemExit):
             sweep.sweep_for_ever(tick_delay=lambda: 0)
         sweep.touch_liveness_file.side_effect = [None, SystemExit]
@@ -1643,7 +1655,7 @@ def test_a_round_of_the_sweep_leaves_its_time(broker_down, monkeypatch, error, r
     assert error or broker_down
 
 
-def test_final_jobs_and_their_keys_are_purged(settings, caplog):
+def test_old_final_jobs_are_deleted_with_their_idempotency_keys(settings, caplog):
     caplog.set_level("INFO")
     old = deliver(Job.objects.enqueue(add, [1, 2], idempotency_key="key"))
     new = deliver(Job.objects.enqueue(add, [1, 2]))
@@ -1658,7 +1670,7 @@ def test_final_jobs_and_their_keys_are_purged(settings, caplog):
     Job.objects.enqueue(add, [1, 2], idempotency_key="key")
 
 
-def test_old_jobs_that_cannot_be_deleted_keep_no_other(settings, caplog):
+def test_old_jobs_that_cannot_be_deleted_do_not_stop_the_purge(settings, caplog):
     jobs = [deliver(Job.objects.enqueue(add, [1, 2])) for _ in range(7)]
     past = Now() - timedelta(days=settings.JOB_RETENTION_DAYS, seconds=1)
     Job.objects.update(finished_at=past)
@@ -1675,13 +1687,13 @@ def test_old_jobs_that_cannot_be_deleted_keep_no_other(settings, caplog):
     assert set(Job.objects.all()) == {jobs[2], jobs[5]}
     later = deliver(Job.objects.enqueue(add, [1, 2]))
     Job.objects.filter(pk=later.pk).update(finished_at=past + timedelta(milliseconds=500))
-    assert sweep.purge(2) == 2  # it leaves them out
+    assert sweep.purge(2) == 2  # it skips the two that could not be deleted
     assert set(Job.objects.all()) == {jobs[2], jobs[5]}
     assert caplog.text.count("an order refers to it") == 2
     assert sweep.purge() == 0
 
 
-def test_a_job_that_cannot_be_recovered_keeps_no_other(monkeypatch, caplog):
+def test_a_job_that_cannot_be_recovered_does_not_stop_others(monkeypatch, caplog):
     jobs = [Job.objects.enqueue(add, [1, 2]) for _ in range(5)]
     for job in jobs:
         start(job)
@@ -1699,8 +1711,8 @@ def test_a_job_that_cannot_be_recovered_keeps_no_other(monkeypatch, caplog):
 
 
 @pytest.mark.parametrize("late, touched", [(-60, 1), (29, 1), (31, 0)])
-def test_a_beat_that_hangs_looks_dead(monkeypatch, late, touched):
-    """Its sweep goes on, and says by how much the schedule is late."""
+def test_a_beat_that_hangs_does_not_touch_its_liveness_file(monkeypatch, late, touched):
+    """Its sweep continues, and stores how late the schedule is."""
     monkeypatch.setattr(sweep, "touch_liveness_file", touch := Mock())
     monkeypatch.setattr("time.sleep", Mock(side_effect=SystemExit))
     with pytest.raises(SystemExit):
@@ -1710,8 +1722,8 @@ def test_a_beat_that_hangs_looks_dead(monkeypatch, late, touched):
     assert (age, behind) == (pytest.approx(0, abs=3), pytest.approx(max(late, 0), abs=3))
 
 
-def test_celery_sends_no_job_again_that_killed_its_child(monkeypatch):
-    """It would be enqueued a second time: the row counts crashes."""
+def test_celery_does_not_resend_a_job_that_killed_its_child(monkeypatch):
+    """The job would be enqueued a second time, because the row already counts crashes."""
     monkeypatch.setitem(app.conf, "task_retry_on_worker_lost", True)
 
     @app.task(base=JobTask, name="killer")
@@ -1722,19 +1734,19 @@ def test_celery_sends_no_job_again_that_killed_its_child(monkeypatch):
     app.tasks.unregister("killer")
 
 
-def test_beat_is_late_from_when_its_next_tick_is_due(monkeypatch):
+def test_beat_is_late_once_its_next_tick_is_overdue(monkeypatch):
     now = 100
     monkeypatch.setattr("jobs.beat.time", SimpleNamespace(monotonic=lambda: now))
     scheduler = Mock(tick=Mock(return_value=5))
     late = watch_ticks(SimpleNamespace(scheduler=scheduler))
     now = 140
-    assert late() == 40  # it has not begun
+    assert late() == 40  # no tick has begun
     assert scheduler.tick() == 5 and late() == -5
     now = 146
     assert late() == 1
 
 
-def test_a_liveness_file_that_cannot_be_written_is_said(monkeypatch, caplog):
+def test_a_liveness_file_that_cannot_be_written_is_logged(monkeypatch, caplog):
     monkeypatch.setenv("LIVENESS_FILE", "/no/such/folder/alive")
     liveness.touch_liveness_file()
     assert "LIVENESS_FILE cannot be written" in caplog.text
@@ -1748,8 +1760,8 @@ def test_a_setting_that_would_lose_jobs_is_refused_at_the_start(settings, name, 
         django_apps.get_app_config("jobs").ready()
 
 
-def test_a_worker_that_does_not_know_a_task_leaves_its_job_to_others_soon(monkeypatch, published):
-    """It knows only older code, in a rolling deploy."""
+def test_a_job_of_a_task_that_the_worker_does_not_know_is_due_again_soon(monkeypatch, published):
+    """The worker has older code, as in a rolling deploy."""
     monkeypatch.setattr("threading.Timer", in_this_thread)
     monkeypatch.setattr(connection, "close", Mock())
     [job, other] = enqueue_and_publish(2)
@@ -1764,7 +1776,7 @@ def test_a_worker_that_does_not_know_a_task_leaves_its_job_to_others_soon(monkey
 
 @pytest.mark.django_db(transaction=True)  # it closes the connection
 def test_the_job_of_a_killed_child_is_due_again_soon(monkeypatch, published):
-    """But not when another run has it by now."""
+    """But not if another run has claimed it since."""
     monkeypatch.setattr("threading.Timer", in_this_thread)
     job, request = Job.objects.enqueue(add, [1, 2]), SimpleNamespace(request_dict={"job": 0})
     worker.assign_run_token(request)
@@ -1780,9 +1792,9 @@ def test_the_job_of_a_killed_child_is_due_again_soon(monkeypatch, published):
     assert seconds_until_due(job) == pytest.approx(5, rel=0.3)
 
 
-def test_a_worker_looks_for_dead_children_all_the_time(monkeypatch):
-    """Celery looks every 5 s, and so long the job of a killed child would wait in vain."""
-    monkeypatch.setattr("threading.Thread", Mock())  # of leases
+def test_a_worker_looks_for_dead_children_twice_a_second(monkeypatch):
+    """Celery does so every 5 s, and the job of a killed child would wait as long."""
+    monkeypatch.setattr("threading.Thread", Mock())  # starts no thread of leases
     consumer = Mock()
     monkeypatch.setattr(worker, "bodies_in_children", True)
     monkeypatch.setattr(worker, "remap_sigterm", Mock())
@@ -1792,7 +1804,7 @@ def test_a_worker_looks_for_dead_children_all_the_time(monkeypatch):
 
 @pytest.mark.django_db(transaction=True)  # it closes the connection
 def test_the_main_process_renews_only_the_runs_of_its_children(monkeypatch, published):
-    """Not that of the worker which took over while this one was frozen."""
+    """Not the run of another worker that took over while this one was frozen."""
     jobs = [Job.objects.enqueue(add, [1, 2]) for _ in range(2)]
     start(jobs[0])
     start(jobs[1])
@@ -1825,8 +1837,10 @@ def test_a_run_has_the_token_that_the_main_process_chose():
         (True, (object(),), 20 + 10 + 25),
     ],
 )
-def test_a_worker_that_cannot_end_is_ended(monkeypatch, settings, is_soft, at_work, seconds):
-    """10 s after it has nothing to do, or when all bodies are over their time."""
+def test_a_worker_that_hangs_in_its_shutdown_exits(
+    monkeypatch, settings, is_soft, at_work, seconds
+):
+    """After 10 s without work, or 10 s after all bodies must have ended."""
     settings.CELERY_WORKER_SOFT_SHUTDOWN_TIMEOUT = 25
     slept, errors = [], []
     handlers = {"SIGQUIT": "before"}
@@ -1834,7 +1848,7 @@ def test_a_worker_that_cannot_end_is_ended(monkeypatch, settings, is_soft, at_wo
     def sleep(seconds):
         slept.append(seconds)
         if is_soft and len(slept) > 20:
-            handlers["SIGQUIT"] = "of a soft shutdown, in which the worker's state stays as it was"
+            handlers["SIGQUIT"] = "of a soft shutdown, which does not change the worker's state"
 
     monkeypatch.setattr(worker.platforms, "signals", handlers)
     monkeypatch.setattr(worker.state, "active_requests", at_work)
@@ -1843,11 +1857,11 @@ def test_a_worker_that_cannot_end_is_ended(monkeypatch, settings, is_soft, at_wo
     monkeypatch.setattr("os._exit", Mock())
     state = property(lambda self: 1 + (not is_soft and len(slept) > 20))
     worker.end_if_stuck(type("Blueprint", (), {"state": state})())
-    assert len(slept) == seconds + 1  # in which the error is logged
+    assert len(slept) == seconds + 1  # one more second, in which the error is logged
     assert errors == ["a child does not end: the worker ends without it"]
 
 
-# What the database guards
+# Constraints of the database
 
 
 @pytest.mark.parametrize(
@@ -1872,8 +1886,8 @@ def test_the_database_refuses_impossible_jobs(impossible):
 
 @pytest.mark.django_db(transaction=True)  # it closes the connection
 @pytest.mark.parametrize("headers, spared", [({}, False), ({"job": True}, True)])
-def test_a_task_starts_with_a_connection_that_works(headers, spared):
-    """Of a job nobody asks the database before its claim, which is tried again."""
+def test_a_plain_task_starts_with_a_connection_that_works(headers, spared):
+    """A job needs no such check: its first query is its claim, which is tried again."""
     connection.ensure_connection()
     task = SimpleNamespace(request=SimpleNamespace(is_eager=False, headers=headers))
     worker.drop_dead_connections(task)
@@ -1883,7 +1897,7 @@ def test_a_task_starts_with_a_connection_that_works(headers, spared):
     assert not connection.connection
 
 
-def test_a_priority_of_the_routes_reaches_the_broker(monkeypatch):
+def test_the_priority_of_a_route_reaches_the_broker(monkeypatch):
     app.conf.task_always_eager = False
     monkeypatch.setattr(app.amqp.router, "routes", routes.prepare({add.name: {"priority": 7}}))
     sent = []
@@ -1892,12 +1906,12 @@ def test_a_priority_of_the_routes_reaches_the_broker(monkeypatch):
     assert (sent[0]["priority"], sent[0]["queue"].name) == (7, "celery")
 
 
-# What the database does
+# Autovacuum and query plans
 
 
-def test_postgresql_cleans_up_after_some_thousand_jobs():
+def test_autovacuum_starts_at_two_percent_of_dead_rows():
     if connection.vendor != "postgresql":
-        pytest.skip("only PostgreSQL has dead rows: set DATABASE_URL=postgres://…")
+        pytest.skip("only PostgreSQL has autovacuum: set DATABASE_URL=postgres://…")
     with connection.cursor() as cursor:
         cursor.execute("SELECT reloptions FROM pg_class WHERE relname = 'jobs_job'")
         [[options]] = cursor.fetchall()
@@ -1906,9 +1920,9 @@ def test_postgresql_cleans_up_after_some_thousand_jobs():
 
 @pytest.fixture
 def backlog():
-    """Thousands of jobs that wait, run or have ended since PostgreSQL last looked: a quiet hour.
+    """Thousands of queued, running and final jobs, and statistics from a quiet hour before.
 
-    All is in one transaction, so that no autovacuum sees it.
+    All rows are in one transaction, so that no autovacuum sees them and updates the statistics.
     """
     if connection.vendor != "postgresql":
         pytest.skip("only PostgreSQL plans with statistics: set DATABASE_URL=postgres://…")
@@ -1927,7 +1941,7 @@ def backlog():
 
 @pytest.fixture
 def by_key(backlog):
-    """A function that does an UPDATE, and fails if PostgreSQL finds its rows by another index."""
+    """A function that does an UPDATE, and fails unless PostgreSQL finds the rows by primary key."""
 
     def check(update, *args, **kwargs):
         with CaptureQueriesContext(connection) as captured:
@@ -1946,7 +1960,7 @@ def scanned(sql):
     return set(re.findall(r"(?:Seq Scan|Index Scan) (?:using|on) (\w+)", plan))
 
 
-def test_the_change_of_a_job_walks_no_backlog(by_key):
+def test_an_update_of_a_job_reads_no_backlog(by_key):
     jobs = [Job.objects.enqueue(add, [1, 2]) for _ in range(3)]
     runs = [lease.Run(job.pk) for job in jobs]
     for run in runs:
@@ -1959,22 +1973,22 @@ def test_the_change_of_a_job_walks_no_backlog(by_key):
     by_key(lease.jobs_of(runs[1:]).requeue)
 
 
-def test_the_job_of_a_key_is_found_without_a_walk(backlog):
+def test_the_job_of_a_unique_key_is_found_by_its_index(backlog):
     job = Job.objects.enqueue(add, [1, 2], unique="key")
     with CaptureQueriesContext(connection) as captured:
         assert Job.objects.enqueue(add, [1, 2], unique="key") == job
     assert [scanned(query["sql"]) for query in captured] == [{"job_unique_key"}]
 
 
-@pytest.mark.django_db(transaction=True)  # which VACUUM needs
-def test_a_scrape_walks_no_table():
+@pytest.mark.django_db(transaction=True)  # VACUUM cannot run in a transaction
+def test_a_scrape_scans_no_table():
     if connection.vendor != "postgresql":
         pytest.skip("only PostgreSQL plans with statistics: set DATABASE_URL=postgres://…")
     now = timezone.now()
     fields = {"task": add.name, "queue": "celery", "created_at": now}
     final = {"state": "succeeded", "finished_at": now - timedelta(hours=1)}
     with connection.cursor() as cursor:
-        cursor.execute("TRUNCATE jobs_job CASCADE")  # with what other tests left in its indexes
+        cursor.execute("TRUNCATE jobs_job CASCADE")  # and what other tests left in its indexes
         Job.objects.bulk_create(Job(**fields, **final) for _ in range(5000))
         Job.objects.bulk_create(Job(**fields, due_at=now, wake_at=now) for _ in range(50))
         cursor.execute("VACUUM ANALYZE jobs_job")
@@ -1997,19 +2011,19 @@ def check(monkeypatch, cache_url=""):
     return {message.id for message in found if message.id.startswith(("jobs.E", "jobs.W"))}
 
 
-def test_sound_settings_pass_the_checks(monkeypatch):
+def test_correct_settings_pass_the_checks(monkeypatch):
     assert check(monkeypatch) == set()
 
 
 @pytest.mark.parametrize("query", ["", "?ssl_cert_reqs=none", "?ssl_cert_reqs=CERT_NONE"])
-def test_the_checks_find_tls_that_trusts_everybody(monkeypatch, settings, query):
+def test_the_checks_find_tls_without_verification_of_certificates(monkeypatch, settings, query):
     settings.CELERY_BROKER_URL = "rediss://host?ssl_cert_reqs=required"
     assert check(monkeypatch) == set()
     settings.CELERY_BROKER_URL = f"rediss://host{query}"
     assert check(monkeypatch) == {"jobs.W001"}
 
 
-def test_the_checks_find_a_database_with_two_uses(monkeypatch, settings):
+def test_the_checks_find_a_redis_database_with_two_uses(monkeypatch, settings):
     settings.CELERY_BROKER_URL = "redis://host:1/0"
     assert check(monkeypatch, cache_url="redis://host:1/1") == set()
     assert check(monkeypatch, cache_url="redis://user:password@host:1") == {"jobs.W002"}
@@ -2023,14 +2037,14 @@ def test_the_checks_find_a_database_with_two_uses(monkeypatch, settings):
 
 
 @pytest.mark.parametrize("users", ["", "admin", "admin:", "admin:change-me", "me:secret,admin:"])
-def test_the_checks_find_a_flower_without_password(monkeypatch, settings, users):
+def test_the_checks_find_a_flower_without_a_password(monkeypatch, settings, users):
     settings.FLOWER_BASIC_AUTH = users
     assert check(monkeypatch) == {"jobs.E002"}
     del settings.FLOWER_BASIC_AUTH  # a broker without Flower
     assert check(monkeypatch) == set()
 
 
-def test_the_checks_find_a_task_that_the_broker_would_repeat(monkeypatch, settings):
+def test_the_checks_find_a_time_limit_after_which_the_broker_redelivers(monkeypatch, settings):
     settings.REDELIVERY_SECONDS = app.conf.task_time_limit
     assert check(monkeypatch) == {"jobs.W004"}
 

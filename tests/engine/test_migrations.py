@@ -1,4 +1,4 @@
-"""Migrations: projects have run them, so from now on each change of a table is a new one."""
+"""Migrations. Projects have run them, so each change of a table needs a new one."""
 
 import hashlib
 
@@ -9,7 +9,7 @@ from django.db.migrations.executor import MigrationExecutor
 from django.utils import timezone
 from settings import OUTPUT
 
-# What has left this repository. Add the digest of a new migration here once it is on main.
+# Of published migrations. Add the digest of a new one once it is on main.
 DIGESTS = {
     "0001_initial.py": "710ed48011bc7b601144dc9e302619731dd015ccba7320fbab36105fd0c0833e",
     "0002_attempt.py": "5aff057e13576e14c45a4ec56f8d70f1cf7d4ae9a176decf528a5f57031b6a30",
@@ -21,16 +21,16 @@ DIGESTS = {
 @pytest.mark.parametrize("name", DIGESTS)
 def test_a_migration_is_not_rewritten(name):
     text = (OUTPUT / "jobs/migrations" / name).read_bytes()
-    assert hashlib.sha256(text).hexdigest() == DIGESTS[name], "write a new migration in its place"
+    assert hashlib.sha256(text).hexdigest() == DIGESTS[name], "write a new migration instead"
 
 
-def test_the_migrations_make_the_tables_of_the_models(db):
+def test_the_models_have_no_change_without_a_migration(db):
     call_command("makemigrations", "jobs", check=True, dry_run=True)
 
 
 @pytest.fixture
 def migrate(transactional_db):
-    """A function: bring the tables to the state of this migration, and return its models."""
+    """A function that migrates to this migration and returns its get_model()."""
 
     def migrate(name):
         executor = MigrationExecutor(connection)
@@ -42,7 +42,7 @@ def migrate(transactional_db):
     executor.migrate(executor.loader.graph.leaf_nodes("jobs"))
 
 
-def test_attempts_of_older_jobs_are_kept(migrate):
+def test_migration_0002_keeps_the_attempts_of_older_jobs(migrate):
     now = timezone.now()
     times = {"started_at": now.isoformat(), "ended_at": now.isoformat()}
     attempts = [{**times, "error": str(number), "traceback": "…"} for number in range(3)]

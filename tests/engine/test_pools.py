@@ -1,4 +1,4 @@
-"""The pools: what differs between them, and that a process finds out which one it has."""
+"""The pools: how they differ, and how a process finds out which one it uses."""
 
 import signal
 import subprocess
@@ -32,19 +32,19 @@ WORKER = "/bin/celery -A config worker"
         ("manage.py runserver", "threads"),
     ],
 )
-def test_only_the_option_names_another_pool(monkeypatch, command, pool):
+def test_only_the_option_of_a_worker_names_another_pool(monkeypatch, command, pool):
     monkeypatch.setattr(sys, "argv", command.split())
     assert pools.pool_name("threads") == pool
 
 
-def test_greenlets_are_refused_in_a_project_that_was_not_made_for_them(monkeypatch):
+def test_gevent_is_refused_in_a_project_that_was_not_made_for_it(monkeypatch):
     monkeypatch.setattr(sys, "argv", f"{WORKER} --pool gevent".split())
     assert pools.pool_name("gevent") == "gevent"
     with pytest.raises(SystemExit, match="not made for gevent. Use --pool threads or prefork"):
         pools.pool_name("prefork")
 
 
-def test_sigterm_does_what_sigquit_does_at_that_moment():
+def test_sigterm_calls_the_current_handler_of_sigquit():
     before = {name: signals[name] for name in ("SIGTERM", "SIGQUIT")}
     seen = []
     try:
@@ -61,7 +61,7 @@ def test_sigterm_does_what_sigquit_does_at_that_moment():
     ("pool", "ready", "shutting_down"),
     [("prefork", 1, 0), ("threads", 0, 1), ("solo", 0, 1)],
 )
-def test_a_worker_does_what_its_pool_needs(monkeypatch, pool, ready, shutting_down):
+def test_a_worker_prepares_its_shutdown_as_its_pool_needs(monkeypatch, pool, ready, shutting_down):
     calls = []
     monkeypatch.setattr(worker, "remap_sigterm", lambda: calls.append("ready"))
     monkeypatch.setattr("threading.Thread", Mock())  # of leases
@@ -78,7 +78,7 @@ def test_a_worker_does_what_its_pool_needs(monkeypatch, pool, ready, shutting_do
     assert events.BatchedEvents in app.steps["consumer"]
 
 
-def test_greenlets_without_a_patched_python_are_refused(monkeypatch):
+def test_gevent_without_monkey_patching_is_refused(monkeypatch):
     monkeypatch.setattr(pools, "IS_GEVENT", False)
     with pytest.raises(SystemExit, match="--pool gevent"):
         worker.start(SimpleNamespace(pool_cls="gevent"))
@@ -109,5 +109,5 @@ assert pool.query(max, 1, 2) == 2
 
 
 @pytest.mark.parametrize("code", [GREENLETS, NO_GREENLETS], ids=["gevent", "threads"])
-def test_a_process_has_the_pool_that_it_was_patched_for(code):
+def test_a_process_uses_gevent_only_if_it_was_monkey_patched(code):
     subprocess.run([sys.executable, "-c", code], cwd=OUTPUT, check=True)

@@ -1,4 +1,4 @@
-"""The options of cookiecutter.json, every combination of their choices, and a bake of one."""
+"""The options of cookiecutter.json, every combination of their choices, and how to bake one."""
 
 import itertools
 import json
@@ -28,7 +28,7 @@ ENVIRONMENT.loader = FileSystemLoader(TEMPLATE / "templates")
 
 
 def engine():
-    """The folder `jobs/` as it is in the template, {path: text}."""
+    """Return the files of `jobs/` in the template, {path: text}."""
     files = [path for path in (OUTPUT / "jobs").rglob("*") if path.is_file()]
     files = [path for path in files if path.suffix != ".pyc"]
     return {path.relative_to(OUTPUT): path.read_text("utf-8") for path in files}
@@ -44,17 +44,17 @@ def context(**answers):
 
 
 def chosen(**answers):
-    """What templates/chosen.jinja sets for these answers."""
+    """Return what templates/chosen.jinja sets for these answers, with defaults for the others."""
     return ENVIRONMENT.get_template("chosen.jinja").make_module(context(**answers))
 
 
 def render(file, **answers):
-    """The text of a file of the output, without a bake."""
+    """Return the text of a file of the output, without a bake."""
     return ENVIRONMENT.from_string((OUTPUT / file).read_text("utf-8")).render(context(**answers))
 
 
 def baked(cookies, answers):
-    # Cookiecutter leaves the hooks that it renders behind: here they are removed.
+    # Cookiecutter leaves rendered hooks in its temporary folder, so remove that folder.
     with tempfile.TemporaryDirectory() as tempfile.tempdir:
         result = cookies.bake(extra_context=answers)
     tempfile.tempdir = None

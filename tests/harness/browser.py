@@ -1,4 +1,4 @@
-"""A headless Chromium that a test drives through its DevTools protocol, over two pipes."""
+"""A headless Chromium that a test controls with the DevTools protocol over two pipes."""
 
 import base64
 import json
@@ -13,13 +13,13 @@ from .project import wait_for
 
 @contextmanager
 def browser(folder):
-    """A Browser with its profile in this folder, until the block ends."""
+    """Give a Browser with its profile in this folder, until the block ends."""
     if not (command := shutil.which("chromium") or shutil.which("google-chrome")):
         missing("chromium is not installed: sudo apt install chromium")
     options = "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --hide-scrollbars"
     (orders, write), (read, answers) = os.pipe(), os.pipe()
     process = subprocess.Popen(
-        # Chromium reads from the descriptor 3 and writes to 4. Not sh: dash knows no descriptor 10.
+        # Chromium reads from descriptor 3 and writes to 4. Not sh: dash takes none above 9.
         ["bash", "-c", f'exec "$0" {options} "$@" 3<&{orders} 4>&{answers}', command]
         + ["--remote-debugging-pipe", f"--user-data-dir={folder}"],
         pass_fds=[orders, answers],
@@ -40,13 +40,13 @@ class Browser:
     def __init__(self, answers, orders):
         self.answers, self.orders, self.rest = answers, orders, b""
         self.number, self.session = 0, {}
-        self.events = []  # what the domains that were enabled have told
+        self.events = []  # events of the protocol's domains that were enabled
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
         attached = self.send("Target.attachToTarget", targetId=target, flatten=True)
         self.session = {"sessionId": attached["sessionId"]}
 
     def send(self, method, **params):
-        """Send an order of the protocol; return its result."""
+        """Send a command of the protocol and return its result."""
         self.number += 1
         order = {"id": self.number, "method": method, "params": params, **self.session}
         self.orders.write(json.dumps(order).encode() + b"\0")
@@ -62,7 +62,7 @@ class Browser:
             self.events.append(answer)
 
     def run(self, script):
-        """Return the value of an expression of JavaScript, None while a page comes."""
+        """Return the value of a JavaScript expression, or None while a page loads."""
         return self.send("Runtime.evaluate", expression=script)["result"].get("value")
 
     def wait(self, script):
@@ -76,7 +76,7 @@ class Browser:
         self.wait("document.readyState == 'complete' && location.href != 'about:blank'")
 
     def log_in(self, site):
-        """As a person does, with what `make run` printed."""
+        """Log in through the form, as the demo user of `make run`."""
         self.open(f"{site.web}/login/")
         for field in ("USERNAME", "PASSWORD"):
             self.run(f"id_{field.lower()}.value = {site.user()[field]!r}")

@@ -1,7 +1,7 @@
-"""`make chaos`: jobs are posted while every two seconds something is killed, stopped or emptied.
+"""`make chaos`: post jobs, and every two seconds kill, stop or empty something.
 
-At the end each accepted job must have succeeded once, and have written its row. Those that kill
-their process or that the broker refuses must have failed, and no other may have waited for them.
+At the end, each accepted job must have succeeded once and written its row. Jobs that kill their
+process and jobs that the broker refuses must have failed, and must not have delayed others.
 """
 
 import argparse
@@ -25,8 +25,8 @@ from .project import Project, children_of
 from .servers import BROKERS, PostgreSQL
 from .stack import TIMINGS, prepare
 
-EVERY = 2  # seconds
-QUEUES = ["cpu", "io", "test"]  # one of each worker
+EVERY = 2  # seconds between two faults
+QUEUES = ["cpu", "io", "test"]  # one for each worker
 JOBS, SECONDS = 1000, 100
 
 
@@ -39,30 +39,30 @@ class Chaos:
         self.accepted = {}  # number: job
         self.killers, self.refused, self.holders = [], [], []
         self.workers_stuck = 0
-        self.old, self.kept = [], []  # those that are to be deleted, and those that cannot be
-        self.round, self.faults = [], {}  # those still to come, and how often each came
+        self.old, self.kept = [], []  # old jobs that must be deleted, and those that cannot be
+        self.round, self.faults = [], {}  # faults still to come, and how often each came
         self.timers = []
 
     def run(self):
-        """Post and disturb, then wait until all has ended; return whether nothing was lost."""
+        """Post jobs and inject faults, then wait for all jobs. Return whether nothing was lost."""
         self.enqueue_backlog()
         start = time.monotonic()
         with self.stack.supervised(), ThreadPoolExecutor(8) as pool:
             posting = [pool.submit(self.post, *job, start) for job in self.jobs]
             while time.monotonic() - start < self.seconds or not all(p.done() for p in posting):
                 time.sleep(EVERY)
-                self.disturb()
+                self.inject_fault()
             for future in posting:
                 future.result()
             self.wait(600 + self.backlog / 50)
-            beside = self.refuse_in_peace()
+            beside = self.enqueue_beside_refused()
             survey = self.survey()
         for timer in self.timers:
             timer.cancel()
         return self.report(survey, *beside)
 
     def enqueue_backlog(self):
-        """Jobs that are there before the first fault."""
+        """Enqueue the jobs that exist before the first fault."""
         numbers = range(len(self.jobs), len(self.jobs) + self.backlog)
         code = "result = [job.pk for job in Job.objects.enqueue_many(write, calls)]"
         for start in range(0, self.backlog, 10_000):
@@ -71,7 +71,7 @@ class Chaos:
             self.accepted |= zip(part, self.stack.ask(code, calls=calls), strict=True)
 
     def post(self, number, seconds, start):
-        """Post until the answer is 202, as a client does that wants its job accepted."""
+        """Post until the answer is 202, as a client that needs its job accepted."""
         due = start + number * self.seconds / len(self.jobs)
         time.sleep(max(0, due - time.monotonic()))
         while True:
@@ -83,8 +83,8 @@ class Chaos:
                 self.accepted[number] = job
                 return
 
-    def disturb(self):
-        if not self.round:  # so that each one comes in its turn
+    def inject_fault(self):
+        if not self.round:  # each fault comes once in a round, in random order
             self.round = [name for name in sorted(vars(Chaos)) if name.startswith("fault_")]
             self.random.shuffle(self.round)
         fault = self.round.pop()
@@ -92,7 +92,7 @@ class Chaos:
         self.faults[name] = self.faults.get(name, 0) + 1
         try:
             getattr(self, fault)()
-        except (OSError, AssertionError) as error:  # it is just starting, or away
+        except (OSError, AssertionError) as error:  # the target is starting or unavailable
             print(f"  {name}: {str(error)[-200:]}", file=sys.stderr)
 
     def fault_worker_killed(self):
@@ -107,7 +107,7 @@ class Chaos:
         os.kill(self.random.choice(self.stack.workers).pid, signal.SIGTERM)
 
     def fault_worker_paused(self):
-        """For longer than its lease."""
+        """Pause a worker for longer than its lease."""
         worker = self.random.choice(self.stack.workers)
         worker.pause()
         threading.Timer(5, worker.resume_if_running).start()
@@ -141,7 +141,7 @@ class Chaos:
         self.stack.ask("from faults.survey import copy_messages\ncopy_messages()")
 
     def fault_backlog(self):
-        """Plain tasks, always some of them in the queue of the jobs, for half a minute."""
+        """Keep some plain tasks in the queue of the jobs for half a minute."""
         gate = self.stack.folder / f"gate-{time.monotonic()}"
         self.stack.ask("for _ in range(30): circle.delay(gate, 0.1)", gate=str(gate))
         timer = threading.Timer(30, gate.touch)
@@ -158,20 +158,20 @@ class Chaos:
         self.lock("LOCK TABLE jobs_job IN ACCESS EXCLUSIVE MODE")
 
     def lock(self, statement):
-        """For longer than a lease."""
+        """Hold a lock for longer than a lease."""
         with self.stack.locked(statement):
             time.sleep(5)
 
     def fault_killer(self):
-        """A job that kills its process each time; those beside it must not fail for that."""
+        """Enqueue a job that kills its process in each run; jobs beside it must not fail."""
         self.killers.append(self.stack.enqueue("die", 0.5))
 
     def fault_refused(self):
-        """A job that is too large for the broker; those beside it must not wait for it."""
+        """Post a job that is too large for the broker; jobs beside it must not wait for it."""
         self.refused.append(self.stack.post("read", "x" * 1_200_000))
 
     def fault_row_held(self):
-        """By its own body, while its worker is asked to end."""
+        """Stop a worker while a body has locked the row of its own job."""
         gate = self.stack.folder / f"gate-{time.monotonic()}"
         try:
             self.holders.append(job := self.stack.enqueue("hold_its_row", gate))
@@ -185,13 +185,13 @@ class Chaos:
             gate.touch()
 
     def fault_old_jobs(self):
-        """One of them cannot be deleted; the others must be."""
+        """Make old jobs: one of them cannot be deleted, the others must be."""
         kept, *old = self.stack.ask("from faults.survey import age_jobs\nresult = age_jobs()")
         self.kept.append(kept)
         self.old += old
 
     def wait(self, seconds):
-        """Wait until all have ended or are deleted; those that the broker refuses may not end."""
+        """Wait until all jobs have ended or are deleted, except those that the broker refuses."""
         until = time.monotonic() + seconds
         code = """
 rows = Job.objects.filter(Q(state__in=ACTIVE) | Q(pk__in=old))
@@ -199,14 +199,14 @@ result = rows.exclude(task=read.name).exists()
 """
         while self.stack.ask(code, old=self.old) and time.monotonic() < until:
             time.sleep(1)
-        time.sleep(2)  # what ends a second time, does it now
+        time.sleep(2)  # a job that ends a second time does so now
 
-    def refuse_in_peace(self):
-        """Enqueue others beside jobs that are refused.
+    def enqueue_beside_refused(self):
+        """Enqueue jobs beside refused ones, without other faults.
 
-        Returns how many there were, and how many of them ran before the refused ones had ended.
+        Returns how many jobs it enqueued, and how many ran before the last refused one had ended.
         """
-        # Few: the stand-in for SQS takes some 50 calls a second.
+        # Only two at once: the stand-in for SQS handles about 50 calls a second.
         code = "result = [j.pk for j in Job.objects.enqueue_many(quick, [[]] * 2, countdown=1)]"
         self.stack.wait_until_final(*[self.stack.enqueue("quick", queue=q) for q in QUEUES])
         for _ in range(3):
@@ -270,7 +270,7 @@ def main():
     parser.add_argument("--pool", default="prefork")
     parser.add_argument("--jobs", type=int, default=JOBS)
     parser.add_argument("--backlog", type=int, default=0, help="more jobs, before the first fault")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="of disturbance")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="of faults")
     parser.add_argument("--seed", type=int, default=random.randrange(10_000))
     options = vars(parser.parse_args())
     fine = True
@@ -285,7 +285,7 @@ def main():
 
 
 def run(name, folder, *, jobs=JOBS, backlog=0, seconds=SECONDS, seed, pool="prefork"):
-    """Disturb a project on this broker; print what happened, return whether nothing was lost."""
+    """Run chaos on a project with this broker. Print a report, return whether nothing was lost."""
     print(f"{name}, {pool}, seed {seed}", flush=True)
     broker = BROKERS[name]
     answers = {**broker.answers, "worker_pool": pool}
@@ -295,7 +295,7 @@ def run(name, folder, *, jobs=JOBS, backlog=0, seconds=SECONDS, seed, pool="pref
     database = PostgreSQL("fsync=off")
     database.start()
     try:
-        # The project would refuse at once what its broker is to refuse.
+        # No limit of the project: it is the broker that must refuse large jobs.
         variables = {**TIMINGS, "JOB_MAX_BYTES": 10**9}
         stack = prepare(Project(baked), broker, folder, database, **variables)
         stack.add_worker("test")

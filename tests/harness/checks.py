@@ -1,6 +1,6 @@
-"""What the files of a baked project are checked for, beyond what stands in them word for word.
+"""Checks of the files of a baked project, beyond a comparison of their text.
 
-A plugin of pytest (see conftest.py), so that a failed assert here says what it compared.
+A plugin of pytest (see conftest.py), so that a failed assert shows what it compared.
 """
 
 import ast
@@ -23,7 +23,7 @@ from celery.app.defaults import DEFAULTS
 from kombu.transport import TRANSPORT_ALIASES, resolve_transport
 from markdown_it import MarkdownIt
 
-# Commands that read a file with such a path and end with an error if something is wrong with it.
+# Commands that check files with these paths, and end with an error if a file is invalid.
 CHECKERS = {
     ".github/workflows/*.yml": [
         "check-jsonschema --builtin-schema vendor.github-workflows",
@@ -35,7 +35,7 @@ CHECKERS = {
     "compose*.yaml": ["check-jsonschema --builtin-schema vendor.compose-spec"],
     "Dockerfile": ["hadolint"],
 }
-# Modules whose package has another name.
+# Modules whose package has a different name.
 PACKAGES = {
     "axes": "django-axes",
     "csp": "django-csp",
@@ -47,13 +47,13 @@ PACKAGES = {
 INDIRECT = {
     "gunicorn",  # started in production, by hand: see README.md
     "psycopg",  # imported by Django, where DATABASE_URL says postgres
-    "pytest-django",  # found by pytest
+    "pytest-django",  # loaded by pytest
 }
 NEW_FILES = "new files"  # how many a test checked
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Print what test_bake.py counted, in all of its processes."""
+    """Print what test_bake.py counted in all its processes."""
     reports = [report for found in terminalreporter.stats.values() for report in found]
     calls = [report for report in reports if getattr(report, "when", "") == "call"]
     files = [count for call in calls for name, count in call.user_properties if name == NEW_FILES]
@@ -65,11 +65,9 @@ def pytest_terminal_summary(terminalreporter):
 
 def check_file(project, file, text):
     assert "cookiecutter" not in text, file
-    if (
-        file.suffix != ".html"
-    ):  # Django's braces; then GitHub's and Prometheus', and those of Python's f-strings
+    if file.suffix != ".html":  # Django's braces; below, GitHub's, Prometheus' and f-strings'
         braces = r"(?<!\$)\{\{(?! \$)" if file.suffix != ".py" else r"\{\{-? "
-        tags = r"\{%(?! (extends|load|block|endblock|static)\b)"  # README.md shows some of Django's
+        tags = r"\{%(?! (extends|load|block|endblock|static)\b)"  # docs/pages.md shows Django's
         assert not re.search(rf"{braces}|{tags}|\{{#", text), f"{file} has a trace of Jinja"
     assert text.strip() or file.name == "__init__.py", f"{file} is empty"
     assert not text or (text.endswith("\n") and not text.endswith("\n\n")), file
@@ -93,11 +91,11 @@ def check_file(project, file, text):
 
 
 def check_celery(settings, addresses):
-    """Celery knows each setting, and the broker's transport and the backend read each option.
+    """Assert that Celery knows each setting, and that transport and backend read each option.
 
-    Names only, not values, and of nested options the outermost name. A source that reads a name may
-    still do nothing with it in this configuration: test_run.py shows what happens. The addresses in
-    the settings or in .env.example say which transport and which backend.
+    This checks names, not values, and only the outermost name of nested options. A name that is
+    read may still have no effect in this configuration: test_run.py tests effects. The addresses in
+    the settings or in .env.example say which transport and which backend to check.
     """
     tree = ast.parse(settings)
     urls = settings + addresses
@@ -117,7 +115,7 @@ def check_celery(settings, addresses):
 
 
 def options(tree, setting):
-    """The keys that a setting's dict gets, all written as literals."""
+    """Return the keys of a setting's dict, all of them literals."""
     found = set()
     for node in ast.walk(tree):
         match node:
@@ -133,7 +131,7 @@ def options(tree, setting):
 
 @cache
 def transport_options(scheme):
-    """The options that kombu reads for the URLs of a scheme, or hands on to the client it has."""
+    """Return the options that kombu reads for URLs of a scheme, or passes to its client."""
     module = TRANSPORT_ALIASES[scheme].split(":")[0]
     known = reads("kombu.connection", "transport_opt") | reads(module, "transport_options")
     for node in ast.walk(source(module)):
@@ -147,7 +145,7 @@ def transport_options(scheme):
 
 @cache
 def reads(module, mapping):
-    """The keys that a module's source reads from what has `mapping` in its name."""
+    """Return the keys that a module reads from mappings with `mapping` in their names."""
     keys = set()
     for node in ast.walk(source(module)):
         match node:
@@ -170,7 +168,7 @@ def source(module):
 
 
 def check_dependencies(texts):
-    """What is imported is declared, what is declared is used: in production, and in development."""
+    """Assert that imports are declared and declarations are used, in production and development."""
     about = tomllib.loads(texts[Path("pyproject.toml")])
     production = about["project"]["dependencies"]
     groups = sum(about["dependency-groups"].values(), [])
@@ -212,7 +210,7 @@ def is_python(file):
 
 @cache
 def imports(text):
-    """The modules that Python code imports, without what follows the first dot."""
+    """Return the modules that Python code imports, up to the first dot of each name."""
     found = set()
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
@@ -224,7 +222,7 @@ def imports(text):
 
 @cache
 def words_of(file, text):
-    """The words of a file; of Python code the modules that it imports and the words in strings."""
+    """Return the words of a file; for Python code, its imported modules and words in strings."""
     if not is_python(file):
         return set(re.findall(r"\w+", text))
     nodes = list(ast.walk(ast.parse(text)))
@@ -242,15 +240,15 @@ def words_of(file, text):
 
 @cache
 def parse(markdown):
-    """All tokens of a page, those within its lines last."""
+    """Return all tokens of a page; those inside of lines come last."""
     tokens = MarkdownIt("commonmark").enable("table").parse(markdown)
     return tokens + [child for token in tokens for child in token.children or []]
 
 
 def check_links(pages, files):
-    """Each relative link of these pages leads to a file, and its fragment to a heading on GitHub.
+    """Assert that each relative link leads to a file, and its fragment to a heading, as on GitHub.
 
-    `files` are all that a link may lead to, {path: text}.
+    `pages` are paths, `files` all files that a link may lead to, {path: text}.
     """
     for page in pages:
         tokens = parse(files[page])
@@ -266,7 +264,7 @@ def check_links(pages, files):
 
 
 def anchors(tokens):
-    """The fragments that GitHub gives to headings: a second one of the same text gets a number."""
+    """Yield the fragments that GitHub gives to headings. Repeated ones get a number."""
     seen = Counter()
     for before, token in itertools.pairwise(tokens):
         if before.type == "heading_open":
@@ -277,9 +275,9 @@ def anchors(tokens):
 
 
 def check_pages(texts, template):
-    """Pages link to files that exist, and name no file and no make command that the output lacks.
+    """Assert that pages link to existing files, and name no file or make target that is missing.
 
-    `template` has the paths that any output may have: what a reader shall write is none of them.
+    `template` has the paths that any output may have; files that a reader writes are not in it.
     """
     pages = [file for file in texts if file.suffix == ".md"]
     check_links(pages, texts)

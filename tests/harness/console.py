@@ -1,4 +1,4 @@
-"""In a project: runs the Python that it is sent, one JSON text a line, and answers likewise."""
+"""Runs code in a project: reads Python as JSON, one text a line, and writes results as JSON."""
 
 import json
 import sys

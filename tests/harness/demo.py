@@ -1,6 +1,6 @@
-"""`make demo`: from the template to a finished job, with the seconds that each step took.
+"""`make demo`: from the template to a finished job, with the seconds of each step.
 
-Arguments are answers, as `cookiecutter` takes them: include_example=false
+Arguments are answers, as for `cookiecutter`: include_example=false
 """
 
 import shutil
@@ -53,7 +53,7 @@ def main(answers):
         print(f"  {took:5.1f}  {name}")
     print(f"  {sum(seconds.values()):5.1f}  in all")
     print(f"\nTry it: cd {project.relative_to(Path.cwd())} && make run")
-    print("The next `make demo` writes that folder anew.")
+    print("The next `make demo` replaces that folder.")
 
 
 def run_example(site):

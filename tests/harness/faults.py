@@ -1,4 +1,4 @@
-"""Fixtures for tests with real processes: a running stack on the brokers and pools they name."""
+"""Fixtures for tests with real processes: a running stack for each broker and pool."""
 
 import itertools
 import time
@@ -14,11 +14,11 @@ STACKS = {}
 
 
 def stacks(brokers=CHOICES["broker"], pools=POOLS, only=lambda *pair: True, **options):
-    """Run the test on each of these brokers with each of these pools, and with these options."""
+    """Return a mark: run the test on each of these brokers with each of these pools."""
     params = []
     for broker, pool in itertools.product(brokers, pools):
         name = "-".join([broker, pool, *options])
-        # One object for one stack: pytest asks whether it is the same one.
+        # The same object for the same stack: pytest compares parameters by identity.
         param = STACKS.setdefault(name, {"broker": broker, "pool": pool, **options})
         if only(broker, pool):
             params.append(pytest.param(param, id=name, marks=pytest.mark.xdist_group(name)))
@@ -27,13 +27,13 @@ def stacks(brokers=CHOICES["broker"], pools=POOLS, only=lambda *pair: True, **op
 
 ONE = {"brokers": CHOICES["broker"][:1], "pools": POOLS[:1]}
 everywhere = stacks()
-# What broker and pool change, but not together: the first of one with each of the other.
+# If broker and pool matter, but not their combination: each broker with one pool, and vice versa.
 on_each = stacks(only=lambda broker, pool: [broker] == ONE["brokers"] or [pool] == ONE["pools"])
-on_each_broker = stacks(pools=POOLS[:1])  # what no pool changes
+on_each_broker = stacks(pools=POOLS[:1])  # if the pool does not matter
 on_each_pool = stacks(brokers=ONE["brokers"])
 on_one = stacks(**ONE)
 on_prefork = stacks(brokers=ONE["brokers"], pools=["prefork"])
-# No message is sent a second time while a test waits; the other timings are those of a project.
+# No message is sent again while a test waits; the other timings are the project's defaults.
 without_resends = stacks(**ONE, timings={"JOB_RESEND_SECONDS": 600})
 
 
@@ -47,7 +47,7 @@ def database():
 
 @pytest.fixture(scope="session")
 def running(request, cookies_session, tmp_path_factory):
-    """A stack, for all tests with the same answers one after the other."""
+    """A stack that consecutive tests with the same parameters share."""
     options = {"timings": TIMINGS, "sqlite": False, **request.param}
     broker = broker_class(options["broker"])
     folder = tmp_path_factory.mktemp("stack")
@@ -55,7 +55,8 @@ def running(request, cookies_session, tmp_path_factory):
     database = None if options["sqlite"] else request.getfixturevalue("database")
     variables = {
         **options["timings"],
-        "WORKER_CONCURRENCY": 4 if options["pool"] == "prefork" else 16,  # jobs share a process
+        # More for threads and greenlets, which share a process.
+        "WORKER_CONCURRENCY": 4 if options["pool"] == "prefork" else 16,
     }
     stack = prepare(project, broker, folder, database, **variables)
     try:
@@ -67,7 +68,7 @@ def running(request, cookies_session, tmp_path_factory):
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item, nextitem):
-    """End a stack after its last test: pytest would keep it until a test asks for another one."""
+    """End a stack after its last test: pytest would keep it until a test needs another one."""
     params = [
         each.callspec.params if hasattr(each, "callspec") else {} for each in (item, nextitem)
     ]
@@ -78,7 +79,7 @@ def pytest_runtest_teardown(item, nextitem):
 
 @pytest.fixture
 def stack(running):
-    """The stack, with everything in it running. What it logs, pytest shows if the test fails."""
+    """The stack, with all processes running. Prints their logs, which pytest shows on a failure."""
     running.recover()
     sizes = {log: log.stat().st_size for log in running.logs}
     yield running
@@ -87,7 +88,7 @@ def stack(running):
 
 @pytest.fixture
 def gate(tmp_path_factory):
-    """Bodies run until this file exists: at the end of the test at the latest."""
+    """A file for which bodies wait. It is created at the end of the test at the latest."""
     gate = tmp_path_factory.mktemp("gate") / "gate"
     yield gate
     gate.touch()
@@ -95,7 +96,7 @@ def gate(tmp_path_factory):
 
 @pytest.fixture
 def since(record_property):
-    """Return a function that records the seconds since `start`."""
+    """A function, since(start): record the seconds since then."""
 
     def since(start):
         record_property("seconds", round(time.monotonic() - start, 1))
@@ -104,7 +105,7 @@ def since(record_property):
 
 
 def errors(row):
-    """Why runs of a job have failed, in order."""
+    """Return the errors of a job's failed runs, in order."""
     return [attempt["error"] for attempt in row["attempts"]]
 
 

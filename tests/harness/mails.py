@@ -1,4 +1,4 @@
-"""A mail server."""
+"""A mail server for tests."""
 
 import re
 import socketserver
@@ -6,40 +6,40 @@ import threading
 
 
 class Mails(socketserver.ThreadingTCPServer):
-    """Knows for whom it has taken a mail; takes `count`, and more once it is told to go on."""
+    """Records the recipients of mails. Accepts `count` mails, and more once `proceed` is set."""
 
     daemon_threads = True
 
     def __init__(self, count):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.count, self.go_on = count, threading.Event()
+        self.count, self.proceed = count, threading.Event()
         self.url = f"smtp://127.0.0.1:{self.server_address[1]}"
         self.received = []
         threading.Thread(target=self.serve_forever, args=[0.05], daemon=True).start()
 
     def __exit__(self, *exc_info):
-        self.go_on.set()
+        self.proceed.set()
         self.shutdown()
         super().__exit__(*exc_info)
 
 
 class Handler(socketserver.StreamRequestHandler):
     def handle(self):
-        self.say("220 ready")
+        self.reply("220 ready")
         for line in self.rfile:
             word = line[:4].upper()
             if word == b"RCPT":
                 recipient = re.search(rb"<(.+)>", line)[1].decode()
             if word == b"DATA":
                 if len(self.server.received) >= self.server.count:
-                    self.server.go_on.wait()
-                self.say("354 go on")
+                    self.server.proceed.wait()
+                self.reply("354 go on")
                 while (end := self.rfile.readline()) not in (b".\r\n", b""):
                     pass
-                if not end:  # who sends it is dead
+                if not end:  # the sender has died
                     return
                 self.server.received.append(recipient)
-            self.say("221 bye" if word == b"QUIT" else "250 fine")
+            self.reply("221 bye" if word == b"QUIT" else "250 fine")
 
-    def say(self, text):
+    def reply(self, text):
         self.wfile.write(f"{text}\r\n".encode())

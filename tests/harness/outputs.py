@@ -1,4 +1,4 @@
-"""Fixtures for tests with outputs that run: installed from their own pyproject.toml, and used."""
+"""Fixtures for tests of running outputs, which are installed from their own pyproject.toml."""
 
 import itertools
 import shutil
@@ -10,7 +10,7 @@ from .bake import CHOICES, DEFAULTS, baked, name
 from .project import wait_for
 
 ORDER = {"email": "you@example.com", "product": "Tea", "quantity": 2}
-# An action of the admin, which waits for workers; returns its page.
+# Runs an action of the admin, which waits for workers. The result is the page.
 ADD_UP = """
 from django.test import Client
 from users.models import User
@@ -27,7 +27,7 @@ CELERY_BEAT_SCHEDULE = {{
 
 
 def combinations():
-    """Every broker with every result backend and every pool; the schedule and the example vary."""
+    """Yield every broker with every result backend and pool; schedule and example vary."""
     schedules = CHOICES["periodic_tasks"]
     options = ("broker", "result_backend", "worker_pool")
     for number, choices in enumerate(itertools.product(*(CHOICES[option] for option in options))):
@@ -40,7 +40,7 @@ def combinations():
 
 
 def one_of_each_pair():
-    """Of these, one for each broker and result backend, with the pools in turn."""
+    """Return one combination for each broker and result backend, with the pools in turn."""
     every, pools = list(combinations()), len(CHOICES["worker_pool"])
     return [every[pools * pair + pair % pools] for pair in range(len(every) // pools)]
 
@@ -50,7 +50,7 @@ def one_for_each_broker():
 
 
 def outputs(*answers):
-    """Run the test with these outputs: one process all tests of an output, to install it once."""
+    """Return a mark: run the test with these outputs, each in one process, to install it once."""
     params = [
         pytest.param(each, id=name(each), marks=pytest.mark.xdist_group(name(each)))
         for each in answers
@@ -66,7 +66,7 @@ default_output = outputs(next(combinations()))
 
 @pytest.fixture(scope="module")
 def output(request, cookies_session):
-    """A baked project; its tests name the answers: see outputs()."""
+    """A baked project; outputs() says with which answers."""
     return baked(cookies_session, request.param)
 
 
@@ -79,14 +79,14 @@ def project(output):
 
 @pytest.fixture(scope="module")
 def broker(output, tmp_path_factory):
-    """The variables of real servers for this output alone. Asked for first: one may be missing."""
+    """Variables of real servers for this output alone. Requested first, as one may be missing."""
     with servers.real(output.free_servers(), tmp_path_factory.mktemp("servers")) as variables:
         yield variables
 
 
 @pytest.fixture
 def with_tasks(project, tmp_path):
-    """The project with tasks of our own, so that it needs no example, one of them periodic."""
+    """The project with the app `samples` and a periodic task, so that it needs no example."""
     settings = project / "config/settings.py"
     before = settings.read_text()
     project.add_app("samples", SCHEDULE.format(path=tmp_path / "ticked"))
@@ -96,7 +96,7 @@ def with_tasks(project, tmp_path):
 
 
 def use(project, tmp_path, **environment):
-    """Start the project and use all of it; return what it printed."""
+    """Start the project and use each of its parts. Return what it printed."""
     with project.up(**environment) as site:
         *_, done = site.follow(site.enqueue("count", 5))
         assert (done["state"], done["result"]) == ("succeeded", 5), done
@@ -123,9 +123,9 @@ def use(project, tmp_path, **environment):
         sent, results = site.ask(script)
         assert results == ([3, 10] if has_results else [])
         ran = wait_for(lambda: late.exists() and late.read_text(), site=site)
-        assert float(ran) - sent > 1.9  # of 2: greenlets count from the start of their loop's round
+        assert float(ran) - sent > 1.9  # not 2: gevent counts from the start of its loop's round
 
-        if site.has_flower:  # then the broker carries events and remote control
+        if site.has_flower:  # so the broker supports events and remote control
             show_in_flower(site, done["id"])
         endless = site.enqueue("count", 1000)
         following = site.follow(endless)
@@ -142,12 +142,12 @@ def use(project, tmp_path, **environment):
 
 
 def mails(project):
-    """All that development has sent."""
+    """Return all mails that the project sent in development."""
     return "".join(file.read_text() for file in (project / ".data/mail").iterdir())
 
 
 def show_in_flower(site, done):
-    """Flower knows the worker that did the job of this id, and tells only who has its password."""
+    """Assert that Flower shows this job and its worker, and only with the password."""
     for path in "/api/workers", "/api/tasks":
         assert site.ask_flower(path, authenticated=False)[0] == 401
     wait_for(lambda: site.worker in site.ask_flower("/api/workers?refresh=1")[2], site=site)

@@ -1,4 +1,4 @@
-"""A baked project, as the tests and `make demo` use it: install it, start it, talk to it."""
+"""A baked project that the tests and `make demo` install, start and send requests to."""
 
 import base64
 import fcntl
@@ -20,20 +20,20 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 FINAL = {"succeeded", "failed", "cancelled"}
-LIMIT = 300  # seconds, of every wait: a machine may be ten times slower than this one
-# A variable and the address in development that settings.py or .env gives it.
+LIMIT = 300  # seconds of every wait: a machine may be ten times slower than ours
+# A variable and its address for development, in settings.py or .env.
 ADDRESS = r"""([A-Z_]+)(?:=|["'], ["'])(\w+://(?:[^"'\s]*@)?127\.0\.0\.1:\d+[^"'\s]*)"""
-APPS = Path(__file__).parent / "apps"  # of Django, for projects under test
+APPS = Path(__file__).parent / "apps"  # Django apps for projects under test
 CONSOLE = Path(__file__).parent / "console.py"
 
 
 class Project(type(Path())):
     """The path of a baked project, which can also run commands."""
 
-    environments = None  # a folder, if projects that declare the same share an environment
+    environments = None  # a folder of environments that projects with equal dependencies share
 
     def run(self, *command, **environment):
-        """Run a module of the test environment, say `ruff check`, and return what it prints."""
+        """Run a module of the test environment, such as `ruff check`, and return what it prints."""
         return self.call(sys.executable, "-m", *command, **environment)
 
     def call(self, *command, **environment):
@@ -55,14 +55,14 @@ class Project(type(Path())):
         return (self / file).read_text("utf-8")
 
     def production(self):
-        """The variables that production needs, with the example values of .env.example."""
+        """Return the variables that production needs, with the values of .env.example."""
         examples = dict(re.findall(r"^# ([A-Z_]+)=(.+)$", self.read(".env.example"), re.MULTILINE))
         needed = re.findall(r"""env\.\w+\(["']([A-Z_]+)["']\)""", self.read("config/settings.py"))
         secret = {"SECRET_KEY": "only-this-test-knows-0123456789-abcdefghijklmnopqrstuvwxyz"}
         return {name: value for name, value in {**examples, **secret}.items() if name in needed}
 
     def free_servers(self):
-        """The variables that move each server of the project to a port where none answers."""
+        """Return the variables that move each server of the project to a free port."""
         addresses = self.read("config/settings.py") + self.read(".env")
         found = dict(re.findall(ADDRESS, addresses))
         ports = {urlsplit(url).port for url in found.values()}
@@ -74,7 +74,7 @@ class Project(type(Path())):
         }
 
     def files(self):
-        """Every file's path, without what tools left there."""
+        """Return the paths of all files, without caches of tools."""
         return [path for path in self.rglob("*") if path.is_file() and "_cache" not in str(path)]
 
     def install(self):
@@ -82,19 +82,19 @@ class Project(type(Path())):
         if self.environments:
             environment = shared_environment(self, self.environments)
             (self / ".venv").symlink_to(environment)
-            environment.touch()  # newer than pyproject.toml: make has nothing to do
+            environment.touch()  # newer than pyproject.toml, so make does not install again
         else:
             self.call("make", ".venv")
 
     def add_app(self, name, settings=""):
-        """Give the project one of our apps, and these lines at the end of its settings."""
+        """Copy one of our apps into the project, and append these lines to its settings."""
         shutil.copytree(APPS / name, self / name, ignore=shutil.ignore_patterns("__pycache__"))
         with open(self / "config/settings.py", "a") as file:
             file.write(f'INSTALLED_APPS += ["{name}"]\n{settings}\n')
 
     @contextmanager
     def up(self, **environment):
-        """`make run` on free ports until the block ends: gives the Site once it answers."""
+        """Run `make run` on free ports until the block ends. Give the Site once it answers."""
         port, flower = free_ports(2)
         servers = {**self.free_servers(), **environment}
         environment = {"PORT": port, "FLOWER_PORT": flower, **servers}
@@ -131,7 +131,7 @@ class Console:
         )
 
     def ask(self, code):
-        """Return what the code leaves in `result`."""
+        """Run code and return the value of its variable `result`."""
         self.process.stdin.write(json.dumps(code) + "\n")
         self.process.stdin.flush()
         for line in self.process.stdout:
@@ -159,7 +159,7 @@ class Site:
 
     @property
     def has_flower(self):
-        """Not every broker carries what it shows."""
+        """Whether the project has Flower: not every broker supports it."""
         return "flower" in self.project.read("Procfile")
 
     @property
@@ -177,23 +177,23 @@ class Site:
             wait_for(lambda: connects(int(port)), site=self)
 
     def user(self):
-        """The name and password of the demo user, and its address."""
+        """Return USERNAME, PASSWORD and EMAIL of the demo user."""
         return dict(re.findall("^DJANGO_SUPERUSER_(.*)=(.*)$", self.project.read(".env"), re.M))
 
     def request(self, path, data=None, **headers):
-        """Return (status, headers, JSON) of a GET, or with `data` of a POST, as the demo user."""
+        """Send a GET, or a POST of `data`, as the demo user. Return (status, headers, JSON)."""
         headers = {"Authorization": f"Token {self.token}", **headers}
         return fetch(self.web + path, data, headers)
 
     def upload(self, path, text):
-        """POST this text as the file that a form calls `file`."""
+        """POST this text as the file in the form field `file`."""
         head = 'Content-Disposition: form-data; name="file"; filename="upload.csv"'
         body = f"--end\r\n{head}\r\n\r\n{text}\r\n--end--\r\n".encode()
         kind = {"Content-Type": "multipart/form-data; boundary=end"}
         return self.request(path, body, **kind)
 
     def scrape(self):
-        """What Prometheus would read, {name with labels: value}."""
+        """Return what Prometheus would read, {name with labels: value}."""
         request = urllib.request.Request(f"{self.web}/metrics")
         request.add_header("Authorization", f"Token {self.token}")
         with urllib.request.urlopen(request, timeout=30) as response:
@@ -212,14 +212,14 @@ result = Job.objects.enqueue(tasks.{task}, {args!r}, owner=User.objects.get()).p
         return f"/api/jobs/{self.ask(code)}/"
 
     def ask(self, code):
-        """Run Python code in the project, in one process for all calls; return its `result`."""
+        """Run Python code in one process of the project for all calls; return its `result`."""
         if not self.console:
             log = self.project.parent / "console.log"
             self.console = Console(self.project, log, **self.environment)
         return self.console.ask(code)
 
     def follow(self, url):
-        """Yield the job at `url` whenever it looks different, until its final state."""
+        """Yield the job at `url` each time it has changed, until it has a final state."""
         seen, until = None, time.monotonic() + LIMIT
         while time.monotonic() < until:
             _, _, job = self.request(url)
@@ -233,13 +233,13 @@ result = Job.objects.enqueue(tasks.{task}, {args!r}, owner=User.objects.get()).p
         raise AssertionError(f"{job}\n{self.log}")
 
     def ask_flower(self, path, data=None, *, authenticated=True):
-        """Return (status, headers, JSON) of Flower's API, of a POST where there is `data`."""
+        """Send a GET, or a POST of `data`, to Flower's API. Return (status, headers, JSON)."""
         secret = re.search("^FLOWER_BASIC_AUTH=(.*)$", self.project.read(".env"), re.MULTILINE)
         basic = "Basic " + base64.b64encode(secret[1].encode()).decode()
         return fetch(self.flower + path, data, {"Authorization": basic} if authenticated else {})
 
     def find_in_flower(self, task_id, state="SUCCESS"):
-        """Return what Flower knows of a task that has ended in this state, or None."""
+        """Return what Flower knows about a task if it has this state, else None."""
         _, _, task = self.ask_flower(f"/api/task/info/{task_id}")
         return task if task and task["state"] == state else None
 
@@ -247,12 +247,12 @@ result = Job.objects.enqueue(tasks.{task}, {args!r}, owner=User.objects.get()).p
         return processes_in(self.project)
 
     def find(self, pattern):
-        """The ids of those whose command line matches, without the shells around them."""
+        """Return the ids of processes whose command line matches, without their shells."""
         commands = [(pid, line) for pid, line in self.processes().items() if "sh -c" not in line]
         return [pid for pid, line in commands if re.search(pattern, line)]
 
     def stop(self):
-        """What Ctrl-C does."""
+        """Stop everything, as Ctrl-C does."""
         if self.console:
             self.console.kill()
             self.console = None
@@ -262,7 +262,7 @@ result = Job.objects.enqueue(tasks.{task}, {args!r}, owner=User.objects.get()).p
 
 
 def shared_environment(project, folder):
-    """Return the environment for what a project declares: the first one that asks has it made."""
+    """Return the environment for a project's dependencies. The first call for them creates it."""
     declared = tomllib.loads(project.read("pyproject.toml"))
     declared = json.dumps([declared["project"]["dependencies"], declared["dependency-groups"]])
     shared = Project(folder / hashlib.sha256(declared.encode()).hexdigest()[:16])
@@ -279,10 +279,10 @@ def shared_environment(project, folder):
 
 
 def share_bytecode(packages, folder):
-    """Take from this folder what others have compiled, compile the rest and leave it there.
+    """Link compiled files from this folder, compile the rest, and link these into the folder.
 
-    Python does not trust what belongs to another source, by time and size, so all that changes is
-    that the first start of an environment is as quick as the second.
+    Python ignores a compiled file whose source has another time or size, so this only makes the
+    first start of an environment as quick as the second.
     """
     link_trees(folder, packages)
     subprocess.run([sys.executable, "-m", "compileall", "-qq", packages])
@@ -290,7 +290,7 @@ def share_bytecode(packages, folder):
 
 
 def link_trees(source, target, *, new=False):
-    """Link the compiled files of a tree into another one: where it has their sources, or all."""
+    """Link compiled files of one tree into another: if their folder is there, or all if `new`."""
     for compiled in source.rglob("__pycache__/*.pyc"):
         link = target / compiled.relative_to(source)
         if not link.exists() and (new or link.parent.parent.is_dir()):
@@ -300,14 +300,14 @@ def link_trees(source, target, *, new=False):
 
 
 def processes_in(project):
-    """The living processes that work in the project's folder, {pid: command line} (Linux)."""
+    """Return the processes that work in the project's folder, {pid: command line} (Linux)."""
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             if (folder / "cwd").resolve().is_relative_to(project.resolve()):
                 command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
                 found[int(folder.name)] = command
-        except OSError:  # it has ended, or is somebody else's
+        except OSError:  # it has ended, or belongs to another user
             continue
     return found
 
@@ -317,12 +317,15 @@ def children_of(pid):
         return [
             int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         ]
-    except OSError:  # it is just starting again
+    except OSError:  # the process has ended
         return []
 
 
 def fetch(url, data, headers):
-    """Return (status, headers, JSON). A POST if there is `data`: bytes, or what becomes JSON."""
+    """Send a GET, or a POST if there is `data`: bytes, or a value that is sent as JSON.
+
+    Returns (status, headers, JSON).
+    """
     body = data
     if data is not None and not isinstance(data, bytes):
         body = json.dumps(data).encode()
@@ -338,23 +341,23 @@ def fetch(url, data, headers):
 def wait_for(condition, site=None):
     until, pause = time.monotonic() + LIMIT, 0.05
     while not (value := condition()):
-        assert time.monotonic() < until, site.log if site else "waited in vain"
+        assert time.monotonic() < until, site.log if site else "waited too long"
         time.sleep(pause)
         pause = min(1.2 * pause, 0.5)
     return value
 
 
 def env(**environment):
-    """This process's environment with the test environment's tools, and without its settings."""
+    """Return this process's variables with the test environment's tools, without its settings."""
     tools = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    # The last one, as images of CI have it, would have each process compile all that it imports.
+    # PYTHONDONTWRITEBYTECODE, which images of CI set, would make each process compile its imports.
     ours = {"VIRTUAL_ENV", "MAKEFLAGS", "ARGS", "PYTHONDONTWRITEBYTECODE"}
     kept = {key: value for key, value in os.environ.items() if key not in ours}
     return {**kept, "PATH": tools, **{key: str(value) for key, value in environment.items()}}
 
 
 def path_without(*tools, folder):
-    """A PATH with all that this process's has, but for these tools: links in a new folder."""
+    """Return a PATH without these tools: a new folder with links to all others."""
     folder.mkdir()
     for place in os.environ["PATH"].split(":"):
         for tool in Path(place).glob("*"):
@@ -369,14 +372,14 @@ def connects(port):
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-HELD = []  # sockets, each bound to a port that was given
+HELD = []  # sockets, each bound to a port that free_ports() returned
 
 
 def free_ports(count):
-    """Return so many ports of this machine that nobody has, nor gets until this process ends.
+    """Return `count` free ports of this machine, reserved until this process ends.
 
-    A socket that is bound but does not listen keeps its port from everybody who looks for one. A
-    server that is told the number may still listen there.
+    A socket that is bound but does not listen reserves its port: the system gives it to nobody who
+    asks for any free port. A server that is told the number can still listen there.
     """
     for _ in range(count):
         HELD.append(socket.socket())

@@ -1,6 +1,6 @@
-"""Real servers, each on a port and in a folder of its own: started, killed, paused.
+"""Real servers that tests start, kill and pause, each with its own port and folder.
 
-A new broker has its class here, and its name in BROKERS.
+A new broker gets a class here, and its name in BROKERS.
 """
 
 import os
@@ -20,8 +20,8 @@ from . import missing
 from .bake import chosen
 from .project import LIMIT, children_of, connects, env, free_ports, wait_for
 
-VISIBILITY_TIMEOUT = 8  # seconds; of plain tasks
-# For the quorum queues that still have none a second after their broker's start; in Erlang.
+VISIBILITY_TIMEOUT = 8  # seconds, for plain tasks
+# In Erlang: elect a leader for each quorum queue that has none a second after the broker's start.
 ELECT_LEADERS = """
 [ra:trigger_election(Id) || Queue <- rabbit_amqqueue:list(), Id <- [amqqueue:get_pid(Queue)],
     is_tuple(Id), element(1, ra:members(Id, 1000)) =/= ok].
@@ -29,12 +29,12 @@ ELECT_LEADERS = """
 
 
 def sentinel_settings(page):
-    """The settings that docs/sentinel.md tells its readers to add: so the tests prove the page."""
+    """Return the settings that docs/sentinel.md tells readers to add, so that tests prove the page."""
     return re.search(r"```python\n(.*?)```", page, re.DOTALL)[1]
 
 
 class Process:
-    """A command in a session of its own, so that signals reach its children too."""
+    """A command in its own session, so that signals reach its children too."""
 
     def __init__(self, command, log, *, is_ready=None, cwd=None, variables=(), **options):
         self.command, self.log, self.options = command, Path(log), options
@@ -48,12 +48,12 @@ class Process:
 
     @property
     def printed(self):
-        """What it printed since its last start."""
+        """Its output since its last start."""
         return self.log.read_bytes()[self.read_from :].decode(errors="replace")
 
     @property
     def peak(self):
-        """The most memory that it has had, in MB (Linux)."""
+        """Its peak memory in MB (Linux)."""
         status = Path(f"/proc/{self.pid}/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) / 1000
 
@@ -80,7 +80,7 @@ class Process:
         os.killpg(self.pid, number)
 
     def kill(self):
-        """kill -9, with all children."""
+        """Kill the process and all its children with SIGKILL."""
         self.signal_all(signal.SIGKILL)
         self.process.wait()
 
@@ -95,16 +95,16 @@ class Process:
             self.resume()
 
     def stop(self, number=signal.SIGTERM):
-        """Ask the process, not its children, to end; return its exit code."""
+        """Send a signal to the process, not to its children. Return its exit code."""
         os.kill(self.pid, number)
         return self.wait()
 
     def wait(self):
-        """Wait until the process has ended; return its exit code."""
+        """Wait until the process has ended. Return its exit code."""
         return self.process.wait(LIMIT)
 
     def recover(self):
-        """Have it run, whatever a test did to it. Returns whether it had to be started."""
+        """Resume or start the process after a test. Return whether it had to be started."""
         if self.is_running():
             self.resume()
             return False
@@ -115,17 +115,17 @@ class Process:
 class Broker(Process):
     """A broker for one output, made with (folder, project=None, port=None).
 
-    The folder is for its data, the project, baked and installed, for a server that it brings along;
-    without a port it takes a free one. Its `variables` point the output to it.
+    `folder` is for its data. `project`, baked and installed, is for a server that it depends on.
+    Without a `port`, the broker takes a free one. Its `variables` make an output use it.
     """
 
-    scheme = None  # of its URL, where `make run` does not start it
-    answers = {}  # of an output of the fault tests
+    scheme = None  # of its URL, if `make run` does not start it
+    answers = {}  # of the output that the fault tests run
     settings = ""  # more lines for that output
-    refuse = ""  # code for its `channel`: makes "refused" a queue of which it takes no message
+    refuse = ""  # code with a `channel`: makes a queue "refused" that takes no message
 
     def limit_messages(self):
-        """Before the first start: refuse each message of more than 1 MiB. moto always does."""
+        """Refuse messages of more than 1 MiB, from the first start on. moto always does."""
 
 
 class Redis(Broker):
@@ -149,9 +149,9 @@ class Redis(Broker):
 
 
 class RedisSentinel(Redis):
-    """A master and a replica, and the one Sentinel that this object is: TLS and passwords on all.
+    """A master, a replica and one Sentinel, which is the process of this object.
 
-    The first sentinel that the variables name is away.
+    All three have TLS and passwords. The first sentinel that the variables name does not exist.
     """
 
     scheme = None
@@ -163,7 +163,7 @@ class RedisSentinel(Redis):
         if not shutil.which("openssl"):
             missing("openssl is not installed: sudo apt install openssl")
         away, self.port, *ports = free_ports(4)
-        self.certificate = folder / "certificate.pem"  # which is its own authority
+        self.certificate = folder / "certificate.pem"  # self-signed, so it is also its CA
         key = folder / "key.pem"
         options = "-x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=test"
         options += " -addext subjectAltName=IP:127.0.0.1"
@@ -176,7 +176,7 @@ tls-key-file {key}
 tls-ca-cert-file {self.certificate}
 tls-auth-clients no
 tls-replication yes"""
-        self.servers = {}  # by port
+        self.servers = {}  # {port: Process}
         for port in ports:
             (folder / str(port)).mkdir()
             config = folder / f"{port}.conf"
@@ -213,18 +213,18 @@ sentinel failover-timeout main 10000
         }
 
     def ask(self, *words):
-        """What Sentinel answers."""
+        """Return what Sentinel answers to this command."""
         place = f"--tls --cacert {self.certificate} -p {self.port} --no-auth-warning".split()
         command = ["redis-cli", *place, "-a", "of/sentinel", "sentinel", *words]
         return subprocess.run(command, capture_output=True, text=True).stdout
 
     def wait_until_down(self, seconds):
-        """Have Sentinel look for another master when this one has been away for so long."""
+        """Set after how many seconds without an answer Sentinel promotes the replica."""
         assert self.ask("set", "main", "down-after-milliseconds", str(seconds * 1000)) == "OK\n"
 
     @property
     def master(self):
-        """The one that Sentinel names."""
+        """The server that Sentinel names as master."""
         return self.servers[int(self.ask("get-master-addr-by-name", "main").split()[1])]
 
     def launch(self):
@@ -247,11 +247,11 @@ sentinel failover-timeout main 10000
 class RabbitMQ(Broker):
     scheme = "amqp"
     answers = {"broker": "rabbitmq", "result_backend": "none"}
-    # With other arguments than those that the project declares it with: 406.
+    # The project declares it with other arguments, which RabbitMQ answers with error 406.
     refuse = 'channel.queue_declare("refused", auto_delete=False, arguments={"x-max-priority": 9})'
 
     def __init__(self, folder, project=None, port=None):
-        # What Debian has on PATH changes the user; the scripts themselves stand here.
+        # Debian's commands on PATH change the user; the scripts themselves are in this folder.
         path = f"/usr/lib/rabbitmq/bin:{os.environ['PATH']}"
         if not shutil.which("rabbitmq-server", path=path):
             missing("rabbitmq-server is not installed: sudo apt install rabbitmq-server")
@@ -260,7 +260,7 @@ class RabbitMQ(Broker):
         self.variables = {"CELERY_BROKER_URL": f"amqp://guest:guest@127.0.0.1:{self.port}//"}
         environment = {
             "PATH": path,
-            "HOME": folder,  # where Erlang puts its cookie
+            "HOME": folder,  # for Erlang's cookie
             "LANG": "C.UTF-8",
             "ERL_EPMD_ADDRESS": "127.0.0.1",
             "ERL_EPMD_PORT": epmd,
@@ -276,7 +276,8 @@ class RabbitMQ(Broker):
             "RABBITMQ_PID_FILE": folder / "pid",
             "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "+S 2:2 +sbwt none",  # no busy waiting
         }
-        command = ["sh", "-c", "epmd & exec rabbitmq-server"]  # one group, so that both end at once
+        # One process group, so that both end together.
+        command = ["sh", "-c", "epmd & exec rabbitmq-server"]
         super().__init__(
             command, folder.with_suffix(".log"), is_ready=self.answers_amqp, cwd=folder
         )
@@ -308,7 +309,7 @@ class RabbitMQ(Broker):
 
 
 class SQS(Broker):
-    """moto, which keeps nothing: after a restart its queues are made anew, and empty."""
+    """moto, which keeps nothing: after a restart its queues are created again, empty."""
 
     answers = {"broker": "sqs", "result_backend": "none"}
 
@@ -334,7 +335,7 @@ SCHEMES = {broker.scheme: broker for broker in BROKERS.values() if broker.scheme
 
 
 def broker_class(name):
-    """Return the class of a broker, or of a way to run one; skip the test of one that has none."""
+    """Return the class of a broker or of a setup of one. Skip the test if there is none."""
     if name not in SETUPS:
         missing(f"tests/harness/servers.py has no class that starts, kills and empties {name}")
     return SETUPS[name]
@@ -342,7 +343,7 @@ def broker_class(name):
 
 @contextmanager
 def real(variables, folder):
-    """Start a server wherever these variables of a project point to, if we have one for its URL."""
+    """Start a server at each address in these variables of a project, if we have a class for it."""
     places = {(urlsplit(url).scheme, urlsplit(url).port) for url in variables.values()}
     with ExitStack() as stack:
         for scheme, port in places:
@@ -353,7 +354,7 @@ def real(variables, folder):
 
 @contextmanager
 def running(broker, folder, **options):
-    """A server of this class until the block ends."""
+    """Run a server of this class until the block ends."""
     folder.mkdir()
     server = broker(folder, **options)
     server.start()
@@ -365,13 +366,13 @@ def running(broker, folder, **options):
 
 class PostgreSQL(Process):
     def __init__(self, *settings):
-        """With such settings as `fsync=off`."""
+        """`settings` are strings such as "fsync=off"."""
         if not (binaries := sorted(glob("/usr/lib/postgresql/*/bin"))):
             missing("PostgreSQL is not installed: sudo apt install postgresql")
         self.binaries = Path(binaries[-1])
         [self.port] = free_ports(1)
         self.url = f"postgres://postgres@127.0.0.1:{self.port}"
-        self.folder = Path(tempfile.mkdtemp(prefix="postgresql-"))  # where its user gets to
+        self.folder = Path(tempfile.mkdtemp(prefix="postgresql-"))  # its user has access
         user = {"user": "postgres", "group": "postgres"} if os.getuid() == 0 else {}
         if user:
             shutil.chown(self.folder, **user)
@@ -398,15 +399,15 @@ class PostgreSQL(Process):
         return f"{self.url}/{name}"
 
     def signal_all(self, number):
-        """Its children have sessions of their own."""
+        """Signal each child, too: the children have their own sessions."""
         for pid in [self.pid, *children_of(self.pid)]:
             with suppress(ProcessLookupError):  # one has just ended
                 os.kill(pid, number)
 
     def kill(self):
-        """At once. It recovers at its start as after a crash."""
+        """Stop at once. At its next start, the server recovers as after a crash."""
         self.signal_all(signal.SIGQUIT)
-        self.resume()  # a child that was paused
+        self.resume()  # for a child that is paused
         self.wait()
 
     def remove(self):

@@ -1,4 +1,4 @@
-"""A stack for the tests of faults: each process can be killed, paused and started by itself."""
+"""A stack for the tests of faults: each process can be killed, paused and started separately."""
 
 import os
 import re
@@ -24,11 +24,11 @@ TIMINGS = {
 class Stack:
     """A project with its broker, database, web, Beat and workers, on real servers.
 
-    `workers` are two: both consume the queue `celery`, the first also `cpu`, the second `io`.
+    It has two `workers`: both consume the queue `celery`, the first also `cpu`, the second `io`.
     """
 
     def __init__(self, project, broker, folder, database=None, **variables):
-        """Without a `database`, a PostgreSQL, it has SQLite."""
+        """`database` is a PostgreSQL; without one, the project uses SQLite."""
         self.project, self.broker, self.folder, self.database = project, broker, folder, database
         sqlite = f"sqlite:///{folder}/db.sqlite3"
         self.notes_file = folder / "notes"
@@ -42,7 +42,7 @@ class Stack:
             **broker.variables,
             **variables,
         }
-        self.made = []  # all processes, of tests too
+        self.made = []  # all processes, including those of tests
         [self.port] = free_ports(1)
         self.web = self.process(
             f"gunicorn config.wsgi --preload --bind 127.0.0.1:{self.port} --workers 4",
@@ -54,7 +54,7 @@ class Stack:
         self.console = self.token = None
 
     def process(self, command, name=None, *, is_ready=None, **variables):
-        """One more process, with more variables. It ends with the test at the latest."""
+        """Make a process with more variables. It ends with the test at the latest."""
         path = f"{self.project}/.venv/bin:{os.environ['PATH']}"
         words = command.split()
         process = Process(
@@ -68,7 +68,7 @@ class Stack:
         return process
 
     def make_worker(self, queues, name, pool=None, **variables):
-        """A worker of the project's pool, or of this one."""
+        """Make a worker with the project's pool or with this one."""
         procfile = self.project.read("Procfile")
         command = re.search("^worker: .*(celery .*)", procfile, re.MULTILINE)[1]
         if pool:
@@ -79,7 +79,7 @@ class Stack:
         return worker
 
     def add_worker(self, queue):
-        """One more worker of the stack, for `celery` and for another queue."""
+        """Add a worker to the stack, for `celery` and for another queue."""
         self.workers.append(self.make_worker(f"celery,{queue}", queue))
         return self.workers[-1]
 
@@ -108,10 +108,10 @@ class Stack:
         return sorted(self.folder.glob("*.log"))
 
     def print_logs(self, sizes):
-        """What was logged last, and after the logs had these sizes; also what each thread does."""
+        """Print the end of what the logs got after these sizes, and what each thread is doing."""
         for worker in self.workers:
             if worker.is_running():
-                os.kill(worker.pid, signal.SIGUSR1)  # Celery's command to print it
+                os.kill(worker.pid, signal.SIGUSR1)  # Celery then prints its threads
         time.sleep(1)
         for log in self.logs:
             printed = log.read_bytes()[sizes.get(log, 0) :].decode(errors="replace")
@@ -142,7 +142,7 @@ class Stack:
                 process.kill()
 
     def recover(self):
-        """Have the stack run again, without what a test has left."""
+        """Make the whole stack run again, and remove what a test has left."""
         self.kill(*(process for process in self.made if process not in self.processes))
         self.made = self.processes
         for server in [self.broker, self.database]:
@@ -152,11 +152,11 @@ class Stack:
         for process in started:
             process.wait_until_ready()
         self.ask("Job.objects.cancel()")
-        with self.supervised(self.workers):  # one that lost its broker may be about to end
+        with self.supervised(self.workers):  # a worker that lost its broker may be about to end
             self.wait_until_final(*[self.enqueue("quick", queue=queue) for queue in ["cpu", "io"]])
 
     def renew_web(self):
-        """Forget that the broker refused a message, and have connections to it."""
+        """Restart the web, so that it forgets a refused message. Let it connect to the broker."""
         self.web.stop()
         self.web.start()
         jobs = [job for job, _ in self.post_many(30, "quick")]
@@ -164,7 +164,7 @@ class Stack:
 
     @contextmanager
     def supervised(self, processes=None):
-        """Start processes again when they end, as in production, until the block ends."""
+        """Restart processes when they end, as in production, until the block ends."""
         processes = processes or self.processes
         done = threading.Event()
 
@@ -184,7 +184,7 @@ class Stack:
 
     @contextmanager
     def locked(self, statement):
-        """Hold what this statement locks in the database, until the block ends."""
+        """Hold the lock that this statement takes in the database until the block ends."""
         psql = subprocess.Popen(
             [self.database.binaries / "psql", "--quiet", self.variables["DATABASE_URL"]],
             stdin=subprocess.PIPE,
@@ -197,19 +197,19 @@ class Stack:
             assert "locked\n" in iter(psql.stdout.readline, ""), statement
             yield
         finally:
-            psql.stdin.close()  # at whose end it goes, and the lock with it
+            psql.stdin.close()  # psql ends with its input, and releases the lock
             psql.wait()
 
-    # What the tests ask and say
+    # Requests and queries of the tests
 
     def ask(self, code, **names):
-        """Run code in the project; return its `result`."""
+        """Run code in the project and return the value of its variable `result`."""
         lines = [f"{name} = {value!r}" for name, value in names.items()]
         imports = ["from django.db import connection", "from jobs.models import *"]
         return self.console.ask("\n".join([*imports, "from faults.tasks import *", *lines, code]))
 
     def add_user(self, name, **fields):
-        """Return the token of a new user."""
+        """Create a user and return its token."""
         code = """
 from users.models import User
 from rest_framework.authtoken.models import Token
@@ -246,7 +246,7 @@ with app.connection_for_write() as broker:
         self.ask(code, queue=queue)
 
     def post(self, task, *args, **data):
-        """Let the API enqueue a job; return its id. Raises if the answer is not 202."""
+        """Enqueue a job through the API and return its id. Raises if the answer is not 202."""
         data = {"task": task, "args": [str(arg) for arg in args], **data}
         headers = {"Authorization": f"Token {self.token}"}
         status, _, job = fetch(f"http://127.0.0.1:{self.port}/faults/", data, headers)
@@ -254,9 +254,9 @@ with app.connection_for_write() as broker:
         return job["id"]
 
     def send_raw(self, path, body, content_type="application/json", *, token=None, key=None):
-        """Return (status, text) of what the API answers to a GET, or with a body to a POST.
+        """Send a GET, or a POST with `body`, to the API. Return (status, text).
 
-        The status is 0 where the web hangs up on a body that it does not want to read.
+        The status is 0 if the web closes the connection because it does not read the body.
         """
         headers = {"Authorization": f"Token {token or self.token}", "Content-Type": content_type}
         if key:
@@ -272,7 +272,7 @@ with app.connection_for_write() as broker:
             return 0, ""
 
     def post_many(self, count, task):
-        """Post `count` jobs at once: return [(id, seconds until the answer)]."""
+        """Post `count` jobs at once. Return [(id, seconds until the answer)]."""
 
         def post(_):
             start = time.monotonic()
@@ -285,7 +285,7 @@ with app.connection_for_write() as broker:
         return self.rows(job)[0]
 
     def rows(self, *jobs):
-        """What the ledger says of these jobs, in their order."""
+        """Return the rows of these jobs with their attempts, in the same order."""
         code = """
 fields = ["pk", "state", "result", "error", "crashes"]
 found = {str(row["pk"]): row for row in Job.objects.filter(pk__in=jobs).values(*fields)}
@@ -296,7 +296,7 @@ result = [found[job] for job in jobs]
         return self.ask(code, jobs=jobs)
 
     def finals(self, *jobs):
-        """How often a final state was written, of all these jobs together."""
+        """Return how often a final state was written, for all these jobs together."""
         code = """
 with connection.cursor() as cursor:
     cursor.execute("SELECT count(*) FROM finals WHERE job = ANY(%s::uuid[])", [jobs])
@@ -305,7 +305,7 @@ with connection.cursor() as cursor:
         return self.ask(code, jobs=list(jobs))
 
     def wait_until_final(self, *jobs):
-        """Return the rows, once each has a final state: written once."""
+        """Wait until each job has a final state, written once. Return the rows."""
         code = "result = Job.objects.filter(pk__in=jobs, state__in=FINAL).count()"
         try:
             wait_for(lambda: self.ask(code, jobs=jobs) == len(jobs))
@@ -319,21 +319,21 @@ with connection.cursor() as cursor:
         return self.rows(*jobs)
 
     def notes(self, what, job):
-        """The processes in which a body has started or ended, in order."""
+        """Return the ids of processes whose body noted this, "start" or "end", in order."""
         words = [line.split() for line in self.notes_file.read_text().splitlines()]
         return [int(pid) for kind, task, pid in words if (kind, task) == (what, job)]
 
     def wait_until_started(self, *jobs, times=1):
-        """Return the process of the last run of the first job."""
+        """Wait for `times` runs of each job. Return the process id of the first job's last run."""
         for job in jobs:
             wait_for(lambda job=job: len(self.notes("start", job)) >= times)
         return self.notes("start", jobs[0])[-1]
 
 
 def prepare(project, broker, folder, database, **variables):
-    """Install a baked project with the tasks and the view of these tests; return its Stack.
+    """Install a baked project, add the tasks and views of the tests, and return its Stack.
 
-    `broker` is one of the classes in BROKERS; in `folder` everything keeps its files.
+    `broker` is one of the classes in BROKERS. `folder` is for the files of all processes.
     """
     project.install()
     routes = 'CELERY_TASK_ROUTES["faults.tasks.routed"] = {"queue": "io"}'

@@ -159,7 +159,7 @@ def test_a_retry_in_a_transaction_is_not_rolled_back(stack, since):
 def test_each_run_that_failed_says_why(stack, since):
     """Also each run that was retried."""
     start = time.monotonic()
-    jobs = [stack.enqueue(task) for task in ["fail_twice", "fail_and_go_on"]]
+    jobs = [stack.enqueue(task) for task in ["fail_twice", "fail_and_continue"]]
     rows = stack.wait_until_final(*jobs)
     since(start)
     assert [row["state"] for row in rows] == ["failed", "succeeded"]
@@ -220,7 +220,7 @@ result = Job.objects.enqueue(send_newsletter, [newsletter.pk], queue="news").pk
         wait_for(lambda: len(mails.received) == mails.count)
         worker.kill()
         start = time.monotonic()
-        mails.go_on.set()
+        mails.proceed.set()
         worker.start()
         rows = stack.wait_until_final(job)
         since(start)

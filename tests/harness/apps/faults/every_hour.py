@@ -1,4 +1,4 @@
-"""For celery -A: the project, with a Beat that starts a job at once, then every hour."""
+"""For celery -A: the project, with a Beat that starts a job at once and then every hour."""
 
 from datetime import timedelta
 

@@ -1,4 +1,4 @@
-"""For celery -A: the project, with a Beat that hangs when it looks at its schedule."""
+"""For celery -A: the project, with a Beat that hangs when it reads its schedule."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""What an owner's app may have: a row without which its job cannot be deleted."""
+"""As in an owner's app: a row that protects its job from deletion."""
 
 from django.db import models
 
@@ -8,7 +8,7 @@ class Keep(models.Model):
 
     class Meta:
         db_table = "keeps"
-        managed = False  # tables.sql has it
+        managed = False  # tables.sql creates it
 
     def __str__(self):
         return str(self.pk)

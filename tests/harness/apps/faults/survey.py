@@ -1,4 +1,4 @@
-"""What chaos asks of the database, and does to it and to the broker from inside."""
+"""Code of `make chaos` that runs in the project: queries, old jobs, copies of messages."""
 
 from datetime import timedelta
 
@@ -12,7 +12,7 @@ from .tasks import quick
 
 
 def survey(jobs, numbers, odd):
-    """How the jobs ended, also the odd ones; and which of these numbers have their row."""
+    """Return how jobs and odd jobs ended, and how many of these numbers have their row."""
     rows = Job.objects.filter(pk__in=jobs)
     with connection.cursor() as cursor:
         count = "SELECT count(*), count(DISTINCT job) FROM finals WHERE job = ANY(%s::uuid[])"
@@ -36,13 +36,13 @@ def states(rows):
 
 
 def count_started(jobs, others):
-    """How many of these jobs ran before the last of the others had ended."""
+    """Return how many of these jobs started before the last of the others had ended."""
     end = Job.objects.filter(pk__in=others).aggregate(end=Max("finished_at"))["end"]
     return Job.objects.filter(pk__in=jobs, started_at__lt=end).count()
 
 
 def age_jobs():
-    """Have 20 jobs that ended 99 days ago; the first one cannot be deleted."""
+    """Make 20 jobs that ended 99 days ago. The first one cannot be deleted. Return their ids."""
     jobs = [job.pk for job in Job.objects.enqueue_many(quick, [[]] * 20, countdown=99)]
     with connection.cursor() as cursor:
         cursor.execute("INSERT INTO keeps VALUES (%s)", [jobs[0]])
@@ -53,7 +53,7 @@ def age_jobs():
 
 
 def copy_messages():
-    """Send some jobs' messages five times more."""
+    """Send the messages of up to 20 active jobs five times again."""
     for job in Job.objects.filter(state__in=ACTIVE).order_by("?")[:20]:
         for _ in range(5):
             publish([job])

@@ -1,5 +1,5 @@
--- Each final state that any row ever takes, the rows that the task `write` writes, and jobs that
--- cannot be deleted.
+-- All final states that were ever written, the rows of the task `write`, and jobs that cannot be
+-- deleted.
 CREATE TABLE finals (job uuid, state text);
 CREATE TABLE written (number integer PRIMARY KEY);
 CREATE TABLE keeps (job uuid REFERENCES jobs_job);

@@ -1,4 +1,4 @@
-"""Bodies that wait, die or fail when a test of faults wants it."""
+"""Tasks that wait, die or fail when a test of faults needs it."""
 
 import asyncio
 import ctypes
@@ -25,7 +25,7 @@ def note(task, what):
 
 
 def wait_for(gate):
-    """Until the gate is there: for all, or for this process."""
+    """Wait until this file exists, or the one with the id of this process."""
     while not Path(gate).exists() and not Path(f"{gate}-{os.getpid()}").exists():
         time.sleep(0.05)
 
@@ -70,18 +70,18 @@ def hold_its_row(self, gate):
 
 @shared_task(base=JobTask, bind=True)
 def commit_slowly(self, times, seconds):
-    """Long transactions, in which it locks its own row."""
+    """Run long transactions that lock the job's own row."""
     note(self, "start")
     for done in range(int(times)):
         with transaction.atomic():
             self.report(done, int(times), cursor=done)
             time.sleep(float(seconds))
-        time.sleep(1.5)  # in which it may be judged
+        time.sleep(1.5)  # time for the sweep to check its lease
 
 
 @shared_task(base=JobTask, bind=True)
 def count(self, gate):
-    """Store a cursor all the time."""
+    """Store a cursor every 50 ms."""
     note(self, "start")
     number = self.cursor or 0
     while not (number and Path(gate).exists()):
@@ -93,14 +93,14 @@ def count(self, gate):
 
 @shared_task(base=JobTask, bind=True)
 def hold_the_interpreter(self, seconds):
-    """As a call into C does that computes."""
+    """Hold the GIL, as a long computation in C does."""
     note(self, "start")
     ctypes.PyDLL(None).sleep(int(seconds))
 
 
 @shared_task(base=JobTask)
 def tick():
-    """Beat starts it."""
+    """Beat starts this job."""
 
 
 @shared_task(base=JobTask, bind=True)
@@ -124,7 +124,7 @@ def fail_twice(self):
 
 
 @shared_task(base=JobTask, bind=True)
-def fail_and_go_on(self):
+def fail_and_continue(self):
     try:
         if not self.request.retries:
             raise OSError("away")
@@ -146,7 +146,7 @@ def set_session(self, setting):
 
 @shared_task(base=JobTask, bind=True)
 def report_in_a_thread(self):
-    """Return what came of it."""
+    """Return the exceptions that were raised."""
     calls = [lambda: self.report(1), lambda: self.report(1, cursor=1), lambda: self.cursor]
     with ThreadPoolExecutor(1) as thread:
         return [repr(thread.submit(call).exception()) for call in calls]
@@ -172,7 +172,7 @@ def die(self, seconds=0):
 
 @shared_task(base=JobTask, bind=True, autoretry_for=(Error,), default_retry_delay=1, max_retries=99)
 def write(self, number, seconds):
-    """What a body should be: safe to repeat, and repeated when the database is away."""
+    """A correct body: safe to repeat, and retried when the database is unavailable."""
     with connection.cursor() as cursor:
         cursor.execute("INSERT INTO written VALUES (%s) ON CONFLICT DO NOTHING", [number])
     connection.close()
@@ -180,7 +180,7 @@ def write(self, number, seconds):
     time.sleep(float(seconds))
 
 
-@shared_task(bind=True, default_retry_delay=1)  # also of one that has lost its child
+@shared_task(bind=True, default_retry_delay=1)  # also after its child was lost
 def plain(self, gate):
     note(self, "start")
     wait_for(gate)
@@ -195,7 +195,7 @@ def die_plainly(self):
 
 @shared_task(bind=True)
 def circle(self, gate, seconds):
-    """Be sent again and again, until the gate is there."""
+    """Send this task again and again, until the gate exists."""
     time.sleep(float(seconds))
     if not Path(gate).exists():
         self.delay(gate, seconds)
@@ -258,7 +258,7 @@ async def hold_a_coroutine(context, gate):
     return await Job.objects.filter(pk=context.task_result.id).acount()
 
 
-# Ends that are not what a ledger expects
+# Bodies with an unusual end
 
 
 class Mute(Exception):
@@ -315,7 +315,7 @@ def return_nested(self):
 
 @shared_task(base=JobTask, bind=True)
 def return_what_no_database_takes(self):
-    """Python makes JSON of it, PostgreSQL refuses it for its limits, as it does 256 MB."""
+    """Return JSON that Python can write but PostgreSQL's limits refuse, as they refuse 256 MB."""
     note(self, "start")
     sys.setrecursionlimit(40_000)
     return nested(30_000)

@@ -1,4 +1,4 @@
-"""The way into the ledger for the tests of faults."""
+"""Views that enqueue jobs for the tests of faults."""
 
 import asyncio
 import os
@@ -16,7 +16,7 @@ from . import tasks
 
 @api_view(["POST"])
 def enqueue(request):
-    """Enqueue a job, once for each key; with "die", die between commit and publish."""
+    """Enqueue a job, once for each key. With "die", the process dies between commit and publish."""
     task, key = getattr(tasks, request.data["task"]), request.data.get("key")
     with transaction.atomic():
         if request.data.get("die"):
@@ -29,7 +29,7 @@ def enqueue(request):
 
 
 async def add(request):
-    """Enqueue a function, and wait for what it returns."""
+    """Enqueue a task of Django and wait for its return value."""
     result = await tasks.add.aenqueue(1, 2)
     while not result.is_finished:
         await asyncio.sleep(0.05)

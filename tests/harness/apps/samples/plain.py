@@ -1,4 +1,4 @@
-"""Plain tasks, as a view would send them."""
+"""Sends plain tasks, as a view would."""
 
 import time
 
@@ -9,7 +9,7 @@ from .tasks import add, add_all, note_time
 
 
 def use(path, has_results):
-    """Have the time noted in 2 s, and read results where there are any; return when, and which."""
+    """Send note_time() with a countdown of 2 s. Return when, and results if there is a backend."""
     sent = time.time()
     note_time.apply_async([path], countdown=2)
     results = []

@@ -1,4 +1,4 @@
-"""Tasks of our own, which need no example: a job with progress, and plain tasks."""
+"""Tasks for projects without the example: a job with progress, and plain tasks."""
 
 import time
 from pathlib import Path
@@ -28,5 +28,5 @@ def add_all(sums):
 
 @shared_task
 def note_time(path):
-    """Write down when this ran: more exact than the time of the file."""
+    """Write the time of this run into a file: it is more exact than the file's own time."""
     Path(path).write_text(str(time.time()))
