@@ -29,7 +29,7 @@ ELECT_LEADERS = """
 
 
 def sentinel_settings(page):
-    """Return the settings that docs/sentinel.md tells readers to add, so that tests prove the page."""
+    """Return the settings that docs/sentinel.md tells readers to add: tests prove them."""
     return re.search(r"```python\n(.*?)```", page, re.DOTALL)[1]
 
 
