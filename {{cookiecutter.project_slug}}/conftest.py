@@ -23,7 +23,7 @@ def eager(request, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def quick_settings(settings):
-    # Throttles count in the cache: each test starts with an empty one, and never uses your CACHE_URL.
+    # Throttles count in the cache. Each test has an empty one, and does not use your CACHE_URL.
     settings.CACHES = {"default": {"BACKEND": "django.core.cache.backends.locmem.LocMemCache"}}
     cache.clear()
     memory = {"BACKEND": "django.core.files.storage.InMemoryStorage"}  # for uploads
@@ -43,7 +43,7 @@ def commit(db, django_capture_on_commit_callbacks):
 
 @pytest.fixture
 def run_jobs(db):
-    """run_jobs() runs all queued jobs, and the jobs that these enqueue, without their countdowns."""
+    """run_jobs() runs all queued jobs and the jobs that they enqueue, without any countdown."""
     queued = models.Job.objects.filter(state="queued").order_by("created_at")
 
     def run():

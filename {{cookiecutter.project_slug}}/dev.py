@@ -26,7 +26,7 @@ from django.core.management import call_command
 
 def main():
     os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
-    os.environ.setdefault("SOFT_SHUTDOWN_SECONDS", "1")  # longer tasks start again at the next `make run`
+    os.environ.setdefault("SOFT_SHUTDOWN_SECONDS", "1")  # longer tasks start again next time
     for name, port in {"PORT": "8000"{{ ', "FLOWER_PORT": "5555"' if broker.flower }}}.items():
         port = os.environ.setdefault(name, port)
         if answers(port):
@@ -60,8 +60,8 @@ def main():
             if honcho.poll() is not None:
                 sys.exit("A process has ended, so all were stopped. See above which one and why.")
             processes = [process for process in processes if process.poll() is None]
-            # A server may have been killed, or may have belonged to another project that was stopped:
-            # start it again. Wait for one that cannot be started from here.
+            # Start a server again that was killed, or that ended with another project. One that
+            # cannot be started from here may come back without us.
             with suppress(SystemExit):
 {% for server in servers %}
                 processes += start_{{ server.name }}()
@@ -96,7 +96,7 @@ def watch(name, *options):
         code = read_code()
         process = subprocess.Popen(command, shell=True)
         try:
-            while name == "flower" or code == read_code():  # a restart would clear its list of tasks
+            while name == "flower" or code == read_code():  # a restart would lose its tasks
                 time.sleep(0.5)
                 if (status := process.poll()) is None or (restarts and status > 0):
                     continue
@@ -127,7 +127,7 @@ def read_code():
 
 
 def create_user_and_links():
-    """Create the user of DJANGO_SUPERUSER_… if it is missing. Return the links and two commands."""
+    """Create the user of DJANGO_SUPERUSER_… if it is missing. Return links and two commands."""
     from django.contrib.auth import get_user_model
     from rest_framework.authtoken.models import Token
 

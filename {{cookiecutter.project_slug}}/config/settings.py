@@ -204,7 +204,7 @@ SPECTACULAR_SETTINGS = {
 
 # Jobs (jobs/README.md explains how they work)
 
-JOB_LEASE_SECONDS = env.float("JOB_LEASE_SECONDS", default=30)  # then a silent worker counts as dead
+JOB_LEASE_SECONDS = env.float("JOB_LEASE_SECONDS", default=30)  # then a silent worker is dead
 JOB_SWEEP_SECONDS = env.float("JOB_SWEEP_SECONDS", default=5)  # between two sweeps of Beat
 JOB_RESEND_SECONDS = env.float("JOB_RESEND_SECONDS", default=30)  # then a message counts as missing
 JOB_MAX_CRASHES = env.int("JOB_MAX_CRASHES", default=3)  # a job that kills so many workers fails
@@ -318,7 +318,7 @@ LOGGING = {
     "root": {"handlers": ["console"], "level": env.str("LOG_LEVEL", default="INFO")},
     "loggers": {
         "axes": {"level": "WARNING"},  # only failed logins
-        # These would repeat what django_structlog logs of tasks and requests, with a traceback again.
+        # These would repeat what django_structlog logs of tasks and requests, and the traceback.
         "celery.app.trace": {"level": "CRITICAL"},
         "celery.beat": {"level": "WARNING"},
         "celery.worker.strategy": {"level": "WARNING"},
