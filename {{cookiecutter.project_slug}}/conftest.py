@@ -23,7 +23,7 @@ def eager(request, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def quick_settings(settings):
-    # Throttles count in the cache. Each test has an empty one, and does not use your CACHE_URL.
+    # Throttles count in the cache. Each test has an empty one and does not use your CACHE_URL.
     settings.CACHES = {"default": {"BACKEND": "django.core.cache.backends.locmem.LocMemCache"}}
     cache.clear()
     memory = {"BACKEND": "django.core.files.storage.InMemoryStorage"}  # for uploads
@@ -47,7 +47,7 @@ def run_jobs(db):
     queued = models.Job.objects.filter(state="queued").order_by("created_at")
 
     def run():
-        ran = set()  # each try once: with `broker_down` a job stays queued
+        ran = set()  # run each try once: with `broker_down` a job stays queued
         while tries := set(queued.values_list("pk", "retries")) - ran:
             ran |= tries
             for job in queued.filter(pk__in=[pk for pk, _ in tries]):

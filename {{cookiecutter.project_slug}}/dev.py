@@ -127,7 +127,7 @@ def read_code():
 
 
 def create_user_and_links():
-    """Create the user of DJANGO_SUPERUSER_… if it is missing. Return links and two commands."""
+    """Create the user of DJANGO_SUPERUSER_… if it is missing. Return links and commands."""
     from django.contrib.auth import get_user_model
     from rest_framework.authtoken.models import Token
 

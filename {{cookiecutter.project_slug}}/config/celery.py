@@ -56,7 +56,7 @@ def name_task(task, **kwargs):
 {% if broker.flower %}
 
 
-# Also protects a Flower that is started by hand: it shows all tasks, and can start them.
+# Flower shows all tasks and can start them. So this also applies if it is started by hand.
 if sys.argv[0].endswith(("celery", "__main__.py")) and "flower" in sys.argv:
     if not settings.FLOWER_BASIC_AUTH:
         sys.exit("Flower needs a password: set FLOWER_BASIC_AUTH=user:password, here or in .env.")

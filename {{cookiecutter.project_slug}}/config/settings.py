@@ -74,7 +74,7 @@ AUTHENTICATION_BACKENDS = [
 ]
 AXES_FAILURE_LIMIT = 10
 AXES_COOLOFF_TIME = timedelta(minutes=15)
-AXES_RESET_COOL_OFF_ON_FAILURE_DURING_LOCKOUT = False  # such a try writes nothing
+AXES_RESET_COOL_OFF_ON_FAILURE_DURING_LOCKOUT = False  # a try during the lockout writes nothing
 AXES_DISABLE_ACCESS_LOG = True  # the log of successful logins would grow forever
 
 # Django
@@ -147,7 +147,7 @@ DATABASE = env.db("DATABASE_URL")
 DATABASE["CONN_MAX_AGE"] = 60  # seconds; requests and tasks reuse connections
 DATABASE["CONN_HEALTH_CHECKS"] = True  # but none that a restart of the server has closed
 if DATABASE["ENGINE"] == "django.db.backends.sqlite3":
-    # Web, worker and Beat write to one file. They wait for each other instead of failing.
+    # Web, worker and Beat write to one file. With these options they wait instead of failing.
     pragmas = "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL"
     DATABASE["OPTIONS"] = {"transaction_mode": "IMMEDIATE", "timeout": 20, "init_command": pragmas}
     DATABASE["NAME"] = BASE_DIR / DATABASE["NAME"]
@@ -204,7 +204,7 @@ SPECTACULAR_SETTINGS = {
 
 # Jobs (jobs/README.md explains how they work)
 
-JOB_LEASE_SECONDS = env.float("JOB_LEASE_SECONDS", default=30)  # then a silent worker is dead
+JOB_LEASE_SECONDS = env.float("JOB_LEASE_SECONDS", default=30)  # a worker silent longer is dead
 JOB_SWEEP_SECONDS = env.float("JOB_SWEEP_SECONDS", default=5)  # between two sweeps of Beat
 JOB_RESEND_SECONDS = env.float("JOB_RESEND_SECONDS", default=30)  # then a message counts as missing
 JOB_MAX_CRASHES = env.int("JOB_MAX_CRASHES", default=3)  # a job that kills so many workers fails
@@ -274,7 +274,7 @@ CELERY_WORKER_MAX_MEMORY_PER_CHILD = env.int("WORKER_MAX_KILOBYTES", default=500
 # Logs and errors
 
 if dsn := env.str("SENTRY_DSN", default=""):
-    import sentry_sdk  # only here: it makes the start of each process a sixth longer
+    import sentry_sdk  # only if needed: it makes each start a sixth longer
 
     sentry_sdk.init(dsn)
 
