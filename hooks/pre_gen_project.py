@@ -1,4 +1,4 @@
-"""Refuse answers that cannot work: all of them at once, each with its remedy.
+"""Refuse answers that cannot work. Report all of them at once, each with a remedy.
 
 After a refusal, Cookiecutter removes the project's folder, if this run created it.
 """
@@ -8,17 +8,17 @@ import keyword
 import re
 import sys
 
-ANSWERS = json.loads(r"""{{ cookiecutter | tojson }}""")  # as JSON, quotes and braces stay text
+ANSWERS = json.loads(r"""{{ cookiecutter | tojson }}""")  # in JSON, quotes and braces stay text
 SLUG = str(ANSWERS["project_slug"])
 if SLUG.startswith("refused-"):  # cookiecutter.json renamed the folder: show what was typed
     ANSWERS["project_slug"] = ANSWERS.get("__refused_slug", SLUG)
-# Cookiecutter does not check the choices of a replay file. They are those of cookiecutter.json.
+# The choices of cookiecutter.json. Cookiecutter does not check those of a replay file.
 CHOICES = {
     "broker": ["redis", "rabbitmq", "sqs"], "worker_pool": ["prefork", "threads", "gevent"],
     "result_backend": ["redis", "database", "dynamodb", "none"], "include_example": [True, False],
     "deployment": ["docker", "kubernetes", "none"], "periodic_tasks": ["code", "admin"],
     "ci": ["github", "gitlab", "none"]}  # fmt: skip
-IDENTIFIER = r"(?!pg_|.*___)[a-z]([a-z0-9_]{0,38}[a-z0-9])?"  # fits packages, images, databases
+IDENTIFIER = r"(?!pg_|.*___)[a-z]([a-z0-9_]{0,38}[a-z0-9])?"  # valid for packages, images and databases
 TAKEN = """config dev jobs manage orders users test tests default false guest n no none null off on
     postgres public template0 template1 true y yes amqp asgiref axes billiard boto3 botocore celery
     csp django django_axes django_celery_beat django_celery_results django_csp django_environ
@@ -26,7 +26,7 @@ TAKEN = """config dev jobs manage orders users test tests default false guest n 
     drf_spectacular_sidecar environ fakeredis flower gevent greenlet gunicorn honcho httpx kombu
     moto prometheus_client psycopg psycopg_binary pycurl pytest pytest_django redis rest_framework
     ruff sentry_sdk sqlparse structlog tornado vine
-    whitenoise""".split()  # the project's own modules, servers, YAML's words, packages
+    whitenoise""".split()  # names of own modules, servers, YAML words, packages
 ATOM, LABEL = r"[\w!#$%&'*+/=?^`{|}~-]+", r"[a-z0-9]([a-z0-9-]*[a-z0-9])?"
 EMAIL = rf"{ATOM}(\.{ATOM})*@{LABEL}(\.{LABEL})+"  # what RFC 5322 allows without quotes
 

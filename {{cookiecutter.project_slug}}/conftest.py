@@ -11,10 +11,10 @@ from jobs import lease, messages, models, sweep
 
 @pytest.fixture(autouse=True)
 def eager(request, monkeypatch):
-    """No worker and no broker, but for tests marked `live`: who publishes a job runs it."""
+    """Use no worker and no broker, except in tests marked `live`: publishing a job runs it."""
     current_app.conf.task_always_eager = not request.node.get_closest_marker("live")
-    current_app.conf.task_eager_propagates = True  # a plain task that fails fails its test
-    # No thread renews leases: it would not see what the transaction of a test holds.
+    current_app.conf.task_eager_propagates = True  # an error in a plain task fails its test
+    # Start no thread that renews leases: it could not see the rows of a test's transaction.
     monkeypatch.setattr(lease, "lease_thread_started", True)
     for memory in [models.publish_again_at, sweep.queues, sweep.refusals]:
         memory.clear()
@@ -23,31 +23,31 @@ def eager(request, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def quick_settings(settings):
-    # Throttles count in the cache: they start anew, and leave alone what is at your CACHE_URL.
+    # Throttles count in the cache. Each test has an empty one and does not use your CACHE_URL.
     settings.CACHES = {"default": {"BACKEND": "django.core.cache.backends.locmem.LocMemCache"}}
     cache.clear()
-    memory = {"BACKEND": "django.core.files.storage.InMemoryStorage"}  # of uploads
+    memory = {"BACKEND": "django.core.files.storage.InMemoryStorage"}  # for uploads
     settings.STORAGES = {**settings.STORAGES, "default": memory}
-    settings.PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]  # quick
-    settings.WHITENOISE_AUTOREFRESH = True  # does without `manage.py collectstatic`
+    settings.PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]  # fast
+    settings.WHITENOISE_AUTOREFRESH = True  # works without `manage.py collectstatic`
 
 
 @pytest.fixture
 def commit(db, django_capture_on_commit_callbacks):
-    """`with commit():` does what a commit does: it publishes, and so runs, what was enqueued.
+    """At the end of `with commit():` enqueued jobs are published, and so run, as after a commit.
 
-    Without it a test stays in its transaction, and jobs stay queued until it calls publish([job]).
+    The transaction of a test never commits: without this, jobs stay queued until publish([job]).
     """
     return lambda: django_capture_on_commit_callbacks(execute=True)
 
 
 @pytest.fixture
 def run_jobs(db):
-    """run_jobs() runs what is queued, and what that enqueues, without waiting for countdowns."""
+    """run_jobs() runs all queued jobs and the jobs that they enqueue, without any countdown."""
     queued = models.Job.objects.filter(state="queued").order_by("created_at")
 
     def run():
-        ran = set()  # no try twice: a test may have a broker that takes no jobs
+        ran = set()  # run each try once: with `broker_down` a job stays queued
         while tries := set(queued.values_list("pk", "retries")) - ran:
             ran |= tries
             for job in queued.filter(pk__in=[pk for pk, _ in tries]):
@@ -58,7 +58,7 @@ def run_jobs(db):
 
 @pytest.fixture
 def broker_down(monkeypatch):
-    """Refuse every message. Returns the list of those that were tried."""
+    """Refuse every message. The value is the list of the refused jobs' ids."""
     tried = []
 
     def refuse(task, job, producer, **options):

@@ -16,7 +16,7 @@ from pathlib import Path
 {% endfor %}
 {% endset %}
 {% set sorted = imports.sort(lines) %}
-"""`make run`: the whole project on this machine, for development. Ctrl-C ends all of it."""
+"""`make run`: run the whole project on this machine, for development. Ctrl-C ends everything."""
 
 {{ sorted }}
 import django
@@ -26,16 +26,16 @@ from django.core.management import call_command
 
 def main():
     os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
-    os.environ.setdefault("SOFT_SHUTDOWN_SECONDS", "1")  # longer tasks run again next time
+    os.environ.setdefault("SOFT_SHUTDOWN_SECONDS", "1")  # longer tasks start again next time
     for name, port in {"PORT": "8000"{{ ', "FLOWER_PORT": "5555"' if broker.flower }}}.items():
         port = os.environ.setdefault(name, port)
         if answers(port):
             sys.exit(f"Port {port} is taken. Choose another one: {name}={int(port) + 1} make run")
     django.setup()
     call_command("migrate", verbosity=0)
-    links = describe()
+    links = create_user_and_links()
     stop, ready = threading.Event(), threading.Event()
-    # Ctrl-C, kill, a closed terminal, a pipe that nobody reads
+    # Ctrl-C, kill, a closed terminal, a pipe without a reader
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
         signal.signal(number, lambda *args: stop.set())
     processes = []
@@ -43,8 +43,8 @@ def main():
 {% for server in servers %}
         processes += start_{{ server.name }}()
 {% endfor %}
-        # Variables of the environment win over .env; if honcho read .env, they would not.
-        # A session of its own keeps Ctrl-C from it: it ends first, then the broker.
+        # honcho must not read .env, or its values would override those of the environment.
+        # In its own session it does not get Ctrl-C, so that below it is stopped before the broker.
         watched = "".join(f"{name}: python dev.py {name}\n" for name in read_procfile())
         command = ["honcho", "--env", os.devnull, "--procfile", "/dev/stdin", "start"]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
@@ -52,14 +52,16 @@ def main():
         with honcho.stdin as procfile:
             procfile.write(watched.encode())
         processes.insert(0, honcho)
-        threading.Thread(target=copy, args=[honcho.stdout, ready], daemon=True).start()
-        # A closed terminal sends SIGHUP to the session's leader only: that may be a shell, or make.
+        threading.Thread(target=copy_output, args=[honcho.stdout, ready], daemon=True).start()
+        # A closed terminal sends SIGHUP only to the session's leader, which may be a shell or make.
+        # So the loop also checks whether the output is still a terminal.
         terminal = os.isatty(1)
         while os.isatty(1) == terminal and not stop.wait(0.5 if links else 2):
             if honcho.poll() is not None:
-                sys.exit("A process has ended (see above which and why), so all were stopped.")
+                sys.exit("A process has ended, so all were stopped. See above which one and why.")
             processes = [process for process in processes if process.poll() is None]
-            # If it was killed, or another project's and ended. One elsewhere may come back by itself.
+            # Start a server again that was killed, or that ended with another project. One that
+            # cannot be started from here may come back without us.
             with suppress(SystemExit):
 {% for server in servers %}
                 processes += start_{{ server.name }}()
@@ -73,20 +75,20 @@ def main():
             process.wait()
 
 
-def copy(output, ready):
-    """Print what honcho prints, and set `ready` once the worker is."""
+def copy_output(output, ready):
+    """Print honcho's output, and set `ready` once the worker is ready."""
     for line in output:
-        with suppress(OSError):  # nothing reads it any more
+        with suppress(OSError):  # nobody reads our output any more
             os.write(1, line)
         if b" ready." in line and b"celery@" in line:
             ready.set()
 
 
 def watch(name, *options):
-    """`python dev.py NAME`: run this line of the Procfile; end when it ends.
+    """`python dev.py NAME`: run this line of the Procfile, and end when its process ends.
 
-    It starts again when the code changes or when somebody kills it. If it ends with an error after
-    a change, wait for the next change, which may fix it.
+    The process is started again when the code changes or a signal kills it. If it fails after such
+    a restart, wait for the next change, which may fix it.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     command = " ".join(["exec", read_procfile()[name], *options])
@@ -94,7 +96,7 @@ def watch(name, *options):
         code = read_code()
         process = subprocess.Popen(command, shell=True)
         try:
-            while name == "flower" or code == read_code():  # Flower would forget what it has seen
+            while name == "flower" or code == read_code():  # a restart would lose its tasks
                 time.sleep(0.5)
                 if (status := process.poll()) is None or (restarts and status > 0):
                     continue
@@ -111,18 +113,21 @@ def watch(name, *options):
 
 
 def read_procfile():
-    """Return the commands by their names."""
+    """Return the commands of the Procfile, {name: command}."""
     return dict(line.split(": ", 1) for line in Path("Procfile").read_text().splitlines())
 
 
 def read_code():
-    """When each file was changed. A container gets no events of the folder that it mounts."""
-    with suppress(OSError):  # a file or folder was just removed, which is a change too
+    """Return when each Python file was changed, {file: seconds}.
+
+    It is polled, because a container gets no events for changes in a folder that it mounts.
+    """
+    with suppress(OSError):  # a file or folder was just removed: None is a change too
         return {file: file.stat().st_mtime for file in Path().glob("[!.]*/**/[!.]*.py")}
 
 
-def describe():
-    """Create the user of DJANGO_SUPERUSER_… if it is missing; return the links and two commands."""
+def create_user_and_links():
+    """Create the user of DJANGO_SUPERUSER_… if it is missing. Return links and commands."""
     from django.contrib.auth import get_user_model
     from rest_framework.authtoken.models import Token
 

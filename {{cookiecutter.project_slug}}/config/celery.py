@@ -23,43 +23,44 @@ app.steps["worker"].add(DjangoStructLogInitStep)
 
 
 def own_settings():
-    """What config/settings.py names CELERY_…, under Celery's own names, and nothing else.
+    """Return the CELERY_… settings of config/settings.py under Celery's own names, and no others.
 
-    Flower and `celery inspect conf` show all that Celery has, and hide passwords by these names.
+    Flower and `celery inspect conf` show all settings that Celery gets. They know by these names
+    which ones have passwords to hide.
     """
     names = [name for name in dir(settings) if name.startswith("CELERY_")]
     own = {name.removeprefix("CELERY_").lower(): getattr(settings, name) for name in names}
-    own["CELERY_DB_REUSE_MAX"] = own.pop("db_reuse_max", None)  # Celery reads it by this name
+    own["CELERY_DB_REUSE_MAX"] = own.pop("db_reuse_max", None)  # Celery's name for it
     return own
 
 
-app.add_defaults(own_settings)  # called when Celery needs them
+app.add_defaults(own_settings)  # Celery calls it when it needs the settings
 
 
 @signals.celeryd_init.connect
 def take_from_every_queue(options, **kwargs):
-    """A worker without --queues, as one types it, serves all that the settings name."""
+    """Let a worker without --queues take tasks from all of WORKER_QUEUES."""
     if not options.get("queues"):
         app.amqp.queues.select(settings.WORKER_QUEUES)
 
 
 @signals.setup_logging.connect
 def keep_django_logging(**kwargs):
-    """Leave logging to settings.LOGGING: with a receiver here Celery sets up none of its own."""
+    """Keep settings.LOGGING: as this signal has a receiver, Celery does not configure logging."""
 
 
 @receiver(bind_extra_task_metadata)
 def name_task(task, **kwargs):
-    """Say in each line of a task's log which task it is."""
+    """Add the task's name to each log line of a task."""
     bind_contextvars(task=task.name)
 {% if broker.flower %}
 
 
-# Also where somebody types it: it shows all tasks, and starts them.
+# Flower shows all tasks and can start them. So this also applies if it is started by hand.
 if sys.argv[0].endswith(("celery", "__main__.py")) and "flower" in sys.argv:
     if not settings.FLOWER_BASIC_AUTH:
-        sys.exit("Flower wants a password: set FLOWER_BASIC_AUTH=user:password, here or in .env.")
-    os.environ.setdefault("FLOWER_ADDRESS", "127.0.0.1")  # else it answers on all addresses
-    os.environ.setdefault("FLOWER_MAX_TASKS", "10000")  # in memory
+        sys.exit("Flower needs a password: set FLOWER_BASIC_AUTH=user:password, here or in .env.")
+    os.environ.setdefault("FLOWER_ADDRESS", "127.0.0.1")  # else it listens on all addresses
+    os.environ.setdefault("FLOWER_MAX_TASKS", "10000")  # kept in memory
 {% endif %}
 {% print broker.celery | default %}

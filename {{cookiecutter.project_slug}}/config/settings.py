@@ -1,6 +1,6 @@
 {% import "text.jinja" as text %}
 {% from "chosen.jinja" import broker, result_backend, servers, periodic_tasks, worker_pool with context %}
-"""Settings. Whatever differs between machines comes from the environment: see .env.example."""
+"""Settings. What differs between machines comes from the environment: see .env.example."""
 
 import logging
 import os
@@ -21,7 +21,7 @@ BASE_DIR = Path(__file__).resolve().parent.parent
 
 env = environ.Env()
 env.read_env(BASE_DIR / ".env")
-# An empty variable is a missing one.
+# An empty variable counts as missing.
 env.ENVIRON = {name: value for name, value in os.environ.items() if value}
 
 REQUIRED = [
@@ -40,21 +40,21 @@ SECRET_KEY = env.str("SECRET_KEY")
 ALLOWED_HOSTS = env.list("ALLOWED_HOSTS")
 CSRF_TRUSTED_ORIGINS = env.list("CSRF_TRUSTED_ORIGINS", default=[])
 SECURE_SSL_REDIRECT = SESSION_COOKIE_SECURE = CSRF_COOKIE_SECURE = not DEBUG
-SECURE_REDIRECT_EXEMPT = [r"^health/"]  # probes come without TLS
-SECURE_PROXY_SSL_HEADER = ("HTTP_X_FORWARDED_PROTO", "https")  # the proxy must set it itself
-# Each appends an address to X-Forwarded-For; what stands before these anybody can write.
+SECURE_REDIRECT_EXEMPT = [r"^health/"]  # probes use plain HTTP
+SECURE_PROXY_SSL_HEADER = ("HTTP_X_FORWARDED_PROTO", "https")  # set by the proxy, never by a client
+# Each proxy appends an address to X-Forwarded-For. A client can forge the ones before these.
 NUM_PROXIES = env.int("NUM_PROXIES", default=0 if DEBUG else 1)
 IPWARE_META_PRECEDENCE_ORDER = ["HTTP_X_FORWARDED_FOR"] * bool(NUM_PROXIES) + ["REMOTE_ADDR"]
-IPWARE_META_PROXY_COUNT = max(NUM_PROXIES - 1, 0)  # it does not count the last one
-IPWARE_STRICT = False  # there may be more addresses
+IPWARE_META_PROXY_COUNT = max(NUM_PROXIES - 1, 0)  # ipware does not count the last proxy
+IPWARE_STRICT = False  # a client may send additional addresses
 SECURE_HSTS_SECONDS = 0 if DEBUG else 3600
-# Subdomains and the preload list concern more than this project: decide on them yourself.
+# HSTS for subdomains and the preload list affect more than this project: decide for yourself.
 SILENCED_SYSTEM_CHECKS = ["security.W005", "security.W021"]
-# A page runs the project's own scripts, and none that somebody got into it.
+# A page runs only the project's own scripts, not those that an attacker injects.
 CONTENT_SECURITY_POLICY = {
     "DIRECTIVES": {
         "default-src": ["'self'"],
-        "style-src": ["'self'", "'unsafe-inline'"],  # Swagger UI and the browsable API need it
+        "style-src": ["'self'", "'unsafe-inline'"],  # for Swagger UI and the browsable API
         "img-src": ["'self'", "data:"],
         "object-src": ["'none'"],
         "base-uri": ["'none'"],
@@ -67,15 +67,15 @@ AUTH_PASSWORD_VALIDATORS = [
     {"NAME": f"django.contrib.auth.password_validation.{name}Validator"}
     for name in ["UserAttributeSimilarity", "MinimumLength", "CommonPassword", "NumericPassword"]
 ]
-# After ten wrong passwords an address is locked out, before any other is hashed.
+# Ten wrong passwords lock an address out. While it is locked, its passwords are not even hashed.
 AUTHENTICATION_BACKENDS = [
     "axes.backends.AxesStandaloneBackend",
     "django.contrib.auth.backends.ModelBackend",
 ]
 AXES_FAILURE_LIMIT = 10
 AXES_COOLOFF_TIME = timedelta(minutes=15)
-AXES_RESET_COOL_OFF_ON_FAILURE_DURING_LOCKOUT = False  # a try then writes nothing
-AXES_DISABLE_ACCESS_LOG = True  # of logins that succeed: it would grow for ever
+AXES_RESET_COOL_OFF_ON_FAILURE_DURING_LOCKOUT = False  # a try during the lockout writes nothing
+AXES_DISABLE_ACCESS_LOG = True  # the log of successful logins would grow forever
 
 # Django
 
@@ -134,7 +134,7 @@ DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 LOGIN_URL = "login"
 LOGIN_REDIRECT_URL = LOGOUT_REDIRECT_URL = "index"
 {% if broker.flower %}
-FLOWER_PORT = env.int("FLOWER_PORT", default=5555)  # of `make run`
+FLOWER_PORT = env.int("FLOWER_PORT", default=5555)  # for `make run`
 FLOWER_URL = env.str("FLOWER_URL", default=f"http://127.0.0.1:{FLOWER_PORT}/")  # a link for staff
 {% endif %}
 TIME_ZONE = "UTC"
@@ -144,16 +144,16 @@ STATIC_ROOT = BASE_DIR / "staticfiles"
 # Database, cache, files, mail
 
 DATABASE = env.db("DATABASE_URL")
-DATABASE["CONN_MAX_AGE"] = 60  # seconds; no new connection for each request or task
-DATABASE["CONN_HEALTH_CHECKS"] = True  # and none that a restarted server left behind
+DATABASE["CONN_MAX_AGE"] = 60  # seconds; requests and tasks reuse connections
+DATABASE["CONN_HEALTH_CHECKS"] = True  # but none that a restart of the server has closed
 if DATABASE["ENGINE"] == "django.db.backends.sqlite3":
-    # Web, worker and Beat write to one file: they wait for each other in place of failing.
+    # Web, worker and Beat write to one file. With these options they wait instead of failing.
     pragmas = "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL"
     DATABASE["OPTIONS"] = {"transaction_mode": "IMMEDIATE", "timeout": 20, "init_command": pragmas}
     DATABASE["NAME"] = BASE_DIR / DATABASE["NAME"]
-    DATABASE["TEST"] = {"NAME": BASE_DIR / "test.sqlite3"}  # a file, for a live worker to share
+    DATABASE["TEST"] = {"NAME": BASE_DIR / "test.sqlite3"}  # a file, which a live worker can share
 else:
-    # Seconds and milliseconds: a connection that has vanished without a word is given up in time.
+    # In seconds and milliseconds: do not wait long for a server that disappeared without notice.
     limits = {"connect_timeout": 5, "tcp_user_timeout": 10_000}
     DATABASE["OPTIONS"] = limits | DATABASE.get("OPTIONS", {})
 DATABASES = {"default": DATABASE}
@@ -161,21 +161,21 @@ CACHES = {"default": env.cache("CACHE_URL", default="locmemcache://")}
 {% for server in servers %}
 {% print server.settings | default %}
 {% endfor %}
-# Uploads, which web and worker share: in a folder, or in a bucket of S3. No URL leads to them.
+# Uploads, which web and worker share, in a folder or an S3 bucket. No URL serves them.
 MEDIA_ROOT = env.str("MEDIA_ROOT", default=str(BASE_DIR / ".data/media"))
 STORAGES = {
     "default": {"BACKEND": "django.core.files.storage.FileSystemStorage"},
     "staticfiles": {"BACKEND": "django.contrib.staticfiles.storage.StaticFilesStorage"},
 }
 if bucket := env.str("S3_BUCKET", default=""):
-    options = {"bucket_name": bucket, "file_overwrite": False}  # two uploads may have one name
+    options = {"bucket_name": bucket, "file_overwrite": False}  # two uploads may have the same name
     STORAGES["default"] = {"BACKEND": "storages.backends.s3.S3Storage", "OPTIONS": options}
 vars().update(env.email("EMAIL_URL"))
 DEFAULT_FROM_EMAIL = env.str("DEFAULT_FROM_EMAIL")
 
 # API
 
-THROTTLE = env.str("THROTTLE", default="600/min")  # requests of one user
+THROTTLE = env.str("THROTTLE", default="600/min")  # requests of each user
 if not re.fullmatch("[1-9][0-9]*/(s|sec|second|m|min|minute|h|hour|d|day)", THROTTLE):
     raise ImproperlyConfigured(f"THROTTLE={THROTTLE}: write a number and a unit, such as 600/min.")
 REST_FRAMEWORK = {
@@ -196,73 +196,74 @@ REST_FRAMEWORK = {
 SPECTACULAR_SETTINGS = {
     "TITLE": {{ text.python(cookiecutter.project_name) }},
     "VERSION": "1.0.0",
-    "COMPONENT_SPLIT_REQUEST": True,  # an answer may have blank texts, a request not
+    "COMPONENT_SPLIT_REQUEST": True,  # responses may have blank texts, requests may not
     "SERVE_PERMISSIONS": ["rest_framework.permissions.IsAuthenticated"],
-    "SWAGGER_UI_DIST": "SIDECAR",  # from this server, not from another one
+    "SWAGGER_UI_DIST": "SIDECAR",  # from this server, not from a CDN
     "SWAGGER_UI_FAVICON_HREF": "SIDECAR",
 }
 
-# Jobs (jobs/models.py says how one lives)
+# Jobs (jobs/README.md explains how they work)
 
-JOB_LEASE_SECONDS = env.float("JOB_LEASE_SECONDS", default=30)  # a worker silent so long is dead
-JOB_SWEEP_SECONDS = env.float("JOB_SWEEP_SECONDS", default=5)  # how often Beat looks
-JOB_RESEND_SECONDS = env.float("JOB_RESEND_SECONDS", default=30)  # then is a message missed
-JOB_MAX_CRASHES = env.int("JOB_MAX_CRASHES", default=3)  # a job that kills its workers ends
-JOB_RETENTION_DAYS = env.float("JOB_RETENTION_DAYS", default=30)  # final jobs are deleted
+JOB_LEASE_SECONDS = env.float("JOB_LEASE_SECONDS", default=30)  # a worker silent longer is dead
+JOB_SWEEP_SECONDS = env.float("JOB_SWEEP_SECONDS", default=5)  # between two sweeps of Beat
+JOB_RESEND_SECONDS = env.float("JOB_RESEND_SECONDS", default=30)  # then a message counts as missing
+JOB_MAX_CRASHES = env.int("JOB_MAX_CRASHES", default=3)  # a job that kills so many workers fails
+JOB_RETENTION_DAYS = env.float("JOB_RETENTION_DAYS", default=30)  # then final jobs are deleted
 
-# What a worker without --queues takes from: a new queue is added here.
+# The queues of a worker without --queues. Add new queues here.
 WORKER_QUEUES = ["celery"{{ ', "cpu", "io"' if cookiecutter.include_example }}]
 
-# What @task declares runs as a job; on the queue "default" if CELERY_TASK_ROUTES names no other.
+# Functions declared with @task run as jobs. "default" means the queue that CELERY_TASK_ROUTES
+# names for the task, or else "celery".
 TASKS = {"default": {"BACKEND": "jobs.backends.TaskBackend", "QUEUES": ["default", *WORKER_QUEUES]}}
 
-# Seconds, of every job and task: nothing runs for ever.
+# Seconds, for each job and task, so that nothing runs forever.
 TASK_TIME_LIMIT = CELERY_TASK_TIME_LIMIT = env.int("TASK_TIME_LIMIT", default=600)
 
-# Celery: what the broker needs
+# Celery: the broker
 
 {% print broker.settings %}
 
 {% print result_backend.settings | default %}
 # Celery: delivery
 
-CELERY_TASK_ACKS_LATE = True  # a killed worker gives its plain tasks back
-CELERY_TASK_REJECT_ON_WORKER_LOST = True  # and so does a killed child
-CELERY_TASK_RETRY_ON_WORKER_LOST = True  # but a task that kills its child ends, after max_retries
-CELERY_WORKER_ETA_TASK_LIMIT = 1000  # far-off countdowns do not fill the worker's memory
+CELERY_TASK_ACKS_LATE = True  # the plain tasks of a killed worker are delivered again
+CELERY_TASK_REJECT_ON_WORKER_LOST = True  # those of a killed child too
+CELERY_TASK_RETRY_ON_WORKER_LOST = True  # a task that kills its child fails after max_retries
+CELERY_WORKER_ETA_TASK_LIMIT = 1000  # tasks with a countdown do not fill a worker's memory
 CELERY_BROKER_CONNECTION_RETRY_ON_STARTUP = True  # a worker waits for its broker
 {% if broker.flower %}
 CELERY_TASK_SEND_SENT_EVENT = True  # Flower shows the whole life of a task
 CELERY_WORKER_SEND_TASK_EVENTS = True
-FLOWER_BASIC_AUTH = env.str("FLOWER_BASIC_AUTH", default="")  # without one it does not start
+FLOWER_BASIC_AUTH = env.str("FLOWER_BASIC_AUTH", default="")  # without it Flower does not start
 {% endif %}
 CELERY_TIMEZONE = TIME_ZONE
 {% if cookiecutter.include_example %}
-CELERY_TASK_ROUTES = {  # a queue for each kind of load, so that none waits for another
+CELERY_TASK_ROUTES = {  # a queue for each kind of load, so that one does not delay another
     "orders.tasks.forecast_demand": {"queue": "cpu"},
 }
 {% endif %}
 
-# Celery: the web never hangs on a broker
+# Celery: the web does not wait for a broker that hangs
 
 CELERY_BROKER_CONNECTION_TIMEOUT = 1  # seconds
 CELERY_BROKER_POOL_ACQUIRE_TIMEOUT = 1
 CELERY_TASK_PUBLISH_RETRY_POLICY = {"max_retries": 1, "interval_start": 0}
 
-# Celery: workers. Each may have another pool: celery -A config worker --pool threads
+# Celery: workers. Each may use another pool: celery -A config worker --pool threads
 
-CELERY_WORKER_POOL = POOL = pools.pool_name("{{ cookiecutter.worker_pool }}")  # that of --pool, else this one
-# How many tasks at once; without a number, as many processes as there are CPUs.
+CELERY_WORKER_POOL = POOL = pools.pool_name("{{ cookiecutter.worker_pool }}")  # or that of --pool
+# How many tasks a worker runs at once. None means one process for each CPU.
 SLOTS = 20 if POOL == "threads" else None
 CELERY_WORKER_CONCURRENCY = env.int("WORKER_CONCURRENCY", default=SLOTS)
-CELERY_WORKER_PREFETCH_MULTIPLIER = 1  # a long task does not hold others hostage
+CELERY_WORKER_PREFETCH_MULTIPLIER = 1  # a long task does not keep other tasks waiting
 CELERY_WORKER_SOFT_SHUTDOWN_TIMEOUT = env.float("SOFT_SHUTDOWN_SECONDS", default=20)
 # When the broker is lost, end the tasks that it will deliver again. Threads cannot be ended.
 CELERY_WORKER_CANCEL_LONG_RUNNING_TASKS_ON_CONNECTION_LOSS = POOL == "prefork"
-CELERY_DB_REUSE_MAX = 1000  # no new database connection for each task
-# For processes alone
+CELERY_DB_REUSE_MAX = 1000  # tasks reuse database connections
+# For prefork only
 CELERY_TASK_SOFT_TIME_LIMIT = TASK_TIME_LIMIT * 0.9  # raises SoftTimeLimitExceeded in the task
-CELERY_WORKER_MAX_TASKS_PER_CHILD = 1000  # leaks end
+CELERY_WORKER_MAX_TASKS_PER_CHILD = 1000  # then a new child replaces it, which ends memory leaks
 CELERY_WORKER_MAX_MEMORY_PER_CHILD = env.int("WORKER_MAX_KILOBYTES", default=500_000)
 {% print worker_pool.settings | default %}
 
@@ -273,13 +274,13 @@ CELERY_WORKER_MAX_MEMORY_PER_CHILD = env.int("WORKER_MAX_KILOBYTES", default=500
 # Logs and errors
 
 if dsn := env.str("SENTRY_DSN", default=""):
-    import sentry_sdk  # here: each process would start a sixth later
+    import sentry_sdk  # only if needed: it makes each start a sixth longer
 
     sentry_sdk.init(dsn)
 
 
 def drop_polls(logger, method, event):
-    """Leave out what pages, probes and Prometheus ask again and again, if it went well."""
+    """Drop the log lines of successful requests that pages, probes and Prometheus repeat."""
     if event["event"] == "request_finished" and event["code"] == 200:
         if re.match("GET /(api/jobs/|health/|metrics$)", event["request"]):
             raise structlog.DropEvent
@@ -316,8 +317,8 @@ LOGGING = {
     "handlers": {"console": {"class": "logging.StreamHandler", "formatter": "structlog"}},
     "root": {"handlers": ["console"], "level": env.str("LOG_LEVEL", default="INFO")},
     "loggers": {
-        "axes": {"level": "WARNING"},  # logins that fail
-        # What django_structlog says of tasks and requests, with one traceback, they would repeat.
+        "axes": {"level": "WARNING"},  # only failed logins
+        # These would repeat what django_structlog logs of tasks and requests, and the traceback.
         "celery.app.trace": {"level": "CRITICAL"},
         "celery.beat": {"level": "WARNING"},
         "celery.worker.strategy": {"level": "WARNING"},
@@ -331,5 +332,5 @@ LOGGING = {
 {% endif %}
     },
 }
-DJANGO_STRUCTLOG_STATUS_START_LOG_LEVEL = logging.DEBUG  # one line a request
-DJANGO_STRUCTLOG_CELERY_ENABLED = True  # the request's id goes with the message to the worker
+DJANGO_STRUCTLOG_STATUS_START_LOG_LEVEL = logging.DEBUG  # at INFO, one line for each request
+DJANGO_STRUCTLOG_CELERY_ENABLED = True  # the message takes the request's id to the worker

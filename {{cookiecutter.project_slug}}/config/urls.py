@@ -16,8 +16,8 @@ from jobs.views import JobViewSet
 from orders.views import ImportViewSet, NewsletterViewSet, OrderViewSet
 {% endif %}
 
-router = DefaultRouter(use_regex_path=False)  # any id is the API's to answer, also one with a dot
-router.include_format_suffixes = False  # no jobs.json beside jobs/
+router = DefaultRouter(use_regex_path=False)  # the API answers for any id, even one with a dot
+router.include_format_suffixes = False  # no jobs.json besides jobs/
 router.register("jobs", JobViewSet, basename="job")
 {% if cookiecutter.include_example %}
 router.register("orders", OrderViewSet, basename="order")
@@ -30,10 +30,10 @@ admin.site.site_header = admin.site.site_title = title
 page = {
     "site_header": title,
     "site_title": title,
-    "title": "Log in",  # of the admin's page of the login
-    "links": {},  # in the bar on top, for everybody
+    "title": "Log in",  # of the login page
+    "links": {},  # in the top bar, for everybody
     "staff_links": {"Admin": reverse_lazy("admin:index"){{ ', "Flower": settings.FLOWER_URL' if broker.flower }}},
-    # A view that answers 202 with a job, and what its button on the page of jobs says.
+    # Buttons on the jobs page: the label, and the URL of a view that answers 202 with a job.
     "buttons": {% raw %}{{% endraw %}{{ '"Write a report": reverse_lazy("order-report")' if cookiecutter.include_example }}},
 }
 api_docs = SpectacularSwaggerSplitView.as_view()
@@ -44,7 +44,7 @@ jobs_page = TemplateView.as_view(template_name="jobs/index.html", extra_context=
 
 
 def ready(request):
-    """200 if the database answers. The broker is not asked: without it jobs are still accepted."""
+    """Answer 200 if the database works, else 503. Without a broker jobs are still accepted."""
     try:
         connection.cursor().execute("SELECT 1")
     except Error:

@@ -1,8 +1,8 @@
 {% from "chosen.jinja" import result_backend, servers with context %}
 """Jobs on a real worker, a real Beat and a real broker.
 
-The broker is what answers where the settings point to, else the stand-in that `make run` would start.
-Without these tests: make test ARGS="-m 'not live'"
+The broker is the one that the settings name. If none answers there, it is the stand-in that
+`make run` would start. To skip these tests: make test ARGS="-m 'not live'"
 """
 
 import os
@@ -19,7 +19,7 @@ from celery import shared_task
 from django.db import connection
 from honcho.environ import parse_procfile
 
-import config.wsgi  # noqa: F401  sets Django up where Celery imports this: celery -A test_live
+import config.wsgi  # noqa: F401  sets up Django for `celery -A test_live`
 import dev
 from config.celery import app
 from jobs.models import Job
@@ -27,7 +27,7 @@ from jobs.tasks import JobTask
 
 pytestmark = [pytest.mark.live, pytest.mark.django_db(transaction=True)]
 
-QUEUE = "test"  # a worker of `make run` on the same broker stays out of this
+QUEUE = "test"  # a worker of `make run` on the same broker does not use it
 STEPS = 30
 
 
@@ -60,7 +60,7 @@ def has_ended(job):
 
 
 def kill(process):
-    """End a process and its children, without a word of warning."""
+    """Kill a process and its children, without a warning."""
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
@@ -81,10 +81,10 @@ def broker():
 
 @pytest.fixture(scope="module")
 def start(broker, django_db_setup, tmp_path_factory):
-    """Return a function that starts a process of the Procfile, on the test's database."""
+    """Return a function that starts a process of the Procfile on the test database."""
     folder = Path(__file__).parent
     commands = parse_procfile((folder.parent / "Procfile").read_text()).processes
-    node = f"{QUEUE}-{os.getpid()}@%h"  # a name twice on one broker is refused, or confuses it
+    node = f"{QUEUE}-{os.getpid()}@%h"  # two nodes with one name confuse a broker, or are refused
     schedule = f"{tmp_path_factory.mktemp('beat')}/beat"
     options = {"worker": f"--queues {QUEUE} -n {node}", "beat": f"-s {schedule}"}
     name = quote(str(connection.settings_dict["NAME"]))

@@ -1,4 +1,4 @@
-"""The project around its jobs: settings, pages, the login, the log, probes."""
+"""The project around the jobs: settings, pages, login, log and probes."""
 
 import os
 import runpy
@@ -23,13 +23,13 @@ from jobs.rest import Throttle
 pytestmark = pytest.mark.django_db
 
 
-def test_users_are_the_projects_own_and_in_the_admin(admin_client, user):
+def test_the_user_model_is_the_projects_own_and_in_the_admin(admin_client, user):
     assert user._meta.label == "users.User"
     assert "user@example.com" in admin_client.get("/admin/users/user/").content.decode()
 
 
 @pytest.mark.parametrize("rate", ["lots", "0/min", "10", "10/fortnight"])
-def test_a_throttle_that_is_none_is_refused_at_the_start(settings, monkeypatch, rate):
+def test_an_invalid_throttle_is_refused_at_startup(settings, monkeypatch, rate):
     monkeypatch.setenv("THROTTLE", rate)
     with pytest.raises(ImproperlyConfigured, match=f"THROTTLE={rate}: write"):
         runpy.run_path(settings.BASE_DIR / "config/settings.py")
@@ -39,7 +39,7 @@ def test_the_openapi_document_has_no_warnings():
     call_command("spectacular", validate=True, fail_on_warn=True, file=os.devnull)
 
 
-def test_the_openapi_document_tells_errors(api):
+def test_the_openapi_document_describes_errors(api):
     document = api.get("/api/schema/", headers={"Accept": "application/json"}).json()
     for operations in document["paths"].values():
         for operation in operations.values():
@@ -47,7 +47,7 @@ def test_the_openapi_document_tells_errors(api):
             assert "Retry-After" in operation["responses"]["429"]["headers"]
 
 
-def test_the_pages_show_the_name_of_the_project_escaped(client, user, monkeypatch):
+def test_the_pages_escape_the_name_of_the_project(client, user, monkeypatch):
     for name in "site_header", "site_title":
         monkeypatch.setitem(urls.page, name, "<b>Tea & Co</b>")
     assert client.get("/").status_code == 302
@@ -65,7 +65,7 @@ def test_the_page_has_a_button_for_each_view_that_starts_a_job(client, user, mon
     assert button in client.get("/").content.decode()
 
 
-def test_staff_finds_its_tools_on_the_page(client, admin_client, user):
+def test_only_staff_see_the_links_for_staff(client, admin_client, user):
     client.force_login(user)
     for label, url in urls.page["staff_links"].items():
         link = f'<a href="{url}">{label}</a>'.encode()
@@ -73,7 +73,7 @@ def test_staff_finds_its_tools_on_the_page(client, admin_client, user):
         assert link not in client.get("/").content
 
 
-def test_the_login_leads_to_the_jobs(client, user):
+def test_the_login_redirects_to_the_jobs(client, user):
     user.set_password("secret")
     user.save()
     response = client.post("/login/", {"username": "user", "password": "secret"}, follow=True)
@@ -83,7 +83,7 @@ def test_the_login_leads_to_the_jobs(client, user):
 
 
 @pytest.mark.parametrize("url", ["/login/", "/admin/login/"])
-def test_who_guesses_passwords_is_locked_out(client, user, url, settings, caplog):
+def test_an_address_that_guesses_passwords_is_locked_out(client, user, url, settings, caplog):
     user.is_staff = True
     user.set_password("secret")
     user.save()
@@ -110,7 +110,7 @@ def test_who_guesses_passwords_is_locked_out(client, user, url, settings, caplog
     "proxies, believed", [(0, "192.0.2.9"), (1, "192.0.2.2"), (2, "192.0.2.1")]
 )
 def test_a_client_cannot_choose_its_address(settings, monkeypatch, proxies, believed):
-    """It has written 192.0.2.0, two proxies the next ones; the last proxy is 192.0.2.9."""
+    """The client wrote 192.0.2.0, two proxies appended .1 and .2, the last proxy is 192.0.2.9."""
     monkeypatch.setenv("NUM_PROXIES", str(proxies))
     values = runpy.run_path(settings.BASE_DIR / "config/settings.py")
     for name in ["REST_FRAMEWORK", *(name for name in values if name.startswith("IPWARE_"))]:
@@ -125,7 +125,7 @@ def test_a_client_cannot_choose_its_address(settings, monkeypatch, proxies, beli
 
 
 @pytest.mark.parametrize("url", ["/", "/login/", "/admin/", "/api/docs/"])
-def test_a_page_runs_no_script_that_is_not_the_projects_own(admin_client, url):
+def test_a_page_runs_only_the_projects_own_scripts(admin_client, url):
     if url == "/login/":
         admin_client.logout()
     response = admin_client.get(url)
@@ -173,7 +173,7 @@ def test_without_a_database_the_web_is_alive_but_not_ready(client, monkeypatch):
     assert client.get("/health/ready").status_code == 503
 
 
-def test_who_is_not_logged_in_sees_no_schema():
+def test_the_schema_requires_a_login():
     assert APIClient().get("/api/schema/").status_code == 401
     assert APIClient().get("/api/docs/").status_code == 302
 
@@ -187,6 +187,6 @@ def test_celery_shows_no_password_in_flower_and_inspect(settings):
 
 
 @pytest.mark.parametrize("name", ["CELERY_DB_REUSE_MAX", "CELERY_WORKER_PREFETCH_MULTIPLIER"])
-def test_a_setting_that_is_left_out_takes_no_other_with_it(settings, name):
+def test_a_missing_setting_does_not_remove_the_others(settings, name):
     delattr(settings, name)
     assert own_settings()["task_acks_late"]
