@@ -12,7 +12,7 @@ ANSWERS = json.loads(r"""{{ cookiecutter | tojson }}""")  # in JSON, quotes and 
 SLUG = str(ANSWERS["project_slug"])
 if SLUG.startswith("refused-"):  # cookiecutter.json renamed the folder: show what was typed
     ANSWERS["project_slug"] = ANSWERS.get("__refused_slug", SLUG)
-# The choices of cookiecutter.json. Cookiecutter does not check those of a replay file.
+# A copy of the choices in cookiecutter.json, because Cookiecutter does not check replay files.
 CHOICES = {
     "broker": ["redis", "rabbitmq", "sqs"], "worker_pool": ["prefork", "threads", "gevent"],
     "result_backend": ["redis", "database", "dynamodb", "none"], "include_example": [True, False],
@@ -42,7 +42,7 @@ def faults():
         if re.search("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]", text):
             yield option, "leave out line breaks, control and text direction characters"
     if not re.fullmatch(IDENTIFIER, SLUG):
-        yield "project_slug", "use 1-40 of a-z, 0-9 and _; letter first, no ___, no pg_, no final _"
+        yield "project_slug", "use 1-40 of a-z, 0-9 and _; start with a letter; no ___, no pg_ at the start, no _ at the end"
     elif SLUG in [*TAKEN, *keyword.kwlist, *keyword.softkwlist, *sys.stdlib_module_names]:
         yield "project_slug", f"Python, a package or a server has this name; try {SLUG}_project"
     if not re.fullmatch(EMAIL, str(ANSWERS["author_email"]), re.ASCII | re.IGNORECASE):
