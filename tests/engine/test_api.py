@@ -402,7 +402,7 @@ def test_the_admin_runs_ended_jobs_again(admin_client, user, commit):
         ended = Job.objects.enqueue(greet, ["Ada"], owner=user, queue="special")
     active = Job.objects.enqueue(greet)
     with commit():
-        assert "1 job enqueued again</a>. 1 left alone" in act(admin_client, "run_again")
+        assert "1 job enqueued again</a>. 1 skipped" in act(admin_client, "run_again")
     again = Job.objects.exclude(pk__in=[ended.pk, active.pk]).get()
     assert (again.owner, again.queue) == (user, "special")
     assert (again.state, again.result) == ("succeeded", "Hello Ada")
@@ -427,7 +427,7 @@ def test_the_admin_skips_a_job_whose_task_no_longer_exists(admin_client, user, c
     with commit():
         gone = Job.objects.enqueue(greet, ["Ada"], owner=user)
     Job.objects.filter(pk=gone.pk).update(task="no.such.task")
-    assert "0 jobs enqueued again. 1 left alone" in act(admin_client, "run_again")
+    assert "0 jobs enqueued again. 1 skipped" in act(admin_client, "run_again")
     assert Job.objects.count() == 1
 
 

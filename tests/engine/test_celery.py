@@ -84,7 +84,7 @@ def mode(request, eager):
     ],
 )
 def test_a_job_is_refused_in_a_canvas_and_as_a_callback(mode, send):
-    with pytest.raises(TypeError, match="joins no group, chain or chord"):
+    with pytest.raises(TypeError, match="part of a group, chain or chord"):
         send()
     assert not Job.objects.exists()
 

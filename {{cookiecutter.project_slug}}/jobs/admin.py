@@ -92,7 +92,7 @@ class JobAdmin(admin.ModelAdmin):
         return queryset.filter(**found) if search_term else queryset, False
 
     def response_action(self, request, queryset, **kwargs):
-        if request.POST.get("select_across") == "1":  # no more jobs than the page counts
+        if request.POST.get("select_across") == "1":  # at most as many as the paginator counts
             queryset = queryset.filter(pk__in=queryset.values("pk")[: LatestPages.most])
         return super().response_action(request, queryset, **kwargs)
 
@@ -105,7 +105,7 @@ class JobAdmin(admin.ModelAdmin):
     @admin.action(description="Run again, as new jobs", permissions=["delete"])
     def run_again(self, request, queryset):
         again = queryset.run_again()
-        rest = f"{queryset.count() - len(again)} left alone: active, or they can no longer run."
+        rest = f"{queryset.count() - len(again)} skipped, because they are active or can no longer run."
         announce(request, again, "enqueued again", rest)
 
     @admin.action(description="Cancel", permissions=["delete"])

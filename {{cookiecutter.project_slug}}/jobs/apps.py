@@ -3,7 +3,7 @@ from django.apps import AppConfig
 from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
 
-# With 0 or less, nothing would be sent or recovered, or everything would run twice or be deleted.
+# With 0 or less, jobs would not be sent or recovered, would run twice, or would be deleted at once.
 POSITIVE = (
     "JOB_LEASE_SECONDS JOB_SWEEP_SECONDS JOB_RESEND_SECONDS JOB_MAX_CRASHES JOB_RETENTION_DAYS"
 )

@@ -85,7 +85,7 @@ class TaskBackend(BaseTaskBackend):
         register(task)
 
     def enqueue(self, task, args, kwargs):
-        """Store a job, and send its message when the caller's transaction commits.
+        """Store a job, and send its message when the caller's transaction commits, or at `run_after`.
 
         Returns the TaskResult of the job, or of the active job with the same `unique`. Raises
         InvalidTask, and the errors of Job.objects.enqueue().

@@ -12,7 +12,7 @@ from celery.beat import SchedulingError
 from django.db import Error, close_old_connections, connection
 
 from . import sweep
-from .database import is_unavailable, wait_for
+from .database import may_succeed_later, wait_for
 from .models import Job
 from .tasks import JobTask
 
@@ -51,7 +51,7 @@ def enqueue_once_per_due_time(beat):
         schedule, entry = entry.schedule, copy(entry)
         # The id is made of the entry's name and the number of the interval (with crontab: the minute) since
         # 1970, so Beats that were started at different times get the same id. The clock is read twice, so
-        # `due` may be a few milliseconds early, in the previous interval: add a second.
+        # `due` may be a few milliseconds early and fall into the previous interval. So add a second.
         due = schedule.now() + schedule.remaining_estimate(entry.last_run_at) + timedelta(seconds=1)
         length = getattr(schedule, "run_every", timedelta(minutes=1))
         interval = f"{entry.name} {due.timestamp() // length.total_seconds()}"
@@ -66,7 +66,7 @@ def enqueue_once_per_due_time(beat):
         try:
             return apply_async(entry, **options)
         except SchedulingError as error:
-            if is_unavailable(error.__context__):
+            if may_succeed_later(error.__context__):
                 raise error.__context__ from None
             if not Job.objects.filter(pk=entry.options["task_id"]).exists():
                 raise  # otherwise another Beat was faster

@@ -3,7 +3,7 @@
 import celery
 from celery.contrib.django.task import DjangoTask
 
-NO_CANVAS = "A job joins no group, chain or chord, and is no callback: enqueue it in a task's body"
+NO_CANVAS = "A job cannot be a callback or part of a group, chain or chord: enqueue it in a task"
 CANVAS_OPTIONS = ("link", "link_error", "chain", "chord")  # of apply_async(): they hold other tasks
 
 
@@ -17,7 +17,7 @@ class Task(DjangoTask):
 
 class Celery(celery.Celery):
     task_cls = Task
-    # A name, because that module imports models, which need this app.
+    # This is a string, because jobs.results imports models, and models need this app.
     backend_cls = "jobs.results:backend"
 
     def send_task(self, name, args=None, kwargs=None, countdown=None, eta=None, **options):

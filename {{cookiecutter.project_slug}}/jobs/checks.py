@@ -15,7 +15,7 @@ from .pools import TIME_LIMITED
 @register()
 def check_names(app_configs, **kwargs):
     """Check the queues that tasks are routed to, and the tasks that the schedule names."""
-    # Not import_default_modules() of the loader: it would run this check again.
+    # Do not call loader.import_default_modules() here: it would run this check again.
     current_app.autodiscover_tasks(force=True)
     for name, task in sorted(current_app.tasks.items()):
         queue = queue_of(task, [], {})
@@ -40,7 +40,7 @@ def check_flower(app_configs, **kwargs):
     users = getattr(settings, "FLOWER_BASIC_AUTH", "no:flower").split(",")
     if any(user.partition(":")[2] in ("", "change-me") for user in users):
         yield Error(
-            "FLOWER_BASIC_AUTH has no password: anyone who reaches Flower can see and revoke tasks.",
+            "FLOWER_BASIC_AUTH needs a password: anyone who reaches Flower can see and revoke tasks.",
             hint='Set it to user:password. Without Flower, add "jobs.E002" to SILENCED_SYSTEM_CHECKS.',
             id="jobs.E002",
         )
@@ -63,7 +63,7 @@ def check_servers(app_configs, **kwargs):
         place = parts.hostname, parts.port or 6379, parts.path.strip("/") or "0"
         if url.startswith(("redis", "sentinel")) and used_by.setdefault(place, name) != name:
             yield Warning(
-                f"{used_by[place]} and {name} use the same database: clearing one empties both.",
+                f"{used_by[place]} and {name} use the same Redis database: clearing one empties both.",
                 hint="Use a separate database for each, and a separate server for the cache.",
                 id="jobs.W002",
             )
@@ -77,8 +77,8 @@ def check_time_limits(app_configs, **kwargs):
     for task in current_app.tasks.values():
         if task.acks_late and task.time_limit >= limit:
             yield Warning(
-                f"{task.name} may run for {task.time_limit} s, but the broker repeats it after {limit} s.",
-                hint="Raise REDELIVERY_SECONDS first: config/settings.py says where it comes from.",
+                f"{task.name} may run for {task.time_limit} s, but the broker redelivers it after {limit} s.",
+                hint="Lower its time_limit, or raise REDELIVERY_SECONDS as config/settings.py explains.",
                 id="jobs.W004",
             )
 

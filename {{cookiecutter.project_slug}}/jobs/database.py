@@ -19,7 +19,7 @@ def wait_for(query, *args, **kwargs):
         try:
             return pool.query(try_once, query, *args, **kwargs)
         except Error as error:
-            if not is_unavailable(error):
+            if not may_succeed_later(error):
                 raise
             logger.warning("waiting for the database: %s", error)
             time.sleep(1)
@@ -29,7 +29,7 @@ def try_once(query, *args, **kwargs):
     try:
         return query(*args, **kwargs)
     except Error:
-        if not connection.in_atomic_block:  # that of a test
+        if not connection.in_atomic_block:  # keep it inside the atomic() of a test
             connection.close()  # it may be broken, or a body may have changed its settings
         raise
 
@@ -58,12 +58,12 @@ def store_outcome(update, *args, **kwargs):
             return wait_for(update, *args, **kwargs)
 
 
-def is_unavailable(error):
-    """Return whether the same query may succeed later."""
+def may_succeed_later(error):
+    """Return whether the same query may succeed later: no connection, a lock, a standby."""
     state = getattr(error.__cause__, "sqlstate", None) or ""
     # PostgreSQL's class 54 is "program limit exceeded"; 25006 is "read-only transaction", on a standby.
-    may_pass = isinstance(error, (OperationalError, InterfaceError)) and not state.startswith("54")
-    return may_pass or state == "25006"
+    is_known = isinstance(error, (OperationalError, InterfaceError)) and not state.startswith("54")
+    return is_known or state == "25006"
 
 
 def in_transaction():
@@ -72,9 +72,9 @@ def in_transaction():
 
 
 def roll_back_open_transaction():
-    """Roll back a transaction that a body left open: the outcome would be written inside it, and be lost.
+    """Roll back a transaction that a body left open.
 
-    Returns whether a transaction was open.
+    Otherwise the outcome would be written inside it, and lost with it. Returns whether one was open.
     """
     with suppress(Error):
         if connection.connection and not (connection.in_atomic_block or connection.autocommit):

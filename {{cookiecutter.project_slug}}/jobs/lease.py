@@ -22,11 +22,11 @@ from .pools import pool
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5  # seconds between two checks of reports, leases and dead children
-FLUSH_SECONDS = 1  # seconds in which PostgreSQL writes a claim to disk: 0.6 with its defaults
-RETRY_AFTER = 5  # seconds until the job of a dead worker starts again; doubles up to 43 minutes
+FLUSH_SECONDS = 1  # PostgreSQL writes a claim to disk after this time; by default within 0.6 s
+RECOVERY_DELAY = 5  # seconds until the job of a dead worker starts again; doubles up to 43 minutes
 
 runs = {}  # {token: Run} of the bodies that run in this process
-last_try = None  # the Run of this process that is a last try: see claim_last_try()
+suspect = None  # the Run of this process whose job fails at its next crash: see become_suspect()
 lease_thread_started = False
 lock = pool.Lock()
 
@@ -49,6 +49,7 @@ class Run:
         self.cursor = []  # empty until it is read, then [cursor]
         self.claim = None  # a function that claims the job, and can be called again
         self.in_body = False
+        # The first renewal finds out whether a crash of PostgreSQL has lost the claim.
         self.renew_at = time.monotonic() + FLUSH_SECONDS
         self.retry = None  # after retry(): options of requeue()
         # Why it is retried: the fields of an Attempt.
@@ -71,17 +72,17 @@ class Run:
     def needs_write(self):
         return not self.lost and (self.report != self.written or time.monotonic() > self.renew_at)
 
-    def claim_last_try(self):
-        """Become the only run of this process that is a last try. Returns whether it did.
+    def become_suspect(self):
+        """Become the suspect of this process, unless there is one. Returns whether it did.
 
-        If the process dies, the job of a last try fails. With only one last try in a process, a
-        process that dies fails at most one job.
+        The job of a suspect fails if its process dies. A process has only one suspect, so that its
+        death makes at most one job fail.
         """
-        global last_try
+        global suspect
         with lock:
-            if last_try is None or last_try.lost or last_try.ended:
-                last_try = self
-            return last_try is self
+            if suspect is None or suspect.lost or suspect.ended:
+                suspect = self
+            return suspect is self
 
     def store(self, update, *args, **kwargs):
         """Store how the body ended. Returns 0 if the run has lost its job.
@@ -107,7 +108,7 @@ def jobs_of(runs):
 
 
 def start_lease_thread():
-    """Start the thread once, at the first run: threads do not survive the fork of a child."""
+    """Start the thread at the first run, not earlier: a forked child has no threads of its parent."""
     global lease_thread_started
     with lock:
         if not lease_thread_started:
@@ -123,22 +124,22 @@ def renew_leases():
             current = list(runs.values())
         try:
             close_old_connections()
-            if due := [run for run in current if run.needs_write()]:
-                write_and_renew(due)
+            if to_write := [run for run in current if run.needs_write()]:
+                write_and_renew(to_write)
         except Exception as error:  # without this thread all leases would lapse
             logger.warning("cannot renew leases: %r", error)
 
 
-def write_and_renew(due):
+def write_and_renew(to_write):
     """Write what these runs reported, renew their leases, and find out which runs have lost their job.
 
     Skip locked rows until the next call: waiting for one would let all other leases lapse.
     """
-    reports = {run: run.report for run in due}
+    reports = {run: run.report for run in to_write}
     with transaction.atomic():
-        unlocked = jobs_of(due).select_for_update(skip_locked=True)
-        locked_tokens = set(unlocked.values_list("run", flat=True))
-        written = [run for run in due if run.token in locked_tokens]
+        rows = jobs_of(to_write).select_for_update(skip_locked=True)
+        tokens = set(rows.values_list("run", flat=True))
+        written = [run for run in to_write if run.token in tokens]
         silent = [run for run in written if not reports[run]]  # these keep progress and message
         jobs_of(silent).update(wake_at=lease_end())
         reported = [run for run in written if reports[run]]
@@ -146,16 +147,18 @@ def write_and_renew(due):
         Job.objects.bulk_update(jobs, ["progress", "message", "wake_at"])
     for run in written:
         run.written, run.renew_at = reports[run], time.monotonic() + settings.JOB_LEASE_SECONDS / 3
-    if len(locked_tokens) < len(due):
-        owned_tokens = set(jobs_of(due).values_list("run", flat=True))  # including locked rows
-        for run in due:  # claim again what the database has lost in a crash
-            run.lost = run.token not in owned_tokens and not (run.in_body and run.claim())
+    if len(written) < len(to_write):
+        # Read again, without locks. If a crash of the database has lost a claim, claim the job again.
+        tokens = set(jobs_of(to_write).values_list("run", flat=True))
+        for run in to_write:
+            if run.token not in tokens:
+                run.lost = not (run.in_body and run.claim())
 
 
 @transaction.atomic
 def renew_for_children(jobs):
     """Renew the leases of these jobs, which run in child processes. Skip locked rows."""
-    jobs.unlocked().update(wake_at=lease_end())
+    jobs.skip_locked().update(wake_at=lease_end())
 
 
 @transaction.atomic
@@ -176,7 +179,7 @@ def recover(jobs):
             error = f"Its worker died {crashes} times"
             row.finish("failed", attempt=died, error=error, reason=error, crashes=crashes)
         else:
-            delay = RETRY_AFTER * 2 ** min(job.crashes, 9) * random.uniform(0.8, 1.2)
+            delay = RECOVERY_DELAY * 2 ** min(job.crashes, 9) * random.uniform(0.8, 1.2)
             message = "Its worker died, so it starts again soon"
             row.requeue(delay, attempt=died, message=message, crashes=crashes)
             logger.warning("job %s lost its worker and starts again in %.0f s", job.pk, delay)

@@ -26,7 +26,9 @@ def send(jobs):
 
 
 def send_one(task, job, producer, **options):
-    """Do what apply_async() does in a third of its time, but without one more message: the event task-sent.
+    """Send the message of a job as apply_async() does, in a third of the time.
+
+    It does not send the event task-sent, which would be a second message.
 
     The header `job` marks the message of a job, and says how often the job's worker has died. The
     header `sent` is the number of this message among those of the job.

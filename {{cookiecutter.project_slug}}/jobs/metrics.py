@@ -1,4 +1,4 @@
-"""GET /metrics for Prometheus: numbers of queues, tasks, Beat and its sweep, read from the database."""
+"""GET /metrics for Prometheus: metrics of queues, tasks, Beat and its sweep, read from the database."""
 
 import math
 from datetime import timedelta
@@ -16,14 +16,14 @@ from .models import ACTIVE, Job, Sweep
 
 QUEUE_METRICS = {
     "jobs_waiting": "Jobs that are due but not running yet",
-    "jobs_waiting_later": "Jobs that wait for their countdown or their next try",
+    "jobs_waiting_later": "Jobs that wait for their countdown or for a retry",
     "jobs_running": "Jobs that a worker has claimed",
     "jobs_oldest_wait_seconds": "Seconds for which the oldest due job has waited for a worker",
 }
 TASK_METRICS = {  # of one minute only: rows are purged, and counting all of them would take long
     "jobs_ended_last_minute": "Jobs that ended in the last minute",
     "jobs_ended_last_minute_run_seconds": (
-        "Total seconds of the last runs of jobs that ended in the last minute, without cancelled jobs"
+        "Seconds that the final runs of these jobs took, in total; cancelled jobs do not count"
     ),
     "jobs_ended_last_minute_crashes": (
         "Times a worker died while running a job that ended in the last minute"

@@ -24,15 +24,15 @@ logger = logging.getLogger(__name__)
 ACTIVE = ["queued", "running"]
 FINAL = ["succeeded", "failed", "cancelled"]
 STATES = [(state, state.title()) for state in ACTIVE + FINAL]
-# Use these in an UPDATE by ids, not state=…. With state=… and old statistics, PostgreSQL may choose the
-# index `job_active` and read the whole backlog to find one row. Constraints keep these fields and the
-# state consistent.
+# In an UPDATE by ids, use these instead of state=…. With state=… and old statistics, PostgreSQL may
+# choose the index `job_active` and read the whole backlog to find one row. Constraints keep these fields
+# and the state consistent.
 UNFINISHED = Q(finished_at=None)
 QUEUED = Q(run=None) & UNFINISHED
 OVER_TIME_LIMIT = "Over its time limit"
 BATCH_SIZE = 500  # jobs per statement
 MAX_LABEL = 255  # characters
-MAX_ATTEMPTS = 20  # stored per job: the latest ones
+STORED_ATTEMPTS = 20  # of each job: the latest ones
 MAX_COUNTDOWN = 10 * 365 * 86400  # seconds: a longer countdown is probably in milliseconds
 PUBLISH_PAUSE = 10  # seconds without a try after the broker was unavailable, to keep requests fast
 publish_again_at = {}  # queue: time.monotonic() of the next try
@@ -41,8 +41,8 @@ publish_again_at = {}  # queue: time.monotonic() of the next try
 class Clock(Now):
     """The database's time when a row is written, even if the statement has waited for a lock.
 
-    Now() is the time when the statement began. Use Now() in WHERE, because it lets PostgreSQL use an
-    index, and where a value that is a moment too early does no harm.
+    Now() is the time when the statement began. Use Now() in a WHERE clause, because it lets PostgreSQL
+    use an index. Also use it if a slightly earlier time does no harm.
 
     On SQLite the value has Django's format, because SQLite compares times as text.
     """
@@ -70,7 +70,7 @@ class LockTimeout(models.Func):
 
 
 class AsyncCommit(LockTimeout):
-    """Always true, as LockTimeout. With it, the commit does not wait until PostgreSQL's log is on disk."""
+    """Always true, like LockTimeout. With it, the commit does not wait until the log is on disk."""
 
     template = "SET_CONFIG('synchronous_commit', 'off', TRUE) IS NOT NULL"
 
@@ -106,11 +106,13 @@ class JobQuerySet(models.QuerySet):
     ):
         """Store a job, and send its message when the caller's transaction commits.
 
+        With a `countdown`, the sweep sends the message when the time has come.
+
         `task` has `base=JobTask`; `args` and `kwargs` hold values that Celery can serialize as JSON;
         `countdown` is in seconds; `queue` overrides CELERY_TASK_ROUTES. `unique` is a string that only
-        one active job may have, across all tasks and owners. `label` is shown to people, up to 255
-        characters of it. The other fields are `owner`, a user, and for views `idempotency_key`, unique
-        for each owner, and `fingerprint`, a digest of the request.
+        one active job may have, across all tasks and owners. `label` is a name for people, which is cut
+        after 255 characters. Other fields: `owner` (a user), `pk`, and for views `idempotency_key` (each
+        owner can use a key once) and `fingerprint` (a digest of the request).
 
         Returns the new Job, or the queued or running one with the same `unique`. Raises TypeError if
         the task is not a JobTask, or if the arguments are not JSON or do not fit the task; ValueError
@@ -141,7 +143,7 @@ class JobQuerySet(models.QuerySet):
         for _ in range(20):  # the conflicting job may finish before we read it, so try again
             with suppress(IntegrityError):
                 return active.get_or_create(fields, unique_key=unique)
-            time.sleep(random.uniform(0, 0.01))  # otherwise greenlets in step conflict forever
+            time.sleep(random.uniform(0, 0.01))  # or equally fast greenlets conflict each time
         return active.get_or_create(fields, unique_key=unique)
 
     def enqueue_many(self, task, calls, *, countdown=None, queue=None, owner=None, label=""):
@@ -156,10 +158,10 @@ class JobQuerySet(models.QuerySet):
         )
 
     def run_again(self):
-        """Enqueue a new job like each of these: all or none. Skip jobs that are active or cannot run.
+        """Enqueue a copy of each of these jobs. Skip those that are active or can no longer run.
 
-        Returns the new Jobs. If a job with the same `unique` is active, the list has that one instead:
-        see Job.run_again().
+        All copies are stored, or none. Returns them. If a job with the same `unique` is active, the list
+        has that one instead: see Job.run_again().
         """
         current_app.loader.import_default_modules()
         with transaction.atomic(self.db):
@@ -173,8 +175,8 @@ class JobQuerySet(models.QuerySet):
             return again + self.create_all(now, new)
 
     def now(self):
-        """Return the database's time. PostgreSQL inserts plain values much faster than expressions."""
-        # Max() of no rows is NULL, so this query always returns Now().
+        """Return the database's time as a value: PostgreSQL inserts values much faster than expressions."""
+        # No row has this new id, so Max() is NULL and the query returns Now().
         latest = Coalesce(Max("created_at"), Now())
         return Job.objects.using(self.db).filter(pk=uuid.uuid4()).aggregate(now=latest)["now"]
 
@@ -182,9 +184,9 @@ class JobQuerySet(models.QuerySet):
         for place, job in enumerate(jobs):
             job.created_at = now + timedelta(microseconds=place)  # pages sort by this time
         self.bulk_create(jobs, batch_size=BATCH_SIZE)
-        due = [job for job in jobs if job.sent]
-        for start in range(0, len(due), BATCH_SIZE):
-            part = due[start : start + BATCH_SIZE]
+        to_send = [job for job in jobs if job.sent]
+        for start in range(0, len(to_send), BATCH_SIZE):
+            part = to_send[start : start + BATCH_SIZE]
             transaction.on_commit(lambda part=part: publish(part), using=self.db, robust=True)
         return jobs
 
@@ -199,8 +201,8 @@ class JobQuerySet(models.QuerySet):
         if not isinstance(args, list) or not isinstance(kwargs, dict):
             raise TypeError("args must be a list, such as [10], and kwargs a dictionary")
         if size > getattr(settings, "JOB_MAX_BYTES", math.inf):
-            limit = f"{settings.JOB_MAX_BYTES:,} (JOB_MAX_BYTES)"
-            raise ValueError(f"{size:,} bytes of arguments, {limit} at most: pass an id instead")
+            limit = f"JOB_MAX_BYTES is {settings.JOB_MAX_BYTES:,}"
+            raise ValueError(f"The arguments have {size:,} bytes, but {limit}: pass an id instead")
         if countdown and countdown > MAX_COUNTDOWN:
             raise ValueError(f"countdown={countdown} is longer than ten years: it is in seconds")
         task.__header__(*args, **kwargs)
@@ -224,7 +226,7 @@ class JobQuerySet(models.QuerySet):
         return self.filter(UNFINISHED).change(attempt, changes)
 
     def change(self, attempt, changes):
-        """Update these rows. `attempt` has the fields of an Attempt to store: then it must be one row."""
+        """Update these rows. With `attempt`, the fields of an Attempt, also store it for the one row."""
         if attempt is None:
             return self.update(**changes)
         with transaction.atomic():
@@ -233,12 +235,12 @@ class JobQuerySet(models.QuerySet):
             if job and changed:
                 attempt = attempt | {"error": attempt["error"][:1000]}
                 job.attempts.create(started_at=job.started_at, worker=job.worker, **attempt)
-                old = job.attempts.order_by("-pk")[MAX_ATTEMPTS:]
+                old = job.attempts.order_by("-pk")[STORED_ATTEMPTS:]
                 Attempt.objects.filter(pk__in=old.values("pk")).delete()
         return changed
 
-    def unlocked(self):
-        """Lock those of these rows that no other transaction has locked, and return them."""
+    def skip_locked(self):
+        """Lock these rows, except those that another transaction has locked, and return them."""
         keys = self.select_for_update(skip_locked=True).values_list("pk", flat=True)
         return self.model.objects.filter(pk__in=list(keys))
 
@@ -254,15 +256,16 @@ class JobManager(models.Manager.from_queryset(JobQuerySet)):
 
     @built_once
     def claim(self, id, run, worker, retries, crashes, sent, limit, lease):
-        """Give a queued job to `run`, for the duration `limit`. Returns 0 if the message is stale.
+        """Give a queued job to `run`, for the duration `limit`. Returns how many rows were changed.
 
-        `retries`, `crashes` and `sent`, the number of the message, come from the message. If PostgreSQL
-        crashes within a second, the claim may be lost: then the run must claim the job again.
+        This is 0 if the job is no longer queued, or if the message is of an earlier run. The message has
+        `retries`, `crashes` and its number, `sent`. If PostgreSQL crashes within a second, the claim may
+        be lost: then the run must claim the job again.
         """
-        # Q(run=run): an earlier try of this UPDATE was committed, but its answer was lost.
+        # Q(run=run): this UPDATE was sent before and committed, but its answer was lost.
         claimable = Q(run=None) | Q(run=run)
-        same_try = Q(retries=retries, crashes=crashes)
-        rows = self.filter(claimable, UNFINISHED, same_try, LockTimeout(), AsyncCommit(), pk=id)
+        is_current = Q(retries=retries, crashes=crashes)
+        rows = self.filter(claimable, UNFINISHED, is_current, LockTimeout(), AsyncCommit(), pk=id)
         return rows, {
             "state": "running",
             "run": run,
@@ -340,7 +343,7 @@ class Job(models.Model):
             models.UniqueConstraint(
                 fields=["unique_key"],
                 name="job_unique_key",
-                # Because of the second condition, PostgreSQL does not use it for UNFINISHED alone.
+                # The second condition keeps PostgreSQL from using this index for UNFINISHED alone.
                 condition=UNFINISHED & Q(unique_key__isnull=False),
             ),
             models.CheckConstraint(name="job_running", condition=Q(state="running") ^ Q(run=None)),
@@ -376,7 +379,7 @@ class Job(models.Model):
 
 
 class Attempt(models.Model):
-    """A run that failed or lost its worker."""
+    """A run that failed, was retried, or lost its worker."""
 
     job = models.ForeignKey(Job, models.CASCADE, related_name="attempts")
     worker = models.CharField(max_length=255)
@@ -412,5 +415,5 @@ def publish(jobs):
             if is_connection_error(error):
                 publish_again_at[queue] = time.monotonic() + PUBLISH_PAUSE
             logger.warning("stored but not sent: %d jobs, first %s: %r", len(jobs), jobs[0], error)
-    # Skip sent=0: the messages of these jobs did arrive, and the jobs were queued again since then.
+    # Skip jobs with sent=0: their messages had arrived, and the jobs have been queued again since.
     Job.objects.filter(QUEUED, pk__in=[job.pk for job in jobs], sent__gt=0).requeue()

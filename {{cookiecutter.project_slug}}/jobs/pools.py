@@ -1,4 +1,4 @@
-"""The differences between Celery's worker pools. No other module checks which pool it runs in.
+"""The differences between Celery's worker pools. Other modules use `pool` and has_children().
 
 The workers of one project may have different pools:
 
@@ -26,7 +26,7 @@ IS_GEVENT = bool(monkey and monkey.is_module_patched("socket"))
 
 
 class Threads:
-    """Python's own threads: in a prefork child, a worker with threads, the web, Beat and tests."""
+    """Python's own threads: in a prefork child, a worker with threads, the web server, Beat and tests."""
 
     time_limit_errors = (SoftTimeLimitExceeded,)  # raised in a body at its time limit
     Lock = threading.Lock
@@ -46,7 +46,7 @@ class Threads:
         return isinstance(error, SystemExit) and terminate_handler_fired()  # in a prefork child
 
     def end_idle_worker(self):
-        """End an idle worker at once. With threads, Celery does it."""
+        """Do nothing: with threads, Celery ends an idle worker at once."""
 
 
 class Greenlets:

@@ -1,4 +1,4 @@
-"""The sweep: threads of Beat's process that recover lost jobs, send what is due, and delete old jobs."""
+"""The sweep: threads of Beat's process that recover jobs, send their messages, and delete old jobs."""
 
 import logging
 import os
@@ -15,7 +15,7 @@ from django.db import close_old_connections, connection, transaction
 from django.db.models import Min, Q, TextField
 from django.db.models.functions import Cast, Length, Now
 
-from .database import is_unavailable, try_in_halves
+from .database import may_succeed_later, try_in_halves
 from .lease import POLL_SECONDS, recover
 from .liveness import touch_liveness_file
 from .messages import messages_in, send
@@ -24,11 +24,12 @@ from .models import BATCH_SIZE, QUEUED, Job, Sweep
 logger = logging.getLogger(__name__)
 
 JOBS_IN_MEMORY = 100  # jobs loaded at once, because arguments may be large
-BYTES_IN_MEMORY = 1_000_000  # of arguments: as Python objects they take up to 20 times as much
+# If arguments are larger, load one job at a time. Python objects need up to 20 times as much memory.
+BYTES_IN_MEMORY = 1_000_000
 # The fields of a job that its message needs.
 MESSAGE_FIELDS = "task args kwargs queue retries crashes sent".split()
-REFUSALS = 5  # by the broker, after which a job fails
-PURGE_BATCH = 2000  # jobs deleted at once: more than a million an hour
+REFUSALS = 5  # a job fails when the broker has refused its message so many times
+PURGE_BATCH = 2000  # jobs deleted in a round: more than a million an hour, with a round every 5 s
 PURGE_RETRY_SECONDS = 3600  # until jobs that could not be deleted are tried again
 MAX_RESEND_SECONDS = 3600  # between two messages of a job
 MIN_PAUSE = 0.5  # seconds between two rounds, however many countdowns end
@@ -65,8 +66,9 @@ def sweep_for_ever(tick_delay):
     last_round = 0
     while True:
         pause = settings.JOB_SWEEP_SECONDS
-        # After a pause (start, suspended machine, database outage), live workers get half a lease to renew
-        # their leases, and to claim again what the database lost. After that, jobs are recovered or resent.
+        # After a gap (Beat has just started, or the machine or the database was down), first wait for half
+        # the length of a lease. In this time live workers renew their leases, and claim again the jobs
+        # whose claims the database has lost. Only then recover jobs, and send messages again.
         max_gap = settings.JOB_LEASE_SECONDS / 2 + 2 * settings.JOB_SWEEP_SECONDS
         if time.time() - last_round > max_gap:
             recover_at = time.monotonic() + settings.JOB_LEASE_SECONDS / 2
@@ -78,16 +80,16 @@ def sweep_for_ever(tick_delay):
                     recover_lapsed()
             finally:
                 pause = send_due(resend=may_recover)
-            # Even if the broker took nothing: this row says that the sweep runs, not what it did.
-            now = {"ended_at": Now(), "tick_due_at": Now() - timedelta(seconds=tick_delay())}
-            if not Sweep.objects.filter(pk=1).update(**now):
-                Sweep.objects.create(pk=1, **now)
+            # Write this row even if the broker took no message: it only says that the sweep is running.
+            times = {"ended_at": Now(), "tick_due_at": Now() - timedelta(seconds=tick_delay())}
+            if not Sweep.objects.filter(pk=1).update(**times):
+                Sweep.objects.create(pk=1, **times)
         except Exception as error:
             logger.warning("the sweep failed, and continues in its next round: %r", error)
-            if is_unavailable(error):
+            if may_succeed_later(error):
                 connection.close()
                 recover_at = time.monotonic() + settings.JOB_LEASE_SECONDS / 2
-        if tick_delay() < settings.JOB_LEASE_SECONDS:  # else Beat hangs
+        if tick_delay() < settings.JOB_LEASE_SECONDS:  # if Beat hangs, let the file become old
             touch_liveness_file()
         time.sleep(pause)
 
@@ -96,8 +98,8 @@ def recover_lapsed():
     """Recover the running jobs whose lease was not renewed."""
     lapsed = Job.objects.filter(state="running", wake_at__lt=Now())
     with transaction.atomic():  # skip a row that the job's own body has locked
-        unlocked = lapsed.select_for_update(skip_locked=True)
-        found = list(unlocked.values_list("pk", flat=True)[:BATCH_SIZE])
+        rows = lapsed.select_for_update(skip_locked=True)
+        found = list(rows.values_list("pk", flat=True)[:BATCH_SIZE])
 
     def recover_found(ids):
         recover(lapsed.filter(pk__in=ids))
@@ -109,21 +111,20 @@ def recover_lapsed():
 
 
 def send_due(resend=True):
-    """Send the due jobs that have no message in the broker, for at most the time of a round.
+    """Send the messages of due jobs, for at most JOB_SWEEP_SECONDS.
 
-    Without `resend`, send only those that were never sent. A queue that fails does not delay the
-    others. Returns the seconds until the next round: 0 if jobs are left, and less than
-    JOB_SWEEP_SECONDS if a countdown ends sooner.
+    With resend=False, send only jobs that have had no message since they were queued. A queue that
+    fails does not delay the others. Returns the seconds until the next round: 0 if jobs are left, and
+    less than JOB_SWEEP_SECONDS if a countdown ends sooner.
     """
     pause = settings.JOB_SWEEP_SECONDS
     until = time.monotonic() + pause
     soon = Job.objects.filter(state="queued", wake_at__lt=Now() + timedelta(seconds=pause))
-    later = Min("wake_at", filter=Q(sent=0, wake_at__gte=Now()))
-    rows = list(
-        soon.values_list("queue").annotate(first=Min("wake_at") - Now(), next=later - Now())
-    )
+    countdown = Min("wake_at", filter=Q(sent=0, wake_at__gte=Now())) - Now()
+    first = Min("wake_at") - Now()
+    rows = list(soon.values_list("queue").annotate(first=first, countdown=countdown))
     names = [name for name, first, _ in rows if first < timedelta()]
-    countdowns = [wait.total_seconds() for _, _, wait in rows if wait is not None]
+    countdowns = [countdown.total_seconds() for _, _, countdown in rows if countdown is not None]
     random.shuffle(names)  # so that each queue gets its turn, however many there are
     size = max(JOBS_IN_MEMORY // max(len(names), 1), 10)
     with current_app.connection_for_write() as broker:
@@ -133,11 +134,11 @@ def send_due(resend=True):
                 if send_batch(name, size, resend, messages_in(name, broker)):
                     names.insert(0, name)
             except Exception as error:  # each transport has its own exceptions
-                if is_unavailable(error):
+                if may_succeed_later(error):
                     raise
                 logger.warning("the broker takes no jobs for the queue %s: %r", name, error)
                 broker.close()  # it may be broken; the next queue opens it again
-    return 0 if names else min([pause, *(max(wait, MIN_PAUSE) for wait in countdowns)])
+    return 0 if names else min([pause, *(max(seconds, MIN_PAUSE) for seconds in countdowns)])
 
 
 def send_batch(name, size, resend, waiting):
@@ -148,13 +149,13 @@ def send_batch(name, size, resend, waiting):
     queue, queued = queues[name], Job.objects.filter(state="queued", queue=name)
     queue.most_messages = max(queue.most_messages, waiting)
     missing, is_probe = max(queued.filter(sent__gt=0).count() - waiting, 0), False
-    # First come, first served. Workers take the oldest messages first, so missing messages belong to the
-    # oldest jobs.
+    # Send the oldest jobs first. Workers take messages in their order, so if there are fewer messages
+    # than jobs, those of the oldest jobs are missing.
     due = queued.filter(wake_at__lt=Now()).order_by("wake_at")
     sizes = mark_sent(due.filter(sent=0)[:size])
     # messages_in() also counts messages of plain tasks, which may hide that messages of jobs are missing.
-    # So send one job again now and then, as a probe. If the message of a probe was the one that ran, the
-    # next probe has twice as many jobs.
+    # So send one job again now and then, as a probe. If this second message started a job of the last
+    # probe, its first one was lost. Then the next probe sends twice as many jobs.
     if not missing and time.monotonic() >= queue.next_probe_at:
         ran = Job.objects.filter(pk__in=queue.probe_ids, sent__gt=1).exclude(state="queued")
         missing, is_probe = 2 * len(queue.probe_ids) if ran.exists() else 1, True
@@ -172,7 +173,9 @@ def send_batch(name, size, resend, waiting):
                 load_and_send(part)
             except Exception as error:
                 logger.warning("the broker refused one of %d jobs: %r", len(part), error)
-                send_one_by_one(name, part, is_full=2 * waiting >= max(queue.most_messages, 1))
+                # A queue that holds half of its highest number of messages may be at its length limit.
+                may_be_full = 2 * waiting >= max(queue.most_messages, 1)
+                send_one_by_one(name, part, may_be_full)
     except Exception:
         Job.objects.filter(QUEUED, pk__in=ids, sent__gt=0).requeue()
         raise
@@ -186,12 +189,12 @@ def load_and_send(ids):
         refusals.pop(pk, None)
 
 
-def send_one_by_one(name, ids, is_full):
+def send_one_by_one(name, ids, may_be_full):
     """Send these jobs one by one, because the broker did not take all of them.
 
-    A job that the broker refuses alone is sent again later, and fails after REFUSALS refusals. Refusals
-    by a queue that `is_full` do not count. If the queue takes no other message either, this raises the
-    transport's exception.
+    If the broker refuses a job that is sent alone, the job is sent again later, and fails after REFUSALS
+    refusals. If the queue `may_be_full`, a refusal does not count. If the queue takes no other message
+    either, this raises the transport's exception.
     """
     for pk in ids:
         try:
@@ -199,9 +202,9 @@ def send_one_by_one(name, ids, is_full):
         except Exception as error:
             row = Job.objects.filter(QUEUED, pk=pk)
             for task in row.values_list("task", flat=True):
-                send([Job(task=task, queue=name)])  # a test: it has no row, so a worker drops it
+                send([Job(task=task, queue=name)])  # a trial: without a row, workers ignore it
             row.requeue(settings.JOB_RESEND_SECONDS)
-            refusals[pk] += not is_full
+            refusals[pk] += not may_be_full
             if refusals[pk] >= REFUSALS:
                 text = f"The broker refused it {REFUSALS} times: {error.__cause__ or error!r:.500}"
                 row.finish("failed", error=text)
@@ -209,7 +212,10 @@ def send_one_by_one(name, ids, is_full):
 
 
 def mark_sent(due):
-    """Mark these jobs as sent, unless another sweep is doing it. Returns {id: bytes of its arguments}."""
+    """Count one more message for these jobs, and set when the next one is due. Skip locked rows.
+
+    Returns {id: length of the arguments}.
+    """
     length = Length(Cast("args", TextField())) + Length(Cast("kwargs", TextField()))
     with transaction.atomic():
         jobs = list(due.select_for_update(skip_locked=True).values_list("pk", "sent", length))
@@ -248,6 +254,6 @@ def purge(undeletable=0):
 @transaction.atomic
 def delete(ids):
     # Django loads what it deletes. Load only the keys, because results may be large.
-    _, deleted = Job.objects.filter(pk__in=ids).unlocked().only("pk").delete()
+    _, deleted = Job.objects.filter(pk__in=ids).skip_locked().only("pk").delete()
     if count := deleted.get("jobs.Job"):
         logger.info("deleted %d jobs older than %g days", count, settings.JOB_RETENTION_DAYS)

@@ -56,7 +56,10 @@ class JobTask(DjangoTask):
 
     @classmethod
     def on_bound(cls, app):
-        """Raise TypeError for options that a job cannot have. Keep the soft limit below the hard one."""
+        """Raise TypeError for options that a job cannot have, and prepare the time limits and the body.
+
+        The soft time limit must be below the hard one. A coroutine function runs in an event loop.
+        """
         for name in ("before_start", "exchange", "expires", "routing_key"):
             if getattr(cls, name, None) != getattr(DjangoTask, name, None):
                 raise TypeError(f"{cls.name}: a job cannot have {name}")
@@ -73,15 +76,16 @@ class JobTask(DjangoTask):
     def apply_async(self, args=(), kwargs=None, task_id=None, countdown=None, eta=None, **options):
         """Enqueue a job without an owner. Returns its AsyncResult.
 
-        Raises TypeError for options that a job cannot have, such as those of the members of a group.
+        Raises TypeError for options that a job cannot have, such as `link`, or the `group_id` that Celery
+        passes to the tasks of a group.
         """
         if eta:
             countdown = (maybe_make_aware(eta) - timezone.now()).total_seconds()
         if self.job_run and task_id == self.request.id:  # Celery's retry() calls this
             return self.retry_later(args, kwargs, countdown, **options)
         if refused := [name for name in options if options[name] and name not in OPTIONS]:
-            reason = f"a job does not take {', '.join(refused)}, and joins no group, chain or chord"
-            raise TypeError(f"{reason}: see Job.objects.enqueue() and enqueue_many()")
+            reason = f"a job does not take {', '.join(refused)}: see Job.objects.enqueue()"
+            raise TypeError(f"{reason} and enqueue_many(). {NO_CANVAS}")
         fields = {"pk": task_id} if task_id else {}
         fields |= {"countdown": max(countdown or 0, 0), "queue": options.get("queue")}
         job = Job.objects.enqueue(self, args or (), kwargs, **fields)
@@ -91,7 +95,7 @@ class JobTask(DjangoTask):
         return self.app.AsyncResult(task_id, backend=JobBackend(self.app), **kwargs)
 
     def retry(self, args=None, kwargs=None, exc=None, *more, **options):
-        """Retry as Celery documents. The attempt that ends here stores the reason."""
+        """Works as Celery documents. The exception is stored in the Attempt of this run."""
         caught = sys.exception()
         if self.job_run and (exc or caught):
             self.job_run.failure = describe(exc or caught, caught)
@@ -108,10 +112,10 @@ class JobTask(DjangoTask):
         raise NotImplementedError("a job cannot be replaced: enqueue the other task and return")
 
     def apply(self, args=None, kwargs=None, headers=None, throw=None, **options):
-        """Run a message in eager mode. Raises TypeError for other calls, such as a group's in a test."""
+        """Run a message in eager mode. Raises TypeError for other calls, such as those of a group."""
         if "job" not in (headers or {}):
             raise TypeError(
-                f"{self.name}.apply() runs no job: enqueue it, or call the task. {NO_CANVAS}"
+                f"{self.name}.apply() does not run a job: enqueue it, or call the task. {NO_CANVAS}"
             )
         return super().apply(args, kwargs, headers=headers, throw=False, **options)
 
@@ -124,7 +128,7 @@ class JobTask(DjangoTask):
 
     @property
     def cursor(self):
-        """The cursor of the last report() that had one, in this run or an earlier one, or None.
+        """The last cursor that report() stored, in this run or an earlier one. None if there is none.
 
         Read it once, at the start of the body. It is None if the task was called directly. Raises
         RuntimeError in a thread that the body has started.
@@ -137,10 +141,10 @@ class JobTask(DjangoTask):
     def report(self, done, total=100, message="", *, cursor=None):
         """Show the progress, `done` of `total`, and a line of text. If the job is cancelled, end its body.
 
-        With `cursor`, any JSON value, the next run can continue here: after a crash, a deploy or a
-        retry, it reads the value from self.cursor. The cursor is stored when this method returns.
+        With `cursor`, any JSON value except null, the next run can continue here: after a crash, a deploy
+        or a retry, it reads the value from self.cursor. The cursor is stored when this method returns.
         Inside your own atomic() it is stored together with your changes, or not at all. Keep that block
-        short, because nobody can cancel the job until it ends. Raises TypeError or ValueError if the
+        short, because nobody can cancel the job until the block ends. Raises TypeError or ValueError if the
         cursor is not JSON, RuntimeError in a thread that the body has started.
         """
         if run := self.own_run():
@@ -152,7 +156,7 @@ class JobTask(DjangoTask):
             if cursor is not None:
                 json.dumps(cursor, allow_nan=False)  # raises if it is not JSON
                 query_own_row(run.row.update, cursor=cursor, wake_at=lease_end(), **run.report)
-                run.cursor = []  # read it again next time: your transaction may roll back
+                run.cursor = []  # forget the cached value: the body's transaction may roll back
 
     def own_run(self):
         if self.request_stack.top is None and any(r.task is self for r in tuple(runs.values())):
@@ -168,14 +172,15 @@ class JobTask(DjangoTask):
         is_job = not request.called_directly and "job" in (request.headers or {})
         if not is_job or self.job_run:  # self.job_run: the body calls its own task
             return super().__call__(*args, **kwargs)
-        crashes = request.headers["job"]
+        crashes = request.headers["job"]  # the value of this header: see send_one()
         run = Run(request.id, request.headers.get("run"), self)
-        # A first run is never a last try, even if JOB_MAX_CRASHES is 1.
-        is_last_try = crashes and crashes + 1 >= settings.JOB_MAX_CRASHES
-        if is_last_try and not run.claim_last_try():
+        # One more crash would make this job fail: is it the one that kills workers? Run it as the only
+        # suspect of this process. A job without a crash is not a suspect, even if JOB_MAX_CRASHES is 1.
+        is_suspect = crashes and crashes + 1 >= settings.JOB_MAX_CRASHES
+        if is_suspect and not run.become_suspect():
             row = Job.objects.filter(QUEUED, LockTimeout(), pk=request.id)
             store_outcome(row.requeue, settings.JOB_SWEEP_SECONDS)
-            raise Ignore("waits until the last try of another job has ended")
+            raise Ignore("waits until another job that may kill its worker has ended")
         limit = request.time_limit or self.time_limit
         run.claim = partial(
             Job.objects.claim,
@@ -204,7 +209,7 @@ class JobTask(DjangoTask):
                 run.in_body = True
                 result = self.run(*args, **kwargs)
             finally:
-                run.in_body = False  # the next write gives up the job: no claim after it
+                run.in_body = False  # the thread that renews leases must not claim the job again
                 was_open = not in_block and roll_back_open_transaction()
             if was_open:
                 raise TransactionManagementError("The task left a transaction open")
@@ -226,7 +231,8 @@ class JobTask(DjangoTask):
                 raise
             if isinstance(error, SystemExit):
                 fail(run, f"The task called sys.exit({error.code!r})")
-                raise RuntimeError("sys.exit() in a task") from error  # a slot must not exit
+                # Not SystemExit, which would end the child process or the thread.
+                raise RuntimeError("sys.exit() in a task") from error
             fail(run, OVER_TIME_LIMIT if isinstance(error, pool.time_limit_errors) else None)
             raise
         if run.retry:  # with throw=False
@@ -338,5 +344,5 @@ def describe(error, caught=None):
 
 
 def printable(text):
-    """Return at most 10,000 characters, without those that PostgreSQL refuses: NUL and lone surrogates."""
+    """Return at most 10,000 characters that PostgreSQL accepts: without NUL, with ? for surrogates."""
     return str(text)[:10_000].replace("\0", "").encode(errors="replace").decode()

@@ -15,9 +15,10 @@ class Placeholder(models.Value):
 
 
 def built_once(method):
-    """Turn a manager's method that returns rows and their changes into a method that runs this UPDATE.
+    """Decorate a manager's method that returns a queryset and a dictionary of changes.
 
-    It takes keyword arguments. An argument with the name of a field is a value of this field; other
+    The decorated method runs queryset.update(**changes), with SQL that is built at the first call. It
+    takes keyword arguments. An argument with the name of a field is a value of this field; other
     arguments are durations. It returns how many rows were changed.
     """
     _, *names = signature(method).parameters

@@ -77,14 +77,15 @@ class JobViewSet(viewsets.ReadOnlyModelViewSet):
     def get_queryset(self):
         """Return the jobs that this user may see, or may change with this action.
 
-        Lists have the user's own jobs and, for staff, jobs without an owner. By id, staff with the
-        permission also get the jobs of others: "view" to read, "delete" to cancel or to run again.
+        Lists have the user's own jobs and, for staff, jobs without an owner. Staff with the permission
+        view_job can also read a single job of another user. With delete_job they can cancel it or run it
+        again.
         """
         user, jobs = self.request.user, super().get_queryset()
         if self.detail and has_job_perm(user, "view" if self.action == "retrieve" else "delete"):
             return jobs
         own = Q(owner=user)
-        if user.is_staff and self.action != "cancel":  # which needs the permission
+        if user.is_staff and self.action != "cancel":  # to cancel these needs the permission
             own |= Q(owner=None)
         if not self.detail:  # the jobs page polls the list, so leave out values that may be large
             long = When(length__gt=10_000, then=Value(TOO_LONG, JSONField()))
@@ -125,8 +126,8 @@ class JobViewSet(viewsets.ReadOnlyModelViewSet):
 class EnqueueMixin:
     """POST stores an object and enqueues its job in one transaction, then answers 202.
 
-    The object has a field `job`. perform_create() saves the object with job_id=self.job_id, then calls
-    self.enqueue(). Before that it may set `job_label`, the job's name for people. A second request with
+    The object has a field `job`. Your perform_create() must save the object with job_id=self.job_id, then
+    call self.enqueue(). Before that it may set `job_label`, the job's name for people. A second request with
     the same Idempotency-Key stores nothing, and is answered with the same object and job.
     """
 
@@ -184,7 +185,7 @@ class EnqueueMixin:
 
     @property
     def fingerprint(self):
-        """A digest of method, path, body and files. Requests with different digests are different."""
+        """A digest of method, path, data and files. Requests with the same key must have the same one."""
         body = json.dumps(self.request.data, sort_keys=True, default=identify_upload)
         request = f"{self.request.method} {self.request.get_full_path()} {body}"
         return hashlib.sha256(request.encode()).hexdigest()

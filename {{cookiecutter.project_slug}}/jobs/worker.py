@@ -1,4 +1,4 @@
-"""What a worker's main process does besides running tasks. apps.py connects these functions to signals."""
+"""What a worker does around its tasks, most of it in its main process. apps.py connects it to signals."""
 
 import logging
 import os
@@ -19,7 +19,7 @@ from django.db import close_old_connections, connection, transaction
 
 from .database import wait_for
 from .events import BatchedEvents
-from .lease import POLL_SECONDS, RETRY_AFTER, jobs_of, lock, recover, renew_for_children, runs
+from .lease import POLL_SECONDS, RECOVERY_DELAY, jobs_of, lock, recover, renew_for_children, runs
 from .models import QUEUED, Job
 from .pools import has_children, pool, remap_sigterm
 
@@ -38,7 +38,7 @@ def start(sender, **kwargs):
 
 
 def assign_run_token(request, **kwargs):
-    """Choose the token of a job's run in the main process, which then knows the run of a dead child."""
+    """Choose a run's token in the main process, so that this process knows the run of a dead child."""
     if "job" in request.request_dict:
         request.request_dict["run"] = uuid.uuid4()
 
@@ -60,7 +60,7 @@ def watch_children(sender, **kwargs):
     if not bodies_in_children:
         return
     remap_sigterm()
-    # A body in C may block all threads of its child process, so renew its lease here as well.
+    # A C extension may block all threads of a child process, so renew its lease here as well.
     threading.Thread(target=renew_leases_of_children, daemon=True).start()
     threading.Thread(target=end_if_stuck, args=[sender.controller.blueprint], daemon=True).start()
     # Check for dead children every POLL_SECONDS. Celery does it every 5 s.
@@ -68,21 +68,21 @@ def watch_children(sender, **kwargs):
         sender.hub.call_repeatedly(POLL_SECONDS, sender.pool.maintain_pool)
 
 
-def end_if_stuck(worker):
+def end_if_stuck(blueprint):
     """End a worker whose shutdown waits for children that have no work or take too long.
 
-    Celery waits without a limit: for ever, if a child has received half of a message when the broker
-    is lost or the shutdown begins. Celery does not notice bodies that end during the shutdown, but all
-    bodies have a time limit.
+    Celery would wait for ever if a child had received only half of a message when the shutdown began or
+    the broker was lost. During the shutdown, Celery does not update `active_requests`: a busy child may
+    be idle. So this waits for the longest time limit at most.
     """
-    handler = platforms.signals["SIGQUIT"]  # a soft shutdown begins by replacing it
+    handler = platforms.signals["SIGQUIT"]  # a soft shutdown first replaces this handler
     longest = max(task.time_limit or 0 for task in current_app.tasks.values())
     idle = ending = 0
     while idle < IDLE_SECONDS and ending < IDLE_SECONDS + longest:
         time.sleep(1)
         if platforms.signals["SIGQUIT"] != handler:
             longest = settings.CELERY_WORKER_SOFT_SHUTDOWN_TIMEOUT
-        elif worker.state <= RUN:
+        elif blueprint.state <= RUN:
             continue
         ending += 1
         idle = 0 if state.active_requests else idle + 1
@@ -136,7 +136,7 @@ def run_in_thread(*queries, delay=0):
 def requeue_unknown(id, message, **kwargs):
     """If an unknown task is that of a job, requeue the job: another worker may know the task."""
     if "job" in (message.headers or {}):
-        run_in_thread(partial(Job.objects.filter(QUEUED, pk=id).requeue, RETRY_AFTER))
+        run_in_thread(partial(Job.objects.filter(QUEUED, pk=id).requeue, RECOVERY_DELAY))
 
 
 # Bodies in this process
@@ -156,10 +156,11 @@ def requeue_and_exit():
     try:
         with lock:
             for run in runs.values():
-                run.in_body = False
+                run.in_body = False  # the thread that renews leases must not claim the job again
             for pause in POLL_SECONDS, 0:  # twice: a renewal may lock a row for a moment
                 with transaction.atomic():
-                    jobs_of(runs.values()).unlocked().requeue()  # leases of locked rows will lapse
+                    # The leases of locked rows will lapse.
+                    jobs_of(runs.values()).skip_locked().requeue()
                 time.sleep(pause)
     finally:
         os._exit(0)
@@ -171,7 +172,7 @@ def requeue_and_exit():
 def cancel_revoked_jobs():
     """Cancel a job when this worker is told to revoke or to terminate its task.
 
-    Celery sends the signal task_revoked only when the message reaches a free slot, or never.
+    The signal task_revoked is too late: Celery sends it when a slot takes the message, or never.
     """
     revoke = Panel.data["revoke"]
 

@@ -33,7 +33,7 @@ function duration({ state, created_at, started_at, finished_at }, now) {
 }
 
 function note({ state, queue, progress, message }) {
-  if (state === "queued") return message || `Waiting for a worker of the queue ${queue}`;
+  if (state === "queued") return message || `Waiting in the queue ${queue}`;
   if (state === "running" || state === "succeeded") return message;
   return [progress > 0 && `Stopped at ${progress}%`, message].filter(Boolean).join(" · ");
 }
@@ -158,11 +158,11 @@ async function load() {
   const good = status === 200 && Array.isArray(data.results), atTop = good && !data.previous;
   // If there are no newer jobs, or the cursor is unknown, go to the first page, where new jobs appear.
   if (wanted.cursor && (atTop || status === 404)) return location.replace(`#${query({ state: wanted.state })}`);
-  const date = Date.parse(headers?.get("Date")) - Date.now();
+  const offset = Date.parse(headers?.get("Date")) - Date.now();
   failures = good ? 0 : failures + 1;
   let pause = headers?.get("Retry-After") * 1000 || Math.min(MAX_PAUSE, PAUSE * 2 ** failures) * (0.75 + Math.random() / 4);
   if (good) {
-    skew = Math.abs(date) > 3000 ? date : 0; // correct the clock of this computer
+    skew = Math.abs(offset) > 3000 ? offset : 0; // how far this computer's clock is behind
     pause = PAUSE;
     render(wanted, data);
     text($("time", live), new Date().toLocaleTimeString());
