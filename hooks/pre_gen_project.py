@@ -18,7 +18,7 @@ CHOICES = {
     "result_backend": ["redis", "database", "dynamodb", "none"], "include_example": [True, False],
     "deployment": ["docker", "kubernetes", "none"], "periodic_tasks": ["code", "admin"],
     "ci": ["github", "gitlab", "none"]}  # fmt: skip
-IDENTIFIER = r"(?!pg_|.*___)[a-z]([a-z0-9_]{0,38}[a-z0-9])?"  # valid for packages, images and databases
+IDENTIFIER = r"(?!pg_|.*___)[a-z]([a-z0-9_]{0,38}[a-z0-9])?"  # for packages, images, databases
 TAKEN = """config dev jobs manage orders users test tests default false guest n no none null off on
     postgres public template0 template1 true y yes amqp asgiref axes billiard boto3 botocore celery
     csp django django_axes django_celery_beat django_celery_results django_csp django_environ
@@ -42,7 +42,7 @@ def faults():
         if re.search("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]", text):
             yield option, "leave out line breaks, control and text direction characters"
     if not re.fullmatch(IDENTIFIER, SLUG):
-        yield "project_slug", "use 1-40 of a-z, 0-9 and _; start with a letter; no ___, no pg_ at the start, no _ at the end"
+        yield "project_slug", "use 1-40 of a-z, 0-9 and _; letter first, not pg_; no ___, no _ last"
     elif SLUG in [*TAKEN, *keyword.kwlist, *keyword.softkwlist, *sys.stdlib_module_names]:
         yield "project_slug", f"Python, a package or a server has this name; try {SLUG}_project"
     if not re.fullmatch(EMAIL, str(ANSWERS["author_email"]), re.ASCII | re.IGNORECASE):

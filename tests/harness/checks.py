@@ -294,4 +294,5 @@ def check_pages(texts, template):
     files = {str(file) for file in texts}
     for word in re.findall(r"(?<![\w/.-])[\w.][\w./-]*", code):
         if word in known or word.split("/")[0] in folders and "/" in word:
-            assert any(file.startswith(word) for file in files), f"{word} does not exist"
+            exists = any(file.startswith(word) or f"/templates/{word}" in file for file in files)
+            assert exists, f"{word} does not exist"
