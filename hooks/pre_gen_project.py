@@ -44,7 +44,7 @@ def faults():
     if not re.fullmatch(IDENTIFIER, SLUG):
         yield "project_slug", "use 1-40 of a-z, 0-9 and _; letter first, not pg_; no ___, no _ last"
     elif SLUG in [*TAKEN, *keyword.kwlist, *keyword.softkwlist, *sys.stdlib_module_names]:
-        yield "project_slug", f"Python, a package or a server has this name; try {SLUG}_project"
+        yield "project_slug", f"this name is reserved or in use; try {SLUG}_project"
     if not re.fullmatch(EMAIL, str(ANSWERS["author_email"]), re.ASCII | re.IGNORECASE):
         yield "author_email", "write one plain address, such as you@example.com"
 
