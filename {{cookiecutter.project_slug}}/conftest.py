@@ -11,7 +11,7 @@ from jobs import lease, messages, models, sweep
 
 @pytest.fixture(autouse=True)
 def eager(request, monkeypatch):
-    """Use no worker and no broker, except in tests marked `live`: publishing a job runs it."""
+    """Run a job when it is published, without a broker. Tests marked `live` use a real worker."""
     current_app.conf.task_always_eager = not request.node.get_closest_marker("live")
     current_app.conf.task_eager_propagates = True  # an error in a plain task fails its test
     # Start no thread that renews leases: it could not see the rows of a test's transaction.
@@ -36,18 +36,18 @@ def quick_settings(settings):
 def commit(db, django_capture_on_commit_callbacks):
     """At the end of `with commit():` enqueued jobs are published, and so run, as after a commit.
 
-    The transaction of a test never commits: without this, jobs stay queued until publish([job]).
+    The transaction of a test never commits: without this, jobs stay queued until run_jobs().
     """
     return lambda: django_capture_on_commit_callbacks(execute=True)
 
 
 @pytest.fixture
 def run_jobs(db):
-    """run_jobs() runs all queued jobs and the jobs that they enqueue, without any countdown."""
+    """run_jobs() runs all queued jobs and the jobs that they enqueue, and waits for no countdown."""
     queued = models.Job.objects.filter(state="queued").order_by("created_at")
 
     def run():
-        ran = set()  # run each try once: with `broker_down` a job stays queued
+        ran = set()  # (id, retries): with `broker_down` a job stays queued, so publish it only once
         while tries := set(queued.values_list("pk", "retries")) - ran:
             ran |= tries
             for job in queued.filter(pk__in=[pk for pk, _ in tries]):
@@ -58,7 +58,7 @@ def run_jobs(db):
 
 @pytest.fixture
 def broker_down(monkeypatch):
-    """Refuse every message. The value is the list of the refused jobs' ids."""
+    """Refuse the message of every job. The value is the list of the refused jobs' ids."""
     tried = []
 
     def refuse(task, job, producer, **options):

@@ -26,7 +26,7 @@ from django.core.management import call_command
 
 def main():
     os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
-    os.environ.setdefault("SOFT_SHUTDOWN_SECONDS", "1")  # longer tasks start again next time
+    os.environ.setdefault("SOFT_SHUTDOWN_SECONDS", "1")  # the next `make run` restarts longer ones
     for name, port in {"PORT": "8000"{{ ', "FLOWER_PORT": "5555"' if broker.flower }}}.items():
         port = os.environ.setdefault(name, port)
         if answers(port):
@@ -44,7 +44,7 @@ def main():
         processes += start_{{ server.name }}()
 {% endfor %}
         # honcho must not read .env, or its values would override those of the environment.
-        # In its own session it does not get Ctrl-C, so that below it is stopped before the broker.
+        # In its own session it does not get Ctrl-C: `finally` stops it before it stops the broker.
         watched = "".join(f"{name}: python dev.py {name}\n" for name in read_procfile())
         command = ["honcho", "--env", os.devnull, "--procfile", "/dev/stdin", "start"]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
@@ -60,8 +60,8 @@ def main():
             if honcho.poll() is not None:
                 sys.exit("A process has ended, so all were stopped. See above which one and why.")
             processes = [process for process in processes if process.poll() is None]
-            # Start a server again that was killed, or that ended with another project. One that
-            # cannot be started from here may come back without us.
+            # Restart a server that was killed, or that another project had started and has stopped. If
+            # it cannot be restarted, because it is on another machine, wait until it is back.
             with suppress(SystemExit):
 {% for server in servers %}
                 processes += start_{{ server.name }}()
@@ -85,10 +85,10 @@ def copy_output(output, ready):
 
 
 def watch(name, *options):
-    """`python dev.py NAME`: run this line of the Procfile, and end when its process ends.
+    """`python dev.py NAME`: run this line of the Procfile.
 
-    The process is started again when the code changes or a signal kills it. If it fails after such
-    a restart, wait for the next change, which may fix it.
+    Restart the process when the code changes or a signal kills it. If it ends by itself, end too. But
+    if it fails after a restart, wait for the next change, which may fix it.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     command = " ".join(["exec", read_procfile()[name], *options])
@@ -96,7 +96,7 @@ def watch(name, *options):
         code = read_code()
         process = subprocess.Popen(command, shell=True)
         try:
-            while name == "flower" or code == read_code():  # a restart would lose its tasks
+            while name == "flower" or code == read_code():  # it would forget the tasks it shows
                 time.sleep(0.5)
                 if (status := process.poll()) is None or (restarts and status > 0):
                     continue
@@ -118,9 +118,9 @@ def read_procfile():
 
 
 def read_code():
-    """Return when each Python file was changed, {file: seconds}.
+    """Return the time of the last change of each Python file, {file: seconds}.
 
-    It is polled, because a container gets no events for changes in a folder that it mounts.
+    The caller polls, because a container gets no events for changes in a folder that it mounts.
     """
     with suppress(OSError):  # a file or folder was just removed: None is a change too
         return {file: file.stat().st_mtime for file in Path().glob("[!.]*/**/[!.]*.py")}

@@ -239,12 +239,15 @@ def test_a_worker_ends_although_a_child_has_half_of_a_message(stack, since):
 
 
 @on_each_pool
-def test_a_worker_that_ran_only_plain_tasks_stops_in_time(stack, gate, since):
+def test_a_worker_that_ran_only_plain_tasks_stops_in_time(stack, gate, tmp_path, since):
     """SOFT_SHUTDOWN_SECONDS applies to them too; an interrupted one is delivered again."""
     stack.worker.stop()
     stack.worker.start()
     task = stack.send("plain", gate, queue="cpu")
     stack.wait_until_started(task)
+    # Run a later task, for the reason in test_a_stopped_worker_loses_nothing().
+    later = stack.send("plain", tmp_path, queue="cpu")
+    wait_for(lambda: stack.notes("end", later))
 
     start = time.monotonic()
     assert stack.worker.stop() == 0

@@ -65,7 +65,7 @@ def metrics_named(expression):
 
 
 def test_the_page_names_the_metrics_that_an_output_has(bake):
-    exposed = set(re.findall('"(jobs_[a-z_]+)": "', bake().read("jobs/metrics.py")))
+    exposed = set(re.findall('^    "(jobs_[a-z_]+)": ', bake().read("jobs/metrics.py"), re.M))
     rows = re.findall(r"^\| `(\w+)` \|", TEXT, re.MULTILINE)
     assert set(rows) == exposed and len(rows) == len(exposed)
     dashboard = re.findall(r"^\| .* \| `(sum .*)` \|$", TEXT, re.MULTILINE)
@@ -77,7 +77,7 @@ def test_the_page_names_the_metrics_that_an_output_has(bake):
 @pytest.mark.parametrize("broker", CHOICES["broker"])
 def test_the_page_of_each_broker_names_only_metrics_that_its_output_has(bake, broker):
     project = bake(broker=broker)
-    exposed = set(re.findall('"(jobs_[a-z_]+)": "', project.read("jobs/metrics.py")))
+    exposed = set(re.findall('^    "(jobs_[a-z_]+)": ', project.read("jobs/metrics.py"), re.M))
     named = set(re.findall(r"`(jobs_\w+)", project.read("docs/operation.md")))
     assert named and named <= exposed
 

@@ -25,8 +25,8 @@ app.steps["worker"].add(DjangoStructLogInitStep)
 def own_settings():
     """Return the CELERY_… settings of config/settings.py under Celery's own names, and no others.
 
-    Flower and `celery inspect conf` show all settings that Celery gets. They know by these names
-    which ones have passwords to hide.
+    Flower and `celery inspect conf` show every setting that Celery gets. They hide passwords only in
+    settings with Celery's own names.
     """
     names = [name for name in dir(settings) if name.startswith("CELERY_")]
     own = {name.removeprefix("CELERY_").lower(): getattr(settings, name) for name in names}
@@ -56,10 +56,10 @@ def name_task(task, **kwargs):
 {% if broker.flower %}
 
 
-# Flower shows all tasks and can start them. So this also applies if it is started by hand.
+# Flower shows all tasks and can start them, so it needs a password, however it is started.
 if sys.argv[0].endswith(("celery", "__main__.py")) and "flower" in sys.argv:
     if not settings.FLOWER_BASIC_AUTH:
-        sys.exit("Flower needs a password: set FLOWER_BASIC_AUTH=user:password, here or in .env.")
+        sys.exit("Flower needs a password: set FLOWER_BASIC_AUTH=user:password (or in .env).")
     os.environ.setdefault("FLOWER_ADDRESS", "127.0.0.1")  # else it listens on all addresses
     os.environ.setdefault("FLOWER_MAX_TASKS", "10000")  # kept in memory
 {% endif %}

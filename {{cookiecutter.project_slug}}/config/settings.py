@@ -42,11 +42,11 @@ CSRF_TRUSTED_ORIGINS = env.list("CSRF_TRUSTED_ORIGINS", default=[])
 SECURE_SSL_REDIRECT = SESSION_COOKIE_SECURE = CSRF_COOKIE_SECURE = not DEBUG
 SECURE_REDIRECT_EXEMPT = [r"^health/"]  # probes use plain HTTP
 SECURE_PROXY_SSL_HEADER = ("HTTP_X_FORWARDED_PROTO", "https")  # set by the proxy, never by a client
-# Each proxy appends an address to X-Forwarded-For. A client can forge the ones before these.
+# Each proxy appends an address to X-Forwarded-For. A client can forge the addresses before these.
 NUM_PROXIES = env.int("NUM_PROXIES", default=0 if DEBUG else 1)
 IPWARE_META_PRECEDENCE_ORDER = ["HTTP_X_FORWARDED_FOR"] * bool(NUM_PROXIES) + ["REMOTE_ADDR"]
 IPWARE_META_PROXY_COUNT = max(NUM_PROXIES - 1, 0)  # ipware does not count the last proxy
-IPWARE_STRICT = False  # a client may send additional addresses
+IPWARE_STRICT = False  # ignore additional addresses, which a client can send
 SECURE_HSTS_SECONDS = 0 if DEBUG else 3600
 # HSTS for subdomains and the preload list affect more than this project: decide for yourself.
 SILENCED_SYSTEM_CHECKS = ["security.W005", "security.W021"]
@@ -67,14 +67,14 @@ AUTH_PASSWORD_VALIDATORS = [
     {"NAME": f"django.contrib.auth.password_validation.{name}Validator"}
     for name in ["UserAttributeSimilarity", "MinimumLength", "CommonPassword", "NumericPassword"]
 ]
-# Ten wrong passwords lock an address out. While it is locked, its passwords are not even hashed.
+# Ten wrong passwords lock an IP address out. While it is locked, its logins fail without hashing.
 AUTHENTICATION_BACKENDS = [
     "axes.backends.AxesStandaloneBackend",
     "django.contrib.auth.backends.ModelBackend",
 ]
 AXES_FAILURE_LIMIT = 10
 AXES_COOLOFF_TIME = timedelta(minutes=15)
-AXES_RESET_COOL_OFF_ON_FAILURE_DURING_LOCKOUT = False  # a try during the lockout writes nothing
+AXES_RESET_COOL_OFF_ON_FAILURE_DURING_LOCKOUT = False  # a login attempt then writes nothing
 AXES_DISABLE_ACCESS_LOG = True  # the log of successful logins would grow forever
 
 # Django
@@ -145,15 +145,15 @@ STATIC_ROOT = BASE_DIR / "staticfiles"
 
 DATABASE = env.db("DATABASE_URL")
 DATABASE["CONN_MAX_AGE"] = 60  # seconds; requests and tasks reuse connections
-DATABASE["CONN_HEALTH_CHECKS"] = True  # but none that a restart of the server has closed
+DATABASE["CONN_HEALTH_CHECKS"] = True  # unless the server has closed them, in a restart
 if DATABASE["ENGINE"] == "django.db.backends.sqlite3":
     # Web, worker and Beat write to one file. With these options they wait instead of failing.
     pragmas = "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL"
     DATABASE["OPTIONS"] = {"transaction_mode": "IMMEDIATE", "timeout": 20, "init_command": pragmas}
     DATABASE["NAME"] = BASE_DIR / DATABASE["NAME"]
-    DATABASE["TEST"] = {"NAME": BASE_DIR / "test.sqlite3"}  # a file, which a live worker can share
+    DATABASE["TEST"] = {"NAME": BASE_DIR / "test.sqlite3"}  # a file, for the live worker too
 else:
-    # In seconds and milliseconds: do not wait long for a server that disappeared without notice.
+    # Do not wait long for a server that disappeared. The values are in seconds and in milliseconds.
     limits = {"connect_timeout": 5, "tcp_user_timeout": 10_000}
     DATABASE["OPTIONS"] = limits | DATABASE.get("OPTIONS", {})
 DATABASES = {"default": DATABASE}
@@ -206,9 +206,9 @@ SPECTACULAR_SETTINGS = {
 
 JOB_LEASE_SECONDS = env.float("JOB_LEASE_SECONDS", default=30)  # a worker silent longer is dead
 JOB_SWEEP_SECONDS = env.float("JOB_SWEEP_SECONDS", default=5)  # between two sweeps of Beat
-JOB_RESEND_SECONDS = env.float("JOB_RESEND_SECONDS", default=30)  # then a message counts as missing
+JOB_RESEND_SECONDS = env.float("JOB_RESEND_SECONDS", default=30)  # until a message counts as lost
 JOB_MAX_CRASHES = env.int("JOB_MAX_CRASHES", default=3)  # a job that kills so many workers fails
-JOB_RETENTION_DAYS = env.float("JOB_RETENTION_DAYS", default=30)  # then final jobs are deleted
+JOB_RETENTION_DAYS = env.float("JOB_RETENTION_DAYS", default=30)  # until an ended job is deleted
 
 # The queues of a worker without --queues. Add new queues here.
 WORKER_QUEUES = ["celery"{{ ', "cpu", "io"' if cookiecutter.include_example }}]
@@ -252,7 +252,7 @@ CELERY_TASK_PUBLISH_RETRY_POLICY = {"max_retries": 1, "interval_start": 0}
 
 # Celery: workers. Each may use another pool: celery -A config worker --pool threads
 
-CELERY_WORKER_POOL = POOL = pools.pool_name("{{ cookiecutter.worker_pool }}")  # or that of --pool
+CELERY_WORKER_POOL = POOL = pools.pool_name("{{ cookiecutter.worker_pool }}")  # or what --pool names
 # How many tasks a worker runs at once. None means one process for each CPU.
 SLOTS = 20 if POOL == "threads" else None
 CELERY_WORKER_CONCURRENCY = env.int("WORKER_CONCURRENCY", default=SLOTS)

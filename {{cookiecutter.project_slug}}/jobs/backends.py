@@ -3,7 +3,7 @@
     TASKS = {"default": {"BACKEND": "jobs.backends.TaskBackend", "QUEUES": ["default", …]}}
 
 Django 6 has Tasks as `django.tasks`, Django 5.2 as the package `django_tasks`. With Django 6 this backend
-accepts the @task of either one.
+also accepts the @task of `django_tasks`.
 """
 
 from dataclasses import dataclass, field, replace

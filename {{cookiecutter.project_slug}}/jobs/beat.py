@@ -49,9 +49,9 @@ def enqueue_once_per_due_time(beat):
         if "task_id" in entry.options:
             raise SchedulingError(f"{entry.name}: the schedule of a job cannot have a task_id")
         schedule, entry = entry.schedule, copy(entry)
-        # The id is made of the entry's name and the number of the interval (with crontab: the minute) since
-        # 1970, so Beats that were started at different times get the same id. The clock is read twice, so
-        # `due` may be a few milliseconds early and fall into the previous interval. So add a second.
+        # The id is made of the entry's name and the number of intervals (with crontab: minutes) that have
+        # passed since 1970, so Beats that were started at different times get the same id. The clock is
+        # read twice, so `due` may be a few milliseconds early, in the previous interval: add a second.
         due = schedule.now() + schedule.remaining_estimate(entry.last_run_at) + timedelta(seconds=1)
         length = getattr(schedule, "run_every", timedelta(minutes=1))
         interval = f"{entry.name} {due.timestamp() // length.total_seconds()}"
@@ -68,8 +68,9 @@ def enqueue_once_per_due_time(beat):
         except SchedulingError as error:
             if may_succeed_later(error.__context__):
                 raise error.__context__ from None
+            # If the job exists, another Beat was faster, which is no error.
             if not Job.objects.filter(pk=entry.options["task_id"]).exists():
-                raise  # otherwise another Beat was faster
+                raise
 
     def store_postponed():
         """Store the jobs that were due while the database was unavailable. Runs in its own thread."""

@@ -36,12 +36,12 @@ def check_names(app_configs, **kwargs):
 
 @register(deploy=True)
 def check_flower(app_configs, **kwargs):
-    # Without this setting there is no Flower, so the default passes the check.
+    # A project that was made without Flower does not have this setting, and passes the check.
     users = getattr(settings, "FLOWER_BASIC_AUTH", "no:flower").split(",")
     if any(user.partition(":")[2] in ("", "change-me") for user in users):
         yield Error(
             "FLOWER_BASIC_AUTH needs a password: anyone who reaches Flower can see and revoke tasks.",
-            hint='Set it to user:password. Without Flower, add "jobs.E002" to SILENCED_SYSTEM_CHECKS.',
+            hint='Set it to user:password. If you run no Flower, add "jobs.E002" to SILENCED_SYSTEM_CHECKS.',
             id="jobs.E002",
         )
 

@@ -22,7 +22,7 @@ from .pools import pool
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5  # seconds between two checks of reports, leases and dead children
-FLUSH_SECONDS = 1  # PostgreSQL writes a claim to disk after this time; by default within 0.6 s
+FLUSH_SECONDS = 1  # by then a claim is on disk: by default PostgreSQL writes it within 0.6 s
 RECOVERY_DELAY = 5  # seconds until the job of a dead worker starts again; doubles up to 43 minutes
 
 runs = {}  # {token: Run} of the bodies that run in this process
@@ -87,7 +87,7 @@ class Run:
     def store(self, update, *args, **kwargs):
         """Store how the body ended. Returns 0 if the run has lost its job.
 
-        If the database has lost the claim in a crash, the job is claimed again first.
+        If the database has lost the claim in a crash, the job is claimed again and the update repeated.
         """
         written = store_outcome(update, *args, **kwargs)
         if written or not store_outcome(self.claim):
@@ -117,7 +117,7 @@ def start_lease_thread():
 
 
 def renew_leases():
-    """Write reports every POLL_SECONDS, and renew each lease every third of its length. Never returns."""
+    """Write reports every POLL_SECONDS, and renew each lease when a third of it has passed. Never returns."""
     while True:
         time.sleep(POLL_SECONDS)
         with lock:

@@ -23,7 +23,7 @@ QUEUE_METRICS = {
 TASK_METRICS = {  # of one minute only: rows are purged, and counting all of them would take long
     "jobs_ended_last_minute": "Jobs that ended in the last minute",
     "jobs_ended_last_minute_run_seconds": (
-        "Seconds that the final runs of these jobs took, in total; cancelled jobs do not count"
+        "Total seconds of the final runs of jobs that ended in the last minute, except cancelled jobs"
     ),
     "jobs_ended_last_minute_crashes": (
         "Times a worker died while running a job that ended in the last minute"

@@ -70,7 +70,7 @@ class LockTimeout(models.Func):
 
 
 class AsyncCommit(LockTimeout):
-    """Always true, like LockTimeout. With it, the commit does not wait until the log is on disk."""
+    """Always true, like LockTimeout. With it, the commit does not wait until the WAL is on disk."""
 
     template = "SET_CONFIG('synchronous_commit', 'off', TRUE) IS NOT NULL"
 
@@ -136,14 +136,14 @@ class JobQuerySet(models.QuerySet):
         return job
 
     def get_or_create_active(self, unique, fields):
-        """Return the active job with this key, or a new one, and whether it is new."""
+        """Return the active job with this `unique`, or a new one, and whether it is new."""
         if not isinstance(unique, str) or not 0 < len(unique) <= 255:
             raise ValueError(f"unique= must be a string of 1 to 255 characters, not {unique!r:.50}")
         active = self.filter(UNFINISHED)
         for _ in range(20):  # the conflicting job may finish before we read it, so try again
             with suppress(IntegrityError):
                 return active.get_or_create(fields, unique_key=unique)
-            time.sleep(random.uniform(0, 0.01))  # or equally fast greenlets conflict each time
+            time.sleep(random.uniform(0, 0.01))  # without it, greenlets can conflict forever
         return active.get_or_create(fields, unique_key=unique)
 
     def enqueue_many(self, task, calls, *, countdown=None, queue=None, owner=None, label=""):
@@ -226,7 +226,7 @@ class JobQuerySet(models.QuerySet):
         return self.filter(UNFINISHED).change(attempt, changes)
 
     def change(self, attempt, changes):
-        """Update these rows. With `attempt`, the fields of an Attempt, also store it for the one row."""
+        """Update these rows. `attempt` has the fields of an Attempt to store; then there is only one row."""
         if attempt is None:
             return self.update(**changes)
         with transaction.atomic():
@@ -256,11 +256,12 @@ class JobManager(models.Manager.from_queryset(JobQuerySet)):
 
     @built_once
     def claim(self, id, run, worker, retries, crashes, sent, limit, lease):
-        """Give a queued job to `run`, for the duration `limit`. Returns how many rows were changed.
+        """Give a queued job to `run`. Returns how many rows were changed.
 
-        This is 0 if the job is no longer queued, or if the message is of an earlier run. The message has
-        `retries`, `crashes` and its number, `sent`. If PostgreSQL crashes within a second, the claim may
-        be lost: then the run must claim the job again.
+        This is 0 if the job is no longer queued, or if the message is of an earlier run. `limit` is the
+        time until the deadline, and `lease` the length of the first lease. `retries`, `crashes` and
+        `sent` come from the message; `sent` is the number of this message of the job. If PostgreSQL
+        crashes within a second, the claim may be lost: then the run must claim the job again.
         """
         # Q(run=run): this UPDATE was sent before and committed, but its answer was lost.
         claimable = Q(run=None) | Q(run=run)
@@ -415,5 +416,5 @@ def publish(jobs):
             if is_connection_error(error):
                 publish_again_at[queue] = time.monotonic() + PUBLISH_PAUSE
             logger.warning("stored but not sent: %d jobs, first %s: %r", len(jobs), jobs[0], error)
-    # Skip jobs with sent=0: their messages had arrived, and the jobs have been queued again since.
+    # Skip jobs with sent=0: their message has started them, and they have been queued again.
     Job.objects.filter(QUEUED, pk__in=[job.pk for job in jobs], sent__gt=0).requeue()

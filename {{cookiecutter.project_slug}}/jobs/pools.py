@@ -37,7 +37,7 @@ class Threads:
     def query(self, function, *args, **kwargs):
         """Call a function that queries the database. Do not use this inside a transaction of the body.
 
-        With greenlets, the function runs in another thread, and so on another connection.
+        With greenlets, the function runs in another thread, so it uses another connection.
         """
         return function(*args, **kwargs)
 
@@ -84,7 +84,8 @@ def pool_name(default):
     with another default, because settings of the whole project depend on gevent.
     """
     option = re.search(r"\bworker\b.*? (?:-P ?|--pool[ =])(\w+)", " ".join(sys.argv[1:]))
-    name = option[1].replace("processes", "prefork") if option else default  # an alias of it
+    # Celery has the alias "processes" for prefork.
+    name = option[1].replace("processes", "prefork") if option else default
     if name == "gevent" and default != "gevent":
         raise SystemExit("This project was not made for gevent. Use --pool threads or prefork.")
     return name
@@ -97,7 +98,7 @@ def has_children(worker):
     """
     module = concurrency.get_implementation(worker.pool_cls).__module__
     if module.endswith(".gevent") and not IS_GEVENT:
-        raise SystemExit("Greenlets need a patched Python. Type the option in full: --pool gevent")
+        raise SystemExit("Python is not patched for gevent. Type the option in full: --pool gevent")
     return module.endswith(".prefork")
 
 

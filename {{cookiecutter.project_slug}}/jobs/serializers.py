@@ -28,7 +28,7 @@ class JobSerializer(serializers.ModelSerializer):
     class Meta:
         model = Job
         fields = f"{FIELDS} {TIMES}".split()
-        extra_kwargs = {"result": {"help_text": f"in a list, a long one is {TOO_LONG!r}"}}
+        extra_kwargs = {"result": {"help_text": f"a list replaces a long result by {TOO_LONG!r}"}}
 
     def to_representation(self, job):
         if "result" in job.get_deferred_fields():  # in lists

@@ -24,11 +24,12 @@ from .models import BATCH_SIZE, QUEUED, Job, Sweep
 logger = logging.getLogger(__name__)
 
 JOBS_IN_MEMORY = 100  # jobs loaded at once, because arguments may be large
-# If arguments are larger, load one job at a time. Python objects need up to 20 times as much memory.
+# If the arguments of a batch are larger, load one job at a time. As Python objects they need up to 20
+# times as much memory.
 BYTES_IN_MEMORY = 1_000_000
 # The fields of a job that its message needs.
 MESSAGE_FIELDS = "task args kwargs queue retries crashes sent".split()
-REFUSALS = 5  # a job fails when the broker has refused its message so many times
+REFUSALS = 5  # a job fails when the broker has refused its message this many times
 PURGE_BATCH = 2000  # jobs deleted in a round: more than a million an hour, with a round every 5 s
 PURGE_RETRY_SECONDS = 3600  # until jobs that could not be deleted are tried again
 MAX_RESEND_SECONDS = 3600  # between two messages of a job
@@ -149,13 +150,13 @@ def send_batch(name, size, resend, waiting):
     queue, queued = queues[name], Job.objects.filter(state="queued", queue=name)
     queue.most_messages = max(queue.most_messages, waiting)
     missing, is_probe = max(queued.filter(sent__gt=0).count() - waiting, 0), False
-    # Send the oldest jobs first. Workers take messages in their order, so if there are fewer messages
-    # than jobs, those of the oldest jobs are missing.
+    # Send the oldest jobs first. Workers take the oldest messages first, so if there are fewer messages
+    # than jobs, the missing messages are those of the oldest jobs.
     due = queued.filter(wake_at__lt=Now()).order_by("wake_at")
     sizes = mark_sent(due.filter(sent=0)[:size])
     # messages_in() also counts messages of plain tasks, which may hide that messages of jobs are missing.
-    # So send one job again now and then, as a probe. If this second message started a job of the last
-    # probe, its first one was lost. Then the next probe sends twice as many jobs.
+    # So send one job again now and then, as a probe. If a job of the last probe was started by
+    # its second message, its first message was lost. Then the next probe sends twice as many jobs.
     if not missing and time.monotonic() >= queue.next_probe_at:
         ran = Job.objects.filter(pk__in=queue.probe_ids, sent__gt=1).exclude(state="queued")
         missing, is_probe = 2 * len(queue.probe_ids) if ran.exists() else 1, True
@@ -172,8 +173,9 @@ def send_batch(name, size, resend, waiting):
             try:
                 load_and_send(part)
             except Exception as error:
-                logger.warning("the broker refused one of %d jobs: %r", len(part), error)
-                # A queue that holds half of its highest number of messages may be at its length limit.
+                logger.warning("%d jobs are sent again, one by one: %r", len(part), error)
+                # With at least half of the most messages ever seen in it, the queue may have reached
+                # its length limit (x-max-length). Then the refusal does not count against the job.
                 may_be_full = 2 * waiting >= max(queue.most_messages, 1)
                 send_one_by_one(name, part, may_be_full)
     except Exception:
@@ -202,7 +204,7 @@ def send_one_by_one(name, ids, may_be_full):
         except Exception as error:
             row = Job.objects.filter(QUEUED, pk=pk)
             for task in row.values_list("task", flat=True):
-                send([Job(task=task, queue=name)])  # a trial: without a row, workers ignore it
+                send([Job(task=task, queue=name)])  # a trial: workers ignore it
             row.requeue(settings.JOB_RESEND_SECONDS)
             refusals[pk] += not may_be_full
             if refusals[pk] >= REFUSALS:
@@ -242,8 +244,8 @@ def purge_for_ever():
 def purge(undeletable=0):
     """Delete jobs that ended more than JOB_RETENTION_DAYS ago, together with their idempotency keys.
 
-    Skips the oldest `undeletable` jobs, which earlier calls could not delete. Returns how many jobs are
-    undeletable after this call.
+    Skips as many of the oldest jobs as `undeletable` says, because earlier calls could not delete them.
+    Returns this number for the next call.
     """
     before = Now() - timedelta(days=settings.JOB_RETENTION_DAYS)
     old = Job.objects.filter(finished_at__lt=before).order_by("finished_at")

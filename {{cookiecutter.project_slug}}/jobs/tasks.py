@@ -58,7 +58,7 @@ class JobTask(DjangoTask):
     def on_bound(cls, app):
         """Raise TypeError for options that a job cannot have, and prepare the time limits and the body.
 
-        The soft time limit must be below the hard one. A coroutine function runs in an event loop.
+        A soft time limit above the hard one is lowered. A coroutine function runs in an event loop.
         """
         for name in ("before_start", "exchange", "expires", "routing_key"):
             if getattr(cls, name, None) != getattr(DjangoTask, name, None):
@@ -112,7 +112,7 @@ class JobTask(DjangoTask):
         raise NotImplementedError("a job cannot be replaced: enqueue the other task and return")
 
     def apply(self, args=None, kwargs=None, headers=None, throw=None, **options):
-        """Run a message in eager mode. Raises TypeError for other calls, such as those of a group."""
+        """Run a job in eager mode, for send_one(). Raises TypeError for other calls, such as a group's."""
         if "job" not in (headers or {}):
             raise TypeError(
                 f"{self.name}.apply() does not run a job: enqueue it, or call the task. {NO_CANVAS}"
@@ -174,8 +174,8 @@ class JobTask(DjangoTask):
             return super().__call__(*args, **kwargs)
         crashes = request.headers["job"]  # the value of this header: see send_one()
         run = Run(request.id, request.headers.get("run"), self)
-        # One more crash would make this job fail: is it the one that kills workers? Run it as the only
-        # suspect of this process. A job without a crash is not a suspect, even if JOB_MAX_CRASHES is 1.
+        # One more crash would make this job fail, because it may be the job that kills its workers. A
+        # process runs only one such suspect at a time. A job without a crash is never a suspect.
         is_suspect = crashes and crashes + 1 >= settings.JOB_MAX_CRASHES
         if is_suspect and not run.become_suspect():
             row = Job.objects.filter(QUEUED, LockTimeout(), pk=request.id)

@@ -85,7 +85,7 @@ class JobViewSet(viewsets.ReadOnlyModelViewSet):
         if self.detail and has_job_perm(user, "view" if self.action == "retrieve" else "delete"):
             return jobs
         own = Q(owner=user)
-        if user.is_staff and self.action != "cancel":  # to cancel these needs the permission
+        if user.is_staff and self.action != "cancel":  # which needs delete_job
             own |= Q(owner=None)
         if not self.detail:  # the jobs page polls the list, so leave out values that may be large
             long = When(length__gt=10_000, then=Value(TOO_LONG, JSONField()))

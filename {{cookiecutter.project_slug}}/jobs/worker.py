@@ -72,10 +72,10 @@ def end_if_stuck(blueprint):
     """End a worker whose shutdown waits for children that have no work or take too long.
 
     Celery would wait for ever if a child had received only half of a message when the shutdown began or
-    the broker was lost. During the shutdown, Celery does not update `active_requests`: a busy child may
-    be idle. So this waits for the longest time limit at most.
+    the broker was lost. During the shutdown, Celery does not update `active_requests`, so a child
+    that is listed there may be idle. So this waits at most for the longest time limit, and IDLE_SECONDS.
     """
-    handler = platforms.signals["SIGQUIT"]  # a soft shutdown first replaces this handler
+    handler = platforms.signals["SIGQUIT"]  # a soft shutdown begins by replacing it
     longest = max(task.time_limit or 0 for task in current_app.tasks.values())
     idle = ending = 0
     while idle < IDLE_SECONDS and ending < IDLE_SECONDS + longest:
