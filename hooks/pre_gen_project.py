@@ -42,7 +42,8 @@ def faults():
         if re.search("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]", text):
             yield option, "leave out line breaks, control and text direction characters"
     if not re.fullmatch(IDENTIFIER, SLUG):
-        yield "project_slug", "use 1-40 of a-z, 0-9 and _; letter first, not pg_; no ___, no _ last"
+        letters = "use 1-40 of a-z, 0-9 and _; begin with a letter"
+        yield "project_slug", f"{letters}, but not with pg_; do not end with _ or write ___"
     elif SLUG in [*TAKEN, *keyword.kwlist, *keyword.softkwlist, *sys.stdlib_module_names]:
         yield "project_slug", f"this name is reserved or in use; try {SLUG}_project"
     if not re.fullmatch(EMAIL, str(ANSWERS["author_email"]), re.ASCII | re.IGNORECASE):

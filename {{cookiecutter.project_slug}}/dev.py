@@ -26,7 +26,7 @@ from django.core.management import call_command
 
 def main():
     os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
-    os.environ.setdefault("SOFT_SHUTDOWN_SECONDS", "1")  # the next `make run` restarts longer ones
+    os.environ.setdefault("SOFT_SHUTDOWN_SECONDS", "1")  # tasks that need longer start again next time
     for name, port in {"PORT": "8000"{{ ', "FLOWER_PORT": "5555"' if broker.flower }}}.items():
         port = os.environ.setdefault(name, port)
         if answers(port):
@@ -96,7 +96,8 @@ def watch(name, *options):
         code = read_code()
         process = subprocess.Popen(command, shell=True)
         try:
-            while name == "flower" or code == read_code():  # it would forget the tasks it shows
+            # Flower does not restart for new code: it would forget the tasks that it shows.
+            while name == "flower" or code == read_code():
                 time.sleep(0.5)
                 if (status := process.poll()) is None or (restarts and status > 0):
                     continue
@@ -118,7 +119,7 @@ def read_procfile():
 
 
 def read_code():
-    """Return the time of the last change of each Python file, {file: seconds}.
+    """Return when each Python file in the project's folders was modified, {file: seconds}.
 
     The caller polls, because a container gets no events for changes in a folder that it mounts.
     """

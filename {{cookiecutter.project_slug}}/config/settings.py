@@ -67,7 +67,7 @@ AUTH_PASSWORD_VALIDATORS = [
     {"NAME": f"django.contrib.auth.password_validation.{name}Validator"}
     for name in ["UserAttributeSimilarity", "MinimumLength", "CommonPassword", "NumericPassword"]
 ]
-# Ten wrong passwords lock an IP address out. While it is locked, its logins fail without hashing.
+# Ten wrong passwords lock an IP address out. Then its logins are refused before a password is hashed.
 AUTHENTICATION_BACKENDS = [
     "axes.backends.AxesStandaloneBackend",
     "django.contrib.auth.backends.ModelBackend",
@@ -145,13 +145,13 @@ STATIC_ROOT = BASE_DIR / "staticfiles"
 
 DATABASE = env.db("DATABASE_URL")
 DATABASE["CONN_MAX_AGE"] = 60  # seconds; requests and tasks reuse connections
-DATABASE["CONN_HEALTH_CHECKS"] = True  # unless the server has closed them, in a restart
+DATABASE["CONN_HEALTH_CHECKS"] = True  # replace one that the server has closed
 if DATABASE["ENGINE"] == "django.db.backends.sqlite3":
     # Web, worker and Beat write to one file. With these options they wait instead of failing.
     pragmas = "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL"
     DATABASE["OPTIONS"] = {"transaction_mode": "IMMEDIATE", "timeout": 20, "init_command": pragmas}
     DATABASE["NAME"] = BASE_DIR / DATABASE["NAME"]
-    DATABASE["TEST"] = {"NAME": BASE_DIR / "test.sqlite3"}  # a file, for the live worker too
+    DATABASE["TEST"] = {"NAME": BASE_DIR / "test.sqlite3"}  # for tests/test_live.py: a file
 else:
     # Do not wait long for a server that disappeared. The values are in seconds and in milliseconds.
     limits = {"connect_timeout": 5, "tcp_user_timeout": 10_000}
@@ -217,7 +217,7 @@ WORKER_QUEUES = ["celery"{{ ', "cpu", "io"' if cookiecutter.include_example }}]
 # names for the task, or else "celery".
 TASKS = {"default": {"BACKEND": "jobs.backends.TaskBackend", "QUEUES": ["default", *WORKER_QUEUES]}}
 
-# Seconds, for each job and task, so that nothing runs forever.
+# Seconds, for each job and task. With threads, a job over its limit fails, but its code is not killed.
 TASK_TIME_LIMIT = CELERY_TASK_TIME_LIMIT = env.int("TASK_TIME_LIMIT", default=600)
 
 # Celery: the broker
@@ -318,7 +318,7 @@ LOGGING = {
     "root": {"handlers": ["console"], "level": env.str("LOG_LEVEL", default="INFO")},
     "loggers": {
         "axes": {"level": "WARNING"},  # only failed logins
-        # These would repeat what django_structlog logs of tasks and requests, and the traceback.
+        # django_structlog already logs each task and request, with the traceback of an error.
         "celery.app.trace": {"level": "CRITICAL"},
         "celery.beat": {"level": "WARNING"},
         "celery.worker.strategy": {"level": "WARNING"},
@@ -332,5 +332,5 @@ LOGGING = {
 {% endif %}
     },
 }
-DJANGO_STRUCTLOG_STATUS_START_LOG_LEVEL = logging.DEBUG  # at INFO, one line for each request
+DJANGO_STRUCTLOG_STATUS_START_LOG_LEVEL = logging.DEBUG  # INFO shows only the end of a request
 DJANGO_STRUCTLOG_CELERY_ENABLED = True  # the message takes the request's id to the worker

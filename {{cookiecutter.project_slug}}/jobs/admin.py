@@ -66,7 +66,7 @@ class AttemptInline(admin.StackedInline):
 
 @admin.register(Job)
 class JobAdmin(admin.ModelAdmin):
-    """Orders, filters and searches by columns that have an index."""
+    """Orders and searches by columns that have an index."""
 
     list_display = ["task", "state", "progress", "owner", "created_at", "finished_at"]
     ordering = ["-created_at"]

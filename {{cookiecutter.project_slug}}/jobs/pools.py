@@ -103,7 +103,7 @@ def has_children(worker):
 
 
 def remap_sigterm():
-    """Make SIGTERM do what SIGQUIT does: a soft shutdown, which Celery has only for prefork.
+    """Make SIGTERM do what SIGQUIT does: start Celery's soft shutdown, which works only with prefork.
 
     Celery's own environment variable for this, REMAP_SIGTERM, must be set before its command starts.
     """

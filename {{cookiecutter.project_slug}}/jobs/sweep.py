@@ -150,13 +150,14 @@ def send_batch(name, size, resend, waiting):
     queue, queued = queues[name], Job.objects.filter(state="queued", queue=name)
     queue.most_messages = max(queue.most_messages, waiting)
     missing, is_probe = max(queued.filter(sent__gt=0).count() - waiting, 0), False
-    # Send the oldest jobs first. Workers take the oldest messages first, so if there are fewer messages
-    # than jobs, the missing messages are those of the oldest jobs.
+    # Send the oldest jobs first. Workers take the oldest messages first, so the messages that are left
+    # belong to the newest jobs, and the missing ones to the oldest.
     due = queued.filter(wake_at__lt=Now()).order_by("wake_at")
     sizes = mark_sent(due.filter(sent=0)[:size])
     # messages_in() also counts messages of plain tasks, which may hide that messages of jobs are missing.
-    # So send one job again now and then, as a probe. If a job of the last probe was started by
-    # its second message, its first message was lost. Then the next probe sends twice as many jobs.
+    # So send one job again now and then, as a probe. claim() sets `sent` to the number of the
+    # message that started the job: if this was not the first one, the first message was lost, and the next
+    # probe sends twice as many jobs.
     if not missing and time.monotonic() >= queue.next_probe_at:
         ran = Job.objects.filter(pk__in=queue.probe_ids, sent__gt=1).exclude(state="queued")
         missing, is_probe = 2 * len(queue.probe_ids) if ran.exists() else 1, True
@@ -174,8 +175,8 @@ def send_batch(name, size, resend, waiting):
                 load_and_send(part)
             except Exception as error:
                 logger.warning("%d jobs are sent again, one by one: %r", len(part), error)
-                # With at least half of the most messages ever seen in it, the queue may have reached
-                # its length limit (x-max-length). Then the refusal does not count against the job.
+                # If the queue has at least half as many messages as were ever seen in it, it may have
+                # reached its length limit (x-max-length). Then the refusal does not count.
                 may_be_full = 2 * waiting >= max(queue.most_messages, 1)
                 send_one_by_one(name, part, may_be_full)
     except Exception:

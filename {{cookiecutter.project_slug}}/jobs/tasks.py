@@ -35,7 +35,7 @@ OPTIONS = ("queue", "headers", "ignore_result", "producer", "retries")
 class JobError(Exception):
     """Ends a job with an error text for its owner: raise JobError("Row 17 has no e-mail").
 
-    The text of any other exception is for staff: the owner only sees that the job failed.
+    The text of any other exception of the body is for staff: the owner only sees that the job failed.
     """
 
 

@@ -71,9 +71,10 @@ def watch_children(sender, **kwargs):
 def end_if_stuck(blueprint):
     """End a worker whose shutdown waits for children that have no work or take too long.
 
-    Celery would wait for ever if a child had received only half of a message when the shutdown began or
-    the broker was lost. During the shutdown, Celery does not update `active_requests`, so a child
-    that is listed there may be idle. So this waits at most for the longest time limit, and IDLE_SECONDS.
+    Celery would wait for ever if the main process had written only half of a task to a child's pipe
+    when the shutdown began or the broker was lost. During the shutdown, Celery does not update
+    `active_requests`, so a child that is listed there may be idle. So this waits at most for the longest
+    time limit, and IDLE_SECONDS.
     """
     handler = platforms.signals["SIGQUIT"]  # a soft shutdown begins by replacing it
     longest = max(task.time_limit or 0 for task in current_app.tasks.values())
@@ -172,7 +173,8 @@ def requeue_and_exit():
 def cancel_revoked_jobs():
     """Cancel a job when this worker is told to revoke or to terminate its task.
 
-    The signal task_revoked is too late: Celery sends it when a slot takes the message, or never.
+    The signal task_revoked is too late for a job that does not run yet: Celery sends it when a slot
+    takes the message, or never.
     """
     revoke = Panel.data["revoke"]
 

@@ -110,7 +110,7 @@ def test_an_address_that_guesses_passwords_is_locked_out(client, user, url, sett
     "proxies, believed", [(0, "192.0.2.9"), (1, "192.0.2.2"), (2, "192.0.2.1")]
 )
 def test_a_client_cannot_choose_its_address(settings, monkeypatch, proxies, believed):
-    """The client wrote 192.0.2.0. One proxy appended .1, the next .2; its own address is .9."""
+    """The client sent 192.0.2.0. Proxy 1 appended .1, proxy 2 appended .2. Proxy 2 itself has .9."""
     monkeypatch.setenv("NUM_PROXIES", str(proxies))
     values = runpy.run_path(settings.BASE_DIR / "config/settings.py")
     for name in ["REST_FRAMEWORK", *(name for name in values if name.startswith("IPWARE_"))]:
