@@ -119,6 +119,7 @@ def test_every_combination_is_clean(bake, answers, is_new, record_property):
     jobs = {file: text for file, text in texts.items() if file.parts[0] == "jobs"}
     pages = {file for file in texts if file.parts[0] == "docs"}
     assert len(texts) - len(jobs) - len(pages) <= 36 + more, "too many files of the owner"
+    assert len(texts[Path("README.md")].split()) <= 1600, "details belong into docs/"
     assert jobs == ENGINE, "each output has the same engine, byte for byte"
     empty = [path for path in project.rglob("*") if path.is_dir() and not any(path.iterdir())]
     assert empty == []

@@ -26,7 +26,7 @@ from django.core.management import call_command
 
 def main():
     os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
-    os.environ.setdefault("SOFT_SHUTDOWN_SECONDS", "1")  # tasks that need longer start again next time
+    os.environ.setdefault("SOFT_SHUTDOWN_SECONDS", "1")  # longer tasks start again later
     for name, port in {"PORT": "8000"{{ ', "FLOWER_PORT": "5555"' if broker.flower }}}.items():
         port = os.environ.setdefault(name, port)
         if answers(port):
