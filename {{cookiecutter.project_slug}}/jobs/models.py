@@ -226,7 +226,7 @@ class JobQuerySet(models.QuerySet):
         return self.filter(UNFINISHED).change(attempt, changes)
 
     def change(self, attempt, changes):
-        """Update these rows. `attempt` has the fields of an Attempt to store; then there is only one row."""
+        """Update these rows. With `attempt`, the fields of an Attempt to store, it must be only one row."""
         if attempt is None:
             return self.update(**changes)
         with transaction.atomic():
@@ -260,8 +260,8 @@ class JobManager(models.Manager.from_queryset(JobQuerySet)):
 
         This is 0 if the job is no longer queued, or if the message is of an earlier run. `limit` is the
         time until the deadline, and `lease` the length of the first lease. `retries`, `crashes` and
-        `sent` come from the message; `sent` is the number of this message of the job. If PostgreSQL
-        crashes within a second, the claim may be lost: then the run must claim the job again.
+        `sent` come from the message; `sent` says which message of the job this is, 1 for the first. If
+        PostgreSQL crashes within a second, the claim may be lost: then the run must claim the job again.
         """
         # Q(run=run): this UPDATE was sent before and committed, but its answer was lost.
         claimable = Q(run=None) | Q(run=run)

@@ -150,8 +150,8 @@ def send_batch(name, size, resend, waiting):
     queue, queued = queues[name], Job.objects.filter(state="queued", queue=name)
     queue.most_messages = max(queue.most_messages, waiting)
     missing, is_probe = max(queued.filter(sent__gt=0).count() - waiting, 0), False
-    # Send the oldest jobs first. Workers take the oldest messages first, so the messages that are left
-    # belong to the newest jobs, and the missing ones to the oldest.
+    # The oldest jobs first. These are also the ones to send again: workers take the oldest messages first,
+    # so the messages that are left belong to the newest jobs, and the missing ones to the oldest.
     due = queued.filter(wake_at__lt=Now()).order_by("wake_at")
     sizes = mark_sent(due.filter(sent=0)[:size])
     # messages_in() also counts messages of plain tasks, which may hide that messages of jobs are missing.

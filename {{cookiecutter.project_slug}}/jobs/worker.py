@@ -71,10 +71,10 @@ def watch_children(sender, **kwargs):
 def end_if_stuck(blueprint):
     """End a worker whose shutdown waits for children that have no work or take too long.
 
-    Celery would wait for ever if the main process had written only half of a task to a child's pipe
+    Celery would wait for ever if the main process had written only half of a task's message to a child
     when the shutdown began or the broker was lost. During the shutdown, Celery does not update
-    `active_requests`, so a child that is listed there may be idle. So this waits at most for the longest
-    time limit, and IDLE_SECONDS.
+    `active_requests`: a child that is listed there may be idle. Therefore the total wait is also limited,
+    to the longest time limit plus IDLE_SECONDS.
     """
     handler = platforms.signals["SIGQUIT"]  # a soft shutdown begins by replacing it
     longest = max(task.time_limit or 0 for task in current_app.tasks.values())
