@@ -31,7 +31,8 @@ from harness.checks import NEW_FILES, check_celery, check_dependencies, check_fi
 from harness.servers import sentinel_settings
 
 ENGINE = engine()
-PARTS = TEMPLATE / "templates"  # a folder for each option whose choices have a file, and `servers`
+# One folder for each option that has a file per choice, and one more: `servers`.
+PARTS = TEMPLATE / "templates"
 # Patterns of words that may appear only where a choice was made, for options without such a folder.
 # Other choices list theirs in their own file and in their server's.
 TRACES = {
@@ -118,7 +119,9 @@ def test_every_combination_is_clean(bake, answers, is_new, record_property):
     more += answers["broker"] == "rabbitmq"
     jobs = {file: text for file, text in texts.items() if file.parts[0] == "jobs"}
     pages = {file for file in texts if file.parts[0] == "docs"}
-    assert len(texts) - len(jobs) - len(pages) <= 36 + more, "too many files of the owner"
+    assert len(texts) - len(jobs) - len(pages) <= 36 + more, (
+        "too many files outside of jobs/ and docs/"
+    )
     assert len(texts[Path("README.md")].split()) <= 1600, "details belong into docs/"
     assert jobs == ENGINE, "each output has the same engine, byte for byte"
     empty = [path for path in project.rglob("*") if path.is_dir() and not any(path.iterdir())]
@@ -153,8 +156,8 @@ def test_the_engine_is_plain_python():
             assert "{%" not in text and "{{" not in text, file
 
 
-def test_imports_run_one_way(bake):
-    """No module is imported, not even inside a function, by one that it needs."""
+def test_there_are_no_circular_imports(bake):
+    """Not even inside functions."""
     project = bake()
     modules = {
         ".".join(file.relative_to(project).with_suffix("").parts): ast.parse(file.read_text())
@@ -251,14 +254,17 @@ def test_the_output_of_a_choice_has_the_words_listed_as_its_traces(bake, option,
 
 
 def test_every_part_of_a_choice_is_printed_where_its_comment_says():
-    """A choice may leave out parts, so no other test finds a misspelled name of a part."""
+    """A part is a block or macro in a choice's file, under a comment that names the files that print it.
+
+    A choice may leave out parts, so no other test finds a misspelled name.
+    """
     printed = defaultdict(set)  # {(option, part): names of the files that print it}
     for path in [*PARTS.rglob("*.jinja"), *output_files()]:
         for node in ENVIRONMENT.parse(path.read_text("utf-8")).find_all(nodes.Getattr):
             if isinstance(node.node, nodes.Name):
                 printed[node.node.name, node.attr].add(rendered(path.name))
     options = {folder.name: folder.name for folder in PARTS.iterdir() if folder.is_dir()}
-    options["servers"] = "server"  # the name of one in chosen.jinja
+    options["servers"] = "server"  # chosen.jinja calls each of them so
     written, follows = set(), set()
     for path in PARTS.glob("*/*.jinja"):
         option, text, places = options[path.parent.name], path.read_text("utf-8"), []

@@ -355,7 +355,7 @@ def test_the_name_of_a_dependency_is_refused_as_a_slug(run, refusal, tmp_path):
 
 @pytest.mark.parametrize("text", ["", "  ", None, 42, ["a"], {"a": "b"}])
 def test_an_answer_that_is_not_a_text_is_refused(replay, tmp_path, text):
-    # An empty slug is refused by cookiecutter itself, because its folder exists.
+    # An empty slug means the output folder itself, which exists: cookiecutter refuses that.
     options = set(OPTIONS) - set(CHOICES) - ({"project_slug"} if text == "" else set())
     result = replay(**dict.fromkeys(options, text))
 
@@ -596,7 +596,7 @@ PATHS = [
 
 @pytest.fixture
 def neighbours(tmp_path):
-    """A folder with files from before the bake, beside the output folder and in it."""
+    """The folder that contains the output folder. Both have files before the bake."""
     folder = tmp_path / "neighbours"
     for file in ("victim/file", "victim/deep/file", "file", *(f"there/{s}/file" for s in OCCUPIED)):
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
@@ -709,15 +709,14 @@ def test_make_finds_its_tools_in_any_folder(bake, tmp_path, folder):
 
 
 def test_a_project_says_which_version_of_the_template_wrote_it(bake):
-    """CHANGELOG.md has this version at its top, or it is the next one."""
+    """It is the newest in CHANGELOG.md, or while that is Unreleased, a .dev version."""
     [version] = re.findall('__version__ = "(.+)"', bake().read("jobs/__init__.py"))
     newest = re.search(r"^## (\S+)", (TEMPLATE / "CHANGELOG.md").read_text("utf-8"), re.M)[1]
 
     assert version == newest or (newest == "Unreleased" and version.endswith(".dev"))
 
 
-def test_images_have_a_version(bake):
-    """Except stand-ins for development, and the image of Python, whose tag is its version."""
+def test_the_dockerfile_pins_its_images(bake):
     dockerfile = bake().read("Dockerfile")
     assert re.search(r"uv:\d+\.\d+\.\d+ ", dockerfile)
     assert "latest" not in dockerfile

@@ -258,8 +258,8 @@ def test_concurrent_calls_with_a_unique_key_all_get_a_job_that_runs():
 
 def test_a_conflicting_job_that_ends_before_it_is_read_frees_its_unique_key(monkeypatch):
     other, get = Job.objects.enqueue(add, [1, 2], unique="key"), JobQuerySet.get
-    # What happens before each read, the last one first: the other job is not committed yet, then it
-    # has ended.
+    # Called before each read, from the end of the list: first nothing, because the other job is not
+    # committed yet; then the other job ends.
     steps = [Job.objects.cancel, lambda: None]
 
     def fail_twice(self, **key):
@@ -369,7 +369,7 @@ def test_enqueue_many_stores_all_jobs_or_none(commit, published):
     assert published == []
 
 
-def test_many_jobs_wait_for_the_broker_and_their_countdown(commit, broker_down, monkeypatch):
+def test_many_jobs_wait_for_the_broker_or_for_their_countdown(commit, broker_down, monkeypatch):
     monkeypatch.setattr(models, "BATCH_SIZE", 2)
     with commit():
         late = Job.objects.enqueue_many(add, [[1, 2]] * 3, countdown=60)

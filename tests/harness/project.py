@@ -212,7 +212,7 @@ result = Job.objects.enqueue(tasks.{task}, {args!r}, owner=User.objects.get()).p
         return f"/api/jobs/{self.ask(code)}/"
 
     def ask(self, code):
-        """Run Python code in one process of the project for all calls; return its `result`."""
+        """Run Python code in the project and return its `result`. All calls use one process."""
         if not self.console:
             log = self.project.parent / "console.log"
             self.console = Console(self.project, log, **self.environment)
@@ -290,7 +290,7 @@ def share_bytecode(packages, folder):
 
 
 def link_trees(source, target, *, new=False):
-    """Link compiled files of one tree into another: if their folder is there, or all if `new`."""
+    """Link the compiled files of one tree into another, which has their folders, unless `new`."""
     for compiled in source.rglob("__pycache__/*.pyc"):
         link = target / compiled.relative_to(source)
         if not link.exists() and (new or link.parent.parent.is_dir()):
@@ -348,7 +348,11 @@ def wait_for(condition, site=None):
 
 
 def env(**environment):
-    """Return this process's variables with the test environment's tools, without its settings."""
+    """Return this process's variables, with these changes, for a process of a project.
+
+    The tools of the test environment come first in PATH. Variables that configure this test run are
+    left out.
+    """
     tools = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     # PYTHONDONTWRITEBYTECODE, which images of CI set, would make each process compile its imports.
     ours = {"VIRTUAL_ENV", "MAKEFLAGS", "ARGS", "PYTHONDONTWRITEBYTECODE"}

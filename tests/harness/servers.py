@@ -21,7 +21,7 @@ from .bake import chosen
 from .project import LIMIT, children_of, connects, env, free_ports, wait_for
 
 VISIBILITY_TIMEOUT = 8  # seconds, for plain tasks
-# In Erlang: elect a leader for each quorum queue that has none a second after the broker's start.
+# In Erlang: elect a leader for each quorum queue whose members do not answer within a second.
 ELECT_LEADERS = """
 [ra:trigger_election(Id) || Queue <- rabbit_amqqueue:list(), Id <- [amqqueue:get_pid(Queue)],
     is_tuple(Id), element(1, ra:members(Id, 1000)) =/= ok].
@@ -115,17 +115,17 @@ class Process:
 class Broker(Process):
     """A broker for one output, made with (folder, project=None, port=None).
 
-    `folder` is for its data. `project`, baked and installed, is for a server that it depends on.
+    `folder` is for its data. A broker that runs from a project's `.venv` (moto) needs `project`.
     Without a `port`, the broker takes a free one. Its `variables` make an output use it.
     """
 
-    scheme = None  # of its URL, if `make run` does not start it
+    scheme = None  # of its URL, if real() starts it
     answers = {}  # of the output that the fault tests run
     settings = ""  # more lines for that output
     refuse = ""  # code with a `channel`: makes a queue "refused" that takes no message
 
     def limit_messages(self):
-        """Refuse messages of more than 1 MiB, from the first start on. moto always does."""
+        """Refuse messages of more than 1 MiB. Call it before the first start. moto always does."""
 
 
 class Redis(Broker):
@@ -218,8 +218,8 @@ sentinel failover-timeout main 10000
         command = ["redis-cli", *place, "-a", "of/sentinel", "sentinel", *words]
         return subprocess.run(command, capture_output=True, text=True).stdout
 
-    def wait_until_down(self, seconds):
-        """Set after how many seconds without an answer Sentinel promotes the replica."""
+    def set_failover_delay(self, seconds):
+        """Set how long Sentinel waits for the master before it promotes the replica."""
         assert self.ask("set", "main", "down-after-milliseconds", str(seconds * 1000)) == "OK\n"
 
     @property
@@ -337,7 +337,7 @@ SCHEMES = {broker.scheme: broker for broker in BROKERS.values() if broker.scheme
 def broker_class(name):
     """Return the class of a broker or of a setup of one. Skip the test if there is none."""
     if name not in SETUPS:
-        missing(f"tests/harness/servers.py has no class that starts, kills and empties {name}")
+        missing(f"tests/harness/servers.py has no class that starts and kills {name}")
     return SETUPS[name]
 
 
@@ -372,7 +372,7 @@ class PostgreSQL(Process):
         self.binaries = Path(binaries[-1])
         [self.port] = free_ports(1)
         self.url = f"postgres://postgres@127.0.0.1:{self.port}"
-        self.folder = Path(tempfile.mkdtemp(prefix="postgresql-"))  # its user has access
+        self.folder = Path(tempfile.mkdtemp(prefix="postgresql-"))  # open to `postgres`
         user = {"user": "postgres", "group": "postgres"} if os.getuid() == 0 else {}
         if user:
             shutil.chown(self.folder, **user)

@@ -108,7 +108,7 @@ class Stack:
         return sorted(self.folder.glob("*.log"))
 
     def print_logs(self, sizes):
-        """Print the end of what the logs got after these sizes, and what each thread is doing."""
+        """Print what each log got since it had its size in `sizes`, and what each thread does."""
         for worker in self.workers:
             if worker.is_running():
                 os.kill(worker.pid, signal.SIGUSR1)  # Celery then prints its threads
@@ -156,7 +156,7 @@ class Stack:
             self.wait_until_final(*[self.enqueue("quick", queue=queue) for queue in ["cpu", "io"]])
 
     def renew_web(self):
-        """Restart the web, so that it forgets a refused message. Let it connect to the broker."""
+        """Restart the web server, which ends its pause after a failed send. Let it send again."""
         self.web.stop()
         self.web.start()
         jobs = [job for job, _ in self.post_many(30, "quick")]
@@ -319,7 +319,7 @@ with connection.cursor() as cursor:
         return self.rows(*jobs)
 
     def notes(self, what, job):
-        """Return the ids of processes whose body noted this, "start" or "end", in order."""
+        """Return the ids of the processes whose body of this job noted "start" or "end"."""
         words = [line.split() for line in self.notes_file.read_text().splitlines()]
         return [int(pid) for kind, task, pid in words if (kind, task) == (what, job)]
 
@@ -333,7 +333,7 @@ with connection.cursor() as cursor:
 def prepare(project, broker, folder, database, **variables):
     """Install a baked project, add the tasks and views of the tests, and return its Stack.
 
-    `broker` is one of the classes in BROKERS. `folder` is for the files of all processes.
+    `broker` is one of the classes in SETUPS. `folder` is for the files of all processes.
     """
     project.install()
     routes = 'CELERY_TASK_ROUTES["faults.tasks.routed"] = {"queue": "io"}'

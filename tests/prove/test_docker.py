@@ -369,7 +369,7 @@ def test_the_image_contains_no_backup(engine, bake, tmp_path):
     ("answers", "django"), [(name, version) for name in VERSIONS for version in VERSIONS[name]]
 )
 def test_its_own_tests_pass_with_these_versions(engine, bake, answers, django):
-    """Only the version of Django is edited. A DeprecationWarning fails a test."""
+    """With only the version of Django edited, in Python 3.14. A DeprecationWarning fails a test."""
     project = bake(**ANSWERS[answers])
     pyproject = project.read("pyproject.toml")
     assert '"django~=5.2.0"' in pyproject

@@ -159,7 +159,7 @@ def test_a_worker_whose_children_are_stopped_too_loses_nothing(stack, gate, sinc
 
 
 @on_each_pool
-def test_a_job_whose_claim_the_database_lost_runs_once_at_a_time(stack, gate, since):
+def test_a_job_never_runs_twice_at_a_time_if_the_database_loses_its_claim(stack, gate, since):
     """PostgreSQL crashes before its log is on disk. Only the job of the dead worker runs again."""
     code = """
 with transaction.atomic():
@@ -372,7 +372,7 @@ def check_tries(stack, start):
 
 @everywhere
 def test_jobs_outlive_their_broker(stack, gate, tmp_path, since):
-    """Bodies continue; retried and new jobs run once the broker is back."""
+    """Bodies continue; retried and new jobs run as soon as the broker is back."""
     later = tmp_path / "later"
     ends_without = stack.enqueue("hold", gate, queue="cpu")
     retries_without = stack.enqueue("hold_then_retry", gate, queue="io")
@@ -397,8 +397,8 @@ def test_jobs_outlive_their_broker(stack, gate, tmp_path, since):
     assert [len(stack.notes("start", job)) for job in jobs] == [1, 2, 1, *[1] * 50]
 
 
-# Without gevent: its worker ends, and must be restarted, if queues are missing for a moment. On the
-# stand-in for SQS they are.
+# Not with gevent: its worker ends, and must be restarted, if queues are missing for a moment, as
+# they are after a restart of moto.
 @stacks(pools=[pool for pool in POOLS if pool != "gevent"])
 def test_idle_workers_outlive_their_broker(stack, since):
     processes = [worker.pid for worker in stack.workers]
@@ -470,10 +470,10 @@ result = [workers.stats() or {}, workers.conf(with_defaults=True) or {}]
         with posting(stack) as posted:
             wait_for(lambda: len(posted) > 20)
             master, count = stack.broker.master, len(posted)
-            stack.broker.wait_until_down(600)  # seconds: no failover yet
+            stack.broker.set_failover_delay(600)  # seconds: no failover yet
             master.kill()
             wait_for(lambda: len(posted) > count + 20)
-            stack.broker.wait_until_down(2)
+            stack.broker.set_failover_delay(2)
             start = time.monotonic()
             wait_for(lambda: stack.broker.master is not master)
             stack.wait_until_final(stack.enqueue("quick", queue="io"))
@@ -498,7 +498,7 @@ def test_sentinel_without_the_name_of_its_master_is_refused(running):
 
 @on_each_broker
 def test_an_emptied_broker_loses_no_job(stack, since):
-    """While the broker has their messages, they are not sent again."""
+    """While the broker has their messages, almost none is sent again."""
     stack.other.stop()
     start = time.monotonic()
     jobs = [stack.enqueue("quick", queue="io") for _ in range(20)]
@@ -544,7 +544,7 @@ result = [job.pk for job in jobs]
 
 
 @on_one
-def test_a_copy_from_before_a_crash_does_not_skip_the_pause(stack, gate):
+def test_an_old_message_does_not_shorten_the_pause_after_a_crash(stack, gate):
     job = stack.enqueue("hold", gate, queue="cpu")
     os.kill(stack.wait_until_started(job), signal.SIGKILL)
     wait_for(lambda: stack.row(job)["crashes"] == 1)
@@ -605,7 +605,7 @@ def test_without_beat_jobs_may_wait_but_none_is_lost(stack, gate, since):
 
 @on_each
 def test_a_restarted_database_loses_no_job(stack, gate, since):
-    """An outcome is stored once the database is back; no lease lapses before."""
+    """An outcome is stored as soon as the database is back; no lease ends before."""
     jobs = [stack.enqueue("hold", gate, queue=queue) for queue in ["cpu", "io"]]
     jobs.append(stack.enqueue("count", gate, queue="cpu"))
     stack.wait_until_started(*jobs)
@@ -668,7 +668,7 @@ def kill_a_worker(stack, gate, since):
 
 @on_each_pool
 def test_a_read_only_database_loses_no_job(stack, gate, since):
-    """Outcomes are stored once writes work again; no body runs twice, no crash is counted."""
+    """Outcomes are stored as soon as writes work; no body runs twice, no crash is counted."""
 
     def set_read_only(state):
         setting = f"ALTER SYSTEM SET default_transaction_read_only = {state}"

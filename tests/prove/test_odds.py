@@ -75,7 +75,7 @@ def test_a_queue_that_the_broker_refuses_stops_no_other(stack, gate, since):
 
 
 @on_each_broker
-def test_a_worker_whose_slots_were_full_fetches_more_at_once(stack, since):
+def test_a_worker_whose_slots_were_full_fetches_the_next_jobs_without_a_pause(stack, since):
     """250 short jobs on 4 slots. By default Kombu's SQS pauses for a second after every eight."""
     start = time.monotonic()
     jobs = stack.ask(
@@ -231,8 +231,8 @@ result = Job.objects.enqueue(send_newsletter, [newsletter.pk], queue="news").pk
 
 
 @on_each_pool
-def test_a_job_keeps_its_lease_during_longer_transactions(stack, since):
-    """They lock its row, so that nothing can renew the lease."""
+def test_a_job_is_not_taken_over_during_a_transaction_longer_than_its_lease(stack, since):
+    """The transaction locks the row: nothing can renew the lease, but no sweep may take the job."""
     start = time.monotonic()
     seconds = [LEASE + 1.5 + more / 4 for more in range(4)]
     jobs = [stack.enqueue("commit_slowly", 3, each, queue="cpu") for each in seconds]
@@ -352,7 +352,7 @@ def test_a_paused_machine_lets_no_job_run_twice(stack, gate, since):
 
 
 @on_prefork
-def test_a_body_that_holds_the_interpreter_keeps_its_job(stack, since):
+def test_a_body_that_holds_the_gil_keeps_its_job(stack, since):
     start = time.monotonic()
     job = stack.enqueue("hold_the_interpreter", LEASE + 4, queue="cpu")
     rows = stack.wait_until_final(job)
@@ -449,7 +449,7 @@ def test_odd_outcomes_end_a_job(stack, since):
 
 
 @on_one
-def test_a_retry_in_the_far_future_breaks_no_list(stack):
+def test_a_retry_in_the_far_future_does_not_break_the_lists_of_jobs(stack):
     """Python cannot read a time after the year 9999."""
     with pytest.raises(AssertionError, match="ValueError"):
         stack.enqueue("quick", countdown=1.7e12)  # milliseconds, by mistake
@@ -578,7 +578,7 @@ result = *ticks, len(times), (times[-1] - times[0]).total_seconds()
 
 @on_one
 def test_a_beat_that_hangs_touches_no_liveness_file(stack, tmp_path):
-    """Its sweep continues, so ended_at does not show it."""
+    """The sweep, another thread, continues, so Sweep.ended_at does not show that Beat hangs."""
     file = tmp_path / "alive"
     beat = stack.replace_beat("faults.hanging_beat", LIVENESS_FILE=file)
     wait_for(file.exists)

@@ -154,7 +154,7 @@ LARGE = {  # how many jobs, a field of each, and how many megabytes Beat may nee
 @pytest.mark.parametrize("count, field, limit", LARGE.values(), ids=LARGE)
 @on_one
 def test_beat_needs_little_memory_for_due_jobs(stack, record_property, count, field, limit):
-    """A message has no cursor. For large arguments, of 3 MB, Python needs 30 MB."""
+    """It need not load cursors, which no message has. In Python, arguments of 3 MB need 30 MB."""
     megabytes = watch_memory(stack)
     jobs = enqueue_many(stack, count, "", countdown=99, queue="nobody")
     try:
@@ -331,7 +331,7 @@ def test_a_liveness_file_that_cannot_be_touched_stops_nothing(stack, since):
 
 
 @on_one
-def test_beat_ends_with_its_sweep(stack, since):
+def test_beat_exits_when_its_sweep_thread_dies(stack, since):
     """A supervisor can then restart it."""
     start = time.monotonic()
     assert stack.replace_beat("faults.ending_sweep").wait() == 1
