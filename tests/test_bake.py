@@ -254,7 +254,7 @@ def test_the_output_of_a_choice_has_the_words_listed_as_its_traces(bake, option,
 
 
 def test_every_part_of_a_choice_is_printed_where_its_comment_says():
-    """A part is a block or macro in a choice's file. The comment above it names the files that print it.
+    """A part is a block or macro of a choice. The comment above it names the files that print it.
 
     A choice may leave out parts, so no other test finds a misspelled name.
     """
