@@ -73,7 +73,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Project(folder), sizes)
         bench.measure()
-    bench.machine += f" All of it took {(time.monotonic() - began) / 60:.0f} minutes.\n"
+    bench.machine += f" Everything took {(time.monotonic() - began) / 60:.0f} minutes.\n"
     page = PAGE.read_text("utf-8")
     texts = {name: table(TABLES[name], rows) for name, rows in bench.rows.items()}
     for name, text in {"machine": bench.machine, **texts}.items():
