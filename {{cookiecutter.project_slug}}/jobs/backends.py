@@ -19,6 +19,7 @@ from django.utils.module_loading import import_string
 
 from .database import wait_for
 from .models import Job
+from .results import ERRORS
 from .tasks import JobTask, describe, run_coroutine
 
 try:
@@ -38,10 +39,6 @@ STATUSES = {
     "succeeded": TaskResultStatus.SUCCESSFUL,
     "failed": TaskResultStatus.FAILED,
     "cancelled": TaskResultStatus.FAILED,  # Django has no status for it
-}
-ERROR_CLASSES = {  # of a cancelled job, and of one that failed without an Attempt
-    "failed": "celery.exceptions.TaskError",
-    "cancelled": "celery.exceptions.TaskRevokedError",
 }
 registered = {}  # Celery's tasks, by the path of their function
 
@@ -131,7 +128,8 @@ class TaskBackend(BaseTaskBackend):
             for attempt in attempts
         ]
         if job.state == "cancelled" or (job.state == "failed" and not errors):
-            error = TaskError(exception_class_path=ERROR_CLASSES[job.state], traceback=job.error)
+            path = f"celery.exceptions.{ERRORS[job.state]}"
+            error = TaskError(exception_class_path=path, traceback=job.error)
             errors.append(error)
         result = TaskResult(
             task=task,
