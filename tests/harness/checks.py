@@ -45,7 +45,7 @@ PACKAGES = {
 }
 # Packages that no file of a project names.
 INDIRECT = {
-    "gunicorn",  # started in production, by hand: see README.md
+    "gunicorn",  # started in production, by hand: see docs/production.md
     "psycopg",  # imported by Django, where DATABASE_URL says postgres
     "pytest-django",  # loaded by pytest
 }
@@ -259,19 +259,21 @@ def check_links(pages, files):
                 continue
             target = Path(os.path.normpath(page.parent / unquote(link.path))) if link.path else page
             assert target in files, f"{page}: no file {target}"
-            missing = link.fragment and link.fragment not in anchors(parse(files[target]))
+            missing = link.fragment and link.fragment not in anchors(files[target])
             assert not missing, f"{page}: {target} has no heading #{link.fragment}"
 
 
-def anchors(tokens):
-    """Yield the fragments that GitHub gives to headings. Repeated ones get a number."""
-    seen = Counter()
-    for before, token in itertools.pairwise(tokens):
+@cache
+def anchors(markdown):
+    """Return the fragments that GitHub gives to a page's headings. Repeated ones get a number."""
+    found, seen = set(), Counter()
+    for before, token in itertools.pairwise(parse(markdown)):
         if before.type == "heading_open":
             words = "".join(child.content for child in token.children)
             anchor = re.sub(r"[^\w\- ]", "", words.strip().lower()).replace(" ", "-")
-            yield f"{anchor}-{seen[anchor]}" if seen[anchor] else anchor
+            found.add(f"{anchor}-{seen[anchor]}" if seen[anchor] else anchor)
             seen[anchor] += 1
+    return found
 
 
 def check_pages(texts, template):

@@ -378,7 +378,7 @@ print(*[default_storage.open(name).read().decode() for name in names])
 
 @outputs(next(each for each in combinations() if each["broker"] == "sqs"))
 def test_uploads_go_to_a_bucket(project, tmp_path):
-    """With the package that README.md names. Two uploads with one name are two files."""
+    """With the package that docs/production.md names. Two uploads with one name are two files."""
     packages = ["--target", tmp_path, "django-storages[s3]"]
     subprocess.run(["uv", "pip", "install", "--quiet", *packages], check=True, env=env())
     [port] = free_ports(1)
