@@ -115,6 +115,20 @@ with transaction.atomic(), connection.cursor() as cursor:
     assert json.loads(first[1])["id"] != json.loads(again[1])["id"]
 
 
+# REST framework takes "0" for 0, takes 0 for "0", and removes white space before it counts
+# characters. The OpenAPI document does not say so. An answer that shows such a value is no error.
+IGNORE_CONVERTED_VALUES = """
+import schemathesis
+
+@schemathesis.hook
+def filter_failure(context, failure, case, response):
+    if failure.code != "ST201" or not isinstance(case.body, dict):
+        return True
+    pairs = [(case.body.get(name), value) for name, value in response.json().items()]
+    return not any(sent != shown and str(sent).strip() == str(shown) for sent, shown in pairs)
+"""
+
+
 @pytest.mark.timeout(1800)  # with EXAMPLES=180, on a busy machine
 @on_one
 def test_the_api_answers_as_documented(stack, tmp_path, record_property):
@@ -124,9 +138,11 @@ def test_the_api_answers_as_documented(stack, tmp_path, record_property):
     luck.
     """
     examples = int(os.environ.get("EXAMPLES", "30"))  # for each operation
-    schema, config = tmp_path / "schema.json", tmp_path / "schemathesis.toml"
+    schema, config, hooks = (tmp_path / name for name in ["api.json", "st.toml", "hooks.py"])
     rejections = [400, 401, 403, 404, 405, 406, 409, 414, 415, 422, 429]  # 414 is not a default
-    config.write_text(f"[checks]\nnegative_data_rejection.expected-statuses = {rejections}\n")
+    setting = f"checks.negative_data_rejection.expected-statuses = {rejections}"
+    config.write_text(f'hooks = "{hooks}"\n{setting}\n')
+    hooks.write_text(IGNORE_CONVERTED_VALUES)
     checks = "not_a_server_error,status_code_conformance"
     checks += ",response_schema_conformance,response_headers_conformance"
     checks += ",content_type_conformance,negative_data_rejection"
@@ -154,9 +170,5 @@ def test_the_api_answers_as_documented(stack, tmp_path, record_property):
     # validated.
     for name in "Order", "Newsletter":
         del paths[f"/api/{name.lower()}s/"]["post"]["parameters"]
-        fields = document["components"]["schemas"][f"{name}Request"]["properties"]
-        for field, kind in fields.items():
-            if kind["type"] == "string":  # REST framework also accepts a number
-                fields[field] = {"anyOf": [kind, {"type": "number"}]}
     cases += fuzz(staff, phases="coverage")
     record_property("cases", cases)
