@@ -236,7 +236,7 @@ class Bench:
             self.rows["waiting"].append([f"{size:,}", claimed, whole(median(done[size]))])
         least, *_, most = sizes[1:]
         of_least = min(ratio(claims[size], claims[least]) for size in sizes[2:])
-        self.goal(f"claims of {least:,} to {most:,} that wait: slowest / first", 0.9, of_least)
+        self.goal(f"claims/s: slowest / with {least:,} waiting", 0.9, of_least)
         self.goal(f"jobs done with {most:,} others waiting / none", 0.9, ratio(done[most], done[0]))
 
     def sweep(self, broker, output):

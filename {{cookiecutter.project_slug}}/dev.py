@@ -44,7 +44,7 @@ def main():
         processes += start_{{ server.name }}()
 {% endfor %}
         # honcho must not read .env, or its values would override those of the environment.
-        # In its own session it does not get Ctrl-C: `finally` stops it before it stops the broker.
+        # In its own session it does not get Ctrl-C, so `finally` can stop honcho first, then the broker.
         watched = "".join(f"{name}: python dev.py {name}\n" for name in read_procfile())
         command = ["honcho", "--env", os.devnull, "--procfile", "/dev/stdin", "start"]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
@@ -119,7 +119,7 @@ def read_procfile():
 
 
 def read_code():
-    """Return when each Python file in the project's folders was modified, {file: seconds}.
+    """Return the times at which the project's Python files were modified, {file: seconds}.
 
     The caller polls, because a container gets no events for changes in a folder that it mounts.
     """

@@ -74,7 +74,7 @@ AUTHENTICATION_BACKENDS = [
 ]
 AXES_FAILURE_LIMIT = 10
 AXES_COOLOFF_TIME = timedelta(minutes=15)
-AXES_RESET_COOL_OFF_ON_FAILURE_DURING_LOCKOUT = False  # a login attempt then writes nothing
+AXES_RESET_COOL_OFF_ON_FAILURE_DURING_LOCKOUT = False  # an attempt while locked out writes nothing
 AXES_DISABLE_ACCESS_LOG = True  # the log of successful logins would grow forever
 
 # Django
@@ -213,8 +213,8 @@ JOB_RETENTION_DAYS = env.float("JOB_RETENTION_DAYS", default=30)  # until an end
 # The queues of a worker without --queues. Add new queues here.
 WORKER_QUEUES = ["celery"{{ ', "cpu", "io"' if cookiecutter.include_example }}]
 
-# Functions declared with @task run as jobs. "default" means the queue that CELERY_TASK_ROUTES
-# names for the task, or else "celery".
+# Functions declared with @task run as jobs. Without `queue_name`, a task uses the queue "default".
+# It stands for the queue that CELERY_TASK_ROUTES names for the task, or else for "celery".
 TASKS = {"default": {"BACKEND": "jobs.backends.TaskBackend", "QUEUES": ["default", *WORKER_QUEUES]}}
 
 # Seconds, for each job and task. With threads, a job over its limit fails, but its code is not killed.

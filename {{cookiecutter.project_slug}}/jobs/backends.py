@@ -118,7 +118,7 @@ class TaskBackend(BaseTaskBackend):
         attempts = list(job.attempts.all())
         runs = [(attempt.started_at, attempt.worker) for attempt in attempts]
         if job.started_at and (not runs or job.started_at > runs[-1][0]):
-            # The last run has no Attempt: it is running, succeeded or was cancelled.
+            # The last run has no Attempt: it is running, succeeded, was cancelled or its worker stopped.
             runs.append((job.started_at, job.worker))
         errors = [
             TaskError(

@@ -78,7 +78,7 @@ def check_time_limits(app_configs, **kwargs):
         if task.acks_late and task.time_limit >= limit:
             yield Warning(
                 f"{task.name} may run for {task.time_limit} s, but the broker redelivers it after {limit} s.",
-                hint="Lower its time_limit, or raise REDELIVERY_SECONDS as config/settings.py explains.",
+                hint="Lower its time_limit, or raise the setting behind REDELIVERY_SECONDS.",
                 id="jobs.W004",
             )
 

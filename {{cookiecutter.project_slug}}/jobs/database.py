@@ -29,7 +29,7 @@ def try_once(query, *args, **kwargs):
     try:
         return query(*args, **kwargs)
     except Error:
-        if not connection.in_atomic_block:  # keep it inside the atomic() of a test
+        if not connection.in_atomic_block:  # in a test's atomic(), leave it open
             connection.close()  # it may be broken, or a body may have changed its settings
         raise
 
@@ -78,7 +78,7 @@ def roll_back_open_transaction():
     """
     with suppress(Error):
         if connection.connection and not (connection.in_atomic_block or connection.autocommit):
-            connection.set_autocommit(True)  # psycopg refuses this in a transaction: see below
+            connection.set_autocommit(True)  # psycopg refuses this in a transaction: see `was_open`
     if was_open := in_transaction():
         connection.close()
         with suppress(Error):

@@ -258,10 +258,11 @@ class JobManager(models.Manager.from_queryset(JobQuerySet)):
     def claim(self, id, run, worker, retries, crashes, sent, limit, lease):
         """Give a queued job to `run`. Returns how many rows were changed.
 
-        This is 0 if the job is no longer queued, or if the message is of an earlier run. `limit` is the
-        time until the deadline, and `lease` the length of the first lease. `retries`, `crashes` and
-        `sent` come from the message; `sent` says which message of the job this is, 1 for the first. If
-        PostgreSQL crashes within a second, the claim may be lost: then the run must claim the job again.
+        This is 0 if the job is no longer queued, or if it has crashed or was retried since the message
+        was sent. `limit` is the time until the deadline, and `lease` the length of the first lease.
+        `retries`, `crashes` and `sent` come from the message; `sent` says which message of the job this
+        is, 1 for the first. If PostgreSQL crashes within a second, the claim may be lost: then the run
+        must claim the job again.
         """
         # Q(run=run): this UPDATE was sent before and committed, but its answer was lost.
         claimable = Q(run=None) | Q(run=run)

@@ -1,4 +1,4 @@
-"""The differences between Celery's worker pools. Other modules use `pool` and has_children().
+"""The differences between Celery's worker pools. Most other modules use only `pool`.
 
 The workers of one project may have different pools:
 

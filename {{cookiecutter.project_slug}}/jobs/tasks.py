@@ -174,8 +174,8 @@ class JobTask(DjangoTask):
             return super().__call__(*args, **kwargs)
         crashes = request.headers["job"]  # the value of this header: see send_one()
         run = Run(request.id, request.headers.get("run"), self)
-        # One more crash would make this job fail, because it may be the job that kills its workers. A
-        # process runs only one such suspect at a time. A job without a crash is never a suspect.
+        # A suspect is a job that fails at its next crash, because it may be what kills the workers. A
+        # process runs only one suspect at a time. A job without a crash is never a suspect.
         is_suspect = crashes and crashes + 1 >= settings.JOB_MAX_CRASHES
         if is_suspect and not run.become_suspect():
             row = Job.objects.filter(QUEUED, LockTimeout(), pk=request.id)
