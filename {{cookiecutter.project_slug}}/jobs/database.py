@@ -78,7 +78,7 @@ def roll_back_open_transaction():
     """
     with suppress(Error):
         if connection.connection and not (connection.in_atomic_block or connection.autocommit):
-            connection.set_autocommit(True)  # psycopg refuses this in a transaction: see `was_open`
+            connection.set_autocommit(True)  # refused in a transaction, which is closed below
     if was_open := in_transaction():
         connection.close()
         with suppress(Error):

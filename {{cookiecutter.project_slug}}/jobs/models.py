@@ -417,5 +417,5 @@ def publish(jobs):
             if is_connection_error(error):
                 publish_again_at[queue] = time.monotonic() + PUBLISH_PAUSE
             logger.warning("stored but not sent: %d jobs, first %s: %r", len(jobs), jobs[0], error)
-    # Skip jobs with sent=0: their message did arrive, and its worker has already queued them again.
+    # All had sent=1. With sent=0, the message did arrive, and a worker has queued the job again: skip it.
     Job.objects.filter(QUEUED, pk__in=[job.pk for job in jobs], sent__gt=0).requeue()

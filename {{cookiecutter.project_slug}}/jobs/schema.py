@@ -15,7 +15,7 @@ RETRY_AFTER = {"Retry-After": {"schema": {"type": "string"}}}
 
 
 class Schema(AutoSchema):
-    """Adds the error responses of each view, so that no view needs to declare them."""
+    """Adds the error responses that views have in common, so that no view needs to declare them."""
 
     def get_operation(self, path, *args, **kwargs):
         operation = super().get_operation(path, *args, **kwargs)

@@ -209,7 +209,7 @@ class JobTask(DjangoTask):
                 run.in_body = True
                 result = self.run(*args, **kwargs)
             finally:
-                run.in_body = False  # the thread that renews leases must not claim the job again
+                run.in_body = False  # write_and_renew() must not claim the job again
                 was_open = not in_block and roll_back_open_transaction()
             if was_open:
                 raise TransactionManagementError("The task left a transaction open")

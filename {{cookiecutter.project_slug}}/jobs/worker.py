@@ -157,7 +157,7 @@ def requeue_and_exit():
     try:
         with lock:
             for run in runs.values():
-                run.in_body = False  # the thread that renews leases must not claim the job again
+                run.in_body = False  # write_and_renew() must not claim the job again
             for pause in POLL_SECONDS, 0:  # twice: a renewal may lock a row for a moment
                 with transaction.atomic():
                     # The leases of locked rows will lapse.
