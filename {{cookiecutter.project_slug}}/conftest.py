@@ -34,7 +34,7 @@ def quick_settings(settings):
 
 @pytest.fixture
 def commit(db, django_capture_on_commit_callbacks):
-    """At the end of `with commit():` enqueued jobs are published, and so run, as after a commit.
+    """At the end of `with commit():` the enqueued jobs are published, as after a commit: they run.
 
     The transaction of a test never commits: without this, jobs stay queued until run_jobs().
     """

@@ -1,4 +1,4 @@
-"""A view without the ledger: it stores the order and sends a plain task."""
+"""A view without jobs: it stores the order and sends a plain task."""
 
 from django.urls import path
 from rest_framework.generics import CreateAPIView

@@ -204,7 +204,7 @@ SPECTACULAR_SETTINGS = {
 
 # Jobs (jobs/README.md explains how they work)
 
-JOB_LEASE_SECONDS = env.float("JOB_LEASE_SECONDS", default=30)  # a worker silent longer is dead
+JOB_LEASE_SECONDS = env.float("JOB_LEASE_SECONDS", default=30)  # then a silent worker is dead
 JOB_SWEEP_SECONDS = env.float("JOB_SWEEP_SECONDS", default=5)  # between two sweeps of Beat
 JOB_RESEND_SECONDS = env.float("JOB_RESEND_SECONDS", default=30)  # until a message counts as lost
 JOB_MAX_CRASHES = env.int("JOB_MAX_CRASHES", default=3)  # a job that kills so many workers fails

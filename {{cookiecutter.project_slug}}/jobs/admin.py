@@ -66,7 +66,7 @@ class AttemptInline(admin.StackedInline):
 
 @admin.register(Job)
 class JobAdmin(admin.ModelAdmin):
-    """Orders and searches by columns that have an index."""
+    """Searches by columns that have an index, and orders by one until the user chooses another."""
 
     list_display = ["task", "state", "progress", "owner", "created_at", "finished_at"]
     ordering = ["-created_at"]

@@ -21,7 +21,7 @@ def check_names(app_configs, **kwargs):
         queue = queue_of(task, [], {})
         if queue not in settings.WORKER_QUEUES and not name.startswith("celery."):
             yield Warning(
-                f"{name} goes to the queue {queue}, which is not in WORKER_QUEUES: no worker runs it.",
+                f"{name} goes to the queue {queue}, which is not in WORKER_QUEUES: a worker without --queues does not run it.",
                 hint="Add the queue to WORKER_QUEUES, or fix CELERY_TASK_ROUTES.",
                 id="jobs.W005",
             )

@@ -76,9 +76,9 @@ def roll_back_open_transaction():
 
     Otherwise the outcome would be written inside it, and lost with it. Returns whether one was open.
     """
-    with suppress(Error):
+    with suppress(Error):  # if a transaction is open, psycopg refuses: close() ends it
         if connection.connection and not (connection.in_atomic_block or connection.autocommit):
-            connection.set_autocommit(True)  # refused in a transaction, which is closed below
+            connection.set_autocommit(True)
     if was_open := in_transaction():
         connection.close()
         with suppress(Error):

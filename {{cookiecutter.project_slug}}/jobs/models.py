@@ -226,7 +226,10 @@ class JobQuerySet(models.QuerySet):
         return self.filter(UNFINISHED).change(attempt, changes)
 
     def change(self, attempt, changes):
-        """Update these rows. With `attempt`, the fields of an Attempt to store, it must be only one row."""
+        """Update these rows. Returns how many. `attempt` has the fields of an Attempt to store, or is None.
+
+        An Attempt belongs to one job, so with `attempt` there must be only one row.
+        """
         if attempt is None:
             return self.update(**changes)
         with transaction.atomic():
@@ -417,5 +420,6 @@ def publish(jobs):
             if is_connection_error(error):
                 publish_again_at[queue] = time.monotonic() + PUBLISH_PAUSE
             logger.warning("stored but not sent: %d jobs, first %s: %r", len(jobs), jobs[0], error)
-    # All had sent=1. With sent=0, the message did arrive, and a worker has queued the job again: skip it.
+    # All had sent=1. If one has sent=0 now, its message arrived in spite of the error, and a worker has
+    # queued it again: skip it.
     Job.objects.filter(QUEUED, pk__in=[job.pk for job in jobs], sent__gt=0).requeue()

@@ -74,7 +74,7 @@ def end_if_stuck(blueprint):
     Celery would wait for ever if the main process had written only half of a task's message to a child
     when the shutdown began or the broker was lost. During the shutdown, Celery does not update
     `active_requests`: a child that is listed there may be idle. Therefore the total wait is also limited,
-    to IDLE_SECONDS plus the longest time limit or, in a soft shutdown, plus its timeout.
+    to IDLE_SECONDS plus the longest time limit. A soft shutdown has its own timeout instead of that.
     """
     handler = platforms.signals["SIGQUIT"]  # a soft shutdown begins by replacing it
     longest = max(task.time_limit or 0 for task in current_app.tasks.values())
