@@ -39,6 +39,7 @@ INSTALLED_APPS = [
     "django.contrib.sessions",
     "rest_framework",
     "rest_framework.authtoken",
+    "django_celery_beat",
     "django_filters",
     "drf_spectacular",
     "jobs",

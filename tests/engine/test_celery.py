@@ -216,9 +216,3 @@ def test_the_checks_find_a_queue_without_workers(monkeypatch):
     assert found_by_checks() == set()
     monkeypatch.setattr(add, "queue", "other", raising=False)
     assert found_by_checks() == {"jobs.W005"}
-
-
-def test_the_checks_find_a_schedule_of_an_unknown_task(monkeypatch):
-    entry = {"task": "no.such.task", "schedule": 60}
-    monkeypatch.setitem(app.conf, "beat_schedule", {"daily": entry})
-    assert found_by_checks() == {"jobs.W006"}

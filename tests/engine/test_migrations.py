@@ -15,6 +15,7 @@ DIGESTS = {
     "0002_attempt.py": "5aff057e13576e14c45a4ec56f8d70f1cf7d4ae9a176decf528a5f57031b6a30",
     "0003_sweep_tick_due_at.py": "9fef9d19b1909a1e8b73d39d22bbdc6e0fd703b4f411ab3f4b7971a8a9809fb0",
     "0004_label_and_reason.py": "f1dfc63595fa7721de7a0c0e7a02fda625326340acc9d7f309a31427fd58fdfb",
+    "0005_schedule_errors.py": "fcdd2b6a692ac7ec749d1c75ec5635ba055ee569786ea11aa1f2a1bac0b76d43",
 }
 
 

@@ -13,8 +13,8 @@ from harness.bake import CHOICES, render
 TEXT = render("docs/operation.md")
 CONFIG, RULES = re.findall("```yaml\n(.*?)```", TEXT, re.DOTALL)
 ALERTS = {rule["alert"]: rule["expr"] for rule in yaml.safe_load(RULES)["groups"][0]["rules"]}
-PROMQL = {"absent", "avg_over_time", "by", "count_over_time", "max", "max_over_time", "scalar"}
-PROMQL |= {"sum", "sum_over_time"}
+PROMQL = {"absent", "avg_over_time", "by", "count_over_time", "increase", "max", "max_over_time"}
+PROMQL |= {"scalar", "sum", "sum_over_time"}
 LABELS = {"queue", "state", "task"}
 # What Prometheus scrapes every minute, and the alerts that fire after 15 minutes.
 SITUATIONS = {
@@ -54,6 +54,14 @@ SITUATIONS = {
         {"jobs_sweep_age_seconds": "5x20", "jobs_beat_late_seconds": "0+60x20"},
         [("BeatHangs", {})],
     ),
+    "Beat could not start a task, before it was restarted": (
+        {"jobs_schedule_errors_total": "2x8 3x12", "jobs_sweep_age_seconds": "5x20"},
+        [("ScheduleErrors", {})],
+    ),
+    "Beat could not start a task an hour ago": (
+        {"jobs_schedule_errors_total": "3x20", "jobs_sweep_age_seconds": "5x20"},
+        [],
+    ),
     "nothing is scraped": ({}, [("NoMetrics", {})]),
 }
 
@@ -69,7 +77,7 @@ def test_the_page_names_the_metrics_that_an_output_has(bake):
     rows = re.findall(r"^\| `(\w+)` \|", TEXT, re.MULTILINE)
     assert set(rows) == exposed and len(rows) == len(exposed)
     dashboard = re.findall(r"^\| .* \| `(sum .*)` \|$", TEXT, re.MULTILINE)
-    assert len(ALERTS) == 6 and len(dashboard) == 2
+    assert len(ALERTS) == 7 and len(dashboard) == 2
     for expression in [*ALERTS.values(), *dashboard]:
         assert metrics_named(expression) <= exposed, expression
 

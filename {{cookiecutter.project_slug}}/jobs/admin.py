@@ -1,13 +1,18 @@
 import uuid
 
+from celery import current_app
+from django.apps import apps
 from django.contrib import admin, messages
 from django.contrib.auth import get_user_model
+from django.core.exceptions import ValidationError
 from django.core.paginator import Paginator
 from django.template.defaultfilters import pluralize
 from django.urls import reverse
 from django.utils.functional import cached_property
 from django.utils.html import format_html
+from kombu.utils.json import loads
 
+from .beat import check_entry
 from .models import Attempt, Job
 
 # The fields on the page of a job
@@ -113,3 +118,29 @@ class JobAdmin(admin.ModelAdmin):
         count, cancelled = queryset.count(), queryset.cancel()
         rest = f"{count - cancelled} had already ended."
         self.message_user(request, f"{cancelled} job{pluralize(cancelled)} cancelled. {rest}")
+
+
+if apps.is_installed("django_celery_beat"):
+    from django_celery_beat.admin import PeriodicTaskAdmin, PeriodicTaskForm
+    from django_celery_beat.models import PeriodicTask
+
+    class ScheduleForm(PeriodicTaskForm):
+        """Refuses what Beat cannot start, unless it is disabled."""
+
+        def clean(self):
+            data = super().clean()
+            if data["enabled"] and not self.errors:
+                options = {name: data[name] for name in ["exchange", "routing_key", "priority"]}
+                options["expires"] = data["expires"] or data["expire_seconds"]
+                current_app.loader.import_default_modules()
+                try:
+                    check_entry(data["task"], loads(data["args"]), loads(data["kwargs"]), options)
+                except (TypeError, ValueError) as error:
+                    raise ValidationError(f"Beat cannot start this task: {error}") from error
+            return data
+
+    admin.site.unregister(PeriodicTask)
+
+    @admin.register(PeriodicTask)
+    class ScheduleAdmin(PeriodicTaskAdmin):
+        form = ScheduleForm

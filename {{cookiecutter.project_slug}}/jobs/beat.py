@@ -1,15 +1,16 @@
-"""Additions to Celery's Beat: it enqueues each job once per due time, and runs the sweep."""
+"""Additions to Celery's Beat: it enqueues each job once per due time, counts errors, and runs the sweep."""
 
 import logging
 import threading
 import time
 import uuid
-from copy import copy
 from datetime import timedelta
 from queue import SimpleQueue
 
-from celery.beat import SchedulingError
+from celery import current_app
+from celery.beat import BeatLazyFunc, ScheduleEntry, SchedulingError
 from django.db import Error, close_old_connections, connection
+from django.db.models.functions import Now
 
 from . import sweep
 from .database import may_succeed_later, wait_for
@@ -22,7 +23,41 @@ logger = logging.getLogger(__name__)
 def start(sender, **kwargs):
     """Prepare Beat's service (`sender`), which has just started."""
     enqueue_once_per_due_time(sender)
-    sweep.start(watch_ticks(sender))
+    sweep.start(watch_ticks(sender), count_errors(sender))
+
+
+def check_entry(name, args, kwargs, options):
+    """Raise TypeError or ValueError if Beat cannot start the task `name` with this call."""
+    task = current_app.tasks.get(name)
+    if task is None:
+        raise ValueError(f"there is no task {name!r}: write the full path, such as app.tasks.name")
+    if not isinstance(args, (list, tuple)) or not isinstance(kwargs, dict):
+        raise TypeError("args must be a list, such as [10], and kwargs a dictionary")
+    args = [None if isinstance(arg, BeatLazyFunc) else arg for arg in args]
+    kwargs = {key: None if isinstance(arg, BeatLazyFunc) else arg for key, arg in kwargs.items()}
+    if isinstance(task, JobTask):
+        task.check_options({key: options[key] for key in options if key != "countdown"})
+        Job.objects.prepare(Now(), task, args, kwargs, options.get("countdown"), None)
+    elif task.typing:
+        task.__header__(*args, **kwargs)
+
+
+def count_errors(beat):
+    """Return a function that returns how many errors Beat and its scheduler have logged.
+
+    They log an error when they cannot start a task or cannot read an entry of the schedule.
+    """
+    counter = ErrorCounter(level=logging.ERROR)
+    for name in {"celery.beat", type(beat.scheduler).__module__, __name__}:
+        logging.getLogger(name).addHandler(counter)
+    return lambda: counter.count
+
+
+class ErrorCounter(logging.Handler):
+    count = 0
+
+    def emit(self, record):
+        self.count += 1
 
 
 def watch_ticks(beat):
@@ -48,14 +83,25 @@ def enqueue_once_per_due_time(beat):
             return apply_async(entry, **options)
         if "task_id" in entry.options:
             raise SchedulingError(f"{entry.name}: the schedule of a job cannot have a task_id")
-        schedule, entry = entry.schedule, copy(entry)
         # The id is made of the entry's name and the number of intervals (with crontab: minutes) that have
-        # passed since 1970, so Beats that were started at different times get the same id. The clock is
-        # read twice, so `due` may be a few milliseconds early, in the previous interval: add a second.
-        due = schedule.now() + schedule.remaining_estimate(entry.last_run_at) + timedelta(seconds=1)
+        # passed since 1970, so Beats that were started at different times get the same id. `due` is a
+        # timestamp, because local time repeats an hour when the clock goes back.
+        schedule = entry.schedule
+        remaining = schedule.remaining_estimate(entry.last_run_at)
+        due = time.time() + remaining.total_seconds()
         length = getattr(schedule, "run_every", timedelta(minutes=1))
-        interval = f"{entry.name} {due.timestamp() // length.total_seconds()}"
-        entry.options = {**entry.options, "task_id": str(uuid.uuid5(uuid.NAMESPACE_OID, interval))}
+        interval = f"{entry.name} {due // length.total_seconds()}"
+        task_id = str(uuid.uuid5(uuid.NAMESPACE_OID, interval))
+        # A plain entry, because each scheduler has its own class of entries.
+        entry = ScheduleEntry(
+            entry.name,
+            entry.task,
+            schedule=schedule,
+            args=entry.args,
+            kwargs=entry.kwargs,
+            options={**entry.options, "task_id": task_id},
+            app=beat.app,
+        )
         try:
             return store(entry, **options)
         except Error:
@@ -79,7 +125,7 @@ def enqueue_once_per_due_time(beat):
             try:
                 wait_for(store, entry, advance=False)
             except Exception as error:  # without this thread, all later ones would be lost
-                logger.warning("a scheduled job cannot be stored: %r", error)
+                logger.error("a scheduled job cannot be stored: %r", error)
             connection.close()  # it may not be needed again for months
 
     beat.scheduler.apply_async = apply_once

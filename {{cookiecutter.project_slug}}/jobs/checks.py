@@ -5,16 +5,18 @@ import re
 from urllib.parse import urlsplit
 
 from celery import current_app
+from celery.beat import ScheduleEntry
 from django.conf import settings
 from django.core.checks import Error, Info, Warning, register
 
+from .beat import check_entry
 from .messages import queue_of
 from .pools import TIME_LIMITED
 
 
 @register()
-def check_names(app_configs, **kwargs):
-    """Check the queues that tasks are routed to, and the tasks that the schedule names."""
+def check_queues(app_configs, **kwargs):
+    """Check the queues that tasks are routed to."""
     # Do not call loader.import_default_modules() here: it would run this check again.
     current_app.autodiscover_tasks(force=True)
     for name, task in sorted(current_app.tasks.items()):
@@ -25,12 +27,22 @@ def check_names(app_configs, **kwargs):
                 hint="Add the queue to WORKER_QUEUES, or fix CELERY_TASK_ROUTES.",
                 id="jobs.W005",
             )
-    for name, entry in current_app.conf.beat_schedule.items():
-        if entry["task"] not in current_app.tasks:
-            yield Warning(
-                f"CELERY_BEAT_SCHEDULE: {name} names the task {entry['task']}, which does not exist.",
-                hint="Write the full path, such as app.tasks.name, and add the app to INSTALLED_APPS.",
-                id="jobs.W006",
+
+
+@register()
+def check_schedule(app_configs, **kwargs):
+    """Check that Beat can start each entry of CELERY_BEAT_SCHEDULE."""
+    current_app.autodiscover_tasks(force=True)
+    for name, fields in current_app.conf.beat_schedule.items():
+        try:
+            entry = ScheduleEntry(**{**fields, "name": name, "app": current_app})
+            entry.is_due()
+            check_entry(entry.task, entry.args, entry.kwargs, entry.options)
+        except Exception as error:  # a schedule of a class of your own may raise any
+            yield Error(
+                f"Beat cannot start {name} of CELERY_BEAT_SCHEDULE: {error}",
+                hint="Correct the entry. If its task belongs to another project, silence this check.",
+                id="jobs.E003",
             )
 
 

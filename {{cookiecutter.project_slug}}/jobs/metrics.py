@@ -8,7 +8,7 @@ from django.db.models import Count, F, Min, Q, Sum
 from django.db.models.functions import Now
 from django.http import HttpResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from rest_framework.permissions import IsAdminUser
 from rest_framework.views import APIView
 
@@ -34,6 +34,9 @@ BEAT_METRICS = {
     "jobs_sweep_age_seconds": "Seconds since Beat's sweep last completed a round",
     "jobs_beat_late_seconds": "Seconds by which Beat is late to check its schedule",
 }
+BEAT_COUNTERS = {
+    "jobs_schedule_errors_total": "Times Beat could not start a task or read an entry of its schedule",
+}
 
 
 class Collector:
@@ -50,7 +53,7 @@ class Collector:
             jobs_oldest_wait_seconds=Now() - Min("due_at", filter=due),
         )
         empty = [{"queue": queue} for queue in settings.WORKER_QUEUES]
-        yield from gauges(QUEUE_METRICS, ["queue"], [*empty, *rows])
+        yield from families(QUEUE_METRICS, ["queue"], [*empty, *rows])
 
         ended = Job.objects.filter(finished_at__gt=Now() - timedelta(minutes=1))
         seconds = Sum(F("finished_at") - F("started_at"), filter=~Q(state="cancelled"))
@@ -60,17 +63,20 @@ class Collector:
             jobs_ended_last_minute_crashes=Sum("crashes"),
             jobs_ended_last_minute_retries=Sum("retries"),
         )
-        yield from gauges(TASK_METRICS, ["task", "state"], rows)
+        yield from families(TASK_METRICS, ["task", "state"], rows)
 
         ages = {"jobs_sweep_age_seconds": "ended_at", "jobs_beat_late_seconds": "tick_due_at"}
-        rows = Sweep.objects.values(**{name: Now() - F(time) for name, time in ages.items()})
-        yield from gauges(BEAT_METRICS, [], rows or [dict.fromkeys(BEAT_METRICS, math.inf)])
+        ages = {name: Now() - F(time) for name, time in ages.items()}
+        rows = Sweep.objects.values(**ages, jobs_schedule_errors_total=F("schedule_errors"))
+        rows = rows or [dict.fromkeys(ages, math.inf)]
+        yield from families(BEAT_METRICS, [], rows)
+        yield from families(BEAT_COUNTERS, [], rows, CounterMetricFamily)
 
 
-def gauges(help_texts, labels, rows):
-    """Yield a gauge for each name in `help_texts`, with the values of that key in the `rows`."""
+def families(help_texts, labels, rows, family_class=GaugeMetricFamily):
+    """Yield a metric for each name in `help_texts`, with the values of that key in the `rows`."""
     for name, text in help_texts.items():
-        family = GaugeMetricFamily(name, text, labels=labels)
+        family = family_class(name, text, labels=labels)
         values = {tuple(row[label] for label in labels): row.get(name) or 0 for row in rows}
         for key, value in values.items():
             is_time = isinstance(value, timedelta)

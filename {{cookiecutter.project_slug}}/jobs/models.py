@@ -403,10 +403,13 @@ class Attempt(models.Model):
 
 
 class Sweep(models.Model):  # noqa: DJ008
-    """One row: when the last round of the sweep ended, and when Beat's next tick is due."""
+    """One row: when the last round of the sweep ended, when Beat's next tick is due, Beat's errors."""
 
     ended_at = models.DateTimeField()
     tick_due_at = models.DateTimeField(null=True)
+    schedule_errors = models.PositiveBigIntegerField(
+        default=0, db_default=0, help_text="how many Beat has logged"
+    )
 
 
 def publish(jobs):

@@ -12,7 +12,7 @@ from datetime import timedelta
 from celery import current_app
 from django.conf import settings
 from django.db import close_old_connections, connection, transaction
-from django.db.models import Min, Q, TextField
+from django.db.models import F, Min, Q, TextField
 from django.db.models.functions import Cast, Length, Now
 
 from .database import may_succeed_later, try_in_halves
@@ -50,21 +50,26 @@ queues = defaultdict(Queue)  # by name
 refusals = Counter()  # by job id
 
 
-def start(tick_delay):
-    """Start the threads. `tick_delay` returns how many seconds Beat's next tick is overdue."""
-    threading.Thread(target=sweep_or_exit, args=[tick_delay], name="sweep", daemon=True).start()
+def start(tick_delay, error_count):
+    """Start the threads.
+
+    `tick_delay` returns how many seconds Beat's next tick is overdue, `error_count` how many errors
+    Beat has logged.
+    """
+    beat = [tick_delay, error_count]
+    threading.Thread(target=sweep_or_exit, args=beat, name="sweep", daemon=True).start()
     threading.Thread(target=purge_for_ever, name="purge", daemon=True).start()
 
 
-def sweep_or_exit(tick_delay):
+def sweep_or_exit(*beat):
     try:
-        sweep_for_ever(tick_delay)
+        sweep_for_ever(*beat)
     finally:  # without this thread nothing would be recovered: let a supervisor restart Beat
         os._exit(1)
 
 
-def sweep_for_ever(tick_delay):
-    last_round = 0
+def sweep_for_ever(tick_delay, error_count):
+    last_round = stored_errors = 0
     while True:
         pause = settings.JOB_SWEEP_SECONDS
         # After a gap (Beat has just started, or the machine or the database was down), first wait for half
@@ -83,7 +88,11 @@ def sweep_for_ever(tick_delay):
                 pause = send_due(resend=may_recover)
             # Write this row even if the broker took no message: it only says that the sweep is running.
             times = {"ended_at": Now(), "tick_due_at": Now() - timedelta(seconds=tick_delay())}
-            if not Sweep.objects.filter(pk=1).update(**times):
+            errors = error_count()
+            counted = F("schedule_errors") + errors - stored_errors
+            if Sweep.objects.filter(pk=1).update(**times, schedule_errors=counted):
+                stored_errors = errors
+            else:
                 Sweep.objects.create(pk=1, **times)
         except Exception as error:
             logger.warning("the sweep failed, and continues in its next round: %r", error)

@@ -83,13 +83,17 @@ class JobTask(DjangoTask):
             countdown = (maybe_make_aware(eta) - timezone.now()).total_seconds()
         if self.job_run and task_id == self.request.id:  # Celery's retry() calls this
             return self.retry_later(args, kwargs, countdown, **options)
-        if refused := [name for name in options if options[name] and name not in OPTIONS]:
-            reason = f"a job does not take {', '.join(refused)}: see Job.objects.enqueue()"
-            raise TypeError(f"{reason} and enqueue_many(). {NO_CANVAS}")
+        self.check_options(options)
         fields = {"pk": task_id} if task_id else {}
         fields |= {"countdown": max(countdown or 0, 0), "queue": options.get("queue")}
         job = Job.objects.enqueue(self, args or (), kwargs, **fields)
         return self.AsyncResult(str(job.pk))
+
+    def check_options(self, options):
+        """Raise TypeError for options of apply_async() that a job cannot have."""
+        if refused := [name for name in options if options[name] and name not in OPTIONS]:
+            reason = f"a job does not take {', '.join(refused)}: see Job.objects.enqueue()"
+            raise TypeError(f"{reason} and enqueue_many(). {NO_CANVAS}")
 
     def AsyncResult(self, task_id, **kwargs):  # noqa: N802
         return self.app.AsyncResult(task_id, backend=JobBackend(self.app), **kwargs)
