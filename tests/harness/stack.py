@@ -117,17 +117,19 @@ class Stack:
             printed = log.read_bytes()[sizes.get(log, 0) :].decode(errors="replace")
             print(f"--- {log.name}\n{printed[-5000:]}")
 
-    def start(self):
+    def start(self, processes=None):
+        """Start the servers and these processes, by default all."""
+        processes = processes or self.processes
         self.broker.start()
         variables = {key: str(value) for key, value in self.variables.items()}
         self.project.manage("migrate", "-v0", **variables)
-        for process in self.processes:
+        for process in processes:
             process.launch()
         self.console = Console(self.project, self.folder / "console.log", **variables)
         if self.database:
             self.ask('connection.cursor().execute(open("faults/tables.sql").read())')
         self.token = self.add_user("tester")
-        for process in self.processes:
+        for process in processes:
             process.wait_until_ready()
 
     def stop(self):

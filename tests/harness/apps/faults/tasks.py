@@ -2,6 +2,7 @@
 
 import asyncio
 import ctypes
+import json
 import os
 import signal
 import sys
@@ -101,6 +102,28 @@ def hold_the_interpreter(self, seconds):
 @shared_task(base=JobTask)
 def tick():
     """Beat starts this job."""
+
+
+def note_call(request, name, pages):
+    """Note what Beat has passed on, for the tests of schedules."""
+    queue, expires = request.delivery_info["routing_key"], bool(request.expires)
+    with open(f"{os.environ['NOTES']}-of-calls", "a") as file:
+        file.write(json.dumps([name, pages, queue, expires]) + "\n")
+
+
+@shared_task(base=JobTask, bind=True)
+def scheduled_job(self, name, pages):
+    note_call(self.request, name, pages)
+
+
+@shared_task(bind=True)
+def scheduled_plain(self, name, pages):
+    note_call(self.request, name, pages)
+
+
+@task(takes_context=True)
+def scheduled_function(context, name, pages):
+    note_call(context.job.request, name, pages)
 
 
 @shared_task(base=JobTask, bind=True)

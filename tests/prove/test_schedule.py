@@ -1,0 +1,142 @@
+"""The schedule, in settings.py and in the admin: each task starts, once, as its entry says."""
+
+import json
+from collections import Counter
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from harness.bake import CHOICES, baked
+from harness.project import wait_for
+from harness.servers import broker_class
+from harness.stack import TIMINGS, prepare
+
+INTERVALS = ["job-interval", "plain-interval", "function-interval"]  # names of entries
+CRONTABS = ["job-crontab", "plain-crontab", "function-crontab"]
+ONCE = [name for name in INTERVALS + CRONTABS if "plain" not in name]
+SETTINGS = """
+LOGGING["loggers"]["celery.beat"]["level"] = "INFO"  # which entries it starts
+"""
+CODE = """
+from datetime import datetime
+CELERY_BEAT_SCHEDULE = {{
+    f"{{task}}-{{due}}": {{
+        "task": f"faults.tasks.scheduled_{{task}}",
+        "schedule": schedule,
+        "args": [f"{{task}}-{{due}}"],
+        "kwargs": {{"pages": 3}},
+        "options": {{"queue": "io"}} | ({{"expires": 3600}} if task == "plain" else {{}}),
+        "last_run_at": datetime.fromisoformat(last),
+    }}
+    for task in ("job", "plain", "function")
+    for due, schedule, last in (
+        ("interval", 3600, "{hour_ago}"),
+        ("crontab", crontab(minute={minute}), "{just_now}"),
+    )
+}}
+"""
+ADMIN = """
+import json
+from datetime import datetime
+from django.test import Client
+from django_celery_beat.models import CrontabSchedule, IntervalSchedule, PeriodicTask
+from users.models import User
+
+client = Client(HTTP_HOST="localhost")
+client.force_login(User.objects.create_superuser("staff"))
+
+def save(name, task, **fields):
+    \"\"\"Fill in the form of the admin. Return the page if it shows errors.\"\"\"
+    data = {"name": name, "task": task, "args": json.dumps([name]), "kwargs": '{"pages": 3}',
+            "headers": "{}", "queue": "io", "enabled": "on", **fields}
+    page = client.post("/admin/django_celery_beat/periodictask/add/", data)
+    return page.content.decode() if page.status_code == 200 else ""
+
+interval = IntervalSchedule.objects.create(every=1, period="hours").pk
+crontab = CrontabSchedule.objects.create(minute=minute, hour="*").pk
+for task in ("job", "plain", "function"):
+    for field, pk, last in [("interval", interval, hour_ago), ("crontab", crontab, just_now)]:
+        more = {"expire_seconds": 3600} if task == "plain" else {}
+        name = f"{task}-{field}"
+        assert save(name, f"faults.tasks.scheduled_{task}", **{field: pk}, **more) == ""
+        last = datetime.fromisoformat(last)
+        assert PeriodicTask.objects.filter(name=name).update(last_run_at=last) == 1
+
+# The form refuses a job that expires. Beat counts an error for a row that no form has seen.
+result = save("broken", "faults.tasks.scheduled_job", interval=interval, expire_seconds=60)
+last = datetime.fromisoformat(hour_ago)
+PeriodicTask.objects.create(
+    name="broken", task="faults.tasks.scheduled_job", interval_id=interval, expire_seconds=60,
+    last_run_at=last,
+)
+"""
+
+
+def times():
+    """An interval of an hour is due at once, and the crontab once, after one or two minutes."""
+    now = datetime.now(UTC)
+    return {
+        "hour_ago": (now - timedelta(hours=1)).isoformat(),
+        "just_now": (now - timedelta(minutes=2)).isoformat(),
+        "minute": (now + timedelta(seconds=75)).minute,
+    }
+
+
+@pytest.fixture
+def stack(request, cookies_session, tmp_path_factory, database):
+    """A project with this choice, a worker and no Beat."""
+    broker, folder = broker_class("redis"), tmp_path_factory.mktemp("stack")
+    project = baked(cookies_session, {**broker.answers, "periodic_tasks": request.param})
+    stack = prepare(project, broker, folder, database, **TIMINGS)
+    with open(project / "config/settings.py", "a") as file:
+        file.write(SETTINGS)
+    try:
+        stack.start([stack.other])
+        yield stack
+    finally:
+        stack.stop()
+
+
+def add_beat(stack, name):
+    beat = stack.process(f"celery -A config beat -s {stack.folder}/{name}", name)
+    beat.is_ready = lambda: " is starting." in beat.printed
+    beat.start()
+    return beat
+
+
+def calls(stack):
+    """Return what the tasks were called with."""
+    file = stack.folder / "notes-of-calls"
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [tuple(json.loads(line)) for line in lines]
+
+
+def has_sent(beat, names):
+    return all(f"Sending due task {name} " in beat.printed for name in names)
+
+
+@pytest.mark.parametrize("stack", CHOICES["periodic_tasks"], indirect=True)
+def test_each_task_of_the_schedule_starts_once(stack):
+    """A job, a plain task and a Django task, each at an interval and at a time, with two Beats."""
+    at = times()
+    settings = stack.project / "config/settings.py"
+    in_admin = "django_celery_beat" in settings.read_text()
+    if in_admin:
+        assert "a job does not take expires" in stack.ask(ADMIN, **at)
+    else:
+        with open(settings, "a") as file:
+            file.write(CODE.format(**at))
+    first = add_beat(stack, "first")
+    wait_for(lambda: set(INTERVALS) <= {name for name, *_ in calls(stack)})
+    second = add_beat(stack, "second")
+    wait_for(lambda: has_sent(first, CRONTABS) and has_sent(second, CRONTABS))
+    wait_for(lambda: [name for name, *_ in calls(stack)].count("plain-crontab") == 2)
+    wait_for(lambda: stack.ask("result = not Job.objects.filter(state__in=ACTIVE).exists()"))
+
+    found = Counter(calls(stack))
+    assert set(found) == {(name, 3, "io", "plain" in name) for name in INTERVALS + CRONTABS}
+    # Two Beats start a plain task twice.
+    assert [found[name, 3, "io", False] for name in ONCE] == [1, 1, 1, 1]
+    rows = stack.ask("result = list(Job.objects.values_list('args', 'state', 'queue', 'retries'))")
+    assert sorted(rows) == sorted([[name], "succeeded", "io", 0] for name in ONCE)
+    wait_for(lambda: bool(stack.ask("result = Sweep.objects.get().schedule_errors")) == in_admin)
