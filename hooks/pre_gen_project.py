@@ -15,7 +15,7 @@ if SLUG.startswith("refused-"):  # cookiecutter.json renamed the folder: show wh
 # A copy of the choices in cookiecutter.json, because Cookiecutter does not check replay files.
 CHOICES = {
     "broker": ["redis", "rabbitmq", "sqs"], "worker_pool": ["prefork", "threads", "gevent"],
-    "result_backend": ["redis", "database", "dynamodb", "none"], "include_example": [True, False],
+    "result_backend": ["redis", "database", "dynamodb", "none"], "include_example": ["yes", "no"],
     "deployment": ["docker", "kubernetes", "none"], "periodic_tasks": ["code", "admin"],
     "ci": ["github", "gitlab", "none"]}  # fmt: skip
 IDENTIFIER = r"(?!pg_|.*___)[a-z]([a-z0-9_]{0,38}[a-z0-9])?"  # for packages, images, databases
@@ -33,7 +33,7 @@ EMAIL = rf"{ATOM}(\.{ATOM})*@{LABEL}(\.{LABEL})+"  # what RFC 5322 allows withou
 
 def faults():
     for option, choices in CHOICES.items():
-        if repr(ANSWERS[option]) not in map(repr, choices):  # 1 == True, but "1" != "True"
+        if ANSWERS[option] not in choices:
             yield option, f"choose one of {json.dumps(choices)[1:-1]}"
     for option in ("project_name", "project_slug", "description", "author_name", "author_email"):
         text = str(ANSWERS[option])

@@ -38,9 +38,9 @@ PARTS = TEMPLATE / "templates"
 TRACES = {
     ("ci", "github"): ["github", r"\bCI\b", "dependabot"],
     ("ci", "gitlab"): ["gitlab", r"\bCI\b", "renovate"],
-    ("include_example", True): ["orders", "newsletter", "httpx"],
+    ("include_example", "yes"): ["orders", "newsletter", "httpx"],
 }
-NOTHING = ("none", False)  # choices that leave no trace
+NOTHING = ("none", "no")  # choices that leave no trace
 
 
 def own_traces(option, choice):

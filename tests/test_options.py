@@ -390,7 +390,7 @@ def test_an_invisible_character_is_refused(replay, tmp_path, character):
 
 
 @pytest.mark.parametrize("option", CHOICES)
-@pytest.mark.parametrize("choice", ["maybe", "", "True", 1, None, ["redis"]])
+@pytest.mark.parametrize("choice", ["maybe", "", "True", True, None, ["redis"]])
 def test_a_replayed_choice_that_does_not_exist_is_refused(replay, tmp_path, option, choice):
     result = replay(**{option: choice})
 
@@ -523,7 +523,7 @@ def test_env_is_never_overwritten(run, tmp_path):
 
 
 def test_the_output_has_no_empty_folders(bake):
-    project = bake(include_example=False)
+    project = bake(include_example="no")
 
     assert [path for path in project.rglob("*") if path.is_dir() and not any(path.iterdir())] == []
 

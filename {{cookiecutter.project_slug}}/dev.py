@@ -147,7 +147,7 @@ def create_user_and_links():
     Flower   {settings.FLOWER_URL}    {settings.FLOWER_BASIC_AUTH.replace(":", " / ")}
 {% endif %}
 
-{% if cookiecutter.include_example %}
+{% if cookiecutter.include_example == "yes" %}
     Place an order, then follow its job:
     {curl}/orders/ -H 'Content-Type: application/json' \\
         -d '{% raw %}{{"product": "Tea"}}{% endraw %}'

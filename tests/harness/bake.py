@@ -14,11 +14,7 @@ TEMPLATE = Path(__file__).parents[2]
 OUTPUT = TEMPLATE / "{{cookiecutter.project_slug}}"
 CONTEXT = json.loads((TEMPLATE / "cookiecutter.json").read_text("utf-8"))
 OPTIONS = {option: value for option, value in CONTEXT.items() if not option.startswith("_")}
-CHOICES = {
-    option: default if isinstance(default, list) else [True, False]
-    for option, default in OPTIONS.items()
-    if isinstance(default, list | bool)
-}
+CHOICES = {option: value for option, value in OPTIONS.items() if isinstance(value, list)}
 DEFAULTS = {option: choices[0] for option, choices in CHOICES.items()}
 COMBINATIONS = [
     dict(zip(CHOICES, values, strict=True)) for values in itertools.product(*CHOICES.values())

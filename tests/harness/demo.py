@@ -1,6 +1,6 @@
 """`make demo`: from the template to a finished job, with the seconds of each step.
 
-Arguments are answers, as for `cookiecutter`: include_example=false
+Arguments are answers, as for `cookiecutter`: include_example=no
 """
 
 import shutil

@@ -35,7 +35,7 @@ def combinations():
             **DEFAULTS,
             **dict(zip(options, choices, strict=True)),
             "periodic_tasks": schedules[number % len(schedules)],
-            "include_example": number % 5 != 4,
+            "include_example": "no" if number % 5 == 4 else "yes",
         }
 
 

@@ -10,7 +10,7 @@ from harness.bake import TEMPLATE
 from harness.project import Project
 
 PARTS = ["cookiecutter.json", "hooks", "templates", "{{cookiecutter.project_slug}}"]
-ANSWERS = {"project_name": "Tea Shop", "broker": "rabbitmq", "include_example": False}
+ANSWERS = {"project_name": "Tea Shop", "broker": "rabbitmq", "include_example": "no"}
 SETTINGS = "config/settings.py"
 OWNERS = '"PAGE_SIZE": 20', '"PAGE_SIZE": 50'
 TEMPLATES = "ETA_TASK_LIMIT = 1000", "ETA_TASK_LIMIT = 500"
@@ -103,7 +103,7 @@ def test_an_update_keeps_what_the_owner_changed(make, template, tmp_path):
     change(output / "Procfile", "beat: celery", "beat: exec celery")
     (output / "{{ cookiecutter.new_option }}.md").write_text("New\n")
     options = '"new_option": ["default", "other"], "include_example"'
-    change(template / "cookiecutter.json", '"include_example": true', f"{options}: true")
+    change(template / "cookiecutter.json", '"include_example": [', f"{options}: [")
     commit(template)
     project.run("cruft", "update", "--skip-apply-ask")
 

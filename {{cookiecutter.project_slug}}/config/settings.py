@@ -10,7 +10,7 @@ from pathlib import Path
 
 import environ
 import structlog
-{% if cookiecutter.include_example and cookiecutter.periodic_tasks == "code" %}
+{% if cookiecutter.include_example == "yes" and cookiecutter.periodic_tasks == "code" %}
 from celery.schedules import crontab
 {% endif %}
 from django.core.exceptions import ImproperlyConfigured
@@ -99,7 +99,7 @@ INSTALLED_APPS = [
 {% endfor %}
     "users",
     "jobs",
-{% if cookiecutter.include_example %}
+{% if cookiecutter.include_example == "yes" %}
     "orders",
 {% endif %}
 ]
@@ -211,7 +211,7 @@ JOB_MAX_CRASHES = env.int("JOB_MAX_CRASHES", default=3)  # a job that kills so m
 JOB_RETENTION_DAYS = env.float("JOB_RETENTION_DAYS", default=30)  # until an ended job is deleted
 
 # The queues of a worker without --queues. Add new queues here.
-WORKER_QUEUES = ["celery"{{ ', "cpu", "io"' if cookiecutter.include_example }}]
+WORKER_QUEUES = ["celery"{{ ', "cpu", "io"' if cookiecutter.include_example == "yes" }}]
 
 # Functions declared with @task run as jobs. Without `queue_name`, a task uses the queue "default".
 # It stands for the queue that CELERY_TASK_ROUTES names for the task, or else for "celery".
@@ -238,7 +238,7 @@ CELERY_WORKER_SEND_TASK_EVENTS = True
 FLOWER_BASIC_AUTH = env.str("FLOWER_BASIC_AUTH", default="")  # without it Flower does not start
 {% endif %}
 CELERY_TIMEZONE = TIME_ZONE
-{% if cookiecutter.include_example %}
+{% if cookiecutter.include_example == "yes" %}
 CELERY_TASK_ROUTES = {  # a queue for each kind of load, so that one does not delay another
     "orders.tasks.forecast_demand": {"queue": "cpu"},
 }

@@ -12,14 +12,14 @@ from rest_framework.routers import DefaultRouter
 
 from jobs.metrics import Metrics
 from jobs.views import JobViewSet
-{% if cookiecutter.include_example %}
+{% if cookiecutter.include_example == "yes" %}
 from orders.views import ImportViewSet, NewsletterViewSet, OrderViewSet
 {% endif %}
 
 router = DefaultRouter(use_regex_path=False)  # the API answers for any id, even one with a dot
 router.include_format_suffixes = False  # no jobs.json besides jobs/
 router.register("jobs", JobViewSet, basename="job")
-{% if cookiecutter.include_example %}
+{% if cookiecutter.include_example == "yes" %}
 router.register("orders", OrderViewSet, basename="order")
 router.register("imports", ImportViewSet, basename="import")
 router.register("newsletters", NewsletterViewSet, basename="newsletter")
@@ -34,7 +34,7 @@ page = {
     "links": {},  # in the top bar, for everybody
     "staff_links": {"Admin": reverse_lazy("admin:index"){{ ', "Flower": settings.FLOWER_URL' if broker.flower }}},
     # Buttons on the jobs page: the label, and the URL of a view that answers 202 with a job.
-    "buttons": {% raw %}{{% endraw %}{{ '"Write a report": reverse_lazy("order-report")' if cookiecutter.include_example }}},
+    "buttons": {% raw %}{{% endraw %}{{ '"Write a report": reverse_lazy("order-report")' if cookiecutter.include_example == "yes" }}},
 }
 api_docs = SpectacularSwaggerSplitView.as_view()
 log_in = LoginView.as_view(
