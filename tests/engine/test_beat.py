@@ -212,6 +212,19 @@ def test_a_row_that_the_scheduler_cannot_read_is_counted():
     assert errors_after(read, DatabaseScheduler) == 1
 
 
+def test_a_task_that_no_longer_exists_is_counted(caplog):
+    """Celery sends its message, because another project's worker could know the task."""
+    send = Mock()
+
+    def tick_unknown(scheduler):
+        scheduler.send_task = send
+        scheduler.apply_entry(scheduler.Entry("old", "no.such.task", schedule=crontab(), app=app))
+
+    assert errors_after(tick_unknown) == 1
+    assert "old: this project has no task no.such.task" in caplog.text
+    assert send.call_count == 1
+
+
 def test_a_schedule_entry_with_a_task_id_is_counted(caplog):
     """Its job would run once and never again."""
     assert errors_after(lambda scheduler: tick(scheduler, task_id=str(uuid.uuid4()))) == 1
