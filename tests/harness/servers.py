@@ -294,7 +294,9 @@ class RabbitMQ(Broker):
             self.control("eval", ELECT_LEADERS)
 
     def control(self, *words):
-        subprocess.run(["rabbitmqctl", *words], env=self.options["env"], check=True)
+        """Run rabbitmqctl and return what it prints."""
+        options = {"env": self.options["env"], "stdout": subprocess.PIPE, "text": True}
+        return subprocess.run(["rabbitmqctl", *words], check=True, **options).stdout
 
     def limit_messages(self):
         (self.options["cwd"] / "rabbitmq.conf").write_text(f"max_message_size = {2**20}\n")

@@ -30,6 +30,7 @@ from harness.mails import Mails
 from harness.project import children_of, wait_for
 from harness.stack import LEASE
 
+on_rabbitmq = stacks(brokers=["rabbitmq"], pools=POOLS[:1])
 where_jobs_share_a_process = stacks(ONE["brokers"], [pool for pool in POOLS if pool != "prefork"])
 
 
@@ -596,32 +597,52 @@ result = [(timezone.now() - time).total_seconds() for time in (sweep.ended_at, s
 # Dead letters
 
 
-@stacks(brokers=["rabbitmq"], pools=POOLS[:1])
+@on_rabbitmq
 def test_a_dead_letter_is_kept_and_can_be_sent_again(stack):
-    """With rabbitmq.json, and with the code in the output's docs/workers.md."""
+    """With rabbitmq.json, which names no queue of tasks, and with the code in docs/workers.md."""
     page = stack.project.read("docs/workers.md")
     [again] = re.findall(r"^    from config import celery_app\n(?:    .*\n)*", page, re.MULTILINE)
     stack.broker.control("import_definitions", stack.project / "rabbitmq.json")
-    for worker in stack.workers:
-        worker.stop()
     try:
-        stack.send("circle", ".", 0, queue="cpu")
+        stack.send("circle", ".", 0, queue="reports")
         deliver = """
 from config.celery import app
 with app.connection_for_write() as broker:
     channel = broker.default_channel
-    if message := channel.basic_get("cpu"):
+    if message := channel.basic_get("reports"):
         channel.basic_reject(message.delivery_tag, requeue=True)
 result = bool(message)
 """
         deliveries = sum(stack.ask(deliver) for _ in range(30))
         assert deliveries == 21
         wait_for(lambda: stack.messages_in("dead-letters") == 1)
-        assert stack.messages_in("cpu") == 0
+        assert stack.messages_in("reports") == 0
         stack.ask(textwrap.dedent(again))
-        assert (stack.messages_in("dead-letters"), stack.messages_in("cpu")) == (0, 1)
+        assert (stack.messages_in("dead-letters"), stack.messages_in("reports")) == (0, 1)
     finally:
         stack.broker.control("clear_policy", "dead-letters")
+
+
+@on_rabbitmq
+def test_the_policy_for_dead_letters_covers_the_queues_of_tasks_and_no_others(stack):
+    """The others are Celery's, for countdowns, events and remote control, and the dead letters."""
+    declare = """
+from config.celery import app
+with app.connection_for_write() as broker:
+    app.amqp.queues["reports"](broker.default_channel).declare()
+"""
+    stack.ask(declare)
+    stack.broker.control("import_definitions", stack.project / "rabbitmq.json")
+    try:
+        printed = stack.broker.control("list_queues", "--silent", "name", "policy")
+    finally:
+        stack.broker.control("clear_policy", "dead-letters")
+    policies = dict(line.split("\t") for line in printed.splitlines())
+    covered = {name for name, policy in policies.items() if policy == "dead-letters"}
+    assert {"celery", "cpu", "io", "reports"} <= covered
+    assert [name for name in covered if "celery" in name or "dead" in name] == ["celery"]
+    for part in ["dead-letters", "celery_delayed_0", "celeryev.", ".celery.pidbox"]:
+        assert any(part in name for name in policies), part
 
 
 # Routing
