@@ -648,6 +648,28 @@ with app.connection_for_write() as broker:
 # Routing
 
 
+@on_rabbitmq
+def test_the_first_worker_makes_the_queues_of_all(stack):
+    """A task with a countdown then waits in its queue, before the first worker of the queue starts.
+
+    Without the queue, Celery logs CRITICAL, and RabbitMQ tries to forward the task every 3 minutes.
+    """
+    stack.broker.control("add_vhost", "fresh")
+    stack.broker.control("set_permissions", "-p", "fresh", "guest", ".*", ".*", ".*")
+    url = stack.variables["CELERY_BROKER_URL"].removesuffix("/") + "fresh"
+    worker = stack.make_worker("io", "first", CELERY_BROKER_URL=url)
+    worker.start()
+    assert "delayed delivery" not in worker.printed
+    send = """
+from config.celery import app
+with app.connection_for_write(url) as broker:
+    circle.apply_async([".", 0], queue="cpu", countdown=1, connection=broker)
+"""
+    stack.ask(send, url=url)
+    count = ["list_queues", "-p", "fresh", "--silent", "name", "messages"]
+    wait_for(lambda: "cpu\t1\n" in stack.broker.control(*count))
+
+
 @on_one
 def test_a_job_goes_to_the_queue_of_its_task(stack):
     """Its decorator or CELERY_TASK_ROUTES names it, here `io`. enqueue(queue=…) overrides both."""

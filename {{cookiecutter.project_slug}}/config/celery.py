@@ -1,17 +1,20 @@
+{% import "imports.jinja" as imports %}
 {% from "chosen.jinja" import broker, worker_pool with context %}
-import os
-{% if broker.flower %}
-import sys
-{% endif %}
-
+{% set lines %}
 from celery import signals
 from django.conf import settings
 from django.dispatch import receiver
 from django_structlog.celery.signals import bind_extra_task_metadata
 from django_structlog.celery.steps import DjangoStructLogInitStep
-{% print broker.celery_imports | default %}
 from structlog.contextvars import bind_contextvars
+{% print broker.celery_imports | default %}
+{% endset %}
+import os
+{% if broker.flower %}
+import sys
+{% endif %}
 
+{{ imports.sort(lines) }}
 from jobs.celery import Celery
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
