@@ -192,6 +192,7 @@ REST_FRAMEWORK = {
     "DEFAULT_THROTTLE_RATES": {"user": THROTTLE},
     "DEFAULT_SCHEMA_CLASS": "jobs.schema.Schema",
     "NUM_PROXIES": NUM_PROXIES,
+    "TEST_REQUEST_DEFAULT_FORMAT": "json",  # of api.post(url, data) in tests: views parse only JSON
 }
 SPECTACULAR_SETTINGS = {
     "TITLE": {{ text.python(cookiecutter.project_name) }},

@@ -14,7 +14,9 @@ from django.core.management import call_command
 from django.db import OperationalError, connection
 from django.test import RequestFactory
 from django_structlog.middlewares import RequestMiddleware
-from rest_framework.test import APIClient
+from rest_framework.decorators import api_view
+from rest_framework.response import Response
+from rest_framework.test import APIClient, APIRequestFactory, force_authenticate
 
 from config import urls
 from config.celery import own_settings
@@ -33,6 +35,16 @@ def test_an_invalid_throttle_is_refused_at_startup(settings, monkeypatch, rate):
     monkeypatch.setenv("THROTTLE", rate)
     with pytest.raises(ImproperlyConfigured, match=f"THROTTLE={rate}: write"):
         runpy.run_path(settings.BASE_DIR / "config/settings.py")
+
+
+def test_a_test_posts_json_without_saying_so(user):
+    @api_view(["POST"])
+    def echo(request):
+        return Response(request.data)
+
+    request = APIRequestFactory().post("/", {"product": "Tea"})
+    force_authenticate(request, user)
+    assert echo(request).data == {"product": "Tea"}
 
 
 def test_the_openapi_document_has_no_warnings():
