@@ -1954,6 +1954,23 @@ def test_the_checks_find_a_redis_database_with_two_uses(monkeypatch, settings):
     assert check(monkeypatch) == {"jobs.W002"}
 
 
+def test_the_checks_find_a_cache_whose_package_is_missing(monkeypatch, settings):
+    monkeypatch.setitem(sys.modules, "redis", None)
+    cache = {"BACKEND": "django.core.cache.backends.redis.RedisCache", "LOCATION": "redis://h"}
+    settings.CACHES = {"default": cache}
+    [error] = [found for found in run_checks() if found.id == "jobs.E003"]
+    assert "`uv add redis`" in error.hint
+
+
+def test_the_checks_find_a_cache_for_which_a_request_would_wait_without_end(monkeypatch, settings):
+    monkeypatch.setitem(sys.modules, "redis", Mock())
+    cache = {"BACKEND": "django.core.cache.backends.redis.RedisCache", "LOCATION": "redis://h"}
+    settings.CACHES = {"default": cache}
+    assert check(monkeypatch) == {"jobs.W007"}
+    settings.CACHES = {"default": {**cache, "OPTIONS": {"socket_timeout": 1}}}
+    assert check(monkeypatch) == set()
+
+
 @pytest.mark.parametrize("users", ["", "admin", "admin:", "admin:change-me", "me:secret,admin:"])
 def test_the_checks_find_a_flower_without_a_password(monkeypatch, settings, users):
     settings.FLOWER_BASIC_AUTH = users

@@ -1,4 +1,4 @@
-"""Checks for `manage.py check`: tasks that would never run and, with --deploy, unsafe settings."""
+"""Checks for `manage.py check`: what would never run or work and, with --deploy, unsafe settings."""
 
 import os
 import re
@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 from celery import current_app
 from celery.beat import ScheduleEntry
 from django.conf import settings
+from django.core.cache import caches
 from django.core.checks import Error, Info, Warning, register
 
 from .beat import check_entry
@@ -44,6 +45,31 @@ def check_schedule(app_configs, **kwargs):
                 hint="Correct the entry. If its task belongs to another project, silence this check.",
                 id="jobs.E003",
             )
+
+
+@register()
+def check_cache(app_configs, **kwargs):
+    """Find a missing package. Otherwise only the log would say that requests are not counted."""
+    cache = caches["default"]
+    try:
+        getattr(cache, "_cache", None)  # imports the package, but does not connect
+    except ImportError as error:
+        yield Error(
+            f"The cache of CACHE_URL cannot be used: {error}.",
+            hint=f"Add the package to pyproject.toml: `uv add {error.name}`.",
+            id="jobs.E003",
+        )
+
+
+@register(deploy=True)
+def check_cache_timeouts(app_configs, **kwargs):
+    cache = settings.CACHES["default"]
+    if "RedisCache" in cache["BACKEND"] and "socket_timeout" not in cache.get("OPTIONS", {}):
+        yield Warning(
+            "If the cache hangs, so does each request.",
+            hint="Add ?socket_timeout=1&socket_connect_timeout=1 to CACHE_URL.",
+            id="jobs.W007",
+        )
 
 
 @register(deploy=True)
