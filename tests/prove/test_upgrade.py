@@ -117,3 +117,15 @@ def test_an_update_keeps_what_the_owner_changed(make, template, tmp_path):
         ".cruft.json": "M",
     }
     assert "up to date" in project.run("cruft", "check")
+
+
+def test_a_replay_file_without_a_new_option_needs_a_terminal(template, tmp_path):
+    """As docs/options.md says."""
+    baked(template, tmp_path)
+    change(template / "cookiecutter.json", '"ci": ["github"', '"new": ["a", "b"], "ci": ["github"')
+    file = tmp_path / "replay/template.json"
+    replay = f"cookiecutter --replay-file {file} {template} --output-dir again"
+    with pytest.raises(AssertionError, match="Aborted!"):
+        template.call("sh", "-c", f"{replay} < /dev/null")
+    template.call("sh", "-c", f"echo | {replay}")
+    assert (template / "again/tea_shop").exists()
