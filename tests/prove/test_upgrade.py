@@ -1,7 +1,12 @@
-"""A project gets the changes of a newer template, and keeps those of its owner."""
+"""A project gets the changes of a newer template, and keeps those of its owner.
+
+The tests run the commands of docs/upgrading.md as they are, with the cruft that uvx installs today.
+"""
 
 import json
 import os
+import re
+import shlex
 import shutil
 
 import pytest
@@ -10,7 +15,11 @@ from harness.bake import TEMPLATE
 from harness.project import Project
 
 PARTS = ["cookiecutter.json", "hooks", "templates", "{{cookiecutter.project_slug}}"]
+PAGE = (TEMPLATE / "docs/upgrading.md").read_text("utf-8")
+CREATE, LINK, CHECK, UPDATE, CHANGE_ANSWER = re.findall(r"uvx cruft [^`\n]+", PAGE)
 ANSWERS = {"project_name": "Tea Shop", "broker": "rabbitmq", "include_example": "no"}
+# The same at the prompts, in the order of the options: the second broker, the second answer.
+TYPED = ["Tea Shop", *[""] * 4, "2", *[""] * 5, "2"]
 SETTINGS = "config/settings.py"
 OWNERS = '"PAGE_SIZE": 20', '"PAGE_SIZE": 50'
 TEMPLATES = "ETA_TASK_LIMIT = 1000", "ETA_TASK_LIMIT = 500"
@@ -39,11 +48,18 @@ def template(tmp_path):
     return template
 
 
+def type_in(folder, command, template, answers=()):
+    """Run a command of the page in this folder, and type these answers."""
+    commit = template.call("git", "rev-parse", "HEAD").strip()
+    command = command.replace("https://github.com/OWNER/REPO", str(template))
+    typed = shlex.quote("".join(f"{answer}\n" for answer in answers))
+    return folder.call("sh", "-c", f"printf %s {typed} | {command.replace('COMMIT', commit)}")
+
+
 def created(template, folder):
     """Bake a project with `cruft create`."""
-    answers = json.dumps(ANSWERS)
-    options = ["--output-dir", folder, "--no-input", "--extra-context", answers, "--skip", ".env"]
-    template.run("cruft", "create", template, *options)
+    folder.mkdir(exist_ok=True)
+    type_in(Project(folder), CREATE, template, TYPED)
     return Project(folder / "tea_shop")
 
 
@@ -56,9 +72,9 @@ def baked(template, folder):
 
 
 def linked(template, folder):
-    """Bake a project with cookiecutter, then `cruft link` it as docs/upgrading.md says."""
+    """Bake a project with cookiecutter, then link it. The last answer is the commit."""
     project = baked(template, folder)
-    project.run("cruft", "link", template, "--no-input", "--extra-context", json.dumps(ANSWERS))
+    type_in(project, LINK, template, [*TYPED, ""])
     state = json.loads(project.read(".cruft.json"))
     (project / ".cruft.json").write_text(json.dumps({**state, "skip": [".env"]}))
     return project
@@ -105,7 +121,7 @@ def test_an_update_keeps_what_the_owner_changed(make, template, tmp_path):
     options = '"new_option": ["default", "other"], "include_example"'
     change(template / "cookiecutter.json", '"include_example": [', f"{options}: [")
     commit(template)
-    project.run("cruft", "update", "--skip-apply-ask")
+    type_in(project, UPDATE, template)
 
     settings = project.read(SETTINGS)
     assert OWNERS[1] in settings and TEMPLATES[1] in settings
@@ -116,7 +132,12 @@ def test_an_update_keeps_what_the_owner_changed(make, template, tmp_path):
         "default.md": "A",
         ".cruft.json": "M",
     }
-    assert "up to date" in project.run("cruft", "check")
+    assert "up to date" in type_in(project, CHECK, template)
+    project.call("git", "reset", "--hard", "--quiet")
+    assert project.call("git", "status", "--short") == ""
+    type_in(project, CHANGE_ANSWER, template)
+    assert OWNERS[1] in project.read(SETTINGS)
+    assert 'pool_name("threads")' in project.read(SETTINGS)
 
 
 def test_a_replay_file_without_a_new_option_needs_a_terminal(template, tmp_path):
