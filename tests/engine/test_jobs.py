@@ -1958,7 +1958,7 @@ def test_the_checks_find_a_cache_whose_package_is_missing(monkeypatch, settings)
     monkeypatch.setitem(sys.modules, "redis", None)
     cache = {"BACKEND": "django.core.cache.backends.redis.RedisCache", "LOCATION": "redis://h"}
     settings.CACHES = {"default": cache}
-    [error] = [found for found in run_checks() if found.id == "jobs.E003"]
+    [error] = [found for found in run_checks() if found.id == "jobs.E004"]
     assert "`uv add redis`" in error.hint
 
 

@@ -57,7 +57,7 @@ def check_cache(app_configs, **kwargs):
         yield Error(
             f"The cache of CACHE_URL cannot be used: {error}.",
             hint=f"Add the package to pyproject.toml: `uv add {error.name}`.",
-            id="jobs.E003",
+            id="jobs.E004",
         )
 
 
