@@ -1,18 +1,20 @@
-"""The manifests of outputs, rendered as by `kubectl apply -k` and validated by the schema."""
+"""The manifests of outputs: valid, and each part fits the others, the code and the pages."""
 
 import base64
 import itertools
 import re
 import shutil
 import subprocess
+from functools import cache
 from urllib.parse import urlsplit
+from uuid import uuid4
 
 import kubernetes_validate
 import pytest
 import yaml
 
-from harness import missing
-from harness.bake import CHOICES
+from harness import kustomize
+from harness.bake import CHOICES, baked
 
 PRODUCTION = "deploy/kubernetes/overlays/production"
 OPTIONS = ("broker", "result_backend", "worker_pool", "include_example")
@@ -22,16 +24,21 @@ ANSWERS = [
 ]
 
 
-@pytest.fixture
-def render(bake):
-    """Return a function: it bakes a project, and returns it and {(kind, name): document}."""
-    if not shutil.which("kubectl"):
-        missing("kubectl is not installed")
+# The keys of a ScaledObject that we use; KEDA's schema is not in kubernetes-validate.
+SCALED_OBJECT = {"scaleTargetRef", "minReplicaCount", "maxReplicaCount", "pollingInterval"}
+SCALED_OBJECT |= {"advanced", "triggers"}
+TRIGGER = {"connectionFromEnv", "query", "targetQueryValue"}  # of the type postgresql
 
+
+@pytest.fixture(scope="module")
+def render(cookies_session):
+    """Return a function: it bakes a project, and returns it and {(kind, name): document}."""
+
+    @cache
     def render(**answers):
-        project = bake(deployment="kubernetes", **answers)
+        project = baked(cookies_session, {"deployment": "kubernetes", **answers})
         shutil.copy(project / PRODUCTION / ".env.example", project / PRODUCTION / ".env")
-        documents = yaml.safe_load_all(project.call("kubectl", "kustomize", PRODUCTION))
+        documents = kustomize.build(project / PRODUCTION)
         return project, {(each["kind"], each["metadata"]["name"]): each for each in documents}
 
     return render
@@ -52,26 +59,53 @@ def pods(documents):
 def test_the_manifests_are_valid(render, answers):
     project, documents = render(**answers)
     for (kind, _), document in documents.items():
-        if kind != "ScaledObject":  # KEDA's own, not in the schema
-            kubernetes_validate.validate(document, "1.37", strict=True)
+        if kind == "ScaledObject":
+            document = autoscaler(document)
+        kubernetes_validate.validate(document, "1.37", strict=True)
 
     for key, spec in pods(documents).items():
         check_pod(spec, documents, key)
+    check_selectors(documents)
     queues = re.search(r"WORKER_QUEUES = \[(.*)\]", project.read("config/settings.py"))[1]
     queues = re.findall(r"\w+", queues)
-    assert {f"worker-{queue}" for queue in queues} == {
-        name for kind, name in documents if kind == "ScaledObject"
-    }
+    scaled = {name for kind, name in documents if kind == "ScaledObject"}
+    workers = {f"worker-{queue}" for queue in queues}
+    assert workers == scaled
+    others = {"web", "beat"} | ({"flower"} if "flower" in project.read("Procfile") else set())
+    assert {name for kind, name in documents if kind == "Deployment"} == workers | others
     for queue in queues:
         check_workers(queue, documents)
     beat = documents["Deployment", "beat"]["spec"]
     assert (beat["replicas"], beat["strategy"]) == (1, {"type": "Recreate"})
-    assert ("Deployment", "flower") in documents or "flower" not in project.read("Procfile")
+    check_variables(project, documents)
+
+
+def autoscaler(scaled):
+    """Return the HorizontalPodAutoscaler that KEDA makes from a ScaledObject."""
+    spec = scaled["spec"]
+    assert set(spec) <= SCALED_OBJECT
+    [trigger] = spec["triggers"]
+    assert trigger["type"] == "postgresql" and set(trigger["metadata"]) == TRIGGER
+    return {
+        "apiVersion": "autoscaling/v2",
+        "kind": "HorizontalPodAutoscaler",
+        "metadata": scaled["metadata"],
+        "spec": {
+            "scaleTargetRef": {"apiVersion": "apps/v1", "kind": "Deployment"}
+            | spec["scaleTargetRef"],
+            "minReplicas": spec["minReplicaCount"],
+            "maxReplicas": spec["maxReplicaCount"],
+            **spec["advanced"]["horizontalPodAutoscalerConfig"],
+        },
+    }
 
 
 def check_pod(spec, documents, key):
     assert spec["securityContext"]["runAsNonRoot"], key
-    assert spec["terminationGracePeriodSeconds"] > 30, key
+    if key[0] == "Deployment":
+        [first] = spec["initContainers"]
+        assert "until python manage.py migrate --check" in first["command"][-1], key
+    volumes = {volume["name"] for volume in spec["volumes"]}
     for container in spec["containers"]:
         assert container["resources"]["requests"] and container["resources"]["limits"], key
     for container in spec["containers"] + spec.get("initContainers", []):
@@ -83,7 +117,61 @@ def check_pod(spec, documents, key):
         rights = container["securityContext"]
         assert not rights["allowPrivilegeEscalation"] and rights["readOnlyRootFilesystem"], key
         assert rights["capabilities"] == {"drop": ["ALL"]}, key
-        assert container["image"].startswith("registry.example.com/"), key
+        mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+        assert set(mounts.values()) <= volumes, key
+        written = re.findall(r"(?:--schedule |LIVENESS_FILE=)(/\w+)/", said(container, documents))
+        assert written and set(written) <= set(mounts), key
+
+
+def said(container, documents):
+    """Return the command of a container and its variables from the ConfigMap, as a text."""
+    [config] = [each["data"] for (kind, _), each in documents.items() if kind == "ConfigMap"]
+    variables = [f"{name}={value}" for name, value in config.items()]
+    return " ".join([*container.get("command", []), *variables])
+
+
+def check_selectors(documents):
+    """Check that each selector finds the pods that it is for."""
+    labels = {
+        name: document["spec"]["template"]["metadata"]["labels"]
+        for (kind, name), document in documents.items()
+        if kind == "Deployment"
+    }
+    for (kind, name), document in documents.items():
+        spec = document.get("spec")
+        if kind == "Deployment":
+            assert (
+                spec["selector"] == {"matchLabels": labels[name]} == {"matchLabels": {"app": name}}
+            ), name
+        elif kind == "Service":
+            assert spec["selector"] == labels[name]
+            [container] = pods(documents)["Deployment", name]["containers"]
+            open_ports = {port["containerPort"] for port in container["ports"]}
+            assert {port["targetPort"] for port in spec["ports"]} == open_ports
+        elif kind == "NetworkPolicy" and name != "all":
+            [(how, wanted)] = spec["podSelector"].items()
+            names = [wanted["app"]] if how == "matchLabels" else wanted[0]["values"]
+            assert {*names} <= {*labels}, name
+
+
+def check_variables(project, documents):
+    """Check that the code reads each variable that a manifest sets, or uses in a command."""
+    code = "".join(
+        file.read_text()
+        for folder in ("config", "jobs")
+        for file in (project / folder).glob("*.py")
+    )
+    known = set(re.findall(r"""(?:env\.\w+|environ\.get)\(["']([A-Z0-9_]+)["']""", code))
+    given = set()
+    for document in documents.values():
+        given |= set(document.get("data", {}))
+    assert given and given <= known
+    for spec in pods(documents).values():
+        for container in spec["containers"]:
+            own = {each["name"] for each in container.get("env", [])}
+            assert own <= known
+            commands = yaml.safe_dump(container)
+            assert set(re.findall(r"\$\{?([A-Z_]+)", commands)) <= given | own
 
 
 def check_workers(queue, documents):
@@ -92,7 +180,8 @@ def check_workers(queue, documents):
     [container] = pods(documents)["Deployment", spec["scaleTargetRef"]["name"]]["containers"]
     assert container["command"][-2:] == ["--queues", queue]
     [trigger] = spec["triggers"]
-    assert f"queue = '{queue}'" in trigger["metadata"]["query"]
+    [secret] = [each["data"] for (kind, _), each in documents.items() if kind == "Secret"]
+    assert trigger["metadata"]["connectionFromEnv"] in secret
     concurrency = {each["name"]: each["value"] for each in container["env"]}
     assert concurrency == {"WORKER_CONCURRENCY": trigger["metadata"]["targetQueryValue"]}
 
@@ -144,9 +233,10 @@ def test_the_network_policies_open_only_needed_ports(render, broker, result_back
     [ingress] = [spec["ingress"] for spec in policies.values() if "ingress" in spec]
     assert policies["web"]["podSelector"] == {"matchLabels": {"app": "web"}}
     [rule] = ingress
-    assert rule["from"] and ports([rule]) == {("TCP", 8000)}
-    [service] = [each["spec"] for (kind, _), each in documents.items() if kind == "Service"]
-    assert service["ports"][0]["targetPort"] == 8000
+    [origin] = rule["from"]
+    names = {"kubernetes.io/metadata.name": "ingress-nginx"}
+    assert origin == {"namespaceSelector": {"matchLabels": names}}
+    assert ports([rule]) == {("TCP", 8000)}
 
     [workers] = policies["workers"]["podSelector"]["matchExpressions"]
     assert {f"worker-{queue}" for queue in ("celery", "cpu", "io")} == set(workers["values"])
@@ -182,3 +272,110 @@ def test_no_pod_can_fill_the_disk_of_its_node(render):
     for key, spec in pods(documents).items():
         for volume in spec["volumes"]:
             assert volume["emptyDir"]["sizeLimit"], key
+
+
+def test_each_process_has_the_same_time_to_stop(render):
+    """In a pod, in a container and under a supervisor: more than the process itself takes."""
+    project, documents = render()
+    soft = re.search(r'"SOFT_SHUTDOWN_SECONDS", default=(\d+)', project.read("config/settings.py"))
+    page = project.read("docs/production.md")
+    seconds = int(re.search(r"TimeoutStopSec=(\d+)", page)[1])
+    assert f"give a worker {seconds} seconds to stop" in page
+    assert seconds >= int(soft[1]) + 10
+    compose = yaml.safe_load(project.read("compose.yaml"))["x-app"]
+    assert compose["stop_grace_period"] == f"{seconds}s"
+    for key, spec in pods(documents).items():
+        assert spec["terminationGracePeriodSeconds"] == seconds, key
+    [web] = pods(documents)["Deployment", "web"]["containers"]
+    graceful = 30  # gunicorn's default
+    assert web["lifecycle"]["preStop"]["sleep"]["seconds"] + graceful < seconds
+
+
+@pytest.mark.parametrize("broker", CHOICES["broker"])
+def test_the_commands_of_the_page_name_what_exists(render, broker):
+    project, documents = render(broker=broker)
+    commands = re.findall("kubectl [^`\n]+", project.read("docs/production.md"))
+    assert len(commands) == 4 + (("Deployment", "flower") in documents)
+    [namespace] = {each["metadata"]["namespace"] for each in documents.values()}
+    for command in commands:
+        for named in re.findall("namespace ([a-z-]+)", command):
+            assert named == namespace, command
+        for kind, name in re.findall("(deployment|job)[/ ]([a-z-]+)", command):
+            assert (kind.capitalize(), name) in documents, command
+        for folder in re.findall(" -k (.+)", command):
+            assert folder == PRODUCTION
+        if port := re.search("port-forward .* ([0-9]+)$", command):
+            [flower] = pods(documents)["Deployment", "flower"]["containers"]
+            assert f"--port={port[1]}" in flower["command"][-1]
+
+
+def test_the_image_and_the_hosts_are_in_one_file(render, tmp_path):
+    """And the values of the Secret in another one, which Git ignores."""
+    project, _ = render()
+    shutil.copytree(project / "deploy", tmp_path / "deploy")
+    overlay = tmp_path / PRODUCTION
+    text = (overlay / "kustomization.yaml").read_text()
+    image = re.search("newName: (.+)\n.*newTag: (.+)\n", text)
+    text = text.replace(image[1], "ghcr.io/tea/shop").replace(image[2], "'7'")
+    (overlay / "kustomization.yaml").write_text(text.replace("=example.com", "=tea.example"))
+    values = (overlay / ".env.example").read_text()
+    (overlay / ".env").write_text(values.replace("SECRET_KEY=", "SECRET_KEY=tea"))
+    documents = kustomize.build(overlay)
+    assert {each["image"] for each in kustomize.containers(documents)} == {"ghcr.io/tea/shop:7"}
+    data = {each["kind"]: each["data"] for each in documents if "data" in each}
+    assert data["ConfigMap"]["ALLOWED_HOSTS"] == "tea.example,localhost"
+    assert base64.b64decode(data["Secret"]["SECRET_KEY"]) == b"tea"
+
+    project.call("git", "init", "--quiet")
+    tracked = project.call("git", "ls-files", "--others", "--exclude-standard").split()
+    assert {f"{PRODUCTION}/{name}" for name in (".env.example", "kustomization.yaml")} <= {*tracked}
+    assert f"{PRODUCTION}/.env" not in tracked
+
+
+# Makes jobs in every state, more for each next queue, and prints the metrics.
+JOBS = """
+from datetime import timedelta
+from uuid import uuid4
+from django.conf import settings
+from django.utils import timezone
+from jobs.models import Job
+from jobs.metrics import Collector
+from orders.tasks import write_report
+for number, queue in enumerate([*settings.WORKER_QUEUES, "unknown"], start=1):
+    for _ in range(number):
+        for countdown in (0, 3600):
+            Job.objects.enqueue(write_report, [1], queue=queue, countdown=countdown)
+        for changes in (
+            {"sent": 0, "wake_at": timezone.now() - timedelta(seconds=9)},  # a due countdown
+            {"state": "running", "run": uuid4()},
+            *({"state": state, "wake_at": None, "finished_at": timezone.now()}
+              for state in ("succeeded", "failed", "cancelled")),
+        ):
+            job = Job.objects.enqueue(write_report, [1], queue=queue)
+            Job.objects.filter(pk=job.pk).update(**changes)
+for family in Collector().collect():
+    for sample in family.samples:
+        print(sample.name, *sample.labels.values(), sample.value)
+"""
+
+
+def test_the_queries_that_scale_workers_count_waiting_and_running_jobs(render, database):
+    """Each counts those of its queue that a worker can run now, as the metrics do."""
+    project, documents = render()
+    project.install()
+    url = database.create(f"keda_{uuid4().hex}")
+    variables = {"DATABASE_URL": url, "CELERY_BROKER_URL": "memory://"}
+    project.manage("migrate", "-v0", **variables)
+    printed = project.manage("shell", "-v0", "-c", JOBS, **variables)
+    metrics = re.findall(r"^(jobs_(?:waiting|running)) (\w+) (\d+)", printed, re.M)
+    queries = {
+        name: each["spec"]["triggers"][0]["metadata"]["query"]
+        for (kind, name), each in documents.items()
+        if kind == "ScaledObject"
+    }
+    psql = [database.binaries / "psql", "-tA", url, "-c"]
+    for number, queue in enumerate(("celery", "cpu", "io"), start=1):
+        command = [*psql, queries[f"worker-{queue}"]]
+        count = int(subprocess.run(command, capture_output=True, check=True).stdout)
+        assert count == sum(int(value) for _, name, value in metrics if name == queue)
+        assert count == 3 * number
