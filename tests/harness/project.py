@@ -155,6 +155,7 @@ class Site:
         self.web = f"http://127.0.0.1:{environment['PORT']}"
         self.flower = f"http://127.0.0.1:{environment['FLOWER_PORT']}"
         self.environment = environment
+        self.headers = {}  # of every request, for a proxy that adds some
         self.token = self.worker = self.console = None
 
     @property
@@ -182,7 +183,7 @@ class Site:
 
     def request(self, path, data=None, **headers):
         """Send a GET, or a POST of `data`, as the demo user. Return (status, headers, JSON)."""
-        headers = {"Authorization": f"Token {self.token}", **headers}
+        headers = {"Authorization": f"Token {self.token}", **self.headers, **headers}
         return fetch(self.web + path, data, headers)
 
     def upload(self, path, text):
