@@ -1,16 +1,19 @@
-"""Outputs in containers, built and started as baked."""
+"""Outputs in containers, built and started as baked: Compose's services, and Kubernetes' pods."""
 
 import itertools
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import time
+from urllib.request import Request, urlopen
 
 import pytest
 import yaml
 
-from harness import missing
+from harness import kustomize, missing
 from harness.bake import CHOICES, baked
 from harness.project import Site, env, free_ports, wait_for
 
@@ -23,6 +26,17 @@ from jobs.models import Job
 from orders.tasks import forecast_demand
 arguments = {"rounds": 1_000_000}
 print(Job.objects.enqueue(forecast_demand, ["Tea"], arguments, owner=User.objects.get()).pk)
+"""
+# A job for each queue, which Beat starts when its countdown is over.
+JOB_FOR_EACH_QUEUE = """
+from django.conf import settings
+from users.models import User
+from jobs.models import Job
+from orders.tasks import forecast_demand
+options = {"countdown": 1, "owner": User.objects.get()}
+for queue in settings.WORKER_QUEUES:
+    job = Job.objects.enqueue(forecast_demand, ["Tea"], {"rounds": 9}, queue=queue, **options)
+    print(queue, job.pk)
 """
 CRASHES = "from jobs.models import Job; print(Job.objects.get(pk='{}').crashes)"
 MEGABYTE = 1_000_000
@@ -48,6 +62,10 @@ STACKS = [
     for broker in CHOICES["broker"]
 ]
 on_one = pytest.mark.parametrize("stack", STACKS[:1], indirect=True)
+on_rabbitmq = pytest.mark.parametrize(
+    "stack", [stack for stack in STACKS if stack.values == ("rabbitmq",)], indirect=True
+)
+HTTPS = {"Host": "example.com", "X-Forwarded-Proto": "https"}  # what the proxy sends
 
 
 def docker(*command):
@@ -73,16 +91,19 @@ def stack(request, engine, cookies_session):
     Only `.env` is changed: a shorter soft shutdown, because workers wait that long at each stop.
     """
     port, flower = free_ports(2)
-    project = baked(cookies_session, {"broker": request.param, "project_slug": f"shop_{port}"})
+    answers = {"broker": request.param, "project_slug": f"shop_{port}"}
+    project = baked(cookies_session, {"deployment": "kubernetes", **answers})  # docker's files too
     with open(project / ".env", "a") as file:
         file.write(f"SOFT_SHUTDOWN_SECONDS={SOFT_SHUTDOWN_SECONDS}\n")
     stack = Stack(project, PORT=port, FLOWER_PORT=flower)
     try:
-        stack.up("--build")
+        stack.make_up()
         yield stack
     finally:
         stack.compose("down", "--volumes", "--remove-orphans")
         subprocess.run(["docker", "image", "rm", project.name], capture_output=True)
+    label = f"label=com.docker.compose.project={project.name}"
+    assert not docker("volume", "ls", "--quiet", "--filter", label)
 
 
 class Stack(Site):
@@ -99,18 +120,28 @@ class Stack(Site):
     def compose(self, *command):
         return self.project.call("docker", "compose", *command, **self.environment)
 
-    def up(self, *options):
-        command = ["docker", "compose", "up", "--detach", "--wait", *options]
-        result = subprocess.run(
-            command,
-            cwd=self.project,
-            env=env(**self.environment),
-            capture_output=True,
-            text=True,
-        )
-        assert result.returncode == 0, result.stderr + self.log
-        printed = self.compose("logs", "--no-color", "migrate")
+    def make(self, target):
+        return self.project.call("make", target, **self.environment)
+
+    def make_up(self):
+        """Run `make up`, which prints addresses and passwords, and keep the token from there."""
+        try:
+            printed = self.make("up")
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.log}") from None
+        user = self.user()
+        assert f"{self.web}/    {user['USERNAME']} / {user['PASSWORD']}" in printed
+        assert not self.has_flower or self.flower in printed
         self.token = re.findall("Token ([0-9a-f]{40})", printed)[-1]
+
+    def up(self, *options):
+        """Start what has ended, without a build."""
+        self.compose("up", "--detach", "--wait", *options)
+
+    def psql(self, sql, database="postgres"):
+        """Run SQL as PostgreSQL's superuser, as docs/production.md says; return what it prints."""
+        command = ("psql", "-U", "postgres", "-d", database, "-tAc", sql)
+        return self.compose("exec", "-T", "db", *command).strip()
 
     def shell(self, code):
         """Run Python code in the web container; return the last word that it prints."""
@@ -204,8 +235,9 @@ def test_a_stop_in_the_middle_of_a_job_loses_nothing(stack):
     order, _ = stack.order()
     url, pk = stack.start_long_job()
     token = stack.token
-    stack.compose("down")
-    stack.up()
+    stack.make("down")
+    assert not stack.compose("ps", "--all", "--quiet")
+    stack.make_up()
     *_, job = stack.follow(url)
 
     assert job["state"] == "succeeded"
@@ -239,32 +271,6 @@ def test_compose_scales_the_workers(stack):
 
 
 @on_one
-def test_the_query_that_scales_workers_counts_jobs(stack, bake):
-    """The query is in deploy/kubernetes/ and needs PostgreSQL."""
-    manifests = bake(deployment="kubernetes").read("deploy/kubernetes/base/workers.yaml")
-    queries = [
-        each["spec"]["triggers"][0]["metadata"]["query"]
-        for each in yaml.safe_load_all(manifests)
-        if each["kind"] == "ScaledObject"
-    ]
-    [query] = [query for query in queries if "'cpu'" in query]
-
-    def count():
-        name = stack.project.name
-        psql = ("psql", "-U", name, "-d", name, "-tAc", query)
-        return int(stack.compose("exec", "-T", "db", *psql))
-
-    assert count() == 0
-    url, _ = stack.start_long_job()
-    stack.shell(LONG_JOB)
-    stack.shell(LONG_JOB.replace("owner", "countdown=3600, owner"))
-    assert count() == 2
-    for job in stack.request("/api/jobs/")[2]["results"]:
-        stack.request(f"{job['url'].removeprefix(stack.web)}cancel/", {})
-    assert count() == 0
-
-
-@on_one
 def test_a_frozen_service_is_unhealthy(stack):
     """Its container runs, but SIGSTOP has paused every process in it."""
     services = ["web", "worker", "beat"]
@@ -293,6 +299,8 @@ def test_compose_reads_every_file(engine, bake):
     assert len(seen) > 1
 
 
+# The servers that `migrate` waits for.
+WAITS = re.compile("    depends_on:\n(?:      .+\n)+(?=\n  web:)")
 ATTACKS = """
 from django.db import connection
 for sql in [
@@ -408,3 +416,265 @@ def test_make_dev_restarts_the_worker_after_an_edit(stack):
     tasks.write_text(tasks.read_text() + "\n# edited again\n")
     time.sleep(5)
     assert starts() == before
+
+
+@on_one
+def test_make_logs_follows_the_output(stack):
+    command = ["make", "logs"]
+    options = {"cwd": stack.project, "env": env(**stack.environment), "text": True}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, start_new_session=True, **options
+    ) as logs:
+        _, job = stack.order()
+        try:
+            assert any(job["id"] in line for line in logs.stdout)
+        finally:
+            os.killpg(logs.pid, signal.SIGINT)
+
+
+@on_one
+def test_the_dump_of_the_page_has_the_jobs(stack):
+    """Into a database that PostgreSQL's superuser creates in its own shell."""
+    _, job = stack.order()
+    page = stack.project.read("docs/production.md")
+    [command] = re.findall("To back up the database: `(.+?)`", page)
+    stack.project.call("sh", "-c", command, **stack.environment)
+    stack.psql("CREATE DATABASE restored")
+    restore = (
+        "docker compose exec -T db psql -U postgres -d restored -v ON_ERROR_STOP=1 < backup.sql"
+    )
+    stack.project.call("sh", "-c", restore, **stack.environment)
+    states = stack.psql(f"SELECT state FROM jobs_job WHERE id = '{job['id']}'", "restored")
+    assert states == "succeeded"
+
+
+@on_rabbitmq
+def test_make_up_gives_each_queue_dead_letters(stack):
+    listed = stack.compose(
+        *("exec", "-T", "rabbitmq", "rabbitmqctl", "--quiet", "--formatter", "json"),
+        *("list_queues", "name", "policy"),
+    )
+    policies = {queue["name"]: queue["policy"] for queue in json.loads(listed)}
+    assert "dead-letters" in policies
+    assert {policies[queue] for queue in ("celery", "cpu", "io")} == {"dead-letters"}
+
+
+@on_one
+def test_make_up_again_applies_new_code_and_the_settings_of_production(stack):
+    """The data stays."""
+    order, _ = stack.order()
+    token, path = stack.token, stack.project / ".env"
+    development, tasks = path.read_text(), stack.project / "orders/tasks.py"
+    lines = re.sub(
+        "^(DEBUG|DJANGO_SUPERUSER_.*|ALLOWED_HOSTS|EMAIL_URL)=.*\n", "", development, flags=re.M
+    )
+    path.write_text(f"{lines}\nALLOWED_HOSTS=example.com\nEMAIL_URL=consolemail://\n")
+    tasks.write_text(tasks.read_text() + "\n# production\n")
+    try:
+        assert "Token" not in stack.make("up").split("Started")[-1]
+        stack.headers = HTTPS
+        assert stack.request(order)[0] == 200
+        stack.order()
+        assert (
+            stack.compose("exec", "-T", "worker", "tail", "-1", "orders/tasks.py")
+            == "# production\n"
+        )
+        assert stack.request(order, Host="127.0.0.1")[0] == 400
+    finally:
+        path.write_text(development)
+        stack.headers = {}
+        stack.make_up()
+    assert stack.token == token
+
+
+@pytest.mark.parametrize("broker", CHOICES["broker"])
+def test_compose_works_with_servers_of_your_own(engine, bake, broker):
+    """After the edits that docs/production.md lists, no server is left, and none is awaited."""
+    project = bake(broker=broker)
+    text, own = project.read("compose.yaml"), {"migrate", "web", "worker", "beat", "flower"}
+    for service in yaml.safe_load(text)["services"].keys() - own:
+        text, count = re.subn(f"^  {service}:.*\n(?:    .*\n|\n)*", "", text, flags=re.M)
+        assert count, service
+    text = re.sub("^(    DATABASE_URL: ).*", r"\1postgres://u:p@db.example/shop", text, flags=re.M)
+    page, [entries] = project.read("docs/production.md"), re.findall(WAITS, text)
+    edit = "depends_on: {}"
+    assert f"In `migrate` write `{edit}`" in page
+    (project / "compose.yaml").write_text(text.replace(entries, ""))
+    with pytest.raises(AssertionError, match="cycle detected: migrate -> migrate"):
+        project.call("docker", "compose", "config")
+    (project / "compose.yaml").write_text(text.replace(entries, f"    {edit}\n"))
+    read = project.call("docker", "compose", "config", "--format", "json")
+    services = json.loads(read)["services"]
+    assert services.keys() == own & set(yaml.safe_load(text)["services"])
+    assert "depends_on" not in services["migrate"]
+    for service in services.keys() - {"migrate"}:
+        assert list(services[service]["depends_on"]) == ["migrate"]
+        assert services[service]["environment"]["DATABASE_URL"].endswith("@db.example/shop")
+
+
+@pytest.mark.parametrize("stack", [STACKS[CHOICES["broker"].index("sqs")]], indirect=True)
+def test_two_lines_of_env_decide_about_a_stand_in_for_amazon(stack):
+    """Without them, Compose starts none, and boto3 does not look for it."""
+    read = ("config", "--services")
+    services = stack.compose(*read).split()
+    assert "aws" in services
+    without = {"COMPOSE_PROFILES": "", "AWS_ENDPOINT_URL": ""}
+    stack.environment |= without
+    try:
+        assert set(services) - set(stack.compose(*read).split()) == {"aws"}
+        config = json.loads(stack.compose("config", "--format", "json"))
+    finally:
+        for name in without:
+            del stack.environment[name]
+    endpoint = config["services"]["web"]["environment"]["AWS_ENDPOINT_URL"]
+    code = "import boto3; print(boto3.client('sqs').meta.endpoint_url)"
+    printed = stack.compose(
+        *("exec", "-T", "-e", f"AWS_ENDPOINT_URL={endpoint}", "web", "python", "-c", code)
+    )
+    assert printed.strip() == "https://sqs.us-east-1.amazonaws.com"
+
+
+class Pods(Site):
+    """The pods of the manifests: containers with the same commands, variables and rights.
+
+    They use a stack's servers, but a database of their own. Only addresses and passwords differ
+    from those in the manifests.
+    """
+
+    def __init__(self, stack):
+        super().__init__(stack.project, None, stack.environment)
+        self.headers, self.stack = HTTPS, stack
+        overlay = stack.project / "deploy/kubernetes/overlays/production"
+        shutil.copy(overlay / ".env.example", overlay / ".env")
+        documents = kustomize.build(overlay)
+        self.specs = {
+            each["metadata"]["name"]: each["spec"]["template"]["spec"]
+            for each in documents
+            if each["kind"] in ("Deployment", "Job")
+        }
+        config = json.loads(stack.compose("config", "--format", "json"))
+        here = config["services"]["web"]["environment"]
+        database = here["DATABASE_URL"].rsplit("/", 1)[0] + "/pods"
+        here |= {
+            "DATABASE_URL": database,
+            "EMAIL_URL": "consolemail://",
+            "CACHE_URL": "locmemcache://",
+        }
+        [settings] = [each["data"] for each in documents if each["kind"] == "ConfigMap"]
+        [secret] = [each["data"] for each in documents if each["kind"] == "Secret"]
+        role = {name: value for name, value in here.items() if name.startswith("AWS_")}
+        self.variables = {**settings, **role, **{name: here[name] for name in secret}}
+        self.containers = []
+
+    def start(self, pod, kind="containers"):
+        """Start the container of this kind in a pod; return its id."""
+        spec, [container] = self.specs[pod], self.specs[pod][kind]
+        rights, limits = container["securityContext"], container.get("resources", {"limits": {}})
+        variables = self.variables | {
+            each["name"]: each["value"] for each in container.get("env", [])
+        }
+        options = ["--network", f"{self.project.name}_default", "--init"]
+        options += ["--user", str(spec["securityContext"]["runAsUser"])]
+        options += [f"--cap-drop={name}" for name in rights["capabilities"]["drop"]]
+        options += ["--read-only"] * rights["readOnlyRootFilesystem"]
+        options += [f"--security-opt=no-new-privileges={not rights['allowPrivilegeEscalation']}"]
+        for mount in container["volumeMounts"]:
+            [volume] = [each for each in spec["volumes"] if each["name"] == mount["name"]]
+            size = volume["emptyDir"]["sizeLimit"].removesuffix("i")
+            options += ["--tmpfs", f"{mount['mountPath']}:size={size}"]
+        if memory := limits["limits"].get("memory"):
+            options += [
+                "--memory",
+                memory.removesuffix("i"),
+                "--memory-swap",
+                memory.removesuffix("i"),
+            ]
+        for name, value in variables.items():
+            options += ["--env", f"{name}={value}"]
+        command = container.get("command", [])
+        self.containers.append(docker("run", "--detach", *options, self.project.name, *command))
+        return self.containers[-1]
+
+    def answers(self, pod, id, kind):
+        """Probe a container as a kubelet does; return whether it is well."""
+        [container] = self.specs[pod]["containers"]
+        probe = container[kind]
+        if "exec" in probe:
+            command = ["docker", "exec", id, *probe["exec"]["command"]]
+            return subprocess.run(command, capture_output=True).returncode == 0
+        get = probe["httpGet"]
+        headers = {header["name"]: header["value"] for header in get["httpHeaders"]}
+        request = Request(f"http://{self.address(id)}:{get['port']}{get['path']}", headers=headers)
+        try:
+            return urlopen(request, timeout=probe.get("timeoutSeconds", 1)).status == 200
+        except OSError:
+            return False
+
+    def address(self, id):
+        return docker(
+            "inspect", "-f", "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}", id
+        )
+
+    @property
+    def log(self):
+        return "\n".join(map(log_of, self.containers))
+
+
+def log_of(id):
+    result = subprocess.run(["docker", "logs", id], capture_output=True, text=True)
+    return result.stdout + result.stderr
+
+
+@on_one
+def test_the_pods_of_the_manifests_run_jobs(stack):
+    """They wait for the Job that migrates, pass their probes, and those that hang fail them."""
+    stack.psql(f"CREATE DATABASE pods OWNER {stack.project.name}")
+    stack.compose("stop", "worker", "beat")  # which would take the pods' messages
+    pods = Pods(stack)
+    try:
+        first = pods.start("web", "initContainers")
+        migrate = pods.start("migrate")
+        for id in (migrate, first):
+            assert docker("wait", id) == "0", pods.log
+        ends = docker("inspect", "-f", "{{.State.FinishedAt}}", migrate, first).split()
+        assert ends == sorted(ends)
+
+        ids = {pod: pods.start(pod) for pod in pods.specs if pod != "migrate"}
+        probes = {
+            (pod, kind)
+            for pod in ids
+            for kind in ("startupProbe", "livenessProbe", "readinessProbe")
+            if kind in pods.specs[pod]["containers"][0]
+        }
+        assert {pod for pod, _ in probes} == set(ids)
+        for pod, kind in probes:
+            wait_for(lambda pod=pod, kind=kind: pods.answers(pod, ids[pod], kind), site=pods)
+
+        manage = ("python", "manage.py")
+        user = {"USERNAME": "root", "EMAIL": "root@example.com", "PASSWORD": "root"}
+        user = [f"DJANGO_SUPERUSER_{name}={value}" for name, value in user.items()]
+        docker("exec", ids["web"], "env", *user, *manage, "createsuperuser", "--noinput")
+        token = docker("exec", ids["web"], *manage, "drf_create_token", "root")
+        pods.token = re.search("[0-9a-f]{40}", token)[0]
+        pods.web = f"http://{pods.address(ids['web'])}:8000"
+        order = pods.request("/api/orders/", ORDER)
+        assert order[0] == 202, pods.log
+        *_, job = pods.follow(order[1]["Location"])
+        assert job["state"] == "succeeded", job
+        printed = docker("exec", ids["web"], *manage, "shell", "-v0", "-c", JOB_FOR_EACH_QUEUE)
+        for queue, pk in re.findall("^(\\w+) ([0-9a-f-]{36})$", printed, re.M):
+            *_, job = pods.follow(f"/api/jobs/{pk}/")
+            assert job["state"] == "succeeded", job
+            assert pk in log_of(ids[f"worker-{queue}"])
+
+        age = ("touch", "-d", "1 hour ago", pods.variables["LIVENESS_FILE"])
+        for pod in ("worker-celery", "beat"):  # a living one touches its file
+            docker("exec", ids[pod], *age)
+            wait_for(lambda pod=pod: pods.answers(pod, ids[pod], "livenessProbe"), site=pods)
+        for pod in ("worker-celery", "beat", "web"):
+            docker("exec", ids[pod], "sh", "-c", "kill -STOP -1")
+            docker("exec", ids[pod], *age)
+            assert not pods.answers(pod, ids[pod], "livenessProbe"), pod
+    finally:
+        docker("rm", "--force", *pods.containers)
+        stack.compose("start", "worker", "beat")

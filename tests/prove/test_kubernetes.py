@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from functools import cache
+from pathlib import Path
 from urllib.parse import urlsplit
 from uuid import uuid4
 
@@ -186,6 +187,20 @@ def check_workers(queue, documents):
     assert concurrency == {"WORKER_CONCURRENCY": trigger["metadata"]["targetQueryValue"]}
 
 
+def test_an_output_has_the_files_of_docker_and_manifests(render, bake):
+    """Only pages differ, so the tests of containers prove both choices."""
+    project, docker = bake(deployment="kubernetes"), bake(deployment="docker")
+    names = {each.relative_to(project) for each in project.files()}
+    others = {each.relative_to(docker) for each in docker.files()}
+    assert {Path("Dockerfile"), Path("compose.yaml"), Path("compose.dev.yaml")} <= others
+    assert names ^ others == {name for name in names if name.is_relative_to("deploy/kubernetes")}
+    changed = [name for name in others if project.read(name) != docker.read(name)]
+    assert {name.suffix for name in changed if name.name != ".env"} == {".md"}
+    kinds = {"ConfigMap", "Secret", "Service", "Job", "Deployment", "NetworkPolicy"}
+    _, documents = render()
+    assert {kind for kind, _ in documents} == kinds | {"ScaledObject"}  # KEDA's; no server
+
+
 @pytest.mark.parametrize("broker", CHOICES["broker"])
 def test_production_has_every_variable_that_it_needs(render, broker):
     project, documents = render(broker=broker)
@@ -309,11 +324,10 @@ def test_the_commands_of_the_page_name_what_exists(render, broker):
             assert f"--port={port[1]}" in flower["command"][-1]
 
 
-def test_the_image_and_the_hosts_are_in_one_file(render, tmp_path):
+def test_the_image_and_the_hosts_are_in_one_file(bake):
     """And the values of the Secret in another one, which Git ignores."""
-    project, _ = render()
-    shutil.copytree(project / "deploy", tmp_path / "deploy")
-    overlay = tmp_path / PRODUCTION
+    project = bake(deployment="kubernetes")
+    overlay = project / PRODUCTION
     text = (overlay / "kustomization.yaml").read_text()
     image = re.search("newName: (.+)\n.*newTag: (.+)\n", text)
     text = text.replace(image[1], "ghcr.io/tea/shop").replace(image[2], "'7'")
@@ -328,7 +342,7 @@ def test_the_image_and_the_hosts_are_in_one_file(render, tmp_path):
 
     project.call("git", "init", "--quiet")
     tracked = project.call("git", "ls-files", "--others", "--exclude-standard").split()
-    assert {f"{PRODUCTION}/{name}" for name in (".env.example", "kustomization.yaml")} <= {*tracked}
+    assert f"{PRODUCTION}/.env.example" in tracked
     assert f"{PRODUCTION}/.env" not in tracked
 
 
