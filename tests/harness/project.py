@@ -61,10 +61,13 @@ class Project(type(Path())):
         secret = {"SECRET_KEY": "only-this-test-knows-0123456789-abcdefghijklmnopqrstuvwxyz"}
         return {name: value for name, value in {**examples, **secret}.items() if name in needed}
 
+    def addresses(self, file=".env"):
+        """Return the variables whose value in the settings or this file is a server's address."""
+        return dict(re.findall(ADDRESS, self.read("config/settings.py") + self.read(file)))
+
     def free_servers(self):
         """Return the variables that move each server of the project to a free port."""
-        addresses = self.read("config/settings.py") + self.read(".env")
-        found = dict(re.findall(ADDRESS, addresses))
+        found = self.addresses()
         ports = {urlsplit(url).port for url in found.values()}
         free = dict(zip(ports, free_ports(len(ports)), strict=True))
         return {

@@ -137,11 +137,11 @@ class Redis(Broker):
     def __init__(self, folder, project=None, port=None):
         if not shutil.which("redis-server"):
             missing("redis-server is not installed: sudo apt install redis-server")
-        port = port or free_ports(1)[0]
-        url = f"redis://127.0.0.1:{port}"
+        self.port = port or free_ports(1)[0]
+        url = f"redis://127.0.0.1:{self.port}"
         self.variables = {"CELERY_BROKER_URL": f"{url}/0", "CELERY_RESULT_BACKEND": f"{url}/1"}
-        command = f"redis-server --port {port} --dir {folder} --appendonly yes"
-        is_ready = partial(connects, port)
+        command = f"redis-server --port {self.port} --dir {folder} --appendonly yes"
+        is_ready = partial(connects, self.port)
         super().__init__(command.split(), folder.with_suffix(".log"), is_ready=is_ready)
 
     def limit_messages(self):
@@ -367,8 +367,8 @@ def running(broker, folder, **options):
 
 
 class PostgreSQL(Process):
-    def __init__(self, *settings):
-        """`settings` are strings such as "fsync=off"."""
+    def __init__(self, *settings, password=None):
+        """`settings` are strings such as "fsync=off". Without a password, the server asks for none."""
         if not (binaries := sorted(glob("/usr/lib/postgresql/*/bin"))):
             missing("PostgreSQL is not installed: sudo apt install postgresql")
         self.binaries = Path(binaries[-1])
@@ -379,7 +379,14 @@ class PostgreSQL(Process):
         if user:
             shutil.chown(self.folder, **user)
         data = self.folder / "data"
-        options = f"-U postgres -A trust -E UTF8 --locale C -N -D {data}"
+        options = f"-U postgres -E UTF8 --locale C -N -D {data}"
+        if password:
+            file = self.folder / "password"
+            file.write_text(password)
+            file.chmod(0o644)  # for `postgres`
+            options += f" -A scram-sha-256 --pwfile {file}"
+        else:
+            options += " -A trust"
         initdb = [self.binaries / "initdb", *options.split()]
         subprocess.run(initdb, check=True, cwd=self.folder, stdout=subprocess.DEVNULL, **user)
         options = f"-D {data} -p {self.port} -k {self.folder} -h 127.0.0.1"

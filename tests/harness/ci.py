@@ -1,0 +1,146 @@
+"""The job of an output's CI, read from its file and run on this machine.
+
+Real servers stand in for its services. Each has the environment that the file gives it, but listens
+on a free port. So the addresses in the job's variables are changed, and each must be a service's.
+"""
+
+import re
+import subprocess
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from string import Template
+
+import yaml
+
+from .project import env, free_ports
+from .servers import PostgreSQL, RabbitMQ, Redis, running
+
+PORTS = {"postgres": 5432, "redis": 6379, "rabbitmq": 5672}  # {image: where its server listens}
+SERVERS = {"redis": Redis, "rabbitmq": RabbitMQ}
+ADDRESS = r"(?<=://)([^/@]*@)?([\w.-]+):(\d+)"  # in a URL: user and password, host, port
+
+
+@dataclass
+class Service:
+    name: str  # of its image
+    tag: str
+    place: tuple  # host and port, as the job's scripts reach it
+    variables: dict
+    options: str = ""
+
+    @contextmanager
+    def server(self, folder):
+        if self.name == "postgres":
+            assert self.variables.keys() == {"POSTGRES_PASSWORD"}, "the image would not start"
+            password = self.variables["POSTGRES_PASSWORD"]
+            server = PostgreSQL("fsync=off", "log_connections=on", password=password)
+            try:
+                server.start()
+                yield server
+            finally:
+                server.remove()
+        else:
+            assert not self.variables, f"{self.name}: its server here is not configured by variables"
+            with running(SERVERS[self.name], folder / self.name) as server:
+                yield server
+
+
+@dataclass
+class Job:
+    services: list
+    variables: dict
+    shell: list
+    scripts: list  # each runs in a shell of its own
+
+    @contextmanager
+    def servers(self, folder):
+        """Run a server for each service until the block ends. Give {place: server}."""
+        with ExitStack() as stack:
+            yield {
+                service.place: stack.enter_context(service.server(folder))
+                for service in self.services
+            }
+
+    def run(self, checkout, variables):
+        """Run the scripts up to the first that fails. Return (success, what they printed)."""
+        values = {
+            name: Template(value).substitute(CI_PROJECT_DIR=checkout)
+            for name, value in variables.items()
+        }
+        printed = ""
+        for script in self.scripts:
+            result = subprocess.run(
+                [*self.shell, script],
+                cwd=checkout,
+                env=env(CI="true", **values),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            printed += result.stdout
+            if result.returncode:
+                return False, printed
+        return True, printed
+
+
+def move(variables, servers):
+    """Return the variables with the addresses of these servers, {place: server}, on this machine."""
+    used = set()
+
+    def address(match):
+        user, host, port = match.groups("")
+        place = host, int(port)
+        assert place in servers, f"{match.string}: no service of the job is at {host}:{port}"
+        used.add(place)
+        return f"{user}127.0.0.1:{servers[place].port}"
+
+    moved = {name: re.sub(ADDRESS, address, value) for name, value in variables.items()}
+    assert used == servers.keys(), "a service that no variable names"
+    return moved
+
+
+def known(mapping, *keys):
+    """Assert that we know these keys: an `if` or `allow_failure` would change what CI does."""
+    assert set(mapping) <= set(keys), set(mapping) - set(keys)
+    return mapping
+
+
+def github(project):
+    workflow = yaml.safe_load(project.read(".github/workflows/ci.yml"))
+    # YAML 1.1 reads the key `on` as True.
+    known(workflow, "name", True, "permissions", "concurrency", "jobs")
+    assert workflow[True] == {"push": {"branches": ["main"]}, "pull_request": None}
+    [job] = workflow["jobs"].values()
+    known(job, "runs-on", "timeout-minutes", "services", "env", "steps")
+    services = []
+    for service in job["services"].values():
+        known(service, "image", "env", "ports", "options")
+        name, tag = service["image"].split(":")
+        [published] = service["ports"]
+        ours, its = map(int, published.split(":"))
+        assert its == PORTS[name], f"{name} does not listen on port {its}"
+        variables = service.get("env", {})
+        services.append(Service(name, tag, ("127.0.0.1", ours), variables, service["options"]))
+    for step in job["steps"]:
+        known(step, *(["uses", "with"] if "uses" in step else ["run"]))
+    scripts = [step["run"] for step in job["steps"] if "run" in step]
+    return Job(services, job["env"], ["bash", "-e", "-c"], scripts)
+
+
+def gitlab(project):
+    [job] = yaml.safe_load(project.read(".gitlab-ci.yml")).values()
+    known(job, "image", "timeout", "services", "variables", "cache", "script")
+    services = []
+    for service in job["services"]:
+        known(service, "name", "alias")
+        name, tag = service["name"].split(":")
+        place = service.get("alias", name), PORTS[name]
+        # GitLab gives a service all variables of the job; its server reads those with its name.
+        own = {key: job["variables"][key] for key in job["variables"] if name in key.lower()}
+        services.append(Service(name, tag, place, own))
+    shell = ["bash", "-e", "-o", "pipefail", "-c"]
+    return Job(services, job["variables"], shell, ["\n".join(job["script"])])
+
+
+JOBS = {"github": github, "gitlab": gitlab}
