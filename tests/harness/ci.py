@@ -12,7 +12,7 @@ from string import Template
 
 import yaml
 
-from .project import env, free_ports
+from .project import env
 from .servers import PostgreSQL, RabbitMQ, Redis, running
 
 PORTS = {"postgres": 5432, "redis": 6379, "rabbitmq": 5672}  # {image: where its server listens}
@@ -26,7 +26,7 @@ class Service:
     tag: str
     place: tuple  # host and port, as the job's scripts reach it
     variables: dict
-    options: str = ""
+    options: str = ""  # for `docker run`
 
     @contextmanager
     def server(self, folder):
@@ -40,7 +40,7 @@ class Service:
             finally:
                 server.remove()
         else:
-            assert not self.variables, f"{self.name}: its server here is not configured by variables"
+            assert not self.variables, f"{self.name}: our server reads no variables"
             with running(SERVERS[self.name], folder / self.name) as server:
                 yield server
 
@@ -51,6 +51,8 @@ class Job:
     variables: dict
     shell: list
     scripts: list  # each runs in a shell of its own
+    python: str  # its version
+    cached: list  # folders
 
     @contextmanager
     def servers(self, folder):
@@ -63,16 +65,12 @@ class Job:
 
     def run(self, checkout, variables):
         """Run the scripts up to the first that fails. Return (success, what they printed)."""
-        values = {
-            name: Template(value).substitute(CI_PROJECT_DIR=checkout)
-            for name, value in variables.items()
-        }
         printed = ""
         for script in self.scripts:
             result = subprocess.run(
                 [*self.shell, script],
                 cwd=checkout,
-                env=env(CI="true", **values),
+                env=env(CI="true", **expand(variables, checkout)),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -84,8 +82,16 @@ class Job:
         return True, printed
 
 
+def expand(variables, checkout):
+    """Return the variables with the value of `$CI_PROJECT_DIR`. An unknown variable is an error."""
+    return {
+        name: Template(value).substitute(CI_PROJECT_DIR=checkout)
+        for name, value in variables.items()
+    }
+
+
 def move(variables, servers):
-    """Return the variables with the addresses of these servers, {place: server}, on this machine."""
+    """Return the variables with the real address of each server, {place: server}."""
     used = set()
 
     def address(match):
@@ -122,10 +128,22 @@ def github(project):
         assert its == PORTS[name], f"{name} does not listen on port {its}"
         variables = service.get("env", {})
         services.append(Service(name, tag, ("127.0.0.1", ours), variables, service["options"]))
+    actions, scripts = {}, []
     for step in job["steps"]:
-        known(step, *(["uses", "with"] if "uses" in step else ["run"]))
-    scripts = [step["run"] for step in job["steps"] if "run" in step]
-    return Job(services, job["env"], ["bash", "-e", "-c"], scripts)
+        if "run" in step:
+            scripts.append(known(step, "run")["run"])
+        else:
+            assert not scripts, "an action after a script may change what it did"
+            actions[step["uses"].split("@")[0]] = known(step, "uses", "with")["with"]
+    assert list(actions) == ["actions/checkout", "actions/setup-python", "actions/cache"]
+    return Job(
+        services,
+        job["env"],
+        ["bash", "-e", "-c"],
+        scripts,
+        python=actions["actions/setup-python"]["python-version"],
+        cached=[actions["actions/cache"]["path"]],
+    )
 
 
 def gitlab(project):
@@ -139,8 +157,16 @@ def gitlab(project):
         # GitLab gives a service all variables of the job; its server reads those with its name.
         own = {key: job["variables"][key] for key in job["variables"] if name in key.lower()}
         services.append(Service(name, tag, place, own))
-    shell = ["bash", "-e", "-o", "pipefail", "-c"]
-    return Job(services, job["variables"], shell, ["\n".join(job["script"])])
+    return Job(
+        services,
+        job["variables"],
+        ["bash", "-e", "-o", "pipefail", "-c"],
+        ["\n".join(job["script"])],
+        python=job["image"].removeprefix("python:"),
+        cached=job["cache"]["paths"],
+    )
 
 
-JOBS = {"github": github, "gitlab": gitlab}
+def job_of(project):
+    """Return the job of the project's CI."""
+    return github(project) if (project / ".github").exists() else gitlab(project)

@@ -368,7 +368,7 @@ def running(broker, folder, **options):
 
 class PostgreSQL(Process):
     def __init__(self, *settings, password=None):
-        """`settings` are strings such as "fsync=off". Without a password, the server asks for none."""
+        """`settings` are strings such as "fsync=off". Without a password, anybody may log in."""
         if not (binaries := sorted(glob("/usr/lib/postgresql/*/bin"))):
             missing("PostgreSQL is not installed: sudo apt install postgresql")
         self.binaries = Path(binaries[-1])

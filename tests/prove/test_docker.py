@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import yaml
 
 from harness import kustomize, missing
 from harness.bake import CHOICES, baked
+from harness.ci import job_of
 from harness.project import Site, env, free_ports, wait_for
 
 ORDER = {"email": "you@example.com", "product": "Tea", "quantity": 1}
@@ -371,6 +373,29 @@ def test_the_image_contains_no_backup(engine, bake, tmp_path):
     for name in backups:
         assert not (tmp_path / "image" / name).exists()
         assert name not in tracked
+
+
+@pytest.mark.parametrize("broker", CHOICES["broker"])
+def test_the_services_of_ci_become_healthy(engine, bake, broker):
+    """GitHub passes a service's `options` to Docker, and starts the job when all are healthy."""
+    job = job_of(bake(broker=broker, result_backend="none", ci="github"))
+    started = []
+    try:
+        for service in job.services:
+            options = shlex.split(service.options)
+            assert "--health-cmd" in options
+            for name, value in service.variables.items():
+                options += ["--env", f"{name}={value}"]
+            started.append(docker("run", "--detach", *options, f"{service.name}:{service.tag}"))
+        for container in started:
+            wait_for(lambda container=container: health(container) != "starting")
+            assert health(container) == "healthy", docker("logs", container)
+    finally:
+        docker("rm", "--force", "--volumes", *started)
+
+
+def health(container):
+    return docker("inspect", "--format", "{{.State.Health.Status}}", container)
 
 
 @pytest.mark.parametrize(
