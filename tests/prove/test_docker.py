@@ -388,14 +388,15 @@ def test_the_services_of_ci_become_healthy(engine, bake, broker):
                 options += ["--env", f"{name}={value}"]
             started.append(docker("run", "--detach", *options, f"{service.name}:{service.tag}"))
         for container in started:
-            wait_for(lambda container=container: health(container) != "starting")
-            assert health(container) == "healthy", docker("logs", container)
+            wait_for(lambda container=container: is_healthy(container))
     finally:
-        docker("rm", "--force", "--volumes", *started)
+        subprocess.run(["docker", "rm", "--force", "--volumes", *started], capture_output=True)
 
 
-def health(container):
-    return docker("inspect", "--format", "{{.State.Health.Status}}", container)
+def is_healthy(container):
+    [about] = json.loads(docker("inspect", container))
+    assert about["State"]["Running"], docker("logs", container)
+    return about["State"]["Health"]["Status"] == "healthy"
 
 
 @pytest.mark.parametrize(
