@@ -1,0 +1,676 @@
+"""A reader of an output's pages, who types what they say and looks at what they promise.
+
+For each block of code there is a step in TYPED or RUN, a test in ELSEWHERE or a reason in NOT_RUN.
+"""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import textwrap
+
+from .browser import browser
+from .project import env
+from .servers import Process
+
+# The outputs whose pages are followed. In the other outputs, the steps' blocks have the same code.
+FOLLOWED = [
+    {},
+    {"broker": "rabbitmq", "worker_pool": "threads", "include_example": False},
+]
+TYPED = {}  # {(page, heading, first line of the block): what a reader types before `make run`}
+RUN = {}  # ... and what he does while it runs
+ELSEWHERE = {  # the test that takes the block from the page
+    ("docs/workers.md", "The broker: RabbitMQ", "from config import celery_app"): (
+        "tests/prove/test_odds.py::test_a_dead_letter_is_kept_and_can_be_sent_again"
+    ),
+    ("docs/workers.md", "The broker: Amazon SQS", "Resources:"): (
+        "tests/prove/test_pages.py::test_the_template_makes_the_queues_of_the_project"
+    ),
+    ("docs/workers.md", "The result backend: DynamoDB", "Resources:"): (
+        "tests/prove/test_pages.py::test_the_template_makes_a_table_that_keeps_results"
+    ),
+    ("docs/operation.md", "Prometheus", "# prometheus.yml"): (
+        "tests/prove/test_operation.py::test_prometheus_accepts_the_configuration"
+    ),
+    ("docs/operation.md", "Alerts", "# jobs.yml"): (
+        "tests/prove/test_operation.py::test_the_alerts_fire_when_they_should"
+    ),
+}
+NOT_RUN = {
+    ("docs/workers.md", "How many slots"): "a formula",
+    ("docs/production.md", "In containers"): "tests/prove/test_docker.py runs it",
+    ("docs/production.md", "On Kubernetes"): "commands for a cluster",
+    ("docs/sentinel.md", "Settings"): "tests/harness/servers.py takes them from the page",
+    ("docs/sentinel.md", "Try it"): "commands for a Redis behind Sentinel",
+    ("jobs/README.md", "How a job lives"): "a picture",
+}
+# Tests of code that stands in a page without a test of its own.
+TESTS = """
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+from celery import current_app, shared_task
+from celery.beat import Scheduler
+from django.db import IntegrityError
+
+from jobs.models import Job
+from jobs.tasks import JobError, JobTask
+from reports.models import Account
+from reports.tasks import build_report, charge_all, fetch_pages
+
+
+@pytest.fixture(autouse=True)
+def without_the_work(monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+"""
+
+
+def step(table, page, heading, first_line=""):
+    def register(function):
+        table[page, heading, first_line] = function
+        return function
+
+    return register
+
+
+class Reader:
+    def __init__(self, project, folder, **variables):
+        self.project, self.folder, self.variables = project, folder, variables
+        # As if the environment were activated: pages also write `celery` without .venv/bin/.
+        self.path = f"{project}/.venv/bin:{os.environ['PATH']}"
+        self.site = None
+        self.jobs = []  # [(URL of a job that was started, its result)]
+
+    # Typing
+
+    def call(self, command, typed=None):
+        """Run a command of a page in the project's folder, and return what it prints.
+
+        The addresses and the token are those of `make run`. `typed` is what the command reads.
+        """
+        variables = self.variables
+        if self.site:
+            variables = self.site.environment
+            for address in ("http://127.0.0.1:8000", "https://example.com"):
+                command = command.replace(address, self.site.web)
+            command = command.replace("Token …", f"Token {self.site.token}")
+        result = subprocess.run(
+            ["bash", "-c", command],
+            cwd=self.project,
+            env=env(**{**variables, "PATH": self.path}),
+            input=typed,
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, f"{command}\n{result.stdout}{result.stderr}"
+        return result.stdout
+
+    def write(self, file, code):
+        path = self.project / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(code, "utf-8")
+
+    def add(self, file, code):
+        """Add code to a file: its imports at the top, the rest at the end."""
+        own = self.project.read(file)
+        lines, imports = code.splitlines(), []
+        for node in reversed(ast.parse(code).body):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                part = slice(node.lineno - 1, node.end_lineno)
+                imports[:0] = lines[part]
+                del lines[part]
+        imports = [line for line in imports if line not in own.splitlines()]
+        self.write(file, "\n".join([*imports, own, "", *lines, ""]))
+
+    def insert(self, file, name, item):
+        """Add an item to a list or dictionary that is the value of this name or key."""
+        lines = self.project.read(file).splitlines(keepends=True)
+        values = []
+        for node in ast.walk(ast.parse("".join(lines))):
+            match node:
+                case ast.Assign([ast.Name(id)], value) if id == name:
+                    values.append(value)
+                case ast.Dict(keys, of_keys):
+                    pairs = zip(keys, of_keys, strict=True)
+                    values += [
+                        value for key, value in pairs if key and ast.unparse(key) == repr(name)
+                    ]
+        [value] = values
+        number, column = value.end_lineno - 1, value.end_col_offset - 1
+        before, after = "".join(lines[:number]) + lines[number][:column], lines[number][column:]
+        comma = "" if before.rstrip()[-1] in ",[{" else ", "
+        self.write(file, before + comma + item + after + "".join(lines[number + 1 :]))
+
+    def test(self, name, code, fixtures="run_jobs, user"):
+        """Add a test to reports/test_pages.py."""
+        file = "reports/test_pages.py"
+        own = self.project.read(file) if (self.project / file).exists() else TESTS
+        body = textwrap.indent(textwrap.dedent(code).strip(), "    ")
+        self.write(file, f"{own}\n\ndef test_{name}({fixtures}):\n{body}\n")
+
+    # Looking
+
+    def evaluate(self, code):
+        """Type code into a shell of Django, and return the value of the last expression."""
+        *body, last = ast.parse(code).body
+        lines = [*map(ast.unparse, body), f"result = {ast.unparse(last.value)}"]
+        return self.site.ask("\n".join(lines))
+
+    def newest_job(self):
+        return self.site.request("/api/jobs/")[2]["results"][0]
+
+    def expect(self, job, result):
+        """Let finish() wait until this job has succeeded with this result."""
+        self.jobs.append((f"/api/jobs/{job}/", result))
+
+    def finish(self):
+        for url, result in self.jobs:
+            *_, job = self.site.follow(url)
+            assert (job["state"], job["result"]) == ("succeeded", result), job
+
+
+def follow(reader, blocks):
+    """Type what the blocks say, from top to bottom. Then start the project, and use it so."""
+    for block in blocks:
+        if type_it := TYPED.get(block.key):
+            type_it(reader, block)
+    printed = reader.call("make lint check test ARGS=reports")
+    assert re.search(r"= \d+ passed in", printed), printed
+    with reader.project.up(**reader.variables) as reader.site:
+        for block in blocks:
+            if use_it := RUN.get(block.key):
+                use_it(reader, block)
+        reader.finish()
+
+
+# README.md
+
+
+@step(RUN, "README.md", "Start", "make run")
+def start(reader, block):
+    """follow() has typed it."""
+    assert reader.site.process.args == block.code.split()
+
+
+@step(
+    RUN,
+    "README.md",
+    "Start",
+    "Jobs     http://127.0.0.1:8000/          your jobs: state, progress, result, cancel",
+)
+def read_the_addresses(reader, block):
+    for label, address in re.findall(r"^(\w+) +(\S+)", block.code, re.MULTILINE):
+        port = "FLOWER_PORT" if label == "Flower" else "PORT"
+        address = re.sub(r"(?<=:)\d+(?=/)", str(reader.site.environment[port]), address)
+        assert re.search(rf"^ +{label} +{re.escape(address)}( |$)", reader.site.log, re.MULTILINE)
+
+
+@step(TYPED, "README.md", "Your first job", "import time")
+def create_the_app(reader, block):
+    reader.call(block.said("Create an app: {}"))
+    item, name, file = block.said("Add {} to {} in {}")
+    reader.insert(file, name, item)
+    reader.write(block.said("Write {}. Arguments"), block.code)
+
+
+SHELL = "from reports.tasks import build_report  # the shell has imported Job and User"
+
+
+@step(RUN, "README.md", "Your first job", SHELL)
+def enqueue_in_the_shell(reader, block):
+    reader.call(block.said("open {} in a second terminal"), block.code)
+    job = reader.newest_job()
+    reader.expect(job["id"], {"pages": 10})
+
+
+@step(TYPED, "README.md", "Your first job", "from drf_spectacular.utils import extend_schema")
+def write_the_view(reader, block):
+    reader.write(block.said("Write {}:"), block.code)
+    file, line = block.said("In {} write {}")
+    reader.add(file, line)
+    for sentence in ("add {} to {}, and", "and add {} to {}"):
+        item, name = block.said(sentence)
+        reader.insert(file, name, item)
+
+
+CURL = "curl -X POST -H 'Authorization: Token …' http://127.0.0.1:8000/api/reports/"
+
+
+@step(TYPED, "README.md", "Your first job", CURL)
+def check_it_all(reader, block):
+    assert re.search(r"= \d+ passed in", reader.call(block.said("Run {}")))  # none was skipped
+
+
+@step(RUN, "README.md", "Your first job", CURL)
+def send_a_request(reader, block):
+    job = json.loads(reader.call(block.code))
+    assert job == {**reader.newest_job(), "result": None}
+    reader.expect(job["id"], {"pages": 10})
+
+
+@step(TYPED, "README.md", "Test a job", "from jobs.models import Job")
+def test_the_job(reader, block):
+    reader.write(block.said("Write {}:"), block.code)
+    assert "= 2 passed in" in reader.call(block.said("{} runs these two"))
+
+
+# docs/tasks.md
+
+TASKS = "docs/tasks.md"
+
+
+@step(
+    TYPED,
+    TASKS,
+    "Enqueue a job",
+    'job = Job.objects.enqueue(build_report, [10], owner=request.user, label="Report of March")',
+)
+def enqueue(reader, block):
+    later = block.code.replace(")\n", f", {block.said('{} starts the job 60 seconds later')})")
+    many = block.said("{} stores all jobs or none").replace("…", "user")
+    reader.test(
+        "enqueue",
+        f"""
+request = SimpleNamespace(user=user)
+{block.code}
+assert (job.owner, job.label) == (user, "Report of March")
+{later}
+job.refresh_from_db()
+assert 50 < (job.due_at - job.created_at).total_seconds() <= 61
+{block.said("{} cancels the job")}
+job.refresh_from_db()
+assert job.state == "cancelled"
+jobs = {many}
+run_jobs()
+assert [Job.objects.get(pk=job.pk).result for job in jobs] == [{{"pages": 10}}, {{"pages": 20}}]
+""",
+    )
+
+
+@step(
+    TYPED,
+    TASKS,
+    "Three ways to enqueue",
+    "from django_tasks import task  # Django 6: from django.tasks import task",
+)
+def declare_a_function(reader, block):
+    reader.add(block.said("add a function to {}"), block.code)
+
+
+@step(TYPED, TASKS, "Three ways to enqueue", "from jobs.models import Job")
+def enqueue_in_three_ways(reader, block):
+    reader.test(
+        "three_ways",
+        f"""
+{block.code}
+run_jobs()
+jobs = Job.objects.order_by("created_at")
+assert [(job.result, job.owner) for job in jobs] == [
+    (10, None), ({{"pages": 10}}, None), ({{"pages": 10}}, user)
+]
+""",
+    )
+
+
+@step(TYPED, TASKS, "Continue after a crash", "from django.db import transaction")
+def continue_after_a_crash(reader, block):
+    model, field = block.said("{} stands for a model of yours with a number {}")
+    reader.add(
+        "reports/models.py",
+        f"""
+from django.db import models
+
+
+class {model}(models.Model):
+    {field} = models.IntegerField()
+
+    def __str__(self):
+        return str(self.{field})
+""",
+    )
+    reader.add(block.said("Add to {}:"), block.code)
+    reader.test(
+        "each_account_is_charged_once",
+        f"""
+accounts = Account.objects.bulk_create({model}({field}=number) for number in range(150))
+Job.objects.enqueue(charge_all, [[account.pk for account in accounts]])
+run_jobs()
+assert [account.{field} for account in {model}.objects.order_by("pk")] == list(range(-1, 149))
+""",
+    )
+
+
+@step(TYPED, TASKS, "Test a crash", "import pytest")
+def test_a_crash(reader, block):
+    reader.write(block.said("write {}:"), block.code)
+
+
+@step(TYPED, TASKS, "Retries and errors")
+def retry(reader, block):
+    decorator = block.said("{} retries after errors")
+    reader.test(
+        "retries",
+        f"""
+class Away(OSError):
+    pass
+
+{decorator.replace("…", "base=JobTask, bind=True")}
+def retry_by_itself(self):
+    if self.request.retries < 8:
+        raise Away
+
+@shared_task(base=JobTask, bind=True)
+def retry_explicitly(self):
+    if not self.request.retries:
+        {block.said("{} retries explicitly")}
+
+for task, retries in [(retry_by_itself, 8), (retry_explicitly, 1)]:
+    job = Job.objects.enqueue(task)
+    run_jobs()
+    job.refresh_from_db()
+    assert (job.state, job.retries) == ("succeeded", retries)
+""",
+    )
+    error = block.said("{} ends the job")
+    [text] = re.findall('"(.+)"', error)
+    reader.test(
+        "an_error_for_the_owner",
+        f"""
+@shared_task(base=JobTask, bind=True)
+def fail(self):
+    {error}
+
+job = Job.objects.enqueue(fail, owner=user)
+run_jobs()
+seen = api.get(f"/api/jobs/{{job.pk}}/").json()
+assert (seen["state"], seen["error"]) == ("failed", {text!r})
+""",
+        "run_jobs, api, user",
+    )
+
+
+@step(TYPED, TASKS, "Only once")
+def only_once(reader, block):
+    arguments = "build_report, [1], owner=user"
+    unique = f"Job.objects.{block.said('{} returns the active job').replace('…', arguments, 1)}"
+    key = block.said("{} accepts each key once").replace("…", arguments, 1)
+    reader.test(
+        "only_once",
+        f"""
+assert {unique} == {unique}
+Job.objects.{key}
+with pytest.raises(IntegrityError):
+    Job.objects.{key}
+""",
+    )
+
+
+@step(
+    RUN,
+    TASKS,
+    "Only once",
+    "curl -i http://127.0.0.1:8000/api/orders/ -H 'Authorization: Token …' \\",
+)
+def order_once(reader, block):
+    """Twice, then with another body."""
+    heads, orders = zip(*(reader.call(block.code).split("\n\n") for _ in range(2)), strict=True)
+    assert orders[0] == orders[1] and all(head.startswith("HTTP/1.1 202") for head in heads)
+    assert reader.site.request("/api/orders/")[2]["count"] == 1
+    status = block.said("With another body the answer is {}")
+    other = reader.call(block.code.replace("Tea", "Coffee"))
+    assert other.startswith(f"HTTP/1.1 {status}")
+
+
+@step(TYPED, TASKS, "Upload a file", "from django.conf import settings")
+@step(TYPED, TASKS, "Upload a file", "from .models import Upload")
+@step(TYPED, TASKS, "Upload a file", "from rest_framework import serializers, viewsets")
+def write_the_upload(reader, block):
+    files = re.findall(r"Add [a-z ]*to `(reports/\w+\.py)`", block.before)
+    reader.add(files[-1], block.code)
+
+
+@step(
+    TYPED,
+    TASKS,
+    "Upload a file",
+    'router.register("uploads", UploadViewSet, basename="upload")',
+)
+def add_the_route(reader, block):
+    file, view = block.said("In {} import {}")
+    [route] = re.findall(r"^router\.register\(.+\n", reader.project.read(file), re.MULTILINE)[-1:]
+    text = reader.project.read(file).replace(route, route + block.code)
+    reader.write(file, f"from reports.views import {view}\n{text}")
+    for command in block.said("Run {} and {}"):
+        reader.call(command)
+
+
+@step(
+    RUN,
+    TASKS,
+    "Upload a file",
+    "curl -H 'Authorization: Token …' -F file=@README.md http://127.0.0.1:8000/api/uploads/",
+)
+def upload(reader, block):
+    upload = json.loads(reader.call(block.code))
+    lines = len(reader.project.read("README.md").splitlines())
+    reader.expect(upload["job"], {"lines": lines})
+    assert re.match("Read uploads/README.*md$", reader.newest_job()["label"])
+
+
+@step(
+    RUN,
+    TASKS,
+    "Upload a file",
+    "curl -H 'Authorization: Token …' -F file=@orders.csv http://127.0.0.1:8000/api/imports/",
+)
+def import_orders(reader, block):
+    columns = block.said("takes a file with the columns {}")
+    reader.write("orders.csv", f"{columns}\nTea,2\n")
+    job = json.loads(reader.call(block.code))["job"]
+    *_, done = reader.site.follow(f"/api/jobs/{job}/")
+    assert done["state"] == "succeeded", done
+
+
+@step(TYPED, TASKS, "Time limits")
+def limit_the_time(reader, block):
+    decorator = block.said("{} gives a job a limit of its own").replace("…", "base=JobTask")
+    reader.test(
+        "limits",
+        f"""
+{decorator}
+def compute():
+    pass
+
+assert (compute.time_limit, compute.soft_time_limit) == (3600, 3500)
+""",
+    )
+
+
+@step(TYPED, TASKS, "Async tasks", "import asyncio")
+def write_a_coroutine(reader, block):
+    reader.add("reports/tasks.py", block.code)
+    reader.test(
+        "a_coroutine",
+        """
+job = Job.objects.enqueue(fetch_pages, [2])
+run_jobs()
+job.refresh_from_db()
+assert (job.state, job.progress, job.cursor) == ("succeeded", 100, 2)
+""",
+    )
+
+
+@step(TYPED, TASKS, "Tasks on a schedule", '"nightly": {')
+def schedule(reader, block):
+    name, file = block.said("the tasks of {} in {}")
+    if line := re.search("write `(from .+?)`", block.before):
+        reader.add(file, line[1])
+    reader.insert(file, name, block.code)
+    reader.test(
+        "a_schedule",
+        """
+beat = Scheduler(current_app)
+beat.apply_async(beat.schedule["nightly"])
+run_jobs()
+assert Job.objects.get().result == {"pages": 10}
+""",
+    )
+
+
+@step(TYPED, TASKS, "Results of plain tasks", "@shared_task")
+def write_plain_tasks(reader, block):
+    reader.add(block.said("Add two plain tasks to {}"), block.code)
+
+
+@step(RUN, TASKS, "Results of plain tasks", "from celery import chord")
+def run_a_chord(reader, block):
+    [result] = re.findall(r"this returns (\d+)", block.before)
+    assert reader.evaluate(block.code) == int(result)
+
+
+# docs/workers.md: the others are in ELSEWHERE
+
+
+@step(TYPED, "docs/workers.md", "Queues")
+def add_a_queue(reader, block):
+    routes = "CELERY_TASK_ROUTES"
+    file = block.said(f"unless `{routes}` in {{}} names another one")
+    if routes in reader.project.read(file):
+        route, name = block.said("Add the route {} to {}")
+        reader.insert(file, name, route)
+    else:
+        reader.add(file, block.said("Write {}."))
+    queue, name = block.said("Add {} to {}.")
+    reader.insert(file, name, queue)
+
+
+@step(RUN, "docs/workers.md", "Queues")
+def start_a_worker_for_it(reader, block):
+    command = block.said("Start a worker for this queue alone: {}")
+    variables = {**reader.site.environment, "PATH": reader.path}
+    log = reader.folder / "worker.log"
+    worker = Process(command.split(), log, cwd=reader.project, variables=variables)
+    worker.is_ready = lambda: " ready." in worker.printed
+    worker.start()
+    worker.stop()
+    assert re.findall(r"\.> (\w+) +exchange=", worker.printed) == ["reports"]
+    queues = reader.evaluate("from jobs.models import *; set(Job.objects.values_list('queue'))")
+    assert ["reports"] in queues
+
+
+# docs/operation.md
+
+
+@step(
+    RUN,
+    "docs/operation.md",
+    "Why a job failed",
+    "curl -X POST -H 'Authorization: Token …' https://example.com/api/jobs/<id>/run_again/",
+)
+def run_a_job_again(reader, block):
+    code = "result = Job.objects.enqueue(build_report, [{}]).pk"
+    failed = reader.site.ask(f"from reports.tasks import *; from jobs.models import *; {code}")
+    *_, job = reader.site.follow(f"/api/jobs/{failed}/")
+    assert job["state"] == "failed"
+    again = json.loads(reader.call(block.code.replace("<id>", failed)))
+    assert again["id"] != failed and again["state"] == "queued"
+
+
+@step(
+    RUN,
+    "docs/operation.md",
+    "Metrics",
+    "curl -H 'Authorization: Token …' https://example.com/metrics",
+)
+def read_the_metrics(reader, block):
+    assert 'jobs_waiting{queue="celery"}' in reader.call(block.code)
+
+
+@step(RUN, "docs/operation.md", "Backup and restore")
+def back_up(reader, block):
+    """The jobs are in the file if the database is a PostgreSQL."""
+    url = reader.variables.get("DATABASE_URL")
+    if url:
+        reader.call(block.said("All jobs are in the database: {}"))
+        file = reader.project.read("backup.sql")
+        table = re.search(r"^COPY public\.jobs_job .*?^\\\.$", file, re.M | re.S)[0]
+        assert all(url.split("/")[3] in table for url, _ in reader.jobs)
+
+
+# docs/pages.md
+
+PAGES = "docs/pages.md"
+
+
+@step(TYPED, PAGES, "A page of your own", '{% extends "jobs/base.html" %}')
+def write_a_page(reader, block):
+    reader.write(block.said("Write {}. It extends"), block.code)
+
+
+@step(
+    TYPED,
+    PAGES,
+    "A page of your own",
+    'reports_page = TemplateView.as_view(template_name="reports/index.html", extra_context=page)',
+)
+def write_the_view_of_the_page(reader, block):
+    file, name = block.said("In {}, write this below {}")
+    text = reader.project.read(file)
+    [value] = [
+        node.value for node in ast.parse(text).body if ast.unparse(node).startswith(f"{name} =")
+    ]
+    lines = text.splitlines()
+    lines.insert(value.end_lineno, block.code)
+    reader.write(file, "\n".join([*lines, ""]))
+
+
+@step(
+    TYPED,
+    PAGES,
+    "A page of your own",
+    'path("reports/", login_required(reports_page), name="reports"),',
+)
+def add_the_url(reader, block):
+    reader.insert("config/urls.py", block.said("Add it to {}"), block.code.strip())
+    links, name = block.said("set {} in {}")
+    text = reader.project.read("config/urls.py")
+    assert text.count('"links": {}') == 1 and name == "page"
+    reader.write("config/urls.py", text.replace('"links": {}', links))
+
+
+@step(TYPED, PAGES, "Scripts")
+def add_a_script(reader, block):
+    load, tag, name = re.findall(r"`([^`]+)`", block.after)[:3]
+    page = reader.project / "reports/templates/reports/index.html"
+    inline = "<script>document.title = 'inline'</script>"
+    head = f"{{% block {name} %}}{tag}{inline}{{% endblock %}}"
+    lines = page.read_text().splitlines()
+    page.write_text("\n".join([lines[0], load, head, *lines[1:], ""]))
+    [file] = re.findall("'(.+)'", tag)
+    script = "addEventListener('load', () => document.body.dataset.script = 'ran')"
+    reader.write(f"reports/static/{file}", script)
+
+
+@step(RUN, PAGES, "A button that starts a job")
+def look_at_the_pages(reader, block):
+    """Press the button, and follow the link to the page of the next section."""
+    label, _ = ast.literal_eval(f"{{{block.said('`buttons`: {}')}}}").popitem()
+    with browser(reader.folder) as tab:
+        tab.log_in(reader.site)
+        buttons = "[...document.querySelectorAll('#start button')]"
+        tab.run(f"{buttons}.find((button) => button.innerText == {label!r}).click()")
+        tab.wait("document.querySelector('.job')?.innerText.includes('Build report')")
+        tab.run("[...document.querySelectorAll('a')].find((a) => a.innerText == 'Reports').click()")
+        tab.wait("document.body?.dataset.script == 'ran' && document.title.includes('Reports')")
+        assert tab.run("document.querySelector('h1').innerText") == "Reports"
+
+
+# docs/production.md
+
+
+@step(RUN, "docs/production.md", "Install and deploy", "python manage.py check --deploy")
+def deploy(reader, block):
+    reader.call(block.code)
