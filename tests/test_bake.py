@@ -28,6 +28,7 @@ from harness.bake import (
     name,
 )
 from harness.checks import NEW_FILES, check_celery, check_dependencies, check_file, check_pages
+from harness.reader import check_code
 from harness.servers import sentinel_settings
 
 ENGINE = engine()
@@ -133,6 +134,8 @@ def test_every_combination_is_clean(bake, answers, is_new, record_property):
     for file, text in texts.items():
         if is_new("file", file, text):
             check_file(project, file, text)
+            if file.suffix == ".md":
+                check_code(str(file), text)
             checked += 1
     record_property(NEW_FILES, checked)
     asked = re.findall(r'env\.\w+\("([A-Z_]+)"\)', texts[Path("config/settings.py")])

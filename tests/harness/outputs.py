@@ -1,12 +1,14 @@
 """Fixtures for tests of running outputs, which are installed from their own pyproject.toml."""
 
 import itertools
+import re
 import shutil
 
 import pytest
 
 from . import servers
 from .bake import CHOICES, DEFAULTS, baked, name
+from .pages import blocks
 from .project import wait_for
 
 ORDER = {"email": "you@example.com", "product": "Tea", "quantity": 2}
@@ -98,6 +100,7 @@ def with_tasks(project, tmp_path):
 def use(project, tmp_path, **environment):
     """Start the project and use each of its parts. Return what it printed."""
     with project.up(**environment) as site:
+        show_addresses(site)
         *_, done = site.follow(site.enqueue("count", 5))
         assert (done["state"], done["result"]) == ("succeeded", 5), done
         assert site.request("/api/jobs/", Authorization="")[0] == 401
@@ -139,6 +142,16 @@ def use(project, tmp_path, **environment):
 
         wait_for((tmp_path / "ticked").exists, site=site)  # Beat
         return site.log
+
+
+def show_addresses(site):
+    """Assert that `make run` printed the addresses of the README."""
+    page = blocks("README.md", site.project.read("README.md"))
+    [shown] = [block.code for block in page if block.code.startswith("Jobs ")]
+    for label, address in re.findall(r"^(\w+) +(\S+)", shown, re.MULTILINE):
+        port = site.environment["FLOWER_PORT" if label == "Flower" else "PORT"]
+        address = re.sub(r":\d+/", f":{port}/", address)
+        assert re.search(rf"^ +{label} +{re.escape(address)}( |$)", site.log, re.MULTILINE), label
 
 
 def mails(project):

@@ -4,13 +4,17 @@ For each block of code there is a step in TYPED or RUN, a test in ELSEWHERE or a
 """
 
 import ast
+import itertools
 import json
 import os
 import re
 import subprocess
 import textwrap
+from functools import cache
 
+from .bake import render
 from .browser import browser
+from .pages import blocks
 from .project import env
 from .servers import Process
 
@@ -22,6 +26,11 @@ FOLLOWED = [
 TYPED = {}  # {(page, heading, first line of the block): what a reader types before `make run`}
 RUN = {}  # ... and what he does while it runs
 ELSEWHERE = {  # the test that takes the block from the page
+    (
+        "README.md",
+        "Start",
+        "Jobs     http://127.0.0.1:8000/          your jobs: state, progress, result, cancel",
+    ): "tests/test_first_run.py::test_it_runs",
     ("docs/workers.md", "The broker: RabbitMQ", "from config import celery_app"): (
         "tests/prove/test_odds.py::test_a_dead_letter_is_kept_and_can_be_sent_again"
     ),
@@ -37,14 +46,25 @@ ELSEWHERE = {  # the test that takes the block from the page
     ("docs/operation.md", "Alerts", "# jobs.yml"): (
         "tests/prove/test_operation.py::test_the_alerts_fire_when_they_should"
     ),
+    (
+        "docs/sentinel.md",
+        "Settings",
+        "# Redis behind Sentinel: what a URL with sentinel:// cannot say",
+    ): "tests/test_bake.py::test_the_settings_for_sentinel_fit_every_project_with_redis",
 }
+KUBERNETES = "kubectl delete job migrate --namespace my-project --ignore-not-found"
+FAILOVER = "redis-cli -h host1 -p 26379 sentinel failover mymaster"
+MASTER = "redis-cli -h host1 -p 26379 sentinel get-master-addr-by-name mymaster"
 NOT_RUN = {
-    ("docs/workers.md", "How many slots"): "a formula",
-    ("docs/production.md", "In containers"): "tests/prove/test_docker.py runs it",
-    ("docs/production.md", "On Kubernetes"): "commands for a cluster",
-    ("docs/sentinel.md", "Settings"): "tests/harness/servers.py takes them from the page",
-    ("docs/sentinel.md", "Try it"): "commands for a Redis behind Sentinel",
-    ("jobs/README.md", "How a job lives"): "a picture",
+    ("docs/workers.md", "How many slots", "slots = tasks per second × seconds per task × 1.33"): (
+        "a formula"
+    ),
+    ("docs/production.md", "In containers", "make up"): "tests/prove/test_docker.py types it",
+    ("docs/production.md", "On Kubernetes", KUBERNETES): "needs a cluster",
+    ("docs/sentinel.md", "Try it", "python manage.py check --deploy"): "needs a Sentinel",
+    ("docs/sentinel.md", "Try it", FAILOVER): "needs a Sentinel with two hosts",
+    ("docs/sentinel.md", "Try it", MASTER): "needs a Sentinel with two hosts",
+    ("jobs/README.md", "How a job lives", "stateDiagram-v2"): "a picture",
 }
 # Tests of code that stands in a page without a test of its own.
 TESTS = """
@@ -174,16 +194,36 @@ class Reader:
             assert (job["state"], job["result"]) == ("succeeded", result), job
 
 
-def follow(reader, blocks):
+@cache
+def followed():
+    """Return the code of each block that the tests follow, {(page, heading, first line): codes}."""
+    found = {}
+    for answers, page in itertools.product(FOLLOWED, {page for page, *_ in TYPED | RUN}):
+        text = render(page, project_name="My Project", description="A project", **answers)
+        for block in blocks(page, text):
+            if block.key in TYPED | RUN:
+                found.setdefault(block.key, set()).add(block.code)
+    return found
+
+
+def check_code(page, text):
+    """Assert that each block of code on a page of any output is tested, or that we say why not."""
+    for block in blocks(page, text):
+        if block.code and block.key not in ELSEWHERE | NOT_RUN:
+            assert block.key in followed(), f"harness/reader.py has no step for {block.key}"
+            assert block.code in followed()[block.key], f"no output of FOLLOWED has this\n{block}"
+
+
+def follow(reader, project_blocks):
     """Type what the blocks say, from top to bottom. Then start the project, and use it so."""
-    for block in blocks:
+    for block in project_blocks:
         if type_it := TYPED.get(block.key):
             type_it(reader, block)
     reader.call("make lint check")
     printed = reader.call("make test ARGS='reports/test_crash.py reports/test_pages.py'")
     assert re.search(r"= \d+ passed in", printed), printed
     with reader.project.up(**reader.variables) as reader.site:
-        for block in blocks:
+        for block in project_blocks:
             if use_it := RUN.get(block.key):
                 use_it(reader, block)
         reader.finish()
@@ -196,19 +236,6 @@ def follow(reader, blocks):
 def start(reader, block):
     """follow() has typed it."""
     assert reader.site.process.args == block.code.split()
-
-
-@step(
-    RUN,
-    "README.md",
-    "Start",
-    "Jobs     http://127.0.0.1:8000/          your jobs: state, progress, result, cancel",
-)
-def read_the_addresses(reader, block):
-    for label, address in re.findall(r"^(\w+) +(\S+)", block.code, re.MULTILINE):
-        port = "FLOWER_PORT" if label == "Flower" else "PORT"
-        address = re.sub(r"(?<=:)\d+(?=/)", str(reader.site.environment[port]), address)
-        assert re.search(rf"^ +{label} +{re.escape(address)}( |$)", reader.site.log, re.MULTILINE)
 
 
 @step(TYPED, "README.md", "Your first job", "import time")
@@ -557,11 +584,16 @@ def start_a_worker_for_it(reader, block):
     log = reader.folder / "worker.log"
     worker = Process(command.split(), log, cwd=reader.project, variables=variables)
     worker.is_ready = lambda: " ready." in worker.printed
-    worker.start()
-    worker.stop()
+    worker.launch()
+    try:
+        worker.wait_until_ready()
+    finally:
+        if worker.is_running():
+            worker.stop()
     assert re.findall(r"\.> (\w+) +exchange=", worker.printed) == ["reports"]
-    queues = reader.evaluate("from jobs.models import *; set(Job.objects.values_list('queue'))")
-    assert ["reports"] in queues
+    jobs = "Job.objects.filter(task='reports.tasks.build_report')"
+    code = f"from jobs.models import Job; list({jobs}.values_list('queue', flat=True).distinct())"
+    assert reader.evaluate(code) == ["reports"]
 
 
 # docs/operation.md
@@ -594,13 +626,11 @@ def read_the_metrics(reader, block):
 
 @step(RUN, "docs/operation.md", "Backup and restore")
 def back_up(reader, block):
-    """The jobs are in the file if the database is a PostgreSQL."""
-    url = reader.variables.get("DATABASE_URL")
-    if url:
+    if "DATABASE_URL" in reader.variables:  # a PostgreSQL
         reader.call(block.said("All jobs are in the database: {}"))
-        file = reader.project.read("backup.sql")
-        table = re.search(r"^COPY public\.jobs_job .*?^\\\.$", file, re.M | re.S)[0]
-        assert all(url.split("/")[3] in table for url, _ in reader.jobs)
+        backup = reader.project.read("backup.sql")
+        [table] = re.findall(r"^COPY public\.jobs_job .*?^\\\.$", backup, re.M | re.S)
+        assert reader.jobs and all(url.split("/")[3] in table for url, _ in reader.jobs)
 
 
 # docs/pages.md

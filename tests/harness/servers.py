@@ -4,7 +4,6 @@ A new broker gets a class here, and its name in BROKERS.
 """
 
 import os
-import re
 import shutil
 import signal
 import socket
@@ -18,6 +17,7 @@ from urllib.parse import urlsplit
 
 from . import missing
 from .bake import chosen
+from .pages import blocks
 from .project import LIMIT, children_of, connects, env, free_ports, wait_for
 
 VISIBILITY_TIMEOUT = 8  # seconds, for plain tasks
@@ -30,7 +30,10 @@ ELECT_LEADERS = """
 
 def sentinel_settings(page):
     """Return the settings that docs/sentinel.md tells readers to add: tests prove them."""
-    return re.search(r"```python\n(.*?)```", page, re.DOTALL)[1]
+    [settings] = [
+        b.code for b in blocks("docs/sentinel.md", page) if b.heading == "Settings" and b.code
+    ]
+    return settings
 
 
 class Process:

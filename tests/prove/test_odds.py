@@ -7,7 +7,6 @@ import json
 import os
 import re
 import signal
-import textwrap
 import time
 from collections import Counter
 
@@ -27,6 +26,7 @@ from harness.faults import (
     without_resends,
 )
 from harness.mails import Mails
+from harness.pages import blocks
 from harness.project import children_of, wait_for
 from harness.stack import LEASE
 
@@ -601,7 +601,7 @@ result = [(timezone.now() - time).total_seconds() for time in (sweep.ended_at, s
 def test_a_dead_letter_is_kept_and_can_be_sent_again(stack):
     """With rabbitmq.json, which names no queue of tasks, and with the code in docs/workers.md."""
     page = stack.project.read("docs/workers.md")
-    [again] = re.findall(r"^    from config import celery_app\n(?:    .*\n)*", page, re.MULTILINE)
+    [again] = [block.code for block in blocks("docs/workers.md", page) if "x-death" in block.code]
     stack.broker.control("import_definitions", stack.project / "rabbitmq.json")
     try:
         stack.send("circle", ".", 0, queue="reports")
@@ -617,7 +617,7 @@ result = bool(message)
         assert deliveries == 21
         wait_for(lambda: stack.messages_in("dead-letters") == 1)
         assert stack.messages_in("reports") == 0
-        stack.ask(textwrap.dedent(again))
+        stack.ask(again)
         assert (stack.messages_in("dead-letters"), stack.messages_in("reports")) == (0, 1)
     finally:
         stack.broker.control("clear_policy", "dead-letters")

@@ -9,9 +9,11 @@ import yaml
 
 from harness import missing
 from harness.bake import CHOICES, render
+from harness.pages import blocks
 
 TEXT = render("docs/operation.md")
-CONFIG, RULES = re.findall("```yaml\n(.*?)```", TEXT, re.DOTALL)
+CODE = {block.heading: block.code for block in blocks("docs/operation.md", TEXT) if block.code}
+CONFIG, RULES = CODE["Prometheus"], CODE["Alerts"]
 ALERTS = {rule["alert"]: rule["expr"] for rule in yaml.safe_load(RULES)["groups"][0]["rules"]}
 PROMQL = {"absent", "avg_over_time", "by", "count_over_time", "increase", "max", "max_over_time"}
 PROMQL |= {"scalar", "sum", "sum_over_time"}

@@ -1,12 +1,107 @@
-"""The output's pages can be followed: their code runs as it stands there."""
+"""A reader can follow the output's pages: their code runs as it stands there."""
 
-from harness.bake import DEFAULTS
+from functools import partial
+
+import pytest
+
+from harness.bake import DEFAULTS, render
 from harness.outputs import outputs
-from harness.pages import read_pages
+from harness.pages import blocks, read_pages
+from harness.project import connects, free_ports
 from harness.reader import FOLLOWED, Reader, follow
+from harness.servers import Process
+
+# Makes queues with the template, then with `make queues`, which must not change them.
+QUEUES = """
+import json
+import os
+import boto3
+import dev
+
+sqs = boto3.client("sqs")
+
+def queues():
+    found = {}
+    for url in sqs.list_queues()["QueueUrls"]:
+        known = sqs.get_queue_attributes(QueueUrl=url, AttributeNames=["All"])["Attributes"]
+        redrive = json.loads(known.get("RedrivePolicy", "{}"))
+        found[url] = known["VisibilityTimeout"], known["MessageRetentionPeriod"], redrive
+    return found
+
+boto3.client("cloudformation").create_stack(StackName="pages", TemplateBody=os.environ["TEMPLATE"])
+made = queues()
+dev.create_queues()
+own = queues()
+assert made == {url: own[url] for url in made}, f"{made}, {own}"
+print(",".join(sorted(url.rsplit("-")[-1] for url in made)))
+"""
+# Makes the table with the template, and keeps a result in it. Prints the actions that this needs.
+TABLE = """
+import os
+import boto3
+from celery.result import AsyncResult
+from config.celery import app
+
+boto3.client("cloudformation").create_stack(StackName="pages", TemplateBody=os.environ["TEMPLATE"])
+actions = set()
+events = app.backend.client.meta.events
+events.register("before-call", lambda model, **kwargs: actions.add(f"dynamodb:{model.name}"))
+app.backend.store_result("some-id", 3, "SUCCESS")
+assert AsyncResult("some-id").get(timeout=10) == 3
+dynamodb = boto3.client("dynamodb")
+[name] = dynamodb.list_tables()["TableNames"]
+table = dynamodb.describe_table(TableName=name)["Table"]
+assert table["BillingModeSummary"]["BillingMode"] == "PAY_PER_REQUEST", table
+ttl = dynamodb.describe_time_to_live(TableName=name)["TimeToLiveDescription"]
+assert ttl == {"TimeToLiveStatus": "ENABLED", "AttributeName": "ttl"}, ttl
+print(",".join(sorted(actions)))
+"""
+aws_output = outputs({**DEFAULTS, "broker": "sqs", "result_backend": "dynamodb"})
 
 
 @outputs(*({**DEFAULTS, **answers} for answers in FOLLOWED))
-def test_a_reader_can_follow_the_pages(broker, project, database, tmp_path):
+def test_a_reader_can_follow_the_pages(broker, project, request, tmp_path):
     """The README's first job and its test, then what docs/ adds to them."""
-    follow(Reader(project, tmp_path, **broker), read_pages(project))
+    variables = dict(broker)
+    if not (project / "orders").exists():  # one of them on SQLite, the other on PostgreSQL
+        variables["DATABASE_URL"] = request.getfixturevalue("database").create("pages")
+    follow(Reader(project, tmp_path, **variables), read_pages(project))
+
+
+@pytest.fixture
+def aws(project, tmp_path):
+    """A stand-in for AWS with nothing in it; the variables that name it."""
+    [port] = free_ports(1)
+    command = [project / ".venv/bin/python", "-m", "moto.server", "--port", str(port)]
+    server = Process(command, tmp_path / "moto.log", is_ready=partial(connects, port))
+    server.start()
+    yield {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}
+    server.kill()
+
+
+def template(heading, **answers):
+    """Return the CloudFormation template below this heading of docs/workers.md."""
+    page = render("docs/workers.md", **answers)
+    [code] = [
+        block.code
+        for block in blocks("docs/workers.md", page)
+        if block.heading == heading and block.code.startswith("Resources:")
+    ]
+    return code
+
+
+@aws_output
+@pytest.mark.parametrize("example", [True, False])
+def test_the_template_makes_the_queues_of_the_project(project, aws, example):
+    code = template("The broker: Amazon SQS", broker="sqs", include_example=example)
+    made = project.shell(QUEUES, TEMPLATE=code, **aws)
+    assert made == ("celery,cpu,dead,io" if example else "celery,dead")
+
+
+@aws_output
+def test_the_template_makes_a_table_that_keeps_results(project, aws):
+    """Its policy allows what this needs."""
+    code = template("The result backend: DynamoDB", result_backend="dynamodb")
+    needed = project.shell(TABLE, TEMPLATE=code, **aws).split(",")
+    assert {"dynamodb:PutItem", "dynamodb:GetItem"} <= set(needed)
+    assert all(f"- {action}\n" in code for action in needed), needed

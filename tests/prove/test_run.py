@@ -3,7 +3,6 @@
 import os
 import pty
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -388,17 +387,3 @@ def test_uploads_go_to_a_bucket(project, tmp_path):
     with typed(project, f"python -m moto.server --port {port}") as server:
         wait_for(lambda: connects(port), site=server)
         assert project.manage("shell", "-v0", "-c", S3, **variables).split()[-2:] == ["1", "2"]
-
-
-@default_output
-def test_the_tests_of_a_new_app_run(project):
-    """They have the fixtures of the other tests, so they send nothing to a broker."""
-    project.manage("startapp", "reports")
-    (project / "reports/tests.py").write_text(
-        "from config.celery import app\n\n\n"
-        "def test_jobs_run_here():\n    assert app.conf.task_always_eager\n"
-    )
-    try:
-        assert "1 passed" in project.call("make", "test", ARGS="-k jobs_run_here")
-    finally:
-        shutil.rmtree(project / "reports")
