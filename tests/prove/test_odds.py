@@ -419,6 +419,66 @@ with connection.cursor() as cursor:
     assert stack.ask(code) - before < 8  # others may reconnect after CONN_MAX_AGE
 
 
+# The pools differ
+
+
+@on_prefork
+def test_a_time_limit_ends_a_plain_task_that_computes(stack):
+    worker = stack.replace_worker(TASK_TIME_LIMIT=2)
+    task = stack.send("compute", 3600, queue="cpu")
+    child = stack.wait_until_started(task)
+    wait_for(lambda: not os.path.exists(f"/proc/{child}"))
+    stack.wait_until_final(stack.enqueue("quick", queue="cpu"))
+    assert worker.is_running()
+    assert stack.notes("start", task) == [child]
+
+
+@on_prefork
+def test_a_child_that_uses_too_much_memory_is_replaced_after_its_task(stack, gate):
+    gate.touch()
+    for limit, children in [(1, 3), (10_000_000, 1)]:  # kilobytes
+        stack.worker.stop()
+        worker = stack.make_worker(
+            "cpu", f"limit-{limit}", WORKER_MAX_KILOBYTES=limit, WORKER_CONCURRENCY=1
+        )
+        worker.start()
+        rows = stack.wait_until_final(*[stack.enqueue("hold", gate, queue="cpu") for _ in range(3)])
+        assert len({row["result"] for row in rows}) == children, rows
+        worker.stop()
+
+
+@stacks(brokers=ONE["brokers"], pools=["threads"])
+def test_a_thread_over_its_time_limit_continues(stack, gate):
+    """A plain task to its end, a job to its next report."""
+    stack.replace_worker(TASK_TIME_LIMIT=2)
+    task = stack.send("plain", gate, queue="cpu")
+    silent, reports = stack.enqueue("hold", gate, queue="cpu"), stack.enqueue("report_for_ever")
+    stack.wait_until_started(task, silent, reports)
+    rows = stack.wait_until_final(silent, reports)
+    assert [row["error"] for row in rows] == ["Over its time limit"] * 2
+    wait_for(lambda: stack.notes("end", reports))
+    gate.touch()
+    for continues in task, silent:
+        wait_for(lambda continues=continues: stack.notes("end", continues))
+
+
+@stacks(brokers=ONE["brokers"], pools=["gevent"])
+def test_a_greenlet_has_no_soft_time_limit(stack):
+    """This one is 1 s. The hard one works: see test_a_job_over_its_time_limit_fails()."""
+    rows = stack.wait_until_final(stack.enqueue("rest_softly", 3, queue="cpu"))
+    assert succeeded(rows, crashes=0), rows
+
+
+@stacks(brokers=ONE["brokers"], pools=["gevent"])
+def test_a_greenlet_that_blocks_makes_all_others_wait(stack):
+    blocks = stack.enqueue("block", 3, queue="cpu")
+    stack.wait_until_started(blocks)
+    other = stack.enqueue("quick", queue="cpu")
+    stack.wait_until_final(blocks, other)
+    noted = [line.split()[:2] for line in stack.notes_file.read_text().splitlines()]
+    assert noted.index(["end", blocks]) < noted.index(["start", other])
+
+
 # Odd outcomes
 
 
@@ -594,7 +654,48 @@ result = [(timezone.now() - time).total_seconds() for time in (sweep.ended_at, s
     assert swept < LEASE < 2 * LEASE < late
 
 
-# Dead letters
+# Plain tasks that kill their worker each time, and dead letters
+
+
+@stacks(brokers=["redis"], pools=POOLS[:1])
+def test_a_plain_task_that_kills_its_worker_is_delivered_without_end(stack, gate):
+    """More often than a job, which fails after three crashes, and than its max_retries, three."""
+    task = stack.send("kill_worker", gate, queue="cpu")
+    with stack.supervised(stack.workers):
+        stack.wait_until_started(task, times=5)
+        gate.touch()
+        stack.wait_until_started(task, times=6)
+
+
+@stacks(brokers=["sqs"], pools=POOLS[:1])
+def test_ten_deliveries_make_a_dead_letter(stack):
+    """No worker reads the queue `test`. Here the visibility timeout of a delivery is 0."""
+    task = stack.send("plain", ".", queue="test")
+    code = """
+import boto3
+from django.conf import settings
+sqs, messages = boto3.client("sqs"), []
+queue = settings.SQS_ADDRESS + "-test"
+while found := sqs.receive_message(QueueUrl=queue, VisibilityTimeout=0).get("Messages"):
+    messages += found
+dead = sqs.receive_message(QueueUrl=settings.SQS_ADDRESS + "-dead").get("Messages", [])
+result = [len(messages), [message["Body"] == messages[0]["Body"] for message in dead]]
+"""
+    assert task and stack.ask(code) == [10, [True]]
+
+
+@stacks(brokers=["sqs"], pools=POOLS[:1])
+def test_a_queue_must_be_created_before_it_is_used(stack):
+    with pytest.raises(AssertionError, match="UndefinedQueueException"):
+        stack.send("plain", ".", queue="new")
+
+
+@stacks(brokers=["rabbitmq"], pools=POOLS[:1])
+def test_the_queues_are_replicated(stack):
+    """RabbitMQ replicates quorum queues. Those of remote control and events need no replica."""
+    lines = stack.broker.control("--silent", "list_queues", "name", "type").splitlines()
+    types = dict(line.split("\t") for line in lines)
+    assert {types[queue] for queue in ("celery", "cpu", "io")} == {"quorum"}
 
 
 @on_rabbitmq

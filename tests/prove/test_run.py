@@ -13,6 +13,7 @@ from uuid import uuid4
 
 import pytest
 
+from harness.bake import baked
 from harness.browser import browser
 from harness.outputs import (
     ORDER,
@@ -240,6 +241,15 @@ def test_make_run_starts_no_broker_for_another_host(project):
         project.call("make", "run", PORT=web, FLOWER_PORT=flower, CELERY_BROKER_URL=url)
 
 
+@outputs(next(each for each in combinations() if each["broker"] == "rabbitmq"))
+def test_make_run_starts_no_rabbitmq(project):
+    web, flower, port = free_ports(3)
+    variables = {"PORT": web, "FLOWER_PORT": flower}
+    variables["CELERY_BROKER_URL"] = f"amqp://guest:guest@127.0.0.1:{port}//"
+    with pytest.raises(AssertionError, match=f"No RabbitMQ answers at 127.0.0.1:{port}"):
+        project.call("make", "run", **variables)
+
+
 class Typed:
     """A command that somebody types in a terminal of the project."""
 
@@ -274,12 +284,16 @@ def typed(project, command, **variables):
 
 @every_pool
 def test_a_worker_typed_by_hand_uses_the_projects_settings(broker, project, request):
-    """Pool, concurrency, all queues. If idle, it ends before SOFT_SHUTDOWN_SECONDS have passed."""
+    """Pool, concurrency, all queues. If idle, it ends before SOFT_SHUTDOWN_SECONDS have passed.
+
+    The first one has the default concurrency of its pool.
+    """
     own = request.node.callspec.params["output"]["worker_pool"]
     command = "celery -A config worker -l info"
     commands = {pool: f"{command} --pool {pool}" for pool in ("prefork", "threads", own)}
     commands |= {own: command} if own != "gevent" else {}
-    settings = {"WORKER_CONCURRENCY": 3, "SOFT_SHUTDOWN_SECONDS": 3600}
+    settings = {"SOFT_SHUTDOWN_SECONDS": 3600}
+    slots = {"prefork": os.cpu_count(), "threads": 20, "gevent": 100}[own]
     if own == "gevent":
         with typed(project, command, **broker) as refused:
             assert refused.process.wait(300) == 1
@@ -288,13 +302,14 @@ def test_a_worker_typed_by_hand_uses_the_projects_settings(broker, project, requ
     for number, pool in runs:
         with typed(project, commands[pool], **settings, **broker) as worker:
             worker.wait_for(" ready.")
-            assert re.search(r"concurrency: 3 \((\w+)\)", worker.log)[1] in pool
+            assert re.search(rf"concurrency: {slots} \((\w+)\)", worker.log)[1] in pool
             queues = re.findall(r"\.> (\w+) +exchange=", worker.log)
             assert sorted(queues) == ["celery", "cpu", "io"]
 
             worker.process.send_signal(number)
             worker.process.wait(300)
             assert "does not end" not in worker.log  # a stuck one logs this after ten seconds
+        settings["WORKER_CONCURRENCY"] = slots = 3
 
 
 @default_output
@@ -387,3 +402,177 @@ def test_uploads_go_to_a_bucket(project, tmp_path):
     with typed(project, f"python -m moto.server --port {port}") as server:
         wait_for(lambda: connects(port), site=server)
         assert project.manage("shell", "-v0", "-c", S3, **variables).split()[-2:] == ["1", "2"]
+
+
+PAGES = """
+from django.core.management import call_command
+from django.test import Client
+from users.models import User
+call_command("migrate", verbosity=0)
+client = Client(HTTP_HOST="localhost")
+pages = [client.get("/login/")]
+client.force_login(User.objects.create_superuser("admin"))
+pages += [client.get(page) for page in ("/", "/admin/", "/api/schema/")]
+print(*(page.content.decode().count("My Project") > 0 for page in pages))
+"""
+
+
+@default_output
+def test_the_pages_show_the_name_of_the_project(project, tmp_path):
+    """The login, the jobs, the admin, and the document that the API docs show."""
+    variables = {"DATABASE_URL": f"sqlite:///{tmp_path}/db.sqlite3", "DEBUG": "False"}
+    variables["SECURE_SSL_REDIRECT"] = "False"
+    shown = project.manage("shell", "-v0", "-c", PAGES, **variables).split()
+    assert shown == ["True"] * 4
+
+
+@default_output
+def test_a_plain_task_is_delivered_again_after_its_time_limit_and_a_minute(project):
+    """How long kombu's transport waits; test_faults.py shows what it does then."""
+    code = """
+from config.celery import app
+with app.connection_for_read() as broker:
+    print(broker.default_channel.visibility_timeout)
+"""
+    assert project.shell(code, TASK_TIME_LIMIT=100) == "160"
+
+
+@outputs(next(each for each in combinations() if each["broker"] == "sqs"))
+def test_there_is_no_remote_control(project):
+    with pytest.raises(AssertionError, match="not supported by transport"):
+        project.call(".venv/bin/celery", "-A", "config", "inspect", "ping")
+
+
+# The results of plain tasks
+
+
+def with_results(name):
+    """Return the first combination with this result backend."""
+    return next(each for each in combinations() if each["result_backend"] == name)
+
+
+@pytest.fixture
+def moto(broker, project):
+    """The variables of the output's servers, with a moto that runs, if it needs one."""
+    if "AWS_ENDPOINT_URL" not in broker:
+        yield broker
+        return
+    port = urlsplit(broker["AWS_ENDPOINT_URL"]).port
+    with typed(project, f"python -m moto.server --port {port}") as server:
+        wait_for(lambda: connects(port), site=server)
+        if "queues:" in project.read("Makefile"):
+            project.call("make", "queues", **broker)
+        yield broker
+
+
+# Stores a result, and prints how many seconds the server will keep it.
+KEPT = {
+    "redis": """
+print(backend.client.ttl(backend.get_key_for_task("stored")))
+""",
+    "dynamodb": """
+place = {"TableName": backend.table_name}
+key = {"id": {"S": backend.get_key_for_task("stored").decode()}}
+item = backend.client.get_item(Key=key, **place)["Item"]
+expiry = backend.client.describe_time_to_live(**place)["TimeToLiveDescription"]
+assert expiry["TimeToLiveStatus"] == "ENABLED"
+print(round(float(item[expiry["AttributeName"]]["N"]) - float(item["timestamp"]["N"])))
+""",
+}
+
+
+@outputs(*map(with_results, KEPT))
+def test_the_server_deletes_a_result_after_a_day(request, moto, project):
+    store = """
+from config.celery import app
+backend = app.backend
+backend.store_result("stored", 5, "SUCCESS")
+"""
+    kept = KEPT[request.node.callspec.params["output"]["result_backend"]]
+    assert project.shell(store + kept, **moto) in ("86400", "86399")
+
+
+CLEANUP = """
+import tempfile
+from datetime import timedelta
+from celery.beat import Service
+from django.core.management import call_command
+from django.test import Client
+from django.utils import timezone
+from django_celery_results.models import TaskResult
+from config.celery import app
+from users.models import User
+
+call_command("migrate", verbosity=0)
+for pk, hours in [("young", 23), ("old", 25)]:
+    app.backend.store_result(pk, 5, "SUCCESS")
+    done = timezone.now() - timedelta(hours=hours)
+    TaskResult.objects.filter(task_id=pk).update(date_done=done)
+client = Client(HTTP_HOST="localhost")
+client.force_login(User.objects.create_superuser("admin"))
+
+
+def shown():
+    page = client.get("/admin/django_celery_results/taskresult/").content.decode()
+    return [pk for pk in ("young", "old") if f">{pk}<" in page]
+
+
+before = shown()
+beat = Service(app, schedule_filename=tempfile.mktemp())
+app.tasks[beat.scheduler.schedule["celery.backend_cleanup"].task].apply(throw=True)
+print(*before, *shown())
+"""
+
+
+@outputs(with_results("database"))
+def test_the_admin_shows_results_until_beat_deletes_those_older_than_a_day(project, tmp_path):
+    url = f"sqlite:///{tmp_path}/db.sqlite3"
+    shown = project.manage("shell", "-v0", "-c", CLEANUP, DATABASE_URL=url).split()
+    assert shown == ["young", "old", "young"]
+
+
+# Two projects
+
+
+SENT = """
+from config.celery import app
+app.send_task("any", queue="celery")
+app.backend.store_result("stored", 5, "SUCCESS")
+"""
+SEEN = """
+from config.celery import app
+from jobs.messages import messages_in
+with app.connection_for_write() as broker:
+    print(messages_in("celery", broker), app.backend.get_state("stored"))
+"""
+
+
+@outputs(
+    next(combinations()),
+    next(e for e in combinations() if (e["broker"], e["result_backend"]) == ("sqs", "dynamodb")),
+)
+def test_two_projects_on_one_server_keep_apart(request, moto, project, cookies_session):
+    """Each has its own messages and results."""
+    answers = {**request.node.callspec.params["output"], "project_slug": "other"}
+    other = baked(cookies_session, answers)
+    other.install()
+    moto = {name: url for name, url in moto.items() if not url.startswith("dynamodb:")}
+    if "queues:" in other.read("Makefile"):
+        other.call("make", "queues", **moto)
+    project.manage("shell", "-v0", "-c", SENT, **moto)
+    seen = [each.manage("shell", "-v0", "-c", SEEN, **moto).split() for each in (project, other)]
+    assert seen == [["1", "SUCCESS"], ["0", "PENDING"]]
+
+
+@default_output
+def test_the_tests_of_a_new_app_run(project):
+    """They have the fixtures of the other tests, so they send nothing to a broker."""
+    project.manage("startapp", "reports")
+    (project / "reports/tests.py").write_text(
+        "from config.celery import app\n\n\n"
+        "def test_jobs_run_here():\n    assert app.conf.task_always_eager\n"
+    )
+    try:
+        assert "1 passed" in project.call("make", "test", ARGS="-k jobs_run_here")
+    finally:
+        shutil.rmtree(project / "reports")

@@ -99,6 +99,30 @@ def hold_the_interpreter(self, seconds):
     ctypes.PyDLL(None).sleep(int(seconds))
 
 
+@shared_task(base=JobTask, bind=True)
+def block(self, seconds):
+    """Hold the GIL, and note when it is free again."""
+    note(self, "start")
+    ctypes.PyDLL(None).sleep(int(seconds))
+    note(self, "end")
+
+
+@shared_task(base=JobTask, bind=True, time_limit=60, soft_time_limit=1)
+def rest_softly(self, seconds):
+    time.sleep(float(seconds))
+
+
+@shared_task(base=JobTask, bind=True)
+def report_for_ever(self):
+    note(self, "start")
+    try:
+        while True:
+            self.report(1)
+            time.sleep(0.05)
+    finally:
+        note(self, "end")
+
+
 @shared_task(base=JobTask)
 def tick():
     """Beat starts this job."""
@@ -214,6 +238,21 @@ def plain(self, gate):
 def die_plainly(self):
     note(self, "start")
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+@shared_task(bind=True)
+def compute(self, seconds):
+    """Hold the GIL, so that no signal handler of Python runs."""
+    note(self, "start")
+    ctypes.PyDLL(None).sleep(int(seconds))
+
+
+@shared_task(bind=True)
+def kill_worker(self, gate):
+    """Kill the worker with all its children, until the gate exists."""
+    note(self, "start")
+    if not Path(gate).exists():
+        os.killpg(0, signal.SIGKILL)
 
 
 @shared_task(bind=True)
