@@ -424,42 +424,39 @@ with connection.cursor() as cursor:
 
 @on_prefork
 def test_a_time_limit_ends_a_plain_task_that_computes(stack):
-    worker = stack.replace_worker(TASK_TIME_LIMIT=2)
-    task = stack.send("compute", 3600, queue="cpu")
+    task = stack.send("compute", queue="cpu", time_limit=2, soft_time_limit=1)
     child = stack.wait_until_started(task)
     wait_for(lambda: not os.path.exists(f"/proc/{child}"))
-    stack.wait_until_final(stack.enqueue("quick", queue="cpu"))
-    assert worker.is_running()
+    stack.wait_until_final(*[stack.enqueue("quick", queue="cpu") for _ in range(20)])
+    assert stack.worker.is_running()
     assert stack.notes("start", task) == [child]
 
 
 @on_prefork
 def test_a_child_that_uses_too_much_memory_is_replaced_after_its_task(stack, gate):
     gate.touch()
-    for limit, children in [(1, 3), (10_000_000, 1)]:  # kilobytes
-        stack.worker.stop()
-        worker = stack.make_worker(
-            "cpu", f"limit-{limit}", WORKER_MAX_KILOBYTES=limit, WORKER_CONCURRENCY=1
-        )
+    stack.worker.stop()
+    for kilobytes, children in [(1, 3), (10_000_000, 1)]:
+        variables = {"WORKER_MAX_KILOBYTES": kilobytes, "WORKER_CONCURRENCY": 1}
+        worker = stack.make_worker("cpu", f"limit-{kilobytes}", **variables)
         worker.start()
         rows = stack.wait_until_final(*[stack.enqueue("hold", gate, queue="cpu") for _ in range(3)])
-        assert len({row["result"] for row in rows}) == children, rows
         worker.stop()
+        assert len({row["result"] for row in rows}) == children, rows
 
 
 @stacks(brokers=ONE["brokers"], pools=["threads"])
 def test_a_thread_over_its_time_limit_continues(stack, gate):
     """A plain task to its end, a job to its next report."""
-    stack.replace_worker(TASK_TIME_LIMIT=2)
-    task = stack.send("plain", gate, queue="cpu")
-    silent, reports = stack.enqueue("hold", gate, queue="cpu"), stack.enqueue("report_for_ever")
-    stack.wait_until_started(task, silent, reports)
-    rows = stack.wait_until_final(silent, reports)
-    assert [row["error"] for row in rows] == ["Over its time limit"] * 2
-    wait_for(lambda: stack.notes("end", reports))
+    task = stack.send("plain", gate, queue="cpu", time_limit=2)
+    job = stack.enqueue("report_too_long", queue="cpu")
+    stack.wait_until_started(job, task)
+    [row] = stack.wait_until_final(job)
+    assert (row["state"], row["error"]) == ("failed", "Over its time limit")
+    wait_for(lambda: stack.notes("end", job))
     gate.touch()
-    for continues in task, silent:
-        wait_for(lambda continues=continues: stack.notes("end", continues))
+    wait_for(lambda: stack.notes("end", task))
+    assert len(stack.notes("start", task)) == 1
 
 
 @stacks(brokers=ONE["brokers"], pools=["gevent"])

@@ -9,6 +9,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import repeat
 from pathlib import Path
 
 from celery import shared_task
@@ -112,8 +113,8 @@ def rest_softly(self, seconds):
     time.sleep(float(seconds))
 
 
-@shared_task(base=JobTask, bind=True)
-def report_for_ever(self):
+@shared_task(base=JobTask, bind=True, time_limit=2)
+def report_too_long(self):
     note(self, "start")
     try:
         while True:
@@ -241,10 +242,10 @@ def die_plainly(self):
 
 
 @shared_task(bind=True)
-def compute(self, seconds):
-    """Hold the GIL, so that no signal handler of Python runs."""
+def compute(self):
+    """Compute for ever in C, so that no signal handler of Python runs."""
     note(self, "start")
-    ctypes.PyDLL(None).sleep(int(seconds))
+    max(repeat(1))
 
 
 @shared_task(bind=True)
