@@ -328,6 +328,14 @@ def test_a_slug_is_derived_from_any_name(bake, name):
     assert slug.isidentifier() and slug.isascii() and slug.islower() and len(slug) <= 40
 
 
+def test_the_slug_names_the_folder_and_the_package(bake):
+    """The default of project_slug is derived from the name."""
+    project = bake(project_name="Tea Shop")
+    about = tomllib.loads(project.read("pyproject.toml"))["project"]
+
+    assert project.name == about["name"] == "tea_shop"
+
+
 @pytest.mark.parametrize(
     ("kind", "slug"), [(kind, slug) for kind, slugs in SLUGS.items() for slug in slugs]
 )
@@ -520,6 +528,14 @@ def test_env_is_never_overwritten(run, tmp_path):
 
     assert result.returncode == 0
     assert env.read_text() == "SECRET_KEY=in-use\n"
+
+
+@pytest.mark.parametrize("include_example", [True, False])
+def test_the_example_is_written_only_if_it_is_wanted(bake, include_example):
+    project = bake(include_example=include_example)
+
+    assert (project / "orders").exists() == include_example
+    assert (project / "tests/test_orders.py").exists() == include_example
 
 
 def test_the_output_has_no_empty_folders(bake):

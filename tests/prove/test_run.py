@@ -8,12 +8,13 @@ import socket
 import subprocess
 import time
 from contextlib import contextmanager
+from functools import partial
 from urllib.parse import urlsplit
 from uuid import uuid4
 
 import pytest
 
-from harness.bake import baked
+from harness.bake import CHOICES, baked
 from harness.browser import browser
 from harness.outputs import (
     ORDER,
@@ -123,6 +124,11 @@ def test_the_log_names_each_event_and_has_one_traceback(with_tasks):
     for event in "task_started", "task_failed", "task_succeeded":
         assert re.search(rf"{event}.* task=samples.tasks.count", log), log
     assert "GET /" not in log
+
+
+def first(option, choice):
+    """Return the first of the combinations with this choice."""
+    return next(each for each in combinations() if each[option] == choice)
 
 
 def required(project):
@@ -241,7 +247,7 @@ def test_make_run_starts_no_broker_for_another_host(project):
         project.call("make", "run", PORT=web, FLOWER_PORT=flower, CELERY_BROKER_URL=url)
 
 
-@outputs(next(each for each in combinations() if each["broker"] == "rabbitmq"))
+@outputs(first("broker", "rabbitmq"))
 def test_make_run_starts_no_rabbitmq(project):
     web, flower, port = free_ports(3)
     variables = {"PORT": web, "FLOWER_PORT": flower}
@@ -373,7 +379,7 @@ def test_ctrl_c_keeps_a_broker_that_another_project_uses(project):
             assert "A process has ended" not in second.log
 
 
-@outputs(next(each for each in combinations() if each["broker"] == "rabbitmq"))
+@outputs(first("broker", "rabbitmq"))
 def test_its_own_tests_pass_beside_a_worker(broker, project):
     with typed(project, "celery -A config worker", **broker) as worker:
         worker.wait_for(" ready.")
@@ -390,7 +396,7 @@ print(*[default_storage.open(name).read().decode() for name in names])
 """
 
 
-@outputs(next(each for each in combinations() if each["broker"] == "sqs"))
+@outputs(first("broker", "sqs"))
 def test_uploads_go_to_a_bucket(project, tmp_path):
     """With the package that docs/production.md names. Two uploads with one name are two files."""
     packages = ["--target", tmp_path, "django-storages[s3]"]
@@ -419,7 +425,7 @@ print(*(page.content.decode().count("My Project") > 0 for page in pages))
 
 @default_output
 def test_the_pages_show_the_name_of_the_project(project, tmp_path):
-    """The login, the jobs, the admin, and the document that the API docs show."""
+    """project_name is on the login, the jobs, the admin, and in the document of the API docs."""
     url = f"sqlite:///{tmp_path}/db.sqlite3"
     shown = project.manage("shell", "-v0", "-c", NAME_ON_PAGES, DATABASE_URL=url).split()
     assert shown == ["True"] * 4
@@ -436,18 +442,14 @@ with app.connection_for_read() as broker:
     assert project.shell(code, TASK_TIME_LIMIT=100, **broker) == "160"
 
 
-@outputs(next(each for each in combinations() if each["broker"] == "sqs"))
-def test_there_is_no_remote_control(project):
+@outputs(first("broker", "sqs"))
+def test_there_is_neither_flower_nor_remote_control(project):
+    assert "flower" not in project.read("Procfile")
     with pytest.raises(AssertionError, match="pidbox.* must be defined in 'predefined_queues'"):
         project.call(".venv/bin/celery", "-A", "config", "inspect", "ping")
 
 
 # The results of plain tasks
-
-
-def with_results(name):
-    """Return the first combination with this result backend."""
-    return next(each for each in combinations() if each["result_backend"] == name)
 
 
 @pytest.fixture
@@ -479,7 +481,7 @@ print(round(float(item[expiry["AttributeName"]]["N"]) - float(item["timestamp"][
 }
 
 
-@outputs(*map(with_results, KEPT))
+@outputs(*map(partial(first, "result_backend"), KEPT))
 def test_the_server_deletes_a_result_after_a_day(request, moto, project):
     store = """
 from config.celery import app
@@ -522,11 +524,39 @@ print(*before, *shown())
 """
 
 
-@outputs(with_results("database"))
-def test_the_admin_shows_results_until_beat_deletes_those_older_than_a_day(project, tmp_path):
+@outputs(first("result_backend", "database"))
+def test_the_admin_shows_a_result_for_a_day(project, tmp_path):
     url = f"sqlite:///{tmp_path}/db.sqlite3"
     shown = project.manage("shell", "-v0", "-c", CLEANUP, DATABASE_URL=url).split()
     assert shown == ["young", "old", "young"]
+
+
+# The example
+
+
+DAILY = """
+import tempfile
+from celery.beat import Service
+from django.core.management import call_command
+from config.celery import app
+
+call_command("migrate", verbosity=0)
+entry = Service(app, schedule_filename=tempfile.mktemp()).scheduler.schedule["daily-report"]
+print(entry.schedule.hour, entry.task, entry.task in app.tasks)
+"""
+
+
+@outputs(
+    *(
+        next(e for e in combinations() if e["periodic_tasks"] == name)
+        for name in CHOICES["periodic_tasks"]
+    )
+)
+def test_beat_starts_the_daily_report(project, tmp_path):
+    """Every morning, whether the schedule is in the settings or was stored by a migration."""
+    url = f"sqlite:///{tmp_path}/db.sqlite3"
+    printed = project.manage("shell", "-v0", "-c", DAILY, DATABASE_URL=url).split()
+    assert printed == ["{6}", "orders.tasks.send_daily_report", "True"]
 
 
 # Two projects
