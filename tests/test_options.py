@@ -530,12 +530,13 @@ def test_env_is_never_overwritten(run, tmp_path):
     assert env.read_text() == "SECRET_KEY=in-use\n"
 
 
-@pytest.mark.parametrize("include_example", [True, False])
+@pytest.mark.parametrize("include_example", CHOICES["include_example"])
 def test_the_example_is_written_only_if_it_is_wanted(bake, include_example):
     project = bake(include_example=include_example)
 
-    assert (project / "orders").exists() == include_example
-    assert (project / "tests/test_orders.py").exists() == include_example
+    wanted = include_example == "yes"
+    assert (project / "orders").exists() == wanted
+    assert (project / "tests/test_orders.py").exists() == wanted
 
 
 def test_the_output_has_no_empty_folders(bake):

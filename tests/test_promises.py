@@ -281,7 +281,7 @@ PROMISES = {
             "and a task that Beat starts",
         ],
     },
-    ("include_example", "true"): {
+    ("include_example", "yes"): {
         "test_the_pages_start_show_cancel_and_repeat_a_job": ["a report to watch and cancel"],
         "test_beat_starts_the_daily_report": ["a task that Beat starts"],
         "test_it_passes_its_checks_and_its_own_tests": [
@@ -291,7 +291,7 @@ PROMISES = {
             "`orders/` and `tests/test_orders.py`"
         ],
     },
-    ("include_example", "false"): {
+    ("include_example", "no"): {
         "test_the_example_is_written_only_if_it_is_wanted": [
             "no example",
             "neither",
@@ -361,7 +361,7 @@ def said():
 
 def values_of(option):
     """Return the values of an option, as the pages write them."""
-    return [str(value).lower() for value in CHOICES.get(option, [])]
+    return CHOICES.get(option, [])
 
 
 def test_both_pages_name_each_value_in_order():

@@ -21,7 +21,7 @@ from .servers import Process
 # The outputs whose pages are followed. In the other outputs, the steps' blocks have the same code.
 FOLLOWED = [
     {},
-    {"broker": "rabbitmq", "worker_pool": "threads", "include_example": False},
+    {"broker": "rabbitmq", "worker_pool": "threads", "include_example": "no"},
 ]
 TYPED = {}  # {(page, heading, first line of the block): what a reader types before `make run`}
 RUN = {}  # ... and what he does while it runs

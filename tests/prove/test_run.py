@@ -589,17 +589,3 @@ def test_two_projects_on_one_server_keep_apart(request, moto, project, cookies_s
     project.manage("shell", "-v0", "-c", SENT, **moto)
     seen = [each.manage("shell", "-v0", "-c", SEEN, **moto).split() for each in (project, other)]
     assert seen == [["1", "SUCCESS"], ["0", "PENDING"]]
-
-
-@default_output
-def test_the_tests_of_a_new_app_run(project):
-    """They have the fixtures of the other tests, so they send nothing to a broker."""
-    project.manage("startapp", "reports")
-    (project / "reports/tests.py").write_text(
-        "from config.celery import app\n\n\n"
-        "def test_jobs_run_here():\n    assert app.conf.task_always_eager\n"
-    )
-    try:
-        assert "1 passed" in project.call("make", "test", ARGS="-k jobs_run_here")
-    finally:
-        shutil.rmtree(project / "reports")
