@@ -56,4 +56,6 @@ def baked(cookies, answers):
     tempfile.tempdir = None
     if result.exception:
         raise result.exception
-    return Project(result.project_path)
+    project = Project(result.project_path)
+    project.answers = answers
+    return project

@@ -84,7 +84,7 @@ def project(output):
 @pytest.fixture(scope="module")
 def broker(output, tmp_path_factory):
     """Variables of real servers for this output alone. Requested first, as one may be missing."""
-    with servers.real(output.free_servers(), tmp_path_factory.mktemp("servers")) as variables:
+    with servers.real(output, tmp_path_factory.mktemp("servers")) as variables:
         yield variables
 
 

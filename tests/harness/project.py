@@ -30,6 +30,7 @@ CONSOLE = Path(__file__).parent / "console.py"
 class Project(type(Path())):
     """The path of a baked project, which can also run commands."""
 
+    answers = None  # of the bake
     environments = None  # a folder of environments that projects with equal dependencies share
 
     def run(self, *command, **environment):

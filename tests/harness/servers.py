@@ -122,7 +122,7 @@ class Broker(Process):
     Without a `port`, the broker takes a free one. Its `variables` make an output use it.
     """
 
-    scheme = None  # of its URL, if real() starts it
+    server = None  # its file in templates/servers/, if real() starts it
     answers = {}  # of the output that the fault tests run
     settings = ""  # more lines for that output
     refuse = ""  # code with a `channel`: makes a queue "refused" that takes no message
@@ -132,7 +132,7 @@ class Broker(Process):
 
 
 class Redis(Broker):
-    scheme = "redis"
+    server = "redis"
     answers = {"broker": "redis"}
     settings = f'CELERY_BROKER_TRANSPORT_OPTIONS["visibility_timeout"] = {VISIBILITY_TIMEOUT}'
     refuse = 'channel.client.set("refused", "no list")'
@@ -157,7 +157,6 @@ class RedisSentinel(Redis):
     All three have TLS and passwords. The first sentinel that the variables name does not exist.
     """
 
-    scheme = None
     answers = {"broker": "redis", "result_backend": "redis"}
     settings = f"{Redis.settings}\n{sentinel_settings(chosen().servers[0].sentinel)}"
 
@@ -248,7 +247,7 @@ sentinel failover-timeout main 10000
 
 
 class RabbitMQ(Broker):
-    scheme = "amqp"
+    server = "rabbitmq"
     answers = {"broker": "rabbitmq", "result_backend": "none"}
     # The project declares it with other arguments, which RabbitMQ answers with error 406.
     refuse = 'channel.queue_declare("refused", auto_delete=False, arguments={"x-max-priority": 9})'
@@ -336,7 +335,7 @@ class SQS(Broker):
 
 BROKERS = {"redis": Redis, "rabbitmq": RabbitMQ, "sqs": SQS}
 SETUPS = {**BROKERS, "redis-sentinel": RedisSentinel}
-SCHEMES = {broker.scheme: broker for broker in BROKERS.values() if broker.scheme}
+SERVERS = {broker.server: broker for broker in BROKERS.values() if broker.server}
 
 
 def broker_class(name):
@@ -347,13 +346,17 @@ def broker_class(name):
 
 
 @contextmanager
-def real(variables, folder):
-    """Start a server at each address in these variables of a project, if we have a class for it."""
-    places = {(urlsplit(url).scheme, urlsplit(url).port) for url in variables.values()}
+def real(project, folder):
+    """Start the servers of an output's broker and result backend. Give their addresses.
+
+    A server without a class here is left to `make run`, and never replaced by another server.
+    """
+    variables, parts = project.free_servers(), chosen(**project.answers)
+    used = [part for part in (parts.broker, parts.result_backend) if part.server in SERVERS]
+    places = {(part.server, urlsplit(variables[part.required]).port) for part in used}
     with ExitStack() as stack:
-        for scheme, port in places:
-            if scheme in SCHEMES:
-                stack.enter_context(running(SCHEMES[scheme], folder / str(port), port=port))
+        for server, port in places:
+            stack.enter_context(running(SERVERS[server], folder / str(port), port=port))
         yield variables
 
 

@@ -18,7 +18,7 @@ with_flower = outputs(*(each for each in one_for_each_broker() if chosen(**each)
 @with_flower
 def test_celery_and_flower_show_no_password(project, tmp_path):
     """Neither the passwords of broker and results nor that of the cache, unknown to Celery."""
-    with servers.real(project.free_servers(), tmp_path) as addresses:
+    with servers.real(project, tmp_path) as addresses:
         variables = {"CACHE_URL": f"redis://:{PASSWORD}@127.0.0.1:1/2"}
         for name, url in addresses.items():
             variables[name] = protect(url)

@@ -29,7 +29,7 @@ print(Job.objects.enqueue(forecast_demand, ["Tea"], {"rounds": 1}, countdown=1, 
 def machine(bake, database, tmp_path):
     """An output without containers on a server: Git brought no .env, and nothing is installed."""
     project = bake(deployment="none")
-    with servers.real(project.free_servers(), tmp_path) as addresses:
+    with servers.real(project, tmp_path) as addresses:
         (project / ".env").unlink()
         variables = {
             **project.production(),
