@@ -216,27 +216,31 @@ PROMISES = {
             "an image, and `compose.yaml` with PostgreSQL, the broker and all processes"
         ],
         "test_an_order_becomes_a_succeeded_job": ["`make up` starts everything"],
-        "test_compose_reads_every_file": [
+        "test_two_lines_of_env_decide_about_a_stand_in_for_amazon": [
             "Amazon's services are moto until you remove two lines from `.env`"
         ],
     },
     ("deployment", "kubernetes"): {
-        "test_the_manifests_are_valid": [
+        "test_an_output_has_the_files_of_docker_and_manifests": [
             "also manifests",
-            "with workers that scale with the number of jobs (kustomize, KEDA)",
+            "the files of `docker`",
+            "database and broker are servers of your own",
+        ],
+        "test_the_manifests_are_valid": [
             "`deploy/kubernetes/` for kustomize",
-            "web, Beat, a Deployment for each queue, migrations",
             "The cluster needs KEDA",
         ],
-        "test_flower_listens_only_on_the_loopback_address": ["the files of `docker`"],
-        "test_the_network_policies_open_only_needed_ports": [
-            "database and broker are servers of your own"
+        "test_the_pods_of_the_manifests_run_jobs": [
+            "web, Beat, a Deployment for each queue, migrations"
+        ],
+        "test_the_queries_that_scale_workers_count_waiting_and_running_jobs": [
+            "with workers that scale with the number of jobs (kustomize, KEDA)"
         ],
     },
     ("deployment", "none"): {
-        "test_every_combination_is_clean": [
-            "neither",
-            "the project's README lists the processes",
+        "test_every_combination_is_clean": ["neither"],
+        "test_the_commands_of_the_page_run_a_project": [
+            "the project's docs/production.md has the commands of a deploy and of each process"
         ],
     },
     ("ci", None): {
