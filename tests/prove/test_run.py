@@ -3,7 +3,6 @@
 import os
 import pty
 import re
-import shutil
 import signal
 import socket
 import subprocess
