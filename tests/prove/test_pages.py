@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 
-from harness.bake import DEFAULTS, render
+from harness.bake import CHOICES, DEFAULTS, render
 from harness.outputs import outputs
 from harness.pages import blocks, read_pages
 from harness.project import connects, free_ports
@@ -91,11 +91,11 @@ def template(heading, **answers):
 
 
 @aws_output
-@pytest.mark.parametrize("example", [True, False])
+@pytest.mark.parametrize("example", CHOICES["include_example"])
 def test_the_template_makes_the_queues_of_the_project(project, aws, example):
     code = template("The broker: Amazon SQS", broker="sqs", include_example=example)
     made = project.shell(QUEUES, TEMPLATE=code, **aws)
-    assert made == ("celery,cpu,dead,io" if example else "celery,dead")
+    assert made == ("celery,cpu,dead,io" if example == "yes" else "celery,dead")
 
 
 @aws_output
