@@ -13,10 +13,10 @@ from string import Template
 import yaml
 
 from .project import env
-from .servers import PostgreSQL, RabbitMQ, Redis, running
+from .servers import BROKERS, PostgreSQL, running
 
-PORTS = {"postgres": 5432, "redis": 6379, "rabbitmq": 5672}  # {image: where its server listens}
-SERVERS = {"redis": Redis, "rabbitmq": RabbitMQ}
+# {image: where its server listens}. That of a broker has the name of the broker.
+PORTS = {"postgres": 5432, "redis": 6379, "rabbitmq": 5672}
 ADDRESS = r"(?<=://)([^/@]*@)?([\w.-]+):(\d+)"  # in a URL: user and password, host, port
 
 
@@ -41,7 +41,7 @@ class Service:
                 server.remove()
         else:
             assert not self.variables, f"{self.name}: our server reads no variables"
-            with running(SERVERS[self.name], folder / self.name) as server:
+            with running(BROKERS[self.name], folder / self.name) as server:
                 yield server
 
 
