@@ -657,7 +657,7 @@ def log_of(id):
 
 @on_one
 def test_the_pods_of_the_manifests_run_jobs(stack):
-    """Pods of deploy/kubernetes/ wait for the migrations and pass their probes, unless they hang."""
+    """Pods wait for the migrations and pass the probes of deploy/kubernetes/, unless they hang."""
     stack.psql(f"CREATE DATABASE pods OWNER {stack.project.name}")
     stack.compose("stop", "worker", "beat")  # which would take the pods' messages
     pods = Pods(stack)
