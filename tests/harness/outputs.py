@@ -21,8 +21,6 @@ client.force_login(User.objects.get())
 data = {"action": "add_up", "_selected_action": [1]}
 result = client.post("/admin/orders/order/", data, follow=True).content.decode()
 """
-# What get() and a chord of plain tasks raise without a result backend.
-NO_RESULTS = "NotImplementedError('No result backend is configured.')"
 SCHEDULE = """
 CELERY_BEAT_SCHEDULE = {{
     "tick": {{"task": "samples.tasks.note_time", "schedule": 1, "args": ["{path}"]}}
@@ -126,7 +124,7 @@ def use(project, tmp_path, **environment):
         has_results = "RESULT_BACKEND" in project.read("config/settings.py")
         script = f"from samples import plain\nresult = plain.use({str(late)!r}, {has_results})"
         sent, results = site.ask(script)
-        assert results == [3, 10] if has_results else set(results) == {NO_RESULTS}
+        assert results == ([3, 10] if has_results else ["NotImplementedError"] * 2)
         ran = wait_for(lambda: late.exists() and late.read_text(), site=site)
         assert float(ran) - sent > 1.9  # not 2: gevent counts from the start of its loop's round
 

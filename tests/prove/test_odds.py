@@ -443,7 +443,7 @@ def test_a_child_that_uses_too_much_memory_is_replaced_after_its_task(stack, gat
 @stacks(brokers=ONE["brokers"], pools=["threads"])
 def test_a_thread_over_its_time_limit_continues(stack, gate):
     """A plain task to its end, a job to its next report."""
-    task = stack.send("plain", gate, queue="cpu", time_limit=2)
+    task = stack.send("plain", gate, queue="cpu", time_limit=2, soft_time_limit=1)
     job = stack.enqueue("report_too_long", queue="cpu")
     stack.wait_until_started(job, task)
     [row] = stack.wait_until_final(job)
