@@ -333,7 +333,7 @@ def test_the_slug_names_the_folder_and_the_package(bake):
     project = bake(project_name="Tea Shop")
     about = tomllib.loads(project.read("pyproject.toml"))["project"]
 
-    assert project.name == about["name"] == "tea_shop"
+    assert (project.name, about["name"]) == ("tea_shop", "tea-shop")
 
 
 @pytest.mark.parametrize(
