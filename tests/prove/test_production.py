@@ -44,7 +44,7 @@ def machine(bake, database, tmp_path):
 
 
 def test_the_commands_of_the_page_run_a_project(machine, tmp_path):
-    """With the variables that .env.example lists for production, and without packages for tests."""
+    """With deployment=none, the variables of .env.example and no packages for tests."""
     project, variables = machine
     page = project.read("docs/production.md")
     [install] = re.findall("`pip install uv && (uv sync .+?)`", page)
