@@ -213,9 +213,16 @@ def is_python(file):
 
 @cache
 def imports(text):
-    """Return the modules that Python code imports, up to the first dot of each name."""
-    found = set()
-    for node in ast.walk(ast.parse(text)):
+    """Return the modules that Python code imports, up to the first dot of each name.
+
+    Without those that it imports only if apps.is_installed().
+    """
+    found, nodes = set(), [ast.parse(text)]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.If) and "apps.is_installed(" in ast.unparse(node.test):
+            continue
+        nodes += ast.iter_child_nodes(node)
         if isinstance(node, ast.Import):
             found |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and not node.level:
