@@ -260,7 +260,9 @@ def test_the_network_policies_open_only_needed_ports(render, broker, result_back
 
 def test_the_io_queue_reaches_other_services_over_https(render):
     _, documents = render()
-    assert ports(documents["NetworkPolicy", "worker-io"]["spec"]["egress"]) == {("TCP", 443)}
+    policy = documents["NetworkPolicy", "worker-io"]["spec"]
+    assert policy["podSelector"] == {"matchLabels": {"app": "worker-io"}}
+    assert ports(policy["egress"]) == {("TCP", 443)}
     _, documents = render(include_example="no")
     assert ("NetworkPolicy", "worker-io") not in documents
 
