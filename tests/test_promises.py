@@ -191,22 +191,24 @@ PROMISES = {
         "test_a_greenlet_has_no_soft_time_limit": ["the soft one does not"],
     },
     ("periodic_tasks", None): {
-        "test_it_runs": ["is where Beat finds its schedule"],
+        "test_each_task_of_the_schedule_starts_once": ["is where Beat finds its schedule"],
         "test_it_passes_its_own_tests": ["Beat recovers jobs with either choice"],
     },
     ("periodic_tasks", "code"): {
-        "test_it_runs": [
+        "test_each_task_of_the_schedule_starts_once": [
             "the schedule is in `config/settings.py`",
             "`CELERY_BEAT_SCHEDULE` in `config/settings.py`",
         ],
     },
     ("periodic_tasks", "admin"): {
-        "test_it_runs": [
+        "test_each_task_of_the_schedule_starts_once": [
             "the schedule is in the database",
             "staff change it in the admin (django-celery-beat)",
             "a table in the database and pages in the admin, by django-celery-beat",
         ],
-        "test_it_passes_its_checks": ["To ship a schedule with the code, write a data migration"],
+        "test_beat_starts_the_daily_report": [
+            "To ship a schedule with the code, write a data migration"
+        ],
     },
     ("deployment", None): {
         "test_it_runs": ["is how the project runs outside `make run`, which needs none of it"],
@@ -244,28 +246,30 @@ PROMISES = {
         ],
     },
     ("ci", None): {
-        "test_every_combination_is_clean": [
+        "test_the_job_runs_all_checks_and_all_tests_on_its_services": [
             "writes a workflow that runs `make check` and `make test` with PostgreSQL and the"
             " broker",
             "Amazon's services are moto there",
         ],
     },
     ("ci", "github"): {
-        "test_every_combination_is_clean": [
-            "a workflow that runs `make check` and `make test` with PostgreSQL and the broker",
-            "`.github/workflows/ci.yml`",
-            "and `.github/dependabot.yml`, which proposes newer versions",
+        "test_the_job_runs_all_checks_and_all_tests_on_its_services": [
+            "a workflow that runs `make check` and `make test` with PostgreSQL and the broker"
+        ],
+        "test_ci_adds_its_own_files_and_changes_only_the_readme": ["`.github/workflows/ci.yml`"],
+        "test_dependabot_updates_every_file_with_versions": [
+            "and `.github/dependabot.yml`, which proposes newer versions"
         ],
     },
     ("ci", "gitlab"): {
-        "test_every_combination_is_clean": [
-            "the same for GitLab",
-            "`.gitlab-ci.yml`",
-            "and `renovate.json`, with which Renovate proposes newer versions",
+        "test_the_job_runs_all_checks_and_all_tests_on_its_services": ["the same for GitLab"],
+        "test_ci_adds_its_own_files_and_changes_only_the_readme": ["`.gitlab-ci.yml`"],
+        "test_renovate_updates_every_file_with_versions": [
+            "and `renovate.json`, with which Renovate proposes newer versions"
         ],
     },
     ("ci", "none"): {
-        "test_every_combination_is_clean": [
+        "test_ci_adds_its_own_files_and_changes_only_the_readme": [
             "no workflow",
             "nothing",
         ],
@@ -279,10 +283,8 @@ PROMISES = {
             "a job that is retried",
             "a job in thousands of steps",
             "an import of a file",
-            "a report to watch and cancel",
             "a job that computes and one that waits for another server (each on its own queue)",
             "a plain task",
-            "and a task that Beat starts",
         ],
     },
     ("include_example", "yes"): {
@@ -363,18 +365,13 @@ def said():
     return texts
 
 
-def values_of(option):
-    """Return the values of an option, as the pages write them."""
-    return CHOICES.get(option, [])
-
-
 def test_both_pages_name_each_value_in_order():
     """The default is the first."""
     for page in said_in_readme(), said_in_options():
         named = defaultdict(list)
         for option, value, _ in page:
             named[option] += [value] if value else []
-        assert list(named.items()) == [(option, values_of(option)) for option in OPTIONS]
+        assert list(named.items()) == [(option, CHOICES.get(option, [])) for option in OPTIONS]
 
 
 def test_each_sentence_about_a_value_has_a_row():
@@ -412,7 +409,7 @@ def test_each_proof_runs_with_its_value():
         for test in rows:
             assert test in runs, f"{option}={value}: no test {test}"
             words = runs[test] | set(re.findall(r"\w+", code[test]))
-            about = {value} if value else {option, *values_of(option)}
+            about = {value} if value else {option, *CHOICES.get(option, [])}
             assert about & words, f"{test} has no run with {option}={value}"
 
 
