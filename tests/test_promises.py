@@ -247,31 +247,36 @@ PROMISES = {
     },
     ("ci", None): {
         "test_the_job_runs_all_checks_and_all_tests_on_its_services": [
-            "writes a workflow that runs `make check` and `make test` with PostgreSQL and the"
-            " broker",
+            "writes a job that runs `make check` and `make test` with PostgreSQL, the broker and"
+            " the result backend",
             "Amazon's services are moto there",
         ],
     },
     ("ci", "github"): {
         "test_the_job_runs_all_checks_and_all_tests_on_its_services": [
-            "a workflow that runs `make check` and `make test` with PostgreSQL and the broker"
+            "a workflow that runs `make check` and `make test` with PostgreSQL and the broker",
+            "for pull requests and for pushes to `main`",
         ],
         "test_ci_adds_its_own_files_and_changes_only_the_readme": ["`.github/workflows/ci.yml`"],
         "test_dependabot_updates_every_file_with_versions": [
-            "and `.github/dependabot.yml`, which proposes newer versions"
+            "and `.github/dependabot.yml`, with which Dependabot proposes newer versions of"
+            " packages, actions and images each week"
         ],
     },
     ("ci", "gitlab"): {
-        "test_the_job_runs_all_checks_and_all_tests_on_its_services": ["the same for GitLab"],
+        "test_the_job_runs_all_checks_and_all_tests_on_its_services": [
+            "the same for GitLab",
+            "for each push",
+        ],
         "test_ci_adds_its_own_files_and_changes_only_the_readme": ["`.gitlab-ci.yml`"],
         "test_renovate_updates_every_file_with_versions": [
-            "and `renovate.json`, with which Renovate proposes newer versions"
+            "and `renovate.json`, with which Renovate proposes newer versions, once it is installed"
         ],
     },
     ("ci", "none"): {
         "test_ci_adds_its_own_files_and_changes_only_the_readme": [
             "no workflow",
-            "nothing",
+            "no file",
         ],
     },
     ("include_example", None): {
