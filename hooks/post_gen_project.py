@@ -9,20 +9,26 @@ def secret(match):
     return os.urandom(12).hex()
 
 
+def create_for_its_owner(path, flags):
+    return os.open(path, flags, 0o600)
+
+
 with open(".env.example", encoding="utf-8") as example:
     # For development: the lines up to the first empty one, without the comment on top.
     development = example.read().split("\n\n")[0].splitlines()[1:]
 try:
     # "x" does not touch an existing .env: its secrets are in use.
-    with open(".env", "x", opener=lambda path, flags: os.open(path, flags, 0o600)) as env:
+    # Docker and WSL, which read it, know no Windows line ends.
+    with open(".env", "x", newline="\n", opener=create_for_its_owner) as env:
         env.writelines(re.sub("change-me", secret, line) + "\n" for line in development)
 except FileExistsError:
     pass
 
 # Folders that some answers leave without files. Other empty folders belong to the owner.
+root = os.path.realpath(".")
 kubernetes = ("deploy/kubernetes/base", "deploy/kubernetes/overlays/production")
 for folder in (".github/workflows", "orders/migrations", *kubernetes):
-    if os.path.realpath(folder) == os.path.abspath(folder):  # not a link out of the project
+    if os.path.realpath(folder) == os.path.normpath(f"{root}/{folder}"):  # not a link out of the project
         try:
             os.removedirs(folder)  # and its parents, if they are empty too
         except OSError:  # it has files, or does not exist

@@ -4,13 +4,12 @@ After a refusal, Cookiecutter removes the project's folder, if this run created 
 """
 
 import json
-import keyword
 import re
 import sys
 
 ANSWERS = json.loads(r"""{{ cookiecutter | tojson }}""")  # in JSON, quotes and braces stay text
 SLUG = str(ANSWERS["project_slug"])
-if SLUG.startswith("refused-"):  # cookiecutter.json renamed the folder: show what was typed
+if SLUG == "refused-slug":  # cookiecutter.json renamed the folder: show what was typed
     ANSWERS["project_slug"] = ANSWERS.get("__refused_slug", SLUG)
 # A copy of the choices in cookiecutter.json, because Cookiecutter does not check replay files.
 CHOICES = {
@@ -18,15 +17,15 @@ CHOICES = {
     "result_backend": ["redis", "database", "dynamodb", "none"], "include_example": ["yes", "no"],
     "deployment": ["docker", "kubernetes", "none"], "periodic_tasks": ["code", "admin"],
     "ci": ["github", "gitlab", "none"]}  # fmt: skip
-IDENTIFIER = r"(?!pg_|.*___)[a-z]([a-z0-9_]{0,38}[a-z0-9])?"  # for packages, images, databases
-TAKEN = """config dev jobs manage orders users test tests default false guest n no none null off on
-    postgres public template0 template1 true y yes amqp asgiref axes billiard boto3 botocore celery
-    csp django django_axes django_celery_beat django_celery_results django_csp django_environ
-    django_filter django_filters django_structlog django_tasks djangorestframework drf_spectacular
-    drf_spectacular_sidecar environ fakeredis flower gevent greenlet gunicorn honcho httpx kombu
-    moto prometheus_client psycopg psycopg_binary pycurl pytest pytest_django redis rest_framework
-    ruff sentry_sdk sqlparse structlog tornado vine
-    whitenoise""".split()  # names of own modules, servers, YAML words, packages
+IDENTIFIER = r"(?!pg_|.*___)[a-z]([a-z0-9_]{0,38}[a-z0-9])?"  # for images, roles, databases
+TAKEN = {  # Such a project could not start, or would replace what already has its name.
+    "a word of YAML, not text": "false n no null off on true y yes",
+    "a database or role of PostgreSQL": "none postgres public template0 template1",
+    "a user of RabbitMQ": "guest",
+    "a namespace of Kubernetes": "default kube_node_lease kube_public kube_system",
+    "an image that the project uses": "python rabbitmq redis",
+    "a device on Windows": "aux con nul prn " + " ".join(f"com{n} lpt{n}" for n in range(1, 10)),
+}
 ATOM, LABEL = r"[\w!#$%&'*+/=?^`{|}~-]+", r"[a-z0-9]([a-z0-9-]*[a-z0-9])?"
 EMAIL = rf"{ATOM}(\.{ATOM})*@{LABEL}(\.{LABEL})+"  # what RFC 5322 allows without quotes
 
@@ -44,12 +43,15 @@ def faults():
     if not re.fullmatch(IDENTIFIER, SLUG):
         letters = "use 1-40 of a-z, 0-9 and _; begin with a letter"
         yield "project_slug", f"{letters}, but not with pg_; do not end with _ or write ___"
-    elif SLUG in [*TAKEN, *keyword.kwlist, *keyword.softkwlist, *sys.stdlib_module_names]:
-        yield "project_slug", f"this name is reserved or in use; try {SLUG}_project"
+    for meaning, names in TAKEN.items():
+        if SLUG in names.split():
+            yield "project_slug", f"this is {meaning}; try {SLUG}_project"
     if not re.fullmatch(EMAIL, str(ANSWERS["author_email"]), re.ASCII | re.IGNORECASE):
         yield "author_email", "write one plain address, such as you@example.com"
 
 
+if "__prompts__" in ANSWERS and "_repo_dir" not in ANSWERS:  # older versions ignore templates/
+    sys.exit("This template needs Cookiecutter 2.2.3 or newer: pip install --upgrade cookiecutter")
 if messages := [f"  {option} {ANSWERS[option]!r}: {remedy}." for option, remedy in faults()]:
     print("No project was made. Please correct:", *messages, "", sep="\n", file=sys.stderr)
     sys.exit("Cookiecutter's own error report follows.")  # the exit status is 1

@@ -1,5 +1,6 @@
 import itertools
 import os
+import sys
 from collections import Counter
 from functools import cache
 
@@ -74,7 +75,8 @@ def pytest_collection_modifyitems(items):
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers():
     """Two for each processor: most tests wait, for servers or for time to pass."""
-    return 2 * len(os.sched_getaffinity(0))
+    # macOS has no affinity.
+    return 2 * (len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count())
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -66,6 +66,18 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(line)
 
 
+def check_names(files):
+    """Assert that Windows accepts these paths, and that none is lost where case does not count."""
+    for file in files:
+        for part in Path(file).parts:
+            assert len(part) <= 120, f"{file} is too long"  # Windows: 260 with all folders
+            assert not re.search(r'[\0-\x1f<>:"/\\|?*]|[. ]$', part), f"Windows refuses {file}"
+            assert not re.match(r"(?i:aux|con|nul|prn|com\d|lpt\d)(\.|$)", part), f"{file}: a device"
+    folders = {folder for file in files for folder in Path(file).parents}
+    names = Counter(str(path).casefold() for path in folders | set(map(Path, files)))
+    assert max(names.values()) == 1, f"these differ only in case: {names.most_common(1)}"
+
+
 def check_file(project, file, text):
     assert "cookiecutter" not in text, file
     if file.suffix != ".html":  # Django's braces; below, GitHub's, Prometheus' and f-strings'

@@ -19,6 +19,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import psutil
+
 FINAL = {"succeeded", "failed", "cancelled"}
 LIMIT = 300  # seconds of every wait: a machine may be ten times slower than ours
 # A variable and its address for development, in settings.py or .env.
@@ -305,24 +307,19 @@ def link_trees(source, target, *, new=False):
 
 
 def processes_in(project):
-    """Return the processes that work in the project's folder, {pid: command line} (Linux)."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if (folder / "cwd").resolve().is_relative_to(project.resolve()):
-                command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-                found[int(folder.name)] = command
-        except OSError:  # it has ended, or belongs to another user
-            continue
-    return found
+    """Return the processes that work in the project's folder, {pid: command line}."""
+    return {
+        process.pid: " ".join(process.info["cmdline"] or [])
+        for process in psutil.process_iter(["cmdline", "cwd"])
+        # Without a folder, it has ended or belongs to another user.
+        if (folder := process.info["cwd"]) and Path(folder).is_relative_to(project.resolve())
+    }
 
 
 def children_of(pid):
     try:
-        return [
-            int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        ]
-    except OSError:  # the process has ended
+        return [child.pid for child in psutil.Process(pid).children()]
+    except psutil.NoSuchProcess:
         return []
 
 

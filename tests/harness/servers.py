@@ -375,9 +375,11 @@ def running(broker, folder, **options):
 class PostgreSQL(Process):
     def __init__(self, *settings, password=None):
         """`settings` are strings such as "fsync=off". Without a password, anybody may log in."""
-        if not (binaries := sorted(glob("/usr/lib/postgresql/*/bin"))):
+        # Debian leaves these programs out of PATH.
+        programs = [*glob("/usr/lib/postgresql/*/bin/postgres"), shutil.which("postgres")]
+        if not (found := sorted(filter(None, programs))):
             missing("PostgreSQL is not installed: sudo apt install postgresql")
-        self.binaries = Path(binaries[-1])
+        self.binaries = Path(found[-1]).parent
         [self.port] = free_ports(1)
         self.url = f"postgres://postgres@127.0.0.1:{self.port}"
         self.folder = Path(tempfile.mkdtemp(prefix="postgresql-"))  # open to `postgres`

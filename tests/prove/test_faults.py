@@ -11,6 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
+import psutil
 import pytest
 
 from harness.bake import CHOICES, chosen
@@ -344,7 +345,7 @@ def test_a_revoke_with_terminate_ends_only_this_task(stack, gate, revoke):
     revoked, task = stack.send("plain", gate, queue="cpu"), stack.send("plain", gate, queue="cpu")
     child, other = stack.wait_until_started(revoked), stack.wait_until_started(task)
     revoke(revoked, "?terminate=1")
-    wait_for(lambda: not os.path.exists(f"/proc/{child}"))
+    wait_for(lambda: not psutil.pid_exists(child))
     os.kill(other, signal.SIGKILL)
     gate.touch()
     wait_for(lambda: stack.notes("end", task))
