@@ -28,7 +28,8 @@ except FileExistsError:
 root = os.path.realpath(".")
 kubernetes = ("deploy/kubernetes/base", "deploy/kubernetes/overlays/production")
 for folder in (".github/workflows", "orders/migrations", *kubernetes):
-    if os.path.realpath(folder) == os.path.normpath(f"{root}/{folder}"):  # not a link out of the project
+    # A link may lead out of the project.
+    if os.path.realpath(folder) == os.path.normpath(f"{root}/{folder}"):
         try:
             os.removedirs(folder)  # and its parents, if they are empty too
         except OSError:  # it has files, or does not exist

@@ -72,7 +72,8 @@ def check_names(files):
         for part in Path(file).parts:
             assert len(part) <= 120, f"{file} is too long"  # Windows: 260 with all folders
             assert not re.search(r'[\0-\x1f<>:"/\\|?*]|[. ]$', part), f"Windows refuses {file}"
-            assert not re.match(r"(?i:aux|con|nul|prn|com\d|lpt\d)(\.|$)", part), f"{file}: a device"
+            device = re.match(r"(?i:aux|con|nul|prn|com\d|lpt\d)(\.|$)", part)
+            assert not device, f"{file} has the name of a device on Windows"
     folders = {folder for file in files for folder in Path(file).parents}
     names = Counter(str(path).casefold() for path in folders | set(map(Path, files)))
     assert max(names.values()) == 1, f"these differ only in case: {names.most_common(1)}"

@@ -1,0 +1,118 @@
+"""Where it bakes: old and new versions of Cookiecutter, Windows, file systems that ignore case."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from harness.bake import TEMPLATE
+from harness.checks import check_names
+from harness.project import Project
+
+PAGE = (TEMPLATE / "docs/options.md").read_text("utf-8")
+VERSIONS = re.search(r"Cookiecutter ([\d.]+) or newer with Jinja ([\d.]+) or newer", PAGE)
+OLDEST, JINJA = VERSIONS.groups()
+OTHERS = ["broker=rabbitmq", "worker_pool=gevent", "periodic_tasks=admin", "include_example=no"]
+
+
+@pytest.fixture
+def cookiecutter(tmp_path):
+    """A function that runs Cookiecutter in a new environment with these packages."""
+
+    def cookiecutter(packages, *arguments):
+        environment = tmp_path / "-".join(packages)
+        if not environment.exists():
+            uv = [sys.executable, "-m", "uv"]
+            subprocess.run([*uv, "venv", "--quiet", environment], check=True)
+            install = [*uv, "pip", "install", "--quiet", "--python", environment / "bin/python"]
+            subprocess.run([*install, *packages], check=True)
+        return subprocess.run(
+            [environment / "bin/python", "-m", "cookiecutter", TEMPLATE, *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "HOME": str(tmp_path)},
+            capture_output=True,
+            encoding="utf-8",
+        )
+
+    return cookiecutter
+
+
+def texts(project):
+    return {file.relative_to(project): file.read_bytes() for file in Project(project).files()}
+
+
+@pytest.mark.parametrize(
+    "packages",
+    [[f"cookiecutter=={OLDEST}", f"jinja2=={JINJA}"], ["cookiecutter"]],
+    ids=["oldest", "newest"],
+)
+def test_other_versions_of_cookiecutter_write_the_same_project(
+    cookiecutter, bake, tmp_path, packages
+):
+    for slug, arguments in {"shop": [], "other": OTHERS}.items():
+        result = cookiecutter(packages, "--no-input", f"project_slug={slug}", *arguments)
+        assert result.returncode == 0, result.stderr
+        answers = dict(argument.split("=") for argument in arguments)
+        written, expected = texts(tmp_path / slug), texts(bake(project_slug=slug, **answers))
+        for secrets in written, expected:
+            del secrets[next(file for file in secrets if file.name == ".env")]
+        assert written == expected
+
+    before = sorted(tmp_path.iterdir())
+    result = cookiecutter(packages, "--no-input", "project_slug=../guest", "author_email=nobody")
+    assert result.returncode == 1
+    assert "project_slug '../guest': use 1-40 of a-z" in result.stderr
+    assert "author_email 'nobody': write one plain address" in result.stderr
+    assert sorted(tmp_path.iterdir()) == before
+    replay = tmp_path / f".cookiecutter_replay/{TEMPLATE.name}.json"
+    answers = json.loads(replay.read_text())
+    answers["cookiecutter"] |= {"project_slug": "again", "author_email": "me@example.com"}
+    replay.write_text(json.dumps(answers))
+    result = cookiecutter(packages, f"--replay-file={replay}")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "again/manage.py").exists()
+
+
+def test_an_older_cookiecutter_is_refused_with_a_remedy(cookiecutter, tmp_path):
+    result = cookiecutter(["cookiecutter==2.1.1"], "--no-input")
+
+    assert result.returncode == 1
+    remedy = f"needs Cookiecutter {OLDEST} or newer: pip install --upgrade cookiecutter"
+    assert remedy in result.stderr
+    assert not (tmp_path / "my_project").exists()
+
+
+def git(*arguments):
+    return subprocess.check_output(["git", *arguments], cwd=TEMPLATE, encoding="utf-8")
+
+
+def test_windows_and_file_systems_that_ignore_case_can_have_each_file_of_the_template():
+    """test_bake.py checks the names in each output in the same way."""
+    files = git("ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
+
+    check_names(files[:-1])
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        *(['{% if x == "y" %}a.py{% endif %}'], ["a|b"], ["a<b"], ["a>b"], ["a:b"], ["a?"], ["a*"]),
+        *(["a\\b"], ["a\tb"], ["a\x00b"], ["folder./a"], ["a "], ["AUX"], ["nul.py"], ["a/con"]),
+        *(["com1.txt"], ["folder/" + "x" * 121], ["README.md", "readme.md"]),
+        ["docs/a.md", "Docs/b.md"],
+    ],
+    ids=ascii,
+)
+def test_a_name_that_windows_refuses_is_found(files):
+    with pytest.raises(AssertionError):
+        check_names(["docs/good.md", *files])
+
+
+def test_windows_clones_the_template_with_unix_line_ends():
+    """Otherwise Git for Windows writes others, and so would the output have them."""
+    for line in git("ls-files", "--eol").splitlines():
+        described, file = line.split("\t")
+        assert "eol=lf" in described and "crlf" not in described, file
