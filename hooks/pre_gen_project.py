@@ -51,7 +51,7 @@ def faults():
 
 
 if "__prompts__" in ANSWERS and "_repo_dir" not in ANSWERS:  # older versions ignore templates/
-    sys.exit("This template needs Cookiecutter 2.2.3 or newer: pip install --upgrade cookiecutter")
+    sys.exit("This template needs Cookiecutter 2.3 or newer: pip install --upgrade cookiecutter")
 if messages := [f"  {option} {ANSWERS[option]!r}: {remedy}." for option, remedy in faults()]:
     print("No project was made. Please correct:", *messages, "", sep="\n", file=sys.stderr)
     sys.exit("Cookiecutter's own error report follows.")  # the exit status is 1

@@ -2,6 +2,8 @@
 
 import re
 
+import pytest
+
 from harness.outputs import default_output, one_for_each_broker, outputs, use
 from harness.project import path_without
 
@@ -12,6 +14,15 @@ def test_it_passes_its_checks_and_its_own_tests(project):
     project.call("make", "check")
     printed = project.call("make", "test", **project.free_servers())
     assert re.search(r"= \d+ passed in", printed), printed  # none was skipped
+
+
+@pytest.mark.parametrize("package", ["celery", "certifi"])
+def test_a_project_may_have_the_name_of_a_package(bake, package):
+    """Of a dependency, or of a dependency's dependency. uv leaves out what the project is called."""
+    project = bake(project_slug=package)
+    project.run("uv", "lock", "--quiet")
+    locked = re.findall('^name = "(.+)"$', project.read("uv.lock"), re.MULTILINE)
+    assert {package, f"{package}-project"} < set(locked)
 
 
 @default_output
