@@ -18,7 +18,7 @@ def test_it_passes_its_checks_and_its_own_tests(project):
 
 @pytest.mark.parametrize("package", ["celery", "certifi"])
 def test_a_project_may_have_the_name_of_a_package(bake, package):
-    """Of a dependency, or of a dependency's dependency. uv leaves out what the project is called."""
+    """Of a dependency, or of a dependency of one: uv installs no package of the same name."""
     project = bake(project_slug=package)
     project.run("uv", "lock", "--quiet")
     locked = re.findall('^name = "(.+)"$', project.read("uv.lock"), re.MULTILINE)

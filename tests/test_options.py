@@ -368,9 +368,8 @@ def test_no_other_slug_is_refused():
     taken = hook("shop")[0]["TAKEN"]
     assert {meaning: set(slugs.split()) for meaning, slugs in taken.items()} == MEANINGS
 
-    modules = {
-        word for word in sys.stdlib_module_names if re.fullmatch("[a-z][a-z0-9_]*[a-z0-9]", word)
-    }
+    name = "[a-z][a-z0-9_]*[a-z0-9]"
+    modules = {word for word in sys.stdlib_module_names if re.fullmatch(name, word)}
     assert {"calendar", "email", "queue", "site"} < modules
     words = {word for word in keyword.kwlist if word.islower()}
     for slug in modules | words | {"celery", "click", "config", "jobs", "orders", "test"}:
