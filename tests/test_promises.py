@@ -33,6 +33,7 @@ PROMISES = {
     ("project_slug", None): {
         "test_the_slug_names_the_folder_and_the_package": [
             "the folder, the name in `pyproject.toml`",
+            "(`tea-shop-project`)",
             "The default is derived from the name: `Tea Shop` becomes `tea_shop`",
             "from the name",
         ],
