@@ -10,6 +10,7 @@ import signal
 import time
 from collections import Counter
 
+import psutil
 import pytest
 
 from harness.faults import (
@@ -426,7 +427,7 @@ with connection.cursor() as cursor:
 def test_a_time_limit_ends_a_plain_task_that_computes(stack):
     task = stack.send("compute", queue="cpu", time_limit=2, soft_time_limit=1)
     child = stack.wait_until_started(task)
-    wait_for(lambda: not os.path.exists(f"/proc/{child}"))
+    wait_for(lambda: not psutil.pid_exists(child))
     stack.wait_until_final(*[stack.enqueue("quick", queue="cpu") for _ in range(20)])
     assert stack.worker.is_running()
     assert stack.notes("start", task) == [child]
