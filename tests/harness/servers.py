@@ -375,11 +375,10 @@ def running(broker, folder, **options):
 class PostgreSQL(Process):
     def __init__(self, *settings, password=None):
         """`settings` are strings such as "fsync=off". Without a password, anybody may log in."""
-        # Debian leaves these programs out of PATH.
-        programs = [*glob("/usr/lib/postgresql/*/bin/postgres"), shutil.which("postgres")]
-        if not (found := sorted(filter(None, programs))):
+        debian = sorted(glob("/usr/lib/postgresql/*/bin/postgres"))  # not in PATH
+        if not (program := debian[-1] if debian else shutil.which("postgres")):
             missing("PostgreSQL is not installed: sudo apt install postgresql")
-        self.binaries = Path(found[-1]).parent
+        self.binaries = Path(program).parent
         [self.port] = free_ports(1)
         self.url = f"postgres://postgres@127.0.0.1:{self.port}"
         self.folder = Path(tempfile.mkdtemp(prefix="postgresql-"))  # open to `postgres`
