@@ -15,7 +15,7 @@ from functools import cache
 from .bake import render
 from .browser import browser
 from .pages import blocks
-from .project import env
+from .project import env, wait_for
 from .servers import Process
 
 # The outputs whose pages are followed. In the other outputs, the steps' blocks have the same code.
@@ -127,7 +127,7 @@ class Reader:
                 command = command.replace(address, self.site.web)
             command = command.replace("Token …", f"Token {self.site.token}")
         result = subprocess.run(
-            ["bash", "-c", command],
+            ["bash", "-ec", command],  # each line must succeed
             cwd=self.project,
             env=env(**{**variables, "PATH": self.path}),
             input=typed,
@@ -698,8 +698,11 @@ def look_at_the_pages(reader, block):
     with browser(reader.folder) as tab:
         tab.log_in(reader.site)
         buttons = "[...document.querySelectorAll('#start button')]"
+        before = reader.newest_job()["id"]
         tab.run(f"{buttons}.find((button) => button.innerText == {label!r}).click()")
-        tab.wait("document.querySelector('.job')?.innerText.includes('Build report')")
+        wait_for(lambda: reader.newest_job()["id"] != before, reader.site)
+        assert reader.newest_job()["task"] == "reports.tasks.build_report"
+        tab.wait("document.querySelector('.job').innerText.includes('Build report')")
         tab.run("[...document.querySelectorAll('a')].find((a) => a.innerText == 'Reports').click()")
         tab.wait("document.body?.dataset.script == 'ran' && document.title.includes('Reports')")
         assert tab.run("document.querySelector('h1').innerText") == "Reports"
