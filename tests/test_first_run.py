@@ -4,13 +4,21 @@ import re
 
 import pytest
 
+from harness.bake import baked
 from harness.outputs import default_output, one_for_each_broker, outputs, use
 from harness.project import path_without
+
+
+@pytest.fixture(scope="module")
+def output(request, cookies_session):
+    """The project has the name of a module of Python, which nothing imports by mistake."""
+    return baked(cookies_session, {"project_name": "Calendar", **request.param})
 
 
 @default_output
 def test_it_passes_its_checks_and_its_own_tests(project):
     """On SQLite, with a real worker that takes jobs from Redis or from its stand-in."""
+    assert project.name == "calendar"
     project.call("make", "check")
     printed = project.call("make", "test", **project.free_servers())
     assert re.search(r"= \d+ passed in", printed), printed  # none was skipped

@@ -68,8 +68,8 @@ default_output = outputs(next(combinations()))
 
 @pytest.fixture(scope="module")
 def output(request, cookies_session):
-    """A baked project; outputs() says with which answers. Its slug is a module of Python, too."""
-    return baked(cookies_session, {"project_name": "Calendar", **request.param})
+    """A baked project; outputs() says with which answers."""
+    return baked(cookies_session, request.param)
 
 
 @pytest.fixture(scope="module")
