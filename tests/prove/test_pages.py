@@ -11,7 +11,7 @@ from harness.project import connects, free_ports
 from harness.reader import FOLLOWED, Reader, follow
 from harness.servers import Process
 
-# Makes queues with the template, then with `make queues`, which must not change them.
+# Makes queues with the template, then the rest as `make queues` does, which must not change these.
 QUEUES = """
 import json
 import os
@@ -33,7 +33,8 @@ made = queues()
 dev.create_queues()
 own = queues()
 assert made == {url: own[url] for url in made}, f"{made}, {own}"
-print(",".join(sorted(url.rsplit("-")[-1] for url in made)))
+names = [sorted(url.rsplit("-")[-1] for url in urls) for urls in (made, own.keys() - made.keys())]
+print("/".join(map(",".join, names)))
 """
 # Makes the table with the template, and keeps a result in it. Prints the actions that this needs.
 TABLE = """
@@ -82,9 +83,9 @@ def aws(project, tmp_path):
     server.kill()
 
 
-def template(heading, **answers):
+def template(project, heading, **answers):
     """Return the CloudFormation template below this heading of docs/workers.md."""
-    page = render("docs/workers.md", **answers)
+    page = render("docs/workers.md", project_slug=project.name, **answers)
     [code] = [
         block.code
         for block in blocks("docs/workers.md", page)
@@ -96,15 +97,15 @@ def template(heading, **answers):
 @aws_output
 @pytest.mark.parametrize("example", CHOICES["include_example"])
 def test_the_template_makes_the_queues_of_the_project(project, aws, example):
-    code = template("The broker: Amazon SQS", broker="sqs", include_example=example)
+    code = template(project, "The broker: Amazon SQS", broker="sqs", include_example=example)
     made = project.shell(QUEUES, TEMPLATE=code, **aws)
-    assert made == ("celery,cpu,dead,io" if example == "yes" else "celery,dead")
+    assert made == ("celery,cpu,dead,io/test" if example == "yes" else "celery,dead/cpu,io,test")
 
 
 @aws_output
 def test_the_template_makes_a_table_that_keeps_results(project, aws):
     """Its policy allows what this needs."""
-    code = template("The result backend: DynamoDB", result_backend="dynamodb")
+    code = template(project, "The result backend: DynamoDB", result_backend="dynamodb")
     needed = project.shell(TABLE, TEMPLATE=code, **aws).split(",")
     assert {"dynamodb:DescribeTable", "dynamodb:PutItem", "dynamodb:GetItem"} <= set(needed)
     assert all(f"- {action}\n" in code for action in needed), needed
