@@ -60,7 +60,7 @@ NOT_RUN = {
         "a formula"
     ),
     ("docs/production.md", "In containers", "make up"): (
-        "needs Docker; tests/prove/test_docker.py runs `make dev`, which does this and more"
+        "needs Docker: tests/prove/test_docker.py runs it"
     ),
     ("docs/production.md", "On Kubernetes", KUBERNETES): "needs a cluster",
     ("docs/sentinel.md", "Try it", "python manage.py check --deploy"): "needs a Sentinel",
