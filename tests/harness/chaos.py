@@ -1,7 +1,8 @@
 """`make chaos`: post jobs, and every two seconds kill, stop or empty something.
 
 At the end, each accepted job must have succeeded once and written its row. Jobs that kill their
-process and jobs that the broker refuses must have failed, and must not have delayed others.
+process, jobs that the broker refuses and jobs over their time limit must have failed, and must not
+have delayed others. No chunk of a newsletter was sent twice because its worker was stopped.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from .stack import TIMINGS, prepare
 EVERY = 2  # seconds between two faults
 QUEUES = ["cpu", "io", "test"]  # one for each worker
 JOBS, SECONDS = 1000, 100
+CHUNKS = 40  # of a newsletter
 
 
 class Chaos:
@@ -38,7 +40,8 @@ class Chaos:
         self.jobs = [(number, round(lengths.uniform(0, 1), 2)) for number in range(jobs)]
         self.accepted = {}  # number: job
         self.killers, self.refused, self.holders = [], [], []
-        self.workers_stuck = 0
+        self.late, self.newsletters, self.new = [], [], []
+        self.workers_stuck = self.jobs_stuck = 0
         self.old, self.kept = [], []  # old jobs that must be deleted, and those that cannot be
         self.round, self.faults = [], {}  # faults still to come, and how often each came
         self.timers = []
@@ -49,7 +52,11 @@ class Chaos:
         start = time.monotonic()
         with self.stack.supervised(), ThreadPoolExecutor(8) as pool:
             posting = [pool.submit(self.post, *job, start) for job in self.jobs]
-            while time.monotonic() - start < self.seconds or not all(p.done() for p in posting):
+            while (
+                time.monotonic() - start < self.seconds
+                or len(self.faults) < len(FAULTS)
+                or not all(p.done() for p in posting)
+            ):
                 time.sleep(EVERY)
                 self.inject_fault()
             for future in posting:
@@ -85,8 +92,7 @@ class Chaos:
 
     def inject_fault(self):
         if not self.round:  # each fault comes once in a round, in random order
-            self.round = [name for name in sorted(vars(Chaos)) if name.startswith("fault_")]
-            self.random.shuffle(self.round)
+            self.round = self.random.sample(FAULTS, len(FAULTS))
         fault = self.round.pop()
         name = fault.removeprefix("fault_")
         self.faults[name] = self.faults.get(name, 0) + 1
@@ -157,6 +163,10 @@ class Chaos:
     def fault_table_locked(self):
         self.lock("LOCK TABLE jobs_job IN ACCESS EXCLUSIVE MODE")
 
+    def fault_table_locked_for_writers(self):
+        """As CREATE INDEX does. Everybody can read that leases lapse, and nobody can renew one."""
+        self.lock("LOCK TABLE jobs_job IN SHARE MODE")
+
     def lock(self, statement):
         """Hold a lock for longer than a lease."""
         with self.stack.locked(statement):
@@ -170,19 +180,50 @@ class Chaos:
         """Post a job that is too large for the broker; jobs beside it must not wait for it."""
         self.refused.append(self.stack.post("read", "x" * 1_200_000))
 
+    def fault_query_over_time_limit(self):
+        """Enqueue a job whose time limit strikes during a query. It fails, but not as a crash."""
+        self.late.append(self.stack.enqueue("query_too_long"))
+
     def fault_row_held(self):
         """Stop a worker while a body has locked the row of its own job."""
         gate = self.stack.folder / f"gate-{time.monotonic()}"
         try:
             self.holders.append(job := self.stack.enqueue("hold_its_row", gate))
-            group = os.getpgid(self.stack.wait_until_started(job))
-            [worker] = [w.process for w in self.stack.workers if w.pid == group]
-            worker.terminate()
+            self.stop_worker_of(job)
+        finally:
+            gate.touch()
+
+    def fault_newsletter_stopped(self):
+        """Stop a worker while a body reports cursors, and wait until another has done the rest."""
+        self.newsletters.append(job := self.stack.enqueue("send_newsletter", CHUNKS))
+        self.stop_worker_of(job)
+        self.stack.wait_until_final(job)
+
+    def stop_worker_of(self, job):
+        """Ask the worker that runs this job to end, and wait until it has."""
+        group = os.getpgid(self.stack.wait_until_started(job))
+        [worker] = [w.process for w in self.stack.workers if w.pid == group]
+        worker.terminate()
+        try:
             worker.wait(300)
         except subprocess.TimeoutExpired:
             self.workers_stuck += 1
+
+    def fault_old_beat(self):
+        """Let a Beat of older code send jobs of a new task, as in a deploy with Beat last."""
+        variables = self.stack.beat.options["env"]
+        variables["OLD_CODE"] = "1"
+        self.stack.beat.kill()
+        code = "result = [j.pk for j in Job.objects.enqueue_many(new, [[]] * 5, countdown=2)]"
+        self.new += (jobs := self.stack.ask(code))
+        try:
+            self.stack.wait_until_final(*jobs)
+        except AssertionError:
+            self.jobs_stuck += len(jobs)
+            raise
         finally:
-            gate.touch()
+            del variables["OLD_CODE"]
+            self.stack.beat.kill()
 
     def fault_old_jobs(self):
         """Make old jobs: one of them cannot be deleted, the others must be."""
@@ -224,6 +265,7 @@ result = rows.exclude(task=read.name).exists()
     def survey(self):
         numbers, jobs = list(self.accepted), list(self.accepted.values())
         odd = [*self.killers, *self.refused, *self.holders, *self.old, *self.kept]
+        odd += [*self.late, *self.newsletters, *self.new]
         ask = "from faults.survey import survey\nresult = survey(jobs, numbers, odd)"
         return self.stack.ask(ask, jobs=jobs, numbers=numbers, odd=odd)
 
@@ -241,11 +283,18 @@ result = rows.exclude(task=read.name).exists()
         states = ", ".join(f"{state} {count}" for state, count in sorted(survey["states"].items()))
         print(f"  faults: {sum(self.faults.values())} ({faults})")
         print(f"  states: {states}; leases lapsed: {survey['crashes']}")
-        fine = early >= others / 2 and not self.workers_stuck
+        chunks = [survey["chunks"].get(job, (0, 0)) for job in self.newsletters]
+        repeated = sum(sent - different for sent, different in chunks)
+        missing = sum(CHUNKS - different for _, different in chunks)
+        fine = early >= others / 2 and not self.workers_stuck and not self.jobs_stuck
+        fine &= not (repeated or missing)
         for kind, jobs, end in [
             ("that kill their process", self.killers, "failed Its worker died"),
             ("that the broker refuses", self.refused, "failed The broker refused it 5 times: "),
             ("that held their row", self.holders, "succeeded"),
+            ("over their time limit in a query", self.late, "failed Over its time limit"),
+            ("that send a newsletter", self.newsletters, "succeeded"),
+            ("that Beat does not know", self.new, "succeeded"),
             ("old", self.old, "deleted"),
             ("old, which cannot be deleted", self.kept, "cancelled"),
         ]:
@@ -253,6 +302,8 @@ result = rows.exclude(task=read.name).exists()
             print(f"  jobs {kind}: {len(jobs)}{', but ' * bool(wrong)}{dict(wrong) or ''}")
             fine &= not wrong
         print(f"  workers that did not end when asked to: {self.workers_stuck}")
+        print(f"  jobs that Beat did not send because it did not know them: {self.jobs_stuck}")
+        print(f"  chunks of newsletters: {repeated} sent again, {missing} missing")
         print(f"  jobs beside the refused ones: {others}, {early} ran before these had ended")
         for error in survey["errors"]:
             print(f"  {error}")
@@ -262,6 +313,9 @@ result = rows.exclude(task=read.name).exists()
         )
         complete = accepted == len(self.jobs) + self.backlog
         return fine and complete and not (lost or twice or failed)
+
+
+FAULTS = sorted(name for name in vars(Chaos) if name.startswith("fault_"))
 
 
 def main():

@@ -12,7 +12,10 @@ from .tasks import quick
 
 
 def survey(jobs, numbers, odd):
-    """Return how jobs and odd jobs ended, and how many of these numbers have their row."""
+    """Return how jobs and odd jobs ended, and how many of these numbers have their row.
+
+    Also return how many chunks each newsletter sent, and how many different ones.
+    """
     rows = Job.objects.filter(pk__in=jobs)
     with connection.cursor() as cursor:
         count = "SELECT count(*), count(DISTINCT job) FROM finals WHERE job = ANY(%s::uuid[])"
@@ -20,6 +23,8 @@ def survey(jobs, numbers, odd):
         finals, distinct = cursor.fetchone()
         cursor.execute("SELECT count(*) FROM written WHERE number = ANY(%s)", [numbers])
         [written] = cursor.fetchone()
+        cursor.execute("SELECT job, count(*), count(DISTINCT number) FROM chunks GROUP BY job")
+        chunks = {str(job): counts for job, *counts in cursor.fetchall()}
     return {
         "states": states(rows),
         "odd": {str(job.pk): f"{job.state} {job.error}" for job in Job.objects.filter(pk__in=odd)},
@@ -28,6 +33,7 @@ def survey(jobs, numbers, odd):
         "finals": finals,
         "distinct": distinct,
         "written": written,
+        "chunks": chunks,
     }
 
 

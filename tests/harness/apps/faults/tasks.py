@@ -113,6 +113,32 @@ def rest_softly(self, seconds):
     time.sleep(float(seconds))
 
 
+@shared_task(
+    base=JobTask,
+    bind=True,
+    time_limit=20,
+    soft_time_limit=1,
+    autoretry_for=(Error,),
+    default_retry_delay=1,
+    max_retries=99,
+)
+def query_too_long(self):
+    """Wait for a query longer than the time limit. Try again if the database ends it."""
+    note(self, "start")
+    connection.cursor().execute("SELECT pg_sleep(30)")
+
+
+@shared_task(base=JobTask, bind=True, autoretry_for=(Error,), default_retry_delay=1, max_retries=99)
+def send_newsletter(self, chunks):
+    """Count each chunk that is sent, in a transaction of its own: a mail cannot be taken back."""
+    note(self, "start")
+    for chunk in range(self.cursor or 0, int(chunks)):
+        with connection.cursor() as cursor:
+            cursor.execute("INSERT INTO chunks VALUES (%s, %s)", [self.request.id, chunk])
+        time.sleep(0.1)
+        self.report(chunk, int(chunks), cursor=chunk + 1)
+
+
 @shared_task(base=JobTask, bind=True, time_limit=2)
 def report_too_long(self):
     note(self, "start")
