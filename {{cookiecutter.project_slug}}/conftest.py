@@ -1,24 +1,10 @@
-"""Fixtures. Jobs run in the test's own process, as soon as they are published."""
+"""Fixtures of the project's tests."""
 
 import pytest
-from celery import current_app
-from celery.exceptions import OperationalError
 from django.core.cache import cache
 from rest_framework.test import APIClient
 
-from jobs import lease, messages, models, sweep
-
-
-@pytest.fixture(autouse=True)
-def eager(request, monkeypatch):
-    """Run a job when it is published, without a broker. Tests marked `live` use a real worker."""
-    current_app.conf.task_always_eager = not request.node.get_closest_marker("live")
-    current_app.conf.task_eager_propagates = True  # an error in a plain task fails its test
-    # Start no thread that renews leases: it could not see the rows of a test's transaction.
-    monkeypatch.setattr(lease, "lease_thread_started", True)
-    for memory in [models.publish_again_at, sweep.queues, sweep.refusals]:
-        memory.clear()
-    monkeypatch.setattr(sweep, "POLL_SECONDS", 0)
+pytest_plugins = ["jobs.testing"]  # jobs run in the test's own process: see jobs/README.md
 
 
 @pytest.fixture(autouse=True)
@@ -30,43 +16,6 @@ def quick_settings(settings):
     settings.STORAGES = {**settings.STORAGES, "default": memory}
     settings.PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]  # fast
     settings.WHITENOISE_AUTOREFRESH = True  # works without `manage.py collectstatic`
-
-
-@pytest.fixture
-def commit(db, django_capture_on_commit_callbacks):
-    """At the end of `with commit():` the enqueued jobs are published, as after a commit: they run.
-
-    The transaction of a test never commits: without this, jobs stay queued until run_jobs().
-    """
-    return lambda: django_capture_on_commit_callbacks(execute=True)
-
-
-@pytest.fixture
-def run_jobs(db):
-    """run_jobs() runs all queued jobs and the jobs that they enqueue, and waits for no countdown."""
-    queued = models.Job.objects.filter(state="queued").order_by("created_at")
-
-    def run():
-        ran = set()  # (id, retries): with `broker_down` a job stays queued, so publish it only once
-        while tries := set(queued.values_list("pk", "retries")) - ran:
-            ran |= tries
-            for job in queued.filter(pk__in=[pk for pk, _ in tries]):
-                models.publish([job])
-
-    return run
-
-
-@pytest.fixture
-def broker_down(monkeypatch):
-    """Refuse the message of every job. The value is the list of the refused jobs' ids."""
-    tried = []
-
-    def refuse(task, job, producer, **options):
-        tried.append(str(job.pk))
-        raise OperationalError("connection refused")
-
-    monkeypatch.setattr(messages, "send_one", refuse)
-    return tried
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The fixtures of an output, and one for gevent."""
+"""The fixtures and plugins of an output, and a fixture for gevent."""
 
 import runpy
 

@@ -31,11 +31,11 @@ def test_the_wheel_holds_every_file_of_the_engine(wheel):
 
 
 def test_the_wheel_requires_what_the_engine_imports(bake):
-    """The versions are those that a project requires."""
+    """The versions are those that a project requires. Only testing.py imports pytest."""
     about = tomllib.loads((TEMPLATE / "pyproject.toml").read_text())
     required = about["project"]["dependencies"]
     python = [text for file, text in engine().items() if file.suffix == ".py"]
-    foreign = set().union(*map(imports, python)) - sys.stdlib_module_names - {"jobs"}
+    foreign = set().union(*map(imports, python)) - sys.stdlib_module_names - {"jobs", "pytest"}
     assert packages(required) == {PACKAGES.get(name, name.replace("_", "-")) for name in foreign}
 
     project = tomllib.loads(bake().read("pyproject.toml"))["project"]

@@ -9,12 +9,12 @@ from datetime import timedelta
 from pathlib import Path
 
 import environ
-import structlog
 {% if cookiecutter.include_example == "yes" and cookiecutter.periodic_tasks == "code" %}
 from celery.schedules import crontab
 {% endif %}
 from django.core.exceptions import ImproperlyConfigured
 
+from config import logs
 from jobs import pools
 
 BASE_DIR = Path(__file__).resolve().parent.parent
@@ -279,59 +279,6 @@ if dsn := env.str("SENTRY_DSN", default=""):
 
     sentry_sdk.init(dsn)
 
-
-def drop_polls(logger, method, event):
-    """Drop the log lines of successful requests that pages, probes and Prometheus repeat."""
-    if event["event"] == "request_finished" and event["code"] == 200:
-        if re.match("GET /(api/jobs/|health/|metrics$)", event["request"]):
-            raise structlog.DropEvent
-    return event
-
-
-LOG_PROCESSORS = [
-    structlog.contextvars.merge_contextvars,
-    structlog.stdlib.add_logger_name,
-    structlog.stdlib.add_log_level,
-]
-LOG_JSON = [
-    structlog.processors.TimeStamper(fmt="iso"),
-    structlog.processors.format_exc_info,
-    structlog.processors.JSONRenderer(),
-]
-LOG_OUTPUT = [structlog.dev.ConsoleRenderer()] if DEBUG else LOG_JSON
-LOG_FORMATTER = structlog.stdlib.ProcessorFormatter
-structlog.configure(
-    processors=[drop_polls, *LOG_PROCESSORS, LOG_FORMATTER.wrap_for_formatter],
-    logger_factory=structlog.stdlib.LoggerFactory(),
-    cache_logger_on_first_use=True,
-)
-LOGGING = {
-    "version": 1,
-    "disable_existing_loggers": False,
-    "formatters": {
-        "structlog": {
-            "()": LOG_FORMATTER,
-            "foreign_pre_chain": LOG_PROCESSORS,
-            "processors": [LOG_FORMATTER.remove_processors_meta, *LOG_OUTPUT],
-        }
-    },
-    "handlers": {"console": {"class": "logging.StreamHandler", "formatter": "structlog"}},
-    "root": {"handlers": ["console"], "level": env.str("LOG_LEVEL", default="INFO")},
-    "loggers": {
-        "axes": {"level": "WARNING"},  # only failed logins
-        # django_structlog already logs each task and request, with the traceback of an error.
-        "celery.app.trace": {"level": "CRITICAL"},
-        "celery.beat": {"level": "WARNING"},
-        "celery.worker.strategy": {"level": "WARNING"},
-        "django": {},
-        "django.request": {"level": "CRITICAL"},
-        "django.server": {"level": "CRITICAL"},
-        "django.tasks": {"level": "CRITICAL"},
-        "django_tasks": {"level": "CRITICAL"},
-{% if broker.flower %}
-        "flower": {"level": "ERROR"},
-{% endif %}
-    },
-}
+LOGGING = logs.configure(DEBUG, level=env.str("LOG_LEVEL", default="INFO"))
 DJANGO_STRUCTLOG_STATUS_START_LOG_LEVEL = logging.DEBUG  # INFO shows only the end of a request
 DJANGO_STRUCTLOG_CELERY_ENABLED = True  # the message takes the request's id to the worker

@@ -1,0 +1,68 @@
+{% from "chosen.jinja" import broker with context %}
+"""The log: lines for people in development, JSON in production."""
+
+import re
+
+import structlog
+
+FORMATTER = structlog.stdlib.ProcessorFormatter
+PROCESSORS = [
+    structlog.contextvars.merge_contextvars,
+    structlog.stdlib.add_logger_name,
+    structlog.stdlib.add_log_level,
+]
+FOR_PEOPLE = [structlog.dev.ConsoleRenderer()]
+AS_JSON = [
+    structlog.processors.TimeStamper(fmt="iso"),
+    structlog.processors.format_exc_info,
+    structlog.processors.JSONRenderer(),
+]
+LEVELS = {
+    "axes": "WARNING",  # only failed logins
+    # django_structlog already logs each task and request, with the traceback of an error.
+    "celery.app.trace": "CRITICAL",
+    "celery.beat": "WARNING",
+    "celery.worker.strategy": "WARNING",
+    "django": "INFO",
+    "django.request": "CRITICAL",
+    "django.server": "CRITICAL",
+    "django.tasks": "CRITICAL",
+    "django_tasks": "CRITICAL",
+{% if broker.flower %}
+    "flower": "ERROR",
+{% endif %}
+}
+
+
+def configure(debug, level):
+    """Configure structlog, and return the value of Django's setting LOGGING.
+
+    `level` is the least important level that is logged, such as "INFO".
+    """
+    structlog.configure(
+        processors=[drop_polls, *PROCESSORS, FORMATTER.wrap_for_formatter],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        cache_logger_on_first_use=True,
+    )
+    output = FOR_PEOPLE if debug else AS_JSON
+    formatter = {
+        "()": FORMATTER,
+        "foreign_pre_chain": PROCESSORS,
+        "processors": [FORMATTER.remove_processors_meta, *output],
+    }
+    return {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "formatters": {"structlog": formatter},
+        "handlers": {"console": {"class": "logging.StreamHandler", "formatter": "structlog"}},
+        "root": {"handlers": ["console"], "level": level},
+        "loggers": {name: {"level": least} for name, least in LEVELS.items()},
+    }
+
+
+def drop_polls(logger, method, event):
+    """Drop the log lines of successful requests that pages, probes and Prometheus repeat."""
+    if event["event"] == "request_finished" and event["code"] == 200:
+        if re.match("GET /(api/jobs/|health/|metrics$)", event["request"]):
+            raise structlog.DropEvent
+    return event
