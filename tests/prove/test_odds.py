@@ -660,6 +660,25 @@ def test_a_plain_task_that_kills_its_worker_is_delivered_without_end(stack, gate
         stack.wait_until_started(task, times=5)
 
 
+@stacks(brokers=["redis"], pools=POOLS[:1])
+def test_a_worker_killed_while_it_looks_for_lost_tasks_delays_no_other(stack, gate):
+    """It leaves kombu's lock behind, which only one worker can hold."""
+    code = """
+from config.celery import app
+channel = app.connection_for_write().default_channel
+lock = channel.client.lock(channel.unacked_mutex_key, timeout=channel.unacked_mutex_expire)
+while not lock.acquire(blocking=False):
+    pass
+result = lock.timeout
+"""
+    task = stack.send("kill_worker", gate, queue="cpu")
+    with stack.supervised(stack.workers):
+        stack.wait_until_started(task)
+        gate.touch()
+        assert stack.ask(code) < 60  # the minute of reliability.md
+        stack.wait_until_started(task, times=2)
+
+
 @stacks(brokers=["sqs"], pools=POOLS[:1])
 def test_ten_deliveries_make_a_dead_letter(stack):
     """No worker reads the queue `test`. Here the visibility timeout of a delivery is 0."""
