@@ -13,7 +13,7 @@ test: .venv  ## all quick tests: make test ARGS="-k hook"
 
 prove: TESTS := tests/prove
 prove: .venv  ## the slow tests, such as faults and containers: make prove ARGS="-k redis-gevent"
-	$(PYTEST) $(TESTS) $(ARGS)
+	$(PYTEST) --maxfail 5 $(TESTS) $(ARGS)
 
 chaos: .venv  ## two minutes of random faults on each broker; longer: make chaos ARGS="redis --seconds 600 --jobs 5000 --seed 1"
 	@PYTHONPATH=tests .venv/bin/python -m harness.chaos $(ARGS)
