@@ -80,7 +80,12 @@ def pytest_runtest_teardown(item, nextitem):
 @pytest.fixture
 def stack(running):
     """The stack, with all processes running. Prints their logs, which pytest shows on a failure."""
-    running.recover()
+    try:
+        running.recover()
+    except AssertionError:
+        running.print_logs({})
+        running.kill(*running.processes)  # the next test starts them again
+        raise
     sizes = {log: log.stat().st_size for log in running.logs}
     yield running
     running.print_logs(sizes)
