@@ -12,17 +12,24 @@ from django.contrib.admin import site
 from django.contrib.admin.utils import flatten_fieldsets
 from django.contrib.auth.models import Permission
 from django.core.cache.backends.locmem import LocMemCache
+from django.core.exceptions import SuspiciousFileOperation
+from django.core.files.uploadedfile import SimpleUploadedFile
 from django.db import connection
 from django.db.models.functions import Now
 from django.test.utils import CaptureQueriesContext
+from django.utils import timezone
+from rest_framework import serializers
 from rest_framework.authtoken.models import Token
 from rest_framework.decorators import api_view, permission_classes
+from rest_framework.parsers import MultiPartParser
 from rest_framework.response import Response
-from rest_framework.test import APIClient, APIRequestFactory
+from rest_framework.test import APIClient, APIRequestFactory, force_authenticate
+from rest_framework.viewsets import GenericViewSet
 
-from jobs.models import Job
+from jobs.models import Attempt, Job
 from jobs.rest import Throttle
 from jobs.tasks import JobTask
+from jobs.views import EnqueueMixin
 
 
 @shared_task(base=JobTask, bind=True)
@@ -251,6 +258,63 @@ def test_an_unavailable_cache_refuses_no_request(api, monkeypatch):
     monkeypatch.setattr(LocMemCache, "get", refuse)
     monkeypatch.setattr(Throttle, "count_again_at", 0.0)
     assert api.get("/api/jobs/").status_code == 200
+
+
+# Uploads with an Idempotency-Key
+
+
+class UploadSerializer(serializers.Serializer):
+    id = serializers.ReadOnlyField()
+    file = serializers.FileField(write_only=True)
+    tag = serializers.ListField(write_only=True, default=[])
+
+    def create(self, data):
+        """Store an object with a job: an attempt. Read the file to its end, as a storage does."""
+        if not data["file"].name.strip():
+            raise SuspiciousFileOperation
+        data["file"].read()
+        now = timezone.now()
+        return Attempt.objects.create(job_id=data["job_id"], started_at=now, ended_at=now)
+
+
+class UploadViewSet(EnqueueMixin, GenericViewSet):
+    queryset = Attempt.objects.all()
+    serializer_class = UploadSerializer
+    parser_classes = [MultiPartParser]
+
+    def perform_create(self, serializer):
+        serializer.save(job_id=self.job_id)
+        self.enqueue(greet)
+
+
+def upload(user, content, tags=(), name="tea.csv"):
+    data = {"file": SimpleUploadedFile(name, content), "tag": tags}
+    headers = {"Idempotency-Key": "key"}
+    request = APIRequestFactory().post("/", data, format="multipart", headers=headers)
+    force_authenticate(request, user)
+    return UploadViewSet.as_view({"post": "create"})(request)
+
+
+@pytest.mark.parametrize("size", [10, 3_000_000], ids=["in memory", "in a file"])
+def test_the_same_key_and_file_give_the_same_job(user, size):
+    first, again = upload(user, b"x" * size), upload(user, b"x" * size)
+    assert [first.status_code, again.status_code] == [202, 202]
+    assert again["Location"] == first["Location"]
+    assert upload(user, b"x" * (size - 1) + b"y").status_code == 422
+    assert Job.objects.count() == 1
+
+
+def test_a_key_counts_all_values_of_a_form(user):
+    assert upload(user, b"x", ["1", "2"]).status_code == 202
+    assert upload(user, b"x", ["1", "2"]).status_code == 202
+    assert upload(user, b"x", ["3", "2"]).status_code == 422
+    assert upload(user, b"x", ["2"]).status_code == 422
+
+
+def test_a_file_whose_name_the_storage_refuses_is_a_bad_request(user):
+    response = upload(user, b"x", name="   ")
+    assert (response.status_code, response.data["detail"].code) == (400, "parse_error")
+    assert not Job.objects.exists()
 
 
 # Metrics

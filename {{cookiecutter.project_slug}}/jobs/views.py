@@ -3,15 +3,18 @@ import json
 import re
 import uuid
 
+from django.core.exceptions import SuspiciousFileOperation
 from django.core.exceptions import ValidationError as DjangoValidationError
 from django.db import IntegrityError, transaction
 from django.db.models import Case, JSONField, Q, TextField, Value, When
 from django.db.models.functions import Cast, Length
+from django.http import QueryDict
 from django.urls import reverse
+from django.utils.functional import cached_property
 from drf_spectacular.utils import OpenApiParameter, OpenApiResponse, extend_schema
 from rest_framework import viewsets
 from rest_framework.decorators import action
-from rest_framework.exceptions import APIException, NotFound, ValidationError
+from rest_framework.exceptions import APIException, NotFound, ParseError, ValidationError
 from rest_framework.pagination import CursorPagination
 from rest_framework.response import Response
 
@@ -145,6 +148,8 @@ class EnqueueMixin:
             try:
                 with transaction.atomic():
                     self.perform_create(serializer)
+            except SuspiciousFileOperation:  # for which Django answers with a page
+                raise ParseError("The name of the file is invalid.") from None
             except IntegrityError:  # another request with the same key was faster
                 serializer = self.find_stored()
                 if serializer is None:
@@ -165,10 +170,11 @@ class EnqueueMixin:
         """
         if (key := self.idempotency_key) is None:
             return None
+        fingerprint = self.fingerprint  # before a serializer or a storage reads the files
         job = Job.objects.filter(owner=self.request.user, idempotency_key=key).first()
         if job is None:
             return None
-        if job.fingerprint != self.fingerprint:
+        if job.fingerprint != fingerprint:
             raise KeyReused
         if found := self.get_queryset().filter(job=job).first():
             return self.get_serializer(found)
@@ -183,9 +189,14 @@ class EnqueueMixin:
             raise ValidationError({"Idempotency-Key": ["Use 1 to 255 printable ASCII characters."]})
         return key
 
-    @property
+    @cached_property
     def fingerprint(self):
         """A digest of method, path, data and files. Requests with the same key must have the same one."""
-        body = json.dumps(self.request.data, sort_keys=True, default=identify_upload)
+        data = self.request.data
+        if isinstance(
+            data, QueryDict
+        ):  # of a form: json would read only the last value of each name
+            data = dict(data.lists())
+        body = json.dumps(data, sort_keys=True, default=identify_upload)
         request = f"{self.request.method} {self.request.get_full_path()} {body}"
         return hashlib.sha256(request.encode()).hexdigest()
