@@ -41,9 +41,10 @@ ALLOWED_HOSTS = env.list("ALLOWED_HOSTS")
 CSRF_TRUSTED_ORIGINS = env.list("CSRF_TRUSTED_ORIGINS", default=[])
 SECURE_SSL_REDIRECT = SESSION_COOKIE_SECURE = CSRF_COOKIE_SECURE = not DEBUG
 SECURE_REDIRECT_EXEMPT = [r"^health/"]  # probes use plain HTTP
-SECURE_PROXY_SSL_HEADER = ("HTTP_X_FORWARDED_PROTO", "https")  # set by the proxy, never by a client
 # Each proxy appends an address to X-Forwarded-For. A client can forge the addresses before these.
 NUM_PROXIES = env.int("NUM_PROXIES", default=0 if DEBUG else 1)
+if NUM_PROXIES:  # without a proxy, only a client can send this header
+    SECURE_PROXY_SSL_HEADER = ("HTTP_X_FORWARDED_PROTO", "https")
 IPWARE_META_PRECEDENCE_ORDER = ["HTTP_X_FORWARDED_FOR"] * bool(NUM_PROXIES) + ["REMOTE_ADDR"]
 IPWARE_META_PROXY_COUNT = max(NUM_PROXIES - 1, 0)  # ipware does not count the last proxy
 IPWARE_STRICT = False  # ignore additional addresses, which a client can send

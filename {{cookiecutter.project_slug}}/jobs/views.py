@@ -193,9 +193,7 @@ class EnqueueMixin:
     def fingerprint(self):
         """A digest of method, path, data and files. Requests with the same key must have the same one."""
         data = self.request.data
-        if isinstance(
-            data, QueryDict
-        ):  # of a form: json would read only the last value of each name
+        if isinstance(data, QueryDict):  # json would see only the last value of each name
             data = dict(data.lists())
         body = json.dumps(data, sort_keys=True, default=identify_upload)
         request = f"{self.request.method} {self.request.get_full_path()} {body}"

@@ -136,6 +136,15 @@ def test_a_client_cannot_choose_its_address(settings, monkeypatch, proxies, beli
     assert Throttle().get_ident(request) == believed
 
 
+@pytest.mark.parametrize("proxies", [0, 1])
+def test_only_a_proxy_says_that_a_request_came_over_https(settings, monkeypatch, proxies):
+    monkeypatch.setenv("NUM_PROXIES", str(proxies))
+    values = runpy.run_path(settings.BASE_DIR / "config/settings.py")
+    settings.SECURE_PROXY_SSL_HEADER = values.get("SECURE_PROXY_SSL_HEADER")
+    request = RequestFactory().get("/", headers={"X-Forwarded-Proto": "https"})
+    assert request.is_secure() == bool(proxies)
+
+
 @pytest.mark.parametrize("url", ["/", "/login/", "/admin/", "/api/docs/"])
 def test_a_page_runs_only_the_projects_own_scripts(admin_client, url):
     if url == "/login/":
