@@ -84,3 +84,69 @@ def test_the_pages_work_under_their_content_security_policy(project, tmp_path):
             tab.wait(f"document.body.innerHTML.includes({words!r})")
         violations = [event for event in tab.events if "Content Security Policy" in str(event)]
         assert not violations
+
+
+MARKUP = "<img src=x onerror=hack()><a href=javascript:hack()>link</a>"
+# Jobs with markup in each text: the name of a file, a message, a result, an error.
+WITH_MARKUP = """
+from django.core.files.uploadedfile import SimpleUploadedFile
+from django.test import Client
+from django.utils.timezone import now
+from jobs.models import Attempt, Job
+from orders.models import Order
+from orders.tasks import write_report
+from users.models import User
+
+owner = User.objects.get()
+Order.objects.create(owner=owner, product=text)
+client = Client(HTTP_HOST="localhost")
+client.force_login(owner)
+file = SimpleUploadedFile(text, b"product,quantity")
+assert client.post("/api/imports/", {"file": file}).status_code == 202
+
+texts = [
+    {"label": text, "message": text, "worker": text},
+    {"state": "failed", "error": text, "reason": text, "task": text},
+    *({"state": "succeeded", "result": result} for result in [text, [text], text + "\\n" * 9]),
+]
+jobs = Job.objects.enqueue_many(write_report, [[owner.pk]] * len(texts), owner=owner, countdown=999)
+Job.objects.filter(pk__in=[job.pk for job in jobs[1:]]).cancel()
+for job, fields in zip(jobs, texts):
+    Job.objects.filter(pk=job.pk).update(**fields)
+Attempt.objects.create(job=jobs[1], started_at=now(), ended_at=now(), error=text, traceback=text)
+result = [job.pk for job in jobs[:2]]
+"""
+
+
+@default_output
+def test_pages_show_markup_as_text_and_other_sites_can_post_nothing(project, tmp_path):
+    """In a browser, logged in. The other site has another port, so the browser sends cookies."""
+    with project.up() as site, browser(tmp_path) as tab:
+        active, failed = site.ask(f"text = {MARKUP!r}\n{WITH_MARKUP}")
+        tab.send("Log.enable")
+        tab.log_in(site)
+        pages = {"/": 7, f"/jobs/{active}/": 2, f"/jobs/{failed}/": 2, "/admin/orders/order/": 1}
+        jobs = "/admin/jobs/job/"
+        pages |= {jobs: 1, f"{jobs}{active}/change/": 3, f"{jobs}{failed}/change/": 4}
+        for page, times in pages.items():
+            tab.open(site.web + page)
+            tab.wait(f"document.body.textContent.split({MARKUP!r}).length > {times}")
+            assert tab.run("document.querySelectorAll('[onerror], [href^=javascript]').length") == 0
+        violations = [event for event in tab.events if "Content Security Policy" in str(event)]
+        assert not violations
+
+        for path, fields in {
+            "/api/orders/report/": {},
+            f"/api/jobs/{active}/cancel/": {},
+            f"/api/jobs/{failed}/run_again/": {},
+            jobs: {"action": "cancel", "_selected_action": active},
+        }.items():
+            tab.open(f"{site.flower}/healthcheck")
+            inputs = [f"<input name={name} value={value}>" for name, value in fields.items()]
+            form = f"<form method=post action={site.web}{path}>{''.join(inputs)}</form>"
+            tab.run(f"document.body.innerHTML = {form!r}; document.forms[0].submit()")
+            tab.wait(f"location.href.startsWith({site.web!r}) && document.readyState == 'complete'")
+            assert "CSRF" in tab.run("document.body.textContent")
+        states = "from jobs.models import Job\nresult = list(Job.objects.values_list('state'))"
+        assert len(site.ask(states)) == 6
+        assert ["queued"] in site.ask(states)
