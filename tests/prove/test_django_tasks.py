@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from harness.faults import everywhere, succeeded
+from harness.faults import everywhere, on_each_pool, succeeded
 from harness.project import wait_for
 
 RESULTS = """
@@ -58,6 +58,18 @@ def test_a_cancelled_coroutine_ends(stack, gate):
     stack.wait_until_started(job)
     stack.ask("Job.objects.filter(pk=job).cancel()", job=job)
     wait_for(lambda: stack.notes("end", job))
+
+
+@on_each_pool
+def test_a_coroutine_over_its_time_limit_is_cancelled_except_in_a_thread(stack, gate, request):
+    [job] = stack.ask("result = [wait_too_long.enqueue(gate).id]", gate=str(gate))
+    [row] = stack.wait_until_final(job)
+    assert (row["state"], row["error"]) == ("failed", "Over its time limit")
+    in_thread = request.node.callspec.params["running"]["pool"] == "threads"
+    if in_thread:
+        gate.touch()
+    wait_for(lambda: stack.notes("end", job) or stack.notes("cancelled", job))
+    assert bool(stack.notes("end", job)) == in_thread
 
 
 @everywhere

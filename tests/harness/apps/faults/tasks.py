@@ -347,6 +347,18 @@ async def hold_a_coroutine(context, gate):
     return await Job.objects.filter(pk=context.task_result.id).acount()
 
 
+@task(takes_context=True, queue_name="cpu", celery={"time_limit": 3, "soft_time_limit": 2})
+async def wait_too_long(context, gate):
+    note(context.job, "start")
+    try:
+        while not Path(gate).exists():
+            await asyncio.sleep(0.05)
+    except asyncio.CancelledError:
+        note(context.job, "cancelled")
+        raise
+    note(context.job, "end")
+
+
 # Bodies with an unusual end
 
 
