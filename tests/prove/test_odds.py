@@ -420,6 +420,18 @@ with connection.cursor() as cursor:
     assert stack.ask(code) - before < 8  # others may reconnect after CONN_MAX_AGE
 
 
+@stacks(brokers=ONE["brokers"], pools=["gevent"])
+def test_the_queries_of_a_gevent_worker_share_ten_connections(stack):
+    """Although gevent ends idle threads: here after 0.1 s, by default after 5 s."""
+    worker = stack.replace_worker(GEVENT_THREADPOOL_IDLE_TASK_TIMEOUT=0.1)
+    for _ in range(5):
+        jobs = [stack.enqueue("rest", 1, queue="cpu") for _ in range(12)]
+        assert succeeded(stack.wait_until_final(*jobs), crashes=0)
+    opened = psutil.Process(worker.pid).net_connections()
+    remote = [connection.raddr for connection in opened if connection.raddr]
+    assert [address.port for address in remote].count(stack.database.port) <= 12
+
+
 # The pools differ
 
 

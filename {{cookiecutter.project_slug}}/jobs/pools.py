@@ -55,6 +55,9 @@ class Greenlets:
     def __init__(self):
         self.time_limit_errors = (SoftTimeLimitExceeded, gevent.Timeout)
         self.Lock = monkey.get_original("_thread", "allocate_lock")
+        # Threads for queries. Those of gevent's own pool end after five idle seconds, and each would leave
+        # its connection open until Python's garbage collector runs.
+        self.threads = import_module("gevent.threadpool").ThreadPool(10)
         # Run the event loop of each coroutine in a native thread. All greenlets share one thread, and one
         # thread cannot run two event loops.
         sync.ThreadPoolExecutor = import_module("gevent.threadpool").ThreadPoolExecutor
@@ -63,8 +66,8 @@ class Greenlets:
         monkey.get_original("_thread", "start_new_thread")(function, ())
 
     def query(self, function, *args, **kwargs):
-        # Use one of gevent's ten threads. Otherwise each greenlet would open its own connection.
-        return gevent.get_hub().threadpool.apply(function, args, kwargs)
+        # Use one of ten threads. Otherwise each greenlet would open its own connection.
+        return self.threads.apply(function, args, kwargs)
 
     def is_shutdown(self, error):
         return isinstance(error, gevent.GreenletExit)
