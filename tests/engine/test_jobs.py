@@ -139,7 +139,7 @@ def published(monkeypatch):
     """
     waiting = []
 
-    def publish(task, job, producer, **options):
+    def publish(job, producer, **options):
         waiting.append(str(job.pk))
 
     monkeypatch.setattr(messages, "send_one", publish)
@@ -387,7 +387,7 @@ def test_a_job_is_sent_as_a_celery_message():
     job = Job.objects.enqueue(add, [1], {"y": 2}, queue="cpu")
     job.retries = 3
     with app.connection_for_write("memory://") as broker:
-        messages.send_one(add, job, app.amqp.Producer(broker, auto_declare=False))
+        messages.send_one(job, app.amqp.Producer(broker, auto_declare=False))
         message = app.amqp.queues["cpu"](broker.default_channel).get()
     assert message.payload[:2] == [[1], {"y": 2}]
     kept = {name: message.headers[name] for name in ("id", "task", "retries", "job")}
@@ -1106,6 +1106,15 @@ def test_messages_sent_together_declare_each_queue_once(monkeypatch):
     assert producer.batch.call_count == 1
 
 
+def test_a_job_is_sent_by_a_process_that_does_not_know_its_task(monkeypatch):
+    """In a deploy, Beat may run older code than the workers."""
+    app.conf.task_always_eager = False
+    sent = []
+    monkeypatch.setattr(app.amqp, "send_task_message", lambda *args, **more: sent.append(args[1]))
+    messages.send([Job(task="to.be.deployed", queue="a"), Job(task=add.name, queue="a")])
+    assert sent == ["to.be.deployed", add.name]
+
+
 def test_flower_shows_the_beginning_of_large_arguments(monkeypatch):
     app.conf.task_always_eager = False
     sent = []
@@ -1277,7 +1286,7 @@ def test_two_concurrent_sweeps_send_each_job_once(monkeypatch):
     lapse(*jobs)
     sent = []
 
-    def publish(task, job, producer, **options):
+    def publish(job, producer, **options):
         sent.append(str(job.pk))
         if len(sent) == 1:
             sweep.send_due()  # the second sweep, when the first one has read all three jobs
@@ -1339,7 +1348,7 @@ def test_a_job_that_the_broker_refuses_delays_no_other(monkeypatch):
     """For example because it is too large, or because its queue does not exist."""
     sent = []
 
-    def publish(task, job, producer, **options):
+    def publish(job, producer, **options):
         if job.args == [0, 0]:
             raise ValueError("too large")
         sent.append(str(job.pk))
@@ -1361,7 +1370,7 @@ def test_a_job_that_the_broker_refuses_delays_no_other(monkeypatch):
 def test_a_job_that_is_refused_five_times_fails_unless_its_queue_is_full(
     monkeypatch, waiting, state
 ):
-    def publish(task, job, producer, **options):
+    def publish(job, producer, **options):
         if job.args == [0, 0]:
             raise ValueError("too large")
 
@@ -1689,6 +1698,14 @@ def test_a_job_of_a_task_that_the_worker_does_not_know_is_due_again_soon(monkeyp
     assert seconds_until_due(other) == pytest.approx(30, abs=2)
 
 
+def test_a_job_of_a_task_that_no_worker_knows_comes_back_less_and_less_often(published):
+    """Its task may have been removed from the code: then its messages must not keep Beat busy."""
+    [job] = enqueue_and_publish(1)
+    Job.objects.update(due_at=Now() - timedelta(hours=1))
+    worker.requeue_later(Job.objects.filter(pk=job.pk))
+    assert seconds_until_due(job) == pytest.approx(360, abs=2)
+
+
 # Child processes
 
 
@@ -1820,7 +1837,7 @@ def test_the_priority_of_a_route_reaches_the_broker(monkeypatch):
     monkeypatch.setattr(app.amqp.router, "routes", routes.prepare({add.name: {"priority": 7}}))
     sent = []
     monkeypatch.setattr(app.amqp, "send_task_message", lambda *args, **more: sent.append(more))
-    messages.send_one(add, Job.objects.enqueue(add, [1, 2], countdown=9), None)
+    messages.send_one(Job.objects.enqueue(add, [1, 2], countdown=9), None)
     assert (sent[0]["priority"], sent[0]["queue"].name) == (7, "celery")
 
 

@@ -647,6 +647,17 @@ def test_a_worker_of_old_code_delays_no_new_task(stack, since):
     assert succeeded(rows, crashes=0), rows
 
 
+@without_resends
+def test_a_beat_of_old_code_sends_the_jobs_of_new_tasks(stack, since):
+    """In a rolling deploy, Beat may be the last process that gets the new code."""
+    stack.replace_beat(OLD_CODE=1)
+    start = time.monotonic()
+    jobs = [stack.enqueue("new", queue="io", countdown=1) for _ in range(5)]
+    rows = stack.wait_until_final(*jobs)
+    since(start)
+    assert succeeded(rows, crashes=0), rows
+
+
 @stacks(**ONE, sqlite=True)
 def test_a_killed_worker_loses_no_job_on_sqlite(stack, gate, since):
     kill_a_worker(stack, gate, since)

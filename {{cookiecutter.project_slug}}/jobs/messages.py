@@ -1,13 +1,10 @@
 """Sends messages to the broker, and counts waiting messages. This module reads and writes no rows."""
 
-import logging
 from contextlib import nullcontext
 
 from celery import current_app
 from celery.exceptions import OperationalError
 from kombu.utils.json import dumps, loads
-
-logger = logging.getLogger(__name__)
 
 
 def send(jobs):
@@ -18,17 +15,15 @@ def send(jobs):
     ):
         declared = set()
         for job in jobs:
-            if task := current_app.tasks.get(job.task):
-                send_one(task, job, producer, declare=[] if job.queue in declared else None)
-                declared.add(job.queue)
-            else:
-                logger.error("job %s is not sent: its task is not registered", job)
+            send_one(job, producer, declare=[] if job.queue in declared else None)
+            declared.add(job.queue)
 
 
-def send_one(task, job, producer, **options):
+def send_one(job, producer, **options):
     """Send the message of a job as apply_async() does, in a third of the time.
 
-    It does not send the event task-sent, which would be a second message.
+    This process need not know the task: in a deploy, Beat may run older code than the workers. It
+    does not send the event task-sent, which would be a second message.
 
     The header `job` marks the message of a job, and says how often the job's worker has died. The
     header `sent` is the number of this message among those of the job.
@@ -36,16 +31,21 @@ def send_one(task, job, producer, **options):
     amqp, pk, headers = current_app.amqp, str(job.pk), {"job": job.crashes, "sent": job.sent}
     if current_app.conf.task_always_eager:
         args, kwargs = loads(dumps([job.args, job.kwargs]))  # as a worker gets them
+        task = current_app.tasks[job.task]
         task.apply(args, kwargs, task_id=pk, retries=job.retries, headers=headers)
         return
     # Flower shows these. Celery's own function to shorten them takes a second for each megabyte.
     shown = {"argsrepr": repr(job.args)[:1000], "kwargsrepr": repr(job.kwargs)[:1000]}
     shown |= {"retries": job.retries, "ignore_result": True}
-    message = amqp.create_task_message(pk, task.name, job.args, job.kwargs, **shown)
-    options |= {"queue": job.queue, "priority": task.priority}
-    options = amqp.router.route(options, task.name, job.args, job.kwargs)
+    message = amqp.create_task_message(pk, job.task, job.args, job.kwargs, **shown)
+    # The decorator's priority counts as long as Celery heeds it. Celery 6 will only know that of a route.
+    priority = getattr(
+        current_app.tasks.get(job.task), "priority", current_app.conf.task_default_priority
+    )
+    options |= {"queue": job.queue, "priority": priority}
+    options = amqp.router.route(options, job.task, job.args, job.kwargs)
     options["priority"] = options.get("priority") or 0
-    amqp.send_task_message(producer, task.name, message, headers=headers, **options)
+    amqp.send_task_message(producer, job.task, message, headers=headers, **options)
 
 
 def is_connection_error(error):

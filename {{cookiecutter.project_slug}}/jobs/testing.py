@@ -58,7 +58,7 @@ def broker_down(monkeypatch):
     """Refuse the message of every job. The value is the list of the refused jobs' ids."""
     tried = []
 
-    def refuse(task, job, producer, **options):
+    def refuse(job, producer, **options):
         tried.append(str(job.pk))
         raise OperationalError("connection refused")
 

@@ -16,6 +16,8 @@ from celery.worker.control import Panel
 from django.conf import settings
 from django.core.exceptions import ValidationError
 from django.db import close_old_connections, connection, transaction
+from django.db.models import F
+from django.db.models.functions import Now
 
 from .database import wait_for
 from .events import BatchedEvents
@@ -137,7 +139,16 @@ def run_in_thread(*queries, delay=0):
 def requeue_unknown(id, message, **kwargs):
     """If an unknown task is that of a job, requeue the job: another worker may know the task."""
     if "job" in (message.headers or {}):
-        run_in_thread(partial(Job.objects.filter(QUEUED, pk=id).requeue, RECOVERY_DELAY))
+        run_in_thread(partial(requeue_later, Job.objects.filter(QUEUED, pk=id)))
+
+
+def requeue_later(row):
+    """Requeue a job whose task is unknown, after a pause that grows with the time it has waited.
+
+    With a short pause, jobs whose task was removed from the code would keep Beat and the broker busy.
+    """
+    for waited in row.values_list(Now() - F("due_at"), flat=True):
+        row.requeue(max(RECOVERY_DELAY, waited.total_seconds() / 10 if waited else 0))
 
 
 # Bodies in this process
