@@ -1,6 +1,7 @@
 """Calls from Celery's documentation, made with jobs: each one works or is refused."""
 
 import uuid
+from contextlib import suppress
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from unittest.mock import Mock
@@ -9,8 +10,10 @@ import pytest
 from celery import chain, chord, group, shared_task
 from celery import current_app as app
 from celery.backends.cache import CacheBackend
+from celery.contrib.django.task import DjangoTask
 from celery.result import AsyncResult
 from django.core.checks import run_checks
+from django.db import transaction
 from test_jobs import CLAIM
 
 from jobs.models import Job, publish
@@ -81,6 +84,9 @@ def mode(request, eager):
         lambda: plain.apply_async(link_error=[plain.si(), add.si(1, 2)]),
         lambda: plain.si().on_error(add.si(1, 2)).apply_async(),
         lambda: add.apply_async([1, 2], link=plain.si()),
+        lambda: add.map([1, 2]).apply_async(),
+        lambda: add.starmap([(1, 2)]).delay(),
+        lambda: add.chunks([(1, 2), (3, 4)], 1)(),
     ],
 )
 def test_a_job_is_refused_in_a_canvas_and_as_a_callback(mode, send):
@@ -92,11 +98,86 @@ def test_a_job_is_refused_in_a_canvas_and_as_a_callback(mode, send):
 def test_plain_tasks_can_still_be_combined(mode):
     chord([plain.si(), plain.si()])(plain.si())
     plain.apply_async(link=plain.si(), link_error=plain.si())
+    plain.starmap([()]).delay()
+    plain.chunks([()], 1)()
 
 
 def test_send_task_sends_a_plain_task():
     app.conf.task_always_eager = False
     assert app.send_task(plain.name).state == "PENDING"
+
+
+@pytest.fixture
+def in_a_worker():
+    """Run a task as a worker does that gets the message of another app, without our headers."""
+
+    def run(task, *args, **options):
+        options = {"task_id": str(uuid.uuid4()), **options}
+        DjangoTask.apply(task, args, throw=True, **options)
+        return Job.objects.get(pk=options["task_id"])
+
+    return run
+
+
+def test_a_message_that_another_app_has_sent_becomes_a_job(in_a_worker):
+    job = in_a_worker(add, 1, 2)
+    assert (job.task, job.args, job.state, job.result) == (add.name, [1, 2], "succeeded", 3)
+
+
+def test_a_message_that_another_app_has_sent_twice_is_one_job(in_a_worker):
+    job = in_a_worker(add, 1, 2)
+    finished_at = job.finished_at
+    in_a_worker(add, 3, 4, task_id=str(job.pk))
+    job.refresh_from_db()
+    assert (job.result, job.finished_at) == (3, finished_at)
+
+
+def test_a_message_of_another_app_with_wrong_arguments_fails(in_a_worker):
+    with pytest.raises(TypeError, match="missing 1 required"):
+        in_a_worker(add, 1)
+    assert not Job.objects.exists()
+
+
+def test_a_task_that_is_called_has_no_row():
+    assert add(1, 2) == 3
+    assert not Job.objects.exists()
+
+
+@pytest.mark.parametrize("revoke", [lambda pk: AsyncResult(pk).revoke(), app.control.revoke])
+def test_a_revoke_cancels_a_job_although_no_worker_runs(mode, revoke):
+    job, other = [Job.objects.enqueue(add, [1, 2]) for _ in range(2)]
+    revoke(str(job.pk))
+    assert list(Job.objects.filter(state="cancelled")) == [job]
+    app.control.revoke([str(other.pk), "not a job"], terminate=True)
+    assert Job.objects.filter(state="cancelled").count() == 2
+
+
+def test_a_revoke_cancels_a_job_although_the_broker_is_down(monkeypatch):
+    monkeypatch.setattr(app.control, "broadcast", Mock(side_effect=ConnectionError))
+    job = Job.objects.enqueue(add, [1, 2])
+    with pytest.raises(ConnectionError):
+        AsyncResult(str(job.pk)).revoke()
+    assert Job.objects.get().state == "cancelled"
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize(
+    "enqueue",
+    [
+        lambda: add.delay_on_commit(1, y=2),
+        lambda: add.apply_async_on_commit([1], {"y": 2}, queue="celery"),
+    ],
+)
+def test_on_commit_stores_a_job_in_the_transaction(enqueue):
+    """A crash between the commit and an INSERT after it would lose the job."""
+    with transaction.atomic():
+        enqueue()
+        assert Job.objects.get().state == "queued"
+    assert Job.objects.get().result == 3
+    with suppress(ZeroDivisionError), transaction.atomic():
+        enqueue()
+        1 / 0  # noqa: B018
+    assert Job.objects.count() == 1
 
 
 def test_update_state_is_refused_in_a_job():

@@ -510,6 +510,28 @@ def test_a_job_that_uses_no_cursor_makes_no_query_for_it():
     assert not [query for query in captured if query["sql"].startswith("SELECT")]
 
 
+@pytest.mark.django_db(transaction=True)
+def test_a_cursor_is_written_once():
+    """But twice inside a transaction, because that may be rolled back."""
+
+    def body(task):
+        task.report(1, 3, cursor=1)
+        first = task.job_run.needs_write()
+        with transaction.atomic():
+            task.report(2, 3, cursor=2)
+        return [first, task.job_run.needs_write()]
+
+    assert run(body).result == [False, True]
+
+
+def test_a_report_without_a_text_shows_none():
+    def body(task):
+        task.report(1, 2, None)
+        lease.write_and_renew([task.job_run])
+
+    assert run(body).message == ""
+
+
 CURSOR_USES = [lambda task: task.report(1, cursor=1), lambda task: task.cursor]
 
 

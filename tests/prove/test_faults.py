@@ -297,8 +297,8 @@ def test_a_job_over_its_time_limit_fails(stack, gate, since):
 
 
 @pytest.fixture
-def revoke(stack):
-    """Start Flower; return a function that revokes a task through it."""
+def flower(stack):
+    """Start Flower; return a function that calls its API."""
     [port] = free_ports(1)
     url, basic = f"http://127.0.0.1:{port}/api", {"Authorization": "Basic YWRtaW46c2VjcmV0"}
 
@@ -312,10 +312,18 @@ def revoke(stack):
     flower = stack.process(command, name="flower", is_ready=answers)
     flower.start()
 
-    def revoke(task, query=""):
-        assert fetch(f"{url}/task/revoke/{task}{query}", {}, basic)[0] == 200
+    def call(path, data):
+        status, _, answer = fetch(f"{url}/task/{path}", data, basic)
+        assert status == 200
+        return answer
 
-    return revoke
+    return call
+
+
+@pytest.fixture
+def revoke(flower):
+    """A function that revokes a task in Flower."""
+    return lambda task, query="": flower(f"revoke/{task}{query}", {})
 
 
 with_flower = [name for name in CHOICES["broker"] if chosen(broker=name).broker.flower]
@@ -360,6 +368,48 @@ def test_a_job_that_holds_its_own_row_can_be_terminated(stack, gate, revoke):
     revoke(job, "?terminate=1")
     [row] = stack.wait_until_final(job)
     assert row["state"] == "cancelled"
+
+
+# Other programs send tasks by name
+
+
+@on_each
+def test_a_task_that_another_app_sends_is_a_job(stack, gate, since):
+    send = """
+from celery import Celery
+from config.celery import app
+result = Celery.send_task(app, "faults.tasks.hold", [gate], queue="cpu").id
+"""
+    start = time.monotonic()
+    job = stack.ask(send, gate=str(gate))
+    stack.wait_until_started(job)
+    assert stack.row(job)["state"] == "running"
+    gate.touch()
+    rows = stack.wait_until_final(job)
+    since(start)
+    assert succeeded(rows, crashes=0), rows
+    assert ran_once(stack, [job])
+
+
+@on_one
+def test_a_task_is_a_job_in_a_process_that_has_not_imported_it(stack):
+    send = """
+from config.celery import app
+name = "faults.tasks.quick"
+assert name not in app.tasks
+print(app.send_task(name, countdown=60).id)
+"""
+    job = stack.project.shell(send, **{key: str(each) for key, each in stack.variables.items()})
+    assert stack.row(job)["state"] == "queued"
+
+
+@on_one
+def test_a_task_that_flower_sends_is_a_job(stack, flower):
+    """Flower imports no tasks."""
+    job = flower("send-task/faults.tasks.quick", {"args": []})["task-id"]
+    wait_for(lambda: stack.ask("result = Job.objects.filter(pk=job).exists()", job=job))
+    rows = stack.wait_until_final(job)
+    assert succeeded(rows, crashes=0), rows
 
 
 # The broker

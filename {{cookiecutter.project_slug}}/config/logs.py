@@ -40,7 +40,7 @@ def configure(debug, level):
     `level` is the least important level that is logged, such as "INFO".
     """
     structlog.configure(
-        processors=[drop_polls, *PROCESSORS, FORMATTER.wrap_for_formatter],
+        processors=[drop_repeated, *PROCESSORS, FORMATTER.wrap_for_formatter],
         logger_factory=structlog.stdlib.LoggerFactory(),
         cache_logger_on_first_use=True,
     )
@@ -60,9 +60,16 @@ def configure(debug, level):
     }
 
 
-def drop_polls(logger, method, event):
-    """Drop the log lines of successful requests that pages, probes and Prometheus repeat."""
-    if event["event"] == "request_finished" and event["code"] == 200:
-        if re.match("GET /(api/jobs/|health/|metrics$)", event["request"]):
+def drop_repeated(logger, method, event):
+    """Drop the log lines of successful requests that pages, probes and Prometheus repeat.
+
+    Also those that a task was sent: 20,000 jobs that are enqueued together would log 20,000 lines. The
+    line `task_started` of the worker has the id of the request.
+    """
+    if logger.name.startswith("django_structlog."):
+        if event["event"] == "task_enqueued":
             raise structlog.DropEvent
+        if event["event"] == "request_finished" and event["code"] == 200:
+            if re.match("GET /(api/jobs/|health/|metrics$)", event["request"]):
+                raise structlog.DropEvent
     return event

@@ -1,7 +1,13 @@
 """Celery's app with support for jobs. It enqueues jobs by name, and refuses them in Celery's canvas."""
 
+from contextlib import suppress
+
 import celery
+from celery.app import control
 from celery.contrib.django.task import DjangoTask
+from celery.utils.functional import maybe_list
+from django.apps import apps
+from django.core.exceptions import ValidationError
 
 NO_CANVAS = "A job cannot be a callback or part of a group, chain or chord: enqueue it in a task"
 CANVAS_OPTIONS = ("link", "link_error", "chain", "chord")  # of apply_async(): they hold other tasks
@@ -15,8 +21,20 @@ class Task(DjangoTask):
         return super().apply_async(*args, **options)
 
 
+class Control(control.Control):
+    def revoke(self, task_id, *args, **kwargs):
+        """Revoke a task as Celery documents it. A job is cancelled even if no worker runs."""
+        try:
+            return super().revoke(task_id, *args, **kwargs)
+        finally:
+            for pk in maybe_list(task_id) if apps.ready else []:
+                with suppress(ValidationError):  # not a UUID, so not a job
+                    apps.get_model("jobs.Job").objects.filter(pk=pk).cancel()
+
+
 class Celery(celery.Celery):
     task_cls = Task
+    control_cls = Control
     # This is a string, because jobs.results imports models, and models need this app.
     backend_cls = "jobs.results:backend"
 
@@ -33,6 +51,9 @@ class Celery(celery.Celery):
 
 
 def is_job(app, name):
+    # A web process may not have imported the tasks yet. Do it once only: it also runs all checks.
+    if name and name not in app.tasks and not app.loader.task_modules:
+        app.loader.import_default_modules()
     return getattr(app.tasks.get(name), "is_job", False)
 
 

@@ -16,6 +16,7 @@ from celery.exceptions import Ignore, Retry, SoftTimeLimitExceeded
 from celery.utils.time import maybe_make_aware
 from django.conf import settings
 from django.db import connection
+from django.db.models.functions import Now
 from django.db.transaction import TransactionManagementError
 from django.utils import timezone
 
@@ -42,9 +43,9 @@ class JobError(Exception):
 class JobTask(DjangoTask):
     """The base class of tasks that are jobs: @shared_task(base=JobTask, bind=True).
 
-    delay(), apply_async() and everything that calls them enqueue a job without an owner. A task that is
-    called directly, or is sent by name by an app that is not a jobs.celery.Celery, runs as a plain task.
-    After a crash the body runs again, so it must be safe to repeat.
+    delay(), apply_async() and everything that calls them enqueue a job without an owner. If an app that
+    is not a jobs.celery.Celery sends it by name, a worker stores the job. A task that is called directly
+    runs as a plain function. After a crash the body runs again, so it must be safe to repeat.
     """
 
     abstract = True
@@ -88,6 +89,15 @@ class JobTask(DjangoTask):
         fields |= {"countdown": max(countdown or 0, 0), "queue": options.get("queue")}
         job = Job.objects.enqueue(self, args or (), kwargs, **fields)
         return self.AsyncResult(str(job.pk))
+
+    # These store the row in the caller's transaction too. Celery's own would store it after the commit.
+    delay_on_commit, apply_async_on_commit = DjangoTask.delay, apply_async
+
+    def map(self, *args):
+        """Raise TypeError: Celery would call the body many times in one plain task."""
+        raise TypeError(f"{self.name}: {NO_CANVAS}")
+
+    starmap = chunks = map
 
     def check_options(self, options):
         """Raise TypeError for options of apply_async() that a job cannot have."""
@@ -155,12 +165,14 @@ class JobTask(DjangoTask):
             if run.lost:
                 raise JobLost
             percent = int(100 * done / total) if total else 100
-            message = printable(message)[:255]
+            message = "" if message is None else printable(message)[:255]
             run.report = {"progress": max(0, min(percent, 100)), "message": message}
             if cursor is not None:
                 json.dumps(cursor, allow_nan=False)  # raises if it is not JSON
                 query_own_row(run.row.update, cursor=cursor, wake_at=lease_end(), **run.report)
                 run.cursor = []  # forget the cached value: the body's transaction may roll back
+                if not in_transaction():
+                    run.written = run.report  # renew_leases() need not write it again
 
     def own_run(self):
         if self.request_stack.top is None and any(r.task is self for r in tuple(runs.values())):
@@ -173,11 +185,14 @@ class JobTask(DjangoTask):
 
     def __call__(self, *args, **kwargs):
         request = self.request
-        is_job = not request.called_directly and "job" in (request.headers or {})
-        if not is_job or self.job_run:  # self.job_run: the body calls its own task
+        if request.called_directly or self.job_run:  # self.job_run: the body calls its own task
             return super().__call__(*args, **kwargs)
-        crashes = request.headers["job"]  # the value of this header: see send_one()
-        run = Run(request.id, request.headers.get("run"), self)
+        headers = request.headers or {}
+        if "job" not in headers:  # an app that does not know that this task is a job has sent it
+            fields = Job.objects.prepare(Now(), self, args, kwargs, None, None)
+            wait_for(Job.objects.get_or_create, fields, pk=request.id)
+        crashes = headers.get("job", 0)  # the value of this header: see send_one()
+        run = Run(request.id, headers.get("run"), self)
         # A suspect is a job that fails at its next crash, because it may be what kills the workers. A
         # process runs only one suspect at a time. A job without a crash is never a suspect.
         is_suspect = crashes and crashes + 1 >= settings.JOB_MAX_CRASHES
@@ -193,7 +208,7 @@ class JobTask(DjangoTask):
             worker=request.hostname,
             retries=request.retries,
             crashes=crashes,
-            sent=request.headers.get("sent", 1),  # missing in messages of older versions
+            sent=headers.get("sent", 1),  # missing in messages of older versions
             limit=timedelta(seconds=limit),
             lease=timedelta(seconds=min(settings.JOB_LEASE_SECONDS, limit)),
         )

@@ -172,6 +172,13 @@ def test_the_log_has_no_line_for_each_poll_and_probe(api, staff_api, caplog):
     assert [record.msg["code"] for record in caplog.records] == [404, 200]
 
 
+def test_an_event_of_your_own_may_have_any_name(caplog):
+    caplog.set_level("INFO")
+    for event in "request_finished", "task_enqueued":
+        structlog.get_logger("shop").info(event, total=3)
+    assert len(caplog.records) == 2
+
+
 def test_the_log_has_one_traceback_for_a_failure(api, caplog, monkeypatch):
     api.raise_request_exception = False
     monkeypatch.setattr("jobs.views.JobViewSet.get_queryset", lambda view: 1 / 0)
