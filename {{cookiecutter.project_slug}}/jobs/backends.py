@@ -6,13 +6,18 @@ Django 6 has Tasks as `django.tasks`, Django 5.2 as the package `django_tasks`. 
 also accepts the @task of `django_tasks`.
 """
 
+import sys
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import wraps
+from functools import cache, wraps
 from inspect import iscoroutine
+from modulefinder import ModuleFinder
+from pathlib import Path
 from typing import Any
 
-from celery import shared_task
+from celery import current_app, shared_task
 from celery.utils.functional import head_from_fun
+from django.apps import apps
 from django.core.exceptions import ValidationError
 from django.utils import timezone
 from django.utils.module_loading import import_string
@@ -26,11 +31,12 @@ try:
     from django.tasks import DEFAULT_TASK_QUEUE_NAME, Task, TaskContext, TaskResult, signals
     from django.tasks.backends.base import BaseTaskBackend
     from django.tasks.base import TaskError, TaskResultStatus
-    from django.tasks.exceptions import TaskResultDoesNotExist
+    from django.tasks.exceptions import InvalidTask, TaskResultDoesNotExist
 except ImportError:  # Django 5.2
     from django_tasks import DEFAULT_TASK_QUEUE_NAME, TaskContext, TaskResult, signals
     from django_tasks.backends.base import BaseTaskBackend
     from django_tasks.base import Task, TaskError, TaskResultStatus
+    from django_tasks.exceptions import InvalidTaskError as InvalidTask
     from django_tasks.exceptions import TaskResultDoesNotExist
 
 STATUSES = {
@@ -41,6 +47,9 @@ STATUSES = {
     "cancelled": TaskResultStatus.FAILED,  # Django has no status for it
 }
 registered = {}  # Celery's tasks, by the path of their function
+imported_at_setup = (
+    set()
+)  # modules with tasks that every process imports, for example an app's models
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +97,12 @@ class TaskBackend(BaseTaskBackend):
         InvalidTask, and the errors of Job.objects.enqueue().
         """
         self.validate_task(task)  # again, because the settings may have changed since @task ran
+        module = task.func.__module__
+        if not current_app.conf.task_always_eager and not is_imported_by_workers(module):
+            raise InvalidTask(
+                f"No worker would run {task.module_path}: move it to the module `tasks` of an app, or "
+                f"import {module} there"
+            )
         options = {"owner": task.owner, "unique": task.unique}
         if task.queue_name != DEFAULT_TASK_QUEUE_NAME:  # else CELERY_TASK_ROUTES decides
             options["queue"] = task.queue_name
@@ -181,8 +196,28 @@ def set_fields(result, **values):
         object.__setattr__(result, name, value)  # as Django does, because the dataclass is frozen
 
 
+@cache
+def is_imported_by_workers(module):
+    """Return whether workers import this module: it is an app's `tasks`, or one of these imports it.
+
+    That this process has imported it does not say so: here it may have been a view. So read the source.
+    """
+    loader, package = current_app.loader, sys.modules.get(module.partition(".")[0])
+    loader.import_default_modules()
+    if module in imported_at_setup | loader.task_modules:
+        return True
+    path = getattr(package, "__path__", None) or [getattr(package, "__file__", "")]
+    finder = ModuleFinder([str(Path(path[0]).parent)])  # search only the project's folder
+    for name in loader.task_modules:
+        with suppress(ImportError):  # it is in another folder
+            finder.import_hook(name)
+    return module in finder.modules
+
+
 def register(task):
     """Register the function with Celery, if it is not registered yet. Returns the Celery task."""
+    if not apps.ready:
+        imported_at_setup.add(task.func.__module__)
     if task.module_path not in registered:
 
         @wraps(task.func)

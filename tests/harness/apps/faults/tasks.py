@@ -20,6 +20,8 @@ from django_tasks import task
 from jobs.models import Job
 from jobs.tasks import JobTask
 
+from . import elsewhere  # noqa: F401  workers then know its task
+
 
 def note(task, what):
     with open(os.environ["NOTES"], "a") as file:
