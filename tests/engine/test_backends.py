@@ -1,10 +1,8 @@
 """Django's Tasks: a function that @task declares is a job, and behaves as Django documents."""
 
 import asyncio
-import sys
 import time
 from datetime import timedelta
-from importlib import import_module
 from uuid import uuid4
 
 import pytest
@@ -18,11 +16,10 @@ from celery.exceptions import (
     TimeLimitExceeded,
     WorkerLostError,
 )
-from django.apps import apps
 from django.db import OperationalError, transaction
 from django.utils import timezone
 
-from jobs.backends import TaskBackend, is_imported_by_workers
+from jobs.backends import TaskBackend
 from jobs.lease import recover
 from jobs.models import Job, publish
 from jobs.sweep import send_due
@@ -276,57 +273,18 @@ def test_a_priority_is_refused():
         add.using(priority=1)
 
 
-MODULES = {  # of an app `shop`: what a module imports besides `task`
-    "tasks": "from shop import mail, prices",
-    "mail": "",
-    "prices": "from .deep import rates",
-    "deep/__init__": "import shop.deep.rates",
-    "deep/rates": "",
-    "deep/forgotten": "",
-    "views": "from . import mail, forgotten",
-    "forgotten": "",
-}
+@task
+def late():
+    """This module is imported when Django is ready, as a view is: no worker imports it."""
 
 
-@pytest.fixture
-def shop(tmp_path, monkeypatch):
-    """Make this app, with a task in each module. Return a function that imports the task of one."""
-    for name, imports in {"__init__": "", **MODULES}.items():
-        file = tmp_path / f"shop/{name}.py"
-        file.parent.mkdir(exist_ok=True, parents=True)
-        function = "@task\ndef run():\n    pass\n"
-        file.write_text(f"from {task.__module__} import task\n{imports}\n{function}")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(current_app.loader, "task_modules", {"shop.tasks", "jobs.missing"})
+def test_a_task_that_no_worker_imports_is_refused(monkeypatch):
+    """Its jobs would wait for ever. In eager mode they run here."""
+    assert late.enqueue().status == TaskResultStatus.READY
     monkeypatch.setitem(current_app.conf, "task_always_eager", False)
-    monkeypatch.setattr("jobs.backends.imported_at_setup", set())
-    is_imported_by_workers.cache_clear()
-    yield lambda name: import_module(f"shop.{name}").run
-    for name in [name for name in sys.modules if name.partition(".")[0] == "shop"]:
-        del sys.modules[name]
-
-
-def test_a_task_that_no_worker_imports_is_refused(shop):
-    """Its jobs would wait for ever. Here it can be imported, as in a web process by a view."""
-    shop("views")
-    for name in "views", "forgotten", "deep.forgotten":
-        with pytest.raises(InvalidTask, match=f"import shop.{name} there"):
-            shop(name).enqueue()
-    assert not Job.objects.exists()
-
-
-@pytest.mark.parametrize("name", ["tasks", "mail", "prices", "deep", "deep.rates"])
-def test_a_task_that_a_module_of_tasks_imports_is_accepted(shop, name):
-    shop("views")
-    assert shop(name).enqueue().status == TaskResultStatus.READY
-
-
-def test_a_task_that_django_imports_when_it_starts_is_accepted(shop, monkeypatch):
-    """For example in an app's models."""
-    with monkeypatch.context() as patch:
-        patch.setattr(apps, "ready", False)
-        task = shop("forgotten")
-    assert task.enqueue().status == TaskResultStatus.READY
+    with pytest.raises(InvalidTask, match="would know test_backends.late: define or import it"):
+        late.enqueue()
+    assert Job.objects.count() == 1
 
 
 def test_a_task_waits_until_run_after():

@@ -12,6 +12,7 @@ from celery import current_app as app
 from celery.backends.cache import CacheBackend
 from celery.contrib.django.task import DjangoTask
 from celery.result import AsyncResult
+from django.apps import apps
 from django.core.checks import run_checks
 from django.db import transaction
 from test_jobs import CLAIM
@@ -100,6 +101,19 @@ def test_plain_tasks_can_still_be_combined(mode):
     plain.apply_async(link=plain.si(), link_error=plain.si())
     plain.starmap([()]).delay()
     plain.chunks([()], 1)()
+
+
+def test_send_task_knows_the_tasks_of_celery_imports(monkeypatch, tmp_path):
+    """In every process that Django has set up, as a worker does."""
+    (tmp_path / "listed.py").write_text(
+        "from celery import shared_task\nfrom jobs.tasks import JobTask\n"
+        "@shared_task(base=JobTask)\ndef task():\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(app.loader, "default_modules", ("listed",))
+    apps.get_app_config("jobs").ready()
+    app.send_task("listed.task")
+    assert Job.objects.get().task == "listed.task"
 
 
 def test_send_task_sends_a_plain_task():

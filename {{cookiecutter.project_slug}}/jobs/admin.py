@@ -1,6 +1,5 @@
 import uuid
 
-from celery import current_app
 from django.apps import apps
 from django.contrib import admin, messages
 from django.contrib.auth import get_user_model
@@ -132,7 +131,6 @@ if apps.is_installed("django_celery_beat"):
             if data["enabled"] and not self.errors:
                 options = {name: data[name] for name in ["exchange", "routing_key", "priority"]}
                 options["expires"] = data["expires"] or data["expire_seconds"]
-                current_app.loader.import_default_modules()
                 try:
                     check_entry(data["task"], loads(data["args"]), loads(data["kwargs"]), options)
                 except (TypeError, ValueError) as error:

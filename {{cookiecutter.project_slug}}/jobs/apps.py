@@ -1,4 +1,4 @@
-from celery import signals
+from celery import current_app, signals
 from django.apps import AppConfig
 from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
@@ -19,6 +19,10 @@ class JobsConfig(AppConfig):
         for name in [*POSITIVE.split(), "CELERY_TASK_TIME_LIMIT"]:
             if not (value := getattr(settings, name)) > 0:
                 raise ImproperlyConfigured(f"{name} is {value}: it must be more than 0.")
+        # Import the tasks that workers import. Then send_task() knows which ones are jobs.
+        current_app.autodiscover_tasks(force=True)
+        for module in current_app.loader.default_modules:
+            current_app.loader.import_task_module(module)
         signals.worker_init.connect(worker.start)
         signals.worker_ready.connect(worker.watch_children)
         signals.worker_shutting_down.connect(worker.limit_shutdown)

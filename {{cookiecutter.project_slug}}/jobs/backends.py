@@ -6,13 +6,9 @@ Django 6 has Tasks as `django.tasks`, Django 5.2 as the package `django_tasks`. 
 also accepts the @task of `django_tasks`.
 """
 
-import sys
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cache, wraps
+from functools import wraps
 from inspect import iscoroutine
-from modulefinder import ModuleFinder
-from pathlib import Path
 from typing import Any
 
 from celery import current_app, shared_task
@@ -47,9 +43,7 @@ STATUSES = {
     "cancelled": TaskResultStatus.FAILED,  # Django has no status for it
 }
 registered = {}  # Celery's tasks, by the path of their function
-imported_at_setup = (
-    set()
-)  # modules with tasks that every process imports, for example an app's models
+unknown_to_workers = set()  # the paths of functions that this process has imported later
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,12 +91,9 @@ class TaskBackend(BaseTaskBackend):
         InvalidTask, and the errors of Job.objects.enqueue().
         """
         self.validate_task(task)  # again, because the settings may have changed since @task ran
-        module = task.func.__module__
-        if not current_app.conf.task_always_eager and not is_imported_by_workers(module):
-            raise InvalidTask(
-                f"No worker would run {task.module_path}: move it to the module `tasks` of an app, or "
-                f"import {module} there"
-            )
+        if task.module_path in unknown_to_workers and not current_app.conf.task_always_eager:
+            remedy = "define or import it in the module `tasks` of an app"
+            raise InvalidTask(f"No worker would know {task.module_path}: {remedy}")
         options = {"owner": task.owner, "unique": task.unique}
         if task.queue_name != DEFAULT_TASK_QUEUE_NAME:  # else CELERY_TASK_ROUTES decides
             options["queue"] = task.queue_name
@@ -196,29 +187,12 @@ def set_fields(result, **values):
         object.__setattr__(result, name, value)  # as Django does, because the dataclass is frozen
 
 
-@cache
-def is_imported_by_workers(module):
-    """Return whether workers import this module: it is an app's `tasks`, or one of these imports it.
-
-    That this process has imported it does not say so: here it may have been a view. So read the source.
-    """
-    loader, package = current_app.loader, sys.modules.get(module.partition(".")[0])
-    loader.import_default_modules()
-    if module in imported_at_setup | loader.task_modules:
-        return True
-    path = getattr(package, "__path__", None) or [getattr(package, "__file__", "")]
-    finder = ModuleFinder([str(Path(path[0]).parent)])  # search only the project's folder
-    for name in loader.task_modules:
-        with suppress(ImportError):  # it is in another folder
-            finder.import_hook(name)
-    return module in finder.modules
-
-
 def register(task):
     """Register the function with Celery, if it is not registered yet. Returns the Celery task."""
-    if not apps.ready:
-        imported_at_setup.add(task.func.__module__)
     if task.module_path not in registered:
+        # When Django is ready, this process has imported what workers import: see apps.py.
+        if apps.ready:
+            unknown_to_workers.add(task.module_path)
 
         @wraps(task.func)
         def run(self, *args, **kwargs):

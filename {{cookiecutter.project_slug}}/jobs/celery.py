@@ -24,12 +24,9 @@ class Task(DjangoTask):
 class Control(control.Control):
     def revoke(self, task_id, *args, **kwargs):
         """Revoke a task as Celery documents it. A job is cancelled even if no worker runs."""
-        try:
-            return super().revoke(task_id, *args, **kwargs)
-        finally:
-            for pk in maybe_list(task_id) if apps.ready else []:
-                with suppress(ValidationError):  # not a UUID, so not a job
-                    apps.get_model("jobs.Job").objects.filter(pk=pk).cancel()
+        if apps.ready:  # not in Flower, which leaves it to the workers
+            cancel(task_id)
+        return super().revoke(task_id, *args, **kwargs)
 
 
 class Celery(celery.Celery):
@@ -50,10 +47,14 @@ class Celery(celery.Celery):
         return super().send_task(name, args, kwargs, **options)
 
 
+def cancel(task_id):
+    """Cancel this job, or each in a list. Ignore the ids of plain tasks."""
+    for pk in maybe_list(task_id) or []:
+        with suppress(ValidationError):  # not a UUID, so not a job
+            apps.get_model("jobs.Job").objects.filter(pk=pk).cancel()
+
+
 def is_job(app, name):
-    # A web process may not have imported the tasks yet. Do it once only: it also runs all checks.
-    if name and name not in app.tasks and not app.loader.task_modules:
-        app.loader.import_default_modules()
     return getattr(app.tasks.get(name), "is_job", False)
 
 

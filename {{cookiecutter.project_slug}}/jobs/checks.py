@@ -18,8 +18,6 @@ from .pools import TIME_LIMITED
 @register()
 def check_queues(app_configs, **kwargs):
     """Check the queues that tasks are routed to."""
-    # Do not call loader.import_default_modules() here: it would run this check again.
-    current_app.autodiscover_tasks(force=True)
     for name, task in sorted(current_app.tasks.items()):
         queue = queue_of(task, [], {})
         if queue not in settings.WORKER_QUEUES and not name.startswith("celery."):
@@ -33,7 +31,6 @@ def check_queues(app_configs, **kwargs):
 @register()
 def check_schedule(app_configs, **kwargs):
     """Check that Beat can start each entry of CELERY_BEAT_SCHEDULE."""
-    current_app.autodiscover_tasks(force=True)
     for name, fields in current_app.conf.beat_schedule.items():
         try:
             entry = ScheduleEntry(**{**fields, "name": name, "app": current_app})
@@ -111,7 +108,6 @@ def check_servers(app_configs, **kwargs):
 @register(deploy=True)
 def check_time_limits(app_configs, **kwargs):
     """Find plain tasks that may run so long that the broker delivers them a second time."""
-    current_app.loader.import_default_modules()
     limit = settings.REDELIVERY_SECONDS
     for task in current_app.tasks.values():
         if task.acks_late and task.time_limit >= limit:

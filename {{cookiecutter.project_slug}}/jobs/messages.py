@@ -28,21 +28,18 @@ def send_one(job, producer, **options):
     The header `job` marks the message of a job, and says how often the job's worker has died. The
     header `sent` is the number of this message among those of the job.
     """
+    task = current_app.tasks.get(job.task)
     amqp, pk, headers = current_app.amqp, str(job.pk), {"job": job.crashes, "sent": job.sent}
     if current_app.conf.task_always_eager:
         args, kwargs = loads(dumps([job.args, job.kwargs]))  # as a worker gets them
-        task = current_app.tasks[job.task]
         task.apply(args, kwargs, task_id=pk, retries=job.retries, headers=headers)
         return
     # Flower shows these. Celery's own function to shorten them takes a second for each megabyte.
     shown = {"argsrepr": repr(job.args)[:1000], "kwargsrepr": repr(job.kwargs)[:1000]}
     shown |= {"retries": job.retries, "ignore_result": True}
     message = amqp.create_task_message(pk, job.task, job.args, job.kwargs, **shown)
-    # The decorator's priority counts as long as Celery heeds it. Celery 6 will only know that of a route.
-    priority = getattr(
-        current_app.tasks.get(job.task), "priority", current_app.conf.task_default_priority
-    )
-    options |= {"queue": job.queue, "priority": priority}
+    # The decorator's priority counts as long as Celery heeds it: Celery 6 will only heed a route's.
+    options |= {"queue": job.queue, "priority": getattr(task, "priority", None)}
     options = amqp.router.route(options, job.task, job.args, job.kwargs)
     options["priority"] = options.get("priority") or 0
     amqp.send_task_message(producer, job.task, message, headers=headers, **options)

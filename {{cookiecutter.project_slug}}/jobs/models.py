@@ -163,7 +163,6 @@ class JobQuerySet(models.QuerySet):
         All copies are stored, or none. Returns them. If a job with the same `unique` is active, the list
         has that one instead: see Job.run_again().
         """
-        current_app.loader.import_default_modules()
         with transaction.atomic(self.db):
             now, again, new = self.now(), [], []
             for job in self.defer("result", "error"):
@@ -368,7 +367,6 @@ class Job(models.Model):
         Returns the new Job, or the active one with the same `unique`. Raises ValueError if this job
         is active or its task no longer exists; TypeError if its task takes other arguments now.
         """
-        current_app.loader.import_default_modules()
         return Job.objects.store(self.fields_to_run_again(Now()), self.unique_key)
 
     def fields_to_run_again(self, now):

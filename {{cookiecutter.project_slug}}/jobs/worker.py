@@ -5,20 +5,18 @@ import os
 import threading
 import time
 import uuid
-from contextlib import suppress
 from functools import partial
 
 from celery import current_app, exceptions, platforms
 from celery.bootsteps import RUN
-from celery.utils.functional import maybe_list
 from celery.worker import state
 from celery.worker.control import Panel
 from django.conf import settings
-from django.core.exceptions import ValidationError
 from django.db import close_old_connections, connection, transaction
 from django.db.models import F
 from django.db.models.functions import Now
 
+from .celery import cancel
 from .database import wait_for
 from .events import BatchedEvents
 from .lease import POLL_SECONDS, RECOVERY_DELAY, jobs_of, lock, recover, renew_for_children, runs
@@ -189,12 +187,8 @@ def cancel_revoked_jobs():
     """
     revoke = Panel.data["revoke"]
 
-    def cancel(pk):
-        with suppress(ValidationError):  # not a UUID, so not a job
-            Job.objects.filter(pk=pk).cancel()
-
     def cancel_and_revoke(worker, task_id, terminate=False, signal=None, **kwargs):
-        run_in_thread(*[partial(cancel, pk) for pk in maybe_list(task_id) or []])
+        run_in_thread(partial(cancel, task_id))
         # Always SIGKILL: a signal that children ignore would not end the body.
         return revoke(worker, task_id, terminate=terminate, signal="SIGKILL", **kwargs)
 

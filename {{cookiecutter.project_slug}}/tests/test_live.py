@@ -1,5 +1,5 @@
-{% from "chosen.jinja" import result_backend, servers with context %}
-"""Jobs on a real worker, a real Beat and a real broker.
+{% from "chosen.jinja" import broker, result_backend, servers with context %}
+"""Jobs on a real worker, a real Beat and a real broker, as after an upgrade of Celery.
 
 The broker is the one that the settings name. If none answers there, it is the stand-in that
 `make run` would start. To skip these tests: make test ARGS="-m 'not live'"
@@ -39,6 +39,20 @@ def count(self):
     return STEPS
 
 
+@shared_task(base=JobTask, bind=True)
+def hold(self, gate):
+    """Wait until this file exists."""
+    while not Path(gate).exists():
+        self.report(50)
+        time.sleep(0.1)
+
+
+@shared_task(base=JobTask, bind=True, autoretry_for=(OSError,), default_retry_delay=0)
+def try_twice(self):
+    if self.request.retries == 0:
+        raise OSError("no route")
+
+
 {% if result_backend.keeps_results %}
 @shared_task
 def double(number):
@@ -57,6 +71,10 @@ def wait_until(job, condition):
 
 def has_ended(job):
     return job.finished_at
+
+
+def is_held(job):
+    return job.state == "running" and job.progress == 50
 
 
 def kill(process):
@@ -84,9 +102,8 @@ def start(broker, django_db_setup, tmp_path_factory):
     """Return a function that starts a process of the Procfile on the test database."""
     folder = Path(__file__).parent
     commands = parse_procfile((folder.parent / "Procfile").read_text()).processes
-    node = f"{QUEUE}-{os.getpid()}@%h"  # two nodes with one name confuse a broker, or are refused
     schedule = f"{tmp_path_factory.mktemp('beat')}/beat"
-    options = {"worker": f"--queues {QUEUE} -n {node}", "beat": f"-s {schedule}"}
+    options = {"worker": f"--queues {QUEUE}", "beat": f"-s {schedule}"}
     name = quote(str(connection.settings_dict["NAME"]))
     url = os.environ.get("DATABASE_URL") or "sqlite:///"
     environment = os.environ | {
@@ -95,14 +112,17 @@ def start(broker, django_db_setup, tmp_path_factory):
         "JOB_SWEEP_SECONDS": "0.2",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(folder),
+        "SOFT_SHUTDOWN_SECONDS": "1",
         "WORKER_CONCURRENCY": "2",
     }
     processes = []
 
     def start(name):
         command = commands[name].replace("-A config", "-A test_live")
+        if name == "worker":  # two nodes with one name confuse a broker, or are refused
+            command += f" -n {QUEUE}-{os.getpid()}-{len(processes)}@%h"
         process = subprocess.Popen(
-            f"{command} {options[name]}",
+            f"exec {command} {options[name]}",
             shell=True,
             cwd=folder.parent,
             env=environment,
@@ -141,10 +161,34 @@ def test_a_job_shows_its_progress_and_its_result(worker):
     assert (job.state, job.progress, job.result) == ("succeeded", 100, STEPS)
 
 
-def test_a_job_survives_its_worker(worker, beat, start):
-    job = Job.objects.enqueue(count, queue=QUEUE)
-    wait_until(job, lambda job: job.progress > 0)
-    kill(worker)
-    start("worker")
+def test_a_job_is_retried(worker, beat):
+    job = Job.objects.enqueue(try_twice, queue=QUEUE)
     wait_until(job, has_ended)
-    assert (job.state, job.result, job.crashes) == ("succeeded", STEPS, 1)
+    assert (job.state, job.retries, job.attempts.count()) == ("succeeded", 1, 1)
+
+
+{% if broker.flower %}
+def test_a_worker_cancels_a_revoked_job(worker, tmp_path):
+    """Flower and `celery control revoke` send this."""
+    job = Job.objects.enqueue(hold, [str(tmp_path / "gate")], queue=QUEUE)
+    wait_until(job, is_held)
+    app.control.broadcast("revoke", arguments={"task_id": str(job.pk)})
+    wait_until(job, has_ended)
+    assert job.state == "cancelled"
+
+
+{% endif %}
+def test_a_job_survives_that_its_worker_is_stopped_and_killed(worker, beat, start, tmp_path):
+    """Only the kill counts as a crash."""
+    gate = tmp_path / "gate"
+    job = Job.objects.enqueue(hold, [str(gate)], queue=QUEUE)
+    wait_until(job, is_held)
+    worker.terminate()  # SIGTERM, as in a deploy
+    worker.wait(300)
+    stopped, second = job.worker, start("worker")
+    wait_until(job, lambda job: is_held(job) and job.worker != stopped)
+    kill(second)
+    start("worker")
+    gate.touch()
+    wait_until(job, has_ended)
+    assert (job.state, job.crashes) == ("succeeded", 1)
