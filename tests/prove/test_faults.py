@@ -404,7 +404,6 @@ print(app.send_task("faults.tasks.quick", countdown=60).id)
 
 @on_one
 def test_a_task_that_flower_sends_is_a_job(stack, flower):
-    """Flower imports no tasks."""
     job = flower("send-task/faults.tasks.quick", {"args": []})["task-id"]
     wait_for(lambda: stack.ask("result = Job.objects.filter(pk=job).exists()", job=job))
     rows = stack.wait_until_final(job)

@@ -43,7 +43,6 @@ STATUSES = {
     "cancelled": TaskResultStatus.FAILED,  # Django has no status for it
 }
 registered = {}  # Celery's tasks, by the path of their function
-unknown_to_workers = set()  # the paths of functions that this process has imported later
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,9 +90,8 @@ class TaskBackend(BaseTaskBackend):
         InvalidTask, and the errors of Job.objects.enqueue().
         """
         self.validate_task(task)  # again, because the settings may have changed since @task ran
-        if task.module_path in unknown_to_workers and not current_app.conf.task_always_eager:
-            remedy = "define or import it in the module `tasks` of an app"
-            raise InvalidTask(f"No worker would know {task.module_path}: {remedy}")
+        if register(task).unknown_to_workers and not current_app.conf.task_always_eager:
+            raise InvalidTask(f"No worker knows {task.module_path}: import it in an app's tasks.py")
         options = {"owner": task.owner, "unique": task.unique}
         if task.queue_name != DEFAULT_TASK_QUEUE_NAME:  # else CELERY_TASK_ROUTES decides
             options["queue"] = task.queue_name
@@ -190,9 +188,6 @@ def set_fields(result, **values):
 def register(task):
     """Register the function with Celery, if it is not registered yet. Returns the Celery task."""
     if task.module_path not in registered:
-        # When Django is ready, this process has imported what workers import: see apps.py.
-        if apps.ready:
-            unknown_to_workers.add(task.module_path)
 
         @wraps(task.func)
         def run(self, *args, **kwargs):
@@ -204,5 +199,7 @@ def register(task):
 
         header = staticmethod(head_from_fun(task.func, bound=task.takes_context))
         options = {"name": task.module_path, "__header__": header, **task.celery}
+        # Before Django was ready, this process has imported what workers import: see apps.py.
+        options["unknown_to_workers"] = apps.ready
         registered[task.module_path] = shared_task(run, base=FunctionTask, bind=True, **options)
     return registered[task.module_path]

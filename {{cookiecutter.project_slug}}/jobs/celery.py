@@ -9,6 +9,8 @@ from celery.utils.functional import maybe_list
 from django.apps import apps
 from django.core.exceptions import ValidationError
 
+from .database import try_once
+
 NO_CANVAS = "A job cannot be a callback or part of a group, chain or chord: enqueue it in a task"
 CANVAS_OPTIONS = ("link", "link_error", "chain", "chord")  # of apply_async(): they hold other tasks
 
@@ -24,9 +26,11 @@ class Task(DjangoTask):
 class Control(control.Control):
     def revoke(self, task_id, *args, **kwargs):
         """Revoke a task as Celery documents it. A job is cancelled even if no worker runs."""
-        if apps.ready:  # not in Flower, which leaves it to the workers
-            cancel(task_id)
-        return super().revoke(task_id, *args, **kwargs)
+        try:
+            return super().revoke(task_id, *args, **kwargs)
+        finally:
+            if apps.ready:  # `celery control` does not set up Django
+                try_once(cancel, task_id)
 
 
 class Celery(celery.Celery):
