@@ -79,7 +79,9 @@ def enqueue_once_per_due_time(beat):
     apply_async, postponed = beat.scheduler.apply_async, SimpleQueue()
 
     def apply_once(entry, **options):
-        if entry.task not in beat.app.tasks:  # Celery sends it, but our workers drop its message
+        if (
+            entry.task not in beat.app.tasks
+        ):  # Celery sends it, but workers that do not know it drop it
             logger.error("%s: this project has no task %s", entry.name, entry.task)
         if not isinstance(beat.app.tasks.get(entry.task), JobTask):
             return apply_async(entry, **options)
