@@ -6,6 +6,7 @@ job between its publishing and its run uses the fixture `published`, a broker wi
 
 import itertools
 import re
+import signal
 import sys
 import threading
 import time
@@ -43,7 +44,19 @@ from django.utils import timezone
 from kombu import Connection
 from psycopg.errors import ProgramLimitExceeded, ReadOnlySqlTransaction
 
-from jobs import apps, database, events, lease, liveness, messages, models, sweep, tasks, worker
+from jobs import (
+    apps,
+    database,
+    events,
+    lease,
+    liveness,
+    messages,
+    models,
+    pools,
+    sweep,
+    tasks,
+    worker,
+)
 from jobs.beat import watch_ticks
 from jobs.metrics import Collector
 from jobs.models import Attempt, Job, JobQuerySet, Sweep
@@ -435,6 +448,38 @@ def test_a_body_over_its_soft_time_limit_fails():
 
     job = run(body)
     assert (job.state, job.error) == ("failed", "Over its time limit")
+
+
+@shared_task(base=JobTask, bind=True, autoretry_for=(SoftTimeLimitExceeded,), max_retries=1)
+def sleep_in_a_query(self, in_block):
+    block = transaction.atomic() if in_block else nullcontext()
+    with block, connection.cursor() as cursor:
+        cursor.execute("UPDATE jobs_job SET message = 'in the query'")
+        threading.Timer(0.3, signal.raise_signal, [signal.SIGUSR1]).start()
+        cursor.execute("SELECT pg_sleep(600)")
+
+
+@pytest.fixture
+def soft_limit():
+    """Raise SoftTimeLimitExceeded at the signal of a soft time limit, as in a prefork child."""
+
+    def end(*args):
+        raise SoftTimeLimitExceeded
+
+    before = signal.signal(signal.SIGUSR1, end)
+    yield
+    signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize("in_block", [False, True], ids=["autocommit", "atomic"])
+def test_a_soft_time_limit_during_a_query_retries_or_fails_a_job(soft_limit, in_block):
+    """It is cancelled: its lock on the job's row would keep out the outcome."""
+    if connection.vendor != "postgresql" or pools.IS_GEVENT:
+        pytest.skip("needs a query that a signal interrupts: set DATABASE_URL=postgres://…")
+    job = deliver(Job.objects.enqueue(sleep_in_a_query, [in_block]))
+    assert (job.state, job.error) == ("failed", "Over its time limit")
+    assert (job.retries, job.crashes, len(errors(job))) == (1, 0, 2)
 
 
 @pytest.mark.parametrize("done, total, percent", [(1, 3, 33), (4, 3, 100), (-1, 3, 0), (0, 0, 100)])

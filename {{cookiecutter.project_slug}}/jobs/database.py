@@ -1,4 +1,4 @@
-"""Waits for an unavailable database, and rolls back a transaction that a body left open."""
+"""Waits for an unavailable database, and cleans up the connection that a body has used."""
 
 import logging
 import time
@@ -11,6 +11,8 @@ from django.db.utils import InterfaceError, OperationalError
 from .pools import pool
 
 logger = logging.getLogger(__name__)
+
+ACTIVE = 1  # libpq's status of a connection that runs a query
 
 
 def wait_for(query, *args, **kwargs):
@@ -54,8 +56,10 @@ def try_in_halves(function, keys):
 def store_outcome(update, *args, **kwargs):
     """Do the same as wait_for(), but ignore the soft time limit: a claim or outcome must not be lost."""
     while True:
-        with suppress(SoftTimeLimitExceeded):
+        try:
             return wait_for(update, *args, **kwargs)
+        except SoftTimeLimitExceeded:
+            close_if_busy()
 
 
 def may_succeed_later(error):
@@ -71,11 +75,33 @@ def in_transaction():
     return bool(connection.connection and is_open)
 
 
+def end_interrupted_query(execute, *args):
+    """Wrap each query of a body. If a time limit or a shutdown interrupts one, end it."""
+    try:
+        return execute(*args)
+    except BaseException:
+        close_if_busy()
+        raise
+
+
+def close_if_busy():
+    """Close the connection if its query was interrupted, because it would refuse all others.
+
+    Cancel the query first: it may hold a lock on the row of the job.
+    """
+    info = getattr(connection.connection, "info", None)  # SQLite has none
+    if info and info.transaction_status == ACTIVE:
+        with suppress(Exception):
+            connection.connection.cancel_safe(timeout=5)
+        connection.close()
+
+
 def roll_back_open_transaction():
     """Roll back a transaction that a body left open.
 
     Otherwise the outcome would be written inside it, and lost with it. Returns whether one was open.
     """
+    close_if_busy()
     with suppress(Error):  # if a transaction is open, psycopg refuses: close() ends it
         if connection.connection and not (connection.in_atomic_block or connection.autocommit):
             connection.set_autocommit(True)

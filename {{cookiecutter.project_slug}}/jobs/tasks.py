@@ -21,7 +21,13 @@ from django.db.transaction import TransactionManagementError
 from django.utils import timezone
 
 from .celery import NO_CANVAS
-from .database import in_transaction, roll_back_open_transaction, store_outcome, wait_for
+from .database import (
+    end_interrupted_query,
+    in_transaction,
+    roll_back_open_transaction,
+    store_outcome,
+    wait_for,
+)
 from .lease import JobLost, Run, runs
 from .models import MAX_COUNTDOWN, OVER_TIME_LIMIT, QUEUED, Job, LockTimeout, as_json, lease_end
 from .pools import pool
@@ -216,7 +222,7 @@ class JobTask(DjangoTask):
             if not store_outcome(run.claim):
                 raise ignore_run(self)
             request.job_run = run
-            with run:
+            with run, connection.execute_wrapper(end_interrupted_query):
                 return self.run_job(run, args, kwargs)
         finally:
             run.ended = True
