@@ -79,6 +79,16 @@ def short(x):
     return x
 
 
+@shared_task(base=JobTask, time_limit=580)
+def limited():
+    pass
+
+
+@shared_task(base=JobTask, time_limit=580, soft_time_limit=540)
+def limited_twice():
+    pass
+
+
 @shared_task(base=JobTask, bind=True)
 def add(self, x, y):
     self.report(1, 2, "adding")
@@ -482,6 +492,12 @@ def test_a_soft_time_limit_during_a_query_retries_or_fails_a_job(soft_limit, in_
     assert (job.retries, job.crashes, len(errors(job))) == (1, 0, 2)
 
 
+def test_a_time_limit_brings_a_soft_one_of_nine_tenths():
+    """A soft limit of the task's own wins, even if it equals the one of the settings."""
+    tasks = [short, limited, limited_twice, add]
+    assert [task.soft_time_limit for task in tasks] == [0.9, 522, 540, 540]
+
+
 @pytest.mark.parametrize("done, total, percent", [(1, 3, 33), (4, 3, 100), (-1, 3, 0), (0, 0, 100)])
 def test_a_report_is_stored_while_the_body_runs(done, total, percent):
     def body(task):
@@ -641,6 +657,77 @@ def test_a_cursor_is_stored_in_the_transaction_of_the_body(update_errors):
     assert run(body).state == "succeeded"
     [job] = Job.objects.all()
     assert (job.result, job.cursor) == (None, None)
+
+
+# The shutdown of a worker
+
+
+@pytest.fixture
+def shut_down():
+    """A function that begins the shutdown of this worker."""
+    yield partial(pools.shutting_down.__setitem__, 0, True)
+    pools.shutting_down[0] = False
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize("in_block", [False, True], ids=["autocommit", "atomic"])
+def test_a_shutdown_ends_a_body_when_its_cursor_is_committed(shut_down, in_block):
+    steps = []
+
+    def body(task):
+        shut_down()
+        task.report(1, 3)  # without a cursor, its work would be repeated
+        with transaction.atomic() if in_block else nullcontext():
+            transaction.on_commit(lambda: steps.append("on_commit"))
+            task.report(2, 3, cursor=7)
+            steps.append("in the block")
+        steps.append("after")
+
+    job = run(body)
+    assert steps == (["in the block", "on_commit"] if in_block else ["on_commit"])
+    assert (job.state, job.cursor, job.retries, job.crashes) == ("queued", 7, 0, 0)
+    assert not errors(job)
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_shutdown_forgets_no_function_of_on_commit(shut_down):
+    """A body that passes one after its report continues until its next report."""
+    steps = []
+
+    def body(task):
+        shut_down()
+        with transaction.atomic():
+            task.report(1, 3, cursor=7)
+            transaction.on_commit(lambda: steps.append("on_commit"))
+        steps.append("continues")
+        task.report(2, 3, cursor=8)
+        steps.append("after")
+
+    job = run(body)
+    assert steps == ["on_commit", "continues"]
+    assert (job.state, job.cursor) == ("queued", 8)
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_shutdown_repeats_nothing_of_a_transaction_that_rolls_back(shut_down):
+    def body(task):
+        shut_down()
+        with suppress(ZeroDivisionError), transaction.atomic():
+            task.report(1, 2, cursor=7)
+            raise ZeroDivisionError
+        return "continued"
+
+    job = run(body)
+    assert (job.state, job.result, job.cursor) == ("succeeded", "continued", None)
+
+
+def test_a_worker_that_shuts_down_starts_no_body(shut_down):
+    shut_down()
+    job = run(lambda task: pytest.fail("started"))
+    assert (job.state, job.crashes, job.started_at) == ("queued", 0, None)
+
+
+# Messages that come too late
 
 
 def test_a_message_from_before_a_crash_does_nothing(published):
@@ -1123,6 +1210,23 @@ def test_an_outcome_is_stored_although_a_database_crash_has_lost_the_claim(end, 
 
     assert run(body).state == state
     assert seen == [True]
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize("handed_back", [False, True])
+@pytest.mark.parametrize("use_cursor", CURSOR_USES, ids=["report", "cursor"])
+def test_a_body_whose_claim_a_database_crash_has_lost_continues(use_cursor, handed_back):
+    """Unless its worker has handed the job back: then it belongs to the next run."""
+
+    def body(task):
+        Job.objects.update(state="queued", run=None, started_at=None)
+        task.job_run.in_body = not handed_back
+        use_cursor(task)
+        return Job.objects.get().state
+
+    job = run(body)
+    expected = ("queued", None) if handed_back else ("succeeded", "running")
+    assert (job.state, job.result) == expected
 
 
 def test_a_run_does_not_repeat_its_claim_after_its_body_has_ended(monkeypatch):

@@ -63,6 +63,7 @@ def test_sigterm_calls_the_current_handler_of_sigquit():
 )
 def test_a_worker_prepares_its_shutdown_as_its_pool_needs(monkeypatch, pool, ready, shutting_down):
     calls = []
+    monkeypatch.setattr(worker, "shutting_down", [False])
     monkeypatch.setattr(worker, "remap_sigterm", lambda: calls.append("ready"))
     monkeypatch.setattr("threading.Thread", Mock())  # of leases
     end = SimpleNamespace(
@@ -97,15 +98,36 @@ def tick():
 pool.start_thread(tick)
 time.sleep(0.2)
 assert ticks == [True]
-assert pool.is_shutdown(gevent.GreenletExit()) and not pool.is_shutdown(SystemExit())
+assert pool.is_terminated(gevent.GreenletExit()) and not pool.is_terminated(SystemExit())
+assert pool.is_shutdown()
 assert isinstance(gevent.Timeout(1), pool.time_limit_errors)
+"""
+COROUTINES = """
+import gevent.monkey; gevent.monkey.patch_all()
+import gevent, psutil
+from asgiref.sync import async_to_sync
+import jobs.pools
+async def body():
+    return process.num_threads(), process.num_fds()
+process = psutil.Process()
+threads, descriptors = async_to_sync(body)()
+for _ in range(30):
+    async_to_sync(body)()
+with gevent.Timeout(50):
+    while process.num_threads() > threads or process.num_fds() > descriptors:
+        gevent.sleep(0.1)
 """
 NO_GREENLETS = """
 import sys
 from jobs.pools import pool
-assert "gevent" not in sys.modules and not pool.is_shutdown(SystemExit())
+assert "gevent" not in sys.modules and not pool.is_terminated(SystemExit())
 assert pool.query(max, 1, 2) == 2
 """
+
+
+def test_the_thread_of_a_coroutine_ends_with_it():
+    """With gevent. A thread also has two descriptors, and a process can have 1,024."""
+    subprocess.run([sys.executable, "-c", COROUTINES], cwd=OUTPUT, check=True)
 
 
 @pytest.mark.parametrize("code", [GREENLETS, NO_GREENLETS], ids=["gevent", "threads"])

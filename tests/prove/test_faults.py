@@ -160,6 +160,50 @@ def test_a_worker_whose_children_are_stopped_too_loses_nothing(stack, gate, sinc
 
 
 @on_each_pool
+def test_a_stopped_worker_hands_back_jobs_at_their_next_cursor(stack, gate, since):
+    """No chunk is repeated, and nothing waits for SOFT_SHUTDOWN_SECONDS, an hour here."""
+    worker = stack.replace_worker(SOFT_SHUTDOWN_SECONDS=3600)
+    jobs = [
+        stack.enqueue("write_chunks", gate, queue="cpu"),
+        stack.enqueue("write_chunks", gate, "in a block", queue="cpu"),
+        stack.enqueue("write_chunks_in_a_coroutine", gate, queue="cpu"),
+    ]
+    written = """
+with connection.cursor() as cursor:
+    cursor.execute("SELECT chunk FROM chunks WHERE job = %s ORDER BY chunk", [job])
+    result = [chunk for [chunk] in cursor]
+"""
+    for job in jobs:
+        wait_for(lambda job=job: len(stack.ask(written, job=job)) > 5)
+    start = time.monotonic()
+    os.kill(worker.pid, signal.SIGTERM)
+    assert worker.wait() == 0
+    since(start)
+    assert [row["state"] for row in stack.rows(*jobs)] == ["queued"] * 3
+    stopped = [len(stack.ask(written, job=job)) for job in jobs]
+    stack.worker.start()
+    for job, count in zip(jobs, stopped, strict=True):
+        wait_for(lambda job=job, count=count: len(stack.ask(written, job=job)) > count)
+    gate.touch()
+    rows = stack.wait_until_final(*jobs)
+    assert succeeded(rows, crashes=0), rows
+    assert [errors(row) for row in rows] == [[]] * 3
+    for job, row in zip(jobs, rows, strict=True):
+        assert stack.ask(written, job=job) == list(range(row["result"]))
+
+
+@on_prefork
+def test_a_body_whose_child_gets_sigterm_every_time_fails(stack, since):
+    """The main process is not stopping, so each time counts as a crash."""
+    start = time.monotonic()
+    job = stack.enqueue("terminate", queue="cpu")
+    [row] = stack.wait_until_final(job)
+    since(start)
+    assert (row["state"], row["error"]) == ("failed", "Its worker died 3 times")
+    assert len(stack.notes("start", job)) == 3
+
+
+@on_each_pool
 def test_a_job_never_runs_twice_at_a_time_if_the_database_loses_its_claim(stack, gate, since):
     """PostgreSQL crashes before its log is on disk. Only the job of the dead worker runs again."""
     code = """

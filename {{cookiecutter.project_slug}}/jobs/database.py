@@ -12,8 +12,6 @@ from .pools import pool
 
 logger = logging.getLogger(__name__)
 
-ACTIVE = 1  # libpq's status of a connection that runs a query
-
 
 def wait_for(query, *args, **kwargs):
     """Return query(…). While the database is unavailable, try again every second."""
@@ -56,10 +54,8 @@ def try_in_halves(function, keys):
 def store_outcome(update, *args, **kwargs):
     """Do the same as wait_for(), but ignore the soft time limit: a claim or outcome must not be lost."""
     while True:
-        try:
+        with suppress(SoftTimeLimitExceeded):
             return wait_for(update, *args, **kwargs)
-        except SoftTimeLimitExceeded:
-            close_if_busy()
 
 
 def may_succeed_later(error):
@@ -76,7 +72,7 @@ def in_transaction():
 
 
 def end_interrupted_query(execute, *args):
-    """Wrap each query of a body. If a time limit or a shutdown interrupts one, end it."""
+    """Wrap each query of a run. If a time limit or a shutdown interrupts one, end it."""
     try:
         return execute(*args)
     except BaseException:
@@ -90,7 +86,7 @@ def close_if_busy():
     Cancel the query first: it may hold a lock on the row of the job.
     """
     info = getattr(connection.connection, "info", None)  # SQLite has none
-    if info and info.transaction_status == ACTIVE:
+    if info and info.transaction_status.name == "ACTIVE":
         with suppress(Exception):
             connection.connection.cancel_safe(timeout=5)
         connection.close()

@@ -35,6 +35,10 @@ class JobLost(BaseException):
     """Ends a body whose job was cancelled or given to a newer run."""
 
 
+class WorkerStopping(BaseException):
+    """Ends a body that has stored a cursor, because its worker is shutting down."""
+
+
 class Run:
     """One run of a job. It owns the job as long as `Job.run` is its token.
 

@@ -8,12 +8,15 @@ The workers of one project may have different pools:
     celery -A config worker --pool gevent     # only in a project that was made for gevent
 """
 
+import mmap
 import re
 import sys
 import threading
+import time
 from importlib import import_module
 
 from asgiref import sync
+from billiard import get_start_method
 from billiard.common import terminate_handler_fired
 from celery import concurrency, platforms
 from celery.exceptions import SoftTimeLimitExceeded, WorkerShutdown
@@ -23,6 +26,10 @@ gevent = sys.modules.get("gevent")
 monkey = sys.modules.get("gevent.monkey")
 TIME_LIMITED = {"prefork", "gevent"}  # pools in which Celery ends a body that takes too long
 IS_GEVENT = bool(monkey and monkey.is_module_patched("socket"))
+SIGTERM_SECONDS = 5  # if all processes get SIGTERM, the main process has handled it by then
+
+# Its only byte says whether this worker is shutting down. Forked children share this memory.
+shutting_down = mmap.mmap(-1, 1)
 
 
 class Threads:
@@ -41,9 +48,20 @@ class Threads:
         """
         return function(*args, **kwargs)
 
-    def is_shutdown(self, error):
-        """Return whether a body got this exception because its worker is shutting down."""
-        return isinstance(error, SystemExit) and terminate_handler_fired()  # in a prefork child
+    def is_terminated(self, error):
+        """Return whether this exception ends more than a body: a prefork child, or a greenlet."""
+        return isinstance(error, SystemExit) and terminate_handler_fired()
+
+    def is_shutdown(self):
+        """Return whether the body was terminated because its worker is shutting down.
+
+        A prefork child that alone gets SIGTERM, for example from its own body, has crashed.
+        """
+        until = time.monotonic() + SIGTERM_SECONDS
+        while not shutting_down[0] and time.monotonic() < until:
+            time.sleep(0.05)
+        # On macOS children are not forked, so they cannot know.
+        return shutting_down[0] or get_start_method() != "fork"
 
     def end_idle_worker(self):
         """Do nothing: with threads, Celery ends an idle worker at once."""
@@ -60,7 +78,15 @@ class Greenlets:
         self.threads = import_module("gevent.threadpool").ThreadPool(10)
         # Run the event loop of each coroutine in a native thread. All greenlets share one thread, and one
         # thread cannot run two event loops.
-        sync.ThreadPoolExecutor = import_module("gevent.threadpool").ThreadPoolExecutor
+        threadpool = import_module("gevent.threadpool")
+
+        class Executor(threadpool.ThreadPoolExecutor):
+            def __init__(self, *args, **kwargs):
+                super().__init__(*args, **kwargs)
+                # gevent's own executor keeps its thread, with two descriptors, for ever.
+                self._threadpool = threadpool.ThreadPool(self._max_workers, idle_task_timeout=0.1)
+
+        sync.ThreadPoolExecutor = Executor
 
     def start_thread(self, function):
         monkey.get_original("_thread", "start_new_thread")(function, ())
@@ -69,8 +95,11 @@ class Greenlets:
         # Use one of ten threads. Otherwise each greenlet would open its own connection.
         return self.threads.apply(function, args, kwargs)
 
-    def is_shutdown(self, error):
+    def is_terminated(self, error):
         return isinstance(error, gevent.GreenletExit)
+
+    def is_shutdown(self):
+        return True
 
     def end_idle_worker(self):
         # Otherwise Celery may take five seconds to notice that it should stop.

@@ -15,7 +15,7 @@ from celery.contrib.django.task import DjangoTask
 from celery.exceptions import Ignore, Retry, SoftTimeLimitExceeded
 from celery.utils.time import maybe_make_aware
 from django.conf import settings
-from django.db import connection
+from django.db import connection, transaction
 from django.db.models.functions import Now
 from django.db.transaction import TransactionManagementError
 from django.utils import timezone
@@ -28,9 +28,9 @@ from .database import (
     store_outcome,
     wait_for,
 )
-from .lease import JobLost, Run, runs
+from .lease import JobLost, Run, WorkerStopping, runs
 from .models import MAX_COUNTDOWN, OVER_TIME_LIMIT, QUEUED, Job, LockTimeout, as_json, lease_end
-from .pools import pool
+from .pools import pool, shutting_down
 from .results import JobBackend
 
 logger = logging.getLogger(__name__)
@@ -60,6 +60,13 @@ class JobTask(DjangoTask):
     retry_on_worker_lost = False  # the row counts crashes
     ignore_result = True  # the row has the result
     job_run = property(lambda self: getattr(self.request, "job_run", None))
+
+    @classmethod
+    def bind(cls, app):
+        """Prefer nine tenths of the task's own time limit to the soft limit of the settings."""
+        if cls.time_limit and not cls.soft_time_limit:
+            cls.soft_time_limit = cls.time_limit * 0.9
+        return super().bind(app)
 
     @classmethod
     def on_bound(cls, app):
@@ -155,7 +162,7 @@ class JobTask(DjangoTask):
         """
         run = self.own_run()
         if run and not run.cursor:
-            run.cursor = query_own_row(list, run.row.values_list("cursor", flat=True))
+            run.cursor = query_own_row(run, lambda: list(run.row.values_list("cursor", flat=True)))
         return run.cursor[0] if run else None
 
     def report(self, done, total=100, message="", *, cursor=None):
@@ -166,6 +173,9 @@ class JobTask(DjangoTask):
         Inside your own atomic() it is stored together with your changes, or not at all. Keep that block
         short, because nobody can cancel the job until the block ends. Raises TypeError or ValueError if the
         cursor is not JSON, RuntimeError in a thread that the body has started.
+
+        If the worker is shutting down, a call with `cursor` ends the body once the cursor is committed.
+        The job continues in another worker.
         """
         if run := self.own_run():
             if run.lost:
@@ -175,10 +185,12 @@ class JobTask(DjangoTask):
             run.report = {"progress": max(0, min(percent, 100)), "message": message}
             if cursor is not None:
                 json.dumps(cursor, allow_nan=False)  # raises if it is not JSON
-                query_own_row(run.row.update, cursor=cursor, wake_at=lease_end(), **run.report)
+                query_own_row(run, run.row.update, cursor=cursor, wake_at=lease_end(), **run.report)
                 run.cursor = []  # forget the cached value: the body's transaction may roll back
                 if not in_transaction():
                     run.written = run.report  # renew_leases() need not write it again
+                if shutting_down[0]:
+                    end_after_commit()
 
     def own_run(self):
         if self.request_stack.top is None and any(r.task is self for r in tuple(runs.values())):
@@ -202,10 +214,10 @@ class JobTask(DjangoTask):
         # A suspect is a job that fails at its next crash, because it may be what kills the workers. A
         # process runs only one suspect at a time. A job without a crash is never a suspect.
         is_suspect = crashes and crashes + 1 >= settings.JOB_MAX_CRASHES
-        if is_suspect and not run.become_suspect():
+        if shutting_down[0] or (is_suspect and not run.become_suspect()):
             row = Job.objects.filter(QUEUED, LockTimeout(), pk=request.id)
             store_outcome(row.requeue, settings.JOB_SWEEP_SECONDS)
-            raise Ignore("waits until another job that may kill its worker has ended")
+            raise Ignore("must wait: its worker is shutting down, or runs another suspect")
         limit = request.time_limit or self.time_limit
         run.claim = partial(
             Job.objects.claim,
@@ -250,10 +262,14 @@ class JobTask(DjangoTask):
             result = None
         except JobLost:
             raise ignore_run(self) from None
+        except WorkerStopping:
+            run.store(run.row_with_lock_timeout.requeue)
+            raise Ignore("continues in another worker") from None
         except BaseException as error:
-            if pool.is_shutdown(error):
-                run.store(run.row_with_lock_timeout.requeue)  # for another worker
-                raise
+            if pool.is_terminated(error):
+                if pool.is_shutdown():
+                    run.store(run.row_with_lock_timeout.requeue)  # for another worker
+                raise  # otherwise the main process counts a crash
             if isinstance(error, SystemExit):
                 fail(run, f"The task called sys.exit({error.code!r})")
                 # Not SystemExit, which would end the child process or the thread.
@@ -345,12 +361,33 @@ def run_coroutine(task, body):
         raise
 
 
-def query_own_row(query, *args, **kwargs):
+def end_after_commit():
+    """End the body as soon as its transaction, if any, is committed.
+
+    Not if it has called on_commit() after that: Django would forget these functions. Not in a
+    transaction without atomic(), where on_commit() is not allowed. Then a later report() tries again.
+    """
+    hooks = connection.run_on_commit
+
+    def end():
+        if not hooks:
+            raise WorkerStopping
+
+    with suppress(TransactionManagementError):
+        transaction.on_commit(end)
+
+
+def query_own_row(run, query, *args, **kwargs):
     """Run a query on this run's row. Raises JobLost if the job was cancelled or belongs to another run.
+
+    If the database has lost the claim in a crash, the job is claimed again and the query repeated.
 
     Inside a transaction of the body, the query is tried only once, because an error ends the transaction.
     """
-    answer = query(*args, **kwargs) if in_transaction() else wait_for(query, *args, **kwargs)
+    if in_transaction():
+        answer = query(*args, **kwargs)
+    elif not (answer := wait_for(query, *args, **kwargs)) and run.in_body and wait_for(run.claim):
+        answer = wait_for(query, *args, **kwargs)
     if not answer:
         raise JobLost
     return answer

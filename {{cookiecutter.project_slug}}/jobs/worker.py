@@ -6,6 +6,7 @@ import threading
 import time
 import uuid
 from functools import partial
+from multiprocessing.connection import wait
 
 from celery import current_app, exceptions, platforms
 from celery.bootsteps import RUN
@@ -21,7 +22,7 @@ from .database import wait_for
 from .events import BatchedEvents
 from .lease import POLL_SECONDS, RECOVERY_DELAY, jobs_of, lock, recover, renew_for_children, runs
 from .models import QUEUED, Job
-from .pools import has_children, pool, remap_sigterm
+from .pools import has_children, pool, remap_sigterm, shutting_down
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,23 @@ def watch_children(sender, **kwargs):
     # Check for dead children every POLL_SECONDS. Celery does it every 5 s.
     if sender.hub:
         sender.hub.call_repeatedly(POLL_SECONDS, sender.pool.maintain_pool)
+        # Celery's own method always waits for the whole time.
+        sender.controller.wait_for_soft_shutdown = partial(wait_for_children, sender.pool)
+
+
+def wait_for_children(pool):
+    """Wait until all tasks have ended, but no longer than SOFT_SHUTDOWN_SECONDS.
+
+    Celery calls this in a signal handler, so nothing else reads the results of the children meanwhile:
+    a child has ended its task when its result can be read.
+    """
+    shutting_down[0] = True
+    until = time.monotonic() + settings.CELERY_WORKER_SOFT_SHUTDOWN_TIMEOUT
+    pids = {request.worker_pid for request in tuple(state.active_requests)}
+    results = [child.outqR_fd for child in pool._pool._pool if child.pid in pids]
+    logger.warning("soft shutdown: %d children have a task", len(results))
+    while len(wait(results, timeout=0)) < len(results) and time.monotonic() < until:
+        time.sleep(0.1)
 
 
 def end_if_stuck(blueprint):
@@ -154,6 +172,7 @@ def requeue_later(row):
 
 def limit_shutdown(**kwargs):
     """Requeue the jobs and end the process in time. Without this, Celery waits for the last body."""
+    shutting_down[0] = True
     if bodies_in_children:  # prefork has Celery's soft shutdown
         return
     pool.start_thread(requeue_and_exit)

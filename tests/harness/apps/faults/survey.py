@@ -1,5 +1,6 @@
 """Code of `make chaos` that runs in the project: queries, old jobs, copies of messages."""
 
+from collections import defaultdict
 from datetime import timedelta
 
 from django.db import connection
@@ -14,7 +15,7 @@ from .tasks import quick
 def survey(jobs, numbers, odd):
     """Return how jobs and odd jobs ended, and how many of these numbers have their row.
 
-    Also return how many chunks each newsletter sent, and how many different ones.
+    Also return the numbers of the chunks that each newsletter has written, in order.
     """
     rows = Job.objects.filter(pk__in=jobs)
     with connection.cursor() as cursor:
@@ -23,8 +24,10 @@ def survey(jobs, numbers, odd):
         finals, distinct = cursor.fetchone()
         cursor.execute("SELECT count(*) FROM written WHERE number = ANY(%s)", [numbers])
         [written] = cursor.fetchone()
-        cursor.execute("SELECT job, count(*), count(DISTINCT number) FROM chunks GROUP BY job")
-        chunks = {str(job): counts for job, *counts in cursor.fetchall()}
+        cursor.execute("SELECT job, chunk FROM chunks ORDER BY job, chunk")
+        chunks = defaultdict(list)
+        for job, chunk in cursor.fetchall():
+            chunks[str(job)].append(chunk)
     return {
         "states": states(rows),
         "odd": {str(job.pk): f"{job.state} {job.error}" for job in Job.objects.filter(pk__in=odd)},

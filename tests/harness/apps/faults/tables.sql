@@ -1,8 +1,8 @@
--- All final states that were ever written, the rows of the task `write`, the chunks that newsletters
--- sent, and jobs that cannot be deleted.
+-- All final states that were ever written, the rows of the tasks `write` and `write_chunks`, and jobs
+-- that cannot be deleted.
 CREATE TABLE finals (job uuid, state text);
 CREATE TABLE written (number integer PRIMARY KEY);
-CREATE TABLE chunks (job uuid, number integer);
+CREATE TABLE chunks (job uuid, chunk integer);
 CREATE TABLE keeps (job uuid REFERENCES jobs_job);
 CREATE FUNCTION note_final() RETURNS trigger AS $$
 BEGIN INSERT INTO finals VALUES (NEW.id, NEW.state); RETURN NEW; END $$ LANGUAGE plpgsql;

@@ -8,10 +8,11 @@ import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from itertools import repeat
 from pathlib import Path
 
+from asgiref.sync import sync_to_async
 from celery import shared_task
 from celery.exceptions import Retry
 from django.db import Error, connection, transaction
@@ -95,6 +96,42 @@ def count(self, gate):
     return [number, self.cursor]
 
 
+def write_chunk(task, chunk):
+    with connection.cursor() as cursor:
+        cursor.execute("INSERT INTO chunks VALUES (%s, %s)", [task.request.id, chunk])
+    time.sleep(0.02)
+    task.report(chunk, cursor=chunk + 1)
+
+
+@shared_task(base=JobTask, bind=True)
+def write_chunks(self, gate, in_block=""):
+    """Write a row for each chunk, and a cursor after it or in the same transaction."""
+    note(self, "start")
+    chunk = self.cursor or 0
+    while not Path(gate).exists():
+        with transaction.atomic() if in_block else nullcontext():
+            write_chunk(self, chunk)
+        chunk += 1
+    return chunk
+
+
+@shared_task(base=JobTask, bind=True)
+async def write_chunks_in_a_coroutine(self, gate):
+    note(self, "start")
+    chunk = self.cursor or 0
+    while not Path(gate).exists():
+        await sync_to_async(write_chunk)(self, chunk)
+        chunk += 1
+    return chunk
+
+
+@shared_task(base=JobTask, bind=True)
+def terminate(self):
+    note(self, "start")
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+
+
 @shared_task(base=JobTask, bind=True)
 def hold_the_interpreter(self, seconds):
     """Hold the GIL, as a long computation in C does."""
@@ -128,17 +165,6 @@ def query_too_long(self):
     """Wait for a query longer than the time limit. Try again if the database ends it."""
     note(self, "start")
     connection.cursor().execute("SELECT pg_sleep(30)")
-
-
-@shared_task(base=JobTask, bind=True, autoretry_for=(Error,), default_retry_delay=1, max_retries=99)
-def send_newsletter(self, chunks):
-    """Count each chunk that is sent, in a transaction of its own: a mail cannot be taken back."""
-    note(self, "start")
-    for chunk in range(self.cursor or 0, int(chunks)):
-        with connection.cursor() as cursor:
-            cursor.execute("INSERT INTO chunks VALUES (%s, %s)", [self.request.id, chunk])
-        time.sleep(0.1)
-        self.report(chunk, int(chunks), cursor=chunk + 1)
 
 
 @shared_task(base=JobTask, bind=True, time_limit=2)
