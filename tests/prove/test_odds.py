@@ -446,6 +446,18 @@ def test_a_time_limit_ends_a_plain_task_that_computes(stack):
 
 
 @on_prefork
+def test_a_soft_time_limit_ends_a_body_that_waits_for_a_query(stack, since):
+    """After one run, and without a crash, also in the body's own transaction."""
+    start = time.monotonic()
+    jobs = [stack.enqueue("query_too_long", *block, queue="cpu") for block in [(), ("in a block",)]]
+    rows = stack.wait_until_final(*jobs)
+    since(start)
+    outcome = ("failed", "Over its time limit", 0)
+    assert [(row["state"], row["error"], row["crashes"]) for row in rows] == [outcome] * 2
+    assert ran_once(stack, jobs)
+
+
+@on_prefork
 def test_a_child_that_uses_too_much_memory_is_replaced_after_its_task(stack, gate):
     gate.touch()
     stack.replace_worker(WORKER_MAX_KILOBYTES=1, WORKER_CONCURRENCY=1)

@@ -155,16 +155,17 @@ def rest_softly(self, seconds):
 @shared_task(
     base=JobTask,
     bind=True,
-    time_limit=20,
+    time_limit=600,
     soft_time_limit=1,
-    autoretry_for=(Error,),
+    autoretry_for=(Error,),  # for chaos, which restarts the database
     default_retry_delay=1,
     max_retries=99,
 )
-def query_too_long(self):
-    """Wait for a query longer than the time limit. Try again if the database ends it."""
+def query_too_long(self, in_block=""):
     note(self, "start")
-    connection.cursor().execute("SELECT pg_sleep(30)")
+    with transaction.atomic() if in_block else nullcontext(), connection.cursor() as cursor:
+        self.report(1, cursor=1)  # in a transaction it locks the job's row
+        cursor.execute("SELECT pg_sleep(600)")
 
 
 @shared_task(base=JobTask, bind=True, time_limit=2)
