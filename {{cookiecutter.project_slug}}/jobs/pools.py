@@ -73,14 +73,14 @@ class Greenlets:
     def __init__(self):
         self.time_limit_errors = (SoftTimeLimitExceeded, gevent.Timeout)
         self.Lock = monkey.get_original("_thread", "allocate_lock")
+        threadpool = import_module("gevent.threadpool")
         # Threads for queries. Those of gevent's own pool end after five idle seconds, and each would leave
         # its connection open until Python's garbage collector runs.
-        self.threads = import_module("gevent.threadpool").ThreadPool(10)
-        # Run the event loop of each coroutine in a native thread. All greenlets share one thread, and one
-        # thread cannot run two event loops.
-        threadpool = import_module("gevent.threadpool")
+        self.threads = threadpool.ThreadPool(10)
 
         class Executor(threadpool.ThreadPoolExecutor):
+            """For the event loop of each coroutine: one thread, that of all greenlets, runs only one."""
+
             def __init__(self, *args, **kwargs):
                 super().__init__(*args, **kwargs)
                 # gevent's own executor keeps its thread, with two descriptors, for ever.
