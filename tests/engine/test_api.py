@@ -420,6 +420,18 @@ def act(admin_client, action):
     return admin_client.post("/admin/jobs/job/", data, follow=True).content.decode()
 
 
+def test_the_admin_shows_the_active_jobs_of_a_user_who_cannot_be_deleted(admin_client, user):
+    url = f"/admin/auth/user/{user.pk}/delete/"
+    job = Job.objects.enqueue(greet, owner=user, countdown=60)
+    page = admin_client.get(url).content.decode()
+    assert "following protected related objects" in page and f"{job.pk}" in page
+    assert admin_client.post(url, {"post": "yes"}).status_code == 200  # the same page
+    user.refresh_from_db()
+    Job.objects.cancel()
+    assert admin_client.post(url, {"post": "yes"}).status_code == 302
+    assert not Job.objects.exists()
+
+
 def test_the_admin_lists_and_shows_jobs(admin_client, user):
     job, other = (Job.objects.enqueue(greet, owner=user) for _ in range(2))
     found = admin_client.get(f"/admin/jobs/job/?q={job.pk}").content.decode()

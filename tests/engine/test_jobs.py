@@ -16,6 +16,7 @@ from contextlib import nullcontext, suppress
 from datetime import timedelta
 from functools import partial
 from math import nan
+from queue import SimpleQueue
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -36,7 +37,7 @@ from django.db import (
     connection,
     transaction,
 )
-from django.db.models import ProtectedError
+from django.db.models import ProtectedError, RestrictedError
 from django.db.models.functions import Now
 from django.db.models.signals import pre_delete
 from django.test.utils import CaptureQueriesContext
@@ -297,10 +298,20 @@ def test_a_conflicting_job_that_ends_before_it_is_read_frees_its_unique_key(monk
     }
 
 
-def test_a_unique_key_hides_no_conflict_of_idempotency_keys():
-    Job.objects.enqueue(add, [1, 2], unique="first", idempotency_key="unique_key")
-    with pytest.raises(IntegrityError), transaction.atomic():
-        Job.objects.enqueue(add, [1, 2], unique="second", idempotency_key="unique_key")
+@pytest.mark.parametrize("conflict", ["idempotency_key", "pk"])
+def test_a_unique_key_hides_no_other_conflict(conflict):
+    first = Job.objects.enqueue(add, [1, 2], unique="first", idempotency_key="unique_key")
+    same = {conflict: getattr(first, conflict)}
+    with CaptureQueriesContext(connection) as captured:
+        with pytest.raises(IntegrityError), transaction.atomic():
+            Job.objects.enqueue(add, [1, 2], unique="second", **same)
+    assert len([each for each in captured if each["sql"].startswith("INSERT")]) == 1
+
+
+def test_a_unique_key_is_found_outside_of_a_filter(user, admin_user):
+    first = Job.objects.enqueue(add, [1, 2], owner=user, unique="key")
+    jobs = Job.objects.filter(owner=admin_user)
+    assert jobs.enqueue(add, [1, 2], owner=admin_user, unique="key") == first
 
 
 @pytest.mark.parametrize("unique", ["", "x" * 256, 7])
@@ -352,6 +363,16 @@ def test_an_unavailable_queue_does_not_stop_publishing_to_others(broker_down):
     for job in jobs:
         models.publish([job])
     assert broker_down == [str(jobs[0].pk), str(jobs[2].pk)]
+
+
+def test_an_unavailable_queue_does_not_delay_jobs_of_others_that_run_again(commit, published):
+    jobs = [Job.objects.enqueue(add, [1, 2], queue=queue) for queue in ("down", "up")]
+    Job.objects.cancel()
+    models.publish_again_at["down"] = time.monotonic() + 60
+    with commit():
+        again = Job.objects.filter(pk__in=[job.pk for job in jobs]).run_again()
+    del models.publish_again_at["down"]
+    assert published == [str(job.pk) for job in again if job.queue == "up"]
 
 
 def test_a_job_with_an_unknown_task_stays_queued_and_delays_no_other():
@@ -803,19 +824,71 @@ def test_arguments_that_are_too_large_are_refused(settings):
         Job.objects.enqueue(add, ["x" * 99, 1])
 
 
-def test_jobs_are_read_from_the_database_they_are_written_to(settings):
-    """A database router may send reads to a replica, which lags behind."""
+UNSTORABLE = ["\0", "a\\\0", "\ud83d", "\ude00a", "\ud83d\ud83d\ude00", "\ud83d\\\ude00"]
 
-    class Router:
-        def db_for_read(self, model, **hints):
-            return "replica"
 
-        def db_for_write(self, model, **hints):
-            return "default"
+@pytest.mark.parametrize("text", UNSTORABLE, ids=ascii)
+@pytest.mark.parametrize("field", ["args", "kwargs", "label", "unique", "idempotency_key"])
+def test_a_text_that_postgresql_cannot_store_is_refused_at_once(text, field):
+    values = {"args": [text, 1], "kwargs": {"y": {text: 1}}}
+    call = {"args": [1, 2], field: values.get(field, text)}
+    with CaptureQueriesContext(connection) as captured:
+        with pytest.raises((TypeError, ValueError), match=r"cannot store the character \\u"):
+            Job.objects.enqueue(add, **call)
+    assert not captured.captured_queries
+    if field == "label":
+        with pytest.raises(ValueError, match="cannot store"):
+            Job.objects.enqueue_many(add, [[1, 2]], label=text)
 
-    settings.DATABASE_ROUTERS = [Router()]
-    assert Job.objects.filter(pk=uuid.uuid4()).db == "default"
-    assert not Job.objects.exists()
+
+@pytest.mark.parametrize("text", ["é😀", "\\u0000", "\\\\ud800", "\x01\x7f"], ids=ascii)
+def test_any_other_text_is_stored(text):
+    texts = {"unique": text, "label": text, "idempotency_key": text}
+    job = Job.objects.enqueue(add, [text, {text: 1}], **texts)
+    job.refresh_from_db()
+    assert job.args == [text, {text: 1}]
+    assert [job.unique_key, job.label, job.idempotency_key] == [text] * 3
+
+
+def test_a_router_with_a_replica_stops_no_job(replica, published, user):
+    """Jobs are neither written to a replica nor read from it: it lags behind."""
+    with transaction.atomic():  # of which the replica sees nothing
+        job = Job.objects.enqueue(add, [1, 2], owner=user)
+        run = uuid.uuid4()
+        assert claim(job.pk, run)
+        job.refresh_from_db()
+        assert job.state == "running"
+        attempt = Attempt(started_at=Now(), job_id=job.pk)
+        assert attempt.job == job
+        assert Job.objects.succeed(id=job.pk, run=run, result=3, message="")
+        [again] = Job.objects.run_again()
+        assert again.owner_id == user.pk
+        assert Job.objects.filter(pk=again.pk).cancel()
+
+
+def test_a_stored_job_is_not_saved_as_a_whole(published):
+    """Its row may have changed since it was read."""
+    job = Job.objects.enqueue(add, [1, 2])
+    assert claim(job.pk)
+    with pytest.raises(TypeError, match=r"use save\(update_fields=\[...\]\)"):
+        job.save()
+    job.label = "Sum"
+    job.save(update_fields=["label"])
+    job.refresh_from_db()
+    assert (job.state, job.label) == ("running", "Sum")
+
+
+def test_a_user_with_active_jobs_is_not_deleted(published, user, admin_user):
+    jobs = [Job.objects.enqueue(add, [1, 2], owner=user) for _ in range(2)]
+    other = Job.objects.enqueue(add, [1, 2], owner=admin_user)
+    start(jobs[0])
+    Attempt.objects.create(job=jobs[0], started_at=Now())
+    with pytest.raises(RestrictedError, match="active jobs: cancel them first") as found:
+        user.delete()
+    assert found.value.restricted_objects == set(jobs)
+    Job.objects.filter(owner=user).cancel()
+    user.delete()
+    assert list(Job.objects.all()) == [other]
 
 
 @pytest.mark.parametrize("call", [lambda task: task.cursor, lambda task: task.report(1)])
@@ -1135,6 +1208,70 @@ def test_a_cancelled_job_never_starts():
     job = Job.objects.enqueue(add, [1, 2])
     assert Job.objects.cancel() == 1
     assert (deliver(job).state, job.result) == ("cancelled", None)
+
+
+def run_while_open(change, function):
+    """Call change() in a transaction that ends when function(), in another one, waits for it.
+
+    Return what function() returns.
+    """
+    pids = SimpleQueue()
+
+    def call():
+        connection.ensure_connection()
+        pids.put(connection.connection.info.backend_pid)
+        try:
+            return function()
+        finally:
+            connection.close()
+
+    with ThreadPoolExecutor() as threads:
+        with transaction.atomic(), connection.cursor() as cursor:
+            change()
+            called, waits = threads.submit(call), None
+            pid = pids.get(timeout=60)
+            while not (waits or called.done()):
+                time.sleep(0.01)
+                cursor.execute("SELECT pg_blocking_pids(%s) <> '{}'", [pid])
+                [waits] = cursor.fetchone()
+        return called.result(60)
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize("by", ["owner__username", "attempts__error", "state", "pk"])
+def test_a_job_that_changes_while_cancel_waits_is_not_cancelled(published, user, by):
+    """With a join, PostgreSQL checks no condition of an UPDATE again when it has waited."""
+    if connection.vendor != "postgresql":
+        pytest.skip("SQLite has one transaction at a time: set DATABASE_URL=postgres://…")
+    job, run = Job.objects.enqueue(add, [1, 2], owner=user), uuid.uuid4()
+    Attempt.objects.create(job=job, started_at=Now(), error="user")
+    if by == "state":
+        change, state = partial(claim, job.pk, run), "running"
+    else:
+        assert claim(job.pk, run)
+        end = {"id": job.pk, "run": run, "result": 3, "message": ""}
+        change, state = partial(Job.objects.succeed, **end), "succeeded"
+    condition = {by: {"pk": job.pk, "state": "queued"}.get(by, "user")}
+    assert run_while_open(change, Job.objects.filter(**condition).cancel) == 0
+    job.refresh_from_db()
+    assert job.state == state
+
+
+def test_a_job_that_a_join_repeats_is_cancelled_and_run_again_once(published):
+    job = Job.objects.enqueue(add, [1, 2])
+    for _ in range(2):
+        Attempt.objects.create(job=job, started_at=Now(), error="away")
+    jobs = Job.objects.filter(attempts__error="away")
+    assert jobs.cancel() == 1
+    assert len(jobs.run_again()) == 1
+
+
+def test_jobs_with_one_unique_key_run_again_as_one(published):
+    for _ in range(3):
+        Job.objects.enqueue(add, [1, 2], unique="key")
+        Job.objects.cancel()
+    [again] = Job.objects.run_again()
+    assert again.state == "queued"
 
 
 def test_a_job_that_has_ended_cannot_be_cancelled():
@@ -1572,6 +1709,22 @@ def test_the_sweep_resends_twice_as_many_after_it_found_a_lost_message(published
         for pk in published[20:]:
             assert claim(pk, sent=message)
     assert resent == [1, 2, 4, 1]
+
+
+def test_a_job_above_a_new_limit_fails_and_is_not_loaded(published, settings):
+    """To load it could end Beat."""
+    large, small = [Job.objects.enqueue(add, ["x" * size, 1], countdown=1) for size in (99, 9)]
+    lapse(large, small)
+    settings.JOB_MAX_BYTES = 50
+    with CaptureQueriesContext(connection) as captured:
+        sweep.send_due()
+    assert published == [str(small.pk)]
+    assert "x" * 99 not in str(captured.captured_queries)
+    large.refresh_from_db()
+    assert (large.state, large.error) == (
+        "failed",
+        "The arguments have 108 bytes, but JOB_MAX_BYTES is 50: pass an id",
+    )
 
 
 def test_large_arguments_are_loaded_one_job_at_a_time(published, monkeypatch):
@@ -2157,6 +2310,28 @@ def test_the_checks_find_a_cache_for_which_a_request_would_wait_without_end(monk
     assert check(monkeypatch) == {"jobs.W007"}
     settings.CACHES = {"default": {**cache, "OPTIONS": {"socket_timeout": 1}}}
     assert check(monkeypatch) == set()
+
+
+class OtherRouter:
+    def db_for_write(self, model, **hints):
+        return "other"
+
+
+WRONG_DATABASES = {
+    "alias='other'": lambda settings: setattr(settings, "DATABASE_ROUTERS", [OtherRouter()]),
+    "vendor='mysql'": lambda settings: None,
+    "use_tz=False": lambda settings: setattr(settings, "USE_TZ", False),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_DATABASES)
+def test_the_checks_refuse_a_database_in_which_jobs_would_be_lost(monkeypatch, settings, wrong):
+    WRONG_DATABASES[wrong](settings)
+    if "mysql" in wrong:
+        monkeypatch.setattr(connection, "vendor", "mysql")
+    [error] = [found for found in run_checks() if found.id == "jobs.E005"]
+    assert "PostgreSQL or SQLite as the database 'default', and USE_TZ = True" in error.msg
+    assert wrong in error.hint
 
 
 @pytest.mark.parametrize("users", ["", "admin", "admin:", "admin:change-me", "me:secret,admin:"])

@@ -9,10 +9,22 @@ from celery.beat import ScheduleEntry
 from django.conf import settings
 from django.core.cache import caches
 from django.core.checks import Error, Info, Warning, register
+from django.db import connection, router
 
 from .beat import check_entry
 from .messages import queue_of
+from .models import Job
 from .pools import TIME_LIMITED
+
+
+@register()
+def check_database(app_configs, **kwargs):
+    """Refuse databases in which jobs would be lost or never start. This opens no connection."""
+    alias, vendor, use_tz = router.db_for_write(Job), connection.vendor, settings.USE_TZ
+    if alias != "default" or vendor not in ("postgresql", "sqlite") or not use_tz:
+        error = "Jobs need PostgreSQL or SQLite as the database 'default', and USE_TZ = True."
+        hint = f"Now {alias=}, {vendor=}, {use_tz=}: correct your database router or settings."
+        yield Error(error, hint=hint, id="jobs.E005")
 
 
 @register()

@@ -2,8 +2,8 @@
 
 import json
 import logging
-import math
 import random
+import re
 import time
 import uuid
 from contextlib import suppress
@@ -11,7 +11,7 @@ from datetime import timedelta
 
 from celery import current_app
 from django.conf import settings
-from django.db import IntegrityError, models, router, transaction
+from django.db import IntegrityError, models, transaction
 from django.db.models import Case, F, Max, Q, When
 from django.db.models.functions import Coalesce, Least, Now
 from kombu.utils.json import dumps
@@ -33,6 +33,8 @@ OVER_TIME_LIMIT = "Over its time limit"
 BATCH_SIZE = 500  # jobs per statement
 MAX_LABEL = 255  # characters
 STORED_ATTEMPTS = 20  # of each job: the latest ones
+# In JSON: NUL, and half of a surrogate pair. PostgreSQL stores neither.
+UNSTORABLE = re.compile(r"\\u0000|\\ud[89ab]..(?!\\ud[c-f])|(?<!\\ud[89ab]..)\\ud[c-f]..")
 MAX_COUNTDOWN = 10 * 365 * 86400  # seconds: a longer countdown is probably in milliseconds
 PUBLISH_PAUSE = 10  # seconds without a try after the broker was unavailable, to keep requests fast
 publish_again_at = {}  # queue: time.monotonic() of the next try
@@ -85,10 +87,27 @@ def as_json(args, kwargs):
 
     As in Celery's messages, a datetime, a UUID or a Decimal becomes a dictionary that names its type,
     and the body gets the original value. Raises TypeError, ValueError or RecursionError if a value
-    cannot be JSON.
+    cannot be JSON, or has a character that PostgreSQL cannot store.
     """
     text = dumps([args, kwargs], allow_nan=False)
+    # Without the backslashes of the values, which JSON doubles.
+    if r"\u" in text and (found := UNSTORABLE.search(text.replace(r"\\", " "))):
+        raise ValueError(f"the database cannot store the character {found[0]}")
     return *json.loads(text), len(text)
+
+
+def size_error(size):
+    """Return the error text for arguments of this size in bytes, or None if they are not too large."""
+    limit = getattr(settings, "JOB_MAX_BYTES", 16_000_000)
+    if size > limit:
+        return f"The arguments have {size:,} bytes, but JOB_MAX_BYTES is {limit:,}: pass an id"
+
+
+def cascade_ended(collector, field, jobs, using):
+    """The on_delete of Job.owner: delete the jobs, too. Raises RestrictedError if some are active."""
+    if active := jobs.filter(UNFINISHED)[:100]:  # the admin shows them
+        raise models.RestrictedError("This user has active jobs: cancel them first", set(active))
+    models.CASCADE(collector, field, jobs, using)
 
 
 class JobQuerySet(models.QuerySet):
@@ -116,9 +135,11 @@ class JobQuerySet(models.QuerySet):
 
         Returns the new Job, or the queued or running one with the same `unique`. Raises TypeError if
         the task is not a JobTask, or if the arguments are not JSON or do not fit the task; ValueError
-        if `unique` is empty or too long, if `countdown` is more than ten years, or if the arguments
-        exceed JOB_MAX_BYTES; IntegrityError if the owner has already used the key.
+        if `unique` is empty or too long, if `countdown` is more than ten years, if the arguments exceed
+        JOB_MAX_BYTES, or if a text has a NUL or half of a surrogate pair; IntegrityError if the owner
+        has already used the key.
         """
+        as_json([label, unique, fields.get("idempotency_key")], {})  # may raise ValueError
         fields |= self.prepare(Now(), task, args, kwargs, countdown, queue)
         fields["label"] = label[:MAX_LABEL]
         return self.store(fields, unique)
@@ -139,18 +160,23 @@ class JobQuerySet(models.QuerySet):
         """Return the active job with this `unique`, or a new one, and whether it is new."""
         if not isinstance(unique, str) or not 0 < len(unique) <= 255:
             raise ValueError(f"unique= must be a string of 1 to 255 characters, not {unique!r:.50}")
-        active = self.filter(UNFINISHED)
-        for _ in range(20):  # the conflicting job may finish before we read it, so try again
-            with suppress(IntegrityError):
+        active = self.model.objects.filter(UNFINISHED)  # not self, which may be filtered
+        for tries_left in reversed(range(21)):
+            try:
                 return active.get_or_create(fields, unique_key=unique)
-            time.sleep(random.uniform(0, 0.01))  # without it, greenlets can conflict forever
-        return active.get_or_create(fields, unique_key=unique)
+            except IntegrityError as error:  # its first line names the constraint or the column
+                if not tries_left or "unique_key" not in str(error).partition("\n")[0]:
+                    raise
+            # The conflicting job has finished before we could read it, so try again. Without a pause,
+            # greenlets can conflict forever.
+            time.sleep(random.uniform(0, 0.01))
 
     def enqueue_many(self, task, calls, *, countdown=None, queue=None, owner=None, label=""):
         """Store a job for each list of arguments in `calls`: all of them or none.
 
         The guarantees are those of enqueue(), at a fraction of the cost. Returns the Jobs.
         """
+        as_json([label], {})  # may raise ValueError
         now = self.now()
         calls = [self.prepare(now, task, args, None, countdown, queue) for args in calls]
         return self.create_all(
@@ -160,18 +186,18 @@ class JobQuerySet(models.QuerySet):
     def run_again(self):
         """Enqueue a copy of each of these jobs. Skip those that are active or can no longer run.
 
-        All copies are stored, or none. Returns them. If a job with the same `unique` is active, the list
-        has that one instead: see Job.run_again().
+        All copies are stored, or none. Returns them, each once. If a job with the same `unique` is
+        active, the list has that one instead: see Job.run_again().
         """
         with transaction.atomic(self.db):
             now, again, new = self.now(), [], []
-            for job in self.defer("result", "error"):
+            for job in dict.fromkeys(self.defer("result", "error")):  # a join may repeat a job
                 with suppress(TypeError, ValueError):
                     if job.unique_key:
                         again.append(job.run_again())
                     else:
                         new.append(Job(**job.fields_to_run_again(now)))
-            return again + self.create_all(now, new)
+            return [*dict.fromkeys(again), *self.create_all(now, new)]
 
     def now(self):
         """Return the database's time as a value: PostgreSQL inserts values much faster than expressions."""
@@ -183,10 +209,11 @@ class JobQuerySet(models.QuerySet):
         for place, job in enumerate(jobs):
             job.created_at = now + timedelta(microseconds=place)  # pages sort by this time
         self.bulk_create(jobs, batch_size=BATCH_SIZE)
-        to_send = [job for job in jobs if job.sent]
-        for start in range(0, len(to_send), BATCH_SIZE):
-            part = to_send[start : start + BATCH_SIZE]
-            transaction.on_commit(lambda part=part: publish(part), using=self.db, robust=True)
+        for queue in sorted({job.queue for job in jobs}):
+            to_send = [job for job in jobs if job.sent and job.queue == queue]
+            for start in range(0, len(to_send), BATCH_SIZE):
+                part = to_send[start : start + BATCH_SIZE]
+                transaction.on_commit(lambda part=part: publish(part), using=self.db, robust=True)
         return jobs
 
     def prepare(self, now, task, args, kwargs, countdown, queue):
@@ -196,12 +223,11 @@ class JobQuerySet(models.QuerySet):
         try:
             args, kwargs, size = as_json(args, kwargs or {})
         except (RecursionError, ValueError) as error:
-            raise TypeError(f"Not JSON: {error}") from error
+            raise TypeError(f"The arguments cannot be stored as JSON: {error}") from error
         if not isinstance(args, list) or not isinstance(kwargs, dict):
             raise TypeError("args must be a list, such as [10], and kwargs a dictionary")
-        if size > getattr(settings, "JOB_MAX_BYTES", math.inf):
-            limit = f"JOB_MAX_BYTES is {settings.JOB_MAX_BYTES:,}"
-            raise ValueError(f"The arguments have {size:,} bytes, but {limit}: pass an id instead")
+        if error := size_error(size):
+            raise ValueError(error)
         if countdown and countdown > MAX_COUNTDOWN:
             raise ValueError(f"countdown={countdown} is longer than ten years: it is in seconds")
         task.__header__(*args, **kwargs)
@@ -248,13 +274,18 @@ class JobQuerySet(models.QuerySet):
 
     def cancel(self):
         """Cancel those jobs that are active. Returns how many there were."""
-        return self.finish("cancelled")
+        # With a join, Django moves all conditions into a subquery, which PostgreSQL does not check again
+        # when it has waited for a lock. Then check outside of it that the job has not ended.
+        by_id = self.model.objects.filter(pk__in=self.values("pk"))
+        return (by_id if self.query.count_active_tables() > 1 else self).finish("cancelled")
 
 
 class JobManager(models.Manager.from_queryset(JobQuerySet)):
+    # A router may send reads to a replica, which lags behind. check_database() refuses other databases.
+    db = property(lambda self: self._db or "default")
+
     def get_queryset(self):
-        """Read from the database that jobs are written to, even with a router: a replica may lag behind."""
-        return super().get_queryset().using(self._db or router.db_for_write(self.model))
+        return super().get_queryset().using(self.db)
 
     @built_once
     def claim(self, id, run, worker, retries, crashes, sent, limit, lease):
@@ -292,7 +323,7 @@ class JobManager(models.Manager.from_queryset(JobQuerySet)):
 
 class Job(models.Model):
     id = models.UUIDField(primary_key=True, default=uuid.uuid4, editable=False)
-    owner = models.ForeignKey(settings.AUTH_USER_MODEL, models.CASCADE, null=True, db_index=False)
+    owner = models.ForeignKey(settings.AUTH_USER_MODEL, cascade_ended, null=True, db_index=False)
     task = models.CharField(max_length=255)
     args = models.JSONField(default=list)
     kwargs = models.JSONField(default=dict)
@@ -328,6 +359,7 @@ class Job(models.Model):
     objects = JobManager()
 
     class Meta:
+        base_manager_name = "objects"  # for refresh_from_db(), and for foreign keys to a job
         indexes = [
             models.Index(fields=["-created_at"], name="job_created"),
             models.Index(fields=["owner", "-created_at"], name="job_owner"),
@@ -360,6 +392,12 @@ class Job(models.Model):
 
     def __str__(self):
         return f"{self.task} {self.id}"
+
+    def save(self, *args, update_fields=None, **options):
+        """Store a new job or, of a stored one, the fields that `update_fields` names."""
+        if not self._state.adding and update_fields is None:
+            raise TypeError("save() would overwrite newer values: use save(update_fields=[...])")
+        super().save(*args, update_fields=update_fields, **options)
 
     def run_again(self):
         """Enqueue a new job like this one, which has ended. Unless it succeeded, copy its cursor.
@@ -411,7 +449,7 @@ class Sweep(models.Model):  # noqa: DJ008
 
 
 def publish(jobs):
-    """Send the messages of these jobs. If that fails, the sweep sends them later."""
+    """Send the messages of these jobs of one queue. If that fails, the sweep sends them later."""
     queue = jobs[0].queue
     if time.monotonic() >= publish_again_at.get(queue, 0):
         try:

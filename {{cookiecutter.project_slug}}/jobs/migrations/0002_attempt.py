@@ -6,10 +6,11 @@ from django.db import migrations, models
 
 
 def copy_attempts(apps, schema_editor):
+    alias = schema_editor.connection.alias  # a router may name a replica, whose queries would wait
     Attempt = apps.get_model('jobs', 'Attempt')
-    jobs = apps.get_model('jobs', 'Job').objects.exclude(list_of_attempts=[])
+    jobs = apps.get_model('jobs', 'Job').objects.using(alias).exclude(list_of_attempts=[])
     for job in jobs.only('list_of_attempts').iterator(chunk_size=500):
-        Attempt.objects.bulk_create(Attempt(job=job, **each) for each in job.list_of_attempts)
+        Attempt.objects.using(alias).bulk_create(Attempt(job=job, **each) for each in job.list_of_attempts)
 
 
 class Migration(migrations.Migration):
