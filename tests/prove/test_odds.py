@@ -300,9 +300,12 @@ def test_outcomes_that_wait_for_a_lock_stop_no_other_job(stack, gate, since):
 
 
 def hold_eight(stack, gate):
-    """Start four jobs in each worker; return their ids."""
-    jobs = [stack.enqueue("hold", gate, queue=queue) for queue in ["cpu", "io"] * 4]
-    stack.wait_until_started(*jobs)
+    """Start four jobs in each worker, whose leases are not renewed together; return their ids."""
+    jobs = []
+    for pause in 0, 0.7:  # more than POLL_SECONDS
+        time.sleep(pause)
+        jobs += [stack.enqueue("hold", gate, queue=queue) for queue in ["cpu", "io"] * 2]
+        stack.wait_until_started(*jobs)
     return jobs
 
 
@@ -315,15 +318,34 @@ def check_eight(stack, gate, jobs):
     assert ran_once(stack, jobs)
 
 
+@pytest.mark.parametrize("mode", ["ACCESS EXCLUSIVE", "SHARE"])
 @on_each_pool
-def test_a_locked_table_lets_no_job_run_twice(stack, gate, since):
-    """A migration takes such a lock."""
+def test_a_locked_table_lets_no_job_run_twice(stack, gate, since, mode):
+    """A migration takes such a lock. CREATE INDEX takes SHARE, so that the sweep can read rows."""
     jobs = hold_eight(stack, gate)
-    with stack.locked("LOCK TABLE jobs_job IN ACCESS EXCLUSIVE MODE"):
+    with stack.locked(f"LOCK TABLE jobs_job IN {mode} MODE"):
         time.sleep(LEASE + 2)
     start = time.monotonic()
     check_eight(stack, gate, jobs)
     since(start)
+
+
+@on_one
+def test_a_router_with_a_replica_stops_no_job(stack, since):
+    """All reads go to a connection that cannot write. Beat, too, has a part in this job."""
+    variables = {"DJANGO_SETTINGS_MODULE": "faults.replica"}
+    stack.replace_worker(**variables)
+    stack.replace_beat(**variables)
+    code = """
+from faults.tasks import *
+job = Job.objects.enqueue(fail_twice, queue="cpu", countdown=1)
+job.refresh_from_db()
+print(job.pk)
+"""
+    start = time.monotonic()
+    [row] = stack.wait_until_final(stack.project.shell(code, **stack.variables, **variables))
+    since(start)
+    assert errors(row) == ["OSError: away"] * 2
 
 
 @on_each_pool

@@ -167,6 +167,23 @@ def test_beat_needs_little_memory_for_due_jobs(stack, record_property, count, fi
     assert megabytes() < limit
 
 
+@on_one
+def test_a_huge_job_that_was_stored_before_the_limit_fails_without_being_loaded(
+    stack, record_property
+):
+    """Otherwise Beat would end at the 512 MB that it has in Compose, each time it sends the job."""
+    megabytes = watch_memory(stack)
+    [job] = enqueue_many(stack, 1, "", countdown=99)
+    args = "SELECT jsonb_build_array(jsonb_agg(repeat('x', 96))) FROM generate_series(1, 1000000)"
+    run_sql(stack, f"UPDATE jobs_job SET args = ({args}), wake_at = now() WHERE id = '{job}'")
+    [row] = stack.wait_until_final(job)
+    error = "The arguments have 100,000,004 bytes, but JOB_MAX_BYTES is 16,000,000: pass an id"
+    assert (row["state"], row["error"]) == ("failed", error)
+    assert stack.beat.is_running()
+    record_property("megabytes", megabytes())
+    assert megabytes() < 40
+
+
 # Messages that are lost or refused
 
 
@@ -238,12 +255,13 @@ for number in range(200):
 @on_sqs
 def test_jobs_that_the_broker_refuses_delay_no_other(stack, since):
     """Neither jobs that are sent at once, without Beat, nor jobs that Beat sends."""
-    stack.beat.pause()
+    beat = stack.replace_beat(JOB_MAX_BYTES=10**9)  # it sends them, although they are too large
+    beat.pause()
     _, good = store_large(stack)
     rows = stack.wait_until_final(*good)
     _, good = store_large(stack, countdown=1)
     start = time.monotonic()
-    stack.beat.resume()
+    beat.resume()
     good.append(stack.enqueue("quick", queue="io", countdown=1))
     rows += stack.wait_until_final(*good)
     since(start)
@@ -254,6 +272,7 @@ def test_jobs_that_the_broker_refuses_delay_no_other(stack, since):
 @on_sqs
 def test_jobs_that_the_broker_refuses_fail(stack, since):
     """Meanwhile it accepts others of their queue, which are sent without Beat."""
+    stack.replace_beat(JOB_MAX_BYTES=10**9)
     start = time.monotonic()
     refused, _ = store_large(stack)
 

@@ -19,7 +19,7 @@ from .database import may_succeed_later, try_in_halves
 from .lease import POLL_SECONDS, recover
 from .liveness import touch_liveness_file
 from .messages import messages_in, send
-from .models import BATCH_SIZE, QUEUED, Job, Sweep
+from .models import BATCH_SIZE, QUEUED, UNFINISHED, Job, Sweep, size_error
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +115,9 @@ def recover_lapsed():
         recover(lapsed.filter(pk__in=ids))
 
     if found:
+        # While another transaction locks the whole table (CREATE INDEX), rows can be read, but no lease
+        # can be renewed. So first wait for such a lock, with an UPDATE of no row.
+        lapsed.exclude(UNFINISHED).update(crashes=0)
         # A worker that was delayed, for example by a lock, renews its leases in this time.
         time.sleep(2 * POLL_SECONDS)
         try_in_halves(recover_found, found)
@@ -176,6 +179,9 @@ def send_batch(name, size, resend, waiting):
         queue.next_probe_at = time.monotonic() + settings.JOB_RESEND_SECONDS
         queue.probe_ids = tuple(again)
     sizes |= again
+    for pk, length in sizes.items():
+        if error := size_error(length):  # do not load it: Beat could run out of memory
+            Job.objects.filter(QUEUED, pk=pk).finish("failed", error=error)
     ids, step = list(sizes), size if sum(sizes.values()) < BYTES_IN_MEMORY else 1
     try:
         for start in range(0, len(ids), step):
