@@ -29,6 +29,8 @@ from celery.worker.control import Panel
 from django.apps import apps as django_apps
 from django.core.checks import run_checks
 from django.core.exceptions import ImproperlyConfigured
+from django.core.management import call_command
+from django.core.management.base import SystemCheckError
 from django.db import (
     IntegrityError,
     InterfaceError,
@@ -2332,6 +2334,8 @@ def test_the_checks_refuse_a_database_in_which_jobs_would_be_lost(monkeypatch, s
     [error] = [found for found in run_checks() if found.id == "jobs.E005"]
     assert "PostgreSQL or SQLite as the database 'default', and USE_TZ = True" in error.msg
     assert wrong in error.hint
+    with pytest.raises(SystemCheckError, match="jobs.E005"):
+        call_command("migrate", skip_checks=False)
 
 
 @pytest.mark.parametrize("users", ["", "admin", "admin:", "admin:change-me", "me:secret,admin:"])
