@@ -127,6 +127,15 @@ def test_no_run_is_lost_when_the_clock_goes_back(monkeypatch, due):
     assert runs == Job.objects.count() == 24
 
 
+@pytest.mark.parametrize("due", [crontab(), schedule(60)], ids=["crontab", "interval"])
+def test_after_a_jump_back_an_entry_waits_until_the_time_of_its_last_start(due):
+    last, due.nowfun = datetime(2026, 1, 1, 12, tzinfo=UTC), lambda: now
+    now = last - timedelta(hours=1)
+    assert not due.is_due(last).is_due
+    now = last + timedelta(minutes=1)
+    assert due.is_due(last).is_due
+
+
 def test_beat_replaces_a_lost_connection():
     if connection.vendor == "sqlite":
         pytest.skip("only a connection to PostgreSQL can be lost: set DATABASE_URL=postgres://…")
