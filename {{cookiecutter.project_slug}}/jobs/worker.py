@@ -64,11 +64,11 @@ def watch_children(sender, **kwargs):
     # A C extension may block all threads of a child process, so renew its lease here as well.
     threading.Thread(target=renew_leases_of_children, daemon=True).start()
     threading.Thread(target=end_if_stuck, args=[sender.controller.blueprint], daemon=True).start()
+    # Celery's own method always waits for the whole time, and children would not learn of the shutdown.
+    sender.controller.wait_for_soft_shutdown = partial(wait_for_children, sender.pool)
     # Check for dead children every POLL_SECONDS. Celery does it every 5 s.
     if sender.hub:
         sender.hub.call_repeatedly(POLL_SECONDS, sender.pool.maintain_pool)
-        # Celery's own method always waits for the whole time.
-        sender.controller.wait_for_soft_shutdown = partial(wait_for_children, sender.pool)
 
 
 def wait_for_children(pool):
