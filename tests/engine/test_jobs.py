@@ -748,6 +748,13 @@ def test_a_worker_that_shuts_down_starts_no_body(shut_down):
     shut_down()
     job = run(lambda task: pytest.fail("started"))
     assert (job.state, job.crashes, job.started_at) == ("queued", 0, None)
+    assert seconds_until_due(job) == pytest.approx(5, abs=4)
+
+
+def test_an_old_message_in_a_shutdown_does_not_shorten_a_pause(shut_down):
+    shut_down()
+    job = Job.objects.enqueue(add, [1, 2], countdown=3600)
+    assert seconds_until_due(deliver(job)) > 3000
 
 
 # Messages that come too late

@@ -86,7 +86,7 @@ def close_if_busy():
     Cancel the query first: it may hold a lock on the row of the job.
     """
     info = getattr(connection.connection, "info", None)  # SQLite has none
-    if info and info.transaction_status.name == "ACTIVE":
+    if info and info.transaction_status == 1:  # libpq's PQTRANS_ACTIVE
         with suppress(Exception):
             connection.connection.cancel_safe(timeout=5)
         connection.close()

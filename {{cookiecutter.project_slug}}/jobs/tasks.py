@@ -215,7 +215,8 @@ class JobTask(DjangoTask):
         # process runs only one suspect at a time. A job without a crash is never a suspect.
         is_suspect = crashes and crashes + 1 >= settings.JOB_MAX_CRASHES
         if shutting_down[0] or (is_suspect and not run.become_suspect()):
-            row = Job.objects.filter(QUEUED, LockTimeout(), pk=request.id)
+            # With sent=0, the job waits for its next try, and this is an old message.
+            row = Job.objects.filter(QUEUED, LockTimeout(), pk=request.id, sent__gt=0)
             store_outcome(row.requeue, settings.JOB_SWEEP_SECONDS)
             raise Ignore("must wait: its worker is shutting down, or runs another suspect")
         limit = request.time_limit or self.time_limit
