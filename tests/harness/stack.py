@@ -67,12 +67,13 @@ class Stack:
         self.made.append(process)
         return process
 
-    def make_worker(self, queues, name, pool=None, **variables):
+    def make_worker(self, queues, name, pool=None, app="config", **variables):
         """Make a worker with the project's pool or with this one."""
         procfile = self.project.read("Procfile")
         command = re.search("^worker: .*(celery .*)", procfile, re.MULTILINE)[1]
         if pool:
             command = f"celery -A config worker --pool {pool}"
+        command = command.replace("-A config", f"-A {app}")
         command = f"{command} --queues {queues} -n {name}@%h"
         worker = self.process(command, name, **variables)
         worker.is_ready = lambda: f"{name}@" in worker.printed and " ready." in worker.printed

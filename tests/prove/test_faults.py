@@ -284,14 +284,14 @@ def test_a_worker_ends_although_a_child_has_half_of_a_message(stack, since):
 
 
 @on_each_pool
-def test_a_worker_that_ran_only_plain_tasks_stops_in_time(stack, gate, tmp_path, since):
+def test_a_worker_that_ran_only_plain_tasks_stops_in_time(stack, gate, since):
     """SOFT_SHUTDOWN_SECONDS applies to them too; an interrupted one is delivered again."""
     stack.worker.stop()
     stack.worker.start()
     task = stack.send("plain", gate, queue="cpu")
     stack.wait_until_started(task)
     # Run a later task, for the reason in test_a_stopped_worker_loses_nothing().
-    later = stack.send("plain", tmp_path, queue="cpu")
+    later = stack.send("plain", ".", queue="cpu")
     wait_for(lambda: stack.notes("end", later))
 
     start = time.monotonic()
@@ -300,6 +300,22 @@ def test_a_worker_that_ran_only_plain_tasks_stops_in_time(stack, gate, tmp_path,
     gate.touch()
     stack.worker.start()
     wait_for(lambda: stack.notes("end", task))
+
+
+@stacks(brokers=["redis"], pools=[pool for pool in POOLS if pool != "prefork"])
+def test_a_worker_that_fails_waits_for_no_body(stack, gate):
+    """Its exit code is 1, so a supervisor starts it again, and its jobs run at once."""
+    worker = stack.make_worker("test", "failing", app="faults.failing")
+    worker.start()
+    job = stack.enqueue("hold", gate, queue="test")
+    stack.wait_until_started(job)
+    stack.broker.kill()
+    assert worker.wait() == 1, worker.printed
+    stack.broker.start()
+    stack.make_worker("test", "next").start()
+    stack.wait_until_started(job, times=2)
+    gate.touch()
+    assert succeeded(stack.wait_until_final(job), crashes=0)
 
 
 @on_each

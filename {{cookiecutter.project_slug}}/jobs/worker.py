@@ -9,7 +9,7 @@ from functools import partial
 from multiprocessing.connection import wait
 
 from celery import current_app, exceptions, platforms
-from celery.bootsteps import RUN
+from celery.bootsteps import RUN, StartStopStep
 from celery.worker import state
 from celery.worker.control import Panel
 from django.conf import settings
@@ -35,6 +35,7 @@ def start(sender, **kwargs):
     global bodies_in_children
     bodies_in_children = has_children(sender)
     current_app.steps["consumer"].add(BatchedEvents)
+    current_app.steps["worker"].add(LimitShutdown)
     cancel_revoked_jobs()
 
 
@@ -170,17 +171,24 @@ def requeue_later(row):
 # Bodies in this process
 
 
-def limit_shutdown(**kwargs):
+class LimitShutdown(StartStopStep):
+    """Limits a shutdown without a signal too: Celery ends a worker after an error in its main loop."""
+
+    def close(self, worker):
+        limit_shutdown(worker.exitcode or 0)
+
+
+def limit_shutdown(exitcode=0, sig=None, **kwargs):
     """Requeue the jobs and end the process in time. Without this, Celery waits for the last body."""
-    shutting_down[0] = True
-    if bodies_in_children:  # prefork has Celery's soft shutdown
+    has_begun, shutting_down[0] = shutting_down[0], True
+    if has_begun or bodies_in_children:  # prefork has Celery's soft shutdown
         return
-    pool.start_thread(requeue_and_exit)
-    if not state.reserved_requests:
+    pool.start_thread(partial(requeue_and_exit, exitcode))
+    if sig and not state.reserved_requests:
         pool.end_idle_worker()
 
 
-def requeue_and_exit():
+def requeue_and_exit(exitcode=0):
     time.sleep(settings.CELERY_WORKER_SOFT_SHUTDOWN_TIMEOUT)
     try:
         with lock:
@@ -192,7 +200,7 @@ def requeue_and_exit():
                     jobs_of(runs.values()).skip_locked().requeue()
                 time.sleep(pause)
     finally:
-        os._exit(0)
+        os._exit(exitcode)
 
 
 # Remote control, from Flower or `celery control`
