@@ -339,10 +339,10 @@ def enqueue_in_three_ways(reader, block):
         f"""
 {block.code}
 run_jobs()
-jobs = Job.objects.order_by("created_at")
-assert [(job.result, job.owner) for job in jobs] == [
-    (10, None), ({{"pages": 10}}, None), ({{"pages": 10}}, user)
-]
+jobs = [(job.result, job.owner) for job in Job.objects.all()]  # stored in the same millisecond
+assert len(jobs) == 3
+for job in (10, None), ({{"pages": 10}}, None), ({{"pages": 10}}, user):
+    assert job in jobs
 """,
     )
 
@@ -521,7 +521,7 @@ def limit_the_time(reader, block):
 def compute():
     pass
 
-assert (compute.time_limit, compute.soft_time_limit) == (3600, 3500)
+assert (compute.time_limit, compute.soft_time_limit) == (3600, 3240)
 """,
     )
 
