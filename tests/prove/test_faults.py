@@ -503,7 +503,11 @@ def test_jobs_outlive_their_broker(stack, gate, tmp_path, since):
         rows = stack.wait_until_final(*jobs)
         since(start)
     assert succeeded(rows, crashes=0), rows
-    assert [len(stack.notes("start", job)) for job in jobs] == [1, 2, 1, *[1] * 50]
+    starts = [len(stack.notes("start", job)) for job in jobs]
+    # On gevent, a worker ends if queues are missing for a moment, as they are after a restart of
+    # moto. It hands back the job of a body that has not ended soon after.
+    has_ended = any(b"Unrecoverable error" in worker.log.read_bytes() for worker in stack.workers)
+    assert starts in ([1, 2, 1, *[1] * 50], [1, 2, 1 + has_ended, *[1] * 50])
 
 
 # Not with gevent: its worker ends, and must be restarted, if queues are missing for a moment, as
