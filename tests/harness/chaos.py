@@ -16,6 +16,7 @@ import threading
 import time
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from unittest import SkipTest
 
@@ -185,20 +186,23 @@ class Chaos:
 
     def fault_row_held(self):
         """Stop a worker while a body has locked the row of its own job."""
-        gate = self.stack.folder / f"gate-{time.monotonic()}"
-        try:
+        with self.gate() as gate:
             self.holders.append(job := self.stack.enqueue("hold_its_row", gate))
             self.stop_worker_of(job)
-        finally:
-            gate.touch()
 
     def fault_newsletter_stopped(self):
         """Stop a worker while a body writes chunks and cursors. Another worker writes the rest."""
-        gate = self.stack.folder / f"gate-{time.monotonic()}"
-        try:
+        with self.gate() as gate:
             self.newsletters.append(job := self.stack.enqueue("write_chunks", gate))
             self.stop_worker_of(job)
             self.stack.wait_until_started(job, times=2)
+
+    @contextmanager
+    def gate(self):
+        """A file for which bodies wait. It is created at the end of the block."""
+        gate = self.stack.folder / f"gate-{time.monotonic()}"
+        try:
+            yield gate
         finally:
             gate.touch()
 

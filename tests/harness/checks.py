@@ -196,7 +196,8 @@ def check_dependencies(texts):
     deployed = {
         file: text
         for file, text in code.items()
-        if file.parts[0] not in ("tests", "conftest.py", "dev.py") and file.name != "testing.py"
+        if file.parts[0] not in ("tests", "conftest.py", "dev.py")
+        and file != Path("jobs/testing.py")
     }
     for files, declared in ((deployed, production), (code, production + groups)):
         imported = set().union(*(imports(text) for file, text in files.items() if is_python(file)))

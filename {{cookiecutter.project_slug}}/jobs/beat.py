@@ -79,7 +79,7 @@ def enqueue_once_per_due_time(beat):
     apply_async, postponed = beat.scheduler.apply_async, SimpleQueue()
 
     def apply_once(entry, **options):
-        if entry.task not in beat.app.tasks:  # Celery sends it, in case that a worker knows it
+        if entry.task not in beat.app.tasks:  # Celery sends it, as a worker may know it
             logger.error("%s: this project has no task %s", entry.name, entry.task)
         if not isinstance(beat.app.tasks.get(entry.task), JobTask):
             return apply_async(entry, **options)

@@ -82,17 +82,23 @@ def lease_end():
     return Least(Clock() + timedelta(seconds=settings.JOB_LEASE_SECONDS), F("deadline"))
 
 
-def as_json(args, kwargs):
-    """Return `args` and `kwargs` as a row stores them, and their size in bytes.
+def to_json(value):
+    """Return the JSON of a value.
 
     As in Celery's messages, a datetime, a UUID or a Decimal becomes a dictionary that names its type,
     and the body gets the original value. Raises TypeError, ValueError or RecursionError if a value
     cannot be JSON, or has a character that PostgreSQL cannot store.
     """
-    text = dumps([args, kwargs], allow_nan=False)
+    text = dumps(value, allow_nan=False)
     # Without the backslashes of the values, which JSON doubles.
     if r"\u" in text and (found := UNSTORABLE.search(text.replace(r"\\", " "))):
         raise ValueError(f"the database cannot store the character {found[0]}")
+    return text
+
+
+def as_json(args, kwargs):
+    """Return `args` and `kwargs` as a row stores them, and their size in bytes. See to_json()."""
+    text = to_json([args, kwargs])
     return *json.loads(text), len(text)
 
 
@@ -139,7 +145,7 @@ class JobQuerySet(models.QuerySet):
         JOB_MAX_BYTES, or if a text has a NUL or half of a surrogate pair; IntegrityError if the owner
         has already used the key.
         """
-        as_json([label, unique, fields.get("idempotency_key")], {})  # may raise ValueError
+        to_json([label, unique, fields.get("idempotency_key")])  # may raise ValueError
         fields |= self.prepare(Now(), task, args, kwargs, countdown, queue)
         fields["label"] = label[:MAX_LABEL]
         return self.store(fields, unique)
@@ -176,7 +182,7 @@ class JobQuerySet(models.QuerySet):
 
         The guarantees are those of enqueue(), at a fraction of the cost. Returns the Jobs.
         """
-        as_json([label], {})  # may raise ValueError
+        to_json(label)  # may raise ValueError
         now = self.now()
         calls = [self.prepare(now, task, args, None, countdown, queue) for args in calls]
         return self.create_all(
