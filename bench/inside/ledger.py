@@ -70,20 +70,20 @@ def claims(waiting, count):
     copies(job_for_later("later"), waiting)
     jobs = list(Job.objects.filter(queue="later").order_by("?").values_list("pk")[:count])
     limits = {"limit": timedelta(seconds=600), "lease": timedelta(seconds=30)}
-    message = {"worker": "", "retries": 0, "crashes": 0, "sent": 1, **limits}
-    return rate(lambda pk: Job.objects.claim(id=pk, run=uuid.uuid4(), **message), jobs)
+    message = {"worker": "", "retries": 0, "crashes": 0, "times_sent": 1, **limits}
+    return rate(lambda pk: Job.objects.claim(id=pk, run_token=uuid.uuid4(), **message), jobs)
 
 
 def sweep_due(count, queues):
     """Return how many jobs a second the sweep sends after an outage, from this many queues."""
     empty("job")
     queue, due = f"'due' || n % {queues}", "now() - interval '1 second'"
-    copies(job_for_later("due"), count, queue=queue, wake_at=due, created_at=due)
+    copies(job_for_later("due"), count, queue=queue, sweep_at=due, created_at=due)
     began = time.perf_counter()
     while sweep.send_due():
         sweep.recover_lapsed()
     seconds = time.perf_counter() - began
-    assert Job.objects.filter(sent=1, queue__startswith="due").count() == count
+    assert Job.objects.filter(times_sent=1, queue__startswith="due").count() == count
     return count / seconds
 
 

@@ -26,7 +26,7 @@ from rest_framework.response import Response
 from rest_framework.test import APIClient, APIRequestFactory, force_authenticate
 from rest_framework.viewsets import GenericViewSet
 
-from jobs.models import Attempt, Job
+from jobs.models import Failure, Job
 from jobs.rest import Throttle
 from jobs.tasks import JobTask
 from jobs.views import EnqueueMixin
@@ -183,16 +183,16 @@ def test_only_staff_with_the_view_permission_reads_tracebacks(api, staff, user, 
         job = Job.objects.enqueue(fail, owner=user)
     shown = api.get(f"/api/jobs/{job.pk}/").json()
     assert shown["error"] == "It failed"
-    assert "attempts" not in shown
+    assert "failures" not in shown
     viewer = staff("view")
-    [attempt] = viewer.get(f"/api/jobs/{job.pk}/").json()["attempts"]
-    assert attempt["error"] == "ValueError: <b>no</b>"
-    assert attempt["exception"] == "builtins.ValueError"
-    assert attempt["traceback"].startswith("Traceback")
+    [failure] = viewer.get(f"/api/jobs/{job.pk}/").json()["failures"]
+    assert failure["error"] == "ValueError: <b>no</b>"
+    assert failure["exception"] == "builtins.ValueError"
+    assert failure["traceback"].startswith("Traceback")
     Job.objects.update(owner=None)
     [shown] = viewer.get("/api/jobs/").json()["results"]
-    assert "attempts" not in shown
-    assert "attempts" not in staff().get(f"/api/jobs/{job.pk}/").json()
+    assert "failures" not in shown
+    assert "failures" not in staff().get(f"/api/jobs/{job.pk}/").json()
 
 
 def test_staff_runs_a_job_again(staff, user, commit):
@@ -269,16 +269,16 @@ class UploadSerializer(serializers.Serializer):
     tag = serializers.ListField(write_only=True, default=[])
 
     def create(self, data):
-        """Store an object with a job: an attempt. Read the file to its end, as a storage does."""
+        """Store an object with a job: a failure. Read the file to its end, as a storage does."""
         if not data["file"].name.strip():
             raise SuspiciousFileOperation
         data["file"].read()
         now = timezone.now()
-        return Attempt.objects.create(job_id=data["job_id"], started_at=now, ended_at=now)
+        return Failure.objects.create(job_id=data["job_id"], started_at=now, ended_at=now)
 
 
 class UploadViewSet(EnqueueMixin, GenericViewSet):
-    queryset = Attempt.objects.all()
+    queryset = Failure.objects.all()
     serializer_class = UploadSerializer
     parser_classes = [MultiPartParser]
 
@@ -339,11 +339,11 @@ def ago(seconds):
 def test_the_metrics_count_waiting_jobs_and_the_longest_wait(staff_api):
     Job.objects.enqueue(greet, queue="slow")
     resent = Job.objects.enqueue(greet, queue="slow")
-    Job.objects.filter(pk=resent.pk).update(due_at=ago(100), sent=3)
+    Job.objects.filter(pk=resent.pk).update(due_at=ago(100), times_sent=3)
     Job.objects.enqueue(greet, queue="slow", countdown=60)
     retried, running = (Job.objects.enqueue(greet) for _ in range(2))
     for job in retried, running:
-        changes = {"due_at": ago(100), "state": "running", "run": uuid.uuid4()}
+        changes = {"due_at": ago(100), "state": "running", "run_token": uuid.uuid4()}
         Job.objects.filter(pk=job.pk).update(**changes)
     Job.objects.filter(pk=retried.pk).requeue(30, retries=1)
     found = scrape(staff_api)
@@ -365,7 +365,7 @@ def test_the_metrics_name_each_queue_even_if_it_is_empty(staff_api, settings):
 
 
 def test_the_metrics_count_jobs_that_ended_in_the_last_minute(staff_api):
-    ended = {"started_at": ago(4), "finished_at": Now(), "wake_at": None}
+    ended = {"started_at": ago(4), "finished_at": Now(), "sweep_at": None}
     for change in [
         {"state": "succeeded"},
         {"state": "succeeded", "started_at": ago(8), "retries": 2},

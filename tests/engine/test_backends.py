@@ -241,7 +241,7 @@ def test_a_dead_worker_counts_as_an_attempt(minutes, status, error):
     result = add.enqueue(1)
     deadline = timezone.now() + timedelta(minutes=minutes)
     started = {"started_at": timezone.now(), "deadline": deadline, "worker": "celery@host"}
-    Job.objects.update(state="running", run=uuid4(), **started)
+    Job.objects.update(state="running", run_token=uuid4(), **started)
     recover(Job.objects.all())
     result.refresh()
     assert (result.status, result.worker_ids) == (status, ["celery@host"])
@@ -290,10 +290,10 @@ def test_a_task_that_no_worker_imports_is_refused(monkeypatch):
 def test_a_task_waits_until_run_after():
     later = timezone.now() + timedelta(hours=1)
     job = Job.objects.get(pk=add.using(run_after=later).enqueue(1).id)
-    assert job.state == "queued" and job.sent == 0
+    assert job.state == "queued" and job.times_sent == 0
     assert abs(job.due_at - later) < timedelta(seconds=5)
     past = timezone.now() - timedelta(hours=1)
-    assert Job.objects.get(pk=add.using(run_after=past).enqueue(1).id).sent == 1
+    assert Job.objects.get(pk=add.using(run_after=past).enqueue(1).id).times_sent == 1
 
 
 def test_a_task_may_have_an_owner_and_a_unique_key(user):

@@ -275,7 +275,7 @@ def test_flower_is_told_that_a_cancelled_job_has_ended(monkeypatch, state, ends)
     if ends:
         Job.objects.filter(pk=job.pk).cancel()
     else:
-        Job.objects.claim(id=job.pk, run=uuid.uuid4(), **CLAIM)
+        Job.objects.claim(id=job.pk, run_token=uuid.uuid4(), **CLAIM)
     publish([job])
     assert sent == (["task-revoked"] if ends else [])
 

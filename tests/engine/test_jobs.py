@@ -62,7 +62,7 @@ from jobs import (
 )
 from jobs.beat import watch_ticks
 from jobs.metrics import Collector
-from jobs.models import Attempt, Job, JobQuerySet, Sweep
+from jobs.models import Failure, Job, JobQuerySet, Sweep
 from jobs.tasks import JobTask
 
 pytestmark = pytest.mark.django_db
@@ -71,7 +71,7 @@ CLAIM = {  # arguments of a claim by a job's first message
     "worker": "",
     "retries": 0,
     "crashes": 0,
-    "sent": 1,
+    "times_sent": 1,
     "limit": timedelta(seconds=60),
     "lease": timedelta(seconds=30),
 }
@@ -142,19 +142,19 @@ def start(job, limit=60):
 
 def claim(pk, run=None, **message):
     """Claim a job with a message that has these fields. Return what claim() returns."""
-    return Job.objects.claim(id=pk, run=run or uuid.uuid4(), **CLAIM | message)
+    return Job.objects.claim(id=pk, run_token=run or uuid.uuid4(), **CLAIM | message)
 
 
 def lapse(*jobs):
     """Make these jobs due for the sweep, in this order."""
     for place, job in enumerate(jobs):
         past = Now() - timedelta(seconds=1000 - place)
-        Job.objects.filter(pk=job.pk).update(wake_at=past)
+        Job.objects.filter(pk=job.pk).update(sweep_at=past)
 
 
 def seconds_until_due(job):
     job.refresh_from_db()
-    return (job.wake_at - timezone.now()).total_seconds()
+    return (job.sweep_at - timezone.now()).total_seconds()
 
 
 @pytest.fixture
@@ -337,7 +337,7 @@ def test_a_job_stays_queued_and_due_while_the_broker_is_down(broker_down):
     job = Job.objects.enqueue(add, [1, 2])
     assert not models.publish([job])
     assert seconds_until_due(job) <= 0
-    assert (job.state, job.sent) == ("queued", 0)
+    assert (job.state, job.times_sent) == ("queued", 0)
 
 
 def test_publishing_pauses_after_the_broker_was_found_down(broker_down, monkeypatch):
@@ -419,7 +419,7 @@ def test_many_jobs_wait_for_the_broker_or_for_their_countdown(commit, broker_dow
         late = Job.objects.enqueue_many(add, [[1, 2]] * 3, countdown=60)
         jobs = Job.objects.enqueue_many(add, [[1, 2]] * 5)
     assert broker_down == [str(jobs[0].pk)]
-    assert all(seconds_until_due(job) <= 0 and not job.sent for job in jobs)
+    assert all(seconds_until_due(job) <= 0 and not job.times_sent for job in jobs)
     assert all(seconds_until_due(job) == pytest.approx(60, abs=5) for job in late)
 
 
@@ -436,8 +436,8 @@ def test_a_job_is_sent_as_a_celery_message():
         messages.send_one(job, app.amqp.Producer(broker, auto_declare=False))
         message = app.amqp.queues["cpu"](broker.default_channel).get()
     assert message.payload[:2] == [[1], {"y": 2}]
-    kept = {name: message.headers[name] for name in ("id", "task", "retries", "job")}
-    assert kept == {"id": str(job.pk), "task": add.name, "retries": 3, "job": 0}
+    kept = {name: message.headers[name] for name in ("id", "task", "retries", "job", "crashes")}
+    assert kept == {"id": str(job.pk), "task": add.name, "retries": 3, "job": True, "crashes": 0}
 
 
 # Running
@@ -459,7 +459,7 @@ def test_an_error_is_stored_without_characters_that_a_database_refuses(text, sto
     job = run(body)
     assert (job.state, job.error) == ("failed", f"ValueError: {stored}")
     assert (job.progress, job.message) == (30, stored)
-    traceback = job.attempts.get().traceback
+    traceback = job.failures.get().traceback
     assert traceback.endswith(f"raise ValueError(text)\nValueError: {stored}\n")
 
 
@@ -541,7 +541,7 @@ def test_a_renewal_keeps_the_progress_of_a_resumed_job():
     Job.objects.update(cursor=7, progress=50)
     resumed = lease.Run(job.pk)
     claim(job.pk, resumed.token)
-    Job.objects.update(message="Half of it", wake_at=Now())
+    Job.objects.update(message="Half of it", sweep_at=Now())
     lease.write_and_renew([resumed])
     job.refresh_from_db()
     assert (job.progress, job.message) == (50, "Half of it")
@@ -672,7 +672,7 @@ def test_a_cursor_is_stored_in_the_transaction_of_the_body(update_errors):
     def body(task):
         for error in ZeroDivisionError, OperationalError:
             with suppress(error), transaction.atomic():
-                Job.objects.create(task="effect", queue="", wake_at=Now())
+                Job.objects.create(task="effect", queue="", sweep_at=Now())
                 update_errors.append(error)
                 task.report(1, 2, cursor=7)
         with suppress(ZeroDivisionError), transaction.atomic():
@@ -870,9 +870,9 @@ def test_a_router_with_a_replica_stops_no_job(replica, published, user):
         assert claim(job.pk, run)
         job.refresh_from_db()
         assert job.state == "running"
-        attempt = Attempt(started_at=Now(), job_id=job.pk)
-        assert attempt.job == job
-        assert Job.objects.succeed(id=job.pk, run=run, result=3, message="")
+        failure = Failure(started_at=Now(), job_id=job.pk)
+        assert failure.job == job
+        assert Job.objects.succeed(id=job.pk, run_token=run, result=3, message="")
         [again] = Job.objects.run_again()
         assert again.owner_id == user.pk
         assert Job.objects.filter(pk=again.pk).cancel()
@@ -894,7 +894,7 @@ def test_a_user_with_active_jobs_is_not_deleted(published, user, admin_user):
     jobs = [Job.objects.enqueue(add, [1, 2], owner=user) for _ in range(2)]
     other = Job.objects.enqueue(add, [1, 2], owner=admin_user)
     start(jobs[0])
-    Attempt.objects.create(job=jobs[0], started_at=Now())
+    Failure.objects.create(job=jobs[0], started_at=Now())
     with pytest.raises(RestrictedError, match="active jobs: cancel them first") as found:
         user.delete()
     assert found.value.restricted_objects == set(jobs)
@@ -927,17 +927,17 @@ def test_each_failed_run_is_kept_with_its_traceback():
     assert errors(job) == ["OSError: away"] * 2
     job = deliver(Job.objects.enqueue(flaky, [9]))
     assert errors(job) == ["OSError: away"] * 3
-    attempts = list(job.attempts.all())
-    assert all('raise OSError("away")' in attempt.traceback for attempt in attempts)
-    assert {attempt.exception for attempt in attempts} == {"builtins.OSError"}
-    assert {attempt.worker for attempt in attempts} == {job.worker} != {""}
-    times = [time for attempt in attempts for time in (attempt.started_at, attempt.ended_at)]
+    failures = list(job.failures.all())
+    assert all('raise OSError("away")' in failure.traceback for failure in failures)
+    assert {failure.exception for failure in failures} == {"builtins.OSError"}
+    assert {failure.worker for failure in failures} == {job.worker} != {""}
+    times = [time for failure in failures for time in (failure.started_at, failure.ended_at)]
     assert times == sorted(times)
     assert times[-2] == job.started_at and times[-1] - job.finished_at < timedelta(seconds=1)
 
 
 def errors(job):
-    return [attempt.error for attempt in job.attempts.all()]
+    return [failure.error for failure in job.failures.all()]
 
 
 def divide(task, **options):
@@ -973,14 +973,14 @@ def test_an_attempt_has_the_error_that_led_to_the_retry(body, error, raised):
 
     job = run(retry)
     assert (job.retries, errors(job)) == (1, [error])
-    assert raised in job.attempts.get().traceback
+    assert raised in job.failures.get().traceback
 
 
-def test_only_the_latest_twenty_attempts_are_kept():
+def test_only_the_latest_twenty_failures_are_kept():
     job = Job.objects.enqueue(add, [1, 2])
     for number in range(23):
         Job.objects.update(started_at=timezone.now())
-        assert Job.objects.requeue(attempt={"error": str(number)}) == 1
+        assert Job.objects.requeue(failure={"error": str(number)}) == 1
     assert errors(job) == [str(number) for number in range(3, 23)]
 
 
@@ -1005,10 +1005,10 @@ def test_a_long_error_and_traceback_are_shortened(body):
         job = run(lambda task: body(10_000))
     finally:
         sys.setrecursionlimit(limit)
-    attempt = job.attempts.get()
-    assert attempt.error == ("ValueError: " + "long" * 1000)[:1000]
-    assert 'raise ValueError("long" * 10_000)' in attempt.traceback
-    assert len(attempt.traceback) <= 4000
+    failure = job.failures.get()
+    assert failure.error == ("ValueError: " + "long" * 1000)[:1000]
+    assert 'raise ValueError("long" * 10_000)' in failure.traceback
+    assert len(failure.traceback) <= 4000
 
 
 def test_a_job_that_succeeds_at_once_needs_two_statements():
@@ -1017,7 +1017,7 @@ def test_a_job_that_succeeds_at_once_needs_two_statements():
         models.publish([job])
     assert len(captured) == 2
     job.refresh_from_db()
-    assert job.state == "succeeded" and not job.attempts.exists()
+    assert job.state == "succeeded" and not job.failures.exists()
 
 
 @pytest.mark.django_db(transaction=True)  # it opens a new connection
@@ -1059,9 +1059,9 @@ def test_apply_async_accepts_options_that_a_job_supports():
     pk, eta = uuid.uuid4(), timezone.now() + timedelta(hours=1)
     add.apply_async([1, 2], task_id=str(pk), queue="cpu", countdown=60)
     add.s(1, 2).apply_async(eta=eta)
-    first, second = Job.objects.order_by("wake_at")
-    assert (first.pk, first.queue, first.sent, second.sent) == (pk, "cpu", 0, 0)
-    assert abs(second.wake_at - eta) < timedelta(seconds=5)
+    first, second = Job.objects.order_by("sweep_at")
+    assert (first.pk, first.queue, first.times_sent, second.times_sent) == (pk, "cpu", 0, 0)
+    assert abs(second.sweep_at - eta) < timedelta(seconds=5)
 
 
 @pytest.mark.parametrize(
@@ -1250,18 +1250,18 @@ def run_while_open(change, function):
 
 
 @pytest.mark.django_db(transaction=True)
-@pytest.mark.parametrize("by", ["owner__username", "attempts__error", "state", "pk"])
+@pytest.mark.parametrize("by", ["owner__username", "failures__error", "state", "pk"])
 def test_a_job_that_changes_while_cancel_waits_is_not_cancelled(published, user, by):
     """With a join, PostgreSQL checks no condition of an UPDATE again when it has waited."""
     if connection.vendor != "postgresql":
         pytest.skip("SQLite has one transaction at a time: set DATABASE_URL=postgres://…")
     job, run = Job.objects.enqueue(add, [1, 2], owner=user), uuid.uuid4()
-    Attempt.objects.create(job=job, started_at=Now(), error="user")
+    Failure.objects.create(job=job, started_at=Now(), error="user")
     if by == "state":
         change, state = partial(claim, job.pk, run), "running"
     else:
         assert claim(job.pk, run)
-        end = {"id": job.pk, "run": run, "result": 3, "message": ""}
+        end = {"id": job.pk, "run_token": run, "result": 3, "message": ""}
         change, state = partial(Job.objects.succeed, **end), "succeeded"
     condition = {by: {"pk": job.pk, "state": "queued"}.get(by, "user")}
     assert run_while_open(change, Job.objects.filter(**condition).cancel) == 0
@@ -1272,8 +1272,8 @@ def test_a_job_that_changes_while_cancel_waits_is_not_cancelled(published, user,
 def test_a_job_that_a_join_repeats_is_cancelled_and_run_again_once(published):
     job = Job.objects.enqueue(add, [1, 2])
     for _ in range(2):
-        Attempt.objects.create(job=job, started_at=Now(), error="away")
-    jobs = Job.objects.filter(attempts__error="away")
+        Failure.objects.create(job=job, started_at=Now(), error="away")
+    jobs = Job.objects.filter(failures__error="away")
     assert jobs.cancel() == 1
     assert len(jobs.run_again()) == 1
 
@@ -1344,7 +1344,7 @@ def test_a_claim_that_a_database_crash_has_lost_is_repeated():
     claim(overtaken.pk)
     lease.write_and_renew(runs)
     assert [run.lost for run in runs] == [False, True, True]
-    assert Job.objects.get(run=runs[0].token) == forgotten
+    assert Job.objects.get(run_token=runs[0].token) == forgotten
 
 
 @pytest.mark.parametrize("end, state", [(None, "succeeded"), (ValueError, "failed")], ids=str)
@@ -1353,7 +1353,7 @@ def test_an_outcome_is_stored_although_a_database_crash_has_lost_the_claim(end, 
 
     def body(task):
         seen.append(task.job_run.in_body)
-        Job.objects.update(state="queued", run=None, started_at=None)
+        Job.objects.update(state="queued", run_token=None, started_at=None)
         if end:
             raise end
 
@@ -1368,7 +1368,7 @@ def test_a_body_whose_claim_a_database_crash_has_lost_continues(use_cursor, hand
     """Unless its worker has handed the job back: then it belongs to the next run."""
 
     def body(task):
-        Job.objects.update(state="queued", run=None, started_at=None)
+        Job.objects.update(state="queued", run_token=None, started_at=None)
         task.job_run.in_body = not handed_back
         use_cursor(task)
         return Job.objects.get().state
@@ -1525,12 +1525,12 @@ def test_a_job_waits_longer_after_each_crash_and_fails_after_the_third():
         start(job)
         sweep.recover_lapsed()
         assert seconds_until_due(job) == pytest.approx(delay, rel=0.3)
-        assert (job.state, job.crashes, job.sent) == ("queued", crashes, 0)
+        assert (job.state, job.crashes, job.times_sent) == ("queued", crashes, 0)
     start(job)
     sweep.recover_lapsed()
     job.refresh_from_db()
     assert (job.state, job.error) == ("failed", "Its worker died 3 times")
-    assert job.reason == job.error  # the text that its owner reads
+    assert job.public_error == job.error  # the text that its owner reads
     assert errors(job) == ["Its worker died"] * 3
 
 
@@ -1540,14 +1540,14 @@ def test_a_job_past_its_deadline_fails():
     sweep.recover_lapsed()
     job.refresh_from_db()
     assert (job.state, job.error, job.crashes) == ("failed", "Over its time limit", 0)
-    assert job.reason == job.error
+    assert job.public_error == job.error
     assert errors(job) == ["Over its time limit"]
 
 
 def test_a_running_job_with_a_lease_is_not_recovered():
     job = Job.objects.enqueue(add, [1, 2])
     start(job)
-    Job.objects.update(wake_at=models.lease_end())
+    Job.objects.update(sweep_at=models.lease_end())
     sweep.recover_lapsed()
     assert seconds_until_due(job) == pytest.approx(30, abs=5)
     assert job.state == "running"
@@ -1556,7 +1556,7 @@ def test_a_running_job_with_a_lease_is_not_recovered():
 def test_a_lease_ends_no_later_than_the_deadline():
     job = Job.objects.enqueue(add, [1, 2])
     start(job, limit=10)
-    Job.objects.update(wake_at=models.lease_end())
+    Job.objects.update(sweep_at=models.lease_end())
     assert seconds_until_due(job) == pytest.approx(10, abs=5)
 
 
@@ -1661,7 +1661,7 @@ def test_a_sweep_that_finds_the_broker_down_stops_and_changes_nothing(broker_dow
     sweep.send_due()
     assert len(broker_down) == 3  # all three, the first one alone, and a message without a job
     assert all(seconds_until_due(job) <= 0 for job in jobs)
-    assert not Job.objects.exclude(sent=0)
+    assert not Job.objects.exclude(times_sent=0)
 
 
 def test_a_job_that_the_broker_refuses_delays_no_other(monkeypatch):
@@ -1719,7 +1719,7 @@ def test_the_sweep_resends_twice_as_many_after_it_found_a_lost_message(published
         sweep.send_due()
         resent.append(len(published) - 20)
         for pk in published[20:]:
-            assert claim(pk, sent=message)
+            assert claim(pk, times_sent=message)
     assert resent == [1, 2, 4, 1]
 
 
@@ -1764,7 +1764,7 @@ def test_a_failed_publish_does_not_change_a_job_that_waits_for_its_retry(broker_
     """Publishing may report an error although the broker has taken the message."""
     job = Job.objects.enqueue(add, [1, 2])
     lease.Run(job.pk).row.requeue()
-    Job.objects.filter(pk=job.pk).update(sent=0, wake_at=Now() + timedelta(seconds=600))
+    Job.objects.filter(pk=job.pk).update(times_sent=0, sweep_at=Now() + timedelta(seconds=600))
     assert not models.publish([job])
     assert seconds_until_due(job) > 500
 
@@ -1774,12 +1774,12 @@ def test_the_sweep_updates_100_rows_with_one_statement(published, monkeypatch):
     in_memory = []
     monkeypatch.setattr(sweep, "send", lambda jobs: in_memory.append(len(jobs)))
     Job.objects.enqueue_many(add, [[1, 2]] * 250, countdown=1)
-    Job.objects.update(wake_at=Now() - timedelta(seconds=1))
+    Job.objects.update(sweep_at=Now() - timedelta(seconds=1))
     with CaptureQueriesContext(connection) as captured:
         sweep.send_due()
     assert len([query for query in captured if query["sql"].startswith("UPDATE")]) == 3
     assert in_memory == [100, 100, 50]
-    assert set(Job.objects.values_list("sent", flat=True)) == {1}
+    assert set(Job.objects.values_list("times_sent", flat=True)) == {1}
 
 
 BULK_UPDATES = {
@@ -1926,7 +1926,7 @@ def test_old_final_jobs_are_deleted_with_their_idempotency_keys(settings, caplog
     past = Now() - timedelta(days=settings.JOB_RETENTION_DAYS, seconds=1)
     Job.objects.update(created_at=past)
     Job.objects.filter(pk=old.pk).update(finished_at=past)
-    Attempt.objects.create(job=old, started_at=timezone.now())
+    Failure.objects.create(job=old, started_at=timezone.now())
     sweep.purge()
     assert "deleted 1 jobs older than 30 days" in caplog.text
     assert set(Job.objects.all()) == {new, active}
@@ -2028,7 +2028,7 @@ def test_a_job_of_a_task_that_the_worker_does_not_know_is_due_again_soon(monkeyp
     monkeypatch.setattr("threading.Timer", in_this_thread)
     monkeypatch.setattr(connection, "close", Mock())
     [job, other] = enqueue_and_publish(2)
-    worker.requeue_unknown(str(job.pk), SimpleNamespace(headers={"job": 0}))
+    worker.requeue_unknown(str(job.pk), SimpleNamespace(headers={"job": True}))
     worker.requeue_unknown(str(other.pk), SimpleNamespace(headers=None))
     assert seconds_until_due(job) == pytest.approx(5, abs=2)
     assert seconds_until_due(other) == pytest.approx(30, abs=2)
@@ -2049,7 +2049,7 @@ def test_a_job_of_a_task_that_no_worker_knows_comes_back_less_and_less_often(pub
 def test_the_job_of_a_killed_child_is_due_again_soon(monkeypatch, published):
     """But not if another run has claimed it since."""
     monkeypatch.setattr("threading.Timer", in_this_thread)
-    job, request = Job.objects.enqueue(add, [1, 2]), SimpleNamespace(request_dict={"job": 0})
+    job, request = Job.objects.enqueue(add, [1, 2]), SimpleNamespace(request_dict={"job": True})
     worker.assign_run_token(request)
     headers = request.request_dict
     sender = SimpleNamespace(request=SimpleNamespace(headers=headers))
@@ -2079,7 +2079,7 @@ def test_the_main_process_renews_only_the_runs_of_its_children(monkeypatch, publ
     jobs = [Job.objects.enqueue(add, [1, 2]) for _ in range(2)]
     start(jobs[0])
     start(jobs[1])
-    runs = [Job.objects.get(pk=jobs[0].pk).run, uuid.uuid4()]
+    runs = [Job.objects.get(pk=jobs[0].pk).run_token, uuid.uuid4()]
     requests = [
         SimpleNamespace(id=str(job.pk), request_dict={"run": run})
         for job, run in zip(jobs, runs, strict=True)
@@ -2093,9 +2093,9 @@ def test_the_main_process_renews_only_the_runs_of_its_children(monkeypatch, publ
 
 def test_a_run_has_the_token_that_the_main_process_chose():
     token = uuid.uuid4()
-    act.body = lambda task: str(Job.objects.get().run)
+    act.body = lambda task: str(Job.objects.get().run_token)
     job = Job.objects.enqueue(act)
-    result = act.apply(task_id=str(job.pk), headers={"job": 0, "run": token})
+    result = act.apply(task_id=str(job.pk), headers={"job": True, "run": token})
     assert result.get() == str(token)
 
 
@@ -2139,14 +2139,14 @@ def test_a_worker_that_hangs_in_its_shutdown_exits(
     "impossible",
     [
         {"state": "queued"},
-        {"state": "queued", "wake_at": Now(), "finished_at": Now()},
-        {"state": "queued", "wake_at": Now(), "run": uuid.UUID(int=1)},
-        {"state": "running", "wake_at": Now()},
-        {"state": "running", "run": uuid.UUID(int=1)},
+        {"state": "queued", "sweep_at": Now(), "finished_at": Now()},
+        {"state": "queued", "sweep_at": Now(), "run_token": uuid.UUID(int=1)},
+        {"state": "running", "sweep_at": Now()},
+        {"state": "running", "run_token": uuid.UUID(int=1)},
         {"state": "succeeded"},
-        {"state": "failed", "finished_at": Now(), "wake_at": Now()},
-        {"state": "cancelled", "finished_at": Now(), "run": uuid.UUID(int=1)},
-        {"state": "lost", "wake_at": Now()},
+        {"state": "failed", "finished_at": Now(), "sweep_at": Now()},
+        {"state": "cancelled", "finished_at": Now(), "run_token": uuid.UUID(int=1)},
+        {"state": "lost", "sweep_at": Now()},
     ],
     ids=str,
 )
@@ -2199,8 +2199,8 @@ def backlog():
         pytest.skip("only PostgreSQL plans with statistics: set DATABASE_URL=postgres://…")
     now = timezone.now()
     final = {"state": "succeeded", "finished_at": now}
-    waits = {"state": "queued", "wake_at": now}
-    runs = {"state": "running", "wake_at": now, "run": uuid.UUID(int=1)}
+    waits = {"state": "queued", "sweep_at": now}
+    runs = {"state": "running", "sweep_at": now, "run_token": uuid.UUID(int=1)}
     fields = {"task": add.name, "queue": "celery", "created_at": now}
     Job.objects.bulk_create(Job(**fields, **final) for _ in range(100))
     with connection.cursor() as cursor:
@@ -2236,9 +2236,9 @@ def test_an_update_of_a_job_reads_no_backlog(by_key):
     runs = [lease.Run(job.pk) for job in jobs]
     for run in runs:
         by_key(claim, run.job_id, run.token)
-    by_key(lease.jobs_of(runs).update, wake_at=models.lease_end())
-    by_key(runs[0].row.update, cursor=7, wake_at=models.lease_end())
-    by_key(Job.objects.succeed, id=runs[0].job_id, run=runs[0].token, result=7, message="")
+    by_key(lease.jobs_of(runs).update, sweep_at=models.lease_end())
+    by_key(runs[0].row.update, cursor=7, sweep_at=models.lease_end())
+    by_key(Job.objects.succeed, id=runs[0].job_id, run_token=runs[0].token, result=7, message="")
     by_key(runs[1].row.requeue)
     by_key(Job.objects.filter(pk=jobs[1].pk).cancel)
     by_key(lease.jobs_of(runs[1:]).requeue)
@@ -2261,7 +2261,7 @@ def test_a_scrape_scans_no_table():
     with connection.cursor() as cursor:
         cursor.execute("TRUNCATE jobs_job CASCADE")  # and what other tests left in its indexes
         Job.objects.bulk_create(Job(**fields, **final) for _ in range(5000))
-        Job.objects.bulk_create(Job(**fields, due_at=now, wake_at=now) for _ in range(50))
+        Job.objects.bulk_create(Job(**fields, due_at=now, sweep_at=now) for _ in range(50))
         cursor.execute("VACUUM ANALYZE jobs_job")
         with CaptureQueriesContext(connection) as captured:
             list(Collector().collect())

@@ -111,7 +111,7 @@ def since(record_property):
 
 def errors(row):
     """Return the errors of a job's failed runs, in order."""
-    return [attempt["error"] for attempt in row["attempts"]]
+    return [failure["error"] for failure in row["failures"]]
 
 
 def ran_once(stack, jobs):

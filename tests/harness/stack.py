@@ -288,12 +288,12 @@ with app.connection_for_write() as broker:
         return self.rows(job)[0]
 
     def rows(self, *jobs):
-        """Return the rows of these jobs with their attempts, in the same order."""
+        """Return the rows of these jobs with their failures, in the same order."""
         code = """
 fields = ["pk", "state", "result", "error", "crashes"]
 found = {str(row["pk"]): row for row in Job.objects.filter(pk__in=jobs).values(*fields)}
 for row in found.values():
-    row["attempts"] = list(Attempt.objects.filter(job=row["pk"]).values())
+    row["failures"] = list(Failure.objects.filter(job=row["pk"]).values())
 result = [found[job] for job in jobs]
 """
         return self.ask(code, jobs=jobs)

@@ -27,8 +27,8 @@ def test_a_function_succeeds_fails_or_is_retried(stack):
         ["FAILED", None, 1, ["builtins.LookupError"]],
         ["SUCCESSFUL", 2, 2, ["builtins.OSError"]],
     ]
-    [attempt] = stack.row(jobs[1])["attempts"]
-    assert "in look_up" in attempt["traceback"]
+    [failure] = stack.row(jobs[1])["failures"]
+    assert "in look_up" in failure["traceback"]
 
 
 @pytest.mark.parametrize("function", ["hold_a_function", "hold_a_coroutine"])

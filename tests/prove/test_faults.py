@@ -674,7 +674,7 @@ send([copy])
     assert succeeded(rows, crashes=1), rows
     code = """
 job = Job.objects.get(pk=job)
-result = (job.started_at - job.attempts.get().ended_at).total_seconds()
+result = (job.started_at - job.failures.get().ended_at).total_seconds()
 """
     assert stack.ask(code, job=job) > 3.5  # the pause is 5 s, more or less a fifth
 

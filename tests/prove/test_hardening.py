@@ -92,7 +92,7 @@ WITH_MARKUP = """
 from django.core.files.uploadedfile import SimpleUploadedFile
 from django.test import Client
 from django.utils.timezone import now
-from jobs.models import Attempt, Job
+from jobs.models import Failure, Job
 from orders.models import Order
 from orders.tasks import write_report
 from users.models import User
@@ -106,14 +106,14 @@ assert client.post("/api/imports/", {"file": file}).status_code == 202
 
 texts = [
     {"label": text, "message": text, "worker": text},
-    {"state": "failed", "error": text, "reason": text, "task": text},
+    {"state": "failed", "error": text, "public_error": text, "task": text},
     *({"state": "succeeded", "result": result} for result in [text, [text], text + "\\n" * 9]),
 ]
 jobs = Job.objects.enqueue_many(write_report, [[owner.pk]] * len(texts), owner=owner, countdown=999)
 Job.objects.filter(pk__in=[job.pk for job in jobs[1:]]).cancel()
 for job, fields in zip(jobs, texts):
     Job.objects.filter(pk=job.pk).update(**fields)
-Attempt.objects.create(job=jobs[1], started_at=now(), ended_at=now(), error=text, traceback=text)
+Failure.objects.create(job=jobs[1], started_at=now(), ended_at=now(), error=text, traceback=text)
 result = [job.pk for job in jobs[:2]]
 """
 

@@ -362,9 +362,9 @@ for number, queue in enumerate([*settings.WORKER_QUEUES, "unknown"], start=1):
         for countdown in (0, 3600):
             Job.objects.enqueue(write_report, [1], queue=queue, countdown=countdown)
         for changes in (
-            {"sent": 0, "wake_at": timezone.now() - timedelta(seconds=9)},  # a due countdown
-            {"state": "running", "run": uuid4()},
-            *({"state": state, "wake_at": None, "finished_at": timezone.now()}
+            {"times_sent": 0, "sweep_at": timezone.now() - timedelta(seconds=9)},  # a due countdown
+            {"state": "running", "run_token": uuid4()},
+            *({"state": state, "sweep_at": None, "finished_at": timezone.now()}
               for state in ("succeeded", "failed", "cancelled")),
         ):
             job = Job.objects.enqueue(write_report, [1], queue=queue)

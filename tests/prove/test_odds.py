@@ -166,8 +166,8 @@ def test_each_run_that_failed_says_why(stack, since):
     since(start)
     assert [row["state"] for row in rows] == ["failed", "succeeded"]
     assert [errors(row) for row in rows] == [["OSError: away"] * 2, ["OSError: away"]]
-    attempts = [attempt for row in rows for attempt in row["attempts"]]
-    assert all('raise OSError("away")' in attempt["traceback"] for attempt in attempts), attempts
+    failures = [failure for row in rows for failure in row["failures"]]
+    assert all('raise OSError("away")' in failure["traceback"] for failure in failures), failures
 
 
 def control(stack, *words):

@@ -70,7 +70,7 @@ def kept(stack, jobs):
 
 def locked(stack, jobs):
     """Another transaction locks a row that refers to one of the jobs."""
-    stack.ask("Attempt.objects.create(job_id=job, started_at=Now())", job=jobs[0])
+    stack.ask("Failure.objects.create(job_id=job, started_at=Now())", job=jobs[0])
     return stack.locked(f"SELECT FROM jobs_attempt WHERE job_id = '{jobs[0]}' FOR UPDATE")
 
 
@@ -158,7 +158,7 @@ def test_beat_needs_little_memory_for_due_jobs(stack, record_property, count, fi
     megabytes = watch_memory(stack)
     jobs = enqueue_many(stack, count, "", countdown=99, queue="nobody")
     try:
-        stack.ask(f"Job.objects.filter(pk__in=jobs).update(wake_at=Now(), {field})", jobs=jobs)
+        stack.ask(f"Job.objects.filter(pk__in=jobs).update(sweep_at=Now(), {field})", jobs=jobs)
         wait_for(lambda: stack.messages_in("nobody") >= count)
     finally:
         stack.ask('Job.objects.filter(queue="nobody").delete()')
@@ -175,7 +175,7 @@ def test_a_huge_job_that_was_stored_before_the_limit_fails_without_being_loaded(
     megabytes = watch_memory(stack)
     [job] = enqueue_many(stack, 1, "", countdown=99)
     args = "SELECT jsonb_build_array(jsonb_agg(repeat('x', 96))) FROM generate_series(1, 1000000)"
-    run_sql(stack, f"UPDATE jobs_job SET args = ({args}), wake_at = now() WHERE id = '{job}'")
+    run_sql(stack, f"UPDATE jobs_job SET args = ({args}), sweep_at = now() WHERE id = '{job}'")
     [row] = stack.wait_until_final(job)
     error = "The arguments have 100,000,004 bytes, but JOB_MAX_BYTES is 16,000,000: pass an id"
     assert (row["state"], row["error"]) == ("failed", error)
@@ -307,7 +307,7 @@ def test_jobs_that_a_full_queue_refused_run_when_it_has_room(stack, gate, since)
     held = [stack.enqueue("hold", gate, queue="cpu") for _ in range(4)]
     stack.wait_until_started(*held)
     pauses = """
-refused = Job.objects.filter(pk__in=jobs, sent=0).annotate(pause=F("wake_at") - Now())
+refused = Job.objects.filter(pk__in=jobs, times_sent=0).annotate(pause=F("sweep_at") - Now())
 result = [job.pause.total_seconds() for job in refused]
 """
     seen = []

@@ -12,13 +12,13 @@ from django.utils.html import format_html
 from kombu.utils.json import loads
 
 from .beat import check_entry
-from .models import Attempt, Job
+from .models import Failure, Job
 
 # The fields on the page of a job
 TASK_FIELDS = "task label args kwargs owner queue created_at"
-OUTCOME_FIELDS = "state error reason result progress message started_at finished_at"
+OUTCOME_FIELDS = "state error public_error result progress message started_at finished_at"
 KEYS = "id idempotency_key fingerprint unique_key"
-INTERNALS = "cursor run worker due_at wake_at deadline sent retries crashes"
+INTERNALS = "cursor run_token worker due_at sweep_at deadline times_sent retries crashes"
 
 
 class LatestPages(Paginator):
@@ -48,24 +48,24 @@ def announce(request, jobs, done="enqueued", rest=""):
     messages.success(request, format_html("{}. {}", link, rest))
 
 
-class AttemptInline(admin.StackedInline):
-    model = Attempt
-    verbose_name_plural = "Attempts that failed, the latest first"
+class FailureInline(admin.StackedInline):
+    model = Failure
+    verbose_name_plural = "Failed runs, the latest first"
     fields = readonly_fields = ["started", "worker", "shown_traceback"]
     ordering = ["-pk"]
     max_num = 0
     can_delete = False
 
     def has_view_permission(self, request, obj=None):
-        return True  # every user who may view the job may view its attempts
+        return True  # every user who may view the job may view its failures
 
-    def started(self, attempt):
-        seconds = (attempt.ended_at - attempt.started_at).total_seconds()
-        return f"{attempt.started_at:%Y-%m-%d %H:%M:%S}, for {seconds:.1f} s"
+    def started(self, failure):
+        seconds = (failure.ended_at - failure.started_at).total_seconds()
+        return f"{failure.started_at:%Y-%m-%d %H:%M:%S}, for {seconds:.1f} s"
 
     @admin.display(description="traceback")
-    def shown_traceback(self, attempt):
-        return format_html('<pre style="white-space: pre-wrap">{}</pre>', attempt.traceback)
+    def shown_traceback(self, failure):
+        return format_html('<pre style="white-space: pre-wrap">{}</pre>', failure.traceback)
 
 
 @admin.register(Job)
@@ -81,7 +81,7 @@ class JobAdmin(admin.ModelAdmin):
     search_fields = ["pk"]  # shows the search box
     search_help_text = "The id of a job, or the full user name of its owner"
     actions = ["run_again", "cancel"]
-    inlines = [AttemptInline]
+    inlines = [FailureInline]
     fieldsets = [
         (None, {"fields": TASK_FIELDS.split()}),
         ("How it went", {"fields": OUTCOME_FIELDS.split()}),

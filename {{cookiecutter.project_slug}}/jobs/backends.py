@@ -119,17 +119,17 @@ class TaskBackend(BaseTaskBackend):
         return self.result_of(job, task)
 
     def result_of(self, job, task):
-        attempts = list(job.attempts.all())
-        runs = [(attempt.started_at, attempt.worker) for attempt in attempts]
+        failures = list(job.failures.all())
+        runs = [(failure.started_at, failure.worker) for failure in failures]
         if job.started_at and (not runs or job.started_at > runs[-1][0]):
-            # The last run has no Attempt: it is running, succeeded, was cancelled or its worker stopped.
+            # The last run has no Failure: it is running, succeeded, was cancelled or its worker stopped.
             runs.append((job.started_at, job.worker))
         errors = [
             TaskError(
-                exception_class_path=attempt.exception,
-                traceback=attempt.traceback or attempt.error,
+                exception_class_path=failure.exception,
+                traceback=failure.traceback or failure.error,
             )
-            for attempt in attempts
+            for failure in failures
         ]
         if job.state == "cancelled" or (job.state == "failed" and not errors):
             path = f"celery.exceptions.{ERRORS[job.state]}"

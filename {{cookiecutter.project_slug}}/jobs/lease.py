@@ -40,7 +40,7 @@ class WorkerStopping(BaseException):
 
 
 class Run:
-    """One run of a job. It owns the job as long as `Job.run` is its token.
+    """One run of a job. It owns the job as long as `Job.run_token` is its token.
 
     Use it as a context manager: the lease is renewed inside the block.
     """
@@ -56,7 +56,7 @@ class Run:
         # The first renewal finds out whether a crash of PostgreSQL has lost the claim.
         self.renew_at = time.monotonic() + FLUSH_SECONDS
         self.retry = None  # after retry(): options of requeue()
-        # Why it is retried: the fields of an Attempt.
+        # Why it is retried: the fields of a Failure.
         self.failure = {
             "error": "The task requested another try",
             "exception": "celery.exceptions.Retry",
@@ -108,7 +108,9 @@ class Run:
 
 
 def jobs_of(runs):
-    return Job.objects.filter(pk__in=[r.job_id for r in runs], run__in=[r.token for r in runs])
+    return Job.objects.filter(
+        pk__in=[r.job_id for r in runs], run_token__in=[r.token for r in runs]
+    )
 
 
 def start_lease_thread():
@@ -142,18 +144,18 @@ def write_and_renew(to_write):
     reports = {run: run.report for run in to_write}
     with transaction.atomic():
         rows = jobs_of(to_write).select_for_update(skip_locked=True)
-        tokens = set(rows.values_list("run", flat=True))
+        tokens = set(rows.values_list("run_token", flat=True))
         written = [run for run in to_write if run.token in tokens]
         silent = [run for run in written if not reports[run]]  # these keep progress and message
-        jobs_of(silent).update(wake_at=lease_end())
+        jobs_of(silent).update(sweep_at=lease_end())
         reported = [run for run in written if reports[run]]
-        jobs = [Job(pk=run.job_id, wake_at=lease_end(), **reports[run]) for run in reported]
-        Job.objects.bulk_update(jobs, ["progress", "message", "wake_at"])
+        jobs = [Job(pk=run.job_id, sweep_at=lease_end(), **reports[run]) for run in reported]
+        Job.objects.bulk_update(jobs, ["progress", "message", "sweep_at"])
     for run in written:
         run.written, run.renew_at = reports[run], time.monotonic() + settings.JOB_LEASE_SECONDS / 3
     if len(written) < len(to_write):
         # Read again, without locks. If a crash of the database has lost a claim, claim the job again.
-        tokens = set(jobs_of(to_write).values_list("run", flat=True))
+        tokens = set(jobs_of(to_write).values_list("run_token", flat=True))
         for run in to_write:
             if run.token not in tokens:
                 run.lost = not (run.in_body and run.claim())
@@ -162,7 +164,7 @@ def write_and_renew(to_write):
 @transaction.atomic
 def renew_for_children(jobs):
     """Renew the leases of these jobs, which run in child processes. Skip locked rows."""
-    jobs.skip_locked().update(wake_at=lease_end())
+    jobs.skip_locked().update(sweep_at=lease_end())
 
 
 @transaction.atomic
@@ -178,12 +180,12 @@ def recover(jobs):
         died = {"error": "Its worker died", "exception": "celery.exceptions.WorkerLostError"}
         if job.late:
             over = {"error": OVER_TIME_LIMIT, "exception": "celery.exceptions.TimeLimitExceeded"}
-            row.finish("failed", attempt=over, error=OVER_TIME_LIMIT, reason=OVER_TIME_LIMIT)
+            row.finish("failed", failure=over, error=OVER_TIME_LIMIT, public_error=OVER_TIME_LIMIT)
         elif crashes >= settings.JOB_MAX_CRASHES:
             error = f"Its worker died {crashes} times"
-            row.finish("failed", attempt=died, error=error, reason=error, crashes=crashes)
+            row.finish("failed", failure=died, error=error, public_error=error, crashes=crashes)
         else:
             delay = RECOVERY_DELAY * 2 ** min(job.crashes, 9) * random.uniform(0.8, 1.2)
             message = "Its worker died, so it starts again soon"
-            row.requeue(delay, attempt=died, message=message, crashes=crashes)
+            row.requeue(delay, failure=died, message=message, crashes=crashes)
             logger.warning("job %s lost its worker and starts again in %.0f s", job.pk, delay)

@@ -25,11 +25,12 @@ def send_one(job, producer, **options):
     This process need not know the task: in a deploy, Beat may run older code than the workers. It
     does not send the event task-sent, which would be a second message.
 
-    The header `job` marks the message of a job, and says how often the job's worker has died. The
-    header `sent` is the number of this message among those of the job.
+    The header `job` marks the message of a job. `crashes` says how often the job's worker has died, and
+    `times_sent` which message of the job this is.
     """
     task = current_app.tasks.get(job.task)
-    amqp, pk, headers = current_app.amqp, str(job.pk), {"job": job.crashes, "sent": job.sent}
+    amqp, pk = current_app.amqp, str(job.pk)
+    headers = {"job": True, "crashes": job.crashes, "times_sent": job.times_sent}
     if current_app.conf.task_always_eager:
         args, kwargs = loads(dumps([job.args, job.kwargs]))  # as a worker gets them
         task.apply(args, kwargs, task_id=pk, retries=job.retries, headers=headers)

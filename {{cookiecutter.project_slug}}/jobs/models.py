@@ -28,11 +28,11 @@ STATES = [(state, state.title()) for state in ACTIVE + FINAL]
 # choose the index `job_active` and read the whole backlog to find one row. Constraints keep these fields
 # and the state consistent.
 UNFINISHED = Q(finished_at=None)
-QUEUED = Q(run=None) & UNFINISHED
+QUEUED = Q(run_token=None) & UNFINISHED
 OVER_TIME_LIMIT = "Over its time limit"
 BATCH_SIZE = 500  # jobs per statement
 MAX_LABEL = 255  # characters
-STORED_ATTEMPTS = 20  # of each job: the latest ones
+STORED_FAILURES = 20  # of each job: the latest ones
 # In JSON: NUL, and half of a surrogate pair. PostgreSQL stores neither.
 UNSTORABLE = re.compile(r"\\u0000|\\ud[89ab]..(?!\\ud[c-f])|(?<!\\ud[89ab]..)\\ud[c-f]..")
 MAX_COUNTDOWN = 10 * 365 * 86400  # seconds: a longer countdown is probably in milliseconds
@@ -158,7 +158,7 @@ class JobQuerySet(models.QuerySet):
             job, is_new = self.get_or_create_active(unique, fields)
             if not is_new:
                 return job
-        if job.sent:
+        if job.times_sent:
             transaction.on_commit(lambda: publish([job]), using=self.db, robust=True)
         return job
 
@@ -216,7 +216,7 @@ class JobQuerySet(models.QuerySet):
             job.created_at = now + timedelta(microseconds=place)  # pages sort by this time
         self.bulk_create(jobs, batch_size=BATCH_SIZE)
         for queue in sorted({job.queue for job in jobs}):
-            to_send = [job for job in jobs if job.sent and job.queue == queue]
+            to_send = [job for job in jobs if job.times_sent and job.queue == queue]
             for start in range(0, len(to_send), BATCH_SIZE):
                 part = to_send[start : start + BATCH_SIZE]
                 transaction.on_commit(lambda part=part: publish(part), using=self.db, robust=True)
@@ -240,37 +240,42 @@ class JobQuerySet(models.QuerySet):
         queue = queue or queue_of(task, args, kwargs)
         fields = {"task": task.name, "args": args, "kwargs": kwargs, "queue": queue}
         due_at = now + timedelta(seconds=countdown or 0)
-        wake_at = due_at if countdown else now + timedelta(seconds=settings.JOB_RESEND_SECONDS)
-        return {**fields, "sent": 0 if countdown else 1, "due_at": due_at, "wake_at": wake_at}
+        sweep_at = due_at if countdown else now + timedelta(seconds=settings.JOB_RESEND_SECONDS)
+        return {
+            **fields,
+            "times_sent": 0 if countdown else 1,
+            "due_at": due_at,
+            "sweep_at": sweep_at,
+        }
 
-    def requeue(self, delay=0, attempt=None, **changes):
+    def requeue(self, delay=0, failure=None, **changes):
         """Queue these jobs (again). The sweep sends their messages in `delay` seconds."""
         due = Now() + timedelta(seconds=delay)
         # A job that is already queued keeps its due_at.
         changes["due_at"] = Case(When(state="queued", then="due_at"), default=due)
-        changes |= {"state": "queued", "run": None, "sent": 0, "wake_at": due}
-        return self.change(attempt, changes)
+        changes |= {"state": "queued", "run_token": None, "times_sent": 0, "sweep_at": due}
+        return self.change(failure, changes)
 
-    def finish(self, state, attempt=None, **changes):
+    def finish(self, state, failure=None, **changes):
         """Write a final state, unless the job already has one. Returns how many rows were changed."""
-        changes |= {"state": state, "run": None, "wake_at": None, "finished_at": Now()}
-        return self.filter(UNFINISHED).change(attempt, changes)
+        changes |= {"state": state, "run_token": None, "sweep_at": None, "finished_at": Now()}
+        return self.filter(UNFINISHED).change(failure, changes)
 
-    def change(self, attempt, changes):
-        """Update these rows. Returns how many. `attempt` has the fields of an Attempt to store, or is None.
+    def change(self, failure, changes):
+        """Update these rows. Returns how many. `failure` has the fields of a Failure to store, or is None.
 
-        An Attempt belongs to one job, so with `attempt` there must be only one row.
+        A Failure belongs to one job, so with `failure` there must be only one row.
         """
-        if attempt is None:
+        if failure is None:
             return self.update(**changes)
         with transaction.atomic():
             job = self.only("started_at", "worker").first()
             changed = self.update(**changes)
             if job and changed:
-                attempt = attempt | {"error": attempt["error"][:1000]}
-                job.attempts.create(started_at=job.started_at, worker=job.worker, **attempt)
-                old = job.attempts.order_by("-pk")[STORED_ATTEMPTS:]
-                Attempt.objects.filter(pk__in=old.values("pk")).delete()
+                failure = failure | {"error": failure["error"][:1000]}
+                job.failures.create(started_at=job.started_at, worker=job.worker, **failure)
+                old = job.failures.order_by("-pk")[STORED_FAILURES:]
+                Failure.objects.filter(pk__in=old.values("pk")).delete()
         return changed
 
     def skip_locked(self):
@@ -294,36 +299,36 @@ class JobManager(models.Manager.from_queryset(JobQuerySet)):
         return super().get_queryset().using(self.db)
 
     @built_once
-    def claim(self, id, run, worker, retries, crashes, sent, limit, lease):
-        """Give a queued job to `run`. Returns how many rows were changed.
+    def claim(self, id, run_token, worker, retries, crashes, times_sent, limit, lease):
+        """Give a queued job to the run with this token. Returns how many rows were changed.
 
         This is 0 if the job is no longer queued, or if it has crashed or was retried since the message
         was sent. `limit` is the time until the deadline, and `lease` the length of the first lease.
-        `retries`, `crashes` and `sent` come from the message; `sent` says which message of the job this
+        `retries`, `crashes` and `times_sent` come from the message; `times_sent` says which message of the job this
         is, 1 for the first. If PostgreSQL crashes within a second, the claim may be lost: then the run
         must claim the job again.
         """
-        # Q(run=run): this UPDATE was sent before and committed, but its answer was lost.
-        claimable = Q(run=None) | Q(run=run)
+        # Q(run_token=run_token): this UPDATE was sent before and committed, but its answer was lost.
+        claimable = Q(run_token=None) | Q(run_token=run_token)
         is_current = Q(retries=retries, crashes=crashes)
         rows = self.filter(claimable, UNFINISHED, is_current, LockTimeout(), AsyncCommit(), pk=id)
         return rows, {
             "state": "running",
-            "run": run,
+            "run_token": run_token,
             "worker": worker,
-            "sent": sent,
+            "times_sent": times_sent,
             "progress": Case(When(cursor__isnull=False, then="progress"), default=0),
             "message": "",
             "started_at": Clock(),
             "deadline": Clock() + limit,
-            "wake_at": Clock() + lease,
+            "sweep_at": Clock() + lease,
         }
 
     @built_once
-    def succeed(self, id, run, result, message):
+    def succeed(self, id, run_token, result, message):
         """Write the result of a run, if it still owns the job."""
-        final = {"state": "succeeded", "run": None, "wake_at": None, "finished_at": Now()}
-        rows = self.filter(UNFINISHED, LockTimeout(), pk=id, run=run)
+        final = {"state": "succeeded", "run_token": None, "sweep_at": None, "finished_at": Now()}
+        rows = self.filter(UNFINISHED, LockTimeout(), pk=id, run_token=run_token)
         return rows, {**final, "progress": 100, "result": result, "message": message}
 
 
@@ -347,18 +352,20 @@ class Job(models.Model):
     cursor = models.JSONField(null=True, help_text="where the next run continues")
     result = models.JSONField(null=True)
     error = models.TextField()
-    reason = models.TextField(default="", db_default="", help_text="why it failed, for its owner")
+    public_error = models.TextField(
+        default="", db_default="", help_text="why it failed, for its owner"
+    )
     created_at = models.DateTimeField(db_default=Clock())
     started_at = models.DateTimeField(null=True, help_text="of the last run")
     finished_at = models.DateTimeField(null=True)
 
-    run = models.UUIDField(null=True, help_text="token of the run that owns this job")
+    run_token = models.UUIDField(null=True, help_text="token of the run that owns this job")
     worker = models.CharField(max_length=255, default="", help_text="of the last run")
     due_at = models.DateTimeField(null=True, help_text="when a worker may start it")
     # Of a running job: the end of its lease. Of a queued job: when its message is sent (again).
-    wake_at = models.DateTimeField(null=True, help_text="when the sweep must look at it")
+    sweep_at = models.DateTimeField(null=True, help_text="when the sweep must look at it")
     deadline = models.DateTimeField(null=True, help_text="when the run is over its time limit")
-    sent = models.PositiveSmallIntegerField(default=0, help_text="messages since it was queued")
+    times_sent = models.PositiveSmallIntegerField(default=0, help_text="messages since it was queued")
     retries = models.PositiveIntegerField(default=0)
     crashes = models.PositiveSmallIntegerField(default=0, help_text="times its worker died")
 
@@ -372,7 +379,13 @@ class Job(models.Model):
             models.Index(fields=["owner", "state", "-created_at"], name="job_owner_state"),
             models.Index(fields=["finished_at"], name="job_finished", condition=~UNFINISHED),
             models.Index(
-                fields=["state", "queue", "sent", "wake_at", "due_at"],  # due_at for the metrics
+                fields=[
+                    "state",
+                    "queue",
+                    "times_sent",
+                    "sweep_at",
+                    "due_at",
+                ],  # due_at for the metrics
                 name="job_active",
                 condition=Q(state__in=ACTIVE),
             ),
@@ -388,11 +401,13 @@ class Job(models.Model):
                 # The second condition keeps PostgreSQL from using this index for UNFINISHED alone.
                 condition=UNFINISHED & Q(unique_key__isnull=False),
             ),
-            models.CheckConstraint(name="job_running", condition=Q(state="running") ^ Q(run=None)),
+            models.CheckConstraint(
+                name="job_running", condition=Q(state="running") ^ Q(run_token=None)
+            ),
             models.CheckConstraint(
                 name="job_active_or_finished",
-                condition=Q(state__in=ACTIVE, wake_at__isnull=False, finished_at=None)
-                | Q(state__in=FINAL, wake_at=None, finished_at__isnull=False),
+                condition=Q(state__in=ACTIVE, sweep_at__isnull=False, finished_at=None)
+                | Q(state__in=FINAL, sweep_at=None, finished_at__isnull=False),
             ),
         ]
 
@@ -425,10 +440,10 @@ class Job(models.Model):
         return {**fields, "owner_id": self.owner_id, "label": self.label}
 
 
-class Attempt(models.Model):
+class Failure(models.Model):
     """A run that failed, was retried, or lost its worker."""
 
-    job = models.ForeignKey(Job, models.CASCADE, related_name="attempts")
+    job = models.ForeignKey(Job, models.CASCADE, related_name="failures")
     worker = models.CharField(max_length=255)
     started_at = models.DateTimeField()
     ended_at = models.DateTimeField(db_default=Clock())
@@ -465,6 +480,6 @@ def publish(jobs):
             if is_connection_error(error):
                 publish_again_at[queue] = time.monotonic() + PUBLISH_PAUSE
             logger.warning("stored but not sent: %d jobs, first %s: %r", len(jobs), jobs[0], error)
-    # All had sent=1. If one has sent=0 now, its message arrived in spite of the error, and a worker has
+    # All had times_sent=1. If one has times_sent=0 now, its message arrived in spite of the error, and a worker has
     # queued it again: skip it.
-    Job.objects.filter(QUEUED, pk__in=[job.pk for job in jobs], sent__gt=0).requeue()
+    Job.objects.filter(QUEUED, pk__in=[job.pk for job in jobs], times_sent__gt=0).requeue()

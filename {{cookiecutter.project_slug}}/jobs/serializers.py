@@ -1,8 +1,8 @@
 from rest_framework import serializers
 
-from .models import Attempt, Job
+from .models import Failure, Job
 
-FIELDS = "id url task label queue state progress message result error attempts"
+FIELDS = "id url task label queue state progress message result error failures"
 GENERIC_ERROR = "It failed"  # shown to owners instead of an exception: see JobError
 TOO_LONG = "Too long for a list: see the job itself"
 TIMES = "created_at started_at finished_at"
@@ -13,15 +13,15 @@ def has_job_perm(user, action):
     return user.is_staff and user.has_perm(f"jobs.{action}_job")
 
 
-class AttemptSerializer(serializers.ModelSerializer):
+class FailureSerializer(serializers.ModelSerializer):
     class Meta:
-        model = Attempt
+        model = Failure
         fields = ["worker", "started_at", "ended_at", "error", "exception", "traceback"]
 
 
 class JobSerializer(serializers.ModelSerializer):
     url = serializers.HyperlinkedIdentityField(view_name="job-detail")
-    attempts = AttemptSerializer(
+    failures = FailureSerializer(
         many=True, required=False, help_text="in the detail view, for users who may view all jobs"
     )
 
@@ -35,7 +35,7 @@ class JobSerializer(serializers.ModelSerializer):
             job.result = job.short_result
         is_trusted = has_job_perm(self.context["request"].user, "view")
         if self.parent is not None or not is_trusted:
-            self.fields.pop("attempts", None)
+            self.fields.pop("failures", None)
         if job.error and not is_trusted:
-            job.error = job.reason or GENERIC_ERROR
+            job.error = job.public_error or GENERIC_ERROR
         return super().to_representation(job)

@@ -28,7 +28,7 @@ JOBS_IN_MEMORY = 100  # jobs loaded at once, because arguments may be large
 # times as much memory.
 BYTES_IN_MEMORY = 1_000_000
 # The fields of a job that its message needs.
-MESSAGE_FIELDS = "task args kwargs queue retries crashes sent".split()
+MESSAGE_FIELDS = "task args kwargs queue retries crashes times_sent".split()
 REFUSALS = 5  # a job fails when the broker has refused its message this many times
 PURGE_BATCH = 2000  # jobs deleted in a round: more than a million an hour, with a round every 5 s
 PURGE_RETRY_SECONDS = 3600  # until jobs that could not be deleted are tried again
@@ -106,7 +106,7 @@ def sweep_for_ever(tick_delay, error_count):
 
 def recover_lapsed():
     """Recover the running jobs whose lease was not renewed."""
-    lapsed = Job.objects.filter(state="running", wake_at__lt=Now())
+    lapsed = Job.objects.filter(state="running", sweep_at__lt=Now())
     with transaction.atomic():  # skip a row that the job's own body has locked
         rows = lapsed.select_for_update(skip_locked=True)
         found = list(rows.values_list("pk", flat=True)[:BATCH_SIZE])
@@ -132,9 +132,9 @@ def send_due(resend=True):
     """
     pause = settings.JOB_SWEEP_SECONDS
     until = time.monotonic() + pause
-    soon = Job.objects.filter(state="queued", wake_at__lt=Now() + timedelta(seconds=pause))
-    countdown = Min("wake_at", filter=Q(sent=0, wake_at__gte=Now())) - Now()
-    first = Min("wake_at") - Now()
+    soon = Job.objects.filter(state="queued", sweep_at__lt=Now() + timedelta(seconds=pause))
+    countdown = Min("sweep_at", filter=Q(times_sent=0, sweep_at__gte=Now())) - Now()
+    first = Min("sweep_at") - Now()
     rows = list(soon.values_list("queue").annotate(first=first, countdown=countdown))
     names = [name for name, first, _ in rows if first < timedelta()]
     countdowns = [countdown.total_seconds() for _, _, countdown in rows if countdown is not None]
@@ -161,20 +161,20 @@ def send_batch(name, size, resend, waiting):
     """
     queue, queued = queues[name], Job.objects.filter(state="queued", queue=name)
     queue.most_messages = max(queue.most_messages, waiting)
-    missing, is_probe = max(queued.filter(sent__gt=0).count() - waiting, 0), False
+    missing, is_probe = max(queued.filter(times_sent__gt=0).count() - waiting, 0), False
     # The oldest jobs first. These are also the ones to send again: workers take the oldest messages first,
     # so the messages that are left belong to the newest jobs, and the missing ones to the oldest.
-    due = queued.filter(wake_at__lt=Now()).order_by("wake_at")
-    sizes = mark_sent(due.filter(sent=0)[:size])
+    due = queued.filter(sweep_at__lt=Now()).order_by("sweep_at")
+    sizes = mark_sent(due.filter(times_sent=0)[:size])
     # messages_in() also counts messages of plain tasks, which may hide that messages of jobs are missing.
-    # So send one job again now and then, as a probe. claim() sets `sent` to the number of the
+    # So send one job again now and then, as a probe. claim() sets `times_sent` to the number of the
     # message that started the job: if this was not the first one, the first message was lost, and the next
     # probe sends twice as many jobs.
     if not missing and time.monotonic() >= queue.next_probe_at:
-        ran = Job.objects.filter(pk__in=queue.probe_ids, sent__gt=1).exclude(state="queued")
+        ran = Job.objects.filter(pk__in=queue.probe_ids, times_sent__gt=1).exclude(state="queued")
         missing, is_probe = 2 * len(queue.probe_ids) if ran.exists() else 1, True
     missing = min(missing, size - len(sizes)) if resend else 0
-    again = mark_sent(due.filter(sent__gt=0)[:missing])
+    again = mark_sent(due.filter(times_sent__gt=0)[:missing])
     if is_probe and again:
         queue.next_probe_at = time.monotonic() + settings.JOB_RESEND_SECONDS
         queue.probe_ids = tuple(again)
@@ -195,7 +195,7 @@ def send_batch(name, size, resend, waiting):
                 may_be_full = 2 * waiting >= max(queue.most_messages, 1)
                 send_one_by_one(name, part, may_be_full)
     except Exception:
-        Job.objects.filter(QUEUED, pk__in=ids, sent__gt=0).requeue()
+        Job.objects.filter(QUEUED, pk__in=ids, times_sent__gt=0).requeue()
         raise
     return len(ids) == size
 
@@ -236,11 +236,11 @@ def mark_sent(due):
     """
     length = Length(Cast("args", TextField())) + Length(Cast("kwargs", TextField()))
     with transaction.atomic():
-        jobs = list(due.select_for_update(skip_locked=True).values_list("pk", "sent", length))
+        jobs = list(due.select_for_update(skip_locked=True).values_list("pk", "times_sent", length))
         for sent in {sent for _, sent, _ in jobs}:
             wait = min(settings.JOB_RESEND_SECONDS * 2 ** min(sent, 20), MAX_RESEND_SECONDS)
             rows = Job.objects.filter(pk__in=[pk for pk, times, _ in jobs if times == sent])
-            rows.update(sent=sent + 1, wake_at=Now() + timedelta(seconds=wait))
+            rows.update(times_sent=sent + 1, sweep_at=Now() + timedelta(seconds=wait))
     return {pk: size for pk, _, size in jobs}
 
 

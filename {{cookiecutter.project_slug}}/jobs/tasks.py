@@ -122,7 +122,7 @@ class JobTask(DjangoTask):
         return self.app.AsyncResult(task_id, backend=JobBackend(self.app), **kwargs)
 
     def retry(self, args=None, kwargs=None, exc=None, *more, **options):
-        """Works as Celery documents. The exception is stored in the Attempt of this run."""
+        """Works as Celery documents. The exception is stored in the Failure of this run."""
         caught = sys.exception()
         if self.job_run and (exc or caught):
             self.job_run.failure = describe(exc or caught, caught)
@@ -185,7 +185,9 @@ class JobTask(DjangoTask):
             run.report = {"progress": max(0, min(percent, 100)), "message": message}
             if cursor is not None:
                 json.dumps(cursor, allow_nan=False)  # raises if it is not JSON
-                query_own_row(run, run.row.update, cursor=cursor, wake_at=lease_end(), **run.report)
+                query_own_row(
+                    run, run.row.update, cursor=cursor, sweep_at=lease_end(), **run.report
+                )
                 run.cursor = []  # forget the cached value: the body's transaction may roll back
                 if not in_transaction():
                     run.written = run.report  # renew_leases() need not write it again
@@ -209,25 +211,25 @@ class JobTask(DjangoTask):
         if "job" not in headers:  # an app that does not know that this task is a job has sent it
             fields = Job.objects.prepare(Now(), self, args, kwargs, None, None)
             wait_for(Job.objects.get_or_create, fields, pk=request.id)
-        crashes = headers.get("job", 0)  # the value of this header: see send_one()
+        crashes = headers.get("crashes", 0)
         run = Run(request.id, headers.get("run"), self)
         # A suspect is a job that fails at its next crash, because it may be what kills the workers. A
         # process runs only one suspect at a time. A job without a crash is never a suspect.
         is_suspect = crashes and crashes + 1 >= settings.JOB_MAX_CRASHES
         if shutting_down[0] or (is_suspect and not run.become_suspect()):
-            # With sent=0, the job waits for its next try, and this is an old message.
-            row = Job.objects.filter(QUEUED, LockTimeout(), pk=request.id, sent__gt=0)
+            # With times_sent=0, the job waits for its next try, and this is an old message.
+            row = Job.objects.filter(QUEUED, LockTimeout(), pk=request.id, times_sent__gt=0)
             store_outcome(row.requeue, settings.JOB_SWEEP_SECONDS)
             raise Ignore("must wait: its worker is shutting down, or runs another suspect")
         limit = request.time_limit or self.time_limit
         run.claim = partial(
             Job.objects.claim,
             id=request.id,
-            run=run.token,
+            run_token=run.token,
             worker=request.hostname,
             retries=request.retries,
             crashes=crashes,
-            sent=headers.get("sent", 1),  # missing in messages of older versions
+            times_sent=headers.get("times_sent", 1),
             limit=timedelta(seconds=limit),
             lease=timedelta(seconds=min(settings.JOB_LEASE_SECONDS, limit)),
         )
@@ -305,7 +307,7 @@ def succeed(run, result):
         with suppress(SoftTimeLimitExceeded):  # the limit is for the body, which has ended
             json.dumps(result, allow_nan=False)
         changes = {"result": result, "message": run.report.get("message", "")}
-        written = run.store(Job.objects.succeed, id=run.job_id, run=run.token, **changes)
+        written = run.store(Job.objects.succeed, id=run.job_id, run_token=run.token, **changes)
     except Exception as error:
         fail(run, f"Its result cannot be stored: {error}")
         raise
@@ -316,12 +318,17 @@ def succeed(run, result):
 def fail(run, reason=None):
     """Store that the job failed, for this reason or with the text of the exception being handled."""
     error = sys.exception()
-    attempt = describe(error)
+    failure = describe(error)
     if isinstance(error, JobError):
         reason = reason or str(error)
     if reason:
-        reason = attempt["error"] = printable(reason)
-    failed = {**run.report, "error": attempt["error"], "reason": reason or "", "attempt": attempt}
+        reason = failure["error"] = printable(reason)
+    failed = {
+        **run.report,
+        "error": failure["error"],
+        "public_error": reason or "",
+        "failure": failure,
+    }
     run.store(run.row_with_lock_timeout.finish, "failed", **failed)
 
 
@@ -329,7 +336,7 @@ def requeue(run):
     try:
         changes = run.retry
         changes["args"], changes["kwargs"], _ = as_json(changes["args"], changes["kwargs"])
-        run.store(run.row_with_lock_timeout.requeue, attempt=run.failure, **changes)
+        run.store(run.row_with_lock_timeout.requeue, failure=run.failure, **changes)
     except Exception as error:  # for example, arguments that are not JSON
         fail(run, f"Its next try cannot be stored: {error}")
         raise
@@ -395,7 +402,7 @@ def query_own_row(run, query, *args, **kwargs):
 
 
 def describe(error, caught=None):
-    """Return the fields of an Attempt. The traceback is that of `caught`, or else of `error`."""
+    """Return the fields of a Failure. The traceback is that of `caught`, or else of `error`."""
     try:
         text = "".join(format_exception_only(error)).strip()
         frames = format_exception(caught or error, limit=-20)

@@ -120,7 +120,7 @@ def renew_leases_of_children():
             requests = [r for r in tuple(state.active_requests) if "run" in r.request_dict]
             active = {request.request_dict["run"]: request.id for request in requests}
             if active:
-                renew_for_children(Job.objects.filter(pk__in=active.values(), run__in=active))
+                renew_for_children(Job.objects.filter(pk__in=active.values(), run_token__in=active))
         except Exception as error:  # the next try may succeed
             logger.warning("cannot renew leases: %r", error)
         connection.close()  # a child must not inherit it
@@ -131,7 +131,9 @@ def recover_job_of_dead_child(sender, task_id, exception, **kwargs):
     run = (sender.request.headers or {}).get("run")
     if run and isinstance(exception, exceptions.WorkerLostError):
         # Wait until the database has rolled back the child's transaction.
-        run_in_thread(partial(recover, Job.objects.filter(pk=task_id, run=run)), delay=POLL_SECONDS)
+        run_in_thread(
+            partial(recover, Job.objects.filter(pk=task_id, run_token=run)), delay=POLL_SECONDS
+        )
 
 
 # Jobs that this worker does not run

@@ -164,7 +164,7 @@ def test_a_job_shows_its_progress_and_its_result(worker):
 def test_a_job_is_retried(worker, beat):
     job = Job.objects.enqueue(try_twice, queue=QUEUE)
     wait_until(job, has_ended)
-    assert (job.state, job.retries, job.attempts.count()) == ("succeeded", 1, 1)
+    assert (job.state, job.retries, job.failures.count()) == ("succeeded", 1, 1)
 
 
 {% if broker.flower %}
