@@ -26,6 +26,7 @@ from rest_framework.response import Response
 from rest_framework.test import APIClient, APIRequestFactory, force_authenticate
 from rest_framework.viewsets import GenericViewSet
 
+from jobs import updates
 from jobs.models import Failure, Job
 from jobs.rest import Throttle
 from jobs.tasks import JobTask
@@ -230,7 +231,7 @@ def test_only_staff_with_the_delete_permission_runs_jobs_again(api, staff, user,
 def test_the_answer_says_why_a_job_cannot_run_again(staff_api, changes, reason):
     job = Job.objects.enqueue(greet)
     if changes:
-        Job.objects.cancel()
+        Job.objects.all().cancel()
         Job.objects.update(**changes)
     response = staff_api.post(f"/api/jobs/{job.pk}/run_again/")
     assert response.status_code == 409
@@ -345,7 +346,7 @@ def test_the_metrics_count_waiting_jobs_and_the_longest_wait(staff_api):
     for job in retried, running:
         changes = {"due_at": ago(100), "state": "running", "run_token": uuid.uuid4()}
         Job.objects.filter(pk=job.pk).update(**changes)
-    Job.objects.filter(pk=retried.pk).requeue(30, retries=1)
+    updates.requeue(Job.objects.filter(pk=retried.pk), 30, retries=1)
     found = scrape(staff_api)
     assert 100 <= found.pop("jobs_oldest_wait_seconds slow") < 160
     assert found == {
@@ -427,7 +428,7 @@ def test_the_admin_shows_the_active_jobs_of_a_user_who_cannot_be_deleted(admin_c
     assert "following protected related objects" in page and f"{job.pk}" in page
     assert admin_client.post(url, {"post": "yes"}).status_code == 200  # the same page
     user.refresh_from_db()
-    Job.objects.cancel()
+    Job.objects.all().cancel()
     assert admin_client.post(url, {"post": "yes"}).status_code == 302
     assert not Job.objects.exists()
 

@@ -19,9 +19,11 @@ from celery.exceptions import (
 from django.db import OperationalError, transaction
 from django.utils import timezone
 
+from jobs import updates
 from jobs.backends import TaskBackend
 from jobs.lease import recover
-from jobs.models import Job, publish
+from jobs.models import Job
+from jobs.publish import publish
 from jobs.sweep import send_due
 from jobs.tasks import JobTask
 
@@ -251,7 +253,7 @@ def test_a_dead_worker_counts_as_an_attempt(minutes, status, error):
 
 def test_a_job_that_its_broker_refuses_has_an_error():
     result = add.enqueue(1)
-    Job.objects.all().finish("failed", error="The broker refused it")
+    updates.finish(Job.objects.all(), "failed", error="The broker refused it")
     result.refresh()
     [error] = result.errors
     assert (error.exception_class, error.traceback) == (TaskError, "The broker refused it")
@@ -308,7 +310,7 @@ def test_a_task_may_have_an_owner_and_a_unique_key(user):
 
 def test_a_cancelled_task_has_failed(user):
     result = add.enqueue(1)
-    Job.objects.cancel()
+    Job.objects.all().cancel()
     result.refresh()
     assert result.status == TaskResultStatus.FAILED and result.attempts == 0
     assert result.errors[0].exception_class is TaskRevokedError

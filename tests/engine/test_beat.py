@@ -25,7 +25,8 @@ from django_tasks import task
 from jobs import sweep
 from jobs.beat import count_errors, enqueue_once_per_due_time
 from jobs.metrics import Collector
-from jobs.models import Job, JobQuerySet, Sweep
+from jobs.models import Job, Sweep
+from jobs.queryset import JobQuerySet
 from jobs.tasks import JobTask
 
 pytestmark = pytest.mark.django_db(transaction=True)  # Beat closes old connections

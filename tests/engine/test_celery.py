@@ -17,7 +17,9 @@ from django.core.checks import run_checks
 from django.db import transaction
 from test_jobs import CLAIM
 
-from jobs.models import Job, publish
+from jobs import updates
+from jobs.models import Job
+from jobs.publish import publish
 from jobs.tasks import JobError, JobTask
 
 pytestmark = pytest.mark.django_db
@@ -275,7 +277,7 @@ def test_flower_is_told_that_a_cancelled_job_has_ended(monkeypatch, state, ends)
     if ends:
         Job.objects.filter(pk=job.pk).cancel()
     else:
-        Job.objects.claim(id=job.pk, run_token=uuid.uuid4(), **CLAIM)
+        updates.claim(Job.objects, id=job.pk, run_token=uuid.uuid4(), **CLAIM)
     publish([job])
     assert sent == (["task-revoked"] if ends else [])
 

@@ -48,21 +48,25 @@ from kombu import Connection
 from psycopg.errors import ProgramLimitExceeded, ReadOnlySqlTransaction
 
 from jobs import (
-    apps,
+    conf,
     database,
     events,
     lease,
     liveness,
     messages,
-    models,
     pools,
+    publish,
+    queryset,
+    runs,
     sweep,
-    tasks,
+    updates,
     worker,
 )
 from jobs.beat import watch_ticks
+from jobs.expressions import lease_end
 from jobs.metrics import Collector
-from jobs.models import Failure, Job, JobQuerySet, Sweep
+from jobs.models import Failure, Job, Sweep
+from jobs.queryset import JobQuerySet
 from jobs.tasks import JobTask
 
 pytestmark = pytest.mark.django_db
@@ -128,7 +132,7 @@ def run(body):
 
 
 def deliver(job):
-    models.publish([job])
+    publish.publish([job])
     job.refresh_from_db()
     return job
 
@@ -142,7 +146,7 @@ def start(job, limit=60):
 
 def claim(pk, run=None, **message):
     """Claim a job with a message that has these fields. Return what claim() returns."""
-    return Job.objects.claim(id=pk, run_token=run or uuid.uuid4(), **CLAIM | message)
+    return updates.claim(Job.objects, id=pk, run_token=run or uuid.uuid4(), **CLAIM | message)
 
 
 def lapse(*jobs):
@@ -284,7 +288,7 @@ def test_a_conflicting_job_that_ends_before_it_is_read_frees_its_unique_key(monk
     other, get = Job.objects.enqueue(add, [1, 2], unique="key"), JobQuerySet.get
     # Called before each read, from the end of the list: first nothing, because the other job is not
     # committed yet; then the other job ends.
-    steps = [Job.objects.cancel, lambda: None]
+    steps = [lambda: Job.objects.all().cancel(), lambda: None]
 
     def fail_twice(self, **key):
         if steps:
@@ -303,17 +307,16 @@ def test_a_conflicting_job_that_ends_before_it_is_read_frees_its_unique_key(monk
 @pytest.mark.parametrize("conflict", ["idempotency_key", "pk"])
 def test_a_unique_key_hides_no_other_conflict(conflict):
     first = Job.objects.enqueue(add, [1, 2], unique="first", idempotency_key="unique_key")
-    same = {conflict: getattr(first, conflict)}
+    fields = {**queryset.new_fields(Now(), add, [1, 2]), conflict: getattr(first, conflict)}
     with CaptureQueriesContext(connection) as captured:
         with pytest.raises(IntegrityError), transaction.atomic():
-            Job.objects.enqueue(add, [1, 2], unique="second", **same)
+            queryset.insert(Job.objects, fields, "second")
     assert len([each for each in captured if each["sql"].startswith("INSERT")]) == 1
 
 
-def test_a_unique_key_is_found_outside_of_a_filter(user, admin_user):
+def test_a_unique_key_is_found_outside_of_a_users_jobs(user, admin_user):
     first = Job.objects.enqueue(add, [1, 2], owner=user, unique="key")
-    jobs = Job.objects.filter(owner=admin_user)
-    assert jobs.enqueue(add, [1, 2], owner=admin_user, unique="key") == first
+    assert admin_user.job_set.enqueue(add, [1, 2], owner=admin_user, unique="key") == first
 
 
 @pytest.mark.parametrize("unique", ["", "x" * 256, 7])
@@ -335,19 +338,19 @@ def test_a_job_with_a_countdown_is_not_published_before_it_is_due(commit, publis
 
 def test_a_job_stays_queued_and_due_while_the_broker_is_down(broker_down):
     job = Job.objects.enqueue(add, [1, 2])
-    assert not models.publish([job])
+    assert not publish.publish([job])
     assert seconds_until_due(job) <= 0
     assert (job.state, job.times_sent) == ("queued", 0)
 
 
 def test_publishing_pauses_after_the_broker_was_found_down(broker_down, monkeypatch):
     first, second = Job.objects.enqueue(add, [1, 2]), Job.objects.enqueue(add, [3, 4])
-    models.publish([first])
-    models.publish([second])
+    publish.publish([first])
+    publish.publish([second])
     assert broker_down == [str(first.pk)]
     assert seconds_until_due(second) <= 0
-    models.publish_again_at.clear()
-    models.publish([second])
+    publish.publish_again_at.clear()
+    publish.publish([second])
     assert broker_down == [str(first.pk), str(second.pk)]
 
 
@@ -355,25 +358,25 @@ def test_a_message_that_the_broker_refuses_delays_no_other(monkeypatch):
     """The connection works, so the next message is sent at once."""
     monkeypatch.setattr(messages, "send_one", Mock(side_effect=[ValueError("too large"), None]))
     refused, other = Job.objects.enqueue(add, [1, 2]), Job.objects.enqueue(add, [3, 4])
-    models.publish([refused])
-    models.publish([other])
+    publish.publish([refused])
+    publish.publish([other])
     assert seconds_until_due(refused) <= 0 < seconds_until_due(other)
 
 
 def test_an_unavailable_queue_does_not_stop_publishing_to_others(broker_down):
     jobs = [Job.objects.enqueue(add, [1, 2], queue=queue) for queue in ["cpu", "cpu", "io"]]
     for job in jobs:
-        models.publish([job])
+        publish.publish([job])
     assert broker_down == [str(jobs[0].pk), str(jobs[2].pk)]
 
 
 def test_an_unavailable_queue_does_not_delay_jobs_of_others_that_run_again(commit, published):
     jobs = [Job.objects.enqueue(add, [1, 2], queue=queue) for queue in ("down", "up")]
-    Job.objects.cancel()
-    models.publish_again_at["down"] = time.monotonic() + 60
+    Job.objects.all().cancel()
+    publish.publish_again_at["down"] = time.monotonic() + 60
     with commit():
         again = Job.objects.filter(pk__in=[job.pk for job in jobs]).run_again()
-    del models.publish_again_at["down"]
+    del publish.publish_again_at["down"]
     assert published == [str(job.pk) for job in again if job.queue == "up"]
 
 
@@ -414,7 +417,7 @@ def test_enqueue_many_stores_all_jobs_or_none(commit, published):
 
 
 def test_many_jobs_wait_for_the_broker_or_for_their_countdown(commit, broker_down, monkeypatch):
-    monkeypatch.setattr(models, "BATCH_SIZE", 2)
+    monkeypatch.setattr(queryset, "BATCH_SIZE", 2)
     with commit():
         late = Job.objects.enqueue_many(add, [[1, 2]] * 3, countdown=60)
         jobs = Job.objects.enqueue_many(add, [[1, 2]] * 5)
@@ -528,7 +531,7 @@ def test_a_time_limit_brings_a_soft_one_of_nine_tenths():
 def test_a_report_is_stored_while_the_body_runs(done, total, percent):
     def body(task):
         task.report(done, total, "x" * 300)
-        lease.write_and_renew([task.job_run])  # as the thread of leases does, twice a second
+        lease.write_and_renew([task.current_run])  # as the thread of leases does, twice a second
         job = Job.objects.get()
         return [job.state, job.progress, len(job.message)]
 
@@ -539,7 +542,7 @@ def test_a_renewal_keeps_the_progress_of_a_resumed_job():
     """A renewal has no progress to write until the body reports some."""
     job = Job.objects.enqueue(add, [1, 2])
     Job.objects.update(cursor=7, progress=50)
-    resumed = lease.Run(job.pk)
+    resumed = runs.Run(job.pk)
     claim(job.pk, resumed.token)
     Job.objects.update(message="Half of it", sweep_at=Now())
     lease.write_and_renew([resumed])
@@ -565,7 +568,7 @@ def test_a_run_continues_at_the_cursor_of_the_last_run():
         task.report(1, 1)  # without a cursor, so it is not in the database yet
         job = Job.objects.get()
         seen.append((task.cursor, job.cursor, job.progress, job.message))
-        Job.objects.requeue(crashes=job.crashes + 1)  # as after a crash
+        updates.requeue(Job.objects.all(), crashes=job.crashes + 1)  # as after a crash
 
     job = run(body)
     stopped = ({"page": 5}, {"page": 5}, 50, "half done")
@@ -584,7 +587,7 @@ def test_a_cursor_that_is_not_json_fails_the_job():
 )
 def test_run_again_keeps_the_cursor_unless_the_job_succeeded(published, state, cursor):
     job = Job.objects.enqueue(add, [1, 2])
-    Job.objects.finish(state, cursor=7)
+    updates.finish(Job.objects.all(), state, cursor=7)
     job.refresh_from_db()
     assert job.run_again().cursor == cursor
 
@@ -593,7 +596,7 @@ def test_a_job_that_uses_no_cursor_makes_no_query_for_it():
     act.body = lambda task: task.report(1, 2)
     job = Job.objects.enqueue(act)
     with CaptureQueriesContext(connection) as captured:
-        models.publish([job])
+        publish.publish([job])
     assert not [query for query in captured if query["sql"].startswith("SELECT")]
 
 
@@ -603,10 +606,10 @@ def test_a_cursor_is_written_once():
 
     def body(task):
         task.report(1, 3, cursor=1)
-        first = task.job_run.needs_write()
+        first = task.current_run.needs_write()
         with transaction.atomic():
             task.report(2, 3, cursor=2)
-        return [first, task.job_run.needs_write()]
+        return [first, task.current_run.needs_write()]
 
     assert run(body).result == [False, True]
 
@@ -614,7 +617,7 @@ def test_a_cursor_is_written_once():
 def test_a_report_without_a_text_shows_none():
     def body(task):
         task.report(1, 2, None)
-        lease.write_and_renew([task.job_run])
+        lease.write_and_renew([task.current_run])
 
     assert run(body).message == ""
 
@@ -623,7 +626,7 @@ CURSOR_USES = [lambda task: task.report(1, cursor=1), lambda task: task.cursor]
 
 
 @pytest.mark.parametrize("use_cursor", CURSOR_USES, ids=["report", "cursor"])
-@pytest.mark.parametrize("end_run", [Job.objects.cancel, lambda: replace_run()])
+@pytest.mark.parametrize("end_run", [lambda: Job.objects.all().cancel(), lambda: replace_run()])
 def test_a_use_of_the_cursor_ends_a_body_that_lost_its_job(use_cursor, end_run):
     steps = []
 
@@ -784,7 +787,7 @@ def test_a_copy_of_a_message_that_arrives_during_the_run_does_nothing():
 
     def body(task):
         runs.append(task)
-        models.publish([Job.objects.get()])
+        publish.publish([Job.objects.get()])
 
     assert run(body).state == "succeeded"
     assert len(runs) == 1
@@ -798,13 +801,13 @@ def test_a_message_from_before_a_retry_does_nothing():
 
 
 def test_each_retry_waits_longer_than_the_one_before(monkeypatch):
-    requeue, delays = JobQuerySet.requeue, []
+    requeue, delays = updates.requeue, []
 
     def spy(self, delay=0, **changes):
         delays.append(delay)
         return requeue(self, delay, **changes)
 
-    monkeypatch.setattr(JobQuerySet, "requeue", spy)
+    monkeypatch.setattr(updates, "requeue", spy)
     job = deliver(Job.objects.enqueue(flaky, [2]))
     assert (job.state, job.retries, job.crashes) == ("succeeded", 2, 0)
     assert delays == [10, 20]
@@ -820,7 +823,7 @@ def test_a_retry_that_cannot_be_stored_fails_the_job(options):
 def test_a_retry_waits_at_most_ten_years():
     job = run(lambda task: task.request.retries or task.retry(countdown=1e12))
     wait = (job.due_at - timezone.now()).total_seconds()
-    assert wait == pytest.approx(models.MAX_COUNTDOWN, abs=60)
+    assert wait == pytest.approx(queryset.MAX_COUNTDOWN, abs=60)
 
 
 @pytest.mark.parametrize("options", [{"countdown": 1.7e12}, {"queue": "cpu", "countdown": 1e9}])
@@ -872,8 +875,8 @@ def test_a_router_with_a_replica_stops_no_job(replica, published, user):
         assert job.state == "running"
         failure = Failure(started_at=Now(), job_id=job.pk)
         assert failure.job == job
-        assert Job.objects.succeed(id=job.pk, run_token=run, result=3, message="")
-        [again] = Job.objects.run_again()
+        assert updates.succeed(Job.objects, id=job.pk, run_token=run, result=3, message="")
+        [again] = Job.objects.all().run_again()
         assert again.owner_id == user.pk
         assert Job.objects.filter(pk=again.pk).cancel()
 
@@ -980,7 +983,7 @@ def test_only_the_latest_twenty_failures_are_kept():
     job = Job.objects.enqueue(add, [1, 2])
     for number in range(23):
         Job.objects.update(started_at=timezone.now())
-        assert Job.objects.requeue(failure={"error": str(number)}) == 1
+        assert updates.requeue(Job.objects.all(), failure={"error": str(number)}) == 1
     assert errors(job) == [str(number) for number in range(3, 23)]
 
 
@@ -1014,7 +1017,7 @@ def test_a_long_error_and_traceback_are_shortened(body):
 def test_a_job_that_succeeds_at_once_needs_two_statements():
     job = Job.objects.enqueue(add, [1, 2])
     with CaptureQueriesContext(connection) as captured:
-        models.publish([job])
+        publish.publish([job])
     assert len(captured) == 2
     job.refresh_from_db()
     assert job.state == "succeeded" and not job.failures.exists()
@@ -1024,14 +1027,14 @@ def test_a_job_that_succeeds_at_once_needs_two_statements():
 def test_a_result_waits_for_an_unavailable_database(monkeypatch):
     read_only = InternalError()
     read_only.__cause__ = ReadOnlySqlTransaction()
-    finish, errors = JobQuerySet.finish, [OperationalError, InterfaceError, read_only]
+    finish, errors = updates.finish, [OperationalError, InterfaceError, read_only]
 
     def away(self, *args, **kwargs):
         if errors:
             raise errors.pop()
         return finish(self, *args, **kwargs)
 
-    monkeypatch.setattr(JobQuerySet, "finish", away)
+    monkeypatch.setattr(updates, "finish", away)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     assert run(lambda task: "done").result == "done"
 
@@ -1108,7 +1111,7 @@ def test_a_job_goes_to_the_queue_that_its_decorator_names(monkeypatch):
 )
 def test_an_async_result_says_how_a_job_ended(state, error, expected):
     result = add.delay(1, 2)
-    Job.objects.finish(state, error=error)
+    updates.finish(Job.objects.all(), state, error=error)
     assert (result.state, repr(result.result)) == expected
 
 
@@ -1197,7 +1200,7 @@ def test_a_claim_whose_answer_was_lost_can_be_repeated():
 
 
 def test_a_process_runs_one_suspect_at_a_time():
-    first, second, third = (lease.Run(uuid.uuid4()) for _ in range(3))
+    first, second, third = (runs.Run(uuid.uuid4()) for _ in range(3))
     assert first.become_suspect() and not second.become_suspect()
     first.lost = True
     assert second.become_suspect() and not third.become_suspect()
@@ -1218,7 +1221,7 @@ def test_a_value_that_is_too_large_for_the_database_is_not_retried_for_ever():
 
 def test_a_cancelled_job_never_starts():
     job = Job.objects.enqueue(add, [1, 2])
-    assert Job.objects.cancel() == 1
+    assert Job.objects.all().cancel() == 1
     assert (deliver(job).state, job.result) == ("cancelled", None)
 
 
@@ -1262,7 +1265,7 @@ def test_a_job_that_changes_while_cancel_waits_is_not_cancelled(published, user,
     else:
         assert claim(job.pk, run)
         end = {"id": job.pk, "run_token": run, "result": 3, "message": ""}
-        change, state = partial(Job.objects.succeed, **end), "succeeded"
+        change, state = partial(updates.succeed, Job.objects, **end), "succeeded"
     condition = {by: {"pk": job.pk, "state": "queued"}.get(by, "user")}
     assert run_while_open(change, Job.objects.filter(**condition).cancel) == 0
     job.refresh_from_db()
@@ -1281,25 +1284,25 @@ def test_a_job_that_a_join_repeats_is_cancelled_and_run_again_once(published):
 def test_jobs_with_one_unique_key_run_again_as_one(published):
     for _ in range(3):
         Job.objects.enqueue(add, [1, 2], unique="key")
-        Job.objects.cancel()
-    [again] = Job.objects.run_again()
+        Job.objects.all().cancel()
+    [again] = Job.objects.all().run_again()
     assert again.state == "queued"
 
 
 def test_a_job_that_has_ended_cannot_be_cancelled():
     job = deliver(Job.objects.enqueue(add, [1, 2]))
-    assert Job.objects.cancel() == 0
+    assert Job.objects.all().cancel() == 0
     job.refresh_from_db()
     assert job.state == "succeeded"
 
 
 def replace_run():
-    Job.objects.requeue()
+    updates.requeue(Job.objects.all())
     claim(Job.objects.get().pk)
 
 
 @pytest.mark.parametrize(
-    "end_run, state", [(Job.objects.cancel, "cancelled"), (replace_run, "running")]
+    "end_run, state", [(lambda: Job.objects.all().cancel(), "cancelled"), (replace_run, "running")]
 )
 def test_the_result_of_a_run_that_lost_its_job_is_dropped(end_run, state):
     def body(task):
@@ -1310,14 +1313,14 @@ def test_the_result_of_a_run_that_lost_its_job_is_dropped(end_run, state):
     assert (job.state, job.result) == (state, None)
 
 
-@pytest.mark.parametrize("end_run", [Job.objects.cancel, replace_run])
+@pytest.mark.parametrize("end_run", [lambda: Job.objects.all().cancel(), replace_run])
 def test_the_next_report_ends_a_body_that_lost_its_job(end_run):
     steps = []
 
     def body(task):
         task.report(1, 3)
         end_run()
-        lease.write_and_renew([task.job_run])
+        lease.write_and_renew([task.current_run])
         steps.append("before")
         task.report(2, 3)
         steps.append("after")
@@ -1329,7 +1332,7 @@ def test_the_next_report_ends_a_body_that_lost_its_job(end_run):
 
 def test_the_renewal_of_leases_finds_lost_runs():
     job = Job.objects.enqueue(add, [1, 2])
-    mine, other = lease.Run(job.pk), lease.Run(job.pk)
+    mine, other = runs.Run(job.pk), runs.Run(job.pk)
     claim(job.pk, mine.token)
     lease.write_and_renew([mine, other])
     assert (mine.lost, other.lost) == (False, True)
@@ -1338,13 +1341,13 @@ def test_the_renewal_of_leases_finds_lost_runs():
 def test_a_claim_that_a_database_crash_has_lost_is_repeated():
     """Unless another run has claimed the job, or the body has ended or handed back its job."""
     forgotten, overtaken, ended = (Job.objects.enqueue(add, [1, 2]) for _ in range(3))
-    runs = [lease.Run(job.pk) for job in (forgotten, overtaken, ended)]
-    for run in runs:
-        run.claim, run.in_body = partial(claim, run.job_id, run.token), run is not runs[2]
+    three = [runs.Run(job.pk) for job in (forgotten, overtaken, ended)]
+    for run in three:
+        run.claim, run.in_body = partial(claim, run.job_id, run.token), run is not three[2]
     claim(overtaken.pk)
-    lease.write_and_renew(runs)
-    assert [run.lost for run in runs] == [False, True, True]
-    assert Job.objects.get(run_token=runs[0].token) == forgotten
+    lease.write_and_renew(three)
+    assert [run.lost for run in three] == [False, True, True]
+    assert Job.objects.get(run_token=three[0].token) == forgotten
 
 
 @pytest.mark.parametrize("end, state", [(None, "succeeded"), (ValueError, "failed")], ids=str)
@@ -1352,7 +1355,7 @@ def test_an_outcome_is_stored_although_a_database_crash_has_lost_the_claim(end, 
     seen = []
 
     def body(task):
-        seen.append(task.job_run.in_body)
+        seen.append(task.current_run.in_body)
         Job.objects.update(state="queued", run_token=None, started_at=None)
         if end:
             raise end
@@ -1369,7 +1372,7 @@ def test_a_body_whose_claim_a_database_crash_has_lost_continues(use_cursor, hand
 
     def body(task):
         Job.objects.update(state="queued", run_token=None, started_at=None)
-        task.job_run.in_body = not handed_back
+        task.current_run.in_body = not handed_back
         use_cursor(task)
         return Job.objects.get().state
 
@@ -1380,18 +1383,16 @@ def test_a_body_whose_claim_a_database_crash_has_lost_continues(use_cursor, hand
 
 def test_a_run_does_not_repeat_its_claim_after_its_body_has_ended(monkeypatch):
     ended = []
-    monkeypatch.setattr(tasks, "succeed", lambda run, result: ended.append(run.in_body))
+    monkeypatch.setattr(runs.Run, "succeed", lambda run, result: ended.append(run.in_body))
     run(lambda task: None)
     assert ended == [False]
 
 
 def test_a_worker_that_hands_back_its_jobs_claims_none_of_them_again(monkeypatch):
     """Not even a job whose row it has just locked itself, to renew the lease."""
-    skip_locked, locked = JobQuerySet.skip_locked, [Job.objects.none()]
-    monkeypatch.setattr(
-        JobQuerySet, "skip_locked", lambda rows: (locked or [skip_locked(rows)]).pop()
-    )
-    run = lease.Run(Job.objects.enqueue(add, [1, 2]).pk)
+    skip_locked, locked = updates.skip_locked, [Job.objects.none()]
+    monkeypatch.setattr(updates, "skip_locked", lambda rows: (locked or [skip_locked(rows)]).pop())
+    run = runs.Run(Job.objects.enqueue(add, [1, 2]).pk)
     run.in_body = True
     claim(run.job_id, run.token)
     monkeypatch.setattr("time.sleep", Mock())
@@ -1411,7 +1412,7 @@ def test_a_claim_does_not_wait_for_the_disk():
         assert claim(job.pk)
         cursor.execute("SHOW synchronous_commit")
         assert cursor.fetchall() == [("off",)]
-    assert lease.Run(job.pk).renew_at == pytest.approx(began + 1, abs=0.5)
+    assert runs.Run(job.pk).renew_at == pytest.approx(began + 1, abs=0.5)
 
 
 def test_messages_sent_together_declare_each_queue_once(monkeypatch):
@@ -1547,7 +1548,7 @@ def test_a_job_past_its_deadline_fails():
 def test_a_running_job_with_a_lease_is_not_recovered():
     job = Job.objects.enqueue(add, [1, 2])
     start(job)
-    Job.objects.update(sweep_at=models.lease_end())
+    Job.objects.update(sweep_at=lease_end())
     sweep.recover_lapsed()
     assert seconds_until_due(job) == pytest.approx(30, abs=5)
     assert job.state == "running"
@@ -1556,14 +1557,14 @@ def test_a_running_job_with_a_lease_is_not_recovered():
 def test_a_lease_ends_no_later_than_the_deadline():
     job = Job.objects.enqueue(add, [1, 2])
     start(job, limit=10)
-    Job.objects.update(sweep_at=models.lease_end())
+    Job.objects.update(sweep_at=lease_end())
     assert seconds_until_due(job) == pytest.approx(10, abs=5)
 
 
 def enqueue_and_publish(count):
     jobs = [Job.objects.enqueue(add, [1, 2]) for _ in range(count)]
     for job in jobs:
-        models.publish([job])
+        publish.publish([job])
     return jobs
 
 
@@ -1668,14 +1669,14 @@ def test_a_job_that_the_broker_refuses_delays_no_other(monkeypatch):
     """For example because it is too large, or because its queue does not exist."""
     sent = []
 
-    def publish(job, producer, **options):
+    def send_one(job, producer, **options):
         if job.args == [0, 0]:
             raise ValueError("too large")
         sent.append(str(job.pk))
 
-    monkeypatch.setattr(messages, "send_one", publish)
+    monkeypatch.setattr(messages, "send_one", send_one)
     monkeypatch.setattr(sweep, "messages_in", lambda queue, broker: 0)
-    monkeypatch.setattr(models, "PUBLISH_PAUSE", 0)
+    monkeypatch.setattr(publish, "PUBLISH_PAUSE", 0)
     refused = [Job.objects.enqueue(add, [0, 0], queue=queue, countdown=1) for queue in "ab"]
     others = [Job.objects.enqueue(add, [1, 2], queue=queue, countdown=1) for queue in "abc"]
     lapse(*refused, *others)
@@ -1690,11 +1691,11 @@ def test_a_job_that_the_broker_refuses_delays_no_other(monkeypatch):
 def test_a_job_that_is_refused_five_times_fails_unless_its_queue_is_full(
     monkeypatch, waiting, state
 ):
-    def publish(job, producer, **options):
+    def send_one(job, producer, **options):
         if job.args == [0, 0]:
             raise ValueError("too large")
 
-    monkeypatch.setattr(messages, "send_one", publish)
+    monkeypatch.setattr(messages, "send_one", send_one)
     monkeypatch.setattr(sweep, "messages_in", lambda queue, broker: waiting)
     sweep.queues["celery"].most_messages = 10
     job = Job.objects.enqueue(add, [0, 0], countdown=1)
@@ -1754,7 +1755,7 @@ def test_large_arguments_are_loaded_one_job_at_a_time(published, monkeypatch):
 @pytest.mark.django_db(transaction=True)  # the test needs real commits
 def test_an_error_of_publishing_is_not_raised_to_the_caller(monkeypatch):
     """A caller that sees an error enqueues again, and then has each job twice."""
-    monkeypatch.setattr(models, "publish", lambda jobs: 1 / 0)
+    monkeypatch.setattr(queryset, "publish", lambda jobs: 1 / 0)
     with transaction.atomic():
         Job.objects.enqueue_many(add, [[1, 2]] * 3)
     assert Job.objects.count() == 3
@@ -1763,9 +1764,9 @@ def test_an_error_of_publishing_is_not_raised_to_the_caller(monkeypatch):
 def test_a_failed_publish_does_not_change_a_job_that_waits_for_its_retry(broker_down):
     """Publishing may report an error although the broker has taken the message."""
     job = Job.objects.enqueue(add, [1, 2])
-    lease.Run(job.pk).row.requeue()
+    updates.requeue(runs.Run(job.pk).row)
     Job.objects.filter(pk=job.pk).update(times_sent=0, sweep_at=Now() + timedelta(seconds=600))
-    assert not models.publish([job])
+    assert not publish.publish([job])
     assert seconds_until_due(job) > 500
 
 
@@ -1785,7 +1786,7 @@ def test_the_sweep_updates_100_rows_with_one_statement(published, monkeypatch):
 BULK_UPDATES = {
     "to send": lambda jobs: sweep.send_due(),
     "to recover": lambda jobs: sweep.recover_lapsed(),
-    "to renew": lambda jobs: lease.write_and_renew([lease.Run(job.pk) for job in jobs]),
+    "to renew": lambda jobs: lease.write_and_renew([runs.Run(job.pk) for job in jobs]),
     "to renew for children": lease.renew_for_children,
 }
 
@@ -1894,7 +1895,7 @@ def test_the_waiting_time_starts_again_after_a_crash_or_a_retry(settings):
     Job.objects.update(due_at=Now() - timedelta(seconds=500))
     start(crashed)
     start(retried)
-    Job.objects.filter(pk=retried.pk).requeue(30)
+    updates.requeue(Job.objects.filter(pk=retried.pk), 30)
     sweep.recover_lapsed()
     assert seconds_waited(crashed) == pytest.approx(-5, abs=3)
     assert seconds_waited(retried) == pytest.approx(-30, abs=3)
@@ -1960,14 +1961,14 @@ def test_a_job_that_cannot_be_recovered_does_not_stop_others(monkeypatch, caplog
     jobs = [Job.objects.enqueue(add, [1, 2]) for _ in range(5)]
     for job in jobs:
         start(job)
-    requeue = JobQuerySet.requeue
+    requeue = updates.requeue
 
     def fail(self, *args, **kwargs):
         if self.filter(pk=jobs[3].pk).exists():
             raise IntegrityError("a trigger")
         return requeue(self, *args, **kwargs)
 
-    monkeypatch.setattr(JobQuerySet, "requeue", fail)
+    monkeypatch.setattr(updates, "requeue", fail)
     sweep.recover_lapsed()
     assert list(Job.objects.filter(state="running")) == [jobs[3]]
     assert "a trigger" in caplog.text
@@ -2015,7 +2016,7 @@ def test_a_liveness_file_that_cannot_be_written_is_logged(monkeypatch, caplog):
     assert "LIVENESS_FILE cannot be written" in caplog.text
 
 
-@pytest.mark.parametrize("name", [*apps.POSITIVE.split(), "CELERY_TASK_TIME_LIMIT"])
+@pytest.mark.parametrize("name", [*conf.DEFAULTS, "CELERY_TASK_TIME_LIMIT"])
 @pytest.mark.parametrize("value", [0, -1])
 def test_a_setting_that_would_lose_jobs_is_refused_at_the_start(settings, name, value):
     setattr(settings, name, value)
@@ -2055,7 +2056,7 @@ def test_the_job_of_a_killed_child_is_due_again_soon(monkeypatch, published):
     sender = SimpleNamespace(request=SimpleNamespace(headers=headers))
     row, error = Job.objects.filter(pk=job.pk), exceptions.WorkerLostError()
     for token, state, crashes in (uuid.uuid4(), "running", 0), (headers["run"], "queued", 1):
-        row.requeue()
+        updates.requeue(row)
         claim(job.pk, token)
         worker.recover_job_of_dead_child(sender, str(job.pk), error)
         job.refresh_from_db()
@@ -2233,15 +2234,16 @@ def scanned(sql):
 
 def test_an_update_of_a_job_reads_no_backlog(by_key):
     jobs = [Job.objects.enqueue(add, [1, 2]) for _ in range(3)]
-    runs = [lease.Run(job.pk) for job in jobs]
-    for run in runs:
+    first, *others = three = [runs.Run(job.pk) for job in jobs]
+    for run in three:
         by_key(claim, run.job_id, run.token)
-    by_key(lease.jobs_of(runs).update, sweep_at=models.lease_end())
-    by_key(runs[0].row.update, cursor=7, sweep_at=models.lease_end())
-    by_key(Job.objects.succeed, id=runs[0].job_id, run_token=runs[0].token, result=7, message="")
-    by_key(runs[1].row.requeue)
+    by_key(runs.jobs_of(three).update, sweep_at=lease_end())
+    by_key(first.row.update, cursor=7, sweep_at=lease_end())
+    end = {"id": first.job_id, "run_token": first.token, "result": 7, "message": ""}
+    by_key(updates.succeed, Job.objects, **end)
+    by_key(updates.requeue, others[0].row)
     by_key(Job.objects.filter(pk=jobs[1].pk).cancel)
-    by_key(lease.jobs_of(runs[1:]).requeue)
+    by_key(updates.requeue, runs.jobs_of(others))
 
 
 def test_the_job_of_a_unique_key_is_found_by_its_index(backlog):

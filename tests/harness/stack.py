@@ -154,7 +154,7 @@ class Stack:
         started = [process for process in self.processes if process.recover()]
         for process in started:
             process.wait_until_ready()
-        self.ask("Job.objects.cancel()")
+        self.ask("Job.objects.all().cancel()")
         with self.supervised(self.workers):  # a worker that lost its broker may be about to end
             self.wait_until_final(*[self.enqueue("quick", queue=queue) for queue in ["cpu", "io"]])
 

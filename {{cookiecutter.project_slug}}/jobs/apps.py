@@ -3,10 +3,7 @@ from django.apps import AppConfig
 from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
 
-# With 0 or less, jobs would not be sent or recovered, would run twice, or would be deleted at once.
-POSITIVE = (
-    "JOB_LEASE_SECONDS JOB_SWEEP_SECONDS JOB_RESEND_SECONDS JOB_MAX_CRASHES JOB_RETENTION_DAYS"
-)
+from . import conf
 
 
 class JobsConfig(AppConfig):
@@ -16,8 +13,10 @@ class JobsConfig(AppConfig):
     def ready(self):
         from . import beat, checks, liveness, worker  # noqa: F401  checks register themselves
 
-        for name in [*POSITIVE.split(), "CELERY_TASK_TIME_LIMIT"]:
-            if not (value := getattr(settings, name)) > 0:
+        # With 0 or less, jobs would not be sent or recovered, would run twice, or would be deleted at once.
+        for name in [*conf.DEFAULTS, "CELERY_TASK_TIME_LIMIT"]:
+            value = getattr(conf if name in conf.DEFAULTS else settings, name)
+            if not value > 0:
                 raise ImproperlyConfigured(f"{name} is {value}: it must be more than 0.")
         # Import the tasks that workers import. Then send_task() knows which ones are jobs.
         current_app.autodiscover_tasks(force=True)

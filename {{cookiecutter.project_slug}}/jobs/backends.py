@@ -21,7 +21,8 @@ from django.utils.module_loading import import_string
 from .database import wait_for
 from .models import Job
 from .results import ERRORS
-from .tasks import JobTask, describe, run_coroutine
+from .runs import describe
+from .tasks import JobTask, run_coroutine
 
 try:
     from django.tasks import DEFAULT_TASK_QUEUE_NAME, Task, TaskContext, TaskResult, signals
@@ -191,7 +192,7 @@ def register(task):
 
         @wraps(task.func)
         def run(self, *args, **kwargs):
-            if self.job_run:
+            if self.current_run:
                 context = self.send_started(task)
                 args = (context, *args) if task.takes_context else args
             result = task.func(*args, **kwargs)

@@ -15,6 +15,7 @@ from django.db.models.functions import Now
 from . import sweep
 from .database import may_succeed_later, wait_for
 from .models import Job
+from .queryset import new_fields
 from .tasks import JobTask
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ def check_entry(name, args, kwargs, options):
     kwargs = {key: None if isinstance(arg, BeatLazyFunc) else arg for key, arg in kwargs.items()}
     if isinstance(task, JobTask):
         task.check_options({key: options[key] for key in options if key != "countdown"})
-        Job.objects.prepare(Now(), task, args, kwargs, options.get("countdown"), None)
+        new_fields(Now(), task, args, kwargs, countdown=options.get("countdown"))
     elif task.typing:
         task.__header__(*args, **kwargs)
 

@@ -51,7 +51,7 @@ def try_in_halves(function, keys):
     return 0
 
 
-def store_outcome(update, *args, **kwargs):
+def wait_past_soft_limit(update, *args, **kwargs):
     """Do the same as wait_for(), but ignore the soft time limit: a claim or outcome must not be lost."""
     while True:
         with suppress(SoftTimeLimitExceeded):

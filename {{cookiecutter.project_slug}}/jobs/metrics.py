@@ -12,7 +12,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from rest_framework.permissions import IsAdminUser
 from rest_framework.views import APIView
 
-from .models import ACTIVE, Job, Sweep
+from .expressions import ACTIVE
+from .models import Job, Sweep
 
 QUEUE_METRICS = {
     "jobs_waiting": "Jobs that are due but not running yet",

@@ -7,7 +7,8 @@ from celery.app import backends
 from celery.backends.base import BaseBackend
 from django.core.exceptions import ValidationError
 
-from .models import Job, publish
+from .models import Job
+from .publish import publish
 
 STATES = {
     "queued": states.PENDING,

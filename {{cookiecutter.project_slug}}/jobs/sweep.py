@@ -10,16 +10,19 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from celery import current_app
-from django.conf import settings
 from django.db import close_old_connections, connection, transaction
 from django.db.models import F, Min, Q, TextField
 from django.db.models.functions import Cast, Length, Now
 
+from . import conf, updates
 from .database import may_succeed_later, try_in_halves
+from .expressions import QUEUED, UNFINISHED
 from .lease import POLL_SECONDS, recover
 from .liveness import touch_liveness_file
 from .messages import messages_in, send
-from .models import BATCH_SIZE, QUEUED, UNFINISHED, Job, Sweep, size_error
+from .models import Job, Sweep
+from .queryset import BATCH_SIZE
+from .values import size_error
 
 logger = logging.getLogger(__name__)
 
@@ -71,13 +74,13 @@ def sweep_or_exit(*beat):
 def sweep_for_ever(tick_delay, error_count):
     last_round = stored_errors = 0
     while True:
-        pause = settings.JOB_SWEEP_SECONDS
+        pause = conf.JOB_SWEEP_SECONDS
         # After a gap (Beat has just started, or the machine or the database was down), first wait for half
         # the length of a lease. In this time live workers renew their leases, and claim again the jobs
         # whose claims the database has lost. Only then recover jobs, and send messages again.
-        max_gap = settings.JOB_LEASE_SECONDS / 2 + 2 * settings.JOB_SWEEP_SECONDS
+        max_gap = conf.JOB_LEASE_SECONDS / 2 + 2 * conf.JOB_SWEEP_SECONDS
         if time.time() - last_round > max_gap:
-            recover_at = time.monotonic() + settings.JOB_LEASE_SECONDS / 2
+            recover_at = time.monotonic() + conf.JOB_LEASE_SECONDS / 2
         last_round = time.time()
         try:
             may_recover = time.monotonic() >= recover_at
@@ -98,8 +101,8 @@ def sweep_for_ever(tick_delay, error_count):
             logger.warning("the sweep failed, and continues in its next round: %r", error)
             if may_succeed_later(error):
                 connection.close()
-                recover_at = time.monotonic() + settings.JOB_LEASE_SECONDS / 2
-        if tick_delay() < settings.JOB_LEASE_SECONDS:  # if Beat hangs, let the file become old
+                recover_at = time.monotonic() + conf.JOB_LEASE_SECONDS / 2
+        if tick_delay() < conf.JOB_LEASE_SECONDS:  # if Beat hangs, let the file become old
             touch_liveness_file()
         time.sleep(pause)
 
@@ -130,7 +133,7 @@ def send_due(resend=True):
     fails does not delay the others. Returns the seconds until the next round: 0 if jobs are left, and
     less than JOB_SWEEP_SECONDS if a countdown ends sooner.
     """
-    pause = settings.JOB_SWEEP_SECONDS
+    pause = conf.JOB_SWEEP_SECONDS
     until = time.monotonic() + pause
     soon = Job.objects.filter(state="queued", sweep_at__lt=Now() + timedelta(seconds=pause))
     countdown = Min("sweep_at", filter=Q(times_sent=0, sweep_at__gte=Now())) - Now()
@@ -176,12 +179,12 @@ def send_batch(name, size, resend, waiting):
     missing = min(missing, size - len(sizes)) if resend else 0
     again = mark_sent(due.filter(times_sent__gt=0)[:missing])
     if is_probe and again:
-        queue.next_probe_at = time.monotonic() + settings.JOB_RESEND_SECONDS
+        queue.next_probe_at = time.monotonic() + conf.JOB_RESEND_SECONDS
         queue.probe_ids = tuple(again)
     sizes |= again
     for pk, length in sizes.items():
         if error := size_error(length):  # do not load it: Beat could run out of memory
-            Job.objects.filter(QUEUED, pk=pk).finish("failed", error=error)
+            updates.finish(Job.objects.filter(QUEUED, pk=pk), "failed", error=error)
     ids, step = list(sizes), size if sum(sizes.values()) < BYTES_IN_MEMORY else 1
     try:
         for start in range(0, len(ids), step):
@@ -195,7 +198,7 @@ def send_batch(name, size, resend, waiting):
                 may_be_full = 2 * waiting >= max(queue.most_messages, 1)
                 send_one_by_one(name, part, may_be_full)
     except Exception:
-        Job.objects.filter(QUEUED, pk__in=ids, times_sent__gt=0).requeue()
+        updates.requeue(Job.objects.filter(QUEUED, pk__in=ids, times_sent__gt=0))
         raise
     return len(ids) == size
 
@@ -221,11 +224,11 @@ def send_one_by_one(name, ids, may_be_full):
             row = Job.objects.filter(QUEUED, pk=pk)
             for task in row.values_list("task", flat=True):
                 send([Job(task=task, queue=name)])  # a trial: workers ignore it
-            row.requeue(settings.JOB_RESEND_SECONDS)
+            updates.requeue(row, conf.JOB_RESEND_SECONDS)
             refusals[pk] += not may_be_full
             if refusals[pk] >= REFUSALS:
                 text = f"The broker refused it {REFUSALS} times: {error.__cause__ or error!r:.500}"
-                row.finish("failed", error=text)
+                updates.finish(row, "failed", error=text)
                 del refusals[pk]
 
 
@@ -238,7 +241,7 @@ def mark_sent(due):
     with transaction.atomic():
         jobs = list(due.select_for_update(skip_locked=True).values_list("pk", "times_sent", length))
         for sent in {sent for _, sent, _ in jobs}:
-            wait = min(settings.JOB_RESEND_SECONDS * 2 ** min(sent, 20), MAX_RESEND_SECONDS)
+            wait = min(conf.JOB_RESEND_SECONDS * 2 ** min(sent, 20), MAX_RESEND_SECONDS)
             rows = Job.objects.filter(pk__in=[pk for pk, times, _ in jobs if times == sent])
             rows.update(times_sent=sent + 1, sweep_at=Now() + timedelta(seconds=wait))
     return {pk: size for pk, _, size in jobs}
@@ -247,7 +250,7 @@ def mark_sent(due):
 def purge_for_ever():
     undeletable = start_over_at = 0
     while True:
-        time.sleep(settings.JOB_SWEEP_SECONDS)
+        time.sleep(conf.JOB_SWEEP_SECONDS)
         if time.monotonic() > start_over_at:
             undeletable, start_over_at = 0, time.monotonic() + PURGE_RETRY_SECONDS
         try:
@@ -263,7 +266,7 @@ def purge(undeletable=0):
     Skips as many of the oldest jobs as `undeletable` says, because earlier calls could not delete them.
     Returns this number for the next call.
     """
-    before = Now() - timedelta(days=settings.JOB_RETENTION_DAYS)
+    before = Now() - timedelta(days=conf.JOB_RETENTION_DAYS)
     old = Job.objects.filter(finished_at__lt=before).order_by("finished_at")
     ids = list(old.values_list("pk", flat=True)[undeletable : undeletable + PURGE_BATCH])
     return undeletable + try_in_halves(delete, ids)
@@ -272,6 +275,6 @@ def purge(undeletable=0):
 @transaction.atomic
 def delete(ids):
     # Django loads what it deletes. Load only the keys, because results may be large.
-    _, deleted = Job.objects.filter(pk__in=ids).skip_locked().only("pk").delete()
+    _, deleted = updates.skip_locked(Job.objects.filter(pk__in=ids)).only("pk").delete()
     if count := deleted.get("jobs.Job"):
-        logger.info("deleted %d jobs older than %g days", count, settings.JOB_RETENTION_DAYS)
+        logger.info("deleted %d jobs older than %g days", count, conf.JOB_RETENTION_DAYS)

@@ -1,49 +1,58 @@
 """JobTask: what delay(), retry() and report() do with a job's row, and how a worker runs a body."""
 
 import asyncio
-import json
-import logging
 import sys
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from inspect import getattr_static, iscoroutinefunction
-from traceback import format_exception, format_exception_only
 
-from asgiref.sync import async_to_sync
+from asgiref.sync import async_to_sync, sync_to_async
 from celery.contrib.django.task import DjangoTask
-from celery.exceptions import Ignore, Retry, SoftTimeLimitExceeded
-from celery.utils.time import maybe_make_aware
-from django.conf import settings
+from celery.exceptions import Ignore, Retry
 from django.db import connection, transaction
 from django.db.models.functions import Now
 from django.db.transaction import TransactionManagementError
-from django.utils import timezone
 
+from . import conf, updates
 from .celery import NO_CANVAS
 from .database import (
     end_interrupted_query,
-    in_transaction,
     roll_back_open_transaction,
-    store_outcome,
     wait_for,
+    wait_past_soft_limit,
 )
-from .lease import JobLost, Run, WorkerStopping, runs
-from .models import MAX_COUNTDOWN, OVER_TIME_LIMIT, QUEUED, Job, LockTimeout, as_json, lease_end
+from .expressions import LOCK_TIMEOUT, QUEUED
+from .lease import start_thread
+from .models import Job
 from .pools import pool, shutting_down
+from .queryset import MAX_COUNTDOWN, insert, new_fields, seconds_until
 from .results import JobBackend
+from .runs import OVER_TIME_LIMIT, JobError, JobLost, Run, describe, runs
+from .values import printable
 
-logger = logging.getLogger(__name__)
+__all__ = ["JobError", "JobTask"]
 
 # Options of apply_async() that are supported or harmless.
 OPTIONS = ("queue", "headers", "ignore_result", "producer", "retries")
 
 
-class JobError(Exception):
-    """Ends a job with an error text for its owner: raise JobError("Row 17 has no e-mail").
+class WorkerStopping(BaseException):
+    """Ends a body that has stored a cursor, because its worker is shutting down."""
 
-    The text of any other exception of the body is for staff: the owner only sees that the job failed.
-    """
+
+@dataclass(frozen=True)
+class JobCall:
+    """A task and the options of a job. Made by JobTask.using()."""
+
+    task: "JobTask"
+    options: dict
+
+    def enqueue(self, *args, **kwargs):
+        """Enqueue a job with these arguments. Returns the Job: see Job.objects.enqueue()."""
+        return Job.objects.enqueue(self.task, args, kwargs, **self.options)
+
+    aenqueue = sync_to_async(enqueue)
 
 
 class JobTask(DjangoTask):
@@ -59,7 +68,7 @@ class JobTask(DjangoTask):
     acks_late = False  # the row survives a crash, so acknowledge the message at once
     retry_on_worker_lost = False  # the row counts crashes
     ignore_result = True  # the row has the result
-    job_run = property(lambda self: getattr(self.request, "job_run", None))
+    current_run = property(lambda self: getattr(self.request, "run", None))
 
     @classmethod
     def bind(cls, app):
@@ -70,9 +79,9 @@ class JobTask(DjangoTask):
 
     @classmethod
     def on_bound(cls, app):
-        """Raise TypeError for options that a job cannot have, and prepare the time limits and the body.
+        """Raise TypeError for options that a job cannot have, and prepare the time limits.
 
-        A soft time limit above the hard one is lowered. A coroutine function runs in an event loop.
+        A soft time limit above the hard one is lowered.
         """
         for name in ("before_start", "exchange", "expires", "routing_key"):
             if getattr(cls, name, None) != getattr(DjangoTask, name, None):
@@ -80,6 +89,7 @@ class JobTask(DjangoTask):
         if cls.time_limit and cls.soft_time_limit and cls.soft_time_limit > cls.time_limit:
             cls.soft_time_limit = cls.time_limit * 0.9
         if iscoroutinefunction(cls.run):
+            # Wrap it here: autoretry_for wraps `run` next, and would not see an error of a coroutine.
             body = getattr_static(cls, "run")  # not yet bound to an instance
             cls.run = lambda self, *args, **kwargs: run_coroutine(
                 self, body.__get__(self, cls)(*args, **kwargs)
@@ -93,15 +103,41 @@ class JobTask(DjangoTask):
         Raises TypeError for options that a job cannot have, such as `link`, or the `group_id` that Celery
         passes to the tasks of a group.
         """
-        if eta:
-            countdown = (maybe_make_aware(eta) - timezone.now()).total_seconds()
-        if self.job_run and task_id == self.request.id:  # Celery's retry() calls this
-            return self.retry_later(args, kwargs, countdown, **options)
+        times = {"countdown": countdown, "eta": eta}
+        if self.current_run and task_id == self.request.id:  # Celery's retry() calls this
+            return self.retry_later(args, kwargs, seconds_until(**times), **options)
         self.check_options(options)
-        fields = {"pk": task_id} if task_id else {}
-        fields |= {"countdown": max(countdown or 0, 0), "queue": options.get("queue")}
-        job = Job.objects.enqueue(self, args or (), kwargs, **fields)
+        fields = new_fields(Now(), self, args or (), kwargs, queue=options.get("queue"), **times)
+        job = insert(Job.objects, {**fields, **({"pk": task_id} if task_id else {})})
         return self.AsyncResult(str(job.pk))
+
+    def using(
+        self,
+        *,
+        owner=None,
+        label="",
+        queue=None,
+        countdown=None,
+        eta=None,
+        unique=None,
+        idempotency_key=None,
+    ):
+        """Return the task with these options: task.using(owner=user).enqueue(10). See Job.objects.enqueue()."""
+        options = {
+            "owner": owner,
+            "label": label,
+            "queue": queue,
+            "countdown": countdown,
+            "eta": eta,
+        }
+        options |= {"unique": unique, "idempotency_key": idempotency_key}
+        return JobCall(self, options)
+
+    def enqueue(self, *args, **kwargs):
+        """Enqueue a job with these arguments, and no options. Returns the Job."""
+        return self.using().enqueue(*args, **kwargs)
+
+    aenqueue = sync_to_async(enqueue)
 
     # These store the row in the caller's transaction too. Celery's own would store it after the commit.
     delay_on_commit, apply_async_on_commit = DjangoTask.delay, apply_async
@@ -124,8 +160,8 @@ class JobTask(DjangoTask):
     def retry(self, args=None, kwargs=None, exc=None, *more, **options):
         """Works as Celery documents. The exception is stored in the Failure of this run."""
         caught = sys.exception()
-        if self.job_run and (exc or caught):
-            self.job_run.failure = describe(exc or caught, caught)
+        if self.current_run and (exc or caught):
+            self.current_run.failure = describe(exc or caught, caught)
         return super().retry(args, kwargs, exc, *more, **options)
 
     def retry_later(self, args, kwargs, countdown, retries, queue=None, **options):
@@ -133,13 +169,16 @@ class JobTask(DjangoTask):
         countdown = min(countdown, MAX_COUNTDOWN)
         text = f"Try {retries} failed, the next one starts in {countdown:.0f} s"
         changes = {"retries": retries, "message": text, **({"queue": queue} if queue else {})}
-        self.job_run.retry = {"delay": countdown, "args": args, "kwargs": kwargs, **changes}
+        self.current_run.retry = {"delay": countdown, "args": args, "kwargs": kwargs, **changes}
 
     def replace(self, sig):
         raise NotImplementedError("a job cannot be replaced: enqueue the other task and return")
 
     def apply(self, args=None, kwargs=None, headers=None, throw=None, **options):
-        """Run a job in eager mode, for send_one(). Raises TypeError for other calls, such as a group's."""
+        """Run a job in eager mode, for send_one(). Raises TypeError for other calls, such as a group's.
+
+        It never raises the body's exception, whatever `throw` says: the row has it.
+        """
         if "job" not in (headers or {}):
             raise TypeError(
                 f"{self.name}.apply() does not run a job: enqueue it, or call the task. {NO_CANVAS}"
@@ -161,9 +200,7 @@ class JobTask(DjangoTask):
         RuntimeError in a thread that the body has started.
         """
         run = self.own_run()
-        if run and not run.cursor:
-            run.cursor = query_own_row(run, lambda: list(run.row.values_list("cursor", flat=True)))
-        return run.cursor[0] if run else None
+        return run.read_cursor() if run else None
 
     def report(self, done, total=100, message="", *, cursor=None):
         """Show the progress, `done` of `total`, and a line of text. If the job is cancelled, end its body.
@@ -184,13 +221,7 @@ class JobTask(DjangoTask):
             message = "" if message is None else printable(message)[:255]
             run.report = {"progress": max(0, min(percent, 100)), "message": message}
             if cursor is not None:
-                json.dumps(cursor, allow_nan=False)  # raises if it is not JSON
-                query_own_row(
-                    run, run.row.update, cursor=cursor, sweep_at=lease_end(), **run.report
-                )
-                run.cursor = []  # forget the cached value: the body's transaction may roll back
-                if not in_transaction():
-                    run.written = run.report  # renew_leases() need not write it again
+                run.write_cursor(cursor)
                 if shutting_down[0]:
                     end_after_commit()
 
@@ -199,147 +230,97 @@ class JobTask(DjangoTask):
             raise RuntimeError(
                 "report() and cursor work only in the thread that runs the body: call them there"
             )
-        return self.job_run
+        return self.current_run
 
     # In a worker
 
     def __call__(self, *args, **kwargs):
         request = self.request
-        if request.called_directly or self.job_run:  # self.job_run: the body calls its own task
+        if request.called_directly or self.current_run:  # the body calls its own task
             return super().__call__(*args, **kwargs)
         headers = request.headers or {}
         if "job" not in headers:  # an app that does not know that this task is a job has sent it
-            fields = Job.objects.prepare(Now(), self, args, kwargs, None, None)
-            wait_for(Job.objects.get_or_create, fields, pk=request.id)
-        crashes = headers.get("crashes", 0)
-        run = Run(request.id, headers.get("run"), self)
-        # A suspect is a job that fails at its next crash, because it may be what kills the workers. A
-        # process runs only one suspect at a time. A job without a crash is never a suspect.
-        is_suspect = crashes and crashes + 1 >= settings.JOB_MAX_CRASHES
-        if shutting_down[0] or (is_suspect and not run.become_suspect()):
-            # With times_sent=0, the job waits for its next try, and this is an old message.
-            row = Job.objects.filter(QUEUED, LockTimeout(), pk=request.id, times_sent__gt=0)
-            store_outcome(row.requeue, settings.JOB_SWEEP_SECONDS)
-            raise Ignore("must wait: its worker is shutting down, or runs another suspect")
-        limit = request.time_limit or self.time_limit
-        run.claim = partial(
-            Job.objects.claim,
-            id=request.id,
-            run_token=run.token,
+            wait_for(
+                Job.objects.get_or_create, new_fields(Now(), self, args, kwargs), pk=request.id
+            )
+        crashes, limit = headers.get("crashes", 0), request.time_limit or self.time_limit
+        run = Run(
+            request.id,
+            headers.get("run"),
+            self,
             worker=request.hostname,
             retries=request.retries,
             crashes=crashes,
             times_sent=headers.get("times_sent", 1),
             limit=timedelta(seconds=limit),
-            lease=timedelta(seconds=min(settings.JOB_LEASE_SECONDS, limit)),
+            lease=timedelta(seconds=min(conf.JOB_LEASE_SECONDS, limit)),
         )
+        start_thread()
+        # A suspect is a job that fails at its next crash, because it may be what kills the workers. A
+        # process runs only one suspect at a time. A job without a crash is never a suspect.
+        is_suspect = crashes and crashes + 1 >= conf.JOB_MAX_CRASHES
+        if shutting_down[0] or (is_suspect and not run.become_suspect()):
+            # With times_sent=0, the job waits for its next try, and this is an old message.
+            row = Job.objects.filter(QUEUED, LOCK_TIMEOUT, pk=request.id, times_sent__gt=0)
+            wait_past_soft_limit(updates.requeue, row, conf.JOB_SWEEP_SECONDS)
+            raise Ignore("must wait: its worker is shutting down, or runs another suspect")
         try:
-            if not store_outcome(run.claim):
-                raise ignore_run(self)
-            request.job_run = run
+            if not wait_past_soft_limit(run.claim):
+                raise run.ignored()
+            request.run = run
             with run, connection.execute_wrapper(end_interrupted_query):
-                return self.run_job(run, args, kwargs)
+                return self.execute(run, args, kwargs)
         finally:
             run.ended = True
 
-    def run_job(self, run, args, kwargs):
-        in_block = connection.in_atomic_block  # a test's atomic(), in eager mode: leave it open
+    def execute(self, run, args, kwargs):
+        """Run the body, and write how it ended. Returns its result, or raises what Celery expects."""
         try:
-            try:
-                run.in_body = True
-                result = self.run(*args, **kwargs)
-            finally:
-                run.in_body = False  # write_and_renew() must not claim the job again
-                was_open = not in_block and roll_back_open_transaction()
-            if was_open:
-                raise TransactionManagementError("The task left a transaction open")
+            result = self.run_body(run, args, kwargs)
         except Retry as retry:
             if retry.is_eager:  # then Celery's retry() has not called apply_async()
                 self.apply_async(retry.sig.args, retry.sig.kwargs, **retry.sig.options)
             if run.retry:
-                requeue(run)
+                run.try_again()
             else:
-                fail(run, "Retry was raised by hand: call self.retry() to queue the job again")
+                run.fail("Retry was raised by hand: call self.retry() to queue the job again")
             raise
         except Ignore:  # raised by the body: the job succeeds without a result
             result = None
         except JobLost:
-            raise ignore_run(self) from None
+            raise run.ignored() from None
         except WorkerStopping:
-            run.store(run.row_with_lock_timeout.requeue)
+            run.hand_back()
             raise Ignore("continues in another worker") from None
         except BaseException as error:
             if pool.is_terminated(error):
                 if pool.is_shutdown():
-                    run.store(run.row_with_lock_timeout.requeue)  # for another worker
+                    run.hand_back()
                 raise  # otherwise the main process counts a crash
             if isinstance(error, SystemExit):
-                fail(run, f"The task called sys.exit({error.code!r})")
+                run.fail(f"The task called sys.exit({error.code!r})")
                 # Not SystemExit, which would end the child process or the thread.
                 raise RuntimeError("sys.exit() in a task") from error
-            fail(run, OVER_TIME_LIMIT if isinstance(error, pool.time_limit_errors) else None)
+            run.fail(OVER_TIME_LIMIT if isinstance(error, pool.time_limit_errors) else None)
             raise
         if run.retry:  # with throw=False
-            requeue(run)
+            run.try_again()
             raise Ignore("queued again")
-        succeed(run, result)
+        run.succeed(result)
         return result
 
-
-def ignore_run(task):
-    """Return the exception that ends a run whose job is cancelled or belongs to another run.
-
-    If the job is cancelled, Flower gets an event.
-    """
-    id, app = task.request.id, task.app
-    if wait_for(Job.objects.filter(pk=id, state="cancelled").exists):
-        logger.info("job %s %s is cancelled", task.name, id)
-        if app.conf.worker_send_task_events:
-            try:
-                task.send_event("task-revoked", terminated=True, signum=None, expired=False)
-            except Exception as error:  # each transport has its own exceptions
-                logger.warning("Flower will not see that job %s is cancelled: %r", id, error)
-    return Ignore("a duplicate message, or its job is cancelled or belongs to another run")
-
-
-def succeed(run, result):
-    try:
-        with suppress(SoftTimeLimitExceeded):  # the limit is for the body, which has ended
-            json.dumps(result, allow_nan=False)
-        changes = {"result": result, "message": run.report.get("message", "")}
-        written = run.store(Job.objects.succeed, id=run.job_id, run_token=run.token, **changes)
-    except Exception as error:
-        fail(run, f"Its result cannot be stored: {error}")
-        raise
-    if not written:
-        raise ignore_run(run.task)
-
-
-def fail(run, reason=None):
-    """Store that the job failed, for this reason or with the text of the exception being handled."""
-    error = sys.exception()
-    failure = describe(error)
-    if isinstance(error, JobError):
-        reason = reason or str(error)
-    if reason:
-        reason = failure["error"] = printable(reason)
-    failed = {
-        **run.report,
-        "error": failure["error"],
-        "public_error": reason or "",
-        "failure": failure,
-    }
-    run.store(run.row_with_lock_timeout.finish, "failed", **failed)
-
-
-def requeue(run):
-    try:
-        changes = run.retry
-        changes["args"], changes["kwargs"], _ = as_json(changes["args"], changes["kwargs"])
-        run.store(run.row_with_lock_timeout.requeue, failure=run.failure, **changes)
-    except Exception as error:  # for example, arguments that are not JSON
-        fail(run, f"Its next try cannot be stored: {error}")
-        raise
+    def run_body(self, run, args, kwargs):
+        """Return the body's result. Raises TransactionManagementError if it left a transaction open."""
+        in_block = connection.in_atomic_block  # a test's atomic(), in eager mode: leave it open
+        try:
+            run.in_body = True
+            result = self.run(*args, **kwargs)
+        finally:
+            run.in_body = False  # write_and_renew() must not claim the job again
+            was_open = not in_block and roll_back_open_transaction()
+        if was_open:
+            raise TransactionManagementError("The task left a transaction open")
+        return result
 
 
 def run_coroutine(task, body):
@@ -349,11 +330,13 @@ def run_coroutine(task, body):
     database connection. An exception that ends this call, such as that of a time limit, cancels the
     coroutine.
     """
-    request, running = task.request, []
-    task.cursor  # noqa: B018  read now, because a coroutine cannot query the database
+    request, loop, current = task.request, None, None
+    if run := task.own_run():
+        run.read_cursor()  # now, because a coroutine cannot query the database
 
     async def run():
-        running.extend([asyncio.get_running_loop(), asyncio.current_task()])
+        nonlocal loop, current
+        loop, current = asyncio.get_running_loop(), asyncio.current_task()
         task.request_stack.push(request)  # each thread has its own stack
         try:
             return await body
@@ -363,9 +346,9 @@ def run_coroutine(task, body):
     try:
         return async_to_sync(run)()
     except BaseException:
-        with suppress(RuntimeError, ValueError):  # the coroutine has ended, or did not start
-            loop, current = running
-            loop.call_soon_threadsafe(current.cancel)
+        with suppress(RuntimeError):  # the loop has ended
+            if loop:
+                loop.call_soon_threadsafe(current.cancel)
         raise
 
 
@@ -383,36 +366,3 @@ def end_after_commit():
 
     with suppress(TransactionManagementError):
         transaction.on_commit(end)
-
-
-def query_own_row(run, query, *args, **kwargs):
-    """Run a query on this run's row. Raises JobLost if the job was cancelled or belongs to another run.
-
-    If the database has lost the claim in a crash, the job is claimed again and the query repeated.
-
-    Inside a transaction of the body, the query is tried only once, because an error ends the transaction.
-    """
-    if in_transaction():
-        answer = query(*args, **kwargs)
-    elif not (answer := wait_for(query, *args, **kwargs)) and run.in_body and wait_for(run.claim):
-        answer = wait_for(query, *args, **kwargs)
-    if not answer:
-        raise JobLost
-    return answer
-
-
-def describe(error, caught=None):
-    """Return the fields of a Failure. The traceback is that of `caught`, or else of `error`."""
-    try:
-        text = "".join(format_exception_only(error)).strip()
-        frames = format_exception(caught or error, limit=-20)
-    except Exception:  # it cannot be formatted, or it is not an exception
-        text, frames = type(error).__name__, []
-    traceback = printable("".join(frame[:500] for frame in frames)[-4000:])
-    name = f"{type(error).__module__}.{type(error).__qualname__}"[:255]
-    return {"error": printable(text), "exception": name, "traceback": traceback}
-
-
-def printable(text):
-    """Return at most 10,000 characters that PostgreSQL accepts: without NUL, with ? for surrogates."""
-    return str(text)[:10_000].replace("\0", "").encode(errors="replace").decode()

@@ -10,7 +10,8 @@ import pytest
 from celery import current_app
 from celery.exceptions import OperationalError
 
-from . import lease, messages, models, sweep
+from . import lease, messages, publish, sweep
+from .models import Job
 
 
 def pytest_configure(config):
@@ -23,8 +24,8 @@ def eager(request, monkeypatch):
     current_app.conf.task_always_eager = not request.node.get_closest_marker("live")
     current_app.conf.task_eager_propagates = True  # an error in a plain task fails its test
     # Start no thread that renews leases: it could not see the rows of a test's transaction.
-    monkeypatch.setattr(lease, "lease_thread_started", True)
-    for memory in [models.publish_again_at, sweep.queues, sweep.refusals]:
+    monkeypatch.setattr(lease, "thread_started", True)
+    for memory in [publish.publish_again_at, sweep.queues, sweep.refusals]:
         memory.clear()
     monkeypatch.setattr(sweep, "POLL_SECONDS", 0)
 
@@ -41,14 +42,14 @@ def commit(db, django_capture_on_commit_callbacks):
 @pytest.fixture
 def run_jobs(db):
     """run_jobs() runs all queued jobs and the jobs that they enqueue, and waits for no countdown."""
-    queued = models.Job.objects.filter(state="queued").order_by("created_at")
+    queued = Job.objects.filter(state="queued").order_by("created_at")
 
     def run():
         ran = set()  # (id, retries): with `broker_down` a job stays queued, so publish it only once
         while tries := set(queued.values_list("pk", "retries")) - ran:
             ran |= tries
             for job in queued.filter(pk__in=[pk for pk, _ in tries]):
-                models.publish([job])
+                publish.publish([job])
 
     return run
 

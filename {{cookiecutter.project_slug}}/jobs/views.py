@@ -7,7 +7,7 @@ from django.core.exceptions import SuspiciousFileOperation
 from django.core.exceptions import ValidationError as DjangoValidationError
 from django.db import IntegrityError, transaction
 from django.db.models import Case, JSONField, Q, TextField, Value, When
-from django.db.models.functions import Cast, Length
+from django.db.models.functions import Cast, Length, Now
 from django.http import QueryDict
 from django.urls import reverse
 from django.utils.functional import cached_property
@@ -19,6 +19,7 @@ from rest_framework.pagination import CursorPagination
 from rest_framework.response import Response
 
 from .models import Job
+from .queryset import insert, new_fields
 from .schema import DETAIL
 from .serializers import TOO_LONG, JobSerializer, has_job_perm
 
@@ -56,10 +57,14 @@ class NewestFirst(CursorPagination):
             raise NotFound(self.invalid_cursor_message) from None
 
 
-def accepted(job_id, data):
-    """Return a response 202 whose Location is the address of the job."""
-    headers = {"Location": reverse("job-detail", args=[job_id]), "Retry-After": "1"}
-    return Response(data, status=202, headers=headers)
+def accepted(request, job):
+    """Return a response 202 that shows the job, with its address in the header Location."""
+    shown = JobSerializer(job, context={"request": request})
+    return Response(shown.data, status=202, headers=headers_of(job.pk))
+
+
+def headers_of(job_id):
+    return {"Location": reverse("job-detail", args=[job_id]), "Retry-After": "1"}
 
 
 def identify_upload(upload):
@@ -104,7 +109,7 @@ class JobViewSet(viewsets.ReadOnlyModelViewSet):
     def cancel(self, request, pk):
         """Cancel a job. A queued job never starts. A running job stops when it next reports."""
         job = self.get_object()
-        if not Job.objects.filter(pk=job.pk).cancel():
+        if not job.cancel():
             raise Conflict("The job has already ended.")
         job.refresh_from_db()
         return Response(self.get_serializer(job).data)
@@ -123,18 +128,16 @@ class JobViewSet(viewsets.ReadOnlyModelViewSet):
             job = self.get_object().run_again()
         except (TypeError, ValueError) as error:
             raise Conflict(f"The job cannot run again: {error}.") from error
-        return accepted(job.pk, self.get_serializer(job).data)
+        return accepted(request, job)
 
 
 class EnqueueMixin:
     """POST stores an object and enqueues its job in one transaction, then answers 202.
 
     The object has a field `job`. Your perform_create() must save the object with job_id=self.job_id, then
-    call self.enqueue(). Before that it may set `job_label`, the job's name for people. A second request with
-    the same Idempotency-Key stores nothing, and is answered with the same object and job.
+    call self.enqueue(). A second request with the same Idempotency-Key stores nothing, and is answered with
+    the same object and job.
     """
-
-    job_label = ""
 
     @extend_schema(
         parameters=[OpenApiParameter("Idempotency-Key", KEY_SCHEMA, HEADER), *ACCEPTED_HEADERS]
@@ -154,14 +157,19 @@ class EnqueueMixin:
                 serializer = self.find_stored()
                 if serializer is None:
                     raise
-        return accepted(serializer.instance.job_id, serializer.data)
+        headers = headers_of(serializer.instance.job_id)
+        return Response(serializer.data, status=202, headers=headers)
 
-    def enqueue(self, task, *args, **kwargs):
-        """Call Job.objects.enqueue() with the user and the Idempotency-Key of this request."""
-        fields = {"pk": self.job_id, "owner": self.request.user, "label": self.job_label}
+    def enqueue(
+        self, task, args=(), kwargs=None, *, label="", queue=None, countdown=None, eta=None
+    ):
+        """Enqueue the object's job for the user of this request. See Job.objects.enqueue()."""
+        fields = new_fields(
+            Now(), task, args, kwargs, self.request.user, label, queue, countdown, eta
+        )
         if key := self.idempotency_key:
             fields |= {"idempotency_key": key, "fingerprint": self.fingerprint}
-        return Job.objects.enqueue(task, args, kwargs, **fields)
+        return insert(Job.objects, {**fields, "pk": self.job_id})
 
     def find_stored(self):
         """Return a serializer of the object that the first request with this key stored, or None.

@@ -17,12 +17,15 @@ from django.db import close_old_connections, connection, transaction
 from django.db.models import F
 from django.db.models.functions import Now
 
+from . import conf, updates
 from .celery import cancel
 from .database import wait_for
 from .events import BatchedEvents
-from .lease import POLL_SECONDS, RECOVERY_DELAY, jobs_of, lock, recover, renew_for_children, runs
-from .models import QUEUED, Job
+from .expressions import QUEUED
+from .lease import POLL_SECONDS, RECOVERY_DELAY, recover, renew_for_children
+from .models import Job
 from .pools import has_children, pool, remap_sigterm, shutting_down
+from .runs import jobs_of, lock, runs
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +118,7 @@ def end_if_stuck(blueprint):
 
 def renew_leases_of_children():
     while True:
-        time.sleep(settings.JOB_LEASE_SECONDS / 3)
+        time.sleep(conf.JOB_LEASE_SECONDS / 3)
         try:
             requests = [r for r in tuple(state.active_requests) if "run" in r.request_dict]
             active = {request.request_dict["run"]: request.id for request in requests}
@@ -167,7 +170,7 @@ def requeue_later(row):
     With a short pause, jobs whose task was removed from the code would keep Beat and the broker busy.
     """
     for waited in row.values_list(Now() - F("due_at"), flat=True):
-        row.requeue(max(RECOVERY_DELAY, waited.total_seconds() / 10 if waited else 0))
+        updates.requeue(row, max(RECOVERY_DELAY, waited.total_seconds() / 10 if waited else 0))
 
 
 # Bodies in this process
@@ -199,7 +202,7 @@ def requeue_and_exit(exitcode=0):
             for pause in POLL_SECONDS, 0:  # twice: a renewal may lock a row for a moment
                 with transaction.atomic():
                     # The leases of locked rows will lapse.
-                    jobs_of(runs.values()).skip_locked().requeue()
+                    updates.requeue(updates.skip_locked(jobs_of(runs.values())))
                 time.sleep(pause)
     finally:
         os._exit(exitcode)

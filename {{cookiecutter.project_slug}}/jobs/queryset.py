@@ -1,0 +1,208 @@
+"""Job.objects: how jobs are enqueued, and what can be done with many jobs."""
+
+import random
+import time
+import uuid
+from contextlib import suppress
+from datetime import timedelta
+
+from asgiref.sync import sync_to_async
+from celery import current_app
+from celery.utils.time import maybe_make_aware
+from django.db import IntegrityError, models, transaction
+from django.db.models import Max
+from django.db.models.functions import Coalesce, Now
+
+from . import conf, updates
+from .expressions import UNFINISHED
+from .messages import queue_of
+from .publish import publish
+from .values import as_json, size_error, to_json
+
+BATCH_SIZE = 500  # jobs per statement
+MAX_LABEL = 255  # characters
+MAX_COUNTDOWN = 10 * 365 * 86400  # seconds: a longer countdown is probably in milliseconds
+
+
+class JobQuerySet(models.QuerySet):
+    def cancel(self):
+        """Cancel those jobs that are active. Returns how many there were."""
+        # With a join, Django moves all conditions into a subquery, which PostgreSQL does not check again
+        # when it has waited for a lock. Then check outside of it that the job has not ended.
+        by_id = self.model.objects.filter(pk__in=self.values("pk"))
+        return updates.finish(by_id if self.query.count_active_tables() > 1 else self, "cancelled")
+
+    def run_again(self):
+        """Enqueue a copy of each of these jobs. Skip those that are active or can no longer run.
+
+        All copies are stored, or none. Returns them, each once. If a job with the same `unique` is
+        active, the list has that one instead: see Job.run_again().
+        """
+        with transaction.atomic(self.db):
+            now, again, new = database_time(self.model.objects), [], []
+            for job in dict.fromkeys(self.defer("result", "error")):  # a join may repeat a job
+                with suppress(TypeError, ValueError):
+                    if job.unique_key:
+                        again.append(job.run_again())
+                    else:
+                        new.append(self.model(**fields_to_run_again(job, now)))
+            return [*dict.fromkeys(again), *insert_many(self.model.objects, now, new)]
+
+
+class JobManager(models.Manager):
+    # A router may send reads to a replica, which lags behind. check_database() refuses other databases.
+    db = property(lambda self: self._db or "default")
+
+    def get_queryset(self):
+        return JobQuerySet(self.model, using=self.db, hints=self._hints)
+
+    def enqueue(
+        self,
+        task,
+        args=(),
+        kwargs=None,
+        *,
+        owner=None,
+        label="",
+        queue=None,
+        countdown=None,
+        eta=None,
+        unique=None,
+        idempotency_key=None,
+    ):
+        """Store a job, and send its message when the caller's transaction commits.
+
+        With `countdown` (seconds) or `eta` (a datetime), the sweep sends the message at that time.
+
+        `task` has `base=JobTask`; `args` and `kwargs` hold values that Celery can serialize as JSON; `owner`
+        is a user; `label` is a name for people, which is cut after 255 characters; `queue` overrides
+        CELERY_TASK_ROUTES. `unique` is a string that only one active job may have, across all tasks and
+        owners. Each owner can use an `idempotency_key` once.
+
+        Returns the new Job, or the queued or running one with the same `unique`. Raises TypeError if
+        the task is not a JobTask, if the arguments are not JSON or do not fit the task, or if both
+        `countdown` and `eta` are given; ValueError if `unique` is empty or too long, if the job would wait
+        for more than ten years, if the arguments exceed JOB_MAX_BYTES, or if a text has a NUL or half of a
+        surrogate pair; IntegrityError if the owner has already used the key.
+        """
+        times = {"countdown": countdown, "eta": eta}
+        fields = new_fields(Now(), task, args, kwargs, owner, label, queue, **times)
+        return insert(self, {**fields, "idempotency_key": idempotency_key}, unique)
+
+    aenqueue = sync_to_async(enqueue)
+
+    def enqueue_many(
+        self, task, calls, *, owner=None, label="", queue=None, countdown=None, eta=None
+    ):
+        """Store a job for each list of arguments in `calls`: all of them or none.
+
+        The guarantees are those of enqueue(), at a fraction of the cost. Returns the Jobs.
+        """
+        now, times = database_time(self), {"countdown": countdown, "eta": eta}
+        calls = [new_fields(now, task, args, None, owner, label, queue, **times) for args in calls]
+        return insert_many(self, now, [self.model(**fields) for fields in calls])
+
+
+def new_fields(
+    now, task, args, kwargs=None, owner=None, label="", queue=None, countdown=None, eta=None
+):
+    """Return the fields of a new job. Raises the TypeError and ValueError of enqueue()."""
+    if not getattr(task, "is_job", False):
+        raise TypeError(f"{task!r} is not a job: declare it with @shared_task(base=JobTask)")
+    try:
+        args, kwargs, size = as_json(args, kwargs or {})
+    except (RecursionError, ValueError) as error:
+        raise TypeError(f"The arguments cannot be stored as JSON: {error}") from error
+    if not isinstance(args, list) or not isinstance(kwargs, dict):
+        raise TypeError("args must be a list, such as [10], and kwargs a dictionary")
+    if error := size_error(size):
+        raise ValueError(error)
+    task.__header__(*args, **kwargs)
+    to_json(label)  # may raise ValueError
+    if (delay := seconds_until(countdown, eta)) > MAX_COUNTDOWN:
+        raise ValueError(f"countdown={delay:.0f} is longer than ten years: it is in seconds")
+    due_at = now + timedelta(seconds=delay)
+    return {
+        "task": task.name,
+        "args": args,
+        "kwargs": kwargs,
+        "owner": owner,
+        "label": label[:MAX_LABEL],
+        "queue": queue or queue_of(task, args, kwargs),
+        "times_sent": 0 if delay else 1,
+        "due_at": due_at,
+        "sweep_at": due_at if delay else now + timedelta(seconds=conf.JOB_RESEND_SECONDS),
+    }
+
+
+def seconds_until(countdown=None, eta=None):
+    """Return in how many seconds a job is due, 0 if at once. Raises TypeError if both are given."""
+    if eta is not None:
+        if countdown is not None:
+            raise TypeError("give countdown= or eta=, not both")
+        # As in Celery, a datetime without a time zone is in that of the app.
+        eta = maybe_make_aware(eta, current_app.timezone)
+        countdown = (eta - current_app.now()).total_seconds()
+    return max(countdown or 0, 0)
+
+
+def fields_to_run_again(job, now):
+    """Return the fields of a new job like this one. Raises the same errors as Job.run_again()."""
+    if job.finished_at is None:
+        raise ValueError("it has not ended yet")
+    if job.task not in current_app.tasks:
+        raise ValueError(f"there is no task {job.task}")
+    task, calls = current_app.tasks[job.task], [job.args, job.kwargs]
+    fields = new_fields(now, task, *calls, label=job.label, queue=job.queue)
+    del fields["owner"]  # not loaded: its id is enough
+    cursor = None if job.state == "succeeded" else job.cursor
+    return {**fields, "owner_id": job.owner_id, "cursor": cursor}
+
+
+def insert(manager, fields, unique=None):
+    """Create the job, unless a job with this `unique` is active. Returns that one then."""
+    to_json([unique, fields.get("idempotency_key")])  # may raise ValueError
+    if unique is None:
+        job = manager.create(**fields)
+    else:
+        job, is_new = get_or_create_active(manager, unique, fields)
+        if not is_new:
+            return job
+    if job.times_sent:
+        transaction.on_commit(lambda: publish([job]), using=manager.db, robust=True)
+    return job
+
+
+def get_or_create_active(manager, unique, fields):
+    """Return the active job with this `unique`, or a new one, and whether it is new."""
+    if not isinstance(unique, str) or not 0 < len(unique) <= 255:
+        raise ValueError(f"unique= must be a string of 1 to 255 characters, not {unique!r:.50}")
+    active = manager.model.objects.filter(UNFINISHED)  # not `manager`, which may be a user's jobs
+    for tries_left in reversed(range(21)):
+        try:
+            return active.get_or_create(fields, unique_key=unique)
+        except IntegrityError as error:  # its first line names the constraint or the column
+            if not tries_left or "unique_key" not in str(error).partition("\n")[0]:
+                raise
+        # The conflicting job has finished before we could read it, so try again. Without a pause,
+        # greenlets can conflict forever.
+        time.sleep(random.uniform(0, 0.01))
+
+
+def insert_many(manager, now, jobs):
+    for place, job in enumerate(jobs):
+        job.created_at = now + timedelta(microseconds=place)  # pages sort by this time
+    manager.bulk_create(jobs, batch_size=BATCH_SIZE)
+    for queue in sorted({job.queue for job in jobs}):
+        to_send = [job for job in jobs if job.times_sent and job.queue == queue]
+        for start in range(0, len(to_send), BATCH_SIZE):
+            part = to_send[start : start + BATCH_SIZE]
+            transaction.on_commit(lambda part=part: publish(part), using=manager.db, robust=True)
+    return jobs
+
+
+def database_time(manager):
+    """SELECT now(), as a value: PostgreSQL inserts values much faster than expressions."""
+    # No row has this new id, so Max() is NULL and the query returns Now().
+    latest = Coalesce(Max("created_at"), Now())
+    return manager.filter(pk=uuid.uuid4()).aggregate(now=latest)["now"]

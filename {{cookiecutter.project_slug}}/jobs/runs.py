@@ -1,0 +1,219 @@
+"""One run of a job: it claims the row, holds what the body reports, and writes how the body ended."""
+
+import json
+import logging
+import sys
+import time
+import uuid
+from contextlib import suppress
+from traceback import format_exception, format_exception_only
+
+from celery.exceptions import Ignore, SoftTimeLimitExceeded
+
+from . import updates
+from .database import in_transaction, wait_for, wait_past_soft_limit
+from .expressions import LOCK_TIMEOUT, lease_end
+from .models import Job
+from .pools import pool
+from .values import as_json, printable
+
+logger = logging.getLogger(__name__)
+
+OVER_TIME_LIMIT = "Over its time limit"
+FLUSH_SECONDS = 1  # by then a claim is on disk: by default PostgreSQL writes it within 0.6 s
+UNREAD = object()  # a cursor that must be read from the row
+
+runs = {}  # {token: Run} of the bodies that run in this process
+suspect = None  # the Run of this process whose job fails at its next crash: see become_suspect()
+lock = pool.Lock()
+
+
+class JobError(Exception):
+    """Ends a job with an error text for its owner: raise JobError("Row 17 has no e-mail").
+
+    The text of any other exception of the body is for staff: the owner only sees that the job failed.
+    """
+
+
+class JobLost(BaseException):
+    """Ends a body whose job was cancelled or given to a newer run."""
+
+
+class Run:
+    """One run of a job. It owns the job as long as `Job.run_token` is its token.
+
+    Use it as a context manager: the lease is renewed inside the block. The other arguments are those of
+    updates.claim().
+    """
+
+    def __init__(self, job_id, token=None, task=None, **claim):
+        self.job_id = job_id
+        self.token = token or uuid.uuid4()
+        self.task = task
+        self.claim_fields = claim
+        self.report = self.written = {}  # progress in percent, message; what of them is in the row
+        self.cursor = UNREAD
+        self.in_body = False
+        # The first renewal finds out whether a crash of PostgreSQL has lost the claim.
+        self.renew_at = time.monotonic() + FLUSH_SECONDS
+        self.retry = None  # after retry(): arguments of updates.requeue()
+        # Why it is retried: the fields of a Failure.
+        self.failure = {
+            "error": "The task requested another try",
+            "exception": "celery.exceptions.Retry",
+        }
+        self.lost = self.ended = False
+
+    @property
+    def row(self):
+        return jobs_of([self])
+
+    @property
+    def row_with_lock_timeout(self):
+        """The row, to write how the body ended. An UPDATE that waits too long for a lock is tried again."""
+        return self.row.filter(LOCK_TIMEOUT)
+
+    def __enter__(self):
+        with lock:
+            runs[self.token] = self
+
+    def __exit__(self, *exc_info):
+        with lock:
+            del runs[self.token]
+
+    def claim(self):
+        """Claim the job, also a second time. Returns 0 if it belongs to another run or has ended."""
+        key = {"id": self.job_id, "run_token": self.token}
+        return updates.claim(Job.objects, **key, **self.claim_fields)
+
+    def become_suspect(self):
+        """Become the suspect of this process, unless there is one. Returns whether it did.
+
+        The job of a suspect fails if its process dies. A process has only one suspect, so that its
+        death makes at most one job fail.
+        """
+        global suspect
+        with lock:
+            if suspect is None or suspect.lost or suspect.ended:
+                suspect = self
+            return suspect is self
+
+    # What the body does
+
+    def needs_write(self):
+        return not self.lost and (self.report != self.written or time.monotonic() > self.renew_at)
+
+    def read_cursor(self):
+        if self.cursor is UNREAD:
+            [self.cursor] = self.query_row(lambda: list(self.row.values_list("cursor", flat=True)))
+        return self.cursor
+
+    def write_cursor(self, cursor):
+        json.dumps(cursor, allow_nan=False)  # raises if it is not JSON
+        changes = {"cursor": cursor, "sweep_at": lease_end(), **self.report}
+        self.query_row(self.row.update, **changes)
+        self.cursor = UNREAD  # the body's transaction may roll back
+        if not in_transaction():
+            self.written = self.report  # renew_leases() need not write it again
+
+    def query_row(self, query, *args, **kwargs):
+        """Run a query on this row. Raises JobLost if the job was cancelled or belongs to another run.
+
+        If the database has lost the claim in a crash, the job is claimed again and the query repeated.
+
+        Inside a transaction of the body, the query is tried only once, because an error ends the
+        transaction.
+        """
+        if in_transaction():
+            answer = query(*args, **kwargs)
+        elif not (answer := wait_for(query, *args, **kwargs)) and self.in_body:
+            answer = wait_for(self.claim) and wait_for(query, *args, **kwargs)
+        if not answer:
+            raise JobLost
+        return answer
+
+    # How it ends
+
+    def succeed(self, result):
+        """Write the result. Raises an error if it cannot be stored, and Ignore if the job is lost."""
+        end = {"result": result, "message": self.report.get("message", "")}
+        try:
+            with suppress(SoftTimeLimitExceeded):  # the limit is for the body, which has ended
+                json.dumps(result, allow_nan=False)
+            key = {"id": self.job_id, "run_token": self.token}
+            written = self.write(updates.succeed, Job.objects, **key, **end)
+        except Exception as error:
+            self.fail(f"Its result cannot be stored: {error}")
+            raise
+        if not written:
+            raise self.ignored()
+
+    def fail(self, public_error=None):
+        """Write that the job failed with the exception being handled, and this text for its owner."""
+        error = sys.exception()
+        failure = describe(error)
+        if isinstance(error, JobError):
+            public_error = public_error or str(error)
+        if public_error:
+            public_error = failure["error"] = printable(public_error)
+        texts = {"error": failure["error"], "public_error": public_error or ""}
+        row = self.row_with_lock_timeout
+        self.write(updates.finish, row, "failed", failure=failure, **self.report, **texts)
+
+    def try_again(self):
+        """Queue the job as retry() said. Raises an error if its new arguments cannot be stored."""
+        try:
+            changes = self.retry
+            changes["args"], changes["kwargs"], _ = as_json(changes["args"], changes["kwargs"])
+            row = self.row_with_lock_timeout
+            self.write(updates.requeue, row, failure=self.failure, **changes)
+        except Exception as error:  # for example, arguments that are not JSON
+            self.fail(f"Its next try cannot be stored: {error}")
+            raise
+
+    def hand_back(self):
+        """Queue the job for another worker."""
+        self.write(updates.requeue, self.row_with_lock_timeout)
+
+    def write(self, update, *args, **kwargs):
+        """Write how the body ended. Returns 0 if the run has lost its job.
+
+        If the database has lost the claim in a crash, the job is claimed again and the update repeated.
+        """
+        written = wait_past_soft_limit(update, *args, **kwargs)
+        if written or not wait_past_soft_limit(self.claim):
+            return written
+        return wait_past_soft_limit(update, *args, **kwargs)
+
+    def ignored(self):
+        """Return the exception that ends a run whose job is cancelled or belongs to another run.
+
+        If the job is cancelled, Flower gets an event.
+        """
+        task, id = self.task, self.job_id
+        if wait_for(Job.objects.filter(pk=id, state="cancelled").exists):
+            logger.info("job %s %s is cancelled", task.name, id)
+            if task.app.conf.worker_send_task_events:
+                try:
+                    task.send_event("task-revoked", terminated=True, signum=None, expired=False)
+                except Exception as error:  # each transport has its own exceptions
+                    logger.warning("Flower will not see that job %s is cancelled: %r", id, error)
+        return Ignore("a duplicate message, or its job is cancelled or belongs to another run")
+
+
+def jobs_of(runs):
+    """Return the rows of these runs, except of those that have lost their job."""
+    tokens = [run.token for run in runs]
+    return Job.objects.filter(pk__in=[run.job_id for run in runs], run_token__in=tokens)
+
+
+def describe(error, caught=None):
+    """Return the fields of a Failure. The traceback is that of `caught`, or else of `error`."""
+    try:
+        text = "".join(format_exception_only(error)).strip()
+        frames = format_exception(caught or error, limit=-20)
+    except Exception:  # it cannot be formatted, or it is not an exception
+        text, frames = type(error).__name__, []
+    traceback = printable("".join(frame[:500] for frame in frames)[-4000:])
+    name = f"{type(error).__module__}.{type(error).__qualname__}"[:255]
+    return {"error": printable(text), "exception": name, "traceback": traceback}
