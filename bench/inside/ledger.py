@@ -14,6 +14,7 @@ from users.models import User
 
 from jobs import sweep
 from jobs.models import Job
+from jobs.updates import claim
 from sending import empty, rate, seconds_of
 from work_tasks import job as task
 from work_tasks import plain
@@ -71,7 +72,7 @@ def claims(waiting, count):
     jobs = list(Job.objects.filter(queue="later").order_by("?").values_list("pk")[:count])
     limits = {"limit": timedelta(seconds=600), "lease": timedelta(seconds=30)}
     message = {"worker": "", "retries": 0, "crashes": 0, "times_sent": 1, **limits}
-    return rate(lambda pk: Job.objects.claim(id=pk, run_token=uuid.uuid4(), **message), jobs)
+    return rate(lambda pk: claim(Job.objects, id=pk, run_token=uuid.uuid4(), **message), jobs)
 
 
 def sweep_due(count, queues):

@@ -20,6 +20,17 @@ TIMINGS = {
     "JOB_RESEND_SECONDS": RESEND,
 }
 
+# The names of code for ask()
+IMPORTS = """
+from datetime import timedelta
+from django.db import connection
+from django.db.models import F, Q
+from django.db.models.functions import Now
+from faults.tasks import *
+from jobs.expressions import ACTIVE, FINAL
+from jobs.models import Failure, Job, Sweep
+"""
+
 
 class Stack:
     """A project with its broker, database, web, Beat and workers, on real servers.
@@ -208,8 +219,7 @@ class Stack:
     def ask(self, code, **names):
         """Run code in the project and return the value of its variable `result`."""
         lines = [f"{name} = {value!r}" for name, value in names.items()]
-        imports = ["from django.db import connection", "from jobs.models import *"]
-        return self.console.ask("\n".join([*imports, "from faults.tasks import *", *lines, code]))
+        return self.console.ask("\n".join([IMPORTS, *lines, code]))
 
     def add_user(self, name, **fields):
         """Create a user and return its token."""

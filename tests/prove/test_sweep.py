@@ -195,7 +195,7 @@ def test_many_lost_messages_are_noticed_soon_among_plain_tasks(stack, gate, sinc
     start = time.monotonic()
     code = """
 from unittest.mock import patch
-with patch("jobs.models.publish"):
+with patch("jobs.queryset.publish"):
     result = [Job.objects.enqueue(quick).pk for _ in range(40)]
 """
     jobs = stack.ask(code)

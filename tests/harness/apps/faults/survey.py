@@ -7,7 +7,9 @@ from django.db import connection
 from django.db.models import Count, Max, Sum
 from django.utils import timezone
 
-from jobs.models import ACTIVE, Job, publish
+from jobs.expressions import ACTIVE
+from jobs.models import Job
+from jobs.publish import publish
 
 from .tasks import quick
 
