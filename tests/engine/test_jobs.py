@@ -531,7 +531,7 @@ def test_a_time_limit_brings_a_soft_one_of_nine_tenths():
 def test_a_report_is_stored_while_the_body_runs(done, total, percent):
     def body(task):
         task.report(done, total, "x" * 300)
-        lease.write_and_renew([task.current_run])  # as the thread of leases does, twice a second
+        lease.write_and_renew([task._current_run])  # as the thread of leases does, twice a second
         job = Job.objects.get()
         return [job.state, job.progress, len(job.message)]
 
@@ -606,10 +606,10 @@ def test_a_cursor_is_written_once():
 
     def body(task):
         task.report(1, 3, cursor=1)
-        first = task.current_run.needs_write()
+        first = task._current_run.needs_write()
         with transaction.atomic():
             task.report(2, 3, cursor=2)
-        return [first, task.current_run.needs_write()]
+        return [first, task._current_run.needs_write()]
 
     assert run(body).result == [False, True]
 
@@ -617,7 +617,7 @@ def test_a_cursor_is_written_once():
 def test_a_report_without_a_text_shows_none():
     def body(task):
         task.report(1, 2, None)
-        lease.write_and_renew([task.current_run])
+        lease.write_and_renew([task._current_run])
 
     assert run(body).message == ""
 
@@ -1320,7 +1320,7 @@ def test_the_next_report_ends_a_body_that_lost_its_job(end_run):
     def body(task):
         task.report(1, 3)
         end_run()
-        lease.write_and_renew([task.current_run])
+        lease.write_and_renew([task._current_run])
         steps.append("before")
         task.report(2, 3)
         steps.append("after")
@@ -1355,7 +1355,7 @@ def test_an_outcome_is_stored_although_a_database_crash_has_lost_the_claim(end, 
     seen = []
 
     def body(task):
-        seen.append(task.current_run.in_body)
+        seen.append(task._current_run.in_body)
         Job.objects.update(state="queued", run_token=None, started_at=None)
         if end:
             raise end
@@ -1372,7 +1372,7 @@ def test_a_body_whose_claim_a_database_crash_has_lost_continues(use_cursor, hand
 
     def body(task):
         Job.objects.update(state="queued", run_token=None, started_at=None)
-        task.current_run.in_body = not handed_back
+        task._current_run.in_body = not handed_back
         use_cursor(task)
         return Job.objects.get().state
 

@@ -91,7 +91,7 @@ class TaskBackend(BaseTaskBackend):
         InvalidTask, and the errors of Job.objects.enqueue().
         """
         self.validate_task(task)  # again, because the settings may have changed since @task ran
-        if register(task).unknown_to_workers and not current_app.conf.task_always_eager:
+        if register(task)._unknown_to_workers and not current_app.conf.task_always_eager:
             raise InvalidTask(f"No worker knows {task.module_path}: import it in an app's tasks.py")
         options = {"owner": task.owner, "unique": task.unique}
         if task.queue_name != DEFAULT_TASK_QUEUE_NAME:  # else CELERY_TASK_ROUTES decides
@@ -101,7 +101,7 @@ class TaskBackend(BaseTaskBackend):
         job = Job.objects.enqueue(register(task), args, kwargs, **options)
         if job.task != task.module_path:  # an active job with this `unique`, of another task
             return self.get_result(job.pk)
-        result = self.result_of(job, task)
+        result = self._result_of(job, task)
         signals.task_enqueued.send(type(self), task_result=result)
         return result
 
@@ -117,9 +117,9 @@ class TaskBackend(BaseTaskBackend):
             raise TaskResultDoesNotExist(result_id) from error
         if not isinstance(task, Task):  # it was made by @shared_task
             raise TaskResultDoesNotExist(result_id)
-        return self.result_of(job, task)
+        return self._result_of(job, task)
 
-    def result_of(self, job, task):
+    def _result_of(self, job, task):
         failures = list(job.failures.all())
         runs = [(failure.started_at, failure.worker) for failure in failures]
         if job.started_at and (not runs or job.started_at > runs[-1][0]):
@@ -159,7 +159,7 @@ class FunctionTask(JobTask):
 
     abstract = True
 
-    def send_started(self, task):
+    def _send_started(self, task):
         """Send the signal task_started. Returns the context for the body."""
         result = wait_for(task.get_backend().get_result, self.request.id)
         self.request.task_result = result
@@ -167,15 +167,15 @@ class FunctionTask(JobTask):
         return JobContext(task_result=result, job=self)
 
     def on_success(self, retval, *args):
-        self.send_finished(status=TaskResultStatus.SUCCESSFUL, _return_value=retval)
+        self._send_finished(status=TaskResultStatus.SUCCESSFUL, _return_value=retval)
 
     def on_failure(self, exc, *args):
         if result := getattr(self.request, "task_result", None):
             error = describe(exc)
             error = TaskError(exception_class_path=error["exception"], traceback=error["traceback"])
-            self.send_finished(status=TaskResultStatus.FAILED, errors=[*result.errors, error])
+            self._send_finished(status=TaskResultStatus.FAILED, errors=[*result.errors, error])
 
-    def send_finished(self, **changes):
+    def _send_finished(self, **changes):
         result = self.request.task_result
         set_fields(result, finished_at=timezone.now(), **changes)
         signals.task_finished.send_robust(type(result.task.get_backend()), task_result=result)
@@ -192,8 +192,8 @@ def register(task):
 
         @wraps(task.func)
         def run(self, *args, **kwargs):
-            if self.current_run:
-                context = self.send_started(task)
+            if self._current_run:
+                context = self._send_started(task)
                 args = (context, *args) if task.takes_context else args
             result = task.func(*args, **kwargs)
             return run_coroutine(self, result) if iscoroutine(result) else result
@@ -201,6 +201,6 @@ def register(task):
         header = staticmethod(head_from_fun(task.func, bound=task.takes_context))
         options = {"name": task.module_path, "__header__": header, **task.celery}
         # Before Django was ready, this process has imported what workers import: see apps.py.
-        options["unknown_to_workers"] = apps.ready
+        options["_unknown_to_workers"] = apps.ready
         registered[task.module_path] = shared_task(run, base=FunctionTask, bind=True, **options)
     return registered[task.module_path]

@@ -16,7 +16,7 @@ from . import sweep
 from .database import may_succeed_later, wait_for
 from .models import Job
 from .queryset import new_fields
-from .tasks import JobTask
+from .tasks import JobTask, check_options
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def check_entry(name, args, kwargs, options):
     args = [None if isinstance(arg, BeatLazyFunc) else arg for arg in args]
     kwargs = {key: None if isinstance(arg, BeatLazyFunc) else arg for key, arg in kwargs.items()}
     if isinstance(task, JobTask):
-        task.check_options({key: options[key] for key in options if key != "countdown"})
+        check_options({key: options[key] for key in options if key != "countdown"})
         new_fields(Now(), task, args, kwargs, countdown=options.get("countdown"))
     elif task.typing:
         task.__header__(*args, **kwargs)

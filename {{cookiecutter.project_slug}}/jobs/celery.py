@@ -59,7 +59,7 @@ def cancel(task_id):
 
 
 def is_job(app, name):
-    return getattr(app.tasks.get(name), "is_job", False)
+    return getattr(app.tasks.get(name), "_is_job", False)
 
 
 def refuse_jobs(app, options):

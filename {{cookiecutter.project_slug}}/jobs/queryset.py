@@ -107,7 +107,7 @@ def new_fields(
     now, task, args, kwargs=None, owner=None, label="", queue=None, countdown=None, eta=None
 ):
     """Return the fields of a new job. Raises the TypeError and ValueError of enqueue()."""
-    if not getattr(task, "is_job", False):
+    if not getattr(task, "_is_job", False):
         raise TypeError(f"{task!r} is not a job: declare it with @shared_task(base=JobTask)")
     try:
         args, kwargs, size = as_json(args, kwargs or {})

@@ -64,11 +64,11 @@ class JobTask(DjangoTask):
     """
 
     abstract = True
-    is_job = True  # checked by Job.objects.enqueue()
+    _is_job = True  # checked by Job.objects.enqueue()
     acks_late = False  # the row survives a crash, so acknowledge the message at once
     retry_on_worker_lost = False  # the row counts crashes
     ignore_result = True  # the row has the result
-    current_run = property(lambda self: getattr(self.request, "run", None))
+    _current_run = property(lambda self: getattr(self.request, "run", None))
 
     @classmethod
     def bind(cls, app):
@@ -104,9 +104,9 @@ class JobTask(DjangoTask):
         passes to the tasks of a group.
         """
         times = {"countdown": countdown, "eta": eta}
-        if self.current_run and task_id == self.request.id:  # Celery's retry() calls this
-            return self.retry_later(args, kwargs, seconds_until(**times), **options)
-        self.check_options(options)
+        if self._current_run and task_id == self.request.id:  # Celery's retry() calls this
+            return self._retry_later(args, kwargs, seconds_until(**times), **options)
+        check_options(options)
         fields = new_fields(Now(), self, args or (), kwargs, queue=options.get("queue"), **times)
         job = insert(Job.objects, {**fields, **({"pk": task_id} if task_id else {})})
         return self.AsyncResult(str(job.pk))
@@ -148,28 +148,22 @@ class JobTask(DjangoTask):
 
     starmap = chunks = map
 
-    def check_options(self, options):
-        """Raise TypeError for options of apply_async() that a job cannot have."""
-        if refused := [name for name in options if options[name] and name not in OPTIONS]:
-            reason = f"a job does not take {', '.join(refused)}: see Job.objects.enqueue()"
-            raise TypeError(f"{reason} and enqueue_many(). {NO_CANVAS}")
-
     def AsyncResult(self, task_id, **kwargs):  # noqa: N802
         return self.app.AsyncResult(task_id, backend=JobBackend(self.app), **kwargs)
 
     def retry(self, args=None, kwargs=None, exc=None, *more, **options):
         """Works as Celery documents. The exception is stored in the Failure of this run."""
         caught = sys.exception()
-        if self.current_run and (exc or caught):
-            self.current_run.failure = describe(exc or caught, caught)
+        if self._current_run and (exc or caught):
+            self._current_run.failure = describe(exc or caught, caught)
         return super().retry(args, kwargs, exc, *more, **options)
 
-    def retry_later(self, args, kwargs, countdown, retries, queue=None, **options):
+    def _retry_later(self, args, kwargs, countdown, retries, queue=None, **options):
         """Remember the options of retry(). They are stored when the body and its transaction have ended."""
         countdown = min(countdown, MAX_COUNTDOWN)
         text = f"Try {retries} failed, the next one starts in {countdown:.0f} s"
         changes = {"retries": retries, "message": text, **({"queue": queue} if queue else {})}
-        self.current_run.retry = {"delay": countdown, "args": args, "kwargs": kwargs, **changes}
+        self._current_run.retry = {"delay": countdown, "args": args, "kwargs": kwargs, **changes}
 
     def replace(self, sig):
         raise NotImplementedError("a job cannot be replaced: enqueue the other task and return")
@@ -199,7 +193,7 @@ class JobTask(DjangoTask):
         Read it once, at the start of the body. It is None if the task was called directly. Raises
         RuntimeError in a thread that the body has started.
         """
-        run = self.own_run()
+        run = self._own_run()
         return run.read_cursor() if run else None
 
     def report(self, done, total=100, message="", *, cursor=None):
@@ -214,7 +208,7 @@ class JobTask(DjangoTask):
         If the worker is shutting down, a call with `cursor` ends the body once the cursor is committed.
         The job continues in another worker.
         """
-        if run := self.own_run():
+        if run := self._own_run():
             if run.lost:
                 raise JobLost
             percent = int(100 * done / total) if total else 100
@@ -225,18 +219,18 @@ class JobTask(DjangoTask):
                 if shutting_down[0]:
                     end_after_commit()
 
-    def own_run(self):
+    def _own_run(self):
         if self.request_stack.top is None and any(r.task is self for r in tuple(runs.values())):
             raise RuntimeError(
                 "report() and cursor work only in the thread that runs the body: call them there"
             )
-        return self.current_run
+        return self._current_run
 
     # In a worker
 
     def __call__(self, *args, **kwargs):
         request = self.request
-        if request.called_directly or self.current_run:  # the body calls its own task
+        if request.called_directly or self._current_run:  # the body calls its own task
             return super().__call__(*args, **kwargs)
         headers = request.headers or {}
         if "job" not in headers:  # an app that does not know that this task is a job has sent it
@@ -269,14 +263,14 @@ class JobTask(DjangoTask):
                 raise run.ignored()
             request.run = run
             with run, connection.execute_wrapper(end_interrupted_query):
-                return self.execute(run, args, kwargs)
+                return self._execute(run, args, kwargs)
         finally:
             run.ended = True
 
-    def execute(self, run, args, kwargs):
+    def _execute(self, run, args, kwargs):
         """Run the body, and write how it ended. Returns its result, or raises what Celery expects."""
         try:
-            result = self.run_body(run, args, kwargs)
+            result = self._run_body(run, args, kwargs)
         except Retry as retry:
             if retry.is_eager:  # then Celery's retry() has not called apply_async()
                 self.apply_async(retry.sig.args, retry.sig.kwargs, **retry.sig.options)
@@ -309,7 +303,7 @@ class JobTask(DjangoTask):
         run.succeed(result)
         return result
 
-    def run_body(self, run, args, kwargs):
+    def _run_body(self, run, args, kwargs):
         """Return the body's result. Raises TransactionManagementError if it left a transaction open."""
         in_block = connection.in_atomic_block  # a test's atomic(), in eager mode: leave it open
         try:
@@ -323,6 +317,13 @@ class JobTask(DjangoTask):
         return result
 
 
+def check_options(options):
+    """Raise TypeError for options of apply_async() that a job cannot have."""
+    if refused := [name for name in options if options[name] and name not in OPTIONS]:
+        reason = f"a job does not take {', '.join(refused)}: see Job.objects.enqueue()"
+        raise TypeError(f"{reason} and enqueue_many(). {NO_CANVAS}")
+
+
 def run_coroutine(task, body):
     """Run the coroutine of a body in an event loop, which has a thread of its own.
 
@@ -331,7 +332,7 @@ def run_coroutine(task, body):
     coroutine.
     """
     request, loop, current = task.request, None, None
-    if run := task.own_run():
+    if run := task._own_run():
         run.read_cursor()  # now, because a coroutine cannot query the database
 
     async def run():

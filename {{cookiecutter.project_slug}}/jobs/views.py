@@ -143,7 +143,7 @@ class EnqueueMixin:
         parameters=[OpenApiParameter("Idempotency-Key", KEY_SCHEMA, HEADER), *ACCEPTED_HEADERS]
     )
     def create(self, request, *args, **kwargs):
-        serializer = self.find_stored()
+        serializer = self._find_stored()
         if serializer is None:
             serializer = self.get_serializer(data=request.data)
             serializer.is_valid(raise_exception=True)
@@ -154,7 +154,7 @@ class EnqueueMixin:
             except SuspiciousFileOperation:  # for which Django answers with a page
                 raise ParseError("The name of the file is invalid.") from None
             except IntegrityError:  # another request with the same key was faster
-                serializer = self.find_stored()
+                serializer = self._find_stored()
                 if serializer is None:
                     raise
         headers = headers_of(serializer.instance.job_id)
@@ -167,18 +167,18 @@ class EnqueueMixin:
         fields = new_fields(
             Now(), task, args, kwargs, self.request.user, label, queue, countdown, eta
         )
-        if key := self.idempotency_key:
-            fields |= {"idempotency_key": key, "fingerprint": self.fingerprint}
+        if key := self._idempotency_key:
+            fields |= {"idempotency_key": key, "fingerprint": self._fingerprint}
         return insert(Job.objects, {**fields, "pk": self.job_id})
 
-    def find_stored(self):
+    def _find_stored(self):
         """Return a serializer of the object that the first request with this key stored, or None.
 
         Raises KeyReused (422) if that was a different request.
         """
-        if (key := self.idempotency_key) is None:
+        if (key := self._idempotency_key) is None:
             return None
-        fingerprint = self.fingerprint  # before a serializer or a storage reads the files
+        fingerprint = self._fingerprint  # before a serializer or a storage reads the files
         job = Job.objects.filter(owner=self.request.user, idempotency_key=key).first()
         if job is None:
             return None
@@ -191,14 +191,14 @@ class EnqueueMixin:
         return None  # the job was purged between the queries, so its key is free
 
     @property
-    def idempotency_key(self):
+    def _idempotency_key(self):
         key = self.request.headers.get("Idempotency-Key")
         if key is not None and not re.fullmatch(KEY_SCHEMA["pattern"], key):
             raise ValidationError({"Idempotency-Key": ["Use 1 to 255 printable ASCII characters."]})
         return key
 
     @cached_property
-    def fingerprint(self):
+    def _fingerprint(self):
         """A digest of method, path, data and files. Requests with the same key must have the same one."""
         data = self.request.data
         if isinstance(data, QueryDict):  # json would see only the last value of each name
