@@ -5,6 +5,7 @@ from django.contrib import admin, messages
 from django.contrib.auth import get_user_model
 from django.core.exceptions import ValidationError
 from django.core.paginator import Paginator
+from django.http import HttpRequest
 from django.template.defaultfilters import pluralize
 from django.urls import reverse
 from django.utils.functional import cached_property
@@ -31,7 +32,7 @@ class LatestPages(Paginator):
         return self.object_list[: self.most].count()
 
 
-def announce(request, jobs, done="enqueued", rest=""):
+def announce(request: HttpRequest, jobs: list[Job], done: str = "enqueued", rest: str = "") -> None:
     """Show how many jobs were enqueued, as a message in the admin.
 
     The message links to a page that shows them, or to the user's own jobs if the user may not view

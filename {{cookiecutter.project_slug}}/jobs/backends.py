@@ -7,12 +7,14 @@ also accepts the @task of `django_tasks`.
 """
 
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from functools import wraps
 from inspect import iscoroutine
 from typing import Any
 
 from celery import current_app, shared_task
 from celery.utils.functional import head_from_fun
+from celery.utils.time import maybe_make_aware
 from django.apps import apps
 from django.core.exceptions import ValidationError
 from django.utils import timezone
@@ -50,29 +52,70 @@ registered = {}  # Celery's tasks, by the path of their function
 class JobFunction(Task):
     """A function that is decorated with @task, with the additional options of a job.
 
-    `celery` has options of @shared_task: @task(celery={"autoretry_for": (OSError,)}). Set `owner` and
-    `unique` with using(): see Job.objects.enqueue().
+    `celery` has options of @shared_task: @task(celery={"autoretry_for": (OSError,)}). Set the others
+    with using(): see Job.objects.enqueue().
     """
 
     celery: dict = field(default_factory=dict, compare=False)
     owner: Any = None
+    label: str = ""
+    countdown: float | None = None
     unique: str | None = None
+    idempotency_key: str | None = None
 
-    def using(self, *, owner=None, unique=None, **changes):
-        # A plain super() would fail: slots=True makes a new class, and super() refers to the old one.
-        task = super(JobFunction, self).using(**changes)
-        return replace(task, owner=owner or self.owner, unique=unique or self.unique)
+    def using(
+        self,
+        *,
+        priority: int | None = None,
+        queue_name: str | None = None,
+        run_after: datetime | None = None,
+        backend: str | None = None,
+        owner: Any = None,
+        label: str | None = None,
+        queue: str | None = None,
+        countdown: float | None = None,
+        eta: datetime | None = None,
+        unique: str | None = None,
+        idempotency_key: str | None = None,
+    ) -> "JobFunction":
+        """Return a copy of the task with Django's options, and those of Job.objects.enqueue().
+
+        `queue` means `queue_name`, and `eta` means `run_after`. Options that are not given stay as they
+        are. Raises TypeError if both words are given, or `countdown` and a time; InvalidTask as Django does.
+        """
+        if queue_name is not None and queue is not None:
+            raise TypeError("give queue_name= or queue=, not both: they mean the same")
+        times = [run_after, eta and maybe_make_aware(eta), countdown]
+        if len(given := [time for time in times if time is not None]) > 1:
+            raise TypeError(
+                "give one of run_after=, eta= and countdown=: each says when the job starts"
+            )
+        changes = {"priority": priority, "queue_name": queue_name or queue, "backend": backend}
+        changes |= {"owner": owner, "label": label, "unique": unique}
+        changes["idempotency_key"] = idempotency_key
+        changes = {name: value for name, value in changes.items() if value is not None}
+        if given:
+            changes |= {"run_after": times[0] or times[1], "countdown": countdown}
+        return replace(self, **changes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobContext(TaskContext):
     """The context of a body with takes_context=True, with report(), cursor and retry() of JobTask."""
 
-    job: JobTask
+    _job: JobTask
 
-    report = property(lambda self: self.job.report)
-    retry = property(lambda self: self.job.retry)
-    cursor = property(lambda self: self.job.cursor)
+    @property
+    def report(self):
+        return self._job.report
+
+    @property
+    def retry(self):
+        return self._job.retry
+
+    @property
+    def cursor(self) -> Any:
+        return self._job.cursor
 
 
 class TaskBackend(BaseTaskBackend):
@@ -93,12 +136,19 @@ class TaskBackend(BaseTaskBackend):
         self.validate_task(task)  # again, because the settings may have changed since @task ran
         if register(task)._unknown_to_workers and not current_app.conf.task_always_eager:
             raise InvalidTask(f"No worker knows {task.module_path}: import it in an app's tasks.py")
-        options = {"owner": task.owner, "unique": task.unique}
-        if task.queue_name != DEFAULT_TASK_QUEUE_NAME:  # else CELERY_TASK_ROUTES decides
-            options["queue"] = task.queue_name
-        if task.run_after:
-            options["countdown"] = max((task.run_after - timezone.now()).total_seconds(), 0)
-        job = Job.objects.enqueue(register(task), args, kwargs, **options)
+        job = Job.objects.enqueue(
+            register(task),
+            args,
+            kwargs,
+            owner=task.owner,
+            label=task.label,
+            # None: CELERY_TASK_ROUTES decides
+            queue=task.queue_name if task.queue_name != DEFAULT_TASK_QUEUE_NAME else None,
+            countdown=task.countdown,
+            eta=task.run_after,
+            unique=task.unique,
+            idempotency_key=task.idempotency_key,
+        )
         if job.task != task.module_path:  # an active job with this `unique`, of another task
             return self.get_result(job.pk)
         result = self._result_of(job, task)
@@ -164,7 +214,7 @@ class FunctionTask(JobTask):
         result = wait_for(task.get_backend().get_result, self.request.id)
         self.request.task_result = result
         signals.task_started.send_robust(type(task.get_backend()), task_result=result)
-        return JobContext(task_result=result, job=self)
+        return JobContext(task_result=result, _job=self)
 
     def on_success(self, retval, *args):
         self._send_finished(status=TaskResultStatus.SUCCESSFUL, _return_value=retval)

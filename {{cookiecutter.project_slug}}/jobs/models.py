@@ -61,6 +61,7 @@ class Job(models.Model):
     crashes = models.PositiveSmallIntegerField(default=0, help_text="times its worker died")
 
     objects: ClassVar[JobManager] = JobManager()
+    failures: models.Manager  # the Failures of this job
 
     class Meta:
         base_manager_name = "objects"  # for refresh_from_db(), and for foreign keys to a job
@@ -111,11 +112,11 @@ class Job(models.Model):
             raise TypeError("save() would overwrite newer values: use save(update_fields=[...])")
         super().save(*args, update_fields=update_fields, **options)
 
-    def cancel(self):
+    def cancel(self) -> bool:
         """Cancel this job, unless it has ended. Returns whether it was active."""
         return bool(Job.objects.filter(pk=self.pk).cancel())
 
-    def run_again(self):
+    def run_again(self) -> "Job":
         """Enqueue a new job like this one, which has ended. Unless it succeeded, copy its cursor.
 
         Returns the new Job, or the active one with the same `unique`. Raises ValueError if this job

@@ -3,8 +3,11 @@
 import random
 import time
 import uuid
+from collections.abc import Callable, Coroutine, Iterable
 from contextlib import suppress
-from datetime import timedelta
+from datetime import datetime, timedelta
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from asgiref.sync import sync_to_async
 from celery import current_app
@@ -12,6 +15,7 @@ from celery.utils.time import maybe_make_aware
 from django.db import IntegrityError, models, transaction
 from django.db.models import Max
 from django.db.models.functions import Coalesce, Now
+from django.utils import timezone
 
 from . import conf, updates
 from .expressions import UNFINISHED
@@ -19,20 +23,39 @@ from .messages import queue_of
 from .publish import publish
 from .values import as_json, size_error, to_json
 
+if TYPE_CHECKING:
+    from .models import Job
+
 BATCH_SIZE = 500  # jobs per statement
 MAX_LABEL = 255  # characters
 MAX_COUNTDOWN = 10 * 365 * 86400  # seconds: a longer countdown is probably in milliseconds
 
+Self = TypeVar("Self")
+Returned = TypeVar("Returned")
+Parameters = ParamSpec("Parameters")
+
+
+def awaitable(
+    method: Callable[Concatenate[Self, Parameters], Returned],
+) -> Callable[Concatenate[Self, Parameters], Coroutine[Any, Any, Returned]]:
+    """Return the method for coroutines. Editors know its parameters, unlike those of sync_to_async()."""
+
+    @wraps(method)
+    async def call(*args, **kwargs):
+        return await sync_to_async(method)(*args, **kwargs)
+
+    return call
+
 
 class JobQuerySet(models.QuerySet):
-    def cancel(self):
+    def cancel(self) -> int:
         """Cancel those jobs that are active. Returns how many there were."""
         # With a join, Django moves all conditions into a subquery, which PostgreSQL does not check again
         # when it has waited for a lock. Then check outside of it that the job has not ended.
         by_id = self.model.objects.filter(pk__in=self.values("pk"))
         return updates.finish(by_id if self.query.count_active_tables() > 1 else self, "cancelled")
 
-    def run_again(self):
+    def run_again(self) -> list["Job"]:
         """Enqueue a copy of each of these jobs. Skip those that are active or can no longer run.
 
         All copies are stored, or none. Returns them, each once. If a job with the same `unique` is
@@ -49,35 +72,51 @@ class JobQuerySet(models.QuerySet):
             return [*dict.fromkeys(again), *insert_many(self.model.objects, now, new)]
 
 
-class JobManager(models.Manager):
+# Type checkers do not see the methods that Django copies from a queryset to its manager.
+class JobManager(models.QuerySet if TYPE_CHECKING else models.Manager):
     # A router may send reads to a replica, which lags behind. check_database() refuses other databases.
     db = property(lambda self: self._db or "default")
 
-    def get_queryset(self):
+    def get_queryset(self) -> JobQuerySet:
         return JobQuerySet(self.model, using=self.db, hints=self._hints)
+
+    def all(self) -> JobQuerySet:
+        return self.get_queryset()
+
+    def filter(self, *args, **kwargs) -> JobQuerySet:
+        return self.get_queryset().filter(*args, **kwargs)
+
+    def exclude(self, *args, **kwargs) -> JobQuerySet:
+        return self.get_queryset().exclude(*args, **kwargs)
+
+    def get(self, *args, **kwargs) -> "Job":
+        return self.get_queryset().get(*args, **kwargs)
 
     def enqueue(
         self,
-        task,
-        args=(),
-        kwargs=None,
+        task: Any,
+        args: list | tuple = (),
+        kwargs: dict | None = None,
         *,
-        owner=None,
-        label="",
-        queue=None,
-        countdown=None,
-        eta=None,
-        unique=None,
-        idempotency_key=None,
-    ):
+        owner: Any = None,
+        label: str = "",
+        queue: str | None = None,
+        countdown: float | None = None,
+        eta: datetime | None = None,
+        unique: str | None = None,
+        idempotency_key: str | None = None,
+    ) -> "Job":
         """Store a job, and send its message when the caller's transaction commits.
 
-        With `countdown` (seconds) or `eta` (a datetime), the sweep sends the message at that time.
+        `task` has `base=JobTask`; `args` and `kwargs` hold values that Celery can serialize as JSON.
 
-        `task` has `base=JobTask`; `args` and `kwargs` hold values that Celery can serialize as JSON; `owner`
-        is a user; `label` is a name for people, which is cut after 255 characters; `queue` overrides
-        CELERY_TASK_ROUTES. `unique` is a string that only one active job may have, across all tasks and
-        owners. Each owner can use an `idempotency_key` once.
+        - `owner`: a user.
+        - `label`: a name for people, which is cut after 255 characters.
+        - `queue`: the name of a queue. It overrides CELERY_TASK_ROUTES.
+        - `countdown`, `eta`: the sweep sends the message after these seconds, or at this time. As in
+          Celery, a datetime without a time zone is in UTC.
+        - `unique`: a text that only one active job may have, across all tasks and owners.
+        - `idempotency_key`: a text that each owner can use once.
 
         Returns the new Job, or the queued or running one with the same `unique`. Raises TypeError if
         the task is not a JobTask, if the arguments are not JSON or do not fit the task, or if both
@@ -89,18 +128,26 @@ class JobManager(models.Manager):
         fields = new_fields(Now(), task, args, kwargs, owner, label, queue, **times)
         return insert(self, {**fields, "idempotency_key": idempotency_key}, unique)
 
-    aenqueue = sync_to_async(enqueue)
+    aenqueue = awaitable(enqueue)
 
     def enqueue_many(
-        self, task, calls, *, owner=None, label="", queue=None, countdown=None, eta=None
-    ):
+        self,
+        task: Any,
+        calls: Iterable[list | tuple],
+        *,
+        owner: Any = None,
+        label: str = "",
+        queue: str | None = None,
+        countdown: float | None = None,
+        eta: datetime | None = None,
+    ) -> list["Job"]:
         """Store a job for each list of arguments in `calls`: all of them or none.
 
         The guarantees are those of enqueue(), at a fraction of the cost. Returns the Jobs.
         """
         now, times = database_time(self), {"countdown": countdown, "eta": eta}
-        calls = [new_fields(now, task, args, None, owner, label, queue, **times) for args in calls]
-        return insert_many(self, now, [self.model(**fields) for fields in calls])
+        rows = [new_fields(now, task, args, None, owner, label, queue, **times) for args in calls]
+        return insert_many(self, now, [self.model(**fields) for fields in rows])
 
 
 def new_fields(
@@ -140,9 +187,7 @@ def seconds_until(countdown=None, eta=None):
     if eta is not None:
         if countdown is not None:
             raise TypeError("give countdown= or eta=, not both")
-        # As in Celery, a datetime without a time zone is in that of the app.
-        eta = maybe_make_aware(eta, current_app.timezone)
-        countdown = (eta - current_app.now()).total_seconds()
+        countdown = (maybe_make_aware(eta) - timezone.now()).total_seconds()
     return max(countdown or 0, 0)
 
 

@@ -4,10 +4,11 @@ import asyncio
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from inspect import getattr_static, iscoroutinefunction
+from typing import Any
 
-from asgiref.sync import async_to_sync, sync_to_async
+from asgiref.sync import async_to_sync
 from celery.contrib.django.task import DjangoTask
 from celery.exceptions import Ignore, Retry
 from django.db import connection, transaction
@@ -26,7 +27,7 @@ from .expressions import LOCK_TIMEOUT, QUEUED
 from .lease import start_thread
 from .models import Job
 from .pools import pool, shutting_down
-from .queryset import MAX_COUNTDOWN, insert, new_fields, seconds_until
+from .queryset import MAX_COUNTDOWN, awaitable, insert, new_fields, seconds_until
 from .results import JobBackend
 from .runs import OVER_TIME_LIMIT, JobError, JobLost, Run, describe, runs
 from .values import printable
@@ -43,16 +44,16 @@ class WorkerStopping(BaseException):
 
 @dataclass(frozen=True)
 class JobCall:
-    """A task and the options of a job. Made by JobTask.using()."""
+    """A task and the options of its next jobs. Made by JobTask.using()."""
 
     task: "JobTask"
     options: dict
 
-    def enqueue(self, *args, **kwargs):
+    def enqueue(self, *args, **kwargs) -> Job:
         """Enqueue a job with these arguments. Returns the Job: see Job.objects.enqueue()."""
         return Job.objects.enqueue(self.task, args, kwargs, **self.options)
 
-    aenqueue = sync_to_async(enqueue)
+    aenqueue = awaitable(enqueue)
 
 
 class JobTask(DjangoTask):
@@ -114,30 +115,24 @@ class JobTask(DjangoTask):
     def using(
         self,
         *,
-        owner=None,
-        label="",
-        queue=None,
-        countdown=None,
-        eta=None,
-        unique=None,
-        idempotency_key=None,
-    ):
-        """Return the task with these options: task.using(owner=user).enqueue(10). See Job.objects.enqueue()."""
-        options = {
-            "owner": owner,
-            "label": label,
-            "queue": queue,
-            "countdown": countdown,
-            "eta": eta,
-        }
-        options |= {"unique": unique, "idempotency_key": idempotency_key}
+        owner: Any = None,
+        label: str = "",
+        queue: str | None = None,
+        countdown: float | None = None,
+        eta: datetime | None = None,
+        unique: str | None = None,
+        idempotency_key: str | None = None,
+    ) -> JobCall:
+        """Return the task with options of Job.objects.enqueue(): task.using(owner=user).enqueue(10)."""
+        options = {"owner": owner, "label": label, "queue": queue, "countdown": countdown}
+        options |= {"eta": eta, "unique": unique, "idempotency_key": idempotency_key}
         return JobCall(self, options)
 
-    def enqueue(self, *args, **kwargs):
+    def enqueue(self, *args, **kwargs) -> Job:
         """Enqueue a job with these arguments, and no options. Returns the Job."""
         return self.using().enqueue(*args, **kwargs)
 
-    aenqueue = sync_to_async(enqueue)
+    aenqueue = awaitable(enqueue)
 
     # These store the row in the caller's transaction too. Celery's own would store it after the commit.
     delay_on_commit, apply_async_on_commit = DjangoTask.delay, apply_async
@@ -151,12 +146,22 @@ class JobTask(DjangoTask):
     def AsyncResult(self, task_id, **kwargs):  # noqa: N802
         return self.app.AsyncResult(task_id, backend=JobBackend(self.app), **kwargs)
 
-    def retry(self, args=None, kwargs=None, exc=None, *more, **options):
+    def retry(
+        self,
+        args: list | tuple | None = None,
+        kwargs: dict | None = None,
+        exc: BaseException | None = None,
+        throw: bool = True,
+        eta: datetime | None = None,
+        countdown: float | None = None,
+        max_retries: int | None = None,
+        **options,
+    ) -> Retry:
         """Works as Celery documents. The exception is stored in the Failure of this run."""
         caught = sys.exception()
         if self._current_run and (exc or caught):
             self._current_run.failure = describe(exc or caught, caught)
-        return super().retry(args, kwargs, exc, *more, **options)
+        return super().retry(args, kwargs, exc, throw, eta, countdown, max_retries, **options)
 
     def _retry_later(self, args, kwargs, countdown, retries, queue=None, **options):
         """Remember the options of retry(). They are stored when the body and its transaction have ended."""
@@ -187,7 +192,7 @@ class JobTask(DjangoTask):
     # For bodies
 
     @property
-    def cursor(self):
+    def cursor(self) -> Any:
         """The last cursor that report() stored, in this run or an earlier one. None if there is none.
 
         Read it once, at the start of the body. It is None if the task was called directly. Raises
@@ -196,7 +201,9 @@ class JobTask(DjangoTask):
         run = self._own_run()
         return run.read_cursor() if run else None
 
-    def report(self, done, total=100, message="", *, cursor=None):
+    def report(
+        self, done: float, total: float = 100, message: str | None = "", *, cursor: Any = None
+    ) -> None:
         """Show the progress, `done` of `total`, and a line of text. If the job is cancelled, end its body.
 
         With `cursor`, any JSON value except null, the next run can continue here: after a crash, a deploy

@@ -2,13 +2,15 @@ import hashlib
 import json
 import re
 import uuid
+from datetime import datetime
+from typing import Any
 
 from django.core.exceptions import SuspiciousFileOperation
 from django.core.exceptions import ValidationError as DjangoValidationError
 from django.db import IntegrityError, transaction
 from django.db.models import Case, JSONField, Q, TextField, Value, When
 from django.db.models.functions import Cast, Length, Now
-from django.http import QueryDict
+from django.http import HttpRequest, QueryDict
 from django.urls import reverse
 from django.utils.functional import cached_property
 from drf_spectacular.utils import OpenApiParameter, OpenApiResponse, extend_schema
@@ -16,6 +18,7 @@ from rest_framework import viewsets
 from rest_framework.decorators import action
 from rest_framework.exceptions import APIException, NotFound, ParseError, ValidationError
 from rest_framework.pagination import CursorPagination
+from rest_framework.request import Request
 from rest_framework.response import Response
 
 from .models import Job
@@ -57,7 +60,7 @@ class NewestFirst(CursorPagination):
             raise NotFound(self.invalid_cursor_message) from None
 
 
-def accepted(request, job):
+def accepted(request: HttpRequest | Request, job: Job) -> Response:
     """Return a response 202 that shows the job, with its address in the header Location."""
     shown = JobSerializer(job, context={"request": request})
     return Response(shown.data, status=202, headers=headers_of(job.pk))
@@ -161,9 +164,21 @@ class EnqueueMixin:
         return Response(serializer.data, status=202, headers=headers)
 
     def enqueue(
-        self, task, args=(), kwargs=None, *, label="", queue=None, countdown=None, eta=None
-    ):
-        """Enqueue the object's job for the user of this request. See Job.objects.enqueue()."""
+        self,
+        task: Any,
+        args: list | tuple = (),
+        kwargs: dict | None = None,
+        *,
+        label: str = "",
+        queue: str | None = None,
+        countdown: float | None = None,
+        eta: datetime | None = None,
+    ) -> Job:
+        """Enqueue the object's job for the user of this request. See Job.objects.enqueue().
+
+        The owner and the idempotency_key are those of the request. There is no `unique`, because two
+        objects could get the same job.
+        """
         fields = new_fields(
             Now(), task, args, kwargs, self.request.user, label, queue, countdown, eta
         )
