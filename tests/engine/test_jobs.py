@@ -58,6 +58,7 @@ from jobs import (
     publish,
     queryset,
     runs,
+    shutdown,
     sweep,
     updates,
     worker,
@@ -694,8 +695,8 @@ def test_a_cursor_is_stored_in_the_transaction_of_the_body(update_errors):
 @pytest.fixture
 def shut_down():
     """A function that begins the shutdown of this worker."""
-    yield partial(pools.shutting_down.__setitem__, 0, True)
-    pools.shutting_down[0] = False
+    yield partial(shutdown.shutting_down.__setitem__, 0, True)
+    shutdown.shutting_down[0] = False
 
 
 @pytest.mark.django_db(transaction=True)
@@ -1398,7 +1399,7 @@ def test_a_worker_that_hands_back_its_jobs_claims_none_of_them_again(monkeypatch
     monkeypatch.setattr("time.sleep", Mock())
     monkeypatch.setattr("os._exit", Mock())
     with run:
-        worker.requeue_and_exit()
+        shutdown.requeue_and_exit()
     assert Job.objects.get().state == "queued"
     assert not run.in_body
 
@@ -2055,7 +2056,7 @@ def test_the_job_of_a_killed_child_is_due_again_soon(monkeypatch, published):
     headers = request.request_dict
     sender = SimpleNamespace(request=SimpleNamespace(headers=headers))
     row, error = Job.objects.filter(pk=job.pk), exceptions.WorkerLostError()
-    for token, state, crashes in (uuid.uuid4(), "running", 0), (headers["run"], "queued", 1):
+    for token, state, crashes in (uuid.uuid4(), "running", 0), (headers["run_token"], "queued", 1):
         updates.requeue(row)
         claim(job.pk, token)
         worker.recover_job_of_dead_child(sender, str(job.pk), error)
@@ -2068,8 +2069,7 @@ def test_a_worker_looks_for_dead_children_twice_a_second(monkeypatch):
     """Celery does so every 5 s, and the job of a killed child would wait as long."""
     monkeypatch.setattr("threading.Thread", Mock())  # starts no thread of leases
     consumer = Mock()
-    monkeypatch.setattr(worker, "bodies_in_children", True)
-    monkeypatch.setattr(worker, "remap_sigterm", Mock())
+    consumer.controller.pool_cls = "prefork"
     worker.watch_children(consumer)
     consumer.hub.call_repeatedly.assert_called_once_with(0.5, consumer.pool.maintain_pool)
 
@@ -2082,7 +2082,7 @@ def test_the_main_process_renews_only_the_runs_of_its_children(monkeypatch, publ
     start(jobs[1])
     runs = [Job.objects.get(pk=jobs[0].pk).run_token, uuid.uuid4()]
     requests = [
-        SimpleNamespace(id=str(job.pk), request_dict={"run": run})
+        SimpleNamespace(id=str(job.pk), request_dict={"run_token": run})
         for job, run in zip(jobs, runs, strict=True)
     ]
     monkeypatch.setattr(worker.state, "active_requests", requests)
@@ -2096,41 +2096,25 @@ def test_a_run_has_the_token_that_the_main_process_chose():
     token = uuid.uuid4()
     act.body = lambda task: str(Job.objects.get().run_token)
     job = Job.objects.enqueue(act)
-    result = act.apply(task_id=str(job.pk), headers={"job": True, "run": token})
+    result = act.apply(task_id=str(job.pk), headers={"job": True, "run_token": token})
     assert result.get() == str(token)
 
 
-@pytest.mark.parametrize(
-    ("is_soft", "at_work", "seconds"),
-    [
-        (False, (), 20 + 10),
-        (False, (object(),), 20 + 10 + 600),
-        (True, (), 20 + 10),
-        (True, (object(),), 20 + 10 + 25),
-    ],
-)
-def test_a_worker_that_hangs_in_its_shutdown_exits(
-    monkeypatch, settings, is_soft, at_work, seconds
-):
+@pytest.mark.parametrize(("at_work", "seconds"), [((), 10), ((object(),), 25 + 10)])
+def test_a_worker_that_hangs_in_its_shutdown_exits(monkeypatch, at_work, seconds):
     """After 10 s without work, or 10 s after all bodies must have ended."""
-    settings.CELERY_WORKER_SOFT_SHUTDOWN_TIMEOUT = 25
-    slept, errors = [], []
-    handlers = {"SIGQUIT": "before"}
+    now, exits = [0], Mock()
 
     def sleep(seconds):
-        slept.append(seconds)
-        if is_soft and len(slept) > 20:
-            handlers["SIGQUIT"] = "of a soft shutdown, which does not change the worker's state"
+        now[0] += seconds
 
-    monkeypatch.setattr(worker.platforms, "signals", handlers)
-    monkeypatch.setattr(worker.state, "active_requests", at_work)
-    monkeypatch.setattr(worker.logger, "error", errors.append)
-    monkeypatch.setattr("time.sleep", sleep)
-    monkeypatch.setattr("os._exit", Mock())
-    state = property(lambda self: 1 + (not is_soft and len(slept) > 20))
-    worker.end_if_stuck(type("Blueprint", (), {"state": state})())
-    assert len(slept) == seconds + 1  # one more second, in which the error is logged
-    assert errors == ["a child does not end: the worker ends without it"]
+    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=sleep)
+    monkeypatch.setattr(shutdown, "time", clock)
+    monkeypatch.setattr(shutdown, "state", SimpleNamespace(active_requests=at_work))
+    monkeypatch.setattr("os._exit", exits)
+    shutdown.end_if_stuck(25)
+    exits.assert_called_once_with(1)
+    assert now == [seconds]
 
 
 # Constraints of the database

@@ -9,10 +9,10 @@ from unittest.mock import Mock
 import pytest
 from celery import current_app as app
 from celery.platforms import signals
-from celery.signals import worker_ready, worker_shutting_down
+from celery.signals import worker_init, worker_shutting_down
 from settings import OUTPUT
 
-from jobs import events, pools, worker
+from jobs import events, pools, shutdown, worker
 
 WORKER = "/bin/celery -A config worker"
 
@@ -44,11 +44,12 @@ def test_gevent_is_refused_in_a_project_that_was_not_made_for_it(monkeypatch):
         pools.pool_name("prefork")
 
 
-def test_sigterm_calls_the_current_handler_of_sigquit():
+def test_sigterm_calls_the_current_handler_of_sigquit(monkeypatch):
+    monkeypatch.setattr(shutdown, "is_prefork", True)
     before = {name: signals[name] for name in ("SIGTERM", "SIGQUIT")}
     seen = []
     try:
-        pools.remap_sigterm()
+        shutdown.use_soft_shutdown(Mock())
         for handler in "first", "second":  # Celery replaces its own during a shutdown
             signals["SIGQUIT"] = lambda *args, handler=handler: seen.append(handler)
             signal.raise_signal(signal.SIGTERM)
@@ -57,32 +58,48 @@ def test_sigterm_calls_the_current_handler_of_sigquit():
     assert seen == ["first", "second"]
 
 
-@pytest.mark.parametrize(
-    ("pool", "ready", "shutting_down"),
-    [("prefork", 1, 0), ("threads", 0, 1), ("solo", 0, 1)],
-)
-def test_a_worker_prepares_its_shutdown_as_its_pool_needs(monkeypatch, pool, ready, shutting_down):
-    calls = []
-    monkeypatch.setattr(worker, "shutting_down", [False])
-    monkeypatch.setattr(worker, "remap_sigterm", lambda: calls.append("ready"))
-    monkeypatch.setattr("threading.Thread", Mock())  # of leases
-    end = SimpleNamespace(
-        start_thread=lambda function: calls.append("shutting down"), end_idle_worker=lambda: None
+@pytest.fixture
+def threads(monkeypatch):
+    """The names of the functions that would run in threads of their own."""
+    started = []
+    pool = SimpleNamespace(
+        start_thread=lambda function: started.append(function.func.__name__),
+        end_idle_worker=lambda: started.append("end_idle_worker"),
     )
-    monkeypatch.setattr(worker, "pool", end)
-    monkeypatch.setattr(worker, "bodies_in_children", None)
+    monkeypatch.setattr(shutdown, "pool", pool)
+    monkeypatch.setattr(shutdown, "shutting_down", [False])
+    monkeypatch.setattr(shutdown, "is_prefork", None)
     monkeypatch.setattr(worker, "cancel_revoked_jobs", lambda: None)
-    worker.start(SimpleNamespace(pool_cls=pool))
-    worker_ready.send(Mock(hub=None))
-    worker_shutting_down.send("celery@host")
-    assert calls == ["ready"] * ready + ["shutting down"] * shutting_down
+    return started
+
+
+@pytest.mark.parametrize(
+    ("pool", "ends"),
+    [
+        ("prefork", ["end_if_stuck"]),
+        ("threads", ["requeue_and_exit", "end_idle_worker"]),
+        ("solo", ["requeue_and_exit", "end_idle_worker"]),
+    ],
+)
+def test_a_worker_limits_its_shutdown_as_its_pool_needs(threads, pool, ends):
+    worker_init.send(Mock(pool_cls=pool))
+    for _ in range(2):
+        worker_shutting_down.send("celery@host", sig="SIGTERM")
+    assert threads == ends
     assert events.BatchedEvents in app.steps["consumer"]
+
+
+def test_an_error_of_celery_limits_the_shutdown_too(threads):
+    worker_init.send(Mock(pool_cls="threads"))
+    [step] = [step for step in app.steps["worker"] if step is shutdown.Shutdown]
+    step(None).close(SimpleNamespace(exitcode=1))
+    assert threads == ["requeue_and_exit"]
 
 
 def test_gevent_without_monkey_patching_is_refused(monkeypatch):
     monkeypatch.setattr(pools, "IS_GEVENT", False)
     with pytest.raises(SystemExit, match="--pool gevent"):
-        worker.start(SimpleNamespace(pool_cls="gevent"))
+        worker_init.send(Mock(pool_cls="gevent"))
 
 
 GREENLETS = """
@@ -99,7 +116,6 @@ pool.start_thread(tick)
 time.sleep(0.2)
 assert ticks == [True]
 assert pool.is_terminated(gevent.GreenletExit()) and not pool.is_terminated(SystemExit())
-assert pool.is_shutdown()
 assert isinstance(gevent.Timeout(1), pool.time_limit_errors)
 """
 COROUTINES = """

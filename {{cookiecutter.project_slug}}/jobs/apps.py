@@ -11,7 +11,7 @@ class JobsConfig(AppConfig):
     default_auto_field = "django.db.models.BigAutoField"
 
     def ready(self):
-        from . import beat, checks, liveness, worker  # noqa: F401  checks register themselves
+        from . import beat, checks, liveness, shutdown, worker  # noqa: F401  checks register themselves
 
         # With 0 or less, jobs would not be sent or recovered, would run twice, or would be deleted at once.
         for name in [*conf.DEFAULTS, "CELERY_TASK_TIME_LIMIT"]:
@@ -23,8 +23,10 @@ class JobsConfig(AppConfig):
         for module in current_app.loader.default_modules:
             current_app.loader.import_task_module(module)
         signals.worker_init.connect(worker.start)
+        signals.worker_init.connect(shutdown.prepare)
         signals.worker_ready.connect(worker.watch_children)
-        signals.worker_shutting_down.connect(worker.limit_shutdown)
+        signals.worker_ready.connect(shutdown.use_soft_shutdown)
+        signals.worker_shutting_down.connect(shutdown.begin)
         signals.task_received.connect(worker.assign_run_token)
         signals.task_prerun.connect(worker.drop_dead_connections)
         signals.task_failure.connect(worker.recover_job_of_dead_child)

@@ -8,28 +8,24 @@ The workers of one project may have different pools:
     celery -A config worker --pool gevent     # only in a project that was made for gevent
 """
 
-import mmap
+import _thread
 import re
 import sys
 import threading
-import time
-from importlib import import_module
 
 from asgiref import sync
-from billiard import get_start_method
 from billiard.common import terminate_handler_fired
-from celery import concurrency, platforms
+from celery import concurrency
 from celery.exceptions import SoftTimeLimitExceeded, WorkerShutdown
 
-# Celery imports gevent for `--pool gevent`, and patches Python before it imports anything else.
-gevent = sys.modules.get("gevent")
-monkey = sys.modules.get("gevent.monkey")
 TIME_LIMITED = {"prefork", "gevent"}  # pools in which Celery ends a body that takes too long
-IS_GEVENT = bool(monkey and monkey.is_module_patched("socket"))
-SIGTERM_SECONDS = 5  # if all processes get SIGTERM, the main process has handled it by then
 
-# Its only byte says whether this worker is shutting down. Forked children share this memory.
-shutting_down = mmap.mmap(-1, 1)
+# For `--pool gevent`, Celery patches Python before it imports anything else.
+monkey = sys.modules.get("gevent.monkey")
+IS_GEVENT = bool(monkey and monkey.is_module_patched("socket"))
+if IS_GEVENT:
+    import gevent
+    from gevent import threadpool
 
 
 class Threads:
@@ -39,7 +35,8 @@ class Threads:
     Lock = threading.Lock
 
     def start_thread(self, function):
-        threading.Thread(target=function, daemon=True).start()
+        # threading.Thread takes a lock, which may not be free in a signal handler.
+        _thread.start_new_thread(function, ())
 
     def query(self, function, *args, **kwargs):
         """Call a function that queries the database. Do not use this inside a transaction of the body.
@@ -52,17 +49,6 @@ class Threads:
         """Return whether this exception ends more than a body: a prefork child, or a greenlet."""
         return isinstance(error, SystemExit) and terminate_handler_fired()
 
-    def is_shutdown(self):
-        """Return whether the body was terminated because its worker is shutting down.
-
-        A prefork child that alone gets SIGTERM, for example from its own body, has crashed.
-        """
-        until = time.monotonic() + SIGTERM_SECONDS
-        while not shutting_down[0] and time.monotonic() < until:
-            time.sleep(0.05)
-        # On macOS children are not forked, so they cannot know.
-        return shutting_down[0] or get_start_method() != "fork"
-
     def end_idle_worker(self):
         """Do nothing: with threads, Celery ends an idle worker at once."""
 
@@ -73,20 +59,10 @@ class Greenlets:
     def __init__(self):
         self.time_limit_errors = (SoftTimeLimitExceeded, gevent.Timeout)
         self.Lock = monkey.get_original("_thread", "allocate_lock")
-        threadpool = import_module("gevent.threadpool")
         # Threads for queries. Those of gevent's own pool end after five idle seconds, and each would leave
         # its connection open until Python's garbage collector runs.
         self.threads = threadpool.ThreadPool(10)
-
-        class Executor(threadpool.ThreadPoolExecutor):
-            """For the event loop of each coroutine: one thread, that of all greenlets, runs only one."""
-
-            def __init__(self, *args, **kwargs):
-                super().__init__(*args, **kwargs)
-                # gevent's own executor keeps its thread, with two descriptors, for ever.
-                self._threadpool = threadpool.ThreadPool(self._max_workers, idle_task_timeout=0.1)
-
-        sync.ThreadPoolExecutor = Executor
+        sync.ThreadPoolExecutor = executor_of_coroutine
 
     def start_thread(self, function):
         monkey.get_original("_thread", "start_new_thread")(function, ())
@@ -98,12 +74,17 @@ class Greenlets:
     def is_terminated(self, error):
         return isinstance(error, gevent.GreenletExit)
 
-    def is_shutdown(self):
-        return True
-
     def end_idle_worker(self):
         # Otherwise Celery may take five seconds to notice that it should stop.
         gevent.kill(gevent.get_hub().parent, WorkerShutdown(0))
+
+
+def executor_of_coroutine(max_workers):
+    """Return an executor with native threads: the thread of all greenlets can run only one event loop."""
+    executor = threadpool.ThreadPoolExecutor(max_workers)
+    # gevent's own keeps its thread, with two descriptors, for ever.
+    executor._threadpool = threadpool.ThreadPool(max_workers, idle_task_timeout=0.1)
+    return executor
 
 
 pool = Greenlets() if IS_GEVENT else Threads()  # of this process
@@ -132,12 +113,3 @@ def has_children(worker):
     if module.endswith(".gevent") and not IS_GEVENT:
         raise SystemExit("Python is not patched for gevent. Type the option in full: --pool gevent")
     return module.endswith(".prefork")
-
-
-def remap_sigterm():
-    """Make SIGTERM do what SIGQUIT does: start Celery's soft shutdown, which works only with prefork.
-
-    Celery's own environment variable for this, REMAP_SIGTERM, must be set before its command starts.
-    """
-    handlers = platforms.signals
-    handlers["SIGTERM"] = lambda *args: handlers["SIGQUIT"](*args)

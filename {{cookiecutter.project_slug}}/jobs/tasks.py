@@ -11,7 +11,7 @@ from typing import Any
 from asgiref.sync import async_to_sync
 from celery.contrib.django.task import DjangoTask
 from celery.exceptions import Ignore, Retry
-from django.db import connection, transaction
+from django.db import connection
 from django.db.models.functions import Now
 from django.db.transaction import TransactionManagementError
 
@@ -26,20 +26,17 @@ from .database import (
 from .expressions import LOCK_TIMEOUT, QUEUED
 from .lease import start_thread
 from .models import Job
-from .pools import pool, shutting_down
+from .pools import pool
 from .queryset import MAX_COUNTDOWN, awaitable, insert, new_fields, seconds_until
 from .results import JobBackend
 from .runs import OVER_TIME_LIMIT, JobError, JobLost, Run, describe, runs
+from .shutdown import WorkerStopping, child_has_crashed, end_after_commit, shutting_down
 from .values import printable
 
 __all__ = ["JobError", "JobTask"]
 
 # Options of apply_async() that are supported or harmless.
 OPTIONS = ("queue", "headers", "ignore_result", "producer", "retries")
-
-
-class WorkerStopping(BaseException):
-    """Ends a body that has stored a cursor, because its worker is shutting down."""
 
 
 @dataclass(frozen=True)
@@ -247,7 +244,7 @@ class JobTask(DjangoTask):
         crashes, limit = headers.get("crashes", 0), request.time_limit or self.time_limit
         run = Run(
             request.id,
-            headers.get("run"),
+            headers.get("run_token"),
             self,
             worker=request.hostname,
             retries=request.retries,
@@ -295,9 +292,9 @@ class JobTask(DjangoTask):
             raise Ignore("continues in another worker") from None
         except BaseException as error:
             if pool.is_terminated(error):
-                if pool.is_shutdown():
+                if not child_has_crashed():
                     run.hand_back()
-                raise  # otherwise the main process counts a crash
+                raise  # after a crash, the main process recovers the job
             if isinstance(error, SystemExit):
                 run.fail(f"The task called sys.exit({error.code!r})")
                 # Not SystemExit, which would end the child process or the thread.
@@ -358,19 +355,3 @@ def run_coroutine(task, body):
             if loop:
                 loop.call_soon_threadsafe(current.cancel)
         raise
-
-
-def end_after_commit():
-    """End the body as soon as its transaction, if any, is committed.
-
-    Not if it has called on_commit() after that: Django would forget these functions. Not in a
-    transaction without atomic(), where on_commit() is not allowed. Then a later report() tries again.
-    """
-    hooks = connection.run_on_commit
-
-    def end():
-        if not hooks:
-            raise WorkerStopping
-
-    with suppress(TransactionManagementError):
-        transaction.on_commit(end)

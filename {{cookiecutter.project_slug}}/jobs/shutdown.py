@@ -1,0 +1,173 @@
+"""How a worker ends: what SIGTERM does to its jobs and its plain tasks.
+
+With each pool, the worker takes no more messages and sets `shutting_down`. From then on it starts no job, and
+a body ends when it has stored a cursor with report(). Its job is *handed back*: queued, without a crash.
+
+- Prefork: the main process starts Celery's soft shutdown. It waits until the children have ended their tasks,
+  at most SOFT_SHUTDOWN_SECONDS. Then Celery sends SIGTERM to those that are left: SystemExit ends the body,
+  and the child hands back its job. If a child still does not end, the main process ends without it.
+- Threads and gevent: Celery ends the process after the last body. SOFT_SHUTDOWN_SECONDS after SIGTERM, a
+  thread hands back the jobs that are left, and ends the process.
+
+Plain tasks have the same time. The broker delivers again what has not ended. An error of Celery ends a
+worker in the same way, but without SIGTERM. With prefork, Celery then waits for all bodies.
+"""
+
+import mmap
+import os
+import time
+from contextlib import suppress
+from functools import partial
+from logging import getLogger
+from multiprocessing.connection import wait
+
+from billiard import get_start_method
+from billiard.common import terminate_handler_fired
+from celery import current_app, platforms
+from celery.bootsteps import StartStopStep
+from celery.worker import state
+from django.conf import settings
+from django.db import connection, transaction
+from django.db.transaction import TransactionManagementError
+
+from . import updates
+from .lease import POLL_SECONDS
+from .pools import has_children, pool
+from .runs import jobs_of, lock, runs
+
+logger = getLogger(__name__)
+
+CHILD_SECONDS = 10  # that a child without a task may take to end
+SIGTERM_SECONDS = 5  # if all processes get SIGTERM, the main process has handled it by then
+
+# Its only byte says whether this worker is shutting down. Forked children share this memory.
+shutting_down = mmap.mmap(-1, 1)
+is_prefork = False  # whether this is the main process of a prefork worker
+
+
+def prepare(sender, **kwargs):
+    """Prepare the shutdown of the worker `sender`, whose pool has not started yet."""
+    global is_prefork
+    is_prefork = has_children(sender)
+    current_app.steps["worker"].add(Shutdown)
+
+
+class Shutdown(StartStopStep):
+    """A boot step that is closed at each end of a worker. After an error of Celery there is no signal."""
+
+    def close(self, worker):
+        begin(worker.exitcode or 0)
+
+
+def begin(exitcode=0, sig=None, **kwargs):
+    """Begin the shutdown, and limit its time: Celery waits for the last body."""
+    has_begun, shutting_down[0] = shutting_down[0], True
+    if has_begun:
+        return
+    if is_prefork:
+        longest = max(task.time_limit or 0 for task in current_app.tasks.values())
+        pool.start_thread(partial(end_if_stuck, longest))
+    else:
+        pool.start_thread(partial(requeue_and_exit, exitcode))
+        if sig and not state.reserved_requests:
+            pool.end_idle_worker()
+
+
+# Prefork
+
+
+def use_soft_shutdown(sender, **kwargs):
+    """Make SIGTERM start a soft shutdown, as SIGQUIT does. `sender` is the consumer of a ready worker.
+
+    Celery's own environment variable for this, REMAP_SIGTERM, must be set before its command starts.
+    """
+    if is_prefork:
+        handlers = platforms.signals
+        handlers["SIGTERM"] = lambda *args: handlers["SIGQUIT"](*args)
+        # Celery's own method waits for the whole time even if all tasks have ended.
+        sender.controller.wait_for_soft_shutdown = partial(wait_for_children, sender.pool)
+
+
+def wait_for_children(children):
+    """Wait until all tasks have ended, but no longer than SOFT_SHUTDOWN_SECONDS.
+
+    Celery calls this in a signal handler, so nothing else reads the results of the children meanwhile:
+    a child has ended its task when its result can be read.
+    """
+    shutting_down[0] = True
+    seconds = settings.CELERY_WORKER_SOFT_SHUTDOWN_TIMEOUT
+    pool.start_thread(partial(end_if_stuck, seconds))
+    until = time.monotonic() + seconds
+    pids = {request.worker_pid for request in tuple(state.active_requests)}
+    results = [child.outqR_fd for child in children._pool._pool if child.pid in pids]
+    logger.warning("soft shutdown: %d children have a task", len(results))
+    while len(wait(results, timeout=0)) < len(results) and time.monotonic() < until:
+        time.sleep(0.1)
+
+
+def end_if_stuck(seconds):
+    """End the main process if it waits for ever. Its tasks have `seconds` to end.
+
+    A child may wait for the rest of a message, of which the main process has written only a part: Celery
+    writes no more when a shutdown begins or the broker is lost.
+    """
+    until = time.monotonic() + seconds
+    while state.active_requests and time.monotonic() < until:
+        time.sleep(1)
+    time.sleep(CHILD_SECONDS)
+    # Do not log it: the code that is stuck may hold the lock of a log handler.
+    os.write(2, b"a child does not end: the worker ends without it\n")
+    os._exit(1)
+
+
+def child_has_crashed():
+    """Return whether this child alone got SIGTERM, for example from its own body. May take 5 s."""
+    # Greenlets have no child. On macOS children are not forked, so they cannot know.
+    if not terminate_handler_fired() or get_start_method() != "fork":
+        return False
+    until = time.monotonic() + SIGTERM_SECONDS
+    while not shutting_down[0] and time.monotonic() < until:
+        time.sleep(0.05)
+    return not shutting_down[0]
+
+
+# Threads and gevent
+
+
+def requeue_and_exit(exitcode=0):
+    """Hand back the jobs that have not ended after SOFT_SHUTDOWN_SECONDS, and end the process."""
+    time.sleep(settings.CELERY_WORKER_SOFT_SHUTDOWN_TIMEOUT)
+    try:
+        with lock:
+            for run in runs.values():
+                run.in_body = False  # write_and_renew() must not claim the job again
+            for _ in range(2):  # because a renewal may lock a row for a moment
+                with transaction.atomic():
+                    # The leases of locked rows will lapse.
+                    updates.requeue(updates.skip_locked(jobs_of(runs.values())))
+                time.sleep(POLL_SECONDS)
+    finally:
+        os._exit(exitcode)
+
+
+# A body that stores a cursor
+
+
+class WorkerStopping(BaseException):
+    """Ends a body that has stored a cursor, because its worker is shutting down."""
+
+
+def end_after_commit():
+    """End the body as soon as its transaction, if any, is committed.
+
+    Not if it has called on_commit() after that: Django would forget these functions. Not in a
+    transaction without atomic(), where on_commit() is not allowed. Then a later report() tries again.
+    """
+    hooks = connection.run_on_commit
+
+    def end():
+        if not hooks:
+            raise WorkerStopping
+
+    with suppress(TransactionManagementError):
+        transaction.on_commit(end)
