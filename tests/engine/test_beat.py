@@ -23,7 +23,7 @@ from django_celery_beat.schedulers import DatabaseScheduler
 from django_tasks import task
 
 from jobs import sweep
-from jobs.beat import count_errors, enqueue_once_per_due_time
+from jobs.beat import OncePerDueTime, count_errors
 from jobs.metrics import Collector
 from jobs.models import Job, Sweep
 from jobs.queryset import JobQuerySet
@@ -55,7 +55,7 @@ def scheduler(request):
 
 def beat(scheduler_cls):
     service = Service(app, scheduler_cls=scheduler_cls)
-    enqueue_once_per_due_time(service)
+    OncePerDueTime(service)
     return service
 
 
@@ -96,6 +96,15 @@ def test_beat_stores_a_job_with_the_arguments_and_the_queue_of_its_entry(schedul
     tick(scheduler, due, queue="io")
     job = Job.objects.get()
     assert (job.task, job.args, job.kwargs, job.queue) == (add.name, [1, 2], {}, "io")
+
+
+def test_a_function_in_the_schedule_is_called_when_its_job_is_due():
+    scheduler, (x, y) = beat(Scheduler).scheduler, (BeatLazyFunc(lambda: 1), BeatLazyFunc(lambda: 2))
+    scheduler.apply_entry(
+        scheduler.Entry("add", add.name, schedule=crontab(), args=[x], kwargs={"y": y}, app=app)
+    )
+    job = Job.objects.get()
+    assert (job.args, job.kwargs) == ([1], {"y": 2})
 
 
 @pytest.mark.parametrize("due", [crontab(), timedelta(minutes=1)], ids=["crontab", "interval"])
@@ -198,7 +207,7 @@ def store_no_job(monkeypatch):
 def test_a_tick_that_cannot_be_stored_is_counted(monkeypatch, caplog):
     store_no_job(monkeypatch)
     assert errors_after(tick) == 1
-    assert "Couldn't apply scheduled task" in caplog.text
+    assert "add: no such owner" in caplog.text
 
 
 def test_a_tick_that_starts_its_task_is_not_counted():

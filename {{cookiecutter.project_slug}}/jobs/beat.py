@@ -5,11 +5,12 @@ import threading
 import time
 import uuid
 from datetime import timedelta
+from functools import partial
 from queue import SimpleQueue
 
 from celery import current_app
-from celery.beat import BeatLazyFunc, ScheduleEntry, SchedulingError
-from django.db import Error, close_old_connections, connection
+from celery.beat import BeatLazyFunc, SchedulingError
+from django.db import IntegrityError, close_old_connections, connection
 from django.db.models.functions import Now
 
 from . import sweep
@@ -23,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 def start(sender, **kwargs):
     """Prepare Beat's service (`sender`), which has just started."""
-    enqueue_once_per_due_time(sender)
+    OncePerDueTime(sender)
     sweep.start(watch_ticks(sender), count_errors(sender))
 
 
@@ -75,61 +76,72 @@ def watch_ticks(beat):
     return lambda: time.monotonic() - due_at
 
 
-def enqueue_once_per_due_time(beat):
-    """Give each job of the schedule an id made of its due time, so that two Beats start it only once."""
-    apply_async, postponed = beat.scheduler.apply_async, SimpleQueue()
+class OncePerDueTime:
+    """Enqueues each job of the schedule once per due time, although two Beats may run.
 
-    def apply_once(entry, **options):
-        if entry.task not in beat.app.tasks:  # Celery sends it, as a worker may know it
+    It replaces apply_async() of Beat's scheduler, and gives each job an id that is made of its due time.
+    """
+
+    def __init__(self, beat):
+        self.tasks = beat.app.tasks
+        self.celery_apply_async = beat.scheduler.apply_async
+        self.postponed = SimpleQueue()
+        beat.scheduler.apply_async = self.apply_async
+        threading.Thread(target=self.enqueue_postponed, daemon=True).start()
+
+    def apply_async(self, entry, **options):
+        task = self.tasks.get(entry.task)
+        if task is None:  # Celery sends it, as a worker may know it
             logger.error("%s: this project has no task %s", entry.name, entry.task)
-        if not isinstance(beat.app.tasks.get(entry.task), JobTask):
-            return apply_async(entry, **options)
+        if not isinstance(task, JobTask):
+            return self.celery_apply_async(entry, **options)
         if "task_id" in entry.options:
             raise SchedulingError(f"{entry.name}: the schedule of a job cannot have a task_id")
-        # The id is made of the entry's name and the number of intervals (with crontab: minutes) that have
-        # passed since 1970, so Beats that were started at different times get the same id. `due` is a
-        # timestamp, because local time repeats an hour when the clock goes back.
-        schedule = entry.schedule
-        remaining = schedule.remaining_estimate(entry.last_run_at)
-        due = time.time() + remaining.total_seconds()
-        length = getattr(schedule, "run_every", timedelta(minutes=1))
-        interval = f"{entry.name} {due // length.total_seconds()}"
-        task_id = str(uuid.uuid5(uuid.NAMESPACE_OID, interval))
-        # A plain entry, because each scheduler has its own class of entries.
-        entry = ScheduleEntry(
-            entry.name,
-            entry.task,
-            schedule=schedule,
-            args=entry.args,
-            kwargs=entry.kwargs,
-            options={**entry.options, "task_id": task_id},
-            app=beat.app,
-        )
+        args = [value(arg) for arg in entry.args or ()]
+        kwargs = {key: value(arg) for key, arg in (entry.kwargs or {}).items()}
+        options = {"task_id": id_of_due_time(entry), **entry.options}
+        call = partial(self.enqueue, task, args, kwargs, **options)
         try:
-            return store(entry, **options)
-        except Error:
-            postponed.put(entry)
+            return call()
+        except Exception as error:
+            if not may_succeed_later(error):
+                raise SchedulingError(f"{entry.name}: {error}") from error
+            self.postponed.put(call)
 
-    def store(entry, **options):
+    def enqueue(self, task, args, kwargs, task_id, **options):
+        """Enqueue a job, unless another Beat was faster."""
         close_old_connections()  # nothing else does it in Beat's process
         try:
-            return apply_async(entry, **options)
-        except SchedulingError as error:
-            if may_succeed_later(error.__context__):
-                raise error.__context__ from None
-            # If the job exists, another Beat was faster, which is no error.
-            if not Job.objects.filter(pk=entry.options["task_id"]).exists():
+            return task.apply_async(args, kwargs, task_id=task_id, **options)
+        except IntegrityError:
+            if not Job.objects.filter(pk=task_id).exists():
                 raise
 
-    def store_postponed():
-        """Store the jobs that were due while the database was unavailable. Runs in its own thread."""
+    def enqueue_postponed(self):
+        """Enqueue the jobs that were due while the database was unavailable. Runs in its own thread."""
         while True:
-            entry = postponed.get()
+            call = self.postponed.get()
             try:
-                wait_for(store, entry, advance=False)
+                wait_for(call)
             except Exception as error:  # without this thread, all later ones would be lost
                 logger.error("a scheduled job cannot be stored: %r", error)
             connection.close()  # it may not be needed again for months
 
-    beat.scheduler.apply_async = apply_once
-    threading.Thread(target=store_postponed, daemon=True).start()
+
+def id_of_due_time(entry):
+    """Return the id of the job that this entry of the schedule starts now.
+
+    It is made of the entry's name and the number of intervals (with crontab: minutes) that have passed
+    since 1970, so Beats that were started at different times get the same id.
+    """
+    remaining = entry.schedule.remaining_estimate(entry.last_run_at)
+    # A timestamp, because local time repeats an hour when the clock goes back.
+    due = time.time() + remaining.total_seconds()
+    length = getattr(entry.schedule, "run_every", timedelta(minutes=1))
+    interval = f"{entry.name} {due // length.total_seconds()}"
+    return str(uuid.uuid5(uuid.NAMESPACE_OID, interval))
+
+
+def value(arg):
+    """Return an argument of a task that is due. Celery allows functions in the schedule."""
+    return arg() if isinstance(arg, BeatLazyFunc) else arg
