@@ -22,8 +22,10 @@ app.conf.update(
     result_backend="cache+memory://",
     task_acks_late=True,
     task_send_sent_event=True,
+    task_queues={"celery": {}, "cpu": {}, "io": {}},
     task_soft_time_limit=540,
     task_time_limit=600,
+    worker_soft_shutdown_timeout=20,
 )
 
 SECRET_KEY = "engine"  # noqa: S105
@@ -87,22 +89,15 @@ REST_FRAMEWORK = {
         "rest_framework.authentication.SessionAuthentication",
     ],
     "DEFAULT_PERMISSION_CLASSES": ["rest_framework.permissions.IsAuthenticated"],
-    "DEFAULT_PARSER_CLASSES": ["jobs.rest.Parser"],
-    "DEFAULT_FILTER_BACKENDS": ["jobs.rest.Filter"],
-    "PAGE_SIZE": 20,
-    "DEFAULT_THROTTLE_CLASSES": ["jobs.rest.Throttle"],
+    "DEFAULT_THROTTLE_CLASSES": ["rest_framework.throttling.UserRateThrottle"],
     "DEFAULT_THROTTLE_RATES": {"user": "600/min"},
-    "DEFAULT_SCHEMA_CLASS": "jobs.schema.Schema",
+    "DEFAULT_SCHEMA_CLASS": "drf_spectacular.openapi.AutoSchema",
 }
-WORKER_QUEUES = ["celery", "cpu", "io"]
-TASKS = {"default": {"BACKEND": "jobs.backends.TaskBackend", "QUEUES": ["default", *WORKER_QUEUES]}}
-REDELIVERY_SECONDS = 660
-FLOWER_BASIC_AUTH = "user:password"
+QUEUES = ["default", "celery", "cpu", "io"]
+TASKS = {"default": {"BACKEND": "jobs.backends.TaskBackend", "QUEUES": QUEUES}}
 CELERY_TASK_TIME_LIMIT = 600
 JOB_LEASE_SECONDS = 30
 JOB_SWEEP_SECONDS = 5
 JOB_RESEND_SECONDS = 30
 JOB_MAX_CRASHES = 3
 JOB_RETENTION_DAYS = 30
-CELERY_WORKER_POOL = "prefork"
-CELERY_WORKER_SOFT_SHUTDOWN_TIMEOUT = 20

@@ -7,11 +7,11 @@ from datetime import timedelta
 from math import inf
 
 import pytest
+from celery import current_app as app
 from celery import shared_task
 from django.contrib.admin import site
 from django.contrib.admin.utils import flatten_fieldsets
 from django.contrib.auth.models import Permission
-from django.core.cache.backends.locmem import LocMemCache
 from django.core.exceptions import SuspiciousFileOperation
 from django.core.files.uploadedfile import SimpleUploadedFile
 from django.db import connection
@@ -20,15 +20,13 @@ from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 from rest_framework import serializers
 from rest_framework.authtoken.models import Token
-from rest_framework.decorators import api_view, permission_classes
 from rest_framework.parsers import MultiPartParser
-from rest_framework.response import Response
 from rest_framework.test import APIClient, APIRequestFactory, force_authenticate
+from rest_framework.throttling import UserRateThrottle
 from rest_framework.viewsets import GenericViewSet
 
 from jobs import updates
 from jobs.models import Failure, Job
-from jobs.rest import Throttle
 from jobs.tasks import JobTask
 from jobs.views import EnqueueMixin
 
@@ -245,20 +243,11 @@ def test_a_request_without_a_login_is_refused():
 
 
 def test_a_throttled_request_is_told_when_to_retry(api, monkeypatch):
-    monkeypatch.setitem(Throttle.THROTTLE_RATES, "user", "1/min")
+    monkeypatch.setitem(UserRateThrottle.THROTTLE_RATES, "user", "1/min")
     assert api.get("/api/jobs/").status_code == 200
     response = api.get("/api/jobs/")
     assert response.status_code == 429
     assert 0 < int(response["Retry-After"]) <= 60
-
-
-def test_an_unavailable_cache_refuses_no_request(api, monkeypatch):
-    def refuse(*args):
-        raise ConnectionError("connection refused")
-
-    monkeypatch.setattr(LocMemCache, "get", refuse)
-    monkeypatch.setattr(Throttle, "count_again_at", 0.0)
-    assert api.get("/api/jobs/").status_code == 200
 
 
 # Uploads with an Idempotency-Key
@@ -361,7 +350,7 @@ def test_the_metrics_count_waiting_jobs_and_the_longest_wait(staff_api):
 
 def test_the_metrics_name_each_queue_even_if_it_is_empty(staff_api, settings):
     shown = staff_api.get("/metrics").content.decode()
-    for queue in settings.WORKER_QUEUES:
+    for queue in app.conf.task_queues:
         assert re.search(f'jobs_waiting.queue="{queue}". 0.0', shown)
 
 
@@ -395,7 +384,7 @@ def test_the_metrics_count_jobs_that_ended_in_the_last_minute(staff_api):
 
 
 def test_the_metrics_are_for_staff_and_not_throttled(api, staff_api, admin_user, monkeypatch):
-    monkeypatch.setitem(Throttle.THROTTLE_RATES, "user", "1/min")
+    monkeypatch.setitem(UserRateThrottle.THROTTLE_RATES, "user", "1/min")
     assert APIClient().get("/metrics").status_code == 401
     assert api.get("/metrics").status_code == 403
     token = Token.objects.create(user=admin_user)
@@ -517,23 +506,3 @@ def test_a_format_suffix_in_the_url_is_not_found(api, user):
     assert api.get("/api/jobs.json").status_code == 404
     response = api.get(f"/api/jobs/{job.pk}.json/")
     assert (response.status_code, response["Content-Type"]) == (404, "application/json")
-
-
-def test_json_that_is_nested_too_deeply_is_refused():
-    @api_view(["POST"])
-    @permission_classes([])
-    def echo(request):
-        return Response(request.data)
-
-    request = APIRequestFactory().post("/", "[" * 100_000, content_type="application/json")
-    assert echo(request).status_code == 400
-
-
-def test_infinite_recursion_in_a_view_is_not_a_bad_request():
-    @api_view()
-    @permission_classes([])
-    def recurse(request):
-        return recurse.cls().get(request)
-
-    with pytest.raises(RecursionError):
-        recurse(APIRequestFactory().get("/"))

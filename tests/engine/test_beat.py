@@ -99,7 +99,8 @@ def test_beat_stores_a_job_with_the_arguments_and_the_queue_of_its_entry(schedul
 
 
 def test_a_function_in_the_schedule_is_called_when_its_job_is_due():
-    scheduler, (x, y) = beat(Scheduler).scheduler, (BeatLazyFunc(lambda: 1), BeatLazyFunc(lambda: 2))
+    scheduler = beat(Scheduler).scheduler
+    x, y = BeatLazyFunc(lambda: 1), BeatLazyFunc(lambda: 2)
     scheduler.apply_entry(
         scheduler.Entry("add", add.name, schedule=crontab(), args=[x], kwargs={"y": y}, app=app)
     )

@@ -2261,53 +2261,9 @@ def test_a_scrape_scans_no_table():
 # manage.py check --deploy
 
 
-def check(monkeypatch, cache_url=""):
-    """Return the ids of the errors and warnings that the checks of this app find."""
-    monkeypatch.setenv("CACHE_URL", cache_url)
-    found = run_checks(include_deployment_checks=True)
-    return {message.id for message in found if message.id.startswith(("jobs.E", "jobs.W"))}
-
-
-def test_correct_settings_pass_the_checks(monkeypatch):
-    assert check(monkeypatch) == set()
-
-
-@pytest.mark.parametrize("query", ["", "?ssl_cert_reqs=none", "?ssl_cert_reqs=CERT_NONE"])
-def test_the_checks_find_tls_without_verification_of_certificates(monkeypatch, settings, query):
-    settings.CELERY_BROKER_URL = "rediss://host?ssl_cert_reqs=required"
-    assert check(monkeypatch) == set()
-    settings.CELERY_BROKER_URL = f"rediss://host{query}"
-    assert check(monkeypatch) == {"jobs.W001"}
-
-
-def test_the_checks_find_a_redis_database_with_two_uses(monkeypatch, settings):
-    settings.CELERY_BROKER_URL = "redis://host:1/0"
-    assert check(monkeypatch, cache_url="redis://host:1/1") == set()
-    assert check(monkeypatch, cache_url="redis://user:password@host:1") == {"jobs.W002"}
-    settings.CELERY_BROKER_URL = "redis://host:1/1"
-    assert check(monkeypatch, cache_url="redis://host:1/10") == set()
-    settings.CELERY_BROKER_URL = "sentinel://:secret@host:1/0;sentinel://:secret@host:2/0"
-    settings.CELERY_RESULT_BACKEND = "sentinel://:secret@host:1/1;sentinel://host:2/1"
-    assert check(monkeypatch) == set()
-    settings.CELERY_RESULT_BACKEND = "sentinel://:secret@host:1/0;sentinel://host:2/0"
-    assert check(monkeypatch) == {"jobs.W002"}
-
-
-def test_the_checks_find_a_cache_whose_package_is_missing(monkeypatch, settings):
-    monkeypatch.setitem(sys.modules, "redis", None)
-    cache = {"BACKEND": "django.core.cache.backends.redis.RedisCache", "LOCATION": "redis://h"}
-    settings.CACHES = {"default": cache}
-    [error] = [found for found in run_checks() if found.id == "jobs.E004"]
-    assert "`uv add redis`" in error.hint
-
-
-def test_the_checks_find_a_cache_for_which_a_request_would_wait_without_end(monkeypatch, settings):
-    monkeypatch.setitem(sys.modules, "redis", Mock())
-    cache = {"BACKEND": "django.core.cache.backends.redis.RedisCache", "LOCATION": "redis://h"}
-    settings.CACHES = {"default": cache}
-    assert check(monkeypatch) == {"jobs.W007"}
-    settings.CACHES = {"default": {**cache, "OPTIONS": {"socket_timeout": 1}}}
-    assert check(monkeypatch) == set()
+def test_correct_settings_pass_the_checks():
+    found = {message.id for message in run_checks(include_deployment_checks=True)}
+    assert not [each for each in found if each.startswith("jobs.")]
 
 
 class OtherRouter:
@@ -2334,21 +2290,8 @@ def test_the_checks_refuse_a_database_in_which_jobs_would_be_lost(monkeypatch, s
         call_command("migrate", skip_checks=False)
 
 
-@pytest.mark.parametrize("users", ["", "admin", "admin:", "admin:change-me", "me:secret,admin:"])
-def test_the_checks_find_a_flower_without_a_password(monkeypatch, settings, users):
-    settings.FLOWER_BASIC_AUTH = users
-    assert check(monkeypatch) == {"jobs.E002"}
-    del settings.FLOWER_BASIC_AUTH  # a broker without Flower
-    assert check(monkeypatch) == set()
-
-
-def test_the_checks_find_a_time_limit_after_which_the_broker_redelivers(monkeypatch, settings):
-    settings.REDELIVERY_SECONDS = app.conf.task_time_limit
-    assert check(monkeypatch) == {"jobs.W004"}
-
-
 @pytest.mark.parametrize("pool", ["threads", "prefork"])
-def test_the_checks_say_that_threads_have_no_time_limit(settings, pool):
-    settings.CELERY_WORKER_POOL = pool
+def test_the_checks_say_that_threads_have_no_time_limit(monkeypatch, pool):
+    monkeypatch.setenv("CELERY_WORKER_POOL", pool)
     found = run_checks(include_deployment_checks=True)
     assert ("jobs.I001" in {message.id for message in found}) == (pool == "threads")

@@ -8,40 +8,19 @@ from unittest.mock import Mock
 
 import pytest
 from celery import current_app as app
+from celery.concurrency import get_implementation
 from celery.platforms import signals
 from celery.signals import worker_init, worker_shutting_down
 from settings import OUTPUT
 
 from jobs import events, pools, shutdown, worker
 
-WORKER = "/bin/celery -A config worker"
 
-
-@pytest.mark.parametrize(
-    ("command", "pool"),
-    [
-        (WORKER, "threads"),
-        (f"{WORKER} --queues prefork -n solo", "threads"),
-        (f"{WORKER} --pool prefork -n one@%h", "prefork"),
-        (f"{WORKER} --queues io --pool=prefork", "prefork"),
-        (f"{WORKER} --pool processes", "prefork"),
-        (f"{WORKER} -P solo", "solo"),
-        (f"{WORKER} -Psolo", "solo"),
-        ("/x/celery/__main__.py -A config -q worker --pool prefork", "prefork"),
-        ("/bin/celery -A config beat", "threads"),
-        ("manage.py runserver", "threads"),
-    ],
-)
-def test_only_the_option_of_a_worker_names_another_pool(monkeypatch, command, pool):
-    monkeypatch.setattr(sys, "argv", command.split())
-    assert pools.pool_name("threads") == pool
-
-
-def test_gevent_is_refused_in_a_project_that_was_not_made_for_it(monkeypatch):
-    monkeypatch.setattr(sys, "argv", f"{WORKER} --pool gevent".split())
-    assert pools.pool_name("gevent") == "gevent"
-    with pytest.raises(SystemExit, match="not made for gevent. Use --pool threads or prefork"):
-        pools.pool_name("prefork")
+def test_a_pool_has_the_name_that_celery_has_for_it():
+    for name in "prefork", "threads", "solo":
+        assert pools.pool_name(name) == name
+        assert pools.pool_name(get_implementation(name)) == name  # as a worker gets it
+    assert pools.pool_name("processes") == "prefork"
 
 
 def test_sigterm_calls_the_current_handler_of_sigquit(monkeypatch):

@@ -10,14 +10,14 @@ from structlog.contextvars import bind_contextvars
 {% print broker.celery_imports | default %}
 {% endset %}
 import os
-{% if broker.flower %}
 import sys
-{% endif %}
 
 {{ imports.sort(lines) }}
 from jobs.celery import Celery
+from jobs.pools import pool_name
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
+os.environ.setdefault("CELERY_WORKER_POOL", "{{ cookiecutter.worker_pool }}")  # of a worker without --pool
 {% print worker_pool.celery | default %}
 
 app = Celery("config")
@@ -32,19 +32,21 @@ def own_settings():
     settings with Celery's own names.
     """
     names = [name for name in dir(settings) if name.startswith("CELERY_")]
-    own = {name.removeprefix("CELERY_").lower(): getattr(settings, name) for name in names}
-    own["CELERY_DB_REUSE_MAX"] = own.pop("db_reuse_max", None)  # Celery's name for it
-    return own
+    return {name.removeprefix("CELERY_").lower(): getattr(settings, name) for name in names}
 
 
 app.add_defaults(own_settings)  # Celery calls it when it needs the settings
 
 
 @signals.celeryd_init.connect
-def take_from_every_queue(options, **kwargs):
-    """Let a worker without --queues take tasks from all of WORKER_QUEUES."""
-    if not options.get("queues"):
-        app.amqp.queues.select(settings.WORKER_QUEUES)
+def use_settings_of_pool(conf, options, **kwargs):
+    """Give a worker the settings of its pool."""
+    pool = pool_name(options.get("pool") or conf.worker_pool)
+    if pool not in settings.WORKER_POOLS:
+        pools = ", ".join(settings.WORKER_POOLS)
+        sys.exit(f"This project was not made for {pool}. Its pools are {pools}.")
+    for name, value in settings.WORKER_POOLS[pool].items():
+        conf[name] = conf[name] | value if isinstance(value, dict) else value
 
 
 @signals.setup_logging.connect
@@ -56,14 +58,4 @@ def keep_django_logging(**kwargs):
 def name_task(task, **kwargs):
     """Add the task's name to each log line of a task."""
     bind_contextvars(task=task.name)
-{% if broker.flower %}
-
-
-# Flower shows all tasks and can start them, so it needs a password, however it is started.
-if sys.argv[0].endswith(("celery", "__main__.py")) and "flower" in sys.argv:
-    if not settings.FLOWER_BASIC_AUTH:
-        sys.exit("Flower needs a password: set FLOWER_BASIC_AUTH=user:password (or in .env).")
-    os.environ.setdefault("FLOWER_ADDRESS", "127.0.0.1")  # else it listens on all addresses
-    os.environ.setdefault("FLOWER_MAX_TASKS", "10000")  # kept in memory
-{% endif %}
 {% print broker.celery | default %}

@@ -15,7 +15,6 @@ from celery.schedules import crontab
 from django.core.exceptions import ImproperlyConfigured
 
 from config import logs
-from jobs import pools
 
 BASE_DIR = Path(__file__).resolve().parent.parent
 
@@ -41,13 +40,14 @@ ALLOWED_HOSTS = env.list("ALLOWED_HOSTS")
 CSRF_TRUSTED_ORIGINS = env.list("CSRF_TRUSTED_ORIGINS", default=[])
 SECURE_SSL_REDIRECT = SESSION_COOKIE_SECURE = CSRF_COOKIE_SECURE = not DEBUG
 SECURE_REDIRECT_EXEMPT = [r"^health/"]  # probes use plain HTTP
-# Each proxy appends an address to X-Forwarded-For. A client can forge the addresses before these.
 NUM_PROXIES = env.int("NUM_PROXIES", default=0 if DEBUG else 1)
-if NUM_PROXIES:  # without a proxy, only a client can send this header
+IPWARE_META_PRECEDENCE_ORDER = ["REMOTE_ADDR"]
+if NUM_PROXIES:  # without a proxy, only a client can send these headers
     SECURE_PROXY_SSL_HEADER = ("HTTP_X_FORWARDED_PROTO", "https")
-IPWARE_META_PRECEDENCE_ORDER = ["HTTP_X_FORWARDED_FOR"] * bool(NUM_PROXIES) + ["REMOTE_ADDR"]
-IPWARE_META_PROXY_COUNT = max(NUM_PROXIES - 1, 0)  # ipware does not count the last proxy
-IPWARE_STRICT = False  # ignore additional addresses, which a client can send
+    # Each proxy appends an address to X-Forwarded-For. A client can forge the addresses before these.
+    IPWARE_META_PRECEDENCE_ORDER = ["HTTP_X_FORWARDED_FOR", "REMOTE_ADDR"]
+    IPWARE_META_PROXY_COUNT = NUM_PROXIES - 1  # ipware does not count the last proxy
+    IPWARE_STRICT = False  # ignore additional addresses, which a client can send
 SECURE_HSTS_SECONDS = 0 if DEBUG else 3600
 # HSTS for subdomains and the preload list affect more than this project: decide for yourself.
 SILENCED_SYSTEM_CHECKS = ["security.W005", "security.W021"]
@@ -98,6 +98,7 @@ INSTALLED_APPS = [
 {% for app in [result_backend.app, periodic_tasks.app] | select %}
     "{{ app }}",
 {% endfor %}
+    "config",
     "users",
     "jobs",
 {% if cookiecutter.include_example == "yes" %}
@@ -134,11 +135,7 @@ ROOT_URLCONF = "config.urls"
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 LOGIN_URL = "login"
 LOGIN_REDIRECT_URL = LOGOUT_REDIRECT_URL = "index"
-{% if broker.flower %}
-FLOWER_PORT = env.int("FLOWER_PORT", default=5555)  # for `make run`
-FLOWER_URL = env.str("FLOWER_URL", default=f"http://127.0.0.1:{FLOWER_PORT}/")  # a link for staff
-{% endif %}
-TIME_ZONE = "UTC"
+TIME_ZONE = env.str("TIME_ZONE", default="UTC")
 STATIC_URL = "static/"
 STATIC_ROOT = BASE_DIR / "staticfiles"
 
@@ -185,19 +182,22 @@ REST_FRAMEWORK = {
         "rest_framework.authentication.SessionAuthentication",
     ],
     "DEFAULT_PERMISSION_CLASSES": ["rest_framework.permissions.IsAuthenticated"],
-    "DEFAULT_PARSER_CLASSES": ["jobs.rest.Parser"],
-    "DEFAULT_FILTER_BACKENDS": ["jobs.rest.Filter"],
+    "DEFAULT_PARSER_CLASSES": ["config.api.Parser"],
     "DEFAULT_PAGINATION_CLASS": "rest_framework.pagination.PageNumberPagination",
     "PAGE_SIZE": 20,
-    "DEFAULT_THROTTLE_CLASSES": ["jobs.rest.Throttle"],
+    "DEFAULT_THROTTLE_CLASSES": ["config.api.Throttle"],
     "DEFAULT_THROTTLE_RATES": {"user": THROTTLE},
-    "DEFAULT_SCHEMA_CLASS": "jobs.schema.Schema",
+    "DEFAULT_SCHEMA_CLASS": "drf_spectacular.openapi.AutoSchema",
     "NUM_PROXIES": NUM_PROXIES,
     "TEST_REQUEST_DEFAULT_FORMAT": "json",  # of api.post(url, data) in tests: views parse only JSON
 }
 SPECTACULAR_SETTINGS = {
     "TITLE": {{ text.python(cookiecutter.project_name) }},
     "VERSION": "1.0.0",
+    "POSTPROCESSING_HOOKS": [
+        "drf_spectacular.hooks.postprocess_schema_enums",
+        "config.api.add_errors",
+    ],
     "COMPONENT_SPLIT_REQUEST": True,  # responses may have blank texts, requests may not
     "SERVE_PERMISSIONS": ["rest_framework.permissions.IsAuthenticated"],
     "SWAGGER_UI_DIST": "SIDECAR",  # from this server, not from a CDN
@@ -212,15 +212,16 @@ JOB_RESEND_SECONDS = env.float("JOB_RESEND_SECONDS", default=30)  # until a mess
 JOB_MAX_CRASHES = env.int("JOB_MAX_CRASHES", default=3)  # a job that kills so many workers fails
 JOB_RETENTION_DAYS = env.float("JOB_RETENTION_DAYS", default=30)  # until an ended job is deleted
 
+# Seconds, for each job and task. With threads, a job over its limit fails, but its code is not killed.
+CELERY_TASK_TIME_LIMIT = env.int("TASK_TIME_LIMIT", default=600)
+
 # The queues of a worker without --queues. Add new queues here.
-WORKER_QUEUES = ["celery"{{ ', "cpu", "io"' if cookiecutter.include_example == "yes" }}]
+CELERY_TASK_QUEUES = {"celery": {}{{ ', "cpu": {}, "io": {}' if cookiecutter.include_example == "yes" }}}
 
 # Functions declared with @task run as jobs. Without `queue_name`, a task uses the queue "default".
 # It stands for the queue that CELERY_TASK_ROUTES names for the task, or else for "celery".
-TASKS = {"default": {"BACKEND": "jobs.backends.TaskBackend", "QUEUES": ["default", *WORKER_QUEUES]}}
-
-# Seconds, for each job and task. With threads, a job over its limit fails, but its code is not killed.
-TASK_TIME_LIMIT = CELERY_TASK_TIME_LIMIT = env.int("TASK_TIME_LIMIT", default=600)
+QUEUES = ["default", *CELERY_TASK_QUEUES]
+TASKS = {"default": {"BACKEND": "jobs.backends.TaskBackend", "QUEUES": QUEUES}}
 
 # Celery: the broker
 
@@ -234,11 +235,6 @@ CELERY_TASK_REJECT_ON_WORKER_LOST = True  # those of a killed child too
 CELERY_TASK_RETRY_ON_WORKER_LOST = True  # a task that kills its child fails after max_retries
 CELERY_WORKER_ETA_TASK_LIMIT = 1000  # tasks with a countdown do not fill a worker's memory
 CELERY_BROKER_CONNECTION_RETRY_ON_STARTUP = True  # a worker waits for its broker
-{% if broker.flower %}
-CELERY_TASK_SEND_SENT_EVENT = True  # Flower shows the whole life of a task
-CELERY_WORKER_SEND_TASK_EVENTS = True
-FLOWER_BASIC_AUTH = env.str("FLOWER_BASIC_AUTH", default="")  # without it Flower does not start
-{% endif %}
 CELERY_TIMEZONE = TIME_ZONE
 {% if cookiecutter.include_example == "yes" %}
 CELERY_TASK_ROUTES = {  # a queue for each kind of load, so that one does not delay another
@@ -252,23 +248,40 @@ CELERY_BROKER_CONNECTION_TIMEOUT = 1  # seconds
 CELERY_BROKER_POOL_ACQUIRE_TIMEOUT = 1
 CELERY_TASK_PUBLISH_RETRY_POLICY = {"max_retries": 1, "interval_start": 0}
 
-# Celery: workers. Each may use another pool: celery -A config worker --pool threads
+# Celery: workers
 
-CELERY_WORKER_POOL = POOL = pools.pool_name("{{ cookiecutter.worker_pool }}")  # or what --pool names
-# How many tasks a worker runs at once. None means one process for each CPU.
-SLOTS = 20 if POOL == "threads" else None
-CELERY_WORKER_CONCURRENCY = env.int("WORKER_CONCURRENCY", default=SLOTS)
-CELERY_WORKER_PREFETCH_MULTIPLIER = 1  # a long task does not keep other tasks waiting
 CELERY_WORKER_SOFT_SHUTDOWN_TIMEOUT = env.float("SOFT_SHUTDOWN_SECONDS", default=20)
-# When the broker is lost, end the tasks that it will deliver again. Threads cannot be ended.
-CELERY_WORKER_CANCEL_LONG_RUNNING_TASKS_ON_CONNECTION_LOSS = POOL == "prefork"
-CELERY_DB_REUSE_MAX = 1000  # tasks reuse database connections
+# How many tasks a worker runs at once. None means the default of its pool.
+CELERY_WORKER_CONCURRENCY = env.int("WORKER_CONCURRENCY", default=None)
 # For prefork only
-CELERY_TASK_SOFT_TIME_LIMIT = TASK_TIME_LIMIT * 0.9  # raises SoftTimeLimitExceeded in the task
+CELERY_TASK_SOFT_TIME_LIMIT = CELERY_TASK_TIME_LIMIT * 0.9  # raises SoftTimeLimitExceeded
 CELERY_WORKER_MAX_TASKS_PER_CHILD = 1000  # then a new child replaces it, which ends memory leaks
 CELERY_WORKER_MAX_MEMORY_PER_CHILD = env.int("WORKER_MAX_KILOBYTES", default=500_000)
+
+# What depends on the pool. Each worker may use another one: celery -A config worker --pool threads
+COMMON = {
+    "worker_prefetch_multiplier": 1,  # a long task does not keep other tasks waiting
+    "CELERY_DB_REUSE_MAX": 1000,  # tasks reuse database connections
+}
+WORKER_POOLS = {
+    # When the broker is lost, end the tasks that it will deliver again. Threads cannot be ended.
+    "prefork": COMMON | {"worker_cancel_long_running_tasks_on_connection_loss": True},
+    "threads": COMMON | {"worker_concurrency": 20},
+    "solo": COMMON,
+}
+CELERY_WORKER_PREFETCH_MULTIPLIER = None  # Celery would prefer a value here to those above
 {% print worker_pool.settings | default %}
 
+{% if broker.flower %}
+# Flower, see flowerconfig.py
+
+FLOWER_BASIC_AUTH = env.str("FLOWER_BASIC_AUTH", default="")  # without it Flower does not start
+FLOWER_PORT = env.int("FLOWER_PORT", default=5555)
+FLOWER_URL = env.str("FLOWER_URL", default=f"http://127.0.0.1:{FLOWER_PORT}/")  # a link for staff
+CELERY_TASK_SEND_SENT_EVENT = True  # it shows the whole life of a task
+CELERY_WORKER_SEND_TASK_EVENTS = True
+
+{% endif %}
 # Celery: Beat
 
 {% print periodic_tasks.settings %}

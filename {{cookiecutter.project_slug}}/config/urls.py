@@ -16,8 +16,9 @@ from jobs.views import JobViewSet
 from orders.views import ImportViewSet, NewsletterViewSet, OrderViewSet
 {% endif %}
 
-router = DefaultRouter(use_regex_path=False)  # the API answers for any id, even one with a dot
-router.include_format_suffixes = False  # no jobs.json besides jobs/
+# The API answers for any id, even one with a dot: "jobs/a.json/" is the job "a.json".
+router = DefaultRouter(use_regex_path=False)
+router.include_format_suffixes = False
 router.register("jobs", JobViewSet, basename="job")
 {% if cookiecutter.include_example == "yes" %}
 router.register("orders", OrderViewSet, basename="order")
@@ -27,18 +28,18 @@ router.register("newsletters", NewsletterViewSet, basename="newsletter")
 
 title = settings.SPECTACULAR_SETTINGS["TITLE"]
 admin.site.site_header = admin.site.site_title = title
-page = {
+page = {  # of all pages that inherit from jobs/base.html
     "site_header": title,
     "site_title": title,
-    "title": "Log in",  # of the login page
     "links": {},  # in the top bar, for everybody
     "staff_links": {"Admin": reverse_lazy("admin:index"){{ ', "Flower": settings.FLOWER_URL' if broker.flower }}},
     # Buttons on the jobs page: the label, and the URL of a view that answers 202 with a job.
     "buttons": {% raw %}{{% endraw %}{{ '"Write a report": reverse_lazy("order-report")' if cookiecutter.include_example == "yes" }}},
 }
 api_docs = SpectacularSwaggerSplitView.as_view()
+login_page = {**page, "title": "Log in"}
 log_in = LoginView.as_view(
-    template_name="admin/login.html", extra_context=page, redirect_authenticated_user=True
+    template_name="admin/login.html", extra_context=login_page, redirect_authenticated_user=True
 )
 jobs_page = TemplateView.as_view(template_name="jobs/index.html", extra_context=page)
 

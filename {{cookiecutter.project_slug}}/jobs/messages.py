@@ -61,6 +61,11 @@ def queue_of(task, args, kwargs):
     return route["queue"].name if "queue" in route else current_app.conf.task_default_queue
 
 
+def known_queues():
+    """Return the names of the queues from which a worker without --queues takes tasks."""
+    return list(current_app.amqp.Queues(current_app.conf.task_queues))
+
+
 def messages_in(queue, broker):
     """Return how many messages wait in `queue`. Uses the connection `broker`, and raises its exceptions."""
     broker.ensure_connection(max_retries=1, interval_start=0)

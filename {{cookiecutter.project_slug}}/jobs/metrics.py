@@ -3,7 +3,6 @@
 import math
 from datetime import timedelta
 
-from django.conf import settings
 from django.db.models import Count, F, Min, Q, Sum
 from django.db.models.functions import Now
 from django.http import HttpResponse
@@ -13,6 +12,7 @@ from rest_framework.permissions import IsAdminUser
 from rest_framework.views import APIView
 
 from .expressions import ACTIVE
+from .messages import known_queues
 from .models import Job, Sweep
 
 QUEUE_METRICS = {
@@ -53,7 +53,7 @@ class Collector:
             jobs_running=Count("queue", filter=Q(state="running")),
             jobs_oldest_wait_seconds=Now() - Min("due_at", filter=due),
         )
-        empty = [{"queue": queue} for queue in settings.WORKER_QUEUES]
+        empty = [{"queue": queue} for queue in known_queues()]
         yield from families(QUEUE_METRICS, ["queue"], [*empty, *rows])
 
         ended = Job.objects.filter(finished_at__gt=Now() - timedelta(minutes=1))

@@ -9,7 +9,6 @@ The workers of one project may have different pools:
 """
 
 import _thread
-import re
 import sys
 import threading
 
@@ -90,18 +89,11 @@ def executor_of_coroutine(max_workers):
 pool = Greenlets() if IS_GEVENT else Threads()  # of this process
 
 
-def pool_name(default):
-    """Return the name of this worker's pool: from the command line, or else the project's default.
-
-    The settings need it before Celery has read its options. Raises SystemExit for gevent in a project
-    with another default, because settings of the whole project depend on gevent.
-    """
-    option = re.search(r"\bworker\b.*? (?:-P ?|--pool[ =])(\w+)", " ".join(sys.argv[1:]))
-    # Celery has the alias "processes" for prefork.
-    name = option[1].replace("processes", "prefork") if option else default
-    if name == "gevent" and default != "gevent":
-        raise SystemExit("This project was not made for gevent. Use --pool threads or prefork.")
-    return name
+def pool_name(pool):
+    """Return Celery's own name of a pool, such as "threads". `pool` is its class or a name."""
+    pool = concurrency.get_implementation(pool)
+    path = f"{pool.__module__}:{pool.__qualname__}"
+    return next(name for name, found in concurrency.ALIASES.items() if found == path)
 
 
 def has_children(worker):
@@ -109,7 +101,7 @@ def has_children(worker):
 
     Raises SystemExit for gevent if Python is not patched, because each body would block all others.
     """
-    module = concurrency.get_implementation(worker.pool_cls).__module__
-    if module.endswith(".gevent") and not IS_GEVENT:
+    name = pool_name(worker.pool_cls)
+    if name == "gevent" and not IS_GEVENT:
         raise SystemExit("Python is not patched for gevent. Type the option in full: --pool gevent")
-    return module.endswith(".prefork")
+    return name == "prefork"

@@ -26,7 +26,6 @@ from billiard.common import terminate_handler_fired
 from celery import current_app, platforms
 from celery.bootsteps import StartStopStep
 from celery.worker import state
-from django.conf import settings
 from django.db import connection, transaction
 from django.db.transaction import TransactionManagementError
 
@@ -95,7 +94,7 @@ def wait_for_children(children):
     a child has ended its task when its result can be read.
     """
     shutting_down[0] = True
-    seconds = settings.CELERY_WORKER_SOFT_SHUTDOWN_TIMEOUT
+    seconds = current_app.conf.worker_soft_shutdown_timeout
     pool.start_thread(partial(end_if_stuck, seconds))
     until = time.monotonic() + seconds
     pids = {request.worker_pid for request in tuple(state.active_requests)}
@@ -136,7 +135,7 @@ def child_has_crashed():
 
 def requeue_and_exit(exitcode=0):
     """Hand back the jobs that have not ended after SOFT_SHUTDOWN_SECONDS, and end the process."""
-    time.sleep(settings.CELERY_WORKER_SOFT_SHUTDOWN_TIMEOUT)
+    time.sleep(current_app.conf.worker_soft_shutdown_timeout)
     try:
         with lock:
             for run in runs.values():

@@ -13,6 +13,7 @@ from django.db.models.functions import Cast, Length, Now
 from django.http import HttpRequest, QueryDict
 from django.urls import reverse
 from django.utils.functional import cached_property
+from django_filters.rest_framework import DjangoFilterBackend
 from drf_spectacular.utils import OpenApiParameter, OpenApiResponse, extend_schema
 from rest_framework import viewsets
 from rest_framework.decorators import action
@@ -20,15 +21,16 @@ from rest_framework.exceptions import APIException, NotFound, ParseError, Valida
 from rest_framework.pagination import CursorPagination
 from rest_framework.request import Request
 from rest_framework.response import Response
+from rest_framework.settings import api_settings
 
 from .models import Job
 from .queryset import insert, new_fields
-from .schema import DETAIL
 from .serializers import TOO_LONG, JobSerializer, has_job_perm
 
 # 1 to 255 printable ASCII characters. HTTP strips spaces at both ends.
 KEY_SCHEMA = {"type": "string", "pattern": "^[!-~]([ -~]{0,253}[!-~])?$"}
 # For the OpenAPI document
+DETAIL = {"type": "object", "properties": {"detail": {"type": "string"}}}
 HEADER = OpenApiParameter.HEADER
 ACCEPTED_HEADERS = [
     OpenApiParameter(name, str, HEADER, response=[201, 202]) for name in ["Location", "Retry-After"]
@@ -48,10 +50,21 @@ class KeyReused(APIException):
     default_detail = "This Idempotency-Key was used for another request."
 
 
+class StrictFilter(DjangoFilterBackend):
+    """Answers 400 to a parameter that is empty or is given twice, because it is ambiguous."""
+
+    def filter_queryset(self, request, queryset, view):
+        for name, values in request.query_params.lists():
+            if len(values) > 1 or not values[0]:
+                raise ValidationError({name: ["Give it once, with a value."]})
+        return super().filter_queryset(request, queryset, view)
+
+
 class NewestFirst(CursorPagination):
     """Cursor pagination without a count: a page costs the same however many jobs there are."""
 
     ordering = ["-created_at", "id"]
+    page_size = 20
 
     def paginate_queryset(self, *args, **kwargs):
         try:
@@ -83,6 +96,7 @@ class JobViewSet(viewsets.ReadOnlyModelViewSet):
     queryset = Job.objects.all()
     serializer_class = JobSerializer
     pagination_class = NewestFirst
+    filter_backends = [StrictFilter]
     filterset_fields = ["state"]
 
     def get_queryset(self):
@@ -134,6 +148,17 @@ class JobViewSet(viewsets.ReadOnlyModelViewSet):
         return accepted(request, job)
 
 
+class EnqueueSchema(api_settings.DEFAULT_SCHEMA_CLASS):
+    """Describes the POST of EnqueueMixin in the OpenAPI document."""
+
+    def get_override_parameters(self):
+        return [OpenApiParameter("Idempotency-Key", KEY_SCHEMA, HEADER), *ACCEPTED_HEADERS]
+
+    def get_response_serializers(self):
+        reused = OpenApiResponse(DETAIL, "The key was used for another request")
+        return {202: super().get_response_serializers(), 422: reused}
+
+
 class EnqueueMixin:
     """POST stores an object and enqueues its job in one transaction, then answers 202.
 
@@ -142,9 +167,6 @@ class EnqueueMixin:
     the same object and job.
     """
 
-    @extend_schema(
-        parameters=[OpenApiParameter("Idempotency-Key", KEY_SCHEMA, HEADER), *ACCEPTED_HEADERS]
-    )
     def create(self, request, *args, **kwargs):
         serializer = self._find_stored()
         if serializer is None:
@@ -162,6 +184,8 @@ class EnqueueMixin:
                     raise
         headers = headers_of(serializer.instance.job_id)
         return Response(serializer.data, status=202, headers=headers)
+
+    create.kwargs = {"schema": EnqueueSchema}  # extend_schema() sets the same attribute
 
     def enqueue(
         self,

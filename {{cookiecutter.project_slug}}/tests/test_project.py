@@ -1,6 +1,6 @@
-"""The project around the jobs: settings, pages, login, log and probes."""
+{% from "chosen.jinja" import broker, servers with context %}
+"""The project around the jobs: settings, checks, API, pages, login, log and probes."""
 
-import os
 import runpy
 import uuid
 
@@ -8,9 +8,10 @@ import pytest
 import structlog
 from axes.helpers import get_client_ip_address
 from axes.models import AccessAttempt, AccessLog
-from celery.app.utils import Settings
+from django.core.cache.backends.base import BaseCache
+from django.core.cache.backends.locmem import LocMemCache
+from django.core.checks import run_checks
 from django.core.exceptions import ImproperlyConfigured
-from django.core.management import call_command
 from django.db import OperationalError, connection
 from django.test import RequestFactory
 from django_structlog.middlewares import RequestMiddleware
@@ -19,8 +20,7 @@ from rest_framework.response import Response
 from rest_framework.test import APIClient, APIRequestFactory, force_authenticate
 
 from config import urls
-from config.celery import own_settings
-from jobs.rest import Throttle
+from config.api import Throttle
 
 pytestmark = pytest.mark.django_db
 
@@ -37,18 +37,84 @@ def test_an_invalid_throttle_is_refused_at_startup(settings, monkeypatch, rate):
         runpy.run_path(settings.BASE_DIR / "config/settings.py")
 
 
-def test_a_test_posts_json_without_saying_so(user):
-    @api_view(["POST"])
-    def echo(request):
-        return Response(request.data)
+def found(identity):
+    """Return what the checks of config/checks.py say under this id."""
+    return [each for each in run_checks(include_deployment_checks=True) if each.id == identity]
 
-    request = APIRequestFactory().post("/", {"product": "Tea"})
+
+class WithoutPackage(BaseCache):
+    def __init__(self, location, params):
+        super().__init__(params)
+
+    @property
+    def _cache(self):
+        raise ImportError("No module named 'client'", name="client")
+
+
+def test_the_checks_find_a_cache_whose_package_is_missing(settings):
+    assert not found("config.E001")
+    settings.CACHES = {"default": {"BACKEND": f"{__name__}.WithoutPackage"}}
+    [error] = found("config.E001")
+    assert "`uv add client`" in error.hint
+
+
+def test_the_checks_find_a_cache_for_which_a_request_would_wait_without_end(settings):
+    assert not found("config.W001")
+    cache = {"BACKEND": "django.core.cache.backends.locmem.LocMemCache", "LOCATION": "host:1"}
+    settings.CACHES = {"default": cache}
+    assert found("config.W001")
+    settings.CACHES = {"default": {**cache, "OPTIONS": {"connect_timeout": 1}}}
+    assert not found("config.W001")
+
+
+def test_the_checks_find_a_time_limit_after_which_the_broker_redelivers(settings):
+    assert not found("config.W002")
+    settings.REDELIVERY_SECONDS = settings.CELERY_TASK_TIME_LIMIT
+    assert found("config.W002")
+
+
+{% if broker.flower %}
+@pytest.mark.parametrize("users", ["", "admin", "admin:", "admin:change-me", "me:secret,admin:"])
+def test_the_checks_find_a_flower_without_a_password(settings, users):
+    settings.FLOWER_BASIC_AUTH = "me:secret"
+    assert not found("config.E002")
+    settings.FLOWER_BASIC_AUTH = users
+    assert found("config.E002")
+
+
+{% endif %}
+{% for server in servers %}
+{% print server.check_tests | default %}
+{% endfor %}
+# The API
+
+
+def echo(user, *args, **kwargs):
+    """Return the response of a view that answers with the data of this POST."""
+    view = api_view(["POST"])(lambda request: Response(request.data))
+    request = APIRequestFactory().post("/", *args, **kwargs)
     force_authenticate(request, user)
-    assert echo(request).data == {"product": "Tea"}
+    return view(request)
 
 
-def test_the_openapi_document_has_no_warnings():
-    call_command("spectacular", validate=True, fail_on_warn=True, file=os.devnull)
+def test_a_test_posts_json_without_saying_so(user):
+    assert echo(user, {"product": "Tea"}).data == {"product": "Tea"}
+
+
+def test_json_that_is_nested_too_deeply_is_refused(user):
+    response = echo(user, "[" * 100_000, content_type="application/json")
+    assert response.status_code == 400
+
+
+def test_requests_are_limited_unless_the_cache_is_unavailable(api, monkeypatch):
+    def refuse(*args):
+        raise ConnectionError("connection refused")
+
+    monkeypatch.setitem(Throttle.THROTTLE_RATES, "user", "1/min")
+    monkeypatch.setattr(Throttle, "count_again_at", 0.0)
+    assert [api.get("/api/jobs/").status_code for _ in range(2)] == [200, 429]
+    monkeypatch.setattr(LocMemCache, "get", refuse)
+    assert api.get("/api/jobs/").status_code == 200
 
 
 def test_the_openapi_document_describes_errors(api):
@@ -60,8 +126,9 @@ def test_the_openapi_document_describes_errors(api):
 
 
 def test_the_pages_escape_the_name_of_the_project(client, user, monkeypatch):
-    for name in "site_header", "site_title":
-        monkeypatch.setitem(urls.page, name, "<b>Tea & Co</b>")
+    for page in urls.page, urls.login_page:
+        for name in "site_header", "site_title":
+            monkeypatch.setitem(page, name, "<b>Tea & Co</b>")
     assert client.get("/").status_code == 302
     login = client.get("/login/").content.decode()
     client.force_login(user)
@@ -156,12 +223,6 @@ def test_a_page_runs_only_the_projects_own_scripts(admin_client, url):
     assert b"<script>" not in response.content
 
 
-def test_the_api_describes_itself_to_a_browser(client, user):
-    client.force_login(user)
-    assert client.get("/api/docs/").status_code == 200
-    assert client.get("/api/schema/").status_code == 200
-
-
 def test_the_log_has_no_line_for_each_poll_and_probe(api, staff_api, caplog):
     caplog.set_level("INFO")
     for url in "/api/jobs/", "/api/jobs/?state=failed", "/health/live", "/health/ready", "/metrics":
@@ -204,17 +265,3 @@ def test_without_a_database_the_web_is_alive_but_not_ready(client, monkeypatch):
 def test_the_schema_requires_a_login():
     assert APIClient().get("/api/schema/").status_code == 401
     assert APIClient().get("/api/docs/").status_code == 302
-
-
-def test_celery_shows_no_password_in_flower_and_inspect(settings):
-    settings.CELERY_BROKER_URL = "memory://user:secret@host"
-    settings.CACHES = {"default": {"LOCATION": "memory://user:secret@host"}}
-    shown = Settings({}, [own_settings(), {}]).table()
-    assert shown["broker_url"].startswith("memory://user:***")
-    assert "secret" not in str(shown)
-
-
-@pytest.mark.parametrize("name", ["CELERY_DB_REUSE_MAX", "CELERY_WORKER_PREFETCH_MULTIPLIER"])
-def test_a_missing_setting_does_not_remove_the_others(settings, name):
-    delattr(settings, name)
-    assert own_settings()["task_acks_late"]

@@ -1,0 +1,71 @@
+{% import "imports.jinja" as imports %}
+{% from "chosen.jinja" import broker, servers with context %}
+{% set lines %}
+{% for server in servers %}
+{% print server.check_imports | default %}
+{% endfor %}
+{% endset %}
+{% set sorted = imports.sort(lines) %}
+"""Checks of the settings for `manage.py check`; those with deploy=True run with --deploy."""
+
+{% if sorted %}
+{{ sorted }}
+{% endif %}
+from celery import current_app
+from django.conf import settings
+from django.core.cache import caches
+from django.core.checks import Error, Warning, register
+
+
+@register()
+def check_cache(app_configs, **kwargs):
+    """Find a missing package. Otherwise only the log would say that requests are not counted."""
+    try:
+        getattr(caches["default"], "_cache", None)  # imports the package, but does not connect
+    except ImportError as error:
+        yield Error(
+            f"The cache of CACHE_URL cannot be used: {error}.",
+            hint=f"Add the package to pyproject.toml: `uv add {error.name}`.",
+            id="config.E001",
+        )
+
+
+@register(deploy=True)
+def check_cache_timeouts(app_configs, **kwargs):
+    cache = settings.CACHES["default"]
+    is_server = ":" in str(cache.get("LOCATION"))
+    if is_server and not any("timeout" in option for option in cache.get("OPTIONS", {})):
+        yield Warning(
+            "If the cache hangs, so does each request.",
+            hint="Add its timeouts to CACHE_URL: ?socket_timeout=1&socket_connect_timeout=1",
+            id="config.W001",
+        )
+
+
+@register(deploy=True)
+def check_time_limits(app_configs, **kwargs):
+    """Find plain tasks that may run so long that the broker delivers them a second time."""
+    limit = settings.REDELIVERY_SECONDS
+    for task in current_app.tasks.values():
+        if task.acks_late and task.time_limit >= limit:
+            yield Warning(
+                f"{task.name} may run for {task.time_limit} s; the broker redelivers it after {limit} s.",
+                hint="Lower its time_limit, or raise the setting behind REDELIVERY_SECONDS.",
+                id="config.W002",
+            )
+{% if broker.flower %}
+
+
+@register(deploy=True)
+def check_flower(app_configs, **kwargs):
+    users = settings.FLOWER_BASIC_AUTH.split(",")
+    if any(user.partition(":")[2] in ("", "change-me") for user in users):
+        yield Error(
+            "FLOWER_BASIC_AUTH needs a password: anyone who reaches Flower can see and revoke tasks.",
+            hint="Set it to user:password. If you run no Flower, silence this check.",
+            id="config.E002",
+        )
+{% endif %}
+{% for server in servers %}
+{% print server.checks | default %}
+{% endfor %}
