@@ -1710,19 +1710,20 @@ def test_a_job_that_is_refused_five_times_fails_unless_its_queue_is_full(
     )
 
 
-def test_the_sweep_resends_twice_as_many_after_it_found_a_lost_message(published):
+def test_the_sweep_resends_many_after_it_found_a_lost_message(published, monkeypatch):
     """Messages of plain tasks hide how many messages of jobs are missing."""
-    enqueue_and_publish(12)
+    monkeypatch.setattr(sweep, "JOBS_IN_MEMORY", 10)
+    enqueue_and_publish(30)
     resent = []
     for message in 2, 2, 1, 1:  # the one that then starts each job: its first, or the resent one
-        published[:] = ["plain"] * 20
+        published[:] = ["plain"] * 40
         lapse(*Job.objects.filter(state="queued"))
-        sweep.queues["celery"].next_probe_at = 0
+        sweep.queues["celery"].probe_at = 0
         sweep.send_due()
-        resent.append(len(published) - 20)
-        for pk in published[20:]:
+        resent.append(len(published) - 40)
+        for pk in published[40:]:
             assert claim(pk, times_sent=message)
-    assert resent == [1, 2, 4, 1]
+    assert resent == [1, 10, 10, 1]
 
 
 def test_a_job_above_a_new_limit_fails_and_is_not_loaded(published, settings):

@@ -34,10 +34,11 @@ def try_once(query, *args, **kwargs):
         raise
 
 
-def try_in_halves(function, keys):
+def try_in_halves(done, function, keys):
     """Call function(keys). If it fails, call it for each half, so that one row does not stop the others.
 
-    Returns how many keys failed alone. If the database is unavailable, raises the function's error.
+    Logs each key that fails alone as one that cannot be `done`, and returns their number. If the database is
+    unavailable, raises the function's error.
     """
     try:
         function(keys)
@@ -45,8 +46,10 @@ def try_in_halves(function, keys):
         if not connection.is_usable():
             raise
         if middle := len(keys) // 2:
-            return try_in_halves(function, keys[:middle]) + try_in_halves(function, keys[middle:])
-        logger.warning("%s fails for the job %s: %r", function.__name__, keys[0], error)
+            return sum(
+                try_in_halves(done, function, half) for half in (keys[:middle], keys[middle:])
+            )
+        logger.warning("job %s cannot be %s: %r", keys[0], done, error)
         return 1
     return 0
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from celery import current_app
+from celery.utils.functional import chunks
 from django.db import close_old_connections, connection, transaction
 from django.db.models import F, Min, Q, TextField
 from django.db.models.functions import Cast, Length, Now
@@ -31,7 +32,7 @@ JOBS_IN_MEMORY = 100  # jobs loaded at once, because arguments may be large
 # times as much memory.
 BYTES_IN_MEMORY = 1_000_000
 # The fields of a job that its message needs.
-MESSAGE_FIELDS = "task args kwargs queue retries crashes times_sent".split()
+MESSAGE_FIELDS = ["task", "args", "kwargs", "queue", "retries", "crashes", "times_sent"]
 REFUSALS = 5  # a job fails when the broker has refused its message this many times
 PURGE_BATCH = 2000  # jobs deleted in a round: more than a million an hour, with a round every 5 s
 PURGE_RETRY_SECONDS = 3600  # until jobs that could not be deleted are tried again
@@ -44,9 +45,24 @@ class Queue:
     """What the sweep remembers about a queue."""
 
     most_messages: int = 0  # the highest number seen in it
-    # A probe sends jobs again although no message seems to be missing.
-    next_probe_at: float = 0  # time.monotonic()
+    probe_at: float = 0  # time.monotonic() of the next probe
     probe_ids: tuple = ()  # the jobs of the last probe
+
+    def probe(self, due, size):
+        """Send jobs again, at most `size`, although no message seems to be missing. Returns what mark_sent() does.
+
+        The broker also counts messages of plain tasks, so these may hide that messages of jobs are missing.
+        Each probe sends one job. claim() sets `times_sent` to the number of the message that started the job:
+        if this was not the first one, the first message was lost. Then the next probe sends `size` jobs.
+        """
+        if time.monotonic() < self.probe_at:
+            return {}
+        found = Job.objects.filter(pk__in=self.probe_ids, times_sent__gt=1).exclude(state="queued")
+        marked = mark_sent(due[: size if found.exists() else min(size, 1)])
+        if marked:
+            self.probe_at = time.monotonic() + conf.JOB_RESEND_SECONDS
+            self.probe_ids = tuple(marked)
+        return marked
 
 
 queues = defaultdict(Queue)  # by name
@@ -89,14 +105,9 @@ def sweep_for_ever(tick_delay, error_count):
                     recover_lapsed()
             finally:
                 pause = send_due(resend=may_recover)
-            # Write this row even if the broker took no message: it only says that the sweep is running.
-            times = {"ended_at": Now(), "tick_due_at": Now() - timedelta(seconds=tick_delay())}
             errors = error_count()
-            counted = F("schedule_errors") + errors - stored_errors
-            if Sweep.objects.filter(pk=1).update(**times, schedule_errors=counted):
-                stored_errors = errors
-            else:
-                Sweep.objects.create(pk=1, **times)
+            store_round(tick_delay(), errors - stored_errors)
+            stored_errors = errors
         except Exception as error:
             logger.warning("the sweep failed, and continues in its next round: %r", error)
             if may_succeed_later(error):
@@ -107,23 +118,27 @@ def sweep_for_ever(tick_delay, error_count):
         time.sleep(pause)
 
 
+def store_round(tick_delay, new_errors):
+    """Store that the sweep is running, even if the broker took no message."""
+    times = {"ended_at": Now(), "tick_due_at": Now() - timedelta(seconds=tick_delay)}
+    errors = F("schedule_errors") + new_errors
+    if not Sweep.objects.filter(pk=1).update(**times, schedule_errors=errors):
+        Sweep.objects.create(pk=1, **times, schedule_errors=new_errors)
+
+
 def recover_lapsed():
     """Recover the running jobs whose lease was not renewed."""
     lapsed = Job.objects.filter(state="running", sweep_at__lt=Now())
     with transaction.atomic():  # skip a row that the job's own body has locked
         rows = lapsed.select_for_update(skip_locked=True)
-        found = list(rows.values_list("pk", flat=True)[:BATCH_SIZE])
-
-    def recover_found(ids):
-        recover(lapsed.filter(pk__in=ids))
-
-    if found:
+        ids = list(rows.values_list("pk", flat=True)[:BATCH_SIZE])
+    if ids:
         # While another transaction locks the whole table (CREATE INDEX), rows can be read, but no lease
         # can be renewed. So first wait for such a lock, with an UPDATE of no row.
         lapsed.exclude(UNFINISHED).update(crashes=0)
         # A worker that was delayed, for example by a lock, renews its leases in this time.
         time.sleep(2 * POLL_SECONDS)
-        try_in_halves(recover_found, found)
+        try_in_halves("recovered", lambda ids: recover(lapsed.filter(pk__in=ids)), ids)
 
 
 def send_due(resend=True):
@@ -136,11 +151,11 @@ def send_due(resend=True):
     pause = conf.JOB_SWEEP_SECONDS
     until = time.monotonic() + pause
     soon = Job.objects.filter(state="queued", sweep_at__lt=Now() + timedelta(seconds=pause))
-    countdown = Min("sweep_at", filter=Q(times_sent=0, sweep_at__gte=Now())) - Now()
-    first = Min("sweep_at") - Now()
-    rows = list(soon.values_list("queue").annotate(first=first, countdown=countdown))
-    names = [name for name, first, _ in rows if first < timedelta()]
-    countdowns = [countdown.total_seconds() for _, _, countdown in rows if countdown is not None]
+    new = Q(times_sent=0, sweep_at__gte=Now())
+    first, countdown = Min("sweep_at") - Now(), Min("sweep_at", filter=new) - Now()
+    rows = list(soon.values("queue").annotate(first=first, countdown=countdown))
+    names = [row["queue"] for row in rows if row["first"] < timedelta()]
+    countdowns = [row["countdown"].total_seconds() for row in rows if row["countdown"] is not None]
     random.shuffle(names)  # so that each queue gets its turn, however many there are
     size = max(JOBS_IN_MEMORY // max(len(names), 1), 10)
     with current_app.connection_for_write() as broker:
@@ -154,7 +169,7 @@ def send_due(resend=True):
                     raise
                 logger.warning("the broker takes no jobs for the queue %s: %r", name, error)
                 broker.close()  # it may be broken; the next queue opens it again
-    return 0 if names else min([pause, *(max(seconds, MIN_PAUSE) for seconds in countdowns)])
+    return 0 if names else min(pause, max(MIN_PAUSE, min(countdowns, default=pause)))
 
 
 def send_batch(name, size, resend, waiting):
@@ -164,43 +179,32 @@ def send_batch(name, size, resend, waiting):
     """
     queue, queued = queues[name], Job.objects.filter(state="queued", queue=name)
     queue.most_messages = max(queue.most_messages, waiting)
-    missing, is_probe = max(queued.filter(times_sent__gt=0).count() - waiting, 0), False
+    missing = queued.filter(times_sent__gt=0).count() - waiting
     # The oldest jobs first. These are also the ones to send again: workers take the oldest messages first,
     # so the messages that are left belong to the newest jobs, and the missing ones to the oldest.
     due = queued.filter(sweep_at__lt=Now()).order_by("sweep_at")
     sizes = mark_sent(due.filter(times_sent=0)[:size])
-    # messages_in() also counts messages of plain tasks, which may hide that messages of jobs are missing.
-    # So send one job again now and then, as a probe. claim() sets `times_sent` to the number of the
-    # message that started the job: if this was not the first one, the first message was lost, and the next
-    # probe sends twice as many jobs.
-    if not missing and time.monotonic() >= queue.next_probe_at:
-        ran = Job.objects.filter(pk__in=queue.probe_ids, times_sent__gt=1).exclude(state="queued")
-        missing, is_probe = 2 * len(queue.probe_ids) if ran.exists() else 1, True
-    missing = min(missing, size - len(sizes)) if resend else 0
-    again = mark_sent(due.filter(times_sent__gt=0)[:missing])
-    if is_probe and again:
-        queue.next_probe_at = time.monotonic() + conf.JOB_RESEND_SECONDS
-        queue.probe_ids = tuple(again)
-    sizes |= again
+    if resend:
+        sent, room = due.filter(times_sent__gt=0), size - len(sizes)
+        sizes |= mark_sent(sent[: min(missing, room)]) if missing > 0 else queue.probe(sent, room)
     for pk, length in sizes.items():
         if error := size_error(length):  # do not load it: Beat could run out of memory
             updates.finish(Job.objects.filter(QUEUED, pk=pk), "failed", error=error)
-    ids, step = list(sizes), size if sum(sizes.values()) < BYTES_IN_MEMORY else 1
+    at_once = size if sum(sizes.values()) < BYTES_IN_MEMORY else 1
     try:
-        for start in range(0, len(ids), step):
-            part = ids[start : start + step]
+        for ids in chunks(iter(sizes), at_once):
             try:
-                load_and_send(part)
+                load_and_send(ids)
             except Exception as error:
-                logger.warning("%d jobs are sent again, one by one: %r", len(part), error)
+                logger.warning("%d jobs are sent again, one by one: %r", len(ids), error)
                 # If the queue has at least half as many messages as were ever seen in it, it may have
                 # reached its length limit (x-max-length). Then the refusal does not count.
                 may_be_full = 2 * waiting >= max(queue.most_messages, 1)
-                send_one_by_one(name, part, may_be_full)
+                send_one_by_one(name, ids, may_be_full)
     except Exception:
-        updates.requeue(Job.objects.filter(QUEUED, pk__in=ids, times_sent__gt=0))
+        updates.requeue(Job.objects.filter(QUEUED, pk__in=list(sizes), times_sent__gt=0))
         raise
-    return len(ids) == size
+    return len(sizes) == size
 
 
 def load_and_send(ids):
@@ -222,10 +226,11 @@ def send_one_by_one(name, ids, may_be_full):
             load_and_send([pk])
         except Exception as error:
             row = Job.objects.filter(QUEUED, pk=pk)
-            for task in row.values_list("task", flat=True):
+            if task := row.values_list("task", flat=True).first():
                 send([Job(task=task, queue=name)])  # a trial: workers ignore it
             updates.requeue(row, conf.JOB_RESEND_SECONDS)
-            refusals[pk] += not may_be_full
+            if not may_be_full:
+                refusals[pk] += 1
             if refusals[pk] >= REFUSALS:
                 text = f"The broker refused it {REFUSALS} times: {error.__cause__ or error!r:.500}"
                 updates.finish(row, "failed", error=text)
@@ -269,7 +274,7 @@ def purge(undeletable=0):
     before = Now() - timedelta(days=conf.JOB_RETENTION_DAYS)
     old = Job.objects.filter(finished_at__lt=before).order_by("finished_at")
     ids = list(old.values_list("pk", flat=True)[undeletable : undeletable + PURGE_BATCH])
-    return undeletable + try_in_halves(delete, ids)
+    return undeletable + try_in_halves("deleted", delete, ids)
 
 
 @transaction.atomic

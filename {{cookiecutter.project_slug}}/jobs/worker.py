@@ -63,13 +63,11 @@ def renew_leases_of_children():
     while True:
         time.sleep(conf.JOB_LEASE_SECONDS / 3)
         try:
-            ids = {
-                request.request_dict["run_token"]: request.id
-                for request in tuple(state.active_requests)
-                if "run_token" in request.request_dict
-            }
-            if ids:
-                renew_for_children(Job.objects.filter(pk__in=ids.values(), run_token__in=ids))
+            requests = [r for r in tuple(state.active_requests) if "run_token" in r.request_dict]
+            if requests:
+                ids = [request.id for request in requests]
+                tokens = [request.request_dict["run_token"] for request in requests]
+                renew_for_children(Job.objects.filter(pk__in=ids, run_token__in=tokens))
         except Exception as error:  # the next try may succeed
             logger.warning("cannot renew leases: %r", error)
         connection.close()  # a child must not inherit it
