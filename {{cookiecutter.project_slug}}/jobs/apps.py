@@ -1,3 +1,5 @@
+"""Connects the app to Celery: which function each signal calls."""
+
 from celery import current_app, signals
 from django.apps import AppConfig
 from django.conf import settings

@@ -63,6 +63,7 @@ def is_job(app, name):
 
 
 def refuse_jobs(app, options):
+    """Raise TypeError if these options of apply_async() hold a job."""
     for option in CANVAS_OPTIONS:
         if jobs := [name for name in task_names(options.get(option)) if is_job(app, name)]:
             raise TypeError(f"{option}={jobs[0]}: {NO_CANVAS}")
@@ -72,6 +73,7 @@ def task_names(value):
     """Yield the names of all tasks in a signature, or in a list of signatures."""
     if isinstance(value, dict):
         yield value.get("task")
+        # A group, chain or chord has its tasks in kwargs, callbacks are in options.
         value = [*value.get("kwargs", {}).values(), *value.get("options", {}).values()]
     if isinstance(value, (list, tuple)):
         for each in value:

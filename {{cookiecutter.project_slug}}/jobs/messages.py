@@ -66,10 +66,10 @@ def known_queues():
     return list(current_app.amqp.Queues(current_app.conf.task_queues))
 
 
-def messages_in(queue, broker):
-    """Return how many messages wait in `queue`. Uses the connection `broker`, and raises its exceptions."""
+def messages_in(name, broker):
+    """Return how many messages wait in this queue. Uses the connection `broker`, and raises its exceptions."""
     broker.ensure_connection(max_retries=1, interval_start=0)
-    queue = current_app.amqp.queues[queue](broker.default_channel)
+    queue = current_app.amqp.queues[name](broker.default_channel)
     queue.declare()  # creates the queue and its binding, if they were deleted
     # Declare it again, for the count. With passive=True, kombu does not find a queue that has a prefix.
     return queue.queue_declare().message_count

@@ -37,8 +37,8 @@ def read_job(id, app):
         publish([job])  # a test's transaction never commits, so get() would wait forever
         job.refresh_from_db()
     result = job.result
-    if kind := ERRORS.get(job.state):
-        result = {"exc_type": kind, "exc_message": job.error, "exc_module": "celery.exceptions"}
+    if error := ERRORS.get(job.state):
+        result = {"exc_type": error, "exc_message": job.error, "exc_module": "celery.exceptions"}
     return {"status": STATES[job.state], "result": result}
 
 
