@@ -34,22 +34,21 @@ def try_once(query, *args, **kwargs):
         raise
 
 
-def try_in_halves(done, function, keys):
-    """Call function(keys). If it fails, call it for each half, so that one row does not stop the others.
+def try_in_halves(function, rows, keys):
+    """Call function(the rows with these keys). If it fails, call it for each half of them.
 
-    Logs each key that fails alone as one that cannot be `done`, and returns their number. If the database is
-    unavailable, raises the function's error.
+    So one row does not stop the others. Returns how many rows failed alone. If the database is unavailable,
+    raises the function's error.
     """
     try:
-        function(keys)
+        function(rows.filter(pk__in=keys))
     except Exception as error:  # a project's signal handler may raise anything
         if not connection.is_usable():
             raise
         if middle := len(keys) // 2:
-            return sum(
-                try_in_halves(done, function, half) for half in (keys[:middle], keys[middle:])
-            )
-        logger.warning("job %s cannot be %s: %r", keys[0], done, error)
+            halves = keys[:middle], keys[middle:]
+            return sum(try_in_halves(function, rows, half) for half in halves)
+        logger.warning("%s fails for the job %s: %r", function.__name__, keys[0], error)
         return 1
     return 0
 

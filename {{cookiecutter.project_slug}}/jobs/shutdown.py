@@ -3,14 +3,22 @@
 With each pool, the worker takes no more messages and sets `shutting_down`. From then on it starts no job, and
 a body ends when it has stored a cursor with report(). Its job is *handed back*: queued, without a crash.
 
-- Prefork: the main process starts Celery's soft shutdown. It waits until the children have ended their tasks,
-  at most SOFT_SHUTDOWN_SECONDS. Then Celery sends SIGTERM to those that are left: SystemExit ends the body,
-  and the child hands back its job. If a child still does not end, the main process ends without it.
-- Threads and gevent: Celery ends the process after the last body. SOFT_SHUTDOWN_SECONDS after SIGTERM, a
-  thread hands back the jobs that are left, and ends the process.
+Prefork:
 
-Plain tasks have the same time. The broker delivers again what has not ended. An error of Celery ends a
-worker in the same way, but without SIGTERM. With prefork, Celery then waits for all bodies.
+1. The main process gets SIGTERM. It waits until all children have ended their tasks, but at most
+   SOFT_SHUTDOWN_SECONDS: wait_for_children().
+2. Celery sends SIGTERM to the children that still have a task. SystemExit ends the body, and the child hands
+   back its job: JobTask._execute(). A child that gets SIGTERM alone has crashed: child_has_crashed().
+3. The main process ends with its children, or 10 s later without them: end_if_stuck().
+
+Threads and gevent:
+
+1. The process gets SIGTERM. It ends with its last task, without a task at once.
+2. After SOFT_SHUTDOWN_SECONDS, a thread hands back the jobs that are left, and ends the process:
+   requeue_and_exit().
+
+The broker delivers plain tasks again that have not ended. An error of Celery can end a worker too, without
+SIGTERM. Then threads and gevent do the same, and prefork waits for all bodies.
 """
 
 import mmap

@@ -49,16 +49,16 @@ class Queue:
     probe_ids: tuple = ()  # the jobs of the last probe
 
     def probe(self, due, size):
-        """Send jobs again, at most `size`, although no message seems to be missing. Returns what mark_sent() does.
+        """Mark jobs to be sent again, at most `size`, although no message seems to be missing.
 
-        The broker also counts messages of plain tasks, so these may hide that messages of jobs are missing.
-        Each probe sends one job. claim() sets `times_sent` to the number of the message that started the job:
-        if this was not the first one, the first message was lost. Then the next probe sends `size` jobs.
+        messages_in() also counts messages of plain tasks, which may hide that messages of jobs are missing. So
+        send one job again now and then. claim() sets `times_sent` to the number of the message that started
+        the job: if this was not the first one, the first one was lost, and the next probe has `size` jobs.
         """
         if time.monotonic() < self.probe_at:
             return {}
-        found = Job.objects.filter(pk__in=self.probe_ids, times_sent__gt=1).exclude(state="queued")
-        marked = mark_sent(due[: size if found.exists() else min(size, 1)])
+        lost = Job.objects.filter(pk__in=self.probe_ids, times_sent__gt=1).exclude(state="queued")
+        marked = mark_sent(due[: size if lost.exists() else min(size, 1)])
         if marked:
             self.probe_at = time.monotonic() + conf.JOB_RESEND_SECONDS
             self.probe_ids = tuple(marked)
@@ -138,7 +138,7 @@ def recover_lapsed():
         lapsed.exclude(UNFINISHED).update(crashes=0)
         # A worker that was delayed, for example by a lock, renews its leases in this time.
         time.sleep(2 * POLL_SECONDS)
-        try_in_halves("recovered", lambda ids: recover(lapsed.filter(pk__in=ids)), ids)
+        try_in_halves(recover, lapsed, ids)
 
 
 def send_due(resend=True):
@@ -274,12 +274,12 @@ def purge(undeletable=0):
     before = Now() - timedelta(days=conf.JOB_RETENTION_DAYS)
     old = Job.objects.filter(finished_at__lt=before).order_by("finished_at")
     ids = list(old.values_list("pk", flat=True)[undeletable : undeletable + PURGE_BATCH])
-    return undeletable + try_in_halves("deleted", delete, ids)
+    return undeletable + try_in_halves(delete, Job.objects.all(), ids)
 
 
 @transaction.atomic
-def delete(ids):
+def delete(jobs):
     # Django loads what it deletes. Load only the keys, because results may be large.
-    _, deleted = updates.skip_locked(Job.objects.filter(pk__in=ids)).only("pk").delete()
+    _, deleted = updates.skip_locked(jobs).only("pk").delete()
     if count := deleted.get("jobs.Job"):
         logger.info("deleted %d jobs older than %g days", count, conf.JOB_RETENTION_DAYS)
