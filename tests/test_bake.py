@@ -187,9 +187,12 @@ def test_there_are_no_circular_imports(bake):
 
 
 def imports(module, tree):
-    """Return the modules that this part of a module may import."""
-    found = set()
+    """Return the modules that this part of a module may import when it runs."""
+    found, for_types = set(), set()
     for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            for_types |= set(node.body)
+    for node in set(ast.walk(tree)) - for_types:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

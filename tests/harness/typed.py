@@ -1,0 +1,115 @@
+"""Uses of the engine's public names, as in an app. test_types.py checks them; nothing runs them.
+
+Exactly the lines with the comment "wrong" must be reported.
+"""
+
+from datetime import datetime
+from typing import assert_type
+
+from celery import shared_task
+from django.http import HttpRequest
+from rest_framework.viewsets import ModelViewSet
+
+from jobs.admin import announce
+from jobs.backends import JobContext, JobFunction, TaskBackend
+from jobs.models import Job
+from jobs.queryset import JobManager, JobQuerySet
+from jobs.tasks import JobCall, JobError, JobTask
+from jobs.views import EnqueueMixin, accepted
+
+
+@shared_task(base=JobTask, bind=True, max_retries=3)
+def build_report(self: JobTask, pages: int):
+    for page in range(self.cursor or 0, pages):
+        self.report(page, pages, f"Page {page}", cursor=page)
+    self.report("half")  # wrong
+    self.report(1, percent=50)  # wrong
+    self.progress(1)  # wrong
+    if pages == 7:
+        raise JobError("Page 7 is empty")
+    if pages == 8:
+        raise self.retry(countdown=60, exc=ValueError("Page 8"))
+    self.retry(countdown="60")  # wrong
+
+
+def in_context(context: JobContext, pages: int):
+    context.report(1, pages, cursor=context.cursor)
+    context.report("half")  # wrong
+    raise context.retry(countdown=60)
+
+
+def view(request: HttpRequest, user):
+    job = Job.objects.enqueue(
+        build_report,
+        [10],
+        {"pages": 10},
+        owner=user,
+        label="March",
+        queue="io",
+        countdown=0.5,
+        unique="march",
+        idempotency_key="1",
+    )
+    assert_type(job, Job)
+    assert_type(Job.objects, JobManager)
+    Job.objects.enqueue(build_report, (10,), eta=datetime.now())
+    Job.objects.enqueue(build_report, 10)  # wrong
+    Job.objects.enqueue(build_report, [10], countdown="10")  # wrong
+    Job.objects.enqueue(build_report, [10], priority=1)  # wrong
+    assert_type(Job.objects.enqueue_many(build_report, [[10], [20]], label="all"), list[Job])
+    Job.objects.enqueue_many(build_report, [[10]], unique="march")  # wrong
+    return accepted(request, job)
+
+
+def change(job: Job):
+    assert_type(job.cancel(), bool)
+    assert_type(job.run_again(), Job)
+    assert_type(Job.objects.get(pk=job.pk), Job)
+    print(job.attempts)  # wrong
+    print(job.state, job.label, job.result, job.owner, job.failures.all())
+    assert_type(Job.objects.filter(label="March"), JobQuerySet)
+    assert_type(Job.objects.filter(label="March").cancel(), int)
+    assert_type(Job.objects.exclude(label="March").order_by("label").run_again(), list[Job])
+    assert_type(Job.objects.all().run_again(), list[Job])
+    Job.objects.cancel()  # wrong
+    Job.objects.claim()  # wrong
+
+
+def use(user):
+    assert_type(build_report, JobTask)
+    assert_type(build_report.using(owner=user, label="March", countdown=60), JobCall)
+    assert_type(build_report.using(queue="io", unique="march").enqueue(10), Job)
+    assert_type(build_report.enqueue(10), Job)
+    build_report.delay(10)
+    build_report.using(priority=1)  # wrong
+    build_report.using(eta="tomorrow")  # wrong
+    build_report.using(owner=user).delay(10)  # wrong
+
+
+def use_with_django(count: JobFunction):
+    count.using(owner=1, label="x", queue="io", queue_name="io", idempotency_key="1").enqueue(3)
+    count.using(countdown="1")  # wrong
+    count.using(args=[1])  # wrong
+    TaskBackend("default", {}).enqueue(count, [3], {})
+
+
+async def async_view(request):
+    assert_type(await Job.objects.aenqueue(build_report, [10], label="March"), Job)
+    assert_type(await build_report.using(label="March").aenqueue(10), Job)
+    assert_type(await build_report.aenqueue(10), Job)
+    await Job.objects.aenqueue(build_report, [10], labl="March")  # wrong
+    print(Job.objects.aenqueue(build_report, [10]).state)  # wrong
+
+
+class ReportViewSet(EnqueueMixin, ModelViewSet):
+    def perform_create(self, serializer):
+        report = serializer.save(job_id=self.job_id)
+        assert_type(self.enqueue(build_report, [report.pk], label="March"), Job)
+        self.enqueue(build_report, [report.pk], owner=1)  # wrong
+        self.enqueue(build_report, label=3)  # wrong
+
+
+def run_reports(modeladmin, request: HttpRequest, queryset):
+    jobs = Job.objects.enqueue_many(build_report, queryset.values_list("pk"))
+    announce(request, jobs, rest="None is missing.")
+    announce(request, jobs, text="None")  # wrong
