@@ -15,6 +15,8 @@ from kombu.utils.json import loads
 from .beat import check_entry
 from .models import Failure, Job
 
+__all__ = ["announce"]
+
 # The fields on the page of a job
 TASK_FIELDS = "task label args kwargs owner queue created_at"
 OUTCOME_FIELDS = "state error public_error result progress message started_at finished_at"

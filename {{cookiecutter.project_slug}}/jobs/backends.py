@@ -38,6 +38,8 @@ except ImportError:  # Django 5.2
     from django_tasks.exceptions import InvalidTaskError as InvalidTask
     from django_tasks.exceptions import TaskResultDoesNotExist
 
+__all__ = ["JobContext", "JobFunction", "TaskBackend"]
+
 STATUSES = {
     "queued": TaskResultStatus.READY,
     "running": TaskResultStatus.RUNNING,

@@ -11,6 +11,8 @@ from django.core.exceptions import ValidationError
 
 from .database import try_once
 
+__all__ = ["Celery"]
+
 NO_CANVAS = "A job cannot be a callback or part of a group, chain or chord: enqueue it in a task"
 CANVAS_OPTIONS = ("link", "link_error", "chain", "chord")  # of apply_async(): they hold other tasks
 

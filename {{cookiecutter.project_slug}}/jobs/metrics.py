@@ -15,6 +15,8 @@ from .expressions import ACTIVE
 from .messages import known_queues
 from .models import Job, Sweep
 
+__all__ = ["Metrics"]
+
 QUEUE_METRICS = {
     "jobs_waiting": "Jobs that are due but not running yet",
     "jobs_waiting_later": "Jobs that wait for their countdown or for a retry",

@@ -11,6 +11,8 @@ from django.db.models.functions import Now
 from .expressions import ACTIVE, FINAL, UNFINISHED, Clock
 from .queryset import MAX_LABEL, JobManager, fields_to_run_again, insert
 
+__all__ = ["Failure", "Job"]
+
 STATES = [(state, state.title()) for state in ACTIVE + FINAL]
 
 

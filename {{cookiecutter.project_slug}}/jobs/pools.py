@@ -17,6 +17,8 @@ from billiard.common import terminate_handler_fired
 from celery import concurrency
 from celery.exceptions import SoftTimeLimitExceeded, WorkerShutdown
 
+__all__ = ["pool_name"]
+
 TIME_LIMITED = {"prefork", "gevent"}  # pools in which Celery ends a body that takes too long
 
 # For `--pool gevent`, Celery patches Python before it imports anything else.

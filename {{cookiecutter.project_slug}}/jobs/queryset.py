@@ -26,6 +26,8 @@ from .values import as_json, size_error, to_json
 if TYPE_CHECKING:
     from .models import Job
 
+__all__ = ["JobManager", "JobQuerySet"]
+
 BATCH_SIZE = 500  # jobs per statement
 MAX_LABEL = 255  # characters
 MAX_COUNTDOWN = 10 * 365 * 86400  # seconds: a longer countdown is probably in milliseconds

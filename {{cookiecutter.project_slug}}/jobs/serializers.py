@@ -2,6 +2,8 @@ from rest_framework import serializers
 
 from .models import Failure, Job
 
+__all__ = ["JobSerializer"]
+
 FIELDS = "id url task label queue state progress message result error failures"
 GENERIC_ERROR = "It failed"  # shown to owners instead of an exception: see JobError
 TOO_LONG = "Too long for a list: see the job itself"

@@ -33,7 +33,7 @@ from .runs import OVER_TIME_LIMIT, JobError, JobLost, Run, describe, runs
 from .shutdown import WorkerStopping, child_has_crashed, end_after_commit, shutting_down
 from .values import printable
 
-__all__ = ["JobError", "JobTask"]
+__all__ = ["JobCall", "JobError", "JobTask"]
 
 # Options of apply_async() that are supported or harmless.
 OPTIONS = ("queue", "headers", "ignore_result", "producer", "retries")
@@ -43,12 +43,12 @@ OPTIONS = ("queue", "headers", "ignore_result", "producer", "retries")
 class JobCall:
     """A task and the options of its next jobs. Made by JobTask.using()."""
 
-    task: "JobTask"
-    options: dict
+    _task: "JobTask"
+    _options: dict
 
     def enqueue(self, *args, **kwargs) -> Job:
         """Enqueue a job with these arguments. Returns the Job: see Job.objects.enqueue()."""
-        return Job.objects.enqueue(self.task, args, kwargs, **self.options)
+        return Job.objects.enqueue(self._task, args, kwargs, **self._options)
 
     aenqueue = awaitable(enqueue)
 

@@ -13,6 +13,8 @@ from celery.exceptions import OperationalError
 from . import lease, messages, publish, sweep
 from .models import Job
 
+__all__ = ["broker_down", "commit", "run_jobs"]
+
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "live: runs a real worker on a real broker")

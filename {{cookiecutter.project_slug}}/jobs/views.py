@@ -27,6 +27,8 @@ from .models import Job
 from .queryset import insert, new_fields
 from .serializers import TOO_LONG, JobSerializer, has_job_perm
 
+__all__ = ["EnqueueMixin", "JobViewSet", "accepted"]
+
 # 1 to 255 printable ASCII characters. HTTP strips spaces at both ends.
 KEY_SCHEMA = {"type": "string", "pattern": "^[!-~]([ -~]{0,253}[!-~])?$"}
 # For the OpenAPI document
@@ -166,6 +168,8 @@ class EnqueueMixin:
     call self.enqueue(). A second request with the same Idempotency-Key stores nothing, and is answered with
     the same object and job.
     """
+
+    job_id: uuid.UUID
 
     def create(self, request, *args, **kwargs):
         serializer = self._find_stored()
