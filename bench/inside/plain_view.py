@@ -3,7 +3,7 @@
 from django.urls import path
 from rest_framework.generics import CreateAPIView
 
-from orders.views import OrderSerializer
+from orders.serializers import OrderSerializer
 from work_tasks import plain
 
 

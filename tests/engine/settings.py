@@ -95,7 +95,6 @@ REST_FRAMEWORK = {
 }
 QUEUES = ["default", "celery", "cpu", "io"]
 TASKS = {"default": {"BACKEND": "jobs.backends.TaskBackend", "QUEUES": QUEUES}}
-CELERY_TASK_TIME_LIMIT = 600
 JOB_LEASE_SECONDS = 30
 JOB_SWEEP_SECONDS = 5
 JOB_RESEND_SECONDS = 30

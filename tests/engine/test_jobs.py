@@ -2020,8 +2020,10 @@ def test_a_liveness_file_that_cannot_be_written_is_logged(monkeypatch, caplog):
 
 @pytest.mark.parametrize("name", [*conf.DEFAULTS, "CELERY_TASK_TIME_LIMIT"])
 @pytest.mark.parametrize("value", [0, -1])
-def test_a_setting_that_would_lose_jobs_is_refused_at_the_start(settings, name, value):
+def test_a_setting_that_would_lose_jobs_is_refused_at_the_start(monkeypatch, settings, name, value):
     setattr(settings, name, value)
+    if name == "CELERY_TASK_TIME_LIMIT":
+        monkeypatch.setitem(app.conf, "task_time_limit", value)
     with pytest.raises(ImproperlyConfigured, match=f"{name} is {value}: it must be more than 0"):
         django_apps.get_app_config("jobs").ready()
 

@@ -2,7 +2,6 @@
 
 from celery import current_app, signals
 from django.apps import AppConfig
-from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
 
 from . import conf
@@ -16,8 +15,9 @@ class JobsConfig(AppConfig):
         from . import beat, checks, liveness, shutdown, worker  # noqa: F401  checks register themselves
 
         # With 0 or less, jobs would not be sent or recovered, would run twice, or would be deleted at once.
-        for name in [*conf.DEFAULTS, "CELERY_TASK_TIME_LIMIT"]:
-            value = getattr(conf if name in conf.DEFAULTS else settings, name)
+        values = {name: getattr(conf, name) for name in conf.DEFAULTS}
+        values["CELERY_TASK_TIME_LIMIT"] = current_app.conf.task_time_limit or 0
+        for name, value in values.items():
             if not value > 0:
                 raise ImproperlyConfigured(f"{name} is {value}: it must be more than 0.")
         # Import the tasks that workers import. Then send_task() knows which ones are jobs.
