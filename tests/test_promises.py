@@ -212,7 +212,8 @@ PROMISES = {
         ],
     },
     ("deployment", None): {
-        "test_it_runs": ["is how the project runs outside `make run`, which needs none of it"],
+        "test_each_service_is_healthy_and_has_few_rights": ["adds the files of a deployment"],
+        "test_it_runs": ["`make run` needs none of them"],
     },
     ("deployment", "docker"): {
         "test_each_service_is_healthy_and_has_few_rights": [
