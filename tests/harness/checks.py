@@ -52,6 +52,8 @@ INDIRECT = {
     "psycopg",  # imported by Django, where DATABASE_URL says postgres
     "pytest-django",  # loaded by pytest
 }
+# A condition for an import of a package that may be missing.
+OPTIONAL = r"apps\.is_installed\(|^IS_GEVENT$"
 NEW_FILES = "new files"  # how many a test checked
 
 
@@ -229,12 +231,12 @@ def is_python(file):
 def imports(text):
     """Return the modules that Python code imports, up to the first dot of each name.
 
-    Without those that it imports only if apps.is_installed().
+    Without those that it imports only if apps.is_installed(), or only in a worker with gevent.
     """
     found, nodes = set(), [ast.parse(text)]
     while nodes:
         node = nodes.pop()
-        if isinstance(node, ast.If) and "apps.is_installed(" in ast.unparse(node.test):
+        if isinstance(node, ast.If) and re.search(OPTIONAL, ast.unparse(node.test)):
             continue
         nodes += ast.iter_child_nodes(node)
         if isinstance(node, ast.Import):

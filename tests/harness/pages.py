@@ -46,7 +46,7 @@ def blocks(page, markdown):
 
 
 def read_pages(project):
-    """Return all blocks of a baked project: first README.md, then docs/, then jobs/."""
+    """Return all blocks of a baked project: README.md, AGENTS.md, then docs/, then jobs/."""
     files = sorted(Path(project).glob("*/*.md"))
-    names = ["README.md", *(str(file.relative_to(project)) for file in files)]
+    names = ["README.md", "AGENTS.md", *(str(file.relative_to(project)) for file in files)]
     return [block for name in names for block in blocks(name, (project / name).read_text("utf-8"))]

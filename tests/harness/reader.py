@@ -78,9 +78,12 @@ from asgiref.sync import async_to_sync
 from celery import current_app, shared_task
 from celery.beat import Scheduler
 from django.db import IntegrityError
+from rest_framework.decorators import api_view
+from rest_framework.test import APIRequestFactory, force_authenticate
 
 from jobs.models import Job
 from jobs.tasks import JobError, JobTask
+from jobs.views import accepted
 from reports.models import Account
 from reports.tasks import build_report, charge_all, fetch_pages
 
@@ -158,7 +161,7 @@ class Reader:
         values = []
         for node in ast.walk(ast.parse("".join(lines))):
             match node:
-                case ast.Assign([ast.Name(id)], value) if id == name:
+                case ast.Assign([ast.Name(id)], ast.Dict() | ast.List() as value) if id == name:
                     values.append(value)
                 case ast.Dict(keys, of_keys):
                     named = {ast.unparse(k): v for k, v in zip(keys, of_keys, strict=True) if k}
@@ -288,6 +291,55 @@ def send_a_request(reader, block):
 def test_the_job(reader, block):
     reader.write(block.said("Write {}:"), block.code)
     assert "= 2 passed in" in reader.call(block.said("{} runs these two"))
+
+
+# AGENTS.md
+
+AGENTS = "AGENTS.md"
+
+
+@step(
+    TYPED,
+    AGENTS,
+    "For programs and people who change this code",
+    "make run                           # the whole project, until Ctrl-C",
+)
+def type_the_commands(reader, block):
+    """Those that run the whole project and all tests are typed in steps of README.md."""
+    run, test, *others = block.code.splitlines()
+    assert run.startswith("make run ") and test.startswith("make test ")
+    for line in others:
+        reader.call(line)
+
+
+@step(TYPED, AGENTS, "Five mistakes that cost jobs")
+def avoid_the_mistakes(reader, block):
+    reader.test(
+        "mistakes",
+        f"""
+@api_view(["POST"])
+def view(request):
+    {block.said("Enqueue a job: {}.")}
+
+request = APIRequestFactory().post("/")
+force_authenticate(request, user)
+response = view(request)
+assert response.status_code == 202
+
+@{block.said("Declare a job: {}.")}
+def charge(self, pk):
+    return pk
+
+account = user
+with pytest.raises({block.said("It raises {}.")}):
+    {block.said("as in {}. It raises")}
+job = {block.said("Pass its key, {}, and load")}
+run_jobs()
+assert api.get(response["{block.said("in the header {}.")}"]).json()["state"] == "succeeded"
+assert Job.objects.get(pk=job.pk).result == user.pk
+""",
+        "run_jobs, api, user",
+    )
 
 
 # docs/tasks.md

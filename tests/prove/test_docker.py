@@ -36,7 +36,7 @@ from users.models import User
 from jobs.models import Job
 from orders.tasks import forecast_demand
 options = {"countdown": 1, "owner": User.objects.get()}
-for queue in settings.WORKER_QUEUES:
+for queue in settings.CELERY_TASK_QUEUES:
     job = Job.objects.enqueue(forecast_demand, ["Tea"], {"rounds": 9}, queue=queue, **options)
     print(queue, job.pk)
 """

@@ -67,7 +67,7 @@ def test_the_manifests_are_valid(render, answers):
     for key, spec in pods(documents).items():
         check_pod(spec, documents, key)
     check_selectors(documents)
-    queues = re.search(r"WORKER_QUEUES = \[(.*)\]", project.read("config/settings.py"))[1]
+    queues = re.search(r"CELERY_TASK_QUEUES = {(.*)}", project.read("config/settings.py"))[1]
     queues = re.findall(r"\w+", queues)
     scaled = {name for kind, name in documents if kind == "ScaledObject"}
     workers = {f"worker-{queue}" for queue in queues}
@@ -357,7 +357,7 @@ from django.utils import timezone
 from jobs.models import Job
 from jobs.metrics import Collector
 from orders.tasks import write_report
-for number, queue in enumerate([*settings.WORKER_QUEUES, "unknown"], start=1):
+for number, queue in enumerate([*settings.CELERY_TASK_QUEUES, "unknown"], start=1):
     for _ in range(number):
         for countdown in (0, 3600):
             Job.objects.enqueue(write_report, [1], queue=queue, countdown=countdown)

@@ -137,7 +137,7 @@ def test_an_update_keeps_what_the_owner_changed(make, template, tmp_path):
     assert project.call("git", "status", "--short") == ""
     type_in(project, CHANGE_ANSWER, template)
     assert OWNERS[1] in project.read(SETTINGS)
-    assert 'pool_name("threads")' in project.read(SETTINGS)
+    assert '"CELERY_WORKER_POOL", "threads"' in project.read("config/celery.py")
 
 
 def test_a_replay_file_without_a_new_option_needs_a_terminal(template, tmp_path):
