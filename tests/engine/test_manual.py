@@ -16,7 +16,8 @@ FILES = {path.stem: path.read_text() for path in (OUTPUT / "jobs").glob("[a-z]*.
 SECTION = re.compile(r"^### jobs\.(\w+)\n(.*?)(?=^#)", re.MULTILINE | re.DOTALL)
 # What Django and DRF use of a class, or add to it.
 ADDED = {"DoesNotExist", "Meta", "MultipleObjectsReturned", "NotUpdated", "filterset_fields", "get"}
-ADDED |= {"id", "job_id", "objects", "owner_id", "basename", "description", "detail", "name", "suffix"}
+ADDED |= {"id", "job_id", "objects", "owner_id"}
+ADDED |= {"basename", "description", "detail", "name", "suffix"}
 
 
 def listed():
