@@ -233,8 +233,9 @@ def test_flower_listens_only_on_the_loopback_address(bake, broker):
     [has_flower] = {"flower" in services, "\nflower:" in texts[Path("Procfile")]}
     said = "Keep the port closed" in texts[Path("docs/security.md")]
     assert has_flower == said == chosen(broker=broker).broker.flower
+    assert has_flower == (Path("flowerconfig.py") in texts)
     if has_flower:
-        assert 'setdefault("FLOWER_ADDRESS", "127.0.0.1")' in texts[Path("config/celery.py")]
+        assert 'or "127.0.0.1"' in texts[Path("flowerconfig.py")]
         assert re.search("^flower: celery -A config flower$", texts[Path("Procfile")], re.M)
         [pod] = [each for each in pods if each["metadata"]["name"] == "flower"]
         [container] = pod["spec"]["template"]["spec"]["containers"]

@@ -16,7 +16,10 @@ from pathlib import Path
 {% endfor %}
 {% endset %}
 {% set sorted = imports.sort(lines) %}
-"""`make run`: run the whole project on this machine, for development. Ctrl-C ends everything."""
+"""`make run`: run the whole project on this machine, for development. Ctrl-C ends everything.
+
+This file is delivered like the folder jobs/: do not edit it, because an upgrade replaces it.
+"""
 
 {{ sorted }}
 import django

@@ -22,6 +22,7 @@ from harness.outputs import (
     default_output,
     every_pair,
     every_pool,
+    one_for_each_broker,
     outputs,
     use,
 )
@@ -322,6 +323,82 @@ def test_a_worker_typed_by_hand_uses_the_projects_settings(broker, project, requ
             worker.process.wait(300)
             assert "does not end" not in worker.log  # a stuck one logs this after ten seconds
         settings["WORKER_CONCURRENCY"] = slots = 3
+
+
+# Starts no worker: prints what it would have.
+WORKER_SETTINGS = """
+import sys
+from celery.__main__ import main
+from celery.worker.worker import WorkController
+
+def start(worker):
+    conf, options = worker.app.conf, worker.app.conf.broker_transport_options
+    print(
+        worker.pool_cls.__module__.split(".")[-1],
+        worker.concurrency,
+        worker.prefetch_multiplier,
+        conf.worker_cancel_long_running_tasks_on_connection_loss,
+        conf.get("CELERY_DB_REUSE_MAX"),
+        options["polling_interval"] if "polling_interval" in options else None,
+        options["visibility_timeout"],
+        worker.options["without_gossip"],
+    )
+    worker.exitcode = 0
+
+WorkController.start = start
+main()
+"""
+CPUS = os.cpu_count()
+
+
+@every_pool
+def test_a_worker_has_the_settings_of_its_pool(project, request):
+    own = request.node.callspec.params["output"]["worker_pool"]
+    of_project = [660, own == "gevent"]
+    prefork = ["prefork", CPUS, 1, True, 1000, None, *of_project]
+    threads = ["thread", 20, 1, False, 1000, None, *of_project]
+    gevent = ["gevent", 100, 4, True, 0, 3, *of_project]
+    expected = {
+        "--pool prefork": prefork,
+        "-P threads": threads,
+        "--pool=threads -c 7 --prefetch-multiplier 3": ["thread", 7, 3, *threads[3:]],
+        "--pool processes": prefork,
+        "--pool solo": ["solo", CPUS, 1, False, 1000, None, *of_project],
+    }
+    if own == "gevent":
+        expected |= {"--pool gevent": gevent, "-P gevent -c 7": ["gevent", 7, *gevent[2:]]}
+    else:
+        expected[""] = {"prefork": prefork, "threads": threads}[own]
+        with pytest.raises(AssertionError, match="This project was not made for gevent."):
+            worker_settings(project, "--pool gevent")
+    for options, values in expected.items():
+        assert worker_settings(project, options) == " ".join(map(str, values)), options
+    by_variable = worker_settings(project, "--pool threads", WORKER_CONCURRENCY=9)
+    assert by_variable == " ".join(map(str, ["thread", 9, *threads[2:]]))
+
+
+def worker_settings(project, options, **variables):
+    command = ["-c", WORKER_SETTINGS, "-A", "config", "worker", *options.split()]
+    return project.call(".venv/bin/python", *command, **variables).splitlines()[-1]
+
+
+@outputs(*({**each, "include_example": "yes"} for each in one_for_each_broker()))
+def test_a_worker_without_queues_takes_tasks_from_each_one(broker, with_tasks, tmp_path):
+    """Plain tasks, at once and after a countdown."""
+    script = f"""
+from django.conf import settings
+from samples.tasks import note_time
+for queue in settings.CELERY_TASK_QUEUES:
+    for countdown in 0, 2:
+        path = f"{tmp_path}/{{queue}}{{countdown}}"
+        note_time.apply_async([path], queue=queue, countdown=countdown)
+result = list(settings.CELERY_TASK_QUEUES)
+"""
+    with with_tasks.up(**broker) as site:
+        queues = site.ask(script)
+        assert queues == ["celery", "cpu", "io"]
+        files = [tmp_path / f"{queue}{countdown}" for queue in queues for countdown in (0, 2)]
+        wait_for(lambda: all(file.exists() for file in files), site=site)
 
 
 @default_output

@@ -12,9 +12,16 @@
 {{ sorted }}
 {% endif %}
 from celery import current_app
+from django.apps import AppConfig
 from django.conf import settings
 from django.core.cache import caches
 from django.core.checks import Error, Warning, register
+
+
+class Checks(AppConfig):
+    """An app in INSTALLED_APPS, so that Django imports this module."""
+
+    name = "config"
 
 
 @register()

@@ -98,7 +98,7 @@ INSTALLED_APPS = [
 {% for app in [result_backend.app, periodic_tasks.app] | select %}
     "{{ app }}",
 {% endfor %}
-    "config",
+    "config.checks.Checks",
     "users",
     "jobs",
 {% if cookiecutter.include_example == "yes" %}

@@ -37,6 +37,12 @@ def test_an_invalid_throttle_is_refused_at_startup(settings, monkeypatch, rate):
         runpy.run_path(settings.BASE_DIR / "config/settings.py")
 
 
+def test_times_are_in_the_zone_of_the_environment(settings, monkeypatch):
+    monkeypatch.setenv("TIME_ZONE", "Asia/Tokyo")
+    values = runpy.run_path(settings.BASE_DIR / "config/settings.py")
+    assert values["TIME_ZONE"] == values["CELERY_TIMEZONE"] == "Asia/Tokyo"
+
+
 def found(identity):
     """Return what the checks of config/checks.py say under this id."""
     return [each for each in run_checks(include_deployment_checks=True) if each.id == identity]
