@@ -18,10 +18,12 @@ from .models import Failure, Job
 __all__ = ["announce"]
 
 # The fields on the page of a job
-TASK_FIELDS = "task label args kwargs owner queue created_at"
-OUTCOME_FIELDS = "state error public_error result progress message started_at finished_at"
-KEYS = "id idempotency_key fingerprint unique_key"
-INTERNALS = "cursor run_token worker due_at sweep_at deadline times_sent retries crashes"
+TASK_FIELDS = ["task", "label", "args", "kwargs", "owner", "queue", "created_at"]
+OUTCOME_FIELDS = ["state", "error", "public_error", "result", "progress", "message"]
+OUTCOME_FIELDS += ["started_at", "finished_at"]
+KEYS = ["id", "idempotency_key", "fingerprint", "unique_key"]
+INTERNALS = ["cursor", "run_token", "worker", "due_at", "sweep_at", "deadline"]
+INTERNALS += ["times_sent", "retries", "crashes"]
 
 
 class LatestPages(Paginator):
@@ -86,9 +88,9 @@ class JobAdmin(admin.ModelAdmin):
     actions = ["run_again", "cancel"]
     inlines = [FailureInline]
     fieldsets = [
-        (None, {"fields": TASK_FIELDS.split()}),
-        ("How it went", {"fields": OUTCOME_FIELDS.split()}),
-        ("Internals", {"fields": f"{KEYS} {INTERNALS}".split(), "classes": ["collapse"]}),
+        (None, {"fields": TASK_FIELDS}),
+        ("How it went", {"fields": OUTCOME_FIELDS}),
+        ("Internals", {"fields": KEYS + INTERNALS, "classes": ["collapse"]}),
     ]
 
     def get_search_results(self, request, queryset, search_term):

@@ -4,10 +4,8 @@ from .models import Failure, Job
 
 __all__ = ["JobSerializer"]
 
-FIELDS = "id url task label queue state progress message result error failures"
 GENERIC_ERROR = "It failed"  # shown to owners instead of an exception: see JobError
 TOO_LONG = "Too long for a list: see the job itself"
-TIMES = "created_at started_at finished_at"
 
 
 def has_job_perm(user, action):
@@ -29,7 +27,8 @@ class JobSerializer(serializers.ModelSerializer):
 
     class Meta:
         model = Job
-        fields = f"{FIELDS} {TIMES}".split()
+        fields = ["id", "url", "task", "label", "queue", "state", "progress", "message"]
+        fields += ["result", "error", "failures", "created_at", "started_at", "finished_at"]
         extra_kwargs = {"result": {"help_text": f"a list replaces a long result by {TOO_LONG!r}"}}
 
     def to_representation(self, job):
