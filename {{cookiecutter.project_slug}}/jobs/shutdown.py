@@ -49,7 +49,7 @@ SIGTERM_SECONDS = 5  # if all processes get SIGTERM, the main process has handle
 
 # Its only byte says whether this worker is shutting down. Forked children share this memory.
 shutting_down = mmap.mmap(-1, 1)
-is_prefork = False  # whether this is the main process of a prefork worker
+is_prefork = False  # whether the bodies of this worker run in child processes
 
 
 def prepare(sender, **kwargs):
@@ -67,7 +67,7 @@ class Shutdown(StartStopStep):
 
 
 def begin(exitcode=0, sig=None, **kwargs):
-    """Begin the shutdown, and limit its time: Celery waits for the last body."""
+    """Begin the shutdown, and limit its time: Celery alone would wait for the last body."""
     has_begun, shutting_down[0] = shutting_down[0], True
     if has_begun:
         return

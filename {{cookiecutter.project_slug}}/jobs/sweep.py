@@ -45,7 +45,7 @@ class Queue:
     """What the sweep remembers about a queue."""
 
     most_messages: int = 0  # the highest number seen in it
-    probe_at: float = 0  # time.monotonic() of the next probe
+    probe_at: float = 0  # when the next probe is due, as time.monotonic()
     probe_ids: tuple = ()  # the jobs of the last probe
 
     def probe(self, due, size):
@@ -184,9 +184,11 @@ def send_batch(name, size, resend, waiting):
     # so the messages that are left belong to the newest jobs, and the missing ones to the oldest.
     due = queued.filter(sweep_at__lt=Now()).order_by("sweep_at")
     sizes = mark_sent(due.filter(times_sent=0)[:size])
-    if resend:
-        sent, room = due.filter(times_sent__gt=0), size - len(sizes)
-        sizes |= mark_sent(sent[: min(missing, room)]) if missing > 0 else queue.probe(sent, room)
+    sent, room = due.filter(times_sent__gt=0), size - len(sizes)
+    if resend and missing > 0:
+        sizes |= mark_sent(sent[: min(missing, room)])
+    elif resend:
+        sizes |= queue.probe(sent, room)
     for pk, length in sizes.items():
         if error := size_error(length):  # do not load it: Beat could run out of memory
             updates.finish(Job.objects.filter(QUEUED, pk=pk), "failed", error=error)
