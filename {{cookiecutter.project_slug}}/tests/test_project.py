@@ -21,6 +21,7 @@ from rest_framework.test import APIClient, APIRequestFactory, force_authenticate
 
 from config import urls
 from config.api import Throttle
+from config.celery import use_settings_of_pool
 
 pytestmark = pytest.mark.django_db
 
@@ -41,6 +42,12 @@ def test_times_are_in_the_zone_of_the_environment(settings, monkeypatch):
     monkeypatch.setenv("TIME_ZONE", "Asia/Tokyo")
     values = runpy.run_path(settings.BASE_DIR / "config/settings.py")
     assert values["TIME_ZONE"] == values["CELERY_TIMEZONE"] == "Asia/Tokyo"
+
+
+def test_a_worker_of_a_pool_without_settings_is_refused(settings):
+    settings.WORKER_POOLS = {"prefork": {}, "threads": {}}
+    with pytest.raises(SystemExit, match="not made for solo. Its pools are prefork, threads"):
+        use_settings_of_pool(conf={}, options={"pool": "solo"})
 
 
 def found(identity):
