@@ -250,6 +250,7 @@ CELERY_TASK_PUBLISH_RETRY_POLICY = {"max_retries": 1, "interval_start": 0}
 
 # Celery: workers
 
+CELERY_WORKER_PREFETCH_MULTIPLIER = 1  # a long task does not keep other tasks waiting
 CELERY_WORKER_SOFT_SHUTDOWN_TIMEOUT = env.float("SOFT_SHUTDOWN_SECONDS", default=20)
 # How many tasks a worker runs at once. None means the default of its pool.
 CELERY_WORKER_CONCURRENCY = env.int("WORKER_CONCURRENCY", default=None)
@@ -259,17 +260,13 @@ CELERY_WORKER_MAX_TASKS_PER_CHILD = 1000  # then a new child replaces it, which 
 CELERY_WORKER_MAX_MEMORY_PER_CHILD = env.int("WORKER_MAX_KILOBYTES", default=500_000)
 
 # What depends on the pool. Each worker may use another one: celery -A config worker --pool threads
-COMMON = {
-    "worker_prefetch_multiplier": 1,  # a long task does not keep other tasks waiting
-    "CELERY_DB_REUSE_MAX": 1000,  # tasks reuse database connections
-}
+REUSE = {"CELERY_DB_REUSE_MAX": 1000}  # tasks reuse database connections
 WORKER_POOLS = {
     # When the broker is lost, end the tasks that it will deliver again. Threads cannot be ended.
-    "prefork": COMMON | {"worker_cancel_long_running_tasks_on_connection_loss": True},
-    "threads": COMMON | {"worker_concurrency": 20},
-    "solo": COMMON,
+    "prefork": REUSE | {"worker_cancel_long_running_tasks_on_connection_loss": True},
+    "threads": REUSE | {"worker_concurrency": 20},
+    "solo": REUSE,
 }
-CELERY_WORKER_PREFETCH_MULTIPLIER = None  # Celery would prefer a value here to those above
 {% print worker_pool.settings | default %}
 
 {% if broker.flower %}

@@ -95,7 +95,7 @@ def pool_name(pool):
     """Return Celery's own name of a pool, such as "threads". `pool` is its class or a name."""
     pool = concurrency.get_implementation(pool)
     path = f"{pool.__module__}:{pool.__qualname__}"
-    return next(name for name, found in concurrency.ALIASES.items() if found == path)
+    return next((name for name, found in concurrency.ALIASES.items() if found == path), path)
 
 
 def has_children(worker):
