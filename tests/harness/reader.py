@@ -326,7 +326,7 @@ force_authenticate(request, user)
 response = view(request)
 assert response.status_code == 202
 
-@{block.said("Declare a job: {}.")}
+{block.said("Declare a job: {}.")}
 def charge(self, pk):
     return pk
 
