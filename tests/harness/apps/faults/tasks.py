@@ -203,7 +203,7 @@ def scheduled_plain(self, name, pages):
 
 @task(takes_context=True)
 def scheduled_function(context, name, pages):
-    note_call(context.job.request, name, pages)
+    note_call(context._job.request, name, pages)
 
 
 @shared_task(base=JobTask, bind=True)
@@ -358,7 +358,7 @@ def try_twice(context):
 
 @task(takes_context=True, queue_name="cpu")
 def hold_a_function(context, gate):
-    note(context.job, "start")
+    note(context._job, "start")
     while not Path(gate).exists():
         context.report(1, 2, "waits")
         time.sleep(0.05)
@@ -366,26 +366,26 @@ def hold_a_function(context, gate):
 
 @task(takes_context=True, queue_name="cpu")
 async def hold_a_coroutine(context, gate):
-    note(context.job, "start")
+    note(context._job, "start")
     try:
         while not Path(gate).exists():
             context.report(1, 2, "waits")
             await asyncio.sleep(0.05)
     finally:
-        note(context.job, "end")
+        note(context._job, "end")
     return await Job.objects.filter(pk=context.task_result.id).acount()
 
 
 @task(takes_context=True, queue_name="cpu", celery={"time_limit": 3, "soft_time_limit": 2})
 async def wait_too_long(context, gate):
-    note(context.job, "start")
+    note(context._job, "start")
     try:
         while not Path(gate).exists():
             await asyncio.sleep(0.05)
     except asyncio.CancelledError:
-        note(context.job, "cancelled")
+        note(context._job, "cancelled")
         raise
-    note(context.job, "end")
+    note(context._job, "end")
 
 
 # Bodies with an unusual end
