@@ -427,6 +427,20 @@ def test_many_jobs_wait_for_the_broker_or_for_their_countdown(commit, broker_dow
     assert all(seconds_until_due(job) == pytest.approx(60, abs=5) for job in late)
 
 
+def test_a_header_of_a_message_is_not_taken_for_a_run():
+    """Celery makes each header an attribute of the request."""
+    job = Job.objects.enqueue(add, [1, 2])
+    headers = {"job": True, "crashes": 0, "times_sent": 1, "run": str(uuid.uuid4())}
+    request = {"id": str(job.pk), "hostname": "test", "called_directly": False, **headers}
+    add.push_request(headers=headers, **request)
+    try:
+        add(*job.args)
+    finally:
+        add.pop_request()
+    job.refresh_from_db()
+    assert (job.state, job.result) == ("succeeded", 3)
+
+
 def test_enqueue_many_accepts_an_empty_list(commit):
     with commit():
         assert Job.objects.enqueue_many(add, []) == []

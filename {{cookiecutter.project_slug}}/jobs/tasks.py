@@ -66,7 +66,11 @@ class JobTask(DjangoTask):
     acks_late = False  # the row survives a crash, so acknowledge the message at once
     retry_on_worker_lost = False  # the row counts crashes
     ignore_result = True  # the row has the result
-    _current_run = property(lambda self: getattr(self.request, "run", None))
+
+    @property
+    def _current_run(self):
+        run = getattr(self.request, "run", None)
+        return run if isinstance(run, Run) else None  # Celery puts a header "run" there, too
 
     @classmethod
     def bind(cls, app):
