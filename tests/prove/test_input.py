@@ -117,11 +117,15 @@ with transaction.atomic(), connection.cursor() as cursor:
 
 # REST framework takes "0" for 0, takes 0 for "0", and removes white space before it counts
 # characters. The OpenAPI document does not say so. An answer that shows such a value is no error.
+# And it answers `?page=` with the first page. The list of jobs, without numbers of pages, refuses
+# each empty parameter.
 IGNORE_CONVERTED_VALUES = """
 import schemathesis
 
 @schemathesis.hook
 def filter_failure(context, failure, case, response):
+    if failure.code == "ST201" and (case.query or {}).get("page") in ("", [""]):
+        return False
     if failure.code != "ST201" or not isinstance(case.body, dict):
         return True
     pairs = [(case.body.get(name), value) for name, value in response.json().items()]
