@@ -97,6 +97,8 @@ async def async_view(request):
     assert_type(await Job.objects.aenqueue(build_report, [10], label="March"), Job)
     assert_type(await build_report.using(label="March").aenqueue(10), Job)
     assert_type(await build_report.aenqueue(10), Job)
+    assert_type(await Job.objects.aenqueue(build_report), Job)
+    await Job.objects.aenqueue(build_report, 10)  # wrong
     await Job.objects.aenqueue(build_report, [10], labl="March")  # wrong
     print(Job.objects.aenqueue(build_report, [10]).state)  # wrong
 

@@ -3,11 +3,10 @@
 import random
 import time
 import uuid
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from datetime import datetime, timedelta
-from functools import wraps
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from asgiref.sync import sync_to_async
 from celery import current_app
@@ -31,22 +30,6 @@ __all__ = ["JobManager", "JobQuerySet"]
 BATCH_SIZE = 500  # jobs per statement
 MAX_LABEL = 255  # characters
 MAX_COUNTDOWN = 10 * 365 * 86400  # seconds: a longer countdown is probably in milliseconds
-
-Self = TypeVar("Self")
-Returned = TypeVar("Returned")
-Parameters = ParamSpec("Parameters")
-
-
-def awaitable(
-    method: Callable[Concatenate[Self, Parameters], Returned],
-) -> Callable[Concatenate[Self, Parameters], Coroutine[Any, Any, Returned]]:
-    """Return the method for coroutines. Editors know its parameters, unlike those of sync_to_async()."""
-
-    @wraps(method)
-    async def call(*args, **kwargs):
-        return await sync_to_async(method)(*args, **kwargs)
-
-    return call
 
 
 class JobQuerySet(models.QuerySet):
@@ -130,7 +113,7 @@ class JobManager(models.QuerySet if TYPE_CHECKING else models.Manager):
         fields = new_fields(Now(), task, args, kwargs, owner, label, queue, **times)
         return insert(self, {**fields, "idempotency_key": idempotency_key}, unique)
 
-    aenqueue = awaitable(enqueue)
+    aenqueue = sync_to_async(enqueue)
 
     def enqueue_many(
         self,

@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from inspect import getattr_static, iscoroutinefunction
 from typing import Any
 
-from asgiref.sync import async_to_sync
+from asgiref.sync import async_to_sync, sync_to_async
 from celery.contrib.django.task import DjangoTask
 from celery.exceptions import Ignore, Retry
 from django.db import connection
@@ -27,7 +27,7 @@ from .expressions import LOCK_TIMEOUT, QUEUED
 from .lease import start_thread
 from .models import Job
 from .pools import pool
-from .queryset import MAX_COUNTDOWN, awaitable, insert, new_fields, seconds_until
+from .queryset import MAX_COUNTDOWN, insert, new_fields, seconds_until
 from .results import JobBackend
 from .runs import OVER_TIME_LIMIT, JobError, JobLost, Run, describe, runs
 from .shutdown import WorkerStopping, child_has_crashed, end_after_commit, shutting_down
@@ -50,7 +50,7 @@ class JobCall:
         """Enqueue a job with these arguments. Returns the Job: see Job.objects.enqueue()."""
         return Job.objects.enqueue(self._task, args, kwargs, **self._options)
 
-    aenqueue = awaitable(enqueue)
+    aenqueue = sync_to_async(enqueue)
 
 
 class JobTask(DjangoTask):
@@ -133,7 +133,7 @@ class JobTask(DjangoTask):
         """Enqueue a job with these arguments, and no options. Returns the Job."""
         return self.using().enqueue(*args, **kwargs)
 
-    aenqueue = awaitable(enqueue)
+    aenqueue = sync_to_async(enqueue)
 
     # These store the row in the caller's transaction too. Celery's own would store it after the commit.
     delay_on_commit, apply_async_on_commit = DjangoTask.delay, apply_async
