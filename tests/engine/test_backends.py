@@ -308,6 +308,25 @@ def test_a_task_may_have_an_owner_and_a_unique_key(user):
     assert other.id == first.id and other.task == add
 
 
+def test_a_unique_key_of_a_celery_task_is_no_result_of_a_function():
+    Job.objects.enqueue(read_unbound, [1], unique="x")
+    with pytest.raises(InvalidTask, match="unique='x' belongs to a job of test_backends"):
+        add.using(unique="x").enqueue(1)
+
+
+def test_a_task_that_was_enqueued_before_sends_no_second_signal():
+    enqueued = []
+
+    def receiver(sender, task_result, **kwargs):
+        enqueued.append(task_result.id)
+
+    signals.task_enqueued.connect(receiver)
+    first = add.using(unique="x").enqueue(1)
+    add.using(unique="x").enqueue(1)
+    signals.task_enqueued.disconnect(receiver)
+    assert enqueued == [first.id]
+
+
 def test_a_cancelled_task_has_failed(user):
     result = add.enqueue(1)
     Job.objects.all().cancel()

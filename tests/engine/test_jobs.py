@@ -320,6 +320,13 @@ def test_a_unique_key_is_found_outside_of_a_users_jobs(user, admin_user):
     assert admin_user.job_set.enqueue(add, [1, 2], owner=admin_user, unique="key") == first
 
 
+def test_a_job_of_the_jobs_of_a_user_is_the_users(user):
+    user.job_set.enqueue(add, [1, 2])
+    user.job_set.enqueue(add, [1, 2], unique="key")
+    user.job_set.enqueue_many(add, [[1, 2]])
+    assert [job.owner for job in Job.objects.all()] == [user] * 3
+
+
 @pytest.mark.parametrize("unique", ["", "x" * 256, 7])
 def test_a_unique_key_must_be_a_text_of_1_to_255_characters(unique):
     with pytest.raises(ValueError, match="unique= must be a string of 1 to 255 characters"):
@@ -592,9 +599,16 @@ def test_a_run_continues_at_the_cursor_of_the_last_run():
     assert seen[2:] == [({"page": 5}, 50), stopped]
 
 
-def test_a_cursor_that_is_not_json_fails_the_job():
-    job = run(lambda task: task.report(1, 2, cursor=nan))
+@pytest.mark.parametrize("cursor", [nan, "\0", {"key": "\ud800"}], ids=ascii)
+def test_a_cursor_that_cannot_be_stored_fails_the_job(cursor):
+    job = run(lambda task: task.report(1, 2, cursor=cursor))
     assert (job.state, job.error[:10], job.cursor) == ("failed", "ValueError", None)
+
+
+def test_a_retry_with_an_option_that_a_job_cannot_have_fails_the_job():
+    job = run(lambda task: task.retry(expires=60))
+    assert (job.state, job.retries) == ("failed", 0)
+    assert "TypeError: a job does not take expires" in job.error
 
 
 @pytest.mark.parametrize(
@@ -1519,6 +1533,19 @@ def in_this_thread(delay, function):
     return SimpleNamespace(start=function)
 
 
+@pytest.mark.parametrize(
+    ("signal", "sent"), [(None, "SIGKILL"), ("SIGTERM", "SIGKILL"), ("SIGUSR1", "SIGUSR1")]
+)
+def test_a_child_that_is_terminated_is_not_told_of_a_shutdown(monkeypatch, signal, sent):
+    revoke = Mock()
+    monkeypatch.setitem(Panel.data, "revoke", revoke)
+    monkeypatch.setitem(Panel.data, "terminate", None)
+    monkeypatch.setattr(worker, "in_thread", Mock())
+    worker.cancel_revoked_jobs()
+    Panel.data["revoke"](None, "id", terminate=True, signal=signal)
+    revoke.assert_called_once_with(None, "id", terminate=True, signal=sent)
+
+
 @pytest.mark.django_db(transaction=True)  # it closes the connection
 def test_revoke_and_terminate_cancel_the_job(monkeypatch, published):
     job, other = Job.objects.enqueue(add, [1, 2]), Job.objects.enqueue(add, [1, 2])
@@ -1535,7 +1562,7 @@ def test_revoke_and_terminate_cancel_the_job(monkeypatch, published):
 # The sweep
 
 
-def test_a_job_waits_longer_after_each_crash_and_fails_after_the_third():
+def test_a_job_waits_longer_after_each_crash_and_fails_after_the_third(caplog):
     job = Job.objects.enqueue(add, [1, 2])
     for crashes, delay in (1, 5), (2, 10):
         start(job)
@@ -1547,6 +1574,7 @@ def test_a_job_waits_longer_after_each_crash_and_fails_after_the_third():
     job.refresh_from_db()
     assert (job.state, job.error) == ("failed", "Its worker died 3 times")
     assert job.public_error == job.error  # the text that its owner reads
+    assert f"job {job.pk} failed: Its worker died 3 times" in caplog.text
     assert errors(job) == ["Its worker died"] * 3
 
 

@@ -113,8 +113,11 @@ class JobAdmin(admin.ModelAdmin):
 
     @admin.action(description="Run again, as new jobs", permissions=["delete"])
     def run_again(self, request, queryset):
-        again = queryset.run_again()
-        rest = f"{queryset.count() - len(again)} skipped, because they are active or can no longer run."
+        count, again = (
+            queryset.count(),
+            queryset.run_again(),
+        )  # in this order: new jobs do not count
+        rest = f"{count - len(again)} skipped, because they are active or can no longer run."
         announce(request, again, "enqueued again", rest)
 
     @admin.action(description="Cancel", permissions=["delete"])

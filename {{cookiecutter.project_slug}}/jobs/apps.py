@@ -18,7 +18,7 @@ class JobsConfig(AppConfig):
         values = {name: getattr(conf, name) for name in conf.DEFAULTS}
         values["CELERY_TASK_TIME_LIMIT"] = current_app.conf.task_time_limit or 0
         for name, value in values.items():
-            if not value > 0:
+            if not value > 0:  # also true for NaN
                 raise ImproperlyConfigured(f"{name} is {value}: it must be more than 0.")
         # Import the tasks that workers import. Then send_task() knows which ones are jobs.
         current_app.autodiscover_tasks(force=True)

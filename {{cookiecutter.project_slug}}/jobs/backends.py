@@ -6,6 +6,7 @@ Django 6 has Tasks as `django.tasks`, Django 5.2 as the package `django_tasks`. 
 also accepts the @task of `django_tasks`.
 """
 
+import uuid
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import wraps
@@ -17,11 +18,13 @@ from celery.utils.functional import head_from_fun
 from celery.utils.time import maybe_make_aware
 from django.apps import apps
 from django.core.exceptions import ValidationError
+from django.db.models.functions import Now
 from django.utils import timezone
 from django.utils.module_loading import import_string
 
 from .database import wait_for
 from .models import Job
+from .queryset import insert, new_fields
 from .results import ERRORS
 from .runs import describe
 from .tasks import JobTask, run_coroutine
@@ -132,27 +135,33 @@ class TaskBackend(BaseTaskBackend):
     def enqueue(self, task, args, kwargs):
         """Store a job, and send its message when the caller's transaction commits, or at `run_after`.
 
-        Returns the TaskResult of the job, or of the active job with the same `unique`. Raises
-        InvalidTask, and the errors of Job.objects.enqueue().
+        Returns the TaskResult of the job, or of the active job with the same `unique`. Raises InvalidTask,
+        also if that job was not made by @task, and the errors of Job.objects.enqueue().
         """
         self.validate_task(task)  # again, because the settings may have changed since @task ran
-        if register(task)._unknown_to_workers and not current_app.conf.task_always_eager:
+        celery_task = register(task)
+        if celery_task._unknown_to_workers and not current_app.conf.task_always_eager:
             raise InvalidTask(f"No worker knows {task.module_path}: import it in an app's tasks.py")
-        job = Job.objects.enqueue(
-            register(task),
+        pk, queue = uuid.uuid4(), task.queue_name
+        fields = new_fields(
+            Now(),
+            celery_task,
             args,
             kwargs,
             owner=task.owner,
             label=task.label,
-            # None: CELERY_TASK_ROUTES decides
-            queue=task.queue_name if task.queue_name != DEFAULT_TASK_QUEUE_NAME else None,
+            queue=None if queue == DEFAULT_TASK_QUEUE_NAME else queue,  # CELERY_TASK_ROUTES decides
             countdown=task.countdown,
             eta=task.run_after,
-            unique=task.unique,
-            idempotency_key=task.idempotency_key,
         )
-        if job.task != task.module_path:  # an active job with this `unique`, of another task
-            return self.get_result(job.pk)
+        fields |= {"pk": pk, "idempotency_key": task.idempotency_key}
+        job = insert(Job.objects, fields, task.unique)
+        if job.pk != pk:  # an active job has this `unique`
+            try:
+                return self.get_result(job.pk)
+            except TaskResultDoesNotExist:
+                error = f"unique={task.unique!r} belongs to a job of {job.task}, which has no TaskResult"
+                raise InvalidTask(error) from None
         result = self._result_of(job, task)
         signals.task_enqueued.send(type(self), task_result=result)
         return result

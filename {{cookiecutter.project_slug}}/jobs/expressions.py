@@ -20,8 +20,8 @@ QUEUED = Q(run_token=None) & UNFINISHED
 class Clock(Now):
     """The database's time when a row is written, even if the statement has waited for a lock.
 
-    Now() is the time when the statement began. Use Now() in a WHERE clause, because it lets PostgreSQL
-    use an index. Also use it if a slightly earlier time does no harm.
+    Use it only for the times of a run and its lease. Elsewhere use Now(), the time when the statement
+    began: in a WHERE clause, it lets PostgreSQL use an index.
 
     On SQLite the value has Django's format, because SQLite compares times as text.
     """

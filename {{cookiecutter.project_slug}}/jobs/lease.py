@@ -90,20 +90,22 @@ def recover(jobs):
     """
     late = Q(deadline__lte=Now())
     for job in jobs.select_for_update(skip_locked=True).only("crashes").annotate(late=late):
-        row, crashes = Job.objects.filter(pk=job.pk), job.crashes + 1
+        crashes = job.crashes + 1
         died = {"error": "Its worker died", "exception": "celery.exceptions.WorkerLostError"}
         if job.late:
             over = {"error": OVER_TIME_LIMIT, "exception": "celery.exceptions.TimeLimitExceeded"}
-            updates.finish(
-                row, "failed", failure=over, error=OVER_TIME_LIMIT, public_error=OVER_TIME_LIMIT
-            )
+            fail(job, over, OVER_TIME_LIMIT)
         elif crashes >= conf.JOB_MAX_CRASHES:
-            error = f"Its worker died {crashes} times"
-            updates.finish(
-                row, "failed", failure=died, error=error, public_error=error, crashes=crashes
-            )
+            fail(job, died, f"Its worker died {crashes} times", crashes=crashes)
         else:
             delay = RECOVERY_DELAY * 2 ** min(job.crashes, 9) * random.uniform(0.8, 1.2)
             message = "Its worker died, so it starts again soon"
-            updates.requeue(row, delay, failure=died, message=message, crashes=crashes)
+            row, changes = Job.objects.filter(pk=job.pk), {"message": message, "crashes": crashes}
+            updates.requeue(row, delay, failure=died, **changes)
             logger.warning("job %s lost its worker and starts again in %.0f s", job.pk, delay)
+
+
+def fail(job, failure, error, **changes):
+    texts = {"error": error, "public_error": error}
+    updates.finish(Job.objects.filter(pk=job.pk), "failed", failure=failure, **texts, **changes)
+    logger.error("job %s failed: %s", job.pk, error)

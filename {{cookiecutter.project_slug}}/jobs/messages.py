@@ -39,7 +39,7 @@ def send_one(job, producer, **options):
     shown = {"argsrepr": repr(job.args)[:1000], "kwargsrepr": repr(job.kwargs)[:1000]}
     shown |= {"retries": job.retries, "ignore_result": True}
     message = amqp.create_task_message(pk, job.task, job.args, job.kwargs, **shown)
-    # The decorator's priority counts as long as Celery heeds it: Celery 6 will only heed a route's.
+    # Celery 5 uses the decorator's priority. Celery 6 will use only that of CELERY_TASK_ROUTES.
     options |= {"queue": job.queue, "priority": getattr(task, "priority", None)}
     options = amqp.router.route(options, job.task, job.args, job.kwargs)
     options["priority"] = options.get("priority") or 0

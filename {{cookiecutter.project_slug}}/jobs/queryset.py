@@ -110,7 +110,7 @@ class JobManager(models.QuerySet if TYPE_CHECKING else models.Manager):
         surrogate pair; IntegrityError if the owner has already used the key.
         """
         times = {"countdown": countdown, "eta": eta}
-        fields = new_fields(Now(), task, args, kwargs, owner, label, queue, **times)
+        fields = new_fields(Now(), task, args, kwargs, owner_of(self, owner), label, queue, **times)
         return insert(self, {**fields, "idempotency_key": idempotency_key}, unique)
 
     aenqueue = sync_to_async(enqueue)
@@ -131,8 +131,15 @@ class JobManager(models.QuerySet if TYPE_CHECKING else models.Manager):
         The guarantees are those of enqueue(), at a fraction of the cost. Returns the Jobs.
         """
         now, times = database_time(self), {"countdown": countdown, "eta": eta}
+        owner = owner_of(self, owner)
         rows = [new_fields(now, task, args, None, owner, label, queue, **times) for args in calls]
         return insert_many(self, now, [self.model(**fields) for fields in rows])
+
+
+def owner_of(manager, owner):
+    return owner or getattr(
+        manager, "instance", None
+    )  # user.job_set is the manager of a user's jobs
 
 
 def new_fields(

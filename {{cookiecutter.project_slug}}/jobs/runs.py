@@ -15,7 +15,7 @@ from .database import in_transaction, wait_for, wait_past_soft_limit
 from .expressions import LOCK_TIMEOUT, lease_end
 from .models import Job
 from .pools import pool
-from .values import as_json, printable
+from .values import as_json, printable, to_json
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,8 @@ class Run:
         self.token = token or uuid.uuid4()
         self.task = task
         self.claim_fields = claim
-        self.report = self.written = {}  # progress in percent, message; what of them is in the row
+        self.report = {}  # the latest progress and message
+        self.written = self.report  # the report that is in the row
         self.cursor = UNREAD
         self.in_body = False
         # The first renewal finds out whether a crash of PostgreSQL has lost the claim.
@@ -109,7 +110,7 @@ class Run:
         return self.cursor
 
     def write_cursor(self, cursor):
-        json.dumps(cursor, allow_nan=False)  # raises if it is not JSON
+        to_json(cursor)  # raises if it cannot be stored: PostgreSQL's error would end a transaction
         changes = {"cursor": cursor, "sweep_at": lease_end(), **self.report}
         self.query_row(self.row.update, **changes)
         self.cursor = UNREAD  # the body's transaction may roll back
@@ -201,10 +202,10 @@ class Run:
         return Ignore("a duplicate message, or its job is cancelled or belongs to another run")
 
 
-def jobs_of(runs):
+def jobs_of(some_runs):
     """Return the rows of these runs, except of those that have lost their job."""
-    tokens = [run.token for run in runs]
-    return Job.objects.filter(pk__in=[run.job_id for run in runs], run_token__in=tokens)
+    tokens = [run.token for run in some_runs]
+    return Job.objects.filter(pk__in=[run.job_id for run in some_runs], run_token__in=tokens)
 
 
 def describe(error, caught=None):

@@ -58,7 +58,8 @@ class Queue:
         if time.monotonic() < self.probe_at:
             return {}
         lost = Job.objects.filter(pk__in=self.probe_ids, times_sent__gt=1).exclude(state="queued")
-        marked = mark_sent(due[: size if lost.exists() else min(size, 1)])
+        count = size if lost.exists() else min(size, 1)
+        marked = mark_sent(due[:count])
         if marked:
             self.probe_at = time.monotonic() + conf.JOB_RESEND_SECONDS
             self.probe_ids = tuple(marked)
@@ -167,7 +168,7 @@ def send_due(resend=True):
             except Exception as error:  # each transport has its own exceptions
                 if may_succeed_later(error):
                     raise
-                logger.warning("the broker takes no jobs for the queue %s: %r", name, error)
+                logger.warning("the jobs of the queue %s are not sent: %r", name, error)
                 broker.close()  # it may be broken; the next queue opens it again
     return 0 if names else min(pause, max(MIN_PAUSE, min(countdowns, default=pause)))
 
@@ -179,7 +180,7 @@ def send_batch(name, size, resend, waiting):
     """
     queue, queued = queues[name], Job.objects.filter(state="queued", queue=name)
     queue.most_messages = max(queue.most_messages, waiting)
-    missing = queued.filter(times_sent__gt=0).count() - waiting
+    missing = queued.filter(times_sent__gt=0).count() - waiting  # negative if plain tasks wait too
     # The oldest jobs first. These are also the ones to send again: workers take the oldest messages first,
     # so the messages that are left belong to the newest jobs, and the missing ones to the oldest.
     due = queued.filter(sweep_at__lt=Now()).order_by("sweep_at")
@@ -191,7 +192,9 @@ def send_batch(name, size, resend, waiting):
         sizes |= queue.probe(sent, room)
     for pk, length in sizes.items():
         if error := size_error(length):  # do not load it: Beat could run out of memory
-            updates.finish(Job.objects.filter(QUEUED, pk=pk), "failed", error=error)
+            row = Job.objects.filter(QUEUED, pk=pk)
+            updates.finish(row, "failed", error=error, public_error=error)
+            logger.error("job %s failed: %s", pk, error)
     at_once = size if sum(sizes.values()) < BYTES_IN_MEMORY else 1
     try:
         for ids in chunks(iter(sizes), at_once):
@@ -236,6 +239,7 @@ def send_one_by_one(name, ids, may_be_full):
             if refusals[pk] >= REFUSALS:
                 text = f"The broker refused it {REFUSALS} times: {error.__cause__ or error!r:.500}"
                 updates.finish(row, "failed", error=text)
+                logger.error("job %s failed: %s", pk, text)
                 del refusals[pk]
 
 

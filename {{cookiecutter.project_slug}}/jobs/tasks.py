@@ -74,7 +74,7 @@ class JobTask(DjangoTask):
 
     @classmethod
     def bind(cls, app):
-        """Prefer nine tenths of the task's own time limit to the soft limit of the settings."""
+        """Give a task with its own time limit nine tenths of it as soft limit, not that of the settings."""
         if cls.time_limit and not cls.soft_time_limit:
             cls.soft_time_limit = cls.time_limit * 0.9
         return super().bind(app)
@@ -158,7 +158,11 @@ class JobTask(DjangoTask):
         max_retries: int | None = None,
         **options,
     ) -> Retry:
-        """Works as Celery documents. The exception is stored in the Failure of this run."""
+        """Works as Celery documents. The exception is stored in the Failure of this run.
+
+        Raises TypeError for options that a job cannot have.
+        """
+        check_options(options)
         caught = sys.exception()
         if self._current_run and (exc or caught):
             self._current_run.failure = describe(exc or caught, caught)
@@ -167,7 +171,7 @@ class JobTask(DjangoTask):
     def _retry_later(self, args, kwargs, countdown, retries, queue=None, **options):
         """Remember the options of retry(). They are stored when the body and its transaction have ended."""
         countdown = min(countdown, MAX_COUNTDOWN)
-        text = f"Try {retries} failed, the next one starts in {countdown:.0f} s"
+        text = f"Try {retries} has ended, the next one starts in {countdown:.0f} s"
         changes = {"retries": retries, "message": text, **({"queue": queue} if queue else {})}
         self._current_run.retry = {"delay": countdown, "args": args, "kwargs": kwargs, **changes}
 
@@ -258,11 +262,9 @@ class JobTask(DjangoTask):
             lease=timedelta(seconds=min(conf.JOB_LEASE_SECONDS, limit)),
         )
         start_thread()
-        # A suspect is a job that fails at its next crash, because it may be what kills the workers. A
-        # process runs only one suspect at a time. A job without a crash is never a suspect.
         is_suspect = crashes and crashes + 1 >= conf.JOB_MAX_CRASHES
         if shutting_down[0] or (is_suspect and not run.become_suspect()):
-            # With times_sent=0, the job waits for its next try, and this is an old message.
+            # Skip a job with times_sent=0: it was queued again after this message was sent.
             row = Job.objects.filter(QUEUED, LOCK_TIMEOUT, pk=request.id, times_sent__gt=0)
             wait_past_soft_limit(updates.requeue, row, conf.JOB_SWEEP_SECONDS)
             raise Ignore("must wait: its worker is shutting down, or runs another suspect")

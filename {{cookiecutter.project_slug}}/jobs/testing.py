@@ -2,7 +2,7 @@
 
     pytest_plugins = ["jobs.testing"]
 
-It stands in conftest.py, in the folder from which pytest is started. A test marked `live` uses a
+Put this line into the conftest.py of the folder in which you start pytest. A test marked `live` uses a
 real broker and a real worker.
 """
 

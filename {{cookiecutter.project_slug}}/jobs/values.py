@@ -19,7 +19,7 @@ def to_json(value):
     cannot be JSON, or has a character that PostgreSQL cannot store.
     """
     text = dumps(value, allow_nan=False)
-    # Without the backslashes of the values, which JSON doubles.
+    # Remove escaped backslashes first: in a text, \\u0000 is no NUL.
     if r"\u" in text and (found := UNSTORABLE.search(text.replace(r"\\", " "))):
         raise ValueError(f"the database cannot store the character {found[0]}")
     return text
@@ -28,7 +28,7 @@ def to_json(value):
 def as_json(args, kwargs):
     """Return `args` and `kwargs` as a row stores them, and their size in bytes. See to_json()."""
     text = to_json([args, kwargs])
-    return *json.loads(text), len(text)
+    return *json.loads(text), len(text)  # ASCII, so one byte for each character
 
 
 def size_error(size):

@@ -112,7 +112,8 @@ class JobViewSet(viewsets.ReadOnlyModelViewSet):
         if self.detail and has_job_perm(user, "view" if self.action == "retrieve" else "delete"):
             return jobs
         own = Q(owner=user)
-        if user.is_staff and self.action != "cancel":  # cancel needs delete_job: see above
+        # To cancel a job without an owner, staff need delete_job, which returned above.
+        if user.is_staff and self.action != "cancel":
             own |= Q(owner=None)
         if not self.detail:  # the jobs page polls the list, so leave out values that may be large
             long = When(length__gt=10_000, then=Value(TOO_LONG, JSONField()))

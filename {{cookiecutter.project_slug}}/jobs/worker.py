@@ -127,8 +127,9 @@ def cancel_revoked_jobs():
 
     def cancel_and_revoke(worker, task_id, terminate=False, signal=None, **kwargs):
         in_thread(cancel, task_id)
-        # Always SIGKILL: a signal that children ignore would not end the body.
-        return revoke(worker, task_id, terminate=terminate, signal="SIGKILL", **kwargs)
+        if signal in (None, "SIGTERM", "TERM"):  # which a child takes for a shutdown
+            signal = "SIGKILL"
+        return revoke(worker, task_id, terminate=terminate, signal=signal, **kwargs)
 
     def cancel_and_terminate(worker, signal, task_id, **kwargs):
         return cancel_and_revoke(worker, task_id, terminate=True, **kwargs)
