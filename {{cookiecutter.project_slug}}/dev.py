@@ -99,21 +99,24 @@ def watch(name, *options):
         code = read_code()
         process = subprocess.Popen(command, shell=True)
         try:
-            # Flower does not restart for new code: it would forget the tasks that it shows.
-            while name == "flower" or code == read_code():
-                time.sleep(0.5)
-                if (status := process.poll()) is None or (restarts and status > 0):
-                    continue
-                if status >= 0:
-                    sys.exit(status)
-                killer = signal.Signals(-status).name
-                print(f"Killed by {killer}. Starting again: {name}", flush=True)
-                break
-            else:
-                print(f"The code has changed. Starting again: {name}", flush=True)
+            reason = wait_for_reason(process, name, code, restarts)
+            print(f"{reason}. Starting again: {name}", flush=True)
         finally:
             process.terminate()
             process.wait()
+
+
+def wait_for_reason(process, name, code, restarts):
+    """Return why the process must start again. If it ends by itself, end too."""
+    # Flower does not restart for new code: it would forget the tasks that it shows.
+    while name == "flower" or code == read_code():
+        time.sleep(0.5)
+        if (status := process.poll()) is None or (restarts and status > 0):
+            continue  # it runs, or it waits for the next change
+        if status >= 0:
+            sys.exit(status)
+        return f"Killed by {signal.Signals(-status).name}"
+    return "The code has changed"
 
 
 def read_procfile():

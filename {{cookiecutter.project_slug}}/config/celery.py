@@ -46,7 +46,7 @@ def use_settings_of_pool(conf, options, **kwargs):
         pools = ", ".join(settings.WORKER_POOLS)
         sys.exit(f"This project was not made for {pool}. Its pools are {pools}.")
     for name, value in settings.WORKER_POOLS[pool].items():
-        conf[name] = conf[name] | value if isinstance(value, dict) else value
+        conf[name] = (conf[name] | value) if isinstance(value, dict) else value
 
 
 @signals.setup_logging.connect

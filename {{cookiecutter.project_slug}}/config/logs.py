@@ -63,8 +63,8 @@ def configure(debug, level):
 def drop_repeated(logger, method, event):
     """Drop the log lines of successful requests that pages, probes and Prometheus repeat.
 
-    Also those that a task was sent: 20,000 jobs that are enqueued together would log 20,000 lines. The
-    line `task_started` of the worker has the id of the request.
+    Also drop `task_enqueued`: 20,000 jobs that are enqueued together would log 20,000 lines. The worker's
+    line `task_started` has the id of the request.
     """
     if logger.name.startswith("django_structlog."):
         if event["event"] == "task_enqueued":

@@ -218,8 +218,8 @@ CELERY_TASK_TIME_LIMIT = env.int("TASK_TIME_LIMIT", default=600)
 # The queues of a worker without --queues. Add new queues here.
 CELERY_TASK_QUEUES = {"celery": {}{{ ', "cpu": {}, "io": {}' if cookiecutter.include_example == "yes" }}}
 
-# Functions declared with @task run as jobs. Without `queue_name`, a task uses the queue "default".
-# It stands for the queue that CELERY_TASK_ROUTES names for the task, or else for "celery".
+# Functions declared with @task run as jobs. Django's queue "default" means: the queue that
+# CELERY_TASK_ROUTES names for the task, or else "celery".
 QUEUES = ["default", *CELERY_TASK_QUEUES]
 TASKS = {"default": {"BACKEND": "jobs.backends.TaskBackend", "QUEUES": QUEUES}}
 
@@ -259,12 +259,13 @@ CELERY_TASK_SOFT_TIME_LIMIT = CELERY_TASK_TIME_LIMIT * 0.9  # raises SoftTimeLim
 CELERY_WORKER_MAX_TASKS_PER_CHILD = 1000  # then a new child replaces it, which ends memory leaks
 CELERY_WORKER_MAX_MEMORY_PER_CHILD = env.int("WORKER_MAX_KILOBYTES", default=500_000)
 
-# What depends on the pool. Each worker may use another one: celery -A config worker --pool threads
+# What depends on the pool, under the names of Celery's `app.conf`. Each worker may use another pool:
+# celery -A config worker --pool threads
 REUSE = {"CELERY_DB_REUSE_MAX": 1000}  # tasks reuse database connections
 WORKER_POOLS = {
     # When the broker is lost, end the tasks that it will deliver again. Threads cannot be ended.
     "prefork": REUSE | {"worker_cancel_long_running_tasks_on_connection_loss": True},
-    "threads": REUSE | {"worker_concurrency": 20},
+    "threads": REUSE | {"worker_concurrency": 20},  # unless WORKER_CONCURRENCY is set
     "solo": REUSE,
 }
 {% print worker_pool.settings | default %}

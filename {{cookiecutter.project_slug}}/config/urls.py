@@ -16,7 +16,7 @@ from jobs.views import JobViewSet
 from orders.views import ImportViewSet, NewsletterViewSet, OrderViewSet
 {% endif %}
 
-# The API answers for any id, even one with a dot: "jobs/a.json/" is the job "a.json".
+# Without format suffixes, so that "jobs/a.json/" means the id "a.json", which is answered with 404.
 router = DefaultRouter(use_regex_path=False)
 router.include_format_suffixes = False
 router.register("jobs", JobViewSet, basename="job")
