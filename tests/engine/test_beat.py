@@ -55,7 +55,7 @@ def scheduler(request):
 
 def beat(scheduler_cls):
     service = Service(app, scheduler_cls=scheduler_cls)
-    OncePerDueTime(service)
+    OncePerDueTime(service).start()
     return service
 
 
@@ -260,7 +260,7 @@ def test_the_metric_counts_the_errors_of_every_beat(monkeypatch):
         with pytest.raises(SystemExit):
             monkeypatch.setattr("time.sleep", lambda seconds: None)
             errors = Mock(side_effect=rounds)
-            sweep.sweep_for_ever(tick_delay=lambda: 0, error_count=errors)
+            sweep.sweep_forever(tick_delay=lambda: 0, error_count=errors)
     assert Sweep.objects.get().schedule_errors == 4
     found = {sample.name: sample.value for each in Collector().collect() for sample in each.samples}
     assert found["jobs_schedule_errors_total"] == 4

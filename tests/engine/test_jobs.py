@@ -1693,7 +1693,7 @@ def test_the_sweep_lets_workers_renew_leases_first(
     monkeypatch.setattr(sweep, "connection", database := Mock())
     monkeypatch.setattr(sweep, "send_due", lambda resend: resent.append(now[0]) if resend else None)
     with pytest.raises(SystemExit):
-        sweep.sweep_for_ever(tick_delay=lambda: 0, error_count=lambda: 0)
+        sweep.sweep_forever(tick_delay=lambda: 0, error_count=lambda: 0)
     assert recovered == resent == expected
     assert database.close.called == (30 in expected)  # then the database was unavailable
 
@@ -1957,7 +1957,7 @@ def test_a_round_of_the_sweep_stores_its_time(broker_down, monkeypatch, error, r
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     for _ in range(2):  # rounds, for example of two Beats
         with pytest.raises(SystemExit):
-            sweep.sweep_for_ever(tick_delay=lambda: 0, error_count=lambda: 0)
+            sweep.sweep_forever(tick_delay=lambda: 0, error_count=lambda: 0)
         sweep.touch_liveness_file.side_effect = [None, SystemExit]
     assert Sweep.objects.filter(ended_at__lte=timezone.now()).count() == rounds
     assert error or broker_down
@@ -2024,7 +2024,7 @@ def test_a_beat_that_hangs_does_not_touch_its_liveness_file(monkeypatch, late, t
     monkeypatch.setattr(sweep, "touch_liveness_file", touch := Mock())
     monkeypatch.setattr("time.sleep", Mock(side_effect=SystemExit))
     with pytest.raises(SystemExit):
-        sweep.sweep_for_ever(tick_delay=lambda: late, error_count=lambda: 0)
+        sweep.sweep_forever(tick_delay=lambda: late, error_count=lambda: 0)
     assert touch.call_count == touched
     *_, age, behind = [family.samples[0].value for family in list(Collector().collect())[-3:-1]]
     assert (age, behind) == (pytest.approx(0, abs=3), pytest.approx(max(late, 0), abs=3))
@@ -2191,10 +2191,10 @@ def test_a_plain_task_starts_with_a_connection_that_works(headers, spared):
     """A job needs no such check: its first query is its claim, which is tried again."""
     connection.ensure_connection()
     task = SimpleNamespace(request=SimpleNamespace(is_eager=False, headers=headers))
-    worker.drop_dead_connections(task)
+    worker.prepare_connection(task)
     assert connection.connection and connection.health_check_done is spared
     connection.close_at = 0  # CONN_MAX_AGE is over
-    worker.drop_dead_connections(task)
+    worker.prepare_connection(task)
     assert not connection.connection
 
 

@@ -30,7 +30,7 @@ class JobsConfig(AppConfig):
         signals.worker_ready.connect(shutdown.use_soft_shutdown)
         signals.worker_shutting_down.connect(shutdown.begin)
         signals.task_received.connect(worker.assign_run_token)
-        signals.task_prerun.connect(worker.drop_dead_connections)
+        signals.task_prerun.connect(worker.prepare_connection)
         signals.task_failure.connect(worker.recover_job_of_dead_child)
         signals.task_unknown.connect(worker.requeue_unknown)
         signals.heartbeat_sent.connect(liveness.touch_liveness_file)

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 def start(sender, **kwargs):
     """Prepare Beat's service (`sender`), which has just started."""
-    OncePerDueTime(sender)
+    OncePerDueTime(sender).start()
     sweep.start(watch_ticks(sender), count_errors(sender))
 
 
@@ -83,18 +83,20 @@ class OncePerDueTime:
     """
 
     def __init__(self, beat):
-        self.tasks = beat.app.tasks
+        self.tasks, self.scheduler = beat.app.tasks, beat.scheduler
         self.celery_apply_async = beat.scheduler.apply_async
         self.postponed = SimpleQueue()
-        beat.scheduler.apply_async = self.apply_async
+
+    def start(self):
+        self.scheduler.apply_async = self.apply_async
         threading.Thread(target=self.enqueue_postponed, daemon=True).start()
 
-    def apply_async(self, entry, **options):
+    def apply_async(self, entry, **celery_options):
         task = self.tasks.get(entry.task)
         if task is None:  # Celery sends it, as a worker may know it
             logger.error("%s: this project has no task %s", entry.name, entry.task)
         if not isinstance(task, JobTask):
-            return self.celery_apply_async(entry, **options)
+            return self.celery_apply_async(entry, **celery_options)
         if "task_id" in entry.options:
             raise SchedulingError(f"{entry.name}: the schedule of a job cannot have a task_id")
         args = [value(arg) for arg in entry.args or ()]

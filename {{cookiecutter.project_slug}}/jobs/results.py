@@ -21,7 +21,10 @@ ERRORS = {"failed": "TaskError", "cancelled": "TaskRevokedError"}  # in celery.e
 
 
 def backend(app, url=None):
-    """Return the result backend of the settings, extended to read the rows of jobs."""
+    """Return the result backend of the settings, extended to read the rows of jobs.
+
+    `url` is ignored: Celery gives none.
+    """
     kind, url = backends.by_url(app.conf.result_backend, app.loader)
     return type(kind.__name__, (JobRowsMixin, kind), {})(app=app, url=url)
 

@@ -32,11 +32,12 @@ class JobSerializer(serializers.ModelSerializer):
         extra_kwargs = {"result": {"help_text": f"a list replaces a long result by {TOO_LONG!r}"}}
 
     def to_representation(self, job):
-        if "result" in job.get_deferred_fields():  # in lists
+        if "result" in job.get_deferred_fields():  # a row of a list: see JobViewSet
             job.result = job.short_result
         is_trusted = has_job_perm(self.context["request"].user, "view")
         if self.parent is not None or not is_trusted:
             self.fields.pop("failures", None)
+        shown = super().to_representation(job)
         if job.error and not is_trusted:
-            job.error = job.public_error or GENERIC_ERROR
-        return super().to_representation(job)
+            shown["error"] = job.public_error or GENERIC_ERROR
+        return shown

@@ -5,6 +5,7 @@ import os
 import random
 import threading
 import time
+import uuid
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,7 +18,7 @@ from django.db.models.functions import Cast, Length, Now
 
 from . import conf, updates
 from .database import may_succeed_later, try_in_halves
-from .expressions import QUEUED, UNFINISHED
+from .expressions import QUEUED
 from .lease import POLL_SECONDS, recover
 from .liveness import touch_liveness_file
 from .messages import messages_in, send
@@ -78,18 +79,18 @@ def start(tick_delay, error_count):
     """
     beat = [tick_delay, error_count]
     threading.Thread(target=sweep_or_exit, args=beat, name="sweep", daemon=True).start()
-    threading.Thread(target=purge_for_ever, name="purge", daemon=True).start()
+    threading.Thread(target=purge_forever, name="purge", daemon=True).start()
 
 
 def sweep_or_exit(*beat):
     try:
-        sweep_for_ever(*beat)
+        sweep_forever(*beat)
     finally:  # without this thread nothing would be recovered: let a supervisor restart Beat
         os._exit(1)
 
 
-def sweep_for_ever(tick_delay, error_count):
-    last_round = stored_errors = 0
+def sweep_forever(tick_delay, error_count):
+    last_round = stored_errors = recover_at = 0
     while True:
         pause = conf.JOB_SWEEP_SECONDS
         # After a gap (Beat has just started, or the machine or the database was down), first wait for half
@@ -134,12 +135,18 @@ def recover_lapsed():
         rows = lapsed.select_for_update(skip_locked=True)
         ids = list(rows.values_list("pk", flat=True)[:BATCH_SIZE])
     if ids:
-        # While another transaction locks the whole table (CREATE INDEX), rows can be read, but no lease
-        # can be renewed. So first wait for such a lock, with an UPDATE of no row.
-        lapsed.exclude(UNFINISHED).update(crashes=0)
+        wait_for_table_lock()
         # A worker that was delayed, for example by a lock, renews its leases in this time.
         time.sleep(2 * POLL_SECONDS)
         try_in_halves(recover, lapsed, ids)
+
+
+def wait_for_table_lock():
+    """Wait while another transaction locks the whole table, as CREATE INDEX does.
+
+    Until then, rows can be read, but no lease can be renewed.
+    """
+    Job.objects.filter(pk=uuid.uuid4()).update(crashes=0)  # an UPDATE of no row
 
 
 def send_due(resend=True):
@@ -258,7 +265,7 @@ def mark_sent(due):
     return {pk: size for pk, _, size in jobs}
 
 
-def purge_for_ever():
+def purge_forever():
     undeletable = start_over_at = 0
     while True:
         time.sleep(conf.JOB_SWEEP_SECONDS)

@@ -37,8 +37,8 @@ def assign_run_token(request, **kwargs):
         request.request_dict["run_token"] = uuid.uuid4()
 
 
-def drop_dead_connections(task, **kwargs):
-    """Close connections that are broken or too old, as Django does before a request."""
+def prepare_connection(task, **kwargs):
+    """Close a connection that is broken or too old, as Django does before a request."""
     if not task.request.is_eager:
         close_old_connections()
         if "job" in (task.request.headers or {}):
