@@ -96,6 +96,13 @@ async def read_unbound(n):
     return n
 
 
+@shared_task(base=JobTask, bind=True, default_retry_delay=0)
+async def count_down(self, n):
+    if n:
+        self.retry(args=[n - 1])
+    return n
+
+
 @shared_task(base=JobTask)
 async def read_for_ever():
     seen.append("started")
@@ -385,6 +392,14 @@ def test_a_coroutine_can_be_the_body_of_a_job_task():
         row.refresh_from_db()
     assert (job.result, other.result) == ([5, 1, 2], 6), job.error
     assert read_unbound(7) == 7
+
+
+def test_a_coroutine_can_be_retried_with_other_arguments():
+    job = Job.objects.enqueue(count_down, kwargs={"n": 1})
+    publish([job])
+    send_due()
+    job.refresh_from_db()
+    assert (job.state, job.result, job.args, job.kwargs) == ("succeeded", 0, [0], {}), job.error
 
 
 def test_a_coroutine_over_its_time_limit_is_cancelled(monkeypatch):

@@ -32,6 +32,7 @@ from django.core.exceptions import ImproperlyConfigured
 from django.core.management import call_command
 from django.core.management.base import SystemCheckError
 from django.db import (
+    DatabaseError,
     IntegrityError,
     InterfaceError,
     InternalError,
@@ -64,7 +65,7 @@ from jobs import (
     worker,
 )
 from jobs.beat import watch_ticks
-from jobs.expressions import lease_end
+from jobs.expressions import SetLocal, lease_end
 from jobs.metrics import Collector
 from jobs.models import Failure, Job, Sweep
 from jobs.queryset import JobQuerySet
@@ -72,6 +73,7 @@ from jobs.tasks import JobTask
 
 pytestmark = pytest.mark.django_db
 
+IDLE = "idle_in_transaction_session_timeout"
 CLAIM = {  # arguments of a claim by a job's first message
     "worker": "",
     "retries": 0,
@@ -327,10 +329,55 @@ def test_a_job_of_the_jobs_of_a_user_is_the_users(user):
     assert [job.owner for job in Job.objects.all()] == [user] * 3
 
 
-@pytest.mark.parametrize("unique", ["", "x" * 256, 7])
-def test_a_unique_key_must_be_a_text_of_1_to_255_characters(unique):
+@pytest.mark.parametrize("option", ["unique", "idempotency_key", "queue"])
+@pytest.mark.parametrize("text", ["x" * 256, 7, "\0"])
+def test_a_text_that_does_not_fit_into_its_column_is_refused(option, text):
+    """Else PostgreSQL's error would end the caller's transaction."""
+    with pytest.raises(ValueError, match="1 to 255 characters|the database cannot store"):
+        Job.objects.enqueue(add, [1, 2], **{option: text})
+
+
+def test_a_unique_key_must_not_be_empty():
     with pytest.raises(ValueError, match="unique= must be a string of 1 to 255 characters"):
-        Job.objects.enqueue(add, [1, 2], unique=unique)
+        Job.objects.enqueue(add, [1, 2], unique="")
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_worker_that_freezes_while_it_renews_a_lease_locks_no_job_for_long(monkeypatch):
+    if connection.vendor != "postgresql":
+        pytest.skip("SQLite locks the whole file: set DATABASE_URL=postgres://…")
+    monkeypatch.setattr(lease, "IDLE_TIMEOUT", SetLocal(name=IDLE, value="100ms"))
+    monkeypatch.setattr(updates, "IDLE_TIMEOUT", SetLocal(name=IDLE, value="100ms"))
+    job = Job.objects.enqueue(add, [1, 2], countdown=60)
+    run = runs.Run(job.pk)
+    assert claim(job.pk, run.token)
+    frozen, resumed = threading.Event(), threading.Event()
+
+    def freeze():
+        frozen.set()
+        resumed.wait()
+        return Now()
+
+    def renew(function, argument):
+        with suppress(DatabaseError):
+            function(argument)
+        connection.close()
+
+    monkeypatch.setattr(lease, "lease_end", freeze)
+    mine = Job.objects.filter(pk=job.pk)
+    for renewal in (lease.write_and_renew, [run]), (lease.renew_for_children, mine):
+        frozen.clear(), resumed.clear()
+        thread = threading.Thread(target=renew, args=renewal)
+        thread.start()
+        assert frozen.wait(60)
+        for _ in range(300):
+            with transaction.atomic():
+                if free := list(mine.select_for_update(skip_locked=True)):
+                    break
+            time.sleep(0.1)
+        resumed.set()
+        thread.join()
+        assert free == [job]
 
 
 def test_a_job_with_a_countdown_is_not_published_before_it_is_due(commit, published):
@@ -997,9 +1044,10 @@ def divide_and_continue(task):
         (lambda task: task.retry(), "The task requested another try", ""),
     ],
 )
-def test_an_attempt_has_the_error_that_led_to_the_retry(body, error, raised):
+@pytest.mark.parametrize("is_eager", [True, False])  # as in a project's tests, as in a worker
+def test_a_failure_has_the_error_that_led_to_the_retry(body, error, raised, is_eager):
     def retry(task):
-        task.request.is_eager = False  # as in a worker
+        task.request.is_eager = is_eager
         if not task.request.retries:
             body(task)
 
@@ -1752,20 +1800,23 @@ def test_a_job_that_is_refused_five_times_fails_unless_its_queue_is_full(
     )
 
 
-def test_the_sweep_resends_many_after_it_found_a_lost_message(published, monkeypatch):
+def test_the_sweep_resends_twice_as_many_after_it_found_a_lost_message(published):
     """Messages of plain tasks hide how many messages of jobs are missing."""
-    monkeypatch.setattr(sweep, "JOBS_IN_MEMORY", 10)
-    enqueue_and_publish(30)
+    enqueue_and_publish(12)
     resent = []
-    for message in 2, 2, 1, 1:  # the one that then starts each job: its first, or the resent one
+    # Which message then starts each job: its first one, or the one that was sent again.
+    for message in 2, 2, 1, None, 1:
         published[:] = ["plain"] * 40
         lapse(*Job.objects.filter(state="queued"))
         sweep.queues["celery"].probe_at = 0
         sweep.send_due()
         resent.append(len(published) - 40)
         for pk in published[40:]:
-            assert claim(pk, times_sent=message)
-    assert resent == [1, 10, 10, 1]
+            if message:
+                assert claim(pk, times_sent=message)
+            else:
+                Job.objects.get(pk=pk).cancel()  # no message has started it
+    assert resent == [1, 2, 4, 1, 1]
 
 
 def test_a_job_above_a_new_limit_fails_and_is_not_loaded(published, settings):

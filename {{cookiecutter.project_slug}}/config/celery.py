@@ -46,6 +46,7 @@ def use_settings_of_pool(conf, options, **kwargs):
         pools = ", ".join(settings.WORKER_POOLS)
         sys.exit(f"This project was not made for {pool}. Its pools are {pools}.")
     for name, value in settings.WORKER_POOLS[pool].items():
+        # Options of the broker are added to those of the settings.
         conf[name] = (conf[name] | value) if isinstance(value, dict) else value
 
 

@@ -113,10 +113,8 @@ class JobAdmin(admin.ModelAdmin):
 
     @admin.action(description="Run again, as new jobs", permissions=["delete"])
     def run_again(self, request, queryset):
-        count, again = (
-            queryset.count(),
-            queryset.run_again(),
-        )  # in this order: new jobs do not count
+        count = queryset.count()  # first, because the new jobs may be in the queryset, too
+        again = queryset.run_again()
         rest = f"{count - len(again)} skipped, because they are active or can no longer run."
         announce(request, again, "enqueued again", rest)
 

@@ -90,8 +90,8 @@ class JobFunction(Task):
         """
         if queue_name is not None and queue is not None:
             raise TypeError("give queue_name= or queue=, not both: they mean the same")
-        times = [run_after, eta and maybe_make_aware(eta), countdown]
-        if len(given := [time for time in times if time is not None]) > 1:
+        times = [time for time in (run_after, eta, countdown) if time is not None]
+        if len(times) > 1:
             raise TypeError(
                 "give one of run_after=, eta= and countdown=: each says when the job starts"
             )
@@ -99,8 +99,9 @@ class JobFunction(Task):
         changes |= {"owner": owner, "label": label, "unique": unique}
         changes["idempotency_key"] = idempotency_key
         changes = {name: value for name, value in changes.items() if value is not None}
-        if given:
-            changes |= {"run_after": times[0] or times[1], "countdown": countdown}
+        if times:
+            run_after = run_after or (eta and maybe_make_aware(eta))
+            changes |= {"run_after": run_after, "countdown": countdown}
         return replace(self, **changes)
 
 

@@ -49,6 +49,9 @@ class SetLocal(models.Func):
 
 # The UPDATE waits a second for a locked row, then fails.
 LOCK_TIMEOUT = SetLocal(name="lock_timeout", value="1s")
+# PostgreSQL ends the transaction of a process that does nothing in it: if a worker freezes while it renews a
+# lease, the job must not stay locked.
+IDLE_TIMEOUT = SetLocal(name="idle_in_transaction_session_timeout", value="10s")
 # The commit does not wait until the WAL is on disk.
 ASYNC_COMMIT = SetLocal(name="synchronous_commit", value="off")
 

@@ -137,9 +137,17 @@ class JobManager(models.QuerySet if TYPE_CHECKING else models.Manager):
 
 
 def owner_of(manager, owner):
-    return owner or getattr(
-        manager, "instance", None
-    )  # user.job_set is the manager of a user's jobs
+    """Return `owner`, or the user of user.job_set."""
+    field = getattr(manager, "field", None)
+    return owner or (manager.instance if field and field.name == "owner" else None)
+
+
+def check_text(name, text):
+    """Raise ValueError if this option is neither None nor a text that fits into its column."""
+    if text is not None:
+        if not isinstance(text, str) or not 0 < len(text) <= 255:
+            raise ValueError(f"{name}= must be a string of 1 to 255 characters, not {text!r:.50}")
+        to_json(text)  # may raise ValueError
 
 
 def new_fields(
@@ -158,6 +166,7 @@ def new_fields(
         raise ValueError(error)
     task.__header__(*args, **kwargs)
     to_json(label)  # may raise ValueError
+    check_text("queue", queue or None)
     if (delay := seconds_until(countdown, eta)) > MAX_COUNTDOWN:
         raise ValueError(f"countdown={delay:.0f} is longer than ten years: it is in seconds")
     due_at = now + timedelta(seconds=delay)
@@ -198,7 +207,7 @@ def fields_to_run_again(job, now):
 
 def insert(manager, fields, unique=None):
     """Create the job, unless a job with this `unique` is active. Returns that one then."""
-    to_json([unique, fields.get("idempotency_key")])  # may raise ValueError
+    check_text("idempotency_key", fields.get("idempotency_key"))
     if unique is None:
         job = manager.create(**fields)
     else:
@@ -212,8 +221,7 @@ def insert(manager, fields, unique=None):
 
 def get_or_create_active(manager, unique, fields):
     """Return the active job with this `unique`, or a new one, and whether it is new."""
-    if not isinstance(unique, str) or not 0 < len(unique) <= 255:
-        raise ValueError(f"unique= must be a string of 1 to 255 characters, not {unique!r:.50}")
+    check_text("unique", unique)
     active = manager.model.objects.filter(UNFINISHED)  # not `manager`, which may be a user's jobs
     for tries_left in reversed(range(21)):
         try:

@@ -32,7 +32,7 @@ class JobSerializer(serializers.ModelSerializer):
         extra_kwargs = {"result": {"help_text": f"a list replaces a long result by {TOO_LONG!r}"}}
 
     def to_representation(self, job):
-        if "result" in job.get_deferred_fields():  # a row of a list: see JobViewSet
+        if hasattr(job, "short_result"):  # a row of a list: see JobViewSet
             job.result = job.short_result
         is_trusted = has_job_perm(self.context["request"].user, "view")
         if self.parent is not None or not is_trusted:

@@ -17,8 +17,9 @@ Threads and gevent:
 2. After SOFT_SHUTDOWN_SECONDS, a thread hands back the jobs that are left, and ends the process:
    requeue_and_exit().
 
-The broker delivers plain tasks again that have not ended. An error of Celery can end a worker too, without
-SIGTERM. Then threads and gevent do the same, and prefork waits for all bodies.
+The broker delivers plain tasks again that have not ended. Ctrl-C, `celery control shutdown` and an error of
+Celery end a worker too. Then threads and gevent do the same, and prefork waits for all bodies, at most for
+the longest time limit.
 """
 
 import mmap
@@ -68,9 +69,9 @@ class Shutdown(StartStopStep):
 
 def begin(exitcode=0, sig=None, **kwargs):
     """Begin the shutdown, and limit its time: Celery alone would wait for the last body."""
-    has_begun, shutting_down[0] = shutting_down[0], True
-    if has_begun:
+    if shutting_down[0]:
         return
+    shutting_down[0] = True
     if is_prefork:
         longest = max(task.time_limit or 0 for task in current_app.tasks.values())
         pool.start_thread(partial(end_if_stuck, longest))

@@ -54,13 +54,14 @@ class Queue:
 
         messages_in() also counts messages of plain tasks, which may hide that messages of jobs are missing. So
         send one job again now and then. claim() sets `times_sent` to the number of the message that started
-        the job: if this was not the first one, the first one was lost, and the next probe has `size` jobs.
+        the job: if this was not the first one, the first one was lost, and the next probe has twice as many.
         """
         if time.monotonic() < self.probe_at:
             return {}
-        lost = Job.objects.filter(pk__in=self.probe_ids, times_sent__gt=1).exclude(state="queued")
-        count = size if lost.exists() else min(size, 1)
-        marked = mark_sent(due[:count])
+        lost = Job.objects.filter(pk__in=self.probe_ids, times_sent__gt=1)
+        lost = lost.exclude(state__in=["queued", "cancelled"])  # no message has started these
+        count = 2 * len(self.probe_ids) if lost.exists() else 1
+        marked = mark_sent(due[: min(count, size)])
         if marked:
             self.probe_at = time.monotonic() + conf.JOB_RESEND_SECONDS
             self.probe_ids = tuple(marked)
@@ -77,14 +78,14 @@ def start(tick_delay, error_count):
     `tick_delay` returns how many seconds Beat's next tick is overdue, `error_count` how many errors
     Beat has logged.
     """
-    beat = [tick_delay, error_count]
-    threading.Thread(target=sweep_or_exit, args=beat, name="sweep", daemon=True).start()
+    args = [tick_delay, error_count]
+    threading.Thread(target=sweep_or_exit, args=args, name="sweep", daemon=True).start()
     threading.Thread(target=purge_forever, name="purge", daemon=True).start()
 
 
-def sweep_or_exit(*beat):
+def sweep_or_exit(tick_delay, error_count):
     try:
-        sweep_forever(*beat)
+        sweep_forever(tick_delay, error_count)
     finally:  # without this thread nothing would be recovered: let a supervisor restart Beat
         os._exit(1)
 
@@ -258,10 +259,11 @@ def mark_sent(due):
     length = Length(Cast("args", TextField())) + Length(Cast("kwargs", TextField()))
     with transaction.atomic():
         jobs = list(due.select_for_update(skip_locked=True).values_list("pk", "times_sent", length))
-        for sent in {sent for _, sent, _ in jobs}:
-            wait = min(conf.JOB_RESEND_SECONDS * 2 ** min(sent, 20), MAX_RESEND_SECONDS)
-            rows = Job.objects.filter(pk__in=[pk for pk, times, _ in jobs if times == sent])
-            rows.update(times_sent=sent + 1, sweep_at=Now() + timedelta(seconds=wait))
+        for before in {times_sent for _, times_sent, _ in jobs}:
+            wait = min(conf.JOB_RESEND_SECONDS * 2 ** min(before, 20), MAX_RESEND_SECONDS)
+            pks = [pk for pk, times_sent, _ in jobs if times_sent == before]
+            rows = Job.objects.filter(pk__in=pks)
+            rows.update(times_sent=before + 1, sweep_at=Now() + timedelta(seconds=wait))
     return {pk: size for pk, _, size in jobs}
 
 

@@ -5,6 +5,7 @@ import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import wraps
 from inspect import getattr_static, iscoroutinefunction
 from typing import Any
 
@@ -74,7 +75,10 @@ class JobTask(DjangoTask):
 
     @classmethod
     def bind(cls, app):
-        """Give a task with its own time limit nine tenths of it as soft limit, not that of the settings."""
+        """Give a task with its own time limit nine tenths of it as soft limit, not that of the settings.
+
+        It happens here, because super().bind() fills in the limits of the settings.
+        """
         if cls.time_limit and not cls.soft_time_limit:
             cls.soft_time_limit = cls.time_limit * 0.9
         return super().bind(app)
@@ -91,11 +95,13 @@ class JobTask(DjangoTask):
         if cls.time_limit and cls.soft_time_limit and cls.soft_time_limit > cls.time_limit:
             cls.soft_time_limit = cls.time_limit * 0.9
         if iscoroutinefunction(cls.run):
-            # Wrap it here: autoretry_for wraps `run` next, and would not see an error of a coroutine.
             body = getattr_static(cls, "run")  # not yet bound to an instance
-            cls.run = lambda self, *args, **kwargs: run_coroutine(
-                self, body.__get__(self, cls)(*args, **kwargs)
-            )
+
+            @wraps(cls.run)  # retry() reads its signature
+            def run(self, *args, **kwargs):
+                return run_coroutine(self, body.__get__(self, cls)(*args, **kwargs))
+
+            cls.run = run  # autoretry_for wraps it next, and would not see an error of a coroutine
 
     # For callers: Celery's methods
 
@@ -136,7 +142,8 @@ class JobTask(DjangoTask):
     aenqueue = sync_to_async(enqueue)
 
     # These store the row in the caller's transaction too. Celery's own would store it after the commit.
-    delay_on_commit, apply_async_on_commit = DjangoTask.delay, apply_async
+    delay_on_commit = DjangoTask.delay  # which calls self.apply_async()
+    apply_async_on_commit = apply_async
 
     def map(self, *args):
         """Raise TypeError: Celery would call the body many times in one plain task."""
@@ -166,7 +173,12 @@ class JobTask(DjangoTask):
         caught = sys.exception()
         if self._current_run and (exc or caught):
             self._current_run.failure = describe(exc or caught, caught)
-        return super().retry(args, kwargs, exc, throw, eta, countdown, max_retries, **options)
+        retry = super().retry(args, kwargs, exc, False, eta, countdown, max_retries, **options)
+        if retry.is_eager:  # then Celery has not called apply_async()
+            self.apply_async(retry.sig.args, retry.sig.kwargs, **retry.sig.options)
+        if throw:
+            raise retry
+        return retry
 
     def _retry_later(self, args, kwargs, countdown, retries, queue=None, **options):
         """Remember the options of retry(). They are stored when the body and its transaction have ended."""
@@ -281,9 +293,7 @@ class JobTask(DjangoTask):
         """Run the body, and write how it ended. Returns its result, or raises what Celery expects."""
         try:
             result = self._run_body(run, args, kwargs)
-        except Retry as retry:
-            if retry.is_eager:  # then Celery's retry() has not called apply_async()
-                self.apply_async(retry.sig.args, retry.sig.kwargs, **retry.sig.options)
+        except Retry:
             if run.retry:
                 run.try_again()
             else:
@@ -342,10 +352,10 @@ def run_coroutine(task, body):
     coroutine.
     """
     request, loop, current = task.request, None, None
-    if run := task._own_run():
-        run.read_cursor()  # now, because a coroutine cannot query the database
+    if own := task._own_run():
+        own.read_cursor()  # now, because a coroutine cannot query the database
 
-    async def run():
+    async def with_request():
         nonlocal loop, current
         loop, current = asyncio.get_running_loop(), asyncio.current_task()
         task.request_stack.push(request)  # each thread has its own stack
@@ -355,7 +365,7 @@ def run_coroutine(task, body):
             task.request_stack.pop()
 
     try:
-        return async_to_sync(run)()
+        return async_to_sync(with_request)()
     except BaseException:
         with suppress(RuntimeError):  # the loop has ended
             if loop:

@@ -9,7 +9,7 @@ from django.db.models import Case, Q, When
 from django.db.models.functions import Now
 from django.db.models.sql import UpdateQuery
 
-from .expressions import ASYNC_COMMIT, LOCK_TIMEOUT, UNFINISHED, Clock
+from .expressions import ASYNC_COMMIT, IDLE_TIMEOUT, LOCK_TIMEOUT, UNFINISHED, Clock
 
 STORED_FAILURES = 20  # of each job: the latest ones
 
@@ -52,7 +52,9 @@ def update(jobs, changes, failure=None):
 
 def skip_locked(jobs):
     """Lock these rows, except those that another transaction has locked, and return them."""
-    keys = jobs.select_for_update(skip_locked=True).values_list("pk", flat=True)
+    keys = (
+        jobs.filter(IDLE_TIMEOUT).select_for_update(skip_locked=True).values_list("pk", flat=True)
+    )
     return jobs.model.objects.filter(pk__in=list(keys))
 
 
