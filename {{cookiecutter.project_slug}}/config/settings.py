@@ -265,7 +265,8 @@ REUSE = {"CELERY_DB_REUSE_MAX": 1000}  # tasks reuse database connections
 WORKER_POOLS = {
     # When the broker is lost, end the tasks that it will deliver again. Threads cannot be ended.
     "prefork": REUSE | {"worker_cancel_long_running_tasks_on_connection_loss": True},
-    "threads": REUSE | {"worker_concurrency": 20},  # Celery has read WORKER_CONCURRENCY before, and prefers it
+    # Celery has read WORKER_CONCURRENCY before this, and prefers it.
+    "threads": REUSE | {"worker_concurrency": 20},
     "solo": REUSE,
 }
 {% print worker_pool.settings | default %}
