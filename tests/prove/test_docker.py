@@ -521,7 +521,7 @@ def test_compose_works_with_servers_of_your_own(engine, bake, broker):
     text = re.sub("^(    DATABASE_URL: ).*", r"\1postgres://u:p@db.example/shop", text, flags=re.M)
     page, [entries] = project.read("docs/production.md"), re.findall(WAITS, text)
     edit = "depends_on: {}"
-    assert f"In `migrate` write `{edit}`" in page
+    assert f"So write `{edit}` in `migrate`" in page
     (project / "compose.yaml").write_text(text.replace(entries, ""))
     with pytest.raises(AssertionError, match="cycle detected: migrate -> migrate"):
         project.call("docker", "compose", "config")
