@@ -346,7 +346,6 @@ def test_a_unique_key_must_not_be_empty():
 def test_a_worker_that_freezes_while_it_renews_a_lease_locks_no_job_for_long(monkeypatch):
     if connection.vendor != "postgresql":
         pytest.skip("SQLite locks the whole file: set DATABASE_URL=postgres://…")
-    monkeypatch.setattr(lease, "IDLE_TIMEOUT", SetLocal(name=IDLE, value="100ms"))
     monkeypatch.setattr(updates, "IDLE_TIMEOUT", SetLocal(name=IDLE, value="100ms"))
     job = Job.objects.enqueue(add, [1, 2], countdown=60)
     run = runs.Run(job.pk)

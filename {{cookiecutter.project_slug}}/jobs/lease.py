@@ -14,7 +14,7 @@ from django.db.models import Q
 from django.db.models.functions import Now
 
 from . import conf, updates
-from .expressions import IDLE_TIMEOUT, lease_end
+from .expressions import lease_end
 from .models import Job
 from .pools import pool
 from .runs import OVER_TIME_LIMIT, jobs_of, lock, runs
@@ -57,7 +57,7 @@ def write_and_renew(to_write):
     """
     reports = {run: run.report for run in to_write}
     with transaction.atomic():
-        rows = jobs_of(to_write).filter(IDLE_TIMEOUT).select_for_update(skip_locked=True)
+        rows = updates.locking(jobs_of(to_write))
         tokens = set(rows.values_list("run_token", flat=True))
         written = [run for run in to_write if run.token in tokens]
         silent = [run for run in written if not reports[run]]  # these keep progress and message
@@ -89,8 +89,7 @@ def recover(jobs):
     thread never ended.
     """
     late = Q(deadline__lte=Now())
-    locked = jobs.filter(IDLE_TIMEOUT).select_for_update(skip_locked=True)
-    for job in locked.only("crashes").annotate(late=late):
+    for job in updates.locking(jobs).only("crashes").annotate(late=late):
         crashes = job.crashes + 1
         died = {"error": "Its worker died", "exception": "celery.exceptions.WorkerLostError"}
         if job.late:

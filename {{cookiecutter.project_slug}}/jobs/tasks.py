@@ -137,7 +137,7 @@ class JobTask(DjangoTask):
 
     def enqueue(self, *args, **kwargs) -> Job:
         """Enqueue a job with these arguments, and no options. Returns the Job."""
-        return self.using().enqueue(*args, **kwargs)
+        return Job.objects.enqueue(self, args, kwargs)
 
     aenqueue = sync_to_async(enqueue)
 

@@ -50,11 +50,14 @@ def update(jobs, changes, failure=None):
     return changed
 
 
+def locking(jobs):
+    """Return these rows, without those that another transaction has locked. A query of them locks them."""
+    return jobs.filter(IDLE_TIMEOUT).select_for_update(skip_locked=True)
+
+
 def skip_locked(jobs):
     """Lock these rows, except those that another transaction has locked, and return them."""
-    keys = (
-        jobs.filter(IDLE_TIMEOUT).select_for_update(skip_locked=True).values_list("pk", flat=True)
-    )
+    keys = locking(jobs).values_list("pk", flat=True)
     return jobs.model.objects.filter(pk__in=list(keys))
 
 
