@@ -1,9 +1,11 @@
 """Celery's app with support for jobs. It enqueues jobs by name, and refuses them in Celery's canvas."""
 
 from contextlib import suppress
+from functools import wraps
 
 import celery
 from celery.app import control
+from celery.canvas import Signature
 from celery.contrib.django.task import DjangoTask
 from celery.utils.functional import maybe_list
 from django.apps import apps
@@ -13,7 +15,7 @@ from .database import try_once
 
 __all__ = ["Celery"]
 
-NO_CANVAS = "A job cannot be a callback or part of a group, chain or chord: enqueue it in a task"
+NO_CANVAS = "A job cannot be a callback, or part of a group, chain or chord with plain tasks: enqueue it in a task"
 CANVAS_OPTIONS = ("link", "link_error", "chain", "chord")  # of apply_async(): they hold other tasks
 
 
@@ -80,3 +82,30 @@ def task_names(value):
     if isinstance(value, (list, tuple)):
         for each in value:
             yield from task_names(each)
+
+
+def store_jobs(kind):
+    """Let this class of Celery's canvas store its tasks as jobs, if they are jobs.
+
+    Celery has no hook for this. It sends the tasks of a group one by one, and tells no task which is the last.
+    """
+    send = kind.apply_async
+
+    @wraps(send)
+    def apply_async(self, args=None, kwargs=None, **options):
+        body = (kwargs or {}).get("body")  # chord(header)(body)
+        names = {name for name in task_names([self, body]) if name and name not in CANVAS}
+        if not any(is_job(self.app, name) for name in names):
+            return send(self, args, kwargs, **options)
+        if plain := sorted(name for name in names if not is_job(self.app, name)):
+            raise TypeError(f"{plain[0]} is not a job. {NO_CANVAS}")
+        from . import batches  # needs models, and models need this app
+
+        return batches.enqueue(self, args, kwargs, **options)
+
+    kind.apply_async = apply_async
+
+
+CANVAS = ("celery.chain", "celery.group", "celery.chord")
+for name in ("chain", "group", "chord"):
+    store_jobs(Signature.TYPES[name])

@@ -26,11 +26,13 @@ def send_one(job, producer, **options):
     does not send the event task-sent, which would be a second message.
 
     The header `job` marks the message of a job. `crashes` says how often the job's worker has died, and
-    `times_sent` which message of the job this is.
+    `times_sent` which message of the job this is, and `batch` to which batch it belongs.
     """
     task = current_app.tasks.get(job.task)
     amqp, pk = current_app.amqp, str(job.pk)
     headers = {"job": True, "crashes": job.crashes, "times_sent": job.times_sent}
+    if job.batch_id:
+        headers["batch"] = str(job.batch_id)
     if current_app.conf.task_always_eager:
         args, kwargs = loads(dumps([job.args, job.kwargs]))  # as a worker gets them
         task.apply(args, kwargs, task_id=pk, retries=job.retries, headers=headers)

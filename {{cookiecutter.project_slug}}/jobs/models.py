@@ -1,4 +1,4 @@
-"""The tables: jobs, their failed runs, and what Beat has last done."""
+"""The tables: jobs, batches of jobs, failed runs, and what Beat has last done."""
 
 import uuid
 from typing import ClassVar
@@ -8,19 +8,59 @@ from django.db import models
 from django.db.models import Q
 from django.db.models.functions import Now
 
+from .batches import BatchActions, BatchManager
 from .expressions import ACTIVE, FINAL, UNFINISHED, Clock
 from .queryset import MAX_LABEL, JobManager, fields_to_run_again, insert
 
-__all__ = ["Failure", "Job"]
+__all__ = ["Batch", "Failure", "Job"]
 
 STATES = [(state, state.title()) for state in ACTIVE + FINAL]
+IN_BATCH = Q(batch__isnull=False)
 
 
 def cascade_ended(collector, field, jobs, using):
     """The on_delete of Job.owner: delete the jobs, too. Raises RestrictedError if some are active."""
     if active := jobs.filter(UNFINISHED)[:100]:  # the admin shows them
-        raise models.RestrictedError("This user has active jobs: cancel them first", set(active))
+        text = f"This {field.name.replace('owner', 'user')} has active jobs: cancel them first"
+        raise models.RestrictedError(text, set(active))
     models.CASCADE(collector, field, jobs, using)
+
+
+class Batch(BatchActions, models.Model):
+    """Jobs that belong together, and what starts after them: see batches.py."""
+
+    id = models.UUIDField(primary_key=True, default=uuid.uuid4, editable=False)
+    owner = models.ForeignKey(settings.AUTH_USER_MODEL, models.CASCADE, null=True, db_index=False)
+    label = models.CharField(max_length=MAX_LABEL, help_text="its name, for people")
+    # In a chord inside of a chord, the inner batch has the outer one as its parent.
+    parent = models.ForeignKey(
+        "self", models.CASCADE, null=True, db_index=False, related_name="children"
+    )
+    then = models.JSONField(null=True, help_text="what starts when all jobs have succeeded")
+    ended = models.JSONField(null=True, help_text="what starts when all jobs have ended")
+    state = models.CharField(
+        max_length=9, choices=[(each, each.title()) for each in ["open", *FINAL]], default="open"
+    )
+    error = models.TextField(help_text="why `then` has not started")
+    counts = models.JSONField(default=dict, help_text="how many jobs ended in each state")
+    created_at = models.DateTimeField(db_default=Clock())
+    ended_at = models.DateTimeField(null=True)
+
+    objects: ClassVar[BatchManager] = BatchManager()
+    jobs: JobManager  # its members
+    children: BatchManager
+
+    class Meta:
+        indexes = [
+            models.Index(fields=["owner", "-created_at"], name="batch_owner"),
+            models.Index(fields=["-created_at"], name="batch_created"),
+            models.Index(fields=["ended_at"], name="batch_ended"),
+            models.Index(fields=["parent"], name="batch_parent", condition=Q(parent__isnull=False)),
+        ]
+        verbose_name_plural = "batches"
+
+    def __str__(self):
+        return self.label or f"Batch {self.id}"
 
 
 class Job(models.Model):
@@ -62,6 +102,11 @@ class Job(models.Model):
     retries = models.PositiveIntegerField(default=0)
     crashes = models.PositiveSmallIntegerField(default=0, help_text="times its worker died")
 
+    batch = models.ForeignKey(Batch, cascade_ended, null=True, db_index=False, related_name="jobs")
+    # Steps of a chain. [] when they were passed on.
+    then = models.JSONField(null=True, help_text="what starts when it has succeeded")
+    follows = models.UUIDField(null=True, help_text="the job or batch that it continues or repeats")
+
     objects: ClassVar[JobManager] = JobManager()
     failures: models.Manager  # the Failures of this job
 
@@ -69,7 +114,21 @@ class Job(models.Model):
         base_manager_name = "objects"  # for refresh_from_db(), and for foreign keys to a job
         indexes = [
             models.Index(fields=["-created_at"], name="job_created"),
-            models.Index(fields=["owner", "-created_at"], name="job_owner"),
+            # Without members of batches: a list shows the batch, not its 100,000 jobs.
+            models.Index(
+                fields=["owner", "-created_at"], name="job_owner_alone", condition=Q(batch=None)
+            ),
+            models.Index(
+                fields=["batch", "-created_at", "state"], name="job_batch", condition=IN_BATCH
+            ),
+            models.Index(
+                fields=["batch", "-created_at"],
+                name="job_batch_active",
+                condition=IN_BATCH & UNFINISHED,
+            ),
+            models.Index(
+                fields=["follows"], name="job_follows", condition=Q(follows__isnull=False)
+            ),
             models.Index(fields=["owner", "state", "-created_at"], name="job_owner_state"),
             models.Index(fields=["finished_at"], name="job_finished", condition=~UNFINISHED),
             models.Index(

@@ -154,6 +154,12 @@ def new_fields(
     now, task, args, kwargs=None, owner=None, label="", queue=None, countdown=None, eta=None
 ):
     """Return the fields of a new job. Raises the TypeError and ValueError of enqueue()."""
+    fields = call_fields(task, args, kwargs, label, queue)
+    return {**fields, "owner": owner, **times(now, countdown, eta)}
+
+
+def call_fields(task, args, kwargs=None, label="", queue=None):
+    """Return what a new job is to do. Raises the TypeError and ValueError of enqueue()."""
     if not getattr(task, "_is_job", False):
         raise TypeError(f"{task!r} is not a job: declare it with @shared_task(base=JobTask)")
     try:
@@ -167,20 +173,19 @@ def new_fields(
     task.__header__(*args, **kwargs)
     to_json(label)  # may raise ValueError
     check_text("queue", queue or None)
+    queue = queue or queue_of(task, args, kwargs)
+    label = label[:MAX_LABEL]
+    return {"task": task.name, "args": args, "kwargs": kwargs, "label": label, "queue": queue}
+
+
+def times(now, countdown=None, eta=None):
+    """Return when a new job is due, and when the sweep sends its message."""
     if (delay := seconds_until(countdown, eta)) > MAX_COUNTDOWN:
         raise ValueError(f"countdown={delay:.0f} is longer than ten years: it is in seconds")
     due_at = now + timedelta(seconds=delay)
-    return {
-        "task": task.name,
-        "args": args,
-        "kwargs": kwargs,
-        "owner": owner,
-        "label": label[:MAX_LABEL],
-        "queue": queue or queue_of(task, args, kwargs),
-        "times_sent": 0 if delay else 1,
-        "due_at": due_at,
-        "sweep_at": due_at if delay else now + timedelta(seconds=conf.JOB_RESEND_SECONDS),
-    }
+    resend_at = now + timedelta(seconds=conf.JOB_RESEND_SECONDS)
+    sweep_at = due_at if delay else resend_at
+    return {"times_sent": 0 if delay else 1, "due_at": due_at, "sweep_at": sweep_at}
 
 
 def seconds_until(countdown=None, eta=None):

@@ -10,7 +10,7 @@ from traceback import format_exception, format_exception_only
 
 from celery.exceptions import Ignore, SoftTimeLimitExceeded
 
-from . import updates
+from . import batches, updates
 from .database import in_transaction, wait_for, wait_past_soft_limit
 from .expressions import LOCK_TIMEOUT, lease_end
 from .models import Job
@@ -46,10 +46,12 @@ class Run:
     updates.claim().
     """
 
-    def __init__(self, job_id, token=None, task=None, **claim):
+    def __init__(self, job_id, token=None, task=None, batch_id=None, **claim):
         self.job_id = job_id
         self.token = token or uuid.uuid4()
         self.task = task
+        self.batch_id = batch_id
+        self.next_steps = []  # what the body passed to then()
         self.claim_fields = claim
         self.report = {}  # the latest progress and message
         self.written = self.report  # the report that is in the row
@@ -141,13 +143,14 @@ class Run:
         try:
             with suppress(SoftTimeLimitExceeded):  # the limit is for the body, which has ended
                 json.dumps(result, allow_nan=False)
-            key = {"id": self.job_id, "run_token": self.token}
-            written = self.write(updates.succeed, Job.objects, **key, **end)
+            key = {"id": self.job_id, "run_token": self.token, "next_steps": self.next_steps}
+            written = self.write(batches.succeed, Job.objects, **key, **end)
         except Exception as error:
             self.fail(f"Its result cannot be stored: {error}")
             raise
         if not written:
             raise self.ignored()
+        self.end_batch()
 
     def fail(self, public_error=None):
         """Write that the job failed with the exception being handled, and this text for its owner."""
@@ -160,6 +163,7 @@ class Run:
         texts = {"error": failure["error"], "public_error": public_error or ""}
         row = self.row_with_lock_timeout
         self.write(updates.finish, row, "failed", failure=failure, **self.report, **texts)
+        self.end_batch()
 
     def try_again(self):
         """Queue the job as retry() said. Raises an error if its new arguments cannot be stored."""
@@ -171,6 +175,10 @@ class Run:
         except Exception as error:  # for example, arguments that are not JSON
             self.fail(f"Its next try cannot be stored: {error}")
             raise
+
+    def end_batch(self):
+        if self.batch_id:
+            pool.query(batches.try_to_end, self.batch_id)
 
     def hand_back(self):
         """Queue the job for another worker."""

@@ -16,7 +16,7 @@ from django.db import close_old_connections, connection, transaction
 from django.db.models import F, Min, Q, TextField
 from django.db.models.functions import Cast, Length, Now
 
-from . import conf, updates
+from . import batches, conf, updates
 from .database import may_succeed_later, try_in_halves
 from .expressions import QUEUED
 from .lease import POLL_SECONDS, recover
@@ -33,7 +33,7 @@ JOBS_IN_MEMORY = 100  # jobs loaded at once, because arguments may be large
 # times as much memory.
 BYTES_IN_MEMORY = 1_000_000
 # The fields of a job that its message needs.
-MESSAGE_FIELDS = ["task", "args", "kwargs", "queue", "retries", "crashes", "times_sent"]
+MESSAGE_FIELDS = ["task", "args", "kwargs", "queue", "batch", "retries", "crashes", "times_sent"]
 REFUSALS = 5  # a job fails when the broker has refused its message this many times
 PURGE_BATCH = 2000  # jobs deleted in a round: more than a million an hour, with a round every 5 s
 PURGE_RETRY_SECONDS = 3600  # until jobs that could not be deleted are tried again
@@ -106,6 +106,7 @@ def sweep_forever(tick_delay, error_count):
             try:
                 if may_recover:
                     recover_lapsed()
+                batches.end_all()
             finally:
                 pause = send_due(resend=may_recover)
             errors = error_count()

@@ -16,7 +16,7 @@ from django.db import connection
 from django.db.models.functions import Now
 from django.db.transaction import TransactionManagementError
 
-from . import conf, updates
+from . import batches, conf, updates
 from .celery import NO_CANVAS
 from .database import (
     end_interrupted_query,
@@ -26,7 +26,7 @@ from .database import (
 )
 from .expressions import LOCK_TIMEOUT, QUEUED
 from .lease import start_thread
-from .models import Job
+from .models import Batch, Job
 from .pools import pool
 from .queryset import MAX_COUNTDOWN, insert, new_fields, seconds_until
 from .results import JobBackend
@@ -243,6 +243,36 @@ class JobTask(DjangoTask):
                 if shutting_down[0]:
                     end_after_commit()
 
+    @property
+    def batch(self) -> Batch | None:
+        """The batch that this job belongs to, or None. self.batch.enqueue() adds another job to it."""
+        run = self._own_run()
+        return run and run.batch_id and Batch.objects.get(pk=run.batch_id)
+
+    def then(
+        self,
+        task: Any,
+        args: list | tuple = (),
+        kwargs: dict | None = None,
+        *,
+        label: str = "",
+        queue: str | None = None,
+        countdown: float | None = None,
+        eta: datetime | None = None,
+    ) -> None:
+        """Enqueue a job in the transaction that stores the success of this one: exactly one row.
+
+        However often the body runs, only what the last run names is stored. The new job has the same owner,
+        and belongs to the same batch. If the task was called directly, the job is enqueued at once. Raises
+        the errors of Job.objects.enqueue().
+        """
+        if run := self._own_run():
+            options = {"label": label, "queue": queue, "countdown": countdown, "eta": eta}
+            run.next_steps.append(batches.plan(task.si(*args, **kwargs or {}), **options)[0])
+        else:
+            options = {"label": label, "queue": queue, "countdown": countdown, "eta": eta}
+            Job.objects.enqueue(task, args, kwargs, **options)
+
     def _own_run(self):
         if self.request_stack.top is None and any(r.task is self for r in tuple(runs.values())):
             raise RuntimeError(
@@ -266,6 +296,7 @@ class JobTask(DjangoTask):
             request.id,
             headers.get("run_token"),
             self,
+            headers.get("batch"),
             worker=request.hostname,
             retries=request.retries,
             crashes=crashes,
@@ -328,7 +359,7 @@ class JobTask(DjangoTask):
         in_block = connection.in_atomic_block  # a test's atomic(), in eager mode: leave it open
         try:
             run.in_body = True
-            result = self.run(*args, **kwargs)
+            result = self.run(*batches.fill(args), **kwargs)
         finally:
             run.in_body = False  # write_and_renew() must not claim the job again
             was_open = not in_block and roll_back_open_transaction()

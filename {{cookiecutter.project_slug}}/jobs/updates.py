@@ -140,7 +140,8 @@ def claim(manager, id, run_token, worker, retries, crashes, times_sent, limit, l
 
 @prepared_update()
 def succeed(manager, id, run_token, result, message):
-    """The UPDATE that writes the result of a run, if the run still owns the job."""
-    rows = manager.filter(UNFINISHED, LOCK_TIMEOUT, pk=id, run_token=run_token)
+    """The UPDATE that writes the result of a run, if the run still owns the job and no step comes next."""
+    is_alone = Q(then__isnull=True)
+    rows = manager.filter(UNFINISHED, is_alone, LOCK_TIMEOUT, pk=id, run_token=run_token)
     final = {"state": "succeeded", "run_token": None, "sweep_at": None, "finished_at": Now()}
     return rows, {**final, "progress": 100, "result": result, "message": message}

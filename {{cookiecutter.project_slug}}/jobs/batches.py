@@ -1,0 +1,459 @@
+"""Batches: jobs that belong together, and what starts when they have ended. Chains, groups and chords.
+
+Whoever ends a job of a batch asks afterwards, in a query of its own, whether another one is unfinished. If
+two jobs end at the same moment, each asks after its own commit, so one of them sees that both have ended.
+It then locks the row of the batch, asks again, and stores what starts next. So jobs that end share no lock.
+The sweep asks, too: jobs may be cancelled or deleted, and a worker may die before it has asked.
+
+What starts next is a list of *steps*, as JSON. A step is a job, or a group of such lists:
+
+    chain(a, b)            [a, b]
+    group(a, chain(b, c))  [{"group": [[a], [b, c]]}]
+    chord([a, b])(c)       [{"group": [[a], [b]]}, c]
+
+A job of a chain has the steps after it in its row, as Celery's messages carry them. A group is a batch, and
+has the steps after it in the row of the batch.
+"""
+
+import logging
+import uuid
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+from asgiref.sync import sync_to_async
+from celery import current_app, group
+from celery.canvas import Signature, maybe_signature
+from django.apps import apps
+from django.db import connections, models, transaction
+from django.db.models import Count, Exists, OuterRef, Q, Subquery
+from django.db.models.functions import Now
+from django.utils import timezone
+from kombu.utils.json import register_type
+
+from . import updates
+from .expressions import IDLE_TIMEOUT, LOCK_TIMEOUT, UNFINISHED
+from .queryset import (
+    BATCH_SIZE,
+    MAX_LABEL,
+    call_fields,
+    database_time,
+    insert_many,
+    owner_of,
+    times,
+)
+from .values import as_json, size_error, to_json
+
+if TYPE_CHECKING:
+    from .models import Batch, Job
+
+__all__ = ["BatchManager"]
+
+logger = logging.getLogger(__name__)
+
+
+class Results:
+    """An argument that is replaced by results when the body starts, so that no row copies them.
+
+    `source` is ["job", id] or ["batch", id].
+    """
+
+    def __init__(self, source):
+        self.source = source
+
+    def read(self):
+        """Return the result of the job, or the list of those of the batch, in the order of its members.
+
+        Raises LookupError if the job was deleted.
+        """
+        kind, pk = self.source
+        jobs = job_manager()
+        if kind == "batch":
+            # All jobs of a chain but the last have `then`.
+            members = jobs.filter(batch=pk, then__isnull=True).order_by("created_at", "pk")
+            return list(members.values_list("result", flat=True))
+        if found := list(jobs.filter(pk=pk).values_list("result", flat=True)):
+            return found[0]
+        raise LookupError(f"it needs the result of the job {pk}, which was deleted")
+
+
+register_type(Results, "jobs.Results", lambda results: results.source, Results)
+
+
+def fill(args):
+    """Return the arguments of a body, with results in place of each Results."""
+    return [arg.read() if isinstance(arg, Results) else arg for arg in args]
+
+
+# models.py imports this module.
+
+
+def job_manager():
+    return apps.get_model("jobs.Job").objects
+
+
+def batch_manager():
+    return apps.get_model("jobs.Batch").objects
+
+
+# Steps
+
+
+def plan(signature, given=(), args=(), kwargs=None, parent=None, label="", **options):
+    """Return the steps of a signature, and the result that Celery's canvas would return for it.
+
+    `given` are the arguments that the step before passes on, `args`, `kwargs` and `options` those of
+    apply_async(), and `parent` is the result of the step before.
+
+    Raises TypeError if a task is not a job, or for options that a job in a canvas cannot have, and the
+    errors of Job.objects.enqueue().
+    """
+    sig = maybe_signature(signature, current_app)
+    if not isinstance(sig, Signature):
+        raise TypeError(f"{signature!r:.200} is not a signature, such as task.s(10)")
+    options = {**sig.options, **options}
+    label = options.pop("label", "") or label
+    kind = sig.subtask_type
+    if kind not in ("chain", "group", "chord"):
+        sig = sig.clone(args, kwargs) if args or kwargs else sig
+        return plan_job(sig, [] if sig.immutable else given, parent, label, **options)
+    args = sig.args if sig.immutable else [*args, *sig.args]
+    tasks = sig.tasks
+    if kind == "group":
+        pk = options.pop("task_id", None) or str(uuid.uuid4())
+        planned = [plan(each, given, args, kwargs, parent, label, **options) for each in tasks]
+        results = [each for _, result in planned for each in getattr(result, "results", [result])]
+        steps = [{"group": [steps for steps, _ in planned], "id": pk, "label": label}]
+        return steps, current_app.GroupResult(pk, results, parent=parent)
+    if kind == "chord":
+        kwargs = {**sig.kwargs["kwargs"], **(kwargs or {})}
+        tasks = [group(getattr(tasks, "tasks", tasks)), kwargs.pop("body", None) or sig.body]
+    steps, result = [], parent
+    for each in tasks:
+        groups = steps[-1].get("group", ()) if steps else ()
+        if any(len(member) > 1 and "group" in member[-1] for member in groups):
+            raise TypeError("a chain in the header of a chord cannot end with a group")
+        added, result = plan(each, given, args, kwargs, result, label, **options)
+        steps += added
+        given, args, kwargs, options = [None], [], None, {}
+    return steps, result
+
+
+def plan_job(
+    sig, given, parent, label, task_id=None, queue=None, countdown=None, eta=None, **other
+):
+    if other := [name for name in other if other[name]]:
+        raise TypeError(f"a job in a canvas does not take {', '.join(other)}")
+    task = current_app.tasks.get(sig.task, sig.task)
+    fields = call_fields(task, [*given, *sig.args], sig.kwargs, label, queue)
+    times(timezone.now(), countdown, eta)  # may raise ValueError
+    step = {**fields, "id": task_id or str(uuid.uuid4()), "given": len(given)}
+    step["args"] = fields["args"][len(given) :]
+    if eta or countdown:
+        step["eta" if eta else "countdown"] = eta.isoformat() if eta else countdown
+    result = task.AsyncResult(step["id"])
+    result.parent = parent
+    return [step], result
+
+
+class Rows:
+    """The jobs and batches that some steps start with, until they are stored together.
+
+    `now` is the database's time. `place` is the time by which members of a batch are sorted: what
+    continues a member takes its place. `follows` is the id of the job or batch that comes before.
+    """
+
+    def __init__(self, now, owner_id=None, place=None, follows=None):
+        self.now, self.place, self.common = now, place or now, {"owner_id": owner_id}
+        self.follows = follows
+        self.jobs, self.batches = [], []
+
+    def add(self, steps, given=(), batch_id=None):
+        """Add what these steps start with. `given` are the first arguments, as a row stores them."""
+        first, *rest = steps
+        created_at = self.place + timedelta(microseconds=len(self.jobs))
+        if "group" not in first:
+            fields = {name: first[name] for name in ("task", "kwargs", "queue", "label")}
+            eta = datetime.fromisoformat(first["eta"]) if "eta" in first else None
+            fields |= times(self.now, first.get("countdown"), eta)
+            fields |= {"pk": first["id"], "args": [*given[: first["given"]], *first["args"]]}
+            fields |= {"batch_id": batch_id, "then": rest or None, "follows": self.follows}
+            self.jobs.append(job_manager().model(**fields, **self.common))
+            return
+        if rest or batch_id is None:
+            fields = {"pk": first["id"], "label": first["label"][:MAX_LABEL], "then": rest or None}
+            fields |= {"parent_id": batch_id, "created_at": created_at}
+            self.batches.append(batch_manager().model(**fields, **self.common))
+            batch_id = first["id"]
+        for member in first["group"]:
+            self.add(member, given, batch_id)
+
+    def store(self):
+        """Store all rows. Raises ValueError if the steps of a row exceed JOB_MAX_BYTES."""
+        for row in [*self.jobs, *self.batches]:
+            if row.then and (error := size_error(len(to_json(row.then)))):
+                raise ValueError(error)
+        batch_manager().bulk_create(self.batches, batch_size=BATCH_SIZE)
+        insert_many(job_manager(), self.place, self.jobs)
+        with_members = {row.batch_id for row in self.jobs} | {row.parent_id for row in self.batches}
+        for batch in self.batches:
+            if batch.pk not in with_members:
+                end(batch.pk)
+
+
+@transaction.atomic
+def enqueue(signature, args=(), kwargs=None, *, owner=None, label="", **options):
+    """Store the jobs of a signature: all of them or none. Returns the result that Celery would return.
+
+    `options` are those of apply_async(). Raises the errors of plan().
+    """
+    steps, result = plan(signature, (), args or (), kwargs, label=label, **options)
+    rows = Rows(database_time(job_manager()), owner and owner.pk)
+    rows.add(steps)
+    rows.store()
+    return result
+
+
+def succeed(manager, id, run_token, next_steps=(), **end):
+    """Write the result of a run, and store what comes next. Returns 0 if the run has lost its job."""
+    if not next_steps and updates.succeed(manager, id=id, run_token=run_token, **end):
+        return 1
+    # Either the job has steps to start, or the run has lost it.
+    with transaction.atomic():
+        owned = manager.filter(LOCK_TIMEOUT, pk=id, run_token=run_token)
+        fields = "owner_id", "batch_id", "created_at", "then"
+        job = owned.only(*fields).annotate(now=Now()).select_for_update().first()
+        if job is None:
+            return 0
+        changes = {"then": []} if job.then else {}
+        updates.finish(owned, "succeeded", progress=100, **end, **changes)
+        place = job.created_at if job.batch_id else None
+        rows = Rows(job.now, job.owner_id, place, follows=id)
+        if job.then:
+            rows.add(job.then, stored([Results(["job", str(id)])]), job.batch_id)
+        for steps in next_steps:
+            rows.add(steps, batch_id=job.batch_id)
+        rows.store()
+    return 1
+
+
+def stored(args):
+    return as_json(args, {})[0]
+
+
+# The end of a batch
+
+
+def is_active(pk):
+    """Return whether a job of this batch is unfinished."""
+    # The newest first: PostgreSQL need not read the index entries of thousands of jobs that have ended.
+    members = job_manager().filter(UNFINISHED, batch=pk).order_by("-created_at")
+    return bool(members.values_list("pk", flat=True)[:1])
+
+
+def end(pk):
+    """If all jobs of this batch have ended, end it and store what starts next."""
+    if is_active(pk):
+        return
+    with transaction.atomic():
+        batches = batch_manager().filter(LOCK_TIMEOUT, IDLE_TIMEOUT, pk=pk, ended_at=None)
+        batch = batches.annotate(now=Now()).select_for_update().first()
+        # Ask again: while the row is locked, no job can be added or run again.
+        if batch is None or is_active(pk) or batch.children.filter(ended_at=None).exists():
+            return
+        end_locked(batch)
+    if batch.parent_id:
+        end(batch.parent_id)
+
+
+def end_locked(batch):
+    counts = dict(batch.jobs.values_list("state").annotate(count=Count("*")))
+    bad = Counter(counts) + Counter(batch.children.values_list("state", flat=True))
+    bad = {state: bad[state] for state in ("failed", "cancelled") if bad[state]}
+    batch.state, batch.counts, batch.ended_at = next(iter(bad), "succeeded"), counts, batch.now
+    if bad:
+        texts = [f"{count:,} {state}" for state, count in bad.items()]
+        batch.error = f"Of {sum(counts.values()):,} jobs, {' and '.join(texts)}"
+    place = batch.created_at if batch.parent_id else None
+    rows = Rows(batch.now, batch.owner_id, place, follows=batch.pk)
+    if batch.then and not bad:
+        rows.add(batch.then, stored([Results(["batch", str(batch.pk)])]), batch.parent_id)
+        batch.then = []
+    if batch.ended:
+        rows.add(batch.ended)
+        batch.ended = []
+    rows.store()
+    batch.save(update_fields=["state", "counts", "error", "ended_at", "then", "ended"])
+
+
+def try_to_end(pk):
+    """Do the same as end(). If it fails, the sweep tries again."""
+    try:
+        end(pk)
+    except Exception as error:
+        logger.warning("the batch %s has not ended yet: %r", pk, error)
+
+
+def end_all():
+    """End each batch whose jobs have ended. The sweep calls this."""
+    members = job_manager().filter(UNFINISHED, batch=OuterRef("pk")).order_by("-created_at")
+    is_open = batch_manager().filter(ended_at=None).alias(member=Subquery(members.values("pk")[:1]))
+    for pk in list(is_open.filter(member=None).values_list("pk", flat=True)):
+        try_to_end(pk)
+
+
+def open_again(pks):
+    """Open these batches and their parents: some of their jobs run again in this transaction.
+
+    This locks their rows, so call it before these jobs are changed.
+    """
+    while pks := {pk for pk in pks if pk}:
+        rows = batch_manager().filter(pk__in=pks)
+        rows.update(state="open", error="", counts={}, ended_at=None)
+        pks = set(rows.values_list("parent_id", flat=True))
+
+
+def needed(before):
+    """A condition of a job: its result may still be read, or its batch has not ended before this time."""
+    next_jobs = Q(follows=OuterRef("pk")) | Q(follows=OuterRef("batch"))
+    batches = batch_manager().filter(pk=OuterRef("batch")).exclude(ended_at__lt=before)
+    return Exists(job_manager().filter(UNFINISHED, next_jobs)) | Exists(batches)
+
+
+class BatchManager(models.Manager):
+    db = property(lambda self: self._db or "default")  # as for jobs
+
+    @contextmanager
+    def open(
+        self,
+        *,
+        owner: Any = None,
+        label: str = "",
+        then: Signature | None = None,
+        ended: Signature | None = None,
+    ) -> Iterator["Batch"]:
+        """Store a batch, and its members when the block ends: all of them or none.
+
+            with Batch.objects.open(owner=user, then=send_summary.si(10)) as batch:
+                batch.enqueue(resize, [1])
+
+        - `owner`: a user. The members and what comes next belong to this user, too.
+        - `label`: a name for people, which is cut after 255 characters.
+        - `then`: what starts when all members have succeeded: a signature of a job, a chain, group or chord.
+          Its first argument is the list of their results, in the order in which they were added. With .si(),
+          it does not get them.
+        - `ended`: what starts when all members have ended, in whatever state. It gets no argument.
+
+        Raises TypeError and ValueError as Job.objects.enqueue() does.
+        """
+        to_json(label)  # may raise ValueError
+        fields = {"owner": owner_of(self, owner), "label": label[:MAX_LABEL]}
+        fields |= {"then": then and plan(then, [[]])[0], "ended": ended and plan(ended)[0]}
+        with transaction.atomic(self.db):
+            batch = self.create(**fields)
+            yield batch
+            end(batch.pk)  # if it has no members
+        batch.refresh_from_db()
+
+    def enqueue(
+        self,
+        task: Any,
+        calls: Iterable[list | tuple],
+        *,
+        owner: Any = None,
+        label: str = "",
+        queue: str | None = None,
+        countdown: float | None = None,
+        eta: datetime | None = None,
+        then: Signature | None = None,
+        ended: Signature | None = None,
+    ) -> "Batch":
+        """Store a batch with a job for each list of arguments in `calls`. Returns it. See open()."""
+        with self.open(owner=owner, label=label, then=then, ended=ended) as batch:
+            batch.enqueue_many(task, calls, queue=queue, countdown=countdown, eta=eta)
+        return batch
+
+    aenqueue = sync_to_async(enqueue)
+
+
+class BatchActions:
+    """What can be done with a Batch."""
+
+    def enqueue(
+        self,
+        task: Any,
+        args: list | tuple = (),
+        kwargs: dict | None = None,
+        *,
+        label: str = "",
+        queue: str | None = None,
+        countdown: float | None = None,
+        eta: datetime | None = None,
+    ) -> "Job":
+        """Add a job. Raises ValueError if the batch has ended. See Job.objects.enqueue()."""
+        fields = call_fields(task, args, kwargs, label, queue)
+        return self._add([fields], countdown, eta)[0]
+
+    def enqueue_many(
+        self,
+        task: Any,
+        calls: Iterable[list | tuple],
+        *,
+        label: str = "",
+        queue: str | None = None,
+        countdown: float | None = None,
+        eta: datetime | None = None,
+    ) -> list["Job"]:
+        """Add a job for each list of arguments in `calls`: all of them or none. See enqueue()."""
+        rows = [call_fields(task, args, None, label, queue) for args in calls]
+        return self._add(rows, countdown, eta)
+
+    def _add(self, rows, countdown, eta):
+        manager = job_manager()
+        with transaction.atomic(manager.db):
+            self._keep_open()
+            now = database_time(manager)
+            fields = {"batch": self, "owner_id": self.owner_id, **times(now, countdown, eta)}
+            # The time of a transaction stands still. Results are sorted by the times of their jobs.
+            place = self._next_place = max(getattr(self, "_next_place", now), now)
+            self._next_place += timedelta(microseconds=len(rows))
+            return insert_many(manager, place, [manager.model(**row, **fields) for row in rows])
+
+    def _keep_open(self):
+        """Lock the batch so that it cannot end before this transaction does. Others can do so, too.
+
+        Raises ValueError if it has ended.
+        """
+        manager = batch_manager()
+        connection = connections[manager.db]
+        rows = manager.filter(LOCK_TIMEOUT, pk=self.pk, ended_at=None).values("pk")
+        sql, params = rows.query.get_compiler(manager.db).as_sql()
+        if connection.features.has_select_for_update:
+            sql += " FOR KEY SHARE"  # Django knows only locks that exclude each other
+        with connection.cursor() as cursor:
+            cursor.execute(sql, params)
+            if not cursor.fetchone():
+                raise ValueError("the batch has ended: no job can be added to it")
+
+    def cancel(self) -> int:
+        """Cancel the members that are active, and what would start after them. Returns how many there were."""
+        count = 0
+        while (
+            cancelled := self.jobs.cancel()
+        ):  # again, because a chain may have started its next job
+            count += cancelled
+        for child in self.children.filter(ended_at=None):
+            count += child.cancel()
+        end(self.pk)
+        self.refresh_from_db()
+        return count
+
+    def run_failed_again(self) -> list["Job"]:
+        """Run the failed and the cancelled members again. Returns them. See JobQuerySet.run_again()."""
+        failed = self.jobs.filter(state__in=["failed", "cancelled"]).run_again()
+        for child in self.children.all():
+            failed += child.run_failed_again()
+        self.refresh_from_db()
+        return failed
