@@ -1,8 +1,12 @@
-"""Batches, next steps, and Celery's canvas made of jobs."""
+"""Batches, and what starts when their jobs have ended."""
+
+from datetime import timedelta
 
 import pytest
-from celery import chain, chord, group, shared_task
+from celery import chord, current_app, shared_task
+from django.db.models.functions import Now
 
+from jobs import batches, messages, updates
 from jobs.models import Batch, Job
 from jobs.tasks import JobError, JobTask
 
@@ -15,11 +19,6 @@ def add(x, y):
 
 
 @shared_task(base=JobTask)
-def total(numbers):
-    return sum(numbers)
-
-
-@shared_task(base=JobTask)
 def fail(*args):
     raise JobError("no")
 
@@ -29,65 +28,227 @@ def echo(*args):
     return list(args)
 
 
-def state(*jobs):
-    return [Job.objects.get(pk=job.pk).state for job in jobs]
+@shared_task(base=JobTask, bind=True)
+def add_sibling(self, number):
+    if number:
+        self.batch.enqueue(add_sibling, [number - 1], label=f"Sibling {number}", queue="io")
+    return number
 
 
-def test_a_batch_starts_what_comes_next(user, run_jobs):
-    batch = Batch.objects.enqueue(
-        add,
-        [[n, 1] for n in range(5)],
-        owner=user,
-        label="Numbers",
-        then=echo.s(7),
-        ended=echo.si(8),
-    )
-    assert (batch.state, Job.objects.count()) == ("open", 5)
+@shared_task(base=JobTask, bind=True)
+def read_batch(self):
+    return self.batch and str(self.batch.pk)
+
+
+def next_jobs(batch):
+    """The jobs that the batch has started: the results of `then` and of `ended`."""
+    return list(Job.objects.filter(follows=batch.pk).order_by("pk"))
+
+
+def after(batch):
+    batch.refresh_from_db()
+    return batch.state, [job.label for job in next_jobs(batch)]
+
+
+def many(task=add, count=3, then="then", ended="ended", **options):
+    calls = [[number, 0] for number in range(count)]
+    then = echo.s().set(label="then") if then else None
+    ended = echo.si().set(label="ended") if ended else None
+    return Batch.objects.enqueue(task, calls, then=then, ended=ended, **options)
+
+
+def test_a_batch_starts_then_and_ended_when_all_jobs_have_succeeded(user, run_jobs):
+    batch = many(add, 5, owner=user, label="Numbers", queue="io")
+    assert (batch.state, batch.label, batch.owner) == ("open", "Numbers", user)
+    assert set(Job.objects.values_list("owner", "queue", "batch")) == {(user.pk, "io", batch.pk)}
     run_jobs()
     batch.refresh_from_db()
-    assert (batch.state, batch.counts) == ("succeeded", {"succeeded": 5})
-    results = Job.objects.filter(follows=batch.pk).values_list("result", "owner")
-    assert sorted(results, key=str) == [([8], user.pk), ([[1, 2, 3, 4, 5], 7], user.pk)]
+    assert (batch.state, batch.counts, batch.error) == ("succeeded", {"succeeded": 5}, "")
+    assert batch.ended_at > batch.created_at
+    found = {job.label: (job.result, job.owner, job.batch) for job in next_jobs(batch)}
+    assert found == {"then": ([[0, 1, 2, 3, 4]], user, None), "ended": ([], user, None)}
 
 
-def test_chain(run_jobs):
-    last = chain(add.s(1, 2), add.s(10), add.si(5, 5), add.s(100))()
-    assert Job.objects.count() == 1
+def test_a_batch_ends_once(run_jobs):
+    batch = many()
     run_jobs()
-    assert [last.get(), last.parent.get(), last.parent.parent.get()] == [110, 10, 13]
-
-
-def test_the_operators_and_partial_arguments(run_jobs):
-    sig = add.s(2) | add.s(4)
-    assert sig(1).get() == 7
-    assert sig.delay(2).get() == 8
-    assert sig.apply_async((3,)).get() == 9
-    assert (group(add.s(1, 1), add.s(2, 2)) | total.s() | add.s(1)).delay().get() == 7
-    assert (add.s(1, 1) | group(add.s(10), add.s(20)) | total.s())().get() == 34
-
-
-def test_group(run_jobs):
-    done = group(add.s(n, n) for n in range(5))()
-    assert (done.ready(), done.completed_count(), len(done)) == (False, 0, 5)
+    batches.end(batch.pk)
+    batches.end_all()
     run_jobs()
-    assert (done.ready(), done.completed_count(), done.get()) == (True, 5, [0, 2, 4, 6, 8])
-    assert group(add.s(1), add.s(2))(10).get() == [11, 12]
-    assert done.successful() and not done.failed()
+    assert sorted(job.label for job in next_jobs(batch)) == ["ended", "then"]
 
 
-def test_chord(run_jobs):
-    last = chord(add.s(n, n) for n in range(100))(total.s())
-    assert Job.objects.count() == 100
-    assert last.get() == 9900
-    assert chord([add.s(1, 1), add.s(2, 2)], total.s()).apply_async().get() == 6
-    assert last.parent.completed_count() == 100
+@pytest.mark.parametrize("bad", ["failed", "cancelled"])
+def test_then_does_not_start_after_a_bad_member(bad, run_jobs):
+    with Batch.objects.open(then=echo.s().set(label="then"), ended=echo.si()) as batch:
+        batch.enqueue_many(add, [[1, 2]] * 1000)
+        job = batch.enqueue(fail)
+    if bad == "cancelled":
+        job.cancel()
+    run_jobs()
+    assert after(batch) == (bad, [""])
+    assert batch.error == f"Of 1,001 jobs, 1 {bad}"
+    assert batch.counts == {"succeeded": 1000, bad: 1}
 
 
-def test_nested_canvas(run_jobs):
-    inner = chord([add.s(1, 1), chain(add.s(2, 2), add.s(1))], total.s())  # 2 + 5
-    assert chain(inner, add.s(3))().get() == 10
-    assert group(inner, chain(add.s(1, 2), add.s(3)))().get() == [7, 6]
-    assert chord([group(add.s(1, 0), add.s(2, 0)), add.s(3, 0)])(total.s()).get() == 6
-    assert chord([])(total.s()).get() == 0
-    outer = chord([inner, add.s(1, 1), chain(add.s(3, 3), group(add.s(1), add.s(2)), echo.s())])
-    assert outer(echo.s()).get() == [[7, 2, [[7, 8]]]]
+@pytest.mark.parametrize("changes", [{"retries": 1}, {"crashes": 1}])
+def test_a_retry_or_a_crash_is_not_an_end(changes, run_jobs):
+    batch = Batch.objects.enqueue(add, [[1, 2]])
+    assert updates.requeue(batch.jobs.all(), 60, **changes) == 1
+    batches.end(batch.pk)
+    batches.end_all()
+    assert after(batch) == ("open", [])
+
+
+def test_an_empty_batch_ends_at_once(run_jobs):
+    batch = many(add, 0)
+    assert batch.state == "succeeded"
+    run_jobs()
+    assert sorted((job.label, job.result) for job in next_jobs(batch)) == [
+        ("ended", []),
+        ("then", [[]]),
+    ]
+
+
+def test_a_batch_without_callbacks_ends(run_jobs):
+    batch = many(then=None, ended=None)
+    run_jobs()
+    assert after(batch) == ("succeeded", [])
+
+
+def test_then_and_ended_have_options_of_their_own(run_jobs):
+    then = echo.s("x").set(queue="io", label="Sum", countdown=60)
+    batch = Batch.objects.enqueue(add, [[1, 2]], then=then, queue="cpu", label="Numbers")
+    run_jobs()
+    [job] = next_jobs(batch)
+    assert (job.queue, job.label, job.times_sent or job.state) == ("io", "Sum", job.state)
+    assert job.due_at > job.created_at + timedelta(seconds=50)
+
+
+def test_then_does_not_get_results_if_it_is_immutable(run_jobs):
+    batch = Batch.objects.enqueue(add, [[1, 2]], then=echo.si("x"))
+    run_jobs()
+    assert [job.result for job in next_jobs(batch)] == [["x"]]
+
+
+def test_then_may_be_a_chain(run_jobs):
+    batch = Batch.objects.enqueue(add, [[1, 2]], then=echo.s(1) | echo.s(2))
+    run_jobs()
+    assert [job.result for job in next_jobs(batch)] == [[[3], 1]]
+    assert Job.objects.filter(result=[[[3], 1], 2]).count() == 1
+
+
+def test_members_of_several_tasks_are_stored_in_one_transaction(user, run_jobs):
+    with Batch.objects.open(owner=user, then=echo.s()) as batch:
+        jobs = [batch.enqueue(add, [n, 0], label=f"Job {n}") for n in range(20)]
+        batch.enqueue(echo, ["last"], queue="cpu")
+    assert [job.label for job in jobs[:2]] == ["Job 0", "Job 1"]
+    assert set(Job.objects.values_list("owner", "batch")) == {(user.pk, batch.pk)}
+    run_jobs()
+    assert [job.result for job in next_jobs(batch)] == [[[*range(20), ["last"]]]]
+
+
+def test_nothing_is_stored_if_a_member_is_refused():
+    with pytest.raises(TypeError, match="missing"), Batch.objects.open() as batch:
+        batch.enqueue(add, [1, 2])
+        batch.enqueue(add, [1])
+    with pytest.raises(TypeError, match="missing"):
+        Batch.objects.enqueue(add, [[1, 2], [1]])
+    assert not Batch.objects.exists() and not Job.objects.exists()
+
+
+@pytest.mark.parametrize("name", ["then", "ended"])
+@pytest.mark.parametrize(
+    ("signature", "message"),
+    [
+        (echo, "is not a signature"),
+        ("echo", "is not a signature"),
+        (add.si(1), "missing"),
+        (current_app.signature("no.such.task"), "'no.such.task' is not a job"),
+    ],
+)
+def test_a_callback_that_cannot_start_is_refused(name, signature, message):
+    with pytest.raises(TypeError, match=message):
+        Batch.objects.enqueue(add, [[1, 2]], **{name: signature})
+    assert not Batch.objects.exists() and not Job.objects.exists()
+
+
+def test_a_member_may_add_others(run_jobs):
+    batch = Batch.objects.enqueue(add_sibling, [[3]], then=echo.s())
+    run_jobs()
+    assert [job.result for job in next_jobs(batch)] == [[[3, 2, 1, 0]]]
+    assert set(batch.jobs.values_list("label", "queue")) == {
+        ("", "celery"),
+        *[(f"Sibling {number}", "io") for number in (1, 2, 3)],
+    }
+
+
+def test_a_batch_that_has_ended_takes_no_job(run_jobs):
+    batch = many()
+    run_jobs()
+    for add_job in (batch.enqueue, lambda *args: batch.enqueue_many(add, [[1, 2]])):
+        with pytest.raises(ValueError, match="the batch has ended"):
+            add_job(add, [1, 2])
+    assert batch.jobs.count() == 3
+
+
+def test_jobs_are_added_only_by_the_batch():
+    batch = many()
+    for enqueue in (batch.jobs.enqueue, lambda *args: batch.jobs.enqueue_many(add, [[1, 2]])):
+        with pytest.raises(TypeError, match="call batch.enqueue"):
+            enqueue(add, [1, 2])
+
+
+def test_a_body_knows_its_batch(run_jobs):
+    batch = Batch.objects.enqueue(read_batch, [[]])
+    alone = Job.objects.enqueue(read_batch)
+    run_jobs()
+    alone.refresh_from_db()
+    assert (batch.jobs.get().result, alone.result) == (str(batch.pk), None)
+    assert read_batch() is None
+
+
+def test_a_cancelled_batch_cancels_its_jobs_and_starts_ended(run_jobs):
+    batch = many()
+    Job.objects.filter(args=[0, 0]).update(state="succeeded", finished_at=Now(), sweep_at=None)
+    assert batch.cancel() == 2
+    assert (batch.state, batch.error) == ("cancelled", "Of 3 jobs, 2 cancelled")
+    assert after(batch) == ("cancelled", ["ended"])
+    run_jobs()
+    assert batch.cancel() == 0
+    assert after(batch) == ("cancelled", ["ended"])
+
+
+def test_cancel_stops_chains_in_a_batch(run_jobs):
+    result = chord([echo.s(1) | echo.s(2), echo.s(3)])(echo.s(4))
+    assert Batch.objects.get().cancel() == 2
+    run_jobs()
+    assert Job.objects.count() == 2
+    assert not Job.objects.filter(pk=result.id).exists()
+
+
+def test_the_sweep_ends_a_batch_whose_worker_died_before_it_could(monkeypatch):
+    batch = many()
+    with monkeypatch.context() as died:
+        died.setattr(batches, "end", lambda pk: None)
+        messages.send(list(batch.jobs.all()))
+    assert after(batch) == ("open", [])
+    batches.end_all()
+    assert after(batch)[0] == "succeeded"
+
+
+def test_one_batch_that_fails_to_end_delays_no_other(caplog):
+    bad, good = many(), many()
+    Batch.objects.filter(pk=bad.pk).update(ended=[{"no": "step"}])
+    Job.objects.all().delete()
+    batches.end_all()
+    assert after(good)[0] == "succeeded"
+    assert after(bad)[0] == "open"
+    assert f"the batch {bad.pk} has not ended yet" in caplog.text
+
+
+def test_a_deleted_member_is_not_waited_for(run_jobs):
+    batch = many()
+    batch.jobs.all()[0].delete()
+    run_jobs()
+    assert (after(batch)[0], batch.counts) == ("succeeded", {"succeeded": 2})

@@ -110,9 +110,9 @@ def plan(signature, given=(), args=(), kwargs=None, parent=None, label="", **opt
     Raises TypeError if a task is not a job, or for options that a job in a canvas cannot have, and the
     errors of Job.objects.enqueue().
     """
-    sig = maybe_signature(signature, current_app)
-    if not isinstance(sig, Signature):
+    if not isinstance(signature, dict):
         raise TypeError(f"{signature!r:.200} is not a signature, such as task.s(10)")
+    sig = maybe_signature(signature, current_app)
     options = {**sig.options, **options}
     label = options.pop("label", "") or label
     kind = sig.subtask_type
@@ -229,17 +229,19 @@ def succeed(manager, id, run_token, next_steps=(), **end):
             return 0
         changes = {"then": []} if job.then else {}
         updates.finish(owned, "succeeded", progress=100, **end, **changes)
-        place = job.created_at if job.batch_id else None
-        rows = Rows(job.now, job.owner_id, place, follows=id)
         if job.then:
-            rows.add(job.then, stored([Results(["job", str(id)])]), job.batch_id)
+            place = job.created_at if job.batch_id else None
+            rows = Rows(job.now, job.owner_id, place, follows=id)
+            rows.add(job.then, stored(Results(["job", str(id)])), job.batch_id)
+            rows.store()
+        rows = Rows(job.now, job.owner_id, follows=id)
         for steps in next_steps:
             rows.add(steps, batch_id=job.batch_id)
         rows.store()
     return 1
 
 
-def stored(args):
+def stored(*args):
     return as_json(args, {})[0]
 
 
@@ -279,7 +281,7 @@ def end_locked(batch):
     place = batch.created_at if batch.parent_id else None
     rows = Rows(batch.now, batch.owner_id, place, follows=batch.pk)
     if batch.then and not bad:
-        rows.add(batch.then, stored([Results(["batch", str(batch.pk)])]), batch.parent_id)
+        rows.add(batch.then, stored(Results(["batch", str(batch.pk)])), batch.parent_id)
         batch.then = []
     if batch.ended:
         rows.add(batch.ended)
@@ -440,9 +442,8 @@ class BatchActions:
     def cancel(self) -> int:
         """Cancel the members that are active, and what would start after them. Returns how many there were."""
         count = 0
-        while (
-            cancelled := self.jobs.cancel()
-        ):  # again, because a chain may have started its next job
+        # Again, because a chain may have started its next job.
+        while cancelled := self.jobs.all().cancel():
             count += cancelled
         for child in self.children.filter(ended_at=None):
             count += child.cancel()

@@ -137,8 +137,10 @@ class JobManager(models.QuerySet if TYPE_CHECKING else models.Manager):
 
 
 def owner_of(manager, owner):
-    """Return `owner`, or the user of user.job_set."""
+    """Return `owner`, or the user of user.job_set. Raises TypeError for batch.jobs."""
     field = getattr(manager, "field", None)
+    if field and field.name == "batch":  # the batch may have ended
+        raise TypeError("call batch.enqueue(), not batch.jobs.enqueue()")
     return owner or (manager.instance if field and field.name == "owner" else None)
 
 

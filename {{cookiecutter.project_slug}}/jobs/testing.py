@@ -10,7 +10,7 @@ import pytest
 from celery import current_app
 from celery.exceptions import OperationalError
 
-from . import lease, messages, publish, sweep
+from . import batches, lease, messages, publish, sweep
 from .models import Job
 
 __all__ = ["broker_down", "commit", "run_jobs"]
@@ -52,6 +52,7 @@ def run_jobs(db):
             ran |= tries
             for job in queued.filter(pk__in=[pk for pk, _ in tries]):
                 publish.publish([job])
+            batches.end_all()  # as the sweep does
 
     return run
 
