@@ -96,6 +96,12 @@ time.sleep(0.2)
 assert ticks == [True]
 assert pool.is_terminated(gevent.GreenletExit()) and not pool.is_terminated(SystemExit())
 assert isinstance(gevent.Timeout(1), pool.time_limit_errors)
+sent = []
+pool.send(sent.append, "here")
+assert sent == ["here"]
+pool.query(pool.send, lambda: sent.append(threading.get_native_id() == main))
+time.sleep(0.2)
+assert sent == ["here", True]  # a connection to the broker belongs to one thread
 """
 COROUTINES = """
 import gevent.monkey; gevent.monkey.patch_all()

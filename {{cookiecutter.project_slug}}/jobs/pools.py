@@ -46,6 +46,14 @@ class Threads:
         """
         return function(*args, **kwargs)
 
+    def send(self, function, *args):
+        """Call a function that uses a connection to the broker.
+
+        With greenlets, a thread of query() lets the main thread call it, because a connection belongs to the
+        thread that has opened it. Then nobody gets its answer.
+        """
+        function(*args)
+
     def is_terminated(self, error):
         """Return whether this exception ends more than a body: a prefork child, or a greenlet."""
         return isinstance(error, SystemExit) and terminate_handler_fired()
@@ -63,6 +71,7 @@ class Greenlets:
         # Threads for queries. Those of gevent's own pool end after five idle seconds, and each would leave
         # its connection open until Python's garbage collector runs.
         self.threads = threadpool.ThreadPool(10)
+        self.hub = gevent.get_hub()
         sync.ThreadPoolExecutor = executor_of_coroutine
 
     def start_thread(self, function):
@@ -71,6 +80,12 @@ class Greenlets:
     def query(self, function, *args, **kwargs):
         # Use one of ten threads. Otherwise each greenlet would open its own connection.
         return self.threads.apply(function, args, kwargs)
+
+    def send(self, function, *args):
+        if gevent.get_hub() is self.hub:
+            function(*args)
+        else:
+            self.hub.loop.run_callback_threadsafe(gevent.spawn, function, *args)
 
     def is_terminated(self, error):
         return isinstance(error, gevent.GreenletExit)

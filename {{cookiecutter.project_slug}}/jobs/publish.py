@@ -6,6 +6,7 @@ import time
 from . import updates
 from .expressions import QUEUED
 from .messages import is_connection_error, send
+from .pools import pool
 
 logger = logging.getLogger(__name__)
 
@@ -15,6 +16,10 @@ publish_again_at = {}  # queue: time.monotonic() of the next try
 
 def publish(jobs):
     """Send the messages of these jobs of one queue. Raises no error of the broker."""
+    pool.send(try_to_send, jobs)
+
+
+def try_to_send(jobs):
     queue = jobs[0].queue
     if time.monotonic() >= publish_again_at.get(queue, 0):
         try:
