@@ -18,6 +18,7 @@ DIGESTS = {
     "0004_label_and_reason.py": "f1dfc63595fa7721de7a0c0e7a02fda625326340acc9d7f309a31427fd58fdfb",
     "0005_schedule_errors.py": "fcdd2b6a692ac7ec749d1c75ec5635ba055ee569786ea11aa1f2a1bac0b76d43",
     "0006_primary_and_owner.py": "6fd67d737ad33ba26e046e7d00b91a4a9e3c613a527c7ff66376317d3125cec3",
+    "0007_plain_names.py": "bce76f39abbabf1492065fa5ccd8109e4bf2de2727a08aecc1869091df6ee62a",
 }
 
 
