@@ -248,11 +248,17 @@ def stored(*args):
 # The end of a batch
 
 
+@updates.prepared()
+def an_active(manager, batch):
+    """SELECT the id of an unfinished job of this batch."""
+    # The newest first: PostgreSQL need not read the index entries of thousands of jobs that have ended.
+    members = manager.filter(UNFINISHED, batch=batch).order_by("-created_at")
+    return members.values_list("pk")[:1], None
+
+
 def is_active(pk):
     """Return whether a job of this batch is unfinished."""
-    # The newest first: PostgreSQL need not read the index entries of thousands of jobs that have ended.
-    members = job_manager().filter(UNFINISHED, batch=pk).order_by("-created_at")
-    return bool(members.values_list("pk", flat=True)[:1])
+    return bool(an_active(job_manager(), batch=pk))
 
 
 def end(pk):

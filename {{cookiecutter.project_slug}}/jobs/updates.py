@@ -62,7 +62,7 @@ def skip_locked(jobs):
 
 
 # claim() and succeed() run for each job. Building their SQL each time took half of a child process's CPU
-# time, so prepared_update() builds it once.
+# time, so prepared() builds it once.
 
 
 class Placeholder(models.Value):
@@ -72,12 +72,13 @@ class Placeholder(models.Value):
         return "%s", [self]
 
 
-def prepared_update(**types):
-    """Decorate a function that returns a queryset and a dictionary of changes.
+def prepared(**types):
+    """Decorate a function that returns a queryset, and a dictionary of changes or None.
 
-    The decorated function runs queryset.update(**changes), and returns how many rows were changed. Its
-    first argument is a manager, the others are keywords. Its SQL is built at the first call. `types` has
-    the field of each argument that is not a value of the field with its name.
+    The decorated function runs queryset.update(**changes), and returns how many rows were changed. With
+    None, it returns the queryset's rows as tuples. Its first argument is a manager, the others are
+    keywords. Its SQL is built at the first call. `types` has the field of each argument that is not a
+    value of the field with its name.
     """
 
     def decorate(function):
@@ -85,22 +86,24 @@ def prepared_update(**types):
         built = {}
 
         @wraps(function)
-        def prepared(manager, **values):
+        def run(manager, **values):
             connection = connections[manager.db]
             if manager.db not in built:
                 fields = types | {
                     field.name: field for field in manager.model._meta.concrete_fields
                 }
                 rows, changes = function(manager, *(Placeholder(n, fields[n]) for n in names))
-                query = rows.query.chain(UpdateQuery)
-                query.add_update_values(changes)
+                query = rows.query
+                if changes is not None:
+                    query = query.chain(UpdateQuery)
+                    query.add_update_values(changes)
                 built[manager.db] = query.get_compiler(manager.db).as_sql()
             sql, params = built[manager.db]
             with connection.cursor() as cursor:
                 cursor.execute(sql, [fill(param, values, connection) for param in params])
-                return cursor.rowcount
+                return cursor.fetchall() if cursor.description else cursor.rowcount
 
-        return prepared
+        return run
 
     return decorate
 
@@ -111,7 +114,7 @@ def fill(param, values, connection):
     return param.output_field.get_db_prep_save(values[param.value], connection)
 
 
-@prepared_update(limit=models.DurationField(), lease=models.DurationField())
+@prepared(limit=models.DurationField(), lease=models.DurationField())
 def claim(manager, id, run_token, worker, retries, crashes, times_sent, limit, lease):
     """The UPDATE that gives a queued job to the run with this token.
 
@@ -138,7 +141,7 @@ def claim(manager, id, run_token, worker, retries, crashes, times_sent, limit, l
     }
 
 
-@prepared_update()
+@prepared()
 def succeed(manager, id, run_token, result, message):
     """The UPDATE that writes the result of a run, if the run still owns the job and no step comes next."""
     is_alone = Q(then__isnull=True)
