@@ -4,11 +4,12 @@ from django.urls import include, path
 from rest_framework.routers import DefaultRouter
 
 from jobs.metrics import Metrics
-from jobs.views import JobViewSet
+from jobs.views import BatchViewSet, JobViewSet
 
 router = DefaultRouter(use_regex_path=False)
 router.include_format_suffixes = False
 router.register("jobs", JobViewSet)
+router.register("batches", BatchViewSet)
 
 urlpatterns = [
     path("", lambda request: HttpResponse(), name="index"),

@@ -11,7 +11,7 @@ from drf_spectacular.views import SpectacularAPIView, SpectacularSwaggerSplitVie
 from rest_framework.routers import DefaultRouter
 
 from jobs.metrics import Metrics
-from jobs.views import JobViewSet
+from jobs.views import BatchViewSet, JobViewSet
 {% if cookiecutter.include_example == "yes" %}
 from orders.views import ImportViewSet, NewsletterViewSet, OrderViewSet
 {% endif %}
@@ -20,6 +20,7 @@ from orders.views import ImportViewSet, NewsletterViewSet, OrderViewSet
 router = DefaultRouter(use_regex_path=False)
 router.include_format_suffixes = False
 router.register("jobs", JobViewSet, basename="job")
+router.register("batches", BatchViewSet, basename="batch")
 {% if cookiecutter.include_example == "yes" %}
 router.register("orders", OrderViewSet, basename="order")
 router.register("imports", ImportViewSet, basename="import")

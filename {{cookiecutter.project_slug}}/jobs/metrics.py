@@ -13,7 +13,7 @@ from rest_framework.views import APIView
 
 from .expressions import ACTIVE
 from .messages import known_queues
-from .models import Job, Sweep
+from .models import Batch, Job, Sweep
 
 __all__ = ["Metrics"]
 
@@ -33,6 +33,10 @@ TASK_METRICS = {  # of one minute only: rows are purged, and counting all of the
     ),
     "jobs_ended_last_minute_retries": "Retries of jobs that ended in the last minute",
 }
+BATCH_METRICS = {
+    "jobs_batches": "Batches that have not ended",
+    "jobs_oldest_batch_seconds": "Seconds since the oldest of these batches was created",
+}
 BEAT_METRICS = {
     "jobs_sweep_age_seconds": "Seconds since Beat's sweep last completed a round",
     "jobs_beat_late_seconds": "Seconds by which Beat is late to check its schedule",
@@ -43,7 +47,7 @@ BEAT_COUNTERS = {
 
 
 class Collector:
-    """The collector for prometheus_client. It makes three queries, however many jobs there are."""
+    """The collector for prometheus_client. It makes four queries, however many jobs there are."""
 
     def collect(self):
         queued = Q(state="queued")
@@ -67,6 +71,11 @@ class Collector:
             jobs_ended_last_minute_retries=Sum("retries"),
         )
         yield from families(TASK_METRICS, ["task", "state"], rows)
+
+        rows = Batch.objects.filter(ended_at=None).aggregate(
+            jobs_batches=Count("*"), jobs_oldest_batch_seconds=Now() - Min("created_at")
+        )
+        yield from families(BATCH_METRICS, [], [rows])
 
         ages = {"jobs_sweep_age_seconds": "ended_at", "jobs_beat_late_seconds": "tick_due_at"}
         ages = {name: Now() - F(time) for name, time in ages.items()}

@@ -15,6 +15,7 @@ from .queryset import MAX_LABEL, JobManager, fields_to_run_again, insert
 __all__ = ["Batch", "Failure", "Job"]
 
 STATES = [(state, state.title()) for state in ACTIVE + FINAL]
+BATCH_STATES = [(state, state.title()) for state in ["open", *FINAL]]
 IN_BATCH = Q(batch__isnull=False)
 
 
@@ -38,9 +39,7 @@ class Batch(BatchActions, models.Model):
     )
     then = models.JSONField(null=True, help_text="what starts when all jobs have succeeded")
     ended = models.JSONField(null=True, help_text="what starts when all jobs have ended")
-    state = models.CharField(
-        max_length=9, choices=[(each, each.title()) for each in ["open", *FINAL]], default="open"
-    )
+    state = models.CharField(max_length=9, choices=BATCH_STATES, default="open")
     error = models.TextField(help_text="why `then` has not started")
     counts = models.JSONField(default=dict, help_text="how many jobs ended in each state")
     created_at = models.DateTimeField(db_default=Clock())

@@ -1,9 +1,19 @@
+import logging
+import time
+from collections import defaultdict
+
+from django.core.cache import cache
+from django.db.models import Count
 from rest_framework import serializers
 
-from .models import Failure, Job
+from .expressions import ACTIVE, FINAL
+from .models import Batch, Failure, Job
 
-__all__ = ["JobSerializer"]
+__all__ = ["BatchSerializer", "JobSerializer"]
 
+logger = logging.getLogger(__name__)
+
+CACHE_PAUSE = 10  # seconds without another try after the cache failed, so that requests stay fast
 GENERIC_ERROR = "It failed"  # shown to owners instead of an exception: see JobError
 TOO_LONG = "Too long for a list: see the job itself"
 
@@ -28,7 +38,8 @@ class JobSerializer(serializers.ModelSerializer):
     class Meta:
         model = Job
         fields = ["id", "url", "task", "label", "queue", "state", "progress", "message"]
-        fields += ["result", "error", "failures", "created_at", "started_at", "finished_at"]
+        fields += ["result", "error", "failures", "batch"]
+        fields += ["created_at", "started_at", "finished_at"]
         extra_kwargs = {"result": {"help_text": f"a list replaces a long result by {TOO_LONG!r}"}}
 
     def to_representation(self, job):
@@ -41,3 +52,78 @@ class JobSerializer(serializers.ModelSerializer):
         if job.error and not is_trusted:
             shown["error"] = job.public_error or GENERIC_ERROR
         return shown
+
+
+class CallbackSerializer(serializers.ModelSerializer):
+    url = serializers.HyperlinkedIdentityField(view_name="job-detail")
+
+    class Meta:
+        model = Job
+        fields = ["id", "url", "task", "state"]
+
+
+class BatchListSerializer(serializers.ListSerializer):
+    def to_representation(self, batches):
+        count_jobs(batches)
+        return super().to_representation(batches)
+
+
+class BatchSerializer(serializers.ModelSerializer):
+    url = serializers.HyperlinkedIdentityField(view_name="batch-detail")
+    counts = serializers.DictField(
+        child=serializers.IntegerField(), help_text="how many of its jobs are in each state"
+    )
+    callbacks = CallbackSerializer(
+        many=True, required=False, help_text="in the detail view: the jobs that started after it"
+    )
+
+    class Meta:
+        model = Batch
+        list_serializer_class = BatchListSerializer
+        fields = ["id", "url", "label", "state", "counts", "error", "callbacks"]
+        fields += ["created_at", "ended_at"]
+
+    def to_representation(self, batch):
+        if self.parent is None:
+            count_jobs([batch])
+            batch.callbacks = Job.objects.filter(follows=batch.pk)
+        else:
+            self.fields.pop("callbacks", None)
+        batch.counts = dict.fromkeys(ACTIVE + FINAL, 0) | batch.counts
+        return super().to_representation(batch)
+
+
+def count_jobs(batches):
+    """Set `counts` of those batches that are open, in one query. The others have them in their row.
+
+    To count n jobs takes long if n is large. The cache keeps their counts for n / 20,000 seconds, so that
+    it costs the same to poll a batch of any size.
+    """
+    keys = {batch: f"jobs.counts.{batch.pk}" for batch in batches if batch.ended_at is None}
+    cached = ask_cache("get_many", keys.values()) if keys else {}
+    unknown = [batch.pk for batch, key in keys.items() if key not in cached]
+    counted = defaultdict(dict)
+    rows = Job.objects.filter(batch__in=unknown).values_list("batch", "state")
+    for pk, state, count in rows.annotate(count=Count("*")):
+        counted[pk][state] = count
+    for batch, key in keys.items():
+        batch.counts = cached.get(key, counted[batch.pk])
+        # Whole seconds, because Redis and Memcached take no others.
+        seconds = sum(batch.counts.values()) // 20_000
+        if seconds and key not in cached:
+            ask_cache("set", key, batch.counts, seconds)
+
+
+def ask_cache(method, *args):
+    """Call this method of Django's cache. Returns {} while the cache is unavailable."""
+    if time.monotonic() < ask_cache.again_at:
+        return {}
+    try:
+        return getattr(cache, method)(*args)
+    except Exception as error:  # each cache backend raises its own classes
+        ask_cache.again_at = time.monotonic() + CACHE_PAUSE
+        logger.warning("batches are counted anew, the cache is unavailable: %r", error)
+        return {}
+
+
+ask_cache.again_at = 0.0

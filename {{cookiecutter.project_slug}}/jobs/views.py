@@ -3,6 +3,7 @@ import json
 import re
 import uuid
 from datetime import datetime
+from operator import attrgetter
 from typing import Any
 
 from django.core.exceptions import SuspiciousFileOperation
@@ -13,7 +14,7 @@ from django.db.models.functions import Cast, Length, Now
 from django.http import HttpRequest, QueryDict
 from django.urls import reverse
 from django.utils.functional import cached_property
-from django_filters.rest_framework import DjangoFilterBackend
+from django_filters.rest_framework import DjangoFilterBackend, FilterSet, UUIDFilter
 from drf_spectacular.utils import OpenApiParameter, OpenApiResponse, extend_schema
 from rest_framework import viewsets
 from rest_framework.decorators import action
@@ -23,11 +24,11 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.settings import api_settings
 
-from .models import Job
+from .models import Batch, Job
 from .queryset import insert, new_fields
-from .serializers import TOO_LONG, JobSerializer, has_job_perm
+from .serializers import TOO_LONG, BatchSerializer, JobSerializer, has_job_perm
 
-__all__ = ["EnqueueMixin", "JobViewSet", "accepted"]
+__all__ = ["BatchViewSet", "EnqueueMixin", "JobViewSet", "accepted"]
 
 # 1 to 255 printable ASCII characters. HTTP strips spaces at both ends.
 KEY_SCHEMA = {"type": "string", "pattern": "^[!-~]([ -~]{0,253}[!-~])?$"}
@@ -38,6 +39,8 @@ ACCEPTED_HEADERS = [
     OpenApiParameter(name, str, HEADER, response=[201, 202]) for name in ["Location", "Retry-After"]
 ]
 ALREADY_ENDED = OpenApiResponse(DETAIL, "The job has already ended")
+BATCH_HAS_ENDED = OpenApiResponse(DETAIL, "The batch has already ended")
+NOTHING_FAILED = OpenApiResponse(DETAIL, "No job failed or was cancelled that can run again")
 CANNOT_RUN_AGAIN = OpenApiResponse(
     DETAIL, "The job is active, or its task is gone or takes other arguments"
 )
@@ -75,6 +78,26 @@ class NewestFirst(CursorPagination):
             raise NotFound(self.invalid_cursor_message) from None
 
 
+class Merged:
+    """Several querysets as one, as far as a paginator needs it."""
+
+    def __init__(self, *querysets, ordering=()):
+        self.querysets, self.ordering = querysets, ordering
+
+    def order_by(self, *fields):
+        return Merged(*(rows.order_by(*fields) for rows in self.querysets), ordering=fields)
+
+    def filter(self, **conditions):
+        found = (rows.filter(**conditions) for rows in self.querysets)
+        return Merged(*found, ordering=self.ordering)
+
+    def __getitem__(self, part):
+        found = [row for rows in self.querysets for row in rows[: part.stop]]
+        for field in reversed(self.ordering):
+            found.sort(key=attrgetter(field.lstrip("-")), reverse=field.startswith("-"))
+        return found[part]
+
+
 def accepted(request: HttpRequest | Request, job: Job) -> Response:
     """Return a response 202 that shows the job, with its address in the header Location."""
     shown = JobSerializer(job, context={"request": request})
@@ -92,37 +115,74 @@ def identify_upload(upload):
     return identity
 
 
-class JobViewSet(viewsets.ReadOnlyModelViewSet):
-    """The caller's own jobs. Staff also see jobs without an owner."""
+class OwnViewSet(viewsets.ReadOnlyModelViewSet):
+    """What jobs and batches have in common: the caller's own rows. Staff also see those without an owner."""
 
-    queryset = Job.objects.all()
-    serializer_class = JobSerializer
     pagination_class = NewestFirst
     filter_backends = [StrictFilter]
     filterset_fields = ["state"]
 
     def get_queryset(self):
-        """Return the jobs that this user may see, or may change with this action.
+        """Return the rows that this user may see, or may change with this action.
 
-        Lists have the user's own jobs and, for staff, jobs without an owner. Staff with the permission
-        view_job can also read a single job of another user. With delete_job they can cancel it or run it
+        Lists have the user's own rows and, for staff, rows without an owner. Staff with the permission
+        view_job can also read a single row of another user. With delete_job they can cancel it or run it
         again.
         """
-        user, jobs = self.request.user, super().get_queryset()
+        user, rows = self.request.user, super().get_queryset()
         if self.detail and has_job_perm(user, "view" if self.action == "retrieve" else "delete"):
-            return jobs
-        own = Q(owner=user)
-        # To cancel a job without an owner, staff need delete_job, which returned above.
-        if user.is_staff and self.action != "cancel":
+            return rows
+        return self._own(rows)
+
+    def _own(self, rows):
+        own = Q(owner=self.request.user)
+        # To cancel a row without an owner, staff need delete_job: see get_queryset().
+        if self.request.user.is_staff and self.action != "cancel":
             own |= Q(owner=None)
-        if not self.detail:  # the jobs page polls the list, so leave out values that may be large
-            long = When(length__gt=10_000, then=Value(TOO_LONG, JSONField()))
-            short = Case(long, default="result")
-            jobs = jobs.alias(length=Length(Cast("result", TextField()))).annotate(
-                short_result=short
-            )
-            jobs = jobs.defer("args", "kwargs", "cursor", "result")
-        return jobs.filter(own)
+        return rows.filter(own)
+
+
+class JobFilter(FilterSet):
+    batch = UUIDFilter("batch_id", label="The id of a batch: lists its jobs")
+
+    class Meta:
+        model = Job
+        fields = ["state"]
+
+
+class JobViewSet(OwnViewSet):
+    """The caller's own jobs. Staff also see jobs without an owner."""
+
+    queryset = Job.objects.all()
+    serializer_class = JobSerializer
+    filterset_class = JobFilter
+
+    def get_queryset(self):
+        jobs = super().get_queryset()
+        if self.detail:
+            return jobs
+        if "batch" not in self.request.query_params:
+            jobs = jobs.filter(batch=None)
+        # The jobs page polls the list, so leave out values that may be large.
+        long = When(length__gt=10_000, then=Value(TOO_LONG, JSONField()))
+        jobs = jobs.alias(length=Length(Cast("result", TextField())))
+        jobs = jobs.annotate(short_result=Case(long, default="result"))
+        return jobs.defer("args", "kwargs", "cursor", "result")
+
+    @extend_schema(exclude=True)
+    @action(detail=False)
+    def with_batches(self, request):
+        """For the jobs page: a list of jobs and batches. A batch that is open is in the state "running"."""
+        batches = self._own(Batch.objects.filter(parent=None))
+        if state := request.query_params.get("state"):
+            batches = batches.filter(state="open" if state == "running" else state)
+        page = self.paginate_queryset(Merged(self.filter_queryset(self.get_queryset()), batches))
+        shown = {}
+        for serializer in JobSerializer, BatchSerializer:
+            rows = [row for row in page if isinstance(row, serializer.Meta.model)]
+            data = serializer(rows, many=True, context=self.get_serializer_context()).data
+            shown |= zip(rows, data, strict=True)
+        return self.get_paginated_response([shown[row] for row in page])
 
     @extend_schema(request=None, responses={200: JobSerializer, 409: ALREADY_ENDED})
     @action(detail=True, methods=["post"])
@@ -149,6 +209,39 @@ class JobViewSet(viewsets.ReadOnlyModelViewSet):
         except (TypeError, ValueError) as error:
             raise Conflict(f"The job cannot run again: {error}.") from error
         return accepted(request, job)
+
+
+class BatchViewSet(OwnViewSet):
+    """The caller's own batches. Staff also see batches without an owner."""
+
+    queryset = Batch.objects.all()
+    serializer_class = BatchSerializer
+
+    def get_queryset(self):
+        batches = super().get_queryset()
+        # Its parent stands for a batch inside of a batch, which a nested canvas makes.
+        return batches if self.detail else batches.filter(parent=None)
+
+    @extend_schema(request=None, responses={200: BatchSerializer, 409: BATCH_HAS_ENDED})
+    @action(detail=True, methods=["post"])
+    def cancel(self, request, pk):
+        """Cancel the jobs of a batch that are active. The batch ends."""
+        batch = self.get_object()
+        if batch.ended_at:
+            raise Conflict("The batch has already ended.")
+        batch.cancel()
+        return Response(self.get_serializer(batch).data)
+
+    @extend_schema(request=None, responses={202: BatchSerializer, 409: NOTHING_FAILED})
+    @action(detail=True, methods=["post"])
+    def run_failed_again(self, request, pk):
+        """Run the failed and cancelled jobs of a batch again. Only for staff who may delete jobs."""
+        if not has_job_perm(request.user, "delete"):
+            self.permission_denied(request)
+        batch = self.get_object()
+        if not batch.run_failed_again():
+            raise Conflict("No job of this batch failed or was cancelled that can run again.")
+        return Response(self.get_serializer(batch).data, status=202)
 
 
 class EnqueueSchema(api_settings.DEFAULT_SCHEMA_CLASS):
