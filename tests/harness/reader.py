@@ -530,6 +530,124 @@ def write_the_upload(reader, block):
     reader.add(files[-1], block.code)
 
 
+MANY = "Work that consists of many jobs"
+
+
+@step(TYPED, TASKS, MANY, "@shared_task(base=JobTask)")
+def write_tasks_of_a_batch(reader, block):
+    reader.add(block.said("Add to {}:"), block.code)
+
+
+@step(TYPED, TASKS, MANY, "from jobs.models import Batch")
+def enqueue_a_batch(reader, block):
+    reader.test(
+        "a_batch",
+        f"""
+{block.code}
+members = [job.pk for job in batch.jobs.all()]
+run_jobs()
+batch.refresh_from_db()
+assert (batch.state, batch.counts) == ("succeeded", {{"succeeded": 2}})
+after = Job.objects.filter(follows=batch.pk).order_by("task")
+assert [(job.result, job.message, job.owner) for job in after] == [
+    (6, "", user), (None, "Hamlet has ended", user),
+]
+seen = api.get("/api/jobs/", {{"batch": batch.pk}}).json()["results"]
+assert {{job["id"] for job in seen}} == {{str(pk) for pk in members}}
+assert len(api.get("/api/jobs/").json()["results"]) == 2
+assert api.get(f"/api/batches/{{batch.pk}}/").json()["state"] == "succeeded"
+
+step = {block.said("{} gives them a queue and a label").replace("reports", "celery")}
+failing = Batch.objects.enqueue(count_words, [[1]], then=step, ended=note_end.si("It"))
+run_jobs()
+failing.refresh_from_db()
+assert (failing.state, failing.error) == ("failed", "Of 1 jobs, 1 failed")
+failing.run_failed_again()
+failing.refresh_from_db()
+assert failing.state == "open"
+run_jobs()
+assert Job.objects.get(follows=failing.pk).message == "It has ended"  # there is one
+
+empty = Batch.objects.enqueue(count_words, [], then=step)
+run_jobs()
+job = Job.objects.get(follows=empty.pk)
+assert (job.result, job.label) == (0, "The sum")
+""",
+        "run_jobs, user, api",
+    )
+
+
+@step(
+    TYPED,
+    TASKS,
+    MANY,
+    'with Batch.objects.open(owner=user, label="Two acts", then=add_up.s()) as batch:',
+)
+def open_a_batch(reader, block):
+    reader.test(
+        "members_of_several_tasks",
+        f"""
+from jobs.models import Batch
+from reports.tasks import add_up, count_words
+
+{block.code}
+run_jobs()
+assert Job.objects.get(follows=batch.pk).result == 6
+with pytest.raises(ValueError, match="has ended"):
+    batch.enqueue(count_words, ["late"])
+
+@shared_task(base=JobTask, bind=True)
+def find(self, text):
+    {block.said("A member can add others, because a batch cannot end while it runs: {}.")}
+    return 10
+
+batch = Batch.objects.enqueue(find, [["to be"]], then=add_up.s())
+run_jobs()
+assert Job.objects.get(follows=batch.pk).result == 12
+""",
+    )
+
+
+@step(TYPED, TASKS, "A next step", "@shared_task(base=JobTask, bind=True)")
+def write_a_next_step(reader, block):
+    reader.add(block.said("Add to {}:"), block.code)
+    reader.test(
+        "a_next_step",
+        """
+from reports.tasks import read_play
+
+job = read_play.using(owner=user).enqueue("Hamlet")
+run_jobs()
+step = Job.objects.get(follows=job.pk)
+assert (step.message, step.label, step.owner) == ("Hamlet has ended", "The end", user)
+job = read_play.enqueue(5)  # its body fails
+run_jobs()
+assert not Job.objects.filter(follows=job.pk).exists()
+""",
+    )
+
+
+@step(TYPED, TASKS, "Chains, groups and chords", "from celery import chain, chord, group")
+def send_a_canvas(reader, block):
+    [result] = re.findall(r"waits for the result, here (\d+)", block.after)
+    reader.test(
+        "a_canvas",
+        f"""
+{block.code}
+run_jobs()
+assert Job.objects.filter(owner=user, label="A chain", state="succeeded").count() == 2
+assert (sums.get(), sums.parent.completed_count()) == ({result}, 2)
+
+@shared_task
+def plain():
+    pass
+
+with pytest.raises(TypeError, match="plain"):
+    chain(note_end.si("Hamlet"), plain.si())()
+""",
+    )
+
+
 @step(
     TYPED,
     TASKS,
@@ -616,17 +734,6 @@ run_jobs()
 assert Job.objects.get().result == {"pages": 10}
 """,
     )
-
-
-@step(TYPED, TASKS, "Results of plain tasks", "@shared_task")
-def write_plain_tasks(reader, block):
-    reader.add(block.said("Add two plain tasks to {}"), block.code)
-
-
-@step(RUN, TASKS, "Results of plain tasks", "from celery import chord")
-def run_a_chord(reader, block):
-    [result] = re.findall(r"this returns (\d+)", block.before)
-    assert reader.evaluate(block.code) == int(result)
 
 
 # docs/workers.md: the others are in ELSEWHERE
