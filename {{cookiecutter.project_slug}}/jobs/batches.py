@@ -34,6 +34,7 @@ from django.utils import timezone
 from kombu.utils.json import register_type
 
 from . import updates
+from .database import in_transaction
 from .expressions import IDLE_TIMEOUT, LOCK_TIMEOUT, UNFINISHED
 from .queryset import (
     BATCH_SIZE,
@@ -222,7 +223,7 @@ def succeed(manager, id, run_token, next_steps=(), **end):
         return 1
     # Either the job has steps to start, or the run has lost it.
     with transaction.atomic():
-        owned = manager.filter(LOCK_TIMEOUT, pk=id, run_token=run_token)
+        owned = manager.filter(LOCK_TIMEOUT, IDLE_TIMEOUT, pk=id, run_token=run_token)
         fields = "owner_id", "batch_id", "created_at", "then"
         job = owned.only(*fields).annotate(now=Now()).select_for_update().first()
         if job is None:
@@ -265,10 +266,14 @@ def end(pk):
     """If all jobs of this batch have ended, end it and store what starts next."""
     if is_active(pk):
         return
+    limits = (
+        () if in_transaction() else (LOCK_TIMEOUT, IDLE_TIMEOUT)
+    )  # not for a caller's transaction
     with transaction.atomic():
-        batches = batch_manager().filter(LOCK_TIMEOUT, IDLE_TIMEOUT, pk=pk, ended_at=None)
+        batches = batch_manager().filter(*limits, pk=pk, ended_at=None)
         batch = batches.annotate(now=Now()).select_for_update().first()
-        # Ask again: while the row is locked, no job can be added or run again.
+        # Ask again: while the row is locked, no job can run again, and no transaction that adds a job or an
+        # inner batch can commit, because PostgreSQL checks its foreign key.
         if batch is None or is_active(pk) or batch.children.filter(ended_at=None).exists():
             return
         end_locked(batch)
@@ -305,10 +310,12 @@ def try_to_end(pk):
 
 
 def end_all():
-    """End each batch whose jobs have ended. The sweep calls this."""
+    """End batches whose jobs have ended. The sweep calls this. It continues in its next round."""
     members = job_manager().filter(UNFINISHED, batch=OuterRef("pk")).order_by("-created_at")
-    is_open = batch_manager().filter(ended_at=None).alias(member=Subquery(members.values("pk")[:1]))
-    for pk in list(is_open.filter(member=None).values_list("pk", flat=True)):
+    is_open = batch_manager().filter(ended_at=None)
+    has_inner = Exists(is_open.filter(parent=OuterRef("pk")))
+    ended = is_open.alias(member=Subquery(members.values("pk")[:1])).filter(~has_inner, member=None)
+    for pk in list(ended.order_by("?").values_list("pk", flat=True)[:BATCH_SIZE]):
         try_to_end(pk)
 
 
@@ -436,7 +443,7 @@ class BatchActions:
         """
         manager = batch_manager()
         connection = connections[manager.db]
-        rows = manager.filter(LOCK_TIMEOUT, pk=self.pk, ended_at=None).values("pk")
+        rows = manager.filter(pk=self.pk, ended_at=None).values("pk")
         sql, params = rows.query.get_compiler(manager.db).as_sql()
         if connection.features.has_select_for_update:
             sql += " FOR KEY SHARE"  # Django knows only locks that exclude each other
@@ -448,14 +455,13 @@ class BatchActions:
     def cancel(self) -> int:
         """Cancel the members that are active, and what would start after them. Returns how many there were."""
         count = 0
-        # Again, because a chain may have started its next job.
-        while cancelled := self.jobs.all().cancel():
-            count += cancelled
-        for child in self.children.filter(ended_at=None):
-            count += child.cancel()
-        end(self.pk)
-        self.refresh_from_db()
-        return count
+        while True:  # again, because a chain or an inner batch may have started its next job
+            for jobs in [*self.children.filter(ended_at=None), self.jobs.all()]:
+                count += jobs.cancel()
+            end(self.pk)
+            self.refresh_from_db()
+            if self.ended_at:
+                return count
 
     def run_failed_again(self) -> list["Job"]:
         """Run the failed and the cancelled members again. Returns them. See JobQuerySet.run_again()."""
