@@ -151,7 +151,7 @@ PROMISES = {
     },
     ("result_backend", "none"): {
         "test_it_runs": [
-            "nowhere: a plain task has no result, and there are no chords",
+            "nowhere: a plain task has no result, and there are no chords of plain tasks",
             "for plain tasks, `AsyncResult(…).get()` and chords raise `NotImplementedError`",
         ],
     },
