@@ -16,7 +16,7 @@ FILES = {path.stem: path.read_text() for path in (OUTPUT / "jobs").glob("[a-z]*.
 SECTION = re.compile(r"^### jobs\.(\w+)\n(.*?)(?=^#)", re.MULTILINE | re.DOTALL)
 # What Django and DRF use of a class, or add to it.
 ADDED = {"DoesNotExist", "Meta", "MultipleObjectsReturned", "NotUpdated", "filterset_fields", "get"}
-ADDED |= {"id", "job_id", "objects", "owner_id"}
+ADDED |= {"batch_id", "filterset_class", "id", "job_id", "objects", "owner_id", "parent_id"}
 ADDED |= {"basename", "description", "detail", "name", "suffix"}
 
 
