@@ -12,7 +12,7 @@ from .pages import blocks
 from .project import wait_for
 
 ORDER = {"email": "you@example.com", "product": "Tea", "quantity": 2}
-# Runs an action of the admin that stores a batch. When its jobs have ended, the next one sends a mail.
+# Runs an action of the admin that stores a batch. The job after its jobs sends a mail.
 MAIL_SUM = """
 from django.test import Client
 from users.models import User

@@ -312,7 +312,7 @@ def type_the_commands(reader, block):
         reader.call(line)
 
 
-@step(TYPED, AGENTS, "Five mistakes that cost jobs")
+@step(TYPED, AGENTS, "Six mistakes that cost jobs")
 def avoid_the_mistakes(reader, block):
     reader.test(
         "mistakes",
@@ -334,7 +334,14 @@ account = user
 with pytest.raises({block.said("It raises {}.")}):
     {block.said("as in {}. It raises")}
 job = {block.said("Pass its key, {}, and load")}
+@shared_task(base=JobTask, bind=True)
+def order(self, pk):
+    {block.said("{} stores it together with")}
+
+order.enqueue(user.pk)
+assert Job.objects.count() == 3
 run_jobs()
+assert Job.objects.filter(task=charge.name, state="succeeded").count() == 2
 assert api.get(response["{block.said("in the header {}.")}"]).json()["state"] == "succeeded"
 assert Job.objects.get(pk=job.pk).result == user.pk
 """,
