@@ -3,7 +3,9 @@
 import runpy
 
 import pytest
+from django.contrib.auth.models import Permission
 from django.db import connection, connections
+from rest_framework.test import APIClient
 from settings import OUTPUT
 
 from jobs.pools import pool
@@ -43,3 +45,18 @@ def replica(transactional_db, settings):
     yield
     connections["replica"].close()
     del connections["replica"], connections.databases["replica"]
+
+
+@pytest.fixture
+def staff(db, django_user_model):
+    """A function that logs in a staff user with these permissions for jobs, such as "view"."""
+
+    def log_in(*actions):
+        user = django_user_model.objects.create_user("staff" + "".join(actions), is_staff=True)
+        codenames = [f"{action}_job" for action in actions]
+        user.user_permissions.set(Permission.objects.filter(codename__in=codenames))
+        client = APIClient()
+        client.force_login(user)
+        return client
+
+    return log_in

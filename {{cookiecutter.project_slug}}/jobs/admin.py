@@ -13,17 +13,19 @@ from django.utils.html import format_html
 from kombu.utils.json import loads
 
 from .beat import check_entry
-from .models import Failure, Job
+from .expressions import ACTIVE, FINAL
+from .models import Batch, Failure, Job
+from .serializers import count_jobs
 
 __all__ = ["announce"]
 
 # The fields on the page of a job
-TASK_FIELDS = ["task", "label", "args", "kwargs", "owner", "queue", "created_at"]
+TASK_FIELDS = ["task", "label", "args", "kwargs", "owner", "queue", "batch", "created_at"]
 OUTCOME_FIELDS = ["state", "error", "public_error", "result", "progress", "message"]
 OUTCOME_FIELDS += ["started_at", "finished_at"]
 KEYS = ["id", "idempotency_key", "fingerprint", "unique_key"]
 INTERNALS = ["cursor", "run_token", "worker", "due_at", "sweep_at", "deadline"]
-INTERNALS += ["times_sent", "retries", "crashes"]
+INTERNALS += ["times_sent", "retries", "crashes", "then", "follows"]
 
 
 class LatestPages(Paginator):
@@ -73,25 +75,16 @@ class FailureInline(admin.StackedInline):
         return format_html('<pre style="white-space: pre-wrap">{}</pre>', failure.traceback)
 
 
-@admin.register(Job)
-class JobAdmin(admin.ModelAdmin):
+class ReadOnlyAdmin(admin.ModelAdmin):
     """Searches by columns that have an index, and orders by one until the user chooses another."""
 
-    list_display = ["task", "state", "progress", "owner", "created_at", "finished_at"]
     ordering = ["-created_at"]
     list_filter = ["state", "created_at"]
     list_select_related = ["owner"]
     paginator = LatestPages
     show_full_result_count = False
     search_fields = ["pk"]  # shows the search box
-    search_help_text = "The id of a job, or the full user name of its owner"
-    actions = ["run_again", "cancel"]
-    inlines = [FailureInline]
-    fieldsets = [
-        (None, {"fields": TASK_FIELDS}),
-        ("How it went", {"fields": OUTCOME_FIELDS}),
-        ("Internals", {"fields": KEYS + INTERNALS, "classes": ["collapse"]}),
-    ]
+    search_help_text = "An id, or the full user name of an owner"
 
     def get_search_results(self, request, queryset, search_term):
         try:
@@ -111,6 +104,18 @@ class JobAdmin(admin.ModelAdmin):
     def has_change_permission(self, request, obj=None):
         return False  # a form would bypass JobQuerySet, which keeps a job and its worker consistent
 
+
+@admin.register(Job)
+class JobAdmin(ReadOnlyAdmin):
+    list_display = ["task", "state", "progress", "owner", "created_at", "finished_at"]
+    actions = ["run_again", "cancel"]
+    inlines = [FailureInline]
+    fieldsets = [
+        (None, {"fields": TASK_FIELDS}),
+        ("How it went", {"fields": OUTCOME_FIELDS}),
+        ("Internals", {"fields": KEYS + INTERNALS, "classes": ["collapse"]}),
+    ]
+
     @admin.action(description="Run again, as new jobs", permissions=["delete"])
     def run_again(self, request, queryset):
         count = queryset.count()  # first, because the new jobs may be in the queryset, too
@@ -123,6 +128,52 @@ class JobAdmin(admin.ModelAdmin):
         count, cancelled = queryset.count(), queryset.cancel()
         rest = f"{count - cancelled} had already ended."
         self.message_user(request, f"{cancelled} job{pluralize(cancelled)} cancelled. {rest}")
+
+
+@admin.register(Batch)
+class BatchAdmin(ReadOnlyAdmin):
+    """The permissions for jobs apply."""
+
+    list_display = ["__str__", "state", "members", "owner", "created_at", "ended_at"]
+    actions = ["run_failed_again", "cancel"]
+    fields = ["label", "owner", "state", "members", "error", "created_at", "ended_at"]
+    fields += ["id", "parent", "then", "ended"]
+
+    def has_module_permission(self, request):
+        return self.has_view_permission(request)
+
+    def has_view_permission(self, request, obj=None):
+        return request.user.has_perm("jobs.view_job")
+
+    def has_delete_permission(self, request, obj=None):
+        return request.user.has_perm("jobs.delete_job")
+
+    def get_changelist_instance(self, request):
+        changelist = super().get_changelist_instance(request)
+        count_jobs(changelist.result_list)
+        return changelist
+
+    def get_object(self, request, *args):
+        if batch := super().get_object(request, *args):
+            count_jobs([batch])
+        return batch
+
+    @admin.display(description="jobs")
+    def members(self, batch):
+        counts = [(state, batch.counts.get(state)) for state in FINAL + ACTIVE]
+        text = ", ".join(f"{count:,} {state}" for state, count in counts if count)
+        url = reverse("admin:jobs_job_changelist")
+        return format_html('<a href="{}?batch={}">{}</a>', url, batch.pk, text or "none")
+
+    @admin.action(description="Run failed jobs again", permissions=["delete"])
+    def run_failed_again(self, request, queryset):
+        again = [job for batch in queryset for job in batch.run_failed_again()]
+        announce(request, again, "enqueued again")
+
+    @admin.action(description="Cancel", permissions=["delete"])
+    def cancel(self, request, queryset):
+        cancelled = sum(batch.cancel() for batch in queryset.filter(ended_at=None))
+        self.message_user(request, f"{cancelled} job{pluralize(cancelled)} cancelled.")
 
 
 if apps.is_installed("django_celery_beat"):
