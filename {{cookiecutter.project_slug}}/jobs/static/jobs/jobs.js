@@ -1,20 +1,22 @@
 // The jobs page. It polls the API for the jobs of the current view and updates the list in place, so that focus,
-// selection and opened details stay. Texts of a job are set with textContent only, never as HTML.
+// selection and opened details stay. Texts of a job are set with textContent only, never as HTML. A batch is one row,
+// which links to the view of its jobs.
 
 const PAUSE = 1500, MAX_PAUSE = 30000, TIMEOUT = 10000; // milliseconds
 const STATES = ["queued", "running", "succeeded", "failed", "cancelled"];
 
 const $ = (selector, root = document) => root.querySelector(selector);
-const { jobsUrl, loginUrl, pageUrl, job: singleJob } = $("main").dataset; // singleJob: the id, on the page of one job
+// singleJob: the id, on the page of one job
+const { jobsUrl, batchesUrl, allUrl, loginUrl, pageUrl, job: singleJob } = $("main").dataset;
 const heading = $("h1"), list = $("#jobs"), live = $("#live"), problem = $("#problem"), pages = $("#pages");
-const rows = new Map(); // job id -> { job, name, element, part }
+const rows = new Map(); // id of a job or batch -> { job, name, element, part }
 let shown, timer, latest = 0, failures = 0, due = 0, skew = 0;
 
 // ---- Texts
 const capital = (words) => words.charAt(0).toUpperCase() + words.slice(1);
 const shortName = (task) => capital(task.split(".").pop().replaceAll("_", " ").trim()) || task;
 const fullTime = (iso) => (iso ? new Date(iso).toLocaleString([], { dateStyle: "medium", timeStyle: "medium" }) : "not yet");
-const explain = (status) => (status === 404 ? "There is no such job, or it is not yours." : status ? `The server answered with an error (${status}).` : "Cannot reach the server.");
+const explain = (status) => (status === 404 ? "It does not exist, or it is not yours." : status ? `The server answered with an error (${status}).` : "Cannot reach the server.");
 const isActive = (job) => job.state === "queued" || job.state === "running";
 
 function span(milliseconds) {
@@ -32,9 +34,23 @@ function duration({ state, created_at, started_at, finished_at }, now) {
   return `took ${took < 9950 ? `${Math.max(0, took / 1000).toFixed(1)} s` : span(took)}`;
 }
 
-function note({ state, queue, progress, message }) {
+function asJob(item) { // of a batch: what its row shows, in the fields of a job
+  if (!item.counts) return item;
+  const { label, state, error, counts, created_at, ended_at } = item, { succeeded, failed, cancelled } = counts;
+  const total = Object.values(counts).reduce((sum, count) => sum + count, 0), done = succeeded + failed + cancelled;
+  const texts = [`${done.toLocaleString()} of ${total.toLocaleString()} done`];
+  if (failed) texts.push(`${failed.toLocaleString()} failed`);
+  if (cancelled) texts.push(`${cancelled.toLocaleString()} cancelled`);
+  return {
+    ...item, label: label || "Batch", task: `Batch of ${total.toLocaleString()} ${total === 1 ? "job" : "jobs"}`, result: null,
+    state: state === "open" ? "running" : state, progress: Math.floor((100 * done) / (total || 1)),
+    message: error ? "" : texts.join(", "), started_at: created_at, finished_at: ended_at,
+  };
+}
+
+function note({ state, queue, progress, message, counts }) {
   if (state === "queued") return message || `Waiting in the queue ${queue}`;
-  if (state === "running" || state === "succeeded") return message;
+  if (state === "running" || state === "succeeded" || counts) return message;
   return [progress > 0 && `Stopped at ${progress}%`, message].filter(Boolean).join(" · ");
 }
 
@@ -61,8 +77,10 @@ function addRow(job) {
   const element = $("#job").content.firstElementChild.cloneNode(true), name = job.label || shortName(job.task);
   const part = Object.fromEntries([...element.querySelectorAll("[data-part]")].map((node) => [node.dataset.part, node]));
   const row = { element, part, name };
-  part.name.title = `${job.task}\nJob ${job.id}`;
-  part.name.href = `${pageUrl}jobs/${job.id}/`;
+  part.name.title = job.counts ? `Batch ${job.id}` : `${job.task}\nJob ${job.id}`;
+  part.name.href = job.counts ? `#batch=${job.id}` : `${pageUrl}jobs/${job.id}/`;
+  part.batch.href = `${pageUrl}#batch=${job.batch}`;
+  show(part.batch, singleJob && job.batch);
   part.cancel.setAttribute("aria-label", `Cancel ${name}`);
   part.cancel.addEventListener("click", () => cancel(row));
   rows.set(job.id, row);
@@ -90,13 +108,14 @@ function updateRow(row, job) { // returns the messages for screen readers
 // ---- The list
 function view() {
   const hash = new URLSearchParams(location.hash.slice(1)), state = hash.get("state");
-  return { state: STATES.includes(state) ? state : "", cursor: hash.get("cursor") ?? "" };
+  return { batch: hash.get("batch") ?? "", state: STATES.includes(state) ? state : "", cursor: hash.get("cursor") ?? "" };
 }
 const query = (view) => new URLSearchParams(Object.entries(view).filter(([, value]) => value));
 const cursor = (url) => url && new URL(url).searchParams.get("cursor");
 
 function render(wanted, { next, previous, results }) {
-  const pageChanged = shown?.state === wanted.state && shown.cursor !== wanted.cursor, news = [];
+  const moved = shown && (shown.batch !== wanted.batch || (shown.state === wanted.state && shown.cursor !== wanted.cursor));
+  const news = [], none = results.every((job) => job.id === wanted.batch);
   const kept = new Set(results.map((job) => job.id));
   for (const [id, { element }] of rows) {
     if (kept.has(id)) continue;
@@ -110,8 +129,8 @@ function render(wanted, { next, previous, results }) {
     if (list.children[index] !== row.element) list.insertBefore(row.element, list.children[index] ?? null);
   });
   if (news.length) $("#news").textContent = news.join(", ");
-  show($("#empty"), !results.length && !wanted.state);
-  show($("#no-match"), !results.length && wanted.state);
+  show($("#empty"), none && !wanted.state && !wanted.batch);
+  show($("#no-match"), none && wanted.state);
   text($("#no-match span"), wanted.state);
 
   const [newer, older] = pages.children;
@@ -120,7 +139,7 @@ function render(wanted, { next, previous, results }) {
   show(newer, previous);
   show(older, next);
   show(pages, previous || next);
-  if (pageChanged) heading.focus();
+  if (moved) heading.focus();
   list.removeAttribute("aria-busy");
   shown = wanted;
 }
@@ -149,21 +168,26 @@ const post = (url) => fetchJson(url, { method: "POST", headers: { "X-CSRFToken":
 
 async function load() {
   clearTimeout(timer);
-  const number = ++latest, wanted = view();
-  const answer = await fetchJson(singleJob ? `${jobsUrl}${singleJob}/` : `${jobsUrl}?${query(wanted)}`), { status, headers } = answer;
+  const number = ++latest, wanted = view(), urls = [];
+  if (singleJob) urls.push(`${jobsUrl}${singleJob}/`);
+  else if (wanted.batch) urls.push(`${batchesUrl}${encodeURIComponent(wanted.batch)}/`, `${jobsUrl}?${query(wanted)}`);
+  else urls.push(`${allUrl}?${query(wanted)}`);
+  const answers = await Promise.all(urls.map((url) => fetchJson(url))), last = answers.at(-1).data;
   if (number !== latest) return; // a newer request was sent meanwhile
-  const data = singleJob && status === 200 ? { results: [answer.data] } : answer.data;
+  const { status, headers } = answers.find(({ status }) => status !== 200) ?? answers[0];
+  const first = singleJob || wanted.batch ? [answers[0].data] : []; // the job, or the batch above its jobs
+  const data = status === 200 ? { ...last, results: [...first, ...(last.results ?? [])].map(asJob) } : {};
   const back = new URLSearchParams({ next: location.pathname + location.hash });
   if (status === 401 || status === 403) return location.assign(`${loginUrl}?${back}`);
   const good = status === 200 && Array.isArray(data.results), atTop = good && !data.previous;
   // If there are no newer jobs, or the cursor is unknown, go to the first page, where new jobs appear.
-  if (wanted.cursor && (atTop || status === 404)) return location.replace(`#${query({ state: wanted.state })}`);
+  if (wanted.cursor && (atTop || status === 404)) return location.replace(`#${query({ ...wanted, cursor: "" })}`);
   const offset = Date.parse(headers?.get("Date")) - Date.now();
   failures = good ? 0 : failures + 1;
   let pause = headers?.get("Retry-After") * 1000 || Math.min(MAX_PAUSE, PAUSE * 2 ** failures) * (0.75 + Math.random() / 4);
   if (good) {
     skew = Math.abs(offset) > 3000 ? offset : 0; // how far this computer's clock is behind
-    pause = PAUSE;
+    pause = PAUSE * urls.length; // so that no view sends more requests than the others
     render(wanted, data);
     text($("time", live), new Date().toLocaleTimeString());
   }
@@ -181,10 +205,10 @@ async function cancel(row) {
   const { job, part } = row, focused = document.activeElement === part.cancel;
   part.cancel.disabled = true;
   text(part.error, "");
-  const { status, data } = await post(`${jobsUrl}${encodeURIComponent(job.id)}/cancel/`);
+  const { status, data } = await post(`${job.counts ? batchesUrl : jobsUrl}${encodeURIComponent(job.id)}/cancel/`);
   part.cancel.disabled = false;
   if (focused && document.activeElement === document.body) part.cancel.focus();
-  if (status === 200) $("#news").textContent = updateRow(row, data).join();
+  if (status === 200) $("#news").textContent = updateRow(row, asJob(data)).join();
   const error = status === 200 ? "" : (data.detail ?? explain(status));
   text(part.error, error);
   await load();
@@ -197,13 +221,19 @@ async function start(button) {
   button.disabled = false;
   if (document.activeElement === document.body) button.focus();
   text($("#start .error"), status === 202 ? "" : (data.detail ?? explain(status)));
-  const { state, cursor } = view();
-  if (status === 202 && (state || cursor)) location.hash = "#state="; // the view that shows the new job
+  const { batch, state, cursor } = view();
+  if (status === 202 && (batch || state || cursor)) location.hash = "#state="; // the view that shows the new job
   else await load();
 }
 
 function navigate() {
-  for (const link of $("#filter")?.children ?? []) link.setAttribute("aria-current", link.hash === `#state=${view().state}`);
+  const { batch, state } = view(), inBatch = batch && `&batch=${encodeURIComponent(batch)}`;
+  for (const link of document.querySelectorAll("#filter a, #no-match a")) {
+    const [filter] = link.hash.split("&");
+    link.hash = filter + inBatch;
+    link.setAttribute("aria-current", filter === `#state=${state}`);
+  }
+  show($("#back"), batch);
   list.setAttribute("aria-busy", true);
   load();
 }
