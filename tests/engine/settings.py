@@ -93,12 +93,6 @@ REST_FRAMEWORK = {
     "DEFAULT_THROTTLE_RATES": {"user": "600/min"},
     "DEFAULT_SCHEMA_CLASS": "drf_spectacular.openapi.AutoSchema",
 }
-SPECTACULAR_SETTINGS = {
-    "ENUM_NAME_OVERRIDES": {
-        "StateEnum": "jobs.models.STATES",
-        "BatchStateEnum": "jobs.models.BATCH_STATES",
-    }
-}
 QUEUES = ["default", "celery", "cpu", "io"]
 TASKS = {"default": {"BACKEND": "jobs.backends.TaskBackend", "QUEUES": QUEUES}}
 JOB_LEASE_SECONDS = 30

@@ -198,10 +198,6 @@ SPECTACULAR_SETTINGS = {
         "drf_spectacular.hooks.postprocess_schema_enums",
         "config.api.add_errors",
     ],
-    "ENUM_NAME_OVERRIDES": {  # jobs and batches have a `state`
-        "StateEnum": "jobs.models.STATES",
-        "BatchStateEnum": "jobs.models.BATCH_STATES",
-    },
     "COMPONENT_SPLIT_REQUEST": True,  # responses may have blank texts, requests may not
     "SERVE_PERMISSIONS": ["rest_framework.permissions.IsAuthenticated"],
     "SWAGGER_UI_DIST": "SIDECAR",  # from this server, not from a CDN

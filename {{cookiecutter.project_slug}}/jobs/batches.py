@@ -266,9 +266,8 @@ def end(pk):
     """If all jobs of this batch have ended, end it and store what starts next."""
     if is_active(pk):
         return
-    limits = (
-        () if in_transaction() else (LOCK_TIMEOUT, IDLE_TIMEOUT)
-    )  # not for a caller's transaction
+    # A setting would stay in a caller's transaction.
+    limits = [] if in_transaction() else [LOCK_TIMEOUT, IDLE_TIMEOUT]
     with transaction.atomic():
         batches = batch_manager().filter(*limits, pk=pk, ended_at=None)
         batch = batches.annotate(now=Now()).select_for_update().first()

@@ -71,6 +71,8 @@ class BatchListSerializer(serializers.ListSerializer):
 
 class BatchSerializer(serializers.ModelSerializer):
     url = serializers.HyperlinkedIdentityField(view_name="batch-detail")
+    # Not an enum: drf-spectacular has one with this name, that of jobs.
+    state = serializers.CharField(help_text="open, succeeded, failed or cancelled")
     counts = serializers.DictField(
         child=serializers.IntegerField(), help_text="how many of its jobs are in each state"
     )
