@@ -26,9 +26,9 @@ from rest_framework.throttling import UserRateThrottle
 from rest_framework.viewsets import GenericViewSet
 
 from jobs import updates
-from jobs.models import Failure, Job
+from jobs.models import Batch, Failure, Job
 from jobs.tasks import JobTask
-from jobs.views import EnqueueMixin
+from jobs.views import EnqueueMixin, accepted
 
 
 @shared_task(base=JobTask, bind=True)
@@ -491,3 +491,13 @@ def test_a_format_suffix_in_the_url_is_not_found(api, user):
     assert api.get("/api/jobs.json").status_code == 404
     response = api.get(f"/api/jobs/{job.pk}.json/")
     assert (response.status_code, response["Content-Type"]) == (404, "application/json")
+
+
+def test_a_view_answers_with_a_job_or_a_batch(api, user):
+    request = APIRequestFactory().post("/")
+    request.user = user
+    for stored in greet.using(owner=user).enqueue(), Batch.objects.enqueue(greet, [[]], owner=user):
+        response = accepted(request, stored)
+        assert (response.status_code, response["Retry-After"]) == (202, "1")
+        assert response.data["id"] == str(stored.pk)
+        assert api.get(response["Location"]).json()["id"] == str(stored.pk)

@@ -12,7 +12,7 @@ from rest_framework.viewsets import ModelViewSet
 
 from jobs.admin import announce
 from jobs.backends import JobContext, JobFunction, TaskBackend
-from jobs.models import Job
+from jobs.models import Batch, Job
 from jobs.queryset import JobManager, JobQuerySet
 from jobs.tasks import JobCall, JobError, JobTask
 from jobs.views import EnqueueMixin, accepted
@@ -30,6 +30,16 @@ def build_report(self: JobTask, pages: int):
     if pages == 8:
         raise self.retry(countdown=60, exc=ValueError("Page 8"))
     self.retry(countdown="60")  # wrong
+
+
+@shared_task(base=JobTask, bind=True)
+def crawl(self: JobTask, url: str):
+    if self.batch:
+        assert_type(self.batch, Batch)
+        assert_type(self.batch.enqueue(crawl, [url], label=url), Job)
+    self.then(build_report, [10], label="March", countdown=60)
+    self.then(build_report, 10)  # wrong
+    self.then(build_report, [10], unique="march")  # wrong
 
 
 def in_context(context: JobContext, pages: int):
@@ -84,6 +94,24 @@ def use(user):
     build_report.using(priority=1)  # wrong
     build_report.using(eta="tomorrow")  # wrong
     build_report.using(owner=user).delay(10)  # wrong
+
+
+def view_of_many(request: HttpRequest, user):
+    step = build_report.s()
+    batch = Batch.objects.enqueue(
+        crawl, [["a"], ["b"]], owner=user, label="March", then=step, ended=step, queue="io"
+    )
+    assert_type(batch, Batch)
+    with Batch.objects.open(owner=user, label="March", then=step) as batch:
+        assert_type(batch, Batch)
+        assert_type(batch.enqueue_many(crawl, [["a"]], countdown=60), list[Job])
+        batch.enqueue(crawl, ["a"], owner=user)  # wrong
+    Batch.objects.enqueue(crawl, [["a"]], then="build_report")  # wrong
+    Batch.objects.enqueue(crawl, [["a"]], unique="march")  # wrong
+    assert_type(batch.cancel(), int)
+    assert_type(batch.run_failed_again(), list[Job])
+    print(batch.state, batch.counts, batch.error, batch.jobs.filter(state="failed").cancel())
+    return accepted(request, batch)
 
 
 def use_with_django(count: JobFunction):

@@ -336,7 +336,8 @@ def needed(before):
     return Exists(job_manager().filter(UNFINISHED, next_jobs)) | Exists(batches)
 
 
-class BatchManager(models.Manager):
+# Type checkers do not see the methods that Django copies from a queryset to its manager.
+class BatchManager(models.QuerySet if TYPE_CHECKING else models.Manager):
     db = property(lambda self: self._db or "default")  # as for jobs
 
     @contextmanager

@@ -98,14 +98,15 @@ class Merged:
         return found[part]
 
 
-def accepted(request: HttpRequest | Request, job: Job) -> Response:
-    """Return a response 202 that shows the job, with its address in the header Location."""
-    shown = JobSerializer(job, context={"request": request})
-    return Response(shown.data, status=202, headers=headers_of(job.pk))
+def accepted(request: HttpRequest | Request, job: Job | Batch) -> Response:
+    """Return a response 202 that shows the job or batch, with its address in the header Location."""
+    name, kind = ("batch", BatchSerializer) if isinstance(job, Batch) else ("job", JobSerializer)
+    shown = kind(job, context={"request": request})
+    return Response(shown.data, status=202, headers=headers_of(job.pk, name))
 
 
-def headers_of(job_id):
-    return {"Location": reverse("job-detail", args=[job_id]), "Retry-After": "1"}
+def headers_of(pk, name="job"):
+    return {"Location": reverse(f"{name}-detail", args=[pk]), "Retry-After": "1"}
 
 
 def identify_upload(upload):
