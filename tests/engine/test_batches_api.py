@@ -1,5 +1,6 @@
 """Batches over HTTP: the API, the metrics, the admin."""
 
+import re
 import uuid
 from datetime import timedelta
 
@@ -388,3 +389,56 @@ def test_the_admin_asks_for_the_permissions_for_jobs(staff, batch):
     assert batch.state == "open"
     assert "2 jobs cancelled." in act(both, "cancel")
     assert both.post(f"{url}{batch.pk}/delete/", {"post": "yes"}).status_code == 302
+
+
+# On PostgreSQL, with many jobs
+
+
+@pytest.fixture
+def thousands(user):
+    """The batches of a user, each with many jobs, and statistics. Two of them are open."""
+    if connection.vendor != "postgresql":
+        pytest.skip("only PostgreSQL plans with statistics: set DATABASE_URL=postgres://…")
+    now = timezone.now()
+    Job.objects.enqueue_many(greet, [[]] * 100, owner=user)
+    ended = {"state": "failed", "ended_at": now}
+    batches = [Batch.objects.create(owner=user, **fields) for fields in [{}, {}, *[ended] * 18]]
+    Batch.objects.bulk_create(Batch(**ended) for _ in range(2000))
+    for batch in [*batches, None]:
+        fields = {"task": greet.name, "batch": batch, "owner": user if batch else None}
+        fields |= {"state": "succeeded", "finished_at": now}
+        Job.objects.bulk_create(
+            Job(**fields, created_at=now - timedelta(seconds=number)) for number in range(500)
+        )
+    with connection.cursor() as cursor:
+        cursor.execute("ANALYZE")
+    return batches
+
+
+def scans(client, url):
+    """Return the indexes and tables that PostgreSQL reads for this request, except those of users."""
+    with CaptureQueriesContext(connection) as captured:
+        assert client.get(url).status_code == 200
+    found = set()
+    with connection.cursor() as cursor:
+        for query in captured.captured_queries:
+            if '"jobs_' in query["sql"]:
+                cursor.execute(f"EXPLAIN {query['sql']}")
+                plan = "\n".join(line for (line,) in cursor.fetchall())
+                found |= set(re.findall(r"(?:Seq|Index|Only) Scan (?:using|on) (\w+)", plan))
+    return found
+
+
+def test_the_lists_read_no_more_than_a_page(api, thousands):
+    assert scans(api, "/api/jobs/") == {"job_owner_alone"}
+    assert scans(api, f"/api/jobs/?batch={thousands[0].pk}") == {"job_batch"}
+    pages = "/api/batches/", "/api/jobs/with_batches/"
+    found = {"batch_owner", "job_batch"}
+    assert [scans(api, url) for url in pages] == [found, found | {"job_owner_alone"}]
+    one = {"jobs_batch_pkey", "job_batch", "job_follows"}
+    assert scans(api, f"/api/batches/{thousands[0].pk}/") == one
+
+
+def test_a_scrape_reads_no_batch_that_has_ended(staff_api, thousands):
+    assert scans(staff_api, "/metrics") >= {"batch_ended"}
+    assert "jobs_batch" not in scans(staff_api, "/metrics")
