@@ -328,6 +328,10 @@ def test_two_sweeps_and_an_end_at_once():
 
     race(len(new), end, end, sweep, sweep)
     assert_ended_once(new)
+    before = list(Batch.objects.values("pk", "ended_at").order_by("pk"))
+    for number in range(10):
+        end(number)
+    assert list(Batch.objects.values("pk", "ended_at").order_by("pk")) == before
 
 
 @pytest.mark.parametrize("use", ["enqueue", "cancel", "nothing"])

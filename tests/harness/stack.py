@@ -23,12 +23,13 @@ TIMINGS = {
 # The names of code for ask()
 IMPORTS = """
 from datetime import timedelta
+from celery import chain, chord
 from django.db import connection
 from django.db.models import F, Q
 from django.db.models.functions import Now
 from faults.tasks import *
 from jobs.expressions import ACTIVE, FINAL
-from jobs.models import Failure, Job, Sweep
+from jobs.models import Batch, Failure, Job, Sweep
 """
 
 
