@@ -32,6 +32,8 @@ SIZES = {
     "turns": [3],
     "renderings": [15],
     "tasks": [1000],  # sent one by one, and as many again in bulk
+    "together": [10_000],  # tasks that have one callback, and as many alone
+    "chain": [500],
     "singles": [100],  # each sent when the previous one is done
     "polled": [20],  # the same, for a queue that is polled once a second
     "waiting": [1000, 10_000, 100_000],
@@ -53,6 +55,7 @@ TABLES = {
     "speed": "broker|what|sent/s|in bulk/s|done/s|one: median ms|p95 ms",
     "costs": "broker|what|main process|children|PostgreSQL|broker|sum|to enqueue|flushes",
     "parts": "broker|with|INSERT/s|publish/s|one after the other/s|jobs sent/s|ratio",
+    "together": "what|tasks|how|stored/s|done/s|CPU-ms each|callback starts after ms",
     "waiting": "jobs that wait|claims/s|jobs done/s",
     "sweep": "broker|queues|jobs sent/s",
     "rows": "finished jobs|" + "|".join(PAGES) + "|purged/s",
@@ -104,6 +107,7 @@ class Bench:
                     output = Output(self.folder, *urls, broker=broker)
                     self.speed(broker, output, rivals, database, server)
                     if broker == "redis":  # topics that do not depend on the broker
+                        self.together(output, database, server)
                         self.waiting(output)
                         self.pages(output)
                         self.processes(output)
@@ -202,6 +206,31 @@ class Bench:
         self.goal(f"jobs / Procrastinate, {broker}: done", 1, of_rival)
         of_rival = median(one["jobs"]) / median(one["Procrastinate"])
         self.goal(f"jobs / Procrastinate, {broker}: median ms of one", 1, of_rival, at_most=True)
+
+    def together(self, output, database, server):
+        """Let tasks have a callback when all have ended, and run in a chain."""
+        url = server.variables["CELERY_BROKER_URL"]
+        contestants = {"bare Celery": (bare(output, RESULTS=url), "plain"), "jobs": (output, "job")}
+        sizes = {"alone": "together", "with a callback": "together", "chain": "chain"}
+        costs = {}
+        for shape, size in sizes.items():
+            for name, (contestant, kind) in contestants.items():
+                contestant.sent = self.size(size)
+                path = contestant.folder / f"{shape.replace(' ', '-')}-{kind}.done"
+                seconds = contestant.ask("together.store", kind, shape, contestant.sent, str(path))
+                with contestant.working(kind, WORKER_CONCURRENCY=SLOTS) as worker:
+                    *_, cost = self.used_by(contestant, path, worker, database, server)
+                    done, after = contestant.done(path), "–"
+                    if shape == "with a callback":
+                        [then] = contestant.wait_for_lines(path.with_suffix(".done.then"), 1)
+                        last = max(float(line.split()[1]) for line in path.read_text().splitlines())
+                        after = whole((float(then.split()[0]) - last) * 1000)
+                costs[name, shape] = cost
+                figures = [whole(contestant.sent / seconds), whole(done), f"{cost:.2f}", after]
+                self.rows["together"].append([name, f"{contestant.sent:,}", shape, *figures])
+                say(output, f"{name}, {shape}: {done:.0f} done/s, {cost:.2f} CPU-ms each")
+        more = costs["jobs", "with a callback"] / costs["jobs", "alone"]
+        self.goal("CPU-ms of a job of a batch / alone", 1.15, more, at_most=True)
 
     def used_by(self, contestant, path, worker, database, server):
         """Return the CPU-ms of one task: worker's main process, children, PostgreSQL, broker, sum.

@@ -182,13 +182,12 @@ class Rivals(Contestant):
         self.create_database()
 
 
-def bare(output):
+def bare(output, **variables):
     """Return bare Celery with the packages and the broker of an output."""
-    folder = Project(output.folder.parent / f"{output.folder.name}_bare")
+    folder = Project(output.folder.parent / "_".join([output.folder.name, "bare", *variables]))
     worker = "celery -A bare worker --loglevel INFO --include work_tasks"
-    return Contestant(
-        folder, {"plain": worker}, {**output.environment, "DJANGO_SETTINGS_MODULE": ""}
-    )
+    environment = {**output.environment, "DJANGO_SETTINGS_MODULE": "", **variables}
+    return Contestant(folder, {"plain": worker}, environment)
 
 
 @contextmanager

@@ -4,12 +4,13 @@ import os
 
 from celery import Celery
 
-app = Celery("bare", broker=os.environ["CELERY_BROKER_URL"])
+results = os.environ.get("RESULTS")  # Celery's chords need them
+app = Celery("bare", broker=os.environ["CELERY_BROKER_URL"], backend=results)
 app.conf.update(
     broker_connection_retry_on_startup=True,
     task_acks_late=True,
     task_default_queue="bare",
-    task_ignore_result=True,
+    task_ignore_result=not results,
     task_reject_on_worker_lost=True,
     task_send_sent_event=True,
     task_soft_time_limit=540,

@@ -1,8 +1,9 @@
-"""`make chaos`: post jobs, and every two seconds kill, stop or empty something.
+"""`make chaos`: post jobs, batches and chains; every two seconds kill, stop or empty something.
 
 At the end, each accepted job must have succeeded once and written its row. Jobs that kill their
 process, jobs that the broker refuses and jobs over their time limit must have failed, and must not
-have delayed others. No chunk of a newsletter was sent twice because its worker was stopped.
+have delayed others. No chunk of a newsletter was sent twice because its worker was stopped. Each
+batch has ended, and each job that comes next was stored once.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from .stack import TIMINGS, prepare
 EVERY = 2  # seconds between two faults
 QUEUES = ["cpu", "io", "test"]  # one for each worker
 JOBS, SECONDS = 1000, 100
+JOBS_FOR_EACH_WORK = 20  # jobs for each batch or chain
 
 
 class Chaos:
@@ -39,6 +41,7 @@ class Chaos:
         lengths = random.Random(seed)
         self.jobs = [(number, round(lengths.uniform(0, 1), 2)) for number in range(jobs)]
         self.accepted = {}  # number: job
+        self.works = []  # numbers of batches and chains
         self.killers, self.refused, self.holders = [], [], []
         self.late, self.newsletters, self.new = [], [], []
         self.workers_stuck = self.jobs_stuck = 0
@@ -51,7 +54,11 @@ class Chaos:
         self.enqueue_backlog()
         start = time.monotonic()
         with self.stack.supervised(), ThreadPoolExecutor(8) as pool:
-            posting = [pool.submit(self.post, *job, start) for job in self.jobs]
+            posting = []
+            for number, length in self.jobs:
+                posting.append(pool.submit(self.post, number, length, start))
+                if number % JOBS_FOR_EACH_WORK == 0:
+                    posting.append(pool.submit(self.post_work, number, start))
             while (
                 time.monotonic() - start < self.seconds
                 or len(self.faults) < len(FAULTS)
@@ -63,10 +70,10 @@ class Chaos:
                 future.result()
             self.wait(600 + self.backlog / 50)
             beside = self.enqueue_beside_refused()
-            survey = self.survey()
+            survey, works = self.survey(), self.survey_works()
         for timer in self.timers:
             timer.cancel()
-        return self.report(survey, *beside)
+        return self.report_works(**works) & self.report(survey, *beside)
 
     def enqueue_backlog(self):
         """Enqueue the jobs that exist before the first fault."""
@@ -78,17 +85,25 @@ class Chaos:
             self.accepted |= zip(part, self.stack.ask(code, calls=calls), strict=True)
 
     def post(self, number, seconds, start):
-        """Post until the answer is 202, as a client that needs its job accepted."""
+        data = {"task": "write", "args": [number, seconds], "key": f"chaos-{number}"}
+        self.accepted[number] = self.post_until_accepted("faults/", number, start, data)
+
+    def post_work(self, number, start):
+        """Post a batch or a chain."""
+        work = number // JOBS_FOR_EACH_WORK
+        data = {"number": work, "key": f"work-{work}"}
+        self.post_until_accepted("faults/work/", number, start, data)
+        self.works.append(work)
+
+    def post_until_accepted(self, path, number, start, data):
+        """Post until the answer is 202, as a client that needs its job accepted. Return the id."""
         due = start + number * self.seconds / len(self.jobs)
         time.sleep(max(0, due - time.monotonic()))
         while True:
             try:
-                job = self.stack.post("write", number, seconds, key=f"chaos-{number}")
+                return self.stack.send_json(path, **data)
             except (OSError, AssertionError, ValueError):
                 time.sleep(0.3)
-            else:
-                self.accepted[number] = job
-                return
 
     def inject_fault(self):
         if not self.round:  # each fault comes once in a round, in random order
@@ -239,11 +254,12 @@ class Chaos:
         self.old += old
 
     def wait(self, seconds):
-        """Wait until all jobs have ended or are deleted, except those that the broker refuses."""
+        """Wait until all batches have ended, and all jobs except those that the broker refuses."""
         until = time.monotonic() + seconds
         code = """
 rows = Job.objects.filter(Q(state__in=ACTIVE) | Q(pk__in=old))
-result = rows.exclude(task=read.name).exists()
+is_open = Batch.objects.filter(ended_at=None)
+result = rows.exclude(task=read.name).exists() or is_open.exists()
 """
         while self.stack.ask(code, old=self.old) and time.monotonic() < until:
             time.sleep(1)
@@ -275,6 +291,15 @@ result = rows.exclude(task=read.name).exists()
         odd += [*self.late, *self.newsletters, *self.new]
         ask = "from faults.survey import survey\nresult = survey(jobs, numbers, odd)"
         return self.stack.ask(ask, jobs=jobs, numbers=numbers, odd=odd)
+
+    def survey_works(self):
+        ask = "from faults.survey import survey_works\nresult = survey_works(works)"
+        return self.stack.ask(ask, works=self.works)
+
+    def report_works(self, batches, states, missing, twice):
+        print(f"  batches and chains: {len(self.works)}; batches: {batches}; their jobs: {states}")
+        print(f"  jobs of batches and chains that are missing: {missing}, stored twice: {twice}")
+        return {*batches, *states} == {"succeeded"} and not (missing or twice)
 
     def report(self, survey, others, early):
         accepted = len(self.accepted)

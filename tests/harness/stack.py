@@ -261,11 +261,14 @@ with app.connection_for_write() as broker:
 
     def post(self, task, *args, **data):
         """Enqueue a job through the API and return its id. Raises if the answer is not 202."""
-        data = {"task": task, "args": [str(arg) for arg in args], **data}
+        return self.send_json("faults/", task=task, args=[str(arg) for arg in args], **data)
+
+    def send_json(self, path, **data):
+        """Return the id in the answer. Raises if this is not 202."""
         headers = {"Authorization": f"Token {self.token}"}
-        status, _, job = fetch(f"http://127.0.0.1:{self.port}/faults/", data, headers)
+        status, _, answer = fetch(f"http://127.0.0.1:{self.port}/{path}", data, headers)
         assert status == 202, status
-        return job["id"]
+        return answer["id"]
 
     def send_raw(self, path, body, content_type="application/json", *, token=None, key=None):
         """Send a GET, or a POST with `body`, to the API. Return (status, text).
@@ -354,8 +357,9 @@ def prepare(project, broker, folder, database, **variables):
     project.add_app("faults", f"{broker.settings}\n{routes}")
     with open(project / "config/urls.py", "a") as file:
         file.write(
-            "\nfrom faults.views import add, enqueue\n"
-            'urlpatterns += [path("faults/", enqueue), path("api/faults/add/", add)]\n'
+            "\nfrom faults.views import add, enqueue, work\n"
+            'urlpatterns += [path("faults/", enqueue), path("faults/work/", work)]\n'
+            'urlpatterns += [path("api/faults/add/", add)]\n'
         )
     (folder / "broker").mkdir()
     return Stack(project, broker(folder / "broker", project), folder, database, **variables)

@@ -1,6 +1,6 @@
 """Code of `make chaos` that runs in the project: queries, old jobs, copies of messages."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from datetime import timedelta
 
 from django.db import connection
@@ -8,10 +8,33 @@ from django.db.models import Count, Max, Sum
 from django.utils import timezone
 
 from jobs.expressions import ACTIVE
-from jobs.models import Job
+from jobs.models import Batch, Job
 from jobs.publish import publish
 
-from .tasks import quick
+from .tasks import quick, write
+
+MEMBERS, STEPS = 4, 6  # jobs of a batch, and jobs of a batch with what starts afterwards
+
+
+def numbers_of(work):
+    """Return what each job of a batch or chain writes. The jobs that stand alone write others."""
+    return [-(work * STEPS + step) - 1 for step in range(STEPS)]
+
+
+def survey_works(works):
+    """Return the states of all batches, and of jobs of these batches and chains.
+
+    Also return how many of their jobs are missing, and how many are there twice.
+    """
+    numbers = [number for work in works for number in numbers_of(work)]
+    jobs = Job.objects.filter(task=write.name, args__0__in=numbers)
+    found = Counter(jobs.values_list("args__0", flat=True))
+    return {
+        "batches": states(Batch.objects.all()),
+        "states": states(jobs),
+        "missing": sum(not found[number] for number in numbers),
+        "twice": sum(found[number] > 1 for number in numbers),
+    }
 
 
 def survey(jobs, numbers, odd):

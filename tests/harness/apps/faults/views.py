@@ -4,15 +4,17 @@ import asyncio
 import os
 import signal
 
+from celery import chain, chord
 from django.db import transaction
 from django.http import JsonResponse
 from django_tasks import task
 from rest_framework.decorators import api_view
 from rest_framework.response import Response
 
-from jobs.models import Job
+from jobs.models import Batch, Job
 
 from . import tasks
+from .survey import MEMBERS, numbers_of
 
 
 @api_view(["POST"])
@@ -27,6 +29,26 @@ def enqueue(request):
             args, owner = request.data["args"], request.user
             job = Job.objects.enqueue(task, args, owner=owner, idempotency_key=key)
     return Response({"id": job.pk}, status=202)
+
+
+@api_view(["POST"])
+def work(request):
+    """Store a batch, a chord or a chain, once for each key."""
+    key, number = request.data["key"], request.data["number"]
+    steps = [tasks.write.si(each, 0.1) for each in numbers_of(number)]
+    members, rest = steps[:MEMBERS], steps[MEMBERS:]
+    options = {"owner": request.user, "label": key}
+    with transaction.atomic():
+        if any(model.objects.filter(label=key).exists() for model in (Batch, Job)):
+            pass
+        elif number % 3 == 0:
+            chain(*steps).apply_async(**options)
+        elif number % 3 == 1:
+            chord([*members[1:], chain(members[0], *rest[1:])], rest[0]).apply_async(**options)
+        else:
+            calls = [member.args for member in members]
+            Batch.objects.enqueue(tasks.write, calls, then=rest[0], ended=rest[1], **options)
+    return Response({"id": key}, status=202)
 
 
 @task
