@@ -1,4 +1,4 @@
-"""Many tasks that belong together: as many alone, with a callback when all have ended, in a chain."""
+"""Many tasks that belong together: alone, with a callback when all have ended, and in a chain."""
 
 from celery import chain, chord
 
