@@ -31,6 +31,11 @@ from jobs.tasks import JobTask
 from jobs.views import EnqueueMixin, accepted
 
 
+@shared_task(base=JobTask, owner_may_run_again=True)
+def repeatable(n):
+    return n
+
+
 @shared_task(base=JobTask, bind=True)
 def greet(self, name="you"):
     return f"Hello {name}"
@@ -179,7 +184,18 @@ def test_only_staff_with_the_view_permission_reads_tracebacks(api, staff, user, 
     assert "failures" not in staff().get(f"/api/jobs/{job.pk}/").json()
 
 
-def test_staff_runs_a_job_again(staff, user, commit):
+def test_staff_runs_a_failed_job_again(staff, user, commit):
+    job = Job.objects.enqueue(greet, ["Ada"], owner=user)
+    job.cancel()
+    with commit():
+        response = staff("delete").post(f"/api/jobs/{job.pk}/run_again/")
+    assert (response.status_code, response.json()["id"]) == (202, str(job.pk))
+    assert (response.json()["state"], response.json()["finished_at"]) == ("queued", None)
+    assert response["Location"] == f"/api/jobs/{job.pk}/"
+    assert Job.objects.get().result == "Hello Ada"
+
+
+def test_staff_runs_a_copy_of_a_job_that_succeeded(staff, user, commit):
     with commit():
         ended = Job.objects.enqueue(greet, ["Ada"], owner=user, queue="special", unique="key")
     with commit():
@@ -188,18 +204,53 @@ def test_staff_runs_a_job_again(staff, user, commit):
     assert (response.status_code, response.json()["id"]) == (202, str(again.pk))
     assert response["Location"] == f"/api/jobs/{again.pk}/"
     assert (again.owner, again.queue, again.unique_key) == (user, "special", "key")
-    assert (again.state, again.result) == ("succeeded", "Hello Ada")
+    assert (again.state, again.result, again.follows) == ("succeeded", "Hello Ada", ended.pk)
 
 
-def test_only_staff_with_the_delete_permission_runs_jobs_again(api, staff, user, commit):
+def test_an_owner_runs_a_failed_job_again_if_its_task_says_so(api, staff, user, commit):
+    def post(client, job):
+        return client.post(f"/api/jobs/{job.pk}/run_again/")
+
+    mine = Job.objects.enqueue(repeatable, [1], owner=user)
+    assert post(api, mine).status_code == 409  # it is active
+    assert api.get(f"/api/jobs/{mine.pk}/").json()["can_run_again"] is False
+    mine.cancel()
+    assert api.get(f"/api/jobs/{mine.pk}/").json()["can_run_again"] is True
+    assert api.get("/api/jobs/").json()["results"][0]["can_run_again"] is True
     with commit():
-        job = Job.objects.enqueue(greet, owner=user)
+        response = post(api, mine)
+    assert (response.status_code, response.json()["id"]) == (202, str(mine.pk))
+    succeeded = api.get(f"/api/jobs/{mine.pk}/").json()
+    assert (succeeded["state"], succeeded["can_run_again"]) == ("succeeded", False)
+    assert post(api, mine).status_code == 403  # only staff may enqueue a copy
+
+    other, unowned = (Job.objects.enqueue(repeatable, [1]) for _ in range(2))
+    Job.objects.filter(pk=other.pk).update(owner=staff("view").handler._force_user)
+    Job.objects.all().cancel()
+    assert (post(api, other).status_code, post(api, unowned).status_code) == (404, 404)
+    assert post(staff(), unowned).status_code == 403
+
+
+def test_an_owner_does_not_get_a_job_of_another_owner(api, user, admin_user):
+    job = Job.objects.enqueue(repeatable, [1], owner=user, unique="key")
+    job.cancel()
+    Job.objects.enqueue(repeatable, [2], owner=admin_user, unique="key")
+    response = api.post(f"/api/jobs/{job.pk}/run_again/")
+    assert response.status_code == 409
+    assert "same `unique`" in response.json()["detail"]
+
+
+def test_only_staff_with_the_delete_permission_runs_other_jobs_again(api, staff, user, commit):
+    job = Job.objects.enqueue(greet, owner=user)
+    job.cancel()
     Permission.objects.get(codename="delete_job").user_set.add(user)  # but the user is not staff
-    for client in api, staff(), staff("view"):
-        assert client.post(f"/api/jobs/{job.pk}/run_again/").status_code == 403
+    for client, status in (api, 403), (staff(), 404), (staff("view"), 404):
+        assert client.post(f"/api/jobs/{job.pk}/run_again/").status_code == status
+    shown = [client.get(f"/api/jobs/{job.pk}/") for client in (api, staff("view", "delete"))]
+    assert [each.json()["can_run_again"] for each in shown] == [False, True]
     assert APIClient().post(f"/api/jobs/{job.pk}/run_again/").status_code == 401
     assert staff("delete").post(f"/api/jobs/{uuid.uuid4()}/run_again/").status_code == 404
-    assert Job.objects.count() == 1
+    assert Job.objects.get().state == "cancelled"
 
 
 @pytest.mark.parametrize(
@@ -451,12 +502,16 @@ def test_the_admin_changes_no_more_jobs_than_it_counts(admin_client, monkeypatch
 def test_the_admin_runs_ended_jobs_again(admin_client, user, commit):
     with commit():
         ended = Job.objects.enqueue(greet, ["Ada"], owner=user, queue="special")
+    cancelled = Job.objects.enqueue(greet, ["Bob"])
+    cancelled.cancel()
     active = Job.objects.enqueue(greet)
     with commit():
-        assert "1 job enqueued again</a>. 1 skipped" in act(admin_client, "run_again")
-    again = Job.objects.exclude(pk__in=[ended.pk, active.pk]).get()
-    assert (again.owner, again.queue) == (user, "special")
-    assert (again.state, again.result) == ("succeeded", "Hello Ada")
+        assert "2 jobs queued again</a>. 1 skipped" in act(admin_client, "run_again")
+    copy = Job.objects.exclude(pk__in=[ended.pk, cancelled.pk, active.pk]).get()
+    assert (copy.owner, copy.queue, copy.follows) == (user, "special", ended.pk)
+    assert (copy.state, copy.result) == ("succeeded", "Hello Ada")
+    cancelled.refresh_from_db()
+    assert (cancelled.state, cancelled.result) == ("succeeded", "Hello Bob")
 
 
 def test_many_jobs_run_again_in_a_few_queries(admin_client, user):
@@ -470,15 +525,16 @@ def test_many_jobs_run_again_in_a_few_queries(admin_client, user):
     assert len(queries) < 12
     assert len(again) == 20
     assert {(job.queue, job.owner_id, *job.cursor) for job in again} == {("cpu", user.pk, 7)}
-    assert "21 jobs enqueued again</a>. 20 skipped" in act(admin_client, "run_again")
-    assert Job.objects.filter(state="queued", unique_key="key").exclude(pk=keyed.pk).count() == 1
+    assert "1 job queued again</a>. 20 skipped" in act(admin_client, "run_again")
+    assert set(Job.objects.filter(state="queued")) == {keyed, *again}
+    assert Job.objects.count() == 21
 
 
 def test_the_admin_skips_a_job_whose_task_no_longer_exists(admin_client, user, commit):
     with commit():
         gone = Job.objects.enqueue(greet, ["Ada"], owner=user)
     Job.objects.filter(pk=gone.pk).update(task="no.such.task")
-    assert "0 jobs enqueued again. 1 skipped" in act(admin_client, "run_again")
+    assert "0 jobs queued again. 1 skipped" in act(admin_client, "run_again")
     assert Job.objects.count() == 1
 
 

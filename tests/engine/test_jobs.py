@@ -662,9 +662,11 @@ def test_a_retry_with_an_option_that_a_job_cannot_have_fails_the_job():
 )
 def test_run_again_keeps_the_cursor_unless_the_job_succeeded(published, state, cursor):
     job = Job.objects.enqueue(add, [1, 2])
-    updates.finish(Job.objects.all(), state, cursor=7)
+    updates.finish(Job.objects.all(), state, cursor=7, progress=70)
     job.refresh_from_db()
-    assert job.run_again().cursor == cursor
+    again = job.run_again()
+    again.refresh_from_db()
+    assert (again.cursor, again.progress) == (cursor, 70 if cursor else 0)
 
 
 def test_a_job_that_uses_no_cursor_makes_no_query_for_it():
@@ -952,8 +954,10 @@ def test_a_router_with_a_replica_stops_no_job(replica, published, user):
         assert failure.job == job
         assert updates.succeed(Job.objects, id=job.pk, run_token=run, result=3, message="")
         [again] = Job.objects.all().run_again()
-        assert again.owner_id == user.pk
-        assert Job.objects.filter(pk=again.pk).cancel()
+        assert (again.owner_id, again.follows) == (user.pk, job.pk)
+        assert again.cancel()
+        again.refresh_from_db()
+        assert Job.objects.filter(pk=again.pk).run_again() == [again]
 
 
 def test_a_stored_job_is_not_saved_as_a_whole(published):
@@ -2022,7 +2026,7 @@ def test_old_final_jobs_are_deleted_with_their_idempotency_keys(settings, caplog
     Job.objects.update(created_at=past)
     Job.objects.filter(pk=old.pk).update(finished_at=past)
     Failure.objects.create(job=old, started_at=timezone.now())
-    sweep.purge()
+    sweep.Purge(Job, "finished_at").delete_page()
     assert "deleted 1 jobs older than 30 days" in caplog.text
     assert set(Job.objects.all()) == {new, active}
     Job.objects.enqueue(add, [1, 2], idempotency_key="key")
@@ -2038,17 +2042,21 @@ def test_old_jobs_that_cannot_be_deleted_do_not_stop_the_purge(settings, caplog)
             raise ProtectedError("an order refers to it", {instance})
 
     pre_delete.connect(protect, sender=Job)
+    purge = sweep.Purge(Job, "finished_at", start_over_at=time.monotonic() + 60)
     try:
-        assert sweep.purge() == 2
+        purge.delete_page()
     finally:
         pre_delete.disconnect(protect, sender=Job)
     assert set(Job.objects.all()) == {jobs[2], jobs[5]}
     later = deliver(Job.objects.enqueue(add, [1, 2]))
     Job.objects.filter(pk=later.pk).update(finished_at=past + timedelta(milliseconds=500))
-    assert sweep.purge(2) == 2  # it skips the two that could not be deleted
+    purge.delete_page()  # it skips the two that could not be deleted
     assert set(Job.objects.all()) == {jobs[2], jobs[5]}
     assert caplog.text.count("an order refers to it") == 2
-    assert sweep.purge() == 0
+    purge.start_over_at = 0
+    purge.delete_page()  # at the end, it starts over
+    purge.delete_page()
+    assert not Job.objects.exists()
 
 
 def test_a_job_that_cannot_be_recovered_does_not_stop_others(monkeypatch, caplog):

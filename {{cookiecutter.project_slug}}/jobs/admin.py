@@ -116,12 +116,12 @@ class JobAdmin(ReadOnlyAdmin):
         ("Internals", {"fields": KEYS + INTERNALS, "classes": ["collapse"]}),
     ]
 
-    @admin.action(description="Run again, as new jobs", permissions=["delete"])
+    @admin.action(description="Run again", permissions=["delete"])
     def run_again(self, request, queryset):
-        count = queryset.count()  # first, because the new jobs may be in the queryset, too
+        count = queryset.count()  # first, because copies may be in the queryset, too
         again = queryset.run_again()
         rest = f"{count - len(again)} skipped, because they are active or can no longer run."
-        announce(request, again, "enqueued again", rest)
+        announce(request, again, "queued again", rest)
 
     @admin.action(description="Cancel", permissions=["delete"])
     def cancel(self, request, queryset):

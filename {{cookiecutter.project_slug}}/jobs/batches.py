@@ -67,14 +67,18 @@ class Results:
     def read(self):
         """Return the result of the job, or the list of those of the batch, in the order of its members.
 
-        Raises LookupError if the job was deleted.
+        Raises LookupError if the job, the batch or one of its members was deleted.
         """
         kind, pk = self.source
         jobs = job_manager()
         if kind == "batch":
+            members = jobs.filter(batch=pk)
+            counts = batch_manager().filter(pk=pk).values_list("counts", flat=True).first()
+            if counts is None or members.count() < sum(counts.values()):
+                raise LookupError(f"it needs the results of the batch {pk}, which were deleted")
             # All jobs of a chain but the last have `then`.
-            members = jobs.filter(batch=pk, then__isnull=True).order_by("created_at", "pk")
-            return list(members.values_list("result", flat=True))
+            last = members.filter(then__isnull=True).order_by("created_at", "pk")
+            return list(last.values_list("result", flat=True))
         if found := list(jobs.filter(pk=pk).values_list("result", flat=True)):
             return found[0]
         raise LookupError(f"it needs the result of the job {pk}, which was deleted")
@@ -318,22 +322,20 @@ def end_all():
         try_to_end(pk)
 
 
-def open_again(pks):
-    """Open these batches and their parents: some of their jobs run again in this transaction.
+def unneeded(model, old_batches):
+    """Return the condition for an old Job or Batch to be deleted. `old_batches` are ids: see lock_batches().
 
-    This locks their rows, so call it before these jobs are changed.
+    What a job or a batch has started reads its results, so they are kept as long as each other.
     """
-    while pks := {pk for pk in pks if pk}:
-        rows = batch_manager().filter(pk__in=pks)
-        rows.update(state="open", error="", counts={}, ended_at=None)
-        pks = set(rows.values_list("parent_id", flat=True))
-
-
-def needed(before):
-    """A condition of a job: its result may still be read, or its batch has not ended before this time."""
-    next_jobs = Q(follows=OuterRef("pk")) | Q(follows=OuterRef("batch"))
-    batches = batch_manager().filter(pk=OuterRef("batch")).exclude(ended_at__lt=before)
-    return Exists(job_manager().filter(UNFINISHED, next_jobs)) | Exists(batches)
+    before = updates.retention_end()
+    next_jobs = job_manager().filter(follows=OuterRef("pk")).exclude(finished_at__lt=before)
+    if model._meta.model_name == "job":
+        callbacks = job_manager().filter(follows__in=old_batches).exclude(finished_at__lt=before)
+        kept = callbacks.values_list("follows", flat=True)
+        return (Q(batch=None) | Q(batch__in=set(old_batches) - set(kept))) & ~Exists(next_jobs)
+    members = job_manager().filter(batch=OuterRef("pk"))
+    children = batch_manager().filter(parent=OuterRef("pk"))
+    return Q(pk__in=old_batches) & ~Exists(members) & ~Exists(children) & ~Exists(next_jobs)
 
 
 # Type checkers do not see the methods that Django copies from a queryset to its manager.
@@ -465,8 +467,11 @@ class BatchActions:
 
     def run_failed_again(self) -> list["Job"]:
         """Run the failed and the cancelled members again. Returns them. See JobQuerySet.run_again()."""
-        failed = self.jobs.filter(state__in=["failed", "cancelled"]).run_again()
-        for child in self.children.all():
-            failed += child.run_failed_again()
+        family, new = set(), {self.pk}
+        while new:
+            family |= new
+            new = set(batch_manager().filter(parent__in=new).values_list("pk", flat=True))
+        members = job_manager().filter(batch__in=family, state__in=updates.UNSUCCESSFUL)
+        again = members.order_by("created_at", "pk").run_again()
         self.refresh_from_db()
-        return failed
+        return again

@@ -56,10 +56,14 @@ class Celery(celery.Celery):
 
 
 def cancel(task_id):
-    """Cancel this job, or each in a list. Ignore the ids of plain tasks."""
+    """Cancel this job, or each in a list. Ignore plain tasks. Returns the ids of those that are jobs."""
+    ids = []
     for pk in maybe_list(task_id) or []:
         with suppress(ValidationError):  # not a UUID, so not a job
-            apps.get_model("jobs.Job").objects.filter(pk=pk).cancel()
+            row = apps.get_model("jobs.Job").objects.filter(pk=pk)
+            row.cancel()
+            ids += [str(pk)] * row.count()
+    return ids
 
 
 def is_job(app, name):

@@ -6,11 +6,10 @@ from typing import ClassVar
 from django.conf import settings
 from django.db import models
 from django.db.models import Q
-from django.db.models.functions import Now
 
 from .batches import BatchActions, BatchManager
 from .expressions import ACTIVE, FINAL, UNFINISHED, Clock
-from .queryset import MAX_LABEL, JobManager, fields_to_run_again, insert
+from .queryset import MAX_LABEL, JobManager, run_again
 
 __all__ = ["Batch", "Failure", "Job"]
 
@@ -177,12 +176,17 @@ class Job(models.Model):
         return bool(Job.objects.filter(pk=self.pk).cancel())
 
     def run_again(self) -> "Job":
-        """Enqueue a new job like this one, which has ended. Unless it succeeded, copy its cursor.
+        """Queue this job again, if it failed or was cancelled. If it succeeded, enqueue a copy.
 
-        Returns the new Job, or the active one with the same `unique`. Raises ValueError if this job
-        is active or its task no longer exists; TypeError if its task takes other arguments now.
+        A job that is queued again keeps its id, its failures, its cursor, its batch and what starts after
+        it. It may be retried as often as a new job. Its batch opens again. A copy has none of these, and
+        `follows` is the id of this job.
+
+        Returns this Job, its copy, or the active job with the same `unique`: then nothing is changed. Raises
+        ValueError if this job is active, its task no longer exists, or its batch ended more than
+        JOB_RETENTION_DAYS ago; TypeError if its task takes other arguments now.
         """
-        return insert(Job.objects, fields_to_run_again(self, Now()), self.unique_key)
+        return run_again(self)
 
 
 class Failure(models.Model):

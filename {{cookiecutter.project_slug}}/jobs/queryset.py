@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from asgiref.sync import sync_to_async
 from celery import current_app
+from celery.utils.functional import chunks
 from celery.utils.time import maybe_make_aware
 from django.db import IntegrityError, models, transaction
 from django.db.models import Max
@@ -17,7 +18,7 @@ from django.db.models.functions import Coalesce, Now
 from django.utils import timezone
 
 from . import conf, updates
-from .expressions import UNFINISHED
+from .expressions import FINAL, UNFINISHED
 from .messages import queue_of
 from .publish import publish
 from .values import as_json, size_error, to_json
@@ -41,20 +42,37 @@ class JobQuerySet(models.QuerySet):
         return updates.finish(by_id if self.query.count_active_tables() > 1 else self, "cancelled")
 
     def run_again(self) -> list["Job"]:
-        """Enqueue a copy of each of these jobs. Skip those that are active or can no longer run.
+        """Run these jobs again, all in one transaction. Skip those that are active or can no longer run.
 
-        All copies are stored, or none. Returns them, each once. If a job with the same `unique` is
-        active, the list has that one instead: see Job.run_again().
+        Returns the jobs that are queued now, each once: see Job.run_again().
         """
+        manager, keyed, queued, copies = self.model.objects, [], [], []
         with transaction.atomic(self.db):
-            now, again, new = database_time(self.model.objects), [], []
-            for job in dict.fromkeys(self.defer("result", "error")):  # a join may repeat a job
-                with suppress(TypeError, ValueError):
-                    if job.unique_key:
-                        again.append(job.run_again())
-                    else:
-                        new.append(self.model(**fields_to_run_again(job, now)))
-            return [*dict.fromkeys(again), *insert_many(self.model.objects, now, new)]
+            now = database_time(manager)
+            found = dict.fromkeys(
+                self.values_list("pk", "batch", "state")
+            )  # a join may repeat a job
+            unsuccessful = {batch for _, batch, state in found if state in updates.UNSUCCESSFUL}
+            opened = updates.open_again(batches_of(manager), unsuccessful)
+            for ids in chunks(iter([pk for pk, _, state in found if state in FINAL]), BATCH_SIZE):
+                # Locked, and read again: another process may have run some of them again meanwhile.
+                rows = manager.filter(pk__in=ids).defer("result", "error").select_for_update()
+                jobs = {job.pk: job for job in rows.order_by("pk")}
+                part = []
+                for job in [jobs[pk] for pk in ids if pk in jobs]:
+                    with suppress(TypeError, ValueError):
+                        if job.unique_key:
+                            keyed.append(job.run_again())
+                        elif job.state == "succeeded":
+                            copies.append(self.model(**fields_to_run_again(job, now)))
+                        else:
+                            check_batch(job, opened)
+                            fields_to_run_again(job, now)  # may raise the same errors
+                            part.append(job)
+                queue_again(manager, part, now)
+                queued += part
+            send_after_commit(manager, queued)
+            return [*dict.fromkeys(keyed), *queued, *insert_many(manager, now, copies)]
 
 
 # Type checkers do not see the methods that Django copies from a queryset to its manager.
@@ -200,7 +218,7 @@ def seconds_until(countdown=None, eta=None):
 
 
 def fields_to_run_again(job, now):
-    """Return the fields of a new job like this one. Raises the same errors as Job.run_again()."""
+    """Return the fields of a copy of this job. Raises the same errors as Job.run_again()."""
     if job.finished_at is None:
         raise ValueError("it has not ended yet")
     if job.task not in current_app.tasks:
@@ -208,31 +226,75 @@ def fields_to_run_again(job, now):
     task, calls = current_app.tasks[job.task], [job.args, job.kwargs]
     fields = new_fields(now, task, *calls, label=job.label, queue=job.queue)
     del fields["owner"]  # not loaded: its id is enough
-    cursor = None if job.state == "succeeded" else job.cursor
-    return {**fields, "owner_id": job.owner_id, "cursor": cursor}
+    return {**fields, "owner_id": job.owner_id, "follows": job.pk}
+
+
+def run_again(job):
+    """See Job.run_again()."""
+    manager = type(job).objects
+    now = database_time(manager)
+    fields = fields_to_run_again(job, now)
+    if job.state == "succeeded":
+        return insert(manager, fields, job.unique_key)
+
+    @transaction.atomic(manager.db)
+    def open_and_queue():
+        check_batch(job, updates.open_again(batches_of(manager), [job.batch_id]))
+        if not queue_again(manager, [job], now):
+            raise ValueError("it was deleted, or somebody else has run it again")
+        send_after_commit(manager, [job])
+        return job
+
+    return create_unless_active(manager, job.unique_key, open_and_queue)
+
+
+def batches_of(manager):
+    return manager.model._meta.get_field(
+        "batch"
+    ).related_model.objects  # batches.py imports this module
+
+
+def check_batch(job, opened):
+    if job.batch_id and job.batch_id not in opened:
+        raise ValueError("its batch ended so long ago that its jobs are being deleted")
+
+
+def queue_again(manager, jobs, now):
+    """Queue these jobs, and change their objects like their rows. Returns how many rows were changed."""
+    rows = manager.filter(pk__in=[job.pk for job in jobs])
+    count, changes = updates.run_again(rows, now)
+    for job in jobs if count else ():
+        for name, value in changes.items():
+            setattr(job, name, value)
+        if job.cursor is None:
+            job.progress = 0
+    return count
 
 
 def insert(manager, fields, unique=None):
     """Create the job, unless a job with this `unique` is active. Returns that one then."""
     check_text("idempotency_key", fields.get("idempotency_key"))
+
+    def create():
+        job = manager.create(**fields, unique_key=unique)
+        send_after_commit(manager, [job])
+        return job
+
+    return create_unless_active(manager, unique, create)
+
+
+def create_unless_active(manager, unique, create):
+    """Return the active job with this `unique`, or else the one that create() returns."""
     if unique is None:
-        job = manager.create(**fields)
-    else:
-        job, is_new = get_or_create_active(manager, unique, fields)
-        if not is_new:
-            return job
-    if job.times_sent:
-        transaction.on_commit(lambda: publish([job]), using=manager.db, robust=True)
-    return job
-
-
-def get_or_create_active(manager, unique, fields):
-    """Return the active job with this `unique`, or a new one, and whether it is new."""
+        return create()
     check_text("unique", unique)
     active = manager.model.objects.filter(UNFINISHED)  # not `manager`, which may be a user's jobs
     for tries_left in reversed(range(21)):
+        with suppress(manager.model.DoesNotExist):
+            return active.get(unique_key=unique)
         try:
-            return active.get_or_create(fields, unique_key=unique)
+            with transaction.atomic(manager.db):
+                return create()
         except IntegrityError as error:  # its first line names the constraint or the column
             if not tries_left or "unique_key" not in str(error).partition("\n")[0]:
                 raise
@@ -245,12 +307,16 @@ def insert_many(manager, now, jobs):
     for place, job in enumerate(jobs):
         job.created_at = now + timedelta(microseconds=place)  # pages sort by this time
     manager.bulk_create(jobs, batch_size=BATCH_SIZE)
+    send_after_commit(manager, jobs)
+    return jobs
+
+
+def send_after_commit(manager, jobs):
     for queue in sorted({job.queue for job in jobs}):
         to_send = [job for job in jobs if job.times_sent and job.queue == queue]
         for start in range(0, len(to_send), BATCH_SIZE):
             part = to_send[start : start + BATCH_SIZE]
             transaction.on_commit(lambda part=part: publish(part), using=manager.db, robust=True)
-    return jobs
 
 
 def database_time(manager):

@@ -190,7 +190,8 @@ class Run:
         If the database has lost the claim in a crash, the job is claimed again and the update repeated.
         """
         written = wait_past_soft_limit(update, *args, **kwargs)
-        if written or not wait_past_soft_limit(self.claim):
+        # If it is known to be lost, it may have been run again: do not take that run from another worker.
+        if written or self.lost or not wait_past_soft_limit(self.claim):
             return written
         return wait_past_soft_limit(update, *args, **kwargs)
 

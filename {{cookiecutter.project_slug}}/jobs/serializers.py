@@ -2,6 +2,7 @@ import logging
 import time
 from collections import defaultdict
 
+from celery import current_app
 from django.core.cache import cache
 from django.db.models import Count
 from rest_framework import serializers
@@ -24,6 +25,14 @@ def has_job_perm(user, action):
     return user.is_staff and user.has_perm(f"jobs.{action}_job")
 
 
+def may_run_again(user, job):
+    """Return whether this user may run the job again, once it has ended."""
+    task = current_app.tasks.get(job.task)
+    is_owner = job.owner_id is not None and job.owner_id == user.pk
+    is_allowed = getattr(task, "owner_may_run_again", False) and job.state != "succeeded"
+    return has_job_perm(user, "delete") or (is_owner and is_allowed)
+
+
 class FailureSerializer(serializers.ModelSerializer):
     class Meta:
         model = Failure
@@ -35,13 +44,19 @@ class JobSerializer(serializers.ModelSerializer):
     failures = FailureSerializer(
         many=True, required=False, help_text="in the detail view, for users who may view all jobs"
     )
+    can_run_again = serializers.SerializerMethodField(
+        help_text="it has ended, and the caller may run it again"
+    )
 
     class Meta:
         model = Job
         fields = ["id", "url", "task", "label", "queue", "state", "progress", "message"]
-        fields += ["result", "error", "failures", "batch"]
+        fields += ["result", "error", "failures", "can_run_again", "batch"]
         fields += ["created_at", "started_at", "finished_at"]
         extra_kwargs = {"result": {"help_text": f"a list replaces a long result by {TOO_LONG!r}"}}
+
+    def get_can_run_again(self, job) -> bool:
+        return bool(job.finished_at) and may_run_again(self.context["request"].user, job)
 
     def to_representation(self, job):
         if hasattr(job, "short_result"):  # a row of a list: see JobViewSet

@@ -8,7 +8,7 @@ import time
 import uuid
 from collections import Counter, defaultdict
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 from celery import current_app
 from celery.utils.functional import chunks
@@ -22,7 +22,7 @@ from .expressions import QUEUED
 from .lease import POLL_SECONDS, recover
 from .liveness import touch_liveness_file
 from .messages import messages_in, send
-from .models import Job, Sweep
+from .models import Batch, Job, Sweep
 from .queryset import BATCH_SIZE
 from .values import size_error
 
@@ -268,34 +268,56 @@ def mark_sent(due):
     return {pk: size for pk, _, size in jobs}
 
 
+@dataclass
+class Purge:
+    """Deletes the rows of a table that ended more than JOB_RETENTION_DAYS ago, a page at a time.
+
+    A page costs the same however many rows must be kept: it starts where the last one ended.
+    """
+
+    model: type
+    field: str  # when a row has ended
+    time: datetime | None = None  # the last row of the last page ended at this time
+    kept: int = 0  # rows that ended at the same time, and were not deleted
+    start_over_at: float = 0  # as time.monotonic()
+
+    def delete_page(self):
+        """Delete the next rows, except those that are still needed or cannot be deleted."""
+        old = self.model.objects.filter(**{f"{self.field}__lt": updates.retention_end()})
+        rest = old.filter(**{f"{self.field}__gte": self.time}) if self.time else old
+        rest = rest.order_by(self.field).values_list("pk", self.field)
+        page = list(rest[self.kept : self.kept + PURGE_BATCH])
+        if page:
+            try_in_halves(delete, old, [pk for pk, _ in page])
+            _, last = page[-1]
+            kept = self.model.objects.filter(pk__in=[pk for pk, time in page if time == last])
+            self.kept = kept.count() + (self.kept if last == self.time else 0)
+            self.time = last
+        if len(page) < PURGE_BATCH and time.monotonic() > self.start_over_at:
+            self.time, self.kept = None, 0
+            self.start_over_at = time.monotonic() + PURGE_RETRY_SECONDS
+
+
 def purge_forever():
-    undeletable = start_over_at = 0
+    purges = Purge(Job, "finished_at"), Purge(Batch, "ended_at")
     while True:
         time.sleep(conf.JOB_SWEEP_SECONDS)
-        if time.monotonic() > start_over_at:
-            undeletable, start_over_at = 0, time.monotonic() + PURGE_RETRY_SECONDS
         try:
             close_old_connections()
-            undeletable = purge(undeletable)
+            for purge in purges:
+                purge.delete_page()
         except Exception as error:
             logger.warning("old jobs are not deleted: %r", error)
 
 
-def purge(undeletable=0):
-    """Delete jobs that ended more than JOB_RETENTION_DAYS ago, together with their idempotency keys.
-
-    Skips as many of the oldest jobs as `undeletable` says, because earlier calls could not delete them.
-    Returns this number for the next call.
-    """
-    before = Now() - timedelta(days=conf.JOB_RETENTION_DAYS)
-    old = Job.objects.filter(finished_at__lt=before).order_by("finished_at")
-    ids = list(old.values_list("pk", flat=True)[undeletable : undeletable + PURGE_BATCH])
-    return undeletable + try_in_halves(delete, Job.objects.all(), ids)
-
-
 @transaction.atomic
-def delete(jobs):
+def delete(rows):
+    """Delete these rows, except those that are locked or needed. They stay old until this has ended."""
+    field = "batch" if rows.model is Job else "pk"
+    of_batches = rows.filter(**{f"{field}__isnull": False}).values_list(field, flat=True).distinct()
+    locked = updates.lock_batches(Batch.objects, of_batches)
+    unneeded = batches.unneeded(rows.model, [pk for pk, is_old in locked.items() if is_old])
     # Django loads what it deletes. Load only the keys, because results may be large.
-    _, deleted = updates.skip_locked(jobs).only("pk").delete()
+    _, deleted = updates.skip_locked(rows.filter(unneeded)).only("pk").delete()
     if count := deleted.get("jobs.Job"):
         logger.info("deleted %d jobs older than %g days", count, conf.JOB_RETENTION_DAYS)

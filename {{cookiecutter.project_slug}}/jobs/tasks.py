@@ -67,6 +67,7 @@ class JobTask(DjangoTask):
     acks_late = False  # the row survives a crash, so acknowledge the message at once
     retry_on_worker_lost = False  # the row counts crashes
     ignore_result = True  # the row has the result
+    owner_may_run_again = False  # a job that failed or was cancelled, through the API
 
     @property
     def _current_run(self):

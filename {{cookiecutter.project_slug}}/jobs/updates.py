@@ -9,9 +9,11 @@ from django.db.models import Case, Q, When
 from django.db.models.functions import Now
 from django.db.models.sql import UpdateQuery
 
+from . import conf
 from .expressions import ASYNC_COMMIT, IDLE_TIMEOUT, LOCK_TIMEOUT, UNFINISHED, Clock
 
 STORED_FAILURES = 20  # of each job: the latest ones
+UNSUCCESSFUL = ["failed", "cancelled"]
 
 
 def requeue(jobs, delay=0, failure=None, **changes):
@@ -30,6 +32,20 @@ def finish(jobs, state, failure=None, **changes):
     """Write a final state, unless the job already has one. Returns how many rows were changed."""
     changes |= {"state": state, "run_token": None, "sweep_at": None, "finished_at": Now()}
     return update(jobs.filter(UNFINISHED), changes, failure)
+
+
+def run_again(jobs, now):
+    """Queue these jobs, unless they have succeeded or are active. Returns how many, and what has changed.
+
+    The caller sends the messages, and has opened the batches of these jobs: see open_again().
+    """
+    resend_at = now + timedelta(seconds=conf.JOB_RESEND_SECONDS)
+    changes = {"state": "queued", "finished_at": None, "due_at": now, "sweep_at": resend_at}
+    changes |= {"times_sent": 1, "retries": 0, "crashes": 0}
+    changes |= {"result": None, "message": "", "error": "", "public_error": ""}
+    progress = Case(When(cursor__isnull=False, then="progress"), default=0)
+    rows = jobs.filter(state__in=UNSUCCESSFUL)
+    return rows.update(**changes, progress=progress), changes
 
 
 def update(jobs, changes, failure=None):
@@ -59,6 +75,42 @@ def skip_locked(jobs):
     """Lock these rows, except those that another transaction has locked, and return them."""
     keys = locking(jobs).values_list("pk", flat=True)
     return jobs.model.objects.filter(pk__in=list(keys))
+
+
+def retention_end():
+    """Return the time before which a job or a batch must have ended to be deleted."""
+    return Now() - timedelta(days=conf.JOB_RETENTION_DAYS)
+
+
+def lock_batches(batches, pks):
+    """Lock these batches and their parents until the transaction ends.
+
+    Returns {id: whether it is old}. A batch is old if it and its parents ended more than JOB_RETENTION_DAYS
+    ago. The purge deletes jobs of old batches, so these do not open again.
+    """
+    found, new = set(), {pk for pk in pks if pk}
+    while new:
+        found |= new
+        new = set(batches.filter(pk__in=new, parent__isnull=False).values_list("parent", flat=True))
+    # no_key: an end() that has locked a batch may store jobs in its parent.
+    locked = batches.filter(pk__in=found).order_by("pk").select_for_update(no_key=True)
+    rows = {batch.pk: batch for batch in locked.annotate(old=Q(ended_at__lt=retention_end()))}
+
+    def is_old(batch):
+        return bool(batch.old) and (batch.parent_id is None or is_old(rows[batch.parent_id]))
+
+    return {pk: is_old(batch) for pk, batch in rows.items()}
+
+
+def open_again(batches, pks):
+    """Open these batches and their parents: some of their jobs run again in this transaction.
+
+    Call it before these jobs are changed, because end() locks the batch first, too. Returns the ids of those
+    that are open now. Old ones are not: see lock_batches().
+    """
+    opened = {pk for pk, is_old in lock_batches(batches, pks).items() if not is_old}
+    batches.filter(pk__in=opened).update(state="open", error="", counts={}, ended_at=None)
+    return opened
 
 
 # claim() and succeed() run for each job. Building their SQL each time took half of a child process's CPU

@@ -26,7 +26,7 @@ from rest_framework.settings import api_settings
 
 from .models import Batch, Job
 from .queryset import insert, new_fields
-from .serializers import TOO_LONG, BatchSerializer, JobSerializer, has_job_perm
+from .serializers import TOO_LONG, BatchSerializer, JobSerializer, has_job_perm, may_run_again
 
 __all__ = ["BatchViewSet", "EnqueueMixin", "JobViewSet", "accepted"]
 
@@ -42,7 +42,9 @@ ALREADY_ENDED = OpenApiResponse(DETAIL, "The job has already ended")
 BATCH_HAS_ENDED = OpenApiResponse(DETAIL, "The batch has already ended")
 NOTHING_FAILED = OpenApiResponse(DETAIL, "No job failed or was cancelled that can run again")
 CANNOT_RUN_AGAIN = OpenApiResponse(
-    DETAIL, "The job is active, or its task is gone or takes other arguments"
+    DETAIL,
+    "The job is active, its task is gone or takes other arguments, or a job of another owner with the same "
+    "`unique` is active",
 )
 
 
@@ -202,14 +204,21 @@ class JobViewSet(OwnViewSet):
     )
     @action(detail=True, methods=["post"])
     def run_again(self, request, pk):
-        """Enqueue a copy of a job that has ended. Only for staff who may delete jobs."""
-        if not has_job_perm(request.user, "delete"):
+        """Queue a job again that failed or was cancelled, or enqueue a copy of one that succeeded.
+
+        Staff who may delete jobs can do this. The owner can do it if the task of the job allows it, but not
+        if the job succeeded.
+        """
+        job = self.get_object()
+        if not may_run_again(request.user, job):
             self.permission_denied(request)
         try:
-            job = self.get_object().run_again()
+            again = job.run_again()
         except (TypeError, ValueError) as error:
             raise Conflict(f"The job cannot run again: {error}.") from error
-        return accepted(request, job)
+        if again.owner_id != job.owner_id and not has_job_perm(request.user, "delete"):
+            raise Conflict("A job of another owner with the same `unique` is active.")
+        return accepted(request, again)
 
 
 class BatchViewSet(OwnViewSet):

@@ -125,11 +125,18 @@ def cancel_revoked_jobs():
     """
     revoke = Panel.data["revoke"]
 
+    def cancel_and_forget(task_id):
+        # Celery ignores the messages of a revoked id for three hours. A job may be run again.
+        for pk in cancel(task_id):
+            state.revoked.discard(pk)
+
     def cancel_and_revoke(worker, task_id, terminate=False, signal=None, **kwargs):
-        in_thread(cancel, task_id)
         if signal in (None, "SIGTERM", "TERM"):  # which a child takes for a shutdown
             signal = "SIGKILL"
-        return revoke(worker, task_id, terminate=terminate, signal=signal, **kwargs)
+        try:
+            return revoke(worker, task_id, terminate=terminate, signal=signal, **kwargs)
+        finally:
+            in_thread(cancel_and_forget, task_id)
 
     def cancel_and_terminate(worker, signal, task_id, **kwargs):
         return cancel_and_revoke(worker, task_id, terminate=True, **kwargs)

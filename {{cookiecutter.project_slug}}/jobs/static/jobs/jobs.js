@@ -82,7 +82,9 @@ function addRow(job) {
   part.batch.href = `${pageUrl}#batch=${job.batch}`;
   show(part.batch, singleJob && job.batch);
   part.cancel.setAttribute("aria-label", `Cancel ${name}`);
-  part.cancel.addEventListener("click", () => cancel(row));
+  part.cancel.addEventListener("click", () => act(row, part.cancel, "cancel"));
+  part.again.setAttribute("aria-label", `Run again ${name}`);
+  part.again.addEventListener("click", () => act(row, part.again, "run_again"));
   rows.set(job.id, row);
   return row;
 }
@@ -102,6 +104,7 @@ function updateRow(row, job) { // returns the messages for screen readers
   show(part.progress, active);
   show(part.long, long);
   show(part.cancel, active);
+  show(part.again, job.can_run_again && job.state !== "succeeded");
   return changed ? [`${name}: ${job.state}`] : [];
 }
 
@@ -201,15 +204,15 @@ async function load() {
   tick();
 }
 
-async function cancel(row) {
-  const { job, part } = row, focused = document.activeElement === part.cancel;
-  part.cancel.disabled = true;
+async function act(row, button, action) {
+  const { job, part } = row, focused = document.activeElement === button;
+  button.disabled = true;
   text(part.error, "");
-  const { status, data } = await post(`${job.counts ? batchesUrl : jobsUrl}${encodeURIComponent(job.id)}/cancel/`);
-  part.cancel.disabled = false;
-  if (focused && document.activeElement === document.body) part.cancel.focus();
-  if (status === 200) $("#news").textContent = updateRow(row, asJob(data)).join();
-  const error = status === 200 ? "" : (data.detail ?? explain(status));
+  const { status, data } = await post(`${job.counts ? batchesUrl : jobsUrl}${encodeURIComponent(job.id)}/${action}/`), done = status === 200 || status === 202;
+  button.disabled = false;
+  if (focused && document.activeElement === document.body) button.focus();
+  if (done && data.id === job.id) $("#news").textContent = updateRow(row, asJob(data)).join();
+  const error = done ? "" : (data.detail ?? explain(status));
   text(part.error, error);
   await load();
   text(part.error, error); // again, because load() clears it if the job has ended meanwhile
