@@ -18,7 +18,7 @@ from django.db.models.functions import Coalesce, Now
 from django.utils import timezone
 
 from . import conf, updates
-from .expressions import FINAL, UNFINISHED
+from .expressions import UNFINISHED
 from .messages import queue_of
 from .publish import publish
 from .values import as_json, size_error, to_json
@@ -46,29 +46,25 @@ class JobQuerySet(models.QuerySet):
 
         Returns the jobs that are queued now, each once: see Job.run_again().
         """
-        manager, keyed, queued, copies = self.model.objects, [], [], []
+        manager, keyed, copies, failed, queued = self.model.objects, [], [], {}, []
         with transaction.atomic(self.db):
             now = database_time(manager)
-            found = dict.fromkeys(
-                self.values_list("pk", "batch", "state")
-            )  # a join may repeat a job
-            unsuccessful = {batch for _, batch, state in found if state in updates.UNSUCCESSFUL}
-            opened = updates.open_again(batches_of(manager), unsuccessful)
-            for ids in chunks(iter([pk for pk, _, state in found if state in FINAL]), BATCH_SIZE):
-                # Locked, and read again: another process may have run some of them again meanwhile.
-                rows = manager.filter(pk__in=ids).defer("result", "error").select_for_update()
-                jobs = {job.pk: job for job in rows.order_by("pk")}
-                part = []
-                for job in [jobs[pk] for pk in ids if pk in jobs]:
-                    with suppress(TypeError, ValueError):
-                        if job.unique_key:
-                            keyed.append(job.run_again())
-                        elif job.state == "succeeded":
-                            copies.append(self.model(**fields_to_run_again(job, now)))
-                        else:
-                            check_batch(job, opened)
-                            fields_to_run_again(job, now)  # may raise the same errors
-                            part.append(job)
+            for job in dict.fromkeys(self.defer("result", "error")):  # a join may repeat a job
+                with suppress(TypeError, ValueError):
+                    fields = fields_to_run_again(job, now)
+                    if job.unique_key:
+                        keyed.append(job.run_again())
+                    elif job.state == "succeeded":
+                        copies.append(self.model(**fields))
+                    else:
+                        failed[job.pk] = job
+            pks = {job.batch_id for job in failed.values()}
+            opened = {None, *updates.open_again(batches_of(manager), pks)}
+            for ids in chunks(iter(failed), BATCH_SIZE):
+                # Another process may have run some of them again meanwhile.
+                rows = manager.filter(pk__in=ids, state__in=updates.UNSUCCESSFUL).order_by("pk")
+                locked = set(rows.select_for_update().values_list("pk", flat=True))
+                part = [failed[pk] for pk in ids if pk in locked and failed[pk].batch_id in opened]
                 queue_again(manager, part, now)
                 queued += part
             send_after_commit(manager, queued)
@@ -239,7 +235,8 @@ def run_again(job):
 
     @transaction.atomic(manager.db)
     def open_and_queue():
-        check_batch(job, updates.open_again(batches_of(manager), [job.batch_id]))
+        if job.batch_id not in {None, *updates.open_again(batches_of(manager), [job.batch_id])}:
+            raise ValueError("its batch ended so long ago that its jobs are being deleted")
         if not queue_again(manager, [job], now):
             raise ValueError("it was deleted, or somebody else has run it again")
         send_after_commit(manager, [job])
@@ -252,11 +249,6 @@ def batches_of(manager):
     return manager.model._meta.get_field(
         "batch"
     ).related_model.objects  # batches.py imports this module
-
-
-def check_batch(job, opened):
-    if job.batch_id and job.batch_id not in opened:
-        raise ValueError("its batch ended so long ago that its jobs are being deleted")
 
 
 def queue_again(manager, jobs, now):
