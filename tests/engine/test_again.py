@@ -1,5 +1,6 @@
 """Run again keeps a job's row and its batch. The purge deletes nothing that is still needed."""
 
+import os
 import threading
 import time
 import uuid
@@ -58,7 +59,7 @@ def retried(self, n):
 
 def failed(**fields):
     """Return a job that failed in its third try, after a crash."""
-    fields = {"task": work.name, "args": [1], "queue": "celery"} | fields
+    fields = {"task": work.name, "args": [1], "queue": "celery", **fields}
     fields |= {"state": "failed", "retries": 2, "crashes": 1, "error": "no", "public_error": "no"}
     fields |= {"finished_at": timezone.now(), "started_at": timezone.now(), "message": "Row 7"}
     return Job.objects.create(**fields)
@@ -299,23 +300,6 @@ def test_a_slice_of_jobs_can_run_again(published):  # noqa: F811
     assert Job.objects.order_by("pk")[:2].run_again() == [first, second]
 
 
-@only_postgresql
-@with_transactions
-@pytest.mark.timeout(300)
-def test_100000_jobs_run_again_together(monkeypatch):
-    monkeypatch.setattr("jobs.queryset.publish", lambda jobs: None)
-    batch = Batch.objects.create(state="failed", ended_at=timezone.now())
-    fields = {"task": work.name, "args": [1], "queue": "celery", "batch": batch, "state": "failed"}
-    rows = [Job(**fields, finished_at=timezone.now()) for _ in range(100_000)]
-    Job.objects.bulk_create(rows, batch_size=2000)
-    start = time.monotonic()
-    with CaptureQueriesContext(connection) as queries:
-        assert len(batch.run_failed_again()) == 100_000
-    print(f"{time.monotonic() - start:.1f} s, {len(queries)} queries")
-    assert len(queries) < 500
-    assert batch.jobs.filter(state="queued").count() == 100_000
-
-
 # Batches
 
 
@@ -401,7 +385,7 @@ def test_only_the_batches_of_jobs_that_run_again_open(run_jobs):
 def test_run_again_while_a_batch_ends_loses_no_callback(monkeypatch):
     """A member fails and is run again, while the other one ends. Then all have succeeded."""
     monkeypatch.setattr("jobs.queryset.publish", lambda jobs: None)
-    rounds = 1000
+    rounds = int(os.environ.get("ROUNDS", 200))
 
     def finish(pk, state):
         Job.objects.filter(pk=pk).update(
@@ -590,8 +574,7 @@ def test_a_batch_or_a_user_with_active_jobs_is_not_deleted(user, admin_client):
     for row in batch, user:
         with pytest.raises(RestrictedError, match="active jobs: cancel them first"):
             row.delete()
-    users = f"/admin/auth/user/{user.pk}/delete/"
-    page = admin_client.get(users).content.decode()
+    page = admin_client.get(f"/admin/auth/user/{user.pk}/delete/").content.decode()
     assert "would require deleting the following protected" in page
     batch.cancel()
     user.delete()
