@@ -1,6 +1,6 @@
 """Batches end exactly once, whatever happens at the same moment: threads, real transactions.
 
-More rounds: ROUNDS=3000 (the default is 300).
+More rounds: ROUNDS=3000 (the default is 150).
 """
 
 import os
@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from datetime import timedelta
 
 import pytest
 from celery import chain, chord, shared_task
@@ -19,7 +20,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from django.utils import timezone
 from test_jobs import CLAIM, run_while_open
 
-from jobs import batches, database, messages, queryset, updates
+from jobs import batches, database, messages, queryset, sweep, updates
 from jobs.expressions import UNFINISHED
 from jobs.models import Batch, Job
 from jobs.runs import Run
@@ -27,7 +28,7 @@ from jobs.tasks import JobError, JobTask
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
-ROUNDS = int(os.environ.get("ROUNDS", 300))
+ROUNDS = int(os.environ.get("ROUNDS", 150))
 
 
 @shared_task(base=JobTask)
@@ -348,6 +349,48 @@ def test_a_batch_leaves_no_setting_in_the_callers_transaction(use):
         for name in "lock_timeout", "idle_in_transaction_session_timeout":
             cursor.execute(f"SHOW {name}")
             assert cursor.fetchall() == [("0",)]
+
+
+def age(new, state):
+    """Let all jobs of these batches have ended long ago, except those that run."""
+    old = timezone.now() - timedelta(days=99)
+    jobs = Job.objects.filter(batch__in=new, finished_at__isnull=False)
+    jobs.update(finished_at=old, state=state)
+    Batch.objects.filter(pk__in=[each.pk for each in new], ended_at__isnull=False).update(
+        ended_at=old
+    )
+
+
+def test_a_purge_deletes_no_old_job_of_a_batch_that_ends():
+    """What comes next reads the results of all jobs."""
+    new, runs = store(ROUNDS, 2)
+    for first, _ in runs:
+        assert updates.finish(first.row, "succeeded")
+    age(new, "succeeded")
+
+    def purge(number):
+        sweep.delete(Job.objects.filter(pk=runs[number][0].job_id))
+
+    race(ROUNDS, lambda n: succeed(runs[n][1]), purge)
+    assert_ended_once(new)
+    assert Job.objects.filter(batch__in=new).count() == 2 * ROUNDS
+
+
+def test_a_purge_deletes_no_job_of_a_batch_that_runs_again():
+    new, runs = store(ROUNDS, 1)
+    for run, *_ in runs:
+        fail(run)
+    assert_ended_once(new)
+    age(new, "failed")
+
+    def purge(number):
+        sweep.delete(Job.objects.filter(pk=runs[number][0].job_id))
+
+    again, _ = race(ROUNDS, lambda n: new[n].run_failed_again(), purge)
+    for batch, jobs in zip(new, again, strict=True):
+        assert batch.jobs.filter(state="queued").count() == len(jobs)
+        batch.refresh_from_db()
+        assert batch.state == ("open" if jobs else "failed")
 
 
 # The answer of a COMMIT is lost
