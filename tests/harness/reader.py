@@ -792,7 +792,7 @@ def run_a_job_again(reader, block):
     *_, job = reader.site.follow(f"/api/jobs/{failed}/")
     assert job["state"] == "failed"
     again = json.loads(reader.call(block.code.replace("<id>", failed)))
-    assert again["id"] != failed and again["state"] == "queued"
+    assert again["id"] == failed and again["state"] == "queued"
 
 
 @step(

@@ -87,7 +87,7 @@ def test_the_pages_start_show_cancel_and_repeat_a_job(project, tmp_path):
 
         tab.open(f"{site.web}/admin/jobs/job/{pk}/change/")
         tab.click("button[value=run_again]")
-        tab.wait("document.body.innerText.includes('1 job enqueued again')")
+        tab.wait("document.body.innerText.includes('1 job queued again')")
         tab.click(".messagelist a")
         tab.wait("document.querySelector('button[value=cancel]')")
         tab.click("button[value=cancel]")
