@@ -168,13 +168,18 @@ def test_a_job_is_retried(worker, beat):
 
 
 {% if broker.flower %}
-def test_a_worker_cancels_a_revoked_job(worker, tmp_path):
+def test_a_worker_cancels_a_revoked_job_and_runs_it_again(worker, beat, tmp_path):
     """Flower and `celery control revoke` send this."""
-    job = Job.objects.enqueue(hold, [str(tmp_path / "gate")], queue=QUEUE)
+    gate = tmp_path / "gate"
+    job = Job.objects.enqueue(hold, [str(gate)], queue=QUEUE)
     wait_until(job, is_held)
     app.control.broadcast("revoke", arguments={"task_id": str(job.pk)})
     wait_until(job, has_ended)
     assert job.state == "cancelled"
+    gate.touch()
+    job.run_again()
+    wait_until(job, has_ended)
+    assert job.state == "succeeded"
 
 
 {% endif %}
