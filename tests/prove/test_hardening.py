@@ -92,7 +92,7 @@ WITH_MARKUP = """
 from django.core.files.uploadedfile import SimpleUploadedFile
 from django.test import Client
 from django.utils.timezone import now
-from jobs.models import Failure, Job
+from jobs.models import Batch, Failure, Job
 from orders.models import Order
 from orders.tasks import write_report
 from users.models import User
@@ -114,7 +114,8 @@ Job.objects.filter(pk__in=[job.pk for job in jobs[1:]]).cancel()
 for job, fields in zip(jobs, texts):
     Job.objects.filter(pk=job.pk).update(**fields)
 Failure.objects.create(job=jobs[1], started_at=now(), ended_at=now(), error=text, traceback=text)
-result = [job.pk for job in jobs[:2]]
+batch = Batch.objects.enqueue(write_report, [[owner.pk]], owner=owner, label=text, countdown=999)
+result = [job.pk for job in [*jobs[:2], batch]]
 """
 
 
@@ -122,11 +123,12 @@ result = [job.pk for job in jobs[:2]]
 def test_pages_show_markup_as_text_and_other_sites_can_post_nothing(project, tmp_path):
     """In a browser, logged in. The other site has another port, so the browser sends cookies."""
     with project.up() as site, browser(tmp_path) as tab:
-        active, failed = site.ask(f"text = {MARKUP!r}\n{WITH_MARKUP}")
+        active, failed, batch = site.ask(f"text = {MARKUP!r}\n{WITH_MARKUP}")
         tab.send("Log.enable")
         tab.log_in(site)
-        pages = {"/": 7, f"/jobs/{active}/": 2, f"/jobs/{failed}/": 2, "/admin/orders/order/": 1}
-        jobs = "/admin/jobs/job/"
+        pages = {"/": 8, f"/?#batch={batch}": 1, f"/jobs/{active}/": 2, f"/jobs/{failed}/": 2, "/admin/orders/order/": 1}
+        jobs, batches = "/admin/jobs/job/", "/admin/jobs/batch/"
+        pages |= {batches: 1, f"{batches}{batch}/change/": 2, f"{jobs}?batch={batch}": 0}
         pages |= {jobs: 1, f"{jobs}{active}/change/": 3, f"{jobs}{failed}/change/": 4}
         for page, times in pages.items():
             tab.open(site.web + page)
@@ -134,7 +136,8 @@ def test_pages_show_markup_as_text_and_other_sites_can_post_nothing(project, tmp
             assert tab.run("document.querySelectorAll('[onerror], [href^=javascript]').length") == 0
         seen = f"""
 from jobs.models import Job
-result = [Job.objects.count(), Job.objects.get(pk={active!r}).state]
+states = Job.objects.filter(state="queued").count(), Job.objects.get(pk={active!r}).state
+result = [Job.objects.count(), *states]
 """
         before = site.ask(seen)
         violations = [event for event in tab.events if "Content Security Policy" in str(event)]
@@ -144,7 +147,9 @@ result = [Job.objects.count(), Job.objects.get(pk={active!r}).state]
             "/api/orders/report/": {},
             f"/api/jobs/{active}/cancel/": {},
             f"/api/jobs/{failed}/run_again/": {},
+            f"/api/batches/{batch}/cancel/": {},
             jobs: {"action": "cancel", "_selected_action": active},
+            batches: {"action": "cancel", "_selected_action": batch},
         }.items():
             tab.open(f"{site.flower}/healthcheck")
             inputs = [f"<input name={name} value={value}>" for name, value in fields.items()]
@@ -153,4 +158,4 @@ result = [Job.objects.count(), Job.objects.get(pk={active!r}).state]
             tab.wait(f"location.href.startsWith({site.web!r}) && document.readyState == 'complete'")
             assert "CSRF" in tab.run("document.body.textContent")
         assert site.ask(seen) == before
-        assert before[1] == "queued"
+        assert before[2] == "queued"

@@ -102,6 +102,48 @@ def test_the_pages_start_show_cancel_and_repeat_a_job(project, tmp_path):
         assert site.flower in tools
 
 
+BATCH = """
+from jobs.models import Batch, Job
+from orders.tasks import write_report
+from users.models import User
+
+owner = User.objects.get()
+options = {"owner": owner, "countdown": 999}
+batch = Batch.objects.enqueue(write_report, [[owner.pk]] * 25, label="Reports", **options)
+batch.jobs.first().cancel()
+Job.objects.enqueue(write_report, [owner.pk], label="One report", **options)
+"""
+
+
+@default_output
+def test_the_pages_show_a_batch_as_one_row_and_its_jobs_in_a_view(project, tmp_path):
+    with project.up() as site, browser(tmp_path) as tab:
+        tab.log_in(site)
+        site.ask(BATCH + "result = None")
+        rows = "[...document.querySelectorAll('.job')].map((row) => row.innerText)"
+        tab.wait(f"{rows}[0]?.includes('One report')")  # newest first
+        tab.wait(f"{rows}[1].includes('1 of 25 done, 1 cancelled')")
+
+        tab.click(".job:nth-child(2) h2 a")
+        tab.wait(f"{rows}.length == 21 && {rows}[0].includes('Reports')")  # it, and a page of jobs
+        tab.click("#pages a:last-child")
+        tab.wait(f"{rows}.length == 6 && {rows}[0].includes('Reports')")
+        tab.click("#filter a:last-child")
+        tab.wait(f"{rows}.length == 2 && {rows}[1].startsWith('Cancelled')")
+        tab.click(".job:nth-child(2) h2 a")  # the page of this job
+        tab.wait("location.pathname.startsWith('/jobs/')")
+        tab.wait(f"{rows}.length == 1 && {rows}[0].includes('All jobs of its batch')")
+        tab.click("[data-part=batch]")
+        tab.wait(f"location.pathname == '/' && {rows}.length == 21")
+
+        tab.click(".job button")
+        tab.wait(f"{rows}[0].includes('Of 25 jobs, 25 cancelled')")
+        tab.click("#back a")
+        tab.wait(f"{rows}[0].includes('One report') && {rows}[1].includes('Reports')")
+        tab.click("#filter a:last-child")
+        tab.wait(f"{rows}[0].includes('Reports')")
+
+
 @every_pool
 def test_flower_sees_a_cancelled_job_end(with_tasks):
     """Whether it had started or not. The worker's log shows it, too."""
