@@ -147,9 +147,24 @@ def test_staff_runs_the_failed_jobs_of_a_batch_again(staff, user, batch):
 def test_only_staff_with_the_delete_permission_runs_jobs_of_a_batch_again(api, staff, batch, user):
     batch.cancel()
     Permission.objects.get(codename="delete_job").user_set.add(user)  # but the user is not staff
-    for client in api, staff(), staff("view"):
-        assert client.post(f"/api/batches/{batch.pk}/run_failed_again/").status_code == 403
+    url = f"/api/batches/{batch.pk}/run_failed_again/"
+    answers = [client.post(url) for client in (api, staff(), staff("view"))]
+    assert [answer.status_code for answer in answers] == [403, 404, 404]
     assert not Job.objects.exclude(state="cancelled")
+
+
+def test_an_owner_runs_the_jobs_of_a_batch_again_if_all_their_tasks_allow_it(
+    api, user, batch, monkeypatch
+):
+    url = f"/api/batches/{batch.pk}/run_failed_again/"
+    assert api.post(url).status_code == 409  # no job has ended
+    inner = Batch.objects.enqueue(fail, [[]], owner=user)
+    Batch.objects.filter(pk=inner.pk).update(parent=batch)
+    batch.cancel()
+    for allowed, status in {greet: 403, fail: 202}.items():
+        monkeypatch.setattr(allowed, "owner_may_run_again", True)
+        assert api.post(url).status_code == status
+    assert Job.objects.filter(state="queued").count() == 3
 
 
 def test_batches_have_pages_newest_first(api, user):

@@ -339,6 +339,15 @@ def unneeded(model, old_batches):
 
 
 # Type checkers do not see the methods that Django copies from a queryset to its manager.
+def unsuccessful(batch):
+    """Return the failed and the cancelled jobs of this batch, and of the batches inside of it."""
+    family, new = set(), {batch.pk}
+    while new:
+        family |= new
+        new = set(batch_manager().filter(parent__in=new).values_list("pk", flat=True))
+    return job_manager().filter(batch__in=family, state__in=updates.UNSUCCESSFUL)
+
+
 class BatchManager(models.QuerySet if TYPE_CHECKING else models.Manager):
     db = property(lambda self: self._db or "default")  # as for jobs
 
@@ -467,11 +476,6 @@ class BatchActions:
 
     def run_failed_again(self) -> list["Job"]:
         """Run the failed and the cancelled members again. Returns them. See JobQuerySet.run_again()."""
-        family, new = set(), {self.pk}
-        while new:
-            family |= new
-            new = set(batch_manager().filter(parent__in=new).values_list("pk", flat=True))
-        members = job_manager().filter(batch__in=family, state__in=updates.UNSUCCESSFUL)
-        again = members.order_by("created_at", "pk").run_again()
+        again = unsuccessful(self).order_by("created_at", "pk").run_again()
         self.refresh_from_db()
         return again

@@ -24,6 +24,7 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.settings import api_settings
 
+from .batches import unsuccessful
 from .models import Batch, Job
 from .queryset import insert, new_fields
 from .serializers import TOO_LONG, BatchSerializer, JobSerializer, has_job_perm, may_run_again
@@ -245,10 +246,14 @@ class BatchViewSet(OwnViewSet):
     @extend_schema(request=None, responses={202: BatchSerializer, 409: NOTHING_FAILED})
     @action(detail=True, methods=["post"])
     def run_failed_again(self, request, pk):
-        """Run the failed and cancelled jobs of a batch again. Only for staff who may delete jobs."""
-        if not has_job_perm(request.user, "delete"):
-            self.permission_denied(request)
+        """Run the failed and cancelled jobs of a batch again.
+
+        Staff who may delete jobs can do this. The owner can do it if the tasks of all these jobs allow it.
+        """
         batch = self.get_object()
+        for task in unsuccessful(batch).values_list("task", flat=True).distinct():
+            if not may_run_again(request.user, Job(task=task, owner_id=batch.owner_id)):
+                self.permission_denied(request)
         if not batch.run_failed_again():
             raise Conflict("No job of this batch failed or was cancelled that can run again.")
         return Response(self.get_serializer(batch).data, status=202)

@@ -208,7 +208,8 @@ async function act(row, button, action) {
   const { job, part } = row, focused = document.activeElement === button;
   button.disabled = true;
   text(part.error, "");
-  const { status, data } = await post(`${job.counts ? batchesUrl : jobsUrl}${encodeURIComponent(job.id)}/${action}/`), done = status === 200 || status === 202;
+  const { status, data } = await post(`${job.counts ? batchesUrl : jobsUrl}${encodeURIComponent(job.id)}/${action}/`);
+  const done = status === 200 || status === 202;
   button.disabled = false;
   if (focused && document.activeElement === document.body) button.focus();
   if (done && data.id === job.id) $("#news").textContent = updateRow(row, asJob(data)).join();
