@@ -104,7 +104,7 @@ def server(folder):
 
 IMPORTS = """
 from celery import shared_task
-from jobs.models import Job
+from jobs.models import Batch, Job
 from jobs.tasks import JobTask
 
 @shared_task(base=JobTask, bind=True)
@@ -117,7 +117,11 @@ def test_an_editor_completes_and_shows_the_public_names(server):
     assert {"enqueue", "aenqueue", "enqueue_many", "filter", "get"} <= shown
     assert not {"cancel", "run_again", "claim"} & shown
     assert {"cancel", "run_again"} <= server.completions(f"{IMPORTS}Job.objects.filter(pk=1).")
-    assert {"report", "cursor", "retry", "request"} <= server.completions(f"{IMPORTS}self.")
+    assert {"enqueue", "aenqueue", "open"} <= server.completions(f"{IMPORTS}Batch.objects.")
+    batch = f"{IMPORTS}batch = Batch.objects.enqueue(build_report, [[1]])\n    batch."
+    assert {"state", "jobs", "enqueue", "enqueue_many", "cancel"} <= server.completions(batch)
+    of_self = server.completions(f"{IMPORTS}self.")
+    assert {"report", "cursor", "retry", "request", "then", "batch"} <= of_self
     job = f"{IMPORTS}job = Job.objects.enqueue(build_report, [1])\n    job."
     assert {"state", "public_error", "failures", "cancel", "run_again"} <= server.completions(job)
     assert {"using", "enqueue", "delay"} <= server.completions(f"{IMPORTS}build_report.")

@@ -993,7 +993,7 @@ def test_a_report_in_a_thread_of_the_body_is_refused(call):
         with ThreadPoolExecutor() as threads:
             return threads.submit(call, task).result()
 
-    assert run(body).error.startswith("RuntimeError: report() and cursor")
+    assert run(body).error.startswith("RuntimeError: report(), then() and cursor")
     with ThreadPoolExecutor() as threads:
         assert threads.submit(call, act).result() is None  # no job runs
 
@@ -1154,8 +1154,8 @@ def test_apply_async_accepts_options_that_a_job_supports():
         lambda: add.apply_async([1, 2], link=add.s(3)),
         lambda: add.apply_async([1, 2], priority=5),
         lambda: add.apply_async([1, 2], time_limit=5),
-        lambda: group(add.s(1, 2), add.s(3, 4)).apply_async(),
-        lambda: chain(add.s(1, 2), add.s(3)).apply_async(),
+        lambda: group(add.s(1, 2), add.s(3, 4)).apply_async(expires=5),
+        lambda: chain(add.s(1, 2), add.s(3)).apply_async(priority=5),
     ],
 )
 def test_apply_async_refuses_options_that_a_job_does_not_support(send):

@@ -6,7 +6,7 @@ Exactly the lines with the comment "wrong" must be reported.
 from datetime import datetime
 from typing import assert_type
 
-from celery import shared_task
+from celery import chain, chord, group, shared_task
 from django.http import HttpRequest
 from rest_framework.viewsets import ModelViewSet
 
@@ -25,6 +25,11 @@ def build_report(self: JobTask, pages: int):
     self.report("half")  # wrong
     self.report(1, percent=50)  # wrong
     self.progress(1)  # wrong
+    self.then(build_report, [1], {"pages": 2}, label="Next", queue="io", countdown=60)
+    self.then(build_report, 1)  # wrong
+    self.then(build_report, [1], unique="x")  # wrong
+    if self.batch:
+        assert_type(self.batch.enqueue(build_report, [1]), Job)
     if pages == 7:
         raise JobError("Page 7 is empty")
     if pages == 8:
@@ -45,6 +50,9 @@ def crawl(self: JobTask, url: str):
 def in_context(context: JobContext, pages: int):
     context.report(1, pages, cursor=context.cursor)
     context.report("half")  # wrong
+    context.then(build_report, [1], label="Next")
+    context.then(build_report, [1], unique="x")  # wrong
+    assert_type(context.batch, Batch | None)
     raise context.retry(countdown=60)
 
 
@@ -114,6 +122,41 @@ def view_of_many(request: HttpRequest, user):
     return accepted(request, batch)
 
 
+def use_batches(user, count: JobFunction):
+    batch = Batch.objects.enqueue(
+        build_report,
+        [[1], [2]],
+        owner=user,
+        label="Reports",
+        queue="io",
+        countdown=60,
+        then=build_report.si(3),
+        ended=chain(build_report.s(4), count.s(5)),
+    )
+    assert_type(batch, Batch)
+    with Batch.objects.open(owner=user, then=count.si(3)) as opened:
+        assert_type(opened, Batch)
+        assert_type(opened.enqueue(build_report, [1], label="One"), Job)
+        assert_type(opened.enqueue_many(count, [[1], [2]]), list[Job])
+        opened.enqueue(build_report, 1)  # wrong
+        opened.enqueue(build_report, [1], owner=user)  # wrong
+    assert_type(batch.cancel(), int)
+    assert_type(batch.run_failed_again(), list[Job])
+    print(batch.state, batch.counts, batch.error, batch.ended_at, batch.jobs.filter(state="failed"))
+    Batch.objects.enqueue(build_report, [[1]], unique="x")  # wrong
+    Batch.objects.enqueue(build_report, [[1]], label=3)  # wrong
+    Batch.objects.open(calls=[[1]])  # wrong
+    print(batch.progress)  # wrong
+
+
+def use_canvas(user, count: JobFunction):
+    chain(build_report.s(1), count.s(), build_report.si(2)).apply_async(owner=user, label="x")
+    chord([build_report.s(1), count.s(2)])(build_report.s())
+    print(group(build_report.s(n) for n in range(3))().completed_count())
+    build_report.apply_async([1], owner=user, label="x", unique="x", idempotency_key="1")
+    (build_report.s(1) | count.s()).delay()
+
+
 def use_with_django(count: JobFunction):
     count.using(owner=1, label="x", queue="io", queue_name="io", idempotency_key="1").enqueue(3)
     count.using(countdown="1")  # wrong
@@ -125,6 +168,7 @@ async def async_view(request):
     assert_type(await Job.objects.aenqueue(build_report, [10], label="March"), Job)
     assert_type(await build_report.using(label="March").aenqueue(10), Job)
     assert_type(await build_report.aenqueue(10), Job)
+    assert_type(await Batch.objects.aenqueue(build_report, [[1]], label="March"), Batch)
     assert_type(await Job.objects.aenqueue(build_report), Job)
     await Job.objects.aenqueue(build_report, 10)  # wrong
     await Job.objects.aenqueue(build_report, [10], labl="March")  # wrong

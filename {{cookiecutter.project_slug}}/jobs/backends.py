@@ -14,6 +14,7 @@ from inspect import iscoroutine
 from typing import Any
 
 from celery import current_app, shared_task
+from celery.canvas import Signature
 from celery.utils.functional import head_from_fun
 from celery.utils.time import maybe_make_aware
 from django.apps import apps
@@ -23,7 +24,7 @@ from django.utils import timezone
 from django.utils.module_loading import import_string
 
 from .database import wait_for
-from .models import Job
+from .models import Batch, Job
 from .queryset import insert, new_fields
 from .results import ERRORS
 from .runs import describe
@@ -104,10 +105,46 @@ class JobFunction(Task):
             changes |= {"run_after": run_after, "countdown": countdown}
         return replace(self, **changes)
 
+    def s(self, *args, **kwargs) -> Signature:
+        """Return a signature with these arguments and the options of using(), for a batch or a chain."""
+        return self._job_task().s(*args, **kwargs).set(**self._options())
+
+    def si(self, *args, **kwargs) -> Signature:
+        """Return an immutable signature: it does not get the result of the step before it. See s()."""
+        return self._job_task().si(*args, **kwargs).set(**self._options())
+
+    def _job_task(self):
+        """Return the Celery task that runs the function. Raises InvalidTask."""
+        self.get_backend().validate_task(
+            self
+        )  # again: the settings may have changed since @task ran
+        task = register(self)
+        if task._unknown_to_workers and not current_app.conf.task_always_eager:
+            raise InvalidTask(f"No worker knows {self.module_path}: import it in an app's tasks.py")
+        return task
+
+    def _options(self):
+        """Return those options of Job.objects.enqueue() that were given to using()."""
+        # CELERY_TASK_ROUTES decides about the default queue.
+        queue = None if self.queue_name == DEFAULT_TASK_QUEUE_NAME else self.queue_name
+        options = {"owner": self.owner, "label": self.label, "queue": queue, "unique": self.unique}
+        options |= {"countdown": self.countdown, "eta": self.run_after}
+        options["idempotency_key"] = self.idempotency_key
+        return {name: value for name, value in options.items() if value is not None}
+
+    def _for_call(self, label, queue):
+        """Return the Celery task, label and queue of a job. Raises TypeError for other options of using()."""
+        options = {"label": label, "queue": queue}
+        options = {**self._options(), **{name: options[name] for name in options if options[name]}}
+        label, queue = options.pop("label", ""), options.pop("queue", None)
+        if options:
+            raise TypeError(f"give {', '.join(options)} to this call, not to using()")
+        return self._job_task(), label, queue
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobContext(TaskContext):
-    """The context of a body with takes_context=True, with report(), cursor and retry() of JobTask."""
+    """The context of a body with takes_context=True, with the methods that JobTask has for bodies."""
 
     _job: JobTask
 
@@ -120,8 +157,16 @@ class JobContext(TaskContext):
         return self._job.retry
 
     @property
+    def then(self):
+        return self._job.then
+
+    @property
     def cursor(self) -> Any:
         return self._job.cursor
+
+    @property
+    def batch(self) -> Batch | None:
+        return self._job.batch
 
 
 class TaskBackend(BaseTaskBackend):
@@ -139,29 +184,16 @@ class TaskBackend(BaseTaskBackend):
         Returns the TaskResult of the job, or of the active job with the same `unique`. Raises InvalidTask,
         also if that job was not made by @task, and the errors of Job.objects.enqueue().
         """
-        self.validate_task(task)  # again, because the settings may have changed since @task ran
-        celery_task = register(task)
-        if celery_task._unknown_to_workers and not current_app.conf.task_always_eager:
-            raise InvalidTask(f"No worker knows {task.module_path}: import it in an app's tasks.py")
-        pk, queue = uuid.uuid4(), task.queue_name
-        fields = new_fields(
-            Now(),
-            celery_task,
-            args,
-            kwargs,
-            owner=task.owner,
-            label=task.label,
-            queue=None if queue == DEFAULT_TASK_QUEUE_NAME else queue,  # CELERY_TASK_ROUTES decides
-            countdown=task.countdown,
-            eta=task.run_after,
-        )
-        fields |= {"pk": pk, "idempotency_key": task.idempotency_key}
-        job = insert(Job.objects, fields, task.unique)
+        celery_task, options, pk = task._job_task(), task._options(), uuid.uuid4()
+        unique, key = options.pop("unique", None), options.pop("idempotency_key", None)
+        fields = new_fields(Now(), celery_task, args, kwargs, **options)
+        fields |= {"pk": pk, "idempotency_key": key}
+        job = insert(Job.objects, fields, unique)
         if job.pk != pk:  # an active job has this `unique`
             try:
                 return self.get_result(job.pk)
             except TaskResultDoesNotExist:
-                error = f"unique={task.unique!r} belongs to a job of {job.task}, which has no TaskResult"
+                error = f"unique={unique!r} belongs to a job of {job.task}, which has no TaskResult"
                 raise InvalidTask(error) from None
         result = self._result_of(job, task)
         signals.task_enqueued.send(type(self), task_result=result)

@@ -34,6 +34,7 @@ from django.utils import timezone
 from kombu.utils.json import register_type
 
 from . import updates
+from .celery import check_options
 from .database import in_transaction
 from .expressions import IDLE_TIMEOUT, LOCK_TIMEOUT, UNFINISHED
 from .queryset import (
@@ -106,61 +107,67 @@ def batch_manager():
 # Steps
 
 
-def plan(signature, given=(), args=(), kwargs=None, parent=None, label="", **options):
-    """Return the steps of a signature, and the result that Celery's canvas would return for it.
+def step(
+    task, args, kwargs=None, label="", queue=None, countdown=None, eta=None, task_id=None, given=0
+):
+    """Return a step that is a job. `given` is how many arguments the step before passes on.
 
-    `given` are the arguments that the step before passes on, `args`, `kwargs` and `options` those of
-    apply_async(), and `parent` is the result of the step before.
+    Raises the errors of Job.objects.enqueue().
+    """
+    fields = call_fields(task, [*[None] * given, *args] if given else args, kwargs, label, queue)
+    times(timezone.now(), countdown, eta)  # may raise ValueError
+    fields |= {"args": fields["args"][given:], "given": given, "id": new_id(task_id)}
+    return {**fields, "countdown": countdown, "eta": eta and eta.isoformat()}
 
-    Raises TypeError if a task is not a job, or for options that a job in a canvas cannot have, and the
-    errors of Job.objects.enqueue().
+
+def plan(signature, given=0, args=(), kwargs=None, label="", **options):
+    """Return the steps of a signature. `args`, `kwargs` and `options` are those of apply_async().
+
+    Raises TypeError if a task is not a job, or for options that a job cannot have, and the errors of
+    Job.objects.enqueue().
     """
     if not isinstance(signature, dict):
         raise TypeError(f"{signature!r:.200} is not a signature, such as task.s(10)")
     sig = maybe_signature(signature, current_app)
     options = {**sig.options, **options}
+    check_options({"owner": options.pop("owner", None)})
     label = options.pop("label", "") or label
-    kind = sig.subtask_type
-    if kind not in ("chain", "group", "chord"):
+    if sig.subtask_type not in ("chain", "group", "chord"):
         sig = sig.clone(args, kwargs) if args or kwargs else sig
-        return plan_job(sig, [] if sig.immutable else given, parent, label, **options)
+        check_options(options, ["countdown", "eta", "task_id"])
+        options = {name: options.get(name) for name in ("queue", "countdown", "eta", "task_id")}
+        task = current_app.tasks.get(sig.task, sig.task)
+        options["given"] = 0 if sig.immutable else given
+        return [step(task, sig.args, sig.kwargs, label, **options)]
     args = sig.args if sig.immutable else [*args, *sig.args]
-    tasks = sig.tasks
-    if kind == "group":
-        pk = options.pop("task_id", None) or str(uuid.uuid4())
-        planned = [plan(each, given, args, kwargs, parent, label, **options) for each in tasks]
-        results = [each for _, result in planned for each in getattr(result, "results", [result])]
-        steps = [{"group": [steps for steps, _ in planned], "id": pk, "label": label}]
-        return steps, current_app.GroupResult(pk, results, parent=parent)
-    if kind == "chord":
+    task_id = options.pop("task_id", None)
+    if sig.subtask_type == "group":
+        members = []
+        for each in sig.tasks:
+            steps = plan(each, given, args, kwargs, label, **options)
+            is_group = len(steps) == 1 and "group" in steps[0]  # Celery unrolls it, too
+            members += steps[0]["group"] if is_group else [steps] if steps else []
+        return [{"group": members, "id": new_id(task_id), "label": label}]
+    # As in Celery, options of a chain are for its first task. Those of a chord are also for its body.
+    tasks, rest = sig.tasks, {}
+    if sig.subtask_type == "chord":
         kwargs = {**sig.kwargs["kwargs"], **(kwargs or {})}
         tasks = [group(getattr(tasks, "tasks", tasks)), kwargs.pop("body", None) or sig.body]
-    steps, result = [], parent
-    for each in tasks:
-        groups = steps[-1].get("group", ()) if steps else ()
-        if any(len(member) > 1 and "group" in member[-1] for member in groups):
+        rest = {name: options[name] for name in options if name not in ("countdown", "eta")}
+    steps = []
+    for place, task in enumerate(tasks, start=1):
+        members = steps[-1].get("group", ()) if steps else ()
+        if any(len(member) > 1 and "group" in member[-1] for member in members):
             raise TypeError("a chain in the header of a chord cannot end with a group")
-        added, result = plan(each, given, args, kwargs, result, label, **options)
-        steps += added
-        given, args, kwargs, options = [None], [], None, {}
-    return steps, result
+        if place == len(tasks) and task_id:
+            options = {**options, "task_id": task_id}
+        steps += plan(task, given, args, kwargs, label, **options)
+        given, args, kwargs, options = 1, [], None, rest
+    return steps
 
 
-def plan_job(
-    sig, given, parent, label, task_id=None, queue=None, countdown=None, eta=None, **other
-):
-    if other := [name for name in other if other[name]]:
-        raise TypeError(f"a job in a canvas does not take {', '.join(other)}")
-    task = current_app.tasks.get(sig.task, sig.task)
-    fields = call_fields(task, [*given, *sig.args], sig.kwargs, label, queue)
-    times(timezone.now(), countdown, eta)  # may raise ValueError
-    step = {**fields, "id": task_id or str(uuid.uuid4()), "given": len(given)}
-    step["args"] = fields["args"][len(given) :]
-    if eta or countdown:
-        step["eta" if eta else "countdown"] = eta.isoformat() if eta else countdown
-    result = task.AsyncResult(step["id"])
-    result.parent = parent
-    return [step], result
+def new_id(task_id):
+    return str(uuid.UUID(task_id) if task_id else uuid.uuid4())
 
 
 class Rows:
@@ -181,8 +188,8 @@ class Rows:
         created_at = self.place + timedelta(microseconds=len(self.jobs))
         if "group" not in first:
             fields = {name: first[name] for name in ("task", "kwargs", "queue", "label")}
-            eta = datetime.fromisoformat(first["eta"]) if "eta" in first else None
-            fields |= times(self.now, first.get("countdown"), eta)
+            eta = first["eta"] and datetime.fromisoformat(first["eta"])
+            fields |= times(self.now, first["countdown"], eta)
             fields |= {"pk": first["id"], "args": [*given[: first["given"]], *first["args"]]}
             fields |= {"batch_id": batch_id, "then": rest or None, "follows": self.follows}
             self.jobs.append(job_manager().model(**fields, **self.common))
@@ -209,16 +216,18 @@ class Rows:
 
 
 @transaction.atomic
-def enqueue(signature, args=(), kwargs=None, *, owner=None, label="", **options):
-    """Store the jobs of a signature: all of them or none. Returns the result that Celery would return.
+def enqueue(signature, args=(), kwargs=None, *, owner=None, **options):
+    """Store the jobs of a signature: all of them or none. Returns its steps.
 
     `options` are those of apply_async(). Raises the errors of plan().
     """
-    steps, result = plan(signature, (), args or (), kwargs, label=label, **options)
-    rows = Rows(database_time(job_manager()), owner and owner.pk)
+    owner = owner or signature.options.get("owner")
+    owner = job_manager().model(owner=owner)  # may raise ValueError
+    steps = plan(signature, 0, args or (), kwargs, owner=None, **options)
+    rows = Rows(database_time(job_manager()), owner.owner_id)
     rows.add(steps)
     rows.store()
-    return result
+    return steps
 
 
 def succeed(manager, id, run_token, next_steps=(), **end):
@@ -376,7 +385,7 @@ class BatchManager(models.QuerySet if TYPE_CHECKING else models.Manager):
         """
         to_json(label)  # may raise ValueError
         fields = {"owner": owner_of(self, owner), "label": label[:MAX_LABEL]}
-        fields |= {"then": then and plan(then, [[]])[0], "ended": ended and plan(ended)[0]}
+        fields |= {"then": then and plan(then, 1), "ended": ended and plan(ended)}
         with transaction.atomic(self.db):
             batch = self.create(**fields)
             yield batch

@@ -1,4 +1,4 @@
-"""Celery's app with support for jobs. It enqueues jobs by name, and refuses them in Celery's canvas."""
+"""Celery's app with support for jobs, by name and in a canvas. A canvas has jobs or plain tasks, not both."""
 
 from contextlib import suppress
 from functools import wraps
@@ -8,6 +8,7 @@ from celery.app import control
 from celery.canvas import Signature
 from celery.contrib.django.task import DjangoTask
 from celery.utils.functional import maybe_list
+from celery.utils.imports import symbol_by_name
 from django.apps import apps
 from django.core.exceptions import ValidationError
 
@@ -16,6 +17,8 @@ from .database import try_once
 __all__ = ["Celery"]
 
 NO_CANVAS = "A job cannot be a callback, or part of a group, chain or chord with plain tasks: enqueue it in a task"
+# Options of apply_async() that are supported or harmless.
+OPTIONS = ("queue", "headers", "ignore_result", "producer", "retries")
 CANVAS_OPTIONS = ("link", "link_error", "chain", "chord")  # of apply_async(): they hold other tasks
 
 
@@ -46,7 +49,7 @@ class Celery(celery.Celery):
     def send_task(self, name, args=None, kwargs=None, countdown=None, eta=None, **options):
         """Send a message as Celery documents it. If the task is a job, enqueue it instead.
 
-        Raises TypeError if a job is used as a callback, or in a group, chain or chord.
+        Raises TypeError if a job is used as a callback.
         """
         refuse_jobs(self, options)
         options |= {"countdown": countdown, "eta": eta}
@@ -56,13 +59,16 @@ class Celery(celery.Celery):
 
 
 def cancel(task_id):
-    """Cancel this job, or each in a list. Ignore plain tasks. Returns the ids of those that are jobs."""
+    """Cancel this job or batch, or each in a list. Ignore plain tasks. Returns the ids of those that are jobs."""
+    jobs, batches = (apps.get_model(name).objects for name in ("jobs.Job", "jobs.Batch"))
     ids = []
     for pk in maybe_list(task_id) or []:
-        with suppress(ValidationError):  # not a UUID, so not a job
-            row = apps.get_model("jobs.Job").objects.filter(pk=pk)
+        with suppress(ValidationError):  # not a UUID
+            row = jobs.filter(pk=pk)
             row.cancel()
             ids += [str(pk)] * row.count()
+            for batch in batches.filter(pk=pk, ended_at=None):
+                batch.cancel()
     return ids
 
 
@@ -75,6 +81,14 @@ def refuse_jobs(app, options):
     for option in CANVAS_OPTIONS:
         if jobs := [name for name in task_names(options.get(option)) if is_job(app, name)]:
             raise TypeError(f"{option}={jobs[0]}: {NO_CANVAS}")
+
+
+def check_options(options, supported=()):
+    """Raise TypeError for options of apply_async() that a job cannot have."""
+    known = [*OPTIONS, *supported]
+    if refused := [name for name in options if options[name] and name not in known]:
+        reason = f"a job does not take {', '.join(refused)}: see Job.objects.enqueue()"
+        raise TypeError(f"{reason} and enqueue_many(). {NO_CANVAS}")
 
 
 def task_names(value):
@@ -103,13 +117,11 @@ def store_jobs(kind):
             return send(self, args, kwargs, **options)
         if plain := sorted(name for name in names if not is_job(self.app, name)):
             raise TypeError(f"{plain[0]} is not a job. {NO_CANVAS}")
-        from . import batches  # needs models, and models need this app
-
-        return batches.enqueue(self, args, kwargs, **options)
+        return symbol_by_name("jobs.results:enqueue")(self, args, kwargs, **options)
 
     kind.apply_async = apply_async
 
 
 CANVAS = ("celery.chain", "celery.group", "celery.chord")
-for name in ("chain", "group", "chord"):
+for name in ("chain", "group", "chord", "xmap", "xstarmap", "chunks"):
     store_jobs(Signature.TYPES[name])

@@ -176,6 +176,8 @@ def new_fields(
 
 def call_fields(task, args, kwargs=None, label="", queue=None):
     """Return what a new job is to do. Raises the TypeError and ValueError of enqueue()."""
+    if hasattr(task, "_for_call"):  # Django's @task has decorated it
+        task, label, queue = task._for_call(label, queue)
     if not getattr(task, "_is_job", False):
         raise TypeError(f"{task!r} is not a job: declare it with @shared_task(base=JobTask)")
     try:

@@ -17,7 +17,7 @@ from django.db.models.functions import Now
 from django.db.transaction import TransactionManagementError
 
 from . import batches, conf, updates
-from .celery import NO_CANVAS
+from .celery import NO_CANVAS, check_options
 from .database import (
     end_interrupted_query,
     roll_back_open_transaction,
@@ -29,15 +29,12 @@ from .lease import start_thread
 from .models import Batch, Job
 from .pools import pool
 from .queryset import MAX_COUNTDOWN, insert, new_fields, seconds_until
-from .results import JobBackend
+from .results import JobResult, job_backend
 from .runs import OVER_TIME_LIMIT, JobError, JobLost, Run, describe, runs
 from .shutdown import WorkerStopping, child_has_crashed, end_after_commit, shutting_down
 from .values import printable
 
 __all__ = ["JobCall", "JobError", "JobTask"]
-
-# Options of apply_async() that are supported or harmless.
-OPTIONS = ("queue", "headers", "ignore_result", "producer", "retries")
 
 
 @dataclass(frozen=True)
@@ -57,9 +54,9 @@ class JobCall:
 class JobTask(DjangoTask):
     """The base class of tasks that are jobs: @shared_task(base=JobTask, bind=True).
 
-    delay(), apply_async() and everything that calls them enqueue a job without an owner. If an app that
-    is not a jobs.celery.Celery sends it by name, a worker stores the job. A task that is called directly
-    runs as a plain function. After a crash the body runs again, so it must be safe to repeat.
+    delay(), apply_async() and everything that calls them enqueue a job. If an app that is not a
+    jobs.celery.Celery sends it by name, a worker stores the job. A task that is called directly runs as a
+    plain function. After a crash the body runs again, so it must be safe to repeat.
     """
 
     abstract = True
@@ -106,19 +103,33 @@ class JobTask(DjangoTask):
 
     # For callers: Celery's methods
 
-    def apply_async(self, args=(), kwargs=None, task_id=None, countdown=None, eta=None, **options):
-        """Enqueue a job without an owner. Returns its AsyncResult.
+    def apply_async(
+        self,
+        args=(),
+        kwargs=None,
+        task_id=None,
+        *,
+        countdown=None,
+        eta=None,
+        owner=None,
+        label="",
+        unique=None,
+        idempotency_key=None,
+        **options,
+    ):
+        """Enqueue a job. Returns its AsyncResult.
 
-        Raises TypeError for options that a job cannot have, such as `link`, or the `group_id` that Celery
-        passes to the tasks of a group.
+        `owner`, `label`, `unique` and `idempotency_key` are those of Job.objects.enqueue(). Raises TypeError
+        for options that a job cannot have, such as `link` or `expires`.
         """
         times = {"countdown": countdown, "eta": eta}
         if self._current_run and task_id == self.request.id:  # Celery's retry() calls this
             return self._retry_later(args, kwargs, seconds_until(**times), **options)
         check_options(options)
-        fields = new_fields(Now(), self, args or (), kwargs, queue=options.get("queue"), **times)
-        job = insert(Job.objects, {**fields, **({"pk": task_id} if task_id else {})})
-        return self.AsyncResult(str(job.pk))
+        texts = {"label": label, "queue": options.get("queue")}
+        fields = new_fields(Now(), self, args or (), kwargs, owner, **texts, **times)
+        fields |= {"idempotency_key": idempotency_key, **({"pk": task_id} if task_id else {})}
+        return self.AsyncResult(str(insert(Job.objects, fields, unique).pk))
 
     def using(
         self,
@@ -153,7 +164,7 @@ class JobTask(DjangoTask):
     starmap = chunks = map
 
     def AsyncResult(self, task_id, **kwargs):  # noqa: N802
-        return self.app.AsyncResult(task_id, backend=JobBackend(self.app), **kwargs)
+        return JobResult(task_id, backend=job_backend(self.app), app=self.app, **kwargs)
 
     def retry(
         self,
@@ -267,17 +278,16 @@ class JobTask(DjangoTask):
         and belongs to the same batch. If the task was called directly, the job is enqueued at once. Raises
         the errors of Job.objects.enqueue().
         """
+        options = {"label": label, "queue": queue, "countdown": countdown, "eta": eta}
         if run := self._own_run():
-            options = {"label": label, "queue": queue, "countdown": countdown, "eta": eta}
-            run.next_steps.append(batches.plan(task.si(*args, **kwargs or {}), **options)[0])
+            run.next_steps.append([batches.step(task, args, kwargs, **options)])
         else:
-            options = {"label": label, "queue": queue, "countdown": countdown, "eta": eta}
             Job.objects.enqueue(task, args, kwargs, **options)
 
     def _own_run(self):
         if self.request_stack.top is None and any(r.task is self for r in tuple(runs.values())):
             raise RuntimeError(
-                "report() and cursor work only in the thread that runs the body: call them there"
+                "report(), then() and cursor work only in the thread that runs the body: call them there"
             )
         return self._current_run
 
@@ -367,13 +377,6 @@ class JobTask(DjangoTask):
         if was_open:
             raise TransactionManagementError("The task left a transaction open")
         return result
-
-
-def check_options(options):
-    """Raise TypeError for options of apply_async() that a job cannot have."""
-    if refused := [name for name in options if options[name] and name not in OPTIONS]:
-        reason = f"a job does not take {', '.join(refused)}: see Job.objects.enqueue()"
-        raise TypeError(f"{reason} and enqueue_many(). {NO_CANVAS}")
 
 
 def run_coroutine(task, body):

@@ -10,8 +10,8 @@ import pytest
 from celery import current_app
 from celery.exceptions import OperationalError
 
-from . import batches, lease, messages, publish, sweep
-from .models import Job
+from . import lease, messages, publish, sweep
+from .results import run_queued
 
 __all__ = ["broker_down", "commit", "run_jobs"]
 
@@ -44,17 +44,7 @@ def commit(db, django_capture_on_commit_callbacks):
 @pytest.fixture
 def run_jobs(db):
     """run_jobs() runs all queued jobs and the jobs that they enqueue, and waits for no countdown."""
-    queued = Job.objects.filter(state="queued").order_by("created_at")
-
-    def run():
-        ran = set()  # (id, retries): with `broker_down` a job stays queued, so publish it only once
-        while tries := set(queued.values_list("pk", "retries")) - ran:
-            ran |= tries
-            for job in queued.filter(pk__in=[pk for pk, _ in tries]):
-                publish.publish([job])
-            batches.end_all()  # as the sweep does
-
-    return run
+    return run_queued
 
 
 @pytest.fixture

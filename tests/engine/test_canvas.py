@@ -1,0 +1,780 @@
+"""Celery's canvas made of jobs, and the next steps that a body names."""
+
+import pickle
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from datetime import timedelta
+from unittest.mock import Mock
+
+import pytest
+from celery import chain, chord, chunks, group, shared_task, signature, xmap
+from celery import current_app as app
+from celery.backends.cache import CacheBackend
+from celery.exceptions import Ignore, TaskError, TaskRevokedError
+from celery.exceptions import TimeoutError as CeleryTimeout
+from celery.result import AsyncResult, GroupResult, result_from_tuple
+from django.db import DatabaseError, OperationalError, connection, transaction
+from django.db.models.functions import Now
+from django.test.utils import CaptureQueriesContext
+from django.utils import timezone
+
+from jobs import batches, conf, database
+from jobs.lease import recover
+from jobs.models import Batch, Job
+from jobs.publish import publish
+from jobs.tasks import JobError, JobTask
+
+try:
+    from django.tasks import task
+except ImportError:  # Django 5.2
+    from django_tasks import task
+
+pytestmark = pytest.mark.django_db
+
+
+@shared_task(base=JobTask)
+def add(x, y):
+    return x + y
+
+
+@shared_task(base=JobTask)
+def total(numbers):
+    return sum(numbers)
+
+
+@shared_task(base=JobTask)
+def fail(*args):
+    raise JobError("no")
+
+
+@shared_task(base=JobTask)
+def echo(*args, **kwargs):
+    return [*args, *sorted(kwargs.items())]
+
+
+@shared_task(base=JobTask, bind=True, max_retries=3, default_retry_delay=0)
+def flaky(self, x):
+    if not self.request.retries:
+        raise self.retry()
+    return x
+
+
+@shared_task(base=JobTask, bind=True)
+def act(self):
+    return act.body(self)
+
+
+@shared_task
+def plain(*args):
+    pass
+
+
+@task
+def double(x):
+    return 2 * x
+
+
+@task(takes_context=True)
+def double_later(context, x):
+    context.then(double, [x], label="later")
+    return str(context.batch.pk)
+
+
+@pytest.fixture
+def no_eager(eager):
+    app.conf.task_always_eager = False
+
+
+def sums():
+    return add.s(1, 1) | add.s(1)
+
+
+def test_chain(run_jobs):
+    last = chain(add.s(1, 2), add.s(10), add.si(5, 5), add.s(100))()
+    assert Job.objects.count() == 1
+    run_jobs()
+    assert [last.get(), last.parent.get(), last.parent.parent.get()] == [110, 10, 13]
+
+
+def test_the_operators_and_partial_arguments(run_jobs):
+    sig = add.s(2) | add.s(4)
+    assert sig(1).get() == 7
+    assert sig.delay(2).get() == 8
+    assert sig.apply_async((3,)).get() == 9
+    assert (group(add.s(1, 1), add.s(2, 2)) | total.s() | add.s(1)).delay().get() == 7
+    assert (add.s(1, 1) | group(add.s(10), add.s(20)) | total.s())().get() == 34
+
+
+def test_group(run_jobs):
+    done = group(add.s(n, n) for n in range(5))()
+    assert (len(done), Job.objects.count()) == (5, 5)
+    run_jobs()
+    assert (done.ready(), done.completed_count(), done.get()) == (True, 5, [0, 2, 4, 6, 8])
+    assert group(add.s(1), add.s(2))(10).get() == [11, 12]
+    assert done.successful() and not done.failed()
+
+
+def test_chord(run_jobs):
+    last = chord(add.s(n, n) for n in range(100))(total.s())
+    assert Job.objects.count() == 100
+    assert last.get() == 9900
+    assert chord([add.s(1, 1), add.s(2, 2)], total.s()).apply_async().get() == 6
+    assert last.parent.completed_count() == 100
+
+
+def test_nested_canvas(run_jobs):
+    inner = chord([add.s(1, 1), chain(add.s(2, 2), add.s(1))], total.s())  # 2 + 5
+    assert chain(inner, add.s(3))().get() == 10
+    assert group(inner, chain(add.s(1, 2), add.s(3)))().get() == [7, 6]
+    assert chord([group(add.s(1, 0), add.s(2, 0)), add.s(3, 0)])(total.s()).get() == 6
+    assert chord([])(total.s()).get() == 0
+    outer = chord([inner, add.s(1, 1), chain(add.s(3, 3), group(add.s(1), add.s(2)), echo.s())])
+    assert outer(echo.s()).get() == [[7, 2, [[7, 8]]]]
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_canvas_runs_at_the_commit_in_eager_mode():
+    with transaction.atomic():
+        last = chord([add.s(1, 1), chain(add.s(2, 2), add.s(1))])(total.s() | add.s(3))
+        assert set(Job.objects.values_list("state", flat=True)) == {"queued"}
+    assert set(Job.objects.values_list("state", flat=True)) == {"succeeded"}
+    assert last.get() == 10
+
+
+def test_get_of_an_id_runs_jobs_that_enqueue_themselves_only_until_then():
+    act.body = lambda self: act.delay() and None
+    act.delay()
+    assert chain(add.s(1, 1), add.s(1))().get() == 3
+
+
+def test_a_retry_is_waited_for():
+    assert chain(flaky.s(1), add.s(1))().get(interval=0) == 2
+    assert chord([flaky.s(1), add.s(1, 1)])(total.s()).get(interval=0) == 3
+
+
+def test_a_canvas_is_stored_in_the_callers_transaction():
+    with suppress(ZeroDivisionError), transaction.atomic():
+        chord(add.s(n, n) for n in range(5))(total.s())
+        1 / 0  # noqa: B018
+    with pytest.raises(TypeError), transaction.atomic():  # all or nothing
+        chord([add.s(1, 1), add.s(1)])(total.s())
+    with pytest.raises(TypeError), transaction.atomic():
+        chain(add.s(1, 1), add.s(1, 1))()  # the second one gets three arguments
+    assert not Job.objects.exists() and not Batch.objects.exists()
+
+
+def test_no_row_is_stored_if_one_cannot_be(monkeypatch):
+    monkeypatch.setattr(conf, "JOB_MAX_BYTES", 1000)
+    for send in [
+        lambda: group(add.s(1, 1), chain([add.s(1, 1)] + 20 * [add.s(1)]))(),
+        lambda: chord([add.s(1, 1)])(chain(20 * [add.si(1, 1)])),
+        lambda: group(add.s(1, 1), echo.s("x" * 1000))(),
+    ]:
+        with pytest.raises(ValueError, match="JOB_MAX_BYTES"):
+            send()
+    assert not Job.objects.exists() and not Batch.objects.exists()
+
+
+def test_the_rows_of_a_thousand_members_are_read_at_once(no_eager, django_assert_max_num_queries):
+    done = group(add.s(n, n) for n in range(1_000))()
+    reads = 1 if connection.vendor == "postgresql" else 5
+    for read in done.ready, done.completed_count, done.failed, done.successful, done.waiting:
+        with django_assert_max_num_queries(reads):
+            read()
+    Job.objects.update(state="succeeded", finished_at=Now(), sweep_at=None, result=3)
+    with django_assert_max_num_queries(reads):
+        assert done.get() == 1_000 * [3]
+    with django_assert_max_num_queries(0):
+        assert (done.ready(), done.completed_count()) == (True, 1_000)
+
+
+def test_a_group_result_waits_and_times_out(no_eager):
+    done = group(add.s(1, 1), add.s(2, 2))()
+    with pytest.raises(CeleryTimeout):
+        done.get(timeout=0.01)
+    app.conf.task_always_eager = True
+    values = {}
+    assert done.get(callback=values.__setitem__) == []
+    assert sorted(values.values()) == [2, 4]
+    assert pickle.loads(pickle.dumps(done)).get() == [2, 4]
+
+
+def test_the_id_of_a_group_is_that_of_its_batch(user):
+    done = group([add.s(1, 1), add.s(2, 2)], task_id=str(uuid.uuid4())).apply_async(label="Sums")
+    batch = Batch.objects.get(pk=done.id, label="Sums")
+    assert {str(job.pk) for job in batch.jobs.all()} == {each.id for each in done}
+    last = chord([add.s(1, 1)])(total.s())
+    assert Batch.objects.filter(pk=last.parent.id).exists()
+    assert chain(add.s(1, 1), add.s(1)).apply_async(task_id=str(batch.pk)).id == str(batch.pk)
+    body = {"body": total.s()}
+    assert chord([add.s(1, 1)]).apply_async(kwargs=body, task_id=last.id).id == last.id
+
+
+def test_revoke_of_a_group_cancels_its_batch(no_eager):
+    done = group(add.s(1, 1), chain(add.s(2, 2), add.s(1)), group(add.s(3, 3)))()
+    done.revoke()
+    assert set(Job.objects.values_list("state", flat=True)) == {"cancelled"}
+    assert Batch.objects.get().state == "cancelled"
+    assert done.ready() and not done.successful()
+    with pytest.raises(TaskRevokedError):
+        done.get()
+
+
+def test_revoke_of_a_step_stops_what_comes_before_it():
+    other = chain(add.s(1, 1), add.s(1))()
+    chained = chain(add.s(1, 1), add.s(1), add.s(1))()
+    body = chord([add.s(1, 1), add.s(2, 2)])(total.s() | add.s(1))
+    for result in chained, body:
+        result.revoke()
+    for result in chained, body:
+        with pytest.raises(TaskRevokedError):
+            result.get()
+    assert Batch.objects.get().state == "cancelled"
+    assert Job.objects.filter(state="cancelled").count() == 3
+    assert other.get() == 3
+
+
+def test_revoke_of_a_plain_task_cancels_no_job(no_eager):
+    """Even if its id is an argument of a step."""
+    pk = str(uuid.uuid4())
+    chain(add.s(1, 1), echo.s(pk))()
+    app.control.revoke(pk)
+    assert not Job.objects.filter(state="cancelled").exists()
+
+
+# How each result sees the canvas: Celery's result backends know only ids.
+VIEWS = {
+    "as returned": lambda result: result,
+    "pickled": lambda result: pickle.loads(pickle.dumps(result)),
+    "as tuple": lambda result: result_from_tuple(result.as_tuple()),
+}
+
+
+@pytest.fixture(params=VIEWS.values(), ids=VIEWS)
+def view(request, monkeypatch):
+    """A result that reads rows, though Celery's result backend waits for messages."""
+    monkeypatch.setattr(CacheBackend, "wait_for_pending", Mock(), raising=False)
+    yield request.param
+    CacheBackend.wait_for_pending.assert_not_called()
+
+
+def test_get_returns_the_value_of_a_step_that_is_not_stored(view):
+    assert view(chain(add.s(1, 1), add.s(1), add.s(1))()).get() == 4
+    assert view(chord([add.s(1, 1), chain(add.s(2, 2), add.s(1))])(total.s())).get() == 7
+
+
+@pytest.mark.parametrize(
+    "send",
+    [
+        lambda: chain(add.s(1, 1), add.s(1), add.s(1))(),
+        lambda: chord([chain(add.s(2, 2), add.s(1)), add.s(1, 1)])(total.s()),
+        lambda: chord([chord([add.s(1, 1)], total.s())])(total.s()),
+        lambda: group(chain(add.s(2, 2), add.s(1)), add.s(1, 1))(),
+    ],
+)
+def test_get_polls_the_rows_of_a_step_that_is_not_stored(view, no_eager, send):
+    """A result backend such as Redis would wait for a message that no job sends."""
+    with pytest.raises(CeleryTimeout):
+        view(send()).get(timeout=0.01, interval=0.01)
+
+
+def test_get_of_an_id_runs_what_comes_first(view):
+    """A view stores the id, and a test of the view has nothing else."""
+    pk = chord([add.s(1, 1), chain(add.s(2, 2), add.s(1))])(total.s()).id
+    assert AsyncResult(pk).get() == 7
+    assert add.AsyncResult(pk).ready()
+
+
+@pytest.mark.parametrize(
+    "send",
+    [
+        lambda: (add.s(1, 1) | fail.s() | add.s(1) | add.s(1))(),
+        lambda: chord([add.s(1, 1), fail.s(), add.s(2, 2)])(total.s()),
+        lambda: chord([add.s(1, 1), fail.s(), add.s(2, 2)])(total.s() | add.s(1)),
+        lambda: (fail.s() | group(add.s(1), add.s(2)) | total.s())(),
+        lambda: (group(fail.s(), fail.s()) | total.s() | group(add.s(1), add.s(2)))(),
+    ],
+)
+def test_get_raises_the_error_of_an_earlier_step(view, send):
+    with pytest.raises(TaskError, match="^no$"):
+        view(send()).get(interval=0)
+
+
+@pytest.mark.parametrize(
+    "send",
+    [
+        lambda: chain(fail.s(), add.s(1), add.s(1))(),
+        lambda: chord([add.s(1, 1), fail.s()])(total.s()),
+        lambda: chord([add.s(1, 1), chain(fail.s(), add.s(1))])(total.s()),
+        lambda: chord([add.s(1, 1), chord([fail.s()], total.s())])(total.s()),
+        lambda: chord([chord([chain(fail.s(), add.s(1))], total.s() | add.s(1))])(total.s()),
+    ],
+)
+def test_get_does_not_wait_for_what_never_starts(send):
+    with pytest.raises((TaskError, TaskRevokedError), match="no"):
+        send().get(interval=0)
+    result = send()
+    with pytest.raises(TaskRevokedError, match="It never starts: the (job|batch) .+ is failed. "):
+        result.get(interval=0, follow_parents=False)
+    result = send()
+    assert isinstance(result.get(interval=0, propagate=False), TaskRevokedError)
+    assert (result.state, result.ready(), result.successful()) == ("REVOKED", True, False)
+
+
+def test_get_does_not_wait_for_the_body_of_a_cancelled_batch(no_eager):
+    last = chord([add.s(1, 1), add.s(2, 2)])(total.s())
+    assert not last.ready()
+    Batch.objects.get().cancel()
+    with pytest.raises(TaskRevokedError, match="the batch .+ is cancelled"):
+        last.get(follow_parents=False)
+
+
+def test_get_does_not_wait_for_a_body_after_a_sibling_failed():
+    """The header of the chord has all results, but its batch has one more job."""
+    act.body = lambda self: self.batch.enqueue(fail) and None
+    last = chord([add.s(1, 1), act.si()])(echo.s())
+    with pytest.raises(TaskRevokedError, match="the batch .+ is failed. Of 3 jobs, 1 failed"):
+        last.get(interval=0)
+
+
+def test_a_group_of_which_one_fails():
+    done = group(add.s(1, 1), chain(fail.s(), add.s(1)), fail.s())()
+    with pytest.raises((TaskError, TaskRevokedError), match="no"):
+        done.get(interval=0)
+    values = done.get(propagate=False)
+    assert [type(value) for value in values] == [int, TaskRevokedError, TaskError]
+    assert (done.failed(), done.successful(), done.completed_count()) == (True, False, 1)
+
+
+def test_a_chain_of_hundreds():
+    last = chain([add.s(1, 1), *[add.s(1)] * 200])()
+    with CaptureQueriesContext(connection) as queries:
+        app.conf.task_always_eager = False
+        assert not last.ready()
+        with pytest.raises(CeleryTimeout):
+            last.get(timeout=0)
+    assert len(queries) < 20
+    app.conf.task_always_eager = True
+    assert last.get() == 202
+
+
+# What Celery documents
+
+
+def test_partial_arguments_and_immutable_signatures():
+    assert echo.s(2, a=1).apply_async((1,), {"b": 2}).get() == [1, 2, ["a", 1], ["b", 2]]
+    sums = chain(echo.s(2), echo.s(3))
+    assert sums.apply_async((1,), {"b": 2}).get() == [[1, 2, ["b", 2]], 3]
+    assert chain(echo.si(2), echo.si(3), echo.si())(1).get() == []
+    assert group(echo.s(2), echo.si(3))(1).get() == [[1, 2], [3]]
+    assert group(echo.s(2), echo.si(3)).apply_async(kwargs={"b": 2}).get() == [
+        [2, ["b", 2]],
+        [3],
+    ]
+    assert chord([echo.s(2), echo.si(3)]).apply_async((1,), {"body": echo.s(4)}).get() == [
+        [[1, 2], [3]],
+        4,
+    ]
+    assert chord([echo.s(2)])(echo.si(4)).get() == [4]
+    assert echo.s(1).clone((2,), {"a": 3}).delay().get() == [2, 1, ["a", 3]]
+    assert (~chain(add.s(1, 1), add.s(1))) == 3
+
+
+def test_signatures_as_data():
+    sums = chain(group(add.s(1, 1), add.s(2, 2)), total.s(), group(add.s(1), add.s(2)))
+    for kind in dict, lambda sig: app.signature(pickle.loads(pickle.dumps(dict(sig)))):
+        assert signature(kind(sums), app=app).delay().get() == [7, 8]
+    assert signature(dict(chord([add.s(1, 1)], total.s()))).delay().get() == 2
+    by_name = app.signature(add.name, (1, 2)) | app.signature(add.name, (3,))
+    assert by_name().get() == 6
+
+
+def test_nested_groups_and_groups_of_nothing():
+    assert group(group(add.s(1, 1), add.s(2, 2)), add.s(3, 3))().get() == [2, 4, 6]
+    assert chain(add.s(1, 1))().get() == 2
+    assert group(chain(), add.s(1, 1))().get() == [2]
+    assert chain(add.s(1, 1), group(), add.s(1))().get() == 3
+    assert chain(group(add.s(1, 1), add.s(2, 2)), total.s() | group([add.s(1)]))().get() == 7
+    assert chord([])(echo.s()).get() == [[]]
+    assert chain(chord([], echo.s()), echo.s(1))().get() == [[[]], 1]
+    with_end = group(add.s(1, 1), chain(add.s(2, 2), group(add.s(1), add.s(2))))()
+    assert with_end.get() == [2, [5, 6]]
+    assert (with_end.completed_count(), with_end.successful()) == (3, True)
+
+
+def test_what_comes_next_keeps_its_parent():
+    first = add.s(1, 1)
+    last = (first | group(add.s(1), add.s(2)) | total.s())()
+    assert last.get() == 7
+    assert isinstance(last.parent, GroupResult) and last.parent.get() == [3, 4]
+    assert last.parent.parent.get() == 2 and last.parent.parent.parent is None
+    assert last.children is None
+
+
+def test_options_are_for_the_jobs_that_celery_gives_them():
+    chain(add.s(1, 1), add.s(1)).apply_async(countdown=60, queue="io")
+    first = Job.objects.get(args=[1, 1])
+    assert (first.queue, first.times_sent, first.then[0]["queue"]) == ("io", 0, "celery")
+    group(add.s(5, 5).set(queue="cpu"), add.s(5, 5).set(countdown=60))()
+    rows = Job.objects.filter(args=[5, 5]).values_list("queue", "times_sent")
+    assert set(rows) == {("cpu", 1), ("celery", 0)}
+    group(add.s(6, 6), add.s(6, 6)).apply_async(queue="io", countdown=60)
+    assert set(Job.objects.filter(args=[6, 6]).values_list("queue", "times_sent")) == {("io", 0)}
+    chord([add.s(7, 7)], total.s().set(countdown=9)).apply_async(queue="io", countdown=60)
+    header = Job.objects.get(args=[7, 7])
+    [body] = header.batch.then
+    assert (header.queue, header.times_sent) == ("io", 0)
+    assert (body["queue"], body["countdown"], body["eta"]) == ("io", 9, None)
+    eta = timezone.now() + timedelta(hours=1)
+    chain(add.s(8, 8).set(eta=eta), add.s(8).set(eta=eta))()
+    assert abs(Job.objects.get(args=[8, 8]).due_at - eta) < timedelta(seconds=5)
+    Job.objects.filter(args=[8, 8]).update(due_at=Now())
+    publish([Job.objects.get(args=[8, 8])])
+    second = Job.objects.get(args__1=8, follows__isnull=False)
+    assert abs(second.due_at - eta) < timedelta(seconds=5)
+    delayed = group([add.s(9, 9), add.s(9, 9)]).skew(start=60, stop=90)()
+    assert set(Job.objects.filter(batch=delayed.id).values_list("times_sent", flat=True)) == {0}
+
+
+def test_owner_and_label(user, run_jobs):
+    steps = add.s(1, 1) | group(add.s(1), add.s(2).set(label="two")) | total.s()
+    steps.apply_async(owner=user, label="Sum")
+    chain(add.s(1, 1), add.s(1)).set(owner=user, label="Sum")()
+    run_jobs()
+    rows = Job.objects.values_list("owner", "label")
+    assert sorted(rows) == [(user.pk, "Sum")] * 5 + [(user.pk, "two")]
+    assert Batch.objects.filter(owner=user, label="Sum").exists()
+    with pytest.raises(ValueError, match="must be a"):
+        steps.apply_async(owner="me")
+
+
+def test_a_single_signature_takes_the_options_of_enqueue(user):
+    result = add.s(1).apply_async((2,), owner=user, label="Sum", unique="sum", idempotency_key="1")
+    job = Job.objects.get(owner=user, label="Sum", unique_key="sum", idempotency_key="1")
+    assert add.s(1, 2).set(unique="sum").delay().id == result.id == str(job.pk)
+    assert add.s(1, 2).set(label="three", queue="io", owner=user).delay().get() == 3
+    assert Job.objects.filter(label="three", queue="io", owner=user).exists()
+    app.send_task(add.name, [3, 4], owner=user, label="by name")
+    assert Job.objects.get(label="by name").owner == user
+    act.body = lambda self: self.retry(label="x")
+    with pytest.raises(TaskError, match="does not take label"):
+        act.delay().get()
+
+
+@pytest.mark.parametrize(
+    "send",
+    [
+        lambda: chord([plain.si(), add.si(1, 2)])(plain.si()),
+        lambda: chord([add.si(1, 2)])(plain.si()),
+        lambda: chord([plain.si()])(add.si(1, 2)),
+        lambda: (plain.si() | add.si(1, 2))(),
+        lambda: (add.si(1, 2) | plain.si())(),
+        lambda: group(plain.si(), add.si(1, 2))(),
+        lambda: chain(add.s(1, 1), group(add.s(1), chain(add.s(1), plain.s())))(),
+        lambda: chain(add.s(1, 1).set(link=add.s(1)), add.s(2))(),
+        lambda: chain(add.s(1, 1), add.s(2)).apply_async(link=add.s(1)),
+        lambda: chain(add.s(1, 1), add.s(2)).apply_async(link_error=echo.s()),
+        lambda: chain(add.s(1, 1), add.s(2)).on_error(echo.s())(),
+        lambda: chord([add.s(1, 1)], total.s()).on_error(echo.s())(),
+        lambda: chord([add.s(1, 1)], total.s()).apply_async(link=echo.s()),
+        lambda: chord([add.s(1, 1)], total.s().on_error(echo.s()))(),
+        lambda: group(add.s(1, 1).set(expires=5), add.s(1, 1))(),
+        lambda: group(add.s(1, 1), add.s(1, 1)).apply_async(priority=5),
+        lambda: chain(add.s(1, 1), add.s(1).set(time_limit=5))(),
+        lambda: chain(add.s(1, 1), add.s(1).set(unique="x"))(),
+        lambda: group(add.s(1, 1), add.s(1, 1)).apply_async(idempotency_key="x"),
+        lambda: group(add.s(1, 1).set(owner=1), add.s(1, 1))(),
+        lambda: chain(xmap(add.s(), [(1, 2)]), echo.s())(),
+        lambda: group(chunks(add.s(), [(1, 2)], 1), echo.s())(),
+        lambda: xmap(add.s(), [(1, 2)]).apply_async(),
+        lambda: xmap(add.s(), [(1, 2)]).delay(),
+        lambda: chain(add.s(1, 1), add.s(1)).apply(),
+        lambda: group(add.s(1, 1), add.s(1, 1)).apply(),
+        lambda: chord([add.s(1, 1)], total.s()).apply(),
+        lambda: plain.apply_async(link=chain(add.s(1, 1), add.s(1))),
+    ],
+)
+@pytest.mark.parametrize("eager", [True, False])
+def test_what_a_canvas_of_jobs_cannot_do_is_refused(send, eager):
+    app.conf.task_always_eager = eager
+    with pytest.raises(TypeError, match="group, chain or chord with plain tasks"):
+        send()
+    assert not Job.objects.exists() and not Batch.objects.exists()
+
+
+@pytest.mark.parametrize(
+    ("send", "error"),
+    [
+        (lambda: sums().apply_async(countdown=1, eta=timezone.now()), "not both"),
+        (lambda: sums().apply_async(task_id="x"), "hexadecimal UUID"),
+        (lambda: chain(sums(), add.s(1).set(countdown=1e9))(), "ten years"),
+        (lambda: chain(sums(), add.s(object()))(), "JSON"),
+        (lambda: chain(sums(), add.s(1).set(queue=5))(), "queue= must be"),
+        (lambda: chain(sums(), app.signature("unknown"))(), "unknown is not a job"),
+        (lambda: chord([add.s(1, 1)]).apply_async(), "is not a signature"),
+        (lambda: chord([sums() | group(echo.s(), echo.s())] * 2)(echo.s()), "header"),
+        (lambda: chord([group(sums(), sums() | group([echo.s()] * 2))])(echo.s()), "header"),
+    ],
+)
+def test_a_canvas_that_cannot_be_stored_is_refused(send, error):
+    with pytest.raises((TypeError, ValueError), match=error):
+        send()
+    assert not Job.objects.exists() and not Batch.objects.exists()
+
+
+def test_a_body_may_start_a_canvas(run_jobs):
+    act.body = lambda self: chord([add.s(1, 1), add.s(2, 2)])(total.s()).id
+    pk = act.delay().get()
+    assert AsyncResult(pk).get() == 6
+
+
+# Django's tasks
+
+
+def test_a_task_of_django_is_a_step(user):
+    assert (add.s(1, 1) | double.s() | add.s(1)).delay().get() == 5
+    assert chord([double.s(1), double.s(2)])(total.s() | double.s()).get() == 12
+    assert (add.s(1, 1) | double.si(5)).delay().get() == 10
+    labelled = double.using(queue_name="io", label="twice", countdown=60)
+    (add.s(1, 1) | labelled.s())().get()
+    assert Job.objects.filter(queue="io", label="twice", times_sent=0).count() == 1
+    owned = double.using(owner=user, unique="u", idempotency_key="i").s(2).delay()
+    assert Job.objects.get(owner=user, unique_key="u", idempotency_key="i").result in (4, None)
+    assert owned.get() == 4
+    with pytest.raises(TypeError, match="does not take owner"):
+        (add.s(1, 1) | double.using(owner=user).s())()
+
+
+def test_a_task_of_django_is_enqueued_through_the_same_door(user, run_jobs):
+    on_io = double.using(queue_name="io", label="twice")
+    jobs = [
+        Job.objects.enqueue(on_io, [1], owner=user),
+        *Job.objects.enqueue_many(on_io, [[2], [3]], label="other"),
+    ]
+    batch = Batch.objects.enqueue(on_io, [[4], [5]], then=double.s(), ended=echo.si(6))
+    assert {job.queue for job in [*jobs, *batch.jobs.all()]} == {"io"}
+    assert [job.label for job in jobs] == ["twice", "other", "other"]
+    run_jobs()
+    values = Job.objects.order_by("created_at").values_list("result", flat=True)
+    assert sorted(values, key=str) == sorted([2, 4, 6, 8, 10, [8, 10, 8, 10], [6]], key=str)
+    for options in {"countdown": 5}, {"owner": user}, {"unique": "x"}, {"idempotency_key": "x"}:
+        with pytest.raises(TypeError, match=f"give {[*options][0]} to this call, not to using()"):
+            Job.objects.enqueue(double.using(**options), [1])
+    with pytest.raises(TypeError):
+        Job.objects.enqueue(double, [1, 2, 3])
+
+
+def test_a_body_of_django_names_a_next_step(run_jobs):
+    batch = Batch.objects.enqueue(double_later, [[3]])
+    run_jobs()
+    rows = batch.jobs.order_by("created_at").values_list("label", "result")
+    assert list(rows) == [("", str(batch.pk)), ("later", 6)]
+
+
+# self.then()
+
+
+def run(body, published=True, **options):
+    """Run a job with this body. Returns the job as it is afterwards."""
+    act.body = body
+    job = Job.objects.enqueue(act, **options)
+    publish([job])
+    job.refresh_from_db()
+    return job
+
+
+def next_jobs():
+    return list(Job.objects.filter(task=add.name))
+
+
+def test_a_next_step_is_enqueued_with_its_options(user):
+    def body(self):
+        eta = timezone.now() + timedelta(hours=1)
+        self.then(add, [1], {"y": 2}, label="Next", queue="io", countdown=60)
+        self.then(add, [3, 4], eta=eta)
+        self.then(echo)
+
+    job = run(body, owner=user)
+    first, second = next_jobs()
+    assert (first.args, first.kwargs, first.label, first.queue) == ([1], {"y": 2}, "Next", "io")
+    assert timedelta(seconds=50) < first.due_at - timezone.now() <= timedelta(seconds=60)
+    assert second.due_at > first.due_at + timedelta(minutes=50)
+    assert {each.times_sent for each in (first, second)} == {0}
+    rows = Job.objects.filter(follows=job.pk).values_list("owner", "batch")
+    assert list(rows) == [(user.pk, None)] * 3
+    assert Job.objects.get(task=echo.name).times_sent == 1
+
+
+def test_a_next_step_belongs_to_the_batch(run_jobs):
+    act.body = lambda self: self.then(add, [1, 2])
+    batch = Batch.objects.enqueue(act, [[]], then=echo.s())
+    run_jobs()
+    batch.refresh_from_db()
+    assert batch.counts == {"succeeded": 2}
+    assert Job.objects.get(follows=batch.pk).result == [[None, 3]]
+
+
+def twice(end):
+    """A body whose first run ends otherwise than with success, after it has named a next step."""
+    runs = []
+
+    def body(self):
+        runs.append(self)
+        self.then(add, [1, len(runs)])
+        if len(runs) == 1:
+            end(self)
+
+    return body
+
+
+def lose(self):
+    """Recover the running job, as the sweep does after a crash."""
+    Job.objects.filter(pk=self.request.id).update(sweep_at=Now())
+    recover(Job.objects.filter(pk=self.request.id))
+
+
+def lose_and_report(self):
+    lose(self)
+    self.report(1)
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        lambda self: self.retry(countdown=0),
+        lambda self: self.retry(countdown=0, throw=False),
+        lambda self: self.retry(countdown=0, exc=ValueError("x")),
+        lose,
+        lose_and_report,
+    ],
+)
+def test_a_next_step_is_stored_once_however_often_the_body_runs(run_jobs, end):
+    body, seen = twice(end), []
+    act.body = lambda self: (seen.append(len(next_jobs())), body(self))[0]
+    job = Job.objects.enqueue(act)
+    run_jobs()
+    run_jobs()  # after a crash
+    job.refresh_from_db()
+    assert (job.state, seen) == ("succeeded", [0, 0])
+    assert [each.args for each in next_jobs()] == [[1, 2]]
+
+
+def cancel(self):
+    Job.objects.filter(pk=self.request.id).cancel()
+
+
+def cancel_and_report(self):
+    cancel(self)
+    self.report(1)
+
+
+def fail_in_transaction(self):
+    with transaction.atomic():
+        self.then(add, [1, 2])
+        raise DatabaseError("rolled back")
+
+
+@pytest.mark.parametrize(
+    ("end", "state"),
+    [
+        (lambda self: 1 / 0, "failed"),
+        (lambda self: self.retry(max_retries=0), "failed"),
+        (cancel, "cancelled"),
+        (cancel_and_report, "cancelled"),
+        (fail_in_transaction, "failed"),
+        (lambda self: {object()}, "failed"),
+        (lambda self: float("nan"), "failed"),
+        (lambda self: self.then(add, [1]), "failed"),
+        (lambda self: self.then(add, [1, object()]), "failed"),
+        (lambda self: self.then(plain), "failed"),
+        (lambda self: self.then(add, 5), "failed"),
+        (lambda self: self.then(add, [1, 2], countdown=1e10), "failed"),
+        (lambda self: ThreadPoolExecutor().submit(self.then, add, [1, 2]).result(), "failed"),
+    ],
+)
+def test_without_success_no_next_step_is_stored(end, state):
+    def body(self):
+        self.then(add, [1, 2])
+        return end(self)
+
+    assert run(body).state == state
+    assert not next_jobs()
+
+
+def test_wrong_arguments_of_a_next_step_are_an_error_of_the_body():
+    for args, error in ([1], "TypeError"), ("ab", "TypeError"), ([{1}, object()], "TypeError"):
+        assert run(lambda self, args=args: self.then(add, args)).error.startswith(error)
+
+
+def test_a_body_that_raises_ignore_has_succeeded():
+    def body(self):
+        self.then(add, [1, 2])
+        raise Ignore
+
+    assert run(body).state == "succeeded" and len(next_jobs()) == 1
+
+
+def test_a_rollback_of_the_body_keeps_its_next_step():
+    """The step belongs to the success of the job, not to a transaction of the body."""
+
+    def body(self):
+        with suppress(ZeroDivisionError), transaction.atomic():
+            self.then(add, [1, 2])
+            1 / 0  # noqa: B018
+
+    assert run(body).state == "succeeded" and len(next_jobs()) == 1
+
+
+def test_success_and_next_step_are_stored_together(monkeypatch):
+    """After an error, neither is stored. Both are stored when the database is back."""
+    seen, store = [], batches.Rows.store
+
+    def interrupted(self):
+        store(self)
+        if next_jobs() and not seen:
+            seen.append(True)
+            raise OperationalError("the connection is lost")
+
+    def look(seconds):
+        seen.append((Job.objects.get(task=act.name).state, next_jobs()))
+
+    monkeypatch.setattr(batches.Rows, "store", interrupted)
+    monkeypatch.setattr(database.time, "sleep", look)
+    job = run(lambda self: self.then(add, [1, 2]))
+    assert seen == [True, ("running", [])]
+    assert job.state == "succeeded" and len(next_jobs()) == 1
+
+
+def test_a_step_that_cannot_be_stored_makes_its_job_fail(monkeypatch):
+    monkeypatch.setattr(batches.Rows, "store", Mock(side_effect=DatabaseError("no")))
+    job = run(lambda self: self.then(echo))
+    assert (job.state, job.error) == ("failed", "Its result cannot be stored: no")
+    assert not Job.objects.filter(task=echo.name)
+
+
+def test_a_coroutine_names_its_next_step():
+    async def body(self):
+        self.then(add, [1, 2], label="after the coroutine")
+
+    coroutine = shared_task(body, name="coroutine", base=JobTask, bind=True)
+    job = Job.objects.enqueue(coroutine)
+    publish([job])
+    [step] = next_jobs()
+    assert (step.follows, step.label) == (job.pk, "after the coroutine")
+
+
+def test_a_body_that_is_called_directly_enqueues_its_next_step():
+    act.body = lambda self: (self.then(add, [1, 2], label="x", countdown=5), self.batch)[1]
+    assert act() is None
+    [job] = next_jobs()
+    assert (job.label, job.follows, job.times_sent) == ("x", None, 0)
+
+
+def test_a_chain_goes_on_beside_the_next_step_of_its_body(run_jobs):
+    act.body = lambda self: self.then(add, [1, 2])
+    last = chain(act.s(), echo.s(5))()
+    assert last.get() == [None, 5]
+    assert [job.result for job in next_jobs()] in ([3], [None])
+    run_jobs()
+    assert [job.result for job in next_jobs()] == [3]
