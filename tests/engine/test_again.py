@@ -316,7 +316,7 @@ def test_a_batch_whose_failed_jobs_run_again_starts_what_comes_next_once(run_job
     assert (len(again), batch.state, batch.ended_at, batch.error) == (2, "open", None, "")
     run_jobs()
     assert follow(batch) == [["ended"]]  # `ended` has started at the first end, and not again
-    assert (batch.state, batch.error) == ("failed", "Of 5 jobs, 1 failed")
+    assert (batch.state, batch.error) == ("failed", "1 failed of 5")
     broken.clear()
     batch.jobs.get(state="failed").run_again()
     run_jobs()

@@ -1,12 +1,15 @@
 """Batches, and what starts when their jobs have ended."""
 
 from datetime import timedelta
+from unittest.mock import Mock
 
 import pytest
-from celery import chord, current_app, shared_task
+from celery import chain, chord, current_app, group, shared_task
+from django.db import OperationalError
 from django.db.models.functions import Now
+from kombu.utils.json import dumps, loads
 
-from jobs import batches, messages, updates
+from jobs import batches, database, messages, updates
 from jobs.models import Batch, Job
 from jobs.tasks import JobError, JobTask
 
@@ -33,6 +36,11 @@ def add_sibling(self, number):
     if number:
         self.batch.enqueue(add_sibling, [number - 1], label=f"Sibling {number}", queue="io")
     return number
+
+
+@shared_task(base=JobTask, bind=True)
+async def add_in_coroutine(self):
+    await self.batch.aenqueue(add, [1, 2])
 
 
 @shared_task(base=JobTask, bind=True)
@@ -87,7 +95,7 @@ def test_then_does_not_start_after_a_bad_member(bad, run_jobs):
         job.cancel()
     run_jobs()
     assert after(batch) == (bad, [""])
-    assert batch.error == f"Of 1,001 jobs, 1 {bad}"
+    assert batch.error == f"1 {bad} of 1,001"
     assert batch.counts == {"succeeded": 1000, bad: 1}
 
 
@@ -212,7 +220,7 @@ def test_a_cancelled_batch_cancels_its_jobs_and_starts_ended(run_jobs):
     batch = many()
     Job.objects.filter(args=[0, 0]).update(state="succeeded", finished_at=Now(), sweep_at=None)
     assert batch.cancel() == 2
-    assert (batch.state, batch.error) == ("cancelled", "Of 3 jobs, 2 cancelled")
+    assert (batch.state, batch.error) == ("cancelled", "2 cancelled of 3")
     assert after(batch) == ("cancelled", ["ended"])
     run_jobs()
     assert batch.cancel() == 0
@@ -237,14 +245,116 @@ def test_the_sweep_ends_a_batch_whose_worker_died_before_it_could(monkeypatch):
     assert after(batch)[0] == "succeeded"
 
 
-def test_one_batch_that_fails_to_end_delays_no_other(caplog):
+def test_a_batch_whose_next_step_cannot_start_ends_and_says_why(caplog):
     bad, good = many(), many()
     Batch.objects.filter(pk=bad.pk).update(ended=[{"no": "step"}])
     Job.objects.all().delete()
     batches.end_all()
     assert after(good)[0] == "succeeded"
-    assert after(bad)[0] == "open"
-    assert f"the batch {bad.pk} has not ended yet" in caplog.text
+    assert after(bad) == ("failed", [])
+    assert bad.error == "What comes next cannot start: KeyError('task')"
+    assert f"what comes after the batch {bad.pk} cannot start" in caplog.text
+
+
+def test_a_batch_stays_open_while_the_database_is_away(monkeypatch, caplog):
+    batch = many()
+    Job.objects.all().delete()
+    with monkeypatch.context() as away:
+        away.setattr(batches, "start_next", Mock(side_effect=OperationalError))
+        batches.end_all()
+    assert after(batch)[0] == "open"
+    batches.end_all()
+    assert after(batch)[0] == "succeeded"
+
+
+@pytest.mark.parametrize("name", ["then", "ended"])
+def test_an_empty_group_may_come_next(name, run_jobs):
+    batch = Batch.objects.enqueue(add, [[1, 2]], **{name: group(echo.s() for _ in range(0))})
+    run_jobs()
+    assert after(batch)[0] == "succeeded"
+    assert Batch.objects.exclude(pk=batch.pk).get().state == "succeeded"
+
+
+@pytest.mark.parametrize("name", ["then", "ended"])
+@pytest.mark.parametrize("value", ["", [], 0])
+def test_what_comes_next_is_a_signature(name, value):
+    with pytest.raises(TypeError, match="is not a signature"):
+        Batch.objects.enqueue(add, [[1, 2]], **{name: value})
+
+
+def test_what_comes_next_is_limited_in_size(settings, run_jobs):
+    settings.JOB_MAX_BYTES = 1000
+    with pytest.raises(ValueError, match="JOB_MAX_BYTES"):
+        Batch.objects.enqueue(add, [[1, 2]], then=chain(echo.si("x" * 100) for _ in range(20)))
+    with pytest.raises(ValueError, match="JOB_MAX_BYTES"):  # an argument stands for results
+        Batch.objects.enqueue(add, [[1, 2]], then=echo.s("x" * 950))
+    batch = Batch.objects.enqueue(add, [[1, 2]], then=echo.si("x" * 500) | echo.si(2))
+    settings.JOB_MAX_BYTES = 10  # of a later deploy
+    run_jobs()
+    assert after(batch)[0] == "succeeded"
+    assert Job.objects.filter(result=[2]).exists()
+
+
+@pytest.mark.parametrize("kind", ["batch", "job"])
+def test_nobody_reads_the_results_of_others_with_arguments_from_a_request(kind, run_jobs):
+    batch = many()
+    run_jobs()
+    pk = batch.pk if kind == "batch" else batch.jobs.first().pk
+    data = {"__type__": "jobs.Results", "__value__": [kind, str(pk)]}
+    for args, kwargs in ([data], {}), ([[data]], {}), ([], {"x": data}):
+        with pytest.raises(TypeError, match="cannot be stored as JSON: only the engine"):
+            Job.objects.enqueue(echo, args, kwargs)
+
+
+def test_arguments_that_a_worker_cannot_decode_are_refused():
+    with pytest.raises(TypeError, match="cannot be stored as JSON"):
+        Job.objects.enqueue(echo, [{"__type__": "unknown", "__value__": 1}])
+
+
+def test_what_comes_next_waits_for_the_database(run_jobs, monkeypatch):
+    batch = many()
+    messages.send(list(batch.jobs.all()))
+    monkeypatch.setattr(database.time, "sleep", lambda seconds: None)
+    read = Mock(side_effect=[OperationalError("away"), [1, 2]])
+    monkeypatch.setattr(batches, "read", read)
+    run_jobs()
+    assert {job.label: job.result for job in next_jobs(batch)}["then"] == [[1, 2]]
+
+
+def test_a_failed_next_step_runs_again_with_the_same_results(run_jobs):
+    batch = Batch.objects.enqueue(add, [[1, 2]], then=fail.s())
+    run_jobs()
+    [job] = next_jobs(batch)
+    job.run_again()
+    assert batches.fill(loads(dumps(Job.objects.get(pk=job.pk).args))) == [[3]]
+
+
+def test_a_stored_batch_is_not_saved_as_a_whole(run_jobs):
+    batch = many()
+    run_jobs()
+    with pytest.raises(TypeError, match="use save"):
+        batch.save()
+
+
+def test_a_body_knows_its_batch_although_an_old_beat_has_sent_its_message(monkeypatch, run_jobs):
+    batch = Batch.objects.enqueue(read_batch, [[]])
+    job = batch.jobs.get()
+    job.batch_id = None  # an old Beat sends no header
+    messages.send([job])
+    assert batch.jobs.get().result == str(batch.pk)
+
+
+def test_a_coroutine_knows_its_batch(run_jobs):
+    batch = Batch.objects.enqueue(add_in_coroutine, [[]])
+    run_jobs()
+    assert set(batch.jobs.values_list("result", flat=True)) == {None, 3}
+
+
+def test_cancel_in_a_transaction_ends_the_batch_in_it_or_after_it(commit):
+    batch = many()
+    with commit():
+        assert batch.cancel() == 3
+    assert after(batch) == ("cancelled", ["ended"])
 
 
 def test_a_deleted_member_is_not_waited_for(run_jobs):

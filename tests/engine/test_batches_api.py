@@ -71,7 +71,7 @@ def test_a_failed_batch_says_why(api, user, run_jobs):
     run_jobs()
     shown = api.get(f"/api/batches/{batch.pk}/").json()
     assert (shown["state"], shown["counts"]) == ("failed", counts(failed=3))
-    assert (shown["error"], shown["callbacks"]) == ("Of 3 jobs, 3 failed", [])
+    assert (shown["error"], shown["callbacks"]) == ("3 failed of 3", [])
 
 
 def test_batches_of_other_owners_are_not_found(api, admin_user):

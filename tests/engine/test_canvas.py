@@ -19,7 +19,7 @@ from django.db.models.functions import Now
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
-from jobs import batches, conf, database
+from jobs import batches, database
 from jobs.lease import recover
 from jobs.models import Batch, Job
 from jobs.publish import publish
@@ -164,8 +164,8 @@ def test_a_canvas_is_stored_in_the_callers_transaction():
     assert not Job.objects.exists() and not Batch.objects.exists()
 
 
-def test_no_row_is_stored_if_one_cannot_be(monkeypatch):
-    monkeypatch.setattr(conf, "JOB_MAX_BYTES", 1000)
+def test_no_row_is_stored_if_one_cannot_be(settings):
+    settings.JOB_MAX_BYTES = 1000
     for send in [
         lambda: group(add.s(1, 1), chain([add.s(1, 1)] + 20 * [add.s(1)]))(),
         lambda: chord([add.s(1, 1)])(chain(20 * [add.si(1, 1)])),
@@ -334,7 +334,7 @@ def test_get_does_not_wait_for_a_body_after_a_sibling_failed():
     """The header of the chord has all results, but its batch has one more job."""
     act.body = lambda self: self.batch.enqueue(fail) and None
     last = chord([add.s(1, 1), act.si()])(echo.s())
-    with pytest.raises(TaskRevokedError, match="the batch .+ is failed. Of 3 jobs, 1 failed"):
+    with pytest.raises(TaskRevokedError, match="the batch .+ is failed. 1 failed of 3"):
         last.get(interval=0)
 
 

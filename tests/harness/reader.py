@@ -568,7 +568,7 @@ step = {block.said("{} gives them a queue and a label").replace("reports", "cele
 failing = Batch.objects.enqueue(count_words, [[1]], then=step, ended=note_end.si("It"))
 run_jobs()
 failing.refresh_from_db()
-assert (failing.state, failing.error) == ("failed", "Of 1 jobs, 1 failed")
+assert (failing.state, failing.error) == ("failed", "1 failed of 1")
 failing.run_failed_again()
 failing.refresh_from_db()
 assert failing.state == "open"

@@ -137,7 +137,7 @@ def test_the_pages_show_a_batch_as_one_row_and_its_jobs_in_a_view(project, tmp_p
         tab.wait(f"location.pathname == '/' && {rows}.length == 21")
 
         tab.click(".job button")
-        tab.wait(f"{rows}[0].includes('Of 25 jobs, 25 cancelled')")
+        tab.wait(f"{rows}[0].includes('25 cancelled of 25')")
         tab.click("#back a")
         tab.wait(f"{rows}[0].includes('One report') && {rows}[1].includes('Reports')")
         tab.click("#filter a:last-child")

@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from asgiref.sync import sync_to_async
@@ -31,11 +32,10 @@ from django.db import connections, models, transaction
 from django.db.models import Count, Exists, OuterRef, Q, Subquery
 from django.db.models.functions import Now
 from django.utils import timezone
-from kombu.utils.json import register_type
 
 from . import updates
 from .celery import check_options
-from .database import in_transaction
+from .database import in_transaction, may_succeed_later, wait_for
 from .expressions import IDLE_TIMEOUT, LOCK_TIMEOUT, UNFINISHED
 from .queryset import (
     BATCH_SIZE,
@@ -46,7 +46,7 @@ from .queryset import (
     owner_of,
     times,
 )
-from .values import as_json, size_error, to_json
+from .values import Results, as_json, size_error, to_json
 
 if TYPE_CHECKING:
     from .models import Batch, Job
@@ -56,41 +56,27 @@ __all__ = ["BatchManager"]
 logger = logging.getLogger(__name__)
 
 
-class Results:
-    """An argument that is replaced by results when the body starts, so that no row copies them.
+def fill(args):
+    """Return the arguments of a body, with results in place of each Results.
 
-    `source` is ["job", id] or ["batch", id].
+    Those of a batch are in the order of its members. Raises LookupError if they were deleted.
     """
+    if not any(isinstance(arg, Results) for arg in args):
+        return args
+    return [wait_for(read, *arg.source) if isinstance(arg, Results) else arg for arg in args]
 
-    def __init__(self, source):
-        self.source = source
 
-    def read(self):
-        """Return the result of the job, or the list of those of the batch, in the order of its members.
-
-        Raises LookupError if the job, the batch or one of its members was deleted.
-        """
-        kind, pk = self.source
-        jobs = job_manager()
-        if kind == "batch":
-            members = jobs.filter(batch=pk)
-            counts = batch_manager().filter(pk=pk).values_list("counts", flat=True).first()
-            if counts is None or members.count() < sum(counts.values()):
-                raise LookupError(f"it needs the results of the batch {pk}, which were deleted")
+def read(kind, pk):
+    if kind == "job":
+        for result in job_manager().filter(pk=pk).values_list("result", flat=True):
+            return result
+    members = job_manager().filter(batch=pk)
+    for counts in batch_manager().filter(pk=pk).values_list("counts", flat=True):
+        if members.count() >= sum(counts.values()):
             # All jobs of a chain but the last have `then`.
             last = members.filter(then__isnull=True).order_by("created_at", "pk")
             return list(last.values_list("result", flat=True))
-        if found := list(jobs.filter(pk=pk).values_list("result", flat=True)):
-            return found[0]
-        raise LookupError(f"it needs the result of the job {pk}, which was deleted")
-
-
-register_type(Results, "jobs.Results", lambda results: results.source, Results)
-
-
-def fill(args):
-    """Return the arguments of a body, with results in place of each Results."""
-    return [arg.read() if isinstance(arg, Results) else arg for arg in args]
+    raise LookupError(f"it needs the results of the {kind} {pk}, which were deleted")
 
 
 # models.py imports this module.
@@ -114,7 +100,8 @@ def step(
 
     Raises the errors of Job.objects.enqueue().
     """
-    fields = call_fields(task, [*[None] * given, *args] if given else args, kwargs, label, queue)
+    sample = [Results(["batch", str(uuid.uuid4())])] * given
+    fields = call_fields(task, [*sample, *args] if given else args, kwargs, label, queue)
     times(timezone.now(), countdown, eta)  # may raise ValueError
     fields |= {"args": fields["args"][given:], "given": given, "id": new_id(task_id)}
     return {**fields, "countdown": countdown, "eta": eta and eta.isoformat()}
@@ -203,10 +190,6 @@ class Rows:
             self.add(member, given, batch_id)
 
     def store(self):
-        """Store all rows. Raises ValueError if the steps of a row exceed JOB_MAX_BYTES."""
-        for row in [*self.jobs, *self.batches]:
-            if row.then and (error := size_error(len(to_json(row.then)))):
-                raise ValueError(error)
         batch_manager().bulk_create(self.batches, batch_size=BATCH_SIZE)
         insert_many(job_manager(), self.place, self.jobs)
         with_members = {row.batch_id for row in self.jobs} | {row.parent_id for row in self.batches}
@@ -226,8 +209,16 @@ def enqueue(signature, args=(), kwargs=None, *, owner=None, **options):
     steps = plan(signature, 0, args or (), kwargs, owner=None, **options)
     rows = Rows(database_time(job_manager()), owner.owner_id)
     rows.add(steps)
+    for row in [*rows.jobs, *rows.batches]:
+        check_size(row.then)
     rows.store()
     return steps
+
+
+def check_size(steps):
+    """Raise ValueError if these steps of one row exceed JOB_MAX_BYTES. Those that are left later do not."""
+    if steps and (error := size_error(len(to_json(steps)))):
+        raise ValueError(error)
 
 
 def succeed(manager, id, run_token, next_steps=(), **end):
@@ -235,8 +226,9 @@ def succeed(manager, id, run_token, next_steps=(), **end):
     if not next_steps and updates.succeed(manager, id=id, run_token=run_token, **end):
         return 1
     # Either the job has steps to start, or the run has lost it.
+    settings = limits()
     with transaction.atomic():
-        owned = manager.filter(LOCK_TIMEOUT, IDLE_TIMEOUT, pk=id, run_token=run_token)
+        owned = manager.filter(*settings, pk=id, run_token=run_token)
         fields = "owner_id", "batch_id", "created_at", "then"
         job = owned.only(*fields).annotate(now=Now()).select_for_update().first()
         if job is None:
@@ -275,48 +267,66 @@ def is_active(pk):
     return bool(an_active(job_manager(), batch=pk))
 
 
-def end(pk):
-    """If all jobs of this batch have ended, end it and store what starts next."""
+def limits():
+    """Return settings for a transaction of our own. They would stay in that of a caller."""
+    return [] if in_transaction() else [LOCK_TIMEOUT, IDLE_TIMEOUT]
+
+
+def end(pk, skip_locked=False):
+    """If all jobs of this batch have ended, end it and store what starts next.
+
+    With `skip_locked`, do nothing if another transaction has locked the batch.
+    """
     if is_active(pk):
         return
-    # A setting would stay in a caller's transaction.
-    limits = [] if in_transaction() else [LOCK_TIMEOUT, IDLE_TIMEOUT]
+    rows = batch_manager().filter(*limits(), pk=pk, ended_at=None)
     with transaction.atomic():
-        batches = batch_manager().filter(*limits, pk=pk, ended_at=None)
-        batch = batches.annotate(now=Now()).select_for_update().first()
+        batch = rows.annotate(now=Now()).select_for_update(skip_locked=skip_locked).first()
         # Ask again: while the row is locked, no job can run again, and no transaction that adds a job or an
         # inner batch can commit, because PostgreSQL checks its foreign key.
         if batch is None or is_active(pk) or batch.children.filter(ended_at=None).exists():
             return
-        end_locked(batch)
+        count_ended(batch)
+        try:
+            start_next(batch)
+        except Exception as error:
+            if may_succeed_later(error):
+                raise
+            logger.exception("what comes after the batch %s cannot start", pk)
+            batch.state, batch.error = "failed", f"What comes next cannot start: {error!r:.500}"
+        batch.save(update_fields=["state", "counts", "error", "ended_at", "then", "ended"])
     if batch.parent_id:
-        end(batch.parent_id)
+        end(batch.parent_id, skip_locked)
 
 
-def end_locked(batch):
+def count_ended(batch):
+    """Set how this batch has ended."""
     counts = dict(batch.jobs.values_list("state").annotate(count=Count("*")))
-    bad = Counter(counts) + Counter(batch.children.values_list("state", flat=True))
-    bad = {state: bad[state] for state in ("failed", "cancelled") if bad[state]}
+    all_counts = Counter(counts) + Counter(batch.children.values_list("state", flat=True))
+    bad = {state: all_counts[state] for state in ("failed", "cancelled") if all_counts[state]}
     batch.state, batch.counts, batch.ended_at = next(iter(bad), "succeeded"), counts, batch.now
     if bad:
         texts = [f"{count:,} {state}" for state, count in bad.items()]
-        batch.error = f"Of {sum(counts.values()):,} jobs, {' and '.join(texts)}"
+        batch.error = f"{' and '.join(texts)} of {sum(all_counts.values()):,}"
+
+
+@transaction.atomic
+def start_next(batch):
     place = batch.created_at if batch.parent_id else None
     rows = Rows(batch.now, batch.owner_id, place, follows=batch.pk)
-    if batch.then and not bad:
+    if batch.then and batch.state == "succeeded":
         rows.add(batch.then, stored(Results(["batch", str(batch.pk)])), batch.parent_id)
         batch.then = []
     if batch.ended:
         rows.add(batch.ended)
         batch.ended = []
     rows.store()
-    batch.save(update_fields=["state", "counts", "error", "ended_at", "then", "ended"])
 
 
-def try_to_end(pk):
+def try_to_end(pk, skip_locked=False):
     """Do the same as end(). If it fails, the sweep tries again."""
     try:
-        end(pk)
+        end(pk, skip_locked)
     except Exception as error:
         logger.warning("the batch %s has not ended yet: %r", pk, error)
 
@@ -328,7 +338,7 @@ def end_all():
     has_inner = Exists(is_open.filter(parent=OuterRef("pk")))
     ended = is_open.alias(member=Subquery(members.values("pk")[:1])).filter(~has_inner, member=None)
     for pk in list(ended.order_by("?").values_list("pk", flat=True)[:BATCH_SIZE]):
-        try_to_end(pk)
+        try_to_end(pk, skip_locked=True)  # the sweep must not wait
 
 
 def unneeded(model, old_batches):
@@ -385,7 +395,10 @@ class BatchManager(models.QuerySet if TYPE_CHECKING else models.Manager):
         """
         to_json(label)  # may raise ValueError
         fields = {"owner": owner_of(self, owner), "label": label[:MAX_LABEL]}
-        fields |= {"then": then and plan(then, 1), "ended": ended and plan(ended)}
+        fields["then"] = None if then is None else plan(then, 1)
+        fields["ended"] = None if ended is None else plan(ended)
+        check_size(fields["then"])
+        check_size(fields["ended"])
         with transaction.atomic(self.db):
             batch = self.create(**fields)
             yield batch
@@ -430,6 +443,8 @@ class BatchActions:
         """Add a job. Raises ValueError if the batch has ended. See Job.objects.enqueue()."""
         fields = call_fields(task, args, kwargs, label, queue)
         return self._add([fields], countdown, eta)[0]
+
+    aenqueue = sync_to_async(enqueue)
 
     def enqueue_many(
         self,
@@ -476,12 +491,15 @@ class BatchActions:
         """Cancel the members that are active, and what would start after them. Returns how many there were."""
         count = 0
         while True:  # again, because a chain or an inner batch may have started its next job
-            for jobs in [*self.children.filter(ended_at=None), self.jobs.all()]:
-                count += jobs.cancel()
-            end(self.pk)
-            self.refresh_from_db()
-            if self.ended_at:
-                return count
+            for rows in [*self.children.filter(ended_at=None), self.jobs.all()]:
+                count += rows.cancel()
+            # A caller's transaction must not wait for the batch: it has locked jobs of it.
+            try_to_end(self.pk, skip_locked=in_transaction())
+            if not is_active(self.pk):
+                break
+        transaction.on_commit(partial(try_to_end, self.pk), robust=True)
+        self.refresh_from_db()
+        return count
 
     def run_failed_again(self) -> list["Job"]:
         """Run the failed and the cancelled members again. Returns them. See JobQuerySet.run_again()."""

@@ -26,7 +26,18 @@ def cascade_ended(collector, field, jobs, using):
     models.CASCADE(collector, field, jobs, using)
 
 
-class Batch(BatchActions, models.Model):
+class Row(models.Model):
+    class Meta:
+        abstract = True
+
+    def save(self, *args, update_fields=None, **options):
+        """Store a new row or, of a stored one, the fields that `update_fields` names."""
+        if not self._state.adding and update_fields is None:
+            raise TypeError("save() would overwrite newer values: use save(update_fields=[...])")
+        super().save(*args, update_fields=update_fields, **options)
+
+
+class Batch(BatchActions, Row):
     """Jobs that belong together, and what starts after them: see batches.py."""
 
     id = models.UUIDField(primary_key=True, default=uuid.uuid4, editable=False)
@@ -49,6 +60,8 @@ class Batch(BatchActions, models.Model):
     children: BatchManager
 
     class Meta:
+        base_manager_name = "objects"
+        default_permissions = ()  # the permissions for jobs apply
         indexes = [
             models.Index(fields=["owner", "-created_at"], name="batch_owner"),
             models.Index(fields=["-created_at"], name="batch_created"),
@@ -61,7 +74,7 @@ class Batch(BatchActions, models.Model):
         return self.label or f"Batch {self.id}"
 
 
-class Job(models.Model):
+class Job(Row):
     id = models.UUIDField(primary_key=True, default=uuid.uuid4, editable=False)
     owner = models.ForeignKey(settings.AUTH_USER_MODEL, cascade_ended, null=True, db_index=False)
     task = models.CharField(max_length=255)
@@ -164,12 +177,6 @@ class Job(models.Model):
 
     def __str__(self):
         return f"{self.task} {self.id}"
-
-    def save(self, *args, update_fields=None, **options):
-        """Store a new job or, of a stored one, the fields that `update_fields` names."""
-        if not self._state.adding and update_fields is None:
-            raise TypeError("save() would overwrite newer values: use save(update_fields=[...])")
-        super().save(*args, update_fields=update_fields, **options)
 
     def cancel(self) -> bool:
         """Cancel this job, unless it has ended. Returns whether it was active."""

@@ -16,6 +16,7 @@ from django.db import IntegrityError, models, transaction
 from django.db.models import Max
 from django.db.models.functions import Coalesce, Now
 from django.utils import timezone
+from kombu.utils.json import loads
 
 from . import conf, updates
 from .expressions import UNFINISHED
@@ -151,9 +152,9 @@ class JobManager(models.QuerySet if TYPE_CHECKING else models.Manager):
 
 
 def owner_of(manager, owner):
-    """Return `owner`, or the user of user.job_set. Raises TypeError for batch.jobs."""
+    """Return `owner`, or the user of user.job_set. Raises TypeError for batch.jobs and batch.children."""
     field = getattr(manager, "field", None)
-    if field and field.name == "batch":  # the batch may have ended
+    if field and field.name in ("batch", "parent"):  # the batch may have ended
         raise TypeError("call batch.enqueue(), not batch.jobs.enqueue()")
     return owner or (manager.instance if field and field.name == "owner" else None)
 
@@ -221,7 +222,7 @@ def fields_to_run_again(job, now):
         raise ValueError("it has not ended yet")
     if job.task not in current_app.tasks:
         raise ValueError(f"there is no task {job.task}")
-    task, calls = current_app.tasks[job.task], [job.args, job.kwargs]
+    task, calls = current_app.tasks[job.task], loads(to_json([job.args, job.kwargs]))
     fields = new_fields(now, task, *calls, label=job.label, queue=job.queue)
     del fields["owner"]  # not loaded: its id is enough
     return {**fields, "owner_id": job.owner_id, "follows": job.pk}

@@ -88,11 +88,14 @@ def run_queued(until=lambda: False):
     queued = Job.objects.filter(state="queued").order_by("created_at")
     # (id, retries): a job that the broker refuses stays queued, so publish it only once.
     ran = set()
-    while not until() and (tries := set(queued.values_list("pk", "retries")) - ran):
+    while not until():
+        batches.end_all()  # as the sweep does
+        tries = set(queued.values_list("pk", "retries")) - ran
+        if not tries:
+            return
         ran |= tries
         for job in queued.filter(pk__in=[pk for pk, _ in tries]):
             publish([job])
-        batches.end_all()  # as the sweep does
 
 
 def read(results):

@@ -13,7 +13,7 @@ from celery.exceptions import Ignore, SoftTimeLimitExceeded
 from . import batches, updates
 from .database import in_transaction, wait_for, wait_past_soft_limit
 from .expressions import LOCK_TIMEOUT, lease_end
-from .models import Job
+from .models import Batch, Job
 from .pools import pool
 from .values import as_json, printable, to_json
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 OVER_TIME_LIMIT = "Over its time limit"
 FLUSH_SECONDS = 1  # by then a claim is on disk: by default PostgreSQL writes it within 0.6 s
-UNREAD = object()  # a cursor that must be read from the row
+UNREAD = object()  # a value that must be read from the database
 
 runs = {}  # {token: Run} of the bodies that run in this process
 suspect = None  # the Run of this process whose job fails at its next crash: see become_suspect()
@@ -55,7 +55,7 @@ class Run:
         self.claim_fields = claim
         self.report = {}  # the latest progress and message
         self.written = self.report  # the report that is in the row
-        self.cursor = UNREAD
+        self.cursor = self.batch = UNREAD
         self.in_body = False
         # The first renewal finds out whether a crash of PostgreSQL has lost the claim.
         self.renew_at = time.monotonic() + FLUSH_SECONDS
@@ -110,6 +110,11 @@ class Run:
         if self.cursor is UNREAD:
             [self.cursor] = self.query_row(lambda: list(self.row.values_list("cursor", flat=True)))
         return self.cursor
+
+    def read_batch(self):
+        if self.batch is UNREAD:  # an old Beat sends messages without the header
+            self.batch = Batch.objects.filter(jobs=self.job_id).defer("then", "ended").first()
+        return self.batch
 
     def write_cursor(self, cursor):
         to_json(cursor)  # raises if it cannot be stored: PostgreSQL's error would end a transaction

@@ -92,7 +92,9 @@ class BatchSerializer(serializers.ModelSerializer):
         child=serializers.IntegerField(), help_text="how many of its jobs are in each state"
     )
     callbacks = CallbackSerializer(
-        many=True, required=False, help_text="in the detail view: the jobs that started after it"
+        many=True,
+        required=False,
+        help_text="in the detail view: the jobs that started after it, at most 100",
     )
 
     class Meta:
@@ -104,7 +106,7 @@ class BatchSerializer(serializers.ModelSerializer):
     def to_representation(self, batch):
         if self.parent is None:
             count_jobs([batch])
-            batch.callbacks = Job.objects.filter(follows=batch.pk)
+            batch.callbacks = Job.objects.filter(follows=batch.pk).order_by("created_at")[:100]
         else:
             self.fields.pop("callbacks", None)
         batch.counts = dict.fromkeys(ACTIVE + FINAL, 0) | batch.counts

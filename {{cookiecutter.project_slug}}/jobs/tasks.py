@@ -259,7 +259,7 @@ class JobTask(DjangoTask):
     def batch(self) -> Batch | None:
         """The batch that this job belongs to, or None. self.batch.enqueue() adds another job to it."""
         run = self._own_run()
-        return run and run.batch_id and Batch.objects.get(pk=run.batch_id)
+        return run.read_batch() if run else None
 
     def then(
         self,
@@ -388,7 +388,10 @@ def run_coroutine(task, body):
     """
     request, loop, current = task.request, None, None
     if own := task._own_run():
-        own.read_cursor()  # now, because a coroutine cannot query the database
+        # Now, because a coroutine cannot query the database.
+        own.read_cursor()
+        if own.batch_id:
+            own.read_batch()
 
     async def with_request():
         nonlocal loop, current

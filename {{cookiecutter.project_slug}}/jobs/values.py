@@ -3,9 +3,22 @@
 import json
 import re
 
-from kombu.utils.json import dumps
+from kombu.utils.json import dumps, loads, register_type
 
 from . import conf
+
+
+class Results:
+    """An argument of a body that stands for results, so that no row copies them: see batches.fill().
+
+    `source` is ["job", id] or ["batch", id].
+    """
+
+    def __init__(self, source):
+        self.source = source
+
+
+register_type(Results, "jobs.Results", lambda results: results.source, Results)
 
 # In JSON: NUL, and half of a surrogate pair. PostgreSQL stores neither.
 UNSTORABLE = re.compile(r"\\u0000|\\ud[89ab]..(?!\\ud[c-f])|(?<!\\ud[89ab]..)\\ud[c-f]..")
@@ -26,8 +39,16 @@ def to_json(value):
 
 
 def as_json(args, kwargs):
-    """Return `args` and `kwargs` as a row stores them, and their size in bytes. See to_json()."""
+    """Return `args` and `kwargs` as a row stores them, and their size in bytes. See to_json().
+
+    Raises ValueError for a dictionary that a worker could not read, or would take for results.
+    """
     text = to_json([args, kwargs])
+    if '"__type__"' in text:
+        loads(text)  # may raise ValueError
+        found = text.count('"__type__": "jobs.Results"')
+        if found > sum(isinstance(arg, Results) for arg in args):
+            raise ValueError("only the engine makes arguments of the type jobs.Results")
     return *json.loads(text), len(text)  # ASCII, so one byte for each character
 
 

@@ -171,13 +171,13 @@ class JobViewSet(OwnViewSet):
         long = When(length__gt=10_000, then=Value(TOO_LONG, JSONField()))
         jobs = jobs.alias(length=Length(Cast("result", TextField())))
         jobs = jobs.annotate(short_result=Case(long, default="result"))
-        return jobs.defer("args", "kwargs", "cursor", "result")
+        return jobs.defer("args", "kwargs", "cursor", "result", "then")
 
     @extend_schema(exclude=True)
     @action(detail=False)
     def with_batches(self, request):
         """For the jobs page: a list of jobs and batches. A batch that is open is in the state "running"."""
-        batches = self._own(Batch.objects.filter(parent=None))
+        batches = self._own(Batch.objects.filter(parent=None).defer("then", "ended"))
         if state := request.query_params.get("state"):
             batches = batches.filter(state="open" if state == "running" else state)
         page = self.paginate_queryset(Merged(self.filter_queryset(self.get_queryset()), batches))
@@ -225,7 +225,7 @@ class JobViewSet(OwnViewSet):
 class BatchViewSet(OwnViewSet):
     """The caller's own batches. Staff also see batches without an owner."""
 
-    queryset = Batch.objects.all()
+    queryset = Batch.objects.defer("then", "ended")  # they may be large
     serializer_class = BatchSerializer
 
     def get_queryset(self):

@@ -30,6 +30,8 @@ class Migration(migrations.Migration):
                 ('ended_at', models.DateTimeField(null=True)),
             ],
             options={
+                'base_manager_name': 'objects',
+                'default_permissions': (),
                 'verbose_name_plural': 'batches',
             },
         ),
