@@ -224,8 +224,8 @@ def test_the_jobs_page_gets_jobs_and_batches_by_time(api, user):
         if number % 2:
             made.append(Batch.objects.enqueue(greet, [[]] * 30, owner=user))
     at = timezone.now()
-    for number, row in enumerate(made):  # the last five have the same time
-        created_at = at + timedelta(seconds=min(number, 32))
+    for number, row in enumerate(made):  # more than a page of them have the same time
+        created_at = at + timedelta(seconds=min(number, 12))
         type(row).objects.filter(pk=row.pk).update(created_at=created_at)
     pages, url = [], "/api/jobs/with_batches/"
     while url:
@@ -233,8 +233,8 @@ def test_the_jobs_page_gets_jobs_and_batches_by_time(api, user):
         pages.append(ids(page))
         url, previous = page.json()["next"], page.json()["previous"]
     found = [pk for page in pages for pk in page]
-    assert found[5:] == [str(row.pk) for row in reversed(made[:-5])]
-    assert set(found[:5]) == {str(row.pk) for row in made[-5:]}
+    assert found[25:] == [str(row.pk) for row in reversed(made[:12])]
+    assert set(found[:25]) == {str(row.pk) for row in made[12:]}
     assert [len(page) for page in pages] == [20, 17]
     assert ids(api.get(previous)) == pages[0]
 
