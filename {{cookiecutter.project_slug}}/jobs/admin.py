@@ -139,9 +139,6 @@ class BatchAdmin(ReadOnlyAdmin):
     fields = ["label", "owner", "state", "members", "error", "created_at", "ended_at"]
     fields += ["id", "parent", "then", "ended"]
 
-    def has_module_permission(self, request):
-        return self.has_view_permission(request)
-
     def has_view_permission(self, request, obj=None):
         return request.user.has_perm("jobs.view_job")
 
