@@ -81,7 +81,7 @@ from django.db import IntegrityError
 from rest_framework.decorators import api_view
 from rest_framework.test import APIRequestFactory, force_authenticate
 
-from jobs.models import Job
+from jobs.models import Failure, Job
 from jobs.tasks import JobError, JobTask
 from jobs.views import accepted
 from reports.models import Account
@@ -478,6 +478,27 @@ for task, retries in [(retry_by_itself, 8), (retry_explicitly, 1)]:
     job.refresh_from_db()
     assert (job.state, job.retries) == ("succeeded", retries)
 """,
+    )
+    decorator = block.said("With {} its owner can do this, too").replace("…", "base=JobTask")
+    reader.test(
+        "an_owner_runs_a_job_again",
+        f"""
+{decorator}
+def fail_once():
+    if not Failure.objects.exists():
+        raise OSError
+
+job = fail_once.using(owner=user).enqueue()
+run_jobs()
+assert api.get(f"/api/jobs/{{job.pk}}/").json()["can_run_again"]
+again = api.post(f"/api/jobs/{{job.pk}}/run_again/")
+assert (again.status_code, again.json()["id"]) == (202, str(job.pk))
+run_jobs()
+job.refresh_from_db()
+assert job.state == "succeeded"
+assert api.post(f"/api/jobs/{{job.pk}}/run_again/").status_code == 403
+""",
+        "run_jobs, api, user",
     )
     error = block.said("{} ends the job")
     [text] = re.findall('"(.+)"', error)
