@@ -85,7 +85,7 @@ from jobs.models import Failure, Job
 from jobs.tasks import JobError, JobTask
 from jobs.views import accepted
 from reports.models import Account
-from reports.tasks import build_report, charge_all, fetch_pages
+from reports.tasks import build_report, charge_all, fetch_pages, my_task
 
 
 @pytest.fixture(autouse=True)
@@ -595,6 +595,10 @@ failing.refresh_from_db()
 assert failing.state == "open"
 run_jobs()
 assert Job.objects.get(follows=failing.pk).message == "It has ended"  # there is one
+
+of_django = Batch.objects.enqueue(my_task, [[1], [2]], then=my_task.s())
+run_jobs()
+assert Job.objects.get(follows=of_django.pk).result == [1, 2]
 
 empty = Batch.objects.enqueue(count_words, [], then=step)
 run_jobs()
