@@ -126,6 +126,11 @@ def test_a_job_that_runs_again_may_be_retried_and_may_crash_as_often_as_a_new_on
     assert (job.state, job.result, job.error) == ("succeeded", 1, "")
 
 
+def test_without_a_cursor_the_progress_starts_again(published):  # noqa: F811
+    again = failed(progress=70).run_again()
+    assert (again.progress, Job.objects.get().progress) == (0, 0)
+
+
 def test_a_message_of_the_run_before_starts_the_job_once(published):  # noqa: F811
     """A cancelled job may still have a message in the broker."""
     job = Job.objects.enqueue(work, [1])
@@ -567,6 +572,24 @@ def test_a_batch_without_jobs_is_deleted_when_it_is_old(user):
     age(Batch.objects.filter(pk=old.pk), "ended_at")
     purge()
     assert list(Batch.objects.all()) == [new]
+
+
+def test_a_batch_is_deleted_after_its_jobs_and_the_batches_in_it():
+    """Else one transaction would delete all of them, however many there are."""
+    ended = {"state": "failed", "ended_at": timezone.now()}
+    outer = Batch.objects.create(**ended)
+    inner = Batch.objects.create(**ended, parent=outer)
+    failed(batch=inner)
+    age(Job.objects.all(), "finished_at")
+    age(Batch.objects.all(), "ended_at")
+    left = []
+    for table in sweep.Purge(Batch, "ended_at"), sweep.Purge(Job, "finished_at"):
+        table.delete_page()
+        left.append((Batch.objects.count(), Job.objects.count()))
+    for _ in range(2):
+        sweep.Purge(Batch, "ended_at").delete_page()
+        left.append((Batch.objects.count(), Job.objects.count()))
+    assert left == [(2, 1), (2, 0), (1, 0), (0, 0)]
 
 
 def test_a_batch_or_a_user_with_active_jobs_is_not_deleted(user, admin_client):
