@@ -47,7 +47,7 @@ class JobQuerySet(models.QuerySet):
 
         Returns the jobs that are queued now, each once: see Job.run_again().
         """
-        manager, keyed, copies, failed, queued = self.model.objects, [], [], {}, []
+        manager, keyed, copies, failed = self.model.objects, [], [], []
         with transaction.atomic(self.db):
             now = database_time(manager)
             for job in dict.fromkeys(self.defer("result", "error")):  # a join may repeat a job
@@ -58,17 +58,8 @@ class JobQuerySet(models.QuerySet):
                     elif job.state == "succeeded":
                         copies.append(self.model(**fields))
                     else:
-                        failed[job.pk] = job
-            pks = {job.batch_id for job in failed.values()}
-            opened = {None, *updates.open_again(batches_of(manager), pks)}
-            for ids in chunks(iter(failed), BATCH_SIZE):
-                # Another process may have run some of them again meanwhile.
-                rows = manager.filter(pk__in=ids, state__in=updates.UNSUCCESSFUL).order_by("pk")
-                locked = set(rows.select_for_update().values_list("pk", flat=True))
-                part = [failed[pk] for pk in ids if pk in locked and failed[pk].batch_id in opened]
-                queue_again(manager, part, now)
-                queued += part
-            send_after_commit(manager, queued)
+                        failed.append(job)
+            queued = queue_again(manager, failed, now)
             return [*dict.fromkeys(keyed), *queued, *insert_many(manager, now, copies)]
 
 
@@ -237,33 +228,34 @@ def run_again(job):
         return insert(manager, fields, job.unique_key)
 
     @transaction.atomic(manager.db)
-    def open_and_queue():
-        if job.batch_id not in {None, *updates.open_again(batches_of(manager), [job.batch_id])}:
-            raise ValueError("its batch ended so long ago that its jobs are being deleted")
+    def queue():
         if not queue_again(manager, [job], now):
-            raise ValueError("it was deleted, or somebody else has run it again")
-        send_after_commit(manager, [job])
+            raise ValueError(
+                "it was run again meanwhile, or its batch is so old that it is being deleted"
+            )
         return job
 
-    return create_unless_active(manager, job.unique_key, open_and_queue)
-
-
-def batches_of(manager):
-    return manager.model._meta.get_field(
-        "batch"
-    ).related_model.objects  # batches.py imports this module
+    return create_unless_active(manager, job.unique_key, queue)
 
 
 def queue_again(manager, jobs, now):
-    """Queue these jobs, and change their objects like their rows. Returns how many rows were changed."""
-    rows = manager.filter(pk__in=[job.pk for job in jobs])
-    count, changes = updates.run_again(rows, now)
-    for job in jobs if count else ():
-        for name, value in changes.items():
-            setattr(job, name, value)
-        if job.cursor is None:
-            job.progress = 0
-    return count
+    """Queue these jobs in their own rows, in the caller's transaction. Returns those that are queued now."""
+    batches = manager.model._meta.get_field("batch").related_model.objects
+    opened = {None, *updates.open_again(batches, {job.batch_id for job in jobs})}
+    found, queued = {job.pk: job for job in jobs if job.batch_id in opened}, []
+    for ids in chunks(iter(found), BATCH_SIZE):
+        # Another process may have run some of them again since they were read.
+        rows = manager.filter(pk__in=ids, state__in=updates.UNSUCCESSFUL).order_by("pk")
+        locked = set(rows.select_for_update().values_list("pk", flat=True))
+        changes = updates.run_again(manager.filter(pk__in=locked), now)
+        for job in [found[pk] for pk in ids if pk in locked]:
+            queued.append(job)
+            for name, value in changes.items():
+                setattr(job, name, value)
+            if job.cursor is None:
+                job.progress = 0
+    send_after_commit(manager, queued)
+    return queued
 
 
 def insert(manager, fields, unique=None):

@@ -35,17 +35,17 @@ def finish(jobs, state, failure=None, **changes):
 
 
 def run_again(jobs, now):
-    """Queue these jobs, unless they have succeeded or are active. Returns how many, and what has changed.
+    """Queue these jobs again that failed or were cancelled. Returns their new fields, except the progress.
 
-    The caller sends the messages, and has opened the batches of these jobs: see open_again().
+    The caller has opened their batches, see open_again(), and sends their messages.
     """
     resend_at = now + timedelta(seconds=conf.JOB_RESEND_SECONDS)
     changes = {"state": "queued", "finished_at": None, "due_at": now, "sweep_at": resend_at}
     changes |= {"times_sent": 1, "retries": 0, "crashes": 0}
     changes |= {"result": None, "message": "", "error": "", "public_error": ""}
     progress = Case(When(cursor__isnull=False, then="progress"), default=0)
-    rows = jobs.filter(state__in=UNSUCCESSFUL)
-    return rows.update(**changes, progress=progress), changes
+    jobs.filter(state__in=UNSUCCESSFUL).update(**changes, progress=progress)
+    return changes
 
 
 def update(jobs, changes, failure=None):

@@ -43,9 +43,7 @@ ALREADY_ENDED = OpenApiResponse(DETAIL, "The job has already ended")
 BATCH_HAS_ENDED = OpenApiResponse(DETAIL, "The batch has already ended")
 NOTHING_FAILED = OpenApiResponse(DETAIL, "No job failed or was cancelled that can run again")
 CANNOT_RUN_AGAIN = OpenApiResponse(
-    DETAIL,
-    "The job is active, its task is gone or takes other arguments, or a job of another owner with the same "
-    "`unique` is active",
+    DETAIL, "The job is active, its task is gone or takes other arguments, or its batch is too old"
 )
 
 
