@@ -390,7 +390,7 @@ def test_only_the_batches_of_jobs_that_run_again_open(run_jobs):
 def test_run_again_while_a_batch_ends_loses_no_callback(monkeypatch):
     """A member fails and is run again, while the other one ends. Then all have succeeded."""
     monkeypatch.setattr("jobs.queryset.publish", lambda jobs: None)
-    rounds = int(os.environ.get("ROUNDS", 200))
+    rounds = int(os.environ.get("ROUNDS", 100))
 
     def finish(pk, state):
         Job.objects.filter(pk=pk).update(
