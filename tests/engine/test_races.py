@@ -315,6 +315,18 @@ def test_a_batch_is_cancelled_while_jobs_end_and_chains_start_steps(_):
     assert not Job.objects.filter(UNFINISHED).exists()
 
 
+def test_a_batch_can_be_cancelled_while_a_long_transaction_adds_a_job():
+    [batch], _ = store(1, 1)
+    with transaction.atomic():
+        batch.enqueue(step)
+        assert in_thread(Batch.objects.get().cancel) == 1
+    batch.refresh_from_db()
+    assert batch.state == "open"
+    end_all_members(batch)
+    batch.refresh_from_db()
+    assert batch.state == "cancelled"
+
+
 def test_two_sweeps_and_an_end_at_once():
     new, runs = store(ROUNDS // 3, 1)
     for [run] in runs:

@@ -21,7 +21,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from asgiref.sync import sync_to_async
@@ -329,6 +328,7 @@ def try_to_end(pk, skip_locked=False):
         end(pk, skip_locked)
     except Exception as error:
         logger.warning("the batch %s has not ended yet: %r", pk, error)
+        return False
 
 
 def end_all():
@@ -497,7 +497,7 @@ class BatchActions:
             try_to_end(self.pk, skip_locked=in_transaction())
             if not is_active(self.pk):
                 break
-        transaction.on_commit(partial(try_to_end, self.pk), robust=True)
+        transaction.on_commit(lambda: try_to_end(self.pk))  # it raises nothing
         self.refresh_from_db()
         return count
 
