@@ -384,7 +384,7 @@ def start(worker):
         worker.concurrency,
         worker.prefetch_multiplier,
         conf.worker_cancel_long_running_tasks_on_connection_loss,
-        conf.get("CELERY_DB_REUSE_MAX"),
+        worker.app._fixups[0].worker_fixup.db_reuse_max,  # Celery reads its setting only once
         options["polling_interval"] if "polling_interval" in options else None,
         options["visibility_timeout"],
         worker.options["without_gossip"],

@@ -48,6 +48,8 @@ def use_settings_of_pool(conf, options, **kwargs):
     for name, value in settings.WORKER_POOLS[pool].items():
         # Options of the broker are added to those of the settings.
         conf[name] = (conf[name] | value) if isinstance(value, dict) else value
+    for fixup in app._fixups:  # Django's has read CELERY_DB_REUSE_MAX before: let it read it again
+        fixup.worker_fixup = None
 
 
 @signals.setup_logging.connect
