@@ -5,7 +5,7 @@ from unittest.mock import Mock
 
 import pytest
 from celery import chain, chord, current_app, group, shared_task
-from django.db import OperationalError
+from django.db import OperationalError, transaction
 from django.db.models.functions import Now
 from kombu.utils.json import dumps, loads
 
@@ -362,3 +362,20 @@ def test_a_deleted_member_is_not_waited_for(run_jobs):
     batch.jobs.all()[0].delete()
     run_jobs()
     assert (after(batch)[0], batch.counts) == ("succeeded", {"succeeded": 2})
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_router_with_a_replica_stops_no_batch(replica, monkeypatch):
+    """Batches are neither written to a replica nor read from it: it lags behind."""
+    monkeypatch.setattr(messages, "send_one", lambda *args, **options: None)
+    with transaction.atomic():  # of which the replica sees nothing
+        batch = many()
+        assert batch.jobs.first().batch == batch
+        chord([chord([echo.si(1)], echo.s())])(echo.s())
+        inner = Batch.objects.exclude(parent=None).get()
+        outer = inner.parent
+        batches.end(outer.pk)
+        assert [*outer.children.all()] == [inner]
+        assert after(outer)[0] == "open"
+        assert batch.cancel() == 3
+        assert after(batch) == ("cancelled", ["ended"])

@@ -370,6 +370,9 @@ def unsuccessful(batch):
 class BatchManager(models.QuerySet if TYPE_CHECKING else models.Manager):
     db = property(lambda self: self._db or "default")  # as for jobs
 
+    def get_queryset(self) -> "models.QuerySet[Batch]":
+        return models.QuerySet(self.model, using=self.db, hints=self._hints)
+
     @contextmanager
     def open(
         self,
