@@ -212,24 +212,32 @@ class Bench:
         url = server.variables["CELERY_BROKER_URL"]
         contestants = {"bare Celery": (bare(output, RESULTS=url), "plain"), "jobs": (output, "job")}
         sizes = {"alone": "together", "with a callback": "together", "chain": "chain"}
-        costs = {}
-        for shape, size in sizes.items():
-            for name, (contestant, kind) in contestants.items():
-                contestant.sent = self.size(size)
-                path = contestant.folder / f"{shape.replace(' ', '-')}-{kind}.done"
-                seconds = contestant.ask("together.store", kind, shape, contestant.sent, str(path))
+        pairs = [(shape, name) for shape in sizes for name in contestants]
+        stored, done, costs, delays = ({pair: [] for pair in pairs} for _ in range(4))
+        for turn in range(self.size("turns") - 1):
+            for shape, name in pairs:
+                contestant, kind = contestants[name]
+                count = contestant.sent = self.size(sizes[shape])
+                path = contestant.folder / f"{shape.replace(' ', '-')}-{kind}-{turn}.done"
+                seconds = contestant.ask("together.store", kind, shape, count, str(path))
+                stored[shape, name].append(count / seconds)
                 with contestant.working(kind, WORKER_CONCURRENCY=SLOTS) as worker:
                     *_, cost = self.used_by(contestant, path, worker, database, server)
-                    done, after = contestant.done(path), "–"
+                    costs[shape, name].append(cost)
+                    done[shape, name].append(contestant.done(path))
                     if shape == "with a callback":
                         [then] = contestant.wait_for_lines(path.with_suffix(".done.then"), 1)
-                        last = max(float(line.split()[1]) for line in path.read_text().splitlines())
-                        after = whole((float(then.split()[0]) - last) * 1000)
-                costs[name, shape] = cost
-                figures = [whole(contestant.sent / seconds), whole(done), f"{cost:.2f}", after]
-                self.rows["together"].append([name, f"{contestant.sent:,}", shape, *figures])
-                say(output, f"{name}, {shape}: {done:.0f} done/s, {cost:.2f} CPU-ms each")
-        more = costs["jobs", "with a callback"] / costs["jobs", "alone"]
+                        ends = [float(line.split()[1]) for line in path.read_text().splitlines()]
+                        delays[shape, name].append(1000 * (float(then.split()[0]) - max(ends)))
+                say(output, f"{name}, {shape}: {done[shape, name][-1]:.0f} done/s, {cost:.2f} ms")
+        for pair in pairs:
+            rates = whole(median(stored[pair])), whole(median(done[pair]))
+            shape, name = pair
+            cost = f"{median(costs[pair]):.2f}"
+            delay = whole(median(delays[pair])) if delays[pair] else "–"
+            row = [name, f"{self.size(sizes[shape]):,}", shape, *rates, cost, delay]
+            self.rows["together"].append(row)
+        more = ratio(costs["with a callback", "jobs"], costs["alone", "jobs"])
         self.goal("CPU-ms of a job of a batch / alone", 1.15, more, at_most=True)
 
     def used_by(self, contestant, path, worker, database, server):
