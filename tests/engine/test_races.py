@@ -79,12 +79,12 @@ def store(rounds, members, steps=None):
 
     Returns the batches and, for each one, the Runs of its members, which have claimed them.
     """
-    new = [Batch(then=batches.plan(step.si())[0]) for _ in range(rounds)]
+    new = [Batch(then=batches.plan(step.si())) for _ in range(rounds)]
     Batch.objects.bulk_create(new)
     fields = queryset.new_fields(timezone.now(), step, [])
     jobs = [Job(**fields, batch=batch) for batch in new for _ in range(members)]
     for job in jobs[::members] if steps else ():
-        job.then = batches.plan(step.si())[0]
+        job.then = batches.plan(step.si())
     queryset.insert_many(Job.objects, fields["due_at"], jobs)
     runs = list(map(started, jobs))
     return new, [runs[start : start + members] for start in range(0, len(runs), members)]
@@ -197,7 +197,7 @@ def test_a_step_of_a_chain_is_stored_while_another_job_ends():
 
 def test_the_last_two_inner_batches_end_at_the_same_moment():
     """Each inner one has no next step of its own, so its end may be the last of the outer one."""
-    outer = Batch.objects.bulk_create(Batch(then=batches.plan(step.si())[0]) for _ in range(ROUNDS))
+    outer = Batch.objects.bulk_create(Batch(then=batches.plan(step.si())) for _ in range(ROUNDS))
     new, runs = store(2 * ROUNDS, 1)
     for number, inner in enumerate(new):
         inner.parent, inner.then = outer[number // 2], None
