@@ -462,6 +462,7 @@ def test_a_single_signature_takes_the_options_of_enqueue(user):
         act.delay().get()
 
 
+@pytest.mark.filterwarnings("ignore::celery.exceptions.CPendingDeprecationWarning")  # link_error
 @pytest.mark.parametrize(
     "send",
     [
