@@ -2378,6 +2378,7 @@ WRONG_DATABASES = {
     "alias='other'": lambda settings: setattr(settings, "DATABASE_ROUTERS", [OtherRouter()]),
     "vendor='mysql'": lambda settings: None,
     "use_tz=False": lambda settings: setattr(settings, "USE_TZ", False),
+    "isolation=4": lambda settings: None,  # SERIALIZABLE
 }
 
 
@@ -2386,6 +2387,9 @@ def test_the_checks_refuse_a_database_in_which_jobs_would_be_lost(monkeypatch, s
     WRONG_DATABASES[wrong](settings)
     if "mysql" in wrong:
         monkeypatch.setattr(connection, "vendor", "mysql")
+    if "isolation" in wrong:
+        monkeypatch.setattr(connection, "vendor", "postgresql")
+        monkeypatch.setitem(connection.settings_dict["OPTIONS"], "isolation_level", 4)
     [error] = [found for found in run_checks() if found.id == "jobs.E005"]
     assert "PostgreSQL or SQLite as the database 'default', and USE_TZ = True" in error.msg
     assert wrong in error.hint

@@ -13,14 +13,21 @@ from .messages import known_queues, queue_of
 from .models import Job
 from .pools import TIME_LIMITED
 
+READ_COMMITTED = 2  # psycopg's IsolationLevel, and the default of PostgreSQL
+
 
 @register()
 def check_database(app_configs, **kwargs):
     """Refuse databases in which jobs would be lost or never start. This opens no connection."""
     alias, vendor, use_tz = router.db_for_write(Job), connection.vendor, settings.USE_TZ
-    if alias != "default" or vendor not in ("postgresql", "sqlite") or not use_tz:
+    # With a stricter level, whoever waits for a lock then reads what was true before.
+    isolation = connection.settings_dict["OPTIONS"].get("isolation_level")
+    is_known = vendor == "sqlite" or (
+        vendor == "postgresql" and isolation in (None, READ_COMMITTED)
+    )
+    if alias != "default" or not is_known or not use_tz:
         error = "Jobs need PostgreSQL or SQLite as the database 'default', and USE_TZ = True."
-        hint = f"Now {alias=}, {vendor=}, {use_tz=}: correct your database router or settings."
+        hint = f"Now {alias=}, {vendor=}, {use_tz=}, {isolation=}: correct your database router or settings."
         yield Error(error, hint=hint, id="jobs.E005")
 
 
