@@ -1,9 +1,5 @@
-import logging
-import time
-from collections import defaultdict
-
 from celery import current_app
-from django.core.cache import cache
+from django.core.cache.backends.locmem import LocMemCache
 from django.db.models import Count
 from rest_framework import serializers
 
@@ -12,10 +8,8 @@ from .models import Batch, Failure, Job
 
 __all__ = ["BatchSerializer", "JobSerializer"]
 
-logger = logging.getLogger(__name__)
-
-JOBS_A_SECOND = 20_000  # of open batches: the cache keeps the counts of 100,000 jobs for 5 s
-CACHE_PAUSE = 10  # seconds without another try after the cache failed, so that requests stay fast
+JOBS_A_SECOND = 20_000  # of open batches: the counts of 100,000 jobs are kept for 5 s
+kept_counts = LocMemCache("jobs.counts", {})  # {id of a batch: its counts}
 GENERIC_ERROR = "It failed"  # shown to owners instead of an exception: see JobError
 TOO_LONG = "Too long for a list: see the job itself"
 
@@ -116,33 +110,17 @@ class BatchSerializer(serializers.ModelSerializer):
 def count_jobs(batches):
     """Set `counts` of those batches that are open, in one query. The others have them in their row.
 
-    The cache keeps the counts of a large batch for some seconds, so that it costs the same to poll a batch
-    of any size.
+    Each process keeps the counts of a large batch for some seconds, so that it costs the same to poll a
+    batch of any size.
     """
-    keys = {batch: f"jobs.counts.{batch.pk}" for batch in batches if batch.ended_at is None}
-    cached = ask_cache("get_many", keys.values()) if keys else {}
-    unknown = [batch.pk for batch, key in keys.items() if key not in cached]
-    counted = defaultdict(dict)
+    keys = {batch: str(batch.pk) for batch in batches if batch.ended_at is None}
+    kept = kept_counts.get_many(keys.values())
+    unknown = [key for key in keys.values() if key not in kept]
+    counted = {key: {} for key in unknown}
     rows = Job.objects.filter(batch__in=unknown).values_list("batch", "state")
     for pk, state, count in rows.annotate(count=Count("*")):
-        counted[pk][state] = count
+        counted[str(pk)][state] = count
+    for key, counts in counted.items():
+        kept_counts.set(key, counts, sum(counts.values()) / JOBS_A_SECOND)
     for batch, key in keys.items():
-        batch.counts = cached.get(key, counted[batch.pk])
-        seconds = int(sum(batch.counts.values()) / JOBS_A_SECOND)  # Redis takes only whole seconds
-        if seconds and key not in cached:
-            ask_cache("set", key, batch.counts, seconds)
-
-
-def ask_cache(method, *args):
-    """Call this method of Django's cache. Returns {} while the cache is unavailable."""
-    if time.monotonic() < ask_cache.again_at:
-        return {}
-    try:
-        return getattr(cache, method)(*args)
-    except Exception as error:  # each cache backend raises its own classes
-        ask_cache.again_at = time.monotonic() + CACHE_PAUSE
-        logger.warning("batches are counted anew, the cache is unavailable: %r", error)
-        return {}
-
-
-ask_cache.again_at = 0.0
+        batch.counts = kept[key] if key in kept else counted[key]
