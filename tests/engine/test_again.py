@@ -232,7 +232,7 @@ def test_a_run_that_knows_that_it_is_lost_does_not_take_the_queued_job(published
     job = Job.objects.enqueue(work, [1])
     zombie = zombie_of(job)
     job.cancel()
-    zombie.lost = True  # the renewal of its lease has found out
+    zombie.overtaken = True  # the renewal of its lease has found out
     job.refresh_from_db()
     job.run_again()
     check_zombie(zombie, end)

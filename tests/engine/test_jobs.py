@@ -1427,6 +1427,7 @@ def test_a_claim_that_a_database_crash_has_lost_is_repeated():
     claim(overtaken.pk)
     lease.write_and_renew(three)
     assert [run.lost for run in three] == [False, True, True]
+    assert [run.overtaken for run in three] == [False, True, False]
     assert Job.objects.get(run_token=three[0].token) == forgotten
 
 

@@ -71,8 +71,9 @@ def write_and_renew(to_write):
         # Read again, without locks. If a crash of the database has lost a claim, claim the job again.
         tokens = set(jobs_of(to_write).values_list("run_token", flat=True))
         for run in to_write:
-            if run.token not in tokens and not (run.in_body and run.claim()):
-                run.lost = True
+            if run.token not in tokens:
+                run.overtaken = run.in_body and not run.claim()
+                run.lost = run.overtaken or not run.in_body
 
 
 @transaction.atomic

@@ -66,6 +66,7 @@ class Run:
             "exception": "celery.exceptions.Retry",
         }
         self.lost = self.ended = False
+        self.overtaken = False  # during its body, its job was cancelled or given to a newer run
 
     @property
     def row(self):
@@ -195,8 +196,8 @@ class Run:
         If the database has lost the claim in a crash, the job is claimed again and the update repeated.
         """
         written = wait_past_soft_limit(update, *args, **kwargs)
-        # If it is known to be lost, it may have been run again: do not take that run from another worker.
-        if written or self.lost or not wait_past_soft_limit(self.claim):
+        # After a failed claim the job may have been run again: do not take that run from another worker.
+        if written or self.overtaken or not wait_past_soft_limit(self.claim):
             return written
         return wait_past_soft_limit(update, *args, **kwargs)
 
