@@ -82,6 +82,8 @@ INSERT INTO jobs_job SELECT (jsonb_populate_record(
     job, jsonb_build_object('id', gen_random_uuid(), 'finished_at', now() - interval '99 days'))).*
 FROM jobs_job job, generate_series(1, 100000) WHERE id = %s"""
     run_sql(stack, copy.replace("%s", f"'{jobs[0]}'"))
+    stack.beat.stop()
+    stack.beat.start()  # and begins with the oldest: it had passed jobs that it could not delete
     try:
         yield
         assert remaining(stack, jobs) == len(jobs)
