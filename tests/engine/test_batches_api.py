@@ -410,6 +410,7 @@ def thousands(user):
 
 def scans(client, url):
     """Return the indexes and tables that PostgreSQL reads for this request, without users."""
+    serializers.kept_counts.clear()
     with CaptureQueriesContext(connection) as captured:
         assert client.get(url).status_code == 200
     found = set()
