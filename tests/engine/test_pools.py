@@ -105,7 +105,7 @@ assert sent == ["here", True]  # a connection to the broker belongs to one threa
 """
 COROUTINES = """
 import gevent.monkey; gevent.monkey.patch_all()
-import gevent, psutil
+import gevent, os, psutil
 from asgiref.sync import async_to_sync
 import jobs.pools
 async def body():
@@ -117,6 +117,7 @@ for _ in range(30):
 with gevent.Timeout(50):
     while process.num_threads() > threads or process.num_fds() > descriptors:
         gevent.sleep(0.1)
+os._exit(0)  # not by the end of the interpreter, in which gevent's threads may crash
 """
 NO_GREENLETS = """
 import sys
