@@ -92,7 +92,7 @@ class Chaos:
         """Post a batch or a chain."""
         work = number // JOBS_FOR_EACH_WORK
         data = {"number": work, "key": f"work-{work}"}
-        self.post_until_accepted("faults/work/", number, start, data)
+        self.post_until_accepted("faults/batches/", number, start, data)
         self.works.append(work)
 
     def post_until_accepted(self, path, number, start, data):

@@ -358,7 +358,7 @@ def prepare(project, broker, folder, database, **variables):
     with open(project / "config/urls.py", "a") as file:
         file.write(
             "\nfrom faults.views import add, enqueue, work\n"
-            'urlpatterns += [path("faults/", enqueue), path("faults/work/", work)]\n'
+            'urlpatterns += [path("faults/", enqueue), path("faults/batches/", work)]\n'
             'urlpatterns += [path("api/faults/add/", add)]\n'
         )
     (folder / "broker").mkdir()

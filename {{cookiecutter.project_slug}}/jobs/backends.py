@@ -115,9 +115,8 @@ class JobFunction(Task):
 
     def _job_task(self):
         """Return the Celery task that runs the function. Raises InvalidTask."""
-        self.get_backend().validate_task(
-            self
-        )  # again: the settings may have changed since @task ran
+        # Again: the settings may have changed since @task ran.
+        self.get_backend().validate_task(self)
         task = register(self)
         if task._unknown_to_workers and not current_app.conf.task_always_eager:
             raise InvalidTask(f"No worker knows {self.module_path}: import it in an app's tasks.py")

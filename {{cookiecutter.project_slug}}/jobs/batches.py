@@ -143,7 +143,7 @@ def plan(signature, given=0, args=(), kwargs=None, label="", **options):
     steps = []
     for place, task in enumerate(tasks, start=1):
         members = steps[-1].get("group", ()) if steps else ()
-        if any(len(member) > 1 and "group" in member[-1] for member in members):
+        if any("group" in member[-1] for member in members):
             raise TypeError("a chain in the header of a chord cannot end with a group")
         if place == len(tasks) and task_id:
             options = {**options, "task_id": task_id}
@@ -164,8 +164,7 @@ class Rows:
     """
 
     def __init__(self, now, owner_id=None, place=None, follows=None):
-        self.now, self.place, self.common = now, place or now, {"owner_id": owner_id}
-        self.follows = follows
+        self.now, self.place, self.owner_id, self.follows = now, place or now, owner_id, follows
         self.jobs, self.batches = [], []
 
     def add(self, steps, given=(), batch_id=None):
@@ -178,12 +177,12 @@ class Rows:
             fields |= times(self.now, first["countdown"], eta)
             fields |= {"pk": first["id"], "args": [*given[: first["given"]], *first["args"]]}
             fields |= {"batch_id": batch_id, "then": rest or None, "follows": self.follows}
-            self.jobs.append(job_manager().model(**fields, **self.common))
+            self.jobs.append(job_manager().model(**fields, owner_id=self.owner_id))
             return
         if rest or batch_id is None:
             fields = {"pk": first["id"], "label": first["label"][:MAX_LABEL], "then": rest or None}
             fields |= {"parent_id": batch_id, "created_at": created_at}
-            self.batches.append(batch_manager().model(**fields, **self.common))
+            self.batches.append(batch_manager().model(**fields, owner_id=self.owner_id))
             batch_id = first["id"]
         for member in first["group"]:
             self.add(member, given, batch_id)
@@ -253,12 +252,15 @@ def stored(*args):
 # The end of a batch
 
 
+def newest_active(manager, batch):
+    """Return the id of the newest unfinished job of this batch, as a queryset."""
+    # The newest: PostgreSQL need not read the index entries of thousands of jobs that have ended.
+    return manager.filter(UNFINISHED, batch=batch).order_by("-created_at").values_list("pk")[:1]
+
+
 @updates.prepared()
 def an_active(manager, batch):
-    """SELECT the id of an unfinished job of this batch."""
-    # The newest first: PostgreSQL need not read the index entries of thousands of jobs that have ended.
-    members = manager.filter(UNFINISHED, batch=batch).order_by("-created_at")
-    return members.values_list("pk")[:1], None
+    return newest_active(manager, batch), None
 
 
 def is_active(pk):
@@ -328,15 +330,14 @@ def try_to_end(pk, skip_locked=False):
         end(pk, skip_locked)
     except Exception as error:
         logger.warning("the batch %s has not ended yet: %r", pk, error)
-        return False
 
 
 def end_all():
     """End batches whose jobs have ended. The sweep calls this. It continues in its next round."""
-    members = job_manager().filter(UNFINISHED, batch=OuterRef("pk")).order_by("-created_at")
+    active = Subquery(newest_active(job_manager(), OuterRef("pk")))
     is_open = batch_manager().filter(ended_at=None)
     has_inner = Exists(is_open.filter(parent=OuterRef("pk")))
-    ended = is_open.alias(member=Subquery(members.values("pk")[:1])).filter(~has_inner, member=None)
+    ended = is_open.alias(active=active).filter(~has_inner, active=None)
     for pk in list(ended.order_by("?").values_list("pk", flat=True)[:BATCH_SIZE]):
         try_to_end(pk, skip_locked=True)  # the sweep must not wait
 
@@ -357,7 +358,6 @@ def unneeded(model, old_batches):
     return Q(pk__in=old_batches) & ~Exists(members) & ~Exists(children) & ~Exists(next_jobs)
 
 
-# Type checkers do not see the methods that Django copies from a queryset to its manager.
 def unsuccessful(batch):
     """Return the failed and the cancelled jobs of this batch, and of the batches inside of it."""
     family, new = set(), {batch.pk}
@@ -367,6 +367,7 @@ def unsuccessful(batch):
     return job_manager().filter(batch__in=family, state__in=updates.UNSUCCESSFUL)
 
 
+# Type checkers do not see the methods that Django copies from a queryset to its manager.
 class BatchManager(models.QuerySet if TYPE_CHECKING else models.Manager):
     db = property(lambda self: self._db or "default")  # as for jobs
 

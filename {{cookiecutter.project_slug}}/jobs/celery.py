@@ -1,6 +1,5 @@
 """Celery's app with support for jobs, by name and in a canvas. A canvas has jobs or plain tasks, not both."""
 
-from contextlib import suppress
 from functools import wraps
 
 import celery
@@ -10,9 +9,9 @@ from celery.contrib.django.task import DjangoTask
 from celery.utils.functional import maybe_list
 from celery.utils.imports import symbol_by_name
 from django.apps import apps
-from django.core.exceptions import ValidationError
 
 from .database import try_once
+from .values import uuids
 
 __all__ = ["Celery"]
 
@@ -60,16 +59,13 @@ class Celery(celery.Celery):
 
 def cancel(task_id):
     """Cancel this job or batch, or each in a list. Ignore plain tasks. Returns the ids of those that are jobs."""
+    keys = uuids(maybe_list(task_id) or [])
     jobs, batches = (apps.get_model(name).objects for name in ("jobs.Job", "jobs.Batch"))
-    ids = []
-    for pk in maybe_list(task_id) or []:
-        with suppress(ValidationError):  # not a UUID
-            row = jobs.filter(pk=pk)
-            row.cancel()
-            ids += [str(pk)] * row.count()
-            for batch in batches.filter(pk=pk, ended_at=None):
-                batch.cancel()
-    return ids
+    found = jobs.filter(pk__in=list(keys))
+    found.cancel()
+    for batch in batches.filter(pk__in=list(keys), ended_at=None):
+        batch.cancel()
+    return [keys[pk] for pk in found.values_list("pk", flat=True)]
 
 
 def is_job(app, name):

@@ -9,9 +9,8 @@ from kombu.utils.json import dumps, loads
 
 def send(jobs):
     """Send the messages of these jobs over one connection. Raises the transport's exceptions."""
-    if (
-        current_app.conf.task_always_eager
-    ):  # a job that enqueues another one would hold two connections
+    # In eager mode a job that enqueues another one would hold two connections.
+    if current_app.conf.task_always_eager:
         for job in jobs:
             send_one(job, None)
         return

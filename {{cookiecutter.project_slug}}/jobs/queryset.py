@@ -52,10 +52,11 @@ class JobQuerySet(models.QuerySet):
             now = database_time(manager)
             for job in dict.fromkeys(self.defer("result", "error")):  # a join may repeat a job
                 with suppress(TypeError, ValueError):
-                    fields = fields_to_run_again(job, now)
                     if job.unique_key:
                         keyed.append(job.run_again())
-                    elif job.state == "succeeded":
+                        continue
+                    fields = fields_to_run_again(job, now)
+                    if job.state == "succeeded":
                         copies.append(self.model(**fields))
                     else:
                         failed.append(job)
@@ -247,7 +248,7 @@ def queue_again(manager, jobs, now):
         # Another process may have run some of them again since they were read.
         rows = manager.filter(pk__in=ids, state__in=updates.UNSUCCESSFUL).order_by("pk")
         locked = set(rows.select_for_update().values_list("pk", flat=True))
-        changes = updates.run_again(manager.filter(pk__in=locked), now)
+        changes = updates.run_again(manager.filter(pk__in=locked), **times(now))
         for job in [found[pk] for pk in ids if pk in locked]:
             queued.append(job)
             for name, value in changes.items():

@@ -1,8 +1,6 @@
 """The results of jobs: AsyncResult(id) and GroupResult read the rows of jobs."""
 
 import time
-import uuid
-from contextlib import suppress
 from functools import cache
 
 from celery import current_app, states
@@ -14,6 +12,7 @@ from celery.result import AsyncResult, GroupResult, assert_will_not_block
 from . import batches
 from .models import Batch, Job
 from .publish import publish
+from .values import uuids
 
 STATES = {
     "queued": states.PENDING,
@@ -53,10 +52,7 @@ def result_of(steps, parent=None):
 
 def read_jobs(ids):
     """Return {id: status and result}, as Celery's backends do, for those ids that are ids of jobs."""
-    keys = {}
-    for id in ids:
-        with suppress(ValueError):  # not a UUID, so not a job
-            keys[uuid.UUID(str(id))] = id
+    keys = uuids(ids)
     if current_app.conf.task_always_eager:
         run_until_stored(list(keys))
     jobs = Job.objects.only("state", "result", "error").in_bulk(list(keys))

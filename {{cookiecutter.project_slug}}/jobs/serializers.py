@@ -123,4 +123,4 @@ def count_jobs(batches):
     for key, counts in counted.items():
         kept_counts.set(key, counts, sum(counts.values()) / JOBS_A_SECOND)
     for batch, key in keys.items():
-        batch.counts = kept[key] if key in kept else counted[key]
+        batch.counts = (kept | counted)[key]

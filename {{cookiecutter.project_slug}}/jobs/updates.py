@@ -34,14 +34,12 @@ def finish(jobs, state, failure=None, **changes):
     return update(jobs.filter(UNFINISHED), changes, failure)
 
 
-def run_again(jobs, now):
+def run_again(jobs, **times):
     """Queue these jobs again that failed or were cancelled. Returns their new fields, except the progress.
 
-    The caller has opened their batches, see open_again(), and sends their messages.
+    The caller has opened their batches, see open_again(), and sends their messages. `times` says when.
     """
-    resend_at = now + timedelta(seconds=conf.JOB_RESEND_SECONDS)
-    changes = {"state": "queued", "finished_at": None, "due_at": now, "sweep_at": resend_at}
-    changes |= {"times_sent": 1, "retries": 0, "crashes": 0}
+    changes = {**times, "state": "queued", "finished_at": None, "retries": 0, "crashes": 0}
     changes |= {"result": None, "message": "", "error": "", "public_error": ""}
     progress = Case(When(cursor__isnull=False, then="progress"), default=0)
     jobs.filter(state__in=UNSUCCESSFUL).update(**changes, progress=progress)

@@ -2,6 +2,8 @@
 
 import json
 import re
+import uuid
+from contextlib import suppress
 
 from kombu.utils.json import dumps, loads, register_type
 
@@ -50,6 +52,15 @@ def as_json(args, kwargs):
         if found > sum(isinstance(arg, Results) for arg in args):
             raise ValueError("only the engine makes arguments of the type jobs.Results")
     return *json.loads(text), len(text)  # ASCII, so one byte for each character
+
+
+def uuids(ids):
+    """Return {UUID: id} for those ids that are UUIDs: a plain task may have any other text as its id."""
+    found = {}
+    for id in ids:
+        with suppress(ValueError):
+            found[uuid.UUID(str(id))] = id
+    return found
 
 
 def size_error(size):
