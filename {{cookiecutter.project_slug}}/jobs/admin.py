@@ -23,7 +23,7 @@ __all__ = ["announce"]
 TASK_FIELDS = ["task", "label", "args", "kwargs", "owner", "queue", "batch", "created_at"]
 OUTCOME_FIELDS = ["state", "error", "public_error", "result", "progress", "message"]
 OUTCOME_FIELDS += ["started_at", "finished_at"]
-KEYS = ["id", "idempotency_key", "fingerprint", "unique_key"]
+KEYS = ["id", "idempotency_key", "fingerprint", "unique_key", "limit_key", "held_by"]
 INTERNALS = ["cursor", "run_token", "worker", "due_at", "sweep_at", "deadline"]
 INTERNALS += ["times_sent", "retries", "crashes", "then", "follows"]
 

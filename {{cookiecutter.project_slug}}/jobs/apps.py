@@ -12,10 +12,11 @@ class JobsConfig(AppConfig):
     default_auto_field = "django.db.models.BigAutoField"
 
     def ready(self):
-        from . import beat, checks, liveness, shutdown, worker  # noqa: F401  checks register themselves
+        from . import beat, checks, limits, liveness, shutdown, worker  # noqa: F401  checks register themselves
 
         # With 0 or less, jobs would not be sent or recovered, would run twice, or would be deleted at once.
         values = {name: getattr(conf, name) for name in conf.DEFAULTS}
+        del values["JOB_LIMITS"]
         values["CELERY_TASK_TIME_LIMIT"] = current_app.conf.task_time_limit or 0
         for name, value in values.items():
             if not value > 0:  # also true for NaN
@@ -24,6 +25,7 @@ class JobsConfig(AppConfig):
         current_app.autodiscover_tasks(force=True)
         for module in current_app.loader.default_modules:
             current_app.loader.import_task_module(module)
+        limits.check_settings(current_app.tasks.values())
         signals.worker_init.connect(worker.start)
         signals.worker_init.connect(shutdown.prepare)
         signals.worker_ready.connect(worker.watch_children)

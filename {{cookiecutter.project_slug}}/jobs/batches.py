@@ -34,7 +34,7 @@ from django.utils import timezone
 
 from . import updates
 from .celery import check_options
-from .database import in_transaction, may_succeed_later, wait_for
+from .database import in_transaction, may_succeed_later, timeouts, wait_for
 from .expressions import IDLE_TIMEOUT, LOCK_TIMEOUT, UNFINISHED
 from .queryset import (
     BATCH_SIZE,
@@ -173,8 +173,9 @@ class Rows:
         created_at = self.place + timedelta(microseconds=len(self.jobs))
         if "group" not in first:
             fields = {name: first[name] for name in ("task", "kwargs", "queue", "label")}
+            fields["limit_key"] = first.get("limit_key")  # an older version stored none
             eta = first["eta"] and datetime.fromisoformat(first["eta"])
-            fields |= times(self.now, first["countdown"], eta)
+            fields |= times(self.now, first["countdown"], eta, fields["limit_key"])
             fields |= {"pk": first["id"], "args": [*given[: first["given"]], *first["args"]]}
             fields |= {"batch_id": batch_id, "then": rest or None, "follows": self.follows}
             self.jobs.append(job_manager().model(**fields, owner_id=self.owner_id))
@@ -224,9 +225,8 @@ def succeed(manager, id, run_token, next_steps=(), **end):
     if not next_steps and updates.succeed(manager, id=id, run_token=run_token, **end):
         return 1
     # Either the job has steps to start, or the run has lost it.
-    settings = limits()
     with transaction.atomic():
-        owned = manager.filter(*settings, pk=id, run_token=run_token)
+        owned = manager.filter(LOCK_TIMEOUT, IDLE_TIMEOUT, pk=id, run_token=run_token)
         fields = "owner_id", "batch_id", "created_at", "then"
         job = owned.only(*fields).annotate(now=Now()).select_for_update().first()
         if job is None:
@@ -268,11 +268,6 @@ def is_active(pk):
     return bool(an_active(job_manager(), batch=pk))
 
 
-def limits():
-    """Return settings for a transaction of our own. They would stay in that of a caller."""
-    return [] if in_transaction() else [LOCK_TIMEOUT, IDLE_TIMEOUT]
-
-
 def end(pk, skip_locked=False):
     """If all jobs of this batch have ended, end it and store what starts next.
 
@@ -280,7 +275,7 @@ def end(pk, skip_locked=False):
     """
     if is_active(pk):
         return
-    rows = batch_manager().filter(*limits(), pk=pk, ended_at=None)
+    rows = batch_manager().filter(*timeouts(), pk=pk, ended_at=None)
     with transaction.atomic():
         batch = rows.annotate(now=Now()).select_for_update(skip_locked=skip_locked).first()
         # Ask again: while the row is locked, no job can run again, and no transaction that adds a job or an
@@ -469,11 +464,12 @@ class BatchActions:
         with transaction.atomic(manager.db):
             self._keep_open()
             now = database_time(manager)
-            fields = {"batch": self, "owner_id": self.owner_id, **times(now, countdown, eta)}
+            common = {"batch": self, "owner_id": self.owner_id}
             # The time of a transaction stands still. Results are sorted by the times of their jobs.
             place = self._next_place = max(getattr(self, "_next_place", now), now)
             self._next_place += timedelta(microseconds=len(rows))
-            return insert_many(manager, place, [manager.model(**row, **fields) for row in rows])
+            rows = [{**row, **times(now, countdown, eta, row["limit_key"])} for row in rows]
+            return insert_many(manager, place, [manager.model(**row, **common) for row in rows])
 
     def _keep_open(self):
         """Lock the batch so that it cannot end before this transaction does. Others can do so, too.

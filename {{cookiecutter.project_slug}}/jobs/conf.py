@@ -9,6 +9,7 @@ DEFAULTS = {
     "JOB_MAX_CRASHES": 3,  # a job fails when its worker has died this many times
     "JOB_RETENTION_DAYS": 30,  # until a job that has ended is deleted
     "JOB_MAX_BYTES": 16_000_000,  # of a job's arguments as JSON
+    "JOB_LIMITS": {},  # {name: limit}, see limits.py
 }
 
 

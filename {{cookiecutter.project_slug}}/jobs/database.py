@@ -8,6 +8,7 @@ from celery.exceptions import SoftTimeLimitExceeded
 from django.db import Error, connection
 from django.db.utils import InterfaceError, OperationalError
 
+from .expressions import IDLE_TIMEOUT, LOCK_TIMEOUT
 from .pools import pool
 
 logger = logging.getLogger(__name__)
@@ -71,6 +72,11 @@ def may_succeed_later(error):
 def in_transaction():
     is_open = connection.in_atomic_block or not connection.autocommit
     return bool(connection.connection and is_open)
+
+
+def timeouts():
+    """Return settings for a transaction of our own. They would stay in that of a caller."""
+    return [] if in_transaction() else [LOCK_TIMEOUT, IDLE_TIMEOUT]
 
 
 def end_interrupted_query(execute, *args):

@@ -2,8 +2,9 @@
 
 from datetime import timedelta
 
+from django.apps import apps
 from django.db import models
-from django.db.models import F, Q
+from django.db.models import Exists, F, OuterRef, Q
 from django.db.models.functions import Least, Now
 
 from . import conf
@@ -15,6 +16,7 @@ FINAL = ["succeeded", "failed", "cancelled"]
 # and the state consistent.
 UNFINISHED = Q(finished_at=None)
 QUEUED = Q(run_token=None) & UNFINISHED
+IN_CANCELLED_BODY = Q(state="cancelled", sweep_at__isnull=False)  # jobs with a limit, see limits.py
 
 
 class Clock(Now):
@@ -54,6 +56,17 @@ LOCK_TIMEOUT = SetLocal(name="lock_timeout", value="1s")
 IDLE_TIMEOUT = SetLocal(name="idle_in_transaction_session_timeout", value="10s")
 # The commit does not wait until the WAL is on disk.
 ASYNC_COMMIT = SetLocal(name="synchronous_commit", value="off")
+
+
+def pauses_of_job():
+    """Return the pauses that a job in the query around it meets."""
+    is_meant = Q(name=OuterRef("queue")) | Q(name=OuterRef("task"))
+    return apps.get_model("jobs.Pause").objects.filter(is_meant)
+
+
+def is_paused():
+    """Return the condition for a job to be paused."""
+    return Exists(pauses_of_job())
 
 
 def lease_end():

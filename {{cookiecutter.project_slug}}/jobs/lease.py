@@ -13,8 +13,8 @@ from django.db import close_old_connections, transaction
 from django.db.models import Q
 from django.db.models.functions import Now
 
-from . import conf, updates
-from .expressions import lease_end
+from . import conf, limits, updates
+from .expressions import IN_CANCELLED_BODY, lease_end
 from .models import Job
 from .pools import pool
 from .runs import OVER_TIME_LIMIT, jobs_of, lock, runs
@@ -46,6 +46,10 @@ def renew_leases():
             close_old_connections()
             if to_write := [run for run in current if run.needs_write()]:
                 write_and_renew(to_write)
+            if lost := [
+                run for run in current if run.lost and run.limit_key and run.is_renewal_due()
+            ]:
+                renew_cancelled(lost)
         except Exception as error:  # without this thread all leases would lapse
             logger.warning("cannot renew leases: %r", error)
 
@@ -77,6 +81,15 @@ def write_and_renew(to_write):
 
 
 @transaction.atomic
+def renew_cancelled(lost):
+    """Renew the leases of cancelled jobs with a limit: they keep their places until their bodies end."""
+    in_body = Job.objects.filter(IN_CANCELLED_BODY, pk__in=[run.job_id for run in lost])
+    updates.skip_locked(in_body).update(sweep_at=lease_end())
+    for run in lost:
+        run.renew_at = time.monotonic() + conf.JOB_LEASE_SECONDS / 3
+
+
+@transaction.atomic
 def renew_for_children(jobs):
     """Renew the leases of these jobs, which run in child processes. Skip locked rows."""
     updates.skip_locked(jobs).update(sweep_at=lease_end())
@@ -89,9 +102,10 @@ def recover(jobs):
     A job past its deadline fails, however many crashes it has: Celery killed its child process, or its
     thread never ended.
     """
-    late = Q(deadline__lte=Now())
-    for job in updates.locking(jobs).only("crashes").annotate(late=late):
+    late, keys = Q(deadline__lte=Now()), set()
+    for job in updates.locking(jobs).only("crashes", "limit_key").annotate(late=late):
         crashes = job.crashes + 1
+        keys |= {job.limit_key} - {None}
         died = {"error": "Its worker died", "exception": "celery.exceptions.WorkerLostError"}
         if job.late:
             over = {"error": OVER_TIME_LIMIT, "exception": "celery.exceptions.TimeLimitExceeded"}
@@ -104,6 +118,7 @@ def recover(jobs):
             row, changes = Job.objects.filter(pk=job.pk), {"message": message, "crashes": crashes}
             updates.requeue(row, delay, failure=died, **changes)
             logger.warning("job %s lost its worker and starts again in %.0f s", job.pk, delay)
+    limits.grant_after_commit(keys)
 
 
 def fail(job, failure, error, **changes):

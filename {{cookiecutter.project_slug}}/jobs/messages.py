@@ -6,6 +6,10 @@ from celery import current_app
 from celery.exceptions import OperationalError
 from kombu.utils.json import dumps, loads
 
+# The fields of a job that its message needs
+MESSAGE_FIELDS = ["task", "args", "kwargs", "queue", "batch", "retries", "crashes", "times_sent"]
+MESSAGE_FIELDS += ["limit_key"]
+
 
 def send(jobs):
     """Send the messages of these jobs over one connection. Raises the transport's exceptions."""
@@ -31,13 +35,16 @@ def send_one(job, producer, **options):
     does not send the event task-sent, which would be a second message.
 
     The header `job` marks the message of a job. `crashes` says how often the job's worker has died, and
-    `times_sent` which message of the job this is, and `batch` to which batch it belongs.
+    `times_sent` which message of the job this is, `batch` to which batch it belongs, and `limit` the key of
+    its limit.
     """
     task = current_app.tasks.get(job.task)
     amqp, pk = current_app.amqp, str(job.pk)
     headers = {"job": True, "crashes": job.crashes, "times_sent": job.times_sent}
     if job.batch_id:
         headers["batch"] = str(job.batch_id)
+    if job.limit_key:
+        headers["limit"] = job.limit_key
     if current_app.conf.task_always_eager:
         args, kwargs = loads(dumps([job.args, job.kwargs]))  # as a worker gets them
         task.apply(args, kwargs, task_id=pk, retries=job.retries, headers=headers)

@@ -11,18 +11,21 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from rest_framework.permissions import IsAdminUser
 from rest_framework.views import APIView
 
+from . import pauses
 from .expressions import ACTIVE
 from .messages import known_queues
-from .models import Batch, Job, Sweep
+from .models import Batch, Job, Pause, Sweep
 
 __all__ = ["Metrics"]
 
 QUEUE_METRICS = {
-    "jobs_waiting": "Jobs that are due but not running yet",
+    "jobs_waiting": "Jobs that are due and wait for a worker",
+    "jobs_held": "Jobs that are due, but held by a limit or a pause",
     "jobs_waiting_later": "Jobs that wait for their countdown or for a retry",
     "jobs_running": "Jobs that a worker has claimed",
     "jobs_oldest_wait_seconds": "Seconds for which the oldest due job has waited for a worker",
 }
+PAUSE_METRICS = {"jobs_pause_seconds": "Seconds for which a queue or a task has been paused"}
 TASK_METRICS = {  # of one minute only: rows are purged, and counting all of them would take long
     "jobs_ended_last_minute": "Jobs that ended in the last minute",
     "jobs_ended_last_minute_run_seconds": (
@@ -47,20 +50,37 @@ BEAT_COUNTERS = {
 
 
 class Collector:
-    """The collector for prometheus_client. It makes four queries, however many jobs there are."""
+    """The collector for prometheus_client. It makes seven queries, however many jobs there are."""
 
     def collect(self):
-        queued = Q(state="queued")
-        due = queued & Q(due_at__lte=Now())
-        rows = Job.objects.filter(state__in=ACTIVE).values("queue")
-        rows = rows.annotate(
-            jobs_waiting=Count("queue", filter=due),
-            jobs_waiting_later=Count("queue", filter=queued & Q(due_at__gt=Now())),
+        names = pauses.names()
+        is_paused = Q(queue__in=names) | Q(task__in=names)
+        is_due, is_later = Q(state="queued", due_at__lte=Now()), Q(state="queued", due_at__gt=Now())
+        rows = Job.objects.filter(state__in=ACTIVE, sweep_at__isnull=False).values("queue")
+        active = rows.annotate(
+            jobs_waiting=Count("queue", filter=is_due & ~is_paused),
+            jobs_held=Count(
+                "queue", filter=is_due & is_paused
+            ),  # until a worker or the sweep holds them
+            jobs_waiting_later=Count("queue", filter=is_later),
             jobs_running=Count("queue", filter=Q(state="running")),
-            jobs_oldest_wait_seconds=Now() - Min("due_at", filter=due),
+            jobs_oldest_wait_seconds=Now() - Min("due_at", filter=is_due & ~is_paused),
         )
-        empty = [{"queue": queue} for queue in known_queues()]
-        yield from families(QUEUE_METRICS, ["queue"], [*empty, *rows])
+        rows = Job.objects.filter(held_by__isnull=False).values("queue")
+        held = rows.annotate(
+            jobs_held=Count("queue", filter=is_due),
+            jobs_waiting_later=Count("queue", filter=is_later),
+        )
+        rows = {queue: {"queue": queue} for queue in known_queues()}
+        rows |= {row["queue"]: row for row in active}
+        for row in held:
+            of_queue = rows.setdefault(row["queue"], {"queue": row["queue"]})
+            for name in ("jobs_held", "jobs_waiting_later"):
+                of_queue[name] = of_queue.get(name, 0) + row[name]
+        yield from families(QUEUE_METRICS, ["queue"], rows.values())
+
+        rows = Pause.objects.values("name", jobs_pause_seconds=Now() - F("since"))
+        yield from families(PAUSE_METRICS, ["name"], rows)
 
         ended = Job.objects.filter(finished_at__gt=Now() - timedelta(minutes=1))
         seconds = Sum(F("finished_at") - F("started_at"), filter=~Q(state="cancelled"))

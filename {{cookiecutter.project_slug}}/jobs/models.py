@@ -6,16 +6,21 @@ from typing import ClassVar
 from django.conf import settings
 from django.db import models
 from django.db.models import Q
+from django.utils import timezone
 
 from .batches import BatchActions, BatchManager
 from .expressions import ACTIVE, FINAL, UNFINISHED, Clock
+from .pauses import PauseManager
 from .queryset import MAX_LABEL, JobManager, run_again
 
-__all__ = ["Batch", "Failure", "Job"]
+__all__ = ["Batch", "Failure", "Job", "Pause"]
 
 STATES = [(state, state.title()) for state in ACTIVE + FINAL]
 BATCH_STATES = [(state, state.title()) for state in ["open", *FINAL]]
 IN_BATCH = Q(batch__isnull=False)
+HELD = Q(state="queued", held_by__isnull=False, sweep_at=None)
+SWEPT = Q(held_by=None, sweep_at__isnull=False)
+MAY_RUN_STILL = Q(state="cancelled", limit_key__isnull=False)
 
 
 def cascade_ended(collector, field, jobs, using):
@@ -105,6 +110,7 @@ class Job(Row):
     worker = models.CharField(max_length=255, default="", help_text="of the last run")
     due_at = models.DateTimeField(null=True, help_text="when a worker may start it")
     # Of a running job: the end of its lease. Of a queued job: when its message is sent (again).
+    # Of a held job: empty. Of a cancelled job with a limit: the end of its lease, while its body still runs.
     sweep_at = models.DateTimeField(null=True, help_text="when the sweep must look at it")
     deadline = models.DateTimeField(null=True, help_text="when the run is over its time limit")
     times_sent = models.PositiveSmallIntegerField(
@@ -112,6 +118,11 @@ class Job(Row):
     )
     retries = models.PositiveIntegerField(default=0)
     crashes = models.PositiveSmallIntegerField(default=0, help_text="times its worker died")
+
+    limit_key = models.CharField(max_length=255, null=True, help_text="of its limit in JOB_LIMITS")  # noqa: DJ001
+    held_by = models.CharField(  # noqa: DJ001
+        max_length=300, null=True, help_text="the limit or the pause for which it waits"
+    )
 
     batch = models.ForeignKey(Batch, cascade_ended, null=True, db_index=False, related_name="jobs")
     # Steps of a chain. [] when they were passed on.
@@ -151,7 +162,17 @@ class Job(Row):
                     "due_at",
                 ],  # due_at for the metrics
                 name="job_active",
-                condition=Q(state__in=ACTIVE),
+                condition=Q(state__in=ACTIVE, sweep_at__isnull=False),
+            ),
+            models.Index(
+                fields=["held_by", "due_at", "created_at"],
+                name="job_held",
+                condition=Q(held_by__isnull=False),
+            ),
+            models.Index(
+                fields=["limit_key"],
+                name="job_place",
+                condition=Q(limit_key__isnull=False, sweep_at__isnull=False),
             ),
         ]
         constraints = [
@@ -170,8 +191,9 @@ class Job(Row):
             ),
             models.CheckConstraint(
                 name="job_active_or_finished",
-                condition=Q(state__in=ACTIVE, sweep_at__isnull=False, finished_at=None)
-                | Q(state__in=FINAL, sweep_at=None, finished_at__isnull=False),
+                condition=Q(state__in=ACTIVE, finished_at=None) & (HELD | SWEPT)
+                | Q(state__in=FINAL, finished_at__isnull=False, held_by=None)
+                & (Q(sweep_at=None) | MAY_RUN_STILL),
             ),
         ]
 
@@ -223,3 +245,38 @@ class Sweep(models.Model):  # noqa: DJ008
     schedule_errors = models.PositiveBigIntegerField(
         default=0, db_default=0, help_text="how many Beat has logged"
     )
+
+
+class Start(models.Model):  # noqa: DJ008
+    """A run of a job whose limit has a rate: see limits.py."""
+
+    key = models.CharField(max_length=255)
+    started_at = models.DateTimeField(db_default=Clock())
+
+    class Meta:
+        default_permissions = ()
+        indexes = [
+            models.Index(fields=["key", "started_at"], name="start_key"),
+            models.Index(fields=["started_at"], name="start_time"),
+        ]
+
+
+class Pause(models.Model):
+    """A queue or a task of which no job starts: see pauses.py."""
+
+    name = models.CharField(
+        max_length=255, primary_key=True, help_text="a queue, or the full name of a task"
+    )
+    reason = models.CharField(max_length=255, blank=True)
+    since = models.DateTimeField(db_default=Clock())
+
+    objects: ClassVar[PauseManager] = PauseManager()
+
+    class Meta:
+        default_permissions = ()  # the permissions for jobs apply
+        ordering = ["name"]
+
+    def __str__(self):
+        since = timezone.localtime(self.since)
+        day = "" if since.date() == timezone.localdate() else f"{since:%Y-%m-%d} "
+        return f"Paused since {day}{since:%H:%M}" + (f": {self.reason}" if self.reason else "")

@@ -15,8 +15,9 @@ publish_again_at = {}  # queue: time.monotonic() of the next try
 
 
 def publish(jobs):
-    """Send the messages of these jobs of one queue. Raises no error of the broker."""
-    pool.send(try_to_send, jobs)
+    """Send the messages of these jobs. Raises no error of the broker."""
+    for queue in sorted({job.queue for job in jobs}):
+        pool.send(try_to_send, [job for job in jobs if job.queue == queue])
 
 
 def try_to_send(jobs):

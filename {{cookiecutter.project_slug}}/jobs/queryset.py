@@ -18,7 +18,7 @@ from django.db.models.functions import Coalesce, Now
 from django.utils import timezone
 from kombu.utils.json import loads
 
-from . import conf, updates
+from . import conf, limits, updates
 from .expressions import UNFINISHED
 from .messages import queue_of
 from .publish import publish
@@ -40,7 +40,11 @@ class JobQuerySet(models.QuerySet):
         # With a join, Django moves all conditions into a subquery, which PostgreSQL does not check again
         # when it has waited for a lock. Then check outside of it that the job has not ended.
         by_id = self.model.objects.filter(pk__in=self.values("pk"))
-        return updates.finish(by_id if self.query.count_active_tables() > 1 else self, "cancelled")
+        jobs = by_id if self.query.count_active_tables() > 1 else self
+        keys = limits.keys_of_unstarted(jobs)
+        cancelled = updates.cancel(jobs)
+        limits.grant_after_commit(keys, using=self.db)
+        return cancelled
 
     def run_again(self) -> list["Job"]:
         """Run these jobs again, all in one transaction. Skip those that are active or can no longer run.
@@ -59,6 +63,7 @@ class JobQuerySet(models.QuerySet):
                     if job.state == "succeeded":
                         copies.append(self.model(**fields))
                     else:
+                        job.limit_key = fields["limit_key"]
                         failed.append(job)
             queued = queue_again(manager, failed, now)
             return [*dict.fromkeys(keyed), *queued, *insert_many(manager, now, copies)]
@@ -164,7 +169,7 @@ def new_fields(
 ):
     """Return the fields of a new job. Raises the TypeError and ValueError of enqueue()."""
     fields = call_fields(task, args, kwargs, label, queue)
-    return {**fields, "owner": owner, **times(now, countdown, eta)}
+    return {**fields, "owner": owner, **times(now, countdown, eta, fields["limit_key"])}
 
 
 def call_fields(task, args, kwargs=None, label="", queue=None):
@@ -173,8 +178,9 @@ def call_fields(task, args, kwargs=None, label="", queue=None):
         task, label, queue = task._for_call(label, queue)
     if not getattr(task, "_is_job", False):
         raise TypeError(f"{task!r} is not a job: declare it with @shared_task(base=JobTask)")
+    given = args, kwargs or {}
     try:
-        args, kwargs, size = as_json(args, kwargs or {})
+        args, kwargs, size = as_json(*given)
     except (RecursionError, ValueError) as error:
         raise TypeError(f"The arguments cannot be stored as JSON: {error}") from error
     if not isinstance(args, list) or not isinstance(kwargs, dict):
@@ -185,15 +191,17 @@ def call_fields(task, args, kwargs=None, label="", queue=None):
     to_json(label)  # may raise ValueError
     check_text("queue", queue or None)
     queue = queue or queue_of(task, args, kwargs)
-    label = label[:MAX_LABEL]
-    return {"task": task.name, "args": args, "kwargs": kwargs, "label": label, "queue": queue}
+    fields = {"task": task.name, "args": args, "kwargs": kwargs, "label": label[:MAX_LABEL]}
+    return {**fields, "queue": queue, "limit_key": limits.key_of(task, *given)}
 
 
-def times(now, countdown=None, eta=None):
-    """Return when a new job is due, and when the sweep sends its message."""
+def times(now, countdown=None, eta=None, limit_key=None):
+    """Return when a new job is due, and when the sweep sends its message, or that it is held."""
     if (delay := seconds_until(countdown, eta)) > MAX_COUNTDOWN:
         raise ValueError(f"countdown={delay:.0f} is longer than ten years: it is in seconds")
     due_at = now + timedelta(seconds=delay)
+    if limit_key:
+        return {"times_sent": 0, "due_at": due_at, "sweep_at": None, "held_by": limit_key}
     resend_at = now + timedelta(seconds=conf.JOB_RESEND_SECONDS)
     sweep_at = due_at if delay else resend_at
     return {"times_sent": 0 if delay else 1, "due_at": due_at, "sweep_at": sweep_at}
@@ -212,6 +220,8 @@ def fields_to_run_again(job, now):
     """Return the fields of a copy of this job. Raises the same errors as Job.run_again()."""
     if job.finished_at is None:
         raise ValueError("it has not ended yet")
+    if job.sweep_at:
+        raise ValueError("it is cancelled, but its body has not ended yet: try again in a moment")
     if job.task not in current_app.tasks:
         raise ValueError(f"there is no task {job.task}")
     task, calls = current_app.tasks[job.task], loads(to_json([job.args, job.kwargs]))
@@ -227,6 +237,7 @@ def run_again(job):
     fields = fields_to_run_again(job, now)
     if job.state == "succeeded":
         return insert(manager, fields, job.unique_key)
+    job.limit_key = fields["limit_key"]
 
     @transaction.atomic(manager.db)
     def queue():
@@ -246,15 +257,18 @@ def queue_again(manager, jobs, now):
     found, queued = {job.pk: job for job in jobs if job.batch_id in opened}, []
     for ids in chunks(iter(found), BATCH_SIZE):
         # Another process may have run some of them again since they were read.
-        rows = manager.filter(pk__in=ids, state__in=updates.UNSUCCESSFUL).order_by("pk")
+        rows = manager.filter(updates.CAN_RUN_AGAIN, pk__in=ids).order_by("pk")
         locked = set(rows.select_for_update().values_list("pk", flat=True))
-        changes = updates.run_again(manager.filter(pk__in=locked), **times(now))
-        for job in [found[pk] for pk in ids if pk in locked]:
-            queued.append(job)
-            for name, value in changes.items():
-                setattr(job, name, value)
-            if job.cursor is None:
-                job.progress = 0
+        jobs = [found[pk] for pk in ids if pk in locked]
+        for key in {job.limit_key for job in jobs}:
+            rows = manager.filter(pk__in=[job.pk for job in jobs if job.limit_key == key])
+            changes = updates.run_again(rows, limit_key=key, **times(now, limit_key=key))
+            for job in [job for job in jobs if job.limit_key == key]:
+                for name, value in changes.items():
+                    setattr(job, name, value)
+                if job.cursor is None:
+                    job.progress = 0
+        queued += jobs
     send_after_commit(manager, queued)
     return queued
 
@@ -306,6 +320,7 @@ def send_after_commit(manager, jobs):
         for start in range(0, len(to_send), BATCH_SIZE):
             part = to_send[start : start + BATCH_SIZE]
             transaction.on_commit(lambda part=part: publish(part), using=manager.db, robust=True)
+    limits.grant_after_commit({job.held_by for job in jobs if job.held_by}, using=manager.db)
 
 
 def database_time(manager):

@@ -9,7 +9,7 @@ from celery.backends.base import BaseBackend
 from celery.exceptions import TimeoutError
 from celery.result import AsyncResult, GroupResult, assert_will_not_block
 
-from . import batches
+from . import batches, limits
 from .models import Batch, Job
 from .publish import publish
 from .values import uuids
@@ -70,6 +70,7 @@ def run_until_stored(keys):
 
     If one is not stored, it may come after other jobs. Then run all that are queued.
     """
+    limits.ignore(Job.objects.filter(pk__in=keys))
     jobs = Job.objects.in_bulk(keys)
     for job in jobs.values():
         if job.state == "queued":
@@ -80,12 +81,13 @@ def run_until_stored(keys):
 
 
 def run_queued(until=lambda: False):
-    """Run all queued jobs and those that they enqueue, and wait for no countdown."""
+    """Run all queued jobs and those that they enqueue, one by one. Wait for no countdown and no rate."""
     queued = Job.objects.filter(state="queued").order_by("created_at")
     # (id, retries): a job that the broker refuses stays queued, so publish it only once.
     ran = set()
     while not until():
         batches.end_all()  # as the sweep does
+        limits.ignore(queued)
         tries = set(queued.values_list("pk", "retries")) - ran
         if not tries:
             return

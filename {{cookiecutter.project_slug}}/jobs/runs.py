@@ -9,12 +9,14 @@ from contextlib import suppress
 from traceback import format_exception, format_exception_only
 
 from celery.exceptions import Ignore, SoftTimeLimitExceeded
+from django.db import transaction
 
-from . import batches, updates
+from . import batches, limits, pauses, updates
 from .database import in_transaction, wait_for, wait_past_soft_limit
 from .expressions import LOCK_TIMEOUT, lease_end
 from .models import Batch, Job
 from .pools import pool
+from .publish import publish
 from .values import as_json, printable, to_json
 
 logger = logging.getLogger(__name__)
@@ -42,15 +44,18 @@ class JobLost(BaseException):
 class Run:
     """One run of a job. It owns the job as long as `Job.run_token` is its token.
 
-    Use it as a context manager: the lease is renewed inside the block. The other arguments are those of
-    updates.claim().
+    Use it as a context manager: the lease is renewed inside the block. `limit_key` is the key of its limit.
+    The other arguments are those of updates.claim().
     """
 
-    def __init__(self, job_id, token=None, task=None, batch_id=None, **claim):
+    def __init__(self, job_id, token=None, task=None, batch_id=None, limit_key=None, **claim):
         self.job_id = job_id
         self.token = token or uuid.uuid4()
         self.task = task
         self.batch_id = batch_id
+        self.limit_key = limit_key
+        self.has_written = False  # how the body ended
+        self.next_jobs = []  # the job that has its place now
         self.next_steps = []  # what the body passed to then()
         self.claim_fields = claim
         self.report = {}  # the latest progress and message
@@ -84,11 +89,13 @@ class Run:
     def __exit__(self, *exc_info):
         with lock:
             del runs[self.token]
+        if self.limit_key and not self.next_jobs:
+            pool.query(limits.after_run, self)
 
     def claim(self):
         """Claim the job, also a second time. Returns 0 if it belongs to another run or has ended."""
         key = {"id": self.job_id, "run_token": self.token}
-        return updates.claim(Job.objects, **key, **self.claim_fields)
+        return limits.claim(Job.objects, self.limit_key, **key, **self.claim_fields)
 
     def become_suspect(self):
         """Become the suspect of this process, unless there is one. Returns whether it did.
@@ -105,7 +112,10 @@ class Run:
     # What the body does
 
     def needs_write(self):
-        return not self.lost and (self.report != self.written or time.monotonic() > self.renew_at)
+        return not self.lost and (self.report != self.written or self.is_renewal_due())
+
+    def is_renewal_due(self):
+        return time.monotonic() > self.renew_at
 
     def read_cursor(self):
         if self.cursor is UNREAD:
@@ -195,11 +205,22 @@ class Run:
 
         If the database has lost the claim in a crash, the job is claimed again and the update repeated.
         """
+        if self.limit_key:
+            args, update = (update, *args), self.hand_over
         written = wait_past_soft_limit(update, *args, **kwargs)
         # After a failed claim the job may have been run again: do not take that run from another worker.
-        if written or self.overtaken or not wait_past_soft_limit(self.claim):
-            return written
-        return wait_past_soft_limit(update, *args, **kwargs)
+        if not written and not self.overtaken and wait_past_soft_limit(self.claim):
+            written = wait_past_soft_limit(update, *args, **kwargs)
+        self.has_written = bool(written)
+        publish(self.next_jobs)
+        return written
+
+    def hand_over(self, update, *args, **kwargs):
+        """Call update(…), and let the next job with the same limit have the place, in one transaction."""
+        with transaction.atomic():
+            written = update(*args, **kwargs)
+            self.next_jobs = limits.hand_over(self.limit_key) if written else []
+        return written
 
     def ignored(self):
         """Return the exception that ends a run whose job is cancelled or belongs to another run.
@@ -207,6 +228,9 @@ class Run:
         If the job is cancelled, Flower gets an event.
         """
         task, id = self.task, self.job_id
+        row = Job.objects.filter(LOCK_TIMEOUT, pk=id)
+        if wait_past_soft_limit(pauses.hold, row):
+            return Ignore("its queue or its task is paused")
         if wait_for(Job.objects.filter(pk=id, state="cancelled").exists):
             logger.info("job %s %s is cancelled", task.name, id)
             if task.app.conf.worker_send_task_events:

@@ -3,6 +3,7 @@ from django.core.cache.backends.locmem import LocMemCache
 from django.db.models import Count
 from rest_framework import serializers
 
+from . import limits
 from .expressions import ACTIVE, FINAL
 from .models import Batch, Failure, Job
 
@@ -27,10 +28,23 @@ def may_run_again(user, job):
     return has_job_perm(user, "delete") or (is_owner and is_allowed)
 
 
+def add_reasons(jobs):
+    """Replace the messages of those jobs that are held by what they wait for."""
+    reasons = limits.reasons(jobs)
+    for job in jobs:
+        job.message = reasons.get(job.pk, job.message)
+
+
 class FailureSerializer(serializers.ModelSerializer):
     class Meta:
         model = Failure
         fields = ["worker", "started_at", "ended_at", "error", "exception", "traceback"]
+
+
+class JobListSerializer(serializers.ListSerializer):
+    def to_representation(self, jobs):
+        add_reasons(jobs)
+        return super().to_representation(jobs)
 
 
 class JobSerializer(serializers.ModelSerializer):
@@ -44,6 +58,7 @@ class JobSerializer(serializers.ModelSerializer):
 
     class Meta:
         model = Job
+        list_serializer_class = JobListSerializer
         fields = ["id", "url", "task", "label", "queue", "state", "progress", "message"]
         fields += ["result", "error", "failures", "can_run_again", "batch"]
         fields += ["created_at", "started_at", "finished_at"]
@@ -56,6 +71,8 @@ class JobSerializer(serializers.ModelSerializer):
         if hasattr(job, "short_result"):  # a row of a list: see JobViewSet
             job.result = job.short_result
         is_trusted = has_job_perm(self.context["request"].user, "view")
+        if self.parent is None:
+            add_reasons([job])
         if self.parent is not None or not is_trusted:
             self.fields.pop("failures", None)
         shown = super().to_representation(job)

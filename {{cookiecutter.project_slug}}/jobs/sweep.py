@@ -16,12 +16,12 @@ from django.db import close_old_connections, connection, transaction
 from django.db.models import F, Min, Q, TextField
 from django.db.models.functions import Cast, Length, Now
 
-from . import batches, conf, updates
+from . import batches, conf, limits, pauses, updates
 from .database import may_succeed_later, try_in_halves
 from .expressions import QUEUED
 from .lease import POLL_SECONDS, recover
 from .liveness import touch_liveness_file
-from .messages import messages_in, send
+from .messages import MESSAGE_FIELDS, messages_in, send
 from .models import Batch, Job, Sweep
 from .queryset import BATCH_SIZE
 from .values import size_error
@@ -32,8 +32,6 @@ JOBS_IN_MEMORY = 100  # jobs loaded at once, because arguments may be large
 # If the arguments of a batch are larger, load one job at a time. As Python objects they need up to 20
 # times as much memory.
 BYTES_IN_MEMORY = 1_000_000
-# The fields of a job that its message needs.
-MESSAGE_FIELDS = ["task", "args", "kwargs", "queue", "batch", "retries", "crashes", "times_sent"]
 REFUSALS = 5  # a job fails when the broker has refused its message this many times
 PURGE_BATCH = 2000  # jobs deleted in a round: more than a million an hour, with a round every 5 s
 PURGE_RETRY_SECONDS = 3600  # until jobs that could not be deleted are tried again
@@ -160,6 +158,9 @@ def send_due(resend=True):
     """
     pause = conf.JOB_SWEEP_SECONDS
     until = time.monotonic() + pause
+    paused = pauses.names()
+    pauses.hold_due(paused)
+    turn = limits.let_due_go(paused)
     soon = Job.objects.filter(state="queued", sweep_at__lt=Now() + timedelta(seconds=pause))
     new = Q(times_sent=0, sweep_at__gte=Now())
     first, countdown = Min("sweep_at") - Now(), Min("sweep_at", filter=new) - Now()
@@ -179,7 +180,7 @@ def send_due(resend=True):
                     raise
                 logger.warning("the jobs of the queue %s are not sent: %r", name, error)
                 broker.close()  # it may be broken; the next queue opens it again
-    return 0 if names else min(pause, max(MIN_PAUSE, min(countdowns, default=pause)))
+    return 0 if names else min(pause, max(MIN_PAUSE, min([turn, *countdowns])))
 
 
 def send_batch(name, size, resend, waiting):
@@ -306,6 +307,7 @@ def purge_forever():
             close_old_connections()
             for purge in purges:
                 purge.delete_page()
+            limits.delete_old_starts()
         except Exception as error:
             logger.warning("old jobs are not deleted: %r", error)
 

@@ -16,7 +16,7 @@ from django.db import connection
 from django.db.models.functions import Now
 from django.db.transaction import TransactionManagementError
 
-from . import batches, conf, updates
+from . import batches, conf, limits, updates
 from .celery import NO_CANVAS, check_options
 from .database import (
     end_interrupted_query,
@@ -65,6 +65,7 @@ class JobTask(DjangoTask):
     retry_on_worker_lost = False  # the row counts crashes
     ignore_result = True  # the row has the result
     owner_may_run_again = False  # a job that failed or was cancelled, through the API
+    limit: str | None = None  # the key of its limit, such as "tenant:{tenant_id}": see limits.py
 
     @property
     def _current_run(self):
@@ -92,6 +93,7 @@ class JobTask(DjangoTask):
                 raise TypeError(f"{cls.name}: a job cannot have {name}")
         if cls.time_limit and cls.soft_time_limit and cls.soft_time_limit > cls.time_limit:
             cls.soft_time_limit = cls.time_limit * 0.9
+        limits.check_template(cls)
         if iscoroutinefunction(cls.run):
             body = getattr_static(cls, "run")  # not yet bound to an instance
 
@@ -299,15 +301,18 @@ class JobTask(DjangoTask):
             return super().__call__(*args, **kwargs)
         headers = request.headers or {}
         if "job" not in headers:  # an app that does not know that this task is a job has sent it
-            wait_for(
-                Job.objects.get_or_create, new_fields(Now(), self, args, kwargs), pk=request.id
-            )
+            fields = new_fields(Now(), self, args, kwargs)
+            job, _ = wait_for(Job.objects.get_or_create, fields, pk=request.id)
+            if job.held_by:
+                pool.query(limits.grant, [job.held_by])
         crashes, limit = headers.get("crashes", 0), request.time_limit or self.time_limit
         run = Run(
             request.id,
             headers.get("run_token"),
             self,
             headers.get("batch"),
+            # In eager mode, grant() lets the next job go: here it would run inside of this one.
+            None if request.is_eager else headers.get("limit"),
             worker=request.hostname,
             retries=request.retries,
             crashes=crashes,

@@ -5,33 +5,49 @@ from functools import wraps
 from inspect import signature
 
 from django.db import connections, models, transaction
-from django.db.models import Case, Q, When
-from django.db.models.functions import Now
+from django.db.models import Case, F, Q, When
+from django.db.models.functions import Coalesce, Now
 from django.db.models.sql import UpdateQuery
 
 from . import conf
-from .expressions import ASYNC_COMMIT, IDLE_TIMEOUT, LOCK_TIMEOUT, UNFINISHED, Clock
+from .expressions import ASYNC_COMMIT, IDLE_TIMEOUT, LOCK_TIMEOUT, UNFINISHED, Clock, is_paused
 
 STORED_FAILURES = 20  # of each job: the latest ones
 UNSUCCESSFUL = ["failed", "cancelled"]
+# The body of a cancelled job with a limit may still run: then it has a sweep_at.
+CAN_RUN_AGAIN = Q(state__in=UNSUCCESSFUL, sweep_at=None)
 
 
 def requeue(jobs, delay=0, failure=None, **changes):
     """Queue these jobs (again). The sweep sends their messages in `delay` seconds.
 
-    Returns how many rows were changed. `failure` has the fields of a Failure to store, see update().
+    A run gives up its place when it ends, so a job with a limit is held again. See limits.py. Returns how many rows were changed. `failure` has the fields of a Failure to store, see update().
     """
     due = Now() + timedelta(seconds=delay)
     # A job that is already queued keeps its due_at.
     changes["due_at"] = Case(When(state="queued", then="due_at"), default=due)
-    changes |= {"state": "queued", "run_token": None, "times_sent": 0, "sweep_at": due}
+    limit_key = Case(When(state="running", then="limit_key"))
+    is_held = Q(held_by__isnull=False) | Q(state="running", limit_key__isnull=False)
+    changes["held_by"] = Coalesce("held_by", limit_key)
+    changes["sweep_at"] = Case(When(is_held, then=None), default=due)
+    changes |= {"state": "queued", "run_token": None, "times_sent": 0}
     return update(jobs, changes, failure)
 
 
 def finish(jobs, state, failure=None, **changes):
     """Write a final state, unless the job already has one. Returns how many rows were changed."""
-    changes |= {"state": state, "run_token": None, "sweep_at": None, "finished_at": Now()}
-    return update(jobs.filter(UNFINISHED), changes, failure)
+    final = {"state": state, "run_token": None, "sweep_at": None, "held_by": None}
+    return update(jobs.filter(UNFINISHED), {**final, "finished_at": Now(), **changes}, failure)
+
+
+def cancel(jobs):
+    """Cancel these jobs, unless they have ended. Returns how many rows were changed.
+
+    A body with a limit keeps its place until it ends, or until its lease does.
+    """
+    in_body = Q(state="running", limit_key__isnull=False)
+    sweep_at = Case(When(in_body, then=F("sweep_at")), default=None)
+    return finish(jobs, "cancelled", sweep_at=sweep_at)
 
 
 def run_again(jobs, **times):
@@ -42,7 +58,7 @@ def run_again(jobs, **times):
     changes = {**times, "state": "queued", "finished_at": None, "retries": 0, "crashes": 0}
     changes |= {"result": None, "message": "", "error": "", "public_error": ""}
     progress = Case(When(cursor__isnull=False, then="progress"), default=0)
-    jobs.filter(state__in=UNSUCCESSFUL).update(**changes, progress=progress)
+    jobs.filter(CAN_RUN_AGAIN).update(**changes, progress=progress)
     return changes
 
 
@@ -168,8 +184,8 @@ def fill(param, values, connection):
 def claim(manager, id, run_token, worker, retries, crashes, times_sent, limit, lease):
     """The UPDATE that gives a queued job to the run with this token.
 
-    It changes no row if the job is no longer queued, or if it has crashed or was retried since the message
-    was sent. `limit` is the time until the deadline, and `lease` the length of the first lease. `retries`,
+    It changes no row if the job is no longer queued, is held or paused, or if it has crashed or was retried
+    since the message was sent. `limit` is the time until the deadline, and `lease` the length of the first lease. `retries`,
     `crashes` and `times_sent` come from the message; `times_sent` says which message of the job it is, 1 for
     the first. If PostgreSQL crashes within a second, the claim may be lost: then the run must claim the
     job again.
@@ -177,8 +193,10 @@ def claim(manager, id, run_token, worker, retries, crashes, times_sent, limit, l
     # Q(run_token=run_token): this UPDATE was sent before and committed, but its answer was lost.
     claimable = Q(run_token=None) | Q(run_token=run_token)
     is_current = Q(retries=retries, crashes=crashes)
-    rows = manager.filter(claimable, UNFINISHED, is_current, LOCK_TIMEOUT, ASYNC_COMMIT, pk=id)
-    return rows, {
+    # An old message may arrive when the job is held.
+    may_start = Q(sweep_at__isnull=False) & ~is_paused()
+    rows = manager.filter(claimable, UNFINISHED, is_current, may_start, pk=id)
+    return rows.filter(LOCK_TIMEOUT, ASYNC_COMMIT), {
         "state": "running",
         "run_token": run_token,
         "worker": worker,

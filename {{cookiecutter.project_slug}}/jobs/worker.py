@@ -10,15 +10,16 @@ from celery import current_app, exceptions
 from celery.worker import state
 from celery.worker.control import Panel
 from django.db import close_old_connections, connection
-from django.db.models import F
+from django.db.models import F, Q
 from django.db.models.functions import Now
 
 from . import conf, updates
 from .celery import cancel
 from .database import wait_for
 from .events import BatchedEvents
-from .expressions import QUEUED
+from .expressions import IN_CANCELLED_BODY, QUEUED
 from .lease import POLL_SECONDS, RECOVERY_DELAY, recover, renew_for_children
+from .limits import free_cancelled
 from .models import Job
 from .pools import has_children
 
@@ -67,7 +68,8 @@ def renew_leases_of_children():
             if requests:
                 ids = [request.id for request in requests]
                 tokens = [request.request_dict["run_token"] for request in requests]
-                renew_for_children(Job.objects.filter(pk__in=ids, run_token__in=tokens))
+                in_body = Q(run_token__in=tokens) | IN_CANCELLED_BODY
+                renew_for_children(Job.objects.filter(in_body, pk__in=ids))
         except Exception as error:  # the next try may succeed
             logger.warning("cannot renew leases: %r", error)
         connection.close()  # a child must not inherit it
@@ -79,6 +81,8 @@ def recover_job_of_dead_child(sender, task_id, exception, **kwargs):
     if token and isinstance(exception, exceptions.WorkerLostError):
         # Wait until the database has rolled back the child's transaction.
         in_thread(recover, Job.objects.filter(pk=task_id, run_token=token), delay=POLL_SECONDS)
+        if "limit" in sender.request.headers:
+            in_thread(free_cancelled, Job.objects.filter(pk=task_id), delay=POLL_SECONDS)
 
 
 # Jobs that this worker does not run

@@ -1,0 +1,34 @@
+"""manage.py jobs pause NAME… --reason TEXT, resume NAME…, or paused. A name is that of a queue or a task."""
+
+from django.core.management.base import BaseCommand, CommandError
+
+from jobs.models import Pause
+
+
+class Command(BaseCommand):
+    help = "Pauses queues or tasks, resumes them, or lists what is paused."
+
+    def add_arguments(self, parser):
+        commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+        pause = commands.add_parser("pause", help="start no job of these queues or tasks")
+        resume = commands.add_parser("resume", help="start them again")
+        commands.add_parser("paused", help="list what is paused")
+        for command in pause, resume:
+            command.add_argument(
+                "names", nargs="+", metavar="NAME", help="a queue, or a task's full name"
+            )
+        pause.add_argument("--reason", default="", help="for the people who wait")
+
+    def handle(self, command, names=(), reason="", **options):
+        if command == "pause":
+            try:
+                for name in names:
+                    Pause.objects.pause(name, reason)
+            except ValueError as error:
+                raise CommandError(error) from None
+        elif command == "resume":
+            for name in names:
+                if not Pause.objects.resume(name):
+                    raise CommandError(f"{name} is not paused")
+        for pause in Pause.objects.all():
+            self.stdout.write(f"{pause.name}: {pause}")
