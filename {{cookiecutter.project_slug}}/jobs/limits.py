@@ -20,7 +20,7 @@ import inspect
 import logging
 import re
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import cache
 from math import inf
 from string import Formatter
@@ -416,8 +416,9 @@ def ignore(jobs):
 
 
 def reasons(jobs):
-    """Return {id: a sentence} for those of these jobs that are due, but held."""
-    held = [job for job in jobs if job.held_by and job.due_at <= timezone.now()]
+    """Return {id: a sentence} for those of these jobs that are due, but held. Not for one just enqueued."""
+    held = [job for job in jobs if job.held_by and isinstance(job.due_at, datetime)]
+    held = [job for job in held if job.due_at <= timezone.now()]
     keys = {job.held_by for job in held}
     texts = {}
     if names := [key.removeprefix(PREFIX) for key in keys if key.startswith(PREFIX)]:

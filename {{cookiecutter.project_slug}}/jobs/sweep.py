@@ -188,7 +188,9 @@ def send_batch(name, size, resend, waiting):
 
     Returns whether more jobs may be due.
     """
-    queue, queued = queues[name], Job.objects.filter(state="queued", queue=name)
+    # Held jobs have no sweep_at. The index job_active leaves them out.
+    queue = queues[name]
+    queued = Job.objects.filter(state="queued", queue=name, sweep_at__isnull=False)
     queue.most_messages = max(queue.most_messages, waiting)
     missing = queued.filter(times_sent__gt=0).count() - waiting  # negative if plain tasks wait too
     # The oldest jobs first. These are also the ones to send again: workers take the oldest messages first,
