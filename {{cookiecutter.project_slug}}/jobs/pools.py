@@ -72,6 +72,8 @@ class Greenlets:
         # its connection open until Python's garbage collector runs.
         self.threads = threadpool.ThreadPool(10)
         self.hub = gevent.get_hub()
+        self.get_thread = monkey.get_original("_thread", "get_ident")
+        self.main_thread = self.get_thread()
         sync.ThreadPoolExecutor = executor_of_coroutine
 
     def start_thread(self, function):
@@ -82,7 +84,7 @@ class Greenlets:
         return self.threads.apply(function, args, kwargs)
 
     def send(self, function, *args):
-        if gevent.get_hub() is self.hub:
+        if self.get_thread() == self.main_thread:  # get_hub() would make a hub for each thread
             function(*args)
         else:
             self.hub.loop.run_callback_threadsafe(gevent.spawn, function, *args)
