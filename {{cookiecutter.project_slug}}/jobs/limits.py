@@ -172,11 +172,12 @@ def key_of(task, args, kwargs):
 # When the sweep sends them: in the order of `due_at`, and in which they were stored.
 IN_ORDER = "CASE WHEN created_at > due_at THEN created_at ELSE due_at END"
 # The oldest held jobs of a key, at most `number`, if fewer than `most` places are in use. The WITH makes
-# PostgreSQL choose them only once.
+# PostgreSQL choose them only once. A job with a limit that a pause holds must wait for its limit next.
 TAKE = """
 WITH next AS MATERIALIZED (
     SELECT id FROM jobs_job WHERE held_by = %(key)s AND due_at <= {now}
     AND (SELECT COUNT(*) FROM jobs_job WHERE limit_key = %(key)s AND sweep_at IS NOT NULL) < %(most)s
+    AND (limit_key IS NULL OR limit_key = held_by)
     AND NOT EXISTS (SELECT 1 FROM jobs_pause WHERE name IN (queue, task))
     ORDER BY due_at, created_at LIMIT %(number)s {lock}
 )
@@ -256,8 +257,6 @@ def let_go(keys, is_sent=True, skip_locked=False):
         free, _ = free_places(keys)
         jobs = []
         for key in keys:
-            if key.startswith(PREFIX) and free[key] > 0:
-                pauses.hold_by_limit(key)
             jobs += take(key, max(free[key], 0), is_sent=is_sent)
     return jobs
 
@@ -291,8 +290,8 @@ def free_places(keys):
     """
     free, seconds = dict.fromkeys(keys, MOST), inf
     if any(key.startswith(PREFIX) for key in keys):
-        names = set(pauses.names())
-        free |= {key: 0 for key in keys if key.removeprefix(PREFIX) in names}
+        names = pauses.names()
+        free |= {key: 0 for key in free.keys() & {PREFIX + name for name in names}}
     limits = {key: limit_of(key) for key in keys if not key.startswith(PREFIX)}
     # Count what has not started before the starts: a job that starts meanwhile is counted twice, not never.
     places = {key: (0, 0) for key in limits}
@@ -320,7 +319,7 @@ def let_due_go(paused):
     `paused` is what pauses.names() returns.
     """
     free_cancelled(with_place().filter(sweep_at__lt=Now()))
-    seconds, due = inf, []
+    seconds, due = inf, set()
     heads = job_manager().filter(pk__in=RawSQL(HEADS, []))  # noqa: S611  it has no parameter
     for key, queue, task, wait in heads.values_list(
         "held_by", "queue", "task", F("due_at") - Now()
@@ -328,13 +327,15 @@ def let_due_go(paused):
         if wait > timedelta():
             seconds = min(seconds, wait.total_seconds())
             continue
-        due.append(key)
-        if (queue in paused or task in paused) and not key.startswith(PREFIX):
-            pauses.hold_all(key)
+        due.add(key)
+        if not key.startswith(PREFIX):
+            if queue in paused or task in paused:
+                pauses.hold_all(key)
+        elif key.removeprefix(PREFIX) not in paused:
+            due |= pauses.hold_by_others(key)
     free, next_start = free_places(due)
     for some in chunks(iter([key for key in due if free[key] > 0]), AT_ONCE):
-        count = len(let_go(some, is_sent=False, skip_locked=True))
-        if count >= MOST or any(key.startswith(PREFIX) for key in some):
+        if len(let_go(some, is_sent=False, skip_locked=True)) >= MOST:
             seconds = 0  # there may be more
     return min(seconds, next_start)
 

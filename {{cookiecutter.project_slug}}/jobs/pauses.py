@@ -61,13 +61,18 @@ def hold_pages(jobs):
     held = BATCH_SIZE
     while held == BATCH_SIZE:
         with transaction.atomic():
-            held = hold(updates.skip_locked(jobs[:BATCH_SIZE]))
+            page = updates.locking(jobs).values_list("pk", flat=True)[:BATCH_SIZE]
+            held = hold(job_manager().filter(pk__in=list(page)))
 
 
-def hold_by_limit(key):
-    """After a pause, let the limits of those jobs hold them that the pause has held."""
-    limited = job_manager().filter(held_by=key, limit_key__isnull=False)
+def hold_by_others(key):
+    """After a pause, let other pauses or their limits hold its jobs. Returns the keys of these limits."""
+    jobs = job_manager().filter(held_by=key)
+    hold(jobs)
+    limited = jobs.filter(limit_key__isnull=False)
+    keys = set(limited.values_list("limit_key", flat=True).distinct())
     limited.update(held_by=F("limit_key"))
+    return keys
 
 
 def known_names():
@@ -99,5 +104,6 @@ class PauseManager(models.Manager):
         from .limits import grant  # which needs this module
 
         deleted, _ = self.filter(name=name).delete()
-        transaction.on_commit(lambda: grant([PREFIX + name]), robust=True)
+        key = PREFIX + name
+        transaction.on_commit(lambda: grant([key, *hold_by_others(key)]), robust=True)
         return bool(deleted)

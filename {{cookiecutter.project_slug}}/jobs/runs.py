@@ -230,6 +230,8 @@ class Run:
         task, id = self.task, self.job_id
         row = Job.objects.filter(LOCK_TIMEOUT, pk=id)
         if wait_past_soft_limit(pauses.hold, row):
+            if self.limit_key:  # it has lost its place
+                pool.query(limits.grant, [self.limit_key])
             return Ignore("its queue or its task is paused")
         if wait_for(Job.objects.filter(pk=id, state="cancelled").exists):
             logger.info("job %s %s is cancelled", task.name, id)
