@@ -104,7 +104,7 @@ def server(folder):
 
 IMPORTS = """
 from celery import shared_task
-from jobs.models import Batch, Job
+from jobs.models import Batch, Job, Pause
 from jobs.tasks import JobTask
 
 @shared_task(base=JobTask, bind=True)
@@ -118,12 +118,17 @@ def test_an_editor_completes_and_shows_the_public_names(server):
     assert not {"cancel", "run_again", "claim"} & shown
     assert {"cancel", "run_again"} <= server.completions(f"{IMPORTS}Job.objects.filter(pk=1).")
     assert {"enqueue", "aenqueue", "open"} <= server.completions(f"{IMPORTS}Batch.objects.")
+    assert {"pause", "resume", "filter"} <= server.completions(f"{IMPORTS}Pause.objects.")
+    pause = f"{IMPORTS}pause = Pause.objects.pause('io')\n    pause."
+    assert {"name", "reason", "since"} <= server.completions(pause)
     batch = f"{IMPORTS}batch = Batch.objects.enqueue(build_report, [[1]])\n    batch."
     assert {"state", "jobs", "enqueue", "enqueue_many", "cancel"} <= server.completions(batch)
     of_self = server.completions(f"{IMPORTS}self.")
     assert {"report", "cursor", "retry", "request", "then", "batch"} <= of_self
     job = f"{IMPORTS}job = Job.objects.enqueue(build_report, [1])\n    job."
-    assert {"state", "public_error", "failures", "cancel", "run_again"} <= server.completions(job)
+    shown = server.completions(job)
+    assert {"state", "public_error", "failures", "cancel", "run_again"} <= shown
+    assert {"held_by", "limit_key"} <= shown
     assert {"using", "enqueue", "delay"} <= server.completions(f"{IMPORTS}build_report.")
 
     options = ["owner: Any", "label: str", "queue: str", "countdown: float", "eta: datetime"]

@@ -313,3 +313,10 @@ def test_the_checks_find_a_queue_without_workers(monkeypatch):
     assert found_by_checks() == set()
     monkeypatch.setattr(add, "queue", "other", raising=False)
     assert found_by_checks() == {"jobs.W005"}
+
+
+def test_the_checks_find_a_rate_that_each_worker_counts_for_itself(monkeypatch):
+    monkeypatch.setattr(app.tasks["test_celery.plain"], "rate_limit", "5/s")
+    assert found_by_checks() == set()
+    monkeypatch.setattr(add, "rate_limit", "5/s")
+    assert found_by_checks() == {"jobs.W008"}

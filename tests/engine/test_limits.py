@@ -4,11 +4,12 @@ from datetime import timedelta
 
 import pytest
 from celery import shared_task
+from django.db import transaction
 from django.db.models import F
 from django.utils import timezone
 from test_jobs import CLAIM
 
-from jobs import limits, messages, sweep, updates
+from jobs import limits, messages, pauses, sweep, updates
 from jobs.models import Job, Pause, Start
 from jobs.runs import Run
 from jobs.tasks import JobError, JobTask
@@ -132,6 +133,18 @@ def test_the_sweep_lets_held_jobs_go(sent):
     assert sent == [job.pk for job in jobs[:2]]
     sweep.send_due()
     assert sent == [job.pk for job in jobs[:2]]
+
+
+def test_places_starts_and_pauses_are_not_read_from_a_replica(replica):
+    """It lags behind."""
+    with transaction.atomic():  # of which the replica sees nothing
+        Job.objects.enqueue_many(ask, [[number] for number in range(5)])
+        Start.objects.bulk_create(Start(key="api") for _ in range(2))
+        assert len(limits.let_go(["api"])) == 1
+        Pause.objects.pause("celery")
+        assert pauses.names() == ["celery"]
+        assert [pause.name for pause in Pause.objects.filter(name="celery")] == ["celery"]
+        assert Pause.objects.resume("celery")
 
 
 def test_jobs_run_in_tests_whatever_their_limits_say(run_jobs, commit):

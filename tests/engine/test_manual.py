@@ -89,6 +89,12 @@ def test_the_manual_lists_each_setting_with_its_default():
     }
 
 
+def test_the_manual_names_each_command():
+    commands = [path.stem for path in (OUTPUT / "jobs/management/commands").glob("[a-z]*.py")]
+    listed = set(re.findall(r"^- `manage\.py (\w+) ", MANUAL, re.MULTILINE))
+    assert listed == set(commands) == {"jobs"}
+
+
 def test_the_manual_says_what_each_module_is_for():
     [text] = re.findall(r"## Where to look\n(.*?)^##", MANUAL, re.MULTILINE | re.DOTALL)
     assert set(re.findall(r"`(\w+)\.py`", text)) == FILES.keys()

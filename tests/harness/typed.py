@@ -12,7 +12,8 @@ from rest_framework.viewsets import ModelViewSet
 
 from jobs.admin import announce
 from jobs.backends import JobContext, JobFunction, TaskBackend
-from jobs.models import Batch, Job
+from jobs.models import Batch, Job, Pause
+from jobs.pauses import PauseManager
 from jobs.queryset import JobManager, JobQuerySet
 from jobs.tasks import JobCall, JobError, JobTask
 from jobs.views import EnqueueMixin, accepted
@@ -45,6 +46,11 @@ def crawl(self: JobTask, url: str):
     self.then(build_report, [10], label="March", countdown=60)
     self.then(build_report, 10)  # wrong
     self.then(build_report, [10], unique="march")  # wrong
+
+
+@shared_task(base=JobTask, limit="tenant:{tenant_id}")
+def call_api(tenant_id: int):
+    assert_type(call_api.enqueue(tenant_id), Job)
 
 
 def in_context(context: JobContext, pages: int):
@@ -91,6 +97,20 @@ def change(job: Job):
     assert_type(Job.objects.all().run_again(), list[Job])
     Job.objects.cancel()  # wrong
     Job.objects.claim()  # wrong
+
+
+def pause(job: Job):
+    assert_type(Pause.objects, PauseManager)
+    assert_type(Pause.objects.pause("io", "SMTP is down"), Pause)
+    print(Pause.objects.pause(name="io", reason="SMTP is down").since)
+    assert_type(Pause.objects.resume("io"), bool)
+    print([pause.reason for pause in Pause.objects.filter(name="io")])
+    assert_type(call_api.limit, str | None)
+    print(job.held_by, job.limit_key)
+    print(job.held)  # wrong
+    Pause.objects.pause()  # wrong
+    Pause.objects.pause("io", why="SMTP is down")  # wrong
+    Pause.objects.resume("io", "cpu")  # wrong
 
 
 def use(user):

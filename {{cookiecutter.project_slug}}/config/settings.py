@@ -211,6 +211,7 @@ JOB_SWEEP_SECONDS = env.float("JOB_SWEEP_SECONDS", default=5)  # between two swe
 JOB_RESEND_SECONDS = env.float("JOB_RESEND_SECONDS", default=30)  # until a message counts as lost
 JOB_MAX_CRASHES = env.int("JOB_MAX_CRASHES", default=3)  # a job that kills so many workers fails
 JOB_RETENTION_DAYS = env.float("JOB_RETENTION_DAYS", default=30)  # until an ended job is deleted
+JOB_LIMITS = {}  # {"tenant": "2"}: at most two jobs of a tenant at once, see docs/tasks.md
 
 # Seconds, for each job and task. With threads, a job over its limit fails, but its code is not killed.
 CELERY_TASK_TIME_LIMIT = env.int("TASK_TIME_LIMIT", default=600)

@@ -46,6 +46,18 @@ def check_queues(app_configs, **kwargs):
 
 
 @register()
+def check_rate_limits(app_configs, **kwargs):
+    """Check that no job uses Celery's own rate limit."""
+    for name, task in sorted(current_app.tasks.items()):
+        if getattr(task, "_is_job", False) and task.rate_limit:
+            yield Warning(
+                f"{name} has rate_limit={task.rate_limit!r}: each worker counts for itself, and jobs that it delays keep it from taking others.",
+                hint='Write limit="name" instead, and the rate of this name into JOB_LIMITS.',
+                id="jobs.W008",
+            )
+
+
+@register()
 def check_schedule(app_configs, **kwargs):
     """Check that Beat can start each entry of CELERY_BEAT_SCHEDULE."""
     for name, fields in current_app.conf.beat_schedule.items():

@@ -399,7 +399,7 @@ def claim(manager, limit_key, **fields):
 
 
 def start_manager():
-    return apps.get_model("jobs.Start").objects
+    return apps.get_model("jobs.Start").objects.using(job_manager().db)
 
 
 def delete_old_starts():

@@ -4,6 +4,8 @@ Each claim reads the table. A job that may not start is *held* by the pause, see
 and when the pause has ended, it goes in the order of `due_at`.
 """
 
+from typing import TYPE_CHECKING
+
 from celery import current_app
 from django.apps import apps
 from django.db import models, transaction
@@ -13,6 +15,9 @@ from django.db.models.functions import Concat, Now
 from . import updates
 from .expressions import QUEUED, is_paused, pauses_of_job
 from .messages import known_queues
+
+if TYPE_CHECKING:
+    from .models import Pause
 
 __all__ = ["PauseManager"]
 
@@ -81,9 +86,15 @@ def known_names():
     return known_queues(), sorted(tasks)
 
 
-class PauseManager(models.Manager):
-    def pause(self, name: str, reason: str = "") -> "models.Model":
-        """Start no job of this queue or task until resume(). Running jobs go on. Returns the Pause.
+# Type checkers do not see the methods that Django copies from a queryset to its manager.
+class PauseManager(models.QuerySet if TYPE_CHECKING else models.Manager):
+    db = property(lambda self: self._db or "default")  # as for jobs
+
+    def get_queryset(self) -> "models.QuerySet[Pause]":
+        return models.QuerySet(self.model, using=self.db, hints=self._hints)
+
+    def pause(self, name: str, reason: str = "") -> "Pause":
+        """Start no job of this queue or task until resume(). Running jobs continue. Returns the Pause.
 
         A job of which a worker is just claiming the row may still start. If the name is paused already, the
         new reason, if any, replaces the old one. Raises ValueError for the name of no queue and no task.

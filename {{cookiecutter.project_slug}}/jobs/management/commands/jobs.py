@@ -1,6 +1,7 @@
 """manage.py jobs pause NAME… --reason TEXT, resume NAME…, or paused. A name is that of a queue or a task."""
 
 from django.core.management.base import BaseCommand, CommandError
+from django.db import transaction
 
 from jobs.models import Pause
 
@@ -19,16 +20,17 @@ class Command(BaseCommand):
             )
         pause.add_argument("--reason", default="", help="for the people who wait")
 
+    @transaction.atomic  # if one of the names is wrong, change nothing
     def handle(self, command, names=(), reason="", **options):
-        if command == "pause":
+        for name in names:
             try:
-                for name in names:
+                if command == "pause":
                     Pause.objects.pause(name, reason)
+                elif not Pause.objects.resume(name):
+                    raise ValueError(f"{name} is not paused")
             except ValueError as error:
                 raise CommandError(error) from None
-        elif command == "resume":
-            for name in names:
-                if not Pause.objects.resume(name):
-                    raise CommandError(f"{name} is not paused")
         for pause in Pause.objects.all():
             self.stdout.write(f"{pause.name}: {pause}")
+        if not Pause.objects.exists():
+            self.stdout.write("nothing is paused")
