@@ -26,7 +26,7 @@ from rest_framework.throttling import UserRateThrottle
 from rest_framework.viewsets import GenericViewSet
 
 from jobs import updates
-from jobs.models import Batch, Failure, Job
+from jobs.models import Batch, Failure, Job, Pause
 from jobs.tasks import JobTask
 from jobs.views import EnqueueMixin, accepted
 
@@ -379,6 +379,33 @@ def test_the_metrics_count_waiting_jobs_and_the_longest_wait(staff_api):
         "jobs_waiting_later slow": 1,
         "jobs_waiting_later celery": 1,
         "jobs_running celery": 1,
+        "jobs_sweep_age_seconds": inf,
+        "jobs_beat_late_seconds": inf,
+    }
+
+
+def test_jobs_that_are_held_or_paused_are_not_counted_as_waiting(staff_api):
+    """More workers would not help them: they raise no alert and start no worker."""
+    held = {"held_by": "tenant:7", "sweep_at": None, "due_at": ago(100)}
+    paused = {"due_at": ago(100)}
+    for queue, changes in ("celery", held), ("celery", held), ("io", paused), ("io", paused):
+        job = Job.objects.enqueue(greet, queue=queue)
+        Job.objects.filter(pk=job.pk).update(**changes)
+    for changes in {"queue": "celery", "held_by": "tenant:7", "sweep_at": None}, {"queue": "io"}:
+        job = Job.objects.enqueue(greet, countdown=60)
+        Job.objects.filter(pk=job.pk).update(**changes)
+    assert scrape(staff_api)["jobs_oldest_wait_seconds io"] >= 100
+    Pause.objects.pause("io", "SMTP is down")
+    Pause.objects.update(since=ago(60))
+    one = Job.objects.filter(queue="io", due_at__lt=Now()).first()
+    Job.objects.filter(pk=one.pk).update(held_by="pause:io", sweep_at=None)
+    found = scrape(staff_api)
+    assert 60 <= found.pop("jobs_pause_seconds io") < 120
+    assert found == {
+        "jobs_held celery": 2,
+        "jobs_held io": 2,  # one of them is not held yet
+        "jobs_waiting_later celery": 1,
+        "jobs_waiting_later io": 1,
         "jobs_sweep_age_seconds": inf,
         "jobs_beat_late_seconds": inf,
     }

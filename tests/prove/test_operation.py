@@ -17,7 +17,7 @@ CONFIG, RULES = CODE["Prometheus"], CODE["Alerts"]
 ALERTS = {rule["alert"]: rule["expr"] for rule in yaml.safe_load(RULES)["groups"][0]["rules"]}
 PROMQL = {"absent", "avg_over_time", "by", "count_over_time", "increase", "max", "max_over_time"}
 PROMQL |= {"scalar", "sum", "sum_over_time"}
-LABELS = {"queue", "state", "task"}
+LABELS = {"name", "queue", "state", "task"}
 # What Prometheus scrapes every minute, and the alerts that fire after 15 minutes.
 SITUATIONS = {
     "all is well": (
@@ -38,6 +38,24 @@ SITUATIONS = {
             "jobs_sweep_age_seconds": "5x20",
         },
         [("JobsWait", {"queue": "celery"})],
+    ),
+    "jobs are held by a limit and by a short pause": (
+        {
+            'jobs_held{queue="celery"}': "0+1000x20",
+            'jobs_waiting{queue="celery"}': "0x20",
+            'jobs_oldest_wait_seconds{queue="celery"}': "0x20",
+            'jobs_pause_seconds{name="io"}': "0+60x20",
+            "jobs_sweep_age_seconds": "5x20",
+        },
+        [],
+    ),
+    "a pause was forgotten": (
+        {
+            'jobs_pause_seconds{name="io"}': "3000+60x20",
+            'jobs_pause_seconds{name="cpu"}': "60+60x20",
+            "jobs_sweep_age_seconds": "5x20",
+        },
+        [("PauseForgotten", {"name": "io"})],
     ),
     "jobs fail and kill": (
         {
@@ -79,7 +97,7 @@ def test_the_page_names_the_metrics_that_an_output_has(bake):
     rows = re.findall(r"^\| `(\w+)` \|", TEXT, re.MULTILINE)
     assert set(rows) == exposed and len(rows) == len(exposed)
     dashboard = re.findall(r"^\| .* \| `(sum .*)` \|$", TEXT, re.MULTILINE)
-    assert len(ALERTS) == 7 and len(dashboard) == 2
+    assert len(ALERTS) == 8 and len(dashboard) == 2
     for expression in [*ALERTS.values(), *dashboard]:
         assert metrics_named(expression) <= exposed, expression
 

@@ -25,7 +25,9 @@ QUEUE_METRICS = {
     "jobs_running": "Jobs that a worker has claimed",
     "jobs_oldest_wait_seconds": "Seconds for which the oldest due job has waited for a worker",
 }
-PAUSE_METRICS = {"jobs_pause_seconds": "Seconds for which a queue or a task has been paused"}
+PAUSE_METRICS = {
+    "jobs_pause_seconds": "Seconds for which a queue or a task has been paused",
+}
 TASK_METRICS = {  # of one minute only: rows are purged, and counting all of them would take long
     "jobs_ended_last_minute": "Jobs that ended in the last minute",
     "jobs_ended_last_minute_run_seconds": (
@@ -59,9 +61,8 @@ class Collector:
         rows = Job.objects.filter(state__in=ACTIVE, sweep_at__isnull=False).values("queue")
         active = rows.annotate(
             jobs_waiting=Count("queue", filter=is_due & ~is_paused),
-            jobs_held=Count(
-                "queue", filter=is_due & is_paused
-            ),  # until a worker or the sweep holds them
+            # Until a worker or the sweep holds them:
+            jobs_held=Count("queue", filter=is_due & is_paused),
             jobs_waiting_later=Count("queue", filter=is_later),
             jobs_running=Count("queue", filter=Q(state="running")),
             jobs_oldest_wait_seconds=Now() - Min("due_at", filter=is_due & ~is_paused),
