@@ -558,6 +558,67 @@ def write_the_upload(reader, block):
     reader.add(files[-1], block.code)
 
 
+AT_ONCE = "At most so many at once"
+
+
+@step(TYPED, TASKS, AT_ONCE, '@shared_task(base=JobTask, limit="tenant:{tenant_id}")')
+def limit_what_runs_at_once(reader, block):
+    reader.add(block.said("Add to {}:"), block.code)
+    file, item, name = block.said("In {} add {} to {}.")
+    reader.insert(file, name, item)
+    reader.test(
+        "keys",
+        f"""
+from jobs.models import Job
+from reports.tasks import sync_contact
+
+job = {block.said("{} has the key")}
+assert job.limit_key == "{block.said("has the key {}, and")}"
+jobs = Job.objects.enqueue_many(sync_contact, [[7, number] for number in range(9)])
+run_jobs()
+assert Job.objects.filter(state="succeeded").count() == 10
+""",
+    )
+
+
+@step(RUN, TASKS, AT_ONCE, '@shared_task(base=JobTask, limit="tenant:{tenant_id}")')
+def see_that_no_more_run_at_once(reader, block):
+    code = "Job.objects.enqueue_many(sync_contact, [[7, number] for number in range(5)])"
+    imports = "from jobs.models import Job; from reports.tasks import sync_contact"
+    ids = reader.evaluate(f"{imports}; [str(job.pk) for job in {code}]")
+    ends = [list(reader.site.follow(f"/api/jobs/{id}/"))[-1] for id in ids]
+    assert [job["state"] for job in ends] == 5 * ["succeeded"]
+    [(most, key)] = re.findall(r'turn: 2 of (\d) of (.+) are running"', block.after)
+    times = [(job["started_at"], job["finished_at"]) for job in ends]
+    overlaps = [sum(start <= time < end for start, end in times) for time, _ in times]
+    assert max(overlaps) <= int(most) == 2 and key == "tenant 7", times
+
+
+@step(TYPED, TASKS, "So many a minute", '@shared_task(base=JobTask, limit="openai")')
+def limit_a_rate(reader, block):
+    reader.add(block.said("Add to {}:"), block.code)
+    file, item, name = block.said("In {} add {} to {}:")
+    reader.insert(file, name, item)
+    rates = [block.said(text) for text in ("Other rates are {}", "such as {}.")]
+    rates += block.said("{}, and {} for ten in five minutes")
+    reader.test(
+        "rates",
+        f"""
+from jobs.limits import parse
+
+for rate in {rates}:
+    assert parse(rate).rate == rate
+assert parse("10/5min").starts == 10 and parse("10/5min").period.total_seconds() == 300
+from reports.tasks import ask
+
+job = ask.enqueue("why")
+run_jobs()
+job.refresh_from_db()
+assert (job.limit_key, job.result) == ("openai", "WHY")
+""",
+    )
+
+
 MANY = "Work that consists of many jobs"
 
 
@@ -818,6 +879,25 @@ def run_a_job_again(reader, block):
     assert job["state"] == "failed"
     again = json.loads(reader.call(block.code.replace("<id>", failed)))
     assert again["id"] == failed and again["state"] == "queued"
+
+
+@step(
+    RUN,
+    "docs/operation.md",
+    "Pause a queue or a task",
+    'python manage.py jobs pause celery reports.tasks.add_up --reason "SMTP is down"',
+)
+def pause_and_resume(reader, block):
+    pause, paused, resume = block.code.splitlines()
+    printed = reader.call(pause)
+    assert re.match(r"celery: Paused since \d\d:\d\d: SMTP is down\n", printed)
+    assert reader.call(paused) == printed
+    code = "from reports.tasks import add_up; str(add_up.enqueue([1, 2]).pk)"
+    job = reader.evaluate(code)
+    [message] = re.findall(r'Owners read "Paused since \d\d:\d\d(.+?)"', block.after)
+    wait_for(lambda: reader.site.request(f"/api/jobs/{job}/")[2]["message"].endswith(message))
+    assert reader.call(resume) == "nothing is paused\n"
+    reader.expect(job, 3)
 
 
 @step(
