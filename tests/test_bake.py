@@ -305,7 +305,7 @@ def test_every_part_of_a_choice_is_printed_where_its_comment_says():
 def output_files():
     """Yield the files of the output that are rendered."""
     for path in OUTPUT.rglob("*"):
-        file = str(path.relative_to(TEMPLATE))
+        file = str(path.relative_to(OUTPUT))
         copied = any(fnmatch(file, pattern) for pattern in CONTEXT["_copy_without_render"])
         if path.is_file() and not copied:
             yield path

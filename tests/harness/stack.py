@@ -20,6 +20,9 @@ TIMINGS = {
     "JOB_RESEND_SECONDS": RESEND,
 }
 
+# How many jobs at once: see faults/limited.py.
+LIMITS = {"one": "1", "two": "2", "rate": "10/s", "tenant": "2, 5/s"}
+
 # The names of code for ask()
 IMPORTS = """
 from datetime import timedelta
@@ -27,9 +30,10 @@ from celery import chain, chord
 from django.db import connection
 from django.db.models import F, Q
 from django.db.models.functions import Now
+from faults.limited import *
 from faults.tasks import *
 from jobs.expressions import ACTIVE, FINAL
-from jobs.models import Batch, Failure, Job, Sweep
+from jobs.models import Batch, Failure, Job, Pause, Sweep
 """
 
 
@@ -354,7 +358,7 @@ def prepare(project, broker, folder, database, **variables):
     """
     project.install()
     routes = 'CELERY_TASK_ROUTES["faults.tasks.routed"] = {"queue": "io"}'
-    project.add_app("faults", f"{broker.settings}\n{routes}")
+    project.add_app("faults", f"{broker.settings}\n{routes}\nJOB_LIMITS = {LIMITS}")
     with open(project / "config/urls.py", "a") as file:
         file.write(
             "\nfrom faults.views import add, enqueue, work\n"

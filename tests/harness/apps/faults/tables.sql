@@ -7,4 +7,5 @@ CREATE TABLE keeps (job uuid REFERENCES jobs_job);
 CREATE FUNCTION note_final() RETURNS trigger AS $$
 BEGIN INSERT INTO finals VALUES (NEW.id, NEW.state); RETURN NEW; END $$ LANGUAGE plpgsql;
 CREATE TRIGGER note_final AFTER UPDATE ON jobs_job FOR EACH ROW
-WHEN (NEW.state IN ('succeeded', 'failed', 'cancelled')) EXECUTE FUNCTION note_final();
+WHEN (NEW.state IN ('succeeded', 'failed', 'cancelled') AND NEW.finished_at IS DISTINCT FROM OLD.finished_at)
+EXECUTE FUNCTION note_final();

@@ -21,7 +21,7 @@ from django_tasks import task
 from jobs.models import Job
 from jobs.tasks import JobTask
 
-from . import elsewhere  # noqa: F401  workers then know its task
+from . import elsewhere, limited  # noqa: F401  workers then know their tasks
 
 
 def note(task, what):

@@ -1,0 +1,99 @@
+"""Tasks with limits. The locks of files are the witness: no more bodies run at once than a key has files."""
+
+import fcntl
+import os
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+from celery import shared_task
+
+from jobs.models import Batch
+from jobs.tasks import JobTask
+
+
+def write(kind, task, key):
+    """Append a line to the file of all bodies. It has the same clock in all processes."""
+    line = f"{kind} {key} {task.request.id} {time.time()}\n"
+    with open(f"{os.environ['NOTES']}-of-bodies", "a") as file:
+        file.write(line)
+
+
+@contextmanager
+def place(task, key, number):
+    """Lock one of `number` files while a body runs. The kernel releases it if the process dies."""
+    for each in range(number):
+        file = os.open(f"{os.environ['NOTES']}-{key}-{each}", os.O_CREAT | os.O_RDWR)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            os.close(file)
+    else:
+        write("exceeded", task, key)
+        yield
+        return
+    write("start", task, key)
+    try:
+        yield
+    finally:
+        write("end", task, key)
+        os.close(file)
+
+
+@shared_task(base=JobTask, bind=True, limit="one:{key}")
+def one(self, key, seconds):
+    with place(self, key, 1):
+        time.sleep(float(seconds))
+
+
+@shared_task(base=JobTask, bind=True, limit="two:{key}")
+def two(self, key, seconds):
+    with place(self, key, 2):
+        time.sleep(float(seconds))
+
+
+@shared_task(base=JobTask, bind=True, limit="one:{key}")
+def one_until(self, key, gate):
+    """Report nothing, so that a cancel does not end it."""
+    with place(self, key, 1):
+        while not Path(gate).exists():
+            time.sleep(0.05)
+
+
+@shared_task(base=JobTask, bind=True, limit="one:{key}")
+def report_until(self, key, gate):
+    """Write a line after each report. It takes no lock: a frozen body would keep it."""
+    write("start", self, key)
+    try:
+        while not Path(gate).exists():
+            self.report(1)
+            write("reported", self, key)
+            time.sleep(0.05)
+    finally:
+        write("end", self, key)
+
+
+@shared_task(base=JobTask, bind=True, limit="rate:{key}")
+def rated(self, key):
+    write("start", self, key)
+
+
+# An API that takes 5 calls a second, at most 2 at once for each tenant: see LIMITS in stack.py
+
+
+@shared_task(base=JobTask, bind=True, limit="tenant:{tenant_id}")
+def call_api(self, tenant_id, contact_id):
+    with place(self, tenant_id, 2):
+        time.sleep(0.1)
+    return contact_id
+
+
+@shared_task(base=JobTask, bind=True)
+def summarize(self, tenant_id):
+    write("summary", self, tenant_id)
+
+
+def call_all(tenant_id, contacts):
+    calls = [[tenant_id, contact] for contact in contacts]
+    return Batch.objects.enqueue(call_api, calls, ended=summarize.si(tenant_id))
