@@ -1,19 +1,29 @@
 import uuid
 
+from celery import current_app
 from django.apps import apps
 from django.contrib import admin, messages
+from django.contrib.admin.helpers import ACTION_CHECKBOX_NAME
+from django.contrib.admin.models import CHANGE, LogEntry
+from django.contrib.admin.options import IncorrectLookupParameters
+from django.contrib.admin.views.main import ORDER_VAR, PAGE_VAR
 from django.contrib.auth import get_user_model
+from django.contrib.contenttypes.models import ContentType
 from django.core.exceptions import ValidationError
 from django.core.paginator import Paginator
+from django.db.models import Q
+from django.db.models.functions import Now
 from django.http import HttpRequest
-from django.template.defaultfilters import pluralize
+from django.template.defaultfilters import pluralize, truncatechars
 from django.urls import reverse
 from django.utils.functional import cached_property
 from django.utils.html import format_html
 from kombu.utils.json import loads
 
 from .beat import check_entry
-from .expressions import ACTIVE, FINAL
+from .celery import is_job
+from .expressions import ACTIVE, FINAL, UNFINISHED
+from .messages import known_queues
 from .models import Batch, Failure, Job
 from .serializers import count_jobs
 
@@ -26,6 +36,13 @@ OUTCOME_FIELDS += ["started_at", "finished_at"]
 KEYS = ["id", "idempotency_key", "fingerprint", "unique_key", "limit_key", "held_by"]
 INTERNALS = ["cursor", "run_token", "worker", "due_at", "sweep_at", "deadline"]
 INTERNALS += ["times_sent", "retries", "crashes", "then", "follows"]
+# How the list of jobs can be filtered, in the words of the metrics
+STATES = {
+    "active": Q(state__in=ACTIVE),
+    "waiting": Q(state="queued", due_at__lte=Now()),
+    "waiting later": Q(state="queued", due_at__gt=Now()),
+    **{state: Q(state=state) for state in ["running", *FINAL]},
+}
 
 
 class LatestPages(Paginator):
@@ -35,7 +52,7 @@ class LatestPages(Paginator):
 
     @cached_property
     def count(self):
-        return self.object_list[: self.most].count()
+        return self.object_list.order_by()[: self.most].count()
 
 
 def announce(request: HttpRequest, jobs: list[Job], done: str = "enqueued", rest: str = "") -> None:
@@ -75,28 +92,99 @@ class FailureInline(admin.StackedInline):
         return format_html('<pre style="white-space: pre-wrap">{}</pre>', failure.traceback)
 
 
+class NameFilter(admin.SimpleListFilter):
+    """A filter by a column. Its values come from the code, so that no query looks for them."""
+
+    names: list[str]
+
+    def lookups(self, request, model_admin):
+        chosen = [self.value()] if self.value() else []  # it may be the name of a deleted task
+        return [(name, name) for name in sorted({*self.names(), *chosen})]
+
+    def queryset(self, request, queryset):
+        return queryset.filter(**self.used_parameters)
+
+
+class TaskFilter(NameFilter):
+    title = parameter_name = "task"
+
+    def names(self):
+        return [name for name in current_app.tasks if is_job(current_app, name)]
+
+
+class QueueFilter(NameFilter):
+    title = parameter_name = "queue"
+
+    def names(self):
+        return known_queues()
+
+
+class StateFilter(admin.SimpleListFilter):
+    title = parameter_name = "state"
+
+    def lookups(self, request, model_admin):
+        return [(name, name.capitalize()) for name in STATES]
+
+    def queryset(self, request, queryset):
+        if (state := self.value()) is None:
+            return queryset
+        if state not in STATES:
+            raise IncorrectLookupParameters
+        return queryset.filter(STATES[state])
+
+
 class ReadOnlyAdmin(admin.ModelAdmin):
-    """Searches by columns that have an index, and orders by one until the user chooses another."""
+    """Searches by columns that have an index, and sorts by one."""
 
     ordering = ["-created_at"]
+    sortable_by = ["created_at"]
     list_filter = ["state", "created_at"]
     list_select_related = ["owner"]
     paginator = LatestPages
+    show_facets = admin.ShowFacets.NEVER  # they count all rows
     show_full_result_count = False
     search_fields = ["pk"]  # shows the search box
     search_help_text = "An id, or the full user name of an owner"
+    conditions = {}  # of actions: which rows they can change
 
     def get_search_results(self, request, queryset, search_term):
+        return queryset.filter(**self.find(search_term)) if search_term else queryset, False
+
+    def find(self, term):
+        """Return the condition for this search term. It has no join, which would hide the owner's index."""
         try:
-            found = {"pk": uuid.UUID(search_term)}
+            return {"pk": uuid.UUID(term)}
         except ValueError:
-            found = {f"owner__{get_user_model().USERNAME_FIELD}": search_term}
-        return queryset.filter(**found) if search_term else queryset, False
+            users = get_user_model()
+            return {"owner__in": list(users.objects.filter(**{users.USERNAME_FIELD: term}))}
 
     def response_action(self, request, queryset, **kwargs):
         if request.POST.get("select_across") == "1":  # at most as many as the paginator counts
-            queryset = queryset.filter(pk__in=queryset.values("pk")[: LatestPages.most])
+            most, action = LatestPages.most, request.POST.get("action")
+            rows = queryset.filter(self.conditions.get(action, Q()))
+            ids = list(rows.values_list("pk", flat=True)[: most + 1])
+            queryset = queryset.filter(pk__in=ids[:most])
+            if ids[most:]:
+                text = (
+                    f"These were the first {most:,} jobs. More are left: choose the action again."
+                )
+                messages.warning(request, text)
         return super().response_action(request, queryset, **kwargs)
+
+    def log(self, request, count, done):
+        """Leave a LogEntry that says who did what with how many jobs, when, and which filter was set."""
+        ids = request.POST.getlist(ACTION_CHECKBOX_NAME)
+        is_one = len(ids) == 1 and request.POST.get("select_across") != "1"
+        shown = [item for item in request.GET.items() if item[0] not in (PAGE_VAR, ORDER_VAR)]
+        filters = ", ".join(f"{name}={value}" for name, value in shown) or "none"
+        LogEntry.objects.create(
+            user=request.user,
+            content_type=ContentType.objects.get_for_model(self.model),
+            object_id=ids[0] if is_one else None,  # then its page "History" shows the entry
+            object_repr=f"{count} job{pluralize(count)}",
+            action_flag=CHANGE,
+            change_message=f"{done.capitalize()}. Filter: {filters}",
+        )
 
     def has_add_permission(self, request):
         return False
@@ -107,8 +195,15 @@ class ReadOnlyAdmin(admin.ModelAdmin):
 
 @admin.register(Job)
 class JobAdmin(ReadOnlyAdmin):
-    list_display = ["task", "state", "progress", "owner", "created_at", "finished_at"]
-    actions = ["run_again", "cancel"]
+    list_display = ["task", "label", "state", "queue", "progress", "owner"]
+    list_display += ["created_at", "finished_at", "short_error"]
+    list_filter = [StateFilter, TaskFilter, QueueFilter, "created_at"]
+    actions = ["run_again", "cancel", "start_now"]
+    conditions = {
+        "run_again": ~UNFINISHED,
+        "cancel": STATES["active"],
+        "start_now": STATES["waiting later"],
+    }
     inlines = [FailureInline]
     fieldsets = [
         (None, {"fields": TASK_FIELDS}),
@@ -116,18 +211,37 @@ class JobAdmin(ReadOnlyAdmin):
         ("Internals", {"fields": KEYS + INTERNALS, "classes": ["collapse"]}),
     ]
 
+    def get_changelist_instance(self, request):
+        changelist = super().get_changelist_instance(request)
+        large = ["args", "kwargs", "cursor", "result", "then"]
+        changelist.result_list = changelist.result_list.defer(*large)
+        return changelist
+
+    @admin.display(description="error")
+    def short_error(self, job):
+        return truncatechars(job.error, 80)
+
     @admin.action(description="Run again", permissions=["delete"])
     def run_again(self, request, queryset):
         count = queryset.count()  # first, because copies may be in the queryset, too
         again = queryset.run_again()
         rest = f"{count - len(again)} skipped, because they are active or can no longer run."
         announce(request, again, "queued again", rest)
+        self.log(request, len(again), "queued again")
 
     @admin.action(description="Cancel", permissions=["delete"])
     def cancel(self, request, queryset):
         count, cancelled = queryset.count(), queryset.cancel()
         rest = f"{count - cancelled} had already ended."
         self.message_user(request, f"{cancelled} job{pluralize(cancelled)} cancelled. {rest}")
+        self.log(request, cancelled, "cancelled")
+
+    @admin.action(description="Start now", permissions=["delete"])
+    def start_now(self, request, queryset):
+        count, started = queryset.count(), queryset.start_now()
+        rest = f"{count - started} skipped, because they were not waiting for their time."
+        self.message_user(request, f"{started} job{pluralize(started)} due now. {rest}")
+        self.log(request, started, "started now")
 
 
 @admin.register(Batch)
@@ -166,11 +280,13 @@ class BatchAdmin(ReadOnlyAdmin):
     def run_failed_again(self, request, queryset):
         again = [job for batch in queryset for job in batch.run_failed_again()]
         announce(request, again, "enqueued again")
+        self.log(request, len(again), "enqueued again")
 
     @admin.action(description="Cancel", permissions=["delete"])
     def cancel(self, request, queryset):
         cancelled = sum(batch.cancel() for batch in queryset.filter(ended_at=None))
         self.message_user(request, f"{cancelled} job{pluralize(cancelled)} cancelled.")
+        self.log(request, cancelled, "cancelled")
 
 
 if apps.is_installed("django_celery_beat"):

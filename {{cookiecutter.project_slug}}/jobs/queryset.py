@@ -13,14 +13,14 @@ from celery import current_app
 from celery.utils.functional import chunks
 from celery.utils.time import maybe_make_aware
 from django.db import IntegrityError, models, transaction
-from django.db.models import Max
+from django.db.models import Max, Q
 from django.db.models.functions import Coalesce, Now
 from django.utils import timezone
 from kombu.utils.json import loads
 
 from . import conf, limits, updates
-from .expressions import UNFINISHED
-from .messages import queue_of
+from .expressions import QUEUED, UNFINISHED
+from .messages import MESSAGE_FIELDS, queue_of
 from .publish import publish
 from .values import as_json, size_error, to_json
 
@@ -45,6 +45,29 @@ class JobQuerySet(models.QuerySet):
         cancelled = updates.cancel(jobs)
         limits.grant_after_commit(keys, using=self.db)
         return cancelled
+
+    def start_now(self) -> int:
+        """End the countdown, or the pause before a retry, of those jobs that are queued.
+
+        Returns how many there were. Their messages are sent after the commit. A held job is due then, but
+        still waits for its turn.
+        """
+        manager, started = self.model.objects, []
+        with transaction.atomic(self.db):
+            now = database_time(manager)
+            early = QUEUED & Q(due_at__gt=now)
+            found = list(self.filter(early).values_list("pk", flat=True))
+            for ids in chunks(iter(found), BATCH_SIZE):
+                rows = manager.filter(early, pk__in=ids).order_by("pk").select_for_update()
+                jobs = list(rows.only(*MESSAGE_FIELDS, "held_by"))
+                for job in jobs:
+                    job.times_sent = 0 if job.held_by else 1
+                locked = manager.filter(pk__in=[job.pk for job in jobs])
+                locked.filter(held_by=None).update(**times(now))
+                locked.update(due_at=now)
+                started += jobs
+            send_after_commit(manager, started)
+        return len(started)
 
     def run_again(self) -> list["Job"]:
         """Run these jobs again, all in one transaction. Skip those that are active or can no longer run.
