@@ -1,4 +1,4 @@
-"""The operator's pages in the admin: the list of jobs with its filters and actions."""
+"""The operator's pages in the admin: the list of jobs with its filters and actions, and Queues."""
 
 import re
 import uuid
@@ -11,9 +11,11 @@ from django.db import connection
 from django.db.models import F
 from django.db.models.functions import Now
 from django.test.utils import CaptureQueriesContext
+from django.utils import timezone
+from test_jobs import scanned
 
 from jobs import publish, updates
-from jobs.models import Batch, Job
+from jobs.models import Batch, Job, Pause
 from jobs.tasks import JobTask
 
 pytestmark = pytest.mark.django_db
@@ -28,6 +30,11 @@ def greet(name="you"):
 @shared_task(base=JobTask)
 def count():
     """Another task."""
+
+
+@shared_task(base=JobTask, limit="tenant:{tenant}")
+def limited(tenant):
+    """A task with a limit."""
 
 
 @shared_task
@@ -52,8 +59,9 @@ def act(client, action, query="", jobs=(), **data):
 
 
 def logged():
-    """Return who did what, as the admin shows it."""
-    return [(entry.user.username, str(entry)) for entry in LogEntry.objects.order_by("pk")]
+    """Return who did what."""
+    entries = LogEntry.objects.order_by("pk")
+    return [(entry.user.username, entry.get_change_message()) for entry in entries]
 
 
 # Filters
@@ -131,6 +139,55 @@ def test_the_list_loads_no_large_values(admin_client):
     assert '"jobs_job"."label"' in sql and '"jobs_job"."args"' not in sql
 
 
+# Many rows
+
+ROWS = 5000
+
+
+@pytest.fixture
+def many(user):
+    """Succeeded jobs of one task, with statistics."""
+    if connection.vendor != "postgresql":
+        pytest.skip("only PostgreSQL plans with statistics: set DATABASE_URL=postgres://…")
+    ended = {"state": "succeeded", "finished_at": Now(), "task": greet.name, "queue": "celery"}
+    Job.objects.bulk_create(Job(**ended, owner=user) for _ in range(ROWS))
+    with connection.cursor() as cursor:
+        cursor.execute("UPDATE jobs_job SET created_at = now() - random() * interval '30 days'")
+        cursor.execute("ANALYZE jobs_job")
+
+
+def rows_read(sql):
+    """Return how many rows of the table of jobs PostgreSQL reads for a query."""
+    with connection.cursor() as cursor:
+        cursor.execute(f"EXPLAIN (ANALYZE, TIMING OFF, SUMMARY OFF, FORMAT JSON) {sql}")
+        [[[plan]]] = cursor.fetchall()
+
+    def read(node):
+        rows = node["Actual Rows"] + node.get("Rows Removed by Filter", 0)
+        own = node["Actual Loops"] * rows if node.get("Relation Name") == "jobs_job" else 0
+        return own + sum(map(read, node.get("Plans", [])))
+
+    return read(plan["Plan"])
+
+
+FILTERS = [f"task={count.name}", "queue=io", f"task={greet.name}&queue=io", "q=admin"]
+FILTERS += [f"state={state}" for state in ("active", "waiting", "waiting later", "running")]
+FILTERS += [f"state={state}" for state in ("failed", "cancelled")]
+FILTERS += [f"state=failed&task={greet.name}", f"state=running&task={greet.name}"]
+
+
+@pytest.mark.parametrize("query", ["", *FILTERS, f"task={greet.name}", "state=succeeded"])
+def test_a_page_of_a_filtered_list_reads_only_its_own_rows(many, admin_client, query, monkeypatch):
+    """Also if no row matches, when a scan would read all rows before it knows."""
+    monkeypatch.setattr("jobs.admin.LatestPages.most", 300)
+    with CaptureQueriesContext(connection) as captured:
+        found = listed(admin_client, query)
+    assert len(found) == (0 if query in FILTERS else 100)
+    asked = [query["sql"] for query in captured if 'FROM "jobs_job"' in query["sql"]]
+    assert len(asked) == 2  # a count and a page
+    assert max(map(rows_read, asked)) <= 310
+
+
 # Actions
 
 
@@ -189,11 +246,10 @@ def test_actions_take_the_filtered_set(admin_client, states):
     [text] = act(admin_client, "run_again", "state=failed")
     assert "1 job queued again</a>." in text
     assert len(listed(admin_client, "state=waiting")) == 3
-    admin = "admin"
     assert logged() == [
-        (admin, f"Changed “1 job” — Started now. Filter: task={greet.name}"),
-        (admin, "Changed “1 job” — Cancelled. Filter: state=running"),
-        (admin, "Changed “1 job” — Queued again. Filter: state=failed"),
+        ("admin", f"1 job started now. Filter: task={greet.name}"),
+        ("admin", "1 job cancelled. Filter: state=running"),
+        ("admin", "1 job queued again. Filter: state=failed"),
     ]
 
 
@@ -221,9 +277,9 @@ def test_the_action_of_one_job_is_in_its_history(admin_client):
     act(admin_client, "start_now", jobs=[job])
     for shown, texts in (job, 1), (other, 0):
         page = admin_client.get(f"{URL}{shown.pk}/history/").content.decode()
-        assert page.count("Started now. Filter: none") == texts
+        assert page.count("1 job started now. Filter: none") == texts
     act(admin_client, "cancel", "q=nobody&p=1", jobs=[])
-    assert logged()[-1] == ("admin", "Changed “0 jobs” — Cancelled. Filter: q=nobody")
+    assert logged()[-1] == ("admin", "0 jobs cancelled. Filter: q=nobody")
 
 
 def test_the_actions_of_batches_are_logged(admin_client):
@@ -231,10 +287,10 @@ def test_the_actions_of_batches_are_logged(admin_client):
     for action in "cancel", "run_failed_again":
         data = {"action": action, "_selected_action": [batch.pk]}
         admin_client.post("/admin/jobs/batch/?q=", data)
-    done = [text.partition(" — ")[2] for _, text in logged()]
-    assert done == ["Cancelled. Filter: q=", "Enqueued again. Filter: q="]
+    texts = ["2 jobs cancelled. Filter: q=", "2 jobs enqueued again. Filter: q="]
+    assert logged() == [("admin", text) for text in texts]
     page = admin_client.get(f"/admin/jobs/batch/{batch.pk}/history/").content.decode()
-    assert page.count("Enqueued again") == 1
+    assert page.count("Filter: q=") == 2
 
 
 def test_staff_needs_view_job_to_see_and_delete_job_to_act(staff):
@@ -250,3 +306,205 @@ def test_staff_needs_view_job_to_see_and_delete_job_to_act(staff):
             client is operator
         )
     assert len(logged()) == 1
+
+
+# Queues
+
+QUEUES = "/admin/jobs/pause/"
+
+
+@pytest.fixture
+def answers(monkeypatch):
+    """What workers answer to `inspect active_queues`."""
+    found = {"one@host": [{"name": "celery"}, {"name": "io"}], "two@host": [{"name": "io"}]}
+
+    class Inspect:
+        def __init__(self, **options):
+            pass
+
+        def active_queues(self):
+            return found
+
+    monkeypatch.setattr("celery.current_app.control.inspect", Inspect)
+    return found
+
+
+def tables(client):
+    """Return {id of a table: its lines of cells as text}."""
+    page = client.get(QUEUES)
+    assert page.status_code == 200
+    found = {}
+    html = page.content.decode()
+    for name, body in re.findall('<table id="(.*?)".*?<tbody>(.*?)</tbody>', html, re.DOTALL):
+        found[name] = []
+        for row in body.split("</tr>")[:-1]:
+            cells = re.findall("<t[dh].*?>(.*?)</t[dh]>", row, re.DOTALL)
+            found[name].append([" ".join(re.sub("<.*?>", " ", cell).split()) for cell in cells])
+    return found
+
+
+def links(client):
+    """Return the jobs of each link to the list of jobs."""
+    page = client.get(QUEUES).content.decode()
+    found = re.findall(rf'<a href="{URL}\?(.*?)">(\d+)</a>', page)
+    return [(listed(client, query.replace("&amp;", "&")), int(count)) for query, count in found]
+
+
+@pytest.fixture
+def work(answers, monkeypatch, commit):
+    """Jobs in two queues and with two keys. Two of key "tenant:a" are let go, one of them runs."""
+    monkeypatch.setattr(publish, "send", lambda jobs: None)
+    with commit():
+        jobs = [Job.objects.enqueue(limited, ["a"], queue="io") for _ in range(5)]
+        Job.objects.enqueue(limited, ["b"])
+        Job.objects.enqueue(limited, ["b"], countdown=60)
+        Job.objects.enqueue(greet, queue="special", countdown=60)
+        Job.objects.enqueue(greet)
+    first = Job.objects.filter(limit_key="tenant:a", held_by=None).first()
+    running = {"state": "running", "run_token": uuid.uuid4()}
+    Job.objects.filter(pk=first.pk).update(**running)
+    old = [job.pk for job in jobs]
+    Job.objects.filter(pk__in=old).update(due_at=Now() - timedelta(minutes=3, seconds=9))
+    return jobs
+
+
+def test_the_page_shows_queues_keys_and_workers(admin_client, work):
+    found = tables(admin_client)
+    minutes, form = "3 minutes", "Pause"
+    assert found["queues"] == [
+        ["celery", "2", "1", "0", "0", "0 minutes", "one@host", form],
+        ["cpu", "0", "0", "0", "0", "", "none", form],
+        ["io", "1", "0", "3", "1", minutes, "one@host, two@host", form],
+        ["special", "0", "1", "0", "0", "", "none", form],
+    ]
+    assert found["keys"] == [
+        ["tenant:a", "2", "1", "3", "1", minutes],
+        ["tenant:b", "2", "1", "0", "0", ""],
+    ]
+    assert "Queues" in admin_client.get("/admin/").content.decode()
+
+
+def test_each_number_of_the_page_links_to_its_jobs(admin_client, work):
+    found = links(admin_client)
+    assert len(found) == 4 * 4 + 2 * 3
+    assert [len(jobs) for jobs, _ in found] == [count for _, count in found]
+    assert {job.pk for jobs, _ in found for job in jobs} == set(
+        Job.objects.values_list("pk", flat=True)
+    )
+
+
+def test_the_key_of_a_limit_is_searched(admin_client, work, settings):
+    keys = {job.limit_key for job in listed(admin_client, "q=tenant:a")}
+    assert keys == {"tenant:a"}
+    assert listed(admin_client, "q=tenant:c") == listed(admin_client, "q=nothing:a") == []
+    settings.JOB_LIMITS = {}  # the jobs keep their keys
+    assert ["none", "none"] == [row[1] for row in tables(admin_client)["keys"]]
+    assert [len(jobs) for jobs, _ in links(admin_client)[-6:]] == [1, 3, 1, 1, 0, 0]
+
+
+def test_a_held_job_says_for_what_it_waits(admin_client, work):
+    job = Job.objects.filter(held_by="tenant:a").first()
+    page = admin_client.get(f"{URL}{job.pk}/change/").content.decode()
+    assert "Waits for its turn: 2 of 2 of tenant a are running" in page
+    assert listed(admin_client, "state=held&queue=io&task=" + limited.name) == list(
+        Job.objects.filter(held_by="tenant:a").order_by("-created_at", "-pk")
+    )
+
+
+def test_a_queue_and_a_task_are_paused_and_resumed(admin_client, answers):
+    reason = "SMTP <b>is down"
+    for name in "io", greet.name:
+        page = admin_client.post(QUEUES, {"pause": name, "reason": reason}, follow=True)
+        [message] = page.context["messages"]
+        assert str(message) == f"{name} paused: {reason}."
+    assert {(pause.name, pause.reason) for pause in Pause.objects.all()} == {
+        ("io", reason),
+        (greet.name, reason),
+    }
+    found = tables(admin_client)
+    [row] = [row for row in found["queues"] if row[0] == "io"]
+    assert re.fullmatch(r"Paused since \d\d:\d\d: SMTP &lt;b&gt;is down Resume", row[-1])
+    assert found["tasks"][0][0] == greet.name and found["tasks"][0][1] == row[-1][: -len(" Resume")]
+    assert f"<option>{greet.name}" not in admin_client.get(QUEUES).content.decode()
+    for name in "io", greet.name, "cpu":  # which is not paused
+        admin_client.post(QUEUES, {"resume": name})
+    assert not Pause.objects.exists()
+    texts = [f"{name} paused: {reason}" for name in ("io", greet.name)]
+    texts += [f"{name} resumed" for name in ("io", greet.name)]
+    assert logged() == [("admin", text) for text in texts]
+    shown = tables(admin_client)["log"]
+    assert [row[1:] for row in shown][0] == ["admin", f"{greet.name} resumed"]
+
+
+def test_a_pause_in_the_page_holds_and_a_resume_lets_go(admin_client, answers, commit, run_jobs):
+    admin_client.post(QUEUES, {"pause": "celery"})
+    job = Job.objects.enqueue(greet)
+    run_jobs()
+    job.refresh_from_db()
+    assert (job.state, job.held_by) == ("queued", "pause:celery")
+    page = admin_client.get(f"{URL}{job.pk}/change/").content.decode()
+    assert re.search(r"Paused since \d\d:\d\d", page)
+    assert tables(admin_client)["queues"][0][1:5] == ["0", "0", "1", "0"]
+    with commit():
+        admin_client.post(QUEUES, {"resume": "celery"})
+    job.refresh_from_db()
+    assert job.state == "succeeded"
+
+
+@pytest.mark.parametrize("data", [{"pause": "nothing"}, {"pause": "i\0o"}, {"reason": "x"}, {}])
+def test_an_invalid_pause_changes_nothing(admin_client, answers, data):
+    assert admin_client.post(QUEUES, data).status_code == 302
+    assert admin_client.post(QUEUES, {"pause": "io", "reason": "x" * 256}).status_code == 302
+    assert not Pause.objects.exists() and not LogEntry.objects.exists()
+
+
+def test_the_page_needs_view_job_and_a_pause_needs_delete_job(staff, answers):
+    viewer, operator = staff("view"), staff("view", "delete")
+    for client in staff(), staff("delete"):
+        assert client.get(QUEUES).status_code == 403
+    assert viewer.post(QUEUES, {"pause": "io"}).status_code == 403
+    assert tables(viewer)["queues"][2][-1] == "" and "tasks" not in tables(viewer)
+    assert operator.post(QUEUES, {"pause": "io"}).status_code == 302
+    assert viewer.post(QUEUES, {"resume": "io"}).status_code == 403
+    assert Pause.objects.get().name == "io"
+    assert operator.get(f"{QUEUES}io/delete/").status_code == 404
+    assert operator.get(f"{QUEUES}add/").status_code == 404
+
+
+def broken(**options):
+    raise OSError("no route to host")
+
+
+def test_the_page_says_why_it_knows_no_workers(admin_client, answers, monkeypatch):
+    answers.clear()
+    assert "No worker has answered." in admin_client.get(QUEUES).content.decode()
+    monkeypatch.setattr("celery.current_app.control.inspect", broken)
+    assert "The broker does not answer" in admin_client.get(QUEUES).content.decode()
+    assert tables(admin_client)["queues"][0][-2] == "unknown"
+    monkeypatch.setattr("kombu.Connection.supports_exchange_type", lambda self, kind: False)
+    assert "This broker cannot ask" in admin_client.get(QUEUES).content.decode()
+
+
+def test_the_page_costs_the_same_queries_however_many_keys_there_are(admin_client, answers):
+    def asked():
+        with CaptureQueriesContext(connection) as captured:
+            tables(admin_client)
+        return [query["sql"] for query in captured if '"jobs_' in query["sql"]]
+
+    before = asked()
+    Job.objects.enqueue_many(limited, [[number] for number in range(300)])
+    assert len(asked()) == len(before) <= 7
+    assert len(tables(admin_client)["keys"]) == 200
+
+
+def test_the_page_reads_no_row_of_a_held_job(many, admin_client, answers):
+    """PostgreSQL counts them in indexes."""
+    held = [
+        Job(task=limited.name, queue="io", limit_key=key, held_by=key, due_at=timezone.now())
+        for key in ["tenant:a", "tenant:b"] * 500
+    ]
+    Job.objects.bulk_create(held)
+    with CaptureQueriesContext(connection) as captured:
+        tables(admin_client)
+    for sql in [query["sql"] for query in captured if 'FROM "jobs_job"' in query["sql"]]:
+        assert scanned(sql) <= {"job_active", "job_held", "job_place"}, sql

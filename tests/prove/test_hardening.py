@@ -66,6 +66,7 @@ PAGES = {
     "/api/docs/": "/api/jobs/",
     "/admin/": "Site administration",
     "/admin/jobs/job/": "Select job to",
+    "/admin/jobs/pause/": "Oldest wait",
     "/admin/users/user/add/": "Add user",
     "/api/jobs/?format=api": "Job List",
 }
@@ -136,9 +137,9 @@ def test_pages_show_markup_as_text_and_other_sites_can_post_nothing(project, tmp
             tab.wait(f"document.body.textContent.split({MARKUP!r}).length > {times}")
             assert tab.run("document.querySelectorAll('[onerror], [href^=javascript]').length") == 0
         seen = f"""
-from jobs.models import Job
+from jobs.models import Job, Pause
 states = Job.objects.filter(state="queued").count(), Job.objects.get(pk={active!r}).state
-result = [Job.objects.count(), *states]
+result = [Job.objects.count(), *states, Pause.objects.count()]
 """
         before = site.ask(seen)
         violations = [event for event in tab.events if "Content Security Policy" in str(event)]
@@ -151,6 +152,7 @@ result = [Job.objects.count(), *states]
             f"/api/batches/{batch}/cancel/": {},
             jobs: {"action": "cancel", "_selected_action": active},
             batches: {"action": "cancel", "_selected_action": batch},
+            "/admin/jobs/pause/": {"pause": "celery"},
         }.items():
             tab.open(f"{site.flower}/healthcheck")
             inputs = [f"<input name={name} value={value}>" for name, value in fields.items()]

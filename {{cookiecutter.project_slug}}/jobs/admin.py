@@ -1,6 +1,6 @@
 import uuid
 
-from celery import current_app
+from django import forms
 from django.apps import apps
 from django.contrib import admin, messages
 from django.contrib.admin.helpers import ACTION_CHECKBOX_NAME
@@ -9,39 +9,44 @@ from django.contrib.admin.options import IncorrectLookupParameters
 from django.contrib.admin.views.main import ORDER_VAR, PAGE_VAR
 from django.contrib.auth import get_user_model
 from django.contrib.contenttypes.models import ContentType
-from django.core.exceptions import ValidationError
+from django.core.exceptions import PermissionDenied, ValidationError
 from django.core.paginator import Paginator
 from django.db.models import Q
 from django.db.models.functions import Now
-from django.http import HttpRequest
+from django.http import HttpRequest, HttpResponseRedirect
 from django.template.defaultfilters import pluralize, truncatechars
+from django.template.response import TemplateResponse
 from django.urls import reverse
 from django.utils.functional import cached_property
 from django.utils.html import format_html
 from kombu.utils.json import loads
 
+from . import conf, limits, queues
 from .beat import check_entry
-from .celery import is_job
 from .expressions import ACTIVE, FINAL, UNFINISHED
-from .messages import known_queues
-from .models import Batch, Failure, Job
+from .models import Batch, Failure, Job, Pause
+from .pauses import known_names
 from .serializers import count_jobs
 
 __all__ = ["announce"]
 
 # The fields on the page of a job
 TASK_FIELDS = ["task", "label", "args", "kwargs", "owner", "queue", "batch", "created_at"]
-OUTCOME_FIELDS = ["state", "error", "public_error", "result", "progress", "message"]
+OUTCOME_FIELDS = ["state", "turn", "error", "public_error", "result", "progress", "message"]
 OUTCOME_FIELDS += ["started_at", "finished_at"]
 KEYS = ["id", "idempotency_key", "fingerprint", "unique_key", "limit_key", "held_by"]
 INTERNALS = ["cursor", "run_token", "worker", "due_at", "sweep_at", "deadline"]
 INTERNALS += ["times_sent", "retries", "crashes", "then", "follows"]
-# How the list of jobs can be filtered, in the words of the metrics
+# How the list of jobs can be filtered, in the words of the metrics. A job that has not ended is in one of two
+# indexes: job_active or job_held.
+IS_ACTIVE = Q(state__in=ACTIVE) & (Q(sweep_at__isnull=False) | Q(held_by__isnull=False))
 STATES = {
-    "active": Q(state__in=ACTIVE),
-    "waiting": Q(state="queued", due_at__lte=Now()),
-    "waiting later": Q(state="queued", due_at__gt=Now()),
-    **{state: Q(state=state) for state in ["running", *FINAL]},
+    "active": IS_ACTIVE,
+    "waiting": Q(state="queued", sweep_at__isnull=False, due_at__lte=Now()),
+    "waiting later": IS_ACTIVE & Q(state="queued", due_at__gt=Now()),
+    "held": Q(held_by__isnull=False, due_at__lte=Now()),
+    "running": Q(state="running", sweep_at__isnull=False),
+    **{state: Q(state=state) for state in FINAL},
 }
 
 
@@ -70,6 +75,18 @@ def announce(request: HttpRequest, jobs: list[Job], done: str = "enqueued", rest
     text = f"{len(jobs)} job{pluralize(jobs)} {done}"
     link = format_html('<a href="{}">{}</a>', url, text) if jobs else text
     messages.success(request, format_html("{}. {}", link, rest))
+
+
+def log(request, model, text, pk=None):
+    """Leave a LogEntry: who did what, and when. With `pk`, the page "History" of this object shows it."""
+    LogEntry.objects.create(
+        user=request.user,
+        content_type=ContentType.objects.get_for_model(model),
+        object_id=pk,
+        object_repr=text[:200],
+        action_flag=CHANGE,
+        change_message=text,
+    )
 
 
 class FailureInline(admin.StackedInline):
@@ -109,14 +126,14 @@ class TaskFilter(NameFilter):
     title = parameter_name = "task"
 
     def names(self):
-        return [name for name in current_app.tasks if is_job(current_app, name)]
+        return known_names()[1]
 
 
 class QueueFilter(NameFilter):
     title = parameter_name = "queue"
 
     def names(self):
-        return known_queues()
+        return known_names()[0]
 
 
 class StateFilter(admin.SimpleListFilter):
@@ -171,20 +188,14 @@ class ReadOnlyAdmin(admin.ModelAdmin):
                 messages.warning(request, text)
         return super().response_action(request, queryset, **kwargs)
 
-    def log(self, request, count, done):
-        """Leave a LogEntry that says who did what with how many jobs, when, and which filter was set."""
+    def log(self, request, jobs, done):
+        """Say in the log how many jobs were changed, and which filter was set."""
         ids = request.POST.getlist(ACTION_CHECKBOX_NAME)
         is_one = len(ids) == 1 and request.POST.get("select_across") != "1"
         shown = [item for item in request.GET.items() if item[0] not in (PAGE_VAR, ORDER_VAR)]
         filters = ", ".join(f"{name}={value}" for name, value in shown) or "none"
-        LogEntry.objects.create(
-            user=request.user,
-            content_type=ContentType.objects.get_for_model(self.model),
-            object_id=ids[0] if is_one else None,  # then its page "History" shows the entry
-            object_repr=f"{count} job{pluralize(count)}",
-            action_flag=CHANGE,
-            change_message=f"{done.capitalize()}. Filter: {filters}",
-        )
+        text = f"{jobs} job{pluralize(jobs)} {done}. Filter: {filters}"
+        log(request, self.model, text, pk=ids[0] if is_one else None)
 
     def has_add_permission(self, request):
         return False
@@ -197,6 +208,9 @@ class ReadOnlyAdmin(admin.ModelAdmin):
 class JobAdmin(ReadOnlyAdmin):
     list_display = ["task", "label", "state", "queue", "progress", "owner"]
     list_display += ["created_at", "finished_at", "short_error"]
+    search_help_text = (
+        'An id, the full user name of an owner, or the key of a limit, such as "tenant:7"'
+    )
     list_filter = [StateFilter, TaskFilter, QueueFilter, "created_at"]
     actions = ["run_again", "cancel", "start_now"]
     conditions = {
@@ -216,6 +230,13 @@ class JobAdmin(ReadOnlyAdmin):
         large = ["args", "kwargs", "cursor", "result", "then"]
         changelist.result_list = changelist.result_list.defer(*large)
         return changelist
+
+    def find(self, term):
+        is_key = term.partition(":")[0] in conf.JOB_LIMITS
+        return {"limit_key": term} if is_key else super().find(term)
+
+    def turn(self, job):
+        return limits.reasons([job]).get(job.pk)
 
     @admin.display(description="error")
     def short_error(self, job):
@@ -287,6 +308,61 @@ class BatchAdmin(ReadOnlyAdmin):
         cancelled = sum(batch.cancel() for batch in queryset.filter(ended_at=None))
         self.message_user(request, f"{cancelled} job{pluralize(cancelled)} cancelled.")
         self.log(request, cancelled, "cancelled")
+
+
+class PauseForm(forms.Form):
+    pause = forms.CharField(required=False)
+    resume = forms.CharField(required=False)
+    reason = forms.CharField(required=False, max_length=255)
+
+
+@admin.register(Pause)
+class QueuesAdmin(admin.ModelAdmin):
+    """The page "Queues". The permissions for jobs apply."""
+
+    def get_urls(self):
+        return [url for url in super().get_urls() if url.name == "jobs_pause_changelist"]
+
+    def has_view_permission(self, request, obj=None):
+        return request.user.has_perm("jobs.view_job")
+
+    def has_add_permission(self, request):
+        return False
+
+    has_change_permission = has_delete_permission = lambda self, request, obj=None: False
+
+    def changelist_view(self, request, extra_context=None):
+        if not self.has_view_permission(request):
+            raise PermissionDenied
+        may_pause = request.user.has_perm("jobs.delete_job")
+        if request.method == "POST":
+            if not may_pause:
+                raise PermissionDenied
+            self.pause_or_resume(request)
+            return HttpResponseRedirect(request.path)
+        context = {**self.admin_site.each_context(request), **queues.page()}
+        context |= {"title": "Queues", "opts": self.opts, "may_pause": may_pause}
+        return TemplateResponse(request, "admin/jobs/pause/change_list.html", context)
+
+    def pause_or_resume(self, request):
+        form = PauseForm(request.POST)
+        if not form.is_valid():
+            messages.error(request, form.errors.as_text())
+            return
+        name, reason = form.cleaned_data["pause"], form.cleaned_data["reason"]
+        try:
+            if name:
+                Pause.objects.pause(name, reason)
+                text = f"{name} paused: {reason}" if reason else f"{name} paused"
+            else:
+                name = form.cleaned_data["resume"]
+                text = f"{name} resumed" if Pause.objects.resume(name) else ""
+        except ValueError as error:
+            messages.error(request, str(error))
+            return
+        if text:
+            log(request, Pause, text)
+            messages.success(request, f"{text}.")
 
 
 if apps.is_installed("django_celery_beat"):

@@ -55,30 +55,7 @@ class Collector:
     """The collector for prometheus_client. It makes seven queries, however many jobs there are."""
 
     def collect(self):
-        names = pauses.names()
-        is_paused = Q(queue__in=names) | Q(task__in=names)
-        is_due, is_later = Q(state="queued", due_at__lte=Now()), Q(state="queued", due_at__gt=Now())
-        rows = Job.objects.filter(state__in=ACTIVE, sweep_at__isnull=False).values("queue")
-        active = rows.annotate(
-            jobs_waiting=Count("queue", filter=is_due & ~is_paused),
-            # Until a worker or the sweep holds them:
-            jobs_held=Count("queue", filter=is_due & is_paused),
-            jobs_waiting_later=Count("queue", filter=is_later),
-            jobs_running=Count("queue", filter=Q(state="running")),
-            jobs_oldest_wait_seconds=Now() - Min("due_at", filter=is_due & ~is_paused),
-        )
-        rows = Job.objects.filter(held_by__isnull=False).values("queue")
-        held = rows.annotate(
-            jobs_held=Count("queue", filter=is_due),
-            jobs_waiting_later=Count("queue", filter=is_later),
-        )
-        rows = {queue: {"queue": queue} for queue in known_queues()}
-        rows |= {row["queue"]: row for row in active}
-        for row in held:
-            of_queue = rows.setdefault(row["queue"], {"queue": row["queue"]})
-            for name in ("jobs_held", "jobs_waiting_later"):
-                of_queue[name] = of_queue.get(name, 0) + row[name]
-        yield from families(QUEUE_METRICS, ["queue"], rows.values())
+        yield from families(QUEUE_METRICS, ["queue"], by_queue())
 
         rows = Pause.objects.values("name", jobs_pause_seconds=Now() - F("since"))
         yield from families(PAUSE_METRICS, ["name"], rows)
@@ -104,6 +81,34 @@ class Collector:
         rows = rows or [dict.fromkeys(ages, math.inf)]
         yield from families(BEAT_METRICS, [], rows)
         yield from families(BEAT_COUNTERS, [], rows, CounterMetricFamily)
+
+
+def by_queue():
+    """Return a dictionary with the QUEUE_METRICS of each queue that is known or has active jobs."""
+    names = pauses.names()
+    is_paused = Q(queue__in=names) | Q(task__in=names)
+    is_due, is_later = Q(state="queued", due_at__lte=Now()), Q(state="queued", due_at__gt=Now())
+    rows = Job.objects.filter(state__in=ACTIVE, sweep_at__isnull=False).values("queue")
+    active = rows.annotate(
+        jobs_waiting=Count("queue", filter=is_due & ~is_paused),
+        # Until a worker or the sweep holds them:
+        jobs_held=Count("queue", filter=is_due & is_paused),
+        jobs_waiting_later=Count("queue", filter=is_later),
+        jobs_running=Count("queue", filter=Q(state="running")),
+        jobs_oldest_wait_seconds=Now() - Min("due_at", filter=is_due & ~is_paused),
+    )
+    rows = Job.objects.filter(held_by__isnull=False).values("queue")
+    held = rows.annotate(
+        jobs_held=Count("queue", filter=is_due),
+        jobs_waiting_later=Count("queue", filter=is_later),
+    )
+    rows = {queue: {"queue": queue} for queue in known_queues()}
+    rows |= {row["queue"]: row for row in active}
+    for row in held:
+        of_queue = rows.setdefault(row["queue"], {"queue": row["queue"]})
+        for name in ("jobs_held", "jobs_waiting_later"):
+            of_queue[name] = of_queue.get(name, 0) + row[name]
+    return list(rows.values())
 
 
 def families(help_texts, labels, rows, family_class=GaugeMetricFamily):

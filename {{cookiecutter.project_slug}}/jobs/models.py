@@ -152,6 +152,19 @@ class Job(Row):
                 fields=["follows"], name="job_follows", condition=Q(follows__isnull=False)
             ),
             models.Index(fields=["owner", "state", "-created_at"], name="job_owner_state"),
+            # For the filters of the admin
+            models.Index(fields=["task", "-created_at"], name="job_task"),
+            models.Index(fields=["queue", "-created_at"], name="job_queue"),
+            models.Index(
+                fields=["state", "-created_at"],
+                name="job_unsuccessful",
+                condition=Q(state__in=["failed", "cancelled"]),
+            ),
+            models.Index(
+                fields=["limit_key", "-created_at"],
+                name="job_limit",
+                condition=Q(limit_key__isnull=False),
+            ),
             models.Index(fields=["finished_at"], name="job_finished", condition=~UNFINISHED),
             models.Index(
                 fields=[
@@ -165,7 +178,7 @@ class Job(Row):
                 condition=Q(state__in=ACTIVE, sweep_at__isnull=False),
             ),
             models.Index(
-                fields=["held_by", "due_at", "created_at"],
+                fields=["held_by", "due_at", "created_at", "queue"],  # queue for the metrics
                 name="job_held",
                 condition=Q(held_by__isnull=False),
             ),
@@ -275,6 +288,7 @@ class Pause(models.Model):
     class Meta:
         default_permissions = ()  # the permissions for jobs apply
         ordering = ["name"]
+        verbose_name_plural = "queues"  # the page in the admin shows both
 
     def __str__(self):
         since = timezone.localtime(self.since)
