@@ -262,7 +262,7 @@ def test_a_second_click_takes_the_jobs_that_were_left(admin_client, monkeypatch,
     jobs = [Job.objects.enqueue(greet, countdown=60) for _ in range(5)]
     if action == "run_again":
         updates.finish(Job.objects.all(), "failed")
-    more = "These were the first 2 jobs. More are left: choose the action again."
+    more = "These were the first 2. More are left: choose the action again."
     left = [more in act(admin_client, action, f"task={greet.name}") for _ in range(3)]
     assert left == [True, True, False]
     entries = [re.search("[0-9]+", text)[0] for _, text in logged()]
@@ -416,7 +416,7 @@ def test_a_queue_and_a_task_are_paused_and_resumed(admin_client, answers):
     for name in "io", greet.name:
         page = admin_client.post(QUEUES, {"pause": name, "reason": reason}, follow=True)
         [message] = page.context["messages"]
-        assert str(message) == f"{name} paused: {reason}."
+        assert str(message) == f"Paused {name}: {reason}."
     assert {(pause.name, pause.reason) for pause in Pause.objects.all()} == {
         ("io", reason),
         (greet.name, reason),
@@ -429,11 +429,11 @@ def test_a_queue_and_a_task_are_paused_and_resumed(admin_client, answers):
     for name in "io", greet.name, "cpu":  # which is not paused
         admin_client.post(QUEUES, {"resume": name})
     assert not Pause.objects.exists()
-    texts = [f"{name} paused: {reason}" for name in ("io", greet.name)]
-    texts += [f"{name} resumed" for name in ("io", greet.name)]
+    texts = [f"Paused {name}: {reason}" for name in ("io", greet.name)]
+    texts += [f"Resumed {name}" for name in ("io", greet.name)]
     assert logged() == [("admin", text) for text in texts]
     shown = tables(admin_client)["log"]
-    assert [row[1:] for row in shown][0] == ["admin", f"{greet.name} resumed"]
+    assert [row[1:] for row in shown][0] == ["admin", f"Resumed {greet.name}"]
 
 
 def test_a_pause_in_the_page_holds_and_a_resume_lets_go(admin_client, answers, commit, run_jobs):

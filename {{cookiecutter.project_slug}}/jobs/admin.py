@@ -182,9 +182,7 @@ class ReadOnlyAdmin(admin.ModelAdmin):
             ids = list(rows.values_list("pk", flat=True)[: most + 1])
             queryset = queryset.filter(pk__in=ids[:most])
             if ids[most:]:
-                text = (
-                    f"These were the first {most:,} jobs. More are left: choose the action again."
-                )
+                text = f"These were the first {most:,}. More are left: choose the action again."
                 messages.warning(request, text)
         return super().response_action(request, queryset, **kwargs)
 
@@ -206,8 +204,8 @@ class ReadOnlyAdmin(admin.ModelAdmin):
 
 @admin.register(Job)
 class JobAdmin(ReadOnlyAdmin):
-    list_display = ["task", "label", "state", "queue", "progress", "owner"]
-    list_display += ["created_at", "finished_at", "short_error"]
+    list_display = ["task", "label", "state", "short_error", "queue", "owner"]
+    list_display += ["created_at", "finished_at", "progress"]
     search_help_text = (
         'An id, the full user name of an owner, or the key of a limit, such as "tenant:7"'
     )
@@ -271,6 +269,7 @@ class BatchAdmin(ReadOnlyAdmin):
 
     list_display = ["__str__", "state", "members", "owner", "created_at", "ended_at"]
     actions = ["run_failed_again", "cancel"]
+    conditions = {"cancel": Q(ended_at=None)}
     fields = ["label", "owner", "state", "members", "error", "created_at", "ended_at"]
     fields += ["id", "parent", "then", "ended"]
 
@@ -326,15 +325,13 @@ class QueuesAdmin(admin.ModelAdmin):
     def has_view_permission(self, request, obj=None):
         return request.user.has_perm("jobs.view_job")
 
-    def has_add_permission(self, request):
-        return False
-
-    has_change_permission = has_delete_permission = lambda self, request, obj=None: False
+    def has_change_permission(self, request, obj=None):
+        return request.user.has_perm("jobs.delete_job")
 
     def changelist_view(self, request, extra_context=None):
         if not self.has_view_permission(request):
             raise PermissionDenied
-        may_pause = request.user.has_perm("jobs.delete_job")
+        may_pause = self.has_change_permission(request)
         if request.method == "POST":
             if not may_pause:
                 raise PermissionDenied
@@ -353,10 +350,10 @@ class QueuesAdmin(admin.ModelAdmin):
         try:
             if name:
                 Pause.objects.pause(name, reason)
-                text = f"{name} paused: {reason}" if reason else f"{name} paused"
+                text = f"Paused {name}: {reason}" if reason else f"Paused {name}"
             else:
                 name = form.cleaned_data["resume"]
-                text = f"{name} resumed" if Pause.objects.resume(name) else ""
+                text = f"Resumed {name}" if Pause.objects.resume(name) else ""
         except ValueError as error:
             messages.error(request, str(error))
             return
