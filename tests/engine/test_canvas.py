@@ -586,7 +586,7 @@ def run(body, published=True, **options):
 
 
 def next_jobs():
-    return list(Job.objects.filter(task=add.name))
+    return list(Job.objects.filter(task=add.name).order_by("created_at"))
 
 
 def test_a_next_step_is_enqueued_with_its_options(user):

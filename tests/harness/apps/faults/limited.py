@@ -1,4 +1,4 @@
-"""Tasks with limits. The locks of files are the witness: no more bodies run at once than a key has files."""
+"""Tasks with limits. Locked files are the witness of how many bodies run at once."""
 
 import fcntl
 import os
