@@ -34,6 +34,7 @@ class JobsConfig(AppConfig):
         signals.task_received.connect(worker.assign_run_token)
         signals.task_prerun.connect(worker.prepare_connection)
         signals.task_failure.connect(worker.recover_job_of_dead_child)
+        signals.task_revoked.connect(worker.free_place_of_dead_child)
         signals.task_unknown.connect(worker.requeue_unknown)
         signals.heartbeat_sent.connect(liveness.touch_liveness_file)
         signals.beat_init.connect(beat.start)

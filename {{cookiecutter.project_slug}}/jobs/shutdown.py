@@ -150,9 +150,12 @@ def requeue_and_exit(exitcode=0):
             for run in runs.values():
                 run.in_body = False  # write_and_renew() must not claim the job again
             for _ in range(2):  # because a renewal may lock a row for a moment
+                rows = jobs_of(runs.values())
                 with transaction.atomic():
                     # The leases of locked rows will lapse.
-                    updates.requeue(updates.skip_locked(jobs_of(runs.values())))
+                    updates.requeue(updates.skip_locked(rows))
+                if not rows.exists():  # end at once: another job may have the place of a body now
+                    break
                 time.sleep(POLL_SECONDS)
     finally:
         os._exit(exitcode)

@@ -13,7 +13,7 @@ from django.db import close_old_connections, connection
 from django.db.models import F, Q
 from django.db.models.functions import Now
 
-from . import conf, updates
+from . import conf, shutdown, updates
 from .celery import cancel
 from .database import wait_for
 from .events import BatchedEvents
@@ -83,6 +83,12 @@ def recover_job_of_dead_child(sender, task_id, exception, **kwargs):
         in_thread(recover, Job.objects.filter(pk=task_id, run_token=token), delay=POLL_SECONDS)
         if "limit" in sender.request.headers:
             in_thread(free_cancelled, Job.objects.filter(pk=task_id), delay=POLL_SECONDS)
+
+
+def free_place_of_dead_child(request, terminated, **kwargs):
+    """Free the place of a cancelled job whose child was killed by a revoke, without waiting for its lease."""
+    if terminated and shutdown.is_prefork and "limit" in (request.headers or {}):
+        in_thread(free_cancelled, Job.objects.filter(pk=request.id), delay=POLL_SECONDS)
 
 
 # Jobs that this worker does not run

@@ -12,7 +12,7 @@ from jobs.models import Batch
 from jobs.tasks import JobTask
 
 
-def write(kind, task, key):
+def note_body(kind, task, key):
     """Append a line to the file of all bodies. It has the same clock in all processes."""
     line = f"{kind} {key} {task.request.id} {time.time()}\n"
     with open(f"{os.environ['NOTES']}-of-bodies", "a") as file:
@@ -30,14 +30,14 @@ def place(task, key, number):
         except BlockingIOError:
             os.close(file)
     else:
-        write("exceeded", task, key)
+        note_body("exceeded", task, key)
         yield
         return
-    write("start", task, key)
+    note_body("start", task, key)
     try:
         yield
     finally:
-        write("end", task, key)
+        note_body("end", task, key)
         os.close(file)
 
 
@@ -64,19 +64,19 @@ def one_until(self, key, gate):
 @shared_task(base=JobTask, bind=True, limit="one:{key}")
 def report_until(self, key, gate):
     """Write a line after each report. It takes no lock: a frozen body would keep it."""
-    write("start", self, key)
+    note_body("start", self, key)
     try:
         while not Path(gate).exists():
             self.report(1)
-            write("reported", self, key)
+            note_body("reported", self, key)
             time.sleep(0.05)
     finally:
-        write("end", self, key)
+        note_body("end", self, key)
 
 
 @shared_task(base=JobTask, bind=True, limit="rate:{key}")
 def rated(self, key):
-    write("start", self, key)
+    note_body("start", self, key)
 
 
 # An API that takes 5 calls a second, at most 2 at once for each tenant: see LIMITS in stack.py
@@ -91,7 +91,7 @@ def call_api(self, tenant_id, contact_id):
 
 @shared_task(base=JobTask, bind=True)
 def summarize(self, tenant_id):
-    write("summary", self, tenant_id)
+    note_body("summary", self, tenant_id)
 
 
 def call_all(tenant_id, contacts):
