@@ -183,7 +183,9 @@ def test_a_free_place_is_taken_without_beat(stack, record_property):
 
 def inject_faults(stack, enqueue):
     """Inject one fault after the other, each while jobs of all keys run."""
-    keys = "result = [str(j.pk) for j in Job.objects.filter(state='running', limit_key__isnull=False)]"
+    keys = (
+        "result = [str(j.pk) for j in Job.objects.filter(state='running', limit_key__isnull=False)]"
+    )
 
     def kill_worker():
         stack.worker.kill()

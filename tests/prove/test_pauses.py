@@ -1,0 +1,182 @@
+"""A pause stays: no job of the queue or task starts, whatever is restarted, and all jobs run afterwards."""
+
+import time
+
+from harness.faults import on_each, on_each_pool, on_one, ran_once, succeeded
+from harness.project import wait_for
+
+
+def manage(stack, *words):
+    """Run manage.py jobs."""
+    return stack.project.manage("jobs", *words, **{k: str(v) for k, v in stack.variables.items()})
+
+
+def enqueue(stack, task, count, *args, queue="cpu"):
+    code = f"""
+jobs = Job.objects.enqueue_many({task}, [args] * count, queue=queue)
+result = [str(job.pk) for job in jobs]
+"""
+    return stack.ask(code, args=[str(arg) for arg in args], count=count, queue=queue)
+
+
+def wait_until_held(stack, name, count):
+    """Wait until a pause holds so many jobs. Held jobs have no message."""
+    ask = "result = Job.objects.filter(held_by=f'pause:{name}', times_sent=0).count()"
+    wait_for(lambda: stack.ask(ask, name=name) == count)
+
+
+def started(stack, jobs):
+    """Return these jobs in the order in which they started, without those that have not."""
+    ask = """
+rows = Job.objects.filter(pk__in=jobs, started_at__isnull=False).order_by("started_at")
+result = [str(pk) for pk in rows.values_list("pk", flat=True)]
+"""
+    return stack.ask(ask, jobs=jobs)
+
+
+def check_neighbours(stack):
+    """Jobs of another queue run: no message of a paused job fills a worker."""
+    rows = stack.wait_until_final(*enqueue(stack, "quick", 10, queue="io"))
+    assert succeeded(rows, crashes=0), rows
+
+
+@on_each
+def test_a_paused_queue_starts_no_job_whatever_is_restarted(stack, gate, since):
+    running = stack.enqueue("hold", gate, queue="cpu")
+    stack.wait_until_started(running)
+    before = enqueue(stack, "rest", 40, 0.05)
+    wait_for(lambda: started(stack, before))
+    try:
+        printed = manage(stack, "pause", "cpu", "--reason", "SMTP is down")
+        assert printed.startswith("cpu: Paused since ") and "SMTP is down" in printed
+        time.sleep(1)  # a claim that began before may still become a start
+        ran = len(started(stack, before))
+        new = enqueue(stack, "quick", 5)
+        check_neighbours(stack)
+        wait_until_held(stack, "cpu", len(before) - ran + len(new))
+        with stack.supervised():
+            gate.touch()
+            assert succeeded(stack.wait_until_final(running), crashes=0)  # running jobs end
+            for process in [*stack.workers, stack.beat, stack.broker]:
+                process.kill()
+            stack.broker.start()
+            stack.empty("cpu")
+            new += enqueue(stack, "quick", 5)
+            stack.database.kill()
+            stack.database.start()
+            check_neighbours(stack)
+            wait_until_held(stack, "cpu", len(before) - ran + len(new))
+            time.sleep(
+                3
+            )  # several rounds of the sweep, and a time after which messages are sent again
+            assert not stack.messages_in("cpu")
+            assert len(started(stack, before + new)) == ran
+    finally:
+        start = time.monotonic()
+        assert manage(stack, "resume", "cpu") == ""
+    rows = stack.wait_until_final(*before, *new)
+    since(start)
+    assert succeeded(rows, crashes=0), rows
+    assert ran_once(stack, before + new)
+
+
+def end_all(stack):
+    """Remove all pauses, and cancel what they hold."""
+    stack.ask("Pause.objects.all().delete()\nJob.objects.all().cancel()")
+
+
+@on_each_pool
+def test_after_a_pause_jobs_start_in_order(stack, record_property):
+    """With one slot, and without Beat."""
+    stack.beat.stop()
+    worker = stack.make_worker("one", "one", WORKER_CONCURRENCY=1)
+    worker.start()
+    try:
+        stack.wait_until_final(*enqueue(stack, "quick", 1, queue="one"))
+        stack.ask("Pause.objects.pause('one')")
+        jobs = enqueue(stack, "quick", 60, queue="one")
+        wait_until_held(stack, "one", 60)
+        time.sleep(2)
+        assert not started(stack, jobs)
+        seconds = stack.ask(
+            """
+import time
+Pause.objects.resume("one")
+start = time.monotonic()
+while not Job.objects.filter(pk__in=jobs, started_at__isnull=False).exists():
+    time.sleep(0.01)
+result = time.monotonic() - start
+""",
+            jobs=jobs,
+        )
+        record_property("seconds until the first start", round(seconds, 2))
+        stack.wait_until_final(*jobs)
+        assert started(stack, jobs) == jobs
+    finally:
+        end_all(stack)
+
+
+@on_one
+def test_messages_of_paused_jobs_do_not_circle(stack):
+    """Each is delivered once, then its job is held: the number of deliveries does not grow."""
+    size = stack.worker.log.stat().st_size
+    stack.ask("Pause.objects.pause('faults.tasks.quick')")
+    try:
+        jobs = enqueue(stack, "quick", 50)
+        wait_until_held(stack, "faults.tasks.quick", 50)
+        time.sleep(3)
+
+        def deliveries():
+            lines = stack.worker.log.read_bytes()[size:].splitlines()
+            return sum(b"task_started" in line and b"tasks.quick" in line for line in lines)
+
+        seen = deliveries()
+        assert seen >= 50
+        time.sleep(3)
+        assert deliveries() == seen
+        assert not stack.messages_in("cpu")
+        assert not started(stack, jobs)
+        rows = stack.wait_until_final(*enqueue(stack, "read", 5, "x"))  # of the same queue
+        assert succeeded(rows, crashes=0), rows
+    finally:
+        stack.ask("Pause.objects.resume('faults.tasks.quick')")
+    assert succeeded(stack.wait_until_final(*jobs), crashes=0)
+    assert ran_once(stack, jobs)
+
+
+@on_one
+def test_the_schedule_and_countdowns_continue_during_a_pause(stack):
+    ticks = "Job.objects.filter(task='faults.tasks.tick')"
+    stack.ask(f"Pause.objects.pause('faults.tasks.tick')\n{ticks}.delete()")
+    try:
+        stack.replace_beat("faults.every_second")
+        wait_for(lambda: stack.ask(f"result = {ticks}.filter(held_by__isnull=False).count()") > 2)
+        late = stack.enqueue("quick", countdown=1)
+        stack.wait_until_final(late)
+        assert not stack.ask(f"result = {ticks}.filter(started_at__isnull=False).count()")
+    finally:
+        stack.ask("Pause.objects.resume('faults.tasks.tick')")
+    wait_for(lambda: stack.ask(f"result = {ticks}.filter(state='succeeded').count()") > 2)
+
+
+@on_one
+def test_a_paused_job_occupies_no_place(stack, gate):
+    """Two tasks share a key with one place. One of them is paused, also while it waits for its turn."""
+    key = gate.parent.name
+    first = stack.enqueue("one_until", key, gate)
+    wait_for(lambda: started(stack, [first]))
+    paused = enqueue(stack, "one", 5, key, 0)
+    others = enqueue(stack, "report_until", 3, key, gate)
+    stack.ask("Pause.objects.pause('faults.limited.one')")
+    try:
+        gate.touch()
+        stack.wait_until_final(first, *others)
+        more = enqueue(stack, "one", 5, key, 0)
+        last = enqueue(stack, "report_until", 3, key, gate)
+        stack.wait_until_final(*last)
+        wait_until_held(stack, "faults.limited.one", 10)
+    finally:
+        stack.ask("Pause.objects.resume('faults.limited.one')")
+    rows = stack.wait_until_final(*paused, *more)
+    assert succeeded(rows, crashes=0), rows
+    assert started(stack, paused + more) == paused + more
