@@ -574,7 +574,7 @@ from reports.tasks import sync_contact
 
 job = {block.said("{} has the key")}
 assert job.limit_key == "{block.said("has the key {}, and")}"
-jobs = Job.objects.enqueue_many(sync_contact, [[7, number] for number in range(9)])
+Job.objects.enqueue_many(sync_contact, [[7, number] for number in range(9)])
 run_jobs()
 assert Job.objects.filter(state="succeeded").count() == 10
 """,

@@ -348,15 +348,17 @@ def test_the_image_and_the_hosts_are_in_one_file(bake):
     assert f"{PRODUCTION}/.env" not in tracked
 
 
-# Makes jobs in every state, more for each next queue, and prints the metrics.
+# Makes jobs in every state, more for each next queue, and prints the metrics. A limit holds
+# some of them, and one of their tasks is paused: some of its jobs are held, the others are not yet.
 JOBS = """
 from datetime import timedelta
 from uuid import uuid4
 from django.conf import settings
 from django.utils import timezone
-from jobs.models import Job
+from jobs.models import Job, Pause
 from jobs.metrics import Collector
-from orders.tasks import write_report
+from orders.tasks import mail_summary, write_report
+held, paused = {"times_sent": 0, "sweep_at": None}, {"task": mail_summary.name}
 for number, queue in enumerate([*settings.CELERY_TASK_QUEUES, "unknown"], start=1):
     for _ in range(number):
         for countdown in (0, 3600):
@@ -364,11 +366,17 @@ for number, queue in enumerate([*settings.CELERY_TASK_QUEUES, "unknown"], start=
         for changes in (
             {"times_sent": 0, "sweep_at": timezone.now() - timedelta(seconds=9)},  # a due countdown
             {"state": "running", "run_token": uuid4()},
+            {**held, "held_by": "tenant:7"},
+            {**paused, **held, "held_by": f"pause:{mail_summary.name}"},
+            paused,
+            {**paused, "times_sent": 0, "sweep_at": timezone.now() - timedelta(seconds=9)},
+            {**paused, "state": "running", "run_token": uuid4()},
             *({"state": state, "sweep_at": None, "finished_at": timezone.now()}
               for state in ("succeeded", "failed", "cancelled")),
         ):
             job = Job.objects.enqueue(write_report, [1], queue=queue)
             Job.objects.filter(pk=job.pk).update(**changes)
+Pause.objects.pause(mail_summary.name)
 for family in Collector().collect():
     for sample in family.samples:
         print(sample.name, *sample.labels.values(), sample.value)
@@ -394,4 +402,8 @@ def test_the_queries_that_scale_workers_count_waiting_and_running_jobs(render, d
         command = [*psql, queries[f"worker-{queue}"]]
         count = int(subprocess.run(command, capture_output=True, check=True).stdout)
         assert count == sum(int(value) for _, name, value in metrics if name == queue)
-        assert count == 3 * number
+        assert count == 4 * number
+    printed = project.manage("jobs", "pause", "io", "--reason", "SMTP is down", **variables)
+    assert re.search(r"^io: Paused since .*: SMTP is down$", printed, re.M)
+    counts = subprocess.run([*psql, queries["worker-io"]], capture_output=True, check=True).stdout
+    assert int(counts) == 2 * 3  # those that run
