@@ -73,6 +73,7 @@ def states(commit):
     with commit():
         jobs = {"succeeded": Job.objects.enqueue(greet)}
     jobs |= {name: Job.objects.enqueue(greet) for name in ("waiting", "running", "failed")}
+    jobs["held"] = Job.objects.enqueue(limited, ["a"])
     jobs["cancelled"] = Job.objects.enqueue(greet)
     jobs["waiting later"] = Job.objects.enqueue(greet, countdown=60)
     jobs["cancelled"].cancel()
@@ -85,7 +86,7 @@ def states(commit):
 def test_each_filter_by_state_finds_the_jobs_in_this_state(admin_client, states):
     for name, job in states.items():
         assert listed(admin_client, f"state={name}") == [job], name
-    active = {states[name] for name in ("waiting", "waiting later", "running")}
+    active = {states[name] for name in ("waiting", "waiting later", "held", "running")}
     assert set(listed(admin_client, "state=active")) == active
     assert admin_client.get(f"{URL}?state=nonsense").headers["Location"] == f"{URL}?e=1"
 
@@ -233,6 +234,22 @@ def test_start_now_takes_the_jobs_of_a_batch_and_of_an_owner_and_many(user):
     assert len(captured) < 14
     Job.objects.enqueue(greet, countdown=60, owner=user)
     assert Job.objects.filter(owner__username="user").start_now() == 1  # with a join
+
+
+def test_start_now_makes_a_held_job_due_and_it_waits_for_its_turn(commit, monkeypatch):
+    sent = []
+    monkeypatch.setattr(publish, "send", sent.extend)
+    with commit():
+        for countdown in None, None, 60:  # the limit is 2
+            Job.objects.enqueue(limited, ["a"], countdown=countdown)
+        free = Job.objects.enqueue(limited, ["b"], countdown=60)
+    assert len(sent) == 2
+    with commit():
+        assert Job.objects.all().start_now() == 2
+    assert [job.pk for job in sent[2:]] == [free.pk]
+    held = Job.objects.get(held_by="tenant:a")
+    assert (held.times_sent, held.sweep_at) == (0, None)
+    assert held.due_at < held.created_at + timedelta(seconds=50)
 
 
 def test_actions_take_the_filtered_set(admin_client, states):
