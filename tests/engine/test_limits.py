@@ -9,7 +9,7 @@ from django.db.models import F
 from django.utils import timezone
 from test_jobs import CLAIM
 
-from jobs import limits, messages, pauses, sweep, updates
+from jobs import messages, sweep, turns, updates
 from jobs.models import Job, Pause, Start
 from jobs.runs import Run
 from jobs.tasks import JobError, JobTask
@@ -140,9 +140,9 @@ def test_places_starts_and_pauses_are_not_read_from_a_replica(replica):
     with transaction.atomic():  # of which the replica sees nothing
         Job.objects.enqueue_many(ask, [[number] for number in range(5)])
         Start.objects.bulk_create(Start(key="api") for _ in range(2))
-        assert len(limits.let_go(["api"])) == 1
+        assert len(turns.let_go(["api"])) == 1
         Pause.objects.pause("celery")
-        assert pauses.names() == ["celery"]
+        assert turns.paused_names() == ["celery"]
         assert [pause.name for pause in Pause.objects.filter(name="celery")] == ["celery"]
         assert Pause.objects.resume("celery")
 
@@ -163,10 +163,10 @@ def test_a_paused_job_is_held_when_a_worker_claims_it(sent, commit):
     Pause.objects.pause("io", "SMTP is down")
     run = Run(job.pk, task=alone, limit_key="one", **CLAIM)
     assert not run.claim()
-    run.ignored()
+    run.hold_if_paused()
     job.refresh_from_db()
     assert (job.held_by, job.sweep_at, job.times_sent) == ("pause:io", None, 0)
-    assert limits.reasons([job])[job.pk].endswith(": SMTP is down")
+    assert turns.reasons([job])[job.pk].endswith(": SMTP is down")
     sent.clear()
     with commit():
         Pause.objects.resume("io")

@@ -11,7 +11,7 @@ from django.utils import timezone
 from test_jobs import CLAIM, add, deliver
 from test_limits import alone, call, end, sent, start  # noqa: F401  sent is a fixture
 
-from jobs import limits, pauses, sweep
+from jobs import sweep, turns
 from jobs.models import Job, Pause
 from jobs.runs import Run
 
@@ -28,7 +28,7 @@ def meet_pause(job):
     """The message of this job arrives at a worker, which finds the pause."""
     run = Run(job.pk, task=add, limit_key=job.limit_key, **CLAIM)
     assert not run.claim()
-    assert "is paused" in str(run.ignored())
+    assert run.hold_if_paused()
 
 
 def state(job):
@@ -47,7 +47,7 @@ def test_a_worker_starts_no_job_of_a_paused_queue_or_task(name):
         None,
         0,
     )
-    limits.ignore(Job.objects.filter(pk=other.pk))
+    turns.ignore_limits(Job.objects.filter(pk=other.pk))
     start(Job.objects.get(pk=other.pk))
 
 
@@ -77,7 +77,7 @@ def test_the_sweep_does_not_repeat_the_messages_of_paused_jobs(sent):  # noqa: F
 
 
 def test_more_jobs_than_a_page_are_held_in_one_round(sent, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(pauses, "BATCH_SIZE", 2)
+    monkeypatch.setattr(turns, "PAGE", 2)
     store(5, queue="io", countdown=0.001)
     Pause.objects.pause("io")
     sweep.send_due()
@@ -99,7 +99,8 @@ def test_a_countdown_continues_during_a_pause(sent, commit):  # noqa: F811
     Pause.objects.pause("io")
     sweep.send_due()
     assert state(soon) == (None, 0)
-    Job.objects.filter(pk=soon.pk).update(due_at=Now(), sweep_at=Now())
+    past = Now() - timedelta(seconds=1)
+    Job.objects.filter(pk=soon.pk).update(due_at=past, sweep_at=past)
     sweep.send_due()
     assert state(soon) == ("pause:io", 0) and state(later) == (None, 0)
     with commit():
@@ -157,7 +158,7 @@ def test_a_job_whose_queue_and_task_are_paused_waits_for_both(sent, commit):  # 
             Pause.objects.resume(name)
         assert not sent
         assert state(job) == (f"pause:{other}", 0)
-        assert "Paused since" in limits.reasons([Job.objects.get(pk=job.pk)])[job.pk]
+        assert "Paused since" in turns.reasons([Job.objects.get(pk=job.pk)])[job.pk]
         with commit():
             Pause.objects.pause(name)
     Pause.objects.resume("io")
@@ -285,8 +286,8 @@ def test_a_held_job_is_shown_with_the_reason_until_it_is_resumed(sent, commit): 
     Pause.objects.pause("io", "SMTP is down")
     sweep.send_due()
     job.refresh_from_db()
-    assert limits.reasons([job])[job.pk].endswith(": SMTP is down")
+    assert turns.reasons([job])[job.pk].endswith(": SMTP is down")
     with commit():
         Pause.objects.resume("io")
     job.refresh_from_db()
-    assert limits.reasons([job]) == {}
+    assert turns.reasons([job]) == {}

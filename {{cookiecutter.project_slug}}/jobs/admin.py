@@ -21,7 +21,7 @@ from django.utils.functional import cached_property
 from django.utils.html import format_html
 from kombu.utils.json import loads
 
-from . import conf, limits, queues
+from . import conf, queues, turns
 from .beat import check_entry
 from .expressions import ACTIVE, FINAL, UNFINISHED
 from .models import Batch, Failure, Job, Pause
@@ -234,7 +234,7 @@ class JobAdmin(ReadOnlyAdmin):
         return {"limit_key": term} if is_key else super().find(term)
 
     def turn(self, job):
-        return limits.reasons([job]).get(job.pk)
+        return turns.reasons([job]).get(job.pk)
 
     @admin.display(description="error")
     def short_error(self, job):

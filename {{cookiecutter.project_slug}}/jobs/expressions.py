@@ -4,7 +4,7 @@ from datetime import timedelta
 
 from django.apps import apps
 from django.db import models
-from django.db.models import Exists, F, OuterRef, Q
+from django.db.models import F, OuterRef, Q
 from django.db.models.functions import Least, Now
 
 from . import conf
@@ -16,7 +16,7 @@ FINAL = ["succeeded", "failed", "cancelled"]
 # and the state consistent.
 UNFINISHED = Q(finished_at=None)
 QUEUED = Q(run_token=None) & UNFINISHED
-IN_CANCELLED_BODY = Q(state="cancelled", sweep_at__isnull=False)  # jobs with a limit, see limits.py
+IN_CANCELLED_BODY = Q(state="cancelled", sweep_at__isnull=False)  # jobs with a limit, see turns.py
 
 
 class Clock(Now):
@@ -65,8 +65,9 @@ def pauses_of_job():
 
 
 def is_paused():
-    """Return the condition for a job to be paused."""
-    return Exists(pauses_of_job())
+    """Return the condition for a job to be paused. Each claim has it, and PostgreSQL plans this form faster."""
+    names = apps.get_model("jobs.Pause").objects.values("name")
+    return Q(queue__in=names) | Q(task__in=names)
 
 
 def lease_end():

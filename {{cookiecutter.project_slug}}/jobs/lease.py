@@ -13,7 +13,7 @@ from django.db import close_old_connections, transaction
 from django.db.models import Q
 from django.db.models.functions import Now
 
-from . import conf, limits, updates
+from . import conf, turns, updates
 from .expressions import IN_CANCELLED_BODY, lease_end
 from .models import Job
 from .pools import pool
@@ -97,17 +97,19 @@ def renew_for_children(jobs):
 
 @transaction.atomic
 def recover(jobs):
-    """Queue the jobs of dead workers again, or fail them. Skip locked rows.
+    """Queue the jobs of dead workers again, or fail them, or free the places of cancelled ones. Skip locked rows.
 
     A job past its deadline fails, however many crashes it has: Celery killed its child process, or its
     thread never ended.
     """
     late, keys = Q(deadline__lte=Now()), set()
-    for job in updates.locking(jobs).only("crashes", "limit_key").annotate(late=late):
+    for job in updates.locking(jobs).only("state", "crashes", "limit_key").annotate(late=late):
         crashes = job.crashes + 1
         keys |= {job.limit_key} - {None}
         died = {"error": "Its worker died", "exception": "celery.exceptions.WorkerLostError"}
-        if job.late:
+        if job.state == "cancelled":  # its body has ended, too: free its place
+            Job.objects.filter(pk=job.pk).update(sweep_at=None)
+        elif job.late:
             over = {"error": OVER_TIME_LIMIT, "exception": "celery.exceptions.TimeLimitExceeded"}
             fail(job, over, OVER_TIME_LIMIT)
         elif crashes >= conf.JOB_MAX_CRASHES:
@@ -118,7 +120,7 @@ def recover(jobs):
             row, changes = Job.objects.filter(pk=job.pk), {"message": message, "crashes": crashes}
             updates.requeue(row, delay, failure=died, **changes)
             logger.warning("job %s lost its worker and starts again in %.0f s", job.pk, delay)
-    limits.grant_after_commit(keys)
+    turns.grant_after_commit(keys)
 
 
 def fail(job, failure, error, **changes):

@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from rest_framework.permissions import IsAdminUser
 from rest_framework.views import APIView
 
-from . import pauses
+from . import turns
 from .expressions import ACTIVE
 from .messages import known_queues
 from .models import Batch, Job, Pause, Sweep
@@ -85,7 +85,7 @@ class Collector:
 
 def by_queue():
     """Return a dictionary with the QUEUE_METRICS of each queue that is known or has active jobs."""
-    names = pauses.names()
+    names = turns.paused_names()
     is_paused = Q(queue__in=names) | Q(task__in=names)
     is_due, is_later = Q(state="queued", due_at__lte=Now()), Q(state="queued", due_at__gt=Now())
     rows = Job.objects.filter(state__in=ACTIVE, sweep_at__isnull=False).values("queue")

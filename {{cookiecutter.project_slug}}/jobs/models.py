@@ -261,7 +261,7 @@ class Sweep(models.Model):  # noqa: DJ008
 
 
 class Start(models.Model):  # noqa: DJ008
-    """A run of a job whose limit has a rate: see limits.py."""
+    """A run of a job whose limit has a rate: see turns.py."""
 
     key = models.CharField(max_length=255)
     started_at = models.DateTimeField(db_default=Clock())

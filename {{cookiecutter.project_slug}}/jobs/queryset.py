@@ -3,6 +3,7 @@
 import random
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import Iterable
 from contextlib import suppress
 from datetime import datetime, timedelta
@@ -18,7 +19,7 @@ from django.db.models.functions import Coalesce, Now
 from django.utils import timezone
 from kombu.utils.json import loads
 
-from . import conf, limits, updates
+from . import conf, limits, turns, updates
 from .expressions import QUEUED, UNFINISHED
 from .messages import MESSAGE_FIELDS, queue_of
 from .publish import publish
@@ -41,9 +42,9 @@ class JobQuerySet(models.QuerySet):
         # when it has waited for a lock. Then check outside of it that the job has not ended.
         by_id = self.model.objects.filter(pk__in=self.values("pk"))
         jobs = by_id if self.query.count_active_tables() > 1 else self
-        keys = limits.keys_of_unstarted(jobs)
+        keys = turns.keys_of_queued(jobs)
         cancelled = updates.cancel(jobs)
-        limits.grant_after_commit(keys, using=self.db)
+        turns.grant_after_commit(keys, using=self.db)
         return cancelled
 
     def start_now(self) -> int:
@@ -282,11 +283,13 @@ def queue_again(manager, jobs, now):
         # Another process may have run some of them again since they were read.
         rows = manager.filter(updates.CAN_RUN_AGAIN, pk__in=ids).order_by("pk")
         locked = set(rows.select_for_update().values_list("pk", flat=True))
-        jobs = [found[pk] for pk in ids if pk in locked]
-        for key in {job.limit_key for job in jobs}:
-            rows = manager.filter(pk__in=[job.pk for job in jobs if job.limit_key == key])
+        jobs, by_key = [found[pk] for pk in ids if pk in locked], defaultdict(list)
+        for job in jobs:
+            by_key[job.limit_key].append(job)
+        for key, some in by_key.items():
+            rows = manager.filter(pk__in=[job.pk for job in some])
             changes = updates.run_again(rows, limit_key=key, **times(now, limit_key=key))
-            for job in [job for job in jobs if job.limit_key == key]:
+            for job in some:
                 for name, value in changes.items():
                     setattr(job, name, value)
                 if job.cursor is None:
@@ -343,7 +346,7 @@ def send_after_commit(manager, jobs):
         for start in range(0, len(to_send), BATCH_SIZE):
             part = to_send[start : start + BATCH_SIZE]
             transaction.on_commit(lambda part=part: publish(part), using=manager.db, robust=True)
-    limits.grant_after_commit({job.held_by for job in jobs if job.held_by}, using=manager.db)
+    turns.grant_after_commit({job.held_by for job in jobs if job.held_by}, using=manager.db)
 
 
 def database_time(manager):

@@ -12,10 +12,11 @@ from django.utils import timezone
 from django.utils.timesince import timesince
 
 from . import conf
-from .limits import with_place
+from .limits import PAUSE
 from .metrics import by_queue
 from .models import Job, Pause
-from .pauses import PREFIX, known_names
+from .pauses import known_names
+from .turns import with_place
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ def shown(name, query, counts, wait, **fields):
 def keys():
     """Return the lines of the limited keys with active jobs: at most MOST_KEYS, the most held first."""
     is_due = Q(due_at__lte=Now())
-    held = Job.objects.filter(held_by__isnull=False).exclude(held_by__startswith=PREFIX)
+    held = Job.objects.filter(held_by__isnull=False).exclude(held_by__startswith=PAUSE)
     held = held.values(key=F("held_by")).annotate(
         held=Count("held_by", filter=is_due), wait=Now() - Min("due_at", filter=is_due)
     )

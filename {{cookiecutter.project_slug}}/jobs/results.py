@@ -9,7 +9,7 @@ from celery.backends.base import BaseBackend
 from celery.exceptions import TimeoutError
 from celery.result import AsyncResult, GroupResult, assert_will_not_block
 
-from . import batches, limits
+from . import batches, turns
 from .models import Batch, Job
 from .publish import publish
 from .values import uuids
@@ -70,7 +70,7 @@ def run_until_stored(keys):
 
     If one is not stored, it may come after other jobs. Then run all that are queued.
     """
-    limits.ignore(Job.objects.filter(pk__in=keys))
+    turns.ignore_limits(Job.objects.filter(pk__in=keys))
     jobs = Job.objects.in_bulk(keys)
     for job in jobs.values():
         if job.state == "queued":
@@ -87,7 +87,7 @@ def run_queued(until=lambda: False):
     ran = set()
     while not until():
         batches.end_all()  # as the sweep does
-        limits.ignore(queued)
+        turns.ignore_limits(queued)
         tries = set(queued.values_list("pk", "retries")) - ran
         if not tries:
             return

@@ -9,9 +9,9 @@ from contextlib import suppress
 from traceback import format_exception, format_exception_only
 
 from celery.exceptions import Ignore, SoftTimeLimitExceeded
-from django.db import transaction
+from django.db import Error, transaction
 
-from . import batches, limits, pauses, updates
+from . import batches, turns, updates
 from .database import in_transaction, wait_for, wait_past_soft_limit
 from .expressions import LOCK_TIMEOUT, lease_end
 from .models import Batch, Job
@@ -89,13 +89,20 @@ class Run:
     def __exit__(self, *exc_info):
         with lock:
             del runs[self.token]
-        if self.limit_key and not self.next_jobs:
-            pool.query(limits.after_run, self)
+        if self.limit_key and not (self.has_written and self.next_jobs):
+            pool.query(turns.after_run, self)
 
     def claim(self):
         """Claim the job, also a second time. Returns 0 if it belongs to another run or has ended."""
         key = {"id": self.job_id, "run_token": self.token}
-        return limits.claim(Job.objects, self.limit_key, **key, **self.claim_fields)
+        return turns.claim(Job.objects, self.limit_key, **key, **self.claim_fields)
+
+    def hold_if_paused(self):
+        """After a claim that has failed, hold the job if it is paused. Returns whether it was."""
+        held = wait_past_soft_limit(turns.hold, Job.objects.filter(LOCK_TIMEOUT, pk=self.job_id))
+        if held and self.limit_key:  # it has lost its place
+            pool.query(turns.grant, [self.limit_key])
+        return bool(held)
 
     def become_suspect(self):
         """Become the suspect of this process, unless there is one. Returns whether it did.
@@ -217,9 +224,18 @@ class Run:
 
     def hand_over(self, update, *args, **kwargs):
         """Call update(…), and let the next job with the same limit have the place, in one transaction."""
-        with transaction.atomic():
-            written = update(*args, **kwargs)
-            self.next_jobs = limits.hand_over(self.limit_key) if written else []
+        written = is_over = False
+        try:
+            with transaction.atomic():
+                written = update(*args, **kwargs)
+                if written:  # else keep those of a commit whose answer was lost: their messages are due
+                    self.next_jobs = turns.hand_over(self.limit_key)
+                is_over = True
+        except Error:
+            if is_over or not written:
+                raise
+            self.next_jobs = []  # the outcome is worth more: after_run() or the sweep lets the next job go
+            return update(*args, **kwargs)
         return written
 
     def ignored(self):
@@ -228,11 +244,6 @@ class Run:
         If the job is cancelled, Flower gets an event.
         """
         task, id = self.task, self.job_id
-        row = Job.objects.filter(LOCK_TIMEOUT, pk=id)
-        if wait_past_soft_limit(pauses.hold, row):
-            if self.limit_key:  # it has lost its place
-                pool.query(limits.grant, [self.limit_key])
-            return Ignore("its queue or its task is paused")
         if wait_for(Job.objects.filter(pk=id, state="cancelled").exists):
             logger.info("job %s %s is cancelled", task.name, id)
             if task.app.conf.worker_send_task_events:

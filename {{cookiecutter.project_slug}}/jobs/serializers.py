@@ -1,9 +1,10 @@
 from celery import current_app
 from django.core.cache.backends.locmem import LocMemCache
 from django.db.models import Count
+from django.db.models.manager import BaseManager
 from rest_framework import serializers
 
-from . import limits
+from . import turns
 from .expressions import ACTIVE, FINAL
 from .models import Batch, Failure, Job
 
@@ -29,10 +30,12 @@ def may_run_again(user, job):
 
 
 def add_reasons(jobs):
-    """Replace the messages of those jobs that are held by what they wait for."""
-    reasons = limits.reasons(jobs)
+    """Replace the messages of those jobs that are held by what they wait for. Returns the jobs."""
+    jobs = jobs.all() if isinstance(jobs, BaseManager) else jobs  # as DRF does
+    reasons = turns.reasons(jobs)
     for job in jobs:
         job.message = reasons.get(job.pk, job.message)
+    return jobs
 
 
 class FailureSerializer(serializers.ModelSerializer):
@@ -43,8 +46,7 @@ class FailureSerializer(serializers.ModelSerializer):
 
 class JobListSerializer(serializers.ListSerializer):
     def to_representation(self, jobs):
-        add_reasons(jobs)
-        return super().to_representation(jobs)
+        return super().to_representation(add_reasons(jobs))
 
 
 class JobSerializer(serializers.ModelSerializer):

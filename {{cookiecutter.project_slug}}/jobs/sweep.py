@@ -16,9 +16,9 @@ from django.db import close_old_connections, connection, transaction
 from django.db.models import F, Min, Q, TextField
 from django.db.models.functions import Cast, Length, Now
 
-from . import batches, conf, limits, pauses, updates
+from . import batches, conf, turns, updates
 from .database import may_succeed_later, try_in_halves
-from .expressions import QUEUED
+from .expressions import IN_CANCELLED_BODY, QUEUED
 from .lease import POLL_SECONDS, recover
 from .liveness import touch_liveness_file
 from .messages import MESSAGE_FIELDS, messages_in, send
@@ -129,16 +129,21 @@ def store_round(tick_delay, new_errors):
 
 
 def recover_lapsed():
-    """Recover the running jobs whose lease was not renewed."""
-    lapsed = Job.objects.filter(state="running", sweep_at__lt=Now())
-    with transaction.atomic():  # skip a row that the job's own body has locked
-        rows = lapsed.select_for_update(skip_locked=True)
-        ids = list(rows.values_list("pk", flat=True)[:BATCH_SIZE])
-    if ids:
+    """Recover the running jobs whose lease was not renewed, and free the places of cancelled ones."""
+    running = Job.objects.filter(state="running", sweep_at__lt=Now())
+    cancelled = turns.with_place().filter(IN_CANCELLED_BODY, sweep_at__lt=Now())
+    lapsed = {}
+    for jobs in running, cancelled:
+        with transaction.atomic():  # skip a row that the job's own body has locked
+            rows = jobs.select_for_update(skip_locked=True)
+            lapsed[jobs] = list(rows.values_list("pk", flat=True)[:BATCH_SIZE])
+    if any(lapsed.values()):
         wait_for_table_lock()
         # A worker that was delayed, for example by a lock, renews its leases in this time.
         time.sleep(2 * POLL_SECONDS)
-        try_in_halves(recover, lapsed, ids)
+    for jobs, ids in lapsed.items():
+        if ids:
+            try_in_halves(recover, jobs, ids)
 
 
 def wait_for_table_lock():
@@ -158,9 +163,7 @@ def send_due(resend=True):
     """
     pause = conf.JOB_SWEEP_SECONDS
     until = time.monotonic() + pause
-    paused = pauses.names()
-    pauses.hold_due(paused)
-    turn = limits.let_due_go(paused)
+    turn = turns.let_due_go()
     soon = Job.objects.filter(state="queued", sweep_at__lt=Now() + timedelta(seconds=pause))
     new = Q(times_sent=0, sweep_at__gte=Now())
     first, countdown = Min("sweep_at") - Now(), Min("sweep_at", filter=new) - Now()
@@ -309,7 +312,7 @@ def purge_forever():
             close_old_connections()
             for purge in purges:
                 purge.delete_page()
-            limits.delete_old_starts()
+            turns.delete_old_starts()
         except Exception as error:
             logger.warning("old jobs are not deleted: %r", error)
 

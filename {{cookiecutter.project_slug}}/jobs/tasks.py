@@ -16,7 +16,7 @@ from django.db import connection
 from django.db.models.functions import Now
 from django.db.transaction import TransactionManagementError
 
-from . import batches, conf, limits, updates
+from . import batches, conf, limits, turns, updates
 from .celery import NO_CANVAS, check_options
 from .database import (
     end_interrupted_query,
@@ -303,8 +303,9 @@ class JobTask(DjangoTask):
         if "job" not in headers:  # an app that does not know that this task is a job has sent it
             fields = new_fields(Now(), self, args, kwargs)
             job, _ = wait_for(Job.objects.get_or_create, fields, pk=request.id)
+            headers = {**headers, "limit": job.limit_key}
             if job.held_by:
-                pool.query(limits.grant, [job.held_by])
+                pool.query(turns.grant, [job.held_by])
         crashes, limit = headers.get("crashes", 0), request.time_limit or self.time_limit
         run = Run(
             request.id,
@@ -329,7 +330,10 @@ class JobTask(DjangoTask):
             raise Ignore("must wait: its worker is shutting down, or runs another suspect")
         try:
             if not wait_past_soft_limit(run.claim):
-                raise run.ignored()
+                if run.hold_if_paused():
+                    raise Ignore("its queue or its task is paused")
+                if not wait_past_soft_limit(run.claim):  # a pause may have ended in between
+                    raise run.ignored()
             request.run = run
             with run, connection.execute_wrapper(end_interrupted_query):
                 return self._execute(run, args, kwargs)

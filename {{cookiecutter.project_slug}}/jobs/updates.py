@@ -21,11 +21,13 @@ CAN_RUN_AGAIN = Q(state__in=UNSUCCESSFUL, sweep_at=None)
 def requeue(jobs, delay=0, failure=None, **changes):
     """Queue these jobs (again). The sweep sends their messages in `delay` seconds.
 
-    A run gives up its place when it ends, so a job with a limit is held again. See limits.py. Returns how many rows were changed. `failure` has the fields of a Failure to store, see update().
+    A running job with a limit gives its place up: it is held again, see turns.py. Returns how many rows were
+    changed. `failure` has the fields of a Failure to store, see update().
     """
     due = Now() + timedelta(seconds=delay)
-    # A job that is already queued keeps its due_at.
-    changes["due_at"] = Case(When(state="queued", then="due_at"), default=due)
+    # A job that is already queued keeps its due_at. One that is handed back keeps its place in the line.
+    keeps = Q(state="queued") if delay else Q(state="queued") | Q(limit_key__isnull=False)
+    changes["due_at"] = Case(When(keeps, then="due_at"), default=due)
     limit_key = Case(When(state="running", then="limit_key"))
     is_held = Q(held_by__isnull=False) | Q(state="running", limit_key__isnull=False)
     changes["held_by"] = Coalesce("held_by", limit_key)

@@ -19,9 +19,9 @@ from .database import wait_for
 from .events import BatchedEvents
 from .expressions import IN_CANCELLED_BODY, QUEUED
 from .lease import POLL_SECONDS, RECOVERY_DELAY, recover, renew_for_children
-from .limits import free_cancelled
 from .models import Job
 from .pools import has_children
+from .turns import free_cancelled, grant, hold_again
 
 logger = logging.getLogger(__name__)
 
@@ -82,13 +82,13 @@ def recover_job_of_dead_child(sender, task_id, exception, **kwargs):
         # Wait until the database has rolled back the child's transaction.
         in_thread(recover, Job.objects.filter(pk=task_id, run_token=token), delay=POLL_SECONDS)
         if "limit" in sender.request.headers:
-            in_thread(free_cancelled, Job.objects.filter(pk=task_id), delay=POLL_SECONDS)
+            in_thread(free_cancelled, task_id, sender.request.hostname, delay=POLL_SECONDS)
 
 
 def free_place_of_dead_child(request, terminated, **kwargs):
     """Free the place of a cancelled job whose child was killed by a revoke, without waiting for its lease."""
     if terminated and shutdown.is_prefork and "limit" in (request.headers or {}):
-        in_thread(free_cancelled, Job.objects.filter(pk=request.id), delay=POLL_SECONDS)
+        in_thread(free_cancelled, request.id, request.hostname, delay=POLL_SECONDS)
 
 
 # Jobs that this worker does not run
@@ -118,8 +118,13 @@ def requeue_unknown(id, message, **kwargs):
 def requeue_later(row):
     """Requeue a job whose task is unknown, after a pause that grows with the time it has waited.
 
-    With a short pause, jobs whose task was removed from the code would keep Beat and the broker busy.
+    With a short pause, jobs whose task was removed from the code would keep Beat and the broker busy. A job
+    with a limit is held again: it must not keep its place meanwhile.
     """
+    if keys := list(row.filter(limit_key__isnull=False).values_list("limit_key", flat=True)):
+        hold_again(row)
+        grant(keys)
+        return
     waited = row.values_list(Now() - F("due_at"), flat=True).first() or timedelta()
     updates.requeue(row, max(RECOVERY_DELAY, waited.total_seconds() / 10))
 

@@ -1,4 +1,4 @@
-"""Tasks with limits. Locks of files are the witness of how many bodies of a key run at once."""
+"""Tasks with limits. Locked files are the witness of how many bodies run at once."""
 
 import fcntl
 import os
