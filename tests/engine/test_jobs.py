@@ -2355,7 +2355,7 @@ def test_a_scrape_scans_no_table():
         cursor.execute("VACUUM ANALYZE jobs_job")
         with CaptureQueriesContext(connection) as captured:
             list(Collector().collect())
-        scans = ["Index Only Scan using job_active", "Index Scan using job_held"]
+        scans = ["Index Only Scan using job_active", "Index Only Scan using job_held"]
         scans += ["Index Scan using job_finished"]
         queries = [query for query in captured.captured_queries if "jobs_job" in query["sql"]]
         for query, scan in zip(queries, scans, strict=True):
