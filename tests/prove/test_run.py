@@ -144,6 +144,53 @@ def test_the_pages_show_a_batch_as_one_row_and_its_jobs_in_a_view(project, tmp_p
         tab.wait(f"{rows}[0].includes('Reports')")
 
 
+LIMITED = """
+@shared_task(base=JobTask, bind=True, limit="tenant:{tenant_id}")
+def call_api(self, tenant_id):
+    while True:
+        self.report(1, 2, "Calls the API")
+        time.sleep(0.1)
+"""
+CALLS = """
+from jobs.models import Job, Pause
+from samples.tasks import call_api, count
+from users.models import User
+owner = User.objects.get()
+for number in range(3):
+    job = call_api.using(owner=owner, label=f"Call {number}").enqueue(7)
+Pause.objects.pause(count.name, "SMTP is down")
+paused = count.using(owner=owner, label="Paused").enqueue(1)
+result = [str(job.pk), str(paused.pk)]
+"""
+
+
+@default_output
+def test_the_pages_say_what_a_held_job_waits_for(with_tasks, tmp_path):
+    with open(with_tasks / "samples/tasks.py", "a") as file:
+        file.write(LIMITED)
+    with open(with_tasks / "config/settings.py", "a") as file:
+        file.write('JOB_LIMITS = {"tenant": "2"}\n')
+    with with_tasks.up() as site, browser(tmp_path) as tab:
+        tab.log_in(site)
+        held, paused = site.ask(CALLS)
+        rows = "[...document.querySelectorAll('.job')].map((row) => row.innerText)"
+        turn = "Waits for its turn: 2 of 2 of tenant 7 are running"
+        tab.wait(f"{rows}[0]?.match(/Paused since [0-9:]+: SMTP is down/)")  # newest first
+        tab.wait(f"{rows}[1].includes({turn!r})")
+        for pk, text in (held, turn), (paused, ": SMTP is down"):
+            tab.open(f"{site.web}/jobs/{pk}/")
+            tab.wait(f"{rows}[0]?.includes('Queued') && {rows}[0].includes({text!r})")
+            tab.picture(tmp_path / f"{pk}.png")
+        tab.open(f"{site.web}/jobs/{held}/")
+        tab.wait(f"{rows}[0]?.includes({turn!r})")
+        running = site.request("/api/jobs/?state=running")[2]["results"]
+        site.request(f"/api/jobs/{running[0]['id']}/cancel/", {})
+        tab.wait(f"{rows}[0].includes('Running') && {rows}[0].includes('Calls the API')")
+        with_tasks.manage("jobs", "resume", "samples.tasks.count", **site.environment)
+        tab.open(f"{site.web}/jobs/{paused}/")
+        tab.wait(f"{rows}[0]?.includes('Succeeded')")
+
+
 @every_pool
 def test_flower_sees_a_cancelled_job_end(with_tasks):
     """Whether it had started or not. The worker's log shows it, too."""
