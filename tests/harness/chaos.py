@@ -3,7 +3,8 @@
 At the end, each accepted job must have succeeded once and written its row. Jobs that kill their
 process, jobs that the broker refuses and jobs over their time limit must have failed, and must not
 have delayed others. No chunk of a newsletter was sent twice because its worker was stopped. Each
-batch has ended, and each job that comes next was stored once.
+batch has ended, and each job that comes next was stored once. No more bodies of a limited key ran
+at once than it has places, beside those of frozen workers. No job started while it was paused.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from unittest import SkipTest
 from cookiecutter.main import cookiecutter
 
 from .bake import TEMPLATE
-from .project import Project, children_of
+from .project import Project, children_of, wait_for
 from .servers import BROKERS, PostgreSQL
 from .stack import TIMINGS, prepare
 
@@ -44,6 +45,8 @@ class Chaos:
         self.works = []  # numbers of batches and chains
         self.killers, self.refused, self.holders = [], [], []
         self.late, self.newsletters, self.new = [], [], []
+        self.limited, self.cancelled = [], []  # jobs with a limit
+        self.started_in_pause = 0
         self.workers_stuck = self.jobs_stuck = 0
         self.old, self.kept = [], []  # old jobs that must be deleted, and those that cannot be
         self.round, self.faults = [], {}  # faults still to come, and how often each came
@@ -231,6 +234,42 @@ class Chaos:
         except subprocess.TimeoutExpired:
             self.workers_stuck += 1
 
+    def fault_limited(self):
+        """Enqueue jobs with limits. They run during the next faults."""
+        code = """
+result = []
+for task, key in [(one, "chaos"), (two, "chaos"), (one, key), (two, key)]:
+    jobs = Job.objects.enqueue_many(task, [[key, 0.2]] * 10)
+    result += [job.pk for job in jobs]
+"""
+        self.limited += self.stack.ask(code, key=f"chaos-{len(self.limited)}")
+
+    def fault_cancelled_with_a_limit(self):
+        """Cancel a job whose body then keeps its place."""
+        with self.gate() as gate:
+            job = self.stack.enqueue("one_until", f"cancelled-{len(self.cancelled)}", gate)
+            wait_for(lambda: self.stack.row(job)["state"] == "running")
+            self.cancelled.append(job)
+            self.stack.ask("Job.objects.get(pk=job).cancel()", job=job)
+            time.sleep(2)
+
+    def fault_paused(self):
+        """Pause a task for a while, during which a worker is killed and others send its jobs."""
+        code = """
+Pause.objects.pause("faults.limited.one", "chaos")
+result = [job.pk for job in Job.objects.enqueue_many(one, [["paused", 0]] * 10)]
+"""
+        jobs = self.stack.ask(code)
+        self.limited += jobs
+        try:
+            self.fault_worker_killed()
+            self.fault_messages_copied()
+            time.sleep(3)
+            ask = "result = Job.objects.filter(pk__in=jobs, started_at__isnull=False).count()"
+            self.started_in_pause += self.stack.ask(ask, jobs=jobs)
+        finally:
+            self.stack.ask("Pause.objects.resume('faults.limited.one')")
+
     def fault_old_beat(self):
         """Let a Beat of older code send jobs of a new task, as in a deploy with Beat last."""
         variables = self.stack.beat.options["env"]
@@ -288,13 +327,27 @@ result = rows.exclude(task=read.name).exists() or is_open.exists()
     def survey(self):
         numbers, jobs = list(self.accepted), list(self.accepted.values())
         odd = [*self.killers, *self.refused, *self.holders, *self.old, *self.kept]
-        odd += [*self.late, *self.newsletters, *self.new]
+        odd += [*self.late, *self.newsletters, *self.new, *self.limited, *self.cancelled]
         ask = "from faults.survey import survey\nresult = survey(jobs, numbers, odd)"
         return self.stack.ask(ask, jobs=jobs, numbers=numbers, odd=odd)
 
     def survey_works(self):
         ask = "from faults.survey import survey_works\nresult = survey_works(works)"
         return self.stack.ask(ask, works=self.works)
+
+    def count_exceeded(self):
+        """Return how many bodies found all places of their key in use.
+
+        Not if a frozen body had the place: its lease had lapsed, so its job has a crash.
+        """
+        file = self.stack.notes_file.with_name("notes-of-bodies")
+        lines = [line.split() for line in file.read_text().splitlines()]
+        crashed = "result = Job.objects.filter(pk__in=jobs, crashes__gt=0).exists()"
+        return sum(
+            not self.stack.ask(crashed, jobs=holders)
+            for kind, _, _, _, *holders in lines
+            if kind == "exceeded"
+        )
 
     def report_works(self, batches, states, missing, twice):
         print(f"  batches and chains: {len(self.works)}; batches: {batches}; their jobs: {states}")
@@ -318,7 +371,9 @@ result = rows.exclude(task=read.name).exists() or is_open.exists()
         written = [survey["chunks"].get(job, []) for job in self.newsletters]
         wrong = sum(chunks != list(range(len(chunks))) for chunks in written)
         fine = early >= others / 2 and not self.workers_stuck and not self.jobs_stuck
-        fine &= all(written) and not wrong
+        fine &= all(written) and not wrong and not self.started_in_pause
+        exceeded = self.count_exceeded()
+        fine &= not exceeded and not survey["places"]
         for kind, jobs, end in [
             ("that kill their process", self.killers, "failed Its worker died"),
             ("that the broker refuses", self.refused, "failed The broker refused it 5 times: "),
@@ -326,6 +381,8 @@ result = rows.exclude(task=read.name).exists() or is_open.exists()
             ("over their time limit in a query", self.late, "failed Over its time limit"),
             ("that send a newsletter", self.newsletters, "succeeded"),
             ("that Beat does not know", self.new, "succeeded"),
+            ("with a limit", self.limited, "succeeded"),
+            ("cancelled, with a limit", self.cancelled, "cancelled"),
             ("old", self.old, "deleted"),
             ("old, which cannot be deleted", self.kept, "cancelled"),
         ]:
@@ -334,6 +391,8 @@ result = rows.exclude(task=read.name).exists() or is_open.exists()
             fine &= not odd
         print(f"  workers that did not end when asked to: {self.workers_stuck}")
         print(f"  jobs that Beat did not send because it did not know them: {self.jobs_stuck}")
+        print(f"  bodies over their limit: {exceeded}; places still in use: {survey['places']}")
+        print(f"  jobs that started during a pause: {self.started_in_pause}")
         print(f"  newsletters with a chunk twice or without one: {wrong}")
         print(f"  jobs beside the refused ones: {others}, {early} ran before these had ended")
         for error in survey["errors"]:

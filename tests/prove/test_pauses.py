@@ -1,9 +1,10 @@
-"""A pause stays: no job of the queue or task starts, whatever is restarted, and all jobs run afterwards."""
+"""A pause stays: nothing of the queue or task starts, whatever is restarted. Then all jobs run."""
 
 import time
 
 from harness.faults import on_each, on_each_pool, on_one, ran_once, succeeded
 from harness.project import wait_for
+from harness.stack import RESEND
 
 
 def manage(stack, *words):
@@ -66,9 +67,7 @@ def test_a_paused_queue_starts_no_job_whatever_is_restarted(stack, gate, since):
             stack.database.start()
             check_neighbours(stack)
             wait_until_held(stack, "cpu", len(before) - ran + len(new))
-            time.sleep(
-                3
-            )  # several rounds of the sweep, and a time after which messages are sent again
+            time.sleep(RESEND + 1)  # lost messages are sent again in this time
             assert not stack.messages_in("cpu")
             assert len(started(stack, before + new)) == ran
     finally:
@@ -161,7 +160,7 @@ def test_the_schedule_and_countdowns_continue_during_a_pause(stack):
 
 @on_one
 def test_a_paused_job_occupies_no_place(stack, gate):
-    """Two tasks share a key with one place. One of them is paused, also while it waits for its turn."""
+    """Two tasks share the only place. One of them is paused, also while it waits for its turn."""
     key = gate.parent.name
     first = stack.enqueue("one_until", key, gate)
     wait_for(lambda: started(stack, [first]))

@@ -12,25 +12,31 @@ from jobs.models import Batch
 from jobs.tasks import JobTask
 
 
-def note_body(kind, task, key):
+def note_body(kind, task, key, *holders):
     """Append a line to the file of all bodies. It has the same clock in all processes."""
-    line = f"{kind} {key} {task.request.id} {time.time()}\n"
+    line = " ".join([kind, key, task.request.id, str(time.time()), *holders]) + "\n"
     with open(f"{os.environ['NOTES']}-of-bodies", "a") as file:
         file.write(line)
 
 
 @contextmanager
 def place(task, key, number):
-    """Lock one of `number` files while a body runs. The kernel releases it if the process dies."""
+    """Lock one of `number` files while a body runs. The kernel releases it if the process dies.
+
+    If all are locked, note the jobs that have them.
+    """
+    holders = []
     for each in range(number):
-        file = os.open(f"{os.environ['NOTES']}-{key}-{each}", os.O_CREAT | os.O_RDWR)
+        file = os.open(f"{os.environ['NOTES']}-{key}-{number}-{each}", os.O_CREAT | os.O_RDWR)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.pwrite(file, task.request.id.encode(), 0)
             break
         except BlockingIOError:
+            holders.append(os.pread(file, 36, 0).decode())
             os.close(file)
     else:
-        note_body("exceeded", task, key)
+        note_body("exceeded", task, key, *holders)
         yield
         return
     note_body("start", task, key)

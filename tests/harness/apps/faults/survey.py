@@ -62,6 +62,7 @@ def survey(jobs, numbers, odd):
         "distinct": distinct,
         "written": written,
         "chunks": chunks,
+        "places": Job.objects.filter(limit_key__isnull=False, sweep_at__isnull=False).count(),
     }
 
 
