@@ -50,7 +50,7 @@ def test_a_paused_queue_starts_no_job_whatever_is_restarted(stack, gate, since):
     try:
         printed = manage(stack, "pause", "cpu", "--reason", "SMTP is down")
         assert printed.startswith("cpu: Paused since ") and "SMTP is down" in printed
-        time.sleep(1)  # a claim that began before may still become a start
+        time.sleep(1)  # a claim that began before may still start its job
         ran = len(started(stack, before))
         new = enqueue(stack, "quick", 5)
         check_neighbours(stack)
@@ -72,7 +72,7 @@ def test_a_paused_queue_starts_no_job_whatever_is_restarted(stack, gate, since):
             assert len(started(stack, before + new)) == ran
     finally:
         start = time.monotonic()
-        assert manage(stack, "resume", "cpu") == ""
+        manage(stack, "resume", "cpu")
     rows = stack.wait_until_final(*before, *new)
     since(start)
     assert succeeded(rows, crashes=0), rows
