@@ -34,6 +34,8 @@ SIZES = {
     "tasks": [1000],  # sent one by one, and as many again in bulk
     "together": [10_000],  # tasks that have one callback, and as many alone
     "chain": [500],
+    "limited": [2000],
+    "held": [100_000],
     "singles": [100],  # each sent when the previous one is done
     "polled": [20],  # the same, for a queue that is polled once a second
     "waiting": [1000, 10_000, 100_000],
@@ -43,6 +45,7 @@ SIZES = {
     "computes": [100],  # tasks for each slot of the pool, at most 200 in all
     "waits 1 s": [10],
 }
+LIMITS = [(None, 1), (5, 500), (5, 10), (5, 1), (1, 1)]  # (at once in a key, keys)
 PAGES = [
     "`GET /api/jobs/`",
     "`?state=failed`",
@@ -56,6 +59,9 @@ TABLES = {
     "costs": "broker|what|main process|children|PostgreSQL|broker|sum|to enqueue|flushes",
     "parts": "broker|with|INSERT/s|publish/s|one after the other/s|jobs sent/s|ratio",
     "together": "what|tasks|how|stored/s|done/s|CPU-ms each|callback starts after ms",
+    "limits": "at once in a key|keys|stored/s|done/s|of unlimited|CPU-ms each"
+    "|next start: median ms|p95 ms",
+    "held": "held jobs|by|ms of a round",
     "waiting": "jobs that wait|claims/s|jobs done/s",
     "sweep": "broker|queues|jobs sent/s",
     "rows": "finished jobs|" + "|".join(PAGES) + "|purged/s",
@@ -108,6 +114,7 @@ class Bench:
                     self.speed(broker, output, rivals, database, server)
                     if broker == "redis":  # topics that do not depend on the broker
                         self.together(output, database, server)
+                        self.limits(output, database, server)
                         self.waiting(output)
                         self.pages(output)
                         self.processes(output)
@@ -239,6 +246,40 @@ class Bench:
             self.rows["together"].append(row)
         more = ratio(costs["with a callback", "jobs"], costs["alone", "jobs"])
         self.goal("CPU-ms of a job of a batch / alone", 1.15, more, at_most=True)
+
+    def limits(self, output, database, server):
+        """Run jobs in keys with a limit, and let the sweep look at held jobs."""
+        stored, done, costs = ({shape: [] for shape in LIMITS} for _ in range(3))
+        gaps, count = [], self.size("limited")
+        for turn in range(self.size("turns")):
+            for shape in LIMITS:
+                name = "-".join(map(str, ["limit", *shape, turn]))
+                output.sent, path = count, output.folder / f"{name}.done"
+                stored[shape].append(count / output.ask("limits.store", *shape, count, str(path)))
+                with output.working("job", WORKER_CONCURRENCY=SLOTS) as worker:
+                    *_, cost = self.used_by(output, path, worker, database, server)
+                    costs[shape].append(cost)
+                    done[shape].append(output.done(path))
+                    output.ask("sending.wait_for_rows", "job")
+                if shape == (1, 1):
+                    gaps += output.ask("limits.gaps")
+                say(output, f"{shape}: {done[shape][-1]:.0f} done/s, {cost:.2f} ms")
+        for shape in LIMITS:
+            at_once, keys = shape if shape[0] else ("no limit", "–")
+            rates = whole(median(stored[shape])), whole(median(done[shape]))
+            of_unlimited = ratio(done[shape], done[LIMITS[0]])
+            row = [str(at_once), str(keys), *rates, f"{of_unlimited:.2f}"]
+            ms = [median(gaps), slowest(gaps, 95)] if shape == (1, 1) else []
+            ms = [f"{figure:.1f}" for figure in ms] or ["–", "–"]
+            self.rows["limits"].append([*row, f"{median(costs[shape]):.2f}", *ms])
+            if at_once == 5:
+                what = f"jobs done with limits, keys: {keys} / without"
+                self.goal(what, 0.7 if keys == 1 else 0.9, of_unlimited)
+        count = self.size("held")
+        for keys, by in {1: "1 key", 1000: "1,000 keys", 0: "a pause"}.items():
+            ms = output.ask("limits.held", count, keys)
+            self.rows["held"].append([f"{count:,}", by, f"{ms:.1f}"])
+            self.goal(f"ms for {count:,} jobs held by {by}", 20, ms, at_most=True)
 
     def used_by(self, contestant, path, worker, database, server):
         """Return the CPU-ms of one task: worker's main process, children, PostgreSQL, broker, sum.

@@ -131,6 +131,8 @@ class Output(Contestant):
         super().__init__(project, {"plain": worker, "job": worker}, environment)
         with open(project / "config/urls.py", "a") as file:
             file.write("\nimport plain_view\n\nurlpatterns += plain_view.urlpatterns\n")
+        with open(project / "config/settings.py", "a") as file:
+            file.write('\nJOB_LIMITS = {"five": "5", "one": "1"}\n')
         self.create_database()
 
     def shell(self, code):

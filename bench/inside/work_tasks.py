@@ -11,3 +11,10 @@ with suppress(ImportError):  # bare Celery has no jobs
     from jobs.tasks import JobTask
 
     job = shared_task(name="work.job", base=JobTask)(work)
+
+    def with_key(path, key):
+        work(path)
+
+    keyed = shared_task(name="work.keyed", base=JobTask)(with_key)
+    five = shared_task(name="work.five", base=JobTask, limit="five:{key}")(with_key)
+    one = shared_task(name="work.one", base=JobTask, limit="one:{key}")(with_key)

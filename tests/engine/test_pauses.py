@@ -284,12 +284,12 @@ def test_a_pause_of_another_day_shows_the_day():
 def test_a_paused_job_is_shown_with_the_reason_before_a_worker_meets_its_message(sent, commit):  # noqa: F811
     with commit():
         pk = add.enqueue(1, 2).pk
-    assert limits.reasons([Job.objects.get(pk=pk)]) == {}
+    assert turns.reasons([Job.objects.get(pk=pk)]) == {}
     Pause.objects.pause(add.name, "SMTP is down")
     job = Job.objects.get(pk=pk)
-    assert job.held_by is None and limits.reasons([job])[pk].endswith(": SMTP is down")
+    assert job.held_by is None and turns.reasons([job])[pk].endswith(": SMTP is down")
     Job.objects.filter(pk=pk).update(due_at=F("due_at") + timedelta(hours=1))
-    assert limits.reasons([Job.objects.get(pk=pk)]) == {}
+    assert turns.reasons([Job.objects.get(pk=pk)]) == {}
 
 
 def test_a_held_job_is_shown_with_the_reason_until_it_is_resumed(sent, commit):  # noqa: F811

@@ -20,7 +20,7 @@ from test_jobs import CLAIM
 from test_races import ROUNDS as MANY_ROUNDS
 from test_races import fail, in_thread, lost_answers, race, succeed  # noqa: F401
 
-from jobs import lease, limits, publish, queryset, sweep, updates
+from jobs import lease, publish, queryset, sweep, turns, updates
 from jobs.expressions import UNFINISHED
 from jobs.models import Job, Pause, Start
 from jobs.runs import Run
@@ -125,7 +125,7 @@ def test_a_grant_meets_a_hand_over(settings):
     runs, _ = store(ROUNDS, 4)
     settings.JOB_LIMITS = {"turn": "2"}
     key = "turn:{}".format
-    race(ROUNDS, lambda n: end(runs[n]), *[lambda n: limits.grant([key(n)])] * 2)
+    race(ROUNDS, lambda n: end(runs[n]), *[lambda n: turns.grant([key(n)])] * 2)
     assert_full(2)
 
 
@@ -146,7 +146,7 @@ def test_the_next_job_is_cancelled_while_the_one_before_ends():
 def test_a_job_is_stored_while_the_one_with_the_place_is_cancelled():
     _, rest = store(ROUNDS, 1, started=0)
     for [job] in rest:
-        limits.grant([job.limit_key])
+        turns.grant([job.limit_key])
     race(ROUNDS, lambda n: rest[n][0].cancel(), lambda n: turn.enqueue(n))
     assert_full()
 
@@ -176,7 +176,7 @@ def test_a_cancelled_body_ends_while_a_job_is_stored_and_the_sweep_looks():
 
     def look(n):
         if n % 10 == 0:
-            limits.let_due_go([])
+            turns.let_due_go()
 
     race(ROUNDS, lambda n: end(runs[n]), lambda n: turn.enqueue(n), look)
     assert_full()
@@ -197,10 +197,10 @@ def test_two_sweeps_a_grant_and_an_end_at_once(settings):
 
     def look(n):
         if n % 10 == 0:
-            limits.let_due_go([])
+            turns.let_due_go()
 
-    race(ROUNDS, lambda n: end(runs[n]), lambda n: limits.grant([key(n)]), look, look)
-    limits.let_due_go([])
+    race(ROUNDS, lambda n: end(runs[n]), lambda n: turns.grant([key(n)]), look, look)
+    turns.let_due_go()
     assert_full(2)
 
 
@@ -217,25 +217,25 @@ def test_a_rate_is_kept_while_jobs_start_and_others_are_stored(settings):
         ROUNDS,
         lambda n: runs[n][0].claim() and end(runs[n][0]),
         lambda n: runs[n][1].claim() and end(runs[n][1]),
-        lambda n: limits.grant([key(n)]),
+        lambda n: turns.grant([key(n)]),
         lambda n: turn.enqueue(n),
     )
     started = Counter(Start.objects.values_list("key", flat=True))
     for name, (used, _) in used_and_held().items():
         assert started[name] == 2 and used <= 1
-    limits.let_due_go([])
+    turns.let_due_go()
     assert {used for used, _ in used_and_held().values()} == {1}
 
 
 def test_a_pause_and_its_end_meet_claims():
     """A job is held or runs. When the pause has ended, all of them go."""
     jobs = [Job.objects.create(**queryset.new_fields(Now(), turn, [n])) for n in range(20)]
-    limits.ignore(Job.objects.all())
+    turns.ignore_limits(Job.objects.all())
     runs = [Run(j.pk, task=turn, limit_key=j.limit_key, **CLAIM) for j in jobs]
 
     def claim(n):
         if not runs[n].claim():
-            runs[n].ignored()
+            runs[n].hold_if_paused()
 
     def pause(n):
         Pause.objects.pause(turn.name)
@@ -243,7 +243,7 @@ def test_a_pause_and_its_end_meet_claims():
         Pause.objects.resume(turn.name)
 
     race(20, claim, pause)
-    limits.let_due_go([])
+    turns.let_due_go()
     assert not Job.objects.filter(held_by__isnull=False).exists()
 
 
@@ -251,9 +251,9 @@ def test_a_limited_job_that_a_straggler_holds_after_the_pause_waits_for_its_limi
     """Its worker saw the pause before it ended. It must not go past its limit."""
     [run], [[job]] = store(1, 2)
     Job.objects.filter(pk=job.pk).update(held_by="pause:celery")
-    limits.grant(["pause:celery"])
+    turns.grant(["pause:celery"])
     assert_full()
-    limits.let_due_go([])
+    turns.let_due_go()
     assert_full()
     end(run)
     assert used_and_held() == {"turn:0": [1, 0]}
@@ -265,13 +265,13 @@ def test_a_limited_job_that_a_straggler_holds_after_the_pause_waits_for_its_limi
 def test_a_grant_waits_a_second_for_the_lock_and_leaves_the_rest_to_the_sweep(caplog):
     _, [[job]] = store(1, 1, started=0)
     with transaction.atomic():
-        limits.lock([job.limit_key], "", skip_locked=False)
-        in_thread(lambda: limits.grant([job.limit_key]))
+        turns.lock([job.limit_key], "", skip_locked=False)
+        in_thread(lambda: turns.grant([job.limit_key]))
         assert "the sweep will let jobs of turn:0 go" in caplog.text
-        in_thread(lambda: limits.let_due_go([]))  # it does not wait
+        in_thread(lambda: turns.let_due_go())  # it does not wait
         assert len(caplog.records) == 1
         assert used_and_held() == {"turn:0": [0, 1]}
-    limits.let_due_go([])
+    turns.let_due_go()
     assert_full()
 
 
@@ -298,7 +298,7 @@ def test_the_next_job_is_sent_if_the_answer_of_the_commit_is_lost(
 def test_a_grant_leaves_no_setting_in_the_callers_transaction():
     with transaction.atomic(), connection.cursor() as cursor:
         job = turn.enqueue(1)
-        limits.grant([job.limit_key])
+        turns.grant([job.limit_key])
         for name in "lock_timeout", "idle_in_transaction_session_timeout":
             cursor.execute(f"SHOW {name}")
             assert cursor.fetchall() == [("0",)]
@@ -350,7 +350,7 @@ def test_never_more_bodies_than_the_limit_whatever_happens(messages, settings, m
                 pk, key, fields = messages.get(timeout=0.01)
                 run = Run(pk, task=turn, limit_key=key, **CLAIM | fields)
                 if not run.claim():
-                    run.ignored()
+                    run.hold_if_paused()
                     continue
                 outcome = succeed if calm.is_set() else random.choice(OUTCOMES)
                 if outcome is crash:
@@ -414,7 +414,7 @@ def test_never_more_bodies_than_the_limit_whatever_happens(messages, settings, m
 
     race(1, *map(or_end, [work, work, work, work, look, look, disturb_all]))
     assert witness.most == number  # it was reached
-    limits.let_due_go([])
+    turns.let_due_go()
     assert not Job.objects.filter(sweep_at__isnull=False).exists()
 
 

@@ -20,10 +20,11 @@ from . import conf
 from .values import Results, to_json
 
 PAUSE = "pause:"  # begins Job.held_by of a job that a pause holds, so no limit can have this name
-SECONDS = {"s": 1, "sec": 1, "second": 1, "m": 60, "min": 60, "minute": 60}
-SECONDS |= {"h": 3600, "hour": 3600, "d": 86400, "day": 86400}
-MAX_NUMBER = 2**31 - 1
-MAX_PERIOD = timedelta(days=366)
+SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+# With few digits, so that no database refuses the number or the time.
+PART = re.compile(
+    r"([1-9]\d{0,8})(?:/([1-9]\d{0,4})?([smhd]|(?:sec(?:ond)?|min(?:ute)?|hour|day)s?))?"
+)
 
 
 @dataclass(frozen=True)
@@ -38,22 +39,23 @@ class Limit:
 def parse(text):
     """Return the Limit of a text such as "5", "60/min" or "5, 60/min". Raises ValueError."""
     fields = {}
-    for part in str(text).replace(" ", "").split(","):
-        found = re.fullmatch(r"([1-9]\d{0,9})(?:/([1-9]\d{0,7})?([a-z]+?)s?)?", part)
-        number, times, unit = found.groups() if found else ("0", None, "")
-        period = timedelta(seconds=int(times or 1) * SECONDS.get(unit, 0))
-        is_valid = 0 < int(number) <= MAX_NUMBER and period <= MAX_PERIOD
+    for part in text.replace(" ", "").split(","):
+        found = PART.fullmatch(part)
+        number, times, unit = found.groups() if found else (0, None, "")
         name = "starts" if unit else "running"
-        if not is_valid or name in fields or unit not in {None, *SECONDS}:
+        if not number or name in fields:
             raise ValueError(f'{text!r} is no limit: write "5", "60/min" or "5, 60/min"')
-        fields |= {name: int(number), **({"period": period, "rate": part} if unit else {})}
+        fields[name] = int(number)
+        if unit:
+            period = timedelta(seconds=int(times or 1) * SECONDS[unit[0]])
+            fields |= {"period": period, "rate": part}
     return Limit(**fields)
 
 
 def limit_of(key):
     """Return the Limit of a key. A name that is not in JOB_LIMITS allows nothing: see turns.is_stray()."""
     text = conf.JOB_LIMITS.get(name_of(key))
-    return Limit(running=0) if text is None else parse(text)
+    return Limit(running=0) if text is None else parse(str(text))
 
 
 def name_of(key):
@@ -69,7 +71,7 @@ def check_settings(tasks):
         if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name) or name + ":" == PAUSE:
             raise ImproperlyConfigured(f"JOB_LIMITS: {name!r} cannot be the name of a limit.")
         try:
-            parse(text if isinstance(text, str) else repr(text))
+            parse(str(text))
         except ValueError as error:
             raise ImproperlyConfigured(f"JOB_LIMITS[{name!r}]: {error}.") from None
     for task in tasks:
@@ -77,7 +79,9 @@ def check_settings(tasks):
         if getattr(task, "_is_job", False):
             check_name(task)
         elif isinstance(limit, str) and name_of(limit) in conf.JOB_LIMITS:
-            error = f"{task.name} has limit={limit!r}, but only a job has a limit: add base=JobTask."
+            error = (
+                f"{task.name} has limit={limit!r}, but only a job has a limit: add base=JobTask."
+            )
             raise ImproperlyConfigured(error)
 
 
@@ -92,14 +96,14 @@ def check_template(task):
     if (limit := task.limit) is None:
         return
     if not isinstance(limit, str) or not limit:
-        error = 'must be a text, such as "tenant:{tenant_id}"'
+        error = 'it must be a text, such as "tenant:{tenant_id}"'
     elif "{" in name_of(limit):
-        error = "must begin with a name of JOB_LIMITS"
+        error = "it must begin with a name of JOB_LIMITS"
     elif unknown := arguments_in(limit) - parameters(task).keys():
-        error = f"names {min(unknown)!r}, which is no argument of the task"
+        error = f"the task has no argument {min(unknown)!r}"
     else:
         return
-    raise TypeError(f"{task.name}: limit={limit!r} {error}")
+    raise TypeError(f"{task.name}: limit={limit!r}: {error}")
 
 
 def arguments_in(template):

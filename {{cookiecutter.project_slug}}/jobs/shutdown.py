@@ -149,16 +149,18 @@ def requeue_and_exit(exitcode=0):
         with lock:
             for run in runs.values():
                 run.in_body = False  # write_and_renew() must not claim the job again
-            for _ in range(2):  # because a renewal may lock a row for a moment
-                rows = jobs_of(runs.values())
-                with transaction.atomic():
-                    # The leases of locked rows will lapse.
-                    updates.requeue(updates.skip_locked(rows))
-                if not rows.exists():  # end at once: another job may have the place of a body now
-                    break
-                time.sleep(POLL_SECONDS)
+            hand_back([run for run in runs.values() if not run.limit_key])
+            time.sleep(POLL_SECONDS)  # a renewal may lock a row for a moment
+            # Now also jobs with a limit: their bodies must end when others get their places.
+            hand_back(runs.values())
     finally:
         os._exit(exitcode)
+
+
+@transaction.atomic
+def hand_back(some_runs):
+    """Queue these jobs for other workers. The leases of locked rows will lapse."""
+    updates.requeue(updates.skip_locked(jobs_of(some_runs)))
 
 
 # A body that stores a cursor

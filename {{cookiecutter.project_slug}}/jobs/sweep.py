@@ -37,6 +37,7 @@ PURGE_BATCH = 2000  # jobs deleted in a round: more than a million an hour, with
 PURGE_RETRY_SECONDS = 3600  # until jobs that could not be deleted are tried again
 MAX_RESEND_SECONDS = 3600  # between two messages of a job
 MIN_PAUSE = 0.5  # seconds between two rounds, however many countdowns end
+MIN_TURN = 0.1  # the same for rates: with a longer one, a rate such as 5/s would not be reached
 
 
 @dataclass
@@ -163,7 +164,7 @@ def send_due(resend=True):
     """
     pause = conf.JOB_SWEEP_SECONDS
     until = time.monotonic() + pause
-    turn = turns.let_due_go()
+    turn, next_start = turns.let_due_go()
     soon = Job.objects.filter(state="queued", sweep_at__lt=Now() + timedelta(seconds=pause))
     new = Q(times_sent=0, sweep_at__gte=Now())
     first, countdown = Min("sweep_at") - Now(), Min("sweep_at", filter=new) - Now()
@@ -183,7 +184,9 @@ def send_due(resend=True):
                     raise
                 logger.warning("the jobs of the queue %s are not sent: %r", name, error)
                 broker.close()  # it may be broken; the next queue opens it again
-    return 0 if names else min(pause, max(MIN_PAUSE, min([turn, *countdowns])))
+    if names:
+        return 0
+    return min(pause, max(MIN_PAUSE, min([turn, *countdowns])), max(MIN_TURN, next_start))
 
 
 def send_batch(name, size, resend, waiting):

@@ -40,7 +40,9 @@ from .publish import publish
 
 logger = logging.getLogger(__name__)
 
-AT_ONCE = 100  # jobs that grant() sends, because their arguments may be large; keys in a transaction
+AT_ONCE = (
+    100  # jobs that grant() sends, because their arguments may be large; keys in a transaction
+)
 MOST = 5000  # jobs of a key that the sweep lets go in a round, and keys that it looks at
 PAGE = 500  # jobs that are held in a transaction
 PAGES = 10  # in a round of the sweep
@@ -123,7 +125,9 @@ def give_back(key):
     for _ in range(PAGES):
         with transaction.atomic():
             others = updates.locking(jobs.filter(Q(limit_key__isnull=False) | is_paused()))
-            page = dict(others.order_by("due_at", "created_at").values_list("pk", "limit_key")[:PAGE])
+            page = dict(
+                others.order_by("due_at", "created_at").values_list("pk", "limit_key")[:PAGE]
+            )
             if not page:
                 break
             hold(jobs.filter(pk__in=page))
@@ -137,26 +141,30 @@ def give_back(key):
 
 # When the sweep sends them: in the order of `due_at`, and in which they were stored.
 IN_ORDER = "CASE WHEN created_at > due_at THEN created_at ELSE due_at END"
-# The oldest held jobs of a key, at most `number`, if fewer than `most` places are in use. The WITH makes
-# PostgreSQL choose them only once. A job with a limit that a pause holds must wait for its limit next.
+# The oldest held jobs of a key, at most `number`, if fewer than `most` places are in use. PostgreSQL chooses
+# an array only once, and plans it faster than a WITH. A job with a limit that a pause holds must wait for its
+# limit next.
 TAKE = """
-WITH next AS MATERIALIZED (
+UPDATE jobs_job SET held_by = NULL, times_sent = %(times_sent)s, sweep_at = {sweep_at}
+WHERE id {among}(
     SELECT id FROM jobs_job WHERE held_by = %(key)s AND due_at <= {now}
     AND (SELECT COUNT(*) FROM jobs_job WHERE limit_key = %(key)s AND sweep_at IS NOT NULL) < %(most)s
     AND (limit_key IS NULL OR limit_key = held_by)
     AND queue NOT IN (SELECT name FROM jobs_pause) AND task NOT IN (SELECT name FROM jobs_pause)
     ORDER BY due_at, created_at LIMIT %(number)s {lock}
-)
-UPDATE jobs_job SET held_by = NULL, times_sent = %(times_sent)s, sweep_at = {sweep_at}
-WHERE id IN (SELECT id FROM next) RETURNING {fields}
+){end} RETURNING {fields}
 """
 DIALECTS = {
     "postgresql": {
+        "among": "= ANY(ARRAY",
+        "end": ")",
         "now": "STATEMENT_TIMESTAMP()",
         "later": "STATEMENT_TIMESTAMP() + %(seconds)s * INTERVAL '1 second'",
         "lock": "FOR UPDATE SKIP LOCKED",  # a grant and a run that ends may look at the same job
     },
     "sqlite": {
+        "among": "IN ",
+        "end": "",
         "now": "STRFTIME('%%Y-%%m-%%d %%H:%%M:%%f000', 'NOW')",
         "later": "STRFTIME('%%Y-%%m-%%d %%H:%%M:%%f000', 'NOW', %(seconds)s || ' seconds')",
         "lock": "",
@@ -198,7 +206,9 @@ def grant(keys):
             while jobs := [job for job in let_go(some) if job.pk not in sent]:
                 publish(jobs)
                 sent |= {job.pk for job in jobs}
-                if not current_app.conf.task_always_eager:  # there the jobs have ended, so others may go
+                if (
+                    not current_app.conf.task_always_eager
+                ):  # there the jobs have ended, so others may go
                     break
             if len(sent) >= AT_ONCE:
                 break
@@ -289,7 +299,10 @@ def starts_in_period(limits):
 
 
 def let_due_go():
-    """Hold what is paused, and let held jobs go, for the sweep to send. Returns the seconds until more may go."""
+    """Hold what is paused, and let held jobs go, for the sweep to send.
+
+    Returns in how many seconds the next held job is due, and in how many a rate may let one go.
+    """
     paused = paused_names()
     seconds = 0 if hold_due(paused) else inf
     due = set()
@@ -316,10 +329,11 @@ def let_due_go():
         except Error as error:  # other keys must not wait
             logger.warning("jobs of %s are held until the next round: %r", some[0], error)
     limits = {key: limit_of(key) for key in due if not key.startswith(PAUSE)}
-    for key, (count, age) in starts_in_period(limits).items():
-        if count >= limits[key].starts:
-            seconds = min(seconds, (limits[key].period - age).total_seconds())
-    return seconds
+    rated, starts = {key for key in limits if limits[key].rate}, starts_in_period(limits)
+    # Also if the rate has starts left: the next runs may use them up, and then nobody else looks again.
+    ages = {key: starts[key][1] if key in starts else timedelta() for key in rated}
+    waits = [(limits[key].period - age).total_seconds() for key, age in ages.items()]
+    return seconds, min(waits, default=inf)
 
 
 def heads():
@@ -359,16 +373,25 @@ def after_run(run):
     """Free the place of a run that has handed it to no other job, and let the next one go."""
     try:
         if not run.has_written:
-            free_cancelled(run.job_id, run.claim_fields["worker"])
-        if job_manager().filter(held_by=run.limit_key).exists():
+            free_cancelled(run.job_id, run.claim_fields["crashes"])
+        if held(job_manager(), held_by=run.limit_key):
             grant([run.limit_key])
     except Error as error:
         logger.warning("the sweep frees a place of %s: %r", run.limit_key, error)
 
 
-def free_cancelled(pk, worker):
-    """Free the place of a job that is cancelled: its body in this worker has ended."""
-    job = job_manager().filter(IN_CANCELLED_BODY, pk=pk, worker=worker)
+@updates.prepared()
+def held(manager, held_by):
+    """Return the id of a job that this key holds, in a list."""
+    return manager.filter(held_by=held_by).values_list("pk")[:1], None
+
+
+def free_cancelled(pk, crashes):
+    """Free the place of a job that is cancelled, if the body that has ended is that of its last run.
+
+    `crashes` says which run it was: a newer one has counted its crash.
+    """
+    job = job_manager().filter(IN_CANCELLED_BODY, pk=pk, crashes=crashes)
     keys = list(job.values_list("limit_key", flat=True))
     if job.update(sweep_at=None):
         grant(keys)
@@ -399,23 +422,32 @@ def ignore_limits(jobs):
 
 
 def reasons(jobs):
-    """Return {id: a sentence} for those of these jobs that are due, but held. Not for one just enqueued."""
-    held = [job for job in jobs if job.held_by and isinstance(job.due_at, datetime)]
-    held = [job for job in held if job.due_at <= timezone.now()]
-    keys = {job.held_by for job in held}
-    texts = {}
-    if names := [key.removeprefix(PAUSE) for key in keys if key.startswith(PAUSE)]:
-        found = pause_manager().filter(name__in=names)
-        texts = {PAUSE + pause.name: str(pause) for pause in found}
-    if limited := [key for key in keys if not key.startswith(PAUSE)]:
-        rows = with_place().filter(limit_key__in=limited).order_by().values_list("limit_key")
-        used = dict(rows.annotate(Count("pk")))
-        for key in limited:
-            limit, name = limit_of(key), key.replace(":", " ", 1)
-            if used.get(key, 0) >= limit.running:
-                texts[key] = (
-                    f"Waits for its turn: {used[key]} of {limit.running} of {name} are running"
-                )
-            elif limit.rate:
-                texts[key] = f"Waits for its turn: {name} may start {limit.rate}"
-    return {job.pk: texts.get(job.held_by, "Waits for its turn") for job in held}
+    """Return {id: a sentence} for those of these jobs that are due, but held or paused.
+
+    A paused job is held only when a worker or the sweep meets it. A job that was just enqueued has no `due_at`.
+    """
+    now, queued = timezone.now(), [job for job in jobs if job.state == "queued"]
+    due = [job for job in queued if isinstance(job.due_at, datetime) and job.due_at <= now]
+    if not due:
+        return {}
+    paused = {pause.name: str(pause) for pause in pause_manager().all()}
+    keys = {job.held_by for job in due if job.held_by and not job.held_by.startswith(PAUSE)}
+    rows = with_place().filter(limit_key__in=keys).order_by().values_list("limit_key")
+    used = dict(rows.annotate(Count("pk")))  # without keys, this is no query
+    found = {}
+    for job in due:
+        if text := paused.get(job.queue) or paused.get(job.task):
+            found[job.pk] = text
+        elif job.held_by:
+            found[job.pk] = sentence(job.held_by, used.get(job.held_by, 0))
+    return found
+
+
+def sentence(key, used):
+    """Say why a job with this key waits, of which so many places are used."""
+    limit, name = limit_of(key), key.replace(":", " ", 1)
+    if used >= limit.running > 0:
+        return f"Waits for its turn: {used} of {limit.running} of {name} are running"
+    if limit.rate:
+        return f"Waits for its turn: {name} may start {limit.rate}"
+    return "Waits for its turn"

@@ -82,13 +82,14 @@ def recover_job_of_dead_child(sender, task_id, exception, **kwargs):
         # Wait until the database has rolled back the child's transaction.
         in_thread(recover, Job.objects.filter(pk=task_id, run_token=token), delay=POLL_SECONDS)
         if "limit" in sender.request.headers:
-            in_thread(free_cancelled, task_id, sender.request.hostname, delay=POLL_SECONDS)
+            crashes = sender.request.headers.get("crashes")
+            in_thread(free_cancelled, task_id, crashes, delay=POLL_SECONDS)
 
 
 def free_place_of_dead_child(request, terminated, **kwargs):
     """Free the place of a cancelled job whose child was killed by a revoke, without waiting for its lease."""
     if terminated and shutdown.is_prefork and "limit" in (request.headers or {}):
-        in_thread(free_cancelled, request.id, request.hostname, delay=POLL_SECONDS)
+        in_thread(free_cancelled, request.id, request.headers["crashes"], delay=POLL_SECONDS)
 
 
 # Jobs that this worker does not run

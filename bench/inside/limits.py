@@ -1,0 +1,58 @@
+"""Jobs with a limit: how fast they run, when the next one starts, and what the sweep costs."""
+
+from statistics import median
+
+from jobs import turns
+from jobs.models import Job, Pause
+from ledger import copies, job_for_later, sql
+from sending import empty, seconds_of
+
+KEY = "'five:' || n % {}"  # of the row with the number n, in SQL
+
+
+def store(at_once, keys, count, path):
+    """Store `count` jobs in so many keys. Returns the seconds.
+
+    Of each key, `at_once` may run; None means no limit.
+    """
+    import work_tasks
+
+    empty("job")
+    task = {1: work_tasks.one, 5: work_tasks.five, None: work_tasks.keyed}[at_once]
+    calls = [[path, str(n % keys)] for n in range(count)]
+    return seconds_of(Job.objects.enqueue_many, task, calls)
+
+
+def gaps():
+    """Return the ms between the end of each job of one key and the start of the next one."""
+    times = Job.objects.order_by("started_at").values_list("started_at", "finished_at")
+    starts, ends = zip(*times, strict=True)
+    pairs = zip(starts[1:], ends, strict=False)
+    return [(start - end).total_seconds() * 1000 for start, end in pairs]
+
+
+def held(count, keys):
+    """Return the ms in which the sweep finds that none of `count` held jobs may start.
+
+    They are held by so many keys whose places are all taken; 0: by a pause.
+    """
+    empty("job")
+    job = job_for_later("held")
+    row = {"sweep_at": "NULL", "due_at": "now() - n * interval '1 ms'"}
+    if keys:
+        copies(job, count, **row, limit_key=KEY.format(keys), held_by=KEY.format(keys))
+        running = {"state": "'running'", "run_token": "gen_random_uuid()"}
+        copies(job, 5 * keys, **running, limit_key=KEY.format(keys))
+    else:
+        Pause.objects.pause("held")
+        copies(job, count, **row, held_by="'pause:held'")
+    job.delete()
+    sql("VACUUM ANALYZE jobs_job")
+    taken = [seconds_of(look) for _ in range(12)]
+    Pause.objects.all().delete()
+    return 1000 * median(taken[2:])  # the first ones compile and connect
+
+
+def look():
+    """Do what the sweep does for held jobs in each round."""
+    turns.let_due_go()
