@@ -135,10 +135,12 @@ def finished(count, owner=None):
 
 def copies(job, count, **columns):
     """Insert `count` copies of this job's row; `columns` are SQL, with `n` as the row's number."""
-    values = {field.column: field.column for field in job._meta.concrete_fields}
+    # In quotation marks, because `then` is a word of SQL.
+    values = {field.column: f'"{field.column}"' for field in job._meta.concrete_fields}
     values |= {"id": "gen_random_uuid()", **columns}
+    names = ", ".join(f'"{name}"' for name in values)
     sql(
-        f"INSERT INTO jobs_job ({', '.join(values)}) SELECT {', '.join(values.values())}"
+        f"INSERT INTO jobs_job ({names}) SELECT {', '.join(values.values())}"
         f" FROM jobs_job, generate_series(1, {count}) AS n WHERE id = '{job.pk}'"
     )
 
