@@ -100,4 +100,4 @@ JOB_SWEEP_SECONDS = 5
 JOB_RESEND_SECONDS = 30
 JOB_MAX_CRASHES = 3
 JOB_RETENTION_DAYS = 30
-JOB_LIMITS = {"one": "1", "tenant": "2", "api": "5, 3/h"}
+JOB_LIMITS = {"one": "1", "tenant": "2", "api": "5, 3/h", "turn": "1"}

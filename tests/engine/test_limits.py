@@ -618,7 +618,7 @@ def test_a_worker_that_shuts_down_hands_limited_jobs_back_at_its_end(sent, commi
     states = []
 
     def look(_):
-        states.append(list(Job.objects.order_by("created_at").values_list("state", flat=True)))
+        states.append([Job.objects.get(pk=job.pk).state for job in (first, other)])
 
     monkeypatch.setattr("time.sleep", look)
     monkeypatch.setattr("os._exit", look)

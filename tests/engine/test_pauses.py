@@ -17,6 +17,8 @@ from jobs.runs import Run
 
 pytestmark = pytest.mark.django_db
 
+LONG_AGO = Now() - timedelta(hours=1)
+
 
 def store(count=1, task=add, **options):
     """Store jobs, but send no message: the test's transaction does not commit."""
@@ -99,8 +101,7 @@ def test_a_countdown_continues_during_a_pause(sent, commit):  # noqa: F811
     Pause.objects.pause("io")
     sweep.send_due()
     assert state(soon) == (None, 0)
-    past = Now() - timedelta(seconds=1)
-    Job.objects.filter(pk=soon.pk).update(due_at=past, sweep_at=past)
+    Job.objects.filter(pk=soon.pk).update(due_at=LONG_AGO, sweep_at=LONG_AGO)
     sweep.send_due()
     assert state(soon) == ("pause:io", 0) and state(later) == (None, 0)
     with commit():
@@ -279,17 +280,6 @@ def test_a_pause_of_another_day_shows_the_day():
     Pause.objects.update(since=F("since") - timedelta(days=3))
     pause = Pause.objects.get()
     assert str(pause) == f"Paused since {timezone.localtime(pause.since):%Y-%m-%d %H:%M}"
-
-
-def test_a_paused_job_is_shown_with_the_reason_before_a_worker_meets_its_message(sent, commit):  # noqa: F811
-    with commit():
-        pk = add.enqueue(1, 2).pk
-    assert turns.reasons([Job.objects.get(pk=pk)]) == {}
-    Pause.objects.pause(add.name, "SMTP is down")
-    job = Job.objects.get(pk=pk)
-    assert job.held_by is None and turns.reasons([job])[pk].endswith(": SMTP is down")
-    Job.objects.filter(pk=pk).update(due_at=F("due_at") + timedelta(hours=1))
-    assert turns.reasons([Job.objects.get(pk=pk)]) == {}
 
 
 def test_a_held_job_is_shown_with_the_reason_until_it_is_resumed(sent, commit):  # noqa: F811
