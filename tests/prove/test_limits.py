@@ -311,6 +311,7 @@ def test_a_rate_is_kept_while_workers_come_and_go(stack, record_property):
 @on_prefork
 def test_an_api_with_5_calls_a_second_and_2_at_once_for_each_tenant(stack, record_property):
     """300 contacts, and a worker is killed in the middle. One summary comes at the end."""
+    stack.replace_beat(JOB_SWEEP_SECONDS=5)  # the default
     batch, jobs = stack.ask("""
 batch = call_all("tenant-7", range(300))
 result = [batch.pk, [job.pk for job in batch.jobs.order_by("created_at")]]
