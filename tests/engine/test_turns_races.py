@@ -21,7 +21,7 @@ from test_races import ROUNDS as MANY_ROUNDS
 from test_races import fail, in_thread, lost_answers, race, succeed  # noqa: F401
 
 from jobs import lease, publish, queryset, sweep, turns, updates
-from jobs.expressions import UNFINISHED
+from jobs.expressions import IN_CANCELLED_BODY, UNFINISHED
 from jobs.models import Job, Pause, Start
 from jobs.runs import Run
 from jobs.tasks import JobTask
@@ -335,6 +335,7 @@ def retry_soon(run):
     run.try_again()
 
 
+RUNS_OR_CANCELLED = Q(state="running") | IN_CANCELLED_BODY  # what recover_lapsed() recovers
 OUTCOMES = [succeed] * 4 + [fail, retry_soon, retry_soon, Run.hand_back, crash]
 
 
@@ -363,7 +364,7 @@ def test_never_more_bodies_than_the_limit_whatever_happens(messages, settings, m
 
     def look(_):
         while not over.is_set():
-            lease.recover(Job.objects.filter(state="running", sweep_at__lt=Now()))
+            lease.recover(Job.objects.filter(RUNS_OR_CANCELLED, sweep_at__lt=Now()))
             with suppress(ValueError):
                 sweep.send_due(resend=False)
             time.sleep(0.002)
@@ -414,7 +415,7 @@ def test_never_more_bodies_than_the_limit_whatever_happens(messages, settings, m
 
     race(1, *map(or_end, [work, work, work, work, look, look, disturb_all]))
     assert witness.most == number  # it was reached
-    turns.let_due_go()
+    lease.recover(Job.objects.filter(RUNS_OR_CANCELLED, sweep_at__lt=Now()))
     assert not Job.objects.filter(sweep_at__isnull=False).exists()
 
 
