@@ -594,6 +594,16 @@ def test_a_queued_job_that_is_queued_again_keeps_its_place(sent, commit):
     assert sent == [first.pk] and held() == 1
 
 
+def test_a_job_that_is_handed_back_is_the_next_one_again(sent, commit):
+    """A deploy must not put it behind all jobs of its key."""
+    with commit():
+        first, _ = Job.objects.enqueue_many(alone, [[1], [2]])
+    run = start(first)
+    with run:
+        run.hand_back()
+    assert sent == [first.pk, first.pk] and held() == 1
+
+
 def test_a_job_of_an_unknown_task_gives_its_place_to_the_next_one(sent, commit):
     with commit():
         first, second = Job.objects.enqueue_many(alone, [[1], [2]])
