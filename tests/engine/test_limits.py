@@ -1,5 +1,6 @@
 """Limits: how many jobs with the same key run at once, and how many start in a period."""
 
+import signal
 import uuid
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -12,9 +13,10 @@ from celery import chain, chord, current_app, group, shared_task
 from celery.beat import ScheduleEntry, Scheduler
 from celery.exceptions import WorkerLostError
 from django.core.exceptions import ImproperlyConfigured
-from django.db import Error
+from django.db import Error, connection
 from django.db.models import F
 from django.db.models.functions import Now
+from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 from test_jobs import CLAIM
 
@@ -150,7 +152,7 @@ def test_a_cancelled_body_keeps_its_place(sent, commit):
     with commit():
         first.cancel()
     assert sent == [first.pk]
-    with pytest.raises(ValueError, match="its body has not ended yet"):
+    with pytest.raises(ValueError, match="its body still runs"):
         Job.objects.get(pk=first.pk).run_again()
     with commit(), run:
         assert not run.write(updates.finish, run.row, "failed")
@@ -707,16 +709,23 @@ def test_rates_with_different_periods_do_not_mix(sent, settings):
     assert text == {hour.pk: "Waits for its turn: api may start 2/h"}
 
 
-@pytest.mark.parametrize("ago, seconds", [(0.4, 0.6), (0.95, 0.1), (None, 1)])
+@pytest.mark.parametrize("ago, seconds", [(36, 24), (None, 60)])
 def test_the_sweep_wakes_when_the_rate_has_room(sent, settings, ago, seconds):
     """Also if the rate is not used up yet: the jobs that were just let go may do it at once."""
-    settings.JOB_LIMITS = {**settings.JOB_LIMITS, "api": "2, 3/s"}
+    settings.JOB_LIMITS, settings.JOB_SWEEP_SECONDS = {"api": "2, 3/min"}, 100
     if ago:
         now = Now() - timedelta(seconds=ago)
         Start.objects.bulk_create(Start(key="api") for _ in range(3))
         Start.objects.update(started_at=now)
     Job.objects.enqueue_many(ask, [[number] for number in range(5)])
-    assert sweep.send_due() == pytest.approx(seconds, abs=0.25)
+    assert sweep.send_due() == pytest.approx(seconds, abs=5)
+
+
+@pytest.mark.parametrize("turn, expected", [((9, 0.01), 0.1), ((0.01, 9), 0.5), ((9, 3), 3)])
+def test_the_sweep_rests_between_two_turns(sent, monkeypatch, turn, expected):
+    """A rate such as 5/s needs shorter rests than a countdown."""
+    monkeypatch.setattr(turns, "let_due_go", lambda: turn)
+    assert sweep.send_due() == expected
 
 
 def test_starts_are_deleted_when_no_rate_counts_them(settings):
@@ -752,3 +761,81 @@ def test_the_sweep_looks_again_when_a_rate_lets_more_jobs_go(sent):
         end(start(job))
     Start.objects.update(started_at=F("started_at") - timedelta(minutes=50))
     assert 590 < turns.let_due_go()[1] <= 600
+
+
+# What a second reading has found
+
+
+def test_a_claim_that_is_repeated_succeeds_although_a_pause_has_begun(sent, commit):
+    """Its answer was lost: the run owns the job."""
+    with commit():
+        job = alone.enqueue()
+    run = start(job)
+    Pause.objects.pause("celery")
+    assert run.claim()
+
+
+def test_a_retry_at_once_waits_for_its_turn(sent, commit):
+    with commit():
+        first, second = Job.objects.enqueue_many(alone, [[1], [2]])
+    run = start(first)
+    run.retry = {"delay": 0, "args": [], "kwargs": {}, "retries": 1}
+    with run:
+        run.try_again()
+    assert sent == [first.pk, second.pk]
+
+
+def test_an_unknown_task_does_not_shorten_a_countdown(sent):
+    job = alone.using(countdown=3600).enqueue()
+    worker.requeue_later(Job.objects.filter(QUEUED, pk=job.pk))
+    job.refresh_from_db()
+    assert job.due_at > timezone.now() + timedelta(seconds=3500)
+
+
+@pytest.mark.parametrize("signum, is_free", [(signal.SIGKILL, True), (signal.SIGUSR1, False)])
+def test_a_revoke_frees_the_place_only_if_it_kills_the_body(
+    sent, commit, monkeypatch, signum, is_free
+):
+    """SIGUSR1 is the soft time limit: the body may go on."""
+    monkeypatch.setattr(shutdown, "is_prefork", True)
+    monkeypatch.setattr(worker, "in_thread", lambda update, *args, delay: update(*args))
+    with commit():
+        job = alone.enqueue()
+    start(job)
+    job.cancel()
+    request = SimpleNamespace(id=job.pk, headers={"limit": "one", "crashes": 0})
+    worker.free_place_of_dead_child(request, terminated=True, signum=signum)
+    assert (Job.objects.get(pk=job.pk).sweep_at is None) == is_free
+
+
+def test_one_key_that_fails_holds_no_other(sent, monkeypatch, caplog):
+    for tenant in 1, 2, 3:
+        call.enqueue(tenant)
+    take = turns.take
+
+    def fail_for_one(key, *args, **options):
+        if key == "tenant:2":
+            raise Error("no")
+        return take(key, *args, **options)
+
+    monkeypatch.setattr(turns, "take", fail_for_one)
+    sweep.send_due()
+    assert len(sent) == 2 and "jobs of tenant:2 are held until the next round" in caplog.text
+
+
+def test_only_old_jobs_of_an_unknown_limit_go(sent, settings):
+    old, new = Job.objects.enqueue_many(alone, [[1], [2]])
+    Job.objects.filter(pk=old.pk).update(due_at=F("due_at") - timedelta(minutes=11))
+    settings.JOB_LIMITS = {}
+    sweep.send_due()
+    assert sent == [old.pk]
+
+
+def test_paused_jobs_of_many_keys_are_held_in_one_go(sent):
+    for tenant in range(30):
+        call.enqueue(tenant)
+    Pause.objects.pause(call.name)
+    with CaptureQueriesContext(connection) as captured:
+        sweep.send_due()
+    assert Job.objects.filter(held_by=f"pause:{call.name}").count() == 30
+    assert len([query for query in captured if "'pause:'" in query["sql"]]) == 1

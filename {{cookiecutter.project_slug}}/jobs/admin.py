@@ -24,6 +24,7 @@ from kombu.utils.json import loads
 from . import conf, queues, turns
 from .beat import check_entry
 from .expressions import ACTIVE, FINAL, UNFINISHED
+from .limits import name_of
 from .models import Batch, Failure, Job, Pause
 from .pauses import known_names
 from .serializers import count_jobs
@@ -230,7 +231,7 @@ class JobAdmin(ReadOnlyAdmin):
         return changelist
 
     def find(self, term):
-        is_key = term.partition(":")[0] in conf.JOB_LIMITS
+        is_key = name_of(term) in conf.JOB_LIMITS
         return {"limit_key": term} if is_key else super().find(term)
 
     def turn(self, job):

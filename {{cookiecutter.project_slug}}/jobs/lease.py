@@ -97,7 +97,7 @@ def renew_for_children(jobs):
 
 @transaction.atomic
 def recover(jobs):
-    """Queue the jobs of dead workers again, or fail them, or free the places of cancelled ones. Skip locked rows.
+    """Queue the jobs of dead workers again, or fail them. Free the places of cancelled ones. Skip locked rows.
 
     A job past its deadline fails, however many crashes it has: Celery killed its child process, or its
     thread never ended.

@@ -53,7 +53,7 @@ def parse(text):
 
 
 def limit_of(key):
-    """Return the Limit of a key. A name that is not in JOB_LIMITS allows nothing: see turns.is_stray()."""
+    """Return the Limit of a key. A name that is not in JOB_LIMITS allows nothing: see turns.let_due_go()."""
     text = conf.JOB_LIMITS.get(name_of(key))
     return Limit(running=0) if text is None else parse(str(text))
 
@@ -136,7 +136,7 @@ def key_of(task, args, kwargs):
             raise TypeError(error)
         try:
             key = key.format_map(values)
-        except (LookupError, AttributeError, ValueError) as error:
+        except (LookupError, AttributeError, TypeError, ValueError) as error:
             raise TypeError(f"the limit {key!r} of {task.name} has no value: {error!r}") from None
     if len(key) > 255:
         raise ValueError(f"the key of a limit has at most 255 characters: {key:.50}…")

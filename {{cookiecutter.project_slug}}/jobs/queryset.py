@@ -245,7 +245,7 @@ def fields_to_run_again(job, now):
     if job.finished_at is None:
         raise ValueError("it has not ended yet")
     if job.sweep_at:
-        raise ValueError("it is cancelled, but its body has not ended yet: try again in a moment")
+        raise ValueError("it is cancelled, but its body still runs: try again when it has ended")
     if job.task not in current_app.tasks:
         raise ValueError(f"there is no task {job.task}")
     task, calls = current_app.tasks[job.task], loads(to_json([job.args, job.kwargs]))

@@ -12,7 +12,7 @@ from django.utils import timezone
 from django.utils.timesince import timesince
 
 from . import conf
-from .limits import PAUSE
+from .limits import PAUSE, name_of
 from .metrics import by_queue
 from .models import Job, Pause
 from .pauses import known_names
@@ -90,7 +90,7 @@ def keys():
         rows[row["key"]] = rows.get(row["key"], {}) | row
     lines = []
     for key, row in list(rows.items())[:MOST_KEYS]:
-        limit = conf.JOB_LIMITS.get(key.partition(":")[0])
+        limit = conf.JOB_LIMITS.get(name_of(key))
         counts = {state: row.get(state) for state in ("waiting", "held", "running")}
         query = {"q" if limit else "limit_key": key}
         lines.append(shown(key, query, counts, row.get("wait"), limit=limit or "none"))

@@ -228,9 +228,8 @@ class Run:
         try:
             with transaction.atomic():
                 written = update(*args, **kwargs)
-                if (
-                    written
-                ):  # else keep those of a commit whose answer was lost: their messages are due
+                # Else keep those of a commit whose answer was lost: their messages are due.
+                if written:
                     self.next_jobs = turns.hand_over(self.limit_key)
                 is_over = True
         except Error:

@@ -67,7 +67,8 @@ class JobSerializer(serializers.ModelSerializer):
         extra_kwargs = {"result": {"help_text": f"a list replaces a long result by {TOO_LONG!r}"}}
 
     def get_can_run_again(self, job) -> bool:
-        return bool(job.finished_at) and may_run_again(self.context["request"].user, job)
+        has_ended = job.finished_at and not job.sweep_at  # a cancelled body may still run
+        return bool(has_ended) and may_run_again(self.context["request"].user, job)
 
     def to_representation(self, job):
         if hasattr(job, "short_result"):  # a row of a list: see JobViewSet

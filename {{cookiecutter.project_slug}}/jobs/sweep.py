@@ -133,18 +133,18 @@ def recover_lapsed():
     """Recover the running jobs whose lease was not renewed, and free the places of cancelled ones."""
     running = Job.objects.filter(state="running", sweep_at__lt=Now())
     cancelled = turns.with_place().filter(IN_CANCELLED_BODY, sweep_at__lt=Now())
-    lapsed = {}
+    lapsed = []
     for jobs in running, cancelled:
         with transaction.atomic():  # skip a row that the job's own body has locked
             rows = jobs.select_for_update(skip_locked=True)
-            lapsed[jobs] = list(rows.values_list("pk", flat=True)[:BATCH_SIZE])
-    if any(lapsed.values()):
+            if ids := list(rows.values_list("pk", flat=True)[:BATCH_SIZE]):
+                lapsed.append((jobs, ids))
+    if lapsed:
         wait_for_table_lock()
         # A worker that was delayed, for example by a lock, renews its leases in this time.
         time.sleep(2 * POLL_SECONDS)
-    for jobs, ids in lapsed.items():
-        if ids:
-            try_in_halves(recover, jobs, ids)
+    for jobs, ids in lapsed:
+        try_in_halves(recover, jobs, ids)
 
 
 def wait_for_table_lock():
@@ -163,8 +163,8 @@ def send_due(resend=True):
     less than JOB_SWEEP_SECONDS if a countdown ends sooner.
     """
     pause = conf.JOB_SWEEP_SECONDS
-    until = time.monotonic() + pause
     turn, next_start = turns.let_due_go()
+    until = time.monotonic() + pause
     soon = Job.objects.filter(state="queued", sweep_at__lt=Now() + timedelta(seconds=pause))
     new = Q(times_sent=0, sweep_at__gte=Now())
     first, countdown = Min("sweep_at") - Now(), Min("sweep_at", filter=new) - Now()

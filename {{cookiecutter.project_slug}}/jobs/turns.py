@@ -10,6 +10,7 @@ are the rows with this key and a `sweep_at`.
 
 - After a job was stored, cancelled or recovered, grant() lets the oldest held jobs go, under a lock for the key.
 - A run that ends hands its place over to the next job, in the transaction that ends it: no lock, no new place.
+  If the limit has a rate, it calls grant() afterwards.
 - The sweep calls let_due_go(): for countdowns, rates, and for places that nobody has handed over.
 
 A job that is cancelled while its body runs keeps its place: `sweep_at` stays the end of its lease.
@@ -19,6 +20,7 @@ A paused job is held when a worker claims it, or when the sweep would send it.
 
 import hashlib
 import logging
+import time
 from datetime import datetime, timedelta
 from math import inf
 
@@ -40,15 +42,14 @@ from .publish import publish
 
 logger = logging.getLogger(__name__)
 
-AT_ONCE = (
-    100  # jobs that grant() sends, because their arguments may be large; keys in a transaction
-)
+AT_ONCE = 100  # jobs that grant() sends, because their arguments may be large
+KEYS_AT_ONCE = 100  # in a transaction
 MOST = 5000  # jobs of a key that the sweep lets go in a round, and keys that it looks at
 PAGE = 500  # jobs that are held in a transaction
 PAGES = 10  # in a round of the sweep
 STRAY_SECONDS = 600  # until jobs of an unknown limit go: other processes may have newer settings
 UNKNOWN_SECONDS = 60  # until a job of a task that a worker does not know may have its turn again
-look_after = ""  # the key at which the sweep looks next
+last_key = ""  # the sweep continues after this key
 
 
 # models.py imports this module.
@@ -86,11 +87,11 @@ def hold(jobs):
     return jobs.filter(QUEUED, is_paused()).update(**changes, due_at=due_at)
 
 
-def hold_again(jobs):
-    """Take the places away from those of these queued jobs that have a limit, for UNKNOWN_SECONDS."""
+def put_off(jobs):
+    """Take the places away from those of these jobs that have not started, for UNKNOWN_SECONDS."""
     due_at = Now() + timedelta(seconds=UNKNOWN_SECONDS)
     changes = {"held_by": F("limit_key"), "sweep_at": None, "times_sent": 0, "due_at": due_at}
-    jobs.filter(QUEUED, limit_key__isnull=False).update(**changes)
+    jobs.filter(QUEUED, held_by=None, limit_key__isnull=False).update(**changes)
 
 
 def hold_pages(jobs):
@@ -147,7 +148,7 @@ IN_ORDER = "CASE WHEN created_at > due_at THEN created_at ELSE due_at END"
 TAKE = """
 UPDATE jobs_job SET held_by = NULL, times_sent = %(times_sent)s, sweep_at = {sweep_at}
 WHERE id {among}(
-    SELECT id FROM jobs_job WHERE held_by = %(key)s AND due_at <= {now}
+    SELECT id FROM jobs_job WHERE held_by = %(key)s AND due_at <= {due}
     AND (SELECT COUNT(*) FROM jobs_job WHERE limit_key = %(key)s AND sweep_at IS NOT NULL) < %(most)s
     AND queue NOT IN (SELECT name FROM jobs_pause) AND task NOT IN (SELECT name FROM jobs_pause) {also}
     ORDER BY due_at, created_at LIMIT %(number)s {lock}
@@ -180,22 +181,24 @@ FROM keys LIMIT %s
 """
 
 
-def take(key, number, most, is_sent=True):
+def take(key, number, most, is_sent=True, late=0):
     """Let held jobs of this key go, if fewer than `most` places are in use. Returns them, the oldest first.
 
     With `is_sent`, the caller sends their messages. Otherwise the sweep does, and only their ids are loaded.
+    `late` is for how many seconds they must have been due.
     """
     manager, columns = job_manager(), []
     dialect = DIALECTS[connections[manager.db].vendor]
     sweep_at = dialect["later"] if is_sent else IN_ORDER
+    due = dialect["later"] if late else dialect["now"]
     params = {"key": key, "number": number, "most": most, "times_sent": int(is_sent)}
+    params["seconds"] = conf.JOB_RESEND_SECONDS if is_sent else -late
     if is_sent:
-        params["seconds"] = conf.JOB_RESEND_SECONDS
         columns = [manager.model._meta.get_field(name).column for name in MESSAGE_FIELDS]
     fields = ", ".join(["id", "due_at", "created_at", *columns])
     # After a pause, a job with a limit waits for that: see give_back().
     also = "AND limit_key IS NULL" if key.startswith(PAUSE) else ""
-    sql = TAKE.format(**dialect, sweep_at=sweep_at, fields=fields, also=also)
+    sql = TAKE.format(**dialect, due=due, sweep_at=sweep_at, fields=fields, also=also)
     jobs = manager.raw(sql, params)
     return sorted(jobs, key=lambda job: (job.due_at, job.created_at))
 
@@ -204,13 +207,12 @@ def grant(keys):
     """Let held jobs of these keys go, and send their messages. Raises no error: the sweep tries again."""
     sent = set()
     try:
-        for some in chunks(iter(sorted(keys)), AT_ONCE):
+        for some in chunks(iter(sorted(keys)), KEYS_AT_ONCE):
             while jobs := [job for job in let_go(some) if job.pk not in sent]:
                 publish(jobs)
                 sent |= {job.pk for job in jobs}
-                if (
-                    not current_app.conf.task_always_eager
-                ):  # there the jobs have ended, so others may go
+                # In eager mode, these jobs have ended now, so others may go.
+                if not current_app.conf.task_always_eager:
                     break
             if len(sent) >= AT_ONCE:
                 break
@@ -301,35 +303,32 @@ def starts_in_period(limits):
 
 
 def let_due_go():
-    """Hold what is paused, and let held jobs go, for the sweep to send.
+    """Hold what is paused, and let held jobs go, for the sweep to send. It takes JOB_SWEEP_SECONDS at most.
 
     Returns in how many seconds the next held job is due, and in how many a rate may let one go.
     """
-    paused = paused_names()
-    seconds = 0 if hold_due(paused) else inf
-    due = set()
+    until, paused = time.monotonic() + conf.JOB_SWEEP_SECONDS, paused_names()
+    seconds, due, blocked = 0 if hold_due(paused) else inf, set(), []
     for key, queue, task, wait in heads():
         if wait > timedelta():
             seconds = min(seconds, wait.total_seconds())
             continue
         due.add(key)
-        if not key.startswith(PAUSE):
-            # Paused jobs must not be in the way of others with the same limit.
-            is_meant = queue in paused or task in paused
-            jobs = job_manager().filter(held_by=key).order_by("due_at", "created_at")
-            seconds = 0 if is_meant and hold_pages(jobs) else seconds
-            if wait.total_seconds() < -STRAY_SECONDS and name_of(key) not in conf.JOB_LIMITS:
-                logger.warning("jobs of %s go: there is no such limit in JOB_LIMITS", key)
-                take(key, MOST, MAX_PLACES, is_sent=False)
-        elif key.removeprefix(PAUSE) not in paused:
-            due |= give_back(key)
+        if key.startswith(PAUSE):
+            due |= set() if key.removeprefix(PAUSE) in paused else give_back(key)
+        elif queue in paused or task in paused:
+            blocked.append(key)
+        elif name_of(key) not in conf.JOB_LIMITS and wait.total_seconds() < -STRAY_SECONDS:
+            logger.warning("jobs of %s go: there is no such limit in JOB_LIMITS", key)
+            take(key, MOST, MAX_PLACES, is_sent=False, late=STRAY_SECONDS)
+    # Paused jobs must not be in the way of others with the same limit.
+    if blocked and hold_pages(job_manager().filter(is_paused(), held_by__in=blocked)):
+        seconds = 0
     keys = [key for key, number in free_places(due).items() if number > 0]
-    for some in chunks(iter(keys), AT_ONCE):
-        try:
-            if len(let_go(some, is_sent=False, skip_locked=True)) >= MOST:
-                seconds = 0  # there may be more
-        except Error as error:  # other keys must not wait
-            logger.warning("jobs of %s are held until the next round: %r", some[0], error)
+    for some in chunks(iter(keys), KEYS_AT_ONCE):
+        if let_go_for_sweep(some) >= MOST or time.monotonic() > until:
+            seconds = 0  # there may be more
+            break
     limits = {key: limit_of(key) for key in due if not key.startswith(PAUSE)}
     rated, starts = {key for key in limits if limits[key].rate}, starts_in_period(limits)
     # Also if the rate has starts left: the next runs may use them up, and then nobody else looks again.
@@ -338,13 +337,24 @@ def let_due_go():
     return seconds, min(waits, default=inf)
 
 
+def let_go_for_sweep(keys):
+    """Call let_go() for these keys. If it fails, call it for each of them: one key must not stop the others."""
+    try:
+        return len(let_go(keys, is_sent=False, skip_locked=True))
+    except Error as error:
+        if len(keys) > 1:
+            return sum(let_go_for_sweep([key]) for key in keys)
+        logger.warning("jobs of %s are held until the next round: %r", keys[0], error)
+        return 0
+
+
 def heads():
     """Return key, queue, task and the wait of the oldest held job of each key: of MOST keys in a round."""
-    global look_after
-    rows = job_manager().filter(pk__in=RawSQL(HEADS, [look_after, MOST]))  # noqa: S611
+    global last_key
+    rows = job_manager().filter(pk__in=RawSQL(HEADS, [last_key, MOST]))  # noqa: S611
     fields = "held_by", "queue", "task", F("due_at") - Now()
     rows = list(rows.order_by("held_by").values_list(*fields))
-    look_after = rows[-1][0] if len(rows) >= MOST else ""
+    last_key = rows[-1][0] if len(rows) >= MOST else ""
     return rows
 
 
@@ -376,14 +386,14 @@ def after_run(run):
     try:
         if not run.has_written:
             free_cancelled(run.job_id, run.claim_fields["crashes"])
-        if held(job_manager(), held_by=run.limit_key):
+        if a_held(job_manager(), held_by=run.limit_key):
             grant([run.limit_key])
     except Error as error:
         logger.warning("the sweep frees a place of %s: %r", run.limit_key, error)
 
 
 @updates.prepared()
-def held(manager, held_by):
+def a_held(manager, held_by):
     """Return the id of a job that this key holds, in a list."""
     return manager.filter(held_by=held_by).values_list("pk")[:1], None
 
@@ -391,7 +401,7 @@ def held(manager, held_by):
 def free_cancelled(pk, crashes):
     """Free the place of a job that is cancelled, if the body that has ended is that of its last run.
 
-    `crashes` says which run it was: a newer one has counted its crash.
+    `crashes` says which run it was: a newer one has counted its crash, unless the job was run again.
     """
     job = job_manager().filter(IN_CANCELLED_BODY, pk=pk, crashes=crashes)
     keys = list(job.values_list("limit_key", flat=True))

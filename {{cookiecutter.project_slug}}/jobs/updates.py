@@ -26,7 +26,8 @@ def requeue(jobs, delay=0, failure=None, **changes):
     """
     due = Now() + timedelta(seconds=delay)
     # A job that is already queued keeps its due_at. One that is handed back keeps its place in the line.
-    keeps = Q(state="queued") if delay else Q(state="queued") | Q(limit_key__isnull=False)
+    is_queued, has_limit = Q(state="queued"), Q(limit_key__isnull=False)
+    keeps = is_queued if delay or failure else is_queued | has_limit
     changes["due_at"] = Case(When(keeps, then="due_at"), default=due)
     limit_key = Case(When(state="running", then="limit_key"))
     is_held = Q(held_by__isnull=False) | Q(state="running", limit_key__isnull=False)
@@ -187,17 +188,17 @@ def claim(manager, id, run_token, worker, retries, crashes, times_sent, limit, l
     """The UPDATE that gives a queued job to the run with this token.
 
     It changes no row if the job is no longer queued, is held or paused, or if it has crashed or was retried
-    since the message was sent. `limit` is the time until the deadline, and `lease` the length of the first lease. `retries`,
-    `crashes` and `times_sent` come from the message; `times_sent` says which message of the job it is, 1 for
-    the first. If PostgreSQL crashes within a second, the claim may be lost: then the run must claim the
-    job again.
+    since the message was sent. `limit` is the time until the deadline, and `lease` the length of the first
+    lease. `retries`, `crashes` and `times_sent` come from the message; `times_sent` says which message of the
+    job it is, 1 for the first. If PostgreSQL crashes within a second, the claim may be lost: then the run
+    must claim the job again.
     """
+    # An old message may arrive when the job is held: then it has no sweep_at.
+    may_start = Q(run_token=None, sweep_at__isnull=False) & ~is_paused()
     # Q(run_token=run_token): this UPDATE was sent before and committed, but its answer was lost.
-    claimable = Q(run_token=None) | Q(run_token=run_token)
+    claimable = may_start | Q(run_token=run_token)
     is_current = Q(retries=retries, crashes=crashes)
-    # An old message may arrive when the job is held.
-    may_start = Q(sweep_at__isnull=False) & ~is_paused()
-    rows = manager.filter(claimable, UNFINISHED, is_current, may_start, pk=id)
+    rows = manager.filter(claimable, UNFINISHED, is_current, pk=id)
     return rows.filter(LOCK_TIMEOUT, ASYNC_COMMIT), {
         "state": "running",
         "run_token": run_token,

@@ -5,6 +5,7 @@ import threading
 import time
 import uuid
 from datetime import timedelta
+from signal import SIGKILL
 
 from celery import current_app, exceptions
 from celery.worker import state
@@ -21,7 +22,7 @@ from .expressions import IN_CANCELLED_BODY, QUEUED
 from .lease import POLL_SECONDS, RECOVERY_DELAY, recover, renew_for_children
 from .models import Job
 from .pools import has_children
-from .turns import free_cancelled, grant, hold_again
+from .turns import free_cancelled, grant, put_off
 
 logger = logging.getLogger(__name__)
 
@@ -86,9 +87,10 @@ def recover_job_of_dead_child(sender, task_id, exception, **kwargs):
             in_thread(free_cancelled, task_id, crashes, delay=POLL_SECONDS)
 
 
-def free_place_of_dead_child(request, terminated, **kwargs):
+def free_place_of_dead_child(request, terminated, signum, **kwargs):
     """Free the place of a cancelled job whose child was killed by a revoke, without waiting for its lease."""
-    if terminated and shutdown.is_prefork and "limit" in (request.headers or {}):
+    was_killed = terminated and signum == SIGKILL and shutdown.is_prefork
+    if was_killed and "limit" in (request.headers or {}):
         in_thread(free_cancelled, request.id, request.headers["crashes"], delay=POLL_SECONDS)
 
 
@@ -123,7 +125,7 @@ def requeue_later(row):
     with a limit is held again: it must not keep its place meanwhile.
     """
     if keys := list(row.filter(limit_key__isnull=False).values_list("limit_key", flat=True)):
-        hold_again(row)
+        put_off(row)
         grant(keys)
         return
     waited = row.values_list(Now() - F("due_at"), flat=True).first() or timedelta()
