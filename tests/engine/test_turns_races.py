@@ -350,8 +350,8 @@ def test_never_more_bodies_than_the_limit_whatever_happens(messages, settings, m
             with suppress(Empty):
                 pk, key, fields = messages.get(timeout=0.01)
                 run = Run(pk, task=turn, limit_key=key, **CLAIM | fields)
-                if not run.claim():
-                    run.hold_if_paused()
+                # As JobTask.__call__() does.
+                if not run.claim() and (run.hold_if_paused() or not run.claim()):
                     continue
                 outcome = succeed if calm.is_set() else random.choice(OUTCOMES)
                 if outcome is crash:
