@@ -19,6 +19,7 @@ DIGESTS = {
     "0005_schedule_errors.py": "fcdd2b6a692ac7ec749d1c75ec5635ba055ee569786ea11aa1f2a1bac0b76d43",
     "0006_primary_and_owner.py": "6fd67d737ad33ba26e046e7d00b91a4a9e3c613a527c7ff66376317d3125cec3",
     "0007_plain_names.py": "bce76f39abbabf1492065fa5ccd8109e4bf2de2727a08aecc1869091df6ee62a",
+    "0008_batches.py": "5950cc1065a4570ae3a9d8fecf99a4cf23f4aa8648b997c3931ad65c68141ac1",
 }
 
 
