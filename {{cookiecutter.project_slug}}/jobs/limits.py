@@ -65,8 +65,8 @@ def name_of(key):
 def check_settings(tasks):
     """Raise ImproperlyConfigured if JOB_LIMITS is invalid, or lacks the limit of one of these tasks."""
     if not isinstance(conf.JOB_LIMITS, dict):
-        error = f'JOB_LIMITS is {conf.JOB_LIMITS}: write {{"name": "5, 60/min"}}.'
-        raise ImproperlyConfigured(error)
+        example = '{"name": "5, 60/min"}'
+        raise ImproperlyConfigured(f"JOB_LIMITS is {conf.JOB_LIMITS}: write {example}.")
     for name, text in conf.JOB_LIMITS.items():
         if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name) or name + ":" == PAUSE:
             raise ImproperlyConfigured(f"JOB_LIMITS: {name!r} cannot be the name of a limit.")
