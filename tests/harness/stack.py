@@ -256,12 +256,22 @@ with app.connection_for_write() as broker:
         return self.ask(code, queue=queue)
 
     def empty(self, queue):
+        """Delete all messages in a queue. SQS does that once a minute, so this may wait."""
         code = """
+import time
 from config.celery import app
+result = False
 with app.connection_for_write() as broker:
-    broker.default_channel.queue_purge(queue)
+    while not result:
+        try:
+            broker.default_channel.queue_purge(queue)
+            result = True
+        except Exception as error:
+            if "PurgeQueueInProgress" not in str(error):
+                raise
+            time.sleep(1)
 """
-        self.ask(code, queue=queue)
+        assert self.ask(code, queue=queue)
 
     def post(self, task, *args, **data):
         """Enqueue a job through the API and return its id. Raises if the answer is not 202."""
