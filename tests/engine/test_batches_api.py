@@ -10,6 +10,7 @@ from django.contrib.admin import site
 from django.contrib.auth.models import Permission
 from django.db import connection
 from django.db.models.functions import Now
+from django.test import RequestFactory
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 from rest_framework.test import APIClient
@@ -436,3 +437,13 @@ def test_the_lists_read_no_more_than_a_page(api, thousands):
 def test_a_scrape_reads_no_batch_that_has_ended(staff_api, thousands):
     assert scans(staff_api, "/metrics") >= {"batch_ended"}
     assert "jobs_batch" not in scans(staff_api, "/metrics")
+
+
+def test_the_serializers_take_a_manager_as_rest_framework_does(user):
+    Batch.objects.enqueue(greet, [[]], owner=user)
+    context = {"request": RequestFactory().get("/")}
+    context["request"].user = user
+    names = {"JobSerializer": user.job_set, "BatchSerializer": user.batch_set}
+    for name, manager in names.items():
+        [shown] = getattr(serializers, name)(manager, many=True, context=context).data
+        assert shown["id"] == str(manager.get().pk)

@@ -265,7 +265,7 @@ def test_a_limited_job_that_a_straggler_holds_after_the_pause_waits_for_its_limi
 def test_a_grant_waits_a_second_for_the_lock_and_leaves_the_rest_to_the_sweep(caplog):
     _, [[job]] = store(1, 1, started=0)
     with transaction.atomic():
-        turns.lock([job.limit_key], "", skip_locked=False)
+        turns.lock([job.limit_key], [], skip_locked=False)
         in_thread(lambda: turns.grant([job.limit_key]))
         assert "the sweep will let jobs of turn:0 go" in caplog.text
         in_thread(lambda: turns.let_due_go())  # it does not wait

@@ -11,6 +11,7 @@ from django.db import connection, router
 from .beat import check_entry
 from .messages import known_queues, queue_of
 from .models import Job
+from .pauses import known_names
 from .pools import TIME_LIMITED
 
 READ_COMMITTED = 2  # psycopg's IsolationLevel, and the default of PostgreSQL
@@ -48,10 +49,11 @@ def check_queues(app_configs, **kwargs):
 @register()
 def check_rate_limits(app_configs, **kwargs):
     """Check that no job uses Celery's own rate limit."""
-    for name, task in sorted(current_app.tasks.items()):
-        if getattr(task, "_is_job", False) and task.rate_limit:
+    _, names = known_names()
+    for name in names:
+        if rate := current_app.tasks[name].rate_limit:
             yield Warning(
-                f"{name} has rate_limit={task.rate_limit!r}: each worker counts for itself, and jobs that it delays keep it from taking others.",
+                f"{name} has rate_limit={rate!r}: each worker counts for itself, and jobs that it delays keep it from taking others.",
                 hint='Write limit="name" instead, and the rate of this name into JOB_LIMITS.',
                 id="jobs.W008",
             )

@@ -4,7 +4,7 @@ from datetime import timedelta
 
 from django.apps import apps
 from django.db import models
-from django.db.models import F, OuterRef, Q
+from django.db.models import F, Q
 from django.db.models.functions import Least, Now
 
 from . import conf
@@ -58,15 +58,13 @@ IDLE_TIMEOUT = SetLocal(name="idle_in_transaction_session_timeout", value="10s")
 ASYNC_COMMIT = SetLocal(name="synchronous_commit", value="off")
 
 
-def pauses_of_job():
-    """Return the pauses that a job in the query around it meets."""
-    is_meant = Q(name=OuterRef("queue")) | Q(name=OuterRef("task"))
-    return apps.get_model("jobs.Pause").objects.filter(is_meant)
+def is_paused(names=None):
+    """Return the condition for a job to be paused. `names` is what is paused, if it was read before.
 
-
-def is_paused():
-    """Return the condition for a job to be paused. Each claim has it, and PostgreSQL plans this form faster."""
-    names = apps.get_model("jobs.Pause").objects.values("name")
+    Each claim has it, and PostgreSQL plans this form faster than EXISTS.
+    """
+    if names is None:
+        names = apps.get_model("jobs.Pause").objects.values("name")
     return Q(queue__in=names) | Q(task__in=names)
 
 

@@ -46,10 +46,9 @@ def renew_leases():
             close_old_connections()
             if to_write := [run for run in current if run.needs_write()]:
                 write_and_renew(to_write)
-            if lost := [
-                run for run in current if run.lost and run.limit_key and run.is_renewal_due()
-            ]:
-                renew_cancelled(lost)
+            lost = [run for run in current if run.lost and run.limit_key]
+            if due := [run for run in lost if run.is_renewal_due()]:
+                renew_cancelled(due)
         except Exception as error:  # without this thread all leases would lapse
             logger.warning("cannot renew leases: %r", error)
 

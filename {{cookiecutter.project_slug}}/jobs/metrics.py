@@ -12,7 +12,7 @@ from rest_framework.permissions import IsAdminUser
 from rest_framework.views import APIView
 
 from . import turns
-from .expressions import ACTIVE
+from .expressions import ACTIVE, is_paused
 from .messages import known_queues
 from .models import Batch, Job, Pause, Sweep
 
@@ -85,17 +85,16 @@ class Collector:
 
 def by_queue():
     """Return a dictionary with the QUEUE_METRICS of each queue that is known or has active jobs."""
-    names = turns.paused_names()
-    is_paused = Q(queue__in=names) | Q(task__in=names)
+    paused = is_paused(turns.paused_names())
     queued, is_due, is_later = Q(state="queued"), Q(due_at__lte=Now()), Q(due_at__gt=Now())
     rows = Job.objects.filter(state__in=ACTIVE, sweep_at__isnull=False).values("queue")
     active = rows.annotate(
-        jobs_waiting=Count("queue", filter=queued & is_due & ~is_paused),
+        jobs_waiting=Count("queue", filter=queued & is_due & ~paused),
         # Until a worker or the sweep holds them:
-        jobs_held=Count("queue", filter=queued & is_due & is_paused),
+        jobs_held=Count("queue", filter=queued & is_due & paused),
         jobs_waiting_later=Count("queue", filter=queued & is_later),
         jobs_running=Count("queue", filter=Q(state="running")),
-        jobs_oldest_wait_seconds=Now() - Min("due_at", filter=queued & is_due & ~is_paused),
+        jobs_oldest_wait_seconds=Now() - Min("due_at", filter=queued & is_due & ~paused),
     )
     # All of these are queued. With state=…, PostgreSQL would read their rows: their index has no state.
     rows = Job.objects.filter(held_by__isnull=False).values("queue")

@@ -10,6 +10,7 @@ from celery import current_app
 from django.db import models, transaction
 
 from . import turns
+from .celery import is_job
 from .limits import PAUSE
 from .messages import known_queues
 
@@ -21,8 +22,7 @@ __all__ = ["PauseManager"]
 
 def known_names():
     """Return the names that can be paused: queues and tasks. A queue without settings needs a job."""
-    tasks = [name for name, task in current_app.tasks.items() if getattr(task, "_is_job", False)]
-    return known_queues(), sorted(tasks)
+    return known_queues(), sorted(name for name in current_app.tasks if is_job(current_app, name))
 
 
 # Type checkers do not see the methods that Django copies from a queryset to its manager.

@@ -341,11 +341,8 @@ def insert_many(manager, now, jobs):
 
 
 def send_after_commit(manager, jobs):
-    for queue in sorted({job.queue for job in jobs}):
-        to_send = [job for job in jobs if job.times_sent and job.queue == queue]
-        for start in range(0, len(to_send), BATCH_SIZE):
-            part = to_send[start : start + BATCH_SIZE]
-            transaction.on_commit(lambda part=part: publish(part), using=manager.db, robust=True)
+    for part in chunks((job for job in jobs if job.times_sent), BATCH_SIZE):
+        transaction.on_commit(lambda part=part: publish(part), using=manager.db, robust=True)
     turns.grant_after_commit({job.held_by for job in jobs if job.held_by}, using=manager.db)
 
 

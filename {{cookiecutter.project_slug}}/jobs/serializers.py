@@ -30,12 +30,15 @@ def may_run_again(user, job):
 
 
 def add_reasons(jobs):
-    """Replace the messages of those jobs that are held by what they wait for. Returns the jobs."""
-    jobs = jobs.all() if isinstance(jobs, BaseManager) else jobs  # as DRF does
+    """Replace the messages of those jobs that are held by what they wait for."""
     reasons = turns.reasons(jobs)
     for job in jobs:
         job.message = reasons.get(job.pk, job.message)
-    return jobs
+
+
+def rows_of(data):
+    """Return the rows of a list serializer's data, which may be a manager such as user.job_set: see DRF."""
+    return data.all() if isinstance(data, BaseManager) else data
 
 
 class FailureSerializer(serializers.ModelSerializer):
@@ -45,8 +48,10 @@ class FailureSerializer(serializers.ModelSerializer):
 
 
 class JobListSerializer(serializers.ListSerializer):
-    def to_representation(self, jobs):
-        return super().to_representation(add_reasons(jobs))
+    def to_representation(self, data):
+        jobs = rows_of(data)
+        add_reasons(jobs)
+        return super().to_representation(jobs)
 
 
 class JobSerializer(serializers.ModelSerializer):
@@ -93,7 +98,8 @@ class CallbackSerializer(serializers.ModelSerializer):
 
 
 class BatchListSerializer(serializers.ListSerializer):
-    def to_representation(self, batches):
+    def to_representation(self, data):
+        batches = rows_of(data)
         count_jobs(batches)
         return super().to_representation(batches)
 

@@ -28,14 +28,14 @@ from celery import current_app
 from celery.utils.functional import chunks
 from django.apps import apps
 from django.db import Error, connections, transaction
-from django.db.models import Count, F, Min, Q, Subquery, Value
+from django.db.models import Count, F, Min, OuterRef, Q, Subquery, Value
 from django.db.models.expressions import RawSQL
 from django.db.models.functions import Coalesce, Concat, Now
 from django.utils import timezone
 
 from . import conf, updates
-from .database import in_transaction
-from .expressions import IN_CANCELLED_BODY, QUEUED, is_paused, pauses_of_job
+from .database import timeouts
+from .expressions import IN_CANCELLED_BODY, QUEUED, is_paused
 from .limits import PAUSE, limit_of, name_of
 from .messages import MESSAGE_FIELDS
 from .publish import publish
@@ -49,6 +49,7 @@ PAGE = 500  # jobs that are held in a transaction
 PAGES = 10  # in a round of the sweep
 STRAY_SECONDS = 600  # until jobs of an unknown limit go: other processes may have newer settings
 UNKNOWN_SECONDS = 60  # until a job of a task that a worker does not know may have its turn again
+MAX_PLACES = 2**31  # if the number of free places is known
 last_key = ""  # the sweep continues after this key
 
 
@@ -81,7 +82,8 @@ def paused_names():
 
 def hold(jobs):
     """Hold those of these queued jobs that are paused. Returns how many there were."""
-    held_by = Concat(Value(PAUSE), Subquery(pauses_of_job().values("name")[:1]))
+    of_job = pause_manager().filter(Q(name=OuterRef("queue")) | Q(name=OuterRef("task")))
+    held_by = Concat(Value(PAUSE), Subquery(of_job.values("name")[:1]))
     changes = {"held_by": held_by, "sweep_at": None, "times_sent": 0}
     due_at = Coalesce("due_at", Now())  # empty in rows of the first version
     return jobs.filter(QUEUED, is_paused()).update(**changes, due_at=due_at)
@@ -107,8 +109,7 @@ def hold_pages(jobs):
 
 def hold_due(paused):
     """Hold the jobs that the sweep would send although they are paused. Returns whether more may be left."""
-    is_meant = Q(queue__in=paused) | Q(task__in=paused)
-    due = job_manager().filter(is_meant, state="queued", sweep_at__lt=Now())
+    due = job_manager().filter(is_paused(paused), state="queued", sweep_at__lt=Now())
     return bool(paused) and hold_pages(due)
 
 
@@ -181,7 +182,7 @@ FROM keys LIMIT %s
 """
 
 
-def take(key, number, most, is_sent=True, late=0):
+def take(key, number, most=MAX_PLACES, is_sent=True, late=0):
     """Let held jobs of this key go, if fewer than `most` places are in use. Returns them, the oldest first.
 
     With `is_sent`, the caller sends their messages. Otherwise the sweep does, and only their ids are loaded.
@@ -208,7 +209,7 @@ def grant(keys):
     sent = set()
     try:
         for some in chunks(iter(sorted(keys)), KEYS_AT_ONCE):
-            while jobs := [job for job in let_go(some) if job.pk not in sent]:
+            while jobs := [job for job in let_go(with_room(some)) if job.pk not in sent]:
                 publish(jobs)
                 sent |= {job.pk for job in jobs}
                 # In eager mode, these jobs have ended now, so others may go.
@@ -225,38 +226,33 @@ def grant_after_commit(keys, using="default"):
         transaction.on_commit(lambda: grant(keys), using=using, robust=True)
 
 
+def with_room(keys):
+    """Return those of these keys that have free places, without a lock.
+
+    No job is overlooked: whoever frees a place commits that before it looks for held jobs, and whoever stores
+    a job commits that before it looks for a place.
+    """
+    return [key for key, number in free_places(keys).items() if number > 0]
+
+
 def let_go(keys, is_sent=True, skip_locked=False):
     """Let as many held jobs of these keys go as may start now. Returns them, the oldest of each key first.
 
-    With `is_sent`, at most AT_ONCE. With `skip_locked`, leave out the keys that another process has locked.
+    `keys` is what with_room() returns. With `is_sent`, at most AT_ONCE. With `skip_locked`, leave out the keys that another process has locked.
     """
-    # First look without the lock. No job is overlooked: whoever frees a place commits that before it looks
-    # for held jobs, and whoever stores a job commits that before it looks for a place.
-    keys = [key for key, number in free_places(keys).items() if number > 0]
     if not keys:
         return []
-    settings, jobs = "" if in_transaction() else TIMEOUTS, []
+    settings, jobs = timeouts(), []
     with transaction.atomic(job_manager().db):
         for key, number in free_places(lock(keys, settings, skip_locked)).items():
             number = min(number, AT_ONCE - len(jobs)) if is_sent else number
             if number > 0:
-                jobs += take(key, number, MAX_PLACES, is_sent)
+                jobs += take(key, number, is_sent=is_sent)
     return jobs
 
 
-MAX_PLACES = 2**31  # the number of free places is known
-# Those of expressions.LOCK_TIMEOUT and IDLE_TIMEOUT
-TIMEOUTS = (
-    "SET_CONFIG('lock_timeout', '1s', TRUE), "
-    "SET_CONFIG('idle_in_transaction_session_timeout', '10s', TRUE), "
-)
-
-
 def lock(keys, settings, skip_locked):
-    """Lock these keys until the transaction ends. Returns those that are locked.
-
-    `settings` are columns of its SELECT.
-    """
+    """Lock these keys until the transaction ends. Returns those that are locked. `settings`: see timeouts()."""
     connection = connections[job_manager().db]
     if connection.vendor != "postgresql":
         return keys  # SQLite has only one writer
@@ -265,14 +261,20 @@ def lock(keys, settings, skip_locked):
     function = "PG_TRY_ADVISORY_XACT_LOCK" if skip_locked else "PG_ADVISORY_XACT_LOCK"
     with connection.cursor() as cursor:
         # In order, so that two processes never wait for each other.
-        sql = f"SELECT id, {settings}{function}(id) FROM UNNEST(%s::bigint[]) id"  # noqa: S608
+        columns = "".join(f"{each.template % each.extra}, " for each in settings)
+        sql = f"SELECT id, {columns}{function}(id) FROM UNNEST(%s::bigint[]) id"  # noqa: S608
         cursor.execute(sql, [sorted(ids)])
         return [ids[id] for id, *_, is_locked in cursor.fetchall() if is_locked is not False]
 
 
+def limits_of(keys):
+    """Return {key: its Limit}, without pauses."""
+    return {key: limit_of(key) for key in keys if not key.startswith(PAUSE)}
+
+
 def free_places(keys):
     """Return {key: how many held jobs may go}. A number is negative if the limit was lowered."""
-    limits = {key: limit_of(key) for key in keys if not key.startswith(PAUSE)}
+    limits = limits_of(keys)
     free = dict.fromkeys(keys, MOST)
     if len(limits) < len(free):
         free |= dict.fromkeys(free.keys() & {PAUSE + name for name in paused_names()}, 0)
@@ -320,16 +322,15 @@ def let_due_go():
             blocked.append(key)
         elif name_of(key) not in conf.JOB_LIMITS and wait.total_seconds() < -STRAY_SECONDS:
             logger.warning("jobs of %s go: there is no such limit in JOB_LIMITS", key)
-            take(key, MOST, MAX_PLACES, is_sent=False, late=STRAY_SECONDS)
+            take(key, MOST, is_sent=False, late=STRAY_SECONDS)
     # Paused jobs must not be in the way of others with the same limit.
     if blocked and hold_pages(job_manager().filter(is_paused(), held_by__in=blocked)):
         seconds = 0
-    keys = [key for key, number in free_places(due).items() if number > 0]
-    for some in chunks(iter(keys), KEYS_AT_ONCE):
+    for some in chunks(iter(with_room(due)), KEYS_AT_ONCE):
         if let_go_for_sweep(some) >= MOST or time.monotonic() > until:
             seconds = 0  # there may be more
             break
-    limits = {key: limit_of(key) for key in due if not key.startswith(PAUSE)}
+    limits = limits_of(due)
     rated, starts = {key for key in limits if limits[key].rate}, starts_in_period(limits)
     # Also if the rate has starts left: the next runs may use them up, and then nobody else looks again.
     ages = {key: starts[key][1] if key in starts else timedelta() for key in rated}

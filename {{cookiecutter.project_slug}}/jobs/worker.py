@@ -82,16 +82,18 @@ def recover_job_of_dead_child(sender, task_id, exception, **kwargs):
     if token and isinstance(exception, exceptions.WorkerLostError):
         # Wait until the database has rolled back the child's transaction.
         in_thread(recover, Job.objects.filter(pk=task_id, run_token=token), delay=POLL_SECONDS)
-        if "limit" in sender.request.headers:
-            crashes = sender.request.headers.get("crashes")
-            in_thread(free_cancelled, task_id, crashes, delay=POLL_SECONDS)
+        free_place(task_id, sender.request.headers)
 
 
 def free_place_of_dead_child(request, terminated, signum, **kwargs):
     """Free the place of a cancelled job whose child was killed by a revoke, without waiting for its lease."""
-    was_killed = terminated and signum == SIGKILL and shutdown.is_prefork
-    if was_killed and "limit" in (request.headers or {}):
-        in_thread(free_cancelled, request.id, request.headers["crashes"], delay=POLL_SECONDS)
+    if terminated and signum == SIGKILL and shutdown.is_prefork:
+        free_place(request.id, request.headers or {})
+
+
+def free_place(id, headers):
+    if "limit" in headers:
+        in_thread(free_cancelled, id, headers["crashes"], delay=POLL_SECONDS)
 
 
 # Jobs that this worker does not run
