@@ -18,26 +18,28 @@ from django.template.defaultfilters import pluralize, truncatechars
 from django.template.response import TemplateResponse
 from django.urls import reverse
 from django.utils.functional import cached_property
-from django.utils.html import format_html
+from django.utils.html import format_html, format_html_join
 from kombu.utils.json import loads
 
-from . import conf, queues, turns
+from . import conf, queues
 from .beat import check_entry
-from .expressions import ACTIVE, FINAL, UNFINISHED
+from .expressions import ACTIVE, FINAL, RUNNING, SILENT, UNFINISHED
 from .limits import name_of
-from .models import Batch, Failure, Job, Pause
+from .models import Batch, Failure, Job, Pause, Worker
 from .pauses import known_names
-from .serializers import count_jobs
+from .reasons import reasons
+from .serializers import count_jobs, what_follows
 
 __all__ = ["announce"]
 
 # The fields on the page of a job
-TASK_FIELDS = ["task", "label", "args", "kwargs", "owner", "queue", "batch", "created_at"]
-OUTCOME_FIELDS = ["state", "turn", "error", "public_error", "result", "progress", "message"]
-OUTCOME_FIELDS += ["started_at", "finished_at"]
+TASK_FIELDS = ["task", "label", "args", "kwargs", "owner", "queue", "batch", "follows_link"]
+TASK_FIELDS += ["created_at"]
+OUTCOME_FIELDS = ["state", "reason", "error", "public_error", "result", "progress", "message"]
+OUTCOME_FIELDS += ["due_at", "started_at", "finished_at", "followed_by"]
 KEYS = ["id", "idempotency_key", "fingerprint", "unique_key", "limit_key", "held_by"]
-INTERNALS = ["cursor", "run_token", "worker", "due_at", "sweep_at", "deadline"]
-INTERNALS += ["times_sent", "retries", "crashes", "then", "follows"]
+INTERNALS = ["cursor", "run_token", "worker", "sweep_at", "deadline"]
+INTERNALS += ["times_sent", "retries", "crashes", "then", "follows", "trace", "request_id"]
 # How the list of jobs can be filtered, in the words of the metrics. A job that has not ended is in one of two
 # indexes: job_active or job_held.
 IS_ACTIVE = Q(state__in=ACTIVE) & (Q(sweep_at__isnull=False) | Q(held_by__isnull=False))
@@ -46,7 +48,8 @@ STATES = {
     "waiting": Q(state="queued", sweep_at__isnull=False, due_at__lte=Now()),
     "waiting later": IS_ACTIVE & Q(state="queued", due_at__gt=Now()),
     "held": Q(held_by__isnull=False, due_at__lte=Now()),
-    "running": Q(state="running", sweep_at__isnull=False),
+    "running": RUNNING,
+    "silent": SILENT,
     **{state: Q(state=state) for state in FINAL},
 }
 
@@ -196,6 +199,13 @@ class ReadOnlyAdmin(admin.ModelAdmin):
         text = f"{jobs} job{pluralize(jobs)} {done}. Filter: {filters}"
         log(request, self.model, text, pk=ids[0] if is_one else None)
 
+    def followed_by(self, row):
+        jobs = what_follows(row.pk).only("label", "task")
+        links = (
+            (reverse("admin:jobs_job_change", args=[job.pk]), job.label or job) for job in jobs
+        )
+        return format_html_join(", ", '<a href="{}">{}</a>', links)
+
     def has_add_permission(self, request):
         return False
 
@@ -234,8 +244,16 @@ class JobAdmin(ReadOnlyAdmin):
         is_key = name_of(term) in conf.JOB_LIMITS
         return {"limit_key": term} if is_key else super().find(term)
 
-    def turn(self, job):
-        return turns.reasons([job]).get(job.pk)
+    @admin.display(description="follows")
+    def follows_link(self, job):
+        if job.follows is None:
+            return None
+        kind = "batch" if Batch.objects.filter(pk=job.follows).exists() else "job"
+        url = reverse(f"admin:jobs_{kind}_change", args=[job.follows])
+        return format_html('<a href="{}">the {} {}</a>', url, kind, job.follows)
+
+    def reason(self, job):
+        return reasons([job], for_staff=True).get(job.pk)
 
     @admin.display(description="error")
     def short_error(self, job):
@@ -271,7 +289,16 @@ class BatchAdmin(ReadOnlyAdmin):
     list_display = ["__str__", "state", "members", "owner", "created_at", "ended_at"]
     actions = ["run_failed_again", "cancel"]
     conditions = {"cancel": Q(ended_at=None)}
-    fields = ["label", "owner", "state", "members", "error", "created_at", "ended_at"]
+    fields = [
+        "label",
+        "owner",
+        "state",
+        "members",
+        "error",
+        "followed_by",
+        "created_at",
+        "ended_at",
+    ]
     fields += ["id", "parent", "then", "ended"]
 
     def has_view_permission(self, request, obj=None):
@@ -316,31 +343,48 @@ class PauseForm(forms.Form):
     reason = forms.CharField(required=False, max_length=255)
 
 
-@admin.register(Pause)
-class QueuesAdmin(admin.ModelAdmin):
-    """The page "Queues". The permissions for jobs apply."""
+class PageAdmin(admin.ModelAdmin):
+    """A page with what queues.py returns for it, in place of a list. The permissions for jobs apply."""
 
     def get_urls(self):
-        return [url for url in super().get_urls() if url.name == "jobs_pause_changelist"]
+        name = f"jobs_{self.opts.model_name}_changelist"
+        return [url for url in super().get_urls() if url.name == name]
 
     def has_view_permission(self, request, obj=None):
         return request.user.has_perm("jobs.view_job")
 
     def has_change_permission(self, request, obj=None):
-        return request.user.has_perm("jobs.delete_job")
+        return False
 
     def changelist_view(self, request, extra_context=None):
         if not self.has_view_permission(request):
             raise PermissionDenied
+        context = {**self.admin_site.each_context(request), **self.page(), "opts": self.opts}
+        context |= {"title": self.opts.verbose_name_plural.title(), **(extra_context or {})}
+        name = f"admin/jobs/{self.opts.model_name}/change_list.html"
+        return TemplateResponse(request, name, context)
+
+
+@admin.register(Worker)
+class WorkersAdmin(PageAdmin):
+    page = staticmethod(queues.workers_page)
+
+
+@admin.register(Pause)
+class QueuesAdmin(PageAdmin):
+    page = staticmethod(queues.page)
+
+    def has_change_permission(self, request, obj=None):
+        return request.user.has_perm("jobs.delete_job")
+
+    def changelist_view(self, request, extra_context=None):
         may_pause = self.has_change_permission(request)
         if request.method == "POST":
-            if not may_pause:
+            if not (may_pause and self.has_view_permission(request)):
                 raise PermissionDenied
             self.pause_or_resume(request)
             return HttpResponseRedirect(request.path)
-        context = {**self.admin_site.each_context(request), **queues.page()}
-        context |= {"title": "Queues", "opts": self.opts, "may_pause": may_pause}
-        return TemplateResponse(request, "admin/jobs/pause/change_list.html", context)
+        return super().changelist_view(request, {"may_pause": may_pause})
 
     def pause_or_resume(self, request):
         form = PauseForm(request.POST)

@@ -12,11 +12,11 @@ class JobsConfig(AppConfig):
     default_auto_field = "django.db.models.BigAutoField"
 
     def ready(self):
-        from . import beat, checks, limits, liveness, shutdown, worker  # noqa: F401  checks register themselves
+        from . import beat, checks, heartbeat, limits, liveness, shutdown, tracing, worker  # noqa: F401  checks register themselves
 
         # With 0 or less, jobs would not be sent or recovered, would run twice, or would be deleted at once.
-        values = {name: getattr(conf, name) for name in conf.DEFAULTS}
-        del values["JOB_LIMITS"]
+        numbers = [name for name, default in conf.DEFAULTS.items() if isinstance(default, int)]
+        values = {name: getattr(conf, name) for name in numbers}
         values["CELERY_TASK_TIME_LIMIT"] = current_app.conf.task_time_limit or 0
         for name, value in values.items():
             if not value > 0:  # also true for NaN
@@ -30,11 +30,13 @@ class JobsConfig(AppConfig):
         signals.worker_init.connect(shutdown.prepare)
         signals.worker_ready.connect(worker.watch_children)
         signals.worker_ready.connect(shutdown.use_soft_shutdown)
+        signals.worker_ready.connect(heartbeat.start)
         signals.worker_shutting_down.connect(shutdown.begin)
         signals.task_received.connect(worker.assign_run_token)
         signals.task_prerun.connect(worker.prepare_connection)
         signals.task_failure.connect(worker.recover_job_of_dead_child)
         signals.task_revoked.connect(worker.free_place_of_dead_child)
         signals.task_unknown.connect(worker.requeue_unknown)
+        signals.worker_process_shutdown.connect(tracing.flush)
         signals.heartbeat_sent.connect(liveness.touch_liveness_file)
         signals.beat_init.connect(beat.start)

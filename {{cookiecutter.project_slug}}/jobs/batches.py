@@ -32,7 +32,7 @@ from django.db.models import Count, Exists, OuterRef, Q, Subquery
 from django.db.models.functions import Now
 from django.utils import timezone
 
-from . import updates
+from . import tracing, updates
 from .celery import check_options
 from .database import in_transaction, may_succeed_later, timeouts, wait_for
 from .expressions import IDLE_TIMEOUT, LOCK_TIMEOUT, UNFINISHED
@@ -160,11 +160,13 @@ class Rows:
     """The jobs and batches that some steps start with, until they are stored together.
 
     `now` is the database's time. `place` is the time by which members of a batch are sorted: what
-    continues a member takes its place. `follows` is the id of the job or batch that comes before.
+    continues a member takes its place. `follows` is the id of the job or batch that comes before, and
+    `request` has what tracing.py says of its request.
     """
 
-    def __init__(self, now, owner_id=None, place=None, follows=None):
+    def __init__(self, now, owner_id=None, place=None, follows=None, request=None):
         self.now, self.place, self.owner_id, self.follows = now, place or now, owner_id, follows
+        self.request = request
         self.jobs, self.batches = [], []
 
     def add(self, steps, given=(), batch_id=None):
@@ -190,7 +192,7 @@ class Rows:
 
     def store(self):
         batch_manager().bulk_create(self.batches, batch_size=BATCH_SIZE)
-        insert_many(job_manager(), self.place, self.jobs)
+        insert_many(job_manager(), self.place, self.jobs, self.request)
         with_members = {row.batch_id for row in self.jobs} | {row.parent_id for row in self.batches}
         for batch in self.batches:
             if batch.pk not in with_members:
@@ -227,7 +229,7 @@ def succeed(manager, id, run_token, next_steps=(), **end):
     # Either the job has steps to start, or the run has lost it.
     with transaction.atomic():
         owned = manager.filter(LOCK_TIMEOUT, IDLE_TIMEOUT, pk=id, run_token=run_token)
-        fields = "owner_id", "batch_id", "created_at", "then"
+        fields = "owner_id", "batch_id", "created_at", "then", *tracing.FIELDS
         job = owned.only(*fields).annotate(now=Now()).select_for_update().first()
         if job is None:
             return 0
@@ -235,10 +237,10 @@ def succeed(manager, id, run_token, next_steps=(), **end):
         updates.finish(owned, "succeeded", progress=100, **end, **changes)
         if job.then:
             place = job.created_at if job.batch_id else None
-            rows = Rows(job.now, job.owner_id, place, follows=id)
+            rows = Rows(job.now, job.owner_id, place, id, tracing.of(job))
             rows.add(job.then, stored(Results(["job", str(id)])), job.batch_id)
             rows.store()
-        rows = Rows(job.now, job.owner_id, follows=id)
+        rows = Rows(job.now, job.owner_id, None, id, tracing.of(job))
         for steps in next_steps:
             rows.add(steps, batch_id=job.batch_id)
         rows.store()
@@ -277,7 +279,10 @@ def end(pk, skip_locked=False):
         return
     rows = batch_manager().filter(*timeouts(), pk=pk, ended_at=None)
     with transaction.atomic():
-        batch = rows.annotate(now=Now()).select_for_update(skip_locked=skip_locked).first()
+        rows = rows.annotate(now=Now(), **request_of_first()).select_for_update(
+            skip_locked=skip_locked
+        )
+        batch = rows.first()
         # Ask again: while the row is locked, no job can run again, and no transaction that adds a job or an
         # inner batch can commit, because PostgreSQL checks its foreign key.
         if batch is None or is_active(pk) or batch.children.filter(ended_at=None).exists():
@@ -295,6 +300,12 @@ def end(pk, skip_locked=False):
         end(batch.parent_id, skip_locked)
 
 
+def request_of_first():
+    """Return annotations of a batch: the request of its oldest job. That of others may have come later."""
+    oldest = job_manager().filter(batch=OuterRef("pk")).order_by("created_at")
+    return {name: Subquery(oldest.values(name)[:1]) for name in tracing.FIELDS}
+
+
 def count_ended(batch):
     """Set how this batch has ended."""
     counts = dict(batch.jobs.values_list("state").annotate(count=Count("*")))
@@ -309,7 +320,9 @@ def count_ended(batch):
 @transaction.atomic
 def start_next(batch):
     place = batch.created_at if batch.parent_id else None
-    rows = Rows(batch.now, batch.owner_id, place, follows=batch.pk)
+    # Without a member, its request is unknown.
+    request = None if batch.trace is None else tracing.of(batch)
+    rows = Rows(batch.now, batch.owner_id, place, batch.pk, request)
     if batch.then and batch.state == "succeeded":
         rows.add(batch.then, stored(Results(["batch", str(batch.pk)])), batch.parent_id)
         batch.then = []

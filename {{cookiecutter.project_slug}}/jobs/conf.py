@@ -10,6 +10,7 @@ DEFAULTS = {
     "JOB_RETENTION_DAYS": 30,  # until a job that has ended is deleted
     "JOB_MAX_BYTES": 16_000_000,  # of a job's arguments as JSON
     "JOB_LIMITS": {},  # {name: limit}, see limits.py
+    "JOB_VERSION": "",  # of the code, which the page "Workers" shows
 }
 
 

@@ -16,6 +16,8 @@ FINAL = ["succeeded", "failed", "cancelled"]
 # and the state consistent.
 UNFINISHED = Q(finished_at=None)
 QUEUED = Q(run_token=None) & UNFINISHED
+RUNNING = Q(state="running", sweep_at__gte=Now())
+SILENT = Q(state="running", sweep_at__lt=Now())  # its lease has lapsed
 IN_CANCELLED_BODY = Q(state="cancelled", sweep_at__isnull=False)  # jobs with a limit, see turns.py
 
 

@@ -13,7 +13,7 @@ from django.db import close_old_connections, transaction
 from django.db.models import Q
 from django.db.models.functions import Now
 
-from . import conf, turns, updates
+from . import conf, tracing, turns, updates
 from .expressions import IN_CANCELLED_BODY, lease_end
 from .models import Job
 from .pools import pool
@@ -22,6 +22,8 @@ from .runs import OVER_TIME_LIMIT, jobs_of, lock, runs
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5  # seconds between two checks of reports, leases and dead children
+STOPPED = "It stopped unexpectedly"  # for owners: its worker died
+RECOVERY_FIELDS = "state crashes limit_key task started_at worker trace request_id".split()
 RECOVERY_DELAY = 5  # seconds until the job of a dead worker starts again; doubles up to 43 minutes
 
 thread_started = False
@@ -102,7 +104,7 @@ def recover(jobs):
     thread never ended.
     """
     late, keys = Q(deadline__lte=Now()), set()
-    for job in updates.locking(jobs).only("state", "crashes", "limit_key").annotate(late=late):
+    for job in updates.locking(jobs).only(*RECOVERY_FIELDS).annotate(late=late):
         crashes = job.crashes + 1
         keys |= {job.limit_key} - {None}
         died = {"error": "Its worker died", "exception": "celery.exceptions.WorkerLostError"}
@@ -112,17 +114,20 @@ def recover(jobs):
             over = {"error": OVER_TIME_LIMIT, "exception": "celery.exceptions.TimeLimitExceeded"}
             fail(job, over, OVER_TIME_LIMIT)
         elif crashes >= conf.JOB_MAX_CRASHES:
-            fail(job, died, f"Its worker died {crashes} times", crashes=crashes)
+            public_error = f"{STOPPED} {crashes} times"
+            fail(job, died, f"Its worker died {crashes} times", public_error, crashes=crashes)
         else:
             delay = RECOVERY_DELAY * 2 ** min(job.crashes, 9) * random.uniform(0.8, 1.2)
-            message = "Its worker died, so it starts again soon"
-            row, changes = Job.objects.filter(pk=job.pk), {"message": message, "crashes": crashes}
-            updates.requeue(row, delay, failure=died, **changes)
-            logger.warning("job %s lost its worker and starts again in %.0f s", job.pk, delay)
+            row, changes = Job.objects.filter(pk=job.pk), {"public_error": STOPPED}
+            updates.requeue(row, delay, failure=died, crashes=crashes, **changes)
+            text = "job %s lost its worker and starts again in %.0f s"
+            tracing.run_as(job, logger.warning, text, job.pk, delay)
+        if job.state == "running":
+            tracing.record_lost_run(job, OVER_TIME_LIMIT if job.late else died["error"])
     turns.grant_after_commit(keys)
 
 
-def fail(job, failure, error, **changes):
-    texts = {"error": error, "public_error": error}
+def fail(job, failure, error, public_error="", **changes):
+    texts = {"error": error, "public_error": public_error or error}
     updates.finish(Job.objects.filter(pk=job.pk), "failed", failure=failure, **texts, **changes)
-    logger.error("job %s failed: %s", job.pk, error)
+    tracing.run_as(job, logger.error, "job %s failed: %s", job.pk, error)

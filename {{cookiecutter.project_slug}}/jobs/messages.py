@@ -6,9 +6,11 @@ from celery import current_app
 from celery.exceptions import OperationalError
 from kombu.utils.json import dumps, loads
 
+from . import tracing
+
 # The fields of a job that its message needs
 MESSAGE_FIELDS = ["task", "args", "kwargs", "queue", "batch", "retries", "crashes", "times_sent"]
-MESSAGE_FIELDS += ["limit_key"]
+MESSAGE_FIELDS += ["limit_key", *tracing.FIELDS]
 
 
 def send(jobs):
@@ -57,7 +59,8 @@ def send_one(job, producer, **options):
     options |= {"queue": job.queue, "priority": getattr(task, "priority", None)}
     options = amqp.router.route(options, job.task, job.args, job.kwargs)
     options["priority"] = options.get("priority") or 0
-    amqp.send_task_message(producer, job.task, message, headers=headers, **options)
+    options["headers"] = headers
+    tracing.run_as(job, amqp.send_task_message, producer, job.task, message, **options)
 
 
 def is_connection_error(error):

@@ -2,19 +2,27 @@
 
 import math
 from datetime import timedelta
+from itertools import accumulate
 
-from django.db.models import Count, F, Min, Q, Sum
+from django.db.models import Count, F, Min, Q
 from django.db.models.functions import Now
 from django.http import HttpResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+)
 from rest_framework.permissions import IsAdminUser
 from rest_framework.views import APIView
 
 from . import turns
-from .expressions import ACTIVE, is_paused
+from .expressions import ACTIVE, FINAL, RUNNING, SILENT, is_paused
+from .heartbeat import alive, takers
 from .messages import known_queues
-from .models import Batch, Job, Pause, Sweep
+from .models import Batch, Job, Pause, Sweep, Tally
+from .pauses import known_names
+from .tallies import LABELS
 
 __all__ = ["Metrics"]
 
@@ -22,21 +30,28 @@ QUEUE_METRICS = {
     "jobs_waiting": "Jobs that are due and wait for a worker",
     "jobs_held": "Jobs that are due, but held by a limit or a pause",
     "jobs_waiting_later": "Jobs that wait for their countdown or for a retry",
-    "jobs_running": "Jobs that a worker has claimed",
+    "jobs_running": "Jobs that a worker runs",
+    "jobs_silent": "Jobs whose worker gives no sign of life",
     "jobs_oldest_wait_seconds": "Seconds for which the oldest due job has waited for a worker",
+    "jobs_slots": "How many jobs the workers of this queue can run at once",
+    "jobs_busy_slots": "How many of these slots are taken, also by jobs of other queues",
+}
+WORKER_METRICS = {
+    "jobs_workers": "Workers that run",
 }
 PAUSE_METRICS = {
     "jobs_pause_seconds": "Seconds for which a queue or a task has been paused",
 }
-TASK_METRICS = {  # of one minute only: rows are purged, and counting all of them would take long
-    "jobs_ended_last_minute": "Jobs that ended in the last minute",
-    "jobs_ended_last_minute_run_seconds": (
-        "Total seconds of the final runs of jobs that ended in the last minute, except cancelled jobs"
-    ),
-    "jobs_ended_last_minute_crashes": (
-        "Times a worker died while running a job that ended in the last minute"
-    ),
-    "jobs_ended_last_minute_retries": "Retries of jobs that ended in the last minute",
+STATE_COUNTERS = {
+    "jobs_ended_total": "Jobs that have ended",
+}
+TASK_COUNTERS = {
+    "jobs_crashes_total": "Times a worker died while running a job that has ended",
+    "jobs_retries_total": "Retries of jobs that have ended",
+}
+HISTOGRAMS = {
+    "jobs_run_seconds": "Seconds of the last runs of jobs that have ended, except cancelled jobs",
+    "jobs_wait_seconds": "Seconds for which these runs were due before they started",
 }
 BATCH_METRICS = {
     "jobs_batches": "Batches that have not ended",
@@ -52,23 +67,34 @@ BEAT_COUNTERS = {
 
 
 class Collector:
-    """The collector for prometheus_client. It makes seven queries, however many jobs there are."""
+    """The collector for prometheus_client. It makes nine queries, however many jobs there are."""
 
     def collect(self):
         yield from families(QUEUE_METRICS, ["queue"], by_queue())
+        yield from families(WORKER_METRICS, [], [{"jobs_workers": alive().count()}])
 
         rows = Pause.objects.values("name", jobs_pause_seconds=Now() - F("since"))
         yield from families(PAUSE_METRICS, ["name"], rows)
 
-        ended = Job.objects.filter(finished_at__gt=Now() - timedelta(minutes=1))
-        seconds = Sum(F("finished_at") - F("started_at"), filter=~Q(state="cancelled"))
-        rows = ended.values("task", "state").annotate(
-            jobs_ended_last_minute=Count("*"),
-            jobs_ended_last_minute_run_seconds=seconds,
-            jobs_ended_last_minute_crashes=Sum("crashes"),
-            jobs_ended_last_minute_retries=Sum("retries"),
-        )
-        yield from families(TASK_METRICS, ["task", "state"], rows)
+        by_label = tallies()
+        tasks = by_label["task"]
+        rows = [
+            {"task": name, "state": state, "jobs_ended_total": counts.get(state)}
+            for name, counts in tasks.items()
+            for state in FINAL
+        ]
+        yield from families(STATE_COUNTERS, ["task", "state"], rows, CounterMetricFamily)
+        rows = [
+            {
+                "task": name,
+                "jobs_crashes_total": counts.get("crashes"),
+                "jobs_retries_total": counts.get("retries"),
+            }
+            for name, counts in tasks.items()
+        ]
+        yield from families(TASK_COUNTERS, ["task"], rows, CounterMetricFamily)
+        for (name, text), label in zip(HISTOGRAMS.items(), ["task", "queue"], strict=True):
+            yield histogram(name, text, label, by_label[label])
 
         rows = Batch.objects.filter(ended_at=None).aggregate(
             jobs_batches=Count("*"), jobs_oldest_batch_seconds=Now() - Min("created_at")
@@ -84,7 +110,10 @@ class Collector:
 
 
 def by_queue():
-    """Return a dictionary with the QUEUE_METRICS of each queue that is known or has active jobs."""
+    """Return a dictionary with the QUEUE_METRICS of each queue that is known, has active jobs or workers.
+
+    Its key "workers" has the workers that take from the queue.
+    """
     paused = is_paused(turns.paused_names())
     queued, is_due, is_later = Q(state="queued"), Q(due_at__lte=Now()), Q(due_at__gt=Now())
     rows = Job.objects.filter(state__in=ACTIVE, sweep_at__isnull=False).values("queue")
@@ -93,7 +122,8 @@ def by_queue():
         # Until a worker or the sweep holds them:
         jobs_held=Count("queue", filter=queued & is_due & paused),
         jobs_waiting_later=Count("queue", filter=queued & is_later),
-        jobs_running=Count("queue", filter=Q(state="running")),
+        jobs_running=Count("queue", filter=RUNNING),
+        jobs_silent=Count("queue", filter=SILENT),
         jobs_oldest_wait_seconds=Now() - Min("due_at", filter=queued & is_due & ~paused),
     )
     # All of these are queued. With state=…, PostgreSQL would read their rows: their index has no state.
@@ -108,7 +138,34 @@ def by_queue():
         of_queue = rows.setdefault(row["queue"], {"queue": row["queue"]})
         for name in ("jobs_held", "jobs_waiting_later"):
             of_queue[name] = of_queue.get(name, 0) + row[name]
+    for queue, workers in takers().items():
+        of_queue = rows.setdefault(queue, {"queue": queue})
+        of_queue["workers"] = workers
+        of_queue["jobs_slots"] = sum(worker.slots for worker in workers)
+        of_queue["jobs_busy_slots"] = sum(worker.busy for worker in workers)
     return list(rows.values())
+
+
+def tallies():
+    """Return the counts of each task and each queue, as {label: {name: counts}}.
+
+    Those that are known are listed with 0 before their first job has ended: Prometheus does not see the first
+    increase of a counter that was missing before.
+    """
+    queues, tasks = known_names()
+    by_label = {"queue": dict.fromkeys(queues, {}), "task": dict.fromkeys(tasks, {})}
+    for label, name, counts in Tally.objects.values_list("label", "name", "counts"):
+        by_label[label][name] = counts
+    return by_label
+
+
+def histogram(name, text, label, counts_by_name):
+    family = HistogramMetricFamily(name, text, labels=[label])
+    for key, counts in counts_by_name.items():
+        up_to = accumulate(counts.get(le, 0) for le in LABELS)
+        buckets = list(zip(LABELS, up_to, strict=True))
+        family.add_metric([key], buckets, counts.get("seconds", 0))
+    return family
 
 
 def families(help_texts, labels, rows, family_class=GaugeMetricFamily):

@@ -129,6 +129,14 @@ class Job(Row):
     then = models.JSONField(null=True, help_text="what starts when it has succeeded")
     follows = models.UUIDField(null=True, help_text="the job or batch that it continues or repeats")
 
+    # Of the request that enqueued it: see tracing.py.
+    trace = models.CharField(
+        max_length=55, default="", db_default="", help_text="W3C's traceparent, of OpenTelemetry"
+    )
+    request_id = models.CharField(
+        max_length=255, default="", db_default="", help_text="in the log, of django-structlog"
+    )
+
     objects: ClassVar[JobManager] = JobManager()
     failures: models.Manager  # the Failures of this job
 
@@ -258,6 +266,44 @@ class Sweep(models.Model):  # noqa: DJ008
     schedule_errors = models.PositiveBigIntegerField(
         default=0, db_default=0, help_text="how many Beat has logged"
     )
+    refused = models.JSONField(
+        null=True, help_text="the queues for which the broker takes no message, and why"
+    )
+    counted_until = models.DateTimeField(null=True, help_text="which ended jobs the tallies have")
+
+
+class Tally(models.Model):  # noqa: DJ008
+    """Numbers of the jobs of a task, or of a queue, that have ended: see tallies.py."""
+
+    label = models.CharField(max_length=5, help_text='"task" or "queue"')
+    name = models.CharField(max_length=255)
+    counts = models.JSONField()
+    updated_at = models.DateTimeField(db_default=Clock())
+
+    class Meta:
+        default_permissions = ()
+        constraints = [models.UniqueConstraint(fields=["label", "name"], name="tally_key")]
+        verbose_name_plural = "tallies"
+
+
+class Worker(models.Model):
+    """A worker that runs, or has run less than an hour ago: see heartbeat.py."""
+
+    name = models.CharField(max_length=255, primary_key=True)
+    pool = models.CharField(max_length=255)
+    slots = models.PositiveIntegerField(help_text="how many jobs it can run at once")
+    busy = models.PositiveIntegerField(help_text="how many of them are taken")
+    queues = models.JSONField(help_text="from which it takes jobs; none without the broker")
+    version = models.CharField(max_length=255, help_text="of its code: JOB_VERSION")
+    started_at = models.DateTimeField()
+    seen_at = models.DateTimeField(db_default=Clock())
+
+    class Meta:
+        default_permissions = ()  # the permissions for jobs apply
+        ordering = ["name"]
+
+    def __str__(self):
+        return self.name
 
 
 class Start(models.Model):  # noqa: DJ008

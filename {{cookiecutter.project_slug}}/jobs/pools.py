@@ -9,6 +9,7 @@ The workers of one project may have different pools:
 """
 
 import _thread
+import mmap
 import sys
 import threading
 
@@ -20,6 +21,8 @@ from celery.exceptions import SoftTimeLimitExceeded, WorkerShutdown
 __all__ = ["pool_name"]
 
 TIME_LIMITED = {"prefork", "gevent"}  # pools in which Celery ends a body that takes too long
+# Its only byte says whether this worker is shutting down. Forked children share this memory.
+shutting_down = mmap.mmap(-1, 1)
 
 # For `--pool gevent`, Celery patches Python before it imports anything else.
 monkey = sys.modules.get("gevent.monkey")

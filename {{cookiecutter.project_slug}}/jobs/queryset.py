@@ -19,7 +19,7 @@ from django.db.models.functions import Coalesce, Now
 from django.utils import timezone
 from kombu.utils.json import loads
 
-from . import conf, limits, turns, updates
+from . import conf, limits, tracing, turns, updates
 from .expressions import QUEUED, UNFINISHED
 from .messages import MESSAGE_FIELDS, queue_of
 from .publish import publish
@@ -288,7 +288,8 @@ def queue_again(manager, jobs, now):
             by_key[job.limit_key].append(job)
         for key, some in by_key.items():
             rows = manager.filter(pk__in=[job.pk for job in some])
-            changes = updates.run_again(rows, limit_key=key, **times(now, limit_key=key))
+            fields = times(now, limit_key=key) | tracing.current(some[0].task)
+            changes = updates.run_again(rows, limit_key=key, **fields)
             for job in some:
                 for name, value in changes.items():
                     setattr(job, name, value)
@@ -304,7 +305,8 @@ def insert(manager, fields, unique=None):
     check_text("idempotency_key", fields.get("idempotency_key"))
 
     def create():
-        job = manager.create(**fields, unique_key=unique)
+        request = tracing.current(fields["task"])
+        job = manager.create(**fields, **request, unique_key=unique)
         send_after_commit(manager, [job])
         return job
 
@@ -332,9 +334,13 @@ def create_unless_active(manager, unique, create):
             time.sleep(random.uniform(0, 0.01))
 
 
-def insert_many(manager, now, jobs):
+def insert_many(manager, now, jobs, request=None):
+    """Create these jobs. Returns them. `request` has the FIELDS of tracing.py; None means the current ones."""
+    if jobs and request is None:
+        request = tracing.current(jobs[0].task)
     for place, job in enumerate(jobs):
         job.created_at = now + timedelta(microseconds=place)  # pages sort by this time
+        job.trace, job.request_id = request["trace"], request["request_id"]
     manager.bulk_create(jobs, batch_size=BATCH_SIZE)
     send_after_commit(manager, jobs)
     return jobs

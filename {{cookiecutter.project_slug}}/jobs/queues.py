@@ -1,10 +1,9 @@
-"""What the admin's page "Queues" shows: queues, limited keys, pauses, and which workers take from a queue."""
+"""What the admin's pages "Queues" and "Workers" show: queues, limited keys, pauses, and workers."""
 
-import logging
-from collections import defaultdict
+from collections import Counter, defaultdict
+from datetime import timedelta
 from urllib.parse import urlencode
 
-from celery import current_app
 from django.contrib.admin.models import LogEntry
 from django.db.models import Count, F, Min, Q
 from django.db.models.functions import Now
@@ -12,22 +11,25 @@ from django.utils import timezone
 from django.utils.timesince import timesince
 
 from . import conf
+from .expressions import RUNNING, SILENT
+from .heartbeat import SILENT_SECONDS, workers
 from .limits import PAUSE, name_of
 from .metrics import by_queue
 from .models import Job, Pause
 from .pauses import known_names
+from .reasons import problems, span
 from .turns import with_place
-
-logger = logging.getLogger(__name__)
 
 MOST_KEYS = 200
 MOST_ENTRIES = 10  # of the log
-REPLY_SECONDS = 0.5  # for which workers may answer
+MOST_RUNNING = 1000  # jobs of all workers together
+MOST_SHOWN = 5  # jobs of a worker
 COUNTS = {  # {filter of the list of jobs: the metric}
     "waiting": "jobs_waiting",
     "waiting later": "jobs_waiting_later",
     "held": "jobs_held",
     "running": "jobs_running",
+    "silent": "jobs_silent",
 }
 
 
@@ -36,25 +38,27 @@ def page():
     pauses = {pause.name: pause for pause in Pause.objects.all()}
     _, tasks = known_names()
     found = {row["queue"]: row for row in by_queue()}
-    names = {*found, *pauses} - {*tasks}
-    workers, problem = workers_by_queue()
+    names = sorted({*found, *pauses} - {*tasks})
+    rows = {name: found.get(name, {}) for name in names}
     entries = LogEntry.objects.filter(content_type__app_label="jobs").select_related("user")
     return {
+        "problems": problems(found.values()),
         "queues": [
             shown(
                 name,
                 {"queue": name},
-                {state: found.get(name, {}).get(metric) for state, metric in COUNTS.items()},
-                found.get(name, {}).get("jobs_oldest_wait_seconds"),
-                workers=sorted(workers[name]),
+                {state: row.get(metric) for state, metric in COUNTS.items()},
+                row.get("jobs_oldest_wait_seconds"),
+                workers=row.get("workers", []),
+                slots=row.get("jobs_slots"),
+                busy=row.get("jobs_busy_slots"),
                 pause=pauses.get(name),
             )
-            for name in sorted(names)
+            for name, row in rows.items()
         ],
         "keys": keys(),
         "paused_tasks": [pauses[name] for name in tasks if name in pauses],
         "tasks": [name for name in tasks if name not in pauses],
-        "problem": problem,
         "entries": entries.order_by("-pk")[:MOST_ENTRIES],
     }
 
@@ -83,7 +87,8 @@ def keys():
         .values(key=F("limit_key"))
         .annotate(
             waiting=Count("pk", filter=Q(state="queued")),
-            running=Count("pk", filter=Q(state="running")),
+            running=Count("pk", filter=RUNNING),
+            silent=Count("pk", filter=SILENT),
         )
     )
     for row in used.order_by("-running", "key"):
@@ -91,26 +96,25 @@ def keys():
     lines = []
     for key, row in list(rows.items())[:MOST_KEYS]:
         limit = conf.JOB_LIMITS.get(name_of(key))
-        counts = {state: row.get(state) for state in ("waiting", "held", "running")}
+        counts = {state: row.get(state) for state in ("waiting", "held", "running", "silent")}
         query = {"q" if limit else "limit_key": key}
         lines.append(shown(key, query, counts, row.get("wait"), limit=limit or "none"))
     return lines
 
 
-def workers_by_queue():
-    """Return {queue: names of workers}, and a sentence that says why it is empty."""
-    found = defaultdict(list)
-    try:
-        with current_app.connection_for_write() as broker:
-            broker.ensure_connection(max_retries=1, interval_start=0)
-            if not broker.supports_exchange_type("fanout"):
-                return found, "This broker cannot ask the workers which queues they take from."
-            ask = current_app.control.inspect(timeout=REPLY_SECONDS, connection=broker)
-            answers = ask.active_queues() or {}
-    except Exception as error:  # each transport has its own exceptions
-        logger.warning("the broker cannot ask the workers: %r", error)
-        return found, "The broker does not answer, so the workers are unknown."
-    for worker, queues in answers.items():
-        for queue in queues:
-            found[queue["name"]].append(worker)
-    return found, "" if answers else "No worker has answered."
+def workers_page():
+    """Return the context of the template."""
+    jobs, silent_time = defaultdict(list), timedelta(seconds=SILENT_SECONDS)
+    running = Job.objects.filter(state="running", sweep_at__isnull=False)
+    running = running.only("task", "label", "worker", "started_at")
+    for job in running.order_by("started_at")[:MOST_RUNNING]:
+        job.age = span(timezone.now() - job.started_at)
+        jobs[job.worker].append(job)
+    rows = list(workers().annotate(age=Now() - F("seen_at")))
+    for row in rows:
+        row.is_silent, row.silence = row.age > silent_time, span(row.age)
+        row.jobs, row.more = jobs[row.name][:MOST_SHOWN], len(jobs[row.name][MOST_SHOWN:])
+        row.query = urlencode({"worker": row.name})
+    rows.sort(key=lambda row: not row.is_silent)
+    versions = Counter(row.version or "unknown" for row in rows if not row.is_silent)
+    return {"problems": problems(by_queue()), "workers": rows, "versions": versions.most_common()}

@@ -70,6 +70,7 @@ class Run:
             "error": "The task requested another try",
             "exception": "celery.exceptions.Retry",
         }
+        self.public_error = ""  # the same, for the owner
         self.lost = self.ended = False
         self.overtaken = False  # during its body, its job was cancelled or given to a newer run
 
@@ -175,15 +176,13 @@ class Run:
             raise self.ignored()
         self.end_batch()
 
-    def fail(self, public_error=None):
+    def fail(self, public_error=""):
         """Write that the job failed with the exception being handled, and this text for its owner."""
         error = sys.exception()
         failure = describe(error)
-        if isinstance(error, JobError):
-            public_error = public_error or str(error)
-        if public_error:
-            public_error = failure["error"] = printable(public_error)
-        texts = {"error": failure["error"], "public_error": public_error or ""}
+        if public_error := printable(public_error) or for_owner(error):
+            failure["error"] = public_error
+        texts = {"error": failure["error"], "public_error": public_error}
         row = self.row_with_lock_timeout
         self.write(updates.finish, row, "failed", failure=failure, **self.report, **texts)
         self.end_batch()
@@ -191,7 +190,7 @@ class Run:
     def try_again(self):
         """Queue the job as retry() said. Raises an error if its new arguments cannot be stored."""
         try:
-            changes = self.retry
+            changes = {**self.report, **self.retry, "public_error": self.public_error}
             changes["args"], changes["kwargs"], _ = as_json(changes["args"], changes["kwargs"])
             row = self.row_with_lock_timeout
             self.write(updates.requeue, row, failure=self.failure, **changes)
@@ -261,10 +260,15 @@ def jobs_of(some_runs):
     return Job.objects.filter(pk__in=[run.job_id for run in some_runs], run_token__in=tokens)
 
 
+def for_owner(error):
+    """Return the text of this exception that the owner of the job may read."""
+    return printable(str(error)) if isinstance(error, JobError) else ""
+
+
 def describe(error, caught=None):
     """Return the fields of a Failure. The traceback is that of `caught`, or else of `error`."""
     try:
-        text = "".join(format_exception_only(error)).strip()
+        text = for_owner(error) or "".join(format_exception_only(error)).strip()
         frames = format_exception(caught or error, limit=-20)
     except Exception:  # it cannot be formatted, or it is not an exception
         text, frames = type(error).__name__, []

@@ -1,12 +1,15 @@
+from datetime import datetime
+
 from celery import current_app
 from django.core.cache.backends.locmem import LocMemCache
 from django.db.models import Count
 from django.db.models.manager import BaseManager
 from rest_framework import serializers
+from rest_framework.reverse import reverse
 
-from . import turns
 from .expressions import ACTIVE, FINAL
 from .models import Batch, Failure, Job
+from .reasons import reasons
 
 __all__ = ["BatchSerializer", "JobSerializer"]
 
@@ -29,11 +32,15 @@ def may_run_again(user, job):
     return has_job_perm(user, "delete") or (is_owner and is_allowed)
 
 
-def add_reasons(jobs):
-    """Replace the messages of those jobs that are held by what they wait for."""
-    reasons = turns.reasons(jobs)
+def add_reasons(jobs, user):
+    found = reasons(jobs, has_job_perm(user, "view"))
     for job in jobs:
-        job.message = reasons.get(job.pk, job.message)
+        job.reason = found.get(job.pk, "")
+
+
+def what_follows(pk):
+    """Return the jobs that started after this job or batch, at most 100."""
+    return Job.objects.filter(follows=pk).order_by("created_at")[:100]
 
 
 def rows_of(data):
@@ -47,10 +54,18 @@ class FailureSerializer(serializers.ModelSerializer):
         fields = ["worker", "started_at", "ended_at", "error", "exception", "traceback"]
 
 
+class CallbackSerializer(serializers.ModelSerializer):
+    url = serializers.HyperlinkedIdentityField(view_name="job-detail")
+
+    class Meta:
+        model = Job
+        fields = ["id", "url", "task", "label", "state"]
+
+
 class JobListSerializer(serializers.ListSerializer):
     def to_representation(self, data):
         jobs = rows_of(data)
-        add_reasons(jobs)
+        add_reasons(jobs, self.context["request"].user)
         return super().to_representation(jobs)
 
 
@@ -62,39 +77,62 @@ class JobSerializer(serializers.ModelSerializer):
     can_run_again = serializers.SerializerMethodField(
         help_text="it has ended, and the caller may run it again"
     )
+    reason = serializers.CharField(
+        read_only=True, help_text="what it waits for, or why it does not move, for people"
+    )
+    follows_url = serializers.URLField(
+        required=False,
+        allow_null=True,
+        help_text="in the detail view: of the job or the batch that it follows",
+    )
+    followed_by = CallbackSerializer(
+        many=True,
+        required=False,
+        help_text="in the detail view: the jobs that started after it, at most 100",
+    )
 
     class Meta:
         model = Job
         list_serializer_class = JobListSerializer
-        fields = ["id", "url", "task", "label", "queue", "state", "progress", "message"]
-        fields += ["result", "error", "failures", "can_run_again", "batch"]
-        fields += ["created_at", "started_at", "finished_at"]
-        extra_kwargs = {"result": {"help_text": f"a list replaces a long result by {TOO_LONG!r}"}}
+        fields = ["id", "url", "task", "label", "queue", "state", "reason", "progress", "message"]
+        fields += ["result", "error", "failures", "can_run_again"]
+        fields += ["batch", "follows", "follows_url", "followed_by"]
+        fields += ["created_at", "due_at", "started_at", "finished_at"]
+        extra_kwargs = {
+            "message": {"help_text": "what the job has last reported"},
+            "result": {"help_text": f"a list replaces a long result by {TOO_LONG!r}"},
+            "due_at": {"help_text": "when a queued job may start, else null"},
+        }
 
     def get_can_run_again(self, job) -> bool:
         has_ended = job.finished_at and not job.sweep_at  # a cancelled body may still run
         return bool(has_ended) and may_run_again(self.context["request"].user, job)
 
+    def _url_before(self, job):
+        if job.follows is None:
+            return None
+        kind = "batch" if Batch.objects.filter(pk=job.follows).exists() else "job"
+        return reverse(f"{kind}-detail", [job.follows], request=self.context["request"])
+
     def to_representation(self, job):
         if hasattr(job, "short_result"):  # a row of a list: see JobViewSet
             job.result = job.short_result
         is_trusted = has_job_perm(self.context["request"].user, "view")
+        if job.state != "queued" or not isinstance(job.due_at, datetime):
+            job.due_at = None  # after its start; or it was just enqueued, and has an expression
         if self.parent is None:
-            add_reasons([job])
+            add_reasons([job], self.context["request"].user)
+            job.follows_url = self._url_before(job)
+            job.followed_by = what_follows(job.pk) if job.state == "succeeded" else []
+        else:
+            for name in ("follows_url", "followed_by"):
+                self.fields.pop(name, None)
         if self.parent is not None or not is_trusted:
             self.fields.pop("failures", None)
         shown = super().to_representation(job)
         if job.error and not is_trusted:
             shown["error"] = job.public_error or GENERIC_ERROR
         return shown
-
-
-class CallbackSerializer(serializers.ModelSerializer):
-    url = serializers.HyperlinkedIdentityField(view_name="job-detail")
-
-    class Meta:
-        model = Job
-        fields = ["id", "url", "task", "state"]
 
 
 class BatchListSerializer(serializers.ListSerializer):
@@ -126,7 +164,7 @@ class BatchSerializer(serializers.ModelSerializer):
     def to_representation(self, batch):
         if self.parent is None:
             count_jobs([batch])
-            batch.callbacks = Job.objects.filter(follows=batch.pk).order_by("created_at")[:100]
+            batch.callbacks = what_follows(batch.pk)
         else:
             self.fields.pop("callbacks", None)
         batch.counts = dict.fromkeys(ACTIVE + FINAL, 0) | batch.counts

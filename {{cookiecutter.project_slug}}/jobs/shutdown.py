@@ -22,7 +22,6 @@ Celery end a worker too. Then threads and gevent do the same, and prefork waits 
 the longest time limit.
 """
 
-import mmap
 import os
 import time
 from contextlib import suppress
@@ -38,9 +37,10 @@ from celery.worker import state
 from django.db import connection, transaction
 from django.db.transaction import TransactionManagementError
 
-from . import updates
+from . import tracing, updates
+from .heartbeat import forget
 from .lease import POLL_SECONDS
-from .pools import has_children, pool
+from .pools import has_children, pool, shutting_down
 from .runs import jobs_of, lock, runs
 
 logger = getLogger(__name__)
@@ -48,8 +48,6 @@ logger = getLogger(__name__)
 CHILD_SECONDS = 10  # that a child without a task may take to end
 SIGTERM_SECONDS = 5  # if all processes get SIGTERM, the main process has handled it by then
 
-# Its only byte says whether this worker is shutting down. Forked children share this memory.
-shutting_down = mmap.mmap(-1, 1)
 is_prefork = False  # whether the bodies of this worker run in child processes
 
 
@@ -122,7 +120,9 @@ def end_if_stuck(seconds):
     until = time.monotonic() + seconds
     while state.active_requests and time.monotonic() < until:
         time.sleep(1)
-    time.sleep(CHILD_SECONDS)
+    time.sleep(CHILD_SECONDS - 1)
+    pool.start_thread(forget)  # not here: it may wait for the code that is stuck
+    time.sleep(1)
     # Do not log it: the code that is stuck may hold the lock of a log handler.
     os.write(2, b"a child does not end: the worker ends without it\n")
     os._exit(1)
@@ -153,7 +153,9 @@ def requeue_and_exit(exitcode=0):
             time.sleep(POLL_SECONDS)  # a renewal may lock a row for a moment
             # Now also jobs with a limit: their bodies must end when others get their places.
             hand_back(runs.values())
+        tracing.flush()
     finally:
+        forget()
         os._exit(exitcode)
 
 

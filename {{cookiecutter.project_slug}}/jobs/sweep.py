@@ -1,4 +1,4 @@
-"""The sweep: threads of Beat's process that recover jobs, send their messages, and delete old jobs."""
+"""The sweep: threads of Beat's process that recover jobs, send their messages, count and delete old jobs."""
 
 import logging
 import os
@@ -16,7 +16,7 @@ from django.db import close_old_connections, connection, transaction
 from django.db.models import F, Min, Q, TextField
 from django.db.models.functions import Cast, Length, Now
 
-from . import batches, conf, turns, updates
+from . import batches, conf, heartbeat, tallies, tracing, turns, updates
 from .database import may_succeed_later, try_in_halves
 from .expressions import IN_CANCELLED_BODY, QUEUED
 from .lease import POLL_SECONDS, recover
@@ -24,7 +24,7 @@ from .liveness import touch_liveness_file
 from .messages import MESSAGE_FIELDS, messages_in, send
 from .models import Batch, Job, Sweep
 from .queryset import BATCH_SIZE
-from .values import size_error
+from .values import printable, size_error
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +69,7 @@ class Queue:
 
 queues = defaultdict(Queue)  # by name
 refusals = Counter()  # by job id
+refused = {}  # {queue with due jobs: why the broker took no message}
 
 
 def start(tick_delay, error_count):
@@ -79,7 +80,7 @@ def start(tick_delay, error_count):
     """
     args = [tick_delay, error_count]
     threading.Thread(target=sweep_or_exit, args=args, name="sweep", daemon=True).start()
-    threading.Thread(target=purge_forever, name="purge", daemon=True).start()
+    threading.Thread(target=clean_forever, name="clean", daemon=True).start()
 
 
 def sweep_or_exit(tick_delay, error_count):
@@ -123,10 +124,11 @@ def sweep_forever(tick_delay, error_count):
 
 def store_round(tick_delay, new_errors):
     """Store that the sweep is running, even if the broker took no message."""
-    times = {"ended_at": Now(), "tick_due_at": Now() - timedelta(seconds=tick_delay)}
+    fields = {"ended_at": Now(), "tick_due_at": Now() - timedelta(seconds=tick_delay)}
+    fields["refused"] = refused or None
     errors = F("schedule_errors") + new_errors
-    if not Sweep.objects.filter(pk=1).update(**times, schedule_errors=errors):
-        Sweep.objects.create(pk=1, **times, schedule_errors=new_errors)
+    if not Sweep.objects.filter(pk=1).update(**fields, schedule_errors=errors):
+        Sweep.objects.create(pk=1, **fields, schedule_errors=new_errors)
 
 
 def recover_lapsed():
@@ -171,6 +173,8 @@ def send_due(resend=True):
     rows = list(soon.values("queue").annotate(first=first, countdown=countdown))
     names = [row["queue"] for row in rows if row["first"] < timedelta()]
     countdowns = [row["countdown"].total_seconds() for row in rows if row["countdown"] is not None]
+    for name in refused.keys() - {*names}:
+        del refused[name]
     random.shuffle(names)  # so that each queue gets its turn, however many there are
     size = max(JOBS_IN_MEMORY // max(len(names), 1), 10)
     with current_app.connection_for_write() as broker:
@@ -179,9 +183,11 @@ def send_due(resend=True):
             try:
                 if send_batch(name, size, resend, messages_in(name, broker)):
                     names.insert(0, name)
+                refused.pop(name, None)
             except Exception as error:  # each transport has its own exceptions
                 if may_succeed_later(error):
                     raise
+                refused[name] = printable(f"{error!r:.300}")
                 logger.warning("the jobs of the queue %s are not sent: %r", name, error)
                 broker.close()  # it may be broken; the next queue opens it again
     if names:
@@ -210,9 +216,7 @@ def send_batch(name, size, resend, waiting):
         sizes |= queue.probe(sent, room)
     for pk, length in sizes.items():
         if error := size_error(length):  # do not load it: Beat could run out of memory
-            row = Job.objects.filter(QUEUED, pk=pk)
-            updates.finish(row, "failed", error=error, public_error=error)
-            logger.error("job %s failed: %s", pk, error)
+            fail(pk, error=error, public_error=error)
     at_once = size if sum(sizes.values()) < BYTES_IN_MEMORY else 1
     try:
         for ids in chunks(iter(sizes), at_once):
@@ -256,9 +260,16 @@ def send_one_by_one(name, ids, may_be_full):
                 refusals[pk] += 1
             if refusals[pk] >= REFUSALS:
                 text = f"The broker refused it {REFUSALS} times: {error.__cause__ or error!r:.500}"
-                updates.finish(row, "failed", error=text)
-                logger.error("job %s failed: %s", pk, text)
+                fail(pk, error=text)
                 del refusals[pk]
+
+
+def fail(pk, **texts):
+    """Write that a job that cannot be sent has failed, unless a worker had its message after all."""
+    row = Job.objects.filter(QUEUED, pk=pk)
+    job = row.only(*tracing.FIELDS).first()
+    if job and updates.finish(row, "failed", **texts):
+        tracing.run_as(job, logger.error, "job %s failed: %s", pk, texts["error"])
 
 
 def mark_sent(due):
@@ -293,6 +304,8 @@ class Purge:
     def delete_page(self):
         """Delete the next rows, except those that are still needed or cannot be deleted."""
         old = self.model.objects.filter(**{f"{self.field}__lt": updates.retention_end()})
+        if self.model is Job:
+            old = old.filter(finished_at__lt=tallies.counted_until())
         rest = old.filter(**{f"{self.field}__gte": self.time}) if self.time else old
         rest = rest.order_by(self.field).values_list("pk", self.field)
         page = list(rest[self.kept : self.kept + PURGE_BATCH])
@@ -307,17 +320,18 @@ class Purge:
             self.start_over_at = time.monotonic() + PURGE_RETRY_SECONDS
 
 
-def purge_forever():
-    purges = Purge(Job, "finished_at"), Purge(Batch, "ended_at")
+def clean_forever():
+    """Count the jobs that have ended, and delete old rows."""
+    purges = Purge(Job, "finished_at").delete_page, Purge(Batch, "ended_at").delete_page
+    steps = tallies.count_ended, *purges, turns.delete_old_starts, heartbeat.delete_old
     while True:
         time.sleep(conf.JOB_SWEEP_SECONDS)
-        try:
-            close_old_connections()
-            for purge in purges:
-                purge.delete_page()
-            turns.delete_old_starts()
-        except Exception as error:
-            logger.warning("old jobs are not deleted: %r", error)
+        for step in steps:
+            try:
+                close_old_connections()
+                step()
+            except Exception as error:
+                logger.warning("%s failed, and is tried again: %r", step.__qualname__, error)
 
 
 @transaction.atomic

@@ -16,7 +16,7 @@ from django.db import connection
 from django.db.models.functions import Now
 from django.db.transaction import TransactionManagementError
 
-from . import batches, conf, limits, turns, updates
+from . import batches, conf, limits, tracing, turns, updates
 from .celery import NO_CANVAS, check_options
 from .database import (
     end_interrupted_query,
@@ -27,11 +27,11 @@ from .database import (
 from .expressions import LOCK_TIMEOUT, QUEUED
 from .lease import start_thread
 from .models import Batch, Job
-from .pools import pool
+from .pools import pool, shutting_down
 from .queryset import MAX_COUNTDOWN, insert, new_fields, seconds_until
 from .results import JobResult, job_backend
-from .runs import OVER_TIME_LIMIT, JobError, JobLost, Run, describe, runs
-from .shutdown import WorkerStopping, child_has_crashed, end_after_commit, shutting_down
+from .runs import OVER_TIME_LIMIT, JobError, JobLost, Run, describe, for_owner, runs
+from .shutdown import WorkerStopping, child_has_crashed, end_after_commit
 from .values import printable
 
 __all__ = ["JobCall", "JobError", "JobTask"]
@@ -181,12 +181,14 @@ class JobTask(DjangoTask):
     ) -> Retry:
         """Works as Celery documents. The exception is stored in the Failure of this run.
 
-        Raises TypeError for options that a job cannot have.
+        Until the next try, the owner reads the text of exc=JobError("The address service is down"). Raises
+        TypeError for options that a job cannot have.
         """
         check_options(options)
         caught = sys.exception()
         if self._current_run and (exc or caught):
             self._current_run.failure = describe(exc or caught, caught)
+            self._current_run.public_error = for_owner(exc or caught)
         retry = super().retry(args, kwargs, exc, False, eta, countdown, max_retries, **options)
         if retry.is_eager:  # then Celery has not called apply_async()
             self.apply_async(retry.sig.args, retry.sig.kwargs, **retry.sig.options)
@@ -197,8 +199,7 @@ class JobTask(DjangoTask):
     def _retry_later(self, args, kwargs, countdown, retries, queue=None, **options):
         """Remember the options of retry(). They are stored when the body and its transaction have ended."""
         countdown = min(countdown, MAX_COUNTDOWN)
-        text = f"Try {retries} has ended, the next one starts in {countdown:.0f} s"
-        changes = {"retries": retries, "message": text, **({"queue": queue} if queue else {})}
+        changes = {"retries": retries, **({"queue": queue} if queue else {})}
         self._current_run.retry = {"delay": countdown, "args": args, "kwargs": kwargs, **changes}
 
     def replace(self, sig):
@@ -301,7 +302,7 @@ class JobTask(DjangoTask):
             return super().__call__(*args, **kwargs)
         headers = request.headers or {}
         if "job" not in headers:  # an app that does not know that this task is a job has sent it
-            fields = new_fields(Now(), self, args, kwargs)
+            fields = new_fields(Now(), self, args, kwargs) | tracing.current(self.name)
             job, _ = wait_for(Job.objects.get_or_create, fields, pk=request.id)
             headers = {**headers, "limit": job.limit_key}
             if job.held_by:
@@ -366,7 +367,7 @@ class JobTask(DjangoTask):
                 run.fail(f"The task called sys.exit({error.code!r})")
                 # Not SystemExit, which would end the child process or the thread.
                 raise RuntimeError("sys.exit() in a task") from error
-            run.fail(OVER_TIME_LIMIT if isinstance(error, pool.time_limit_errors) else None)
+            run.fail(OVER_TIME_LIMIT if isinstance(error, pool.time_limit_errors) else "")
             raise
         if run.retry:  # with throw=False
             run.try_again()

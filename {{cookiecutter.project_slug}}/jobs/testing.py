@@ -27,7 +27,7 @@ def eager(request, monkeypatch):
     current_app.conf.task_eager_propagates = True  # an error in a plain task fails its test
     # Start no thread that renews leases: it could not see the rows of a test's transaction.
     monkeypatch.setattr(lease, "thread_started", True)
-    for memory in [publish.publish_again_at, sweep.queues, sweep.refusals]:
+    for memory in [publish.publish_again_at, sweep.queues, sweep.refusals, sweep.refused]:
         memory.clear()
     monkeypatch.setattr(sweep, "POLL_SECONDS", 0)
 

@@ -21,7 +21,7 @@ A paused job is held when a worker claims it, or when the sweep would send it.
 import hashlib
 import logging
 import time
-from datetime import datetime, timedelta
+from datetime import timedelta
 from math import inf
 
 from celery import current_app
@@ -31,7 +31,6 @@ from django.db import Error, connections, transaction
 from django.db.models import Count, F, Min, OuterRef, Q, Subquery, Value
 from django.db.models.expressions import RawSQL
 from django.db.models.functions import Coalesce, Concat, Now
-from django.utils import timezone
 
 from . import conf, updates
 from .database import timeouts
@@ -429,38 +428,3 @@ def ignore_limits(jobs):
     """Let these held jobs go, except paused ones. Eager mode runs one job at a time, and never waits."""
     held = jobs.filter(held_by__isnull=False).exclude(held_by__startswith=PAUSE)
     held.update(held_by=None, sweep_at=Now())
-
-
-# For people
-
-
-def reasons(jobs):
-    """Return {id: a sentence} for those of these jobs that are due, but held or paused.
-
-    A paused job is held only when a worker or the sweep meets it. A job that was just enqueued has no `due_at`.
-    """
-    now, queued = timezone.now(), [job for job in jobs if job.state == "queued"]
-    due = [job for job in queued if isinstance(job.due_at, datetime) and job.due_at <= now]
-    if not due:
-        return {}
-    paused = {pause.name: str(pause) for pause in pause_manager().all()}
-    keys = {job.held_by for job in due if job.held_by and not job.held_by.startswith(PAUSE)}
-    rows = with_place().filter(limit_key__in=keys).order_by().values_list("limit_key")
-    used = dict(rows.annotate(Count("pk")))  # without keys, this is no query
-    found = {}
-    for job in due:
-        if text := paused.get(job.queue) or paused.get(job.task):
-            found[job.pk] = text
-        elif job.held_by:
-            found[job.pk] = sentence(job.held_by, used.get(job.held_by, 0))
-    return found
-
-
-def sentence(key, used):
-    """Say why a job with this key waits, of which so many places are used."""
-    limit, name = limit_of(key), key.replace(":", " ", 1)
-    if used >= limit.running > 0:
-        return f"Waits for its turn: {used} of {limit.running} of {name} are running"
-    if limit.rate:
-        return f"Waits for its turn: {name} may start {limit.rate}"
-    return "Waits for its turn"

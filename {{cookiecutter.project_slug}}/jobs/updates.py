@@ -53,12 +53,13 @@ def cancel(jobs):
     return finish(jobs, "cancelled", sweep_at=sweep_at)
 
 
-def run_again(jobs, **times):
+def run_again(jobs, **fields):
     """Queue these jobs again that failed or were cancelled. Returns their new fields, except the progress.
 
-    The caller has opened their batches, see open_again(), and sends their messages. `times` says when.
+    The caller has opened their batches, see open_again(), and sends their messages. `fields` says when, and
+    for which request.
     """
-    changes = {**times, "state": "queued", "finished_at": None, "retries": 0, "crashes": 0}
+    changes = {**fields, "state": "queued", "finished_at": None, "retries": 0, "crashes": 0}
     changes |= {"result": None, "message": "", "error": "", "public_error": ""}
     progress = Case(When(cursor__isnull=False, then="progress"), default=0)
     jobs.filter(CAN_RUN_AGAIN).update(**changes, progress=progress)
@@ -206,6 +207,7 @@ def claim(manager, id, run_token, worker, retries, crashes, times_sent, limit, l
         "times_sent": times_sent,
         "progress": Case(When(cursor__isnull=False, then="progress"), default=0),
         "message": "",
+        "public_error": "",
         "started_at": Clock(),
         "deadline": Clock() + limit,
         "sweep_at": Clock() + lease,

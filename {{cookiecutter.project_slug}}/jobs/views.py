@@ -169,6 +169,7 @@ class JobViewSet(OwnViewSet):
         long = When(length__gt=10_000, then=Value(TOO_LONG, JSONField()))
         jobs = jobs.alias(length=Length(Cast("result", TextField())))
         jobs = jobs.annotate(short_result=Case(long, default="result"))
+        jobs = jobs.annotate(has_next=Q(then__isnull=False))  # [] if it has succeeded
         return jobs.defer("args", "kwargs", "cursor", "result", "then")
 
     @extend_schema(exclude=True)

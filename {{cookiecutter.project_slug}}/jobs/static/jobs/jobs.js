@@ -19,15 +19,31 @@ const fullTime = (iso) => (iso ? new Date(iso).toLocaleString([], { dateStyle: "
 const explain = (status) => (status === 404 ? "It does not exist, or it is not yours." : status ? `The server answered with an error (${status}).` : "Cannot reach the server.");
 const isActive = (job) => job.state === "queued" || job.state === "running";
 
-function span(milliseconds) {
-  const seconds = Math.floor(Math.max(0, milliseconds / 1000)) || 0;
+function span(milliseconds, round = Math.floor) {
+  const seconds = round(Math.max(0, milliseconds / 1000)) || 0;
   if (seconds < 60) return `${seconds} s`;
-  if (seconds < 3600) return `${Math.floor(seconds / 60)} min`;
-  return seconds < 172800 ? `${Math.floor(seconds / 3600)} h` : `${Math.floor(seconds / 86400)} days`;
+  if (seconds < 3600) return `${round(seconds / 60)} min`;
+  return seconds < 172800 ? `${round(seconds / 3600)} h` : `${round(seconds / 86400)} days`;
 }
 
-function duration({ state, created_at, started_at, finished_at }, now) {
-  if (state === "queued") return `waiting ${span(now - Date.parse(created_at))}`;
+function start({ state, due_at }, now) { // of a job that is not due yet
+  const due = new Date(due_at), today = new Date(now), left = due - now;
+  if (state !== "queued" || !due_at || left < 1) return "";
+  const year = due.getFullYear() === today.getFullYear() ? undefined : "numeric";
+  const day = due.toLocaleDateString([], { day: "numeric", month: "long", year });
+  const on = due.toDateString() === today.toDateString() ? "" : `on ${day} `;
+  const time = due.toLocaleTimeString([], { timeStyle: left < 60000 ? "medium" : "short" });
+  return `Starts ${on}at ${time} (in ${span(left, Math.round)})`;
+}
+
+function why(job, now) {
+  const texts = [start(job, now), job.reason].filter(Boolean);
+  return texts.join(". ") || (job.state === "queued" ? `Waiting in the queue ${job.queue}` : "");
+}
+
+function duration({ state, created_at, due_at, started_at, finished_at }, now) {
+  const since = Date.parse(due_at ?? created_at);
+  if (state === "queued") return now < since ? "" : `waiting ${span(now - since)}`;
   if (!started_at) return "never ran";
   if (!finished_at) return `for ${span(now - Date.parse(started_at))}`;
   const took = Date.parse(finished_at) - Date.parse(started_at);
@@ -48,9 +64,8 @@ function asJob(item) { // of a batch: what its row shows, in the fields of a job
   };
 }
 
-function note({ state, queue, progress, message, counts }) {
-  if (state === "queued") return message || `Waiting in the queue ${queue}`;
-  if (state === "running" || state === "succeeded" || counts) return message;
+function note({ state, progress, message, counts }) {
+  if (!["failed", "cancelled"].includes(state) || counts) return message;
   return [progress > 0 && `Stopped at ${progress}%`, message].filter(Boolean).join(" · ");
 }
 
@@ -89,6 +104,19 @@ function addRow(job) {
   return row;
 }
 
+function follow(job) { // links to what started before and after a job, as [address, words]
+  const before = job.follows_url && [job.follows_url.includes(batchesUrl) ? `${pageUrl}#batch=${job.follows}` : `${pageUrl}jobs/${job.follows}/`, "What it follows"];
+  const after = (job.followed_by ?? []).map(({ id, label, task }) => [`${pageUrl}jobs/${id}/`, `Followed by ${label || shortName(task)}`]);
+  return [before, ...after].filter(Boolean);
+}
+
+function link([address, words]) {
+  const node = document.createElement("a");
+  node.href = address;
+  node.textContent = words;
+  return node;
+}
+
 function updateRow(row, job) { // returns the messages for screen readers
   const { element, part, name } = row, { line, all, long } = outcome(job), active = isActive(job);
   const changed = row.job && row.job.state !== job.state;
@@ -101,6 +129,8 @@ function updateRow(row, job) { // returns the messages for screen readers
   part.bar.value = job.progress;
   part.when.dateTime = job.created_at;
   part.when.title = `Created ${fullTime(job.created_at)}\nStarted ${fullTime(job.started_at)}\nFinished ${fullTime(job.finished_at)}`;
+  const links = singleJob ? follow(job) : [];
+  if (part.links.childElementCount !== links.length) part.links.replaceChildren(...links.map(link));
   show(part.progress, active);
   show(part.long, long);
   show(part.cancel, active);
@@ -153,6 +183,7 @@ function tick() { // update the texts that depend only on the clock
     const age = now - Date.parse(job.created_at);
     text(part.when, age > 5000 ? `${span(age)} ago` : "just now");
     text(part.duration, duration(job, now));
+    text(part.why, why(job, now));
   }
   text($("small", problem), left > 0 ? `Trying again in ${span(left + 999)}.` : "Trying now…");
 }
@@ -219,7 +250,7 @@ async function act(row, button, action) {
   text(part.error, error); // again, because load() clears it if the job has ended meanwhile
 }
 
-async function start(button) {
+async function enqueue(button) {
   button.disabled = true;
   const { status, data } = await post(button.dataset.url);
   button.disabled = false;
@@ -246,6 +277,6 @@ addEventListener("hashchange", navigate);
 addEventListener("online", load);
 document.addEventListener("visibilitychange", () => (document.hidden ? clearTimeout(timer) : load()));
 $("button", problem).addEventListener("click", load);
-$("#start")?.addEventListener("click", ({ target }) => target.dataset.url && start(target));
+$("#start")?.addEventListener("click", ({ target }) => target.dataset.url && enqueue(target));
 setInterval(tick, 1000);
 navigate();
