@@ -11,7 +11,8 @@ ANSWERS = json.loads(r"""{{ cookiecutter | tojson }}""")  # in JSON, quotes and 
 SLUG = str(ANSWERS["project_slug"])
 if SLUG == "refused-slug":  # cookiecutter.json renamed the folder: show what was typed
     ANSWERS["project_slug"] = ANSWERS.get("__refused_slug", SLUG)
-# A copy of the choices in cookiecutter.json, because Cookiecutter does not check replay files.
+# A copy of the choices in cookiecutter.json. Cookiecutter does not check replay files, and a hook
+# cannot find that file: `_repo_dir` may be relative to a folder that the hook does not know.
 CHOICES = {
     "broker": ["redis", "rabbitmq", "sqs"], "worker_pool": ["prefork", "threads", "gevent"],
     "result_backend": ["redis", "database", "dynamodb", "none"], "include_example": ["yes", "no"],
@@ -23,7 +24,7 @@ TAKEN = {  # Such a project could not start, or would replace what already has i
     "a database or role of PostgreSQL": "none postgres public template0 template1",
     "a user of RabbitMQ": "guest",
     "a namespace of Kubernetes": "default kube_node_lease kube_public kube_system",
-    "an image that the project uses": "python rabbitmq redis",
+    "an image that the project uses": "caddy python rabbitmq redis",
     "a device on Windows": "aux con nul prn " + " ".join(f"com{n} lpt{n}" for n in range(1, 10)),
 }
 ATOM, LABEL = r"[\w!#$%&'*+/=?^`{|}~-]+", r"[a-z0-9]([a-z0-9-]*[a-z0-9])?"

@@ -1,5 +1,5 @@
 {% import "imports.jinja" as imports %}
-{% from "chosen.jinja" import broker, servers with context %}
+{% from "chosen.jinja" import servers, has_example, has_flower, flower_port with context %}
 {% set lines %}
 import itertools
 import os
@@ -30,7 +30,7 @@ from django.core.management import call_command
 def main():
     os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
     os.environ.setdefault("SOFT_SHUTDOWN_SECONDS", "1")  # longer tasks start again later
-    for name, port in {"PORT": "8000"{{ ', "FLOWER_PORT": "5555"' if broker.flower }}}.items():
+    for name, port in {"PORT": "8000"{{ ', "FLOWER_PORT": "%s"' % flower_port if has_flower }}}.items():
         port = os.environ.setdefault(name, port)
         if answers(port):
             sys.exit(f"Port {port} is taken. Choose another one: {name}={int(port) + 1} make run")
@@ -149,11 +149,11 @@ def create_user_and_links():
     Jobs     {web}/    {name} / {password}
     Admin    {web}/admin/
     API      {web}/api/docs/
-{% if broker.flower %}
+{% if has_flower %}
     Flower   {settings.FLOWER_URL}    {settings.FLOWER_BASIC_AUTH.replace(":", " / ")}
 {% endif %}
 
-{% if cookiecutter.include_example == "yes" %}
+{% if has_example %}
     Place an order, then follow its job:
     {curl}/orders/ -H 'Content-Type: application/json' \\
         -d '{% raw %}{{"product": "Tea"}}{% endraw %}'

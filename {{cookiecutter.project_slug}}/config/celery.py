@@ -4,9 +4,10 @@
 from celery import signals
 from django.conf import settings
 from django.dispatch import receiver
+from django_structlog.celery.receivers import CeleryReceiver
 from django_structlog.celery.signals import bind_extra_task_metadata
 from django_structlog.celery.steps import DjangoStructLogInitStep
-from structlog.contextvars import bind_contextvars
+from structlog.contextvars import bind_contextvars, bound_contextvars
 {% print broker.celery_imports | default %}
 {% endset %}
 import os
@@ -17,12 +18,28 @@ from jobs.celery import Celery
 from jobs.pools import pool_name
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
-os.environ.setdefault("CELERY_WORKER_POOL", "{{ cookiecutter.worker_pool }}")  # of a worker without --pool
+os.environ.setdefault("CELERY_WORKER_POOL", "{{ worker_pool.name }}")  # of a worker without --pool
 {% print worker_pool.celery | default %}
+
+
+class LogReceiver(CeleryReceiver):
+    def receiver_task_failure(self, task_id, sender, **kwargs):
+        # The main process logs that a child was killed. It knows the request only from the message.
+        with bound_contextvars(**getattr(sender.request, "__django_structlog__", {})):
+            super().receiver_task_failure(task_id=task_id, sender=sender, **kwargs)
+
+
+class LogTasks(DjangoStructLogInitStep):
+    def __init__(self, parent, **kwargs):
+        # Skip the one of DjangoStructLogInitStep, which connects its own receiver.
+        super(DjangoStructLogInitStep, self).__init__(parent, **kwargs)
+        self.receiver = LogReceiver()
+        self.receiver.connect_worker_signals()
+
 
 app = Celery("config")
 app.autodiscover_tasks()
-app.steps["worker"].add(DjangoStructLogInitStep)
+app.steps["worker"].add(LogTasks)
 
 
 def own_settings():

@@ -1,5 +1,5 @@
 {% import "imports.jinja" as imports %}
-{% from "chosen.jinja" import broker, servers with context %}
+{% from "chosen.jinja" import servers, has_flower with context %}
 {% set lines %}
 {% for server in servers %}
 {% print server.check_imports | default %}
@@ -60,7 +60,7 @@ def check_time_limits(app_configs, **kwargs):
                 hint="Lower its time_limit, or raise the setting behind REDELIVERY_SECONDS.",
                 id="config.W002",
             )
-{% if broker.flower %}
+{% if has_flower %}
 
 
 @register(deploy=True)

@@ -1,4 +1,4 @@
-{% from "chosen.jinja" import broker with context %}
+{% from "chosen.jinja" import has_flower with context %}
 """The log: lines for people in development, JSON in production."""
 
 import re
@@ -28,7 +28,7 @@ LEVELS = {
     "django.server": "CRITICAL",
     "django.tasks": "CRITICAL",
     "django_tasks": "CRITICAL",
-{% if broker.flower %}
+{% if has_flower %}
     "flower": "ERROR",
 {% endif %}
 }

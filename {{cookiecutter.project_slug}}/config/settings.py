@@ -1,17 +1,16 @@
 {% import "text.jinja" as text %}
-{% from "chosen.jinja" import broker, result_backend, servers, periodic_tasks, worker_pool with context %}
+{% from "chosen.jinja" import broker, result_backend, servers, worker_pool, periodic_tasks, has_example, has_flower, flower_port with context %}
 """Settings. What differs between machines comes from the environment: see .env.example."""
 
 import logging
 import os
 import re
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
 import environ
-{% if cookiecutter.include_example == "yes" and cookiecutter.periodic_tasks == "code" %}
-from celery.schedules import crontab
-{% endif %}
+{% print periodic_tasks.imports | default %}
 from django.core.exceptions import ImproperlyConfigured
 
 from config import logs
@@ -39,7 +38,8 @@ SECRET_KEY = env.str("SECRET_KEY")
 ALLOWED_HOSTS = env.list("ALLOWED_HOSTS")
 CSRF_TRUSTED_ORIGINS = env.list("CSRF_TRUSTED_ORIGINS", default=[])
 SECURE_SSL_REDIRECT = SESSION_COOKIE_SECURE = CSRF_COOKIE_SECURE = not DEBUG
-SECURE_REDIRECT_EXEMPT = [r"^health/"]  # probes use plain HTTP
+# Probes use plain HTTP. So does a Prometheus in the same private network.
+SECURE_REDIRECT_EXEMPT = [r"^health/", r"^metrics$"]
 NUM_PROXIES = env.int("NUM_PROXIES", default=0 if DEBUG else 1)
 IPWARE_META_PRECEDENCE_ORDER = ["REMOTE_ADDR"]
 if NUM_PROXIES:  # without a proxy, only a client can send these headers
@@ -101,7 +101,7 @@ INSTALLED_APPS = [
     "config.checks.Checks",
     "users",
     "jobs",
-{% if cookiecutter.include_example == "yes" %}
+{% if has_example %}
     "orders",
 {% endif %}
 ]
@@ -211,13 +211,18 @@ JOB_SWEEP_SECONDS = env.float("JOB_SWEEP_SECONDS", default=5)  # between two swe
 JOB_RESEND_SECONDS = env.float("JOB_RESEND_SECONDS", default=30)  # until a message counts as lost
 JOB_MAX_CRASHES = env.int("JOB_MAX_CRASHES", default=3)  # a job that kills so many workers fails
 JOB_RETENTION_DAYS = env.float("JOB_RETENTION_DAYS", default=30)  # until an ended job is deleted
+# The version of the code, on the page "Workers": without RELEASE, the commit if this is a git checkout
+JOB_VERSION = RELEASE = env.str("RELEASE", default="")
+with suppress(OSError, IndexError):  # each line of this file has the old and the new commit
+    moves = (BASE_DIR / ".git/logs/HEAD").read_bytes().splitlines()
+    JOB_VERSION = RELEASE or moves[-1].split()[1].decode()[:12]
 JOB_LIMITS = {}  # {"tenant": "2"}: at most two jobs of a tenant at once, see docs/tasks.md
 
 # Seconds, for each job and task. With threads, a job over its limit fails, but its code is not killed.
 CELERY_TASK_TIME_LIMIT = env.int("TASK_TIME_LIMIT", default=600)
 
 # The queues of a worker without --queues. Add new queues here.
-CELERY_TASK_QUEUES = {"celery": {}{{ ', "cpu": {}, "io": {}' if cookiecutter.include_example == "yes" }}}
+CELERY_TASK_QUEUES = {"celery": {}{{ ', "cpu": {}, "io": {}' if has_example }}}
 
 # Functions declared with @task run as jobs. Django's queue "default" means: the queue that
 # CELERY_TASK_ROUTES names for the task, or else "celery".
@@ -237,7 +242,7 @@ CELERY_TASK_RETRY_ON_WORKER_LOST = True  # a task that kills its child fails aft
 CELERY_WORKER_ETA_TASK_LIMIT = 1000  # tasks with a countdown do not fill a worker's memory
 CELERY_BROKER_CONNECTION_RETRY_ON_STARTUP = True  # a worker waits for its broker
 CELERY_TIMEZONE = TIME_ZONE
-{% if cookiecutter.include_example == "yes" %}
+{% if has_example %}
 CELERY_TASK_ROUTES = {  # a queue for each kind of load, so that one does not delay another
     "orders.tasks.forecast_demand": {"queue": "cpu"},
 }
@@ -272,11 +277,11 @@ WORKER_POOLS = {
 }
 {% print worker_pool.settings | default %}
 
-{% if broker.flower %}
+{% if has_flower %}
 # Flower, see flowerconfig.py
 
 FLOWER_BASIC_AUTH = env.str("FLOWER_BASIC_AUTH", default="")  # without it Flower does not start
-FLOWER_PORT = env.int("FLOWER_PORT", default=5555)
+FLOWER_PORT = env.int("FLOWER_PORT", default={{ flower_port }})
 FLOWER_URL = env.str("FLOWER_URL", default=f"http://127.0.0.1:{FLOWER_PORT}/")  # a link for staff
 CELERY_TASK_SEND_SENT_EVENT = True  # it shows the whole life of a task
 CELERY_WORKER_SEND_TASK_EVENTS = True
@@ -286,12 +291,15 @@ CELERY_WORKER_SEND_TASK_EVENTS = True
 
 {% print periodic_tasks.settings %}
 
-# Logs and errors
+# Logs, errors and traces
 
 if dsn := env.str("SENTRY_DSN", default=""):
     import sentry_sdk  # only if needed: it makes each start a sixth longer
 
-    sentry_sdk.init(dsn)
+    sentry_sdk.init(dsn, release=RELEASE or None)
+
+if env.str("OTEL_EXPORTER_OTLP_ENDPOINT", default=""):
+    INSTALLED_APPS += ["config.tracing.Tracing"]  # traces: see docs/operation.md
 
 LOGGING = logs.configure(DEBUG, level=env.str("LOG_LEVEL", default="INFO"))
 DJANGO_STRUCTLOG_STATUS_START_LOG_LEVEL = logging.DEBUG  # INFO shows only the end of a request

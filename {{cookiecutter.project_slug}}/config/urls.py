@@ -1,4 +1,4 @@
-{% from "chosen.jinja" import broker with context %}
+{% from "chosen.jinja" import has_example, has_flower with context %}
 from django.conf import settings
 from django.contrib import admin
 from django.contrib.auth.decorators import login_required
@@ -12,7 +12,7 @@ from rest_framework.routers import DefaultRouter
 
 from jobs.metrics import Metrics
 from jobs.views import BatchViewSet, JobViewSet
-{% if cookiecutter.include_example == "yes" %}
+{% if has_example %}
 from orders.views import ImportViewSet, NewsletterViewSet, OrderViewSet
 {% endif %}
 
@@ -21,7 +21,7 @@ router = DefaultRouter(use_regex_path=False)
 router.include_format_suffixes = False
 router.register("jobs", JobViewSet, basename="job")
 router.register("batches", BatchViewSet, basename="batch")
-{% if cookiecutter.include_example == "yes" %}
+{% if has_example %}
 router.register("orders", OrderViewSet, basename="order")
 router.register("imports", ImportViewSet, basename="import")
 router.register("newsletters", NewsletterViewSet, basename="newsletter")
@@ -33,9 +33,9 @@ page = {  # of all pages that inherit from jobs/base.html
     "site_header": title,
     "site_title": title,
     "links": {},  # in the top bar, for everybody
-    "staff_links": {"Admin": reverse_lazy("admin:index"){{ ', "Flower": settings.FLOWER_URL' if broker.flower }}},
+    "staff_links": {"Admin": reverse_lazy("admin:index"){{ ', "Flower": settings.FLOWER_URL' if has_flower }}},
     # Buttons on the jobs page: the label, and the URL of a view that answers 202 with a job.
-    "buttons": {% raw %}{{% endraw %}{{ '"Write a report": reverse_lazy("order-report")' if cookiecutter.include_example == "yes" }}},
+    "buttons": {{ '{"Write a report": reverse_lazy("order-report")}' if has_example else "{}" }},
 }
 api_docs = SpectacularSwaggerSplitView.as_view()
 login_page = {**page, "title": "Log in"}

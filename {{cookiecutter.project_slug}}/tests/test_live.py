@@ -1,4 +1,4 @@
-{% from "chosen.jinja" import broker, result_backend, servers with context %}
+{% from "chosen.jinja" import servers, has_flower, has_results with context %}
 """Jobs on a real worker, a real Beat and a real broker, as after an upgrade of Celery.
 
 The broker is the one that the settings name. If none answers there, it is the stand-in that
@@ -53,7 +53,7 @@ def try_twice(self):
         raise OSError("no route")
 
 
-{% if result_backend.keeps_results %}
+{% if has_results %}
 @shared_task
 def double(number):
     return 2 * number
@@ -147,7 +147,7 @@ def beat(start):
     return start("beat")
 
 
-{% if result_backend.keeps_results %}
+{% if has_results %}
 def test_a_plain_task_returns_its_result(worker):
     assert double.apply_async([21], queue=QUEUE).get(timeout=300) == 42
 
@@ -167,7 +167,7 @@ def test_a_job_is_retried(worker, beat):
     assert (job.state, job.retries, job.failures.count()) == ("succeeded", 1, 1)
 
 
-{% if broker.flower %}
+{% if has_flower %}
 def test_a_worker_cancels_a_revoked_job_and_runs_it_again(worker, beat, tmp_path):
     """Flower and `celery control revoke` send this."""
     gate = tmp_path / "gate"

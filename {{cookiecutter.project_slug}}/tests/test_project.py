@@ -1,4 +1,4 @@
-{% from "chosen.jinja" import broker, servers with context %}
+{% from "chosen.jinja" import servers, has_flower with context %}
 """The project around the jobs: settings, checks, API, pages, login, log and probes."""
 
 import runpy
@@ -86,7 +86,7 @@ def test_the_checks_find_a_time_limit_after_which_the_broker_redelivers(settings
     assert found("config.W002")
 
 
-{% if broker.flower %}
+{% if has_flower %}
 @pytest.mark.parametrize("users", ["", "admin", "admin:", "admin:change-me", "me:secret,admin:"])
 def test_the_checks_find_a_flower_without_a_password(settings, users):
     settings.FLOWER_BASIC_AUTH = "me:secret"
@@ -223,6 +223,14 @@ def test_only_a_proxy_says_that_a_request_came_over_https(settings, monkeypatch,
     settings.SECURE_PROXY_SSL_HEADER = values.get("SECURE_PROXY_SSL_HEADER")
     request = RequestFactory().get("/", headers={"X-Forwarded-Proto": "https"})
     assert request.is_secure() == bool(proxies)
+
+
+def test_only_probes_and_metrics_are_answered_over_plain_http(staff_api, settings):
+    settings.SECURE_SSL_REDIRECT = True
+    for url in "/health/live", "/health/ready", "/metrics":
+        assert staff_api.get(url).status_code == 200
+    for url in "/", "/api/jobs/", "/metrics/":
+        assert staff_api.get(url).status_code == 301
 
 
 @pytest.mark.parametrize("url", ["/", "/login/", "/admin/", "/api/docs/"])

@@ -1,0 +1,32 @@
+"""Traces for OpenTelemetry, if OTEL_EXPORTER_OTLP_ENDPOINT is set. Its other variables work, too."""
+
+import os
+
+from django.apps import AppConfig
+from django.core.exceptions import ImproperlyConfigured
+
+try:
+    from opentelemetry import trace
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    from opentelemetry.instrumentation.celery import CeleryInstrumentor
+    from opentelemetry.instrumentation.django import DjangoInstrumentor
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+except ImportError as error:
+    text = f"OTEL_EXPORTER_OTLP_ENDPOINT is set, but {error.name} is not installed"
+    raise ImproperlyConfigured(f"{text}: run `uv sync --inexact --extra tracing`.") from error
+
+
+class Tracing(AppConfig):
+    """An app in INSTALLED_APPS: Django calls ready() in web, workers and Beat, before it loads MIDDLEWARE."""
+
+    name = "config.tracing"
+
+    def ready(self):
+        os.environ.setdefault("OTEL_SERVICE_NAME", "{{ cookiecutter.project_slug }}")
+        provider = TracerProvider()
+        # Over HTTP: gRPC has sockets of its own, which would block a worker that patches Python's.
+        provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+        trace.set_tracer_provider(provider)
+        DjangoInstrumentor().instrument(excluded_urls="/health/,/metrics$")
+        CeleryInstrumentor().instrument()
