@@ -1,15 +1,22 @@
+import hashlib
 import itertools
 import os
+import runpy
 import sys
+import tempfile
 from collections import Counter
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
+from click.testing import CliRunner
 from cookiecutter import generate
+from cookiecutter.__main__ import main
+from cookiecutter.utils import work_in
 from jinja2 import Environment
 
 pytest.register_assert_rewrite("harness")  # before the first import from there
-from harness.bake import baked  # noqa: E402
+from harness.bake import TEMPLATE, baked  # noqa: E402
 from harness.project import Project  # noqa: E402
 
 pytest_plugins = ["harness.checks", "harness.faults", "harness.outputs"]
@@ -51,6 +58,58 @@ def shared(tmp_path_factory, worker_id):
 def bake(cookies):
     """Bake a project: `bake(project_name="Shop").run("ruff", "check")`."""
     return lambda **answers: baked(cookies, answers)
+
+
+@pytest.fixture
+def is_new(shared):
+    """A function, is_new(check, *texts): whether this run has not yet checked these texts."""
+    seen = shared / "seen"
+    seen.mkdir(exist_ok=True)
+
+    def is_new(check, *texts):
+        digest = hashlib.sha256("\n".join(map(str, texts)).encode()).hexdigest()
+        try:
+            (seen / f"{check}-{digest}").touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
+
+    return is_new
+
+
+@pytest.fixture
+def hooks_in_this_process(monkeypatch):
+    """Start no process for a hook, which saves two for each bake; test_hooks.py starts them."""
+
+    def run_script(script, cwd="."):
+        with work_in(cwd):
+            runpy.run_path(script, run_name="__main__")
+
+    monkeypatch.setattr("cookiecutter.hooks.run_script", run_script)
+
+
+@pytest.fixture
+def run(capfd, monkeypatch, tmp_path):
+    """A function that runs cookiecutter's command; the output goes to `tmp_path / "out"`.
+
+    In this process, because each start takes a second. Hooks are processes of their own.
+    """
+
+    def run(*arguments, typed=None, out="out"):
+        config = tmp_path / "config.yaml"
+        config.write_text(f"replay_dir: {tmp_path}/replay\ncookiecutters_dir: {tmp_path}/cloned\n")
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        command = [TEMPLATE, "--config-file", config, "--output-dir", tmp_path / out, *arguments]
+        capfd.readouterr()
+        result = CliRunner().invoke(main, list(map(str, command)), input=typed)
+        hooks = capfd.readouterr()
+        return SimpleNamespace(
+            returncode=result.exit_code,
+            stdout=result.stdout + hooks.out,
+            stderr=result.stderr + hooks.err,
+        )
+
+    return run
 
 
 @pytest.hookimpl(trylast=True)

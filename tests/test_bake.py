@@ -1,10 +1,10 @@
-"""Every combination of answers bakes to a small, clean project."""
+"""Every three choices together bake to a small, clean project.
+
+integration/test_every_combination.py does the same for all combinations.
+"""
 
 import ast
-import hashlib
-import itertools
 import re
-import runpy
 from collections import defaultdict
 from fnmatch import fnmatch
 from functools import cache
@@ -13,22 +13,26 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cookiecutter.utils import work_in
 from jinja2 import nodes
 
 from harness.bake import (
     CHOICES,
     COMBINATIONS,
     CONTEXT,
+    DEFAULTS,
     ENVIRONMENT,
     OUTPUT,
     TEMPLATE,
     chosen,
+    covering,
     engine,
+    groups,
     name,
+    product,
 )
 from harness.checks import (
-    NEW_FILES,
+    BAKED,
+    SIZE,
     check_celery,
     check_dependencies,
     check_file,
@@ -39,28 +43,20 @@ from harness.reader import check_code
 from harness.servers import sentinel_settings
 
 ENGINE = engine()
-# One folder for each option that has a file per choice, and one more: `servers`.
-PARTS = TEMPLATE / "templates"
-# Patterns of words that may appear only where a choice was made, for options without such a folder.
-# Other choices list theirs in their own file and in their server's.
-TRACES = {
-    ("ci", "github"): ["github", r"\bCI\b", "dependabot"],
-    ("ci", "gitlab"): ["gitlab", r"\bCI\b", "renovate"],
-    ("include_example", "yes"): ["orders", "newsletter", "httpx"],
-}
-NOTHING = ("none", "no")  # choices that leave no trace
+PARTS = TEMPLATE / "templates"  # one folder for each option, and one more: `servers`
+# How a file of the output calls the chosen file of a folder.
+MODULES = {folder.name: folder.name for folder in PARTS.iterdir() if folder.is_dir()}
+MODULES["servers"] = "server"
 
 
 def own_traces(option, choice):
-    """Return the patterns of a choice, from its file or from TRACES."""
-    if not (PARTS / option).exists():
-        return TRACES.get((option, choice), [])
-    return getattr(getattr(chosen(**{option: choice}), option), "traces", [])
+    """Return the patterns of words that may appear only where this choice was made."""
+    return getattr(chosen(**{option: choice}), option).traces
 
 
 def server_traces(option, choice):
     module = chosen(**{option: choice})
-    name = getattr(getattr(module, option, None), "server", "")
+    name = getattr(getattr(module, option), "server", "")
     return [trace for server in module.servers if server.name == name for trace in server.traces]
 
 
@@ -85,38 +81,9 @@ def read(project):
     return {file.relative_to(project): file.read_text("utf-8") for file in project.files()}
 
 
-@pytest.fixture
-def is_new(shared):
-    """A function, is_new(check, *texts): whether this run has not yet checked these texts."""
-    seen = shared / "seen"
-    seen.mkdir(exist_ok=True)
-
-    def is_new(check, *texts):
-        digest = hashlib.sha256("\n".join(map(str, texts)).encode()).hexdigest()
-        try:
-            (seen / f"{check}-{digest}").touch(exist_ok=False)
-        except FileExistsError:
-            return False
-        return True
-
-    return is_new
-
-
-@pytest.fixture
-def hooks_in_this_process(monkeypatch):
-    """Start no process for a hook, which saves two for each bake; test_options.py starts them."""
-
-    def run_script(script, cwd="."):
-        with work_in(cwd):
-            runpy.run_path(script, run_name="__main__")
-
-    monkeypatch.setattr("cookiecutter.hooks.run_script", run_script)
-
-
-@pytest.mark.usefixtures("hooks_in_this_process")
-@pytest.mark.parametrize("answers", COMBINATIONS, ids=name)
-def test_every_combination_is_clean(bake, answers, is_new, record_property):
-    project = bake(**answers)
+def check_project(project, is_new):
+    """Assert that a baked project is clean. Return how many files had a text that is_new()."""
+    answers = project.answers
     texts = read(project)
     python = [part for file in texts.items() if file[0].suffix == ".py" for part in file]
     about = texts[Path("pyproject.toml")]
@@ -124,15 +91,7 @@ def test_every_combination_is_clean(bake, answers, is_new, record_property):
 
     if is_new("names", *texts):
         check_names(texts)
-    # More than the default has: manifests, a migration that makes a periodic task, and a policy.
-    more = 5 * (answers["deployment"] == "kubernetes") + (answers["periodic_tasks"] == "admin")
-    more += answers["broker"] == "rabbitmq"
     jobs = {file: text for file, text in texts.items() if file.parts[0] == "jobs"}
-    pages = {file for file in texts if file.parts[0] == "docs"}
-    assert len(texts) - len(jobs) - len(pages) <= 42 + more, (
-        "too many files outside of jobs/ and docs/"
-    )
-    assert len(texts[Path("README.md")].split()) <= 1600, "details belong into docs/"
     assert jobs == ENGINE, "each output has the same engine, byte for byte"
     empty = [path for path in project.rglob("*") if path.is_dir() and not any(path.iterdir())]
     assert empty == []
@@ -146,7 +105,6 @@ def test_every_combination_is_clean(bake, answers, is_new, record_property):
             if file.suffix == ".md":
                 check_code(str(file), text)
             checked += 1
-    record_property(NEW_FILES, checked)
     asked = re.findall(r'env\.\w+\("([A-Z_]+)"\)', texts[Path("config/settings.py")])
     assert asked and ast.literal_eval(
         re.search(r"^REQUIRED = (\[.*?\])", texts[Path("config/settings.py")], re.S | re.M)[1]
@@ -159,6 +117,26 @@ def test_every_combination_is_clean(bake, answers, is_new, record_property):
     if is_new("ruff", about, *python):
         project.call("ruff", "check", "--no-cache")
         project.call("ruff", "format", "--check", "--no-cache")
+    return checked
+
+
+@pytest.mark.usefixtures("hooks_in_this_process")
+@pytest.mark.parametrize("answers", covering(COMBINATIONS), ids=name)
+def test_every_three_choices_bake_to_a_clean_project(bake, is_new, answers, record_property):
+    project = bake(**answers)
+    record_property(BAKED, (1, check_project(project, is_new)))
+    others = [file for file in read(project) if file.parts[0] not in ("jobs", "docs")]
+    record_property(SIZE, (len(others), len(project.read("README.md").split())))
+
+
+def test_few_combinations_have_every_three_choices():
+    """The default is the first. A new choice adds some combinations: it does not multiply them."""
+    few = covering(COMBINATIONS)
+    assert few[0] == DEFAULTS
+    assert set().union(*map(groups, few)) == set().union(*map(groups, COMBINATIONS))
+    for option, choices in CHOICES.items():
+        more = covering(product({**CHOICES, option: [*choices, "new"]}))
+        assert len(more) < len(few) + 20, option  # 52, and 4 to 15 more
 
 
 def test_the_engine_is_plain_python():
@@ -227,12 +205,13 @@ def test_flower_listens_only_on_the_loopback_address(bake, broker):
     services = yaml.safe_load(texts[Path("compose.yaml")])["services"]
     for service, options in services.items():
         for port in options.get("ports", []):
-            assert port.startswith("127.0.0.1:"), service
+            is_public = service == "caddy" and options["profiles"] == ["https"]
+            assert port.startswith("0.0.0.0:" if is_public else "127.0.0.1:"), service
     pods = list(yaml.safe_load_all(texts[Path("deploy/kubernetes/base/app.yaml")]))
     assert [each["metadata"]["name"] for each in pods if each["kind"] == "Service"] == ["web"]
     [has_flower] = {"flower" in services, "\nflower:" in texts[Path("Procfile")]}
     said = "Keep the port closed" in texts[Path("docs/security.md")]
-    assert has_flower == said == chosen(broker=broker).broker.flower
+    assert has_flower == said == chosen(broker=broker).has_flower
     assert has_flower == (Path("flowerconfig.py") in texts)
     if has_flower:
         assert 'or "127.0.0.1"' in texts[Path("flowerconfig.py")]
@@ -259,9 +238,12 @@ def rendered(path):
     ("option", "choice"), [(option, choice) for option in CHOICES for choice in CHOICES[option]]
 )
 def test_the_output_of_a_choice_has_the_words_listed_as_its_traces(bake, option, choice):
-    """Otherwise test_every_combination_is_clean() would search for words that do not exist."""
+    """Otherwise check_project() would search for words that do not exist."""
     own = own_traces(option, choice)
-    assert own or choice in NOTHING, "no traces are listed: see TRACES"
+    others = [other for other in CHOICES[option] if other != choice]
+    assert own or all(own_traces(option, other) for other in others), (
+        "two choices without traces: then no test tells their outputs apart"
+    )
 
     found = set()
     for file, text in read(bake(**{option: choice})).items():
@@ -269,37 +251,63 @@ def test_the_output_of_a_choice_has_the_words_listed_as_its_traces(bake, option,
     assert not {*own, *server_traces(option, choice)} - found, "the output lacks these words"
 
 
-def test_every_part_of_a_choice_is_printed_where_its_comment_says():
-    """A part is a block or macro of a choice. The comment above it names the files that print it.
+def table_of_parts():
+    """Return the table of templates/README.md, {part: (files that print it, who must have it)}."""
+    table, page = {}, (PARTS / "README.md").read_text("utf-8")
+    for line in page.split("|---|---|---|---|\n")[1].splitlines():
+        part, files, must, _ = (cell.strip() for cell in line.strip("|").split("|"))
+        assert part.strip("`") not in table, f"{part} has two rows"
+        table[part.strip("`")] = set(re.findall("`(.+?)`", files)), must
+    return table
 
-    A choice may leave out parts, so no other test finds a misspelled name.
-    """
-    printed = defaultdict(set)  # {(option, part): names of the files that print it}
+
+def test_the_table_of_parts_names_the_files_that_print_them():
+    printed, guarded = defaultdict(set), set()  # {part: files}, parts that may be missing
     for path in [*PARTS.rglob("*.jinja"), *output_files()]:
-        for node in ENVIRONMENT.parse(path.read_text("utf-8")).find_all(nodes.Getattr):
-            if isinstance(node.node, nodes.Name):
-                printed[node.node.name, node.attr].add(rendered(path.name))
-    options = {folder.name: folder.name for folder in PARTS.iterdir() if folder.is_dir()}
-    options["servers"] = "server"  # chosen.jinja calls each of them so
-    written, follows = set(), set()
-    for path in PARTS.glob("*/*.jinja"):
-        option, text, places = options[path.parent.name], path.read_text("utf-8"), []
-        for node in ENVIRONMENT.parse(text).body:
-            if not isinstance(node, nodes.Assign | nodes.AssignBlock):
-                continue
-            part = node.target.name
-            written.add((option, part))
-            comment = re.search(rf"{{# (.+) #}}\n{{% (?:set|macro) {part}\b", text)
-            assert comment, f"{path.name}: {part} has no comment on the line above it"
-            if isinstance(node, nodes.AssignBlock):
-                for file in printed[option, part] - {"chosen.jinja"}:  # it looks, and prints none
-                    assert file in comment[1], f"{path.name}: {file} prints {part}"
-                places.append(re.match("[^,:]+", comment[1])[0])
-        follows |= {pair for pair in itertools.combinations(places, 2) if len(set(pair)) == 2}
-    traces = {(option, "traces") for option in options.values()}
-    asked = {key for key in printed if key[0] in options.values()}
-    assert written - traces == asked
-    assert not {pair for pair in follows if pair[::-1] in follows}, "parts are in another order"
+        file = rendered(path.relative_to(PARTS if path.is_relative_to(PARTS) else OUTPUT))
+        tree = ENVIRONMENT.parse(path.read_text("utf-8"))
+        filters = tree.find_all((nodes.Filter, nodes.Test))
+        optional = {id(each.node) for each in filters if each.name in ("default", "defined")}
+        for node in tree.find_all(nodes.Getattr):
+            if isinstance(node.node, nodes.Name) and node.node.name in MODULES.values():
+                part = f"{node.node.name}.{node.attr}"
+                printed[part].add(file)
+                guarded |= {part} if id(node) in optional else set()
+    table = table_of_parts()
+    assert {part: files for part, (files, _) in table.items()} == printed
+    # With `| default`, a misspelled part would be missing without an error.
+    assert {part for part, (_, must) in table.items() if not must} == guarded
+
+
+def test_each_file_of_a_choice_has_the_parts_of_the_table():
+    table, unused = table_of_parts(), set(table_of_parts())
+    for folder, module in MODULES.items():
+        for path in (PARTS / folder).glob("*.jinja"):
+            parts = [f"{module}.{name}" for name in names_set(path) if name != "traces"]
+            unknown = set(parts) - table.keys()
+            assert not unknown, f"{path}: the table has no such part"
+            in_order = [part for part in table if part in parts]
+            assert parts == in_order, f"{path}: parts in another order"
+            for part, (_, must) in table.items():
+                needed = part.startswith(f"{module}.") and must and f"`{path.stem}`" not in must
+                assert part in parts or not needed, f"{path} lacks {part}"
+            unused -= set(parts)
+    assert not unused, "no choice has these parts"
+
+
+def names_set(path):
+    """Return the names that a template exports, in the order of its lines."""
+    body = list(ENVIRONMENT.parse(path.read_text("utf-8")).body)
+    found = []
+    while body:
+        node = body.pop(0)
+        if isinstance(node, nodes.If):
+            body = node.body + body
+        elif isinstance(node, nodes.Macro):
+            found.append(node.name)
+        elif isinstance(node, nodes.Assign | nodes.AssignBlock):
+            found += [name.name for name in getattr(node.target, "items", [node.target])]
+    return found
 
 
 def output_files():
@@ -311,53 +319,27 @@ def output_files():
             yield path
 
 
-def test_no_broker_or_result_backend_is_named_outside_its_file():
+def test_no_choice_is_named_outside_its_file():
     """So that a new one needs only a choice and a file: see CONTRIBUTING.md."""
-    hooks = list((TEMPLATE / "hooks").glob("*.py"))
-    for path in [TEMPLATE / "cookiecutter.json", *hooks, *output_files()]:
+    for path in [TEMPLATE / "cookiecutter.json", *output_files()]:
         file = str(path.relative_to(TEMPLATE))
-        assert not names_in_jinja(file), file
-        assert not names_in_jinja(path.read_text("utf-8")), file
-    for hook in hooks:
-        assert not names_in_hook(hook.read_text("utf-8")), hook
+        for text in file, path.read_text("utf-8"):
+            tree = ENVIRONMENT.parse(text)
+            asked = {n.attr for n in tree.find_all(nodes.Getattr) if is_answer(n)} & CHOICES.keys()
+            assert not asked, f"{file}: ask for a part, or for a has_… of chosen.jinja"
+            words = {node.value for node in tree.find_all(nodes.Const)}
+            assert not words & NAMES, f"{file}: a choice has this name"
 
 
-NAMES = {
-    *("broker", "result_backend", *CHOICES["broker"], *CHOICES["result_backend"]),
-    *(path.stem for path in (PARTS / "servers").iterdir()),
-}
+NAMES = {choice for choices in CHOICES.values() for choice in choices}
+NAMES |= {path.stem for path in (PARTS / "servers").iterdir()}
 
 
-def names_in_jinja(text):
-    """Return the nodes that name a broker or a result backend.
-
-    Another option may be compared with the same word: {% if cookiecutter.ci == "none" %}.
-    """
-    tree = ENVIRONMENT.parse(text)
-    options = {
-        node
-        for node in tree.find_all(nodes.Getattr)
-        if isinstance(node.node, nodes.Name) and node.node.name == "cookiecutter"
-    }
-    allowed = set()
-    for compare in tree.find_all(nodes.Compare):
-        if compare.expr in options and compare.expr.attr not in NAMES:
-            allowed |= set(map(id, compare.find_all(nodes.Const)))
-    found = [node for node in options if node.attr in NAMES]
-    found += [
-        node
-        for node in tree.find_all(nodes.Const)
-        if isinstance(node.value, str) and NAMES & set(node.value.split("/"))
-    ]
-    return [node for node in found if id(node) not in allowed]
+def is_answer(node):
+    return isinstance(node.node, nodes.Name) and node.node.name == "cookiecutter"
 
 
-def names_in_hook(source):
-    """Return the names of brokers and backends in its strings, except those in CHOICES."""
-    tree = ast.parse(source)
-    allowed = set()
-    for node in tree.body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "CHOICES":
-            allowed |= set(map(id, ast.walk(node)))
-    strings = [node for node in ast.walk(tree) if isinstance(node, ast.Constant)]
-    return [node.value for node in strings if node.value in NAMES and id(node) not in allowed]
+def test_flowers_port_is_written_in_one_place():
+    files = [*PARTS.rglob("*.jinja"), *output_files()]
+    found = {path.name for path in files if "5555" in path.read_text("utf-8")}
+    assert found == {"chosen.jinja"}

@@ -1,5 +1,6 @@
 """The engine's own tests, on the folder `jobs/` of the template, without a bake."""
 
+import os
 import re
 import subprocess
 import sys
@@ -7,7 +8,6 @@ import sys
 import pytest
 
 from harness.bake import TEMPLATE
-from harness.faults import database  # noqa: F401  a fixture
 from harness.project import env
 
 TESTS = TEMPLATE / "tests/engine"
@@ -15,18 +15,30 @@ POOLS = {  # a child of prefork has one thread
     "threads": ["pytest"],
     "gevent": ["gevent.monkey", "--module", "pytest"],  # monkey-patched first, as in a worker
 }
+# Each is a group of its own, so that conftest.py starts these long ones before other tests.
+RUNS = [
+    pytest.param(server, pool, marks=pytest.mark.xdist_group(f"engine-{server}-{pool}"))
+    for server in ("database", "sqlite")
+    for pool in POOLS
+]
+FEW_ROUNDS = 30  # of races; integration/test_races.py has more
 
 
-@pytest.mark.parametrize("pool", POOLS)
-@pytest.mark.parametrize("server", ["sqlite", "database"])
-def test_the_engine_passes_its_own_tests(server, pool, request, tmp_path):
-    variables = {}
-    if server == "database":  # PostgreSQL
-        variables["DATABASE_URL"] = request.getfixturevalue(server).create(f"engine_{pool}")
-    command = [sys.executable, "-m", *POOLS[pool], "-c", TESTS / "pytest.ini", TESTS]
+def run_tests(pool, folder, *options, **variables):
+    """Run tests of the engine, and return what they print."""
+    command = [sys.executable, "-m", *POOLS[pool], "-c", TESTS / "pytest.ini", TESTS, *options]
     # In the usual folder, pytest would also delete what earlier runs of others have left there.
-    command.append(f"--basetemp={tmp_path / 'engine'}")
+    command.append(f"--basetemp={folder / 'engine'}")
     run = subprocess.run(command, env=env(**variables), capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout
+
+
+@pytest.mark.parametrize(("server", "pool"), RUNS)
+def test_the_engine_passes_its_own_tests(server, pool, request, tmp_path):
+    variables = {"ROUNDS": os.environ.get("ROUNDS", FEW_ROUNDS)}
+    if server == "database":  # PostgreSQL
+        variables["DATABASE_URL"] = request.getfixturevalue(server).create(f"engine_{pool}")
+    printed = run_tests(pool, tmp_path, **variables)
     skipped = r", \d+ skipped" if server == "sqlite" else ""  # they need PostgreSQL
-    assert re.search(rf"= \d+ passed{skipped} in", run.stdout), run.stdout
+    assert re.search(rf"= \d+ passed{skipped} in", printed), printed

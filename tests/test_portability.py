@@ -1,4 +1,4 @@
-"""Where it bakes: old and new versions of Cookiecutter, Windows, file systems that ignore case."""
+"""Where it bakes: old and new Cookiecutters, Windows, odd file systems and folders."""
 
 import json
 import os
@@ -116,3 +116,23 @@ def test_windows_clones_the_template_with_unix_line_ends():
     for line in git("ls-files", "--eol").splitlines():
         described, file = line.split("\t")
         assert "eol=lf" in described and "crlf" not in described, file
+
+
+@pytest.mark.parametrize("folder", ["with space", "Jürgens Läden", "$HOME; #1 & 'x'"])
+def test_make_finds_its_tools_in_any_folder(bake, tmp_path, folder):
+    """Fake tools print which honcho `make run` would start."""
+    project = Project(bake().rename(tmp_path / folder))
+    tools = {
+        "python": "command -v honcho",
+        "honcho": "true",
+        "uv": "true",
+        "pip": "true",
+    }
+    (project / ".venv/bin").mkdir(parents=True)
+    for name, command in tools.items():
+        tool = project / ".venv/bin" / name
+        tool.write_text(f"#!/bin/sh\n{command}\n")
+        tool.chmod(0o755)
+    printed = project.call("make", "--silent", "run").strip()
+
+    assert printed == str(project.resolve() / ".venv/bin/honcho")

@@ -1,4 +1,4 @@
-"""The template's own workflow is valid, has few permissions, and runs every test."""
+"""The files in .github/ are valid; the workflow has few permissions and runs every test."""
 
 import re
 
@@ -10,28 +10,33 @@ from harness.outputs import one_of_each_pair
 from harness.project import Project
 
 WORKFLOW = ".github/workflows/ci.yml"
-JOBS = yaml.safe_load((TEMPLATE / WORKFLOW).read_text())["jobs"]
+FORM = ".github/ISSUE_TEMPLATE/bug.yml"
+ABOUT = yaml.safe_load((TEMPLATE / WORKFLOW).read_text())
+JOBS = ABOUT["jobs"]
 
 
 @pytest.mark.parametrize(
-    "command",
+    ("command", "file"),
     [
-        ["check-jsonschema", "--builtin-schema", "vendor.github-workflows"],
-        ["zizmor", "--offline", "--persona", "pedantic"],
+        ("check-jsonschema --builtin-schema vendor.github-workflows", WORKFLOW),
+        ("zizmor --offline --persona pedantic", WORKFLOW),
+        ("check-jsonschema --builtin-schema vendor.github-issue-forms", FORM),
+        ("check-jsonschema --builtin-schema vendor.renovate", ".github/renovate.json"),
     ],
-    ids=" ".join,
 )
-def test_the_workflow_passes_its_linters(command):
-    Project(TEMPLATE).call(*command, WORKFLOW)
+def test_the_files_of_github_are_valid(command, file):
+    Project(TEMPLATE).call(*command.split(), file)
 
 
 def test_each_test_of_make_prove_is_in_one_job():
     """If the job has one run for each broker, the test is in one of them or in all."""
-    collected = Project(TEMPLATE).run("pytest", "tests/prove", "--collect-only", "--quiet")
-    tests = re.findall(r"^(tests/prove/\w+\.py)::(.+)", collected, re.MULTILINE)
+    collected = Project(TEMPLATE).run("pytest", "tests/integration", "--collect-only", "--quiet")
+    tests = re.findall(r"^(tests/integration/\w+\.py)::(.+)", collected, re.MULTILINE)
     assert tests
     for file, test in tests:
-        [job] = [job for job in JOBS.values() if file in job["steps"][-1]["run"]]
+        jobs = [job for job in JOBS.values() if file in job["steps"][-1]["run"]]
+        assert len(jobs) == 1, f"{file} must be in the command of one job"
+        [job] = jobs
         brokers = job.get("strategy", {"matrix": {"broker": [""]}})["matrix"]["broker"]
         assert brokers in ([""], CHOICES["broker"])
         [words] = re.findall("-k '(.+)'", job["steps"][-1]["run"]) or [""]
@@ -40,6 +45,16 @@ def test_each_test_of_make_prove_is_in_one_job():
             for broker in brokers
         ]
         assert sum(runs) == 1 or all(runs), (test, runs)
+
+
+def test_a_push_runs_the_quick_tests_and_each_night_runs_all():
+    events = ABOUT[True]  # YAML 1.1 reads the key `on` as True
+    assert events.keys() == {"push", "pull_request", "schedule", "workflow_dispatch"}
+    [night] = events["schedule"]
+    assert re.fullmatch(r"\d+ \d+ \* \* \*", night["cron"])
+    for name, job in JOBS.items():
+        proves = "make prove" in job["steps"][-1]["run"]
+        assert job.get("if") == ("github.event_name != 'push'" if proves else None), name
 
 
 def test_each_choice_is_tested_on_each_broker():

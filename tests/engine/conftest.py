@@ -1,13 +1,20 @@
-"""The fixtures and plugins of an output, and a fixture for gevent."""
+"""The fixtures and plugins of an output, and those that several files use."""
 
 import runpy
+import uuid
 
 import pytest
+from celery import current_app as app
 from django.contrib.auth.models import Permission
-from django.db import connection, connections
+from django.db import OperationalError, connection, connections
+from django.db.backends.base.base import BaseDatabaseWrapper
+from django.utils import timezone
+from helpers import add, broken, greet, multiply
 from rest_framework.test import APIClient
 from settings import OUTPUT
 
+from jobs import database, messages, sweep
+from jobs.models import Batch, Job
 from jobs.pools import pool
 
 fixtures = runpy.run_path(str(OUTPUT / "conftest.py"))
@@ -60,3 +67,83 @@ def staff(db, django_user_model):
         return client
 
     return log_in
+
+
+@pytest.fixture
+def published(monkeypatch):
+    """A broker without workers: a list of ids, one for each message in it.
+
+    To lose a message, remove its id.
+    """
+    waiting = []
+
+    def publish(job, producer, **options):
+        waiting.append(str(job.pk))
+
+    monkeypatch.setattr(messages, "send_one", publish)
+    monkeypatch.setattr(sweep, "messages_in", lambda queue, broker: len(waiting))
+    return waiting
+
+
+@pytest.fixture
+def sent(monkeypatch):
+    """The ids of the jobs whose messages were sent. No worker takes them."""
+    ids = []
+    monkeypatch.setattr(messages, "send_one", lambda job, *args, **options: ids.append(job.pk))
+    monkeypatch.setattr(sweep, "messages_in", lambda *args: len(ids))
+    return ids
+
+
+@pytest.fixture
+def backlog():
+    """Thousands of queued, running and final jobs, and statistics from a quiet hour before.
+
+    All rows are in one transaction, so that no autovacuum sees them and updates the statistics.
+    """
+    if connection.vendor != "postgresql":
+        pytest.skip("only PostgreSQL plans with statistics: set DATABASE_URL=postgres://…")
+    now = timezone.now()
+    final = {"state": "succeeded", "finished_at": now}
+    waits = {"state": "queued", "sweep_at": now}
+    runs = {"state": "running", "sweep_at": now, "run_token": uuid.UUID(int=1)}
+    fields = {"task": add.name, "queue": "celery", "created_at": now}
+    multiply(Job.objects.create(**fields, **final), 100)
+    with connection.cursor() as cursor:
+        cursor.execute("ANALYZE jobs_job")
+    for state in waits, runs, final:
+        job = Job.objects.create(**fields, **state)
+        multiply(job, 3000, unique_key="gen_random_uuid()::text")
+
+
+@pytest.fixture
+def no_eager(eager):
+    """Jobs are sent to a broker without workers."""
+    app.conf.task_always_eager = False
+
+
+@pytest.fixture
+def batch(user):
+    """A batch with two jobs, which have not started."""
+    return Batch.objects.enqueue(greet, [["Ada"], ["Bo"]], owner=user, label="Greetings")
+
+
+@pytest.fixture
+def lost_answers(monkeypatch):
+    """A list: with True in it, the answer of the next COMMIT is lost with its connection."""
+    lost, commit = [], BaseDatabaseWrapper._commit
+
+    def _commit(self):
+        commit(self)
+        if lost and lost.pop():
+            self.connection.close()
+            raise OperationalError("the connection is lost")
+
+    monkeypatch.setattr(BaseDatabaseWrapper, "_commit", _commit)
+    monkeypatch.setattr(database.time, "sleep", lambda seconds: None)
+    return lost
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_broken():
+    """work() fails only for the numbers that the test itself has added."""
+    broken.clear()

@@ -1,34 +1,29 @@
-"""Jobs over HTTP: the API, the metrics, the admin."""
+"""The API of jobs: who sees them, cancels them and runs them again."""
 
-import re
 import uuid
 from base64 import b64encode
-from datetime import timedelta
-from math import inf
 
 import pytest
-from celery import current_app as app
 from celery import shared_task
-from django.contrib.admin import site
-from django.contrib.admin.utils import flatten_fieldsets
 from django.contrib.auth.models import Permission
 from django.core.exceptions import SuspiciousFileOperation
 from django.core.files.uploadedfile import SimpleUploadedFile
 from django.db import connection
-from django.db.models.functions import Now
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
+from helpers import add, fail, greet, ids
 from rest_framework import serializers
-from rest_framework.authtoken.models import Token
 from rest_framework.parsers import MultiPartParser
 from rest_framework.test import APIClient, APIRequestFactory, force_authenticate
 from rest_framework.throttling import UserRateThrottle
 from rest_framework.viewsets import GenericViewSet
 
-from jobs import updates
-from jobs.models import Batch, Failure, Job, Pause
-from jobs.tasks import JobTask
+from jobs.models import Batch, Failure, Job
+from jobs.publish import publish
+from jobs.tasks import JobError, JobTask
 from jobs.views import EnqueueMixin, accepted
+
+pytestmark = pytest.mark.django_db
 
 
 @shared_task(base=JobTask, owner_may_run_again=True)
@@ -36,29 +31,16 @@ def repeatable(n):
     return n
 
 
-@shared_task(base=JobTask, bind=True)
-def greet(self, name="you"):
-    return f"Hello {name}"
-
-
 @shared_task(base=JobTask)
-def fail():
-    raise ValueError("<b>no</b>")
-
-
-def ids(response):
-    assert response.status_code == 200
-    return [job["id"] for job in response.json()["results"]]
-
-
-# The API
+def fail_with_text(text):
+    raise JobError(text)
 
 
 def test_a_job_is_shown_to_its_owner(api, user, commit):
     with commit():
         job = Job.objects.enqueue(greet, ["Ada"], owner=user)
     shown = api.get(f"/api/jobs/{job.pk}/").json()
-    assert shown["task"] == "test_api.greet"
+    assert shown["task"] == "helpers.greet"
     assert (shown["state"], shown["progress"], shown["result"]) == ("succeeded", 100, "Hello Ada")
     assert api.get(shown["url"]).json() == shown
     assert "args" not in shown
@@ -278,12 +260,44 @@ def test_a_request_without_a_login_is_refused():
     assert APIClient().post(f"/api/jobs/{uuid.uuid4()}/cancel/").status_code == 401
 
 
+def test_an_owner_reads_only_the_text_of_a_job_error(api, user):
+    for task, args, shown in [(fail_with_text, ["Row 17"], "Row 17"), (add, [1, "2"], "It failed")]:
+        job = Job.objects.enqueue(task, args, owner=user, label="Import")
+        publish([job])
+        seen = api.get(f"/api/jobs/{job.pk}/").json()
+        assert (seen["label"], seen["state"], seen["error"]) == ("Import", "failed", shown)
+
+
+def test_staff_reads_the_text_of_every_exception(staff_api):
+    job = Job.objects.enqueue(add, [1, "2"])
+    publish([job])
+    assert "TypeError" in staff_api.get(f"/api/jobs/{job.pk}/").json()["error"]
+
+
 def test_a_throttled_request_is_told_when_to_retry(api, monkeypatch):
     monkeypatch.setitem(UserRateThrottle.THROTTLE_RATES, "user", "1/min")
     assert api.get("/api/jobs/").status_code == 200
     response = api.get("/api/jobs/")
     assert response.status_code == 429
     assert 0 < int(response["Retry-After"]) <= 60
+
+
+def test_a_format_suffix_in_the_url_is_not_found(api, user):
+    job = Job.objects.enqueue(greet, owner=user)
+    assert api.post(f"/api/jobs/{job.pk}/cancel.json").status_code == 404
+    assert api.get("/api/jobs.json").status_code == 404
+    response = api.get(f"/api/jobs/{job.pk}.json/")
+    assert (response.status_code, response["Content-Type"]) == (404, "application/json")
+
+
+def test_a_view_answers_with_a_job_or_a_batch(api, user):
+    request = APIRequestFactory().post("/")
+    request.user = user
+    for stored in greet.using(owner=user).enqueue(), Batch.objects.enqueue(greet, [[]], owner=user):
+        response = accepted(request, stored)
+        assert (response.status_code, response["Retry-After"]) == (202, "1")
+        assert response.data["id"] == str(stored.pk)
+        assert api.get(response["Location"]).json()["id"] == str(stored.pk)
 
 
 # Uploads with an Idempotency-Key
@@ -341,246 +355,3 @@ def test_a_file_whose_name_the_storage_refuses_is_a_bad_request(user):
     response = upload(user, b"x", name="   ")
     assert (response.status_code, response.data["detail"].code) == (400, "parse_error")
     assert not Job.objects.exists()
-
-
-# Metrics
-
-
-def scrape(client):
-    """Return the samples of GET /metrics that are not 0, as {name and labels: value}."""
-    response = client.get("/metrics")
-    assert response.status_code == 200
-    found = {}
-    for line in response.content.decode().splitlines():
-        name, *labels, value = re.split('[{}",= ]+', line)
-        if name != "#" and float(value):
-            found[" ".join([name, *labels[1::2]])] = float(value)
-    return found
-
-
-def ago(seconds):
-    return Now() - timedelta(seconds=seconds)
-
-
-def test_the_metrics_count_waiting_jobs_and_the_longest_wait(staff_api):
-    Job.objects.enqueue(greet, queue="slow")
-    resent = Job.objects.enqueue(greet, queue="slow")
-    Job.objects.filter(pk=resent.pk).update(due_at=ago(100), times_sent=3)
-    Job.objects.enqueue(greet, queue="slow", countdown=60)
-    retried, running = (Job.objects.enqueue(greet) for _ in range(2))
-    for job in retried, running:
-        changes = {"due_at": ago(100), "state": "running", "run_token": uuid.uuid4()}
-        Job.objects.filter(pk=job.pk).update(**changes)
-    updates.requeue(Job.objects.filter(pk=retried.pk), 30, retries=1)
-    found = scrape(staff_api)
-    assert 100 <= found.pop("jobs_oldest_wait_seconds slow") < 160
-    assert found == {
-        "jobs_waiting slow": 2,
-        "jobs_waiting_later slow": 1,
-        "jobs_waiting_later celery": 1,
-        "jobs_running celery": 1,
-        "jobs_sweep_age_seconds": inf,
-        "jobs_beat_late_seconds": inf,
-    }
-
-
-def test_jobs_that_are_held_or_paused_are_not_counted_as_waiting(staff_api):
-    """More workers would not help them: they raise no alert and start no worker."""
-    held = {"held_by": "tenant:7", "sweep_at": None, "due_at": ago(100)}
-    paused = {"due_at": ago(100)}
-    for queue, changes in ("celery", held), ("celery", held), ("io", paused), ("io", paused):
-        job = Job.objects.enqueue(greet, queue=queue)
-        Job.objects.filter(pk=job.pk).update(**changes)
-    for changes in {"queue": "celery", "held_by": "tenant:7", "sweep_at": None}, {"queue": "io"}:
-        job = Job.objects.enqueue(greet, countdown=60)
-        Job.objects.filter(pk=job.pk).update(**changes)
-    assert scrape(staff_api)["jobs_oldest_wait_seconds io"] >= 100
-    Pause.objects.pause("io", "SMTP is down")
-    Pause.objects.update(since=ago(60))
-    one = Job.objects.filter(queue="io", due_at__lt=Now()).first()
-    Job.objects.filter(pk=one.pk).update(held_by="pause:io", sweep_at=None)
-    found = scrape(staff_api)
-    assert 60 <= found.pop("jobs_pause_seconds io") < 120
-    assert found == {
-        "jobs_held celery": 2,
-        "jobs_held io": 2,  # one of them is not held yet
-        "jobs_waiting_later celery": 1,
-        "jobs_waiting_later io": 1,
-        "jobs_sweep_age_seconds": inf,
-        "jobs_beat_late_seconds": inf,
-    }
-
-
-def test_the_metrics_name_each_queue_even_if_it_is_empty(staff_api, settings):
-    shown = staff_api.get("/metrics").content.decode()
-    for queue in app.conf.task_queues:
-        assert re.search(f'jobs_waiting.queue="{queue}". 0.0', shown)
-
-
-def test_the_metrics_count_jobs_that_ended_in_the_last_minute(staff_api):
-    ended = {"started_at": ago(4), "finished_at": Now(), "sweep_at": None}
-    for change in [
-        {"state": "succeeded"},
-        {"state": "succeeded", "started_at": ago(8), "retries": 2},
-        {"state": "failed", "crashes": 3},
-        {"state": "cancelled", "started_at": None},
-        {"state": "cancelled"},
-        {"state": "failed", "finished_at": ago(61)},
-    ]:
-        job = Job.objects.enqueue(greet)
-        Job.objects.filter(pk=job.pk).update(**ended | change)
-    found = scrape(staff_api)
-    ran = {name: found.pop(name) for name in list(found) if "run_seconds" in name}
-    assert ran == {
-        "jobs_ended_last_minute_run_seconds succeeded test_api.greet": pytest.approx(12, abs=0.5),
-        "jobs_ended_last_minute_run_seconds failed test_api.greet": pytest.approx(4, abs=0.5),
-    }
-    assert found == {
-        "jobs_ended_last_minute succeeded test_api.greet": 2,
-        "jobs_ended_last_minute failed test_api.greet": 1,
-        "jobs_ended_last_minute cancelled test_api.greet": 2,
-        "jobs_ended_last_minute_retries succeeded test_api.greet": 2,
-        "jobs_ended_last_minute_crashes failed test_api.greet": 3,
-        "jobs_sweep_age_seconds": inf,
-        "jobs_beat_late_seconds": inf,
-    }
-
-
-def test_the_metrics_are_for_staff_and_not_throttled(api, staff_api, admin_user, monkeypatch):
-    monkeypatch.setitem(UserRateThrottle.THROTTLE_RATES, "user", "1/min")
-    assert APIClient().get("/metrics").status_code == 401
-    assert api.get("/metrics").status_code == 403
-    token = Token.objects.create(user=admin_user)
-    by_token = APIClient(HTTP_AUTHORIZATION=f"Token {token}", HTTP_ACCEPT="text/plain")
-    for client in staff_api, by_token, by_token:  # more often than the throttle allows
-        assert client.get("/metrics")["Content-Type"].startswith("text/plain")
-
-
-def test_a_scrape_needs_seven_queries_however_many_jobs_there_are(staff_api):
-    for number in range(20):
-        Job.objects.enqueue(greet, queue=f"queue{number % 7}")
-    Job.objects.filter(queue="queue1").cancel()
-    with CaptureQueriesContext(connection) as captured:
-        scrape(staff_api)
-    assert len([query for query in captured if "jobs_" in query["sql"]]) == 7
-
-
-# The admin
-
-
-def act(admin_client, action):
-    data = {"action": action, "_selected_action": list(Job.objects.values_list("pk", flat=True))}
-    return admin_client.post("/admin/jobs/job/", data, follow=True).content.decode()
-
-
-def test_the_admin_shows_the_active_jobs_of_a_user_who_cannot_be_deleted(admin_client, user):
-    url = f"/admin/auth/user/{user.pk}/delete/"
-    job = Job.objects.enqueue(greet, owner=user, countdown=60)
-    page = admin_client.get(url).content.decode()
-    assert "following protected related objects" in page and f"{job.pk}" in page
-    assert admin_client.post(url, {"post": "yes"}).status_code == 200  # the same page
-    user.refresh_from_db()
-    Job.objects.all().cancel()
-    assert admin_client.post(url, {"post": "yes"}).status_code == 302
-    assert not Job.objects.exists()
-
-
-def test_the_admin_lists_and_shows_jobs(admin_client, user):
-    job, other = (Job.objects.enqueue(greet, owner=user) for _ in range(2))
-    found = admin_client.get(f"/admin/jobs/job/?q={job.pk}").content.decode()
-    assert str(job.pk) in found and str(other.pk) not in found
-    Job.objects.filter(pk=other.pk).update(owner=None)
-    found = admin_client.get("/admin/jobs/job/?q=user").content.decode()
-    assert str(job.pk) in found and str(other.pk) not in found
-    assert "0 jobs" in admin_client.get("/admin/jobs/job/?q=use").content.decode()
-    assert admin_client.get(f"/admin/jobs/job/{job.pk}/change/").status_code == 200
-    assert admin_client.get("/admin/jobs/job/add/").status_code == 403
-
-
-def test_the_admin_shows_tracebacks(admin_client, commit):
-    with commit():
-        job = Job.objects.enqueue(fail)
-    page = admin_client.get(f"/admin/jobs/job/{job.pk}/change/").content.decode()
-    assert "ValueError: &lt;b&gt;no&lt;/b&gt;" in page
-    assert ">Traceback" in page
-    assert "<b>no" not in page
-
-
-def test_the_admin_shows_every_field_of_a_job():
-    shown = set(flatten_fieldsets(site.get_model_admin(Job).fieldsets))
-    assert {field.name for field in Job._meta.fields} <= shown
-
-
-def test_the_admin_cancels_jobs(admin_client):
-    job = Job.objects.enqueue(greet)
-    assert "1 job cancelled. 0 had already ended." in act(admin_client, "cancel")
-    job.refresh_from_db()
-    assert job.state == "cancelled"
-
-
-def test_the_admin_changes_no_more_jobs_than_it_counts(admin_client, monkeypatch):
-    monkeypatch.setattr("jobs.admin.LatestPages.most", 2)
-    jobs = [Job.objects.enqueue(greet, countdown=9) for _ in range(3)]
-    data = {"action": "cancel", "select_across": "1", "_selected_action": [jobs[0].pk]}
-    admin_client.post("/admin/jobs/job/", data)
-    assert Job.objects.filter(state="cancelled").count() == 2
-
-
-def test_the_admin_runs_ended_jobs_again(admin_client, user, commit):
-    with commit():
-        ended = Job.objects.enqueue(greet, ["Ada"], owner=user, queue="special")
-    cancelled = Job.objects.enqueue(greet, ["Bob"])
-    cancelled.cancel()
-    active = Job.objects.enqueue(greet)
-    with commit():
-        assert "2 jobs queued again</a>. 1 skipped" in act(admin_client, "run_again")
-    copy = Job.objects.exclude(pk__in=[ended.pk, cancelled.pk, active.pk]).get()
-    assert (copy.owner, copy.queue, copy.follows) == (user, "special", ended.pk)
-    assert (copy.state, copy.result) == ("succeeded", "Hello Ada")
-    cancelled.refresh_from_db()
-    assert (cancelled.state, cancelled.result) == ("succeeded", "Hello Bob")
-
-
-def test_many_jobs_run_again_in_a_few_queries(admin_client, user):
-    """One query for each of 5,000 jobs took a minute, longer than a server waits."""
-    keyed = Job.objects.enqueue(greet, unique="key")
-    Job.objects.enqueue_many(greet, [["one"], ["two"]] * 10, queue="cpu", owner=user)
-    Job.objects.update(cursor=[7])
-    Job.objects.all().cancel()
-    with CaptureQueriesContext(connection) as queries:
-        again = Job.objects.filter(unique_key=None).run_again()
-    assert len(queries) < 12
-    assert len(again) == 20
-    assert {(job.queue, job.owner_id, *job.cursor) for job in again} == {("cpu", user.pk, 7)}
-    assert "1 job queued again</a>. 20 skipped" in act(admin_client, "run_again")
-    assert set(Job.objects.filter(state="queued")) == {keyed, *again}
-    assert Job.objects.count() == 21
-
-
-def test_the_admin_skips_a_job_whose_task_no_longer_exists(admin_client, user, commit):
-    with commit():
-        gone = Job.objects.enqueue(greet, ["Ada"], owner=user)
-    Job.objects.filter(pk=gone.pk).update(task="no.such.task")
-    assert "0 jobs queued again. 1 skipped" in act(admin_client, "run_again")
-    assert Job.objects.count() == 1
-
-
-# Bad input
-
-
-def test_a_format_suffix_in_the_url_is_not_found(api, user):
-    job = Job.objects.enqueue(greet, owner=user)
-    assert api.post(f"/api/jobs/{job.pk}/cancel.json").status_code == 404
-    assert api.get("/api/jobs.json").status_code == 404
-    response = api.get(f"/api/jobs/{job.pk}.json/")
-    assert (response.status_code, response["Content-Type"]) == (404, "application/json")
-
-
-def test_a_view_answers_with_a_job_or_a_batch(api, user):
-    request = APIRequestFactory().post("/")
-    request.user = user
-    for stored in greet.using(owner=user).enqueue(), Batch.objects.enqueue(greet, [[]], owner=user):
-        response = accepted(request, stored)
-        assert (response.status_code, response["Retry-After"]) == (202, "1")
-        assert response.data["id"] == str(stored.pk)
-        assert api.get(response["Location"]).json()["id"] == str(stored.pk)

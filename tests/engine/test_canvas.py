@@ -1,56 +1,26 @@
-"""Celery's canvas made of jobs, and the next steps that a body names."""
+"""Celery's canvas made of jobs: chain, group and chord."""
 
 import pickle
 import uuid
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
-from unittest.mock import Mock
 
 import pytest
 from celery import chain, chord, chunks, group, shared_task, signature, xmap
 from celery import current_app as app
-from celery.backends.cache import CacheBackend
-from celery.exceptions import Ignore, TaskError, TaskRevokedError
+from celery.exceptions import TaskError, TaskRevokedError
 from celery.exceptions import TimeoutError as CeleryTimeout
-from celery.result import AsyncResult, GroupResult, result_from_tuple
-from django.db import DatabaseError, OperationalError, connection, transaction
+from celery.result import AsyncResult, GroupResult
+from django.db import connection, transaction
 from django.db.models.functions import Now
-from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
+from helpers import act, add, double, echo, plain, total
 
-from jobs import batches, database
-from jobs.lease import recover
 from jobs.models import Batch, Job
 from jobs.publish import publish
-from jobs.tasks import JobError, JobTask
-
-try:
-    from django.tasks import task
-except ImportError:  # Django 5.2
-    from django_tasks import task
+from jobs.tasks import JobTask
 
 pytestmark = pytest.mark.django_db
-
-
-@shared_task(base=JobTask)
-def add(x, y):
-    return x + y
-
-
-@shared_task(base=JobTask)
-def total(numbers):
-    return sum(numbers)
-
-
-@shared_task(base=JobTask)
-def fail(*args):
-    raise JobError("no")
-
-
-@shared_task(base=JobTask)
-def echo(*args, **kwargs):
-    return [*args, *sorted(kwargs.items())]
 
 
 @shared_task(base=JobTask, bind=True, max_retries=3, default_retry_delay=0)
@@ -58,32 +28,6 @@ def flaky(self, x):
     if not self.request.retries:
         raise self.retry()
     return x
-
-
-@shared_task(base=JobTask, bind=True)
-def act(self):
-    return act.body(self)
-
-
-@shared_task
-def plain(*args):
-    pass
-
-
-@task
-def double(x):
-    return 2 * x
-
-
-@task(takes_context=True)
-def double_later(context, x):
-    context.then(double, [x], label="later")
-    return str(context.batch.pk)
-
-
-@pytest.fixture
-def no_eager(eager):
-    app.conf.task_always_eager = False
 
 
 def sums():
@@ -241,122 +185,6 @@ def test_revoke_of_a_plain_task_cancels_no_job(no_eager):
     chain(add.s(1, 1), echo.s(pk))()
     app.control.revoke(pk)
     assert not Job.objects.filter(state="cancelled").exists()
-
-
-# How each result sees the canvas: Celery's result backends know only ids.
-VIEWS = {
-    "as returned": lambda result: result,
-    "pickled": lambda result: pickle.loads(pickle.dumps(result)),
-    "as tuple": lambda result: result_from_tuple(result.as_tuple()),
-}
-
-
-@pytest.fixture(params=VIEWS.values(), ids=VIEWS)
-def view(request, monkeypatch):
-    """A result that reads rows, though Celery's result backend waits for messages."""
-    monkeypatch.setattr(CacheBackend, "wait_for_pending", Mock(), raising=False)
-    yield request.param
-    CacheBackend.wait_for_pending.assert_not_called()
-
-
-def test_get_returns_the_value_of_a_step_that_is_not_stored(view):
-    assert view(chain(add.s(1, 1), add.s(1), add.s(1))()).get() == 4
-    assert view(chord([add.s(1, 1), chain(add.s(2, 2), add.s(1))])(total.s())).get() == 7
-
-
-@pytest.mark.parametrize(
-    "send",
-    [
-        lambda: chain(add.s(1, 1), add.s(1), add.s(1))(),
-        lambda: chord([chain(add.s(2, 2), add.s(1)), add.s(1, 1)])(total.s()),
-        lambda: chord([chord([add.s(1, 1)], total.s())])(total.s()),
-        lambda: group(chain(add.s(2, 2), add.s(1)), add.s(1, 1))(),
-    ],
-)
-def test_get_polls_the_rows_of_a_step_that_is_not_stored(view, no_eager, send):
-    """A result backend such as Redis would wait for a message that no job sends."""
-    with pytest.raises(CeleryTimeout):
-        view(send()).get(timeout=0.01, interval=0.01)
-
-
-def test_get_of_an_id_runs_what_comes_first(view):
-    """A view stores the id, and a test of the view has nothing else."""
-    pk = chord([add.s(1, 1), chain(add.s(2, 2), add.s(1))])(total.s()).id
-    assert AsyncResult(pk).get() == 7
-    assert add.AsyncResult(pk).ready()
-
-
-@pytest.mark.parametrize(
-    "send",
-    [
-        lambda: (add.s(1, 1) | fail.s() | add.s(1) | add.s(1))(),
-        lambda: chord([add.s(1, 1), fail.s(), add.s(2, 2)])(total.s()),
-        lambda: chord([add.s(1, 1), fail.s(), add.s(2, 2)])(total.s() | add.s(1)),
-        lambda: (fail.s() | group(add.s(1), add.s(2)) | total.s())(),
-        lambda: (group(fail.s(), fail.s()) | total.s() | group(add.s(1), add.s(2)))(),
-    ],
-)
-def test_get_raises_the_error_of_an_earlier_step(view, send):
-    with pytest.raises(TaskError, match="^no$"):
-        view(send()).get(interval=0)
-
-
-@pytest.mark.parametrize(
-    "send",
-    [
-        lambda: chain(fail.s(), add.s(1), add.s(1))(),
-        lambda: chord([add.s(1, 1), fail.s()])(total.s()),
-        lambda: chord([add.s(1, 1), chain(fail.s(), add.s(1))])(total.s()),
-        lambda: chord([add.s(1, 1), chord([fail.s()], total.s())])(total.s()),
-        lambda: chord([chord([chain(fail.s(), add.s(1))], total.s() | add.s(1))])(total.s()),
-    ],
-)
-def test_get_does_not_wait_for_what_never_starts(send):
-    with pytest.raises((TaskError, TaskRevokedError), match="no"):
-        send().get(interval=0)
-    result = send()
-    with pytest.raises(TaskRevokedError, match="It never starts: the (job|batch) .+ is failed. "):
-        result.get(interval=0, follow_parents=False)
-    result = send()
-    assert isinstance(result.get(interval=0, propagate=False), TaskRevokedError)
-    assert (result.state, result.ready(), result.successful()) == ("REVOKED", True, False)
-
-
-def test_get_does_not_wait_for_the_body_of_a_cancelled_batch(no_eager):
-    last = chord([add.s(1, 1), add.s(2, 2)])(total.s())
-    assert not last.ready()
-    Batch.objects.get().cancel()
-    with pytest.raises(TaskRevokedError, match="the batch .+ is cancelled"):
-        last.get(follow_parents=False)
-
-
-def test_get_does_not_wait_for_a_body_after_a_sibling_failed():
-    """The header of the chord has all results, but its batch has one more job."""
-    act.body = lambda self: self.batch.enqueue(fail) and None
-    last = chord([add.s(1, 1), act.si()])(echo.s())
-    with pytest.raises(TaskRevokedError, match="the batch .+ is failed. 1 failed of 3"):
-        last.get(interval=0)
-
-
-def test_a_group_of_which_one_fails():
-    done = group(add.s(1, 1), chain(fail.s(), add.s(1)), fail.s())()
-    with pytest.raises((TaskError, TaskRevokedError), match="no"):
-        done.get(interval=0)
-    values = done.get(propagate=False)
-    assert [type(value) for value in values] == [int, TaskRevokedError, TaskError]
-    assert (done.failed(), done.successful(), done.completed_count()) == (True, False, 1)
-
-
-def test_a_chain_of_hundreds():
-    last = chain([add.s(1, 1), *[add.s(1)] * 100])()
-    with CaptureQueriesContext(connection) as queries:
-        app.conf.task_always_eager = False
-        assert not last.ready()
-        with pytest.raises(CeleryTimeout):
-            last.get(timeout=0)
-    assert len(queries) < 20
-    app.conf.task_always_eager = True
-    assert last.get() == 102
 
 
 # What Celery documents
@@ -541,7 +369,7 @@ def test_a_task_of_django_is_a_step(user):
     (add.s(1, 1) | labelled.s())().get()
     assert Job.objects.filter(queue="io", label="twice", times_sent=0).count() == 1
     owned = double.using(owner=user, unique="u", idempotency_key="i").s(2).delay()
-    assert Job.objects.get(owner=user, unique_key="u", idempotency_key="i").result in (4, None)
+    assert Job.objects.get(owner=user, unique_key="u", idempotency_key="i").state == "queued"
     assert owned.get() == 4
     with pytest.raises(TypeError, match="does not take owner"):
         (add.s(1, 1) | double.using(owner=user).s())()
@@ -564,218 +392,3 @@ def test_a_task_of_django_is_enqueued_through_the_same_door(user, run_jobs):
             Job.objects.enqueue(double.using(**options), [1])
     with pytest.raises(TypeError):
         Job.objects.enqueue(double, [1, 2, 3])
-
-
-def test_a_body_of_django_names_a_next_step(run_jobs):
-    batch = Batch.objects.enqueue(double_later, [[3]])
-    run_jobs()
-    rows = batch.jobs.order_by("created_at").values_list("label", "result")
-    assert list(rows) == [("", str(batch.pk)), ("later", 6)]
-
-
-# self.then()
-
-
-def run(body, published=True, **options):
-    """Run a job with this body. Returns the job as it is afterwards."""
-    act.body = body
-    job = Job.objects.enqueue(act, **options)
-    publish([job])
-    job.refresh_from_db()
-    return job
-
-
-def next_jobs():
-    return list(Job.objects.filter(task=add.name).order_by("created_at"))
-
-
-def test_a_next_step_is_enqueued_with_its_options(user):
-    def body(self):
-        eta = timezone.now() + timedelta(hours=1)
-        self.then(add, [1], {"y": 2}, label="Next", queue="io", countdown=60)
-        self.then(add, [3, 4], eta=eta)
-        self.then(echo)
-
-    job = run(body, owner=user)
-    first, second = next_jobs()
-    assert (first.args, first.kwargs, first.label, first.queue) == ([1], {"y": 2}, "Next", "io")
-    assert timedelta(seconds=50) < first.due_at - timezone.now() <= timedelta(seconds=60)
-    assert second.due_at > first.due_at + timedelta(minutes=50)
-    assert {each.times_sent for each in (first, second)} == {0}
-    rows = Job.objects.filter(follows=job.pk).values_list("owner", "batch")
-    assert list(rows) == [(user.pk, None)] * 3
-    assert Job.objects.get(task=echo.name).times_sent == 1
-
-
-def test_a_next_step_belongs_to_the_batch(run_jobs):
-    act.body = lambda self: self.then(add, [1, 2])
-    batch = Batch.objects.enqueue(act, [[]], then=echo.s())
-    run_jobs()
-    batch.refresh_from_db()
-    assert batch.counts == {"succeeded": 2}
-    assert Job.objects.get(follows=batch.pk).result == [[None, 3]]
-
-
-def twice(end):
-    """A body whose first run ends otherwise than with success, after it has named a next step."""
-    runs = []
-
-    def body(self):
-        runs.append(self)
-        self.then(add, [1, len(runs)])
-        if len(runs) == 1:
-            end(self)
-
-    return body
-
-
-def lose(self):
-    """Recover the running job, as the sweep does after a crash."""
-    Job.objects.filter(pk=self.request.id).update(sweep_at=Now())
-    recover(Job.objects.filter(pk=self.request.id))
-
-
-def lose_and_report(self):
-    lose(self)
-    self.report(1)
-
-
-@pytest.mark.parametrize(
-    "end",
-    [
-        lambda self: self.retry(countdown=0),
-        lambda self: self.retry(countdown=0, throw=False),
-        lambda self: self.retry(countdown=0, exc=ValueError("x")),
-        lose,
-        lose_and_report,
-    ],
-)
-def test_a_next_step_is_stored_once_however_often_the_body_runs(run_jobs, end):
-    body, seen = twice(end), []
-    act.body = lambda self: (seen.append(len(next_jobs())), body(self))[0]
-    job = Job.objects.enqueue(act)
-    run_jobs()
-    run_jobs()  # after a crash
-    job.refresh_from_db()
-    assert (job.state, seen) == ("succeeded", [0, 0])
-    assert [each.args for each in next_jobs()] == [[1, 2]]
-
-
-def cancel(self):
-    Job.objects.filter(pk=self.request.id).cancel()
-
-
-def cancel_and_report(self):
-    cancel(self)
-    self.report(1)
-
-
-def fail_in_transaction(self):
-    with transaction.atomic():
-        self.then(add, [1, 2])
-        raise DatabaseError("rolled back")
-
-
-@pytest.mark.parametrize(
-    ("end", "state"),
-    [
-        (lambda self: 1 / 0, "failed"),
-        (lambda self: self.retry(max_retries=0), "failed"),
-        (cancel, "cancelled"),
-        (cancel_and_report, "cancelled"),
-        (fail_in_transaction, "failed"),
-        (lambda self: {object()}, "failed"),
-        (lambda self: float("nan"), "failed"),
-        (lambda self: self.then(add, [1]), "failed"),
-        (lambda self: self.then(add, [1, object()]), "failed"),
-        (lambda self: self.then(plain), "failed"),
-        (lambda self: self.then(add, 5), "failed"),
-        (lambda self: self.then(add, [1, 2], countdown=1e10), "failed"),
-        (lambda self: ThreadPoolExecutor().submit(self.then, add, [1, 2]).result(), "failed"),
-    ],
-)
-def test_without_success_no_next_step_is_stored(end, state):
-    def body(self):
-        self.then(add, [1, 2])
-        return end(self)
-
-    assert run(body).state == state
-    assert not next_jobs()
-
-
-def test_wrong_arguments_of_a_next_step_are_an_error_of_the_body():
-    for args, error in ([1], "TypeError"), ("ab", "TypeError"), ([{1}, object()], "TypeError"):
-        assert run(lambda self, args=args: self.then(add, args)).error.startswith(error)
-
-
-def test_a_body_that_raises_ignore_has_succeeded():
-    def body(self):
-        self.then(add, [1, 2])
-        raise Ignore
-
-    assert run(body).state == "succeeded" and len(next_jobs()) == 1
-
-
-def test_a_rollback_of_the_body_keeps_its_next_step():
-    """The step belongs to the success of the job, not to a transaction of the body."""
-
-    def body(self):
-        with suppress(ZeroDivisionError), transaction.atomic():
-            self.then(add, [1, 2])
-            1 / 0  # noqa: B018
-
-    assert run(body).state == "succeeded" and len(next_jobs()) == 1
-
-
-def test_success_and_next_step_are_stored_together(monkeypatch):
-    """After an error, neither is stored. Both are stored when the database is back."""
-    seen, store = [], batches.Rows.store
-
-    def interrupted(self):
-        store(self)
-        if next_jobs() and not seen:
-            seen.append(True)
-            raise OperationalError("the connection is lost")
-
-    def look(seconds):
-        seen.append((Job.objects.get(task=act.name).state, next_jobs()))
-
-    monkeypatch.setattr(batches.Rows, "store", interrupted)
-    monkeypatch.setattr(database.time, "sleep", look)
-    job = run(lambda self: self.then(add, [1, 2]))
-    assert seen == [True, ("running", [])]
-    assert job.state == "succeeded" and len(next_jobs()) == 1
-
-
-def test_a_step_that_cannot_be_stored_makes_its_job_fail(monkeypatch):
-    monkeypatch.setattr(batches.Rows, "store", Mock(side_effect=DatabaseError("no")))
-    job = run(lambda self: self.then(echo))
-    assert (job.state, job.error) == ("failed", "Its result cannot be stored: no")
-    assert not Job.objects.filter(task=echo.name)
-
-
-def test_a_coroutine_names_its_next_step():
-    async def body(self):
-        self.then(add, [1, 2], label="after the coroutine")
-
-    coroutine = shared_task(body, name="coroutine", base=JobTask, bind=True)
-    job = Job.objects.enqueue(coroutine)
-    publish([job])
-    [step] = next_jobs()
-    assert (step.follows, step.label) == (job.pk, "after the coroutine")
-
-
-def test_a_body_that_is_called_directly_enqueues_its_next_step():
-    act.body = lambda self: (self.then(add, [1, 2], label="x", countdown=5), self.batch)[1]
-    assert act() is None
-    [job] = next_jobs()
-    assert (job.label, job.follows, job.times_sent) == ("x", None, 0)
-
-
-def test_a_chain_goes_on_beside_the_next_step_of_its_body(run_jobs):
-    act.body = lambda self: self.then(add, [1, 2])
-    last = chain(act.s(), echo.s(5))()
-    assert last.get() == [None, 5]
-    assert [job.result for job in next_jobs()] in ([3], [None])
-    run_jobs()
-    assert [job.result for job in next_jobs()] == [3]

@@ -1,16 +1,20 @@
-"""Each way to enqueue a job takes the same options, with the same meaning."""
+"""Enqueueing: what a job's row holds, what is refused at once, and the options of each way."""
 
 import uuid
 from datetime import datetime, timedelta
+from math import nan
 from types import SimpleNamespace
 
 import pytest
 from asgiref.sync import async_to_sync
 from celery import shared_task
-from django.db import IntegrityError, transaction
+from django.db import IntegrityError, connection, transaction
+from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
+from helpers import add, plain, seconds_until_due
 
 from jobs.models import Job
+from jobs.publish import publish
 from jobs.tasks import JobTask
 from jobs.views import EnqueueMixin
 
@@ -73,6 +77,161 @@ NOT_TAKEN = {
 @pytest.fixture(params=DOORS)
 def door(request):
     return request.param
+
+
+def test_a_job_runs_when_its_transaction_commits(commit):
+    with commit():
+        job = Job.objects.enqueue(add, [1], {"y": 2})
+        assert job.state == "queued"
+    job.refresh_from_db()
+    assert (job.state, job.result) == ("succeeded", 3)
+
+
+def test_a_rollback_leaves_neither_row_nor_message(commit, published):
+    with commit(), pytest.raises(ZeroDivisionError), transaction.atomic():
+        Job.objects.enqueue(add, [1, 2])
+        raise ZeroDivisionError
+    assert not Job.objects.exists()
+    assert published == []
+
+
+@pytest.mark.parametrize(
+    "task, args",
+    [(add, [1]), (add, [1, 2, 3]), (add, [1, object()]), (add, [1, nan]), (plain, []), (len, [])],
+    ids=["too few arguments", "too many", "not JSON", "NaN", "a task that is no job", "no task"],
+)
+def test_a_job_that_cannot_run_is_refused_when_it_is_enqueued(task, args):
+    with pytest.raises(TypeError):
+        Job.objects.enqueue(task, args)
+    assert not Job.objects.exists()
+
+
+@pytest.mark.parametrize("args, kwargs", [(12, {}), ("12", {}), ({1: 2}, {}), ([], [1, 2])])
+def test_arguments_must_be_a_list_and_a_dictionary(args, kwargs):
+    with pytest.raises(TypeError, match="args must be a list"):
+        Job.objects.enqueue(add, args, kwargs)
+    assert not Job.objects.exists()
+
+
+def test_arguments_that_are_too_large_are_refused(settings):
+    settings.JOB_MAX_BYTES = 100
+    Job.objects.enqueue(add, ["x" * 80, 1])
+    with pytest.raises(ValueError, match=r"112 bytes, but JOB_MAX_BYTES is 100"):
+        Job.objects.enqueue(add, ["x" * 99, 1])
+
+
+@pytest.mark.parametrize("option", ["unique", "idempotency_key", "queue"])
+@pytest.mark.parametrize("text", ["x" * 256, 7, "\0"])
+def test_a_text_that_does_not_fit_into_its_column_is_refused(option, text):
+    """Else PostgreSQL's error would end the caller's transaction."""
+    with pytest.raises(ValueError, match="1 to 255 characters|the database cannot store"):
+        Job.objects.enqueue(add, [1, 2], **{option: text})
+
+
+UNSTORABLE = ["\0", "a\\\0", "\ud83d", "\ude00a", "\ud83d\ud83d\ude00", "\ud83d\\\ude00"]
+
+
+@pytest.mark.parametrize("text", UNSTORABLE, ids=ascii)
+@pytest.mark.parametrize("field", ["args", "kwargs", "label", "unique", "idempotency_key"])
+def test_a_text_that_postgresql_cannot_store_is_refused_at_once(text, field):
+    values = {"args": [text, 1], "kwargs": {"y": {text: 1}}}
+    call = {"args": [1, 2], field: values.get(field, text)}
+    with CaptureQueriesContext(connection) as captured:
+        with pytest.raises((TypeError, ValueError), match=r"cannot store the character \\u"):
+            Job.objects.enqueue(add, **call)
+    assert not captured.captured_queries
+    if field == "label":
+        with pytest.raises(ValueError, match="cannot store"):
+            Job.objects.enqueue_many(add, [[1, 2]], label=text)
+
+
+@pytest.mark.parametrize("text", ["é😀", "\\u0000", "\\\\ud800", "\x01\x7f"], ids=ascii)
+def test_any_other_text_is_stored(text):
+    texts = {"unique": text, "label": text, "idempotency_key": text}
+    job = Job.objects.enqueue(add, [text, {text: 1}], **texts)
+    job.refresh_from_db()
+    assert job.args == [text, {text: 1}]
+    assert [job.unique_key, job.label, job.idempotency_key] == [text] * 3
+
+
+def test_a_label_is_kept_and_cut_to_its_column():
+    """It is cut to the length of its column, because the name of a file may be long."""
+    jobs = Job.objects.enqueue_many(add, [[1, 2]], label="many" * 100)
+    publish(jobs)
+    jobs[0].refresh_from_db()
+    assert jobs[0].label == jobs[0].run_again().label == "many" * 63 + "man"
+    assert Job.objects.enqueue(add, [1, 2], label="one" * 100).label == "one" * 85
+
+
+@pytest.mark.parametrize("options", [{"countdown": 1.7e12}, {"queue": "cpu", "countdown": 1e9}])
+def test_a_countdown_of_more_than_ten_years_is_refused(options):
+    with pytest.raises(ValueError, match="it is in seconds"):
+        Job.objects.enqueue(add, [1, 2], **options)
+
+
+def test_a_job_goes_to_the_queue_that_its_decorator_names(monkeypatch):
+    monkeypatch.setattr(add, "queue", "mail", raising=False)
+    assert Job.objects.enqueue(add, [1, 2]).queue == "mail"
+    assert Job.objects.enqueue(add, [1, 2], queue="cpu").queue == "cpu"
+
+
+@pytest.mark.parametrize("owned", [True, False])
+def test_an_owner_uses_an_idempotency_key_once(user, owned):
+    owner = user if owned else None
+    Job.objects.enqueue(add, [1, 2], owner=owner, idempotency_key="key")
+    with pytest.raises(IntegrityError), transaction.atomic():
+        Job.objects.enqueue(add, [3, 4], owner=owner, idempotency_key="key")
+    assert Job.objects.count() == 1
+
+
+def test_two_owners_may_use_the_same_idempotency_key(user, admin_user):
+    Job.objects.enqueue(add, [1, 2], owner=user, idempotency_key="key")
+    Job.objects.enqueue(add, [1, 2], owner=admin_user, idempotency_key="key")
+    assert Job.objects.filter(idempotency_key="key").count() == 2
+
+
+def test_a_job_of_the_jobs_of_a_user_is_the_users(user):
+    user.job_set.enqueue(add, [1, 2])
+    user.job_set.enqueue(add, [1, 2], unique="key")
+    user.job_set.enqueue_many(add, [[1, 2]])
+    assert [job.owner for job in Job.objects.all()] == [user] * 3
+
+
+def test_enqueue_many_stores_and_sends_all_jobs_together(commit, published, user):
+    with CaptureQueriesContext(connection) as captured, commit():
+        jobs = Job.objects.enqueue_many(add, [[1, 2], [3, 4], [5, 6]], owner=user, queue="cpu")
+        assert published == []
+    assert len([query for query in captured if query["sql"].startswith("INSERT")]) == 1
+    assert [(job.args, job.owner, job.queue) for job in Job.objects.order_by("created_at")] == [
+        ([number, number + 1], user, "cpu") for number in (1, 3, 5)
+    ]
+    assert len({job.created_at for job in jobs}) == 3  # pages are ordered by it
+    assert published == [str(job.pk) for job in jobs]
+    assert all(seconds_until_due(job) == pytest.approx(30, abs=5) for job in jobs)
+
+
+def test_enqueue_many_runs_all_jobs(commit):
+    with commit():
+        Job.objects.enqueue_many(add, ([number, 1] for number in range(3)))
+    assert [job.result for job in Job.objects.order_by("created_at")] == [1, 2, 3]
+
+
+def test_enqueue_many_stores_all_jobs_or_none(commit, published):
+    with commit(), pytest.raises(TypeError):
+        Job.objects.enqueue_many(add, [[1, 2], [3]])
+    with commit(), pytest.raises(ZeroDivisionError), transaction.atomic():
+        Job.objects.enqueue_many(add, [[1, 2], [3, 4]])
+        raise ZeroDivisionError
+    assert not Job.objects.exists()
+    assert published == []
+
+
+def test_enqueue_many_accepts_an_empty_list(commit):
+    with commit():
+        assert Job.objects.enqueue_many(add, []) == []
+
+
+# Each way to enqueue
 
 
 @pytest.mark.parametrize("option", OPTIONS)

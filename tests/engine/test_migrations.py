@@ -20,6 +20,8 @@ DIGESTS = {
     "0006_primary_and_owner.py": "6fd67d737ad33ba26e046e7d00b91a4a9e3c613a527c7ff66376317d3125cec3",
     "0007_plain_names.py": "bce76f39abbabf1492065fa5ccd8109e4bf2de2727a08aecc1869091df6ee62a",
     "0008_batches.py": "5950cc1065a4570ae3a9d8fecf99a4cf23f4aa8648b997c3931ad65c68141ac1",
+    "0009_limits.py": "fa2be2f53555bb2f2c849260af66cfd88e1e81c20df2655e83db2bb8f95f5b8a",
+    "0010_workers.py": "b8333edfac7dfdafa57cb8380c1ae6dae0297e8efea0d0549e58e01fb495544f",
 }
 
 

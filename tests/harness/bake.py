@@ -1,8 +1,9 @@
-"""The options of cookiecutter.json, every combination of their choices, and how to bake one."""
+"""The options of cookiecutter.json, combinations of their choices, and how to bake one."""
 
 import itertools
 import json
 import tempfile
+import tomllib
 from pathlib import Path
 
 from cookiecutter.utils import create_env_with_context
@@ -16,11 +17,40 @@ CONTEXT = json.loads((TEMPLATE / "cookiecutter.json").read_text("utf-8"))
 OPTIONS = {option: value for option, value in CONTEXT.items() if not option.startswith("_")}
 CHOICES = {option: value for option, value in OPTIONS.items() if isinstance(value, list)}
 DEFAULTS = {option: choices[0] for option, choices in CHOICES.items()}
-COMBINATIONS = [
-    dict(zip(CHOICES, values, strict=True)) for values in itertools.product(*CHOICES.values())
-]
+GROUP = 3  # so many choices meet each other in a covering set
 ENVIRONMENT = create_env_with_context({"cookiecutter": CONTEXT})
 ENVIRONMENT.loader = FileSystemLoader(TEMPLATE / "templates")
+ABOUT = tomllib.loads((TEMPLATE / "pyproject.toml").read_text("utf-8"))
+ADDRESS = ABOUT["project"]["urls"]["Repository"]  # of this template, as its pages write it
+PINNED = ENVIRONMENT.get_template("versions.jinja").module  # its `postgres` is an image with a tag
+
+
+def product(choices):
+    """Return every combination of choices, {option: choices}."""
+    return [dict(zip(choices, each, strict=True)) for each in itertools.product(*choices.values())]
+
+
+COMBINATIONS = product(CHOICES)
+
+
+def groups(answers):
+    """Return every three of these answers, each with its option."""
+    return set(itertools.combinations(answers.items(), GROUP))
+
+
+def covering(combinations):
+    """Return a few of these, the first one included, that have each group of all.
+
+    The next one is always the one with the most groups that no earlier one has.
+    """
+    rows = [(groups(each), each) for each in combinations]
+    found = []
+    new, best = rows[0]
+    while new:
+        found.append(best)
+        rows = [(rest, each) for old, each in rows if (rest := old - new)]
+        new, best = max(rows, key=lambda row: len(row[0]), default=((), None))
+    return found
 
 
 def engine():

@@ -34,7 +34,9 @@ CHECKERS = {
     ".gitlab-ci.yml": ["check-jsonschema --builtin-schema vendor.gitlab-ci"],
     "compose*.yaml": ["check-jsonschema --builtin-schema vendor.compose-spec"],
     "Dockerfile": ["hadolint"],
-    # prove/test_kubernetes.py checks what kustomize makes of these.
+    # integration/test_operation.py runs promtool.
+    "deploy/monitoring/*": [],
+    # integration/test_kubernetes.py checks what kustomize makes of these.
     "deploy/kubernetes/*/*.yaml": [],
     "deploy/kubernetes/overlays/*/*.yaml": [],
 }
@@ -44,27 +46,38 @@ PACKAGES = {
     "csp": "django-csp",
     "django_filters": "django-filter",
     "environ": "django-environ",
+    "opentelemetry": "opentelemetry-sdk",
     "rest_framework": "djangorestframework",
 }
 # Packages that no file of a project names.
 INDIRECT = {
+    # Parts of the package opentelemetry
+    "opentelemetry-exporter-otlp-proto-http",
+    "opentelemetry-instrumentation-celery",
+    "opentelemetry-instrumentation-django",
     "gunicorn",  # started in production, by hand: see docs/production.md
     "psycopg",  # imported by Django, where DATABASE_URL says postgres
     "pytest-django",  # loaded by pytest
 }
 # A condition for an import of a package that may be missing.
 OPTIONAL = r"apps\.is_installed\(|^IS_GEVENT$"
-NEW_FILES = "new files"  # how many a test checked
+BAKED = "baked"  # the name of a property: how many combinations a test baked, and new files
+SIZE = "files and words"  # a new file, or a longer README.md, is seen in the summary
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Print what test_bake.py counted in all its processes."""
+    """Print what test_bake.py and test_every_combination.py counted in all its processes."""
     reports = [report for found in terminalreporter.stats.values() for report in found]
     calls = [report for report in reports if getattr(report, "when", "") == "call"]
-    files = [count for call in calls for name, count in call.user_properties if name == NEW_FILES]
-    if files:
-        line = f"{len(files)} combinations baked, {sum(files):,} distinct files checked"
+    counts = [count for call in calls for name, count in call.user_properties if name == BAKED]
+    if counts:
+        combinations, files = map(sum, zip(*counts, strict=True))
+        line = f"{combinations:,} combinations baked, {files:,} distinct files checked"
         terminalreporter.section("bake")
+        terminalreporter.write_line(line)
+    if sizes := [size for call in calls for name, size in call.user_properties if name == SIZE]:
+        files, words = (f"{min(all):,} to {max(all):,}" for all in zip(*sizes, strict=True))
+        line = f"files outside jobs/ and docs/: {files}; words of README.md: {words}"
         terminalreporter.write_line(line)
 
 
@@ -83,8 +96,10 @@ def check_names(files):
 
 def check_file(project, file, text):
     assert "cookiecutter" not in text, file
-    if file.suffix != ".html":  # Django's braces; below, GitHub's, Prometheus' and f-strings'
-        braces = r"(?<!\$)\{\{(?! \$)" if file.suffix != ".py" else r"\{\{-? "
+    if (
+        file.suffix != ".html"
+    ):  # Django's braces; below, those of GitHub, Prometheus, Grafana and f-strings
+        braces = r"(?<!\$)\{\{(?! \$|\w+\}\})" if file.suffix != ".py" else r"\{\{-? "
         tags = r"\{%(?! (extends|load|block|endblock|static)\b)"  # docs/pages.md shows Django's
         assert not re.search(rf"{braces}|{tags}|\{{#", text), f"{file} has a trace of Jinja"
     assert text.strip() or file.name in ("__init__.py", "py.typed"), f"{file} is empty"
@@ -99,10 +114,21 @@ def check_file(project, file, text):
             tomllib.loads(text)
         case ".yml" | ".yaml":
             list(yaml.safe_load_all(text))
+            check_images(project, text)
+    if file.name == "Dockerfile":
+        check_images(project, text)
     checkers = [commands for pattern, commands in CHECKERS.items() if file.match(pattern)]
     assert checkers or file.suffix not in (".yml", ".yaml"), f"{file}: no linter in CHECKERS"
     for command in itertools.chain(*checkers):
         project.call(*command.split(), file)
+
+
+def check_images(project, text):
+    """Assert that each image has a version, and of 0.x all of it, because each 0.x may differ."""
+    own = {project.name, project.name.replace("_", "-"), "build"}  # also the Dockerfile's stage
+    images = re.findall(r"^ *(?:image: |- name: (?=\S+:)|FROM |COPY --from=)(\S+)", text, re.M)
+    for image in set(images) - own:
+        assert re.search(r":v?([1-9]|0\.\d+\.\d)", image), f"{image} has no version"
 
 
 # Settings of Celery
@@ -188,7 +214,8 @@ def source(module):
 def check_dependencies(texts):
     """Assert that imports are declared and declarations are used, in production and development."""
     about = tomllib.loads(texts[Path("pyproject.toml")])
-    production = about["project"]["dependencies"]
+    optional = about["project"]["optional-dependencies"].values()
+    production = sum(optional, about["project"]["dependencies"])
     groups = sum(about["dependency-groups"].values(), [])
     own = {file.parts[0].removesuffix(".py") for file in texts} | {
         file.stem for file in texts if file.parts[0] == "tests"

@@ -5,7 +5,8 @@ import time
 
 import pytest
 
-from .bake import CHOICES, baked
+from .bake import CHOICES, baked, chosen
+from .project import fetch, free_ports
 from .servers import PostgreSQL, broker_class
 from .stack import TIMINGS, prepare
 
@@ -33,6 +34,10 @@ on_each_broker = stacks(pools=POOLS[:1])  # if the pool does not matter
 on_each_pool = stacks(brokers=ONE["brokers"])
 on_one = stacks(**ONE)
 on_prefork = stacks(brokers=ONE["brokers"], pools=["prefork"])
+where_jobs_share_a_process = stacks(ONE["brokers"], [pool for pool in POOLS if pool != "prefork"])
+on_rabbitmq = stacks(brokers=["rabbitmq"], pools=POOLS[:1])
+on_sqs = stacks(brokers=["sqs"], pools=POOLS[:1])
+with_flower = [name for name in CHOICES["broker"] if chosen(broker=name).has_flower]
 # No message is sent again while a test waits; the other timings are the project's defaults.
 without_resends = stacks(**ONE, timings={"JOB_RESEND_SECONDS": 600})
 
@@ -97,6 +102,36 @@ def gate(tmp_path_factory):
     gate = tmp_path_factory.mktemp("gate") / "gate"
     yield gate
     gate.touch()
+
+
+@pytest.fixture
+def flower(stack):
+    """Start Flower; return a function that calls its API."""
+    [port] = free_ports(1)
+    url, basic = f"http://127.0.0.1:{port}/api", {"Authorization": "Basic YWRtaW46c2VjcmV0"}
+
+    def answers():
+        try:
+            return fetch(f"{url}/workers", None, basic)[0] == 200
+        except OSError:
+            return False
+
+    command = f"celery -A config flower --address=127.0.0.1 --port={port} --basic-auth=admin:secret"
+    flower = stack.process(command, name="flower", is_ready=answers)
+    flower.start()
+
+    def call(path, data):
+        status, _, answer = fetch(f"{url}/task/{path}", data, basic)
+        assert status == 200
+        return answer
+
+    return call
+
+
+@pytest.fixture
+def revoke(flower):
+    """A function that revokes a task in Flower."""
+    return lambda task, query="": flower(f"revoke/{task}{query}", {})
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """What `kubectl kustomize` prints, for the features that an output's manifests use.
 
-So the tests of the manifests need no kubectl; prove/test_kubectl.py compares the two.
+So the tests of the manifests need no kubectl; integration/test_kubectl.py compares the two.
 """
 
 import base64
@@ -26,8 +26,12 @@ def build(folder):
         for document in documents:
             document["metadata"].setdefault("labels", {}).update(label["pairs"])
     for each in settings.pop("configMapGenerator", []):
-        data = dict(pair.split("=", 1) for pair in each["literals"])
-        documents.append({**head("ConfigMap", each["name"]), "data": data})
+        data = dict(pair.split("=", 1) for pair in each.get("literals", []))
+        data |= {name: (folder / name).read_text() for name in each.get("files", [])}
+        config = {**head("ConfigMap", each["name"]), "data": data}
+        if labels := each.get("options", {}).get("labels"):
+            config["metadata"]["labels"] = labels
+        documents.append(config)
     for each in settings.pop("secretGenerator", []):
         lines = "".join((folder / file).read_text() for file in each["envs"]).splitlines()
         values = dict(line.split("=", 1) for line in lines)

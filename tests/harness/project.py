@@ -280,30 +280,25 @@ def shared_environment(project, folder):
             for file in ["Makefile", "pyproject.toml"]:
                 shutil.copy(project / file, shared)
             shared.call("make", ".venv")
-            share_bytecode(next(shared.glob(".venv/lib/*/site-packages")), folder / "bytecode")
+            link_compiled(folder, shared)
             (shared / "done").touch()
     return shared / ".venv"
 
 
-def share_bytecode(packages, folder):
-    """Link compiled files from this folder, compile the rest, and link these into the folder.
+def link_compiled(folder, new):
+    """Link the files that other environments of this folder have compiled into a new one.
 
     Python ignores a compiled file whose source has another time or size, so this only makes the
-    first start of an environment as quick as the second.
+    first start of an environment quicker.
     """
-    link_trees(folder, packages)
-    subprocess.run([sys.executable, "-m", "compileall", "-qq", packages])
-    link_trees(packages, folder, new=True)
-
-
-def link_trees(source, target, *, new=False):
-    """Link the compiled files of one tree into another, which has their folders, unless `new`."""
-    for compiled in source.rglob("__pycache__/*.pyc"):
-        link = target / compiled.relative_to(source)
-        if not link.exists() and (new or link.parent.parent.is_dir()):
-            link.parent.mkdir(parents=True, exist_ok=True)
-            with suppress(FileExistsError):  # another process was quicker
-                link.hardlink_to(compiled)
+    [packages] = new.glob(".venv/lib/*/site-packages")
+    for other in folder.glob("*/.venv/lib/*/site-packages"):
+        for compiled in other.rglob("__pycache__/*.pyc"):
+            link = packages / compiled.relative_to(other)
+            if link.parent.parent.is_dir() and not link.exists():
+                link.parent.mkdir(exist_ok=True)
+                with suppress(FileNotFoundError):  # its process has just replaced it
+                    link.hardlink_to(compiled)
 
 
 def processes_in(project):

@@ -32,19 +32,22 @@ ELSEWHERE = {  # the test that takes the block from the page
         "Jobs     http://127.0.0.1:8000/          your jobs: state, progress, result, cancel",
     ): "tests/test_first_run.py::test_it_runs",
     ("docs/workers.md", "The broker: RabbitMQ", "from config import celery_app"): (
-        "tests/prove/test_odds.py::test_a_dead_letter_is_kept_and_can_be_sent_again"
+        "tests/integration/test_plain_tasks.py::test_a_dead_letter_is_kept_and_can_be_sent_again"
     ),
     ("docs/workers.md", "The broker: Amazon SQS", "Resources:"): (
-        "tests/prove/test_pages.py::test_the_template_makes_the_queues_of_the_project"
+        "tests/integration/test_pages.py::test_the_template_makes_the_queues_of_the_project"
     ),
     ("docs/workers.md", "The result backend: DynamoDB", "Resources:"): (
-        "tests/prove/test_pages.py::test_the_template_makes_a_table_that_keeps_results"
+        "tests/integration/test_pages.py::test_the_template_makes_a_table_that_keeps_results"
+    ),
+    ("docs/production.md", "With systemd", "[Unit]"): (
+        "tests/integration/test_production.py::test_systemd_accepts_the_unit_of_the_page"
+    ),
+    ("docs/production.md", "On the internet", "COMPOSE_PROFILES=https"): (
+        "tests/integration/test_docker.py::test_the_profile_https_serves_the_project"
     ),
     ("docs/operation.md", "Prometheus", "# prometheus.yml"): (
-        "tests/prove/test_operation.py::test_prometheus_accepts_the_configuration"
-    ),
-    ("docs/operation.md", "Alerts", "# jobs.yml"): (
-        "tests/prove/test_operation.py::test_the_alerts_fire_when_they_should"
+        "tests/integration/test_operation.py::test_prometheus_accepts_the_configuration"
     ),
     (
         "docs/sentinel.md",
@@ -53,6 +56,8 @@ ELSEWHERE = {  # the test that takes the block from the page
     ): "tests/test_bake.py::test_the_settings_for_sentinel_fit_every_project_with_redis",
 }
 KUBERNETES = "kubectl delete job migrate --namespace my-project --ignore-not-found"
+MONITORING = "docker compose --profile monitoring up --detach --wait"
+CLONE = "git clone https://example.com/my_project.git"
 FAILOVER = "redis-cli -h host1 -p 26379 sentinel failover mymaster"
 MASTER = "redis-cli -h host1 -p 26379 sentinel get-master-addr-by-name mymaster"
 NOT_RUN = {
@@ -60,8 +65,13 @@ NOT_RUN = {
         "a formula"
     ),
     ("docs/production.md", "In containers", "make up"): (
-        "needs Docker: tests/prove/test_docker.py runs it"
+        "needs Docker: tests/integration/test_docker.py runs it"
     ),
+    ("docs/production.md", "In containers", MONITORING): (
+        "needs Docker: tests/integration/test_docker.py runs it"
+    ),
+    ("docs/production.md", "With systemd", "useradd --system my_project"): "needs systemd",
+    ("docs/production.md", "On the internet", CLONE): "the reader's own repository",
     ("docs/production.md", "On Kubernetes", KUBERNETES): "needs a cluster",
     ("docs/sentinel.md", "Try it", "python manage.py check --deploy"): "needs a Sentinel",
     ("docs/sentinel.md", "Try it", FAILOVER): "needs a Sentinel with two hosts",
@@ -894,8 +904,8 @@ def pause_and_resume(reader, block):
     assert reader.call(paused) == printed
     code = "from reports.tasks import add_up; str(add_up.enqueue([1, 2]).pk)"
     job = reader.evaluate(code)
-    [message] = re.findall(r'Owners read "Paused since \d\d:\d\d(.+?)"', block.after)
-    wait_for(lambda: reader.site.request(f"/api/jobs/{job}/")[2]["message"].endswith(message))
+    [text] = re.findall(r'Owners read "Paused for 20 min(.+?)"', block.after)
+    wait_for(lambda: reader.site.request(f"/api/jobs/{job}/")[2]["reason"].endswith(text))
     assert reader.call(resume) == "nothing is paused\n"
     reader.expect(job, 3)
 

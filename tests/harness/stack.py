@@ -33,7 +33,8 @@ from django.db.models.functions import Now
 from faults.limited import *
 from faults.tasks import *
 from jobs.expressions import ACTIVE, FINAL
-from jobs.models import Batch, Failure, Job, Pause, Sweep
+from jobs import heartbeat
+from jobs.models import Batch, Failure, Job, Pause, Sweep, Worker
 """
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import ctypes
 import json
+import logging
 import os
 import signal
 import sys
@@ -22,6 +23,8 @@ from jobs.models import Job
 from jobs.tasks import JobTask
 
 from . import elsewhere, limited  # noqa: F401  workers then know their tasks
+
+logger = logging.getLogger(__name__)
 
 
 def note(task, what):
@@ -49,6 +52,16 @@ def hold_then_retry(self, gate):
     wait_for(gate)
     if not self.request.retries:
         raise self.retry(countdown=0)
+
+
+@shared_task(base=JobTask, bind=True)
+def log_and_retry(self, gate):
+    note(self, "start")
+    logger.warning("the body says %s", self.request.id)
+    wait_for(gate)
+    if not self.request.retries:
+        raise self.retry(countdown=0)
+    read.delay(self.request.id)
 
 
 @shared_task(base=JobTask, bind=True, time_limit=2)

@@ -1,0 +1,37 @@
+"""A real Prometheus, which scrapes a stack."""
+
+import shutil
+from urllib.parse import urlencode
+
+from . import missing
+from .project import fetch, free_ports
+from .servers import Process
+
+
+class Prometheus(Process):
+    """Prometheus in a folder that has its prometheus.yml and the rules that this file names."""
+
+    def __init__(self, folder):
+        if not shutil.which("prometheus"):
+            missing("Prometheus is not installed: sudo apt install prometheus")
+        [port] = free_ports(1)
+        self.url = f"http://127.0.0.1:{port}"
+        options = "--config.file prometheus.yml --storage.tsdb.path data --log.level warn"
+        command = f"prometheus {options} --web.listen-address 127.0.0.1:{port}"
+        log = folder / "prometheus.log"
+        super().__init__(command.split(), log, is_ready=self.answers, cwd=folder)
+
+    def answers(self):
+        try:
+            return self.ask("query", query="1") is not None
+        except OSError:
+            return False
+
+    def ask(self, path, **query):
+        _, _, answer = fetch(f"{self.url}/api/v1/{path}?{urlencode(query)}", None, {})
+        return answer and answer["data"]
+
+    def value(self, expression):
+        """Return the values of an expression now, as [(labels, value)]."""
+        found = self.ask("query", query=expression)["result"]
+        return [(each["metric"], float(each["value"][1])) for each in found]

@@ -1,0 +1,154 @@
+"""Batches and chains keep their promise: real processes are killed, stopped and emptied.
+
+What starts when a batch has ended, starts once.
+"""
+
+import os
+import signal
+import time
+
+from harness.faults import on_each, on_each_broker, on_prefork, ran_once, succeeded
+from harness.project import wait_for
+
+
+def enqueue(stack, task, *args, count=3, queue="cpu"):
+    """Enqueue a batch of jobs, and two jobs that start afterwards."""
+    code = f"""
+batch = Batch.objects.enqueue(
+    {task}, [args] * count, queue=queue,
+    then=quick.si().set(queue="io"), ended=quick.si().set(queue="io"),
+)
+result = [str(batch.pk), [str(job.pk) for job in batch.jobs.all()]]
+"""
+    return stack.ask(code, args=[str(arg) for arg in args], count=count, queue=queue)
+
+
+def state(stack, batch):
+    return stack.ask("result = Batch.objects.get(pk=batch).state", batch=batch)
+
+
+def wait_until_ended(stack, batch):
+    """Wait until the batch has succeeded, and what starts afterwards too. Each ran once."""
+    wait_for(lambda: state(stack, batch) == "succeeded")
+    ask = "result = [str(job.pk) for job in Job.objects.filter(follows=batch)]"
+    callbacks = stack.ask(ask, batch=batch)
+    assert len(callbacks) == 2
+    rows = stack.wait_until_final(*callbacks)
+    assert succeeded(rows, crashes=0), rows
+    assert ran_once(stack, callbacks)
+
+
+# A worker is killed after the end of the last member
+
+
+def kill_between_the_ends(stack, **variables):
+    """Let a worker run the last job of a batch, and die before it has ended the batch."""
+    stack.beat.stop()
+    batch, jobs = enqueue(stack, "quick", count=1, queue="test")
+    worker = stack.make_worker("test", "dying", app="faults.dying", **variables)
+    worker.launch()
+    rows = stack.wait_until_final(*jobs)
+    assert succeeded(rows, crashes=0), rows
+    return batch, worker
+
+
+@on_each
+def test_a_worker_killed_between_the_ends_of_a_job_and_its_batch_loses_no_callback(stack, since):
+    """Beat is away, too. When it is back, it ends the batch."""
+    batch, worker = kill_between_the_ends(stack, DIES="worker")
+    wait_for(lambda: not worker.is_running())
+    assert state(stack, batch) == "open"
+    stack.beat.start()
+    start = time.monotonic()
+    wait_until_ended(stack, batch)
+    since(start)
+
+
+@on_prefork
+def test_a_child_killed_between_the_ends_of_a_job_and_its_batch_loses_no_callback(stack, since):
+    batch, worker = kill_between_the_ends(stack, DIES="child")
+    wait_for(lambda: "WorkerLostError" in worker.printed)
+    assert state(stack, batch) == "open"
+    stack.beat.start()
+    start = time.monotonic()
+    wait_until_ended(stack, batch)
+    since(start)
+
+
+# A worker is stopped
+
+
+@on_each
+def test_a_worker_stopped_while_jobs_of_a_batch_run_loses_no_callback(stack, gate, since):
+    batch, jobs = enqueue(stack, "hold", gate)
+    stack.wait_until_started(*jobs)
+    os.kill(stack.worker.pid, signal.SIGTERM)
+    stack.worker.wait()
+    assert state(stack, batch) == "open"
+    gate.touch()
+    stack.worker.start()
+    start = time.monotonic()
+    wait_until_ended(stack, batch)
+    since(start)
+
+
+# The broker is unavailable, or loses its messages
+
+
+@on_each
+def test_a_batch_ends_while_its_broker_is_away(stack, gate, since):
+    batch, jobs = enqueue(stack, "hold", gate)
+    stack.wait_until_started(*jobs)
+    with stack.supervised(stack.workers):
+        stack.broker.kill()
+        gate.touch()
+        wait_for(lambda: state(stack, batch) == "succeeded")
+        stack.broker.start()
+        start = time.monotonic()
+        wait_until_ended(stack, batch)
+        since(start)
+
+
+@on_each_broker
+def test_an_emptied_broker_breaks_no_chain(stack, since):
+    """The message of the second step is lost. It is in `cpu`: SQS empties a queue once a minute."""
+    stack.worker.stop()
+    code = """
+last = chain(quick.si().set(queue="io"), *[quick.si().set(queue="cpu")] * 2)()
+result = [last.id, last.parent.id]
+"""
+    last, second = stack.ask(code)
+    wait_for(lambda: stack.ask("result = Job.objects.filter(pk=pk).exists()", pk=second))
+    stack.beat.pause()
+    wait_for(lambda: stack.messages_in("cpu"))
+    stack.empty("cpu")
+    stack.worker.start()
+    stack.beat.resume()
+    start = time.monotonic()
+    wait_for(lambda: stack.ask("result = Job.objects.filter(pk=pk).exists()", pk=last))
+    rows = stack.wait_until_final(second, last)
+    since(start)
+    assert succeeded(rows, crashes=0), rows
+    assert ran_once(stack, [second, last])
+
+
+# Beat is unavailable
+
+
+@on_each
+def test_the_next_steps_of_a_chain_start_without_beat(stack, since):
+    """A worker sends their messages, and those of a chord, as soon as they are stored."""
+    code = """
+steps = chain(*[quick.si().set(queue=queue) for queue in ["cpu", "io"] * 5])
+result = chord([steps, *[quick.si()] * 5])(quick.si()).id
+"""
+    # The test before this one has restarted the broker: let each worker connect again, with Beat.
+    stack.wait_until_final(stack.ask(code))
+    stack.beat.stop()
+    start = time.monotonic()
+    callback = stack.ask(code)
+    wait_for(lambda: stack.notes("start", callback))
+    stack.wait_until_final(callback)
+    since(start)
+    assert stack.ask("result = Job.objects.filter(state__in=ACTIVE).count()") == 0
+    stack.beat.start()

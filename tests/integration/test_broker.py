@@ -1,0 +1,486 @@
+"""The broker is unavailable, hangs, loses messages, repeats them or refuses them: no job is lost.
+
+The headings are those of "The broker" in docs/reliability.md. `seconds` is explained in
+test_workers.py.
+"""
+
+import os
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import pytest
+
+from harness.faults import (
+    POOLS,
+    everywhere,
+    on_each_broker,
+    on_one,
+    on_prefork,
+    on_rabbitmq,
+    on_sqs,
+    ran_once,
+    stacks,
+    succeeded,
+)
+from harness.project import children_of, wait_for
+from harness.stack import RESEND
+
+# The broker is unavailable or hangs
+
+
+def check_tries(stack, start):
+    """Each of the four web processes tries to send once and then pauses for ten seconds."""
+    tries = stack.web.printed.count("stored but not sent")
+    assert 0 < tries <= 4 * (1 + (time.monotonic() - start) // 10), stack.web.printed
+
+
+@everywhere
+def test_jobs_outlive_their_broker(stack, gate, tmp_path, since):
+    """Bodies continue; retried and new jobs run as soon as the broker is back."""
+    later = tmp_path / "later"
+    sizes = {worker.log: worker.log.stat().st_size for worker in stack.workers}
+    ends_without = stack.enqueue("hold", gate, queue="cpu")
+    retries_without = stack.enqueue("hold_then_retry", gate, queue="io")
+    ends_after = stack.enqueue("hold", later, queue="io")
+    stack.wait_until_started(ends_without, retries_without, ends_after)
+    stack.renew_web()
+    with stack.supervised(stack.workers):
+        stack.broker.kill()
+        start = time.monotonic()
+        posted = stack.post_many(50, "quick")  # raises if one gets no answer
+        check_tries(stack, start)
+        gate.touch()
+        stack.wait_until_final(ends_without)
+        stack.broker.start()
+        start = time.monotonic()
+        later.touch()
+        ids = [job for job, _ in posted]
+        jobs = [ends_without, retries_without, ends_after, *ids]
+        rows = stack.wait_until_final(*jobs)
+        since(start)
+    assert succeeded(rows, crashes=0), rows
+    starts = [len(stack.notes("start", job)) for job in jobs]
+    # On gevent, a worker ends if queues are missing for a moment, as they are after a restart of
+    # moto. It hands back the job of a body that has not ended soon after.
+    has_ended = any(b"Unrecoverable error" in log.read_bytes()[sizes[log] :] for log in sizes)
+    assert starts in ([1, 2, 1, *[1] * 50], [1, 2, 1 + has_ended, *[1] * 50])
+
+
+# Not with gevent: its worker ends, and must be restarted, if queues are missing for a moment, as
+# they are after a restart of moto.
+@stacks(pools=[pool for pool in POOLS if pool != "gevent"])
+def test_idle_workers_outlive_their_broker(stack, since):
+    processes = [worker.pid for worker in stack.workers]
+    stack.broker.kill()
+    time.sleep(4)  # several polls
+    stack.broker.start()
+    start = time.monotonic()
+    rows = stack.wait_until_final(*[stack.enqueue("quick", queue=name) for name in ["cpu", "io"]])
+    since(start)
+    assert succeeded(rows, crashes=0), rows
+    assert [worker.pid for worker in stack.workers if worker.is_running()] == processes
+
+
+@on_each_broker
+def test_a_broker_that_hangs_delays_no_request(stack, record_property, since):
+    """All requests are answered while it is paused."""
+    stack.renew_web()
+    stack.broker.pause()
+    start = time.monotonic()
+    posted = stack.post_many(50, "quick")
+    record_property("slowest post", round(max(seconds for _, seconds in posted), 1))
+    check_tries(stack, start)
+
+    stack.broker.resume()
+    start = time.monotonic()
+    jobs = [job for job, _ in posted]
+    with stack.supervised(stack.workers):
+        rows = stack.wait_until_final(*jobs)
+    since(start)
+    assert succeeded(rows, crashes=0), rows
+    assert ran_once(stack, jobs)
+
+
+@on_each_broker
+def test_a_queue_that_the_broker_refuses_stops_no_other(stack, gate, since):
+    """Other queues still get new jobs, jobs with a countdown, and retries."""
+    refuse = "from config.celery import app\nwith app.connection_for_write() as broker:\n"
+    stack.ask(f"{refuse}    channel = broker.default_channel\n    {stack.broker.refuse}")
+    refused = [stack.enqueue("quick", queue="refused") for _ in range(5)]
+    time.sleep(1)  # some rounds of the sweep
+    gate.touch()
+    start = time.monotonic()
+    jobs = [stack.enqueue("quick", queue="cpu", countdown=1) for _ in range(5)]
+    jobs += [stack.enqueue("quick", queue="io"), stack.enqueue("hold_then_retry", gate, queue="io")]
+    rows = stack.wait_until_final(*jobs)
+    since(start)
+    assert succeeded(rows, crashes=0), rows
+    assert [row["state"] for row in stack.rows(*refused)] == ["queued"] * 5
+    stack.ask("Job.objects.filter(pk__in=jobs).delete()", jobs=refused)
+
+
+# The broker loses its messages
+
+
+@on_each_broker
+def test_an_emptied_broker_loses_no_job(stack, since):
+    """While the broker has their messages, almost none is sent again."""
+    stack.other.stop()
+    start = time.monotonic()
+    jobs = [stack.enqueue("quick", queue="io") for _ in range(20)]
+    time.sleep(RESEND + 1)
+    more = stack.messages_in("io") - 20
+    # A message that is being sent may look missing. And every RESEND seconds one job is sent again,
+    # because the messages in the queue may belong to plain tasks.
+    assert 0 <= more < 5 + (time.monotonic() - start) // RESEND
+    stack.beat.pause()
+    stack.empty("io")
+    assert stack.messages_in("io") == 0
+
+    stack.beat.resume()
+    start = time.monotonic()
+    stack.other.start()
+    rows = stack.wait_until_final(*jobs)
+    since(start)
+    assert succeeded(rows, crashes=0), rows
+    assert ran_once(stack, jobs)
+
+
+@on_each_broker
+def test_a_lost_message_is_noticed_in_a_queue_that_is_never_empty(stack, gate, since):
+    """It always holds messages of plain tasks."""
+    stack.ask("for _ in range(30): circle.delay(gate, 0.2)", gate=str(gate))
+    start = time.monotonic()
+    with pytest.raises(OSError):
+        stack.post("quick", key="lost", die=True)
+    code = 'result = [job.pk for job in Job.objects.filter(idempotency_key="lost")]'
+    [job] = stack.ask(code)
+    try:
+        rows = stack.wait_until_final(job)
+        since(start)
+        assert stack.messages_in("celery") > 5
+    finally:
+        gate.touch()
+    assert succeeded(rows, crashes=0), rows
+    assert ran_once(stack, [job])
+    wait_for(lambda: stack.messages_in("celery") == 0)  # so that the next test does not wait
+
+
+@on_one
+def test_many_lost_messages_are_noticed_soon_among_plain_tasks(stack, gate, since):
+    """The queue always holds more than these 40. One by one they would take 320 s."""
+    stack.replace_beat(JOB_RESEND_SECONDS=8)
+    stack.ask("for _ in range(90): circle.delay(gate, 0.05)", gate=str(gate))
+    start = time.monotonic()
+    code = """
+from unittest.mock import patch
+with patch("jobs.queryset.publish"):
+    result = [Job.objects.enqueue(quick).pk for _ in range(40)]
+"""
+    jobs = stack.ask(code)
+    try:
+        rows = stack.wait_until_final(*jobs)
+        since(start)
+        assert stack.messages_in("celery") > 40
+    finally:
+        gate.touch()
+    assert succeeded(rows, crashes=0), rows
+    wait_for(lambda: stack.messages_in("celery") == 0)  # so that the next test does not wait
+
+
+# The broker repeats messages
+
+
+@on_each_broker
+def test_copies_of_a_message_run_one_body(stack, gate):
+    """Two workers get five copies each at the same moment."""
+    code = """
+from jobs.messages import send
+jobs = [Job.objects.enqueue(hold, [gate], countdown=3600) for _ in range(3)]
+for copy in range(5):
+    for job in jobs:
+        for job.queue in ["cpu", "io"]:
+            send([job])
+result = [job.pk for job in jobs]
+"""
+    jobs = stack.ask(code, gate=str(gate))
+    stack.wait_until_started(*jobs)
+    wait_for(lambda: stack.messages_in("cpu") + stack.messages_in("io") == 0)
+    gate.touch()
+    rows = stack.wait_until_final(*jobs)
+    marker = stack.enqueue("quick", queue="cpu")  # behind all copies
+    stack.wait_until_final(marker)
+    assert succeeded(rows, crashes=0), rows
+    assert ran_once(stack, jobs)
+
+
+@on_one
+def test_an_old_message_does_not_shorten_the_pause_after_a_crash(stack, gate):
+    job = stack.enqueue("hold", gate, queue="cpu")
+    os.kill(stack.wait_until_started(job), signal.SIGKILL)
+    wait_for(lambda: stack.row(job)["crashes"] == 1)
+    code = """
+from jobs.messages import send
+copy = Job.objects.get(pk=job)
+copy.crashes = 0
+send([copy])
+"""
+    stack.ask(code, job=job)
+    gate.touch()
+    rows = stack.wait_until_final(job)
+    assert succeeded(rows, crashes=1), rows
+    code = """
+job = Job.objects.get(pk=job)
+result = (job.started_at - job.failures.get().ended_at).total_seconds()
+"""
+    assert stack.ask(code, job=job) > 3.5  # the pause is 5 s, more or less a fifth
+
+
+# The broker refuses a message
+
+
+@on_sqs
+def test_arguments_too_large_for_the_broker_are_refused_at_enqueue(stack):
+    """The broker accepts the largest allowed ones, even with a limit of 256 KiB for a message."""
+    limit = """
+import boto3
+from django.conf import settings
+sqs = boto3.client("sqs", endpoint_url=settings.SQS_ENDPOINT, region_name=settings.SQS_REGION)
+url = settings.CELERY_BROKER_TRANSPORT_OPTIONS["predefined_queues"]["cpu"]["url"]
+sqs.set_queue_attributes(QueueUrl=url, Attributes={"MaximumMessageSize": str(limit)})
+"""
+    code = """
+from django.conf import settings
+def enqueue_largest(letter):
+    for size in range(2 * settings.JOB_MAX_BYTES // len(json.dumps(letter)), 0, -100):
+        try:
+            return Job.objects.enqueue(read, [letter * size], queue="cpu").pk
+        except ValueError as error:
+            assert "JOB_MAX_BYTES" in str(error), error
+result = [enqueue_largest(letter) for letter in ["x", "é", "😀", '"']]
+"""
+    stack.ask(limit, limit=2**18)
+    try:
+        rows = stack.wait_until_final(*stack.ask(code))
+    finally:
+        stack.ask(limit, limit=2**20)
+    assert succeeded(rows, crashes=0), rows
+
+
+def store_large(stack, countdown=None):
+    """Store 200 jobs, 1 in 20 too large for SQS. Return the ids of these, and of the others."""
+    code = """
+result = [], []
+for number in range(200):
+    with transaction.atomic():
+        job = Job.objects.enqueue(read, ["x"], queue="cpu", countdown=countdown)
+        if is_large := number % 20 == 10:
+            job.args = ["x" * 1_200_000]
+            job.save(update_fields=["args"])
+        result[not is_large].append(job.pk)
+"""
+    return stack.ask(code, countdown=countdown)
+
+
+@on_sqs
+def test_jobs_that_the_broker_refuses_delay_no_other(stack, since):
+    """Neither jobs that are sent at once, without Beat, nor jobs that Beat sends."""
+    beat = stack.replace_beat(JOB_MAX_BYTES=10**9)  # it sends them, although they are too large
+    beat.pause()
+    _, good = store_large(stack)
+    rows = stack.wait_until_final(*good)
+    _, good = store_large(stack, countdown=1)
+    start = time.monotonic()
+    beat.resume()
+    good.append(stack.enqueue("quick", queue="io", countdown=1))
+    rows += stack.wait_until_final(*good)
+    since(start)
+    assert succeeded(rows, crashes=0), rows
+    stack.ask("Job.objects.all().cancel()")
+
+
+@on_sqs
+def test_jobs_that_the_broker_refuses_fail(stack, since):
+    """Meanwhile it accepts others of their queue, which are sent without Beat."""
+    stack.replace_beat(JOB_MAX_BYTES=10**9)
+    start = time.monotonic()
+    refused, _ = store_large(stack)
+
+    active = "result = Job.objects.filter(pk__in=jobs, state__in=ACTIVE).exists()"
+
+    def have_ended():
+        stack.enqueue("quick", queue="cpu")
+        time.sleep(0.5)
+        return not stack.ask(active, jobs=refused)
+
+    wait_for(have_ended)  # five tries each; the stand-in serves 50 calls a second
+    since(start)
+    rows = stack.rows(*refused)
+    assert {row["state"] for row in rows} == {"failed"}, rows
+    assert {row["error"].split(":")[0] for row in rows} == {"The broker refused it 5 times"}
+
+
+# A queue is full
+
+
+@contextmanager
+def small(stack, queue, length):
+    """Have RabbitMQ refuse messages while this queue is full."""
+    policy = f'{{"max-length": {length}, "overflow": "reject-publish"}}'
+    stack.broker.control("set_policy", "small", f"^{queue}$", policy, "--apply-to", "queues")
+    try:
+        yield
+    finally:
+        stack.broker.control("clear_policy", "small")
+
+
+@on_rabbitmq
+def test_jobs_that_a_full_queue_refused_run_when_it_has_room(stack, gate, since):
+    """They run soon: however long it was full, the next try is at most RESEND seconds away."""
+    held = [stack.enqueue("hold", gate, queue="cpu") for _ in range(4)]
+    stack.wait_until_started(*held)
+    pauses = """
+refused = Job.objects.filter(pk__in=jobs, times_sent=0).annotate(pause=F("sweep_at") - Now())
+result = [job.pause.total_seconds() for job in refused]
+"""
+    seen = []
+    with small(stack, "cpu", 5):
+        jobs = [stack.enqueue("quick", queue="cpu") for _ in range(13)]
+        for _ in range(16):  # meanwhile some are refused several times
+            time.sleep(1)
+            seen += stack.ask(pauses, jobs=jobs)
+        start = time.monotonic()
+        gate.touch()
+        rows = stack.wait_until_final(*held, *jobs)
+        since(start)
+    assert succeeded(rows, crashes=0), rows
+    assert max(seen) <= RESEND
+
+
+@on_rabbitmq
+def test_a_full_queue_fails_no_job(stack, since):
+    """It accepts others all the time, but refuses each job several times."""
+    start = time.monotonic()
+    with small(stack, "cpu", 2):
+        jobs = [stack.enqueue("rest", 0.5, queue="cpu") for _ in range(150)]
+        rows = stack.wait_until_final(*jobs)
+        since(start)
+    assert succeeded(rows, crashes=0), rows
+
+
+# Redis fails over
+
+
+@contextmanager
+def posting(stack):
+    """Post jobs until the block ends; yield the list of all that post_many() has returned."""
+    posted, done = [], threading.Event()
+
+    def post():
+        while not done.is_set():
+            posted.extend(stack.post_many(2, "quick"))
+
+    with ThreadPoolExecutor(1) as thread:
+        ending = thread.submit(post)
+        try:
+            yield posted
+        finally:
+            done.set()
+        ending.result()
+
+
+with_sentinel = stacks(brokers=["redis-sentinel"], pools=POOLS[:1])
+
+
+@with_sentinel
+def test_jobs_and_results_outlive_a_failover(stack, gate, since):
+    """With Sentinel, TLS and passwords; requests are answered while there is no master."""
+    ask_for_a_result = "sent = plain.delay(gate)\nsent.get(timeout=20)\nresult = sent.state"
+    assert stack.ask(ask_for_a_result, gate="/") == "SUCCESS"
+    stack.renew_web()
+    runs = stack.enqueue("hold", gate, queue="cpu")
+    stack.wait_until_started(runs)
+    what_flower_shows = """
+from config.celery import app
+workers = app.control.inspect(timeout=5)
+result = [workers.stats() or {}, workers.conf(with_defaults=True) or {}]
+"""
+    with stack.supervised(stack.workers):  # a worker that held a message may end
+        with posting(stack) as posted:
+            wait_for(lambda: len(posted) > 20)
+            master, count = stack.broker.master, len(posted)
+            stack.broker.set_failover_delay(600)  # seconds: no failover yet
+            master.kill()
+            wait_for(lambda: len(posted) > count + 20)
+            stack.broker.set_failover_delay(2)
+            start = time.monotonic()
+            wait_for(lambda: stack.broker.master is not master)
+            stack.wait_until_final(stack.enqueue("quick", queue="io"))
+            since(start)
+            gate.touch()
+        jobs = [runs, *[job for job, _ in posted]]
+        rows = stack.wait_until_final(*jobs)
+        assert stack.ask(ask_for_a_result, gate=str(gate)) == "SUCCESS"
+        wait_for(lambda: [len(each) for each in stack.ask(what_flower_shows)] == [2, 2])
+    assert succeeded(rows, crashes=0), rows
+    assert ran_once(stack, jobs)
+    shown = str(stack.ask(what_flower_shows))
+    assert "of/" not in shown and "of%2F" not in shown  # the passwords
+
+
+@with_sentinel
+def test_sentinel_without_the_name_of_its_master_is_refused(running):
+    variables = {**running.variables, "REDIS_SENTINEL_MASTER": ""}
+    with pytest.raises(AssertionError, match="ImproperlyConfigured.* REDIS_SENTINEL_MASTER"):
+        running.project.manage("check", **variables)
+
+
+# The broker is lost while a prefork worker writes a message of more than 64 KB to a child
+
+
+@on_prefork
+def test_a_broker_lost_while_a_child_reads_a_large_message_blocks_nothing(stack, since):
+    """The worker ends, the child waits for the rest, and Celery alone would wait for it forever."""
+    children = children_of(stack.worker.pid)
+    for child in children:
+        os.kill(child, signal.SIGSTOP)  # so that the message is not written at once
+    code = "result = Job.objects.enqueue(read, ['x' * 2_000_000], queue='cpu').pk"
+    jobs = [stack.ask(code)]
+    wait_for(lambda: stack.messages_in("cpu") == 0)
+    time.sleep(1)  # the first part is written
+    stack.broker.kill()
+    stack.broker.start()
+    start = time.monotonic()
+    for child in children:
+        os.kill(child, signal.SIGCONT)
+    jobs.append(stack.enqueue("quick", queue="cpu"))
+    with stack.supervised(stack.workers):
+        rows = stack.wait_until_final(*jobs)
+    since(start)
+    assert succeeded(rows, crashes=0), rows
+    assert ran_once(stack, jobs)
+
+
+@on_prefork
+def test_a_worker_ends_although_a_child_has_half_of_a_message(stack, since):
+    """Celery waits for that child, and the child waits for the other half."""
+    children = children_of(stack.worker.pid)
+    for child in children:
+        os.kill(child, signal.SIGSTOP)
+    job = stack.enqueue("read", "x" * 1_000_000, queue="cpu")  # more than a pipe holds
+    wait_for(lambda: not stack.messages_in("cpu"))
+    time.sleep(1)  # the worker writes to a child
+
+    start = time.monotonic()
+    os.kill(stack.worker.pid, signal.SIGTERM)
+    wait_for(lambda: "terminate all running tasks" in stack.worker.printed)
+    for child in children:
+        os.kill(child, signal.SIGCONT)
+    stack.worker.wait()
+    since(start)
+    assert "a child does not end" in stack.worker.printed
+    stack.worker.start()
+    assert succeeded(stack.wait_until_final(job), crashes=0)

@@ -1,0 +1,292 @@
+"""The database restarts, crashes, freezes, is locked or accepts no writes: no job runs twice.
+
+The headings are those of "The database" in docs/reliability.md. `seconds` is explained in
+test_workers.py.
+"""
+
+import os
+import signal
+import time
+from contextlib import contextmanager
+
+import pytest
+
+from harness.faults import (
+    ONE,
+    errors,
+    on_each,
+    on_each_pool,
+    on_one,
+    on_prefork,
+    ran_once,
+    stacks,
+    succeeded,
+)
+from harness.project import wait_for
+from harness.stack import LEASE
+
+# The database restarts
+
+
+@on_each
+def test_a_restarted_database_loses_no_job(stack, gate, since):
+    """An outcome is stored as soon as the database is back; no lease ends before."""
+    jobs = [stack.enqueue("hold", gate, queue=queue) for queue in ["cpu", "io"]]
+    jobs.append(stack.enqueue("count", gate, queue="cpu"))
+    stack.wait_until_started(*jobs)
+    stack.database.kill()
+    gate.touch()
+    time.sleep(LEASE + 1)
+    stack.database.start()
+    start = time.monotonic()
+    rows = stack.wait_until_final(*jobs)
+    since(start)
+    assert succeeded(rows, crashes=0), rows
+    assert ran_once(stack, jobs)
+    number, cursor = rows[2]["result"]
+    assert number == cursor > 0
+
+
+# PostgreSQL or its machine crashes
+
+
+@on_each_pool
+def test_a_job_never_runs_twice_at_a_time_if_the_database_loses_its_claim(stack, gate, since):
+    """PostgreSQL crashes before its log is on disk. Only the job of the dead worker runs again."""
+    code = """
+with transaction.atomic():
+    connection.cursor().execute("SET LOCAL synchronous_commit = on")
+    calls = [(gate, "cpu"), (other_gate, "cpu"), (gate, "io")]
+    jobs = [Job.objects.enqueue(hold, [gate], queue=queue) for gate, queue in calls]
+result = [job.pk for job in jobs]
+"""
+    other_gate = gate.with_name("other")
+    stack.beat.stop()
+    with unwritten_log(stack):
+        jobs = stack.ask(code, gate=str(gate), other_gate=str(other_gate))
+        stack.wait_until_started(*jobs)
+        stack.worker.pause()
+        stack.other.kill()
+        start = time.monotonic()
+        stack.database.kill()
+        stack.database.start()
+        assert [row["state"] for row in stack.rows(*jobs)] == ["queued"] * 3
+        other_gate.touch()
+        stack.worker.resume()
+        for process in (stack.beat, stack.other):
+            process.start()
+        stack.wait_until_started(jobs[2], times=2)
+        time.sleep(2 * LEASE)  # time for the other two to start again
+        gate.touch()
+        rows = stack.wait_until_final(*jobs)
+        since(start)
+    assert succeeded(rows, crashes=0), rows
+    assert [len(stack.notes("start", job)) for job in jobs] == [1, 1, 2]
+
+
+@contextmanager
+def unwritten_log(stack):
+    """Keep commits in memory: none waits for the disk, and the background writers are paused."""
+
+    def alter(setting):
+        stack.ask("connection.cursor().execute(f'ALTER SYSTEM {setting}')", setting=setting)
+        stack.ask("connection.cursor().execute('SELECT pg_reload_conf()')")
+
+    code = """
+with connection.cursor() as cursor:
+    cursor.execute("SELECT pid FROM pg_stat_activity WHERE backend_type = ANY(%s)", [writers])
+    result = [pid for [pid] in cursor]
+"""
+    writers = ["walwriter", "background writer", "checkpointer"]
+    alter("SET synchronous_commit = off")
+    stack.wait_until_final(stack.enqueue("quick"))  # now the workers' sessions use it
+    for pid in stack.ask(code, writers=writers):
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        alter("RESET synchronous_commit")
+
+
+# The database or the whole machine freezes for a while
+
+
+def hold_eight(stack, gate):
+    """Start four jobs in each worker, whose leases are not renewed together; return their ids."""
+    jobs = []
+    for pause in 0, 0.7:  # more than POLL_SECONDS
+        time.sleep(pause)
+        jobs += [stack.enqueue("hold", gate, queue=queue) for queue in ["cpu", "io"] * 2]
+        stack.wait_until_started(*jobs)
+    return jobs
+
+
+def check_eight(stack, gate, jobs):
+    """Let them end after some rounds of the sweep; assert that each has run once."""
+    time.sleep(1)
+    gate.touch()
+    rows = stack.wait_until_final(*jobs)
+    assert succeeded(rows, crashes=0), rows
+    assert ran_once(stack, jobs)
+
+
+@on_each_pool
+def test_a_paused_database_lets_no_job_run_twice(stack, gate, since):
+    jobs = hold_eight(stack, gate)
+    stack.database.pause()
+    time.sleep(LEASE + 2)
+    stack.database.resume()
+    start = time.monotonic()
+    check_eight(stack, gate, jobs)
+    since(start)
+
+
+@on_each_pool
+def test_a_paused_machine_lets_no_job_run_twice(stack, gate, since):
+    """Any process may be the first to continue; after the database, here it is Beat."""
+    jobs = hold_eight(stack, gate)
+    processes = [stack.database, stack.beat, *stack.workers]
+    for process in reversed(processes):
+        process.pause()
+    time.sleep(LEASE + 2)
+    start = time.monotonic()
+    for process in processes:
+        process.resume()
+        time.sleep(0.2)
+    check_eight(stack, gate, jobs)
+    since(start)
+
+
+# A row or the whole table is locked
+
+
+@on_each_pool
+def test_a_job_with_a_locked_row_runs_once_and_stops_no_other(stack, gate, since):
+    """One row is locked by another connection, one by its own body."""
+    jobs = [stack.enqueue("hold", gate, queue="cpu") for _ in range(3)]
+    jobs.append(stack.enqueue("hold_its_row", gate, queue="cpu"))
+    stack.wait_until_started(*jobs)
+    with stack.locked(f"SELECT FROM jobs_job WHERE id = '{jobs[0]}' FOR UPDATE"):
+        time.sleep(LEASE + 1)
+        start = time.monotonic()
+        [other] = stack.wait_until_final(stack.enqueue("quick", queue="io", countdown=1))
+        since(start)
+    time.sleep(1)  # some rounds of the sweep
+    gate.touch()
+    rows = stack.wait_until_final(*jobs)
+    assert succeeded([other, *rows], crashes=0), rows
+    assert ran_once(stack, jobs)
+
+
+@stacks(brokers=ONE["brokers"], pools=["gevent"])
+def test_outcomes_that_wait_for_a_lock_stop_no_other_job(stack, gate, since):
+    """Ten wait: as many as there are threads that store outcomes."""
+    jobs = [stack.enqueue("hold", gate, queue="cpu") for _ in range(10)]
+    stack.wait_until_started(*jobs)
+    with stack.locked(f"SELECT FROM jobs_job WHERE id IN {tuple(jobs)} FOR UPDATE"):
+        gate.touch()
+        wait_for(lambda: all(stack.notes("end", job) for job in jobs))
+        start = time.monotonic()
+        others = [stack.enqueue("quick", queue="cpu") for _ in range(20)]
+        rows = stack.wait_until_final(*others)
+        since(start)
+    rows += stack.wait_until_final(*jobs)
+    assert succeeded(rows, crashes=0), rows
+    assert ran_once(stack, [*jobs, *others])
+
+
+@pytest.mark.parametrize("mode", ["ACCESS EXCLUSIVE", "SHARE"])
+@on_each_pool
+def test_a_locked_table_lets_no_job_run_twice(stack, gate, since, mode):
+    """A migration takes such a lock. CREATE INDEX takes SHARE, so that the sweep can read rows."""
+    jobs = hold_eight(stack, gate)
+    with stack.locked(f"LOCK TABLE jobs_job IN {mode} MODE"):
+        time.sleep(LEASE + 2)
+    start = time.monotonic()
+    check_eight(stack, gate, jobs)
+    since(start)
+
+
+# A body holds its own row
+
+
+@on_each_pool
+def test_a_job_is_not_taken_over_during_a_transaction_longer_than_its_lease(stack, since):
+    """The transaction locks the row: nothing can renew the lease, but no sweep may take the job."""
+    start = time.monotonic()
+    seconds = [LEASE + 1.5 + more / 4 for more in range(4)]
+    jobs = [stack.enqueue("commit_slowly", 3, each, queue="cpu") for each in seconds]
+    rows = stack.wait_until_final(*jobs)
+    since(start)
+    assert succeeded(rows, crashes=0), rows
+    assert ran_once(stack, jobs)
+
+
+# The database accepts no writes
+
+
+@on_each_pool
+def test_a_read_only_database_loses_no_job(stack, gate, since):
+    """Outcomes are stored as soon as writes work; no body runs twice, no crash is counted."""
+
+    def set_read_only(state):
+        setting = f"ALTER SYSTEM SET default_transaction_read_only = {state}"
+        assert stack.database.run("psql", "-q", "-c", setting, "-c", "SELECT pg_reload_conf()")
+
+    jobs = [stack.enqueue("hold", gate, queue=queue) for queue in ["cpu", "io"]]
+    stack.wait_until_started(*jobs)
+    set_read_only("on")
+    try:
+        gate.touch()
+        time.sleep(LEASE + 1)
+    finally:
+        set_read_only("off")
+    start = time.monotonic()
+    rows = stack.wait_until_final(*jobs)
+    since(start)
+    assert succeeded(rows, crashes=0), rows
+    assert ran_once(stack, jobs)
+
+
+# The database is unavailable for longer than the rest of a job's time limit
+
+
+@on_prefork
+def test_an_outage_after_a_body_counts_towards_no_time_limit(stack, gate, since):
+    """The outage takes 11 s, and the soft time limit is 10 s."""
+    jobs = [
+        stack.enqueue("hold_softly", gate, queue="cpu"),
+        stack.enqueue("hold_softly", gate, "its own reason", queue="cpu"),
+    ]
+    stack.wait_until_started(*jobs)
+    stack.database.kill()
+    gate.touch()
+    time.sleep(11)
+    stack.database.start()
+    start = time.monotonic()
+    rows = stack.wait_until_final(*jobs)
+    since(start)
+    assert [row["state"] for row in rows] == ["succeeded", "failed"], rows
+    assert rows[1]["error"] == "ValueError: its own reason"
+    assert ran_once(stack, jobs)
+
+
+# A router sends reads to a replica
+
+
+@on_one
+def test_a_router_with_a_replica_stops_no_job(stack, since):
+    """All reads go to a connection that cannot write. Beat, too, has a part in this job."""
+    variables = {"DJANGO_SETTINGS_MODULE": "faults.replica"}
+    stack.replace_worker(**variables)
+    stack.replace_beat(**variables)
+    code = """
+from faults.tasks import *
+job = Job.objects.enqueue(fail_twice, queue="cpu", countdown=1)
+job.refresh_from_db()
+print(job.pk)
+"""
+    start = time.monotonic()
+    [row] = stack.wait_until_final(stack.project.shell(code, **stack.variables, **variables))
+    since(start)
+    assert errors(row) == ["OSError: away"] * 2

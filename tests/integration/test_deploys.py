@@ -1,0 +1,66 @@
+"""Old code and new code run side by side, and the code of waiting jobs changes.
+
+The headings are those of "Deploys" in docs/reliability.md. `seconds` is explained in
+test_workers.py.
+"""
+
+import time
+
+from harness.faults import succeeded, without_resends
+from harness.project import wait_for
+
+# A worker of old code takes a job whose task it does not know
+
+
+@without_resends
+def test_a_worker_of_old_code_delays_no_new_task(stack, since):
+    """In a rolling deploy it receives messages of a task that it does not know, and drops them."""
+    stack.other.stop()
+    old = stack.make_worker("io", "old", OLD_CODE=1)
+    old.start()
+    jobs = [stack.enqueue("new", queue="io") for _ in range(5)]
+    wait_for(lambda: old.printed.count("unregistered task") == 5)
+    old.stop()
+    start = time.monotonic()
+    stack.other.start()
+    rows = stack.wait_until_final(*jobs)
+    since(start)
+    assert succeeded(rows, crashes=0), rows
+
+
+# Beat still runs old code
+
+
+@without_resends
+def test_a_beat_of_old_code_sends_the_jobs_of_new_tasks(stack, since):
+    """In a rolling deploy, Beat may be the last process that gets the new code."""
+    stack.replace_beat(OLD_CODE=1)
+    start = time.monotonic()
+    jobs = [stack.enqueue("new", queue="io", countdown=1) for _ in range(5)]
+    rows = stack.wait_until_final(*jobs)
+    since(start)
+    assert succeeded(rows, crashes=0), rows
+
+
+# A task's arguments changed while its jobs waited
+
+
+@without_resends
+def test_jobs_with_outdated_arguments_fail_and_delay_no_other(stack, since):
+    """They were stored before their task's signature changed."""
+    code = """
+jobs = [job.pk for job in Job.objects.enqueue_many(quick, [[]] * 40, countdown=2)]
+for position, args in enumerate(jobs[:30]):
+    args, kwargs = ([], {"gone": 1}) if position % 2 else (["one too many"], {})
+    Job.objects.filter(pk=jobs[position]).update(args=args, kwargs=kwargs)
+result = jobs
+"""
+    start = time.monotonic()
+    jobs = stack.ask(code)
+    rows = stack.wait_until_final(*jobs[30:])
+    assert succeeded(rows, crashes=0), rows
+    rows = stack.wait_until_final(*jobs[:30])
+    since(start)
+    assert {(row["state"], row["crashes"]) for row in rows} == {("failed", 0)}, rows
+    assert all("argument" in row["error"] for row in rows), rows
+    assert all("gone" in row["error"] for row in rows[1::2]), rows

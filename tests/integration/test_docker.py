@@ -1,0 +1,994 @@
+"""Outputs in containers, built and started as baked: Compose's services, and Kubernetes' pods."""
+
+import itertools
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import time
+from contextlib import contextmanager
+from urllib.request import Request, urlopen
+
+import pytest
+import yaml
+
+from harness import kustomize, missing
+from harness.bake import CHOICES, PINNED, baked
+from harness.ci import job_of
+from harness.outputs import ORDER
+from harness.pages import blocks
+from harness.project import Site, env, free_ports, wait_for
+
+SOFT_SHUTDOWN_SECONDS = 2
+# A job that runs much longer than SOFT_SHUTDOWN_SECONDS and reports 1,000 times.
+LONG_JOB = """
+from users.models import User
+from jobs.models import Job
+from orders.tasks import forecast_demand
+arguments = {"rounds": 3_000_000}
+owner = User.objects.get(is_superuser=True)  # the profile monitoring has added another user
+print(Job.objects.enqueue(forecast_demand, ["Tea"], arguments, owner=owner).pk)
+"""
+# A job for each queue, which Beat starts when its countdown is over.
+JOB_FOR_EACH_QUEUE = """
+from django.conf import settings
+from users.models import User
+from jobs.models import Job
+from orders.tasks import forecast_demand
+options = {"countdown": 1, "owner": User.objects.get(is_superuser=True)}
+for queue in settings.CELERY_TASK_QUEUES:
+    job = Job.objects.enqueue(forecast_demand, ["Tea"], {"rounds": 9}, queue=queue, **options)
+    print(queue, job.pk)
+"""
+CRASHES = "from jobs.models import Job; print(Job.objects.get(pk='{}').crashes)"
+MEGABYTE = 1_000_000
+
+# An image with the newest Python and all packages, including those for tests.
+TESTED = f"""
+FROM python:{PINNED.python}-slim
+COPY --from={PINNED.uv} /uv /usr/local/bin/
+ENV UV_LINK_MODE=copy UV_CACHE_DIR=/cache VIRTUAL_ENV=/venv PATH=/venv/bin:$PATH
+COPY pyproject.toml /
+RUN --mount=type=cache,target=/cache uv venv /venv && uv pip install -r pyproject.toml --group dev
+WORKDIR /app
+"""
+VERSIONS = {  # of Django
+    "default": ["5.2", "6.1"],
+    "admin": ["5.2", "6.0"],  # django-celery-beat has no release for 6.1
+}
+ANSWERS = {"default": {}, "admin": {"periodic_tasks": "admin", "result_backend": "database"}}
+
+# The tests of one stack run one after the other.
+STACKS = [
+    pytest.param(broker, marks=pytest.mark.xdist_group(f"docker-{broker}"))
+    for broker in CHOICES["broker"]
+]
+on_one = pytest.mark.parametrize("stack", STACKS[:1], indirect=True)
+on_rabbitmq = pytest.mark.parametrize(
+    "stack", [stack for stack in STACKS if stack.values == ("rabbitmq",)], indirect=True
+)
+HTTPS = {"Host": "example.com", "X-Forwarded-Proto": "https"}  # what the proxy sends
+
+
+def docker(*command):
+    result = subprocess.run(["docker", *command], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def engine():
+    """Call missing() on a machine without a Docker engine or without Compose v2."""
+    if not shutil.which("docker"):
+        missing("docker is not installed")
+    for command in ("info", "compose version"):
+        if subprocess.run(["docker", *command.split()], capture_output=True).returncode:
+            missing(f"`docker {command}` fails: no engine, or no Compose v2")
+
+
+@pytest.fixture(scope="module", params=STACKS)
+def stack(request, engine, cookies_session):
+    """Start the output for a broker in containers; remove them and their data at the end.
+
+    Only `.env` is changed: a shorter soft shutdown, because workers wait that long at each stop.
+    """
+    port, flower, prometheus, grafana = free_ports(4)
+    answers = {"broker": request.param, "project_slug": f"shop_{port}"}
+    project = baked(cookies_session, {"deployment": "kubernetes", **answers})  # docker's files too
+    with open(project / ".env", "a") as file:
+        file.write(f"SOFT_SHUTDOWN_SECONDS={SOFT_SHUTDOWN_SECONDS}\n")
+    ports = {"PORT": port, "FLOWER_PORT": flower}
+    ports |= {"PROMETHEUS_PORT": prometheus, "GRAFANA_PORT": grafana}
+    stack = Stack(project, **ports)
+    try:
+        stack.make_up()
+        yield stack
+    finally:
+        stack.compose("--profile", "*", "down", "--volumes", "--remove-orphans")
+        subprocess.run(["docker", "image", "rm", project.name], capture_output=True)
+    label = f"label=com.docker.compose.project={project.name}"
+    assert not docker("volume", "ls", "--quiet", "--filter", label)
+
+
+class Stack(Site):
+    """A site that `docker compose up` started."""
+
+    def __init__(self, project, **environment):
+        super().__init__(project, process=None, environment=environment)
+        self.began = time.monotonic()
+
+    @property
+    def log(self):
+        return self.compose("ps", "--all") + self.compose("logs", "--no-color")
+
+    def compose(self, *command):
+        return self.project.call("docker", "compose", *command, **self.environment)
+
+    def make(self, target):
+        return self.project.call("make", target, **self.environment)
+
+    def make_up(self):
+        """Run `make up`, which prints addresses and passwords, and keep the token from there."""
+        try:
+            printed = self.make("up")
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.log}") from None
+        user = self.user()
+        assert f"{self.web}/    {user['USERNAME']} / {user['PASSWORD']}" in printed
+        assert not self.has_flower or self.flower in printed
+        self.token = re.findall("Token ([0-9a-f]{40})", printed)[-1]
+
+    def up(self, *options):
+        """Start what has ended, without a build."""
+        self.compose("up", "--detach", "--wait", *options)
+
+    @contextmanager
+    def monitored(self):
+        """Run the services of the profile `monitoring` until the block ends.
+
+        Without Grafana if its image is not on this machine and cannot be downloaded.
+        """
+        services = yaml.safe_load(self.project.read("compose.yaml"))["services"]
+        names = [name for name in services if services[name].get("profiles") == ["monitoring"]]
+        image = services["grafana"]["image"]
+        commands = (["docker", "image", "inspect", image], ["docker", "pull", "--quiet", image])
+        if all(subprocess.run(each, capture_output=True).returncode for each in commands):
+            print(f"not tested: grafana, because there is no image {image}")
+            names.remove("grafana")
+        profile = ("--profile", "monitoring")
+        self.compose(*profile, "up", "--detach", "--wait", *names)
+        try:
+            yield names
+        finally:
+            self.compose(*profile, "rm", "--force", "--stop", *names)
+
+    def ask_prometheus(self, path):
+        with urlopen(f"http://127.0.0.1:{self.environment['PROMETHEUS_PORT']}{path}") as response:
+            return json.load(response)["data"]
+
+    def is_scraped(self):
+        """Whether Prometheus has read the metrics since its last start."""
+        targets = self.ask_prometheus("/api/v1/targets")["activeTargets"]
+        assert all(target["health"] != "down" for target in targets), targets
+        return [target["health"] for target in targets] == ["up"]
+
+    def psql(self, sql, database="postgres"):
+        """Run SQL as PostgreSQL's superuser, as docs/production.md says; return what it prints."""
+        command = ("psql", "-U", "postgres", "-d", database, "-tAc", sql)
+        return self.compose("exec", "-T", "db", *command).strip()
+
+    def shell(self, code):
+        """Run Python code in the web container; return the last word that it prints."""
+        command = ("python", "manage.py", "shell", "-v0", "-c", code)
+        return self.compose("exec", "-T", "web", *command).split()[-1]
+
+    def containers(self, *options):
+        """Return what `docker inspect` says about the containers: {service: [containers]}."""
+        ids = self.compose("ps", "--quiet", *options).split()
+        found = {}
+        for container in json.loads(docker("inspect", *ids)):
+            service = container["Config"]["Labels"]["com.docker.compose.service"]
+            found.setdefault(service, []).append(container)
+        return found
+
+    def order(self):
+        """Place an order, wait until its job has succeeded; return the order's URL and the job."""
+        status, headers, order = self.request("/api/orders/", ORDER)
+        assert status == 202, self.log
+        *_, job = self.follow(headers["Location"])
+        assert job["state"] == "succeeded", job
+        return f"/api/orders/{order['id']}/", job
+
+    def start_long_job(self):
+        """Start LONG_JOB, wait for its first progress of 5 or more; return its URL and its id."""
+        self.order()
+        pk = self.shell(LONG_JOB)
+        url = f"/api/jobs/{pk}/"
+        job = next(job for job in self.follow(url) if job["progress"] >= 5)
+        assert job["state"] == "running", f"too quick: {job}"
+        return url, pk
+
+
+def test_an_order_becomes_a_succeeded_job(stack, record_property):
+    url, job = stack.order()
+    seconds = time.monotonic() - stack.began
+    record_property("seconds from up to succeeded", round(seconds))
+    print(f"{stack.project.name}: {seconds:.0f} s from up to succeeded, the build included")
+
+    assert stack.request(url)[2]["confirmed_at"]
+    assert "Thank you! You ordered 2 × Tea." in stack.compose(
+        "exec", "-T", "worker", "sh", "-c", "cat .data/mail/*"
+    )
+    assert stack.request("/api/jobs/", Authorization="")[0] == 401
+    if stack.has_flower:
+        assert wait_for(lambda: stack.find_in_flower(job["id"]), site=stack)
+        assert stack.ask_flower("/api/workers", authenticated=False)[0] == 401
+
+
+def test_the_worker_reads_an_uploaded_file(stack):
+    status, headers, _ = stack.upload("/api/imports/", "product,quantity\nTea,2\nTea,3")
+    assert status == 202, stack.log
+    *_, job = stack.follow(headers["Location"])
+    assert (job["label"], job["result"]) == ("Import upload.csv", {"imported": 2}), job
+
+
+def test_each_service_is_healthy_and_has_few_rights(stack):
+    check_rights(stack.containers("--all"))
+
+
+def check_rights(containers, public=None):
+    """Assert that services run with few rights, and that only `public` has public ports."""
+    for service, [container] in containers.items():
+        state, host = container["State"], container["HostConfig"]
+        if state["Running"]:
+            assert state["Health"]["Status"] == "healthy", service
+            assert host["RestartPolicy"]["Name"] == "unless-stopped", service
+            assert docker("exec", container["Id"], "id", "-u") != "0", service
+        else:
+            assert state["ExitCode"] == 0, service
+        assert container["Config"]["User"] not in ("", "0", "root"), service
+        assert host["ReadonlyRootfs"] and host["Init"] and host["Memory"], service
+        assert host["CapDrop"] == ["ALL"], service
+        added = [name.removeprefix("CAP_") for name in host["CapAdd"] or []]
+        assert added == ["NET_BIND_SERVICE"] * (service == public), service
+        assert host["SecurityOpt"] == ["no-new-privileges:true"], service
+        assert host["LogConfig"]["Config"]["max-size"], service
+        address = "0.0.0.0" if service == public else "127.0.0.1"
+        ports = host["PortBindings"].values()
+        assert all(port["HostIp"] == address for [port] in ports), service
+
+
+def test_the_image_is_small_and_contains_no_secret(stack):
+    image, base = stack.project.name, f"python:{PINNED.python}-slim"
+    sizes = [int(docker("image", "inspect", "-f", "{{.Size}}", name)) for name in (image, base)]
+    added = (sizes[0] - sizes[1]) / MEGABYTE
+    print(f"{image}: {sizes[0] / MEGABYTE:.0f} MB, {added:.0f} MB on top of {base}")
+    # OpenTelemetry is 10 MB of it; boto3 knows every service of AWS.
+    assert added <= (140 if stack.has_flower else 180)
+
+    layers = subprocess.run(["docker", "image", "save", image], stdout=subprocess.PIPE).stdout
+    assert b"config/settings.py" in layers
+    secrets = re.findall("[0-9a-f]{24}", stack.project.read(".env"))
+    assert secrets
+    assert not [secret for secret in secrets if secret.encode() in layers]
+
+
+def test_a_stop_in_the_middle_of_a_job_loses_nothing(stack):
+    """The data also outlives the containers."""
+    order, _ = stack.order()
+    url, pk = stack.start_long_job()
+    token = stack.token
+    stack.make("down")
+    assert not stack.compose("ps", "--all", "--quiet")
+    stack.make_up()
+    *_, job = stack.follow(url)
+
+    assert job["state"] == "succeeded"
+    assert stack.shell(CRASHES.format(pk)) == "0"  # the worker handed it back
+    assert stack.token == token
+    assert stack.request(order)[0] == 200
+
+
+TOKEN = "cat /token/prometheus"
+ABOUT_PROMETHEUS = """
+from users.models import User
+user = User.objects.get(username="prometheus")
+rights = user.is_superuser or user.has_usable_password() or user.get_all_permissions()
+print("many" if rights else "none")
+"""
+
+
+def test_the_profile_monitoring_collects_metrics_and_alerts(stack):
+    """Prometheus logs in as a staff user without permissions. Only its containers have it."""
+    with stack.monitored() as names:
+        containers = stack.containers("--all")
+        assert set(names) < set(containers)
+        check_rights(containers)
+        for service, [container] in containers.items():
+            mounts = {mount["Destination"] for mount in container["Mounts"]}
+            assert ("/token" in mounts) == service.startswith("prometheus"), service
+        wait_for(stack.is_scraped, site=stack)
+        [group] = stack.ask_prometheus("/api/v1/rules")["groups"]
+        assert {rule["health"] for rule in group["rules"]} <= {"ok", "unknown"}
+        token = stack.compose("--profile", "*", "exec", "-T", "prometheus", "sh", "-c", TOKEN)
+        assert stack.shell(ABOUT_PROMETHEUS) == "none"
+        seen = stack.request("/api/jobs/", Authorization=f"Token {token.strip()}")
+        assert seen[0] == 200 and not seen[2]["results"]
+
+
+@on_one
+def test_a_job_of_a_killed_worker_runs_again(stack):
+    url, pk = stack.start_long_job()
+    stack.compose("kill", "worker")
+    stack.compose("start", "worker")
+    *_, job = stack.follow(url)
+
+    assert job["state"] == "succeeded"
+    assert stack.shell(CRASHES.format(pk)) == "1"
+
+
+@on_one
+def test_compose_scales_the_workers(stack):
+    stack.up("--scale", "worker=3")
+    assert len(stack.containers()["worker"]) == 3
+
+    def workers():
+        return len(stack.ask_flower("/api/workers?refresh=1")[2] or []) >= 3
+
+    if stack.has_flower:
+        assert wait_for(workers, site=stack)
+    stack.up("--scale", "worker=1")
+
+
+@on_one
+def test_a_frozen_service_is_unhealthy(stack):
+    """Its container runs, but SIGSTOP has paused every process in it."""
+    services = ["web", "worker", "beat"]
+
+    def health():
+        containers = stack.containers()
+        return {containers[service][0]["State"]["Health"]["Status"] for service in services}
+
+    for service in services:
+        stack.compose("exec", "-T", service, "sh", "-c", "kill -STOP -1")
+    wait_for(lambda: health() == {"unhealthy"}, site=stack)
+    for service in services:
+        stack.compose("exec", "-T", service, "sh", "-c", "kill -CONT -1")
+    wait_for(lambda: health() == {"healthy"}, site=stack)
+
+
+def test_compose_reads_every_file(engine, bake):
+    """It finds what the schema cannot: wrong references, and variables missing from .env."""
+    seen = set()
+    options = ("broker", "result_backend", "worker_pool")
+    for values in itertools.product(*(CHOICES[option] for option in options)):
+        project = bake(**dict(zip(options, values, strict=True)))
+        if (text := project.read("compose.yaml")) not in seen:
+            seen.add(text)
+            project.call("docker", "compose", "config", "--quiet")
+    assert len(seen) > 1
+
+
+# The servers that `migrate` waits for.
+WAITS = re.compile("    depends_on:\n(?:      .+\n)+(?=\n  web:)")
+ATTACKS = """
+from django.db import connection
+for sql in [
+    "COPY (SELECT 1) TO PROGRAM 'touch /tmp/broken'",
+    "CREATE TEMP TABLE t (x text); COPY t FROM PROGRAM 'id'",
+    "SELECT pg_read_file('/etc/passwd')",
+    "CREATE ROLE another SUPERUSER",
+    "CREATE DATABASE another",
+    "ALTER ROLE CURRENT_USER SUPERUSER",
+]:
+    try:
+        with connection.cursor() as cursor:
+            cursor.execute(sql)
+        print("DONE:", sql)
+    except Exception as error:
+        assert "permission denied" in str(error), error
+print("refused")
+"""
+AS_SUPERUSER = """
+import psycopg
+from django.db import connection
+options = {**connection.get_connection_params(), "user": "postgres"}
+try:
+    psycopg.connect(**{name: options[name] for name in ("host", "user", "password", "dbname")})
+    print("connected")
+except psycopg.OperationalError as error:
+    assert "password authentication failed" in str(error), error
+    print("refused")
+"""
+
+
+@on_one
+def test_the_app_has_no_power_over_the_database_server(stack):
+    assert stack.shell(ATTACKS) == "refused"
+    assert stack.shell(AS_SUPERUSER) == "refused"
+
+
+@on_one
+def test_no_command_line_shows_a_secret(stack):
+    secrets = re.findall("[0-9a-f]{24}", stack.project.read(".env"))
+    assert secrets
+    for service, [container] in stack.containers("--all").items():
+        arguments = [container["Path"], *container["Args"]]
+        if container["State"]["Running"]:
+            arguments += [docker("top", container["Id"], "-o", "pid,args")]
+        assert not [secret for secret in secrets if secret in " ".join(arguments)], service
+
+
+def test_the_image_contains_no_backup(engine, bake, tmp_path):
+    """Neither the backup file of docs/operation.md nor one with another usual name of a dump."""
+    project = bake()
+    [backup] = set(re.findall(r"pg_dump .* > (\S+?)`", project.read("docs/operation.md")))
+    backups = [backup, "shop-2026-01-31.sql.gz", "shop.dump"]
+    for name in backups:
+        (project / name).write_text("secrets")
+    (project / "jobs/report.sql").write_text("SELECT 1")  # part of the program
+    (tmp_path / "Dockerfile").write_text("FROM scratch\nCOPY . /\n")
+    project.call(
+        *("docker", "build", "--file", tmp_path / "Dockerfile"),
+        *("--output", tmp_path / "image", "."),
+        DOCKER_BUILDKIT=1,
+    )
+    project.call("git", "init", "--quiet")
+    tracked = project.call("git", "ls-files", "--others", "--exclude-standard").split()
+
+    assert (tmp_path / "image/jobs/report.sql").exists()
+    assert "jobs/report.sql" in tracked
+    for name in backups:
+        assert not (tmp_path / "image" / name).exists()
+        assert name not in tracked
+
+
+@pytest.mark.parametrize("broker", CHOICES["broker"])
+def test_the_services_of_ci_become_healthy(engine, bake, broker):
+    """GitHub passes a service's `options` to Docker, and starts the job when all are healthy."""
+    job = job_of(bake(broker=broker, result_backend="none", ci="github"))
+    started = []
+    try:
+        for service in job.services:
+            options = shlex.split(service.options)
+            assert "--health-cmd" in options
+            for name, value in service.variables.items():
+                options += ["--env", f"{name}={value}"]
+            started.append(docker("run", "--detach", *options, f"{service.name}:{service.tag}"))
+        for container in started:
+            wait_for(lambda container=container: is_healthy(container))
+    finally:
+        subprocess.run(["docker", "rm", "--force", "--volumes", *started], capture_output=True)
+
+
+def is_healthy(container):
+    [about] = json.loads(docker("inspect", container))
+    assert about["State"]["Running"], docker("logs", container)
+    return about["State"]["Health"]["Status"] == "healthy"
+
+
+@pytest.mark.parametrize(
+    ("answers", "django"), [(name, version) for name in VERSIONS for version in VERSIONS[name]]
+)
+def test_its_own_tests_pass_with_these_versions(engine, bake, answers, django):
+    """Only Django's version is edited, in the newest Python. A DeprecationWarning fails a test."""
+    project = bake(**ANSWERS[answers])
+    pyproject = project.read("pyproject.toml")
+    pyproject, count = re.subn('"django~=.+"', f'"django~={django}.0"', pyproject)
+    assert count == 1
+    (project / "pyproject.toml").write_text(pyproject)
+    (project / "Dockerfile").write_text(TESTED)
+    image = f"{project.name}_{answers}_{django}"
+    docker("build", "--quiet", "--tag", image, str(project))
+    test = ["python", "-W", "error::DeprecationWarning", "-m", "pytest"]
+    run = ["run", "--rm", "--volume", f"{project}:/app", image]
+    try:
+        assert docker(*run, "django-admin", "--version").startswith(django)
+        printed = docker(*run, *test)
+    finally:
+        subprocess.run(["docker", "image", "rm", image], capture_output=True)
+    assert re.search(r"= \d+ passed in", printed), printed
+
+
+@on_one
+def test_make_dev_restarts_the_worker_after_an_edit(stack):
+    """What `make up` starts does not restart: it has the code of its image."""
+    tasks = stack.project / "orders/tasks.py"
+
+    def starts():
+        return stack.compose("logs", "worker").count(" ready.")
+
+    stack.project.call("make", "dev", **stack.environment)
+    try:
+        before = starts()
+        tasks.write_text(tasks.read_text() + "\n# edited\n")
+        wait_for(lambda: starts() > before, site=stack)
+        stack.order()
+    finally:
+        stack.up()
+    before = starts()
+    tasks.write_text(tasks.read_text() + "\n# edited again\n")
+    time.sleep(5)
+    assert starts() == before
+
+
+@on_one
+def test_make_logs_follows_the_output(stack):
+    options = {"cwd": stack.project, "env": env(**stack.environment), "text": True}
+    options |= {"stdout": subprocess.PIPE, "start_new_session": True}
+    with subprocess.Popen(["make", "logs"], **options) as logs:
+        _, job = stack.order()
+        try:
+            assert any(job["id"] in line for line in logs.stdout)
+        finally:
+            os.killpg(logs.pid, signal.SIGINT)
+
+
+@on_one
+def test_the_dump_of_the_page_has_the_jobs(stack):
+    """PostgreSQL's superuser, whose shell the page names, loads it into a new database."""
+    _, job = stack.order()
+    page = stack.project.read("docs/production.md")
+    [command] = re.findall("To back up the database: `(.+?)`", page)
+    stack.project.call("sh", "-c", command, **stack.environment)
+    stack.psql("CREATE DATABASE restored")
+    restore = (
+        "docker compose exec -T db psql -U postgres -d restored -v ON_ERROR_STOP=1 < backup.sql"
+    )
+    stack.project.call("sh", "-c", restore, **stack.environment)
+    states = stack.psql(f"SELECT state FROM jobs_job WHERE id = '{job['id']}'", "restored")
+    assert states == "succeeded"
+
+
+@on_rabbitmq
+def test_make_up_gives_each_queue_dead_letters(stack):
+    listed = stack.compose(
+        *("exec", "-T", "rabbitmq", "rabbitmqctl", "--quiet", "--formatter", "json"),
+        *("list_queues", "name", "policy"),
+    )
+    policies = {queue["name"]: queue["policy"] for queue in json.loads(listed)}
+    assert "dead-letters" in policies
+    assert {policies[queue] for queue in ("celery", "cpu", "io")} == {"dead-letters"}
+
+
+@on_one
+def test_make_up_again_applies_new_code_and_the_settings_of_production(stack):
+    """The data stays."""
+    order, _ = stack.order()
+    token, path = stack.token, stack.project / ".env"
+    development, tasks = path.read_text(), stack.project / "orders/tasks.py"
+    left_out = "^(DEBUG|DJANGO_SUPERUSER_.*|ALLOWED_HOSTS|EMAIL_URL)=.*\n"
+    variables = re.sub(left_out, "", development, flags=re.M)
+    path.write_text(f"{variables}\nALLOWED_HOSTS=example.com\nEMAIL_URL=consolemail://\n")
+    tasks.write_text(tasks.read_text() + "\n# production\n")
+    try:
+        assert "Token" not in stack.make("up")
+        with stack.monitored():  # asks web:8000 over plain HTTP
+            wait_for(stack.is_scraped, site=stack)
+        stack.headers = HTTPS
+        assert stack.request(order)[0] == 200
+        stack.order()
+        assert (
+            stack.compose("exec", "-T", "worker", "tail", "-1", "orders/tasks.py")
+            == "# production\n"
+        )
+        assert stack.request(order, Host="127.0.0.1")[0] == 400
+    finally:
+        path.write_text(development)
+        stack.headers = {}
+        stack.make_up()
+    assert stack.token == token
+
+
+DOMAIN = "jobs.localhost"  # Caddy issues its certificate itself
+HTTPS_PORTS = "HTTP_PORT", "HTTPS_PORT"
+CADDY_CA = "/data/caddy/pki/authorities/local/root.crt"
+FORGED = "203.0.113."  # the start of addresses that a client invents
+ATTEMPTS = """
+from axes.models import AccessAttempt
+print(*AccessAttempt.objects.values_list("ip_address", flat=True), sep=",")
+"""
+
+
+class Https:
+    """A client of a stack with the profile https, which knows the CA of its certificate."""
+
+    def __init__(self, stack, folder, user):
+        self.folder, self.user = folder, user
+        self.http_port, self.port = (stack.environment[name] for name in HTTPS_PORTS)
+        self.origin, self.ca = f"https://{DOMAIN}:{self.port}", folder / "ca.crt"
+        self.ca.write_text(stack.compose("exec", "-T", "caddy", "cat", CADDY_CA))
+
+    def curl(self, url, *options):
+        """Send a request; return the status, the version of HTTP, [headers] and the body."""
+        head, body, jar = (self.folder / name for name in ("head", "body", "cookies"))
+        body.write_text("")
+        command = ["curl", "--silent", "--show-error", "--compressed", "--cacert", self.ca]
+        command += ["--cookie", jar, "--cookie-jar", jar, "--dump-header", head, "--output", body]
+        command += ["--write-out", "%{http_code} %{http_version}", *options, url]
+        printed = subprocess.check_output(command, text=True)
+        status, version = printed.split()
+        return int(status), version, head.read_text().lower().splitlines(), body.read_text()
+
+    def status(self, path, *options):
+        return self.curl(f"{self.origin}{path}", *options)[0]
+
+    def log_in(self, password, *options):
+        """Send the form of the login page as the demo user; return what curl() does."""
+        page, jar = f"{self.origin}/login/", self.folder / "cookies"
+        jar.unlink(missing_ok=True)
+        self.curl(page)
+        form = {"username": self.user["USERNAME"], "password": password}
+        form["csrfmiddlewaretoken"] = re.search(r"csrftoken\t(\w+)", jar.read_text())[1]
+        fields = [f"{name}={value}" for name, value in form.items()]
+        data = itertools.chain(*(("--data-urlencode", field) for field in fields))
+        return self.curl(page, "--referer", page, *data, *options)
+
+    def send_slowly(self):
+        """Begin to send a form, and return the connection."""
+        connection = socket.create_connection(("127.0.0.1", self.port))
+        context = ssl.create_default_context(cafile=self.ca)
+        connection = context.wrap_socket(connection, server_hostname=DOMAIN)
+        lines = ["POST /login/ HTTP/1.1", f"Host: {DOMAIN}", f"Referer: https://{DOMAIN}/login/"]
+        lines += [f"Cookie: csrftoken={'a' * 32}", "Content-Length: 1000"]
+        lines += ["Content-Type: application/x-www-form-urlencoded", "", "a"]
+        connection.sendall("\r\n".join(lines).encode())
+        return connection
+
+
+@pytest.fixture(scope="module")
+def https(stack, tmp_path_factory):
+    """A stack as docs/production.md says for the internet, with a domain of this machine."""
+    env_file, caddyfile = stack.project / ".env", stack.project / "Caddyfile"
+    development, current = env_file.read_text(), caddyfile.read_text()
+    user, page = stack.user(), stack.project.read("docs/production.md")
+    names = "DEBUG|EMAIL_URL|DEFAULT_FROM_EMAIL|DJANGO_SUPERUSER_.*"
+    listed = ", ".join(f"`{name}`" for name in names.replace(".*", "…").split("|"))
+    assert f"delete {listed} and all lines with 127.0.0.1." in page
+    kept = re.sub(rf"^(({names})=.*|.*127\.0\.0\.1.*)\n", "", development, flags=re.M)
+    [added] = [
+        each.code
+        for each in blocks("docs/production.md", page)
+        if each.heading == "On the internet" and "DOMAIN=" in each.code
+    ]
+    added = re.sub("EMAIL_URL=.*", "EMAIL_URL=consolemail://", added)
+    env_file.write_text(kept + added.replace("jobs.example.com", DOMAIN))
+    old, new = re.search("knows `(.+?)` instead of `(.+?)`", page).groups()
+    if docker("run", "--rm", PINNED.caddy, "caddy", "version").lstrip("v").startswith("2.6"):
+        caddyfile.write_text(current.replace(new, old))
+    ports = dict(zip(HTTPS_PORTS, free_ports(2), strict=True))
+    stack.environment |= ports
+    try:
+        stack.make("up")
+        yield Https(stack, tmp_path_factory.mktemp("https"), user)
+    finally:
+        stack.compose("exec", "-T", "web", "python", "manage.py", "axes_reset")
+        stack.compose("--profile", "https", "rm", "--stop", "--force", "caddy")
+        subprocess.run(["docker", "image", "rm", f"{stack.project.name}-caddy"])
+        for name in ports:
+            del stack.environment[name]
+        env_file.write_text(development)
+        caddyfile.write_text(current)
+        stack.make_up()
+
+
+@on_one
+def test_the_profile_https_serves_the_project(stack, https):
+    """`make up` reads the profile from .env, and waits for the certificate."""
+    check_rights(stack.containers("--all"), public="caddy")
+    status, _, headers, _ = https.curl(f"http://{DOMAIN}:{https.http_port}/login/")
+    assert status == 308 and f"location: https://{DOMAIN}/login/" in headers
+
+    status, version, headers, _ = https.curl(f"{https.origin}/login/")
+    assert (status, version) == (200, "2")
+    for name in ("strict-transport-security", "content-security-policy", "x-frame-options"):
+        assert len([line for line in headers if line.startswith(f"{name}: ")]) == 1, headers
+    assert [line for line in headers if line.startswith("content-encoding: ")], headers
+    assert not [line for line in headers if line.startswith("server: ")], headers
+
+    status, _, headers, _ = https.log_in(https.user["PASSWORD"])
+    cookies = [line for line in headers if line.startswith("set-cookie: ")]
+    assert status == 302 and len(cookies) == 2, headers  # so Caddy keeps Host: Django compares it
+    assert all("; secure" in cookie for cookie in cookies)
+    assert https.status("/") == https.status("/admin/") == 200
+
+    token = ["--header", f"Authorization: Token {stack.token}"]
+    order = ["--header", "Content-Type: application/json", "--data", json.dumps(ORDER)]
+    status, _, headers, _ = https.curl(f"{https.origin}/api/orders/", *order, *token)
+    assert status == 202, stack.log
+    [job] = [line.split()[1] for line in headers if line.startswith("location: ")]
+    wait_for(lambda: '"state":"succeeded"' in https.curl(f"{https.origin}{job}", *token)[3], stack)
+
+
+@on_one
+def test_the_proxy_does_not_publish_flower_and_protects_the_rest(stack, https):
+    """Only the login page and the probes answer a client without a login."""
+    (https.folder / "cookies").unlink(missing_ok=True)
+    for path in ("/flower/", "/workers", "/api/workers", "/dashboard", "/healthcheck"):
+        assert https.status(path) == 404
+    assert https.status("/metrics") == https.status("/api/jobs/") == 401
+    assert https.status("/") == https.status("/admin/") == https.status("/api/docs/") == 302
+    assert https.status("/login/") == https.status("/health/live") == 200
+    for host in ("flower", "flower:5555", "localhost"):  # Caddy itself answers: nothing
+        header = ["--header", f"Host: {host}"]
+        assert https.curl(f"{https.origin}/", *header, "--http1.1")[3] == ""
+
+
+@on_one
+def test_a_large_or_slow_request_stops_at_the_proxy(stack, https, tmp_path):
+    def timeouts():  # gunicorn also writes one when a frozen server continues, in an earlier test
+        return stack.compose("logs", "web").count("WORKER TIMEOUT")
+
+    before, page = timeouts(), stack.project.read("docs/production.md")
+    limit = int(re.search("A request may have ([0-9]+) MB at most", page)[1]) * MEGABYTE
+    token = ["--header", f"Authorization: Token {stack.token}"]
+    answers = []
+    for size in (limit - MEGABYTE, limit + MEGABYTE):
+        (tmp_path / "upload.csv").write_bytes(b"x" * size)
+        file = ["--form", f"file=@{tmp_path / 'upload.csv'}"]
+        answers.append(https.curl(f"{https.origin}/api/imports/", *file, *token))
+    under, over = answers
+    assert under[0] == 400 and "bytes at most" in under[3]  # said by the project
+    assert over[0] == 413 and "25 MB at most" in over[3]
+
+    slow = [https.send_slowly() for _ in range(20)]  # five for each process of gunicorn
+    assert https.status("/health/live") == 200
+    for connection in slow:
+        connection.close()
+    assert timeouts() == before
+
+
+@on_one
+def test_behind_the_proxy_a_client_cannot_forge_its_address(stack, https):
+    """Ten wrong passwords lock it out, and no other address."""
+    [network] = json.loads(docker("network", "inspect", f"{stack.project.name}_default"))
+    address = network["IPAM"]["Config"][0]["Gateway"]  # of clients on this machine
+    for number in range(11):
+        forged = ["--header", f"X-Forwarded-For: {FORGED}{number}"]
+        forged += ["--header", f"X-Real-IP: {FORGED}{number}"]
+        status = https.log_in("wrong", *forged)[0]
+    assert status == https.log_in(https.user["PASSWORD"])[0] == 429
+    assert stack.shell(ATTEMPTS) == address
+    log = stack.compose("logs", "web")
+    assert f'"ip": "{address}"' in log and FORGED not in log
+
+
+@on_one
+def test_the_profiles_https_and_monitoring_work_together(stack, https):
+    """With the settings of production: Prometheus asks gunicorn itself, without TLS."""
+    variables = {**stack.environment, "COMPOSE_PROFILES": "https,monitoring"}
+    listed = stack.project.call("docker", "compose", "config", "--services", **variables).split()
+    assert {"caddy", "prometheus", "grafana"} < set(listed)
+    with stack.monitored():
+        wait_for(stack.is_scraped, site=stack)
+        assert https.status("/health/ready") == 200
+
+
+@on_one
+def test_the_profile_https_refuses_to_start_without_a_domain_or_with_debug(stack):
+    """It says why. Without the profile, nobody needs DOMAIN."""
+    services = stack.compose("config", "--services").split()
+    try:
+        for variables, sentence in {
+            (("DOMAIN", ""), ("DEBUG", "")): "The profile https needs DOMAIN in .env.",
+            (("DOMAIN", DOMAIN), ("DEBUG", "True")): "The profile https refuses DEBUG=True in .env",
+            (("DOMAIN", DOMAIN), ("DEBUG", "1")): "The profile https refuses DEBUG=1 in .env",
+        }.items():
+            variables = {**dict(variables), "COMPOSE_PROFILES": "https"}
+            listed = stack.project.call("docker", "compose", "config", "--services", **variables)
+            assert set(listed.split()) == {*services, "caddy"}
+            with pytest.raises(AssertionError, match=sentence):
+                stack.project.call(
+                    *("docker", "compose", "run", "--rm", "--no-deps", "caddy"), **variables
+                )
+    finally:
+        subprocess.run(["docker", "image", "rm", f"{stack.project.name}-caddy"])
+
+
+@pytest.mark.parametrize("broker", CHOICES["broker"])
+def test_compose_works_with_servers_of_your_own(engine, bake, broker):
+    """After the edits that docs/production.md lists, no server is left, and none is awaited."""
+    project = bake(broker=broker)
+    text, own = project.read("compose.yaml"), {"migrate", "web", "worker", "beat", "flower"}
+    by_profile = {"prometheus-token", "prometheus", "grafana", "caddy"}
+    for service in yaml.safe_load(text)["services"].keys() - own - by_profile:
+        text, count = re.subn(f"^  {service}:.*\n(?:    .*\n|\n)*", "", text, flags=re.M)
+        assert count, service
+    text = re.sub("^(    DATABASE_URL: ).*", r"\1postgres://u:p@db.example/shop", text, flags=re.M)
+    page, [entries] = project.read("docs/production.md"), re.findall(WAITS, text)
+    edit = "depends_on: {}"
+    assert f"So write `{edit}` in `migrate`" in page
+    (project / "compose.yaml").write_text(text.replace(entries, ""))
+    with pytest.raises(AssertionError, match="cycle detected: migrate -> migrate"):
+        project.call("docker", "compose", "config")
+    (project / "compose.yaml").write_text(text.replace(entries, f"    {edit}\n"))
+    read = project.call("docker", "compose", "config", "--format", "json")
+    services = json.loads(read)["services"]
+    assert services.keys() == own & set(yaml.safe_load(text)["services"])
+    assert "depends_on" not in services["migrate"]
+    for service in services.keys() - {"migrate"}:
+        assert list(services[service]["depends_on"]) == ["migrate"]
+        assert services[service]["environment"]["DATABASE_URL"].endswith("@db.example/shop")
+
+
+@pytest.mark.parametrize("stack", [STACKS[CHOICES["broker"].index("sqs")]], indirect=True)
+def test_two_lines_of_env_decide_about_a_stand_in_for_amazon(stack):
+    """Without them, Compose starts none, and boto3 does not look for it."""
+    read = ("config", "--services")
+    services = stack.compose(*read).split()
+    assert "aws" in services
+    without = {"COMPOSE_PROFILES": "", "AWS_ENDPOINT_URL": ""}
+    stack.environment |= without
+    try:
+        assert set(services) - set(stack.compose(*read).split()) == {"aws"}
+        config = json.loads(stack.compose("config", "--format", "json"))
+    finally:
+        for name in without:
+            del stack.environment[name]
+    endpoint = config["services"]["web"]["environment"]["AWS_ENDPOINT_URL"]
+    code = "import boto3; print(boto3.client('sqs').meta.endpoint_url)"
+    printed = stack.compose(
+        *("exec", "-T", "-e", f"AWS_ENDPOINT_URL={endpoint}", "web", "python", "-c", code)
+    )
+    assert printed.strip() == "https://sqs.us-east-1.amazonaws.com"
+
+
+class Pods(Site):
+    """The pods of the manifests: containers with the same commands, variables and rights.
+
+    They use a stack's servers, but a database of their own. Only addresses and passwords differ
+    from those in the manifests.
+    """
+
+    def __init__(self, stack):
+        super().__init__(stack.project, None, stack.environment)
+        self.headers, self.stack = HTTPS, stack
+        overlay = stack.project / "deploy/kubernetes/overlays/production"
+        shutil.copy(overlay / ".env.example", overlay / ".env")
+        documents = kustomize.build(overlay)
+        self.specs = {
+            each["metadata"]["name"]: each["spec"]["template"]["spec"]
+            for each in documents
+            if each["kind"] in ("Deployment", "Job")
+        }
+        config = json.loads(stack.compose("config", "--format", "json"))
+        here = config["services"]["web"]["environment"]
+        database = here["DATABASE_URL"].rsplit("/", 1)[0] + "/pods"
+        here |= {
+            "DATABASE_URL": database,
+            "EMAIL_URL": "consolemail://",
+            "CACHE_URL": "locmemcache://",
+        }
+        [settings] = [each["data"] for each in documents if each["kind"] == "ConfigMap"]
+        [secret] = [each["data"] for each in documents if each["kind"] == "Secret"]
+        role = {name: value for name, value in here.items() if name.startswith("AWS_")}
+        self.variables = {**settings, **role, **{name: here[name] for name in secret}}
+        self.containers = []
+
+    def start(self, pod, kind="containers"):
+        """Start the container of this kind in a pod; return its id."""
+        spec, [container] = self.specs[pod], self.specs[pod][kind]
+        rights, limits = container["securityContext"], container.get("resources", {"limits": {}})
+        variables = self.variables | {
+            each["name"]: each["value"] for each in container.get("env", [])
+        }
+        options = ["--network", f"{self.project.name}_default", "--init"]
+        options += ["--user", str(spec["securityContext"]["runAsUser"])]
+        options += [f"--cap-drop={name}" for name in rights["capabilities"]["drop"]]
+        options += ["--read-only"] * rights["readOnlyRootFilesystem"]
+        options += [f"--security-opt=no-new-privileges={not rights['allowPrivilegeEscalation']}"]
+        for mount in container["volumeMounts"]:
+            [volume] = [each for each in spec["volumes"] if each["name"] == mount["name"]]
+            size = volume["emptyDir"]["sizeLimit"].removesuffix("i")
+            options += ["--tmpfs", f"{mount['mountPath']}:size={size}"]
+        if memory := limits["limits"].get("memory"):
+            options += [
+                "--memory",
+                memory.removesuffix("i"),
+                "--memory-swap",
+                memory.removesuffix("i"),
+            ]
+        for name, value in variables.items():
+            options += ["--env", f"{name}={value}"]
+        command = container.get("command", [])
+        self.containers.append(docker("run", "--detach", *options, self.project.name, *command))
+        return self.containers[-1]
+
+    def answers(self, pod, id, kind):
+        """Probe a container as a kubelet does; return whether it is well."""
+        [container] = self.specs[pod]["containers"]
+        probe = container[kind]
+        if "exec" in probe:
+            command = ["docker", "exec", id, *probe["exec"]["command"]]
+            return subprocess.run(command, capture_output=True).returncode == 0
+        get = probe["httpGet"]
+        headers = {header["name"]: header["value"] for header in get["httpHeaders"]}
+        request = Request(f"http://{self.address(id)}:{get['port']}{get['path']}", headers=headers)
+        try:
+            return urlopen(request, timeout=probe.get("timeoutSeconds", 1)).status == 200
+        except OSError:
+            return False
+
+    def ended_at(self, id):
+        """Return the time at which a container ended, or None."""
+        status, time = docker(
+            "inspect", "-f", "{{.State.Status}} {{.State.FinishedAt}}", id
+        ).split()
+        return time if status == "exited" else None
+
+    def address(self, id):
+        return docker(
+            "inspect", "-f", "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}", id
+        )
+
+    @property
+    def log(self):
+        return "\n".join(map(log_of, self.containers))
+
+
+def log_of(id):
+    result = subprocess.run(["docker", "logs", id], capture_output=True, text=True)
+    return result.stdout + result.stderr
+
+
+@on_one
+def test_the_pods_of_the_manifests_run_jobs(stack):
+    """Pods wait for the migrations and pass the probes of deploy/kubernetes/, unless they hang."""
+    stack.psql(f"CREATE DATABASE pods OWNER {stack.project.name}")
+    stack.compose("stop", "worker", "beat")  # which would take the pods' messages
+    pods = Pods(stack)
+    try:
+        first = pods.start("web", "initContainers")
+        migrate = pods.start("migrate")
+        assert docker("wait", migrate) == "0", pods.log
+        wait_for(lambda: pods.ended_at(first), site=pods)
+        assert pods.ended_at(migrate) < pods.ended_at(first)
+
+        ids = {pod: pods.start(pod) for pod in pods.specs if pod != "migrate"}
+        probes = {
+            (pod, kind)
+            for pod in ids
+            for kind in ("startupProbe", "livenessProbe", "readinessProbe")
+            if kind in pods.specs[pod]["containers"][0]
+        }
+        assert {pod for pod, _ in probes} == set(ids)
+        for pod, kind in probes:
+            wait_for(lambda pod=pod, kind=kind: pods.answers(pod, ids[pod], kind), site=pods)
+
+        manage = ("python", "manage.py")
+        user = {"USERNAME": "root", "EMAIL": "root@example.com", "PASSWORD": "root"}
+        user = [f"DJANGO_SUPERUSER_{name}={value}" for name, value in user.items()]
+        docker("exec", ids["web"], "env", *user, *manage, "createsuperuser", "--noinput")
+        token = docker("exec", ids["web"], *manage, "drf_create_token", "root")
+        pods.token = re.search("[0-9a-f]{40}", token)[0]
+        pods.web = f"http://{pods.address(ids['web'])}:8000"
+        # As Prometheus asks: over plain HTTP, with the name of the Service.
+        *_, service = pods.variables["ALLOWED_HOSTS"].split(",")
+        headers = {"Authorization": f"Token {pods.token}", "Host": f"{service}:80"}
+        assert urlopen(Request(f"{pods.web}/metrics", headers=headers)).status == 200
+        order = pods.request("/api/orders/", ORDER)
+        assert order[0] == 202, pods.log
+        *_, job = pods.follow(order[1]["Location"])
+        assert job["state"] == "succeeded", job
+        printed = docker("exec", ids["web"], *manage, "shell", "-v0", "-c", JOB_FOR_EACH_QUEUE)
+        for queue, pk in re.findall("^(\\w+) ([0-9a-f-]{36})$", printed, re.M):
+            *_, job = pods.follow(f"/api/jobs/{pk}/")
+            assert job["state"] == "succeeded", job
+            assert pk in log_of(ids[f"worker-{queue}"])
+
+        age = ("touch", "-d", "1 hour ago", pods.variables["LIVENESS_FILE"])
+        for pod in ("worker-celery", "beat"):  # a living one touches its file
+            docker("exec", ids[pod], *age)
+            wait_for(lambda pod=pod: pods.answers(pod, ids[pod], "livenessProbe"), site=pods)
+        for pod in ("worker-celery", "beat", "web"):
+            docker("exec", ids[pod], "sh", "-c", "kill -STOP -1")
+            docker("exec", ids[pod], *age)
+            assert not pods.answers(pod, ids[pod], "livenessProbe"), pod
+    finally:
+        docker("rm", "--force", *pods.containers)
+        stack.compose("start", "worker", "beat")

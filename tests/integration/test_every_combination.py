@@ -1,0 +1,28 @@
+"""Every combination of choices bakes to a clean project. test_bake.py bakes a few of them."""
+
+import itertools
+
+import pytest
+
+from harness.bake import COMBINATIONS, name
+from harness.checks import BAKED
+from test_bake import check_project
+
+LARGEST = ("broker", "result_backend", "worker_pool")
+
+
+def largest(answers):
+    return name({option: answers[option] for option in LARGEST})
+
+
+GROUPS = {key: list(group) for key, group in itertools.groupby(COMBINATIONS, largest)}
+
+
+@pytest.mark.usefixtures("hooks_in_this_process")
+@pytest.mark.parametrize("combinations", GROUPS.values(), ids=GROUPS)
+def test_every_combination_is_clean(bake, is_new, combinations, record_property):
+    files = 0
+    for answers in combinations:
+        print(name(answers))  # pytest shows the last one if the check fails
+        files += check_project(bake(**answers), is_new)
+    record_property(BAKED, (len(combinations), files))

@@ -1,0 +1,181 @@
+"""Each worker has a row: what it is, from which queues it takes jobs, how busy, and if it lives."""
+
+import shutil
+import signal
+import time
+
+import pytest
+
+from harness.faults import ONE, on_each, on_each_pool, on_one, stacks
+from harness.project import wait_for
+
+
+def find(stack, name="mine"):
+    """Return the row of a worker, or None."""
+    code = """
+rows = Worker.objects.filter(name__startswith=f"{name}@")
+result = rows.values("pool", "slots", "busy", "queues", "version", "seen_at").first()
+if result:
+    result["is_alive"] = heartbeat.alive().filter(name__startswith=f"{name}@").exists()
+"""
+    return stack.ask(code, name=name)
+
+
+def wait_until(stack, **fields):
+    """Wait until the row has these values. Return the row."""
+
+    def has_them():
+        row = find(stack)
+        return row and all(row[name] == value for name, value in fields.items()) and row
+
+    return wait_for(has_them)
+
+
+def wait_for_next(stack):
+    """Wait for the second heartbeat from now: the next one may be on its way. Return the row."""
+    for _ in range(2):
+        seen = find(stack)["seen_at"]
+        row = wait_for(lambda seen=seen: (row := find(stack))["seen_at"] != seen and row)
+    return row
+
+
+@pytest.fixture
+def mine(stack):
+    """A function that starts a worker with two slots for the queue `cpu`, which no other has."""
+    stack.worker.stop()
+
+    def start(**options):
+        worker = stack.make_worker("cpu", "mine", WORKER_CONCURRENCY=2, **options)
+        worker.start()
+        wait_until(stack, is_alive=True)
+        return worker
+
+    yield start
+    stack.ask("Worker.objects.all().delete()")
+
+
+@on_each
+def test_a_row_shows_slots_queues_and_how_busy_a_worker_is(stack, mine, gate):
+    mine(RELEASE="1.2.3")
+    row = find(stack)
+    pool = stack.project.answers["worker_pool"]
+    shown = [row[name] for name in ("pool", "slots", "busy", "queues", "version")]
+    assert shown == [pool, 2, 0, ["cpu"], "1.2.3"]
+    jobs = [stack.enqueue("hold", gate, queue="cpu") for _ in range(6)]
+    wait_until(stack, busy=2)
+    assert wait_for_next(stack)["busy"] == 2  # not the messages that it holds
+    gate.touch()
+    stack.wait_until_final(*jobs)
+    wait_until(stack, busy=0)
+
+
+CONTROL = "from config.celery import app\nresult = app.control.{}"
+
+
+@stacks(brokers=[*ONE["brokers"], "rabbitmq"], pools=["prefork", "gevent"])
+def test_a_row_follows_remote_control(stack, mine):
+    mine()
+    stack.ask(CONTROL.format("add_consumer('io')"))
+    wait_until(stack, queues=["cpu", "io"])
+    stack.ask(CONTROL.format("cancel_consumer('cpu')"))
+    wait_until(stack, queues=["io"])
+    stack.ask(CONTROL.format("pool_grow(2)"))
+    wait_until(stack, slots=4)
+    stack.ask(CONTROL.format("pool_shrink(1)"))
+    wait_until(stack, slots=3)
+
+
+# Not with SQS, which has no connection that could be lost.
+@stacks(only=lambda *pair: "sqs" not in pair and {ONE["brokers"][0], ONE["pools"][0]} & {*pair})
+def test_a_worker_without_its_broker_takes_from_no_queue(stack, mine):
+    worker = mine()
+    with stack.supervised([worker]):
+        stack.broker.kill()
+        wait_until(stack, queues=[])
+        assert wait_for_next(stack)["is_alive"]
+        stack.broker.start()
+        wait_until(stack, queues=["cpu"], is_alive=True)
+
+
+@on_each_pool
+def test_the_row_goes_however_a_worker_ends(stack, mine, gate):
+    for number in signal.SIGTERM, signal.SIGINT, signal.SIGQUIT:
+        mine().stop(number)
+        assert not find(stack), number
+    job = stack.enqueue("hold", gate, queue="cpu")
+    for number in signal.SIGTERM, signal.SIGQUIT:  # prefork ends at SIGINT only after the body
+        worker = mine()
+        stack.wait_until_started(job, times=1 + (number == signal.SIGQUIT))
+        worker.stop(number)
+        assert not find(stack), number
+    stack.ask("Job.objects.all().cancel()")
+    worker = mine(app="faults.failing")
+    stack.broker.kill()
+    assert worker.wait()
+    assert "an error of Celery" in worker.printed and not find(stack)
+
+
+@on_each_pool
+def test_a_worker_that_ends_takes_from_no_queue(stack, mine, gate):
+    worker = mine(SOFT_SHUTDOWN_SECONDS=30)
+    job = stack.enqueue("hold", gate, queue="cpu")
+    stack.wait_until_started(job)
+    worker.process.terminate()
+    wait_until(stack, queues=[], is_alive=True)
+    gate.touch()
+    worker.wait()
+    assert not find(stack)
+
+
+@on_each_pool
+def test_a_worker_that_is_killed_or_frozen_becomes_silent(stack, mine):
+    worker = mine()
+    worker.pause()
+    wait_until(stack, is_alive=False)
+    worker.resume()
+    wait_until(stack, is_alive=True)
+    worker.kill()
+    wait_until(stack, is_alive=False)
+    stack.ask("Worker.objects.update(seen_at=Now() - timedelta(minutes=61))")
+    wait_for(lambda: not find(stack))  # Beat deletes it
+
+
+@on_each_pool
+def test_the_heartbeat_outlives_the_database(stack, mine):
+    mine()
+    stack.database.kill()
+    time.sleep(12)
+    stack.database.start()
+    stack.ask("Worker.objects.all().delete()")
+    wait_until(stack, is_alive=True, queues=["cpu"])
+    stack.database.pause()
+    time.sleep(12)
+    stack.database.resume()
+    wait_for_next(stack)
+
+
+@on_one
+def test_the_version_is_the_commit_of_a_checkout_or_a_release(stack):
+    def version(**variables):
+        code = "from django.conf import settings\nprint('is', settings.JOB_VERSION)"
+        return stack.project.shell(code, **variables)
+
+    def git(*words):
+        author = ["-c", "user.name=Ann", "-c", "user.email=ann@example.com"]
+        return stack.project.call("git", *author, *words).strip()
+
+    assert version() == "is"
+    try:
+        git("init")
+        assert version() == "is"  # no commit
+        git("commit", "--allow-empty", "--message", "first")
+        first = git("rev-parse", "--short=12", "HEAD")
+        assert version() == first
+        git("commit", "--allow-empty", "--message", "second")
+        git("gc")
+        assert version() == git("rev-parse", "--short=12", "HEAD") != first
+        git("checkout", first)
+        assert version() == first
+        assert version(RELEASE="1.2.3") == "1.2.3"
+    finally:
+        shutil.rmtree(stack.project / ".git")

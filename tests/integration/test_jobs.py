@@ -1,0 +1,322 @@
+"""Jobs kill their workers, exceed limits, are cancelled or end in odd ways.
+
+The first headings are those of "Jobs" in docs/reliability.md. `seconds` is explained in
+test_workers.py.
+"""
+
+import json
+import time
+
+import pytest
+
+from harness.faults import (
+    ONE,
+    POOLS,
+    errors,
+    on_each,
+    on_each_pool,
+    on_one,
+    on_prefork,
+    ran_once,
+    stacks,
+    succeeded,
+    where_jobs_share_a_process,
+    with_flower,
+)
+from harness.project import wait_for
+from harness.stack import LEASE
+
+# An error of Celery ends a worker
+
+
+@stacks(brokers=["redis"], pools=[pool for pool in POOLS if pool != "prefork"])
+def test_a_worker_that_fails_waits_for_no_body(stack, gate):
+    """Its exit code is 1, so a supervisor starts it again, and its jobs run at once."""
+    worker = stack.make_worker("test", "failing", app="faults.failing")
+    worker.start()
+    job = stack.enqueue("hold", gate, queue="test")
+    stack.wait_until_started(job)
+    stack.broker.kill()
+    assert worker.wait() == 1, worker.printed
+    stack.broker.start()
+    stack.make_worker("test", "next").start()
+    stack.wait_until_started(job, times=2)
+    gate.touch()
+    assert succeeded(stack.wait_until_final(job), crashes=0)
+
+
+# A job kills its worker every time
+
+
+@on_each
+def test_a_job_that_kills_its_worker_every_time_fails(stack, since):
+    start = time.monotonic()
+    job = stack.enqueue("die", queue="cpu")
+    with stack.supervised():
+        [row] = stack.wait_until_final(job)
+    since(start)
+    assert (row["state"], row["error"]) == ("failed", "Its worker died 3 times")
+    assert len(stack.notes("start", job)) == 3
+
+
+# A job kills a worker that runs other jobs too
+
+
+@where_jobs_share_a_process
+def test_a_job_that_kills_its_process_fails_alone(stack, since):
+    """Each time 15 others run in the same process, and they still succeed."""
+    start = time.monotonic()
+    innocents = [stack.enqueue("rest", 2, queue="cpu") for _ in range(15)]
+    killer = stack.enqueue("die", 1, queue="cpu")
+    with stack.supervised():
+        [row] = stack.wait_until_final(killer)
+        rows = stack.wait_until_final(*innocents)
+    since(start)
+    assert (row["state"], row["error"]) == ("failed", "Its worker died 3 times")
+    assert {row["state"] for row in rows} == {"succeeded"}, rows
+
+
+# A C extension holds Python's GIL for longer than the lease
+
+
+@on_prefork
+def test_a_body_that_holds_the_gil_keeps_its_job(stack, since):
+    start = time.monotonic()
+    job = stack.enqueue("hold_the_interpreter", LEASE + 4, queue="cpu")
+    rows = stack.wait_until_final(job)
+    since(start)
+    assert succeeded(rows, crashes=0), rows
+    assert ran_once(stack, [job])
+
+
+@where_jobs_share_a_process
+def test_a_body_that_holds_the_gil_of_all_ends_like_one_that_kills_its_worker(stack, since):
+    """Its worker cannot renew the lease meanwhile, and what the body returns is dropped."""
+    start = time.monotonic()
+    job = stack.enqueue("hold_the_interpreter", LEASE + 4, queue="cpu")
+    [row] = stack.wait_until_final(job)
+    since(start)
+    assert (row["state"], row["error"]) == ("failed", "Its worker died 3 times")
+
+
+# A job exceeds its time limit
+
+
+@on_each
+def test_a_job_over_its_time_limit_fails(stack, gate, since):
+    start = time.monotonic()
+    job = stack.enqueue("hold_too_long", gate, queue="cpu")
+    [row] = stack.wait_until_final(job)
+    since(start)
+    assert (row["state"], row["error"]) == ("failed", "Over its time limit")
+    assert errors(row) == ["Over its time limit"]
+    assert ran_once(stack, [job])
+    gate.touch()  # in a thread the body still runs
+    [row] = stack.wait_until_final(stack.enqueue("quick", queue="cpu"))
+    assert succeeded([row], crashes=0), row
+
+
+@on_prefork
+def test_a_soft_time_limit_ends_a_body_that_waits_for_a_query(stack, since):
+    """After one run, and without a crash, also in the body's own transaction."""
+    start = time.monotonic()
+    jobs = [stack.enqueue("query_too_long", *block, queue="cpu") for block in [(), ("in a block",)]]
+    rows = stack.wait_until_final(*jobs)
+    since(start)
+    outcome = ("failed", "Over its time limit", 0)
+    assert [(row["state"], row["error"], row["crashes"]) for row in rows] == [outcome] * 2
+    assert ran_once(stack, jobs)
+
+
+@stacks(brokers=ONE["brokers"], pools=["threads"])
+def test_a_thread_over_its_time_limit_continues(stack, gate):
+    """A plain task to its end, a job to its next report."""
+    task = stack.send("plain", gate, queue="cpu", time_limit=2, soft_time_limit=1)
+    job = stack.enqueue("report_too_long", queue="cpu")
+    stack.wait_until_started(job, task)
+    [row] = stack.wait_until_final(job)
+    assert (row["state"], row["error"]) == ("failed", "Over its time limit")
+    wait_for(lambda: stack.notes("end", job))
+    gate.touch()
+    wait_for(lambda: stack.notes("end", task))
+    assert len(stack.notes("start", task)) == 1
+
+
+# A job is cancelled in the API or revoked in Flower
+
+
+@stacks(brokers=with_flower)
+def test_a_revoke_from_flower_cancels(stack, gate, revoke, since):
+    waits = stack.enqueue("hold", gate, queue="cpu", countdown=3600)
+    runs = stack.enqueue("hold", gate, queue="cpu")
+    stack.wait_until_started(runs)
+    start = time.monotonic()
+    revoke(waits)
+    revoke(runs)
+    rows = stack.wait_until_final(waits, runs)
+    since(start)
+    assert [row["state"] for row in rows] == ["cancelled", "cancelled"]
+    gate.touch()
+    wait_for(lambda: stack.notes("end", runs))
+    time.sleep(1)
+    assert stack.row(runs)["state"] == "cancelled"
+    assert stack.finals(waits, runs) == 2
+    assert not stack.notes("start", waits)
+
+
+@stacks(brokers=with_flower, pools=["prefork"])
+def test_a_job_that_holds_its_own_row_can_be_terminated(stack, gate, revoke):
+    """If its worker's loop waited for the lock, nothing would end the body."""
+    job = stack.enqueue("hold_its_row", gate, queue="cpu")
+    stack.wait_until_started(job)
+    revoke(job, "?terminate=1")
+    [row] = stack.wait_until_final(job)
+    assert row["state"] == "cancelled"
+
+
+def control(stack, *words):
+    stack.project.call(".venv/bin/celery", "-A", "config", "control", *words, **stack.variables)
+
+
+@on_one
+def test_celery_control_terminate_cancels(stack, gate, since):
+    job = stack.enqueue("hold", gate, queue="cpu")
+    stack.wait_until_started(job)
+    start = time.monotonic()
+    control(stack, "terminate", "SIGTERM", job)
+    [row] = stack.wait_until_final(job)
+    since(start)
+    assert row["state"] == "cancelled"
+
+
+@on_each_pool
+def test_a_revoke_during_a_database_outage_cancels(stack, gate, since):
+    waits = stack.enqueue("hold", gate, queue="cpu", countdown=3600)
+    runs = stack.enqueue("hold", gate, queue="cpu")
+    stack.wait_until_started(runs)
+    stack.database.kill()
+    control(stack, "revoke", waits, runs)
+    wait_for(lambda: all("flagged as revoked" in worker.printed for worker in stack.workers))
+    stack.database.start()
+    start = time.monotonic()
+    rows = stack.wait_until_final(waits, runs)
+    since(start)
+    assert [row["state"] for row in rows] == ["cancelled", "cancelled"]
+
+
+# The outcome cannot be stored, or the body leaves a transaction open
+
+
+ODD = {  # task: words of its error
+    "raise_mute": "Mute",
+    "raise_retry": "etry",
+    "retry_with_an_object": "not JSON",
+    "retry_in_a_queue_with_a_long_name": "too long",
+    "return_nested": "result",
+    "return_what_no_database_takes": "result",
+    "leave_a_transaction": "transaction",
+    "leave_an_aborted_transaction": "transaction",
+}
+
+
+@on_each_pool
+def test_odd_outcomes_end_a_job(stack, since):
+    """After one run, with the true reason."""
+    start = time.monotonic()
+    jobs = [stack.enqueue(task, queue="cpu") for task in ODD]
+    rows = stack.wait_until_final(*jobs)
+    since(start)
+    for words, row in zip(ODD.values(), rows, strict=True):
+        assert row["state"] == "failed" and words in row["error"], rows
+    assert ran_once(stack, jobs)
+    [row] = stack.wait_until_final(stack.enqueue("quick", queue="cpu"))
+    assert succeeded([row], crashes=0), row
+
+
+# Retries and errors
+
+
+@on_each_pool
+def test_each_run_that_failed_says_why(stack, since):
+    """Also each run that was retried."""
+    start = time.monotonic()
+    jobs = [stack.enqueue(task) for task in ["fail_twice", "fail_and_continue"]]
+    rows = stack.wait_until_final(*jobs)
+    since(start)
+    assert [row["state"] for row in rows] == ["failed", "succeeded"]
+    assert [errors(row) for row in rows] == [["OSError: away"] * 2, ["OSError: away"]]
+    failures = [failure for row in rows for failure in row["failures"]]
+    assert all('raise OSError("away")' in failure["traceback"] for failure in failures), failures
+
+
+@on_each_pool
+def test_a_retry_in_a_transaction_is_not_rolled_back(stack, since):
+    start = time.monotonic()
+    job = stack.enqueue("retry_in_a_transaction")
+    [row] = stack.wait_until_final(job)
+    since(start)
+    assert succeeded([row], crashes=0)
+    assert len(stack.notes("start", job)) == 2
+
+
+@on_one
+def test_a_retry_in_the_far_future_does_not_break_the_lists_of_jobs(stack):
+    """Python cannot read a time after the year 9999."""
+    with pytest.raises(AssertionError, match="ValueError"):
+        stack.enqueue("quick", countdown=1.7e12)  # milliseconds, by mistake
+    job = stack.post("retry_after", "1e12")
+    stack.wait_until_started(job)
+    wait_for(lambda: stack.row(job)["state"] == "queued")
+    code = """
+from django.test import Client
+from users.models import User
+admin = Client(raise_request_exception=False, HTTP_HOST="127.0.0.1")
+admin.force_login(User.objects.create_superuser("superuser"))
+result = admin.get("/admin/jobs/job/").status_code
+"""
+    assert (stack.send_raw("jobs/", None)[0], stack.ask(code)) == (200, 200)
+
+
+@on_one
+def test_a_long_error_is_cut(stack):
+    job = stack.post("raise_at_length", 20_000_000)
+    [row] = stack.wait_until_final(job)
+    assert row["error"].startswith("ValueError: xxx")
+    assert len(row["error"]) <= 10_000
+    assert len(stack.send_raw("jobs/", None)[1]) < 1_000_000
+
+
+@on_one
+def test_long_results_are_not_in_the_list(stack):
+    """The details have them. The page polls the list every 1.5 s."""
+    jobs = [stack.post("return_at_length", 5_000_000) for _ in range(20)]
+    code = "result = Job.objects.filter(pk__in=jobs, state='succeeded').count()"
+    wait_for(lambda: stack.ask(code, jobs=jobs) == 20)
+    status, shown = stack.send_raw("jobs/", None)
+    assert (status, len(json.loads(shown)["results"])) == (200, 20)
+    assert len(shown) < 1_000_000
+    detail = json.loads(stack.send_raw(f"jobs/{jobs[0]}/", None)[1])
+    assert len(detail["result"]) == 5_000_000
+
+
+# What a body does to others
+
+
+@on_prefork
+def test_a_database_setting_of_a_body_stops_no_other(stack):
+    """The jobs run in the same child, one after the other."""
+    stack.make_worker("alone", "alone", WORKER_CONCURRENCY=1).start()
+    odd, others = [], []
+    for setting in ["search_path=''", "default_transaction_read_only=on"]:
+        odd.append(stack.enqueue("set_session", setting, queue="alone"))
+        others += [stack.enqueue("quick", queue="alone") for _ in range(3)]
+    stack.wait_until_final(*odd, *others)
+    assert succeeded(stack.rows(*others), crashes=0)
+    assert ran_once(stack, odd + others)
+
+
+@on_each_pool
+def test_a_report_in_a_thread_of_a_body_is_refused(stack):
+    """It would silently store nothing, and a cancel would not end it."""
+    [row] = stack.wait_until_final(stack.enqueue("report_in_a_thread", queue="cpu"))
+    assert all("RuntimeError" in error for error in row["result"]), row

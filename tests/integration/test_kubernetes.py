@@ -1,0 +1,511 @@
+"""The manifests of outputs: valid, and each part fits the others, the code and the pages."""
+
+import base64
+import itertools
+import json
+import re
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+from urllib.parse import urlsplit
+from uuid import uuid4
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from harness import kustomize, missing
+from harness.bake import CHOICES, baked
+
+PRODUCTION = "deploy/kubernetes/overlays/production"
+MONITORING = Path("deploy/monitoring")
+OPTIONS = ("broker", "result_backend", "worker_pool", "include_example")
+ANSWERS = [
+    dict(zip(OPTIONS, values, strict=True))
+    for values in itertools.product(*(CHOICES[option] for option in OPTIONS))
+]
+
+
+# The keys of a ScaledObject that we use; KEDA's schema is not in kubernetes-validate.
+SCALED_OBJECT = {"scaleTargetRef", "minReplicaCount", "maxReplicaCount", "pollingInterval"}
+SCALED_OBJECT |= {"advanced", "triggers"}
+TRIGGER = {"connectionFromEnv", "query", "targetQueryValue"}  # of the type postgresql
+
+
+@pytest.fixture(scope="module")
+def render(cookies_session):
+    """Return a function: it bakes a project, and returns it and {(kind, name): document}."""
+
+    @cache
+    def render(**answers):
+        project = baked(cookies_session, {"deployment": "kubernetes", **answers})
+        shutil.copy(project / PRODUCTION / ".env.example", project / PRODUCTION / ".env")
+        documents = kustomize.build(project / PRODUCTION)
+        return project, {(each["kind"], each["metadata"]["name"]): each for each in documents}
+
+    return render
+
+
+def pods(documents):
+    """Return the specifications of all pods, {(kind, name): spec}."""
+    return {
+        key: document["spec"]["template"]["spec"]
+        for key, document in documents.items()
+        if key[0] in ("Deployment", "Job")
+    }
+
+
+@pytest.mark.parametrize(
+    "answers", ANSWERS, ids=lambda answers: "-".join(map(str, answers.values()))
+)
+def test_the_manifests_are_valid(render, answers):
+    project, documents = render(**answers)
+    for (kind, _), document in documents.items():
+        if kind == "ScaledObject":
+            document = autoscaler(document)
+        kubernetes_validate.validate(document, "1.37", strict=True)
+
+    for key, spec in pods(documents).items():
+        check_pod(spec, documents, key)
+    check_selectors(documents)
+    queues = re.search(r"CELERY_TASK_QUEUES = {(.*)}", project.read("config/settings.py"))[1]
+    queues = re.findall(r"\w+", queues)
+    scaled = {name for kind, name in documents if kind == "ScaledObject"}
+    workers = {f"worker-{queue}" for queue in queues}
+    assert workers == scaled
+    others = {"web", "beat"} | ({"flower"} if "flower" in project.read("Procfile") else set())
+    assert {name for kind, name in documents if kind == "Deployment"} == workers | others
+    for queue in queues:
+        check_workers(queue, documents)
+    beat = documents["Deployment", "beat"]["spec"]
+    assert (beat["replicas"], beat["strategy"]) == (1, {"type": "Recreate"})
+    check_variables(project, documents)
+
+
+def autoscaler(scaled):
+    """Return the HorizontalPodAutoscaler that KEDA makes from a ScaledObject."""
+    spec = scaled["spec"]
+    assert set(spec) <= SCALED_OBJECT
+    [trigger] = spec["triggers"]
+    assert trigger["type"] == "postgresql" and set(trigger["metadata"]) == TRIGGER
+    return {
+        "apiVersion": "autoscaling/v2",
+        "kind": "HorizontalPodAutoscaler",
+        "metadata": scaled["metadata"],
+        "spec": {
+            "scaleTargetRef": {"apiVersion": "apps/v1", "kind": "Deployment"}
+            | spec["scaleTargetRef"],
+            "minReplicas": spec["minReplicaCount"],
+            "maxReplicas": spec["maxReplicaCount"],
+            **spec["advanced"]["horizontalPodAutoscalerConfig"],
+        },
+    }
+
+
+def check_pod(spec, documents, key):
+    assert spec["securityContext"]["runAsNonRoot"], key
+    if key[0] == "Deployment":
+        [first] = spec["initContainers"]
+        assert "until python manage.py migrate --check" in first["command"][-1], key
+    volumes = {volume["name"] for volume in spec["volumes"]}
+    for container in spec["containers"]:
+        assert container["resources"]["requests"] and container["resources"]["limits"], key
+    for container in spec["containers"] + spec.get("initContainers", []):
+        sources = {
+            kind: source["name"] for each in container["envFrom"] for kind, source in each.items()
+        }
+        assert ("ConfigMap", sources["configMapRef"]) in documents, key
+        assert ("Secret", sources["secretRef"]) in documents, key
+        rights = container["securityContext"]
+        assert not rights["allowPrivilegeEscalation"] and rights["readOnlyRootFilesystem"], key
+        assert rights["capabilities"] == {"drop": ["ALL"]}, key
+        mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+        assert set(mounts.values()) <= volumes, key
+        written = re.findall(r"(?:--schedule |LIVENESS_FILE=)(/\w+)/", said(container, documents))
+        assert written and set(written) <= set(mounts), key
+
+
+def said(container, documents):
+    """Return the command of a container and its variables from the ConfigMap, as a text."""
+    [config] = [each["data"] for (kind, _), each in documents.items() if kind == "ConfigMap"]
+    variables = [f"{name}={value}" for name, value in config.items()]
+    return " ".join([*container.get("command", []), *variables])
+
+
+def check_selectors(documents):
+    """Check that each selector finds the pods that it is for."""
+    labels = {
+        name: document["spec"]["template"]["metadata"]["labels"]
+        for (kind, name), document in documents.items()
+        if kind == "Deployment"
+    }
+    for (kind, name), document in documents.items():
+        spec = document.get("spec")
+        if kind == "Deployment":
+            assert (
+                spec["selector"] == {"matchLabels": labels[name]} == {"matchLabels": {"app": name}}
+            ), name
+        elif kind == "Service":
+            assert spec["selector"] == labels[name]
+            [container] = pods(documents)["Deployment", name]["containers"]
+            open_ports = {port["containerPort"] for port in container["ports"]}
+            assert {port["targetPort"] for port in spec["ports"]} == open_ports
+        elif kind == "NetworkPolicy" and name != "all":
+            [(how, wanted)] = spec["podSelector"].items()
+            names = [wanted["app"]] if how == "matchLabels" else wanted[0]["values"]
+            assert {*names} <= {*labels}, name
+
+
+def check_variables(project, documents):
+    """Check that the code reads each variable that a manifest sets, or uses in a command."""
+    code = "".join(
+        file.read_text()
+        for folder in ("config", "jobs")
+        for file in (project / folder).glob("*.py")
+    )
+    known = set(re.findall(r"""(?:env\.\w+|environ\.get)\(["']([A-Z0-9_]+)["']""", code))
+    given = set()
+    for document in documents.values():
+        given |= set(document.get("data", {}))
+    assert given and given <= known
+    for spec in pods(documents).values():
+        for container in spec["containers"]:
+            own = {each["name"] for each in container.get("env", [])}
+            assert own <= known
+            commands = yaml.safe_dump(container)
+            assert set(re.findall(r"\$\{?([A-Z_]+)", commands)) <= given | own
+
+
+def check_workers(queue, documents):
+    """Check that this queue has a Deployment, which scales with the jobs of this queue."""
+    spec = documents["ScaledObject", f"worker-{queue}"]["spec"]
+    [container] = pods(documents)["Deployment", spec["scaleTargetRef"]["name"]]["containers"]
+    assert container["command"][-2:] == ["--queues", queue]
+    [trigger] = spec["triggers"]
+    [secret] = [each["data"] for (kind, _), each in documents.items() if kind == "Secret"]
+    assert trigger["metadata"]["connectionFromEnv"] in secret
+    concurrency = {each["name"]: each["value"] for each in container["env"]}
+    assert concurrency == {"WORKER_CONCURRENCY": trigger["metadata"]["targetQueryValue"]}
+
+
+def test_an_output_has_the_files_of_docker_and_manifests(render, bake):
+    """Only pages differ, so the tests of containers prove both choices."""
+    project, docker = bake(deployment="kubernetes"), bake(deployment="docker")
+    names = {each.relative_to(project) for each in project.files()}
+    others = {each.relative_to(docker) for each in docker.files()}
+    assert {Path("Dockerfile"), Path("compose.yaml"), Path("compose.dev.yaml")} <= others
+    assert names ^ others == {
+        name
+        for name in names
+        if name.is_relative_to("deploy/kubernetes")
+        or name in (MONITORING / "kustomization.yaml", MONITORING / "kubernetes.yaml")
+    }
+    changed = [name for name in others if project.read(name) != docker.read(name)]
+    assert {name.suffix for name in changed if name.name != ".env"} == {".md"}
+    kinds = {"ConfigMap", "Secret", "Service", "Job", "Deployment", "NetworkPolicy"}
+    _, documents = render()
+    assert {kind for kind, _ in documents} == kinds | {"ScaledObject"}  # KEDA's; no server
+
+
+@pytest.mark.parametrize("broker", CHOICES["broker"])
+def test_production_has_every_variable_that_it_needs(render, broker):
+    project, documents = render(broker=broker)
+    [config] = [each["data"] for (kind, _), each in documents.items() if kind == "ConfigMap"]
+    [secret] = [each["data"] for (kind, _), each in documents.items() if kind == "Secret"]
+    [needed] = re.findall("^# Production needs.*?\n\n", project.read(".env.example"), re.M | re.S)
+    assert {"SECRET_KEY", *re.findall("^# ([A-Z_]+)=", needed, re.M)} <= {*config, *secret}
+
+
+def test_the_probes_send_an_allowed_host(render):
+    _, documents = render()
+    [config] = [each["data"] for (kind, _), each in documents.items() if kind == "ConfigMap"]
+    [web] = pods(documents)["Deployment", "web"]["containers"]
+    for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+        [header] = web[probe]["httpGet"]["httpHeaders"]
+        assert header["name"] == "Host"
+        assert header["value"] in config["ALLOWED_HOSTS"].split(",")
+
+
+def ports(rules):
+    return {(port.get("protocol", "TCP"), port["port"]) for rule in rules for port in rule["ports"]}
+
+
+@pytest.mark.parametrize("result_backend", CHOICES["result_backend"])
+@pytest.mark.parametrize("broker", CHOICES["broker"])
+def test_the_network_policies_open_only_needed_ports(render, broker, result_backend):
+    _, documents = render(broker=broker, result_backend=result_backend)
+    policies = {name: each["spec"] for (kind, name), each in documents.items() if "Policy" in kind}
+
+    everybody = policies["all"]
+    assert everybody["podSelector"] == {}
+    assert set(everybody["policyTypes"]) == {"Ingress", "Egress"}
+    assert "ingress" not in everybody
+    # The ports of the servers in .env. Amazon's services have no URL there: they use 443.
+    [secret] = [each["data"] for (kind, _), each in documents.items() if kind == "Secret"]
+    values = {name: base64.b64decode(value).decode() for name, value in secret.items()}
+    urls = {name: urlsplit(value) for name, value in values.items() if "://" in value}
+    mail = urls.pop("EMAIL_URL")
+    needed = {("TCP", url.port or 443) for url in urls.values()}
+    needed |= {("TCP", 443)} if any(name.startswith("AWS_") for name in values) else set()
+    assert ports(everybody["egress"]) == needed | {("UDP", 53), ("TCP", 53)}
+    [names] = [rule for rule in everybody["egress"] if ("UDP", 53) in ports([rule])]
+    assert names["to"]
+
+    [ingress] = [spec["ingress"] for spec in policies.values() if "ingress" in spec]
+    assert policies["web"]["podSelector"] == {"matchLabels": {"app": "web"}}
+    [rule] = ingress
+    [origin] = rule["from"]
+    names = {"kubernetes.io/metadata.name": "ingress-nginx"}
+    assert origin == {"namespaceSelector": {"matchLabels": names}}
+    assert ports([rule]) == {("TCP", 8000)}
+
+    [workers] = policies["workers"]["podSelector"]["matchExpressions"]
+    assert {f"worker-{queue}" for queue in ("celery", "cpu", "io")} == set(workers["values"])
+    assert ports(policies["workers"]["egress"]) == {("TCP", mail.port)}
+
+
+def test_the_io_queue_reaches_other_services_over_https(render):
+    _, documents = render()
+    policy = documents["NetworkPolicy", "worker-io"]["spec"]
+    assert policy["podSelector"] == {"matchLabels": {"app": "worker-io"}}
+    assert ports(policy["egress"]) == {("TCP", 443)}
+    _, documents = render(include_example="no")
+    assert ("NetworkPolicy", "worker-io") not in documents
+
+
+@pytest.fixture(scope="module")
+def monitored(cookies_session):
+    """A project after step 4 of the page, and what only this step adds: {kind: document}."""
+    project = baked(cookies_session, {"deployment": "kubernetes"})
+    shutil.copy(project / PRODUCTION / ".env.example", project / PRODUCTION / ".env")
+    before = kustomize.build(project / PRODUCTION)
+    file = project / PRODUCTION / "kustomization.yaml"
+    text, count = re.subn("# (?=- ../../../monitoring)", "", file.read_text())
+    assert count == 1
+    file.write_text(text)
+    after = kustomize.build(project / PRODUCTION)
+    assert [each for each in after if each in before] == before
+    added = [each for each in after if each not in before]
+    kinds = {each["kind"]: each for each in added}
+    assert len(added) == len(kinds)
+    return project, kinds, {each["kind"]: each for each in before}
+
+
+# What we use of the operator's resources; their schemas are not in kubernetes-validate.
+ENDPOINT = {"port", "path", "interval", "authorization", "relabelings"}
+
+
+def test_the_operator_finds_the_metrics_and_the_alerts(monitored):
+    project, added, documents = monitored
+    assert set(added) == {"ServiceMonitor", "PrometheusRule", "NetworkPolicy", "ConfigMap"}
+    [namespace] = {each["metadata"]["namespace"] for each in added.values()}
+    for kind in ("ServiceMonitor", "PrometheusRule"):
+        assert added[kind]["apiVersion"] == "monitoring.coreos.com/v1"
+    for kind in ("NetworkPolicy", "ConfigMap"):
+        kubernetes_validate.validate(added[kind], "1.37", strict=True)
+
+    spec, service = added["ServiceMonitor"]["spec"], documents["Service"]
+    assert set(spec) == {"selector", "endpoints"}
+    assert spec["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
+    [endpoint] = spec["endpoints"]
+    assert set(endpoint) == ENDPOINT and endpoint["path"] == "/metrics"
+    [port] = service["spec"]["ports"]
+    assert endpoint["port"] == port["name"]
+    assert endpoint["authorization"]["type"] == "Token"
+    credentials = endpoint["authorization"]["credentials"]
+    page = project.read("docs/production.md")
+    stored = re.search("create secret generic (.+?) .* --from-literal=(.+?)=TOKEN", page)
+    assert credentials == {"name": stored[1], "key": stored[2]}
+
+    policy, web = added["NetworkPolicy"]["spec"], {"matchLabels": {"app": "web"}}
+    [rule] = policy["ingress"]
+    assert policy["podSelector"] == web and ports([rule]) == {("TCP", port["targetPort"])}
+    assert rule["from"] == [
+        {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
+    ]
+    alerts = yaml.safe_load((project / MONITORING / "alerts.yml").read_text())
+    assert added["PrometheusRule"]["spec"] == alerts
+    assert added["ConfigMap"]["metadata"]["labels"] == {"grafana_dashboard": "1"}
+    [(name, text)] = added["ConfigMap"]["data"].items()
+    assert text == (project / MONITORING / name).read_text()
+
+
+def test_prometheus_asks_the_service_and_not_each_pod(monitored, tmp_path):
+    """Its name is an allowed host, a pod's address is none; and each pod has the same numbers."""
+    if not shutil.which("promtool"):
+        missing("promtool is not installed: sudo apt install prometheus, which has it")
+    _, added, documents = monitored
+    [endpoint] = added["ServiceMonitor"]["spec"]["endpoints"]
+    names = {"targetLabel": "target_label", "sourceLabels": "source_labels"}
+    rules = [
+        {names.get(key, key): value for key, value in rule.items()}
+        for rule in endpoint["relabelings"]
+    ]
+    namespace = added["ServiceMonitor"]["metadata"]["namespace"]
+    pods = [  # as the operator lets Prometheus find them
+        {
+            "targets": [f"10.0.0.{number}:8000"],
+            "labels": {
+                "__meta_kubernetes_namespace": namespace,
+                "namespace": namespace,
+                "service": "web",
+                "pod": f"web-{number}",
+                "container": "app",
+            },
+        }
+        for number in (1, 2)
+    ]
+    job = {"job_name": "web", "static_configs": pods, "relabel_configs": rules}
+    (tmp_path / "prometheus.yml").write_text(yaml.safe_dump({"scrape_configs": [job]}))
+    command = ["promtool", "check", "service-discovery", "prometheus.yml", "web"]
+    printed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    found = [each["labels"] for each in json.loads(printed.stdout)]
+    assert len(found) == 2 and found[0] == found[1]  # so Prometheus has one target
+    host, port = found[0]["instance"].split(":")
+    [service_port] = documents["Service"]["spec"]["ports"]
+    assert int(port) == service_port["port"]
+    assert host.split(".") == [documents["Service"]["metadata"]["name"], namespace, "svc"]
+    assert host in documents["ConfigMap"]["data"]["ALLOWED_HOSTS"].split(",")
+
+
+@pytest.mark.parametrize("broker", CHOICES["broker"])
+def test_flower_has_no_default_password(render, broker):
+    _, documents = render(broker=broker)
+    [secret] = [each["data"] for (kind, _), each in documents.items() if kind == "Secret"]
+    if ("Deployment", "flower") not in documents:
+        assert "FLOWER_BASIC_AUTH" not in secret
+        return
+    assert not secret["FLOWER_BASIC_AUTH"]
+    [container] = pods(documents)["Deployment", "flower"]["containers"]
+    shell, option, script = container["command"]
+    assert "--address=127.0.0.1" in script
+    for password, starts in (("", False), ("admin:secret", True)):
+        script = script.replace("exec celery", "echo started")
+        result = subprocess.run([shell, option, script], env={"FLOWER_BASIC_AUTH": password})
+        assert (result.returncode == 0) == starts
+
+
+def test_no_pod_can_fill_the_disk_of_its_node(render):
+    _, documents = render()
+    for key, spec in pods(documents).items():
+        for volume in spec["volumes"]:
+            assert volume["emptyDir"]["sizeLimit"], key
+
+
+def test_each_process_has_the_same_time_to_stop(render):
+    """In a pod, in a container and under a supervisor: more than the process itself takes."""
+    project, documents = render()
+    soft = re.search(r'"SOFT_SHUTDOWN_SECONDS", default=(\d+)', project.read("config/settings.py"))
+    page = project.read("docs/production.md")
+    seconds = int(re.search(r"TimeoutStopSec=(\d+)", page)[1])
+    assert f"give a worker {seconds} seconds to stop" in page
+    assert seconds >= int(soft[1]) + 10
+    compose = yaml.safe_load(project.read("compose.yaml"))["x-app"]
+    assert compose["stop_grace_period"] == f"{seconds}s"
+    for key, spec in pods(documents).items():
+        assert spec["terminationGracePeriodSeconds"] == seconds, key
+    [web] = pods(documents)["Deployment", "web"]["containers"]
+    graceful = 30  # gunicorn's default
+    assert web["lifecycle"]["preStop"]["sleep"]["seconds"] + graceful < seconds
+
+
+@pytest.mark.parametrize("broker", CHOICES["broker"])
+def test_the_commands_of_the_page_name_what_exists(render, broker):
+    project, documents = render(broker=broker)
+    commands = re.findall("kubectl [^`\n]+", project.read("docs/production.md"))
+    assert len(commands) == 6 + (("Deployment", "flower") in documents)
+    [namespace] = {each["metadata"]["namespace"] for each in documents.values()}
+    for command in commands:
+        for named in re.findall("namespace ([a-z-]+)", command):
+            assert named == namespace, command
+        for kind, name in re.findall("(deployment|job)[/ ]([a-z-]+)", command):
+            assert (kind.capitalize(), name) in documents, command
+        for folder in re.findall(" -k (.+)", command):
+            assert folder == PRODUCTION
+        if port := re.search("port-forward .* ([0-9]+)$", command):
+            [flower] = pods(documents)["Deployment", "flower"]["containers"]
+            assert f"--port={port[1]}" in flower["command"][-1]
+
+
+def test_the_image_and_the_hosts_are_in_one_file(bake):
+    """And the values of the Secret in another one, which Git ignores."""
+    project = bake(deployment="kubernetes")
+    overlay = project / PRODUCTION
+    text = (overlay / "kustomization.yaml").read_text()
+    image = re.search("newName: (.+)\n.*newTag: (.+)\n", text)
+    text = text.replace(image[1], "ghcr.io/tea/shop").replace(image[2], "'7'")
+    (overlay / "kustomization.yaml").write_text(text.replace("=example.com", "=tea.example"))
+    values = (overlay / ".env.example").read_text()
+    (overlay / ".env").write_text(values.replace("SECRET_KEY=", "SECRET_KEY=tea"))
+    documents = kustomize.build(overlay)
+    assert {each["image"] for each in kustomize.containers(documents)} == {"ghcr.io/tea/shop:7"}
+    data = {each["kind"]: each["data"] for each in documents if "data" in each}
+    assert data["ConfigMap"]["ALLOWED_HOSTS"] == "tea.example,localhost,web.my-project.svc"
+    assert base64.b64decode(data["Secret"]["SECRET_KEY"]) == b"tea"
+
+    project.call("git", "init", "--quiet")
+    tracked = project.call("git", "ls-files", "--others", "--exclude-standard").split()
+    assert f"{PRODUCTION}/.env.example" in tracked
+    assert f"{PRODUCTION}/.env" not in tracked
+
+
+# Makes jobs in every state, more for each next queue, and prints the metrics. A limit holds
+# some of them, and one of their tasks is paused: some of its jobs are held, the others are not yet.
+JOBS = """
+from datetime import timedelta
+from uuid import uuid4
+from django.conf import settings
+from django.utils import timezone
+from jobs.models import Job, Pause
+from jobs.metrics import Collector
+from orders.tasks import mail_summary, write_report
+held, paused = {"times_sent": 0, "sweep_at": None}, {"task": mail_summary.name}
+for number, queue in enumerate([*settings.CELERY_TASK_QUEUES, "unknown"], start=1):
+    for _ in range(number):
+        for countdown in (0, 3600):
+            Job.objects.enqueue(write_report, [1], queue=queue, countdown=countdown)
+        for changes in (
+            {"times_sent": 0, "sweep_at": timezone.now() - timedelta(seconds=9)},  # a due countdown
+            {"state": "running", "run_token": uuid4()},
+            {**held, "held_by": "tenant:7"},
+            {**paused, **held, "held_by": f"pause:{mail_summary.name}"},
+            paused,
+            {**paused, "times_sent": 0, "sweep_at": timezone.now() - timedelta(seconds=9)},
+            {**paused, "state": "running", "run_token": uuid4()},
+            *({"state": state, "sweep_at": None, "finished_at": timezone.now()}
+              for state in ("succeeded", "failed", "cancelled")),
+        ):
+            job = Job.objects.enqueue(write_report, [1], queue=queue)
+            Job.objects.filter(pk=job.pk).update(**changes)
+Pause.objects.pause(mail_summary.name)
+for family in Collector().collect():
+    for sample in family.samples:
+        print(sample.name, *sample.labels.values(), sample.value)
+"""
+
+
+def test_the_queries_that_scale_workers_count_waiting_and_running_jobs(render, database):
+    """Each counts those of its queue that a worker can run now, as the metrics do."""
+    project, documents = render()
+    project.install()
+    url = database.create(f"keda_{uuid4().hex}")
+    variables = {"DATABASE_URL": url, "CELERY_BROKER_URL": "memory://"}
+    project.manage("migrate", "-v0", **variables)
+    printed = project.manage("shell", "-v0", "-c", JOBS, **variables)
+    metrics = re.findall(r"^(jobs_(?:waiting|running)) (\w+) (\d+)", printed, re.M)
+    queries = {
+        name: each["spec"]["triggers"][0]["metadata"]["query"]
+        for (kind, name), each in documents.items()
+        if kind == "ScaledObject"
+    }
+    psql = [database.binaries / "psql", "-tA", url, "-c"]
+    for number, queue in enumerate(("celery", "cpu", "io"), start=1):
+        command = [*psql, queries[f"worker-{queue}"]]
+        count = int(subprocess.run(command, capture_output=True, check=True).stdout)
+        assert count == sum(int(value) for _, name, value in metrics if name == queue)
+        assert count == 4 * number
+    printed = project.manage("jobs", "pause", "io", "--reason", "SMTP is down", **variables)
+    assert re.search(r"^io: Paused since .*: SMTP is down$", printed, re.M)
+    counts = subprocess.run([*psql, queries["worker-io"]], capture_output=True, check=True).stdout
+    assert int(counts) == 2 * 3  # those that run

@@ -1,0 +1,342 @@
+"""Limits hold exactly, and no place stays empty: real processes die, locks are the witness.
+
+The property `seconds` of a test is the time from the fault to the end of the last job that waited.
+"""
+
+import os
+import signal
+import time
+from itertools import pairwise
+from statistics import median
+
+from harness.faults import (
+    ONE,
+    errors,
+    on_each,
+    on_each_pool,
+    on_one,
+    on_prefork,
+    stacks,
+    succeeded,
+)
+from harness.project import children_of, wait_for
+from harness.stack import LEASE
+
+on_sqlite = stacks(**ONE, sqlite=True)
+
+
+def bodies(stack, *kinds, key=None):
+    """Return [kind, key, job, time] of what bodies have noted, in order."""
+    file = stack.notes_file.with_name("notes-of-bodies")
+    words = [line.split() for line in file.read_text().splitlines()] if file.exists() else []
+    lines = [[kind, each, job, float(when)] for kind, each, job, when, *_ in words]
+    return [line for line in lines if line[0] in kinds and key in (None, line[1])]
+
+
+def has_started(stack, job, times=1):
+    return len([line for line in bodies(stack, "start") if line[2] == job]) >= times
+
+
+def exceeded(stack, jobs):
+    """Return which bodies of these jobs found all files of their key locked."""
+    return [line for line in bodies(stack, "exceeded") if line[2] in jobs]
+
+
+def have_places(stack, jobs):
+    """Return whether some of these jobs occupy places."""
+    ask = "result = Job.objects.filter(pk__in=jobs, sweep_at__isnull=False).exists()"
+    return stack.ask(ask, jobs=jobs)
+
+
+def check(stack, jobs):
+    """Wait until these jobs have succeeded. They have no place, and no limit was exceeded."""
+    rows = stack.wait_until_final(*jobs)
+    assert {row["state"] for row in rows} == {"succeeded"}, rows
+    assert not have_places(stack, jobs)
+    assert not exceeded(stack, jobs)
+    return rows
+
+
+def occupy(stack, gate, task="one_until"):
+    """Let a body of the first worker take the only place of a key. Return it and three others."""
+    key = gate.parent.name
+    first = stack.enqueue(task, key, gate, queue="cpu")
+    wait_for(lambda: has_started(stack, first))
+    waiting = [stack.enqueue("one", key, 0.05, queue="io") for _ in range(3)]
+    return first, waiting
+
+
+# A worker is killed, stopped or frozen while it has the only place of a key
+
+
+@on_each_pool
+def test_the_place_of_a_killed_worker_is_free_when_its_lease_lapses(stack, gate, since):
+    first, waiting = occupy(stack, gate)
+    stack.worker.kill()
+    start = time.monotonic()
+    check(stack, waiting)
+    since(start)
+    gate.touch()
+    stack.worker.start()
+    assert succeeded(check(stack, [first]), crashes=1)
+
+
+@on_prefork
+def test_the_place_of_a_killed_child_is_free_at_once(stack, gate, since):
+    """With a lease of 600 s."""
+    worker = stack.replace_worker(JOB_LEASE_SECONDS=600)
+    first, waiting = occupy(stack, gate)
+    start = time.monotonic()
+    for child in children_of(worker.pid):
+        os.kill(child, signal.SIGKILL)
+    check(stack, waiting)
+    since(start)
+    gate.touch()
+    assert succeeded(check(stack, [first]), crashes=1)
+
+
+@on_each_pool
+def test_the_place_of_a_stopped_worker_is_free_when_it_has_ended(stack, gate, since):
+    first, waiting = occupy(stack, gate)
+    # A job that is handed back keeps its due_at, so it would be the next one again.
+    ask = "result = Job.objects.filter(pk__in=jobs).update(due_at=datetime(2000, 1, 1, tzinfo=UTC))"
+    assert stack.ask(f"from datetime import UTC, datetime; {ask}", jobs=waiting) == len(waiting)
+    start = time.monotonic()
+    os.kill(stack.worker.pid, signal.SIGTERM)
+    check(stack, waiting)
+    since(start)
+    stack.worker.wait()
+    gate.touch()
+    stack.worker.start()
+    rows = check(stack, [first])
+    assert succeeded(rows, crashes=0)
+    assert not errors(rows[0])
+
+
+@on_each_pool
+def test_a_frozen_worker_loses_its_place(stack, gate, since):
+    """When it continues, its body ends at its next report, and what it returns is dropped."""
+    first, waiting = occupy(stack, gate, "report_until")
+    stack.worker.pause()
+    start = time.monotonic()
+    wait_for(lambda: stack.row(first)["crashes"] == 1)
+    check(stack, waiting)
+    since(start)
+    stack.worker.resume()
+    # The old body ends although the gate is closed.
+    wait_for(lambda: [line for line in bodies(stack, "end") if line[2] == first])
+    assert stack.row(first)["state"] in ("queued", "running")
+    gate.touch()
+    assert succeeded(check(stack, [first]), crashes=1)
+
+
+# A running job is cancelled
+
+
+@on_each_pool
+def test_a_cancelled_job_keeps_its_place_until_its_body_has_ended(stack, gate):
+    """However long that takes: here for more than a lease."""
+    first, waiting = occupy(stack, gate)
+    stack.ask("Job.objects.get(pk=job).cancel()", job=first)
+    time.sleep(2 * LEASE)
+    assert [row["state"] for row in stack.rows(*waiting)] == ["queued"] * 3
+    gate.touch()
+    check(stack, waiting)
+    assert stack.row(first)["state"] == "cancelled"
+
+
+@on_each_pool
+def test_the_place_of_a_cancelled_job_is_free_when_its_worker_dies(stack, gate, since):
+    first, waiting = occupy(stack, gate)
+    stack.ask("Job.objects.get(pk=job).cancel()", job=first)
+    time.sleep(1)  # the worker notices
+    stack.worker.kill()
+    start = time.monotonic()
+    check(stack, waiting)
+    since(start)
+
+
+@on_prefork
+def test_the_place_of_a_cancelled_job_is_free_at_once_when_its_child_dies(stack, gate):
+    """With a lease of 600 s. The second child is ended by a revoke, as in Flower."""
+    worker = stack.replace_worker(JOB_LEASE_SECONDS=600)
+    first, waiting = occupy(stack, gate)
+    stack.ask("Job.objects.get(pk=job).cancel()", job=first)
+    for child in children_of(worker.pid):
+        os.kill(child, signal.SIGKILL)
+    check(stack, waiting)
+
+    first, waiting = occupy(stack, gate)
+    revoke = "from config.celery import app\napp.control.revoke(job, terminate=True)"
+    stack.ask(revoke, job=first)
+    check(stack, waiting)
+    assert stack.row(first)["state"] == "cancelled"
+
+
+# Beat is unavailable
+
+
+@on_one
+def test_a_free_place_is_taken_without_beat(stack, record_property):
+    """A body that has ended hands its place over. The time until the next start is recorded."""
+    stack.beat.stop()
+    code = "result = [job.pk for job in Job.objects.enqueue_many(one, [['quick', 0]] * 300)]"
+    jobs = stack.ask(code)
+    check(stack, jobs)
+    starts = bodies(stack, "start", key="quick")
+    assert [job for _, _, job, _ in starts] == jobs  # the oldest first
+    lines = bodies(stack, "start", "end", key="quick")
+    gaps = [start[3] - end[3] for end, start in pairwise(lines) if start[0] == "start"]
+    record_property("milliseconds from an end to the next start", round(1000 * median(gaps), 1))
+
+
+# All faults, and two Beats
+
+
+def inject_faults(stack, enqueue):
+    """Inject one fault after the other, each while jobs of all keys run."""
+
+    def kill_worker():
+        stack.worker.kill()
+
+    def kill_child():
+        for child in children_of(stack.other.pid)[:2]:
+            os.kill(child, signal.SIGKILL)
+
+    def stop_worker():
+        os.kill(stack.other.pid, signal.SIGTERM)
+
+    def cancel():
+        stack.ask("""
+running = Job.objects.filter(state="running", limit_key__isnull=False)[:2]
+Job.objects.filter(pk__in=[job.pk for job in running]).cancel()
+""")
+
+    def restart_broker():
+        stack.broker.kill()
+        stack.broker.start()
+
+    def empty_broker():
+        stack.empty("cpu")
+
+    def restart_database():
+        stack.database.kill()
+        stack.database.start()
+
+    def kill_beat():
+        stack.beat.kill()
+
+    faults = [kill_worker, cancel, kill_child, empty_broker, restart_broker, stop_worker]
+    faults += [kill_beat, *([restart_database] if stack.database else []), kill_worker]
+    for fault in faults:
+        jobs = enqueue()
+        wait_for(lambda jobs=jobs: any(has_started(stack, job) for job in jobs))
+        time.sleep(0.3)
+        fault()
+        time.sleep(0.5)
+
+
+def check_through_faults(stack):
+    jobs = []
+    code = """
+result = []
+for number in range(3):
+    calls = [(one, ["storm", 0.2]), (two, ["storm", 0.3]), (two, ["storm", 0.1])]
+    for task, args in calls:
+        result.append(Job.objects.enqueue(task, args, queue=["cpu", "io"][number % 2]).pk)
+"""
+
+    def enqueue():
+        new = stack.ask(code)
+        jobs.extend(new)
+        return new
+
+    beat = stack.process(f"celery -A config beat -s {stack.folder}/beat2", name="beat2")
+    with stack.supervised([*stack.workers, stack.beat, beat]):
+        inject_faults(stack, enqueue)
+        rows = stack.wait_until_final(*jobs)
+        assert {row["state"] for row in rows} <= {"succeeded", "cancelled"}, rows
+        wait_for(lambda: not have_places(stack, jobs))
+    assert not exceeded(stack, jobs)
+
+
+@on_each
+def test_no_fault_exceeds_a_limit_or_leaves_a_place_empty(stack, since):
+    """Two Beats sweep all the time."""
+    start = time.monotonic()
+    check_through_faults(stack)
+    since(start)
+
+
+@on_sqlite
+def test_no_fault_exceeds_a_limit_or_leaves_a_place_empty_on_sqlite(stack, since):
+    start = time.monotonic()
+    check_through_faults(stack)
+    since(start)
+
+
+# Rates
+
+
+def most_starts(times, seconds):
+    """Return how many of these times are within the same `seconds`, at most."""
+    return max(sum(first <= time < first + seconds for time in times) for first in times)
+
+
+def started_at(stack, jobs):
+    """Return when these jobs started, as the database has stored it: bodies start soon after."""
+    ask = "result = [j.started_at.timestamp() for j in Job.objects.filter(pk__in=jobs)]"
+    return sorted(stack.ask(ask, jobs=jobs))
+
+
+@on_one
+def test_a_rate_is_kept_while_workers_come_and_go(stack, record_property):
+    """10 a second. What no worker takes for three seconds does not start in one burst.
+
+    The sweep looks again whenever the rate lets more jobs go, not only every JOB_SWEEP_SECONDS.
+    """
+    beat = stack.replace_beat(JOB_SWEEP_SECONDS=600)
+    beat.stop()
+    code = "result = [job.pk for job in Job.objects.enqueue_many(rated, [['a']] * 60)]"
+    jobs = stack.ask(code)
+    beat.start()
+    wait_for(lambda: has_started(stack, jobs[15]))
+    for worker in stack.workers:
+        worker.stop()
+    time.sleep(3)
+    back = time.time()
+    for worker in stack.workers:
+        worker.start()
+    check(stack, jobs)
+    starts = started_at(stack, jobs)
+    assert most_starts(starts, 1) <= 10
+    rest = [each for each in starts if each > back]
+    record_property("starts a second", round((len(rest) - 1) / (rest[-1] - rest[0]), 1))
+    times = [line[3] for line in bodies(stack, "start", key="a")]
+    assert len(times) == 60
+    record_property("bodies that started within a second", most_starts(times, 1))
+
+
+@on_prefork
+def test_an_api_with_5_calls_a_second_and_2_at_once_for_each_tenant(stack, record_property):
+    """300 contacts, and a worker is killed in the middle. One summary comes at the end."""
+    stack.replace_beat(JOB_SWEEP_SECONDS=5)  # the default
+    batch, jobs = stack.ask("""
+batch = call_all("tenant-7", range(300))
+result = [batch.pk, [job.pk for job in batch.jobs.order_by("created_at")]]
+""")
+    wait_for(lambda: has_started(stack, jobs[150]))
+    stack.worker.kill()
+    stack.worker.start()
+    done = "result = Batch.objects.filter(pk=batch, state='succeeded').exists()"
+    wait_for(lambda: stack.ask(done, batch=batch))
+    check(stack, jobs)
+    wait_for(lambda: bodies(stack, "summary", key="tenant-7"))
+    times = [line[3] for line in bodies(stack, "start", key="tenant-7")]
+    rows = started_at(stack, jobs)
+    record_property("calls a second", round(299 / (rows[-1] - rows[0]), 2))
+    record_property("bodies that started within a second", most_starts(times, 1))
+    assert most_starts(rows, 1) <= 5
+    last = "result = [j.pk for j in Job.objects.filter(follows=batch)]"
+    stack.wait_until_final(*stack.ask(last, batch=batch))
+    assert len(bodies(stack, "summary", key="tenant-7")) == 1

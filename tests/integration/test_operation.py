@@ -1,0 +1,226 @@
+"""The output's docs/operation.md and alerts: they use its metrics, and fire when they should."""
+
+import re
+import shutil
+import subprocess
+import urllib.request
+
+import pytest
+import yaml
+
+from harness import missing
+from harness.bake import CHOICES, TEMPLATE, render
+from harness.faults import ONE, stacks
+from harness.pages import blocks
+from harness.project import wait_for
+from harness.prometheus import Prometheus
+
+TEXT = render("docs/operation.md")
+[CONFIG] = [
+    block.code
+    for block in blocks("docs/operation.md", TEXT)
+    if block.heading == "Prometheus" and block.code
+]
+RULES = render("deploy/monitoring/alerts.yml")
+ALERTS = {rule["alert"]: rule["expr"] for rule in yaml.safe_load(RULES)["groups"][0]["rules"]}
+TESTS = TEMPLATE / "tests/alerts.yml"
+DASHBOARD = re.findall(r"^\| [^|]* \| `([a-z_]+ by .*|[a-z_]+\(.*)` \|$", TEXT, re.MULTILINE)
+PROMQL = {"absent", "by", "histogram_quantile", "increase", "max", "rate", "sum", "unless"}
+LABELS = {"le", "name", "queue", "state", "task"}
+
+
+def metrics_named(expression):
+    """Return the names in an expression that belong neither to PromQL nor to labels."""
+    words = re.sub(r'"[^"]*"|\[\w+\]', "", expression)
+    names = set(re.findall(r"\b[a-z_]\w*", words)) - PROMQL - LABELS
+    return {re.sub("(_seconds)_(bucket|sum|count)$", r"\1", name) for name in names}
+
+
+def exposed(project):
+    return re.findall('^    "(jobs_[a-z_]+)": ', project.read("jobs/metrics.py"), re.M)
+
+
+def test_the_page_and_the_alerts_name_the_metrics_that_an_output_has(bake):
+    found = exposed(bake())
+    rows = re.findall(r"^\| `(jobs_\w+)` \|", TEXT, re.MULTILINE)
+    assert sorted(rows) == sorted(found)
+    assert len(ALERTS) == 10 and len(DASHBOARD) == 6
+    for expression in [*ALERTS.values(), *DASHBOARD]:
+        assert metrics_named(expression) <= set(found), expression
+
+
+@pytest.mark.parametrize("broker", CHOICES["broker"])
+def test_the_page_of_each_broker_names_only_metrics_that_its_output_has(bake, broker):
+    project = bake(broker=broker)
+    named = set(re.findall(r"`(jobs_\w+)", project.read("docs/operation.md")))
+    assert named and named <= set(exposed(project))
+
+
+def test_the_page_says_of_each_alert_what_to_do():
+    assert re.findall(r"^\| `([A-Z]\w+)` \|", TEXT, re.MULTILINE) == list(ALERTS)
+
+
+def promtool(*arguments, cwd=None, input=None):
+    if not shutil.which("promtool"):
+        missing("promtool is not installed: sudo apt install prometheus, which has it")
+    command = ["promtool", *arguments]
+    result = subprocess.run(command, cwd=cwd, input=input, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+def test_prometheus_accepts_the_configuration(tmp_path):
+    (tmp_path / "prometheus.yml").write_text(CONFIG)
+    (tmp_path / "alerts.yml").write_text(RULES)
+    promtool("check", "config", "--syntax-only", "prometheus.yml", cwd=tmp_path)
+    assert f"{len(ALERTS)} rules found" in promtool("check", "rules", "alerts.yml", cwd=tmp_path)
+
+
+def test_each_alert_fires_and_resolves_when_it_should(tmp_path):
+    (tmp_path / "alerts.yml").write_text(RULES)
+    shutil.copy(TESTS, tmp_path / "tests.yml")
+    promtool("test", "rules", "tests.yml", cwd=tmp_path)
+
+
+def test_each_alert_has_a_test_in_which_it_is_quiet_and_one_in_which_it_resolves():
+    quiet, *others = yaml.safe_load(TESTS.read_text())["tests"]
+    assert {test["alertname"] for test in quiet["alert_rule_test"]} == ALERTS.keys()
+    resolved = set()
+    for group in others:
+        firing = {}
+        for test in group["alert_rule_test"]:
+            firing.setdefault(test["alertname"], []).append(bool(test["exp_alerts"]))
+        resolved |= {name for name, states in firing.items() if (*states,)[-2:] == (True, False)}
+    assert resolved == ALERTS.keys()
+
+
+# A real Prometheus, which scrapes a real project
+
+SHORTER = {"[10m]": "[30s]", "for: 1m": "for: 2s", "for: 2m": "for: 3s"}
+SHORTER |= {"> 300": "> 3", "> 3600": "> 3", "> 60": "> 4"}
+
+
+class Alerts(Prometheus):
+    """Prometheus with the page's configuration and the alerts, both with shorter times."""
+
+    def __init__(self, stack, folder):
+        super().__init__(folder)
+        token = folder / "token"
+        token.write_text(stack.add_user("prometheus", is_staff=True))
+        config = CONFIG.replace("scrape_interval: 30s", "scrape_interval: 1s")
+        config = config.replace("scheme: https", "scheme: http")
+        config = config.replace("example.com", f"127.0.0.1:{stack.port}")
+        config = re.sub("credentials_file: .*", f"credentials_file: {token}", config)
+        (folder / "prometheus.yml").write_text(f"global: {{evaluation_interval: 1s}}\n{config}")
+        rules = RULES
+        for time_, shorter in SHORTER.items():
+            assert time_ in RULES
+            rules = re.sub(re.escape(time_) + r"(?!\d)", shorter, rules)
+        (folder / "alerts.yml").write_text(rules)
+
+    def firing(self):
+        """Return the alerts that fire now."""
+        alerts = [each for each in self.ask("alerts")["alerts"] if each["state"] == "firing"]
+        return {each["labels"]["alertname"] for each in alerts}
+
+    def wait_for(self, *alerts):
+        self.wait_until(lambda: self.firing() >= {*alerts})
+
+    def wait_until_quiet(self):
+        self.wait_until(lambda: not self.ask("alerts")["alerts"])
+
+    def wait_until(self, condition):
+        try:
+            wait_for(condition)
+        except AssertionError as error:
+            raise AssertionError(self.ask("alerts")) from error
+
+
+@pytest.fixture
+def prometheus(stack, tmp_path):
+    prometheus = Alerts(stack, tmp_path)
+    prometheus.start()
+    stack.made.append(prometheus)  # it ends with the test
+    return prometheus
+
+
+@stacks(**ONE, sqlite=True)
+def test_a_real_prometheus_sees_each_alert_fire_and_resolve(stack, prometheus, gate):
+    """Four minutes. Each alert is provoked with real processes."""
+    prometheus.wait_until_quiet()
+    stack.web.stop()
+    prometheus.wait_for("NoMetrics")
+    stack.web.start()
+    prometheus.wait_until_quiet()
+
+    stack.other.stop()
+    waiting = stack.enqueue("quick", queue="io")
+    stack.ask("Pause.objects.pause('cpu')")
+    for _ in range(3):
+        stack.enqueue("raise_at_length", 10)
+    stack.enqueue("die")
+    broken = stack.replace_beat("faults.broken_schedule")
+    prometheus.wait_for("JobsWait", "NoWorker", "PauseForgotten", "ScheduleErrors")
+    prometheus.wait_for("JobsFail", "JobsKillWorkers")
+    # Beat was replaced, and a worker died: on a busy machine, these may have fired for a moment.
+    others = {"SweepSilent", "BeatHangs", "JobsSilent", "NoMetrics"}
+    prometheus.wait_until(lambda: not prometheus.firing() & others)
+    broken.stop()
+    stack.beat.start()
+    stack.other.start()
+    stack.ask("Pause.objects.resume('cpu')")
+    stack.wait_until_final(waiting)
+    prometheus.wait_until_quiet()
+
+    # Without a schedule, Beat's next tick is due in five minutes, and it is not late before.
+    beat = stack.replace_beat("faults.every_second")
+    ticks = "result = Job.objects.filter(task='faults.tasks.tick').count()"
+    wait_for(lambda: stack.ask(ticks) > 2)
+    lost = stack.enqueue("hold", gate)
+    stack.wait_until_started(lost)
+    stack.kill(beat, *stack.workers)
+    prometheus.wait_for("SweepSilent", "BeatHangs", "JobsSilent")
+    gate.touch()
+    for process in beat, *stack.workers:
+        process.start()
+    stack.wait_until_final(lost)
+    prometheus.wait_until_quiet()
+
+    beat.stop()
+    stack.beat.start()
+    wait_for(lambda: not stack.ask("result = Job.objects.filter(state__in=ACTIVE).count()"))
+    check_counts(stack, prometheus)
+    for expression in DASHBOARD:
+        wait_for(lambda expression=expression: prometheus.value(expression))
+    promtool("check", "metrics", input=scrape(stack))
+
+
+def scrape(stack):
+    request = urllib.request.Request(f"http://127.0.0.1:{stack.port}/metrics")
+    request.add_header("Authorization", f"Token {stack.add_user('reader', is_staff=True)}")
+    with urllib.request.urlopen(request) as response:
+        return response.read().decode()
+
+
+def check_counts(stack, prometheus):
+    """Assert that each end was counted once, although Beat was stopped and killed."""
+    code = """
+from django.db.models import Count, Sum
+rows = Job.objects.values("task", "state").annotate(n=Count("pk"), crashes=Sum("crashes"))
+result = [[row["task"], row["state"], row["n"], row["crashes"]] for row in rows]
+"""
+    rows = stack.ask(code)
+    crashes = {}
+    for task, _, _, count in rows:
+        crashes[task] = crashes.get(task, 0) + count
+    assert crashes["faults.tasks.die"] == 3 and crashes["faults.tasks.hold"] == 1
+    ended = {(task, state): count for task, state, count, _ in rows}
+    assert ended["faults.tasks.raise_at_length", "failed"] == 3
+
+    def counted(metric, *labels):
+        found = prometheus.value(f"{metric} > 0")
+        return {tuple(sample[label] for label in labels): value for sample, value in found}
+
+    prometheus.wait_until(lambda: counted("jobs_ended_total", "task", "state") == ended)
+    found = {task: count for (task,), count in counted("jobs_crashes_total", "task").items()}
+    assert found == {task: count for task, count in crashes.items() if count}

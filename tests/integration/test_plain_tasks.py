@@ -1,0 +1,176 @@
+"""Plain tasks, which have no row: what the broker delivers again, and what becomes a dead letter.
+
+The first headings are the rows of "Plain tasks" in docs/reliability.md; test_workers.py also kills
+and stops workers that run plain tasks, on each broker. `seconds` is explained there.
+"""
+
+import os
+import signal
+import time
+
+import psutil
+
+from harness.faults import POOLS, on_each_pool, on_prefork, on_rabbitmq, on_sqs, stacks, with_flower
+from harness.pages import blocks
+from harness.project import wait_for
+
+# The whole worker is killed
+
+
+@stacks(brokers=["redis"], pools=POOLS[:1])
+def test_a_worker_killed_while_it_looks_for_lost_tasks_delays_no_other(stack, gate):
+    """It leaves kombu's lock behind, which only one worker can hold."""
+    code = """
+from config.celery import app
+channel = app.connection_for_write().default_channel
+lock = channel.client.lock(channel.unacked_mutex_key, timeout=channel.unacked_mutex_expire)
+while not lock.acquire(blocking=False):
+    pass
+result = lock.timeout
+"""
+    task = stack.send("kill_worker", gate, queue="cpu")
+    with stack.supervised(stack.workers):
+        stack.wait_until_started(task)
+        gate.touch()
+        assert stack.ask(code) < 60  # the minute of reliability.md
+        stack.wait_until_started(task, times=2)
+
+
+# A worker is stopped before the task ends
+
+
+@on_each_pool
+def test_a_worker_that_ran_only_plain_tasks_stops_in_time(stack, gate, since):
+    """SOFT_SHUTDOWN_SECONDS applies to them too; an interrupted one is delivered again."""
+    stack.worker.stop()
+    stack.worker.start()
+    task = stack.send("plain", gate, queue="cpu")
+    stack.wait_until_started(task)
+    # Run a later task, for the reason in test_a_stopped_worker_loses_nothing().
+    later = stack.send("plain", ".", queue="cpu")
+    wait_for(lambda: stack.notes("end", later))
+
+    start = time.monotonic()
+    assert stack.worker.stop() == 0
+    since(start)
+    gate.touch()
+    stack.worker.start()
+    wait_for(lambda: stack.notes("end", task))
+
+
+# The task kills its child every time
+
+
+@stacks(pools=["prefork"])
+def test_a_plain_task_that_kills_its_child_every_time_ends(stack, since):
+    start = time.monotonic()
+    task = stack.send("die_plainly", queue="cpu")
+    wait_for(lambda: len(stack.notes("start", task)) == 3)
+    since(start)
+    stack.wait_until_final(*[stack.enqueue("quick", queue="cpu") for _ in range(20)])
+    time.sleep(2)  # time for a fourth start
+    assert len(stack.notes("start", task)) == 3
+    assert not stack.messages_in("cpu")
+
+
+# The task kills its whole worker every time
+
+
+@stacks(brokers=["redis"], pools=POOLS[:1])
+def test_a_plain_task_that_kills_its_worker_is_delivered_without_end(stack, gate):
+    """More often than a job, which fails after three crashes, and than its max_retries, three."""
+    task = stack.send("kill_worker", gate, queue="cpu")
+    with stack.supervised(stack.workers):
+        stack.wait_until_started(task, times=4)
+        gate.touch()
+        stack.wait_until_started(task, times=5)
+
+
+@on_sqs
+def test_ten_deliveries_make_a_dead_letter(stack):
+    """No worker reads the queue `test`. Here the visibility timeout of a delivery is 0."""
+    task = stack.send("plain", ".", queue="test")
+    code = """
+import boto3
+from django.conf import settings
+sqs, messages = boto3.client("sqs"), []
+queue = settings.SQS_ADDRESS + "-test"
+while found := sqs.receive_message(QueueUrl=queue, VisibilityTimeout=0).get("Messages"):
+    messages += found
+dead = sqs.receive_message(QueueUrl=settings.SQS_ADDRESS + "-dead").get("Messages", [])
+result = [len(messages), [message["Body"] == messages[0]["Body"] for message in dead]]
+"""
+    assert task and stack.ask(code) == [10, [True]]
+
+
+@on_rabbitmq
+def test_a_dead_letter_is_kept_and_can_be_sent_again(stack):
+    """With rabbitmq.json, which names no queue of tasks, and with the code in docs/workers.md."""
+    page = stack.project.read("docs/workers.md")
+    [again] = [block.code for block in blocks("docs/workers.md", page) if "x-death" in block.code]
+    stack.broker.control("import_definitions", stack.project / "rabbitmq.json")
+    try:
+        stack.send("circle", ".", 0, queue="reports")
+        deliver = """
+from config.celery import app
+with app.connection_for_write() as broker:
+    channel = broker.default_channel
+    if message := channel.basic_get("reports"):
+        channel.basic_reject(message.delivery_tag, requeue=True)
+result = bool(message)
+"""
+        deliveries = sum(stack.ask(deliver) for _ in range(30))
+        assert deliveries == 21
+        wait_for(lambda: stack.messages_in("dead-letters") == 1)
+        assert stack.messages_in("reports") == 0
+        stack.ask(again)
+        assert (stack.messages_in("dead-letters"), stack.messages_in("reports")) == (0, 1)
+    finally:
+        stack.broker.control("clear_policy", "dead-letters")
+
+
+@on_rabbitmq
+def test_the_policy_for_dead_letters_covers_the_queues_of_tasks_and_no_others(stack):
+    """The others are Celery's, for countdowns, events and remote control, and the dead letters."""
+    declare = """
+from config.celery import app
+with app.connection_for_write() as broker:
+    app.amqp.queues["reports"](broker.default_channel).declare()
+"""
+    stack.ask(declare)
+    stack.broker.control("import_definitions", stack.project / "rabbitmq.json")
+    try:
+        printed = stack.broker.control("list_queues", "--silent", "name", "policy")
+    finally:
+        stack.broker.control("clear_policy", "dead-letters")
+    policies = dict(line.split("\t") for line in printed.splitlines())
+    covered = {name for name, policy in policies.items() if policy == "dead-letters"}
+    assert {"celery", "cpu", "io", "reports"} <= covered
+    assert [name for name in covered if "celery" in name or "dead" in name] == ["celery"]
+    for part in ["dead-letters", "celery_delayed_0", "celeryev.", ".celery.pidbox"]:
+        assert any(part in name for name in policies), part
+
+
+# The task is ended
+
+
+@on_prefork
+def test_a_time_limit_ends_a_plain_task_that_computes(stack):
+    task = stack.send("compute", queue="cpu", time_limit=2, soft_time_limit=1)
+    child = stack.wait_until_started(task)
+    wait_for(lambda: not psutil.pid_exists(child))
+    stack.wait_until_final(*[stack.enqueue("quick", queue="cpu") for _ in range(20)])
+    assert stack.worker.is_running()
+    assert stack.notes("start", task) == [child]
+
+
+@stacks(brokers=with_flower, pools=["prefork"])
+def test_a_revoke_with_terminate_ends_only_this_task(stack, gate, revoke):
+    revoked, task = stack.send("plain", gate, queue="cpu"), stack.send("plain", gate, queue="cpu")
+    child, other = stack.wait_until_started(revoked), stack.wait_until_started(task)
+    revoke(revoked, "?terminate=1")
+    wait_for(lambda: not psutil.pid_exists(child))
+    os.kill(other, signal.SIGKILL)
+    gate.touch()
+    wait_for(lambda: stack.notes("end", task))
+    assert stack.notes("start", revoked) == [child]

@@ -1,0 +1,105 @@
+"""How the pools differ, and what their processes, threads and greenlets share."""
+
+import os
+import re
+import signal
+import time
+
+import psutil
+
+from harness.faults import ONE, on_each_pool, on_prefork, stacks, succeeded
+from harness.stack import LEASE
+
+
+@on_each_pool
+def test_workers_with_different_pools_run_side_by_side(stack, gate, since, request):
+    """Prefork, threads and the project's own. If one is killed or stops, another runs its jobs."""
+    own = request.node.callspec.params["running"]["pool"]
+    pools = sorted({"prefork", "threads", own})
+
+    def start(pool, queue):
+        worker = stack.make_worker(queue, f"{pool}-{queue}", pool)
+        worker.start()
+        assert re.search(r"concurrency: \d+ \((\w+)\)", worker.printed)[1] in pool
+        return worker
+
+    first = [start(pool, queue=pool) for pool in pools]
+    jobs = [stack.enqueue("hold", gate, queue=pool) for pool in pools for _ in range(3)]
+    stack.wait_until_started(*jobs)
+    for worker in first:
+        worker.kill()
+    began = time.monotonic()
+    second = [start(pools[place - 1], queue) for place, queue in enumerate(pools)]
+    stack.wait_until_started(*jobs, times=2)
+    since(began)
+    for worker in second:
+        os.kill(worker.pid, signal.SIGTERM)
+    for worker in second:
+        assert worker.wait() == 0, worker.printed
+    assert {row["state"] for row in stack.rows(*jobs)} == {"queued"}  # handed back, no lease lapsed
+    third = [start(pool, queue=pool) for pool in pools]
+    stack.wait_until_started(*jobs, times=3)
+    gate.touch()
+    assert succeeded(stack.wait_until_final(*jobs), crashes=1)
+    for worker in third:
+        worker.stop()
+
+
+# Processes
+
+
+@on_prefork
+def test_a_child_that_uses_too_much_memory_is_replaced_after_its_task(stack, gate):
+    gate.touch()
+    stack.replace_worker(WORKER_MAX_KILOBYTES=1, WORKER_CONCURRENCY=1)
+    rows = stack.wait_until_final(*[stack.enqueue("hold", gate, queue="cpu") for _ in range(3)])
+    assert len({row["result"] for row in rows}) == 3, rows  # ids of processes
+
+
+# Greenlets
+
+
+@stacks(brokers=ONE["brokers"], pools=["gevent"])
+def test_a_greenlet_has_no_soft_time_limit(stack):
+    """This one is 1 s. The hard one works: see test_a_job_over_its_time_limit_fails()."""
+    rows = stack.wait_until_final(stack.enqueue("rest_softly", 3, queue="cpu"))
+    assert succeeded(rows, crashes=0), rows
+
+
+@stacks(brokers=ONE["brokers"], pools=["gevent"])
+def test_a_greenlet_that_blocks_makes_all_others_wait(stack):
+    blocks = stack.enqueue("block", 3, queue="cpu")
+    stack.wait_until_started(blocks)
+    other = stack.enqueue("quick", queue="cpu")
+    stack.wait_until_final(blocks, other)
+    noted = [line.split()[:2] for line in stack.notes_file.read_text().splitlines()]
+    assert noted.index(["end", blocks]) < noted.index(["start", other])
+
+
+# Connections to the database
+
+
+@on_prefork
+def test_an_idle_worker_opens_no_connections_to_the_database(stack):
+    """Meanwhile the main process of each worker checks eight times for leases to renew."""
+    code = """
+with connection.cursor() as cursor:
+    cursor.execute("SELECT sessions FROM pg_stat_database WHERE datname = current_database()")
+    [result] = cursor.fetchone()
+"""
+    time.sleep(2)  # PostgreSQL updates its counters with a delay
+    before = stack.ask(code)
+    time.sleep(8 * LEASE / 3)
+    assert stack.ask(code) - before < 8  # others may reconnect after CONN_MAX_AGE
+
+
+@stacks(brokers=ONE["brokers"], pools=["gevent"])
+def test_the_queries_of_a_gevent_worker_share_ten_connections(stack):
+    """Although gevent ends idle threads: here after 0.1 s, by default after 5 s."""
+    worker = stack.replace_worker(GEVENT_THREADPOOL_IDLE_TASK_TIMEOUT=0.1)
+    for _ in range(5):
+        jobs = [stack.enqueue("rest", 1, queue="cpu") for _ in range(12)]
+        assert succeeded(stack.wait_until_final(*jobs), crashes=0)
+    opened = psutil.Process(worker.pid).net_connections()
+    remote = [connection.raddr for connection in opened if connection.raddr]
+    assert [address.port for address in remote].count(stack.database.port) <= 12

@@ -1,0 +1,159 @@
+"""The output's docs/production.md without containers: its commands make the project run."""
+
+import re
+import shutil
+import subprocess
+from base64 import b64encode
+from contextlib import ExitStack, contextmanager
+from http.client import HTTPConnection
+from urllib.parse import urlsplit
+from uuid import uuid4
+
+import pytest
+
+from harness import missing, servers
+from harness.bake import CHOICES, render
+from harness.outputs import ORDER
+from harness.pages import blocks
+from harness.project import Site, connects, env, fetch, free_ports, wait_for
+
+SECRET = "only-this-test-knows"
+HTTPS = {"Host": "example.com", "X-Forwarded-Proto": "https"}  # what the proxy sends
+# Only Beat starts a job whose countdown is over.
+LATER = """
+from users.models import User
+from jobs.models import Job
+from orders.tasks import forecast_demand
+owner = User.objects.get()
+print(Job.objects.enqueue(forecast_demand, ["Tea"], {"rounds": 1}, countdown=1, owner=owner).pk)
+"""
+
+
+@pytest.fixture
+def machine(bake, database, tmp_path):
+    """An output without containers on a server: Git brought no .env, and nothing is installed."""
+    project = bake(deployment="none")
+    with servers.real(project, tmp_path) as addresses:
+        (project / ".env").unlink()
+        variables = {
+            **project.production(),
+            **addresses,
+            "DATABASE_URL": database.create(f"production_{uuid4().hex}"),
+            "EMAIL_URL": "consolemail://",
+            "FLOWER_BASIC_AUTH": f"admin:{SECRET}",
+        }
+        variables |= dict(zip(["PORT", "FLOWER_PORT"], free_ports(2), strict=True))
+        variables["PATH"] = f"{project}/.venv/bin:{env()['PATH']}"
+        yield project, variables
+
+
+def test_the_commands_of_the_page_run_a_project(machine, tmp_path):
+    """With deployment=none, the variables of .env.example and no packages for tests."""
+    project, variables = machine
+    page = project.read("docs/production.md")
+    [install] = re.findall("`pip install uv && (uv sync .+?)`", page)
+    project.call("uv", "lock")
+    project.call(*install.split())
+    assert not (project / ".venv/bin/pytest").exists()
+    printed = {
+        command: project.call(*command.split(), **variables)
+        for command in re.findall("^    (python manage.py .+)", page, re.M)
+    }
+    assert [command.split()[2] for command in printed] == ["check", "migrate", "collectstatic"]
+    assert "no issues" in printed["python manage.py check --deploy"]
+    root = {"USERNAME": "root", "EMAIL": "root@example.com", "PASSWORD": SECRET}
+    root = {f"DJANGO_SUPERUSER_{name}": value for name, value in root.items()}
+    assert "`python manage.py createsuperuser`" in page
+    project.manage("createsuperuser", "--noinput", **variables, **root)
+    assert "`python manage.py drf_create_token NAME`" in page
+    token = project.manage("drf_create_token", "root", **variables)
+
+    site = Site(project, None, variables)
+    site.headers = HTTPS
+    site.token = re.search("[0-9a-f]{40}", token)[0]
+    with ExitStack() as stack:
+        processes = [
+            stack.enter_context(running(command, project, variables, tmp_path / name))
+            for name, command in commands(project, page).items()
+        ]
+        web, worker, _, flower = processes
+        wait_for(lambda: connects(variables["PORT"]) or not web.is_running())
+        for path in ("/health/live", "/health/ready"):
+            assert get(site, path, Host="example.com")[0] == 200, web.printed
+            assert get(site, path, Host="example.org")[0] == 400
+        assert get(site, "/", Host="example.com") == (301, "https://example.com/")
+        assert get(site, "/static/jobs/jobs.js", **HTTPS)[0] == 200
+
+        status, headers, order = site.request("/api/orders/", ORDER)
+        assert status == 202, web.printed
+        later = f"/api/jobs/{project.shell(LATER, **variables)}/"
+        for url in (headers["Location"], later):
+            *_, job = site.follow(url)
+            assert job["state"] == "succeeded", job
+        assert site.request(f"/api/orders/{order['id']}/")[2]["confirmed_at"]
+
+        wait_for(lambda: connects(variables["FLOWER_PORT"]) or not flower.is_running())
+        password = "Basic " + b64encode(variables["FLOWER_BASIC_AUTH"].encode()).decode()
+        for headers, answer in (({}, 401), ({"Authorization": password}, 200)):
+            assert fetch(f"{site.flower}/api/workers", None, headers)[0] == answer
+        assert worker.stop() == 0
+
+
+def commands(project, page):
+    """Return the commands of the Procfile, edited as the page says for a platform, {name: command}.
+
+    They are those in the page's table, but for the address of the web server.
+    """
+    processes = dict(line.split(": ", 1) for line in project.read("Procfile").splitlines())
+    [processes["web"]] = re.findall("write `(gunicorn .+?)` in its line `web`", page)
+    table = re.findall("^\\| `(.+?)` \\| (?:any|exactly|one)", page, re.M)
+    local = {**processes, "web": processes["web"].replace("0.0.0.0:$PORT", "127.0.0.1:8000")}
+    assert table == list(local.values())
+    return processes
+
+
+@pytest.mark.parametrize("worker_pool", CHOICES["worker_pool"])
+@pytest.mark.parametrize("broker", CHOICES["broker"])
+def test_systemd_accepts_the_unit_of_the_page(tmp_path, broker, worker_pool):
+    """Its commands are those of the page's table, with files where this user may write."""
+    if not shutil.which("systemd-analyze"):
+        missing("systemd-analyze is not installed: sudo apt install systemd")
+    page = render("docs/production.md", broker=broker, worker_pool=worker_pool)
+    [unit] = [each for each in blocks("docs/production.md", page) if each.code.startswith("[Unit]")]
+    name = unit.said("Write {}:").rpartition("/")[2]
+    (tmp_path / name).write_text(unit.code)
+    result = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", name],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+    commands = dict(re.findall('^Environment="([a-z]+)=(.+)"$', unit.code, re.M))
+    table = re.findall("^\\| `(.+?)` \\| (?:any|exactly|one)", page, re.M)
+    for (process, command), line in zip(commands.items(), table, strict=True):
+        assert command.startswith(line), process
+    for process in commands:
+        assert f"my_project@{process}" in page
+
+
+@contextmanager
+def running(command, project, variables, log):
+    """Run the command until the block ends."""
+    words = ["sh", "-c", f"exec {command}"]
+    process = servers.Process(words, log, cwd=project, variables=variables)
+    process.launch()
+    try:
+        yield process
+    finally:
+        if process.is_running():
+            process.kill()
+
+
+def get(site, path, **headers):
+    """Send a GET with no more than these headers. Return (status, Location)."""
+    connection = HTTPConnection(urlsplit(site.web).netloc, timeout=300)
+    connection.request("GET", path, headers=headers)
+    response = connection.getresponse()
+    return response.status, response.headers["Location"]

@@ -1,0 +1,12 @@
+"""The engine's races on PostgreSQL, over more rounds than in `make test`."""
+
+import re
+
+from test_engine import run_tests
+
+
+def test_no_race_is_lost_in_many_rounds(database, tmp_path):
+    """150 rounds, unless ROUNDS says another number."""
+    url = database.create("races")
+    printed = run_tests("threads", tmp_path, "-k", "races", DATABASE_URL=url)
+    assert re.search(r"= \d+ passed, \d+ deselected in", printed), printed

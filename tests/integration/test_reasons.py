@@ -1,0 +1,151 @@
+"""The page of a job alone, and that of the admin alone, say why it does not move: nine causes."""
+
+import re
+import time
+from urllib.request import Request, urlopen
+
+import pytest
+
+from harness.browser import browser
+from harness.faults import on_one
+from harness.project import wait_for
+
+WHY = "document.querySelector('.job [data-part=why]')?.innerText"
+USERS = """
+from django.test import Client
+from users.models import User
+owner, _ = User.objects.get_or_create(username="owner")
+staff, _ = User.objects.get_or_create(username="staff", is_staff=True, is_superuser=True)
+"""
+LOG_IN = """
+result = []
+for user in owner, staff:
+    client = Client()
+    client.force_login(user)
+    result.append(client.cookies["sessionid"].value)
+"""
+
+
+@pytest.fixture
+def say(stack, tmp_path, record_property):
+    """A function: wait until both pages of a job have these texts, and record how long it took."""
+    owner, staff = stack.ask(USERS + LOG_IN)
+    web = f"http://127.0.0.1:{stack.port}"
+    with browser(tmp_path) as tab:
+
+        def open_as(session, path):
+            tab.send("Network.setCookie", name="sessionid", value=session, url=web)
+            tab.open(f"{web}/{path}")
+
+        def in_admin(job):
+            url = f"{web}/admin/jobs/job/{job}/change/"
+            with urlopen(Request(url, headers={"Cookie": f"sessionid={staff}"})) as page:
+                return re.sub(r"<.*?>", "", page.read().decode()).replace("&#x27;", "'")
+
+        def say(job, text, admin=None):
+            start = time.monotonic()
+            open_as(owner, f"jobs/{job}/")
+            wait_for(lambda: re.search(text, tab.run(WHY) or ""))
+            record_property(f"{text}: seconds on the page", round(time.monotonic() - start, 1))
+            wait_for(lambda: re.search(admin or text, in_admin(job)))
+            record_property(f"{text}: seconds in the admin", round(time.monotonic() - start, 1))
+            tab.picture(tmp_path / "page.png")
+            open_as(staff, f"admin/jobs/job/{job}/change/")
+            tab.picture(tmp_path / "admin.png")
+
+        yield say
+
+
+def enqueue(stack, code):
+    """Enqueue a job of the user who looks at the pages. `code` makes it a `job`."""
+    return stack.ask(f"{USERS}\n{code}\nresult = str(job.pk)")
+
+
+def hold(stack, gate, **options):
+    """Return a running job. A worker runs it until the gate opens."""
+    options = "".join(f", {name}={value!r}" for name, value in options.items())
+    job = enqueue(stack, f"job = hold.using(owner=owner{options}).enqueue({str(gate)!r})")
+    stack.wait_until_started(job)
+    return job
+
+
+@on_one
+def test_nobody_takes_from_its_queue(stack, say):
+    job = enqueue(stack, "job = quick.using(owner=owner, queue='nobody').enqueue()")
+    say(job, "No worker takes jobs from the queue nobody")
+
+
+@on_one
+def test_its_worker_has_died(stack, say, gate):
+    job = hold(stack, gate, queue="cpu")
+    stack.worker.kill()
+    say(job, "Crash 1 of 3: It stopped unexpectedly", "Crash 1 of 3: Its worker died")
+
+
+@on_one
+def test_its_worker_and_beat_have_died(stack, say, gate):
+    job = hold(stack, gate, queue="cpu")
+    stack.kill(stack.worker, stack.beat)
+    text = r"No sign of life from its worker for \d+ s; it starts again when Beat runs\. "
+    say(job, text + r"Beat does not run: its last sweep ended \d+ s ago")
+
+
+@on_one
+def test_all_workers_and_beat_have_died(stack, say, gate):
+    job = hold(stack, gate, queue="cpu")
+    stack.kill(*stack.workers, stack.beat)
+    say(job, "No sign of life .* Beat and all workers are silent: they do not run, or cannot write")
+
+
+@on_one
+def test_beat_has_died(stack, say):
+    stack.beat.kill()
+    job = enqueue(stack, "job = quick.using(owner=owner, countdown=1).enqueue()")
+    say(job, r"^Beat does not run: its last sweep ended \d+ s ago", "Beat does not run")
+
+
+@on_one
+def test_the_broker_is_away(stack, say):
+    stack.broker.kill()
+    job = enqueue(stack, "job = quick.using(owner=owner, queue='cpu').enqueue()")
+    say(job, "cannot reach the broker|The broker takes no message for the queue cpu")
+
+
+@on_one
+def test_the_database_is_locked(stack, say, gate):
+    job = hold(stack, gate, queue="cpu")
+    with stack.locked("LOCK TABLE jobs_job IN SHARE MODE"):
+        end = ": no job can start or end"
+        say(job, f"The database is locked{end}", rf"locked, by process \d+ for \d+ s{end}")
+
+
+@on_one
+def test_it_is_due_later(stack, say):
+    job = enqueue(stack, "job = quick.using(owner=owner, countdown=3 * 86400 - 1).enqueue()")
+    say(job, r"^Starts on .+ at .+ \(in 3 days\)$", r"Due at:\s+\w+\. \d+, 20\d\d")
+
+
+@on_one
+def test_it_is_held_by_a_limit(stack, say, gate):
+    code = f"for _ in 'ab': job = one_until.using(owner=owner).enqueue('a', {str(gate)!r})"
+    job = enqueue(stack, code)
+    say(job, "^Waits for its turn: 1 of 1 of one a are running", "Waits for its turn: 1 of 1")
+
+
+@on_one
+def test_its_queue_is_paused(stack, say):
+    stack.ask("Pause.objects.pause('cpu', 'SMTP is down')")
+    try:
+        job = enqueue(stack, "job = quick.using(owner=owner, queue='cpu').enqueue()")
+        say(job, r"^Paused for \d+ s: SMTP is down", "Paused for .*: SMTP is down")
+    finally:
+        stack.ask("Pause.objects.resume('cpu')")
+
+
+@on_one
+def test_the_job_before_it_has_failed(stack, say):
+    code = """
+last = chain(raise_retry.si(), quick.si()).apply_async(owner=owner)
+job = Job.objects.get(pk=last.parent.id)
+"""
+    say(enqueue(stack, code), "What follows it does not start")

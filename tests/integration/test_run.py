@@ -1,0 +1,822 @@
+"""Outputs run, installed from their own pyproject.toml, with a real worker on a real broker."""
+
+import os
+import pty
+import re
+import signal
+import socket
+import subprocess
+import time
+from contextlib import contextmanager
+from urllib.parse import urlsplit
+from uuid import uuid4
+
+import pytest
+
+from harness.bake import CHOICES, baked
+from harness.browser import browser
+from harness.outputs import (
+    ORDER,
+    combinations,
+    default_output,
+    every_pair,
+    every_pool,
+    one_for_each_broker,
+    other_tours,
+    outputs,
+    use,
+    without_tour,
+)
+from harness.project import Console, connects, env, fetch, free_ports, processes_in, wait_for
+
+EXTRA = {"FLOWER_BASIC_AUTH": "admin:password", "DEBUG": "False"}
+CHECKS = """
+from django.core.management import call_command
+call_command("check", deploy=True, fail_level="WARNING")
+call_command("makemigrations", check_changes=True, dry_run=True)
+call_command("spectacular", validate=True, fail_on_warn=True, file="/dev/null")
+"""
+
+
+@every_pair
+def test_it_passes_its_checks(project):
+    """Those of `make check` that test_bake.py cannot run, and production's, in one process."""
+    project.manage("shell", "-v0", "-c", CHECKS, **project.production(), **EXTRA)
+
+
+@every_pair
+def test_it_passes_its_own_tests(broker, database, project):
+    url = database.create(f"own_{uuid4().hex}")
+    printed = project.call("make", "test", **broker, DATABASE_URL=url)
+    assert re.search(r"= \d+ passed in", printed), printed  # none was skipped
+
+
+@other_tours
+def test_it_runs(broker, with_tasks, tmp_path):
+    use(with_tasks, tmp_path, **broker)
+
+
+USE = """
+import time
+from celery.result import AsyncResult
+from jobs.models import Job
+from samples import plain, tasks
+if has_results:
+    AsyncResult("any").state  # makes DynamoDB's table: Celery cannot make it twice at once
+pk = Job.objects.enqueue(tasks.count, [3]).pk
+until = time.monotonic() + 300
+while (job := Job.objects.get(pk=pk)).state in ("queued", "running") and time.monotonic() < until:
+    time.sleep(0.1)
+result = [job.state, job.result, plain.use(path, has_results)[1]]
+"""
+
+
+@without_tour
+def test_its_worker_runs_jobs_and_plain_tasks(moto, with_tasks, tmp_path):
+    """Without the other processes: these do not depend on all three of broker, results and pool."""
+    variables = {**moto, "DATABASE_URL": f"sqlite:///{tmp_path}/db.sqlite3"}
+    with_tasks.manage("migrate", "-v0", **variables)
+    has_results = "RESULT_BACKEND" in with_tasks.read("config/settings.py")
+    plain_results = [3, 10] if has_results else ["NotImplementedError"] * 2
+    command = re.search("^worker: .*(celery .*)", with_tasks.read("Procfile"), re.M)[1]
+    with typed(with_tasks, command, **variables) as worker:
+        worker.wait_for(" ready.")
+        console = Console(with_tasks, tmp_path / "console.log", **variables)
+        code = f"path, has_results = {str(tmp_path / 'late')!r}, {has_results}\n{USE}"
+        try:
+            assert console.ask(code) == ["succeeded", 3, plain_results], worker.log
+            wait_for((tmp_path / "late").exists, site=worker)  # a plain task with a countdown
+        finally:
+            console.kill()
+
+
+@default_output
+def test_the_pages_start_show_cancel_and_repeat_a_job(project, tmp_path):
+    with project.up() as site, browser(tmp_path) as tab:
+        tab.log_in(site)
+        tab.click("#start button")
+        newest = "(document.querySelector('.job')?.innerText ?? '')"
+        tab.wait(f"{newest}.includes('Write report')")
+        assert site.request("/api/orders/", ORDER)[0] == 202  # a job that the page has not started
+        tab.wait(f"{newest}.includes('Send confirmation')")
+        tab.wait(f"{newest}.includes('Sent to')")
+
+        bar = ".job:nth-child(2) progress"
+        seen = []
+
+        def moves():
+            seen.append(tab.run(f"document.querySelector('{bar}').value"))
+            return len(set(seen)) > 4
+
+        wait_for(moves, site=site)
+        assert seen == sorted(seen) and seen[-1] < 100
+        tab.click(".job:nth-child(2) button")
+        tab.wait("document.querySelectorAll('.job')[1].dataset.state == 'cancelled'")
+
+        tab.click(".job:nth-child(2) h2 a")  # the page of this job alone
+        tab.wait("location.pathname.startsWith('/jobs/') && document.querySelector('.job')")
+        tab.wait("document.querySelector('.job').innerText.includes('Write report')")
+        assert tab.run("document.querySelectorAll('.job').length") == 1
+        pk = tab.run("location.pathname.split('/')[2]")
+        wait_for(lambda: site.find_in_flower(pk, "REVOKED"), site=site)
+        tab.click(".job button[data-part=again]")  # a superuser may do this with every job
+        tab.wait("document.querySelector('.job').dataset.state == 'running'")
+        tab.click(".job button[data-part=cancel]")
+        tab.wait("document.querySelector('.job').dataset.state == 'cancelled'")
+
+        tab.open(f"{site.web}/admin/jobs/job/{pk}/change/")
+        tab.click("button[value=run_again]")
+        tab.wait("document.body.innerText.includes('1 job queued again')")
+        tab.click(".messagelist a")
+        tab.wait("document.querySelector('button[value=cancel]')")
+        tab.click("button[value=cancel]")
+        tab.wait("document.body.innerText.includes('1 job cancelled')")
+
+        tab.open(site.web)
+        tools = tab.run("[...document.querySelectorAll('.bar a')].map((a) => a.href).join()")
+        assert site.flower in tools
+
+
+BATCH = """
+from jobs.models import Batch, Job
+from orders.tasks import write_report
+from users.models import User
+
+owner = User.objects.get()
+options = {"owner": owner, "countdown": 999}
+batch = Batch.objects.enqueue(write_report, [[owner.pk]] * 25, label="Reports", **options)
+batch.jobs.first().cancel()
+Job.objects.enqueue(write_report, [owner.pk], label="One report", **options)
+"""
+
+
+@default_output
+def test_the_pages_show_a_batch_as_one_row_and_its_jobs_in_a_view(project, tmp_path):
+    with project.up() as site, browser(tmp_path) as tab:
+        tab.log_in(site)
+        site.ask(BATCH + "result = None")
+        rows = "[...document.querySelectorAll('.job')].map((row) => row.innerText)"
+        tab.wait(f"{rows}[0]?.includes('One report')")  # newest first
+        tab.wait(f"{rows}[1].includes('1 of 25 done, 1 cancelled')")
+
+        tab.click(".job:nth-child(2) h2 a")
+        tab.wait(f"{rows}.length == 21 && {rows}[0].includes('Reports')")  # it, and a page of jobs
+        tab.click("#pages a:last-child")
+        tab.wait(f"{rows}.length == 6 && {rows}[0].includes('Reports')")
+        tab.click("#filter a:last-child")
+        tab.wait(f"{rows}.length == 2 && {rows}[1].startsWith('Cancelled')")
+        tab.click(".job:nth-child(2) h2 a")  # the page of this job
+        tab.wait("location.pathname.startsWith('/jobs/')")
+        tab.wait(f"{rows}.length == 1 && {rows}[0].includes('All jobs of its batch')")
+        tab.click("[data-part=batch]")
+        tab.wait(f"location.pathname == '/' && {rows}.length == 21")
+
+        tab.click(".job button")
+        tab.wait(f"{rows}[0].includes('25 cancelled of 25')")
+        tab.click("#back a")
+        tab.wait(f"{rows}[0].includes('One report') && {rows}[1].includes('Reports')")
+        tab.click("#filter a:last-child")
+        tab.wait(f"{rows}[0].includes('Reports')")
+
+
+LIMITED = """
+@shared_task(base=JobTask, bind=True, limit="tenant:{tenant_id}")
+def call_api(self, tenant_id):
+    while True:
+        self.report(1, 2, "Calls the API")
+        time.sleep(0.1)
+"""
+CALLS = """
+from jobs.models import Job, Pause
+from samples.tasks import call_api, count
+from users.models import User
+owner = User.objects.get()
+for number in range(3):
+    job = call_api.using(owner=owner, label=f"Call {number}").enqueue(7)
+Pause.objects.pause(count.name, "SMTP is down")
+paused = count.using(owner=owner, label="Paused").enqueue(1)
+result = [str(job.pk), str(paused.pk)]
+"""
+
+
+@default_output
+def test_the_pages_say_what_a_held_job_waits_for(with_tasks, tmp_path):
+    with open(with_tasks / "samples/tasks.py", "a") as file:
+        file.write(LIMITED)
+    with open(with_tasks / "config/settings.py", "a") as file:
+        file.write('JOB_LIMITS = {"tenant": "2"}\n')
+    with with_tasks.up() as site, browser(tmp_path) as tab:
+        tab.log_in(site)
+        held, paused = site.ask(CALLS)
+        rows = "[...document.querySelectorAll('.job')].map((row) => row.innerText)"
+        turn = "Waits for its turn: 2 of 2 of tenant 7 are running"
+        tab.wait(f"{rows}[0]?.match(/Paused for [0-9]+ s: SMTP is down/)")  # newest first
+        tab.wait(f"{rows}[1].includes({turn!r})")
+        for pk, text in (held, turn), (paused, ": SMTP is down"):
+            tab.open(f"{site.web}/jobs/{pk}/")
+            tab.wait(f"{rows}[0]?.includes('Queued') && {rows}[0].includes({text!r})")
+            tab.picture(tmp_path / f"{pk}.png")
+        tab.open(f"{site.web}/jobs/{held}/")
+        tab.wait(f"{rows}[0]?.includes({turn!r})")
+        running = site.request("/api/jobs/?state=running")[2]["results"]
+        site.request(f"/api/jobs/{running[0]['id']}/cancel/", {})
+        tab.wait(f"{rows}[0].includes('Running') && {rows}[0].includes('Calls the API')")
+        with_tasks.manage("jobs", "resume", "samples.tasks.count", **site.environment)
+        tab.open(f"{site.web}/jobs/{paused}/")
+        tab.wait(f"{rows}[0]?.includes('Paused') && !{rows}[0].includes('SMTP')")  # its label
+
+
+@every_pool
+def test_flower_sees_a_cancelled_job_end(with_tasks):
+    """Whether it had started or not. The worker's log shows it, too."""
+    with with_tasks.up(WORKER_CONCURRENCY=1) as site:
+        urls = [site.enqueue("count", 300) for _ in range(2)]
+        next(job for job in site.follow(urls[0]) if job["state"] == "running")
+        for url in reversed(urls):
+            assert site.request(f"{url}cancel/", {})[2]["state"] == "cancelled"
+        for url in urls:
+            pk = url.split("/")[3]
+            wait_for(lambda pk=pk: site.find_in_flower(pk, "REVOKED"), site=site)
+        wait_for(lambda: site.log.count(" is cancelled") == 2, site=site)
+
+
+@default_output
+def test_the_log_names_each_event_and_has_one_traceback(with_tasks):
+    with with_tasks.up() as site:
+        *_, job = site.follow(site.enqueue("count", "no number"))
+        assert job["state"] == "failed"
+        list(site.follow(site.enqueue("count", 1)))
+        wait_for(lambda: "task_succeeded" in site.log, site=site)
+        log = re.sub(r"\x1b\[\d*m", "", site.log)
+    assert log.count("Traceback") == 1
+    for event in "task_started", "task_failed", "task_succeeded":
+        assert re.search(rf"{event}.* task=samples.tasks.count", log), log
+    assert "GET /" not in log
+    assert "task_enqueued" not in log  # a bulk would log as many lines
+
+
+def first(option, choice):
+    """Return the first of the combinations with this choice."""
+    return next(each for each in combinations() if each[option] == choice)
+
+
+SQS_AND_DYNAMODB = next(
+    e for e in combinations() if (e["broker"], e["result_backend"]) == ("sqs", "dynamodb")
+)
+
+
+def required(project):
+    """Return the variables that settings.py requires in production."""
+    return re.findall(
+        r'"(\w+)"', re.search(r"REQUIRED = \[(.*?)\]", project.read("config/settings.py"), re.S)[1]
+    )
+
+
+@default_output
+def test_production_names_all_missing_variables(project):
+    (project / ".env").rename(project / ".env.away")
+    try:
+        variables = project.production()
+        assert {"SECRET_KEY", "DATABASE_URL", "CELERY_BROKER_URL"} <= set(variables)
+        with pytest.raises(AssertionError) as all_at_once:
+            project.manage("check", **dict.fromkeys(variables, ""))
+        assert f"environment: {', '.join(required(project))}." in str(all_at_once.value)
+        assert set(required(project)) == set(variables)
+        for variable in variables:
+            with pytest.raises(AssertionError, match=f"ImproperlyConfigured: .*{variable}"):
+                project.manage("check", **{**variables, variable: ""})
+    finally:
+        (project / ".env.away").rename(project / ".env")
+
+
+@default_output
+def test_a_killed_child_loses_no_job(with_tasks, since):
+    """With the default timings."""
+    with with_tasks.up() as site:
+        url = site.enqueue("count", 30)
+        following = site.follow(url)
+        while next(following)["progress"] < 20:
+            pass
+        _, *children = sorted(site.find("celery -A config worker"))
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+        start = time.monotonic()
+        while next(following)["progress"] >= 20:  # until it runs again
+            pass
+        since(start)
+        *_, job = following
+        assert job["state"] == "succeeded"
+
+
+@default_output
+def test_ctrl_c_ends_everything(project):
+    with project.up() as site:
+        assert len(site.processes()) > 5
+        site.stop()
+
+        wait_for(lambda: not site.processes(), site=site)
+
+
+@default_output
+def test_closing_the_terminal_ends_everything(project):
+    ports = dict(zip(["PORT", "FLOWER_PORT"], free_ports(2), strict=True))
+    child, terminal = pty.fork()
+    if child == 0:
+        os.chdir(project)
+        os.execvpe("make", ["make", "run"], env(**ports, **project.free_servers()))
+    printed = b""
+    while b"Ctrl-C ends everything" not in printed:
+        printed += os.read(terminal, 4096)
+    os.close(terminal)
+
+    wait_for(lambda: not processes_in(project))
+    os.waitpid(child, 0)
+
+
+@default_output
+def test_killed_processes_start_again(with_tasks):
+    """The job that was running succeeds."""
+    with with_tasks.up() as site:
+        following = site.follow(site.enqueue("count", 50))
+        while next(following)["state"] != "running":
+            pass
+        for command in "worker", "beat", "flower", "runserver", "serve_fakeredis|redis-server":
+            for pid in site.find(f"(?<!dev.py )({command})"):  # not dev.py, which supervises it
+                os.kill(pid, signal.SIGKILL)
+        for name in "worker", "beat", "flower", "web":
+            text = f"Killed by SIGKILL. Starting again: {name}"
+            wait_for(lambda text=text: text in site.log, site=site)
+        wait_for(lambda: site.log.count(f"{site.worker} ready") == 2, site=site)
+        wait_for(lambda: connects(site.environment["PORT"]), site=site)
+        *_, done = following
+        assert done["state"] == "succeeded"
+
+
+@default_output
+def test_all_processes_end_when_one_ends(project):
+    with project.up() as site:
+        for pid in site.find("beat"):
+            os.kill(pid, signal.SIGTERM)
+
+        assert site.process.wait(300) != 0
+        assert "A process has ended" in site.log
+        wait_for(lambda: not site.processes(), site=site)
+
+
+@default_output
+def test_a_port_in_use_is_named(project):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(AssertionError, match=f"Port {port} is taken.*PORT={port + 1}"):
+            project.call("make", "run", PORT=port)
+
+
+@default_output
+def test_make_run_starts_no_broker_for_another_host(project):
+    with pytest.raises(AssertionError, match="No Redis answers at redis://127.0.0.2:1"):
+        web, flower = free_ports(2)
+        url = "redis://127.0.0.2:1/0"
+        project.call("make", "run", PORT=web, FLOWER_PORT=flower, CELERY_BROKER_URL=url)
+
+
+@outputs(first("broker", "rabbitmq"))
+def test_make_run_starts_no_rabbitmq(project):
+    web, flower, port = free_ports(3)
+    variables = {"PORT": web, "FLOWER_PORT": flower}
+    variables["CELERY_BROKER_URL"] = f"amqp://guest:guest@127.0.0.1:{port}//"
+    with pytest.raises(AssertionError, match=f"No RabbitMQ answers at 127.0.0.1:{port}"):
+        project.call("make", "run", **variables)
+
+
+class Typed:
+    """A command that somebody types in a terminal of the project."""
+
+    def __init__(self, project, command, **variables):
+        self.file = project.parent / "typed.log"
+        self.process = subprocess.Popen(
+            f".venv/bin/{command}".split(),
+            cwd=project,
+            env=env(**variables),
+            stdout=self.file.open("w"),
+            stderr=subprocess.STDOUT,
+        )
+
+    @property
+    def log(self):
+        return self.file.read_text()
+
+    def wait_for(self, text):
+        wait_for(lambda: text in self.log or self.process.poll() is not None, site=self)
+        assert self.process.poll() is None, self.log
+
+
+@contextmanager
+def typed(project, command, **variables):
+    command = Typed(project, command, **variables)
+    try:
+        yield command
+    finally:
+        command.process.kill()
+        command.process.wait()
+
+
+@every_pool
+def test_a_worker_typed_by_hand_uses_the_projects_settings(broker, project, request):
+    """Pool, concurrency, all queues. If idle, it ends before SOFT_SHUTDOWN_SECONDS have passed.
+
+    The first one has the default concurrency of its pool.
+    """
+    own = request.node.callspec.params["output"]["worker_pool"]
+    command = "celery -A config worker -l info"
+    commands = {pool: f"{command} --pool {pool}" for pool in ("prefork", "threads", own)}
+    commands |= {own: command} if own != "gevent" else {}
+    settings = {"SOFT_SHUTDOWN_SECONDS": 3600}
+    slots = {"prefork": os.cpu_count(), "threads": 20, "gevent": 100}[own]
+    if own == "gevent":
+        with typed(project, command, **broker) as refused:
+            assert refused.process.wait(300) == 1
+            assert "Type the option in full: --pool gevent" in refused.log
+    runs = [(signal.SIGINT, own), *((signal.SIGTERM, pool) for pool in commands)]
+    for number, pool in runs:
+        with typed(project, commands[pool], **settings, **broker) as worker:
+            worker.wait_for(" ready.")
+            concurrency, kind = re.search(r"concurrency: (\d+) \((\w+)\)", worker.log).groups()
+            assert int(concurrency) == slots and kind in pool
+            queues = re.findall(r"\.> (\w+) +exchange=", worker.log)
+            assert sorted(queues) == ["celery", "cpu", "io"]
+
+            worker.process.send_signal(number)
+            worker.process.wait(300)
+            assert "does not end" not in worker.log  # a stuck one logs this after ten seconds
+        settings["WORKER_CONCURRENCY"] = slots = 3
+
+
+# Starts no worker: prints what it would have.
+WORKER_SETTINGS = """
+import sys
+from celery.__main__ import main
+from celery.worker.worker import WorkController
+
+def start(worker):
+    conf, options = worker.app.conf, worker.app.conf.broker_transport_options
+    print(
+        worker.pool_cls.__module__.split(".")[-1],
+        worker.concurrency,
+        worker.prefetch_multiplier,
+        conf.worker_cancel_long_running_tasks_on_connection_loss,
+        worker.app._fixups[0].worker_fixup.db_reuse_max,  # Celery reads its setting only once
+        options["polling_interval"] if "polling_interval" in options else None,
+        options["visibility_timeout"],
+        worker.options["without_gossip"],
+    )
+    worker.exitcode = 0
+
+WorkController.start = start
+main()
+"""
+CPUS = os.cpu_count()
+
+
+@every_pool
+def test_a_worker_has_the_settings_of_its_pool(project, request):
+    own = request.node.callspec.params["output"]["worker_pool"]
+    of_project = [660, own == "gevent"]
+    prefork = ["prefork", CPUS, 1, True, 1000, None, *of_project]
+    threads = ["thread", 20, 1, False, 1000, None, *of_project]
+    gevent = ["gevent", 100, 4, True, 0, 3, *of_project]
+    expected = {
+        "--pool prefork": prefork,
+        "-P threads": threads,
+        "--pool=threads -c 7 --prefetch-multiplier 3": ["thread", 7, 3, *threads[3:]],
+        "--pool processes": prefork,
+        "--pool solo": ["solo", CPUS, 1, False, 1000, None, *of_project],
+    }
+    if own == "gevent":
+        expected |= {"--pool gevent": gevent, "-P gevent -c 7": ["gevent", 7, *gevent[2:]]}
+    else:
+        expected[""] = {"prefork": prefork, "threads": threads}[own]
+    for options, values in expected.items():
+        assert worker_settings(project, options) == " ".join(map(str, values)), options
+    by_variable = worker_settings(project, "--pool threads", WORKER_CONCURRENCY=9)
+    assert by_variable == " ".join(map(str, ["thread", 9, *threads[2:]]))
+
+
+def worker_settings(project, options, **variables):
+    command = ["-c", WORKER_SETTINGS, "-A", "config", "worker", *options.split()]
+    return project.call(".venv/bin/python", *command, **variables).splitlines()[-1]
+
+
+@outputs(*({**each, "include_example": "yes"} for each in one_for_each_broker()))
+def test_a_worker_without_queues_takes_tasks_from_each_one(broker, with_tasks, tmp_path):
+    """Plain tasks, at once and after a countdown."""
+    script = f"""
+from django.conf import settings
+from samples.tasks import note_time
+for queue in settings.CELERY_TASK_QUEUES:
+    for countdown in 0, 2:
+        path = f"{tmp_path}/{{queue}}{{countdown}}"
+        note_time.apply_async([path], queue=queue, countdown=countdown)
+result = list(settings.CELERY_TASK_QUEUES)
+"""
+    with with_tasks.up(**broker) as site:
+        queues = site.ask(script)
+        assert queues == ["celery", "cpu", "io"]
+        files = [tmp_path / f"{queue}{countdown}" for queue in queues for countdown in (0, 2)]
+        wait_for(lambda: all(file.exists() for file in files), site=site)
+
+
+@default_output
+def test_flower_typed_by_hand_uses_the_projects_settings(broker, project):
+    [port] = free_ports(1)
+    variables = {**broker, "FLOWER_PORT": port}
+    with typed(project, "celery -A config flower", **variables) as flower:
+        wait_for(lambda: connects(port), site=flower)
+        assert fetch(f"http://127.0.0.1:{port}/api/workers", None, {})[0] == 401
+        with pytest.raises(ConnectionRefusedError):  # it listens on no other address
+            socket.create_connection(("127.0.0.2", port))
+
+    with typed(project, "celery -A config flower", FLOWER_BASIC_AUTH="", **variables) as flower:
+        assert flower.process.wait(300) == 1
+        assert "set FLOWER_BASIC_AUTH=user:password" in flower.log
+
+
+@default_output
+def test_changed_code_reaches_the_worker(with_tasks):
+    with with_tasks.up() as site:
+        tasks = with_tasks / "samples/tasks.py"
+        code = tasks.read_text()
+        pk = site.enqueue("count", 100).split("/")[3]
+
+        def ask(field):  # does not ask the web, which restarts, too
+            return site.ask(
+                f"from jobs.models import Job; result = Job.objects.get(pk='{pk}').{field}"
+            )
+
+        wait_for(lambda: ask("state") == "running", site=site)
+        (with_tasks / "samples/new.py").write_text("")
+        wait_for(lambda: ask("state") == "queued", site=site)  # the old worker hands its job back
+        wait_for(lambda: site.log.count(f"{site.worker} ready") == 2, site=site)
+        assert site.log.count("has changed. Starting again: beat") == 1
+
+        tasks.write_text(f"{code}\n1 +")  # not finished
+        wait_for(lambda: site.log.count("SyntaxError") >= 2, site=site)
+        tasks.write_text(code)
+        wait_for(lambda: site.log.count(f"{site.worker} ready") == 3, site=site)
+        wait_for(lambda: ask("state") == "succeeded", site=site)
+        assert ask("crashes") == 0
+        wait_for(lambda: connects(site.environment["PORT"]), site=site)
+        site.stop()
+        wait_for(lambda: not site.processes(), site=site)
+
+
+@default_output
+def test_ctrl_c_keeps_a_broker_that_another_project_uses(project):
+    path = f"{project}/.venv/bin:{os.environ['PATH']}"
+    with project.up() as site:
+        ports = dict(zip(["PORT", "FLOWER_PORT"], free_ports(2), strict=True))
+        variables = {**site.environment, **ports, "PATH": path}
+        port = urlsplit(variables["CELERY_BROKER_URL"]).port
+        with typed(project, "python dev.py", **variables) as second:
+            second.wait_for("Ctrl-C ends everything")
+            assert f" on port {port}" not in second.log
+            site.stop()
+            wait_for(lambda: connects(port), site=second)
+            second.process.send_signal(signal.SIGINT)
+            second.process.wait(300)
+            assert "A process has ended" not in second.log
+
+
+@outputs(first("broker", "rabbitmq"))
+def test_its_own_tests_pass_beside_a_worker(broker, project):
+    with typed(project, "celery -A config worker", **broker) as worker:
+        worker.wait_for(" ready.")
+        assert re.search(r"= \d+ passed", project.call("make", "test", ARGS="-m live", **broker))
+
+
+S3 = """
+import boto3
+from django.core.files.base import ContentFile
+from django.core.files.storage import default_storage
+boto3.client("s3").create_bucket(Bucket="uploads")
+names = [default_storage.save("imports/tea.csv", ContentFile(text)) for text in (b"1", b"2")]
+print(*[default_storage.open(name).read().decode() for name in names])
+"""
+UPLOAD_TWICE = """
+from django.core.files.uploadedfile import SimpleUploadedFile
+from django.core.management import call_command
+from django.test import Client
+from orders.models import Import
+from users.models import User
+call_command("migrate", verbosity=0)
+client = Client(HTTP_HOST="localhost", headers={"Idempotency-Key": "key"})
+client.force_login(User.objects.create_superuser("admin"))
+for line in [b"Tea,1", b"Tea,1", b"Tea,2"]:
+    file = SimpleUploadedFile("tea.csv", b"product,quantity" + (b"\\n" + line) * 500_000)
+    print(client.post("/api/imports/", {"file": file}).status_code)
+print(Import.objects.get().file.size)
+"""
+
+
+@outputs(SQS_AND_DYNAMODB)  # with moto and the example
+def test_uploads_go_to_a_bucket(project, tmp_path):
+    """With the package that docs/production.md names. Two uploads with one name are two files.
+
+    A request with the same Idempotency-Key stores nothing, although the first one was read by S3.
+    """
+    packages = ["--target", tmp_path, "django-storages[s3]"]
+    subprocess.run(["uv", "pip", "install", "--quiet", *packages], check=True, env=env())
+    [port] = free_ports(1)
+    variables = {"S3_BUCKET": "uploads", "PYTHONPATH": tmp_path}
+    variables["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{port}"
+    variables["AWS_DEFAULT_REGION"] = "us-east-1"  # there a bucket needs no region
+    with typed(project, f"python -m moto.server --port {port}") as server:
+        wait_for(lambda: connects(port), site=server)
+        assert project.manage("shell", "-v0", "-c", S3, **variables).split()[-2:] == ["1", "2"]
+        variables["DATABASE_URL"] = f"sqlite:///{tmp_path}/db.sqlite3"
+        printed = project.manage("shell", "-v0", "-c", UPLOAD_TWICE, **variables).split()
+        assert printed[-4:] == ["202", "202", "422", str(len("product,quantity") + 6 * 500_000)]
+
+
+NAME_ON_PAGES = """
+from django.core.management import call_command
+from django.test import Client
+from users.models import User
+call_command("migrate", verbosity=0)
+client = Client(HTTP_HOST="localhost")
+pages = [client.get("/login/")]
+client.force_login(User.objects.create_superuser("admin"))
+pages += [client.get(page) for page in ("/", "/admin/", "/api/schema/")]
+print(*(page.content.decode().count("My Project") > 0 for page in pages))
+"""
+
+
+@default_output
+def test_the_pages_show_the_name_of_the_project(project, tmp_path):
+    """project_name is on the login, the jobs, the admin, and in the document of the API docs."""
+    url = f"sqlite:///{tmp_path}/db.sqlite3"
+    shown = project.manage("shell", "-v0", "-c", NAME_ON_PAGES, DATABASE_URL=url).split()
+    assert shown == ["True"] * 4
+
+
+@default_output
+def test_a_plain_task_is_delivered_again_after_its_time_limit_and_a_minute(broker, project):
+    """How long its broker waits for the worker. test_workers.py shows what happens then."""
+    code = """
+from config.celery import app
+with app.connection_for_read() as broker:
+    print(broker.default_channel.visibility_timeout)
+"""
+    assert project.shell(code, TASK_TIME_LIMIT=100, **broker) == "160"
+
+
+@outputs(first("broker", "sqs"))
+def test_there_is_neither_flower_nor_remote_control(project):
+    assert "flower" not in project.read("Procfile")
+    with pytest.raises(AssertionError, match="pidbox.* must be defined in 'predefined_queues'"):
+        project.call(".venv/bin/celery", "-A", "config", "inspect", "ping")
+
+
+# The results of plain tasks
+
+
+@pytest.fixture
+def moto(broker, project):
+    """The variables of the output's servers, with a moto that runs, if it needs one."""
+    if "AWS_ENDPOINT_URL" not in broker:
+        yield broker
+        return
+    port = urlsplit(broker["AWS_ENDPOINT_URL"]).port
+    with typed(project, f"python -m moto.server --port {port}") as server:
+        wait_for(lambda: connects(port), site=server)
+        if "queues:" in project.read("Makefile"):
+            project.call("make", "queues", **broker)
+        yield broker
+
+
+# Stores a result, and prints how many seconds the server will keep it.
+KEPT = {
+    "redis": """
+print(backend.client.ttl(backend.get_key_for_task("stored")))
+""",
+    "dynamodb": """
+place = {"TableName": backend.table_name}
+[item] = backend.client.scan(**place)["Items"]
+expiry = backend.client.describe_time_to_live(**place)["TimeToLiveDescription"]
+assert expiry["TimeToLiveStatus"] == "ENABLED"
+print(round(float(item[expiry["AttributeName"]]["N"]) - float(item["timestamp"]["N"])))
+""",
+}
+
+
+@outputs(*(first("result_backend", name) for name in KEPT))
+def test_the_server_deletes_a_result_after_a_day(request, moto, project):
+    store = """
+from config.celery import app
+backend = app.backend
+backend.store_result("stored", 5, "SUCCESS")
+"""
+    kept = KEPT[request.node.callspec.params["output"]["result_backend"]]
+    assert project.shell(store + kept, **moto) in ("86400", "86399")
+
+
+# Code that finds an entry of Beat's schedule.
+SCHEDULED = """
+import tempfile
+from celery.beat import Service
+from django.core.management import call_command
+from config.celery import app
+
+call_command("migrate", verbosity=0)
+kind = app.conf.beat_scheduler
+scheduler = Service(app, None, tempfile.mktemp(), scheduler_cls=kind).scheduler
+
+
+def scheduled(name):
+    if hasattr(scheduler, "Model"):  # of django-celery-beat, which omits what is due in two hours
+        return scheduler.Model.objects.get(name=name, enabled=True)
+    return scheduler.schedule[name]
+
+
+"""
+CLEANUP = """
+from datetime import timedelta
+from django.test import Client
+from django.utils import timezone
+from django_celery_results.models import TaskResult
+from users.models import User
+
+for pk, hours in [("young", 23), ("old", 25)]:
+    app.backend.store_result(pk, 5, "SUCCESS")
+    done = timezone.now() - timedelta(hours=hours)
+    TaskResult.objects.filter(task_id=pk).update(date_done=done)
+client = Client(HTTP_HOST="localhost")
+client.force_login(User.objects.create_superuser("admin"))
+
+
+def shown():
+    page = client.get("/admin/django_celery_results/taskresult/").content.decode()
+    return [pk for pk in ("young", "old") if f">{pk}<" in page]
+
+
+before = shown()
+app.tasks[scheduled("celery.backend_cleanup").task].apply(throw=True)
+print(*before, *shown())
+"""
+
+
+@outputs(first("result_backend", "database"))
+def test_the_admin_shows_a_result_for_a_day(project, tmp_path):
+    url = f"sqlite:///{tmp_path}/db.sqlite3"
+    shown = project.manage("shell", "-v0", "-c", SCHEDULED + CLEANUP, DATABASE_URL=url).split()
+    assert shown == ["young", "old", "young"]
+
+
+# The example
+
+
+DAILY = """
+entry = scheduled("daily-report")
+print(entry.schedule.hour, entry.task, entry.task in app.tasks)
+"""
+
+
+@outputs(*(first("periodic_tasks", choice) for choice in CHOICES["periodic_tasks"]))
+def test_beat_starts_the_daily_report(project, tmp_path):
+    """Every morning, whether the schedule is in the settings or was stored by a migration."""
+    url = f"sqlite:///{tmp_path}/db.sqlite3"
+    printed = project.manage("shell", "-v0", "-c", SCHEDULED + DAILY, DATABASE_URL=url).split()
+    assert printed == ["{6}", "orders.tasks.send_daily_report", "True"]
+
+
+# Two projects
+
+
+SENT = """
+from config.celery import app
+app.send_task("any", queue="celery")
+app.backend.store_result("stored", 5, "SUCCESS")
+"""
+SEEN = """
+from config.celery import app
+from jobs.messages import messages_in
+with app.connection_for_write() as broker:
+    print(messages_in("celery", broker), app.backend.get_state("stored"))
+"""
+
+
+@outputs(
+    next(combinations()),
+    SQS_AND_DYNAMODB,
+)
+def test_two_projects_on_one_server_keep_apart(request, moto, project, cookies_session):
+    """Each has its own messages and results."""
+    answers = {**request.node.callspec.params["output"], "project_slug": "other"}
+    other = baked(cookies_session, answers)
+    other.install()
+    if "queues:" in other.read("Makefile"):
+        other.call("make", "queues", **moto)
+    project.manage("shell", "-v0", "-c", SENT, **moto)
+    seen = [each.manage("shell", "-v0", "-c", SEEN, **moto).split() for each in (project, other)]
+    assert seen == [["1", "SUCCESS"], ["0", "PENDING"]]

@@ -1,0 +1,283 @@
+"""One trace and one request id, from the request to each run of its job: real processes, real OTLP.
+
+config/tracing.py sends the spans to a server of the test.
+"""
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.proto.trace.v1.trace_pb2 import Span
+
+from harness.bake import CHOICES, baked
+from harness.faults import POOLS
+from harness.outputs import default_output
+from harness.project import env, fetch, wait_for
+from harness.servers import broker_class
+from harness.stack import TIMINGS, prepare
+
+LATER = {"OTEL_BSP_SCHEDULE_DELAY": 600_000}  # so that only the end of a process exports its spans
+# Each broker with one pool, and each pool with one broker.
+PAIRS = [(CHOICES["broker"][0], pool) for pool in POOLS]
+PAIRS += [(broker, POOLS[0]) for broker in CHOICES["broker"][1:]]
+NAMES = ["-".join(["traced", *pair]) for pair in PAIRS]
+STEPS = 6  # jobs in each of the three: see faults/survey.py
+STACKS = [
+    pytest.param(pair, id=name, marks=pytest.mark.xdist_group(name))
+    for pair, name in zip(PAIRS, NAMES, strict=True)
+]
+on_each = pytest.mark.parametrize("traced", STACKS, indirect=True)
+on_each_pool = pytest.mark.parametrize("traced", STACKS[: len(POOLS)], indirect=True)
+on_prefork = pytest.mark.parametrize("traced", STACKS[:1], indirect=True)
+
+
+class Collector(ThreadingHTTPServer):
+    """Takes spans as an OpenTelemetry collector does."""
+
+    def __init__(self):
+        self.spans, self.services = [], set()
+        super().__init__(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def add(self, request):
+        for resource in request.resource_spans:
+            names = {each.key: each.value.string_value for each in resource.resource.attributes}
+            self.services.add(names["service.name"])
+            for scope in resource.scope_spans:
+                self.spans += scope.spans
+
+    def trace(self, span):
+        """Return the spans of the same trace, the oldest first."""
+        found = [each for each in tuple(self.spans) if each.trace_id == span.trace_id]
+        return sorted(found, key=lambda each: each.start_time_unix_nano)
+
+    def runs(self, *jobs):
+        """Return the spans of the runs of these jobs, the oldest first."""
+        spans = [span for span in tuple(self.spans) if span.kind == Span.SPAN_KIND_CONSUMER]
+        spans = [span for span in spans if attributes(span).get("messaging.message.id") in jobs]
+        return sorted(spans, key=lambda each: each.start_time_unix_nano)
+
+    def has_runs_of(self, *jobs):
+        """Whether each of these jobs has a run. A second message of a job may make another one."""
+        return {attributes(run)["messaging.message.id"] for run in self.runs(*jobs)} == set(jobs)
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        assert self.path == "/v1/traces"
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.add(ExportTraceServiceRequest.FromString(body))
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *args):
+        pass
+
+
+def attributes(span):
+    return {each.key: each.value.string_value for each in span.attributes}
+
+
+@pytest.fixture(scope="module")
+def collector():
+    collector = Collector()
+    yield collector
+    collector.shutdown()
+
+
+@pytest.fixture(scope="module")
+def traced(request, cookies_session, tmp_path_factory, database, collector):
+    """A stack whose project has the extra and the setting."""
+    broker, pool = request.param
+    broker = broker_class(broker)
+    project = baked(cookies_session, {**broker.answers, "worker_pool": pool})
+    project.environments = None  # those that other tests share do not have the extra
+    variables = {
+        **TIMINGS,
+        "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{collector.server_port}",
+        "OTEL_BSP_SCHEDULE_DELAY": 200,  # milliseconds
+    }
+    folder = tmp_path_factory.mktemp("stack")
+    stack = prepare(project, broker, folder, database, **variables)
+    project.call("uv", "sync", "--quiet", "--inexact", "--extra", "tracing")
+    with open(project / "config/settings.py", "a") as file:
+        file.write("DJANGO_STRUCTLOG_TRUST_UPSTREAM_REQUEST_ID = True\n")
+    try:
+        stack.start()
+        yield stack
+    finally:
+        stack.stop()
+
+
+@pytest.fixture
+def stack(traced):
+    traced.recover()
+    sizes = {log: log.stat().st_size for log in traced.logs}
+    yield traced
+    traced.print_logs(sizes)
+
+
+def post(stack, path, request_id, **data):
+    """Send a POST with the id of a request. Return the id in the answer."""
+    headers = {"Authorization": f"Token {stack.token}", "X-Request-ID": request_id}
+    status, _, answer = fetch(f"http://127.0.0.1:{stack.port}/{path}", data, headers)
+    assert status == 202, status
+    return answer["id"]
+
+
+def root_of(collector, job):
+    """Return the span of the request in which this job was enqueued, once it was exported."""
+    [run, *_] = wait_for(lambda: collector.runs(job))
+
+    def roots():
+        return [span for span in collector.trace(run) if span.kind == Span.SPAN_KIND_SERVER]
+
+    [root] = wait_for(roots)
+    return root
+
+
+def is_tree(spans):
+    """Whether these spans have one root, and each other one has its parent among them."""
+    ids = {span.span_id for span in spans}
+    roots = [span for span in spans if not span.parent_span_id]
+    return len(roots) == 1 and all(s.parent_span_id in ids for s in spans if s not in roots)
+
+
+def ends(runs):
+    """Return how these runs ended, without those of duplicate messages, which do nothing."""
+    found = [run.status.message or attributes(run).get("celery.state") for run in runs]
+    return [end for end in found if end != "IGNORED"]
+
+
+@on_each
+def test_a_job_that_lost_its_worker_and_is_retried_is_one_tree(stack, collector, gate, since):
+    """Web, a worker that is killed, Beat, another worker, a retry, and a job of the body."""
+    stack.other.stop()
+    job = post(stack, "faults/", "request-of-the-tree", task="log_and_retry", args=[str(gate)])
+    stack.wait_until_started(job)
+    stack.worker.kill()
+    start = time.monotonic()
+    stack.other.start()
+    stack.wait_until_started(job, times=2)
+    gate.touch()
+    stack.wait_until_final(job)
+    since(start)
+    child = stack.ask("result = [str(j.pk) for j in Job.objects.filter(args=[job])][0]", job=job)
+    stack.wait_until_final(child)
+    root = root_of(collector, job)
+    # The lost one, the one that asks for another try, and the last one
+    wait_for(lambda: len(ends(collector.runs(job))) == 3 and collector.runs(child))
+    assert ends(collector.runs(job)) == ["Its worker died", "RETRY", "SUCCESS"]
+    spans = collector.trace(root)
+    assert is_tree(spans), spans
+    assert {(span.kind, span.name.partition("/")[0]) for span in spans} == {
+        (Span.SPAN_KIND_SERVER, "POST faults"),
+        (Span.SPAN_KIND_PRODUCER, "apply_async"),
+        (Span.SPAN_KIND_CONSUMER, "run"),
+    }
+    lines = [line for log in stack.logs for line in log.read_text(errors="replace").splitlines()]
+    lines = [line for line in lines if job in line or child in line]
+    assert [line for line in lines if "request-of-the-tree" not in line] == []
+    for words in "lost its worker", "the body says", "task_started", "task_retrying":
+        assert [line for line in lines if words in line], words
+
+
+@on_each_pool
+def test_what_starts_next_is_in_the_trace_of_the_request(stack, collector):
+    """A chain, a chord and a batch with its two callbacks."""
+    for number in range(3):
+        name = f"request-{number}"
+        post(stack, "faults/batches/", name, key=f"{name}-{time.time()}", number=number)
+        code = "result = [str(job.pk) for job in Job.objects.filter(request_id=name)]"
+        wait_for(lambda code=code, name=name: len(stack.ask(code, name=name)) == STEPS)
+        jobs = stack.ask(code, name=name)
+        stack.wait_until_final(*jobs)
+        wait_for(lambda jobs=jobs: collector.has_runs_of(*jobs))
+        root = root_of(collector, jobs[0])
+        assert {run.trace_id for run in collector.runs(*jobs)} == {root.trace_id}
+        assert is_tree(collector.trace(root))
+
+
+@on_prefork
+def test_a_child_that_is_replaced_exports_its_spans(stack, collector):
+    worker = stack.make_worker("test", "replaced", **LATER)
+    worker.command += ["--max-tasks-per-child", "1"]
+    worker.start()
+    jobs = [stack.enqueue("quick", queue="test") for _ in range(10)]
+    stack.wait_until_final(*jobs)
+    wait_for(lambda: collector.has_runs_of(*jobs))
+
+
+@on_each_pool
+def test_a_worker_that_ends_exports_its_spans(stack, collector, gate):
+    """Also with a body that does not end in time."""
+    worker = stack.make_worker("test", "ending", **LATER)
+    worker.start()
+    jobs = [stack.enqueue("quick", queue="test") for _ in range(10)]
+    stack.wait_until_final(*jobs)
+    stack.wait_until_started(stack.enqueue("hold", gate, queue="test"))
+    assert collector.runs(*jobs) == []
+    os.kill(worker.pid, signal.SIGTERM)
+    worker.wait()
+    wait_for(lambda: collector.has_runs_of(*jobs))
+
+
+@on_prefork
+def test_a_worker_ends_in_time_although_nothing_takes_its_spans(stack, since):
+    variables = {**LATER, "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1"}
+    worker = stack.make_worker("test", "alone", **variables)
+    worker.start()
+    jobs = [stack.enqueue("quick", queue="test") for _ in range(10)]
+    stack.wait_until_final(*jobs)
+    start = time.monotonic()
+    assert worker.stop() == 0
+    since(start)
+    assert "does not end" not in worker.printed
+
+
+@on_prefork
+def test_a_request_whose_job_cannot_be_sent_is_not_the_parent_of_the_next(stack, collector):
+    stack.renew_web()
+    stack.broker.kill()
+    with stack.supervised(stack.workers):
+        jobs = [post(stack, "faults/", f"away-{n}", task="quick", args=[]) for n in range(20)]
+        stack.broker.start()
+        jobs += [post(stack, "faults/", f"back-{n}", task="quick", args=[]) for n in range(20)]
+        stack.wait_until_final(*jobs)
+    wait_for(lambda: collector.has_runs_of(*jobs))
+    roots = [root_of(collector, job) for job in jobs]
+    assert len({root.trace_id for root in roots}) == len(jobs)
+    assert {root.parent_span_id for root in roots} == {b""}
+
+
+@on_prefork
+def test_a_killed_child_is_logged_with_the_id_of_its_request(stack):
+    job = post(stack, "faults/", "request-of-the-dead", task="die", args=[])
+    lines = lambda: [  # noqa: E731
+        line
+        for log in stack.logs
+        for line in log.read_text(errors="replace").splitlines()
+        if job in line
+    ]
+    wait_for(lambda: [line for line in lines() if "lost its worker" in line])
+    failed = wait_for(lambda: [line for line in lines() if "task_failed" in line])
+    assert [line for line in failed if "request-of-the-dead" not in line] == []
+
+
+@default_output
+def test_a_missing_package_is_named(project):
+    run = subprocess.run(
+        [project / ".venv/bin/python", "manage.py", "check"],
+        cwd=project,
+        env=env(OTEL_EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:1"),
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 1
+    assert run.stderr.endswith("run `uv sync --inexact --extra tracing`.\n"), run.stderr

@@ -1,0 +1,277 @@
+"""Workers are killed, frozen and stopped: no job is lost, and a stop repeats nothing.
+
+The headings are those of "Workers" in docs/reliability.md. The property `seconds` of a test (see
+pytest's --junitxml) is the time from the fault, or from the restart if one was needed, to the end
+of the last job.
+"""
+
+import os
+import signal
+import time
+from collections import Counter
+
+from harness.faults import (
+    ONE,
+    errors,
+    everywhere,
+    on_each,
+    on_each_pool,
+    on_prefork,
+    ran_once,
+    stacks,
+    succeeded,
+    where_jobs_share_a_process,
+    without_resends,
+)
+from harness.mails import Mails
+from harness.project import wait_for
+
+# A worker is killed
+
+
+def wait_for_early_acknowledgements(stack):
+    """Run a later job. When it ends, every early acknowledgement has been sent."""
+    stack.wait_until_final(stack.enqueue("quick", queue="cpu"))
+
+
+@everywhere
+def test_a_killed_worker_loses_nothing(stack, gate, since):
+    """Jobs run again, and so do plain tasks, after the visibility timeout."""
+    jobs = [stack.enqueue("hold", gate, queue="cpu") for _ in range(2)]
+    task = stack.send("plain", gate, queue="cpu")
+    stack.wait_until_started(*jobs, task)
+    wait_for_early_acknowledgements(stack)
+
+    stack.worker.kill()
+    start = time.monotonic()
+    gate.touch()
+    stack.worker.start()
+
+    rows = stack.wait_until_final(*jobs)
+    since(start)
+    assert succeeded(rows, crashes=1), rows
+    assert [errors(row) for row in rows] == [["Its worker died"]] * 2
+    wait_for(lambda: stack.notes("end", task))
+
+
+@without_resends
+def test_a_killed_worker_loses_no_job_with_the_default_timings(stack, gate, since):
+    kill_a_worker(stack, gate, since)
+
+
+@stacks(**ONE, sqlite=True)
+def test_a_killed_worker_loses_no_job_on_sqlite(stack, gate, since):
+    kill_a_worker(stack, gate, since)
+
+
+def kill_a_worker(stack, gate, since):
+    job = stack.enqueue("hold", gate)
+    worker = os.getpgid(stack.wait_until_started(job))
+    [killed] = [worker_ for worker_ in stack.workers if worker_.pid == worker]
+    killed.kill()
+    start = time.monotonic()
+    gate.touch()
+    rows = stack.wait_until_final(job)
+    since(start)
+    assert succeeded(rows, crashes=1), rows
+
+
+# A child process is killed
+
+
+@stacks(pools=["prefork"])
+def test_a_killed_child_loses_nothing(stack, gate, since, record_property):
+    """Its worker notices at once, so the job does not wait until its lease of 600 s lapses."""
+    worker = stack.replace_worker(JOB_LEASE_SECONDS=600)
+    job = stack.enqueue("hold", gate, queue="cpu")
+    task = stack.send("plain", gate, queue="cpu")
+    children = [stack.wait_until_started(job), stack.wait_until_started(task)]
+    wait_for_early_acknowledgements(stack)
+
+    start = time.monotonic()
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+    wait_for(lambda: stack.row(job)["state"] == "queued")
+    record_property("queued", round(time.monotonic() - start, 1))
+    gate.touch()
+
+    rows = stack.wait_until_final(job)
+    since(start)
+    assert succeeded(rows, crashes=1), rows
+    wait_for(lambda: stack.notes("end", task))
+    assert worker.is_running()
+
+
+@on_prefork
+def test_a_body_whose_child_gets_sigterm_every_time_fails(stack, since):
+    """The main process is not stopping, so each time counts as a crash."""
+    start = time.monotonic()
+    job = stack.enqueue("terminate", queue="cpu")
+    [row] = stack.wait_until_final(job)
+    since(start)
+    assert (row["state"], row["error"]) == ("failed", "Its worker died 3 times")
+    assert len(stack.notes("start", job)) == 3
+
+
+# A worker freezes and continues later
+
+
+@on_each
+def test_a_frozen_worker_is_fenced(stack, gate, since):
+    """Its job runs in another worker; when it continues, the outcome of its body is dropped."""
+    job = stack.enqueue("hold", gate)
+    first = stack.wait_until_started(job)
+    [frozen] = [worker for worker in stack.workers if worker.pid == os.getpgid(first)]
+
+    start = time.monotonic()
+    frozen.pause()
+    second = stack.wait_until_started(job, times=2)
+    gate.with_name(f"gate-{first}").touch()
+    frozen.resume()
+    wait_for(lambda: first in stack.notes("end", job))
+    time.sleep(1)  # time to store an outcome
+    assert stack.row(job)["state"] == "running"  # in the other worker
+    gate.touch()
+    rows = stack.wait_until_final(job)
+    since(start)
+
+    assert second != first
+    assert rows[0]["result"] == second
+    assert succeeded(rows, crashes=1), rows
+
+
+# A worker is stopped
+
+
+@everywhere
+def test_a_stopped_worker_loses_nothing(stack, gate, tmp_path, since):
+    """A job that ends in time succeeds, the rest is handed back, and no crash is counted."""
+    nearly_done = tmp_path / "nearly-done"
+    ends = stack.enqueue("hold", nearly_done, queue="cpu")
+    job = stack.enqueue("hold", gate, queue="cpu")
+    task = stack.send("plain", gate, queue="cpu")
+    stack.wait_until_started(ends, job, task)
+    # After the end of a later job, the worker's main process knows that these have started. If
+    # SIGTERM came before, Celery would wait for one of them, and the worker would exit with 1.
+    stack.wait_until_final(stack.enqueue("hold", tmp_path, queue="cpu"))
+
+    start = time.monotonic()
+    os.kill(stack.worker.pid, signal.SIGTERM)
+    wait_for(lambda: "hutdown" in stack.worker.printed)
+    nearly_done.touch()
+    [row] = stack.wait_until_final(ends)
+    assert succeeded([row], crashes=0), row
+    assert ran_once(stack, [ends])
+    assert stack.worker.wait() == 0
+    assert stack.row(job)["state"] == "queued"  # before any lease has lapsed
+    gate.touch()
+    stack.worker.start()
+
+    rows = stack.wait_until_final(job)
+    since(start)
+    assert succeeded(rows, crashes=0), rows
+    assert errors(rows[0]) == []
+    wait_for(lambda: stack.notes("end", task))
+
+
+@on_each_pool
+def test_a_worker_whose_children_are_stopped_too_loses_nothing(stack, gate, since):
+    """systemd and honcho send SIGTERM to the whole process group."""
+    job = stack.enqueue("hold", gate, queue="cpu")
+    task = stack.send("plain", gate, queue="cpu")
+    stack.wait_until_started(job, task)
+
+    start = time.monotonic()
+    os.killpg(stack.worker.pid, signal.SIGTERM)
+    stack.worker.wait()
+    assert stack.row(job)["state"] == "queued"  # before any lease has lapsed
+    gate.touch()
+    stack.worker.start()
+
+    [row] = stack.wait_until_final(job)
+    since(start)
+    assert succeeded([row], crashes=0), row
+    assert errors(row) == []
+    wait_for(lambda: stack.notes("end", task))
+
+
+@on_each_pool
+def test_a_stopped_worker_hands_back_jobs_at_their_next_cursor(stack, gate, since):
+    """No chunk is repeated, and nothing waits for SOFT_SHUTDOWN_SECONDS, an hour here."""
+    worker = stack.replace_worker(SOFT_SHUTDOWN_SECONDS=3600)
+    jobs = [
+        stack.enqueue("write_chunks", gate, queue="cpu"),
+        stack.enqueue("write_chunks", gate, "in a block", queue="cpu"),
+        stack.enqueue("write_chunks_in_a_coroutine", gate, queue="cpu"),
+    ]
+    written = """
+with connection.cursor() as cursor:
+    cursor.execute("SELECT chunk FROM chunks WHERE job = %s ORDER BY chunk", [job])
+    result = [chunk for [chunk] in cursor]
+"""
+    for job in jobs:
+        wait_for(lambda job=job: len(stack.ask(written, job=job)) > 5)
+    start = time.monotonic()
+    os.kill(worker.pid, signal.SIGTERM)
+    assert worker.wait() == 0
+    since(start)
+    assert [row["state"] for row in stack.rows(*jobs)] == ["queued"] * 3
+    stopped = [len(stack.ask(written, job=job)) for job in jobs]
+    stack.worker.start()
+    for job, count in zip(jobs, stopped, strict=True):
+        wait_for(lambda job=job, count=count: len(stack.ask(written, job=job)) > count)
+    gate.touch()
+    rows = stack.wait_until_final(*jobs)
+    assert succeeded(rows, crashes=0), rows
+    assert [errors(row) for row in rows] == [[]] * 3
+    for job, row in zip(jobs, rows, strict=True):
+        assert stack.ask(written, job=job) == list(range(row["result"]))
+
+
+@where_jobs_share_a_process
+def test_a_body_that_locks_its_row_does_not_delay_a_stop(stack, gate, since):
+    """The others are handed back before their leases lapse."""
+    holder = stack.enqueue("hold_its_row", gate, queue="cpu")
+    jobs = [stack.enqueue("hold", gate, queue="cpu") for _ in range(10)]
+    stack.wait_until_started(holder, *jobs)
+    start = time.monotonic()
+    assert stack.worker.stop() == 0
+    since(start)
+    assert {row["state"] for row in stack.rows(*jobs)} == {"queued"}
+    gate.touch()
+    stack.worker.start()
+    rows = stack.wait_until_final(holder, *jobs)
+    assert {row["state"] for row in rows} == {"succeeded"}, rows
+    assert [row["crashes"] for row in rows] == [1, *[0] * 10]
+
+
+# A long job is killed, stopped or retried
+
+
+@on_each_pool
+def test_a_newsletter_continues_where_its_worker_was_killed(stack, since, record_property):
+    """Everybody gets it, and at most one chunk of 100 gets it twice."""
+    count = int(os.environ.get("MAILS", "1000"))
+    code = """
+from orders.models import Newsletter, Recipient
+from orders.tasks import send_newsletter
+newsletter = Newsletter.objects.create(subject="News", body="All is well.")
+emails = [f"{number}@example.com" for number in range(count)]
+Recipient.objects.bulk_create(Recipient(newsletter=newsletter, email=email) for email in emails)
+result = Job.objects.enqueue(send_newsletter, [newsletter.pk], queue="news").pk
+"""
+    with Mails(count // 2 + 50) as mails:  # in the middle of a chunk
+        worker = stack.make_worker("news", "news", EMAIL_URL=mails.url)
+        worker.start()
+        job = stack.ask(code, count=count)
+        wait_for(lambda: len(mails.received) == mails.count)
+        worker.kill()
+        start = time.monotonic()
+        mails.proceed.set()
+        worker.start()
+        rows = stack.wait_until_final(job)
+        since(start)
+    record_property("mails", f"killed after {mails.count}, {len(mails.received)} in all")
+    assert succeeded(rows, crashes=1), rows
+    assert len(Counter(mails.received)) == count == rows[0]["result"]["sent"]
+    assert len(mails.received) - count <= 100

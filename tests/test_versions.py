@@ -1,0 +1,169 @@
+"""Each version stands in one place, or a test names the one that differs; Renovate reads all."""
+
+import itertools
+import json
+import re
+import subprocess
+import tomllib
+
+import pytest
+import yaml
+
+from harness.bake import ABOUT, CHOICES, PINNED, TEMPLATE, render
+
+VERSIONS, REQUIREMENTS = "templates/versions.jinja", "templates/requirements.txt"
+WORKFLOW = ".github/workflows/ci.yml"
+ENGINE = (TEMPLATE / REQUIREMENTS).read_text().split()
+NAMED = {name: value for name, value in vars(PINNED).items() if isinstance(value, str)}
+TEXTS = dict.fromkeys(("description", "author_name", "author_email"), "")
+IMAGES = {value for value in NAMED.values() if re.search(":v?[0-9]", value)}
+ACTIONS = {value for value in NAMED.values() if "@" in value}
+# What was, and what was measured.
+HISTORY = {"CHANGELOG.md", "docs/performance.md", "docs/upgrading-from-commits.md"}
+# Sentences that stay true with other versions, and so may have a number.
+FACTS = [
+    "| Celery 5.7 | broker | lost |",  # docs/alternatives.md: what was compared
+    "`task_retry_on_worker_lost` of Celery 5.7",
+    "as long as the project supports Django 5.2",
+    "Celery 5.7 deprecates `queue`",
+    "RabbitMQ 4 accepts 16 MiB",
+]
+# A package that the template's tests need in a version other than outputs, and why.
+DIFFER = {
+    "pytest": "with 9.2, xdist 3.8 ignores its groups",
+    "ruff": "a newer formatter would fail the template's CI; an output has uv.lock",
+}
+
+
+def tracked():
+    """Return the texts of the repository, {path: text}."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=TEMPLATE, capture_output=True, text=True, check=True)
+    files = {name: TEMPLATE / name for name in listed.stdout.split("\0")}
+    texts = {name: path.read_bytes() for name, path in files.items() if path.is_file()}
+    return {name: text.decode() for name, text in texts.items() if b"\0" not in text}
+
+
+TRACKED = tracked()
+
+
+def package(requirement):
+    return re.match("[a-z0-9-]+", requirement)[0]
+
+
+def requirements():
+    """Return what outputs require, with every choice, {package: requirement without extras}."""
+    found = {}
+    for option, choices in CHOICES.items():
+        for choice in choices:
+            about = tomllib.loads(render("pyproject.toml", **{**TEXTS, option: choice}))
+            groups = {**about["dependency-groups"], **about["project"]["optional-dependencies"]}
+            for each in itertools.chain(about["project"]["dependencies"], *groups.values()):
+                found[package(each)] = re.sub(r"\[.*]", "", each)
+    return found
+
+
+def homes():
+    """Return where each version stands, {pattern of a version: file}."""
+    python = r"\bpython(-version)?:[ \"]*3\.\d"
+    images = {rf"(?<![\w/.-]){value.split(':')[0]}:v?\d{{1,3}}(?!\d)" for value in IMAGES}
+    actions = {rf"{value.split('@')[0]}@[0-9a-f]" for value in ACTIONS}
+    engine = {rf"(?<![\w-]){package(each)}(\[.*?])?[~<>=]=\d" for each in ENGINE}
+    home = dict.fromkeys({*images, *actions, python}, VERSIONS)
+    return home | dict.fromkeys(engine, REQUIREMENTS)
+
+
+def test_each_version_stands_in_one_file():
+    """The workflow, which no template can write, has some too: the next test compares them."""
+    for pattern, home in homes().items():
+        files = {name for name, text in TRACKED.items() if re.search(pattern, text)}
+        assert files - {home, WORKFLOW} - HISTORY == set(), pattern
+
+
+def test_the_templates_own_workflow_has_the_versions_of_an_output():
+    workflow = yaml.safe_load(TRACKED[WORKFLOW])
+    jobs = workflow["jobs"].values()
+    assert {job["runs-on"] for job in jobs} == {PINNED.runner}
+    used = set(re.findall("uses: (.+)", TRACKED[WORKFLOW]))
+    assert used == {PINNED.checkout, PINNED.setup_python}
+
+    steps = itertools.chain(*(job["steps"] for job in jobs))
+    pythons = {step["with"]["python-version"] for step in steps if "setup-python" in str(step)}
+    assert pythons == {PINNED.python, "${{ matrix.python }}"}
+    [matrix] = [job["strategy"]["matrix"] for job in jobs if "matrix.python" in str(job)]
+    assert matrix["python"][0] == PINNED.oldest_python
+    assert matrix["python"][-1] == PINNED.python
+
+
+def test_the_tests_have_the_packages_of_an_output():
+    outputs = requirements()
+    group = ABOUT["dependency-groups"]["test"]
+    tests = {package(each): re.sub(r"\[.*]", "", each) for each in group}
+    differ = {name for name in tests.keys() & outputs.keys() if tests[name] != outputs[name]}
+    assert differ == DIFFER.keys()
+
+
+def test_the_oldest_python_is_the_same_everywhere():
+    oldest = PINNED.oldest_python
+    assert ABOUT["project"]["requires-python"] == f">={oldest}"
+    assert ABOUT["tool"]["ruff"]["target-version"] == f"py{oldest.replace('.', '')}"
+    pages = {name: text for name, text in TRACKED.items() if name.endswith(".md")}
+    named = {
+        (name, version)
+        for name, text in pages.items()
+        for version in re.findall(r"Python (3\.\d+) or newer", text)
+    }
+    assert {version for _, version in named} == {oldest}, named
+    assert len(named) >= 3
+
+
+def test_no_page_names_a_version_that_a_bump_would_make_untrue():
+    pages = {name: text for name, text in TRACKED.items() if name.endswith((".md", ".jinja"))}
+    for name in pages.keys() - HISTORY:
+        text = pages[name]
+        for fact in FACTS:
+            text = text.replace(fact, "")
+        for product, version in pinned().items():
+            found = re.search(rf"\b{product}\w* {version}\b", text, re.IGNORECASE)
+            assert not found, f"{name}: {found}"
+
+
+def pinned():
+    """Return {product: version}, such as "postgres": "18" and "django": "5.2"."""
+    images = (re.search(r"([\w-]+):v?(\d+(\.\d+)?)", image) for image in IMAGES)
+    engine = (re.search(r"([\w-]+).=(\d+(\.\d+)?)", requirement) for requirement in ENGINE)
+    return {found[1]: found[2] for found in (*images, *engine)} | {"python": PINNED.python}
+
+
+def found_by_renovate():
+    """Yield (file, name, version) of what its own managers find with our patterns."""
+    for manager in json.loads(TRACKED[".github/renovate.json"])["customManagers"]:
+        files = "|".join(pattern.strip("/") for pattern in manager["managerFilePatterns"])
+        [pattern] = manager["matchStrings"]
+        for file in TRACKED:
+            if re.search(files, file):
+                for match in re.finditer(pattern.replace("(?<", "(?P<"), TRACKED[file]):
+                    yield file, match["depName"], match["currentValue"]
+
+
+def test_renovate_reads_every_version_of_an_output():
+    found = {}
+    for file, name, version in found_by_renovate():
+        found.setdefault(file, {})[name] = version
+    actions = {re.sub("@.+# ", ":", action) for action in ACTIONS}
+    assert {f"{name}:{version}" for name, version in found.pop(VERSIONS).items()} == (
+        IMAGES | actions | {f"python:{PINNED.python}", PINNED.runner.replace("-", ":")}
+    )
+    assert "procrastinate" in found.pop("bench/stack.py")
+    packages = {f"{name}{version}" for names in found.values() for name, version in names.items()}
+    assert packages | set(ENGINE) == set(requirements().values())
+
+
+@pytest.mark.parametrize("broker", CHOICES["broker"])
+def test_containers_have_no_other_images(bake, broker):
+    project = bake(broker=broker, deployment="docker")
+    text = project.read("Dockerfile") + project.read("compose.yaml")
+    found = re.findall(r"^ *(?:image: |FROM |COPY --from=)(\S+)", text, re.MULTILINE)
+    own = {project.name, "build", f"python:{PINNED.python}-slim"}
+    assert set(found) - own <= IMAGES
+    assert len(found) > 8
