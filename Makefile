@@ -1,4 +1,4 @@
-.PHONY: demo engine test prove chaos bench package lint
+.PHONY: demo engine test prove chaos bench package release lint
 
 demo: .venv  ## bake a project, start it, run a job: make demo ARGS="include_example=no"
 	@PYTHONPATH=tests .venv/bin/python -m harness.demo $(ARGS)
@@ -9,9 +9,9 @@ engine: .venv  ## tests of the app `jobs`, in seconds: make engine ARGS="-k retr
 PYTEST := .venv/bin/python -m pytest -n auto --dist loadgroup --no-loadscope-reorder --durations 10
 
 test: .venv  ## all quick tests: make test ARGS="-k hook"
-	$(PYTEST) --ignore tests/prove $(ARGS)
+	$(PYTEST) --ignore tests/integration $(ARGS)
 
-prove: TESTS := tests/prove
+prove: TESTS := tests/integration
 prove: .venv  ## the slow tests, such as faults and containers: make prove ARGS="-k redis-gevent"
 	$(PYTEST) --maxfail 5 $(TESTS) $(ARGS)
 
@@ -24,6 +24,9 @@ bench: .venv  ## measure and write docs/performance.md; a trial: make bench ARGS
 package: .venv  ## build the engine as a wheel in dist/; elsewhere: make package ARGS="--out-dir /tmp"
 	.venv/bin/uv build --wheel $(ARGS)
 
+release: .venv  ## test, commit and tag this version, and start the next one
+	@.venv/bin/python .ci/release.py
+
 # The output's plain Python. The output's pyproject.toml is not TOML before it is rendered.
 ENGINE := --config tests/engine/jobs_ruff.toml '{{cookiecutter.project_slug}}/jobs' '{{cookiecutter.project_slug}}/conftest.py'
 
@@ -33,8 +36,8 @@ lint: .venv
 	.venv/bin/ruff check --fix $(ENGINE)
 	.venv/bin/ruff format $(ENGINE)
 
-.venv: pyproject.toml
+.venv: pyproject.toml templates/requirements.txt
 	python3 -m venv .venv
 	.venv/bin/pip install --quiet uv
-	.venv/bin/uv pip install --quiet --python .venv/bin/python --group test
+	.venv/bin/uv pip install --quiet --python .venv/bin/python -r templates/requirements.txt --group test
 	@touch .venv

@@ -17,7 +17,7 @@ from harness.servers import PostgreSQL
 BENCH = Path(__file__).parent
 TICKS = os.sysconf("SC_CLK_TCK")  # for each second
 RIVALS = [
-    "django~=5.2.0",
+    *("--constraints", TEMPLATE / "templates/requirements.txt"),  # the Django of an output
     "django-tasks-db[compat]~=0.13",
     "procrastinate[django]~=3.10",
     "psycopg[binary]~=3.3",
