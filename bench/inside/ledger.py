@@ -33,7 +33,10 @@ def parts(count):
     options = {"routing_key": "parts", "headers": message.headers, **message.properties}
     with connection.cursor() as cursor, current_app.producer_or_acquire() as producer:
         cursor.execute("SELECT * FROM jobs_job WHERE id = %s", [job.pk])
-        [[_, *values]], names = cursor.fetchall(), [column.name for column in cursor.description]
+        [[_, *values]], names = (
+            cursor.fetchall(),
+            [f'"{column.name}"' for column in cursor.description],
+        )
         places = ", ".join("%s" for _ in names)
         statement = f"INSERT INTO jobs_job ({', '.join(names)}) VALUES ({places})"
         current_app.amqp.queues["parts"](producer.channel).declare()
