@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 from django.db import connection, transaction
-from helpers import add, claim, claim_and_lapse, deliver, run
+from helpers import act, add, claim, claim_and_lapse, deliver, lapse, run
 
 from jobs import lease, publish, runs, sweep, updates
 from jobs.models import Job
@@ -194,6 +194,27 @@ def test_a_body_whose_claim_a_database_crash_has_lost_continues(use_cursor, hand
     job = run(body)
     expected = ("queued", None) if handed_back else ("succeeded", "running")
     assert (job.state, job.result) == expected
+
+
+def test_a_job_that_a_failover_has_lost_is_gone_without_an_error():
+    ran = []
+    act.body = ran.append
+    job = Job.objects.enqueue(act)
+    Job.objects.all().delete()
+    publish.publish([job])
+    assert not ran and not Job.objects.exists()
+
+
+def test_a_job_whose_success_a_failover_has_lost_runs_twice():
+    claimed = []
+    job = run(lambda task: claimed.append(Job.objects.values().get()))
+    assert job.state == "succeeded"
+    Job.objects.update(**claimed[0])  # as on a replica that was behind
+    lapse(job)
+    sweep.recover_lapsed()
+    job.refresh_from_db()
+    assert deliver(job).state == "succeeded"
+    assert (len(claimed), job.crashes) == (2, 1)
 
 
 def test_a_run_does_not_repeat_its_claim_after_its_body_has_ended(monkeypatch):

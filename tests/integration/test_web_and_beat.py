@@ -4,14 +4,18 @@ The headings are those of "The web and Beat" in docs/reliability.md. `seconds` i
 test_workers.py.
 """
 
+import json
+import re
+import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from harness.bake import TEMPLATE
 from harness.faults import on_each_broker, on_one, succeeded
-from harness.project import wait_for
+from harness.project import Project, wait_for
 from harness.stack import LEASE
 
 # A web server process dies between commit and message
@@ -311,3 +315,46 @@ def test_a_huge_job_that_was_stored_before_the_limit_fails_without_being_loaded(
     assert stack.beat.is_running()
     record_property("megabytes", megabytes())
     assert megabytes() < 40
+
+
+# A name server (DNS) hangs
+
+LOOK_UP = """
+import ctypes, json, socket, struct
+
+class State(ctypes.Structure):  # the first fields of glibc's struct __res_state
+    _fields_ = [
+        ("timeout", ctypes.c_int),
+        ("attempts", ctypes.c_int),
+        ("options", ctypes.c_ulong),
+        ("servers", ctypes.c_int),
+        ("server", ctypes.c_char * 16),
+    ]
+
+silent = socket.socket(type=socket.SOCK_DGRAM)
+silent.bind(("127.0.0.1", 0))
+glibc = ctypes.CDLL("libc.so.6")
+glibc.__res_state.restype = ctypes.POINTER(State)
+assert glibc.__res_init() == 0
+state = glibc.__res_state().contents
+state.servers = 1
+port, host = struct.pack("!H", silent.getsockname()[1]), socket.inet_aton("127.0.0.1")
+address = struct.pack("=H", socket.AF_INET) + port + host + bytes(8)
+ctypes.memmove(ctypes.addressof(state) + State.server.offset, address, len(address))
+try:
+    socket.getaddrinfo("example.com.", 80)
+except socket.gaierror as error:
+    assert error.errno == socket.EAI_AGAIN
+    assert b"example" in silent.recv(1000)
+    print(json.dumps([state.timeout, state.attempts]))
+"""
+
+
+def test_a_name_server_that_hangs_delays_a_request_by_two_seconds(bake, since):
+    """glibc's default is ten seconds: two attempts of five."""
+    options = re.search('RES_OPTIONS="(.+)"', bake(deployment="docker").read("Dockerfile"))[1]
+    start = time.monotonic()
+    printed = Project(TEMPLATE).call(sys.executable, "-c", LOOK_UP, RES_OPTIONS=options)
+    since(start)
+    timeout, attempts = json.loads(printed)
+    assert timeout * attempts == 2
