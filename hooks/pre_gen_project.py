@@ -14,10 +14,14 @@ if SLUG == "refused-slug":  # cookiecutter.json renamed the folder: show what wa
 # A copy of the choices in cookiecutter.json. Cookiecutter does not check replay files, and a hook
 # cannot find that file: `_repo_dir` may be relative to a folder that the hook does not know.
 CHOICES = {
-    "broker": ["redis", "rabbitmq", "sqs"], "worker_pool": ["prefork", "threads", "gevent"],
-    "result_backend": ["redis", "database", "dynamodb", "none"], "include_example": ["yes", "no"],
-    "deployment": ["docker", "kubernetes", "none"], "periodic_tasks": ["code", "admin"],
-    "ci": ["github", "gitlab", "none"]}  # fmt: skip
+    "broker": ["redis", "rabbitmq", "sqs"],
+    "result_backend": ["redis", "database", "dynamodb", "none"],
+    "worker_pool": ["prefork", "threads", "gevent"],
+    "periodic_tasks": ["code", "admin"],
+    "deployment": ["docker", "kubernetes", "none"],
+    "ci": ["github", "gitlab", "none"],
+    "include_example": ["yes", "no"],
+}
 IDENTIFIER = r"(?!pg_|.*___)[a-z]([a-z0-9_]{0,38}[a-z0-9])?"  # for images, roles, databases
 TAKEN = {  # Such a project could not start, or would replace what already has its name.
     "a word of YAML, not text": "false n no null off on true y yes",

@@ -187,7 +187,7 @@ def imports(module, tree):
         (broker, result_backend)
         for broker in CHOICES["broker"]
         for result_backend in CHOICES["result_backend"]
-        if "redis" in (broker, result_backend)
+        if chosen(broker=broker, result_backend=result_backend).has_sentinel
     ],
 )
 def test_the_settings_for_sentinel_fit_every_project_with_redis(bake, broker, result_backend):
