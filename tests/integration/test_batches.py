@@ -142,7 +142,7 @@ def test_the_next_steps_of_a_chain_start_without_beat(stack, since):
 steps = chain(*[quick.si().set(queue=queue) for queue in ["cpu", "io"] * 5])
 result = chord([steps, *[quick.si()] * 5])(quick.si()).id
 """
-    # An earlier test has stopped the broker: until a process tries again, it leaves its messages to Beat.
+    # An earlier test has stopped the broker: until a process tries again, Beat sends its messages.
     time.sleep(stack.ask("from jobs.publish import PUBLISH_PAUSE; result = PUBLISH_PAUSE"))
     stack.beat.stop()
     start = time.monotonic()
