@@ -15,18 +15,26 @@ import yaml
 from .project import env
 from .servers import BROKERS, PostgreSQL, running
 
-# {image: where its server listens}. That of a broker has the name of the broker.
+# {name: where its server listens}. That of a broker has the name of the broker.
 PORTS = {"postgres": 5432, "redis": 6379, "rabbitmq": 5672}
 ADDRESS = r"(?<=://)([^/@]*@)?([\w.-]+):(\d+)"  # in a URL: user and password, host, port
 
 
+def name_of(image):
+    """Return `postgres` for `postgres:18` and `valkey` for `valkey/valkey:9`."""
+    return image.split("/")[-1].split(":")[0]
+
+
 @dataclass
 class Service:
-    name: str  # of its image
-    tag: str
+    image: str
     place: tuple  # host and port, as the job's scripts reach it
     variables: dict
     options: str = ""  # for `docker run`
+
+    @property
+    def name(self):
+        return name_of(self.image)
 
     @contextmanager
     def server(self, folder):
@@ -122,12 +130,13 @@ def github(project):
     services = []
     for service in job["services"].values():
         known(service, "image", "env", "ports", "options")
-        name, tag = service["image"].split(":")
+        name = name_of(service["image"])
         [published] = service["ports"]
         ours, its = map(int, published.split(":"))
         assert its == PORTS[name], f"{name} does not listen on port {its}"
         variables = service.get("env", {})
-        services.append(Service(name, tag, ("127.0.0.1", ours), variables, service["options"]))
+        place = "127.0.0.1", ours
+        services.append(Service(service["image"], place, variables, service["options"]))
     actions, scripts = {}, []
     for step in job["steps"]:
         if "run" in step:
@@ -152,11 +161,11 @@ def gitlab(project):
     services = []
     for service in job["services"]:
         known(service, "name", "alias")
-        name, tag = service["name"].split(":")
+        name = name_of(service["name"])
         place = service.get("alias", name), PORTS[name]
         # GitLab gives a service all variables of the job; its server reads those with its name.
         own = {key: job["variables"][key] for key in job["variables"] if name in key.lower()}
-        services.append(Service(name, tag, place, own))
+        services.append(Service(service["name"], place, own))
     return Job(
         services,
         job["variables"],

@@ -135,7 +135,7 @@ def test_the_job_fails_if_a_check_or_a_test_fails(job, checkout, what):
 def test_the_job_has_the_versions_of_production(output, job):
     services = yaml.safe_load(output.read("compose.yaml"))["services"].values()
     images = {service["image"] for service in services if "image" in service}
-    assert {f"{service.name}:{service.tag}" for service in job.services} <= images
+    assert {service.image for service in job.services} <= images
     assert re.findall("^FROM python:([0-9.]+)-slim", output.read("Dockerfile"), re.M) == [
         job.python,
         job.python,

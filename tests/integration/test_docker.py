@@ -459,7 +459,7 @@ def test_the_services_of_ci_become_healthy(engine, bake, broker):
             assert "--health-cmd" in options
             for name, value in service.variables.items():
                 options += ["--env", f"{name}={value}"]
-            started.append(docker("run", "--detach", *options, f"{service.name}:{service.tag}"))
+            started.append(docker("run", "--detach", *options, service.image))
         for container in started:
             wait_for(lambda container=container: is_healthy(container))
     finally:
