@@ -18,10 +18,9 @@ POOLS = {  # a child of prefork has one thread
 # Each is a group of its own, so that conftest.py starts these long ones before other tests.
 RUNS = [
     pytest.param(server, pool, marks=pytest.mark.xdist_group(f"engine-{server}-{pool}"))
-    for server in ("database", "sqlite")
-    for pool in POOLS
+    for server, pool in [("database", "gevent"), ("database", "threads"), ("sqlite", "threads")]
 ]
-FEW_ROUNDS = 30  # of races; integration/test_races.py has more
+FEW_ROUNDS = 30  # of races; integration/test_engine_runs.py has more, and greenlets on SQLite
 
 
 def run_tests(pool, folder, *options, **variables):

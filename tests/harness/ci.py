@@ -21,7 +21,7 @@ ADDRESS = r"(?<=://)([^/@]*@)?([\w.-]+):(\d+)"  # in a URL: user and password, h
 
 
 def name_of(image):
-    """Return `postgres` for `postgres:18` and `valkey` for `valkey/valkey:9`."""
+    """Return the image's last name, without its version: `valkey` for `valkey/valkey:9`."""
     return image.split("/")[-1].split(":")[0]
 
 
