@@ -22,6 +22,7 @@ DIGESTS = {
     "0008_batches.py": "5950cc1065a4570ae3a9d8fecf99a4cf23f4aa8648b997c3931ad65c68141ac1",
     "0009_limits.py": "fa2be2f53555bb2f2c849260af66cfd88e1e81c20df2655e83db2bb8f95f5b8a",
     "0010_workers.py": "b8333edfac7dfdafa57cb8380c1ae6dae0297e8efea0d0549e58e01fb495544f",
+    "0011_keys.py": "373f49940e45b705ed28ca0088468b1e2072b1885da3c6ef8136314f9ea94166",
 }
 
 

@@ -17,6 +17,7 @@ __all__ = ["Batch", "Failure", "Job", "Pause"]
 
 STATES = [(state, state.title()) for state in ACTIVE + FINAL]
 BATCH_STATES = [(state, state.title()) for state in ["open", *FINAL]]
+HAS_KEY = Q(idempotency_key__isnull=False)
 IN_BATCH = Q(batch__isnull=False)
 HELD = Q(state="queued", held_by__isnull=False, sweep_at=None)
 SWEPT = Q(held_by=None, sweep_at__isnull=False)
@@ -197,9 +198,14 @@ class Job(Row):
             ),
         ]
         constraints = [
-            models.UniqueConstraint(fields=["owner", "idempotency_key"], name="job_key"),
+            # Without the condition, each UPDATE of a job without a key would write to these indexes.
             models.UniqueConstraint(
-                fields=["idempotency_key"], name="job_key_unowned", condition=Q(owner=None)
+                fields=["owner", "idempotency_key"], name="job_key", condition=HAS_KEY
+            ),
+            models.UniqueConstraint(
+                fields=["idempotency_key"],
+                name="job_key_unowned",
+                condition=HAS_KEY & Q(owner=None),
             ),
             models.UniqueConstraint(
                 fields=["unique_key"],
