@@ -9,11 +9,13 @@ import pytest
 from asgiref.sync import async_to_sync
 from celery import shared_task
 from django.db import IntegrityError, connection, transaction
+from django.db.models.functions import Now
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 from helpers import add, plain, seconds_until_due
 
-from jobs.models import Job
+from jobs import queryset, sweep
+from jobs.models import Batch, Job, Sweep
 from jobs.publish import publish
 from jobs.tasks import JobTask
 from jobs.views import EnqueueMixin
@@ -44,6 +46,11 @@ def enqueue_in_view(user, options):
 
 def enqueue_with_django(options, door):
     return Job.objects.get(pk=door(half.using(**options))(8).id)
+
+
+def enqueue_in_batch(task, calls):
+    with Batch.objects.open() as batch:
+        return batch.enqueue_many(task, calls)
 
 
 DOORS = {
@@ -223,6 +230,38 @@ def test_enqueue_many_stores_all_jobs_or_none(commit, published):
         Job.objects.enqueue_many(add, [[1, 2], [3, 4]])
         raise ZeroDivisionError
     assert not Job.objects.exists()
+    assert published == []
+
+
+@pytest.mark.parametrize("door", [Job.objects.enqueue_many, enqueue_in_batch])
+def test_the_sweep_sends_most_of_many_jobs_in_their_order(commit, published, monkeypatch, door):
+    monkeypatch.setattr(queryset, "SENT_AT_ONCE", 2)
+    sweep.store_round(0, 0)
+    with commit():
+        jobs = door(add, [[number, 1] for number in range(50)])
+    assert published == [str(job.pk) for job in jobs[:2]]
+    sweep.send_due(resend=False)
+    assert published == [str(job.pk) for job in jobs]
+
+
+@pytest.mark.parametrize("age", [60, None])
+def test_many_jobs_do_not_wait_for_a_sweep_that_does_not_run(commit, published, monkeypatch, age):
+    monkeypatch.setattr(queryset, "SENT_AT_ONCE", 2)
+    if age:
+        sweep.store_round(0, 0)
+        Sweep.objects.update(ended_at=Now() - timedelta(seconds=age))
+    with commit():
+        jobs = Job.objects.enqueue_many(add, [[number, 1] for number in range(5)])
+    assert published == [str(job.pk) for job in jobs]
+
+
+def test_the_sweep_sends_no_job_of_many_before_its_countdown(commit, published, monkeypatch):
+    monkeypatch.setattr(queryset, "SENT_AT_ONCE", 0)
+    sweep.store_round(0, 0)
+    with commit():
+        [later] = Job.objects.enqueue_many(add, [[1, 2]], countdown=60)
+    assert seconds_until_due(later) == pytest.approx(60, abs=5)
+    sweep.send_due(resend=False)
     assert published == []
 
 

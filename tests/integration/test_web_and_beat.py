@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from harness.bake import TEMPLATE
-from harness.faults import on_each_broker, on_one, succeeded
+from harness.faults import on_each_broker, on_one, ran_once, succeeded
 from harness.project import Project, wait_for
 from harness.stack import LEASE
 
@@ -57,6 +57,26 @@ def test_without_beat_jobs_may_wait_but_none_is_lost(stack, gate, since):
     rows = stack.wait_until_final(lost)
     since(start)
     assert succeeded(rows, crashes=1), rows
+
+
+@on_one
+def test_most_of_many_jobs_wait_for_a_beat_that_died_a_moment_ago(stack):
+    """Their call leaves them to the sweep, which seems to run."""
+    stack.beat.kill()
+    code = """
+from django.db.models.functions import Now
+from jobs import queryset
+from jobs.models import Sweep
+Sweep.objects.update(ended_at=Now())
+queryset.SENT_AT_ONCE = 3
+result = [str(job.pk) for job in Job.objects.enqueue_many(quick, [[]] * 10, queue="cpu")]
+"""
+    jobs = stack.ask(code)
+    assert succeeded(stack.wait_until_final(*jobs[:3]), crashes=0)
+    assert {row["state"] for row in stack.rows(*jobs[3:])} == {"queued"}
+    stack.beat.start()
+    assert succeeded(stack.wait_until_final(*jobs), crashes=0)
+    assert ran_once(stack, jobs)
 
 
 @on_one

@@ -13,6 +13,7 @@ from asgiref.sync import sync_to_async
 from celery import current_app
 from celery.utils.functional import chunks
 from celery.utils.time import maybe_make_aware
+from django.apps import apps
 from django.db import IntegrityError, models, transaction
 from django.db.models import Max, Q
 from django.db.models.functions import Coalesce, Now
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 __all__ = ["JobManager", "JobQuerySet"]
 
 BATCH_SIZE = 500  # jobs per statement
+# A call sends as many messages itself. Workers are busy with them until the sweep sends the rest.
+SENT_AT_ONCE = 2000
 MAX_LABEL = 255  # characters
 MAX_COUNTDOWN = 10 * 365 * 86400  # seconds: a longer countdown is probably in milliseconds
 
@@ -164,7 +167,8 @@ class JobManager(models.QuerySet if TYPE_CHECKING else models.Manager):
     ) -> list["Job"]:
         """Store a job for each list of arguments in `calls`: all of them or none.
 
-        The guarantees are those of enqueue(), at a fraction of the cost. Returns the Jobs.
+        The guarantees are those of enqueue(), at a fraction of the cost: if Beat's sweep runs, it sends all
+        messages but the first SENT_AT_ONCE. Returns the Jobs.
         """
         now, times = database_time(self), {"countdown": countdown, "eta": eta}
         owner = owner_of(self, owner)
@@ -341,9 +345,20 @@ def insert_many(manager, now, jobs, request=None):
     for place, job in enumerate(jobs):
         job.created_at = now + timedelta(microseconds=place)  # pages sort by this time
         job.trace, job.request_id = request["trace"], request["request_id"]
+    leave_to_sweep(manager, [job for job in jobs if job.times_sent][SENT_AT_ONCE:])
     manager.bulk_create(jobs, batch_size=BATCH_SIZE)
     send_after_commit(manager, jobs)
     return jobs
+
+
+def leave_to_sweep(manager, jobs):
+    """Let the sweep send the messages of these new jobs, if it runs: the call takes a fifth of the time."""
+    if jobs:
+        newest = Now() - timedelta(seconds=3 * conf.JOB_SWEEP_SECONDS)
+        sweeps = apps.get_model("jobs.Sweep").objects.using(manager.db)
+        if sweeps.filter(ended_at__gt=newest).exists():
+            for job in jobs:
+                job.times_sent, job.sweep_at = 0, job.created_at  # which keeps their order
 
 
 def send_after_commit(manager, jobs):
