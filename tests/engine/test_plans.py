@@ -1,6 +1,7 @@
 """What jobs cost: a fixed number of queries, which read no backlog on PostgreSQL."""
 
 import re
+import uuid
 from datetime import timedelta
 
 import pytest
@@ -167,6 +168,33 @@ def by_key(backlog):
         assert scanned(sql) - {"jobs_pause"} == {"jobs_job_pkey"}
 
     return check
+
+
+def kept_plans():
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT statement FROM pg_prepared_statements")
+        return [sql for [sql] in cursor.fetchall()]
+
+
+def start_and_end_a_job():
+    job, token = Job.objects.enqueue(add, [1, 2]), uuid.uuid4()
+    assert claim(job.pk, token)
+    assert updates.succeed(Job.objects, id=job.pk, run_token=token, result=3, message="")
+
+
+@pytest.mark.django_db(transaction=True)  # it closes its connection
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_postgresql_keeps_the_plans_of_a_start_and_an_end(is_shared, monkeypatch, published):
+    """A connection that is shared may be another one in each transaction, without the plan."""
+    if connection.vendor != "postgresql":
+        pytest.skip("only PostgreSQL keeps plans: set DATABASE_URL=postgres://…")
+    connection.close()  # other tests may have left plans
+    monkeypatch.setitem(connection.settings_dict, "DISABLE_SERVER_SIDE_CURSORS", is_shared)
+    for _ in range(3):
+        start_and_end_a_job()
+    plans = kept_plans()
+    assert len(plans) == (0 if is_shared else 2)
+    assert all(sql.startswith('UPDATE "jobs_job"') for sql in plans)
 
 
 def test_an_update_of_a_job_reads_no_backlog(by_key):

@@ -1,5 +1,6 @@
 """Each change of a job's state: one conditional UPDATE. `jobs` is always a queryset of jobs."""
 
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import wraps
 from inspect import signature
@@ -169,13 +170,37 @@ def prepared(**types):
                     query.add_update_values(changes)
                 built[manager.db] = query.get_compiler(manager.db).as_sql()
             sql, params = built[manager.db]
-            with connection.cursor() as cursor:
+            # Only for an UPDATE, which finds its row by the id: a plan that is kept knows no values.
+            keeps_plan = plan_kept(connection) if sql.startswith("UPDATE") else nullcontext()
+            with keeps_plan, connection.cursor() as cursor:
                 cursor.execute(sql, [fill(param, values, connection) for param in params])
                 return cursor.fetchall() if cursor.description else cursor.rowcount
 
         return run
 
     return decorate
+
+
+@contextmanager
+def plan_kept(connection):
+    """Let PostgreSQL keep the plans of the statements in this block: they cost it half as much.
+
+    Django prepares no statement, because PgBouncer may give each transaction another connection. Projects
+    that use it so set DISABLE_SERVER_SIDE_CURSORS: then this does nothing. In debug mode neither, because
+    Django could not show the SQL.
+    """
+    is_shared = connection.settings_dict.get("DISABLE_SERVER_SIDE_CURSORS")
+    if connection.vendor != "postgresql" or is_shared or connection.queries_logged:
+        yield
+        return
+    connection.ensure_connection()
+    raw = connection.connection
+    before = raw.cursor_factory, raw.prepare_threshold
+    raw.cursor_factory, raw.prepare_threshold = connection.Database.Cursor, 0
+    try:
+        yield
+    finally:
+        raw.cursor_factory, raw.prepare_threshold = before
 
 
 def fill(param, values, connection):
