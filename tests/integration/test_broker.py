@@ -239,6 +239,60 @@ result = (job.started_at - job.failures.get().ended_at).total_seconds()
     assert stack.ask(code, job=job) > 3.5  # the pause is 5 s, more or less a fifth
 
 
+# A worker takes messages before it runs them
+
+
+def ask_redis(stack, result):
+    code = f"""
+from config.celery import app
+from kombu.utils.json import loads
+with app.connection_for_write() as broker:
+    channel = broker.default_channel
+    result = {result}
+"""
+    return stack.ask(code)
+
+
+@stacks(brokers=["redis"])
+def test_redis_has_no_copy_of_a_job_that_a_worker_has_taken(stack, gate):
+    """A plain task has one until it is acknowledged."""
+    copies = 'channel.client.hlen("unacked")'
+    jobs = [stack.enqueue("hold", gate, queue="cpu") for _ in range(100)]
+    wait_for(lambda: stack.messages_in("cpu") < 95)
+    assert ask_redis(stack, copies) == 0
+    gate.touch()
+    stack.wait_until_final(*jobs)
+    gate.unlink()
+    task = stack.send("plain", gate, queue="cpu")
+    stack.wait_until_started(task)
+    assert ask_redis(stack, copies) == 1
+
+
+@stacks(brokers=["redis"], pools=POOLS[:1])
+def test_redis_gets_back_each_message_that_is_not_acknowledged(stack):
+    """For example, when a worker ends."""
+    code = """
+from config.celery import app
+with app.connection_for_read() as broker:
+    taken, queue = [], app.amqp.queues["nobody"](broker.default_channel)
+    with broker.Consumer(queue, on_message=taken.append, prefetch_count=4):
+        while len(taken) < 4:
+            broker.drain_events(timeout=10)
+    taken[0].ack()
+    taken[1].requeue()
+    taken[2].reject()
+    broker.default_channel.close()
+result = [message.headers["id"] for message in taken]
+"""
+    for send, task in (stack.enqueue, "hold"), (stack.send, "plain"):
+        sent = [send(task, ".", queue="nobody") for _ in range(5)]
+        assert stack.ask(code) == sent[:4]
+        queue = 'channel.client.lrange(channel.global_keyprefix + "nobody", 0, -1)'
+        left = ask_redis(stack, f'[loads(text)["headers"]["id"] for text in {queue}]')
+        assert left == [sent[1], sent[4], sent[3]]  # the last one is the next
+        stack.empty("nobody")
+
+
 # The broker refuses a message
 
 
