@@ -76,7 +76,7 @@ CONTROL = "from config.celery import app\nresult = app.control.{}"
 def test_a_row_follows_remote_control(stack, mine):
     mine()
     # A worker on Redis is ready a moment before it listens to remote control.
-    wait_for(lambda: stack.ask(CONTROL.format("ping()")))
+    wait_for(lambda: "mine@" in str(stack.ask(CONTROL.format("ping()"))))
     stack.ask(CONTROL.format("add_consumer('io')"))
     wait_until(stack, queues=["cpu", "io"])
     stack.ask(CONTROL.format("cancel_consumer('cpu')"))
