@@ -12,7 +12,7 @@ from django.db import IntegrityError, connection, transaction
 from django.db.models.functions import Now
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
-from helpers import add, plain, seconds_until_due
+from helpers import add, alone, plain, seconds_until_due
 
 from jobs import queryset, sweep
 from jobs.models import Batch, Job, Sweep
@@ -295,6 +295,17 @@ def test_an_option_is_in_the_row(door, option, user):
     # LATER is an hour after this file was imported, and all tests together take minutes.
     due_at = LATER if option == "eta" else job.created_at + timedelta(hours=is_late)
     assert abs(job.due_at - due_at) < timedelta(seconds=60)
+
+
+@pytest.mark.parametrize("task", [add, alone])
+@pytest.mark.parametrize("countdown", [None, 60])
+def test_a_new_job_has_the_times_of_its_row(task, countdown, published):
+    names = "created_at", "due_at", "sweep_at"
+    job = Job.objects.enqueue(task, [1, 2] if task == add else [1], countdown=countdown)
+    row = Job.objects.values(*names).get()
+    assert {name: getattr(job, name) for name in names} == row
+    assert (row["sweep_at"] is None) == (task == alone)
+    assert row["due_at"] - row["created_at"] > timedelta(seconds=(countdown or 0) - 1)
 
 
 def test_a_time_without_a_zone_is_utc(door, user, settings):

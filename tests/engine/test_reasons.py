@@ -94,7 +94,7 @@ def why(job, **options):
 def test_a_job_that_waits_for_nothing_says_nothing():
     works()
     assert why(waits()) == ""
-    assert reasons([Job.objects.enqueue(add, [1, 2])]) == {}  # with an expression as due_at
+    assert reasons([Job.objects.enqueue(add, [1, 2])]) == {}
 
 
 def test_no_worker_takes_from_its_queue():

@@ -19,13 +19,12 @@ from celery.utils.functional import head_from_fun
 from celery.utils.time import maybe_make_aware
 from django.apps import apps
 from django.core.exceptions import ValidationError
-from django.db.models.functions import Now
 from django.utils import timezone
 from django.utils.module_loading import import_string
 
 from .database import wait_for
 from .models import Batch, Job
-from .queryset import insert, new_fields
+from .queryset import FROM_NOW, insert, new_fields
 from .results import ERRORS
 from .runs import describe
 from .tasks import JobTask, run_coroutine
@@ -185,7 +184,7 @@ class TaskBackend(BaseTaskBackend):
         """
         celery_task, options, pk = task._job_task(), task._options(), uuid.uuid4()
         unique, key = options.pop("unique", None), options.pop("idempotency_key", None)
-        fields = new_fields(Now(), celery_task, args, kwargs, **options)
+        fields = new_fields(FROM_NOW, celery_task, args, kwargs, **options)
         fields |= {"pk": pk, "idempotency_key": key}
         job = insert(Job.objects, fields, unique)
         if job.pk != pk:  # an active job has this `unique`

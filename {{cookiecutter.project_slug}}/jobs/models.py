@@ -1,6 +1,7 @@
 """The tables: jobs, batches of jobs, failed runs, and what Beat has last done."""
 
 import uuid
+from datetime import timedelta
 from typing import ClassVar
 
 from django.conf import settings
@@ -8,6 +9,7 @@ from django.db import models
 from django.db.models import Q
 from django.utils import timezone
 
+from . import updates
 from .batches import BatchActions, BatchManager
 from .expressions import ACTIVE, FINAL, UNFINISHED, Clock
 from .pauses import PauseManager
@@ -226,6 +228,17 @@ class Job(Row):
 
     def __str__(self):
         return f"{self.task} {self.id}"
+
+    def _do_insert(self, manager, using, fields, returning_fields, raw):
+        """Run the INSERT of save(). New jobs have timedeltas in due_at and sweep_at: see FROM_NOW."""
+        if not isinstance(self.due_at, timedelta):
+            return super()._do_insert(manager, using, fields, returning_fields, raw)
+        times = [self._meta.get_field(name) for name in ("due_at", "sweep_at")]
+        [[*values, due_at, sweep_at]] = updates.insert(
+            self, using, fields, [*returning_fields, *times]
+        )
+        self.due_at, self.sweep_at = due_at, sweep_at
+        return [values]
 
     def cancel(self) -> bool:
         """Cancel this job, unless it has ended. Returns whether it was active."""

@@ -34,6 +34,7 @@ __all__ = ["JobManager", "JobQuerySet"]
 BATCH_SIZE = 500  # jobs per statement
 # A call sends as many messages itself. Workers are busy with them until the sweep sends the rest.
 SENT_AT_ONCE = 2000
+FROM_NOW = timedelta()  # as the time of a new job: the INSERT adds the time of the database
 MAX_LABEL = 255  # characters
 MAX_COUNTDOWN = 10 * 365 * 86400  # seconds: a longer countdown is probably in milliseconds
 
@@ -149,7 +150,9 @@ class JobManager(models.QuerySet if TYPE_CHECKING else models.Manager):
         surrogate pair; IntegrityError if the owner has already used the key.
         """
         times = {"countdown": countdown, "eta": eta}
-        fields = new_fields(Now(), task, args, kwargs, owner_of(self, owner), label, queue, **times)
+        fields = new_fields(
+            FROM_NOW, task, args, kwargs, owner_of(self, owner), label, queue, **times
+        )
         return insert(self, {**fields, "idempotency_key": idempotency_key}, unique)
 
     aenqueue = sync_to_async(enqueue)

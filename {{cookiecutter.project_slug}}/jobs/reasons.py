@@ -6,7 +6,7 @@ A fact is read when the first job needs it. Jobs that run, have ended, or have j
 
 import logging
 from contextlib import nullcontext
-from datetime import datetime, timedelta
+from datetime import timedelta
 from functools import wraps
 
 from celery import current_app
@@ -78,8 +78,7 @@ def texts_of(job, facts):
 
 def waits_for(job, facts):
     """Yield what a queued job waits for, if it is due."""
-    # One that was just enqueued has an expression there.
-    if not isinstance(job.due_at, datetime) or job.due_at > timezone.now():
+    if job.due_at is None or job.due_at > timezone.now():
         return
     is_late = facts.has_passed(job.due_at + PATIENCE)
     if pauses := [facts.pauses[name] for name in (job.queue, job.task) if name in facts.pauses]:

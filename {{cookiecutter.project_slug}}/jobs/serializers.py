@@ -1,5 +1,3 @@
-from datetime import datetime
-
 from celery import current_app
 from django.core.cache.backends.locmem import LocMemCache
 from django.db.models import Count
@@ -118,8 +116,8 @@ class JobSerializer(serializers.ModelSerializer):
         if hasattr(job, "short_result"):  # a row of a list: see JobViewSet
             job.result = job.short_result
         is_trusted = has_job_perm(self.context["request"].user, "view")
-        if job.state != "queued" or not isinstance(job.due_at, datetime):
-            job.due_at = None  # after its start; or it was just enqueued, and has an expression
+        if job.state != "queued":
+            job.due_at = None
         if self.parent is None:
             add_reasons([job], self.context["request"].user)
             job.follows_url = self._url_before(job)

@@ -8,7 +8,7 @@ from inspect import signature
 from django.db import connections, models, transaction
 from django.db.models import Case, F, Q, When
 from django.db.models.functions import Coalesce, Now
-from django.db.models.sql import UpdateQuery
+from django.db.models.sql import InsertQuery, UpdateQuery
 
 from . import conf
 from .expressions import ASYNC_COMMIT, IDLE_TIMEOUT, LOCK_TIMEOUT, UNFINISHED, Clock, is_paused
@@ -132,8 +132,8 @@ def open_again(batches, pks):
     return opened
 
 
-# claim() and succeed() run for each job. Building their SQL each time took half of a child process's CPU
-# time, so prepared() builds it once.
+# These run for each job. Building their SQL each time took half of a child process's CPU time, so it is built
+# once.
 
 
 class Placeholder(models.Value):
@@ -158,7 +158,6 @@ def prepared(**types):
 
         @wraps(function)
         def run(manager, **values):
-            connection = connections[manager.db]
             if manager.db not in built:
                 fields = types | {
                     field.name: field for field in manager.model._meta.concrete_fields
@@ -169,16 +168,21 @@ def prepared(**types):
                     query = query.chain(UpdateQuery)
                     query.add_update_values(changes)
                 built[manager.db] = query.get_compiler(manager.db).as_sql()
-            sql, params = built[manager.db]
-            # Only for an UPDATE, which finds its row by the id: a plan that is kept knows no values.
-            keeps_plan = plan_kept(connection) if sql.startswith("UPDATE") else nullcontext()
-            with keeps_plan, connection.cursor() as cursor:
-                cursor.execute(sql, [fill(param, values, connection) for param in params])
-                return cursor.fetchall() if cursor.description else cursor.rowcount
+            return execute(manager.db, *built[manager.db], values)
 
         return run
 
     return decorate
+
+
+def execute(using, sql, params, values):
+    """Run this SQL with `values` for its Placeholders. Returns its rows, or how many it changed."""
+    connection = connections[using]
+    # Not for a SELECT, whose rows may be many: a plan that is kept knows no values.
+    keeps_plan = nullcontext() if sql.startswith("SELECT") else plan_kept(connection)
+    with keeps_plan, connection.cursor() as cursor:
+        cursor.execute(sql, [fill(param, values, connection) for param in params])
+        return cursor.fetchall() if cursor.description else cursor.rowcount
 
 
 @contextmanager
@@ -207,6 +211,29 @@ def fill(param, values, connection):
     if not isinstance(param, Placeholder):
         return param
     return param.output_field.get_db_prep_save(values[param.value], connection)
+
+
+inserts = {}  # {database: (compiler, converters of the returned values, SQL, its parameters)}
+
+
+def insert(job, using, fields, returning):
+    """The INSERT of a job, whose due_at and sweep_at are the times until then. Returns [the fields `returning`].
+
+    See Job._do_insert().
+    """
+    if using not in inserts:
+        values = {field.attname: Placeholder(field.attname, field) for field in fields}
+        for name in "due_at", "sweep_at":
+            values[name] = Now() + Placeholder(name, models.DurationField())
+        query = InsertQuery(type(job))
+        query.insert_values(fields, [type(job)(**values | {"created_at": Clock()})])
+        compiler = query.get_compiler(using)
+        compiler.returning_fields = returning
+        columns = [field.get_col(job._meta.db_table) for field in returning]
+        inserts[using] = compiler, compiler.get_converters(columns), *compiler.as_sql()[0]
+    compiler, converters, *statement = inserts[using]
+    rows = execute(using, *statement, vars(job))
+    return list(compiler.apply_converters(map(list, rows), converters))
 
 
 @prepared(limit=models.DurationField(), lease=models.DurationField())

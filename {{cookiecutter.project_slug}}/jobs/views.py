@@ -10,7 +10,7 @@ from django.core.exceptions import SuspiciousFileOperation
 from django.core.exceptions import ValidationError as DjangoValidationError
 from django.db import IntegrityError, transaction
 from django.db.models import Case, JSONField, Q, TextField, Value, When
-from django.db.models.functions import Cast, Length, Now
+from django.db.models.functions import Cast, Length
 from django.http import HttpRequest, QueryDict
 from django.urls import reverse
 from django.utils.functional import cached_property
@@ -26,7 +26,7 @@ from rest_framework.settings import api_settings
 
 from .batches import unsuccessful
 from .models import Batch, Job
-from .queryset import insert, new_fields
+from .queryset import FROM_NOW, insert, new_fields
 from .serializers import TOO_LONG, BatchSerializer, JobSerializer, has_job_perm, may_run_again
 
 __all__ = ["BatchViewSet", "EnqueueMixin", "JobViewSet", "accepted"]
@@ -316,7 +316,7 @@ class EnqueueMixin:
         objects could get the same job.
         """
         fields = new_fields(
-            Now(), task, args, kwargs, self.request.user, label, queue, countdown, eta
+            FROM_NOW, task, args, kwargs, self.request.user, label, queue, countdown, eta
         )
         if key := self._idempotency_key:
             fields |= {"idempotency_key": key, "fingerprint": self._fingerprint}
