@@ -256,8 +256,10 @@ def stored(*args):
 
 def newest_active(manager, batch):
     """Return the id of the newest unfinished job of this batch, as a queryset."""
-    # The newest: PostgreSQL need not read the index entries of thousands of jobs that have ended.
-    return manager.filter(UNFINISHED, batch=batch).order_by("-created_at").values_list("pk")[:1]
+    # The newest: PostgreSQL need not read the index entries of thousands of jobs that have ended. With batch=…
+    # it could use the index `job_created`, and read all jobs that are newer than those of the batch.
+    members = manager.filter(UNFINISHED, batch__gte=batch, batch__lte=batch)
+    return members.order_by("batch_id", "-created_at").values_list("pk")[:1]
 
 
 @updates.prepared()
