@@ -37,7 +37,9 @@ lint: .venv
 	.venv/bin/ruff format $(ENGINE)
 
 .venv: pyproject.toml templates/requirements.txt
-	python3 -m venv .venv
-	.venv/bin/pip install --quiet uv
+	# A pip in .venv would take four seconds. If python3 has none, .venv needs its own.
+	python3 -m venv --without-pip .venv
+	python3 -m pip --python .venv/bin/python install --quiet uv || \
+		{ python3 -m venv .venv && .venv/bin/pip install --quiet uv; }
 	.venv/bin/uv pip install --quiet --python .venv/bin/python -r templates/requirements.txt --group test
 	@touch .venv

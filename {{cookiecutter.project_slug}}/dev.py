@@ -59,7 +59,7 @@ def main():
         # A closed terminal sends SIGHUP only to the session's leader, which may be a shell or make.
         # So the loop also checks whether the output is still a terminal.
         terminal = os.isatty(1)
-        while os.isatty(1) == terminal and not stop.wait(0.5 if links else 2):
+        while os.isatty(1) == terminal and not stop.wait(0.1 if links else 2):
             if honcho.poll() is not None:
                 sys.exit("A process has ended, so all were stopped. See above which one and why.")
             processes = [process for process in processes if process.poll() is None]

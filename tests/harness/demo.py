@@ -62,7 +62,7 @@ def run_example(site):
         follow(site, post(site, "/api/orders/", order))
     with step("Start a report, as the button on the page does, watch it and cancel it"):
         url = post(site, "/api/orders/report/", {})
-        follow(site, url, cancel_at=20)
+        follow(site, url, cancel_at=10)
     with step("Mail a newsletter to 5,000 recipients"):
         recipients = [f"reader-{number}@example.com" for number in range(5000)]
         letter = {"subject": "News", "body": "It works.", "recipients": recipients}
