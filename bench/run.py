@@ -21,7 +21,7 @@ from statistics import median
 from harness.bake import CHOICES, TEMPLATE
 from harness.project import Project
 from harness.servers import BROKERS, running
-from stack import Output, Rivals, bare, cpu_ms, flushes, postgres
+from stack import Output, Rivals, bare, cpu_ms, flushes, pgbench, postgres
 
 _, *POOLS = CHOICES["worker_pool"]  # besides the default
 PAGE = TEMPLATE / "docs/performance.md"
@@ -32,6 +32,7 @@ SIZES = {
     "turns": [3],
     "renderings": [15],
     "tasks": [1000],  # sent one by one, and as many again in bulk
+    "bulk": [20_000],  # tasks in one call
     "together": [10_000],  # tasks that have one callback, and as many alone
     "chain": [500],
     "limited": [2000],
@@ -41,6 +42,7 @@ SIZES = {
     "waiting": [1000, 10_000, 100_000],
     "due": [5000, 1000],  # jobs, and how many queues they are in at most
     "rows": [1000, 100_000, 1_000_000],
+    "clients": [1, 8],  # of pgbench
     "seconds": [5],  # of requests, in each turn
     "computes": [100],  # tasks for each slot of the pool, at most 200 in all
     "waits 1 s": [10],
@@ -56,6 +58,8 @@ PAGES = [
 TABLES = {
     "speed": "broker|what|sent/s|in bulk/s|done/s|one: median ms|p95 ms",
     "costs": "broker|what|main process|children|PostgreSQL|broker|sum|to enqueue|flushes",
+    "bulk": "what|stored/s|the first starts after ms|all are done after s",
+    "database": "finished jobs|clients|jobs/s|CPU-ms|flushes|KB of WAL",
     "parts": "broker|with|INSERT/s|publish/s|one after the other/s|jobs sent/s|ratio",
     "together": "what|tasks|how|stored/s|done/s|CPU-ms each|callback starts after ms",
     "limits": "at once in a key|keys|stored/s|done/s|of unlimited|CPU-ms each"
@@ -115,6 +119,8 @@ class Bench:
                     output = Output(self.folder, *urls, broker=broker)
                     self.speed(broker, output, rivals, database, server)
                     if broker == "redis":  # topics that do not depend on the broker
+                        self.bulk(output, rivals)
+                        self.database(output, database)
                         self.together(output, database, server)
                         self.limits(output, database, server)
                         self.waiting(output)
@@ -217,6 +223,44 @@ class Bench:
         self.goal(f"jobs / Procrastinate, {broker}: done", 1, of_rival)
         of_rival = median(one["jobs"]) / median(one["Procrastinate"])
         self.goal(f"jobs / Procrastinate, {broker}: median ms of one", 1, of_rival, at_most=True)
+
+    def bulk(self, output, rivals):
+        """Store many tasks with one call, while a worker takes them."""
+        rows, count = {}, self.size("bulk")
+        for name, (contestant, kind) in {
+            "jobs, without Beat": (output, "job"),
+            "jobs": (output, "job"),
+            "Procrastinate": (rivals, "procrastinate"),
+        }.items():
+            path = contestant.folder / f"bulk-{name.split()[-1]}.done"
+            with ExitStack() as stack:
+                if is_swept := name == "jobs":
+                    stack.enter_context(output.running("celery -A config beat"))
+                stack.enter_context(contestant.working(kind, WORKER_CONCURRENCY=SLOTS))
+                call = kind, count, str(path), is_swept
+                began, seconds = contestant.ask("sending.send_many", *call)
+                lines = contestant.wait_for_lines(path, count)
+            starts, ends = zip(*(map(float, line.split()) for line in lines), strict=True)
+            first, last = 1000 * (min(starts) - began), max(ends) - began
+            rows[name] = [name, whole(count / seconds), whole(first), f"{last:.1f}"]
+            say(output, f"{name}: {count / seconds:.0f} stored/s, done after {last:.1f} s")
+            if name == "jobs":
+                self.goal("jobs stored a second by one call", 5000, count / seconds)
+        self.rows["bulk"] = list(rows.values())
+
+    def database(self, output, database):
+        """Let pgbench store, start and end jobs, without Python, broker and worker."""
+        script = output.folder / "job.sql"
+        script.write_text(output.ask("ledger.statements"))
+        for rows in self.sizes["rows"][::2]:
+            output.ask("ledger.refill", rows)
+            for clients in SIZES["clients"]:
+                seconds = self.size("seconds") * 2
+                url = output.environment["DATABASE_URL"]
+                rate, *each, wal = pgbench(database, url, script, clients, seconds)
+                figures = [whole(rate), *(f"{figure:.2f}" for figure in [*each, wal / 1000])]
+                self.rows["database"].append([f"{rows:,}", str(clients), *figures])
+                say(output, f"{rows} rows, {clients} clients: {figures}")
 
     def together(self, output, database, server):
         """Let tasks have a callback when all have ended, and run in a chain."""

@@ -204,9 +204,28 @@ def postgres():
 
 def flushes(database):
     """Return how often PostgreSQL flushed its log to disk, without flushes by open connections."""
-    query = ["-Atc", "SELECT wal_sync FROM pg_stat_wal", f"{database.url}/postgres"]
+    return wal(database)[0]
+
+
+def wal(database):
+    """Return how often PostgreSQL flushed its log to disk, and how many bytes it has written."""
+    query = ["-Atc", "SELECT wal_sync, wal_bytes FROM pg_stat_wal", f"{database.url}/postgres"]
     answer = subprocess.run([database.binaries / "psql", *query], capture_output=True, text=True)
-    return int(answer.stdout)
+    return [int(number) for number in answer.stdout.split("|")]
+
+
+def pgbench(database, url, script, clients, seconds):
+    """Run a script. Return its runs a second and, of each run, CPU-ms, flushes and bytes of WAL."""
+    options = f"--no-vacuum --protocol prepared --client {clients} --time {seconds}"
+    command = [database.binaries / "pgbench", *options.split(), "--file", script, url]
+    before = sum(cpu_ms(database.pid)), *wal(database)
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    time.sleep(1)  # until PostgreSQL has counted the flushes of ended connections
+    used = sum(cpu_ms(database.pid)), *wal(database)
+    count = int(re.search("actually processed: ([0-9]+)", run.stdout)[1])
+    assert "failed transactions: 0 " in run.stdout, run.stdout
+    return count / seconds, *((b - a) / count for a, b in zip(before, used, strict=True))
 
 
 def cpu_ms(pid):

@@ -10,11 +10,12 @@ from urllib.parse import urlencode
 from celery import current_app
 from django.db import connection
 from django.test import Client
+from django.test.utils import CaptureQueriesContext
 from users.models import User
 
 from jobs import sweep
-from jobs.models import Job
-from jobs.updates import claim
+from jobs.models import Job, Sweep
+from jobs.updates import claim, succeed
 from sending import empty, rate, seconds_of
 from work_tasks import job as task
 from work_tasks import plain
@@ -78,6 +79,23 @@ def claims(waiting, count):
     return rate(lambda pk: claim(Job.objects, id=pk, run_token=uuid.uuid4(), **message), jobs)
 
 
+def statements():
+    """Return the three statements of a job as a script for pgbench, of another job each time."""
+    token, limits = uuid.uuid4(), {"limit": timedelta(seconds=600), "lease": timedelta(seconds=30)}
+    message = {"worker": "celery@worker", "retries": 0, "crashes": 0, "times_sent": 1, **limits}
+    with CaptureQueriesContext(connection) as captured:
+        job = Job.objects.enqueue(task, ["-", 0, 0], queue="pgbench")
+        key = {"id": job.pk, "run_token": token}
+        assert claim(Job.objects, **key, **message)
+        assert succeed(Job.objects, **key, result={"sent": 1}, message="Sent")
+    Job.objects.filter(pk=job.pk).delete()
+    script = ";\n".join(query["sql"] for query in captured.captured_queries) + ";\n"
+    assert len(captured) == 3, script
+    for value in job.pk, token:
+        script = script.replace(f"'{value.hex}'", "lpad(to_hex(:id::bigint), 32, '0')")
+    return f"\\set id random(1, {2**62})\n{script}"
+
+
 def sweep_due(count, queues):
     """Return how many jobs a second the sweep sends after an outage, from this many queues."""
     empty("job")
@@ -93,11 +111,7 @@ def sweep_due(count, queues):
 
 def pages(count):
     """Return the ms of each page with `count` finished jobs, and how many are purged a second."""
-    empty("job")
-    User.objects.filter(username="owner").delete()
-    owner = User.objects.create_superuser("owner")
-    finished(count, owner)
-    sql("ALTER TABLE jobs_job RESET (autovacuum_enabled)", "VACUUM ANALYZE jobs_job")
+    owner = fill(count)
     newest = Job.objects.filter(owner=owner).order_by("-created_at")
     position = urlencode({"p": newest[int(count * 0.9)].created_at})
     client = Client(SERVER_NAME="127.0.0.1")
@@ -117,8 +131,23 @@ def pages(count):
     ]:
         seconds = [seconds_of(get, url) for _ in range(23)]
         taken.append(median(seconds[3:]) * 1000)  # the first three compile and connect
-    rounds = sum(seconds_of(sweep.purge) for _ in range(3))
+    Sweep.objects.all().delete()  # else no job is deleted before Beat has counted it
+    rounds = sum(map(seconds_of, [sweep.Purge(Job, "finished_at").delete_page] * 3))
     return taken, (count - newest.count()) / rounds
+
+
+def fill(count):
+    """Make a table with `count` finished jobs. Return their owner."""
+    empty("job")
+    User.objects.filter(username="owner").delete()
+    owner = User.objects.create_superuser("owner")
+    finished(count, owner)
+    sql("ALTER TABLE jobs_job RESET (autovacuum_enabled)", "VACUUM ANALYZE jobs_job")
+    return owner
+
+
+def refill(count):
+    fill(count)
 
 
 def job_for_later(queue, **options):
