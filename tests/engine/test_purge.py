@@ -174,6 +174,17 @@ def test_a_job_that_runs_again_while_it_is_purged_is_not_deleted(monkeypatch):
     assert Job.objects.get(pk=job.pk).state == "queued"
 
 
+@pytest.mark.parametrize(("limit", "left"), [(60, 0), (0, 5)])
+def test_a_round_deletes_pages_until_its_time_is_over(limit, left, monkeypatch):
+    monkeypatch.setattr(sweep, "PURGE_BATCH", 2)
+    monkeypatch.setattr(sweep, "PURGE_SECONDS", limit)
+    for _ in range(7):
+        failed()
+    age(Job.objects.all(), "finished_at")
+    sweep.Purge(Job, "finished_at").delete_pages()
+    assert Job.objects.count() == left
+
+
 def test_jobs_that_must_be_kept_stop_no_purge_of_others(monkeypatch):
     monkeypatch.setattr(sweep, "PURGE_BATCH", 10)
     is_open = Batch.objects.create()

@@ -326,7 +326,7 @@ def test_late_counts_are_not_deleted_as_old_ones(settings):
 # What it costs, and what an error stops
 
 
-@pytest.mark.parametrize("failing", ["count_ended", "delete_page", "delete_old_starts"])
+@pytest.mark.parametrize("failing", ["count_ended", "delete_pages", "delete_old_starts"])
 def test_an_error_stops_no_other_step(monkeypatch, caplog, failing):
     called = []
 
@@ -340,13 +340,13 @@ def test_an_error_stops_no_other_step(monkeypatch, caplog, failing):
         monkeypatch.setattr(owner, name, run)
 
     step(tallies, "count_ended")
-    step(sweep.Purge, "delete_page")
+    step(sweep.Purge, "delete_pages")
     step(sweep.turns, "delete_old_starts")
     pauses = iter([None, None])
     monkeypatch.setattr("time.sleep", lambda _: next(pauses))
     with pytest.raises(StopIteration):
         sweep.clean_forever()
-    round_ = ["count_ended", "delete_page", "delete_page", "delete_old_starts"]
+    round_ = ["count_ended", "delete_pages", "delete_pages", "delete_old_starts"]
     assert called == round_ * 2
     assert f"{failing} failed, and is tried again" in caplog.text
 

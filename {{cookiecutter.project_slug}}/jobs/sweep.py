@@ -33,7 +33,8 @@ JOBS_IN_MEMORY = 100  # jobs loaded at once, because arguments may be large
 # times as much memory.
 BYTES_IN_MEMORY = 1_000_000
 REFUSALS = 5  # a job fails when the broker has refused its message this many times
-PURGE_BATCH = 2000  # jobs deleted in a round: more than a million an hour, with a round every 5 s
+PURGE_BATCH = 2000  # jobs in a page that the purge deletes in one transaction
+PURGE_SECONDS = 1  # in a round, every 5 s: some millions an hour, and the database is free for the most time
 PURGE_RETRY_SECONDS = 3600  # until jobs that could not be deleted are tried again
 MAX_RESEND_SECONDS = 3600  # between two messages of a job
 MIN_PAUSE = 0.5  # seconds between two rounds, however many countdowns end
@@ -301,8 +302,16 @@ class Purge:
     kept: int = 0  # rows that ended at the same time, and were not deleted
     start_over_at: float = 0  # as time.monotonic()
 
+    def delete_pages(self):
+        until = time.monotonic() + PURGE_SECONDS
+        while self.delete_page() and time.monotonic() < until:
+            pass
+
     def delete_page(self):
-        """Delete the next rows, except those that are still needed or cannot be deleted."""
+        """Delete the next rows, except those that are still needed or cannot be deleted.
+
+        Returns whether there are more.
+        """
         old = self.model.objects.filter(**{f"{self.field}__lt": updates.retention_end()})
         if self.model is Job:
             old = old.filter(finished_at__lt=tallies.counted_until())
@@ -318,11 +327,12 @@ class Purge:
         if len(page) < PURGE_BATCH and time.monotonic() > self.start_over_at:
             self.time, self.kept = None, 0
             self.start_over_at = time.monotonic() + PURGE_RETRY_SECONDS
+        return len(page) == PURGE_BATCH
 
 
 def clean_forever():
     """Count the jobs that have ended, and delete old rows."""
-    purges = Purge(Job, "finished_at").delete_page, Purge(Batch, "ended_at").delete_page
+    purges = Purge(Job, "finished_at").delete_pages, Purge(Batch, "ended_at").delete_pages
     steps = tallies.count_ended, *purges, turns.delete_old_starts, heartbeat.delete_old
     while True:
         time.sleep(conf.JOB_SWEEP_SECONDS)
