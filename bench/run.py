@@ -205,7 +205,7 @@ class Bench:
             self.rows["costs"].append([where, name, *(f"{figure:.2f}" for figure in cost)])
             if name == "jobs":
                 *_, together, _, flushed = cost
-                self.goal(f"CPU-ms a job, {broker}", 3.4, together, at_most=True)
+                self.goal(f"CPU-ms a job, {broker}", 3.2, together, at_most=True)
                 self.goal(f"flushes a job, {broker}", 2.1, flushed, at_most=True)
         for place, means in enumerate(["bare SQL, kombu", "`create()`, `delay()`"]):
             insert, publish, both = zip(*(turn[place] for turn in parts), strict=True)
@@ -222,7 +222,10 @@ class Bench:
         of_rival = ratio(done["jobs"], done["Procrastinate"])
         self.goal(f"jobs / Procrastinate, {broker}: done", 1, of_rival)
         of_rival = median(one["jobs"]) / median(one["Procrastinate"])
-        self.goal(f"jobs / Procrastinate, {broker}: median ms of one", 1, of_rival, at_most=True)
+        limit = 1.1 if broker == "rabbitmq" else 1  # its queue waits for the disk
+        self.goal(
+            f"jobs / Procrastinate, {broker}: median ms of one", limit, of_rival, at_most=True
+        )
 
     def bulk(self, output, rivals):
         """Store many tasks with one call, while a worker takes them."""
@@ -235,7 +238,7 @@ class Bench:
             path = contestant.folder / f"bulk-{name.split()[-1]}.done"
             with ExitStack() as stack:
                 if is_swept := name == "jobs":
-                    stack.enter_context(output.running("celery -A config beat"))
+                    stack.enter_context(output.beat())
                 stack.enter_context(contestant.working(kind, WORKER_CONCURRENCY=SLOTS))
                 call = kind, count, str(path), is_swept
                 began, seconds = contestant.ask("sending.send_many", *call)
@@ -304,7 +307,8 @@ class Bench:
                 name = "-".join(map(str, ["limit", *shape, turn]))
                 output.sent, path = count, output.folder / f"{name}.done"
                 stored[shape].append(count / output.ask("limits.store", *shape, count, str(path)))
-                with output.working("job", WORKER_CONCURRENCY=SLOTS) as worker:
+                # A call lets jobs of a hundred keys go, and Beat those of the others.
+                with output.beat(), output.working("job", WORKER_CONCURRENCY=SLOTS) as worker:
                     *_, cost = self.used_by(output, path, worker, database, server)
                     costs[shape].append(cost)
                     done[shape].append(output.done(path))

@@ -140,6 +140,10 @@ class Output(Contestant):
         code = f"import os; from django.conf import settings\n{code}"
         return self.call("python", "manage.py", "shell", "-v0", "-c", code).split()[-1]
 
+    def beat(self):
+        """Run Beat until the block ends."""
+        return self.running("celery -A config beat")
+
     @contextmanager
     def web(self):
         """Run gunicorn as docs/production.md says until the block ends; yield process and port."""
