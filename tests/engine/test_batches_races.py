@@ -45,7 +45,7 @@ def store(rounds, members, steps=None):
     """
     new = [Batch(then=batches.plan(step.si())) for _ in range(rounds)]
     Batch.objects.bulk_create(new)
-    fields = queryset.new_fields(timezone.now(), step, [])
+    fields = queryset.new_fields(step, [], now=timezone.now())
     jobs = [Job(**fields, batch=batch) for batch in new for _ in range(members)]
     for job in jobs[::members] if steps else ():
         job.then = batches.plan(step.si())

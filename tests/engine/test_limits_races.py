@@ -60,7 +60,7 @@ def store(keys, each, started=1):
     """Store jobs, `each` for each key. Returns the Runs of the first ones, and the other jobs."""
     runs, rest = [], []
     for key in range(keys):
-        fields = [queryset.new_fields(Now(), turn, [key]) for _ in range(each)]
+        fields = [queryset.new_fields(turn, [key], now=Now()) for _ in range(each)]
         jobs = [Job.objects.create(**field) for field in fields]
         for job in jobs[:started]:
             Job.objects.filter(pk=job.pk).update(held_by=None, sweep_at=Now())
@@ -229,7 +229,7 @@ def test_a_rate_is_kept_while_jobs_start_and_others_are_stored(settings):
 
 def test_a_pause_and_its_end_meet_claims():
     """A job is held or runs. When the pause has ended, all of them go."""
-    jobs = [Job.objects.create(**queryset.new_fields(Now(), turn, [n])) for n in range(20)]
+    jobs = [Job.objects.create(**queryset.new_fields(turn, [n])) for n in range(20)]
     turns.ignore_limits(Job.objects.all())
     runs = [Run(j.pk, task=turn, limit_key=j.limit_key, **CLAIM) for j in jobs]
 

@@ -4,7 +4,6 @@ from contextlib import nullcontext
 
 import pytest
 from django.db import IntegrityError, connection, transaction
-from django.db.models.functions import Now
 from django.test.utils import CaptureQueriesContext
 from helpers import add, call_concurrently, claim_and_lapse
 
@@ -71,7 +70,7 @@ def test_a_conflicting_job_that_ends_before_it_is_read_frees_its_unique_key(monk
 @pytest.mark.parametrize("conflict", ["idempotency_key", "pk"])
 def test_a_unique_key_hides_no_other_conflict(conflict):
     first = Job.objects.enqueue(add, [1, 2], unique="first", idempotency_key="unique_key")
-    fields = {**queryset.new_fields(Now(), add, [1, 2]), conflict: getattr(first, conflict)}
+    fields = {**queryset.new_fields(add, [1, 2]), conflict: getattr(first, conflict)}
     with CaptureQueriesContext(connection) as captured:
         with pytest.raises(IntegrityError), transaction.atomic():
             queryset.insert(Job.objects, fields, "second")

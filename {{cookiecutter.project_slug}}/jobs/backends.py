@@ -24,7 +24,7 @@ from django.utils.module_loading import import_string
 
 from .database import wait_for
 from .models import Batch, Job
-from .queryset import FROM_NOW, insert, new_fields
+from .queryset import insert, new_fields
 from .results import ERRORS
 from .runs import describe
 from .tasks import JobTask, run_coroutine
@@ -184,7 +184,7 @@ class TaskBackend(BaseTaskBackend):
         """
         celery_task, options, pk = task._job_task(), task._options(), uuid.uuid4()
         unique, key = options.pop("unique", None), options.pop("idempotency_key", None)
-        fields = new_fields(FROM_NOW, celery_task, args, kwargs, **options)
+        fields = new_fields(celery_task, args, kwargs, **options)
         fields |= {"pk": pk, "idempotency_key": key}
         job = insert(Job.objects, fields, unique)
         if job.pk != pk:  # an active job has this `unique`

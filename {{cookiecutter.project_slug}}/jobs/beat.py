@@ -11,7 +11,6 @@ from queue import SimpleQueue
 from celery import current_app
 from celery.beat import BeatLazyFunc, SchedulingError
 from django.db import IntegrityError, close_old_connections, connection
-from django.db.models.functions import Now
 
 from . import sweep
 from .database import may_succeed_later, wait_for
@@ -39,7 +38,7 @@ def check_entry(name, args, kwargs, options):
     kwargs = {key: None if isinstance(arg, BeatLazyFunc) else arg for key, arg in kwargs.items()}
     if isinstance(task, JobTask):
         check_options({key: options[key] for key in options if key != "countdown"})
-        new_fields(Now(), task, args, kwargs, countdown=options.get("countdown"))
+        new_fields(task, args, kwargs, countdown=options.get("countdown"))
     elif task.typing:
         task.__header__(*args, **kwargs)
 

@@ -233,11 +233,9 @@ class Job(Row):
         """Run the INSERT of save(). New jobs have timedeltas in due_at and sweep_at: see FROM_NOW."""
         if not isinstance(self.due_at, timedelta):
             return super()._do_insert(manager, using, fields, returning_fields, raw)
-        times = [self._meta.get_field(name) for name in ("due_at", "sweep_at")]
-        [[*values, due_at, sweep_at]] = updates.insert(
-            self, using, fields, [*returning_fields, *times]
-        )
-        self.due_at, self.sweep_at = due_at, sweep_at
+        returning = [*returning_fields, *map(self._meta.get_field, ("due_at", "sweep_at"))]
+        [row] = updates.insert(self, using, fields, returning)
+        *values, self.due_at, self.sweep_at = row
         return [values]
 
     def cancel(self) -> bool:

@@ -34,7 +34,7 @@ __all__ = ["JobManager", "JobQuerySet"]
 BATCH_SIZE = 500  # jobs per statement
 # A call sends as many messages itself. Workers are busy with them until the sweep sends the rest.
 SENT_AT_ONCE = 2000
-FROM_NOW = timedelta()  # as the time of a new job: the INSERT adds the time of the database
+FROM_NOW = timedelta()  # as the time of a new job: its INSERT adds the database's
 MAX_LABEL = 255  # characters
 MAX_COUNTDOWN = 10 * 365 * 86400  # seconds: a longer countdown is probably in milliseconds
 
@@ -150,9 +150,7 @@ class JobManager(models.QuerySet if TYPE_CHECKING else models.Manager):
         surrogate pair; IntegrityError if the owner has already used the key.
         """
         times = {"countdown": countdown, "eta": eta}
-        fields = new_fields(
-            FROM_NOW, task, args, kwargs, owner_of(self, owner), label, queue, **times
-        )
+        fields = new_fields(task, args, kwargs, owner_of(self, owner), label, queue, **times)
         return insert(self, {**fields, "idempotency_key": idempotency_key}, unique)
 
     aenqueue = sync_to_async(enqueue)
@@ -173,9 +171,9 @@ class JobManager(models.QuerySet if TYPE_CHECKING else models.Manager):
         The guarantees are those of enqueue(), at a fraction of the cost: if Beat's sweep runs, it sends all
         messages but the first SENT_AT_ONCE. Returns the Jobs.
         """
-        now, times = database_time(self), {"countdown": countdown, "eta": eta}
-        owner = owner_of(self, owner)
-        rows = [new_fields(now, task, args, None, owner, label, queue, **times) for args in calls]
+        now, owner = database_time(self), owner_of(self, owner)
+        times = {"countdown": countdown, "eta": eta, "now": now}
+        rows = [new_fields(task, args, None, owner, label, queue, **times) for args in calls]
         return insert_many(self, now, [self.model(**fields) for fields in rows])
 
 
@@ -195,12 +193,10 @@ def check_text(name, text):
         to_json(text)  # may raise ValueError
 
 
-def new_fields(
-    now, task, args, kwargs=None, owner=None, label="", queue=None, countdown=None, eta=None
-):
+def new_fields(task, args, kwargs=None, owner=None, label="", queue=None, **when):
     """Return the fields of a new job. Raises the TypeError and ValueError of enqueue()."""
     fields = call_fields(task, args, kwargs, label, queue)
-    return {**fields, "owner": owner, **times(now, countdown, eta, fields["limit_key"])}
+    return {**fields, "owner": owner, **times(**when, limit_key=fields["limit_key"])}
 
 
 def call_fields(task, args, kwargs=None, label="", queue=None):
@@ -226,7 +222,7 @@ def call_fields(task, args, kwargs=None, label="", queue=None):
     return {**fields, "queue": queue, "limit_key": limits.key_of(task, *given)}
 
 
-def times(now, countdown=None, eta=None, limit_key=None):
+def times(now=FROM_NOW, countdown=None, eta=None, limit_key=None):
     """Return when a new job is due, and when the sweep sends its message, or that it is held."""
     if (delay := seconds_until(countdown, eta)) > MAX_COUNTDOWN:
         raise ValueError(f"countdown={delay:.0f} is longer than ten years: it is in seconds")
@@ -256,7 +252,7 @@ def fields_to_run_again(job, now):
     if job.task not in current_app.tasks:
         raise ValueError(f"there is no task {job.task}")
     task, calls = current_app.tasks[job.task], loads(to_json([job.args, job.kwargs]))
-    fields = new_fields(now, task, *calls, label=job.label, queue=job.queue)
+    fields = new_fields(task, *calls, label=job.label, queue=job.queue, now=now)
     del fields["owner"]  # not loaded: its id is enough
     return {**fields, "owner_id": job.owner_id, "follows": job.pk}
 

@@ -27,7 +27,7 @@ from .expressions import LOCK_TIMEOUT, QUEUED
 from .lease import start_thread
 from .models import Batch, Job
 from .pools import pool, shutting_down
-from .queryset import FROM_NOW, MAX_COUNTDOWN, insert, new_fields, seconds_until
+from .queryset import MAX_COUNTDOWN, insert, new_fields, seconds_until
 from .results import JobResult, job_backend
 from .runs import OVER_TIME_LIMIT, JobError, JobLost, Run, describe, for_owner, runs
 from .shutdown import WorkerStopping, child_has_crashed, end_after_commit
@@ -128,7 +128,7 @@ class JobTask(DjangoTask):
             return self._retry_later(args, kwargs, seconds_until(**times), **options)
         check_options(options)
         texts = {"label": label, "queue": options.get("queue")}
-        fields = new_fields(FROM_NOW, self, args or (), kwargs, owner, **texts, **times)
+        fields = new_fields(self, args or (), kwargs, owner, **texts, **times)
         fields |= {"idempotency_key": idempotency_key, **({"pk": task_id} if task_id else {})}
         return self.AsyncResult(str(insert(Job.objects, fields, unique).pk))
 
@@ -301,7 +301,7 @@ class JobTask(DjangoTask):
             return super().__call__(*args, **kwargs)
         headers = request.headers or {}
         if "job" not in headers:  # an app that does not know that this task is a job has sent it
-            fields = new_fields(FROM_NOW, self, args, kwargs) | tracing.current(self.name)
+            fields = new_fields(self, args, kwargs) | tracing.current(self.name)
             job, _ = wait_for(Job.objects.get_or_create, fields, pk=request.id)
             headers = {**headers, "limit": job.limit_key}
             if job.held_by:

@@ -26,7 +26,7 @@ from rest_framework.settings import api_settings
 
 from .batches import unsuccessful
 from .models import Batch, Job
-from .queryset import FROM_NOW, insert, new_fields
+from .queryset import insert, new_fields
 from .serializers import TOO_LONG, BatchSerializer, JobSerializer, has_job_perm, may_run_again
 
 __all__ = ["BatchViewSet", "EnqueueMixin", "JobViewSet", "accepted"]
@@ -315,9 +315,8 @@ class EnqueueMixin:
         The owner and the idempotency_key are those of the request. There is no `unique`, because two
         objects could get the same job.
         """
-        fields = new_fields(
-            FROM_NOW, task, args, kwargs, self.request.user, label, queue, countdown, eta
-        )
+        times = {"countdown": countdown, "eta": eta}
+        fields = new_fields(task, args, kwargs, self.request.user, label, queue, **times)
         if key := self._idempotency_key:
             fields |= {"idempotency_key": key, "fingerprint": self._fingerprint}
         return insert(Job.objects, {**fields, "pk": self.job_id})
