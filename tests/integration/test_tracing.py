@@ -149,6 +149,11 @@ def is_tree(spans):
     return len(roots) == 1 and all(s.parent_span_id in ids for s in spans if s not in roots)
 
 
+def wait_for_tree(collector, root):
+    """Wait until the spans of a trace are a tree: each process exports its own at another time."""
+    return wait_for(lambda: is_tree(spans := collector.trace(root)) and spans)
+
+
 def ends(runs):
     """Return how these runs ended, without those of duplicate messages, which do nothing."""
     found = [run.status.message or attributes(run).get("celery.state") for run in runs]
@@ -174,8 +179,7 @@ def test_a_job_that_lost_its_worker_and_is_retried_is_one_tree(stack, collector,
     # The lost one, the one that asks for another try, and the last one
     wait_for(lambda: len(ends(collector.runs(job))) == 3 and collector.runs(child))
     assert ends(collector.runs(job)) == ["Its worker died", "RETRY", "SUCCESS"]
-    spans = collector.trace(root)
-    assert is_tree(spans), spans
+    spans = wait_for_tree(collector, root)
     assert {(span.kind, span.name.partition("/")[0]) for span in spans} == {
         (Span.SPAN_KIND_SERVER, "POST faults"),
         (Span.SPAN_KIND_PRODUCER, "apply_async"),
@@ -201,7 +205,7 @@ def test_what_starts_next_is_in_the_trace_of_the_request(stack, collector):
         wait_for(lambda jobs=jobs: collector.has_runs_of(*jobs))
         root = root_of(collector, jobs[0])
         assert {run.trace_id for run in collector.runs(*jobs)} == {root.trace_id}
-        assert is_tree(collector.trace(root))
+        wait_for_tree(collector, root)
 
 
 @on_prefork
