@@ -62,7 +62,8 @@ def test_a_job_that_runs_is_not_interrupted_and_ends(commit):
 
 
 def test_the_sweep_holds_what_is_paused_and_sends_the_rest(sent):
-    paused, [other] = store(3, queue="io", countdown=0.001), store(queue="cpu", countdown=0.001)
+    paused, [other] = store(3, queue="io", countdown=60), store(queue="cpu", countdown=60)
+    Job.objects.update(sweep_at=Now() - timedelta(seconds=1))
     Pause.objects.pause("io")
     sweep.send_due()
     assert sent == [other.pk]
@@ -79,7 +80,8 @@ def test_the_sweep_does_not_repeat_the_messages_of_paused_jobs(sent):
 
 def test_more_jobs_than_a_page_are_held_in_one_round(sent, monkeypatch):
     monkeypatch.setattr(turns, "PAGE", 2)
-    store(5, queue="io", countdown=0.001)
+    store(5, queue="io", countdown=60)
+    Job.objects.update(sweep_at=Now() - timedelta(seconds=1))
     Pause.objects.pause("io")
     sweep.send_due()
     assert Job.objects.filter(held_by="pause:io").count() == 5 and not sent
