@@ -2,6 +2,7 @@
 
 import runpy
 import uuid
+from time import sleep
 
 import pytest
 from celery import current_app as app
@@ -13,7 +14,7 @@ from helpers import add, broken, greet, multiply
 from rest_framework.test import APIClient
 from settings import OUTPUT
 
-from jobs import database, messages, sweep
+from jobs import database, messages, sweep, updates
 from jobs.models import Batch, Job
 from jobs.pools import pool
 
@@ -25,6 +26,14 @@ globals().update({name: fixtures[name] for name in fixtures if not name.startswi
 def one_connection(monkeypatch):
     """Query in the test's own thread: gevent's native threads do not see its transaction."""
     monkeypatch.setattr(pool, "query", lambda function, *args, **kw: function(*args, **kw))
+
+
+@pytest.fixture(autouse=True)
+def no_ties(monkeypatch):
+    """Let no two jobs have the same time: on SQLite the clock has milliseconds."""
+    if connection.vendor == "sqlite":
+        insert = updates.insert
+        monkeypatch.setattr(updates, "insert", lambda *args: (sleep(0.001), insert(*args))[1])
 
 
 class ReplicaRouter:
