@@ -229,7 +229,7 @@ class Bench:
 
     def bulk(self, output, rivals):
         """Store many tasks with one call, while a worker takes them."""
-        rows, count = {}, self.size("bulk")
+        count = self.size("bulk")
         for name, (contestant, kind) in {
             "jobs, without Beat": (output, "job"),
             "jobs": (output, "job"),
@@ -245,18 +245,18 @@ class Bench:
                 lines = contestant.wait_for_lines(path, count)
             starts, ends = zip(*(map(float, line.split()) for line in lines), strict=True)
             first, last = 1000 * (min(starts) - began), max(ends) - began
-            rows[name] = [name, whole(count / seconds), whole(first), f"{last:.1f}"]
+            row = [name, whole(count / seconds), whole(first), f"{last:.1f}"]
+            self.rows["bulk"].append(row)
             say(output, f"{name}: {count / seconds:.0f} stored/s, done after {last:.1f} s")
             if name == "jobs":
                 self.goal("jobs stored a second by one call", 5000, count / seconds)
-        self.rows["bulk"] = list(rows.values())
 
     def database(self, output, database):
         """Let pgbench store, start and end jobs, without Python, broker and worker."""
         script = output.folder / "job.sql"
         script.write_text(output.ask("ledger.statements"))
         for rows in self.sizes["rows"][::2]:
-            output.ask("ledger.refill", rows)
+            output.ask("ledger.fill", rows)
             for clients in SIZES["clients"]:
                 seconds = self.size("seconds") * 2
                 url = output.environment["DATABASE_URL"]

@@ -21,6 +21,9 @@ from work_tasks import job as task
 from work_tasks import plain
 
 LATER = 10**6  # seconds
+# What a worker claims a job with, besides its id and the token
+CLAIM = {"worker": "celery@worker", "retries": 0, "crashes": 0, "times_sent": 1}
+CLAIM |= {"limit": timedelta(seconds=600), "lease": timedelta(seconds=30)}
 
 
 def parts(count):
@@ -74,19 +77,16 @@ def claims(waiting, count):
     sql("ALTER TABLE jobs_job SET (autovacuum_enabled = off)", "ANALYZE jobs_job")
     copies(job_for_later("later"), waiting)
     jobs = list(Job.objects.filter(queue="later").order_by("?").values_list("pk")[:count])
-    limits = {"limit": timedelta(seconds=600), "lease": timedelta(seconds=30)}
-    message = {"worker": "", "retries": 0, "crashes": 0, "times_sent": 1, **limits}
-    return rate(lambda pk: claim(Job.objects, id=pk, run_token=uuid.uuid4(), **message), jobs)
+    return rate(lambda pk: claim(Job.objects, id=pk, run_token=uuid.uuid4(), **CLAIM), jobs)
 
 
 def statements():
     """Return the three statements of a job as a script for pgbench, of another job each time."""
-    token, limits = uuid.uuid4(), {"limit": timedelta(seconds=600), "lease": timedelta(seconds=30)}
-    message = {"worker": "celery@worker", "retries": 0, "crashes": 0, "times_sent": 1, **limits}
+    token = uuid.uuid4()
     with CaptureQueriesContext(connection) as captured:
         job = Job.objects.enqueue(task, ["-", 0, 0], queue="pgbench")
         key = {"id": job.pk, "run_token": token}
-        assert claim(Job.objects, **key, **message)
+        assert claim(Job.objects, **key, **CLAIM)
         assert succeed(Job.objects, **key, result={"sent": 1}, message="Sent")
     Job.objects.filter(pk=job.pk).delete()
     script = ";\n".join(query["sql"] for query in captured.captured_queries) + ";\n"
@@ -112,7 +112,8 @@ def sweep_due(count, queues):
 
 def pages(count):
     """Return the ms of each page with `count` finished jobs, and how many are purged a second."""
-    owner = fill(count)
+    fill(count)
+    owner = User.objects.get(username="owner")
     newest = Job.objects.filter(owner=owner).order_by("-created_at")
     position = urlencode({"p": newest[int(count * 0.9)].created_at})
     client = Client(SERVER_NAME="127.0.0.1")
@@ -138,17 +139,11 @@ def pages(count):
 
 
 def fill(count):
-    """Make a table with `count` finished jobs. Return their owner."""
+    """Make a table with `count` finished jobs of the user "owner"."""
     empty("job")
     User.objects.filter(username="owner").delete()
-    owner = User.objects.create_superuser("owner")
-    finished(count, owner)
+    finished(count, User.objects.create_superuser("owner"))
     sql("ALTER TABLE jobs_job RESET (autovacuum_enabled)", "VACUUM ANALYZE jobs_job")
-    return owner
-
-
-def refill(count):
-    fill(count)
 
 
 def job_for_later(queue, **options):

@@ -33,7 +33,12 @@ def no_ties(monkeypatch):
     """Let no two jobs have the same time: on SQLite the clock has milliseconds."""
     if connection.vendor == "sqlite":
         insert = updates.insert
-        monkeypatch.setattr(updates, "insert", lambda *args: (sleep(0.001), insert(*args))[1])
+
+        def insert_later(*args):
+            sleep(0.001)  # not time.sleep, which some tests replace
+            return insert(*args)
+
+        monkeypatch.setattr(updates, "insert", insert_later)
 
 
 class ReplicaRouter:
