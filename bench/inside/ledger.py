@@ -100,7 +100,7 @@ def sweep_due(count, queues):
     """Return how many jobs a second the sweep sends after an outage, from this many queues."""
     empty("job")
     queue, due = f"'due' || n % {queues}", "now() - interval '1 second'"
-    copies(job_for_later("due"), count, queue=queue, sweep_at=due, created_at=due)
+    copies(job_for_later("later"), count, queue=queue, sweep_at=due, created_at=due)
     began = time.perf_counter()
     while Job.objects.filter(times_sent=0, queue__startswith="due").exists():
         sweep.send_due()
