@@ -8,7 +8,7 @@ from django.db.models import F
 from django.db.models.functions import Now
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
-from helpers import CLAIM, add, alone, call, deliver, end, start
+from helpers import CLAIM, add, alone, call, deliver, end, lapse, start
 
 from jobs import sweep, turns
 from jobs.models import Job, Pause
@@ -63,7 +63,7 @@ def test_a_job_that_runs_is_not_interrupted_and_ends(commit):
 
 def test_the_sweep_holds_what_is_paused_and_sends_the_rest(sent):
     paused, [other] = store(3, queue="io", countdown=60), store(queue="cpu", countdown=60)
-    Job.objects.update(sweep_at=Now() - timedelta(seconds=1))
+    lapse(*paused, other)
     Pause.objects.pause("io")
     sweep.send_due()
     assert sent == [other.pk]
@@ -72,7 +72,7 @@ def test_the_sweep_holds_what_is_paused_and_sends_the_rest(sent):
 
 def test_the_sweep_does_not_repeat_the_messages_of_paused_jobs(sent):
     [job] = store(queue="io")
-    Job.objects.update(sweep_at=Now() - timedelta(hours=1))
+    lapse(job)
     Pause.objects.pause("io")
     sweep.send_due()
     assert not sent and state(job) == ("pause:io", 0)
@@ -80,8 +80,7 @@ def test_the_sweep_does_not_repeat_the_messages_of_paused_jobs(sent):
 
 def test_more_jobs_than_a_page_are_held_in_one_round(sent, monkeypatch):
     monkeypatch.setattr(turns, "PAGE", 2)
-    store(5, queue="io", countdown=60)
-    Job.objects.update(sweep_at=Now() - timedelta(seconds=1))
+    lapse(*store(5, queue="io", countdown=60))
     Pause.objects.pause("io")
     sweep.send_due()
     assert Job.objects.filter(held_by="pause:io").count() == 5 and not sent

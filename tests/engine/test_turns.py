@@ -11,7 +11,7 @@ from django.db import Error
 from django.db.models import F
 from django.db.models.functions import Now
 from django.utils import timezone
-from helpers import alone, ask, call, end, free, start
+from helpers import alone, ask, call, end, free, lapse, start
 
 from jobs import lease, shutdown, sweep, turns, updates, worker
 from jobs.expressions import QUEUED
@@ -170,7 +170,7 @@ def test_a_body_of_a_cancelled_job_that_dies_frees_its_place(sent, commit, monke
     if end_body == "lease":
         sweep.send_due()
         assert sent == [first.pk]  # its lease has not lapsed
-        Job.objects.filter(pk=first.pk).update(sweep_at=Now() - timedelta(seconds=1))
+        lapse(first)
         sweep.send_due()
         assert sent == [first.pk]  # a worker gets time to renew it
         sweep.recover_lapsed()
