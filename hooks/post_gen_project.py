@@ -1,4 +1,4 @@
-"""Write .env with random secrets, remove folders that stayed empty, print the next steps."""
+"""Write .env with random secrets, remove what was not chosen, print the next steps."""
 
 import os
 import re
@@ -24,15 +24,23 @@ try:
 except FileExistsError:
     pass
 
-# Folders that some answers leave without files. Other empty folders belong to the owner.
-root = os.path.realpath(".")
-kubernetes = ("deploy/kubernetes/base", "deploy/kubernetes/overlays/production")
-for folder in (".github/workflows", "orders/migrations", *kubernetes):
-    # A link may lead out of the project.
-    if os.path.realpath(folder) == os.path.normpath(f"{root}/{folder}"):
-        try:
-            os.removedirs(folder)  # and its parents, if they are empty too
-        except OSError:  # it has files, or does not exist
-            pass
+# Remove what the answers leave out. Older files are not from this run: they belong to the owner.
+written = os.stat(".dropped").st_ctime - 60
+
+
+def drop(path):
+    if os.path.isdir(path) and not os.path.islink(path):
+        for name in os.listdir(path):
+            drop(os.path.join(path, name))
+        if not os.listdir(path):
+            os.rmdir(path)
+    elif os.path.exists(path) and os.stat(path).st_ctime > written:
+        os.remove(path)
+
+
+with open(".dropped", encoding="utf-8") as dropped:
+    for line in dropped.read().split():
+        drop(line)
+os.remove(".dropped")
 
 print(f"\nNext:\n\n    cd {os.path.basename(os.getcwd())}\n    make run\n")

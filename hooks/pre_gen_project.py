@@ -16,6 +16,7 @@ if SLUG == "refused-slug":  # cookiecutter.json renamed the folder: show what wa
 CHOICES = {
     "broker": ["redis", "rabbitmq", "sqs"],
     "result_backend": ["redis", "database", "dynamodb", "none"],
+    "durable_jobs": ["no", "yes"],
     "worker_pool": ["prefork", "threads", "gevent"],
     "periodic_tasks": ["code", "admin"],
     "deployment": ["docker", "kubernetes", "none"],

@@ -1,5 +1,5 @@
 {% import "imports.jinja" as imports %}
-{% from "chosen.jinja" import servers, has_example, has_flower, flower_port with context %}
+{% from "chosen.jinja" import servers, has_jobs, has_task_api, has_example, has_flower, flower_port with context %}
 {% set lines %}
 import itertools
 import os
@@ -16,10 +16,14 @@ from pathlib import Path
 {% endfor %}
 {% endset %}
 {% set sorted = imports.sort(lines) %}
+{% if has_jobs %}
 """`make run`: run the whole project on this machine, for development. Ctrl-C ends everything.
 
 This file is delivered like the folder jobs/: do not edit it, because an upgrade replaces it.
 """
+{% else %}
+"""`make run`: run the whole project on this machine, for development. Ctrl-C ends everything."""
+{% endif %}
 
 {{ sorted }}
 import django
@@ -146,7 +150,7 @@ def create_user_and_links():
     web = f"http://127.0.0.1:{os.environ['PORT']}"
     curl = f"curl -H 'Authorization: Token {token}' {web}/api"
     return f"""
-    Jobs     {web}/    {name} / {password}
+    {{ "Jobs" if has_jobs else "Page" }}     {web}/    {name} / {password}
     Admin    {web}/admin/
     API      {web}/api/docs/
 {% if has_flower %}
@@ -154,13 +158,18 @@ def create_user_and_links():
 {% endif %}
 
 {% if has_example %}
-    Place an order, then follow its job:
+    Place an order; {{ "then follow its job" if has_jobs else "a task confirms it by email, in .data/mail/" }}:
     {curl}/orders/ -H 'Content-Type: application/json' \\
         -d '{% raw %}{{"product": "Tea"}}{% endraw %}'
+{% endif %}
+{% if has_jobs %}
     {curl}/jobs/
-{% else %}
-    See the jobs (README.md says how to write one):
-    {curl}/jobs/
+{% elif has_example and has_task_api %}
+    Start a report; the header Location says where its status is:
+    {curl}/orders/report/ -i -X POST
+{% elif not has_example %}
+    Your token opens the API, such as its schema:
+    {curl}/schema/
 {% endif %}
 """
 

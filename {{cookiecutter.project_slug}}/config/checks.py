@@ -1,5 +1,5 @@
 {% import "imports.jinja" as imports %}
-{% from "chosen.jinja" import servers, has_flower with context %}
+{% from "chosen.jinja" import broker, servers, has_flower with context %}
 {% set lines %}
 {% for server in servers %}
 {% print server.check_imports | default %}
@@ -12,16 +12,9 @@
 {{ sorted }}
 {% endif %}
 from celery import current_app
-from django.apps import AppConfig
 from django.conf import settings
 from django.core.cache import caches
 from django.core.checks import Error, Warning, register
-
-
-class Checks(AppConfig):
-    """An app in INSTALLED_APPS, so that Django imports this module."""
-
-    name = "config"
 
 
 @register()
@@ -50,16 +43,28 @@ def check_cache_timeouts(app_configs, **kwargs):
 
 
 @register(deploy=True)
-def check_time_limits(app_configs, **kwargs):
-    """Find plain tasks that may run so long that the broker delivers them a second time."""
-    limit = settings.REDELIVERY_SECONDS
+def check_redelivery(app_configs, **kwargs):
+    """Find tasks that a worker may hold so long that the broker delivers them a second time."""
     for task in current_app.tasks.values():
-        if task.acks_late and task.time_limit >= limit:
+        seconds = longest_hold(task)
+        if task.acks_late and seconds >= settings.REDELIVERY_SECONDS:
             yield Warning(
-                f"{task.name} may run for {task.time_limit} s; the broker redelivers it after {limit} s.",
-                hint="Lower its time_limit, or raise the setting behind REDELIVERY_SECONDS.",
+                f"A worker may hold {task.name} for {seconds} s,"
+                f" but the broker delivers it again after {settings.REDELIVERY_SECONDS} s.",
+                hint="{{ broker.redelivery_hint }}",
                 id="config.W002",
             )
+
+
+def longest_hold(task):
+    """Return how many seconds a worker may hold a message of this task."""
+{% if broker.holds_countdowns %}
+    backoff = getattr(task, "retry_backoff_max", 600) if getattr(task, "retry_backoff", 0) else 0
+    delay = max(task.default_retry_delay, int(backoff))  # a retry waits in the worker
+    return task.time_limit + delay
+{% else %}
+    return task.time_limit
+{% endif %}
 {% if has_flower %}
 
 

@@ -1,4 +1,4 @@
-{% from "chosen.jinja" import has_flower with context %}
+{% from "chosen.jinja" import has_flower, has_jobs with context %}
 """The log: lines for people in development, JSON in production."""
 
 import re
@@ -26,8 +26,10 @@ LEVELS = {
     "django": "INFO",
     "django.request": "CRITICAL",
     "django.server": "CRITICAL",
+{% if has_jobs %}
     "django.tasks": "CRITICAL",
     "django_tasks": "CRITICAL",
+{% endif %}
 {% if has_flower %}
     "flower": "ERROR",
 {% endif %}
@@ -61,15 +63,21 @@ def configure(debug, level):
 
 
 def drop_repeated(logger, method, event):
+{% if has_jobs %}
     """Drop the log lines of successful requests that pages, probes and Prometheus repeat.
 
     Also drop `task_enqueued`: 20,000 jobs that are enqueued together would log 20,000 lines. The worker's
     line `task_started` has the id of the request.
     """
+{% else %}
+    """Drop the log lines of successful requests that the page repeats every second."""
+{% endif %}
     if logger.name.startswith("django_structlog."):
+{% if has_jobs %}
         if event["event"] == "task_enqueued":
             raise structlog.DropEvent
+{% endif %}
         if event["event"] == "request_finished" and event["code"] == 200:
-            if re.match("GET /(api/jobs/|health/|metrics$)", event["request"]):
+            if re.match("GET /{{ "(api/jobs/|metrics$)" if has_jobs else "api/tasks/" }}", event["request"]):
                 raise structlog.DropEvent
     return event

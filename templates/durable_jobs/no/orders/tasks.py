@@ -1,0 +1,111 @@
+{% from "chosen.jinja" import has_results with context %}
+"""One example of each pattern. A task may run twice, so each of these is safe to repeat."""
+
+import random
+import time
+from collections import Counter
+from datetime import timedelta
+
+import httpx
+from celery import shared_task
+{% if not has_results %}
+from django.contrib.auth import get_user_model
+{% endif %}
+from django.core.mail import send_mail, send_mass_mail
+from django.db.models import Sum
+from django.utils import timezone
+
+from .models import Newsletter, Order
+
+CHUNK = 100  # emails
+SUPPLIER_URL = "https://supplier.example/stock"  # fixed: never let users choose a task's URL
+
+
+@shared_task(ignore_result=True, autoretry_for=(OSError,), retry_backoff=True, max_retries=8)
+def send_confirmation(order_id):
+    """If the mail server fails, the task is retried after about 1, 2, 4, … seconds."""
+    order = Order.objects.get(pk=order_id)
+    if order.confirmed_at:
+        return
+    order.owner.email_user("Your order", f"Thank you! You ordered {order}.")
+    Order.objects.filter(pk=order.pk).update(confirmed_at=timezone.now())
+
+
+@shared_task(ignore_result=True)
+def confirm_forgotten_orders():
+    """Beat starts this every hour. It finds orders whose task was lost, and sends a new one."""
+    now = timezone.now()
+    lately = (now - timedelta(days=7), now - timedelta(hours=1))
+    forgotten = Order.objects.filter(confirmed_at=None, created_at__range=lately)
+    for pk in forgotten.values_list("pk", flat=True):
+        send_confirmation.delay(pk)
+
+
+{% if has_results %}
+@shared_task(bind=True)
+def write_report(self, owner_id, days=30):
+    """A long task with progress and a result, started by the button on the page."""
+    ordered, today = Counter(), timezone.localdate()
+    for done in range(days):
+        meta = {"done": done, "total": days, "message": f"Reading day {done + 1} of {days}"}
+        self.update_state(state="PROGRESS", meta=meta)
+        orders = Order.objects.filter(owner=owner_id, created_at__date=today - timedelta(done))
+        ordered.update(dict(orders.values_list("product").annotate(Sum("quantity"))))
+        time.sleep(0.5)  # slow enough to watch
+    return {"ordered": ordered}
+
+
+@shared_task
+def forecast_demand(product, days=30, rounds=100_000):
+    """CPU-bound, so it has its own queue. The admin runs a chord of these, one per product."""
+    quantities = list(Order.objects.filter(product=product).values_list("quantity", flat=True))
+    totals = sorted(sum(random.choices(quantities, k=days)) for _ in range(rounds))
+    return f"{product}: {totals[rounds // 2]}, at most {totals[rounds * 95 // 100]}"
+
+
+@shared_task(ignore_result=True, autoretry_for=(OSError,), retry_backoff=True, max_retries=8)
+def email_forecasts(forecasts, email):
+    """The callback of the chord: it gets the results of all its tasks."""
+    send_mail("Demand for the next 30 days", "\n".join(forecasts), None, [email])
+{% else %}
+@shared_task(ignore_result=True, autoretry_for=(OSError,), retry_backoff=True, max_retries=8)
+def email_report(owner_id, days=30):
+    """A long task, started by the button on the page. Its result is an email."""
+    ordered, today = Counter(), timezone.localdate()
+    for day in range(days):
+        orders = Order.objects.filter(owner=owner_id, created_at__date=today - timedelta(day))
+        ordered.update(dict(orders.values_list("product").annotate(Sum("quantity"))))
+        time.sleep(0.5)  # slow, as real reports are
+    lines = [f"{count} × {product}" for product, count in ordered.items()]
+    get_user_model().objects.get(pk=owner_id).email_user("Your orders", "\n".join(lines))
+
+
+@shared_task(ignore_result=True, autoretry_for=(OSError,), retry_backoff=True, max_retries=8)
+def forecast_demand(product, email, days=30, rounds=100_000):
+    """CPU-bound, so it has its own queue. The admin starts a group of these, one per product."""
+    quantities = list(Order.objects.filter(product=product).values_list("quantity", flat=True))
+    totals = sorted(sum(random.choices(quantities, k=days)) for _ in range(rounds))
+    text = f"{totals[rounds // 2]}, at most {totals[rounds * 95 // 100]}"
+    send_mail(f"Demand for {product} for the next 30 days", text, None, [email])
+{% endif %}
+
+
+@shared_task(
+    ignore_result=True, autoretry_for=(httpx.HTTPError,), retry_backoff=True, max_retries=8
+)
+def check_stock(order_id):
+    """I/O-bound: it waits for another server, with a timeout. The row keeps what must last."""
+    order = Order.objects.get(pk=order_id)
+    response = httpx.get(SUPPLIER_URL, params={"product": order.product}, timeout=10)
+    quantity = response.raise_for_status().json()["quantity"]
+    Order.objects.filter(pk=order_id).update(in_stock=quantity >= order.quantity)
+
+
+@shared_task(ignore_result=True, autoretry_for=(OSError,), retry_backoff=True, max_retries=8)
+def send_newsletter(newsletter_id):
+    """After a crash or a retry it continues where it stopped; a chunk may be sent twice."""
+    newsletter = Newsletter.objects.get(pk=newsletter_id)
+    waiting = newsletter.recipients.filter(sent_at=None)
+    while chunk := list(waiting[:CHUNK]):
+        send_mass_mail([(newsletter.subject, newsletter.body, None, [to.email]) for to in chunk])
+        waiting.filter(pk__in=[to.pk for to in chunk]).update(sent_at=timezone.now())

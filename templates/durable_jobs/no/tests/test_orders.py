@@ -1,0 +1,99 @@
+{% from "chosen.jinja" import has_results, has_task_api with context %}
+from datetime import timedelta
+from unittest.mock import Mock
+
+import httpx
+import pytest
+from django.utils import timezone
+
+from orders import tasks
+from orders.models import Newsletter, Order, Recipient
+
+
+@pytest.fixture
+def order(user):
+    return Order.objects.create(owner=user, product="Tea", quantity=2)
+
+
+@pytest.fixture(autouse=True)
+def no_sleep(monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+
+
+def test_an_order_is_confirmed_by_email(
+    api, admin_api, mailoutbox, django_capture_on_commit_callbacks
+):
+    with django_capture_on_commit_callbacks(execute=True):
+        response = api.post("/api/orders/", {"product": "Tea"})
+    assert response.status_code == 201
+    assert [mail.to for mail in mailoutbox] == [["user@example.com"]]
+    assert api.get("/api/orders/").data["results"][0]["confirmed_at"]
+    assert admin_api.get("/api/orders/").data["results"] == []  # only one's own orders
+    tasks.send_confirmation(response.data["id"])  # as if the message were delivered twice
+    assert len(mailoutbox) == 1
+
+
+def test_a_confirmation_is_retried_while_the_mail_server_fails(order, monkeypatch):
+    monkeypatch.setattr("users.models.User.email_user", Mock(side_effect=[OSError, None]))
+    tasks.send_confirmation.delay(order.pk)
+    order.refresh_from_db()
+    assert order.confirmed_at
+
+
+@pytest.mark.django_db(transaction=True)  # on_commit() then runs as in production
+def test_without_a_broker_orders_are_accepted_but_no_report_is_promised(api, broker_down):
+    assert api.post("/api/orders/", {"product": "Tea"}).status_code == 201
+    assert api.post("/api/orders/report/").status_code == 503
+
+
+def test_forgotten_orders_are_confirmed(order, mailoutbox):
+    tasks.confirm_forgotten_orders()
+    assert mailoutbox == []  # the order is new: its own task may still be waiting
+    Order.objects.update(created_at=timezone.now() - timedelta(hours=2))
+    tasks.confirm_forgotten_orders()
+    assert len(mailoutbox) == 1
+
+
+{% if has_results %}
+def test_a_report_counts_the_orders_of_its_owner(order, admin_user):
+    Order.objects.create(owner=admin_user, product="Coffee")
+    assert tasks.write_report.delay(order.owner_id).result == {"ordered": {"Tea": 2}}
+{% else %}
+def test_a_report_is_emailed(api, order, admin_user, mailoutbox):
+    Order.objects.create(owner=admin_user, product="Coffee")
+    assert api.post("/api/orders/report/").status_code == 202
+    assert [mail.body for mail in mailoutbox] == ["2 × Tea"]
+{% endif %}
+
+
+def test_forecasts_are_emailed(order, admin_client, mailoutbox):
+    data = {"action": "forecast_demand", "_selected_action": [order.pk]}
+    assert admin_client.post("/admin/orders/order/", data).status_code == 302
+    assert mailoutbox[0].body.startswith({{ '"Tea: 60"' if has_results else '"60"' }})
+
+
+def test_the_stock_is_checked_with_the_supplier(order, admin_client, monkeypatch):
+    answer = httpx.Response(200, json={"quantity": 1}, request=httpx.Request("GET", "https://x"))
+    monkeypatch.setattr(httpx, "get", lambda *args, **kwargs: answer)
+    tasks.check_stock.delay(order.pk)
+    order.refresh_from_db()
+    assert order.in_stock is False
+
+
+def test_a_newsletter_continues_where_it_stopped(db, mailoutbox, monkeypatch):
+    newsletter = Newsletter.objects.create(subject="News", body="…")
+    emails = [f"{number}@example.com" for number in range(5)]
+    Recipient.objects.bulk_create(Recipient(newsletter=newsletter, email=email) for email in emails)
+    Recipient.objects.filter(email__startswith="0").update(sent_at=timezone.now())
+    monkeypatch.setattr(tasks, "CHUNK", 2)
+    tasks.send_newsletter.delay(newsletter.pk)
+    assert [mail.to[0] for mail in mailoutbox] == emails[1:]
+{% if has_task_api %}
+
+
+def test_the_answer_to_a_report_says_where_its_status_is(api, order):
+    response = api.post("/api/orders/report/")
+    assert response.status_code == 202
+    status = api.get(response["Location"]).data
+    assert (status["state"], status["result"]) == ("SUCCESS", {"ordered": {"Tea": 2}})
+{% endif %}

@@ -1,0 +1,84 @@
+{% from "chosen.jinja" import servers, worker_pool, has_example, has_task_api with context %}
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from celery import shared_task
+from celery.app.utils import filter_hidden_settings
+
+import dev
+from config import checks
+from config.celery import app
+
+
+def test_celery_prints_no_passwords():
+    url = "redis://:hidden@host/0"
+    settings = {"CELERY_BROKER_URL": url, "CACHES": {"LOCATION": url}, "FLOWER_BASIC_AUTH": url}
+    assert "hidden" not in str(filter_hidden_settings(settings))
+
+
+def test_each_scheduled_task_exists():
+    app.loader.import_default_modules()
+    assert {entry["task"] for entry in app.conf.beat_schedule.values()} <= set(app.tasks)
+
+
+def test_a_task_that_the_broker_would_deliver_twice_is_found(monkeypatch, settings):
+    assert not list(checks.check_redelivery(None))
+    slow = app.tasks["celery.backend_cleanup"]
+    monkeypatch.setattr(slow, "time_limit", settings.REDELIVERY_SECONDS)
+    assert [warning.id for warning in checks.check_redelivery(None)] == ["config.W002"]
+
+
+@pytest.mark.parametrize("url", ["/", "/admin/", "/api/docs/"])
+def test_a_page_runs_only_the_projects_own_scripts(admin_client, url):
+    response = admin_client.get(url)
+    assert response.status_code == 200
+    assert "default-src 'self'" in response["Content-Security-Policy"]
+    assert b"<script>" not in response.content
+
+
+def test_everything_but_the_health_checks_requires_a_login(db, client):
+    for url in "/", "/api/docs/", "/admin/":
+        assert client.get(url).status_code == 302
+    for url in {{ '"/api/orders/", ' if has_example }}{{ '"/api/tasks/x/", ' if has_task_api }}"/api/schema/"{{ "," if not has_example and not has_task_api }}:
+        assert client.get(url).status_code == 401
+    for url in "/health/live", "/health/ready":
+        assert client.get(url, headers={"host": "10.0.0.1"}).status_code == 200
+
+
+@shared_task
+def write(path, text):
+    Path(path).write_text(text)
+
+
+@pytest.fixture
+def worker(monkeypatch):
+    monkeypatch.setitem(app.conf, "task_always_eager", False)
+    processes = []
+    try:
+{% for server in servers %}
+        processes += dev.start_{{ server.name }}()
+{% endfor %}
+    except SystemExit as reason:
+        pytest.skip(str(reason))
+    options = "--include test_project --queues test -n test@%h"
+    command = [sys.executable, "-m", *f"{{ worker_pool.command }} {options}".split()]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    processes.insert(0, subprocess.Popen(command, env=environment))
+    yield
+    for process in processes:
+        process.terminate()
+        process.wait()
+
+
+@pytest.mark.live
+def test_a_worker_runs_a_task(worker, tmp_path):
+    """With the broker of the settings. To skip it: make test ARGS="-m 'not live'"."""
+    write.apply_async([str(tmp_path / "file"), "hello"], queue="test")
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "file").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

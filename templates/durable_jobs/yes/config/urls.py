@@ -1,0 +1,56 @@
+{% from "chosen.jinja" import has_example, has_flower with context %}
+from django.conf import settings
+from django.contrib import admin
+from django.contrib.auth.decorators import login_required
+from django.contrib.auth.views import LoginView, LogoutView
+from django.urls import include, path, reverse_lazy
+from django.views.generic import TemplateView
+from drf_spectacular.views import SpectacularAPIView, SpectacularSwaggerSplitView
+from rest_framework.routers import DefaultRouter
+
+from jobs.metrics import Metrics
+from jobs.views import BatchViewSet, JobViewSet
+{% if has_example %}
+from orders.views import ImportViewSet, NewsletterViewSet, OrderViewSet
+{% endif %}
+
+# Without format suffixes, so that "jobs/a.json/" means the id "a.json", which is answered with 404.
+router = DefaultRouter(use_regex_path=False)
+router.include_format_suffixes = False
+router.register("jobs", JobViewSet, basename="job")
+router.register("batches", BatchViewSet, basename="batch")
+{% if has_example %}
+router.register("orders", OrderViewSet, basename="order")
+router.register("imports", ImportViewSet, basename="import")
+router.register("newsletters", NewsletterViewSet, basename="newsletter")
+{% endif %}
+
+title = settings.SPECTACULAR_SETTINGS["TITLE"]
+admin.site.site_header = admin.site.site_title = title
+page = {  # of all pages that inherit from jobs/base.html
+    "site_header": title,
+    "site_title": title,
+    "links": {},  # in the top bar, for everybody
+    "staff_links": {"Admin": reverse_lazy("admin:index"){{ ', "Flower": settings.FLOWER_URL' if has_flower }}},
+    # Buttons on the jobs page: the label, and the URL of a view that answers 202 with a job.
+    "buttons": {{ '{"Write a report": reverse_lazy("order-report")}' if has_example else "{}" }},
+}
+api_docs = SpectacularSwaggerSplitView.as_view()
+login_page = {**page, "title": "Log in"}
+log_in = LoginView.as_view(
+    template_name="admin/login.html", extra_context=login_page, redirect_authenticated_user=True
+)
+jobs_page = TemplateView.as_view(template_name="jobs/index.html", extra_context=page)
+
+
+urlpatterns = [
+    path("", login_required(jobs_page), name="index"),
+    path("jobs/<uuid:pk>/", login_required(jobs_page), name="job"),
+    path("login/", log_in, name="login"),
+    path("logout/", LogoutView.as_view(), name="logout"),
+    path("admin/", admin.site.urls),
+    path("api/", include(router.urls)),
+    path("api/schema/", SpectacularAPIView.as_view(), name="schema"),
+    path("api/docs/", login_required(api_docs), name="schema-ui"),
+    path("metrics", Metrics.as_view()),
+]

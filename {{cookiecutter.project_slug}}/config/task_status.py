@@ -1,0 +1,78 @@
+{% from "chosen.jinja" import worker_pool, has_flower with context %}
+"""/api/tasks/<key>/ tells a client what has become of the task that it started."""
+
+from celery import current_app, states
+from celery.result import AsyncResult
+from django.conf import settings
+from django.core import signing
+from django.http import Http404
+from django.urls import reverse
+from drf_spectacular.utils import extend_schema
+from rest_framework import serializers
+from rest_framework.response import Response
+from rest_framework.views import APIView
+
+STATES = ["PENDING", "STARTED", "PROGRESS", "RETRY", "SUCCESS", "FAILURE", "REVOKED"]
+
+
+class TaskSerializer(serializers.Serializer):
+    id = serializers.CharField(help_text="Celery's task id, as in Flower and in the logs")
+    state = serializers.ChoiceField(STATES)
+    progress = serializers.JSONField(help_text="In the state PROGRESS: what the task reported")
+    result = serializers.JSONField(help_text="In the state SUCCESS: what the task returned")
+    error = serializers.CharField(help_text="In the state FAILURE", allow_null=True)
+
+
+def accepted(request, result):
+    """Answer 202 to the request that has sent a task. `result` is what delay() returned.
+
+    The header Location has the task's address. It is signed: it works only for this user, and only
+    until the result expires. Celery itself can't tell an unknown id from that of a waiting task.
+    """
+    location = reverse("task", args=[signer(request.user).sign(result.id)])
+    return Response(describe(result.id, states.PENDING), 202, headers={"Location": location})
+
+
+def signer(user):
+    return signing.TimestampSigner(salt=f"task of user {user.pk}")
+
+
+def status_of(result, user):
+    meta = result.backend.get_task_meta(result.id)  # state and result in one read
+    state, value, error = meta["status"], meta["result"], None
+    if state == states.FAILURE:  # an exception may name hosts, tables or other users
+        error = repr(value) if user.is_staff else "The task failed."
+    return describe(
+        result.id,
+        state,
+        progress=value if state == "PROGRESS" else None,
+        result=value if state == states.SUCCESS else None,
+        error=error,
+    )
+
+
+def describe(task_id, state, progress=None, result=None, error=None):
+    fields = {"progress": progress, "result": result, "error": error}
+    return {"id": task_id, "state": state, **fields}
+
+
+class TaskView(APIView):
+    def result(self):
+        try:
+            age = settings.CELERY_RESULT_EXPIRES
+            task_id = signer(self.request.user).unsign(self.kwargs["key"], max_age=age)
+        except signing.BadSignature:  # another user's, an invented or an expired one
+            raise Http404 from None
+        return AsyncResult(task_id, app=current_app)
+
+    @extend_schema(responses=TaskSerializer)
+    def get(self, request, key):
+        return Response(status_of(self.result(), request.user))
+{% if has_flower %}
+
+    @extend_schema(responses={204: None})
+    def delete(self, request, key):
+        """{{ worker_pool.revoke_docs }}"""
+        self.result().revoke({{ worker_pool.revoke_options }})
+        return Response(status=204)
+{% endif %}

@@ -1,0 +1,1 @@
+{% include "durable_jobs/" ~ cookiecutter.durable_jobs ~ "/orders/admin.py" %}

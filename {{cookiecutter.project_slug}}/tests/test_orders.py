@@ -1,0 +1,1 @@
+{% include "durable_jobs/" ~ cookiecutter.durable_jobs ~ "/tests/test_orders.py" %}

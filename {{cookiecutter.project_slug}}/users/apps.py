@@ -1,0 +1,8 @@
+from django.apps import AppConfig
+
+
+class UsersConfig(AppConfig):
+    name = "users"
+
+    def ready(self):
+        from config import checks  # noqa: F401  registers the checks
