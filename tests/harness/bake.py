@@ -17,6 +17,7 @@ CONTEXT = json.loads((TEMPLATE / "cookiecutter.json").read_text("utf-8"))
 OPTIONS = {option: value for option, value in CONTEXT.items() if not option.startswith("_")}
 CHOICES = {option: value for option, value in OPTIONS.items() if isinstance(value, list)}
 DEFAULTS = {option: choices[0] for option, choices in CHOICES.items()}
+WITH_JOBS = {"durable_jobs": "yes"}
 GROUP = 3  # so many choices meet each other in a covering set
 ENVIRONMENT = create_env_with_context({"cookiecutter": CONTEXT})
 ENVIRONMENT.loader = FileSystemLoader(TEMPLATE / "templates")

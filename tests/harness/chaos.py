@@ -24,7 +24,7 @@ from unittest import SkipTest
 
 from cookiecutter.main import cookiecutter
 
-from .bake import TEMPLATE
+from .bake import TEMPLATE, WITH_JOBS
 from .project import Project, children_of, wait_for
 from .servers import BROKERS, PostgreSQL
 from .stack import TIMINGS, prepare
@@ -432,7 +432,7 @@ def run(name, folder, *, jobs=JOBS, backlog=0, seconds=SECONDS, seed, pool="pref
     """Run chaos on a project with this broker. Print a report, return whether nothing was lost."""
     print(f"{name}, {pool}, seed {seed}", flush=True)
     broker = BROKERS[name]
-    answers = {**broker.answers, "worker_pool": pool}
+    answers = {**WITH_JOBS, **broker.answers, "worker_pool": pool}
     baked = cookiecutter(
         str(TEMPLATE), no_input=True, output_dir=str(folder), extra_context=answers
     )

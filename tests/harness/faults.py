@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from .bake import CHOICES, baked, chosen
+from .bake import CHOICES, WITH_JOBS, baked, chosen
 from .project import fetch, free_ports
 from .servers import PostgreSQL, broker_class
 from .stack import TIMINGS, prepare
@@ -56,7 +56,9 @@ def running(request, cookies_session, tmp_path_factory):
     options = {"timings": TIMINGS, "sqlite": False, **request.param}
     broker = broker_class(options["broker"])
     folder = tmp_path_factory.mktemp("stack")
-    project = baked(cookies_session, {**broker.answers, "worker_pool": options["pool"]})
+    project = baked(
+        cookies_session, {**WITH_JOBS, **broker.answers, "worker_pool": options["pool"]}
+    )
     database = None if options["sqlite"] else request.getfixturevalue("database")
     variables = {
         **options["timings"],

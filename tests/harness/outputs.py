@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from . import servers
-from .bake import CHOICES, DEFAULTS, baked, name
+from .bake import CHOICES, DEFAULTS, WITH_JOBS, baked, name
 from .pages import blocks
 from .project import wait_for
 
@@ -35,6 +35,7 @@ def combinations():
     for number, choices in enumerate(itertools.product(*(CHOICES[option] for option in options))):
         yield {
             **DEFAULTS,
+            **WITH_JOBS,
             **dict(zip(options, choices, strict=True)),
             "periodic_tasks": schedules[number % len(schedules)],
             "include_example": "no" if number % 5 == 4 else "yes",

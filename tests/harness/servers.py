@@ -16,7 +16,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from . import missing
-from .bake import chosen
+from .bake import WITH_JOBS, chosen
 from .pages import blocks
 from .project import LIMIT, children_of, connects, env, free_ports, wait_for
 
@@ -158,7 +158,7 @@ class RedisSentinel(Redis):
     """
 
     answers = {"broker": "redis", "result_backend": "redis"}
-    settings = f"{Redis.settings}\n{sentinel_settings(chosen().servers[0].sentinel)}"
+    settings = f"{Redis.settings}\n{sentinel_settings(chosen(**WITH_JOBS).servers[0].sentinel)}"
 
     def __init__(self, folder, project=None, port=None):
         super().__init__(folder, project, port)

@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from harness import kustomize, missing
-from harness.bake import CHOICES, PINNED, baked
+from harness.bake import CHOICES, PINNED, WITH_JOBS, baked
 from harness.ci import job_of
 from harness.outputs import ORDER
 from harness.pages import blocks
@@ -99,7 +99,7 @@ def stack(request, engine, cookies_session):
     """
     port, flower, prometheus, grafana = free_ports(4)
     answers = {"broker": request.param, "project_slug": f"shop_{port}"}
-    project = baked(cookies_session, {"deployment": "kubernetes", **answers})  # docker's files too
+    project = baked(cookies_session, {**WITH_JOBS, "deployment": "kubernetes", **answers})
     with open(project / ".env", "a") as file:
         file.write(f"SOFT_SHUTDOWN_SECONDS={SOFT_SHUTDOWN_SECONDS}\n")
     ports = {"PORT": port, "FLOWER_PORT": flower}
@@ -367,7 +367,7 @@ def test_compose_reads_every_file(engine, bake):
     seen = set()
     options = ("broker", "result_backend", "worker_pool")
     for values in itertools.product(*(CHOICES[option] for option in options)):
-        project = bake(**dict(zip(options, values, strict=True)))
+        project = bake(durable_jobs="yes", **dict(zip(options, values, strict=True)))
         if (text := project.read("compose.yaml")) not in seen:
             seen.add(text)
             project.call("docker", "compose", "config", "--quiet")
@@ -426,7 +426,7 @@ def test_no_command_line_shows_a_secret(stack):
 
 def test_the_image_contains_no_backup(engine, bake, tmp_path):
     """Neither the backup file of docs/operation.md nor one with another usual name of a dump."""
-    project = bake()
+    project = bake(durable_jobs="yes")
     [backup] = set(re.findall(r"pg_dump .* > (\S+?)`", project.read("docs/operation.md")))
     backups = [backup, "shop-2026-01-31.sql.gz", "shop.dump"]
     for name in backups:
@@ -451,7 +451,7 @@ def test_the_image_contains_no_backup(engine, bake, tmp_path):
 @pytest.mark.parametrize("broker", CHOICES["broker"])
 def test_the_services_of_ci_become_healthy(engine, bake, broker):
     """GitHub passes a service's `options` to Docker, and starts the job when all are healthy."""
-    job = job_of(bake(broker=broker, result_backend="none", ci="github"))
+    job = job_of(bake(durable_jobs="yes", broker=broker, result_backend="none", ci="github"))
     started = []
     try:
         for service in job.services:
@@ -477,7 +477,7 @@ def is_healthy(container):
 )
 def test_its_own_tests_pass_with_these_versions(engine, bake, answers, django):
     """Only Django's version is edited, in the newest Python. A DeprecationWarning fails a test."""
-    project = bake(**ANSWERS[answers])
+    project = bake(durable_jobs="yes", **ANSWERS[answers])
     pyproject = project.read("pyproject.toml")
     pyproject, count = re.subn('"django~=.+"', f'"django~={django}.0"', pyproject)
     assert count == 1
@@ -793,7 +793,7 @@ def test_the_profile_https_refuses_to_start_without_a_domain_or_with_debug(stack
 @pytest.mark.parametrize("broker", CHOICES["broker"])
 def test_compose_works_with_servers_of_your_own(engine, bake, broker):
     """After the edits that docs/production.md lists, no server is left, and none is awaited."""
-    project = bake(broker=broker)
+    project = bake(durable_jobs="yes", broker=broker)
     text, own = project.read("compose.yaml"), {"migrate", "web", "worker", "beat", "flower"}
     by_profile = {"prometheus-token", "prometheus", "grafana", "caddy"}
     for service in yaml.safe_load(text)["services"].keys() - own - by_profile:

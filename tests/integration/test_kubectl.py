@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from harness import kustomize, missing
-from harness.bake import CHOICES
+from harness.bake import CHOICES, WITH_JOBS
 
 PRODUCTION = "deploy/kubernetes/overlays/production"
 
@@ -18,7 +18,9 @@ def test_kubectl_builds_the_same_as_the_tests(bake, broker):
     if not shutil.which("kubectl"):
         missing("kubectl is not installed")
     for include_example in CHOICES["include_example"]:
-        project = bake(deployment="kubernetes", broker=broker, include_example=include_example)
+        project = bake(
+            **WITH_JOBS, deployment="kubernetes", broker=broker, include_example=include_example
+        )
         file = project / PRODUCTION / "kustomization.yaml"
         file.write_text(
             file.read_text().replace("# - ../../../monitoring", "- ../../../monitoring")

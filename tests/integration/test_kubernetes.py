@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from harness import kustomize, missing
-from harness.bake import CHOICES, baked
+from harness.bake import CHOICES, WITH_JOBS, baked
 
 PRODUCTION = "deploy/kubernetes/overlays/production"
 MONITORING = Path("deploy/monitoring")
@@ -39,7 +39,7 @@ def render(cookies_session):
 
     @cache
     def render(**answers):
-        project = baked(cookies_session, {"deployment": "kubernetes", **answers})
+        project = baked(cookies_session, {**WITH_JOBS, "deployment": "kubernetes", **answers})
         shutil.copy(project / PRODUCTION / ".env.example", project / PRODUCTION / ".env")
         documents = kustomize.build(project / PRODUCTION)
         return project, {(each["kind"], each["metadata"]["name"]): each for each in documents}
@@ -191,7 +191,10 @@ def check_workers(queue, documents):
 
 def test_an_output_has_the_files_of_docker_and_manifests(render, bake):
     """Only pages differ, so the tests of containers prove both choices."""
-    project, docker = bake(deployment="kubernetes"), bake(deployment="docker")
+    project, docker = (
+        bake(durable_jobs="yes", deployment="kubernetes"),
+        bake(durable_jobs="yes", deployment="docker"),
+    )
     names = {each.relative_to(project) for each in project.files()}
     others = {each.relative_to(docker) for each in docker.files()}
     assert {Path("Dockerfile"), Path("compose.yaml"), Path("compose.dev.yaml")} <= others
@@ -277,7 +280,7 @@ def test_the_io_queue_reaches_other_services_over_https(render):
 @pytest.fixture(scope="module")
 def monitored(cookies_session):
     """A project after step 4 of the page, and what only this step adds: {kind: document}."""
-    project = baked(cookies_session, {"deployment": "kubernetes"})
+    project = baked(cookies_session, {**WITH_JOBS, "deployment": "kubernetes"})
     shutil.copy(project / PRODUCTION / ".env.example", project / PRODUCTION / ".env")
     before = kustomize.build(project / PRODUCTION)
     file = project / PRODUCTION / "kustomization.yaml"
@@ -430,7 +433,7 @@ def test_the_commands_of_the_page_name_what_exists(render, broker):
 
 def test_the_image_and_the_hosts_are_in_one_file(bake):
     """And the values of the Secret in another one, which Git ignores."""
-    project = bake(deployment="kubernetes")
+    project = bake(durable_jobs="yes", deployment="kubernetes")
     overlay = project / PRODUCTION
     text = (overlay / "kustomization.yaml").read_text()
     image = re.search("newName: (.+)\n.*newTag: (.+)\n", text)

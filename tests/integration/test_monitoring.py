@@ -49,7 +49,7 @@ def read(project, file):
 
 
 def test_grafana_finds_the_data_source_and_the_dashboard(bake):
-    project = bake()
+    project = bake(durable_jobs="yes")
     about, panels = dashboard(project)
     provisioned, prometheus = (
         read(project, f"{FOLDER}/grafana.yml"),
@@ -74,7 +74,7 @@ def test_grafana_finds_the_data_source_and_the_dashboard(bake):
 
 
 def test_the_dashboard_can_be_read(bake):
-    about, panels = dashboard(bake())
+    about, panels = dashboard(bake(durable_jobs="yes"))
     assert about["uid"] and about["schemaVersion"] >= 41
     for names in ("id", "title"):
         values = [panel[names] for panel in about["panels"]]
@@ -103,7 +103,7 @@ def test_the_dashboard_can_be_read(bake):
 
 def test_the_dashboard_shows_the_projects_own_alerts(bake):
     """Not those of a cluster, of which some always fire."""
-    project = bake()
+    project = bake(durable_jobs="yes")
     _, panels = dashboard(project)
     [expr] = [expr for _, expr in queries(panels) if "ALERTS" in expr]
     [group] = read(project, f"{FOLDER}/alerts.yml")["groups"]
@@ -113,7 +113,7 @@ def test_the_dashboard_shows_the_projects_own_alerts(bake):
 
 def test_grafana_does_not_start_without_a_password(bake):
     """Its own default is "admin". Everything else starts without this password."""
-    project = bake()
+    project = bake(durable_jobs="yes")
     grafana = read(project, "compose.yaml")["services"]["grafana"]
     assert grafana["environment"]["GF_SECURITY_ADMIN_PASSWORD"] == "${GRAFANA_PASSWORD:-}"
     assert re.search("^GRAFANA_PASSWORD=[0-9a-f]{24}$", project.read(".env"), re.M)

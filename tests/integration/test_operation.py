@@ -9,19 +9,19 @@ import pytest
 import yaml
 
 from harness import missing
-from harness.bake import CHOICES, TEMPLATE, render
+from harness.bake import CHOICES, TEMPLATE, WITH_JOBS, render
 from harness.faults import ONE, stacks
 from harness.pages import blocks
 from harness.project import wait_for
 from harness.prometheus import Prometheus
 
-TEXT = render("docs/operation.md")
+TEXT = render("docs/operation.md", **WITH_JOBS)
 [CONFIG] = [
     block.code
     for block in blocks("docs/operation.md", TEXT)
     if block.heading == "Prometheus" and block.code
 ]
-RULES = render("deploy/monitoring/alerts.yml")
+RULES = render("deploy/monitoring/alerts.yml", **WITH_JOBS)
 ALERTS = {rule["alert"]: rule["expr"] for rule in yaml.safe_load(RULES)["groups"][0]["rules"]}
 TESTS = TEMPLATE / "tests/alerts.yml"
 DASHBOARD = re.findall(r"^\| [^|]* \| `([a-z_]+ by .*|[a-z_]+\(.*)` \|$", TEXT, re.MULTILINE)
@@ -41,7 +41,7 @@ def exposed(project):
 
 
 def test_the_page_and_the_alerts_name_the_metrics_that_an_output_has(bake):
-    found = exposed(bake())
+    found = exposed(bake(durable_jobs="yes"))
     rows = re.findall(r"^\| `(jobs_\w+)` \|", TEXT, re.MULTILINE)
     assert sorted(rows) == sorted(found)
     assert len(ALERTS) == 10 and len(DASHBOARD) == 6
@@ -51,7 +51,7 @@ def test_the_page_and_the_alerts_name_the_metrics_that_an_output_has(bake):
 
 @pytest.mark.parametrize("broker", CHOICES["broker"])
 def test_the_page_of_each_broker_names_only_metrics_that_its_output_has(bake, broker):
-    project = bake(broker=broker)
+    project = bake(durable_jobs="yes", broker=broker)
     named = set(re.findall(r"`(jobs_\w+)", project.read("docs/operation.md")))
     assert named and named <= set(exposed(project))
 

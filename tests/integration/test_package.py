@@ -41,12 +41,12 @@ def test_the_wheel_requires_what_the_engine_imports(wheel, bake):
     foreign = set().union(*map(imports, python)) - sys.stdlib_module_names - {"jobs", "pytest"}
     assert packages(required) == {PACKAGES.get(name, name.replace("_", "-")) for name in foreign}
 
-    project = tomllib.loads(bake().read("pyproject.toml"))["project"]
+    project = tomllib.loads(bake(durable_jobs="yes").read("pyproject.toml"))["project"]
     assert set(required) <= {re.sub(r"\[.*]", "", each) for each in project["dependencies"]}
 
 
 def test_a_project_without_the_folder_passes_its_tests_on_the_wheel(wheel, bake):
-    project = bake()
+    project = bake(durable_jobs="yes")
     project.call("make", ".venv")  # its own, for the wheel
     shutil.rmtree(project / "jobs")
     # Offline, because all that the wheel requires is installed.

@@ -32,7 +32,7 @@ print(Job.objects.enqueue(forecast_demand, ["Tea"], {"rounds": 1}, countdown=1, 
 @pytest.fixture
 def machine(bake, database, tmp_path):
     """An output without containers on a server: Git brought no .env, and nothing is installed."""
-    project = bake(deployment="none")
+    project = bake(durable_jobs="yes", deployment="none")
     with servers.real(project, tmp_path) as addresses:
         (project / ".env").unlink()
         variables = {
@@ -118,7 +118,7 @@ def test_systemd_accepts_the_unit_of_the_page(tmp_path, broker, worker_pool):
     """Its commands are those of the page's table, with files where this user may write."""
     if not shutil.which("systemd-analyze"):
         missing("systemd-analyze is not installed: sudo apt install systemd")
-    page = render("docs/production.md", broker=broker, worker_pool=worker_pool)
+    page = render("docs/production.md", durable_jobs="yes", broker=broker, worker_pool=worker_pool)
     [unit] = [each for each in blocks("docs/production.md", page) if each.code.startswith("[Unit]")]
     name = unit.said("Write {}:").rpartition("/")[2]
     (tmp_path / name).write_text(unit.code)

@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from harness.bake import CHOICES, baked
+from harness.bake import CHOICES, WITH_JOBS, baked
 from harness.project import wait_for
 from harness.servers import broker_class
 from harness.stack import TIMINGS, prepare
@@ -86,7 +86,9 @@ def times():
 def stack(request, cookies_session, tmp_path_factory, database):
     """A project with this choice, a worker and no Beat."""
     broker, folder = broker_class("redis"), tmp_path_factory.mktemp("stack")
-    project = baked(cookies_session, {**broker.answers, "periodic_tasks": request.param})
+    project = baked(
+        cookies_session, {**WITH_JOBS, **broker.answers, "periodic_tasks": request.param}
+    )
     stack = prepare(project, broker, folder, database, **TIMINGS)
     with open(project / "config/settings.py", "a") as file:
         file.write(SETTINGS)

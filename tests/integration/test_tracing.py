@@ -14,7 +14,7 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
-from harness.bake import CHOICES, baked
+from harness.bake import CHOICES, WITH_JOBS, baked
 from harness.faults import POOLS
 from harness.outputs import default_output
 from harness.project import env, fetch, wait_for
@@ -96,7 +96,7 @@ def traced(request, cookies_session, tmp_path_factory, database, collector):
     """A stack whose project has the extra and the setting."""
     broker, pool = request.param
     broker = broker_class(broker)
-    project = baked(cookies_session, {**broker.answers, "worker_pool": pool})
+    project = baked(cookies_session, {**WITH_JOBS, **broker.answers, "worker_pool": pool})
     project.environments = None  # those that other tests share do not have the extra
     variables = {
         **TIMINGS,

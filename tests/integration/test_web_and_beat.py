@@ -373,7 +373,7 @@ except socket.gaierror as error:
 @pytest.mark.parametrize("broker", ["redis"])  # CI runs the tests of this file by broker
 def test_a_name_server_that_hangs_delays_a_request_by_two_seconds(bake, since, broker):
     """glibc's default is ten seconds: two attempts of five."""
-    dockerfile = bake(broker=broker, deployment="docker").read("Dockerfile")
+    dockerfile = bake(durable_jobs="yes", broker=broker, deployment="docker").read("Dockerfile")
     options = re.search('RES_OPTIONS="(.+)"', dockerfile)[1]
     start = time.monotonic()
     printed = Project(TEMPLATE).call(sys.executable, "-c", LOOK_UP, RES_OPTIONS=options)
