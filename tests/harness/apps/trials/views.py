@@ -1,0 +1,19 @@
+"""Starts any task of the trials as a view of the project would."""
+
+from django.conf import settings
+from drf_spectacular.utils import extend_schema
+from rest_framework.decorators import api_view
+from rest_framework.response import Response
+
+from . import tasks
+
+
+@extend_schema(exclude=True)
+@api_view(["POST"])
+def start(request):
+    sent = getattr(tasks, request.data["task"]).delay(*request.data["args"])
+    if not hasattr(settings, "CELERY_RESULT_BACKEND"):
+        return Response({"id": sent.id}, 202)
+    from config.task_status import accepted
+
+    return accepted(request, sent)

@@ -1,0 +1,456 @@
+"""Stacks of plain projects (durable_jobs=no): each process can be killed, paused and started.
+
+Also the table of what can be lost: see the fixture `record_fault`.
+"""
+
+import json
+import os
+import re
+import threading
+import urllib.error
+import urllib.request
+from base64 import b64encode
+from contextlib import contextmanager
+
+import pytest
+
+from .bake import CHOICES, baked
+from .outputs import combinations
+from .project import Console, connects, free_ports, wait_for
+from .servers import Process, RabbitMQ, Redis
+
+REDELIVERY = 10  # seconds until Redis or SQS delivers a task again, instead of 21 minutes
+RESULTS = {"redis": "redis", "rabbitmq": "database", "sqs": "dynamodb"}  # of the fault tests
+FLOWER_USER = "admin:of-this-test"
+SCHEDULE = """
+CELERY_BEAT_SCHEDULE = {{
+    "tick": {{"task": "trials.tasks.tick", "schedule": 1, "args": ["{path}"]}}
+}}
+"""
+# Settings for faults. kombu looks for tasks to deliver again each second, not each 100.
+QUICK = {
+    "redis": f"""
+REDELIVERY_SECONDS = {REDELIVERY}
+CELERY_BROKER_TRANSPORT_OPTIONS |= {{
+    "visibility_timeout": REDELIVERY_SECONDS,
+    "unacked_restore_interval": 1,
+    "unacked_restore_throttle": 1,
+}}
+""",
+    "rabbitmq": "",
+    "sqs": f"REDELIVERY_SECONDS = SQS_VISIBILITY_TIMEOUT = {REDELIVERY}\n",
+}
+# The names of code for ask()
+IMPORTS = """
+from celery import chain, chord, group
+from celery.result import AsyncResult
+from config.celery import app
+from trials.tasks import *
+"""
+ADD_USER = """
+from users.models import User
+from rest_framework.authtoken.models import Token
+user = User.objects.create_superuser(name, f"{name}@example.com", "of-this-test")
+result = Token.objects.create(user=user).key
+"""
+# Deletes all messages in a queue. SQS does that once a minute, so this may wait.
+EMPTY = """
+result = False
+with app.connection_for_write() as broker:
+    while not result:
+        try:
+            broker.default_channel.queue_purge(queue)
+            result = True
+        except Exception as error:
+            if "PurgeQueueInProgress" not in str(error):
+                raise
+            time.sleep(1)
+"""
+
+
+class Moto(Process):
+    """A stand-in for AWS, with the queues and the table of the project. It keeps no data."""
+
+    def __init__(self, folder, project):
+        [self.port] = free_ports(1)
+        self.project = project
+        self.variables = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}"}
+        command = [project / ".venv/bin/python", "-m", "moto.server", "--port", str(self.port)]
+        log, is_ready = folder.with_suffix(".log"), lambda: connects(self.port)
+        super().__init__(command, log, is_ready=is_ready)
+
+    def wait_until_ready(self):
+        super().wait_until_ready()
+        code = "import dev; dev.prepare_aws()"
+        self.project.manage("shell", "-v0", "-c", code, **self.variables)
+
+
+SERVERS = {"redis": Redis, "rabbitmq": RabbitMQ, "aws": Moto}
+
+
+class Servers:
+    """The server of a project's broker and that of its result backend, which may be the same."""
+
+    def __init__(self, project, folder):
+        answers = project.answers
+        places = {"redis": "redis", "rabbitmq": "rabbitmq", "sqs": "aws", "dynamodb": "aws"}
+        self.all, self.variables = {}, {}
+        for option in "result_backend", "broker":
+            place = places.get(answers[option])
+            if place and place not in self.all:
+                (folder / place).mkdir(parents=True)
+                self.all[place] = SERVERS[place](folder / place, project)
+                self.variables |= self.all[place].variables
+        self.broker = self.all[places[answers["broker"]]]
+
+    def start(self):
+        for server in self.all.values():
+            server.start()
+
+    def kill(self):
+        for server in self.all.values():
+            if server.is_running():
+                server.resume()
+                server.kill()
+
+
+class Stack:
+    """A project's web, worker, Beat and Flower, as in production, on real servers."""
+
+    def __init__(self, project, servers, folder, database, **variables):
+        self.project, self.servers, self.folder = project, servers, folder
+        self.broker = servers.broker
+        self.notes_file = folder / "notes"
+        self.notes_file.touch()
+        self.port, self.flower_port = free_ports(2)
+        self.web_url = f"http://127.0.0.1:{self.port}"
+        self.flower_url = f"http://127.0.0.1:{self.flower_port}"
+        self.variables = {
+            "DEBUG": "False",
+            "DATABASE_URL": database.create(f"plain{self.port}"),
+            "NOTES": self.notes_file,
+            "SOFT_SHUTDOWN_SECONDS": 2,
+            "THROTTLE": "1000000/min",
+            "WORKER_CONCURRENCY": 4,
+            "FLOWER_BASIC_AUTH": FLOWER_USER,
+            "FLOWER_PORT": self.flower_port,
+            **servers.variables,
+            **variables,
+        }
+        self.made = []  # all processes, including those of tests
+        self.web = self.process(
+            f"gunicorn config.wsgi --bind 127.0.0.1:{self.port} --workers 2 --no-control-socket",
+            is_ready=lambda: self.web.printed.count("Booting worker") >= 2,
+        )
+        self.worker = self.make_worker("first")
+        self.beat = self.process(f"celery -A config beat -s {folder}/beat", name="beat")
+        self.processes = [self.web, self.worker]
+        self.has_flower = "flower" in project.read("Procfile")
+        self.flower = self.process(
+            "celery -A config flower", name="flower", is_ready=lambda: connects(self.flower_port)
+        )
+        self.console = self.token = None
+
+    def process(self, command, name=None, *, is_ready=None, **variables):
+        """Make a process with more variables. It ends with the stack at the latest."""
+        path = f"{self.project}/.venv/bin:{os.environ['PATH']}"
+        words = command.split()
+        process = Process(
+            words,
+            self.folder / f"{name or words[0]}.log",
+            is_ready=is_ready,
+            cwd=self.project,
+            variables={**self.variables, **variables, "PATH": path},
+        )
+        self.made.append(process)
+        return process
+
+    def make_worker(self, name, options="", **variables):
+        """Make a worker as the Procfile does, with its own name and more options."""
+        command = re.search("^worker: .*(celery .*)", self.project.read("Procfile"), re.M)[1]
+        worker = self.process(f"{command} -n {name}@%h {options}", name, **variables)
+        worker.is_ready = lambda: f"{name}@" in worker.printed and " ready." in worker.printed
+        return worker
+
+    def start(self, *more):
+        """Start the servers, web, worker and these processes."""
+        self.processes += more
+        self.servers.start()
+        variables = {key: str(value) for key, value in self.variables.items()}
+        self.project.manage("migrate", "-v0", **variables)
+        for process in self.processes:
+            process.launch()
+        self.console = Console(self.project, self.folder / "console.log", **variables)
+        self.token = self.add_user("tester")
+        for process in self.processes:
+            process.wait_until_ready()
+
+    def stop(self):
+        if self.console:
+            self.console.kill()
+        self.kill(*self.made)
+        self.servers.kill()
+
+    def kill(self, *processes):
+        for process in processes:
+            if process.is_running():
+                process.resume()
+                process.kill()
+
+    def recover(self):
+        """Make the whole stack run again, and remove what a test has left."""
+        self.kill(*(process for process in self.made if process not in self.processes))
+        for server in self.servers.all.values():
+            if server.recover():
+                server.wait_until_ready()
+        for process in [process for process in self.processes if process.recover()]:
+            process.wait_until_ready()
+        with self.supervised():  # a worker that lost its broker may be about to end
+            for queue in "celery", "cpu", "io":
+                self.wait_until_started(self.send("quick", queue=queue))
+
+    @contextmanager
+    def supervised(self, *workers):
+        """Restart workers when they end, as in production, until the block ends."""
+        done = threading.Event()
+
+        def supervise():
+            while not done.wait(0.3):
+                for process in workers or [self.worker]:
+                    if not process.is_running():
+                        process.launch()
+
+        thread = threading.Thread(target=supervise)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+    def print_logs(self, sizes=()):
+        """Print what each log got since it had its size in `sizes`."""
+        for log in sorted(self.folder.glob("*.log")):
+            printed = log.read_bytes()[dict(sizes).get(log, 0) :].decode(errors="replace")
+            print(f"--- {log.name}\n{printed[-5000:]}")
+
+    # Requests and queries of the tests
+
+    def ask(self, code, **names):
+        """Run code in the project and return the value of its variable `result`."""
+        lines = [f"{name} = {value!r}" for name, value in names.items()]
+        return self.console.ask("\n".join([IMPORTS, *lines, code]))
+
+    def add_user(self, name):
+        return self.ask(ADD_USER, name=name)
+
+    def send(self, task, *args, **options):
+        args = [str(arg) if hasattr(arg, "parts") else arg for arg in args]
+        code = f"result = {task}.apply_async(args, **options).id"
+        return self.ask(code, args=args, options=options)
+
+    def empty(self, queue):
+        assert self.ask(EMPTY, queue=queue)
+
+    def request(self, method, path, data=None):
+        """Send a request to the web. Return (status, headers, JSON)."""
+        headers = {"Authorization": f"Token {self.token}", "X-Forwarded-Proto": "https"}
+        return send(method, self.web_url + path, data, headers)
+
+    def start_task(self, task, *args):
+        """Start a task through a view of the app `trials`. Return the answer as request() does."""
+        return self.request("POST", "/api/trials/", {"task": task, "args": list(map(str, args))})
+
+    def ask_flower(self, method, path):
+        basic = "Basic " + b64encode(FLOWER_USER.encode()).decode()
+        return send(method, self.flower_url + path, None, {"Authorization": basic})
+
+    def in_flower(self, task):
+        """Return the state of a task in Flower."""
+        status, _, answer = self.ask_flower("GET", f"/api/task/info/{task}")
+        return answer["state"] if status == 200 else None
+
+    def notes(self, what, task):
+        """Return [(process id, time)] of each "start" or "end" that this task noted."""
+        words = [line.split() for line in self.notes_file.read_text().splitlines()]
+        return [(int(w[2]), float(w[3])) for w in words if w[:2] == [what, task]]
+
+    def starts(self, task):
+        return len(self.notes("start", task))
+
+    def wait_until_started(self, task, times=1):
+        """Wait for `times` starts of a task. Return the process id of the last one."""
+        wait_for(lambda: self.starts(task) >= times)
+        return self.notes("start", task)[-1][0]
+
+
+def send(method, url, data, headers):
+    """Send a request. Return (status, headers, JSON)."""
+    body = None if data is None else json.dumps(data).encode()
+    headers = {"Content-Type": "application/json", **headers}
+    request = urllib.request.Request(url, body, headers, method=method)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            text, status, headers = response.read(), response.status, response.headers
+    except urllib.error.HTTPError as error:
+        text, status, headers = error.read(), error.code, error.headers
+    try:
+        return status, headers, json.loads(text or "null")
+    except ValueError:
+        return status, headers, text.decode(errors="replace")
+
+
+# Outputs
+
+
+def plain_combinations():
+    """Yield every broker with every result backend and pool; schedule and example vary."""
+    for answers in combinations():
+        yield {**answers, "durable_jobs": "no"}
+
+
+def prepare(project, folder, database, settings="", **variables):
+    """Add the app `trials` to an installed project, and return its Stack, not yet started."""
+    project.add_app("trials", SCHEDULE.format(path=folder / "ticked") + settings)
+    with open(project / "config/urls.py", "a") as file:
+        file.write(
+            '\nfrom trials.views import start\nurlpatterns += [path("api/trials/", start)]\n'
+        )
+    return Stack(project, Servers(project, folder / "servers"), folder, database, **variables)
+
+
+BROKERS, POOLS = CHOICES["broker"], CHOICES["worker_pool"]
+
+
+def stacks(brokers=BROKERS, pools=POOLS, **options):
+    """Return a mark: run the test on each of these brokers with each of these pools."""
+    params = []
+    for broker in brokers:
+        for pool in pools:
+            key = "-".join(["plain", broker, pool, *options])
+            param = PARAMS.setdefault(key, {"broker": broker, "worker_pool": pool, **options})
+            marks = pytest.mark.xdist_group(key)
+            params.append(pytest.param(param, id=key.removeprefix("plain-"), marks=marks))
+    return pytest.mark.parametrize("running_plain", params, indirect=True)
+
+
+PARAMS = {}  # the same object for the same stack: pytest compares parameters by identity
+
+
+@pytest.fixture(scope="module")
+def running_plain(request, cookies_session, database, tmp_path_factory):
+    """A stack for faults, which consecutive tests with the same parameters share."""
+    answers = {**request.param, "result_backend": RESULTS[request.param["broker"]]}
+    project = baked(cookies_session, {**answers, "durable_jobs": "no"})
+    project.answers = {"result_backend": answers["result_backend"], **answers}
+    project.install()
+    folder = tmp_path_factory.mktemp("plain")
+    stack = prepare(project, folder, database, QUICK[answers["broker"]])
+    try:
+        stack.start()
+        yield stack
+    finally:
+        stack.stop()
+
+
+@pytest.fixture
+def plain(running_plain):
+    """The stack, with all processes running. Prints their logs, which pytest shows on a failure."""
+    running_plain.recover()
+    sizes = {log: log.stat().st_size for log in running_plain.folder.glob("*.log")}
+    yield running_plain
+    running_plain.print_logs(sizes)
+
+
+@pytest.fixture
+def gate(tmp_path_factory):
+    """A file for which tasks wait. It is created at the end of the test at the latest."""
+    gate = tmp_path_factory.mktemp("gate") / "gate"
+    yield gate
+    gate.touch()
+
+
+# The table of what can be lost
+
+
+@pytest.fixture
+def record_fault(request, record_property):
+    """A function that adds a row to the table.
+
+    `seconds` is from the fault to what happened, without what `after` names, such as "visibility
+    timeout": in production it is longer than here.
+    """
+
+    def record(fault, what, seconds=None, after=""):
+        place = request.node.callspec.params["running_plain"]
+        row = [fault, place["broker"], place["worker_pool"], what, seconds, after]
+        record_property("fault", row)
+
+    return record
+
+
+def pytest_addoption(parser):
+    text = "write the table of what can be lost to this file, as Markdown (test_plain_faults.py)"
+    parser.addoption("--faults-to", metavar="FILE", help=text)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    rows = []
+    for report in terminalreporter.stats.get("passed", []):
+        rows += [value for key, value in report.user_properties if key == "fault"]
+    if not rows:
+        return
+    terminalreporter.section("what can be lost")
+    terminalreporter.write_line("fault | broker-pool | what happened | seconds")
+    for fault, broker, pool, what, seconds, after in sorted(rows, key=str):
+        terminalreporter.write_line(
+            f"{fault} | {broker}-{pool} | {what} | {took([seconds], after)}"
+        )
+    if file := config.getoption("--faults-to"):
+        with open(file, "w") as table:
+            table.write(markdown(rows))
+
+
+def took(seconds, after):
+    """Return "visibility timeout + 1 to 4 s" for [1, 4] and "visibility timeout"."""
+    seconds = sorted(round(each) for each in seconds if each is not None)
+    if not seconds:
+        return after or "–"
+    low, high = seconds[0], seconds[-1]
+    text = f"{low} s" if low == high else f"{low} to {high} s"
+    if high <= 1:
+        text = "≤ 1 s"
+    return f"{after} + {text}" if after else text
+
+
+def markdown(rows):
+    """Return the table, with one row for all brokers and pools where the same happened."""
+    merged = {}
+    for fault, broker, pool, what, seconds, after in rows:
+        places, found = merged.setdefault((fault, what, after), ({}, []))
+        places.setdefault(broker, []).append(pool)
+        found.append(seconds)
+    faults = {fault: number for number, (fault, *_) in enumerate(merged)}
+    lines = ["| fault | broker and pool | what happens | after |", "| --- | --- | --- | --- |"]
+    for key, (places, found) in sorted(
+        merged.items(), key=lambda row: (faults[row[0][0]], str(row))
+    ):
+        fault, what, after = key
+        lines.append(f"| {fault} | {describe(places)} | {what} | {took(found, after)} |")
+    return "\n".join(lines) + "\n"
+
+
+NAMES = {"redis": "Redis", "rabbitmq": "RabbitMQ", "sqs": "SQS"}
+
+
+def describe(places):
+    """Return "Redis, RabbitMQ: prefork; SQS" for {broker: pools}."""
+    by_pools = {}
+    for broker in filter(places.get, BROKERS):
+        pools = tuple(pool for pool in POOLS if pool in places[broker])
+        by_pools.setdefault(pools, []).append(NAMES.get(broker, broker))
+    parts = []
+    for pools, brokers in by_pools.items():
+        brokers = "all" if len(brokers) == len(BROKERS) else ", ".join(brokers)
+        parts.append(brokers if len(pools) == len(POOLS) else f"{brokers}: {', '.join(pools)}")
+    return "; ".join(parts)

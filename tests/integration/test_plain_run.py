@@ -1,0 +1,266 @@
+"""Plain outputs run: each broker with each result backend and pool, on real servers."""
+
+import re
+import time
+from uuid import uuid4
+
+import pytest
+
+from harness.outputs import ORDER, mails, outputs
+from harness.plain import Servers, plain_combinations, prepare
+from harness.project import wait_for
+
+COMBINATIONS = list(plain_combinations())
+POOLS = len({answers["worker_pool"] for answers in COMBINATIONS})
+# For each broker and result backend, one output, with the pools in turn.
+PAIRS = [COMBINATIONS[POOLS * n + n % POOLS] for n in range(len(COMBINATIONS) // POOLS)]
+
+CHECKS = """
+from django.core.management import call_command
+call_command("check", deploy=True, fail_level="WARNING")
+call_command("makemigrations", check_changes=True, dry_run=True)
+call_command("spectacular", validate=True, fail_on_warn=True, file="/dev/null")
+"""
+
+
+def where(condition):
+    return outputs(*filter(condition, COMBINATIONS))
+
+
+def has_results(answers):
+    return answers["result_backend"] != "none"
+
+
+def has_flower(answers):
+    return answers["broker"] != "sqs"
+
+
+def has_example(answers):
+    return answers["include_example"] == "yes"
+
+
+everywhere = outputs(*COMBINATIONS)
+with_results = where(has_results)
+with_cancel = where(lambda answers: has_results(answers) and has_flower(answers))
+with_flower = where(has_flower)
+with_example = where(has_example)
+every_pair = outputs(*PAIRS)
+
+
+@pytest.fixture(scope="module")
+def servers(project, tmp_path_factory):
+    servers = Servers(project, tmp_path_factory.mktemp("servers"))
+    try:
+        servers.start()
+        yield servers
+    finally:
+        servers.kill()
+
+
+@every_pair
+def test_it_passes_its_checks(project):
+    """Those of `make check`, and production's, in one process."""
+    extra = {"FLOWER_BASIC_AUTH": "admin:password", "DEBUG": "False"}
+    project.manage("shell", "-v0", "-c", CHECKS, **project.production(), **extra)
+
+
+@every_pair
+def test_it_passes_its_own_tests(servers, database, project):
+    url = database.create(f"own_{uuid4().hex}")
+    printed = project.call("make", "test", **servers.variables, DATABASE_URL=url)
+    assert re.search(r"= \d+ passed in", printed), printed  # none was skipped
+
+
+# From here on, with all processes. The app `trials` is part of the project.
+
+
+@pytest.fixture(scope="module")
+def running_stack(project, database, tmp_path_factory):
+    stack = prepare(project, tmp_path_factory.mktemp("stack"), database)
+    try:
+        stack.start(stack.beat, *([stack.flower] if stack.has_flower else []))
+        yield stack
+    except AssertionError:
+        stack.print_logs()
+        raise
+    finally:
+        stack.stop()
+
+
+@pytest.fixture
+def stack(running_stack):
+    sizes = {log: log.stat().st_size for log in running_stack.folder.glob("*.log")}
+    yield running_stack
+    running_stack.print_logs(sizes)
+
+
+def follow(stack, url, until):
+    """Return all states of the task at `url` that were seen until it had this one."""
+    seen = []
+
+    def reached():
+        status, _, task = stack.request("GET", url)
+        assert status == 200
+        if task not in seen:
+            seen.append(task)
+        return task["state"] == until
+
+    wait_for(reached)
+    return seen
+
+
+@everywhere
+def test_a_worker_runs_tasks_and_beat_starts_them(stack):
+    task = stack.send("quick")
+    stack.wait_until_started(task)
+    wait_for((stack.folder / "ticked").exists)
+
+
+@everywhere
+def test_a_countdown_is_waited_for(stack):
+    sent = time.time()
+    task = stack.send("quick", countdown=2)
+    stack.wait_until_started(task)
+    [(_, started)] = stack.notes("start", task)
+    assert started - sent > 1.9  # not 2: gevent counts from the start of its loop's round
+
+
+@everywhere
+def test_a_task_that_fails_twice_succeeds(stack):
+    status, headers, answer = stack.start_task("fail_twice")
+    assert status == 202
+    if "Location" in headers:
+        seen = follow(stack, headers["Location"], "SUCCESS")
+        assert seen[-1]["result"] == 2
+        assert "RETRY" in [task["state"] for task in seen]
+    stack.wait_until_started(answer["id"], times=3)
+
+
+@with_results
+def test_the_caller_gets_the_result(stack):
+    code = """
+header = [add.s(n, n) for n in range(3)]
+result = [
+    add.delay(1, 2).get(timeout=300),
+    chain(add.s(1, 2), add.s(3))().get(timeout=300),
+    group(header)().get(timeout=300),
+    chord(header)(total.s()).get(timeout=300),
+]
+"""
+    assert stack.ask(code) == [3, 6, [0, 2, 4], 6]
+
+
+@with_results
+def test_a_client_sees_progress_and_result_of_its_own_task(stack, gate):
+    status, headers, answer = stack.start_task("work", gate)
+    assert (status, answer["state"]) == (202, "PENDING")
+    seen = follow(stack, headers["Location"], "PROGRESS")
+    assert seen[-1]["progress"]["done"] >= 1
+    gate.touch()
+    assert follow(stack, headers["Location"], "SUCCESS")[-1]["result"] == "done"
+    stack.token, own = stack.ask(OTHER_USER), stack.token
+    try:
+        assert stack.request("GET", headers["Location"])[0] == 404
+    finally:
+        stack.token = own
+    assert stack.request("GET", "/api/tasks/invented/")[0] == 404
+
+
+OTHER_USER = """
+from users.models import User
+from rest_framework.authtoken.models import Token
+user = User.objects.create_user("other")
+result = Token.objects.create(user=user).key
+"""
+
+
+@with_cancel
+def test_a_client_cancels_its_task(stack, gate):
+    """A waiting one: the worker's slots are taken. A running one: not on threads."""
+    blockers = [stack.send("wait", gate) for _ in range(stack.variables["WORKER_CONCURRENCY"])]
+    for blocker in blockers:
+        stack.wait_until_started(blocker)
+    _, headers, waiting = stack.start_task("work", gate)
+    assert stack.request("DELETE", headers["Location"])[0] == 204
+    gate.touch()
+    follow(stack, headers["Location"], "REVOKED")
+    assert not stack.starts(waiting["id"])
+
+    other = gate.with_name("other")
+    _, headers, running = stack.start_task("work", other)
+    stack.wait_until_started(running["id"])
+    follow(stack, headers["Location"], "PROGRESS")
+    assert stack.request("DELETE", headers["Location"])[0] == 204
+    if stack.project.answers["worker_pool"] == "threads":
+        other.touch()
+        follow(stack, headers["Location"], "SUCCESS")
+    else:
+        follow(stack, headers["Location"], "REVOKED")
+        other.touch()
+        time.sleep(0.5)
+        assert not stack.notes("end", running["id"])
+
+
+@outputs(next(a for a in COMBINATIONS if has_results(a) and not has_flower(a)))
+def test_without_remote_control_nothing_pretends_to_cancel(stack, gate):
+    _, headers, _ = stack.start_task("work", gate)
+    assert stack.request("DELETE", headers["Location"])[0] == 405
+
+
+@with_flower
+def test_flower_shows_tasks_and_ends_one(stack, gate):
+    task = stack.send("wait", gate)
+    stack.wait_until_started(task)
+    wait_for(lambda: stack.in_flower(task) == "STARTED")
+    assert stack.ask_flower("POST", f"/api/task/revoke/{task}?terminate=1")[0] == 200
+    if stack.project.answers["worker_pool"] == "threads":
+        gate.touch()
+        wait_for(lambda: stack.in_flower(task) == "SUCCESS")
+    else:
+        wait_for(lambda: stack.in_flower(task) == "REVOKED")
+        gate.touch()
+        time.sleep(0.5)
+        assert not stack.notes("end", task)
+    after = stack.send("quick")
+    stack.wait_until_started(after)
+    wait_for(lambda: stack.in_flower(after) == "SUCCESS")
+
+
+@with_example
+def test_an_order_is_confirmed_by_email(stack):
+    status, _, order = stack.request("POST", "/api/orders/", ORDER)
+    assert status == 201
+    url = f"/api/orders/{order['id']}/"
+    wait_for(lambda: stack.request("GET", url)[2]["confirmed_at"])
+    assert "Thank you! You ordered 2 × Tea." in mails(stack.project)
+
+
+@with_example
+def test_a_report_shows_progress_or_arrives_by_email(stack):
+    status, headers, _ = stack.request("POST", "/api/orders/report/")
+    assert status == 202
+    if has_results(stack.project.answers):
+        seen = follow(stack, headers["Location"], "PROGRESS")
+        assert seen[-1]["progress"]["total"] == 30
+    else:
+        assert "Location" not in headers
+        assert stack.request("GET", "/api/tasks/x/")[0] == 404
+        wait_for(lambda: "Subject: Your orders" in mails(stack.project))
+
+
+@with_example
+def test_forecasts_of_the_admin_arrive_by_email(stack):
+    """A chord on the queue `cpu`, or a group where there are no results."""
+    code = """
+from django.test import Client
+from orders.models import Order
+from users.models import User
+user = User.objects.first()
+order, _ = Order.objects.get_or_create(owner=user, product="Coffee")
+client = Client(HTTP_HOST="localhost", headers={"x-forwarded-proto": "https"})
+client.force_login(user)
+data = {"action": "forecast_demand", "_selected_action": [order.pk]}
+result = client.post("/admin/orders/order/", data).status_code
+"""
+    assert stack.ask(code) == 302
+    wait_for(lambda: re.search("^Subject: Demand", mails(stack.project), re.M))
