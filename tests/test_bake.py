@@ -30,6 +30,7 @@ from harness.bake import (
     name,
     product,
 )
+from harness.blocks import check_blocks
 from harness.checks import (
     BAKED,
     SIZE,
@@ -39,7 +40,6 @@ from harness.checks import (
     check_names,
     check_pages,
 )
-from harness.reader import check_code
 from harness.servers import sentinel_settings
 
 ENGINE = engine()
@@ -102,8 +102,8 @@ def check_project(project, is_new):
     for file, text in texts.items():
         if is_new("file", file, text):
             check_file(project, file, text)
-            if file.suffix == ".md":
-                check_code(str(file), text)
+            if file.suffix == ".md" and answers["durable_jobs"] == "no":
+                check_blocks(file, text)
             checked += 1
     asked = re.findall(r'env\.\w+\("([A-Z_]+)"\)', texts[Path("config/settings.py")])
     assert asked and ast.literal_eval(

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from . import missing
 from .bake import WITH_JOBS, chosen
-from .pages import blocks
+from .blocks import code
 from .project import LIMIT, children_of, connects, env, free_ports, wait_for
 
 VISIBILITY_TIMEOUT = 8  # seconds, for plain tasks
@@ -30,10 +30,7 @@ ELECT_LEADERS = """
 
 def sentinel_settings(page):
     """Return the settings that docs/sentinel.md tells readers to add: tests prove them."""
-    [settings] = [
-        b.code for b in blocks("docs/sentinel.md", page) if b.heading == "Settings" and b.code
-    ]
-    return settings
+    return code(page, "SENTINEL_OPTIONS =")
 
 
 class Process:

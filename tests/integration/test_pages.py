@@ -1,14 +1,13 @@
-"""A reader can follow the output's pages: their code runs as it stands there."""
+"""A reader can type what the output's pages show: each block runs as it stands there."""
 
 from functools import partial
 
 import pytest
 
-from harness.bake import CHOICES, DEFAULTS, render
+from harness.bake import CHOICES, DEFAULTS, WITH_JOBS, render
+from harness.blocks import Reader, code
 from harness.outputs import outputs
-from harness.pages import blocks, read_pages
 from harness.project import connects, free_ports
-from harness.reader import FOLLOWED, Reader, follow
 from harness.servers import Process
 
 # Makes queues with the template, then the rest as `make queues` does, which must not change these.
@@ -60,16 +59,15 @@ table = dynamodb.describe_table(TableName=name)["Table"]
 assert table["BillingModeSummary"]["BillingMode"] == "PAY_PER_REQUEST", table
 print(",".join(sorted(actions)))
 """
-aws_output = outputs({**DEFAULTS, "broker": "sqs", "result_backend": "dynamodb"})
+aws_output = outputs({**DEFAULTS, **WITH_JOBS, "broker": "sqs", "result_backend": "dynamodb"})
 
 
-@outputs(*({**DEFAULTS, **answers} for answers in FOLLOWED))
-def test_a_reader_can_follow_the_pages(broker, project, request, tmp_path):
-    """The README's first job and its test, then what docs/ adds to them."""
-    variables = dict(broker)
-    if not (project / "orders").exists():  # one of them on SQLite, the other on PostgreSQL
-        variables["DATABASE_URL"] = request.getfixturevalue("database").create("pages")
-    follow(Reader(project, tmp_path, **variables), read_pages(project))
+@outputs(DEFAULTS)
+def test_a_reader_can_type_what_the_pages_show(broker, project):
+    pages = sorted(page.relative_to(project) for page in project.glob("docs/*.md"))
+    with Reader(project, **broker) as reader:
+        for page in ("README.md", "AGENTS.md", *pages):
+            reader.read(page)
 
 
 @pytest.fixture
@@ -83,29 +81,24 @@ def aws(project, tmp_path):
     server.kill()
 
 
-def template(project, heading, **answers):
-    """Return the CloudFormation template below this heading of docs/workers.md."""
-    page = render("docs/workers.md", project_slug=project.name, **answers)
-    [code] = [
-        block.code
-        for block in blocks("docs/workers.md", page)
-        if block.heading == heading and block.code.startswith("Resources:")
-    ]
-    return code
+def template(project, words, **answers):
+    """Return the CloudFormation template of docs/workers.md that has these words."""
+    page = render("docs/workers.md", project_slug=project.name, **WITH_JOBS, **answers)
+    return code(page, words)
 
 
 @aws_output
 @pytest.mark.parametrize("example", CHOICES["include_example"])
 def test_the_template_makes_the_queues_of_the_project(project, aws, example):
-    code = template(project, "The broker: Amazon SQS", broker="sqs", include_example=example)
-    made = project.shell(QUEUES, TEMPLATE=code, **aws)
+    queues = template(project, "AWS::SQS::Queue", broker="sqs", include_example=example)
+    made = project.shell(QUEUES, TEMPLATE=queues, **aws)
     assert made == ("celery,cpu,dead,io/test" if example == "yes" else "celery,dead/cpu,io,test")
 
 
 @aws_output
 def test_the_template_makes_a_table_that_keeps_results(project, aws):
     """Its policy allows what this needs."""
-    code = template(project, "The result backend: DynamoDB", result_backend="dynamodb")
-    needed = project.shell(TABLE, TEMPLATE=code, **aws).split(",")
+    table = template(project, "AWS::DynamoDB::Table", result_backend="dynamodb")
+    needed = project.shell(TABLE, TEMPLATE=table, **aws).split(",")
     assert {"dynamodb:DescribeTable", "dynamodb:PutItem", "dynamodb:GetItem"} <= set(needed)
-    assert all(f"- {action}\n" in code for action in needed), needed
+    assert all(f"- {action}\n" in table for action in needed), needed

@@ -10,8 +10,8 @@ import time
 
 import psutil
 
+from harness.blocks import code
 from harness.faults import POOLS, on_each_pool, on_prefork, on_rabbitmq, on_sqs, stacks, with_flower
-from harness.pages import blocks
 from harness.project import wait_for
 
 # The whole worker is killed
@@ -107,7 +107,7 @@ result = [len(messages), [message["Body"] == messages[0]["Body"] for message in 
 def test_a_dead_letter_is_kept_and_can_be_sent_again(stack):
     """With rabbitmq.json, which names no queue of tasks, and with the code in docs/workers.md."""
     page = stack.project.read("docs/workers.md")
-    [again] = [block.code for block in blocks("docs/workers.md", page) if "x-death" in block.code]
+    again = code(page, "x-death")
     stack.broker.control("import_definitions", stack.project / "rabbitmq.json")
     try:
         stack.send("circle", ".", 0, queue="reports")
