@@ -190,6 +190,8 @@ CELERY_TASK_ROUTES = {  # a queue for each kind of load, so that one doesn't del
     "orders.tasks.forecast_demand": {"queue": "cpu"},
     "orders.tasks.check_stock": {"queue": "io"},
 }
+{% else %}
+CELERY_TASK_ROUTES = {}
 {% endif %}
 CELERY_ACCEPT_CONTENT = ["json"]  # never pickle: a message could run any code
 CELERY_TIMEZONE = TIME_ZONE
