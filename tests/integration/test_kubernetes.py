@@ -220,14 +220,13 @@ def test_production_has_every_variable_that_it_needs(render, broker):
     assert {"SECRET_KEY", *re.findall("^# ([A-Z_]+)=", needed, re.M)} <= {*config, *secret}
 
 
-def test_the_probes_send_an_allowed_host(render):
+def test_the_probes_ask_for_the_health_of_the_project(render):
+    """Without a `Host` of ALLOWED_HOSTS: they send the IP address of the pod."""
     _, documents = render()
-    [config] = [each["data"] for (kind, _), each in documents.items() if kind == "ConfigMap"]
     [web] = pods(documents)["Deployment", "web"]["containers"]
-    for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
-        [header] = web[probe]["httpGet"]["httpHeaders"]
-        assert header["name"] == "Host"
-        assert header["value"] in config["ALLOWED_HOSTS"].split(",")
+    paths = {"startupProbe": "live", "livenessProbe": "live", "readinessProbe": "ready"}
+    for probe, path in paths.items():
+        assert web[probe]["httpGet"] == {"path": f"/health/{path}", "port": 8000}
 
 
 def ports(rules):
