@@ -1,6 +1,6 @@
 {% import "imports.jinja" as imports %}
 {% import "text.jinja" as text %}
-{% from "chosen.jinja" import broker, result_backend, worker_pool, periodic_tasks, servers, has_example, has_flower, has_results, has_task_api, flower_port with context %}
+{% from "chosen.jinja" import include_example, broker, result_backend, worker_pool, periodic_tasks, servers, has_example, has_flower, has_results, has_task_api, flower_port with context %}
 {% set lines %}
 import environ
 from django.core.exceptions import ImproperlyConfigured
@@ -47,6 +47,7 @@ INSTALLED_APPS = [
 {% for app in [result_backend.app, periodic_tasks.app] | select %}
     "{{ app }}",
 {% endfor %}
+    "config",
     "users",
 {% if has_example %}
     "orders",
@@ -69,7 +70,6 @@ MIDDLEWARE = [
 TEMPLATES = [
     {
         "BACKEND": "django.template.backends.django.DjangoTemplates",
-        "DIRS": [BASE_DIR / "config/templates"],
         "APP_DIRS": True,
         "OPTIONS": {
             "context_processors": [
@@ -87,7 +87,6 @@ LOGIN_REDIRECT_URL = LOGOUT_REDIRECT_URL = "index"
 TIME_ZONE = env.str("TIME_ZONE", default="UTC")
 STATIC_URL = "static/"
 STATIC_ROOT = BASE_DIR / "staticfiles"
-STATICFILES_DIRS = [BASE_DIR / "config/static"]
 DATABASES = {"default": env.db("DATABASE_URL")}
 DATABASES["default"]["CONN_MAX_AGE"] = 60  # seconds; requests and tasks reuse connections
 DATABASES["default"]["CONN_HEALTH_CHECKS"] = True  # replace one that the server has closed
@@ -101,8 +100,8 @@ else:  # don't wait long for a server that has disappeared: seconds, then millis
     timeouts = {"connect_timeout": 5, "tcp_user_timeout": 10_000}
     DATABASES["default"]["OPTIONS"] = timeouts | DATABASES["default"].get("OPTIONS", {})
 CACHES = {"default": env.cache("CACHE_URL", default="locmemcache://")}
-{% for server in servers %}
-{% print server.settings | default %}
+{% for server in servers if server.settings is defined %}
+{{ server.settings | trim }}
 {% endfor %}
 email = env.email("EMAIL_URL")
 EMAIL_BACKEND, EMAIL_FILE_PATH = email["EMAIL_BACKEND"], email["EMAIL_FILE_PATH"]
@@ -169,7 +168,6 @@ REST_FRAMEWORK = {
 SPECTACULAR_SETTINGS = {
     "TITLE": {{ text.python(cookiecutter.project_name) }},
     "VERSION": "1.0.0",
-    "COMPONENT_SPLIT_REQUEST": True,  # responses may have blank texts, requests may not
     "SERVE_PERMISSIONS": ["rest_framework.permissions.IsAuthenticated"],
     "SWAGGER_UI_DIST": "SIDECAR",  # from this server, not from a CDN
     "SWAGGER_UI_FAVICON_HREF": "SIDECAR",
@@ -180,11 +178,13 @@ CELERY_TASK_ACKS_LATE = True  # if a worker is killed, the broker delivers its t
 CELERY_TASK_TIME_LIMIT = env.int("TASK_TIME_LIMIT", default=600)  # seconds
 {% print worker_pool.task_settings | default %}
 # The queues that a worker consumes by default; `--queues cpu` restricts it to some.
+{% if broker.queue_options is defined %}
 CELERY_TASK_QUEUES = [
-{% for queue in ["celery"] + (["cpu", "io"] if has_example else []) %}
-    Queue("{{ queue }}", routing_key="{{ queue }}"{{ broker.queue_options | default }}),
-{% endfor %}
+    Queue(name, routing_key=name, {{ broker.queue_options }}){{ "\n    " if has_example else " " }}for name in ["{{ include_example.queues | join('", "') }}"]
 ]
+{% else %}
+CELERY_TASK_QUEUES = [Queue(name, routing_key=name) for name in ["{{ include_example.queues | join('", "') }}"]]
+{% endif %}
 {% if has_example %}
 CELERY_TASK_ROUTES = {  # a queue for each kind of load, so that one doesn't delay another
     "orders.tasks.forecast_demand": {"queue": "cpu"},
