@@ -1,6 +1,6 @@
 .PHONY: demo engine test prove chaos bench package release lint
 
-demo: .venv  ## bake a project, start it, run a job: make demo ARGS="include_example=no"
+demo: .venv  ## bake a project, start it, run its tasks: make demo ARGS="durable_jobs=yes"
 	@PYTHONPATH=tests .venv/bin/python -m harness.demo $(ARGS)
 
 engine: .venv  ## tests of the app `jobs`, in seconds: make engine ARGS="-k retry"

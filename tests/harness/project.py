@@ -192,6 +192,13 @@ class Site:
         headers = {"Authorization": f"Token {self.token}", **self.headers, **headers}
         return fetch(self.web + path, data, headers)
 
+    def delete(self, path):
+        """Send a DELETE as the demo user. Return the status."""
+        request = urllib.request.Request(self.web + path, method="DELETE")
+        request.add_header("Authorization", f"Token {self.token}")
+        with urllib.request.urlopen(request, timeout=30) as response:
+            return response.status
+
     def upload(self, path, text):
         """POST this text as the file in the form field `file`."""
         head = 'Content-Disposition: form-data; name="file"; filename="upload.csv"'
