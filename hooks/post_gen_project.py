@@ -26,14 +26,21 @@ except FileExistsError:
 
 # Remove what the answers leave out. Older files are not from this run: they belong to the owner.
 written = os.stat(".dropped").st_ctime - 60
+project = os.path.realpath(".")
+
+
+def remove_if_empty(folder):
+    """Remove a folder of the project. What is behind a link that leads out of it is not its."""
+    is_own = os.path.realpath(folder).startswith(project + os.sep)
+    if is_own and os.path.isdir(folder) and not os.listdir(folder):
+        os.rmdir(folder)
 
 
 def drop(path):
     if os.path.isdir(path) and not os.path.islink(path):
         for name in os.listdir(path):
             drop(os.path.join(path, name))
-        if not os.listdir(path):
-            os.rmdir(path)
+        remove_if_empty(path)
     elif os.path.exists(path) and os.stat(path).st_ctime > written:
         os.remove(path)
 
@@ -41,6 +48,7 @@ def drop(path):
 with open(".dropped", encoding="utf-8") as dropped:
     for line in dropped.read().split():
         drop(line)
+        remove_if_empty(os.path.dirname(line))
 os.remove(".dropped")
 
 print(f"\nNext:\n\n    cd {os.path.basename(os.getcwd())}\n    make run\n")

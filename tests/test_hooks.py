@@ -4,9 +4,11 @@ import ast
 import json
 import os
 import re
-import stat
 import subprocess
 import sys
+from pathlib import Path
+from stat import S_IMODE
+from types import SimpleNamespace
 
 import pytest
 from cookiecutter.utils import create_env_with_context
@@ -19,6 +21,7 @@ from harness.project import Project
 def test_hooks_run_on_a_bare_python(tmp_path, hook):
     source = (TEMPLATE / f"hooks/{hook}.py").read_text("utf-8")
     (tmp_path / ".env.example").write_text("# For development\nDEBUG=True\n\n# For production\n")
+    (tmp_path / ".dropped").write_text("")
     script = tmp_path / "hook.py"
     answers = {**OPTIONS, **DEFAULTS, "project_slug": "shop"}
     script.write_text(create_env_with_context({}).from_string(source).render(cookiecutter=answers))
@@ -145,7 +148,7 @@ def test_only_its_owner_can_read_env(bake, umask):
     finally:
         os.umask(before)
 
-    assert stat.S_IMODE((project / ".env").stat().st_mode) == 0o600
+    assert S_IMODE((project / ".env").stat().st_mode) == 0o600
 
 
 def test_env_is_never_overwritten(run, tmp_path):
@@ -162,7 +165,7 @@ def test_env_is_never_overwritten(run, tmp_path):
 
 
 def test_the_output_has_no_empty_folders(bake):
-    project = bake(include_example="no")
+    project = bake(include_example="no", deployment="none", ci="none")
 
     assert [path for path in project.rglob("*") if path.is_dir() and not any(path.iterdir())] == []
 
@@ -173,6 +176,7 @@ def test_empty_folders_of_git_and_virtualenvs_are_kept(tmp_path):
     for folder in kept + gone:
         folder.mkdir(parents=True)
     (tmp_path / ".env.example").write_text("# For development\nDEBUG=True\n\n# For production\n")
+    (tmp_path / ".dropped").write_text("orders\n.github\n")
     subprocess.run(
         [sys.executable, TEMPLATE / "hooks/post_gen_project.py"], cwd=tmp_path, check=True
     )
@@ -194,16 +198,44 @@ def test_empty_folders_behind_a_link_are_kept(run, tmp_path):
 
 def test_overwriting_keeps_files_that_the_owner_added(run, tmp_path):
     project = tmp_path / "out/my_project"
-    assert run("--no-input").returncode == 0
+    assert run("--no-input", "durable_jobs=yes").returncode == 0
     (project / "media/uploads").mkdir(parents=True)  # still empty
     (project / "jobs/templates/jobs/mine.html").write_text("mine")
     (project / "jobs/static/jobs/mine.css").write_text("mine")
-    result = run("--no-input", "--overwrite-if-exists")
+    result = run("--no-input", "--overwrite-if-exists", "durable_jobs=yes")
 
     assert result.returncode == 0, result.stderr
     assert (project / "media/uploads").is_dir()
     assert (project / "jobs/templates/jobs/mine.html").read_text() == "mine"
     assert (project / "jobs/static/jobs/mine.css").read_text() == "mine"
+
+
+PATHS_DROPPED = ["jobs/mine.py", "orders/templates/mine.html", "deploy/kubernetes/mine.yaml"]
+
+
+@pytest.mark.usefixtures("hooks_in_this_process")
+def test_overwriting_keeps_older_files_in_folders_that_are_dropped(run, tmp_path, monkeypatch):
+    """No call sets the time of a file's last change, so the hook is told an older one."""
+    project = tmp_path / "out/my_project"
+    answers = ["--no-input", "include_example=no", "deployment=none"]
+    assert run(*answers).returncode == 0
+    for file in PATHS_DROPPED:
+        (project / file).parent.mkdir(parents=True)
+        (project / file).write_text("mine")
+
+    def stat_of(path, **options):
+        found = stat(path, **options)
+        if str(path) not in PATHS_DROPPED:
+            return found
+        return SimpleNamespace(st_ctime=found.st_ctime - 3600, st_mode=found.st_mode)
+
+    stat = os.stat
+    monkeypatch.setattr(os, "stat", stat_of)
+    assert run(*answers, "--overwrite-if-exists").returncode == 0
+    monkeypatch.undo()
+    left = {path.relative_to(project) for path in project.rglob("*") if path.is_file()}
+    folders = {Path(file).parts[0] for file in PATHS_DROPPED}
+    assert {path for path in left if path.parts[0] in folders} == set(map(Path, PATHS_DROPPED))
 
 
 @pytest.mark.parametrize("out", ["with space", "ünï/名前/🚀", 'o\'clock "now"', "$HOME; #1 & [x]"])

@@ -12,6 +12,7 @@ import yaml
 from harness.bake import ABOUT, CHOICES, PINNED, TEMPLATE, render
 
 VERSIONS, REQUIREMENTS = "templates/versions.jinja", "templates/requirements.txt"
+PLAIN = "templates/durable_jobs/no.jinja"  # the same versions: requirements() compares them
 WORKFLOW = ".github/workflows/ci.yml"
 ENGINE = (TEMPLATE / REQUIREMENTS).read_text().split()
 NAMED = {name: value for name, value in vars(PINNED).items() if isinstance(value, str)}
@@ -26,6 +27,7 @@ FACTS = [
     "`task_retry_on_worker_lost` of Celery 5.7",
     "as long as the project supports Django 5.2",
     "Celery 5.7 deprecates `queue`",
+    "delivers the tasks of a killed worker again (kombu 5.7)",
     "RabbitMQ 4 accepts 16 MiB",
 ]
 # A package that the template's tests need in a version other than outputs, and why.
@@ -57,9 +59,13 @@ def requirements():
     for option, choices in CHOICES.items():
         for choice in choices:
             about = tomllib.loads(render("pyproject.toml", **{**TEXTS, option: choice}))
-            groups = {**about["dependency-groups"], **about["project"]["optional-dependencies"]}
+            groups = {
+                **about["dependency-groups"],
+                **about["project"].get("optional-dependencies", {}),
+            }
             for each in itertools.chain(about["project"]["dependencies"], *groups.values()):
-                found[package(each)] = re.sub(r"\[.*]", "", each)
+                without_extras = re.sub(r"\[.*]", "", each)
+                assert found.setdefault(package(each), without_extras) == without_extras
     return found
 
 
@@ -77,7 +83,8 @@ def test_each_version_stands_in_one_file():
     """The workflow, which no template can write, has some too: the next test compares them."""
     for pattern, home in homes().items():
         files = {name for name, text in TRACKED.items() if re.search(pattern, text)}
-        assert files - {home, WORKFLOW} - HISTORY == set(), pattern
+        also = {PLAIN} if home == REQUIREMENTS else set()
+        assert files - {home, WORKFLOW} - also - HISTORY == set(), pattern
 
 
 def test_the_templates_own_workflow_has_the_versions_of_an_output():
