@@ -262,8 +262,8 @@ def table_of_parts():
 
 def test_the_table_of_parts_names_the_files_that_print_them():
     printed, guarded = defaultdict(set), set()  # {part: files}, parts that may be missing
-    for path in [*PARTS.rglob("*.jinja"), *output_files()]:
-        file = rendered(path.relative_to(PARTS if path.is_relative_to(PARTS) else OUTPUT))
+    for path in [*PARTS.rglob("*.jinja"), *whole_files(), *output_files()]:
+        file = name_of(path)
         tree = ENVIRONMENT.parse(path.read_text("utf-8"))
         filters = tree.find_all((nodes.Filter, nodes.Test))
         optional = {id(each.node) for each in filters if each.name in ("default", "defined")}
@@ -292,6 +292,20 @@ def test_each_file_of_a_choice_has_the_parts_of_the_table():
                 assert part in parts or not needed, f"{path} lacks {part}"
             unused -= set(parts)
     assert not unused, "no choice has these parts"
+
+
+def whole_files():
+    """Return the files that stand whole, under the name of a choice."""
+    folders = [path for path in PARTS.glob("*/*") if path.is_dir()]
+    return [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+
+
+def name_of(path):
+    """Return what the table of parts calls a file: for one that stands whole, its output."""
+    if path.is_relative_to(OUTPUT):
+        return rendered(path.relative_to(OUTPUT))
+    parts = path.relative_to(PARTS).parts
+    return str(Path(*parts[2:] if len(parts) > 2 else parts))
 
 
 def names_set(path):
