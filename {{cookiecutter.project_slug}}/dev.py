@@ -142,8 +142,9 @@ def create_user_and_links():
     from django.contrib.auth import get_user_model
     from rest_framework.authtoken.models import Token
 
-    name, password = (os.environ[f"DJANGO_SUPERUSER_{x}"] for x in ("USERNAME", "PASSWORD"))
-    users = get_user_model().objects.filter(username=name)
+    field = get_user_model().USERNAME_FIELD
+    name, password = (os.environ[f"DJANGO_SUPERUSER_{x}"] for x in (field.upper(), "PASSWORD"))
+    users = get_user_model().objects.filter(**{field: name})
     if not users.exists():
         call_command("createsuperuser", interactive=False, verbosity=0)
     token, _ = Token.objects.get_or_create(user=users.get())

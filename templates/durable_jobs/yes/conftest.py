@@ -20,7 +20,8 @@ def quick_settings(settings):
 
 @pytest.fixture
 def user(db, django_user_model):
-    return django_user_model.objects.create_user("user", "user@example.com")
+    name, email = django_user_model.USERNAME_FIELD, "user@example.com"
+    return django_user_model.objects.create_user(**{name: email, "email": email})
 
 
 @pytest.fixture

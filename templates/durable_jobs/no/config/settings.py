@@ -21,7 +21,9 @@ from config import logs
 BASE_DIR = Path(__file__).resolve().parent.parent
 env = environ.Env()
 env.read_env(BASE_DIR / ".env")
-env.ENVIRON = {name: value for name, value in os.environ.items() if value}  # empty means missing
+env.escape_proxy = True  # "$" is a character, and no reference to another variable
+values = {name: value.strip().replace("$", r"\$") for name, value in os.environ.items()}
+env.ENVIRON = {name: value for name, value in values.items() if value}  # empty means missing
 
 required = "SECRET_KEY ALLOWED_HOSTS DATABASE_URL EMAIL_URL DEFAULT_FROM_EMAIL".split()
 required += ["{{ [broker.required, result_backend.required | default] | select | join('", "') }}"]
@@ -113,8 +115,8 @@ DEFAULT_FROM_EMAIL = env.str("DEFAULT_FROM_EMAIL")
 
 # Security
 SECRET_KEY = env.str("SECRET_KEY")
-ALLOWED_HOSTS = env.list("ALLOWED_HOSTS")
-CSRF_TRUSTED_ORIGINS = env.list("CSRF_TRUSTED_ORIGINS", default=[])
+ALLOWED_HOSTS = env.list("ALLOWED_HOSTS", cast=str.strip)
+CSRF_TRUSTED_ORIGINS = env.list("CSRF_TRUSTED_ORIGINS", cast=str.strip, default=[])
 SECURE_SSL_REDIRECT = SESSION_COOKIE_SECURE = CSRF_COOKIE_SECURE = not DEBUG
 SECURE_HSTS_SECONDS = 0 if DEBUG else 3600
 SILENCED_SYSTEM_CHECKS = ["security.W005", "security.W021"]  # HSTS for subdomains: your decision

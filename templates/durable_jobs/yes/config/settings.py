@@ -19,8 +19,9 @@ BASE_DIR = Path(__file__).resolve().parent.parent
 
 env = environ.Env()
 env.read_env(BASE_DIR / ".env")
-# An empty variable counts as missing.
-env.ENVIRON = {name: value for name, value in os.environ.items() if value}
+env.escape_proxy = True  # "$" is a character, and no reference to another variable
+values = {name: value.strip().replace("$", r"\$") for name, value in os.environ.items()}
+env.ENVIRON = {name: value for name, value in values.items() if value}  # empty means missing
 
 REQUIRED = [
 {% for name in ["SECRET_KEY", "ALLOWED_HOSTS", "DATABASE_URL", "EMAIL_URL", "DEFAULT_FROM_EMAIL", broker.required, result_backend.required | default] | select %}
@@ -35,8 +36,8 @@ DEBUG = env.bool("DEBUG", default=False)
 # Security
 
 SECRET_KEY = env.str("SECRET_KEY")
-ALLOWED_HOSTS = env.list("ALLOWED_HOSTS")
-CSRF_TRUSTED_ORIGINS = env.list("CSRF_TRUSTED_ORIGINS", default=[])
+ALLOWED_HOSTS = env.list("ALLOWED_HOSTS", cast=str.strip)
+CSRF_TRUSTED_ORIGINS = env.list("CSRF_TRUSTED_ORIGINS", cast=str.strip, default=[])
 SECURE_SSL_REDIRECT = SESSION_COOKIE_SECURE = CSRF_COOKIE_SECURE = not DEBUG
 SECURE_REDIRECT_EXEMPT = [r"^metrics$"]  # for a Prometheus in the same private network
 NUM_PROXIES = env.int("NUM_PROXIES", default=0 if DEBUG else 1)
