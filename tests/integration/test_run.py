@@ -482,7 +482,7 @@ CPUS = os.cpu_count()
 @every_pool
 def test_a_worker_has_the_settings_of_its_pool(project, request):
     own = request.node.callspec.params["output"]["worker_pool"]
-    of_project = [660, own == "gevent"]
+    of_project = [1260, own == "gevent"]
     prefork = ["prefork", CPUS, 1, True, 1000, None, *of_project]
     threads = ["thread", 20, 1, False, 1000, None, *of_project]
     gevent = ["gevent", 100, 4, True, 0, 3, *of_project]

@@ -19,10 +19,10 @@ PAGE = (TEMPLATE / "docs/upgrading.md").read_text("utf-8")
 CREATE, LINK, CHECK, UPDATE, CHANGE_ANSWER = re.findall(r"uvx cruft [^`\n]+", PAGE)
 ANSWERS = {"project_name": "Tea Shop", "broker": "rabbitmq", "include_example": "no"}
 # The same at the prompts, in the order of the options: the second broker, the second answer.
-TYPED = ["Tea Shop", *[""] * 4, "2", *[""] * 5, "2"]
+TYPED = ["Tea Shop", *[""] * 4, "2", *[""] * 6, "2"]
 SETTINGS = "config/settings.py"
 OWNERS = '"PAGE_SIZE": 20', '"PAGE_SIZE": 50'
-TEMPLATES = "ETA_TASK_LIMIT = 1000", "ETA_TASK_LIMIT = 500"
+TEMPLATES = '"TASK_TIME_LIMIT", default=600', '"TASK_TIME_LIMIT", default=500'
 
 
 @pytest.fixture(autouse=True)
@@ -115,7 +115,7 @@ def test_an_update_keeps_what_the_owner_changed(make, template, tmp_path):
     commit(project)
 
     output = template / "{{cookiecutter.project_slug}}"
-    change(output / SETTINGS, *TEMPLATES)
+    change(template / "templates/durable_jobs/no" / SETTINGS, *TEMPLATES)
     change(output / "Procfile", "beat: celery", "beat: exec celery")
     (output / "{{ cookiecutter.new_option }}.md").write_text("New\n")
     options = '"new_option": ["default", "other"], "include_example"'
@@ -137,7 +137,7 @@ def test_an_update_keeps_what_the_owner_changed(make, template, tmp_path):
     assert project.call("git", "status", "--short") == ""
     type_in(project, CHANGE_ANSWER, template)
     assert OWNERS[1] in project.read(SETTINGS)
-    assert '"CELERY_WORKER_POOL", "threads"' in project.read("config/celery.py")
+    assert 'CELERY_WORKER_POOL = "threads"' in project.read(SETTINGS)
 
 
 def test_a_replay_file_without_a_new_option_needs_a_terminal(template, tmp_path):

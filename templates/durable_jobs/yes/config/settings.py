@@ -239,7 +239,6 @@ TASKS = {"default": {"BACKEND": "jobs.backends.TaskBackend", "QUEUES": QUEUES}}
 CELERY_TASK_ACKS_LATE = True  # the plain tasks of a killed worker are delivered again
 CELERY_TASK_REJECT_ON_WORKER_LOST = True  # those of a killed child too
 CELERY_TASK_RETRY_ON_WORKER_LOST = True  # a task that kills its child fails after max_retries
-CELERY_WORKER_ETA_TASK_LIMIT = 1000  # tasks with a countdown do not fill a worker's memory
 CELERY_BROKER_CONNECTION_RETRY_ON_STARTUP = True  # a worker waits for its broker
 CELERY_TIMEZONE = TIME_ZONE
 {% if has_example %}
