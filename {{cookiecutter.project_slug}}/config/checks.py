@@ -1,6 +1,9 @@
 {% import "imports.jinja" as imports %}
-{% from "chosen.jinja" import broker, servers, has_flower with context %}
+{% from "chosen.jinja" import broker, result_backend, servers, has_flower with context %}
+{% set in_environment = [broker.required, result_backend.required | default] %}
+{% set fixed = ["CELERY_BROKER_URL", "CELERY_RESULT_BACKEND"] | reject("in", in_environment) | list %}
 {% set lines %}
+{{ "import os" if fixed }}
 {% for server in servers %}
 {% print server.check_imports | default %}
 {% endfor %}
@@ -77,6 +80,20 @@ def check_flower(app_configs, **kwargs):
             hint="Set it to user:password. If you run no Flower, silence this check.",
             id="config.E002",
         )
+{% endif %}
+{% if fixed %}
+
+
+@register(deploy=True)
+def check_overridden(app_configs, **kwargs):
+    """Find variables that Celery prefers to the settings."""
+    for name in ["{{ fixed | join('", "') }}"]:
+        if os.environ.get(name):
+            yield Warning(
+                f"The environment variable {name} overrides config/settings.py.",
+                hint="Remove it from the environment and from .env.",
+                id="config.W005",
+            )
 {% endif %}
 {% for server in servers %}
 {% print server.checks | default %}
