@@ -168,7 +168,9 @@ def test_only_staff_see_the_links_for_staff(client, admin_client, user):
 def test_the_login_redirects_to_the_jobs(client, user):
     user.set_password("secret")
     user.save()
-    response = client.post("/login/", {"username": "user", "password": "secret"}, follow=True)
+    response = client.post(
+        "/login/", {"username": user.get_username(), "password": "secret"}, follow=True
+    )
     assert response.request["PATH_INFO"] == "/"
     assert b'data-jobs-url="/api/jobs/"' in response.content
     assert client.get("/login/").url == "/"
@@ -181,7 +183,7 @@ def test_an_address_that_guesses_passwords_is_locked_out(client, user, url, sett
     user.save()
 
     def log_in(password, address="192.0.2.1"):
-        data = {"username": "user", "password": password}
+        data = {"username": user.get_username(), "password": password}
         return client.post(url, data, REMOTE_ADDR=address).status_code
 
     for guess in range(settings.AXES_FAILURE_LIMIT - 1):

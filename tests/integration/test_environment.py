@@ -1,0 +1,144 @@
+"""What an owner may write: values of variables, and a user model that logs in by email."""
+
+import json
+import shutil
+
+import pytest
+
+from harness.bake import DEFAULTS
+from harness.outputs import outputs
+from harness.project import Project
+
+both = outputs(*({**DEFAULTS, "durable_jobs": choice} for choice in ("no", "yes")))
+KEY = "0123456789abcdefghijklmnopqrstuvwxyz0123456789abcdefghijkl"
+WRITTEN = {  # {variable: (as it is written, the setting, its value)}
+    "SECRET_KEY": (f"${KEY}#=$a", "SECRET_KEY", f"${KEY}#=$a"),
+    "ALLOWED_HOSTS": (" a.com, b.com,", "ALLOWED_HOSTS", ["a.com", "b.com"]),
+    "CSRF_TRUSTED_ORIGINS": (
+        "https://a.com, https://b.com",
+        "CSRF_TRUSTED_ORIGINS",
+        ["https://a.com", "https://b.com"],
+    ),
+    "DEFAULT_FROM_EMAIL": ("$x@example.com", "DEFAULT_FROM_EMAIL", "$x@example.com"),
+    "FLOWER_BASIC_AUTH": ("$admin:$pw", "FLOWER_BASIC_AUTH", "$admin:$pw"),
+    "TASK_TIME_LIMIT": ("500 ", "CELERY_TASK_TIME_LIMIT", 500),
+    "DEBUG": (" True", "DEBUG", True),
+    "EMAIL_URL": ("smtp+tls://u:%23$a@h:587", "EMAIL_HOST_PASSWORD", "#$a"),
+    "CELERY_BROKER_URL": ("redis://:$a@h:6379/0", "CELERY_BROKER_URL", "redis://:$a@h:6379/0"),
+}
+SHOW = """
+import json
+from django.conf import settings
+print("=>" + json.dumps({name: getattr(settings, name) for name in NAMES}))
+"""
+
+
+def settings_of(project, **environment):
+    names = [setting for _, setting, _ in WRITTEN.values()]
+    code = SHOW.replace("NAMES", repr(names))
+    printed = project.manage("shell", "-v0", "-c", code, **environment)
+    return json.loads(printed.split("=>")[1])
+
+
+@both
+def test_a_variable_of_the_environment_keeps_its_value(project):
+    environment = {name: written for name, (written, _, _) in WRITTEN.items()}
+    expected = {setting: value for _, setting, value in WRITTEN.values()}
+    assert settings_of(project, **environment) == expected
+
+
+@both
+def test_a_variable_of_dotenv_keeps_its_value(project, copied):
+    kept = [
+        line for line in project.read(".env").splitlines() if line.partition("=")[0] not in WRITTEN
+    ]
+    written = [f"{name}={value}" for name, (value, _, _) in WRITTEN.items()]
+    (copied / ".env").write_text("\n".join([*kept, *written, ""]))
+    expected = {setting: value for _, setting, value in WRITTEN.values()}
+    assert settings_of(copied) == expected
+
+
+@pytest.fixture
+def copied(project, tmp_path):
+    """A copy of the project, for a test that changes it."""
+    skipped = shutil.ignore_patterns("__pycache__", "*.sqlite3*", ".data")
+    return Project(shutil.copytree(project, tmp_path / "copy", symlinks=True, ignore=skipped))
+
+
+MODELS = """
+from django.contrib.auth.models import AbstractUser, BaseUserManager
+from django.db import models
+
+
+class UserManager(BaseUserManager):
+    use_in_migrations = True
+
+    def create_user(self, email, password=None, **fields):
+        user = self.model(email=self.normalize_email(email), **fields)
+        user.set_password(password)
+        user.save(using=self._db)
+        return user
+
+    def create_superuser(self, email, password=None, **fields):
+        return self.create_user(email, password, is_staff=True, is_superuser=True, **fields)
+
+
+class User(AbstractUser):
+    username = None
+    email = models.EmailField(unique=True)
+    USERNAME_FIELD = "email"
+    REQUIRED_FIELDS = []
+    objects = UserManager()
+"""
+ADMIN = """
+from django.contrib import admin
+from django.contrib.auth.admin import UserAdmin
+
+from .models import User
+
+
+@admin.register(User)
+class EmailUserAdmin(UserAdmin):
+    ordering = ["email"]
+    list_display = ["email", "is_staff"]
+    search_fields = ["email"]
+    fieldsets = [(None, {"fields": ("email", "password", "is_staff", "is_superuser")})]
+    add_fieldsets = [(None, {"fields": ("email", "password1", "password2")})]
+"""
+
+
+@both
+def test_users_may_log_in_by_email(copied):
+    (copied / "users/models.py").write_text(MODELS)
+    (copied / "users/admin.py").write_text(ADMIN)
+    (copied / "users/migrations/0001_initial.py").unlink()
+    database = {"DATABASE_URL": f"sqlite:///{copied}/own.sqlite3"}
+    copied.manage("makemigrations", "users", **database)
+    copied.manage("migrate", "-v0", **database)
+    links = "import dev; print(dev.create_user_and_links())"
+    printed = copied.manage("shell", "-v0", "-c", links, PORT=8000, **database)
+    assert "demo@example.com / " in printed
+    copied.call(".venv/bin/python", "-m", "pytest", "-q", "-m", "not live", **database)
+
+
+@outputs({**DEFAULTS, "result_backend": "database"})
+def test_a_variable_that_overrides_the_settings_is_found(project):
+    command = ["check", "--deploy", "--fail-level", "WARNING"]
+    variables = {**project.production(), "DEBUG": "False", "FLOWER_BASIC_AUTH": "a:secret"}
+    project.manage(*command, **variables)
+    with pytest.raises(AssertionError, match="config.W005"):
+        project.manage(*command, **variables, CELERY_RESULT_BACKEND="redis://h/1")
+
+
+@both
+def test_every_host_gets_an_answer_of_the_health_checks_and_of_nothing_else(project):
+    code = """
+from django.test import Client
+hosts = ["10.0.0.7:8000", "a_b", "[::1]:8000", "evil.example"]
+paths = ["/health/live", "/health/ready", "/login/"]
+answers = ((path, Client().get(path, headers={"host": h})) for path in paths for h in hosts)
+print(sorted({(path, response.status_code) for path, response in answers}))
+"""
+    variables = {"DEBUG": "False", "ALLOWED_HOSTS": "example.com"}
+    expected = [("/health/live", 200), ("/health/ready", 200), ("/login/", 400)]
+    assert str(expected) in project.manage("shell", "-v0", "-c", code, **variables)
