@@ -54,7 +54,7 @@ def main(answers):
         out = TEMPLATE / "demo"
         shutil.rmtree(out, ignore_errors=True)
         bake = [sys.executable, "-m", "cookiecutter", "--no-input", "--output-dir", out, TEMPLATE]
-        subprocess.run([*bake, "durable_jobs=yes", *answers], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([*bake, *answers], check=True, stdout=subprocess.DEVNULL)
         [project] = map(Project, out.iterdir())
         print(f"  {len(project.files())} files")
     with step("Install what it needs"):
