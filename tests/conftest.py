@@ -19,7 +19,7 @@ pytest.register_assert_rewrite("harness")  # before the first import from there
 from harness.bake import TEMPLATE, baked  # noqa: E402
 from harness.project import Project  # noqa: E402
 
-pytest_plugins = ["harness.checks", "harness.faults", "harness.outputs", "harness.plain"]
+pytest_plugins = [f"harness.{name}" for name in "checks containers faults outputs plain".split()]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,6 +1,7 @@
 """A real Prometheus, which scrapes a stack."""
 
 import shutil
+import subprocess
 from urllib.parse import urlencode
 
 from . import missing
@@ -35,3 +36,12 @@ class Prometheus(Process):
         """Return the values of an expression now, as [(labels, value)]."""
         found = self.ask("query", query=expression)["result"]
         return [(each["metric"], float(each["value"][1])) for each in found]
+
+
+def promtool(*arguments, cwd=None, input=None):
+    if not shutil.which("promtool"):
+        missing("promtool is not installed: sudo apt install prometheus, which has it")
+    command = ["promtool", *arguments]
+    result = subprocess.run(command, cwd=cwd, input=input, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout + result.stderr

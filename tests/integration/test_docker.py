@@ -5,26 +5,33 @@ import json
 import os
 import re
 import shlex
-import shutil
 import signal
 import socket
 import ssl
 import subprocess
 import time
-from contextlib import contextmanager
 from urllib.request import Request, urlopen
 
 import pytest
 import yaml
 
-from harness import kustomize, missing
-from harness.bake import CHOICES, PINNED, WITH_JOBS, baked
+from harness.bake import CHOICES, PINNED, WITH_JOBS
 from harness.blocks import code
 from harness.ci import job_of
+from harness.containers import (
+    HTTPS,
+    MANAGE,
+    Pods,
+    Stack,
+    brokers,
+    check_rights,
+    composed,
+    docker,
+    log_of,
+)
 from harness.outputs import ORDER
-from harness.project import Site, env, free_ports, wait_for
+from harness.project import env, free_ports, wait_for
 
-SOFT_SHUTDOWN_SECONDS = 2
 # A job that runs much longer than SOFT_SHUTDOWN_SECONDS and reports 1,000 times.
 LONG_JOB = """
 from users.models import User
@@ -63,139 +70,20 @@ VERSIONS = {  # of Django
 }
 ANSWERS = {"default": {}, "admin": {"periodic_tasks": "admin", "result_backend": "database"}}
 
-# The tests of one stack run one after the other.
-STACKS = [
-    pytest.param(broker, marks=pytest.mark.xdist_group(f"docker-{broker}"))
-    for broker in CHOICES["broker"]
-]
+STACKS = brokers("docker")
 on_one = pytest.mark.parametrize("stack", STACKS[:1], indirect=True)
 on_rabbitmq = pytest.mark.parametrize(
     "stack", [stack for stack in STACKS if stack.values == ("rabbitmq",)], indirect=True
 )
-HTTPS = {"Host": "example.com", "X-Forwarded-Proto": "https"}  # what the proxy sends
-
-
-def docker(*command):
-    result = subprocess.run(["docker", *command], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return result.stdout.strip()
-
-
-@pytest.fixture(scope="module")
-def engine():
-    """Call missing() on a machine without a Docker engine or without Compose v2."""
-    if not shutil.which("docker"):
-        missing("docker is not installed")
-    for command in ("info", "compose version"):
-        if subprocess.run(["docker", *command.split()], capture_output=True).returncode:
-            missing(f"`docker {command}` fails: no engine, or no Compose v2")
 
 
 @pytest.fixture(scope="module", params=STACKS)
 def stack(request, engine, cookies_session):
-    """Start the output for a broker in containers; remove them and their data at the end.
-
-    Only `.env` is changed: a shorter soft shutdown, because workers wait that long at each stop.
-    """
-    port, flower, prometheus, grafana = free_ports(4)
-    answers = {"broker": request.param, "project_slug": f"shop_{port}"}
-    project = baked(cookies_session, {**WITH_JOBS, "deployment": "kubernetes", **answers})
-    with open(project / ".env", "a") as file:
-        file.write(f"SOFT_SHUTDOWN_SECONDS={SOFT_SHUTDOWN_SECONDS}\n")
-    ports = {"PORT": port, "FLOWER_PORT": flower}
-    ports |= {"PROMETHEUS_PORT": prometheus, "GRAFANA_PORT": grafana}
-    stack = Stack(project, **ports)
-    try:
-        stack.make_up()
+    with composed(JobStack, cookies_session, **WITH_JOBS, broker=request.param) as stack:
         yield stack
-    finally:
-        stack.compose("--profile", "*", "down", "--volumes", "--remove-orphans")
-        subprocess.run(["docker", "image", "rm", project.name], capture_output=True)
-    label = f"label=com.docker.compose.project={project.name}"
-    assert not docker("volume", "ls", "--quiet", "--filter", label)
 
 
-class Stack(Site):
-    """A site that `docker compose up` started."""
-
-    def __init__(self, project, **environment):
-        super().__init__(project, process=None, environment=environment)
-        self.began = time.monotonic()
-
-    @property
-    def log(self):
-        return self.compose("ps", "--all") + self.compose("logs", "--no-color")
-
-    def compose(self, *command):
-        return self.project.call("docker", "compose", *command, **self.environment)
-
-    def make(self, target):
-        return self.project.call("make", target, **self.environment)
-
-    def make_up(self):
-        """Run `make up`, which prints addresses and passwords, and keep the token from there."""
-        try:
-            printed = self.make("up")
-        except AssertionError as error:
-            raise AssertionError(f"{error}\n{self.log}") from None
-        user = self.user()
-        assert f"{self.web}/    {user['USERNAME']} / {user['PASSWORD']}" in printed
-        assert not self.has_flower or self.flower in printed
-        self.token = re.findall("Token ([0-9a-f]{40})", printed)[-1]
-
-    def up(self, *options):
-        """Start what has ended, without a build."""
-        self.compose("up", "--detach", "--wait", *options)
-
-    @contextmanager
-    def monitored(self):
-        """Run the services of the profile `monitoring` until the block ends.
-
-        Without Grafana if its image is not on this machine and cannot be downloaded.
-        """
-        services = yaml.safe_load(self.project.read("compose.yaml"))["services"]
-        names = [name for name in services if services[name].get("profiles") == ["monitoring"]]
-        image = services["grafana"]["image"]
-        commands = (["docker", "image", "inspect", image], ["docker", "pull", "--quiet", image])
-        if all(subprocess.run(each, capture_output=True).returncode for each in commands):
-            print(f"not tested: grafana, because there is no image {image}")
-            names.remove("grafana")
-        profile = ("--profile", "monitoring")
-        self.compose(*profile, "up", "--detach", "--wait", *names)
-        try:
-            yield names
-        finally:
-            self.compose(*profile, "rm", "--force", "--stop", *names)
-
-    def ask_prometheus(self, path):
-        with urlopen(f"http://127.0.0.1:{self.environment['PROMETHEUS_PORT']}{path}") as response:
-            return json.load(response)["data"]
-
-    def is_scraped(self):
-        """Whether Prometheus has read the metrics since its last start."""
-        targets = self.ask_prometheus("/api/v1/targets")["activeTargets"]
-        assert all(target["health"] != "down" for target in targets), targets
-        return [target["health"] for target in targets] == ["up"]
-
-    def psql(self, sql, database="postgres"):
-        """Run SQL as PostgreSQL's superuser, as docs/production.md says; return what it prints."""
-        command = ("psql", "-U", "postgres", "-d", database, "-tAc", sql)
-        return self.compose("exec", "-T", "db", *command).strip()
-
-    def shell(self, code):
-        """Run Python code in the web container; return the last word that it prints."""
-        command = ("python", "manage.py", "shell", "-v0", "-c", code)
-        return self.compose("exec", "-T", "web", *command).split()[-1]
-
-    def containers(self, *options):
-        """Return what `docker inspect` says about the containers: {service: [containers]}."""
-        ids = self.compose("ps", "--quiet", *options).split()
-        found = {}
-        for container in json.loads(docker("inspect", *ids)):
-            service = container["Config"]["Labels"]["com.docker.compose.service"]
-            found.setdefault(service, []).append(container)
-        return found
-
+class JobStack(Stack):
     def order(self):
         """Place an order, wait until its job has succeeded; return the order's URL and the job."""
         status, headers, order = self.request("/api/orders/", ORDER)
@@ -239,28 +127,6 @@ def test_the_worker_reads_an_uploaded_file(stack):
 
 def test_each_service_is_healthy_and_has_few_rights(stack):
     check_rights(stack.containers("--all"))
-
-
-def check_rights(containers, public=None):
-    """Assert that services run with few rights, and that only `public` has public ports."""
-    for service, [container] in containers.items():
-        state, host = container["State"], container["HostConfig"]
-        if state["Running"]:
-            assert state["Health"]["Status"] == "healthy", service
-            assert host["RestartPolicy"]["Name"] == "unless-stopped", service
-            assert docker("exec", container["Id"], "id", "-u") != "0", service
-        else:
-            assert state["ExitCode"] == 0, service
-        assert container["Config"]["User"] not in ("", "0", "root"), service
-        assert host["ReadonlyRootfs"] and host["Init"] and host["Memory"], service
-        assert host["CapDrop"] == ["ALL"], service
-        added = [name.removeprefix("CAP_") for name in host["CapAdd"] or []]
-        assert added == ["NET_BIND_SERVICE"] * (service == public), service
-        assert host["SecurityOpt"] == ["no-new-privileges:true"], service
-        assert host["LogConfig"]["Config"]["max-size"], service
-        address = "0.0.0.0" if service == public else "127.0.0.1"
-        ports = host["PortBindings"].values()
-        assert all(port["HostIp"] == address for [port] in ports), service
 
 
 def test_the_image_is_small_and_contains_no_secret(stack):
@@ -829,104 +695,6 @@ def test_two_lines_of_env_decide_about_a_stand_in_for_amazon(stack):
     assert printed.strip() == "https://sqs.us-east-1.amazonaws.com"
 
 
-class Pods(Site):
-    """The pods of the manifests: containers with the same commands, variables and rights.
-
-    They use a stack's servers, but a database of their own. Only addresses and passwords differ
-    from those in the manifests.
-    """
-
-    def __init__(self, stack):
-        super().__init__(stack.project, None, stack.environment)
-        self.headers, self.stack = HTTPS, stack
-        overlay = stack.project / "deploy/kubernetes/overlays/production"
-        shutil.copy(overlay / ".env.example", overlay / ".env")
-        documents = kustomize.build(overlay)
-        self.specs = {
-            each["metadata"]["name"]: each["spec"]["template"]["spec"]
-            for each in documents
-            if each["kind"] in ("Deployment", "Job")
-        }
-        config = json.loads(stack.compose("config", "--format", "json"))
-        here = config["services"]["web"]["environment"]
-        database = here["DATABASE_URL"].rsplit("/", 1)[0] + "/pods"
-        here |= {
-            "DATABASE_URL": database,
-            "EMAIL_URL": "consolemail://",
-            "CACHE_URL": "locmemcache://",
-        }
-        [settings] = [each["data"] for each in documents if each["kind"] == "ConfigMap"]
-        [secret] = [each["data"] for each in documents if each["kind"] == "Secret"]
-        role = {name: value for name, value in here.items() if name.startswith("AWS_")}
-        self.variables = {**settings, **role, **{name: here[name] for name in secret}}
-        self.containers = []
-
-    def start(self, pod, kind="containers"):
-        """Start the container of this kind in a pod; return its id."""
-        spec, [container] = self.specs[pod], self.specs[pod][kind]
-        rights, limits = container["securityContext"], container.get("resources", {"limits": {}})
-        variables = self.variables | {
-            each["name"]: each["value"] for each in container.get("env", [])
-        }
-        options = ["--network", f"{self.project.name}_default", "--init"]
-        options += ["--user", str(spec["securityContext"]["runAsUser"])]
-        options += [f"--cap-drop={name}" for name in rights["capabilities"]["drop"]]
-        options += ["--read-only"] * rights["readOnlyRootFilesystem"]
-        options += [f"--security-opt=no-new-privileges={not rights['allowPrivilegeEscalation']}"]
-        for mount in container["volumeMounts"]:
-            [volume] = [each for each in spec["volumes"] if each["name"] == mount["name"]]
-            size = volume["emptyDir"]["sizeLimit"].removesuffix("i")
-            options += ["--tmpfs", f"{mount['mountPath']}:size={size}"]
-        if memory := limits["limits"].get("memory"):
-            options += [
-                "--memory",
-                memory.removesuffix("i"),
-                "--memory-swap",
-                memory.removesuffix("i"),
-            ]
-        for name, value in variables.items():
-            options += ["--env", f"{name}={value}"]
-        command = container.get("command", [])
-        self.containers.append(docker("run", "--detach", *options, self.project.name, *command))
-        return self.containers[-1]
-
-    def answers(self, pod, id, kind):
-        """Probe a container as a kubelet does; return whether it is well."""
-        [container] = self.specs[pod]["containers"]
-        probe = container[kind]
-        if "exec" in probe:
-            command = ["docker", "exec", id, *probe["exec"]["command"]]
-            return subprocess.run(command, capture_output=True).returncode == 0
-        get = probe["httpGet"]
-        headers = {header["name"]: header["value"] for header in get["httpHeaders"]}
-        request = Request(f"http://{self.address(id)}:{get['port']}{get['path']}", headers=headers)
-        try:
-            return urlopen(request, timeout=probe.get("timeoutSeconds", 1)).status == 200
-        except OSError:
-            return False
-
-    def ended_at(self, id):
-        """Return the time at which a container ended, or None."""
-        status, time = docker(
-            "inspect", "-f", "{{.State.Status}} {{.State.FinishedAt}}", id
-        ).split()
-        return time if status == "exited" else None
-
-    def address(self, id):
-        return docker(
-            "inspect", "-f", "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}", id
-        )
-
-    @property
-    def log(self):
-        return "\n".join(map(log_of, self.containers))
-
-
-def log_of(id):
-    result = subprocess.run(["docker", "logs", id], capture_output=True, text=True)
-    return result.stdout + result.stderr
-
-
 @on_one
 def test_the_pods_of_the_manifests_run_jobs(stack):
     """Pods wait for the migrations and pass the probes of deploy/kubernetes/, unless they hang."""
@@ -934,30 +702,8 @@ def test_the_pods_of_the_manifests_run_jobs(stack):
     stack.compose("stop", "worker", "beat")  # which would take the pods' messages
     pods = Pods(stack)
     try:
-        first = pods.start("web", "initContainers")
-        migrate = pods.start("migrate")
-        assert docker("wait", migrate) == "0", pods.log
-        wait_for(lambda: pods.ended_at(first), site=pods)
-        assert pods.ended_at(migrate) < pods.ended_at(first)
-
-        ids = {pod: pods.start(pod) for pod in pods.specs if pod != "migrate"}
-        probes = {
-            (pod, kind)
-            for pod in ids
-            for kind in ("startupProbe", "livenessProbe", "readinessProbe")
-            if kind in pods.specs[pod]["containers"][0]
-        }
-        assert {pod for pod, _ in probes} == set(ids)
-        for pod, kind in probes:
-            wait_for(lambda pod=pod, kind=kind: pods.answers(pod, ids[pod], kind), site=pods)
-
-        manage = ("python", "manage.py")
-        user = {"USERNAME": "root", "EMAIL": "root@example.com", "PASSWORD": "root"}
-        user = [f"DJANGO_SUPERUSER_{name}={value}" for name, value in user.items()]
-        docker("exec", ids["web"], "env", *user, *manage, "createsuperuser", "--noinput")
-        token = docker("exec", ids["web"], *manage, "drf_create_token", "root")
-        pods.token = re.search("[0-9a-f]{40}", token)[0]
-        pods.web = f"http://{pods.address(ids['web'])}:8000"
+        ids = pods.start_all()
+        assert {pod for pod, _ in pods.probes()} == set(ids)
         # As Prometheus asks: over plain HTTP, with the name of the Service.
         *_, service = pods.variables["ALLOWED_HOSTS"].split(",")
         headers = {"Authorization": f"Token {pods.token}", "Host": f"{service}:80"}
@@ -966,7 +712,7 @@ def test_the_pods_of_the_manifests_run_jobs(stack):
         assert order[0] == 202, pods.log
         *_, job = pods.follow(order[1]["Location"])
         assert job["state"] == "succeeded", job
-        printed = docker("exec", ids["web"], *manage, "shell", "-v0", "-c", JOB_FOR_EACH_QUEUE)
+        printed = docker("exec", ids["web"], *MANAGE, "shell", "-v0", "-c", JOB_FOR_EACH_QUEUE)
         for queue, pk in re.findall("^(\\w+) ([0-9a-f-]{36})$", printed, re.M):
             *_, job = pods.follow(f"/api/jobs/{pk}/")
             assert job["state"] == "succeeded", job

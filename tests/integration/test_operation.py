@@ -2,18 +2,16 @@
 
 import re
 import shutil
-import subprocess
 import urllib.request
 
 import pytest
 import yaml
 
-from harness import missing
 from harness.bake import CHOICES, TEMPLATE, WITH_JOBS, render
 from harness.blocks import code
 from harness.faults import ONE, stacks
 from harness.project import wait_for
-from harness.prometheus import Prometheus
+from harness.prometheus import Prometheus, promtool
 
 TEXT = render("docs/operation.md", **WITH_JOBS)
 CONFIG = code(TEXT, "scrape_configs:")
@@ -53,15 +51,6 @@ def test_the_page_of_each_broker_names_only_metrics_that_its_output_has(bake, br
 
 def test_the_page_says_of_each_alert_what_to_do():
     assert [name for name in ALERTS if f"`{name}`" not in TEXT] == []
-
-
-def promtool(*arguments, cwd=None, input=None):
-    if not shutil.which("promtool"):
-        missing("promtool is not installed: sudo apt install prometheus, which has it")
-    command = ["promtool", *arguments]
-    result = subprocess.run(command, cwd=cwd, input=input, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout + result.stderr
 
 
 def test_prometheus_accepts_the_configuration(tmp_path):

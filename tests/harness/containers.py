@@ -1,0 +1,305 @@
+"""Outputs in containers, built and started as baked: Compose's services, and Kubernetes' pods.
+
+A plugin of pytest (see conftest.py) for the fixture `engine`.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import time
+from contextlib import contextmanager
+from urllib.request import urlopen
+
+import pytest
+import yaml
+
+from . import kustomize, missing
+from .bake import CHOICES, baked
+from .project import Site, free_ports, wait_for
+
+SOFT_SHUTDOWN_SECONDS = 2
+HTTPS = {"Host": "example.com", "X-Forwarded-Proto": "https"}  # what the proxy sends
+MANAGE = "python", "manage.py"
+
+
+def brokers(group):
+    """Return a parameter for each broker. The tests of one stack run one after the other."""
+    return [
+        pytest.param(broker, marks=pytest.mark.xdist_group(f"{group}-{broker}"))
+        for broker in CHOICES["broker"]
+    ]
+
+
+def docker(*command):
+    result = subprocess.run(["docker", *command], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def engine():
+    """Call missing() on a machine without a Docker engine or without Compose v2."""
+    if not shutil.which("docker"):
+        missing("docker is not installed")
+    for command in ("info", "compose version"):
+        if subprocess.run(["docker", *command.split()], capture_output=True).returncode:
+            missing(f"`docker {command}` fails: no engine, or no Compose v2")
+
+
+@contextmanager
+def composed(stack, cookies_session, settings="", **answers):
+    """Start an output in containers; remove them and their data at the end.
+
+    `stack` is the class of what it gives. `.env` gets a shorter soft shutdown, because workers wait
+    that long at each stop, and the project's settings get `settings` at their end.
+    """
+    port, flower, prometheus, grafana = free_ports(4)
+    answers = {"deployment": "kubernetes", "project_slug": f"shop_{port}", **answers}
+    project = baked(cookies_session, answers)
+    with open(project / ".env", "a") as file:
+        file.write(f"SOFT_SHUTDOWN_SECONDS={SOFT_SHUTDOWN_SECONDS}\n")
+    with open(project / "config/settings.py", "a") as file:
+        file.write(settings)
+    ports = {"PORT": port, "FLOWER_PORT": flower}
+    ports |= {"PROMETHEUS_PORT": prometheus, "GRAFANA_PORT": grafana}
+    stack = stack(project, **ports)
+    try:
+        stack.make_up()
+        yield stack
+    finally:
+        stack.compose("--profile", "*", "down", "--volumes", "--remove-orphans")
+        subprocess.run(["docker", "image", "rm", project.name], capture_output=True)
+    label = f"label=com.docker.compose.project={project.name}"
+    assert not docker("volume", "ls", "--quiet", "--filter", label)
+
+
+class Stack(Site):
+    """A site that `docker compose up` started."""
+
+    def __init__(self, project, **environment):
+        super().__init__(project, process=None, environment=environment)
+        self.began = time.monotonic()
+
+    @property
+    def log(self):
+        return self.compose("ps", "--all") + self.compose("logs", "--no-color")
+
+    def compose(self, *command):
+        return self.project.call("docker", "compose", *command, **self.environment)
+
+    def make(self, target):
+        return self.project.call("make", target, **self.environment)
+
+    def make_up(self):
+        """Run `make up`, which prints addresses and passwords, and keep the token from there."""
+        try:
+            printed = self.make("up")
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.log}") from None
+        user = self.user()
+        assert f"{self.web}/    {user['USERNAME']} / {user['PASSWORD']}" in printed
+        assert not self.has_flower or self.flower in printed
+        self.token = re.findall("Token ([0-9a-f]{40})", printed)[-1]
+
+    def up(self, *options):
+        """Start what has ended, without a build."""
+        self.compose("up", "--detach", "--wait", *options)
+
+    @contextmanager
+    def monitored(self, *options):
+        """Run the services of the profile `monitoring` until the block ends. Give their names.
+
+        Without Grafana if its image is not on this machine and cannot be downloaded.
+        """
+        services = yaml.safe_load(self.project.read("compose.yaml"))["services"]
+        names = [name for name in services if services[name].get("profiles") == ["monitoring"]]
+        if "grafana" in names:
+            image = services["grafana"]["image"]
+            commands = (["docker", "image", "inspect", image], ["docker", "pull", "--quiet", image])
+            if all(subprocess.run(each, capture_output=True).returncode for each in commands):
+                print(f"not tested: grafana, because there is no image {image}")
+                names.remove("grafana")
+        profile = (*options, "--profile", "monitoring")
+        self.compose(*profile, "up", "--detach", "--wait", *names)
+        try:
+            yield names
+        finally:
+            self.compose(*profile, "rm", "--force", "--stop", *names)
+
+    def ask_prometheus(self, path):
+        with urlopen(f"http://127.0.0.1:{self.environment['PROMETHEUS_PORT']}{path}") as response:
+            return json.load(response)["data"]
+
+    def is_scraped(self):
+        """Whether Prometheus has read the metrics since its last start."""
+        targets = self.ask_prometheus("/api/v1/targets")["activeTargets"]
+        assert all(target["health"] != "down" for target in targets), targets
+        return [target["health"] for target in targets] == ["up"]
+
+    def psql(self, sql, database="postgres"):
+        """Run SQL as PostgreSQL's superuser, as docs/production.md says; return what it prints."""
+        command = ("psql", "-U", "postgres", "-d", database, "-tAc", sql)
+        return self.compose("exec", "-T", "db", *command).strip()
+
+    def shell(self, code):
+        """Run Python code in the web container; return the last word that it prints."""
+        command = ("python", "manage.py", "shell", "-v0", "-c", code)
+        return self.compose("exec", "-T", "web", *command).split()[-1]
+
+    def containers(self, *options):
+        """Return what `docker inspect` says about the containers: {service: [containers]}."""
+        ids = self.compose("ps", "--quiet", *options).split()
+        found = {}
+        for container in json.loads(docker("inspect", *ids)):
+            service = container["Config"]["Labels"]["com.docker.compose.service"]
+            found.setdefault(service, []).append(container)
+        return found
+
+
+def check_rights(containers, public=None):
+    """Assert that services run with few rights, and that only `public` has public ports."""
+    for service, [container] in containers.items():
+        state, host = container["State"], container["HostConfig"]
+        if state["Running"]:
+            assert state["Health"]["Status"] == "healthy", service
+            assert host["RestartPolicy"]["Name"] == "unless-stopped", service
+            assert docker("exec", container["Id"], "id", "-u") != "0", service
+        else:
+            assert state["ExitCode"] == 0, service
+        assert container["Config"]["User"] not in ("", "0", "root"), service
+        assert host["ReadonlyRootfs"] and host["Init"] and host["Memory"], service
+        assert host["CapDrop"] == ["ALL"], service
+        added = [name.removeprefix("CAP_") for name in host["CapAdd"] or []]
+        assert added == ["NET_BIND_SERVICE"] * (service == public), service
+        assert host["SecurityOpt"] == ["no-new-privileges:true"], service
+        assert host["LogConfig"]["Config"]["max-size"], service
+        address = "0.0.0.0" if service == public else "127.0.0.1"
+        ports = host["PortBindings"].values()
+        assert all(port["HostIp"] == address for [port] in ports), service
+
+
+class Pods(Site):
+    """The pods of the manifests: containers with the same commands, variables and rights.
+
+    They use a stack's servers, but a database of their own. Only addresses and passwords differ
+    from those in the manifests.
+    """
+
+    def __init__(self, stack):
+        super().__init__(stack.project, None, stack.environment)
+        self.headers, self.stack = HTTPS, stack
+        overlay = stack.project / "deploy/kubernetes/overlays/production"
+        shutil.copy(overlay / ".env.example", overlay / ".env")
+        documents = kustomize.build(overlay)
+        self.specs = {
+            each["metadata"]["name"]: each["spec"]["template"]["spec"]
+            for each in documents
+            if each["kind"] in ("Deployment", "Job")
+        }
+        config = json.loads(stack.compose("config", "--format", "json"))
+        here = config["services"]["web"]["environment"]
+        database = here["DATABASE_URL"].rsplit("/", 1)[0] + "/pods"
+        here |= {
+            "DATABASE_URL": database,
+            "EMAIL_URL": "consolemail://",
+            "CACHE_URL": "locmemcache://",
+        }
+        [settings] = [each["data"] for each in documents if each["kind"] == "ConfigMap"]
+        [secret] = [each["data"] for each in documents if each["kind"] == "Secret"]
+        role = {name: value for name, value in here.items() if name.startswith("AWS_")}
+        self.variables = {
+            **settings,
+            **role,
+            **{name: here[name] for name in secret.keys() & here.keys()},
+        }
+        self.containers = []
+
+    def start(self, pod, kind="containers"):
+        """Start the container of this kind in a pod; return its id."""
+        spec, [container] = self.specs[pod], self.specs[pod][kind]
+        rights, limits = container["securityContext"], container.get("resources", {"limits": {}})
+        variables = self.variables | {
+            each["name"]: each["value"] for each in container.get("env", [])
+        }
+        options = ["--network", f"{self.project.name}_default", "--init"]
+        options += ["--user", str(spec["securityContext"]["runAsUser"])]
+        options += [f"--cap-drop={name}" for name in rights["capabilities"]["drop"]]
+        options += ["--read-only"] * rights["readOnlyRootFilesystem"]
+        options += [f"--security-opt=no-new-privileges={not rights['allowPrivilegeEscalation']}"]
+        for mount in container["volumeMounts"]:
+            [volume] = [each for each in spec["volumes"] if each["name"] == mount["name"]]
+            size = volume["emptyDir"]["sizeLimit"].removesuffix("i")
+            options += ["--tmpfs", f"{mount['mountPath']}:size={size}"]
+        if memory := limits["limits"].get("memory"):
+            options += [
+                "--memory",
+                memory.removesuffix("i"),
+                "--memory-swap",
+                memory.removesuffix("i"),
+            ]
+        for name, value in variables.items():
+            options += ["--env", f"{name}={value}"]
+        command = container.get("command", [])
+        self.containers.append(docker("run", "--detach", *options, self.project.name, *command))
+        return self.containers[-1]
+
+    def start_all(self):
+        """Migrate, start all other pods, wait until they pass their probes; return {pod: id}."""
+        first = self.start("web", "initContainers")
+        migrate = self.start("migrate")
+        assert docker("wait", migrate) == "0", self.log
+        wait_for(lambda: self.ended_at(first), site=self)
+        assert self.ended_at(migrate) < self.ended_at(first)
+
+        ids = {pod: self.start(pod) for pod in self.specs if pod != "migrate"}
+        for pod, kind in self.probes():
+            wait_for(lambda pod=pod, kind=kind: self.answers(pod, ids[pod], kind), site=self)
+        user = {"USERNAME": "root", "EMAIL": "root@example.com", "PASSWORD": "root"}
+        user = [f"DJANGO_SUPERUSER_{name}={value}" for name, value in user.items()]
+        docker("exec", ids["web"], "env", *user, *MANAGE, "createsuperuser", "--noinput")
+        token = docker("exec", ids["web"], *MANAGE, "drf_create_token", "root")
+        self.token = re.search("[0-9a-f]{40}", token)[0]
+        self.web = f"http://{self.address(ids['web'])}:8000"
+        return ids
+
+    def probes(self):
+        """Return all (pod, kind of probe)."""
+        kinds = "startupProbe", "livenessProbe", "readinessProbe"
+        containers = {pod: spec["containers"][0] for pod, spec in self.specs.items()}
+        return {(pod, kind) for pod in containers for kind in kinds if kind in containers[pod]}
+
+    def answers(self, pod, id, kind):
+        """Probe a container as a kubelet does; return whether it is well."""
+        [container] = self.specs[pod]["containers"]
+        probe = container[kind]
+        if "exec" in probe:
+            command = ["docker", "exec", id, *probe["exec"]["command"]]
+            return subprocess.run(command, capture_output=True).returncode == 0
+        get = probe["httpGet"]
+        url = f"http://{self.address(id)}:{get['port']}{get['path']}"
+        try:
+            return urlopen(url, timeout=probe.get("timeoutSeconds", 1)).status == 200
+        except OSError:
+            return False
+
+    def ended_at(self, id):
+        """Return the time at which a container ended, or None."""
+        status, time = docker(
+            "inspect", "-f", "{{.State.Status}} {{.State.FinishedAt}}", id
+        ).split()
+        return time if status == "exited" else None
+
+    def address(self, id):
+        return docker(
+            "inspect", "-f", "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}", id
+        )
+
+    @property
+    def log(self):
+        return "\n".join(map(log_of, self.containers))
+
+
+def log_of(id):
+    result = subprocess.run(["docker", "logs", id], capture_output=True, text=True)
+    return result.stdout + result.stderr

@@ -1,0 +1,318 @@
+"""Plain outputs in containers, built and started as baked."""
+
+import json
+import re
+import shutil
+import time
+
+import pytest
+import yaml
+
+from harness.bake import CHOICES, TEMPLATE, chosen
+from harness.containers import (
+    HTTPS,
+    MANAGE,
+    Pods,
+    Stack,
+    brokers,
+    check_rights,
+    composed,
+    docker,
+    log_of,
+)
+from harness.outputs import ORDER
+from harness.project import wait_for
+from harness.prometheus import promtool
+
+STACKS = brokers("plain-docker")
+TESTS = TEMPLATE / "tests/plain_alerts.yml"
+on_one = pytest.mark.parametrize("stack", STACKS[:1], indirect=True)
+with_flower = pytest.mark.parametrize(
+    "stack",
+    [stack for stack in STACKS if chosen(broker=stack.values[0]).has_flower],
+    indirect=True,
+)
+REDELIVERY = 40  # seconds, instead of 21 minutes; longer than a report takes
+SETTINGS = {
+    "redis": f"""
+CELERY_BROKER_TRANSPORT_OPTIONS |= {{
+    "visibility_timeout": {REDELIVERY},
+    "unacked_restore_interval": 1,
+    "unacked_restore_throttle": 1,
+}}
+""",
+    "sqs": f"SQS_VISIBILITY_TIMEOUT = {REDELIVERY}\n",
+}
+FINAL = {"SUCCESS", "FAILURE", "REVOKED"}
+
+
+class PlainStack(Stack):
+    def mails(self):
+        files = "cat .data/mail/* 2>/dev/null || true"
+        return self.compose("exec", "-T", "worker", "sh", "-c", files)
+
+    def order(self):
+        """Place an order, wait until it is confirmed; return its URL."""
+        status, _, order = self.request("/api/orders/", ORDER)
+        assert status == 201, self.log
+        url = f"/api/orders/{order['id']}/"
+        wait_for(lambda: self.request(url)[2]["confirmed_at"], site=self)
+        return url
+
+    def start_report(self):
+        """Start a report of 15 seconds; return the URL of its task once it has progress."""
+        status, headers, _ = self.request("/api/orders/report/", {})
+        assert status == 202, self.log
+        url = headers["Location"]
+        wait_for(lambda: self.request(url)[2]["state"] == "PROGRESS", site=self)
+        return url
+
+    def result(self, url):
+        """Wait for the end of the task at `url`; return its result."""
+        task = wait_for(lambda: self.final(url), site=self)
+        assert task["state"] == "SUCCESS", task
+        return task["result"]
+
+    def final(self, url):
+        task = self.request(url)[2]
+        return task if task and task["state"] in FINAL else None
+
+    def starts(self, url):
+        """Return how often workers, also those that were removed since, have started a task."""
+        task = self.request(url)[2]["id"]
+        log = self.compose("logs", "--no-color", "worker")
+        return len(re.findall(rf"^.*task_started.*{task}|{task}.*task_started", log, re.M))
+
+
+@pytest.fixture(scope="module", params=STACKS)
+def stack(request, engine, cookies_session):
+    settings = SETTINGS.get(request.param, "")
+    with composed(PlainStack, cookies_session, settings, broker=request.param) as stack:
+        yield stack
+
+
+def test_an_order_becomes_an_email_and_a_report_runs(stack, record_property):
+    stack.order()
+    seconds = round(time.monotonic() - stack.began)
+    record_property("seconds from up to confirmed", seconds)
+    print(f"{stack.project.name}: {seconds} s from up to confirmed, the build included")
+    assert "Thank you! You ordered 2 × Tea." in stack.mails()
+
+    url = stack.start_report()
+    assert stack.result(url)["ordered"]["Tea"] >= 2
+    assert stack.request(url, Authorization="")[0] == 401
+    if stack.has_flower:
+        task = stack.request(url)[2]["id"]
+        assert wait_for(lambda: stack.find_in_flower(task), site=stack)
+        assert stack.ask_flower("/api/workers", authenticated=False)[0] == 401
+
+
+def test_each_service_is_healthy_and_has_few_rights(stack):
+    containers = stack.containers("--all")
+    check_rights(containers)
+    mounts = [mount for [each] in containers.values() for mount in each["Mounts"]]
+    assert not [mount for mount in mounts if mount["Destination"] in ("/media", "/token")]
+
+
+def test_a_task_of_a_stopped_worker_runs_again(stack):
+    url = stack.start_report()
+    stack.compose("stop", "worker")
+    assert not stack.final(url)
+    stack.up("worker")
+    assert stack.result(url)
+
+
+def test_a_task_of_a_killed_worker_runs_again(stack):
+    url = stack.start_report()
+    stack.compose("kill", "worker")
+    stack.up("worker")
+    assert stack.result(url)
+
+
+@on_one
+def test_beat_is_unhealthy_when_it_writes_its_schedule_no_more(stack):
+    [beat] = stack.containers()["beat"]
+    check = ("exec", "-T", "beat", "sh", "-c", beat["Config"]["Healthcheck"]["Test"][1])
+    stack.compose(*check)
+    stack.compose("exec", "-T", "beat", "sh", "-c", "touch -d '11 minutes ago' /tmp/celerybeat*")
+    with pytest.raises(AssertionError):
+        stack.compose(*check)
+    # The next one to write it is Beat's loop. It does that each three minutes, here each second.
+    loop = "from celery.beat import Scheduler as S; S.sync_every = 1; S.max_interval = 1; "
+    loop += "from config import celery_app; celery_app.Beat(schedule='/tmp/celerybeat-other').run()"
+    stack.compose("exec", "--detach", "beat", "python", "-c", loop)
+    sizes = "stat -c %Y /tmp/celerybeat-other* 2>/dev/null | sort -n | tail -1"
+
+    def written():
+        return stack.compose("exec", "-T", "beat", "sh", "-c", sizes).strip()
+
+    first = wait_for(written, site=stack)
+    wait_for(lambda: written() > first, site=stack)
+    wait_for(lambda: written() > first, site=stack)
+    stack.compose("restart", "beat")
+
+
+@on_one
+def test_make_up_again_replaces_workers_before_web_and_beat(stack):
+    """With new code and the settings of production. The data stays."""
+    order, path = stack.order(), stack.project / ".env"
+    development, tasks = path.read_text(), stack.project / "orders/tasks.py"
+    left_out = "^(DEBUG|DJANGO_SUPERUSER_.*|ALLOWED_HOSTS|EMAIL_URL)=.*\n"
+    variables = re.sub(left_out, "", development, flags=re.M)
+    path.write_text(f"{variables}\nDOMAIN=example.com\nEMAIL_URL=consolemail://\n")
+    tasks.write_text(tasks.read_text() + "\n# production\n")
+    try:
+        assert "Token" not in stack.make("up")
+        stack.headers = HTTPS
+        assert stack.request(order)[0] == 200
+        stack.order()
+        assert stack.request(order, Host="127.0.0.1")[0] == 400
+        started = {
+            service: container["State"]["StartedAt"]
+            for service, [container] in stack.containers().items()
+        }
+        assert started["worker"] < started["web"] and started["worker"] < started["beat"]
+        code = stack.compose("exec", "-T", "worker", "tail", "-1", "orders/tasks.py")
+        assert code == "# production\n"
+    finally:
+        path.write_text(development)
+        stack.headers = {}
+        stack.make_up()
+
+
+# Shorter times for the alerts, in the order in which they are replaced
+SHORTER = {"10m": "20s", "for: 2m": "for: 2s", "_interval: 15s": "_interval: 1s"}
+FAIL = "from orders.tasks import send_confirmation; print(send_confirmation.delay(0).id)"
+SEND = "from orders.tasks import forecast_demand; print(forecast_demand.delay('Tea').id)"
+
+
+@with_flower
+def test_the_profile_monitoring_sees_each_alert_fire_and_resolve(stack):
+    """Prometheus has the configuration of compose.yaml, with shorter times."""
+    [prometheus] = [
+        service
+        for name, service in yaml.safe_load(stack.project.read("compose.yaml"))["services"].items()
+        if name == "prometheus"
+    ]
+    texts = {}
+    for name, text in prometheus["environment"].items():
+        for long, short in SHORTER.items():
+            text = text.replace(long, short)
+        texts[name] = text
+    override = {"services": {"prometheus": {"environment": texts}}}
+    (stack.project / "shorter.yaml").write_text(yaml.safe_dump(override))
+
+    def firing():
+        alerts = stack.ask_prometheus("/api/v1/alerts")["alerts"]
+        return {each["labels"]["alertname"] for each in alerts if each["state"] == "firing"}
+
+    with stack.monitored("--file", "compose.yaml", "--file", "shorter.yaml") as names:
+        assert names == ["prometheus"]
+        check_rights(stack.containers("--all"))
+        wait_for(stack.is_scraped, site=stack)
+        [group] = stack.ask_prometheus("/api/v1/rules")["groups"]
+        alerts = {rule["name"] for rule in group["rules"] if rule["type"] == "alerting"}
+        wait_for(lambda: not firing(), site=stack)
+
+        stack.shell(FAIL)  # there is no such order
+        wait_for(lambda: firing() == {"TasksFail"}, site=stack)
+        wait_for(lambda: not firing(), site=stack)
+
+        stack.compose("stop", "worker")
+        stack.shell(SEND)
+        wait_for(lambda: firing() == {"NoWorker", "TasksWait"}, site=stack)
+        stack.up("worker")
+        wait_for(lambda: not firing(), site=stack)
+
+        stack.compose("stop", "flower")
+        wait_for(lambda: firing() == {"NoMetrics"}, site=stack)
+        stack.up("flower")
+        wait_for(lambda: not firing(), site=stack)
+        assert alerts == {"TasksFail", "TasksWait", "NoWorker", "NoMetrics"}
+
+
+@pytest.fixture
+def prometheus(bake, tmp_path):
+    """A folder with the configuration and the alerts that compose.yaml gives to Prometheus."""
+    service = yaml.safe_load(bake().read("compose.yaml"))["services"]["prometheus"]
+    for name, file in {"CONFIG": "prometheus.yml", "ALERTS": "alerts.yml"}.items():
+        (tmp_path / file).write_text(service["environment"][name].replace("$$", "$"))
+    return tmp_path
+
+
+def test_prometheus_accepts_its_configuration(prometheus):
+    promtool("check", "config", "prometheus.yml", cwd=prometheus)
+
+
+def test_each_alert_fires_and_resolves_when_it_should(prometheus):
+    shutil.copy(TESTS, prometheus / "tests.yml")
+    promtool("test", "rules", "tests.yml", cwd=prometheus)
+
+
+def test_each_alert_has_a_test_in_which_it_is_quiet_and_one_in_which_it_resolves(prometheus):
+    [group] = yaml.safe_load((prometheus / "alerts.yml").read_text())["groups"]
+    alerts = {rule["alert"] for rule in group["rules"] if "alert" in rule}
+    quiet, *others = yaml.safe_load(TESTS.read_text())["tests"]
+    assert {test["alertname"] for test in quiet["alert_rule_test"]} == alerts
+    resolved = set()
+    for each in others:
+        firing = {}
+        for test in each["alert_rule_test"]:
+            firing.setdefault(test["alertname"], []).append(bool(test["exp_alerts"]))
+        resolved |= {name for name, states in firing.items() if (*states,)[-2:] == (True, False)}
+    assert resolved == alerts
+
+
+def test_the_profile_monitoring_is_only_where_flower_is(bake):
+    for broker in CHOICES["broker"]:
+        text = bake(broker=broker).read("compose.yaml")
+        services = yaml.safe_load(text)["services"]
+        assert ("prometheus" in services) == ("flower" in services) == ("prometheus:" in text)
+
+
+# A task for each queue
+FOR_EACH_QUEUE = """
+from django.conf import settings
+from orders.tasks import forecast_demand
+for queue in settings.CELERY_TASK_QUEUES:
+    options = {"queue": queue.name, "kwargs": {"rounds": 9}}
+    print(queue.name, forecast_demand.apply_async(["Tea"], **options).id)
+"""
+
+
+@on_one
+def test_the_pods_of_the_manifests_run_tasks(stack):
+    """Pods wait for the migrations and pass the probes of deploy/kubernetes/."""
+    stack.psql(f"CREATE DATABASE pods OWNER {stack.project.name}")
+    stack.compose("stop", "worker", "beat")  # which would take the pods' messages
+    pods = Pods(stack)
+    try:
+        ids = pods.start_all()
+        assert {pod for pod, _ in pods.probes()} == set(ids)
+        status, _, order = pods.request("/api/orders/", ORDER)
+        assert status == 201, pods.log
+        url = f"/api/orders/{order['id']}/"
+        wait_for(lambda: pods.request(url)[2]["confirmed_at"], site=pods)
+        printed = docker("exec", ids["web"], *MANAGE, "shell", "-v0", "-c", FOR_EACH_QUEUE)
+        found = re.findall("^(\\w+) ([0-9a-f-]{36})$", printed, re.M)
+        assert found
+        for queue, task in found:
+            wait_for(lambda queue=queue, task=task: task in log_of(ids[f"worker-{queue}"]), pods)
+    finally:
+        docker("rm", "--force", *pods.containers)
+        stack.compose("start", "worker", "beat")
+
+
+def test_compose_reads_every_file(engine, bake):
+    """It finds what the schema cannot: wrong references, and variables missing from .env."""
+    seen = set()
+    for broker in CHOICES["broker"]:
+        for result_backend in CHOICES["result_backend"]:
+            for periodic_tasks in CHOICES["periodic_tasks"]:
+                answers = {"broker": broker, "result_backend": result_backend}
+                project = bake(periodic_tasks=periodic_tasks, **answers)
+                if (text := project.read("compose.yaml")) not in seen:
+                    seen.add(text)
+                    read = project.call("docker", "compose", "config", "--format", "json")
+                    assert "media" not in json.loads(read)["volumes"]
+    assert len(seen) > 1
