@@ -19,10 +19,11 @@ from harness.outputs import outputs
 from harness.plain import Servers
 
 PRODUCTION = "deploy/kubernetes/overlays/production"
-OPTIONS = ("broker", "result_backend", "worker_pool", "include_example", "periodic_tasks")
+OPTIONS = ("broker", "worker_pool", "include_example", "periodic_tasks")
+BACKENDS = CHOICES["result_backend"]  # in turn
 ANSWERS = [
-    dict(zip(OPTIONS, values, strict=True))
-    for values in itertools.product(*(CHOICES[option] for option in OPTIONS))
+    dict(zip(OPTIONS, values, strict=True), result_backend=BACKENDS[number % len(BACKENDS)])
+    for number, values in enumerate(itertools.product(*(CHOICES[each] for each in OPTIONS)))
 ]
 QUEUES = {"yes": {"celery", "cpu", "io"}, "no": {"celery"}}  # with the example, and without
 # What we use of KEDA's resources, whose schemas are not in kubernetes-validate. (KEDA 2.20)
