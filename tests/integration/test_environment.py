@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from harness.bake import DEFAULTS
+from harness.bake import CHOICES, DEFAULTS
 from harness.outputs import outputs
 from harness.project import Project
 
@@ -62,7 +62,9 @@ def test_a_variable_of_dotenv_keeps_its_value(project, copied):
 def copied(project, tmp_path):
     """A copy of the project, for a test that changes it."""
     skipped = shutil.ignore_patterns("__pycache__", "*.sqlite3*", ".data")
-    return Project(shutil.copytree(project, tmp_path / "copy", symlinks=True, ignore=skipped))
+    copy = Project(shutil.copytree(project, tmp_path / "copy", symlinks=True, ignore=skipped))
+    copy.answers = project.answers
+    return copy
 
 
 MODELS = """
@@ -142,3 +144,37 @@ print(sorted({(path, response.status_code) for path, response in answers}))
     variables = {"DEBUG": "False", "ALLOWED_HOSTS": "example.com"}
     expected = [("/health/live", 200), ("/health/ready", 200), ("/login/", 400)]
     assert str(expected) in project.manage("shell", "-v0", "-c", code, **variables)
+
+
+TASKS = """
+
+@shared_task(rate_limit="1/m")
+def call_api():
+    pass
+
+
+@shared_task(autoretry_for=(OSError,), retry_backoff=True, retry_backoff_max=900)
+def try_for_long():
+    pass
+
+
+@shared_task(default_retry_delay=900)
+def try_late():
+    pass
+"""
+
+
+@outputs(*({**DEFAULTS, "broker": broker} for broker in CHOICES["broker"]))
+def test_tasks_that_a_worker_holds_too_long_are_found(copied):
+    """RabbitMQ itself holds the messages of tasks that wait for their time."""
+    with open(copied / "orders/tasks.py", "a") as file:
+        file.write(TASKS)
+    code = """
+from config import checks
+print(sorted({each.id + each.msg.split("orders.tasks.")[1].split()[0] for each in [
+    *checks.check_redelivery(None), *checks.check_rate_limits(None)]}))
+"""
+    found = ["config.W006call_api"]
+    if copied.answers["broker"] != "rabbitmq":
+        found = ["config.W002try_for_long", "config.W002try_late", *found]
+    assert str(found) in copied.manage("shell", "-v0", "-c", code)

@@ -4,6 +4,7 @@
 {% set fixed = ["CELERY_BROKER_URL", "CELERY_RESULT_BACKEND"] | reject("in", in_environment) | list %}
 {% set lines %}
 {{ "import os" if fixed }}
+from collections import defaultdict
 {% for server in servers %}
 {% print server.check_imports | default %}
 {% endfor %}
@@ -11,13 +12,12 @@
 {% set sorted = imports.sort(lines) %}
 """Checks of the settings for `manage.py check`; those with deploy=True run with --deploy."""
 
-{% if sorted %}
 {{ sorted }}
-{% endif %}
 from celery import current_app
 from django.conf import settings
 from django.core.cache import caches
 from django.core.checks import Error, Warning, register
+from django.utils.module_loading import autodiscover_modules
 
 
 @register()
@@ -48,7 +48,7 @@ def check_cache_timeouts(app_configs, **kwargs):
 @register(deploy=True)
 def check_redelivery(app_configs, **kwargs):
     """Find tasks that a worker may hold so long that the broker delivers them a second time."""
-    for task in current_app.tasks.values():
+    for task in all_tasks():
         seconds = longest_hold(task)
         if task.acks_late and seconds >= settings.REDELIVERY_SECONDS:
             yield Warning(
@@ -57,6 +57,11 @@ def check_redelivery(app_configs, **kwargs):
                 hint="{{ broker.redelivery_hint }}",
                 id="config.W002",
             )
+
+
+def all_tasks():
+    autodiscover_modules("tasks")  # as a worker does
+    return current_app.tasks.values()
 
 
 def longest_hold(task):
@@ -68,6 +73,22 @@ def longest_hold(task):
 {% else %}
     return task.time_limit
 {% endif %}
+
+
+@register()
+def check_rate_limits(app_configs, **kwargs):
+    """Find tasks that wait for their rate limit in a worker's few places, where others wait too."""
+    queues = defaultdict(list)
+    for task in all_tasks():
+        queues[current_app.amqp.router.route({}, task.name)["queue"].name].append(task)
+    for queue, tasks in queues.items():
+        for task in tasks if len(tasks) > 1 else []:
+            if task.rate_limit:
+                yield Warning(
+                    f"The rate limit of {task.name} also delays the other tasks of the queue {queue}.",
+                    hint="Route it to a queue of its own, and start a worker for that queue.",
+                    id="config.W006",
+                )
 {% if has_flower %}
 
 

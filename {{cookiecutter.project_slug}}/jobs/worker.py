@@ -1,11 +1,11 @@
 """What a worker does besides its tasks, most of it in its main process. shutdown.py says how it ends."""
 
 import logging
+import signal as signals
 import threading
 import time
 import uuid
 from datetime import timedelta
-from signal import SIGKILL
 
 from celery import current_app, exceptions
 from celery.worker import state
@@ -87,7 +87,7 @@ def recover_job_of_dead_child(sender, task_id, exception, **kwargs):
 
 def free_place_of_dead_child(request, terminated, signum, **kwargs):
     """Free the place of a cancelled job whose child was killed by a revoke, without waiting for its lease."""
-    if terminated and signum == SIGKILL and shutdown.is_prefork:
+    if terminated and signum == signals.SIGKILL and shutdown.is_prefork:
         free_place(request.id, request.headers or {})
 
 
