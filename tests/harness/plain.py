@@ -30,7 +30,7 @@ CELERY_BEAT_SCHEDULE = {{
 # Settings for faults. kombu looks for tasks to deliver again each second, not each 100.
 QUICK = {
     "redis": f"""
-REDELIVERY_SECONDS = {REDELIVERY}
+REDELIVERY_SECONDS = env.int("REDELIVERY", default={REDELIVERY})
 CELERY_BROKER_TRANSPORT_OPTIONS |= {{
     "visibility_timeout": REDELIVERY_SECONDS,
     "unacked_restore_interval": 1,
@@ -377,14 +377,15 @@ def gate(tmp_path_factory):
 def record_fault(request, record_property):
     """A function that adds a row to the table.
 
-    `seconds` is from the fault to what happened, without what `after` names, such as "visibility
-    timeout": in production it is longer than here.
+    `seconds` were measured, with short timings. `after` says what they are in production, if they
+    depend on these timings.
     """
 
     def record(fault, what, seconds=None, after=""):
         place = request.node.callspec.params["running_plain"]
-        row = [fault, place["broker"], place["worker_pool"], what, seconds, after]
-        record_property("fault", row)
+        record_property(
+            "fault", [fault, place["broker"], place["worker_pool"], what, seconds, after]
+        )
 
     return record
 
@@ -403,24 +404,23 @@ def pytest_terminal_summary(terminalreporter, config):
     terminalreporter.section("what can be lost")
     terminalreporter.write_line("fault | broker-pool | what happened | seconds")
     for fault, broker, pool, what, seconds, after in sorted(rows, key=str):
-        terminalreporter.write_line(
-            f"{fault} | {broker}-{pool} | {what} | {took([seconds], after)}"
-        )
+        production = f" (production: {after})" if after else ""
+        measured = f"{took([seconds])}{production}"
+        terminalreporter.write_line(f"{fault} | {broker}-{pool} | {what} | {measured}")
     if file := config.getoption("--faults-to"):
         with open(file, "w") as table:
             table.write(markdown(rows))
 
 
-def took(seconds, after):
-    """Return "visibility timeout + 1 to 4 s" for [1, 4] and "visibility timeout"."""
+def took(seconds):
+    """Return "1 to 4 s" for [1, 4]."""
     seconds = sorted(round(each) for each in seconds if each is not None)
     if not seconds:
-        return after or "–"
+        return "–"
     low, high = seconds[0], seconds[-1]
-    text = f"{low} s" if low == high else f"{low} to {high} s"
     if high <= 1:
-        text = "≤ 1 s"
-    return f"{after} + {text}" if after else text
+        return "≤ 1 s"
+    return f"{low} s" if low == high else f"{low} to {high} s"
 
 
 def markdown(rows):
@@ -436,7 +436,7 @@ def markdown(rows):
         merged.items(), key=lambda row: (faults[row[0][0]], str(row))
     ):
         fault, what, after = key
-        lines.append(f"| {fault} | {describe(places)} | {what} | {took(found, after)} |")
+        lines.append(f"| {fault} | {describe(places)} | {what} | {after or took(found)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -65,7 +65,7 @@ def retry_later(self, countdown):
         raise self.retry(countdown=countdown)
 
 
-@shared_task(bind=True, ignore_result=True, default_retry_delay=1)
+@shared_task(bind=True, default_retry_delay=1)
 def kill_child(self):
     note("start", self)
     os.kill(os.getpid(), signal.SIGKILL)
@@ -77,6 +77,11 @@ def kill_worker(self, gate="never"):
     note("start", self)
     if not Path(gate).exists():
         os.killpg(0, signal.SIGKILL)
+
+
+@shared_task(bind=True, ignore_result=True, rate_limit="1/m")
+def limited(self):
+    note("start", self)
 
 
 @shared_task

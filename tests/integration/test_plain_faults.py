@@ -1,0 +1,431 @@
+"""What a fault does to plain tasks, on each broker and pool.
+
+Each test records what happened, and the table of all is printed at the end of the run. For the
+table of docs/reliability.md: make prove TESTS=tests/integration/test_plain_faults.py
+ARGS="--faults-to table.md"
+"""
+
+import json
+import os
+import signal
+import time
+
+import psutil
+import pytest
+
+from harness.outputs import ORDER
+from harness.plain import BROKERS, REDELIVERY, stacks
+from harness.project import wait_for
+
+everywhere = stacks()
+on_prefork = stacks(pools=["prefork"])
+on_rabbitmq = stacks(brokers=["rabbitmq"])
+on_redis = stacks(brokers=["redis"])
+on_sqs = stacks(brokers=["sqs"])
+with_a_server = stacks(brokers=[broker for broker in BROKERS if broker != "sqs"])
+with_timeout = stacks(brokers=["redis", "sqs"])
+# When the broker delivers the tasks of a killed worker again, in production
+AGAIN = {
+    "redis": "21 minutes (`REDELIVERY_SECONDS`) + up to 100 s",
+    "rabbitmq": "",
+    "sqs": "21 minutes (`REDELIVERY_SECONDS`)",
+}
+KILLED = "The worker is killed (SIGKILL, out of memory)"
+
+
+def broker_of(stack):
+    return stack.project.answers["broker"]
+
+
+def pool_of(stack):
+    return stack.project.answers["worker_pool"]
+
+
+def fill(stack, gate):
+    """Start a task in each slot of the worker."""
+    running = [stack.send("wait", gate) for _ in range(stack.variables["WORKER_CONCURRENCY"])]
+    for task in running:
+        stack.wait_until_started(task)
+    return running
+
+
+# The worker
+
+
+@everywhere
+def test_the_task_of_a_killed_worker_runs_again(plain, gate, record_fault):
+    task = plain.send("wait", gate)
+    plain.wait_until_started(task)
+    plain.worker.kill()
+    killed = time.time()
+    plain.worker.start()
+    plain.wait_until_started(task, times=2)
+    (_, first), (_, again) = plain.notes("start", task)
+    if broker_of(plain) != "rabbitmq":
+        assert again - first > REDELIVERY - 1
+    record_fault(KILLED, "its tasks run again", again - killed, AGAIN[broker_of(plain)])
+
+
+@on_prefork
+def test_the_task_of_a_killed_child_runs_again(plain, gate, record_fault):
+    task = plain.send("wait", gate)
+    child = plain.wait_until_started(task)
+    os.kill(child, signal.SIGKILL)
+    killed = time.time()
+    plain.wait_until_started(task, times=2)
+    seconds = plain.notes("start", task)[1][1] - killed
+    after = "3 minutes (`default_retry_delay`)"
+    record_fault("A child process is killed", "its task is retried", seconds, after)
+
+
+@everywhere
+def test_sigterm_stops_a_worker_with_a_long_task(plain, gate, record_fault):
+    """On prefork, within SOFT_SHUTDOWN_SECONDS, and the next worker starts the task."""
+    task = plain.send("wait", gate)
+    plain.wait_until_started(task)
+    start = time.time()
+    fault = "SIGTERM, as in a deploy, during a long task"
+    if pool_of(plain) != "prefork":
+        os.kill(plain.worker.pid, signal.SIGTERM)
+        time.sleep(8)
+        assert plain.worker.is_running()
+        gate.touch()
+        plain.worker.wait()
+        assert plain.notes("end", task)
+        what = "the worker ends when the task has ended; if it is killed before that, see above"
+        record_fault(fault, what)
+        return
+    assert plain.worker.stop() == 0
+    stopped = time.time() - start
+    plain.worker.start()
+    ready = time.time()
+    plain.wait_until_started(task, times=2)
+    again = plain.notes("start", task)[1][1] - ready
+    assert again < REDELIVERY / 2
+    what = "the worker ends, and the next one starts the task again at once"
+    record_fault(fault, what, stopped, "20 s (`SOFT_SHUTDOWN_SECONDS`) + 1 to 3 s")
+
+
+@on_prefork
+def test_a_task_that_ends_in_the_soft_shutdown_is_not_repeated(plain, gate):
+    task = plain.send("wait", gate)
+    plain.wait_until_started(task)
+    os.kill(plain.worker.pid, signal.SIGTERM)
+    time.sleep(0.5)
+    gate.touch()
+    plain.worker.wait()
+    plain.worker.start()
+    plain.wait_until_started(plain.send("quick"))
+    assert plain.starts(task) == len(plain.notes("end", task)) == 1
+
+
+@on_prefork
+def test_an_idle_worker_ends_at_once(plain):
+    start = time.time()
+    assert plain.worker.stop() == 0
+    assert time.time() - start < 30  # seconds on a busy machine
+
+
+@on_prefork
+def test_a_task_that_kills_its_child_every_time_ends(plain, record_fault):
+    task = plain.send("kill_child")
+    wait_for(lambda: plain.ask(f"result = AsyncResult({task!r}).state") == "FAILURE")
+    starts = plain.starts(task)
+    time.sleep(3)  # time for one more
+    assert plain.starts(task) == starts == 4
+    what = f"it fails after {starts - 1} retries (`max_retries`)"
+    record_fault("A task kills its child process every time", what)
+
+
+DEAD_LETTERS = {
+    "rabbitmq": """
+with app.connection_for_write() as broker:
+    result = broker.default_channel.queue_declare("dead-letters", passive=True).message_count
+""",
+    "sqs": """
+import boto3
+from django.conf import settings
+found = boto3.client("sqs").get_queue_attributes(
+    QueueUrl=settings.SQS_ADDRESS + "-dead", AttributeNames=["ApproximateNumberOfMessages"]
+)
+result = int(found["Attributes"]["ApproximateNumberOfMessages"])
+""",
+}
+LIMIT_DELIVERIES = """
+import boto3, json
+from django.conf import settings
+sqs, url = boto3.client("sqs"), settings.SQS_ADDRESS + "-celery"
+redrive = json.loads(sqs.get_queue_attributes(QueueUrl=url, AttributeNames=["RedrivePolicy"])
+    ["Attributes"]["RedrivePolicy"])
+result = redrive["maxReceiveCount"]
+attributes = {"RedrivePolicy": json.dumps(redrive | {"maxReceiveCount": count})}
+sqs.set_queue_attributes(QueueUrl=url, Attributes=attributes | {"VisibilityTimeout": str(seconds)})
+"""
+FATAL = "A task kills its whole worker every time"
+
+
+@on_redis
+def test_a_task_that_kills_its_worker_is_delivered_without_end_by_redis(plain, gate, record_fault):
+    plain.worker.stop()
+    worker = plain.make_worker("fatal", REDELIVERY=1)
+    task = plain.send("kill_worker", gate)
+    with plain.supervised(worker):
+        plain.wait_until_started(task, times=6)
+        gate.touch()
+        plain.wait_until_started(task, times=7)
+        plain.wait_until_started(plain.send("quick"))
+    record_fault(FATAL, "it is delivered again without end", None, AGAIN["redis"] + " each time")
+
+
+@on_rabbitmq
+def test_a_task_that_kills_its_worker_becomes_a_dead_letter_of_rabbitmq(plain, record_fault):
+    """With rabbitmq.json, but for the limit, which is 2 here."""
+    definitions = json.loads(plain.project.read("rabbitmq.json"))
+    [policy] = definitions["policies"]
+    limit, policy["definition"]["delivery-limit"] = policy["definition"]["delivery-limit"], 2
+    file = plain.folder / "definitions.json"
+    file.write_text(json.dumps(definitions))
+    plain.broker.control("import_definitions", str(file))
+    try:
+        task = plain.send("kill_worker")
+        with plain.supervised():
+            wait_for(lambda: plain.ask(DEAD_LETTERS["rabbitmq"]) == 1)
+            plain.wait_until_started(plain.send("quick"))
+        assert plain.starts(task) == 3
+        plain.empty("dead-letters")
+    finally:
+        plain.broker.control("clear_policy", "dead-letters")
+    what = f"after {limit} further deliveries it becomes a dead letter"
+    record_fault(FATAL, what, None, "–")
+
+
+@on_sqs
+def test_a_task_that_kills_its_worker_becomes_a_dead_letter_of_sqs(plain, record_fault):
+    """With the queues of the project, but for the limit, which is 3 here."""
+    limit = plain.ask(LIMIT_DELIVERIES, count=3, seconds=1)
+    try:
+        task = plain.send("kill_worker")
+        with plain.supervised():
+            wait_for(lambda: plain.ask(DEAD_LETTERS["sqs"]) == 1)
+            plain.wait_until_started(plain.send("quick"))
+        assert plain.starts(task) == 3
+    finally:
+        plain.ask(LIMIT_DELIVERIES, count=limit, seconds=REDELIVERY)
+    what = f"after {limit - 1} further deliveries it becomes a dead letter"
+    record_fault(FATAL, what, None, AGAIN["sqs"] + " each time")
+
+
+# The broker
+
+
+@with_a_server
+def test_tasks_outlive_a_restart_of_the_broker(plain, gate, record_fault):
+    """Redis with its append-only file, RabbitMQ with quorum queues. The crash is kill -9."""
+    running = fill(plain, gate)
+    waiting = [plain.send("quick") for _ in range(5)]
+    pid = plain.worker.pid
+    with plain.supervised():
+        plain.broker.kill()
+        time.sleep(2)
+        plain.broker.start()
+        start = time.time()
+        time.sleep(5)
+        gate.touch()
+        for task in waiting:
+            plain.wait_until_started(task)
+        seconds = max(plain.notes("start", task)[0][1] for task in waiting) - start
+        for task in running:
+            wait_for(lambda task=task: plain.notes("end", task))
+    again = sum(plain.starts(task) > 1 for task in running)
+    what = "waiting tasks are kept; those that ran run again" if again else "all tasks are kept"
+    if plain.worker.pid != pid:
+        what += "; the worker ends, and its supervisor restarts it"
+    fault = "The broker crashes and restarts"
+    record_fault(fault, what, seconds, "seconds" if broker_of(plain) == "rabbitmq" else "")
+
+
+FORGET = """
+from datetime import timedelta
+from django.utils import timezone
+from orders.models import Order
+from orders.tasks import confirm_forgotten_orders
+Order.objects.filter(pk=order).update(created_at=timezone.now() - timedelta(hours=2))
+confirm_forgotten_orders.delay()
+result = None
+"""
+
+
+@everywhere
+def test_an_emptied_broker_loses_what_waits(plain, record_fault):
+    """But an order is found, because its row says what is missing."""
+    plain.worker.stop()
+    status, _, order = plain.request("POST", "/api/orders/", ORDER)
+    assert status == 201
+    lost = plain.send("quick")
+    plain.empty("celery")
+    plain.worker.start()
+    plain.wait_until_started(plain.send("quick"))
+    url = f"/api/orders/{order['id']}/"
+    assert not plain.starts(lost) and not plain.request("GET", url)[2]["confirmed_at"]
+    plain.ask(FORGET, order=order["id"])
+    wait_for(lambda: plain.request("GET", url)[2]["confirmed_at"])
+    fault = "The broker loses its messages"
+    record_fault(
+        fault, "**waiting tasks are lost**; Beat's task finds the orders", None, "1 to 2 h"
+    )
+
+
+@pytest.mark.parametrize("how", ["is down", "hangs"])
+@everywhere
+def test_a_broker_that_does_not_answer_delays_no_request(plain, record_fault, how):
+    """An order is accepted, and found later. A report, which is only a task, is refused."""
+    answers, seconds = [], []
+    plain.broker.kill() if how == "is down" else plain.broker.pause()
+    try:
+        for path, data in [("/api/orders/", ORDER), ("/api/orders/report/", None)] * 3:
+            start = time.time()
+            answers.append(plain.request("POST", path, data)[0])
+            seconds.append(time.time() - start)
+    finally:
+        if how == "hangs":
+            plain.broker.resume()
+    print("seconds of orders and reports:", [round(each, 2) for each in seconds])
+    assert answers == [201, 503] * 3
+    assert max(seconds) < 3  # a promise
+    with plain.supervised():
+        if how == "is down":
+            plain.broker.start()
+        start = time.time()
+        _, _, order = plain.request("POST", "/api/orders/", ORDER)
+        url = f"/api/orders/{order['id']}/"
+        wait_for(lambda: plain.request("GET", url)[2]["confirmed_at"])
+        print("seconds until the next order was confirmed:", round(time.time() - start, 2))
+    what = "orders are stored (201), and Beat's task confirms them later; reports are refused (503)"
+    record_fault(f"The broker {how} during a request", what, max(seconds))
+
+
+@everywhere
+def test_a_countdown_is_doubled_where_it_exceeds_the_visibility_timeout(plain, record_fault):
+    countdown = 2 * REDELIVERY + 5
+    tasks = [plain.send("quick", countdown=countdown), plain.send("retry_later", countdown)]
+    for number, task in enumerate(tasks):
+        plain.wait_until_started(task, times=1 + number)
+    time.sleep(5)  # time for more
+    starts = [plain.starts(tasks[0]), plain.starts(tasks[1]) - 1]
+    if broker_of(plain) == "rabbitmq":
+        assert starts == [1, 1]
+        what = "the task runs once: it waits in the broker"
+    else:
+        assert min(starts) > 1
+        what = "the task runs two or more times"
+    record_fault("A countdown or retry is longer than `MAX_COUNTDOWN`", what, None, "–")
+
+
+@with_timeout
+def test_a_countdown_below_the_visibility_timeout_is_not_doubled(plain):
+    """The setting MAX_COUNTDOWN makes the visibility timeout longer than these."""
+    task = plain.send("quick", countdown=REDELIVERY - 5)
+    plain.wait_until_started(task)
+    time.sleep(REDELIVERY)
+    assert plain.starts(task) == 1
+
+
+# What delays others
+
+
+@everywhere
+def test_a_burst_of_countdowns_starves_no_other_task(plain):
+    code = "result = [quick.apply_async(countdown=20).id for _ in range(1000)]"
+    later = plain.ask(code)
+    task = plain.send("quick")
+    plain.wait_until_started(task)
+    early = [each for each in later[:20] if plain.starts(each)]
+    assert not early  # so the task did not wait for them
+    noted = plain.notes_file
+    wait_for(lambda: all(each in noted.read_text() for each in later))
+
+
+@everywhere
+def test_a_rate_limit_delays_other_tasks_of_the_queue(plain, record_fault):
+    """Known, and said: tasks that wait for their rate fill what a worker prefetches."""
+    [plain.send("limited", queue="cpu") for _ in range(40)]
+    other = plain.send("quick", queue="cpu")
+    time.sleep(8)
+    blocked = not plain.starts(other)
+    plain.worker.kill()
+    plain.empty("cpu")
+    what = "other tasks of the queue wait for them" if blocked else "nothing"
+    record_fault("More tasks with a `rate_limit` than a worker fetches", what, None, "–")
+
+
+# RabbitMQ
+
+
+@stacks(brokers=["rabbitmq"], pools=["prefork", "gevent"])
+def test_a_worker_replaces_one_of_the_same_name_that_vanished(plain):
+    """Its machine froze, so RabbitMQ still has its connection. Remote control works."""
+    plain.worker.pause()
+    second = plain.make_worker("first")
+    second.launch()
+    start = time.time()
+    wait_for(lambda: second.is_ready() or not second.is_running())
+    print("ready after", round(time.time() - start, 1))
+    assert second.is_running() and time.time() - start < 60
+    task = plain.send("quick")
+    plain.wait_until_started(task)
+    code = "result = list(app.control.inspect(timeout=5, limit=1).ping() or {})"
+    assert [name.split("@")[0] for name in plain.ask(code)] == ["first"]
+
+
+@on_rabbitmq
+def test_countdowns_work_on_a_worker_of_some_queues(plain):
+    """Also if no worker has yet declared the others, which DelayedDelivery binds."""
+    plain.worker.stop()
+    for queue in "cpu", "io":
+        plain.broker.control("delete_queue", queue)
+    worker = plain.make_worker("some", "--queues celery")
+    worker.start()
+    start = time.time()
+    task = plain.send("quick", countdown=2)
+    plain.wait_until_started(task)
+    assert time.time() - start < 30, worker.printed
+    assert "delayed delivery" not in worker.printed, worker.printed
+    task = plain.send("quick", countdown=2, queue="cpu")
+    time.sleep(5)
+    late = plain.make_worker("late", "--queues cpu")
+    late.start()
+    plain.wait_until_started(task)
+
+
+@on_rabbitmq
+def test_twenty_deliveries_make_a_dead_letter_of_rabbitmq(plain):
+    """With rabbitmq.json. No worker reads the queue `reports`."""
+    plain.broker.control("import_definitions", str(plain.project / "rabbitmq.json"))
+    try:
+        plain.send("quick", queue="reports")
+        deliver = """
+with app.connection_for_write() as broker:
+    channel = broker.default_channel
+    if message := channel.basic_get("reports"):
+        channel.basic_reject(message.delivery_tag, requeue=True)
+result = bool(message)
+"""
+        assert sum(plain.ask(deliver) for _ in range(30)) == 21
+        wait_for(lambda: plain.ask(DEAD_LETTERS["rabbitmq"]) == 1)
+        plain.empty("dead-letters")
+    finally:
+        plain.broker.control("clear_policy", "dead-letters")
+
+
+# SQS
+
+
+@on_sqs
+def test_a_worker_polls_again_after_a_failed_poll(plain):
+    """kombu's own channel does not (celery/kombu issue 1127)."""
+    plain.broker.pause()
+    time.sleep(6)
+    plain.broker.resume()
+    pid = plain.worker.pid
+    plain.wait_until_started(plain.send("quick"))
+    assert psutil.pid_exists(pid) and plain.worker.pid == pid
