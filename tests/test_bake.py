@@ -4,6 +4,7 @@ integration/test_every_combination.py does the same for all combinations.
 """
 
 import ast
+import itertools
 import re
 from collections import defaultdict
 from fnmatch import fnmatch
@@ -47,6 +48,10 @@ PARTS = TEMPLATE / "templates"  # one folder for each option, and one more: `ser
 # How a file of the output calls the chosen file of a folder.
 MODULES = {folder.name: folder.name for folder in PARTS.iterdir() if folder.is_dir()}
 MODULES["servers"] = "server"
+# The one line of a file that stands whole, once for each of these choices.
+WHOLE = r'\{% include "durable_jobs/" ~ cookiecutter\.durable_jobs ~ "/(.+)" %\}\n'
+# Where a "job" is one of GitHub, Kubernetes or Prometheus.
+OTHER_JOBS = r"^jobs:$|kind: Job\b|Deployment\|Job\b|the Job that|delete job |job=\"flower\""
 
 
 def own_traces(option, choice):
@@ -74,11 +79,22 @@ def owners():
 @cache
 def traces_in(file, text):
     """Return the patterns that match a file or its name."""
-    return {word for word in owners() if re.search(word, f"{file}\n{text}", re.IGNORECASE)}
+    text = re.sub(OTHER_JOBS, "", f"{file}\n{text}", flags=re.MULTILINE)
+    return {word for word in owners() if re.search(word, text, re.IGNORECASE)}
 
 
 def read(project):
     return {file.relative_to(project): file.read_text("utf-8") for file in project.files()}
+
+
+def required(settings):
+    """Return the value of the list that the settings build before they read these variables."""
+    found = {}
+    for node in ast.parse(settings).body:
+        target = getattr(node, "target", None) or getattr(node, "targets", [None])[0]
+        if isinstance(target, ast.Name) and target.id.lower() == "required":
+            exec(ast.unparse(node), found)
+    return found.get("required") or found["REQUIRED"]
 
 
 def check_project(project, is_new):
@@ -92,7 +108,8 @@ def check_project(project, is_new):
     if is_new("names", *texts):
         check_names(texts)
     jobs = {file: text for file, text in texts.items() if file.parts[0] == "jobs"}
-    assert jobs == ENGINE, "each output has the same engine, byte for byte"
+    with_jobs = answers["durable_jobs"] == "yes"
+    assert jobs == (ENGINE if with_jobs else {}), "each has the same engine, byte for byte"
     empty = [path for path in project.rglob("*") if path.is_dir() and not any(path.iterdir())]
     assert empty == []
     for file, text in texts.items():
@@ -102,17 +119,20 @@ def check_project(project, is_new):
     for file, text in texts.items():
         if is_new("file", file, text):
             check_file(project, file, text)
-            if file.suffix == ".md" and answers["durable_jobs"] == "no":
+            if file.suffix == ".md" and not with_jobs:
                 check_blocks(file, text)
             checked += 1
-    asked = re.findall(r'env\.\w+\("([A-Z_]+)"\)', texts[Path("config/settings.py")])
-    assert asked and ast.literal_eval(
-        re.search(r"^REQUIRED = (\[.*?\])", texts[Path("config/settings.py")], re.S | re.M)[1]
-    ) == sorted(asked, key=asked.index), "REQUIRED lists every required variable"
-    celery = texts[Path("config/settings.py")], texts[Path(".env.example")]
+    settings = texts[Path("config/settings.py")]
+    asked = re.findall(r'env\.\w+\("([A-Z_]+)"\)', settings)
+    assert asked and set(required(settings)) == set(asked), "the list has every required variable"
+    celery = settings, texts[Path(".env.example")]
     if is_new("celery", *celery):
         check_celery(*celery)
     check_dependencies(texts)
+    if not with_jobs:
+        lines = itertools.chain(*(text.splitlines() for text in texts.values()))
+        named = [line for line in lines if "durable_jobs" in line]
+        assert len(named) <= 2, "one paragraph says what the other choice is, one points to it"
     check_pages(texts, template_paths())
     if is_new("ruff", about, *python):
         project.call("ruff", "check", "--no-cache")
@@ -146,16 +166,17 @@ def test_the_engine_is_plain_python():
             assert "{%" not in text and "{{" not in text, file
 
 
-def test_there_are_no_circular_imports(bake):
+@pytest.mark.parametrize("durable_jobs", CHOICES["durable_jobs"])
+def test_there_are_no_circular_imports(bake, durable_jobs):
     """Not even inside functions."""
-    project = bake()
+    project = bake(durable_jobs=durable_jobs)
     modules = {
         ".".join(file.relative_to(project).with_suffix("").parts): ast.parse(file.read_text())
         for file in project.rglob("*.py")
         if "migrations" not in file.parts
     }
     graph = {name: imports(name, tree) & modules.keys() for name, tree in modules.items()}
-    assert {"jobs.models", "jobs.pools"} <= graph["jobs.tasks"]  # so imports are found
+    assert {"users.models", "orders.tasks"} & graph["orders.views"]  # so imports are found
     TopologicalSorter(graph).prepare()  # raises CycleError, which names the cycle
     for module, tree in modules.items():
         functions = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
@@ -224,13 +245,7 @@ def test_flower_listens_only_on_the_loopback_address(bake, broker):
 @cache
 def template_paths():
     """Return the paths that an output may have."""
-    files = (path.relative_to(OUTPUT) for path in OUTPUT.rglob("*") if path.is_file())
-    return {Path(rendered(file)) for file in files}
-
-
-def rendered(path):
-    """Return the path, or the name, that a file of the template has in an output."""
-    return re.sub("{%.*?%}", "", str(path))
+    return {path.relative_to(OUTPUT) for path in OUTPUT.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize(
@@ -245,8 +260,10 @@ def test_the_output_of_a_choice_has_the_words_listed_as_its_traces(bake, option,
     )
 
     found = set()
-    for file, text in read(bake(**{option: choice})).items():
-        found |= traces_in(file, text)
+    for durable_jobs in CHOICES["durable_jobs"]:
+        answers = {"durable_jobs": durable_jobs, option: choice}
+        for file, text in read(bake(**answers)).items():
+            found |= traces_in(file, text)
     assert not {*own, *server_traces(option, choice)} - found, "the output lacks these words"
 
 
@@ -303,7 +320,7 @@ def whole_files():
 def name_of(path):
     """Return what the table of parts calls a file: for one that stands whole, its output."""
     if path.is_relative_to(OUTPUT):
-        return rendered(path.relative_to(OUTPUT))
+        return str(path.relative_to(OUTPUT))
     parts = path.relative_to(PARTS).parts
     return str(Path(*parts[2:] if len(parts) > 2 else parts))
 
@@ -334,9 +351,9 @@ def output_files():
 
 def test_no_choice_is_named_outside_its_file():
     """So that a new one needs only a choice and a file: see CONTRIBUTING.md."""
-    for path in [TEMPLATE / "cookiecutter.json", *output_files()]:
-        file = str(path.relative_to(TEMPLATE))
-        for text in file, path.read_text("utf-8"):
+    for path in [TEMPLATE / "cookiecutter.json", *output_files(), *whole_files()]:
+        file, text = str(path.relative_to(TEMPLATE)), path.read_text("utf-8")
+        if not re.fullmatch(WHOLE, text):
             tree = ENVIRONMENT.parse(text)
             asked = {n.attr for n in tree.find_all(nodes.Getattr) if is_answer(n)} & CHOICES.keys()
             assert not asked, f"{file}: ask for a part, or for a has_… of chosen.jinja"

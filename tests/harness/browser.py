@@ -81,7 +81,9 @@ class Browser:
         for field in ("USERNAME", "PASSWORD"):
             self.run(f"id_{field.lower()}.value = {site.user()[field]!r}")
         self.run("document.querySelector('form [type=submit]').click()")
-        self.wait("document.querySelector('#jobs, #task, #message') && document.readyState == 'complete'")
+        self.wait(
+            "document.querySelector('#jobs, #task, #message') && document.readyState == 'complete'"
+        )
 
     def click(self, selector):
         self.run(f"document.querySelector({selector!r}).click()")

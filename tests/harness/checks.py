@@ -104,7 +104,7 @@ def check_file(project, file, text):
         assert not re.search(rf"{braces}|{tags}|\{{#", text), f"{file} has a trace of Jinja"
     assert text.strip() or file.name in ("__init__.py", "py.typed"), f"{file} is empty"
     assert not text or (text.endswith("\n") and not text.endswith("\n\n")), file
-    prose = re.sub(r"^```python\n.*?^```", "code", text, flags=re.DOTALL | re.MULTILINE)
+    prose = re.sub(r"^```python.*?^```", "code", text, flags=re.DOTALL | re.MULTILINE)
     assert "\n\n\n" not in prose or file.suffix == ".py", file
     assert not re.search("[ \t]\n", text), file
     match file.suffix:

@@ -15,7 +15,7 @@ from config.celery import app
 
 
 def test_celery_prints_no_passwords():
-    url = "redis://:hidden@host/0"
+    url = "scheme://:hidden@host/0"
     settings = {"CELERY_BROKER_URL": url, "CACHES": {"LOCATION": url}, "FLOWER_BASIC_AUTH": url}
     assert "hidden" not in str(filter_hidden_settings(settings))
 
