@@ -25,6 +25,7 @@ FINAL = {"succeeded", "failed", "cancelled"}
 LIMIT = 300  # seconds of every wait: a machine may be ten times slower than ours
 # A variable and its address for development, in settings.py or .env.
 ADDRESS = r"""([A-Z_]+)(?:=|["'], ["'])(\w+://(?:[^"'\s]*@)?127\.0\.0\.1:\d+[^"'\s]*)"""
+ASKED = r"""env\.\w+\(["']([A-Z_]+)["'](?:, cast=[\w.]+)?\)"""  # a variable without a default
 APPS = Path(__file__).parent / "apps"  # Django apps for projects under test
 CONSOLE = Path(__file__).parent / "console.py"
 
@@ -60,7 +61,7 @@ class Project(type(Path())):
     def production(self):
         """Return the variables that production needs, with the values of .env.example."""
         examples = dict(re.findall(r"^# ([A-Z_]+)=(.+)$", self.read(".env.example"), re.MULTILINE))
-        needed = re.findall(r"""env\.\w+\(["']([A-Z_]+)["']\)""", self.read("config/settings.py"))
+        needed = re.findall(ASKED, self.read("config/settings.py"))
         secret = {"SECRET_KEY": "only-this-test-knows-0123456789-abcdefghijklmnopqrstuvwxyz"}
         return {name: value for name, value in {**examples, **secret}.items() if name in needed}
 

@@ -7,7 +7,9 @@ from django.urls import include, path
 from django.views.generic import TemplateView
 from drf_spectacular.views import SpectacularAPIView, SpectacularSwaggerSplitView
 from rest_framework.routers import DefaultRouter
+{% if has_example or has_task_api %}
 
+{% endif %}
 {% if has_task_api %}
 from config.task_status import TaskView
 {% endif %}
