@@ -10,7 +10,7 @@ import pytest
 import yaml
 from kombu import Connection
 
-from harness.bake import CHOICES, chosen
+from harness.bake import CHOICES, DEFAULTS, chosen
 from harness.ci import expand, job_of, move
 from harness.outputs import one_of_each_pair, outputs
 from harness.project import Project, env, free_ports
@@ -22,6 +22,12 @@ OUTPUTS = [  # each broker with each CI, and the result backends in turn
     for broker in range(BROKERS)
 ]
 one_for_each_ci = outputs(*OUTPUTS[::BROKERS])
+CIS = [answers["ci"] for answers in OUTPUTS[::BROKERS]]
+# Without jobs: each broker once, with the CIs in turn, and each CI at least once
+PLAIN = [
+    {**DEFAULTS, "broker": broker, "ci": CIS[turn % len(CIS)]}
+    for turn, broker in enumerate(CHOICES["broker"])
+]
 FILES = {  # that only this choice writes
     "github": {".github/workflows/ci.yml", ".github/dependabot.yml"},
     "gitlab": {".gitlab-ci.yml", "renovate.json"},
@@ -75,8 +81,8 @@ def checkout(output, tmp_path):
     return checkout
 
 
-@outputs(*OUTPUTS)
-def test_the_job_runs_all_checks_and_all_tests_on_its_services(job, checkout, tmp_path):
+@outputs(*OUTPUTS, *PLAIN)
+def test_the_job_runs_all_checks_and_all_tests_on_its_services(output, job, checkout, tmp_path):
     # `make` writes .env with these addresses. The job's variables replace some.
     variables = {**checkout.addresses(".env.example"), **job.variables}
     if moto := variables.pop("AWS_ENDPOINT_URL", {}):  # no service: the tests start it
@@ -90,9 +96,12 @@ def test_the_job_runs_all_checks_and_all_tests_on_its_services(job, checkout, tm
         assert re.search(r"= \d+ passed in", tested), printed  # none was skipped
         for file in checkout.glob("tests/test_*.py"):
             assert f"tests/{file.name} ." in tested, printed
+        used = dict(variables)
+        if not chosen(**output.answers).has_jobs:  # then the tests keep results in memory
+            used.pop("CELERY_RESULT_BACKEND", None)
         for service in job.services:
             server = servers[service.place]
-            urls = [url for url in map(urlsplit, variables.values()) if url.port == server.port]
+            urls = [url for url in map(urlsplit, used.values()) if url.port == server.port]
             USED[service.name](server, urls)
 
 
