@@ -1,7 +1,8 @@
 {% import "imports.jinja" as imports %}
-{% from "chosen.jinja" import broker, result_backend, servers, has_flower with context %}
+{% from "chosen.jinja" import broker, result_backend, servers, has_flower, has_results with context %}
 {% set in_environment = [broker.required, result_backend.required | default] %}
-{% set fixed = ["CELERY_BROKER_URL", "CELERY_RESULT_BACKEND"] | reject("in", in_environment) | list %}
+{% set used = ["CELERY_BROKER_URL"] + (["CELERY_RESULT_BACKEND"] if has_results else []) %}
+{% set fixed = used | reject("in", in_environment) | list %}
 {% set lines %}
 {{ "import os" if fixed }}
 from collections import defaultdict
