@@ -2,13 +2,12 @@
 
 import json
 import re
-import shutil
 import time
 
 import pytest
 import yaml
 
-from harness.bake import CHOICES, TEMPLATE
+from harness.bake import CHOICES
 from harness.containers import (
     HTTPS,
     MANAGE,
@@ -22,10 +21,8 @@ from harness.containers import (
 )
 from harness.outputs import ORDER
 from harness.project import wait_for
-from harness.prometheus import promtool
 
 STACKS = brokers("plain-docker")
-TESTS = TEMPLATE / "tests/plain_alerts.yml"
 on_one = pytest.mark.parametrize("stack", STACKS[:1], indirect=True)
 on_rabbitmq = pytest.mark.parametrize("stack", STACKS[1:2], indirect=True)
 REDELIVERY = 40  # seconds, instead of 21 minutes; longer than a report takes
@@ -219,45 +216,6 @@ def test_the_profile_monitoring_sees_each_alert_fire_and_resolve(stack):
         stack.up("flower")
         wait_for(lambda: not firing(), site=stack)
         assert alerts == {"TasksFail", "TasksWait", "NoWorker", "NoMetrics"}
-
-
-@pytest.fixture
-def prometheus(bake, tmp_path):
-    """A folder with the configuration and the alerts that compose.yaml gives to Prometheus."""
-    service = yaml.safe_load(bake().read("compose.yaml"))["services"]["prometheus"]
-    for name, file in {"CONFIG": "prometheus.yml", "ALERTS": "alerts.yml"}.items():
-        (tmp_path / file).write_text(service["environment"][name].replace("$$", "$"))
-    return tmp_path
-
-
-def test_prometheus_accepts_its_configuration(prometheus):
-    promtool("check", "config", "prometheus.yml", cwd=prometheus)
-
-
-def test_each_alert_fires_and_resolves_when_it_should(prometheus):
-    shutil.copy(TESTS, prometheus / "tests.yml")
-    promtool("test", "rules", "tests.yml", cwd=prometheus)
-
-
-def test_each_alert_has_a_test_in_which_it_is_quiet_and_one_in_which_it_resolves(prometheus):
-    [group] = yaml.safe_load((prometheus / "alerts.yml").read_text())["groups"]
-    alerts = {rule["alert"] for rule in group["rules"] if "alert" in rule}
-    quiet, *others = yaml.safe_load(TESTS.read_text())["tests"]
-    assert {test["alertname"] for test in quiet["alert_rule_test"]} == alerts
-    resolved = set()
-    for each in others:
-        firing = {}
-        for test in each["alert_rule_test"]:
-            firing.setdefault(test["alertname"], []).append(bool(test["exp_alerts"]))
-        resolved |= {name for name, states in firing.items() if (*states,)[-2:] == (True, False)}
-    assert resolved == alerts
-
-
-def test_the_profile_monitoring_is_only_where_flower_is(bake):
-    for broker in CHOICES["broker"]:
-        text = bake(broker=broker).read("compose.yaml")
-        services = yaml.safe_load(text)["services"]
-        assert ("prometheus" in services) == ("flower" in services) == ("prometheus:" in text)
 
 
 # A task for each queue

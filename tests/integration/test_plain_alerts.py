@@ -1,0 +1,53 @@
+"""The alerts in compose.yaml of plain outputs fire and resolve when they should.
+
+test_plain_docker.py provokes each of them once.
+"""
+
+import shutil
+
+import pytest
+import yaml
+
+from harness.bake import CHOICES, TEMPLATE
+from harness.prometheus import promtool
+
+TESTS = TEMPLATE / "tests/plain_alerts.yml"
+
+
+@pytest.fixture
+def prometheus(bake, tmp_path):
+    """A folder with the configuration and the alerts that compose.yaml gives to Prometheus."""
+    service = yaml.safe_load(bake().read("compose.yaml"))["services"]["prometheus"]
+    for name, file in {"CONFIG": "prometheus.yml", "ALERTS": "alerts.yml"}.items():
+        (tmp_path / file).write_text(service["environment"][name].replace("$$", "$"))
+    return tmp_path
+
+
+def test_prometheus_accepts_its_configuration(prometheus):
+    promtool("check", "config", "prometheus.yml", cwd=prometheus)
+
+
+def test_each_alert_fires_and_resolves_when_it_should(prometheus):
+    shutil.copy(TESTS, prometheus / "tests.yml")
+    promtool("test", "rules", "tests.yml", cwd=prometheus)
+
+
+def test_each_alert_has_a_test_in_which_it_is_quiet_and_one_in_which_it_resolves(prometheus):
+    [group] = yaml.safe_load((prometheus / "alerts.yml").read_text())["groups"]
+    alerts = {rule["alert"] for rule in group["rules"] if "alert" in rule}
+    quiet, *others = yaml.safe_load(TESTS.read_text())["tests"]
+    assert {test["alertname"] for test in quiet["alert_rule_test"]} == alerts
+    resolved = set()
+    for each in others:
+        firing = {}
+        for test in each["alert_rule_test"]:
+            firing.setdefault(test["alertname"], []).append(bool(test["exp_alerts"]))
+        resolved |= {name for name, states in firing.items() if (*states,)[-2:] == (True, False)}
+    assert resolved == alerts
+
+
+def test_the_profile_monitoring_is_only_where_flower_is(bake):
+    for broker in CHOICES["broker"]:
+        text = bake(broker=broker).read("compose.yaml")
+        services = yaml.safe_load(text)["services"]
+        assert ("prometheus" in services) == ("flower" in services) == ("prometheus:" in text)
