@@ -7,20 +7,20 @@ import pytest
 import yaml
 
 from harness import kustomize, missing
-from harness.bake import CHOICES, WITH_JOBS
+from harness.bake import CHOICES
 
 PRODUCTION = "deploy/kubernetes/overlays/production"
 
 
+@pytest.mark.parametrize("durable_jobs", CHOICES["durable_jobs"])
 @pytest.mark.parametrize("broker", CHOICES["broker"])
-def test_kubectl_builds_the_same_as_the_tests(bake, broker):
+def test_kubectl_builds_the_same_as_the_tests(bake, broker, durable_jobs):
     """It also adds a hash to the names of ConfigMap and Secret, so a changed value restarts all."""
     if not shutil.which("kubectl"):
         missing("kubectl is not installed")
+    answers = {"broker": broker, "durable_jobs": durable_jobs, "deployment": "kubernetes"}
     for include_example in CHOICES["include_example"]:
-        project = bake(
-            **WITH_JOBS, deployment="kubernetes", broker=broker, include_example=include_example
-        )
+        project = bake(**answers, include_example=include_example)
         file = project / PRODUCTION / "kustomization.yaml"
         file.write_text(
             file.read_text().replace("# - ../../../monitoring", "- ../../../monitoring")
