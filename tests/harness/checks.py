@@ -105,7 +105,7 @@ def check_file(project, file, text):
     if (
         file.suffix != ".html"
     ):  # Django's braces; below, those of GitHub, Prometheus, Grafana and f-strings
-        braces = r"(?<!\$)\{\{(?! \$|\w+\}\})" if file.suffix != ".py" else r"\{\{-? "
+        braces = r"(?<!\$)\{\{(?! \$| printf |\w+\}\})" if file.suffix != ".py" else r"\{\{-? "
         tags = r"\{%(?! (extends|load|block|endblock|static)\b)"  # docs/pages.md shows Django's
         assert not re.search(rf"{braces}|{tags}|\{{#", text), f"{file} has a trace of Jinja"
     assert text.strip() or file.name in ("__init__.py", "py.typed"), f"{file} is empty"
