@@ -76,7 +76,7 @@ class Reader:
 
     def __init__(self, project, **variables):
         self.project, self.variables = project, variables
-        self.site, self.running = None, ExitStack()
+        self.site, self.running, self.is_stale = None, ExitStack(), False
 
     def __enter__(self):
         return self
@@ -96,9 +96,7 @@ class Reader:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a", encoding="utf-8") as opened:
             opened.write(code)
-        if self.site:  # a worker has the code of its start
-            self.running.close()
-            self.start()
+        self.is_stale = self.site is not None  # a worker has the code of its start
 
     def run_shell(self, code, file):
         code = DOCTEST.format(code=code) if ">>> " in code else code
@@ -120,9 +118,13 @@ class Reader:
         self.call("bash", "-euo", "pipefail", "-c", code)
 
     def start(self):
+        self.is_stale = False
         self.site = self.running.enter_context(self.project.up(**self.variables))
 
     def call(self, *command):
+        if self.is_stale:
+            self.running.close()
+            self.start()
         variables = self.site.environment if self.site else self.variables
         path = f"{self.project}/.venv/bin:{os.environ['PATH']}"
         result = subprocess.run(
