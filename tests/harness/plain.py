@@ -3,6 +3,7 @@
 Also the table of what can be lost: see the fixture `record_fault`.
 """
 
+import itertools
 import json
 import os
 import re
@@ -27,7 +28,8 @@ CELERY_BEAT_SCHEDULE = {{
     "tick": {{"task": "trials.tasks.tick", "schedule": 1, "args": ["{path}"]}}
 }}
 """
-# Settings for faults. kombu looks for tasks to deliver again each second, not each 100.
+# Settings for faults. kombu looks for tasks to deliver again each second, not each 100. If it hangs
+# there, others may do so after 2 seconds, not 300.
 QUICK = {
     "redis": f"""
 REDELIVERY_SECONDS = env.int("REDELIVERY", default={REDELIVERY})
@@ -35,6 +37,7 @@ CELERY_BROKER_TRANSPORT_OPTIONS |= {{
     "visibility_timeout": REDELIVERY_SECONDS,
     "unacked_restore_interval": 1,
     "unacked_restore_throttle": 1,
+    "unacked_mutex_expire": 2,
 }}
 """,
     "rabbitmq": "",
@@ -310,8 +313,12 @@ def plain_combinations():
 
 
 def prepare(project, folder, database, settings="", **variables):
-    """Add the app `trials` to an installed project, and return its Stack, not yet started."""
-    project.add_app("trials", SCHEDULE.format(path=folder / "ticked") + settings)
+    """Add the app `trials` to an installed project, and return its Stack, not yet started.
+
+    To see which tests fail without a setting: WITHOUT=CELERY_TASK_ACKS_LATE make prove …
+    """
+    without = "".join(f"del {name}\n" for name in os.environ.get("WITHOUT", "").split())
+    project.add_app("trials", SCHEDULE.format(path=folder / "ticked") + settings + without)
     with open(project / "config/urls.py", "a") as file:
         file.write(
             '\nfrom trials.views import start\nurlpatterns += [path("api/trials/", start)]\n'
@@ -322,15 +329,14 @@ def prepare(project, folder, database, settings="", **variables):
 BROKERS, POOLS = CHOICES["broker"], CHOICES["worker_pool"]
 
 
-def stacks(brokers=BROKERS, pools=POOLS, **options):
+def stacks(brokers=BROKERS, pools=POOLS, group="faults"):
     """Return a mark: run the test on each of these brokers with each of these pools."""
     params = []
-    for broker in brokers:
-        for pool in pools:
-            key = "-".join(["plain", broker, pool, *options])
-            param = PARAMS.setdefault(key, {"broker": broker, "worker_pool": pool, **options})
-            marks = pytest.mark.xdist_group(key)
-            params.append(pytest.param(param, id=key.removeprefix("plain-"), marks=marks))
+    for broker, pool in itertools.product(brokers, pools):
+        key = f"plain-{group}-{broker}-{pool}"
+        param = PARAMS.setdefault(key, {"broker": broker, "worker_pool": pool})
+        marks = pytest.mark.xdist_group(key)
+        params.append(pytest.param(param, id=f"{broker}-{pool}", marks=marks))
     return pytest.mark.parametrize("running_plain", params, indirect=True)
 
 

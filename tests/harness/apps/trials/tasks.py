@@ -6,6 +6,8 @@ import time
 from pathlib import Path
 
 from celery import shared_task
+from celery.exceptions import SoftTimeLimitExceeded
+from django.db import connection
 
 
 def note(kind, task):
@@ -48,6 +50,33 @@ def wait(self, gate):
     while not Path(gate).exists():
         time.sleep(0.05)
     note("end", self)
+
+
+@shared_task(bind=True)
+def hold(self, gate):
+    """Wait until the file `gate` exists, without progress."""
+    note("start", self)
+    while not Path(gate).exists():
+        time.sleep(0.05)
+
+
+@shared_task(bind=True)
+def stubborn(self):
+    """Ignore the soft time limit."""
+    note("start", self)
+    while True:
+        try:
+            time.sleep(60)
+        except SoftTimeLimitExceeded:
+            note("soft", self)
+
+
+@shared_task
+def find_connection():
+    """Return the process id of PostgreSQL's end of the database connection."""
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT pg_backend_pid()")
+        return cursor.fetchone()[0]
 
 
 @shared_task(bind=True, autoretry_for=(OSError,), default_retry_delay=2)
