@@ -51,7 +51,13 @@ def error(stack, task):
 @on_redis
 def test_time_limits_end_tasks(plain, gate):
     replace_worker(plain, TASK_TIME_LIMIT=4)
-    task, stubborn = plain.send("hold", gate), plain.send("stubborn")
+    code = f"""
+from trials.tasks import hold, stubborn
+print(hold.delay({str(gate)!r}), stubborn.delay())
+"""
+    # A message has the limits of its sender.
+    environment = {**plain.variables, "TASK_TIME_LIMIT": 4}
+    task, stubborn = plain.project.manage("shell", "-v0", "-c", code, **environment).split()[-2:]
     assert error(plain, task) == "SoftTimeLimitExceeded"
     assert error(plain, stubborn) == "TimeLimitExceeded"
     assert len(plain.notes("soft", stubborn)) == 1
