@@ -28,13 +28,14 @@ release: .venv  ## test, commit and tag this version, and start the next one
 	@.venv/bin/python .ci/release.py
 
 # The output's plain Python. The output's pyproject.toml is not TOML before it is rendered.
-ENGINE := --config tests/engine/jobs_ruff.toml '{{cookiecutter.project_slug}}/jobs' '{{cookiecutter.project_slug}}/conftest.py'
+WHOLE := $(shell grep -rLE '\{[{%#]' templates/durable_jobs --include=*.py)
+ENGINE := --force-exclude --config tests/engine/jobs_ruff.toml '{{cookiecutter.project_slug}}/jobs' $(WHOLE)
 
-lint: .venv
-	.venv/bin/ruff check --fix .
-	.venv/bin/ruff format .
-	.venv/bin/ruff check --fix $(ENGINE)
-	.venv/bin/ruff format $(ENGINE)
+lint: .venv  ## format all plain Python; CHECK=1 changes nothing, and fails
+	.venv/bin/ruff check $(if $(CHECK),,--fix) .
+	.venv/bin/ruff format $(if $(CHECK),--check) .
+	.venv/bin/ruff check $(if $(CHECK),,--fix) $(ENGINE)
+	.venv/bin/ruff format $(if $(CHECK),--check) $(ENGINE)
 
 .venv: pyproject.toml templates/requirements.txt
 	# A pip in .venv would take four seconds. If python3 has none, .venv needs its own.

@@ -30,6 +30,7 @@ from harness.bake import (
     groups,
     name,
     product,
+    render,
 )
 from harness.blocks import check_blocks
 from harness.checks import (
@@ -41,7 +42,7 @@ from harness.checks import (
     check_names,
     check_pages,
 )
-from harness.project import ASKED
+from harness.project import ASKED, Project
 from harness.servers import sentinel_settings
 
 ENGINE = engine()
@@ -88,6 +89,12 @@ def read(project):
     return {file.relative_to(project): file.read_text("utf-8") for file in project.files()}
 
 
+def kept(answers):
+    """Return the files of the template that .dropped does not list for these answers."""
+    gone = set(map(Path, render(".dropped", **answers).split())) | {Path(".dropped")}
+    return {file for file in template_paths() if not gone & {file, *file.parents}}
+
+
 def required(settings):
     """Return the value of the list that the settings build before they read these variables."""
     found = {}
@@ -108,6 +115,7 @@ def check_project(project, is_new):
 
     if is_new("names", *texts):
         check_names(texts)
+    assert texts.keys() == kept(answers), ".dropped lists what is left out, and it is no more there"
     jobs = {file: text for file, text in texts.items() if file.parts[0] == "jobs"}
     with_jobs = answers["durable_jobs"] == "yes"
     assert jobs == (ENGINE if with_jobs else {}), "each has the same engine, byte for byte"
@@ -339,6 +347,26 @@ def names_set(path):
         elif isinstance(node, nodes.Assign | nodes.AssignBlock):
             found += [name.name for name in getattr(node.target, "items", [node.target])]
     return found
+
+
+def test_each_path_that_is_dropped_is_one_of_the_template():
+    dropped = set(itertools.chain(*(render(".dropped", **each).split() for each in COMBINATIONS)))
+    known = template_paths() | set(itertools.chain(*(path.parents for path in template_paths())))
+    assert set(map(Path, dropped)) <= known
+
+
+def test_a_whole_file_is_included_by_the_file_of_its_name():
+    """So that an editor and `make lint` see plain Python, and an output's tree has plain names."""
+    for path in output_files():
+        if found := re.fullmatch(WHOLE, path.read_text("utf-8")):
+            assert found[1] == str(path.relative_to(OUTPUT))
+            assert path in {OUTPUT / name_of(whole) for whole in whole_files()}
+    for whole in whole_files():
+        assert re.fullmatch(WHOLE, (OUTPUT / name_of(whole)).read_text("utf-8")), whole
+
+
+def test_whole_python_files_are_formatted_before_a_bake():
+    Project(TEMPLATE).call("make", "--silent", "lint", "CHECK=1")
 
 
 def output_files():

@@ -91,6 +91,8 @@ def test_windows_and_file_systems_that_ignore_case_can_have_each_file_of_the_tem
     files = git("ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
 
     check_names(files[:-1])
+    for file in files[:-1]:
+        assert len(file) <= 120 and "{%" not in file, f"{file}: a name as in an output, and short"
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ from .project import Project, wait_for
 
 seconds = {}
 
-# In production, a broker waits for 21 minutes before it delivers the tasks of a killed worker again.
-# (RabbitMQ notices the lost connection, and doesn't wait.)
+# In production, a broker waits for 21 minutes before it delivers the tasks of a killed worker
+# again. (RabbitMQ notices the lost connection, and doesn't wait.)
 QUICK_REDIS = """
 CELERY_BROKER_TRANSPORT_OPTIONS |= {
     "visibility_timeout": 10,

@@ -8,7 +8,7 @@ from harness.bake import COMBINATIONS, name
 from harness.checks import BAKED
 from test_bake import check_project
 
-LARGEST = ("broker", "result_backend", "worker_pool")
+LARGEST = ("broker", "result_backend", "durable_jobs", "worker_pool")
 
 
 def largest(answers):
@@ -16,6 +16,7 @@ def largest(answers):
 
 
 GROUPS = {key: list(group) for key, group in itertools.groupby(COMBINATIONS, largest)}
+assert sum(map(len, GROUPS.values())) == len(COMBINATIONS), "options that stand between these"
 
 
 @pytest.mark.usefixtures("hooks_in_this_process")
