@@ -442,7 +442,7 @@ def test_the_image_and_the_hosts_are_in_one_file(bake):
     documents = kustomize.build(overlay)
     assert {each["image"] for each in kustomize.containers(documents)} == {"ghcr.io/tea/shop:7"}
     data = {each["kind"]: each["data"] for each in documents if "data" in each}
-    assert data["ConfigMap"]["ALLOWED_HOSTS"] == "tea.example,localhost,web.my-project.svc"
+    assert data["ConfigMap"]["ALLOWED_HOSTS"] == "tea.example,web.my-project.svc"
     assert base64.b64decode(data["Secret"]["SECRET_KEY"]) == b"tea"
 
     project.call("git", "init", "--quiet")
