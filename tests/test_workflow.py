@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from harness.bake import CHOICES, TEMPLATE
-from harness.outputs import one_of_each_pair
+from harness.outputs import one_of_each_broker_and_pool
+from harness.plain import plain_combinations
 from harness.project import Project
 
 WORKFLOW = ".github/workflows/ci.yml"
@@ -58,7 +59,13 @@ def test_a_push_runs_the_quick_tests_and_each_night_runs_all():
 
 
 def test_each_choice_is_tested_on_each_broker():
+    plain = list(plain_combinations())
     for broker in CHOICES["broker"]:
         for option in ("result_backend", "worker_pool", "periodic_tasks"):
-            pairs = (answers for answers in one_of_each_pair() if answers["broker"] == broker)
-            assert {answers[option] for answers in pairs} == set(CHOICES[option]), option
+            found = {answers[option] for answers in plain if answers["broker"] == broker}
+            assert found == set(CHOICES[option]), option
+    jobs = one_of_each_broker_and_pool()
+    for option in ("result_backend", "periodic_tasks", "include_example"):
+        assert {answers[option] for answers in jobs} == set(CHOICES[option]), option
+    pairs = {(answers["broker"], answers["worker_pool"]) for answers in jobs}
+    assert len(pairs) == len(jobs) == len(CHOICES["broker"]) * len(CHOICES["worker_pool"])

@@ -53,6 +53,24 @@ def one_for_each_broker():
     return [next(e for e in combinations() if e["broker"] == name) for name in CHOICES["broker"]]
 
 
+def one_of_each_broker_and_pool():
+    """Return each broker with each pool: the first pool with the first result backend, as
+    one_for_each_broker() does, the others with the other result backends in turn.
+
+    Plain projects run each broker with each result backend and pool: see plain.py.
+    """
+    every, others = list(combinations()), itertools.cycle(CHOICES["result_backend"][1:])
+    pairs = itertools.product(CHOICES["broker"], CHOICES["worker_pool"])
+    first = {option: choices[0] for option, choices in CHOICES.items()}
+    found = []
+    for broker, pool in pairs:
+        is_first = pool == first["worker_pool"]
+        result_backend = first["result_backend"] if is_first else next(others)
+        wanted = {"broker": broker, "worker_pool": pool, "result_backend": result_backend}
+        found += [each for each in every if wanted.items() <= each.items()]
+    return found
+
+
 def outputs(*answers):
     """Return a mark: run the test with these outputs, each in one process, to install it once."""
     params = [
@@ -62,11 +80,10 @@ def outputs(*answers):
     return pytest.mark.parametrize("output", params, indirect=True)
 
 
-every_pair = outputs(*one_of_each_pair())
-# The tours that ../test_first_run.py does not make, and the combinations that have no tour.
-other_tours = outputs(*(each for each in one_of_each_pair() if each not in one_for_each_broker()))
-without_tour = outputs(
-    *(e for e in combinations() if e not in one_of_each_pair() + one_for_each_broker())
+every_broker_and_pool = outputs(*one_of_each_broker_and_pool())
+# The tours that ../test_first_run.py does not make.
+other_tours = outputs(
+    *(each for each in one_of_each_broker_and_pool() if each not in one_for_each_broker())
 )
 every_pool = outputs(*itertools.islice(combinations(), len(CHOICES["worker_pool"])))
 default_output = outputs(next(combinations()))

@@ -19,15 +19,14 @@ from harness.outputs import (
     ORDER,
     combinations,
     default_output,
-    every_pair,
+    every_broker_and_pool,
     every_pool,
     one_for_each_broker,
     other_tours,
     outputs,
     use,
-    without_tour,
 )
-from harness.project import Console, connects, env, fetch, free_ports, processes_in, wait_for
+from harness.project import connects, env, fetch, free_ports, processes_in, wait_for
 
 EXTRA = {"FLOWER_BASIC_AUTH": "admin:password", "DEBUG": "False"}
 CHECKS = """
@@ -38,13 +37,13 @@ call_command("spectacular", validate=True, fail_on_warn=True, file="/dev/null")
 """
 
 
-@every_pair
+@every_broker_and_pool
 def test_it_passes_its_checks(project):
     """Those of `make check` that test_bake.py cannot run, and production's, in one process."""
     project.manage("shell", "-v0", "-c", CHECKS, **project.production(), **EXTRA)
 
 
-@every_pair
+@every_broker_and_pool
 def test_it_passes_its_own_tests(broker, database, project):
     url = database.create(f"own_{uuid4().hex}")
     printed = project.call("make", "test", **broker, DATABASE_URL=url)
@@ -54,40 +53,6 @@ def test_it_passes_its_own_tests(broker, database, project):
 @other_tours
 def test_it_runs(broker, with_tasks, tmp_path):
     use(with_tasks, tmp_path, **broker)
-
-
-USE = """
-import time
-from celery.result import AsyncResult
-from jobs.models import Job
-from samples import plain, tasks
-if has_results:
-    AsyncResult("any").state  # makes DynamoDB's table: Celery cannot make it twice at once
-pk = Job.objects.enqueue(tasks.count, [3]).pk
-until = time.monotonic() + 300
-while (job := Job.objects.get(pk=pk)).state in ("queued", "running") and time.monotonic() < until:
-    time.sleep(0.1)
-result = [job.state, job.result, plain.use(path, has_results)[1]]
-"""
-
-
-@without_tour
-def test_its_worker_runs_jobs_and_plain_tasks(moto, with_tasks, tmp_path):
-    """Without the other processes: these do not depend on all three of broker, results and pool."""
-    variables = {**moto, "DATABASE_URL": f"sqlite:///{tmp_path}/db.sqlite3"}
-    with_tasks.manage("migrate", "-v0", **variables)
-    has_results = "RESULT_BACKEND" in with_tasks.read("config/settings.py")
-    plain_results = [3, 10] if has_results else ["NotImplementedError"] * 2
-    command = re.search("^worker: .*(celery .*)", with_tasks.read("Procfile"), re.M)[1]
-    with typed(with_tasks, command, **variables) as worker:
-        worker.wait_for(" ready.")
-        console = Console(with_tasks, tmp_path / "console.log", **variables)
-        code = f"path, has_results = {str(tmp_path / 'late')!r}, {has_results}\n{USE}"
-        try:
-            assert console.ask(code) == ["succeeded", 3, plain_results], worker.log
-            wait_for((tmp_path / "late").exists, site=worker)  # a plain task with a countdown
-        finally:
-            console.kill()
 
 
 @default_output
