@@ -18,6 +18,7 @@ from .project import env
 
 SHELLS = ("sh", "console")
 PICTURES = ("text", "mermaid")
+CURL = 'curl() { command curl --fail-with-body --silent "$@"; }'  # an error 404 is one
 DOCTEST = """
 import doctest
 found = doctest.DocTestParser().get_doctest({code!r}, dict(globals()), "page", None, 0)
@@ -107,6 +108,7 @@ class Reader:
         lines = [line.removeprefix("$ ") for line in code.splitlines()]
         if any(line.split()[:2] == ["make", "run"] for line in lines):
             self.site or self.start()
+        self.refresh()
         code = "\n".join(line for line in lines if line.split()[:2] != ["make", "run"])
         if self.site:
             for address, own in (
@@ -115,16 +117,20 @@ class Reader:
                 ("Token …", f"Token {self.site.token}"),
             ):
                 code = code.replace(address, own)
-        self.call("bash", "-euo", "pipefail", "-c", code)
+        self.call("bash", "-euo", "pipefail", "-c", f"{CURL}\n{code}")
 
     def start(self):
         self.is_stale = False
         self.site = self.running.enter_context(self.project.up(**self.variables))
 
-    def call(self, *command):
+    def refresh(self):
+        """Start the site again, on other ports, if files were written since its start."""
         if self.is_stale:
             self.running.close()
             self.start()
+
+    def call(self, *command):
+        self.refresh()
         variables = self.site.environment if self.site else self.variables
         path = f"{self.project}/.venv/bin:{os.environ['PATH']}"
         result = subprocess.run(
