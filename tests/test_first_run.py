@@ -4,9 +4,18 @@ import re
 
 import pytest
 
-from harness.bake import baked
-from harness.outputs import default_output, one_for_each_broker, outputs, use
-from harness.project import path_without
+from harness.bake import DEFAULTS, baked
+from harness.outputs import (
+    ORDER,
+    combinations,
+    default_output,
+    mails,
+    one_for_each_broker,
+    outputs,
+    show_addresses,
+    use,
+)
+from harness.project import path_without, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -15,7 +24,7 @@ def output(request, cookies_session):
     return baked(cookies_session, {"project_name": "Calendar", **request.param})
 
 
-@default_output
+@outputs(DEFAULTS, next(combinations()))
 def test_it_passes_its_checks_and_its_own_tests(project):
     """On SQLite, with a real worker that takes jobs from Redis or from its stand-in."""
     assert project.name == "calendar"
@@ -31,6 +40,25 @@ def test_a_project_may_have_the_name_of_a_package(bake, package):
     project.run("uv", "lock", "--quiet")
     locked = re.findall('^name = "(.+)"$', project.read("uv.lock"), re.MULTILINE)
     assert {package, f"{package}-project"} < set(locked)
+
+
+@outputs(DEFAULTS)
+def test_the_default_runs_on_the_stand_in(project, tmp_path):
+    path = path_without("redis-server", "valkey-server", folder=tmp_path / "bin")
+    with project.up(PATH=path) as site:
+        show_addresses(site)
+        status, _, order = site.request("/api/orders/", ORDER)
+        assert status == 201
+        wait_for(lambda: site.request(f"/api/orders/{order['id']}/")[2]["confirmed_at"], site=site)
+        assert "Thank you! You ordered 2 × Tea." in mails(project)
+
+        status, headers, _ = site.request("/api/orders/report/", {})
+        assert status == 202
+        report = headers["Location"]
+        wait_for(lambda: site.request(report)[2]["state"] == "PROGRESS", site=site)
+        wait_for(lambda: site.worker in site.ask_flower("/api/workers?refresh=1")[2], site=site)
+        wait_for(lambda: site.request(report)[2]["state"] == "SUCCESS", site=site)
+    assert "Starting fakeredis" in site.log
 
 
 @default_output
