@@ -62,7 +62,7 @@ print(hold.delay({str(gate)!r}), stubborn.delay())
     assert error(plain, stubborn) == "TimeLimitExceeded"
     assert len(plain.notes("soft", stubborn)) == 1
     [pid] = pids(plain, [stubborn])
-    assert not psutil.pid_exists(pid)
+    wait_for(lambda: not psutil.pid_exists(pid))
 
 
 @on_redis
