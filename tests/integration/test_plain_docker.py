@@ -24,7 +24,9 @@ from harness.project import wait_for
 
 STACKS = brokers("plain-docker")
 on_one = pytest.mark.parametrize("stack", STACKS[:1], indirect=True)
-on_rabbitmq = pytest.mark.parametrize("stack", STACKS[1:2], indirect=True)
+# One broker is enough for these tests. They share them, because stacks run side by side.
+on_second = pytest.mark.parametrize("stack", STACKS[1:2], indirect=True)
+on_third = pytest.mark.parametrize("stack", STACKS[2:], indirect=True)
 REDELIVERY = 40  # seconds, instead of 21 minutes; longer than a report takes
 SETTINGS = {
     "redis": f"""
@@ -101,6 +103,7 @@ def test_each_service_is_healthy_and_has_few_rights(stack):
     assert not [mount for mount in mounts if mount["Destination"] in ("/media", "/token")]
 
 
+@on_one
 def test_a_task_of_a_stopped_worker_runs_again(stack):
     url = stack.start_report()
     stack.compose("stop", "worker")
@@ -139,7 +142,7 @@ def test_beat_is_unhealthy_when_it_writes_its_schedule_no_more(stack):
     stack.compose("restart", "beat")
 
 
-@on_one
+@on_third
 def test_make_up_again_replaces_workers_before_web_and_beat(stack):
     """With new code and the settings of production. The data stays."""
     order, path = stack.order(), stack.project / ".env"
@@ -228,7 +231,7 @@ for queue in settings.CELERY_TASK_QUEUES:
 """
 
 
-@on_rabbitmq
+@on_second
 def test_the_pods_of_the_manifests_run_tasks(stack):
     """Pods wait for the migrations and pass the probes of deploy/kubernetes/."""
     stack.psql(f"CREATE DATABASE pods OWNER {stack.project.name}")
