@@ -24,6 +24,7 @@ from harness.bake import (
     ENVIRONMENT,
     OUTPUT,
     TEMPLATE,
+    WITH_JOBS,
     chosen,
     covering,
     engine,
@@ -217,21 +218,22 @@ def imports(module, tree):
         (broker, result_backend)
         for broker in CHOICES["broker"]
         for result_backend in CHOICES["result_backend"]
-        if chosen(broker=broker, result_backend=result_backend).has_sentinel
+        if chosen(**WITH_JOBS, broker=broker, result_backend=result_backend).has_sentinel
     ],
 )
 def test_the_settings_for_sentinel_fit_every_project_with_redis(bake, broker, result_backend):
-    project = bake(broker=broker, result_backend=result_backend)
+    project = bake(**WITH_JOBS, broker=broker, result_backend=result_backend)
     with open(project / "config/settings.py", "a") as file:
         file.write(sentinel_settings(project.read("docs/sentinel.md")))
     project.call("ruff", "check", "--no-cache")
     project.call("ruff", "format", "--check", "--no-cache")
 
 
+@pytest.mark.parametrize("durable_jobs", CHOICES["durable_jobs"])
 @pytest.mark.parametrize("broker", CHOICES["broker"])
-def test_flower_listens_only_on_the_loopback_address(bake, broker):
+def test_flower_listens_only_on_the_loopback_address(bake, broker, durable_jobs):
     """Its /metrics and /healthcheck need no password."""
-    texts = read(bake(broker=broker, deployment="kubernetes"))
+    texts = read(bake(broker=broker, durable_jobs=durable_jobs, deployment="kubernetes"))
     services = yaml.safe_load(texts[Path("compose.yaml")])["services"]
     for service, options in services.items():
         for port in options.get("ports", []):
@@ -249,6 +251,18 @@ def test_flower_listens_only_on_the_loopback_address(bake, broker):
         [container] = pod["spec"]["template"]["spec"]["containers"]
         assert "--address=127.0.0.1" in container["command"][-1]
         assert "ports" not in container
+
+
+@pytest.mark.parametrize("durable_jobs", CHOICES["durable_jobs"])
+def test_kustomize_renders_each_manifest(bake, durable_jobs):
+    """integration/test_kubernetes.py checks what it renders."""
+    project = bake(durable_jobs=durable_jobs, deployment="kubernetes")
+    pages = list((project / "deploy").rglob("kustomization.yaml"))
+    assert pages
+    for page in pages:
+        found = {file.name for file in page.parent.glob("*.yaml")} - {page.name}
+        listed = yaml.safe_load(page.read_text())["resources"]
+        assert found == {name for name in listed if name.endswith(".yaml")}, page
 
 
 @cache

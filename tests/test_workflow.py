@@ -29,6 +29,16 @@ def test_the_files_of_github_are_valid(command, file):
     Project(TEMPLATE).call(*command.split(), file)
 
 
+def test_each_yaml_file_of_the_template_itself_is_checked():
+    """Here, or by promtool: see integration/test_operation.py and test_plain_alerts.py."""
+    listed = Project(TEMPLATE).call("git", "ls-files", ":!*cookiecutter*", "*.yml", "*.yaml")
+    assert {WORKFLOW, FORM} == {file for file in listed.split() if not is_for_promtool(file)}
+
+
+def is_for_promtool(file):
+    return "rule_files:" in (TEMPLATE / file).read_text()
+
+
 def test_each_test_of_make_prove_is_in_one_job():
     """If the job has one run for each broker, the test is in one of them or in all."""
     collected = Project(TEMPLATE).run("pytest", "tests/integration", "--collect-only", "--quiet")

@@ -18,7 +18,7 @@ from jobs import database, messages, sweep, updates
 from jobs.models import Batch, Job
 from jobs.pools import pool
 
-fixtures = runpy.run_path(str(OUTPUT / "conftest.py"))
+fixtures = runpy.run_path(str(OUTPUT.parent / "templates/durable_jobs/yes/conftest.py"))
 globals().update({name: fixtures[name] for name in fixtures if not name.startswith("__")})
 
 
