@@ -34,14 +34,14 @@ def test_a_job_that_changes_while_cancel_waits_is_not_cancelled(published, user,
     if connection.vendor != "postgresql":
         pytest.skip("SQLite has one transaction at a time: set DATABASE_URL=postgres://…")
     job, run = Job.objects.enqueue(add, [1, 2], owner=user), uuid.uuid4()
-    Failure.objects.create(job=job, started_at=Now(), error="user")
+    Failure.objects.create(job=job, started_at=Now(), error=user.username)
     if by == "state":
         change, state = partial(claim, job.pk, run), "running"
     else:
         assert claim(job.pk, run)
         end = {"id": job.pk, "run_token": run, "result": 3, "message": ""}
         change, state = partial(updates.succeed, Job.objects, **end), "succeeded"
-    condition = {by: {"pk": job.pk, "state": "queued"}.get(by, "user")}
+    condition = {by: {"pk": job.pk, "state": "queued"}.get(by, user.username)}
     assert run_while_open(change, Job.objects.filter(**condition).cancel) == 0
     job.refresh_from_db()
     assert job.state == state
