@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 
 from .bake import TEMPLATE
 from .project import Project, wait_for
@@ -49,9 +48,8 @@ def step(name):
     seconds[name] = time.monotonic() - began
 
 
-def main(answers):
-    with step("Bake the project into demo/"):
-        out = TEMPLATE / "demo"
+def main(answers, out=TEMPLATE / "demo", **environment):
+    with step(f"Bake the project into {out.name}/"):
         shutil.rmtree(out, ignore_errors=True)
         bake = [sys.executable, "-m", "cookiecutter", "--no-input", "--output-dir", out, TEMPLATE]
         subprocess.run([*bake, *answers], check=True, stdout=subprocess.DEVNULL)
@@ -62,7 +60,6 @@ def main(answers):
     has_jobs, has_example = (project / "jobs").exists(), (project / "orders").exists()
     if has_jobs and not has_example:
         project.add_app("samples")
-    environment = {}
     if not has_jobs:
         make_redelivery_quick(project, environment)
     with ExitStack() as stack:
@@ -83,7 +80,7 @@ def main(answers):
     for name, took in seconds.items():
         print(f"  {took:5.1f}  {name}")
     print(f"  {sum(seconds.values()):5.1f}  in all")
-    print(f"\nTry it: cd {project.relative_to(Path.cwd())} && make run")
+    print(f"\nTry it: cd {os.path.relpath(project)} && make run")
     print("The next `make demo` replaces that folder.")
 
 

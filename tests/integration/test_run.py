@@ -626,14 +626,14 @@ def test_the_pages_show_the_name_of_the_project(project, tmp_path):
 
 
 @default_output
-def test_a_plain_task_is_delivered_again_after_its_time_limit_and_a_minute(broker, project):
+def test_a_plain_task_is_delivered_again_after_limit_countdown_and_a_minute(broker, project):
     """How long its broker waits for the worker. test_workers.py shows what happens then."""
     code = """
 from config.celery import app
 with app.connection_for_read() as broker:
     print(broker.default_channel.visibility_timeout)
 """
-    assert project.shell(code, TASK_TIME_LIMIT=100, **broker) == "160"
+    assert project.shell(code, TASK_TIME_LIMIT=100, MAX_COUNTDOWN=20, **broker) == "180"
 
 
 @outputs(first("broker", "sqs"))
