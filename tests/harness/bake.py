@@ -44,13 +44,16 @@ def covering(combinations):
 
     The next one is always the one with the most groups that no earlier one has.
     """
-    rows = [(groups(each), each) for each in combinations]
+    bits, rows = {}, []  # each group is a bit, so that a set of them is a number: this is quick
+    for each in combinations:
+        own = {1 << bits.setdefault(group, len(bits)) for group in groups(each)}
+        rows.append((sum(own), each))
     found = []
     new, best = rows[0]
     while new:
         found.append(best)
-        rows = [(rest, each) for old, each in rows if (rest := old - new)]
-        new, best = max(rows, key=lambda row: len(row[0]), default=((), None))
+        rows = [(rest, each) for old, each in rows if (rest := old & ~new)]
+        new, best = max(rows, key=lambda row: row[0].bit_count(), default=(0, None))
     return found
 
 
