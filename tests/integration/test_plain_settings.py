@@ -298,3 +298,13 @@ def test_no_tool_shows_a_password(plain):
     wait_for(lambda: "CELERY_BROKER_URL" in shown())
     page = shown()
     assert PASSWORD not in page and "of-this-test" not in page
+
+
+@stacks(["rabbitmq"], ["gevent"], group="settings")
+def test_each_of_many_greenlets_sends_its_retry(plain):
+    """Celery's own limit of ten connections would lose retries: it rejects a task that can't."""
+    worker = replace_worker(plain, WORKER_CONCURRENCY=100)
+    tasks = plain.ask("result = [retry_later.delay(1).id for _ in range(300)]")
+    for task in tasks:
+        plain.wait_until_started(task, times=2)
+    assert "Timed out waiting for a broker producer" not in worker.printed
