@@ -92,7 +92,7 @@ def test_sigterm_stops_a_worker_with_a_long_task(plain, gate, record_fault):
         gate.touch()
         plain.worker.wait()
         assert plain.notes("end", task)
-        what = "the worker ends when the task has ended; if it is killed before that, see above"
+        what = "the worker ends when the task has ended; if it is killed before that, they run again as after a kill"
         record_fault(fault, what)
         return
     assert plain.worker.stop() == 0
