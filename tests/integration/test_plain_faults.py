@@ -92,7 +92,7 @@ def test_sigterm_stops_a_worker_with_a_long_task(plain, gate, record_fault):
         gate.touch()
         plain.worker.wait()
         assert plain.notes("end", task)
-        what = "the worker ends when the task has ended; if it is killed before that, they run again as after a kill"
+        what = "the worker ends after the task; if it is killed first, see the row about that"
         record_fault(fault, what)
         return
     assert plain.worker.stop() == 0
