@@ -346,7 +346,11 @@ def test_a_burst_of_countdowns_starves_no_other_task(plain, record_fault):
     seconds = time.time() - start
     early = [each for each in later[:20] if plain.starts(each)]
     assert not early  # so the task did not wait for them
-    what = "another task waits up to 2 s for each of them" if is_slow else "another task starts at once"
+    what = (
+        "another task waits up to 2 s for each of them"
+        if is_slow
+        else "another task starts at once"
+    )
     record_fault("Many tasks have a countdown", what, seconds, "–")
     plain.worker.kill()
     plain.empty("celery")
