@@ -16,6 +16,7 @@ import tomllib
 import urllib.error
 import urllib.request
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -300,7 +301,8 @@ def link_compiled(folder, new):
     first start of an environment quicker.
     """
     [packages] = new.glob(".venv/lib/*/site-packages")
-    for other in folder.glob("*/.venv/lib/*/site-packages"):
+    finished = [file.parent for file in folder.glob("*/done")]  # uv still changes the others
+    for other in chain(*(each.glob(".venv/lib/*/site-packages") for each in finished)):
         for compiled in other.rglob("__pycache__/*.pyc"):
             link = packages / compiled.relative_to(other)
             if link.parent.parent.is_dir() and not link.exists():
