@@ -23,6 +23,7 @@ CELERY_BROKER_TRANSPORT_OPTIONS |= {
     "visibility_timeout": 10,
     "unacked_restore_interval": 1,
     "unacked_restore_throttle": 1,
+    "unacked_mutex_expire": 5,  # if the killed worker was just looking for such tasks
 }
 """
 QUICK_SQS = {"SQS_VISIBILITY_TIMEOUT": 10}
