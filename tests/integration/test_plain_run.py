@@ -211,6 +211,12 @@ def test_without_remote_control_nothing_pretends_to_cancel(stack, gate):
 
 @with_flower
 def test_flower_shows_tasks_and_ends_one(stack, gate):
+    def listens():  # some time after Flower's port is open
+        seen = stack.send("quick")
+        time.sleep(1)
+        return stack.in_flower(seen)
+
+    wait_for(listens)
     task = stack.send("wait", gate)
     stack.wait_until_started(task)
     wait_for(lambda: stack.in_flower(task) == "STARTED")
