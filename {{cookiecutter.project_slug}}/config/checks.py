@@ -1,11 +1,10 @@
 {% import "imports.jinja" as imports %}
-{% from "chosen.jinja" import broker, result_backend, servers, has_flower, has_results with context %}
+{% from "chosen.jinja" import broker, result_backend, servers, has_flower, has_jobs, has_results with context %}
 {% set in_environment = [broker.required, result_backend.required | default] %}
 {% set used = ["CELERY_BROKER_URL"] + (["CELERY_RESULT_BACKEND"] if has_results else []) %}
 {% set fixed = used | reject("in", in_environment) | list %}
 {% set lines %}
 {{ "import os" if fixed }}
-from collections import defaultdict
 {% for server in servers %}
 {% print server.check_imports | default %}
 {% endfor %}
@@ -32,6 +31,7 @@ def check_cache(app_configs, **kwargs):
             hint=f"Add the package to pyproject.toml: `uv add {error.name}`.",
             id="config.E001",
         )
+{% if has_jobs or servers | selectattr("settings", "defined") | list == [] %}
 
 
 @register(deploy=True)
@@ -44,6 +44,7 @@ def check_cache_timeouts(app_configs, **kwargs):
             hint="Add its timeouts to CACHE_URL: ?socket_timeout=1&socket_connect_timeout=1",
             id="config.W001",
         )
+{% endif %}
 
 
 @register(deploy=True)
@@ -69,8 +70,7 @@ def longest_hold(task):
     """Return how many seconds a worker may hold a message of this task."""
 {% if broker.holds_countdowns %}
     backoff = getattr(task, "retry_backoff_max", 600) if getattr(task, "retry_backoff", 0) else 0
-    delay = max(task.default_retry_delay, int(backoff))  # a retry waits in the worker
-    return task.time_limit + delay
+    return task.time_limit + max(task.default_retry_delay, int(backoff))  # a retry waits in it
 {% else %}
     return task.time_limit
 {% endif %}
@@ -79,17 +79,15 @@ def longest_hold(task):
 @register()
 def check_rate_limits(app_configs, **kwargs):
     """Find tasks that wait for their rate limit in a worker's few places, where others wait too."""
-    queues = defaultdict(list)
-    for task in all_tasks():
-        queues[current_app.amqp.router.route({}, task.name)["queue"].name].append(task)
-    for queue, tasks in queues.items():
-        for task in tasks if len(tasks) > 1 else []:
-            if task.rate_limit:
-                yield Warning(
-                    f"The rate limit of {task.name} also delays the other tasks of the queue {queue}.",
-                    hint="Route it to a queue of its own, and start a worker for that queue.",
-                    id="config.W006",
-                )
+    route = current_app.amqp.router.route
+    queues = {task: route({}, task.name)["queue"].name for task in all_tasks()}
+    for task, queue in queues.items():
+        if task.rate_limit and list(queues.values()).count(queue) > 1:
+            yield Warning(
+                f"The rate limit of {task.name} also delays the other tasks of the queue {queue}.",
+                hint="Route it to a queue of its own, and start a worker for that queue.",
+                id="config.W006",
+            )
 {% if has_flower %}
 
 
