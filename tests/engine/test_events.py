@@ -46,6 +46,10 @@ def test_a_worker_sends_its_task_events_in_batches():
     assert [event["uuid"] for event in batch] == list(range(30))
 
 
+def test_a_worker_that_never_reached_its_broker_stops_without_an_error():
+    events.BatchedEvents(SimpleNamespace()).stop(SimpleNamespace())
+
+
 def test_events_survive_a_lost_connection_and_a_shutdown():
     dispatcher = app.events.Dispatcher(Connection("memory://"))
     step, consumer, _, published = start_batches(dispatcher)

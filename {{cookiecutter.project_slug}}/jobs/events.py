@@ -10,6 +10,7 @@ class BatchedEvents(StartStopStep):
     """A bootstep that starts with each connection to the broker, when Celery has made a new dispatcher."""
 
     requires = ("celery.worker.consumer.events:Events",)
+    dispatcher = None  # Celery also stops steps that a failed connection did not let start
 
     def start(self, consumer):
         self.dispatcher = consumer.event_dispatcher
