@@ -12,7 +12,9 @@
 {% set sorted = imports.sort(lines) %}
 """Checks of the settings for `manage.py check`; those with deploy=True run with --deploy."""
 
+{% if sorted | trim %}
 {{ sorted }}
+{% endif %}
 from celery import current_app
 from django.conf import settings
 from django.core.cache import caches
