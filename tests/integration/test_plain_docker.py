@@ -140,6 +140,7 @@ def test_beat_is_unhealthy_when_it_writes_its_schedule_no_more(stack):
     wait_for(lambda: written() > first, site=stack)
     wait_for(lambda: written() > first, site=stack)
     stack.compose("restart", "beat")
+    stack.up("beat")  # waits until it is healthy
 
 
 @on_third

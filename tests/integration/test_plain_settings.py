@@ -151,8 +151,9 @@ result = [key.decode() for url in urls for key in redis.from_url(url).keys()]
 def test_a_child_process_is_replaced_after_a_thousand_tasks(plain):
     replace_worker(plain, "--concurrency 1")
     tasks = plain.ask("result = [quick.delay().id for _ in range(1001)]")
-    assert len(pids(plain, [tasks[0], tasks[999]])) == 1
-    assert len(pids(plain, tasks[999:])) == 2
+    # Tasks that other tests have left may run in between, so the child may end a few tasks earlier.
+    assert len(pids(plain, [tasks[0], tasks[900]])) == 1
+    assert len(pids(plain, tasks[900:])) == 2
 
 
 @on_redis
