@@ -13,9 +13,9 @@ from django.test import Client
 from django.test.utils import CaptureQueriesContext
 from users.models import User
 
-from jobs import sweep
-from jobs.models import Job, Sweep
-from jobs.updates import claim, succeed
+from durable_jobs import sweep
+from durable_jobs.models import Job, Sweep
+from durable_jobs.updates import claim, succeed
 from sending import empty, rate, seconds_of
 from work_tasks import job as task
 from work_tasks import plain
@@ -36,13 +36,13 @@ def parts(count):
     message = current_app.amqp.create_task_message(str(job.pk), job.task, job.args, job.kwargs)
     options = {"routing_key": "parts", "headers": message.headers, **message.properties}
     with connection.cursor() as cursor, current_app.producer_or_acquire() as producer:
-        cursor.execute("SELECT * FROM jobs_job WHERE id = %s", [job.pk])
+        cursor.execute("SELECT * FROM durable_jobs_job WHERE id = %s", [job.pk])
         [[_, *values]], names = (
             cursor.fetchall(),
             [f'"{column.name}"' for column in cursor.description],
         )
         places = ", ".join("%s" for _ in names)
-        statement = f"INSERT INTO jobs_job ({', '.join(names)}) VALUES ({places})"
+        statement = f"INSERT INTO durable_jobs_job ({', '.join(names)}) VALUES ({places})"
         current_app.amqp.queues["parts"](producer.channel).declare()
 
         def insert():
@@ -74,7 +74,7 @@ def claims(waiting, count):
     """
     empty("job")
     finished(100)
-    sql("ALTER TABLE jobs_job SET (autovacuum_enabled = off)", "ANALYZE jobs_job")
+    sql("ALTER TABLE durable_jobs_job SET (autovacuum_enabled = off)", "ANALYZE durable_jobs_job")
     copies(job_for_later("later"), waiting)
     jobs = list(Job.objects.filter(queue="later").order_by("?").values_list("pk")[:count])
     return rate(lambda pk: claim(Job.objects, id=pk, run_token=uuid.uuid4(), **CLAIM), jobs)
@@ -128,8 +128,8 @@ def pages(count):
         "/api/jobs/",
         "/api/jobs/?state=failed",
         f"/api/jobs/?cursor={b64encode(position.encode()).decode()}",
-        "/admin/jobs/job/",
-        f"/admin/jobs/job/?q={newest[count // 2].pk}",
+        "/admin/durable_jobs/job/",
+        f"/admin/durable_jobs/job/?q={newest[count // 2].pk}",
     ]:
         seconds = [seconds_of(get, url) for _ in range(23)]
         taken.append(median(seconds[3:]) * 1000)  # the first three compile and connect
@@ -143,7 +143,7 @@ def fill(count):
     empty("job")
     User.objects.filter(username="owner").delete()
     finished(count, User.objects.create_superuser("owner"))
-    sql("ALTER TABLE jobs_job RESET (autovacuum_enabled)", "VACUUM ANALYZE jobs_job")
+    sql("ALTER TABLE durable_jobs_job RESET (autovacuum_enabled)", "VACUUM ANALYZE durable_jobs_job")
 
 
 def job_for_later(queue, **options):
@@ -168,8 +168,8 @@ def copies(job, count, **columns):
     values |= {"id": "gen_random_uuid()", **columns}
     names = ", ".join(f'"{name}"' for name in values)
     sql(
-        f"INSERT INTO jobs_job ({names}) SELECT {', '.join(values.values())}"
-        f" FROM jobs_job, generate_series(1, {count}) AS n WHERE id = '{job.pk}'"
+        f"INSERT INTO durable_jobs_job ({names}) SELECT {', '.join(values.values())}"
+        f" FROM durable_jobs_job, generate_series(1, {count}) AS n WHERE id = '{job.pk}'"
     )
 
 

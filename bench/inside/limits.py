@@ -2,8 +2,8 @@
 
 from statistics import median
 
-from jobs import turns
-from jobs.models import Job, Pause
+from durable_jobs import turns
+from durable_jobs.models import Job, Pause
 from ledger import copies, job_for_later, sql
 from sending import empty, seconds_of
 
@@ -47,7 +47,7 @@ def held(count, keys):
         Pause.objects.pause("held")
         copies(job, count, **row, held_by="'pause:held'")
     job.delete()
-    sql("VACUUM ANALYZE jobs_job")
+    sql("VACUUM ANALYZE durable_jobs_job")
     taken = [seconds_of(look) for _ in range(12)]
     Pause.objects.all().delete()
     return 1000 * median(taken[2:])  # the first ones compile and connect

@@ -23,7 +23,7 @@ class Job:
     pause = 0
 
     def __init__(self):
-        from jobs.models import Job
+        from durable_jobs.models import Job
         from work_tasks import job
 
         self.rows, self.succeeded = Job.objects, {"state": "succeeded"}
@@ -93,7 +93,7 @@ def send_many(kind, count, path, is_swept):
     if is_swept:
         from django.utils import timezone
 
-        from jobs.models import Sweep
+        from durable_jobs.models import Sweep
 
         started = timezone.now()
         while not Sweep.objects.filter(ended_at__gt=started).exists():

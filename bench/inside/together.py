@@ -25,7 +25,7 @@ def enqueue_many(task, calls, then):
 
 
 def enqueue_batch(task, calls, then):
-    from jobs.models import Batch
+    from durable_jobs.models import Batch
 
     Batch.objects.enqueue(task, calls, then=then)
 

@@ -8,7 +8,7 @@ from work import work
 
 plain = shared_task(name="work.plain")(work)
 with suppress(ImportError):  # bare Celery has no jobs
-    from jobs.tasks import JobTask
+    from durable_jobs.tasks import JobTask
 
     job = shared_task(name="work.job", base=JobTask)(work)
 

@@ -176,14 +176,14 @@ class Chaos:
     def fault_row_locked(self):
         code = "result = Job.objects.filter(state='running').values_list('pk', flat=True).first()"
         if job := self.stack.ask(code):
-            self.lock(f"SELECT FROM jobs_job WHERE id = '{job}' FOR UPDATE")
+            self.lock(f"SELECT FROM durable_jobs_job WHERE id = '{job}' FOR UPDATE")
 
     def fault_table_locked(self):
-        self.lock("LOCK TABLE jobs_job IN ACCESS EXCLUSIVE MODE")
+        self.lock("LOCK TABLE durable_jobs_job IN ACCESS EXCLUSIVE MODE")
 
     def fault_table_locked_for_writers(self):
         """As CREATE INDEX does. Everybody can read that leases lapse, and nobody can renew one."""
-        self.lock("LOCK TABLE jobs_job IN SHARE MODE")
+        self.lock("LOCK TABLE durable_jobs_job IN SHARE MODE")
 
     def lock(self, statement):
         """Hold a lock for longer than a lease."""

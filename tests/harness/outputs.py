@@ -127,8 +127,8 @@ def use(project, tmp_path, **environment):
         *_, done = site.follow(site.enqueue("count", 5))
         assert (done["state"], done["result"]) == ("succeeded", 5), done
         assert site.request("/api/jobs/", Authorization="")[0] == 401
-        assert site.scrape()['jobs_running{queue="celery"}'] == 0
-        wait_for(lambda: site.scrape()["jobs_sweep_age_seconds"] < 60, site=site)  # Beat
+        assert site.scrape()['durable_jobs_running{queue="celery"}'] == 0
+        wait_for(lambda: site.scrape()["durable_jobs_sweep_age_seconds"] < 60, site=site)  # Beat
 
         if (project / "orders").exists():
             status, headers, order = site.request("/api/orders/", ORDER)
@@ -163,7 +163,7 @@ def use(project, tmp_path, **environment):
 
         wait_for((tmp_path / "ticked").exists, site=site)  # Beat
         for state in "succeeded", "cancelled":  # Beat counts them, ten seconds later
-            total = f'jobs_ended_total{{state="{state}",task="samples.tasks.count"}}'
+            total = f'durable_jobs_ended_total{{state="{state}",task="samples.tasks.count"}}'
             wait_for(lambda total=total: site.scrape()[total] >= 1, site=site)
         return site.log
 

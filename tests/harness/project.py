@@ -221,7 +221,7 @@ class Site:
         """Enqueue a job of a task of the app `samples` for the demo user; return its URL."""
         code = f"""
 from users.models import User
-from jobs.models import Job
+from durable_jobs.models import Job
 from samples import tasks
 result = Job.objects.enqueue(tasks.{task}, {args!r}, owner=User.objects.get()).pk
 """

@@ -32,9 +32,9 @@ from django.db.models import F, Q
 from django.db.models.functions import Now
 from faults.limited import *
 from faults.tasks import *
-from jobs.expressions import ACTIVE, FINAL
-from jobs import heartbeat
-from jobs.models import Batch, Failure, Job, Pause, Sweep, Worker
+from durable_jobs.expressions import ACTIVE, FINAL
+from durable_jobs import heartbeat
+from durable_jobs.models import Batch, Failure, Job, Pause, Sweep, Worker
 """
 
 
@@ -249,7 +249,7 @@ result = Token.objects.create(user=User.objects.create_user(name, **fields)).key
 
     def messages_in(self, queue):
         code = """
-from jobs.messages import messages_in
+from durable_jobs.messages import messages_in
 from config.celery import app
 with app.connection_for_write() as broker:
     result = messages_in(queue, broker)

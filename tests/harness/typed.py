@@ -10,13 +10,13 @@ from celery import chain, chord, group, shared_task
 from django.http import HttpRequest
 from rest_framework.viewsets import ModelViewSet
 
-from jobs.admin import announce
-from jobs.backends import JobContext, JobFunction, TaskBackend
-from jobs.models import Batch, Job, Pause
-from jobs.pauses import PauseManager
-from jobs.queryset import JobManager, JobQuerySet
-from jobs.tasks import JobCall, JobError, JobTask
-from jobs.views import EnqueueMixin, accepted
+from durable_jobs.admin import announce
+from durable_jobs.backends import JobContext, JobFunction, TaskBackend
+from durable_jobs.models import Batch, Job, Pause
+from durable_jobs.pauses import PauseManager
+from durable_jobs.queryset import JobManager, JobQuerySet
+from durable_jobs.tasks import JobCall, JobError, JobTask
+from durable_jobs.views import EnqueueMixin, accepted
 
 
 @shared_task(base=JobTask, bind=True, max_retries=3)

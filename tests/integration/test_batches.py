@@ -143,7 +143,7 @@ steps = chain(*[quick.si().set(queue=queue) for queue in ["cpu", "io"] * 5])
 result = chord([steps, *[quick.si()] * 5])(quick.si()).id
 """
     # An earlier test has stopped the broker: until a process tries again, Beat sends its messages.
-    time.sleep(stack.ask("from jobs.publish import PUBLISH_PAUSE; result = PUBLISH_PAUSE"))
+    time.sleep(stack.ask("from durable_jobs.publish import PUBLISH_PAUSE; result = PUBLISH_PAUSE"))
     stack.beat.stop()
     start = time.monotonic()
     callback = stack.ask(code)

@@ -177,7 +177,7 @@ def test_many_lost_messages_are_noticed_soon_among_plain_tasks(stack, gate, sinc
     start = time.monotonic()
     code = """
 from unittest.mock import patch
-with patch("jobs.queryset.publish"):
+with patch("durable_jobs.queryset.publish"):
     result = [Job.objects.enqueue(quick).pk for _ in range(40)]
 """
     jobs = stack.ask(code)
@@ -198,7 +198,7 @@ with patch("jobs.queryset.publish"):
 def test_copies_of_a_message_run_one_body(stack, gate):
     """Two workers get five copies each at the same moment."""
     code = """
-from jobs.messages import send
+from durable_jobs.messages import send
 jobs = [Job.objects.enqueue(hold, [gate], countdown=3600) for _ in range(3)]
 for copy in range(5):
     for job in jobs:
@@ -223,7 +223,7 @@ def test_an_old_message_does_not_shorten_the_pause_after_a_crash(stack, gate):
     os.kill(stack.wait_until_started(job), signal.SIGKILL)
     wait_for(lambda: stack.row(job)["crashes"] == 1)
     code = """
-from jobs.messages import send
+from durable_jobs.messages import send
 copy = Job.objects.get(pk=job)
 copy.crashes = 0
 send([copy])

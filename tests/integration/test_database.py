@@ -166,7 +166,7 @@ def test_a_job_with_a_locked_row_runs_once_and_stops_no_other(stack, gate, since
     jobs = [stack.enqueue("hold", gate, queue="cpu") for _ in range(3)]
     jobs.append(stack.enqueue("hold_its_row", gate, queue="cpu"))
     stack.wait_until_started(*jobs)
-    with stack.locked(f"SELECT FROM jobs_job WHERE id = '{jobs[0]}' FOR UPDATE"):
+    with stack.locked(f"SELECT FROM durable_jobs_job WHERE id = '{jobs[0]}' FOR UPDATE"):
         time.sleep(LEASE + 1)
         start = time.monotonic()
         [other] = stack.wait_until_final(stack.enqueue("quick", queue="io", countdown=1))
@@ -183,7 +183,7 @@ def test_outcomes_that_wait_for_a_lock_stop_no_other_job(stack, gate, since):
     """Ten wait: as many as there are threads that store outcomes."""
     jobs = [stack.enqueue("hold", gate, queue="cpu") for _ in range(10)]
     stack.wait_until_started(*jobs)
-    with stack.locked(f"SELECT FROM jobs_job WHERE id IN {tuple(jobs)} FOR UPDATE"):
+    with stack.locked(f"SELECT FROM durable_jobs_job WHERE id IN {tuple(jobs)} FOR UPDATE"):
         gate.touch()
         wait_for(lambda: all(stack.notes("end", job) for job in jobs))
         start = time.monotonic()
@@ -200,7 +200,7 @@ def test_outcomes_that_wait_for_a_lock_stop_no_other_job(stack, gate, since):
 def test_a_locked_table_lets_no_job_run_twice(stack, gate, since, mode):
     """A migration takes such a lock. CREATE INDEX takes SHARE, so that the sweep can read rows."""
     jobs = hold_eight(stack, gate)
-    with stack.locked(f"LOCK TABLE jobs_job IN {mode} MODE"):
+    with stack.locked(f"LOCK TABLE durable_jobs_job IN {mode} MODE"):
         time.sleep(LEASE + 2)
     start = time.monotonic()
     check_eight(stack, gate, jobs)

@@ -35,7 +35,7 @@ from harness.project import env, free_ports, wait_for
 # A job that runs much longer than SOFT_SHUTDOWN_SECONDS and reports 1,000 times.
 LONG_JOB = """
 from users.models import User
-from jobs.models import Job
+from durable_jobs.models import Job
 from orders.tasks import forecast_demand
 arguments = {"rounds": 3_000_000}
 owner = User.objects.get(is_superuser=True)  # the profile monitoring has added another user
@@ -45,14 +45,14 @@ print(Job.objects.enqueue(forecast_demand, ["Tea"], arguments, owner=owner).pk)
 JOB_FOR_EACH_QUEUE = """
 from django.conf import settings
 from users.models import User
-from jobs.models import Job
+from durable_jobs.models import Job
 from orders.tasks import forecast_demand
 options = {"countdown": 1, "owner": User.objects.get(is_superuser=True)}
 for queue in settings.CELERY_TASK_QUEUES:
     job = Job.objects.enqueue(forecast_demand, ["Tea"], {"rounds": 9}, queue=queue, **options)
     print(queue, job.pk)
 """
-CRASHES = "from jobs.models import Job; print(Job.objects.get(pk='{}').crashes)"
+CRASHES = "from durable_jobs.models import Job; print(Job.objects.get(pk='{}').crashes)"
 MEGABYTE = 1_000_000
 
 # An image with the newest Python and all packages, including those for tests.
@@ -406,7 +406,7 @@ def test_the_dump_of_the_page_has_the_jobs(stack):
         "docker compose exec -T db psql -U postgres -d restored -v ON_ERROR_STOP=1 < backup.sql"
     )
     stack.project.call("sh", "-c", restore, **stack.environment)
-    states = stack.psql(f"SELECT state FROM jobs_job WHERE id = '{job['id']}'", "restored")
+    states = stack.psql(f"SELECT state FROM durable_jobs_job WHERE id = '{job['id']}'", "restored")
     assert states == "succeeded"
 
 
@@ -450,7 +450,7 @@ def test_make_up_again_applies_new_code_and_the_settings_of_production(stack):
     assert stack.token == token
 
 
-DOMAIN = "jobs.localhost"  # Caddy issues its certificate itself
+DOMAIN = "durable_jobs.localhost"  # Caddy issues its certificate itself
 HTTPS_PORTS = "HTTP_PORT", "HTTPS_PORT"
 CADDY_CA = "/data/caddy/pki/authorities/local/root.crt"
 FORGED = "203.0.113."  # the start of addresses that a client invents
@@ -516,7 +516,7 @@ def https(stack, tmp_path_factory):
     kept = re.sub(rf"^(({names})=.*|.*127\.0\.0\.1.*)\n", "", development, flags=re.M)
     added = code(page, "\nDOMAIN=")
     added = re.sub("EMAIL_URL=.*", "EMAIL_URL=consolemail://", added)
-    env_file.write_text(kept + added.replace("jobs.example.com", DOMAIN))
+    env_file.write_text(kept + added.replace("durable_jobs.example.com", DOMAIN))
     if docker("run", "--rm", PINNED.caddy, "caddy", "version").lstrip("v").startswith("2.6"):
         caddyfile.write_text(current.replace("request_buffers 25MB", "buffer_requests"))
     ports = dict(zip(HTTPS_PORTS, free_ports(2), strict=True))

@@ -65,8 +65,8 @@ PAGES = {
     "/jobs/{job}/": "Send confirmation",
     "/api/docs/": "/api/jobs/",
     "/admin/": "Site administration",
-    "/admin/jobs/job/": "Select job to",
-    "/admin/jobs/pause/": "Oldest wait",
+    "/admin/durable_jobs/job/": "Select job to",
+    "/admin/durable_jobs/pause/": "Oldest wait",
     "/admin/users/user/add/": "Add user",
     "/api/jobs/?format=api": "Job List",
 }
@@ -93,7 +93,7 @@ WITH_MARKUP = """
 from django.core.files.uploadedfile import SimpleUploadedFile
 from django.test import Client
 from django.utils.timezone import now
-from jobs.models import Batch, Failure, Job
+from durable_jobs.models import Batch, Failure, Job
 from orders.models import Order
 from orders.tasks import write_report
 from users.models import User
@@ -129,7 +129,7 @@ def test_pages_show_markup_as_text_and_other_sites_can_post_nothing(project, tmp
         tab.log_in(site)
         pages = {"/": 8, f"/?#batch={batch}": 1, f"/jobs/{active}/": 2, f"/jobs/{failed}/": 2}
         pages["/admin/orders/order/"] = 1
-        jobs, batches = "/admin/jobs/job/", "/admin/jobs/batch/"
+        jobs, batches = "/admin/durable_jobs/job/", "/admin/durable_jobs/batch/"
         pages |= {batches: 1, f"{batches}{batch}/change/": 2, f"{jobs}?batch={batch}": 0}
         pages |= {jobs: 1, f"{jobs}{active}/change/": 3, f"{jobs}{failed}/change/": 4}
         for page, times in pages.items():
@@ -137,7 +137,7 @@ def test_pages_show_markup_as_text_and_other_sites_can_post_nothing(project, tmp
             tab.wait(f"document.body.textContent.split({MARKUP!r}).length > {times}")
             assert tab.run("document.querySelectorAll('[onerror], [href^=javascript]').length") == 0
         seen = f"""
-from jobs.models import Job, Pause
+from durable_jobs.models import Job, Pause
 states = Job.objects.filter(state="queued").count(), Job.objects.get(pk={active!r}).state
 result = [Job.objects.count(), *states, Pause.objects.count()]
 """
@@ -152,7 +152,7 @@ result = [Job.objects.count(), *states, Pause.objects.count()]
             f"/api/batches/{batch}/cancel/": {},
             jobs: {"action": "cancel", "_selected_action": active},
             batches: {"action": "cancel", "_selected_action": batch},
-            "/admin/jobs/pause/": {"pause": "celery"},
+            "/admin/durable_jobs/pause/": {"pause": "celery"},
         }.items():
             tab.open(f"{site.flower}/healthcheck")
             inputs = [f"<input name={name} value={value}>" for name, value in fields.items()]

@@ -272,7 +272,7 @@ from django.test import Client
 from users.models import User
 admin = Client(raise_request_exception=False, HTTP_HOST="127.0.0.1")
 admin.force_login(User.objects.create_superuser("superuser"))
-result = admin.get("/admin/jobs/job/").status_code
+result = admin.get("/admin/durable_jobs/job/").status_code
 """
     assert (stack.send_raw("jobs/", None)[0], stack.ask(code)) == (200, 200)
 

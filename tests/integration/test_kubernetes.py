@@ -458,8 +458,8 @@ from datetime import timedelta
 from uuid import uuid4
 from django.conf import settings
 from django.utils import timezone
-from jobs.models import Job, Pause
-from jobs.metrics import Collector
+from durable_jobs.models import Job, Pause
+from durable_jobs.metrics import Collector
 from orders.tasks import mail_summary, write_report
 held, paused = {"times_sent": 0, "sweep_at": None}, {"task": mail_summary.name}
 for number, queue in enumerate([*settings.CELERY_TASK_QUEUES, "unknown"], start=1):

@@ -23,7 +23,7 @@ HTTPS = {"Host": "example.com", "X-Forwarded-Proto": "https"}  # what the proxy 
 # Only Beat starts a job whose countdown is over.
 LATER = """
 from users.models import User
-from jobs.models import Job
+from durable_jobs.models import Job
 from orders.tasks import forecast_demand
 owner = User.objects.get()
 print(Job.objects.enqueue(forecast_demand, ["Tea"], {"rounds": 1}, countdown=1, owner=owner).pk)

@@ -38,7 +38,7 @@ def say(stack, tmp_path, record_property):
             tab.open(f"{web}/{path}")
 
         def in_admin(job):
-            url = f"{web}/admin/jobs/job/{job}/change/"
+            url = f"{web}/admin/durable_jobs/job/{job}/change/"
             with urlopen(Request(url, headers={"Cookie": f"sessionid={staff}"})) as page:
                 return re.sub(r"<.*?>", "", page.read().decode()).replace("&#x27;", "'")
 
@@ -50,7 +50,7 @@ def say(stack, tmp_path, record_property):
             wait_for(lambda: re.search(admin or text, in_admin(job)))
             record_property(f"{text}: seconds in the admin", round(time.monotonic() - start, 1))
             tab.picture(tmp_path / "page.png")
-            open_as(staff, f"admin/jobs/job/{job}/change/")
+            open_as(staff, f"admin/durable_jobs/job/{job}/change/")
             tab.picture(tmp_path / "admin.png")
 
         yield say
@@ -114,7 +114,7 @@ def test_the_broker_is_away(stack, say):
 @on_one
 def test_the_database_is_locked(stack, say, gate):
     job = hold(stack, gate, queue="cpu")
-    with stack.locked("LOCK TABLE jobs_job IN SHARE MODE"):
+    with stack.locked("LOCK TABLE durable_jobs_job IN SHARE MODE"):
         end = ": no job can start or end"
         say(job, f"The database is locked{end}", rf"locked, by process \d+ for \d+ s{end}")
 

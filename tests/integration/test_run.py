@@ -89,7 +89,7 @@ def test_the_pages_start_show_cancel_and_repeat_a_job(project, tmp_path):
         tab.click(".job button[data-part=cancel]")
         tab.wait("document.querySelector('.job').dataset.state == 'cancelled'")
 
-        tab.open(f"{site.web}/admin/jobs/job/{pk}/change/")
+        tab.open(f"{site.web}/admin/durable_jobs/job/{pk}/change/")
         tab.click("button[value=run_again]")
         tab.wait("document.body.innerText.includes('1 job queued again')")
         tab.click(".messagelist a")
@@ -103,7 +103,7 @@ def test_the_pages_start_show_cancel_and_repeat_a_job(project, tmp_path):
 
 
 BATCH = """
-from jobs.models import Batch, Job
+from durable_jobs.models import Batch, Job
 from orders.tasks import write_report
 from users.models import User
 
@@ -152,7 +152,7 @@ def call_api(self, tenant_id):
         time.sleep(0.1)
 """
 CALLS = """
-from jobs.models import Job, Pause
+from durable_jobs.models import Job, Pause
 from samples.tasks import call_api, count
 from users.models import User
 owner = User.objects.get()
@@ -516,7 +516,7 @@ def test_changed_code_reaches_the_worker(with_tasks):
 
         def ask(field):  # does not ask the web, which restarts, too
             return site.ask(
-                f"from jobs.models import Job; result = Job.objects.get(pk='{pk}').{field}"
+                f"from durable_jobs.models import Job; result = Job.objects.get(pk='{pk}').{field}"
             )
 
         wait_for(lambda: ask("state") == "running", site=site)
@@ -765,7 +765,7 @@ app.backend.store_result("stored", 5, "SUCCESS")
 """
 SEEN = """
 from config.celery import app
-from jobs.messages import messages_in
+from durable_jobs.messages import messages_in
 with app.connection_for_write() as broker:
     print(messages_in("celery", broker), app.backend.get_state("stored"))
 """

@@ -65,8 +65,8 @@ def test_most_of_many_jobs_wait_for_a_beat_that_died_a_moment_ago(stack):
     stack.beat.kill()
     code = """
 from django.db.models.functions import Now
-from jobs import queryset
-from jobs.models import Sweep
+from durable_jobs import queryset
+from durable_jobs.models import Sweep
 Sweep.objects.update(ended_at=Now())
 queryset.SENT_AT_ONCE = 3
 result = [str(job.pk) for job in Job.objects.enqueue_many(quick, [[]] * 10, queue="cpu")]
@@ -207,7 +207,7 @@ def kept(stack, jobs):
     run_sql(
         stack,
         f"INSERT INTO keeps VALUES ('{jobs[0]}')",
-        "CREATE TABLE mentions (job uuid REFERENCES jobs_job DEFERRABLE INITIALLY DEFERRED)",
+        "CREATE TABLE mentions (job uuid REFERENCES durable_jobs_job DEFERRABLE INITIALLY DEFERRED)",
         f"INSERT INTO mentions VALUES ('{jobs[1]}')",
     )
     try:
@@ -229,9 +229,9 @@ def locked(stack, jobs):
 def many(stack, jobs):
     """100,000 other jobs ended earlier, and must be deleted first."""
     copy = """
-INSERT INTO jobs_job SELECT (jsonb_populate_record(
+INSERT INTO durable_jobs_job SELECT (jsonb_populate_record(
     job, jsonb_build_object('id', gen_random_uuid(), 'finished_at', now() - interval '99 days'))).*
-FROM jobs_job job, generate_series(1, 100000) WHERE id = %s"""
+FROM durable_jobs_job job, generate_series(1, 100000) WHERE id = %s"""
     run_sql(stack, copy.replace("%s", f"'{jobs[0]}'"))
     stack.beat.stop()
     stack.beat.start()  # and begins with the oldest: it had passed jobs that it could not delete
@@ -239,7 +239,7 @@ FROM jobs_job job, generate_series(1, 100000) WHERE id = %s"""
         yield
         assert remaining(stack, jobs) == len(jobs)
     finally:
-        run_sql(stack, "DELETE FROM jobs_job WHERE finished_at < now() - interval '90 days'")
+        run_sql(stack, "DELETE FROM durable_jobs_job WHERE finished_at < now() - interval '90 days'")
 
 
 @contextmanager
@@ -328,7 +328,7 @@ def test_a_huge_job_that_was_stored_before_the_limit_fails_without_being_loaded(
     megabytes = watch_memory(stack)
     [job] = enqueue_many(stack, 1, "", countdown=99)
     args = "SELECT jsonb_build_array(jsonb_agg(repeat('x', 96))) FROM generate_series(1, 1000000)"
-    run_sql(stack, f"UPDATE jobs_job SET args = ({args}), sweep_at = now() WHERE id = '{job}'")
+    run_sql(stack, f"UPDATE durable_jobs_job SET args = ({args}), sweep_at = now() WHERE id = '{job}'")
     [row] = stack.wait_until_final(job)
     error = "The arguments have 100,000,004 bytes, but JOB_MAX_BYTES is 16,000,000: pass an id"
     assert (row["state"], row["error"]) == ("failed", error)

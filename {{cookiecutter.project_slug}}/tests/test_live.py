@@ -22,8 +22,8 @@ from honcho.environ import parse_procfile
 import config.wsgi  # noqa: F401  sets up Django for `celery -A test_live`
 import dev
 from config.celery import app
-from jobs.models import Job
-from jobs.tasks import JobTask
+from durable_jobs.models import Job
+from durable_jobs.tasks import JobTask
 
 pytestmark = [pytest.mark.live, pytest.mark.django_db(transaction=True)]
 

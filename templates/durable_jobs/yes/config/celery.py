@@ -14,8 +14,8 @@ import os
 import sys
 
 {{ imports.sort(lines) }}
-from jobs.celery import Celery
-from jobs.pools import pool_name
+from durable_jobs.celery import Celery
+from durable_jobs.pools import pool_name
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
 os.environ.setdefault("CELERY_WORKER_POOL", "{{ worker_pool.name }}")  # of a worker without --pool

@@ -227,7 +227,7 @@ CELERY_TASK_QUEUES = {"celery": {}{{ ', "cpu": {}, "io": {}' if has_example }}}
 # Functions declared with @task run as jobs. Django's queue "default" means: the queue that
 # CELERY_TASK_ROUTES names for the task, or else "celery".
 QUEUES = ["default", *CELERY_TASK_QUEUES]
-TASKS = {"default": {"BACKEND": "jobs.backends.TaskBackend", "QUEUES": QUEUES}}
+TASKS = {"default": {"BACKEND": "durable_jobs.backends.TaskBackend", "QUEUES": QUEUES}}
 
 # Celery: the broker
 

@@ -8,8 +8,8 @@ from django.views.generic import TemplateView
 from drf_spectacular.views import SpectacularAPIView, SpectacularSwaggerSplitView
 from rest_framework.routers import DefaultRouter
 
-from jobs.metrics import Metrics
-from jobs.views import BatchViewSet, JobViewSet
+from durable_jobs.metrics import Metrics
+from durable_jobs.views import BatchViewSet, JobViewSet
 {% if has_example %}
 from orders.views import ImportViewSet, NewsletterViewSet, OrderViewSet
 {% endif %}
@@ -40,7 +40,7 @@ login_page = {**page, "title": "Log in"}
 log_in = LoginView.as_view(
     template_name="admin/login.html", extra_context=login_page, redirect_authenticated_user=True
 )
-jobs_page = TemplateView.as_view(template_name="jobs/index.html", extra_context=page)
+jobs_page = TemplateView.as_view(template_name="durable_jobs/index.html", extra_context=page)
 
 
 urlpatterns = [

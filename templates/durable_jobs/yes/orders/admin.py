@@ -1,7 +1,7 @@
 from django.contrib import admin
 
-from jobs.admin import announce
-from jobs.models import Batch, Job
+from durable_jobs.admin import announce
+from durable_jobs.models import Batch, Job
 
 from . import tasks
 from .models import Newsletter, Order

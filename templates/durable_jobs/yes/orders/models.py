@@ -11,7 +11,7 @@ class Order(models.Model):
     )
     created_at = models.DateTimeField(auto_now_add=True)
     confirmed_at = models.DateTimeField(null=True, editable=False)
-    job = models.OneToOneField("jobs.Job", models.SET_NULL, null=True, editable=False)
+    job = models.OneToOneField("durable_jobs.Job", models.SET_NULL, null=True, editable=False)
 
     def __str__(self):
         return f"{self.quantity} × {self.product}"
@@ -22,7 +22,7 @@ class Import(models.Model):
 
     owner = models.ForeignKey(settings.AUTH_USER_MODEL, models.CASCADE)
     file = models.FileField(upload_to="imports/")
-    job = models.OneToOneField("jobs.Job", models.SET_NULL, null=True, editable=False)
+    job = models.OneToOneField("durable_jobs.Job", models.SET_NULL, null=True, editable=False)
 
     def __str__(self):
         return self.file.name
@@ -31,7 +31,7 @@ class Import(models.Model):
 class Newsletter(models.Model):
     subject = models.CharField(max_length=200)
     body = models.TextField()
-    job = models.OneToOneField("jobs.Job", models.SET_NULL, null=True, editable=False)
+    job = models.OneToOneField("durable_jobs.Job", models.SET_NULL, null=True, editable=False)
 
     def __str__(self):
         return self.subject

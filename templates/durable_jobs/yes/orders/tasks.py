@@ -19,7 +19,7 @@ from django.db.models import Sum
 from django.utils import timezone
 from django_tasks import task
 
-from jobs.tasks import JobError, JobTask
+from durable_jobs.tasks import JobError, JobTask
 
 from .models import Import, Newsletter, Order
 

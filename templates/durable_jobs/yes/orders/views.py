@@ -3,8 +3,8 @@ from rest_framework import permissions, viewsets
 from rest_framework.decorators import action
 from rest_framework.parsers import MultiPartParser
 
-from jobs.serializers import JobSerializer
-from jobs.views import EnqueueMixin, accepted
+from durable_jobs.serializers import JobSerializer
+from durable_jobs.views import EnqueueMixin, accepted
 
 from . import tasks
 from .models import Import, Newsletter, Order

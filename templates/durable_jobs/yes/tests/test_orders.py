@@ -14,9 +14,9 @@ from django.db import connection
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
-from jobs.models import Batch, Job
-from jobs.tasks import JobTask
-from jobs.views import EnqueueMixin
+from durable_jobs.models import Batch, Job
+from durable_jobs.tasks import JobTask
+from durable_jobs.views import EnqueueMixin
 from orders import tasks
 from orders.models import Newsletter, Order
 
@@ -405,7 +405,7 @@ def start(client, action, *selected):
 def test_the_admin_starts_a_forecast_on_a_queue_of_its_own(admin_client, admin_user, order):
     page = start(admin_client, "forecast_demand", order)
     job = Job.objects.get(owner=admin_user)
-    assert f'<a href="/admin/jobs/job/{job.pk}/change/">1 job enqueued</a>' in page
+    assert f'<a href="/admin/durable_jobs/job/{job.pk}/change/">1 job enqueued</a>' in page
     assert (job.task, job.args, job.queue) == ("orders.tasks.forecast_demand", ["Tea"], "cpu")
 
 

@@ -265,7 +265,7 @@ def test_an_event_of_your_own_may_have_any_name(caplog):
 
 def test_the_log_has_one_traceback_for_a_failure(api, caplog, monkeypatch):
     api.raise_request_exception = False
-    monkeypatch.setattr("jobs.views.JobViewSet.get_queryset", lambda view: 1 / 0)
+    monkeypatch.setattr("durable_jobs.views.JobViewSet.get_queryset", lambda view: 1 / 0)
     assert api.get("/api/jobs/").status_code == 500
     [record] = [record for record in caplog.records if record.levelname == "ERROR"]
     assert record.msg["event"] == "request_failed"

@@ -5,7 +5,7 @@ import signal
 
 from config.celery import app  # noqa: F401
 
-from jobs import batches
+from durable_jobs import batches
 
 
 def die(pk):

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from celery import shared_task
 
-from jobs.models import Batch
-from jobs.tasks import JobTask
+from durable_jobs.models import Batch
+from durable_jobs.tasks import JobTask
 
 
 def note_body(kind, task, key, *holders):

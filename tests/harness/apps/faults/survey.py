@@ -7,9 +7,9 @@ from django.db import connection
 from django.db.models import Count, Max, Sum
 from django.utils import timezone
 
-from jobs.expressions import ACTIVE
-from jobs.models import Batch, Job
-from jobs.publish import publish
+from durable_jobs.expressions import ACTIVE
+from durable_jobs.models import Batch, Job
+from durable_jobs.publish import publish
 
 from .tasks import quick, write
 

@@ -19,8 +19,8 @@ from celery.exceptions import Retry
 from django.db import Error, connection, transaction
 from django_tasks import task
 
-from jobs.models import Job
-from jobs.tasks import JobTask
+from durable_jobs.models import Job
+from durable_jobs.tasks import JobTask
 
 from . import elsewhere, limited  # noqa: F401  workers then know their tasks
 

@@ -11,7 +11,7 @@ from django_tasks import task
 from rest_framework.decorators import api_view
 from rest_framework.response import Response
 
-from jobs.models import Batch, Job
+from durable_jobs.models import Batch, Job
 
 from . import tasks
 from .survey import MEMBERS, numbers_of

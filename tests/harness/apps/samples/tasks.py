@@ -5,7 +5,7 @@ from pathlib import Path
 
 from celery import shared_task
 
-from jobs.tasks import JobTask
+from durable_jobs.tasks import JobTask
 
 
 @shared_task(base=JobTask, bind=True)

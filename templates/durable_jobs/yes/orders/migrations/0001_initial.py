@@ -21,7 +21,7 @@ class Migration(migrations.Migration):
             fields=[
                 ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
                 ('file', models.FileField(upload_to='imports/')),
-                ('job', models.OneToOneField(editable=False, null=True, on_delete=django.db.models.deletion.SET_NULL, to='jobs.job')),
+                ('job', models.OneToOneField(editable=False, null=True, on_delete=django.db.models.deletion.SET_NULL, to='durable_jobs.job')),
                 ('owner', models.ForeignKey(on_delete=django.db.models.deletion.CASCADE, to=settings.AUTH_USER_MODEL)),
             ],
         ),
@@ -31,7 +31,7 @@ class Migration(migrations.Migration):
                 ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
                 ('subject', models.CharField(max_length=200)),
                 ('body', models.TextField()),
-                ('job', models.OneToOneField(editable=False, null=True, on_delete=django.db.models.deletion.SET_NULL, to='jobs.job')),
+                ('job', models.OneToOneField(editable=False, null=True, on_delete=django.db.models.deletion.SET_NULL, to='durable_jobs.job')),
             ],
         ),
         migrations.CreateModel(
@@ -42,7 +42,7 @@ class Migration(migrations.Migration):
                 ('quantity', models.PositiveIntegerField(default=1, validators=[django.core.validators.MinValueValidator(1), django.core.validators.MaxValueValidator(1000)])),
                 ('created_at', models.DateTimeField(auto_now_add=True)),
                 ('confirmed_at', models.DateTimeField(editable=False, null=True)),
-                ('job', models.OneToOneField(editable=False, null=True, on_delete=django.db.models.deletion.SET_NULL, to='jobs.job')),
+                ('job', models.OneToOneField(editable=False, null=True, on_delete=django.db.models.deletion.SET_NULL, to='durable_jobs.job')),
                 ('owner', models.ForeignKey(on_delete=django.db.models.deletion.CASCADE, to=settings.AUTH_USER_MODEL)),
             ],
         ),

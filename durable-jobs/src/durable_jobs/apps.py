@@ -1,0 +1,43 @@
+"""Connects the app to Celery: which function each signal calls."""
+
+from celery import current_app, signals
+from django.apps import AppConfig
+from django.core.exceptions import ImproperlyConfigured
+
+from . import conf
+
+
+class JobsConfig(AppConfig):
+    name = "durable_jobs"
+    verbose_name = "Jobs"
+    default_auto_field = "django.db.models.BigAutoField"
+
+    def ready(self):
+        from . import beat, checks, heartbeat, limits, liveness, shutdown, tracing, worker  # noqa: F401  checks register themselves
+
+        # With 0 or less, jobs would not be sent or recovered, would run twice, or would be deleted at once.
+        numbers = [name for name, default in conf.DEFAULTS.items() if isinstance(default, int)]
+        values = {f"DURABLE_JOBS['{name}']": getattr(conf, name) for name in numbers}
+        values["CELERY_TASK_TIME_LIMIT"] = current_app.conf.task_time_limit or 0
+        for name, value in values.items():
+            if not value > 0:  # also true for NaN
+                raise ImproperlyConfigured(f"{name} is {value}: it must be more than 0.")
+        # Import the tasks that workers import. Then send_task() knows which ones are jobs.
+        current_app.autodiscover_tasks(force=True)
+        for module in current_app.loader.default_modules:
+            current_app.loader.import_task_module(module)
+        limits.check_settings(current_app.tasks.values())
+        signals.worker_init.connect(worker.start)
+        signals.worker_init.connect(shutdown.prepare)
+        signals.worker_ready.connect(worker.watch_children)
+        signals.worker_ready.connect(shutdown.use_soft_shutdown)
+        signals.worker_ready.connect(heartbeat.start)
+        signals.worker_shutting_down.connect(shutdown.begin)
+        signals.task_received.connect(worker.assign_run_token)
+        signals.task_prerun.connect(worker.prepare_connection)
+        signals.task_failure.connect(worker.recover_job_of_dead_child)
+        signals.task_revoked.connect(worker.free_place_of_dead_child)
+        signals.task_unknown.connect(worker.requeue_unknown)
+        signals.worker_process_shutdown.connect(tracing.flush)
+        signals.heartbeat_sent.connect(liveness.touch_liveness_file)
+        signals.beat_init.connect(beat.start)

@@ -1,0 +1,88 @@
+"""Checks for `manage.py check`: jobs that would be lost, would never run or, with --deploy, never end."""
+
+import os
+
+from celery import current_app
+from celery.beat import ScheduleEntry
+from django.conf import settings
+from django.core.checks import Error, Info, Warning, register
+from django.db import connection, router
+
+from .beat import check_entry
+from .messages import known_queues, queue_of
+from .models import Job
+from .pauses import known_names
+from .pools import TIME_LIMITED
+
+READ_COMMITTED = 2  # psycopg's IsolationLevel, and the default of PostgreSQL
+
+
+@register()
+def check_database(app_configs, **kwargs):
+    """Refuse databases in which jobs would be lost or never start. This opens no connection."""
+    alias, vendor, use_tz = router.db_for_write(Job), connection.vendor, settings.USE_TZ
+    # With a stricter level, whoever waits for a lock then reads what was true before.
+    isolation = connection.settings_dict["OPTIONS"].get("isolation_level")
+    is_known = vendor == "sqlite" or (
+        vendor == "postgresql" and isolation in (None, READ_COMMITTED)
+    )
+    if alias != "default" or not is_known or not use_tz:
+        error = "Jobs need PostgreSQL or SQLite as the database 'default', and USE_TZ = True."
+        hint = f"Now {alias=}, {vendor=}, {use_tz=}, {isolation=}: correct your database router or settings."
+        yield Error(error, hint=hint, id="durable_jobs.E005")
+
+
+@register()
+def check_queues(app_configs, **kwargs):
+    """Check the queues that tasks are routed to."""
+    known = known_queues()
+    for name, task in sorted(current_app.tasks.items()):
+        queue = queue_of(task, [], {})
+        if queue not in known and not name.startswith("celery."):
+            yield Warning(
+                f"{name} goes to the queue {queue}, which is not in CELERY_TASK_QUEUES: a worker without --queues does not run it.",
+                hint="Add the queue to CELERY_TASK_QUEUES, or fix CELERY_TASK_ROUTES.",
+                id="durable_jobs.W005",
+            )
+
+
+@register()
+def check_rate_limits(app_configs, **kwargs):
+    """Check that no job uses Celery's own rate limit."""
+    _, names = known_names()
+    for name in names:
+        if rate := current_app.tasks[name].rate_limit:
+            yield Warning(
+                f"{name} has rate_limit={rate!r}: each worker counts for itself, and jobs that it delays keep it from taking others.",
+                hint='Write limit="name" instead, and its rate into the LIMITS of DURABLE_JOBS.',
+                id="durable_jobs.W008",
+            )
+
+
+@register()
+def check_schedule(app_configs, **kwargs):
+    """Check that Beat can start each entry of CELERY_BEAT_SCHEDULE."""
+    for name, fields in current_app.conf.beat_schedule.items():
+        try:
+            entry = ScheduleEntry(**{**fields, "name": name, "app": current_app})
+            if entry.schedule is None:
+                raise ValueError("it has no schedule")
+            check_entry(entry.task, entry.args, entry.kwargs, entry.options)
+        except Exception as error:  # a class of your own may raise any
+            yield Error(
+                f"Beat cannot start {name} of CELERY_BEAT_SCHEDULE: {error}",
+                hint="Correct the entry. If its task belongs to another project, silence this check.",
+                id="durable_jobs.E003",
+            )
+
+
+@register(deploy=True)
+def check_pool(app_configs, **kwargs):
+    # A worker without --pool has the pool of this variable, or else that of the setting.
+    pool = os.environ.get("CELERY_WORKER_POOL") or current_app.conf.worker_pool
+    if pool not in TIME_LIMITED:
+        yield Info(
+            f"The pool {pool} has no time limits: a task that waits forever keeps its slot.",
+            hint='Give each wait a timeout. Then add "durable_jobs.I001" to SILENCED_SYSTEM_CHECKS.',
+            id="durable_jobs.I001",
+        )

@@ -1,0 +1,20 @@
+"""The settings: `conf.LEASE_SECONDS` is DURABLE_JOBS["LEASE_SECONDS"], or else the default."""
+
+from django.conf import settings
+
+DEFAULTS = {
+    "LEASE_SECONDS": 30,  # a worker that is silent for this time counts as dead
+    "SWEEP_SECONDS": 5,  # between two sweeps
+    "RESEND_SECONDS": 30,  # until a message counts as missing
+    "MAX_CRASHES": 3,  # a job fails when its worker has died this many times
+    "RETENTION_DAYS": 30,  # until a job that has ended is deleted
+    "MAX_BYTES": 16_000_000,  # of a job's arguments as JSON
+    "LIMITS": {},  # {name: limit}, see limits.py
+    "VERSION": "",  # of the code, which the page "Workers" shows
+}
+
+
+def __getattr__(name):
+    if name not in DEFAULTS:
+        raise AttributeError(name)
+    return getattr(settings, "DURABLE_JOBS", {}).get(name, DEFAULTS[name])

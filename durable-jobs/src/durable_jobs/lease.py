@@ -1,0 +1,133 @@
+"""Leases: the lease of a running job says that its worker is alive. When it lapses, the job is recovered.
+
+In each process, one thread renews the leases of all runs, and writes what their bodies report. The
+main process of a prefork worker also renews the leases of its children, and a report() with a cursor
+renews the lease of its job.
+"""
+
+import logging
+import random
+import time
+
+from django.db import close_old_connections, transaction
+from django.db.models import Q
+from django.db.models.functions import Now
+
+from . import conf, tracing, turns, updates
+from .expressions import IN_CANCELLED_BODY, lease_end
+from .models import Job
+from .pools import pool
+from .runs import OVER_TIME_LIMIT, jobs_of, lock, runs
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.5  # seconds between two checks of reports, leases and dead children
+STOPPED = "It stopped unexpectedly"  # for owners: its worker died
+RECOVERY_FIELDS = "state crashes limit_key task started_at worker trace request_id".split()
+RECOVERY_DELAY = 5  # seconds until the job of a dead worker starts again; doubles up to 43 minutes
+
+thread_started = False
+
+
+def start_thread():
+    """Start the thread at the first run, not earlier: a forked child has no threads of its parent."""
+    global thread_started
+    with lock:
+        if not thread_started:
+            pool.start_thread(renew_leases)
+            thread_started = True
+
+
+def renew_leases():
+    """Write reports every POLL_SECONDS, and renew each lease when a third of it has passed. Never returns."""
+    while True:
+        time.sleep(POLL_SECONDS)
+        with lock:
+            current = list(runs.values())
+        try:
+            close_old_connections()
+            if to_write := [run for run in current if run.needs_write()]:
+                write_and_renew(to_write)
+            lost = [run for run in current if run.lost and run.limit_key]
+            if due := [run for run in lost if run.is_renewal_due()]:
+                renew_cancelled(due)
+        except Exception as error:  # without this thread all leases would lapse
+            logger.warning("cannot renew leases: %r", error)
+
+
+def write_and_renew(to_write):
+    """Write what these runs reported, renew their leases, and find out which runs have lost their job.
+
+    Skip locked rows until the next call: waiting for one would let all other leases lapse.
+    """
+    reports = {run: run.report for run in to_write}
+    with transaction.atomic():
+        rows = updates.locking(jobs_of(to_write))
+        tokens = set(rows.values_list("run_token", flat=True))
+        written = [run for run in to_write if run.token in tokens]
+        silent = [run for run in written if not reports[run]]  # these keep progress and message
+        jobs_of(silent).update(sweep_at=lease_end())
+        reported = [run for run in written if reports[run]]
+        jobs = [Job(pk=run.job_id, sweep_at=lease_end(), **reports[run]) for run in reported]
+        Job.objects.bulk_update(jobs, ["progress", "message", "sweep_at"])
+    for run in written:
+        run.written, run.renew_at = reports[run], time.monotonic() + conf.LEASE_SECONDS / 3
+    if len(written) < len(to_write):
+        # Read again, without locks. If a crash of the database has lost a claim, claim the job again.
+        tokens = set(jobs_of(to_write).values_list("run_token", flat=True))
+        for run in to_write:
+            if run.token not in tokens:
+                run.overtaken = run.in_body and not run.claim()
+                run.lost = run.overtaken or not run.in_body
+
+
+@transaction.atomic
+def renew_cancelled(lost):
+    """Renew the leases of cancelled jobs with a limit: they keep their places until their bodies end."""
+    in_body = Job.objects.filter(IN_CANCELLED_BODY, pk__in=[run.job_id for run in lost])
+    updates.skip_locked(in_body).update(sweep_at=lease_end())
+    for run in lost:
+        run.renew_at = time.monotonic() + conf.LEASE_SECONDS / 3
+
+
+@transaction.atomic
+def renew_for_children(jobs):
+    """Renew the leases of these jobs, which run in child processes. Skip locked rows."""
+    updates.skip_locked(jobs).update(sweep_at=lease_end())
+
+
+@transaction.atomic
+def recover(jobs):
+    """Queue the jobs of dead workers again, or fail them. Free the places of cancelled ones. Skip locked rows.
+
+    A job past its deadline fails, however many crashes it has: Celery killed its child process, or its
+    thread never ended.
+    """
+    late, keys = Q(deadline__lte=Now()), set()
+    for job in updates.locking(jobs).only(*RECOVERY_FIELDS).annotate(late=late):
+        crashes = job.crashes + 1
+        keys |= {job.limit_key} - {None}
+        died = {"error": "Its worker died", "exception": "celery.exceptions.WorkerLostError"}
+        if job.state == "cancelled":  # its body has ended, too: free its place
+            Job.objects.filter(pk=job.pk).update(sweep_at=None)
+        elif job.late:
+            over = {"error": OVER_TIME_LIMIT, "exception": "celery.exceptions.TimeLimitExceeded"}
+            fail(job, over, OVER_TIME_LIMIT)
+        elif crashes >= conf.MAX_CRASHES:
+            public_error = f"{STOPPED} {crashes} times"
+            fail(job, died, f"Its worker died {crashes} times", public_error, crashes=crashes)
+        else:
+            delay = RECOVERY_DELAY * 2 ** min(job.crashes, 9) * random.uniform(0.8, 1.2)
+            row, changes = Job.objects.filter(pk=job.pk), {"public_error": STOPPED}
+            updates.requeue(row, delay, failure=died, crashes=crashes, **changes)
+            text = "job %s lost its worker and starts again in %.0f s"
+            tracing.run_as(job, logger.warning, text, job.pk, delay)
+        if job.state == "running":
+            tracing.record_lost_run(job, OVER_TIME_LIMIT if job.late else died["error"])
+    turns.grant_after_commit(keys)
+
+
+def fail(job, failure, error, public_error="", **changes):
+    texts = {"error": error, "public_error": public_error or error}
+    updates.finish(Job.objects.filter(pk=job.pk), "failed", failure=failure, **texts, **changes)
+    tracing.run_as(job, logger.error, "job %s failed: %s", job.pk, error)

@@ -1,0 +1,359 @@
+"""The tables: jobs, batches of jobs, failed runs, and what Beat has last done."""
+
+import uuid
+from datetime import timedelta
+from typing import ClassVar
+
+from django.conf import settings
+from django.db import models
+from django.db.models import Q
+from django.utils import timezone
+
+from . import updates
+from .batches import BatchActions, BatchManager
+from .expressions import ACTIVE, FINAL, UNFINISHED, Clock
+from .pauses import PauseManager
+from .queryset import MAX_LABEL, JobManager, run_again
+
+__all__ = ["Batch", "Failure", "Job", "Pause"]
+
+STATES = [(state, state.title()) for state in ACTIVE + FINAL]
+BATCH_STATES = [(state, state.title()) for state in ["open", *FINAL]]
+HAS_KEY = Q(idempotency_key__isnull=False)
+IN_BATCH = Q(batch__isnull=False)
+HELD = Q(state="queued", held_by__isnull=False, sweep_at=None)
+SWEPT = Q(held_by=None, sweep_at__isnull=False)
+MAY_RUN_STILL = Q(state="cancelled", limit_key__isnull=False)
+
+
+def cascade_ended(collector, field, jobs, using):
+    """The on_delete of Job.owner: delete the jobs, too. Raises RestrictedError if some are active."""
+    if active := jobs.filter(UNFINISHED)[:100]:  # the admin shows them
+        text = f"This {field.name.replace('owner', 'user')} has active jobs: cancel them first"
+        raise models.RestrictedError(text, set(active))
+    models.CASCADE(collector, field, jobs, using)
+
+
+class Row(models.Model):
+    class Meta:
+        abstract = True
+
+    def save(self, *args, update_fields=None, **options):
+        """Store a new row or, of a stored one, the fields that `update_fields` names."""
+        if not self._state.adding and update_fields is None:
+            raise TypeError("save() would overwrite newer values: use save(update_fields=[...])")
+        super().save(*args, update_fields=update_fields, **options)
+
+
+class Batch(BatchActions, Row):
+    """Jobs that belong together, and what starts after them: see batches.py."""
+
+    id = models.UUIDField(primary_key=True, default=uuid.uuid4, editable=False)
+    owner = models.ForeignKey(settings.AUTH_USER_MODEL, models.CASCADE, null=True, db_index=False)
+    label = models.CharField(max_length=MAX_LABEL, help_text="its name, for people")
+    # In a chord inside of a chord, the inner batch has the outer one as its parent.
+    parent = models.ForeignKey(
+        "self", models.CASCADE, null=True, db_index=False, related_name="children"
+    )
+    then = models.JSONField(null=True, help_text="what starts when all jobs have succeeded")
+    ended = models.JSONField(null=True, help_text="what starts when all jobs have ended")
+    state = models.CharField(max_length=9, choices=BATCH_STATES, default="open")
+    error = models.TextField(help_text="why `then` has not started")
+    counts = models.JSONField(default=dict, help_text="how many jobs ended in each state")
+    created_at = models.DateTimeField(db_default=Clock())
+    ended_at = models.DateTimeField(null=True)
+
+    objects: ClassVar[BatchManager] = BatchManager()
+    jobs: JobManager  # its members
+    children: BatchManager
+
+    class Meta:
+        base_manager_name = "objects"
+        default_permissions = ()  # the permissions for jobs apply
+        indexes = [
+            models.Index(fields=["owner", "-created_at"], name="batch_owner"),
+            models.Index(fields=["-created_at"], name="batch_created"),
+            models.Index(fields=["ended_at"], name="batch_ended"),
+            models.Index(fields=["parent"], name="batch_parent", condition=Q(parent__isnull=False)),
+        ]
+        verbose_name_plural = "batches"
+
+    def __str__(self):
+        return self.label or f"Batch {self.id}"
+
+
+class Job(Row):
+    id = models.UUIDField(primary_key=True, default=uuid.uuid4, editable=False)
+    owner = models.ForeignKey(settings.AUTH_USER_MODEL, cascade_ended, null=True, db_index=False)
+    task = models.CharField(max_length=255)
+    args = models.JSONField(default=list)
+    kwargs = models.JSONField(default=dict)
+    queue = models.CharField(max_length=255)
+    idempotency_key = models.CharField(max_length=255, null=True)  # noqa: DJ001
+    fingerprint = models.CharField(max_length=64)
+    unique_key = models.CharField(max_length=255, null=True)  # noqa: DJ001
+    label = models.CharField(
+        max_length=MAX_LABEL, default="", db_default="", help_text="its name, for people"
+    )
+
+    state = models.CharField(max_length=9, choices=STATES, default="queued")
+    progress = models.PositiveSmallIntegerField(default=0, help_text="percent")
+    message = models.CharField(max_length=255)
+    cursor = models.JSONField(null=True, help_text="where the next run continues")
+    result = models.JSONField(null=True)
+    error = models.TextField()
+    public_error = models.TextField(
+        default="", db_default="", help_text="why it failed, for its owner"
+    )
+    created_at = models.DateTimeField(db_default=Clock())
+    started_at = models.DateTimeField(null=True, help_text="of the last run")
+    finished_at = models.DateTimeField(null=True)
+
+    run_token = models.UUIDField(null=True, help_text="token of the run that owns this job")
+    worker = models.CharField(max_length=255, default="", help_text="of the last run")
+    due_at = models.DateTimeField(null=True, help_text="when a worker may start it")
+    # Of a running job: the end of its lease. Of a queued job: when its message is sent (again).
+    # Of a held job: empty. Of a cancelled job with a limit: the end of its lease, while its body still runs.
+    sweep_at = models.DateTimeField(null=True, help_text="when the sweep must look at it")
+    deadline = models.DateTimeField(null=True, help_text="when the run is over its time limit")
+    times_sent = models.PositiveSmallIntegerField(
+        default=0, help_text="messages since it was queued"
+    )
+    retries = models.PositiveIntegerField(default=0)
+    crashes = models.PositiveSmallIntegerField(default=0, help_text="times its worker died")
+
+    limit_key = models.CharField(max_length=255, null=True, help_text="of its limit in DURABLE_JOBS['LIMITS']")  # noqa: DJ001
+    held_by = models.CharField(  # noqa: DJ001
+        max_length=300, null=True, help_text="the limit or the pause for which it waits"
+    )
+
+    batch = models.ForeignKey(Batch, cascade_ended, null=True, db_index=False, related_name="jobs")
+    # Steps of a chain. [] when they were passed on.
+    then = models.JSONField(null=True, help_text="what starts when it has succeeded")
+    follows = models.UUIDField(null=True, help_text="the job or batch that it continues or repeats")
+
+    # Of the request that enqueued it: see tracing.py.
+    trace = models.CharField(
+        max_length=55, default="", db_default="", help_text="W3C's traceparent, of OpenTelemetry"
+    )
+    request_id = models.CharField(
+        max_length=255, default="", db_default="", help_text="in the log, of django-structlog"
+    )
+
+    objects: ClassVar[JobManager] = JobManager()
+    failures: models.Manager  # the Failures of this job
+
+    class Meta:
+        base_manager_name = "objects"  # for refresh_from_db(), and for foreign keys to a job
+        indexes = [
+            models.Index(fields=["-created_at"], name="job_created"),
+            # Without members of batches: a list shows the batch, not its 100,000 jobs.
+            models.Index(
+                fields=["owner", "-created_at"], name="job_owner_alone", condition=Q(batch=None)
+            ),
+            models.Index(
+                fields=["batch", "-created_at", "state"], name="job_batch", condition=IN_BATCH
+            ),
+            models.Index(
+                fields=["batch", "-created_at"],
+                name="job_batch_active",
+                condition=IN_BATCH & UNFINISHED,
+            ),
+            models.Index(
+                fields=["follows"], name="job_follows", condition=Q(follows__isnull=False)
+            ),
+            models.Index(fields=["owner", "state", "-created_at"], name="job_owner_state"),
+            # For the filters of the admin
+            models.Index(fields=["task", "-created_at"], name="job_task"),
+            models.Index(fields=["queue", "-created_at"], name="job_queue"),
+            models.Index(
+                fields=["state", "-created_at"],
+                name="job_unsuccessful",
+                condition=Q(state__in=["failed", "cancelled"]),
+            ),
+            models.Index(
+                fields=["limit_key", "-created_at"],
+                name="job_limit",
+                condition=Q(limit_key__isnull=False),
+            ),
+            models.Index(fields=["finished_at"], name="job_finished", condition=~UNFINISHED),
+            models.Index(
+                fields=[
+                    "state",
+                    "queue",
+                    "times_sent",
+                    "sweep_at",
+                    "due_at",
+                ],  # due_at for the metrics
+                name="job_active",
+                condition=Q(state__in=ACTIVE, sweep_at__isnull=False),
+            ),
+            models.Index(
+                fields=["held_by", "due_at", "created_at", "queue"],  # queue for the metrics
+                name="job_held",
+                condition=Q(held_by__isnull=False),
+            ),
+            models.Index(
+                fields=["limit_key"],
+                name="job_place",
+                condition=Q(limit_key__isnull=False, sweep_at__isnull=False),
+            ),
+        ]
+        constraints = [
+            # Without the condition, each UPDATE of a job without a key would write to these indexes.
+            models.UniqueConstraint(
+                fields=["owner", "idempotency_key"], name="job_key", condition=HAS_KEY
+            ),
+            models.UniqueConstraint(
+                fields=["idempotency_key"],
+                name="job_key_unowned",
+                condition=HAS_KEY & Q(owner=None),
+            ),
+            models.UniqueConstraint(
+                fields=["unique_key"],
+                name="job_unique_key",
+                # The second condition keeps PostgreSQL from using this index for UNFINISHED alone.
+                condition=UNFINISHED & Q(unique_key__isnull=False),
+            ),
+            models.CheckConstraint(
+                name="job_running", condition=Q(state="running") ^ Q(run_token=None)
+            ),
+            models.CheckConstraint(
+                name="job_active_or_finished",
+                condition=Q(state__in=ACTIVE, finished_at=None) & (HELD | SWEPT)
+                | Q(state__in=FINAL, finished_at__isnull=False, held_by=None)
+                & (Q(sweep_at=None) | MAY_RUN_STILL),
+            ),
+        ]
+
+    def __str__(self):
+        return f"{self.task} {self.id}"
+
+    def _do_insert(self, manager, using, fields, returning_fields, raw):
+        """Run the INSERT of save(). New jobs have timedeltas in due_at and sweep_at: see FROM_NOW."""
+        if not isinstance(self.due_at, timedelta):
+            return super()._do_insert(manager, using, fields, returning_fields, raw)
+        returning = [*returning_fields, *map(self._meta.get_field, ("due_at", "sweep_at"))]
+        [row] = updates.insert(self, using, fields, returning)
+        *values, self.due_at, self.sweep_at = row
+        return [values]
+
+    def cancel(self) -> bool:
+        """Cancel this job, unless it has ended. Returns whether it was active."""
+        return bool(Job.objects.filter(pk=self.pk).cancel())
+
+    def run_again(self) -> "Job":
+        """Queue this job again, if it failed or was cancelled. If it succeeded, enqueue a copy.
+
+        A job that is queued again keeps its id, its failures, its cursor, its batch and what starts after
+        it. It may be retried as often as a new job. Its batch opens again. A copy has none of these, and
+        `follows` is the id of this job.
+
+        Returns this Job, its copy, or the active job with the same `unique`: then nothing is changed. Raises
+        ValueError if this job is active, its task no longer exists, or its batch ended more than
+        DURABLE_JOBS['RETENTION_DAYS'] ago; TypeError if its task takes other arguments now.
+        """
+        return run_again(self)
+
+
+class Failure(models.Model):
+    """A run that failed, was retried, or lost its worker."""
+
+    job = models.ForeignKey(Job, models.CASCADE, related_name="failures")
+    worker = models.CharField(max_length=255)
+    started_at = models.DateTimeField()
+    ended_at = models.DateTimeField(db_default=Clock())
+    error = models.TextField()
+    exception = models.CharField(max_length=255, help_text="its class")
+    traceback = models.TextField()
+
+    class Meta:
+        default_permissions = ()  # the permissions for the job apply
+        ordering = ["pk"]
+
+    def __str__(self):
+        return self.error
+
+
+class Sweep(models.Model):  # noqa: DJ008
+    """One row: when the last round of the sweep ended, when Beat's next tick is due, Beat's errors."""
+
+    ended_at = models.DateTimeField()
+    tick_due_at = models.DateTimeField(null=True)
+    schedule_errors = models.PositiveBigIntegerField(
+        default=0, db_default=0, help_text="how many Beat has logged"
+    )
+    refused = models.JSONField(
+        null=True, help_text="the queues for which the broker takes no message, and why"
+    )
+    counted_until = models.DateTimeField(null=True, help_text="which ended jobs the tallies have")
+
+
+class Tally(models.Model):  # noqa: DJ008
+    """Numbers of the jobs of a task, or of a queue, that have ended: see tallies.py."""
+
+    label = models.CharField(max_length=5, help_text='"task" or "queue"')
+    name = models.CharField(max_length=255)
+    counts = models.JSONField()
+    updated_at = models.DateTimeField(db_default=Clock())
+
+    class Meta:
+        default_permissions = ()
+        constraints = [models.UniqueConstraint(fields=["label", "name"], name="tally_key")]
+        verbose_name_plural = "tallies"
+
+
+class Worker(models.Model):
+    """A worker that runs, or has run less than an hour ago: see heartbeat.py."""
+
+    name = models.CharField(max_length=255, primary_key=True)
+    pool = models.CharField(max_length=255)
+    slots = models.PositiveIntegerField(help_text="how many jobs it can run at once")
+    busy = models.PositiveIntegerField(help_text="how many of them are taken")
+    queues = models.JSONField(help_text="from which it takes jobs; none without the broker")
+    version = models.CharField(max_length=255, help_text="of its code: DURABLE_JOBS['VERSION']")
+    started_at = models.DateTimeField()
+    seen_at = models.DateTimeField(db_default=Clock())
+
+    class Meta:
+        default_permissions = ()  # the permissions for jobs apply
+        ordering = ["name"]
+
+    def __str__(self):
+        return self.name
+
+
+class Start(models.Model):  # noqa: DJ008
+    """A run of a job whose limit has a rate: see turns.py."""
+
+    key = models.CharField(max_length=255)
+    started_at = models.DateTimeField(db_default=Clock())
+
+    class Meta:
+        default_permissions = ()
+        indexes = [
+            models.Index(fields=["key", "started_at"], name="start_key"),
+            models.Index(fields=["started_at"], name="start_time"),
+        ]
+
+
+class Pause(models.Model):
+    """A queue or a task of which no job starts: see pauses.py."""
+
+    name = models.CharField(
+        max_length=255, primary_key=True, help_text="a queue, or the full name of a task"
+    )
+    reason = models.CharField(max_length=255, blank=True)
+    since = models.DateTimeField(db_default=Clock())
+
+    objects: ClassVar[PauseManager] = PauseManager()
+
+    class Meta:
+        default_permissions = ()  # the permissions for jobs apply
+        ordering = ["name"]
+        verbose_name_plural = "queues"  # the page in the admin shows both
+
+    def __str__(self):
+        since = timezone.localtime(self.since)
+        day = "" if since.date() == timezone.localdate() else f"{since:%Y-%m-%d} "
+        return f"Paused since {day}{since:%H:%M}" + (f": {self.reason}" if self.reason else "")

@@ -1,0 +1,188 @@
+from celery import current_app
+from django.core.cache.backends.locmem import LocMemCache
+from django.db.models import Count
+from django.db.models.manager import BaseManager
+from rest_framework import serializers
+from rest_framework.reverse import reverse
+
+from .expressions import ACTIVE, FINAL
+from .models import Batch, Failure, Job
+from .reasons import reasons
+
+__all__ = ["BatchSerializer", "JobSerializer"]
+
+JOBS_A_SECOND = 20_000  # of open batches: the counts of 100,000 jobs are kept for 5 s
+kept_counts = LocMemCache("durable_jobs.counts", {})  # {id of a batch: its counts}
+GENERIC_ERROR = "It failed"  # shown to owners instead of an exception: see JobError
+TOO_LONG = "Too long for a list: see the job itself"
+
+
+def has_job_perm(user, action):
+    """Return whether this user is staff with the permission to "view" or "delete" every job."""
+    return user.is_staff and user.has_perm(f"durable_jobs.{action}_job")
+
+
+def may_run_again(user, job):
+    """Return whether this user may run the job again, once it has ended."""
+    task = current_app.tasks.get(job.task)
+    is_owner = job.owner_id is not None and job.owner_id == user.pk
+    is_allowed = getattr(task, "owner_may_run_again", False) and job.state != "succeeded"
+    return has_job_perm(user, "delete") or (is_owner and is_allowed)
+
+
+def add_reasons(jobs, user):
+    found = reasons(jobs, has_job_perm(user, "view"))
+    for job in jobs:
+        job.reason = found.get(job.pk, "")
+
+
+def what_follows(pk):
+    """Return the jobs that started after this job or batch, at most 100."""
+    return Job.objects.filter(follows=pk).order_by("created_at")[:100]
+
+
+def rows_of(data):
+    """Return the rows of a list serializer's data, which may be a manager such as user.job_set: see DRF."""
+    return data.all() if isinstance(data, BaseManager) else data
+
+
+class FailureSerializer(serializers.ModelSerializer):
+    class Meta:
+        model = Failure
+        fields = ["worker", "started_at", "ended_at", "error", "exception", "traceback"]
+
+
+class CallbackSerializer(serializers.ModelSerializer):
+    url = serializers.HyperlinkedIdentityField(view_name="job-detail")
+
+    class Meta:
+        model = Job
+        fields = ["id", "url", "task", "label", "state"]
+
+
+class JobListSerializer(serializers.ListSerializer):
+    def to_representation(self, data):
+        jobs = rows_of(data)
+        add_reasons(jobs, self.context["request"].user)
+        return super().to_representation(jobs)
+
+
+class JobSerializer(serializers.ModelSerializer):
+    url = serializers.HyperlinkedIdentityField(view_name="job-detail")
+    failures = FailureSerializer(
+        many=True, required=False, help_text="in the detail view, for users who may view all jobs"
+    )
+    can_run_again = serializers.SerializerMethodField(
+        help_text="it has ended, and the caller may run it again"
+    )
+    reason = serializers.CharField(
+        read_only=True, help_text="what it waits for, or why it does not move, for people"
+    )
+    follows_url = serializers.URLField(
+        required=False,
+        allow_null=True,
+        help_text="in the detail view: of the job or the batch that it follows",
+    )
+    followed_by = CallbackSerializer(
+        many=True,
+        required=False,
+        help_text="in the detail view: the jobs that started after it, at most 100",
+    )
+
+    class Meta:
+        model = Job
+        list_serializer_class = JobListSerializer
+        fields = ["id", "url", "task", "label", "queue", "state", "reason", "progress", "message"]
+        fields += ["result", "error", "failures", "can_run_again"]
+        fields += ["batch", "follows", "follows_url", "followed_by"]
+        fields += ["created_at", "due_at", "started_at", "finished_at"]
+        extra_kwargs = {
+            "message": {"help_text": "what the job has last reported"},
+            "result": {"help_text": f"a list replaces a long result by {TOO_LONG!r}"},
+            "due_at": {"help_text": "when a queued job may start, else null"},
+        }
+
+    def get_can_run_again(self, job) -> bool:
+        has_ended = job.finished_at and not job.sweep_at  # a cancelled body may still run
+        return bool(has_ended) and may_run_again(self.context["request"].user, job)
+
+    def _url_before(self, job):
+        if job.follows is None:
+            return None
+        kind = "batch" if Batch.objects.filter(pk=job.follows).exists() else "job"
+        return reverse(f"{kind}-detail", [job.follows], request=self.context["request"])
+
+    def to_representation(self, job):
+        if hasattr(job, "short_result"):  # a row of a list: see JobViewSet
+            job.result = job.short_result
+        is_trusted = has_job_perm(self.context["request"].user, "view")
+        if job.state != "queued":
+            job.due_at = None
+        if self.parent is None:
+            add_reasons([job], self.context["request"].user)
+            job.follows_url = self._url_before(job)
+            job.followed_by = what_follows(job.pk) if job.state == "succeeded" else []
+        else:
+            for name in ("follows_url", "followed_by"):
+                self.fields.pop(name, None)
+        if self.parent is not None or not is_trusted:
+            self.fields.pop("failures", None)
+        shown = super().to_representation(job)
+        if job.error and not is_trusted:
+            shown["error"] = job.public_error or GENERIC_ERROR
+        return shown
+
+
+class BatchListSerializer(serializers.ListSerializer):
+    def to_representation(self, data):
+        batches = rows_of(data)
+        count_jobs(batches)
+        return super().to_representation(batches)
+
+
+class BatchSerializer(serializers.ModelSerializer):
+    url = serializers.HyperlinkedIdentityField(view_name="batch-detail")
+    # Not an enum: drf-spectacular has one with this name, that of jobs.
+    state = serializers.CharField(help_text="open, succeeded, failed or cancelled")
+    counts = serializers.DictField(
+        child=serializers.IntegerField(), help_text="how many of its jobs are in each state"
+    )
+    callbacks = CallbackSerializer(
+        many=True,
+        required=False,
+        help_text="in the detail view: the jobs that started after it, at most 100",
+    )
+
+    class Meta:
+        model = Batch
+        list_serializer_class = BatchListSerializer
+        fields = ["id", "url", "label", "state", "counts", "error", "callbacks"]
+        fields += ["created_at", "ended_at"]
+
+    def to_representation(self, batch):
+        if self.parent is None:
+            count_jobs([batch])
+            batch.callbacks = what_follows(batch.pk)
+        else:
+            self.fields.pop("callbacks", None)
+        batch.counts = dict.fromkeys(ACTIVE + FINAL, 0) | batch.counts
+        return super().to_representation(batch)
+
+
+def count_jobs(batches):
+    """Set `counts` of those batches that are open, in one query. The others have them in their row.
+
+    Each process keeps the counts of a large batch for some seconds, so that it costs the same to poll a
+    batch of any size.
+    """
+    keys = {batch: str(batch.pk) for batch in batches if batch.ended_at is None}
+    kept = kept_counts.get_many(keys.values())
+    unknown = [key for key in keys.values() if key not in kept]
+    counted = {key: {} for key in unknown}
+    rows = Job.objects.filter(batch__in=unknown).values_list("batch", "state")
+    for pk, state, count in rows.annotate(count=Count("*")):
+        counted[str(pk)][state] = count
+    for key, counts in counted.items():
+        kept_counts.set(key, counts, sum(counts.values()) / JOBS_A_SECOND)
+    for batch, key in keys.items():
+        batch.counts = (kept | counted)[key]

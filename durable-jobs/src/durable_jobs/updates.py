@@ -1,0 +1,275 @@
+"""Each change of a job's state: one conditional UPDATE. `jobs` is always a queryset of jobs."""
+
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from functools import wraps
+from inspect import signature
+
+from django.db import connections, models, transaction
+from django.db.models import Case, F, Q, When
+from django.db.models.functions import Coalesce, Now
+from django.db.models.sql import InsertQuery, UpdateQuery
+
+from . import conf
+from .expressions import ASYNC_COMMIT, IDLE_TIMEOUT, LOCK_TIMEOUT, UNFINISHED, Clock, is_paused
+
+STORED_FAILURES = 20  # of each job: the latest ones
+UNSUCCESSFUL = ["failed", "cancelled"]
+# The body of a cancelled job with a limit may still run: then it has a sweep_at.
+CAN_RUN_AGAIN = Q(state__in=UNSUCCESSFUL, sweep_at=None)
+
+
+def requeue(jobs, delay=0, failure=None, **changes):
+    """Queue these jobs (again). The sweep sends their messages in `delay` seconds.
+
+    A running job with a limit gives its place up: it is held again, see turns.py. Returns how many rows were
+    changed. `failure` has the fields of a Failure to store, see update().
+    """
+    due = Now() + timedelta(seconds=delay)
+    # A job that is already queued keeps its due_at. One that is handed back keeps its place in the line.
+    is_queued, has_limit = Q(state="queued"), Q(limit_key__isnull=False)
+    keeps = is_queued if delay or failure else is_queued | has_limit
+    changes["due_at"] = Case(When(keeps, then="due_at"), default=due)
+    limit_key = Case(When(state="running", then="limit_key"))
+    is_held = Q(held_by__isnull=False) | Q(state="running", limit_key__isnull=False)
+    changes["held_by"] = Coalesce("held_by", limit_key)
+    changes["sweep_at"] = Case(When(is_held, then=None), default=due)
+    changes |= {"state": "queued", "run_token": None, "times_sent": 0}
+    return update(jobs, changes, failure)
+
+
+def finish(jobs, state, failure=None, **changes):
+    """Write a final state, unless the job already has one. Returns how many rows were changed."""
+    final = {"state": state, "run_token": None, "sweep_at": None, "held_by": None}
+    return update(jobs.filter(UNFINISHED), {**final, "finished_at": Now(), **changes}, failure)
+
+
+def cancel(jobs):
+    """Cancel these jobs, unless they have ended. Returns how many rows were changed.
+
+    A body with a limit keeps its place until it ends, or until its lease does.
+    """
+    in_body = Q(state="running", limit_key__isnull=False)
+    sweep_at = Case(When(in_body, then=F("sweep_at")), default=None)
+    return finish(jobs, "cancelled", sweep_at=sweep_at)
+
+
+def run_again(jobs, **fields):
+    """Queue these jobs again that failed or were cancelled. Returns their new fields, except the progress.
+
+    The caller has opened their batches, see open_again(), and sends their messages. `fields` says when, and
+    for which request.
+    """
+    changes = {**fields, "state": "queued", "finished_at": None, "retries": 0, "crashes": 0}
+    changes |= {"result": None, "message": "", "error": "", "public_error": ""}
+    progress = Case(When(cursor__isnull=False, then="progress"), default=0)
+    jobs.filter(CAN_RUN_AGAIN).update(**changes, progress=progress)
+    return changes
+
+
+def update(jobs, changes, failure=None):
+    """Update these rows. Returns how many.
+
+    With `failure`, the fields of a Failure, there must be only one row. The latest failures are kept.
+    """
+    if failure is None:
+        return jobs.update(**changes)
+    with transaction.atomic():
+        job = jobs.only("started_at", "worker").first()
+        changed = jobs.update(**changes)
+        if job and changed:
+            failure = failure | {"error": failure["error"][:1000]}
+            job.failures.create(started_at=job.started_at, worker=job.worker, **failure)
+            old = job.failures.order_by("-pk")[STORED_FAILURES:]
+            job.failures.filter(pk__in=old.values("pk")).delete()
+    return changed
+
+
+def locking(jobs):
+    """Return these rows, without those that another transaction has locked. A query of them locks them."""
+    return jobs.filter(IDLE_TIMEOUT).select_for_update(skip_locked=True)
+
+
+def skip_locked(jobs):
+    """Lock these rows, except those that another transaction has locked, and return them."""
+    keys = locking(jobs).values_list("pk", flat=True)
+    return jobs.model.objects.filter(pk__in=list(keys))
+
+
+def retention_end():
+    """Return the time before which a job or a batch must have ended to be deleted."""
+    return Now() - timedelta(days=conf.RETENTION_DAYS)
+
+
+def lock_batches(batches, pks):
+    """Lock these batches and their parents until the transaction ends.
+
+    Returns {id: whether it is old}. A batch is old if it and its parents ended more than DURABLE_JOBS['RETENTION_DAYS']
+    ago. The purge deletes jobs of old batches, so these do not open again.
+    """
+    found, new = set(), {pk for pk in pks if pk}
+    while new:
+        found |= new
+        new = set(batches.filter(pk__in=new, parent__isnull=False).values_list("parent", flat=True))
+    # no_key: an end() that has locked a batch may store jobs in its parent.
+    locked = batches.filter(pk__in=found).order_by("pk").select_for_update(no_key=True)
+    rows = {batch.pk: batch for batch in locked.annotate(old=Q(ended_at__lt=retention_end()))}
+
+    def is_old(batch):
+        return bool(batch.old) and (batch.parent_id is None or is_old(rows[batch.parent_id]))
+
+    return {pk: is_old(batch) for pk, batch in rows.items()}
+
+
+def open_again(batches, pks):
+    """Open these batches and their parents: some of their jobs run again in this transaction.
+
+    Call it before these jobs are changed, because end() locks the batch first, too. Returns the ids of those
+    that are open now. Old ones are not: see lock_batches().
+    """
+    opened = {pk for pk, is_old in lock_batches(batches, pks).items() if not is_old}
+    batches.filter(pk__in=opened).update(state="open", error="", counts={}, ended_at=None)
+    return opened
+
+
+# These run for each job. Building their SQL each time took half of a child process's CPU time, so it is built
+# once.
+
+
+class Placeholder(models.Value):
+    """A placeholder in a query, for the argument with this name."""
+
+    def as_sql(self, compiler, connection):
+        return "%s", [self]
+
+
+def prepared(**types):
+    """Decorate a function that returns a queryset, and a dictionary of changes or None.
+
+    The decorated function runs queryset.update(**changes), and returns how many rows were changed. With
+    None, it returns the queryset's rows as tuples. Its first argument is a manager, the others are
+    keywords. Its SQL is built at the first call. `types` has the field of each argument that is not a
+    value of the field with its name.
+    """
+
+    def decorate(function):
+        _, *names = signature(function).parameters
+        built = {}
+
+        @wraps(function)
+        def run(manager, **values):
+            if manager.db not in built:
+                fields = types | {
+                    field.name: field for field in manager.model._meta.concrete_fields
+                }
+                rows, changes = function(manager, *(Placeholder(n, fields[n]) for n in names))
+                query = rows.query
+                if changes is not None:
+                    query = query.chain(UpdateQuery)
+                    query.add_update_values(changes)
+                built[manager.db] = query.get_compiler(manager.db).as_sql()
+            return execute(manager.db, *built[manager.db], values)
+
+        return run
+
+    return decorate
+
+
+def execute(using, sql, params, values):
+    """Run this SQL with `values` for its Placeholders. Returns its rows, or how many it changed."""
+    connection = connections[using]
+    # Not for a SELECT, whose rows may be many: a plan that is kept knows no values.
+    keeps_plan = nullcontext() if sql.startswith("SELECT") else plan_kept(connection)
+    with keeps_plan, connection.cursor() as cursor:
+        cursor.execute(sql, [fill(param, values, connection) for param in params])
+        return cursor.fetchall() if cursor.description else cursor.rowcount
+
+
+@contextmanager
+def plan_kept(connection):
+    """Let PostgreSQL keep the plans of the statements in this block: they cost it half as much.
+
+    Django prepares no statement, because PgBouncer may give each transaction another connection. Projects
+    that use it so set DISABLE_SERVER_SIDE_CURSORS: then this does nothing. In debug mode neither, because
+    Django could not show the SQL.
+    """
+    is_shared = connection.settings_dict.get("DISABLE_SERVER_SIDE_CURSORS")
+    if connection.vendor != "postgresql" or is_shared or connection.queries_logged:
+        yield
+        return
+    connection.ensure_connection()
+    raw = connection.connection
+    before = raw.cursor_factory, raw.prepare_threshold
+    raw.cursor_factory, raw.prepare_threshold = connection.Database.Cursor, 0
+    try:
+        yield
+    finally:
+        raw.cursor_factory, raw.prepare_threshold = before
+
+
+def fill(param, values, connection):
+    if not isinstance(param, Placeholder):
+        return param
+    return param.output_field.get_db_prep_save(values[param.value], connection)
+
+
+inserts = {}  # {database: (compiler, converters of the returned values, SQL, its parameters)}
+
+
+def insert(job, using, fields, returning):
+    """The INSERT of a job, whose due_at and sweep_at are the times until then. Returns [the fields `returning`].
+
+    See Job._do_insert().
+    """
+    if using not in inserts:
+        values = {field.attname: Placeholder(field.attname, field) for field in fields}
+        for name in "due_at", "sweep_at":
+            values[name] = Now() + Placeholder(name, models.DurationField())
+        query = InsertQuery(type(job))
+        query.insert_values(fields, [type(job)(**values | {"created_at": Clock()})])
+        compiler = query.get_compiler(using)
+        compiler.returning_fields = returning
+        columns = [field.get_col(job._meta.db_table) for field in returning]
+        inserts[using] = compiler, compiler.get_converters(columns), *compiler.as_sql()[0]
+    compiler, converters, *statement = inserts[using]
+    rows = execute(using, *statement, vars(job))
+    return list(compiler.apply_converters(map(list, rows), converters))
+
+
+@prepared(limit=models.DurationField(), lease=models.DurationField())
+def claim(manager, id, run_token, worker, retries, crashes, times_sent, limit, lease):
+    """The UPDATE that gives a queued job to the run with this token.
+
+    It changes no row if the job is no longer queued, is held or paused, or if it has crashed or was retried
+    since the message was sent. `limit` is the time until the deadline, and `lease` the length of the first
+    lease. `retries`, `crashes` and `times_sent` come from the message; `times_sent` says which message of the
+    job it is, 1 for the first. If PostgreSQL crashes within a second, the claim may be lost: then the run
+    must claim the job again.
+    """
+    # An old message may arrive when the job is held: then it has no sweep_at.
+    may_start = Q(run_token=None, sweep_at__isnull=False) & ~is_paused()
+    # Q(run_token=run_token): this UPDATE was sent before and committed, but its answer was lost.
+    claimable = may_start | Q(run_token=run_token)
+    is_current = Q(retries=retries, crashes=crashes)
+    rows = manager.filter(claimable, UNFINISHED, is_current, pk=id)
+    return rows.filter(LOCK_TIMEOUT, ASYNC_COMMIT), {
+        "state": "running",
+        "run_token": run_token,
+        "worker": worker,
+        "times_sent": times_sent,
+        "progress": Case(When(cursor__isnull=False, then="progress"), default=0),
+        "message": "",
+        "public_error": "",
+        "started_at": Clock(),
+        "deadline": Clock() + limit,
+        "sweep_at": Clock() + lease,
+    }
+
+
+@prepared()
+def succeed(manager, id, run_token, result, message):
+    """The UPDATE that writes the result of a run, if the run still owns the job and no step comes next."""
+    is_alone = Q(then__isnull=True)
+    rows = manager.filter(UNFINISHED, is_alone, LOCK_TIMEOUT, pk=id, run_token=run_token)
+    final = {"state": "succeeded", "run_token": None, "sweep_at": None, "finished_at": Now()}
+    return rows, {**final, "progress": 100, "result": result, "message": message}

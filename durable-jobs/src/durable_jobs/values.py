@@ -1,0 +1,75 @@
+"""What a row can store: JSON of a limited size, and texts without characters that PostgreSQL refuses."""
+
+import json
+import re
+import uuid
+from contextlib import suppress
+
+from kombu.utils.json import dumps, loads, register_type
+
+from . import conf
+
+
+class Results:
+    """An argument of a body that stands for results, so that no row copies them: see batches.fill().
+
+    `source` is ["job", id] or ["batch", id].
+    """
+
+    def __init__(self, source):
+        self.source = source
+
+
+register_type(Results, "durable_jobs.Results", lambda results: results.source, Results)
+
+# In JSON: NUL, and half of a surrogate pair. PostgreSQL stores neither.
+UNSTORABLE = re.compile(r"\\u0000|\\ud[89ab]..(?!\\ud[c-f])|(?<!\\ud[89ab]..)\\ud[c-f]..")
+
+
+def to_json(value):
+    """Return the JSON of a value.
+
+    As in Celery's messages, a datetime, a UUID or a Decimal becomes a dictionary that names its type,
+    and the body gets the original value. Raises TypeError, ValueError or RecursionError if a value
+    cannot be JSON, or has a character that PostgreSQL cannot store.
+    """
+    text = dumps(value, allow_nan=False)
+    # Remove escaped backslashes first: in a text, \\u0000 is no NUL.
+    if r"\u" in text and (found := UNSTORABLE.search(text.replace(r"\\", " "))):
+        raise ValueError(f"the database cannot store the character {found[0]}")
+    return text
+
+
+def as_json(args, kwargs):
+    """Return `args` and `kwargs` as a row stores them, and their size in bytes. See to_json().
+
+    Raises ValueError for a dictionary that a worker could not read, or would take for results.
+    """
+    text = to_json([args, kwargs])
+    if '"__type__"' in text:
+        loads(text)  # may raise ValueError
+        found = text.count('"__type__": "durable_jobs.Results"')
+        if found > sum(isinstance(arg, Results) for arg in args):
+            raise ValueError("only the engine makes arguments of the type durable_jobs.Results")
+    return *json.loads(text), len(text)  # ASCII, so one byte for each character
+
+
+def uuids(ids):
+    """Return {UUID: id} for those ids that are UUIDs: a plain task may have any other text as its id."""
+    found = {}
+    for id in ids:
+        with suppress(ValueError):
+            found[uuid.UUID(str(id))] = id
+    return found
+
+
+def size_error(size):
+    """Return the error text for arguments of this size in bytes, or None if they are not too large."""
+    if size > conf.MAX_BYTES:
+        limit = f"DURABLE_JOBS['MAX_BYTES'] is {conf.MAX_BYTES:,}"
+        return f"The arguments have {size:,} bytes, but {limit}: pass an id"
+
+
+def printable(text):
+    """Return at most 10,000 characters that PostgreSQL accepts: without NUL, with ? for surrogates."""
+    return str(text)[:10_000].replace("\0", "").encode(errors="replace").decode()

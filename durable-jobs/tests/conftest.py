@@ -1,0 +1,189 @@
+"""The fixtures that several files use."""
+
+import uuid
+from time import perf_counter
+
+import pytest
+from celery import current_app as app
+from django.contrib.auth.models import Permission
+from django.core.cache import cache
+from django.db import OperationalError, connection, connections
+from django.db.backends.base.base import BaseDatabaseWrapper
+from django.utils import timezone
+from helpers import add, broken, greet, multiply
+from rest_framework.test import APIClient
+
+from durable_jobs import database, messages, sweep, updates
+from durable_jobs.models import Batch, Job
+from durable_jobs.pools import pool
+
+pytest_plugins = ["durable_jobs.testing"]
+
+
+@pytest.fixture(autouse=True)
+def quick_settings(settings):
+    cache.clear()
+    settings.PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
+
+
+@pytest.fixture
+def user(db, django_user_model):
+    return django_user_model.objects.create_user("user@example.com", "user@example.com")
+
+
+@pytest.fixture
+def api(user):
+    """A client of the API that `user` is logged in to."""
+    client = APIClient()
+    client.force_login(user)
+    return client
+
+
+@pytest.fixture
+def staff_api(admin_user):
+    client = APIClient()
+    client.force_login(admin_user)
+    return client
+
+
+@pytest.fixture(autouse=True)
+def one_connection(monkeypatch):
+    """Query in the test's own thread: gevent's native threads do not see its transaction."""
+    monkeypatch.setattr(pool, "query", lambda function, *args, **kw: function(*args, **kw))
+
+
+@pytest.fixture(autouse=True)
+def no_ties(monkeypatch):
+    """Let no two jobs have the same time: on SQLite the clock has milliseconds."""
+    if connection.vendor == "sqlite":
+        insert = updates.insert
+
+        def insert_later(*args):
+            until = perf_counter() + 0.001
+            while perf_counter() < until:  # sleep() would let another greenlet wait for the lock
+                pass
+            return insert(*args)
+
+        monkeypatch.setattr(updates, "insert", insert_later)
+
+
+class ReplicaRouter:
+    def db_for_read(self, model, **hints):
+        return "replica"
+
+    def db_for_write(self, model, **hints):
+        return "default"
+
+
+@pytest.fixture
+def replica(transactional_db, settings):
+    """A second connection to the database, to which a router sends all reads.
+
+    It cannot write, and waits one second for a lock.
+    """
+    read_only = {
+        "postgresql": {"options": "-c default_transaction_read_only=on -c lock_timeout=1s"},
+        "sqlite": {"init_command": "PRAGMA query_only=1", "timeout": 1},
+    }[connection.vendor]
+    options = connection.settings_dict["OPTIONS"] | read_only
+    connections.databases["replica"] = connection.settings_dict | {"OPTIONS": options}
+    connections["replica"].connect()  # Django's test case refuses to do it later
+    settings.DATABASE_ROUTERS = [ReplicaRouter()]
+    yield
+    connections["replica"].close()
+    del connections["replica"], connections.databases["replica"]
+
+
+@pytest.fixture
+def staff(db, django_user_model):
+    """A function that logs in a staff user with these permissions for jobs, such as "view"."""
+
+    def log_in(*actions):
+        user = django_user_model.objects.create_user("staff" + "".join(actions), is_staff=True)
+        codenames = [f"{action}_job" for action in actions]
+        user.user_permissions.set(Permission.objects.filter(codename__in=codenames))
+        client = APIClient()
+        client.force_login(user)
+        return client
+
+    return log_in
+
+
+@pytest.fixture
+def published(monkeypatch):
+    """A broker without workers: a list of ids, one for each message in it.
+
+    To lose a message, remove its id.
+    """
+    waiting = []
+
+    def publish(job, producer, **options):
+        waiting.append(str(job.pk))
+
+    monkeypatch.setattr(messages, "send_one", publish)
+    monkeypatch.setattr(sweep, "messages_in", lambda queue, broker: len(waiting))
+    return waiting
+
+
+@pytest.fixture
+def sent(monkeypatch):
+    """The ids of the jobs whose messages were sent. No worker takes them."""
+    ids = []
+    monkeypatch.setattr(messages, "send_one", lambda job, *args, **options: ids.append(job.pk))
+    monkeypatch.setattr(sweep, "messages_in", lambda *args: len(ids))
+    return ids
+
+
+@pytest.fixture
+def backlog():
+    """Thousands of queued, running and final jobs, and statistics from a quiet hour before.
+
+    All rows are in one transaction, so that no autovacuum sees them and updates the statistics.
+    """
+    if connection.vendor != "postgresql":
+        pytest.skip("only PostgreSQL plans with statistics: set DATABASE_URL=postgres://…")
+    now = timezone.now()
+    final = {"state": "succeeded", "finished_at": now}
+    waits = {"state": "queued", "sweep_at": now}
+    runs = {"state": "running", "sweep_at": now, "run_token": uuid.UUID(int=1)}
+    fields = {"task": add.name, "queue": "celery", "created_at": now}
+    multiply(Job.objects.create(**fields, **final), 100)
+    with connection.cursor() as cursor:
+        cursor.execute("ANALYZE durable_jobs_job")
+    for state in waits, runs, final:
+        job = Job.objects.create(**fields, **state)
+        multiply(job, 3000, unique_key="gen_random_uuid()::text")
+
+
+@pytest.fixture
+def no_eager(eager):
+    """Jobs are sent to a broker without workers."""
+    app.conf.task_always_eager = False
+
+
+@pytest.fixture
+def batch(user):
+    """A batch with two jobs, which have not started."""
+    return Batch.objects.enqueue(greet, [["Ada"], ["Bo"]], owner=user, label="Greetings")
+
+
+@pytest.fixture
+def lost_answers(monkeypatch):
+    """A list: with True in it, the answer of the next COMMIT is lost with its connection."""
+    lost, commit = [], BaseDatabaseWrapper._commit
+
+    def _commit(self):
+        commit(self)
+        if lost and lost.pop():
+            self.connection.close()
+            raise OperationalError("the connection is lost")
+
+    monkeypatch.setattr(BaseDatabaseWrapper, "_commit", _commit)
+    monkeypatch.setattr(database.time, "sleep", lambda seconds: None)
+    return lost
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_broken():
+    """work() fails only for the numbers that the test itself has added."""
+    broken.clear()

@@ -1,0 +1,98 @@
+"""What the app `jobs` needs: no broker, and SQLite unless DATABASE_URL names PostgreSQL."""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import django
+
+# Compiled files are no part of the wheel.
+sys.dont_write_bytecode = True
+os.environ["PYTHONDONTWRITEBYTECODE"] = "1"  # for processes that tests start
+SOURCE = Path(__file__).parents[1] / "src"
+sys.path.insert(0, str(SOURCE))
+
+from durable_jobs.celery import Celery  # noqa: E402
+
+app = Celery("engine", set_as_current=True)
+app.conf.update(
+    broker_url="memory://",
+    result_backend="cache+memory://",
+    task_acks_late=True,
+    task_send_sent_event=True,
+    task_queues={"celery": {}, "cpu": {}, "io": {}},
+    task_soft_time_limit=540,
+    task_time_limit=600,
+    worker_soft_shutdown_timeout=20,
+)
+
+SECRET_KEY = "engine"  # noqa: S105
+ROOT_URLCONF = "urls"
+USE_TZ = True
+STATIC_URL = "static/"
+INSTALLED_APPS = [
+    *({"django_tasks"} if django.VERSION < (6,) else {}),
+    "django.contrib.admin",
+    "django.contrib.auth",
+    "django.contrib.contenttypes",
+    "django.contrib.messages",
+    "django.contrib.sessions",
+    "rest_framework",
+    "rest_framework.authtoken",
+    "django_celery_beat",
+    "django_filters",
+    "drf_spectacular",
+    "durable_jobs",
+]
+MIDDLEWARE = [
+    "django.contrib.sessions.middleware.SessionMiddleware",
+    "django.contrib.auth.middleware.AuthenticationMiddleware",
+    "django.contrib.messages.middleware.MessageMiddleware",
+]
+TEMPLATES = [
+    {
+        "BACKEND": "django.template.backends.django.DjangoTemplates",
+        "APP_DIRS": True,
+        "OPTIONS": {
+            "context_processors": [
+                "django.template.context_processors.request",
+                "django.contrib.auth.context_processors.auth",
+                "django.contrib.messages.context_processors.messages",
+            ]
+        },
+    }
+]
+url = urlsplit(os.environ.get("DATABASE_URL", ""))
+if url.scheme:
+    DATABASE = {
+        "ENGINE": "django.db.backends.postgresql",
+        "NAME": url.path[1:],
+        "USER": url.username,
+    }
+    DATABASE |= {"PASSWORD": url.password, "HOST": url.hostname, "PORT": url.port}
+else:
+    file = Path(tempfile.gettempdir(), f"engine-{os.getpid()}.sqlite3")  # a file: tests use threads
+    options = {"transaction_mode": "IMMEDIATE", "timeout": 20}
+    options["init_command"] = "PRAGMA journal_mode=WAL; PRAGMA synchronous=OFF"
+    DATABASE = {
+        "ENGINE": "django.db.backends.sqlite3",
+        "NAME": file,
+        "OPTIONS": options,
+        "TEST": {"NAME": file},
+    }
+DATABASES = {"default": DATABASE | {"CONN_MAX_AGE": 60, "CONN_HEALTH_CHECKS": True}}
+REST_FRAMEWORK = {
+    "DEFAULT_AUTHENTICATION_CLASSES": [
+        "rest_framework.authentication.TokenAuthentication",
+        "rest_framework.authentication.SessionAuthentication",
+    ],
+    "DEFAULT_PERMISSION_CLASSES": ["rest_framework.permissions.IsAuthenticated"],
+    "DEFAULT_THROTTLE_CLASSES": ["rest_framework.throttling.UserRateThrottle"],
+    "DEFAULT_THROTTLE_RATES": {"user": "600/min"},
+    "DEFAULT_SCHEMA_CLASS": "drf_spectacular.openapi.AutoSchema",
+}
+QUEUES = ["default", "celery", "cpu", "io"]
+TASKS = {"default": {"BACKEND": "durable_jobs.backends.TaskBackend", "QUEUES": QUEUES}}
+DURABLE_JOBS = {"LIMITS": {"one": "1", "tenant": "2", "api": "5, 3/h", "turn": "1"}}

@@ -1,0 +1,461 @@
+"""The admin: jobs and batches are found, shown, cancelled and run again by those who may."""
+
+import re
+import uuid
+from datetime import timedelta
+
+import pytest
+from celery import shared_task
+from django.contrib.admin import site
+from django.contrib.admin.utils import flatten_fieldsets
+from django.db import connection
+from django.db.models import F
+from django.db.models.functions import Now
+from django.test.utils import CaptureQueriesContext
+from helpers import JOBS, call, count, counting_queries, fail, greet, listed, logged, multiply
+
+from durable_jobs import publish, updates
+from durable_jobs.models import Batch, Job
+
+pytestmark = pytest.mark.django_db
+
+
+@shared_task
+def plain():
+    """No job."""
+
+
+def act(client, action, query="", jobs=(), **data):
+    """Do something with these jobs, or with all that match. Returns the messages."""
+    data |= {"action": action, "_selected_action": [job.pk for job in jobs]}
+    if not jobs:
+        data |= {"select_across": "1", "_selected_action": [uuid.uuid4()]}
+    page = client.post(f"{JOBS}?{query}", data, follow=True)
+    return [str(message) for message in page.context["messages"]]
+
+
+@pytest.fixture
+def states(commit):
+    """A job in each state."""
+    with commit():
+        jobs = {"succeeded": Job.objects.enqueue(greet)}
+    jobs |= {name: Job.objects.enqueue(greet) for name in ("waiting", "running", "failed")}
+    jobs["held"] = Job.objects.enqueue(call, ["a"])
+    jobs["cancelled"] = Job.objects.enqueue(greet)
+    jobs["waiting later"] = Job.objects.enqueue(greet, countdown=60)
+    jobs["cancelled"].cancel()
+    updates.finish(Job.objects.filter(pk=jobs["failed"].pk), "failed")
+    running = {"state": "running", "run_token": uuid.uuid4()}
+    Job.objects.filter(pk=jobs["running"].pk).update(**running)
+    return jobs
+
+
+# The list of jobs
+
+
+def test_each_filter_by_state_finds_the_jobs_in_this_state(admin_client, states):
+    for name, job in states.items():
+        assert listed(admin_client, f"state={name}") == [job], name
+    active = {states[name] for name in ("waiting", "waiting later", "held", "running")}
+    assert set(listed(admin_client, "state=active")) == active
+    assert admin_client.get(f"{JOBS}?state=nonsense").headers["Location"] == f"{JOBS}?e=1"
+
+
+def test_jobs_are_filtered_by_task_queue_and_date(admin_client):
+    old, other, new = (Job.objects.enqueue(task) for task in (greet, count, greet))
+    Job.objects.filter(pk=old.pk).update(created_at=Now() - timedelta(days=3), queue="io")
+    assert listed(admin_client, f"task={greet.name}") == [new, old]
+    assert listed(admin_client, "queue=io") == [old]
+    assert listed(admin_client, f"queue=celery&task={count.name}") == [other]
+    page = admin_client.get(JOBS).content.decode()
+    [today] = re.findall(r'href="\?(created_at[^"]*)">Today', page)
+    assert set(listed(admin_client, today.replace("&amp;", "&"))) == {new, other}
+
+
+def test_the_filters_names_come_from_the_code_and_not_from_the_table(admin_client):
+    Job.objects.enqueue(greet, queue="special")
+    Job.objects.update(task="deleted.task")
+    with CaptureQueriesContext(connection) as captured:
+        page = admin_client.get(JOBS).content.decode()
+    assert not [query for query in captured if "DISTINCT" in query["sql"]]
+    for name in greet.name, count.name:
+        assert f'href="?task={name}"' in page
+    assert f"?task={plain.name}" not in page and "?task=deleted" not in page
+    assert re.findall(r'href="\?queue=(\w+)"', page) == ["celery", "cpu", "io"]
+    # A link to the list may name others.
+    page = admin_client.get(f"{JOBS}?queue=special&task=deleted.task").content.decode()
+    assert "1 job\n" in page and ">special</a>" in page and ">deleted.task</a>" in page
+
+
+def test_the_search_finds_an_id_and_an_owner(admin_client, user):
+    own, other = Job.objects.enqueue(greet, owner=user), Job.objects.enqueue(greet)
+    assert listed(admin_client, f"q={other.pk}") == [other]
+    assert listed(admin_client, f"q={user}") == [own]
+    assert listed(admin_client, "q=use") == listed(admin_client, f"q={uuid.uuid4()}") == []
+
+
+def test_the_list_shows_label_queue_and_a_short_error(admin_client):
+    job = Job.objects.enqueue(greet, label="For Ada", queue="special")
+    updates.finish(Job.objects.filter(pk=job.pk), "failed", error="<b>" + "x" * 5000)
+    page = admin_client.get(JOBS).content.decode()
+    assert '"field-label">For Ada<' in page and '"field-queue">special<' in page
+    assert f'"field-short_error">&lt;b&gt;{"x" * 76}…<' in page
+
+
+def test_the_list_loads_no_large_values(admin_client):
+    Job.objects.enqueue(greet)
+    with CaptureQueriesContext(connection) as captured:
+        admin_client.get(JOBS)
+    sql = " ".join(query["sql"] for query in captured)
+    assert '"durable_jobs_job"."label"' in sql and '"durable_jobs_job"."args"' not in sql
+
+
+ROWS = 5000
+
+
+@pytest.fixture
+def many(user):
+    """Succeeded jobs of one task, with statistics."""
+    if connection.vendor != "postgresql":
+        pytest.skip("only PostgreSQL plans with statistics: set DATABASE_URL=postgres://…")
+    ended = {"state": "succeeded", "finished_at": Now(), "task": greet.name, "queue": "celery"}
+    job = Job.objects.create(**ended, owner=user)
+    multiply(job, ROWS, created_at="now() - random() * interval '30 days'")
+    with connection.cursor() as cursor:
+        cursor.execute("ANALYZE durable_jobs_job")
+
+
+def job_rows_read(sql):
+    """Return how many rows of the table of jobs PostgreSQL reads for a query."""
+    with connection.cursor() as cursor:
+        cursor.execute(f"EXPLAIN (ANALYZE, TIMING OFF, SUMMARY OFF, FORMAT JSON) {sql}")
+        [[[plan]]] = cursor.fetchall()
+
+    def read(node):
+        rows = node["Actual Rows"] + node.get("Rows Removed by Filter", 0)
+        own = node["Actual Loops"] * rows if node.get("Relation Name") == "durable_jobs_job" else 0
+        return own + sum(map(read, node.get("Plans", [])))
+
+    return read(plan["Plan"])
+
+
+FILTERS = [f"task={count.name}", "queue=io", f"task={greet.name}&queue=io", "q=admin"]
+FILTERS += [f"state={state}" for state in ("active", "waiting", "waiting later", "running")]
+FILTERS += [f"state={state}" for state in ("failed", "cancelled")]
+FILTERS += [f"state=failed&task={greet.name}", f"state=running&task={greet.name}"]
+
+
+def test_a_page_of_a_filtered_list_reads_only_its_own_rows(many, admin_client, monkeypatch):
+    """Also if no row matches, when a scan would read all rows before it knows."""
+    monkeypatch.setattr("durable_jobs.admin.LatestPages.most", 300)
+    for query in "", *FILTERS, f"task={greet.name}", "state=succeeded":
+        with CaptureQueriesContext(connection) as captured:
+            found = listed(admin_client, query)
+        assert len(found) == (0 if query in FILTERS else 100), query
+        asked = [each["sql"] for each in captured if 'FROM "durable_jobs_job"' in each["sql"]]
+        assert len(asked) == 2, query  # a count and a page
+        assert max(map(job_rows_read, asked)) <= 310, query
+
+
+# A job
+
+
+def test_the_admin_shows_a_job_and_adds_none(admin_client):
+    job = Job.objects.enqueue(greet)
+    page = admin_client.get(f"/admin/durable_jobs/job/{job.pk}/change/").content.decode()
+    assert str(job.pk) in page and "helpers.greet" in page
+    assert admin_client.get("/admin/durable_jobs/job/add/").status_code == 403
+
+
+def test_the_admin_shows_tracebacks(admin_client, commit):
+    with commit():
+        job = Job.objects.enqueue(fail)
+    page = admin_client.get(f"/admin/durable_jobs/job/{job.pk}/change/").content.decode()
+    assert "ValueError: &lt;b&gt;no&lt;/b&gt;" in page
+    assert ">Traceback" in page
+    assert "<b>no" not in page
+
+
+def test_the_admin_shows_every_field_of_a_job():
+    shown = set(flatten_fieldsets(site.get_model_admin(Job).fieldsets))
+    assert {field.name for field in Job._meta.fields} <= shown
+
+
+def test_the_admin_shows_the_active_jobs_of_a_user_who_cannot_be_deleted(admin_client, user):
+    url = f"/admin/auth/user/{user.pk}/delete/"
+    job = Job.objects.enqueue(greet, owner=user, countdown=60)
+    page = admin_client.get(url).content.decode()
+    assert "following protected related objects" in page and f"{job.pk}" in page
+    assert admin_client.post(url, {"post": "yes"}).status_code == 200  # the same page
+    user.refresh_from_db()
+    Job.objects.all().cancel()
+    assert admin_client.post(url, {"post": "yes"}).status_code == 302
+    assert not Job.objects.exists()
+
+
+# Actions
+
+
+def test_start_now_ends_countdowns_and_pauses_before_a_retry(admin_client, monkeypatch, commit):
+    sent = []
+    later, retried = (Job.objects.enqueue(greet, countdown=600) for _ in range(2))
+    Job.objects.filter(pk=retried.pk).update(retries=2, crashes=1)
+    due, ended = Job.objects.enqueue(greet), Job.objects.enqueue(greet)
+    ended.cancel()
+    before = Job.objects.in_bulk([due.pk, ended.pk])
+    with commit():
+        monkeypatch.setattr(publish, "send", sent.extend)
+        assert Job.objects.all().start_now() == 2
+        assert sent == []  # not before the commit
+    assert {(job.pk, job.retries, job.crashes, job.times_sent) for job in sent} == {
+        (later.pk, 0, 0, 1),
+        (retried.pk, 2, 1, 1),
+    }
+    for job in Job.objects.filter(pk__in=[later.pk, retried.pk]):
+        assert job.due_at < job.sweep_at < job.due_at + timedelta(minutes=1)
+        assert (job.state, job.times_sent) == ("queued", 1)
+    assert not Job.objects.filter(due_at__gt=Now())
+    for job in before.values():
+        row = Job.objects.get(pk=job.pk)
+        assert (row.due_at, row.sweep_at, row.state) == (job.due_at, job.sweep_at, job.state)
+    assert Job.objects.all().start_now() == 0
+
+
+def test_the_sweep_sends_the_message_if_the_broker_refuses_it(commit, broker_down):
+    job = Job.objects.enqueue(greet, countdown=600)
+    with commit():
+        Job.objects.all().start_now()
+    assert broker_down == [str(job.pk)]
+    job.refresh_from_db()
+    assert job.times_sent == 0
+    assert max(job.due_at, job.sweep_at) < job.created_at + timedelta(seconds=60)
+
+
+def test_start_now_takes_the_jobs_of_a_batch_and_of_an_owner_and_many(user):
+    batch = Batch.objects.enqueue(greet, [[]] * 1001, countdown=60, owner=user)
+    with CaptureQueriesContext(connection) as captured:
+        assert batch.jobs.all().start_now() == 1001
+    assert len(captured) < 14
+    Job.objects.enqueue(greet, countdown=60, owner=user)
+    assert Job.objects.filter(owner__username=user.username).start_now() == 1  # with a join
+
+
+def test_start_now_makes_a_held_job_due_and_it_waits_for_its_turn(commit, monkeypatch):
+    sent = []
+    monkeypatch.setattr(publish, "send", sent.extend)
+    with commit():
+        for countdown in None, None, 60:  # the limit is 2
+            Job.objects.enqueue(call, ["a"], countdown=countdown)
+        free = Job.objects.enqueue(call, ["b"], countdown=60)
+    assert len(sent) == 2
+    with commit():
+        assert Job.objects.all().start_now() == 2
+    assert [job.pk for job in sent[2:]] == [free.pk]
+    held = Job.objects.get(held_by="tenant:a")
+    assert (held.times_sent, held.sweep_at) == (0, None)
+    assert held.due_at < held.created_at + timedelta(seconds=50)
+
+
+def test_actions_take_the_filtered_set(admin_client, states):
+    kept = Job.objects.enqueue(count, countdown=60)
+    text = act(admin_client, "start_now", f"task={greet.name}")
+    assert text == ["1 job due now. 0 skipped, because they were not waiting for their time."]
+    kept.refresh_from_db()
+    assert kept.due_at > kept.created_at + timedelta(seconds=50)
+    text = act(admin_client, "cancel", "state=running")
+    assert text == ["1 job cancelled. 0 had already ended."]
+    [text] = act(admin_client, "run_again", "state=failed")
+    assert "1 job queued again</a>." in text
+    assert len(listed(admin_client, "state=waiting")) == 3
+    assert logged() == [
+        ("admin", f"1 job started now. Filter: task={greet.name}"),
+        ("admin", "1 job cancelled. Filter: state=running"),
+        ("admin", "1 job queued again. Filter: state=failed"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("action", "state"), [("cancel", "queued"), ("run_again", "failed"), ("start_now", "queued")]
+)
+def test_a_second_click_takes_the_jobs_that_were_left(admin_client, monkeypatch, action, state):
+    """Also without a filter by state: then the newest jobs may be those of the first click."""
+    monkeypatch.setattr("durable_jobs.admin.LatestPages.most", 2)
+    jobs = [Job.objects.enqueue(greet, countdown=60) for _ in range(5)]
+    if action == "run_again":
+        updates.finish(Job.objects.all(), "failed")
+    more = "These were the first 2. More are left: choose the action again."
+    left = [more in act(admin_client, action, f"task={greet.name}") for _ in range(3)]
+    assert left == [True, True, False]
+    entries = [re.search("[0-9]+", text)[0] for _, text in logged()]
+    assert entries == ["2", "2", "1"]
+    done = {"cancel": {"state": "cancelled"}, "run_again": {"state": "queued"}}
+    done["start_now"] = {"due_at__lte": Now()}
+    assert Job.objects.filter(**done[action]).count() == len(jobs)
+
+
+def test_the_action_of_one_job_is_in_its_history(admin_client):
+    job, other = (Job.objects.enqueue(greet, countdown=60) for _ in range(2))
+    act(admin_client, "start_now", jobs=[job])
+    for shown, texts in (job, 1), (other, 0):
+        page = admin_client.get(f"{JOBS}{shown.pk}/history/").content.decode()
+        assert page.count("1 job started now. Filter: none") == texts
+    act(admin_client, "cancel", "q=nobody&p=1", jobs=[])
+    assert logged()[-1] == ("admin", "0 jobs cancelled. Filter: q=nobody")
+
+
+def test_the_actions_of_batches_are_logged(admin_client):
+    batch = Batch.objects.enqueue(greet, [[], []])
+    for action in "cancel", "run_failed_again":
+        data = {"action": action, "_selected_action": [batch.pk]}
+        admin_client.post("/admin/durable_jobs/batch/?q=", data)
+    texts = ["2 jobs cancelled. Filter: q=", "2 jobs enqueued again. Filter: q="]
+    assert logged() == [("admin", text) for text in texts]
+    page = admin_client.get(f"/admin/durable_jobs/batch/{batch.pk}/history/").content.decode()
+    assert page.count("Filter: q=") == 2
+
+
+def test_staff_needs_view_job_to_see_and_delete_job_to_act(staff):
+    job = Job.objects.enqueue(greet, countdown=60)
+    assert staff().get(JOBS).status_code == 403
+    viewer, operator = staff("view"), staff("view", "delete")
+    assert listed(viewer) == [job]
+    for client in viewer, operator:
+        page = client.get(f"{JOBS}{job.pk}/change/").content.decode()
+        assert ("Start now" in page) == (client is operator)
+        act(client, "start_now", jobs=[job])
+        assert Job.objects.filter(due_at__lte=F("created_at") + timedelta(seconds=30)).exists() == (
+            client is operator
+        )
+    assert len(logged()) == 1
+
+
+def act_on_all(admin_client, action):
+    data = {"action": action, "_selected_action": list(Job.objects.values_list("pk", flat=True))}
+    return admin_client.post("/admin/durable_jobs/job/", data, follow=True).content.decode()
+
+
+def test_the_admin_cancels_jobs(admin_client):
+    job = Job.objects.enqueue(greet)
+    assert "1 job cancelled. 0 had already ended." in act_on_all(admin_client, "cancel")
+    job.refresh_from_db()
+    assert job.state == "cancelled"
+
+
+def test_the_admin_changes_no_more_jobs_than_it_counts(admin_client, monkeypatch):
+    monkeypatch.setattr("durable_jobs.admin.LatestPages.most", 2)
+    jobs = [Job.objects.enqueue(greet, countdown=9) for _ in range(3)]
+    data = {"action": "cancel", "select_across": "1", "_selected_action": [jobs[0].pk]}
+    admin_client.post("/admin/durable_jobs/job/", data)
+    assert Job.objects.filter(state="cancelled").count() == 2
+
+
+def test_the_admin_runs_ended_jobs_again(admin_client, user, commit):
+    with commit():
+        ended = Job.objects.enqueue(greet, ["Ada"], owner=user, queue="special")
+    cancelled = Job.objects.enqueue(greet, ["Bob"])
+    cancelled.cancel()
+    active = Job.objects.enqueue(greet)
+    with commit():
+        assert "2 jobs queued again</a>. 1 skipped" in act_on_all(admin_client, "run_again")
+    copy = Job.objects.exclude(pk__in=[ended.pk, cancelled.pk, active.pk]).get()
+    assert (copy.owner, copy.queue, copy.follows) == (user, "special", ended.pk)
+    assert (copy.state, copy.result) == ("succeeded", "Hello Ada")
+    cancelled.refresh_from_db()
+    assert (cancelled.state, cancelled.result) == ("succeeded", "Hello Bob")
+
+
+def test_many_jobs_run_again_in_a_few_queries(admin_client, user):
+    """One query for each of 5,000 jobs took a minute, longer than a server waits."""
+    keyed = Job.objects.enqueue(greet, unique="key")
+    Job.objects.enqueue_many(greet, [["one"], ["two"]] * 10, queue="cpu", owner=user)
+    Job.objects.update(cursor=[7])
+    Job.objects.all().cancel()
+    with CaptureQueriesContext(connection) as queries:
+        again = Job.objects.filter(unique_key=None).run_again()
+    assert len(queries) < 12
+    assert len(again) == 20
+    assert {(job.queue, job.owner_id, *job.cursor) for job in again} == {("cpu", user.pk, 7)}
+    assert "1 job queued again</a>. 20 skipped" in act_on_all(admin_client, "run_again")
+    assert set(Job.objects.filter(state="queued")) == {keyed, *again}
+    assert Job.objects.count() == 21
+
+
+def test_the_admin_skips_a_job_whose_task_no_longer_exists(admin_client, user, commit):
+    with commit():
+        gone = Job.objects.enqueue(greet, ["Ada"], owner=user)
+    Job.objects.filter(pk=gone.pk).update(task="no.such.task")
+    assert "0 jobs queued again. 1 skipped" in act_on_all(admin_client, "run_again")
+    assert Job.objects.count() == 1
+
+
+# Batches
+
+
+def test_the_admin_lists_and_shows_batches(admin_client, batch):
+    other = Batch.objects.enqueue(greet, [[]])
+    other.cancel()
+    asked = counting_queries(admin_client.get, "/admin/durable_jobs/batch/")
+    assert len(asked) == 2  # one by the paginator
+    page = admin_client.get("/admin/durable_jobs/batch/").content.decode()
+    assert "Greetings" in page and f"Batch {other.pk}" in page
+    for pk, text in {batch.pk: "2 queued", other.pk: "1 cancelled"}.items():
+        link = f'<a href="/admin/durable_jobs/job/?batch={pk}">{text}</a>'
+        assert link in page
+        assert link in admin_client.get(f"/admin/durable_jobs/batch/{pk}/change/").content.decode()
+    page = admin_client.get("/admin/durable_jobs/batch/?state__exact=cancelled").content.decode()
+    assert "Greetings" not in page and f"Batch {other.pk}" in page
+    assert admin_client.get("/admin/durable_jobs/batch/add/").status_code == 403
+    assert admin_client.post(f"/admin/durable_jobs/batch/{batch.pk}/change/").status_code == 403
+
+
+def test_the_admin_lists_the_jobs_of_a_batch(admin_client, batch):
+    alone = Job.objects.enqueue(greet)
+    page = admin_client.get(f"/admin/durable_jobs/job/?batch={batch.pk}").content.decode()
+    assert all(str(job.pk) in page for job in batch.jobs.all())
+    assert str(alone.pk) not in page
+    page = admin_client.get(f"/admin/durable_jobs/job/{batch.jobs.first().pk}/change/").content.decode()
+    assert f'<a href="/admin/durable_jobs/batch/{batch.pk}/change/">Greetings</a>' in page
+
+
+def test_the_admin_shows_every_field_of_a_batch():
+    shown = set(site.get_model_admin(Batch).fields)
+    stored = {field.name for field in Batch._meta.fields} - {"counts"}
+    assert stored == shown - {"members", "followed_by"}
+
+
+def act_on_batches(client, action, url="/admin/durable_jobs/batch/"):
+    data = {"action": action, "_selected_action": list(Batch.objects.values_list("pk", flat=True))}
+    return client.post(url, data, follow=True).content.decode()
+
+
+def test_the_admin_cancels_batches_and_runs_their_failed_jobs_again(admin_client, batch):
+    Batch.objects.enqueue(greet, [[]]).cancel()
+    assert "2 jobs cancelled." in act_on_batches(admin_client, "cancel")
+    batch.refresh_from_db()
+    assert batch.state == "cancelled"
+    page = admin_client.get(f"/admin/durable_jobs/batch/{batch.pk}/change/").content.decode()
+    assert 'value="run_failed_again">Run failed jobs again<' in page
+    assert "3 jobs enqueued again</a>." in act_on_batches(admin_client, "run_failed_again")
+    assert Job.objects.filter(state="queued").count() == 3
+
+
+def test_the_admin_deletes_no_batch_with_active_jobs(admin_client, batch):
+    url = f"/admin/durable_jobs/batch/{batch.pk}/delete/"
+    assert admin_client.post(url, {"post": "yes"}).status_code == 200  # the same page
+    batch.cancel()
+    assert admin_client.post(url, {"post": "yes"}).status_code == 302
+    assert not Batch.objects.exists() and not Job.objects.exists()
+
+
+def test_the_admin_asks_for_the_permissions_for_jobs(staff, batch):
+    url = "/admin/durable_jobs/batch/"
+    assert staff().get(url).status_code == 403
+    viewer, both = staff("view"), staff("view", "delete")
+    assert "Batches" in viewer.get("/admin/").content.decode()
+    assert "Greetings" in viewer.get(url).content.decode()
+    assert "cancelled." not in act_on_batches(viewer, "cancel")
+    assert viewer.post(f"{url}{batch.pk}/delete/", {"post": "yes"}).status_code == 403
+    batch.refresh_from_db()
+    assert batch.state == "open"
+    assert "2 jobs cancelled." in act_on_batches(both, "cancel")
+    assert both.post(f"{url}{batch.pk}/delete/", {"post": "yes"}).status_code == 302

@@ -1,0 +1,342 @@
+"""The API of batches: who sees them and their jobs, and what a list costs."""
+
+import re
+import uuid
+from datetime import timedelta
+
+import pytest
+from celery import chord, group
+from django.contrib.auth.models import Permission
+from django.db import connection
+from django.test import RequestFactory
+from django.test.utils import CaptureQueriesContext
+from django.utils import timezone
+from helpers import counting_queries, fail, greet, ids, multiply
+from rest_framework.test import APIClient
+
+from durable_jobs import serializers
+from durable_jobs.models import Batch, Job
+
+pytestmark = pytest.mark.django_db
+ACTIONS = ["cancel", "run_failed_again"]
+
+
+def counts(**states):
+    return {"queued": 0, "running": 0, "succeeded": 0, "failed": 0, "cancelled": 0} | states
+
+
+def test_a_batch_is_shown_to_its_owner(api, user, run_jobs):
+    batch = Batch.objects.enqueue(
+        greet, [["Ada"], ["Bo"]], owner=user, label="Greetings", then=greet.si(), ended=greet.si()
+    )
+    url = f"/api/batches/{batch.pk}/"
+    shown = api.get(url).json()
+    assert shown == {
+        "id": str(batch.pk),
+        "url": f"http://testserver{url}",
+        "label": "Greetings",
+        "state": "open",
+        "counts": counts(queued=2),
+        "error": "",
+        "callbacks": [],
+        "created_at": shown["created_at"],
+        "ended_at": None,
+    }
+    run_jobs()
+    shown = api.get(url).json()
+    assert (shown["state"], shown["counts"]) == ("succeeded", counts(succeeded=2))
+    assert shown["ended_at"] > shown["created_at"]
+    for job in shown["callbacks"]:
+        assert api.get(job["url"]).json()["state"] == job["state"] == "succeeded"
+    callbacks = Job.objects.filter(follows=batch.pk)
+    assert {job["id"] for job in shown["callbacks"]} == {str(job.pk) for job in callbacks}
+    [listed] = api.get("/api/batches/").json()["results"]
+    del shown["callbacks"]
+    assert listed == shown
+
+
+def test_a_failed_batch_says_why(api, user, run_jobs):
+    batch = Batch.objects.enqueue(fail, [[]] * 3, owner=user, then=greet.si())
+    run_jobs()
+    shown = api.get(f"/api/batches/{batch.pk}/").json()
+    assert (shown["state"], shown["counts"]) == ("failed", counts(failed=3))
+    assert (shown["error"], shown["callbacks"]) == ("3 failed of 3", [])
+
+
+def test_batches_of_other_owners_are_not_found(api, admin_user):
+    for owner in admin_user, None:
+        other = Batch.objects.enqueue(greet, [[]], owner=owner)
+        url = f"/api/batches/{other.pk}/"
+        assert api.get(url).status_code == 404
+        assert api.post(f"{url}cancel/").status_code == 404
+        assert ids(api.get(f"/api/jobs/?batch={other.pk}")) == []
+    assert ids(api.get("/api/batches/")) == ids(api.get("/api/jobs/with_batches/")) == []
+    assert not Batch.objects.exclude(state="open")
+    assert not Job.objects.exclude(state="queued")
+
+
+@pytest.mark.parametrize("pk", [uuid.UUID(int=1), "no-id", "1.json"])
+def test_a_batch_that_does_not_exist_is_not_found(staff_api, pk):
+    assert staff_api.get(f"/api/batches/{pk}/").status_code == 404
+    for action in ACTIONS:
+        assert staff_api.post(f"/api/batches/{pk}/{action}/").status_code == 404
+
+
+def test_batches_need_a_login(batch):
+    anonymous = APIClient()
+    for url in "/api/batches/", f"/api/batches/{batch.pk}/", "/api/jobs/with_batches/":
+        assert anonymous.get(url).status_code == 401
+    for action in ACTIONS:
+        assert anonymous.post(f"/api/batches/{batch.pk}/{action}/").status_code == 401
+
+
+def test_staff_lists_own_batches_and_batches_without_an_owner(staff_api, user, admin_user):
+    own, unowned, other = (
+        Batch.objects.enqueue(greet, [[]], owner=owner) for owner in (admin_user, None, user)
+    )
+    for url in "/api/batches/", "/api/jobs/with_batches/":
+        assert ids(staff_api.get(url)) == [str(unowned.pk), str(own.pk)]
+    assert len(ids(staff_api.get(f"/api/jobs/?batch={unowned.pk}"))) == 1
+    assert ids(staff_api.get(f"/api/jobs/?batch={other.pk}")) == []
+
+
+def test_staff_needs_the_permissions_for_jobs(staff, batch):
+    url = f"/api/batches/{batch.pk}/"
+    assert staff().get(url).status_code == 404
+    viewer, deleter = staff("view"), staff("delete")
+    assert viewer.get(url).json()["id"] == str(batch.pk)
+    assert ids(viewer.get("/api/batches/")) == ids(deleter.get("/api/batches/")) == []
+    assert viewer.post(f"{url}cancel/").status_code == 404
+    Batch.objects.update(owner=None)
+    assert viewer.post(f"{url}cancel/").status_code == 404
+    assert deleter.post(f"{url}cancel/").json()["state"] == "cancelled"
+
+
+def test_a_batch_is_cancelled_once(api, batch):
+    url = f"/api/batches/{batch.pk}/cancel/"
+    response = api.post(url)
+    assert (response.status_code, response.json()["state"]) == (200, "cancelled")
+    assert response.json()["counts"] == counts(cancelled=2)
+    assert api.post(url).status_code == 409
+    assert {job.state for job in batch.jobs.all()} == {"cancelled"}
+
+
+def test_staff_runs_the_failed_jobs_of_a_batch_again(staff, user, batch):
+    url, deleter = f"/api/batches/{batch.pk}/run_failed_again/", staff("delete")
+    first = batch.jobs.first()
+    first.cancel()
+    response = deleter.post(url)
+    assert (response.status_code, response.json()["id"]) == (202, str(batch.pk))
+    assert Job.objects.filter(state="queued").count() == 2
+    batch.jobs.all().update(task="no.such.task")
+    batch.cancel()
+    assert deleter.post(url).status_code == 409
+
+
+def test_only_staff_with_the_delete_permission_runs_jobs_of_a_batch_again(api, staff, batch, user):
+    batch.cancel()
+    Permission.objects.get(codename="delete_job").user_set.add(user)  # but the user is not staff
+    url = f"/api/batches/{batch.pk}/run_failed_again/"
+    answers = [client.post(url) for client in (api, staff(), staff("view"))]
+    assert [answer.status_code for answer in answers] == [403, 404, 404]
+    assert not Job.objects.exclude(state="cancelled")
+
+
+def test_an_owner_runs_the_jobs_of_a_batch_again_if_all_their_tasks_allow_it(
+    api, user, batch, monkeypatch
+):
+    url = f"/api/batches/{batch.pk}/run_failed_again/"
+    assert api.post(url).status_code == 409  # no job has ended
+    inner = Batch.objects.enqueue(fail, [[]], owner=user)
+    Batch.objects.filter(pk=inner.pk).update(parent=batch)
+    batch.cancel()
+    for allowed, status in {greet: 403, fail: 202}.items():
+        monkeypatch.setattr(allowed, "owner_may_run_again", True)
+        assert api.post(url).status_code == status
+    assert Job.objects.filter(state="queued").count() == 3
+
+
+def test_batches_have_pages_newest_first(api, user):
+    batches = [Batch.objects.enqueue(greet, [[]], owner=user) for _ in range(21)]
+    newest_first = [str(batch.pk) for batch in reversed(batches)]
+    first = api.get("/api/batches/")
+    assert ids(first) == newest_first[:20]
+    assert ids(api.get(first.json()["next"])) == newest_first[20:]
+    assert api.get("/api/batches/?cursor=nonsense").status_code == 404
+
+
+def test_batches_are_filtered_by_state(api, user, batch):
+    cancelled = Batch.objects.enqueue(greet, [[]], owner=user)
+    cancelled.cancel()
+    assert ids(api.get("/api/batches/?state=open")) == [str(batch.pk)]
+    assert ids(api.get("/api/batches/?state=cancelled")) == [str(cancelled.pk)]
+    for query in ["running", "", "open&state=open", "open&cursor=x&cursor=x"]:
+        assert api.get(f"/api/batches/?state={query}").status_code == 400
+
+
+def test_a_batch_inside_of_a_batch_is_not_listed(api, user):
+    inner = chord([greet.s()], greet.si())
+    outer = group(inner, greet.s()).apply_async(owner=user)
+    child = Batch.objects.get(parent=outer.id)
+    for url in "/api/batches/", "/api/jobs/with_batches/":
+        assert ids(api.get(url)) == [outer.id]
+    assert api.get(f"/api/batches/{child.pk}/").json()["counts"] == counts(queued=1)
+
+
+def test_the_serializers_take_a_manager_as_rest_framework_does(user):
+    Batch.objects.enqueue(greet, [[]], owner=user)
+    context = {"request": RequestFactory().get("/")}
+    context["request"].user = user
+    names = {"JobSerializer": user.job_set, "BatchSerializer": user.batch_set}
+    for name, manager in names.items():
+        [shown] = getattr(serializers, name)(manager, many=True, context=context).data
+        assert shown["id"] == str(manager.get().pk)
+
+
+# The jobs of a batch, and the jobs page
+
+
+def test_the_list_of_jobs_has_those_outside_of_batches_or_those_of_a_batch(api, user, batch):
+    alone = Job.objects.enqueue(greet, owner=user)
+    members = {str(job.pk) for job in batch.jobs.all()}
+    assert ids(api.get("/api/jobs/")) == [str(alone.pk)]
+    assert set(ids(api.get(f"/api/jobs/?batch={batch.pk}"))) == members
+    batch.jobs.first().cancel()
+    found = ids(api.get(f"/api/jobs/?batch={batch.pk}&state=queued"))
+    assert len(found) == 1 and set(found) < members
+    assert ids(api.get("/api/jobs/?state=cancelled")) == []
+    assert ids(api.get(f"/api/jobs/?batch={uuid.UUID(int=1)}")) == []
+    for query in ["", "no-id", f"{batch.pk}&batch={batch.pk}"]:
+        assert api.get(f"/api/jobs/?batch={query}").status_code == 400
+
+
+def test_a_job_shows_its_batch(api, user, batch):
+    alone, member = Job.objects.enqueue(greet, owner=user), batch.jobs.first()
+    assert api.get(f"/api/jobs/{alone.pk}/").json()["batch"] is None
+    assert api.get(f"/api/jobs/{member.pk}/").json()["batch"] == str(batch.pk)
+
+
+def test_the_jobs_page_gets_jobs_and_batches_by_time(api, user):
+    made = []
+    for number in range(25):
+        made.append(Job.objects.enqueue(greet, owner=user))
+        if number % 2:
+            made.append(Batch.objects.enqueue(greet, [[]] * 30, owner=user))
+    at = timezone.now()
+    for number, row in enumerate(made):  # more than a page of them have the same time
+        created_at = at + timedelta(seconds=min(number, 12))
+        type(row).objects.filter(pk=row.pk).update(created_at=created_at)
+    pages, url = [], "/api/jobs/with_batches/"
+    while url:
+        page = api.get(url)
+        pages.append(ids(page))
+        url, previous = page.json()["next"], page.json()["previous"]
+    found = [pk for page in pages for pk in page]
+    assert found[25:] == [str(row.pk) for row in reversed(made[:12])]
+    assert set(found[:25]) == {str(row.pk) for row in made[12:]}
+    assert [len(page) for page in pages] == [20, 17]
+    assert ids(api.get(previous)) == pages[0]
+
+
+def test_the_jobs_page_filters_jobs_and_batches_by_state(api, user, batch):
+    job, running = (Job.objects.enqueue(greet, owner=user) for _ in range(2))
+    claimed = {"state": "running", "run_token": uuid.uuid4()}
+    Job.objects.filter(pk=running.pk).update(**claimed)
+    cancelled = Batch.objects.enqueue(greet, [[]], owner=user)
+    cancelled.cancel()
+    for state, rows in {
+        "queued": [job],
+        "running": [running, batch],
+        "cancelled": [cancelled],
+        "failed": [],
+    }.items():
+        found = ids(api.get(f"/api/jobs/with_batches/?state={state}"))
+        assert found == [str(row.pk) for row in rows]
+    for state in ["", "open", "running&state=running"]:
+        assert api.get(f"/api/jobs/with_batches/?state={state}").status_code == 400
+
+
+def test_the_jobs_page_shows_rows_as_their_lists_do(api, user, batch):
+    Job.objects.enqueue(greet, ["x" * 20_000], owner=user)
+    Job.objects.filter(batch=None).update(result="x" * 20_000)
+    lists = [api.get(f"/api/{name}/").json()["results"] for name in ("jobs", "batches")]
+    assert api.get("/api/jobs/with_batches/").json()["results"] == [*lists[0], *lists[1]]
+    assert lists[0][0]["result"] == "Too long for a list: see the job itself"
+
+
+# What a list costs
+
+
+@pytest.mark.parametrize("url", ["/api/batches/", "/api/jobs/with_batches/"])
+def test_one_query_counts_the_jobs_of_all_batches_of_a_page(api, user, url):
+    for _ in range(9):
+        Batch.objects.enqueue(greet, [[]] * 3, owner=user)
+    assert len(counting_queries(api.get, url)) == 1
+    assert {batch["counts"]["queued"] for batch in api.get(url).json()["results"]} == {3}
+    for batch in Batch.objects.all():
+        batch.cancel()
+    assert not counting_queries(api.get, url)
+    assert {batch["counts"]["cancelled"] for batch in api.get(url).json()["results"]} == {3}
+
+
+@pytest.fixture
+def cached(monkeypatch):
+    """Keeps the counts of each batch for minutes, as if it were large."""
+    monkeypatch.setattr(serializers, "JOBS_A_SECOND", 1 / 300)
+
+
+def test_the_jobs_of_a_large_batch_are_not_counted_at_each_request(api, batch, cached):
+    for url in "/api/batches/", f"/api/batches/{batch.pk}/", "/api/jobs/with_batches/":
+        first, again = (len(counting_queries(api.get, url)) for _ in range(2))
+        assert (first, again) == (url == "/api/batches/", 0)
+    batch.cancel()
+    assert api.get(f"/api/batches/{batch.pk}/").json()["counts"] == counts(cancelled=2)
+
+
+@pytest.fixture
+def thousands(user):
+    """The batches of a user, each with many jobs, and statistics. Two of them are open."""
+    if connection.vendor != "postgresql":
+        pytest.skip("only PostgreSQL plans with statistics: set DATABASE_URL=postgres://…")
+    now = timezone.now()
+    Job.objects.enqueue_many(greet, [[]] * 100, owner=user)
+    ended = {"state": "failed", "ended_at": now}
+    batches = [Batch.objects.create(owner=user, **fields) for fields in [{}, {}, *[ended] * 18]]
+    multiply(Batch.objects.create(**ended), 2000)
+    for batch in [*batches, None]:
+        fields = {"task": greet.name, "batch": batch, "owner": user if batch else None}
+        fields |= {"state": "succeeded", "finished_at": now}
+        multiply(Job.objects.create(**fields), 500, created_at="created_at - n * interval '1 s'")
+    with connection.cursor() as cursor:
+        cursor.execute("ANALYZE")
+    return batches
+
+
+def scans(client, url):
+    """Return the indexes and tables that PostgreSQL reads for this request, without users."""
+    serializers.kept_counts.clear()
+    with CaptureQueriesContext(connection) as captured:
+        assert client.get(url).status_code == 200
+    found = set()
+    with connection.cursor() as cursor:
+        for query in captured.captured_queries:
+            if '"jobs_' in query["sql"]:
+                cursor.execute(f"EXPLAIN {query['sql']}")
+                plan = "\n".join(line for (line,) in cursor.fetchall())
+                found |= set(re.findall(r"(?:Seq|Index|Only) Scan (?:using|on) (\w+)", plan))
+    return found - {"durable_jobs_pause"}  # a few rows
+
+
+def test_the_lists_read_no_more_than_a_page(api, thousands):
+    assert scans(api, "/api/jobs/") == {"job_owner_alone"}
+    assert scans(api, f"/api/jobs/?batch={thousands[0].pk}") == {"job_batch"}
+    pages = "/api/batches/", "/api/jobs/with_batches/"
+    found = {"batch_owner", "job_batch"}
+    assert [scans(api, url) for url in pages] == [found, found | {"job_owner_alone"}]
+    one = {"jobs_batch_pkey", "job_batch", "job_follows"}
+    assert scans(api, f"/api/batches/{thousands[0].pk}/") == one
+
+
+def test_a_scrape_reads_no_batch_that_has_ended(staff_api, thousands):
+    assert scans(staff_api, "/metrics") >= {"batch_ended"}
+    assert "durable_jobs_batch" not in scans(staff_api, "/metrics")

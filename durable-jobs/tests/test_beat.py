@@ -1,0 +1,347 @@
+"""Beat: each job of the schedule is stored once per due time, and errors are refused or counted."""
+
+import copy
+import itertools
+import json
+import logging
+import time
+import uuid
+from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
+from unittest.mock import Mock
+from zoneinfo import ZoneInfo
+
+import pytest
+from celery import current_app as app
+from celery import shared_task
+from celery.beat import BeatLazyFunc, Scheduler, Service
+from celery.schedules import crontab, schedule
+from django.core.checks import run_checks
+from django.db import IntegrityError, OperationalError, connection
+from django_celery_beat.models import CrontabSchedule, IntervalSchedule, PeriodicTask
+from django_celery_beat.schedulers import DatabaseScheduler
+from django_tasks import task
+
+from durable_jobs import sweep
+from durable_jobs.beat import OncePerDueTime, count_errors
+from durable_jobs.metrics import Collector
+from durable_jobs.models import Job, Sweep
+from durable_jobs.queryset import JobQuerySet
+from durable_jobs.tasks import JobTask
+
+pytestmark = pytest.mark.django_db(transaction=True)  # Beat closes old connections
+
+
+@shared_task(base=JobTask)
+def add(x, y):
+    return x + y
+
+
+@shared_task
+def plain(x, y):
+    pass
+
+
+@task
+def function(x, y):
+    return x + y
+
+
+@pytest.fixture(params=[Scheduler, DatabaseScheduler])
+def scheduler(request):
+    """The scheduler of a Beat that has just started: `periodic_tasks=code` and `=admin`."""
+    return beat(request.param).scheduler
+
+
+def beat(scheduler_cls):
+    service = Service(app, scheduler_cls=scheduler_cls)
+    OncePerDueTime(service).start()
+    return service
+
+
+def tick(scheduler, due=None, since=None, name="add", **options):
+    """Have Beat start the job of a schedule entry, whose last start was at `since`."""
+    since = since or datetime.now(UTC) - timedelta(hours=1)
+    if isinstance(scheduler, DatabaseScheduler):
+        entry = row(due, name=name, last_run_at=since, **options)
+        entry = scheduler.Entry(PeriodicTask.objects.get(pk=entry.pk), app=app)
+    else:
+        entry = scheduler.Entry(
+            name, add.name, since, schedule=due or crontab(), args=[1, 2], options=options, app=app
+        )
+        scheduler.schedule[name] = entry
+    scheduler.apply_entry(entry)
+
+
+def every_minute():
+    return CrontabSchedule.objects.get_or_create(minute="*", hour="*")[0]
+
+
+def row(due=None, **fields):
+    """Store an entry of the schedule, as the admin does."""
+    if isinstance(due, timedelta):
+        interval, _ = IntervalSchedule.objects.get_or_create(
+            every=due.total_seconds(), period=IntervalSchedule.SECONDS
+        )
+        kind = {"interval": interval}
+    else:
+        kind = {"crontab": every_minute()}
+    name = fields.pop("name", "add")
+    defaults = {"task": add.name, "args": json.dumps([1, 2]), **kind, **fields}
+    return PeriodicTask.objects.update_or_create(defaults=defaults, name=name)[0]
+
+
+@pytest.mark.parametrize("due", [crontab(), timedelta(minutes=1)], ids=["crontab", "interval"])
+def test_beat_stores_a_job_with_the_arguments_and_the_queue_of_its_entry(scheduler, due):
+    tick(scheduler, due, queue="io")
+    job = Job.objects.get()
+    assert (job.task, job.args, job.kwargs, job.queue) == (add.name, [1, 2], {}, "io")
+
+
+def test_a_function_in_the_schedule_is_called_when_its_job_is_due():
+    scheduler = beat(Scheduler).scheduler
+    x, y = BeatLazyFunc(lambda: 1), BeatLazyFunc(lambda: 2)
+    scheduler.apply_entry(
+        scheduler.Entry("add", add.name, schedule=crontab(), args=[x], kwargs={"y": y}, app=app)
+    )
+    job = Job.objects.get()
+    assert (job.args, job.kwargs) == ([1], {"y": 2})
+
+
+@pytest.mark.parametrize("due", [crontab(), timedelta(minutes=1)], ids=["crontab", "interval"])
+@pytest.mark.parametrize("kind", [Scheduler, DatabaseScheduler])
+def test_two_beats_start_one_job_for_each_tick(kind, due):
+    beats = [beat(kind).scheduler, beat(kind).scheduler]
+    for minute in range(3):
+        for place, scheduler in enumerate(beats):
+            since = datetime(2026, 1, 1, 12, minute, 10 + 20 * place, tzinfo=UTC)
+            tick(scheduler, due, since)
+            tick(scheduler, due, since, name="another")
+    assert Job.objects.count() == 6
+
+
+@pytest.mark.parametrize(
+    "due", [crontab(minute="*/10"), schedule(600)], ids=["crontab", "interval"]
+)
+def test_no_run_is_lost_when_the_clock_goes_back(monkeypatch, due):
+    """The hour from 2 to 3 comes twice, and each time it has six runs of its own."""
+    berlin, scheduler = ZoneInfo("Europe/Berlin"), beat(Scheduler).scheduler
+    now = datetime(2026, 10, 25, 0, 5, tzinfo=berlin).timestamp()
+    monkeypatch.setattr("durable_jobs.beat.time", SimpleNamespace(time=lambda: now))
+    due.nowfun = lambda: datetime.fromtimestamp(now, berlin)
+    last, runs = due.now(), 0
+    for _ in range(6 * 4 * 60):  # four hours, in steps of ten seconds
+        now += 10
+        if due.is_due(last).is_due:
+            tick(scheduler, due, last)
+            last, runs = due.now(), runs + 1
+    assert runs == Job.objects.count() == 24
+
+
+@pytest.mark.parametrize("due", [crontab(), schedule(60)], ids=["crontab", "interval"])
+def test_after_a_jump_back_an_entry_waits_until_the_time_of_its_last_start(due):
+    last, due.nowfun = datetime(2026, 1, 1, 12, tzinfo=UTC), lambda: now
+    now = last - timedelta(hours=1)
+    assert not due.is_due(last).is_due
+    now = last + timedelta(minutes=1)
+    assert due.is_due(last).is_due
+
+
+def test_beat_replaces_a_lost_connection():
+    if connection.vendor == "sqlite":
+        pytest.skip("only a connection to PostgreSQL can be lost: set DATABASE_URL=postgres://…")
+    scheduler = beat(Scheduler).scheduler
+    connection.ensure_connection()
+    connection.connection.close()
+    tick(scheduler)
+    assert Job.objects.count() == 1
+
+
+@pytest.mark.parametrize("embedded", [False, True])  # celery beat, celery worker --beat
+def test_one_beat_has_one_sweep(monkeypatch, embedded):
+    sweeps = []
+    monkeypatch.setattr(sweep, "start", lambda tick_delay, error_count: sweeps.append(1))
+    monkeypatch.setattr("celery.platforms.set_process_title", lambda *args, **kwargs: None)
+    service = Service(app, scheduler_cls=Scheduler)
+    service._is_shutdown.set()  # it ends as soon as it has started
+    service.start(embedded_process=embedded)
+    assert sweeps == [1]
+
+
+def test_a_tick_waits_for_an_unavailable_database(scheduler, monkeypatch):
+    create, errors = JobQuerySet.create, [OperationalError("away"), OperationalError("away")]
+
+    def fail(self, **fields):
+        if errors:
+            raise errors.pop()
+        return create(self, **fields)
+
+    monkeypatch.setattr(JobQuerySet, "create", fail)
+    tick(scheduler)
+    until = time.monotonic() + 60
+    # Wait until the job has ended: otherwise its thread would continue without the fixtures.
+    while not Job.objects.filter(state="succeeded").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert Job.objects.get().result == 3
+
+
+# What Beat cannot start is counted
+
+
+def errors_after(action, scheduler_cls=Scheduler):
+    service = beat(scheduler_cls)
+    loggers = [logging.getLogger(name) for name in ["celery.beat", scheduler_cls.__module__]]
+    handlers = [copy.copy(logger.handlers) for logger in loggers]
+    try:
+        errors = count_errors(service)
+        action(service.scheduler)
+        return errors()
+    finally:
+        for logger, before in zip(loggers, handlers, strict=True):
+            logger.handlers = before
+
+
+def store_no_job(monkeypatch):
+    monkeypatch.setattr(JobQuerySet, "create", Mock(side_effect=IntegrityError("no such owner")))
+
+
+def test_a_tick_that_cannot_be_stored_is_counted(monkeypatch, caplog):
+    store_no_job(monkeypatch)
+    assert errors_after(tick) == 1
+    assert "add: no such owner" in caplog.text
+
+
+def test_a_tick_that_starts_its_task_is_not_counted():
+    assert errors_after(tick) == 0
+
+
+@pytest.mark.parametrize("kind", [Scheduler, DatabaseScheduler])
+def test_an_option_that_a_job_cannot_have_is_counted(kind, caplog):
+    option = {"expires": 60} if kind is Scheduler else {"expire_seconds": 60}
+    assert errors_after(lambda scheduler: tick(scheduler, **option), kind) == 1
+    assert "a job does not take expires" in caplog.text
+    assert not Job.objects.exists()
+
+
+def test_a_row_that_the_scheduler_cannot_read_is_counted():
+    def read(scheduler):
+        row(args="no JSON")
+        scheduler._initial_read = True
+        scheduler.schedule  # noqa: B018
+
+    assert errors_after(read, DatabaseScheduler) == 1
+
+
+def test_a_task_that_no_longer_exists_is_counted(caplog):
+    """Celery sends its message, because another project's worker could know the task."""
+    send = Mock()
+
+    def tick_unknown(scheduler):
+        scheduler.send_task = send
+        scheduler.apply_entry(scheduler.Entry("old", "no.such.task", schedule=crontab(), app=app))
+
+    assert errors_after(tick_unknown) == 1
+    assert "old: this project has no task no.such.task" in caplog.text
+    assert send.call_count == 1
+
+
+def test_a_schedule_entry_with_a_task_id_is_counted(caplog):
+    """Its job would run once and never again."""
+    assert errors_after(lambda scheduler: tick(scheduler, task_id=str(uuid.uuid4()))) == 1
+    assert "cannot have a task_id" in caplog.text
+    assert not Job.objects.exists()
+
+
+def test_the_metric_counts_the_errors_of_every_beat(monkeypatch):
+    """The count is stored, so it neither starts again nor shrinks when Beat restarts."""
+    monkeypatch.setattr(sweep, "send_due", lambda resend: 0)
+    for counts in [0, 2, 3], [0, 0, 1]:
+        rounds = itertools.chain(counts, [SystemExit])
+        with pytest.raises(SystemExit):
+            monkeypatch.setattr("time.sleep", lambda seconds: None)
+            errors = Mock(side_effect=rounds)
+            sweep.sweep_forever(tick_delay=lambda: 0, error_count=errors)
+    assert Sweep.objects.get().schedule_errors == 4
+    found = {sample.name: sample.value for each in Collector().collect() for sample in each.samples}
+    assert found["durable_jobs_schedule_errors_total"] == 4
+
+
+# What Beat cannot start is refused before
+
+
+REFUSED = {
+    "a task that does not exist": {"task": "no.such.task"},
+    "arguments that do not fit": {"args": [1]},
+    "arguments of a plain task that do not fit": {"task": plain.name, "args": [1]},
+    "arguments of a function that do not fit": {"task": f"{__name__}.function", "args": [1]},
+    "arguments that are no list": {"args": {"x": 1, "y": 2}},
+    "a job that expires": {"options": {"expires": 60}},
+    "a job with a priority": {"options": {"priority": 3}},
+}
+ACCEPTED = {
+    "a job": {},
+    "a plain task that expires": {"task": plain.name, "options": {"expires": 60}},
+    "a function": {"task": f"{__name__}.function"},
+}
+ONLY_IN_CODE = {
+    "a task_id": {"options": {"task_id": "daily"}},
+    "no schedule": {"schedule": None},
+    "a misspelled field": {"argument": [1, 2]},
+    "an argument that is no JSON": {"args": [1, object()]},
+}
+
+
+def refused_by_the_check(monkeypatch, fields):
+    entry = {"task": add.name, "schedule": crontab(), "args": [1, 2], **fields}
+    monkeypatch.setitem(app.conf, "beat_schedule", {"daily": entry})
+    return "durable_jobs.E003" in [message.id for message in run_checks()]
+
+
+@pytest.mark.parametrize("fields", [REFUSED, ONLY_IN_CODE], ids=["anywhere", "code"])
+def test_the_check_refuses_an_entry_that_beat_cannot_start(monkeypatch, fields):
+    for name, entry in fields.items():
+        assert refused_by_the_check(monkeypatch, entry), name
+
+
+def test_the_check_accepts_what_beat_can_start(monkeypatch):
+    for name, entry in ACCEPTED.items():
+        assert not refused_by_the_check(monkeypatch, entry), name
+    assert not refused_by_the_check(monkeypatch, {"args": [1, BeatLazyFunc(time.time)]})
+
+
+def save_in_the_admin(client, **fields):
+    """Return the errors that the form shows."""
+    options = fields.pop("options", {})
+    data = {"name": "daily", "task": add.name, "args": "[1, 2]", "kwargs": "{}", "headers": "{}"}
+    data |= {"crontab": every_minute().pk, "enabled": "on", **fields}
+    if "expires" in options:
+        options["expire_seconds"] = options.pop("expires")
+    if not isinstance(data["args"], str):
+        data["args"] = json.dumps(data["args"])
+    page = client.post("/admin/django_celery_beat/periodictask/add/", {**data, **options})
+    return page.context["adminform"].form.errors.as_text() if page.status_code == 200 else ""
+
+
+def test_the_admin_refuses_an_entry_that_beat_cannot_start(admin_client):
+    for name, entry in REFUSED.items():
+        errors = save_in_the_admin(admin_client, **copy.deepcopy(entry))
+        assert "Beat cannot start this task" in errors, name
+    assert not PeriodicTask.objects.filter(name="daily").exists()
+
+
+def test_the_admin_saves_what_beat_can_start(admin_client):
+    for name, entry in ACCEPTED.items():
+        assert save_in_the_admin(admin_client, **copy.deepcopy(entry)) == "", name
+        PeriodicTask.objects.get(name="daily").delete()
+
+
+def test_the_admin_saves_a_disabled_entry_whatever_it_says(admin_client):
+    """Otherwise nobody could disable an entry whose task no longer exists."""
+    assert save_in_the_admin(admin_client, task="no.such.task", enabled="") == ""
+    assert not PeriodicTask.objects.get(name="daily").enabled
+
+
+def test_the_admins_action_runs_a_job_of_the_schedule(admin_client):
+    data = {"action": "run_tasks", "_selected_action": [row(queue="io").pk]}
+    admin_client.post("/admin/django_celery_beat/periodictask/", data)
+    assert Job.objects.get().queue == "io"

@@ -1,0 +1,268 @@
+"""Bodies: however a body ends, its job gets one outcome, and its worker survives."""
+
+import signal
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+
+import pytest
+from celery import shared_task
+from celery.exceptions import Retry, SoftTimeLimitExceeded
+from django.db import InterfaceError, InternalError, OperationalError, connection, transaction
+from helpers import act, add, deliver, errors, run
+from psycopg.errors import ProgramLimitExceeded, ReadOnlySqlTransaction
+
+from durable_jobs import database, pools, updates
+from durable_jobs.models import Job
+from durable_jobs.tasks import JobTask
+
+pytestmark = pytest.mark.django_db
+
+
+@shared_task(base=JobTask, time_limit=1)
+def short(x):
+    return x
+
+
+@shared_task(base=JobTask, time_limit=580)
+def limited():
+    pass
+
+
+@shared_task(base=JobTask, time_limit=580, soft_time_limit=540)
+def limited_twice():
+    pass
+
+
+def test_a_result_is_stored():
+    job = deliver(Job.objects.enqueue(add, [1, 2]))
+    assert (job.state, job.result, job.error) == ("succeeded", 3, "")
+    assert (job.progress, job.message) == (100, "adding")
+    assert job.created_at <= job.started_at <= job.finished_at
+
+
+def test_a_job_task_that_is_called_runs_as_a_plain_task():
+    assert add(1, 2) == 3
+    act.body = lambda task: [task.report(1, 2, cursor=7), task.cursor]
+    assert act() == [None, None]
+    assert not Job.objects.exists()
+
+
+@pytest.mark.parametrize("text, stored", [("bad", "bad"), ("b\0ad", "bad"), ("b\ud800d", "b?d")])
+def test_an_error_is_stored_without_characters_that_a_database_refuses(text, stored):
+    def body(task):
+        task.report(30, message=text)
+        raise ValueError(text)
+
+    job = run(body)
+    assert (job.state, job.error) == ("failed", f"ValueError: {stored}")
+    assert (job.progress, job.message) == (30, stored)
+    traceback = job.failures.get().traceback
+    assert traceback.endswith(f"raise ValueError(text)\nValueError: {stored}\n")
+
+
+@pytest.mark.parametrize("result", [object(), float("nan"), {"a": {1}}])
+def test_a_result_that_is_not_json_fails_the_job(result):
+    job = run(lambda task: result)
+    assert job.state == "failed"
+    assert job.error.startswith("Its result cannot be stored: ")
+
+
+def test_a_body_that_calls_sys_exit_fails_and_its_worker_survives():
+    job = run(lambda task: sys.exit("bye"))
+    assert (job.state, job.error) == ("failed", "The task called sys.exit('bye')")
+
+
+def nested():
+    result = []
+    for _ in range(100_000):
+        result = [result]
+    return result
+
+
+class ErrorWithoutText(Exception):
+    def __str__(self):
+        raise ValueError
+
+    __repr__ = __str__
+
+
+def raise_error_without_text():
+    raise ErrorWithoutText
+
+
+def raise_unprintable_error():
+    raise SyntaxError("bad", ("file", 1, 2, 3))
+
+
+def raise_retry():
+    raise Retry
+
+
+@pytest.mark.parametrize(
+    ("body", "error"),
+    [
+        (nested, "Its result cannot be stored: "),
+        (raise_error_without_text, "ErrorWithoutText"),
+        (raise_unprintable_error, "SyntaxError"),
+        (raise_retry, "Retry was raised by hand"),
+    ],
+)
+def test_a_body_with_an_unusual_end_fails_once(body, error):
+    job = run(lambda task: body())
+    assert (job.state, job.crashes) == ("failed", 0)
+    assert error in job.error
+    assert errors(job) == [job.error]
+
+
+def fall(depth):
+    if not depth:
+        raise ValueError("long" * 10_000)
+    fall(depth - 1)
+
+
+def chain_errors(depth):
+    try:
+        fall(depth) if depth < 9_900 else chain_errors(depth - 1)
+    except ValueError as error:
+        raise ValueError("long" * 10_000) from error
+
+
+@pytest.mark.parametrize("body", [fall, chain_errors])
+def test_a_long_error_and_traceback_are_shortened(body):
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(20_000)
+    try:
+        job = run(lambda task: body(10_000))
+    finally:
+        sys.setrecursionlimit(limit)
+    failure = job.failures.get()
+    assert failure.error == ("ValueError: " + "long" * 1000)[:1000]
+    assert 'raise ValueError("long" * 10_000)' in failure.traceback
+    assert len(failure.traceback) <= 4000
+
+
+@pytest.mark.parametrize("call", [lambda task: task.cursor, lambda task: task.report(1)])
+def test_a_report_in_a_thread_of_the_body_is_refused(call):
+    """It would be lost without an error."""
+
+    def body(task):
+        with ThreadPoolExecutor() as threads:
+            return threads.submit(call, task).result()
+
+    assert run(body).error.startswith("RuntimeError: report(), then() and cursor")
+    with ThreadPoolExecutor() as threads:
+        assert threads.submit(call, act).result() is None  # no job runs
+
+
+# Time limits
+
+
+def test_a_task_may_have_a_shorter_time_limit_than_the_settings(commit):
+    with commit():
+        job = Job.objects.enqueue(short, [1])
+    job.refresh_from_db()
+    assert job.state == "succeeded"
+
+
+def test_a_time_limit_brings_a_soft_one_of_nine_tenths():
+    """A soft limit of the task's own wins, even if it equals the one of the settings."""
+    tasks = [short, limited, limited_twice, add]
+    assert [task.soft_time_limit for task in tasks] == [0.9, 522, 540, 540]
+
+
+def test_a_body_over_its_soft_time_limit_fails():
+    def body(task):
+        raise SoftTimeLimitExceeded
+
+    job = run(body)
+    assert (job.state, job.error) == ("failed", "Over its time limit")
+
+
+@shared_task(base=JobTask, bind=True, autoretry_for=(SoftTimeLimitExceeded,), max_retries=1)
+def sleep_in_a_query(self, in_block):
+    block = transaction.atomic() if in_block else nullcontext()
+    with block, connection.cursor() as cursor:
+        cursor.execute("UPDATE durable_jobs_job SET message = 'in the query'")
+        if pools.IS_GEVENT:
+            pools.gevent.Timeout.start_new(0.3, SoftTimeLimitExceeded)
+        else:
+            threading.Timer(0.3, signal.raise_signal, [signal.SIGUSR1]).start()
+        cursor.execute("SELECT pg_sleep(600)")
+
+
+@pytest.fixture
+def soft_limit():
+    """Raise SoftTimeLimitExceeded at the signal of a soft time limit, as in a prefork child."""
+
+    def end(*args):
+        raise SoftTimeLimitExceeded
+
+    before = signal.signal(signal.SIGUSR1, end)
+    yield
+    signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize("in_block", [False, True], ids=["autocommit", "atomic"])
+def test_a_soft_time_limit_during_a_query_retries_or_fails_a_job(soft_limit, in_block):
+    """It is cancelled: its lock on the job's row would keep out the outcome."""
+    if connection.vendor != "postgresql":
+        pytest.skip("only PostgreSQL has a query that waits: set DATABASE_URL=postgres://…")
+    job = deliver(Job.objects.enqueue(sleep_in_a_query, [in_block]))
+    assert (job.state, job.error) == ("failed", "Over its time limit")
+    assert (job.retries, job.crashes, len(errors(job))) == (1, 0, 2)
+
+
+# The database
+
+
+def leave_autocommit_off(task):
+    transaction.set_autocommit(False)
+    Job.objects.filter(pk=task.request.id).update(message="lost")
+
+
+def leave_a_block(task):
+    transaction.atomic().__enter__()
+    Job.objects.filter(pk=task.request.id).update(message="lost")
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize("leave", [leave_autocommit_off, leave_a_block])
+def test_a_body_that_leaves_a_transaction_open_fails_no_later_job(leave):
+    job = run(leave)
+    if connection.vendor == "postgresql" or leave is leave_a_block:  # SQLite would commit it
+        assert (job.state, job.message) == ("failed", "")
+    assert not connection.in_atomic_block
+    assert run(lambda task: None).state == "succeeded"
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_body_that_survives_a_lost_connection_succeeds():
+    if connection.vendor == "sqlite":
+        pytest.skip("only a connection to PostgreSQL can be lost: set DATABASE_URL=postgres://…")
+    assert run(lambda task: connection.connection.close()).state == "succeeded"
+
+
+@pytest.mark.django_db(transaction=True)  # it opens a new connection
+def test_a_result_waits_for_an_unavailable_database(monkeypatch):
+    read_only = InternalError()
+    read_only.__cause__ = ReadOnlySqlTransaction()
+    finish, errors = updates.finish, [OperationalError, InterfaceError, read_only]
+
+    def away(self, *args, **kwargs):
+        if errors:
+            raise errors.pop()
+        return finish(self, *args, **kwargs)
+
+    monkeypatch.setattr(updates, "finish", away)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    assert run(lambda task: "done").result == "done"
+
+
+def test_a_value_that_is_too_large_for_the_database_is_not_retried_for_ever():
+    too_large = OperationalError()
+    too_large.__cause__ = ProgramLimitExceeded()
+    assert not database.may_succeed_later(too_large)
+    assert database.may_succeed_later(OperationalError())

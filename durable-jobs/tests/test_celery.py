@@ -1,0 +1,241 @@
+"""Calls from Celery's documentation, made with jobs: each one works or is refused."""
+
+import uuid
+from contextlib import suppress
+from datetime import UTC, date, datetime, timedelta
+from decimal import Decimal
+from unittest.mock import Mock
+
+import pytest
+from celery import chain, chord, group, shared_task
+from celery import current_app as app
+from celery.contrib.django.task import DjangoTask
+from celery.result import AsyncResult
+from django.apps import apps
+from django.db import transaction
+from django.utils import timezone
+from helpers import add, deliver, plain, retry_once
+
+from durable_jobs.models import Job
+from durable_jobs.publish import publish
+from durable_jobs.tasks import JobTask
+
+pytestmark = pytest.mark.django_db
+
+
+@shared_task(base=JobTask, bind=True)
+def update(self):
+    self.update_state(state="PROGRESS", meta={"done": 1})
+
+
+@shared_task(base=JobTask)
+def name_types(*args):
+    return [type(arg).__name__ for arg in args]
+
+
+@pytest.fixture(params=[True, False], ids=["eager", "broker"])
+def mode(request, eager):
+    app.conf.task_always_eager = request.param
+    yield
+    app.conf.task_always_eager = True
+
+
+def test_delay_enqueues_a_job():
+    result = add.delay(1, y=2)
+    [job] = Job.objects.all()
+    assert (result.id, job.args, job.kwargs, job.owner) == (str(job.pk), [1], {"y": 2}, None)
+    app.conf.task_always_eager = False  # in eager mode, reading the state runs the job
+    assert result.state == "PENDING"
+    app.conf.task_always_eager = True
+    deliver(job)
+    assert (result.state, add.AsyncResult(result.id).result) == ("SUCCESS", 3)
+    assert [add.AsyncResult(pk).state for pk in ("another", uuid.uuid4())] == ["PENDING"] * 2
+
+
+def test_apply_async_accepts_options_that_a_job_supports():
+    pk, eta = uuid.uuid4(), timezone.now() + timedelta(hours=1)
+    add.apply_async([1, 2], task_id=str(pk), queue="cpu", countdown=60)
+    add.s(1, 2).apply_async(eta=eta)
+    first, second = Job.objects.order_by("sweep_at")
+    assert (first.pk, first.queue, first.times_sent, second.times_sent) == (pk, "cpu", 0, 0)
+    assert abs(second.sweep_at - eta) < timedelta(seconds=5)
+
+
+@pytest.mark.parametrize(
+    "send",
+    [
+        lambda: add.apply_async([1, 2], expires=5),
+        lambda: add.apply_async([1, 2], link=add.s(3)),
+        lambda: add.apply_async([1, 2], priority=5),
+        lambda: add.apply_async([1, 2], time_limit=5),
+        lambda: group(add.s(1, 2), add.s(3, 4)).apply_async(expires=5),
+        lambda: chain(add.s(1, 2), add.s(3)).apply_async(priority=5),
+    ],
+)
+def test_apply_async_refuses_options_that_a_job_does_not_support(send):
+    app.conf.task_always_eager = False
+    with pytest.raises(TypeError, match="a job does not take .+: see Job.objects.enqueue"):
+        send()
+    assert not Job.objects.exists()
+
+
+@pytest.mark.filterwarnings("ignore::celery.exceptions.CDeprecationWarning")
+@pytest.mark.parametrize("option", ["before_start", "exchange", "expires", "routing_key"])
+def test_a_task_with_an_attribute_that_jobs_do_not_support_is_refused(option):
+    class Task(JobTask):
+        name = "bad"
+
+    setattr(Task, option, "5")
+    with pytest.raises(TypeError, match=f"bad: a job cannot have {option}"):
+        Task.bind(app)
+
+
+@pytest.mark.parametrize(
+    "send",
+    [
+        lambda: chord([plain.si(), plain.si()])(add.si(1, 2)),
+        lambda: chord([plain.si(), add.si(1, 2)])(plain.si()),
+        lambda: chain(add.si(1, 2), plain.si())(),
+        lambda: chain(plain.si(), add.si(1, 2))(),
+        lambda: chain(plain.si(), group(plain.si(), add.si(1, 2)))(),
+        lambda: group(plain.si(), add.si(1, 2))(),
+        lambda: plain.apply_async(link=add.si(1, 2)),
+        lambda: plain.apply_async(link_error=[plain.si(), add.si(1, 2)]),
+        lambda: plain.si().on_error(add.si(1, 2)).apply_async(),
+        lambda: add.apply_async([1, 2], link=plain.si()),
+        lambda: add.map([1, 2]).apply_async(),
+        lambda: add.starmap([(1, 2)]).delay(),
+        lambda: add.chunks([(1, 2), (3, 4)], 1)(),
+    ],
+)
+def test_a_job_is_refused_in_a_canvas_and_as_a_callback(mode, send):
+    with pytest.raises(TypeError, match="part of a group, chain or chord"):
+        send()
+    assert not Job.objects.exists()
+
+
+def test_plain_tasks_can_still_be_combined(mode):
+    chord([plain.si(), plain.si()])(plain.si())
+    plain.apply_async(link=plain.si(), link_error=plain.si())
+    plain.starmap([()]).delay()
+    plain.chunks([()], 1)()
+
+
+def test_send_task_knows_the_tasks_of_celery_imports(monkeypatch, tmp_path):
+    """In every process that Django has set up, as a worker does."""
+    (tmp_path / "listed.py").write_text(
+        "from celery import shared_task\nfrom durable_jobs.tasks import JobTask\n"
+        "@shared_task(base=JobTask)\ndef task():\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(app.loader, "default_modules", ("listed",))
+    apps.get_app_config("durable_jobs").ready()
+    app.send_task("listed.task")
+    assert Job.objects.get().task == "listed.task"
+
+
+def test_send_task_sends_a_plain_task():
+    app.conf.task_always_eager = False
+    assert app.send_task(plain.name).state == "PENDING"
+
+
+def test_send_task_enqueues_a_job(run_jobs):
+    result = app.send_task(add.name, [1, 2], countdown=60)
+    assert Job.objects.get().args == [1, 2]
+    run_jobs()
+    assert result.get() == 3
+
+
+TYPES = [datetime(2026, 1, 2, tzinfo=UTC), date(2026, 1, 2), uuid.UUID(int=1), Decimal("1.10")]
+
+
+@pytest.mark.parametrize("task", [name_types, retry_once])
+def test_a_body_gets_its_arguments_with_the_types_that_celery_keeps(run_jobs, task):
+    job = Job.objects.enqueue(task, TYPES)
+    run_jobs()
+    job.refresh_from_db()
+    again = job.run_again()
+    run_jobs()
+    again.refresh_from_db()
+    assert job.result == again.result == ["datetime", "date", "UUID", "Decimal"], job.error
+
+
+def test_update_state_is_refused_in_a_job():
+    job = Job.objects.enqueue(update)
+    publish([job])
+    job.refresh_from_db()
+    assert "call self.report(" in job.error
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize(
+    "enqueue",
+    [
+        lambda: add.delay_on_commit(1, y=2),
+        lambda: add.apply_async_on_commit([1], {"y": 2}, queue="celery"),
+    ],
+)
+def test_on_commit_stores_a_job_in_the_transaction(enqueue):
+    """A crash between the commit and an INSERT after it would lose the job."""
+    with transaction.atomic():
+        enqueue()
+        assert Job.objects.get().state == "queued"
+    assert Job.objects.get().result == 3
+    with suppress(ZeroDivisionError), transaction.atomic():
+        enqueue()
+        1 / 0  # noqa: B018
+    assert Job.objects.count() == 1
+
+
+# A message of another app
+
+
+@pytest.fixture
+def in_a_worker():
+    """Run a task as a worker does that gets the message of another app, without our headers."""
+
+    def run(task, *args, **options):
+        options = {"task_id": str(uuid.uuid4()), **options}
+        DjangoTask.apply(task, args, throw=True, **options)
+        return Job.objects.get(pk=options["task_id"])
+
+    return run
+
+
+def test_a_message_that_another_app_has_sent_becomes_a_job(in_a_worker):
+    job = in_a_worker(add, 1, 2)
+    assert (job.task, job.args, job.state, job.result) == (add.name, [1, 2], "succeeded", 3)
+
+
+def test_a_message_that_another_app_has_sent_twice_is_one_job(in_a_worker):
+    job = in_a_worker(add, 1, 2)
+    finished_at = job.finished_at
+    in_a_worker(add, 3, 4, task_id=str(job.pk))
+    job.refresh_from_db()
+    assert (job.result, job.finished_at) == (3, finished_at)
+
+
+def test_a_message_of_another_app_with_wrong_arguments_fails(in_a_worker):
+    with pytest.raises(TypeError, match="missing 1 required"):
+        in_a_worker(add, 1)
+    assert not Job.objects.exists()
+
+
+# Revoke
+
+
+@pytest.mark.parametrize("revoke", [lambda pk: AsyncResult(pk).revoke(), app.control.revoke])
+def test_a_revoke_cancels_a_job_although_no_worker_runs(mode, revoke):
+    job, other = [Job.objects.enqueue(add, [1, 2]) for _ in range(2)]
+    revoke(str(job.pk))
+    assert list(Job.objects.filter(state="cancelled")) == [job]
+    app.control.revoke([str(other.pk), "not a job"], terminate=True)
+    assert Job.objects.filter(state="cancelled").count() == 2
+
+
+def test_a_revoke_cancels_a_job_although_the_broker_is_down(monkeypatch):
+    monkeypatch.setattr(app.control, "broadcast", Mock(side_effect=ConnectionError))
+    job = Job.objects.enqueue(add, [1, 2])
+    with pytest.raises(ConnectionError):
+        AsyncResult(str(job.pk)).revoke()
+    assert Job.objects.get().state == "cancelled"

@@ -1,0 +1,83 @@
+"""Settings with which jobs would be lost stop the start, and the checks find the rest."""
+
+import pytest
+from celery import current_app as app
+from django.apps import apps as django_apps
+from django.core.checks import run_checks
+from django.core.exceptions import ImproperlyConfigured
+from django.core.management import call_command
+from django.core.management.base import SystemCheckError
+from django.db import connection
+from helpers import add
+
+from durable_jobs import conf
+
+pytestmark = pytest.mark.django_db
+NUMBERS = {name for name, default in conf.DEFAULTS.items() if isinstance(default, int)}
+
+
+@pytest.mark.parametrize("name", [*sorted(NUMBERS), "CELERY_TASK_TIME_LIMIT"])
+@pytest.mark.parametrize("value", [0, -1])
+def test_a_setting_that_would_lose_jobs_is_refused_at_the_start(monkeypatch, settings, name, value):
+    settings.DURABLE_JOBS = settings.DURABLE_JOBS | {name: value}
+    if name == "CELERY_TASK_TIME_LIMIT":
+        monkeypatch.setitem(app.conf, "task_time_limit", value)
+    with pytest.raises(ImproperlyConfigured, match=rf"{name}.* is {value}: it must be more than 0"):
+        django_apps.get_app_config("durable_jobs").ready()
+
+
+def test_correct_settings_pass_the_checks():
+    found = {message.id for message in run_checks(include_deployment_checks=True)}
+    assert not [each for each in found if each.startswith("durable_jobs.")]
+
+
+class OtherRouter:
+    def db_for_write(self, model, **hints):
+        return "other"
+
+
+WRONG_DATABASES = {
+    "alias='other'": lambda settings: setattr(settings, "DATABASE_ROUTERS", [OtherRouter()]),
+    "vendor='mysql'": lambda settings: None,
+    "use_tz=False": lambda settings: setattr(settings, "USE_TZ", False),
+    "isolation=4": lambda settings: None,  # SERIALIZABLE
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_DATABASES)
+def test_the_checks_refuse_a_database_in_which_jobs_would_be_lost(monkeypatch, settings, wrong):
+    WRONG_DATABASES[wrong](settings)
+    if "mysql" in wrong:
+        monkeypatch.setattr(connection, "vendor", "mysql")
+    if "isolation" in wrong:
+        monkeypatch.setattr(connection, "vendor", "postgresql")
+        monkeypatch.setitem(connection.settings_dict["OPTIONS"], "isolation_level", 4)
+    [error] = [found for found in run_checks() if found.id == "durable_jobs.E005"]
+    assert "PostgreSQL or SQLite as the database 'default', and USE_TZ = True" in error.msg
+    assert wrong in error.hint
+    with pytest.raises(SystemCheckError, match="durable_jobs.E005"):
+        call_command("migrate", skip_checks=False)
+
+
+@pytest.mark.parametrize("pool", ["threads", "prefork"])
+def test_the_checks_say_that_threads_have_no_time_limit(monkeypatch, pool):
+    monkeypatch.setenv("CELERY_WORKER_POOL", pool)
+    found = run_checks(include_deployment_checks=True)
+    assert ("durable_jobs.I001" in {message.id for message in found}) == (pool == "threads")
+
+
+def found_by_checks():
+    return {message.id for message in run_checks() if message.id.startswith("durable_jobs.")}
+
+
+def test_the_checks_find_a_queue_without_workers(monkeypatch):
+    assert found_by_checks() == set()
+    monkeypatch.setattr(add, "queue", "other", raising=False)
+    assert found_by_checks() == {"durable_jobs.W005"}
+
+
+def test_the_checks_find_a_rate_that_each_worker_counts_for_itself(monkeypatch):
+    monkeypatch.setattr(app.tasks["helpers.plain"], "rate_limit", "5/s")
+    assert found_by_checks() == set()
+    monkeypatch.setattr(add, "rate_limit", "5/s")
+    assert found_by_checks() == {"durable_jobs.W008"}

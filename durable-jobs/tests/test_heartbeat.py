@@ -1,0 +1,276 @@
+"""The heartbeat: what a worker writes about itself and how often, and how its row goes."""
+
+import threading
+import time
+from datetime import timedelta
+from types import SimpleNamespace
+from unittest.mock import Mock
+
+import pytest
+from celery import shared_task
+from celery.concurrency import get_implementation
+from celery.worker import state
+from django.db import Error, connection
+from django.db.models.functions import Now
+from django.test.utils import CaptureQueriesContext
+from django.utils import timezone
+from helpers import ago, scrape
+
+from durable_jobs import heartbeat, shutdown, sweep
+from durable_jobs.models import Job, Worker
+from durable_jobs.tasks import JobTask
+
+
+@shared_task(base=JobTask)
+def greet():
+    pass
+
+
+def queue(name):
+    return SimpleNamespace(name=name)
+
+
+@pytest.fixture
+def consumer(db, monkeypatch):
+    """The consumer of a ready worker, whose thread has not started."""
+    monkeypatch.setattr(heartbeat, "own", {})
+    monkeypatch.setattr(heartbeat, "lock", threading.Lock())
+    monkeypatch.setattr(heartbeat, "shutting_down", [False])
+    monkeypatch.setattr("atexit.register", Mock())
+    monkeypatch.setattr(heartbeat.pool, "start_thread", Mock())
+    consumer = SimpleNamespace(
+        hostname="one@host",
+        pool=SimpleNamespace(num_processes=4),
+        controller=SimpleNamespace(pool_cls=get_implementation("threads"), autoscaler=None),
+        connection=object(),
+        task_consumer=SimpleNamespace(queues=[queue("io"), queue("celery")]),
+    )
+    heartbeat.start(consumer)
+    return consumer
+
+
+@pytest.fixture
+def beats(consumer, closes, monkeypatch):
+    """A function that runs the thread for so many heartbeats, and returns its pauses."""
+
+    class Done(BaseException):
+        pass
+
+    def beats(count):
+        pauses = []
+
+        def sleep(seconds):
+            pauses.append(seconds)
+            if len(pauses) == count:
+                raise Done
+
+        monkeypatch.setattr(heartbeat, "time", SimpleNamespace(sleep=sleep))
+        with pytest.raises(Done):
+            heartbeat.beat(consumer)
+        return pauses
+
+    return beats
+
+
+@pytest.fixture
+def closes(monkeypatch):
+    """A list with an item for each time the thread closes its connection, which stays open."""
+    closes = []
+    monkeypatch.setattr(heartbeat, "connection", SimpleNamespace(close=lambda: closes.append(1)))
+    return closes
+
+
+def row():
+    return Worker.objects.get()
+
+
+def write(consumer, is_first=False):
+    heartbeat.write(consumer, is_first)
+
+
+def test_the_row_says_what_a_worker_is(consumer, settings, monkeypatch):
+    settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"VERSION": "v" * 300}
+    monkeypatch.setattr(state, "active_requests", [object(), object()])
+    write(consumer)
+    shown = row()
+    assert (shown.name, shown.pool, shown.slots, shown.busy) == ("one@host", "threads", 4, 2)
+    assert (shown.queues, shown.version) == (["celery", "io"], "v" * 255)
+    consumer.task_consumer.queues.pop()
+    consumer.pool.num_processes = 5
+    Worker.objects.update(seen_at=ago(60))
+    write(consumer)
+    assert (row().queues, row().slots, row().started_at) == (["io"], 5, shown.started_at)
+    assert heartbeat.alive().exists()
+
+
+def test_the_slots_of_autoscaling_are_its_maximum(consumer):
+    consumer.controller.autoscaler = SimpleNamespace(max_concurrency=10)
+    write(consumer)
+    assert row().slots == 10
+
+
+def test_a_worker_without_broker_or_that_ends_takes_from_no_queue(consumer):
+    for place, name, value in (
+        (vars(consumer), "connection", None),
+        (vars(consumer), "task_consumer", None),
+        (heartbeat.shutting_down, 0, True),
+    ):
+        before, place[name] = place[name], value
+        write(consumer)
+        assert row().queues == []
+        place[name] = before
+        write(consumer)
+        assert row().queues == ["celery", "io"]
+
+
+def test_a_worker_writes_at_once_then_one_statement_in_ten_seconds(consumer, beats):
+    assert beats(1) == [10] and row()
+    with CaptureQueriesContext(connection) as captured:
+        heartbeat.write(consumer, False)
+        heartbeat.write(consumer, False)
+    assert len(captured) == 2, [query["sql"] for query in captured]
+    assert beats(5) == [10] * 5
+
+
+def test_the_thread_outlives_errors_and_closes_its_connection(consumer, beats, closes, caplog):
+    write_row, errors = heartbeat.write, [Error("away"), AttributeError("no pool")]
+
+    def fail_twice(*args):
+        if errors:
+            raise errors.pop(0)
+        write_row(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(heartbeat, "write", fail_twice)
+        assert beats(3) == [10] * 3
+    assert caplog.text.count("cannot write the heartbeat") == 2
+    assert len(closes) == 3 and row()
+
+
+def test_a_restarted_worker_takes_over_the_row_of_a_killed_one(consumer, caplog):
+    old = timezone.now() - timedelta(hours=1)
+    Worker.objects.create(
+        name="one@host", pool="x", slots=9, busy=9, queues=[], version="", started_at=old
+    )
+    write(consumer, is_first=True)
+    assert row().started_at > old and row().slots == 4
+    assert not caplog.text
+
+
+def test_two_workers_with_one_name_share_a_row_and_say_so(consumer, caplog, monkeypatch):
+    write(consumer, is_first=True)
+    first = dict(heartbeat.own)
+    heartbeat.start(consumer)  # the other one
+    consumer.pool.num_processes = 8
+    write(consumer, is_first=True)
+    assert row().slots == 8 and not caplog.text
+    other = dict(heartbeat.own)
+    monkeypatch.setattr(heartbeat, "own", first)
+    heartbeat.forget()
+    assert row().slots == 8  # it has deleted only its own
+    monkeypatch.setattr(heartbeat, "lock", threading.Lock())
+    write(consumer)
+    assert caplog.text.count("two workers have the name one@host") == 1
+    monkeypatch.setattr(heartbeat, "own", other)
+    write(consumer)
+    assert row().started_at == other["started_at"]
+
+
+def test_a_row_that_was_deleted_comes_back(consumer, caplog):
+    write(consumer, is_first=True)
+    Worker.objects.all().delete()
+    write(consumer)
+    assert row() and not caplog.text
+
+
+def test_a_worker_that_ends_deletes_its_row_and_writes_none_after_it(consumer, monkeypatch):
+    write(consumer)
+    heartbeat.atexit.register.assert_called_once_with(heartbeat.forget)
+    heartbeat.forget()
+    assert not Worker.objects.exists()
+    monkeypatch.setattr(heartbeat, "write", late := Mock())
+    threading.Thread(target=heartbeat.beat, args=[consumer], daemon=True).start()
+    time.sleep(0.2)
+    late.assert_not_called()
+
+
+def test_a_process_without_a_heartbeat_forgets_nothing(db, monkeypatch):
+    monkeypatch.setattr(heartbeat, "own", {})
+    with CaptureQueriesContext(connection) as captured:
+        heartbeat.forget()
+    assert not captured and not heartbeat.lock.locked()
+
+
+def test_a_worker_ends_without_the_database(consumer, caplog, monkeypatch):
+    monkeypatch.setattr(heartbeat, "LOCK_SECONDS", 0.1)
+    write(consumer)
+    with heartbeat.lock:  # a heartbeat hangs
+        heartbeat.forget()
+    assert row()
+    monkeypatch.setattr(heartbeat, "workers", Mock(side_effect=Error("away")))
+    heartbeat.forget()
+    assert "the worker's row stays for an hour" in caplog.text
+
+
+ENDS = [lambda: shutdown.requeue_and_exit(1), lambda: shutdown.end_if_stuck(0)]
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_a_worker_that_leaves_without_celery_deletes_its_row(consumer, monkeypatch, end):
+    write(consumer)
+    monkeypatch.setattr(shutdown, "time", SimpleNamespace(monotonic=lambda: 0, sleep=Mock()))
+    monkeypatch.setattr(shutdown.pool, "start_thread", lambda function: function())
+    monkeypatch.setattr("os._exit", exits := Mock())
+    end()
+    exits.assert_called_once_with(1)
+    assert not Worker.objects.exists()
+
+
+def test_a_worker_is_silent_after_30_seconds_and_gone_after_an_hour(consumer, monkeypatch):
+    write(consumer)
+    monkeypatch.setattr(sweep, "close_old_connections", Mock())
+    for seconds, is_alive, is_there in (29, 1, 1), (31, 0, 1), (3590, 0, 1), (3610, 0, 0):
+        Worker.objects.update(seen_at=ago(seconds))
+        assert heartbeat.alive().count() == is_alive
+        assert len(heartbeat.takers()) == 2 * is_alive
+        monkeypatch.setattr("time.sleep", Mock(side_effect=[None, StopIteration]))
+        with pytest.raises(StopIteration):
+            sweep.clean_forever()
+        assert Worker.objects.count() == is_there
+
+
+def test_workers_are_read_from_the_database_that_they_write(replica):
+    assert heartbeat.alive().db == "default"
+
+
+def test_the_metrics_count_workers_and_slots(consumer, staff_api, monkeypatch):
+    monkeypatch.setattr(state, "active_requests", [object()])
+    write(consumer)
+    fields = {"pool": "prefork", "version": "", "started_at": timezone.now()}
+    queues = {"two@host": ["io", "new"], "without broker": [], "dead": ["cpu"]}
+    for name, names in queues.items():
+        Worker.objects.create(name=name, slots=2, busy=2, queues=names, **fields)
+    Worker.objects.filter(name="dead").update(seen_at=ago(31))
+    found = scrape(staff_api)
+    for beat in "durable_jobs_sweep_age_seconds", "durable_jobs_beat_late_seconds":
+        del found[beat]
+    assert found == {
+        "durable_jobs_workers": 3,
+        "durable_jobs_slots celery": 4,
+        "durable_jobs_busy_slots celery": 1,
+        "durable_jobs_slots io": 6,
+        "durable_jobs_busy_slots io": 3,
+        "durable_jobs_slots new": 2,
+        "durable_jobs_busy_slots new": 2,
+    }
+    shown = staff_api.get("/metrics").content.decode()
+    assert 'durable_jobs_slots{queue="cpu"} 0.0' in shown and 'durable_jobs_busy_slots{queue="cpu"} 0.0' in shown
+
+
+def test_the_metrics_count_a_job_without_a_live_worker_as_silent(staff_api):
+    for seconds in 10, -1, -1:
+        job, sweep_at = Job.objects.enqueue(greet), Now() + timedelta(seconds=seconds)
+        running = {"state": "running", "run_token": job.pk, "sweep_at": sweep_at}
+        Job.objects.filter(pk=job.pk).update(**running)
+    found = scrape(staff_api)
+    assert (found["durable_jobs_running celery"], found["durable_jobs_silent celery"]) == (1, 2)

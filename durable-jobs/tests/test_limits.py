@@ -1,0 +1,342 @@
+"""Limits: which key a job has, however it is enqueued, and which settings are valid."""
+
+import uuid
+from contextlib import nullcontext
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import pytest
+from asgiref.sync import async_to_sync
+from celery import chain, chord, current_app, group, shared_task
+from celery.beat import ScheduleEntry, Scheduler
+from celery.exceptions import Ignore
+from django.core.exceptions import ImproperlyConfigured
+from django.db.models import F
+from django.db.models.functions import Now
+from django.utils import timezone
+from helpers import CLAIM, alone, ask, call, end, free
+
+from durable_jobs import batches, limits, sweep, turns, updates
+from durable_jobs.beat import OncePerDueTime
+from durable_jobs.models import Batch, Job, Start
+from durable_jobs.runs import Run
+from durable_jobs.tasks import JobTask
+from durable_jobs.views import EnqueueMixin
+
+try:
+    from django.tasks import task
+except ImportError:  # Django 5.2
+    from django_tasks import task
+
+pytestmark = pytest.mark.django_db
+
+
+@task(celery={"limit": "tenant:{tenant}"})
+def django_call(tenant, number=0):
+    return number
+
+
+@task(takes_context=True, celery={"limit": "tenant:{tenant}"})
+def context_call(context, tenant, number=0):
+    return number
+
+
+@shared_task(base=JobTask, bind=True, limit="tenant:{tenant}", autoretry_for=(OSError,))
+def bound_call(self, tenant, number=0):
+    return number
+
+
+@shared_task(base=JobTask, limit="tenant:{tenant}")
+async def async_call(tenant, number=0):
+    return number
+
+
+@shared_task(base=JobTask, limit="tenant:{row[tenant]}:{row[kind]}:{number}")
+def import_row(row, number=0):
+    return row
+
+
+# Each way to enqueue a job
+
+
+def in_view():
+    view = EnqueueMixin()
+    view.request, view.job_id = SimpleNamespace(user=None, headers={}), uuid.uuid4()
+    view.enqueue(call, [7])
+
+
+def in_open_batch():
+    with Batch.objects.open() as batch:
+        batch.enqueue(call, [7])
+
+
+def start_any(job):
+    run = Run(getattr(job, "pk", None) or Job.objects.get(task=free.name).pk, task=free, **CLAIM)
+    assert run.claim()
+    return run
+
+
+def in_chain():
+    end(start_any(chain(free.si(1), call.si(7)).apply_async()))
+
+
+def with_then():
+    run = start_any(free.enqueue())
+    run.next_steps.append([batches.step(call, [7])])
+    end(run)
+
+
+def by_beat():
+    beat = SimpleNamespace(app=current_app, scheduler=Scheduler(current_app, lazy=True))
+    entry = ScheduleEntry("call", call.name, schedule=timedelta(hours=1), args=[7], app=current_app)
+    with patch("durable_jobs.beat.close_old_connections"):
+        OncePerDueTime(beat).apply_async(entry)
+
+
+def fail_and_run_again(again):
+    job = call.enqueue(7)
+    updates.finish(Job.objects.filter(pk=job.pk), "failed")
+    again(Job.objects.get(pk=job.pk))
+
+
+def batch_again():
+    batch = Batch.objects.enqueue(call, [[7]])
+    updates.finish(batch.jobs.all(), "failed")
+    batches.end(batch.pk)
+    batch.run_failed_again()
+
+
+DOORS = {
+    "delay": lambda: call.delay(7),
+    "keyword": lambda: call.delay(tenant=7),
+    "apply_async": lambda: call.apply_async((7,)),
+    "delay_on_commit": lambda: call.delay_on_commit(7),
+    "signature": lambda: call.s(7).delay(),
+    "countdown": lambda: call.apply_async((7,), countdown=60),
+    "eta": lambda: call.using(eta=timezone.now() + timedelta(hours=1)).enqueue(7),
+    "using": lambda: call.using(label="x", queue="io").enqueue(7),
+    "aenqueue": lambda: async_to_sync(call.aenqueue)(7),
+    "unique": lambda: Job.objects.enqueue(call, [7], unique="x", idempotency_key="y"),
+    "enqueue_many": lambda: Job.objects.enqueue_many(call, [[7]]),
+    "Django": lambda: django_call.enqueue(7),
+    "context": lambda: context_call.enqueue(7),
+    "bound": lambda: bound_call.delay(7),
+    "async": lambda: async_call.delay(7),
+    "send_task": lambda: current_app.send_task(call.name, [7]),
+    "Beat": by_beat,
+    "EnqueueMixin": in_view,
+    "run_again": lambda: fail_and_run_again(lambda job: job.run_again()),
+    "queryset": lambda: fail_and_run_again(lambda job: Job.objects.all().run_again()),
+    "batch": lambda: Batch.objects.enqueue(call, [[7]]),
+    "Batch.enqueue": in_open_batch,
+    "run_failed_again": batch_again,
+    "chain": in_chain,
+    "group": lambda: group([call.si(7), free.si()]).apply_async(),
+    "chord": lambda: chord([call.si(7)], free.si())(),
+    "then": with_then,
+}
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_each_way_to_enqueue_a_job_obeys_its_limit(sent, door):
+    DOORS[door]()
+    job = Job.objects.exclude(limit_key=None).get()
+    assert (job.limit_key, job.held_by, job.sweep_at) == ("tenant:7", "tenant:7", None)
+    assert (job.times_sent, job.state) == (0, "queued")
+
+
+def test_a_message_of_an_app_that_does_not_know_the_job_obeys_its_limit(sent, settings):
+    """tasks.__call__ stores the job. Its run counts as a start, and hands its place over."""
+    settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"LIMITS": {**settings.DURABLE_JOBS["LIMITS"], "tenant": "1, 5/h"}}
+    first, held_back = str(uuid.uuid4()), str(uuid.uuid4())
+    for id in first, held_back:
+        request = {"id": id, "hostname": "test", "called_directly": False, "headers": {}}
+        if id == held_back:
+            Job.objects.filter(pk=first).update(state="queued", finished_at=None, sweep_at=Now())
+        call.push_request(**request)
+        try:
+            with pytest.raises(Ignore) if id == held_back else nullcontext():
+                call(7)
+        finally:
+            call.pop_request()
+    assert Job.objects.get(pk=held_back).held_by == "tenant:7"
+    assert Start.objects.get().key == "tenant:7"
+
+
+def test_jobs_run_in_tests_whatever_their_limits_say(run_jobs, commit):
+    with commit():
+        first = Job.objects.enqueue_many(ask, [[number] for number in range(10)])
+    assert not Job.objects.exclude(state="succeeded").exists()
+    Job.objects.enqueue_many(ask, [[number] for number in range(10)])
+    run_jobs()
+    assert Job.objects.filter(state="succeeded").count() == 20
+    assert len(first) == 10
+
+
+# A limit that was added, changed or removed since
+
+
+@pytest.mark.parametrize(
+    "limit, key", [(None, None), ("one", "one"), ("tenant:{number}", "tenant:0")]
+)
+def test_a_job_runs_again_with_the_limit_that_its_task_has_now(sent, monkeypatch, limit, key):
+    jobs = [call.enqueue(7), call.enqueue(8)]
+    updates.finish(Job.objects.all(), "failed")
+    monkeypatch.setattr(current_app.tasks[call.name], "limit", limit)
+    Job.objects.get(pk=jobs[0].pk).run_again()
+    Job.objects.filter(pk=jobs[1].pk).run_again()
+    assert set(Job.objects.values_list("limit_key", "held_by")) == {(key, key)}
+
+
+def test_a_job_that_had_no_limit_runs_again_with_one(sent, monkeypatch):
+    job = free.enqueue()
+    updates.finish(Job.objects.all(), "failed")
+    monkeypatch.setattr(current_app.tasks[free.name], "limit", "one")
+    Job.objects.get(pk=job.pk).run_again()
+    assert Job.objects.get().held_by == "one"
+
+
+def test_a_queryset_runs_the_others_again_if_the_key_of_one_has_no_value(sent, monkeypatch):
+    call.enqueue(7)
+    second = call.enqueue({"tenant": 8})
+    updates.finish(Job.objects.all(), "failed")
+    monkeypatch.setattr(current_app.tasks[call.name], "limit", "tenant:{tenant[tenant]}")
+    assert Job.objects.all().run_again() == [second]
+
+
+def test_a_step_that_an_older_version_has_stored_has_no_limit(sent):
+    run = start_any(free.enqueue())
+    step = batches.step(call, [7])
+    del step["limit_key"]
+    run.next_steps.append([step])
+    end(run)
+    job = Job.objects.get(task=call.name)
+    assert (job.limit_key, job.held_by) == (None, None) and job.sweep_at
+
+
+def test_a_key_cannot_depend_on_the_result_of_the_step_before():
+    with pytest.raises(TypeError, match="cannot depend on the result of the step before"):
+        chain(free.si(), call.s()).apply_async()
+    chain(free.si(), import_row.si({"tenant": 1, "kind": 2})).apply_async()
+
+
+def test_jobs_of_a_removed_limit_go_after_ten_minutes(sent, commit, settings, caplog):
+    """Until then, another process may have newer settings, as in a deploy that adds the limit."""
+    with commit():
+        jobs = Job.objects.enqueue_many(alone, [[number] for number in range(3)])
+    settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"LIMITS": {}}
+    turns.grant(["one"])
+    sweep.send_due()
+    assert sent == [jobs[0].pk]
+    Job.objects.filter(pk=jobs[1].pk).update(due_at=F("due_at") - timedelta(minutes=11))
+    sweep.send_due()
+    assert sent == [job.pk for job in jobs[:2]]
+    assert "there is no such limit in DURABLE_JOBS['LIMITS']" in caplog.text
+
+
+# Keys
+
+
+ID = uuid.UUID(int=7)
+NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [(7, "7"), ("é", "é"), (None, "None"), (True, "True"), (ID, str(ID)), (1.5, "1.5"),
+     (Decimal("1.50"), "1.50"), (NOON, "2026-01-02 12:00:00+00:00")],
+)  # fmt: skip
+def test_a_key_is_the_same_when_the_job_runs_again(sent, value, text):
+    job = call.enqueue(value)
+    assert job.limit_key == f"tenant:{text}"
+    updates.finish(Job.objects.all(), "failed")
+    Job.objects.get().run_again()
+    assert Job.objects.get().limit_key == f"tenant:{text}"
+
+
+@pytest.mark.parametrize(
+    "args, kwargs, key",
+    [([{"tenant": 1, "kind": "a"}], {}, "tenant:1:a:0"),
+     ([{"tenant": 1, "kind": "a"}, 5], {}, "tenant:1:a:5"),
+     ([], {"row": {"tenant": 1, "kind": "a"}, "number": 6}, "tenant:1:a:6")],
+)  # fmt: skip
+def test_a_key_may_use_defaults_keywords_and_items(args, kwargs, key):
+    assert Job.objects.enqueue(import_row, args, kwargs).limit_key == key
+
+
+@pytest.mark.parametrize(
+    "row, error",
+    [({"tenant": "x" * 250, "kind": 1}, "at most 255 characters"), ({"tenant": 1}, "has no value"),
+     ([1], "list indices|has no value"), (None, "not subscriptable|has no value"),
+     ({"tenant": "\0", "kind": 1}, "cannot be stored")],
+)  # fmt: skip
+def test_a_key_that_cannot_be_made_is_refused(row, error):
+    with pytest.raises((TypeError, ValueError), match=error):
+        import_row.delay(row)
+    assert not Job.objects.exists()
+
+
+@pytest.mark.parametrize(
+    "limit, error",
+    [("tenant:{tenat}", "no argument 'tenat'"), ("{tenant}", "must begin with a name"),
+     ("ten{tenant}:x", "must begin with a name"), (7, "must be a text"), ("", "must be a text"),
+     ("tenant:{}", "no argument ''"), ("tenant:{0}", "no argument '0'")],
+)  # fmt: skip
+def test_a_wrong_limit_of_a_task_is_refused_at_its_import(limit, error):
+    def wrong(tenant):
+        pass
+
+    name = f"wrong {limit!r}"
+    with pytest.raises(TypeError, match=error):
+        current_app.task(wrong, base=JobTask, name=name, limit=limit).name  # noqa: B018
+    current_app.tasks.pop(name, None)
+
+
+# Settings
+
+
+GOOD = {
+    5: (5, float("inf"), 0),
+    "5": (5, float("inf"), 0),
+    "60/min": (float("inf"), 60, 60),
+    "5, 60/min": (5, 60, 60),
+    " 60 / minutes ,5": (5, 60, 60),
+    "3/s": (float("inf"), 3, 1),
+    "3/10secs": (float("inf"), 3, 10),
+    "2/h": (float("inf"), 2, 3600),
+    "2/2days": (float("inf"), 2, 2 * 86400),
+}
+
+
+@pytest.mark.parametrize("text", GOOD, ids=repr)
+def test_a_limit_is_read(settings, text):
+    settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"LIMITS": {"openai": text}}
+    limits.check_settings([])
+    limit = limits.limit_of("openai:7")
+    assert (limit.running, limit.starts, limit.period.total_seconds()) == GOOD[text]
+
+
+BAD = ["0", "-1", "5/", "60/month", "5,6", "5 /min, 3/h", 2.5, None, True, "", ",", "/min", "0/min",
+       "5/0min", "5/-1min", "1e3", "five", "5/ms", "5/hs", "5/min/h", "5,", "9" * 20,
+       "5/" + "9" * 20 + "d", [5], "5 per min"]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", BAD, ids=repr)
+def test_a_wrong_limit_stops_the_start(settings, text):
+    settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"LIMITS": {"openai": text}}
+    with pytest.raises(ImproperlyConfigured, match=r"DURABLE_JOBS\['LIMITS'\]\['openai'\]: .* no limit: write"):
+        limits.check_settings([])
+
+
+@pytest.mark.parametrize(
+    "value, error",
+    [(["one"], "write {"), ({"pause": "5"}, "cannot be the name"), ({"a:b": "5"}, "cannot be"),
+     ({"": "5"}, "cannot be"), ({7: "5"}, "cannot be"),
+     ({}, "helpers.alone has the limit 'one'")],
+)  # fmt: skip
+def test_settings_without_sense_stop_the_start(settings, value, error):
+    settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"LIMITS": value}
+    with pytest.raises(ImproperlyConfigured, match=error):
+        limits.check_settings([alone])

@@ -1,0 +1,446 @@
+"""Never more than N bodies of a key, and no place stays empty: threads, real transactions.
+
+More rounds: ROUNDS=3000 (the default is 150).
+"""
+
+import itertools
+import random
+import threading
+import time
+from collections import Counter
+from contextlib import suppress
+from queue import Empty, Queue
+
+import pytest
+from celery import current_app, shared_task
+from celery.exceptions import Ignore
+from django.db import connection, transaction
+from django.db.models import Count, Q
+from django.db.models.functions import Now
+from helpers import CLAIM, fail_run, in_thread, race, succeed_run
+from helpers import ROUNDS as MANY_ROUNDS
+
+from durable_jobs import lease, publish, queryset, sweep, turns, updates
+from durable_jobs.expressions import IN_CANCELLED_BODY, UNFINISHED
+from durable_jobs.models import Job, Pause, Start
+from durable_jobs.runs import Run
+from durable_jobs.tasks import JobTask
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+ROUNDS = MANY_ROUNDS // 3
+
+
+@shared_task(base=JobTask, limit="turn:{key}")
+def turn(key):
+    pass
+
+
+@pytest.fixture(autouse=True)
+def messages(monkeypatch, settings):
+    """The messages that were sent. No worker takes them, except in work()."""
+    if connection.vendor != "postgresql":
+        pytest.skip("SQLite has one transaction at a time: set DATABASE_URL=postgres://…")
+    sent = Queue()
+
+    def send(jobs):
+        for job in jobs:
+            fields = {name: getattr(job, name) for name in ("retries", "crashes", "times_sent")}
+            sent.put((job.pk, job.limit_key, fields))
+
+    monkeypatch.setattr(publish, "send", send)
+    monkeypatch.setattr(sweep, "send", send)
+    monkeypatch.setattr(sweep, "messages_in", lambda *args: sent.qsize())
+    monkeypatch.setattr(current_app.conf, "task_always_eager", False)
+    settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"LIMITS": {"turn": "1"}}
+    return sent
+
+
+def store(keys, each, started=1):
+    """Store jobs, `each` for each key. Returns the Runs of the first ones, and the other jobs."""
+    runs, rest = [], []
+    for key in range(keys):
+        fields = [queryset.new_fields(turn, [key], now=Now()) for _ in range(each)]
+        jobs = [Job.objects.create(**field) for field in fields]
+        for job in jobs[:started]:
+            Job.objects.filter(pk=job.pk).update(held_by=None, sweep_at=Now())
+            runs.append(Run(job.pk, task=turn, limit_key=job.limit_key, **CLAIM))
+            assert runs[-1].claim()
+        rest.append(jobs[started:])
+    return runs, rest
+
+
+def end(run, outcome=succeed_run):
+    with run, suppress(Ignore):
+        outcome(run)
+
+
+def retry(run):
+    run.retry = {"delay": 3600, "args": [0], "kwargs": {}, "retries": 1}
+    run.try_again()
+
+
+def used_and_held():
+    """Return {key: (places that are used, jobs that are held although they are due)}."""
+    used, held = Q(sweep_at__isnull=False), Q(held_by__isnull=False, due_at__lte=Now())
+    rows = Job.objects.filter(limit_key__isnull=False).order_by().values_list("limit_key")
+    rows = rows.annotate(used=Count("pk", filter=used), held=Count("pk", filter=held))
+    return {key: counts for key, *counts in rows}
+
+
+def assert_full(number=1):
+    """No key uses more places than `number`, nor fewer while jobs of it wait."""
+    wrong = {
+        key: (used, held)
+        for key, (used, held) in used_and_held().items()
+        if used > number or (held and used < number)
+    }
+    assert not wrong, (len(wrong), wrong)
+
+
+# A place is never empty, without the sweep
+
+
+@pytest.mark.parametrize("outcome", [succeed_run, fail_run, retry, Run.hand_back])
+def test_a_job_is_stored_while_the_last_one_ends(outcome):
+    runs, _ = store(ROUNDS, 1)
+    race(ROUNDS, lambda n: end(runs[n], outcome), lambda n: turn.enqueue(n))
+    assert_full()
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_runs_of_a_key_end_while_jobs_are_stored(settings, number):
+    settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"LIMITS": {"turn": str(number)}}
+    runs, _ = store(ROUNDS, number + 1, started=number)
+    ends = [
+        lambda n, place=place: end(runs[number * n + place], random.choice([succeed_run, fail_run]))
+        for place in range(number)
+    ]
+    race(ROUNDS, *ends, lambda n: turn.enqueue(n), lambda n: turn.enqueue(n))
+    assert_full(number)
+
+
+def test_a_grant_meets_a_hand_over(settings):
+    """N was raised: the grant must not choose the job that the run has chosen, nor one too many."""
+    runs, _ = store(ROUNDS, 4)
+    settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"LIMITS": {"turn": "2"}}
+    key = "turn:{}".format
+    race(ROUNDS, lambda n: end(runs[n]), *[lambda n: turns.grant([key(n)])] * 2)
+    assert_full(2)
+
+
+def test_a_lowered_number_holds_while_runs_end(settings):
+    settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"LIMITS": {"turn": "3"}}
+    runs, _ = store(ROUNDS, 6, started=3)
+    settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"LIMITS": {"turn": "2"}}
+    race(ROUNDS, *(lambda n, place=place: end(runs[3 * n + place]) for place in range(3)))
+    assert_full(2)
+
+
+def test_the_next_job_is_cancelled_while_the_one_before_ends():
+    runs, rest = store(ROUNDS, 3)
+    race(ROUNDS, lambda n: end(runs[n]), lambda n: rest[n][0].cancel())
+    assert_full()
+
+
+def test_a_job_is_stored_while_the_one_with_the_place_is_cancelled():
+    _, rest = store(ROUNDS, 1, started=0)
+    for [job] in rest:
+        turns.grant([job.limit_key])
+    race(ROUNDS, lambda n: rest[n][0].cancel(), lambda n: turn.enqueue(n))
+    assert_full()
+
+
+def test_a_job_is_cancelled_while_its_body_ends():
+    runs, _ = store(ROUNDS, 3)
+    cancel = [lambda n: Job.objects.filter(pk=runs[n].job_id).cancel()]
+    race(ROUNDS, lambda n: end(runs[n]), *cancel, lambda n: turn.enqueue(n))
+    assert_full()
+
+
+def test_a_job_is_recovered_while_another_one_is_stored():
+    runs, _ = store(ROUNDS, 1)
+
+    def recover(n):
+        lease.recover(Job.objects.filter(pk=runs[n].job_id))
+
+    race(ROUNDS, recover, lambda n: turn.enqueue(n))
+    assert_full()
+
+
+def test_a_cancelled_body_ends_while_a_job_is_stored_and_the_sweep_looks():
+    runs, rest = store(ROUNDS, 2)
+    for run in runs:
+        Job.objects.filter(pk=run.job_id).cancel()
+    assert {used for used, held in used_and_held().values()} == {1}
+
+    def look(n):
+        if n % 10 == 0:
+            turns.let_due_go()
+
+    race(ROUNDS, lambda n: end(runs[n]), lambda n: turn.enqueue(n), look)
+    assert_full()
+
+
+def test_a_job_runs_again_while_the_one_before_ends():
+    runs, rest = store(ROUNDS, 2)
+    for [job] in rest:
+        job.cancel()
+    race(ROUNDS, lambda n: end(runs[n]), lambda n: Job.objects.get(pk=rest[n][0].pk).run_again())
+    assert_full()
+
+
+def test_two_sweeps_a_grant_and_an_end_at_once(settings):
+    settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"LIMITS": {"turn": "2"}}
+    runs, _ = store(ROUNDS, 4)
+    key = "turn:{}".format
+
+    def look(n):
+        if n % 10 == 0:
+            turns.let_due_go()
+
+    race(ROUNDS, lambda n: end(runs[n]), lambda n: turns.grant([key(n)]), look, look)
+    turns.let_due_go()
+    assert_full(2)
+
+
+def test_a_rate_is_kept_while_jobs_start_and_others_are_stored(settings):
+    """Between the two counts, a job starts: it must be counted twice rather than not at all."""
+    settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"LIMITS": {"turn": "3/h"}}
+    _, rest = store(ROUNDS, 5, started=0)
+    for jobs in rest:
+        for job in jobs[:2]:
+            Job.objects.filter(pk=job.pk).update(held_by=None, sweep_at=Now())
+    runs = [[Run(j.pk, task=turn, limit_key=j.limit_key, **CLAIM) for j in jobs] for jobs in rest]
+    key = "turn:{}".format
+    race(
+        ROUNDS,
+        lambda n: runs[n][0].claim() and end(runs[n][0]),
+        lambda n: runs[n][1].claim() and end(runs[n][1]),
+        lambda n: turns.grant([key(n)]),
+        lambda n: turn.enqueue(n),
+    )
+    started = Counter(Start.objects.values_list("key", flat=True))
+    for name, (used, _) in used_and_held().items():
+        assert started[name] == 2 and used <= 1
+    turns.let_due_go()
+    assert {used for used, _ in used_and_held().values()} == {1}
+
+
+def test_a_pause_and_its_end_meet_claims():
+    """A job is held or runs. When the pause has ended, all of them go."""
+    jobs = [Job.objects.create(**queryset.new_fields(turn, [n])) for n in range(20)]
+    turns.ignore_limits(Job.objects.all())
+    runs = [Run(j.pk, task=turn, limit_key=j.limit_key, **CLAIM) for j in jobs]
+
+    def claim(n):
+        if not runs[n].claim():
+            runs[n].hold_if_paused()
+
+    def pause(n):
+        Pause.objects.pause(turn.name)
+        time.sleep(random.choice([0, 0.002]))
+        Pause.objects.resume(turn.name)
+
+    race(20, claim, pause)
+    turns.let_due_go()
+    assert not Job.objects.filter(held_by__isnull=False).exists()
+
+
+def test_a_limited_job_that_a_straggler_holds_after_the_pause_waits_for_its_limit():
+    """Its worker saw the pause before it ended. It must not go past its limit."""
+    [run], [[job]] = store(1, 2)
+    Job.objects.filter(pk=job.pk).update(held_by="pause:celery")
+    turns.grant(["pause:celery"])
+    assert_full()
+    turns.let_due_go()
+    assert_full()
+    end(run)
+    assert used_and_held() == {"turn:0": [1, 0]}
+
+
+# What is locked, or lost
+
+
+def test_a_grant_waits_a_second_for_the_lock_and_leaves_the_rest_to_the_sweep(caplog):
+    _, [[job]] = store(1, 1, started=0)
+    with transaction.atomic():
+        turns.lock([job.limit_key], [], skip_locked=False)
+        in_thread(lambda: turns.grant([job.limit_key]))
+        assert "the sweep will let jobs of turn:0 go" in caplog.text
+        in_thread(lambda: turns.let_due_go())  # it does not wait
+        assert len(caplog.records) == 1
+        assert used_and_held() == {"turn:0": [0, 1]}
+    turns.let_due_go()
+    assert_full()
+
+
+def test_a_run_that_ends_leaves_out_a_locked_job():
+    [run], [[first, second]] = store(1, 3)
+    with transaction.atomic():
+        Job.objects.select_for_update().get(pk=first.pk)
+        in_thread(lambda: end(run))
+    assert Job.objects.get(pk=second.pk).sweep_at
+
+
+def test_the_next_job_is_sent_if_the_answer_of_the_commit_is_lost(
+    lost_answers,
+    messages,
+):
+    [run], [[job]] = store(1, 2)
+    lost_answers.append(True)
+    end(run)
+    connection.close()
+    assert messages.get_nowait()[0] == job.pk
+    assert_full()
+
+
+def test_a_grant_leaves_no_setting_in_the_callers_transaction():
+    with transaction.atomic(), connection.cursor() as cursor:
+        job = turn.enqueue(1)
+        turns.grant([job.limit_key])
+        for name in "lock_timeout", "idle_in_transaction_session_timeout":
+            cursor.execute(f"SHOW {name}")
+            assert cursor.fetchall() == [("0",)]
+
+
+# All at once
+
+
+class Witness:
+    """Counts the bodies of each key that run."""
+
+    def __init__(self, number):
+        self.number, self.lock, self.bodies, self.most = number, threading.Lock(), Counter(), 0
+
+    def body(self, key):
+        with self.lock:
+            self.bodies[key] += 1
+            count = self.bodies[key]
+            self.most = max(self.most, count)
+        time.sleep(random.uniform(0, 0.03))
+        with self.lock:
+            self.bodies[key] -= 1
+        assert count <= self.number, key
+
+
+def crash(run):
+    """The worker dies: its lease lapses, whether its job runs or was cancelled."""
+    is_own = Q(run_token=run.token) | Q(state="cancelled", sweep_at__isnull=False)
+    Job.objects.filter(is_own, pk=run.job_id).update(sweep_at=Now())
+
+
+def retry_soon(run):
+    run.retry = {"delay": 0, "args": [0], "kwargs": {}, "retries": run.claim_fields["retries"] + 1}
+    run.try_again()
+
+
+RUNS_OR_CANCELLED = Q(state="running") | IN_CANCELLED_BODY  # what recover_lapsed() recovers
+OUTCOMES = [succeed_run] * 4 + [fail_run, retry_soon, retry_soon, Run.hand_back, crash]
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_never_more_bodies_than_the_limit_whatever_happens(messages, settings, monkeypatch, number):
+    changes = {"LIMITS": {"turn": str(number)}, "MAX_CRASHES": 100}
+    settings.DURABLE_JOBS = settings.DURABLE_JOBS | changes
+    monkeypatch.setattr(lease, "RECOVERY_DELAY", 0)
+    witness, keys, over, calm = Witness(number), 2, threading.Event(), threading.Event()
+
+    def work(_):
+        while not over.is_set():
+            with suppress(Empty):
+                pk, key, fields = messages.get(timeout=0.01)
+                run = Run(pk, task=turn, limit_key=key, **CLAIM | fields)
+                # As JobTask.__call__() does.
+                if not run.claim() and (run.hold_if_paused() or not run.claim()):
+                    continue
+                outcome = succeed_run if calm.is_set() else random.choice(OUTCOMES)
+                if outcome is crash:
+                    witness.body(key)
+                    crash(run)
+                else:
+                    with run, suppress(Ignore):
+                        witness.body(key)
+                        outcome(run)
+
+    def look(_):
+        while not over.is_set():
+            lease.recover(Job.objects.filter(RUNS_OR_CANCELLED, sweep_at__lt=Now()))
+            with suppress(ValueError):
+                sweep.send_due(resend=False)
+            time.sleep(0.002)
+
+    def some(**fields):
+        one = Job.objects.filter(**fields).order_by("?")[:1]
+        return Job.objects.filter(pk__in=one.values("pk"))
+
+    def disturb(n):
+        kind = n % 8
+        if kind < 5:
+            turn.enqueue(random.randrange(keys))
+        elif kind == 5:
+            some(finished_at=None).cancel()
+        elif kind == 6:
+            for job in Job.objects.filter(state__in=["failed", "cancelled"]).order_by("?")[:2]:
+                with suppress(ValueError):
+                    job.run_again()
+        elif n % 3:
+            with transaction.atomic():
+                updates.skip_locked(some(state="queued").filter(state="queued")).delete()
+        else:
+            Pause.objects.pause("celery")
+            time.sleep(0.005)
+            Pause.objects.resume("celery")
+
+    def disturb_all(_):
+        for n in itertools.count():
+            disturb(n)
+            # A few rounds may be over before as many bodies of a key have met.
+            if over.is_set() or (n >= ROUNDS and witness.most == number):
+                break
+            assert n < 10 * ROUNDS, "the limit was never reached"
+        calm.set()
+        until = time.monotonic() + 120
+        try:
+            while Job.objects.filter(UNFINISHED).exists():
+                assert time.monotonic() < until, used_and_held()
+                time.sleep(0.02)
+        finally:
+            over.set()
+
+    def or_end(function):
+        def call(n):
+            try:
+                function(n)
+            except BaseException:
+                over.set()  # so that the other threads end
+                raise
+
+        return call
+
+    race(1, *map(or_end, [work, work, work, work, look, look, disturb_all]))
+    lease.recover(Job.objects.filter(RUNS_OR_CANCELLED, sweep_at__lt=Now()))
+    assert not Job.objects.filter(sweep_at__isnull=False).exists()
+
+
+@pytest.mark.parametrize("settings_text", ["1", "1, 1000/min"])
+def test_one_at_a_time_keeps_the_order(messages, settings, settings_text):
+    """Many threads work, and the jobs start in the order in which they were stored."""
+    settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"LIMITS": {"turn": settings_text}}
+    with transaction.atomic():
+        jobs = [turn.enqueue(1) for _ in range(60)]
+    order, lock, until = [], threading.Lock(), time.monotonic() + 60
+
+    def work(_):
+        while len(order) < 60 and time.monotonic() < until:
+            with suppress(Empty):
+                pk, key, fields = messages.get(timeout=0.01)
+                run = Run(pk, task=turn, limit_key=key, **CLAIM | fields)
+                assert run.claim()
+                with run:
+                    with lock:
+                        order.append(pk)
+                    succeed_run(run)
+
+    race(1, *[work] * 4)
+    assert order == [job.pk for job in jobs]

@@ -1,0 +1,278 @@
+"""What jobs cost: a fixed number of queries, which read no backlog on PostgreSQL."""
+
+import re
+import uuid
+from datetime import timedelta
+
+import pytest
+from django.db import connection
+from django.db.models.sql import InsertQuery
+from django.test.utils import CaptureQueriesContext
+from django.utils import timezone
+from helpers import (
+    CLAIM,
+    act,
+    add,
+    alone,
+    ask,
+    call,
+    claim,
+    explain,
+    free,
+    kinds,
+    multiply,
+    queries,
+    rows_read,
+)
+
+from durable_jobs import batches, publish, runs, turns, updates
+from durable_jobs.expressions import lease_end
+from durable_jobs.metrics import Collector
+from durable_jobs.models import Batch, Job
+from durable_jobs.runs import Run
+
+pytestmark = pytest.mark.django_db
+
+
+def names_of(sql):
+    """Return the tables and columns in a statement, in order."""
+    return re.findall(r"\b[a-z]+_[a-z_]+\b", re.sub("'.*?'", "", sql))
+
+
+MANY = 5_000  # held jobs; 100,000 have the same plans
+
+
+@pytest.fixture(params=[1, 1000], ids=["1 key", "1000 keys"])
+def held(request, settings):
+    """Thousands of held jobs."""
+    if connection.vendor != "postgresql":
+        pytest.skip("only PostgreSQL plans with statistics: set DATABASE_URL=postgres://…")
+    now = timezone.now()
+    fields = {"task": call.name, "queue": "celery", "created_at": now, "due_at": now}
+    # Other keys in each test: index entries of rows that were rolled back are still read.
+    first = f"tenant:{request.param}-"
+    job = Job.objects.create(**fields, limit_key=f"{first}0", held_by=f"{first}0")
+    key = f"'{first}' || n %% {request.param}"
+    multiply(job, MANY, limit_key=key, held_by=key)
+    return job.limit_key
+
+
+@pytest.fixture
+def key(held):
+    connection.cursor().execute("ANALYZE durable_jobs_job")
+    return held
+
+
+# Queries
+
+
+def test_a_job_that_succeeds_at_once_needs_two_statements():
+    job = Job.objects.enqueue(add, [1, 2])
+    with CaptureQueriesContext(connection) as captured:
+        publish.publish([job])
+    assert len(captured) == 2
+    job.refresh_from_db()
+    assert job.state == "succeeded" and not job.failures.exists()
+
+
+def test_the_sql_of_an_insert_is_built_once(monkeypatch):
+    Job.objects.enqueue(add, [1, 2])
+    monkeypatch.setattr(InsertQuery, "get_compiler", None)
+    Job.objects.enqueue(add, [1, 2], label="another", countdown=5)
+    assert Job.objects.filter(label="another").exists()
+
+
+def test_a_job_that_uses_no_cursor_makes_no_query_for_it():
+    act.body = lambda task: task.report(1, 2)
+    job = Job.objects.enqueue(act)
+    with CaptureQueriesContext(connection) as captured:
+        publish.publish([job])
+    assert not [query for query in captured if query["sql"].startswith("SELECT")]
+
+
+def test_a_job_without_a_batch_is_stored_claimed_and_ended_with_one_query_each():
+    insert = queries(Job.objects.enqueue, add, [1, 2])
+    assert [sql.split()[:3] for sql in insert] == [["INSERT", "INTO", "durable_jobs_job"]]
+    claim, succeed = queries(publish.publish, [Job.objects.get()])
+    assert claim.startswith("UPDATE durable_jobs_job SET state = 'running'")
+    assert succeed.startswith("UPDATE durable_jobs_job SET state = 'succeeded'")
+    assert "batch" not in claim + succeed
+
+
+def test_a_member_of_a_batch_costs_one_more_query():
+    alone = Job.objects.enqueue(add, [1, 2])
+    batch = Batch.objects.enqueue(add, [[1, 2], [3, 4]])
+    claim, succeed, ask = queries(publish.publish, [batch.jobs.first()])
+    same = queries(publish.publish, [alone])
+    assert list(map(names_of, same)) == [names_of(claim), names_of(succeed)]
+    assert ask.startswith("SELECT durable_jobs_job.id") and ask.endswith(" LIMIT 1")
+
+
+def test_a_batch_is_stored_with_two_more_queries_however_many_jobs_it_has():
+    def count(function, *args):
+        return len([sql for sql in queries(function, *args) if not re.match("SAVE|RELEASE", sql)])
+
+    for size in 10, 400:
+        calls = [[1, 2]] * size
+        many = count(Job.objects.enqueue_many, add, calls)
+        # The batch is stored, locked, asked at the end of the block, and read.
+        assert count(Batch.objects.enqueue, add, calls) == many + 4
+
+
+def test_a_job_without_a_limit_reads_no_table_of_limits(sent, commit):
+    with commit():
+        [insert] = queries(free.enqueue)
+    job = Job.objects.get()
+    run = Run(job.pk, task=free, **CLAIM)
+    [claim] = queries(run.claim)
+    with run:
+        [end] = queries(run.succeed, 1)
+    assert "durable_jobs_start" not in insert + claim + end
+
+
+def test_the_queries_of_a_job_with_a_limit(sent, commit):
+    first, second, _ = Job.objects.enqueue_many(alone, [[1], [2], [3]])
+    # A look without the lock, the lock, a look with it, take(). In eager mode it looks once more.
+    lock = ["SELECT"] * (connection.vendor == "postgresql")
+    assert kinds(queries(turns.grant, ["one"])) == ["SELECT", *lock, "SELECT", "UPDATE", "SELECT"]
+    assert kinds(queries(turns.grant, ["one"])) == ["SELECT"]  # there is no place
+    run = Run(first.pk, task=alone, limit_key="one", **CLAIM)
+    assert kinds(queries(run.claim)) == ["UPDATE"]
+
+    def end():
+        with run:
+            run.succeed(1)
+
+    assert kinds(queries(end)) == ["UPDATE", "UPDATE"]
+    assert sent == [first.pk, second.pk]
+
+
+def test_a_start_with_a_rate_costs_one_more_query(sent, commit):
+    with commit():
+        job = ask.enqueue()
+    run = Run(job.pk, task=ask, limit_key="api", **CLAIM)
+    assert kinds(queries(run.claim)) == ["UPDATE", "INSERT"]
+
+
+# Plans of PostgreSQL, with many jobs
+
+
+def scanned(sql):
+    """Return the indexes, or the table, that PostgreSQL reads for a statement."""
+    with connection.cursor() as cursor:
+        cursor.execute(f"EXPLAIN {sql}")
+        plan = "\n".join(line for (line,) in cursor.fetchall())
+    return set(re.findall(r"(?:Seq Scan|Index Scan) (?:using|on) (\w+)", plan))
+
+
+@pytest.fixture
+def by_key(backlog):
+    """A function that does an UPDATE, and fails unless PostgreSQL finds the rows by primary key."""
+
+    def check(update, *args, **kwargs):
+        with CaptureQueriesContext(connection) as captured:
+            assert update(*args, **kwargs)
+        [sql] = [query["sql"] for query in captured if query["sql"].startswith("UPDATE")]
+        assert scanned(sql) - {"durable_jobs_pause"} == {"jobs_job_pkey"}
+
+    return check
+
+
+def kept_plans():
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT statement FROM pg_prepared_statements ORDER BY prepare_time")
+        return [sql for [sql] in cursor.fetchall()]
+
+
+def start_and_end_a_job():
+    job, token = Job.objects.enqueue(add, [1, 2]), uuid.uuid4()
+    assert claim(job.pk, token)
+    assert updates.succeed(Job.objects, id=job.pk, run_token=token, result=3, message="")
+
+
+@pytest.mark.django_db(transaction=True)  # it closes its connection
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_postgresql_keeps_the_plans_of_what_each_job_needs(is_shared, monkeypatch, published):
+    """A connection that is shared may be another one in each transaction, without the plan."""
+    if connection.vendor != "postgresql":
+        pytest.skip("only PostgreSQL keeps plans: set DATABASE_URL=postgres://…")
+    connection.close()  # other tests may have left plans
+    monkeypatch.setitem(connection.settings_dict, "DISABLE_SERVER_SIDE_CURSORS", is_shared)
+    for _ in range(3):
+        start_and_end_a_job()
+    assert kinds(kept_plans()) == ([] if is_shared else ["INSERT", "UPDATE", "UPDATE"])
+
+
+def test_an_update_of_a_job_reads_no_backlog(by_key):
+    jobs = [Job.objects.enqueue(add, [1, 2]) for _ in range(3)]
+    first, *others = three = [runs.Run(job.pk) for job in jobs]
+    for run in three:
+        by_key(claim, run.job_id, run.token)
+    by_key(runs.jobs_of(three).update, sweep_at=lease_end())
+    by_key(first.row.update, cursor=7, sweep_at=lease_end())
+    end = {"id": first.job_id, "run_token": first.token, "result": 7, "message": ""}
+    by_key(updates.succeed, Job.objects, **end)
+    by_key(updates.requeue, others[0].row)
+    by_key(Job.objects.filter(pk=jobs[1].pk).cancel)
+    by_key(updates.requeue, runs.jobs_of(others))
+
+
+def test_the_job_of_a_unique_key_is_found_by_its_index(backlog):
+    job = Job.objects.enqueue(add, [1, 2], unique="key")
+    with CaptureQueriesContext(connection) as captured:
+        assert Job.objects.enqueue(add, [1, 2], unique="key") == job
+    assert [scanned(query["sql"]) for query in captured] == [{"job_unique_key"}]
+
+
+def test_an_end_reads_no_backlog(backlog):
+    batch = Batch.objects.enqueue(add, [[1, 2]] * 3000)
+    oldest = batch.jobs.order_by("created_at").first()
+    batch.jobs.exclude(pk=oldest.pk).cancel()
+    with connection.cursor() as cursor:
+        cursor.execute("ANALYZE durable_jobs_job")
+    [sql] = queries(batches.is_active, batch.pk)
+    assert scanned(sql) == {"job_batch_active"}
+    [sql] = queries(batches.end_all)
+    assert "durable_jobs_job" not in scanned(sql) and "job_batch_active" in scanned(sql)
+
+
+def test_take_reads_only_the_jobs_that_it_takes(key):
+    """No node of the plan reads more rows."""
+    [take] = queries(turns.take, key, 1, 2)
+    assert rows_read(take) <= 20, explain(take)
+
+
+def test_a_look_for_places_reads_only_jobs_with_a_place(key):
+    statements = queries(turns.free_places, [key, "one"])
+    assert max(map(rows_read, statements)) <= 20
+
+
+@pytest.mark.django_db(transaction=True)  # VACUUM cannot run in a transaction
+def test_a_scrape_scans_no_table():
+    if connection.vendor != "postgresql":
+        pytest.skip("only PostgreSQL plans with statistics: set DATABASE_URL=postgres://…")
+    now = timezone.now()
+    fields = {"task": add.name, "queue": "celery", "created_at": now}
+    final = {"state": "succeeded", "finished_at": now - timedelta(hours=1)}
+    with connection.cursor() as cursor:
+        cursor.execute("TRUNCATE durable_jobs_job CASCADE")  # and what other tests left in its indexes
+        multiply(Job.objects.create(**fields, **final), 5000)
+        multiply(Job.objects.create(**fields, due_at=now, sweep_at=now), 50)
+        cursor.execute("VACUUM ANALYZE durable_jobs_job")
+        with CaptureQueriesContext(connection) as captured:
+            list(Collector().collect())
+        scans = ["Index Only Scan using job_active", "Index Only Scan using job_held"]
+        queries = [query for query in captured.captured_queries if "durable_jobs_job" in query["sql"]]
+        for query, scan in zip(queries, scans, strict=True):
+            cursor.execute(f"EXPLAIN {query['sql']}")
+            plan = "\n".join(line for (line,) in cursor.fetchall())
+            assert scan in plan and plan.count("Scan") == 1, plan
+
+
+def test_autovacuum_starts_at_two_percent_of_dead_rows():
+    if connection.vendor != "postgresql":
+        pytest.skip("only PostgreSQL has autovacuum: set DATABASE_URL=postgres://…")
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT reloptions FROM pg_class WHERE relname = 'durable_jobs_job'")
+        [[options]] = cursor.fetchall()
+    assert "autovacuum_vacuum_scale_factor=0.02" in options

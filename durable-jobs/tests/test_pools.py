@@ -1,0 +1,137 @@
+"""The pools: how they differ, and how a process finds out which one it uses."""
+
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+from unittest.mock import Mock
+
+import pytest
+from celery import current_app as app
+from celery.concurrency import get_implementation
+from celery.platforms import signals
+from celery.signals import worker_init, worker_shutting_down
+from settings import SOURCE
+
+from durable_jobs import events, pools, shutdown, worker
+
+
+def test_a_pool_has_the_name_that_celery_has_for_it():
+    for name in "prefork", "threads", "solo":
+        assert pools.pool_name(name) == name
+        assert pools.pool_name(get_implementation(name)) == name  # as a worker gets it
+    assert pools.pool_name("processes") == "prefork"
+
+
+def test_sigterm_calls_the_current_handler_of_sigquit(monkeypatch):
+    monkeypatch.setattr(shutdown, "is_prefork", True)
+    before = {name: signals[name] for name in ("SIGTERM", "SIGQUIT")}
+    seen = []
+    try:
+        shutdown.use_soft_shutdown(Mock())
+        for handler in "first", "second":  # Celery replaces its own during a shutdown
+            signals["SIGQUIT"] = lambda *args, handler=handler: seen.append(handler)
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signals.update(before)
+    assert seen == ["first", "second"]
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    """The names of the functions that would run in threads of their own."""
+    started = []
+    pool = SimpleNamespace(
+        start_thread=lambda function: started.append(function.func.__name__),
+        end_idle_worker=lambda: started.append("end_idle_worker"),
+    )
+    monkeypatch.setattr(shutdown, "pool", pool)
+    monkeypatch.setattr(shutdown, "shutting_down", [False])
+    monkeypatch.setattr(shutdown, "is_prefork", None)
+    monkeypatch.setattr(worker, "cancel_revoked_jobs", lambda: None)
+    return started
+
+
+@pytest.mark.parametrize(
+    ("pool", "ends"),
+    [
+        ("prefork", ["end_if_stuck"]),
+        ("threads", ["requeue_and_exit", "end_idle_worker"]),
+        ("solo", ["requeue_and_exit", "end_idle_worker"]),
+    ],
+)
+def test_a_worker_limits_its_shutdown_as_its_pool_needs(threads, pool, ends):
+    worker_init.send(Mock(pool_cls=pool))
+    for _ in range(2):
+        worker_shutting_down.send("celery@host", sig="SIGTERM")
+    assert threads == ends
+    assert events.BatchedEvents in app.steps["consumer"]
+
+
+def test_an_error_of_celery_limits_the_shutdown_too(threads):
+    worker_init.send(Mock(pool_cls="threads"))
+    [step] = [step for step in app.steps["worker"] if step is shutdown.Shutdown]
+    step(None).close(SimpleNamespace(exitcode=1))
+    assert threads == ["requeue_and_exit"]
+
+
+def test_gevent_without_monkey_patching_is_refused(monkeypatch):
+    monkeypatch.setattr(pools, "IS_GEVENT", False)
+    with pytest.raises(SystemExit, match="--pool gevent"):
+        worker_init.send(Mock(pool_cls="gevent"))
+
+
+GREENLETS = """
+import gevent.monkey; gevent.monkey.patch_all()
+import gevent, threading, time
+from durable_jobs.pools import pool
+main, ticks = threading.get_native_id(), []
+assert pool.query(threading.get_native_id) != main
+lock = pool.Lock()
+def tick():
+    with lock:
+        ticks.append(threading.get_native_id() != main)
+pool.start_thread(tick)
+time.sleep(0.2)
+assert ticks == [True]
+assert pool.is_terminated(gevent.GreenletExit()) and not pool.is_terminated(SystemExit())
+assert isinstance(gevent.Timeout(1), pool.time_limit_errors)
+sent = []
+pool.send(sent.append, "here")
+assert sent == ["here"]
+pool.query(pool.send, lambda: sent.append(threading.get_native_id() == main))
+time.sleep(0.2)
+assert sent == ["here", True]  # a connection to the broker belongs to one thread
+"""
+COROUTINES = """
+import gevent.monkey; gevent.monkey.patch_all()
+import gevent, os, psutil
+from asgiref.sync import async_to_sync
+import durable_jobs.pools
+async def body():
+    return process.num_threads(), process.num_fds()
+process = psutil.Process()
+threads, descriptors = async_to_sync(body)()
+for _ in range(30):
+    async_to_sync(body)()
+with gevent.Timeout(50):
+    while process.num_threads() > threads or process.num_fds() > descriptors:
+        gevent.sleep(0.1)
+os._exit(0)  # not by the end of the interpreter, in which gevent's threads may crash
+"""
+NO_GREENLETS = """
+import sys
+from durable_jobs.pools import pool
+assert "gevent" not in sys.modules and not pool.is_terminated(SystemExit())
+assert pool.query(max, 1, 2) == 2
+"""
+
+
+def test_the_thread_of_a_coroutine_ends_with_it():
+    """With gevent. A thread also has two descriptors, and a process can have 1,024."""
+    subprocess.run([sys.executable, "-c", COROUTINES], cwd=SOURCE, check=True)
+
+
+@pytest.mark.parametrize("code", [GREENLETS, NO_GREENLETS], ids=["gevent", "threads"])
+def test_a_process_uses_gevent_only_if_it_was_monkey_patched(code):
+    subprocess.run([sys.executable, "-c", code], cwd=SOURCE, check=True)

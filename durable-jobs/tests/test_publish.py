@@ -1,0 +1,151 @@
+"""Messages: what is sent after the commit, and no message that cannot be sent delays others."""
+
+import time
+from contextlib import nullcontext
+from datetime import timedelta
+from unittest.mock import Mock
+
+import pytest
+from celery import current_app as app
+from celery.app import routes
+from django.db import transaction
+from django.db.models.functions import Now
+from helpers import add, deliver, seconds_until_due
+
+from durable_jobs import messages, publish, queryset, runs, updates
+from durable_jobs.models import Job
+
+pytestmark = pytest.mark.django_db
+
+
+def test_a_job_is_sent_as_a_celery_message():
+    app.conf.task_always_eager = False
+    job = Job.objects.enqueue(add, [1], {"y": 2}, queue="cpu")
+    job.retries = 3
+    with app.connection_for_write("memory://") as broker:
+        messages.send_one(job, app.amqp.Producer(broker, auto_declare=False))
+        message = app.amqp.queues["cpu"](broker.default_channel).get()
+    assert message.payload[:2] == [[1], {"y": 2}]
+    kept = {name: message.headers[name] for name in ("id", "task", "retries", "job", "crashes")}
+    assert kept == {"id": str(job.pk), "task": add.name, "retries": 3, "job": True, "crashes": 0}
+
+
+def test_messages_sent_together_declare_each_queue_once(monkeypatch):
+    app.conf.task_always_eager = False
+    sent, producer = [], Mock(batch=Mock(side_effect=nullcontext))
+    monkeypatch.setattr(app, "producer_or_acquire", lambda: nullcontext(producer))
+    monkeypatch.setattr(app.amqp, "send_task_message", lambda *args, **more: sent.append(more))
+    jobs = [Job(task=add.name, queue=queue) for queue in ("a", "b", "a")]
+    messages.send(jobs)
+    messages.send(jobs[:1])
+    assert [message["declare"] for message in sent] == [None, None, [], None]
+    assert producer.batch.call_count == 1
+
+
+def test_a_job_is_sent_by_a_process_that_does_not_know_its_task(monkeypatch):
+    """In a deploy, Beat may run older code than the workers."""
+    app.conf.task_always_eager = False
+    sent = []
+    monkeypatch.setattr(app.amqp, "send_task_message", lambda *args, **more: sent.append(args[1]))
+    messages.send([Job(task="to.be.deployed", queue="a"), Job(task=add.name, queue="a")])
+    assert sent == ["to.be.deployed", add.name]
+
+
+def test_flower_shows_the_beginning_of_large_arguments(monkeypatch):
+    app.conf.task_always_eager = False
+    sent = []
+    monkeypatch.setattr(app.amqp, "send_task_message", lambda *args, **more: sent.append(args[2]))
+    messages.send([Job(task=add.name, args=["x" * 5000], kwargs={"y": "z" * 5000}, queue="a")])
+    [message] = sent
+    assert [len(message.headers[name]) for name in ("argsrepr", "kwargsrepr")] == [1000, 1000]
+
+
+def test_the_priority_of_a_route_reaches_the_broker(monkeypatch):
+    app.conf.task_always_eager = False
+    monkeypatch.setattr(app.amqp.router, "routes", routes.prepare({add.name: {"priority": 7}}))
+    sent = []
+    monkeypatch.setattr(app.amqp, "send_task_message", lambda *args, **more: sent.append(more))
+    messages.send_one(Job.objects.enqueue(add, [1, 2], countdown=9), None)
+    assert (sent[0]["priority"], sent[0]["queue"].name) == (7, "celery")
+
+
+# The broker refuses, or is unavailable
+
+
+def test_a_job_stays_queued_and_due_while_the_broker_is_down(broker_down):
+    job = Job.objects.enqueue(add, [1, 2])
+    assert not publish.publish([job])
+    assert seconds_until_due(job) <= 0
+    assert (job.state, job.times_sent) == ("queued", 0)
+
+
+def test_publishing_pauses_after_the_broker_was_found_down(broker_down, monkeypatch):
+    first, second = Job.objects.enqueue(add, [1, 2]), Job.objects.enqueue(add, [3, 4])
+    publish.publish([first])
+    publish.publish([second])
+    assert broker_down == [str(first.pk)]
+    assert seconds_until_due(second) <= 0
+    publish.publish_again_at.clear()
+    publish.publish([second])
+    assert broker_down == [str(first.pk), str(second.pk)]
+
+
+def test_a_message_that_the_broker_refuses_delays_no_other(monkeypatch):
+    """The connection works, so the next message is sent at once."""
+    monkeypatch.setattr(messages, "send_one", Mock(side_effect=[ValueError("too large"), None]))
+    refused, other = Job.objects.enqueue(add, [1, 2]), Job.objects.enqueue(add, [3, 4])
+    publish.publish([refused])
+    publish.publish([other])
+    assert seconds_until_due(refused) <= 0 < seconds_until_due(other)
+
+
+def test_an_unavailable_queue_does_not_stop_publishing_to_others(broker_down):
+    jobs = [Job.objects.enqueue(add, [1, 2], queue=queue) for queue in ["cpu", "cpu", "io"]]
+    for job in jobs:
+        publish.publish([job])
+    assert broker_down == [str(jobs[0].pk), str(jobs[2].pk)]
+
+
+def test_an_unavailable_queue_does_not_delay_jobs_of_others_that_run_again(commit, published):
+    jobs = [Job.objects.enqueue(add, [1, 2], queue=queue) for queue in ("down", "up")]
+    Job.objects.all().cancel()
+    publish.publish_again_at["down"] = time.monotonic() + 60
+    with commit():
+        again = Job.objects.filter(pk__in=[job.pk for job in jobs]).run_again()
+    del publish.publish_again_at["down"]
+    assert published == [str(job.pk) for job in again if job.queue == "up"]
+
+
+def test_a_job_with_an_unknown_task_stays_queued_and_delays_no_other():
+    job, other = Job.objects.enqueue(add, [1, 2]), Job.objects.enqueue(add, [1, 2])
+    job.task = "to.be.deployed"
+    assert deliver(job).state == "queued"
+    assert deliver(other).state == "succeeded"
+
+
+def test_many_jobs_wait_for_the_broker_or_for_their_countdown(commit, broker_down, monkeypatch):
+    monkeypatch.setattr(queryset, "BATCH_SIZE", 2)
+    with commit():
+        late = Job.objects.enqueue_many(add, [[1, 2]] * 3, countdown=60)
+        jobs = Job.objects.enqueue_many(add, [[1, 2]] * 5)
+    assert broker_down == [str(jobs[0].pk)]
+    assert all(seconds_until_due(job) <= 0 and not job.times_sent for job in jobs)
+    assert all(seconds_until_due(job) == pytest.approx(60, abs=5) for job in late)
+
+
+@pytest.mark.django_db(transaction=True)  # the test needs real commits
+def test_an_error_of_publishing_is_not_raised_to_the_caller(monkeypatch):
+    """A caller that sees an error enqueues again, and then has each job twice."""
+    monkeypatch.setattr(queryset, "publish", lambda jobs: 1 / 0)
+    with transaction.atomic():
+        Job.objects.enqueue_many(add, [[1, 2]] * 3)
+    assert Job.objects.count() == 3
+
+
+def test_a_failed_publish_does_not_change_a_job_that_waits_for_its_retry(broker_down):
+    """Publishing may report an error although the broker has taken the message."""
+    job = Job.objects.enqueue(add, [1, 2])
+    updates.requeue(runs.Run(job.pk).row)
+    Job.objects.filter(pk=job.pk).update(times_sent=0, sweep_at=Now() + timedelta(seconds=600))
+    assert not publish.publish([job])
+    assert seconds_until_due(job) > 500

@@ -1,0 +1,246 @@
+"""The purge deletes old jobs and batches, and nothing that is still needed."""
+
+import time
+from datetime import timedelta
+
+import pytest
+from celery import chain, chord
+from django.db.models import ProtectedError, RestrictedError
+from django.db.models.functions import Now
+from django.db.models.signals import pre_delete
+from django.utils import timezone
+from helpers import add, broken, collect, deliver, failed, follow, work
+
+from durable_jobs import batches, conf, sweep
+from durable_jobs.models import Batch, Failure, Job
+from durable_jobs.publish import publish
+
+pytestmark = pytest.mark.django_db
+
+
+def age(rows, field, days=31):
+    rows.update(**{field: Now() - timedelta(days=days)})
+
+
+def purge():
+    for model, field in (Job, "finished_at"), (Batch, "ended_at"):
+        sweep.Purge(model, field).delete_page()
+
+
+def test_old_final_jobs_are_deleted_with_their_idempotency_keys(settings, caplog):
+    caplog.set_level("INFO")
+    old = deliver(Job.objects.enqueue(add, [1, 2], idempotency_key="key"))
+    new = deliver(Job.objects.enqueue(add, [1, 2]))
+    active = Job.objects.enqueue(add, [1, 2])
+    past = Now() - timedelta(days=conf.RETENTION_DAYS, seconds=1)
+    Job.objects.update(created_at=past)
+    Job.objects.filter(pk=old.pk).update(finished_at=past)
+    Failure.objects.create(job=old, started_at=timezone.now())
+    sweep.Purge(Job, "finished_at").delete_page()
+    assert "deleted 1 jobs older than 30 days" in caplog.text
+    assert set(Job.objects.all()) == {new, active}
+    Job.objects.enqueue(add, [1, 2], idempotency_key="key")
+
+
+def test_old_jobs_that_cannot_be_deleted_do_not_stop_the_purge(settings, caplog):
+    jobs = [deliver(Job.objects.enqueue(add, [1, 2])) for _ in range(7)]
+    past = Now() - timedelta(days=conf.RETENTION_DAYS, seconds=1)
+    Job.objects.update(finished_at=past)
+
+    def protect(instance, **kwargs):
+        if instance in (jobs[2], jobs[5]):
+            raise ProtectedError("an order refers to it", {instance})
+
+    pre_delete.connect(protect, sender=Job)
+    purge = sweep.Purge(Job, "finished_at", start_over_at=time.monotonic() + 60)
+    try:
+        purge.delete_page()
+    finally:
+        pre_delete.disconnect(protect, sender=Job)
+    assert set(Job.objects.all()) == {jobs[2], jobs[5]}
+    later = deliver(Job.objects.enqueue(add, [1, 2]))
+    Job.objects.filter(pk=later.pk).update(finished_at=past + timedelta(milliseconds=500))
+    purge.delete_page()  # it skips the two that could not be deleted
+    assert set(Job.objects.all()) == {jobs[2], jobs[5]}
+    assert caplog.text.count("an order refers to it") == 2
+    purge.start_over_at = 0
+    purge.delete_page()  # at the end, it starts over
+    purge.delete_page()
+    assert not Job.objects.exists()
+
+
+def test_no_member_is_deleted_before_its_batch_and_its_callbacks_have_ended(run_jobs):
+    broken.add(2)
+    batch = Batch.objects.enqueue(work, [[1], [2]], then=collect.s())
+    run_jobs()
+    broken.clear()
+    batch.run_failed_again()
+    age(batch.jobs.filter(state="succeeded"), "finished_at")
+    purge()
+    assert batch.jobs.count() == 2  # the batch is open
+    publish([batch.jobs.get(state="queued")])
+    age(Job.objects.filter(state="succeeded"), "finished_at")
+    purge()
+    assert batch.jobs.count() == 2  # the batch has just ended
+    age(Batch.objects.all(), "ended_at")
+    purge()
+    assert batch.jobs.count() == 2  # its callback is queued
+    run_jobs()
+    assert follow(batch) == [[[1, 2]]]
+    purge()
+    assert batch.jobs.count() == 2  # its callback has just ended
+    age(Job.objects.all(), "finished_at")
+    purge()
+    purge()
+    assert (Job.objects.count(), Batch.objects.count()) == (0, 0)
+
+
+def test_a_result_is_kept_while_the_next_step_is_unfinished(run_jobs):
+    last = chain(work.si(1), collect.s(2))()
+    publish([Job.objects.get()])
+    age(Job.objects.filter(state="succeeded"), "finished_at")
+    purge()
+    assert Job.objects.count() == 2
+    run_jobs()
+    assert last.get() == [1, 2]
+
+
+def test_members_of_a_batch_inside_an_open_one_are_kept(run_jobs):
+    broken.add(1)
+    chord([chord([work.si(1), work.si(2)], collect.s("inner")), work.si(3)])(collect.s("outer"))
+    run_jobs()
+    inner, outer = Batch.objects.exclude(parent=None).get(), Batch.objects.get(parent=None)
+    age(Job.objects.all(), "finished_at")
+    age(Batch.objects.filter(pk=inner.pk), "ended_at")
+    purge()
+    assert (Job.objects.count(), Batch.objects.count()) == (3, 2)
+    broken.clear()
+    assert len(outer.run_failed_again()) == 1  # so this still works
+    run_jobs()
+    assert follow(outer) == [[[[[1, 2], "inner"], 3], "outer"]]
+    age(Job.objects.all(), "finished_at")
+    age(Batch.objects.all(), "ended_at")
+    for _ in range(3):
+        purge()
+    assert (Job.objects.count(), Batch.objects.count()) == (0, 0)
+
+
+@pytest.mark.parametrize("way", ["job", "queryset", "batch"])
+def test_a_job_of_a_batch_that_is_being_deleted_does_not_run_again(run_jobs, way):
+    """`then` would start without the jobs that are gone."""
+    broken.add(2)
+    batch = Batch.objects.enqueue(work, [[1], [2]], then=collect.s())
+    run_jobs()
+    age(Batch.objects.all(), "ended_at")
+    job = batch.jobs.get(state="failed")
+    if way == "job":
+        with pytest.raises(ValueError, match="its batch is so old"):
+            job.run_again()
+    elif way == "queryset":
+        assert Job.objects.filter(pk=job.pk).run_again() == []
+    else:
+        assert batch.run_failed_again() == []
+    job.refresh_from_db()
+    batch.refresh_from_db()
+    assert (job.state, batch.state) == ("failed", "failed")
+
+
+def test_a_callback_whose_batch_has_lost_members_fails(run_jobs):
+    batch = Batch.objects.enqueue(work, [[1], [2]], then=collect.s())
+    run_jobs()
+    callback = Job.objects.get(follows=batch.pk)
+    batch.jobs.first().delete()
+    again = callback.run_again()
+    run_jobs()
+    again.refresh_from_db()
+    assert again.state == "failed"
+    assert f"it needs the results of the batch {batch.pk}, which were deleted" in again.error
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_job_that_runs_again_while_it_is_purged_is_not_deleted(monkeypatch):
+    """It was read by the purge as an old one."""
+    monkeypatch.setattr("durable_jobs.queryset.publish", lambda jobs: None)
+    job = failed()
+    age(Job.objects.all(), "finished_at")
+    in_halves = sweep.try_in_halves
+
+    def run_again_first(*args):
+        Job.objects.get().run_again()
+        return in_halves(*args)
+
+    monkeypatch.setattr(sweep, "try_in_halves", run_again_first)
+    purge()
+    assert Job.objects.get(pk=job.pk).state == "queued"
+
+
+@pytest.mark.parametrize(("limit", "left"), [(60, 0), (0, 5)])
+def test_a_round_deletes_pages_until_its_time_is_over(limit, left, monkeypatch):
+    monkeypatch.setattr(sweep, "PURGE_BATCH", 2)
+    monkeypatch.setattr(sweep, "PURGE_SECONDS", limit)
+    for _ in range(7):
+        failed()
+    age(Job.objects.all(), "finished_at")
+    sweep.Purge(Job, "finished_at").delete_pages()
+    assert Job.objects.count() == left
+
+
+def test_jobs_that_must_be_kept_stop_no_purge_of_others(monkeypatch):
+    monkeypatch.setattr(sweep, "PURGE_BATCH", 10)
+    is_open = Batch.objects.create()
+    for _ in range(35):
+        failed(batch=is_open)
+    age(Job.objects.all(), "finished_at", 40)  # all at the same time
+    other = failed()
+    age(Job.objects.filter(pk=other.pk), "finished_at", 35)
+    purges = sweep.Purge(Job, "finished_at", start_over_at=time.monotonic() + 60)
+    for page in range(4):
+        assert Job.objects.filter(pk=other.pk).exists(), page
+        purges.delete_page()
+    assert not Job.objects.filter(pk=other.pk).exists()
+    assert is_open.jobs.count() == 35
+    batches.end(is_open.pk)
+    age(Batch.objects.all(), "ended_at")
+    purges.delete_page()
+    assert is_open.jobs.count() == 35  # it starts over once an hour
+    purges.start_over_at = 0
+    for _ in range(6):
+        purges.delete_page()
+    assert is_open.jobs.count() == 0
+
+
+def test_a_batch_without_jobs_is_deleted_when_it_is_old(user):
+    old, new = Batch.objects.enqueue(work, [], owner=user), Batch.objects.enqueue(work, [])
+    age(Batch.objects.filter(pk=old.pk), "ended_at")
+    purge()
+    assert list(Batch.objects.all()) == [new]
+
+
+def test_a_batch_is_deleted_after_its_jobs_and_the_batches_in_it():
+    """Else one transaction would delete all of them, however many there are."""
+    ended = {"state": "failed", "ended_at": timezone.now()}
+    outer = Batch.objects.create(**ended)
+    inner = Batch.objects.create(**ended, parent=outer)
+    failed(batch=inner)
+    age(Job.objects.all(), "finished_at")
+    age(Batch.objects.all(), "ended_at")
+    left = []
+    for table in sweep.Purge(Batch, "ended_at"), sweep.Purge(Job, "finished_at"):
+        table.delete_page()
+        left.append((Batch.objects.count(), Job.objects.count()))
+    for _ in range(2):
+        sweep.Purge(Batch, "ended_at").delete_page()
+        left.append((Batch.objects.count(), Job.objects.count()))
+    assert left == [(2, 1), (2, 0), (1, 0), (0, 0)]
+
+
+def test_a_batch_or_a_user_with_active_jobs_is_not_deleted(user, admin_client):
+    batch = Batch.objects.enqueue(work, [[1], [2]], owner=user)
+    for row in batch, user:
+        with pytest.raises(RestrictedError, match="active jobs: cancel them first"):
+            row.delete()
+    page = admin_client.get(f"/admin/auth/user/{user.pk}/delete/").content.decode()
+    assert "would require deleting the following protected" in page
+    batch.cancel()
+    user.delete()
+    assert (Job.objects.count(), Batch.objects.count()) == (0, 0)

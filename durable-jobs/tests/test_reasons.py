@@ -1,0 +1,490 @@
+"""A job says what it waits for or why it does not move. The whole system does, too."""
+
+from contextlib import contextmanager
+from datetime import datetime, timedelta
+
+import pytest
+from celery import chain, shared_task
+from django.db import OperationalError, connection
+from django.test.utils import CaptureQueriesContext
+from django.utils import timezone
+from helpers import add, claim, claim_and_lapse
+
+from durable_jobs import publish as publishing
+from durable_jobs import reasons as module
+from durable_jobs import sweep
+from durable_jobs.metrics import by_queue
+from durable_jobs.models import Batch, Job, Pause, Sweep, Worker
+from durable_jobs.reasons import ALL_SILENT, reasons, span
+from durable_jobs.tasks import JobError, JobTask
+
+pytestmark = pytest.mark.django_db
+
+NOBODY = "No worker takes jobs from the queue celery"
+NO_BEAT = "Beat does not run: its last sweep ended 2 min ago"
+
+
+@shared_task(base=JobTask, bind=True, max_retries=7)
+def look_up(self, error=None):
+    self.report(30, message="Looked up 3 of 10")
+    self.retry(countdown=60, exc=error and LOOKED_UP[error], throw=False)  # run once in eager mode
+
+
+LOOKED_UP = {
+    "public": JobError("The service is down"),
+    "secret": OSError("secret"),
+    "blank": JobError(" "),
+}
+
+
+def problems():
+    return module.problems(by_queue())
+
+
+@pytest.fixture(autouse=True)
+def beat(db):
+    return sweeps()
+
+
+def ago(seconds):
+    return timezone.now() - timedelta(seconds=seconds)
+
+
+def sweeps(seconds=1, refused=None):
+    """Beat's last sweep ended so long ago."""
+    Sweep.objects.update_or_create({"ended_at": ago(seconds), "refused": refused}, pk=1)
+
+
+def works(seconds=1, name="celery@one", queues=("celery",), slots=4, busy=0, started=3600):
+    """A worker was seen so long ago."""
+    fields = {"queues": list(queues), "slots": slots, "busy": busy, "pool": "threads"}
+    Worker.objects.create(name=name, seen_at=ago(seconds), started_at=ago(started), **fields)
+
+
+def waits(seconds=60, **fields):
+    """Return a job that has been due for so long."""
+    job = Job.objects.enqueue(add, [1, 2])
+    Job.objects.filter(pk=job.pk).update(due_at=ago(seconds), **fields)
+    return job
+
+
+def runs(silent=15.5, **fields):
+    """Return a running job whose lease ended so long ago."""
+    job = waits()
+    assert claim(job.pk)
+    fields = {"worker": "celery@one", "started_at": ago(50), **fields}
+    Job.objects.filter(pk=job.pk).update(sweep_at=ago(silent), **fields)
+    return job
+
+
+def publish(job):
+    """Run a job once."""
+    job.refresh_from_db()
+    publishing.publish([job])
+
+
+def why(job, **options):
+    job.refresh_from_db()
+    return reasons([job], **options).get(job.pk, "")
+
+
+# Queued, and due
+
+
+def test_a_job_that_waits_for_nothing_says_nothing():
+    works()
+    assert why(waits()) == ""
+    assert reasons([Job.objects.enqueue(add, [1, 2])]) == {}
+
+
+def test_no_worker_takes_from_its_queue():
+    job = waits()
+    works(queues=["io"])
+    assert why(job) == NOBODY
+    works(45.5, "celery@two", ["io", "celery"])
+    works(75, "celery@three")
+    assert why(job) == f"{NOBODY}: the last one is silent for 45 s"
+    assert why(waits(5)) == ""  # too early to say so
+
+
+def test_the_workers_are_ending_or_cannot_reach_the_broker():
+    """A worker that shuts down takes from no queue too, until its bodies have ended."""
+    works(queues=[])
+    works(name="celery@two", queues=["io"])
+    assert why(waits()) == f"{NOBODY}: 1 of 2 is ending or cannot reach the broker"
+    works(name="celery@three", queues=[])
+    assert why(waits()) == f"{NOBODY}: 2 of 3 are ending or cannot reach the broker"
+
+
+def test_all_slots_of_its_queue_are_busy():
+    works(slots=4, busy=4)
+    works(name="celery@two", slots=2, busy=2)
+    works(name="celery@three", queues=["io"], slots=2)
+    works(60, name="celery@four", slots=2)
+    assert why(waits()) == "Waits for a free slot: 6 of 6 of the queue celery are busy"
+    Worker.objects.filter(name="celery@two").update(busy=1)
+    assert why(waits()) == ""
+
+
+def test_workers_that_cannot_be_read_have_no_busy_slots(monkeypatch):
+    def using(*args):
+        raise OperationalError
+
+    monkeypatch.setattr(Worker.objects, "using", using)
+    assert why(waits()) == ""
+
+
+def test_the_broker_takes_no_message():
+    works()
+    sweeps(refused={"celery": "ConnectionError('refused')"})
+    text = "The broker takes no message for the queue celery"
+    assert why(waits(times_sent=0)) == text
+    assert why(waits(times_sent=0), for_staff=True) == f"{text}: ConnectionError('refused')"
+    assert why(waits(times_sent=1)) == ""  # it was sent before
+    sweeps(130, refused={"celery": "ConnectionError('refused')"})
+    assert why(waits(times_sent=0)) == NO_BEAT  # the broker may run again
+    assert problems() == [NO_BEAT]
+
+
+def test_beat_does_not_run():
+    works()
+    sweeps(130)
+    assert why(waits()) == NO_BEAT
+    assert why(waits(queue="io")) == f"{NOBODY[:-6]}io. {NO_BEAT}"
+    Sweep.objects.all().delete()
+    assert why(waits()) == "Beat does not run, and never did"
+
+
+def test_beat_and_all_workers_are_silent():
+    works(120)
+    sweeps(130)
+    assert why(waits()) == ALL_SILENT
+    assert why(runs()) == f"No sign of life from its worker for 45 s. {ALL_SILENT}"
+
+
+def test_a_limit_that_only_beat_can_fill_says_that_beat_does_not_run(settings):
+    settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"LIMITS": {"tenant": "2", "api": "2/h"}}
+    sweeps(130)
+    works()
+    held = {"times_sent": 0, "sweep_at": None}
+    free = waits(held_by="tenant:7", limit_key="tenant:7", **held)
+    rated = waits(held_by="api", limit_key="api", **held)
+    assert why(free) == f"Waits for its turn. {NO_BEAT}"
+    assert why(rated) == f"Waits for its turn: api may start 2/h. {NO_BEAT}"
+    for _ in range(2):
+        waits(limit_key="tenant:7")
+    assert why(free) == "Waits for its turn: 2 of 2 of tenant 7 are running"
+
+
+def test_a_pause_says_for_how_long():
+    Pause.objects.create(name="celery", reason="SMTP is down", since=ago(1250))
+    Pause.objects.create(name=add.name, since=ago(8000))
+    job = waits()
+    assert why(job) == "Paused for 20 min: SMTP is down. Paused for 2 h"
+    Pause.objects.filter(name="celery").delete()
+    assert why(job) == "Paused for 2 h"
+
+
+# Queued, for later
+
+
+def test_a_countdown_has_only_its_time(api, user):
+    job = Job.objects.enqueue(add, [1, 2], owner=user, countdown=3 * 86400)
+    assert why(job) == ""
+    shown = api.get(f"/api/jobs/{job.pk}/").json()
+    job.refresh_from_db()
+    assert (shown["reason"], datetime.fromisoformat(shown["due_at"])) == ("", job.due_at)
+
+
+@pytest.mark.parametrize(
+    "error, owner_reads, staff_reads",
+    [
+        ("public", ": The service is down", ": The service is down"),
+        ("secret", "", ": OSError: secret"),
+        ("blank", ":  ", ""),
+        (None, "", ": The task requested another try"),
+    ],
+)
+def test_a_retry_says_which_try_comes_and_why(error, owner_reads, staff_reads):
+    job = look_up.enqueue(error)
+    for tries in 2, 3:
+        publish(job)
+        assert why(job) == f"Try {tries} of 8{owner_reads}"
+        assert why(job, for_staff=True) == f"Try {tries} of 8{staff_reads}"
+        assert (job.message, job.progress) == ("Looked up 3 of 10", 30)  # is kept
+
+
+def test_the_text_of_a_retry_is_gone_when_the_next_try_starts():
+    job = look_up.enqueue("public")
+    publish(job)
+    job.refresh_from_db()
+    assert job.public_error == "The service is down"
+    assert claim(job.pk, retries=1)
+    job.refresh_from_db()
+    assert (job.public_error, why(job)) == ("", "")
+
+
+def test_a_crash_says_so():
+    job = waits()
+    claim_and_lapse(job)
+    Job.objects.filter(pk=job.pk).update(message="Row 7")
+    sweep.recover_lapsed()
+    assert why(job) == "Crash 1 of 3: It stopped unexpectedly"
+    assert why(job, for_staff=True) == "Crash 1 of 3: Its worker died"
+    assert job.message == "Row 7"
+    Job.objects.filter(pk=job.pk).update(retries=2, due_at=ago(60))
+    assert why(job) == f"{NOBODY}. Try 3 of 4, crash 1 of 3: It stopped unexpectedly"
+
+
+def test_an_unknown_task_or_one_without_a_limit_has_no_last_try():
+    assert why(waits(0, task="gone", retries=1)) == "Try 2"
+    job = waits(0, retries=9)  # retry(max_retries=20) in a body
+    assert why(job) == "Try 10"
+
+
+# Running
+
+
+def test_a_running_job_says_nothing_while_its_lease_lasts():
+    job = waits()
+    assert claim(job.pk)
+    assert why(job) == ""
+
+
+def test_a_worker_gives_no_sign_of_life():
+    text = "No sign of life from its worker for 45 s; it starts again when Beat"
+    assert why(runs()) == f"{text} notices"
+    assert why(runs(crashes=2)) == f"{text} notices".replace("starts again", "fails")
+    works(name="celery@other")
+    sweeps(130)
+    assert why(runs()) == f"{text} runs. {NO_BEAT}"
+
+
+def test_a_worker_that_has_started_again_is_not_the_one_that_ran_the_job():
+    works(started=20)
+    assert why(runs()).endswith("it starts again when Beat notices")
+
+
+def test_a_worker_lives_but_cannot_write_to_the_row():
+    works()
+    text = "No sign of life from its worker for 45 s, but it runs"
+    assert why(runs()) == f"{text}: another process has probably locked the job"
+
+
+def test_a_job_is_over_its_time_limit():
+    works()
+    assert why(runs(deadline=ago(1))) == "It is over its time limit; it fails when Beat notices"
+
+
+def test_a_clock_that_is_ahead_makes_no_job_silent(monkeypatch):
+    """The machine of the web server has another clock than the database."""
+    job = runs(silent=-20)
+    later = timezone.now() + timedelta(hours=1)
+    monkeypatch.setattr(timezone, "now", lambda: later)
+    assert why(job) == ""
+
+
+@contextmanager
+def locked_table():
+    """Another process of PostgreSQL locks the table, as CREATE INDEX does. Gives its id."""
+    other = connection.copy()
+    try:
+        other.set_autocommit(False)
+        with other.cursor() as cursor:
+            cursor.execute("LOCK TABLE durable_jobs_job IN SHARE MODE")
+            cursor.execute("SELECT pg_backend_pid()")
+            yield cursor.fetchone()[0]
+    finally:
+        other.close()
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.skipif(connection.vendor != "postgresql", reason="SQLite has no locks of tables")
+def test_a_lock_on_the_table_is_named_with_its_process_for_staff(broker_down):
+    works()
+    sweeps(130)
+    running, queued = runs(), waits()
+    text = "The database is locked: no job can start or end"
+    with locked_table() as pid:
+        shown = text.replace("locked", f"locked, by process {pid} for 0 s")
+        assert (why(queued), why(queued, for_staff=True)) == (text, shown)
+        assert why(running) == f"No sign of life from its worker for 45 s. {text}"
+        assert shown in problems()
+        Sweep.objects.update(ended_at=ago(1))  # the sweep waits for the lock a little later
+        assert why(running) == text
+    assert why(running).endswith("another process has probably locked the job")
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_page_is_read_while_another_process_writes(broker_down):
+    """It takes no lock: on SQLite, a reader with one makes Beat and the heartbeats wait, too."""
+    sweeps(130)
+    works(120)
+    jobs = runs(), waits()
+    sqlite = connection.vendor == "sqlite"
+    write = "BEGIN IMMEDIATE" if sqlite else "BEGIN; LOCK durable_jobs_job IN ROW EXCLUSIVE MODE"
+    other = connection.copy()
+    try:
+        with other.cursor() as cursor:
+            cursor.execute(write)
+        assert [ALL_SILENT in why(job, for_staff=True) for job in jobs] == [True, True]
+        assert problems()[0] == ALL_SILENT
+    finally:
+        other.close()
+
+
+# Ended
+
+
+def test_what_follows_a_job_that_failed_does_not_start(api, user, run_jobs):
+    chain(fail.s(), add.s(2)).apply_async(owner=user)
+    fail.using(owner=user).enqueue()
+    run_jobs()
+    last, first = api.get("/api/jobs/").json()["results"]
+    assert (first["reason"], last["reason"]) == ("What follows it does not start", "")
+    assert api.get(first["url"]).json()["reason"] == first["reason"]
+
+
+@shared_task(base=JobTask)
+def fail():
+    raise OSError
+
+
+def test_a_job_links_to_what_follows_it(api, user, run_jobs):
+    chain(add.s(1, 2), add.s(3)).apply_async(owner=user, label="A chain")
+    batch = Batch.objects.enqueue(add, [[1, 2]], owner=user, then=add.si(3, 4))
+    run_jobs()
+    first, second = Job.objects.filter(label="A chain").order_by("created_at")
+    shown = [api.get(f"/api/jobs/{job.pk}/").json() for job in (first, second)]
+    url = f"http://testserver/api/jobs/{second.pk}/"
+    fields = {"id": str(second.pk), "url": url, "task": add.name, "label": "A chain"}
+    assert shown[0]["followed_by"] == [{**fields, "state": "succeeded"}]
+    assert [each["follows"] for each in shown] == [None, str(first.pk)]
+    assert [each["follows_url"] for each in shown] == [None, shown[0]["url"]]
+    shown = api.get(f"/api/jobs/{Job.objects.get(follows=batch.pk).pk}/").json()
+    assert shown["follows_url"] == f"http://testserver/api/batches/{batch.pk}/"
+    listed = api.get("/api/jobs/").json()["results"]
+    assert not {"follows_url", "followed_by"} & listed[0].keys()
+    assert str(first.pk) in [each["follows"] for each in listed]
+
+
+def test_the_admin_links_jobs_and_batches_to_what_follows_them(admin_client, run_jobs):
+    then = chain(fail.si().set(label="<Next>"), add.s(1))
+    batch = Batch.objects.enqueue(add, [[1, 2]], then=then)
+    run_jobs()
+    [job] = Job.objects.filter(follows=batch.pk)
+    again = Job.objects.get(batch=batch).run_again()
+
+    def page(row):
+        kind = row._meta.model_name
+        return admin_client.get(f"/admin/durable_jobs/{kind}/{row.pk}/change/").content.decode()
+
+    link = f'<a href="/admin/durable_jobs/job/{job.pk}/change/">&lt;Next&gt;</a>'
+    assert link in page(batch) and "What follows it does not start" in page(job)
+    assert f'<a href="/admin/durable_jobs/batch/{batch.pk}/change/">the batch {batch.pk}</a>' in page(job)
+    first = Job.objects.get(pk=again.follows)
+    assert f'<a href="/admin/durable_jobs/job/{again.pk}/change/">{again}</a>' in page(first)
+    assert f'<a href="/admin/durable_jobs/job/{first.pk}/change/">the job {first.pk}</a>' in page(again)
+
+
+# The whole system
+
+
+def test_a_system_without_problems_has_none():
+    works()
+    waits(), Job.objects.enqueue(add, [1, 2], countdown=60)
+    assert problems() == []
+
+
+def test_the_problems_of_the_system_are_named():
+    works(queues=["io"])
+    waits(), waits(), waits(queue="io")
+    runs()
+    Pause.objects.create(name="io", reason="a bug", since=ago(1250))
+    sweeps(refused={"io": "ConnectionError('refused')"})
+    assert problems() == [
+        f"{NOBODY}: 2 jobs there",
+        "The broker takes no message for the queue io: ConnectionError('refused')",
+        "No sign of life from the workers of 1 job",
+        "io: Paused for 20 min: a bug",
+    ]
+    sweeps(130)
+    assert problems()[0] == NO_BEAT
+    Worker.objects.update(seen_at=ago(60))
+    assert problems()[0] == ALL_SILENT
+
+
+def test_the_sweep_stores_for_which_queues_the_broker_takes_no_message(broker_down, monkeypatch):
+    def count(name, broker):
+        if name == "celery":
+            raise OSError("no\0 broker")
+        return 0
+
+    monkeypatch.setattr(sweep, "messages_in", count)
+    waits(times_sent=0, sweep_at=ago(60))
+    sweep.send_due()
+    sweep.store_round(0, 0)
+    assert Sweep.objects.get().refused == {"celery": "OSError('no\\x00 broker')"}
+    Job.objects.all().cancel()
+    sweep.send_due()
+    sweep.store_round(0, 0)
+    assert Sweep.objects.get().refused is None
+
+
+# Costs and faults
+
+
+def tables(function, *args):
+    """Return the table of each query."""
+    with CaptureQueriesContext(connection) as captured:
+        function(*args)
+    return [query["sql"].replace('"', "").split(" FROM ")[1].split()[0] for query in captured]
+
+
+def test_jobs_that_are_well_cost_no_query():
+    job = waits()
+    assert claim(job.pk)
+    ended, later = waits(), Job.objects.enqueue(add, [1, 2], countdown=60)
+    ended.cancel()
+    assert tables(reasons, [*Job.objects.all()]) == []
+    later.refresh_from_db()
+    waits(5)
+    assert tables(reasons, [*Job.objects.all()]) == ["durable_jobs_pause"]
+
+
+def test_many_jobs_that_wait_cost_the_same_few_queries():
+    works()
+    for _ in range(3):
+        waits(retries=1), runs(), waits(held_by="tenant:7", limit_key="tenant:7", sweep_at=None)
+    with CaptureQueriesContext(connection) as captured:
+        assert len(reasons([*Job.objects.all()], for_staff=True)) == 9
+    sql = [query["sql"] for query in captured if query["sql"].startswith("SELECT")]
+    assert len(sql) == 7  # the jobs, and six facts
+
+
+@pytest.mark.parametrize("model", [Sweep, Worker])
+def test_a_fact_that_cannot_be_read_is_left_out(model):
+    works()
+    sweeps(130)
+    jobs = [waits(queue="io"), runs()]
+    rows = by_queue()
+
+    def refuse(execute, sql, *args):
+        if model._meta.db_table in sql:
+            return execute("SELECT no_column FROM durable_jobs_job", *args)
+        return execute(sql, *args)
+
+    with connection.execute_wrapper(refuse):
+        text = why(jobs[0])
+        assert (NO_BEAT in text, "No worker" in text) == (model is Worker, model is Sweep)
+        assert why(jobs[1]).startswith("No sign of life from its worker for 45 s")
+        nobody = "No worker takes jobs from the queue io: 1 job there"
+        assert module.problems(rows)[0] == (NO_BEAT if model is Worker else nobody)
+    assert NO_BEAT in why(jobs[0])  # the transaction goes on
+
+
+@pytest.mark.parametrize(
+    "seconds, text", [(-1, "0 s"), (59.9, "59 s"), (60, "1 min"), (7199, "1 h"), (172800, "2 days")]
+)
+def test_a_span_of_time_is_short(seconds, text):
+    assert span(timedelta(seconds=seconds)) == text

@@ -1,0 +1,127 @@
+"""Retries: how long a job waits, when it fails, and what is kept of each failed run."""
+
+from datetime import timedelta
+
+import pytest
+from celery import shared_task
+from django.utils import timezone
+from helpers import add, deliver, errors, run
+
+from durable_jobs import queryset, updates
+from durable_jobs.models import Job
+from durable_jobs.tasks import JobTask
+
+pytestmark = pytest.mark.django_db
+
+
+@shared_task(
+    base=JobTask,
+    bind=True,
+    autoretry_for=(OSError,),
+    retry_backoff=10,
+    retry_jitter=False,
+    max_retries=2,
+)
+def flaky(self, failures):
+    if self.request.retries < failures:
+        raise OSError("away")
+
+
+def test_each_retry_waits_longer_than_the_one_before(monkeypatch):
+    requeue, delays = updates.requeue, []
+
+    def spy(self, delay=0, **changes):
+        delays.append(delay)
+        return requeue(self, delay, **changes)
+
+    monkeypatch.setattr(updates, "requeue", spy)
+    job = deliver(Job.objects.enqueue(flaky, [2]))
+    assert (job.state, job.retries, job.crashes) == ("succeeded", 2, 0)
+    assert delays == [10, 20]
+
+
+def test_a_retry_waits_at_most_ten_years():
+    job = run(lambda task: task.request.retries or task.retry(countdown=1e12))
+    wait = (job.due_at - timezone.now()).total_seconds()
+    assert wait == pytest.approx(queryset.MAX_COUNTDOWN, abs=60)
+
+
+def test_a_job_fails_after_its_last_retry():
+    job = deliver(Job.objects.enqueue(flaky, [9]))
+    assert (job.state, job.retries, job.error) == ("failed", 2, "OSError: away")
+
+
+@pytest.mark.parametrize("options", [{"args": [object()]}, {"kwargs": {"x": {1}}}], ids=str)
+def test_a_retry_that_cannot_be_stored_fails_the_job(options):
+    job = run(lambda task: task.retry(**options))
+    assert (job.state, job.crashes) == ("failed", 0)
+    assert job.error.startswith("Its next try cannot be stored: ")
+
+
+def test_a_retry_with_an_option_that_a_job_cannot_have_fails_the_job():
+    job = run(lambda task: task.retry(expires=60))
+    assert (job.state, job.retries) == ("failed", 0)
+    assert "TypeError: a job does not take expires" in job.error
+
+
+# What is kept
+
+
+def test_each_failed_run_is_kept_with_its_traceback():
+    job = deliver(Job.objects.enqueue(flaky, [2]))
+    assert job.state == "succeeded"
+    assert errors(job) == ["OSError: away"] * 2
+    job = deliver(Job.objects.enqueue(flaky, [9]))
+    assert errors(job) == ["OSError: away"] * 3
+    failures = list(job.failures.all())
+    assert all('raise OSError("away")' in failure.traceback for failure in failures)
+    assert {failure.exception for failure in failures} == {"builtins.OSError"}
+    assert {failure.worker for failure in failures} == {job.worker} != {""}
+    times = [time for failure in failures for time in (failure.started_at, failure.ended_at)]
+    assert times == sorted(times)
+    assert times[-2] == job.started_at and times[-1] - job.finished_at < timedelta(seconds=1)
+
+
+def divide(task, **options):
+    try:
+        1 / 0  # noqa: B018
+    except ZeroDivisionError:
+        raise task.retry(**options) from None
+
+
+def divide_and_continue(task):
+    try:
+        1 / 0  # noqa: B018
+    except ZeroDivisionError:
+        task.retry(throw=False)
+
+
+@pytest.mark.parametrize(
+    ("body", "error", "raised"),
+    [
+        (divide, "ZeroDivisionError: division by zero", "1 / 0"),
+        (lambda task: divide(task, exc=ValueError("no")), "ValueError: no", "1 / 0"),
+        (divide_and_continue, "ZeroDivisionError: division by zero", "1 / 0"),
+        (lambda task: task.retry(exc=ValueError("no")), "ValueError: no", "ValueError: no"),
+        (lambda task: task.retry(exc=OSError("no"), throw=False), "OSError: no", "OSError: no"),
+        (lambda task: task.retry(), "The task requested another try", ""),
+    ],
+)
+@pytest.mark.parametrize("is_eager", [True, False])  # as in a project's tests, as in a worker
+def test_a_failure_has_the_error_that_led_to_the_retry(body, error, raised, is_eager):
+    def retry(task):
+        task.request.is_eager = is_eager
+        if not task.request.retries:
+            body(task)
+
+    job = run(retry)
+    assert (job.retries, errors(job)) == (1, [error])
+    assert raised in job.failures.get().traceback
+
+
+def test_only_the_latest_twenty_failures_are_kept():
+    job = Job.objects.enqueue(add, [1, 2])
+    for number in range(23):
+        Job.objects.update(started_at=timezone.now())
+        assert updates.requeue(Job.objects.all(), failure={"error": str(number)}) == 1
+    assert errors(job) == [str(number) for number in range(3, 23)]

@@ -1,0 +1,396 @@
+"""Run again keeps the row of a failed job and its batch, and no run before writes into it."""
+
+import os
+import threading
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
+import pytest
+from celery import chain, chord, shared_task
+from celery.exceptions import Ignore
+from celery.worker import state as worker_state
+from celery.worker.control import Panel
+from django.db import connection
+from django.db.models.functions import Now
+from django.test.utils import CaptureQueriesContext
+from django.utils import timezone
+from helpers import broken, call_concurrently, claim, collect, failed, follow, work
+
+from durable_jobs import batches, runs, updates, worker
+from durable_jobs.lease import write_and_renew
+from durable_jobs.models import Batch, Failure, Job
+from durable_jobs.tasks import JobTask
+
+pytestmark = pytest.mark.django_db
+only_postgresql = pytest.mark.skipif(
+    "connection.vendor != 'postgresql'", reason="set DATABASE_URL=postgres://…"
+)
+
+
+@shared_task(base=JobTask, bind=True, max_retries=1)
+def retried(self, n):
+    if n in broken:
+        raise self.retry(countdown=0)
+    return n
+
+
+@pytest.mark.parametrize("way", ["job", "queryset"])
+def test_a_failed_job_is_queued_again_in_its_own_row(published, user, commit, way):
+    then = [{"task": collect.name, "args": [], "kwargs": {}, "queue": "celery", "label": ""}]
+    kept = {"owner": user, "label": "Import", "idempotency_key": "key", "cursor": 7, "then": then}
+    job = failed(**kept, progress=70)
+    Failure.objects.create(job=job, started_at=timezone.now(), error="no")
+    created_at = Job.objects.get().created_at
+    with commit():
+        again = job.run_again() if way == "job" else Job.objects.all().run_again()[0]
+        assert published == []  # its message is sent after the commit
+    assert (again.pk, again.state, published) == (job.pk, "queued", [str(job.pk)])
+    row = Job.objects.get()
+    assert (row.state, row.retries, row.crashes, row.times_sent) == ("queued", 0, 0, 1)
+    assert (row.error, row.public_error, row.message, row.result) == ("", "", "", None)
+    assert (row.finished_at, row.created_at, row.progress) == (None, created_at, 70)
+    assert {name: getattr(row, name) for name in kept} == kept
+    assert row.failures.count() == 1
+    for name in ("state", "retries", "crashes", "error", "progress", "due_at", "sweep_at"):
+        assert getattr(again, name) == getattr(row, name), name
+
+
+def test_a_job_that_runs_again_may_be_retried_and_may_crash_as_often_as_a_new_one(run_jobs):
+    broken.add(1)
+    job = Job.objects.enqueue(retried, [1])
+    run_jobs()
+    job.refresh_from_db()
+    assert (job.state, job.retries, job.failures.count()) == ("failed", 1, 2)
+    Job.objects.update(crashes=2)
+    job.run_again()
+    run_jobs()
+    job.refresh_from_db()
+    assert (job.state, job.retries, job.crashes, job.failures.count()) == ("failed", 1, 0, 4)
+    broken.clear()
+    job.run_again()
+    run_jobs()
+    job.refresh_from_db()
+    assert (job.state, job.result, job.error) == ("succeeded", 1, "")
+
+
+def test_without_a_cursor_the_progress_starts_again(published):
+    again = failed(progress=70).run_again()
+    assert (again.progress, Job.objects.get().progress) == (0, 0)
+
+
+def test_a_message_of_the_run_before_starts_the_job_once(published):
+    """A cancelled job may still have a message in the broker."""
+    job = Job.objects.enqueue(work, [1])
+    job.cancel()
+    job.refresh_from_db()
+    job.run_again()
+    assert [claim(job.pk), claim(job.pk)] == [1, 0]
+
+
+def test_a_job_that_succeeded_is_enqueued_anew(published, user):
+    batch = Batch.objects.enqueue(work, [[1]], owner=user)
+    job = batch.jobs.get()
+    updates.finish(Job.objects.all(), "succeeded", cursor=7, then=[], result=1)
+    batches.end(batch.pk)
+    job.refresh_from_db()
+    for again in job.run_again(), *Job.objects.filter(pk=job.pk).run_again():
+        assert again.pk != job.pk
+        again.refresh_from_db()
+        assert (again.follows, again.owner, again.args) == (job.pk, user, [1])
+        assert (again.batch, again.then, again.cursor) == (None, None, None)
+    job.refresh_from_db()
+    batch.refresh_from_db()
+    assert (job.state, job.result, batch.state) == ("succeeded", 1, "succeeded")
+
+
+def test_a_unique_job_gives_way_to_the_active_one(published):
+    batch = Batch.objects.create(state="failed", ended_at=timezone.now())
+    job = failed(unique_key="key", batch=batch)
+    other = Job.objects.enqueue(work, [2], unique="key")
+    before = Job.objects.filter(pk=job.pk).values().get()
+    assert job.run_again() == other
+    assert Job.objects.filter(pk=job.pk).run_again() == [other]
+    assert (job.state, Job.objects.filter(pk=job.pk).values().get()) == ("failed", before)
+    batch.refresh_from_db()
+    assert batch.state == "failed"
+    other.cancel()
+    assert job.run_again() == job
+    assert Job.objects.enqueue(work, [2], unique="key") == job
+
+
+@pytest.mark.django_db(transaction=True)
+def test_two_who_run_a_job_again_run_it_once():
+    job = Job.objects.enqueue(work, [1], countdown=60)
+    for way in range(4):
+        job.cancel()
+        job.refresh_from_db()
+
+        def again(way=way):
+            try:
+                row = Job.objects.get(pk=job.pk)
+                if row.state == "queued":
+                    raise ValueError
+                return len(Job.objects.all().run_again()) if way % 2 else bool(row.run_again())
+            except ValueError:
+                return 0
+
+        Job.objects.filter(pk=job.pk).update(queue=f"none-{way}")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("durable_jobs.queryset.publish", lambda jobs: None)
+            assert sum(call_concurrently(5, again)) == 1
+        job.refresh_from_db()
+        assert job.state == "queued"
+
+
+def zombie_of(job):
+    """Start a run of this job, and freeze its worker."""
+    run = runs.Run(
+        job.pk,
+        worker="",
+        retries=job.retries,
+        crashes=job.crashes,
+        times_sent=1,
+        limit=timedelta(seconds=60),
+        lease=timedelta(seconds=30),
+    )
+    assert run.claim()
+    return run
+
+
+def check_zombie(zombie, end):
+    zombie.task, zombie.in_body = work, end in ("cursor", "renewal")
+    if end == "succeed":
+        with pytest.raises(Ignore):
+            zombie.succeed(99)
+    elif end == "fail":
+        try:
+            raise OSError
+        except OSError:
+            zombie.fail()
+    elif end == "cursor":
+        with pytest.raises(runs.JobLost):
+            zombie.write_cursor(99)
+    else:
+        zombie.report = {"progress": 99, "message": "zombie"}
+        write_and_renew([zombie])
+        assert zombie.lost
+
+
+@pytest.mark.parametrize("end", ["succeed", "fail", "cursor", "renewal"])
+def test_a_frozen_run_does_not_write_into_the_run_that_was_started_again(published, end):
+    job = Job.objects.enqueue(work, [1])
+    zombie = zombie_of(job)
+    job.cancel()
+    job.refresh_from_db()
+    job.run_again()
+    new = zombie_of(job)
+    check_zombie(zombie, end)
+    job.refresh_from_db()
+    assert (job.state, job.run_token, job.cursor) == ("running", new.token, None)
+    new.succeed(1)
+    job.refresh_from_db()
+    assert (job.state, job.result) == ("succeeded", 1)
+
+
+@pytest.mark.parametrize("end", ["succeed", "fail"])
+def test_a_run_that_knows_that_it_is_lost_does_not_take_the_queued_job(published, end):
+    """For example a thread over its time limit, whose job was run again, and waits for a slot."""
+    job = Job.objects.enqueue(work, [1])
+    zombie = zombie_of(job)
+    job.cancel()
+    zombie.overtaken = True  # the renewal of its lease has found out
+    job.refresh_from_db()
+    job.run_again()
+    check_zombie(zombie, end)
+    job.refresh_from_db()
+    assert (job.state, job.retries, claim(job.pk)) == ("queued", 0, 1)
+
+
+def test_a_run_of_before_may_take_the_queued_job_if_it_has_not_noticed(published):
+    """As any other worker: its result counts, and the new message starts nothing."""
+    job = Job.objects.enqueue(work, [1])
+    zombie = zombie_of(job)
+    job.cancel()
+    job.refresh_from_db()
+    job.run_again()
+    zombie.task = work
+    zombie.succeed(99)
+    job.refresh_from_db()
+    assert (job.state, job.result, claim(job.pk)) == ("succeeded", 99, 0)
+
+
+def test_a_revoked_job_can_run_again(published, monkeypatch):
+    """A worker of Celery ignores each message of a revoked id for three hours."""
+    job, plain = Job.objects.enqueue(work, [1]), str(uuid.uuid4())
+    revoke = lambda state, ids, **kwargs: worker_state.revoked.update(ids)  # noqa: E731  as Celery's does
+    monkeypatch.setitem(Panel.data, "revoke", revoke)
+    monkeypatch.setitem(Panel.data, "terminate", None)
+    monkeypatch.setattr(worker, "in_thread", lambda update, *args: update(*args))
+    worker.cancel_revoked_jobs()
+    Panel.data["revoke"](None, [str(job.pk), plain, "no id"])
+    job.refresh_from_db()
+    assert job.state == "cancelled"
+    assert str(job.pk) not in worker_state.revoked
+    assert plain in worker_state.revoked and "no id" in worker_state.revoked
+    worker_state.revoked.clear()
+
+
+# Many jobs
+
+
+def test_many_jobs_run_again_together(published, commit, monkeypatch):
+    monkeypatch.setattr("durable_jobs.queryset.BATCH_SIZE", 100)
+    batch = Batch.objects.create(state="failed", ended_at=timezone.now())
+    rows = [Job(task=work.name, args=[n], queue="celery", batch=batch) for n in range(400)]
+    for n, job in enumerate(rows):
+        job.state = ["failed", "cancelled", "succeeded", "queued"][n % 4]
+        ended = job.state != "queued"
+        job.finished_at = timezone.now() if ended else None
+        job.sweep_at = None if ended else timezone.now()
+    Job.objects.bulk_create(rows)
+    Job.objects.filter(pk=rows[0].pk).update(task="gone")
+    with CaptureQueriesContext(connection) as queries, commit():
+        again = Job.objects.all().run_again()
+    assert len(queries) < 25
+    assert len(again) == len(set(again)) == 299
+    assert sorted(published) == sorted(str(job.pk) for job in again)
+    assert Job.objects.filter(state="queued", batch=batch).count() == 100 + 199
+    assert Job.objects.filter(follows__isnull=False, batch=None, state="queued").count() == 100
+    batch.refresh_from_db()
+    assert batch.state == "open"
+
+
+def test_a_slice_of_jobs_can_run_again(published):
+    first, second, _ = sorted((failed() for _ in range(3)), key=lambda job: job.pk)
+    assert Job.objects.order_by("pk")[:2].run_again() == [first, second]
+
+
+# Batches
+
+
+def test_a_batch_whose_failed_jobs_run_again_starts_what_comes_next_once(run_jobs):
+    broken.update([1, 3])
+    batch = Batch.objects.enqueue(
+        work, [[n] for n in range(5)], then=collect.s("then"), ended=collect.si("ended")
+    )
+    run_jobs()
+    assert follow(batch) == [["ended"]]
+    assert (batch.state, batch.counts) == ("failed", {"succeeded": 3, "failed": 2})
+    broken.remove(1)
+    again = batch.run_failed_again()
+    assert (len(again), batch.state, batch.ended_at, batch.error) == (2, "open", None, "")
+    run_jobs()
+    assert follow(batch) == [["ended"]]  # `ended` has started at the first end, and not again
+    assert (batch.state, batch.error) == ("failed", "1 failed of 5")
+    broken.clear()
+    batch.jobs.get(state="failed").run_again()
+    run_jobs()
+    assert sorted(follow(batch), key=len) == [["ended"], [[0, 1, 2, 3, 4], "then"]]
+    assert (batch.state, batch.counts) == ("succeeded", {"succeeded": 5})
+    assert batch.run_failed_again() == []
+    batches.end_all()
+    assert len(follow(batch)) == 2
+
+
+def test_a_cancelled_batch_can_run_again(run_jobs):
+    batch = Batch.objects.enqueue(work, [[n] for n in range(3)], then=collect.s())
+    batch.cancel()
+    assert batch.state == "cancelled"
+    batch.run_failed_again()
+    run_jobs()
+    assert follow(batch) == [[[0, 1, 2]]]
+
+
+def test_a_failed_step_of_a_chain_continues_the_chain(run_jobs):
+    broken.add(2)
+    last = chain(work.si(1), work.si(2), collect.s(3))()
+    run_jobs()
+    Job.objects.get(state="failed").run_again()
+    broken.clear()
+    run_jobs()
+    assert last.get() == [2, 3]
+    assert Job.objects.count() == 3
+
+
+@pytest.mark.parametrize("way", ["batch", "job"])
+def test_a_chord_in_a_chord_opens_with_its_parent(run_jobs, way):
+    broken.add(2)
+    header = [chord([work.si(1), work.si(2)], collect.s("inner")), work.si(3)]
+    last = chord(header)(collect.s("outer"))
+    run_jobs()
+    outer = Batch.objects.get(parent=None)
+    assert [outer.state, outer.children.get().state] == ["failed", "failed"]
+    broken.clear()
+    if way == "batch":
+        assert len(outer.run_failed_again()) == 1
+    else:
+        Job.objects.get(state="failed").run_again()
+        outer.refresh_from_db()
+    assert [outer.state, outer.children.get().state] == ["open", "open"]
+    run_jobs()
+    assert last.get() == [[[[1, 2], "inner"], 3], "outer"]
+    assert Job.objects.count() == 5
+
+
+def test_only_the_batches_of_jobs_that_run_again_open(run_jobs):
+    done = Batch.objects.enqueue(work, [[1]])
+    run_jobs()
+    broken.add(2)
+    bad = Batch.objects.enqueue(work, [[2]])
+    run_jobs()
+    Job.objects.all().run_again()
+    done.refresh_from_db()
+    bad.refresh_from_db()
+    assert (done.state, bad.state) == ("succeeded", "open")
+
+
+@only_postgresql
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.timeout(600)
+def test_run_again_while_a_batch_ends_loses_no_callback(monkeypatch):
+    """A member fails and is run again, while the other one ends. Then all have succeeded."""
+    monkeypatch.setattr("durable_jobs.queryset.publish", lambda jobs: None)
+    rounds = int(os.environ.get("ROUNDS", 100))
+
+    def finish(pk, state):
+        Job.objects.filter(pk=pk).update(
+            state=state, finished_at=Now(), sweep_at=None, run_token=None
+        )
+
+    def end(barrier, batch, members):
+        try:
+            for first, second in members:
+                barrier.wait(60)
+                finish(second, "succeeded")
+                batches.end(batch[first])
+        finally:
+            connection.close()
+
+    def again(barrier, batch, members):
+        try:
+            for first, _ in members:
+                barrier.wait(60)
+                job = Job.objects.get(pk=first)
+                job.run_again()
+                finish(first, "succeeded")
+                batches.end(batch[first])
+        finally:
+            connection.close()
+
+    batch, members = {}, []
+    for _ in range(rounds):
+        row = Batch.objects.enqueue(work, [[1], [2]], then=collect.s(), ended=collect.si("ended"))
+        first, second = row.jobs.order_by("created_at").values_list("pk", flat=True)
+        finish(first, "failed")
+        batch[first] = row.pk
+        members.append((first, second))
+    barrier = threading.Barrier(2)
+    with ThreadPoolExecutor(2) as pool:
+        for each in [pool.submit(side, barrier, batch, members) for side in (end, again)]:
+            each.result()
+    assert Batch.objects.filter(state="succeeded").count() == rounds
+    follows = list(Job.objects.filter(follows__isnull=False).values_list("follows", "args"))
+    assert len([pk for pk, args in follows if args == ["ended"]]) == rounds
+    assert len([pk for pk, args in follows if args != ["ended"]]) == rounds
+    assert len({pk for pk, _ in follows}) == rounds

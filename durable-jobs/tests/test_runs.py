@@ -1,0 +1,224 @@
+"""A run: one message starts one, and a run that has lost its job changes nothing."""
+
+import time
+import uuid
+from functools import partial
+
+import pytest
+from django.db import connection, transaction
+from helpers import act, add, claim, claim_and_lapse, deliver, lapse, run
+
+from durable_jobs import lease, publish, runs, sweep, updates
+from durable_jobs.models import Job
+
+pytestmark = pytest.mark.django_db
+
+
+# Which messages start a run
+
+
+def test_a_message_from_before_a_crash_does_nothing(published):
+    """It would skip the pause after the crash."""
+    job = Job.objects.enqueue(add, [1, 2])
+    claim_and_lapse(job)
+    sweep.recover_lapsed()
+    assert not claim(job.pk)
+    assert claim(job.pk, crashes=1)
+
+
+def test_a_second_copy_of_a_message_does_nothing():
+    runs = []
+    job = run(runs.append)
+    deliver(job)
+    assert len(runs) == 1
+
+
+def test_a_copy_of_a_message_that_arrives_during_the_run_does_nothing():
+    runs = []
+
+    def body(task):
+        runs.append(task)
+        publish.publish([Job.objects.get()])
+
+    assert run(body).state == "succeeded"
+    assert len(runs) == 1
+
+
+def test_a_message_from_before_a_retry_does_nothing():
+    job = Job.objects.enqueue(add, [1, 2])
+    Job.objects.update(retries=1)
+    assert deliver(job).state == "queued"
+    assert deliver(job).state == "succeeded"  # its message is from after the retry
+
+
+def test_a_header_of_a_message_is_not_taken_for_a_run():
+    """Celery makes each header an attribute of the request."""
+    job = Job.objects.enqueue(add, [1, 2])
+    headers = {"job": True, "crashes": 0, "times_sent": 1, "run": str(uuid.uuid4())}
+    request = {"id": str(job.pk), "hostname": "test", "called_directly": False, **headers}
+    add.push_request(headers=headers, **request)
+    try:
+        add(*job.args)
+    finally:
+        add.pop_request()
+    job.refresh_from_db()
+    assert (job.state, job.result) == ("succeeded", 3)
+
+
+def test_a_claim_whose_answer_was_lost_can_be_repeated():
+    job, run = Job.objects.enqueue(add, [1, 2]), uuid.uuid4()
+    claims = [claim(job.pk, token) for token in (run, run, uuid.uuid4())]
+    assert claims == [1, 1, 0]
+
+
+def test_a_claim_does_not_wait_for_the_disk():
+    """A second later, the run checks that its claim was not lost."""
+    if connection.vendor != "postgresql":
+        pytest.skip("only PostgreSQL has synchronous_commit: set DATABASE_URL=postgres://…")
+    job, began = Job.objects.enqueue(add, [1, 2]), time.monotonic()
+    with transaction.atomic(), connection.cursor() as cursor:
+        assert claim(job.pk)
+        cursor.execute("SHOW synchronous_commit")
+        assert cursor.fetchall() == [("off",)]
+    assert runs.Run(job.pk).renew_at == pytest.approx(began + 1, abs=0.5)
+
+
+def test_a_process_runs_one_suspect_at_a_time():
+    first, second, third = (runs.Run(uuid.uuid4()) for _ in range(3))
+    assert first.become_suspect() and not second.become_suspect()
+    first.lost = True
+    assert second.become_suspect() and not third.become_suspect()
+    second.ended = True
+    assert third.become_suspect()
+    third.ended = True
+
+
+# A run that has lost its job
+
+
+def replace_run():
+    updates.requeue(Job.objects.all())
+    claim(Job.objects.get().pk)
+
+
+@pytest.mark.parametrize(
+    "end_run, state", [(lambda: Job.objects.all().cancel(), "cancelled"), (replace_run, "running")]
+)
+def test_the_result_of_a_run_that_lost_its_job_is_dropped(end_run, state):
+    def body(task):
+        end_run()
+        return "too late"
+
+    job = run(body)
+    assert (job.state, job.result) == (state, None)
+
+
+@pytest.mark.parametrize("end_run", [lambda: Job.objects.all().cancel(), replace_run])
+def test_the_next_report_ends_a_body_that_lost_its_job(end_run):
+    steps = []
+
+    def body(task):
+        task.report(1, 3)
+        end_run()
+        lease.write_and_renew([task._current_run])
+        steps.append("before")
+        task.report(2, 3)
+        steps.append("after")
+
+    job = run(body)
+    assert steps == ["before"]
+    assert job.progress == 0
+
+
+CURSOR_USES = [lambda task: task.report(1, cursor=1), lambda task: task.cursor]
+
+
+@pytest.mark.parametrize("use_cursor", CURSOR_USES, ids=["report", "cursor"])
+@pytest.mark.parametrize("end_run", [lambda: Job.objects.all().cancel(), lambda: replace_run()])
+def test_a_use_of_the_cursor_ends_a_body_that_lost_its_job(use_cursor, end_run):
+    steps = []
+
+    def body(task):
+        end_run()
+        steps.append("before")
+        use_cursor(task)
+        steps.append("after")
+
+    job = run(body)
+    assert (steps, job.cursor) == (["before"], None)
+
+
+# A crash of the database has lost the claim
+
+
+def test_a_claim_that_a_database_crash_has_lost_is_repeated():
+    """Unless another run has claimed the job, or the body has ended or handed back its job."""
+    forgotten, overtaken, ended = (Job.objects.enqueue(add, [1, 2]) for _ in range(3))
+    three = [runs.Run(job.pk) for job in (forgotten, overtaken, ended)]
+    for each in three:
+        each.claim = partial(claim, each.job_id, each.token)
+        each.in_body = each is not three[2]
+    claim(overtaken.pk)
+    lease.write_and_renew(three)
+    assert [each.lost for each in three] == [False, True, True]
+    assert [each.overtaken for each in three] == [False, True, False]
+    assert Job.objects.get(run_token=three[0].token) == forgotten
+
+
+@pytest.mark.parametrize("end, state", [(None, "succeeded"), (ValueError, "failed")], ids=str)
+def test_an_outcome_is_stored_although_a_database_crash_has_lost_the_claim(end, state):
+    seen = []
+
+    def body(task):
+        seen.append(task._current_run.in_body)
+        Job.objects.update(state="queued", run_token=None, started_at=None)
+        if end:
+            raise end
+
+    assert run(body).state == state
+    assert seen == [True]
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize("handed_back", [False, True])
+@pytest.mark.parametrize("use_cursor", CURSOR_USES, ids=["report", "cursor"])
+def test_a_body_whose_claim_a_database_crash_has_lost_continues(use_cursor, handed_back):
+    """Unless its worker has handed the job back: then it belongs to the next run."""
+
+    def body(task):
+        Job.objects.update(state="queued", run_token=None, started_at=None)
+        task._current_run.in_body = not handed_back
+        use_cursor(task)
+        return Job.objects.get().state
+
+    job = run(body)
+    expected = ("queued", None) if handed_back else ("succeeded", "running")
+    assert (job.state, job.result) == expected
+
+
+def test_a_job_that_a_failover_has_lost_is_gone_without_an_error():
+    ran = []
+    act.body = ran.append
+    job = Job.objects.enqueue(act)
+    Job.objects.all().delete()
+    publish.publish([job])
+    assert not ran and not Job.objects.exists()
+
+
+def test_a_job_whose_success_a_failover_has_lost_runs_twice():
+    claimed = []
+    job = run(lambda task: claimed.append(Job.objects.values().get()))
+    assert job.state == "succeeded"
+    Job.objects.update(**claimed[0])  # as on a replica that was behind
+    lapse(job)
+    sweep.recover_lapsed()
+    job.refresh_from_db()
+    assert deliver(job).state == "succeeded"
+    assert (len(claimed), job.crashes) == (2, 1)
+
+
+def test_a_run_does_not_repeat_its_claim_after_its_body_has_ended(monkeypatch):
+    ended = []
+    monkeypatch.setattr(runs.Run, "succeed", lambda run, result: ended.append(run.in_body))
+    run(lambda task: None)
+    assert ended == [False]

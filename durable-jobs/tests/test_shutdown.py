@@ -1,0 +1,119 @@
+"""A worker that shuts down starts no body, ends those with a cursor, and exits in time."""
+
+from contextlib import nullcontext, suppress
+from functools import partial
+from types import SimpleNamespace
+from unittest.mock import Mock
+
+import pytest
+from django.db import transaction
+from helpers import add, claim, deliver, errors, run, seconds_until_due
+
+from durable_jobs import runs, shutdown, updates
+from durable_jobs.models import Job
+
+pytestmark = pytest.mark.django_db
+
+
+@pytest.fixture
+def shut_down():
+    """A function that begins the shutdown of this worker."""
+    yield partial(shutdown.shutting_down.__setitem__, 0, True)
+    shutdown.shutting_down[0] = False
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize("in_block", [False, True], ids=["autocommit", "atomic"])
+def test_a_shutdown_ends_a_body_when_its_cursor_is_committed(shut_down, in_block):
+    steps = []
+
+    def body(task):
+        shut_down()
+        task.report(1, 3)  # without a cursor, its work would be repeated
+        with transaction.atomic() if in_block else nullcontext():
+            transaction.on_commit(lambda: steps.append("on_commit"))
+            task.report(2, 3, cursor=7)
+            steps.append("in the block")
+        steps.append("after")
+
+    job = run(body)
+    assert steps == (["in the block", "on_commit"] if in_block else ["on_commit"])
+    assert (job.state, job.cursor, job.retries, job.crashes) == ("queued", 7, 0, 0)
+    assert not errors(job)
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_shutdown_forgets_no_function_of_on_commit(shut_down):
+    """A body that passes one after its report continues until its next report."""
+    steps = []
+
+    def body(task):
+        shut_down()
+        with transaction.atomic():
+            task.report(1, 3, cursor=7)
+            transaction.on_commit(lambda: steps.append("on_commit"))
+        steps.append("continues")
+        task.report(2, 3, cursor=8)
+        steps.append("after")
+
+    job = run(body)
+    assert steps == ["on_commit", "continues"]
+    assert (job.state, job.cursor) == ("queued", 8)
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_shutdown_repeats_nothing_of_a_transaction_that_rolls_back(shut_down):
+    def body(task):
+        shut_down()
+        with suppress(ZeroDivisionError), transaction.atomic():
+            task.report(1, 2, cursor=7)
+            raise ZeroDivisionError
+        return "continued"
+
+    job = run(body)
+    assert (job.state, job.result, job.cursor) == ("succeeded", "continued", None)
+
+
+def test_a_worker_that_shuts_down_starts_no_body(shut_down):
+    shut_down()
+    job = run(lambda task: pytest.fail("started"))
+    assert (job.state, job.crashes, job.started_at) == ("queued", 0, None)
+    assert seconds_until_due(job) == pytest.approx(5, abs=4)
+
+
+def test_an_old_message_in_a_shutdown_does_not_shorten_a_pause(shut_down):
+    shut_down()
+    job = Job.objects.enqueue(add, [1, 2], countdown=3600)
+    assert seconds_until_due(deliver(job)) > 3000
+
+
+def test_a_worker_that_hands_back_its_jobs_claims_none_of_them_again(monkeypatch):
+    """Not even a job whose row it has just locked itself, to renew the lease."""
+    skip_locked, locked = updates.skip_locked, [Job.objects.none()]
+    monkeypatch.setattr(updates, "skip_locked", lambda rows: (locked or [skip_locked(rows)]).pop())
+    run = runs.Run(Job.objects.enqueue(add, [1, 2]).pk)
+    run.in_body = True
+    claim(run.job_id, run.token)
+    monkeypatch.setattr("time.sleep", Mock())
+    monkeypatch.setattr("os._exit", Mock())
+    with run:
+        shutdown.requeue_and_exit()
+    assert Job.objects.get().state == "queued"
+    assert not run.in_body
+
+
+@pytest.mark.parametrize(("at_work", "seconds"), [((), 10), ((object(),), 25 + 10)])
+def test_a_worker_that_hangs_in_its_shutdown_exits(monkeypatch, at_work, seconds):
+    """After 10 s without work, or 10 s after all bodies must have ended."""
+    now, exits = [0], Mock()
+
+    def sleep(seconds):
+        now[0] += seconds
+
+    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=sleep)
+    monkeypatch.setattr(shutdown, "time", clock)
+    monkeypatch.setattr(shutdown, "state", SimpleNamespace(active_requests=at_work))
+    monkeypatch.setattr("os._exit", exits)
+    shutdown.end_if_stuck(25)
+    exits.assert_called_once_with(1)
+    assert now == [seconds]
