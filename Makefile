@@ -1,10 +1,10 @@
-.PHONY: demo engine test prove chaos bench package release lint
+.PHONY: demo engine test prove chaos bench wheel release lint
 
 demo: .venv  ## bake a project, start it, run its tasks: make demo ARGS="durable_jobs=yes"
 	@PYTHONPATH=tests .venv/bin/python -m harness.demo $(ARGS)
 
-engine: .venv  ## tests of the app `jobs`, in seconds: make engine ARGS="-k retry"
-	.venv/bin/python -m pytest tests/engine -c tests/engine/pytest.ini $(ARGS)
+engine: .venv  ## tests of the library durable-jobs, in seconds: make engine ARGS="-k retry"
+	.venv/bin/python -m pytest durable-jobs/tests -c durable-jobs/tests/pytest.ini $(ARGS)
 
 PYTEST := .venv/bin/python -m pytest -n auto --dist loadgroup --no-loadscope-reorder --durations 10
 
@@ -19,28 +19,33 @@ chaos: .venv  ## two minutes of random faults on each broker; longer: make chaos
 	@PYTHONPATH=tests .venv/bin/python -m harness.chaos $(ARGS)
 
 bench: .venv  ## measure and write docs/performance.md; a trial: make bench ARGS="--scale 0.1"
-	PYTHONPATH=tests .venv/bin/python bench/run.py $(ARGS)
+	PYTHONPATH=tests .venv/bin/python durable-jobs/bench/run.py $(ARGS)
 
-package: .venv  ## build the engine as a wheel in dist/; elsewhere: make package ARGS="--out-dir /tmp"
-	.venv/bin/uv build --wheel $(ARGS)
+VENDOR := {{cookiecutter.project_slug}}/vendor
+
+wheel: .venv  ## build durable-jobs into the output, as a test wants it
+	.venv/bin/uv build --quiet --wheel --clear --no-create-gitignore --out-dir '$(VENDOR)' durable-jobs
+	@.venv/bin/python .ci/wheel.py
 
 release: .venv  ## test, commit and tag this version, and start the next one
 	@.venv/bin/python .ci/release.py
 
 # The output's plain Python. The output's pyproject.toml is not TOML before it is rendered.
 WHOLE := $(shell grep -rLE '\{[{%#]' templates/durable_jobs --include=*.py)
-ENGINE := --force-exclude --config tests/engine/jobs_ruff.toml '{{cookiecutter.project_slug}}/jobs' $(WHOLE)
+FIRST_PARTY := --config 'lint.isort.known-first-party = ["config", "orders", "users"]'
+AS_OUTPUT := --force-exclude --config durable-jobs/pyproject.toml $(WHOLE)
 
 lint: .venv  ## format all plain Python; CHECK=1 changes nothing, and fails
-	.venv/bin/ruff check $(if $(CHECK),,--fix) .
-	.venv/bin/ruff format $(if $(CHECK),--check) .
-	.venv/bin/ruff check $(if $(CHECK),,--fix) $(ENGINE)
-	.venv/bin/ruff format $(if $(CHECK),--check) $(ENGINE)
+	.venv/bin/ruff check $(if $(CHECK),,--fix) . durable-jobs
+	.venv/bin/ruff format $(if $(CHECK),--check) . durable-jobs
+	.venv/bin/ruff check $(if $(CHECK),,--fix) $(FIRST_PARTY) $(AS_OUTPUT)
+	.venv/bin/ruff format $(if $(CHECK),--check) $(AS_OUTPUT)
 
-.venv: pyproject.toml templates/requirements.txt
+.venv: pyproject.toml durable-jobs/pyproject.toml
 	# A pip in .venv would take four seconds. If python3 has none, .venv needs its own.
 	python3 -m venv --without-pip .venv
 	python3 -m pip --python .venv/bin/python install --quiet uv || \
 		{ python3 -m venv .venv && .venv/bin/pip install --quiet uv; }
-	.venv/bin/uv pip install --quiet --python .venv/bin/python -r templates/requirements.txt --group test
+	.venv/bin/uv pip install --quiet --python .venv/bin/python -r durable-jobs/pyproject.toml \
+		--all-extras --group durable-jobs/pyproject.toml:test --group test
 	@touch .venv

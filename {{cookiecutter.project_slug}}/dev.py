@@ -16,14 +16,7 @@ from pathlib import Path
 {% endfor %}
 {% endset %}
 {% set sorted = imports.sort(lines) %}
-{% if has_jobs %}
-"""`make run`: run the whole project on this machine, for development. Ctrl-C ends everything.
-
-This file is delivered like the folder jobs/: do not edit it, because an upgrade replaces it.
-"""
-{% else %}
 """`make run`: run the whole project on this machine, for development. Ctrl-C ends everything."""
-{% endif %}
 
 {{ sorted }}
 import django

@@ -22,7 +22,11 @@ GROUP = 3  # so many choices meet each other in a covering set
 ENVIRONMENT = create_env_with_context({"cookiecutter": CONTEXT})
 ENVIRONMENT.loader = FileSystemLoader(TEMPLATE / "templates")
 ABOUT = tomllib.loads((TEMPLATE / "pyproject.toml").read_text("utf-8"))
-ADDRESS = ABOUT["project"]["urls"]["Repository"]  # of this template, as its pages write it
+LIBRARY = TEMPLATE / "durable-jobs"
+ABOUT_LIBRARY = tomllib.loads((LIBRARY / "pyproject.toml").read_text("utf-8"))
+ADDRESS = ABOUT_LIBRARY["project"]["urls"][
+    "Repository"
+]  # of this repository, as its pages write it
 PINNED = ENVIRONMENT.get_template("versions.jinja").module  # its `postgres` is an image with a tag
 
 
@@ -55,13 +59,6 @@ def covering(combinations):
         rows = [(rest, each) for old, each in rows if (rest := old & ~new)]
         new, best = max(rows, key=lambda row: row[0].bit_count(), default=(0, None))
     return found
-
-
-def engine():
-    """Return the files of `jobs/` in the template, {path: text}."""
-    files = [path for path in (OUTPUT / "jobs").rglob("*") if path.is_file()]
-    files = [path for path in files if path.suffix != ".pyc"]
-    return {path.relative_to(OUTPUT): path.read_text("utf-8") for path in files}
 
 
 def name(answers):

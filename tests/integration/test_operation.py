@@ -206,5 +206,7 @@ result = [[row["task"], row["state"], row["n"], row["crashes"]] for row in rows]
         return {tuple(sample[label] for label in labels): value for sample, value in found}
 
     prometheus.wait_until(lambda: counted("durable_jobs_ended_total", "task", "state") == ended)
-    found = {task: count for (task,), count in counted("durable_jobs_crashes_total", "task").items()}
+    found = {
+        task: count for (task,), count in counted("durable_jobs_crashes_total", "task").items()
+    }
     assert found == {task: count for task, count in crashes.items() if count}

@@ -239,7 +239,9 @@ FROM durable_jobs_job job, generate_series(1, 100000) WHERE id = %s"""
         yield
         assert remaining(stack, jobs) == len(jobs)
     finally:
-        run_sql(stack, "DELETE FROM durable_jobs_job WHERE finished_at < now() - interval '90 days'")
+        run_sql(
+            stack, "DELETE FROM durable_jobs_job WHERE finished_at < now() - interval '90 days'"
+        )
 
 
 @contextmanager
@@ -328,7 +330,9 @@ def test_a_huge_job_that_was_stored_before_the_limit_fails_without_being_loaded(
     megabytes = watch_memory(stack)
     [job] = enqueue_many(stack, 1, "", countdown=99)
     args = "SELECT jsonb_build_array(jsonb_agg(repeat('x', 96))) FROM generate_series(1, 1000000)"
-    run_sql(stack, f"UPDATE durable_jobs_job SET args = ({args}), sweep_at = now() WHERE id = '{job}'")
+    run_sql(
+        stack, f"UPDATE durable_jobs_job SET args = ({args}), sweep_at = now() WHERE id = '{job}'"
+    )
     [row] = stack.wait_until_final(job)
     error = "The arguments have 100,000,004 bytes, but JOB_MAX_BYTES is 16,000,000: pass an id"
     assert (row["state"], row["error"]) == ("failed", error)

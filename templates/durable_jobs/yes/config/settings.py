@@ -99,7 +99,7 @@ INSTALLED_APPS = [
     "{{ app }}",
 {% endfor %}
     "users",
-    "jobs",
+    "durable_jobs",
 {% if has_example %}
     "orders",
 {% endif %}

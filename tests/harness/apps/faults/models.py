@@ -4,7 +4,9 @@ from django.db import models
 
 
 class Keep(models.Model):
-    job = models.OneToOneField("durable_jobs.Job", models.PROTECT, primary_key=True, db_column="job")
+    job = models.OneToOneField(
+        "durable_jobs.Job", models.PROTECT, primary_key=True, db_column="job"
+    )
 
     class Meta:
         db_table = "keeps"
