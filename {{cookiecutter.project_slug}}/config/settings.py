@@ -1,1 +1,267 @@
-{% include "durable_jobs/" ~ cookiecutter.durable_jobs ~ "/config/settings.py" %}
+{% import "imports.jinja" as imports %}
+{% import "text.jinja" as text %}
+{% from "chosen.jinja" import include_example, broker, result_backend, durable_jobs, worker_pool, periodic_tasks, servers, has_example, has_flower, has_jobs, has_results, flower_port with context %}
+{% set lines %}
+import environ
+from django.core.exceptions import ImproperlyConfigured
+from kombu import Queue
+{% print periodic_tasks.imports | default %}
+{% print result_backend.settings_import | default %}
+{% endset %}
+"""Settings. What differs between machines comes from the environment: see .env.example."""
+
+import logging
+import os
+{{ "from contextlib import suppress\n" if has_jobs }}from datetime import timedelta
+from pathlib import Path
+
+{{ imports.sort(lines) }}
+from config import logs
+
+BASE_DIR = Path(__file__).resolve().parent.parent
+env = environ.Env()
+env.read_env(BASE_DIR / ".env")
+env.escape_proxy = True  # "$" is a character, and no reference to another variable
+values = {name: value.strip().replace("$", r"\$") for name, value in os.environ.items()}
+env.ENVIRON = {name: value for name, value in values.items() if value}  # empty means missing
+
+required = "SECRET_KEY ALLOWED_HOSTS DATABASE_URL EMAIL_URL DEFAULT_FROM_EMAIL".split()
+required += ["{{ [broker.required, result_backend.required | default] | select | join('", "') }}"]
+if missing := [name for name in required if name not in env.ENVIRON]:
+    raise ImproperlyConfigured(f"Missing in the environment: {', '.join(missing)}.")
+
+DEBUG = env.bool("DEBUG", default=False)
+
+# Django
+INSTALLED_APPS = [
+    "django.contrib.admin",
+    "django.contrib.auth",
+    "django.contrib.contenttypes",
+    "django.contrib.sessions",
+    "django.contrib.messages",
+    "django.contrib.staticfiles",
+    "rest_framework",
+    "rest_framework.authtoken",
+{% if has_jobs %}
+    "django_filters",
+{% endif %}
+    "drf_spectacular",
+    "drf_spectacular_sidecar",
+    "django_structlog",
+    "axes",
+{% for app in [result_backend.app, periodic_tasks.app] | select %}
+    "{{ app }}",
+{% endfor %}
+{% if has_jobs %}
+    "django_tasks",
+    "durable_jobs",
+{% else %}
+    "config",
+{% endif %}
+    "users",
+{% if has_example %}
+    "orders",
+{% endif %}
+]
+MIDDLEWARE = [
+    "config.health.HealthMiddleware",  # before any other that checks the host or redirects
+    "django.middleware.security.SecurityMiddleware",
+    "csp.middleware.CSPMiddleware",
+    "whitenoise.middleware.WhiteNoiseMiddleware",
+    "django.contrib.sessions.middleware.SessionMiddleware",
+    "django.middleware.common.CommonMiddleware",
+    "django.middleware.csrf.CsrfViewMiddleware",
+    "django.contrib.auth.middleware.AuthenticationMiddleware",
+    "django.contrib.messages.middleware.MessageMiddleware",
+    "django.middleware.clickjacking.XFrameOptionsMiddleware",
+    "django_structlog.middlewares.RequestMiddleware",
+    "axes.middleware.AxesMiddleware",
+]
+TEMPLATES = [
+    {
+        "BACKEND": "django.template.backends.django.DjangoTemplates",
+        "APP_DIRS": True,
+        "OPTIONS": {
+            "context_processors": [
+                "django.template.context_processors.request",
+                "django.contrib.auth.context_processors.auth",
+                "django.contrib.messages.context_processors.messages",
+            ]
+        },
+    }
+]
+ROOT_URLCONF = "config.urls"
+DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
+LOGIN_URL = "login"
+LOGIN_REDIRECT_URL = LOGOUT_REDIRECT_URL = "index"
+TIME_ZONE = env.str("TIME_ZONE", default="UTC")
+STATIC_URL = "static/"
+STATIC_ROOT = BASE_DIR / "staticfiles"
+DATABASES = {"default": env.db("DATABASE_URL")}
+DATABASES["default"]["CONN_MAX_AGE"] = 60  # seconds; requests and tasks reuse connections
+DATABASES["default"]["CONN_HEALTH_CHECKS"] = True  # replace one that the server has closed
+if DATABASES["default"]["ENGINE"] == "django.db.backends.sqlite3":
+    DATABASES["default"]["NAME"] = BASE_DIR / DATABASES["default"]["NAME"]
+    # The web server, the worker and Beat share one file: wait for a lock instead of failing.
+    pragmas = "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL"
+    sqlite = {"transaction_mode": "IMMEDIATE", "timeout": 20, "init_command": pragmas}
+    DATABASES["default"]["OPTIONS"] = sqlite
+else:  # don't wait long for a server that has disappeared: seconds, then milliseconds
+    timeouts = {"connect_timeout": 5, "tcp_user_timeout": 10_000}
+    DATABASES["default"]["OPTIONS"] = timeouts | DATABASES["default"].get("OPTIONS", {})
+CACHES = {"default": env.cache("CACHE_URL", default="locmemcache://")}
+{% for server in servers if server.settings is defined %}
+{{ server.settings | trim }}
+{% endfor %}
+{% print durable_jobs.files | default %}
+email = env.email("EMAIL_URL")
+EMAIL_BACKEND, EMAIL_FILE_PATH = email["EMAIL_BACKEND"], email["EMAIL_FILE_PATH"]
+EMAIL_HOST, EMAIL_PORT = email["EMAIL_HOST"], email["EMAIL_PORT"]
+EMAIL_HOST_USER, EMAIL_HOST_PASSWORD = email["EMAIL_HOST_USER"], email["EMAIL_HOST_PASSWORD"]
+EMAIL_USE_TLS, EMAIL_USE_SSL = email.get("EMAIL_USE_TLS", False), email.get("EMAIL_USE_SSL", False)
+EMAIL_TIMEOUT = 10  # seconds; without it a task would wait forever for a mail server that hangs
+DEFAULT_FROM_EMAIL = env.str("DEFAULT_FROM_EMAIL")
+
+# Security
+SECRET_KEY = env.str("SECRET_KEY")
+ALLOWED_HOSTS = env.list("ALLOWED_HOSTS", cast=str.strip)
+CSRF_TRUSTED_ORIGINS = env.list("CSRF_TRUSTED_ORIGINS", cast=str.strip, default=[])
+SECURE_SSL_REDIRECT = SESSION_COOKIE_SECURE = CSRF_COOKIE_SECURE = not DEBUG
+{% if has_jobs %}
+SECURE_REDIRECT_EXEMPT = [r"^metrics$"]  # for a Prometheus in the same private network
+{% endif %}
+SECURE_HSTS_SECONDS = 0 if DEBUG else 3600
+SILENCED_SYSTEM_CHECKS = ["security.W005", "security.W021"]  # HSTS for subdomains: your decision
+NUM_PROXIES = env.int("NUM_PROXIES", default=0 if DEBUG else 1)
+IPWARE_META_PRECEDENCE_ORDER = ["REMOTE_ADDR"]
+if NUM_PROXIES:  # without a proxy, only a client can send these headers
+    SECURE_PROXY_SSL_HEADER = ("HTTP_X_FORWARDED_PROTO", "https")
+    IPWARE_META_PRECEDENCE_ORDER = ["HTTP_X_FORWARDED_FOR", "REMOTE_ADDR"]
+    IPWARE_META_PROXY_COUNT = NUM_PROXIES - 1  # ipware does not count the last proxy
+    IPWARE_STRICT = False  # ignore extra addresses, which a client can send
+CONTENT_SECURITY_POLICY = {  # pages run only the project's own scripts
+    "DIRECTIVES": {
+        "default-src": ["'self'"],
+        "style-src": ["'self'", "'unsafe-inline'"],  # for Swagger UI and the browsable API
+        "img-src": ["'self'", "data:"],
+        "base-uri": ["'none'"],
+        "form-action": ["'self'"],
+        "frame-ancestors": ["'none'"],
+    }
+}
+AUTH_USER_MODEL = "users.User"
+AUTH_PASSWORD_VALIDATORS = [
+    {"NAME": f"django.contrib.auth.password_validation.{name}Validator"}
+    for name in ["UserAttributeSimilarity", "MinimumLength", "CommonPassword", "NumericPassword"]
+]
+AUTHENTICATION_BACKENDS = [
+    "axes.backends.AxesStandaloneBackend",
+    "django.contrib.auth.backends.ModelBackend",
+]
+AXES_FAILURE_LIMIT = 10  # wrong passwords lock an IP address out
+AXES_COOLOFF_TIME = timedelta(minutes=15)
+AXES_RESET_COOL_OFF_ON_FAILURE_DURING_LOCKOUT = False  # attempts while locked out write nothing
+AXES_DISABLE_ACCESS_LOG = True  # the log of successful logins would grow forever
+
+# API
+REST_FRAMEWORK = {
+    "DEFAULT_AUTHENTICATION_CLASSES": [
+        "rest_framework.authentication.TokenAuthentication",
+        "rest_framework.authentication.SessionAuthentication",
+    ],
+    "DEFAULT_PERMISSION_CLASSES": ["rest_framework.permissions.IsAuthenticated"],
+{% if has_jobs %}
+    "DEFAULT_PARSER_CLASSES": ["config.api.Parser"],
+{% endif %}
+    "DEFAULT_PAGINATION_CLASS": "rest_framework.pagination.PageNumberPagination",
+    "PAGE_SIZE": 20,
+    "DEFAULT_THROTTLE_CLASSES": ["config.api.Throttle"],
+    "DEFAULT_THROTTLE_RATES": {"user": env.str("THROTTLE", default="600/min")},
+    "DEFAULT_SCHEMA_CLASS": "drf_spectacular.openapi.AutoSchema",
+{% if not has_jobs %}
+    "EXCEPTION_HANDLER": "config.api.exception_handler",  # an unavailable broker is a 503
+{% endif %}
+    "NUM_PROXIES": NUM_PROXIES,
+    "TEST_REQUEST_DEFAULT_FORMAT": "json",
+}
+SPECTACULAR_SETTINGS = {
+    "TITLE": {{ text.python(cookiecutter.project_name) }},
+    "VERSION": "1.0.0",
+{% if has_jobs %}
+    "POSTPROCESSING_HOOKS": [
+        "drf_spectacular.hooks.postprocess_schema_enums",
+        "config.api.add_errors",
+    ],
+    "COMPONENT_SPLIT_REQUEST": True,  # responses may have blank texts, requests may not
+{% endif %}
+    "SERVE_PERMISSIONS": ["rest_framework.permissions.IsAuthenticated"],
+    "SWAGGER_UI_DIST": "SIDECAR",  # from this server, not from a CDN
+    "SWAGGER_UI_FAVICON_HREF": "SIDECAR",
+}
+
+# Celery: tasks
+CELERY_TASK_ACKS_LATE = True  # if a worker is killed, the broker delivers its tasks again
+CELERY_TASK_TIME_LIMIT = env.int("TASK_TIME_LIMIT", default=600)  # seconds
+{% print worker_pool.task_settings | default %}
+# The queues that a worker consumes by default; `--queues cpu` restricts it to some.
+{% if broker.queue_options is defined %}
+CELERY_TASK_QUEUES = [
+    Queue(name, routing_key=name, {{ broker.queue_options }}){{ "\n    " if has_example else " " }}for name in ["{{ include_example.queues | join('", "') }}"]
+]
+{% else %}
+CELERY_TASK_QUEUES = [Queue(name, routing_key=name) for name in ["{{ include_example.queues | join('", "') }}"]]
+{% endif %}
+{% if has_example %}
+CELERY_TASK_ROUTES = {  # a queue for each kind of load, so that one doesn't delay another
+    "orders.tasks.forecast_demand": {"queue": "cpu"},
+{% if not has_jobs %}
+    "orders.tasks.check_stock": {"queue": "io"},
+{% endif %}
+}
+{% else %}
+CELERY_TASK_ROUTES = {}
+{% endif %}
+CELERY_ACCEPT_CONTENT = ["json"]  # never pickle: a message could run any code
+CELERY_TIMEZONE = TIME_ZONE
+{% print periodic_tasks.settings %}
+
+{% print durable_jobs.settings | default %}
+# Celery: broker
+{% print broker.settings %}
+CELERY_BROKER_CONNECTION_TIMEOUT = CELERY_BROKER_POOL_ACQUIRE_TIMEOUT = 1  # seconds
+CELERY_BROKER_CONNECTION_RETRY_ON_STARTUP = True  # a worker waits for its broker
+
+# Celery: results
+{% if has_results %}
+{% print result_backend.settings %}
+CELERY_RESULT_EXPIRES = 24 * 60 * 60  # seconds
+CELERY_TASK_TRACK_STARTED = True  # clients see that a task is running
+{% elif not has_jobs %}
+CELERY_TASK_IGNORE_RESULT = True
+{% endif %}
+
+# Celery: workers
+{% print worker_pool.settings %}
+{% if has_flower %}
+
+# Flower
+CELERY_TASK_SEND_SENT_EVENT = CELERY_WORKER_SEND_TASK_EVENTS = True  # it shows each task's life
+FLOWER_BASIC_AUTH = env.str("FLOWER_BASIC_AUTH", default="")  # Flower refuses to start without it
+FLOWER_PORT = env.int("FLOWER_PORT", default={{ flower_port }})
+FLOWER_URL = env.str("FLOWER_URL", default=f"http://127.0.0.1:{FLOWER_PORT}/")  # a link for staff
+{% endif %}
+
+# Logs and errors
+if dsn := env.str("SENTRY_DSN", default=""):
+    import sentry_sdk  # only if needed: it makes each start a sixth longer
+
+    sentry_sdk.init(dsn, release=env.str("RELEASE", default=None))
+{% if has_jobs %}
+
+if env.str("OTEL_EXPORTER_OTLP_ENDPOINT", default=""):
+    INSTALLED_APPS += ["config.tracing.Tracing"]  # traces: see docs/operation.md
+{% endif %}
+
+LOGGING = logs.configure(DEBUG, level=env.str("LOG_LEVEL", default="INFO"))
+DJANGO_STRUCTLOG_STATUS_START_LOG_LEVEL = logging.DEBUG  # INFO shows only the end of a request
+DJANGO_STRUCTLOG_CELERY_ENABLED = True  # a message carries the request's id to the worker

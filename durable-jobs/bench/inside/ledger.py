@@ -11,14 +11,14 @@ from celery import current_app
 from django.db import connection
 from django.test import Client
 from django.test.utils import CaptureQueriesContext
+from sending import empty, rate, seconds_of
 from users.models import User
+from work_tasks import job as task
+from work_tasks import plain
 
 from durable_jobs import sweep
 from durable_jobs.models import Job, Sweep
 from durable_jobs.updates import claim, succeed
-from sending import empty, rate, seconds_of
-from work_tasks import job as task
-from work_tasks import plain
 
 LATER = 10**6  # seconds
 # What a worker claims a job with, besides its id and the token
@@ -143,7 +143,9 @@ def fill(count):
     empty("job")
     User.objects.filter(username="owner").delete()
     finished(count, User.objects.create_superuser("owner"))
-    sql("ALTER TABLE durable_jobs_job RESET (autovacuum_enabled)", "VACUUM ANALYZE durable_jobs_job")
+    sql(
+        "ALTER TABLE durable_jobs_job RESET (autovacuum_enabled)", "VACUUM ANALYZE durable_jobs_job"
+    )
 
 
 def job_for_later(queue, **options):

@@ -2,10 +2,11 @@
 
 from statistics import median
 
-from durable_jobs import turns
-from durable_jobs.models import Job, Pause
 from ledger import copies, job_for_later, sql
 from sending import empty, seconds_of
+
+from durable_jobs import turns
+from durable_jobs.models import Job, Pause
 
 KEY = "'five:' || n % {}"  # of the row with the number n, in SQL
 

@@ -1,9 +1,8 @@
 """A view without jobs: it stores the order and sends a plain task."""
 
 from django.urls import path
-from rest_framework.generics import CreateAPIView
-
 from orders.serializers import OrderSerializer
+from rest_framework.generics import CreateAPIView
 from work_tasks import plain
 
 

@@ -23,8 +23,9 @@ class Job:
     pause = 0
 
     def __init__(self):
-        from durable_jobs.models import Job
         from work_tasks import job
+
+        from durable_jobs.models import Job
 
         self.rows, self.succeeded = Job.objects, {"state": "succeeded"}
         self.send = lambda *arguments: Job.objects.enqueue(job, arguments).pk
@@ -36,7 +37,6 @@ class Procrastinate:
 
     def __init__(self):
         from procrastinate.contrib.django.models import ProcrastinateJob
-
         from rivals.tasks import procrastinate_task as task
 
         self.rows, self.succeeded = ProcrastinateJob.objects, {"status": "succeeded"}
@@ -51,7 +51,6 @@ class DjangoTasks:
     def __init__(self):
         from django.db import transaction
         from django_tasks_db.models import DBTaskResult
-
         from rivals.tasks import django_task as task
 
         self.rows, self.succeeded = DBTaskResult.objects, {"status": "SUCCESSFUL"}

@@ -1,7 +1,6 @@
 """Many tasks that belong together: alone, with a callback when all have ended, and in a chain."""
 
 from celery import chain, chord
-
 from sending import KINDS, empty, seconds_of
 
 

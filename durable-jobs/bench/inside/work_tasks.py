@@ -3,7 +3,6 @@
 from contextlib import suppress
 
 from celery import shared_task
-
 from work import work
 
 plain = shared_task(name="work.plain")(work)

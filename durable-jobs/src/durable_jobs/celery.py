@@ -1,16 +1,20 @@
 """Celery's app with support for jobs, by name and in a canvas. A canvas has jobs or plain tasks, not both."""
 
+import re
 from functools import wraps
 
 import celery
-from celery.app import control
+from celery import signals
+from celery.app import control, utils
 from celery.canvas import Signature
 from celery.contrib.django.task import DjangoTask
 from celery.utils.functional import maybe_list
 from celery.utils.imports import symbol_by_name
 from django.apps import apps
 
+from . import transport
 from .database import try_once
+from .pools import pool_name
 from .values import uuids
 
 __all__ = ["Celery"]
@@ -45,6 +49,14 @@ class Celery(celery.Celery):
     # This is a string, because durable_jobs.results imports models, and models need this app.
     backend_cls = "durable_jobs.results:backend"
 
+    def connection_for_read(self, url=None, **kwargs):
+        transport.prepare(self, url or self.conf.broker_read_url)
+        return super().connection_for_read(url, **kwargs)
+
+    def connection_for_write(self, url=None, **kwargs):
+        transport.prepare(self, url or self.conf.broker_write_url)
+        return super().connection_for_write(url, **kwargs)
+
     def send_task(self, name, args=None, kwargs=None, countdown=None, eta=None, **options):
         """Send a message as Celery documents it. If the task is a job, enqueue it instead.
 
@@ -55,6 +67,20 @@ class Celery(celery.Celery):
         if is_job(self, name):
             return self.tasks[name].apply_async(args, kwargs, **options)
         return super().send_task(name, args, kwargs, **options)
+
+
+# `celery report`, `celery inspect conf` and Flower print all Django settings, and mask most
+# passwords. They do not know these settings.
+utils.HIDDEN_SETTINGS = re.compile(
+    utils.HIDDEN_SETTINGS.pattern + "|CELERY_BROKER_URL|LOCATION|BASIC_AUTH", re.IGNORECASE
+)
+
+
+@signals.celeryd_init.connect
+def adapt_to_pool(conf, options, **kwargs):
+    """Let threads continue when the broker is lost: Celery would fail to cancel their tasks."""
+    if pool_name(options.get("pool") or conf.worker_pool) in ("threads", "solo"):
+        conf.worker_cancel_long_running_tasks_on_connection_loss = False
 
 
 def cancel(task_id):

@@ -4,7 +4,7 @@ import pytest
 from django.core.cache import cache
 from rest_framework.test import APIClient
 
-pytest_plugins = ["durable_jobs.testing"]  # jobs run in the test's own process: see jobs/README.md
+pytest_plugins = ["durable_jobs.testing"]  # jobs run in the test's own process
 
 
 @pytest.fixture(autouse=True)

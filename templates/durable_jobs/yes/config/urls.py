@@ -6,11 +6,11 @@ from django.contrib.auth.views import LoginView, LogoutView
 from django.urls import include, path, reverse_lazy
 from django.views.generic import TemplateView
 from drf_spectacular.views import SpectacularAPIView, SpectacularSwaggerSplitView
-from rest_framework.routers import DefaultRouter
-
 from durable_jobs.metrics import Metrics
 from durable_jobs.views import BatchViewSet, JobViewSet
+from rest_framework.routers import DefaultRouter
 {% if has_example %}
+
 from orders.views import ImportViewSet, NewsletterViewSet, OrderViewSet
 {% endif %}
 
@@ -27,7 +27,7 @@ router.register("newsletters", NewsletterViewSet, basename="newsletter")
 
 title = settings.SPECTACULAR_SETTINGS["TITLE"]
 admin.site.site_header = admin.site.site_title = title
-page = {  # of all pages that inherit from jobs/base.html
+page = {  # of all pages that extend durable_jobs/base.html
     "site_header": title,
     "site_title": title,
     "links": {},  # in the top bar, for everybody

@@ -1,5 +1,4 @@
 from django.contrib import admin
-
 from durable_jobs.admin import announce
 from durable_jobs.models import Batch, Job
 

@@ -18,7 +18,6 @@ from django.db import transaction
 from django.db.models import Sum
 from django.utils import timezone
 from django_tasks import task
-
 from durable_jobs.tasks import JobError, JobTask
 
 from .models import Import, Newsletter, Order

@@ -1,10 +1,9 @@
 from drf_spectacular.utils import extend_schema
+from durable_jobs.serializers import JobSerializer
+from durable_jobs.views import EnqueueMixin, accepted
 from rest_framework import permissions, viewsets
 from rest_framework.decorators import action
 from rest_framework.parsers import MultiPartParser
-
-from durable_jobs.serializers import JobSerializer
-from durable_jobs.views import EnqueueMixin, accepted
 
 from . import tasks
 from .models import Import, Newsletter, Order

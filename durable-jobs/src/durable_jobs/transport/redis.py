@@ -1,0 +1,37 @@
+"""Redis: the message of a job needs no copy."""
+
+from kombu.transport import redis, virtual
+
+
+def is_job(message):
+    return message is not None and "job" in (message.headers or {})
+
+
+class QoS(redis.QoS):
+    """What kombu does with a message from when a worker takes it until it is acknowledged.
+
+    kombu copies it into a hash and a sorted set, and deletes it there again: four of six commands of
+    Redis. The message of a job needs no copy: if the worker is killed, Beat sends it again.
+    """
+
+    def append(self, message, delivery_tag):
+        kept = virtual.QoS if is_job(message) else redis.QoS
+        kept.append(self, message, delivery_tag)
+
+    def ack(self, delivery_tag):
+        kept = virtual.QoS if is_job(self._delivered.get(delivery_tag)) else redis.QoS
+        kept.ack(self, delivery_tag)
+
+    def restore_by_tag(self, tag, client=None, leftmost=False):
+        """Put a message back into its queue, because the worker stops or rejects it."""
+        message = self._delivered.get(tag)
+        if not is_job(message):
+            super().restore_by_tag(tag, client, leftmost)
+            return
+        queue = message.delivery_info["exchange"], message.delivery_info["routing_key"]
+        with self.channel.conn_or_acquire(client) as client:
+            self.channel._do_restore_message(message._raw, *queue, client, leftmost)
+
+
+def prepare(app):
+    redis.Channel.QoS = QoS
