@@ -2,35 +2,33 @@
 
 import re
 from importlib import import_module
-from operator import attrgetter
 
 import pytest
-from django.db import models
+from django.core import checks
 from settings import SOURCE
 
 from durable_jobs import conf
-from durable_jobs.models import Job
 
-MANUAL = (SOURCE.parent / "README.md").read_text()
-FILES = {path.stem: path.read_text() for path in (SOURCE / "durable_jobs").glob("[a-z]*.py")}
-SECTION = re.compile(r"^### durable_jobs\.(\w+)\n(.*?)(?=^#)", re.MULTILINE | re.DOTALL)
-# What Django and DRF use of a class, or add to it.
-ADDED = {"DoesNotExist", "Meta", "MultipleObjectsReturned", "NotUpdated", "filterset_fields", "get"}
-ADDED |= {"batch_id", "filterset_class", "id", "job_id", "objects", "owner_id", "parent_id"}
-ADDED |= {"basename", "description", "detail", "name", "suffix"}
+PACKAGE = SOURCE / "durable_jobs"
+PAGE = (SOURCE.parent / "docs/reference.md").read_text("utf-8")
+SECTION = re.compile(r"^### (durable_jobs[\w.]+)\n(.*?)(?=^#)", re.MULTILINE | re.DOTALL)
+# What Django and DRF add to a class, or use of it.
+ADDED = {"DoesNotExist", "Meta", "MultipleObjectsReturned", "NotUpdated", "basename", "description"}
+ADDED |= {"batch_id", "detail", "filterset_class", "filterset_fields", "get", "id", "job_id"}
+ADDED |= {"name", "objects", "owner_id", "suffix"}
 
 
 def listed():
-    """Return {module: names} of the list items of the manual: - `name`, `name(…)`: a text"""
+    """Return {module: names} of the list items of the page: - `name`, `name(…)`: a text"""
     names = {}
-    for module, text in SECTION.findall(MANUAL):
+    for module, text in SECTION.findall(PAGE):
         items = re.findall(r"^- ((?:`[^`]+`(?:, )?)+):", text, re.MULTILINE)
         names[module] = re.findall(r"`([\w.]+)", " ".join(items))
     return names
 
 
 def members(cls):
-    """Return the public names of a class, and of its objects, that it does not inherit."""
+    """Return the public names of a class that it does not inherit from another package."""
     foreign = [base for base in cls.__mro__ if not base.__module__.startswith("durable_jobs.")]
     inherited = {name for base in foreign for name in dir(base)}
     own = {*dir(cls), *vars(cls).get("__annotations__", {})} - inherited - ADDED
@@ -40,57 +38,50 @@ def members(cls):
 LISTED = listed()
 
 
-def test_the_manual_lists_each_public_name_of_each_module():
-    public = {name for name, text in FILES.items() if "\n__all__ = " in text}
-    assert public == LISTED.keys() >= {"models", "tasks", "views"}
-    for module, names in LISTED.items():
-        of_module = [name for name in names if "." not in name]
-        assert sorted(import_module(f"jobs.{module}").__all__) == sorted(of_module), module
-
-
-@pytest.mark.parametrize("module", LISTED)
-def test_each_name_of_the_manual_exists(module):
-    for name in LISTED[module]:
-        path, _, member = name.rpartition(".")
-        owner = attrgetter(path)(import_module(f"jobs.{module}")) if path else None
-        if member not in getattr(owner, "__annotations__", {}):
-            attrgetter(name)(import_module(f"jobs.{module}"))
-
-
-@pytest.mark.parametrize("module", LISTED)
-def test_the_manual_lists_each_public_member_of_a_class(module):
-    found = import_module(f"jobs.{module}")
-    classes = [cls for cls in map(found.__dict__.get, found.__all__) if isinstance(cls, type)]
-    of_classes = {f"{cls.__name__}.{name}" for cls in classes for name in members(cls)}
-    assert of_classes - set(LISTED[module]) == set()
-
-
-def test_an_object_has_no_other_public_names(user):
-    """A manager, a queryset and a row, as Django makes them."""
-
-    class Plain(models.Model):
-        class Meta:
-            app_label = "plain"
-
-    plain = models.Manager()
-    plain.model = Plain
-    assert set(dir(Job.objects)) - set(dir(plain)) == {"enqueue", "aenqueue", "enqueue_many"}
-    methods = set(dir(Job.objects.all())) - set(dir(plain.all()))
-    assert methods == {"cancel", "run_again", "start_now"}
-    shown = {name.partition(".")[2] for name in LISTED["models"] if name.startswith("Job.")}
-    added = {name for name in dir(Job(owner=user)) if not name.startswith(("_", "get_"))}
-    assert added - set(dir(Plain())) - ADDED - shown == set()
-
-
-def test_the_manual_lists_each_setting_with_its_default():
-    listed = re.findall(r"^- `(JOB_\w+)` \((none|[\d,]+)", MANUAL, re.MULTILINE)
-    defaults = {name: value or "none" for name, value in conf.DEFAULTS.items()}
-    assert {name: value.replace(",", "") for name, value in listed} == {
-        name: str(value) for name, value in defaults.items()
+def test_the_reference_lists_each_public_name_of_each_module():
+    public = {
+        ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__")
+        for path in PACKAGE.rglob("*.py")
+        if "\n__all__ = " in path.read_text("utf-8")
     }
+    assert public == LISTED.keys() >= {"durable_jobs.models", "durable_jobs.tasks"}
+    for module, names in LISTED.items():
+        of_module = {name for name in names if "." not in name}
+        assert set(import_module(module).__all__) == of_module, module
 
 
-def test_the_manual_names_each_command():
-    commands = [path.stem for path in (SOURCE / "durable_jobs/management/commands").glob("[a-z]*.py")]
-    listed = set(re.findall(r"^- `manage\.py (\w+) ", MANUAL, re.MULTILINE))
-    assert listed == set(commands) == {"durable_jobs"}
+@pytest.mark.parametrize("module", LISTED)
+def test_the_reference_lists_each_public_member_of_a_class_and_no_other(module):
+    found = import_module(module)
+    for cls in (getattr(found, name) for name in found.__all__):
+        if isinstance(cls, type):
+            start = f"{cls.__name__}."
+            names = {name.removeprefix(start) for name in LISTED[module] if name.startswith(start)}
+            known = {*dir(cls), *vars(cls).get("__annotations__", {})}
+            assert names <= known, f"{cls}: the reference lists names that do not exist"
+            # A class that a section does not describe is described in another one.
+            assert not names or members(cls) <= names, f"{cls}: the reference lacks names"
+
+
+def test_the_reference_lists_each_setting_with_its_default():
+    rows = re.findall(r"^\| `([A-Z_]+)` \| (none|[\d,]+) \|", PAGE, re.MULTILINE)
+    defaults = {name: str(value or "none") for name, value in conf.DEFAULTS.items()}
+    assert {name: value.replace(",", "") for name, value in rows} == defaults
+
+
+def test_the_reference_lists_each_metric():
+    code = (PACKAGE / "contrib/prometheus.py").read_text("utf-8")
+    metrics = re.findall(r'^    "(durable_jobs_\w+)": ', code, re.MULTILINE)
+    assert re.findall(r"^\| `(durable_jobs_\w+)` \|", PAGE, re.MULTILINE) == metrics
+
+
+def test_the_reference_lists_each_check():
+    assert checks.registry.registry.registered_checks
+    code = "".join(path.read_text("utf-8") for path in PACKAGE.rglob("*.py"))
+    ids = set(re.findall(r'id="(durable_jobs\.\w+)"', code))
+    assert set(re.findall(r"^\| `(durable_jobs\.[EWI]\d+)` \|", PAGE, re.MULTILINE)) == ids
+
+
+def test_the_reference_names_each_command():
+    commands = {path.stem for path in (PACKAGE / "management/commands").glob("[a-z]*.py")}
+    assert set(re.findall(r"^- `manage\.py (\w+) ", PAGE, re.MULTILINE)) == commands
