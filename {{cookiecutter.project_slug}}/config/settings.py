@@ -259,7 +259,7 @@ if dsn := env.str("SENTRY_DSN", default=""):
 {% if has_jobs %}
 
 if env.str("OTEL_EXPORTER_OTLP_ENDPOINT", default=""):
-    INSTALLED_APPS += ["config.tracing.Tracing"]  # traces: see docs/operation.md
+    INSTALLED_APPS += ["config.tracing.Tracing"]  # traces: see docs/production.md
 {% endif %}
 
 LOGGING = logs.configure(DEBUG, level=env.str("LOG_LEVEL", default="INFO"))
