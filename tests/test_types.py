@@ -16,7 +16,8 @@ USES = (TEMPLATE / "tests/harness/typed.py").read_text()
 def folder(tmp_path):
     """A folder in which basedpyright finds the library and the packages of this environment."""
     python = Path(sys.prefix)
-    options = {"extraPaths": [str(LIBRARY / "src")], "venvPath": str(python.parent), "venv": python.name}
+    paths = [str(LIBRARY / "src")]
+    options = {"extraPaths": paths, "venvPath": str(python.parent), "venv": python.name}
     (tmp_path / "pyrightconfig.json").write_text(
         json.dumps({**options, "typeCheckingMode": "standard"})
     )

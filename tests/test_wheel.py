@@ -1,4 +1,4 @@
-"""The wheel that outputs install is what durable-jobs/ builds, and a second build has the same bytes."""
+"""The wheel in outputs is what durable-jobs/ builds, and a second build has the same bytes."""
 
 import os
 import shutil
