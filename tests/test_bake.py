@@ -17,6 +17,7 @@ import yaml
 from jinja2 import nodes
 
 from harness.bake import (
+    ADDRESS,
     CHOICES,
     COMBINATIONS,
     CONTEXT,
@@ -80,7 +81,7 @@ def owners():
 @cache
 def traces_in(file, text):
     """Return the patterns that match a file or its name."""
-    text = re.sub(OTHER_JOBS, "", f"{file}\n{text}", flags=re.MULTILINE)
+    text = re.sub(OTHER_JOBS, "", f"{file}\n{text}", flags=re.MULTILINE).replace(ADDRESS, "")
     return {word for word in owners() if re.search(word, text, re.IGNORECASE)}
 
 
@@ -141,7 +142,7 @@ def check_project(project, is_new):
         lines = itertools.chain(*(text.splitlines() for text in texts.values()))
         named = [line for line in lines if "durable_jobs" in line]
         assert len(named) <= 2, "one paragraph says what the other choice is, one points to it"
-    check_pages(texts, template_paths())
+    check_pages(texts, [file.relative_to(project) for file in project.files()], template_paths())
     if is_new("ruff", about, *python):
         project.call("ruff", "check", "--no-cache")
         project.call("ruff", "format", "--check", "--no-cache")

@@ -337,10 +337,11 @@ def anchors(markdown):
     return found
 
 
-def check_pages(texts, template):
+def check_pages(texts, files, template):
     """Assert that pages link to existing files, and name no file or make target that is missing.
 
-    `template` has the paths that any output may have; files that a reader writes are not in it.
+    `files` are the paths of the output, `template` those that any output may have; files that a
+    reader writes are in neither.
     """
     pages = [file for file in texts if file.suffix == ".md"]
     check_links(pages, texts)
@@ -353,7 +354,7 @@ def check_pages(texts, template):
 
     folders = {path.parts[0] for path in template if len(path.parts) > 1}
     known = {str(path) for path in template}
-    files = {str(file) for file in texts}
+    files = set(map(str, files))
     for word in re.findall(r"(?<![\w/.-])[\w.][\w./-]*", code):
         if word in known or word.split("/")[0] in folders and "/" in word:
             exists = any(file.startswith(word) or f"/templates/{word}" in file for file in files)
