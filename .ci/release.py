@@ -1,18 +1,21 @@
-"""`make release`: test, commit and tag the version in jobs/__init__.py, and start the next one.
+"""`make release`: test, commit and tag the version of durable-jobs, and start the next one.
 
 It pushes nothing. The address on the pages is that of the remote `origin` on GitHub.
 """
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
 from datetime import date
 from pathlib import Path
 
-VERSION = Path("{{cookiecutter.project_slug}}/jobs/__init__.py")
-CHANGELOG, ABOUT = Path("CHANGELOG.md"), Path("pyproject.toml")
+LIBRARY, VENDOR = Path("durable-jobs"), Path("{{cookiecutter.project_slug}}/vendor")
+VERSION, ABOUT = LIBRARY / "src/durable_jobs/__init__.py", LIBRARY / "pyproject.toml"
+CHANGELOG = Path("CHANGELOG.md")
+CHANGELOGS = CHANGELOG, LIBRARY / "CHANGELOG.md"
 GITHUB = r"github\.com[:/]([\w.-]+/[\w.-]+?)(?:\.git)?/?$"
 
 
@@ -48,12 +51,22 @@ def refusal(version):
 
 
 def write_address():
-    """Replace the address in pyproject.toml, and so on every page, with that of `origin`."""
+    """Replace the address on every page, and in the library, with that of `origin`."""
     old = repository(tomllib.loads(ABOUT.read_text("utf-8"))["project"]["urls"]["Repository"])
     new = repository(git("ls-remote", "--get-url", "origin"))
     for name in git("grep", "-Ilz", "--fixed-strings", old).split("\0")[:-1]:
         text = Path(name).read_text("utf-8")
         Path(name).write_text(text.replace(old, new), "utf-8")
+
+
+def write_version(old, new):
+    replace(VERSION, old, new)
+    subprocess.run(["make", "wheel"], check=True)
+
+
+def commit(message):
+    git("add", "--all")  # the wheel has a new name
+    git("commit", "--message", message)
 
 
 def main():
@@ -64,20 +77,23 @@ def main():
     heading = f"## {version} ({date.today()})"
     try:
         write_address()
-        replace(VERSION, developed, version)
-        replace(CHANGELOG, "## Unreleased", heading)
+        for changelog in CHANGELOGS:
+            replace(changelog, "## Unreleased", heading)
+        write_version(developed, version)
         subprocess.run(["make", "test", "prove"], env={**os.environ, "DEMAND_ALL": "1"}, check=True)
     except (KeyboardInterrupt, subprocess.CalledProcessError):
-        git("checkout", "--", ".")
+        git("reset", "--quiet", "--hard")
+        git("clean", "--quiet", "--force", "-d")
         sys.exit("No release, because the tests did not pass. All files are as before.")
-    git("commit", "--all", "--message", f"Release {version}")
+    commit(f"Release {version}")
     git("tag", f"v{version}")
-    subprocess.run(["make", "package"], check=True)
+    shutil.copytree(VENDOR, "dist", dirs_exist_ok=True)
 
     major, minor, _ = version.split(".")
-    replace(VERSION, version, f"{major}.{int(minor) + 1}.0.dev")
-    replace(CHANGELOG, heading, f"## Unreleased\n\n{heading}")
-    git("commit", "--all", "--message", "Start the next version")
+    for changelog in CHANGELOGS:
+        replace(changelog, heading, f"## Unreleased\n\n{heading}")
+    write_version(version, f"{major}.{int(minor) + 1}.0.dev")
+    commit("Start the next version")
     print(f"{version} is a commit, a tag, and a wheel in dist/. To publish it:")
     print(f"    git push --atomic origin {git('branch', '--show-current')} v{version}")
 

@@ -349,7 +349,7 @@ def test_names_of_modules_are_no_bad_slugs():
     modules = {word for word in sys.stdlib_module_names if re.fullmatch(name, word)}
     assert {"calendar", "email", "queue", "site"} < modules
     words = {word for word in keyword.kwlist if word.islower()}
-    for slug in modules | words | {"celery", "click", "config", "jobs", "orders", "test"}:
+    for slug in modules | words | {"celery", "click", "config", "durable_jobs", "orders", "test"}:
         assert hook(slug)[1] == [], slug
 
 

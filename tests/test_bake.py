@@ -17,6 +17,7 @@ import yaml
 from jinja2 import nodes
 
 from harness.bake import (
+    ADDRESS,
     CHOICES,
     COMBINATIONS,
     CONTEXT,
@@ -27,7 +28,6 @@ from harness.bake import (
     WITH_JOBS,
     chosen,
     covering,
-    engine,
     groups,
     name,
     product,
@@ -46,7 +46,6 @@ from harness.checks import (
 from harness.project import ASKED, Project
 from harness.servers import sentinel_settings
 
-ENGINE = engine()
 PARTS = TEMPLATE / "templates"  # one folder for each option, and one more: `servers`
 # How a file of the output calls the chosen file of a folder.
 MODULES = {folder.name: folder.name for folder in PARTS.iterdir() if folder.is_dir()}
@@ -82,18 +81,20 @@ def owners():
 @cache
 def traces_in(file, text):
     """Return the patterns that match a file or its name."""
-    text = re.sub(OTHER_JOBS, "", f"{file}\n{text}", flags=re.MULTILINE)
+    text = re.sub(OTHER_JOBS, "", f"{file}\n{text}", flags=re.MULTILINE).replace(ADDRESS, "")
     return {word for word in owners() if re.search(word, text, re.IGNORECASE)}
 
 
 def read(project):
-    return {file.relative_to(project): file.read_text("utf-8") for file in project.files()}
+    files = [file for file in project.files() if file.suffix != ".whl"]
+    return {file.relative_to(project): file.read_text("utf-8") for file in files}
 
 
 def kept(answers):
     """Return the files of the template that .dropped does not list for these answers."""
     gone = set(map(Path, render(".dropped", **answers).split())) | {Path(".dropped")}
-    return {file for file in template_paths() if not gone & {file, *file.parents}}
+    kept = {file for file in template_paths() if not gone & {file, *file.parents}}
+    return {file for file in kept if file.suffix != ".whl"}  # test_wheel.py looks for it
 
 
 def required(settings):
@@ -117,13 +118,11 @@ def check_project(project, is_new):
     if is_new("names", *texts):
         check_names(texts)
     assert texts.keys() == kept(answers), ".dropped lists what is left out, and it is no more there"
-    jobs = {file: text for file, text in texts.items() if file.parts[0] == "jobs"}
     with_jobs = answers["durable_jobs"] == "yes"
-    assert jobs == (ENGINE if with_jobs else {}), "each has the same engine, byte for byte"
     empty = [path for path in project.rglob("*") if path.is_dir() and not any(path.iterdir())]
     assert empty == []
     for file, text in texts.items():
-        for word in traces_in(file, text) if file not in ENGINE else ():
+        for word in traces_in(file, text):
             assert owners()[word] & answers.items(), f"{file} has {word}"
     checked = 0
     for file, text in texts.items():
@@ -143,7 +142,7 @@ def check_project(project, is_new):
         lines = itertools.chain(*(text.splitlines() for text in texts.values()))
         named = [line for line in lines if "durable_jobs" in line]
         assert len(named) <= 2, "one paragraph says what the other choice is, one points to it"
-    check_pages(texts, template_paths())
+    check_pages(texts, [file.relative_to(project) for file in project.files()], template_paths())
     if is_new("ruff", about, *python):
         project.call("ruff", "check", "--no-cache")
         project.call("ruff", "format", "--check", "--no-cache")
@@ -155,8 +154,7 @@ def check_project(project, is_new):
 def test_every_three_choices_bake_to_a_clean_project(bake, is_new, answers, record_property):
     project = bake(**answers)
     record_property(BAKED, (1, check_project(project, is_new)))
-    others = [file for file in read(project) if file.parts[0] not in ("jobs", "docs")]
-    record_property(SIZE, (len(others), len(project.read("README.md").split())))
+    record_property(SIZE, (len(project.files()), len(project.read("README.md").split())))
 
 
 def test_few_combinations_have_every_three_choices():
@@ -167,13 +165,6 @@ def test_few_combinations_have_every_three_choices():
     for option, choices in CHOICES.items():
         more = covering(product({**CHOICES, option: [*choices, "new"]}))
         assert len(more) < len(few) + 20, option  # 52, and 4 to 15 more
-
-
-def test_the_engine_is_plain_python():
-    """So an editor, a linter and the tests in tests/engine/ can read it without a bake."""
-    for file, text in ENGINE.items():
-        if file.suffix == ".py":
-            assert "{%" not in text and "{{" not in text, file
 
 
 @pytest.mark.parametrize("durable_jobs", CHOICES["durable_jobs"])
@@ -188,11 +179,6 @@ def test_there_are_no_circular_imports(bake, durable_jobs):
     graph = {name: imports(name, tree) & modules.keys() for name, tree in modules.items()}
     assert {"users.models", "orders.tasks"} & graph["orders.views"]  # so imports are found
     TopologicalSorter(graph).prepare()  # raises CycleError, which names the cycle
-    for module, tree in modules.items():
-        functions = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
-        late = {function.name for function in functions if imports(module, function)}
-        if module.startswith("jobs."):  # ready() is where Django wants imports of models
-            assert late <= {"ready"}, module
 
 
 def imports(module, tree):

@@ -1,4 +1,4 @@
-"""The engine's own tests, on the folder `jobs/` of the template, without a bake."""
+"""The tests of the library durable-jobs, on its source, without a bake."""
 
 import os
 import re
@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
-from harness.bake import TEMPLATE
+from harness.bake import LIBRARY
 from harness.project import env
 
-TESTS = TEMPLATE / "tests/engine"
+TESTS = LIBRARY / "tests"
 POOLS = {  # a child of prefork has one thread
     "threads": ["pytest"],
     "gevent": ["gevent.monkey", "--module", "pytest"],  # monkey-patched first, as in a worker

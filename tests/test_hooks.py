@@ -200,17 +200,15 @@ def test_overwriting_keeps_files_that_the_owner_added(run, tmp_path):
     project = tmp_path / "out/my_project"
     assert run("--no-input", "durable_jobs=yes").returncode == 0
     (project / "media/uploads").mkdir(parents=True)  # still empty
-    (project / "jobs/templates/jobs/mine.html").write_text("mine")
-    (project / "jobs/static/jobs/mine.css").write_text("mine")
+    (project / "vendor/mine.whl").write_text("mine")
     result = run("--no-input", "--overwrite-if-exists", "durable_jobs=yes")
 
     assert result.returncode == 0, result.stderr
     assert (project / "media/uploads").is_dir()
-    assert (project / "jobs/templates/jobs/mine.html").read_text() == "mine"
-    assert (project / "jobs/static/jobs/mine.css").read_text() == "mine"
+    assert (project / "vendor/mine.whl").read_text() == "mine"
 
 
-PATHS_DROPPED = ["jobs/mine.py", "orders/templates/mine.html", "deploy/kubernetes/mine.yaml"]
+PATHS_DROPPED = ["vendor/mine.whl", "orders/templates/mine.html", "deploy/kubernetes/mine.yaml"]
 
 
 @pytest.mark.usefixtures("hooks_in_this_process")

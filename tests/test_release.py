@@ -11,11 +11,15 @@ import pytest
 from harness.bake import ADDRESS, TEMPLATE
 from harness.project import Project
 
-VERSION = "{{cookiecutter.project_slug}}/jobs/__init__.py"
+VERSION = "durable-jobs/src/durable_jobs/__init__.py"
+VENDOR = "{{cookiecutter.project_slug}}/vendor"
 CHANGELOG = "# Changelog\n\n## Unreleased\n\n- New.\n"
 # Writes which version it had, and whether a missing server would fail the tests.
-MAKEFILE = f"""test prove package:
-\t@echo $@ $(DEMAND_ALL) $$(grep -o '"[^"]*"' '{VERSION}') $$(git tag) >> ../made
+MAKEFILE = f"""VERSION := $$(grep -o '[0-9][^"]*' '{VERSION}')
+test prove:
+\t@echo $@ $(DEMAND_ALL) $(VERSION) >> ../made
+wheel:
+\t@rm -f '{VENDOR}'/*.whl; touch "{VENDOR}/$(VERSION).whl"
 """
 
 
@@ -29,12 +33,16 @@ def clone(tmp_path, monkeypatch):
     clone = Project(tmp_path / "clone")
     for name in (".ci", "docs"):
         shutil.copytree(TEMPLATE / name, clone / name)
-    (clone / VERSION).parent.mkdir(parents=True)
+    for folder in [(clone / VERSION).parent, clone / VENDOR]:
+        folder.mkdir(parents=True)
     (clone / VERSION).write_text('__version__ = "1.2.3.dev"\n')
-    (clone / "CHANGELOG.md").write_text(CHANGELOG)
+    (clone / VENDOR / "1.2.3.dev.whl").touch()
+    (clone / ".gitignore").write_text("dist/\n")
+    for folder in "", "durable-jobs":
+        (clone / folder / "CHANGELOG.md").write_text(CHANGELOG)
     (clone / "Makefile").write_text(MAKEFILE)
-    for name in ("README.md", "pyproject.toml"):
-        shutil.copy(TEMPLATE / name, clone)
+    for name in ("README.md", "durable-jobs/pyproject.toml"):
+        shutil.copy(TEMPLATE / name, clone / name)
     clone.call("git", "init", "--quiet", "--initial-branch", "main")
     clone.call("git", "remote", "add", "origin", "git@github.com:tea/shop.git")
     commit(clone)
@@ -60,25 +68,32 @@ def test_a_release_is_a_tested_commit_with_a_tag_and_a_wheel(clone):
     printed = release(clone)
 
     assert (clone.parent / "made").read_text().splitlines() == [
-        'test 1 "1.2.3"',
-        'prove 1 "1.2.3"',
-        'package "1.2.3" v1.2.3',
+        "test 1 1.2.3",
+        "prove 1 1.2.3",
     ]
+    wheels = clone.call("git", "ls-tree", "-r", "--name-only", "v1.2.3", VENDOR)
+    assert wheels.split() == [f"{VENDOR}/1.2.3.whl"]
+    assert [path.name for path in (clone / "dist").iterdir()] == ["1.2.3.whl"]
     assert clone.call("git", "show", f"v1.2.3:{VERSION}") == '__version__ = "1.2.3"\n'
     heading = f"## 1.2.3 ({date.today()})"
     released = CHANGELOG.replace("## Unreleased", heading)
-    assert clone.call("git", "show", "v1.2.3:CHANGELOG.md") == released
+    pages = ["CHANGELOG.md", "durable-jobs/CHANGELOG.md"]
+    assert [clone.call("git", "show", f"v1.2.3:{page}") for page in pages] == [released] * 2
     assert "git push --atomic origin main v1.2.3" in printed
 
     assert clone.read(VERSION) == '__version__ = "1.3.0.dev"\n'
-    assert clone.read("CHANGELOG.md") == released.replace(heading, f"## Unreleased\n\n{heading}")
+    next_one = released.replace(heading, f"## Unreleased\n\n{heading}")
+    assert [clone.read(page) for page in pages] == [next_one] * 2
+    assert [path.name for path in (clone / VENDOR).iterdir()] == ["1.3.0.dev.whl"]
     assert clone.call("git", "status", "--porcelain") == ""
 
 
 def test_a_release_has_the_address_of_its_repository_on_every_page(clone):
     old = ADDRESS.removeprefix("https://github.com/")
     release(clone)
-    assert 'urls.Repository = "https://github.com/tea/shop"' in clone.read("pyproject.toml")
+    assert 'urls.Repository = "https://github.com/tea/shop"' in clone.read(
+        "durable-jobs/pyproject.toml"
+    )
     assert "gh:tea/shop" in clone.read("README.md")
     assert "https://github.com/tea/shop" in clone.read("docs/upgrading.md")
     assert not [path for path in clone.files() if old.encode() in path.read_bytes()]
@@ -95,7 +110,7 @@ def test_every_page_has_the_same_address():
 
 
 def test_a_release_that_fails_its_tests_changes_nothing(clone):
-    (clone / "Makefile").write_text("test:\nprove:\n\tfalse\n")
+    (clone / "Makefile").write_text(MAKEFILE.replace("@echo", "false"))
     commit(clone)
     before = clone.call("git", "rev-parse", "HEAD")
 

@@ -1,4 +1,4 @@
-"""A type checker knows the engine's public names."""
+"""A type checker knows the public names of the library."""
 
 import json
 import subprocess
@@ -7,16 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from harness.bake import OUTPUT, TEMPLATE
+from harness.bake import LIBRARY, TEMPLATE
 
 USES = (TEMPLATE / "tests/harness/typed.py").read_text()
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder in which basedpyright finds the engine and the packages of this environment."""
+    """A folder in which basedpyright finds the library and the packages of this environment."""
     python = Path(sys.prefix)
-    options = {"extraPaths": [str(OUTPUT)], "venvPath": str(python.parent), "venv": python.name}
+    paths = [str(LIBRARY / "src")]
+    options = {"extraPaths": paths, "venvPath": str(python.parent), "venv": python.name}
     (tmp_path / "pyrightconfig.json").write_text(
         json.dumps({**options, "typeCheckingMode": "standard"})
     )

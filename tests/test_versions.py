@@ -9,16 +9,19 @@ import tomllib
 import pytest
 import yaml
 
-from harness.bake import ABOUT, CHOICES, PINNED, TEMPLATE, render
+from harness.bake import ABOUT, ABOUT_LIBRARY, CHOICES, PINNED, TEMPLATE, render
 
-VERSIONS, REQUIREMENTS = "templates/versions.jinja", "templates/requirements.txt"
-PLAIN = "templates/durable_jobs/no.jinja"  # the same versions: requirements() compares them
+VERSIONS, REQUIREMENTS = "templates/versions.jinja", "{{cookiecutter.project_slug}}/pyproject.toml"
+OWN = {
+    "pyproject.toml",
+    "durable-jobs/pyproject.toml",
+}  # of the tests, of the library
 WORKFLOW = ".github/workflows/ci.yml"
-ENGINE = (TEMPLATE / REQUIREMENTS).read_text().split()
 NAMED = {name: value for name, value in vars(PINNED).items() if isinstance(value, str)}
 TEXTS = dict.fromkeys(("description", "author_name", "author_email"), "")
 IMAGES = {value for value in NAMED.values() if re.search(":v?[0-9]", value)}
 ACTIONS = {value for value in NAMED.values() if "@" in value}
+FRAMEWORKS = ("celery", "django", "djangorestframework", "drf-spectacular")  # with every choice
 # What was, and what was measured.
 HISTORY = {
     "CHANGELOG.md",
@@ -82,21 +85,24 @@ def without_facts(text):
     return text
 
 
+ALWAYS = {name: each for name, each in requirements().items() if name in FRAMEWORKS}
+
+
 def homes():
     """Return where each version stands, {pattern of a version: file}."""
     python = r"\bpython(-version)?:[ \"]*3\.\d"
     images = {rf"(?<![\w/.-]){value.split(':')[0]}:v?\d{{1,3}}(?!\d)" for value in IMAGES}
     actions = {rf"{value.split('@')[0]}@[0-9a-f]" for value in ACTIONS}
-    engine = {rf"(?<![\w-]){package(each)}(\[.*?])?[~<>=]=\d" for each in ENGINE}
+    frameworks = {rf"(?<![\w-]){name}(\[.*?])?[~<>=]=\d" for name in FRAMEWORKS}
     home = dict.fromkeys({*images, *actions, python}, VERSIONS)
-    return home | dict.fromkeys(engine, REQUIREMENTS)
+    return home | dict.fromkeys(frameworks, REQUIREMENTS)
 
 
 def test_each_version_stands_in_one_file():
     """The workflow, which no template can write, has some too: the next test compares them."""
     for pattern, home in homes().items():
         files = {name for name, text in TRACKED.items() if re.search(pattern, without_facts(text))}
-        also = {PLAIN} if home == REQUIREMENTS else set()
+        also = OWN if home == REQUIREMENTS else set()
         assert files - {home, WORKFLOW} - also - HISTORY == set(), pattern
 
 
@@ -125,8 +131,9 @@ def test_the_tests_have_the_packages_of_an_output():
 
 def test_the_oldest_python_is_the_same_everywhere():
     oldest = PINNED.oldest_python
-    assert ABOUT["project"]["requires-python"] == f">={oldest}"
-    assert ABOUT["tool"]["ruff"]["target-version"] == f"py{oldest.replace('.', '')}"
+    assert ABOUT_LIBRARY["project"]["requires-python"] == f">={oldest}"
+    for about in ABOUT, ABOUT_LIBRARY:
+        assert about["tool"]["ruff"]["target-version"] == f"py{oldest.replace('.', '')}"
     pages = {name: text for name, text in TRACKED.items() if name.endswith(".md")}
     named = {
         (name, version)
@@ -149,8 +156,8 @@ def test_no_page_names_a_version_that_a_bump_would_make_untrue():
 def pinned():
     """Return {product: version}, such as "postgres": "18" and "django": "5.2"."""
     images = (re.search(r"([\w-]+):v?(\d+(\.\d+)?)", image) for image in IMAGES)
-    engine = (re.search(r"([\w-]+).=(\d+(\.\d+)?)", requirement) for requirement in ENGINE)
-    return {found[1]: found[2] for found in (*images, *engine)} | {"python": PINNED.python}
+    packages = (re.search(r"([\w-]+).=(\d+(\.\d+)?)", each) for each in ALWAYS.values())
+    return {found[1]: found[2] for found in (*images, *packages)} | {"python": PINNED.python}
 
 
 def found_by_renovate():
@@ -172,9 +179,9 @@ def test_renovate_reads_every_version_of_an_output():
     assert {f"{name}:{version}" for name, version in found.pop(VERSIONS).items()} == (
         IMAGES | actions | {f"python:{PINNED.python}", PINNED.runner.replace("-", ":")}
     )
-    assert "procrastinate" in found.pop("bench/stack.py")
+    assert "procrastinate" in found.pop("durable-jobs/bench/stack.py")
     packages = {f"{name}{version}" for names in found.values() for name, version in names.items()}
-    assert packages | set(ENGINE) == set(requirements().values())
+    assert packages == set(requirements().values()) - {"durable-jobs"}
 
 
 @pytest.mark.parametrize("broker", CHOICES["broker"])

@@ -459,8 +459,7 @@ class Bench:
         for work, arguments in {"computes": (0, LOOP), "waits 1 s": (1, 0)}.items():
             for output in outputs:
                 pool = output.answers.get("worker_pool", "prefork")
-                of_pool = f"settings.WORKER_POOLS[{pool!r}].get('worker_concurrency')"
-                slots = f"settings.CELERY_WORKER_CONCURRENCY or {of_pool} or os.cpu_count()"
+                slots = "settings.CELERY_WORKER_CONCURRENCY or os.cpu_count()"
                 slots = output.shell(f"print({slots})")
                 count, rates = self.size(work) * int(slots), {}
                 if work == "computes":

@@ -10,14 +10,14 @@ import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from harness.bake import TEMPLATE
+from harness.bake import ABOUT, TEMPLATE
 from harness.project import Project, children_of, connects, env, free_ports, processes_in, wait_for
 from harness.servers import PostgreSQL
 
 BENCH = Path(__file__).parent
 TICKS = os.sysconf("SC_CLK_TCK")  # for each second
 RIVALS = [
-    *("--constraints", TEMPLATE / "templates/requirements.txt"),  # the Django of an output
+    *(each for each in ABOUT["dependency-groups"]["test"] if each.startswith("django~")),
     "django-tasks-db[compat]~=0.13",
     "procrastinate[django]~=3.10",
     "psycopg[binary]~=3.3",
@@ -132,7 +132,7 @@ class Output(Contestant):
         with open(project / "config/urls.py", "a") as file:
             file.write("\nimport plain_view\n\nurlpatterns += plain_view.urlpatterns\n")
         with open(project / "config/settings.py", "a") as file:
-            file.write('\nJOB_LIMITS = {"five": "5", "one": "1"}\n')
+            file.write('\nDURABLE_JOBS["LIMITS"] = {"five": "5", "one": "1"}\n')
         self.create_database()
 
     def shell(self, code):

@@ -66,7 +66,7 @@ INDIRECT = {
     "pytest-django",  # loaded by pytest
 }
 # A condition for an import of a package that may be missing.
-OPTIONAL = r"apps\.is_installed\(|^IS_GEVENT$"
+OPTIONAL = r"apps\.is_installed\("
 BAKED = "baked"  # the name of a property: how many combinations a test baked, and new files
 SIZE = "files and words"  # a new file, or a longer README.md, is seen in the summary
 
@@ -83,7 +83,7 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(line)
     if sizes := [size for call in calls for name, size in call.user_properties if name == SIZE]:
         files, words = (f"{min(all):,} to {max(all):,}" for all in zip(*sizes, strict=True))
-        line = f"files outside jobs/ and docs/: {files}; words of README.md: {words}"
+        line = f"files: {files}; words of README.md: {words}"
         terminalreporter.write_line(line)
 
 
@@ -232,13 +232,12 @@ def check_dependencies(texts):
         file: text
         for file, text in code.items()
         if file.parts[0] not in ("tests", "conftest.py", "dev.py")
-        and file != Path("jobs/testing.py")
     }
     for files, declared in ((deployed, production), (code, production + groups)):
         imported = set().union(*(imports(text) for file, text in files.items() if is_python(file)))
         foreign = imported - own - sys.stdlib_module_names
         needed = {PACKAGES.get(module, module.replace("_", "-")) for module in foreign}
-        extras = re.findall(r"\w+", " ".join(re.findall(r"\[(.*?)\]", " ".join(declared))))
+        extras = re.findall(r"[\w-]+", " ".join(re.findall(r"\[(.*?)\]", " ".join(declared))))
         brought = packages(declared) | set(extras)
         brought |= set().union(*(BRINGS.get(name, set()) for name in brought))
         undeclared = needed - brought
@@ -266,7 +265,7 @@ def is_python(file):
 def imports(text):
     """Return the modules that Python code imports, up to the first dot of each name.
 
-    Without those that it imports only if apps.is_installed(), or only in a worker with gevent.
+    Without those that it imports only if apps.is_installed().
     """
     found, nodes = set(), [ast.parse(text)]
     while nodes:
@@ -338,15 +337,15 @@ def anchors(markdown):
     return found
 
 
-def check_pages(texts, template):
+def check_pages(texts, files, template):
     """Assert that pages link to existing files, and name no file or make target that is missing.
 
-    `template` has the paths that any output may have; files that a reader writes are not in it.
+    `files` are the paths of the output, `template` those that any output may have; files that a
+    reader writes are in neither.
     """
     pages = [file for file in texts if file.suffix == ".md"]
     check_links(pages, texts)
-    own = [page for page in pages if page.parts[0] != "jobs"]  # the engine's names are no files
-    tokens = [token for page in own for token in parse(texts[page])]
+    tokens = [token for page in pages for token in parse(texts[page])]
     code = "\n".join(token.content for token in tokens if token.type.startswith(("code", "fence")))
 
     targets = set(re.findall(r"^([a-z]+):", texts[Path("Makefile")], re.MULTILINE))
@@ -355,7 +354,7 @@ def check_pages(texts, template):
 
     folders = {path.parts[0] for path in template if len(path.parts) > 1}
     known = {str(path) for path in template}
-    files = {str(file) for file in texts}
+    files = set(map(str, files))
     for word in re.findall(r"(?<![\w/.-])[\w.][\w./-]*", code):
         if word in known or word.split("/")[0] in folders and "/" in word:
             exists = any(file.startswith(word) or f"/templates/{word}" in file for file in files)

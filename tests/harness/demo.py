@@ -58,7 +58,7 @@ def main(answers, out=TEMPLATE / "demo", **environment):
         print(f"  {len(project.files())} files")
     with step("Install what it needs"):
         project.install()
-    has_jobs, has_example = (project / "jobs").exists(), (project / "orders").exists()
+    has_jobs, has_example = (project / "vendor").exists(), (project / "orders").exists()
     if has_jobs and not has_example:
         project.add_app("samples")
     if not has_jobs:

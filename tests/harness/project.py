@@ -281,13 +281,17 @@ def shared_environment(project, folder):
     """Return the environment for a project's dependencies. The first call for them creates it."""
     declared = tomllib.loads(project.read("pyproject.toml"))
     declared = json.dumps([declared["project"]["dependencies"], declared["dependency-groups"]])
-    shared = Project(folder / hashlib.sha256(declared.encode()).hexdigest()[:16])
+    wheels = list(project.glob("vendor/*.whl"))
+    contents = b"".join([declared.encode(), *(wheel.read_bytes() for wheel in wheels)])
+    shared = Project(folder / hashlib.sha256(contents).hexdigest()[:16])
     shared.mkdir(exist_ok=True)
     with open(shared / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (shared / "done").exists():
             for file in ["Makefile", "pyproject.toml"]:
                 shutil.copy(project / file, shared)
+            if wheels:
+                shutil.copytree(project / "vendor", shared / "vendor")
             shared.call("make", ".venv")
             link_compiled(folder, shared)
             (shared / "done").touch()

@@ -369,7 +369,7 @@ def prepare(project, broker, folder, database, **variables):
     """
     project.install()
     routes = 'CELERY_TASK_ROUTES["faults.tasks.routed"] = {"queue": "io"}'
-    project.add_app("faults", f"{broker.settings}\n{routes}\nJOB_LIMITS = {LIMITS}")
+    project.add_app("faults", f"{broker.settings}\n{routes}\nDURABLE_JOBS['LIMITS'] = {LIMITS}")
     with open(project / "config/urls.py", "a") as file:
         file.write(
             "\nfrom faults.views import add, enqueue, work\n"

@@ -310,11 +310,11 @@ sqs.set_queue_attributes(QueueUrl=url, Attributes={"MaximumMessageSize": str(lim
     code = """
 from django.conf import settings
 def enqueue_largest(letter):
-    for size in range(2 * settings.JOB_MAX_BYTES // len(json.dumps(letter)), 0, -100):
+    for size in range(2 * settings.DURABLE_JOBS["MAX_BYTES"] // len(json.dumps(letter)), 0, -100):
         try:
             return Job.objects.enqueue(read, [letter * size], queue="cpu").pk
         except ValueError as error:
-            assert "JOB_MAX_BYTES" in str(error), error
+            assert "MAX_BYTES" in str(error), error
 result = [enqueue_largest(letter) for letter in ["x", "é", "😀", '"']]
 """
     stack.ask(limit, limit=2**18)

@@ -43,12 +43,12 @@ print(Job.objects.enqueue(forecast_demand, ["Tea"], arguments, owner=owner).pk)
 """
 # A job for each queue, which Beat starts when its countdown is over.
 JOB_FOR_EACH_QUEUE = """
-from django.conf import settings
+from durable_jobs.messages import known_queues
 from users.models import User
 from durable_jobs.models import Job
 from orders.tasks import forecast_demand
 options = {"countdown": 1, "owner": User.objects.get(is_superuser=True)}
-for queue in settings.CELERY_TASK_QUEUES:
+for queue in known_queues():
     job = Job.objects.enqueue(forecast_demand, ["Tea"], {"rounds": 9}, queue=queue, **options)
     print(queue, job.pk)
 """
@@ -296,7 +296,7 @@ def test_the_image_contains_no_backup(engine, bake, tmp_path):
     backups = ["backup.sql", "shop-2026-01-31.sql.gz", "shop.dump"]
     for name in backups:
         (project / name).write_text("secrets")
-    (project / "jobs/report.sql").write_text("SELECT 1")  # part of the program
+    (project / "orders/report.sql").write_text("SELECT 1")  # part of the program
     (tmp_path / "Dockerfile").write_text("FROM scratch\nCOPY . /\n")
     project.call(
         *("docker", "build", "--file", tmp_path / "Dockerfile"),
@@ -306,8 +306,8 @@ def test_the_image_contains_no_backup(engine, bake, tmp_path):
     project.call("git", "init", "--quiet")
     tracked = project.call("git", "ls-files", "--others", "--exclude-standard").split()
 
-    assert (tmp_path / "image/jobs/report.sql").exists()
-    assert "jobs/report.sql" in tracked
+    assert (tmp_path / "image/orders/report.sql").exists()
+    assert "orders/report.sql" in tracked
     for name in backups:
         assert not (tmp_path / "image" / name).exists()
         assert name not in tracked

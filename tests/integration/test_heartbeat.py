@@ -159,7 +159,7 @@ def test_the_heartbeat_outlives_the_database(stack, mine):
 @on_one
 def test_the_version_is_the_commit_of_a_checkout_or_a_release(stack):
     def version(**variables):
-        code = "from django.conf import settings\nprint('is', settings.JOB_VERSION)"
+        code = "from django.conf import settings\nprint('is', settings.DURABLE_JOBS['VERSION'])"
         return stack.project.shell(code, **variables)
 
     def git(*words):

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from harness import kustomize, missing
-from harness.bake import CHOICES, WITH_JOBS, baked
+from harness.bake import CHOICES, LIBRARY, WITH_JOBS, baked, chosen
 
 PRODUCTION = "deploy/kubernetes/overlays/production"
 MONITORING = Path("deploy/monitoring")
@@ -69,8 +69,7 @@ def test_the_manifests_are_valid(render, answers):
     for key, spec in pods(documents).items():
         check_pod(spec, documents, key)
     check_selectors(documents)
-    queues = re.search(r"CELERY_TASK_QUEUES = {(.*)}", project.read("config/settings.py"))[1]
-    queues = re.findall(r"\w+", queues)
+    queues = set(chosen(**answers).include_example.queues)
     scaled = {name for kind, name in documents if kind == "ScaledObject"}
     workers = {f"worker-{queue}" for queue in queues}
     assert workers == scaled
@@ -159,11 +158,8 @@ def check_selectors(documents):
 
 def check_variables(project, documents):
     """Check that the code reads each variable that a manifest sets, or uses in a command."""
-    code = "".join(
-        file.read_text()
-        for folder in ("config", "jobs")
-        for file in (project / folder).glob("*.py")
-    )
+    files = [*(project / "config").glob("*.py"), *(LIBRARY / "src").rglob("*.py")]
+    code = "".join(file.read_text() for file in files)
     known = set(re.findall(r"""(?:env\.\w+|environ\.get)\(["']([A-Z0-9_]+)["']""", code))
     given = set()
     for document in documents.values():
@@ -456,13 +452,12 @@ def test_the_image_and_the_hosts_are_in_one_file(bake):
 JOBS = """
 from datetime import timedelta
 from uuid import uuid4
-from django.conf import settings
 from django.utils import timezone
 from durable_jobs.models import Job, Pause
 from durable_jobs.metrics import Collector
 from orders.tasks import mail_summary, write_report
 held, paused = {"times_sent": 0, "sweep_at": None}, {"task": mail_summary.name}
-for number, queue in enumerate([*settings.CELERY_TASK_QUEUES, "unknown"], start=1):
+for number, queue in enumerate(["celery", "cpu", "io", "unknown"], start=1):
     for _ in range(number):
         for countdown in (0, 3600):
             Job.objects.enqueue(write_report, [1], queue=queue, countdown=countdown)
@@ -494,7 +489,7 @@ def test_the_queries_that_scale_workers_count_waiting_and_running_jobs(render, d
     variables = {"DATABASE_URL": url, "CELERY_BROKER_URL": "memory://"}
     project.manage("migrate", "-v0", **variables)
     printed = project.manage("shell", "-v0", "-c", JOBS, **variables)
-    metrics = re.findall(r"^(jobs_(?:waiting|running)) (\w+) (\d+)", printed, re.M)
+    metrics = re.findall(r"^(durable_jobs_(?:waiting|running)) (\w+) (\d+)", printed, re.M)
     queries = {
         name: each["spec"]["triggers"][0]["metadata"]["query"]
         for (kind, name), each in documents.items()
@@ -506,7 +501,7 @@ def test_the_queries_that_scale_workers_count_waiting_and_running_jobs(render, d
         count = int(subprocess.run(command, capture_output=True, check=True).stdout)
         assert count == sum(int(value) for _, name, value in metrics if name == queue)
         assert count == 4 * number
-    printed = project.manage("jobs", "pause", "io", "--reason", "SMTP is down", **variables)
+    printed = project.manage("durable_jobs", "pause", "io", "--reason", "SMTP is down", **variables)
     assert re.search(r"^io: Paused since .*: SMTP is down$", printed, re.M)
     counts = subprocess.run([*psql, queries["worker-io"]], capture_output=True, check=True).stdout
     assert int(counts) == 2 * 3  # those that run

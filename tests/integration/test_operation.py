@@ -7,7 +7,7 @@ import urllib.request
 import pytest
 import yaml
 
-from harness.bake import CHOICES, TEMPLATE, WITH_JOBS, render
+from harness.bake import CHOICES, LIBRARY, TEMPLATE, WITH_JOBS, render
 from harness.blocks import code
 from harness.faults import ONE, stacks
 from harness.project import wait_for
@@ -30,13 +30,14 @@ def metrics_named(expression):
     return {re.sub("(_seconds)_(bucket|sum|count)$", r"\1", name) for name in names}
 
 
-def exposed(project):
-    return re.findall('^    "(jobs_[a-z_]+)": ', project.read("jobs/metrics.py"), re.M)
+def exposed():
+    code = (LIBRARY / "src/durable_jobs/metrics.py").read_text()
+    return re.findall('^    "(durable_jobs_[a-z_]+)": ', code, re.M)
 
 
 def test_the_page_and_the_alerts_name_the_metrics_that_an_output_has(bake):
-    found = exposed(bake(durable_jobs="yes"))
-    assert set(re.findall(r"^\| `(jobs_\w+)` \|", TEXT, re.MULTILINE)) == set(found)
+    found = exposed()
+    assert set(re.findall(r"^\| `(durable_jobs_\w+)` \|", TEXT, re.MULTILINE)) == set(found)
     assert ALERTS and DASHBOARD
     for expression in [*ALERTS.values(), *DASHBOARD]:
         assert metrics_named(expression) <= set(found), expression
@@ -45,8 +46,8 @@ def test_the_page_and_the_alerts_name_the_metrics_that_an_output_has(bake):
 @pytest.mark.parametrize("broker", CHOICES["broker"])
 def test_the_page_of_each_broker_names_only_metrics_that_its_output_has(bake, broker):
     project = bake(durable_jobs="yes", broker=broker)
-    named = set(re.findall(r"`(jobs_\w+)", project.read("docs/operation.md")))
-    assert named and named <= set(exposed(project))
+    named = set(re.findall(r"`(durable_jobs_\w+)", project.read("docs/operation.md")))
+    assert named and named <= set(exposed())
 
 
 def test_the_page_says_of_each_alert_what_to_do():

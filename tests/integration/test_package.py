@@ -1,7 +1,6 @@
-"""The engine is a library: a wheel of `jobs/` alone replaces the folder."""
+"""The library is a package: what its wheel requires, and a project that passes its tests on it."""
 
 import re
-import shutil
 import sys
 import tomllib
 import zipfile
@@ -9,49 +8,44 @@ from email import message_from_bytes
 
 import pytest
 
-from harness.bake import TEMPLATE, engine
+from harness.bake import LIBRARY
 from harness.checks import PACKAGES, imports, packages
-from harness.project import Project
+from test_wheel import WHEEL
 
 pytestmark = pytest.mark.xdist_group("package")
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("dist")
-    Project(TEMPLATE).call("make", "package", ARGS=f"--out-dir {folder}")
-    [wheel] = folder.glob("*.whl")
-    return wheel
-
-
-def test_the_wheel_holds_every_file_of_the_engine(wheel):
-    files = {str(file): text.encode() for file, text in engine().items()}
-    with zipfile.ZipFile(wheel) as archive:
-        names = [name for name in archive.namelist() if ".dist-info/" not in name]
-        assert {name: archive.read(name) for name in names} == files
-
-
-def test_the_wheel_requires_what_the_engine_imports(wheel, bake):
-    """The versions are those that a project requires. Only testing.py imports pytest."""
-    with zipfile.ZipFile(wheel) as archive:
+def test_the_wheel_requires_what_its_modules_import():
+    """With all extras. Only testing.py imports pytest; kombu and others are parts of Celery."""
+    with zipfile.ZipFile(WHEEL) as archive:
         [about] = [name for name in archive.namelist() if name.endswith("/METADATA")]
-        about = message_from_bytes(archive.read(about))
-    required = about.get_all("Requires-Dist")
-    python = [text for file, text in engine().items() if file.suffix == ".py"]
-    foreign = set().union(*map(imports, python)) - sys.stdlib_module_names - {"jobs", "pytest"}
+        required = message_from_bytes(archive.read(about)).get_all("Requires-Dist")
+    python = (path.read_text("utf-8") for path in (LIBRARY / "src").rglob("*.py"))
+    foreign = set().union(*map(imports, python)) - sys.stdlib_module_names
+    foreign -= {"asgiref", "billiard", "durable_jobs", "gevent", "kombu", "pytest", "structlog"}
     assert packages(required) == {PACKAGES.get(name, name.replace("_", "-")) for name in foreign}
 
+
+def test_its_ranges_have_the_versions_that_a_project_pins(bake):
     project = tomllib.loads(bake(durable_jobs="yes").read("pyproject.toml"))["project"]
-    assert set(required) <= {re.sub(r"\[.*]", "", each) for each in project["dependencies"]}
+    pinned = dict(re.findall(r"^([a-z-]+).*~=([\d.]+)$", "\n".join(project["dependencies"]), re.M))
+    library = tomllib.loads((LIBRARY / "pyproject.toml").read_text("utf-8"))["project"]
+    extras = library["optional-dependencies"].values()
+    for requirement in [*library["dependencies"], *(each for extra in extras for each in extra)]:
+        name, _, least = re.match(r"([a-z-]+)(\[.*\])?(?:>=([\d.]+))?", requirement).groups()
+        if least and name in pinned:
+            assert numbers(least) <= numbers(pinned[name]), requirement
 
 
-def test_a_project_without_the_folder_passes_its_tests_on_the_wheel(wheel, bake):
+def numbers(version):
+    return [int(part) for part in version.split(".")]
+
+
+def test_a_project_passes_its_tests_on_the_wheel(bake):
     project = bake(durable_jobs="yes")
-    project.call("make", ".venv")  # its own, for the wheel
-    shutil.rmtree(project / "jobs")
-    # Offline, because all that the wheel requires is installed.
-    project.run("uv", "pip", "install", "--offline", "--python", ".venv/bin/python", wheel)
-    assert "/site-packages/jobs/" in project.shell("import jobs; print(jobs.__file__)")
+    project.call("make", ".venv")  # its own
+    where = project.shell("import durable_jobs; print(durable_jobs.__file__)")
+    assert "/site-packages/durable_jobs/" in where
 
     printed = project.call("make", "check", "test", **project.free_servers())
     assert re.search(r"= \d+ passed", printed), printed

@@ -8,8 +8,9 @@ from harness.stack import RESEND
 
 
 def manage(stack, *words):
-    """Run manage.py jobs."""
-    return stack.project.manage("jobs", *words, **{k: str(v) for k, v in stack.variables.items()})
+    """Run manage.py durable_jobs."""
+    variables = {name: str(value) for name, value in stack.variables.items()}
+    return stack.project.manage("durable_jobs", *words, **variables)
 
 
 def enqueue(stack, task, count, *args, queue="cpu"):

@@ -81,7 +81,7 @@ def test_the_commands_of_the_page_run_a_project(machine, tmp_path):
             assert get(site, path, Host="10.0.0.1")[0] == 200, web.printed  # a load balancer
         assert get(site, "/", Host="example.org")[0] == 400
         assert get(site, "/", Host="example.com") == (301, "https://example.com/")
-        assert get(site, "/static/jobs/jobs.js", **HTTPS)[0] == 200
+        assert get(site, "/static/durable_jobs/jobs.js", **HTTPS)[0] == 200
 
         status, headers, order = site.request("/api/orders/", ORDER)
         assert status == 202, web.printed

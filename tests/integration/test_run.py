@@ -169,7 +169,7 @@ def test_the_pages_say_what_a_held_job_waits_for(with_tasks, tmp_path):
     with open(with_tasks / "samples/tasks.py", "a") as file:
         file.write(LIMITED)
     with open(with_tasks / "config/settings.py", "a") as file:
-        file.write('JOB_LIMITS = {"tenant": "2"}\n')
+        file.write('DURABLE_JOBS["LIMITS"] = {"tenant": "2"}\n')
     with with_tasks.up() as site, browser(tmp_path) as tab:
         tab.log_in(site)
         held, paused = site.ask(CALLS)
@@ -186,7 +186,7 @@ def test_the_pages_say_what_a_held_job_waits_for(with_tasks, tmp_path):
         running = site.request("/api/jobs/?state=running")[2]["results"]
         site.request(f"/api/jobs/{running[0]['id']}/cancel/", {})
         tab.wait(f"{rows}[0].includes('Running') && {rows}[0].includes('Calls the API')")
-        with_tasks.manage("jobs", "resume", "samples.tasks.count", **site.environment)
+        with_tasks.manage("durable_jobs", "resume", "samples.tasks.count", **site.environment)
         tab.open(f"{site.web}/jobs/{paused}/")
         tab.wait(f"{rows}[0]?.includes('Paused') && !{rows}[0].includes('SMTP')")  # its label
 
@@ -445,27 +445,30 @@ CPUS = os.cpu_count()
 
 
 @every_pool
-def test_a_worker_has_the_settings_of_its_pool(project, request):
+def test_a_worker_with_any_pool_has_the_settings_of_the_project(project, request):
+    """Options of its command come first."""
     own = request.node.callspec.params["output"]["worker_pool"]
-    of_project = [1260, own == "gevent"]
-    prefork = ["prefork", CPUS, 1, True, 1000, None, *of_project]
-    threads = ["thread", 20, 1, False, 1000, None, *of_project]
-    gevent = ["gevent", 100, 4, True, 0, 3, *of_project]
+    of_project = {
+        "prefork": [CPUS, 1, False, 1000, None, 1260, False],
+        "threads": [20, 1, False, 1000, None, 1260, False],
+        "gevent": [100, 4, False, None, 3, 1260, True],
+    }[own]
+    _, _, *others = of_project
     expected = {
-        "--pool prefork": prefork,
-        "-P threads": threads,
-        "--pool=threads -c 7 --prefetch-multiplier 3": ["thread", 7, 3, *threads[3:]],
-        "--pool processes": prefork,
-        "--pool solo": ["solo", CPUS, 1, False, 1000, None, *of_project],
+        "--pool prefork": ["prefork", *of_project],
+        "-P threads": ["thread", *of_project],
+        "--pool=threads -c 7 --prefetch-multiplier 3": ["thread", 7, 3, *others],
+        "--pool processes": ["prefork", *of_project],
+        "--pool solo": ["solo", *of_project],
     }
     if own == "gevent":
-        expected |= {"--pool gevent": gevent, "-P gevent -c 7": ["gevent", 7, *gevent[2:]]}
+        expected |= {"-P gevent": [own, *of_project], "-P gevent -c 7": [own, 7, *of_project[1:]]}
     else:
-        expected[""] = {"prefork": prefork, "threads": threads}[own]
+        expected[""] = [own.removesuffix("s"), *of_project]
     for options, values in expected.items():
         assert worker_settings(project, options) == " ".join(map(str, values)), options
     by_variable = worker_settings(project, "--pool threads", WORKER_CONCURRENCY=9)
-    assert by_variable == " ".join(map(str, ["thread", 9, *threads[2:]]))
+    assert by_variable == " ".join(map(str, ["thread", 9, *of_project[1:]]))
 
 
 def worker_settings(project, options, **variables):
@@ -477,13 +480,13 @@ def worker_settings(project, options, **variables):
 def test_a_worker_without_queues_takes_tasks_from_each_one(broker, with_tasks, tmp_path):
     """Plain tasks, at once and after a countdown."""
     script = f"""
-from django.conf import settings
+from durable_jobs.messages import known_queues
 from samples.tasks import note_time
-for queue in settings.CELERY_TASK_QUEUES:
+for queue in known_queues():
     for countdown in 0, 2:
         path = f"{tmp_path}/{{queue}}{{countdown}}"
         note_time.apply_async([path], queue=queue, countdown=countdown)
-result = list(settings.CELERY_TASK_QUEUES)
+result = known_queues()
 """
     with with_tasks.up(**broker) as site:
         queues = site.ask(script)

@@ -115,7 +115,7 @@ def test_an_update_keeps_what_the_owner_changed(make, template, tmp_path):
     commit(project)
 
     output = template / "{{cookiecutter.project_slug}}"
-    change(template / "templates/durable_jobs/no" / SETTINGS, *TEMPLATES)
+    change(output / SETTINGS, *TEMPLATES)
     change(output / "Procfile", "beat: celery", "beat: exec celery")
     (output / "{{ cookiecutter.new_option }}.md").write_text("New\n")
     options = '"new_option": ["default", "other"], "include_example"'

@@ -207,7 +207,8 @@ def kept(stack, jobs):
     run_sql(
         stack,
         f"INSERT INTO keeps VALUES ('{jobs[0]}')",
-        "CREATE TABLE mentions (job uuid REFERENCES durable_jobs_job DEFERRABLE INITIALLY DEFERRED)",
+        "CREATE TABLE mentions"
+        " (job uuid REFERENCES durable_jobs_job DEFERRABLE INITIALLY DEFERRED)",
         f"INSERT INTO mentions VALUES ('{jobs[1]}')",
     )
     try:
@@ -334,7 +335,8 @@ def test_a_huge_job_that_was_stored_before_the_limit_fails_without_being_loaded(
         stack, f"UPDATE durable_jobs_job SET args = ({args}), sweep_at = now() WHERE id = '{job}'"
     )
     [row] = stack.wait_until_final(job)
-    error = "The arguments have 100,000,004 bytes, but JOB_MAX_BYTES is 16,000,000: pass an id"
+    limit = "DURABLE_JOBS['MAX_BYTES'] is 16,000,000"
+    error = f"The arguments have 100,000,004 bytes, but {limit}: pass an id"
     assert (row["state"], row["error"]) == ("failed", error)
     assert stack.beat.is_running()
     record_property("megabytes", megabytes())

@@ -8,6 +8,8 @@ import uuid
 from django.conf import settings
 from django.db import migrations, models
 
+from durable_jobs.migrations import CREATE_LOAD, DROP_LOAD
+
 
 class Migration(migrations.Migration):
 
@@ -260,4 +262,5 @@ class Migration(migrations.Migration):
             model_name='job',
             constraint=models.CheckConstraint(condition=models.Q(models.Q(('finished_at', None), ('state__in', ['queued', 'running']), models.Q(models.Q(('held_by__isnull', False), ('state', 'queued'), ('sweep_at', None)), models.Q(('held_by', None), ('sweep_at__isnull', False)), _connector='OR')), models.Q(('finished_at__isnull', False), ('held_by', None), ('state__in', ['succeeded', 'failed', 'cancelled']), models.Q(('sweep_at', None), models.Q(('limit_key__isnull', False), ('state', 'cancelled')), _connector='OR')), _connector='OR'), name='job_active_or_finished'),
         ),
+        migrations.RunSQL(CREATE_LOAD, DROP_LOAD),
     ]

@@ -1,0 +1,23 @@
+"""The migrations, and the SQL that Django does not write itself."""
+
+# How many jobs of each queue run, or are due and blocked by no limit and no pause: what its workers have
+# to do. An autoscaler reads it, so its columns are part of the public interface. A queue without such
+# jobs has no row. Before a migration changes the table of the jobs, it must drop the view.
+CREATE_LOAD = """
+CREATE VIEW durable_jobs_load AS
+SELECT queue, COUNT(*) AS jobs
+FROM durable_jobs_job
+WHERE state IN ('queued', 'running')
+  AND sweep_at IS NOT NULL
+  AND (
+    state = 'running'
+    OR (
+      (times_sent > 0 OR sweep_at < CURRENT_TIMESTAMP)
+      AND NOT EXISTS (
+        SELECT 1 FROM durable_jobs_pause WHERE name IN (durable_jobs_job.queue, durable_jobs_job.task)
+      )
+    )
+  )
+GROUP BY queue
+"""
+DROP_LOAD = "DROP VIEW durable_jobs_load"
