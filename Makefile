@@ -18,7 +18,7 @@ prove: .venv  ## the slow tests, such as faults and containers: make prove ARGS=
 chaos: .venv  ## two minutes of random faults on each broker; longer: make chaos ARGS="redis --seconds 600 --jobs 5000 --seed 1"
 	@PYTHONPATH=tests .venv/bin/python -m harness.chaos $(ARGS)
 
-bench: .venv  ## measure and write docs/performance.md; a trial: make bench ARGS="--scale 0.1"
+bench: .venv  ## measure and write durable-jobs/docs/performance.md; a trial: make bench ARGS="--scale 0.1"
 	PYTHONPATH=tests .venv/bin/python durable-jobs/bench/run.py $(ARGS)
 
 VENDOR := {{cookiecutter.project_slug}}/vendor

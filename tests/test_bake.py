@@ -51,7 +51,7 @@ PARTS = TEMPLATE / "templates"  # one folder for each option, and one more: `ser
 MODULES = {folder.name: folder.name for folder in PARTS.iterdir() if folder.is_dir()}
 MODULES["servers"] = "server"
 # The one line of a file that stands whole, once for each of these choices.
-WHOLE = r'\{% include "durable_jobs/" ~ cookiecutter\.durable_jobs ~ "/(.+)" %\}\n'
+WHOLE = r'\{% include "durable_jobs/(?:" ~ cookiecutter\.durable_jobs ~ "|yes|no)/(.+)" %\}\n'
 # Where a "job" is one of GitHub, Kubernetes or Prometheus.
 OTHER_JOBS = r"^jobs:$|kind: Job\b|Deployment\|Job\b|the Job that|delete job |job=\"flower\""
 
@@ -128,7 +128,7 @@ def check_project(project, is_new):
     for file, text in texts.items():
         if is_new("file", file, text):
             check_file(project, file, text)
-            if file.suffix == ".md" and not with_jobs:
+            if file.suffix == ".md":
                 check_blocks(file, text)
             checked += 1
     settings = texts[Path("config/settings.py")]

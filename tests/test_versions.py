@@ -26,12 +26,13 @@ FRAMEWORKS = ("celery", "django", "djangorestframework", "drf-spectacular")  # w
 HISTORY = {
     "CHANGELOG.md",
     "docs/decisions.md",
-    "docs/performance.md",
-    "docs/upgrading-from-commits.md",
+    "durable-jobs/docs/decisions.md",
+    "durable-jobs/docs/performance.md",
 }
 # Sentences that stay true with other versions, and so may have a number.
 FACTS = [
-    "| Celery 5.7 | broker | lost |",  # docs/alternatives.md: what was compared
+    "You need Django 5.2 to 6.1, Celery 5.7,",  # the ranges of durable-jobs/pyproject.toml
+    "| Celery 5.7 | broker | lost |",  # durable-jobs/docs/alternatives.md: what was compared
     "`task_retry_on_worker_lost` of Celery 5.7",
     "as long as the project supports Django 5.2",
     "Celery 5.7 deprecates `queue`",

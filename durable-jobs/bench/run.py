@@ -24,7 +24,7 @@ from harness.servers import BROKERS, running
 from stack import Output, Rivals, bare, cpu_ms, flushes, pgbench, postgres
 
 _, *POOLS = CHOICES["worker_pool"]  # besides the default
-PAGE = TEMPLATE / "docs/performance.md"
+PAGE = TEMPLATE / "durable-jobs/docs/performance.md"
 CLIENTS = 4  # that send requests at once
 SLOTS = 2  # of each contestant's worker
 LOOP = 250_000  # rounds: about 20 ms of computing

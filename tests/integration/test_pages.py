@@ -62,7 +62,7 @@ print(",".join(sorted(actions)))
 aws_output = outputs({**DEFAULTS, **WITH_JOBS, "broker": "sqs", "result_backend": "dynamodb"})
 
 
-@outputs(DEFAULTS)
+@outputs(DEFAULTS, {**DEFAULTS, **WITH_JOBS})
 def test_a_reader_can_type_what_the_pages_show(broker, project):
     pages = sorted(page.relative_to(project) for page in project.glob("docs/*.md"))
     with Reader(project, **broker) as reader:
@@ -82,8 +82,8 @@ def aws(project, tmp_path):
 
 
 def template(project, words, **answers):
-    """Return the CloudFormation template of docs/workers.md that has these words."""
-    page = render("docs/workers.md", project_slug=project.name, **WITH_JOBS, **answers)
+    """Return the CloudFormation template of docs/production.md that has these words."""
+    page = render("docs/production.md", project_slug=project.name, **WITH_JOBS, **answers)
     return code(page, words)
 
 

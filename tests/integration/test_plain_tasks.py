@@ -105,8 +105,8 @@ result = [len(messages), [message["Body"] == messages[0]["Body"] for message in 
 
 @on_rabbitmq
 def test_a_dead_letter_is_kept_and_can_be_sent_again(stack):
-    """With rabbitmq.json, which names no queue of tasks, and with the code in docs/workers.md."""
-    page = stack.project.read("docs/workers.md")
+    """With rabbitmq.json, which names no queue of tasks, and the code in docs/production.md."""
+    page = stack.project.read("docs/production.md")
     again = code(page, "x-death")
     stack.broker.control("import_definitions", stack.project / "rabbitmq.json")
     try:
