@@ -15,7 +15,7 @@ SECTION = re.compile(r"^### (durable_jobs[\w.]+)\n(.*?)(?=^#)", re.MULTILINE | r
 # What Django and DRF add to a class, or use of it.
 ADDED = {"DoesNotExist", "Meta", "MultipleObjectsReturned", "NotUpdated", "basename", "description"}
 ADDED |= {"batch_id", "detail", "filterset_class", "filterset_fields", "get", "id", "job_id"}
-ADDED |= {"name", "objects", "owner_id", "suffix"}
+ADDED |= {"filter_backends", "name", "objects", "owner_id", "pagination_class", "suffix"}
 
 
 def listed():
