@@ -13,8 +13,9 @@ from django.utils import timezone
 from helpers import add, broken, greet, multiply
 from rest_framework.test import APIClient
 
-from durable_jobs import database, messages, sweep, updates
-from durable_jobs.models import Batch, Job
+from durable_jobs import batches, database, messages, transitions
+from durable_jobs.beat.schedule import sweeper
+from durable_jobs.models import Job
 from durable_jobs.pools import pool
 
 pytest_plugins = ["durable_jobs.testing"]
@@ -56,7 +57,7 @@ def one_connection(monkeypatch):
 def no_ties(monkeypatch):
     """Let no two jobs have the same time: on SQLite the clock has milliseconds."""
     if connection.vendor == "sqlite":
-        insert = updates.insert
+        insert = transitions.insert
 
         def insert_later(*args):
             until = perf_counter() + 0.001
@@ -64,7 +65,7 @@ def no_ties(monkeypatch):
                 pass
             return insert(*args)
 
-        monkeypatch.setattr(updates, "insert", insert_later)
+        monkeypatch.setattr(transitions, "insert", insert_later)
 
 
 class ReplicaRouter:
@@ -121,7 +122,7 @@ def published(monkeypatch):
         waiting.append(str(job.pk))
 
     monkeypatch.setattr(messages, "send_one", publish)
-    monkeypatch.setattr(sweep, "messages_in", lambda queue, broker: len(waiting))
+    monkeypatch.setattr(sweeper, "messages_in", lambda queue, broker: len(waiting))
     return waiting
 
 
@@ -130,7 +131,7 @@ def sent(monkeypatch):
     """The ids of the jobs whose messages were sent. No worker takes them."""
     ids = []
     monkeypatch.setattr(messages, "send_one", lambda job, *args, **options: ids.append(job.pk))
-    monkeypatch.setattr(sweep, "messages_in", lambda *args: len(ids))
+    monkeypatch.setattr(sweeper, "messages_in", lambda *args: len(ids))
     return ids
 
 
@@ -164,7 +165,7 @@ def no_eager(eager):
 @pytest.fixture
 def batch(user):
     """A batch with two jobs, which have not started."""
-    return Batch.objects.enqueue(greet, [["Ada"], ["Bo"]], owner=user, label="Greetings")
+    return batches.enqueue(greet, [["Ada"], ["Bo"]], owner=user, label="Greetings")
 
 
 @pytest.fixture

@@ -16,10 +16,11 @@ from django.db.models.functions import Now
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
-from durable_jobs import publish, updates
+from durable_jobs import publish, transitions
+from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Job
-from durable_jobs.runs import Run
 from durable_jobs.tasks import JobError, JobTask
+from durable_jobs.worker.runs import Run
 
 try:
     from django.tasks import task
@@ -53,7 +54,7 @@ def act(self):
 def run(body):
     """Enqueue and run a job that calls body(task). Return the job as it is afterwards."""
     act.body = body
-    return deliver(Job.objects.enqueue(act))
+    return deliver(enqueue(act))
 
 
 def deliver(job):
@@ -71,7 +72,7 @@ def claim_and_lapse(job, limit=60):
 
 def claim(pk, run=None, **message):
     """Claim a job with a message that has these fields. Return what claim() returns."""
-    return updates.claim(Job.objects, id=pk, run_token=run or uuid.uuid4(), **CLAIM | message)
+    return transitions.claim(Job.objects, id=pk, run_token=run or uuid.uuid4(), **CLAIM | message)
 
 
 def lapse(*jobs):
@@ -134,7 +135,7 @@ def run_while_open(change, function):
 
 
 def enqueue_and_publish(count):
-    jobs = [Job.objects.enqueue(add, [1, 2]) for _ in range(count)]
+    jobs = [enqueue(add, [1, 2]) for _ in range(count)]
     for job in jobs:
         publish.publish([job])
     return jobs

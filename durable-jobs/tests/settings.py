@@ -94,5 +94,5 @@ REST_FRAMEWORK = {
     "DEFAULT_SCHEMA_CLASS": "drf_spectacular.openapi.AutoSchema",
 }
 QUEUES = ["default", "celery", "cpu", "io"]
-TASKS = {"default": {"BACKEND": "durable_jobs.backends.TaskBackend", "QUEUES": QUEUES}}
+TASKS = {"default": {"BACKEND": "durable_jobs.contrib.django_tasks.TaskBackend", "QUEUES": QUEUES}}
 DURABLE_JOBS = {"LIMITS": {"one": "1", "tenant": "2", "api": "5, 3/h", "turn": "1"}}

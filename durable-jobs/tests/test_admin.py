@@ -14,7 +14,9 @@ from django.db.models.functions import Now
 from django.test.utils import CaptureQueriesContext
 from helpers import JOBS, call, count, counting_queries, fail, greet, listed, logged, multiply
 
-from durable_jobs import publish, updates
+from durable_jobs import batches, publish, transitions
+from durable_jobs.actions import cancel, run_all_again, start_now
+from durable_jobs.enqueue import enqueue, enqueue_many
 from durable_jobs.models import Batch, Job
 
 pytestmark = pytest.mark.django_db
@@ -38,13 +40,13 @@ def act(client, action, query="", jobs=(), **data):
 def states(commit):
     """A job in each state."""
     with commit():
-        jobs = {"succeeded": Job.objects.enqueue(greet)}
-    jobs |= {name: Job.objects.enqueue(greet) for name in ("waiting", "running", "failed")}
-    jobs["held"] = Job.objects.enqueue(call, ["a"])
-    jobs["cancelled"] = Job.objects.enqueue(greet)
-    jobs["waiting later"] = Job.objects.enqueue(greet, countdown=60)
-    jobs["cancelled"].cancel()
-    updates.finish(Job.objects.filter(pk=jobs["failed"].pk), "failed")
+        jobs = {"succeeded": enqueue(greet)}
+    jobs |= {name: enqueue(greet) for name in ("waiting", "running", "failed")}
+    jobs["held"] = enqueue(call, ["a"])
+    jobs["cancelled"] = enqueue(greet)
+    jobs["waiting later"] = enqueue(greet, countdown=60)
+    cancel(jobs["cancelled"])
+    transitions.finish(Job.objects.filter(pk=jobs["failed"].pk), "failed")
     running = {"state": "running", "run_token": uuid.uuid4()}
     Job.objects.filter(pk=jobs["running"].pk).update(**running)
     return jobs
@@ -62,7 +64,7 @@ def test_each_filter_by_state_finds_the_jobs_in_this_state(admin_client, states)
 
 
 def test_jobs_are_filtered_by_task_queue_and_date(admin_client):
-    old, other, new = (Job.objects.enqueue(task) for task in (greet, count, greet))
+    old, other, new = (enqueue(task) for task in (greet, count, greet))
     Job.objects.filter(pk=old.pk).update(created_at=Now() - timedelta(days=3), queue="io")
     assert listed(admin_client, f"task={greet.name}") == [new, old]
     assert listed(admin_client, "queue=io") == [old]
@@ -73,7 +75,7 @@ def test_jobs_are_filtered_by_task_queue_and_date(admin_client):
 
 
 def test_the_filters_names_come_from_the_code_and_not_from_the_table(admin_client):
-    Job.objects.enqueue(greet, queue="special")
+    enqueue(greet, queue="special")
     Job.objects.update(task="deleted.task")
     with CaptureQueriesContext(connection) as captured:
         page = admin_client.get(JOBS).content.decode()
@@ -88,22 +90,22 @@ def test_the_filters_names_come_from_the_code_and_not_from_the_table(admin_clien
 
 
 def test_the_search_finds_an_id_and_an_owner(admin_client, user):
-    own, other = Job.objects.enqueue(greet, owner=user), Job.objects.enqueue(greet)
+    own, other = enqueue(greet, owner=user), enqueue(greet)
     assert listed(admin_client, f"q={other.pk}") == [other]
     assert listed(admin_client, f"q={user}") == [own]
     assert listed(admin_client, "q=use") == listed(admin_client, f"q={uuid.uuid4()}") == []
 
 
 def test_the_list_shows_label_queue_and_a_short_error(admin_client):
-    job = Job.objects.enqueue(greet, label="For Ada", queue="special")
-    updates.finish(Job.objects.filter(pk=job.pk), "failed", error="<b>" + "x" * 5000)
+    job = enqueue(greet, label="For Ada", queue="special")
+    transitions.finish(Job.objects.filter(pk=job.pk), "failed", error="<b>" + "x" * 5000)
     page = admin_client.get(JOBS).content.decode()
     assert '"field-label">For Ada<' in page and '"field-queue">special<' in page
     assert f'"field-short_error">&lt;b&gt;{"x" * 76}…<' in page
 
 
 def test_the_list_loads_no_large_values(admin_client):
-    Job.objects.enqueue(greet)
+    enqueue(greet)
     with CaptureQueriesContext(connection) as captured:
         admin_client.get(JOBS)
     sql = " ".join(query["sql"] for query in captured)
@@ -161,7 +163,7 @@ def test_a_page_of_a_filtered_list_reads_only_its_own_rows(many, admin_client, m
 
 
 def test_the_admin_shows_a_job_and_adds_none(admin_client):
-    job = Job.objects.enqueue(greet)
+    job = enqueue(greet)
     page = admin_client.get(f"/admin/durable_jobs/job/{job.pk}/change/").content.decode()
     assert str(job.pk) in page and "helpers.greet" in page
     assert admin_client.get("/admin/durable_jobs/job/add/").status_code == 403
@@ -169,7 +171,7 @@ def test_the_admin_shows_a_job_and_adds_none(admin_client):
 
 def test_the_admin_shows_tracebacks(admin_client, commit):
     with commit():
-        job = Job.objects.enqueue(fail)
+        job = enqueue(fail)
     page = admin_client.get(f"/admin/durable_jobs/job/{job.pk}/change/").content.decode()
     assert "ValueError: &lt;b&gt;no&lt;/b&gt;" in page
     assert ">Traceback" in page
@@ -183,12 +185,12 @@ def test_the_admin_shows_every_field_of_a_job():
 
 def test_the_admin_shows_the_active_jobs_of_a_user_who_cannot_be_deleted(admin_client, user):
     url = f"/admin/auth/user/{user.pk}/delete/"
-    job = Job.objects.enqueue(greet, owner=user, countdown=60)
+    job = enqueue(greet, owner=user, countdown=60)
     page = admin_client.get(url).content.decode()
     assert "following protected related objects" in page and f"{job.pk}" in page
     assert admin_client.post(url, {"post": "yes"}).status_code == 200  # the same page
     user.refresh_from_db()
-    Job.objects.all().cancel()
+    cancel(Job.objects.all())
     assert admin_client.post(url, {"post": "yes"}).status_code == 302
     assert not Job.objects.exists()
 
@@ -198,14 +200,14 @@ def test_the_admin_shows_the_active_jobs_of_a_user_who_cannot_be_deleted(admin_c
 
 def test_start_now_ends_countdowns_and_pauses_before_a_retry(admin_client, monkeypatch, commit):
     sent = []
-    later, retried = (Job.objects.enqueue(greet, countdown=600) for _ in range(2))
+    later, retried = (enqueue(greet, countdown=600) for _ in range(2))
     Job.objects.filter(pk=retried.pk).update(retries=2, crashes=1)
-    due, ended = Job.objects.enqueue(greet), Job.objects.enqueue(greet)
-    ended.cancel()
+    due, ended = enqueue(greet), enqueue(greet)
+    cancel(ended)
     before = Job.objects.in_bulk([due.pk, ended.pk])
     with commit():
         monkeypatch.setattr(publish, "send", sent.extend)
-        assert Job.objects.all().start_now() == 2
+        assert start_now(Job.objects.all()) == 2
         assert sent == []  # not before the commit
     assert {(job.pk, job.retries, job.crashes, job.times_sent) for job in sent} == {
         (later.pk, 0, 0, 1),
@@ -218,13 +220,13 @@ def test_start_now_ends_countdowns_and_pauses_before_a_retry(admin_client, monke
     for job in before.values():
         row = Job.objects.get(pk=job.pk)
         assert (row.due_at, row.sweep_at, row.state) == (job.due_at, job.sweep_at, job.state)
-    assert Job.objects.all().start_now() == 0
+    assert start_now(Job.objects.all()) == 0
 
 
 def test_the_sweep_sends_the_message_if_the_broker_refuses_it(commit, broker_down):
-    job = Job.objects.enqueue(greet, countdown=600)
+    job = enqueue(greet, countdown=600)
     with commit():
-        Job.objects.all().start_now()
+        start_now(Job.objects.all())
     assert broker_down == [str(job.pk)]
     job.refresh_from_db()
     assert job.times_sent == 0
@@ -232,12 +234,12 @@ def test_the_sweep_sends_the_message_if_the_broker_refuses_it(commit, broker_dow
 
 
 def test_start_now_takes_the_jobs_of_a_batch_and_of_an_owner_and_many(user):
-    batch = Batch.objects.enqueue(greet, [[]] * 1001, countdown=60, owner=user)
+    batch = batches.enqueue(greet, [[]] * 1001, countdown=60, owner=user)
     with CaptureQueriesContext(connection) as captured:
-        assert batch.jobs.all().start_now() == 1001
+        assert start_now(batch.jobs.all()) == 1001
     assert len(captured) < 14
-    Job.objects.enqueue(greet, countdown=60, owner=user)
-    assert Job.objects.filter(owner__username=user.username).start_now() == 1  # with a join
+    enqueue(greet, countdown=60, owner=user)
+    assert start_now(Job.objects.filter(owner__username=user.username)) == 1  # with a join
 
 
 def test_start_now_makes_a_held_job_due_and_it_waits_for_its_turn(commit, monkeypatch):
@@ -245,19 +247,19 @@ def test_start_now_makes_a_held_job_due_and_it_waits_for_its_turn(commit, monkey
     monkeypatch.setattr(publish, "send", sent.extend)
     with commit():
         for countdown in None, None, 60:  # the limit is 2
-            Job.objects.enqueue(call, ["a"], countdown=countdown)
-        free = Job.objects.enqueue(call, ["b"], countdown=60)
+            enqueue(call, ["a"], countdown=countdown)
+        free = enqueue(call, ["b"], countdown=60)
     assert len(sent) == 2
     with commit():
-        assert Job.objects.all().start_now() == 2
+        assert start_now(Job.objects.all()) == 2
     assert [job.pk for job in sent[2:]] == [free.pk]
-    held = Job.objects.get(held_by="tenant:a")
+    held = Job.objects.get(blocked_by="tenant:a")
     assert (held.times_sent, held.sweep_at) == (0, None)
     assert held.due_at < held.created_at + timedelta(seconds=50)
 
 
 def test_actions_take_the_filtered_set(admin_client, states):
-    kept = Job.objects.enqueue(count, countdown=60)
+    kept = enqueue(count, countdown=60)
     text = act(admin_client, "start_now", f"task={greet.name}")
     assert text == ["1 job due now. 0 skipped, because they were not waiting for their time."]
     kept.refresh_from_db()
@@ -280,9 +282,9 @@ def test_actions_take_the_filtered_set(admin_client, states):
 def test_a_second_click_takes_the_jobs_that_were_left(admin_client, monkeypatch, action, state):
     """Also without a filter by state: then the newest jobs may be those of the first click."""
     monkeypatch.setattr("durable_jobs.admin.LatestPages.most", 2)
-    jobs = [Job.objects.enqueue(greet, countdown=60) for _ in range(5)]
+    jobs = [enqueue(greet, countdown=60) for _ in range(5)]
     if action == "run_again":
-        updates.finish(Job.objects.all(), "failed")
+        transitions.finish(Job.objects.all(), "failed")
     more = "These were the first 2. More are left: choose the action again."
     left = [more in act(admin_client, action, f"task={greet.name}") for _ in range(3)]
     assert left == [True, True, False]
@@ -294,7 +296,7 @@ def test_a_second_click_takes_the_jobs_that_were_left(admin_client, monkeypatch,
 
 
 def test_the_action_of_one_job_is_in_its_history(admin_client):
-    job, other = (Job.objects.enqueue(greet, countdown=60) for _ in range(2))
+    job, other = (enqueue(greet, countdown=60) for _ in range(2))
     act(admin_client, "start_now", jobs=[job])
     for shown, texts in (job, 1), (other, 0):
         page = admin_client.get(f"{JOBS}{shown.pk}/history/").content.decode()
@@ -304,7 +306,7 @@ def test_the_action_of_one_job_is_in_its_history(admin_client):
 
 
 def test_the_actions_of_batches_are_logged(admin_client):
-    batch = Batch.objects.enqueue(greet, [[], []])
+    batch = batches.enqueue(greet, [[], []])
     for action in "cancel", "run_failed_again":
         data = {"action": action, "_selected_action": [batch.pk]}
         admin_client.post("/admin/durable_jobs/batch/?q=", data)
@@ -315,7 +317,7 @@ def test_the_actions_of_batches_are_logged(admin_client):
 
 
 def test_staff_needs_view_job_to_see_and_delete_job_to_act(staff):
-    job = Job.objects.enqueue(greet, countdown=60)
+    job = enqueue(greet, countdown=60)
     assert staff().get(JOBS).status_code == 403
     viewer, operator = staff("view"), staff("view", "delete")
     assert listed(viewer) == [job]
@@ -335,7 +337,7 @@ def act_on_all(admin_client, action):
 
 
 def test_the_admin_cancels_jobs(admin_client):
-    job = Job.objects.enqueue(greet)
+    job = enqueue(greet)
     assert "1 job cancelled. 0 had already ended." in act_on_all(admin_client, "cancel")
     job.refresh_from_db()
     assert job.state == "cancelled"
@@ -343,7 +345,7 @@ def test_the_admin_cancels_jobs(admin_client):
 
 def test_the_admin_changes_no_more_jobs_than_it_counts(admin_client, monkeypatch):
     monkeypatch.setattr("durable_jobs.admin.LatestPages.most", 2)
-    jobs = [Job.objects.enqueue(greet, countdown=9) for _ in range(3)]
+    jobs = [enqueue(greet, countdown=9) for _ in range(3)]
     data = {"action": "cancel", "select_across": "1", "_selected_action": [jobs[0].pk]}
     admin_client.post("/admin/durable_jobs/job/", data)
     assert Job.objects.filter(state="cancelled").count() == 2
@@ -351,10 +353,10 @@ def test_the_admin_changes_no_more_jobs_than_it_counts(admin_client, monkeypatch
 
 def test_the_admin_runs_ended_jobs_again(admin_client, user, commit):
     with commit():
-        ended = Job.objects.enqueue(greet, ["Ada"], owner=user, queue="special")
-    cancelled = Job.objects.enqueue(greet, ["Bob"])
-    cancelled.cancel()
-    active = Job.objects.enqueue(greet)
+        ended = enqueue(greet, ["Ada"], owner=user, queue="special")
+    cancelled = enqueue(greet, ["Bob"])
+    cancel(cancelled)
+    active = enqueue(greet)
     with commit():
         assert "2 jobs queued again</a>. 1 skipped" in act_on_all(admin_client, "run_again")
     copy = Job.objects.exclude(pk__in=[ended.pk, cancelled.pk, active.pk]).get()
@@ -366,12 +368,12 @@ def test_the_admin_runs_ended_jobs_again(admin_client, user, commit):
 
 def test_many_jobs_run_again_in_a_few_queries(admin_client, user):
     """One query for each of 5,000 jobs took a minute, longer than a server waits."""
-    keyed = Job.objects.enqueue(greet, unique="key")
-    Job.objects.enqueue_many(greet, [["one"], ["two"]] * 10, queue="cpu", owner=user)
+    keyed = enqueue(greet, unique="key")
+    enqueue_many(greet, [["one"], ["two"]] * 10, queue="cpu", owner=user)
     Job.objects.update(cursor=[7])
-    Job.objects.all().cancel()
+    cancel(Job.objects.all())
     with CaptureQueriesContext(connection) as queries:
-        again = Job.objects.filter(unique_key=None).run_again()
+        again = run_all_again(Job.objects.filter(unique_key=None))
     assert len(queries) < 12
     assert len(again) == 20
     assert {(job.queue, job.owner_id, *job.cursor) for job in again} == {("cpu", user.pk, 7)}
@@ -382,7 +384,7 @@ def test_many_jobs_run_again_in_a_few_queries(admin_client, user):
 
 def test_the_admin_skips_a_job_whose_task_no_longer_exists(admin_client, user, commit):
     with commit():
-        gone = Job.objects.enqueue(greet, ["Ada"], owner=user)
+        gone = enqueue(greet, ["Ada"], owner=user)
     Job.objects.filter(pk=gone.pk).update(task="no.such.task")
     assert "0 jobs queued again. 1 skipped" in act_on_all(admin_client, "run_again")
     assert Job.objects.count() == 1
@@ -392,8 +394,8 @@ def test_the_admin_skips_a_job_whose_task_no_longer_exists(admin_client, user, c
 
 
 def test_the_admin_lists_and_shows_batches(admin_client, batch):
-    other = Batch.objects.enqueue(greet, [[]])
-    other.cancel()
+    other = batches.enqueue(greet, [[]])
+    cancel(other)
     asked = counting_queries(admin_client.get, "/admin/durable_jobs/batch/")
     assert len(asked) == 2  # one by the paginator
     page = admin_client.get("/admin/durable_jobs/batch/").content.decode()
@@ -409,7 +411,7 @@ def test_the_admin_lists_and_shows_batches(admin_client, batch):
 
 
 def test_the_admin_lists_the_jobs_of_a_batch(admin_client, batch):
-    alone = Job.objects.enqueue(greet)
+    alone = enqueue(greet)
     page = admin_client.get(f"/admin/durable_jobs/job/?batch={batch.pk}").content.decode()
     assert all(str(job.pk) in page for job in batch.jobs.all())
     assert str(alone.pk) not in page
@@ -429,7 +431,7 @@ def act_on_batches(client, action, url="/admin/durable_jobs/batch/"):
 
 
 def test_the_admin_cancels_batches_and_runs_their_failed_jobs_again(admin_client, batch):
-    Batch.objects.enqueue(greet, [[]]).cancel()
+    batches.cancel(batches.enqueue(greet, [[]]))
     assert "2 jobs cancelled." in act_on_batches(admin_client, "cancel")
     batch.refresh_from_db()
     assert batch.state == "cancelled"
@@ -442,7 +444,7 @@ def test_the_admin_cancels_batches_and_runs_their_failed_jobs_again(admin_client
 def test_the_admin_deletes_no_batch_with_active_jobs(admin_client, batch):
     url = f"/admin/durable_jobs/batch/{batch.pk}/delete/"
     assert admin_client.post(url, {"post": "yes"}).status_code == 200  # the same page
-    batch.cancel()
+    batches.cancel(batch)
     assert admin_client.post(url, {"post": "yes"}).status_code == 302
     assert not Batch.objects.exists() and not Job.objects.exists()
 

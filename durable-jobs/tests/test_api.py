@@ -18,10 +18,13 @@ from rest_framework.test import APIClient, APIRequestFactory, force_authenticate
 from rest_framework.throttling import UserRateThrottle
 from rest_framework.viewsets import GenericViewSet
 
-from durable_jobs.models import Batch, Failure, Job
+from durable_jobs import batches
+from durable_jobs.actions import cancel
+from durable_jobs.api.views import EnqueueMixin, accepted
+from durable_jobs.enqueue import enqueue, enqueue_many
+from durable_jobs.models import Failure, Job
 from durable_jobs.publish import publish
 from durable_jobs.tasks import JobError, JobTask
-from durable_jobs.views import EnqueueMixin, accepted
 
 pytestmark = pytest.mark.django_db
 
@@ -38,7 +41,7 @@ def fail_with_text(text):
 
 def test_a_job_is_shown_to_its_owner(api, user, commit):
     with commit():
-        job = Job.objects.enqueue(greet, ["Ada"], owner=user)
+        job = enqueue(greet, ["Ada"], owner=user)
     shown = api.get(f"/api/jobs/{job.pk}/").json()
     assert shown["task"] == "helpers.greet"
     assert (shown["state"], shown["progress"], shown["result"]) == ("succeeded", 100, "Hello Ada")
@@ -48,7 +51,7 @@ def test_a_job_is_shown_to_its_owner(api, user, commit):
 
 def test_jobs_of_other_owners_are_not_found(api, admin_user):
     for owner in admin_user, None:
-        url = f"/api/jobs/{Job.objects.enqueue(greet, owner=owner).pk}/"
+        url = f"/api/jobs/{enqueue(greet, owner=owner).pk}/"
         assert api.get(url).status_code == 404
         assert api.post(f"{url}cancel/").status_code == 404
     assert ids(api.get("/api/jobs/")) == []
@@ -57,13 +60,13 @@ def test_jobs_of_other_owners_are_not_found(api, admin_user):
 
 
 def test_staff_lists_own_jobs_and_jobs_without_an_owner(staff_api, user, admin_user):
-    own, unowned = (Job.objects.enqueue(greet, owner=owner) for owner in (admin_user, None))
-    Job.objects.enqueue(greet, owner=user)
+    own, unowned = (enqueue(greet, owner=owner) for owner in (admin_user, None))
+    enqueue(greet, owner=user)
     assert set(ids(staff_api.get("/api/jobs/"))) == {str(own.pk), str(unowned.pk)}
 
 
 def test_staff_needs_the_delete_permission_to_cancel_jobs_of_others(staff):
-    url = f"/api/jobs/{Job.objects.enqueue(greet).pk}/"
+    url = f"/api/jobs/{enqueue(greet).pk}/"
     without_permissions = staff()
     assert without_permissions.get(url).status_code == 200
     assert without_permissions.post(f"{url}cancel/").status_code == 404
@@ -71,7 +74,7 @@ def test_staff_needs_the_delete_permission_to_cancel_jobs_of_others(staff):
 
 
 def test_the_list_has_pages_newest_first(api, user):
-    jobs = [Job.objects.enqueue(greet, owner=user) for _ in range(21)]
+    jobs = [enqueue(greet, owner=user) for _ in range(21)]
     Job.objects.filter(pk=jobs[0].pk).update(created_at="2020-01-01T00:00Z")
     first = api.get("/api/jobs/").json()
     assert len(first["results"]) == 20
@@ -82,9 +85,9 @@ def test_the_list_has_pages_newest_first(api, user):
 def test_a_long_result_is_not_in_the_list(api, user, commit):
     """The page polls the list."""
     with commit():
-        long, short = (Job.objects.enqueue(greet, ["x" * n], owner=user) for n in [20_000, 9])
+        long, short = (enqueue(greet, ["x" * n], owner=user) for n in [20_000, 9])
     Job.objects.filter(pk=short.pk).update(result=[1, {"a": None}])
-    active = Job.objects.enqueue(greet, owner=user)
+    active = enqueue(greet, owner=user)
     results = {job["id"]: job["result"] for job in api.get("/api/jobs/").json()["results"]}
     assert results == {
         str(long.pk): "Too long for a list: see the job itself",
@@ -95,7 +98,7 @@ def test_a_long_result_is_not_in_the_list(api, user, commit):
 
 
 def test_pages_show_each_job_once_even_if_all_were_created_at_once(api, user):
-    Job.objects.enqueue_many(greet, [[]] * 50, owner=user)
+    enqueue_many(greet, [[]] * 50, owner=user)
     Job.objects.update(created_at="2020-01-01T00:00Z")
     seen, url = [], "/api/jobs/?state=queued"
     while url:
@@ -107,13 +110,13 @@ def test_pages_show_each_job_once_even_if_all_were_created_at_once(api, user):
 
 @pytest.mark.parametrize("cursor", ["nonsense", b64encode(b"p=yesterday").decode()])
 def test_an_invalid_page_cursor_is_not_found(api, user, cursor):
-    Job.objects.enqueue(greet, owner=user)
+    enqueue(greet, owner=user)
     assert api.get(f"/api/jobs/?cursor={cursor}").status_code == 404
 
 
 def test_a_list_costs_the_same_however_many_jobs_there_are(api, admin_client, user):
     """No query counts or compares all jobs."""
-    Job.objects.enqueue_many(greet, [[]] * 150, owner=user)
+    enqueue_many(greet, [[]] * 150, owner=user)
     with CaptureQueriesContext(connection) as captured:
         assert len(ids(api.get("/api/jobs/"))) == 20
         assert admin_client.get("/admin/durable_jobs/job/?state__exact=queued").status_code == 200
@@ -124,22 +127,22 @@ def test_a_list_costs_the_same_however_many_jobs_there_are(api, admin_client, us
 
 def test_the_list_is_filtered_by_state(api, user, commit):
     with commit():
-        Job.objects.enqueue(greet, owner=user)
-    queued = Job.objects.enqueue(greet, owner=user)
+        enqueue(greet, owner=user)
+    queued = enqueue(greet, owner=user)
     assert ids(api.get("/api/jobs/?state=queued")) == [str(queued.pk)]
     for query in ["unheard-of", "", "unheard-of&state=queued", "queued&cursor=x&cursor=x"]:
         assert api.get(f"/api/jobs/?state={query}").status_code == 400
 
 
 def test_cancel_ends_a_job_once(api, user):
-    job = Job.objects.enqueue(greet, owner=user)
+    job = enqueue(greet, owner=user)
     response = api.post(f"/api/jobs/{job.pk}/cancel/")
     assert (response.status_code, response.json()["state"]) == (200, "cancelled")
     assert api.post(f"/api/jobs/{job.pk}/cancel/").status_code == 409
 
 
 def test_staff_with_permissions_may_open_every_job(staff, user):
-    job = Job.objects.enqueue(greet, owner=user)
+    job = enqueue(greet, owner=user)
     url = f"/api/jobs/{job.pk}/"
     assert staff().get(url).status_code == 404
     viewer, deleter = staff("view"), staff("delete")
@@ -151,7 +154,7 @@ def test_staff_with_permissions_may_open_every_job(staff, user):
 
 def test_only_staff_with_the_view_permission_reads_tracebacks(api, staff, user, commit):
     with commit():
-        job = Job.objects.enqueue(fail, owner=user)
+        job = enqueue(fail, owner=user)
     shown = api.get(f"/api/jobs/{job.pk}/").json()
     assert shown["error"] == "It failed"
     assert "failures" not in shown
@@ -167,8 +170,8 @@ def test_only_staff_with_the_view_permission_reads_tracebacks(api, staff, user, 
 
 
 def test_staff_runs_a_failed_job_again(staff, user, commit):
-    job = Job.objects.enqueue(greet, ["Ada"], owner=user)
-    job.cancel()
+    job = enqueue(greet, ["Ada"], owner=user)
+    cancel(job)
     with commit():
         response = staff("delete").post(f"/api/jobs/{job.pk}/run_again/")
     assert (response.status_code, response.json()["id"]) == (202, str(job.pk))
@@ -179,7 +182,7 @@ def test_staff_runs_a_failed_job_again(staff, user, commit):
 
 def test_staff_runs_a_copy_of_a_job_that_succeeded(staff, user, commit):
     with commit():
-        ended = Job.objects.enqueue(greet, ["Ada"], owner=user, queue="special", unique="key")
+        ended = enqueue(greet, ["Ada"], owner=user, queue="special", unique="key")
     with commit():
         response = staff("delete").post(f"/api/jobs/{ended.pk}/run_again/")
     again = Job.objects.exclude(pk=ended.pk).get()
@@ -193,10 +196,10 @@ def test_an_owner_runs_a_failed_job_again_if_its_task_says_so(api, staff, user, 
     def post(client, job):
         return client.post(f"/api/jobs/{job.pk}/run_again/")
 
-    mine = Job.objects.enqueue(repeatable, [1], owner=user)
+    mine = enqueue(repeatable, [1], owner=user)
     assert post(api, mine).status_code == 409  # it is active
     assert api.get(f"/api/jobs/{mine.pk}/").json()["can_run_again"] is False
-    mine.cancel()
+    cancel(mine)
     assert api.get(f"/api/jobs/{mine.pk}/").json()["can_run_again"] is True
     assert api.get("/api/jobs/").json()["results"][0]["can_run_again"] is True
     with commit():
@@ -206,25 +209,25 @@ def test_an_owner_runs_a_failed_job_again_if_its_task_says_so(api, staff, user, 
     assert (succeeded["state"], succeeded["can_run_again"]) == ("succeeded", False)
     assert post(api, mine).status_code == 403  # only staff may enqueue a copy
 
-    other, unowned = (Job.objects.enqueue(repeatable, [1]) for _ in range(2))
+    other, unowned = (enqueue(repeatable, [1]) for _ in range(2))
     Job.objects.filter(pk=other.pk).update(owner=staff("view").handler._force_user)
-    Job.objects.all().cancel()
+    cancel(Job.objects.all())
     assert (post(api, other).status_code, post(api, unowned).status_code) == (404, 404)
     assert post(staff(), unowned).status_code == 403
 
 
 def test_an_owner_does_not_get_a_job_of_another_owner(api, user, admin_user):
-    job = Job.objects.enqueue(repeatable, [1], owner=user, unique="key")
-    job.cancel()
-    Job.objects.enqueue(repeatable, [2], owner=admin_user, unique="key")
+    job = enqueue(repeatable, [1], owner=user, unique="key")
+    cancel(job)
+    enqueue(repeatable, [2], owner=admin_user, unique="key")
     response = api.post(f"/api/jobs/{job.pk}/run_again/")
     assert response.status_code == 409
     assert "same `unique`" in response.json()["detail"]
 
 
 def test_only_staff_with_the_delete_permission_runs_other_jobs_again(api, staff, user, commit):
-    job = Job.objects.enqueue(greet, owner=user)
-    job.cancel()
+    job = enqueue(greet, owner=user)
+    cancel(job)
     Permission.objects.get(codename="delete_job").user_set.add(user)  # but the user is not staff
     for client, status in (api, 403), (staff(), 404), (staff("view"), 404):
         assert client.post(f"/api/jobs/{job.pk}/run_again/").status_code == status
@@ -245,9 +248,9 @@ def test_only_staff_with_the_delete_permission_runs_other_jobs_again(api, staff,
     ],
 )
 def test_the_answer_says_why_a_job_cannot_run_again(staff_api, changes, reason):
-    job = Job.objects.enqueue(greet)
+    job = enqueue(greet)
     if changes:
-        Job.objects.all().cancel()
+        cancel(Job.objects.all())
         Job.objects.update(**changes)
     response = staff_api.post(f"/api/jobs/{job.pk}/run_again/")
     assert response.status_code == 409
@@ -262,14 +265,14 @@ def test_a_request_without_a_login_is_refused():
 
 def test_an_owner_reads_only_the_text_of_a_job_error(api, user):
     for task, args, shown in [(fail_with_text, ["Row 17"], "Row 17"), (add, [1, "2"], "It failed")]:
-        job = Job.objects.enqueue(task, args, owner=user, label="Import")
+        job = enqueue(task, args, owner=user, label="Import")
         publish([job])
         seen = api.get(f"/api/jobs/{job.pk}/").json()
         assert (seen["label"], seen["state"], seen["error"]) == ("Import", "failed", shown)
 
 
 def test_staff_reads_the_text_of_every_exception(staff_api):
-    job = Job.objects.enqueue(add, [1, "2"])
+    job = enqueue(add, [1, "2"])
     publish([job])
     assert "TypeError" in staff_api.get(f"/api/jobs/{job.pk}/").json()["error"]
 
@@ -283,7 +286,7 @@ def test_a_throttled_request_is_told_when_to_retry(api, monkeypatch):
 
 
 def test_a_format_suffix_in_the_url_is_not_found(api, user):
-    job = Job.objects.enqueue(greet, owner=user)
+    job = enqueue(greet, owner=user)
     assert api.post(f"/api/jobs/{job.pk}/cancel.json").status_code == 404
     assert api.get("/api/jobs.json").status_code == 404
     response = api.get(f"/api/jobs/{job.pk}.json/")
@@ -293,7 +296,7 @@ def test_a_format_suffix_in_the_url_is_not_found(api, user):
 def test_a_view_answers_with_a_job_or_a_batch(api, user):
     request = APIRequestFactory().post("/")
     request.user = user
-    for stored in greet.using(owner=user).enqueue(), Batch.objects.enqueue(greet, [[]], owner=user):
+    for stored in greet.using(owner=user).enqueue(), batches.enqueue(greet, [[]], owner=user):
         response = accepted(request, stored)
         assert (response.status_code, response["Retry-After"]) == (202, "1")
         assert response.data["id"] == str(stored.pk)

@@ -14,7 +14,10 @@ from django.utils import timezone
 from helpers import counting_queries, fail, greet, ids, multiply
 from rest_framework.test import APIClient
 
-from durable_jobs import serializers
+from durable_jobs import batches
+from durable_jobs.actions import cancel
+from durable_jobs.api import serializers
+from durable_jobs.enqueue import enqueue, enqueue_many
 from durable_jobs.models import Batch, Job
 
 pytestmark = pytest.mark.django_db
@@ -26,8 +29,8 @@ def counts(**states):
 
 
 def test_a_batch_is_shown_to_its_owner(api, user, run_jobs):
-    batch = Batch.objects.enqueue(
-        greet, [["Ada"], ["Bo"]], owner=user, label="Greetings", then=greet.si(), ended=greet.si()
+    batch = batches.enqueue(
+        greet, [["Ada"], ["Bo"]], owner=user, label="Greetings", on_success=greet.si(), on_finish=greet.si()
     )
     url = f"/api/batches/{batch.pk}/"
     shown = api.get(url).json()
@@ -56,7 +59,7 @@ def test_a_batch_is_shown_to_its_owner(api, user, run_jobs):
 
 
 def test_a_failed_batch_says_why(api, user, run_jobs):
-    batch = Batch.objects.enqueue(fail, [[]] * 3, owner=user, then=greet.si())
+    batch = batches.enqueue(fail, [[]] * 3, owner=user, on_success=greet.si())
     run_jobs()
     shown = api.get(f"/api/batches/{batch.pk}/").json()
     assert (shown["state"], shown["counts"]) == ("failed", counts(failed=3))
@@ -65,7 +68,7 @@ def test_a_failed_batch_says_why(api, user, run_jobs):
 
 def test_batches_of_other_owners_are_not_found(api, admin_user):
     for owner in admin_user, None:
-        other = Batch.objects.enqueue(greet, [[]], owner=owner)
+        other = batches.enqueue(greet, [[]], owner=owner)
         url = f"/api/batches/{other.pk}/"
         assert api.get(url).status_code == 404
         assert api.post(f"{url}cancel/").status_code == 404
@@ -92,7 +95,7 @@ def test_batches_need_a_login(batch):
 
 def test_staff_lists_own_batches_and_batches_without_an_owner(staff_api, user, admin_user):
     own, unowned, other = (
-        Batch.objects.enqueue(greet, [[]], owner=owner) for owner in (admin_user, None, user)
+        batches.enqueue(greet, [[]], owner=owner) for owner in (admin_user, None, user)
     )
     for url in "/api/batches/", "/api/jobs/with_batches/":
         assert ids(staff_api.get(url)) == [str(unowned.pk), str(own.pk)]
@@ -124,17 +127,17 @@ def test_a_batch_is_cancelled_once(api, batch):
 def test_staff_runs_the_failed_jobs_of_a_batch_again(staff, user, batch):
     url, deleter = f"/api/batches/{batch.pk}/run_failed_again/", staff("delete")
     first = batch.jobs.first()
-    first.cancel()
+    cancel(first)
     response = deleter.post(url)
     assert (response.status_code, response.json()["id"]) == (202, str(batch.pk))
     assert Job.objects.filter(state="queued").count() == 2
     batch.jobs.all().update(task="no.such.task")
-    batch.cancel()
+    batches.cancel(batch)
     assert deleter.post(url).status_code == 409
 
 
 def test_only_staff_with_the_delete_permission_runs_jobs_of_a_batch_again(api, staff, batch, user):
-    batch.cancel()
+    batches.cancel(batch)
     Permission.objects.get(codename="delete_job").user_set.add(user)  # but the user is not staff
     url = f"/api/batches/{batch.pk}/run_failed_again/"
     answers = [client.post(url) for client in (api, staff(), staff("view"))]
@@ -147,9 +150,9 @@ def test_an_owner_runs_the_jobs_of_a_batch_again_if_all_their_tasks_allow_it(
 ):
     url = f"/api/batches/{batch.pk}/run_failed_again/"
     assert api.post(url).status_code == 409  # no job has ended
-    inner = Batch.objects.enqueue(fail, [[]], owner=user)
+    inner = batches.enqueue(fail, [[]], owner=user)
     Batch.objects.filter(pk=inner.pk).update(parent=batch)
-    batch.cancel()
+    batches.cancel(batch)
     for allowed, status in {greet: 403, fail: 202}.items():
         monkeypatch.setattr(allowed, "owner_may_run_again", True)
         assert api.post(url).status_code == status
@@ -157,7 +160,7 @@ def test_an_owner_runs_the_jobs_of_a_batch_again_if_all_their_tasks_allow_it(
 
 
 def test_batches_have_pages_newest_first(api, user):
-    batches = [Batch.objects.enqueue(greet, [[]], owner=user) for _ in range(21)]
+    batches = [batches.enqueue(greet, [[]], owner=user) for _ in range(21)]
     newest_first = [str(batch.pk) for batch in reversed(batches)]
     first = api.get("/api/batches/")
     assert ids(first) == newest_first[:20]
@@ -166,8 +169,8 @@ def test_batches_have_pages_newest_first(api, user):
 
 
 def test_batches_are_filtered_by_state(api, user, batch):
-    cancelled = Batch.objects.enqueue(greet, [[]], owner=user)
-    cancelled.cancel()
+    cancelled = batches.enqueue(greet, [[]], owner=user)
+    cancel(cancelled)
     assert ids(api.get("/api/batches/?state=open")) == [str(batch.pk)]
     assert ids(api.get("/api/batches/?state=cancelled")) == [str(cancelled.pk)]
     for query in ["running", "", "open&state=open", "open&cursor=x&cursor=x"]:
@@ -184,7 +187,7 @@ def test_a_batch_inside_of_a_batch_is_not_listed(api, user):
 
 
 def test_the_serializers_take_a_manager_as_rest_framework_does(user):
-    Batch.objects.enqueue(greet, [[]], owner=user)
+    batches.enqueue(greet, [[]], owner=user)
     context = {"request": RequestFactory().get("/")}
     context["request"].user = user
     names = {"JobSerializer": user.job_set, "BatchSerializer": user.batch_set}
@@ -197,11 +200,11 @@ def test_the_serializers_take_a_manager_as_rest_framework_does(user):
 
 
 def test_the_list_of_jobs_has_those_outside_of_batches_or_those_of_a_batch(api, user, batch):
-    alone = Job.objects.enqueue(greet, owner=user)
+    alone = enqueue(greet, owner=user)
     members = {str(job.pk) for job in batch.jobs.all()}
     assert ids(api.get("/api/jobs/")) == [str(alone.pk)]
     assert set(ids(api.get(f"/api/jobs/?batch={batch.pk}"))) == members
-    batch.jobs.first().cancel()
+    cancel(batch.jobs.first())
     found = ids(api.get(f"/api/jobs/?batch={batch.pk}&state=queued"))
     assert len(found) == 1 and set(found) < members
     assert ids(api.get("/api/jobs/?state=cancelled")) == []
@@ -211,7 +214,7 @@ def test_the_list_of_jobs_has_those_outside_of_batches_or_those_of_a_batch(api, 
 
 
 def test_a_job_shows_its_batch(api, user, batch):
-    alone, member = Job.objects.enqueue(greet, owner=user), batch.jobs.first()
+    alone, member = enqueue(greet, owner=user), batch.jobs.first()
     assert api.get(f"/api/jobs/{alone.pk}/").json()["batch"] is None
     assert api.get(f"/api/jobs/{member.pk}/").json()["batch"] == str(batch.pk)
 
@@ -219,9 +222,9 @@ def test_a_job_shows_its_batch(api, user, batch):
 def test_the_jobs_page_gets_jobs_and_batches_by_time(api, user):
     made = []
     for number in range(25):
-        made.append(Job.objects.enqueue(greet, owner=user))
+        made.append(enqueue(greet, owner=user))
         if number % 2:
-            made.append(Batch.objects.enqueue(greet, [[]] * 30, owner=user))
+            made.append(batches.enqueue(greet, [[]] * 30, owner=user))
     at = timezone.now()
     for number, row in enumerate(made):  # more than a page of them have the same time
         created_at = at + timedelta(seconds=min(number, 12))
@@ -239,11 +242,11 @@ def test_the_jobs_page_gets_jobs_and_batches_by_time(api, user):
 
 
 def test_the_jobs_page_filters_jobs_and_batches_by_state(api, user, batch):
-    job, running = (Job.objects.enqueue(greet, owner=user) for _ in range(2))
+    job, running = (enqueue(greet, owner=user) for _ in range(2))
     claimed = {"state": "running", "run_token": uuid.uuid4()}
     Job.objects.filter(pk=running.pk).update(**claimed)
-    cancelled = Batch.objects.enqueue(greet, [[]], owner=user)
-    cancelled.cancel()
+    cancelled = batches.enqueue(greet, [[]], owner=user)
+    cancel(cancelled)
     for state, rows in {
         "queued": [job],
         "running": [running, batch],
@@ -257,7 +260,7 @@ def test_the_jobs_page_filters_jobs_and_batches_by_state(api, user, batch):
 
 
 def test_the_jobs_page_shows_rows_as_their_lists_do(api, user, batch):
-    Job.objects.enqueue(greet, ["x" * 20_000], owner=user)
+    enqueue(greet, ["x" * 20_000], owner=user)
     Job.objects.filter(batch=None).update(result="x" * 20_000)
     lists = [api.get(f"/api/{name}/").json()["results"] for name in ("jobs", "batches")]
     assert api.get("/api/jobs/with_batches/").json()["results"] == [*lists[0], *lists[1]]
@@ -270,11 +273,11 @@ def test_the_jobs_page_shows_rows_as_their_lists_do(api, user, batch):
 @pytest.mark.parametrize("url", ["/api/batches/", "/api/jobs/with_batches/"])
 def test_one_query_counts_the_jobs_of_all_batches_of_a_page(api, user, url):
     for _ in range(9):
-        Batch.objects.enqueue(greet, [[]] * 3, owner=user)
+        batches.enqueue(greet, [[]] * 3, owner=user)
     assert len(counting_queries(api.get, url)) == 1
     assert {batch["counts"]["queued"] for batch in api.get(url).json()["results"]} == {3}
     for batch in Batch.objects.all():
-        batch.cancel()
+        batches.cancel(batch)
     assert not counting_queries(api.get, url)
     assert {batch["counts"]["cancelled"] for batch in api.get(url).json()["results"]} == {3}
 
@@ -289,7 +292,7 @@ def test_the_jobs_of_a_large_batch_are_not_counted_at_each_request(api, batch, c
     for url in "/api/batches/", f"/api/batches/{batch.pk}/", "/api/jobs/with_batches/":
         first, again = (len(counting_queries(api.get, url)) for _ in range(2))
         assert (first, again) == (url == "/api/batches/", 0)
-    batch.cancel()
+    batches.cancel(batch)
     assert api.get(f"/api/batches/{batch.pk}/").json()["counts"] == counts(cancelled=2)
 
 
@@ -299,7 +302,7 @@ def thousands(user):
     if connection.vendor != "postgresql":
         pytest.skip("only PostgreSQL plans with statistics: set DATABASE_URL=postgres://…")
     now = timezone.now()
-    Job.objects.enqueue_many(greet, [[]] * 100, owner=user)
+    enqueue_many(greet, [[]] * 100, owner=user)
     ended = {"state": "failed", "ended_at": now}
     batches = [Batch.objects.create(owner=user, **fields) for fields in [{}, {}, *[ended] * 18]]
     multiply(Batch.objects.create(**ended), 2000)

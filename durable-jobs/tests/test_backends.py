@@ -19,13 +19,15 @@ from celery.exceptions import (
 from django.db import OperationalError, transaction
 from django.utils import timezone
 
-from durable_jobs import updates
-from durable_jobs.backends import TaskBackend
-from durable_jobs.lease import recover
+from durable_jobs import transitions
+from durable_jobs.actions import cancel, run_all_again
+from durable_jobs.beat.sweeper import send_due
+from durable_jobs.contrib.django_tasks import TaskBackend
+from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Job
 from durable_jobs.publish import publish
-from durable_jobs.sweep import send_due
 from durable_jobs.tasks import JobTask
+from durable_jobs.worker.lease import recover
 
 try:
     from django.tasks import TaskResultStatus, default_task_backend, signals, task
@@ -260,7 +262,7 @@ def test_a_dead_worker_counts_as_an_attempt(minutes, status, error):
 
 def test_a_job_that_its_broker_refuses_has_an_error():
     result = add.enqueue(1)
-    updates.finish(Job.objects.all(), "failed", error="The broker refused it")
+    transitions.finish(Job.objects.all(), "failed", error="The broker refused it")
     result.refresh()
     [error] = result.errors
     assert (error.exception_class, error.traceback) == (TaskError, "The broker refused it")
@@ -316,7 +318,7 @@ def test_a_task_may_have_an_owner_and_a_unique_key(user):
 
 
 def test_a_unique_key_of_a_celery_task_is_no_result_of_a_function():
-    Job.objects.enqueue(read_unbound, [1], unique="x")
+    enqueue(read_unbound, [1], unique="x")
     with pytest.raises(InvalidTask, match="unique='x' belongs to a job of test_backends"):
         add.using(unique="x").enqueue(1)
 
@@ -336,14 +338,14 @@ def test_a_task_that_was_enqueued_before_sends_no_second_signal():
 
 def test_a_cancelled_task_has_failed(user):
     result = add.enqueue(1)
-    Job.objects.all().cancel()
+    cancel(Job.objects.all())
     result.refresh()
     assert result.status == TaskResultStatus.FAILED and result.attempts == 0
     assert result.errors[0].exception_class is TaskRevokedError
 
 
 def test_a_result_is_found_only_by_the_id_of_a_task():
-    plain = Job.objects.enqueue(read_unbound, [1])
+    plain = enqueue(read_unbound, [1])
     for unknown in ["no id", "00000000-0000-0000-0000-000000000000", plain.pk]:
         with pytest.raises(TaskResultDoesNotExist):
             default_task_backend.get_result(str(unknown))
@@ -361,7 +363,7 @@ def test_arguments_are_checked_when_a_task_is_enqueued(args):
 def test_the_job_of_a_task_can_run_again(commit):
     result = run(add, 1)
     with commit():
-        again = Job.objects.get(pk=result.id).run_again()
+        again = run_all_again(Job.objects.get(pk=result.id))
     again.refresh_from_db()
     assert again.result == 2
 
@@ -384,8 +386,8 @@ def test_a_coroutine_can_use_the_context():
 
 
 def test_a_coroutine_can_be_the_body_of_a_job_task():
-    job = Job.objects.enqueue(celery_read, [5])
-    other = Job.objects.enqueue(read_unbound, [6])
+    job = enqueue(celery_read, [5])
+    other = enqueue(read_unbound, [6])
     publish([job, other])
     send_due()
     for row in [job, other]:
@@ -395,7 +397,7 @@ def test_a_coroutine_can_be_the_body_of_a_job_task():
 
 
 def test_a_coroutine_can_be_retried_with_other_arguments():
-    job = Job.objects.enqueue(count_down, kwargs={"n": 1})
+    job = enqueue(count_down, kwargs={"n": 1})
     publish([job])
     send_due()
     job.refresh_from_db()
@@ -409,7 +411,7 @@ def test_a_coroutine_over_its_time_limit_is_cancelled(monkeypatch):
         raise SoftTimeLimitExceeded
 
     monkeypatch.setattr(CurrentThreadExecutor, "run_until_future", interrupt)
-    job = Job.objects.enqueue(read_for_ever)
+    job = enqueue(read_for_ever)
     publish([job])
     job.refresh_from_db()
     assert (job.state, job.error) == ("failed", "Over its time limit")

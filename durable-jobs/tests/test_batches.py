@@ -9,7 +9,9 @@ from django.db import OperationalError, transaction
 from django.db.models.functions import Now
 from kombu.utils.json import dumps, loads
 
-from durable_jobs import batches, database, messages, updates
+from durable_jobs import batches, database, messages, transitions
+from durable_jobs.actions import cancel, run_again
+from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Batch, Job
 from durable_jobs.tasks import JobError, JobTask
 
@@ -34,13 +36,13 @@ def echo(*args):
 @shared_task(base=JobTask, bind=True)
 def add_sibling(self, number):
     if number:
-        self.batch.enqueue(add_sibling, [number - 1], label=f"Sibling {number}", queue="io")
+        batches.add(self.batch, add_sibling, [number - 1], label=f"Sibling {number}", queue="io")
     return number
 
 
 @shared_task(base=JobTask, bind=True)
 async def add_in_coroutine(self):
-    await self.batch.aenqueue(add, [1, 2])
+    await batches.aadd(self.batch, add, [1, 2])
 
 
 @shared_task(base=JobTask, bind=True)
@@ -62,7 +64,7 @@ def many(task=add, count=3, then="then", ended="ended", **options):
     calls = [[number, 0] for number in range(count)]
     then = echo.s().set(label="then") if then else None
     ended = echo.si().set(label="ended") if ended else None
-    return Batch.objects.enqueue(task, calls, then=then, ended=ended, **options)
+    return batches.enqueue(task, calls, on_success=then, on_finish=ended, **options)
 
 
 def test_a_batch_starts_then_and_ended_when_all_jobs_have_succeeded(user, run_jobs):
@@ -88,13 +90,13 @@ def test_a_batch_ends_once(run_jobs):
 
 @pytest.mark.parametrize("bad", ["failed", "cancelled"])
 def test_then_does_not_start_after_a_bad_member(bad, run_jobs):
-    with Batch.objects.open(then=echo.s().set(label="then"), ended=echo.si()) as batch:
-        first, *_ = batch.enqueue_many(add, [[1, 2]] * 1000)
-        job = batch.enqueue(fail)
+    with batches.open_batch(on_success=echo.s().set(label="then"), on_finish=echo.si()) as batch:
+        first, *_ = batches.add_many(batch, add, [[1, 2]] * 1000)
+        job = batches.add(batch, fail)
     ended = {"state": "succeeded", "finished_at": Now(), "sweep_at": None}
     batch.jobs.filter(task=add.name).exclude(pk=first.pk).update(**ended)
     if bad == "cancelled":
-        job.cancel()
+        cancel(job)
     run_jobs()
     assert after(batch) == (bad, [""])
     assert batch.error == f"1 {bad} of 1,001"
@@ -103,8 +105,8 @@ def test_then_does_not_start_after_a_bad_member(bad, run_jobs):
 
 @pytest.mark.parametrize("changes", [{"retries": 1}, {"crashes": 1}])
 def test_a_retry_or_a_crash_is_not_an_end(changes, run_jobs):
-    batch = Batch.objects.enqueue(add, [[1, 2]])
-    assert updates.requeue(batch.jobs.all(), 60, **changes) == 1
+    batch = batches.enqueue(add, [[1, 2]])
+    assert transitions.requeue(batch.jobs.all(), 60, **changes) == 1
     batches.end(batch.pk)
     batches.end_all()
     assert after(batch) == ("open", [])
@@ -121,14 +123,14 @@ def test_an_empty_batch_ends_at_once(run_jobs):
 
 
 def test_a_batch_without_callbacks_ends(run_jobs):
-    batch = many(then=None, ended=None)
+    batch = many(on_success=None, on_finish=None)
     run_jobs()
     assert after(batch) == ("succeeded", [])
 
 
 def test_then_and_ended_have_options_of_their_own(run_jobs):
     then = echo.s("x").set(queue="io", label="Sum", countdown=60)
-    batch = Batch.objects.enqueue(add, [[1, 2]], then=then, queue="cpu", label="Numbers")
+    batch = batches.enqueue(add, [[1, 2]], on_success=then, queue="cpu", label="Numbers")
     run_jobs()
     [job] = next_jobs(batch)
     assert (job.queue, job.label, job.times_sent) == ("io", "Sum", 0)
@@ -136,22 +138,22 @@ def test_then_and_ended_have_options_of_their_own(run_jobs):
 
 
 def test_then_does_not_get_results_if_it_is_immutable(run_jobs):
-    batch = Batch.objects.enqueue(add, [[1, 2]], then=echo.si("x"))
+    batch = batches.enqueue(add, [[1, 2]], on_success=echo.si("x"))
     run_jobs()
     assert [job.result for job in next_jobs(batch)] == [["x"]]
 
 
 def test_then_may_be_a_chain(run_jobs):
-    batch = Batch.objects.enqueue(add, [[1, 2]], then=echo.s(1) | echo.s(2))
+    batch = batches.enqueue(add, [[1, 2]], on_success=echo.s(1) | echo.s(2))
     run_jobs()
     assert [job.result for job in next_jobs(batch)] == [[[3], 1]]
     assert Job.objects.filter(result=[[[3], 1], 2]).count() == 1
 
 
 def test_members_of_several_tasks_are_stored_in_one_transaction(user, run_jobs):
-    with Batch.objects.open(owner=user, then=echo.s()) as batch:
-        jobs = [batch.enqueue(add, [n, 0], label=f"Job {n}") for n in range(20)]
-        batch.enqueue(echo, ["last"], queue="cpu")
+    with batches.open_batch(owner=user, on_success=echo.s()) as batch:
+        jobs = [batches.add(batch, add, [n, 0], label=f"Job {n}") for n in range(20)]
+        batches.add(batch, echo, ["last"], queue="cpu")
     assert [job.label for job in jobs[:2]] == ["Job 0", "Job 1"]
     assert set(Job.objects.values_list("owner", "batch")) == {(user.pk, batch.pk)}
     run_jobs()
@@ -159,11 +161,11 @@ def test_members_of_several_tasks_are_stored_in_one_transaction(user, run_jobs):
 
 
 def test_nothing_is_stored_if_a_member_is_refused():
-    with pytest.raises(TypeError, match="missing"), Batch.objects.open() as batch:
-        batch.enqueue(add, [1, 2])
-        batch.enqueue(add, [1])
+    with pytest.raises(TypeError, match="missing"), batches.open_batch() as batch:
+        batches.add(batch, add, [1, 2])
+        batches.add(batch, add, [1])
     with pytest.raises(TypeError, match="missing"):
-        Batch.objects.enqueue(add, [[1, 2], [1]])
+        batches.enqueue(add, [[1, 2], [1]])
     assert not Batch.objects.exists() and not Job.objects.exists()
 
 
@@ -179,12 +181,12 @@ def test_nothing_is_stored_if_a_member_is_refused():
 )
 def test_a_callback_that_cannot_start_is_refused(name, signature, message):
     with pytest.raises(TypeError, match=message):
-        Batch.objects.enqueue(add, [[1, 2]], **{name: signature})
+        batches.enqueue(add, [[1, 2]], **{name: signature})
     assert not Batch.objects.exists() and not Job.objects.exists()
 
 
 def test_a_member_may_add_others(run_jobs):
-    batch = Batch.objects.enqueue(add_sibling, [[3]], then=echo.s())
+    batch = batches.enqueue(add_sibling, [[3]], on_success=echo.s())
     run_jobs()
     assert [job.result for job in next_jobs(batch)] == [[[3, 2, 1, 0]]]
     assert set(batch.jobs.values_list("label", "queue")) == {
@@ -196,7 +198,7 @@ def test_a_member_may_add_others(run_jobs):
 def test_a_batch_that_has_ended_takes_no_job(run_jobs):
     batch = many()
     run_jobs()
-    for add_job in (batch.enqueue, lambda *args: batch.enqueue_many(add, [[1, 2]])):
+    for add_job in (batch.enqueue, lambda *args: batches.add_many(batch, add, [[1, 2]])):
         with pytest.raises(ValueError, match="the batch has ended"):
             add_job(add, [1, 2])
     assert batch.jobs.count() == 3
@@ -210,8 +212,8 @@ def test_jobs_are_added_only_by_the_batch():
 
 
 def test_a_body_knows_its_batch(run_jobs):
-    batch = Batch.objects.enqueue(read_batch, [[]])
-    alone = Job.objects.enqueue(read_batch)
+    batch = batches.enqueue(read_batch, [[]])
+    alone = enqueue(read_batch)
     run_jobs()
     alone.refresh_from_db()
     assert (batch.jobs.get().result, alone.result) == (str(batch.pk), None)
@@ -221,17 +223,17 @@ def test_a_body_knows_its_batch(run_jobs):
 def test_a_cancelled_batch_cancels_its_jobs_and_starts_ended(run_jobs):
     batch = many()
     Job.objects.filter(args=[0, 0]).update(state="succeeded", finished_at=Now(), sweep_at=None)
-    assert batch.cancel() == 2
+    assert batches.cancel(batch) == 2
     assert (batch.state, batch.error) == ("cancelled", "2 cancelled of 3")
     assert after(batch) == ("cancelled", ["ended"])
     run_jobs()
-    assert batch.cancel() == 0
+    assert batches.cancel(batch) == 0
     assert after(batch) == ("cancelled", ["ended"])
 
 
 def test_cancel_stops_chains_in_a_batch(run_jobs):
     result = chord([echo.s(1) | echo.s(2), echo.s(3)])(echo.s(4))
-    assert Batch.objects.get().cancel() == 2
+    assert batches.cancel(Batch.objects.get()) == 2
     run_jobs()
     assert Job.objects.count() == 2
     assert not Job.objects.filter(pk=result.id).exists()
@@ -249,7 +251,7 @@ def test_the_sweep_ends_a_batch_whose_worker_died_before_it_could(monkeypatch):
 
 def test_a_batch_whose_next_step_cannot_start_ends_and_says_why(caplog):
     bad, good = many(), many()
-    Batch.objects.filter(pk=bad.pk).update(ended=[{"no": "step"}])
+    Batch.objects.filter(pk=bad.pk).update(on_finish=[{"no": "step"}])
     Job.objects.all().delete()
     batches.end_all()
     assert after(good)[0] == "succeeded"
@@ -271,7 +273,7 @@ def test_a_batch_stays_open_while_the_database_is_away(monkeypatch, caplog):
 
 @pytest.mark.parametrize("name", ["then", "ended"])
 def test_an_empty_group_may_come_next(name, run_jobs):
-    batch = Batch.objects.enqueue(add, [[1, 2]], **{name: group(echo.s() for _ in range(0))})
+    batch = batches.enqueue(add, [[1, 2]], **{name: group(echo.s() for _ in range(0))})
     run_jobs()
     assert after(batch)[0] == "succeeded"
     assert Batch.objects.exclude(pk=batch.pk).get().state == "succeeded"
@@ -281,16 +283,16 @@ def test_an_empty_group_may_come_next(name, run_jobs):
 @pytest.mark.parametrize("value", ["", [], 0])
 def test_what_comes_next_is_a_signature(name, value):
     with pytest.raises(TypeError, match="is not a signature"):
-        Batch.objects.enqueue(add, [[1, 2]], **{name: value})
+        batches.enqueue(add, [[1, 2]], **{name: value})
 
 
 def test_what_comes_next_is_limited_in_size(settings, run_jobs):
     settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"MAX_BYTES": 1000}
     with pytest.raises(ValueError, match="MAX_BYTES"):
-        Batch.objects.enqueue(add, [[1, 2]], then=chain(echo.si("x" * 100) for _ in range(20)))
+        batches.enqueue(add, [[1, 2]], on_success=chain(echo.si("x" * 100) for _ in range(20)))
     with pytest.raises(ValueError, match="MAX_BYTES"):  # an argument stands for results
-        Batch.objects.enqueue(add, [[1, 2]], then=echo.s("x" * 950))
-    batch = Batch.objects.enqueue(add, [[1, 2]], then=echo.si("x" * 500) | echo.si(2))
+        batches.enqueue(add, [[1, 2]], on_success=echo.s("x" * 950))
+    batch = batches.enqueue(add, [[1, 2]], on_success=echo.si("x" * 500) | echo.si(2))
     settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"MAX_BYTES": 10}  # of a later deploy
     run_jobs()
     assert after(batch)[0] == "succeeded"
@@ -305,12 +307,12 @@ def test_nobody_reads_the_results_of_others_with_arguments_from_a_request(kind, 
     data = {"__type__": "durable_jobs.Results", "__value__": [kind, str(pk)]}
     for args, kwargs in ([data], {}), ([[data]], {}), ([], {"x": data}):
         with pytest.raises(TypeError, match="cannot be stored as JSON: only the engine"):
-            Job.objects.enqueue(echo, args, kwargs)
+            enqueue(echo, args, kwargs)
 
 
 def test_arguments_that_a_worker_cannot_decode_are_refused():
     with pytest.raises(TypeError, match="cannot be stored as JSON"):
-        Job.objects.enqueue(echo, [{"__type__": "unknown", "__value__": 1}])
+        enqueue(echo, [{"__type__": "unknown", "__value__": 1}])
 
 
 def test_what_comes_next_waits_for_the_database(run_jobs, monkeypatch):
@@ -324,10 +326,10 @@ def test_what_comes_next_waits_for_the_database(run_jobs, monkeypatch):
 
 
 def test_a_failed_next_step_runs_again_with_the_same_results(run_jobs):
-    batch = Batch.objects.enqueue(add, [[1, 2]], then=fail.s())
+    batch = batches.enqueue(add, [[1, 2]], on_success=fail.s())
     run_jobs()
     [job] = next_jobs(batch)
-    job.run_again()
+    run_again(job)
     assert batches.fill(loads(dumps(Job.objects.get(pk=job.pk).args))) == [[3]]
 
 
@@ -339,7 +341,7 @@ def test_a_stored_batch_is_not_saved_as_a_whole(run_jobs):
 
 
 def test_a_body_knows_its_batch_although_an_old_beat_has_sent_its_message(monkeypatch, run_jobs):
-    batch = Batch.objects.enqueue(read_batch, [[]])
+    batch = batches.enqueue(read_batch, [[]])
     job = batch.jobs.get()
     job.batch_id = None  # an old Beat sends no header
     messages.send([job])
@@ -347,7 +349,7 @@ def test_a_body_knows_its_batch_although_an_old_beat_has_sent_its_message(monkey
 
 
 def test_a_coroutine_knows_its_batch(run_jobs):
-    batch = Batch.objects.enqueue(add_in_coroutine, [[]])
+    batch = batches.enqueue(add_in_coroutine, [[]])
     run_jobs()
     assert set(batch.jobs.values_list("result", flat=True)) == {None, 3}
 
@@ -355,7 +357,7 @@ def test_a_coroutine_knows_its_batch(run_jobs):
 def test_cancel_in_a_transaction_ends_the_batch_in_it_or_after_it(commit):
     batch = many()
     with commit():
-        assert batch.cancel() == 3
+        assert batches.cancel(batch) == 3
     assert after(batch) == ("cancelled", ["ended"])
 
 
@@ -379,5 +381,5 @@ def test_a_router_with_a_replica_stops_no_batch(replica, monkeypatch):
         batches.end(outer.pk)
         assert [*outer.children.all()] == [inner]
         assert after(outer)[0] == "open"
-        assert batch.cancel() == 3
+        assert batches.cancel(batch) == 3
         assert after(batch) == ("cancelled", ["ended"])

@@ -17,11 +17,12 @@ from django.db import connection, transaction
 from django.utils import timezone
 from helpers import CLAIM, ROUNDS, fail_run, in_thread, race, run_while_open, succeed_run
 
-from durable_jobs import batches, messages, queryset, sweep, updates
+from durable_jobs import batches, enqueue, messages, transitions
+from durable_jobs.beat.schedule import sweeper
 from durable_jobs.expressions import UNFINISHED
 from durable_jobs.models import Batch, Job
-from durable_jobs.runs import Run
 from durable_jobs.tasks import JobTask
+from durable_jobs.worker.runs import Run
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -43,13 +44,13 @@ def store(rounds, members, steps=None):
 
     Returns the batches and, for each one, the Runs of its members, which have claimed them.
     """
-    new = [Batch(then=batches.plan(step.si())) for _ in range(rounds)]
+    new = [Batch(on_success=batches.plan(step.si())) for _ in range(rounds)]
     Batch.objects.bulk_create(new)
-    fields = queryset.new_fields(step, [], now=timezone.now())
+    fields = enqueue.new_fields(step, [], now=timezone.now())
     jobs = [Job(**fields, batch=batch) for batch in new for _ in range(members)]
     for job in jobs[::members] if steps else ():
         job.then = batches.plan(step.si())
-    queryset.insert_many(Job.objects, fields["due_at"], jobs)
+    enqueue.insert_many(Job.objects, fields["due_at"], jobs)
     runs = list(map(started, jobs))
     return new, [runs[start : start + members] for start in range(0, len(runs), members)]
 
@@ -150,7 +151,7 @@ def test_a_step_of_a_chain_is_stored_while_another_job_ends():
 
 def test_the_last_two_inner_batches_end_at_the_same_moment():
     """Each inner one has no next step of its own, so its end may be the last of the outer one."""
-    outer = Batch.objects.bulk_create(Batch(then=batches.plan(step.si())) for _ in range(ROUNDS))
+    outer = Batch.objects.bulk_create(Batch(on_success=batches.plan(step.si())) for _ in range(ROUNDS))
     new, runs = store(2 * ROUNDS, 1)
     for number, inner in enumerate(new):
         inner.parent, inner.then = outer[number // 2], None
@@ -204,7 +205,7 @@ def test_a_job_is_added_while_the_last_one_ends():
 
 def test_the_last_end_waits_for_a_transaction_that_adds_a_job():
     [batch], [[run]] = store(1, 1)
-    run_while_open(lambda: batch.enqueue(step), lambda: succeed_run(run))
+    run_while_open(lambda: batches.add(batch, step), lambda: succeed_run(run))
     batch.refresh_from_db()
     assert batch.ended_at is None
     end_all_members(batch)
@@ -213,9 +214,9 @@ def test_the_last_end_waits_for_a_transaction_that_adds_a_job():
 
 def test_a_job_that_waits_for_the_end_of_the_batch_is_refused():
     [batch], [[run]] = store(1, 1)
-    assert updates.finish(run.row, "succeeded")
+    assert transitions.finish(run.row, "succeeded")
     with pytest.raises(ValueError, match="the batch has ended"):
-        run_while_open(lambda: batches.end(batch.pk), lambda: batch.enqueue(step))
+        run_while_open(lambda: batches.end(batch.pk), lambda: batches.add(batch, step))
     assert_ended_once([batch])
 
 
@@ -224,10 +225,10 @@ def test_many_transactions_add_jobs_at_once():
 
     def add(number):
         with transaction.atomic():
-            batch.enqueue(step)
+            batches.add(batch, step)
 
     with transaction.atomic():  # an adding transaction that stays open delays no other
-        batch.enqueue(step)
+        batches.add(batch, step)
         race(20, add, add, add, add)
     succeed_run(run)
     assert batch.jobs.filter(UNFINISHED).count() == 81
@@ -244,7 +245,7 @@ def test_a_batch_is_cancelled_while_jobs_end_and_chains_start_steps(_):
     inner = [chord([step.si(), step.si()], step.si()) for _ in range(8)]
     chord([*members, *inner])(step.si())
     batch, stop = Batch.objects.get(parent=None), threading.Event()
-    batch.enqueue(
+    batches.add(batch, 
         step, queue="io"
     )  # no worker takes it, so the batch is open until it is cancelled
 
@@ -260,7 +261,7 @@ def test_a_batch_is_cancelled_while_jobs_end_and_chains_start_steps(_):
     def cancel(number):
         try:
             time.sleep(random.uniform(0, 0.1))
-            return batch.cancel()
+            return batches.cancel(batch)
         finally:
             stop.set()
 
@@ -274,7 +275,7 @@ def test_a_batch_is_cancelled_while_jobs_end_and_chains_start_steps(_):
 def test_a_batch_can_be_cancelled_while_a_long_transaction_adds_a_job():
     [batch], _ = store(1, 1)
     with transaction.atomic():
-        batch.enqueue(step)
+        batches.add(batch, step)
         assert in_thread(Batch.objects.get().cancel) == 1
     batch.refresh_from_db()
     assert batch.state == "open"
@@ -286,7 +287,7 @@ def test_a_batch_can_be_cancelled_while_a_long_transaction_adds_a_job():
 def test_two_sweeps_and_an_end_at_once():
     new, runs = store(ROUNDS // 3, 1)
     for [run] in runs:
-        assert updates.finish(run.row, "succeeded")
+        assert transitions.finish(run.row, "succeeded")
 
     def end(number):
         batches.end(new[number].pk)
@@ -308,9 +309,9 @@ def test_a_batch_leaves_no_setting_in_the_callers_transaction(use):
     """Else PostgreSQL would end the transaction of a caller that computes for ten seconds."""
     [batch], _ = store(1, 1)
     calls = {
-        "enqueue": lambda: batch.enqueue(step),
+        "enqueue": lambda: batches.add(batch, step),
         "cancel": batch.cancel,
-        "nothing": lambda: Batch.objects.enqueue(step, []),
+        "nothing": lambda: batches.enqueue(step, []),
     }
     with transaction.atomic(), connection.cursor() as cursor:
         calls[use]()
@@ -333,11 +334,11 @@ def test_a_purge_deletes_no_old_job_of_a_batch_that_ends():
     """What comes next reads the results of all jobs."""
     new, runs = store(ROUNDS, 2)
     for first, _ in runs:
-        assert updates.finish(first.row, "succeeded")
+        assert transitions.finish(first.row, "succeeded")
     age(new, "succeeded")
 
     def purge(number):
-        sweep.delete(Job.objects.filter(pk=runs[number][0].job_id))
+        sweeper.delete(Job.objects.filter(pk=runs[number][0].job_id))
 
     race(ROUNDS, lambda n: succeed_run(runs[n][1]), purge)
     assert_ended_once(new)
@@ -352,9 +353,9 @@ def test_a_purge_deletes_no_job_of_a_batch_that_runs_again():
     age(new, "failed")
 
     def purge(number):
-        sweep.delete(Job.objects.filter(pk=runs[number][0].job_id))
+        sweeper.delete(Job.objects.filter(pk=runs[number][0].job_id))
 
-    again, _ = race(ROUNDS, lambda n: new[n].run_failed_again(), purge)
+    again, _ = race(ROUNDS, lambda n: batches.run_failed_again(new[n]), purge)
     for batch, jobs in zip(new, again, strict=True):
         assert batch.jobs.filter(state="queued").count() == len(jobs)
         batch.refresh_from_db()

@@ -22,11 +22,10 @@ from django_celery_beat.models import CrontabSchedule, IntervalSchedule, Periodi
 from django_celery_beat.schedulers import DatabaseScheduler
 from django_tasks import task
 
-from durable_jobs import sweep
-from durable_jobs.beat import OncePerDueTime, count_errors
-from durable_jobs.metrics import Collector
+from durable_jobs.beat.schedule import OncePerDueTime, count_errors, sweeper
+from durable_jobs.contrib.prometheus import Collector
+from durable_jobs.enqueue import JobQuerySet
 from durable_jobs.models import Job, Sweep
-from durable_jobs.queryset import JobQuerySet
 from durable_jobs.tasks import JobTask
 
 pytestmark = pytest.mark.django_db(transaction=True)  # Beat closes old connections
@@ -127,7 +126,7 @@ def test_no_run_is_lost_when_the_clock_goes_back(monkeypatch, due):
     """The hour from 2 to 3 comes twice, and each time it has six runs of its own."""
     berlin, scheduler = ZoneInfo("Europe/Berlin"), beat(Scheduler).scheduler
     now = datetime(2026, 10, 25, 0, 5, tzinfo=berlin).timestamp()
-    monkeypatch.setattr("durable_jobs.beat.time", SimpleNamespace(time=lambda: now))
+    monkeypatch.setattr("durable_jobs.beat.schedule.schedule.time", SimpleNamespace(time=lambda: now))
     due.nowfun = lambda: datetime.fromtimestamp(now, berlin)
     last, runs = due.now(), 0
     for _ in range(6 * 4 * 60):  # four hours, in steps of ten seconds
@@ -160,7 +159,7 @@ def test_beat_replaces_a_lost_connection():
 @pytest.mark.parametrize("embedded", [False, True])  # celery beat, celery worker --beat
 def test_one_beat_has_one_sweep(monkeypatch, embedded):
     sweeps = []
-    monkeypatch.setattr(sweep, "start", lambda tick_delay, error_count: sweeps.append(1))
+    monkeypatch.setattr(sweeper, "start", lambda tick_delay, error_count: sweeps.append(1))
     monkeypatch.setattr("celery.platforms.set_process_title", lambda *args, **kwargs: None)
     service = Service(app, scheduler_cls=Scheduler)
     service._is_shutdown.set()  # it ends as soon as it has started
@@ -254,13 +253,13 @@ def test_a_schedule_entry_with_a_task_id_is_counted(caplog):
 
 def test_the_metric_counts_the_errors_of_every_beat(monkeypatch):
     """The count is stored, so it neither starts again nor shrinks when Beat restarts."""
-    monkeypatch.setattr(sweep, "send_due", lambda resend: 0)
+    monkeypatch.setattr(sweeper, "send_due", lambda resend: 0)
     for counts in [0, 2, 3], [0, 0, 1]:
         rounds = itertools.chain(counts, [SystemExit])
         with pytest.raises(SystemExit):
             monkeypatch.setattr("time.sleep", lambda seconds: None)
             errors = Mock(side_effect=rounds)
-            sweep.sweep_forever(tick_delay=lambda: 0, error_count=errors)
+            sweeper.sweep_forever(tick_delay=lambda: 0, error_count=errors)
     assert Sweep.objects.get().schedule_errors == 4
     found = {sample.name: sample.value for each in Collector().collect() for sample in each.samples}
     assert found["durable_jobs_schedule_errors_total"] == 4

@@ -13,7 +13,8 @@ from django.db import InterfaceError, InternalError, OperationalError, connectio
 from helpers import act, add, deliver, errors, run
 from psycopg.errors import ProgramLimitExceeded, ReadOnlySqlTransaction
 
-from durable_jobs import database, pools, updates
+from durable_jobs import database, pools, transitions
+from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Job
 from durable_jobs.tasks import JobTask
 
@@ -36,7 +37,7 @@ def limited_twice():
 
 
 def test_a_result_is_stored():
-    job = deliver(Job.objects.enqueue(add, [1, 2]))
+    job = deliver(enqueue(add, [1, 2]))
     assert (job.state, job.result, job.error) == ("succeeded", 3, "")
     assert (job.progress, job.message) == (100, "adding")
     assert job.created_at <= job.started_at <= job.finished_at
@@ -161,7 +162,7 @@ def test_a_report_in_a_thread_of_the_body_is_refused(call):
 
 def test_a_task_may_have_a_shorter_time_limit_than_the_settings(commit):
     with commit():
-        job = Job.objects.enqueue(short, [1])
+        job = enqueue(short, [1])
     job.refresh_from_db()
     assert job.state == "succeeded"
 
@@ -210,7 +211,7 @@ def test_a_soft_time_limit_during_a_query_retries_or_fails_a_job(soft_limit, in_
     """It is cancelled: its lock on the job's row would keep out the outcome."""
     if connection.vendor != "postgresql":
         pytest.skip("only PostgreSQL has a query that waits: set DATABASE_URL=postgres://…")
-    job = deliver(Job.objects.enqueue(sleep_in_a_query, [in_block]))
+    job = deliver(enqueue(sleep_in_a_query, [in_block]))
     assert (job.state, job.error) == ("failed", "Over its time limit")
     assert (job.retries, job.crashes, len(errors(job))) == (1, 0, 2)
 
@@ -249,14 +250,14 @@ def test_a_body_that_survives_a_lost_connection_succeeds():
 def test_a_result_waits_for_an_unavailable_database(monkeypatch):
     read_only = InternalError()
     read_only.__cause__ = ReadOnlySqlTransaction()
-    finish, errors = updates.finish, [OperationalError, InterfaceError, read_only]
+    finish, errors = transitions.finish, [OperationalError, InterfaceError, read_only]
 
     def away(self, *args, **kwargs):
         if errors:
             raise errors.pop()
         return finish(self, *args, **kwargs)
 
-    monkeypatch.setattr(updates, "finish", away)
+    monkeypatch.setattr(transitions, "finish", away)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     assert run(lambda task: "done").result == "done"
 

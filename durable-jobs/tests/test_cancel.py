@@ -8,21 +8,23 @@ from django.db import connection
 from django.db.models.functions import Now
 from helpers import add, claim, deliver, run_while_open
 
-from durable_jobs import updates
+from durable_jobs import transitions
+from durable_jobs.actions import cancel, run_all_again
+from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Failure, Job
 
 pytestmark = pytest.mark.django_db
 
 
 def test_a_cancelled_job_never_starts():
-    job = Job.objects.enqueue(add, [1, 2])
-    assert Job.objects.all().cancel() == 1
+    job = enqueue(add, [1, 2])
+    assert cancel(Job.objects.all()) == 1
     assert (deliver(job).state, job.result) == ("cancelled", None)
 
 
 def test_a_job_that_has_ended_cannot_be_cancelled():
-    job = deliver(Job.objects.enqueue(add, [1, 2]))
-    assert Job.objects.all().cancel() == 0
+    job = deliver(enqueue(add, [1, 2]))
+    assert cancel(Job.objects.all()) == 0
     job.refresh_from_db()
     assert job.state == "succeeded"
 
@@ -33,14 +35,14 @@ def test_a_job_that_changes_while_cancel_waits_is_not_cancelled(published, user,
     """With a join, PostgreSQL checks no condition of an UPDATE again when it has waited."""
     if connection.vendor != "postgresql":
         pytest.skip("SQLite has one transaction at a time: set DATABASE_URL=postgres://…")
-    job, run = Job.objects.enqueue(add, [1, 2], owner=user), uuid.uuid4()
+    job, run = enqueue(add, [1, 2], owner=user), uuid.uuid4()
     Failure.objects.create(job=job, started_at=Now(), error=user.username)
     if by == "state":
         change, state = partial(claim, job.pk, run), "running"
     else:
         assert claim(job.pk, run)
         end = {"id": job.pk, "run_token": run, "result": 3, "message": ""}
-        change, state = partial(updates.succeed, Job.objects, **end), "succeeded"
+        change, state = partial(transitions.succeed, Job.objects, **end), "succeeded"
     condition = {by: {"pk": job.pk, "state": "queued"}.get(by, user.username)}
     assert run_while_open(change, Job.objects.filter(**condition).cancel) == 0
     job.refresh_from_db()
@@ -48,9 +50,9 @@ def test_a_job_that_changes_while_cancel_waits_is_not_cancelled(published, user,
 
 
 def test_a_job_that_a_join_repeats_is_cancelled_and_run_again_once(published):
-    job = Job.objects.enqueue(add, [1, 2])
+    job = enqueue(add, [1, 2])
     for _ in range(2):
         Failure.objects.create(job=job, started_at=Now(), error="away")
     jobs = Job.objects.filter(failures__error="away")
-    assert jobs.cancel() == 1
-    assert len(jobs.run_again()) == 1
+    assert cancel(jobs) == 1
+    assert len(run_all_again(jobs)) == 1

@@ -16,6 +16,8 @@ from django.db import transaction
 from django.utils import timezone
 from helpers import add, deliver, plain, retry_once
 
+from durable_jobs.actions import run_again
+from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Job
 from durable_jobs.publish import publish
 from durable_jobs.tasks import JobTask
@@ -151,17 +153,17 @@ TYPES = [datetime(2026, 1, 2, tzinfo=UTC), date(2026, 1, 2), uuid.UUID(int=1), D
 
 @pytest.mark.parametrize("task", [name_types, retry_once])
 def test_a_body_gets_its_arguments_with_the_types_that_celery_keeps(run_jobs, task):
-    job = Job.objects.enqueue(task, TYPES)
+    job = enqueue(task, TYPES)
     run_jobs()
     job.refresh_from_db()
-    again = job.run_again()
+    again = run_again(job)
     run_jobs()
     again.refresh_from_db()
     assert job.result == again.result == ["datetime", "date", "UUID", "Decimal"], job.error
 
 
 def test_update_state_is_refused_in_a_job():
-    job = Job.objects.enqueue(update)
+    job = enqueue(update)
     publish([job])
     job.refresh_from_db()
     assert "call self.report(" in job.error
@@ -226,7 +228,7 @@ def test_a_message_of_another_app_with_wrong_arguments_fails(in_a_worker):
 
 @pytest.mark.parametrize("revoke", [lambda pk: AsyncResult(pk).revoke(), app.control.revoke])
 def test_a_revoke_cancels_a_job_although_no_worker_runs(mode, revoke):
-    job, other = [Job.objects.enqueue(add, [1, 2]) for _ in range(2)]
+    job, other = [enqueue(add, [1, 2]) for _ in range(2)]
     revoke(str(job.pk))
     assert list(Job.objects.filter(state="cancelled")) == [job]
     app.control.revoke([str(other.pk), "not a job"], terminate=True)
@@ -235,7 +237,7 @@ def test_a_revoke_cancels_a_job_although_no_worker_runs(mode, revoke):
 
 def test_a_revoke_cancels_a_job_although_the_broker_is_down(monkeypatch):
     monkeypatch.setattr(app.control, "broadcast", Mock(side_effect=ConnectionError))
-    job = Job.objects.enqueue(add, [1, 2])
+    job = enqueue(add, [1, 2])
     with pytest.raises(ConnectionError):
         AsyncResult(str(job.pk)).revoke()
     assert Job.objects.get().state == "cancelled"

@@ -7,6 +7,7 @@ from celery import shared_task
 from django.core.management import CommandError, call_command
 from django.utils import timezone
 
+from durable_jobs import pauses
 from durable_jobs.models import Job, Pause
 from durable_jobs.tasks import JobTask
 
@@ -55,7 +56,7 @@ def test_a_second_pause_keeps_its_time_and_may_change_the_reason():
 @pytest.mark.parametrize("command", ["pause", "resume"])
 def test_one_wrong_name_changes_nothing(command):
     if command == "resume":
-        Pause.objects.pause("celery")
+        pauses.pause("celery")
     before = list(Pause.objects.all())
     error = {"pause": "no queue and no task 'mial'.*celery", "resume": "mial is not paused"}
     with pytest.raises(CommandError, match=error[command]):

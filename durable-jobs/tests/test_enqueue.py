@@ -14,11 +14,14 @@ from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 from helpers import add, alone, plain, seconds_until_due
 
-from durable_jobs import queryset, sweep
-from durable_jobs.models import Batch, Job, Sweep
+from durable_jobs import batches
+from durable_jobs.actions import run_again
+from durable_jobs.api.views import EnqueueMixin
+from durable_jobs.beat.schedule import sweeper
+from durable_jobs.enqueue import enqueue, enqueue_many
+from durable_jobs.models import Job, Sweep
 from durable_jobs.publish import publish
 from durable_jobs.tasks import JobTask
-from durable_jobs.views import EnqueueMixin
 
 try:
     from django.tasks import task
@@ -49,14 +52,14 @@ def enqueue_with_django(options, door):
 
 
 def enqueue_in_batch(task, calls):
-    with Batch.objects.open() as batch:
-        return batch.enqueue_many(task, calls)
+    with batches.open_batch() as batch:
+        return batches.add_many(batch, task, calls)
 
 
 DOORS = {
-    "enqueue": lambda user, options: Job.objects.enqueue(double, [8], **options),
+    "enqueue": lambda user, options: enqueue(double, [8], **options),
     "aenqueue": lambda user, options: async_to_sync(Job.objects.aenqueue)(double, [8], **options),
-    "enqueue_many": lambda user, options: Job.objects.enqueue_many(double, [[8]], **options)[0],
+    "enqueue_many": lambda user, options: enqueue_many(double, [[8]], **options)[0],
     "EnqueueMixin": enqueue_in_view,
     "JobTask": lambda user, options: double.using(**options).enqueue(8),
     "async JobTask": lambda user, options: async_to_sync(double.using(**options).aenqueue)(8),
@@ -88,7 +91,7 @@ def door(request):
 
 def test_a_job_runs_when_its_transaction_commits(commit):
     with commit():
-        job = Job.objects.enqueue(add, [1], {"y": 2})
+        job = enqueue(add, [1], {"y": 2})
         assert job.state == "queued"
     job.refresh_from_db()
     assert (job.state, job.result) == ("succeeded", 3)
@@ -96,7 +99,7 @@ def test_a_job_runs_when_its_transaction_commits(commit):
 
 def test_a_rollback_leaves_neither_row_nor_message(commit, published):
     with commit(), pytest.raises(ZeroDivisionError), transaction.atomic():
-        Job.objects.enqueue(add, [1, 2])
+        enqueue(add, [1, 2])
         raise ZeroDivisionError
     assert not Job.objects.exists()
     assert published == []
@@ -109,22 +112,22 @@ def test_a_rollback_leaves_neither_row_nor_message(commit, published):
 )
 def test_a_job_that_cannot_run_is_refused_when_it_is_enqueued(task, args):
     with pytest.raises(TypeError):
-        Job.objects.enqueue(task, args)
+        enqueue(task, args)
     assert not Job.objects.exists()
 
 
 @pytest.mark.parametrize("args, kwargs", [(12, {}), ("12", {}), ({1: 2}, {}), ([], [1, 2])])
 def test_arguments_must_be_a_list_and_a_dictionary(args, kwargs):
     with pytest.raises(TypeError, match="args must be a list"):
-        Job.objects.enqueue(add, args, kwargs)
+        enqueue(add, args, kwargs)
     assert not Job.objects.exists()
 
 
 def test_arguments_that_are_too_large_are_refused(settings):
     settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"MAX_BYTES": 100}
-    Job.objects.enqueue(add, ["x" * 80, 1])
+    enqueue(add, ["x" * 80, 1])
     with pytest.raises(ValueError, match="112 bytes, but .*MAX_BYTES.* is 100"):
-        Job.objects.enqueue(add, ["x" * 99, 1])
+        enqueue(add, ["x" * 99, 1])
 
 
 @pytest.mark.parametrize("option", ["unique", "idempotency_key", "queue"])
@@ -132,7 +135,7 @@ def test_arguments_that_are_too_large_are_refused(settings):
 def test_a_text_that_does_not_fit_into_its_column_is_refused(option, text):
     """Else PostgreSQL's error would end the caller's transaction."""
     with pytest.raises(ValueError, match="1 to 255 characters|the database cannot store"):
-        Job.objects.enqueue(add, [1, 2], **{option: text})
+        enqueue(add, [1, 2], **{option: text})
 
 
 UNSTORABLE = ["\0", "a\\\0", "\ud83d", "\ude00a", "\ud83d\ud83d\ude00", "\ud83d\\\ude00"]
@@ -145,17 +148,17 @@ def test_a_text_that_postgresql_cannot_store_is_refused_at_once(text, field):
     call = {"args": [1, 2], field: values.get(field, text)}
     with CaptureQueriesContext(connection) as captured:
         with pytest.raises((TypeError, ValueError), match=r"cannot store the character \\u"):
-            Job.objects.enqueue(add, **call)
+            enqueue(add, **call)
     assert not captured.captured_queries
     if field == "label":
         with pytest.raises(ValueError, match="cannot store"):
-            Job.objects.enqueue_many(add, [[1, 2]], label=text)
+            enqueue_many(add, [[1, 2]], label=text)
 
 
 @pytest.mark.parametrize("text", ["é😀", "\\u0000", "\\\\ud800", "\x01\x7f"], ids=ascii)
 def test_any_other_text_is_stored(text):
     texts = {"unique": text, "label": text, "idempotency_key": text}
-    job = Job.objects.enqueue(add, [text, {text: 1}], **texts)
+    job = enqueue(add, [text, {text: 1}], **texts)
     job.refresh_from_db()
     assert job.args == [text, {text: 1}]
     assert [job.unique_key, job.label, job.idempotency_key] == [text] * 3
@@ -163,50 +166,50 @@ def test_any_other_text_is_stored(text):
 
 def test_a_label_is_kept_and_cut_to_its_column():
     """It is cut to the length of its column, because the name of a file may be long."""
-    jobs = Job.objects.enqueue_many(add, [[1, 2]], label="many" * 100)
+    jobs = enqueue_many(add, [[1, 2]], label="many" * 100)
     publish(jobs)
     jobs[0].refresh_from_db()
-    assert jobs[0].label == jobs[0].run_again().label == "many" * 63 + "man"
-    assert Job.objects.enqueue(add, [1, 2], label="one" * 100).label == "one" * 85
+    assert jobs[0].label == run_again(jobs[0]).label == "many" * 63 + "man"
+    assert enqueue(add, [1, 2], label="one" * 100).label == "one" * 85
 
 
 @pytest.mark.parametrize("options", [{"countdown": 1.7e12}, {"queue": "cpu", "countdown": 1e9}])
 def test_a_countdown_of_more_than_ten_years_is_refused(options):
     with pytest.raises(ValueError, match="it is in seconds"):
-        Job.objects.enqueue(add, [1, 2], **options)
+        enqueue(add, [1, 2], **options)
 
 
 def test_a_job_goes_to_the_queue_that_its_decorator_names(monkeypatch):
     monkeypatch.setattr(add, "queue", "mail", raising=False)
-    assert Job.objects.enqueue(add, [1, 2]).queue == "mail"
-    assert Job.objects.enqueue(add, [1, 2], queue="cpu").queue == "cpu"
+    assert enqueue(add, [1, 2]).queue == "mail"
+    assert enqueue(add, [1, 2], queue="cpu").queue == "cpu"
 
 
 @pytest.mark.parametrize("owned", [True, False])
 def test_an_owner_uses_an_idempotency_key_once(user, owned):
     owner = user if owned else None
-    Job.objects.enqueue(add, [1, 2], owner=owner, idempotency_key="key")
+    enqueue(add, [1, 2], owner=owner, idempotency_key="key")
     with pytest.raises(IntegrityError), transaction.atomic():
-        Job.objects.enqueue(add, [3, 4], owner=owner, idempotency_key="key")
+        enqueue(add, [3, 4], owner=owner, idempotency_key="key")
     assert Job.objects.count() == 1
 
 
 def test_two_owners_may_use_the_same_idempotency_key(user, admin_user):
-    Job.objects.enqueue(add, [1, 2], owner=user, idempotency_key="key")
-    Job.objects.enqueue(add, [1, 2], owner=admin_user, idempotency_key="key")
+    enqueue(add, [1, 2], owner=user, idempotency_key="key")
+    enqueue(add, [1, 2], owner=admin_user, idempotency_key="key")
     assert Job.objects.filter(idempotency_key="key").count() == 2
 
 
 def test_a_job_of_the_jobs_of_a_user_is_the_users(user):
-    user.job_set.enqueue(add, [1, 2])
-    user.job_set.enqueue(add, [1, 2], unique="key")
+    enqueue(add, [1, 2])
+    enqueue(add, [1, 2], unique="key")
     user.job_set.enqueue_many(add, [[1, 2]])
     assert [job.owner for job in Job.objects.all()] == [user] * 3
 
 
 def test_enqueue_many_stores_and_sends_all_jobs_together(commit, published, user):
     with CaptureQueriesContext(connection) as captured, commit():
-        jobs = Job.objects.enqueue_many(add, [[1, 2], [3, 4], [5, 6]], owner=user, queue="cpu")
+        jobs = enqueue_many(add, [[1, 2], [3, 4], [5, 6]], owner=user, queue="cpu")
         assert published == []
     assert len([query for query in captured if query["sql"].startswith("INSERT")]) == 1
     assert [(job.args, job.owner, job.queue) for job in Job.objects.order_by("created_at")] == [
@@ -219,15 +222,15 @@ def test_enqueue_many_stores_and_sends_all_jobs_together(commit, published, user
 
 def test_enqueue_many_runs_all_jobs(commit):
     with commit():
-        Job.objects.enqueue_many(add, ([number, 1] for number in range(3)))
+        enqueue_many(add, ([number, 1] for number in range(3)))
     assert [job.result for job in Job.objects.order_by("created_at")] == [1, 2, 3]
 
 
 def test_enqueue_many_stores_all_jobs_or_none(commit, published):
     with commit(), pytest.raises(TypeError):
-        Job.objects.enqueue_many(add, [[1, 2], [3]])
+        enqueue_many(add, [[1, 2], [3]])
     with commit(), pytest.raises(ZeroDivisionError), transaction.atomic():
-        Job.objects.enqueue_many(add, [[1, 2], [3, 4]])
+        enqueue_many(add, [[1, 2], [3, 4]])
         raise ZeroDivisionError
     assert not Job.objects.exists()
     assert published == []
@@ -235,39 +238,39 @@ def test_enqueue_many_stores_all_jobs_or_none(commit, published):
 
 @pytest.mark.parametrize("door", [Job.objects.enqueue_many, enqueue_in_batch])
 def test_the_sweep_sends_most_of_many_jobs_in_their_order(commit, published, monkeypatch, door):
-    monkeypatch.setattr(queryset, "SENT_AT_ONCE", 2)
-    sweep.store_round(0, 0)
+    monkeypatch.setattr(enqueue, "SENT_AT_ONCE", 2)
+    sweeper.store_round(0, 0)
     with commit():
         jobs = door(add, [[number, 1] for number in range(50)])
     assert published == [str(job.pk) for job in jobs[:2]]
-    sweep.send_due(resend=False)
+    sweeper.send_due(resend=False)
     assert published == [str(job.pk) for job in jobs]
 
 
 @pytest.mark.parametrize("age", [60, None])
 def test_many_jobs_do_not_wait_for_a_sweep_that_does_not_run(commit, published, monkeypatch, age):
-    monkeypatch.setattr(queryset, "SENT_AT_ONCE", 2)
+    monkeypatch.setattr(enqueue, "SENT_AT_ONCE", 2)
     if age:
-        sweep.store_round(0, 0)
+        sweeper.store_round(0, 0)
         Sweep.objects.update(ended_at=Now() - timedelta(seconds=age))
     with commit():
-        jobs = Job.objects.enqueue_many(add, [[number, 1] for number in range(5)])
+        jobs = enqueue_many(add, [[number, 1] for number in range(5)])
     assert published == [str(job.pk) for job in jobs]
 
 
 def test_the_sweep_sends_no_job_of_many_before_its_countdown(commit, published, monkeypatch):
-    monkeypatch.setattr(queryset, "SENT_AT_ONCE", 0)
-    sweep.store_round(0, 0)
+    monkeypatch.setattr(enqueue, "SENT_AT_ONCE", 0)
+    sweeper.store_round(0, 0)
     with commit():
-        [later] = Job.objects.enqueue_many(add, [[1, 2]], countdown=60)
+        [later] = enqueue_many(add, [[1, 2]], countdown=60)
     assert seconds_until_due(later) == pytest.approx(60, abs=5)
-    sweep.send_due(resend=False)
+    sweeper.send_due(resend=False)
     assert published == []
 
 
 def test_enqueue_many_accepts_an_empty_list(commit):
     with commit():
-        assert Job.objects.enqueue_many(add, []) == []
+        assert enqueue_many(add, []) == []
 
 
 # Each way to enqueue
@@ -301,7 +304,7 @@ def test_an_option_is_in_the_row(door, option, user):
 @pytest.mark.parametrize("countdown", [None, 60])
 def test_a_new_job_has_the_times_of_its_row(task, countdown, published):
     names = "created_at", "due_at", "sweep_at"
-    job = Job.objects.enqueue(task, [1, 2] if task == add else [1], countdown=countdown)
+    job = enqueue(task, [1, 2] if task == add else [1], countdown=countdown)
     row = Job.objects.values(*names).get()
     assert {name: getattr(job, name) for name in names} == row
     assert (row["sweep_at"] is None) == (task == alone)

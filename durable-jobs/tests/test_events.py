@@ -9,10 +9,13 @@ from celery import current_app as app
 from helpers import CLAIM, add
 from kombu import Connection
 
-from durable_jobs import events, updates
+from durable_jobs import transitions
+from durable_jobs.actions import cancel
+from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Job
 from durable_jobs.publish import publish
 from durable_jobs.tasks import JobTask
+from durable_jobs.worker.children import events
 
 pytestmark = pytest.mark.django_db
 
@@ -82,10 +85,10 @@ def test_flower_is_told_that_a_cancelled_job_has_ended(monkeypatch, state, ends)
     sent = []
     monkeypatch.setattr(JobTask, "send_event", lambda self, name, **fields: sent.append(name))
     monkeypatch.setitem(app.conf, "worker_send_task_events", True)
-    job = Job.objects.enqueue(add, [1, 2])
+    job = enqueue(add, [1, 2])
     if ends:
-        Job.objects.filter(pk=job.pk).cancel()
+        cancel(Job.objects.filter(pk=job.pk))
     else:
-        updates.claim(Job.objects, id=job.pk, run_token=uuid.uuid4(), **CLAIM)
+        transitions.claim(Job.objects, id=job.pk, run_token=uuid.uuid4(), **CLAIM)
     publish([job])
     assert sent == (["task-revoked"] if ends else [])

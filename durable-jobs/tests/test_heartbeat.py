@@ -16,9 +16,11 @@ from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 from helpers import ago, scrape
 
-from durable_jobs import heartbeat, shutdown, sweep
+from durable_jobs.beat.schedule import sweeper
+from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Job, Worker
 from durable_jobs.tasks import JobTask
+from durable_jobs.worker.children import heartbeat, shutdown
 
 
 @shared_task(base=JobTask)
@@ -228,14 +230,14 @@ def test_a_worker_that_leaves_without_celery_deletes_its_row(consumer, monkeypat
 
 def test_a_worker_is_silent_after_30_seconds_and_gone_after_an_hour(consumer, monkeypatch):
     write(consumer)
-    monkeypatch.setattr(sweep, "close_old_connections", Mock())
+    monkeypatch.setattr(sweeper, "close_old_connections", Mock())
     for seconds, is_alive, is_there in (29, 1, 1), (31, 0, 1), (3590, 0, 1), (3610, 0, 0):
         Worker.objects.update(seen_at=ago(seconds))
         assert heartbeat.alive().count() == is_alive
         assert len(heartbeat.takers()) == 2 * is_alive
         monkeypatch.setattr("time.sleep", Mock(side_effect=[None, StopIteration]))
         with pytest.raises(StopIteration):
-            sweep.clean_forever()
+            sweeper.clean_forever()
         assert Worker.objects.count() == is_there
 
 
@@ -269,8 +271,8 @@ def test_the_metrics_count_workers_and_slots(consumer, staff_api, monkeypatch):
 
 def test_the_metrics_count_a_job_without_a_live_worker_as_silent(staff_api):
     for seconds in 10, -1, -1:
-        job, sweep_at = Job.objects.enqueue(greet), Now() + timedelta(seconds=seconds)
+        job, sweep_at = enqueue(greet), Now() + timedelta(seconds=seconds)
         running = {"state": "running", "run_token": job.pk, "sweep_at": sweep_at}
         Job.objects.filter(pk=job.pk).update(**running)
     found = scrape(staff_api)
-    assert (found["durable_jobs_running celery"], found["durable_jobs_silent celery"]) == (1, 2)
+    assert (found["durable_jobs_running celery"], found["durable_jobs_stalled celery"]) == (1, 2)

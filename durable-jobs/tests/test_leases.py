@@ -19,32 +19,35 @@ from helpers import (
     seconds_waited,
 )
 
-from durable_jobs import lease, runs, sweep, updates
+from durable_jobs import transitions
+from durable_jobs.beat.schedule import sweeper
+from durable_jobs.enqueue import enqueue
 from durable_jobs.expressions import SetLocal, lease_end
 from durable_jobs.models import Job
+from durable_jobs.worker.children import lease, runs
 
 pytestmark = pytest.mark.django_db
 IDLE = "idle_in_transaction_session_timeout"
 
 
 def test_a_running_job_with_a_lease_is_not_recovered():
-    job = Job.objects.enqueue(add, [1, 2])
+    job = enqueue(add, [1, 2])
     claim_and_lapse(job)
     Job.objects.update(sweep_at=lease_end())
-    sweep.recover_lapsed()
+    sweeper.recover_lapsed()
     assert seconds_until_due(job) == pytest.approx(30, abs=5)
     assert job.state == "running"
 
 
 def test_a_lease_ends_no_later_than_the_deadline():
-    job = Job.objects.enqueue(add, [1, 2])
+    job = enqueue(add, [1, 2])
     claim_and_lapse(job, limit=10)
     Job.objects.update(sweep_at=lease_end())
     assert seconds_until_due(job) == pytest.approx(10, abs=5)
 
 
 def test_the_renewal_of_leases_finds_lost_runs():
-    job = Job.objects.enqueue(add, [1, 2])
+    job = enqueue(add, [1, 2])
     mine, other = runs.Run(job.pk), runs.Run(job.pk)
     claim(job.pk, mine.token)
     lease.write_and_renew([mine, other])
@@ -55,8 +58,8 @@ def test_the_renewal_of_leases_finds_lost_runs():
 def test_a_worker_that_freezes_while_it_renews_a_lease_locks_no_job_for_long(monkeypatch):
     if connection.vendor != "postgresql":
         pytest.skip("SQLite locks the whole file: set DATABASE_URL=postgres://…")
-    monkeypatch.setattr(updates, "IDLE_TIMEOUT", SetLocal(name=IDLE, value="100ms"))
-    job = Job.objects.enqueue(add, [1, 2], countdown=60)
+    monkeypatch.setattr(transitions, "IDLE_TIMEOUT", SetLocal(name=IDLE, value="100ms"))
+    job = enqueue(add, [1, 2], countdown=60)
     run = runs.Run(job.pk)
     assert claim(job.pk, run.token)
     frozen, resumed = threading.Event(), threading.Event()
@@ -92,14 +95,14 @@ def test_a_worker_that_freezes_while_it_renews_a_lease_locks_no_job_for_long(mon
 
 
 def test_a_job_waits_longer_after_each_crash_and_fails_after_the_third(caplog):
-    job = Job.objects.enqueue(add, [1, 2])
+    job = enqueue(add, [1, 2])
     for crashes, delay in (1, 5), (2, 10):
         claim_and_lapse(job)
-        sweep.recover_lapsed()
+        sweeper.recover_lapsed()
         assert seconds_until_due(job) == pytest.approx(delay, rel=0.3)
         assert (job.state, job.crashes, job.times_sent) == ("queued", crashes, 0)
     claim_and_lapse(job)
-    sweep.recover_lapsed()
+    sweeper.recover_lapsed()
     job.refresh_from_db()
     assert (job.state, job.error) == ("failed", "Its worker died 3 times")
     assert job.public_error == "It stopped unexpectedly 3 times"  # for its owner
@@ -108,9 +111,9 @@ def test_a_job_waits_longer_after_each_crash_and_fails_after_the_third(caplog):
 
 
 def test_a_job_past_its_deadline_fails():
-    job = Job.objects.enqueue(add, [1, 2])
+    job = enqueue(add, [1, 2])
     claim_and_lapse(job, limit=-1)
-    sweep.recover_lapsed()
+    sweeper.recover_lapsed()
     job.refresh_from_db()
     assert (job.state, job.error, job.crashes) == ("failed", "Over its time limit", 0)
     assert job.public_error == job.error
@@ -118,36 +121,36 @@ def test_a_job_past_its_deadline_fails():
 
 
 def test_the_waiting_time_starts_again_after_a_crash_or_a_retry(settings):
-    crashed, retried = (Job.objects.enqueue(add, [1, 2]) for _ in range(2))
+    crashed, retried = (enqueue(add, [1, 2]) for _ in range(2))
     Job.objects.update(due_at=Now() - timedelta(seconds=500))
     claim_and_lapse(crashed)
     claim_and_lapse(retried)
-    updates.requeue(Job.objects.filter(pk=retried.pk), 30)
-    sweep.recover_lapsed()
+    transitions.requeue(Job.objects.filter(pk=retried.pk), 30)
+    sweeper.recover_lapsed()
     assert seconds_waited(crashed) == pytest.approx(-5, abs=3)
     assert seconds_waited(retried) == pytest.approx(-30, abs=3)
 
 
 def test_a_job_that_cannot_be_recovered_does_not_stop_others(monkeypatch, caplog):
-    jobs = [Job.objects.enqueue(add, [1, 2]) for _ in range(5)]
+    jobs = [enqueue(add, [1, 2]) for _ in range(5)]
     for job in jobs:
         claim_and_lapse(job)
-    requeue = updates.requeue
+    requeue = transitions.requeue
 
     def fail(self, *args, **kwargs):
         if self.filter(pk=jobs[3].pk).exists():
             raise IntegrityError("a trigger")
         return requeue(self, *args, **kwargs)
 
-    monkeypatch.setattr(updates, "requeue", fail)
-    sweep.recover_lapsed()
+    monkeypatch.setattr(transitions, "requeue", fail)
+    sweeper.recover_lapsed()
     assert list(Job.objects.filter(state="running")) == [jobs[3]]
     assert "a trigger" in caplog.text
 
 
 BULK_UPDATES = {
-    "to send": lambda runs: sweep.send_due(),
-    "to find lapsed leases": lambda runs: sweep.recover_lapsed(),
+    "to send": lambda runs: sweeper.send_due(),
+    "to find lapsed leases": lambda runs: sweeper.recover_lapsed(),
     "to recover": lambda runs: lease.recover(Job.objects.all()),
     "to renew": lease.write_and_renew,
     "to renew for children": lambda runs: lease.renew_for_children(Job.objects.all()),
@@ -160,7 +163,7 @@ def test_an_update_of_many_jobs_skips_locked_rows(published, update):
     """A wait for one row would delay all others."""
     if not connection.features.has_select_for_update_skip_locked:
         pytest.skip("only PostgreSQL locks rows: set DATABASE_URL=postgres://…")
-    locked, other = jobs = [Job.objects.enqueue(add, [1, 2], countdown=1) for _ in range(2)]
+    locked, other = jobs = [enqueue(add, [1, 2], countdown=1) for _ in range(2)]
     both = [runs.Run(job.pk) for job in jobs]
     if update != "to send":
         for run in both:

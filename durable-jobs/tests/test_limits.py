@@ -18,12 +18,14 @@ from django.db.models.functions import Now
 from django.utils import timezone
 from helpers import CLAIM, alone, ask, call, end, free
 
-from durable_jobs import batches, limits, sweep, turns, updates
-from durable_jobs.beat import OncePerDueTime
-from durable_jobs.models import Batch, Job, Start
-from durable_jobs.runs import Run
+from durable_jobs import admission, batches, limits, transitions
+from durable_jobs.actions import run_again, run_all_again
+from durable_jobs.api.views import EnqueueMixin
+from durable_jobs.beat.schedule import OncePerDueTime, sweeper
+from durable_jobs.enqueue import enqueue, enqueue_many
+from durable_jobs.models import Job, Start
 from durable_jobs.tasks import JobTask
-from durable_jobs.views import EnqueueMixin
+from durable_jobs.worker.runs import Run
 
 try:
     from django.tasks import task
@@ -68,8 +70,8 @@ def in_view():
 
 
 def in_open_batch():
-    with Batch.objects.open() as batch:
-        batch.enqueue(call, [7])
+    with batches.open_batch() as batch:
+        batches.add(batch, call, [7])
 
 
 def start_any(job):
@@ -91,21 +93,21 @@ def with_then():
 def by_beat():
     beat = SimpleNamespace(app=current_app, scheduler=Scheduler(current_app, lazy=True))
     entry = ScheduleEntry("call", call.name, schedule=timedelta(hours=1), args=[7], app=current_app)
-    with patch("durable_jobs.beat.close_old_connections"):
+    with patch("durable_jobs.beat.schedule.schedule.close_old_connections"):
         OncePerDueTime(beat).apply_async(entry)
 
 
 def fail_and_run_again(again):
     job = call.enqueue(7)
-    updates.finish(Job.objects.filter(pk=job.pk), "failed")
+    transitions.finish(Job.objects.filter(pk=job.pk), "failed")
     again(Job.objects.get(pk=job.pk))
 
 
 def batch_again():
-    batch = Batch.objects.enqueue(call, [[7]])
-    updates.finish(batch.jobs.all(), "failed")
+    batch = batches.enqueue(call, [[7]])
+    transitions.finish(batch.jobs.all(), "failed")
     batches.end(batch.pk)
-    batch.run_failed_again()
+    batches.run_failed_again(batch)
 
 
 DOORS = {
@@ -118,8 +120,8 @@ DOORS = {
     "eta": lambda: call.using(eta=timezone.now() + timedelta(hours=1)).enqueue(7),
     "using": lambda: call.using(label="x", queue="io").enqueue(7),
     "aenqueue": lambda: async_to_sync(call.aenqueue)(7),
-    "unique": lambda: Job.objects.enqueue(call, [7], unique="x", idempotency_key="y"),
-    "enqueue_many": lambda: Job.objects.enqueue_many(call, [[7]]),
+    "unique": lambda: enqueue(call, [7], unique="x", idempotency_key="y"),
+    "enqueue_many": lambda: enqueue_many(call, [[7]]),
     "Django": lambda: django_call.enqueue(7),
     "context": lambda: context_call.enqueue(7),
     "bound": lambda: bound_call.delay(7),
@@ -127,9 +129,9 @@ DOORS = {
     "send_task": lambda: current_app.send_task(call.name, [7]),
     "Beat": by_beat,
     "EnqueueMixin": in_view,
-    "run_again": lambda: fail_and_run_again(lambda job: job.run_again()),
-    "queryset": lambda: fail_and_run_again(lambda job: Job.objects.all().run_again()),
-    "batch": lambda: Batch.objects.enqueue(call, [[7]]),
+    "run_again": lambda: fail_and_run_again(lambda job: run_again(job)),
+    "queryset": lambda: fail_and_run_again(lambda job: run_all_again(Job.objects.all())),
+    "batch": lambda: batches.enqueue(call, [[7]]),
     "Batch.enqueue": in_open_batch,
     "run_failed_again": batch_again,
     "chain": in_chain,
@@ -143,7 +145,7 @@ DOORS = {
 def test_each_way_to_enqueue_a_job_obeys_its_limit(sent, door):
     DOORS[door]()
     job = Job.objects.exclude(limit_key=None).get()
-    assert (job.limit_key, job.held_by, job.sweep_at) == ("tenant:7", "tenant:7", None)
+    assert (job.limit_key, job.blocked_by, job.sweep_at) == ("tenant:7", "tenant:7", None)
     assert (job.times_sent, job.state) == (0, "queued")
 
 
@@ -161,15 +163,15 @@ def test_a_message_of_an_app_that_does_not_know_the_job_obeys_its_limit(sent, se
                 call(7)
         finally:
             call.pop_request()
-    assert Job.objects.get(pk=held_back).held_by == "tenant:7"
+    assert Job.objects.get(pk=held_back).blocked_by == "tenant:7"
     assert Start.objects.get().key == "tenant:7"
 
 
 def test_jobs_run_in_tests_whatever_their_limits_say(run_jobs, commit):
     with commit():
-        first = Job.objects.enqueue_many(ask, [[number] for number in range(10)])
+        first = enqueue_many(ask, [[number] for number in range(10)])
     assert not Job.objects.exclude(state="succeeded").exists()
-    Job.objects.enqueue_many(ask, [[number] for number in range(10)])
+    enqueue_many(ask, [[number] for number in range(10)])
     run_jobs()
     assert Job.objects.filter(state="succeeded").count() == 20
     assert len(first) == 10
@@ -183,27 +185,27 @@ def test_jobs_run_in_tests_whatever_their_limits_say(run_jobs, commit):
 )
 def test_a_job_runs_again_with_the_limit_that_its_task_has_now(sent, monkeypatch, limit, key):
     jobs = [call.enqueue(7), call.enqueue(8)]
-    updates.finish(Job.objects.all(), "failed")
+    transitions.finish(Job.objects.all(), "failed")
     monkeypatch.setattr(current_app.tasks[call.name], "limit", limit)
-    Job.objects.get(pk=jobs[0].pk).run_again()
-    Job.objects.filter(pk=jobs[1].pk).run_again()
-    assert set(Job.objects.values_list("limit_key", "held_by")) == {(key, key)}
+    run_all_again(Job.objects.get(pk=jobs[0].pk))
+    run_all_again(Job.objects.filter(pk=jobs[1].pk))
+    assert set(Job.objects.values_list("limit_key", "blocked_by")) == {(key, key)}
 
 
 def test_a_job_that_had_no_limit_runs_again_with_one(sent, monkeypatch):
     job = free.enqueue()
-    updates.finish(Job.objects.all(), "failed")
+    transitions.finish(Job.objects.all(), "failed")
     monkeypatch.setattr(current_app.tasks[free.name], "limit", "one")
-    Job.objects.get(pk=job.pk).run_again()
-    assert Job.objects.get().held_by == "one"
+    run_all_again(Job.objects.get(pk=job.pk))
+    assert Job.objects.get().blocked_by == "one"
 
 
 def test_a_queryset_runs_the_others_again_if_the_key_of_one_has_no_value(sent, monkeypatch):
     call.enqueue(7)
     second = call.enqueue({"tenant": 8})
-    updates.finish(Job.objects.all(), "failed")
+    transitions.finish(Job.objects.all(), "failed")
     monkeypatch.setattr(current_app.tasks[call.name], "limit", "tenant:{tenant[tenant]}")
-    assert Job.objects.all().run_again() == [second]
+    assert run_all_again(Job.objects.all()) == [second]
 
 
 def test_a_step_that_an_older_version_has_stored_has_no_limit(sent):
@@ -213,7 +215,7 @@ def test_a_step_that_an_older_version_has_stored_has_no_limit(sent):
     run.next_steps.append([step])
     end(run)
     job = Job.objects.get(task=call.name)
-    assert (job.limit_key, job.held_by) == (None, None) and job.sweep_at
+    assert (job.limit_key, job.blocked_by) == (None, None) and job.sweep_at
 
 
 def test_a_key_cannot_depend_on_the_result_of_the_step_before():
@@ -225,13 +227,13 @@ def test_a_key_cannot_depend_on_the_result_of_the_step_before():
 def test_jobs_of_a_removed_limit_go_after_ten_minutes(sent, commit, settings, caplog):
     """Until then, another process may have newer settings, as in a deploy that adds the limit."""
     with commit():
-        jobs = Job.objects.enqueue_many(alone, [[number] for number in range(3)])
+        jobs = enqueue_many(alone, [[number] for number in range(3)])
     settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"LIMITS": {}}
-    turns.grant(["one"])
-    sweep.send_due()
+    admission.grant(["one"])
+    sweeper.send_due()
     assert sent == [jobs[0].pk]
     Job.objects.filter(pk=jobs[1].pk).update(due_at=F("due_at") - timedelta(minutes=11))
-    sweep.send_due()
+    sweeper.send_due()
     assert sent == [job.pk for job in jobs[:2]]
     assert "there is no such limit in DURABLE_JOBS['LIMITS']" in caplog.text
 
@@ -251,8 +253,8 @@ NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)
 def test_a_key_is_the_same_when_the_job_runs_again(sent, value, text):
     job = call.enqueue(value)
     assert job.limit_key == f"tenant:{text}"
-    updates.finish(Job.objects.all(), "failed")
-    Job.objects.get().run_again()
+    transitions.finish(Job.objects.all(), "failed")
+    run_all_again(Job.objects.get())
     assert Job.objects.get().limit_key == f"tenant:{text}"
 
 
@@ -263,7 +265,7 @@ def test_a_key_is_the_same_when_the_job_runs_again(sent, value, text):
      ([], {"row": {"tenant": 1, "kind": "a"}, "number": 6}, "tenant:1:a:6")],
 )  # fmt: skip
 def test_a_key_may_use_defaults_keywords_and_items(args, kwargs, key):
-    assert Job.objects.enqueue(import_row, args, kwargs).limit_key == key
+    assert enqueue(import_row, args, kwargs).limit_key == key
 
 
 @pytest.mark.parametrize(

@@ -20,11 +20,14 @@ from django.db.models.functions import Now
 from helpers import CLAIM, fail_run, in_thread, race, succeed_run
 from helpers import ROUNDS as MANY_ROUNDS
 
-from durable_jobs import lease, publish, queryset, sweep, turns, updates
-from durable_jobs.expressions import IN_CANCELLED_BODY, UNFINISHED
-from durable_jobs.models import Job, Pause, Start
-from durable_jobs.runs import Run
+from durable_jobs import admission, enqueue, pauses, publish, transitions
+from durable_jobs.actions import cancel, run_again, run_all_again
+from durable_jobs.beat.schedule import sweeper
+from durable_jobs.expressions import STILL_RUNNING, UNFINISHED
+from durable_jobs.models import Job, Start
 from durable_jobs.tasks import JobTask
+from durable_jobs.worker.children import lease
+from durable_jobs.worker.runs import Run
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -49,8 +52,8 @@ def messages(monkeypatch, settings):
             sent.put((job.pk, job.limit_key, fields))
 
     monkeypatch.setattr(publish, "send", send)
-    monkeypatch.setattr(sweep, "send", send)
-    monkeypatch.setattr(sweep, "messages_in", lambda *args: sent.qsize())
+    monkeypatch.setattr(sweeper, "send", send)
+    monkeypatch.setattr(sweeper, "messages_in", lambda *args: sent.qsize())
     monkeypatch.setattr(current_app.conf, "task_always_eager", False)
     settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"LIMITS": {"turn": "1"}}
     return sent
@@ -60,10 +63,10 @@ def store(keys, each, started=1):
     """Store jobs, `each` for each key. Returns the Runs of the first ones, and the other jobs."""
     runs, rest = [], []
     for key in range(keys):
-        fields = [queryset.new_fields(turn, [key], now=Now()) for _ in range(each)]
+        fields = [enqueue.new_fields(turn, [key], now=Now()) for _ in range(each)]
         jobs = [Job.objects.create(**field) for field in fields]
         for job in jobs[:started]:
-            Job.objects.filter(pk=job.pk).update(held_by=None, sweep_at=Now())
+            Job.objects.filter(pk=job.pk).update(blocked_by=None, sweep_at=Now())
             runs.append(Run(job.pk, task=turn, limit_key=job.limit_key, **CLAIM))
             assert runs[-1].claim()
         rest.append(jobs[started:])
@@ -101,7 +104,7 @@ def assert_full(number=1):
 # A place is never empty, without the sweep
 
 
-@pytest.mark.parametrize("outcome", [succeed_run, fail_run, retry, Run.hand_back])
+@pytest.mark.parametrize("outcome", [succeed_run, fail_run, retry, Run.release])
 def test_a_job_is_stored_while_the_last_one_ends(outcome):
     runs, _ = store(ROUNDS, 1)
     race(ROUNDS, lambda n: end(runs[n], outcome), lambda n: turn.enqueue(n))
@@ -125,7 +128,7 @@ def test_a_grant_meets_a_hand_over(settings):
     runs, _ = store(ROUNDS, 4)
     settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"LIMITS": {"turn": "2"}}
     key = "turn:{}".format
-    race(ROUNDS, lambda n: end(runs[n]), *[lambda n: turns.grant([key(n)])] * 2)
+    race(ROUNDS, lambda n: end(runs[n]), *[lambda n: admission.grant([key(n)])] * 2)
     assert_full(2)
 
 
@@ -139,21 +142,21 @@ def test_a_lowered_number_holds_while_runs_end(settings):
 
 def test_the_next_job_is_cancelled_while_the_one_before_ends():
     runs, rest = store(ROUNDS, 3)
-    race(ROUNDS, lambda n: end(runs[n]), lambda n: rest[n][0].cancel())
+    race(ROUNDS, lambda n: end(runs[n]), lambda n: cancel(rest[n][0]))
     assert_full()
 
 
 def test_a_job_is_stored_while_the_one_with_the_place_is_cancelled():
     _, rest = store(ROUNDS, 1, started=0)
     for [job] in rest:
-        turns.grant([job.limit_key])
-    race(ROUNDS, lambda n: rest[n][0].cancel(), lambda n: turn.enqueue(n))
+        admission.grant([job.limit_key])
+    race(ROUNDS, lambda n: cancel(rest[n][0]), lambda n: turn.enqueue(n))
     assert_full()
 
 
 def test_a_job_is_cancelled_while_its_body_ends():
     runs, _ = store(ROUNDS, 3)
-    cancel = [lambda n: Job.objects.filter(pk=runs[n].job_id).cancel()]
+    cancel = [lambda n: cancel(Job.objects.filter(pk=runs[n].job_id))]
     race(ROUNDS, lambda n: end(runs[n]), *cancel, lambda n: turn.enqueue(n))
     assert_full()
 
@@ -171,12 +174,12 @@ def test_a_job_is_recovered_while_another_one_is_stored():
 def test_a_cancelled_body_ends_while_a_job_is_stored_and_the_sweep_looks():
     runs, rest = store(ROUNDS, 2)
     for run in runs:
-        Job.objects.filter(pk=run.job_id).cancel()
+        cancel(Job.objects.filter(pk=run.job_id))
     assert {used for used, held in used_and_held().values()} == {1}
 
     def look(n):
         if n % 10 == 0:
-            turns.let_due_go()
+            admission.admit_due()
 
     race(ROUNDS, lambda n: end(runs[n]), lambda n: turn.enqueue(n), look)
     assert_full()
@@ -185,8 +188,8 @@ def test_a_cancelled_body_ends_while_a_job_is_stored_and_the_sweep_looks():
 def test_a_job_runs_again_while_the_one_before_ends():
     runs, rest = store(ROUNDS, 2)
     for [job] in rest:
-        job.cancel()
-    race(ROUNDS, lambda n: end(runs[n]), lambda n: Job.objects.get(pk=rest[n][0].pk).run_again())
+        cancel(job)
+    race(ROUNDS, lambda n: end(runs[n]), lambda n: run_all_again(Job.objects.get(pk=rest[n][0].pk)))
     assert_full()
 
 
@@ -197,10 +200,10 @@ def test_two_sweeps_a_grant_and_an_end_at_once(settings):
 
     def look(n):
         if n % 10 == 0:
-            turns.let_due_go()
+            admission.admit_due()
 
-    race(ROUNDS, lambda n: end(runs[n]), lambda n: turns.grant([key(n)]), look, look)
-    turns.let_due_go()
+    race(ROUNDS, lambda n: end(runs[n]), lambda n: admission.grant([key(n)]), look, look)
+    admission.admit_due()
     assert_full(2)
 
 
@@ -210,50 +213,50 @@ def test_a_rate_is_kept_while_jobs_start_and_others_are_stored(settings):
     _, rest = store(ROUNDS, 5, started=0)
     for jobs in rest:
         for job in jobs[:2]:
-            Job.objects.filter(pk=job.pk).update(held_by=None, sweep_at=Now())
+            Job.objects.filter(pk=job.pk).update(blocked_by=None, sweep_at=Now())
     runs = [[Run(j.pk, task=turn, limit_key=j.limit_key, **CLAIM) for j in jobs] for jobs in rest]
     key = "turn:{}".format
     race(
         ROUNDS,
         lambda n: runs[n][0].claim() and end(runs[n][0]),
         lambda n: runs[n][1].claim() and end(runs[n][1]),
-        lambda n: turns.grant([key(n)]),
+        lambda n: admission.grant([key(n)]),
         lambda n: turn.enqueue(n),
     )
     started = Counter(Start.objects.values_list("key", flat=True))
     for name, (used, _) in used_and_held().items():
         assert started[name] == 2 and used <= 1
-    turns.let_due_go()
+    admission.admit_due()
     assert {used for used, _ in used_and_held().values()} == {1}
 
 
 def test_a_pause_and_its_end_meet_claims():
     """A job is held or runs. When the pause has ended, all of them go."""
-    jobs = [Job.objects.create(**queryset.new_fields(turn, [n])) for n in range(20)]
-    turns.ignore_limits(Job.objects.all())
+    jobs = [Job.objects.create(**enqueue.new_fields(turn, [n])) for n in range(20)]
+    admission.ignore_limits(Job.objects.all())
     runs = [Run(j.pk, task=turn, limit_key=j.limit_key, **CLAIM) for j in jobs]
 
     def claim(n):
         if not runs[n].claim():
-            runs[n].hold_if_paused()
+            runs[n].block_if_paused()
 
     def pause(n):
-        Pause.objects.pause(turn.name)
+        pauses.pause(turn.name)
         time.sleep(random.choice([0, 0.002]))
-        Pause.objects.resume(turn.name)
+        pauses.resume(turn.name)
 
     race(20, claim, pause)
-    turns.let_due_go()
+    admission.admit_due()
     assert not Job.objects.filter(held_by__isnull=False).exists()
 
 
 def test_a_limited_job_that_a_straggler_holds_after_the_pause_waits_for_its_limit():
     """Its worker saw the pause before it ended. It must not go past its limit."""
     [run], [[job]] = store(1, 2)
-    Job.objects.filter(pk=job.pk).update(held_by="pause:celery")
-    turns.grant(["pause:celery"])
+    Job.objects.filter(pk=job.pk).update(blocked_by="pause:celery")
+    admission.grant(["pause:celery"])
     assert_full()
-    turns.let_due_go()
+    admission.admit_due()
     assert_full()
     end(run)
     assert used_and_held() == {"turn:0": [1, 0]}
@@ -265,13 +268,13 @@ def test_a_limited_job_that_a_straggler_holds_after_the_pause_waits_for_its_limi
 def test_a_grant_waits_a_second_for_the_lock_and_leaves_the_rest_to_the_sweep(caplog):
     _, [[job]] = store(1, 1, started=0)
     with transaction.atomic():
-        turns.lock([job.limit_key], [], skip_locked=False)
-        in_thread(lambda: turns.grant([job.limit_key]))
+        admission.lock([job.limit_key], [], skip_locked=False)
+        in_thread(lambda: admission.grant([job.limit_key]))
         assert "the sweep will let jobs of turn:0 go" in caplog.text
-        in_thread(lambda: turns.let_due_go())  # it does not wait
+        in_thread(lambda: admission.admit_due())  # it does not wait
         assert len(caplog.records) == 1
         assert used_and_held() == {"turn:0": [0, 1]}
-    turns.let_due_go()
+    admission.admit_due()
     assert_full()
 
 
@@ -298,7 +301,7 @@ def test_the_next_job_is_sent_if_the_answer_of_the_commit_is_lost(
 def test_a_grant_leaves_no_setting_in_the_callers_transaction():
     with transaction.atomic(), connection.cursor() as cursor:
         job = turn.enqueue(1)
-        turns.grant([job.limit_key])
+        admission.grant([job.limit_key])
         for name in "lock_timeout", "idle_in_transaction_session_timeout":
             cursor.execute(f"SHOW {name}")
             assert cursor.fetchall() == [("0",)]
@@ -335,8 +338,8 @@ def retry_soon(run):
     run.try_again()
 
 
-RUNS_OR_CANCELLED = Q(state="running") | IN_CANCELLED_BODY  # what recover_lapsed() recovers
-OUTCOMES = [succeed_run] * 4 + [fail_run, retry_soon, retry_soon, Run.hand_back, crash]
+RUNS_OR_CANCELLED = Q(state="running") | STILL_RUNNING  # what recover_lapsed() recovers
+OUTCOMES = [succeed_run] * 4 + [fail_run, retry_soon, retry_soon, Run.release, crash]
 
 
 @pytest.mark.parametrize("number", [1, 2])
@@ -352,7 +355,7 @@ def test_never_more_bodies_than_the_limit_whatever_happens(messages, settings, m
                 pk, key, fields = messages.get(timeout=0.01)
                 run = Run(pk, task=turn, limit_key=key, **CLAIM | fields)
                 # As JobTask.__call__() does.
-                if not run.claim() and (run.hold_if_paused() or not run.claim()):
+                if not run.claim() and (run.block_if_paused() or not run.claim()):
                     continue
                 outcome = succeed_run if calm.is_set() else random.choice(OUTCOMES)
                 if outcome is crash:
@@ -367,7 +370,7 @@ def test_never_more_bodies_than_the_limit_whatever_happens(messages, settings, m
         while not over.is_set():
             lease.recover(Job.objects.filter(RUNS_OR_CANCELLED, sweep_at__lt=Now()))
             with suppress(ValueError):
-                sweep.send_due(resend=False)
+                sweeper.send_due(resend=False)
             time.sleep(0.002)
 
     def some(**fields):
@@ -379,18 +382,18 @@ def test_never_more_bodies_than_the_limit_whatever_happens(messages, settings, m
         if kind < 5:
             turn.enqueue(random.randrange(keys))
         elif kind == 5:
-            some(finished_at=None).cancel()
+            cancel(some(finished_at=None))
         elif kind == 6:
             for job in Job.objects.filter(state__in=["failed", "cancelled"]).order_by("?")[:2]:
                 with suppress(ValueError):
-                    job.run_again()
+                    run_again(job)
         elif n % 3:
             with transaction.atomic():
-                updates.skip_locked(some(state="queued").filter(state="queued")).delete()
+                transitions.skip_locked(some(state="queued").filter(state="queued")).delete()
         else:
-            Pause.objects.pause("celery")
+            pauses.pause("celery")
             time.sleep(0.005)
-            Pause.objects.resume("celery")
+            pauses.resume("celery")
 
     def disturb_all(_):
         for n in itertools.count():

@@ -15,22 +15,24 @@ from rest_framework.authtoken.models import Token
 from rest_framework.test import APIClient
 from rest_framework.throttling import UserRateThrottle
 
-from durable_jobs import updates
+from durable_jobs import batches, pauses, transitions
+from durable_jobs.actions import cancel
+from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Batch, Job, Pause
 
 pytestmark = pytest.mark.django_db
 
 
 def test_the_metrics_count_waiting_jobs_and_the_longest_wait(staff_api):
-    Job.objects.enqueue(greet, queue="slow")
-    resent = Job.objects.enqueue(greet, queue="slow")
+    enqueue(greet, queue="slow")
+    resent = enqueue(greet, queue="slow")
     Job.objects.filter(pk=resent.pk).update(due_at=ago(100), times_sent=3)
-    Job.objects.enqueue(greet, queue="slow", countdown=60)
-    retried, running = (Job.objects.enqueue(greet) for _ in range(2))
+    enqueue(greet, queue="slow", countdown=60)
+    retried, running = (enqueue(greet) for _ in range(2))
     for job in retried, running:
         changes = {"due_at": ago(100), "state": "running", "run_token": uuid.uuid4()}
         Job.objects.filter(pk=job.pk).update(**changes)
-    updates.requeue(Job.objects.filter(pk=retried.pk), 30, retries=1)
+    transitions.requeue(Job.objects.filter(pk=retried.pk), 30, retries=1)
     found = scrape(staff_api)
     assert 100 <= found.pop("durable_jobs_oldest_wait_seconds slow") < 160
     assert found == {
@@ -45,24 +47,24 @@ def test_the_metrics_count_waiting_jobs_and_the_longest_wait(staff_api):
 
 def test_jobs_that_are_held_or_paused_are_not_counted_as_waiting(staff_api):
     """More workers would not help them: they raise no alert and start no worker."""
-    held = {"held_by": "tenant:7", "sweep_at": None, "due_at": ago(100)}
+    held = {"blocked_by": "tenant:7", "sweep_at": None, "due_at": ago(100)}
     paused = {"due_at": ago(100)}
     for queue, changes in ("celery", held), ("celery", held), ("io", paused), ("io", paused):
-        job = Job.objects.enqueue(greet, queue=queue)
+        job = enqueue(greet, queue=queue)
         Job.objects.filter(pk=job.pk).update(**changes)
-    for changes in {"queue": "celery", "held_by": "tenant:7", "sweep_at": None}, {"queue": "io"}:
-        job = Job.objects.enqueue(greet, countdown=60)
+    for changes in {"queue": "celery", "blocked_by": "tenant:7", "sweep_at": None}, {"queue": "io"}:
+        job = enqueue(greet, countdown=60)
         Job.objects.filter(pk=job.pk).update(**changes)
     assert scrape(staff_api)["durable_jobs_oldest_wait_seconds io"] >= 100
-    Pause.objects.pause("io", "SMTP is down")
+    pauses.pause("io", "SMTP is down")
     Pause.objects.update(since=ago(60))
     one = Job.objects.filter(queue="io", due_at__lt=Now()).first()
-    Job.objects.filter(pk=one.pk).update(held_by="pause:io", sweep_at=None)
+    Job.objects.filter(pk=one.pk).update(blocked_by="pause:io", sweep_at=None)
     found = scrape(staff_api)
     assert 60 <= found.pop("durable_jobs_pause_seconds io") < 120
     assert found == {
-        "durable_jobs_held celery": 2,
-        "durable_jobs_held io": 2,  # one of them is not held yet
+        "durable_jobs_blocked celery": 2,
+        "durable_jobs_blocked io": 2,  # one of them is not held yet
         "durable_jobs_waiting_later celery": 1,
         "durable_jobs_waiting_later io": 1,
         "durable_jobs_sweep_age_seconds": inf,
@@ -88,18 +90,18 @@ def test_the_metrics_are_for_staff_and_not_throttled(api, staff_api, admin_user,
 
 def test_a_scrape_needs_nine_queries_however_many_jobs_there_are(staff_api):
     for number in range(20):
-        Job.objects.enqueue(greet, queue=f"queue{number % 7}")
-    Job.objects.filter(queue="queue1").cancel()
+        enqueue(greet, queue=f"queue{number % 7}")
+    cancel(Job.objects.filter(queue="queue1"))
     with CaptureQueriesContext(connection) as captured:
         scrape(staff_api)
     assert len([query for query in captured if "jobs_" in query["sql"]]) == 9
 
 
 def test_the_metrics_count_open_batches_and_the_age_of_the_oldest(staff_api, batch):
-    old, ended = (Batch.objects.enqueue(greet, [[]]) for _ in range(2))
+    old, ended = (batches.enqueue(greet, [[]]) for _ in range(2))
     Batch.objects.filter(pk=old.pk).update(created_at=Now() - timedelta(seconds=100))
     Batch.objects.filter(pk=ended.pk).update(created_at=Now() - timedelta(seconds=999))
-    ended.cancel()
+    cancel(ended)
     found = scrape(staff_api)
     assert found["durable_jobs_batches"] == 2
     assert 100 <= found["durable_jobs_oldest_batch_seconds"] < 160

@@ -8,7 +8,9 @@ from django.db.models import RestrictedError
 from django.db.models.functions import Now
 from helpers import add, claim, claim_and_lapse
 
-from durable_jobs import updates
+from durable_jobs import transitions
+from durable_jobs.actions import cancel, run_all_again
+from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Failure, Job
 
 pytestmark = pytest.mark.django_db
@@ -36,7 +38,7 @@ def test_the_database_refuses_impossible_jobs(impossible):
 
 def test_a_stored_job_is_not_saved_as_a_whole(published):
     """Its row may have changed since it was read."""
-    job = Job.objects.enqueue(add, [1, 2])
+    job = enqueue(add, [1, 2])
     assert claim(job.pk)
     with pytest.raises(TypeError, match=r"use save\(update_fields=\[...\]\)"):
         job.save()
@@ -47,14 +49,14 @@ def test_a_stored_job_is_not_saved_as_a_whole(published):
 
 
 def test_a_user_with_active_jobs_is_not_deleted(published, user, admin_user):
-    jobs = [Job.objects.enqueue(add, [1, 2], owner=user) for _ in range(2)]
-    other = Job.objects.enqueue(add, [1, 2], owner=admin_user)
+    jobs = [enqueue(add, [1, 2], owner=user) for _ in range(2)]
+    other = enqueue(add, [1, 2], owner=admin_user)
     claim_and_lapse(jobs[0])
     Failure.objects.create(job=jobs[0], started_at=Now())
     with pytest.raises(RestrictedError, match="active jobs: cancel them first") as found:
         user.delete()
     assert found.value.restricted_objects == set(jobs)
-    Job.objects.filter(owner=user).cancel()
+    cancel(Job.objects.filter(owner=user))
     user.delete()
     assert list(Job.objects.all()) == [other]
 
@@ -62,16 +64,16 @@ def test_a_user_with_active_jobs_is_not_deleted(published, user, admin_user):
 def test_a_router_with_a_replica_stops_no_job(replica, published, user):
     """Jobs are neither written to a replica nor read from it: it lags behind."""
     with transaction.atomic():  # of which the replica sees nothing
-        job = Job.objects.enqueue(add, [1, 2], owner=user)
+        job = enqueue(add, [1, 2], owner=user)
         run = uuid.uuid4()
         assert claim(job.pk, run)
         job.refresh_from_db()
         assert job.state == "running"
         failure = Failure(started_at=Now(), job_id=job.pk)
         assert failure.job == job
-        assert updates.succeed(Job.objects, id=job.pk, run_token=run, result=3, message="")
-        [again] = Job.objects.all().run_again()
+        assert transitions.succeed(Job.objects, id=job.pk, run_token=run, result=3, message="")
+        [again] = run_all_again(Job.objects.all())
         assert (again.owner_id, again.follows) == (user.pk, job.pk)
-        assert again.cancel()
+        assert cancel(again)
         again.refresh_from_db()
-        assert Job.objects.filter(pk=again.pk).run_again() == [again]
+        assert run_all_again(Job.objects.filter(pk=again.pk)) == [again]

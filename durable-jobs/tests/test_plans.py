@@ -25,11 +25,14 @@ from helpers import (
     rows_read,
 )
 
-from durable_jobs import batches, publish, runs, turns, updates
+from durable_jobs import admission, batches, publish, transitions
+from durable_jobs.actions import cancel
+from durable_jobs.contrib.prometheus import Collector
+from durable_jobs.enqueue import enqueue, enqueue_many
 from durable_jobs.expressions import lease_end
-from durable_jobs.metrics import Collector
 from durable_jobs.models import Batch, Job
-from durable_jobs.runs import Run
+from durable_jobs.worker.children import runs
+from durable_jobs.worker.runs import Run
 
 pytestmark = pytest.mark.django_db
 
@@ -51,9 +54,9 @@ def held(request, settings):
     fields = {"task": call.name, "queue": "celery", "created_at": now, "due_at": now}
     # Other keys in each test: index entries of rows that were rolled back are still read.
     first = f"tenant:{request.param}-"
-    job = Job.objects.create(**fields, limit_key=f"{first}0", held_by=f"{first}0")
+    job = Job.objects.create(**fields, limit_key=f"{first}0", blocked_by=f"{first}0")
     key = f"'{first}' || n %% {request.param}"
-    multiply(job, MANY, limit_key=key, held_by=key)
+    multiply(job, MANY, limit_key=key, blocked_by=key)
     return job.limit_key
 
 
@@ -67,7 +70,7 @@ def key(held):
 
 
 def test_a_job_that_succeeds_at_once_needs_two_statements():
-    job = Job.objects.enqueue(add, [1, 2])
+    job = enqueue(add, [1, 2])
     with CaptureQueriesContext(connection) as captured:
         publish.publish([job])
     assert len(captured) == 2
@@ -76,15 +79,15 @@ def test_a_job_that_succeeds_at_once_needs_two_statements():
 
 
 def test_the_sql_of_an_insert_is_built_once(monkeypatch):
-    Job.objects.enqueue(add, [1, 2])
+    enqueue(add, [1, 2])
     monkeypatch.setattr(InsertQuery, "get_compiler", None)
-    Job.objects.enqueue(add, [1, 2], label="another", countdown=5)
+    enqueue(add, [1, 2], label="another", countdown=5)
     assert Job.objects.filter(label="another").exists()
 
 
 def test_a_job_that_uses_no_cursor_makes_no_query_for_it():
     act.body = lambda task: task.report(1, 2)
-    job = Job.objects.enqueue(act)
+    job = enqueue(act)
     with CaptureQueriesContext(connection) as captured:
         publish.publish([job])
     assert not [query for query in captured if query["sql"].startswith("SELECT")]
@@ -100,8 +103,8 @@ def test_a_job_without_a_batch_is_stored_claimed_and_ended_with_one_query_each()
 
 
 def test_a_member_of_a_batch_costs_one_more_query():
-    alone = Job.objects.enqueue(add, [1, 2])
-    batch = Batch.objects.enqueue(add, [[1, 2], [3, 4]])
+    alone = enqueue(add, [1, 2])
+    batch = batches.enqueue(add, [[1, 2], [3, 4]])
     claim, succeed, ask = queries(publish.publish, [batch.jobs.first()])
     same = queries(publish.publish, [alone])
     assert list(map(names_of, same)) == [names_of(claim), names_of(succeed)]
@@ -131,11 +134,11 @@ def test_a_job_without_a_limit_reads_no_table_of_limits(sent, commit):
 
 
 def test_the_queries_of_a_job_with_a_limit(sent, commit):
-    first, second, _ = Job.objects.enqueue_many(alone, [[1], [2], [3]])
+    first, second, _ = enqueue_many(alone, [[1], [2], [3]])
     # A look without the lock, the lock, a look with it, take(). In eager mode it looks once more.
     lock = ["SELECT"] * (connection.vendor == "postgresql")
-    assert kinds(queries(turns.grant, ["one"])) == ["SELECT", *lock, "SELECT", "UPDATE", "SELECT"]
-    assert kinds(queries(turns.grant, ["one"])) == ["SELECT"]  # there is no place
+    assert kinds(queries(admission.grant, ["one"])) == ["SELECT", *lock, "SELECT", "UPDATE", "SELECT"]
+    assert kinds(queries(admission.grant, ["one"])) == ["SELECT"]  # there is no place
     run = Run(first.pk, task=alone, limit_key="one", **CLAIM)
     assert kinds(queries(run.claim)) == ["UPDATE"]
 
@@ -185,9 +188,9 @@ def kept_plans():
 
 
 def start_and_end_a_job():
-    job, token = Job.objects.enqueue(add, [1, 2]), uuid.uuid4()
+    job, token = enqueue(add, [1, 2]), uuid.uuid4()
     assert claim(job.pk, token)
-    assert updates.succeed(Job.objects, id=job.pk, run_token=token, result=3, message="")
+    assert transitions.succeed(Job.objects, id=job.pk, run_token=token, result=3, message="")
 
 
 @pytest.mark.django_db(transaction=True)  # it closes its connection
@@ -204,30 +207,30 @@ def test_postgresql_keeps_the_plans_of_what_each_job_needs(is_shared, monkeypatc
 
 
 def test_an_update_of_a_job_reads_no_backlog(by_key):
-    jobs = [Job.objects.enqueue(add, [1, 2]) for _ in range(3)]
+    jobs = [enqueue(add, [1, 2]) for _ in range(3)]
     first, *others = three = [runs.Run(job.pk) for job in jobs]
     for run in three:
         by_key(claim, run.job_id, run.token)
     by_key(runs.jobs_of(three).update, sweep_at=lease_end())
     by_key(first.row.update, cursor=7, sweep_at=lease_end())
     end = {"id": first.job_id, "run_token": first.token, "result": 7, "message": ""}
-    by_key(updates.succeed, Job.objects, **end)
-    by_key(updates.requeue, others[0].row)
+    by_key(transitions.succeed, Job.objects, **end)
+    by_key(transitions.requeue, others[0].row)
     by_key(Job.objects.filter(pk=jobs[1].pk).cancel)
-    by_key(updates.requeue, runs.jobs_of(others))
+    by_key(transitions.requeue, runs.jobs_of(others))
 
 
 def test_the_job_of_a_unique_key_is_found_by_its_index(backlog):
-    job = Job.objects.enqueue(add, [1, 2], unique="key")
+    job = enqueue(add, [1, 2], unique="key")
     with CaptureQueriesContext(connection) as captured:
-        assert Job.objects.enqueue(add, [1, 2], unique="key") == job
+        assert enqueue(add, [1, 2], unique="key") == job
     assert [scanned(query["sql"]) for query in captured] == [{"job_unique_key"}]
 
 
 def test_an_end_reads_no_backlog(backlog):
-    batch = Batch.objects.enqueue(add, [[1, 2]] * 3000)
+    batch = batches.enqueue(add, [[1, 2]] * 3000)
     oldest = batch.jobs.order_by("created_at").first()
-    batch.jobs.exclude(pk=oldest.pk).cancel()
+    cancel(batch.jobs.exclude(pk=oldest.pk))
     with connection.cursor() as cursor:
         cursor.execute("ANALYZE durable_jobs_job")
     [sql] = queries(batches.is_active, batch.pk)
@@ -238,12 +241,12 @@ def test_an_end_reads_no_backlog(backlog):
 
 def test_take_reads_only_the_jobs_that_it_takes(key):
     """No node of the plan reads more rows."""
-    [take] = queries(turns.take, key, 1, 2)
+    [take] = queries(admission.take, key, 1, 2)
     assert rows_read(take) <= 20, explain(take)
 
 
 def test_a_look_for_places_reads_only_jobs_with_a_place(key):
-    statements = queries(turns.free_places, [key, "one"])
+    statements = queries(admission.free_slots, [key, "one"])
     assert max(map(rows_read, statements)) <= 20
 
 

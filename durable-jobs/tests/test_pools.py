@@ -13,7 +13,8 @@ from celery.platforms import signals
 from celery.signals import worker_init, worker_shutting_down
 from settings import SOURCE
 
-from durable_jobs import events, pools, shutdown, worker
+from durable_jobs import pools
+from durable_jobs.worker.children import events, shutdown
 
 
 def test_a_pool_has_the_name_that_celery_has_for_it():

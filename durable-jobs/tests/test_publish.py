@@ -12,15 +12,18 @@ from django.db import transaction
 from django.db.models.functions import Now
 from helpers import add, deliver, seconds_until_due
 
-from durable_jobs import messages, publish, queryset, runs, updates
+from durable_jobs import messages, publish, transitions
+from durable_jobs.actions import cancel, run_all_again
+from durable_jobs.enqueue import enqueue, enqueue_many
 from durable_jobs.models import Job
+from durable_jobs.worker.children import runs
 
 pytestmark = pytest.mark.django_db
 
 
 def test_a_job_is_sent_as_a_celery_message():
     app.conf.task_always_eager = False
-    job = Job.objects.enqueue(add, [1], {"y": 2}, queue="cpu")
+    job = enqueue(add, [1], {"y": 2}, queue="cpu")
     job.retries = 3
     with app.connection_for_write("memory://") as broker:
         messages.send_one(job, app.amqp.Producer(broker, auto_declare=False))
@@ -65,7 +68,7 @@ def test_the_priority_of_a_route_reaches_the_broker(monkeypatch):
     monkeypatch.setattr(app.amqp.router, "routes", routes.prepare({add.name: {"priority": 7}}))
     sent = []
     monkeypatch.setattr(app.amqp, "send_task_message", lambda *args, **more: sent.append(more))
-    messages.send_one(Job.objects.enqueue(add, [1, 2], countdown=9), None)
+    messages.send_one(enqueue(add, [1, 2], countdown=9), None)
     assert (sent[0]["priority"], sent[0]["queue"].name) == (7, "celery")
 
 
@@ -73,14 +76,14 @@ def test_the_priority_of_a_route_reaches_the_broker(monkeypatch):
 
 
 def test_a_job_stays_queued_and_due_while_the_broker_is_down(broker_down):
-    job = Job.objects.enqueue(add, [1, 2])
+    job = enqueue(add, [1, 2])
     assert not publish.publish([job])
     assert seconds_until_due(job) <= 0
     assert (job.state, job.times_sent) == ("queued", 0)
 
 
 def test_publishing_pauses_after_the_broker_was_found_down(broker_down, monkeypatch):
-    first, second = Job.objects.enqueue(add, [1, 2]), Job.objects.enqueue(add, [3, 4])
+    first, second = enqueue(add, [1, 2]), enqueue(add, [3, 4])
     publish.publish([first])
     publish.publish([second])
     assert broker_down == [str(first.pk)]
@@ -93,41 +96,41 @@ def test_publishing_pauses_after_the_broker_was_found_down(broker_down, monkeypa
 def test_a_message_that_the_broker_refuses_delays_no_other(monkeypatch):
     """The connection works, so the next message is sent at once."""
     monkeypatch.setattr(messages, "send_one", Mock(side_effect=[ValueError("too large"), None]))
-    refused, other = Job.objects.enqueue(add, [1, 2]), Job.objects.enqueue(add, [3, 4])
+    refused, other = enqueue(add, [1, 2]), enqueue(add, [3, 4])
     publish.publish([refused])
     publish.publish([other])
     assert seconds_until_due(refused) <= 0 < seconds_until_due(other)
 
 
 def test_an_unavailable_queue_does_not_stop_publishing_to_others(broker_down):
-    jobs = [Job.objects.enqueue(add, [1, 2], queue=queue) for queue in ["cpu", "cpu", "io"]]
+    jobs = [enqueue(add, [1, 2], queue=queue) for queue in ["cpu", "cpu", "io"]]
     for job in jobs:
         publish.publish([job])
     assert broker_down == [str(jobs[0].pk), str(jobs[2].pk)]
 
 
 def test_an_unavailable_queue_does_not_delay_jobs_of_others_that_run_again(commit, published):
-    jobs = [Job.objects.enqueue(add, [1, 2], queue=queue) for queue in ("down", "up")]
-    Job.objects.all().cancel()
+    jobs = [enqueue(add, [1, 2], queue=queue) for queue in ("down", "up")]
+    cancel(Job.objects.all())
     publish.publish_again_at["down"] = time.monotonic() + 60
     with commit():
-        again = Job.objects.filter(pk__in=[job.pk for job in jobs]).run_again()
+        again = run_all_again(Job.objects.filter(pk__in=[job.pk for job in jobs]))
     del publish.publish_again_at["down"]
     assert published == [str(job.pk) for job in again if job.queue == "up"]
 
 
 def test_a_job_with_an_unknown_task_stays_queued_and_delays_no_other():
-    job, other = Job.objects.enqueue(add, [1, 2]), Job.objects.enqueue(add, [1, 2])
+    job, other = enqueue(add, [1, 2]), enqueue(add, [1, 2])
     job.task = "to.be.deployed"
     assert deliver(job).state == "queued"
     assert deliver(other).state == "succeeded"
 
 
 def test_many_jobs_wait_for_the_broker_or_for_their_countdown(commit, broker_down, monkeypatch):
-    monkeypatch.setattr(queryset, "BATCH_SIZE", 2)
+    monkeypatch.setattr(enqueue, "BATCH_SIZE", 2)
     with commit():
-        late = Job.objects.enqueue_many(add, [[1, 2]] * 3, countdown=60)
-        jobs = Job.objects.enqueue_many(add, [[1, 2]] * 5)
+        late = enqueue_many(add, [[1, 2]] * 3, countdown=60)
+        jobs = enqueue_many(add, [[1, 2]] * 5)
     assert broker_down == [str(jobs[0].pk)]
     assert all(seconds_until_due(job) <= 0 and not job.times_sent for job in jobs)
     assert all(seconds_until_due(job) == pytest.approx(60, abs=5) for job in late)
@@ -136,16 +139,16 @@ def test_many_jobs_wait_for_the_broker_or_for_their_countdown(commit, broker_dow
 @pytest.mark.django_db(transaction=True)  # the test needs real commits
 def test_an_error_of_publishing_is_not_raised_to_the_caller(monkeypatch):
     """A caller that sees an error enqueues again, and then has each job twice."""
-    monkeypatch.setattr(queryset, "publish", lambda jobs: 1 / 0)
+    monkeypatch.setattr(enqueue, "publish", lambda jobs: 1 / 0)
     with transaction.atomic():
-        Job.objects.enqueue_many(add, [[1, 2]] * 3)
+        enqueue_many(add, [[1, 2]] * 3)
     assert Job.objects.count() == 3
 
 
 def test_a_failed_publish_does_not_change_a_job_that_waits_for_its_retry(broker_down):
     """Publishing may report an error although the broker has taken the message."""
-    job = Job.objects.enqueue(add, [1, 2])
-    updates.requeue(runs.Run(job.pk).row)
+    job = enqueue(add, [1, 2])
+    transitions.requeue(runs.Run(job.pk).row)
     Job.objects.filter(pk=job.pk).update(times_sent=0, sweep_at=Now() + timedelta(seconds=600))
     assert not publish.publish([job])
     assert seconds_until_due(job) > 500

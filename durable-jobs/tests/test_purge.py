@@ -11,7 +11,10 @@ from django.db.models.signals import pre_delete
 from django.utils import timezone
 from helpers import add, broken, collect, deliver, failed, follow, work
 
-from durable_jobs import batches, conf, sweep
+from durable_jobs import batches, conf
+from durable_jobs.actions import run_again, run_all_again
+from durable_jobs.beat.schedule import sweeper
+from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Batch, Failure, Job
 from durable_jobs.publish import publish
 
@@ -24,26 +27,26 @@ def age(rows, field, days=31):
 
 def purge():
     for model, field in (Job, "finished_at"), (Batch, "ended_at"):
-        sweep.Purge(model, field).delete_page()
+        sweeper.Purge(model, field).delete_page()
 
 
 def test_old_final_jobs_are_deleted_with_their_idempotency_keys(settings, caplog):
     caplog.set_level("INFO")
-    old = deliver(Job.objects.enqueue(add, [1, 2], idempotency_key="key"))
-    new = deliver(Job.objects.enqueue(add, [1, 2]))
-    active = Job.objects.enqueue(add, [1, 2])
+    old = deliver(enqueue(add, [1, 2], idempotency_key="key"))
+    new = deliver(enqueue(add, [1, 2]))
+    active = enqueue(add, [1, 2])
     past = Now() - timedelta(days=conf.RETENTION_DAYS, seconds=1)
     Job.objects.update(created_at=past)
     Job.objects.filter(pk=old.pk).update(finished_at=past)
     Failure.objects.create(job=old, started_at=timezone.now())
-    sweep.Purge(Job, "finished_at").delete_page()
+    sweeper.Purge(Job, "finished_at").delete_page()
     assert "deleted 1 jobs older than 30 days" in caplog.text
     assert set(Job.objects.all()) == {new, active}
-    Job.objects.enqueue(add, [1, 2], idempotency_key="key")
+    enqueue(add, [1, 2], idempotency_key="key")
 
 
 def test_old_jobs_that_cannot_be_deleted_do_not_stop_the_purge(settings, caplog):
-    jobs = [deliver(Job.objects.enqueue(add, [1, 2])) for _ in range(7)]
+    jobs = [deliver(enqueue(add, [1, 2])) for _ in range(7)]
     past = Now() - timedelta(days=conf.RETENTION_DAYS, seconds=1)
     Job.objects.update(finished_at=past)
 
@@ -52,13 +55,13 @@ def test_old_jobs_that_cannot_be_deleted_do_not_stop_the_purge(settings, caplog)
             raise ProtectedError("an order refers to it", {instance})
 
     pre_delete.connect(protect, sender=Job)
-    purge = sweep.Purge(Job, "finished_at", start_over_at=time.monotonic() + 60)
+    purge = sweeper.Purge(Job, "finished_at", start_over_at=time.monotonic() + 60)
     try:
         purge.delete_page()
     finally:
         pre_delete.disconnect(protect, sender=Job)
     assert set(Job.objects.all()) == {jobs[2], jobs[5]}
-    later = deliver(Job.objects.enqueue(add, [1, 2]))
+    later = deliver(enqueue(add, [1, 2]))
     Job.objects.filter(pk=later.pk).update(finished_at=past + timedelta(milliseconds=500))
     purge.delete_page()  # it skips the two that could not be deleted
     assert set(Job.objects.all()) == {jobs[2], jobs[5]}
@@ -71,10 +74,10 @@ def test_old_jobs_that_cannot_be_deleted_do_not_stop_the_purge(settings, caplog)
 
 def test_no_member_is_deleted_before_its_batch_and_its_callbacks_have_ended(run_jobs):
     broken.add(2)
-    batch = Batch.objects.enqueue(work, [[1], [2]], then=collect.s())
+    batch = batches.enqueue(work, [[1], [2]], on_success=collect.s())
     run_jobs()
     broken.clear()
-    batch.run_failed_again()
+    batches.run_failed_again(batch)
     age(batch.jobs.filter(state="succeeded"), "finished_at")
     purge()
     assert batch.jobs.count() == 2  # the batch is open
@@ -115,7 +118,7 @@ def test_members_of_a_batch_inside_an_open_one_are_kept(run_jobs):
     purge()
     assert (Job.objects.count(), Batch.objects.count()) == (3, 2)
     broken.clear()
-    assert len(outer.run_failed_again()) == 1  # so this still works
+    assert len(batches.run_failed_again(outer)) == 1  # so this still works
     run_jobs()
     assert follow(outer) == [[[[[1, 2], "inner"], 3], "outer"]]
     age(Job.objects.all(), "finished_at")
@@ -129,28 +132,28 @@ def test_members_of_a_batch_inside_an_open_one_are_kept(run_jobs):
 def test_a_job_of_a_batch_that_is_being_deleted_does_not_run_again(run_jobs, way):
     """`then` would start without the jobs that are gone."""
     broken.add(2)
-    batch = Batch.objects.enqueue(work, [[1], [2]], then=collect.s())
+    batch = batches.enqueue(work, [[1], [2]], on_success=collect.s())
     run_jobs()
     age(Batch.objects.all(), "ended_at")
     job = batch.jobs.get(state="failed")
     if way == "job":
         with pytest.raises(ValueError, match="its batch is so old"):
-            job.run_again()
+            run_again(job)
     elif way == "queryset":
-        assert Job.objects.filter(pk=job.pk).run_again() == []
+        assert run_all_again(Job.objects.filter(pk=job.pk)) == []
     else:
-        assert batch.run_failed_again() == []
+        assert batches.run_failed_again(batch) == []
     job.refresh_from_db()
     batch.refresh_from_db()
     assert (job.state, batch.state) == ("failed", "failed")
 
 
 def test_a_callback_whose_batch_has_lost_members_fails(run_jobs):
-    batch = Batch.objects.enqueue(work, [[1], [2]], then=collect.s())
+    batch = batches.enqueue(work, [[1], [2]], on_success=collect.s())
     run_jobs()
     callback = Job.objects.get(follows=batch.pk)
     batch.jobs.first().delete()
-    again = callback.run_again()
+    again = run_again(callback)
     run_jobs()
     again.refresh_from_db()
     assert again.state == "failed"
@@ -160,40 +163,40 @@ def test_a_callback_whose_batch_has_lost_members_fails(run_jobs):
 @pytest.mark.django_db(transaction=True)
 def test_a_job_that_runs_again_while_it_is_purged_is_not_deleted(monkeypatch):
     """It was read by the purge as an old one."""
-    monkeypatch.setattr("durable_jobs.queryset.publish", lambda jobs: None)
+    monkeypatch.setattr("durable_jobs.enqueue.publish", lambda jobs: None)
     job = failed()
     age(Job.objects.all(), "finished_at")
-    in_halves = sweep.try_in_halves
+    in_halves = sweeper.try_in_halves
 
     def run_again_first(*args):
-        Job.objects.get().run_again()
+        run_all_again(Job.objects.get())
         return in_halves(*args)
 
-    monkeypatch.setattr(sweep, "try_in_halves", run_again_first)
+    monkeypatch.setattr(sweeper, "try_in_halves", run_again_first)
     purge()
     assert Job.objects.get(pk=job.pk).state == "queued"
 
 
 @pytest.mark.parametrize(("limit", "left"), [(60, 0), (0, 5)])
 def test_a_round_deletes_pages_until_its_time_is_over(limit, left, monkeypatch):
-    monkeypatch.setattr(sweep, "PURGE_BATCH", 2)
-    monkeypatch.setattr(sweep, "PURGE_SECONDS", limit)
+    monkeypatch.setattr(sweeper, "PURGE_BATCH", 2)
+    monkeypatch.setattr(sweeper, "PURGE_SECONDS", limit)
     for _ in range(7):
         failed()
     age(Job.objects.all(), "finished_at")
-    sweep.Purge(Job, "finished_at").delete_pages()
+    sweeper.Purge(Job, "finished_at").delete_pages()
     assert Job.objects.count() == left
 
 
 def test_jobs_that_must_be_kept_stop_no_purge_of_others(monkeypatch):
-    monkeypatch.setattr(sweep, "PURGE_BATCH", 10)
+    monkeypatch.setattr(sweeper, "PURGE_BATCH", 10)
     is_open = Batch.objects.create()
     for _ in range(35):
         failed(batch=is_open)
     age(Job.objects.all(), "finished_at", 40)  # all at the same time
     other = failed()
     age(Job.objects.filter(pk=other.pk), "finished_at", 35)
-    purges = sweep.Purge(Job, "finished_at", start_over_at=time.monotonic() + 60)
+    purges = sweeper.Purge(Job, "finished_at", start_over_at=time.monotonic() + 60)
     for page in range(4):
         assert Job.objects.filter(pk=other.pk).exists(), page
         purges.delete_page()
@@ -210,7 +213,7 @@ def test_jobs_that_must_be_kept_stop_no_purge_of_others(monkeypatch):
 
 
 def test_a_batch_without_jobs_is_deleted_when_it_is_old(user):
-    old, new = Batch.objects.enqueue(work, [], owner=user), Batch.objects.enqueue(work, [])
+    old, new = batches.enqueue(work, [], owner=user), batches.enqueue(work, [])
     age(Batch.objects.filter(pk=old.pk), "ended_at")
     purge()
     assert list(Batch.objects.all()) == [new]
@@ -225,22 +228,22 @@ def test_a_batch_is_deleted_after_its_jobs_and_the_batches_in_it():
     age(Job.objects.all(), "finished_at")
     age(Batch.objects.all(), "ended_at")
     left = []
-    for table in sweep.Purge(Batch, "ended_at"), sweep.Purge(Job, "finished_at"):
+    for table in sweeper.Purge(Batch, "ended_at"), sweeper.Purge(Job, "finished_at"):
         table.delete_page()
         left.append((Batch.objects.count(), Job.objects.count()))
     for _ in range(2):
-        sweep.Purge(Batch, "ended_at").delete_page()
+        sweeper.Purge(Batch, "ended_at").delete_page()
         left.append((Batch.objects.count(), Job.objects.count()))
     assert left == [(2, 1), (2, 0), (1, 0), (0, 0)]
 
 
 def test_a_batch_or_a_user_with_active_jobs_is_not_deleted(user, admin_client):
-    batch = Batch.objects.enqueue(work, [[1], [2]], owner=user)
+    batch = batches.enqueue(work, [[1], [2]], owner=user)
     for row in batch, user:
         with pytest.raises(RestrictedError, match="active jobs: cancel them first"):
             row.delete()
     page = admin_client.get(f"/admin/auth/user/{user.pk}/delete/").content.decode()
     assert "would require deleting the following protected" in page
-    batch.cancel()
+    batches.cancel(batch)
     user.delete()
     assert (Job.objects.count(), Batch.objects.count()) == (0, 0)

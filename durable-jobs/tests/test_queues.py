@@ -13,6 +13,7 @@ from django.utils import timezone
 from helpers import JOBS, call, greet, listed, logged, multiply
 
 from durable_jobs import publish
+from durable_jobs.enqueue import enqueue, enqueue_many
 from durable_jobs.models import Job, Pause, Worker
 
 pytestmark = pytest.mark.django_db
@@ -58,12 +59,12 @@ def work(workers, monkeypatch, commit):
     """Jobs in two queues and with two keys. Two of key "tenant:a" are let go, one of them runs."""
     monkeypatch.setattr(publish, "send", lambda jobs: None)
     with commit():
-        jobs = [Job.objects.enqueue(call, ["a"], queue="io") for _ in range(5)]
-        Job.objects.enqueue(call, ["b"])
-        Job.objects.enqueue(call, ["b"], countdown=60)
-        Job.objects.enqueue(greet, queue="special", countdown=60)
-        Job.objects.enqueue(greet)
-    first = Job.objects.filter(limit_key="tenant:a", held_by=None).first()
+        jobs = [enqueue(call, ["a"], queue="io") for _ in range(5)]
+        enqueue(call, ["b"])
+        enqueue(call, ["b"], countdown=60)
+        enqueue(greet, queue="special", countdown=60)
+        enqueue(greet)
+    first = Job.objects.filter(limit_key="tenant:a", blocked_by=None).first()
     running = {"state": "running", "run_token": uuid.uuid4()}
     Job.objects.filter(pk=first.pk).update(**running)
     old = [job.pk for job in jobs]
@@ -113,11 +114,11 @@ def test_the_key_of_a_limit_is_searched(admin_client, work, settings):
 
 
 def test_a_held_job_says_for_what_it_waits(admin_client, work):
-    job = Job.objects.filter(held_by="tenant:a").first()
+    job = Job.objects.filter(blocked_by="tenant:a").first()
     page = admin_client.get(f"{JOBS}{job.pk}/change/").content.decode()
     assert "Waits for its turn: 2 of 2 of tenant a are running" in page
     assert listed(admin_client, "state=held&queue=io&task=" + call.name) == list(
-        Job.objects.filter(held_by="tenant:a").order_by("-created_at", "-pk")
+        Job.objects.filter(blocked_by="tenant:a").order_by("-created_at", "-pk")
     )
 
 
@@ -155,10 +156,10 @@ def test_the_page_resumes_a_queue_that_nobody_knows_any_more(admin_client):
 
 def test_a_pause_in_the_page_holds_and_a_resume_lets_go(admin_client, commit, run_jobs):
     admin_client.post(QUEUES, {"pause": "celery"})
-    job = Job.objects.enqueue(greet)
+    job = enqueue(greet)
     run_jobs()
     job.refresh_from_db()
-    assert (job.state, job.held_by) == ("queued", "pause:celery")
+    assert (job.state, job.blocked_by) == ("queued", "pause:celery")
     page = admin_client.get(f"{JOBS}{job.pk}/change/").content.decode()
     assert re.search(r"Paused for \d+ s", page)
     found = tables(admin_client)
@@ -196,10 +197,10 @@ def test_the_page_costs_the_same_queries_however_many_keys_there_are(admin_clien
         return [query["sql"] for query in captured if '"jobs_' in query["sql"]]
 
     before = asked()
-    Job.objects.enqueue_many(call, [[number] for number in range(300)])
+    enqueue_many(call, [[number] for number in range(300)])
     # Some of the keys have no held job, but a place.
-    let_go = Job.objects.filter(limit_key__lt="tenant:3")
-    assert let_go.update(held_by=None, sweep_at=Now()) > 200
+    unblock_many = Job.objects.filter(limit_key__lt="tenant:3")
+    assert unblock_many.update(blocked_by=None, sweep_at=Now()) > 200
     assert len(asked()) == len(before) <= 15
     assert len(tables(admin_client)["keys"]) == 200
 
@@ -212,15 +213,15 @@ def test_the_page_counts_held_jobs_in_their_index(admin_client):
     final = {"state": "succeeded", "finished_at": timezone.now()}
     multiply(Job.objects.create(**fields, **final), 5000)
     held, key = (
-        Job.objects.create(limit_key="tenant:0", held_by="tenant:0", **fields),
+        Job.objects.create(limit_key="tenant:0", blocked_by="tenant:0", **fields),
         "'tenant:' || n %% 50",
     )
-    multiply(held, 500, limit_key=key, held_by=key)
+    multiply(held, 500, limit_key=key, blocked_by=key)
     with connection.cursor() as cursor:
         cursor.execute("VACUUM ANALYZE durable_jobs_job")
         with CaptureQueriesContext(connection) as captured:
             tables(admin_client)
-        asked = [query["sql"] for query in captured if '."held_by" IS NOT NULL' in query["sql"]]
+        asked = [query["sql"] for query in captured if '."blocked_by" IS NOT NULL' in query["sql"]]
         assert len(asked) == 2  # of all queues, and of all keys
         for sql in asked:
             cursor.execute(f"EXPLAIN {sql}")
@@ -306,7 +307,7 @@ def test_the_page_of_workers_costs_the_same_however_many_there_are(admin_client,
 
 
 def test_both_pages_show_what_is_wrong(admin_client, workers, commit):
-    Job.objects.enqueue(greet, queue="cpu")
+    enqueue(greet, queue="cpu")
     for url in QUEUES, WORKERS:
         page = admin_client.get(url).content.decode()
         [shown] = re.findall('<ul class="messagelist" id="problems">(.*?)</ul>', page, re.DOTALL)

@@ -10,11 +10,14 @@ from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 from helpers import add, claim, claim_and_lapse
 
+from durable_jobs import batches
 from durable_jobs import publish as publishing
 from durable_jobs import reasons as module
-from durable_jobs import sweep
-from durable_jobs.metrics import by_queue
-from durable_jobs.models import Batch, Job, Pause, Sweep, Worker
+from durable_jobs.actions import cancel, run_all_again
+from durable_jobs.beat.schedule import sweeper
+from durable_jobs.contrib.prometheus import by_queue
+from durable_jobs.enqueue import enqueue
+from durable_jobs.models import Job, Pause, Sweep, Worker
 from durable_jobs.reasons import ALL_SILENT, reasons, span
 from durable_jobs.tasks import JobError, JobTask
 
@@ -63,7 +66,7 @@ def works(seconds=1, name="celery@one", queues=("celery",), slots=4, busy=0, sta
 
 def waits(seconds=60, **fields):
     """Return a job that has been due for so long."""
-    job = Job.objects.enqueue(add, [1, 2])
+    job = enqueue(add, [1, 2])
     Job.objects.filter(pk=job.pk).update(due_at=ago(seconds), **fields)
     return job
 
@@ -94,7 +97,7 @@ def why(job, **options):
 def test_a_job_that_waits_for_nothing_says_nothing():
     works()
     assert why(waits()) == ""
-    assert reasons([Job.objects.enqueue(add, [1, 2])]) == {}
+    assert reasons([enqueue(add, [1, 2])]) == {}
 
 
 def test_no_worker_takes_from_its_queue():
@@ -167,8 +170,8 @@ def test_a_limit_that_only_beat_can_fill_says_that_beat_does_not_run(settings):
     sweeps(130)
     works()
     held = {"times_sent": 0, "sweep_at": None}
-    free = waits(held_by="tenant:7", limit_key="tenant:7", **held)
-    rated = waits(held_by="api", limit_key="api", **held)
+    free = waits(blocked_by="tenant:7", limit_key="tenant:7", **held)
+    rated = waits(blocked_by="api", limit_key="api", **held)
     assert why(free) == f"Waits for its turn. {NO_BEAT}"
     assert why(rated) == f"Waits for its turn: api may start 2/h. {NO_BEAT}"
     for _ in range(2):
@@ -189,7 +192,7 @@ def test_a_pause_says_for_how_long():
 
 
 def test_a_countdown_has_only_its_time(api, user):
-    job = Job.objects.enqueue(add, [1, 2], owner=user, countdown=3 * 86400)
+    job = enqueue(add, [1, 2], owner=user, countdown=3 * 86400)
     assert why(job) == ""
     shown = api.get(f"/api/jobs/{job.pk}/").json()
     job.refresh_from_db()
@@ -228,7 +231,7 @@ def test_a_crash_says_so():
     job = waits()
     claim_and_lapse(job)
     Job.objects.filter(pk=job.pk).update(message="Row 7")
-    sweep.recover_lapsed()
+    sweeper.recover_lapsed()
     assert why(job) == "Crash 1 of 3: It stopped unexpectedly"
     assert why(job, for_staff=True) == "Crash 1 of 3: Its worker died"
     assert job.message == "Row 7"
@@ -352,7 +355,7 @@ def fail():
 
 def test_a_job_links_to_what_follows_it(api, user, run_jobs):
     chain(add.s(1, 2), add.s(3)).apply_async(owner=user, label="A chain")
-    batch = Batch.objects.enqueue(add, [[1, 2]], owner=user, then=add.si(3, 4))
+    batch = batches.enqueue(add, [[1, 2]], owner=user, on_success=add.si(3, 4))
     run_jobs()
     first, second = Job.objects.filter(label="A chain").order_by("created_at")
     shown = [api.get(f"/api/jobs/{job.pk}/").json() for job in (first, second)]
@@ -370,10 +373,10 @@ def test_a_job_links_to_what_follows_it(api, user, run_jobs):
 
 def test_the_admin_links_jobs_and_batches_to_what_follows_them(admin_client, run_jobs):
     then = chain(fail.si().set(label="<Next>"), add.s(1))
-    batch = Batch.objects.enqueue(add, [[1, 2]], then=then)
+    batch = batches.enqueue(add, [[1, 2]], on_success=then)
     run_jobs()
     [job] = Job.objects.filter(follows=batch.pk)
-    again = Job.objects.get(batch=batch).run_again()
+    again = run_all_again(Job.objects.get(batch=batch))
 
     def page(row):
         kind = row._meta.model_name
@@ -392,7 +395,7 @@ def test_the_admin_links_jobs_and_batches_to_what_follows_them(admin_client, run
 
 def test_a_system_without_problems_has_none():
     works()
-    waits(), Job.objects.enqueue(add, [1, 2], countdown=60)
+    waits(), enqueue(add, [1, 2], countdown=60)
     assert problems() == []
 
 
@@ -420,14 +423,14 @@ def test_the_sweep_stores_for_which_queues_the_broker_takes_no_message(broker_do
             raise OSError("no\0 broker")
         return 0
 
-    monkeypatch.setattr(sweep, "messages_in", count)
+    monkeypatch.setattr(sweeper, "messages_in", count)
     waits(times_sent=0, sweep_at=ago(60))
-    sweep.send_due()
-    sweep.store_round(0, 0)
+    sweeper.send_due()
+    sweeper.store_round(0, 0)
     assert Sweep.objects.get().refused == {"celery": "OSError('no\\x00 broker')"}
-    Job.objects.all().cancel()
-    sweep.send_due()
-    sweep.store_round(0, 0)
+    cancel(Job.objects.all())
+    sweeper.send_due()
+    sweeper.store_round(0, 0)
     assert Sweep.objects.get().refused is None
 
 
@@ -444,8 +447,8 @@ def tables(function, *args):
 def test_jobs_that_are_well_cost_no_query():
     job = waits()
     assert claim(job.pk)
-    ended, later = waits(), Job.objects.enqueue(add, [1, 2], countdown=60)
-    ended.cancel()
+    ended, later = waits(), enqueue(add, [1, 2], countdown=60)
+    cancel(ended)
     assert tables(reasons, [*Job.objects.all()]) == []
     later.refresh_from_db()
     waits(5)
@@ -455,7 +458,7 @@ def test_jobs_that_are_well_cost_no_query():
 def test_many_jobs_that_wait_cost_the_same_few_queries():
     works()
     for _ in range(3):
-        waits(retries=1), runs(), waits(held_by="tenant:7", limit_key="tenant:7", sweep_at=None)
+        waits(retries=1), runs(), waits(blocked_by="tenant:7", limit_key="tenant:7", sweep_at=None)
     with CaptureQueriesContext(connection) as captured:
         assert len(reasons([*Job.objects.all()], for_staff=True)) == 9
     sql = [query["sql"] for query in captured if query["sql"].startswith("SELECT")]

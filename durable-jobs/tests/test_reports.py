@@ -9,9 +9,11 @@ from django.db import OperationalError, transaction
 from django.db.models.functions import Now
 from helpers import add, claim, claim_and_lapse, deliver, run, seconds_until_due
 
-from durable_jobs import lease, runs, updates
+from durable_jobs import transitions
+from durable_jobs.actions import run_again
+from durable_jobs.enqueue import JobQuerySet, enqueue
 from durable_jobs.models import Job
-from durable_jobs.queryset import JobQuerySet
+from durable_jobs.worker.children import lease, runs
 
 pytestmark = pytest.mark.django_db
 
@@ -37,7 +39,7 @@ def test_a_report_without_a_text_shows_none():
 
 def test_a_renewal_keeps_the_progress_of_a_resumed_job():
     """A renewal has no progress to write until the body reports some."""
-    job = Job.objects.enqueue(add, [1, 2])
+    job = enqueue(add, [1, 2])
     Job.objects.update(cursor=7, progress=50)
     resumed = runs.Run(job.pk)
     claim(job.pk, resumed.token)
@@ -49,7 +51,7 @@ def test_a_renewal_keeps_the_progress_of_a_resumed_job():
 
 
 def test_a_new_run_resets_the_progress():
-    job = Job.objects.enqueue(add, [1, 2])
+    job = enqueue(add, [1, 2])
     Job.objects.update(progress=50, message="half done")
     claim_and_lapse(job)
     job.refresh_from_db()
@@ -68,7 +70,7 @@ def test_a_run_continues_at_the_cursor_of_the_last_run():
         task.report(1, 1)  # without a cursor, so it is not in the database yet
         job = Job.objects.get()
         seen.append((task.cursor, job.cursor, job.progress, job.message))
-        updates.requeue(Job.objects.all(), crashes=job.crashes + 1)  # as after a crash
+        transitions.requeue(Job.objects.all(), crashes=job.crashes + 1)  # as after a crash
 
     job = run(body)
     stopped = ({"page": 5}, {"page": 5}, 50, "half done")
@@ -87,10 +89,10 @@ def test_a_cursor_that_cannot_be_stored_fails_the_job(cursor):
     ("state", "cursor"), [("failed", 7), ("cancelled", 7), ("succeeded", None)]
 )
 def test_run_again_keeps_the_cursor_unless_the_job_succeeded(published, state, cursor):
-    job = Job.objects.enqueue(add, [1, 2])
-    updates.finish(Job.objects.all(), state, cursor=7, progress=70)
+    job = enqueue(add, [1, 2])
+    transitions.finish(Job.objects.all(), state, cursor=7, progress=70)
     job.refresh_from_db()
-    again = job.run_again()
+    again = run_again(job)
     again.refresh_from_db()
     assert (again.cursor, again.progress) == (cursor, 70 if cursor else 0)
 

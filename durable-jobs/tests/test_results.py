@@ -15,7 +15,8 @@ from django.db import connection
 from django.test.utils import CaptureQueriesContext
 from helpers import act, add, echo, retry_once, total
 
-from durable_jobs import updates
+from durable_jobs import batches, transitions
+from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Batch, Job
 from durable_jobs.publish import publish
 from durable_jobs.tasks import JobError, JobTask
@@ -29,7 +30,7 @@ def fail(*args):
 
 
 def test_an_async_result_finds_a_job_by_its_id():
-    job = Job.objects.enqueue(add, [1, 2])
+    job = enqueue(add, [1, 2])
     app.conf.task_always_eager = False
     for result in AsyncResult(str(job.pk)), app.AsyncResult(str(job.pk)):
         assert result.state == "PENDING"
@@ -43,7 +44,7 @@ def test_an_async_result_finds_a_job_by_its_id():
 def test_get_waits_for_the_row_of_a_job(monkeypatch):
     """A result backend such as Redis would wait for a message that no job sends."""
     monkeypatch.setattr(CacheBackend, "wait_for_pending", Mock(), raising=False)
-    job = Job.objects.enqueue(add, [1, 2])
+    job = enqueue(add, [1, 2])
     assert AsyncResult(str(job.pk)).get(timeout=10) == 3
     CacheBackend.wait_for_pending.assert_not_called()
 
@@ -63,7 +64,7 @@ def test_get_returns_a_result_in_eager_mode():
 )
 def test_an_async_result_says_how_a_job_ended(state, error, expected):
     result = add.delay(1, 2)
-    updates.finish(Job.objects.all(), state, error=error)
+    transitions.finish(Job.objects.all(), state, error=error)
     assert (result.state, repr(result.result)) == expected
 
 
@@ -152,14 +153,14 @@ def test_get_does_not_wait_for_what_never_starts(send):
 def test_get_does_not_wait_for_the_body_of_a_cancelled_batch(no_eager):
     last = chord([add.s(1, 1), add.s(2, 2)])(total.s())
     assert not last.ready()
-    Batch.objects.get().cancel()
+    batches.cancel(Batch.objects.get())
     with pytest.raises(TaskRevokedError, match="the batch .+ is cancelled"):
         last.get(follow_parents=False)
 
 
 def test_get_does_not_wait_for_a_body_after_a_sibling_failed():
     """The header of the chord has all results, but its batch has one more job."""
-    act.body = lambda self: self.batch.enqueue(fail) and None
+    act.body = lambda self: batches.add(self.batch, fail) and None
     last = chord([add.s(1, 1), act.si()])(echo.s())
     with pytest.raises(TaskRevokedError, match="the batch .+ is failed. 1 failed of 3"):
         last.get(interval=0)

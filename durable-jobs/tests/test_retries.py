@@ -7,7 +7,8 @@ from celery import shared_task
 from django.utils import timezone
 from helpers import add, deliver, errors, run
 
-from durable_jobs import queryset, updates
+from durable_jobs import transitions
+from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Job
 from durable_jobs.tasks import JobTask
 
@@ -28,14 +29,14 @@ def flaky(self, failures):
 
 
 def test_each_retry_waits_longer_than_the_one_before(monkeypatch):
-    requeue, delays = updates.requeue, []
+    requeue, delays = transitions.requeue, []
 
     def spy(self, delay=0, **changes):
         delays.append(delay)
         return requeue(self, delay, **changes)
 
-    monkeypatch.setattr(updates, "requeue", spy)
-    job = deliver(Job.objects.enqueue(flaky, [2]))
+    monkeypatch.setattr(transitions, "requeue", spy)
+    job = deliver(enqueue(flaky, [2]))
     assert (job.state, job.retries, job.crashes) == ("succeeded", 2, 0)
     assert delays == [10, 20]
 
@@ -43,11 +44,11 @@ def test_each_retry_waits_longer_than_the_one_before(monkeypatch):
 def test_a_retry_waits_at_most_ten_years():
     job = run(lambda task: task.request.retries or task.retry(countdown=1e12))
     wait = (job.due_at - timezone.now()).total_seconds()
-    assert wait == pytest.approx(queryset.MAX_COUNTDOWN, abs=60)
+    assert wait == pytest.approx(enqueue.MAX_COUNTDOWN, abs=60)
 
 
 def test_a_job_fails_after_its_last_retry():
-    job = deliver(Job.objects.enqueue(flaky, [9]))
+    job = deliver(enqueue(flaky, [9]))
     assert (job.state, job.retries, job.error) == ("failed", 2, "OSError: away")
 
 
@@ -68,10 +69,10 @@ def test_a_retry_with_an_option_that_a_job_cannot_have_fails_the_job():
 
 
 def test_each_failed_run_is_kept_with_its_traceback():
-    job = deliver(Job.objects.enqueue(flaky, [2]))
+    job = deliver(enqueue(flaky, [2]))
     assert job.state == "succeeded"
     assert errors(job) == ["OSError: away"] * 2
-    job = deliver(Job.objects.enqueue(flaky, [9]))
+    job = deliver(enqueue(flaky, [9]))
     assert errors(job) == ["OSError: away"] * 3
     failures = list(job.failures.all())
     assert all('raise OSError("away")' in failure.traceback for failure in failures)
@@ -120,8 +121,8 @@ def test_a_failure_has_the_error_that_led_to_the_retry(body, error, raised, is_e
 
 
 def test_only_the_latest_twenty_failures_are_kept():
-    job = Job.objects.enqueue(add, [1, 2])
+    job = enqueue(add, [1, 2])
     for number in range(23):
         Job.objects.update(started_at=timezone.now())
-        assert updates.requeue(Job.objects.all(), failure={"error": str(number)}) == 1
+        assert transitions.requeue(Job.objects.all(), failure={"error": str(number)}) == 1
     assert errors(job) == [str(number) for number in range(3, 23)]

@@ -17,10 +17,13 @@ from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 from helpers import broken, call_concurrently, claim, collect, failed, follow, work
 
-from durable_jobs import batches, runs, updates, worker
-from durable_jobs.lease import write_and_renew
+from durable_jobs import batches, transitions
+from durable_jobs.actions import cancel, run_again, run_all_again
+from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Batch, Failure, Job
 from durable_jobs.tasks import JobTask
+from durable_jobs.worker.children import runs
+from durable_jobs.worker.lease import write_and_renew
 
 pytestmark = pytest.mark.django_db
 only_postgresql = pytest.mark.skipif(
@@ -43,7 +46,7 @@ def test_a_failed_job_is_queued_again_in_its_own_row(published, user, commit, wa
     Failure.objects.create(job=job, started_at=timezone.now(), error="no")
     created_at = Job.objects.get().created_at
     with commit():
-        again = job.run_again() if way == "job" else Job.objects.all().run_again()[0]
+        again = run_again(job) if way == "job" else run_all_again(Job.objects.all())[0]
         assert published == []  # its message is sent after the commit
     assert (again.pk, again.state, published) == (job.pk, "queued", [str(job.pk)])
     row = Job.objects.get()
@@ -58,43 +61,43 @@ def test_a_failed_job_is_queued_again_in_its_own_row(published, user, commit, wa
 
 def test_a_job_that_runs_again_may_be_retried_and_may_crash_as_often_as_a_new_one(run_jobs):
     broken.add(1)
-    job = Job.objects.enqueue(retried, [1])
+    job = enqueue(retried, [1])
     run_jobs()
     job.refresh_from_db()
     assert (job.state, job.retries, job.failures.count()) == ("failed", 1, 2)
     Job.objects.update(crashes=2)
-    job.run_again()
+    run_again(job)
     run_jobs()
     job.refresh_from_db()
     assert (job.state, job.retries, job.crashes, job.failures.count()) == ("failed", 1, 0, 4)
     broken.clear()
-    job.run_again()
+    run_again(job)
     run_jobs()
     job.refresh_from_db()
     assert (job.state, job.result, job.error) == ("succeeded", 1, "")
 
 
 def test_without_a_cursor_the_progress_starts_again(published):
-    again = failed(progress=70).run_again()
+    again = run_again(failed(progress=70))
     assert (again.progress, Job.objects.get().progress) == (0, 0)
 
 
 def test_a_message_of_the_run_before_starts_the_job_once(published):
     """A cancelled job may still have a message in the broker."""
-    job = Job.objects.enqueue(work, [1])
-    job.cancel()
+    job = enqueue(work, [1])
+    cancel(job)
     job.refresh_from_db()
-    job.run_again()
+    run_again(job)
     assert [claim(job.pk), claim(job.pk)] == [1, 0]
 
 
 def test_a_job_that_succeeded_is_enqueued_anew(published, user):
-    batch = Batch.objects.enqueue(work, [[1]], owner=user)
+    batch = batches.enqueue(work, [[1]], owner=user)
     job = batch.jobs.get()
-    updates.finish(Job.objects.all(), "succeeded", cursor=7, then=[], result=1)
+    transitions.finish(Job.objects.all(), "succeeded", cursor=7, on_success=[], result=1)
     batches.end(batch.pk)
     job.refresh_from_db()
-    for again in job.run_again(), *Job.objects.filter(pk=job.pk).run_again():
+    for again in run_again(job), *run_all_again(Job.objects.filter(pk=job.pk)):
         assert again.pk != job.pk
         again.refresh_from_db()
         assert (again.follows, again.owner, again.args) == (job.pk, user, [1])
@@ -107,23 +110,23 @@ def test_a_job_that_succeeded_is_enqueued_anew(published, user):
 def test_a_unique_job_gives_way_to_the_active_one(published):
     batch = Batch.objects.create(state="failed", ended_at=timezone.now())
     job = failed(unique_key="key", batch=batch)
-    other = Job.objects.enqueue(work, [2], unique="key")
+    other = enqueue(work, [2], unique="key")
     before = Job.objects.filter(pk=job.pk).values().get()
-    assert job.run_again() == other
-    assert Job.objects.filter(pk=job.pk).run_again() == [other]
+    assert run_again(job) == other
+    assert run_all_again(Job.objects.filter(pk=job.pk)) == [other]
     assert (job.state, Job.objects.filter(pk=job.pk).values().get()) == ("failed", before)
     batch.refresh_from_db()
     assert batch.state == "failed"
-    other.cancel()
-    assert job.run_again() == job
-    assert Job.objects.enqueue(work, [2], unique="key") == job
+    cancel(other)
+    assert run_again(job) == job
+    assert enqueue(work, [2], unique="key") == job
 
 
 @pytest.mark.django_db(transaction=True)
 def test_two_who_run_a_job_again_run_it_once():
-    job = Job.objects.enqueue(work, [1], countdown=60)
+    job = enqueue(work, [1], countdown=60)
     for way in range(4):
-        job.cancel()
+        cancel(job)
         job.refresh_from_db()
 
         def again(way=way):
@@ -131,13 +134,13 @@ def test_two_who_run_a_job_again_run_it_once():
                 row = Job.objects.get(pk=job.pk)
                 if row.state == "queued":
                     raise ValueError
-                return len(Job.objects.all().run_again()) if way % 2 else bool(row.run_again())
+                return len(run_all_again(Job.objects.all())) if way % 2 else bool(run_again(row))
             except ValueError:
                 return 0
 
         Job.objects.filter(pk=job.pk).update(queue=f"none-{way}")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("durable_jobs.queryset.publish", lambda jobs: None)
+            patch.setattr("durable_jobs.enqueue.publish", lambda jobs: None)
             assert sum(call_concurrently(5, again)) == 1
         job.refresh_from_db()
         assert job.state == "queued"
@@ -179,11 +182,11 @@ def check_zombie(zombie, end):
 
 @pytest.mark.parametrize("end", ["succeed", "fail", "cursor", "renewal"])
 def test_a_frozen_run_does_not_write_into_the_run_that_was_started_again(published, end):
-    job = Job.objects.enqueue(work, [1])
+    job = enqueue(work, [1])
     zombie = zombie_of(job)
-    job.cancel()
+    cancel(job)
     job.refresh_from_db()
-    job.run_again()
+    run_again(job)
     new = zombie_of(job)
     check_zombie(zombie, end)
     job.refresh_from_db()
@@ -196,12 +199,12 @@ def test_a_frozen_run_does_not_write_into_the_run_that_was_started_again(publish
 @pytest.mark.parametrize("end", ["succeed", "fail"])
 def test_a_run_that_knows_that_it_is_lost_does_not_take_the_queued_job(published, end):
     """For example a thread over its time limit, whose job was run again, and waits for a slot."""
-    job = Job.objects.enqueue(work, [1])
+    job = enqueue(work, [1])
     zombie = zombie_of(job)
-    job.cancel()
+    cancel(job)
     zombie.overtaken = True  # the renewal of its lease has found out
     job.refresh_from_db()
-    job.run_again()
+    run_again(job)
     check_zombie(zombie, end)
     job.refresh_from_db()
     assert (job.state, job.retries, claim(job.pk)) == ("queued", 0, 1)
@@ -209,11 +212,11 @@ def test_a_run_that_knows_that_it_is_lost_does_not_take_the_queued_job(published
 
 def test_a_run_of_before_may_take_the_queued_job_if_it_has_not_noticed(published):
     """As any other worker: its result counts, and the new message starts nothing."""
-    job = Job.objects.enqueue(work, [1])
+    job = enqueue(work, [1])
     zombie = zombie_of(job)
-    job.cancel()
+    cancel(job)
     job.refresh_from_db()
-    job.run_again()
+    run_again(job)
     zombie.task = work
     zombie.succeed(99)
     job.refresh_from_db()
@@ -222,12 +225,12 @@ def test_a_run_of_before_may_take_the_queued_job_if_it_has_not_noticed(published
 
 def test_a_revoked_job_can_run_again(published, monkeypatch):
     """A worker of Celery ignores each message of a revoked id for three hours."""
-    job, plain = Job.objects.enqueue(work, [1]), str(uuid.uuid4())
+    job, plain = enqueue(work, [1]), str(uuid.uuid4())
     revoke = lambda state, ids, **kwargs: worker_state.revoked.update(ids)  # noqa: E731  as Celery's does
     monkeypatch.setitem(Panel.data, "revoke", revoke)
     monkeypatch.setitem(Panel.data, "terminate", None)
     monkeypatch.setattr(worker, "in_thread", lambda update, *args: update(*args))
-    worker.cancel_revoked_jobs()
+    remote_control.cancel_revoked_jobs()
     Panel.data["revoke"](None, [str(job.pk), plain, "no id"])
     job.refresh_from_db()
     assert job.state == "cancelled"
@@ -240,7 +243,7 @@ def test_a_revoked_job_can_run_again(published, monkeypatch):
 
 
 def test_many_jobs_run_again_together(published, commit, monkeypatch):
-    monkeypatch.setattr("durable_jobs.queryset.BATCH_SIZE", 100)
+    monkeypatch.setattr("durable_jobs.enqueue.BATCH_SIZE", 100)
     batch = Batch.objects.create(state="failed", ended_at=timezone.now())
     rows = [Job(task=work.name, args=[n], queue="celery", batch=batch) for n in range(400)]
     for n, job in enumerate(rows):
@@ -251,7 +254,7 @@ def test_many_jobs_run_again_together(published, commit, monkeypatch):
     Job.objects.bulk_create(rows)
     Job.objects.filter(pk=rows[0].pk).update(task="gone")
     with CaptureQueriesContext(connection) as queries, commit():
-        again = Job.objects.all().run_again()
+        again = run_all_again(Job.objects.all())
     assert len(queries) < 25
     assert len(again) == len(set(again)) == 299
     assert sorted(published) == sorted(str(job.pk) for job in again)
@@ -263,7 +266,7 @@ def test_many_jobs_run_again_together(published, commit, monkeypatch):
 
 def test_a_slice_of_jobs_can_run_again(published):
     first, second, _ = sorted((failed() for _ in range(3)), key=lambda job: job.pk)
-    assert Job.objects.order_by("pk")[:2].run_again() == [first, second]
+    assert run_all_again(Job.objects.order_by("pk")[:2]) == [first, second]
 
 
 # Batches
@@ -271,33 +274,33 @@ def test_a_slice_of_jobs_can_run_again(published):
 
 def test_a_batch_whose_failed_jobs_run_again_starts_what_comes_next_once(run_jobs):
     broken.update([1, 3])
-    batch = Batch.objects.enqueue(
-        work, [[n] for n in range(5)], then=collect.s("then"), ended=collect.si("ended")
+    batch = batches.enqueue(
+        work, [[n] for n in range(5)], on_success=collect.s("then"), on_finish=collect.si("ended")
     )
     run_jobs()
     assert follow(batch) == [["ended"]]
     assert (batch.state, batch.counts) == ("failed", {"succeeded": 3, "failed": 2})
     broken.remove(1)
-    again = batch.run_failed_again()
+    again = batches.run_failed_again(batch)
     assert (len(again), batch.state, batch.ended_at, batch.error) == (2, "open", None, "")
     run_jobs()
     assert follow(batch) == [["ended"]]  # `ended` has started at the first end, and not again
     assert (batch.state, batch.error) == ("failed", "1 failed of 5")
     broken.clear()
-    batch.jobs.get(state="failed").run_again()
+    run_all_again(batch.jobs.get(state="failed"))
     run_jobs()
     assert sorted(follow(batch), key=len) == [["ended"], [[0, 1, 2, 3, 4], "then"]]
     assert (batch.state, batch.counts) == ("succeeded", {"succeeded": 5})
-    assert batch.run_failed_again() == []
+    assert batches.run_failed_again(batch) == []
     batches.end_all()
     assert len(follow(batch)) == 2
 
 
 def test_a_cancelled_batch_can_run_again(run_jobs):
-    batch = Batch.objects.enqueue(work, [[n] for n in range(3)], then=collect.s())
-    batch.cancel()
+    batch = batches.enqueue(work, [[n] for n in range(3)], on_success=collect.s())
+    batches.cancel(batch)
     assert batch.state == "cancelled"
-    batch.run_failed_again()
+    batches.run_failed_again(batch)
     run_jobs()
     assert follow(batch) == [[[0, 1, 2]]]
 
@@ -306,7 +309,7 @@ def test_a_failed_step_of_a_chain_continues_the_chain(run_jobs):
     broken.add(2)
     last = chain(work.si(1), work.si(2), collect.s(3))()
     run_jobs()
-    Job.objects.get(state="failed").run_again()
+    run_all_again(Job.objects.get(state="failed"))
     broken.clear()
     run_jobs()
     assert last.get() == [2, 3]
@@ -323,9 +326,9 @@ def test_a_chord_in_a_chord_opens_with_its_parent(run_jobs, way):
     assert [outer.state, outer.children.get().state] == ["failed", "failed"]
     broken.clear()
     if way == "batch":
-        assert len(outer.run_failed_again()) == 1
+        assert len(batches.run_failed_again(outer)) == 1
     else:
-        Job.objects.get(state="failed").run_again()
+        run_all_again(Job.objects.get(state="failed"))
         outer.refresh_from_db()
     assert [outer.state, outer.children.get().state] == ["open", "open"]
     run_jobs()
@@ -334,12 +337,12 @@ def test_a_chord_in_a_chord_opens_with_its_parent(run_jobs, way):
 
 
 def test_only_the_batches_of_jobs_that_run_again_open(run_jobs):
-    done = Batch.objects.enqueue(work, [[1]])
+    done = batches.enqueue(work, [[1]])
     run_jobs()
     broken.add(2)
-    bad = Batch.objects.enqueue(work, [[2]])
+    bad = batches.enqueue(work, [[2]])
     run_jobs()
-    Job.objects.all().run_again()
+    run_all_again(Job.objects.all())
     done.refresh_from_db()
     bad.refresh_from_db()
     assert (done.state, bad.state) == ("succeeded", "open")
@@ -350,7 +353,7 @@ def test_only_the_batches_of_jobs_that_run_again_open(run_jobs):
 @pytest.mark.timeout(600)
 def test_run_again_while_a_batch_ends_loses_no_callback(monkeypatch):
     """A member fails and is run again, while the other one ends. Then all have succeeded."""
-    monkeypatch.setattr("durable_jobs.queryset.publish", lambda jobs: None)
+    monkeypatch.setattr("durable_jobs.enqueue.publish", lambda jobs: None)
     rounds = int(os.environ.get("ROUNDS", 100))
 
     def finish(pk, state):
@@ -372,7 +375,7 @@ def test_run_again_while_a_batch_ends_loses_no_callback(monkeypatch):
             for first, _ in members:
                 barrier.wait(60)
                 job = Job.objects.get(pk=first)
-                job.run_again()
+                run_again(job)
                 finish(first, "succeeded")
                 batches.end(batch[first])
         finally:
@@ -380,7 +383,7 @@ def test_run_again_while_a_batch_ends_loses_no_callback(monkeypatch):
 
     batch, members = {}, []
     for _ in range(rounds):
-        row = Batch.objects.enqueue(work, [[1], [2]], then=collect.s(), ended=collect.si("ended"))
+        row = batches.enqueue(work, [[1], [2]], on_success=collect.s(), on_finish=collect.si("ended"))
         first, second = row.jobs.order_by("created_at").values_list("pk", flat=True)
         finish(first, "failed")
         batch[first] = row.pk

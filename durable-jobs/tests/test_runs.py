@@ -8,8 +8,12 @@ import pytest
 from django.db import connection, transaction
 from helpers import act, add, claim, claim_and_lapse, deliver, lapse, run
 
-from durable_jobs import lease, publish, runs, sweep, updates
+from durable_jobs import publish, transitions
+from durable_jobs.actions import cancel
+from durable_jobs.beat.schedule import sweeper
+from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Job
+from durable_jobs.worker.children import lease, runs
 
 pytestmark = pytest.mark.django_db
 
@@ -19,9 +23,9 @@ pytestmark = pytest.mark.django_db
 
 def test_a_message_from_before_a_crash_does_nothing(published):
     """It would skip the pause after the crash."""
-    job = Job.objects.enqueue(add, [1, 2])
+    job = enqueue(add, [1, 2])
     claim_and_lapse(job)
-    sweep.recover_lapsed()
+    sweeper.recover_lapsed()
     assert not claim(job.pk)
     assert claim(job.pk, crashes=1)
 
@@ -45,7 +49,7 @@ def test_a_copy_of_a_message_that_arrives_during_the_run_does_nothing():
 
 
 def test_a_message_from_before_a_retry_does_nothing():
-    job = Job.objects.enqueue(add, [1, 2])
+    job = enqueue(add, [1, 2])
     Job.objects.update(retries=1)
     assert deliver(job).state == "queued"
     assert deliver(job).state == "succeeded"  # its message is from after the retry
@@ -53,7 +57,7 @@ def test_a_message_from_before_a_retry_does_nothing():
 
 def test_a_header_of_a_message_is_not_taken_for_a_run():
     """Celery makes each header an attribute of the request."""
-    job = Job.objects.enqueue(add, [1, 2])
+    job = enqueue(add, [1, 2])
     headers = {"job": True, "crashes": 0, "times_sent": 1, "run": str(uuid.uuid4())}
     request = {"id": str(job.pk), "hostname": "test", "called_directly": False, **headers}
     add.push_request(headers=headers, **request)
@@ -66,7 +70,7 @@ def test_a_header_of_a_message_is_not_taken_for_a_run():
 
 
 def test_a_claim_whose_answer_was_lost_can_be_repeated():
-    job, run = Job.objects.enqueue(add, [1, 2]), uuid.uuid4()
+    job, run = enqueue(add, [1, 2]), uuid.uuid4()
     claims = [claim(job.pk, token) for token in (run, run, uuid.uuid4())]
     assert claims == [1, 1, 0]
 
@@ -75,7 +79,7 @@ def test_a_claim_does_not_wait_for_the_disk():
     """A second later, the run checks that its claim was not lost."""
     if connection.vendor != "postgresql":
         pytest.skip("only PostgreSQL has synchronous_commit: set DATABASE_URL=postgres://…")
-    job, began = Job.objects.enqueue(add, [1, 2]), time.monotonic()
+    job, began = enqueue(add, [1, 2]), time.monotonic()
     with transaction.atomic(), connection.cursor() as cursor:
         assert claim(job.pk)
         cursor.execute("SHOW synchronous_commit")
@@ -97,12 +101,12 @@ def test_a_process_runs_one_suspect_at_a_time():
 
 
 def replace_run():
-    updates.requeue(Job.objects.all())
+    transitions.requeue(Job.objects.all())
     claim(Job.objects.get().pk)
 
 
 @pytest.mark.parametrize(
-    "end_run, state", [(lambda: Job.objects.all().cancel(), "cancelled"), (replace_run, "running")]
+    "end_run, state", [(lambda: cancel(Job.objects.all()), "cancelled"), (replace_run, "running")]
 )
 def test_the_result_of_a_run_that_lost_its_job_is_dropped(end_run, state):
     def body(task):
@@ -113,7 +117,7 @@ def test_the_result_of_a_run_that_lost_its_job_is_dropped(end_run, state):
     assert (job.state, job.result) == (state, None)
 
 
-@pytest.mark.parametrize("end_run", [lambda: Job.objects.all().cancel(), replace_run])
+@pytest.mark.parametrize("end_run", [lambda: cancel(Job.objects.all()), replace_run])
 def test_the_next_report_ends_a_body_that_lost_its_job(end_run):
     steps = []
 
@@ -134,7 +138,7 @@ CURSOR_USES = [lambda task: task.report(1, cursor=1), lambda task: task.cursor]
 
 
 @pytest.mark.parametrize("use_cursor", CURSOR_USES, ids=["report", "cursor"])
-@pytest.mark.parametrize("end_run", [lambda: Job.objects.all().cancel(), lambda: replace_run()])
+@pytest.mark.parametrize("end_run", [lambda: cancel(Job.objects.all()), lambda: replace_run()])
 def test_a_use_of_the_cursor_ends_a_body_that_lost_its_job(use_cursor, end_run):
     steps = []
 
@@ -153,7 +157,7 @@ def test_a_use_of_the_cursor_ends_a_body_that_lost_its_job(use_cursor, end_run):
 
 def test_a_claim_that_a_database_crash_has_lost_is_repeated():
     """Unless another run has claimed the job, or the body has ended or handed back its job."""
-    forgotten, overtaken, ended = (Job.objects.enqueue(add, [1, 2]) for _ in range(3))
+    forgotten, overtaken, ended = (enqueue(add, [1, 2]) for _ in range(3))
     three = [runs.Run(job.pk) for job in (forgotten, overtaken, ended)]
     for each in three:
         each.claim = partial(claim, each.job_id, each.token)
@@ -199,7 +203,7 @@ def test_a_body_whose_claim_a_database_crash_has_lost_continues(use_cursor, hand
 def test_a_job_that_a_failover_has_lost_is_gone_without_an_error():
     ran = []
     act.body = ran.append
-    job = Job.objects.enqueue(act)
+    job = enqueue(act)
     Job.objects.all().delete()
     publish.publish([job])
     assert not ran and not Job.objects.exists()
@@ -211,7 +215,7 @@ def test_a_job_whose_success_a_failover_has_lost_runs_twice():
     assert job.state == "succeeded"
     Job.objects.update(**claimed[0])  # as on a replica that was behind
     lapse(job)
-    sweep.recover_lapsed()
+    sweeper.recover_lapsed()
     job.refresh_from_db()
     assert deliver(job).state == "succeeded"
     assert (len(claimed), job.crashes) == (2, 1)

@@ -9,8 +9,10 @@ import pytest
 from django.db import transaction
 from helpers import add, claim, deliver, errors, run, seconds_until_due
 
-from durable_jobs import runs, shutdown, updates
+from durable_jobs import transitions
+from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Job
+from durable_jobs.worker.children import runs, shutdown
 
 pytestmark = pytest.mark.django_db
 
@@ -83,15 +85,15 @@ def test_a_worker_that_shuts_down_starts_no_body(shut_down):
 
 def test_an_old_message_in_a_shutdown_does_not_shorten_a_pause(shut_down):
     shut_down()
-    job = Job.objects.enqueue(add, [1, 2], countdown=3600)
+    job = enqueue(add, [1, 2], countdown=3600)
     assert seconds_until_due(deliver(job)) > 3000
 
 
 def test_a_worker_that_hands_back_its_jobs_claims_none_of_them_again(monkeypatch):
     """Not even a job whose row it has just locked itself, to renew the lease."""
-    skip_locked, locked = updates.skip_locked, [Job.objects.none()]
-    monkeypatch.setattr(updates, "skip_locked", lambda rows: (locked or [skip_locked(rows)]).pop())
-    run = runs.Run(Job.objects.enqueue(add, [1, 2]).pk)
+    skip_locked, locked = transitions.skip_locked, [Job.objects.none()]
+    monkeypatch.setattr(transitions, "skip_locked", lambda rows: (locked or [skip_locked(rows)]).pop())
+    run = runs.Run(enqueue(add, [1, 2]).pk)
     run.in_body = True
     claim(run.job_id, run.token)
     monkeypatch.setattr("time.sleep", Mock())

@@ -13,7 +13,10 @@ from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 from helpers import add, claim, enqueue_and_publish, lapse, seconds_until_due, seconds_waited
 
-from durable_jobs import messages, publish, sweep
+from durable_jobs import messages, publish
+from durable_jobs.actions import cancel
+from durable_jobs.beat.schedule import sweeper
+from durable_jobs.enqueue import enqueue, enqueue_many
 from durable_jobs.models import Job, Sweep
 
 pytestmark = pytest.mark.django_db
@@ -24,27 +27,27 @@ pytestmark = pytest.mark.django_db
 
 def test_a_job_with_a_countdown_is_not_published_before_it_is_due(commit, published):
     with commit():
-        job = Job.objects.enqueue(add, [1, 2], countdown=60)
-    sweep.send_due()
+        job = enqueue(add, [1, 2], countdown=60)
+    sweeper.send_due()
     assert published == []
     assert seconds_until_due(job) == pytest.approx(60, abs=5)
     lapse(job)
-    sweep.send_due()
+    sweeper.send_due()
     assert published == [str(job.pk)]
 
 
 def test_a_job_that_was_never_sent_is_sent_whatever_the_broker_has(published):
     enqueue_and_publish(3)
-    unsent = Job.objects.enqueue(add, [1, 2], countdown=1)
+    unsent = enqueue(add, [1, 2], countdown=1)
     lapse(unsent)
-    sweep.send_due()
+    sweeper.send_due()
     assert published[3:] == [str(unsent.pk)]
 
 
 def test_one_job_is_sent_again_although_the_broker_has_the_whole_backlog(published):
     jobs = enqueue_and_publish(3)
     lapse(*jobs)
-    sweep.send_due()  # in case the broker's messages belong to plain tasks
+    sweeper.send_due()  # in case the broker's messages belong to plain tasks
     assert published[3:] == [str(jobs[0].pk)]
 
 
@@ -52,7 +55,7 @@ def test_lost_messages_are_published_again_oldest_first(published):
     jobs = enqueue_and_publish(4)
     lapse(*jobs)
     del published[:2]
-    sweep.send_due()
+    sweeper.send_due()
     assert published[2:] == [str(job.pk) for job in jobs[:2]]
 
 
@@ -64,14 +67,14 @@ def test_the_sweep_resends_twice_as_many_after_it_found_a_lost_message(published
     for message in 2, 2, 1, None, 1:
         published[:] = ["plain"] * 40
         lapse(*Job.objects.filter(state="queued"))
-        sweep.queues["celery"].probe_at = 0
-        sweep.send_due()
+        sweeper.queues["celery"].probe_at = 0
+        sweeper.send_due()
         resent.append(len(published) - 40)
         for pk in published[40:]:
             if message:
                 assert claim(pk, times_sent=message)
             else:
-                Job.objects.get(pk=pk).cancel()  # no message has started it
+                cancel(Job.objects.get(pk=pk))  # no message has started it
     assert resent == [1, 2, 4, 1, 1]
 
 
@@ -81,40 +84,40 @@ def test_the_pause_before_a_lost_message_is_sent_again_doubles(published, settin
     for wait in 20, 40, 80:
         published.clear()
         lapse(job)
-        sweep.send_due()
+        sweeper.send_due()
         assert published == [str(job.pk)]
         assert seconds_until_due(job) == pytest.approx(wait, abs=5)
 
 
 def test_sending_a_job_again_does_not_reset_its_waiting_time(published, monkeypatch):
-    job = Job.objects.enqueue(add, [1, 2], countdown=60)
+    job = enqueue(add, [1, 2], countdown=60)
     assert seconds_waited(job) == pytest.approx(-60, abs=5)
     Job.objects.filter(pk=job.pk).update(due_at=Now() - timedelta(seconds=500))
     for _ in range(2):  # the second time because the message was lost
         lapse(job)
-        sweep.send_due()
+        sweeper.send_due()
         published.clear()
         assert seconds_waited(job) == pytest.approx(500, abs=5)
-    monkeypatch.setattr(sweep, "send", lambda jobs: 1 / 0)
+    monkeypatch.setattr(sweeper, "send", lambda jobs: 1 / 0)
     lapse(job)
-    sweep.send_due()
+    sweeper.send_due()
     assert seconds_waited(job) == pytest.approx(500, abs=5)
     assert seconds_until_due(job) <= 0  # due again, because sending failed
 
 
 def test_two_concurrent_sweeps_send_each_job_once(monkeypatch):
-    jobs = [Job.objects.enqueue(add, [1, 2], countdown=1) for _ in range(3)]
+    jobs = [enqueue(add, [1, 2], countdown=1) for _ in range(3)]
     lapse(*jobs)
     sent = []
 
     def publish(job, producer, **options):
         sent.append(str(job.pk))
         if len(sent) == 1:
-            sweep.send_due()  # the second sweep, when the first one has read all three jobs
+            sweeper.send_due()  # the second sweep, when the first one has read all three jobs
 
     monkeypatch.setattr(messages, "send_one", publish)
-    monkeypatch.setattr(sweep, "messages_in", lambda queue, broker: 0)
-    sweep.send_due()
+    monkeypatch.setattr(sweeper, "messages_in", lambda queue, broker: 0)
+    sweeper.send_due()
     assert sorted(sent) == sorted(str(job.pk) for job in jobs)
 
 
@@ -122,11 +125,11 @@ def test_the_sweep_at_first_sends_only_jobs_that_were_never_sent(published):
     """It does so until workers have had time to repeat claims that a database crash has lost."""
     enqueue_and_publish(1)
     published.clear()
-    new = Job.objects.enqueue(add, [1, 2], countdown=1)
+    new = enqueue(add, [1, 2], countdown=1)
     lapse(*Job.objects.all())
-    sweep.send_due(resend=False)
+    sweeper.send_due(resend=False)
     assert published == [str(new.pk)]
-    sweep.send_due()
+    sweeper.send_due()
     assert len(published) == 2
 
 
@@ -168,12 +171,12 @@ def test_the_sweep_lets_workers_renew_leases_first(
             raise OperationalError("the database is away")
 
     clocks = {"monotonic": lambda: now[0], "time": wall_clock, "sleep": sleep}
-    monkeypatch.setattr(sweep, "time", SimpleNamespace(**clocks))
-    monkeypatch.setattr(sweep, "recover_lapsed", recover)
-    monkeypatch.setattr(sweep, "connection", database := Mock())
-    monkeypatch.setattr(sweep, "send_due", lambda resend: resent.append(now[0]) if resend else None)
+    monkeypatch.setattr(sweeper, "time", SimpleNamespace(**clocks))
+    monkeypatch.setattr(sweeper, "recover_lapsed", recover)
+    monkeypatch.setattr(sweeper, "connection", database := Mock())
+    monkeypatch.setattr(sweeper, "send_due", lambda resend: resent.append(now[0]) if resend else None)
     with pytest.raises(SystemExit):
-        sweep.sweep_forever(tick_delay=lambda: 0, error_count=lambda: 0)
+        sweeper.sweep_forever(tick_delay=lambda: 0, error_count=lambda: 0)
     assert recovered == resent == expected
     assert database.close.called == (30 in expected)  # then the database was unavailable
 
@@ -181,44 +184,44 @@ def test_the_sweep_lets_workers_renew_leases_first(
 @pytest.mark.parametrize(("countdown", "pause"), [(60, 5), (3, 3), (0.1, 0.5)])
 def test_the_sweep_wakes_up_when_a_countdown_ends(published, countdown, pause):
     """And needs no extra query to know when. The others ask for pauses, places and held jobs."""
-    Job.objects.enqueue(add, [1, 2])  # due for a check of its message in 30 s
-    Job.objects.enqueue(add, [1, 2], countdown=countdown)
+    enqueue(add, [1, 2])  # due for a check of its message in 30 s
+    enqueue(add, [1, 2], countdown=countdown)
     with CaptureQueriesContext(connection) as captured:
-        assert sweep.send_due() == pytest.approx(pause, abs=0.3)
+        assert sweeper.send_due() == pytest.approx(pause, abs=0.3)
     assert len(captured) == 3
 
 
 def test_the_sweep_stops_sending_in_time_to_check_leases(published, monkeypatch):
     now = itertools.count(0, 2)  # seconds; a round may take 5
-    monkeypatch.setattr(sweep, "time", SimpleNamespace(monotonic=lambda: next(now)))
-    lapse(*(Job.objects.enqueue(add, [1, 2], countdown=1, queue=queue) for queue in "abcdef"))
-    assert sweep.send_due() == 0
+    monkeypatch.setattr(sweeper, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    lapse(*(enqueue(add, [1, 2], countdown=1, queue=queue) for queue in "abcdef"))
+    assert sweeper.send_due() == 0
     assert 0 < len(published) < 6
 
 
 @pytest.mark.parametrize("error, rounds", [(None, 1), (OperationalError("away"), 0)], ids=str)
 def test_a_round_of_the_sweep_stores_its_time(broker_down, monkeypatch, error, rounds):
     """Also without a broker, but not if the database fails during the round."""
-    lapse(Job.objects.enqueue(add, [1, 2], countdown=1))
-    monkeypatch.setattr(sweep, "messages_in", lambda queue, broker: 0)
-    monkeypatch.setattr(sweep, "connection", Mock())
+    lapse(enqueue(add, [1, 2], countdown=1))
+    monkeypatch.setattr(sweeper, "messages_in", lambda queue, broker: 0)
+    monkeypatch.setattr(sweeper, "connection", Mock())
     if error:
-        monkeypatch.setattr(sweep, "send_due", Mock(side_effect=error))
-    monkeypatch.setattr(sweep, "touch_liveness_file", Mock(side_effect=[None, SystemExit]))
+        monkeypatch.setattr(sweeper, "send_due", Mock(side_effect=error))
+    monkeypatch.setattr(sweeper, "touch_liveness_file", Mock(side_effect=[None, SystemExit]))
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     for _ in range(2):  # rounds, for example of two Beats
         with pytest.raises(SystemExit):
-            sweep.sweep_forever(tick_delay=lambda: 0, error_count=lambda: 0)
-        sweep.touch_liveness_file.side_effect = [None, SystemExit]
+            sweeper.sweep_forever(tick_delay=lambda: 0, error_count=lambda: 0)
+        sweeper.touch_liveness_file.side_effect = [None, SystemExit]
     assert Sweep.objects.filter(ended_at__lte=timezone.now()).count() == rounds
     assert error or broker_down
 
 
 def test_a_sweep_that_finds_the_broker_down_stops_and_changes_nothing(broker_down, monkeypatch):
-    monkeypatch.setattr(sweep, "messages_in", lambda queue, broker: 0)
-    jobs = [Job.objects.enqueue(add, [1, 2], countdown=1) for _ in range(3)]
+    monkeypatch.setattr(sweeper, "messages_in", lambda queue, broker: 0)
+    jobs = [enqueue(add, [1, 2], countdown=1) for _ in range(3)]
     lapse(*jobs)
-    sweep.send_due()
+    sweeper.send_due()
     assert len(broker_down) == 3  # all three, the first one alone, and a message without a job
     assert all(seconds_until_due(job) <= 0 for job in jobs)
     assert not Job.objects.exclude(times_sent=0)
@@ -237,13 +240,13 @@ def test_a_job_that_the_broker_refuses_delays_no_other(monkeypatch):
         sent.append(str(job.pk))
 
     monkeypatch.setattr(messages, "send_one", send_one)
-    monkeypatch.setattr(sweep, "messages_in", lambda queue, broker: 0)
+    monkeypatch.setattr(sweeper, "messages_in", lambda queue, broker: 0)
     monkeypatch.setattr(publish, "PUBLISH_PAUSE", 0)
-    refused = [Job.objects.enqueue(add, [0, 0], queue=queue, countdown=1) for queue in "ab"]
-    others = [Job.objects.enqueue(add, [1, 2], queue=queue, countdown=1) for queue in "abc"]
+    refused = [enqueue(add, [0, 0], queue=queue, countdown=1) for queue in "ab"]
+    others = [enqueue(add, [1, 2], queue=queue, countdown=1) for queue in "abc"]
     lapse(*refused, *others)
     for _ in range(6):
-        sweep.send_due()
+        sweeper.send_due()
     ids = {str(job.pk) for job in others}
     assert sorted(pk for pk in sent if pk in ids) == sorted(ids)
     assert all(seconds_until_due(job) > 0 for job in refused)
@@ -258,12 +261,12 @@ def test_a_job_that_is_refused_five_times_fails_unless_its_queue_is_full(
             raise ValueError("too large")
 
     monkeypatch.setattr(messages, "send_one", send_one)
-    monkeypatch.setattr(sweep, "messages_in", lambda queue, broker: waiting)
-    sweep.queues["celery"].most_messages = 10
-    job = Job.objects.enqueue(add, [0, 0], countdown=1)
-    for _ in range(sweep.REFUSALS):
+    monkeypatch.setattr(sweeper, "messages_in", lambda queue, broker: waiting)
+    sweeper.queues["celery"].most_messages = 10
+    job = enqueue(add, [0, 0], countdown=1)
+    for _ in range(sweeper.REFUSALS):
         lapse(job)
-        sweep.send_due()
+        sweeper.send_due()
     job.refresh_from_db()
     assert job.state == state
     assert state == "queued" or job.error == (
@@ -279,21 +282,21 @@ def test_a_queue_that_fails_delays_no_other(published, monkeypatch):
             raise ValueError("inequivalent arg 'x-max-priority'")
         return 0
 
-    monkeypatch.setattr(sweep, "messages_in", messages_in)
-    bad, good = (Job.objects.enqueue(add, [1, 2], countdown=1, queue=q) for q in ("bad", "good"))
+    monkeypatch.setattr(sweeper, "messages_in", messages_in)
+    bad, good = (enqueue(add, [1, 2], countdown=1, queue=q) for q in ("bad", "good"))
     lapse(bad, good)
     for _ in range(9):  # the sweep takes queues in random order
-        sweep.send_due()
+        sweeper.send_due()
     assert published == [str(good.pk)]
     assert seconds_until_due(bad) <= 0
 
 
 def test_a_queue_with_many_jobs_delays_no_other(published, monkeypatch):
-    monkeypatch.setattr(sweep, "JOBS_IN_MEMORY", 10)
-    many = Job.objects.enqueue_many(add, [[1, 2]] * 100, countdown=1, queue="many")
-    few = [Job.objects.enqueue(add, [1, 2], countdown=1, queue=queue) for queue in "abcdef"]
+    monkeypatch.setattr(sweeper, "JOBS_IN_MEMORY", 10)
+    many = enqueue_many(add, [[1, 2]] * 100, countdown=1, queue="many")
+    few = [enqueue(add, [1, 2], countdown=1, queue=queue) for queue in "abcdef"]
     lapse(*many, *few)
-    assert sweep.send_due() == 5
+    assert sweeper.send_due() == 5
     assert len(published) == 106
     assert max(published.index(str(job.pk)) for job in few) < 10 + len(few)
 
@@ -303,11 +306,11 @@ def test_a_queue_with_many_jobs_delays_no_other(published, monkeypatch):
 
 def test_a_job_above_a_new_limit_fails_and_is_not_loaded(published, settings):
     """To load it could end Beat."""
-    large, small = [Job.objects.enqueue(add, ["x" * size, 1], countdown=1) for size in (99, 9)]
+    large, small = [enqueue(add, ["x" * size, 1], countdown=1) for size in (99, 9)]
     lapse(large, small)
     settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"MAX_BYTES": 50}
     with CaptureQueriesContext(connection) as captured:
-        sweep.send_due()
+        sweeper.send_due()
     assert published == [str(small.pk)]
     assert "x" * 99 not in str(captured.captured_queries)
     large.refresh_from_db()
@@ -318,13 +321,13 @@ def test_a_job_above_a_new_limit_fails_and_is_not_loaded(published, settings):
 
 
 def test_large_arguments_are_loaded_one_job_at_a_time(published, monkeypatch):
-    monkeypatch.setattr(sweep, "BYTES_IN_MEMORY", 50)
+    monkeypatch.setattr(sweeper, "BYTES_IN_MEMORY", 50)
     sent = []
-    monkeypatch.setattr(sweep, "send", lambda jobs: sent.append([job.args[0] for job in jobs]))
+    monkeypatch.setattr(sweeper, "send", lambda jobs: sent.append([job.args[0] for job in jobs]))
     for text in "x" * 50, "y" * 50:
-        lapse(Job.objects.enqueue(add, [text, 1], countdown=1))
+        lapse(enqueue(add, [text, 1], countdown=1))
     with CaptureQueriesContext(connection) as queries:
-        sweep.send_due()
+        sweeper.send_due()
     assert sent == [["x" * 50], ["y" * 50]]
     assert not any('"result"' in query["sql"] for query in queries)
 
@@ -332,11 +335,11 @@ def test_large_arguments_are_loaded_one_job_at_a_time(published, monkeypatch):
 def test_the_sweep_updates_100_rows_with_one_statement(published, monkeypatch):
     """It keeps at most 100 jobs in memory at once."""
     in_memory = []
-    monkeypatch.setattr(sweep, "send", lambda jobs: in_memory.append(len(jobs)))
-    Job.objects.enqueue_many(add, [[1, 2]] * 250, countdown=1)
+    monkeypatch.setattr(sweeper, "send", lambda jobs: in_memory.append(len(jobs)))
+    enqueue_many(add, [[1, 2]] * 250, countdown=1)
     Job.objects.update(sweep_at=Now() - timedelta(seconds=1))
     with CaptureQueriesContext(connection) as captured:
-        sweep.send_due()
+        sweeper.send_due()
     assert len([query for query in captured if query["sql"].startswith("UPDATE")]) == 3
     assert in_memory == [100, 100, 50]
     assert set(Job.objects.values_list("times_sent", flat=True)) == {1}

@@ -4,6 +4,7 @@ import pytest
 from celery import shared_task
 from helpers import add
 
+from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Job
 from durable_jobs.tasks import JobTask
 
@@ -12,7 +13,7 @@ pytestmark = pytest.mark.django_db
 
 @shared_task(base=JobTask)
 def enqueue_another():
-    Job.objects.enqueue(add, [1, 2])
+    enqueue(add, [1, 2])
 
 
 @shared_task
@@ -21,13 +22,13 @@ def fail():
 
 
 def test_run_jobs_also_runs_jobs_that_a_body_enqueues(run_jobs):
-    Job.objects.enqueue(enqueue_another)
+    enqueue(enqueue_another)
     run_jobs()
     assert list(Job.objects.values_list("state", flat=True)) == ["succeeded"] * 2
 
 
 def test_run_jobs_returns_although_the_broker_is_down(run_jobs, broker_down):
-    Job.objects.enqueue(add, [1, 2])
+    enqueue(add, [1, 2])
     run_jobs()
     assert Job.objects.get().state == "queued"
 

@@ -14,10 +14,12 @@ from django.utils import timezone
 from helpers import act, add, double, echo, plain
 
 from durable_jobs import batches, database
-from durable_jobs.lease import recover
-from durable_jobs.models import Batch, Job
+from durable_jobs.actions import cancel
+from durable_jobs.enqueue import enqueue
+from durable_jobs.models import Job
 from durable_jobs.publish import publish
 from durable_jobs.tasks import JobTask
+from durable_jobs.worker.lease import recover
 
 try:
     from django.tasks import task
@@ -29,14 +31,14 @@ pytestmark = pytest.mark.django_db
 
 @task(takes_context=True)
 def double_later(context, x):
-    context.then(double, [x], label="later")
+    context.enqueue_next(double, [x], label="later")
     return str(context.batch.pk)
 
 
 def run(body, published=True, **options):
     """Run a job with this body. Returns the job as it is afterwards."""
     act.body = body
-    job = Job.objects.enqueue(act, **options)
+    job = enqueue(act, **options)
     publish([job])
     job.refresh_from_db()
     return job
@@ -49,9 +51,9 @@ def next_jobs():
 def test_a_next_step_is_enqueued_with_its_options(user):
     def body(self):
         eta = timezone.now() + timedelta(hours=1)
-        self.then(add, [1], {"y": 2}, label="Next", queue="io", countdown=60)
-        self.then(add, [3, 4], eta=eta)
-        self.then(echo)
+        self.enqueue_next(add, [1], {"y": 2}, label="Next", queue="io", countdown=60)
+        self.enqueue_next(add, [3, 4], eta=eta)
+        self.enqueue_next(echo)
 
     job = run(body, owner=user)
     first, second = next_jobs()
@@ -65,8 +67,8 @@ def test_a_next_step_is_enqueued_with_its_options(user):
 
 
 def test_a_next_step_belongs_to_the_batch(run_jobs):
-    act.body = lambda self: self.then(add, [1, 2])
-    batch = Batch.objects.enqueue(act, [[]], then=echo.s())
+    act.body = lambda self: self.enqueue_next(add, [1, 2])
+    batch = batches.enqueue(act, [[]], on_success=echo.s())
     run_jobs()
     batch.refresh_from_db()
     assert batch.counts == {"succeeded": 2}
@@ -79,7 +81,7 @@ def twice(end):
 
     def body(self):
         runs.append(self)
-        self.then(add, [1, len(runs)])
+        self.enqueue_next(add, [1, len(runs)])
         if len(runs) == 1:
             end(self)
 
@@ -102,12 +104,12 @@ def test_members_that_a_body_has_added_stay_when_it_runs_again(run_jobs):
     seen = []
 
     def body(self):
-        seen.append(self.batch.enqueue(add, [1, len(seen)]))
+        seen.append(batches.add(self.batch, add, [1, len(seen)]))
         if len(seen) == 1:
             lose(self)
 
     act.body = body
-    batch = Batch.objects.enqueue(act, [[]])
+    batch = batches.enqueue(act, [[]])
     run_jobs()
     run_jobs()  # after a crash
     assert [job.result for job in batch.jobs.filter(task=add.name).order_by("created_at")] == [1, 2]
@@ -128,7 +130,7 @@ def test_members_that_a_body_has_added_stay_when_it_runs_again(run_jobs):
 def test_a_next_step_is_stored_once_however_often_the_body_runs(run_jobs, end):
     body, seen = twice(end), []
     act.body = lambda self: (seen.append(len(next_jobs())), body(self))[0]
-    job = Job.objects.enqueue(act)
+    job = enqueue(act)
     run_jobs()
     run_jobs()  # after a crash
     job.refresh_from_db()
@@ -137,7 +139,7 @@ def test_a_next_step_is_stored_once_however_often_the_body_runs(run_jobs, end):
 
 
 def cancel(self):
-    Job.objects.filter(pk=self.request.id).cancel()
+    cancel(Job.objects.filter(pk=self.request.id))
 
 
 def cancel_and_report(self):
@@ -147,7 +149,7 @@ def cancel_and_report(self):
 
 def fail_in_transaction(self):
     with transaction.atomic():
-        self.then(add, [1, 2])
+        self.enqueue_next(add, [1, 2])
         raise DatabaseError("rolled back")
 
 
@@ -161,17 +163,17 @@ def fail_in_transaction(self):
         (fail_in_transaction, "failed"),
         (lambda self: {object()}, "failed"),
         (lambda self: float("nan"), "failed"),
-        (lambda self: self.then(add, [1]), "failed"),
-        (lambda self: self.then(add, [1, object()]), "failed"),
-        (lambda self: self.then(plain), "failed"),
-        (lambda self: self.then(add, 5), "failed"),
-        (lambda self: self.then(add, [1, 2], countdown=1e10), "failed"),
+        (lambda self: self.enqueue_next(add, [1]), "failed"),
+        (lambda self: self.enqueue_next(add, [1, object()]), "failed"),
+        (lambda self: self.enqueue_next(plain), "failed"),
+        (lambda self: self.enqueue_next(add, 5), "failed"),
+        (lambda self: self.enqueue_next(add, [1, 2], countdown=1e10), "failed"),
         (lambda self: ThreadPoolExecutor().submit(self.then, add, [1, 2]).result(), "failed"),
     ],
 )
 def test_without_success_no_next_step_is_stored(end, state):
     def body(self):
-        self.then(add, [1, 2])
+        self.enqueue_next(add, [1, 2])
         return end(self)
 
     assert run(body).state == state
@@ -180,12 +182,12 @@ def test_without_success_no_next_step_is_stored(end, state):
 
 def test_wrong_arguments_of_a_next_step_are_an_error_of_the_body():
     for args, error in ([1], "TypeError"), ("ab", "TypeError"), ([{1}, object()], "TypeError"):
-        assert run(lambda self, args=args: self.then(add, args)).error.startswith(error)
+        assert run(lambda self, args=args: self.enqueue_next(add, args)).error.startswith(error)
 
 
 def test_a_body_that_raises_ignore_has_succeeded():
     def body(self):
-        self.then(add, [1, 2])
+        self.enqueue_next(add, [1, 2])
         raise Ignore
 
     assert run(body).state == "succeeded" and len(next_jobs()) == 1
@@ -196,7 +198,7 @@ def test_a_rollback_of_the_body_keeps_its_next_step():
 
     def body(self):
         with suppress(ZeroDivisionError), transaction.atomic():
-            self.then(add, [1, 2])
+            self.enqueue_next(add, [1, 2])
             1 / 0  # noqa: B018
 
     assert run(body).state == "succeeded" and len(next_jobs()) == 1
@@ -217,38 +219,38 @@ def test_success_and_next_step_are_stored_together(monkeypatch):
 
     monkeypatch.setattr(batches.Rows, "store", interrupted)
     monkeypatch.setattr(database.time, "sleep", look)
-    job = run(lambda self: self.then(add, [1, 2]))
+    job = run(lambda self: self.enqueue_next(add, [1, 2]))
     assert seen == [True, ("running", [])]
     assert job.state == "succeeded" and len(next_jobs()) == 1
 
 
 def test_a_step_that_cannot_be_stored_makes_its_job_fail(monkeypatch):
     monkeypatch.setattr(batches.Rows, "store", Mock(side_effect=DatabaseError("no")))
-    job = run(lambda self: self.then(echo))
+    job = run(lambda self: self.enqueue_next(echo))
     assert (job.state, job.error) == ("failed", "Its result cannot be stored: no")
     assert not Job.objects.filter(task=echo.name)
 
 
 def test_a_coroutine_names_its_next_step():
     async def body(self):
-        self.then(add, [1, 2], label="after the coroutine")
+        self.enqueue_next(add, [1, 2], label="after the coroutine")
 
     coroutine = shared_task(body, name="coroutine", base=JobTask, bind=True)
-    job = Job.objects.enqueue(coroutine)
+    job = enqueue(coroutine)
     publish([job])
     [step] = next_jobs()
     assert (step.follows, step.label) == (job.pk, "after the coroutine")
 
 
 def test_a_body_that_is_called_directly_enqueues_its_next_step():
-    act.body = lambda self: (self.then(add, [1, 2], label="x", countdown=5), self.batch)[1]
+    act.body = lambda self: (self.enqueue_next(add, [1, 2], label="x", countdown=5), self.batch)[1]
     assert act() is None
     [job] = next_jobs()
     assert (job.label, job.follows, job.times_sent) == ("x", None, 0)
 
 
 def test_a_chain_goes_on_beside_the_next_step_of_its_body(run_jobs):
-    act.body = lambda self: self.then(add, [1, 2])
+    act.body = lambda self: self.enqueue_next(add, [1, 2])
     last = chain(act.s(), echo.s(5))()
     assert last.get() == [None, 5]
     run_jobs()
@@ -256,7 +258,7 @@ def test_a_chain_goes_on_beside_the_next_step_of_its_body(run_jobs):
 
 
 def test_a_body_of_django_names_a_next_step(run_jobs):
-    batch = Batch.objects.enqueue(double_later, [[3]])
+    batch = batches.enqueue(double_later, [[3]])
     run_jobs()
     rows = batch.jobs.order_by("created_at").values_list("label", "result")
     assert list(rows) == [("", str(batch.pk)), ("later", 6)]

@@ -21,10 +21,14 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from structlog.contextvars import bound_contextvars, get_contextvars
 
-from durable_jobs import beat, lease, publish, sweep, tracing, turns, updates
+from durable_jobs import admission, batches, publish, tracing, transitions
+from durable_jobs.actions import cancel, run_all_again, start_now
+from durable_jobs.beat.schedule import sweeper
+from durable_jobs.enqueue import enqueue, enqueue_many
 from durable_jobs.messages import MESSAGE_FIELDS, send
 from durable_jobs.models import Batch, Job
 from durable_jobs.tasks import JobTask
+from durable_jobs.worker.children import lease
 
 pytestmark = pytest.mark.django_db
 INVALID = trace.INVALID_SPAN
@@ -42,7 +46,7 @@ def limited():
 
 @shared_task(base=JobTask)
 def enqueue_another():
-    Job.objects.enqueue(add, [1])
+    enqueue(add, [1])
 
 
 @pytest.fixture
@@ -67,7 +71,7 @@ def messages(monkeypatch):
     signals.before_task_publish.connect(receiver.receiver_before_task_publish)
     signals.before_task_publish.connect(keep)
     current_app.conf.task_always_eager = False
-    monkeypatch.setattr(sweep, "messages_in", lambda name, broker: 0)
+    monkeypatch.setattr(sweeper, "messages_in", lambda name, broker: 0)
     yield sent
     signals.before_task_publish.disconnect(receiver.receiver_before_task_publish)
     signals.before_task_publish.disconnect(keep)
@@ -116,10 +120,10 @@ def test_messages_of_the_request_and_of_the_sweep_belong_to_the_request(
     spans, messages, request_of, commit
 ):
     with request_of("r1") as root, commit():
-        job = Job.objects.enqueue(add, [1])
+        job = enqueue(add, [1])
     assert stored(job) == of(root, "r1")
     Job.objects.update(times_sent=0, sweep_at=Now())  # as after a countdown, a retry or a crash
-    sweep.send_due()
+    sweeper.send_due()
     assert [logged(message) for message in messages] == [
         {"request_id": "r1", "user_id": 7},
         {"request_id": "r1"},
@@ -132,7 +136,7 @@ def test_messages_of_the_request_and_of_the_sweep_belong_to_the_request(
 
 
 def test_a_message_needs_no_query_for_its_request(messages, django_assert_num_queries):
-    Job.objects.enqueue(add, [1])
+    enqueue(add, [1])
     job = Job.objects.only(*MESSAGE_FIELDS).get()
     with django_assert_num_queries(0):
         send([job])
@@ -142,10 +146,10 @@ def test_the_sweep_mixes_no_requests(messages, request_of):
     jobs = []
     for name in "r1", "r2":
         with request_of(name):
-            jobs.append(Job.objects.enqueue(add, [1], countdown=1))
-    jobs.append(Job.objects.enqueue(add, [1], countdown=1))
+            jobs.append(enqueue(add, [1], countdown=1))
+    jobs.append(enqueue(add, [1], countdown=1))
     Job.objects.update(sweep_at=Now())
-    sweep.send_due()
+    sweeper.send_due()
     found = {message["id"]: logged(message) for message in messages}
     assert found == {
         str(jobs[0].pk): {"request_id": "r1"},
@@ -162,13 +166,13 @@ def test_a_failed_publish_leaves_nothing_attached(messages, request_of, commit, 
 
     monkeypatch.setattr("kombu.Producer.publish", refuse)
     with commit():
-        Job.objects.enqueue(add, [1])
+        enqueue(add, [1])
     assert is_nothing_bound()
     publish.publish_again_at.clear()
     with request_of("r1"):
         before = trace.get_current_span(), get_contextvars()
         with commit():
-            Job.objects.enqueue(add, [1])
+            enqueue(add, [1])
         assert (trace.get_current_span(), get_contextvars()) == before
     assert len(messages) == 2
 
@@ -178,7 +182,7 @@ def test_a_lost_run_has_a_span_and_its_log_lines_the_id(spans, request_of, monke
     monkeypatch.setattr(lease.logger, "warning", lambda *args: lines.append(get_contextvars()))
     monkeypatch.setattr(lease.logger, "error", lambda *args: lines.append(get_contextvars()))
     with request_of("r1") as root:
-        job = Job.objects.enqueue(add, [1])
+        job = enqueue(add, [1])
     claim(job.pk)
     lease.recover(Job.objects.filter(pk=job.pk))
     claim(job.pk, crashes=1)
@@ -195,26 +199,26 @@ def test_a_lost_run_has_a_span_and_its_log_lines_the_id(spans, request_of, monke
 
 def test_a_job_that_cannot_be_sent_is_logged_with_the_id_of_its_request(request_of, monkeypatch):
     lines = []
-    monkeypatch.setattr(sweep.logger, "error", lambda *args: lines.append(get_contextvars()))
+    monkeypatch.setattr(sweeper.logger, "error", lambda *args: lines.append(get_contextvars()))
     with request_of("r1"):
-        job = Job.objects.enqueue(add, [1])
-    sweep.fail(job.pk, error="refused")
-    sweep.fail(job.pk, error="refused")  # it has failed, so nothing changes
+        job = enqueue(add, [1])
+    sweeper.fail(job.pk, error="refused")
+    sweeper.fail(job.pk, error="refused")  # it has failed, so nothing changes
     assert lines == [{"request_id": "r1"}]
 
 
 def test_many_jobs_belong_to_the_request_that_enqueued_them_or_ran_them_again(request_of):
     with request_of("r1") as first:
-        jobs = Job.objects.enqueue_many(add, [[1], [2]])
-        jobs.append(Job.objects.enqueue(add, [1], unique="a"))
-        jobs += Batch.objects.enqueue(add, [[1]]).jobs.all()
+        jobs = enqueue_many(add, [[1], [2]])
+        jobs.append(enqueue(add, [1], unique="a"))
+        jobs += batches.enqueue(add, [[1]]).jobs.all()
     assert [stored(job) for job in jobs] == [of(first, "r1")] * 4
     failed, copied, unique, member = jobs
     for job in failed, member, unique:
-        job.cancel()
+        cancel(job)
     Job.objects.filter(pk=copied.pk).update(state="succeeded", finished_at=Now(), sweep_at=None)
     with request_of("r2") as second:
-        again = list(Job.objects.order_by("created_at").run_again())
+        again = list(run_all_again(Job.objects.order_by("created_at")))
     assert len(again) == 4
     assert [stored(job) for job in again] == [of(second, "r2")] * 4
     assert stored(copied) == of(first, "r1")
@@ -222,9 +226,9 @@ def test_many_jobs_belong_to_the_request_that_enqueued_them_or_ran_them_again(re
 
 def test_a_job_that_is_started_now_keeps_its_request(messages, request_of, commit):
     with request_of("r1") as first:
-        job = Job.objects.enqueue(add, [1], countdown=60)
+        job = enqueue(add, [1], countdown=60)
     with request_of("r2"), commit():
-        Job.objects.filter(pk=job.pk).start_now()
+        start_now(Job.objects.filter(pk=job.pk))
     assert stored(job) == of(first, "r1")
     assert [logged(message) for message in messages] == [{"request_id": "r1"}]
     assert messages[0]["traceparent"].split("-")[1] == f"{first.trace_id:032x}"
@@ -234,7 +238,7 @@ def test_what_starts_next_belongs_to_the_request_of_the_first_job(request_of, ru
     """A chain's step, a batch's callback and what a body enqueues."""
     with request_of("r1") as root:
         steps = chain(add.s(1), add.s(2), enqueue_another.si())()
-        Batch.objects.enqueue(add, [[1], [2]], then=add.si(1), ended=add.si(2))
+        batches.enqueue(add, [[1], [2]], on_success=add.si(1), on_finish=add.si(2))
     with request_of("r2"):  # it adds a job, but the batch is that of r1
         Batch.objects.get().enqueue(add, [3])
     run_jobs()
@@ -249,13 +253,13 @@ def test_a_job_that_another_one_lets_go_does_not_get_its_ids(messages, request_o
     """Not even if both have the same request: the first one has not enqueued the second."""
     with request_of("r1"):
         for _ in range(2):
-            Job.objects.enqueue(limited)
+            enqueue(limited)
     ids = {"task_id": "of the first", "user_id": 8}
     for name in "r1", "r2":
         with bound_contextvars(request_id=name, **ids):
-            turns.grant([limited.limit])
+            admission.grant([limited.limit])
             assert get_contextvars() == {"request_id": name, **ids}
-        updates.finish(Job.objects.filter(held_by=None), "succeeded")
+        transitions.finish(Job.objects.filter(blocked_by=None), "succeeded")
     assert [logged(message) for message in messages] == [{"request_id": "r1"}] * 2
 
 
@@ -263,7 +267,7 @@ def test_a_job_of_a_body_gets_the_ids_of_its_run(messages, commit, spans):
     run = trace.get_tracer("worker").start_as_current_span("run/…")
     with bound_contextvars(request_id="r1", task_id="of the body", user_id=8), run as span:
         with commit():
-            job = Job.objects.enqueue(add, [1])
+            job = enqueue(add, [1])
     assert stored(job) == of(span.get_span_context(), "r1")
     [message] = messages
     assert logged(message) == {"request_id": "r1", "parent_task_id": "of the body", "user_id": 8}
@@ -272,9 +276,9 @@ def test_a_job_of_a_body_gets_the_ids_of_its_run(messages, commit, spans):
 def test_a_job_without_a_request_starts_a_trace_of_its_own(spans, messages, commit):
     """A job of Beat or of a shell: its first message and its retries are one tree."""
     with commit():
-        job = Job.objects.enqueue(add, [1])
+        job = enqueue(add, [1])
     Job.objects.update(times_sent=0, sweep_at=Now())
-    sweep.send_due()
+    sweeper.send_due()
     root, *produced = spans()
     assert root.parent is None and root.name == f"enqueue/{add.name}"
     assert [span.parent.span_id for span in produced] == [root.context.span_id] * 2
@@ -289,7 +293,7 @@ def test_a_job_without_a_request_starts_a_trace_of_its_own(spans, messages, comm
 )
 def test_any_text_of_a_client_can_be_stored_as_the_id_of_its_request(sent, kept, messages, commit):
     with bound_contextvars(request_id=sent, user_id=7), commit():
-        job = Job.objects.enqueue(add, [1])
+        job = enqueue(add, [1])
     assert stored(job)[1] == kept
     assert logged(messages[0])["user_id"] == 7  # it is still its own request
 
@@ -298,10 +302,10 @@ def test_an_unsampled_trace_stays_unsampled(spans, messages):
     flags = trace.TraceFlags(0)
     context = trace.SpanContext(1, 2, is_remote=True, trace_flags=flags)
     with trace.use_span(trace.NonRecordingSpan(context)):
-        job = Job.objects.enqueue(add, [1], countdown=1)
+        job = enqueue(add, [1], countdown=1)
     assert job.trace == "00-" + "1".zfill(32) + "-" + "2".zfill(16) + "-00"
     Job.objects.update(sweep_at=Now())
-    sweep.send_due()
+    sweeper.send_due()
     assert messages[0]["traceparent"].endswith("-00") and not spans()
 
 
@@ -322,7 +326,7 @@ def test_a_process_that_ends_exports_its_spans_but_does_not_wait_long(monkeypatc
 
 def test_without_a_provider_no_trace_is_stored(commit):
     with commit():
-        job = Job.objects.enqueue(add, [1])
+        job = enqueue(add, [1])
     assert stored(job) == ([], "")
     tracing.flush()
 
@@ -332,7 +336,8 @@ def test_a_library_that_nobody_uses_is_not_imported():
 import django, sys
 django.setup()
 from celery import shared_task
-from durable_jobs import sweep, tracing
+from durable_jobs import tracing
+from durable_jobs.beat.schedule import sweeper
 from durable_jobs.models import Job
 from durable_jobs.tasks import JobTask
 assert tracing.current("a task") == {"trace": "", "request_id": ""}

@@ -13,18 +13,22 @@ from django.db.models.functions import Now
 from django.utils import timezone
 from helpers import alone, ask, call, end, free, lapse, start
 
-from durable_jobs import lease, shutdown, sweep, turns, updates, worker
+from durable_jobs import admission, pauses, transitions
+from durable_jobs.actions import cancel, run_all_again
+from durable_jobs.beat.schedule import sweeper
+from durable_jobs.enqueue import enqueue_many
 from durable_jobs.expressions import QUEUED
-from durable_jobs.models import Job, Pause, Start
+from durable_jobs.models import Job, Start
 from durable_jobs.reasons import reasons
-from durable_jobs.runs import runs
 from durable_jobs.tasks import JobError
+from durable_jobs.worker.children import lease, shutdown
+from durable_jobs.worker.runs import runs
 
 pytestmark = pytest.mark.django_db
 
 
 def held(key="one"):
-    return Job.objects.filter(held_by=key).count()
+    return Job.objects.filter(blocked_by=key).count()
 
 
 def test_a_job_over_its_limit_is_held(sent, commit):
@@ -33,13 +37,13 @@ def test_a_job_over_its_limit_is_held(sent, commit):
         other = call.enqueue(8)
     assert sent == [jobs[0].pk, jobs[1].pk, other.pk]
     jobs[2].refresh_from_db()
-    assert (jobs[2].held_by, jobs[2].sweep_at, jobs[2].times_sent) == ("tenant:7", None, 0)
+    assert (jobs[2].blocked_by, jobs[2].sweep_at, jobs[2].times_sent) == ("tenant:7", None, 0)
     assert jobs[2].state == "queued" and jobs[2].limit_key == "tenant:7"
 
 
 def test_a_run_hands_its_place_to_the_oldest_job(sent, commit):
     with commit():
-        jobs = Job.objects.enqueue_many(alone, [[number] for number in range(3)])
+        jobs = enqueue_many(alone, [[number] for number in range(3)])
     for number, job in enumerate(jobs):
         assert sent == [each.pk for each in jobs[: number + 1]]
         with commit():
@@ -49,7 +53,7 @@ def test_a_run_hands_its_place_to_the_oldest_job(sent, commit):
 
 def test_a_failed_run_and_a_retry_hand_over_the_place(sent, commit):
     with commit():
-        jobs = Job.objects.enqueue_many(alone, [[number] for number in range(3)])
+        jobs = enqueue_many(alone, [[number] for number in range(3)])
     run = start(jobs[0])
     with commit(), run:
         try:
@@ -62,13 +66,13 @@ def test_a_failed_run_and_a_retry_hand_over_the_place(sent, commit):
         run.try_again()
     assert sent == [job.pk for job in jobs]
     jobs[1].refresh_from_db()
-    assert (jobs[1].state, jobs[1].held_by, jobs[1].sweep_at) == ("queued", "one", None)
+    assert (jobs[1].state, jobs[1].blocked_by, jobs[1].sweep_at) == ("queued", "one", None)
     assert jobs[1].due_at > timezone.now() + timedelta(seconds=50)
 
 
 def test_a_retry_at_once_waits_for_its_turn(sent, commit):
     with commit():
-        first, second = Job.objects.enqueue_many(alone, [[1], [2]])
+        first, second = enqueue_many(alone, [[1], [2]])
     run = start(first)
     run.retry = {"delay": 0, "args": [], "kwargs": {}, "retries": 1}
     with run:
@@ -78,60 +82,60 @@ def test_a_retry_at_once_waits_for_its_turn(sent, commit):
 
 def test_a_cancelled_body_keeps_its_place(sent, commit):
     with commit():
-        first, second = Job.objects.enqueue_many(alone, [[1], [2]])
+        first, second = enqueue_many(alone, [[1], [2]])
     run = start(first)
     with commit():
-        first.cancel()
+        cancel(first)
     assert sent == [first.pk]
     with pytest.raises(ValueError, match="its body still runs"):
-        Job.objects.get(pk=first.pk).run_again()
+        run_all_again(Job.objects.get(pk=first.pk))
     with commit(), run:
-        assert not run.write(updates.finish, run.row, "failed")
+        assert not run.write(transitions.finish, run.row, "failed")
     assert sent == [first.pk, second.pk]
     with commit():
-        Job.objects.get(pk=first.pk).run_again()
+        run_all_again(Job.objects.get(pk=first.pk))
     assert held() == 1
 
 
 def test_the_sweep_lets_held_jobs_go(sent):
-    jobs = Job.objects.enqueue_many(call, [[7, number] for number in range(4)])
-    sweep.send_due()
+    jobs = enqueue_many(call, [[7, number] for number in range(4)])
+    sweeper.send_due()
     assert sent == [job.pk for job in jobs[:2]]
-    sweep.send_due()
+    sweeper.send_due()
     assert sent == [job.pk for job in jobs[:2]]
 
 
 def test_held_jobs_go_in_the_order_in_which_they_are_due(sent, commit):
-    jobs = Job.objects.enqueue_many(alone, [[number] for number in range(4)])
+    jobs = enqueue_many(alone, [[number] for number in range(4)])
     late, soon = jobs[0], jobs[3]
     Job.objects.filter(pk=late.pk).update(due_at=Now() - timedelta(seconds=1))
     Job.objects.filter(pk=soon.pk).update(due_at=Now() - timedelta(hours=1))
     for expected in [soon, late]:
-        sweep.send_due()
+        sweeper.send_due()
         assert sent[-1] == expected.pk
         Job.objects.filter(pk=expected.pk).delete()
 
 
 def test_deleted_jobs_free_their_places(sent, commit):
     with commit():
-        first, second = Job.objects.enqueue_many(alone, [[1], [2]])
+        first, second = enqueue_many(alone, [[1], [2]])
     Job.objects.filter(pk=first.pk).delete()
-    sweep.send_due()
+    sweeper.send_due()
     assert sent == [first.pk, second.pk]
 
 
 def test_one_key_that_fails_holds_no_other(sent, monkeypatch, caplog):
     for tenant in 1, 2, 3:
         call.enqueue(tenant)
-    take = turns.take
+    take = admission.take
 
     def fail_for_one(key, *args, **options):
         if key == "tenant:2":
             raise Error("no")
         return take(key, *args, **options)
 
-    monkeypatch.setattr(turns, "take", fail_for_one)
-    sweep.send_due()
+    monkeypatch.setattr(admission, "take", fail_for_one)
+    sweeper.send_due()
     assert len(sent) == 2 and "jobs of tenant:2 are held until the next round" in caplog.text
 
 
@@ -140,11 +144,11 @@ def test_a_grant_that_fails_is_left_to_the_sweep(sent, commit, monkeypatch, capl
         raise Error("no")
 
     with monkeypatch.context() as patch:
-        patch.setattr(turns, "free_places", refuse)
+        patch.setattr(admission, "free_slots", refuse)
         with commit():
             job = alone.enqueue()
     assert "the sweep will let jobs of one go" in caplog.text and not sent
-    sweep.send_due()
+    sweeper.send_due()
     assert sent == [job.pk]
 
 
@@ -164,22 +168,22 @@ def test_a_held_job_says_what_it_waits_for(sent, commit, settings):
 @pytest.mark.parametrize("end_body", ["lease", "child"])
 def test_a_body_of_a_cancelled_job_that_dies_frees_its_place(sent, commit, monkeypatch, end_body):
     with commit():
-        first, second = Job.objects.enqueue_many(alone, [[1], [2]])
+        first, second = enqueue_many(alone, [[1], [2]])
     run = start(first)
-    token, _ = run.token, first.cancel()
+    token, _ = run.token, cancel(first)
     if end_body == "lease":
-        sweep.send_due()
+        sweeper.send_due()
         assert sent == [first.pk]  # its lease has not lapsed
         lapse(first)
-        sweep.send_due()
+        sweeper.send_due()
         assert sent == [first.pk]  # a worker gets time to renew it
-        sweep.recover_lapsed()
-        sweep.send_due()
+        sweeper.recover_lapsed()
+        sweeper.send_due()
     else:
         monkeypatch.setattr(worker, "in_thread", lambda update, *args, delay: update(*args))
         headers = {"run_token": token, "limit": "one", "crashes": 0}
         sender = SimpleNamespace(request=SimpleNamespace(headers=headers))
-        worker.recover_job_of_dead_child(sender, first.pk, WorkerLostError())
+        children.recover_job_of_dead_child(sender, first.pk, WorkerLostError())
     assert sent == [first.pk, second.pk]
     assert Job.objects.get(pk=first.pk).sweep_at is None
 
@@ -189,7 +193,7 @@ def test_a_cancelled_body_renews_the_lease_of_its_place(sent, commit, monkeypatc
     with commit():
         job = alone.enqueue()
     run = start(job)
-    job.cancel()
+    cancel(job)
     Job.objects.update(sweep_at=Now() + timedelta(seconds=1))
     if renew == "process":
         lease.renew_cancelled([run])
@@ -200,7 +204,7 @@ def test_a_cancelled_body_renews_the_lease_of_its_place(sent, commit, monkeypatc
         sleeps = iter([None])
         monkeypatch.setattr(worker.time, "sleep", lambda seconds: next(sleeps))
         with pytest.raises(StopIteration):
-            worker.renew_leases_of_children()
+            children.renew_leases_of_children()
     assert Job.objects.filter(sweep_at__gt=Now() + timedelta(seconds=20)).exists()
 
 
@@ -214,21 +218,21 @@ def test_a_revoke_frees_the_place_only_if_it_kills_the_body(
     with commit():
         job = alone.enqueue()
     start(job)
-    job.cancel()
+    cancel(job)
     request = SimpleNamespace(id=job.pk, headers={"limit": "one", "crashes": 0})
-    worker.free_place_of_dead_child(request, terminated=True, signum=signum)
+    children.free_slot_of_dead_child(request, terminated=True, signum=signum)
     assert (Job.objects.get(pk=job.pk).sweep_at is None) == is_free
 
 
 def test_a_run_that_was_overtaken_frees_no_place_of_the_newer_one(sent, commit):
     """The newer run was cancelled, and its body still runs."""
     with commit():
-        first, _ = Job.objects.enqueue_many(alone, [[1], [2]])
+        first, _ = enqueue_many(alone, [[1], [2]])
     old = start(first)
     Job.objects.filter(pk=first.pk).update(crashes=1, run_token=uuid.uuid4())
-    first.cancel()
+    cancel(first)
     with commit(), old:
-        assert not old.write(updates.finish, old.row, "failed")
+        assert not old.write(transitions.finish, old.row, "failed")
     assert Job.objects.get(pk=first.pk).sweep_at
     assert sent == [first.pk]
 
@@ -236,45 +240,45 @@ def test_a_run_that_was_overtaken_frees_no_place_of_the_newer_one(sent, commit):
 def test_a_queued_job_that_is_queued_again_keeps_its_place(sent, commit):
     """Its worker shuts down, or it must not run beside another suspect."""
     with commit():
-        first, _ = Job.objects.enqueue_many(alone, [[1], [2]])
-    updates.requeue(Job.objects.filter(QUEUED, pk=first.pk), 60)
-    sweep.send_due()
+        first, _ = enqueue_many(alone, [[1], [2]])
+    transitions.requeue(Job.objects.filter(QUEUED, pk=first.pk), 60)
+    sweeper.send_due()
     first.refresh_from_db()
-    assert (first.held_by, first.times_sent) == (None, 0) and first.sweep_at
+    assert (first.blocked_by, first.times_sent) == (None, 0) and first.sweep_at
     assert sent == [first.pk] and held() == 1
 
 
 def test_a_job_that_is_handed_back_is_the_next_one_again(sent, commit):
     """A deploy must not put it behind all jobs of its key."""
     with commit():
-        first, _ = Job.objects.enqueue_many(alone, [[1], [2]])
+        first, _ = enqueue_many(alone, [[1], [2]])
     run = start(first)
     with run:
-        run.hand_back()
+        run.release()
     assert sent == [first.pk, first.pk] and held() == 1
 
 
 def test_a_job_of_an_unknown_task_gives_its_place_to_the_next_one(sent, commit):
     with commit():
-        first, second = Job.objects.enqueue_many(alone, [[1], [2]])
-    worker.requeue_later(Job.objects.filter(QUEUED, pk=first.pk))
+        first, second = enqueue_many(alone, [[1], [2]])
+    unknown_tasks.requeue_later(Job.objects.filter(QUEUED, pk=first.pk))
     first.refresh_from_db()
-    assert first.held_by == "one" and first.due_at > timezone.now() + timedelta(seconds=50)
+    assert first.blocked_by == "one" and first.due_at > timezone.now() + timedelta(seconds=50)
     assert sent == [first.pk, second.pk]
 
 
 def test_an_unknown_task_does_not_shorten_a_countdown(sent):
     job = alone.using(countdown=3600).enqueue()
-    worker.requeue_later(Job.objects.filter(QUEUED, pk=job.pk))
+    unknown_tasks.requeue_later(Job.objects.filter(QUEUED, pk=job.pk))
     job.refresh_from_db()
     assert job.due_at > timezone.now() + timedelta(seconds=3500)
 
 
 def test_a_message_that_cannot_be_sent_keeps_the_place(commit, broker_down):
     with commit():
-        first, _ = Job.objects.enqueue_many(alone, [[1], [2]])
+        first, _ = enqueue_many(alone, [[1], [2]])
     first.refresh_from_db()
-    assert (first.held_by, first.times_sent) == (None, 0) and first.sweep_at
+    assert (first.blocked_by, first.times_sent) == (None, 0) and first.sweep_at
     assert held() == 1
 
 
@@ -300,7 +304,7 @@ def test_a_countdown_of_a_held_job_takes_no_place_and_wakes_the_sweep(sent, comm
     with commit():
         later, now = alone.using(countdown=3).enqueue(), alone.enqueue()
     assert sent == [now.pk]
-    assert 2 < sweep.send_due() < 3
+    assert 2 < sweeper.send_due() < 3
     assert reasons([Job.objects.get(pk=later.pk)]) == {}
 
 
@@ -309,13 +313,13 @@ def test_a_claim_that_is_repeated_succeeds_although_a_pause_has_begun(sent, comm
     with commit():
         job = alone.enqueue()
     run = start(job)
-    Pause.objects.pause("celery")
+    pauses.pause("celery")
     assert run.claim()
 
 
 def test_a_lowered_limit_lets_no_job_go_until_enough_have_ended(sent, commit, settings):
     with commit():
-        jobs = Job.objects.enqueue_many(call, [[7, number] for number in range(4)])
+        jobs = enqueue_many(call, [[7, number] for number in range(4)])
     first, second = map(start, jobs[:2])
     settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"LIMITS": {**settings.DURABLE_JOBS["LIMITS"], "tenant": "1"}}
     with commit():
@@ -328,9 +332,9 @@ def test_a_lowered_limit_lets_no_job_go_until_enough_have_ended(sent, commit, se
 
 def test_a_raised_limit_holds_at_the_next_round(sent, commit, settings):
     with commit():
-        jobs = Job.objects.enqueue_many(call, [[7, number] for number in range(4)])
+        jobs = enqueue_many(call, [[7, number] for number in range(4)])
     settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"LIMITS": {"tenant": "4"}}
-    sweep.send_due()
+    sweeper.send_due()
     assert sent == [job.pk for job in jobs]
 
 
@@ -339,21 +343,21 @@ def test_a_raised_limit_holds_at_the_next_round(sent, commit, settings):
 
 def test_a_rate_counts_starts_in_the_period(sent, commit):
     with commit():
-        jobs = Job.objects.enqueue_many(ask, [[number] for number in range(5)])
+        jobs = enqueue_many(ask, [[number] for number in range(5)])
     assert len(sent) == 3
     for job in jobs[:3]:
         end(start(job))
     assert Start.objects.count() == 3
-    sweep.send_due()
+    sweeper.send_due()
     assert len(sent) == 3
     Start.objects.update(started_at=F("started_at") - timedelta(hours=1))
-    sweep.send_due()
+    sweeper.send_due()
     assert sent == [job.pk for job in jobs]
 
 
 def test_deleted_jobs_retries_and_hand_backs_count_for_the_rate(sent, commit):
     with commit():
-        jobs = Job.objects.enqueue_many(ask, [[number] for number in range(5)])
+        jobs = enqueue_many(ask, [[number] for number in range(5)])
     end(start(jobs[0]))
     Job.objects.filter(pk=jobs[0].pk).delete()
     retried, back = start(jobs[1]), start(jobs[2])
@@ -361,20 +365,20 @@ def test_deleted_jobs_retries_and_hand_backs_count_for_the_rate(sent, commit):
     with commit(), retried:
         retried.try_again()
     with commit(), back:
-        back.hand_back()
-    sweep.send_due()
+        back.release()
+    sweeper.send_due()
     assert len(sent) == 3 and Start.objects.count() == 3
     assert held("api") == 4
 
 
 def test_jobs_that_were_let_go_but_have_not_started_count_for_the_rate(sent, commit):
     """Else they would all start at once when the workers come back."""
-    Job.objects.enqueue_many(ask, [[number] for number in range(9)])
+    enqueue_many(ask, [[number] for number in range(9)])
     for _ in range(3):
-        sweep.send_due()
+        sweeper.send_due()
     assert len(sent) == 3
     Start.objects.bulk_create(Start(key="api") for _ in range(3))
-    sweep.send_due()
+    sweeper.send_due()
     assert len(sent) == 3
 
 
@@ -384,7 +388,7 @@ def test_rates_with_different_periods_do_not_mix(sent, settings):
         Start.objects.bulk_create(Start(key=name) for _ in range(count))
     Start.objects.update(started_at=Now() - timedelta(minutes=2))
     minute, hour = alone.enqueue(), ask.enqueue()
-    sweep.send_due()
+    sweeper.send_due()
     assert sent == [minute.pk]
     text = reasons([Job.objects.get(pk=hour.pk)])
     assert text == {hour.pk: "Waits for its turn: api may start 2/h"}
@@ -399,34 +403,34 @@ def test_the_sweep_wakes_when_the_rate_has_room(sent, settings, ago, seconds):
         now = Now() - timedelta(seconds=ago)
         Start.objects.bulk_create(Start(key="api") for _ in range(3))
         Start.objects.update(started_at=now)
-    Job.objects.enqueue_many(ask, [[number] for number in range(5)])
-    assert sweep.send_due() == pytest.approx(seconds, abs=5)
+    enqueue_many(ask, [[number] for number in range(5)])
+    assert sweeper.send_due() == pytest.approx(seconds, abs=5)
 
 
 def test_the_sweep_looks_again_when_a_rate_lets_more_jobs_go(sent):
     """Also after a round that let some go: when these have ended at once, nobody else looks."""
-    jobs = Job.objects.enqueue_many(ask, [[number] for number in range(5)])
-    assert turns.let_due_go()[1] == 3600
+    jobs = enqueue_many(ask, [[number] for number in range(5)])
+    assert admission.admit_due()[1] == 3600
     for job in jobs[:2]:
         end(start(job))
     Start.objects.update(started_at=F("started_at") - timedelta(minutes=50))
-    assert 590 < turns.let_due_go()[1] <= 600
+    assert 590 < admission.admit_due()[1] <= 600
 
 
 @pytest.mark.parametrize("turn, expected", [((9, 0.01), 0.1), ((0.01, 9), 0.5), ((9, 3), 3)])
 def test_the_sweep_rests_between_two_turns(sent, monkeypatch, turn, expected):
     """A rate such as 5/s needs shorter rests than a countdown."""
-    monkeypatch.setattr(turns, "let_due_go", lambda: turn)
-    assert sweep.send_due() == expected
+    monkeypatch.setattr(admission, "admit_due", lambda: turn)
+    assert sweeper.send_due() == expected
 
 
 def test_starts_are_deleted_when_no_rate_counts_them(settings):
     settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"LIMITS": {"one": "2/min", "api": "3/h"}}
     Start.objects.bulk_create(Start(key=key) for key in ["api", "one"])
     Start.objects.filter(key="one").update(started_at=Now() - timedelta(hours=25))
-    turns.delete_old_starts()
+    admission.delete_old_starts()
     assert [each.key for each in Start.objects.all()] == ["api"]
     settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"LIMITS": {"api": "3/3d"}}
     Start.objects.update(started_at=Now() - timedelta(days=2))
-    turns.delete_old_starts()
+    admission.delete_old_starts()
     assert Start.objects.exists()

@@ -7,22 +7,23 @@ from django.db import IntegrityError, connection, transaction
 from django.test.utils import CaptureQueriesContext
 from helpers import add, call_concurrently, claim_and_lapse
 
-from durable_jobs import queryset
+from durable_jobs import enqueue
+from durable_jobs.actions import cancel, run_all_again
+from durable_jobs.enqueue import JobQuerySet, enqueue
 from durable_jobs.models import Job
-from durable_jobs.queryset import JobQuerySet
 
 pytestmark = pytest.mark.django_db
 
 
 def test_a_unique_key_has_one_active_job(published):
-    first = Job.objects.enqueue(add, [1, 2], unique="key")
-    assert Job.objects.enqueue(add, [3, 4], unique="key") == first
+    first = enqueue(add, [1, 2], unique="key")
+    assert enqueue(add, [3, 4], unique="key") == first
     claim_and_lapse(first)
-    assert Job.objects.enqueue(add, [1, 2], unique="key").state == "running"
-    others = [Job.objects.enqueue(add, [1, 2], unique=unique) for unique in ("other", None, None)]
+    assert enqueue(add, [1, 2], unique="key").state == "running"
+    others = [enqueue(add, [1, 2], unique=unique) for unique in ("other", None, None)]
     assert Job.objects.count() == 1 + len(others)
-    Job.objects.filter(pk=first.pk).cancel()
-    assert Job.objects.enqueue(add, [1, 2], unique="key").state == "queued"
+    cancel(Job.objects.filter(pk=first.pk))
+    assert enqueue(add, [1, 2], unique="key").state == "queued"
 
 
 @pytest.mark.django_db(transaction=True)
@@ -30,7 +31,7 @@ def test_a_unique_key_has_one_active_job(published):
 def test_concurrent_calls_with_a_unique_key_get_one_job(block):
     def enqueue():
         with block():
-            job = Job.objects.enqueue(add, [1, 2], unique="key", countdown=60)
+            job = enqueue(add, [1, 2], unique="key", countdown=60)
             return Job.objects.get(pk=job.pk).pk  # the transaction still works
 
     assert set(call_concurrently(20, enqueue)) == {Job.objects.get().pk}
@@ -41,17 +42,17 @@ def test_concurrent_calls_with_a_unique_key_all_get_a_job_that_runs():
     """Some of the jobs end while other threads read them."""
 
     def enqueue():
-        return [Job.objects.enqueue(add, [1, 2], unique="key").pk for _ in range(10)]
+        return [enqueue(add, [1, 2], unique="key").pk for _ in range(10)]
 
     jobs = {pk for pks in call_concurrently(20, enqueue) for pk in pks}
     assert set(Job.objects.values_list("pk", "state")) == {(pk, "succeeded") for pk in jobs}
 
 
 def test_a_conflicting_job_that_ends_before_it_is_read_frees_its_unique_key(monkeypatch):
-    other, get = Job.objects.enqueue(add, [1, 2], unique="key"), JobQuerySet.get
+    other, get = enqueue(add, [1, 2], unique="key"), JobQuerySet.get
     # Called before each read, from the end of the list: first nothing, because the other job is not
     # committed yet; then the other job ends.
-    steps = [lambda: Job.objects.all().cancel(), lambda: None]
+    steps = [lambda: cancel(Job.objects.all()), lambda: None]
 
     def fail_twice(self, **key):
         if steps:
@@ -60,7 +61,7 @@ def test_a_conflicting_job_that_ends_before_it_is_read_frees_its_unique_key(monk
         return get(self, **key)
 
     monkeypatch.setattr(JobQuerySet, "get", fail_twice)
-    job = Job.objects.enqueue(add, [1, 2], unique="key")
+    job = enqueue(add, [1, 2], unique="key")
     assert set(Job.objects.values_list("pk", "state")) == {
         (other.pk, "cancelled"),
         (job.pk, "queued"),
@@ -69,27 +70,27 @@ def test_a_conflicting_job_that_ends_before_it_is_read_frees_its_unique_key(monk
 
 @pytest.mark.parametrize("conflict", ["idempotency_key", "pk"])
 def test_a_unique_key_hides_no_other_conflict(conflict):
-    first = Job.objects.enqueue(add, [1, 2], unique="first", idempotency_key="unique_key")
-    fields = {**queryset.new_fields(add, [1, 2]), conflict: getattr(first, conflict)}
+    first = enqueue(add, [1, 2], unique="first", idempotency_key="unique_key")
+    fields = {**enqueue.new_fields(add, [1, 2]), conflict: getattr(first, conflict)}
     with CaptureQueriesContext(connection) as captured:
         with pytest.raises(IntegrityError), transaction.atomic():
-            queryset.insert(Job.objects, fields, "second")
+            enqueue.insert(Job.objects, fields, "second")
     assert len([each for each in captured if each["sql"].startswith("INSERT")]) == 1
 
 
 def test_a_unique_key_is_found_outside_of_a_users_jobs(user, admin_user):
-    first = Job.objects.enqueue(add, [1, 2], owner=user, unique="key")
-    assert admin_user.job_set.enqueue(add, [1, 2], owner=admin_user, unique="key") == first
+    first = enqueue(add, [1, 2], owner=user, unique="key")
+    assert enqueue(add, [1, 2], owner=admin_user, unique="key") == first
 
 
 def test_a_unique_key_must_not_be_empty():
     with pytest.raises(ValueError, match="unique= must be a string of 1 to 255 characters"):
-        Job.objects.enqueue(add, [1, 2], unique="")
+        enqueue(add, [1, 2], unique="")
 
 
 def test_jobs_with_one_unique_key_run_again_as_one(published):
     for _ in range(3):
-        Job.objects.enqueue(add, [1, 2], unique="key")
-        Job.objects.all().cancel()
-    [again] = Job.objects.all().run_again()
+        enqueue(add, [1, 2], unique="key")
+        cancel(Job.objects.all())
+    [again] = run_all_again(Job.objects.all())
     assert again.state == "queued"

@@ -15,7 +15,8 @@ from django.db.models.functions import Now
 from helpers import act, add, claim, claim_and_lapse, enqueue_and_publish, seconds_until_due
 from kombu.asynchronous import Hub
 
-from durable_jobs import updates, worker
+from durable_jobs import transitions
+from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Job
 from durable_jobs.tasks import JobTask
 
@@ -30,15 +31,15 @@ def in_this_thread(delay, function):
 def test_the_job_of_a_killed_child_is_due_again_soon(monkeypatch, published):
     """But not if another run has claimed it since."""
     monkeypatch.setattr("threading.Timer", in_this_thread)
-    job, request = Job.objects.enqueue(add, [1, 2]), SimpleNamespace(request_dict={"job": True})
-    worker.assign_run_token(request)
+    job, request = enqueue(add, [1, 2]), SimpleNamespace(request_dict={"job": True})
+    children.assign_run_token(request)
     headers = request.request_dict
     sender = SimpleNamespace(request=SimpleNamespace(headers=headers))
     row, error = Job.objects.filter(pk=job.pk), exceptions.WorkerLostError()
     for token, state, crashes in (uuid.uuid4(), "running", 0), (headers["run_token"], "queued", 1):
-        updates.requeue(row)
+        transitions.requeue(row)
         claim(job.pk, token)
-        worker.recover_job_of_dead_child(sender, str(job.pk), error)
+        children.recover_job_of_dead_child(sender, str(job.pk), error)
         job.refresh_from_db()
         assert (job.state, job.crashes) == (state, crashes)
     assert seconds_until_due(job) == pytest.approx(5, rel=0.3)
@@ -48,7 +49,7 @@ def test_a_worker_looks_for_dead_children_twice_a_second(monkeypatch):
     """Celery does so every 5 s, and the job of a killed child would wait as long."""
     monkeypatch.setattr("threading.Thread", Mock())  # starts no thread of leases
     hub, pool, before = Hub(), Mock(), time.monotonic()
-    worker.watch_children(Mock(hub=hub, pool=pool, controller=Mock(pool_cls="prefork")))
+    children.watch_children(Mock(hub=hub, pool=pool, controller=Mock(pool_cls="prefork")))
     [call] = hub.timer.queue
     assert before + 0.4 <= call.eta <= time.monotonic() + 0.6
     hub.timer.clear()
@@ -61,7 +62,7 @@ def test_a_worker_looks_for_dead_children_twice_a_second(monkeypatch):
 @pytest.mark.django_db(transaction=True)  # it closes the connection
 def test_the_main_process_renews_only_the_runs_of_its_children(monkeypatch, published):
     """Not the run of another worker that took over while this one was frozen."""
-    jobs = [Job.objects.enqueue(add, [1, 2]) for _ in range(2)]
+    jobs = [enqueue(add, [1, 2]) for _ in range(2)]
     claim_and_lapse(jobs[0])
     claim_and_lapse(jobs[1])
     runs = [Job.objects.get(pk=jobs[0].pk).run_token, uuid.uuid4()]
@@ -72,14 +73,14 @@ def test_the_main_process_renews_only_the_runs_of_its_children(monkeypatch, publ
     monkeypatch.setattr(worker.state, "active_requests", requests)
     monkeypatch.setattr("time.sleep", Mock(side_effect=[None, SystemExit]))
     with pytest.raises(SystemExit):
-        worker.renew_leases_of_children()
+        children.renew_leases_of_children()
     assert [seconds_until_due(job) > 0 for job in jobs] == [True, False]
 
 
 def test_a_run_has_the_token_that_the_main_process_chose():
     token = uuid.uuid4()
     act.body = lambda task: str(Job.objects.get().run_token)
-    job = Job.objects.enqueue(act)
+    job = enqueue(act)
     result = act.apply(task_id=str(job.pk), headers={"job": True, "run_token": token})
     assert result.get() == str(token)
 
@@ -104,18 +105,18 @@ def test_a_child_that_is_terminated_is_not_told_of_a_shutdown(monkeypatch, signa
     monkeypatch.setitem(Panel.data, "revoke", revoke)
     monkeypatch.setitem(Panel.data, "terminate", None)
     monkeypatch.setattr(worker, "in_thread", Mock())
-    worker.cancel_revoked_jobs()
+    remote_control.cancel_revoked_jobs()
     Panel.data["revoke"](None, "id", terminate=True, signal=signal)
     revoke.assert_called_once_with(None, "id", terminate=True, signal=sent)
 
 
 @pytest.mark.django_db(transaction=True)  # it closes the connection
 def test_revoke_and_terminate_cancel_the_job(monkeypatch, published):
-    job, other = Job.objects.enqueue(add, [1, 2]), Job.objects.enqueue(add, [1, 2])
+    job, other = enqueue(add, [1, 2]), enqueue(add, [1, 2])
     monkeypatch.setitem(Panel.data, "revoke", lambda state, task_id, **kwargs: "revoked")
     monkeypatch.setitem(Panel.data, "terminate", None)
     monkeypatch.setattr("threading.Timer", in_this_thread)
-    worker.cancel_revoked_jobs()
+    remote_control.cancel_revoked_jobs()
     assert Panel.data["revoke"](None, [str(job.pk), "no job"]) == "revoked"
     assert list(Job.objects.filter(state="cancelled")) == [job]
     assert Panel.data["terminate"](None, "SIGTERM", str(other.pk)) == "revoked"
@@ -127,8 +128,8 @@ def test_a_job_of_a_task_that_the_worker_does_not_know_is_due_again_soon(monkeyp
     monkeypatch.setattr("threading.Timer", in_this_thread)
     monkeypatch.setattr(connection, "close", Mock())
     [job, other] = enqueue_and_publish(2)
-    worker.requeue_unknown(str(job.pk), SimpleNamespace(headers={"job": True}))
-    worker.requeue_unknown(str(other.pk), SimpleNamespace(headers=None))
+    unknown_tasks.requeue_unknown(str(job.pk), SimpleNamespace(headers={"job": True}))
+    unknown_tasks.requeue_unknown(str(other.pk), SimpleNamespace(headers=None))
     assert seconds_until_due(job) == pytest.approx(5, abs=2)
     assert seconds_until_due(other) == pytest.approx(30, abs=2)
 
@@ -137,7 +138,7 @@ def test_a_job_of_a_task_that_no_worker_knows_comes_back_less_and_less_often(pub
     """Its task may have been removed from the code: then its messages must not keep Beat busy."""
     [job] = enqueue_and_publish(1)
     Job.objects.update(due_at=Now() - timedelta(hours=1))
-    worker.requeue_later(Job.objects.filter(pk=job.pk))
+    unknown_tasks.requeue_later(Job.objects.filter(pk=job.pk))
     assert seconds_until_due(job) == pytest.approx(360, abs=2)
 
 
@@ -147,8 +148,8 @@ def test_a_plain_task_starts_with_a_connection_that_works(headers, spared):
     """A job needs no such check: its first query is its claim, which is tried again."""
     connection.ensure_connection()
     task = SimpleNamespace(request=SimpleNamespace(is_eager=False, headers=headers))
-    worker.prepare_connection(task)
+    startup.prepare_connection(task)
     assert connection.connection and connection.health_check_done is spared
     connection.close_at = 0  # CONN_MAX_AGE is over
-    worker.prepare_connection(task)
+    startup.prepare_connection(task)
     assert not connection.connection

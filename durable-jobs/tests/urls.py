@@ -3,8 +3,8 @@ from django.http import HttpResponse
 from django.urls import include, path
 from rest_framework.routers import DefaultRouter
 
-from durable_jobs.metrics import Metrics
-from durable_jobs.views import BatchViewSet, JobViewSet
+from durable_jobs.api.views import BatchViewSet, JobViewSet
+from durable_jobs.contrib.prometheus import Metrics
 
 router = DefaultRouter(use_regex_path=False)
 router.include_format_suffixes = False

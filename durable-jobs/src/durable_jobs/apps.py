@@ -4,18 +4,21 @@ from celery import current_app, signals
 from django.apps import AppConfig
 from django.core.exceptions import ImproperlyConfigured
 
-from . import conf
+from durable_jobs import conf
 
 
-class JobsConfig(AppConfig):
+class DurableJobsConfig(AppConfig):
     name = "durable_jobs"
     verbose_name = "Jobs"
     default_auto_field = "django.db.models.BigAutoField"
 
     def ready(self):
-        from . import beat, checks, heartbeat, limits, liveness, shutdown, tracing, worker  # noqa: F401  checks register themselves
+        from durable_jobs import checks, limits, liveness, tracing  # noqa: F401  checks register themselves
+        from durable_jobs.beat import schedule
+        from durable_jobs.worker import children, shutdown, startup, unknown_tasks
+        from durable_jobs.worker.heartbeat import heartbeat
 
-        # With 0 or less, jobs would not be sent or recovered, would run twice, or would be deleted at once.
+        # With 0 or less, jobs would not be sent or recovered, would run twice, or would be deleted immediately.
         numbers = [name for name, default in conf.DEFAULTS.items() if isinstance(default, int)]
         values = {f"DURABLE_JOBS['{name}']": getattr(conf, name) for name in numbers}
         values["CELERY_TASK_TIME_LIMIT"] = current_app.conf.task_time_limit or 0
@@ -27,17 +30,17 @@ class JobsConfig(AppConfig):
         for module in current_app.loader.default_modules:
             current_app.loader.import_task_module(module)
         limits.check_settings(current_app.tasks.values())
-        signals.worker_init.connect(worker.start)
+        signals.worker_init.connect(startup.start)
         signals.worker_init.connect(shutdown.prepare)
-        signals.worker_ready.connect(worker.watch_children)
+        signals.worker_ready.connect(children.watch_children)
         signals.worker_ready.connect(shutdown.use_soft_shutdown)
         signals.worker_ready.connect(heartbeat.start)
         signals.worker_shutting_down.connect(shutdown.begin)
-        signals.task_received.connect(worker.assign_run_token)
-        signals.task_prerun.connect(worker.prepare_connection)
-        signals.task_failure.connect(worker.recover_job_of_dead_child)
-        signals.task_revoked.connect(worker.free_place_of_dead_child)
-        signals.task_unknown.connect(worker.requeue_unknown)
+        signals.task_received.connect(children.assign_run_token)
+        signals.task_prerun.connect(startup.prepare_connection)
+        signals.task_failure.connect(children.recover_job_of_dead_child)
+        signals.task_revoked.connect(children.free_slot_of_dead_child)
+        signals.task_unknown.connect(unknown_tasks.requeue_unknown)
         signals.worker_process_shutdown.connect(tracing.flush)
         signals.heartbeat_sent.connect(liveness.touch_liveness_file)
-        signals.beat_init.connect(beat.start)
+        signals.beat_init.connect(schedule.start)

@@ -8,11 +8,10 @@ from django.conf import settings
 from django.core.checks import Error, Info, Warning, register
 from django.db import connection, router
 
-from .beat import check_entry
-from .messages import known_queues, queue_of
-from .models import Job
-from .pauses import known_names
-from .pools import TIME_LIMITED
+from durable_jobs.beat.schedule import check_entry
+from durable_jobs.messages import known_names, known_queues, queue_of
+from durable_jobs.models import Job
+from durable_jobs.pools import TIME_LIMITED
 
 READ_COMMITTED = 2  # psycopg's IsolationLevel, and the default of PostgreSQL
 

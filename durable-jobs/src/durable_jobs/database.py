@@ -1,6 +1,7 @@
 """Waits for an unavailable database, and cleans up the connection that a body has used."""
 
 import logging
+import threading
 import time
 from contextlib import suppress
 
@@ -8,8 +9,8 @@ from celery.exceptions import SoftTimeLimitExceeded
 from django.db import Error, connection
 from django.db.utils import InterfaceError, OperationalError
 
-from .expressions import IDLE_TIMEOUT, LOCK_TIMEOUT
-from .pools import pool
+from durable_jobs.expressions import IDLE_TIMEOUT, LOCK_TIMEOUT
+from durable_jobs.pools import pool
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +25,21 @@ def wait_for(query, *args, **kwargs):
                 raise
             logger.warning("waiting for the database: %s", error)
             time.sleep(1)
+
+
+def in_thread(update, *args, delay=0):
+    """Call update(*args) in a thread: a worker's loop must not wait for a lock or the database."""
+
+    def wait_for_update():
+        try:
+            wait_for(update, *args)
+        except Exception as error:  # nothing else would report it
+            logger.warning("cannot change a job: %r", error)
+        connection.close()  # a child must not inherit it
+
+    timer = threading.Timer(delay, wait_for_update)
+    timer.daemon = True  # a worker that ends does not wait for the database
+    timer.start()
 
 
 def try_once(query, *args, **kwargs):

@@ -2,12 +2,11 @@
 
 from datetime import timedelta
 
-from django.apps import apps
 from django.db import models
 from django.db.models import F, Q
 from django.db.models.functions import Least, Now
 
-from . import conf
+from durable_jobs import conf
 
 ACTIVE = ["queued", "running"]
 FINAL = ["succeeded", "failed", "cancelled"]
@@ -17,8 +16,8 @@ FINAL = ["succeeded", "failed", "cancelled"]
 UNFINISHED = Q(finished_at=None)
 QUEUED = Q(run_token=None) & UNFINISHED
 RUNNING = Q(state="running", sweep_at__gte=Now())
-SILENT = Q(state="running", sweep_at__lt=Now())  # its lease has lapsed
-IN_CANCELLED_BODY = Q(state="cancelled", sweep_at__isnull=False)  # jobs with a limit, see turns.py
+STALLED = Q(state="running", sweep_at__lt=Now())  # its lease has lapsed
+STILL_RUNNING = Q(state="cancelled", sweep_at__isnull=False)  # jobs with a limit, see admission.py
 
 
 class Clock(Now):
@@ -41,7 +40,7 @@ class Clock(Now):
 class SetLocal(models.Func):
     """A condition that is always true, and sets a setting of PostgreSQL until the transaction ends.
 
-    It needs no query of its own. Do not use it in a transaction of a body.
+    It needs no query of its own. Do not use it in a transaction of a task function.
     """
 
     output_field = models.BooleanField()
@@ -58,16 +57,6 @@ LOCK_TIMEOUT = SetLocal(name="lock_timeout", value="1s")
 IDLE_TIMEOUT = SetLocal(name="idle_in_transaction_session_timeout", value="10s")
 # The commit does not wait until the WAL is on disk.
 ASYNC_COMMIT = SetLocal(name="synchronous_commit", value="off")
-
-
-def is_paused(names=None):
-    """Return the condition for a job to be paused. `names` is what is paused, if it was read before.
-
-    Each claim has it, and PostgreSQL plans this form faster than EXISTS.
-    """
-    if names is None:
-        names = apps.get_model("durable_jobs.Pause").objects.values("name")
-    return Q(queue__in=names) | Q(task__in=names)
 
 
 def lease_end():

@@ -1,4 +1,4 @@
-"""Limits: which key a job has, and what DURABLE_JOBS['LIMITS'] says about it. turns.py lets jobs with a key wait.
+"""Limits: which key a job has, and what DURABLE_JOBS['LIMITS'] says about it. admission.py lets jobs with a key wait.
 
     @shared_task(base=JobTask, limit="tenant:{tenant_id}")
     DURABLE_JOBS["LIMITS"] = {"tenant": "2", "openai": "5, 60/min"}
@@ -16,10 +16,12 @@ from string import Formatter
 
 from django.core.exceptions import ImproperlyConfigured
 
-from . import conf
-from .values import Results, to_json
+from durable_jobs import conf
+from durable_jobs.values import Results, to_json
 
-PAUSE = "pause:"  # begins Job.held_by of a job that a pause holds, so no limit can have this name
+PAUSE = (
+    "pause:"  # begins Job.blocked_by of a job that a pause holds, so no limit can have this name
+)
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 # With few digits, so that no database refuses the number or the time.
 PART = re.compile(
@@ -53,7 +55,7 @@ def parse(text):
 
 
 def limit_of(key):
-    """Return the Limit of a key. A name that is not in DURABLE_JOBS['LIMITS'] allows nothing: see turns.let_due_go()."""
+    """Return the Limit of a key. A name that is not in DURABLE_JOBS['LIMITS'] allows nothing: see admission.admit_due()."""
     text = conf.LIMITS.get(name_of(key))
     return Limit(running=0) if text is None else parse(str(text))
 
@@ -69,7 +71,9 @@ def check_settings(tasks):
         raise ImproperlyConfigured(f"DURABLE_JOBS['LIMITS'] is {conf.LIMITS}: write {example}.")
     for name, text in conf.LIMITS.items():
         if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name) or name + ":" == PAUSE:
-            raise ImproperlyConfigured(f"DURABLE_JOBS['LIMITS']: {name!r} cannot be the name of a limit.")
+            raise ImproperlyConfigured(
+                f"DURABLE_JOBS['LIMITS']: {name!r} cannot be the name of a limit."
+            )
         try:
             parse(str(text))
         except ValueError as error:

@@ -6,11 +6,11 @@ from celery import current_app
 from celery.exceptions import OperationalError
 from kombu.utils.json import dumps, loads
 
-from . import tracing
+from durable_jobs import tracing
 
 # The fields of a job that its message needs
 MESSAGE_FIELDS = ["task", "args", "kwargs", "queue", "batch", "retries", "crashes", "times_sent"]
-MESSAGE_FIELDS += ["limit_key", *tracing.FIELDS]
+MESSAGE_FIELDS += ["limit_key", "results_of", *tracing.FIELDS]
 
 
 def send(jobs):
@@ -37,8 +37,8 @@ def send_one(job, producer, **options):
     does not send the event task-sent, which would be a second message.
 
     The header `job` marks the message of a job. `crashes` says how often the job's worker has died, and
-    `times_sent` which message of the job this is, `batch` to which batch it belongs, and `limit` the key of
-    its limit.
+    `times_sent` which message of the job this is, `batch` to which batch it belongs, `limit` the key of its
+    limit, and `results_of` the batch whose results are its first argument.
     """
     task = current_app.tasks.get(job.task)
     amqp, pk = current_app.amqp, str(job.pk)
@@ -47,6 +47,8 @@ def send_one(job, producer, **options):
         headers["batch"] = str(job.batch_id)
     if job.limit_key:
         headers["limit"] = job.limit_key
+    if job.results_of:
+        headers["results_of"] = str(job.results_of)
     if current_app.conf.task_always_eager:
         args, kwargs = loads(dumps([job.args, job.kwargs]))  # as a worker gets them
         task.apply(args, kwargs, task_id=pk, retries=job.retries, headers=headers)
@@ -90,3 +92,13 @@ def messages_in(name, broker):
     queue.declare()  # creates the queue and its binding, if they were deleted
     # Declare it again, for the count. With passive=True, kombu does not find a queue that has a prefix.
     return queue.queue_declare().message_count
+
+
+def is_job(name):
+    """Return whether this task is a job."""
+    return getattr(current_app.tasks.get(name), "_is_job", False)
+
+
+def known_names():
+    """Return the names that can be paused: queues and tasks. A queue without settings needs a job."""
+    return known_queues(), sorted(filter(is_job, current_app.tasks))

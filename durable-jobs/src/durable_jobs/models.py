@@ -1,29 +1,39 @@
-"""The tables: jobs, batches of jobs, failed runs, and what Beat has last done."""
+"""The tables: jobs, batches of jobs, failed runs, workers, pauses, and what Beat has last done.
+
+Models know no logic: modules such as enqueue.py, actions.py, batches.py and pauses.py import them.
+"""
 
 import uuid
-from datetime import timedelta
-from typing import ClassVar
 
 from django.conf import settings
 from django.db import models
 from django.db.models import Q
 from django.utils import timezone
 
-from . import updates
-from .batches import BatchActions, BatchManager
-from .expressions import ACTIVE, FINAL, UNFINISHED, Clock
-from .pauses import PauseManager
-from .queryset import MAX_LABEL, JobManager, run_again
+from durable_jobs.expressions import ACTIVE, FINAL, UNFINISHED, Clock
 
 __all__ = ["Batch", "Failure", "Job", "Pause"]
 
+MAX_LABEL = 255  # characters
 STATES = [(state, state.title()) for state in ACTIVE + FINAL]
 BATCH_STATES = [(state, state.title()) for state in ["open", *FINAL]]
 HAS_KEY = Q(idempotency_key__isnull=False)
 IN_BATCH = Q(batch__isnull=False)
-HELD = Q(state="queued", held_by__isnull=False, sweep_at=None)
-SWEPT = Q(held_by=None, sweep_at__isnull=False)
-MAY_RUN_STILL = Q(state="cancelled", limit_key__isnull=False)
+BLOCKED = Q(state="queued", blocked_by__isnull=False, sweep_at=None)
+SWEPT = Q(blocked_by=None, sweep_at__isnull=False)
+MAY_STILL_RUN = Q(state="cancelled", limit_key__isnull=False)
+
+
+class PrimaryManager(models.Manager):
+    """Reads from the database that it writes to: a router may send reads to a replica, which lags behind.
+
+    A check refuses other databases than "default".
+    """
+
+    db = property(lambda self: self._db or "default")
+
+    def get_queryset(self):
+        return super().get_queryset().using(self.db)
 
 
 def cascade_ended(collector, field, jobs, using):
@@ -45,27 +55,21 @@ class Row(models.Model):
         super().save(*args, update_fields=update_fields, **options)
 
 
-class Batch(BatchActions, Row):
-    """Jobs that belong together, and what starts after them: see batches.py."""
+class Batch(Row):
+    """Jobs that belong together, and the callbacks that start after them: see batches.py."""
 
     id = models.UUIDField(primary_key=True, default=uuid.uuid4, editable=False)
     owner = models.ForeignKey(settings.AUTH_USER_MODEL, models.CASCADE, null=True, db_index=False)
-    label = models.CharField(max_length=MAX_LABEL, help_text="its name, for people")
-    # In a chord inside of a chord, the inner batch has the outer one as its parent.
-    parent = models.ForeignKey(
-        "self", models.CASCADE, null=True, db_index=False, related_name="children"
-    )
-    then = models.JSONField(null=True, help_text="what starts when all jobs have succeeded")
-    ended = models.JSONField(null=True, help_text="what starts when all jobs have ended")
+    label = models.CharField(max_length=MAX_LABEL, help_text="human-readable name")
+    on_success = models.JSONField(null=True, help_text="the callback once all jobs have succeeded")
+    on_finish = models.JSONField(null=True, help_text="the callback once all jobs have ended")
     state = models.CharField(max_length=9, choices=BATCH_STATES, default="open")
-    error = models.TextField(help_text="why `then` has not started")
+    error = models.TextField(help_text="why `on_success` has not started")
     counts = models.JSONField(default=dict, help_text="how many jobs ended in each state")
     created_at = models.DateTimeField(db_default=Clock())
     ended_at = models.DateTimeField(null=True)
 
-    objects: ClassVar[BatchManager] = BatchManager()
-    jobs: JobManager  # its members
-    children: BatchManager
+    objects = PrimaryManager()
 
     class Meta:
         base_manager_name = "objects"
@@ -74,7 +78,6 @@ class Batch(BatchActions, Row):
             models.Index(fields=["owner", "-created_at"], name="batch_owner"),
             models.Index(fields=["-created_at"], name="batch_created"),
             models.Index(fields=["ended_at"], name="batch_ended"),
-            models.Index(fields=["parent"], name="batch_parent", condition=Q(parent__isnull=False)),
         ]
         verbose_name_plural = "batches"
 
@@ -93,7 +96,7 @@ class Job(Row):
     fingerprint = models.CharField(max_length=64)
     unique_key = models.CharField(max_length=255, null=True)  # noqa: DJ001
     label = models.CharField(
-        max_length=MAX_LABEL, default="", db_default="", help_text="its name, for people"
+        max_length=MAX_LABEL, default="", db_default="", help_text="human-readable name"
     )
 
     state = models.CharField(max_length=9, choices=STATES, default="queued")
@@ -113,8 +116,8 @@ class Job(Row):
     worker = models.CharField(max_length=255, default="", help_text="of the last run")
     due_at = models.DateTimeField(null=True, help_text="when a worker may start it")
     # Of a running job: the end of its lease. Of a queued job: when its message is sent (again).
-    # Of a held job: empty. Of a cancelled job with a limit: the end of its lease, while its body still runs.
-    sweep_at = models.DateTimeField(null=True, help_text="when the sweep must look at it")
+    # Of a blocked job: empty. Of a cancelled job with a limit: the end of its lease, while it still runs.
+    sweep_at = models.DateTimeField(null=True, help_text="when the sweeper must look at it")
     deadline = models.DateTimeField(null=True, help_text="when the run is over its time limit")
     times_sent = models.PositiveSmallIntegerField(
         default=0, help_text="messages since it was queued"
@@ -122,15 +125,14 @@ class Job(Row):
     retries = models.PositiveIntegerField(default=0)
     crashes = models.PositiveSmallIntegerField(default=0, help_text="times its worker died")
 
-    limit_key = models.CharField(max_length=255, null=True, help_text="of its limit in DURABLE_JOBS['LIMITS']")  # noqa: DJ001
-    held_by = models.CharField(  # noqa: DJ001
-        max_length=300, null=True, help_text="the limit or the pause for which it waits"
+    limit_key = models.CharField(max_length=255, null=True, help_text="of its limit")  # noqa: DJ001
+    blocked_by = models.CharField(  # noqa: DJ001
+        max_length=300, null=True, help_text="the limit or the pause that it waits for"
     )
 
     batch = models.ForeignKey(Batch, cascade_ended, null=True, db_index=False, related_name="jobs")
-    # Steps of a chain. [] when they were passed on.
-    then = models.JSONField(null=True, help_text="what starts when it has succeeded")
     follows = models.UUIDField(null=True, help_text="the job or batch that it continues or repeats")
+    results_of = models.UUIDField(null=True, help_text="the batch whose results are its argument")
 
     # Of the request that enqueued it: see tracing.py.
     trace = models.CharField(
@@ -140,8 +142,7 @@ class Job(Row):
         max_length=255, default="", db_default="", help_text="in the log, of django-structlog"
     )
 
-    objects: ClassVar[JobManager] = JobManager()
-    failures: models.Manager  # the Failures of this job
+    objects = PrimaryManager()
 
     class Meta:
         base_manager_name = "objects"  # for refresh_from_db(), and for foreign keys to a job
@@ -189,13 +190,13 @@ class Job(Row):
                 condition=Q(state__in=ACTIVE, sweep_at__isnull=False),
             ),
             models.Index(
-                fields=["held_by", "due_at", "created_at", "queue"],  # queue for the metrics
-                name="job_held",
-                condition=Q(held_by__isnull=False),
+                fields=["blocked_by", "due_at", "created_at", "queue"],  # queue for the metrics
+                name="job_blocked",
+                condition=Q(blocked_by__isnull=False),
             ),
             models.Index(
                 fields=["limit_key"],
-                name="job_place",
+                name="job_slot",
                 condition=Q(limit_key__isnull=False, sweep_at__isnull=False),
             ),
         ]
@@ -220,40 +221,14 @@ class Job(Row):
             ),
             models.CheckConstraint(
                 name="job_active_or_finished",
-                condition=Q(state__in=ACTIVE, finished_at=None) & (HELD | SWEPT)
-                | Q(state__in=FINAL, finished_at__isnull=False, held_by=None)
-                & (Q(sweep_at=None) | MAY_RUN_STILL),
+                condition=Q(state__in=ACTIVE, finished_at=None) & (BLOCKED | SWEPT)
+                | Q(state__in=FINAL, finished_at__isnull=False, blocked_by=None)
+                & (Q(sweep_at=None) | MAY_STILL_RUN),
             ),
         ]
 
     def __str__(self):
         return f"{self.task} {self.id}"
-
-    def _do_insert(self, manager, using, fields, returning_fields, raw):
-        """Run the INSERT of save(). New jobs have timedeltas in due_at and sweep_at: see FROM_NOW."""
-        if not isinstance(self.due_at, timedelta):
-            return super()._do_insert(manager, using, fields, returning_fields, raw)
-        returning = [*returning_fields, *map(self._meta.get_field, ("due_at", "sweep_at"))]
-        [row] = updates.insert(self, using, fields, returning)
-        *values, self.due_at, self.sweep_at = row
-        return [values]
-
-    def cancel(self) -> bool:
-        """Cancel this job, unless it has ended. Returns whether it was active."""
-        return bool(Job.objects.filter(pk=self.pk).cancel())
-
-    def run_again(self) -> "Job":
-        """Queue this job again, if it failed or was cancelled. If it succeeded, enqueue a copy.
-
-        A job that is queued again keeps its id, its failures, its cursor, its batch and what starts after
-        it. It may be retried as often as a new job. Its batch opens again. A copy has none of these, and
-        `follows` is the id of this job.
-
-        Returns this Job, its copy, or the active job with the same `unique`: then nothing is changed. Raises
-        ValueError if this job is active, its task no longer exists, or its batch ended more than
-        DURABLE_JOBS['RETENTION_DAYS'] ago; TypeError if its task takes other arguments now.
-        """
-        return run_again(self)
 
 
 class Failure(models.Model):
@@ -267,6 +242,8 @@ class Failure(models.Model):
     exception = models.CharField(max_length=255, help_text="its class")
     traceback = models.TextField()
 
+    objects = PrimaryManager()
+
     class Meta:
         default_permissions = ()  # the permissions for the job apply
         ordering = ["pk"]
@@ -276,7 +253,7 @@ class Failure(models.Model):
 
 
 class Sweep(models.Model):  # noqa: DJ008
-    """One row: when the last round of the sweep ended, when Beat's next tick is due, Beat's errors."""
+    """One row: when the sweeper's last round ended, when Beat's next tick is due, Beat's errors."""
 
     ended_at = models.DateTimeField()
     tick_due_at = models.DateTimeField(null=True)
@@ -288,14 +265,18 @@ class Sweep(models.Model):  # noqa: DJ008
     )
     counted_until = models.DateTimeField(null=True, help_text="which ended jobs the tallies have")
 
+    objects = PrimaryManager()
+
 
 class Tally(models.Model):  # noqa: DJ008
-    """Numbers of the jobs of a task, or of a queue, that have ended: see tallies.py."""
+    """Numbers of the jobs of a task, or of a queue, that have ended: see statistics.py."""
 
     label = models.CharField(max_length=5, help_text='"task" or "queue"')
     name = models.CharField(max_length=255)
     counts = models.JSONField()
     updated_at = models.DateTimeField(db_default=Clock())
+
+    objects = PrimaryManager()
 
     class Meta:
         default_permissions = ()
@@ -304,16 +285,18 @@ class Tally(models.Model):  # noqa: DJ008
 
 
 class Worker(models.Model):
-    """A worker that runs, or has run less than an hour ago: see heartbeat.py."""
+    """A worker that runs, or has run less than an hour ago: see worker/heartbeat.py."""
 
     name = models.CharField(max_length=255, primary_key=True)
     pool = models.CharField(max_length=255)
-    slots = models.PositiveIntegerField(help_text="how many jobs it can run at once")
+    slots = models.PositiveIntegerField(help_text="how many jobs it can run concurrently")
     busy = models.PositiveIntegerField(help_text="how many of them are taken")
     queues = models.JSONField(help_text="from which it takes jobs; none without the broker")
-    version = models.CharField(max_length=255, help_text="of its code: DURABLE_JOBS['VERSION']")
+    version = models.CharField(max_length=255, help_text="of its code")
     started_at = models.DateTimeField()
     seen_at = models.DateTimeField(db_default=Clock())
+
+    objects = PrimaryManager()
 
     class Meta:
         default_permissions = ()  # the permissions for jobs apply
@@ -324,10 +307,12 @@ class Worker(models.Model):
 
 
 class Start(models.Model):  # noqa: DJ008
-    """A run of a job whose limit has a rate: see turns.py."""
+    """A run of a job whose limit has a rate: see admission.py."""
 
     key = models.CharField(max_length=255)
     started_at = models.DateTimeField(db_default=Clock())
+
+    objects = PrimaryManager()
 
     class Meta:
         default_permissions = ()
@@ -346,7 +331,7 @@ class Pause(models.Model):
     reason = models.CharField(max_length=255, blank=True)
     since = models.DateTimeField(db_default=Clock())
 
-    objects: ClassVar[PauseManager] = PauseManager()
+    objects = PrimaryManager()
 
     class Meta:
         default_permissions = ()  # the permissions for jobs apply

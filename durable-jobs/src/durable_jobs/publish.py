@@ -1,36 +1,46 @@
-"""Sends the messages of new jobs after their commit. If that fails, the sweep sends them later."""
+"""Sends the messages of new jobs after their commit. If that fails, the sweeper sends them later."""
 
 import logging
 import time
 
-from . import updates
-from .expressions import QUEUED
-from .messages import is_connection_error, send
-from .pools import pool
+from durable_jobs import transitions
+from durable_jobs.expressions import QUEUED
+from durable_jobs.messages import is_connection_error, send
+from durable_jobs.models import Job
+from durable_jobs.pools import pool
 
 logger = logging.getLogger(__name__)
 
 PUBLISH_PAUSE = 10  # seconds without a try after the broker was unavailable, to keep requests fast
-publish_again_at = {}  # queue: time.monotonic() of the next try
 
 
-def publish(jobs):
-    """Send the messages of these jobs. Raises no error of the broker."""
-    for queue in sorted({job.queue for job in jobs}):
-        pool.send(try_to_send, [job for job in jobs if job.queue == queue])
+class Publisher:
+    """What this process knows of the broker: the queues for which it was just unavailable."""
+
+    def __init__(self):
+        self.again_at = {}  # queue: time.monotonic() of the next try
+
+    def publish(self, jobs):
+        """Send the messages of these jobs. Raises no error of the broker."""
+        for queue in sorted({job.queue for job in jobs}):
+            pool.send(self.try_to_send, [job for job in jobs if job.queue == queue])
+
+    def try_to_send(self, jobs):
+        queue = jobs[0].queue
+        if time.monotonic() >= self.again_at.get(queue, 0):
+            try:
+                send(jobs)
+                return
+            except Exception as error:  # each transport has its own exceptions
+                if is_connection_error(error):
+                    self.again_at[queue] = time.monotonic() + PUBLISH_PAUSE
+                text = "Could not publish %d jobs; will retry. The first is %s: %r"
+                logger.warning(text, len(jobs), jobs[0], error)
+        # All had times_sent=1. If one has 0 now, its message arrived in spite of the error, and a worker has
+        # queued it again: skip it.
+        rows = Job.objects.filter(QUEUED, pk__in=[job.pk for job in jobs])
+        transitions.requeue(rows.filter(times_sent__gt=0))
 
 
-def try_to_send(jobs):
-    queue = jobs[0].queue
-    if time.monotonic() >= publish_again_at.get(queue, 0):
-        try:
-            send(jobs)
-            return
-        except Exception as error:  # each transport has its own exceptions
-            if is_connection_error(error):
-                publish_again_at[queue] = time.monotonic() + PUBLISH_PAUSE
-            logger.warning("stored but not sent: %d jobs, first %s: %r", len(jobs), jobs[0], error)
-    # All had times_sent=1. If one has 0 now, its message arrived in spite of the error, and a worker has
-    # queued it again: skip it.
-    rows = type(jobs[0]).objects.filter(QUEUED, pk__in=[job.pk for job in jobs])
-    updates.requeue(rows.filter(times_sent__gt=0))
+publisher = Publisher()
+publish = publisher.publish

@@ -17,17 +17,17 @@ from django.template.defaultfilters import pluralize
 from django.utils import timezone
 from django.utils.functional import cached_property
 
-from . import conf
-from .heartbeat import SILENT_SECONDS
-from .limits import PAUSE, limit_of
-from .models import Failure, Job, Pause, Sweep, Worker
-from .queryset import database_time
-from .turns import with_place
+from durable_jobs import conf
+from durable_jobs.admission import with_slot
+from durable_jobs.enqueue import database_time
+from durable_jobs.limits import PAUSE, limit_of
+from durable_jobs.models import Failure, Job, Pause, Sweep, Worker
+from durable_jobs.worker.heartbeat import STALE_SECONDS
 
 logger = logging.getLogger(__name__)
 
 PATIENCE = timedelta(seconds=10)  # for which a due job may wait before a cause is looked for
-ALL_SILENT = "Beat and all workers are silent: they do not run, or cannot write to the database"
+NO_HEARTBEAT = "No heartbeat from Beat or any worker: they are down or can't reach the database"
 # Who holds a lock on the whole table with which no other process can write to a row.
 TABLE_LOCK = """
 SELECT pid, NOW() - xact_start FROM pg_locks LEFT JOIN pg_stat_activity USING (pid)
@@ -71,9 +71,6 @@ def texts_of(job, facts):
         yield tries(job, facts)
     elif job.state == "running":
         yield from silence(job, facts)
-    # A list does not load `then`, which may be large.
-    elif job.state != "succeeded" and vars(job).get("has_next", vars(job).get("then")):
-        yield "What follows it does not start"
 
 
 def waits_for(job, facts):
@@ -83,9 +80,9 @@ def waits_for(job, facts):
     is_late = facts.has_passed(job.due_at + PATIENCE)
     if pauses := [facts.pauses[name] for name in (job.queue, job.task) if name in facts.pauses]:
         yield from pauses
-    elif job.held_by:
-        yield facts.turn(job.held_by)
-        if is_late and facts.needs_sweep(job.held_by):
+    elif job.blocked_by:
+        yield facts.turn(job.blocked_by)
+        if is_late and facts.needs_sweep(job.blocked_by):
             yield facts.standstill or facts.beat
     elif is_late:
         yield facts.standstill
@@ -182,7 +179,7 @@ class Facts:
 
     @cached_property
     def now(self):
-        return database_time(Job.objects)
+        return database_time()
 
     # Pauses and limits
 
@@ -197,9 +194,9 @@ class Facts:
     @cached_property
     def used(self):
         """How many places of each key are used, for which one of the jobs waits."""
-        held = {job.held_by for job in self.jobs if job.held_by and job.state == "queued"}
+        held = {job.blocked_by for job in self.jobs if job.blocked_by and job.state == "queued"}
         keys = {key for key in held if not key.startswith(PAUSE)}
-        rows = with_place().filter(limit_key__in=keys).order_by().values_list("limit_key")
+        rows = with_slot().filter(limit_key__in=keys).order_by().values_list("limit_key")
         return dict(rows.annotate(Count("pk")))
 
     def turn(self, key):
@@ -220,7 +217,7 @@ class Facts:
     @fact(None)
     def sweep(self):
         """The row of the sweep, in a list. Empty if Beat has never run, None if that is unknown."""
-        return list(Sweep.objects.using(Job.objects.db).annotate(age=Now() - F("ended_at"))[:1])
+        return list(Sweep.objects.annotate(age=Now() - F("ended_at"))[:1])
 
     @cached_property
     def beat(self):
@@ -239,7 +236,7 @@ class Facts:
         if not self.beat:
             return ""
         is_known = self.workers is not None
-        return self.lock or (ALL_SILENT if is_known and not self.alive else "")
+        return self.lock or (NO_HEARTBEAT if is_known and not self.alive else "")
 
     @fact("")
     def lock(self):
@@ -261,11 +258,11 @@ class Facts:
     @fact(None)
     def workers(self):
         """All rows of workers, also of silent ones. None if they cannot be read."""
-        return list(Worker.objects.using(Job.objects.db).annotate(age=Now() - F("seen_at")))
+        return list(Worker.objects.annotate(age=Now() - F("seen_at")))
 
     @cached_property
     def alive(self):
-        most = timedelta(seconds=SILENT_SECONDS)
+        most = timedelta(seconds=STALE_SECONDS)
         return {worker.name: worker for worker in self.workers or () if worker.age < most}
 
     def is_alive(self, name, since):
@@ -318,7 +315,7 @@ class Facts:
         failed = [
             job.pk for job in self.jobs if job.state == "queued" and (job.retries or job.crashes)
         ]
-        rows = Failure.objects.using(Job.objects.db).filter(job__in=failed).order_by("pk")
+        rows = Failure.objects.filter(job__in=failed).order_by("pk")
         errors = rows.values_list("job", "error")
         return {pk: error.strip().partition("\n")[0][:300] for pk, error in errors}
 

@@ -1,66 +1,66 @@
-"""JobTask: what delay(), retry() and report() do with a job's row, and how a worker runs a body."""
+"""Jobs are tasks: @job declares one, and JobTask is the base class of all.
 
-import asyncio
+JobTask says what delay(), retry() and report() do with a job's row. worker/execution.py says how a worker runs
+a task function.
+"""
+
 import sys
-from contextlib import suppress
-from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from functools import wraps
 from inspect import getattr_static, iscoroutinefunction
-from typing import Any
+from typing import Any, Unpack
 
-from asgiref.sync import async_to_sync, sync_to_async
+from asgiref.sync import sync_to_async
+from celery import shared_task
 from celery.contrib.django.task import DjangoTask
-from celery.exceptions import Ignore, Retry
-from django.db import connection
-from django.db.transaction import TransactionManagementError
+from celery.exceptions import Retry
 
-from . import batches, conf, limits, tracing, turns, updates
-from .celery import NO_CANVAS, check_options
-from .database import (
-    end_interrupted_query,
-    roll_back_open_transaction,
-    wait_for,
-    wait_past_soft_limit,
+from durable_jobs import batches, limits
+from durable_jobs.calls import NO_CANVAS, JobCall, check_options
+from durable_jobs.enqueue import (
+    MAX_COUNTDOWN,
+    MemberOptions,
+    Options,
+    enqueue,
+    insert,
+    new_fields,
+    seconds_until,
 )
-from .expressions import LOCK_TIMEOUT, QUEUED
-from .lease import start_thread
-from .models import Batch, Job
-from .pools import pool, shutting_down
-from .queryset import MAX_COUNTDOWN, insert, new_fields, seconds_until
-from .results import JobResult, job_backend
-from .runs import OVER_TIME_LIMIT, JobError, JobLost, Run, describe, for_owner, runs
-from .shutdown import WorkerStopping, child_has_crashed, end_after_commit
-from .values import printable
+from durable_jobs.models import Batch, Job
+from durable_jobs.pools import shutting_down
+from durable_jobs.results import JobResult, job_backend
+from durable_jobs.values import printable
+from durable_jobs.worker.execution import execute, run_coroutine
+from durable_jobs.worker.runs import JobError, JobLost, Run, describe, for_owner, process
+from durable_jobs.worker.shutdown import end_after_commit
 
-__all__ = ["JobCall", "JobError", "JobTask"]
+__all__ = ["JobCall", "JobError", "JobTask", "job"]
 
 
-@dataclass(frozen=True)
-class JobCall:
-    """A task and the options of its next jobs. Made by JobTask.using()."""
+def job(function=None, **options):
+    """Declare a task function whose calls are jobs. It gets the task as its first argument, `self`.
 
-    _task: "JobTask"
-    _options: dict
+        @job(autoretry_for=(OSError,), retry_backoff=True, max_retries=8)
+        def send_confirmation(self, order_id): ...
 
-    def enqueue(self, *args, **kwargs) -> Job:
-        """Enqueue a job with these arguments. Returns the Job: see Job.objects.enqueue()."""
-        return Job.objects.enqueue(self._task, args, kwargs, **self._options)
-
-    aenqueue = sync_to_async(enqueue)
+    This is @shared_task(base=JobTask, bind=True), with the same options: those of Celery, `limit`, and
+    `owner_may_run_again`.
+    """
+    declare = shared_task(**{"base": JobTask, "bind": True, **options})
+    return declare(function) if function else declare
 
 
 class JobTask(DjangoTask):
-    """The base class of tasks that are jobs: @shared_task(base=JobTask, bind=True).
+    """The base class of tasks that are jobs: see job().
 
     delay(), apply_async() and everything that calls them enqueue a job. If an app that is not a
-    durable_jobs.celery.Celery sends it by name, a worker stores the job. A task that is called directly runs as a
-    plain function. After a crash the body runs again, so it must be safe to repeat.
+    durable_jobs.celery.Celery sends it by name, a worker stores the job. A task that is called directly runs
+    as a plain function. After a crash the task function runs again, so it must be safe to repeat.
     """
 
     abstract = True
-    _is_job = True  # checked by Job.objects.enqueue()
-    acks_late = False  # the row survives a crash, so acknowledge the message at once
+    _is_job = True  # checked by enqueue()
+    acks_late = False  # the row survives a crash, so acknowledge the message immediately
     retry_on_worker_lost = False  # the row counts crashes
     ignore_result = True  # the row has the result
     owner_may_run_again = False  # a job that failed or was cancelled, through the API
@@ -94,11 +94,11 @@ class JobTask(DjangoTask):
             cls.soft_time_limit = cls.time_limit * 0.9
         limits.check_template(cls)
         if iscoroutinefunction(cls.run):
-            body = getattr_static(cls, "run")  # not yet bound to an instance
+            function = getattr_static(cls, "run")  # not yet bound to an instance
 
             @wraps(cls.run)  # retry() reads its signature
             def run(self, *args, **kwargs):
-                return run_coroutine(self, body.__get__(self, cls)(*args, **kwargs))
+                return run_coroutine(self, function.__get__(self, cls)(*args, **kwargs))
 
             cls.run = run  # autoretry_for wraps it next, and would not see an error of a coroutine
 
@@ -120,8 +120,8 @@ class JobTask(DjangoTask):
     ):
         """Enqueue a job. Returns its AsyncResult.
 
-        `owner`, `label`, `unique` and `idempotency_key` are those of Job.objects.enqueue(). Raises TypeError
-        for options that a job cannot have, such as `link` or `expires`.
+        `owner`, `label`, `unique` and `idempotency_key` are those of enqueue(). Raises TypeError for options
+        that a job cannot have, such as `link` or `expires`.
         """
         times = {"countdown": countdown, "eta": eta}
         if self._current_run and task_id == self.request.id:  # Celery's retry() calls this
@@ -130,27 +130,29 @@ class JobTask(DjangoTask):
         texts = {"label": label, "queue": options.get("queue")}
         fields = new_fields(self, args or (), kwargs, owner, **texts, **times)
         fields |= {"idempotency_key": idempotency_key, **({"pk": task_id} if task_id else {})}
-        return self.AsyncResult(str(insert(Job.objects, fields, unique).pk))
+        return self.AsyncResult(str(insert(fields, unique).pk))
 
-    def using(
-        self,
-        *,
-        owner: Any = None,
-        label: str = "",
-        queue: str | None = None,
-        countdown: float | None = None,
-        eta: datetime | None = None,
-        unique: str | None = None,
-        idempotency_key: str | None = None,
-    ) -> JobCall:
-        """Return the task with options of Job.objects.enqueue(): task.using(owner=user).enqueue(10)."""
-        options = {"owner": owner, "label": label, "queue": queue, "countdown": countdown}
-        options |= {"eta": eta, "unique": unique, "idempotency_key": idempotency_key}
-        return JobCall(self, options)
+    def using(self, **options: Unpack[Options]) -> JobCall:
+        """Return the task with options of enqueue(): task.using(owner=user).enqueue(10)."""
+        return JobCall(self, options=options)
+
+    def s(self, *args, **kwargs) -> JobCall:
+        """Return a call with these arguments, such as a callback of a batch."""
+        return JobCall(self, args, kwargs)
+
+    def si(self, *args, **kwargs) -> JobCall:
+        """Return a call that does not get the results of a batch: see s()."""
+        return JobCall(self, args, kwargs, immutable=True)
+
+    def signature(self, args=(), kwargs=None, **options) -> JobCall:
+        """Return a call with these arguments and options of enqueue()."""
+        return JobCall(self, args or (), kwargs, options)
+
+    subtask = signature
 
     def enqueue(self, *args, **kwargs) -> Job:
         """Enqueue a job with these arguments, and no options. Returns the Job."""
-        return Job.objects.enqueue(self, args, kwargs)
+        return enqueue(self, args, kwargs)
 
     aenqueue = sync_to_async(enqueue)
 
@@ -159,7 +161,7 @@ class JobTask(DjangoTask):
     apply_async_on_commit = apply_async
 
     def map(self, *args):
-        """Raise TypeError: Celery would call the body many times in one plain task."""
+        """Raise TypeError: Celery would call the function many times in one plain task."""
         raise TypeError(f"{self.name}: {NO_CANVAS}")
 
     starmap = chunks = map
@@ -196,7 +198,7 @@ class JobTask(DjangoTask):
         return retry
 
     def _retry_later(self, args, kwargs, countdown, retries, queue=None, **options):
-        """Remember the options of retry(). They are stored when the body and its transaction have ended."""
+        """Remember the options of retry(). They are stored when the function and its transaction have ended."""
         countdown = min(countdown, MAX_COUNTDOWN)
         changes = {"retries": retries, **({"queue": queue} if queue else {})}
         self._current_run.retry = {"delay": countdown, "args": args, "kwargs": kwargs, **changes}
@@ -205,9 +207,9 @@ class JobTask(DjangoTask):
         raise NotImplementedError("a job cannot be replaced: enqueue the other task and return")
 
     def apply(self, args=None, kwargs=None, headers=None, throw=None, **options):
-        """Run a job in eager mode, for send_one(). Raises TypeError for other calls, such as a group's.
+        """Run a job in eager mode, for send_one(). Raises TypeError for other calls.
 
-        It never raises the body's exception, whatever `throw` says: the row has it.
+        It never raises the exception of the function, whatever `throw` says: the row has it.
         """
         if "job" not in (headers or {}):
             raise TypeError(
@@ -220,14 +222,14 @@ class JobTask(DjangoTask):
             "a job has no update_state(): call self.report(done, total, message)"
         )
 
-    # For bodies
+    # For task functions
 
     @property
     def cursor(self) -> Any:
         """The last cursor that report() stored, in this run or an earlier one. None if there is none.
 
-        Read it once, at the start of the body. It is None if the task was called directly. Raises
-        RuntimeError in a thread that the body has started.
+        Read it once, at the start of the function. It is None if the task was called directly. Raises
+        RuntimeError in a thread that the function has started.
         """
         run = self._own_run()
         return run.read_cursor() if run else None
@@ -235,15 +237,15 @@ class JobTask(DjangoTask):
     def report(
         self, done: float, total: float = 100, message: str | None = "", *, cursor: Any = None
     ) -> None:
-        """Show the progress, `done` of `total`, and a line of text. If the job is cancelled, end its body.
+        """Show the progress, `done` of `total`, and a line of text. If the job is cancelled, end its function.
 
         With `cursor`, any JSON value except null, the next run can continue here: after a crash, a deploy
         or a retry, it reads the value from self.cursor. The cursor is stored when this method returns.
         Inside your own atomic() it is stored together with your changes, or not at all. Keep that block
         short, because nobody can cancel the job until the block ends. Raises TypeError or ValueError if the
-        cursor is not JSON, RuntimeError in a thread that the body has started.
+        cursor is not JSON, RuntimeError in a thread that the function has started.
 
-        If the worker is shutting down, a call with `cursor` ends the body once the cursor is committed.
+        If the worker is shutting down, a call with `cursor` ends the function once the cursor is committed.
         The job continues in another worker.
         """
         if run := self._own_run():
@@ -259,162 +261,39 @@ class JobTask(DjangoTask):
 
     @property
     def batch(self) -> Batch | None:
-        """The batch that this job belongs to, or None. self.batch.enqueue() adds another job to it."""
+        """The batch that this job belongs to, or None. batches.add() adds another job to it."""
         run = self._own_run()
         return run.read_batch() if run else None
 
-    def then(
+    def enqueue_next(
         self,
         task: Any,
         args: list | tuple = (),
         kwargs: dict | None = None,
-        *,
-        label: str = "",
-        queue: str | None = None,
-        countdown: float | None = None,
-        eta: datetime | None = None,
+        **options: Unpack[MemberOptions],
     ) -> None:
         """Enqueue a job in the transaction that stores the success of this one: exactly one row.
 
-        However often the body runs, only what the last run names is stored. The new job has the same owner,
-        and belongs to the same batch. If the task was called directly, the job is enqueued at once. Raises
-        the errors of Job.objects.enqueue().
+        However often the function runs, only what the last run names is stored. The new job has the same
+        owner, and belongs to the same batch. If the task was called directly, the job is enqueued immediately.
+        Raises the errors of enqueue().
         """
-        options = {"label": label, "queue": queue, "countdown": countdown, "eta": eta}
         if run := self._own_run():
-            run.next_steps.append([batches.step(task, args, kwargs, **options)])
+            run.next_jobs.append(batches.planned(task, args, kwargs, **{"label": "", **options}))
         else:
-            Job.objects.enqueue(task, args, kwargs, **options)
+            enqueue(task, args, kwargs, **options)
 
     def _own_run(self):
-        if self.request_stack.top is None and any(r.task is self for r in tuple(runs.values())):
+        if self.request_stack.top is None and process.has_run_of(self):
             raise RuntimeError(
-                "report(), then() and cursor work only in the thread that runs the body: call them there"
+                "report(), enqueue_next() and cursor work only in the thread that runs the task function:"
+                " call them there"
             )
         return self._current_run
 
     # In a worker
 
     def __call__(self, *args, **kwargs):
-        request = self.request
-        if request.called_directly or self._current_run:  # the body calls its own task
+        if self.request.called_directly or self._current_run:  # the function calls its own task
             return super().__call__(*args, **kwargs)
-        headers = request.headers or {}
-        if "job" not in headers:  # an app that does not know that this task is a job has sent it
-            fields = new_fields(self, args, kwargs) | tracing.current(self.name)
-            job, _ = wait_for(Job.objects.get_or_create, fields, pk=request.id)
-            headers = {**headers, "limit": job.limit_key}
-            if job.held_by:
-                pool.query(turns.grant, [job.held_by])
-        crashes, limit = headers.get("crashes", 0), request.time_limit or self.time_limit
-        run = Run(
-            request.id,
-            headers.get("run_token"),
-            self,
-            headers.get("batch"),
-            # In eager mode, grant() lets the next job go: here it would run inside of this one.
-            None if request.is_eager else headers.get("limit"),
-            worker=request.hostname,
-            retries=request.retries,
-            crashes=crashes,
-            times_sent=headers.get("times_sent", 1),
-            limit=timedelta(seconds=limit),
-            lease=timedelta(seconds=min(conf.LEASE_SECONDS, limit)),
-        )
-        start_thread()
-        is_suspect = crashes and crashes + 1 >= conf.MAX_CRASHES
-        if shutting_down[0] or (is_suspect and not run.become_suspect()):
-            # Skip a job with times_sent=0: it was queued again after this message was sent.
-            row = Job.objects.filter(QUEUED, LOCK_TIMEOUT, pk=request.id, times_sent__gt=0)
-            wait_past_soft_limit(updates.requeue, row, conf.SWEEP_SECONDS)
-            raise Ignore("must wait: its worker is shutting down, or runs another suspect")
-        try:
-            if not wait_past_soft_limit(run.claim):
-                if run.hold_if_paused():
-                    raise Ignore("its queue or its task is paused")
-                if not wait_past_soft_limit(run.claim):  # a pause may have ended in between
-                    raise run.ignored()
-            request.run = run
-            with run, connection.execute_wrapper(end_interrupted_query):
-                return self._execute(run, args, kwargs)
-        finally:
-            run.ended = True
-
-    def _execute(self, run, args, kwargs):
-        """Run the body, and write how it ended. Returns its result, or raises what Celery expects."""
-        try:
-            result = self._run_body(run, args, kwargs)
-        except Retry:
-            if run.retry:
-                run.try_again()
-            else:
-                run.fail("Retry was raised by hand: call self.retry() to queue the job again")
-            raise
-        except Ignore:  # raised by the body: the job succeeds without a result
-            result = None
-        except JobLost:
-            raise run.ignored() from None
-        except WorkerStopping:
-            run.hand_back()
-            raise Ignore("continues in another worker") from None
-        except BaseException as error:
-            if pool.is_terminated(error):
-                if not child_has_crashed():
-                    run.hand_back()
-                raise  # after a crash, the main process recovers the job
-            if isinstance(error, SystemExit):
-                run.fail(f"The task called sys.exit({error.code!r})")
-                # Not SystemExit, which would end the child process or the thread.
-                raise RuntimeError("sys.exit() in a task") from error
-            run.fail(OVER_TIME_LIMIT if isinstance(error, pool.time_limit_errors) else "")
-            raise
-        if run.retry:  # with throw=False
-            run.try_again()
-            raise Ignore("queued again")
-        run.succeed(result)
-        return result
-
-    def _run_body(self, run, args, kwargs):
-        """Return the body's result. Raises TransactionManagementError if it left a transaction open."""
-        in_block = connection.in_atomic_block  # a test's atomic(), in eager mode: leave it open
-        try:
-            run.in_body = True
-            result = self.run(*batches.fill(args), **kwargs)
-        finally:
-            run.in_body = False  # write_and_renew() must not claim the job again
-            was_open = not in_block and roll_back_open_transaction()
-        if was_open:
-            raise TransactionManagementError("The task left a transaction open")
-        return result
-
-
-def run_coroutine(task, body):
-    """Run the coroutine of a body in an event loop, which has a thread of its own.
-
-    A function that the coroutine passes to sync_to_async() runs in the thread of this call, on its
-    database connection. An exception that ends this call, such as that of a time limit, cancels the
-    coroutine.
-    """
-    request, loop, current = task.request, None, None
-    if own := task._own_run():
-        # Now, because a coroutine cannot query the database.
-        own.read_cursor()
-        if own.batch_id:
-            own.read_batch()
-
-    async def with_request():
-        nonlocal loop, current
-        loop, current = asyncio.get_running_loop(), asyncio.current_task()
-        task.request_stack.push(request)  # each thread has its own stack
-        try:
-            return await body
-        finally:
-            task.request_stack.pop()
-
-    try:
-        return async_to_sync(with_request)()
-    except BaseException:
-        with suppress(RuntimeError):  # the loop has ended
-            if loop:
-                loop.call_soon_threadsafe(current.cancel)
-        raise
+        return execute(self, args, kwargs)

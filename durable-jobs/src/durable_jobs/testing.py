@@ -10,8 +10,10 @@ import pytest
 from celery import current_app
 from celery.exceptions import OperationalError
 
-from . import lease, messages, publish, sweep
-from .results import run_queued
+from durable_jobs import eager as eager_mode
+from durable_jobs import messages
+from durable_jobs.publish import publisher
+from durable_jobs.worker.runs import process
 
 __all__ = ["broker_down", "commit", "run_jobs"]
 
@@ -26,10 +28,8 @@ def eager(request, monkeypatch):
     current_app.conf.task_always_eager = not request.node.get_closest_marker("live")
     current_app.conf.task_eager_propagates = True  # an error in a plain task fails its test
     # Start no thread that renews leases: it could not see the rows of a test's transaction.
-    monkeypatch.setattr(lease, "thread_started", True)
-    for memory in [publish.publish_again_at, sweep.queues, sweep.refusals, sweep.refused]:
-        memory.clear()
-    monkeypatch.setattr(sweep, "POLL_SECONDS", 0)
+    monkeypatch.setattr(process, "renews_leases", True)
+    monkeypatch.setattr(publisher, "again_at", {})
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def commit(db, django_capture_on_commit_callbacks):
 @pytest.fixture
 def run_jobs(db):
     """run_jobs() runs all queued jobs and the jobs that they enqueue, and waits for no countdown."""
-    return run_queued
+    return eager_mode.run_jobs
 
 
 @pytest.fixture

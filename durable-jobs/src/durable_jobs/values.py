@@ -5,22 +5,14 @@ import re
 import uuid
 from contextlib import suppress
 
-from kombu.utils.json import dumps, loads, register_type
+from kombu.utils.json import dumps, loads
 
-from . import conf
-
-
-class Results:
-    """An argument of a body that stands for results, so that no row copies them: see batches.fill().
-
-    `source` is ["job", id] or ["batch", id].
-    """
-
-    def __init__(self, source):
-        self.source = source
+from durable_jobs import conf
 
 
-register_type(Results, "durable_jobs.Results", lambda results: results.source, Results)
+class Results(list):
+    """Stands for the results of a batch among the arguments of its callback, until they are known."""
+
 
 # In JSON: NUL, and half of a surrogate pair. PostgreSQL stores neither.
 UNSTORABLE = re.compile(r"\\u0000|\\ud[89ab]..(?!\\ud[c-f])|(?<!\\ud[89ab]..)\\ud[c-f]..")
@@ -30,7 +22,7 @@ def to_json(value):
     """Return the JSON of a value.
 
     As in Celery's messages, a datetime, a UUID or a Decimal becomes a dictionary that names its type,
-    and the body gets the original value. Raises TypeError, ValueError or RecursionError if a value
+    and the task function gets the original value. Raises TypeError, ValueError or RecursionError if a value
     cannot be JSON, or has a character that PostgreSQL cannot store.
     """
     text = dumps(value, allow_nan=False)
@@ -43,14 +35,11 @@ def to_json(value):
 def as_json(args, kwargs):
     """Return `args` and `kwargs` as a row stores them, and their size in bytes. See to_json().
 
-    Raises ValueError for a dictionary that a worker could not read, or would take for results.
+    Raises ValueError for a dictionary that a worker could not read.
     """
     text = to_json([args, kwargs])
     if '"__type__"' in text:
         loads(text)  # may raise ValueError
-        found = text.count('"__type__": "durable_jobs.Results"')
-        if found > sum(isinstance(arg, Results) for arg in args):
-            raise ValueError("only the engine makes arguments of the type durable_jobs.Results")
     return *json.loads(text), len(text)  # ASCII, so one byte for each character
 
 

@@ -1,0 +1,1 @@
+"""For other packages: Django's Tasks, Prometheus."""

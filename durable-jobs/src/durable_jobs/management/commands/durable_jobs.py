@@ -1,8 +1,9 @@
-"""manage.py jobs pause NAME… --reason TEXT, resume NAME…, or paused. A name is that of a queue or a task."""
+"""manage.py durable_jobs pause NAME… --reason TEXT, resume NAME…, or paused. A name is that of a queue or a task."""
 
 from django.core.management.base import BaseCommand, CommandError
 from django.db import transaction
 
+from durable_jobs import pauses
 from durable_jobs.models import Pause
 
 
@@ -25,8 +26,8 @@ class Command(BaseCommand):
         for name in names:
             try:
                 if command == "pause":
-                    Pause.objects.pause(name, reason)
-                elif not Pause.objects.resume(name):
+                    pauses.pause(name, reason)
+                elif not pauses.resume(name):
                     raise ValueError(f"{name} is not paused")
             except ValueError as error:
                 raise CommandError(error) from None

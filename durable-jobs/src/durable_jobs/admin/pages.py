@@ -10,15 +10,15 @@ from django.db.models.functions import Now
 from django.utils import timezone
 from django.utils.timesince import timesince
 
-from . import conf
-from .expressions import RUNNING, SILENT
-from .heartbeat import SILENT_SECONDS, workers
-from .limits import PAUSE, name_of
-from .metrics import by_queue
-from .models import Job, Pause
-from .pauses import known_names
-from .reasons import problems, span
-from .turns import with_place
+from durable_jobs import conf
+from durable_jobs.admission import with_slot
+from durable_jobs.counts import by_queue
+from durable_jobs.expressions import RUNNING, STALLED
+from durable_jobs.limits import PAUSE, name_of
+from durable_jobs.messages import known_names
+from durable_jobs.models import Job, Pause, Worker
+from durable_jobs.reasons import problems, span
+from durable_jobs.worker.heartbeat import STALE_SECONDS
 
 MOST_KEYS = 200
 MOST_ENTRIES = 10  # of the log
@@ -27,9 +27,9 @@ MOST_SHOWN = 5  # jobs of a worker
 COUNTS = {  # {filter of the list of jobs: the metric}
     "waiting": "durable_jobs_waiting",
     "waiting later": "durable_jobs_waiting_later",
-    "held": "durable_jobs_held",
+    "blocked": "durable_jobs_blocked",
     "running": "durable_jobs_running",
-    "silent": "durable_jobs_silent",
+    "stalled": "durable_jobs_stalled",
 }
 
 
@@ -75,20 +75,20 @@ def shown(name, query, counts, wait, **fields):
 
 
 def keys():
-    """Return the lines of the limited keys with active jobs: at most MOST_KEYS, the most held first."""
+    """Return the lines of the limited keys with active jobs: at most MOST_KEYS, the most blocked first."""
     is_due = Q(due_at__lte=Now())
-    held = Job.objects.filter(held_by__isnull=False).exclude(held_by__startswith=PAUSE)
-    held = held.values(key=F("held_by")).annotate(
-        held=Count("held_by", filter=is_due), wait=Now() - Min("due_at", filter=is_due)
+    blocked = Job.objects.filter(blocked_by__isnull=False).exclude(blocked_by__startswith=PAUSE)
+    blocked = blocked.values(key=F("blocked_by")).annotate(
+        blocked=Count("blocked_by", filter=is_due), wait=Now() - Min("due_at", filter=is_due)
     )
-    rows = {row["key"]: row for row in held.order_by("-held", "key")[:MOST_KEYS]}
+    rows = {row["key"]: row for row in blocked.order_by("-blocked", "key")[:MOST_KEYS]}
     used = (
-        with_place()
+        with_slot()
         .values(key=F("limit_key"))
         .annotate(
             waiting=Count("pk", filter=Q(state="queued")),
             running=Count("pk", filter=RUNNING),
-            silent=Count("pk", filter=SILENT),
+            stalled=Count("pk", filter=STALLED),
         )
     )
     for row in used.order_by("-running", "key"):
@@ -96,7 +96,7 @@ def keys():
     lines = []
     for key, row in list(rows.items())[:MOST_KEYS]:
         limit = conf.LIMITS.get(name_of(key))
-        counts = {state: row.get(state) for state in ("waiting", "held", "running", "silent")}
+        counts = {state: row.get(state) for state in ("waiting", "blocked", "running", "stalled")}
         query = {"q" if limit else "limit_key": key}
         lines.append(shown(key, query, counts, row.get("wait"), limit=limit or "none"))
     return lines
@@ -104,13 +104,13 @@ def keys():
 
 def workers_page():
     """Return the context of the template."""
-    jobs, silent_time = defaultdict(list), timedelta(seconds=SILENT_SECONDS)
+    jobs, silent_time = defaultdict(list), timedelta(seconds=STALE_SECONDS)
     running = Job.objects.filter(state="running", sweep_at__isnull=False)
     running = running.only("task", "label", "worker", "started_at")
     for job in running.order_by("started_at")[:MOST_RUNNING]:
         job.age = span(timezone.now() - job.started_at)
         jobs[job.worker].append(job)
-    rows = list(workers().annotate(age=Now() - F("seen_at")))
+    rows = list(Worker.objects.annotate(age=Now() - F("seen_at")))
     for row in rows:
         row.is_silent, row.silence = row.age > silent_time, span(row.age)
         row.jobs, row.more = jobs[row.name][:MOST_SHOWN], len(jobs[row.name][MOST_SHOWN:])

@@ -1,4 +1,4 @@
-"""Additions to Celery's Beat: it enqueues each job once per due time, counts errors, and runs the sweep."""
+"""Additions to Celery's Beat: it enqueues each job once per due time, counts errors, and runs the sweeper."""
 
 import logging
 import threading
@@ -12,11 +12,12 @@ from celery import current_app
 from celery.beat import BeatLazyFunc, SchedulingError
 from django.db import IntegrityError, close_old_connections, connection
 
-from . import sweep
-from .database import may_succeed_later, wait_for
-from .models import Job
-from .queryset import new_fields
-from .tasks import JobTask, check_options
+from durable_jobs.beat.sweeper import Sweeper
+from durable_jobs.calls import check_options
+from durable_jobs.database import may_succeed_later, wait_for
+from durable_jobs.enqueue import new_fields
+from durable_jobs.models import Job
+from durable_jobs.tasks import JobTask
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 def start(sender, **kwargs):
     """Prepare Beat's service (`sender`), which has just started."""
     OncePerDueTime(sender).start()
-    sweep.start(watch_ticks(sender), count_errors(sender))
+    Sweeper(watch_ticks(sender), count_errors(sender)).start()
 
 
 def check_entry(name, args, kwargs, options):

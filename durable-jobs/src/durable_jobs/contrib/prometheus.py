@@ -4,7 +4,7 @@ import math
 from datetime import timedelta
 from itertools import accumulate
 
-from django.db.models import Count, F, Min, Q
+from django.db.models import Count, F, Min
 from django.db.models.functions import Now
 from django.http import HttpResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -16,22 +16,21 @@ from prometheus_client.core import (
 from rest_framework.permissions import IsAdminUser
 from rest_framework.views import APIView
 
-from . import turns
-from .expressions import ACTIVE, FINAL, RUNNING, SILENT, is_paused
-from .heartbeat import alive, takers
-from .messages import known_queues
-from .models import Batch, Job, Pause, Sweep, Tally
-from .pauses import known_names
-from .tallies import LABELS
+from durable_jobs.beat.statistics import LABELS
+from durable_jobs.counts import by_queue
+from durable_jobs.expressions import FINAL
+from durable_jobs.messages import known_names
+from durable_jobs.models import Batch, Pause, Sweep, Tally
+from durable_jobs.worker.heartbeat import alive
 
 __all__ = ["Metrics"]
 
 QUEUE_METRICS = {
     "durable_jobs_waiting": "Jobs that are due and wait for a worker",
-    "durable_jobs_held": "Jobs that are due, but held by a limit or a pause",
+    "durable_jobs_blocked": "Jobs that are due, but blocked by a limit or a pause",
     "durable_jobs_waiting_later": "Jobs that wait for their countdown or for a retry",
     "durable_jobs_running": "Jobs that a worker runs",
-    "durable_jobs_silent": "Jobs whose worker gives no sign of life",
+    "durable_jobs_stalled": "Jobs whose worker does not respond",
     "durable_jobs_oldest_wait_seconds": "Seconds for which the oldest due job has waited for a worker",
     "durable_jobs_slots": "How many jobs the workers of this queue can run at once",
     "durable_jobs_busy_slots": "How many of these slots are taken, also by jobs of other queues",
@@ -58,7 +57,7 @@ BATCH_METRICS = {
     "durable_jobs_oldest_batch_seconds": "Seconds since the oldest of these batches was created",
 }
 BEAT_METRICS = {
-    "durable_jobs_sweep_age_seconds": "Seconds since Beat's sweep last completed a round",
+    "durable_jobs_sweep_age_seconds": "Seconds since Beat's sweeper last completed a round",
     "durable_jobs_beat_late_seconds": "Seconds by which Beat is late to check its schedule",
 }
 BEAT_COUNTERS = {
@@ -97,53 +96,20 @@ class Collector:
             yield histogram(name, text, label, by_label[label])
 
         rows = Batch.objects.filter(ended_at=None).aggregate(
-            durable_jobs_batches=Count("*"), durable_jobs_oldest_batch_seconds=Now() - Min("created_at")
+            durable_jobs_batches=Count("*"),
+            durable_jobs_oldest_batch_seconds=Now() - Min("created_at"),
         )
         yield from families(BATCH_METRICS, [], [rows])
 
-        ages = {"durable_jobs_sweep_age_seconds": "ended_at", "durable_jobs_beat_late_seconds": "tick_due_at"}
+        ages = {
+            "durable_jobs_sweep_age_seconds": "ended_at",
+            "durable_jobs_beat_late_seconds": "tick_due_at",
+        }
         ages = {name: Now() - F(time) for name, time in ages.items()}
         rows = Sweep.objects.values(**ages, durable_jobs_schedule_errors_total=F("schedule_errors"))
         rows = rows or [dict.fromkeys(ages, math.inf)]
         yield from families(BEAT_METRICS, [], rows)
         yield from families(BEAT_COUNTERS, [], rows, CounterMetricFamily)
-
-
-def by_queue():
-    """Return a dictionary with the QUEUE_METRICS of each queue that is known, has active jobs or workers.
-
-    Its key "workers" has the workers that take from the queue.
-    """
-    paused = is_paused(turns.paused_names())
-    queued, is_due, is_later = Q(state="queued"), Q(due_at__lte=Now()), Q(due_at__gt=Now())
-    rows = Job.objects.filter(state__in=ACTIVE, sweep_at__isnull=False).values("queue")
-    active = rows.annotate(
-        durable_jobs_waiting=Count("queue", filter=queued & is_due & ~paused),
-        # Until a worker or the sweep holds them:
-        durable_jobs_held=Count("queue", filter=queued & is_due & paused),
-        durable_jobs_waiting_later=Count("queue", filter=queued & is_later),
-        durable_jobs_running=Count("queue", filter=RUNNING),
-        durable_jobs_silent=Count("queue", filter=SILENT),
-        durable_jobs_oldest_wait_seconds=Now() - Min("due_at", filter=queued & is_due & ~paused),
-    )
-    # All of these are queued. With state=…, PostgreSQL would read their rows: their index has no state.
-    rows = Job.objects.filter(held_by__isnull=False).values("queue")
-    held = rows.annotate(
-        durable_jobs_held=Count("queue", filter=is_due),
-        durable_jobs_waiting_later=Count("queue", filter=is_later),
-    )
-    rows = {queue: {"queue": queue} for queue in known_queues()}
-    rows |= {row["queue"]: row for row in active}
-    for row in held:
-        of_queue = rows.setdefault(row["queue"], {"queue": row["queue"]})
-        for name in ("durable_jobs_held", "durable_jobs_waiting_later"):
-            of_queue[name] = of_queue.get(name, 0) + row[name]
-    for queue, workers in takers().items():
-        of_queue = rows.setdefault(queue, {"queue": queue})
-        of_queue["workers"] = workers
-        of_queue["durable_jobs_slots"] = sum(worker.slots for worker in workers)
-        of_queue["durable_jobs_busy_slots"] = sum(worker.busy for worker in workers)
-    return list(rows.values())
 
 
 def tallies():

@@ -1,6 +1,6 @@
 """Leases: the lease of a running job says that its worker is alive. When it lapses, the job is recovered.
 
-In each process, one thread renews the leases of all runs, and writes what their bodies report. The
+In each process, one thread renews the leases of all runs, and writes what their functions report. The
 main process of a prefork worker also renews the leases of its children, and a report() with a cursor
 renews the lease of its job.
 """
@@ -13,37 +13,34 @@ from django.db import close_old_connections, transaction
 from django.db.models import Q
 from django.db.models.functions import Now
 
-from . import conf, tracing, turns, updates
-from .expressions import IN_CANCELLED_BODY, lease_end
-from .models import Job
-from .pools import pool
-from .runs import OVER_TIME_LIMIT, jobs_of, lock, runs
+from durable_jobs import admission, conf, tracing, transitions
+from durable_jobs.expressions import STILL_RUNNING, lease_end
+from durable_jobs.models import Job
+from durable_jobs.pools import pool
+from durable_jobs.worker.runs import OVER_TIME_LIMIT, jobs_of, process
 
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5  # seconds between two checks of reports, leases and dead children
-STOPPED = "It stopped unexpectedly"  # for owners: its worker died
+STOPPED = "The worker running this job stopped unexpectedly"  # for owners: its worker died
 RECOVERY_FIELDS = "state crashes limit_key task started_at worker trace request_id".split()
 RECOVERY_DELAY = 5  # seconds until the job of a dead worker starts again; doubles up to 43 minutes
-
-thread_started = False
 
 
 def start_thread():
     """Start the thread at the first run, not earlier: a forked child has no threads of its parent."""
-    global thread_started
-    with lock:
-        if not thread_started:
+    with process.lock:
+        if not process.renews_leases:
             pool.start_thread(renew_leases)
-            thread_started = True
+            process.renews_leases = True
 
 
 def renew_leases():
     """Write reports every POLL_SECONDS, and renew each lease when a third of it has passed. Never returns."""
     while True:
         time.sleep(POLL_SECONDS)
-        with lock:
-            current = list(runs.values())
+        with process.lock:
+            current = list(process.runs.values())
         try:
             close_old_connections()
             if to_write := [run for run in current if run.needs_write()]:
@@ -62,7 +59,7 @@ def write_and_renew(to_write):
     """
     reports = {run: run.report for run in to_write}
     with transaction.atomic():
-        rows = updates.locking(jobs_of(to_write))
+        rows = transitions.locking(jobs_of(to_write))
         tokens = set(rows.values_list("run_token", flat=True))
         written = [run for run in to_write if run.token in tokens]
         silent = [run for run in written if not reports[run]]  # these keep progress and message
@@ -77,15 +74,15 @@ def write_and_renew(to_write):
         tokens = set(jobs_of(to_write).values_list("run_token", flat=True))
         for run in to_write:
             if run.token not in tokens:
-                run.overtaken = run.in_body and not run.claim()
-                run.lost = run.overtaken or not run.in_body
+                run.overtaken = run.is_running and not run.claim()
+                run.lost = run.overtaken or not run.is_running
 
 
 @transaction.atomic
 def renew_cancelled(lost):
-    """Renew the leases of cancelled jobs with a limit: they keep their places until their bodies end."""
-    in_body = Job.objects.filter(IN_CANCELLED_BODY, pk__in=[run.job_id for run in lost])
-    updates.skip_locked(in_body).update(sweep_at=lease_end())
+    """Renew the leases of cancelled jobs with a limit: they keep their slots until their functions end."""
+    still_running = Job.objects.filter(STILL_RUNNING, pk__in=[run.job_id for run in lost])
+    transitions.skip_locked(still_running).update(sweep_at=lease_end())
     for run in lost:
         run.renew_at = time.monotonic() + conf.LEASE_SECONDS / 3
 
@@ -93,22 +90,22 @@ def renew_cancelled(lost):
 @transaction.atomic
 def renew_for_children(jobs):
     """Renew the leases of these jobs, which run in child processes. Skip locked rows."""
-    updates.skip_locked(jobs).update(sweep_at=lease_end())
+    transitions.skip_locked(jobs).update(sweep_at=lease_end())
 
 
 @transaction.atomic
 def recover(jobs):
-    """Queue the jobs of dead workers again, or fail them. Free the places of cancelled ones. Skip locked rows.
+    """Queue the jobs of dead workers again, or fail them. Free the slots of cancelled ones. Skip locked rows.
 
     A job past its deadline fails, however many crashes it has: Celery killed its child process, or its
     thread never ended.
     """
     late, keys = Q(deadline__lte=Now()), set()
-    for job in updates.locking(jobs).only(*RECOVERY_FIELDS).annotate(late=late):
+    for job in transitions.locking(jobs).only(*RECOVERY_FIELDS).annotate(late=late):
         crashes = job.crashes + 1
         keys |= {job.limit_key} - {None}
         died = {"error": "Its worker died", "exception": "celery.exceptions.WorkerLostError"}
-        if job.state == "cancelled":  # its body has ended, too: free its place
+        if job.state == "cancelled":  # its function has ended, too: free its slot
             Job.objects.filter(pk=job.pk).update(sweep_at=None)
         elif job.late:
             over = {"error": OVER_TIME_LIMIT, "exception": "celery.exceptions.TimeLimitExceeded"}
@@ -119,15 +116,15 @@ def recover(jobs):
         else:
             delay = RECOVERY_DELAY * 2 ** min(job.crashes, 9) * random.uniform(0.8, 1.2)
             row, changes = Job.objects.filter(pk=job.pk), {"public_error": STOPPED}
-            updates.requeue(row, delay, failure=died, crashes=crashes, **changes)
-            text = "job %s lost its worker and starts again in %.0f s"
+            transitions.requeue(row, delay, failure=died, crashes=crashes, **changes)
+            text = "job %s lost its worker and will start again in %.0f s"
             tracing.run_as(job, logger.warning, text, job.pk, delay)
         if job.state == "running":
             tracing.record_lost_run(job, OVER_TIME_LIMIT if job.late else died["error"])
-    turns.grant_after_commit(keys)
+    admission.admit_after_commit(keys)
 
 
 def fail(job, failure, error, public_error="", **changes):
     texts = {"error": error, "public_error": public_error or error}
-    updates.finish(Job.objects.filter(pk=job.pk), "failed", failure=failure, **texts, **changes)
+    transitions.finish(Job.objects.filter(pk=job.pk), "failed", failure=failure, **texts, **changes)
     tracing.run_as(job, logger.error, "job %s failed: %s", job.pk, error)

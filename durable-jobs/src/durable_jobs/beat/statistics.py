@@ -13,9 +13,9 @@ from django.db import transaction
 from django.db.models import Case, Count, F, Subquery, Sum, Value, When
 from django.db.models.functions import Coalesce, Now
 
-from . import conf
-from .models import Job, Sweep, Tally
-from .updates import retention_end
+from durable_jobs import conf
+from durable_jobs.models import Job, Sweep, Tally
+from durable_jobs.transitions import retention_end
 
 LAG = timedelta(seconds=10)  # a transaction that ends a job must commit in this time
 PIECE = timedelta(minutes=1)  # of ends, counted at once: Beat may have been stopped for a day

@@ -21,14 +21,15 @@ from django.utils.functional import cached_property
 from django.utils.html import format_html, format_html_join
 from kombu.utils.json import loads
 
-from . import conf, queues
-from .beat import check_entry
-from .expressions import ACTIVE, FINAL, RUNNING, SILENT, UNFINISHED
-from .limits import name_of
-from .models import Batch, Failure, Job, Pause, Worker
-from .pauses import known_names
-from .reasons import reasons
-from .serializers import count_jobs, what_follows
+from durable_jobs import actions, batches, conf, pauses
+from durable_jobs.admin import pages
+from durable_jobs.beat.schedule import check_entry
+from durable_jobs.counts import count_jobs, what_follows
+from durable_jobs.expressions import ACTIVE, FINAL, RUNNING, STALLED, UNFINISHED
+from durable_jobs.limits import name_of
+from durable_jobs.messages import known_names
+from durable_jobs.models import Batch, Failure, Job, Pause, Worker
+from durable_jobs.reasons import reasons
 
 __all__ = ["announce"]
 
@@ -37,19 +38,19 @@ TASK_FIELDS = ["task", "label", "args", "kwargs", "owner", "queue", "batch", "fo
 TASK_FIELDS += ["created_at"]
 OUTCOME_FIELDS = ["state", "reason", "error", "public_error", "result", "progress", "message"]
 OUTCOME_FIELDS += ["due_at", "started_at", "finished_at", "followed_by"]
-KEYS = ["id", "idempotency_key", "fingerprint", "unique_key", "limit_key", "held_by"]
+KEYS = ["id", "idempotency_key", "fingerprint", "unique_key", "limit_key", "blocked_by"]
 INTERNALS = ["cursor", "run_token", "worker", "sweep_at", "deadline"]
-INTERNALS += ["times_sent", "retries", "crashes", "then", "follows", "trace", "request_id"]
+INTERNALS += ["times_sent", "retries", "crashes", "follows", "results_of", "trace", "request_id"]
 # How the list of jobs can be filtered, in the words of the metrics. A job that has not ended is in one of two
-# indexes: job_active or job_held.
+# indexes: job_active or job_blocked.
 IS_ACTIVE = Q(state__in=ACTIVE) & (Q(sweep_at__isnull=False) | Q(held_by__isnull=False))
 STATES = {
     "active": IS_ACTIVE,
     "waiting": Q(state="queued", sweep_at__isnull=False, due_at__lte=Now()),
     "waiting later": IS_ACTIVE & Q(state="queued", due_at__gt=Now()),
-    "held": Q(held_by__isnull=False, due_at__lte=Now()),
+    "blocked": Q(held_by__isnull=False, due_at__lte=Now()),
     "running": RUNNING,
-    "silent": SILENT,
+    "stalled": STALLED,
     **{state: Q(state=state) for state in FINAL},
 }
 
@@ -202,7 +203,8 @@ class ReadOnlyAdmin(admin.ModelAdmin):
     def followed_by(self, row):
         jobs = what_follows(row.pk).only("label", "task")
         links = (
-            (reverse("admin:durable_jobs_job_change", args=[job.pk]), job.label or job) for job in jobs
+            (reverse("admin:durable_jobs_job_change", args=[job.pk]), job.label or job)
+            for job in jobs
         )
         return format_html_join(", ", '<a href="{}">{}</a>', links)
 
@@ -236,7 +238,7 @@ class JobAdmin(ReadOnlyAdmin):
 
     def get_changelist_instance(self, request):
         changelist = super().get_changelist_instance(request)
-        large = ["args", "kwargs", "cursor", "result", "then"]
+        large = ["args", "kwargs", "cursor", "result"]
         changelist.result_list = changelist.result_list.defer(*large)
         return changelist
 
@@ -262,21 +264,21 @@ class JobAdmin(ReadOnlyAdmin):
     @admin.action(description="Run again", permissions=["delete"])
     def run_again(self, request, queryset):
         count = queryset.count()  # first, because copies may be in the queryset, too
-        again = queryset.run_again()
+        again = actions.run_all_again(queryset)
         rest = f"{count - len(again)} skipped, because they are active or can no longer run."
         announce(request, again, "queued again", rest)
         self.log(request, len(again), "queued again")
 
     @admin.action(description="Cancel", permissions=["delete"])
     def cancel(self, request, queryset):
-        count, cancelled = queryset.count(), queryset.cancel()
+        count, cancelled = queryset.count(), actions.cancel(queryset)
         rest = f"{count - cancelled} had already ended."
         self.message_user(request, f"{cancelled} job{pluralize(cancelled)} cancelled. {rest}")
         self.log(request, cancelled, "cancelled")
 
     @admin.action(description="Start now", permissions=["delete"])
     def start_now(self, request, queryset):
-        count, started = queryset.count(), queryset.start_now()
+        count, started = queryset.count(), actions.start_now(queryset)
         rest = f"{count - started} skipped, because they were not waiting for their time."
         self.message_user(request, f"{started} job{pluralize(started)} due now. {rest}")
         self.log(request, started, "started now")
@@ -299,7 +301,7 @@ class BatchAdmin(ReadOnlyAdmin):
         "created_at",
         "ended_at",
     ]
-    fields += ["id", "parent", "then", "ended"]
+    fields += ["id", "on_success", "on_finish"]
 
     def has_view_permission(self, request, obj=None):
         return request.user.has_perm("durable_jobs.view_job")
@@ -326,13 +328,13 @@ class BatchAdmin(ReadOnlyAdmin):
 
     @admin.action(description="Run failed jobs again", permissions=["delete"])
     def run_failed_again(self, request, queryset):
-        again = [job for batch in queryset for job in batch.run_failed_again()]
+        again = [job for batch in queryset for job in batches.run_failed_again(batch)]
         announce(request, again, "enqueued again")
         self.log(request, len(again), "enqueued again")
 
     @admin.action(description="Cancel", permissions=["delete"])
     def cancel(self, request, queryset):
-        cancelled = sum(batch.cancel() for batch in queryset.filter(ended_at=None))
+        cancelled = sum(batches.cancel(batch) for batch in queryset.filter(ended_at=None))
         self.message_user(request, f"{cancelled} job{pluralize(cancelled)} cancelled.")
         self.log(request, cancelled, "cancelled")
 
@@ -367,12 +369,12 @@ class PageAdmin(admin.ModelAdmin):
 
 @admin.register(Worker)
 class WorkersAdmin(PageAdmin):
-    page = staticmethod(queues.workers_page)
+    page = staticmethod(pages.workers_page)
 
 
 @admin.register(Pause)
 class QueuesAdmin(PageAdmin):
-    page = staticmethod(queues.page)
+    page = staticmethod(pages.page)
 
     def has_change_permission(self, request, obj=None):
         return request.user.has_perm("durable_jobs.delete_job")
@@ -394,11 +396,11 @@ class QueuesAdmin(PageAdmin):
         name, reason = form.cleaned_data["pause"], form.cleaned_data["reason"]
         try:
             if name:
-                Pause.objects.pause(name, reason)
+                pauses.pause(name, reason)
                 text = f"Paused {name}: {reason}" if reason else f"Paused {name}"
             else:
                 name = form.cleaned_data["resume"]
-                text = f"Resumed {name}" if Pause.objects.resume(name) else ""
+                text = f"Resumed {name}" if pauses.resume(name) else ""
         except ValueError as error:
             messages.error(request, str(error))
             return

@@ -24,10 +24,16 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.settings import api_settings
 
-from .batches import unsuccessful
-from .models import Batch, Job
-from .queryset import insert, new_fields
-from .serializers import TOO_LONG, BatchSerializer, JobSerializer, has_job_perm, may_run_again
+from durable_jobs import actions, batches
+from durable_jobs.api.serializers import (
+    TOO_LONG,
+    BatchSerializer,
+    JobSerializer,
+    has_job_perm,
+    may_run_again,
+)
+from durable_jobs.enqueue import insert, new_fields
+from durable_jobs.models import Batch, Job
 
 __all__ = ["BatchViewSet", "EnqueueMixin", "JobViewSet", "accepted"]
 
@@ -169,17 +175,16 @@ class JobViewSet(OwnViewSet):
         long = When(length__gt=10_000, then=Value(TOO_LONG, JSONField()))
         jobs = jobs.alias(length=Length(Cast("result", TextField())))
         jobs = jobs.annotate(short_result=Case(long, default="result"))
-        jobs = jobs.annotate(has_next=Q(then__isnull=False))  # [] if it has succeeded
-        return jobs.defer("args", "kwargs", "cursor", "result", "then")
+        return jobs.defer("args", "kwargs", "cursor", "result")
 
     @extend_schema(exclude=True)
     @action(detail=False)
     def with_batches(self, request):
         """For the jobs page: a list of jobs and batches. A batch that is open is in the state "running"."""
-        batches = self._own(Batch.objects.filter(parent=None).defer("then", "ended"))
+        rows = self._own(Batch.objects.defer("on_success", "on_finish"))
         if state := request.query_params.get("state"):
-            batches = batches.filter(state="open" if state == "running" else state)
-        page = self.paginate_queryset(Merged(self.filter_queryset(self.get_queryset()), batches))
+            rows = rows.filter(state="open" if state == "running" else state)
+        page = self.paginate_queryset(Merged(self.filter_queryset(self.get_queryset()), rows))
         shown = {}
         for serializer in JobSerializer, BatchSerializer:
             rows = [row for row in page if isinstance(row, serializer.Meta.model)]
@@ -192,7 +197,7 @@ class JobViewSet(OwnViewSet):
     def cancel(self, request, pk):
         """Cancel a job. A queued job never starts. A running job stops when it next reports."""
         job = self.get_object()
-        if not job.cancel():
+        if not actions.cancel(job):
             raise Conflict("The job has already ended.")
         job.refresh_from_db()
         return Response(self.get_serializer(job).data)
@@ -213,7 +218,7 @@ class JobViewSet(OwnViewSet):
         if not may_run_again(request.user, job):
             self.permission_denied(request)
         try:
-            again = job.run_again()
+            again = actions.run_again(job)
         except (TypeError, ValueError) as error:
             raise Conflict(f"The job cannot run again: {error}.") from error
         if again.owner_id != job.owner_id and not has_job_perm(request.user, "delete"):
@@ -224,13 +229,8 @@ class JobViewSet(OwnViewSet):
 class BatchViewSet(OwnViewSet):
     """The caller's own batches. Staff also see batches without an owner."""
 
-    queryset = Batch.objects.defer("then", "ended")  # they may be large
+    queryset = Batch.objects.defer("on_success", "on_finish")  # they may be large
     serializer_class = BatchSerializer
-
-    def get_queryset(self):
-        batches = super().get_queryset()
-        # Its parent stands for a batch inside of a batch, which a nested canvas makes.
-        return batches if self.detail else batches.filter(parent=None)
 
     @extend_schema(request=None, responses={200: BatchSerializer, 409: BATCH_HAS_ENDED})
     @action(detail=True, methods=["post"])
@@ -239,7 +239,7 @@ class BatchViewSet(OwnViewSet):
         batch = self.get_object()
         if batch.ended_at:
             raise Conflict("The batch has already ended.")
-        batch.cancel()
+        batches.cancel(batch)
         return Response(self.get_serializer(batch).data)
 
     @extend_schema(request=None, responses={202: BatchSerializer, 409: NOTHING_FAILED})
@@ -250,10 +250,10 @@ class BatchViewSet(OwnViewSet):
         Staff who may delete jobs can do this. The owner can do it if the tasks of all these jobs allow it.
         """
         batch = self.get_object()
-        for task in unsuccessful(batch).values_list("task", flat=True).distinct():
+        for task in batches.unsuccessful(batch).values_list("task", flat=True).distinct():
             if not may_run_again(request.user, Job(task=task, owner_id=batch.owner_id)):
                 self.permission_denied(request)
-        if not batch.run_failed_again():
+        if not batches.run_failed_again(batch):
             raise Conflict("No job of this batch failed or was cancelled that can run again.")
         return Response(self.get_serializer(batch).data, status=202)
 
@@ -310,7 +310,7 @@ class EnqueueMixin:
         countdown: float | None = None,
         eta: datetime | None = None,
     ) -> Job:
-        """Enqueue the object's job for the user of this request. See Job.objects.enqueue().
+        """Enqueue the object's job for the user of this request. See enqueue.enqueue().
 
         The owner and the idempotency_key are those of the request. There is no `unique`, because two
         objects could get the same job.
@@ -319,7 +319,7 @@ class EnqueueMixin:
         fields = new_fields(task, args, kwargs, self.request.user, label, queue, **times)
         if key := self._idempotency_key:
             fields |= {"idempotency_key": key, "fingerprint": self._fingerprint}
-        return insert(Job.objects, {**fields, "pk": self.job_id})
+        return insert({**fields, "pk": self.job_id})
 
     def _find_stored(self):
         """Return a serializer of the object that the first request with this key stored, or None.

@@ -2,7 +2,7 @@
 
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
-from functools import wraps
+from functools import cache, wraps
 from inspect import signature
 
 from django.db import connections, models, transaction
@@ -10,44 +10,55 @@ from django.db.models import Case, F, Q, When
 from django.db.models.functions import Coalesce, Now
 from django.db.models.sql import InsertQuery, UpdateQuery
 
-from . import conf
-from .expressions import ASYNC_COMMIT, IDLE_TIMEOUT, LOCK_TIMEOUT, UNFINISHED, Clock, is_paused
+from durable_jobs import conf
+from durable_jobs.expressions import ASYNC_COMMIT, IDLE_TIMEOUT, LOCK_TIMEOUT, UNFINISHED, Clock
+from durable_jobs.models import Batch, Job, Pause
 
 STORED_FAILURES = 20  # of each job: the latest ones
 UNSUCCESSFUL = ["failed", "cancelled"]
-# The body of a cancelled job with a limit may still run: then it has a sweep_at.
+# The task function of a cancelled job with a limit may still run: then it has a sweep_at.
 CAN_RUN_AGAIN = Q(state__in=UNSUCCESSFUL, sweep_at=None)
 
 
-def requeue(jobs, delay=0, failure=None, **changes):
-    """Queue these jobs (again). The sweep sends their messages in `delay` seconds.
+def is_paused(names=None):
+    """Return the condition for a job to be paused. `names` is what is paused, if it was read before.
 
-    A running job with a limit gives its place up: it is held again, see turns.py. Returns how many rows were
+    Each claim has it, and PostgreSQL plans this form faster than EXISTS.
+    """
+    if names is None:
+        names = Pause.objects.values("name")
+    return Q(queue__in=names) | Q(task__in=names)
+
+
+def requeue(jobs, delay=0, failure=None, **changes):
+    """Queue these jobs (again). The sweeper sends their messages in `delay` seconds.
+
+    A running job with a limit gives its place up: it is held again, see admission.py. Returns how many rows were
     changed. `failure` has the fields of a Failure to store, see update().
     """
     due = Now() + timedelta(seconds=delay)
-    # A job that is already queued keeps its due_at. One that is handed back keeps its place in the line.
+    # A job that is already queued keeps its due_at. One that is released keeps its place in the line.
     is_queued, has_limit = Q(state="queued"), Q(limit_key__isnull=False)
     keeps = is_queued if delay or failure else is_queued | has_limit
     changes["due_at"] = Case(When(keeps, then="due_at"), default=due)
     limit_key = Case(When(state="running", then="limit_key"))
-    is_held = Q(held_by__isnull=False) | Q(state="running", limit_key__isnull=False)
-    changes["held_by"] = Coalesce("held_by", limit_key)
-    changes["sweep_at"] = Case(When(is_held, then=None), default=due)
+    is_blocked = Q(blocked_by__isnull=False) | Q(state="running", limit_key__isnull=False)
+    changes["blocked_by"] = Coalesce("blocked_by", limit_key)
+    changes["sweep_at"] = Case(When(is_blocked, then=None), default=due)
     changes |= {"state": "queued", "run_token": None, "times_sent": 0}
     return update(jobs, changes, failure)
 
 
 def finish(jobs, state, failure=None, **changes):
     """Write a final state, unless the job already has one. Returns how many rows were changed."""
-    final = {"state": state, "run_token": None, "sweep_at": None, "held_by": None}
+    final = {"state": state, "run_token": None, "sweep_at": None, "blocked_by": None}
     return update(jobs.filter(UNFINISHED), {**final, "finished_at": Now(), **changes}, failure)
 
 
 def cancel(jobs):
     """Cancel these jobs, unless they have ended. Returns how many rows were changed.
 
-    A body with a limit keeps its place until it ends, or until its lease does.
+    A job with a limit keeps its slot until its task function ends, or until its lease does.
     """
     in_body = Q(state="running", limit_key__isnull=False)
     sweep_at = Case(When(in_body, then=F("sweep_at")), default=None)
@@ -101,34 +112,27 @@ def retention_end():
     return Now() - timedelta(days=conf.RETENTION_DAYS)
 
 
-def lock_batches(batches, pks):
-    """Lock these batches and their parents until the transaction ends.
+def lock_batches(pks):
+    """Lock these batches until the transaction ends. Returns {id: whether it is old}.
 
-    Returns {id: whether it is old}. A batch is old if it and its parents ended more than DURABLE_JOBS['RETENTION_DAYS']
-    ago. The purge deletes jobs of old batches, so these do not open again.
+    A batch is old if it ended more than RETENTION_DAYS ago. The purge deletes jobs of old batches, so
+    these do not open again.
     """
-    found, new = set(), {pk for pk in pks if pk}
-    while new:
-        found |= new
-        new = set(batches.filter(pk__in=new, parent__isnull=False).values_list("parent", flat=True))
-    # no_key: an end() that has locked a batch may store jobs in its parent.
-    locked = batches.filter(pk__in=found).order_by("pk").select_for_update(no_key=True)
-    rows = {batch.pk: batch for batch in locked.annotate(old=Q(ended_at__lt=retention_end()))}
-
-    def is_old(batch):
-        return bool(batch.old) and (batch.parent_id is None or is_old(rows[batch.parent_id]))
-
-    return {pk: is_old(batch) for pk, batch in rows.items()}
+    # no_key: whoever adds a job checks its foreign key, and must not wait for this lock.
+    locked = Batch.objects.filter(pk__in=pks).order_by("pk").select_for_update(no_key=True)
+    rows = locked.annotate(old=Q(ended_at__lt=retention_end()))
+    return {batch.pk: bool(batch.old) for batch in rows}
 
 
-def open_again(batches, pks):
-    """Open these batches and their parents: some of their jobs run again in this transaction.
+def open_again(pks):
+    """Open these batches: some of their jobs run again in this transaction.
 
     Call it before these jobs are changed, because end() locks the batch first, too. Returns the ids of those
     that are open now. Old ones are not: see lock_batches().
     """
-    opened = {pk for pk, is_old in lock_batches(batches, pks).items() if not is_old}
-    batches.filter(pk__in=opened).update(state="open", error="", counts={}, ended_at=None)
+    opened = {pk for pk, is_old in lock_batches(pks).items() if not is_old}
+    changes = {"state": "open", "error": "", "counts": {}, "ended_at": None}
+    Batch.objects.filter(pk__in=opened).update(**changes)
     return opened
 
 
@@ -213,40 +217,50 @@ def fill(param, values, connection):
     return param.output_field.get_db_prep_save(values[param.value], connection)
 
 
-inserts = {}  # {database: (compiler, converters of the returned values, SQL, its parameters)}
+OF_DATABASE = ["created_at", "due_at", "sweep_at"]  # what the INSERT of a job returns
 
 
-def insert(job, using, fields, returning):
-    """The INSERT of a job, whose due_at and sweep_at are the times until then. Returns [the fields `returning`].
+def insert(job):
+    """INSERT this new job, whose `due_at` and `sweep_at` are the times until then, or None.
 
-    See Job._do_insert().
+    Sets them, and `created_at`, to the database's times. Raises IntegrityError. As with bulk_create(),
+    Django sends no signal.
     """
-    if using not in inserts:
-        values = {field.attname: Placeholder(field.attname, field) for field in fields}
-        for name in "due_at", "sweep_at":
-            values[name] = Now() + Placeholder(name, models.DurationField())
-        query = InsertQuery(type(job))
-        query.insert_values(fields, [type(job)(**values | {"created_at": Clock()})])
-        compiler = query.get_compiler(using)
-        compiler.returning_fields = returning
-        columns = [field.get_col(job._meta.db_table) for field in returning]
-        inserts[using] = compiler, compiler.get_converters(columns), *compiler.as_sql()[0]
-    compiler, converters, *statement = inserts[using]
+    using = Job.objects.db
+    compiler, converters, *statement = compiled_insert(using)
     rows = execute(using, *statement, vars(job))
-    return list(compiler.apply_converters(map(list, rows), converters))
+    [row] = compiler.apply_converters(map(list, rows), converters)
+    for name, value in zip(OF_DATABASE, row, strict=True):
+        setattr(job, name, value)
+    job._state.adding, job._state.db = False, using
+
+
+@cache
+def compiled_insert(using):
+    """Return the compiler of the INSERT, the converters of what it returns, its SQL and its parameters."""
+    fields = Job._meta.concrete_fields
+    values = {field.attname: Placeholder(field.attname, field) for field in fields}
+    for name in "due_at", "sweep_at":
+        values[name] = Now() + Placeholder(name, models.DurationField())
+    query = InsertQuery(Job)
+    query.insert_values(fields, [Job(**values | {"created_at": Clock()})])
+    compiler = query.get_compiler(using)
+    compiler.returning_fields = [Job._meta.get_field(name) for name in OF_DATABASE]
+    columns = [field.get_col(Job._meta.db_table) for field in compiler.returning_fields]
+    return compiler, compiler.get_converters(columns), *compiler.as_sql()[0]
 
 
 @prepared(limit=models.DurationField(), lease=models.DurationField())
 def claim(manager, id, run_token, worker, retries, crashes, times_sent, limit, lease):
     """The UPDATE that gives a queued job to the run with this token.
 
-    It changes no row if the job is no longer queued, is held or paused, or if it has crashed or was retried
+    It changes no row if the job is no longer queued, is blocked or paused, or if it has crashed or was retried
     since the message was sent. `limit` is the time until the deadline, and `lease` the length of the first
     lease. `retries`, `crashes` and `times_sent` come from the message; `times_sent` says which message of the
     job it is, 1 for the first. If PostgreSQL crashes within a second, the claim may be lost: then the run
     must claim the job again.
     """
-    # An old message may arrive when the job is held: then it has no sweep_at.
+    # An old message may arrive when the job is blocked: then it has no sweep_at.
     may_start = Q(run_token=None, sweep_at__isnull=False) & ~is_paused()
     # Q(run_token=run_token): this UPDATE was sent before and committed, but its answer was lost.
     claimable = may_start | Q(run_token=run_token)
@@ -268,8 +282,7 @@ def claim(manager, id, run_token, worker, retries, crashes, times_sent, limit, l
 
 @prepared()
 def succeed(manager, id, run_token, result, message):
-    """The UPDATE that writes the result of a run, if the run still owns the job and no step comes next."""
-    is_alone = Q(then__isnull=True)
-    rows = manager.filter(UNFINISHED, is_alone, LOCK_TIMEOUT, pk=id, run_token=run_token)
+    """The UPDATE that writes the result of a run, if the run still owns the job."""
+    rows = manager.filter(UNFINISHED, LOCK_TIMEOUT, pk=id, run_token=run_token)
     final = {"state": "succeeded", "run_token": None, "sweep_at": None, "finished_at": Now()}
     return rows, {**final, "progress": 100, "result": result, "message": message}

@@ -1,18 +1,15 @@
 from celery import current_app
-from django.core.cache.backends.locmem import LocMemCache
-from django.db.models import Count
 from django.db.models.manager import BaseManager
 from rest_framework import serializers
 from rest_framework.reverse import reverse
 
-from .expressions import ACTIVE, FINAL
-from .models import Batch, Failure, Job
-from .reasons import reasons
+from durable_jobs.counts import count_jobs, what_follows
+from durable_jobs.expressions import ACTIVE, FINAL
+from durable_jobs.models import Batch, Failure, Job
+from durable_jobs.reasons import reasons
 
 __all__ = ["BatchSerializer", "JobSerializer"]
 
-JOBS_A_SECOND = 20_000  # of open batches: the counts of 100,000 jobs are kept for 5 s
-kept_counts = LocMemCache("durable_jobs.counts", {})  # {id of a batch: its counts}
 GENERIC_ERROR = "It failed"  # shown to owners instead of an exception: see JobError
 TOO_LONG = "Too long for a list: see the job itself"
 
@@ -34,11 +31,6 @@ def add_reasons(jobs, user):
     found = reasons(jobs, has_job_perm(user, "view"))
     for job in jobs:
         job.reason = found.get(job.pk, "")
-
-
-def what_follows(pk):
-    """Return the jobs that started after this job or batch, at most 100."""
-    return Job.objects.filter(follows=pk).order_by("created_at")[:100]
 
 
 def rows_of(data):
@@ -76,7 +68,7 @@ class JobSerializer(serializers.ModelSerializer):
         help_text="it has ended, and the caller may run it again"
     )
     reason = serializers.CharField(
-        read_only=True, help_text="what it waits for, or why it does not move, for people"
+        read_only=True, help_text="what it waits for, or why it does not move"
     )
     follows_url = serializers.URLField(
         required=False,
@@ -103,7 +95,7 @@ class JobSerializer(serializers.ModelSerializer):
         }
 
     def get_can_run_again(self, job) -> bool:
-        has_ended = job.finished_at and not job.sweep_at  # a cancelled body may still run
+        has_ended = job.finished_at and not job.sweep_at  # a cancelled one may still run
         return bool(has_ended) and may_run_again(self.context["request"].user, job)
 
     def _url_before(self, job):
@@ -167,22 +159,3 @@ class BatchSerializer(serializers.ModelSerializer):
             self.fields.pop("callbacks", None)
         batch.counts = dict.fromkeys(ACTIVE + FINAL, 0) | batch.counts
         return super().to_representation(batch)
-
-
-def count_jobs(batches):
-    """Set `counts` of those batches that are open, in one query. The others have them in their row.
-
-    Each process keeps the counts of a large batch for some seconds, so that it costs the same to poll a
-    batch of any size.
-    """
-    keys = {batch: str(batch.pk) for batch in batches if batch.ended_at is None}
-    kept = kept_counts.get_many(keys.values())
-    unknown = [key for key in keys.values() if key not in kept]
-    counted = {key: {} for key in unknown}
-    rows = Job.objects.filter(batch__in=unknown).values_list("batch", "state")
-    for pk, state, count in rows.annotate(count=Count("*")):
-        counted[str(pk)][state] = count
-    for key, counts in counted.items():
-        kept_counts.set(key, counts, sum(counts.values()) / JOBS_A_SECOND)
-    for batch, key in keys.items():
-        batch.counts = (kept | counted)[key]

@@ -10,7 +10,9 @@ from django.db.models.functions import Now
 from django.utils import timezone
 from helpers import explain, greet, kinds, queries, rows_read, scrape
 
-from durable_jobs import conf, sweep, tallies
+from durable_jobs import conf
+from durable_jobs.actions import run_again
+from durable_jobs.beat.schedule import statistics, sweeper
 from durable_jobs.models import Job, Sweep, Tally
 
 pytestmark = pytest.mark.django_db
@@ -55,7 +57,7 @@ def test_the_metrics_have_counters_and_histograms(staff_api):
     end(state="failed", crashes=3, ran=9999)
     end(state="cancelled", started_at=None)
     end(state="cancelled", retries=1)
-    tallies.count_ended()
+    statistics.count_ended()
     task, queue = "helpers.greet", "celery"
     assert {n: v for n, v in scrape(staff_api).items() if "sweep" not in n and "beat" not in n} == {
         f"durable_jobs_ended_total succeeded {task}": 2,
@@ -64,12 +66,12 @@ def test_the_metrics_have_counters_and_histograms(staff_api):
         f"durable_jobs_crashes_total {task}": 3,
         f"durable_jobs_retries_total {task}": 3,
         **{f"durable_jobs_run_seconds_bucket {le} {task}": 1 for le in ("5.0", "10.0")},
-        **{f"durable_jobs_run_seconds_bucket {le} {task}": 2 for le in tallies.LABELS[5:-1]},
+        **{f"durable_jobs_run_seconds_bucket {le} {task}": 2 for le in statistics.LABELS[5:-1]},
         f"durable_jobs_run_seconds_bucket +Inf {task}": 3,
         f"durable_jobs_run_seconds_count {task}": 3,
         f"durable_jobs_run_seconds_sum {task}": 10023,
         **{f"durable_jobs_wait_seconds_bucket {le} {queue}": 1 for le in ("0.1", "0.5", "1.0")},
-        **{f"durable_jobs_wait_seconds_bucket {le} {queue}": 3 for le in tallies.LABELS[3:]},
+        **{f"durable_jobs_wait_seconds_bucket {le} {queue}": 3 for le in statistics.LABELS[3:]},
         f"durable_jobs_wait_seconds_count {queue}": 3,
         f"durable_jobs_wait_seconds_sum {queue}": pytest.approx(6.05),
     }
@@ -78,24 +80,24 @@ def test_the_metrics_have_counters_and_histograms(staff_api):
 def test_each_task_and_each_queue_has_its_own_counts():
     for task, queue in ("a", "x"), ("a", "y"), ("b", "x"):
         end(task=task, queue=queue)
-    tallies.count_ended()
+    statistics.count_ended()
     found = {(row.label, row.name): row.counts["5.0"] for row in Tally.objects.all()}
     assert found == {("task", "a"): 2, ("task", "b"): 1, ("queue", "x"): 2, ("queue", "y"): 1}
 
 
-@pytest.mark.parametrize("size", [*range(len(tallies.BUCKETS))])
+@pytest.mark.parametrize("size", [*range(len(statistics.BUCKETS))])
 def test_a_bucket_has_the_durations_up_to_its_own(size):
-    limit, label, next_label = tallies.BUCKETS[size], *tallies.LABELS[size : size + 2]
+    limit, label, next_label = statistics.BUCKETS[size], *statistics.LABELS[size : size + 2]
     end(ran=limit)
     end(ran=limit + 0.000001)
-    tallies.count_ended()
+    statistics.count_ended()
     assert (counts()[label], counts()[next_label]) == (1, 1)
 
 
 def test_a_job_that_never_ran_or_has_no_due_time_is_in_no_histogram():
     end(state="failed", started_at=None)  # the broker refused it
     end(due_at=None)  # a row of the first version
-    tallies.count_ended()
+    statistics.count_ended()
     assert counts() == {"failed": 1, "succeeded": 1, "seconds": 4, "5.0": 1}
     assert counts("queue", "celery") == {}
 
@@ -103,7 +105,7 @@ def test_a_job_that_never_ran_or_has_no_due_time_is_in_no_histogram():
 def test_a_duration_is_never_negative():
     end(ran=-5, waited=-5)
     end(ran=1)
-    tallies.count_ended()
+    statistics.count_ended()
     assert counts() == {"succeeded": 2, "seconds": 1, "0.1": 1, "1.0": 1}
 
 
@@ -121,13 +123,13 @@ def test_known_tasks_and_queues_have_counters_before_their_first_job_ends(staff_
 
 def test_the_first_round_counts_no_old_jobs(row):
     row.delete()
-    tallies.count_ended()  # Beat has not stored its row yet
+    statistics.count_ended()  # Beat has not stored its row yet
     Sweep.objects.create(pk=1, ended_at=START)
     end()
-    tallies.count_ended()
+    statistics.count_ended()
     assert not counts()
     Sweep.objects.update(counted_until=START)
-    tallies.count_ended()
+    statistics.count_ended()
     assert ended() == 1
 
 
@@ -135,10 +137,10 @@ def test_an_end_is_counted_ten_seconds_later(monkeypatch):
     """Its transaction may commit late."""
     end(timezone.now() - seconds(5))
     end(timezone.now() - seconds(11))
-    tallies.count_ended()
+    statistics.count_ended()
     assert ended() == 1
-    monkeypatch.setattr(tallies, "LAG", seconds(4))
-    tallies.count_ended()
+    monkeypatch.setattr(statistics, "LAG", seconds(4))
+    statistics.count_ended()
     assert ended() == 2
 
 
@@ -148,7 +150,7 @@ WHOLE = START.replace(microsecond=0) + seconds(20)
 @pytest.mark.parametrize("border", [WHOLE, WHOLE + seconds(0.25), WHOLE + seconds(0.123456)])
 def test_borders_are_exact(monkeypatch, border):
     """Also on SQLite, which compares times as text of different lengths."""
-    Sweep.objects.update(counted_until=border - tallies.PIECE)
+    Sweep.objects.update(counted_until=border - statistics.PIECE)
     for step in range(-2, 3):
         end(border + step * timedelta.resolution)
     for text in "%Y-%m-%d %H:%M:%S", "%Y-%m-%d %H:%M:%S.%f":
@@ -158,7 +160,7 @@ def test_borders_are_exact(monkeypatch, border):
                 sql = "UPDATE durable_jobs_job SET finished_at = %s WHERE id = %s"
                 cursor.execute(sql, [border.strftime(text)[:23], pk])
     total, found = Job.objects.count(), []
-    while tallies.count_piece():
+    while statistics.count_piece():
         found.append(ended())
     assert Sweep.objects.get().counted_until > border
     assert found[0] >= 2 and ended() == total
@@ -168,14 +170,14 @@ def test_two_beats_count_each_end_once(transactional_db, monkeypatch):
     """Both read the same jobs before one of them adds the numbers."""
     end()
     end(1)
-    numbers, barrier = tallies.numbers, threading.Barrier(2)
+    numbers, barrier = statistics.numbers, threading.Barrier(2)
 
     def read(*interval):
         new = numbers(*interval)
         barrier.wait(20)
         return new
 
-    monkeypatch.setattr(tallies, "numbers", read)
+    monkeypatch.setattr(statistics, "numbers", read)
     threads = [threading.Thread(target=count_in_thread) for _ in range(2)]
     for thread in threads:
         thread.start()
@@ -186,7 +188,7 @@ def test_two_beats_count_each_end_once(transactional_db, monkeypatch):
 
 def count_in_thread():
     try:
-        tallies.count_piece()
+        statistics.count_piece()
     finally:
         connection.close()
 
@@ -208,7 +210,7 @@ def test_a_beat_that_is_killed_at_any_point_loses_and_repeats_nothing(transactio
 
         try:
             with connection.execute_wrapper(execute):
-                tallies.count_piece()
+                statistics.count_piece()
         except Killed:
             return True
         return False
@@ -220,7 +222,7 @@ def test_a_beat_that_is_killed_at_any_point_loses_and_repeats_nothing(transactio
         if not count_and_die(point):
             break
         assert (ended(), Sweep.objects.get().counted_until) == (point, start)
-        tallies.count_ended()
+        statistics.count_ended()
         assert ended() == point + 1
     assert point >= 5 and ended() == point + 1
 
@@ -229,15 +231,15 @@ def test_a_beat_that_was_stopped_counts_what_it_has_missed(settings, monkeypatch
     Sweep.objects.update(counted_until=START - timedelta(minutes=10))
     for minute in range(10):
         end(-60 * minute - 30)
-    intervals, numbers = [], tallies.numbers
+    intervals, numbers = [], statistics.numbers
     monkeypatch.setattr(
-        tallies, "numbers", lambda *interval: intervals.append(interval) or numbers(*interval)
+        statistics, "numbers", lambda *interval: intervals.append(interval) or numbers(*interval)
     )
     settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"SWEEP_SECONDS": 0}
-    tallies.count_ended()
+    statistics.count_ended()
     assert (len(intervals), ended()) == (1, 1)  # a round is short
     settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"SWEEP_SECONDS": 60}
-    tallies.count_ended()
+    statistics.count_ended()
     assert ended() == 10
     assert max(end - start for start, end in intervals) == timedelta(minutes=1)
     assert all(end == start for (_, end), (start, _) in itertools.pairwise(intervals))
@@ -247,30 +249,30 @@ def test_a_clock_that_is_set_back_a_little_changes_no_count():
     now = timezone.now()
     Sweep.objects.update(counted_until=now - seconds(5))  # when it was 5 s later
     end(now - seconds(12))  # it was counted
-    tallies.count_ended()
+    statistics.count_ended()
     assert not counts() and Sweep.objects.get().counted_until == now - seconds(5)
 
 
 def test_a_clock_that_is_set_back_by_hours_does_not_stop_the_count():
     Sweep.objects.update(counted_until=timezone.now() + timedelta(hours=5))
-    tallies.count_ended()
+    statistics.count_ended()
     counted_until = Sweep.objects.get().counted_until
     assert timezone.now() - seconds(12) < counted_until < timezone.now()
     end(counted_until)
     Sweep.objects.update(counted_until=counted_until - seconds(1))
-    tallies.count_ended()
+    statistics.count_ended()
     assert ended() == 1
 
 
 def test_a_job_that_runs_again_is_counted_at_each_of_its_ends():
     job = end(state="failed", retries=8)
-    tallies.count_ended()
+    statistics.count_ended()
     job.refresh_from_db()
-    job.run_again()
+    run_again(job)
     later = {"finished_at": START + seconds(60), "sweep_at": None}
     Job.objects.update(state="succeeded", **later)
     Sweep.objects.update(counted_until=START + seconds(50))
-    tallies.count_ended()
+    statistics.count_ended()
     assert (counts()["failed"], counts()["succeeded"], counts()["retries"]) == (1, 1, 8)
 
 
@@ -281,11 +283,11 @@ def test_the_purge_deletes_no_job_that_is_not_counted(settings):
     second, kept = 1 / 24 / 3600, conf.RETENTION_DAYS
     settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"RETENTION_DAYS": second}
     end()
-    purge = sweep.Purge(Job, "finished_at")
+    purge = sweeper.Purge(Job, "finished_at")
     purge.delete_page()
     assert Job.objects.count() == 1
     settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"RETENTION_DAYS": kept}
-    tallies.count_ended()
+    statistics.count_ended()
     settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"RETENTION_DAYS": second}
     purge.delete_page()
     assert not Job.objects.exists() and ended() == 1
@@ -297,7 +299,7 @@ def test_the_purge_deletes_old_jobs_that_will_not_be_counted(settings):
     for _ in range(2):
         end()
         Sweep.objects.update(counted_until=None)
-        sweep.Purge(Job, "finished_at").delete_page()
+        sweeper.Purge(Job, "finished_at").delete_page()
         assert not Job.objects.exists()
         Sweep.objects.all().delete()
 
@@ -309,7 +311,7 @@ def test_counts_that_have_not_changed_for_long_are_deleted(settings):
         Tally.objects.create(label="queue", name=name, counts={"1.0": 5}, updated_at=past)
     Tally.objects.filter(name="new").update(updated_at=Now())
     end(queue="again", task="old")  # the name of a task, too
-    tallies.count_ended()
+    statistics.count_ended()
     assert {(t.label, t.name) for t in Tally.objects.all()} == {
         ("queue", "new"),
         ("queue", "again"),
@@ -322,7 +324,7 @@ def test_late_counts_are_not_deleted_as_old_ones(settings):
     """A Beat that was stopped for longer than DURABLE_JOBS['RETENTION_DAYS'] counts jobs that are older."""
     settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"RETENTION_DAYS": 1 / 24 / 3600}
     end()
-    tallies.count_ended()
+    statistics.count_ended()
     assert ended() == 1
 
 
@@ -342,13 +344,13 @@ def test_an_error_stops_no_other_step(monkeypatch, caplog, failing):
         run.__qualname__ = name
         monkeypatch.setattr(owner, name, run)
 
-    step(tallies, "count_ended")
-    step(sweep.Purge, "delete_pages")
-    step(sweep.turns, "delete_old_starts")
+    step(statistics, "count_ended")
+    step(sweeper.Purge, "delete_pages")
+    step(sweeper.turns, "delete_old_starts")
     pauses = iter([None, None])
     monkeypatch.setattr("time.sleep", lambda _: next(pauses))
     with pytest.raises(StopIteration):
-        sweep.clean_forever()
+        sweeper.clean_forever()
     round_ = ["count_ended", "delete_pages", "delete_pages", "delete_old_starts"]
     assert called == round_ * 2
     assert f"{failing} failed, and is tried again" in caplog.text
@@ -357,12 +359,12 @@ def test_an_error_stops_no_other_step(monkeypatch, caplog, failing):
 def test_a_round_costs_few_queries_however_many_jobs_have_ended():
     Sweep.objects.update(counted_until=timezone.now() - seconds(12))
     # Beat's row, the jobs, Beat's row, rows of Tally that are old.
-    assert kinds(queries(tallies.count_ended)) == ["SELECT", "SELECT", "UPDATE", "DELETE"]
+    assert kinds(queries(statistics.count_ended)) == ["SELECT", "SELECT", "UPDATE", "DELETE"]
     for number in range(50):
         end(timezone.now() - seconds(11), task=f"task{number % 7}", queue=f"queue{number % 9}")
     Sweep.objects.update(counted_until=timezone.now() - seconds(12))
     busy = ["SELECT", "SELECT", "UPDATE", "SELECT", "INSERT", "DELETE"]
-    assert kinds(queries(tallies.count_ended)) == busy
+    assert kinds(queries(statistics.count_ended)) == busy
 
 
 def test_a_round_reads_only_the_jobs_that_it_counts(backlog):
@@ -370,7 +372,7 @@ def test_a_round_reads_only_the_jobs_that_it_counts(backlog):
         end()
     with connection.cursor() as cursor:
         cursor.execute("ANALYZE durable_jobs_job")
-    [sql] = queries(tallies.numbers, START - seconds(1), START + seconds(1))
+    [sql] = queries(statistics.numbers, START - seconds(1), START + seconds(1))
     assert rows_read(sql) <= 3, explain(sql)
 
 
@@ -380,5 +382,5 @@ def test_the_purge_reads_only_old_jobs(backlog, settings):
     end()
     with connection.cursor() as cursor:
         cursor.execute("ANALYZE durable_jobs_job")
-    page = queries(sweep.Purge(Job, "finished_at").delete_page)[0]
+    page = queries(sweeper.Purge(Job, "finished_at").delete_page)[0]
     assert "job_finished" in explain(page) and rows_read(page) <= 1, explain(page)

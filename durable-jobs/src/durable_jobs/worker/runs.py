@@ -1,4 +1,4 @@
-"""One run of a job: it claims the row, holds what the body reports, and writes how the body ended."""
+"""One run of a job: it claims the row, keeps what its function reports, and writes how that ended."""
 
 import json
 import logging
@@ -11,13 +11,13 @@ from traceback import format_exception, format_exception_only
 from celery.exceptions import Ignore, SoftTimeLimitExceeded
 from django.db import Error, transaction
 
-from . import batches, turns, updates
-from .database import in_transaction, wait_for, wait_past_soft_limit
-from .expressions import LOCK_TIMEOUT, lease_end
-from .models import Batch, Job
-from .pools import pool
-from .publish import publish
-from .values import as_json, printable, to_json
+from durable_jobs import admission, batches, transitions
+from durable_jobs.database import in_transaction, wait_for, wait_past_soft_limit
+from durable_jobs.expressions import LOCK_TIMEOUT, lease_end
+from durable_jobs.models import Batch, Job
+from durable_jobs.pools import pool
+from durable_jobs.publish import publish
+from durable_jobs.values import as_json, printable, to_json
 
 logger = logging.getLogger(__name__)
 
@@ -25,46 +25,69 @@ OVER_TIME_LIMIT = "Over its time limit"
 FLUSH_SECONDS = 1  # by then a claim is on disk: by default PostgreSQL writes it within 0.6 s
 UNREAD = object()  # a value that must be read from the database
 
-runs = {}  # {token: Run} of the bodies that run in this process
-suspect = None  # the Run of this process whose job fails at its next crash: see become_suspect()
-lock = pool.Lock()
+
+class Process:
+    """The runs of this process."""
+
+    def __init__(self):
+        self.runs = {}  # {token: Run} of those whose functions run
+        self.suspect = None  # the Run whose job fails at its next crash: see become_suspect()
+        self.lock = pool.Lock()
+        self.renews_leases = False  # whether its thread has started
+        self.is_prefork = False  # whether it is the main process of child processes
+
+    def has_run_of(self, task):
+        return any(run.task is task for run in tuple(self.runs.values()))
+
+
+process = Process()
 
 
 class JobError(Exception):
     """Ends a job with an error text for its owner: raise JobError("Row 17 has no e-mail").
 
-    The text of any other exception of the body is for staff: the owner only sees that the job failed.
+    The text of any other exception is for staff: the owner only sees that the job failed.
     """
 
 
 class JobLost(BaseException):
-    """Ends a body whose job was cancelled or given to a newer run."""
+    """Ends a function whose job was cancelled or given to a newer run."""
 
 
 class Run:
     """One run of a job. It owns the job as long as `Job.run_token` is its token.
 
-    Use it as a context manager: the lease is renewed inside the block. `limit_key` is the key of its limit.
-    The other arguments are those of updates.claim().
+    Use it as a context manager: the lease is renewed inside the block. `limit_key` is the key of its limit,
+    `results_of` the batch whose results are its first argument.
+    The other arguments are those of transitions.claim().
     """
 
-    def __init__(self, job_id, token=None, task=None, batch_id=None, limit_key=None, **claim):
+    def __init__(
+        self,
+        job_id,
+        token=None,
+        task=None,
+        batch_id=None,
+        limit_key=None,
+        results_of=None,
+        **claim,
+    ):
         self.job_id = job_id
         self.token = token or uuid.uuid4()
         self.task = task
         self.batch_id = batch_id
-        self.limit_key = limit_key
-        self.has_written = False  # how the body ended
-        self.next_jobs = []  # the job that has its place now
-        self.next_steps = []  # what the body passed to then()
+        self.limit_key, self.results_of = limit_key, results_of
+        self.has_written = False  # how the function ended
+        self.admitted = []  # the job that has its slot now
+        self.next_jobs = []  # the plans of enqueue_next()
         self.claim_fields = claim
         self.report = {}  # the latest progress and message
         self.written = self.report  # the report that is in the row
         self.cursor = self.batch = UNREAD
-        self.in_body = False
+        self.is_running = False  # its function
         # The first renewal finds out whether a crash of PostgreSQL has lost the claim.
         self.renew_at = time.monotonic() + FLUSH_SECONDS
-        self.retry = None  # after retry(): arguments of updates.requeue()
+        self.retry = None  # after retry(): arguments of transitions.requeue()
         # Why it is retried: the fields of a Failure.
         self.failure = {
             "error": "The task requested another try",
@@ -72,7 +95,7 @@ class Run:
         }
         self.public_error = ""  # the same, for the owner
         self.lost = self.ended = False
-        self.overtaken = False  # during its body, its job was cancelled or given to a newer run
+        self.overtaken = False  # while it ran, its job was cancelled or given to a newer run
 
     @property
     def row(self):
@@ -80,30 +103,32 @@ class Run:
 
     @property
     def row_with_lock_timeout(self):
-        """The row, to write how the body ended. An UPDATE that waits too long for a lock is tried again."""
+        """The row, to write how the function ended. An UPDATE that waits too long for a lock is tried again."""
         return self.row.filter(LOCK_TIMEOUT)
 
     def __enter__(self):
-        with lock:
-            runs[self.token] = self
+        with process.lock:
+            process.runs[self.token] = self
 
     def __exit__(self, *exc_info):
-        with lock:
-            del runs[self.token]
-        if self.limit_key and not (self.has_written and self.next_jobs):
-            pool.query(turns.after_run, self)
+        with process.lock:
+            del process.runs[self.token]
+        if self.limit_key and not (self.has_written and self.admitted):
+            pool.query(admission.after_run, self)
 
     def claim(self):
         """Claim the job, also a second time. Returns 0 if it belongs to another run or has ended."""
         key = {"id": self.job_id, "run_token": self.token}
-        return turns.claim(Job.objects, self.limit_key, **key, **self.claim_fields)
+        return admission.claim(Job.objects, self.limit_key, **key, **self.claim_fields)
 
-    def hold_if_paused(self):
-        """After a claim that has failed, hold the job if it is paused. Returns whether it was."""
-        held = wait_past_soft_limit(turns.hold, Job.objects.filter(LOCK_TIMEOUT, pk=self.job_id))
-        if held and self.limit_key:  # it has lost its place
-            pool.query(turns.grant, [self.limit_key])
-        return bool(held)
+    def block_if_paused(self):
+        """After a claim that has failed, block the job if it is paused. Returns whether it was."""
+        blocked = wait_past_soft_limit(
+            admission.block, Job.objects.filter(LOCK_TIMEOUT, pk=self.job_id)
+        )
+        if blocked and self.limit_key:  # it has lost its slot
+            pool.query(admission.admit, [self.limit_key])
+        return bool(blocked)
 
     def become_suspect(self):
         """Become the suspect of this process, unless there is one. Returns whether it did.
@@ -111,13 +136,13 @@ class Run:
         The job of a suspect fails if its process dies. A process has only one suspect, so that its
         death makes at most one job fail.
         """
-        global suspect
-        with lock:
+        with process.lock:
+            suspect = process.suspect
             if suspect is None or suspect.lost or suspect.ended:
-                suspect = self
-            return suspect is self
+                process.suspect = self
+            return process.suspect is self
 
-    # What the body does
+    # What the function does
 
     def needs_write(self):
         return not self.lost and (self.report != self.written or self.is_renewal_due())
@@ -131,15 +156,16 @@ class Run:
         return self.cursor
 
     def read_batch(self):
-        if self.batch is UNREAD:  # an old Beat sends messages without the header
-            self.batch = Batch.objects.filter(jobs=self.job_id).defer("then", "ended").first()
+        if self.batch is UNREAD:
+            rows = Batch.objects.filter(jobs=self.job_id)
+            self.batch = rows.defer("on_success", "on_finish").first()
         return self.batch
 
     def write_cursor(self, cursor):
         to_json(cursor)  # raises if it cannot be stored: PostgreSQL's error would end a transaction
         changes = {"cursor": cursor, "sweep_at": lease_end(), **self.report}
         self.query_row(self.row.update, **changes)
-        self.cursor = UNREAD  # the body's transaction may roll back
+        self.cursor = UNREAD  # the function's transaction may roll back
         if not in_transaction():
             self.written = self.report  # renew_leases() need not write it again
 
@@ -148,12 +174,12 @@ class Run:
 
         If the database has lost the claim in a crash, the job is claimed again and the query repeated.
 
-        Inside a transaction of the body, the query is tried only once, because an error ends the
+        Inside a transaction of the function, the query is tried only once, because an error ends the
         transaction.
         """
         if in_transaction():
             answer = query(*args, **kwargs)
-        elif not (answer := wait_for(query, *args, **kwargs)) and self.in_body:
+        elif not (answer := wait_for(query, *args, **kwargs)) and self.is_running:
             answer = wait_for(self.claim) and wait_for(query, *args, **kwargs)
         if not answer:
             raise JobLost
@@ -165,9 +191,9 @@ class Run:
         """Write the result. Raises an error if it cannot be stored, and Ignore if the job is lost."""
         end = {"result": result, "message": self.report.get("message", "")}
         try:
-            with suppress(SoftTimeLimitExceeded):  # the limit is for the body, which has ended
+            with suppress(SoftTimeLimitExceeded):  # the limit is for the function, which has ended
                 json.dumps(result, allow_nan=False)
-            key = {"id": self.job_id, "run_token": self.token, "next_steps": self.next_steps}
+            key = {"id": self.job_id, "run_token": self.token, "next_jobs": self.next_jobs}
             written = self.write(batches.succeed, Job.objects, **key, **end)
         except Exception as error:
             self.fail(f"Its result cannot be stored: {error}")
@@ -184,7 +210,7 @@ class Run:
             failure["error"] = public_error
         texts = {"error": failure["error"], "public_error": public_error}
         row = self.row_with_lock_timeout
-        self.write(updates.finish, row, "failed", failure=failure, **self.report, **texts)
+        self.write(transitions.finish, row, "failed", failure=failure, **self.report, **texts)
         self.end_batch()
 
     def try_again(self):
@@ -193,7 +219,7 @@ class Run:
             changes = {**self.report, **self.retry, "public_error": self.public_error}
             changes["args"], changes["kwargs"], _ = as_json(changes["args"], changes["kwargs"])
             row = self.row_with_lock_timeout
-            self.write(updates.requeue, row, failure=self.failure, **changes)
+            self.write(transitions.requeue, row, failure=self.failure, **changes)
         except Exception as error:  # for example, arguments that are not JSON
             self.fail(f"Its next try cannot be stored: {error}")
             raise
@@ -202,12 +228,12 @@ class Run:
         if self.batch_id:
             pool.query(batches.try_to_end, self.batch_id)
 
-    def hand_back(self):
-        """Queue the job for another worker."""
-        self.write(updates.requeue, self.row_with_lock_timeout)
+    def release(self):
+        """Release the job: queue it for another worker."""
+        self.write(transitions.requeue, self.row_with_lock_timeout)
 
     def write(self, update, *args, **kwargs):
-        """Write how the body ended. Returns 0 if the run has lost its job.
+        """Write how the function ended. Returns 0 if the run has lost its job.
 
         If the database has lost the claim in a crash, the job is claimed again and the update repeated.
         """
@@ -218,23 +244,23 @@ class Run:
         if not written and not self.overtaken and wait_past_soft_limit(self.claim):
             written = wait_past_soft_limit(update, *args, **kwargs)
         self.has_written = bool(written)
-        publish(self.next_jobs)
+        publish(self.admitted)
         return written
 
     def hand_over(self, update, *args, **kwargs):
-        """Call update(…), and let the next job with the same limit have the place, in one transaction."""
+        """Call update(…), and let the next job with the same limit have the slot, in one transaction."""
         written = is_over = False
         try:
             with transaction.atomic():
                 written = update(*args, **kwargs)
-                # Else keep those of a commit whose answer was lost: their messages are due.
+                # Else keep that of a commit whose answer was lost: their messages are due.
                 if written:
-                    self.next_jobs = turns.hand_over(self.limit_key)
+                    self.admitted = admission.hand_over(self.limit_key)
                 is_over = True
         except Error:
             if is_over or not written:
                 raise
-            self.next_jobs = []  # the outcome is worth more: after_run() or the sweep lets the next job go
+            self.admitted = []  # the outcome is worth more: after_run() or the sweeper admits the next job
             return update(*args, **kwargs)
         return written
 

@@ -1,24 +1,24 @@
 """How a worker ends: what SIGTERM does to its jobs and its plain tasks.
 
 With each pool, the worker takes no more messages and sets `shutting_down`. From then on it starts no job, and
-a body ends when it has stored a cursor with report(). Its job is *handed back*: queued, without a crash.
+a function ends when it has stored a cursor with report(). Its job is *released*: queued, without a crash.
 
 Prefork:
 
 1. The main process gets SIGTERM. It waits until all children have ended their tasks, but at most
    SOFT_SHUTDOWN_SECONDS: wait_for_children().
-2. Celery sends SIGTERM to the children that still have a task. SystemExit ends the body, and the child hands
-   back its job: JobTask._execute(). A child that gets SIGTERM alone has crashed: child_has_crashed().
+2. Celery sends SIGTERM to the children that still have a task. SystemExit ends the function, and the child
+   releases its job: worker/execution.py. A child that gets SIGTERM alone has crashed: child_has_crashed().
 3. The main process ends with its children, or 10 s later without them: end_if_stuck().
 
 Threads and gevent:
 
 1. The process gets SIGTERM. It ends with its last task, without a task at once.
-2. After SOFT_SHUTDOWN_SECONDS, a thread hands back the jobs that are left, and ends the process:
+2. After SOFT_SHUTDOWN_SECONDS, a thread releases the jobs that are left, and ends the process:
    requeue_and_exit().
 
 The broker delivers plain tasks again that have not ended. Ctrl-C, `celery control shutdown` and an error of
-Celery end a worker too. Then threads and gevent do the same, and prefork waits for all bodies, at most for
+Celery end a worker too. Then threads and gevent do the same, and prefork waits for all functions, at most for
 the longest time limit.
 """
 
@@ -37,24 +37,21 @@ from celery.worker import state
 from django.db import connection, transaction
 from django.db.transaction import TransactionManagementError
 
-from . import tracing, updates
-from .heartbeat import forget
-from .lease import POLL_SECONDS
-from .pools import has_children, pool, shutting_down
-from .runs import jobs_of, lock, runs
+from durable_jobs import tracing, transitions
+from durable_jobs.pools import has_children, pool, shutting_down
+from durable_jobs.worker.heartbeat import heartbeat
+from durable_jobs.worker.lease import POLL_SECONDS
+from durable_jobs.worker.runs import jobs_of, process
 
 logger = getLogger(__name__)
 
 CHILD_SECONDS = 10  # that a child without a task may take to end
 SIGTERM_SECONDS = 5  # if all processes get SIGTERM, the main process has handled it by then
 
-is_prefork = False  # whether the bodies of this worker run in child processes
-
 
 def prepare(sender, **kwargs):
     """Prepare the shutdown of the worker `sender`, whose pool has not started yet."""
-    global is_prefork
-    is_prefork = has_children(sender)
+    process.is_prefork = has_children(sender)
     current_app.steps["worker"].add(Shutdown)
 
 
@@ -66,11 +63,11 @@ class Shutdown(StartStopStep):
 
 
 def begin(exitcode=0, sig=None, **kwargs):
-    """Begin the shutdown, and limit its time: Celery alone would wait for the last body."""
+    """Begin the shutdown, and limit its time: Celery alone would wait for the last function."""
     if shutting_down[0]:
         return
     shutting_down[0] = True
-    if is_prefork:
+    if process.is_prefork:
         longest = max(task.time_limit or 0 for task in current_app.tasks.values())
         pool.start_thread(partial(end_if_stuck, longest))
     else:
@@ -87,7 +84,7 @@ def use_soft_shutdown(sender, **kwargs):
 
     Celery's own environment variable for this, REMAP_SIGTERM, must be set before its command starts.
     """
-    if is_prefork:
+    if process.is_prefork:
         handlers = platforms.signals
         handlers["SIGTERM"] = lambda *args: handlers["SIGQUIT"](*args)
         # Celery's own method waits for the whole time even if all tasks have ended.
@@ -121,7 +118,7 @@ def end_if_stuck(seconds):
     while state.active_requests and time.monotonic() < until:
         time.sleep(1)
     time.sleep(CHILD_SECONDS - 1)
-    pool.start_thread(forget)  # not here: it may wait for the code that is stuck
+    pool.start_thread(heartbeat.forget)  # not here: it may wait for the code that is stuck
     time.sleep(1)
     # Do not log it: the code that is stuck may hold the lock of a log handler.
     os.write(2, b"a child does not end: the worker ends without it\n")
@@ -129,7 +126,7 @@ def end_if_stuck(seconds):
 
 
 def child_has_crashed():
-    """Return whether this child alone got SIGTERM, for example from its own body. May take 5 s."""
+    """Return whether this child alone got SIGTERM, for example from its own function. May take 5 s."""
     # Greenlets have no child. On macOS children are not forked, so they cannot know.
     if not terminate_handler_fired() or get_start_method() != "fork":
         return False
@@ -143,37 +140,38 @@ def child_has_crashed():
 
 
 def requeue_and_exit(exitcode=0):
-    """Hand back the jobs that have not ended after SOFT_SHUTDOWN_SECONDS, and end the process."""
+    """Release the jobs that have not ended after SOFT_SHUTDOWN_SECONDS, and end the process."""
     time.sleep(current_app.conf.worker_soft_shutdown_timeout)
     try:
-        with lock:
-            for run in runs.values():
-                run.in_body = False  # write_and_renew() must not claim the job again
-            hand_back([run for run in runs.values() if not run.limit_key])
+        with process.lock:
+            runs = process.runs.values()
+            for run in runs:
+                run.is_running = False  # write_and_renew() must not claim the job again
+            release([run for run in runs if not run.limit_key])
             time.sleep(POLL_SECONDS)  # a renewal may lock a row for a moment
-            # Now also jobs with a limit: their bodies must end when others get their places.
-            hand_back(runs.values())
+            # Now also jobs with a limit: their functions must end when others get their slots.
+            release(runs)
         tracing.flush()
     finally:
-        forget()
+        heartbeat.forget()
         os._exit(exitcode)
 
 
 @transaction.atomic
-def hand_back(some_runs):
+def release(some_runs):
     """Queue these jobs for other workers. The leases of locked rows will lapse."""
-    updates.requeue(updates.skip_locked(jobs_of(some_runs)))
+    transitions.requeue(transitions.skip_locked(jobs_of(some_runs)))
 
 
-# A body that stores a cursor
+# A function that stores a cursor
 
 
 class WorkerStopping(BaseException):
-    """Ends a body that has stored a cursor, because its worker is shutting down."""
+    """Ends a function that has stored a cursor, because its worker is shutting down."""
 
 
 def end_after_commit():
-    """End the body as soon as its transaction, if any, is committed.
+    """End the function as soon as its transaction, if any, is committed.
 
     Not if it has called on_commit() after that: Django would forget these functions. Not in a
     transaction without atomic(), where on_commit() is not allowed. Then a later report() tries again.

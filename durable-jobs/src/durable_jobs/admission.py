@@ -1,0 +1,426 @@
+"""Admission: jobs wait until a limit or a pause admits them. Until then they are *blocked*.
+
+A blocked job is queued, but it has no message, and `sweep_at` is empty, so that the sweeper does not see it.
+`blocked_by` says what it waits for: the key of a limit such as "tenant:7", see limits.py, or a pause such as
+"pause:io". A pause is like a limit that allows nothing while it lasts, and everything afterwards.
+
+A job with a limit is blocked when it is stored. It occupies a *slot* of its key from the moment it is admitted
+until its row says that it has ended, or is blocked again. So no counter can be wrong: the slots in use are the
+rows with this key and a `sweep_at`.
+
+- After a job was stored, cancelled or recovered, admit() admits the oldest blocked jobs, under a lock for the key.
+- A run that ends hands its slot over to the next job, in the transaction that ends it: no lock, no new slot. If
+  the limit has a rate, it calls admit() afterwards.
+- The sweeper admits due jobs: after countdowns, for rates, and for slots that nobody has handed over.
+
+A job that is cancelled while its task function runs keeps its slot: `sweep_at` stays the end of its lease.
+
+A paused job is blocked when a worker claims it, or when the sweeper would send it.
+"""
+
+import hashlib
+import logging
+import time
+from datetime import timedelta
+from math import inf
+
+from celery import current_app
+from celery.utils.functional import chunks
+from django.db import Error, connections, transaction
+from django.db.models import Count, F, Min, OuterRef, Q, Subquery, Value
+from django.db.models.expressions import RawSQL
+from django.db.models.functions import Concat, Now
+
+from durable_jobs import conf, transitions
+from durable_jobs.database import timeouts
+from durable_jobs.expressions import QUEUED, STILL_RUNNING
+from durable_jobs.limits import PAUSE, limit_of, name_of
+from durable_jobs.messages import MESSAGE_FIELDS
+from durable_jobs.models import Job, Pause, Start
+from durable_jobs.publish import publish
+from durable_jobs.transitions import is_paused
+
+logger = logging.getLogger(__name__)
+
+AT_ONCE = 100  # jobs that admit() sends, because their arguments may be large
+KEYS_AT_ONCE = 100  # in a transaction
+MOST = 5000  # jobs of a key that the sweeper admits in a round, and keys that it looks at
+PAGE = 500  # jobs that are blocked in a transaction
+PAGES = 10  # in a round of the sweeper
+STRAY_SECONDS = 600  # until jobs of an unknown limit start: other processes may have newer settings
+UNKNOWN_SECONDS = 60  # until a job of a task that a worker does not know may be admitted again
+MAX_SLOTS = 2**31  # if the number of free slots is known
+
+
+def with_slot():
+    """Return the jobs that occupy a slot."""
+    return Job.objects.filter(limit_key__isnull=False, sweep_at__isnull=False)
+
+
+# Pauses
+
+
+def paused_names():
+    return list(Pause.objects.values_list("name", flat=True))
+
+
+def block(jobs):
+    """Block those of these queued jobs that are paused. Returns how many there were."""
+    of_job = Pause.objects.filter(Q(name=OuterRef("queue")) | Q(name=OuterRef("task")))
+    blocked_by = Concat(Value(PAUSE), Subquery(of_job.values("name")[:1]))
+    changes = {"blocked_by": blocked_by, "sweep_at": None, "times_sent": 0}
+    return jobs.filter(QUEUED, is_paused()).update(**changes)
+
+
+def postpone(jobs):
+    """Take the slots away from those of these jobs that have not started, for UNKNOWN_SECONDS."""
+    due_at = Now() + timedelta(seconds=UNKNOWN_SECONDS)
+    changes = {"blocked_by": F("limit_key"), "sweep_at": None, "times_sent": 0, "due_at": due_at}
+    jobs.filter(QUEUED, blocked_by=None, limit_key__isnull=False).update(**changes)
+
+
+def block_pages(jobs):
+    """Block those of the first ones of these jobs that are paused. Returns whether more may be left."""
+    for _ in range(PAGES):
+        with transaction.atomic():
+            page = transitions.locking(jobs).values_list("pk", flat=True)[:PAGE]
+            blocked = block(Job.objects.filter(pk__in=list(page)))
+        if blocked < PAGE:
+            return False
+    return True
+
+
+def block_due(paused):
+    """Block the jobs that the sweeper would send although they are paused. Returns whether more may be left."""
+    due = Job.objects.filter(is_paused(paused), state="queued", sweep_at__lt=Now())
+    return bool(paused) and block_pages(due)
+
+
+def resume(key):
+    """After a pause, admit its jobs."""
+    try:
+        admit([key, *reassign(key)])
+    except Error as error:
+        logger.warning("the sweeper will admit jobs of %s: %r", key, error)
+
+
+def reassign(key):
+    """After a pause, let other pauses or their limits block its jobs. Returns the keys of these limits."""
+    jobs, keys = Job.objects.filter(blocked_by=key), set()
+    for _ in range(PAGES):
+        with transaction.atomic():
+            others = transitions.locking(jobs.filter(Q(limit_key__isnull=False) | is_paused()))
+            page = dict(
+                others.order_by("due_at", "created_at").values_list("pk", "limit_key")[:PAGE]
+            )
+            if not page:
+                break
+            block(jobs.filter(pk__in=page))
+            rows = jobs.filter(pk__in=page, limit_key__isnull=False)
+            rows.update(blocked_by=F("limit_key"))
+            keys |= set(page.values()) - {None}
+    return keys
+
+
+# Admitting jobs
+
+# When the sweeper sends them: in the order of `due_at`, and in which they were stored.
+IN_ORDER = "CASE WHEN created_at > due_at THEN created_at ELSE due_at END"
+# The oldest blocked jobs of a key, at most `number`, if fewer than `most` slots are in use. PostgreSQL chooses
+# an array only once, and plans it faster than a WITH. With NOT EXISTS, it would expect to find no job, and
+# read and sort all.
+TAKE = """
+UPDATE durable_jobs_job SET blocked_by = NULL, times_sent = %(times_sent)s, sweep_at = {sweep_at}
+WHERE id {among}(
+    SELECT id FROM durable_jobs_job WHERE blocked_by = %(key)s AND due_at <= {due}
+    AND (SELECT COUNT(*) FROM durable_jobs_job WHERE limit_key = %(key)s AND sweep_at IS NOT NULL) < %(most)s
+    AND queue NOT IN (SELECT name FROM durable_jobs_pause) AND task NOT IN (SELECT name FROM durable_jobs_pause) {also}
+    ORDER BY due_at, created_at LIMIT %(number)s {lock}
+){end} RETURNING {fields}
+"""
+DIALECTS = {
+    "postgresql": {
+        "among": "= ANY(ARRAY",
+        "end": ")",
+        "now": "STATEMENT_TIMESTAMP()",
+        "later": "STATEMENT_TIMESTAMP() + %(seconds)s * INTERVAL '1 second'",
+        "lock": "FOR UPDATE SKIP LOCKED",  # a grant and a run that ends may look at the same job
+    },
+    "sqlite": {
+        "among": "IN ",
+        "end": "",
+        "now": "STRFTIME('%%Y-%%m-%%d %%H:%%M:%%f000', 'NOW')",
+        "later": "STRFTIME('%%Y-%%m-%%d %%H:%%M:%%f000', 'NOW', %(seconds)s || ' seconds')",
+        "lock": "",
+    },
+}
+# The oldest blocked job of each key after one. This reads one index entry of each key; DISTINCT would read all.
+HEADS = """
+WITH RECURSIVE keys(name) AS (
+    SELECT MIN(blocked_by) FROM durable_jobs_job WHERE blocked_by > %s UNION ALL
+    SELECT (SELECT MIN(blocked_by) FROM durable_jobs_job WHERE blocked_by > keys.name) FROM keys WHERE name IS NOT NULL
+)
+SELECT (SELECT id FROM durable_jobs_job WHERE blocked_by = keys.name ORDER BY due_at, created_at LIMIT 1)
+FROM keys LIMIT %s
+"""
+
+
+def unblock(key, number, most=MAX_SLOTS, is_sent=True, late=0):
+    """Unblock jobs of this key, if fewer than `most` slots are in use. Returns them, the oldest first.
+
+    With `is_sent`, the caller sends their messages. Otherwise the sweeper does, and only their ids are loaded.
+    `late` is for how many seconds they must have been due.
+    """
+    manager, columns = Job.objects, []
+    dialect = DIALECTS[connections[manager.db].vendor]
+    sweep_at = dialect["later"] if is_sent else IN_ORDER
+    due = dialect["later"] if late else dialect["now"]
+    params = {"key": key, "number": number, "most": most, "times_sent": int(is_sent)}
+    params["seconds"] = conf.RESEND_SECONDS if is_sent else -late
+    if is_sent:
+        columns = [manager.model._meta.get_field(name).column for name in MESSAGE_FIELDS]
+    fields = ", ".join(["id", "due_at", "created_at", *columns])
+    # After a pause, a job with a limit waits for that: see reassign().
+    also = "AND limit_key IS NULL" if key.startswith(PAUSE) else ""
+    sql = TAKE.format(**dialect, due=due, sweep_at=sweep_at, fields=fields, also=also)
+    jobs = manager.raw(sql, params)
+    return sorted(jobs, key=lambda job: (job.due_at, job.created_at))
+
+
+def admit(keys):
+    """Admit blocked jobs of these keys, and send their messages. Raises no error: the sweeper tries again."""
+    sent = set()
+    try:
+        for some in chunks(iter(sorted(keys)), KEYS_AT_ONCE):
+            while jobs := [
+                job for job in unblock_many(with_free_slots(some)) if job.pk not in sent
+            ]:
+                publish(jobs)
+                sent |= {job.pk for job in jobs}
+                # In eager mode, these jobs have ended now, so others may start.
+                if not current_app.conf.task_always_eager:
+                    break
+            if len(sent) >= AT_ONCE:
+                break
+    except Error as error:
+        logger.warning("the sweeper will admit jobs of %s: %r", ", ".join(keys)[:200], error)
+
+
+def admit_after_commit(keys):
+    if keys:
+        transaction.on_commit(lambda: admit(keys), using=Job.objects.db, robust=True)
+
+
+def with_free_slots(keys):
+    """Return those of these keys that have free slots, without a lock.
+
+    No job is overlooked: whoever frees a slot commits that before it looks for blocked jobs, and whoever stores
+    a job commits that before it looks for a slot.
+    """
+    return [key for key, number in free_slots(keys).items() if number > 0]
+
+
+def unblock_many(keys, is_sent=True, skip_locked=False):
+    """Unblock as many jobs of these keys as may start now. Returns them, the oldest of each key first.
+
+    `keys` is what with_free_slots() returns. With `is_sent`, at most AT_ONCE. With `skip_locked`, leave out the keys that another process has locked.
+    """
+    if not keys:
+        return []
+    settings, jobs = timeouts(), []
+    with transaction.atomic(Job.objects.db):
+        for key, number in free_slots(lock(keys, settings, skip_locked)).items():
+            number = min(number, AT_ONCE - len(jobs)) if is_sent else number
+            if number > 0:
+                jobs += unblock(key, number, is_sent=is_sent)
+    return jobs
+
+
+def lock(keys, settings, skip_locked):
+    """Lock these keys until the transaction ends. Returns those that are locked. `settings`: see timeouts()."""
+    connection = connections[Job.objects.db]
+    if connection.vendor != "postgresql":
+        return keys  # SQLite has only one writer
+    digests = {key: hashlib.sha256(key.encode()).digest()[:8] for key in keys}
+    ids = {int.from_bytes(digest, signed=True): key for key, digest in digests.items()}
+    function = "PG_TRY_ADVISORY_XACT_LOCK" if skip_locked else "PG_ADVISORY_XACT_LOCK"
+    with connection.cursor() as cursor:
+        # In order, so that two processes never wait for each other.
+        columns = "".join(f"{each.template % each.extra}, " for each in settings)
+        sql = f"SELECT id, {columns}{function}(id) FROM UNNEST(%s::bigint[]) id"  # noqa: S608
+        cursor.execute(sql, [sorted(ids)])
+        return [ids[id] for id, *_, is_locked in cursor.fetchall() if is_locked is not False]
+
+
+def limits_of(keys):
+    """Return {key: its Limit}, without pauses."""
+    return {key: limit_of(key) for key in keys if not key.startswith(PAUSE)}
+
+
+def free_slots(keys):
+    """Return {key: how many blocked jobs may start}. A number is negative if the limit was lowered."""
+    limits = limits_of(keys)
+    free = dict.fromkeys(keys, MOST)
+    if len(limits) < len(free):
+        free |= dict.fromkeys(free.keys() & {PAUSE + name for name in paused_names()}, 0)
+    # Count what has not started before the starts: a job that starts meanwhile is counted twice, not never.
+    used, unstarted = dict.fromkeys(limits, 0), dict.fromkeys(limits, 0)
+    rows = with_slot().filter(limit_key__in=limits).order_by().values_list("limit_key")
+    for key, count, queued in rows.annotate(count=Count("pk"), queued=Count("pk", filter=QUEUED)):
+        used[key], unstarted[key] = count, queued
+    starts = {key: count for key, (count, _) in starts_in_period(limits).items()}
+    for key, limit in limits.items():
+        by_rate = limit.starts - unstarted[key] - starts.get(key, 0)
+        free[key] = min(free[key], limit.running - used[key], by_rate)
+    return free
+
+
+def starts_in_period(limits):
+    """Return {key: (how many of its jobs have started in the period, the first of them before how long)}."""
+    found = {}
+    for period in {limit.period for limit in limits.values() if limit.rate}:
+        keys = [key for key, limit in limits.items() if limit.period == period]
+        rows = Start.objects.filter(key__in=keys, started_at__gt=Now() - period).order_by()
+        rows = rows.values_list("key").annotate(count=Count("pk"), age=Now() - Min("started_at"))
+        found |= {key: (count, age) for key, count, age in rows}
+    return found
+
+
+# The sweep
+
+
+class DueJobs:
+    """The sweeper's part: it blocks what is paused, and admits blocked jobs that are due, MOST keys in a round."""
+
+    def __init__(self):
+        self.last_key = ""  # the next round continues after this key
+
+    def admit(self):
+        """Do one round, for SWEEP_SECONDS at most.
+
+        Returns in how many seconds the next blocked job is due, and in how many a rate may admit one.
+        """
+        until, paused = time.monotonic() + conf.SWEEP_SECONDS, paused_names()
+        seconds, due, blocked = 0 if block_due(paused) else inf, set(), []
+        for key, queue, task, wait in self.oldest_of_keys():
+            if wait > timedelta():
+                seconds = min(seconds, wait.total_seconds())
+                continue
+            due.add(key)
+            if key.startswith(PAUSE):
+                due |= set() if key.removeprefix(PAUSE) in paused else reassign(key)
+            elif queue in paused or task in paused:
+                blocked.append(key)
+            elif name_of(key) not in conf.LIMITS and wait.total_seconds() < -STRAY_SECONDS:
+                logger.warning("jobs of %s start: there is no such limit in DURABLE_JOBS", key)
+                unblock(key, MOST, is_sent=False, late=STRAY_SECONDS)
+        # Paused jobs must not be in the way of others with the same limit.
+        if blocked and block_pages(Job.objects.filter(is_paused(), blocked_by__in=blocked)):
+            seconds = 0
+        for some in chunks(iter(with_free_slots(due)), KEYS_AT_ONCE):
+            if admit_for_sweeper(some) >= MOST or time.monotonic() > until:
+                seconds = 0  # there may be more
+                break
+        return seconds, seconds_until_rate(due)
+
+    def oldest_of_keys(self):
+        """Return key, queue, task and the wait of the oldest blocked job of each key."""
+        rows = Job.objects.filter(pk__in=RawSQL(HEADS, [self.last_key, MOST]))  # noqa: S611
+        fields = "blocked_by", "queue", "task", F("due_at") - Now()
+        rows = list(rows.order_by("blocked_by").values_list(*fields))
+        self.last_key = rows[-1][0] if len(rows) >= MOST else ""
+        return rows
+
+
+def seconds_until_rate(keys):
+    """Return in how many seconds the rate of one of these keys may admit a job."""
+    limits = limits_of(keys)
+    rated, starts = {key for key in limits if limits[key].rate}, starts_in_period(limits)
+    # Also if the rate has starts left: the next runs may use them up, and then nobody else looks again.
+    ages = {key: starts[key][1] if key in starts else timedelta() for key in rated}
+    return min(
+        ((limits[key].period - age).total_seconds() for key, age in ages.items()), default=inf
+    )
+
+
+def admit_for_sweeper(keys):
+    """Call unblock_many() for these keys. If it fails, call it for each of them: one key must not stop the others."""
+    try:
+        return len(unblock_many(keys, is_sent=False, skip_locked=True))
+    except Error as error:
+        if len(keys) > 1:
+            return sum(admit_for_sweeper([key]) for key in keys)
+        logger.warning("jobs of %s stay blocked until the next round: %r", keys[0], error)
+        return 0
+
+
+# A run
+
+
+def claim(manager, limit_key, **fields):
+    """Call transitions.claim(). If the limit has a rate, store the start, too."""
+    if limit_key is None or not limit_of(limit_key).rate:
+        return transitions.claim(manager, **fields)
+    with transaction.atomic(manager.db):
+        claimed = transitions.claim(manager, **fields)
+        if claimed:
+            Start.objects.create(key=limit_key)
+    return claimed
+
+
+def hand_over(key):
+    """In the transaction that ends a run, let the next job of its key have its slot. Returns [job] or [].
+
+    This needs no lock, because it changes no number: until the commit, others count the old job.
+    """
+    limit = limit_of(key)
+    return [] if limit.rate else unblock(key, 1, limit.running)
+
+
+def after_run(run):
+    """Free the slot of a run that has handed it to no other job, and admit the next one."""
+    try:
+        if not run.has_written:
+            free_cancelled(run.job_id, run.claim_fields["crashes"])
+        if a_blocked(Job.objects, blocked_by=run.limit_key):
+            admit([run.limit_key])
+    except Error as error:
+        logger.warning("the sweeper frees a slot of %s: %r", run.limit_key, error)
+
+
+@transitions.prepared()
+def a_blocked(manager, blocked_by):
+    """Return the id of a job that this key blocks, in a list."""
+    return manager.filter(blocked_by=blocked_by).values_list("pk")[:1], None
+
+
+def free_cancelled(pk, crashes):
+    """Free the slot of a job that is cancelled, if the run that has ended is its last one.
+
+    `crashes` says which run it was: a newer one has counted its crash, unless the job was run again.
+    """
+    job = Job.objects.filter(STILL_RUNNING, pk=pk, crashes=crashes)
+    keys = list(job.values_list("limit_key", flat=True))
+    if job.update(sweep_at=None):
+        admit(keys)
+
+
+def keys_of_queued(jobs):
+    """Return the keys of those of these jobs that have not started: some may have a slot, or get one now."""
+    if not conf.LIMITS:  # spare the query
+        return set()
+    rows = jobs.filter(QUEUED, limit_key__isnull=False).order_by()
+    return set(rows.values_list("limit_key", flat=True).distinct())
+
+
+def delete_old_starts():
+    # A day: another process may have newer settings.
+    periods = [limit_of(name).period for name in conf.LIMITS]
+    longest = max([timedelta(days=1), *periods])
+    Start.objects.filter(started_at__lt=Now() - longest).delete()
+
+
+def ignore_limits(jobs):
+    """Unblock these jobs, except paused ones. Eager mode runs one job at a time, and never waits."""
+    blocked = jobs.filter(blocked_by__isnull=False).exclude(blocked_by__startswith=PAUSE)
+    blocked.update(blocked_by=None, sweep_at=Now())

@@ -1,0 +1,1 @@
+"""What Beat does: the schedule, and the sweeper."""

@@ -1,0 +1,88 @@
+"""Deletes rows that ended more than RETENTION_DAYS ago, and counts them before: see statistics.py."""
+
+import logging
+import time
+from dataclasses import dataclass
+from datetime import datetime
+
+from django.db import close_old_connections, transaction
+
+from durable_jobs import admission, batches, conf, transitions
+from durable_jobs.beat import statistics
+from durable_jobs.database import try_in_halves
+from durable_jobs.models import Batch, Job
+from durable_jobs.worker.heartbeat import delete_old as delete_old_workers
+
+logger = logging.getLogger(__name__)
+
+PURGE_BATCH = 2000  # jobs in a page that the purge deletes in one transaction
+PURGE_SECONDS = 1  # in a round, every 5 s: millions an hour, in a sixth of the time
+PURGE_RETRY_SECONDS = 3600  # until jobs that could not be deleted are tried again
+
+
+@dataclass
+class Purge:
+    """Deletes the rows of a table that ended more than DURABLE_JOBS['RETENTION_DAYS'] ago, a page at a time.
+
+    A page costs the same however many rows must be kept: it starts where the last one ended.
+    """
+
+    model: type
+    field: str  # when a row has ended
+    time: datetime | None = None  # the last row of the last page ended at this time
+    kept: int = 0  # rows that ended at the same time, and were not deleted
+    start_over_at: float = 0  # as time.monotonic()
+
+    def delete_pages(self):
+        until = time.monotonic() + PURGE_SECONDS
+        while self.delete_page() and time.monotonic() < until:
+            pass
+
+    def delete_page(self):
+        """Delete the next rows, except those that are still needed or cannot be deleted.
+
+        Returns whether there are more.
+        """
+        old = self.model.objects.filter(**{f"{self.field}__lt": transitions.retention_end()})
+        if self.model is Job:
+            old = old.filter(finished_at__lt=statistics.counted_until())
+        rest = old.filter(**{f"{self.field}__gte": self.time}) if self.time else old
+        rest = rest.order_by(self.field).values_list("pk", self.field)
+        page = list(rest[self.kept : self.kept + PURGE_BATCH])
+        if page:
+            try_in_halves(delete, old, [pk for pk, _ in page])
+            _, last = page[-1]
+            kept = self.model.objects.filter(pk__in=[pk for pk, time in page if time == last])
+            self.kept = kept.count() + (self.kept if last == self.time else 0)
+            self.time = last
+        if len(page) < PURGE_BATCH and time.monotonic() > self.start_over_at:
+            self.time, self.kept = None, 0
+            self.start_over_at = time.monotonic() + PURGE_RETRY_SECONDS
+        return len(page) == PURGE_BATCH
+
+
+def clean_forever():
+    """Count the jobs that have ended, and delete old rows."""
+    purges = Purge(Job, "finished_at").delete_pages, Purge(Batch, "ended_at").delete_pages
+    steps = statistics.count_ended, *purges, admission.delete_old_starts, delete_old_workers
+    while True:
+        time.sleep(conf.SWEEP_SECONDS)
+        for step in steps:
+            try:
+                close_old_connections()
+                step()
+            except Exception as error:
+                logger.warning("%s failed, and is tried again: %r", step.__qualname__, error)
+
+
+@transaction.atomic
+def delete(rows):
+    """Delete these rows, except those that are locked or needed. They stay old until this has ended."""
+    field = "batch" if rows.model is Job else "pk"
+    of_batches = rows.filter(**{f"{field}__isnull": False}).values_list(field, flat=True).distinct()
+    locked = transitions.lock_batches(list(of_batches))
+    unneeded = batches.unneeded(rows.model, [pk for pk, is_old in locked.items() if is_old])
+    # Django loads what it deletes. Load only the keys, because results may be large.
+    _, deleted = transitions.skip_locked(rows.filter(unneeded)).only("pk").delete()
+    if count := deleted.get("durable_jobs.Job"):
+        logger.info("deleted %d jobs older than %g days", count, conf.RETENTION_DAYS)

@@ -1,0 +1,113 @@
+"""The sweeper: threads of Beat's process that recover jobs, send their messages, count and delete old jobs."""
+
+import logging
+import os
+import threading
+import time
+import uuid
+from datetime import timedelta
+
+from django.db import connection, transaction
+from django.db.models import F
+from django.db.models.functions import Now
+
+from durable_jobs import admission, batches, conf
+from durable_jobs.beat.purge import clean_forever
+from durable_jobs.beat.sender import Sender
+from durable_jobs.database import may_succeed_later, try_in_halves
+from durable_jobs.enqueue import BATCH_SIZE
+from durable_jobs.expressions import STILL_RUNNING
+from durable_jobs.liveness import touch_liveness_file
+from durable_jobs.models import Job, Sweep
+from durable_jobs.worker.lease import POLL_SECONDS, recover
+
+logger = logging.getLogger(__name__)
+
+
+class Sweeper:
+    """One round after the other, for ever.
+
+    `tick_delay` returns how many seconds Beat's next tick is overdue, `error_count` how many errors Beat has
+    logged.
+    """
+
+    def __init__(self, tick_delay, error_count):
+        self.tick_delay, self.error_count = tick_delay, error_count
+        self.sender = Sender()
+        self.last_round = self.stored_errors = self.recover_at = 0
+
+    def start(self):
+        threading.Thread(target=self.run_or_exit, name="sweeper", daemon=True).start()
+        threading.Thread(target=clean_forever, name="clean", daemon=True).start()
+
+    def run_or_exit(self):
+        try:
+            while True:
+                time.sleep(self.do_round())
+        finally:  # without this thread nothing would be recovered: let a supervisor restart Beat
+            os._exit(1)
+
+    def do_round(self):
+        """Recover, end batches, send messages. Returns the seconds until the next round."""
+        pause = conf.SWEEP_SECONDS
+        # After a gap (Beat has just started, or the machine or the database was down), first wait for half
+        # the length of a lease. In this time live workers renew their leases, and claim again the jobs
+        # whose claims the database has lost. Only then recover jobs, and send messages again.
+        max_gap = conf.LEASE_SECONDS / 2 + 2 * conf.SWEEP_SECONDS
+        if time.time() - self.last_round > max_gap:
+            self.recover_at = time.monotonic() + conf.LEASE_SECONDS / 2
+        self.last_round = time.time()
+        try:
+            may_recover = time.monotonic() >= self.recover_at
+            try:
+                if may_recover:
+                    recover_lapsed()
+                batches.end_all()
+            finally:
+                pause = self.sender.send_due(resend=may_recover)
+            self.store_round()
+        except Exception as error:
+            logger.warning("the sweeper failed, and continues in its next round: %r", error)
+            if may_succeed_later(error):
+                connection.close()
+                self.recover_at = time.monotonic() + conf.LEASE_SECONDS / 2
+        if self.tick_delay() < conf.LEASE_SECONDS:  # if Beat hangs, let the file become old
+            touch_liveness_file()
+        return pause
+
+    def store_round(self):
+        """Store that the sweeper is running, even if the broker took no message."""
+        errors = self.error_count()
+        new_errors, tick_delay = errors - self.stored_errors, timedelta(seconds=self.tick_delay())
+        fields = {"ended_at": Now(), "tick_due_at": Now() - tick_delay}
+        fields["refused"] = self.sender.refused or None
+        total = F("schedule_errors") + new_errors
+        if not Sweep.objects.filter(pk=1).update(**fields, schedule_errors=total):
+            Sweep.objects.create(pk=1, **fields, schedule_errors=new_errors)
+        self.stored_errors = errors
+
+
+def recover_lapsed():
+    """Recover the running jobs whose lease was not renewed, and free the places of cancelled ones."""
+    running = Job.objects.filter(state="running", sweep_at__lt=Now())
+    cancelled = admission.with_slot().filter(STILL_RUNNING, sweep_at__lt=Now())
+    lapsed = []
+    for jobs in running, cancelled:
+        with transaction.atomic():  # skip a row that the job's own body has locked
+            rows = jobs.select_for_update(skip_locked=True)
+            if ids := list(rows.values_list("pk", flat=True)[:BATCH_SIZE]):
+                lapsed.append((jobs, ids))
+    if lapsed:
+        wait_for_table_lock()
+        # A worker that was delayed, for example by a lock, renews its leases in this time.
+        time.sleep(2 * POLL_SECONDS)
+    for jobs, ids in lapsed:
+        try_in_halves(recover, jobs, ids)
+
+
+def wait_for_table_lock():
+    """Wait while another transaction locks the whole table, as CREATE INDEX does.
+
+    Until then, rows can be read, but no lease can be renewed.
+    """
+    Job.objects.filter(pk=uuid.uuid4()).update(crashes=0)  # an UPDATE of no row

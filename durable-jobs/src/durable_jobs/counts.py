@@ -1,0 +1,76 @@
+"""Counts of jobs that the API, the admin and the metrics show."""
+
+from django.core.cache.backends.locmem import LocMemCache
+from django.db.models import Count, Min, Q
+from django.db.models.functions import Now
+
+from durable_jobs.admission import paused_names
+from durable_jobs.expressions import ACTIVE, RUNNING, STALLED
+from durable_jobs.messages import known_queues
+from durable_jobs.models import Job
+from durable_jobs.transitions import is_paused
+from durable_jobs.worker.heartbeat import takers
+
+JOBS_A_SECOND = 20_000  # of open batches: the counts of 100,000 jobs are kept for 5 s
+kept_counts = LocMemCache("durable_jobs.counts", {})  # {id of a batch: its counts}
+
+
+def what_follows(pk):
+    """Return the jobs that started after this job or batch, at most 100."""
+    return Job.objects.filter(follows=pk).order_by("created_at")[:100]
+
+
+def by_queue():
+    """Return a dictionary with the metrics of each queue that is known, has active jobs or workers.
+
+    Its key "workers" has the workers that take from the queue.
+    """
+    paused = is_paused(paused_names())
+    queued, is_due, is_later = Q(state="queued"), Q(due_at__lte=Now()), Q(due_at__gt=Now())
+    rows = Job.objects.filter(state__in=ACTIVE, sweep_at__isnull=False).values("queue")
+    active = rows.annotate(
+        durable_jobs_waiting=Count("queue", filter=queued & is_due & ~paused),
+        # Until a worker or the sweeper blocks them:
+        durable_jobs_blocked=Count("queue", filter=queued & is_due & paused),
+        durable_jobs_waiting_later=Count("queue", filter=queued & is_later),
+        durable_jobs_running=Count("queue", filter=RUNNING),
+        durable_jobs_stalled=Count("queue", filter=STALLED),
+        durable_jobs_oldest_wait_seconds=Now() - Min("due_at", filter=queued & is_due & ~paused),
+    )
+    # All of these are queued. With state=…, PostgreSQL would read their rows: their index has no state.
+    rows = Job.objects.filter(blocked_by__isnull=False).values("queue")
+    blocked = rows.annotate(
+        durable_jobs_blocked=Count("queue", filter=is_due),
+        durable_jobs_waiting_later=Count("queue", filter=is_later),
+    )
+    rows = {queue: {"queue": queue} for queue in known_queues()}
+    rows |= {row["queue"]: row for row in active}
+    for row in blocked:
+        of_queue = rows.setdefault(row["queue"], {"queue": row["queue"]})
+        for name in ("durable_jobs_blocked", "durable_jobs_waiting_later"):
+            of_queue[name] = of_queue.get(name, 0) + row[name]
+    for queue, workers in takers().items():
+        of_queue = rows.setdefault(queue, {"queue": queue})
+        of_queue["workers"] = workers
+        of_queue["durable_jobs_slots"] = sum(worker.slots for worker in workers)
+        of_queue["durable_jobs_busy_slots"] = sum(worker.busy for worker in workers)
+    return list(rows.values())
+
+
+def count_jobs(batches):
+    """Set `counts` of those batches that are open, in one query. The others have them in their row.
+
+    Each process keeps the counts of a large batch for some seconds, so that it costs the same to poll a
+    batch of any size.
+    """
+    keys = {batch: str(batch.pk) for batch in batches if batch.ended_at is None}
+    kept = kept_counts.get_many(keys.values())
+    unknown = [key for key in keys.values() if key not in kept]
+    counted = {key: {} for key in unknown}
+    rows = Job.objects.filter(batch__in=unknown).values_list("batch", "state")
+    for pk, state, count in rows.annotate(count=Count("*")):
+        counted[str(pk)][state] = count
+    for key, counts in counted.items():
+        kept_counts.set(key, counts, sum(counts.values()) / JOBS_A_SECOND)
+    for batch, key in keys.items():
+        batch.counts = (kept | counted)[key]

@@ -1,0 +1,223 @@
+"""How jobs are stored. Their messages are sent after the commit: see publish.py."""
+
+import random
+import time
+import uuid
+from collections.abc import Iterable
+from contextlib import suppress
+from datetime import datetime, timedelta
+from typing import Any, TypedDict, Unpack
+
+from celery.utils.functional import chunks
+from celery.utils.time import maybe_make_aware
+from django.db import IntegrityError, transaction
+from django.db.models import Max
+from django.db.models.functions import Coalesce, Now
+from django.utils import timezone
+
+from durable_jobs import admission, conf, limits, tracing, transitions
+from durable_jobs.expressions import UNFINISHED
+from durable_jobs.messages import queue_of
+from durable_jobs.models import MAX_LABEL, Job, Sweep
+from durable_jobs.publish import publish
+from durable_jobs.values import as_json, size_error, to_json
+
+__all__ = ["Options", "enqueue", "enqueue_many"]
+
+BATCH_SIZE = 500  # jobs per statement
+# A call sends as many messages itself. Workers are busy with them until the sweeper sends the rest.
+SENT_IMMEDIATELY = 2000
+FROM_NOW = timedelta()  # as the time of a new job: its INSERT adds the database's
+MAX_COUNTDOWN = 10 * 365 * 86400  # seconds: a longer countdown is probably in milliseconds
+
+
+class MemberOptions(TypedDict, total=False):
+    """Options of a job in a batch: see enqueue()."""
+
+    label: str
+    queue: str | None
+    countdown: float | None
+    eta: datetime | None
+
+
+class ManyOptions(MemberOptions, total=False):
+    """Options of enqueue_many()."""
+
+    owner: Any
+
+
+class Options(ManyOptions, total=False):
+    """Options of enqueue()."""
+
+    unique: str | None
+    idempotency_key: str | None
+
+
+def enqueue(
+    task: Any, args: list | tuple = (), kwargs: dict | None = None, **options: Unpack[Options]
+) -> Job:
+    """Store a job, and send its message when the caller's transaction commits.
+
+    `task` is declared with @job; `args` and `kwargs` hold values that Celery can serialize as JSON.
+
+    - `owner`: a user.
+    - `label`: a human-readable name, which is cut after 255 characters.
+    - `queue`: the name of a queue. It overrides CELERY_TASK_ROUTES.
+    - `countdown`, `eta`: the job starts after these seconds, or at this time. As in Celery, a datetime
+      without a time zone is in UTC.
+    - `unique`: a text that only one active job may have, across all tasks and owners.
+    - `idempotency_key`: a text that each owner can use once.
+
+    Returns the new Job, or the queued or running one with the same `unique`. Raises TypeError if the task is
+    not a job, if the arguments are not JSON or do not fit the task, or if both `countdown` and `eta` are
+    given; ValueError if `unique` is empty or too long, if the job would wait for more than ten years, if the
+    arguments exceed MAX_BYTES, or if a text has a NUL or half of a surrogate pair; IntegrityError if the owner
+    has already used the key.
+    """
+    key, unique = options.pop("idempotency_key", None), options.pop("unique", None)
+    fields = new_fields(task, args, kwargs, **options)
+    return insert({**fields, "idempotency_key": key}, unique)
+
+
+def enqueue_many(
+    task: Any, calls: Iterable[list | tuple], **options: Unpack[ManyOptions]
+) -> list[Job]:
+    """Store a job for each list of arguments in `calls`: all of them or none.
+
+    The guarantees are those of enqueue(), at a fraction of the cost: while the sweeper runs, it sends all
+    messages but the first SENT_IMMEDIATELY. Returns the Jobs.
+    """
+    now = database_time()
+    rows = [new_fields(task, args, None, now=now, **options) for args in calls]
+    return insert_many(now, [Job(**fields) for fields in rows])
+
+
+# The fields of a new job
+
+
+def new_fields(task, args, kwargs=None, owner=None, label="", queue=None, **when):
+    """Return the fields of a new job. Raises the TypeError and ValueError of enqueue()."""
+    fields = call_fields(task, args, kwargs, label, queue)
+    return {**fields, "owner": owner, **times(**when, limit_key=fields["limit_key"])}
+
+
+def call_fields(task, args, kwargs=None, label="", queue=None):
+    """Return what a new job is to do. Raises the TypeError and ValueError of enqueue()."""
+    if not getattr(task, "_is_job", False):
+        raise TypeError(f"{task!r} is not a job: declare it with @job")
+    given = args, kwargs or {}
+    try:
+        args, kwargs, size = as_json(*given)
+    except (RecursionError, ValueError) as error:
+        raise TypeError(f"The arguments cannot be stored as JSON: {error}") from error
+    if not isinstance(args, list) or not isinstance(kwargs, dict):
+        raise TypeError("args must be a list, such as [10], and kwargs a dictionary")
+    if error := size_error(size):
+        raise ValueError(error)
+    task.__header__(*args, **kwargs)
+    to_json(label)  # may raise ValueError
+    check_text("queue", queue or None)
+    queue = queue or queue_of(task, args, kwargs)
+    fields = {"task": task.name, "args": args, "kwargs": kwargs, "label": label[:MAX_LABEL]}
+    return {**fields, "queue": queue, "limit_key": limits.key_of(task, *given)}
+
+
+def check_text(name, text):
+    """Raise ValueError if this option is neither None nor a text that fits into its column."""
+    if text is not None:
+        if not isinstance(text, str) or not 0 < len(text) <= 255:
+            raise ValueError(f"{name}= must be a string of 1 to 255 characters, not {text!r:.50}")
+        to_json(text)  # may raise ValueError
+
+
+def times(now=FROM_NOW, countdown=None, eta=None, limit_key=None):
+    """Return when a new job is due, and when its message is sent, or that it is blocked by its limit."""
+    if (delay := seconds_until(countdown, eta)) > MAX_COUNTDOWN:
+        raise ValueError(f"countdown={delay:.0f} is longer than ten years: it is in seconds")
+    due_at = now + timedelta(seconds=delay)
+    if limit_key:
+        return {"times_sent": 0, "due_at": due_at, "sweep_at": None, "blocked_by": limit_key}
+    resend_at = now + timedelta(seconds=conf.RESEND_SECONDS)
+    sweep_at = due_at if delay else resend_at
+    return {"times_sent": 0 if delay else 1, "due_at": due_at, "sweep_at": sweep_at}
+
+
+def seconds_until(countdown=None, eta=None):
+    """Return in how many seconds a job is due, 0 if now. Raises TypeError if both are given."""
+    if eta is not None:
+        if countdown is not None:
+            raise TypeError("give countdown= or eta=, not both")
+        countdown = (maybe_make_aware(eta) - timezone.now()).total_seconds()
+    return max(countdown or 0, 0)
+
+
+# The rows
+
+
+def insert(fields, unique=None):
+    """Store the job, unless a job with this `unique` is active. Returns that one then."""
+    check_text("idempotency_key", fields.get("idempotency_key"))
+    job = Job(**fields, **tracing.current(fields["task"]), unique_key=unique)
+
+    def create():
+        transitions.insert(job)
+        send_after_commit([job])
+        return job
+
+    return create_unless_active(unique, create)
+
+
+def create_unless_active(unique, create):
+    """Return the active job with this `unique`, or else the one that create() returns."""
+    if unique is None:
+        return create()
+    check_text("unique", unique)
+    active = Job.objects.filter(UNFINISHED)
+    for tries_left in reversed(range(42)):
+        with suppress(Job.DoesNotExist):
+            return active.get(unique_key=unique)
+        try:
+            with transaction.atomic(Job.objects.db):
+                return create()
+        except IntegrityError as error:  # its first line names the constraint or the column
+            if not tries_left or "unique_key" not in str(error).partition("\n")[0]:
+                raise
+        # Read the conflicting job. If it has ended in between, try again. Without a pause, greenlets can
+        # conflict forever.
+        if tries_left % 2:
+            time.sleep(random.uniform(0, 0.01))
+
+
+def insert_many(now, jobs, request=None):
+    """Store these jobs. Returns them. `request` has the FIELDS of tracing.py; None means the current ones."""
+    if jobs and request is None:
+        request = tracing.current(jobs[0].task)
+    for place, job in enumerate(jobs):
+        job.created_at = now + timedelta(microseconds=place)  # pages sort by this time
+        job.trace, job.request_id = request["trace"], request["request_id"]
+    leave_to_sweeper([job for job in jobs if job.times_sent][SENT_IMMEDIATELY:])
+    Job.objects.bulk_create(jobs, batch_size=BATCH_SIZE)
+    send_after_commit(jobs)
+    return jobs
+
+
+def leave_to_sweeper(jobs):
+    """Let the sweeper send the messages of these new jobs, if it runs: the call takes a fifth of the time."""
+    if jobs:
+        newest = Now() - timedelta(seconds=3 * conf.SWEEP_SECONDS)
+        if Sweep.objects.filter(ended_at__gt=newest).exists():
+            for job in jobs:
+                job.times_sent, job.sweep_at = 0, job.created_at  # which keeps their order
+
+
+def send_after_commit(jobs):
+    for part in chunks((job for job in jobs if job.times_sent), BATCH_SIZE):
+        transaction.on_commit(lambda part=part: publish(part), using=Job.objects.db, robust=True)
+    admission.admit_after_commit({job.blocked_by for job in jobs if job.blocked_by})
+
+
+def database_time():
+    """SELECT now(), as a value: PostgreSQL inserts values much faster than expressions."""
+    # No row has this new id, so Max() is NULL and the query returns Now().
+    latest = Coalesce(Max("created_at"), Now())
+    return Job.objects.filter(pk=uuid.uuid4()).aggregate(now=latest)["now"]

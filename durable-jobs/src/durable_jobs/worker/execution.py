@@ -1,0 +1,167 @@
+"""How a worker runs the task function of a job, and what it writes when that has ended."""
+
+import asyncio
+from contextlib import suppress
+from datetime import timedelta
+
+from asgiref.sync import async_to_sync
+from celery.exceptions import Ignore, Retry
+from django.db import connection
+from django.db.transaction import TransactionManagementError
+
+from durable_jobs import admission, batches, conf, tracing, transitions
+from durable_jobs.database import (
+    end_interrupted_query,
+    roll_back_open_transaction,
+    wait_for,
+    wait_past_soft_limit,
+)
+from durable_jobs.enqueue import new_fields
+from durable_jobs.expressions import LOCK_TIMEOUT, QUEUED
+from durable_jobs.models import Job
+from durable_jobs.pools import pool, shutting_down
+from durable_jobs.worker import lease
+from durable_jobs.worker.runs import OVER_TIME_LIMIT, JobLost, Run
+from durable_jobs.worker.shutdown import WorkerStopping, child_has_crashed
+
+
+def execute(task, args, kwargs):
+    """Claim the job of the message that this process got, and run its function.
+
+    Returns its result, or raises what Celery expects.
+    """
+    request = task.request
+    headers = request.headers or {}
+    if "job" not in headers:  # an app that does not know that this task is a job has sent it
+        headers = {**headers, "limit": store(task, args, kwargs)}
+    run = run_of(task, headers)
+    lease.start_thread()
+    crashes = headers.get("crashes", 0)
+    is_suspect = crashes and crashes + 1 >= conf.MAX_CRASHES
+    if shutting_down[0] or (is_suspect and not run.become_suspect()):
+        # Skip a job with times_sent=0: it was queued again after this message was sent.
+        row = Job.objects.filter(QUEUED, LOCK_TIMEOUT, pk=request.id, times_sent__gt=0)
+        wait_past_soft_limit(transitions.requeue, row, conf.SWEEP_SECONDS)
+        raise Ignore("must wait: its worker is shutting down, or runs another suspect")
+    try:
+        if not wait_past_soft_limit(run.claim):
+            if run.block_if_paused():
+                raise Ignore("its queue or its task is paused")
+            if not wait_past_soft_limit(run.claim):  # a pause may have ended in between
+                raise run.ignored()
+        request.run = run
+        with run, connection.execute_wrapper(end_interrupted_query):
+            return run_and_write(run, args, kwargs)
+    finally:
+        run.ended = True
+
+
+def store(task, args, kwargs):
+    """Store the job of a message without one. Returns the key of its limit, or None."""
+    fields = new_fields(task, args, kwargs) | tracing.current(task.name)
+    job, _ = wait_for(Job.objects.get_or_create, fields, pk=task.request.id)
+    if job.blocked_by:
+        pool.query(admission.admit, [job.blocked_by])
+    return job.limit_key
+
+
+def run_of(task, headers):
+    """Return the Run of the message that this process got."""
+    request = task.request
+    limit = request.time_limit or task.time_limit
+    return Run(
+        request.id,
+        headers.get("run_token"),
+        task,
+        headers.get("batch"),
+        # In eager mode, admit() starts the next job: here it would run inside of this one.
+        None if request.is_eager else headers.get("limit"),
+        headers.get("results_of"),
+        worker=request.hostname,
+        retries=request.retries,
+        crashes=headers.get("crashes", 0),
+        times_sent=headers.get("times_sent", 1),
+        limit=timedelta(seconds=limit),
+        lease=timedelta(seconds=min(conf.LEASE_SECONDS, limit)),
+    )
+
+
+def run_and_write(run, args, kwargs):
+    """Run the function, and write how it ended. Returns its result, or raises what Celery expects."""
+    try:
+        result = call(run, args, kwargs)
+    except Retry:
+        if run.retry:
+            run.try_again()
+        else:
+            run.fail("Retry was raised by hand: call self.retry() to queue the job again")
+        raise
+    except Ignore:  # raised by the function: the job succeeds without a result
+        result = None
+    except JobLost:
+        raise run.ignored() from None
+    except WorkerStopping:
+        run.release()
+        raise Ignore("continues in another worker") from None
+    except BaseException as error:
+        if pool.is_terminated(error):
+            if not child_has_crashed():
+                run.release()
+            raise  # after a crash, the main process recovers the job
+        if isinstance(error, SystemExit):
+            run.fail(f"The task called sys.exit({error.code!r})")
+            # Not SystemExit, which would end the child process or the thread.
+            raise RuntimeError("sys.exit() in a task") from error
+        run.fail(OVER_TIME_LIMIT if isinstance(error, pool.time_limit_errors) else "")
+        raise
+    if run.retry:  # with throw=False
+        run.try_again()
+        raise Ignore("queued again")
+    run.succeed(result)
+    return result
+
+
+def call(run, args, kwargs):
+    """Return the function's result. Raises TransactionManagementError if it left a transaction open."""
+    in_block = connection.in_atomic_block  # a test's atomic(), in eager mode: leave it open
+    try:
+        run.is_running = True
+        result = run.task.run(*batches.with_results(args, run.results_of), **kwargs)
+    finally:
+        run.is_running = False  # write_and_renew() must not claim the job again
+        was_open = not in_block and roll_back_open_transaction()
+    if was_open:
+        raise TransactionManagementError("The task left a transaction open")
+    return result
+
+
+def run_coroutine(task, coroutine):
+    """Run the coroutine of a task function in an event loop, which has a thread of its own.
+
+    A function that the coroutine passes to sync_to_async() runs in the thread of this call, on its
+    database connection. An exception that ends this call, such as that of a time limit, cancels the
+    coroutine.
+    """
+    request, loop, current = task.request, None, None
+    if own := task._own_run():
+        # Now, because a coroutine cannot query the database.
+        own.read_cursor()
+        if own.batch_id:
+            own.read_batch()
+
+    async def with_request():
+        nonlocal loop, current
+        loop, current = asyncio.get_running_loop(), asyncio.current_task()
+        task.request_stack.push(request)  # each thread has its own stack
+        try:
+            return await coroutine
+        finally:
+            task.request_stack.pop()
+
+    try:
+        return async_to_sync(with_request)()
+    except BaseException:
+        with suppress(RuntimeError):  # the loop has ended
+            if loop:
+                loop.call_soon_threadsafe(current.cancel)
+        raise

@@ -1,0 +1,113 @@
+"""The heartbeat of a worker: every ten seconds it writes a row that says what it is, and how busy.
+
+The row goes when the worker ends. The row of a killed worker stays, and goes stale: the sweeper deletes it after
+an hour. Two workers with one name share a row, which shows the one that wrote last.
+"""
+
+import atexit
+import logging
+import time
+from collections import defaultdict
+from contextlib import closing
+from datetime import timedelta
+from functools import partial
+
+from celery.worker import state
+from django.db import connection
+from django.db.models.functions import Now
+from django.utils import timezone
+
+from durable_jobs import conf
+from durable_jobs.expressions import Clock
+from durable_jobs.models import Worker
+from durable_jobs.pools import pool, pool_name, shutting_down
+
+logger = logging.getLogger(__name__)
+
+BEAT_SECONDS = 10  # between two heartbeats
+STALE_SECONDS = 30  # a worker without a heartbeat for this time counts as dead
+KEEP_SECONDS = 3600  # until the row of a dead worker is deleted
+LOCK_SECONDS = 5  # that a worker that ends waits for its last heartbeat
+
+
+def alive():
+    """Return the workers that respond."""
+    return Worker.objects.filter(seen_at__gt=Now() - timedelta(seconds=STALE_SECONDS))
+
+
+def takers():
+    """Return {queue: the workers that take jobs from it}, without those that do not respond."""
+    found = defaultdict(list)
+    for worker in alive():
+        for queue in worker.queues:
+            found[queue].append(worker)
+    return found
+
+
+def delete_old():
+    Worker.objects.filter(seen_at__lt=Now() - timedelta(seconds=KEEP_SECONDS)).delete()
+
+
+class Heartbeat:
+    """Writes the row of this process, if it is a worker's main process."""
+
+    def __init__(self):
+        self.own = {}  # the key of the row: two processes may have the same name
+        # Held while the row is written, and for ever after it is deleted.
+        self.lock = pool.Lock()
+
+    def start(self, sender, **kwargs):
+        """Start the heartbeat of a worker that is ready. `sender` is its consumer."""
+        self.own.update(name=sender.hostname, started_at=timezone.now())
+        atexit.register(self.forget)
+        # A native thread: with gevent, a function that does not let others run must not stop it.
+        pool.start_thread(partial(self.beat, sender))
+
+    def beat(self, consumer):
+        is_first = True
+        while True:
+            try:
+                # Close the connection, because a child must not inherit it.
+                with self.lock, closing(connection):
+                    self.write(consumer, is_first)
+                    is_first = False
+            except Exception as error:  # the next try may succeed
+                logger.warning("cannot write the heartbeat: %r", error)
+            time.sleep(BEAT_SECONDS)
+
+    def write(self, consumer, is_first):
+        """Write the row, with one query unless it is new or another worker has the same name."""
+        scaler, own = consumer.controller.autoscaler, self.own
+        fields = {
+            "pool": pool_name(consumer.controller.pool_cls),
+            # Autoscaling starts as many processes as there are tasks, up to its maximum.
+            "slots": scaler.max_concurrency if scaler else consumer.pool.num_processes,
+            "busy": len(state.active_requests),
+            "queues": queues_of(consumer),
+            "version": conf.VERSION[:255],
+            "seen_at": Clock(),
+        }
+        if Worker.objects.filter(**own).update(**fields):
+            return
+        if not is_first and alive().filter(name=own["name"]).exists():
+            logger.warning("two workers have the name %s: give each its own with -n", own["name"])
+        update = {"update_conflicts": True, "unique_fields": ["name"]}
+        row = Worker(**own, **fields)
+        Worker.objects.bulk_create([row], **update, update_fields=["started_at", *fields])
+
+    def forget(self):
+        """Delete the row of this worker, which ends. Writes no heartbeat after it."""
+        if self.own and self.lock.acquire(timeout=LOCK_SECONDS):
+            try:
+                Worker.objects.filter(**self.own).delete()
+            except Exception as error:  # the worker ends without the database
+                logger.warning("the worker's row stays for an hour: %r", error)
+
+
+def queues_of(consumer):
+    """Return from which queues this worker takes tasks now: none without the broker."""
+    is_taking = consumer.connection and consumer.task_consumer and not shutting_down[0]
+    return sorted(queue.name for queue in consumer.task_consumer.queues) if is_taking else []
+
+
+heartbeat = Heartbeat()

@@ -1,0 +1,22 @@
+"""What a worker prepares before it starts, and before each task."""
+
+from celery import current_app
+from django.db import close_old_connections, connection
+
+from durable_jobs.worker.events import BatchedEvents
+from durable_jobs.worker.remote_control import cancel_revoked_jobs
+
+
+def start(**kwargs):
+    """Prepare a worker that has not started yet."""
+    current_app.steps["consumer"].add(BatchedEvents)
+    cancel_revoked_jobs()
+
+
+def prepare_connection(task, **kwargs):
+    """Close a connection that is broken or too old, as Django does before a request."""
+    if not task.request.is_eager:
+        close_old_connections()
+        if "job" in (task.request.headers or {}):
+            # Skip Django's health check, which is a query. On a dead connection, the claim is tried again.
+            connection.health_check_done = True
