@@ -10,11 +10,12 @@ from django.core.cache import cache
 from django.db import OperationalError, connection, connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.utils import timezone
-from helpers import add, broken, greet, multiply
+from helpers import add, broken, greet, multiply, sweeper
 from rest_framework.test import APIClient
 
 from durable_jobs import batches, database, messages, transitions
-from durable_jobs.beat.schedule import sweeper
+from durable_jobs.beat import sender
+from durable_jobs.beat import sweeper as sweeper_module
 from durable_jobs.models import Job
 from durable_jobs.pools import pool
 
@@ -122,7 +123,7 @@ def published(monkeypatch):
         waiting.append(str(job.pk))
 
     monkeypatch.setattr(messages, "send_one", publish)
-    monkeypatch.setattr(sweeper, "messages_in", lambda queue, broker: len(waiting))
+    monkeypatch.setattr(sender, "messages_in", lambda queue, broker: len(waiting))
     return waiting
 
 
@@ -131,7 +132,7 @@ def sent(monkeypatch):
     """The ids of the jobs whose messages were sent. No worker takes them."""
     ids = []
     monkeypatch.setattr(messages, "send_one", lambda job, *args, **options: ids.append(job.pk))
-    monkeypatch.setattr(sweeper, "messages_in", lambda *args: len(ids))
+    monkeypatch.setattr(sender, "messages_in", lambda *args: len(ids))
     return ids
 
 
@@ -185,6 +186,8 @@ def lost_answers(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_broken():
-    """work() fails only for the numbers that the test itself has added."""
+def new_test(monkeypatch):
+    """Nothing is left of the test before, and the sweeper does not wait for renewals."""
     broken.clear()
+    sweeper.__init__(sweeper.tick_delay, sweeper.error_count)
+    monkeypatch.setattr(sweeper_module, "POLL_SECONDS", 0)

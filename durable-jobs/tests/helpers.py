@@ -17,6 +17,7 @@ from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
 from durable_jobs import publish, transitions
+from durable_jobs.beat.sweeper import Sweeper
 from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Job
 from durable_jobs.tasks import JobError, JobTask
@@ -239,6 +240,10 @@ def end(run, result=None):
     with run:
         run.succeed(result)
 
+
+# Beat
+
+sweeper = Sweeper(tick_delay=lambda: 0, error_count=lambda: 0)  # each test gets a new one
 
 # Races, with threads and real transactions
 

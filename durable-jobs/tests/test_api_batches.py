@@ -5,7 +5,6 @@ import uuid
 from datetime import timedelta
 
 import pytest
-from celery import chord, group
 from django.contrib.auth.models import Permission
 from django.db import connection
 from django.test import RequestFactory
@@ -177,13 +176,6 @@ def test_batches_are_filtered_by_state(api, user, batch):
         assert api.get(f"/api/batches/?state={query}").status_code == 400
 
 
-def test_a_batch_inside_of_a_batch_is_not_listed(api, user):
-    inner = chord([greet.s()], greet.si())
-    outer = group(inner, greet.s()).apply_async(owner=user)
-    child = Batch.objects.get(parent=outer.id)
-    for url in "/api/batches/", "/api/jobs/with_batches/":
-        assert ids(api.get(url)) == [outer.id]
-    assert api.get(f"/api/batches/{child.pk}/").json()["counts"] == counts(queued=1)
 
 
 def test_the_serializers_take_a_manager_as_rest_framework_does(user):

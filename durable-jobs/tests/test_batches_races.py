@@ -11,14 +11,14 @@ from contextlib import suppress
 from datetime import timedelta
 
 import pytest
-from celery import chain, chord, shared_task
+from celery import shared_task
 from celery.exceptions import Ignore
 from django.db import connection, transaction
 from django.utils import timezone
 from helpers import CLAIM, ROUNDS, fail_run, in_thread, race, run_while_open, succeed_run
 
-from durable_jobs import batches, enqueue, messages, transitions
-from durable_jobs.beat.schedule import sweeper
+from durable_jobs import batches, messages, transitions
+from durable_jobs.enqueue import insert_many, new_fields
 from durable_jobs.expressions import UNFINISHED
 from durable_jobs.models import Batch, Job
 from durable_jobs.tasks import JobTask
@@ -40,18 +40,18 @@ def no_worker(monkeypatch):
 
 
 def store(rounds, members, steps=None):
-    """Store batches quickly. Each has this many members; the first has a next step if `steps`.
+    """Store batches quickly. Each has this many members; the first has a next job if `steps`.
 
     Returns the batches and, for each one, the Runs of its members, which have claimed them.
     """
-    new = [Batch(on_success=batches.plan(step.si())) for _ in range(rounds)]
+    new = [Batch(on_success=batches.callback(step.si())) for _ in range(rounds)]
     Batch.objects.bulk_create(new)
-    fields = enqueue.new_fields(step, [], now=timezone.now())
+    fields = new_fields(step, [], now=timezone.now())
     jobs = [Job(**fields, batch=batch) for batch in new for _ in range(members)]
-    for job in jobs[::members] if steps else ():
-        job.then = batches.plan(step.si())
-    enqueue.insert_many(Job.objects, fields["due_at"], jobs)
+    insert_many(fields["due_at"], jobs)
     runs = list(map(started, jobs))
+    for run in runs[::members] if steps else ():
+        run.next_jobs = [batches.callback(step.si())]
     return new, [runs[start : start + members] for start in range(0, len(runs), members)]
 
 
@@ -149,30 +149,8 @@ def test_a_step_of_a_chain_is_stored_while_another_job_ends():
     assert_ended_once(new[:20])
 
 
-def test_the_last_two_inner_batches_end_at_the_same_moment():
-    """Each inner one has no next step of its own, so its end may be the last of the outer one."""
-    outer = Batch.objects.bulk_create(Batch(on_success=batches.plan(step.si())) for _ in range(ROUNDS))
-    new, runs = store(2 * ROUNDS, 1)
-    for number, inner in enumerate(new):
-        inner.parent, inner.then = outer[number // 2], None
-    Batch.objects.bulk_update(new, ["parent", "then"])
-    race(ROUNDS, lambda n: succeed_run(runs[2 * n][0]), lambda n: succeed_run(runs[2 * n + 1][0]))
-    assert_ended_once(outer)
 
 
-def test_an_inner_batch_ends_while_the_last_job_of_the_outer_one_ends():
-    """What comes after the inner one is a job of the outer one, which must wait for it."""
-    outer, outer_runs = store(ROUNDS, 1)
-    inner, inner_runs = store(ROUNDS, 1)
-    for parent, child in zip(outer, inner, strict=True):
-        child.parent = parent
-    Batch.objects.bulk_update(inner, ["parent"])
-    race(ROUNDS, lambda n: succeed_run(outer_runs[n][0]), lambda n: succeed_run(inner_runs[n][0]))
-    assert_ended_once(inner)
-    assert Batch.objects.filter(ended_at=None).count() == ROUNDS
-    for batch in outer[:20]:
-        end_all_members(batch)
-    assert_ended_once(outer[:20])
 
 
 # A job is added
@@ -240,14 +218,10 @@ def test_many_transactions_add_jobs_at_once():
 
 
 @pytest.mark.parametrize("_", range(5))
-def test_a_batch_is_cancelled_while_jobs_end_and_chains_start_steps(_):
-    members = [chain(step.si(), step.si(), step.si()) for _ in range(8)]
-    inner = [chord([step.si(), step.si()], step.si()) for _ in range(8)]
-    chord([*members, *inner])(step.si())
-    batch, stop = Batch.objects.get(parent=None), threading.Event()
-    batches.add(batch, 
-        step, queue="io"
-    )  # no worker takes it, so the batch is open until it is cancelled
+def test_a_batch_is_cancelled_while_jobs_end_and_enqueue_the_next_ones(_):
+    batch, stop = batches.enqueue(step, [[]] * 24, on_success=step.si()), threading.Event()
+    # No worker takes it, so the batch is open until it is cancelled.
+    batches.add(batch, step, queue="io")
 
     def work(number):
         """Run what is queued, as a worker does."""
@@ -255,6 +229,7 @@ def test_a_batch_is_cancelled_while_jobs_end_and_chains_start_steps(_):
             for job in batch_jobs.filter(state="queued").order_by("?")[:3]:
                 run = Run(job.pk, task=step, batch_id=str(job.batch_id), **CLAIM)
                 if run.claim():
+                    run.next_jobs = [batches.callback(step.si())] * random.randrange(2)
                     with suppress(Ignore):  # cancelled
                         succeed_run(run)
 
@@ -338,7 +313,7 @@ def test_a_purge_deletes_no_old_job_of_a_batch_that_ends():
     age(new, "succeeded")
 
     def purge(number):
-        sweeper.delete(Job.objects.filter(pk=runs[number][0].job_id))
+        purge.delete(Job.objects.filter(pk=runs[number][0].job_id))
 
     race(ROUNDS, lambda n: succeed_run(runs[n][1]), purge)
     assert_ended_once(new)
@@ -353,7 +328,7 @@ def test_a_purge_deletes_no_job_of_a_batch_that_runs_again():
     age(new, "failed")
 
     def purge(number):
-        sweeper.delete(Job.objects.filter(pk=runs[number][0].job_id))
+        purge.delete(Job.objects.filter(pk=runs[number][0].job_id))
 
     again, _ = race(ROUNDS, lambda n: batches.run_failed_again(new[n]), purge)
     for batch, jobs in zip(new, again, strict=True):

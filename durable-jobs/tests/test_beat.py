@@ -22,9 +22,11 @@ from django_celery_beat.models import CrontabSchedule, IntervalSchedule, Periodi
 from django_celery_beat.schedulers import DatabaseScheduler
 from django_tasks import task
 
-from durable_jobs.beat.schedule import OncePerDueTime, count_errors, sweeper
+from durable_jobs import transitions
+from durable_jobs.beat.schedule import OncePerDueTime, count_errors
+from durable_jobs.beat.sender import Sender
+from durable_jobs.beat.sweeper import Sweeper
 from durable_jobs.contrib.prometheus import Collector
-from durable_jobs.enqueue import JobQuerySet
 from durable_jobs.models import Job, Sweep
 from durable_jobs.tasks import JobTask
 
@@ -126,7 +128,7 @@ def test_no_run_is_lost_when_the_clock_goes_back(monkeypatch, due):
     """The hour from 2 to 3 comes twice, and each time it has six runs of its own."""
     berlin, scheduler = ZoneInfo("Europe/Berlin"), beat(Scheduler).scheduler
     now = datetime(2026, 10, 25, 0, 5, tzinfo=berlin).timestamp()
-    monkeypatch.setattr("durable_jobs.beat.schedule.schedule.time", SimpleNamespace(time=lambda: now))
+    monkeypatch.setattr("durable_jobs.beat.schedule.time", SimpleNamespace(time=lambda: now))
     due.nowfun = lambda: datetime.fromtimestamp(now, berlin)
     last, runs = due.now(), 0
     for _ in range(6 * 4 * 60):  # four hours, in steps of ten seconds
@@ -159,7 +161,7 @@ def test_beat_replaces_a_lost_connection():
 @pytest.mark.parametrize("embedded", [False, True])  # celery beat, celery worker --beat
 def test_one_beat_has_one_sweep(monkeypatch, embedded):
     sweeps = []
-    monkeypatch.setattr(sweeper, "start", lambda tick_delay, error_count: sweeps.append(1))
+    monkeypatch.setattr(Sweeper, "start", lambda self: sweeps.append(1))
     monkeypatch.setattr("celery.platforms.set_process_title", lambda *args, **kwargs: None)
     service = Service(app, scheduler_cls=Scheduler)
     service._is_shutdown.set()  # it ends as soon as it has started
@@ -168,14 +170,14 @@ def test_one_beat_has_one_sweep(monkeypatch, embedded):
 
 
 def test_a_tick_waits_for_an_unavailable_database(scheduler, monkeypatch):
-    create, errors = JobQuerySet.create, [OperationalError("away"), OperationalError("away")]
+    insert, errors = transitions.insert, [OperationalError("away"), OperationalError("away")]
 
-    def fail(self, **fields):
+    def fail(job):
         if errors:
             raise errors.pop()
-        return create(self, **fields)
+        insert(job)
 
-    monkeypatch.setattr(JobQuerySet, "create", fail)
+    monkeypatch.setattr(transitions, "insert", fail)
     tick(scheduler)
     until = time.monotonic() + 60
     # Wait until the job has ended: otherwise its thread would continue without the fixtures.
@@ -201,7 +203,7 @@ def errors_after(action, scheduler_cls=Scheduler):
 
 
 def store_no_job(monkeypatch):
-    monkeypatch.setattr(JobQuerySet, "create", Mock(side_effect=IntegrityError("no such owner")))
+    monkeypatch.setattr(transitions, "insert", Mock(side_effect=IntegrityError("no such owner")))
 
 
 def test_a_tick_that_cannot_be_stored_is_counted(monkeypatch, caplog):
@@ -253,13 +255,12 @@ def test_a_schedule_entry_with_a_task_id_is_counted(caplog):
 
 def test_the_metric_counts_the_errors_of_every_beat(monkeypatch):
     """The count is stored, so it neither starts again nor shrinks when Beat restarts."""
-    monkeypatch.setattr(sweeper, "send_due", lambda resend: 0)
+    monkeypatch.setattr(Sender, "send_due", lambda self, resend: 0)
     for counts in [0, 2, 3], [0, 0, 1]:
         rounds = itertools.chain(counts, [SystemExit])
         with pytest.raises(SystemExit):
             monkeypatch.setattr("time.sleep", lambda seconds: None)
-            errors = Mock(side_effect=rounds)
-            sweeper.sweep_forever(tick_delay=lambda: 0, error_count=errors)
+            Sweeper(lambda: 0, Mock(side_effect=rounds)).run()
     assert Sweep.objects.get().schedule_errors == 4
     found = {sample.name: sample.value for each in Collector().collect() for sample in each.samples}
     assert found["durable_jobs_schedule_errors_total"] == 4

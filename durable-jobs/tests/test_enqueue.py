@@ -12,12 +12,11 @@ from django.db import IntegrityError, connection, transaction
 from django.db.models.functions import Now
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
-from helpers import add, alone, plain, seconds_until_due
+from helpers import add, alone, plain, seconds_until_due, sweeper
 
 from durable_jobs import batches
 from durable_jobs.actions import run_again
 from durable_jobs.api.views import EnqueueMixin
-from durable_jobs.beat.schedule import sweeper
 from durable_jobs.enqueue import enqueue, enqueue_many
 from durable_jobs.models import Job, Sweep
 from durable_jobs.publish import publish
@@ -203,7 +202,7 @@ def test_two_owners_may_use_the_same_idempotency_key(user, admin_user):
 def test_a_job_of_the_jobs_of_a_user_is_the_users(user):
     enqueue(add, [1, 2])
     enqueue(add, [1, 2], unique="key")
-    user.job_set.enqueue_many(add, [[1, 2]])
+    enqueue_many(add, [[1, 2]], owner=user)
     assert [job.owner for job in Job.objects.all()] == [user] * 3
 
 
@@ -236,22 +235,22 @@ def test_enqueue_many_stores_all_jobs_or_none(commit, published):
     assert published == []
 
 
-@pytest.mark.parametrize("door", [Job.objects.enqueue_many, enqueue_in_batch])
+@pytest.mark.parametrize("door", [enqueue_many, enqueue_in_batch])
 def test_the_sweep_sends_most_of_many_jobs_in_their_order(commit, published, monkeypatch, door):
-    monkeypatch.setattr(enqueue, "SENT_AT_ONCE", 2)
-    sweeper.store_round(0, 0)
+    monkeypatch.setattr(enqueue, "SENT_IMMEDIATELY", 2)
+    sweeper.store_round()
     with commit():
         jobs = door(add, [[number, 1] for number in range(50)])
     assert published == [str(job.pk) for job in jobs[:2]]
-    sweeper.send_due(resend=False)
+    sweeper.sender.send_due(resend=False)
     assert published == [str(job.pk) for job in jobs]
 
 
 @pytest.mark.parametrize("age", [60, None])
 def test_many_jobs_do_not_wait_for_a_sweep_that_does_not_run(commit, published, monkeypatch, age):
-    monkeypatch.setattr(enqueue, "SENT_AT_ONCE", 2)
+    monkeypatch.setattr(enqueue, "SENT_IMMEDIATELY", 2)
     if age:
-        sweeper.store_round(0, 0)
+        sweeper.store_round()
         Sweep.objects.update(ended_at=Now() - timedelta(seconds=age))
     with commit():
         jobs = enqueue_many(add, [[number, 1] for number in range(5)])
@@ -259,12 +258,12 @@ def test_many_jobs_do_not_wait_for_a_sweep_that_does_not_run(commit, published, 
 
 
 def test_the_sweep_sends_no_job_of_many_before_its_countdown(commit, published, monkeypatch):
-    monkeypatch.setattr(enqueue, "SENT_AT_ONCE", 0)
-    sweeper.store_round(0, 0)
+    monkeypatch.setattr(enqueue, "SENT_IMMEDIATELY", 0)
+    sweeper.store_round()
     with commit():
         [later] = enqueue_many(add, [[1, 2]], countdown=60)
     assert seconds_until_due(later) == pytest.approx(60, abs=5)
-    sweeper.send_due(resend=False)
+    sweeper.sender.send_due(resend=False)
     assert published == []
 
 

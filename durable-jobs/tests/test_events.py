@@ -15,7 +15,7 @@ from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Job
 from durable_jobs.publish import publish
 from durable_jobs.tasks import JobTask
-from durable_jobs.worker.children import events
+from durable_jobs.worker import events
 
 pytestmark = pytest.mark.django_db
 

@@ -16,11 +16,11 @@ from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 from helpers import ago, scrape
 
-from durable_jobs.beat.schedule import sweeper
+from durable_jobs.beat import purge
 from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Job, Worker
 from durable_jobs.tasks import JobTask
-from durable_jobs.worker.children import heartbeat, shutdown
+from durable_jobs.worker import heartbeat, shutdown
 
 
 @shared_task(base=JobTask)
@@ -35,8 +35,8 @@ def queue(name):
 @pytest.fixture
 def consumer(db, monkeypatch):
     """The consumer of a ready worker, whose thread has not started."""
-    monkeypatch.setattr(heartbeat, "own", {})
-    monkeypatch.setattr(heartbeat, "lock", threading.Lock())
+    monkeypatch.setattr(heartbeat.heartbeat, "own", {})
+    monkeypatch.setattr(heartbeat.heartbeat, "lock", threading.Lock())
     monkeypatch.setattr(heartbeat, "shutting_down", [False])
     monkeypatch.setattr("atexit.register", Mock())
     monkeypatch.setattr(heartbeat.pool, "start_thread", Mock())
@@ -47,7 +47,7 @@ def consumer(db, monkeypatch):
         connection=object(),
         task_consumer=SimpleNamespace(queues=[queue("io"), queue("celery")]),
     )
-    heartbeat.start(consumer)
+    heartbeat.heartbeat.start(consumer)
     return consumer
 
 
@@ -68,7 +68,7 @@ def beats(consumer, closes, monkeypatch):
 
         monkeypatch.setattr(heartbeat, "time", SimpleNamespace(sleep=sleep))
         with pytest.raises(Done):
-            heartbeat.beat(consumer)
+            heartbeat.heartbeat.beat(consumer)
         return pauses
 
     return beats
@@ -87,7 +87,7 @@ def row():
 
 
 def write(consumer, is_first=False):
-    heartbeat.write(consumer, is_first)
+    heartbeat.heartbeat.write(consumer, is_first)
 
 
 def test_the_row_says_what_a_worker_is(consumer, settings, monkeypatch):
@@ -128,14 +128,14 @@ def test_a_worker_without_broker_or_that_ends_takes_from_no_queue(consumer):
 def test_a_worker_writes_at_once_then_one_statement_in_ten_seconds(consumer, beats):
     assert beats(1) == [10] and row()
     with CaptureQueriesContext(connection) as captured:
-        heartbeat.write(consumer, False)
-        heartbeat.write(consumer, False)
+        heartbeat.heartbeat.write(consumer, False)
+        heartbeat.heartbeat.write(consumer, False)
     assert len(captured) == 2, [query["sql"] for query in captured]
     assert beats(5) == [10] * 5
 
 
 def test_the_thread_outlives_errors_and_closes_its_connection(consumer, beats, closes, caplog):
-    write_row, errors = heartbeat.write, [Error("away"), AttributeError("no pool")]
+    write_row, errors = heartbeat.heartbeat.write, [Error("away"), AttributeError("no pool")]
 
     def fail_twice(*args):
         if errors:
@@ -143,7 +143,7 @@ def test_the_thread_outlives_errors_and_closes_its_connection(consumer, beats, c
         write_row(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(heartbeat, "write", fail_twice)
+        patch.setattr(heartbeat.heartbeat, "write", fail_twice)
         assert beats(3) == [10] * 3
     assert caplog.text.count("cannot write the heartbeat") == 2
     assert len(closes) == 3 and row()
@@ -161,19 +161,19 @@ def test_a_restarted_worker_takes_over_the_row_of_a_killed_one(consumer, caplog)
 
 def test_two_workers_with_one_name_share_a_row_and_say_so(consumer, caplog, monkeypatch):
     write(consumer, is_first=True)
-    first = dict(heartbeat.own)
-    heartbeat.start(consumer)  # the other one
+    first = dict(heartbeat.heartbeat.own)
+    heartbeat.heartbeat.start(consumer)  # the other one
     consumer.pool.num_processes = 8
     write(consumer, is_first=True)
     assert row().slots == 8 and not caplog.text
-    other = dict(heartbeat.own)
-    monkeypatch.setattr(heartbeat, "own", first)
-    heartbeat.forget()
+    other = dict(heartbeat.heartbeat.own)
+    monkeypatch.setattr(heartbeat.heartbeat, "own", first)
+    heartbeat.heartbeat.forget()
     assert row().slots == 8  # it has deleted only its own
-    monkeypatch.setattr(heartbeat, "lock", threading.Lock())
+    monkeypatch.setattr(heartbeat.heartbeat, "lock", threading.Lock())
     write(consumer)
     assert caplog.text.count("two workers have the name one@host") == 1
-    monkeypatch.setattr(heartbeat, "own", other)
+    monkeypatch.setattr(heartbeat.heartbeat, "own", other)
     write(consumer)
     assert row().started_at == other["started_at"]
 
@@ -187,30 +187,30 @@ def test_a_row_that_was_deleted_comes_back(consumer, caplog):
 
 def test_a_worker_that_ends_deletes_its_row_and_writes_none_after_it(consumer, monkeypatch):
     write(consumer)
-    heartbeat.atexit.register.assert_called_once_with(heartbeat.forget)
-    heartbeat.forget()
+    heartbeat.atexit.register.assert_called_once_with(heartbeat.heartbeat.forget)
+    heartbeat.heartbeat.forget()
     assert not Worker.objects.exists()
-    monkeypatch.setattr(heartbeat, "write", late := Mock())
-    threading.Thread(target=heartbeat.beat, args=[consumer], daemon=True).start()
+    monkeypatch.setattr(heartbeat.heartbeat, "write", late := Mock())
+    threading.Thread(target=heartbeat.heartbeat.beat, args=[consumer], daemon=True).start()
     time.sleep(0.2)
     late.assert_not_called()
 
 
 def test_a_process_without_a_heartbeat_forgets_nothing(db, monkeypatch):
-    monkeypatch.setattr(heartbeat, "own", {})
+    monkeypatch.setattr(heartbeat.heartbeat, "own", {})
     with CaptureQueriesContext(connection) as captured:
-        heartbeat.forget()
-    assert not captured and not heartbeat.lock.locked()
+        heartbeat.heartbeat.forget()
+    assert not captured and not heartbeat.heartbeat.lock.locked()
 
 
 def test_a_worker_ends_without_the_database(consumer, caplog, monkeypatch):
     monkeypatch.setattr(heartbeat, "LOCK_SECONDS", 0.1)
     write(consumer)
-    with heartbeat.lock:  # a heartbeat hangs
-        heartbeat.forget()
+    with heartbeat.heartbeat.lock:  # a heartbeat hangs
+        heartbeat.heartbeat.forget()
     assert row()
     monkeypatch.setattr(heartbeat, "workers", Mock(side_effect=Error("away")))
-    heartbeat.forget()
+    heartbeat.heartbeat.forget()
     assert "the worker's row stays for an hour" in caplog.text
 
 
@@ -230,14 +230,14 @@ def test_a_worker_that_leaves_without_celery_deletes_its_row(consumer, monkeypat
 
 def test_a_worker_is_silent_after_30_seconds_and_gone_after_an_hour(consumer, monkeypatch):
     write(consumer)
-    monkeypatch.setattr(sweeper, "close_old_connections", Mock())
+    monkeypatch.setattr(purge, "close_old_connections", Mock())
     for seconds, is_alive, is_there in (29, 1, 1), (31, 0, 1), (3590, 0, 1), (3610, 0, 0):
         Worker.objects.update(seen_at=ago(seconds))
         assert heartbeat.alive().count() == is_alive
         assert len(heartbeat.takers()) == 2 * is_alive
         monkeypatch.setattr("time.sleep", Mock(side_effect=[None, StopIteration]))
         with pytest.raises(StopIteration):
-            sweeper.clean_forever()
+            purge.clean_forever()
         assert Worker.objects.count() == is_there
 
 

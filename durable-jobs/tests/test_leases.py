@@ -17,14 +17,15 @@ from helpers import (
     lapse,
     seconds_until_due,
     seconds_waited,
+    sweeper,
 )
 
 from durable_jobs import transitions
-from durable_jobs.beat.schedule import sweeper
+from durable_jobs.beat.sweeper import recover_lapsed
 from durable_jobs.enqueue import enqueue
 from durable_jobs.expressions import SetLocal, lease_end
 from durable_jobs.models import Job
-from durable_jobs.worker.children import lease, runs
+from durable_jobs.worker import lease, runs
 
 pytestmark = pytest.mark.django_db
 IDLE = "idle_in_transaction_session_timeout"
@@ -34,7 +35,7 @@ def test_a_running_job_with_a_lease_is_not_recovered():
     job = enqueue(add, [1, 2])
     claim_and_lapse(job)
     Job.objects.update(sweep_at=lease_end())
-    sweeper.recover_lapsed()
+    recover_lapsed()
     assert seconds_until_due(job) == pytest.approx(30, abs=5)
     assert job.state == "running"
 
@@ -98,11 +99,11 @@ def test_a_job_waits_longer_after_each_crash_and_fails_after_the_third(caplog):
     job = enqueue(add, [1, 2])
     for crashes, delay in (1, 5), (2, 10):
         claim_and_lapse(job)
-        sweeper.recover_lapsed()
+        recover_lapsed()
         assert seconds_until_due(job) == pytest.approx(delay, rel=0.3)
         assert (job.state, job.crashes, job.times_sent) == ("queued", crashes, 0)
     claim_and_lapse(job)
-    sweeper.recover_lapsed()
+    recover_lapsed()
     job.refresh_from_db()
     assert (job.state, job.error) == ("failed", "Its worker died 3 times")
     assert job.public_error == "It stopped unexpectedly 3 times"  # for its owner
@@ -113,7 +114,7 @@ def test_a_job_waits_longer_after_each_crash_and_fails_after_the_third(caplog):
 def test_a_job_past_its_deadline_fails():
     job = enqueue(add, [1, 2])
     claim_and_lapse(job, limit=-1)
-    sweeper.recover_lapsed()
+    recover_lapsed()
     job.refresh_from_db()
     assert (job.state, job.error, job.crashes) == ("failed", "Over its time limit", 0)
     assert job.public_error == job.error
@@ -126,7 +127,7 @@ def test_the_waiting_time_starts_again_after_a_crash_or_a_retry(settings):
     claim_and_lapse(crashed)
     claim_and_lapse(retried)
     transitions.requeue(Job.objects.filter(pk=retried.pk), 30)
-    sweeper.recover_lapsed()
+    recover_lapsed()
     assert seconds_waited(crashed) == pytest.approx(-5, abs=3)
     assert seconds_waited(retried) == pytest.approx(-30, abs=3)
 
@@ -143,14 +144,14 @@ def test_a_job_that_cannot_be_recovered_does_not_stop_others(monkeypatch, caplog
         return requeue(self, *args, **kwargs)
 
     monkeypatch.setattr(transitions, "requeue", fail)
-    sweeper.recover_lapsed()
+    recover_lapsed()
     assert list(Job.objects.filter(state="running")) == [jobs[3]]
     assert "a trigger" in caplog.text
 
 
 BULK_UPDATES = {
-    "to send": lambda runs: sweeper.send_due(),
-    "to find lapsed leases": lambda runs: sweeper.recover_lapsed(),
+    "to send": lambda runs: sweeper.sender.send_due(),
+    "to find lapsed leases": lambda runs: recover_lapsed(),
     "to recover": lambda runs: lease.recover(Job.objects.all()),
     "to renew": lease.write_and_renew,
     "to renew for children": lambda runs: lease.renew_for_children(Job.objects.all()),

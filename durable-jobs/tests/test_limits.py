@@ -9,40 +9,25 @@ from unittest.mock import patch
 
 import pytest
 from asgiref.sync import async_to_sync
-from celery import chain, chord, current_app, group, shared_task
+from celery import chain, current_app, shared_task
 from celery.beat import ScheduleEntry, Scheduler
 from celery.exceptions import Ignore
 from django.core.exceptions import ImproperlyConfigured
 from django.db.models import F
 from django.db.models.functions import Now
 from django.utils import timezone
-from helpers import CLAIM, alone, ask, call, end, free
+from helpers import CLAIM, alone, ask, call, end, free, sweeper
 
 from durable_jobs import admission, batches, limits, transitions
 from durable_jobs.actions import run_again, run_all_again
 from durable_jobs.api.views import EnqueueMixin
-from durable_jobs.beat.schedule import OncePerDueTime, sweeper
+from durable_jobs.beat.schedule import OncePerDueTime
 from durable_jobs.enqueue import enqueue, enqueue_many
 from durable_jobs.models import Job, Start
 from durable_jobs.tasks import JobTask
 from durable_jobs.worker.runs import Run
 
-try:
-    from django.tasks import task
-except ImportError:  # Django 5.2
-    from django_tasks import task
-
 pytestmark = pytest.mark.django_db
-
-
-@task(celery={"limit": "tenant:{tenant}"})
-def django_call(tenant, number=0):
-    return number
-
-
-@task(takes_context=True, celery={"limit": "tenant:{tenant}"})
-def context_call(context, tenant, number=0):
-    return number
 
 
 @shared_task(base=JobTask, bind=True, limit="tenant:{tenant}", autoretry_for=(OSError,))
@@ -80,20 +65,18 @@ def start_any(job):
     return run
 
 
-def in_chain():
-    end(start_any(chain(free.si(1), call.si(7)).apply_async()))
 
 
-def with_then():
+def with_next():
     run = start_any(free.enqueue())
-    run.next_steps.append([batches.step(call, [7])])
+    run.next_jobs.append(batches.planned(call, [7], label=""))
     end(run)
 
 
 def by_beat():
     beat = SimpleNamespace(app=current_app, scheduler=Scheduler(current_app, lazy=True))
     entry = ScheduleEntry("call", call.name, schedule=timedelta(hours=1), args=[7], app=current_app)
-    with patch("durable_jobs.beat.schedule.schedule.close_old_connections"):
+    with patch("durable_jobs.beat.schedule.close_old_connections"):
         OncePerDueTime(beat).apply_async(entry)
 
 
@@ -122,8 +105,6 @@ DOORS = {
     "aenqueue": lambda: async_to_sync(call.aenqueue)(7),
     "unique": lambda: enqueue(call, [7], unique="x", idempotency_key="y"),
     "enqueue_many": lambda: enqueue_many(call, [[7]]),
-    "Django": lambda: django_call.enqueue(7),
-    "context": lambda: context_call.enqueue(7),
     "bound": lambda: bound_call.delay(7),
     "async": lambda: async_call.delay(7),
     "send_task": lambda: current_app.send_task(call.name, [7]),
@@ -134,10 +115,7 @@ DOORS = {
     "batch": lambda: batches.enqueue(call, [[7]]),
     "Batch.enqueue": in_open_batch,
     "run_failed_again": batch_again,
-    "chain": in_chain,
-    "group": lambda: group([call.si(7), free.si()]).apply_async(),
-    "chord": lambda: chord([call.si(7)], free.si())(),
-    "then": with_then,
+    "enqueue_next": with_next,
 }
 
 
@@ -187,7 +165,7 @@ def test_a_job_runs_again_with_the_limit_that_its_task_has_now(sent, monkeypatch
     jobs = [call.enqueue(7), call.enqueue(8)]
     transitions.finish(Job.objects.all(), "failed")
     monkeypatch.setattr(current_app.tasks[call.name], "limit", limit)
-    run_all_again(Job.objects.get(pk=jobs[0].pk))
+    run_again(Job.objects.get(pk=jobs[0].pk))
     run_all_again(Job.objects.filter(pk=jobs[1].pk))
     assert set(Job.objects.values_list("limit_key", "blocked_by")) == {(key, key)}
 
@@ -196,7 +174,7 @@ def test_a_job_that_had_no_limit_runs_again_with_one(sent, monkeypatch):
     job = free.enqueue()
     transitions.finish(Job.objects.all(), "failed")
     monkeypatch.setattr(current_app.tasks[free.name], "limit", "one")
-    run_all_again(Job.objects.get(pk=job.pk))
+    run_again(Job.objects.get(pk=job.pk))
     assert Job.objects.get().blocked_by == "one"
 
 
@@ -229,11 +207,11 @@ def test_jobs_of_a_removed_limit_go_after_ten_minutes(sent, commit, settings, ca
     with commit():
         jobs = enqueue_many(alone, [[number] for number in range(3)])
     settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"LIMITS": {}}
-    admission.grant(["one"])
-    sweeper.send_due()
+    admission.admit(["one"])
+    sweeper.sender.send_due()
     assert sent == [jobs[0].pk]
     Job.objects.filter(pk=jobs[1].pk).update(due_at=F("due_at") - timedelta(minutes=11))
-    sweeper.send_due()
+    sweeper.sender.send_due()
     assert sent == [job.pk for job in jobs[:2]]
     assert "there is no such limit in DURABLE_JOBS['LIMITS']" in caplog.text
 
@@ -254,7 +232,7 @@ def test_a_key_is_the_same_when_the_job_runs_again(sent, value, text):
     job = call.enqueue(value)
     assert job.limit_key == f"tenant:{text}"
     transitions.finish(Job.objects.all(), "failed")
-    run_all_again(Job.objects.get())
+    run_again(Job.objects.get())
     assert Job.objects.get().limit_key == f"tenant:{text}"
 
 

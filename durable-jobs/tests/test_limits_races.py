@@ -17,16 +17,16 @@ from celery.exceptions import Ignore
 from django.db import connection, transaction
 from django.db.models import Count, Q
 from django.db.models.functions import Now
-from helpers import CLAIM, fail_run, in_thread, race, succeed_run
+from helpers import CLAIM, fail_run, in_thread, race, succeed_run, sweeper
 from helpers import ROUNDS as MANY_ROUNDS
 
 from durable_jobs import admission, enqueue, pauses, publish, transitions
-from durable_jobs.actions import cancel, run_again, run_all_again
-from durable_jobs.beat.schedule import sweeper
+from durable_jobs.actions import cancel, run_again
+from durable_jobs.beat import sender
 from durable_jobs.expressions import STILL_RUNNING, UNFINISHED
 from durable_jobs.models import Job, Start
 from durable_jobs.tasks import JobTask
-from durable_jobs.worker.children import lease
+from durable_jobs.worker import lease
 from durable_jobs.worker.runs import Run
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -52,8 +52,8 @@ def messages(monkeypatch, settings):
             sent.put((job.pk, job.limit_key, fields))
 
     monkeypatch.setattr(publish, "send", send)
-    monkeypatch.setattr(sweeper, "send", send)
-    monkeypatch.setattr(sweeper, "messages_in", lambda *args: sent.qsize())
+    monkeypatch.setattr(sender, "send", send)
+    monkeypatch.setattr(sender, "messages_in", lambda *args: sent.qsize())
     monkeypatch.setattr(current_app.conf, "task_always_eager", False)
     settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"LIMITS": {"turn": "1"}}
     return sent
@@ -85,7 +85,7 @@ def retry(run):
 
 def used_and_held():
     """Return {key: (places that are used, jobs that are held although they are due)}."""
-    used, held = Q(sweep_at__isnull=False), Q(held_by__isnull=False, due_at__lte=Now())
+    used, held = Q(sweep_at__isnull=False), Q(blocked_by__isnull=False, due_at__lte=Now())
     rows = Job.objects.filter(limit_key__isnull=False).order_by().values_list("limit_key")
     rows = rows.annotate(used=Count("pk", filter=used), held=Count("pk", filter=held))
     return {key: counts for key, *counts in rows}
@@ -128,7 +128,7 @@ def test_a_grant_meets_a_hand_over(settings):
     runs, _ = store(ROUNDS, 4)
     settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"LIMITS": {"turn": "2"}}
     key = "turn:{}".format
-    race(ROUNDS, lambda n: end(runs[n]), *[lambda n: admission.grant([key(n)])] * 2)
+    race(ROUNDS, lambda n: end(runs[n]), *[lambda n: admission.admit([key(n)])] * 2)
     assert_full(2)
 
 
@@ -149,7 +149,7 @@ def test_the_next_job_is_cancelled_while_the_one_before_ends():
 def test_a_job_is_stored_while_the_one_with_the_place_is_cancelled():
     _, rest = store(ROUNDS, 1, started=0)
     for [job] in rest:
-        admission.grant([job.limit_key])
+        admission.admit([job.limit_key])
     race(ROUNDS, lambda n: cancel(rest[n][0]), lambda n: turn.enqueue(n))
     assert_full()
 
@@ -179,7 +179,7 @@ def test_a_cancelled_body_ends_while_a_job_is_stored_and_the_sweep_looks():
 
     def look(n):
         if n % 10 == 0:
-            admission.admit_due()
+            admission.DueJobs().admit()
 
     race(ROUNDS, lambda n: end(runs[n]), lambda n: turn.enqueue(n), look)
     assert_full()
@@ -189,7 +189,7 @@ def test_a_job_runs_again_while_the_one_before_ends():
     runs, rest = store(ROUNDS, 2)
     for [job] in rest:
         cancel(job)
-    race(ROUNDS, lambda n: end(runs[n]), lambda n: run_all_again(Job.objects.get(pk=rest[n][0].pk)))
+    race(ROUNDS, lambda n: end(runs[n]), lambda n: run_again(Job.objects.get(pk=rest[n][0].pk)))
     assert_full()
 
 
@@ -200,10 +200,10 @@ def test_two_sweeps_a_grant_and_an_end_at_once(settings):
 
     def look(n):
         if n % 10 == 0:
-            admission.admit_due()
+            admission.DueJobs().admit()
 
-    race(ROUNDS, lambda n: end(runs[n]), lambda n: admission.grant([key(n)]), look, look)
-    admission.admit_due()
+    race(ROUNDS, lambda n: end(runs[n]), lambda n: admission.admit([key(n)]), look, look)
+    admission.DueJobs().admit()
     assert_full(2)
 
 
@@ -220,13 +220,13 @@ def test_a_rate_is_kept_while_jobs_start_and_others_are_stored(settings):
         ROUNDS,
         lambda n: runs[n][0].claim() and end(runs[n][0]),
         lambda n: runs[n][1].claim() and end(runs[n][1]),
-        lambda n: admission.grant([key(n)]),
+        lambda n: admission.admit([key(n)]),
         lambda n: turn.enqueue(n),
     )
     started = Counter(Start.objects.values_list("key", flat=True))
     for name, (used, _) in used_and_held().items():
         assert started[name] == 2 and used <= 1
-    admission.admit_due()
+    admission.DueJobs().admit()
     assert {used for used, _ in used_and_held().values()} == {1}
 
 
@@ -246,17 +246,17 @@ def test_a_pause_and_its_end_meet_claims():
         pauses.resume(turn.name)
 
     race(20, claim, pause)
-    admission.admit_due()
-    assert not Job.objects.filter(held_by__isnull=False).exists()
+    admission.DueJobs().admit()
+    assert not Job.objects.filter(blocked_by__isnull=False).exists()
 
 
 def test_a_limited_job_that_a_straggler_holds_after_the_pause_waits_for_its_limit():
     """Its worker saw the pause before it ended. It must not go past its limit."""
     [run], [[job]] = store(1, 2)
     Job.objects.filter(pk=job.pk).update(blocked_by="pause:celery")
-    admission.grant(["pause:celery"])
+    admission.admit(["pause:celery"])
     assert_full()
-    admission.admit_due()
+    admission.DueJobs().admit()
     assert_full()
     end(run)
     assert used_and_held() == {"turn:0": [1, 0]}
@@ -269,12 +269,12 @@ def test_a_grant_waits_a_second_for_the_lock_and_leaves_the_rest_to_the_sweep(ca
     _, [[job]] = store(1, 1, started=0)
     with transaction.atomic():
         admission.lock([job.limit_key], [], skip_locked=False)
-        in_thread(lambda: admission.grant([job.limit_key]))
+        in_thread(lambda: admission.admit([job.limit_key]))
         assert "the sweep will let jobs of turn:0 go" in caplog.text
-        in_thread(lambda: admission.admit_due())  # it does not wait
+        in_thread(lambda: admission.DueJobs().admit())  # it does not wait
         assert len(caplog.records) == 1
         assert used_and_held() == {"turn:0": [0, 1]}
-    admission.admit_due()
+    admission.DueJobs().admit()
     assert_full()
 
 
@@ -301,7 +301,7 @@ def test_the_next_job_is_sent_if_the_answer_of_the_commit_is_lost(
 def test_a_grant_leaves_no_setting_in_the_callers_transaction():
     with transaction.atomic(), connection.cursor() as cursor:
         job = turn.enqueue(1)
-        admission.grant([job.limit_key])
+        admission.admit([job.limit_key])
         for name in "lock_timeout", "idle_in_transaction_session_timeout":
             cursor.execute(f"SHOW {name}")
             assert cursor.fetchall() == [("0",)]
@@ -370,7 +370,7 @@ def test_never_more_bodies_than_the_limit_whatever_happens(messages, settings, m
         while not over.is_set():
             lease.recover(Job.objects.filter(RUNS_OR_CANCELLED, sweep_at__lt=Now()))
             with suppress(ValueError):
-                sweeper.send_due(resend=False)
+                sweeper.sender.send_due(resend=False)
             time.sleep(0.002)
 
     def some(**fields):

@@ -6,7 +6,10 @@ from django.db import connection
 from django.utils import timezone
 from helpers import add, call, claim
 
-from durable_jobs.models import Job, Pause
+from durable_jobs import pauses
+from durable_jobs.actions import cancel
+from durable_jobs.enqueue import enqueue
+from durable_jobs.models import Job
 
 
 def load():
@@ -16,7 +19,7 @@ def load():
 
 
 def store(queue, **options):
-    return Job.objects.enqueue(add, [1, 2], queue=queue, **options)
+    return enqueue(add, [1, 2], queue=queue, **options)
 
 
 def test_jobs_that_run_or_are_due_count(sent, transactional_db):
@@ -30,21 +33,21 @@ def test_jobs_that_run_or_are_due_count(sent, transactional_db):
 
 
 def test_jobs_that_have_ended_do_not_count(sent, transactional_db):
-    store("cpu").cancel()
+    cancel(store("cpu"))
     assert load() == {}
 
 
 def test_jobs_that_a_pause_blocks_do_not_count(sent, transactional_db):
     for queue in "cpu", "io":
         store(queue)
-    Pause.objects.pause("io")
+    pauses.pause("io")
     assert load() == {"cpu": 1}
     claim(store("cpu").pk)
-    Pause.objects.pause(add.name)
+    pauses.pause(add.name)
     assert load() == {"cpu": 1}, "only the one that runs"
 
 
 def test_jobs_that_a_limit_blocks_do_not_count(sent, transactional_db):
     for number in range(3):  # two of a tenant may run
-        Job.objects.enqueue(call, ["7", number], queue="celery")
+        enqueue(call, ["7", number], queue="celery")
     assert load() == {"celery": 2}

@@ -8,11 +8,11 @@ from django.db.models import F
 from django.db.models.functions import Now
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
-from helpers import CLAIM, add, alone, call, deliver, end, lapse, start
+from helpers import CLAIM, add, alone, call, deliver, end, lapse, start, sweeper
 
 from durable_jobs import admission, pauses
-from durable_jobs.actions import cancel, run_all_again
-from durable_jobs.beat.schedule import sweeper
+from durable_jobs.actions import cancel
+from durable_jobs.beat.purge import Purge
 from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Job, Pause
 from durable_jobs.reasons import reasons
@@ -68,7 +68,7 @@ def test_the_sweep_holds_what_is_paused_and_sends_the_rest(sent):
     paused, [other] = store(3, queue="io", countdown=60), store(queue="cpu", countdown=60)
     lapse(*paused, other)
     pauses.pause("io")
-    sweeper.send_due()
+    sweeper.sender.send_due()
     assert sent == [other.pk]
     assert {state(job) for job in paused} == {("pause:io", 0)}
 
@@ -77,7 +77,7 @@ def test_the_sweep_does_not_repeat_the_messages_of_paused_jobs(sent):
     [job] = store(queue="io")
     lapse(job)
     pauses.pause("io")
-    sweeper.send_due()
+    sweeper.sender.send_due()
     assert not sent and state(job) == ("pause:io", 0)
 
 
@@ -85,7 +85,7 @@ def test_more_jobs_than_a_page_are_held_in_one_round(sent, monkeypatch):
     monkeypatch.setattr(admission, "PAGE", 2)
     lapse(*store(5, queue="io", countdown=60))
     pauses.pause("io")
-    sweeper.send_due()
+    sweeper.sender.send_due()
     assert Job.objects.filter(blocked_by="pause:io").count() == 5 and not sent
 
 
@@ -102,10 +102,10 @@ def test_paused_jobs_start_in_order_when_the_pause_ends(sent, commit):
 def test_a_countdown_continues_during_a_pause(sent, commit):
     [later], [soon] = store(queue="io", countdown=3600), store(queue="io", countdown=60)
     pauses.pause("io")
-    sweeper.send_due()
+    sweeper.sender.send_due()
     assert state(soon) == (None, 0)
     Job.objects.filter(pk=soon.pk).update(due_at=LONG_AGO, sweep_at=LONG_AGO)
-    sweeper.send_due()
+    sweeper.sender.send_due()
     assert state(soon) == ("pause:io", 0) and state(later) == (None, 0)
     with commit():
         pauses.resume("io")
@@ -119,10 +119,10 @@ def test_a_held_job_that_is_not_due_stays_held_after_the_pause(sent, commit):
     Job.objects.update(due_at=Now() + timedelta(hours=1))
     with commit():
         pauses.resume("io")
-    sweeper.send_due()
+    sweeper.sender.send_due()
     assert not sent and state(job) == ("pause:io", 0)
     Job.objects.update(due_at=Now() - timedelta(seconds=1))
-    sweeper.send_due()
+    sweeper.sender.send_due()
     assert sent == [job.pk]
 
 
@@ -168,7 +168,7 @@ def test_a_job_whose_queue_and_task_are_paused_waits_for_both(sent, commit):
     pauses.resume("io")
     with commit():
         pauses.resume(add.name)
-    sweeper.send_due()
+    sweeper.sender.send_due()
     assert sent == [each.pk for each in [job, *others]]
 
 
@@ -178,9 +178,9 @@ def test_the_sweep_rests_while_jobs_wait_for_a_second_pause(sent, commit):
     pauses.pause(add.name)
     Job.objects.update(blocked_by="pause:io", sweep_at=None, times_sent=0)
     Pause.objects.filter(name="io").delete()  # its process died before it let the jobs go
-    sweeper.send_due()
+    sweeper.sender.send_due()
     assert state(job) == (f"pause:{add.name}", 0)
-    assert sweeper.send_due() == 5
+    assert sweeper.sender.send_due() == 5
 
 
 def test_a_paused_job_can_be_cancelled_and_run_again(sent, commit):
@@ -189,7 +189,7 @@ def test_a_paused_job_can_be_cancelled_and_run_again(sent, commit):
     meet_pause(job)
     assert cancel(Job.objects.get(pk=job.pk))
     assert state(job) == (None, 0)
-    run_all_again(Job.objects.get(pk=job.pk))
+    run_again(Job.objects.get(pk=job.pk))
     meet_pause(job)
     with commit():
         pauses.resume("io")
@@ -202,7 +202,7 @@ def test_an_ended_job_of_a_paused_queue_is_deleted(commit):
     meet_pause(job)
     cancel(job)
     Job.objects.update(finished_at=Now() - timedelta(days=99))
-    sweeper.Purge(Job, "finished_at").delete_page()
+    Purge(Job, "finished_at").delete_page()
     assert not Job.objects.exists()
 
 
@@ -226,14 +226,14 @@ def test_paused_jobs_of_a_key_do_not_delay_those_of_other_queues(sent, commit):
     with commit():
         [other] = store(task=alone, queue="cpu")
     assert sent == [other.pk]
-    sweeper.send_due()
+    sweeper.sender.send_due()
     assert {state(job) for job in paused} == {("pause:io", 0)}
 
 
 def test_after_a_pause_jobs_wait_for_their_limits_and_start_at_once(sent, commit):
     jobs = store(3, task=alone, queue="io")
     pauses.pause("io")
-    sweeper.send_due()
+    sweeper.sender.send_due()
     assert {state(job) for job in jobs} == {("pause:io", 0)}
     with commit():
         pauses.resume("io")
@@ -247,7 +247,7 @@ def test_a_limit_may_have_the_name_of_a_paused_queue(sent, settings):
     Job.objects.filter(pk=limited.pk).update(blocked_by="io", limit_key="io")
     pauses.pause("io")
     meet_pause(paused)
-    sweeper.send_due()
+    sweeper.sender.send_due()
     assert sent == [limited.pk]
 
 
@@ -258,7 +258,7 @@ def test_a_retry_during_a_pause_waits_for_the_pause(sent, commit):
     run.retry = {"delay": 0, "args": [1, 2], "kwargs": {}, "retries": 1}
     with run:
         run.try_again()
-    sweeper.send_due()
+    sweeper.sender.send_due()
     assert not sent and state(job) == ("pause:io", 0)
 
 
@@ -275,8 +275,8 @@ def test_a_paused_job_is_held_when_a_worker_claims_it(sent, commit):
     sent.clear()
     with commit():
         pauses.resume("io")
-    sweeper.send_due()
-    sweeper.send_due()
+    sweeper.sender.send_due()
+    sweeper.sender.send_due()
     assert sent == [job.pk]
 
 
@@ -285,7 +285,7 @@ def test_paused_jobs_of_many_keys_are_held_in_one_go(sent):
         call.enqueue(tenant)
     pauses.pause(call.name)
     with CaptureQueriesContext(connection) as captured:
-        sweeper.send_due()
+        sweeper.sender.send_due()
     assert Job.objects.filter(blocked_by=f"pause:{call.name}").count() == 30
     assert len([query for query in captured if "'pause:'" in query["sql"]]) == 1
 
@@ -303,7 +303,7 @@ def test_a_pause_of_another_day_shows_the_day():
 def test_a_held_job_is_shown_with_the_reason_until_it_is_resumed(sent, commit):
     [job] = store(task=call, queue="io")
     pauses.pause("io", "SMTP is down")
-    sweeper.send_due()
+    sweeper.sender.send_due()
     job.refresh_from_db()
     assert reasons([job])[job.pk].endswith(": SMTP is down")
     with commit():

@@ -30,8 +30,8 @@ from durable_jobs.actions import cancel
 from durable_jobs.contrib.prometheus import Collector
 from durable_jobs.enqueue import enqueue, enqueue_many
 from durable_jobs.expressions import lease_end
-from durable_jobs.models import Batch, Job
-from durable_jobs.worker.children import runs
+from durable_jobs.models import Job
+from durable_jobs.worker import runs
 from durable_jobs.worker.runs import Run
 
 pytestmark = pytest.mark.django_db
@@ -94,7 +94,7 @@ def test_a_job_that_uses_no_cursor_makes_no_query_for_it():
 
 
 def test_a_job_without_a_batch_is_stored_claimed_and_ended_with_one_query_each():
-    insert = queries(Job.objects.enqueue, add, [1, 2])
+    insert = queries(enqueue, add, [1, 2])
     assert [sql.split()[:3] for sql in insert] == [["INSERT", "INTO", "durable_jobs_job"]]
     claim, succeed = queries(publish.publish, [Job.objects.get()])
     assert claim.startswith("UPDATE durable_jobs_job SET state = 'running'")
@@ -117,9 +117,9 @@ def test_a_batch_is_stored_with_two_more_queries_however_many_jobs_it_has():
 
     for size in 10, 400:
         calls = [[1, 2]] * size
-        many = count(Job.objects.enqueue_many, add, calls)
+        many = count(enqueue_many, add, calls)
         # The batch is stored, locked, asked at the end of the block, and read.
-        assert count(Batch.objects.enqueue, add, calls) == many + 4
+        assert count(batches.enqueue, add, calls) == many + 4
 
 
 def test_a_job_without_a_limit_reads_no_table_of_limits(sent, commit):
@@ -137,8 +137,8 @@ def test_the_queries_of_a_job_with_a_limit(sent, commit):
     first, second, _ = enqueue_many(alone, [[1], [2], [3]])
     # A look without the lock, the lock, a look with it, take(). In eager mode it looks once more.
     lock = ["SELECT"] * (connection.vendor == "postgresql")
-    assert kinds(queries(admission.grant, ["one"])) == ["SELECT", *lock, "SELECT", "UPDATE", "SELECT"]
-    assert kinds(queries(admission.grant, ["one"])) == ["SELECT"]  # there is no place
+    assert kinds(queries(admission.admit, ["one"])) == ["SELECT", *lock, "SELECT", "UPDATE", "SELECT"]
+    assert kinds(queries(admission.admit, ["one"])) == ["SELECT"]  # there is no place
     run = Run(first.pk, task=alone, limit_key="one", **CLAIM)
     assert kinds(queries(run.claim)) == ["UPDATE"]
 

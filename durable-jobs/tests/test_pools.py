@@ -14,7 +14,8 @@ from celery.signals import worker_init, worker_shutting_down
 from settings import SOURCE
 
 from durable_jobs import pools
-from durable_jobs.worker.children import events, shutdown
+from durable_jobs.worker import events, shutdown, startup
+from durable_jobs.worker.runs import process
 
 
 def test_a_pool_has_the_name_that_celery_has_for_it():
@@ -25,7 +26,7 @@ def test_a_pool_has_the_name_that_celery_has_for_it():
 
 
 def test_sigterm_calls_the_current_handler_of_sigquit(monkeypatch):
-    monkeypatch.setattr(shutdown, "is_prefork", True)
+    monkeypatch.setattr(process, "is_prefork", True)
     before = {name: signals[name] for name in ("SIGTERM", "SIGQUIT")}
     seen = []
     try:
@@ -48,8 +49,8 @@ def threads(monkeypatch):
     )
     monkeypatch.setattr(shutdown, "pool", pool)
     monkeypatch.setattr(shutdown, "shutting_down", [False])
-    monkeypatch.setattr(shutdown, "is_prefork", None)
-    monkeypatch.setattr(worker, "cancel_revoked_jobs", lambda: None)
+    monkeypatch.setattr(process, "is_prefork", None)
+    monkeypatch.setattr(startup, "cancel_revoked_jobs", lambda: None)
     return started
 
 

@@ -16,7 +16,7 @@ from durable_jobs import messages, publish, transitions
 from durable_jobs.actions import cancel, run_all_again
 from durable_jobs.enqueue import enqueue, enqueue_many
 from durable_jobs.models import Job
-from durable_jobs.worker.children import runs
+from durable_jobs.worker import runs
 
 pytestmark = pytest.mark.django_db
 
@@ -88,7 +88,7 @@ def test_publishing_pauses_after_the_broker_was_found_down(broker_down, monkeypa
     publish.publish([second])
     assert broker_down == [str(first.pk)]
     assert seconds_until_due(second) <= 0
-    publish.publish_again_at.clear()
+    publish.publisher.again_at.clear()
     publish.publish([second])
     assert broker_down == [str(first.pk), str(second.pk)]
 
@@ -112,10 +112,10 @@ def test_an_unavailable_queue_does_not_stop_publishing_to_others(broker_down):
 def test_an_unavailable_queue_does_not_delay_jobs_of_others_that_run_again(commit, published):
     jobs = [enqueue(add, [1, 2], queue=queue) for queue in ("down", "up")]
     cancel(Job.objects.all())
-    publish.publish_again_at["down"] = time.monotonic() + 60
+    publish.publisher.again_at["down"] = time.monotonic() + 60
     with commit():
         again = run_all_again(Job.objects.filter(pk__in=[job.pk for job in jobs]))
-    del publish.publish_again_at["down"]
+    del publish.publisher.again_at["down"]
     assert published == [str(job.pk) for job in again if job.queue == "up"]
 
 

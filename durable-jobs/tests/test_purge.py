@@ -4,7 +4,7 @@ import time
 from datetime import timedelta
 
 import pytest
-from celery import chain, chord
+from celery import chain
 from django.db.models import ProtectedError, RestrictedError
 from django.db.models.functions import Now
 from django.db.models.signals import pre_delete
@@ -13,7 +13,8 @@ from helpers import add, broken, collect, deliver, failed, follow, work
 
 from durable_jobs import batches, conf
 from durable_jobs.actions import run_again, run_all_again
-from durable_jobs.beat.schedule import sweeper
+from durable_jobs.beat import purge
+from durable_jobs.beat.purge import Purge
 from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Batch, Failure, Job
 from durable_jobs.publish import publish
@@ -25,9 +26,9 @@ def age(rows, field, days=31):
     rows.update(**{field: Now() - timedelta(days=days)})
 
 
-def purge():
+def purge_all():
     for model, field in (Job, "finished_at"), (Batch, "ended_at"):
-        sweeper.Purge(model, field).delete_page()
+        Purge(model, field).delete_page()
 
 
 def test_old_final_jobs_are_deleted_with_their_idempotency_keys(settings, caplog):
@@ -39,7 +40,7 @@ def test_old_final_jobs_are_deleted_with_their_idempotency_keys(settings, caplog
     Job.objects.update(created_at=past)
     Job.objects.filter(pk=old.pk).update(finished_at=past)
     Failure.objects.create(job=old, started_at=timezone.now())
-    sweeper.Purge(Job, "finished_at").delete_page()
+    Purge(Job, "finished_at").delete_page()
     assert "deleted 1 jobs older than 30 days" in caplog.text
     assert set(Job.objects.all()) == {new, active}
     enqueue(add, [1, 2], idempotency_key="key")
@@ -55,7 +56,7 @@ def test_old_jobs_that_cannot_be_deleted_do_not_stop_the_purge(settings, caplog)
             raise ProtectedError("an order refers to it", {instance})
 
     pre_delete.connect(protect, sender=Job)
-    purge = sweeper.Purge(Job, "finished_at", start_over_at=time.monotonic() + 60)
+    purge = Purge(Job, "finished_at", start_over_at=time.monotonic() + 60)
     try:
         purge.delete_page()
     finally:
@@ -79,22 +80,22 @@ def test_no_member_is_deleted_before_its_batch_and_its_callbacks_have_ended(run_
     broken.clear()
     batches.run_failed_again(batch)
     age(batch.jobs.filter(state="succeeded"), "finished_at")
-    purge()
+    purge_all()
     assert batch.jobs.count() == 2  # the batch is open
     publish([batch.jobs.get(state="queued")])
     age(Job.objects.filter(state="succeeded"), "finished_at")
-    purge()
+    purge_all()
     assert batch.jobs.count() == 2  # the batch has just ended
     age(Batch.objects.all(), "ended_at")
-    purge()
+    purge_all()
     assert batch.jobs.count() == 2  # its callback is queued
     run_jobs()
     assert follow(batch) == [[[1, 2]]]
-    purge()
+    purge_all()
     assert batch.jobs.count() == 2  # its callback has just ended
     age(Job.objects.all(), "finished_at")
-    purge()
-    purge()
+    purge_all()
+    purge_all()
     assert (Job.objects.count(), Batch.objects.count()) == (0, 0)
 
 
@@ -102,30 +103,12 @@ def test_a_result_is_kept_while_the_next_step_is_unfinished(run_jobs):
     last = chain(work.si(1), collect.s(2))()
     publish([Job.objects.get()])
     age(Job.objects.filter(state="succeeded"), "finished_at")
-    purge()
+    purge_all()
     assert Job.objects.count() == 2
     run_jobs()
     assert last.get() == [1, 2]
 
 
-def test_members_of_a_batch_inside_an_open_one_are_kept(run_jobs):
-    broken.add(1)
-    chord([chord([work.si(1), work.si(2)], collect.s("inner")), work.si(3)])(collect.s("outer"))
-    run_jobs()
-    inner, outer = Batch.objects.exclude(parent=None).get(), Batch.objects.get(parent=None)
-    age(Job.objects.all(), "finished_at")
-    age(Batch.objects.filter(pk=inner.pk), "ended_at")
-    purge()
-    assert (Job.objects.count(), Batch.objects.count()) == (3, 2)
-    broken.clear()
-    assert len(batches.run_failed_again(outer)) == 1  # so this still works
-    run_jobs()
-    assert follow(outer) == [[[[[1, 2], "inner"], 3], "outer"]]
-    age(Job.objects.all(), "finished_at")
-    age(Batch.objects.all(), "ended_at")
-    for _ in range(3):
-        purge()
-    assert (Job.objects.count(), Batch.objects.count()) == (0, 0)
 
 
 @pytest.mark.parametrize("way", ["job", "queryset", "batch"])
@@ -166,37 +149,37 @@ def test_a_job_that_runs_again_while_it_is_purged_is_not_deleted(monkeypatch):
     monkeypatch.setattr("durable_jobs.enqueue.publish", lambda jobs: None)
     job = failed()
     age(Job.objects.all(), "finished_at")
-    in_halves = sweeper.try_in_halves
+    in_halves = purge.try_in_halves
 
     def run_again_first(*args):
-        run_all_again(Job.objects.get())
+        run_again(Job.objects.get())
         return in_halves(*args)
 
-    monkeypatch.setattr(sweeper, "try_in_halves", run_again_first)
-    purge()
+    monkeypatch.setattr(purge, "try_in_halves", run_again_first)
+    purge_all()
     assert Job.objects.get(pk=job.pk).state == "queued"
 
 
 @pytest.mark.parametrize(("limit", "left"), [(60, 0), (0, 5)])
 def test_a_round_deletes_pages_until_its_time_is_over(limit, left, monkeypatch):
-    monkeypatch.setattr(sweeper, "PURGE_BATCH", 2)
-    monkeypatch.setattr(sweeper, "PURGE_SECONDS", limit)
+    monkeypatch.setattr(purge, "PURGE_BATCH", 2)
+    monkeypatch.setattr(purge, "PURGE_SECONDS", limit)
     for _ in range(7):
         failed()
     age(Job.objects.all(), "finished_at")
-    sweeper.Purge(Job, "finished_at").delete_pages()
+    Purge(Job, "finished_at").delete_pages()
     assert Job.objects.count() == left
 
 
 def test_jobs_that_must_be_kept_stop_no_purge_of_others(monkeypatch):
-    monkeypatch.setattr(sweeper, "PURGE_BATCH", 10)
+    monkeypatch.setattr(purge, "PURGE_BATCH", 10)
     is_open = Batch.objects.create()
     for _ in range(35):
         failed(batch=is_open)
     age(Job.objects.all(), "finished_at", 40)  # all at the same time
     other = failed()
     age(Job.objects.filter(pk=other.pk), "finished_at", 35)
-    purges = sweeper.Purge(Job, "finished_at", start_over_at=time.monotonic() + 60)
+    purges = Purge(Job, "finished_at", start_over_at=time.monotonic() + 60)
     for page in range(4):
         assert Job.objects.filter(pk=other.pk).exists(), page
         purges.delete_page()
@@ -215,7 +198,7 @@ def test_jobs_that_must_be_kept_stop_no_purge_of_others(monkeypatch):
 def test_a_batch_without_jobs_is_deleted_when_it_is_old(user):
     old, new = batches.enqueue(work, [], owner=user), batches.enqueue(work, [])
     age(Batch.objects.filter(pk=old.pk), "ended_at")
-    purge()
+    purge_all()
     assert list(Batch.objects.all()) == [new]
 
 
@@ -228,11 +211,11 @@ def test_a_batch_is_deleted_after_its_jobs_and_the_batches_in_it():
     age(Job.objects.all(), "finished_at")
     age(Batch.objects.all(), "ended_at")
     left = []
-    for table in sweeper.Purge(Batch, "ended_at"), sweeper.Purge(Job, "finished_at"):
+    for table in Purge(Batch, "ended_at"), Purge(Job, "finished_at"):
         table.delete_page()
         left.append((Batch.objects.count(), Job.objects.count()))
     for _ in range(2):
-        sweeper.Purge(Batch, "ended_at").delete_page()
+        Purge(Batch, "ended_at").delete_page()
         left.append((Batch.objects.count(), Job.objects.count()))
     assert left == [(2, 1), (2, 0), (1, 0), (0, 0)]
 

@@ -6,14 +6,15 @@ from math import nan
 import pytest
 from celery.exceptions import SoftTimeLimitExceeded
 from django.db import OperationalError, transaction
+from django.db.models import QuerySet
 from django.db.models.functions import Now
 from helpers import add, claim, claim_and_lapse, deliver, run, seconds_until_due
 
 from durable_jobs import transitions
 from durable_jobs.actions import run_again
-from durable_jobs.enqueue import JobQuerySet, enqueue
+from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Job
-from durable_jobs.worker.children import lease, runs
+from durable_jobs.worker import lease, runs
 
 pytestmark = pytest.mark.django_db
 
@@ -114,14 +115,14 @@ def test_a_cursor_is_written_once():
 @pytest.fixture
 def update_errors(monkeypatch):
     """A list of errors. Each UPDATE of jobs raises the last one and removes it."""
-    update, errors = JobQuerySet.update, []
+    update, errors = QuerySet.update, []
 
     def fail(self, **changes):
         if errors:
             raise errors.pop()
         return update(self, **changes)
 
-    monkeypatch.setattr(JobQuerySet, "update", fail)
+    monkeypatch.setattr(QuerySet, "update", fail)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     return errors
 

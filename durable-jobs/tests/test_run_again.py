@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
-from celery import chain, chord, shared_task
+from celery import shared_task
 from celery.exceptions import Ignore
 from celery.worker import state as worker_state
 from celery.worker.control import Panel
@@ -22,7 +22,7 @@ from durable_jobs.actions import cancel, run_again, run_all_again
 from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Batch, Failure, Job
 from durable_jobs.tasks import JobTask
-from durable_jobs.worker.children import runs
+from durable_jobs.worker import remote_control, runs
 from durable_jobs.worker.lease import write_and_renew
 
 pytestmark = pytest.mark.django_db
@@ -162,7 +162,7 @@ def zombie_of(job):
 
 
 def check_zombie(zombie, end):
-    zombie.task, zombie.in_body = work, end in ("cursor", "renewal")
+    zombie.task, zombie.is_running = work, end in ("cursor", "renewal")
     if end == "succeed":
         with pytest.raises(Ignore):
             zombie.succeed(99)
@@ -229,7 +229,7 @@ def test_a_revoked_job_can_run_again(published, monkeypatch):
     revoke = lambda state, ids, **kwargs: worker_state.revoked.update(ids)  # noqa: E731  as Celery's does
     monkeypatch.setitem(Panel.data, "revoke", revoke)
     monkeypatch.setitem(Panel.data, "terminate", None)
-    monkeypatch.setattr(worker, "in_thread", lambda update, *args: update(*args))
+    monkeypatch.setattr(remote_control, "in_thread", lambda update, *args: update(*args))
     remote_control.cancel_revoked_jobs()
     Panel.data["revoke"](None, [str(job.pk), plain, "no id"])
     job.refresh_from_db()
@@ -305,35 +305,8 @@ def test_a_cancelled_batch_can_run_again(run_jobs):
     assert follow(batch) == [[[0, 1, 2]]]
 
 
-def test_a_failed_step_of_a_chain_continues_the_chain(run_jobs):
-    broken.add(2)
-    last = chain(work.si(1), work.si(2), collect.s(3))()
-    run_jobs()
-    run_all_again(Job.objects.get(state="failed"))
-    broken.clear()
-    run_jobs()
-    assert last.get() == [2, 3]
-    assert Job.objects.count() == 3
 
 
-@pytest.mark.parametrize("way", ["batch", "job"])
-def test_a_chord_in_a_chord_opens_with_its_parent(run_jobs, way):
-    broken.add(2)
-    header = [chord([work.si(1), work.si(2)], collect.s("inner")), work.si(3)]
-    last = chord(header)(collect.s("outer"))
-    run_jobs()
-    outer = Batch.objects.get(parent=None)
-    assert [outer.state, outer.children.get().state] == ["failed", "failed"]
-    broken.clear()
-    if way == "batch":
-        assert len(batches.run_failed_again(outer)) == 1
-    else:
-        run_all_again(Job.objects.get(state="failed"))
-        outer.refresh_from_db()
-    assert [outer.state, outer.children.get().state] == ["open", "open"]
-    run_jobs()
-    assert last.get() == [[[[1, 2], "inner"], 3], "outer"]
-    assert Job.objects.count() == 5
 
 
 def test_only_the_batches_of_jobs_that_run_again_open(run_jobs):

@@ -10,10 +10,10 @@ from helpers import act, add, claim, claim_and_lapse, deliver, lapse, run
 
 from durable_jobs import publish, transitions
 from durable_jobs.actions import cancel
-from durable_jobs.beat.schedule import sweeper
+from durable_jobs.beat.sweeper import recover_lapsed
 from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Job
-from durable_jobs.worker.children import lease, runs
+from durable_jobs.worker import lease, runs
 
 pytestmark = pytest.mark.django_db
 
@@ -25,7 +25,7 @@ def test_a_message_from_before_a_crash_does_nothing(published):
     """It would skip the pause after the crash."""
     job = enqueue(add, [1, 2])
     claim_and_lapse(job)
-    sweeper.recover_lapsed()
+    recover_lapsed()
     assert not claim(job.pk)
     assert claim(job.pk, crashes=1)
 
@@ -161,7 +161,7 @@ def test_a_claim_that_a_database_crash_has_lost_is_repeated():
     three = [runs.Run(job.pk) for job in (forgotten, overtaken, ended)]
     for each in three:
         each.claim = partial(claim, each.job_id, each.token)
-        each.in_body = each is not three[2]
+        each.is_running = each is not three[2]
     claim(overtaken.pk)
     lease.write_and_renew(three)
     assert [each.lost for each in three] == [False, True, True]
@@ -174,7 +174,7 @@ def test_an_outcome_is_stored_although_a_database_crash_has_lost_the_claim(end, 
     seen = []
 
     def body(task):
-        seen.append(task._current_run.in_body)
+        seen.append(task._current_run.is_running)
         Job.objects.update(state="queued", run_token=None, started_at=None)
         if end:
             raise end
@@ -191,7 +191,7 @@ def test_a_body_whose_claim_a_database_crash_has_lost_continues(use_cursor, hand
 
     def body(task):
         Job.objects.update(state="queued", run_token=None, started_at=None)
-        task._current_run.in_body = not handed_back
+        task._current_run.is_running = not handed_back
         use_cursor(task)
         return Job.objects.get().state
 
@@ -215,7 +215,7 @@ def test_a_job_whose_success_a_failover_has_lost_runs_twice():
     assert job.state == "succeeded"
     Job.objects.update(**claimed[0])  # as on a replica that was behind
     lapse(job)
-    sweeper.recover_lapsed()
+    recover_lapsed()
     job.refresh_from_db()
     assert deliver(job).state == "succeeded"
     assert (len(claimed), job.crashes) == (2, 1)
@@ -223,6 +223,6 @@ def test_a_job_whose_success_a_failover_has_lost_runs_twice():
 
 def test_a_run_does_not_repeat_its_claim_after_its_body_has_ended(monkeypatch):
     ended = []
-    monkeypatch.setattr(runs.Run, "succeed", lambda run, result: ended.append(run.in_body))
+    monkeypatch.setattr(runs.Run, "succeed", lambda run, result: ended.append(run.is_running))
     run(lambda task: None)
     assert ended == [False]

@@ -12,7 +12,7 @@ from helpers import add, claim, deliver, errors, run, seconds_until_due
 from durable_jobs import transitions
 from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Job
-from durable_jobs.worker.children import runs, shutdown
+from durable_jobs.worker import runs, shutdown
 
 pytestmark = pytest.mark.django_db
 
@@ -94,14 +94,14 @@ def test_a_worker_that_hands_back_its_jobs_claims_none_of_them_again(monkeypatch
     skip_locked, locked = transitions.skip_locked, [Job.objects.none()]
     monkeypatch.setattr(transitions, "skip_locked", lambda rows: (locked or [skip_locked(rows)]).pop())
     run = runs.Run(enqueue(add, [1, 2]).pk)
-    run.in_body = True
+    run.is_running = True
     claim(run.job_id, run.token)
     monkeypatch.setattr("time.sleep", Mock())
     monkeypatch.setattr("os._exit", Mock())
     with run:
         shutdown.requeue_and_exit()
     assert Job.objects.get().state == "queued"
-    assert not run.in_body
+    assert not run.is_running
 
 
 @pytest.mark.parametrize(("at_work", "seconds"), [((), 10), ((object(),), 25 + 10)])

@@ -10,9 +10,10 @@ from django.db.models.functions import Now
 from django.utils import timezone
 from helpers import explain, greet, kinds, queries, rows_read, scrape
 
-from durable_jobs import conf
+from durable_jobs import admission, conf
 from durable_jobs.actions import run_again
-from durable_jobs.beat.schedule import statistics, sweeper
+from durable_jobs.beat import purge, statistics
+from durable_jobs.beat.purge import Purge
 from durable_jobs.models import Job, Sweep, Tally
 
 pytestmark = pytest.mark.django_db
@@ -283,7 +284,7 @@ def test_the_purge_deletes_no_job_that_is_not_counted(settings):
     second, kept = 1 / 24 / 3600, conf.RETENTION_DAYS
     settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"RETENTION_DAYS": second}
     end()
-    purge = sweeper.Purge(Job, "finished_at")
+    purge = Purge(Job, "finished_at")
     purge.delete_page()
     assert Job.objects.count() == 1
     settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"RETENTION_DAYS": kept}
@@ -299,7 +300,7 @@ def test_the_purge_deletes_old_jobs_that_will_not_be_counted(settings):
     for _ in range(2):
         end()
         Sweep.objects.update(counted_until=None)
-        sweeper.Purge(Job, "finished_at").delete_page()
+        Purge(Job, "finished_at").delete_page()
         assert not Job.objects.exists()
         Sweep.objects.all().delete()
 
@@ -345,12 +346,12 @@ def test_an_error_stops_no_other_step(monkeypatch, caplog, failing):
         monkeypatch.setattr(owner, name, run)
 
     step(statistics, "count_ended")
-    step(sweeper.Purge, "delete_pages")
-    step(sweeper.turns, "delete_old_starts")
+    step(Purge, "delete_pages")
+    step(admission, "delete_old_starts")
     pauses = iter([None, None])
     monkeypatch.setattr("time.sleep", lambda _: next(pauses))
     with pytest.raises(StopIteration):
-        sweeper.clean_forever()
+        purge.clean_forever()
     round_ = ["count_ended", "delete_pages", "delete_pages", "delete_old_starts"]
     assert called == round_ * 2
     assert f"{failing} failed, and is tried again" in caplog.text
@@ -382,5 +383,5 @@ def test_the_purge_reads_only_old_jobs(backlog, settings):
     end()
     with connection.cursor() as cursor:
         cursor.execute("ANALYZE durable_jobs_job")
-    page = queries(sweeper.Purge(Job, "finished_at").delete_page)[0]
+    page = queries(Purge(Job, "finished_at").delete_page)[0]
     assert "job_finished" in explain(page) and rows_read(page) <= 1, explain(page)

@@ -11,11 +11,20 @@ from django.db import OperationalError, connection
 from django.db.models.functions import Now
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
-from helpers import add, claim, enqueue_and_publish, lapse, seconds_until_due, seconds_waited
+from helpers import (
+    add,
+    claim,
+    enqueue_and_publish,
+    lapse,
+    seconds_until_due,
+    seconds_waited,
+    sweeper,
+)
 
 from durable_jobs import messages, publish
 from durable_jobs.actions import cancel
-from durable_jobs.beat.schedule import sweeper
+from durable_jobs.beat import sender
+from durable_jobs.beat import sweeper as sweeper_module
 from durable_jobs.enqueue import enqueue, enqueue_many
 from durable_jobs.models import Job, Sweep
 
@@ -28,11 +37,11 @@ pytestmark = pytest.mark.django_db
 def test_a_job_with_a_countdown_is_not_published_before_it_is_due(commit, published):
     with commit():
         job = enqueue(add, [1, 2], countdown=60)
-    sweeper.send_due()
+    sweeper.sender.send_due()
     assert published == []
     assert seconds_until_due(job) == pytest.approx(60, abs=5)
     lapse(job)
-    sweeper.send_due()
+    sweeper.sender.send_due()
     assert published == [str(job.pk)]
 
 
@@ -40,14 +49,14 @@ def test_a_job_that_was_never_sent_is_sent_whatever_the_broker_has(published):
     enqueue_and_publish(3)
     unsent = enqueue(add, [1, 2], countdown=1)
     lapse(unsent)
-    sweeper.send_due()
+    sweeper.sender.send_due()
     assert published[3:] == [str(unsent.pk)]
 
 
 def test_one_job_is_sent_again_although_the_broker_has_the_whole_backlog(published):
     jobs = enqueue_and_publish(3)
     lapse(*jobs)
-    sweeper.send_due()  # in case the broker's messages belong to plain tasks
+    sweeper.sender.send_due()  # in case the broker's messages belong to plain tasks
     assert published[3:] == [str(jobs[0].pk)]
 
 
@@ -55,7 +64,7 @@ def test_lost_messages_are_published_again_oldest_first(published):
     jobs = enqueue_and_publish(4)
     lapse(*jobs)
     del published[:2]
-    sweeper.send_due()
+    sweeper.sender.send_due()
     assert published[2:] == [str(job.pk) for job in jobs[:2]]
 
 
@@ -67,8 +76,8 @@ def test_the_sweep_resends_twice_as_many_after_it_found_a_lost_message(published
     for message in 2, 2, 1, None, 1:
         published[:] = ["plain"] * 40
         lapse(*Job.objects.filter(state="queued"))
-        sweeper.queues["celery"].probe_at = 0
-        sweeper.send_due()
+        sweeper.sender.queues["celery"].probe_at = 0
+        sweeper.sender.send_due()
         resent.append(len(published) - 40)
         for pk in published[40:]:
             if message:
@@ -84,7 +93,7 @@ def test_the_pause_before_a_lost_message_is_sent_again_doubles(published, settin
     for wait in 20, 40, 80:
         published.clear()
         lapse(job)
-        sweeper.send_due()
+        sweeper.sender.send_due()
         assert published == [str(job.pk)]
         assert seconds_until_due(job) == pytest.approx(wait, abs=5)
 
@@ -95,12 +104,12 @@ def test_sending_a_job_again_does_not_reset_its_waiting_time(published, monkeypa
     Job.objects.filter(pk=job.pk).update(due_at=Now() - timedelta(seconds=500))
     for _ in range(2):  # the second time because the message was lost
         lapse(job)
-        sweeper.send_due()
+        sweeper.sender.send_due()
         published.clear()
         assert seconds_waited(job) == pytest.approx(500, abs=5)
-    monkeypatch.setattr(sweeper, "send", lambda jobs: 1 / 0)
+    monkeypatch.setattr(sender, "send", lambda jobs: 1 / 0)
     lapse(job)
-    sweeper.send_due()
+    sweeper.sender.send_due()
     assert seconds_waited(job) == pytest.approx(500, abs=5)
     assert seconds_until_due(job) <= 0  # due again, because sending failed
 
@@ -113,11 +122,11 @@ def test_two_concurrent_sweeps_send_each_job_once(monkeypatch):
     def publish(job, producer, **options):
         sent.append(str(job.pk))
         if len(sent) == 1:
-            sweeper.send_due()  # the second sweep, when the first one has read all three jobs
+            sweeper.sender.send_due()  # the second sweep, when the first one has read all three jobs
 
     monkeypatch.setattr(messages, "send_one", publish)
-    monkeypatch.setattr(sweeper, "messages_in", lambda queue, broker: 0)
-    sweeper.send_due()
+    monkeypatch.setattr(sender, "messages_in", lambda queue, broker: 0)
+    sweeper.sender.send_due()
     assert sorted(sent) == sorted(str(job.pk) for job in jobs)
 
 
@@ -127,9 +136,9 @@ def test_the_sweep_at_first_sends_only_jobs_that_were_never_sent(published):
     published.clear()
     new = enqueue(add, [1, 2], countdown=1)
     lapse(*Job.objects.all())
-    sweeper.send_due(resend=False)
+    sweeper.sender.send_due(resend=False)
     assert published == [str(new.pk)]
-    sweeper.send_due()
+    sweeper.sender.send_due()
     assert len(published) == 2
 
 
@@ -171,12 +180,12 @@ def test_the_sweep_lets_workers_renew_leases_first(
             raise OperationalError("the database is away")
 
     clocks = {"monotonic": lambda: now[0], "time": wall_clock, "sleep": sleep}
-    monkeypatch.setattr(sweeper, "time", SimpleNamespace(**clocks))
-    monkeypatch.setattr(sweeper, "recover_lapsed", recover)
-    monkeypatch.setattr(sweeper, "connection", database := Mock())
-    monkeypatch.setattr(sweeper, "send_due", lambda resend: resent.append(now[0]) if resend else None)
+    monkeypatch.setattr(sweeper_module, "time", SimpleNamespace(**clocks))
+    monkeypatch.setattr(sweeper_module, "recover_lapsed", recover)
+    monkeypatch.setattr(sweeper_module, "connection", database := Mock())
+    monkeypatch.setattr(sweeper.sender, "send_due", lambda resend: resent.append(now[0]) if resend else None)
     with pytest.raises(SystemExit):
-        sweeper.sweep_forever(tick_delay=lambda: 0, error_count=lambda: 0)
+        sweeper.run()
     assert recovered == resent == expected
     assert database.close.called == (30 in expected)  # then the database was unavailable
 
@@ -187,15 +196,15 @@ def test_the_sweep_wakes_up_when_a_countdown_ends(published, countdown, pause):
     enqueue(add, [1, 2])  # due for a check of its message in 30 s
     enqueue(add, [1, 2], countdown=countdown)
     with CaptureQueriesContext(connection) as captured:
-        assert sweeper.send_due() == pytest.approx(pause, abs=0.3)
+        assert sweeper.sender.send_due() == pytest.approx(pause, abs=0.3)
     assert len(captured) == 3
 
 
 def test_the_sweep_stops_sending_in_time_to_check_leases(published, monkeypatch):
     now = itertools.count(0, 2)  # seconds; a round may take 5
-    monkeypatch.setattr(sweeper, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    monkeypatch.setattr(sender, "time", SimpleNamespace(monotonic=lambda: next(now)))
     lapse(*(enqueue(add, [1, 2], countdown=1, queue=queue) for queue in "abcdef"))
-    assert sweeper.send_due() == 0
+    assert sweeper.sender.send_due() == 0
     assert 0 < len(published) < 6
 
 
@@ -203,25 +212,25 @@ def test_the_sweep_stops_sending_in_time_to_check_leases(published, monkeypatch)
 def test_a_round_of_the_sweep_stores_its_time(broker_down, monkeypatch, error, rounds):
     """Also without a broker, but not if the database fails during the round."""
     lapse(enqueue(add, [1, 2], countdown=1))
-    monkeypatch.setattr(sweeper, "messages_in", lambda queue, broker: 0)
-    monkeypatch.setattr(sweeper, "connection", Mock())
+    monkeypatch.setattr(sender, "messages_in", lambda queue, broker: 0)
+    monkeypatch.setattr(sweeper_module, "connection", Mock())
     if error:
-        monkeypatch.setattr(sweeper, "send_due", Mock(side_effect=error))
-    monkeypatch.setattr(sweeper, "touch_liveness_file", Mock(side_effect=[None, SystemExit]))
+        monkeypatch.setattr(sweeper.sender, "send_due", Mock(side_effect=error))
+    monkeypatch.setattr(sweeper_module, "touch_liveness_file", Mock(side_effect=[None, SystemExit]))
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     for _ in range(2):  # rounds, for example of two Beats
         with pytest.raises(SystemExit):
-            sweeper.sweep_forever(tick_delay=lambda: 0, error_count=lambda: 0)
-        sweeper.touch_liveness_file.side_effect = [None, SystemExit]
+            sweeper.run()
+        sweeper_module.touch_liveness_file.side_effect = [None, SystemExit]
     assert Sweep.objects.filter(ended_at__lte=timezone.now()).count() == rounds
     assert error or broker_down
 
 
 def test_a_sweep_that_finds_the_broker_down_stops_and_changes_nothing(broker_down, monkeypatch):
-    monkeypatch.setattr(sweeper, "messages_in", lambda queue, broker: 0)
+    monkeypatch.setattr(sender, "messages_in", lambda queue, broker: 0)
     jobs = [enqueue(add, [1, 2], countdown=1) for _ in range(3)]
     lapse(*jobs)
-    sweeper.send_due()
+    sweeper.sender.send_due()
     assert len(broker_down) == 3  # all three, the first one alone, and a message without a job
     assert all(seconds_until_due(job) <= 0 for job in jobs)
     assert not Job.objects.exclude(times_sent=0)
@@ -240,13 +249,13 @@ def test_a_job_that_the_broker_refuses_delays_no_other(monkeypatch):
         sent.append(str(job.pk))
 
     monkeypatch.setattr(messages, "send_one", send_one)
-    monkeypatch.setattr(sweeper, "messages_in", lambda queue, broker: 0)
+    monkeypatch.setattr(sender, "messages_in", lambda queue, broker: 0)
     monkeypatch.setattr(publish, "PUBLISH_PAUSE", 0)
     refused = [enqueue(add, [0, 0], queue=queue, countdown=1) for queue in "ab"]
     others = [enqueue(add, [1, 2], queue=queue, countdown=1) for queue in "abc"]
     lapse(*refused, *others)
     for _ in range(6):
-        sweeper.send_due()
+        sweeper.sender.send_due()
     ids = {str(job.pk) for job in others}
     assert sorted(pk for pk in sent if pk in ids) == sorted(ids)
     assert all(seconds_until_due(job) > 0 for job in refused)
@@ -261,12 +270,12 @@ def test_a_job_that_is_refused_five_times_fails_unless_its_queue_is_full(
             raise ValueError("too large")
 
     monkeypatch.setattr(messages, "send_one", send_one)
-    monkeypatch.setattr(sweeper, "messages_in", lambda queue, broker: waiting)
-    sweeper.queues["celery"].most_messages = 10
+    monkeypatch.setattr(sender, "messages_in", lambda queue, broker: waiting)
+    sweeper.sender.queues["celery"].most_messages = 10
     job = enqueue(add, [0, 0], countdown=1)
-    for _ in range(sweeper.REFUSALS):
+    for _ in range(sender.REFUSALS):
         lapse(job)
-        sweeper.send_due()
+        sweeper.sender.send_due()
     job.refresh_from_db()
     assert job.state == state
     assert state == "queued" or job.error == (
@@ -282,21 +291,21 @@ def test_a_queue_that_fails_delays_no_other(published, monkeypatch):
             raise ValueError("inequivalent arg 'x-max-priority'")
         return 0
 
-    monkeypatch.setattr(sweeper, "messages_in", messages_in)
+    monkeypatch.setattr(sender, "messages_in", messages_in)
     bad, good = (enqueue(add, [1, 2], countdown=1, queue=q) for q in ("bad", "good"))
     lapse(bad, good)
     for _ in range(9):  # the sweep takes queues in random order
-        sweeper.send_due()
+        sweeper.sender.send_due()
     assert published == [str(good.pk)]
     assert seconds_until_due(bad) <= 0
 
 
 def test_a_queue_with_many_jobs_delays_no_other(published, monkeypatch):
-    monkeypatch.setattr(sweeper, "JOBS_IN_MEMORY", 10)
+    monkeypatch.setattr(sender, "JOBS_IN_MEMORY", 10)
     many = enqueue_many(add, [[1, 2]] * 100, countdown=1, queue="many")
     few = [enqueue(add, [1, 2], countdown=1, queue=queue) for queue in "abcdef"]
     lapse(*many, *few)
-    assert sweeper.send_due() == 5
+    assert sweeper.sender.send_due() == 5
     assert len(published) == 106
     assert max(published.index(str(job.pk)) for job in few) < 10 + len(few)
 
@@ -310,7 +319,7 @@ def test_a_job_above_a_new_limit_fails_and_is_not_loaded(published, settings):
     lapse(large, small)
     settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"MAX_BYTES": 50}
     with CaptureQueriesContext(connection) as captured:
-        sweeper.send_due()
+        sweeper.sender.send_due()
     assert published == [str(small.pk)]
     assert "x" * 99 not in str(captured.captured_queries)
     large.refresh_from_db()
@@ -321,13 +330,13 @@ def test_a_job_above_a_new_limit_fails_and_is_not_loaded(published, settings):
 
 
 def test_large_arguments_are_loaded_one_job_at_a_time(published, monkeypatch):
-    monkeypatch.setattr(sweeper, "BYTES_IN_MEMORY", 50)
+    monkeypatch.setattr(sender, "BYTES_IN_MEMORY", 50)
     sent = []
-    monkeypatch.setattr(sweeper, "send", lambda jobs: sent.append([job.args[0] for job in jobs]))
+    monkeypatch.setattr(sender, "send", lambda jobs: sent.append([job.args[0] for job in jobs]))
     for text in "x" * 50, "y" * 50:
         lapse(enqueue(add, [text, 1], countdown=1))
     with CaptureQueriesContext(connection) as queries:
-        sweeper.send_due()
+        sweeper.sender.send_due()
     assert sent == [["x" * 50], ["y" * 50]]
     assert not any('"result"' in query["sql"] for query in queries)
 
@@ -335,11 +344,11 @@ def test_large_arguments_are_loaded_one_job_at_a_time(published, monkeypatch):
 def test_the_sweep_updates_100_rows_with_one_statement(published, monkeypatch):
     """It keeps at most 100 jobs in memory at once."""
     in_memory = []
-    monkeypatch.setattr(sweeper, "send", lambda jobs: in_memory.append(len(jobs)))
+    monkeypatch.setattr(sender, "send", lambda jobs: in_memory.append(len(jobs)))
     enqueue_many(add, [[1, 2]] * 250, countdown=1)
     Job.objects.update(sweep_at=Now() - timedelta(seconds=1))
     with CaptureQueriesContext(connection) as captured:
-        sweeper.send_due()
+        sweeper.sender.send_due()
     assert len([query for query in captured if query["sql"].startswith("UPDATE")]) == 3
     assert in_memory == [100, 100, 50]
     assert set(Job.objects.values_list("times_sent", flat=True)) == {1}

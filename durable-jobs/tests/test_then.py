@@ -6,7 +6,7 @@ from datetime import timedelta
 from unittest.mock import Mock
 
 import pytest
-from celery import chain, shared_task
+from celery import shared_task
 from celery.exceptions import Ignore
 from django.db import DatabaseError, OperationalError, transaction
 from django.db.models.functions import Now
@@ -138,12 +138,12 @@ def test_a_next_step_is_stored_once_however_often_the_body_runs(run_jobs, end):
     assert [each.args for each in next_jobs()] == [[1, 2]]
 
 
-def cancel(self):
+def cancel_itself(self):
     cancel(Job.objects.filter(pk=self.request.id))
 
 
 def cancel_and_report(self):
-    cancel(self)
+    cancel_itself(self)
     self.report(1)
 
 
@@ -158,7 +158,7 @@ def fail_in_transaction(self):
     [
         (lambda self: 1 / 0, "failed"),
         (lambda self: self.retry(max_retries=0), "failed"),
-        (cancel, "cancelled"),
+        (cancel_itself, "cancelled"),
         (cancel_and_report, "cancelled"),
         (fail_in_transaction, "failed"),
         (lambda self: {object()}, "failed"),
@@ -249,12 +249,6 @@ def test_a_body_that_is_called_directly_enqueues_its_next_step():
     assert (job.label, job.follows, job.times_sent) == ("x", None, 0)
 
 
-def test_a_chain_goes_on_beside_the_next_step_of_its_body(run_jobs):
-    act.body = lambda self: self.enqueue_next(add, [1, 2])
-    last = chain(act.s(), echo.s(5))()
-    assert last.get() == [None, 5]
-    run_jobs()
-    assert [job.result for job in next_jobs()] == [3]
 
 
 def test_a_body_of_django_names_a_next_step(run_jobs):

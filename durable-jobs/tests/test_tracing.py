@@ -13,7 +13,7 @@ import pytest
 from celery import chain, current_app, shared_task, signals
 from django.db.models.functions import Now
 from django_structlog.celery.receivers import CeleryReceiver
-from helpers import claim
+from helpers import claim, sweeper
 from opentelemetry import trace
 from opentelemetry.instrumentation.celery import CeleryInstrumentor
 from opentelemetry.sdk.trace import TracerProvider
@@ -23,12 +23,13 @@ from structlog.contextvars import bound_contextvars, get_contextvars
 
 from durable_jobs import admission, batches, publish, tracing, transitions
 from durable_jobs.actions import cancel, run_all_again, start_now
-from durable_jobs.beat.schedule import sweeper
+from durable_jobs.beat import sender
+from durable_jobs.beat.schedule import check_entry
 from durable_jobs.enqueue import enqueue, enqueue_many
 from durable_jobs.messages import MESSAGE_FIELDS, send
 from durable_jobs.models import Batch, Job
 from durable_jobs.tasks import JobTask
-from durable_jobs.worker.children import lease
+from durable_jobs.worker import lease
 
 pytestmark = pytest.mark.django_db
 INVALID = trace.INVALID_SPAN
@@ -71,7 +72,7 @@ def messages(monkeypatch):
     signals.before_task_publish.connect(receiver.receiver_before_task_publish)
     signals.before_task_publish.connect(keep)
     current_app.conf.task_always_eager = False
-    monkeypatch.setattr(sweeper, "messages_in", lambda name, broker: 0)
+    monkeypatch.setattr(sender, "messages_in", lambda name, broker: 0)
     yield sent
     signals.before_task_publish.disconnect(receiver.receiver_before_task_publish)
     signals.before_task_publish.disconnect(keep)
@@ -123,7 +124,7 @@ def test_messages_of_the_request_and_of_the_sweep_belong_to_the_request(
         job = enqueue(add, [1])
     assert stored(job) == of(root, "r1")
     Job.objects.update(times_sent=0, sweep_at=Now())  # as after a countdown, a retry or a crash
-    sweeper.send_due()
+    sweeper.sender.send_due()
     assert [logged(message) for message in messages] == [
         {"request_id": "r1", "user_id": 7},
         {"request_id": "r1"},
@@ -149,7 +150,7 @@ def test_the_sweep_mixes_no_requests(messages, request_of):
             jobs.append(enqueue(add, [1], countdown=1))
     jobs.append(enqueue(add, [1], countdown=1))
     Job.objects.update(sweep_at=Now())
-    sweeper.send_due()
+    sweeper.sender.send_due()
     found = {message["id"]: logged(message) for message in messages}
     assert found == {
         str(jobs[0].pk): {"request_id": "r1"},
@@ -168,7 +169,7 @@ def test_a_failed_publish_leaves_nothing_attached(messages, request_of, commit, 
     with commit():
         enqueue(add, [1])
     assert is_nothing_bound()
-    publish.publish_again_at.clear()
+    publish.publisher.again_at.clear()
     with request_of("r1"):
         before = trace.get_current_span(), get_contextvars()
         with commit():
@@ -199,11 +200,11 @@ def test_a_lost_run_has_a_span_and_its_log_lines_the_id(spans, request_of, monke
 
 def test_a_job_that_cannot_be_sent_is_logged_with_the_id_of_its_request(request_of, monkeypatch):
     lines = []
-    monkeypatch.setattr(sweeper.logger, "error", lambda *args: lines.append(get_contextvars()))
+    monkeypatch.setattr(sender.logger, "error", lambda *args: lines.append(get_contextvars()))
     with request_of("r1"):
         job = enqueue(add, [1])
-    sweeper.fail(job.pk, error="refused")
-    sweeper.fail(job.pk, error="refused")  # it has failed, so nothing changes
+    sender.fail(job.pk, error="refused")
+    sender.fail(job.pk, error="refused")  # it has failed, so nothing changes
     assert lines == [{"request_id": "r1"}]
 
 
@@ -257,7 +258,7 @@ def test_a_job_that_another_one_lets_go_does_not_get_its_ids(messages, request_o
     ids = {"task_id": "of the first", "user_id": 8}
     for name in "r1", "r2":
         with bound_contextvars(request_id=name, **ids):
-            admission.grant([limited.limit])
+            admission.admit([limited.limit])
             assert get_contextvars() == {"request_id": name, **ids}
         transitions.finish(Job.objects.filter(blocked_by=None), "succeeded")
     assert [logged(message) for message in messages] == [{"request_id": "r1"}] * 2
@@ -278,12 +279,12 @@ def test_a_job_without_a_request_starts_a_trace_of_its_own(spans, messages, comm
     with commit():
         job = enqueue(add, [1])
     Job.objects.update(times_sent=0, sweep_at=Now())
-    sweeper.send_due()
+    sweeper.sender.send_due()
     root, *produced = spans()
     assert root.parent is None and root.name == f"enqueue/{add.name}"
     assert [span.parent.span_id for span in produced] == [root.context.span_id] * 2
     assert stored(job) == of(root.context, "")
-    beat.check_entry(add.name, [1], {}, {})
+    check_entry(add.name, [1], {}, {})
     assert len(spans()) == 3  # to check a schedule starts no trace
 
 
@@ -305,7 +306,7 @@ def test_an_unsampled_trace_stays_unsampled(spans, messages):
         job = enqueue(add, [1], countdown=1)
     assert job.trace == "00-" + "1".zfill(32) + "-" + "2".zfill(16) + "-00"
     Job.objects.update(sweep_at=Now())
-    sweeper.send_due()
+    sweeper.sender.send_due()
     assert messages[0]["traceparent"].endswith("-00") and not spans()
 
 
@@ -337,7 +338,7 @@ import django, sys
 django.setup()
 from celery import shared_task
 from durable_jobs import tracing
-from durable_jobs.beat.schedule import sweeper
+
 from durable_jobs.models import Job
 from durable_jobs.tasks import JobTask
 assert tracing.current("a task") == {"trace": "", "request_id": ""}

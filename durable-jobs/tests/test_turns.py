@@ -11,18 +11,18 @@ from django.db import Error
 from django.db.models import F
 from django.db.models.functions import Now
 from django.utils import timezone
-from helpers import alone, ask, call, end, free, lapse, start
+from helpers import alone, ask, call, end, free, lapse, start, sweeper
 
 from durable_jobs import admission, pauses, transitions
-from durable_jobs.actions import cancel, run_all_again
-from durable_jobs.beat.schedule import sweeper
+from durable_jobs.actions import cancel
+from durable_jobs.beat.sweeper import recover_lapsed
 from durable_jobs.enqueue import enqueue_many
 from durable_jobs.expressions import QUEUED
 from durable_jobs.models import Job, Start
 from durable_jobs.reasons import reasons
 from durable_jobs.tasks import JobError
-from durable_jobs.worker.children import lease, shutdown
-from durable_jobs.worker.runs import runs
+from durable_jobs.worker import children, lease, shutdown, unknown_tasks
+from durable_jobs.worker.runs import process
 
 pytestmark = pytest.mark.django_db
 
@@ -88,20 +88,20 @@ def test_a_cancelled_body_keeps_its_place(sent, commit):
         cancel(first)
     assert sent == [first.pk]
     with pytest.raises(ValueError, match="its body still runs"):
-        run_all_again(Job.objects.get(pk=first.pk))
+        run_again(Job.objects.get(pk=first.pk))
     with commit(), run:
         assert not run.write(transitions.finish, run.row, "failed")
     assert sent == [first.pk, second.pk]
     with commit():
-        run_all_again(Job.objects.get(pk=first.pk))
+        run_again(Job.objects.get(pk=first.pk))
     assert held() == 1
 
 
 def test_the_sweep_lets_held_jobs_go(sent):
     jobs = enqueue_many(call, [[7, number] for number in range(4)])
-    sweeper.send_due()
+    sweeper.sender.send_due()
     assert sent == [job.pk for job in jobs[:2]]
-    sweeper.send_due()
+    sweeper.sender.send_due()
     assert sent == [job.pk for job in jobs[:2]]
 
 
@@ -111,7 +111,7 @@ def test_held_jobs_go_in_the_order_in_which_they_are_due(sent, commit):
     Job.objects.filter(pk=late.pk).update(due_at=Now() - timedelta(seconds=1))
     Job.objects.filter(pk=soon.pk).update(due_at=Now() - timedelta(hours=1))
     for expected in [soon, late]:
-        sweeper.send_due()
+        sweeper.sender.send_due()
         assert sent[-1] == expected.pk
         Job.objects.filter(pk=expected.pk).delete()
 
@@ -120,7 +120,7 @@ def test_deleted_jobs_free_their_places(sent, commit):
     with commit():
         first, second = enqueue_many(alone, [[1], [2]])
     Job.objects.filter(pk=first.pk).delete()
-    sweeper.send_due()
+    sweeper.sender.send_due()
     assert sent == [first.pk, second.pk]
 
 
@@ -135,7 +135,7 @@ def test_one_key_that_fails_holds_no_other(sent, monkeypatch, caplog):
         return take(key, *args, **options)
 
     monkeypatch.setattr(admission, "take", fail_for_one)
-    sweeper.send_due()
+    sweeper.sender.send_due()
     assert len(sent) == 2 and "jobs of tenant:2 are held until the next round" in caplog.text
 
 
@@ -147,8 +147,8 @@ def test_a_grant_that_fails_is_left_to_the_sweep(sent, commit, monkeypatch, capl
         patch.setattr(admission, "free_slots", refuse)
         with commit():
             job = alone.enqueue()
-    assert "the sweep will let jobs of one go" in caplog.text and not sent
-    sweeper.send_due()
+    assert "the sweeper will admit jobs of one" in caplog.text and not sent
+    sweeper.sender.send_due()
     assert sent == [job.pk]
 
 
@@ -172,15 +172,15 @@ def test_a_body_of_a_cancelled_job_that_dies_frees_its_place(sent, commit, monke
     run = start(first)
     token, _ = run.token, cancel(first)
     if end_body == "lease":
-        sweeper.send_due()
+        sweeper.sender.send_due()
         assert sent == [first.pk]  # its lease has not lapsed
         lapse(first)
-        sweeper.send_due()
+        sweeper.sender.send_due()
         assert sent == [first.pk]  # a worker gets time to renew it
-        sweeper.recover_lapsed()
-        sweeper.send_due()
+        recover_lapsed()
+        sweeper.sender.send_due()
     else:
-        monkeypatch.setattr(worker, "in_thread", lambda update, *args, delay: update(*args))
+        monkeypatch.setattr(children, "in_thread", lambda update, *args, delay: update(*args))
         headers = {"run_token": token, "limit": "one", "crashes": 0}
         sender = SimpleNamespace(request=SimpleNamespace(headers=headers))
         children.recover_job_of_dead_child(sender, first.pk, WorkerLostError())
@@ -199,10 +199,10 @@ def test_a_cancelled_body_renews_the_lease_of_its_place(sent, commit, monkeypatc
         lease.renew_cancelled([run])
     else:
         request = SimpleNamespace(id=str(job.pk), request_dict={"run_token": run.token})
-        monkeypatch.setattr(worker.state, "active_requests", [request])
-        monkeypatch.setattr(worker, "connection", SimpleNamespace(close=lambda: None))
+        monkeypatch.setattr(children.state, "active_requests", [request])
+        monkeypatch.setattr(children, "connection", SimpleNamespace(close=lambda: None))
         sleeps = iter([None])
-        monkeypatch.setattr(worker.time, "sleep", lambda seconds: next(sleeps))
+        monkeypatch.setattr(children.time, "sleep", lambda seconds: next(sleeps))
         with pytest.raises(StopIteration):
             children.renew_leases_of_children()
     assert Job.objects.filter(sweep_at__gt=Now() + timedelta(seconds=20)).exists()
@@ -213,8 +213,8 @@ def test_a_revoke_frees_the_place_only_if_it_kills_the_body(
     sent, commit, monkeypatch, signum, is_free
 ):
     """SIGUSR1 is the soft time limit: the body may go on."""
-    monkeypatch.setattr(shutdown, "is_prefork", True)
-    monkeypatch.setattr(worker, "in_thread", lambda update, *args, delay: update(*args))
+    monkeypatch.setattr(process, "is_prefork", True)
+    monkeypatch.setattr(children, "in_thread", lambda update, *args, delay: update(*args))
     with commit():
         job = alone.enqueue()
     start(job)
@@ -242,7 +242,7 @@ def test_a_queued_job_that_is_queued_again_keeps_its_place(sent, commit):
     with commit():
         first, _ = enqueue_many(alone, [[1], [2]])
     transitions.requeue(Job.objects.filter(QUEUED, pk=first.pk), 60)
-    sweeper.send_due()
+    sweeper.sender.send_due()
     first.refresh_from_db()
     assert (first.blocked_by, first.times_sent) == (None, 0) and first.sweep_at
     assert sent == [first.pk] and held() == 1
@@ -295,7 +295,7 @@ def test_a_worker_that_shuts_down_hands_limited_jobs_back_at_its_end(sent, commi
     monkeypatch.setattr("os._exit", look)
     with start(first), start(other):
         shutdown.requeue_and_exit()
-        for run in list(runs.values()):
+        for run in list(process.runs.values()):
             run.has_written = True
     assert states == [["running", "running"], ["running", "queued"], ["queued", "queued"]]
 
@@ -304,7 +304,7 @@ def test_a_countdown_of_a_held_job_takes_no_place_and_wakes_the_sweep(sent, comm
     with commit():
         later, now = alone.using(countdown=3).enqueue(), alone.enqueue()
     assert sent == [now.pk]
-    assert 2 < sweeper.send_due() < 3
+    assert 2 < sweeper.sender.send_due() < 3
     assert reasons([Job.objects.get(pk=later.pk)]) == {}
 
 
@@ -334,7 +334,7 @@ def test_a_raised_limit_holds_at_the_next_round(sent, commit, settings):
     with commit():
         jobs = enqueue_many(call, [[7, number] for number in range(4)])
     settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"LIMITS": {"tenant": "4"}}
-    sweeper.send_due()
+    sweeper.sender.send_due()
     assert sent == [job.pk for job in jobs]
 
 
@@ -348,10 +348,10 @@ def test_a_rate_counts_starts_in_the_period(sent, commit):
     for job in jobs[:3]:
         end(start(job))
     assert Start.objects.count() == 3
-    sweeper.send_due()
+    sweeper.sender.send_due()
     assert len(sent) == 3
     Start.objects.update(started_at=F("started_at") - timedelta(hours=1))
-    sweeper.send_due()
+    sweeper.sender.send_due()
     assert sent == [job.pk for job in jobs]
 
 
@@ -366,7 +366,7 @@ def test_deleted_jobs_retries_and_hand_backs_count_for_the_rate(sent, commit):
         retried.try_again()
     with commit(), back:
         back.release()
-    sweeper.send_due()
+    sweeper.sender.send_due()
     assert len(sent) == 3 and Start.objects.count() == 3
     assert held("api") == 4
 
@@ -375,10 +375,10 @@ def test_jobs_that_were_let_go_but_have_not_started_count_for_the_rate(sent, com
     """Else they would all start at once when the workers come back."""
     enqueue_many(ask, [[number] for number in range(9)])
     for _ in range(3):
-        sweeper.send_due()
+        sweeper.sender.send_due()
     assert len(sent) == 3
     Start.objects.bulk_create(Start(key="api") for _ in range(3))
-    sweeper.send_due()
+    sweeper.sender.send_due()
     assert len(sent) == 3
 
 
@@ -388,7 +388,7 @@ def test_rates_with_different_periods_do_not_mix(sent, settings):
         Start.objects.bulk_create(Start(key=name) for _ in range(count))
     Start.objects.update(started_at=Now() - timedelta(minutes=2))
     minute, hour = alone.enqueue(), ask.enqueue()
-    sweeper.send_due()
+    sweeper.sender.send_due()
     assert sent == [minute.pk]
     text = reasons([Job.objects.get(pk=hour.pk)])
     assert text == {hour.pk: "Waits for its turn: api may start 2/h"}
@@ -404,24 +404,24 @@ def test_the_sweep_wakes_when_the_rate_has_room(sent, settings, ago, seconds):
         Start.objects.bulk_create(Start(key="api") for _ in range(3))
         Start.objects.update(started_at=now)
     enqueue_many(ask, [[number] for number in range(5)])
-    assert sweeper.send_due() == pytest.approx(seconds, abs=5)
+    assert sweeper.sender.send_due() == pytest.approx(seconds, abs=5)
 
 
 def test_the_sweep_looks_again_when_a_rate_lets_more_jobs_go(sent):
     """Also after a round that let some go: when these have ended at once, nobody else looks."""
     jobs = enqueue_many(ask, [[number] for number in range(5)])
-    assert admission.admit_due()[1] == 3600
+    assert admission.DueJobs().admit()[1] == 3600
     for job in jobs[:2]:
         end(start(job))
     Start.objects.update(started_at=F("started_at") - timedelta(minutes=50))
-    assert 590 < admission.admit_due()[1] <= 600
+    assert 590 < admission.DueJobs().admit()[1] <= 600
 
 
 @pytest.mark.parametrize("turn, expected", [((9, 0.01), 0.1), ((0.01, 9), 0.5), ((9, 3), 3)])
 def test_the_sweep_rests_between_two_turns(sent, monkeypatch, turn, expected):
     """A rate such as 5/s needs shorter rests than a countdown."""
     monkeypatch.setattr(admission, "admit_due", lambda: turn)
-    assert sweeper.send_due() == expected
+    assert sweeper.sender.send_due() == expected
 
 
 def test_starts_are_deleted_when_no_rate_counts_them(settings):

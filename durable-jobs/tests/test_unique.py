@@ -4,12 +4,12 @@ from contextlib import nullcontext
 
 import pytest
 from django.db import IntegrityError, connection, transaction
+from django.db.models import QuerySet
 from django.test.utils import CaptureQueriesContext
 from helpers import add, call_concurrently, claim_and_lapse
 
-from durable_jobs import enqueue
 from durable_jobs.actions import cancel, run_all_again
-from durable_jobs.enqueue import JobQuerySet, enqueue
+from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Job
 
 pytestmark = pytest.mark.django_db
@@ -49,7 +49,7 @@ def test_concurrent_calls_with_a_unique_key_all_get_a_job_that_runs():
 
 
 def test_a_conflicting_job_that_ends_before_it_is_read_frees_its_unique_key(monkeypatch):
-    other, get = enqueue(add, [1, 2], unique="key"), JobQuerySet.get
+    other, get = enqueue(add, [1, 2], unique="key"), QuerySet.get
     # Called before each read, from the end of the list: first nothing, because the other job is not
     # committed yet; then the other job ends.
     steps = [lambda: cancel(Job.objects.all()), lambda: None]
@@ -60,7 +60,7 @@ def test_a_conflicting_job_that_ends_before_it_is_read_frees_its_unique_key(monk
             raise Job.DoesNotExist
         return get(self, **key)
 
-    monkeypatch.setattr(JobQuerySet, "get", fail_twice)
+    monkeypatch.setattr(QuerySet, "get", fail_twice)
     job = enqueue(add, [1, 2], unique="key")
     assert set(Job.objects.values_list("pk", "state")) == {
         (other.pk, "cancelled"),

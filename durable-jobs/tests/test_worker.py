@@ -19,6 +19,7 @@ from durable_jobs import transitions
 from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Job
 from durable_jobs.tasks import JobTask
+from durable_jobs.worker import children, remote_control, startup, unknown_tasks
 
 pytestmark = pytest.mark.django_db
 
@@ -70,7 +71,7 @@ def test_the_main_process_renews_only_the_runs_of_its_children(monkeypatch, publ
         SimpleNamespace(id=str(job.pk), request_dict={"run_token": run})
         for job, run in zip(jobs, runs, strict=True)
     ]
-    monkeypatch.setattr(worker.state, "active_requests", requests)
+    monkeypatch.setattr(children.state, "active_requests", requests)
     monkeypatch.setattr("time.sleep", Mock(side_effect=[None, SystemExit]))
     with pytest.raises(SystemExit):
         children.renew_leases_of_children()
@@ -104,7 +105,7 @@ def test_a_child_that_is_terminated_is_not_told_of_a_shutdown(monkeypatch, signa
     revoke = Mock()
     monkeypatch.setitem(Panel.data, "revoke", revoke)
     monkeypatch.setitem(Panel.data, "terminate", None)
-    monkeypatch.setattr(worker, "in_thread", Mock())
+    monkeypatch.setattr(remote_control, "in_thread", Mock())
     remote_control.cancel_revoked_jobs()
     Panel.data["revoke"](None, "id", terminate=True, signal=signal)
     revoke.assert_called_once_with(None, "id", terminate=True, signal=sent)

@@ -15,6 +15,7 @@ from kombu.utils.json import loads
 from durable_jobs import admission, tracing, transitions
 from durable_jobs.enqueue import (
     BATCH_SIZE,
+    FROM_NOW,
     create_unless_active,
     database_time,
     insert,
@@ -79,10 +80,10 @@ def run_again(job: Job) -> Job:
     ValueError if this job is active, its task no longer exists, or its batch ended more than RETENTION_DAYS
     ago; TypeError if its task takes other arguments now.
     """
+    if job.state == "succeeded":
+        return insert(fields_to_run_again(job), job.unique_key)
     now = database_time()
     fields = fields_to_run_again(job, now)
-    if job.state == "succeeded":
-        return insert(fields, job.unique_key)
     job.limit_key = fields["limit_key"]
 
     @transaction.atomic(Job.objects.db)
@@ -119,7 +120,7 @@ def run_all_again(jobs: QuerySet) -> list[Job]:
         return [*dict.fromkeys(keyed), *queued, *insert_many(now, copies)]
 
 
-def fields_to_run_again(job, now):
+def fields_to_run_again(job, now=FROM_NOW):
     """Return the fields of a copy of this job. Raises the same errors as run_again()."""
     if job.finished_at is None:
         raise ValueError("it has not ended yet")

@@ -144,12 +144,6 @@ class JobTask(DjangoTask):
         """Return a call that does not get the results of a batch: see s()."""
         return JobCall(self, args, kwargs, immutable=True)
 
-    def signature(self, args=(), kwargs=None, **options) -> JobCall:
-        """Return a call with these arguments and options of enqueue()."""
-        return JobCall(self, args or (), kwargs, options)
-
-    subtask = signature
-
     def enqueue(self, *args, **kwargs) -> Job:
         """Enqueue a job with these arguments, and no options. Returns the Job."""
         return enqueue(self, args, kwargs)

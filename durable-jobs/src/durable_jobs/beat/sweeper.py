@@ -42,10 +42,13 @@ class Sweeper:
 
     def run_or_exit(self):
         try:
-            while True:
-                time.sleep(self.do_round())
+            self.run()
         finally:  # without this thread nothing would be recovered: let a supervisor restart Beat
             os._exit(1)
+
+    def run(self):
+        while True:
+            time.sleep(self.do_round())
 
     def do_round(self):
         """Recover, end batches, send messages. Returns the seconds until the next round."""

@@ -7,7 +7,7 @@ from uuid import uuid4
 
 import pytest
 from asgiref.current_thread_executor import CurrentThreadExecutor
-from asgiref.sync import async_to_sync, sync_to_async
+from asgiref.sync import async_to_sync
 from celery import current_app, shared_task
 from celery.exceptions import (
     SoftTimeLimitExceeded,
@@ -18,10 +18,10 @@ from celery.exceptions import (
 )
 from django.db import OperationalError, transaction
 from django.utils import timezone
+from helpers import sweeper
 
 from durable_jobs import transitions
-from durable_jobs.actions import cancel, run_all_again
-from durable_jobs.beat.sweeper import send_due
+from durable_jobs.actions import cancel, run_again
 from durable_jobs.contrib.django_tasks import TaskBackend
 from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Job
@@ -48,18 +48,8 @@ def add(a, b=1):
     return a + b
 
 
-@task(takes_context=True, celery={"max_retries": 2})
-def flaky(context, failures):
-    seen.append((context.attempt, context.cursor))
-    context.report(1, 2, "half", cursor=[context.attempt])
-    if context.attempt <= failures:
-        raise context.retry(exc=ValueError(f"try {context.attempt}"), countdown=0)
-    return context.attempt
 
 
-@task(celery={"autoretry_for": (OSError,), "max_retries": 1, "default_retry_delay": 0})
-def unreachable():
-    raise OSError("no route")
 
 
 @task
@@ -73,16 +63,6 @@ async def read(n):
     return [n, await Job.objects.acount()]
 
 
-@task(takes_context=True, celery={"autoretry_for": (OSError,), "default_retry_delay": 0})
-async def read_again(context):
-    seen.append(context.cursor)
-    context.report(1, 2, "first half")
-    await sync_to_async(context.report)(1, 2, "first half", cursor=[context.attempt])
-    if context.attempt == 1:
-        raise OSError
-    if context.attempt == 2:
-        raise context.retry(countdown=0)
-    return context.attempt
 
 
 @shared_task(base=JobTask, bind=True, autoretry_for=(OSError,), default_retry_delay=0)
@@ -124,7 +104,7 @@ def run(task, *args):
     result = task.enqueue(*args)
     publish([Job.objects.get(pk=result.id)])
     for _ in range(3):
-        send_due()
+        sweeper.sender.send_due()
     result.refresh()
     return result
 
@@ -170,29 +150,15 @@ def test_a_failed_task_has_its_error_and_traceback():
         assert result.return_value
 
 
-def test_the_context_can_report_retry_and_continue():
-    result = run(flaky, 2)
-    assert result.return_value == result.attempts == 3
-    assert seen == [(1, None), (2, [1]), (3, [2])]
-    assert [error.exception_class for error in result.errors] == [ValueError] * 2
-    assert "try 1" in result.errors[0].traceback
-    assert result.started_at < result.last_attempted_at
-    job = Job.objects.get()
-    assert (job.progress, job.message, job.retries) == (100, "half", 2)
 
 
-def test_a_task_may_have_options_of_shared_task():
-    result = run(unreachable)
-    assert result.status == TaskResultStatus.FAILED
-    assert [error.exception_class for error in result.errors] == [OSError] * 2
 
 
 @pytest.mark.parametrize(
     ("task", "end"),
     [
-        (add.using(unique="x"), ("finished", "SUCCESSFUL", 0)),
+        (add, ("finished", "SUCCESSFUL", 0)),
         (broken, ("finished", "FAILED", 1)),
-        (unreachable, ("finished", "FAILED", 2)),
     ],
 )
 def test_each_step_sends_a_signal(task, end):
@@ -293,7 +259,7 @@ def test_a_task_that_no_worker_imports_is_refused(monkeypatch):
     """Its jobs would wait for ever. In eager mode they run here."""
     assert late.enqueue().status == TaskResultStatus.READY
     monkeypatch.setitem(current_app.conf, "task_always_eager", False)
-    with pytest.raises(InvalidTask, match="No worker knows test_backends.late: import it in"):
+    with pytest.raises(InvalidTask, match="No worker knows test_django_tasks.late: import it in"):
         late.enqueue()
     assert Job.objects.count() == 1
 
@@ -307,33 +273,10 @@ def test_a_task_waits_until_run_after():
     assert Job.objects.get(pk=add.using(run_after=past).enqueue(1).id).times_sent == 1
 
 
-def test_a_task_may_have_an_owner_and_a_unique_key(user):
-    unique = add.using(owner=user).using(unique="x").using(queue_name="io")
-    assert hash(unique) == hash(unique.using())
-    first, again = unique.enqueue(1), unique.enqueue(2)
-    assert again.id == first.id and again.args == [1]
-    assert Job.objects.get().owner == user
-    other = flaky.using(unique="x").enqueue(1)
-    assert other.id == first.id and other.task == add
 
 
-def test_a_unique_key_of_a_celery_task_is_no_result_of_a_function():
-    enqueue(read_unbound, [1], unique="x")
-    with pytest.raises(InvalidTask, match="unique='x' belongs to a job of test_backends"):
-        add.using(unique="x").enqueue(1)
 
 
-def test_a_task_that_was_enqueued_before_sends_no_second_signal():
-    enqueued = []
-
-    def receiver(sender, task_result, **kwargs):
-        enqueued.append(task_result.id)
-
-    signals.task_enqueued.connect(receiver)
-    first = add.using(unique="x").enqueue(1)
-    add.using(unique="x").enqueue(1)
-    signals.task_enqueued.disconnect(receiver)
-    assert enqueued == [first.id]
 
 
 def test_a_cancelled_task_has_failed(user):
@@ -363,7 +306,7 @@ def test_arguments_are_checked_when_a_task_is_enqueued(args):
 def test_the_job_of_a_task_can_run_again(commit):
     result = run(add, 1)
     with commit():
-        again = run_all_again(Job.objects.get(pk=result.id))
+        again = run_again(Job.objects.get(pk=result.id))
     again.refresh_from_db()
     assert again.result == 2
 
@@ -378,18 +321,13 @@ def test_a_coroutine_can_be_a_task():
     assert Job.objects.get().queue == "io"
 
 
-def test_a_coroutine_can_use_the_context():
-    result = run(read_again)
-    assert result.return_value == 3, result.errors
-    assert seen == [None, [1], [2]]
-    assert [e.exception_class.__name__ for e in result.errors] == ["OSError", "Retry"]
 
 
 def test_a_coroutine_can_be_the_body_of_a_job_task():
     job = enqueue(celery_read, [5])
     other = enqueue(read_unbound, [6])
     publish([job, other])
-    send_due()
+    sweeper.sender.send_due()
     for row in [job, other]:
         row.refresh_from_db()
     assert (job.result, other.result) == ([5, 1, 2], 6), job.error
@@ -399,7 +337,7 @@ def test_a_coroutine_can_be_the_body_of_a_job_task():
 def test_a_coroutine_can_be_retried_with_other_arguments():
     job = enqueue(count_down, kwargs={"n": 1})
     publish([job])
-    send_due()
+    sweeper.sender.send_due()
     job.refresh_from_db()
     assert (job.state, job.result, job.args, job.kwargs) == ("succeeded", 0, [0], {}), job.error
 
