@@ -42,7 +42,7 @@ def states(commit):
     with commit():
         jobs = {"succeeded": enqueue(greet)}
     jobs |= {name: enqueue(greet) for name in ("waiting", "running", "failed")}
-    jobs["held"] = enqueue(call, ["a"])
+    jobs["blocked"] = enqueue(call, ["a"])
     jobs["cancelled"] = enqueue(greet)
     jobs["waiting later"] = enqueue(greet, countdown=60)
     cancel(jobs["cancelled"])
@@ -58,7 +58,7 @@ def states(commit):
 def test_each_filter_by_state_finds_the_jobs_in_this_state(admin_client, states):
     for name, job in states.items():
         assert listed(admin_client, f"state={name}") == [job], name
-    active = {states[name] for name in ("waiting", "waiting later", "held", "running")}
+    active = {states[name] for name in ("waiting", "waiting later", "blocked", "running")}
     assert set(listed(admin_client, "state=active")) == active
     assert admin_client.get(f"{JOBS}?state=nonsense").headers["Location"] == f"{JOBS}?e=1"
 
@@ -395,7 +395,7 @@ def test_the_admin_skips_a_job_whose_task_no_longer_exists(admin_client, user, c
 
 def test_the_admin_lists_and_shows_batches(admin_client, batch):
     other = batches.enqueue(greet, [[]])
-    cancel(other)
+    batches.cancel(other)
     asked = counting_queries(admin_client.get, "/admin/durable_jobs/batch/")
     assert len(asked) == 2  # one by the paginator
     page = admin_client.get("/admin/durable_jobs/batch/").content.decode()

@@ -13,9 +13,9 @@ from django.utils import timezone
 from helpers import counting_queries, fail, greet, ids, multiply
 from rest_framework.test import APIClient
 
-from durable_jobs import batches
 from durable_jobs.actions import cancel
 from durable_jobs.api import serializers
+from durable_jobs.counts import kept_counts
 from durable_jobs.enqueue import enqueue, enqueue_many
 from durable_jobs.models import Batch, Job
 
@@ -149,8 +149,7 @@ def test_an_owner_runs_the_jobs_of_a_batch_again_if_all_their_tasks_allow_it(
 ):
     url = f"/api/batches/{batch.pk}/run_failed_again/"
     assert api.post(url).status_code == 409  # no job has ended
-    inner = batches.enqueue(fail, [[]], owner=user)
-    Batch.objects.filter(pk=inner.pk).update(parent=batch)
+    batches.add(batch, fail)
     batches.cancel(batch)
     for allowed, status in {greet: 403, fail: 202}.items():
         monkeypatch.setattr(allowed, "owner_may_run_again", True)
@@ -159,8 +158,8 @@ def test_an_owner_runs_the_jobs_of_a_batch_again_if_all_their_tasks_allow_it(
 
 
 def test_batches_have_pages_newest_first(api, user):
-    batches = [batches.enqueue(greet, [[]], owner=user) for _ in range(21)]
-    newest_first = [str(batch.pk) for batch in reversed(batches)]
+    new = [batches.enqueue(greet, [[]], owner=user) for _ in range(21)]
+    newest_first = [str(batch.pk) for batch in reversed(new)]
     first = api.get("/api/batches/")
     assert ids(first) == newest_first[:20]
     assert ids(api.get(first.json()["next"])) == newest_first[20:]
@@ -169,7 +168,7 @@ def test_batches_have_pages_newest_first(api, user):
 
 def test_batches_are_filtered_by_state(api, user, batch):
     cancelled = batches.enqueue(greet, [[]], owner=user)
-    cancel(cancelled)
+    batches.cancel(cancelled)
     assert ids(api.get("/api/batches/?state=open")) == [str(batch.pk)]
     assert ids(api.get("/api/batches/?state=cancelled")) == [str(cancelled.pk)]
     for query in ["running", "", "open&state=open", "open&cursor=x&cursor=x"]:
@@ -238,7 +237,7 @@ def test_the_jobs_page_filters_jobs_and_batches_by_state(api, user, batch):
     claimed = {"state": "running", "run_token": uuid.uuid4()}
     Job.objects.filter(pk=running.pk).update(**claimed)
     cancelled = batches.enqueue(greet, [[]], owner=user)
-    cancel(cancelled)
+    batches.cancel(cancelled)
     for state, rows in {
         "queued": [job],
         "running": [running, batch],
@@ -277,7 +276,7 @@ def test_one_query_counts_the_jobs_of_all_batches_of_a_page(api, user, url):
 @pytest.fixture
 def cached(monkeypatch):
     """Keeps the counts of each batch for minutes, as if it were large."""
-    monkeypatch.setattr(serializers, "JOBS_A_SECOND", 1 / 300)
+    monkeypatch.setattr("durable_jobs.counts.JOBS_A_SECOND", 1 / 300)
 
 
 def test_the_jobs_of_a_large_batch_are_not_counted_at_each_request(api, batch, cached):
@@ -309,7 +308,7 @@ def thousands(user):
 
 def scans(client, url):
     """Return the indexes and tables that PostgreSQL reads for this request, without users."""
-    serializers.kept_counts.clear()
+    kept_counts.clear()
     with CaptureQueriesContext(connection) as captured:
         assert client.get(url).status_code == 200
     found = set()

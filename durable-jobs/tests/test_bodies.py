@@ -152,7 +152,7 @@ def test_a_report_in_a_thread_of_the_body_is_refused(call):
         with ThreadPoolExecutor() as threads:
             return threads.submit(call, task).result()
 
-    assert run(body).error.startswith("RuntimeError: report(), then() and cursor")
+    assert run(body).error.startswith("RuntimeError: report(), enqueue_next() and cursor")
     with ThreadPoolExecutor() as threads:
         assert threads.submit(call, act).result() is None  # no job runs
 

@@ -17,15 +17,10 @@ from helpers import add, alone, plain, seconds_until_due, sweeper
 from durable_jobs import batches
 from durable_jobs.actions import run_again
 from durable_jobs.api.views import EnqueueMixin
-from durable_jobs.enqueue import enqueue, enqueue_many
+from durable_jobs.enqueue import aenqueue, enqueue, enqueue_many
 from durable_jobs.models import Job, Sweep
 from durable_jobs.publish import publish
 from durable_jobs.tasks import JobTask
-
-try:
-    from django.tasks import task
-except ImportError:  # Django 5.2
-    from django_tasks import task
 
 pytestmark = pytest.mark.django_db
 
@@ -35,19 +30,10 @@ def double(n):
     return 2 * n
 
 
-@task
-def half(n):
-    return n / 2
-
-
 def enqueue_in_view(user, options):
     view = EnqueueMixin()
     view.request, view.job_id = SimpleNamespace(user=user, headers={}), uuid.uuid4()
     return view.enqueue(double, [8], **options)
-
-
-def enqueue_with_django(options, door):
-    return Job.objects.get(pk=door(half.using(**options))(8).id)
 
 
 def enqueue_in_batch(task, calls):
@@ -57,15 +43,11 @@ def enqueue_in_batch(task, calls):
 
 DOORS = {
     "enqueue": lambda user, options: enqueue(double, [8], **options),
-    "aenqueue": lambda user, options: async_to_sync(Job.objects.aenqueue)(double, [8], **options),
+    "aenqueue": lambda user, options: async_to_sync(aenqueue)(double, [8], **options),
     "enqueue_many": lambda user, options: enqueue_many(double, [[8]], **options)[0],
     "EnqueueMixin": enqueue_in_view,
     "JobTask": lambda user, options: double.using(**options).enqueue(8),
     "async JobTask": lambda user, options: async_to_sync(double.using(**options).aenqueue)(8),
-    "Django": lambda user, options: enqueue_with_django(options, lambda task: task.enqueue),
-    "async Django": lambda user, options: enqueue_with_django(
-        options, lambda task: async_to_sync(task.aenqueue)
-    ),
 }
 LATER = timezone.now() + timedelta(hours=1)
 OPTIONS = {
@@ -199,11 +181,6 @@ def test_two_owners_may_use_the_same_idempotency_key(user, admin_user):
     assert Job.objects.filter(idempotency_key="key").count() == 2
 
 
-def test_a_job_of_the_jobs_of_a_user_is_the_users(user):
-    enqueue(add, [1, 2])
-    enqueue(add, [1, 2], unique="key")
-    enqueue_many(add, [[1, 2]], owner=user)
-    assert [job.owner for job in Job.objects.all()] == [user] * 3
 
 
 def test_enqueue_many_stores_and_sends_all_jobs_together(commit, published, user):
@@ -237,7 +214,7 @@ def test_enqueue_many_stores_all_jobs_or_none(commit, published):
 
 @pytest.mark.parametrize("door", [enqueue_many, enqueue_in_batch])
 def test_the_sweep_sends_most_of_many_jobs_in_their_order(commit, published, monkeypatch, door):
-    monkeypatch.setattr(enqueue, "SENT_IMMEDIATELY", 2)
+    monkeypatch.setattr("durable_jobs.enqueue.SENT_IMMEDIATELY", 2)
     sweeper.store_round()
     with commit():
         jobs = door(add, [[number, 1] for number in range(50)])
@@ -248,7 +225,7 @@ def test_the_sweep_sends_most_of_many_jobs_in_their_order(commit, published, mon
 
 @pytest.mark.parametrize("age", [60, None])
 def test_many_jobs_do_not_wait_for_a_sweep_that_does_not_run(commit, published, monkeypatch, age):
-    monkeypatch.setattr(enqueue, "SENT_IMMEDIATELY", 2)
+    monkeypatch.setattr("durable_jobs.enqueue.SENT_IMMEDIATELY", 2)
     if age:
         sweeper.store_round()
         Sweep.objects.update(ended_at=Now() - timedelta(seconds=age))
@@ -258,7 +235,7 @@ def test_many_jobs_do_not_wait_for_a_sweep_that_does_not_run(commit, published, 
 
 
 def test_the_sweep_sends_no_job_of_many_before_its_countdown(commit, published, monkeypatch):
-    monkeypatch.setattr(enqueue, "SENT_IMMEDIATELY", 0)
+    monkeypatch.setattr("durable_jobs.enqueue.SENT_IMMEDIATELY", 0)
     sweeper.store_round()
     with commit():
         [later] = enqueue_many(add, [[1, 2]], countdown=60)
@@ -332,39 +309,16 @@ def test_an_unknown_option_is_refused(door, user):
         DOORS[door](user, {"ownr": user})
 
 
-@pytest.mark.parametrize("task", [double, half], ids=["Celery", "Django"])
-def test_using_refuses_an_unknown_option_when_it_is_called(task):
+def test_using_refuses_an_unknown_option_when_it_is_called():
     with pytest.raises(TypeError, match="unexpected keyword argument 'ownr'"):
-        task.using(ownr=1)
+        double.using(ownr=1)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"queue": "cpu", "queue_name": "cpu"},
-        {"eta": LATER, "run_after": LATER},
-        {"countdown": 0, "run_after": LATER},
-        {"countdown": 0, "eta": LATER},
-    ],
-)
-def test_a_word_of_django_and_its_twin_are_refused(options):
-    with pytest.raises(TypeError, match=" and | or ") as caught:
-        half.using(**options)
-    for word in options:
-        assert f"{word}=" in str(caught.value)
 
 
-def test_a_copy_of_a_task_of_django_keeps_its_options_until_they_are_replaced(user):
-    march = half.using(owner=user, label="March", queue="cpu", countdown=60)
-    april = march.using(label="April", eta=LATER)
-    assert (april.owner, april.label, april.queue_name) == (user, "April", "cpu")
-    assert (april.run_after, april.countdown) == (LATER, None)
-    soon = april.using(countdown=60)
-    assert (soon.run_after, soon.countdown, soon.label) == (None, 60, "April")
-    assert (half.owner, half.label, half.countdown) == (None, "", None)
 
 
-@pytest.mark.parametrize("name", ["aenqueue", "async JobTask", "async Django"])
+@pytest.mark.parametrize("name", ["aenqueue", "async JobTask"])
 def test_a_coroutine_enqueues_in_the_transaction_of_its_caller(name, user, commit):
     with commit() as callbacks:
         with pytest.raises(ZeroDivisionError), transaction.atomic():
@@ -376,7 +330,7 @@ def test_a_coroutine_enqueues_in_the_transaction_of_its_caller(name, user, commi
     assert Job.objects.get().state == "succeeded" and len(callbacks) == 1
 
 
-@pytest.mark.parametrize("name", ["aenqueue", "async JobTask", "async Django"])
+@pytest.mark.parametrize("name", ["aenqueue", "async JobTask"])
 def test_a_coroutine_gets_the_errors_of_enqueue(name, user):
     DOORS[name](user, {"idempotency_key": "two"})
     with pytest.raises(IntegrityError), transaction.atomic():
@@ -386,7 +340,7 @@ def test_a_coroutine_gets_the_errors_of_enqueue(name, user):
 @pytest.mark.django_db(transaction=True)
 def test_a_coroutine_enqueues_a_job_that_runs_after_its_commit():
     async def view():
-        return [await double.aenqueue(8), await Job.objects.aenqueue(double, [4])]
+        return [await double.aenqueue(8), await aenqueue(double, [4])]
 
     jobs = async_to_sync(view)()
     for job in jobs:

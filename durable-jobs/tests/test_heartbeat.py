@@ -209,7 +209,7 @@ def test_a_worker_ends_without_the_database(consumer, caplog, monkeypatch):
     with heartbeat.heartbeat.lock:  # a heartbeat hangs
         heartbeat.heartbeat.forget()
     assert row()
-    monkeypatch.setattr(heartbeat, "workers", Mock(side_effect=Error("away")))
+    monkeypatch.setattr(Worker.objects, "filter", Mock(side_effect=Error("away")))
     heartbeat.heartbeat.forget()
     assert "the worker's row stays for an hour" in caplog.text
 

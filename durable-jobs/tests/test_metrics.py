@@ -101,7 +101,7 @@ def test_the_metrics_count_open_batches_and_the_age_of_the_oldest(staff_api, bat
     old, ended = (batches.enqueue(greet, [[]]) for _ in range(2))
     Batch.objects.filter(pk=old.pk).update(created_at=Now() - timedelta(seconds=100))
     Batch.objects.filter(pk=ended.pk).update(created_at=Now() - timedelta(seconds=999))
-    cancel(ended)
+    batches.cancel(ended)
     found = scrape(staff_api)
     assert found["durable_jobs_batches"] == 2
     assert 100 <= found["durable_jobs_oldest_batch_seconds"] < 160

@@ -11,7 +11,7 @@ from django.utils import timezone
 from helpers import CLAIM, add, alone, call, deliver, end, lapse, start, sweeper
 
 from durable_jobs import admission, pauses
-from durable_jobs.actions import cancel
+from durable_jobs.actions import cancel, run_again
 from durable_jobs.beat.purge import Purge
 from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Job, Pause

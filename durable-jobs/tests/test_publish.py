@@ -127,7 +127,7 @@ def test_a_job_with_an_unknown_task_stays_queued_and_delays_no_other():
 
 
 def test_many_jobs_wait_for_the_broker_or_for_their_countdown(commit, broker_down, monkeypatch):
-    monkeypatch.setattr(enqueue, "BATCH_SIZE", 2)
+    monkeypatch.setattr("durable_jobs.enqueue.BATCH_SIZE", 2)
     with commit():
         late = enqueue_many(add, [[1, 2]] * 3, countdown=60)
         jobs = enqueue_many(add, [[1, 2]] * 5)
@@ -139,7 +139,7 @@ def test_many_jobs_wait_for_the_broker_or_for_their_countdown(commit, broker_dow
 @pytest.mark.django_db(transaction=True)  # the test needs real commits
 def test_an_error_of_publishing_is_not_raised_to_the_caller(monkeypatch):
     """A caller that sees an error enqueues again, and then has each job twice."""
-    monkeypatch.setattr(enqueue, "publish", lambda jobs: 1 / 0)
+    monkeypatch.setattr("durable_jobs.enqueue.publish", lambda jobs: 1 / 0)
     with transaction.atomic():
         enqueue_many(add, [[1, 2]] * 3)
     assert Job.objects.count() == 3

@@ -117,7 +117,7 @@ def test_a_held_job_says_for_what_it_waits(admin_client, work):
     job = Job.objects.filter(blocked_by="tenant:a").first()
     page = admin_client.get(f"{JOBS}{job.pk}/change/").content.decode()
     assert "Waits for its turn: 2 of 2 of tenant a are running" in page
-    assert listed(admin_client, "state=held&queue=io&task=" + call.name) == list(
+    assert listed(admin_client, "state=blocked&queue=io&task=" + call.name) == list(
         Job.objects.filter(blocked_by="tenant:a").order_by("-created_at", "-pk")
     )
 
@@ -251,7 +251,7 @@ def test_the_page_shows_each_worker_and_what_it_runs(admin_client, workers):
     run_on("dead@host", 1, sweep_at=Now() - timedelta(seconds=3))
     dead, one, two = tables(admin_client, WORKERS)["workers"]
     started = one[-1]
-    silent = ["dead@host", "silent for 31 s", "4 of 4", "cpu"]
+    silent = ["dead@host", "no heartbeat for 31 s", "4 of 4", "cpu"]
     assert dead[:-1] == [*silent, f"{greet.name} , 0 s", "prefork", "1.0"]
     runs = f"To &lt;Ann&gt; , 0 s {greet.name} , 0 s"
     assert one == ["one@host", "0 s ago", "3 of 4", "celery, io", runs, "prefork", "1.0", started]

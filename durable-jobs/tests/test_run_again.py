@@ -40,8 +40,7 @@ def retried(self, n):
 
 @pytest.mark.parametrize("way", ["job", "queryset"])
 def test_a_failed_job_is_queued_again_in_its_own_row(published, user, commit, way):
-    then = [{"task": collect.name, "args": [], "kwargs": {}, "queue": "celery", "label": ""}]
-    kept = {"owner": user, "label": "Import", "idempotency_key": "key", "cursor": 7, "then": then}
+    kept = {"owner": user, "label": "Import", "idempotency_key": "key", "cursor": 7}
     job = failed(**kept, progress=70)
     Failure.objects.create(job=job, started_at=timezone.now(), error="no")
     created_at = Job.objects.get().created_at
@@ -94,14 +93,14 @@ def test_a_message_of_the_run_before_starts_the_job_once(published):
 def test_a_job_that_succeeded_is_enqueued_anew(published, user):
     batch = batches.enqueue(work, [[1]], owner=user)
     job = batch.jobs.get()
-    transitions.finish(Job.objects.all(), "succeeded", cursor=7, on_success=[], result=1)
+    transitions.finish(Job.objects.all(), "succeeded", cursor=7, result=1)
     batches.end(batch.pk)
     job.refresh_from_db()
     for again in run_again(job), *run_all_again(Job.objects.filter(pk=job.pk)):
         assert again.pk != job.pk
         again.refresh_from_db()
         assert (again.follows, again.owner, again.args) == (job.pk, user, [1])
-        assert (again.batch, again.then, again.cursor) == (None, None, None)
+        assert (again.batch, again.cursor) == (None, None)
     job.refresh_from_db()
     batch.refresh_from_db()
     assert (job.state, job.result, batch.state) == ("succeeded", 1, "succeeded")
@@ -287,7 +286,7 @@ def test_a_batch_whose_failed_jobs_run_again_starts_what_comes_next_once(run_job
     assert follow(batch) == [["ended"]]  # `ended` has started at the first end, and not again
     assert (batch.state, batch.error) == ("failed", "1 failed of 5")
     broken.clear()
-    run_all_again(batch.jobs.get(state="failed"))
+    run_again(batch.jobs.get(state="failed"))
     run_jobs()
     assert sorted(follow(batch), key=len) == [["ended"], [[0, 1, 2, 3, 4], "then"]]
     assert (batch.state, batch.counts) == ("succeeded", {"succeeded": 5})

@@ -14,7 +14,7 @@ from django.utils import timezone
 from helpers import alone, ask, call, end, free, lapse, start, sweeper
 
 from durable_jobs import admission, pauses, transitions
-from durable_jobs.actions import cancel
+from durable_jobs.actions import cancel, run_again
 from durable_jobs.beat.sweeper import recover_lapsed
 from durable_jobs.enqueue import enqueue_many
 from durable_jobs.expressions import QUEUED
@@ -87,7 +87,7 @@ def test_a_cancelled_body_keeps_its_place(sent, commit):
     with commit():
         cancel(first)
     assert sent == [first.pk]
-    with pytest.raises(ValueError, match="its body still runs"):
+    with pytest.raises(ValueError, match="it still runs"):
         run_again(Job.objects.get(pk=first.pk))
     with commit(), run:
         assert not run.write(transitions.finish, run.row, "failed")
@@ -127,16 +127,16 @@ def test_deleted_jobs_free_their_places(sent, commit):
 def test_one_key_that_fails_holds_no_other(sent, monkeypatch, caplog):
     for tenant in 1, 2, 3:
         call.enqueue(tenant)
-    take = admission.take
+    unblock = admission.unblock
 
     def fail_for_one(key, *args, **options):
         if key == "tenant:2":
             raise Error("no")
-        return take(key, *args, **options)
+        return unblock(key, *args, **options)
 
-    monkeypatch.setattr(admission, "take", fail_for_one)
+    monkeypatch.setattr(admission, "unblock", fail_for_one)
     sweeper.sender.send_due()
-    assert len(sent) == 2 and "jobs of tenant:2 are held until the next round" in caplog.text
+    assert len(sent) == 2 and "jobs of tenant:2 stay blocked until the next round" in caplog.text
 
 
 def test_a_grant_that_fails_is_left_to_the_sweep(sent, commit, monkeypatch, caplog):
@@ -225,7 +225,7 @@ def test_a_revoke_frees_the_place_only_if_it_kills_the_body(
 
 
 def test_a_run_that_was_overtaken_frees_no_place_of_the_newer_one(sent, commit):
-    """The newer run was cancelled, and its body still runs."""
+    """The newer run was cancelled, and it still runs."""
     with commit():
         first, _ = enqueue_many(alone, [[1], [2]])
     old = start(first)
@@ -420,7 +420,7 @@ def test_the_sweep_looks_again_when_a_rate_lets_more_jobs_go(sent):
 @pytest.mark.parametrize("turn, expected", [((9, 0.01), 0.1), ((0.01, 9), 0.5), ((9, 3), 3)])
 def test_the_sweep_rests_between_two_turns(sent, monkeypatch, turn, expected):
     """A rate such as 5/s needs shorter rests than a countdown."""
-    monkeypatch.setattr(admission, "admit_due", lambda: turn)
+    monkeypatch.setattr(sweeper.sender.due_jobs, "admit", lambda: turn)
     assert sweeper.sender.send_due() == expected
 
 

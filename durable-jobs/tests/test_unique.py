@@ -9,7 +9,7 @@ from django.test.utils import CaptureQueriesContext
 from helpers import add, call_concurrently, claim_and_lapse
 
 from durable_jobs.actions import cancel, run_all_again
-from durable_jobs.enqueue import enqueue
+from durable_jobs.enqueue import enqueue, insert, new_fields
 from durable_jobs.models import Job
 
 pytestmark = pytest.mark.django_db
@@ -29,22 +29,22 @@ def test_a_unique_key_has_one_active_job(published):
 @pytest.mark.django_db(transaction=True)
 @pytest.mark.parametrize("block", [nullcontext, transaction.atomic])
 def test_concurrent_calls_with_a_unique_key_get_one_job(block):
-    def enqueue():
+    def enqueue_one():
         with block():
             job = enqueue(add, [1, 2], unique="key", countdown=60)
             return Job.objects.get(pk=job.pk).pk  # the transaction still works
 
-    assert set(call_concurrently(20, enqueue)) == {Job.objects.get().pk}
+    assert set(call_concurrently(20, enqueue_one)) == {Job.objects.get().pk}
 
 
 @pytest.mark.django_db(transaction=True)
 def test_concurrent_calls_with_a_unique_key_all_get_a_job_that_runs():
     """Some of the jobs end while other threads read them."""
 
-    def enqueue():
+    def enqueue_one():
         return [enqueue(add, [1, 2], unique="key").pk for _ in range(10)]
 
-    jobs = {pk for pks in call_concurrently(20, enqueue) for pk in pks}
+    jobs = {pk for pks in call_concurrently(20, enqueue_one) for pk in pks}
     assert set(Job.objects.values_list("pk", "state")) == {(pk, "succeeded") for pk in jobs}
 
 
@@ -71,10 +71,10 @@ def test_a_conflicting_job_that_ends_before_it_is_read_frees_its_unique_key(monk
 @pytest.mark.parametrize("conflict", ["idempotency_key", "pk"])
 def test_a_unique_key_hides_no_other_conflict(conflict):
     first = enqueue(add, [1, 2], unique="first", idempotency_key="unique_key")
-    fields = {**enqueue.new_fields(add, [1, 2]), conflict: getattr(first, conflict)}
+    fields = {**new_fields(add, [1, 2]), conflict: getattr(first, conflict)}
     with CaptureQueriesContext(connection) as captured:
         with pytest.raises(IntegrityError), transaction.atomic():
-            enqueue.insert(Job.objects, fields, "second")
+            insert(fields, "second")
     assert len([each for each in captured if each["sql"].startswith("INSERT")]) == 1
 
 

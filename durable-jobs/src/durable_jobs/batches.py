@@ -204,7 +204,7 @@ def planned(
 ):
     """Return a job that is stored later, as JSON. Raises the errors of enqueue()."""
     given = [Results()] if takes_results else []
-    fields = call_fields(task, [*given, *args], kwargs, **options)
+    fields = call_fields(task, [*given, *args] if given else args, kwargs, **options)
     times(timezone.now(), countdown, eta)  # may raise ValueError
     fields["args"] = fields["args"][len(given) :]
     when = {"countdown": countdown, "eta": eta and eta.isoformat()}

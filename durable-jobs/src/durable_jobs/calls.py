@@ -9,7 +9,7 @@ Celery's own signatures are for its canvas. A job is no part of that, see NO_CAN
 from asgiref.sync import sync_to_async
 from celery.utils.abstract import CallableSignature
 
-from durable_jobs.enqueue import enqueue
+from durable_jobs.enqueue import Options, enqueue
 from durable_jobs.models import Job
 
 __all__ = ["JobCall"]
@@ -29,12 +29,19 @@ def check_options(options, supported=()):
         raise TypeError(f"a job does not take {', '.join(refused)}. {NO_CANVAS}")
 
 
+def checked(options):
+    """Return these options of enqueue(). Raises TypeError for others."""
+    if unknown := options.keys() - Options.__optional_keys__:
+        raise TypeError(f"unexpected keyword argument {min(unknown)!r}: see the options of enqueue()")
+    return options
+
+
 class JobCall:
     """A task with arguments and options. Made by JobTask.using(), s() and si()."""
 
     def __init__(self, task, args=(), kwargs=None, options=None, immutable=False):
         self.task, self.args, self.kwargs = task, tuple(args), kwargs or {}
-        self.options, self.immutable = options or {}, immutable
+        self.options, self.immutable = checked(options or {}), immutable
 
     def s(self, *args, **kwargs) -> "JobCall":
         """Return this call with more arguments. As a callback, it gets the results of the batch first."""
@@ -48,7 +55,7 @@ class JobCall:
 
     def set(self, **options) -> "JobCall":
         """Add options of enqueue() to this call."""
-        self.options = {**self.options, **options}
+        self.options = {**self.options, **checked(options)}
         return self
 
     def enqueue(self, *args, **kwargs) -> Job:
@@ -74,7 +81,8 @@ class JobCall:
     def clone(self, *args, **kwargs):
         raise TypeError(f"{self.task.name}: {NO_CANVAS}")
 
-    freeze = link = link_error = __or__ = __ror__ = __json__ = clone
+    apply = freeze = link = link_error = __or__ = __ror__ = __json__ = clone
+    app = name = type = property(clone)
 
 
 CallableSignature.register(JobCall)  # so that Celery's canvas calls clone()

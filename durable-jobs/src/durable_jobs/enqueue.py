@@ -8,6 +8,7 @@ from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import Any, TypedDict, Unpack
 
+from asgiref.sync import sync_to_async
 from celery.utils.functional import chunks
 from celery.utils.time import maybe_make_aware
 from django.db import IntegrityError, transaction
@@ -22,7 +23,7 @@ from durable_jobs.models import MAX_LABEL, Job, Sweep
 from durable_jobs.publish import publish
 from durable_jobs.values import as_json, size_error, to_json
 
-__all__ = ["Options", "enqueue", "enqueue_many"]
+__all__ = ["Options", "aenqueue", "enqueue", "enqueue_many"]
 
 BATCH_SIZE = 500  # jobs per statement
 # A call sends as many messages itself. Workers are busy with them until the sweeper sends the rest.
@@ -90,6 +91,9 @@ def enqueue_many(
     now = database_time()
     rows = [new_fields(task, args, None, now=now, **options) for args in calls]
     return insert_many(now, [Job(**fields) for fields in rows])
+
+
+aenqueue = sync_to_async(enqueue)
 
 
 # The fields of a new job

@@ -136,7 +136,7 @@ def key_of(task, args, kwargs):
         given = inspect.signature(task.__header__).bind(*args, **kwargs).arguments
         values = parameters(task) | given
         if any(isinstance(values[name], Results) for name in arguments_in(key)):
-            error = f"the limit of {task.name} cannot depend on the result of the step before"
+            error = f"the limit of {task.name} cannot depend on the results of its batch"
             raise TypeError(error)
         try:
             key = key.format_map(values)

@@ -43,12 +43,12 @@ INTERNALS = ["cursor", "run_token", "worker", "sweep_at", "deadline"]
 INTERNALS += ["times_sent", "retries", "crashes", "follows", "results_of", "trace", "request_id"]
 # How the list of jobs can be filtered, in the words of the metrics. A job that has not ended is in one of two
 # indexes: job_active or job_blocked.
-IS_ACTIVE = Q(state__in=ACTIVE) & (Q(sweep_at__isnull=False) | Q(held_by__isnull=False))
+IS_ACTIVE = Q(state__in=ACTIVE) & (Q(sweep_at__isnull=False) | Q(blocked_by__isnull=False))
 STATES = {
     "active": IS_ACTIVE,
     "waiting": Q(state="queued", sweep_at__isnull=False, due_at__lte=Now()),
     "waiting later": IS_ACTIVE & Q(state="queued", due_at__gt=Now()),
-    "blocked": Q(held_by__isnull=False, due_at__lte=Now()),
+    "blocked": Q(blocked_by__isnull=False, due_at__lte=Now()),
     "running": RUNNING,
     "stalled": STALLED,
     **{state: Q(state=state) for state in FINAL},

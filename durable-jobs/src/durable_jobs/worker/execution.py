@@ -6,7 +6,7 @@ from datetime import timedelta
 
 from asgiref.sync import async_to_sync
 from celery.exceptions import Ignore, Retry
-from django.db import connection
+from django.db import IntegrityError, connection, transaction
 from django.db.transaction import TransactionManagementError
 
 from durable_jobs import admission, batches, conf, tracing, transitions
@@ -59,10 +59,21 @@ def execute(task, args, kwargs):
 def store(task, args, kwargs):
     """Store the job of a message without one. Returns the key of its limit, or None."""
     fields = new_fields(task, args, kwargs) | tracing.current(task.name)
-    job, _ = wait_for(Job.objects.get_or_create, fields, pk=task.request.id)
+    job = wait_for(get_or_insert, Job(pk=task.request.id, **fields))
     if job.blocked_by:
         pool.query(admission.admit, [job.blocked_by])
     return job.limit_key
+
+
+def get_or_insert(job):
+    """Return the job with this id, or store this one: another message may have stored it."""
+    stored = Job.objects.filter(pk=job.pk)
+    with suppress(IntegrityError):
+        if not stored.exists():
+            with transaction.atomic():
+                transitions.insert(job)
+            return job
+    return stored.get()
 
 
 def run_of(task, headers):
