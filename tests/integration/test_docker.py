@@ -516,7 +516,7 @@ def https(stack, tmp_path_factory):
     kept = re.sub(rf"^(({names})=.*|.*127\.0\.0\.1.*)\n", "", development, flags=re.M)
     added = code(page, "\nDOMAIN=")
     added = re.sub("EMAIL_URL=.*", "EMAIL_URL=consolemail://", added)
-    env_file.write_text(kept + added.replace("durable_jobs.example.com", DOMAIN))
+    env_file.write_text(kept + added.replace("shop.example.com", DOMAIN))
     if docker("run", "--rm", PINNED.caddy, "caddy", "version").lstrip("v").startswith("2.6"):
         caddyfile.write_text(current.replace("request_buffers 25MB", "buffer_requests"))
     ports = dict(zip(HTTPS_PORTS, free_ports(2), strict=True))

@@ -1,6 +1,6 @@
 """Workers are killed, frozen and stopped: no job is lost, and a stop repeats nothing.
 
-The headings are those of "Workers" in docs/reliability.md. The property `seconds` of a test (see
+The headings are those of "Workers" in reliability.md. The property `seconds` of a test (see
 pytest's --junitxml) is the time from the fault, or from the restart if one was needed, to the end
 of the last job.
 """
