@@ -4,21 +4,21 @@
 {% set used = ["CELERY_BROKER_URL"] + (["CELERY_RESULT_BACKEND"] if has_results else []) %}
 {% set fixed = used | reject("in", in_environment) | list %}
 {% set lines %}
+from pathlib import Path
 {{ "import os" if fixed }}
 {% for server in servers %}
 {% print server.check_imports | default %}
 {% endfor %}
 {% endset %}
-{% set sorted = imports.sort(lines) %}
 """Checks of the settings for `manage.py check`; those with deploy=True run with --deploy."""
 
-{% if sorted | trim %}
-{{ sorted }}
-{% endif %}
+{{ imports.sort(lines) }}
 from celery import current_app
+from django.apps import apps
 from django.conf import settings
 from django.core.cache import caches
 from django.core.checks import Error, Warning, register
+from django.db.models import FileField
 from django.utils.module_loading import autodiscover_modules
 
 
@@ -47,6 +47,20 @@ def check_cache_timeouts(app_configs, **kwargs):
             id="config.W001",
         )
 {% endif %}
+
+
+@register(deploy=True)
+def check_uploads(app_configs, **kwargs):
+    """Find uploads that containers can't store, and that a deploy would lose."""
+    fields = [field for model in apps.get_models() for field in model._meta.local_fields]
+    for field in [field for field in fields if isinstance(field, FileField)]:
+        folder = getattr(field.storage, "location", None)
+        if folder and Path(folder).is_relative_to(settings.BASE_DIR):
+            yield Warning(
+                f"{field} stores files in {folder}, with the code.",
+                hint="Use S3, or a folder that the web server and all workers share.",
+                id="config.W007",
+            )
 
 
 @register(deploy=True)
