@@ -112,6 +112,35 @@ result = None
     assert not path.exists() and plain.worker.is_running()
 
 
+DAMAGES = {
+    "empty": lambda data: b"",
+    "truncated": lambda data: data[: len(data) // 2],
+    "naming a class that is gone": lambda data: data.replace(b"celery.sch", b"celery.sxh"),
+    "zeros": lambda data: bytes(len(data)),
+}
+
+
+@on_redis
+def test_beat_starts_whatever_its_schedule_file_holds(plain, tmp_path):
+    ticked = plain.folder / "ticked"
+    beat = plain.process(f"celery -A config beat -s {tmp_path}/beat", name="other-beat")
+
+    def tick():
+        ticked.unlink(missing_ok=True)
+        beat.start()
+        wait_for(lambda: ticked.exists() or not beat.is_running())
+        assert beat.is_running(), beat.printed
+        beat.stop()
+
+    tick()
+    good = {file: file.read_bytes() for file in tmp_path.glob("beat*")}
+    assert any(b"celery.sch" in data for data in good.values())
+    for damage in DAMAGES.values():
+        for file, data in good.items():
+            file.write_bytes(damage(data))
+        tick()
+
+
 # Results
 
 
