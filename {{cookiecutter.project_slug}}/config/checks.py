@@ -1,24 +1,31 @@
 {% import "imports.jinja" as imports %}
-{% from "chosen.jinja" import broker, result_backend, servers, has_flower, has_jobs, has_results with context %}
+{% from "chosen.jinja" import broker, result_backend, servers, has_docker, has_flower, has_jobs, has_results with context %}
 {% set in_environment = [broker.required, result_backend.required | default] %}
 {% set used = ["CELERY_BROKER_URL"] + (["CELERY_RESULT_BACKEND"] if has_results else []) %}
 {% set fixed = used | reject("in", in_environment) | list %}
 {% set lines %}
-from pathlib import Path
 {{ "import os" if fixed }}
+{{ "from pathlib import Path" if has_docker }}
 {% for server in servers %}
 {% print server.check_imports | default %}
 {% endfor %}
 {% endset %}
+{% set sorted = imports.sort(lines) %}
 """Checks of the settings for `manage.py check`; those with deploy=True run with --deploy."""
 
-{{ imports.sort(lines) }}
+{% if sorted | trim %}
+{{ sorted }}
+{% endif %}
 from celery import current_app
+{% if has_docker %}
 from django.apps import apps
+{% endif %}
 from django.conf import settings
 from django.core.cache import caches
 from django.core.checks import Error, Warning, register
+{% if has_docker %}
 from django.db.models import FileField
+{% endif %}
 from django.utils.module_loading import autodiscover_modules
 
 
@@ -47,6 +54,7 @@ def check_cache_timeouts(app_configs, **kwargs):
             id="config.W001",
         )
 {% endif %}
+{% if has_docker %}
 
 
 @register(deploy=True)
@@ -61,6 +69,7 @@ def check_uploads(app_configs, **kwargs):
                 hint="Use S3, or a folder that the web server and all workers share.",
                 id="config.W007",
             )
+{% endif %}
 
 
 @register(deploy=True)
