@@ -4,12 +4,18 @@ test_plain_faults.py tests those that matter only if something fails. To see whi
 without a setting, name it: WITHOUT=CELERY_TASK_ROUTES make prove ARGS="-k plain_settings"
 """
 
+import re
+import socket
+import threading
 import time
 import urllib.error
 import urllib.request
 from base64 import b64encode
+from contextlib import suppress
+from urllib.parse import urlsplit
 
 import psutil
+import pytest
 
 from harness.plain import FLOWER_USER, stacks
 from harness.project import wait_for
@@ -139,6 +145,45 @@ def test_beat_starts_whatever_its_schedule_file_holds(plain, tmp_path):
         for file, data in good.items():
             file.write_bytes(damage(data))
         tick()
+
+
+# Database
+
+
+def pool(server, port):
+    """Pass connections on to PostgreSQL. As PgBouncer does, tell each client another process id."""
+
+    def copy(source, target, change):
+        with suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(change(data))
+        for each in source, target:
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+
+    def change(data):
+        return re.sub(rb"(K\0\0\0\x0c)....", rb"\1pool", data, flags=re.DOTALL)
+
+    while True:
+        with suppress(OSError):
+            client, upstream = server.accept()[0], socket.create_connection(("127.0.0.1", port))
+            for args in (client, upstream, bytes), (upstream, client, change):
+                threading.Thread(target=copy, args=args, daemon=True).start()
+
+
+@on_redis
+def test_a_pooler_that_is_not_declared_is_found(plain):
+    url = plain.variables["DATABASE_URL"]
+    place = urlsplit(url)
+    server = socket.create_server(("127.0.0.1", 0))
+    threading.Thread(target=pool, args=[server, place.port], daemon=True).start()
+    pooled = url.replace(f":{place.port}/", f":{server.getsockname()[1]}/")
+    declared = f"{pooled}?DISABLE_SERVER_SIDE_CURSORS=True"
+    check = "check --tag database --database default --fail-level WARNING".split()
+    for address in url, declared:
+        plain.project.manage(*check, **plain.variables | {"DATABASE_URL": address})
+    with pytest.raises(AssertionError, match="config.W008"):
+        plain.project.manage(*check, **plain.variables | {"DATABASE_URL": pooled})
 
 
 # Results

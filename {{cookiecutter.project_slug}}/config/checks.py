@@ -22,7 +22,10 @@ from django.apps import apps
 {% endif %}
 from django.conf import settings
 from django.core.cache import caches
-from django.core.checks import Error, Warning, register
+from django.core.checks import Error, {{ "" if has_jobs else "Tags, " }}Warning, register
+{% if not has_jobs %}
+from django.db import connections
+{% endif %}
 {% if has_docker %}
 from django.db.models import FileField
 {% endif %}
@@ -53,6 +56,24 @@ def check_cache_timeouts(app_configs, **kwargs):
             hint="Add its timeouts to CACHE_URL: ?socket_timeout=1&socket_connect_timeout=1",
             id="config.W001",
         )
+{% endif %}
+{% if not has_jobs %}
+
+
+@register(Tags.database)
+def check_pooler(app_configs, databases=None, **kwargs):
+    """Find a pooler, which tells a client another process id than that of the server."""
+    for connection in [connections[alias] for alias in databases or []]:
+        is_ready = connection.settings_dict.get("DISABLE_SERVER_SIDE_CURSORS")
+        if connection.vendor == "postgresql" and not is_ready:
+            with connection.cursor() as cursor:
+                cursor.execute("SELECT pg_backend_pid()")
+                if cursor.fetchone() != (cursor.connection.info.backend_pid,):
+                    yield Warning(
+                        "With a pooler such as PgBouncer in transaction mode, iterator() fails.",
+                        hint="Add ?DISABLE_SERVER_SIDE_CURSORS=True to DATABASE_URL.",
+                        id="config.W008",
+                    )
 {% endif %}
 {% if has_docker %}
 
