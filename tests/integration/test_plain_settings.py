@@ -272,6 +272,31 @@ with app.connection_for_write() as broker:
     assert "Couldn't ack" not in worker.printed
 
 
+@on_redis_gevent
+def test_greenlets_that_wait_for_results_share_their_connections(plain, gate):
+    """Otherwise each leaves two of them open. They work again after Redis was away."""
+    replace_worker(plain, WORKER_CONCURRENCY=200)
+    code = """
+import redis
+from django.conf import settings
+result = []
+for _ in range(4):
+    tasks = [join.delay("add", number, 1) for number in range(50)]
+    assert [task.get(timeout=300) for task in tasks] == list(range(1, 51))
+    client = redis.from_url(settings.CELERY_RESULT_BACKEND)
+    result.append(client.info("clients")["connected_clients"])
+"""
+    first, *_, last = plain.ask(code)
+    assert last < first + 50
+
+    held = plain.send("join", "hold", gate)
+    wait_for(lambda: state(plain, held) == "STARTED")
+    plain.broker.kill()  # it has the results, too
+    time.sleep(8)  # longer than a worker tries to read results
+    plain.broker.start()
+    assert plain.ask("result = join.delay('add', 1, 2).get(timeout=300)") == 3
+
+
 # RabbitMQ
 
 
