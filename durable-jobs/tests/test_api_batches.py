@@ -13,6 +13,7 @@ from django.utils import timezone
 from helpers import counting_queries, fail, greet, ids, multiply
 from rest_framework.test import APIClient
 
+from durable_jobs import batches
 from durable_jobs.actions import cancel
 from durable_jobs.api import serializers
 from durable_jobs.counts import kept_counts

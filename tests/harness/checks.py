@@ -151,7 +151,8 @@ def check_celery(settings, addresses):
     urls = settings + addresses
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     names = {name for name in names if name.startswith("CELERY_")}
-    unknown = names - {f"CELERY_{name.upper()}" for name in DEFAULTS}
+    known = DEFAULTS.keys() | reads("celery.backends.base", "conf")
+    unknown = names - {f"CELERY_{name.upper()}" for name in known}
     assert not unknown - reads("celery.fixups.django", "conf"), "Celery knows no such setting"
 
     broker = re.search(r"CELERY_BROKER_URL\b.*?(\w+)://", urls)[1]

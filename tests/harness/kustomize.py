@@ -14,7 +14,7 @@ def build(folder):
     """Return the documents that the kustomization.yaml in this folder stands for."""
     settings = yaml.safe_load((folder / "kustomization.yaml").read_text())
     documents = []
-    for name in settings.pop("resources"):
+    for name in settings.pop("resources") + settings.pop("components", []):
         path = folder / name
         documents += build(path) if path.is_dir() else yaml.safe_load_all(path.read_text())
     for patch in settings.pop("patches", []):
@@ -34,7 +34,7 @@ def build(folder):
         documents.append(config)
     for each in settings.pop("secretGenerator", []):
         lines = "".join((folder / file).read_text() for file in each["envs"]).splitlines()
-        values = dict(line.split("=", 1) for line in lines)
+        values = dict(line.split("=", 1) for line in lines if not line.startswith("#"))
         data = {name: base64.b64encode(text.encode()).decode() for name, text in values.items()}
         documents.append({**head("Secret", each["name"]), "data": data, "type": "Opaque"})
     if namespace := settings.pop("namespace", None):

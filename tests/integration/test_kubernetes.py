@@ -104,6 +104,7 @@ def autoscaler(scaled):
 
 def check_pod(spec, documents, key):
     assert spec["securityContext"]["runAsNonRoot"], key
+    assert ("ServiceAccount", spec["serviceAccountName"]) in documents, key
     if key[0] == "Deployment":
         [first] = spec["initContainers"]
         assert "until python manage.py migrate --check" in first["command"][-1], key
@@ -150,6 +151,10 @@ def check_selectors(documents):
             [container] = pods(documents)["Deployment", name]["containers"]
             open_ports = {port["containerPort"] for port in container["ports"]}
             assert {port["targetPort"] for port in spec["ports"]} == open_ports
+        elif kind == "PodDisruptionBudget":
+            assert spec["selector"] == {"matchLabels": labels[name]}
+            replicas = documents["Deployment", name]["spec"]["replicas"]
+            assert 0 < spec["maxUnavailable"] < replicas  # a node can be drained, and some answer
         elif kind == "NetworkPolicy" and name != "all":
             [(how, wanted)] = spec["podSelector"].items()
             names = [wanted["app"]] if how == "matchLabels" else wanted[0]["values"]
@@ -203,6 +208,7 @@ def test_an_output_has_the_files_of_docker_and_manifests(render, bake):
     changed = [name for name in others if project.read(name) != docker.read(name)]
     assert {name.suffix for name in changed if name.name != ".env"} == {".md"}
     kinds = {"ConfigMap", "Secret", "Service", "Job", "Deployment", "NetworkPolicy"}
+    kinds |= {"ServiceAccount", "PodDisruptionBudget"}
     _, documents = render()
     assert {kind for kind, _ in documents} == kinds | {"ScaledObject"}  # KEDA's; no server
 
@@ -214,6 +220,7 @@ def test_production_has_every_variable_that_it_needs(render, broker):
     [secret] = [each["data"] for (kind, _), each in documents.items() if kind == "Secret"]
     [needed] = re.findall("^# Production needs.*?\n\n", project.read(".env.example"), re.M | re.S)
     assert {"SECRET_KEY", *re.findall("^# ([A-Z_]+)=", needed, re.M)} <= {*config, *secret}
+    assert {"SENTRY_DSN", "S3_BUCKET"} <= {*secret}
 
 
 def test_the_probes_ask_for_the_health_of_the_project(render):
@@ -246,7 +253,15 @@ def test_the_network_policies_open_only_needed_ports(render, broker, result_back
     mail = urls.pop("EMAIL_URL")
     needed = {("TCP", url.port or 443) for url in urls.values()}
     needed |= {("TCP", 443)} if any(name.startswith("AWS_") for name in values) else set()
-    assert ports(everybody["egress"]) == needed | {("UDP", 53), ("TCP", 53)}
+    credentials = [rule for rule in everybody["egress"] if ports([rule]) == {("TCP", 80)}]
+    others = [rule for rule in everybody["egress"] if rule not in credentials]
+    assert ports(others) == needed | {("UDP", 53), ("TCP", 53)}
+    if {broker, result_backend} & {"sqs", "dynamodb"}:  # of a role: of EKS, or of the node
+        [rule] = credentials
+        addresses = {place["ipBlock"]["cidr"] for place in rule["to"]}
+        assert addresses == {"169.254.170.23/32", "169.254.169.254/32"}
+    else:
+        assert not credentials
     [names] = [rule for rule in everybody["egress"] if ("UDP", 53) in ports([rule])]
     assert names["to"]
 

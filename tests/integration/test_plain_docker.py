@@ -7,7 +7,7 @@ import time
 import pytest
 import yaml
 
-from harness.bake import CHOICES
+from harness.bake import CHOICES, DEFAULTS
 from harness.containers import (
     HTTPS,
     MANAGE,
@@ -19,7 +19,7 @@ from harness.containers import (
     docker,
     log_of,
 )
-from harness.outputs import ORDER
+from harness.outputs import ORDER, outputs
 from harness.project import wait_for
 
 STACKS = brokers("plain-docker")
@@ -253,6 +253,67 @@ def test_the_pods_of_the_manifests_run_tasks(stack):
     finally:
         docker("rm", "--force", *pods.containers)
         stack.compose("start", "worker", "beat")
+
+
+def compose_reads(project):
+    """Return what compose makes of the files, without the help of an engine."""
+    read = project.call("docker", "compose", "config", "--format", "json")
+    return json.loads(read)["services"]
+
+
+def test_each_make_up_starts_the_workers_that_env_wants(bake):
+    project = bake()
+    assert compose_reads(project)["worker"]["scale"] == 1
+    with open(project / ".env", "a") as file:
+        file.write("WORKERS=3\n")
+    services = compose_reads(project)
+    assert {name for name, each in services.items() if each.get("scale", 1) > 1} == {"worker"}
+    assert services["worker"]["scale"] == 3
+
+
+READ_ENV = """
+import environ, json, os
+os.environ.clear()
+environ.Env.read_env(".env")
+print(json.dumps(dict(os.environ)))
+"""
+
+
+@outputs(DEFAULTS)
+def test_compose_and_django_read_the_same_values(project):
+    """Each variable of .env.example, in single quotes."""
+    names = re.findall("^(?:# )?([A-Z_]+)=", project.read(".env.example"), re.M)
+    values = {name: f"{name} ${name} ${{HOME}} \\n #" for name in names if name != "WORKERS"}
+    quoted = "".join(f"{name}='{value}'\n" for name, value in values.items())
+    before = project.read(".env")
+    (project / ".env").write_text(f"# a comment\n{quoted}")
+    try:
+        assert json.loads(project.call(".venv/bin/python", "-c", READ_ENV)) == values
+        found = compose_reads(project)["web"]["environment"]
+    finally:
+        (project / ".env").write_text(before)
+    own = set(yaml.safe_load(project.read("compose.yaml"))["x-app"]["environment"])
+    assert values.keys() <= found.keys()
+    for name in values.keys() - own:
+        assert found[name].replace("$$", "$") == values[name].replace("$$", "$"), name
+    assert len(values.keys() - own) > 10
+
+
+@pytest.mark.parametrize("value", ["$a", "a$b", '"a$b"', "a #b", "${HOME}"])
+def test_make_up_refuses_values_that_compose_would_change(bake, tmp_path, monkeypatch, value):
+    project = bake()
+    docker = tmp_path / "docker"
+    docker.write_text("#!/bin/sh\n")
+    docker.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    project.call("make", "up")
+    with open(project / ".env", "a") as file:
+        file.write(f"LOG_LEVEL='{value}'\nRELEASE=a#b\n# A comment: $a\n")
+    project.call("make", "up")
+    with open(project / ".env", "a") as file:
+        file.write(f"RELEASE={value}\n")
+    with pytest.raises(AssertionError, match="single quotes"):
+        project.call("make", "up")
 
 
 def test_compose_reads_every_file(engine, bake):

@@ -121,6 +121,7 @@ def check_container(deployment):
     container = container_of(deployment)
     rights = container["securityContext"]
     assert deployment["spec"]["template"]["spec"]["securityContext"]["runAsNonRoot"]
+    assert deployment["spec"]["template"]["spec"]["serviceAccountName"] == "my-project"
     assert not rights["allowPrivilegeEscalation"] and rights["readOnlyRootFilesystem"]
     assert rights["capabilities"] == {"drop": ["ALL"]}
     assert container["resources"]["requests"] and container["resources"]["limits"]
@@ -173,6 +174,41 @@ def test_kedas_variables_name_the_redis_of_the_broker(render):
     assert metadata["databaseIndex"] == url.path.strip("/")
 
 
+@pytest.mark.parametrize("broker", CHOICES["broker"])
+def test_a_cluster_without_keda_needs_only_one_line_less(bake, broker):
+    project = bake(broker=broker, deployment="kubernetes")
+    with_keda = documents_of(project)
+    file = project / PRODUCTION / "kustomization.yaml"
+    text, count = re.subn("^components: .*\n", "", file.read_text(), flags=re.M)
+    assert count == 1
+    file.write_text(text)
+    without = documents_of(project)
+    assert {key: with_keda[key] for key in without} == without
+    kinds = {each["apiVersion"].split("/")[0] for each in without.values()}
+    assert "keda.sh" not in kinds
+    left_out = [each["apiVersion"] for key, each in with_keda.items() if key not in without]
+    assert left_out and set(left_out) == {"keda.sh/v1alpha1"}
+
+
+UPLOAD = """
+from django.db import models
+from django.test import override_settings
+from config.checks import check_uploads
+
+class Report(models.Model):
+    file = models.FileField()
+
+    class Meta:
+        app_label = "users"
+
+for folder in "", "media", "/srv/media":
+    with override_settings(MEDIA_ROOT=folder):
+        print("found", len([*check_uploads(None)]))
+Report._meta.get_field("file").storage = type("S3", (), {"location": ""})()
+print("found", len([*check_uploads(None)]))
+"""
+
+
 SEND = """
 from orders.tasks import forecast_demand
 for number, queue in enumerate(["celery", "cpu", "io"], 1):
@@ -220,6 +256,12 @@ COUNTS = {"redis": in_redis, "rabbitmq": in_rabbitmq, "aws-sqs-queue": in_sqs}
 
 
 KUBERNETES = {**DEFAULTS, "result_backend": "none", "deployment": "kubernetes"}
+
+
+@outputs({**KUBERNETES, "broker": "redis"})
+def test_uploads_that_the_read_only_root_refuses_are_found(project):
+    printed = project.manage("shell", "-v0", "-c", UPLOAD)
+    assert re.findall("found ([0-9])", printed) == ["1", "1", "0", "0"]
 
 
 @outputs(*({**KUBERNETES, "broker": broker} for broker in CHOICES["broker"]))

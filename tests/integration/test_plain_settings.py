@@ -4,12 +4,18 @@ test_plain_faults.py tests those that matter only if something fails. To see whi
 without a setting, name it: WITHOUT=CELERY_TASK_ROUTES make prove ARGS="-k plain_settings"
 """
 
+import re
+import socket
+import threading
 import time
 import urllib.error
 import urllib.request
 from base64 import b64encode
+from contextlib import suppress
+from urllib.parse import urlsplit
 
 import psutil
+import pytest
 
 from harness.plain import FLOWER_USER, stacks
 from harness.project import wait_for
@@ -112,6 +118,74 @@ result = None
     assert not path.exists() and plain.worker.is_running()
 
 
+DAMAGES = {
+    "empty": lambda data: b"",
+    "truncated": lambda data: data[: len(data) // 2],
+    "naming a class that is gone": lambda data: data.replace(b"celery.sch", b"celery.sxh"),
+    "zeros": lambda data: bytes(len(data)),
+}
+
+
+@on_redis
+def test_beat_starts_whatever_its_schedule_file_holds(plain, tmp_path):
+    ticked = plain.folder / "ticked"
+    beat = plain.process(f"celery -A config beat -s {tmp_path}/beat", name="other-beat")
+
+    def tick():
+        ticked.unlink(missing_ok=True)
+        beat.start()
+        wait_for(lambda: ticked.exists() or not beat.is_running())
+        assert beat.is_running(), beat.printed
+        beat.stop()
+
+    tick()
+    good = {file: file.read_bytes() for file in tmp_path.glob("beat*")}
+    assert any(b"celery.sch" in data for data in good.values())
+    for damage in DAMAGES.values():
+        for file, data in good.items():
+            file.write_bytes(damage(data))
+        tick()
+
+
+# Database
+
+
+def pool(server, port):
+    """Pass connections on to PostgreSQL. As PgBouncer does, tell each client another process id."""
+
+    def copy(source, target, change):
+        with suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(change(data))
+        for each in source, target:
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+
+    def change(data):
+        return re.sub(rb"(K\0\0\0\x0c)....", rb"\1pool", data, flags=re.DOTALL)
+
+    while True:
+        with suppress(OSError):
+            client, upstream = server.accept()[0], socket.create_connection(("127.0.0.1", port))
+            for args in (client, upstream, bytes), (upstream, client, change):
+                threading.Thread(target=copy, args=args, daemon=True).start()
+
+
+@on_redis
+def test_a_pooler_that_is_not_declared_is_found(plain):
+    url = plain.variables["DATABASE_URL"]
+    place = urlsplit(url)
+    server = socket.create_server(("127.0.0.1", 0))
+    threading.Thread(target=pool, args=[server, place.port], daemon=True).start()
+    pooled = url.replace(f":{place.port}/", f":{server.getsockname()[1]}/")
+    declared = f"{pooled}?DISABLE_SERVER_SIDE_CURSORS=True"
+    check = "check --tag database --database default --fail-level WARNING".split()
+    for address in url, declared:
+        plain.project.manage(*check, **plain.variables | {"DATABASE_URL": address})
+    with pytest.raises(AssertionError, match="config.W008"):
+        plain.project.manage(*check, **plain.variables | {"DATABASE_URL": pooled})
+
+
 # Results
 
 
@@ -196,6 +270,31 @@ with app.connection_for_write() as broker:
 """
     wait_for(lambda: plain.ask(code) == 0)
     assert "Couldn't ack" not in worker.printed
+
+
+@on_redis_gevent
+def test_greenlets_that_wait_for_results_share_their_connections(plain, gate):
+    """Otherwise each leaves two of them open. They work again after Redis was away."""
+    replace_worker(plain, WORKER_CONCURRENCY=200)
+    code = """
+import redis
+from django.conf import settings
+result = []
+for _ in range(4):
+    tasks = [join.delay("add", number, 1) for number in range(50)]
+    assert [task.get(timeout=300) for task in tasks] == list(range(1, 51))
+    client = redis.from_url(settings.CELERY_RESULT_BACKEND)
+    result.append(client.info("clients")["connected_clients"])
+"""
+    first, *_, last = plain.ask(code)
+    assert last < first + 50
+
+    held = plain.send("join", "hold", gate)
+    wait_for(lambda: state(plain, held) == "STARTED")
+    plain.broker.kill()  # it has the results, too
+    time.sleep(8)  # longer than a worker tries to read results
+    plain.broker.start()
+    assert plain.ask("result = join.delay('add', 1, 2).get(timeout=300)") == 3
 
 
 # RabbitMQ

@@ -1,10 +1,11 @@
 {% import "imports.jinja" as imports %}
-{% from "chosen.jinja" import broker, result_backend, servers, has_flower, has_jobs, has_results with context %}
+{% from "chosen.jinja" import broker, result_backend, servers, has_docker, has_flower, has_jobs, has_results with context %}
 {% set in_environment = [broker.required, result_backend.required | default] %}
 {% set used = ["CELERY_BROKER_URL"] + (["CELERY_RESULT_BACKEND"] if has_results else []) %}
 {% set fixed = used | reject("in", in_environment) | list %}
 {% set lines %}
 {{ "import os" if fixed }}
+{{ "from pathlib import Path" if has_docker }}
 {% for server in servers %}
 {% print server.check_imports | default %}
 {% endfor %}
@@ -16,9 +17,18 @@
 {{ sorted }}
 {% endif %}
 from celery import current_app
+{% if has_docker %}
+from django.apps import apps
+{% endif %}
 from django.conf import settings
 from django.core.cache import caches
-from django.core.checks import Error, Warning, register
+from django.core.checks import Error, {{ "" if has_jobs else "Tags, " }}Warning, register
+{% if not has_jobs %}
+from django.db import connections
+{% endif %}
+{% if has_docker %}
+from django.db.models import FileField
+{% endif %}
 from django.utils.module_loading import autodiscover_modules
 
 
@@ -46,6 +56,40 @@ def check_cache_timeouts(app_configs, **kwargs):
             hint="Add its timeouts to CACHE_URL: ?socket_timeout=1&socket_connect_timeout=1",
             id="config.W001",
         )
+{% endif %}
+{% if not has_jobs %}
+
+
+@register(Tags.database)
+def check_pooler(app_configs, databases=None, **kwargs):
+    """Find a pooler, which tells a client another process id than that of the server."""
+    for connection in [connections[alias] for alias in databases or []]:
+        is_ready = connection.settings_dict.get("DISABLE_SERVER_SIDE_CURSORS")
+        if connection.vendor == "postgresql" and not is_ready:
+            with connection.cursor() as cursor:
+                cursor.execute("SELECT pg_backend_pid()")
+                if cursor.fetchone() != (cursor.connection.info.backend_pid,):
+                    yield Warning(
+                        "With a pooler such as PgBouncer in transaction mode, iterator() fails.",
+                        hint="Add ?DISABLE_SERVER_SIDE_CURSORS=True to DATABASE_URL.",
+                        id="config.W008",
+                    )
+{% endif %}
+{% if has_docker %}
+
+
+@register(deploy=True)
+def check_uploads(app_configs, **kwargs):
+    """Find uploads that containers can't store, and that a deploy would lose."""
+    fields = [field for model in apps.get_models() for field in model._meta.local_fields]
+    for field in [field for field in fields if isinstance(field, FileField)]:
+        folder = getattr(field.storage, "location", None)
+        if folder and Path(folder).is_relative_to(settings.BASE_DIR):
+            yield Warning(
+                f"{field} stores files in {folder}, with the code.",
+                hint="Use S3, or a folder that the web server and all workers share.",
+                id="config.W007",
+            )
 {% endif %}
 
 

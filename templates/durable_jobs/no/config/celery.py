@@ -5,6 +5,7 @@ from celery import Celery, signals
 from celery.app import utils
 from django_structlog.celery.steps import DjangoStructLogInitStep
 {% print broker.celery_imports | default %}
+{% print worker_pool.celery_imports | default %}
 {% endset %}
 import os
 import re

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from celery import shared_task
 from celery.exceptions import SoftTimeLimitExceeded
+from celery.result import allow_join_result
 from django.db import connection
 
 
@@ -18,6 +19,13 @@ def note(kind, task):
 @shared_task
 def add(x, y):
     return x + y
+
+
+@shared_task
+def join(name, *args):
+    """Send another task of this module, and wait for its result."""
+    with allow_join_result():
+        return globals()[name].delay(*args).get(timeout=300)
 
 
 @shared_task

@@ -1,0 +1,21 @@
+"""Beat remembers in a file when it last sent each task."""
+
+from contextlib import suppress
+
+from celery import beat
+
+
+class Scheduler(beat.PersistentScheduler):
+    """Starts anew if the file can't be read. Celery does so, too, but not after every error.
+
+    For example, the file may name the class of a schedule that the code no longer has.
+    """
+
+    def setup_schedule(self):
+        try:
+            super().setup_schedule()
+        except Exception as error:
+            with suppress(Exception):
+                self._store.close()
+            self._destroy_open_corrupted_schedule(error).close()
+            super().setup_schedule()
