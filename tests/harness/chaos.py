@@ -81,7 +81,7 @@ class Chaos:
     def enqueue_backlog(self):
         """Enqueue the jobs that exist before the first fault."""
         numbers = range(len(self.jobs), len(self.jobs) + self.backlog)
-        code = "result = [job.pk for job in Job.objects.enqueue_many(write, calls)]"
+        code = "result = [job.pk for job in enqueue_many(write, calls)]"
         for start in range(0, self.backlog, 10_000):
             part = numbers[start : start + 10_000]
             calls = [[number, 0] for number in part]
@@ -239,7 +239,7 @@ class Chaos:
         code = """
 result = []
 for task, key in [(one, "chaos"), (two, "chaos"), (one, key), (two, key)]:
-    jobs = Job.objects.enqueue_many(task, [[key, 0.2]] * 10)
+    jobs = enqueue_many(task, [[key, 0.2]] * 10)
     result += [job.pk for job in jobs]
 """
         self.limited += self.stack.ask(code, key=f"chaos-{len(self.limited)}")
@@ -250,14 +250,14 @@ for task, key in [(one, "chaos"), (two, "chaos"), (one, key), (two, key)]:
             job = self.stack.enqueue("one_until", f"cancelled-{len(self.cancelled)}", gate)
             wait_for(lambda: self.stack.row(job)["state"] == "running")
             self.cancelled.append(job)
-            self.stack.ask("Job.objects.get(pk=job).cancel()", job=job)
+            self.stack.ask("cancel(Job.objects.get(pk=job))", job=job)
             time.sleep(2)
 
     def fault_paused(self):
         """Pause a task for a while, during which a worker is killed and others send its jobs."""
         code = """
-Pause.objects.pause("faults.limited.one", "chaos")
-result = [job.pk for job in Job.objects.enqueue_many(one, [["paused", 0]] * 10)]
+pauses.pause("faults.limited.one", "chaos")
+result = [job.pk for job in enqueue_many(one, [["paused", 0]] * 10)]
 """
         jobs = self.stack.ask(code)
         self.limited += jobs
@@ -268,14 +268,14 @@ result = [job.pk for job in Job.objects.enqueue_many(one, [["paused", 0]] * 10)]
             ask = "result = Job.objects.filter(pk__in=jobs, started_at__isnull=False).count()"
             self.started_in_pause += self.stack.ask(ask, jobs=jobs)
         finally:
-            self.stack.ask("Pause.objects.resume('faults.limited.one')")
+            self.stack.ask("pauses.resume('faults.limited.one')")
 
     def fault_old_beat(self):
         """Let a Beat of older code send jobs of a new task, as in a deploy with Beat last."""
         variables = self.stack.beat.options["env"]
         variables["OLD_CODE"] = "1"
         self.stack.beat.kill()
-        code = "result = [j.pk for j in Job.objects.enqueue_many(new, [[]] * 5, countdown=2)]"
+        code = "result = [j.pk for j in enqueue_many(new, [[]] * 5, countdown=2)]"
         self.new += (jobs := self.stack.ask(code))
         try:
             self.stack.wait_until_final(*jobs)
@@ -310,7 +310,7 @@ result = rows.exclude(task=read.name).exists() or is_open.exists()
         Returns how many jobs it enqueued, and how many ran before the last refused one had ended.
         """
         # Only two at once: the stand-in for SQS handles about 50 calls a second.
-        code = "result = [j.pk for j in Job.objects.enqueue_many(quick, [[]] * 2, countdown=1)]"
+        code = "result = [j.pk for j in enqueue_many(quick, [[]] * 2, countdown=1)]"
         self.stack.wait_until_final(*[self.stack.enqueue("quick", queue=q) for q in QUEUES])
         for _ in range(3):
             self.fault_refused()

@@ -223,7 +223,7 @@ class Site:
 from users.models import User
 from durable_jobs.models import Job
 from samples import tasks
-result = Job.objects.enqueue(tasks.{task}, {args!r}, owner=User.objects.get()).pk
+result = enqueue(tasks.{task}, {args!r}, owner=User.objects.get()).pk
 """
         return f"/api/jobs/{self.ask(code)}/"
 

@@ -26,14 +26,16 @@ LIMITS = {"one": "1", "two": "2", "rate": "10/s", "tenant": "2, 5/s"}
 # The names of code for ask()
 IMPORTS = """
 from datetime import timedelta
-from celery import chain, chord
 from django.db import connection
 from django.db.models import F, Q
 from django.db.models.functions import Now
 from faults.limited import *
 from faults.tasks import *
+from durable_jobs import batches, pauses
+from durable_jobs.actions import cancel, run_again, run_all_again
+from durable_jobs.enqueue import enqueue, enqueue_many
 from durable_jobs.expressions import ACTIVE, FINAL
-from durable_jobs import heartbeat
+from durable_jobs.worker import heartbeat
 from durable_jobs.models import Batch, Failure, Job, Pause, Sweep, Worker
 """
 
@@ -171,7 +173,7 @@ class Stack:
         started = [process for process in self.processes if process.recover()]
         for process in started:
             process.wait_until_ready()
-        self.ask("Job.objects.all().cancel()")
+        self.ask("cancel(Job.objects.all())")
         with self.supervised(self.workers):  # a worker that lost its broker may be about to end
             self.wait_until_final(*[self.enqueue("quick", queue=queue) for queue in ["cpu", "io"]])
 
@@ -237,7 +239,7 @@ result = Token.objects.create(user=User.objects.create_user(name, **fields)).key
         return self.ask(code, name=name, fields=fields)
 
     def enqueue(self, task, *args, **options):
-        code = f"result = Job.objects.enqueue({task}, args, **options).pk"
+        code = f"result = enqueue({task}, args, **options).pk"
         return self.ask(code, args=[str(arg) for arg in args], options=options)
 
     def send(self, task, *args, **options):

@@ -16,7 +16,7 @@ from durable_jobs.models import Batch, Job, Pause
 from durable_jobs.pauses import PauseManager
 from durable_jobs.queryset import JobManager, JobQuerySet
 from durable_jobs.tasks import JobCall, JobError, JobTask
-from durable_jobs.views import EnqueueMixin, accepted
+from durable_jobs.api.views import EnqueueMixin, accepted
 
 
 @shared_task(base=JobTask, bind=True, max_retries=3)
@@ -63,7 +63,7 @@ def in_context(context: JobContext, pages: int):
 
 
 def view(request: HttpRequest, user):
-    job = Job.objects.enqueue(
+    job = enqueue(
         build_report,
         [10],
         {"pages": 10},
@@ -76,12 +76,12 @@ def view(request: HttpRequest, user):
     )
     assert_type(job, Job)
     assert_type(Job.objects, JobManager)
-    Job.objects.enqueue(build_report, (10,), eta=datetime.now())
-    Job.objects.enqueue(build_report, 10)  # wrong
-    Job.objects.enqueue(build_report, [10], countdown="10")  # wrong
-    Job.objects.enqueue(build_report, [10], priority=1)  # wrong
-    assert_type(Job.objects.enqueue_many(build_report, [[10], [20]], label="all"), list[Job])
-    Job.objects.enqueue_many(build_report, [[10]], unique="march")  # wrong
+    enqueue(build_report, (10,), eta=datetime.now())
+    enqueue(build_report, 10)  # wrong
+    enqueue(build_report, [10], countdown="10")  # wrong
+    enqueue(build_report, [10], priority=1)  # wrong
+    assert_type(enqueue_many(build_report, [[10], [20]], label="all"), list[Job])
+    enqueue_many(build_report, [[10]], unique="march")  # wrong
     return accepted(request, job)
 
 
@@ -92,7 +92,7 @@ def change(job: Job):
     print(job.attempts)  # wrong
     print(job.state, job.label, job.result, job.owner, job.failures.all())
     assert_type(Job.objects.filter(label="March"), JobQuerySet)
-    assert_type(Job.objects.filter(label="March").cancel(), int)
+    assert_type(cancel(Job.objects.filter(label="March")), int)
     assert_type(Job.objects.exclude(label="March").order_by("label").run_again(), list[Job])
     assert_type(Job.objects.all().run_again(), list[Job])
     Job.objects.cancel()  # wrong
@@ -101,16 +101,16 @@ def change(job: Job):
 
 def pause(job: Job):
     assert_type(Pause.objects, PauseManager)
-    assert_type(Pause.objects.pause("io", "SMTP is down"), Pause)
-    print(Pause.objects.pause(name="io", reason="SMTP is down").since)
-    assert_type(Pause.objects.resume("io"), bool)
+    assert_type(pauses.pause("io", "SMTP is down"), Pause)
+    print(pauses.pause(name="io", reason="SMTP is down").since)
+    assert_type(pauses.resume("io"), bool)
     print([pause.reason for pause in Pause.objects.filter(name="io")])
     assert_type(call_api.limit, str | None)
-    print(job.held_by, job.limit_key)
+    print(job.blocked_by, job.limit_key)
     print(job.held)  # wrong
-    Pause.objects.pause()  # wrong
-    Pause.objects.pause("io", why="SMTP is down")  # wrong
-    Pause.objects.resume("io", "cpu")  # wrong
+    pauses.pause()  # wrong
+    pauses.pause("io", why="SMTP is down")  # wrong
+    pauses.resume("io", "cpu")  # wrong
 
 
 def use(user):
@@ -126,7 +126,7 @@ def use(user):
 
 def view_of_many(request: HttpRequest, user):
     step = build_report.s()
-    batch = Batch.objects.enqueue(
+    batch = batches.enqueue(
         crawl, [["a"], ["b"]], owner=user, label="March", then=step, ended=step, queue="io"
     )
     assert_type(batch, Batch)
@@ -134,8 +134,8 @@ def view_of_many(request: HttpRequest, user):
         assert_type(batch, Batch)
         assert_type(batch.enqueue_many(crawl, [["a"]], countdown=60), list[Job])
         batch.enqueue(crawl, ["a"], owner=user)  # wrong
-    Batch.objects.enqueue(crawl, [["a"]], then="build_report")  # wrong
-    Batch.objects.enqueue(crawl, [["a"]], unique="march")  # wrong
+    batches.enqueue(crawl, [["a"]], then="build_report")  # wrong
+    batches.enqueue(crawl, [["a"]], unique="march")  # wrong
     assert_type(batch.cancel(), int)
     assert_type(batch.run_failed_again(), list[Job])
     print(batch.state, batch.counts, batch.error, batch.jobs.filter(state="failed").cancel())
@@ -143,7 +143,7 @@ def view_of_many(request: HttpRequest, user):
 
 
 def use_batches(user, count: JobFunction):
-    batch = Batch.objects.enqueue(
+    batch = batches.enqueue(
         build_report,
         [[1], [2]],
         owner=user,
@@ -163,8 +163,8 @@ def use_batches(user, count: JobFunction):
     assert_type(batch.cancel(), int)
     assert_type(batch.run_failed_again(), list[Job])
     print(batch.state, batch.counts, batch.error, batch.ended_at, batch.jobs.filter(state="failed"))
-    Batch.objects.enqueue(build_report, [[1]], unique="x")  # wrong
-    Batch.objects.enqueue(build_report, [[1]], label=3)  # wrong
+    batches.enqueue(build_report, [[1]], unique="x")  # wrong
+    batches.enqueue(build_report, [[1]], label=3)  # wrong
     Batch.objects.open(calls=[[1]])  # wrong
     print(batch.progress)  # wrong
 
@@ -204,6 +204,6 @@ class ReportViewSet(EnqueueMixin, ModelViewSet):
 
 
 def run_reports(modeladmin, request: HttpRequest, queryset):
-    jobs = Job.objects.enqueue_many(build_report, queryset.values_list("pk"))
+    jobs = enqueue_many(build_report, queryset.values_list("pk"))
     announce(request, jobs, rest="None is missing.")
     announce(request, jobs, text="None")  # wrong

@@ -14,9 +14,9 @@ from harness.project import wait_for
 def enqueue(stack, task, *args, count=3, queue="cpu"):
     """Enqueue a batch of jobs, and two jobs that start afterwards."""
     code = f"""
-batch = Batch.objects.enqueue(
+batch = batches.enqueue(
     {task}, [args] * count, queue=queue,
-    then=quick.si().set(queue="io"), ended=quick.si().set(queue="io"),
+    on_success=quick.si().set(queue="io"), on_finish=quick.si().set(queue="io"),
 )
 result = [str(batch.pk), [str(job.pk) for job in batch.jobs.all()]]
 """

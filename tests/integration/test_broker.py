@@ -177,8 +177,8 @@ def test_many_lost_messages_are_noticed_soon_among_plain_tasks(stack, gate, sinc
     start = time.monotonic()
     code = """
 from unittest.mock import patch
-with patch("durable_jobs.queryset.publish"):
-    result = [Job.objects.enqueue(quick).pk for _ in range(40)]
+with patch("durable_jobs.enqueue.publish"):
+    result = [enqueue(quick).pk for _ in range(40)]
 """
     jobs = stack.ask(code)
     try:
@@ -199,7 +199,7 @@ def test_copies_of_a_message_run_one_body(stack, gate):
     """Two workers get five copies each at the same moment."""
     code = """
 from durable_jobs.messages import send
-jobs = [Job.objects.enqueue(hold, [gate], countdown=3600) for _ in range(3)]
+jobs = [enqueue(hold, [gate], countdown=3600) for _ in range(3)]
 for copy in range(5):
     for job in jobs:
         for job.queue in ["cpu", "io"]:
@@ -312,7 +312,7 @@ from django.conf import settings
 def enqueue_largest(letter):
     for size in range(2 * settings.DURABLE_JOBS["MAX_BYTES"] // len(json.dumps(letter)), 0, -100):
         try:
-            return Job.objects.enqueue(read, [letter * size], queue="cpu").pk
+            return enqueue(read, [letter * size], queue="cpu").pk
         except ValueError as error:
             assert "MAX_BYTES" in str(error), error
 result = [enqueue_largest(letter) for letter in ["x", "é", "😀", '"']]
@@ -331,7 +331,7 @@ def store_large(stack, countdown=None):
 result = [], []
 for number in range(200):
     with transaction.atomic():
-        job = Job.objects.enqueue(read, ["x"], queue="cpu", countdown=countdown)
+        job = enqueue(read, ["x"], queue="cpu", countdown=countdown)
         if is_large := number % 20 == 10:
             job.args = ["x" * 1_200_000]
             job.save(update_fields=["args"])
@@ -354,7 +354,7 @@ def test_jobs_that_the_broker_refuses_delay_no_other(stack, since):
     rows += stack.wait_until_final(*good)
     since(start)
     assert succeeded(rows, crashes=0), rows
-    stack.ask("Job.objects.all().cancel()")
+    stack.ask("cancel(Job.objects.all())")
 
 
 @on_sqs
@@ -502,7 +502,7 @@ def test_a_broker_lost_while_a_child_reads_a_large_message_blocks_nothing(stack,
     children = children_of(stack.worker.pid)
     for child in children:
         os.kill(child, signal.SIGSTOP)  # so that the message is not written at once
-    code = "result = Job.objects.enqueue(read, ['x' * 2_000_000], queue='cpu').pk"
+    code = "result = enqueue(read, ['x' * 2_000_000], queue='cpu').pk"
     jobs = [stack.ask(code)]
     wait_for(lambda: stack.messages_in("cpu") == 0)
     time.sleep(1)  # the first part is written

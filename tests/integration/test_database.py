@@ -57,7 +57,7 @@ def test_a_job_never_runs_twice_at_a_time_if_the_database_loses_its_claim(stack,
 with transaction.atomic():
     connection.cursor().execute("SET LOCAL synchronous_commit = on")
     calls = [(gate, "cpu"), (other_gate, "cpu"), (gate, "io")]
-    jobs = [Job.objects.enqueue(hold, [gate], queue=queue) for gate, queue in calls]
+    jobs = [enqueue(hold, [gate], queue=queue) for gate, queue in calls]
 result = [job.pk for job in jobs]
 """
     other_gate = gate.with_name("other")
@@ -282,7 +282,7 @@ def test_a_router_with_a_replica_stops_no_job(stack, since):
     stack.replace_beat(**variables)
     code = """
 from faults.tasks import *
-job = Job.objects.enqueue(fail_twice, queue="cpu", countdown=1)
+job = enqueue(fail_twice, queue="cpu", countdown=1)
 job.refresh_from_db()
 print(job.pk)
 """

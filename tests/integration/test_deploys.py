@@ -49,7 +49,7 @@ def test_a_beat_of_old_code_sends_the_jobs_of_new_tasks(stack, since):
 def test_jobs_with_outdated_arguments_fail_and_delay_no_other(stack, since):
     """They were stored before their task's signature changed."""
     code = """
-jobs = [job.pk for job in Job.objects.enqueue_many(quick, [[]] * 40, countdown=2)]
+jobs = [job.pk for job in enqueue_many(quick, [[]] * 40, countdown=2)]
 for position, args in enumerate(jobs[:30]):
     args, kwargs = ([], {"gone": 1}) if position % 2 else (["one too many"], {})
     Job.objects.filter(pk=jobs[position]).update(args=args, kwargs=kwargs)

@@ -38,7 +38,7 @@ def test_a_function_is_cancelled_and_runs_again_after_a_crash(stack, gate, funct
     killed, cancelled = jobs = stack.ask(f"function = {function}\n{code}", gate=str(gate))
     stack.wait_until_started(*jobs)
     wait_for(lambda: stack.ask("result = Job.objects.filter(message='waits').count()") >= 2)
-    assert stack.ask("result = Job.objects.filter(pk=job).cancel()", job=cancelled) == 1
+    assert stack.ask("result = cancel(Job.objects.filter(pk=job))", job=cancelled) == 1
     stack.worker.kill()
     gate.touch()
     stack.worker.start()
@@ -56,7 +56,7 @@ def test_a_function_is_cancelled_and_runs_again_after_a_crash(stack, gate, funct
 def test_a_cancelled_coroutine_ends(stack, gate):
     [job] = stack.ask("result = [hold_a_coroutine.enqueue(gate).id]", gate=str(gate))
     stack.wait_until_started(job)
-    stack.ask("Job.objects.filter(pk=job).cancel()", job=job)
+    stack.ask("cancel(Job.objects.filter(pk=job))", job=job)
     wait_for(lambda: stack.notes("end", job))
 
 

@@ -39,7 +39,7 @@ from durable_jobs.models import Job
 from orders.tasks import forecast_demand
 arguments = {"rounds": 3_000_000}
 owner = User.objects.get(is_superuser=True)  # the profile monitoring has added another user
-print(Job.objects.enqueue(forecast_demand, ["Tea"], arguments, owner=owner).pk)
+print(enqueue(forecast_demand, ["Tea"], arguments, owner=owner).pk)
 """
 # A job for each queue, which Beat starts when its countdown is over.
 JOB_FOR_EACH_QUEUE = """
@@ -49,7 +49,7 @@ from durable_jobs.models import Job
 from orders.tasks import forecast_demand
 options = {"countdown": 1, "owner": User.objects.get(is_superuser=True)}
 for queue in known_queues():
-    job = Job.objects.enqueue(forecast_demand, ["Tea"], {"rounds": 9}, queue=queue, **options)
+    job = enqueue(forecast_demand, ["Tea"], {"rounds": 9}, queue=queue, **options)
     print(queue, job.pk)
 """
 CRASHES = "from durable_jobs.models import Job; print(Job.objects.get(pk='{}').crashes)"

@@ -110,7 +110,7 @@ def test_the_row_goes_however_a_worker_ends(stack, mine, gate):
         stack.wait_until_started(job, times=1 + (number == signal.SIGQUIT))
         worker.stop(number)
         assert not find(stack), number
-    stack.ask("Job.objects.all().cancel()")
+    stack.ask("cancel(Job.objects.all())")
     worker = mine(app="faults.failing")
     stack.broker.kill()
     assert worker.wait()

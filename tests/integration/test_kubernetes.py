@@ -469,27 +469,27 @@ from datetime import timedelta
 from uuid import uuid4
 from django.utils import timezone
 from durable_jobs.models import Job, Pause
-from durable_jobs.metrics import Collector
+from durable_jobs.contrib.prometheus import Collector
 from orders.tasks import mail_summary, write_report
 held, paused = {"times_sent": 0, "sweep_at": None}, {"task": mail_summary.name}
 for number, queue in enumerate(["celery", "cpu", "io", "unknown"], start=1):
     for _ in range(number):
         for countdown in (0, 3600):
-            Job.objects.enqueue(write_report, [1], queue=queue, countdown=countdown)
+            enqueue(write_report, [1], queue=queue, countdown=countdown)
         for changes in (
             {"times_sent": 0, "sweep_at": timezone.now() - timedelta(seconds=9)},  # a due countdown
             {"state": "running", "run_token": uuid4()},
-            {**held, "held_by": "tenant:7"},
-            {**paused, **held, "held_by": f"pause:{mail_summary.name}"},
+            {**held, "blocked_by": "tenant:7"},
+            {**paused, **held, "blocked_by": f"pause:{mail_summary.name}"},
             paused,
             {**paused, "times_sent": 0, "sweep_at": timezone.now() - timedelta(seconds=9)},
             {**paused, "state": "running", "run_token": uuid4()},
             *({"state": state, "sweep_at": None, "finished_at": timezone.now()}
               for state in ("succeeded", "failed", "cancelled")),
         ):
-            job = Job.objects.enqueue(write_report, [1], queue=queue)
+            job = enqueue(write_report, [1], queue=queue)
             Job.objects.filter(pk=job.pk).update(**changes)
-Pause.objects.pause(mail_summary.name)
+pauses.pause(mail_summary.name)
 for family in Collector().collect():
     for sample in family.samples:
         print(sample.name, *sample.labels.values(), sample.value)

@@ -137,7 +137,7 @@ def test_a_frozen_worker_loses_its_place(stack, gate, since):
 def test_a_cancelled_job_keeps_its_place_until_its_body_has_ended(stack, gate):
     """However long that takes: here for more than a lease."""
     first, waiting = occupy(stack, gate)
-    stack.ask("Job.objects.get(pk=job).cancel()", job=first)
+    stack.ask("cancel(Job.objects.get(pk=job))", job=first)
     time.sleep(2 * LEASE)
     assert [row["state"] for row in stack.rows(*waiting)] == ["queued"] * 3
     gate.touch()
@@ -148,7 +148,7 @@ def test_a_cancelled_job_keeps_its_place_until_its_body_has_ended(stack, gate):
 @on_each_pool
 def test_the_place_of_a_cancelled_job_is_free_when_its_worker_dies(stack, gate, since):
     first, waiting = occupy(stack, gate)
-    stack.ask("Job.objects.get(pk=job).cancel()", job=first)
+    stack.ask("cancel(Job.objects.get(pk=job))", job=first)
     time.sleep(1)  # the worker notices
     stack.worker.kill()
     start = time.monotonic()
@@ -161,7 +161,7 @@ def test_the_place_of_a_cancelled_job_is_free_at_once_when_its_child_dies(stack,
     """With a lease of 600 s. The second child is ended by a revoke, as in Flower."""
     worker = stack.replace_worker(JOB_LEASE_SECONDS=600)
     first, waiting = occupy(stack, gate)
-    stack.ask("Job.objects.get(pk=job).cancel()", job=first)
+    stack.ask("cancel(Job.objects.get(pk=job))", job=first)
     for child in children_of(worker.pid):
         os.kill(child, signal.SIGKILL)
     check(stack, waiting)
@@ -180,7 +180,7 @@ def test_the_place_of_a_cancelled_job_is_free_at_once_when_its_child_dies(stack,
 def test_a_free_place_is_taken_without_beat(stack, record_property):
     """A body that has ended hands its place over. The time until the next start is recorded."""
     stack.beat.stop()
-    code = "result = [job.pk for job in Job.objects.enqueue_many(one, [['quick', 0]] * 300)]"
+    code = "result = [job.pk for job in enqueue_many(one, [['quick', 0]] * 300)]"
     jobs = stack.ask(code)
     check(stack, jobs)
     starts = bodies(stack, "start", key="quick")
@@ -209,7 +209,7 @@ def inject_faults(stack, enqueue):
     def cancel():
         stack.ask("""
 running = Job.objects.filter(state="running", limit_key__isnull=False)[:2]
-Job.objects.filter(pk__in=[job.pk for job in running]).cancel()
+cancel(Job.objects.filter(pk__in=[job.pk for job in running]))
 """)
 
     def restart_broker():
@@ -243,7 +243,7 @@ result = []
 for number in range(3):
     calls = [(one, ["storm", 0.2]), (two, ["storm", 0.3]), (two, ["storm", 0.1])]
     for task, args in calls:
-        result.append(Job.objects.enqueue(task, args, queue=["cpu", "io"][number % 2]).pk)
+        result.append(enqueue(task, args, queue=["cpu", "io"][number % 2]).pk)
 """
 
     def enqueue():
@@ -297,7 +297,7 @@ def test_a_rate_is_kept_while_workers_come_and_go(stack, record_property):
     """
     beat = stack.replace_beat(JOB_SWEEP_SECONDS=600)
     beat.stop()
-    code = "result = [job.pk for job in Job.objects.enqueue_many(rated, [['a']] * 60)]"
+    code = "result = [job.pk for job in enqueue_many(rated, [['a']] * 60)]"
     jobs = stack.ask(code)
     beat.start()
     wait_for(lambda: has_started(stack, jobs[15]))

@@ -24,11 +24,11 @@ VARIABLES = {"$__rate_interval": "1m", "$queue": ".*", "$task": ".*"}  # as Graf
 # Jobs for each number of the dashboard: some end, some retry, some wait, one kills its worker.
 JOBS = """
 for task, args in [(quick, []), (fail_twice, []), (retry_after, [0])]:
-    Job.objects.enqueue(task, args, queue="cpu")
-result = str(Job.objects.enqueue(die, queue="cpu").pk)
-Job.objects.enqueue(quick, countdown=600)
-Batch.objects.enqueue(quick, [[]], countdown=600)
-Pause.objects.pause("faults.tasks.tick", "SMTP is down")
+    enqueue(task, args, queue="cpu")
+result = str(enqueue(die, queue="cpu").pk)
+enqueue(quick, countdown=600)
+batches.enqueue(quick, [[]], countdown=600)
+pauses.pause("faults.tasks.tick", "SMTP is down")
 """
 
 
@@ -176,7 +176,7 @@ def test_each_question_of_the_dashboard_gets_an_answer(stack, prometheus):
     except AssertionError:
         raise AssertionError(unanswered) from None
     finally:
-        stack.ask("Pause.objects.resume('faults.tasks.tick')")
+        stack.ask("pauses.resume('faults.tasks.tick')")
     asked = " ".join(expression for _, expression in queries(panels))
     scraped = {labels["__name__"] for labels, _ in prometheus.value('{__name__=~"jobs_.*"}')}
     shown = {name for name in scraped if re.sub("_(bucket|sum|count|created)$", "", name) in asked}

@@ -133,7 +133,7 @@ def test_a_real_prometheus_sees_each_alert_fire_and_resolve(stack, prometheus, g
 
     stack.other.stop()
     waiting = stack.enqueue("quick", queue="io")
-    stack.ask("Pause.objects.pause('cpu')")
+    stack.ask("pauses.pause('cpu')")
     for _ in range(3):
         stack.enqueue("raise_at_length", 10)
     stack.enqueue("die")
@@ -146,7 +146,7 @@ def test_a_real_prometheus_sees_each_alert_fire_and_resolve(stack, prometheus, g
     broken.stop()
     stack.beat.start()
     stack.other.start()
-    stack.ask("Pause.objects.resume('cpu')")
+    stack.ask("pauses.resume('cpu')")
     stack.wait_until_final(waiting)
     prometheus.wait_until_quiet()
 

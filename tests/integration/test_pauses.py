@@ -15,7 +15,7 @@ def manage(stack, *words):
 
 def enqueue(stack, task, count, *args, queue="cpu"):
     code = f"""
-jobs = Job.objects.enqueue_many({task}, [args] * count, queue=queue)
+jobs = enqueue_many({task}, [args] * count, queue=queue)
 result = [str(job.pk) for job in jobs]
 """
     return stack.ask(code, args=[str(arg) for arg in args], count=count, queue=queue)
@@ -23,7 +23,7 @@ result = [str(job.pk) for job in jobs]
 
 def wait_until_held(stack, name, count):
     """Wait until a pause holds so many jobs. Held jobs have no message."""
-    ask = "result = Job.objects.filter(held_by=f'pause:{name}', times_sent=0).count()"
+    ask = "result = Job.objects.filter(blocked_by=f'pause:{name}', times_sent=0).count()"
     wait_for(lambda: stack.ask(ask, name=name) == count)
 
 
@@ -82,7 +82,7 @@ def test_a_paused_queue_starts_no_job_whatever_is_restarted(stack, gate, since):
 
 def end_all(stack):
     """Remove all pauses, and cancel what they hold."""
-    stack.ask("Pause.objects.all().delete()\nJob.objects.all().cancel()")
+    stack.ask("Pause.objects.all().delete()\ncancel(Job.objects.all())")
 
 
 @on_each_pool
@@ -93,7 +93,7 @@ def test_after_a_pause_jobs_start_in_order(stack, record_property):
     worker.start()
     try:
         stack.wait_until_final(*enqueue(stack, "quick", 1, queue="one"))
-        stack.ask("Pause.objects.pause('one')")
+        stack.ask("pauses.pause('one')")
         jobs = enqueue(stack, "quick", 60, queue="one")
         wait_until_held(stack, "one", 60)
         time.sleep(2)
@@ -101,7 +101,7 @@ def test_after_a_pause_jobs_start_in_order(stack, record_property):
         seconds = stack.ask(
             """
 import time
-Pause.objects.resume("one")
+pauses.resume("one")
 start = time.monotonic()
 while not Job.objects.filter(pk__in=jobs, started_at__isnull=False).exists():
     time.sleep(0.01)
@@ -120,7 +120,7 @@ result = time.monotonic() - start
 def test_messages_of_paused_jobs_do_not_circle(stack):
     """Each is delivered once, then its job is held: the number of deliveries does not grow."""
     size = stack.worker.log.stat().st_size
-    stack.ask("Pause.objects.pause('faults.tasks.quick')")
+    stack.ask("pauses.pause('faults.tasks.quick')")
     try:
         jobs = enqueue(stack, "quick", 50)
         wait_until_held(stack, "faults.tasks.quick", 50)
@@ -139,7 +139,7 @@ def test_messages_of_paused_jobs_do_not_circle(stack):
         rows = stack.wait_until_final(*enqueue(stack, "read", 5, "x"))  # of the same queue
         assert succeeded(rows, crashes=0), rows
     finally:
-        stack.ask("Pause.objects.resume('faults.tasks.quick')")
+        stack.ask("pauses.resume('faults.tasks.quick')")
     assert succeeded(stack.wait_until_final(*jobs), crashes=0)
     assert ran_once(stack, jobs)
 
@@ -147,7 +147,7 @@ def test_messages_of_paused_jobs_do_not_circle(stack):
 @on_one
 def test_the_schedule_and_countdowns_continue_during_a_pause(stack):
     ticks = "Job.objects.filter(task='faults.tasks.tick')"
-    stack.ask(f"Pause.objects.pause('faults.tasks.tick')\n{ticks}.delete()")
+    stack.ask(f"pauses.pause('faults.tasks.tick')\n{ticks}.delete()")
     try:
         stack.replace_beat("faults.every_second")
         wait_for(lambda: stack.ask(f"result = {ticks}.filter(held_by__isnull=False).count()") > 2)
@@ -155,7 +155,7 @@ def test_the_schedule_and_countdowns_continue_during_a_pause(stack):
         stack.wait_until_final(late)
         assert not stack.ask(f"result = {ticks}.filter(started_at__isnull=False).count()")
     finally:
-        stack.ask("Pause.objects.resume('faults.tasks.tick')")
+        stack.ask("pauses.resume('faults.tasks.tick')")
     wait_for(lambda: stack.ask(f"result = {ticks}.filter(state='succeeded').count()") > 2)
 
 
@@ -167,7 +167,7 @@ def test_a_paused_job_occupies_no_place(stack, gate):
     wait_for(lambda: started(stack, [first]))
     paused = enqueue(stack, "one", 5, key, 0)
     others = enqueue(stack, "report_until", 3, key, gate)
-    stack.ask("Pause.objects.pause('faults.limited.one')")
+    stack.ask("pauses.pause('faults.limited.one')")
     try:
         gate.touch()
         stack.wait_until_final(first, *others)
@@ -176,7 +176,7 @@ def test_a_paused_job_occupies_no_place(stack, gate):
         stack.wait_until_final(*last)
         wait_until_held(stack, "faults.limited.one", 10)
     finally:
-        stack.ask("Pause.objects.resume('faults.limited.one')")
+        stack.ask("pauses.resume('faults.limited.one')")
     rows = stack.wait_until_final(*paused, *more)
     assert succeeded(rows, crashes=0), rows
     assert started(stack, paused + more) == paused + more

@@ -26,7 +26,7 @@ from users.models import User
 from durable_jobs.models import Job
 from orders.tasks import forecast_demand
 owner = User.objects.get()
-print(Job.objects.enqueue(forecast_demand, ["Tea"], {"rounds": 1}, countdown=1, owner=owner).pk)
+print(enqueue(forecast_demand, ["Tea"], {"rounds": 1}, countdown=1, owner=owner).pk)
 """
 
 

@@ -60,7 +60,7 @@ def test_a_worker_whose_slots_were_full_fetches_the_next_jobs_without_a_pause(st
     """250 short jobs on 4 slots. By default Kombu's SQS pauses for a second after every eight."""
     start = time.monotonic()
     jobs = stack.ask(
-        "result = [j.pk for j in Job.objects.enqueue_many(quick, [[]] * 250, queue='cpu')]"
+        "result = [j.pk for j in enqueue_many(quick, [[]] * 250, queue='cpu')]"
     )
     rows = stack.wait_until_final(*jobs)
     since(start)

@@ -134,12 +134,12 @@ def test_it_is_held_by_a_limit(stack, say, gate):
 
 @on_one
 def test_its_queue_is_paused(stack, say):
-    stack.ask("Pause.objects.pause('cpu', 'SMTP is down')")
+    stack.ask("pauses.pause('cpu', 'SMTP is down')")
     try:
         job = enqueue(stack, "job = quick.using(owner=owner, queue='cpu').enqueue()")
         say(job, r"^Paused for \d+ s: SMTP is down", "Paused for .*: SMTP is down")
     finally:
-        stack.ask("Pause.objects.resume('cpu')")
+        stack.ask("pauses.resume('cpu')")
 
 
 @on_one

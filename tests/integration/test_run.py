@@ -109,9 +109,9 @@ from users.models import User
 
 owner = User.objects.get()
 options = {"owner": owner, "countdown": 999}
-batch = Batch.objects.enqueue(write_report, [[owner.pk]] * 25, label="Reports", **options)
+batch = batches.enqueue(write_report, [[owner.pk]] * 25, label="Reports", **options)
 batch.jobs.first().cancel()
-Job.objects.enqueue(write_report, [owner.pk], label="One report", **options)
+enqueue(write_report, [owner.pk], label="One report", **options)
 """
 
 
@@ -158,7 +158,7 @@ from users.models import User
 owner = User.objects.get()
 for number in range(3):
     job = call_api.using(owner=owner, label=f"Call {number}").enqueue(7)
-Pause.objects.pause(count.name, "SMTP is down")
+pauses.pause(count.name, "SMTP is down")
 paused = count.using(owner=owner, label="Paused").enqueue(1)
 result = [str(job.pk), str(paused.pk)]
 """

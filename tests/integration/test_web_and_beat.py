@@ -65,11 +65,11 @@ def test_most_of_many_jobs_wait_for_a_beat_that_died_a_moment_ago(stack):
     stack.beat.kill()
     code = """
 from django.db.models.functions import Now
-from durable_jobs import queryset
+from durable_jobs import enqueue
 from durable_jobs.models import Sweep
 Sweep.objects.update(ended_at=Now())
-queryset.SENT_AT_ONCE = 3
-result = [str(job.pk) for job in Job.objects.enqueue_many(quick, [[]] * 10, queue="cpu")]
+enqueue.SENT_AT_ONCE = 3
+result = [str(job.pk) for job in enqueue_many(quick, [[]] * 10, queue="cpu")]
 """
     jobs = stack.ask(code)
     assert succeeded(stack.wait_until_final(*jobs[:3]), crashes=0)
@@ -121,7 +121,7 @@ def test_a_beat_that_hangs_touches_no_liveness_file(stack, tmp_path):
     code = """
 from django.utils import timezone
 sweep = Sweep.objects.get()
-result = [(timezone.now() - time).total_seconds() for time in (sweep.ended_at, sweep.tick_due_at)]
+result = [(timezone.now() - time).total_seconds() for time in (sweeper.ended_at, sweeper.tick_due_at)]
 """
     swept, late = stack.ask(code)
     assert swept < LEASE < 2 * LEASE < late
@@ -172,14 +172,14 @@ def test_a_tick_during_a_database_outage_is_not_lost(stack, since):
 
 
 def enqueue_many(stack, count, *args, **options):
-    code = "result = [job.pk for job in Job.objects.enqueue_many(read, [args] * count, **options)]"
+    code = "result = [job.pk for job in enqueue_many(read, [args] * count, **options)]"
     return stack.ask(code, args=args, count=count, options=options)
 
 
 def enqueue_ended(stack, count):
     """Return the ids of `count` jobs that have ended."""
     jobs = enqueue_many(stack, count, "", countdown=99)
-    stack.ask("Job.objects.filter(pk__in=jobs).cancel()", jobs=jobs)
+    stack.ask("cancel(Job.objects.filter(pk__in=jobs))", jobs=jobs)
     return jobs
 
 
@@ -273,7 +273,7 @@ def test_old_jobs_that_are_hard_to_delete_stop_nothing(stack, gate, since, hinde
         since(start)
     assert succeeded([row], crashes=0), row
     wait_for(lambda: not remaining(stack, old))
-    stack.ask("Job.objects.filter(pk=job).cancel()", job=job)
+    stack.ask("cancel(Job.objects.filter(pk=job))", job=job)
 
 
 # Jobs are large: Beat needs little memory

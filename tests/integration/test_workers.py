@@ -258,7 +258,7 @@ from orders.tasks import send_newsletter
 newsletter = Newsletter.objects.create(subject="News", body="All is well.")
 emails = [f"{number}@example.com" for number in range(count)]
 Recipient.objects.bulk_create(Recipient(newsletter=newsletter, email=email) for email in emails)
-result = Job.objects.enqueue(send_newsletter, [newsletter.pk], queue="news").pk
+result = enqueue(send_newsletter, [newsletter.pk], queue="news").pk
 """
     with Mails(count // 2 + 50) as mails:  # in the middle of a chunk
         worker = stack.make_worker("news", "news", EMAIL_URL=mails.url)

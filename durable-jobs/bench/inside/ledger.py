@@ -16,9 +16,11 @@ from users.models import User
 from work_tasks import job as task
 from work_tasks import plain
 
-from durable_jobs import sweep
+from durable_jobs.actions import cancel
+from durable_jobs.enqueue import enqueue
+from durable_jobs.beat.schedule import sweeper
 from durable_jobs.models import Job, Sweep
-from durable_jobs.updates import claim, succeed
+from durable_jobs.transitions import claim, succeed
 
 LATER = 10**6  # seconds
 # What a worker claims a job with, besides its id and the token
@@ -84,7 +86,7 @@ def statements():
     """Return the three statements of a job as a script for pgbench, of another job each time."""
     token = uuid.uuid4()
     with CaptureQueriesContext(connection) as captured:
-        job = Job.objects.enqueue(task, ["-", 0, 0], queue="pgbench")
+        job = enqueue(task, ["-", 0, 0], queue="pgbench")
         key = {"id": job.pk, "run_token": token}
         assert claim(Job.objects, **key, **CLAIM)
         assert succeed(Job.objects, **key, result={"sent": 1}, message="Sent")
@@ -103,8 +105,8 @@ def sweep_due(count, queues):
     copies(job_for_later("later"), count, queue=queue, sweep_at=due, created_at=due)
     began = time.perf_counter()
     while Job.objects.filter(times_sent=0, queue__startswith="due").exists():
-        sweep.send_due()
-        sweep.recover_lapsed()
+        sweeper.send_due()
+        sweeper.recover_lapsed()
     seconds = time.perf_counter() - began
     assert Job.objects.filter(times_sent=1, queue__startswith="due").count() == count
     return count / seconds
@@ -134,7 +136,7 @@ def pages(count):
         seconds = [seconds_of(get, url) for _ in range(23)]
         taken.append(median(seconds[3:]) * 1000)  # the first three compile and connect
     Sweep.objects.all().delete()  # else no job is deleted before Beat has counted it
-    rounds = sum(map(seconds_of, [sweep.Purge(Job, "finished_at").delete_page] * 3))
+    rounds = sum(map(seconds_of, [sweeper.Purge(Job, "finished_at").delete_page] * 3))
     return taken, (count - newest.count()) / rounds
 
 
@@ -150,13 +152,13 @@ def fill(count):
 
 def job_for_later(queue, **options):
     """Enqueue a job that has no message yet."""
-    return Job.objects.enqueue(task, ["-", 0, 0], queue=queue, countdown=LATER, **options)
+    return enqueue(task, ["-", 0, 0], queue=queue, countdown=LATER, **options)
 
 
 def finished(count, owner=None):
     """Insert jobs that ended in the last sixty days; one in ten failed."""
     job = job_for_later("celery", owner=owner)
-    type(job).objects.filter(pk=job.pk).cancel()
+    cancel(type(job).objects.filter(pk=job.pk))
     age = f"now() - n * interval '60 days' / {count}"
     state = "CASE WHEN n % 10 = 0 THEN 'failed' ELSE 'succeeded' END"
     copies(job, count, state=state, created_at=age, finished_at=age)

@@ -5,7 +5,8 @@ from statistics import median
 from ledger import copies, job_for_later, sql
 from sending import empty, seconds_of
 
-from durable_jobs import turns
+from durable_jobs import pauses
+from durable_jobs import admission
 from durable_jobs.models import Job, Pause
 
 KEY = "'five:' || n % {}"  # of the row with the number n, in SQL
@@ -21,7 +22,7 @@ def store(at_once, keys, count, path):
     empty("job")
     task = {1: work_tasks.one, 5: work_tasks.five, None: work_tasks.keyed}[at_once]
     calls = [[path, str(n % keys)] for n in range(count)]
-    return seconds_of(Job.objects.enqueue_many, task, calls)
+    return seconds_of(enqueue_many, task, calls)
 
 
 def gaps():
@@ -41,12 +42,12 @@ def held(count, keys):
     job = job_for_later("held")
     row = {"sweep_at": "NULL", "due_at": "now() - n * interval '1 ms'"}
     if keys:
-        copies(job, count, **row, limit_key=KEY.format(keys), held_by=KEY.format(keys))
+        copies(job, count, **row, limit_key=KEY.format(keys), blocked_by=KEY.format(keys))
         running = {"state": "'running'", "run_token": "gen_random_uuid()"}
         copies(job, 5 * keys, **running, limit_key=KEY.format(keys))
     else:
-        Pause.objects.pause("held")
-        copies(job, count, **row, held_by="'pause:held'")
+        pauses.pause("held")
+        copies(job, count, **row, blocked_by="'pause:held'")
     job.delete()
     sql("VACUUM ANALYZE durable_jobs_job")
     taken = [seconds_of(look) for _ in range(12)]
@@ -56,4 +57,4 @@ def held(count, keys):
 
 def look():
     """Do what the sweep does for held jobs in each round."""
-    turns.let_due_go()
+    admission.admit_due()

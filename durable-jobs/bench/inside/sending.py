@@ -4,6 +4,9 @@ import os
 import random
 import time
 
+from durable_jobs.enqueue import enqueue
+from durable_jobs.enqueue import enqueue_many
+
 NAMES = ["path", "seconds", "rounds"]  # the arguments of work()
 WARM_UP = 3
 
@@ -28,8 +31,8 @@ class Job:
         from durable_jobs.models import Job
 
         self.rows, self.succeeded = Job.objects, {"state": "succeeded"}
-        self.send = lambda *arguments: Job.objects.enqueue(job, arguments).pk
-        self.send_many = lambda calls: Job.objects.enqueue_many(job, calls)
+        self.send = lambda *arguments: enqueue(job, arguments).pk
+        self.send_many = lambda calls: enqueue_many(job, calls)
 
 
 class Procrastinate:

@@ -3,6 +3,8 @@
 from celery import chain, chord
 from sending import KINDS, empty, seconds_of
 
+from durable_jobs import batches
+
 
 def store(kind, shape, count, path):
     """Store `count` tasks. Returns the seconds. The callback, if any, writes another file."""
@@ -26,7 +28,7 @@ def enqueue_many(task, calls, then):
 def enqueue_batch(task, calls, then):
     from durable_jobs.models import Batch
 
-    Batch.objects.enqueue(task, calls, then=then)
+    batches.enqueue(task, calls, on_success=then)
 
 
 def send_chord(task, calls, then):

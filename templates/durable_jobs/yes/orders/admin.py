@@ -1,6 +1,7 @@
 from django.contrib import admin
+from durable_jobs import batches
 from durable_jobs.admin import announce
-from durable_jobs.models import Batch, Job
+from durable_jobs.enqueue import enqueue_many
 
 from . import tasks
 from .models import Newsletter, Order
@@ -15,25 +16,24 @@ class OrderAdmin(admin.ModelAdmin):
     def forecast_demand(self, request, queryset):
         products = queryset.order_by().values_list("product", flat=True).distinct()
         calls = [[product] for product in products]  # the arguments of each job
-        jobs = Job.objects.enqueue_many(tasks.forecast_demand, calls, owner=request.user)
+        jobs = enqueue_many(tasks.forecast_demand, calls, owner=request.user)
         announce(request, jobs)
 
     @admin.action(description="Ask the supplier about these products", permissions=["change"])
     def ask_supplier(self, request, queryset):
         products = list(queryset.order_by().values_list("product", flat=True).distinct())
-        result = tasks.ask_supplier.using(owner=request.user).enqueue(products)
-        announce(request, [Job.objects.get(pk=result.id)])
+        announce(request, [tasks.ask_supplier.using(owner=request.user).enqueue(products)])
 
     @admin.action(description="Mail me what was ordered", permissions=["view"])
     def mail_sum(self, request, queryset):
         """A batch: many jobs, then one that mails the sum of their results. No request waits for it."""
         pks = list(queryset.values_list("pk", flat=True))
-        Batch.objects.enqueue(
+        batches.enqueue(
             tasks.count_ordered,
             [[pks[at : at + 1000]] for at in range(0, len(pks), 1000)],
             owner=request.user,
             label="What was ordered",
-            then=tasks.mail_sum.s(request.user.email),
+            on_success=tasks.mail_sum.s(request.user.email),
         )
         self.message_user(request, f"The sum goes to {request.user.email}.")
 

@@ -1,6 +1,6 @@
 from drf_spectacular.utils import extend_schema
-from durable_jobs.serializers import JobSerializer
-from durable_jobs.views import EnqueueMixin, accepted
+from durable_jobs.api.serializers import JobSerializer
+from durable_jobs.api.views import EnqueueMixin, accepted
 from rest_framework import permissions, viewsets
 from rest_framework.decorators import action
 from rest_framework.parsers import MultiPartParser

@@ -10,6 +10,7 @@ from django.contrib.auth.models import Permission
 from django.core.files.uploadedfile import SimpleUploadedFile
 from django.core.mail.backends.locmem import EmailBackend
 from django.utils import timezone
+from durable_jobs.actions import run_again
 from durable_jobs.models import Batch, Job
 from durable_jobs.tasks import JobTask
 
@@ -169,7 +170,7 @@ def test_an_import_continues_at_the_chunk_that_failed(api, run_jobs, mailoutbox,
     monkeypatch.setattr(JobTask, "report", fail_at_the_second_chunk)
     run_jobs()
     assert (Job.objects.get().cursor, Order.objects.count()) == (100, 100)
-    Job.objects.get().run_again()
+    run_again(Job.objects.get())
     run_jobs()
     assert (Order.objects.count(), len(mailoutbox)) == (150, 1)
 

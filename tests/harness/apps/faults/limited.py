@@ -8,6 +8,7 @@ from pathlib import Path
 
 from celery import shared_task
 
+from durable_jobs import batches
 from durable_jobs.models import Batch
 from durable_jobs.tasks import JobTask
 
@@ -102,4 +103,4 @@ def summarize(self, tenant_id):
 
 def call_all(tenant_id, contacts):
     calls = [[tenant_id, contact] for contact in contacts]
-    return Batch.objects.enqueue(call_api, calls, ended=summarize.si(tenant_id))
+    return batches.enqueue(call_api, calls, on_finish=summarize.si(tenant_id))

@@ -7,6 +7,8 @@ from django.db import connection
 from django.db.models import Count, Max, Sum
 from django.utils import timezone
 
+from durable_jobs.actions import cancel
+from durable_jobs.enqueue import enqueue_many
 from durable_jobs.expressions import ACTIVE
 from durable_jobs.models import Batch, Job
 from durable_jobs.publish import publish
@@ -78,11 +80,11 @@ def count_started(jobs, others):
 
 def age_jobs():
     """Make 20 jobs that ended 99 days ago. The first one cannot be deleted. Return their ids."""
-    jobs = [job.pk for job in Job.objects.enqueue_many(quick, [[]] * 20, countdown=99)]
+    jobs = [job.pk for job in enqueue_many(quick, [[]] * 20, countdown=99)]
     with connection.cursor() as cursor:
         cursor.execute("INSERT INTO keeps VALUES (%s)", [jobs[0]])
     rows = Job.objects.filter(pk__in=jobs)
-    rows.cancel()
+    cancel(rows)
     rows.update(finished_at=timezone.now() - timedelta(days=99))
     return [str(job) for job in jobs]
 

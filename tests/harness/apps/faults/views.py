@@ -11,6 +11,8 @@ from django_tasks import task
 from rest_framework.decorators import api_view
 from rest_framework.response import Response
 
+from durable_jobs import batches
+from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Batch, Job
 
 from . import tasks
@@ -27,7 +29,7 @@ def enqueue(request):
         job = Job.objects.filter(idempotency_key=key).exclude(idempotency_key=None).first()
         if not job:
             args, owner = request.data["args"], request.user
-            job = Job.objects.enqueue(task, args, owner=owner, idempotency_key=key)
+            job = enqueue(task, args, owner=owner, idempotency_key=key)
     return Response({"id": job.pk}, status=202)
 
 
@@ -47,7 +49,7 @@ def work(request):
             chord([*members[1:], chain(members[0], *rest[1:])], rest[0]).apply_async(**options)
         else:
             calls = [member.args for member in members]
-            Batch.objects.enqueue(tasks.write, calls, then=rest[0], ended=rest[1], **options)
+            batches.enqueue(tasks.write, calls, on_success=rest[0], on_finish=rest[1], **options)
     return Response({"id": key}, status=202)
 
 
