@@ -214,9 +214,7 @@ CELERY_TASK_QUEUES = [Queue(name, routing_key=name) for name in ["{{ include_exa
 {% if has_example %}
 CELERY_TASK_ROUTES = {  # a queue for each kind of load, so that one doesn't delay another
     "orders.tasks.forecast_demand": {"queue": "cpu"},
-{% if not has_jobs %}
-    "orders.tasks.check_stock": {"queue": "io"},
-{% endif %}
+    "orders.tasks.{{ "ask_supplier" if has_jobs else "check_stock" }}": {"queue": "io"},
 }
 {% else %}
 CELERY_TASK_ROUTES = {}

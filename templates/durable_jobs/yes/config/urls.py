@@ -6,8 +6,8 @@ from django.contrib.auth.views import LoginView, LogoutView
 from django.urls import include, path, reverse_lazy
 from django.views.generic import TemplateView
 from drf_spectacular.views import SpectacularAPIView, SpectacularSwaggerSplitView
-from durable_jobs.contrib.prometheus import Metrics
 from durable_jobs.api.views import BatchViewSet, JobViewSet
+from durable_jobs.contrib.prometheus import Metrics
 from rest_framework.routers import DefaultRouter
 {% if has_example %}
 

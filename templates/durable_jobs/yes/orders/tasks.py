@@ -17,8 +17,7 @@ from django.core.validators import ProhibitNullCharactersValidator
 from django.db import transaction
 from django.db.models import Sum
 from django.utils import timezone
-from django_tasks import task
-from durable_jobs.tasks import JobError, JobTask
+from durable_jobs.tasks import JobError, job
 
 from .models import Import, Newsletter, Order
 
@@ -26,7 +25,7 @@ CHUNK = 100  # mails, or lines of a file
 SUPPLIER_URL = "https://supplier.example/stock"  # fixed: no user may choose which server is called
 
 
-@shared_task(base=JobTask, bind=True, autoretry_for=(OSError,), retry_backoff=True, max_retries=8)
+@job(autoretry_for=(OSError,), retry_backoff=True, max_retries=8)
 def send_confirmation(self, order_id):
     """A job for one user. It is retried, after longer and longer pauses, if the mail server fails.
 
@@ -43,7 +42,7 @@ def send_confirmation(self, order_id):
     self.report(100, message=f"Sent to {order.owner.email}")
 
 
-@shared_task(base=JobTask, bind=True, autoretry_for=(OSError,), retry_backoff=True, max_retries=8)
+@job(autoretry_for=(OSError,), retry_backoff=True, max_retries=8)
 def send_newsletter(self, newsletter_id):
     """A long job, which works in chunks and reports its progress after each chunk.
 
@@ -62,7 +61,7 @@ def send_newsletter(self, newsletter_id):
     return {"sent": done}
 
 
-@shared_task(base=JobTask, bind=True)
+@job
 def import_orders(self, import_id):
     """A job that reads an uploaded file. Each line becomes exactly one order, whatever crashes.
 
@@ -83,9 +82,9 @@ def import_orders(self, import_id):
     return {"imported": done}
 
 
-@shared_task(base=JobTask, bind=True, autoretry_for=(OSError,), retry_backoff=True, max_retries=8)
+@job(autoretry_for=(OSError,), retry_backoff=True, max_retries=8)
 def mail_summary(self, import_id, count):
-    """The next step of a job. It is stored together with the success of the import, so exactly once."""
+    """The next job: it is stored together with the success of the import, so exactly once."""
     upload = Import.objects.get(pk=import_id)
     upload.owner.email_user("Your import", f"{count} orders were imported from {upload}.")
 
@@ -109,11 +108,11 @@ def read_orders(upload):
             raise JobError(message) from error
 
 
-@shared_task(base=JobTask, bind=True)
+@job
 def write_report(self, owner_id, days=30):
     """A job to watch and to cancel. A button on the jobs page starts it.
 
-    A body does not know its job's owner, so the owner's id is an argument too.
+    A task does not know its job's owner, so the owner's id is an argument too.
     """
     today, ordered = timezone.localdate(), Counter()
     for done in range(days):
@@ -129,7 +128,7 @@ def sum_by_product(orders):
     return dict(orders.values_list("product").annotate(Sum("quantity")))
 
 
-@shared_task(base=JobTask, bind=True)
+@job
 def forecast_demand(self, product, days=30, rounds=100_000):
     """A CPU-bound job. It has its own queue, so that mails do not wait for it."""
     quantities = list(Order.objects.filter(product=product).values_list("quantity", flat=True))
@@ -142,17 +141,16 @@ def forecast_demand(self, product, days=30, rounds=100_000):
     return {"median": totals[rounds // 2], "95th percentile": totals[rounds * 95 // 100]}
 
 
-@task(takes_context=True, queue_name="io")
-def ask_supplier(context, products):
-    """An I/O-bound job. It waits for another server.
+@job
+def ask_supplier(self, products):
+    """An I/O-bound job: it waits for another server.
 
-    So it has its own queue, and each wait has a timeout. It is declared with @task, as in Django's
-    documentation, and is a job too.
+    So it has its own queue (see CELERY_TASK_ROUTES), and each wait has a timeout.
     """
     stock = {}
     with httpx.Client(timeout=10) as client:
         for done, product in enumerate(products):
-            context.report(done, len(products), f"Asking about {product}")
+            self.report(done, len(products), f"Asking about {product}")
             try:
                 answer = client.get(SUPPLIER_URL, params={"product": product})
                 stock[product] = answer.raise_for_status().json()
@@ -171,15 +169,15 @@ def send_preview(newsletter_id, email):
     send_mail(f"Preview: {newsletter.subject}", newsletter.body, None, [email])
 
 
-@shared_task(base=JobTask)
-def count_ordered(order_ids):
+@job
+def count_ordered(self, order_ids):
     """A member of a batch. Its result is passed to mail_sum()."""
     return sum_by_product(Order.objects.filter(pk__in=order_ids))
 
 
-@shared_task(base=JobTask, autoretry_for=(OSError,), retry_backoff=True, max_retries=8)
-def mail_sum(counts, email):
-    """The `then` of a batch. It gets the results of all members when all have succeeded."""
+@job(autoretry_for=(OSError,), retry_backoff=True, max_retries=8)
+def mail_sum(self, counts, email):
+    """The `on_success` of a batch. It gets the results of all members when all have succeeded."""
     total = sum(map(Counter, counts), Counter())
     lines = [f"{count} × {product}" for product, count in total.items()]
     send_mail("What was ordered", "\n".join(lines), None, [email])

@@ -19,12 +19,12 @@ MEMBERS, STEPS = 4, 6  # jobs of a batch, and jobs of a batch with what starts a
 
 
 def numbers_of(work):
-    """Return what each job of a batch or chain writes. The jobs that stand alone write others."""
+    """Return what each job of a batch, or each next job, writes. The jobs that stand alone write others."""
     return [-(work * STEPS + step) - 1 for step in range(STEPS)]
 
 
 def survey_works(works):
-    """Return the states of all batches, and of jobs of these batches and chains.
+    """Return the states of all batches, and of their jobs.
 
     Also return how many of their jobs are missing, and how many are there twice.
     """

@@ -287,13 +287,18 @@ def die(self, seconds=0):
 
 
 @shared_task(base=JobTask, bind=True, autoretry_for=(Error,), default_retry_delay=1, max_retries=99)
-def write(self, number, seconds):
-    """A correct body: safe to repeat, and retried when the database is unavailable."""
+def write(self, number, seconds, then=()):
+    """Write a number, and those in `then` in next jobs.
+
+    Correct: safe to repeat, and retried when the database is unavailable.
+    """
     with connection.cursor() as cursor:
         cursor.execute("INSERT INTO written VALUES (%s) ON CONFLICT DO NOTHING", [number])
     connection.close()
     note(self, "start")
     time.sleep(float(seconds))
+    if then:
+        self.enqueue_next(write, [then[0], seconds, then[1:]])
 
 
 @shared_task(bind=True, default_retry_delay=1)  # also after its child was lost

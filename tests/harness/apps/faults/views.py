@@ -4,7 +4,6 @@ import asyncio
 import os
 import signal
 
-from celery import chain, chord
 from django.db import transaction
 from django.http import JsonResponse
 from django_tasks import task
@@ -12,7 +11,7 @@ from rest_framework.decorators import api_view
 from rest_framework.response import Response
 
 from durable_jobs import batches
-from durable_jobs.enqueue import enqueue
+from durable_jobs.enqueue import enqueue as store
 from durable_jobs.models import Batch, Job
 
 from . import tasks
@@ -29,27 +28,29 @@ def enqueue(request):
         job = Job.objects.filter(idempotency_key=key).exclude(idempotency_key=None).first()
         if not job:
             args, owner = request.data["args"], request.user
-            job = enqueue(task, args, owner=owner, idempotency_key=key)
+            job = store(task, args, owner=owner, idempotency_key=key)
     return Response({"id": job.pk}, status=202)
 
 
 @api_view(["POST"])
 def work(request):
-    """Store a batch, a chord or a chain, once for each key."""
+    """Store a job with next jobs, or a batch, once for each key."""
     key, number = request.data["key"], request.data["number"]
-    steps = [tasks.write.si(each, 0.1) for each in numbers_of(number)]
-    members, rest = steps[:MEMBERS], steps[MEMBERS:]
+    numbers = numbers_of(number)
+    members, rest = numbers[:MEMBERS], numbers[MEMBERS:]
+    calls, callbacks = [[each, 0.1] for each in members], [tasks.write.si(n, 0.1) for n in rest]
     options = {"owner": request.user, "label": key}
     with transaction.atomic():
         if any(model.objects.filter(label=key).exists() for model in (Batch, Job)):
             pass
         elif number % 3 == 0:
-            chain(*steps).apply_async(**options)
+            tasks.write.using(**options).enqueue(numbers[0], 0.1, numbers[1:])
         elif number % 3 == 1:
-            chord([*members[1:], chain(members[0], *rest[1:])], rest[0]).apply_async(**options)
+            calls[0].append(rest[1:])
+            batches.enqueue(tasks.write, calls, on_success=callbacks[0], **options)
         else:
-            calls = [member.args for member in members]
-            batches.enqueue(tasks.write, calls, on_success=rest[0], on_finish=rest[1], **options)
+            first, last = callbacks
+            batches.enqueue(tasks.write, calls, on_success=first, on_finish=last, **options)
     return Response({"id": key}, status=202)
 
 
