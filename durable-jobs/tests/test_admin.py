@@ -415,7 +415,9 @@ def test_the_admin_lists_the_jobs_of_a_batch(admin_client, batch):
     page = admin_client.get(f"/admin/durable_jobs/job/?batch={batch.pk}").content.decode()
     assert all(str(job.pk) in page for job in batch.jobs.all())
     assert str(alone.pk) not in page
-    page = admin_client.get(f"/admin/durable_jobs/job/{batch.jobs.first().pk}/change/").content.decode()
+    page = admin_client.get(
+        f"/admin/durable_jobs/job/{batch.jobs.first().pk}/change/"
+    ).content.decode()
     assert f'<a href="/admin/durable_jobs/batch/{batch.pk}/change/">Greetings</a>' in page
 
 

@@ -30,7 +30,12 @@ def counts(**states):
 
 def test_a_batch_is_shown_to_its_owner(api, user, run_jobs):
     batch = batches.enqueue(
-        greet, [["Ada"], ["Bo"]], owner=user, label="Greetings", on_success=greet.si(), on_finish=greet.si()
+        greet,
+        [["Ada"], ["Bo"]],
+        owner=user,
+        label="Greetings",
+        on_success=greet.si(),
+        on_finish=greet.si(),
     )
     url = f"/api/batches/{batch.pk}/"
     shown = api.get(url).json()
@@ -176,8 +181,6 @@ def test_batches_are_filtered_by_state(api, user, batch):
         assert api.get(f"/api/batches/?state={query}").status_code == 400
 
 
-
-
 def test_the_serializers_take_a_manager_as_rest_framework_does(user):
     batches.enqueue(greet, [[]], owner=user)
     context = {"request": RequestFactory().get("/")}
@@ -315,7 +318,7 @@ def scans(client, url):
     found = set()
     with connection.cursor() as cursor:
         for query in captured.captured_queries:
-            if '"jobs_' in query["sql"]:
+            if '"durable_jobs_' in query["sql"]:
                 cursor.execute(f"EXPLAIN {query['sql']}")
                 plan = "\n".join(line for (line,) in cursor.fetchall())
                 found |= set(re.findall(r"(?:Seq|Index|Only) Scan (?:using|on) (\w+)", plan))
@@ -328,7 +331,7 @@ def test_the_lists_read_no_more_than_a_page(api, thousands):
     pages = "/api/batches/", "/api/jobs/with_batches/"
     found = {"batch_owner", "job_batch"}
     assert [scans(api, url) for url in pages] == [found, found | {"job_owner_alone"}]
-    one = {"jobs_batch_pkey", "job_batch", "job_follows"}
+    one = {"durable_jobs_batch_pkey", "job_batch", "job_follows"}
     assert scans(api, f"/api/batches/{thousands[0].pk}/") == one
 
 

@@ -144,8 +144,6 @@ def test_then_does_not_get_results_if_it_is_immutable(run_jobs):
     assert [job.result for job in next_jobs(batch)] == [["x"]]
 
 
-
-
 def test_members_of_several_tasks_are_stored_in_one_transaction(user, run_jobs):
     with batches.open_batch(owner=user, on_success=echo.s()) as batch:
         jobs = [batches.add(batch, add, [n, 0], label=f"Job {n}") for n in range(20)]
@@ -194,12 +192,13 @@ def test_a_member_may_add_others(run_jobs):
 def test_a_batch_that_has_ended_takes_no_job(run_jobs):
     batch = many()
     run_jobs()
-    for add_job in (partial(batches.add, batch), lambda *args: batches.add_many(batch, add, [[1, 2]])):
+    for add_job in (
+        partial(batches.add, batch),
+        lambda *args: batches.add_many(batch, add, [[1, 2]]),
+    ):
         with pytest.raises(ValueError, match="the batch has ended"):
             add_job(add, [1, 2])
     assert batch.jobs.count() == 3
-
-
 
 
 def test_a_body_knows_its_batch(run_jobs):
@@ -220,8 +219,6 @@ def test_a_cancelled_batch_cancels_its_jobs_and_starts_ended(run_jobs):
     run_jobs()
     assert batches.cancel(batch) == 0
     assert after(batch) == ("cancelled", ["ended"])
-
-
 
 
 def test_the_sweep_ends_a_batch_whose_worker_died_before_it_could(monkeypatch):
@@ -256,17 +253,11 @@ def test_a_batch_stays_open_while_the_database_is_away(monkeypatch, caplog):
     assert after(batch)[0] == "succeeded"
 
 
-
-
 @pytest.mark.parametrize("name", ["on_success", "on_finish"])
 @pytest.mark.parametrize("value", ["echo", [1], 1])
 def test_what_comes_next_is_a_call(name, value):
     with pytest.raises(TypeError, match="is no call of a job"):
         batches.enqueue(add, [[1, 2]], **{name: value})
-
-
-
-
 
 
 def test_arguments_that_a_worker_cannot_decode_are_refused():
@@ -298,8 +289,6 @@ def test_a_stored_batch_is_not_saved_as_a_whole(run_jobs):
     run_jobs()
     with pytest.raises(TypeError, match="use save"):
         batch.save()
-
-
 
 
 def test_a_coroutine_knows_its_batch(run_jobs):

@@ -18,6 +18,7 @@ from django.utils import timezone
 from helpers import CLAIM, ROUNDS, fail_run, in_thread, race, run_while_open, succeed_run
 
 from durable_jobs import batches, messages, transitions
+from durable_jobs.beat import purge
 from durable_jobs.enqueue import insert_many, new_fields
 from durable_jobs.expressions import UNFINISHED
 from durable_jobs.models import Batch, Job
@@ -149,10 +150,6 @@ def test_a_step_of_a_chain_is_stored_while_another_job_ends():
     assert_ended_once(new[:20])
 
 
-
-
-
-
 # A job is added
 
 
@@ -164,7 +161,7 @@ def test_a_job_is_added_while_the_last_one_ends():
         try:
             with transaction.atomic():
                 time.sleep(random.choice([0, 0, 0.002]))
-                job = new[number].enqueue(step)
+                job = batches.add(new[number], step)
                 time.sleep(random.choice([0, 0.002]))
             return job
         except ValueError:
@@ -251,7 +248,7 @@ def test_a_batch_can_be_cancelled_while_a_long_transaction_adds_a_job():
     [batch], _ = store(1, 1)
     with transaction.atomic():
         batches.add(batch, step)
-        assert in_thread(Batch.objects.get().cancel) == 1
+        assert in_thread(lambda: batches.cancel(Batch.objects.get())) == 1
     batch.refresh_from_db()
     assert batch.state == "open"
     end_all_members(batch)
@@ -285,7 +282,7 @@ def test_a_batch_leaves_no_setting_in_the_callers_transaction(use):
     [batch], _ = store(1, 1)
     calls = {
         "enqueue": lambda: batches.add(batch, step),
-        "cancel": batch.cancel,
+        "cancel": lambda: batches.cancel(batch),
         "nothing": lambda: batches.enqueue(step, []),
     }
     with transaction.atomic(), connection.cursor() as cursor:
@@ -312,10 +309,10 @@ def test_a_purge_deletes_no_old_job_of_a_batch_that_ends():
         assert transitions.finish(first.row, "succeeded")
     age(new, "succeeded")
 
-    def purge(number):
+    def delete(number):
         purge.delete(Job.objects.filter(pk=runs[number][0].job_id))
 
-    race(ROUNDS, lambda n: succeed_run(runs[n][1]), purge)
+    race(ROUNDS, lambda n: succeed_run(runs[n][1]), delete)
     assert_ended_once(new)
     assert Job.objects.filter(batch__in=new).count() == 2 * ROUNDS
 
@@ -327,10 +324,10 @@ def test_a_purge_deletes_no_job_of_a_batch_that_runs_again():
     assert_ended_once(new)
     age(new, "failed")
 
-    def purge(number):
+    def delete(number):
         purge.delete(Job.objects.filter(pk=runs[number][0].job_id))
 
-    again, _ = race(ROUNDS, lambda n: batches.run_failed_again(new[n]), purge)
+    again, _ = race(ROUNDS, lambda n: batches.run_failed_again(new[n]), delete)
     for batch, jobs in zip(new, again, strict=True):
         assert batch.jobs.filter(state="queued").count() == len(jobs)
         batch.refresh_from_db()

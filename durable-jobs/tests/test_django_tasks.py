@@ -48,10 +48,6 @@ def add(a, b=1):
     return a + b
 
 
-
-
-
-
 @task
 def broken():
     raise LookupError("no such thing")
@@ -61,8 +57,6 @@ def broken():
 async def read(n):
     await asyncio.sleep(0.01)
     return [n, await Job.objects.acount()]
-
-
 
 
 @shared_task(base=JobTask, bind=True, autoretry_for=(OSError,), default_retry_delay=0)
@@ -148,10 +142,6 @@ def test_a_failed_task_has_its_error_and_traceback():
     assert error.traceback.endswith("LookupError: no such thing\n")
     with pytest.raises(ValueError, match="failed"):
         assert result.return_value
-
-
-
-
 
 
 @pytest.mark.parametrize(
@@ -273,12 +263,6 @@ def test_a_task_waits_until_run_after():
     assert Job.objects.get(pk=add.using(run_after=past).enqueue(1).id).times_sent == 1
 
 
-
-
-
-
-
-
 def test_a_cancelled_task_has_failed(user):
     result = add.enqueue(1)
     cancel(Job.objects.all())
@@ -319,8 +303,6 @@ def test_a_coroutine_can_be_a_task():
     result = run(read, 5)
     assert result.return_value == [5, 1], result.errors
     assert Job.objects.get().queue == "io"
-
-
 
 
 def test_a_coroutine_can_be_the_body_of_a_job_task():

@@ -181,8 +181,6 @@ def test_two_owners_may_use_the_same_idempotency_key(user, admin_user):
     assert Job.objects.filter(idempotency_key="key").count() == 2
 
 
-
-
 def test_enqueue_many_stores_and_sends_all_jobs_together(commit, published, user):
     with CaptureQueriesContext(connection) as captured, commit():
         jobs = enqueue_many(add, [[1, 2], [3, 4], [5, 6]], owner=user, queue="cpu")
@@ -312,10 +310,6 @@ def test_an_unknown_option_is_refused(door, user):
 def test_using_refuses_an_unknown_option_when_it_is_called():
     with pytest.raises(TypeError, match="unexpected keyword argument 'ownr'"):
         double.using(ownr=1)
-
-
-
-
 
 
 @pytest.mark.parametrize("name", ["aenqueue", "async JobTask"])

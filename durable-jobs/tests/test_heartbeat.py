@@ -266,7 +266,10 @@ def test_the_metrics_count_workers_and_slots(consumer, staff_api, monkeypatch):
         "durable_jobs_busy_slots new": 2,
     }
     shown = staff_api.get("/metrics").content.decode()
-    assert 'durable_jobs_slots{queue="cpu"} 0.0' in shown and 'durable_jobs_busy_slots{queue="cpu"} 0.0' in shown
+    assert (
+        'durable_jobs_slots{queue="cpu"} 0.0' in shown
+        and 'durable_jobs_busy_slots{queue="cpu"} 0.0' in shown
+    )
 
 
 def test_the_metrics_count_a_job_without_a_live_worker_as_silent(staff_api):

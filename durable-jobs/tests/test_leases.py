@@ -106,7 +106,9 @@ def test_a_job_waits_longer_after_each_crash_and_fails_after_the_third(caplog):
     recover_lapsed()
     job.refresh_from_db()
     assert (job.state, job.error) == ("failed", "Its worker died 3 times")
-    assert job.public_error == "The worker running this job stopped unexpectedly 3 times"  # for its owner
+    assert (
+        job.public_error == "The worker running this job stopped unexpectedly 3 times"
+    )  # for its owner
     assert f"job {job.pk} failed: Its worker died 3 times" in caplog.text
     assert errors(job) == ["Its worker died"] * 3
 

@@ -65,8 +65,6 @@ def start_any(job):
     return run
 
 
-
-
 def with_next():
     run = start_any(free.enqueue())
     run.next_jobs.append(batches.planned(call, [7], label=""))
@@ -129,7 +127,9 @@ def test_each_way_to_enqueue_a_job_obeys_its_limit(sent, door):
 
 def test_a_message_of_an_app_that_does_not_know_the_job_obeys_its_limit(sent, settings):
     """tasks.__call__ stores the job. Its run counts as a start, and hands its place over."""
-    settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"LIMITS": {**settings.DURABLE_JOBS["LIMITS"], "tenant": "1, 5/h"}}
+    settings.DURABLE_JOBS = settings.DURABLE_JOBS | {
+        "LIMITS": {**settings.DURABLE_JOBS["LIMITS"], "tenant": "1, 5/h"}
+    }
     first, held_back = str(uuid.uuid4()), str(uuid.uuid4())
     for id in first, held_back:
         request = {"id": id, "hostname": "test", "called_directly": False, "headers": {}}
@@ -184,8 +184,6 @@ def test_a_queryset_runs_the_others_again_if_the_key_of_one_has_no_value(sent, m
     transitions.finish(Job.objects.all(), "failed")
     monkeypatch.setattr(current_app.tasks[call.name], "limit", "tenant:{tenant[tenant]}")
     assert run_all_again(Job.objects.all()) == [second]
-
-
 
 
 def test_the_key_of_a_callback_cannot_depend_on_results():
@@ -298,7 +296,9 @@ BAD = ["0", "-1", "5/", "60/month", "5,6", "5 /min, 3/h", 2.5, None, True, "", "
 @pytest.mark.parametrize("text", BAD, ids=repr)
 def test_a_wrong_limit_stops_the_start(settings, text):
     settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"LIMITS": {"openai": text}}
-    with pytest.raises(ImproperlyConfigured, match=r"DURABLE_JOBS\['LIMITS'\]\['openai'\]: .* no limit: write"):
+    with pytest.raises(
+        ImproperlyConfigured, match=r"DURABLE_JOBS\['LIMITS'\]\['openai'\]: .* no limit: write"
+    ):
         limits.check_settings([])
 
 

@@ -156,8 +156,11 @@ def test_a_job_is_stored_while_the_one_with_the_place_is_cancelled():
 
 def test_a_job_is_cancelled_while_its_body_ends():
     runs, _ = store(ROUNDS, 3)
-    cancel = [lambda n: cancel(Job.objects.filter(pk=runs[n].job_id))]
-    race(ROUNDS, lambda n: end(runs[n]), *cancel, lambda n: turn.enqueue(n))
+
+    def cancel_run(n):
+        cancel(Job.objects.filter(pk=runs[n].job_id))
+
+    race(ROUNDS, lambda n: end(runs[n]), cancel_run, lambda n: turn.enqueue(n))
     assert_full()
 
 
@@ -232,7 +235,7 @@ def test_a_rate_is_kept_while_jobs_start_and_others_are_stored(settings):
 
 def test_a_pause_and_its_end_meet_claims():
     """A job is held or runs. When the pause has ended, all of them go."""
-    jobs = [Job.objects.create(**enqueue.new_fields(turn, [n])) for n in range(20)]
+    jobs = [turn.enqueue(n) for n in range(20)]
     admission.ignore_limits(Job.objects.all())
     runs = [Run(j.pk, task=turn, limit_key=j.limit_key, **CLAIM) for j in jobs]
 
@@ -270,7 +273,7 @@ def test_a_grant_waits_a_second_for_the_lock_and_leaves_the_rest_to_the_sweep(ca
     with transaction.atomic():
         admission.lock([job.limit_key], [], skip_locked=False)
         in_thread(lambda: admission.admit([job.limit_key]))
-        assert "the sweep will let jobs of turn:0 go" in caplog.text
+        assert "the sweeper will admit jobs of turn:0" in caplog.text
         in_thread(lambda: admission.DueJobs().admit())  # it does not wait
         assert len(caplog.records) == 1
         assert used_and_held() == {"turn:0": [0, 1]}

@@ -242,7 +242,9 @@ def test_after_a_pause_jobs_wait_for_their_limits_and_start_at_once(sent, commit
 
 
 def test_a_limit_may_have_the_name_of_a_paused_queue(sent, settings):
-    settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"LIMITS": {**settings.DURABLE_JOBS["LIMITS"], "io": "1"}}
+    settings.DURABLE_JOBS = settings.DURABLE_JOBS | {
+        "LIMITS": {**settings.DURABLE_JOBS["LIMITS"], "io": "1"}
+    }
     [limited], [paused] = store(task=alone, queue="cpu"), store(queue="io")
     Job.objects.filter(pk=limited.pk).update(blocked_by="io", limit_key="io")
     pauses.pause("io")

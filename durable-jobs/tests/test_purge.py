@@ -98,10 +98,6 @@ def test_no_member_is_deleted_before_its_batch_and_its_callbacks_have_ended(run_
     assert (Job.objects.count(), Batch.objects.count()) == (0, 0)
 
 
-
-
-
-
 @pytest.mark.parametrize("way", ["job", "queryset", "batch"])
 def test_a_job_of_a_batch_that_is_being_deleted_does_not_run_again(run_jobs, way):
     """`then` would start without the jobs that are gone."""
@@ -191,8 +187,6 @@ def test_a_batch_without_jobs_is_deleted_when_it_is_old(user):
     age(Batch.objects.filter(pk=old.pk), "ended_at")
     purge_all()
     assert list(Batch.objects.all()) == [new]
-
-
 
 
 def test_a_batch_is_deleted_after_its_jobs():

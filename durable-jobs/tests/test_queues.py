@@ -194,7 +194,7 @@ def test_the_page_costs_the_same_queries_however_many_keys_there_are(admin_clien
     def asked():
         with CaptureQueriesContext(connection) as captured:
             tables(admin_client)
-        return [query["sql"] for query in captured if '"jobs_' in query["sql"]]
+        return [query["sql"] for query in captured if '"durable_jobs_' in query["sql"]]
 
     before = asked()
     enqueue_many(call, [[number] for number in range(300)])
@@ -226,7 +226,7 @@ def test_the_page_counts_held_jobs_in_their_index(admin_client):
         for sql in asked:
             cursor.execute(f"EXPLAIN {sql}")
             plan = "\n".join(line for (line,) in cursor.fetchall())
-            assert "Index Only Scan using job_held" in plan, plan
+            assert "Index Only Scan using job_blocked" in plan, plan
 
 
 # Workers

@@ -235,7 +235,10 @@ def test_a_crash_says_so():
     assert why(job, for_staff=True) == "Crash 1 of 3: Its worker died"
     assert job.message == "Row 7"
     Job.objects.filter(pk=job.pk).update(retries=2, due_at=ago(60))
-    assert why(job) == f"{NOBODY}. Try 3 of 4, crash 1 of 3: The worker running this job stopped unexpectedly"
+    assert (
+        why(job)
+        == f"{NOBODY}. Try 3 of 4, crash 1 of 3: The worker running this job stopped unexpectedly"
+    )
 
 
 def test_an_unknown_task_or_one_without_a_limit_has_no_last_try():
@@ -338,8 +341,6 @@ def test_a_page_is_read_while_another_process_writes(broker_down):
 # Ended
 
 
-
-
 @shared_task(base=JobTask)
 def fail():
     raise OSError
@@ -380,10 +381,15 @@ def test_the_admin_links_jobs_and_batches_to_what_follows_them(admin_client, run
 
     link = f'<a href="/admin/durable_jobs/job/{job.pk}/change/">&lt;Next&gt;</a>'
     assert link in page(batch)
-    assert f'<a href="/admin/durable_jobs/batch/{batch.pk}/change/">the batch {batch.pk}</a>' in page(job)
+    assert (
+        f'<a href="/admin/durable_jobs/batch/{batch.pk}/change/">the batch {batch.pk}</a>'
+        in page(job)
+    )
     first = Job.objects.get(pk=again.follows)
     assert f'<a href="/admin/durable_jobs/job/{again.pk}/change/">{again}</a>' in page(first)
-    assert f'<a href="/admin/durable_jobs/job/{first.pk}/change/">the job {first.pk}</a>' in page(again)
+    assert f'<a href="/admin/durable_jobs/job/{first.pk}/change/">the job {first.pk}</a>' in page(
+        again
+    )
 
 
 # The whole system

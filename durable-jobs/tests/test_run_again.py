@@ -304,10 +304,6 @@ def test_a_cancelled_batch_can_run_again(run_jobs):
     assert follow(batch) == [[[0, 1, 2]]]
 
 
-
-
-
-
 def test_only_the_batches_of_jobs_that_run_again_open(run_jobs):
     done = batches.enqueue(work, [[1]])
     run_jobs()
@@ -355,7 +351,9 @@ def test_run_again_while_a_batch_ends_loses_no_callback(monkeypatch):
 
     batch, members = {}, []
     for _ in range(rounds):
-        row = batches.enqueue(work, [[1], [2]], on_success=collect.s(), on_finish=collect.si("ended"))
+        row = batches.enqueue(
+            work, [[1], [2]], on_success=collect.s(), on_finish=collect.si("ended")
+        )
         first, second = row.jobs.order_by("created_at").values_list("pk", flat=True)
         finish(first, "failed")
         batch[first] = row.pk

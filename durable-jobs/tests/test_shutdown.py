@@ -92,7 +92,9 @@ def test_an_old_message_in_a_shutdown_does_not_shorten_a_pause(shut_down):
 def test_a_worker_that_hands_back_its_jobs_claims_none_of_them_again(monkeypatch):
     """Not even a job whose row it has just locked itself, to renew the lease."""
     skip_locked, locked = transitions.skip_locked, [Job.objects.none()]
-    monkeypatch.setattr(transitions, "skip_locked", lambda rows: (locked or [skip_locked(rows)]).pop())
+    monkeypatch.setattr(
+        transitions, "skip_locked", lambda rows: (locked or [skip_locked(rows)]).pop()
+    )
     run = runs.Run(enqueue(add, [1, 2]).pk)
     run.is_running = True
     claim(run.job_id, run.token)

@@ -183,7 +183,9 @@ def test_the_sweep_lets_workers_renew_leases_first(
     monkeypatch.setattr(sweeper_module, "time", SimpleNamespace(**clocks))
     monkeypatch.setattr(sweeper_module, "recover_lapsed", recover)
     monkeypatch.setattr(sweeper_module, "connection", database := Mock())
-    monkeypatch.setattr(sweeper.sender, "send_due", lambda resend: resent.append(now[0]) if resend else None)
+    monkeypatch.setattr(
+        sweeper.sender, "send_due", lambda resend: resent.append(now[0]) if resend else None
+    )
     with pytest.raises(SystemExit):
         sweeper.run()
     assert recovered == resent == expected

@@ -321,7 +321,9 @@ def test_a_lowered_limit_lets_no_job_go_until_enough_have_ended(sent, commit, se
     with commit():
         jobs = enqueue_many(call, [[7, number] for number in range(4)])
     first, second = map(start, jobs[:2])
-    settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"LIMITS": {**settings.DURABLE_JOBS["LIMITS"], "tenant": "1"}}
+    settings.DURABLE_JOBS = settings.DURABLE_JOBS | {
+        "LIMITS": {**settings.DURABLE_JOBS["LIMITS"], "tenant": "1"}
+    }
     with commit():
         end(first)
     assert len(sent) == 2
@@ -383,7 +385,9 @@ def test_jobs_that_were_let_go_but_have_not_started_count_for_the_rate(sent, com
 
 
 def test_rates_with_different_periods_do_not_mix(sent, settings):
-    settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"LIMITS": {"one": "2/min", "api": "2/h", "tenant": "2"}}
+    settings.DURABLE_JOBS = settings.DURABLE_JOBS | {
+        "LIMITS": {"one": "2/min", "api": "2/h", "tenant": "2"}
+    }
     for name, count in {"one": 2, "api": 2}.items():
         Start.objects.bulk_create(Start(key=name) for _ in range(count))
     Start.objects.update(started_at=Now() - timedelta(minutes=2))

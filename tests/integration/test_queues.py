@@ -59,9 +59,7 @@ def test_the_queues_are_replicated(stack):
 def test_a_worker_whose_slots_were_full_fetches_the_next_jobs_without_a_pause(stack, since):
     """250 short jobs on 4 slots. By default Kombu's SQS pauses for a second after every eight."""
     start = time.monotonic()
-    jobs = stack.ask(
-        "result = [j.pk for j in enqueue_many(quick, [[]] * 250, queue='cpu')]"
-    )
+    jobs = stack.ask("result = [j.pk for j in enqueue_many(quick, [[]] * 250, queue='cpu')]")
     rows = stack.wait_until_final(*jobs)
     since(start)
     assert succeeded(rows, crashes=0), rows

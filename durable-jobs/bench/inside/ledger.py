@@ -17,8 +17,8 @@ from work_tasks import job as task
 from work_tasks import plain
 
 from durable_jobs.actions import cancel
-from durable_jobs.enqueue import enqueue
 from durable_jobs.beat.schedule import sweeper
+from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Job, Sweep
 from durable_jobs.transitions import claim, succeed
 

@@ -5,8 +5,8 @@ from statistics import median
 from ledger import copies, job_for_later, sql
 from sending import empty, seconds_of
 
-from durable_jobs import pauses
-from durable_jobs import admission
+from durable_jobs import admission, pauses
+from durable_jobs.enqueue import enqueue_many
 from durable_jobs.models import Job, Pause
 
 KEY = "'five:' || n % {}"  # of the row with the number n, in SQL

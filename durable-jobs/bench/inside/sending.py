@@ -4,8 +4,7 @@ import os
 import random
 import time
 
-from durable_jobs.enqueue import enqueue
-from durable_jobs.enqueue import enqueue_many
+from durable_jobs.enqueue import enqueue, enqueue_many
 
 NAMES = ["path", "seconds", "rounds"]  # the arguments of work()
 WARM_UP = 3

@@ -26,7 +26,6 @@ def enqueue_many(task, calls, then):
 
 
 def enqueue_batch(task, calls, then):
-    from durable_jobs.models import Batch
 
     batches.enqueue(task, calls, on_success=then)
 

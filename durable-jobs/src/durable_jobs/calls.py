@@ -32,7 +32,9 @@ def check_options(options, supported=()):
 def checked(options):
     """Return these options of enqueue(). Raises TypeError for others."""
     if unknown := options.keys() - Options.__optional_keys__:
-        raise TypeError(f"unexpected keyword argument {min(unknown)!r}: see the options of enqueue()")
+        raise TypeError(
+            f"unexpected keyword argument {min(unknown)!r}: see the options of enqueue()"
+        )
     return options
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from celery import shared_task
 
 from durable_jobs import batches
-from durable_jobs.models import Batch
 from durable_jobs.tasks import JobTask
 
 

@@ -1,0 +1,92 @@
+"""The imports run one way: no module imports one that stands above it.
+
+ORDER is the drawing, from the bottom to the top. Imports in functions count, too.
+"""
+
+import ast
+from pathlib import Path
+
+import pytest
+from settings import SOURCE
+
+PACKAGE = SOURCE / "durable_jobs"
+ORDER = """
+conf liveness pools migrations
+values expressions
+models tracing
+database transitions limits
+messages
+publish
+admission
+enqueue
+actions calls
+batches
+eager
+results
+worker.heartbeat
+worker.runs worker.events
+worker.lease
+worker.shutdown worker.children worker.unknown_tasks worker.remote_control
+worker.execution worker.startup
+tasks pauses counts reasons
+beat.statistics beat.sender
+beat.purge
+beat.sweeper
+beat.schedule
+checks api.schema api.serializers contrib.prometheus contrib.structlog contrib.django_tasks admin.pages
+api.views admin testing transport.rabbitmq transport.redis transport.sqs
+transport
+celery apps management.commands.durable_jobs
+"""
+LAYERS = [line.split() for line in ORDER.strip().splitlines()]
+LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+
+def name_of(path):
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+MODULES = {
+    name_of(path): path for path in PACKAGE.rglob("*.py") if path.parent.name != "migrations"
+}
+MODULES |= {"migrations": PACKAGE / "migrations/__init__.py"}
+# Without rooms that have only a docstring.
+MODULES = {
+    name: path for name, path in MODULES.items() if name and ast.parse(path.read_text()).body[1:]
+}
+
+
+def imported(path):
+    """Return the modules of the package that this file imports, wherever it does so."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: write the full path"
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        known = {name.removeprefix("durable_jobs.") for name in names if "durable_jobs." in name}
+        found |= known & MODULES.keys()
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_a_module_imports_only_modules_below_it(name):
+    assert name in LEVELS, "add it to ORDER"
+    above = {each for each in imported(MODULES[name]) - {name} if LEVELS[each] >= LEVELS[name]}
+    assert not above
+
+
+def test_no_import_is_hidden_in_a_string():
+    hidden = "get_model", "symbol_by_name", "TYPE_CHECKING", "import_string"
+    found = {
+        (path.name, word)
+        for path in PACKAGE.rglob("*.py")
+        for word in hidden
+        if word in path.read_text()
+    }
+    # A task of Django's Tasks is named by its path, which is not one of this package.
+    assert found == {("django_tasks.py", "import_string")}
