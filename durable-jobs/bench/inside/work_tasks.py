@@ -6,7 +6,7 @@ from celery import shared_task
 from work import work
 
 plain = shared_task(name="work.plain")(work)
-if "DJANGO_SETTINGS_MODULE" in os.environ:  # bare Celery has no jobs
+if os.environ.get("DJANGO_SETTINGS_MODULE"):  # bare Celery has no jobs
     from durable_jobs.tasks import JobTask
 
     job = shared_task(name="work.job", base=JobTask)(work)
