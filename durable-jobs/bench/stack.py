@@ -10,7 +10,7 @@ import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from harness.bake import ABOUT, TEMPLATE
+from harness.bake import ABOUT, TEMPLATE, WITH_JOBS
 from harness.project import Project, children_of, connects, env, free_ports, processes_in, wait_for
 from harness.servers import PostgreSQL
 
@@ -106,7 +106,7 @@ class Output(Contestant):
     def __init__(self, folder, database, broker_url, **answers):
         name = "_".join(["bench", *answers.values()])
         self.answers = answers
-        answers = {"project_name": name, "result_backend": "none", **answers}
+        answers = {"project_name": name, **WITH_JOBS, "result_backend": "none", **answers}
         given = [f"{option}={answer}" for option, answer in answers.items()]
         options = ["--default-config", "--no-input", "--output-dir", folder]
         folder.run("cookiecutter", TEMPLATE, *options, *given)

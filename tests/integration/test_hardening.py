@@ -32,7 +32,7 @@ def test_celery_and_flower_show_no_password(project, tmp_path):
             }
     for name, text in shown.items():
         assert PASSWORD not in text and "guest:guest" not in text, name  # RabbitMQ's own
-    assert "broker_url" in shown["inspect conf"] and "broker_url" in shown["Flower"]
+    assert "BROKER_URL" in shown["inspect conf"] and "BROKER_URL" in shown["Flower"]
 
 
 def protect(url):

@@ -205,7 +205,8 @@ def test_an_output_has_the_files_of_docker_and_manifests(render, bake):
         if name.is_relative_to("deploy/kubernetes")
         or name in (MONITORING / "kustomization.yaml", MONITORING / "kubernetes.yaml")
     }
-    changed = [name for name in others if project.read(name) != docker.read(name)]
+    both = {name: [(each / name).read_bytes() for each in (project, docker)] for name in others}
+    changed = [name for name, (one, other) in both.items() if one != other]
     assert {name.suffix for name in changed if name.name != ".env"} == {".md"}
     kinds = {"ConfigMap", "Secret", "Service", "Job", "Deployment", "NetworkPolicy"}
     kinds |= {"ServiceAccount", "PodDisruptionBudget"}

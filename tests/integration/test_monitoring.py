@@ -178,6 +178,8 @@ def test_each_question_of_the_dashboard_gets_an_answer(stack, prometheus):
     finally:
         stack.ask("pauses.resume('faults.tasks.tick')")
     asked = " ".join(expression for _, expression in queries(panels))
-    scraped = {labels["__name__"] for labels, _ in prometheus.value('{__name__=~"jobs_.*"}')}
+    scraped = {
+        labels["__name__"] for labels, _ in prometheus.value('{__name__=~"durable_jobs_.*"}')
+    }
     shown = {name for name in scraped if re.sub("_(bucket|sum|count|created)$", "", name) in asked}
     assert scraped and shown == scraped

@@ -106,6 +106,9 @@ if DATABASES["default"]["ENGINE"] == "django.db.backends.sqlite3":
     pragmas = "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL"
     sqlite = {"transaction_mode": "IMMEDIATE", "timeout": 20, "init_command": pragmas}
     DATABASES["default"]["OPTIONS"] = sqlite
+{% if has_jobs %}
+    DATABASES["default"]["TEST"] = {"NAME": BASE_DIR / "test.sqlite3"}  # for a worker, too
+{% endif %}
 else:  # don't wait long for a server that has disappeared: seconds, then milliseconds
     timeouts = {"connect_timeout": 5, "tcp_user_timeout": 10_000}
     DATABASES["default"]["OPTIONS"] = timeouts | DATABASES["default"].get("OPTIONS", {})

@@ -1,14 +1,25 @@
-{% from "chosen.jinja" import servers, has_example, has_flower with context %}
+{% from "chosen.jinja" import servers, worker_pool, has_example, has_flower with context %}
 """The project around the jobs: settings, checks, pages, login, log and probes."""
 
+import os
+import re
+import subprocess
+import sys
+import time
 import uuid
+from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from axes.models import AccessLog
+from celery import shared_task
 from celery.app.utils import filter_hidden_settings
 from django.core.checks import run_checks
 from django.db import OperationalError, connection
+from durable_jobs.models import Job
+from durable_jobs.tasks import JobTask
 
+import dev
 from config import urls
 from config.api import Throttle
 from config.celery import app
@@ -129,3 +140,43 @@ def test_without_a_database_the_web_is_alive_but_not_ready(client, monkeypatch):
     monkeypatch.setattr(connection, "cursor", refuse)
     assert client.get("/health/live").status_code == 200
     assert client.get("/health/ready").status_code == 503
+
+
+@shared_task(base=JobTask)
+def double(number):
+    return 2 * number
+
+
+@pytest.fixture
+def worker(transactional_db):
+    """A worker of the queue "test", with the broker of the settings and the database of the tests."""
+    processes = []
+    try:
+{% for server in servers %}
+        processes += dev.start_{{ server.name }}()
+{% endfor %}
+    except SystemExit as reason:
+        pytest.skip(str(reason))
+    options = "--include test_project --queues test -n test@%h"
+    command = [sys.executable, "-m", *f"{{ worker_pool.command }} {options}".split()]
+    name = quote(str(connection.settings_dict["NAME"]))
+    url = re.sub("(//[^/]*/)[^?]*", rf"\g<1>{name}", os.environ.get("DATABASE_URL", "sqlite:///"))
+    folder = str(Path(__file__).parent)
+    environment = {**os.environ, "DATABASE_URL": url, "PYTHONPATH": folder}
+    processes.insert(0, subprocess.Popen(command, env=environment))
+    yield
+    for process in processes:
+        process.terminate()
+        process.wait()
+
+
+@pytest.mark.live
+def test_a_worker_runs_a_job(worker):
+    """To skip it: make test ARGS="-m 'not live'"."""
+    job = Job.objects.enqueue(double, [21], queue="test")
+    deadline = time.monotonic() + 60
+    while job.state != "succeeded":
+        assert time.monotonic() < deadline, job.state
+        time.sleep(0.1)
+        job.refresh_from_db()
+    assert job.result == 42
