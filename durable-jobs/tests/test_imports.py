@@ -4,7 +4,6 @@ ORDER is the drawing, from the bottom to the top. Imports in functions count, to
 """
 
 import ast
-from pathlib import Path
 
 import pytest
 from settings import SOURCE

@@ -121,7 +121,7 @@ def test_a_beat_that_hangs_touches_no_liveness_file(stack, tmp_path):
     code = """
 from django.utils import timezone
 sweep = Sweep.objects.get()
-result = [(timezone.now() - time).total_seconds() for time in (sweeper.ended_at, sweeper.tick_due_at)]
+result = [(timezone.now() - time).total_seconds() for time in (sweep.ended_at, sweep.tick_due_at)]
 """
     swept, late = stack.ask(code)
     assert swept < LEASE < 2 * LEASE < late

@@ -19,7 +19,7 @@ MEMBERS, STEPS = 4, 6  # jobs of a batch, and jobs of a batch with what starts a
 
 
 def numbers_of(work):
-    """Return what each job of a batch, or each next job, writes. The jobs that stand alone write others."""
+    """Return what each job of a batch, or each next job, writes. Lone jobs write others."""
     return [-(work * STEPS + step) - 1 for step in range(STEPS)]
 
 
