@@ -221,7 +221,7 @@ class Site:
         """Enqueue a job of a task of the app `samples` for the demo user; return its URL."""
         code = f"""
 from users.models import User
-from durable_jobs.models import Job
+from durable_jobs.enqueue import enqueue
 from samples import tasks
 result = enqueue(tasks.{task}, {args!r}, owner=User.objects.get()).pk
 """
