@@ -173,7 +173,7 @@ def worker(transactional_db):
 @pytest.mark.live
 def test_a_worker_runs_a_job(worker):
     """To skip it: make test ARGS="-m 'not live'"."""
-    job = Job.objects.enqueue(double, [21], queue="test")
+    job = double.using(queue="test").enqueue(21)
     deadline = time.monotonic() + 60
     while job.state != "succeeded":
         assert time.monotonic() < deadline, job.state
