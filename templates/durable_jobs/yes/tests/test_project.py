@@ -16,7 +16,6 @@ from celery import shared_task
 from celery.app.utils import filter_hidden_settings
 from django.core.checks import run_checks
 from django.db import OperationalError, connection
-from durable_jobs.models import Job
 from durable_jobs.tasks import JobTask
 
 import dev
