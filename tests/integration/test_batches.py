@@ -1,4 +1,4 @@
-"""Batches and chains keep their promise: real processes are killed, stopped and emptied.
+"""Batches and next jobs keep their promise: real processes are killed, stopped and emptied.
 
 What starts when a batch has ended, starts once.
 """
@@ -109,46 +109,59 @@ def test_a_batch_ends_while_its_broker_is_away(stack, gate, since):
         since(start)
 
 
+def steps(stack, first):
+    """Return the ids of this job and of those that it and its next jobs have enqueued, in order."""
+    code = """
+result = [first]
+while following := Job.objects.filter(follows=result[-1]).values_list("pk", flat=True).first():
+    result.append(str(following))
+"""
+    return stack.ask(code, first=first)
+
+
 @on_each_broker
-def test_an_emptied_broker_breaks_no_chain(stack, since):
+def test_an_emptied_broker_loses_no_next_job(stack, since):
     """The message of the second step is lost. It is in `cpu`: SQS empties a queue once a minute."""
     stack.worker.stop()
-    code = """
-last = chain(quick.si().set(queue="io"), *[quick.si().set(queue="cpu")] * 2)()
-result = [last.id, last.parent.id]
-"""
-    last, second = stack.ask(code)
-    wait_for(lambda: stack.ask("result = Job.objects.filter(pk=pk).exists()", pk=second))
+    first = stack.enqueue("step", "cpu", "cpu", queue="io")
+    wait_for(lambda: len(steps(stack, first)) == 2)
     stack.beat.pause()
     wait_for(lambda: stack.messages_in("cpu"))
     stack.empty("cpu")
     stack.worker.start()
     stack.beat.resume()
     start = time.monotonic()
-    wait_for(lambda: stack.ask("result = Job.objects.filter(pk=pk).exists()", pk=last))
-    rows = stack.wait_until_final(second, last)
+    wait_for(lambda: len(steps(stack, first)) == 3)
+    jobs = steps(stack, first)
+    rows = stack.wait_until_final(*jobs)
     since(start)
     assert succeeded(rows, crashes=0), rows
-    assert ran_once(stack, [second, last])
+    assert ran_once(stack, jobs)
 
 
 # Beat is unavailable
 
 
 @on_each
-def test_the_next_steps_of_a_chain_start_without_beat(stack, since):
-    """A worker sends their messages, and those of a chord, as soon as they are stored."""
+def test_next_jobs_and_callbacks_start_without_beat(stack, since):
+    """A worker sends their messages as soon as they are stored."""
     code = """
-steps = chain(*[quick.si().set(queue=queue) for queue in ["cpu", "io"] * 5])
-result = chord([steps, *[quick.si()] * 5])(quick.si()).id
+with batches.open_batch(on_success=quick.si()) as batch:
+    batches.add(batch, step, ["cpu", "io"] * 5, queue="cpu")
+    batches.add_many(batch, quick, [[]] * 5)
+result = str(batch.pk)
 """
     # An earlier test has stopped the broker: until a process tries again, Beat sends its messages.
     time.sleep(stack.ask("from durable_jobs.publish import PUBLISH_PAUSE; result = PUBLISH_PAUSE"))
     stack.beat.stop()
     start = time.monotonic()
-    callback = stack.ask(code)
-    wait_for(lambda: stack.notes("start", callback))
+    batch = stack.ask(code)
+    wait_for(lambda: state(stack, batch) == "succeeded")
+    ask = "result = [str(job.pk) for job in Job.objects.filter(follows=batch)]"
+    [callback] = stack.ask(ask, batch=batch)
     stack.wait_until_final(callback)
     since(start)
+    members = stack.ask("result = Batch.objects.get(pk=batch).counts", batch=batch)
+    assert members == {"succeeded": 16}  # each next job belongs to the batch, too
     assert stack.ask("result = Job.objects.filter(state__in=ACTIVE).count()") == 0
     stack.beat.start()

@@ -33,7 +33,7 @@ from harness.stack import RESEND
 
 def check_tries(stack, start):
     """Each of the four web processes tries to send once and then pauses for ten seconds."""
-    tries = stack.web.printed.count("stored but not sent")
+    tries = stack.web.printed.count("Could not publish")
     assert 0 < tries <= 4 * (1 + (time.monotonic() - start) // 10), stack.web.printed
 
 
@@ -395,8 +395,8 @@ def small(stack, queue, length):
 @on_rabbitmq
 def test_jobs_that_a_full_queue_refused_run_when_it_has_room(stack, gate, since):
     """They run soon: however long it was full, the next try is at most RESEND seconds away."""
-    held = [stack.enqueue("hold", gate, queue="cpu") for _ in range(4)]
-    stack.wait_until_started(*held)
+    running = [stack.enqueue("hold", gate, queue="cpu") for _ in range(4)]
+    stack.wait_until_started(*running)
     pauses = """
 refused = Job.objects.filter(pk__in=jobs, times_sent=0).annotate(pause=F("sweep_at") - Now())
 result = [job.pause.total_seconds() for job in refused]
@@ -409,7 +409,7 @@ result = [job.pause.total_seconds() for job in refused]
             seen += stack.ask(pauses, jobs=jobs)
         start = time.monotonic()
         gate.touch()
-        rows = stack.wait_until_final(*held, *jobs)
+        rows = stack.wait_until_final(*running, *jobs)
         since(start)
     assert succeeded(rows, crashes=0), rows
     assert max(seen) <= RESEND

@@ -281,6 +281,7 @@ def test_a_router_with_a_replica_stops_no_job(stack, since):
     stack.replace_worker(**variables)
     stack.replace_beat(**variables)
     code = """
+from durable_jobs.enqueue import enqueue
 from faults.tasks import *
 job = enqueue(fail_twice, queue="cpu", countdown=1)
 job.refresh_from_db()

@@ -1,4 +1,4 @@
-"""Functions declared with Django's @task run as jobs on a real worker."""
+"""Functions declared with Django's @task, and coroutines, run as jobs on a real worker."""
 
 import json
 
@@ -18,14 +18,13 @@ def seen(id):
 
 
 @everywhere
-def test_a_function_succeeds_fails_or_is_retried(stack):
-    code = "result = [add.enqueue(1, b=2).id, look_up.enqueue('x').id, try_twice.enqueue().id]"
+def test_a_function_succeeds_or_fails(stack):
+    code = "result = [add.enqueue(1, b=2).id, look_up.enqueue('x').id]"
     jobs = stack.ask(code)
     stack.wait_until_final(*jobs)
     assert stack.ask(f"{RESULTS}\nresult = [seen(id) for id in ids]", ids=jobs) == [
         ["SUCCESSFUL", 3, 1, []],
         ["FAILED", None, 1, ["builtins.LookupError"]],
-        ["SUCCESSFUL", 2, 2, ["builtins.OSError"]],
     ]
     [failure] = stack.row(jobs[1])["failures"]
     assert "in look_up" in failure["traceback"]
@@ -37,7 +36,6 @@ def test_a_function_is_cancelled_and_runs_again_after_a_crash(stack, gate, funct
     code = "result = [function.enqueue(gate).id for _ in range(2)]"
     killed, cancelled = jobs = stack.ask(f"function = {function}\n{code}", gate=str(gate))
     stack.wait_until_started(*jobs)
-    wait_for(lambda: stack.ask("result = Job.objects.filter(message='waits').count()") >= 2)
     assert stack.ask("result = cancel(Job.objects.filter(pk=job))", job=cancelled) == 1
     stack.worker.kill()
     gate.touch()
@@ -54,7 +52,8 @@ def test_a_function_is_cancelled_and_runs_again_after_a_crash(stack, gate, funct
 
 @everywhere
 def test_a_cancelled_coroutine_ends(stack, gate):
-    [job] = stack.ask("result = [hold_a_coroutine.enqueue(gate).id]", gate=str(gate))
+    """A job, whose report() ends it: a function of Django's Tasks has none."""
+    job = stack.enqueue("report_in_a_coroutine", gate, queue="cpu")
     stack.wait_until_started(job)
     stack.ask("cancel(Job.objects.filter(pk=job))", job=job)
     wait_for(lambda: stack.notes("end", job))
@@ -62,7 +61,7 @@ def test_a_cancelled_coroutine_ends(stack, gate):
 
 @on_each_pool
 def test_a_coroutine_over_its_time_limit_is_cancelled_except_in_a_thread(stack, gate, request):
-    [job] = stack.ask("result = [wait_too_long.enqueue(gate).id]", gate=str(gate))
+    job = stack.enqueue("wait_too_long", gate, queue="cpu")
     [row] = stack.wait_until_final(job)
     assert (row["state"], row["error"]) == ("failed", "Over its time limit")
     in_thread = request.node.callspec.params["running"]["pool"] == "threads"

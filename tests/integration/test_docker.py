@@ -34,19 +34,19 @@ from harness.project import env, free_ports, wait_for
 
 # A job that runs much longer than SOFT_SHUTDOWN_SECONDS and reports 1,000 times.
 LONG_JOB = """
-from users.models import User
-from durable_jobs.models import Job
+from durable_jobs.enqueue import enqueue
 from orders.tasks import forecast_demand
+from users.models import User
 arguments = {"rounds": 3_000_000}
 owner = User.objects.get(is_superuser=True)  # the profile monitoring has added another user
 print(enqueue(forecast_demand, ["Tea"], arguments, owner=owner).pk)
 """
 # A job for each queue, which Beat starts when its countdown is over.
 JOB_FOR_EACH_QUEUE = """
+from durable_jobs.enqueue import enqueue
 from durable_jobs.messages import known_queues
-from users.models import User
-from durable_jobs.models import Job
 from orders.tasks import forecast_demand
+from users.models import User
 options = {"countdown": 1, "owner": User.objects.get(is_superuser=True)}
 for queue in known_queues():
     job = enqueue(forecast_demand, ["Tea"], {"rounds": 9}, queue=queue, **options)

@@ -93,7 +93,10 @@ WITH_MARKUP = """
 from django.core.files.uploadedfile import SimpleUploadedFile
 from django.test import Client
 from django.utils.timezone import now
-from durable_jobs.models import Batch, Failure, Job
+from durable_jobs import batches
+from durable_jobs.actions import cancel
+from durable_jobs.enqueue import enqueue_many
+from durable_jobs.models import Failure, Job
 from orders.models import Order
 from orders.tasks import write_report
 from users.models import User

@@ -130,7 +130,7 @@ def test_a_worker_that_ends_takes_from_no_queue(stack, mine, gate):
 
 
 @on_each_pool
-def test_a_worker_that_is_killed_or_frozen_becomes_silent(stack, mine):
+def test_a_worker_that_is_killed_or_frozen_is_no_longer_alive(stack, mine):
     worker = mine()
     worker.pause()
     wait_until(stack, is_alive=False)

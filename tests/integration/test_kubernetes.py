@@ -463,16 +463,18 @@ def test_the_image_and_the_hosts_are_in_one_file(bake):
     assert f"{PRODUCTION}/.env" not in tracked
 
 
-# Makes jobs in every state, more for each next queue, and prints the metrics. A limit holds
-# some of them, and one of their tasks is paused: some of its jobs are held, the others are not yet.
+# Makes jobs in every state, more for each next queue, and prints the metrics. A limit blocks
+# some of them, and one of their tasks is paused: some of its jobs are blocked, the others are not yet.
 JOBS = """
 from datetime import timedelta
 from uuid import uuid4
 from django.utils import timezone
-from durable_jobs.models import Job, Pause
+from durable_jobs import pauses
 from durable_jobs.contrib.prometheus import Collector
+from durable_jobs.enqueue import enqueue
+from durable_jobs.models import Job
 from orders.tasks import mail_summary, write_report
-held, paused = {"times_sent": 0, "sweep_at": None}, {"task": mail_summary.name}
+blocked, paused = {"times_sent": 0, "sweep_at": None}, {"task": mail_summary.name}
 for number, queue in enumerate(["celery", "cpu", "io", "unknown"], start=1):
     for _ in range(number):
         for countdown in (0, 3600):
@@ -480,8 +482,8 @@ for number, queue in enumerate(["celery", "cpu", "io", "unknown"], start=1):
         for changes in (
             {"times_sent": 0, "sweep_at": timezone.now() - timedelta(seconds=9)},  # a due countdown
             {"state": "running", "run_token": uuid4()},
-            {**held, "blocked_by": "tenant:7"},
-            {**paused, **held, "blocked_by": f"pause:{mail_summary.name}"},
+            {**blocked, "blocked_by": "tenant:7"},
+            {**paused, **blocked, "blocked_by": f"pause:{mail_summary.name}"},
             paused,
             {**paused, "times_sent": 0, "sweep_at": timezone.now() - timedelta(seconds=9)},
             {**paused, "state": "running", "run_token": uuid4()},

@@ -21,8 +21,8 @@ result = [str(job.pk) for job in jobs]
     return stack.ask(code, args=[str(arg) for arg in args], count=count, queue=queue)
 
 
-def wait_until_held(stack, name, count):
-    """Wait until a pause holds so many jobs. Held jobs have no message."""
+def wait_until_blocked(stack, name, count):
+    """Wait until a pause blocks so many jobs. Blocked jobs have no message."""
     ask = "result = Job.objects.filter(blocked_by=f'pause:{name}', times_sent=0).count()"
     wait_for(lambda: stack.ask(ask, name=name) == count)
 
@@ -55,7 +55,7 @@ def test_a_paused_queue_starts_no_job_whatever_is_restarted(stack, gate, since):
         ran = len(started(stack, before))
         new = enqueue(stack, "quick", 5)
         check_neighbours(stack)
-        wait_until_held(stack, "cpu", len(before) - ran + len(new))
+        wait_until_blocked(stack, "cpu", len(before) - ran + len(new))
         with stack.supervised():
             gate.touch()
             assert succeeded(stack.wait_until_final(running), crashes=0)  # running jobs end
@@ -67,7 +67,7 @@ def test_a_paused_queue_starts_no_job_whatever_is_restarted(stack, gate, since):
             stack.database.kill()
             stack.database.start()
             check_neighbours(stack)
-            wait_until_held(stack, "cpu", len(before) - ran + len(new))
+            wait_until_blocked(stack, "cpu", len(before) - ran + len(new))
             time.sleep(RESEND + 1)  # lost messages are sent again in this time
             assert not stack.messages_in("cpu")
             assert len(started(stack, before + new)) == ran
@@ -81,7 +81,7 @@ def test_a_paused_queue_starts_no_job_whatever_is_restarted(stack, gate, since):
 
 
 def end_all(stack):
-    """Remove all pauses, and cancel what they hold."""
+    """Remove all pauses, and cancel what they block."""
     stack.ask("Pause.objects.all().delete()\ncancel(Job.objects.all())")
 
 
@@ -95,7 +95,7 @@ def test_after_a_pause_jobs_start_in_order(stack, record_property):
         stack.wait_until_final(*enqueue(stack, "quick", 1, queue="one"))
         stack.ask("pauses.pause('one')")
         jobs = enqueue(stack, "quick", 60, queue="one")
-        wait_until_held(stack, "one", 60)
+        wait_until_blocked(stack, "one", 60)
         time.sleep(2)
         assert not started(stack, jobs)
         seconds = stack.ask(
@@ -118,12 +118,12 @@ result = time.monotonic() - start
 
 @on_one
 def test_messages_of_paused_jobs_do_not_circle(stack):
-    """Each is delivered once, then its job is held: the number of deliveries does not grow."""
+    """Each is delivered once, then its job is blocked: the number of deliveries does not grow."""
     size = stack.worker.log.stat().st_size
     stack.ask("pauses.pause('faults.tasks.quick')")
     try:
         jobs = enqueue(stack, "quick", 50)
-        wait_until_held(stack, "faults.tasks.quick", 50)
+        wait_until_blocked(stack, "faults.tasks.quick", 50)
         time.sleep(3)
 
         def deliveries():
@@ -150,7 +150,7 @@ def test_the_schedule_and_countdowns_continue_during_a_pause(stack):
     stack.ask(f"pauses.pause('faults.tasks.tick')\n{ticks}.delete()")
     try:
         stack.replace_beat("faults.every_second")
-        wait_for(lambda: stack.ask(f"result = {ticks}.filter(held_by__isnull=False).count()") > 2)
+        wait_for(lambda: stack.ask(f"result = {ticks}.filter(blocked_by__isnull=False).count()") > 2)
         late = stack.enqueue("quick", countdown=1)
         stack.wait_until_final(late)
         assert not stack.ask(f"result = {ticks}.filter(started_at__isnull=False).count()")
@@ -174,7 +174,7 @@ def test_a_paused_job_occupies_no_place(stack, gate):
         more = enqueue(stack, "one", 5, key, 0)
         last = enqueue(stack, "report_until", 3, key, gate)
         stack.wait_until_final(*last)
-        wait_until_held(stack, "faults.limited.one", 10)
+        wait_until_blocked(stack, "faults.limited.one", 10)
     finally:
         stack.ask("pauses.resume('faults.limited.one')")
     rows = stack.wait_until_final(*paused, *more)

@@ -22,9 +22,9 @@ SECRET = "only-this-test-knows"
 HTTPS = {"Host": "example.com", "X-Forwarded-Proto": "https"}  # what the proxy sends
 # Only Beat starts a job whose countdown is over.
 LATER = """
-from users.models import User
-from durable_jobs.models import Job
+from durable_jobs.enqueue import enqueue
 from orders.tasks import forecast_demand
+from users.models import User
 owner = User.objects.get()
 print(enqueue(forecast_demand, ["Tea"], {"rounds": 1}, countdown=1, owner=owner).pk)
 """

@@ -103,14 +103,15 @@ def test_the_pages_start_show_cancel_and_repeat_a_job(project, tmp_path):
 
 
 BATCH = """
-from durable_jobs.models import Batch, Job
+from durable_jobs import actions, batches
+from durable_jobs.enqueue import enqueue
 from orders.tasks import write_report
 from users.models import User
 
 owner = User.objects.get()
 options = {"owner": owner, "countdown": 999}
 batch = batches.enqueue(write_report, [[owner.pk]] * 25, label="Reports", **options)
-batch.jobs.first().cancel()
+actions.cancel(batch.jobs.first())
 enqueue(write_report, [owner.pk], label="One report", **options)
 """
 
@@ -152,7 +153,7 @@ def call_api(self, tenant_id):
         time.sleep(0.1)
 """
 CALLS = """
-from durable_jobs.models import Job, Pause
+from durable_jobs import pauses
 from samples.tasks import call_api, count
 from users.models import User
 owner = User.objects.get()
@@ -165,23 +166,23 @@ result = [str(job.pk), str(paused.pk)]
 
 
 @default_output
-def test_the_pages_say_what_a_held_job_waits_for(with_tasks, tmp_path):
+def test_the_pages_say_what_a_blocked_job_waits_for(with_tasks, tmp_path):
     with open(with_tasks / "samples/tasks.py", "a") as file:
         file.write(LIMITED)
     with open(with_tasks / "config/settings.py", "a") as file:
         file.write('DURABLE_JOBS["LIMITS"] = {"tenant": "2"}\n')
     with with_tasks.up() as site, browser(tmp_path) as tab:
         tab.log_in(site)
-        held, paused = site.ask(CALLS)
+        blocked, paused = site.ask(CALLS)
         rows = "[...document.querySelectorAll('.job')].map((row) => row.innerText)"
         turn = "Waits for its turn: 2 of 2 of tenant 7 are running"
         tab.wait(f"{rows}[0]?.match(/Paused for [0-9]+ s: SMTP is down/)")  # newest first
         tab.wait(f"{rows}[1].includes({turn!r})")
-        for pk, text in (held, turn), (paused, ": SMTP is down"):
+        for pk, text in (blocked, turn), (paused, ": SMTP is down"):
             tab.open(f"{site.web}/jobs/{pk}/")
             tab.wait(f"{rows}[0]?.includes('Queued') && {rows}[0].includes({text!r})")
             tab.picture(tmp_path / f"{pk}.png")
-        tab.open(f"{site.web}/jobs/{held}/")
+        tab.open(f"{site.web}/jobs/{blocked}/")
         tab.wait(f"{rows}[0]?.includes({turn!r})")
         running = site.request("/api/jobs/?state=running")[2]["results"]
         site.request(f"/api/jobs/{running[0]['id']}/cancel/", {})

@@ -64,12 +64,10 @@ def test_most_of_many_jobs_wait_for_a_beat_that_died_a_moment_ago(stack):
     """Their call leaves them to the sweep, which seems to run."""
     stack.beat.kill()
     code = """
-from django.db.models.functions import Now
-from durable_jobs import enqueue
-from durable_jobs.models import Sweep
+from unittest.mock import patch
 Sweep.objects.update(ended_at=Now())
-enqueue.SENT_AT_ONCE = 3
-result = [str(job.pk) for job in enqueue_many(quick, [[]] * 10, queue="cpu")]
+with patch("durable_jobs.enqueue.SENT_IMMEDIATELY", 3):
+    result = [str(job.pk) for job in enqueue_many(quick, [[]] * 10, queue="cpu")]
 """
     jobs = stack.ask(code)
     assert succeeded(stack.wait_until_final(*jobs[:3]), crashes=0)
@@ -223,7 +221,7 @@ def kept(stack, jobs):
 def locked(stack, jobs):
     """Another transaction locks a row that refers to one of the jobs."""
     stack.ask("Failure.objects.create(job_id=job, started_at=Now())", job=jobs[0])
-    return stack.locked(f"SELECT FROM jobs_attempt WHERE job_id = '{jobs[0]}' FOR UPDATE")
+    return stack.locked(f"SELECT FROM durable_jobs_failure WHERE job_id = '{jobs[0]}' FOR UPDATE")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""For celery -A: the project, with a Beat whose sweep ends after two seconds."""
+"""For celery -A: the project, with a Beat whose sweeper ends after two seconds."""
 
 import ctypes
 import threading
@@ -9,11 +9,11 @@ from config.celery import app  # noqa: F401
 
 @signals.beat_init.connect
 def start(**kwargs):
-    threading.Timer(2, end_sweep).start()
+    threading.Timer(2, end_sweeper).start()
 
 
-def end_sweep():
-    [sweep] = [thread.ident for thread in threading.enumerate() if thread.name == "sweep"]
+def end_sweeper():
+    [sweeper] = [t.ident for t in threading.enumerate() if t.name == "sweeper"]
     raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
     # No `except Exception` catches it.
-    raise_in(ctypes.c_ulong(sweep), ctypes.py_object(SystemExit))
+    raise_in(ctypes.c_ulong(sweeper), ctypes.py_object(SystemExit))

@@ -14,7 +14,7 @@ from itertools import repeat
 from pathlib import Path
 
 from asgiref.sync import sync_to_async
-from celery import shared_task
+from celery import current_task, shared_task
 from celery.exceptions import Retry
 from django.db import Error, connection, transaction
 from django_tasks import task
@@ -28,8 +28,12 @@ logger = logging.getLogger(__name__)
 
 
 def note(task, what):
+    note_id(what, task.request.id)
+
+
+def note_id(what, id):
     with open(os.environ["NOTES"], "a") as file:
-        file.write(f"{what} {task.request.id} {os.getpid()}\n")
+        file.write(f"{what} {id} {os.getpid()}\n")
 
 
 def wait_for(gate):
@@ -214,14 +218,22 @@ def scheduled_plain(self, name, pages):
     note_call(self.request, name, pages)
 
 
-@task(takes_context=True)
-def scheduled_function(context, name, pages):
-    note_call(context._job.request, name, pages)
+@task
+def scheduled_function(name, pages):
+    note_call(current_task.request, name, pages)
 
 
 @shared_task(base=JobTask, bind=True)
 def quick(self):
     note(self, "start")
+
+
+@shared_task(base=JobTask, bind=True)
+def step(self, *queues):
+    """Enqueue the next step in the first of these queues."""
+    note(self, "start")
+    if queues:
+        self.enqueue_next(step, queues[1:], queue=queues[0])
 
 
 @shared_task(base=JobTask, bind=True)
@@ -367,43 +379,44 @@ def look_up(word):
     raise LookupError(word)
 
 
-@task(takes_context=True, celery={"max_retries": 1})
-def try_twice(context):
-    if context.attempt == 1:
-        raise context.retry(exc=OSError("away"), countdown=0)
-    return context.attempt
-
-
 @task(takes_context=True, queue_name="cpu")
 def hold_a_function(context, gate):
-    note(context._job, "start")
-    while not Path(gate).exists():
-        context.report(1, 2, "waits")
-        time.sleep(0.05)
+    note_id("start", context.task_result.id)
+    wait_for(gate)
 
 
 @task(takes_context=True, queue_name="cpu")
 async def hold_a_coroutine(context, gate):
-    note(context._job, "start")
-    try:
-        while not Path(gate).exists():
-            context.report(1, 2, "waits")
-            await asyncio.sleep(0.05)
-    finally:
-        note(context._job, "end")
+    note_id("start", context.task_result.id)
+    while not Path(gate).exists():
+        await asyncio.sleep(0.05)
     return await Job.objects.filter(pk=context.task_result.id).acount()
 
 
-@task(takes_context=True, queue_name="cpu", celery={"time_limit": 3, "soft_time_limit": 2})
-async def wait_too_long(context, gate):
-    note(context._job, "start")
+# Coroutines that are jobs
+
+
+@shared_task(base=JobTask, bind=True)
+async def report_in_a_coroutine(self, gate):
+    note(self, "start")
+    try:
+        while not Path(gate).exists():
+            self.report(1, 2, "waits")
+            await asyncio.sleep(0.05)
+    finally:
+        note(self, "end")
+
+
+@shared_task(base=JobTask, bind=True, time_limit=3, soft_time_limit=2)
+async def wait_too_long(self, gate):
+    note(self, "start")
     try:
         while not Path(gate).exists():
             await asyncio.sleep(0.05)
     except asyncio.CancelledError:
-        note(context._job, "cancelled")
+        note(self, "cancelled")
         raise
-    note(context._job, "end")
+    note(self, "end")
 
 
 # Bodies with an unusual end
