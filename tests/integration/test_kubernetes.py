@@ -464,7 +464,7 @@ def test_the_image_and_the_hosts_are_in_one_file(bake):
 
 
 # Makes jobs in every state, more for each next queue, and prints the metrics. A limit blocks
-# some of them, and one of their tasks is paused: some of its jobs are blocked, the others are not yet.
+# some of them, and one of their tasks is paused: some of its jobs are blocked, others not yet.
 JOBS = """
 from datetime import timedelta
 from uuid import uuid4

@@ -150,7 +150,8 @@ def test_the_schedule_and_countdowns_continue_during_a_pause(stack):
     stack.ask(f"pauses.pause('faults.tasks.tick')\n{ticks}.delete()")
     try:
         stack.replace_beat("faults.every_second")
-        wait_for(lambda: stack.ask(f"result = {ticks}.filter(blocked_by__isnull=False).count()") > 2)
+        blocked = f"result = {ticks}.filter(blocked_by__isnull=False).count()"
+        wait_for(lambda: stack.ask(blocked) > 2)
         late = stack.enqueue("quick", countdown=1)
         stack.wait_until_final(late)
         assert not stack.ask(f"result = {ticks}.filter(started_at__isnull=False).count()")
