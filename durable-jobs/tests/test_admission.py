@@ -156,10 +156,10 @@ def test_a_held_job_says_what_it_waits_for(sent, commit, settings):
     with commit():
         *_, job = [call.enqueue(7) for _ in range(3)]
     job.refresh_from_db()
-    text = "Waits for its turn: 2 of 2 of tenant 7 are running"
+    text = "Waiting: limit tenant:7 is full (2 of 2 running)"
     assert reasons(Job.objects.all()) == {job.pk: text}
     settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"LIMITS": {}}
-    assert reasons([job]) == {job.pk: "Waits for its turn"}
+    assert reasons([job]) == {job.pk: f"Waiting: limit {job.limit_key}"}
 
 
 # A place is kept, or handed over
@@ -395,7 +395,7 @@ def test_rates_with_different_periods_do_not_mix(sent, settings):
     sweeper.sender.send_due()
     assert sent == [minute.pk]
     text = reasons([Job.objects.get(pk=hour.pk)])
-    assert text == {hour.pk: "Waits for its turn: api may start 2/h"}
+    assert text == {hour.pk: "Waiting: limit api starts at most 2/h"}
 
 
 @pytest.mark.parametrize("ago, seconds", [(36, 24), (None, 60)])

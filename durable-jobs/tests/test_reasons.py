@@ -108,7 +108,7 @@ def test_no_worker_takes_from_its_queue():
     assert why(job) == NOBODY
     works(45.5, "celery@two", ["io", "celery"])
     works(75, "celery@three")
-    assert why(job) == f"{NOBODY}: the last one is silent for 45 s"
+    assert why(job) == f"{NOBODY}: the last one stopped responding 45 s ago"
     assert why(waits(5)) == ""  # too early to say so
 
 
@@ -161,7 +161,7 @@ def test_beat_and_all_workers_are_silent():
     works(120)
     sweeps(130)
     assert why(waits()) == NO_HEARTBEAT
-    assert why(runs()) == f"No sign of life from its worker for 45 s. {NO_HEARTBEAT}"
+    assert why(runs()) == f"Its worker has not responded for 45 s. {NO_HEARTBEAT}"
 
 
 def test_a_limit_that_only_beat_can_fill_says_that_beat_does_not_run(settings):
@@ -171,11 +171,11 @@ def test_a_limit_that_only_beat_can_fill_says_that_beat_does_not_run(settings):
     held = {"times_sent": 0, "sweep_at": None}
     free = waits(blocked_by="tenant:7", limit_key="tenant:7", **held)
     rated = waits(blocked_by="api", limit_key="api", **held)
-    assert why(free) == f"Waits for its turn. {NO_BEAT}"
-    assert why(rated) == f"Waits for its turn: api may start 2/h. {NO_BEAT}"
+    assert why(free) == f"Waiting: limit {free.limit_key}. {NO_BEAT}"
+    assert why(rated) == f"Waiting: limit api starts at most 2/h. {NO_BEAT}"
     for _ in range(2):
         waits(limit_key="tenant:7")
-    assert why(free) == "Waits for its turn: 2 of 2 of tenant 7 are running"
+    assert why(free) == "Waiting: limit tenant:7 is full (2 of 2 running)"
 
 
 def test_a_pause_says_for_how_long():
@@ -257,28 +257,28 @@ def test_a_running_job_says_nothing_while_its_lease_lasts():
 
 
 def test_a_worker_gives_no_sign_of_life():
-    text = "No sign of life from its worker for 45 s; it starts again when Beat"
-    assert why(runs()) == f"{text} notices"
-    assert why(runs(crashes=2)) == f"{text} notices".replace("starts again", "fails")
+    text = "Its worker has not responded for 45 s; Beat will restart it"
+    assert why(runs()) == text
+    assert why(runs(crashes=2)) == text.replace("restart", "fail")
     works(name="celery@other")
     sweeps(130)
-    assert why(runs()) == f"{text} runs. {NO_BEAT}"
+    assert why(runs()) == f"{text} once it runs. {NO_BEAT}"
 
 
 def test_a_worker_that_has_started_again_is_not_the_one_that_ran_the_job():
     works(started=20)
-    assert why(runs()).endswith("it starts again when Beat notices")
+    assert why(runs()).endswith("Beat will restart it")
 
 
 def test_a_worker_lives_but_cannot_write_to_the_row():
     works()
-    text = "No sign of life from its worker for 45 s, but it runs"
+    text = "Its worker has not responded for 45 s, but it runs"
     assert why(runs()) == f"{text}: another process has probably locked the job"
 
 
 def test_a_job_is_over_its_time_limit():
     works()
-    assert why(runs(deadline=ago(1))) == "It is over its time limit; it fails when Beat notices"
+    assert why(runs(deadline=ago(1))) == "It is over its time limit; Beat will fail it"
 
 
 def test_a_clock_that_is_ahead_makes_no_job_silent(monkeypatch):
@@ -313,7 +313,7 @@ def test_a_lock_on_the_table_is_named_with_its_process_for_staff(broker_down):
     with locked_table() as pid:
         shown = text.replace("locked", f"locked, by process {pid} for 0 s")
         assert (why(queued), why(queued, for_staff=True)) == (text, shown)
-        assert why(running) == f"No sign of life from its worker for 45 s. {text}"
+        assert why(running) == f"Its worker has not responded for 45 s. {text}"
         assert shown in problems()
         Sweep.objects.update(ended_at=ago(1))  # the sweep waits for the lock a little later
         assert why(running) == text
@@ -410,7 +410,7 @@ def test_the_problems_of_the_system_are_named():
     assert problems() == [
         f"{NOBODY}: 2 jobs there",
         "The broker takes no message for the queue io: ConnectionError('refused')",
-        "No sign of life from the workers of 1 job",
+        "The workers of 1 job do not respond",
         "io: Paused for 20 min: a bug",
     ]
     sweeps(130)
@@ -482,7 +482,7 @@ def test_a_fact_that_cannot_be_read_is_left_out(model):
     with connection.execute_wrapper(refuse):
         text = why(jobs[0])
         assert (NO_BEAT in text, "No worker" in text) == (model is Worker, model is Sweep)
-        assert why(jobs[1]).startswith("No sign of life from its worker for 45 s")
+        assert why(jobs[1]).startswith("Its worker has not responded for 45 s")
         nobody = "No worker takes jobs from the queue io: 1 job there"
         assert module.problems(rows)[0] == (NO_BEAT if model is Worker else nobody)
     assert NO_BEAT in why(jobs[0])  # the transaction goes on

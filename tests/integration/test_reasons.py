@@ -87,7 +87,7 @@ def test_its_worker_has_died(stack, say, gate):
 def test_its_worker_and_beat_have_died(stack, say, gate):
     job = hold(stack, gate, queue="cpu")
     stack.kill(stack.worker, stack.beat)
-    text = r"No sign of life from its worker for \d+ s; it starts again when Beat runs\. "
+    text = r"Its worker has not responded for \d+ s; Beat will restart it once it runs\. "
     say(job, text + r"Beat does not run: its last sweep ended \d+ s ago")
 
 
@@ -95,7 +95,7 @@ def test_its_worker_and_beat_have_died(stack, say, gate):
 def test_all_workers_and_beat_have_died(stack, say, gate):
     job = hold(stack, gate, queue="cpu")
     stack.kill(*stack.workers, stack.beat)
-    say(job, "No sign of life .* No heartbeat from Beat or any worker: they are down")
+    say(job, "Its worker has not responded .* No heartbeat from Beat or any worker: they are down")
 
 
 @on_one
@@ -130,7 +130,7 @@ def test_it_is_due_later(stack, say):
 def test_it_is_blocked_by_a_limit(stack, say, gate):
     code = f"for _ in 'ab': job = one_until.using(owner=owner).enqueue('a', {str(gate)!r})"
     job = enqueue(stack, code)
-    say(job, "^Waits for its turn: 1 of 1 of one a are running", "Waits for its turn: 1 of 1")
+    say(job, r"^Waiting: limit one:a is full \(1 of 1 running\)", r"Waiting: limit one:a is full")
 
 
 @on_one

@@ -1,3 +1,3 @@
-"""Background jobs whose rows in the database survive every crash. See README.md beside this file."""
+"""Background jobs whose rows in the database survive every crash."""
 
 __version__ = "1.0.0.dev"

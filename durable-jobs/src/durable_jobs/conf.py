@@ -3,7 +3,7 @@
 from django.conf import settings
 
 DEFAULTS = {
-    "LEASE_SECONDS": 30,  # a worker that is silent for this time counts as dead
+    "LEASE_SECONDS": 30,  # a worker that does not respond for this time counts as dead
     "SWEEP_SECONDS": 5,  # between two sweeps
     "RESEND_SECONDS": 30,  # until a message counts as missing
     "MAX_CRASHES": 3,  # a job fails when its worker has died this many times

@@ -59,8 +59,8 @@ def problems(rows):
         if count and (text := facts.no_worker(row["queue"])):
             found.append(f"{text}: {numbered(count, 'job')} there")
     found += [facts.refusal(queue) for queue in facts.refused]
-    if facts.silent_jobs:
-        found.append(f"No sign of life from the workers of {numbered(facts.silent_jobs, 'job')}")
+    if facts.stalled_jobs:
+        found.append(f"The workers of {numbered(facts.stalled_jobs, 'job')} do not respond")
     found += [f"{name}: {text}" for name, text in facts.pauses.items()]
     return [text for text in found if text]
 
@@ -70,7 +70,7 @@ def texts_of(job, facts):
         yield from waits_for(job, facts)
         yield tries(job, facts)
     elif job.state == "running":
-        yield from silence(job, facts)
+        yield from stall(job, facts)
 
 
 def waits_for(job, facts):
@@ -110,15 +110,15 @@ def tries(job, facts):
     return text[0].upper() + text[1:] + (f": {error}" if error else "")
 
 
-def silence(job, facts):
+def stall(job, facts):
     """Yield why the lease of a running job has lapsed, if it has."""
     if not facts.has_passed(job.sweep_at):
         return
     age = facts.now - job.sweep_at + timedelta(seconds=conf.LEASE_SECONDS)
-    text = f"No sign of life from its worker for {span(age)}"
-    end = "it fails" if job.crashes + 1 >= conf.MAX_CRASHES else "it starts again"
+    text = f"Its worker has not responded for {span(age)}"
+    end = "fail" if job.crashes + 1 >= conf.MAX_CRASHES else "restart"
     if job.deadline and facts.has_passed(job.deadline):
-        text, end = "It is over its time limit", "it fails"
+        text, end = "It is over its time limit", "fail"
     elif facts.standstill:
         yield text
         yield facts.standstill
@@ -126,7 +126,7 @@ def silence(job, facts):
     elif facts.is_alive(job.worker, job.started_at):
         yield facts.lock or f"{text}, but it runs: another process has probably locked the job"
         return
-    yield f"{text}; {end} when Beat {'runs' if facts.beat else 'notices'}"
+    yield f"{text}; Beat will {end} it" + (" once it runs" if facts.beat else "")
     yield facts.beat
 
 
@@ -193,23 +193,23 @@ class Facts:
 
     @cached_property
     def used(self):
-        """How many places of each key are used, for which one of the jobs waits."""
-        held = {job.blocked_by for job in self.jobs if job.blocked_by and job.state == "queued"}
-        keys = {key for key in held if not key.startswith(PAUSE)}
+        """How many slots of each key are used, for which one of the jobs waits."""
+        blocked = {job.blocked_by for job in self.jobs if job.blocked_by and job.state == "queued"}
+        keys = {key for key in blocked if not key.startswith(PAUSE)}
         rows = with_slot().filter(limit_key__in=keys).order_by().values_list("limit_key")
         return dict(rows.annotate(Count("pk")))
 
     def turn(self, key):
-        """Say why a job waits that this limit holds."""
-        limit, name, used = limit_of(key), key.replace(":", " ", 1), self.used.get(key, 0)
+        """Say why a job waits that this limit blocks."""
+        limit, used = limit_of(key), self.used.get(key, 0)
         if used >= limit.running > 0:
-            return f"Waits for its turn: {used} of {limit.running} of {name} are running"
+            return f"Waiting: limit {key} is full ({used} of {limit.running} running)"
         if limit.rate:
-            return f"Waits for its turn: {name} may start {limit.rate}"
-        return "Waits for its turn"
+            return f"Waiting: limit {key} starts at most {limit.rate}"
+        return f"Waiting: limit {key}"
 
     def needs_sweep(self, key):
-        """Return whether only Beat lets a job of this key go: no run that ends has a place for it."""
+        """Return whether only Beat admits a job of this key: no run that ends has a slot for it."""
         return self.used.get(key, 0) < limit_of(key).running
 
     # Beat
@@ -221,7 +221,7 @@ class Facts:
 
     @cached_property
     def beat(self):
-        """The sentence that Beat is silent."""
+        """The sentence that Beat does not respond."""
         if self.sweep is None:
             return ""
         if not self.sweep:
@@ -257,7 +257,7 @@ class Facts:
 
     @fact(None)
     def workers(self):
-        """All rows of workers, also of silent ones. None if they cannot be read."""
+        """All rows of workers, also of those that do not respond. None if they cannot be read."""
         return list(Worker.objects.annotate(age=Now() - F("seen_at")))
 
     @cached_property
@@ -282,7 +282,7 @@ class Facts:
                 f"{text}: {len(lost)} of {len(self.alive)} {are} ending or cannot reach the broker"
             )
         ages = [worker.age for worker in self.workers if queue in worker.queues]
-        return f"{text}: the last one is silent for {span(min(ages))}" if ages else text
+        return f"{text}: the last one stopped responding {span(min(ages))} ago" if ages else text
 
     def no_slot(self, queue):
         """The sentence that all slots of this queue are busy."""
@@ -320,5 +320,5 @@ class Facts:
         return {pk: error.strip().partition("\n")[0][:300] for pk, error in errors}
 
     @fact(0)
-    def silent_jobs(self):
+    def stalled_jobs(self):
         return Job.objects.filter(state="running", sweep_at__lt=Now()).count()
