@@ -286,7 +286,7 @@ def starts_in_period(limits):
     return found
 
 
-# The sweep
+# The sweeper
 
 
 class DueJobs:

@@ -1,4 +1,4 @@
-"""Waits for an unavailable database, and cleans up the connection that a body has used."""
+"""Waits for an unavailable database, and cleans up the connection that a task function has used."""
 
 import logging
 import threading
@@ -47,7 +47,7 @@ def try_once(query, *args, **kwargs):
         return query(*args, **kwargs)
     except Error:
         if not connection.in_atomic_block:  # in a test's atomic(), leave it open
-            connection.close()  # it may be broken, or a body may have changed its settings
+            connection.close()  # it may be broken, or a task function may have changed its settings
         raise
 
 
@@ -117,7 +117,7 @@ def close_if_busy():
 
 
 def roll_back_open_transaction():
-    """Roll back a transaction that a body left open.
+    """Roll back a transaction that a task function left open.
 
     Otherwise the outcome would be written inside it, and lost with it. Returns whether one was open.
     """

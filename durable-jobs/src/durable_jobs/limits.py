@@ -31,10 +31,10 @@ PART = re.compile(
 
 @dataclass(frozen=True)
 class Limit:
-    running: float = inf  # jobs at once
+    running: float = inf  # concurrently
     starts: float = inf  # in `period`
     period: timedelta = timedelta()
-    rate: str = ""  # for people, such as "60/min"
+    rate: str = ""  # as it is shown, such as "60/min"
 
 
 @cache
@@ -118,8 +118,8 @@ def arguments_in(template):
 
 def parameters(task):
     """Return {name: default} of the arguments of a task."""
-    body = getattr(task, "__wrapped__", task.run)
-    found = inspect.signature(inspect.unwrap(body)).parameters.items()
+    function = getattr(task, "__wrapped__", task.run)
+    found = inspect.signature(inspect.unwrap(function)).parameters.items()
     return {name: each.default for name, each in found}
 
 

@@ -20,7 +20,7 @@ from celery.exceptions import SoftTimeLimitExceeded, WorkerShutdown
 
 __all__ = ["pool_name"]
 
-TIME_LIMITED = {"prefork", "gevent"}  # pools in which Celery ends a body that takes too long
+TIME_LIMITED = {"prefork", "gevent"}  # pools in which Celery ends a task that takes too long
 # Its only byte says whether this worker is shutting down. Forked children share this memory.
 shutting_down = mmap.mmap(-1, 1)
 
@@ -35,7 +35,7 @@ if IS_GEVENT:
 class Threads:
     """Python's own threads: in a prefork child, a worker with threads, the web server, Beat and tests."""
 
-    time_limit_errors = (SoftTimeLimitExceeded,)  # raised in a body at its time limit
+    time_limit_errors = (SoftTimeLimitExceeded,)  # raised in a task at its time limit
     Lock = threading.Lock
 
     def start_thread(self, function):
@@ -43,7 +43,7 @@ class Threads:
         _thread.start_new_thread(function, ())
 
     def query(self, function, *args, **kwargs):
-        """Call a function that queries the database. Do not use this inside a transaction of the body.
+        """Call a function that queries the database. Do not use this inside a transaction of the task.
 
         With greenlets, the function runs in another thread, so it uses another connection.
         """
@@ -58,15 +58,15 @@ class Threads:
         function(*args)
 
     def is_terminated(self, error):
-        """Return whether this exception ends more than a body: a prefork child, or a greenlet."""
+        """Return whether this exception ends more than a task: a prefork child, or a greenlet."""
         return isinstance(error, SystemExit) and terminate_handler_fired()
 
     def end_idle_worker(self):
-        """Do nothing: with threads, Celery ends an idle worker at once."""
+        """Do nothing: with threads, Celery ends an idle worker immediately."""
 
 
 class Greenlets:
-    """Greenlets. A body may block all of them, so leases use a native thread and lock."""
+    """Greenlets. A task may block all of them, so leases use a native thread and lock."""
 
     def __init__(self):
         self.time_limit_errors = (SoftTimeLimitExceeded, gevent.Timeout)
@@ -119,9 +119,9 @@ def pool_name(pool):
 
 
 def has_children(worker):
-    """Return whether the bodies of this worker run in child processes.
+    """Return whether the tasks of this worker run in child processes.
 
-    Raises SystemExit for gevent if Python is not patched, because each body would block all others.
+    Raises SystemExit for gevent if Python is not patched, because each task would block all others.
     """
     name = pool_name(worker.pool_cls)
     if name == "gevent" and not IS_GEVENT:

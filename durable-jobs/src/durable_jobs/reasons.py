@@ -1,4 +1,4 @@
-"""Reasons, for people: what a job waits for or why it does not move, and what is wrong with the whole system.
+"""Reasons: what a job waits for or why it does not move, and what is wrong with the whole system.
 
 Nothing is stored: whoever reads a job asks here, so the reason is known even if no worker and no Beat runs.
 A fact is read when the first job needs it. Jobs that run, have ended, or have just become due need few.
@@ -98,7 +98,7 @@ def tries(job, facts):
     texts = []
     if job.retries:
         most = getattr(current_app.tasks.get(job.task), "max_retries", None)
-        # A body may allow more with retry(max_retries=...).
+        # A task function may allow more with retry(max_retries=...).
         of = f" of {most + 1}" if most and most >= job.retries else ""
         texts.append(f"try {job.retries + 1}{of}")
     if job.crashes:
@@ -216,7 +216,7 @@ class Facts:
 
     @fact(None)
     def sweep(self):
-        """The row of the sweep, in a list. Empty if Beat has never run, None if that is unknown."""
+        """The row of the sweeper, in a list. Empty if Beat has never run, None if that is unknown."""
         return list(Sweep.objects.annotate(age=Now() - F("ended_at"))[:1])
 
     @cached_property
@@ -232,7 +232,7 @@ class Facts:
 
     @cached_property
     def standstill(self):
-        """The sentence that nothing can move. If the database is locked, the sweep waits, too."""
+        """The sentence that nothing can move. If the database is locked, the sweeper waits, too."""
         if not self.beat:
             return ""
         is_known = self.workers is not None

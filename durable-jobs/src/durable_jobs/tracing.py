@@ -1,8 +1,8 @@
 """The request of a job: its trace in OpenTelemetry, and its id in the log of django-structlog.
 
 The instrumentation of Celery and django-structlog put both into each message, as they are current when it is
-sent. But the message may be sent hours later, by the sweep. So the row has them, and run_as() makes them
-current again. A job belongs to the request that enqueued it, also if a body did that, and a step to the
+sent. But the message may be sent hours later, by the sweeper. So the row has them, and run_as() makes them
+current again. A job belongs to the request that enqueued it, also if a task function did that, and a next job to the
 request of the job or batch that it follows.
 
 A library that nobody has imported is not imported here: then all this costs two look-ups in a dictionary.

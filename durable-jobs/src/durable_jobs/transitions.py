@@ -33,7 +33,7 @@ def is_paused(names=None):
 def requeue(jobs, delay=0, failure=None, **changes):
     """Queue these jobs (again). The sweeper sends their messages in `delay` seconds.
 
-    A running job with a limit gives its place up: it is held again, see admission.py. Returns how many rows were
+    A running job with a limit gives its slot up: it is blocked again, see admission.py. Returns how many rows were
     changed. `failure` has the fields of a Failure to store, see update().
     """
     due = Now() + timedelta(seconds=delay)

@@ -34,7 +34,7 @@ MIN_TURN = 0.1  # the same for rates: with a longer one, a rate such as 5/s woul
 
 @dataclass
 class Queue:
-    """What the sweep remembers about a queue."""
+    """What the sender remembers about a queue."""
 
     most_messages: int = 0  # the highest number seen in it
     probe_at: float = 0  # when the next probe is due, as time.monotonic()
@@ -112,7 +112,7 @@ class Sender:
 
         Returns whether more jobs may be due.
         """
-        # Held jobs have no sweep_at. The index job_active leaves them out.
+        # Blocked jobs have no sweep_at. The index job_active leaves them out.
         queue = self.queues[name]
         queued = Job.objects.filter(state="queued", queue=name, sweep_at__isnull=False)
         queue.most_messages = max(queue.most_messages, waiting)

@@ -18,7 +18,7 @@ from durable_jobs.models import Job, Sweep, Tally
 from durable_jobs.transitions import retention_end
 
 LAG = timedelta(seconds=10)  # a transaction that ends a job must commit in this time
-PIECE = timedelta(minutes=1)  # of ends, counted at once: Beat may have been stopped for a day
+PIECE = timedelta(minutes=1)  # of ends, counted together: Beat may have been stopped for a day
 BUCKETS = [0.1, 0.5, 1, 5, 10, 30, 60, 300, 600, 1800, 3600]  # seconds
 LABELS = [*map(str, map(float, BUCKETS)), "+Inf"]  # of these, as Prometheus writes them
 

@@ -91,12 +91,12 @@ class Sweeper:
 
 
 def recover_lapsed():
-    """Recover the running jobs whose lease was not renewed, and free the places of cancelled ones."""
+    """Recover the running jobs whose lease was not renewed, and free the slots of cancelled ones."""
     running = Job.objects.filter(state="running", sweep_at__lt=Now())
     cancelled = admission.with_slot().filter(STILL_RUNNING, sweep_at__lt=Now())
     lapsed = []
     for jobs in running, cancelled:
-        with transaction.atomic():  # skip a row that the job's own body has locked
+        with transaction.atomic():  # skip a row that the job's own function has locked
             rows = jobs.select_for_update(skip_locked=True)
             if ids := list(rows.values_list("pk", flat=True)[:BATCH_SIZE]):
                 lapsed.append((jobs, ids))

@@ -32,7 +32,7 @@ QUEUE_METRICS = {
     "durable_jobs_running": "Jobs that a worker runs",
     "durable_jobs_stalled": "Jobs whose worker does not respond",
     "durable_jobs_oldest_wait_seconds": "Seconds for which the oldest due job has waited for a worker",
-    "durable_jobs_slots": "How many jobs the workers of this queue can run at once",
+    "durable_jobs_slots": "How many jobs the workers of this queue can run concurrently",
     "durable_jobs_busy_slots": "How many of these slots are taken, also by jobs of other queues",
 }
 WORKER_METRICS = {

@@ -44,7 +44,7 @@ process = Process()
 
 
 class JobError(Exception):
-    """Ends a job with an error text for its owner: raise JobError("Row 17 has no e-mail").
+    """Ends a job with an error text for its owner: raise JobError("Row 17 has no email address").
 
     The text of any other exception is for staff: the owner only sees that the job failed.
     """

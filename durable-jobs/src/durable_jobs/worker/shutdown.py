@@ -13,7 +13,7 @@ Prefork:
 
 Threads and gevent:
 
-1. The process gets SIGTERM. It ends with its last task, without a task at once.
+1. The process gets SIGTERM. It ends with its last task, without a task immediately.
 2. After SOFT_SHUTDOWN_SECONDS, a thread releases the jobs that are left, and ends the process:
    requeue_and_exit().
 
