@@ -27,7 +27,7 @@ def queues():
         found[url] = known["VisibilityTimeout"], known["MessageRetentionPeriod"], redrive
     return found
 
-boto3.client("cloudformation").create_stack(StackName="pages", TemplateBody=os.environ["TEMPLATE"])
+boto3.Session().client("cloudformation").create_stack(StackName="pages", TemplateBody=os.environ["TEMPLATE"])
 made = queues()
 dev.create_queues()
 own = queues()
@@ -46,7 +46,7 @@ from config.celery import app
 
 template = os.environ["TEMPLATE"]
 dynamodb = boto3.client("dynamodb")
-boto3.client("cloudformation").create_stack(StackName="pages", TemplateBody=template)
+boto3.Session().client("cloudformation").create_stack(StackName="pages", TemplateBody=template)
 [name] = dynamodb.list_tables()["TableNames"]
 [ttl] = re.findall("TimeToLiveSpecification: (.+)", template)  # moto ignores it in a template
 dynamodb.update_time_to_live(TableName=name, TimeToLiveSpecification=yaml.safe_load(ttl))
