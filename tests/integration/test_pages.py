@@ -27,7 +27,8 @@ def queues():
         found[url] = known["VisibilityTimeout"], known["MessageRetentionPeriod"], redrive
     return found
 
-boto3.Session().client("cloudformation").create_stack(StackName="pages", TemplateBody=os.environ["TEMPLATE"])
+formation = boto3.Session().client("cloudformation")  # without the time limits of the project
+formation.create_stack(StackName="pages", TemplateBody=os.environ["TEMPLATE"])
 made = queues()
 dev.create_queues()
 own = queues()
