@@ -28,7 +28,7 @@ from harness.outputs import (
 )
 from harness.project import connects, env, fetch, free_ports, processes_in, wait_for
 
-EXTRA = {"FLOWER_BASIC_AUTH": "admin:password", "DEBUG": "False"}
+EXTRA = {"FLOWER_BASIC_AUTH": "admin:password", "DEBUG": "False", "MEDIA_ROOT": "/srv/media"}
 CHECKS = """
 from django.core.management import call_command
 call_command("check", deploy=True, fail_level="WARNING")
