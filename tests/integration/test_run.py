@@ -233,9 +233,8 @@ SQS_AND_DYNAMODB = next(
 
 def required(project):
     """Return the variables that settings.py requires in production."""
-    return re.findall(
-        r'"(\w+)"', re.search(r"REQUIRED = \[(.*?)\]", project.read("config/settings.py"), re.S)[1]
-    )
+    text = re.search("^required .*?(?=^if)", project.read("config/settings.py"), re.M | re.S)[0]
+    return re.findall("[A-Z][A-Z_]+", text)
 
 
 @default_output
