@@ -34,7 +34,6 @@ SIZES = {
     "tasks": [1000],  # sent one by one, and as many again in bulk
     "bulk": [20_000],  # tasks in one call
     "together": [10_000],  # tasks that have one callback, and as many alone
-    "chain": [500],
     "limited": [2000],
     "held": [100_000],
     "singles": [100],  # each sent when the previous one is done
@@ -271,10 +270,10 @@ class Bench:
                 say(output, f"{rows} rows, {clients} clients: {figures}")
 
     def together(self, output, database, server):
-        """Let tasks have a callback when all have ended, and run in a chain."""
+        """Let tasks have a callback when all have ended."""
         url = server.variables["CELERY_BROKER_URL"]
         contestants = {"bare Celery": (bare(output, RESULTS=url), "plain"), "jobs": (output, "job")}
-        sizes = {"alone": "together", "with a callback": "together", "chain": "chain"}
+        sizes = {"alone": "together", "with a callback": "together"}
         pairs = [(shape, name) for shape in sizes for name in contestants]
         stored, done, costs, delays = ({pair: [] for pair in pairs} for _ in range(4))
         for turn in range(self.size("turns") - 1):
@@ -334,7 +333,7 @@ class Bench:
                 self.goal(what, 0.7 if keys == 1 else 0.9, of_unlimited)
         count = self.size("held")
         for keys, by in {1: "1 key", 1000: "1,000 keys", 0: "a pause"}.items():
-            ms = output.ask("limits.held", count, keys)
+            ms = output.ask("limits.blocked", count, keys)
             self.rows["held"].append([f"{count:,}", by, f"{ms:.1f}"])
             self.goal(f"ms for {count:,} jobs held by {by}", 20, ms, at_most=True)
 

@@ -17,7 +17,9 @@ from work_tasks import job as task
 from work_tasks import plain
 
 from durable_jobs.actions import cancel
-from durable_jobs.beat.schedule import sweeper
+from durable_jobs.beat.purge import Purge
+from durable_jobs.beat.sender import Sender
+from durable_jobs.beat.sweeper import recover_lapsed
 from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Job, Sweep
 from durable_jobs.transitions import claim, succeed
@@ -103,10 +105,10 @@ def sweep_due(count, queues):
     empty("job")
     queue, due = f"'due' || n % {queues}", "now() - interval '1 second'"
     copies(job_for_later("later"), count, queue=queue, sweep_at=due, created_at=due)
-    began = time.perf_counter()
+    began, sender = time.perf_counter(), Sender()
     while Job.objects.filter(times_sent=0, queue__startswith="due").exists():
-        sweeper.send_due()
-        sweeper.recover_lapsed()
+        sender.send_due()
+        recover_lapsed()
     seconds = time.perf_counter() - began
     assert Job.objects.filter(times_sent=1, queue__startswith="due").count() == count
     return count / seconds
@@ -136,7 +138,7 @@ def pages(count):
         seconds = [seconds_of(get, url) for _ in range(23)]
         taken.append(median(seconds[3:]) * 1000)  # the first three compile and connect
     Sweep.objects.all().delete()  # else no job is deleted before Beat has counted it
-    rounds = sum(map(seconds_of, [sweeper.Purge(Job, "finished_at").delete_page] * 3))
+    rounds = sum(map(seconds_of, [Purge(Job, "finished_at").delete_page] * 3))
     return taken, (count - newest.count()) / rounds
 
 

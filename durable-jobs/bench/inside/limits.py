@@ -33,21 +33,21 @@ def gaps():
     return [(start - end).total_seconds() * 1000 for start, end in pairs]
 
 
-def held(count, keys):
-    """Return the ms in which the sweep finds that none of `count` held jobs may start.
+def blocked(count, keys):
+    """Return the ms in which the sweeper finds that none of `count` blocked jobs may start.
 
-    They are held by so many keys whose places are all taken; 0: by a pause.
+    They are blocked by so many keys whose slots are all taken; 0: by a pause.
     """
     empty("job")
-    job = job_for_later("held")
+    job = job_for_later("celery")
     row = {"sweep_at": "NULL", "due_at": "now() - n * interval '1 ms'"}
     if keys:
         copies(job, count, **row, limit_key=KEY.format(keys), blocked_by=KEY.format(keys))
         running = {"state": "'running'", "run_token": "gen_random_uuid()"}
         copies(job, 5 * keys, **running, limit_key=KEY.format(keys))
     else:
-        pauses.pause("held")
-        copies(job, count, **row, blocked_by="'pause:held'")
+        pauses.pause("celery")
+        copies(job, count, **row, blocked_by="'pause:celery'")
     job.delete()
     sql("VACUUM ANALYZE durable_jobs_job")
     taken = [seconds_of(look) for _ in range(12)]
@@ -56,5 +56,5 @@ def held(count, keys):
 
 
 def look():
-    """Do what the sweep does for held jobs in each round."""
-    admission.admit_due()
+    """Do what the sweeper does for blocked jobs in each round."""
+    admission.DueJobs().admit()

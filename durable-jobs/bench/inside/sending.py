@@ -4,8 +4,6 @@ import os
 import random
 import time
 
-from durable_jobs.enqueue import enqueue, enqueue_many
-
 NAMES = ["path", "seconds", "rounds"]  # the arguments of work()
 WARM_UP = 3
 
@@ -27,6 +25,7 @@ class Job:
     def __init__(self):
         from work_tasks import job
 
+        from durable_jobs.enqueue import enqueue, enqueue_many
         from durable_jobs.models import Job
 
         self.rows, self.succeeded = Job.objects, {"state": "succeeded"}

@@ -1,9 +1,7 @@
-"""Many tasks that belong together: alone, with a callback when all have ended, and in a chain."""
+"""Many tasks: alone, and with a callback when all have ended."""
 
-from celery import chain, chord
+from celery import chord
 from sending import KINDS, empty, seconds_of
-
-from durable_jobs import batches
 
 
 def store(kind, shape, count, path):
@@ -26,6 +24,7 @@ def enqueue_many(task, calls, then):
 
 
 def enqueue_batch(task, calls, then):
+    from durable_jobs import batches  # bare Celery has none
 
     batches.enqueue(task, calls, on_success=then)
 
@@ -34,15 +33,9 @@ def send_chord(task, calls, then):
     chord(task.si(*arguments) for arguments in calls)(then)
 
 
-def send_chain(task, calls, then):
-    chain(*(task.si(*arguments) for arguments in calls))()
-
-
 SHAPES = {
     ("alone", "plain"): send_each,
     ("alone", "job"): enqueue_many,
     ("with a callback", "plain"): send_chord,
     ("with a callback", "job"): enqueue_batch,
-    ("chain", "plain"): send_chain,
-    ("chain", "job"): send_chain,
 }
