@@ -450,7 +450,7 @@ def test_make_up_again_applies_new_code_and_the_settings_of_production(stack):
     assert stack.token == token
 
 
-DOMAIN = "durable_jobs.localhost"  # Caddy issues its certificate itself
+DOMAIN = "shop.localhost"  # Caddy issues its certificate itself
 HTTPS_PORTS = "HTTP_PORT", "HTTPS_PORT"
 CADDY_CA = "/data/caddy/pki/authorities/local/root.crt"
 FORGED = "203.0.113."  # the start of addresses that a client invents
