@@ -61,6 +61,7 @@ FROM python:{PINNED.python}-slim
 COPY --from={PINNED.uv} /uv /usr/local/bin/
 ENV UV_LINK_MODE=copy UV_CACHE_DIR=/cache VIRTUAL_ENV=/venv PATH=/venv/bin:$PATH
 COPY pyproject.toml /
+COPY vendor /vendor
 RUN --mount=type=cache,target=/cache uv venv /venv && uv pip install -r pyproject.toml --group dev
 WORKDIR /app
 """
