@@ -94,36 +94,27 @@ def add(
     task: Any,
     args: list | tuple = (),
     kwargs: dict | None = None,
-    *,
-    label: str = "",
-    queue: str | None = None,
-    countdown: float | None = None,
-    eta: datetime | None = None,
+    **options: Unpack[MemberOptions],
 ) -> Job:
     """Add a job to a batch. Raises ValueError if the batch has ended. See enqueue.enqueue()."""
-    fields = call_fields(task, args, kwargs, label, queue)
-    return store_members(batch, [fields], countdown, eta)[0]
+    return store_members(batch, task, [(args, kwargs)], **options)[0]
 
 
 def add_many(
     batch: Batch,
     task: Any,
     calls: Iterable[list | tuple],
-    *,
-    label: str = "",
-    queue: str | None = None,
-    countdown: float | None = None,
-    eta: datetime | None = None,
+    **options: Unpack[MemberOptions],
 ) -> list[Job]:
     """Add a job for each list of arguments in `calls`: all of them or none. See add()."""
-    rows = [call_fields(task, args, None, label, queue) for args in calls]
-    return store_members(batch, rows, countdown, eta)
+    return store_members(batch, task, ((args, None) for args in calls), **options)
 
 
 aenqueue, aadd = sync_to_async(enqueue), sync_to_async(add)
 
 
-def store_members(batch, rows, countdown, eta):
+def store_members(batch, task, calls, countdown=None, eta=None, **options):
+    rows = [call_fields(task, args, kwargs, **options) for args, kwargs in calls]
     with transaction.atomic(Job.objects.db):
         keep_open(batch)
         now = database_time()
@@ -195,8 +186,7 @@ def callback(call, takes_results=False):
     if not isinstance(call, JobCall):
         raise TypeError(f"{call!r:.200} is no call of a job, such as task.s(10)")
     takes_results = takes_results and not call.immutable
-    options = {"label": "", **call.options}
-    return planned(call.task, call.args, call.kwargs, takes_results=takes_results, **options)
+    return planned(call.task, call.args, call.kwargs, takes_results=takes_results, **call.options)
 
 
 def planned(

@@ -15,9 +15,8 @@ def run(jobs):
 def run_jobs():
     """Run all queued jobs and those that they enqueue, one by one. Wait for no countdown and no limit."""
     queued = Job.objects.filter(state="queued").order_by("created_at")
-    ran = (
-        set()
-    )  # (id, retries): a job that the broker refuses stays queued, so publish it only once
+    # (id, retries): a job that the broker refuses stays queued, so publish it only once
+    ran = set()
     while True:
         batches.end_all()  # as the sweeper does
         tries = set(queued.values_list("pk", "retries")) - ran

@@ -7,7 +7,6 @@ from celery import current_app, states
 from celery.app import backends
 from celery.backends.base import BaseBackend
 from celery.exceptions import TimeoutError
-from celery.result import AsyncResult
 
 from durable_jobs import eager
 from durable_jobs.models import Job
@@ -36,10 +35,6 @@ def read(task_id):
     if name := ERRORS.get(job.state):
         result = {"exc_type": name, "exc_message": job.error, "exc_module": "celery.exceptions"}
     return {"status": STATES[job.state], "result": result}
-
-
-class JobResult(AsyncResult):
-    """The AsyncResult of a job."""
 
 
 class JobBackend(BaseBackend):

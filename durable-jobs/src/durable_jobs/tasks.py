@@ -14,6 +14,7 @@ from asgiref.sync import sync_to_async
 from celery import shared_task
 from celery.contrib.django.task import DjangoTask
 from celery.exceptions import Retry
+from celery.result import AsyncResult
 
 from durable_jobs import batches, limits
 from durable_jobs.calls import NO_CANVAS, JobCall, check_options
@@ -28,7 +29,7 @@ from durable_jobs.enqueue import (
 )
 from durable_jobs.models import Batch, Job
 from durable_jobs.pools import shutting_down
-from durable_jobs.results import JobResult, job_backend
+from durable_jobs.results import job_backend
 from durable_jobs.values import printable
 from durable_jobs.worker.execution import execute, run_coroutine
 from durable_jobs.worker.runs import JobError, JobLost, Run, describe, for_owner, process
@@ -161,7 +162,7 @@ class JobTask(DjangoTask):
     starmap = chunks = map
 
     def AsyncResult(self, task_id, **kwargs):  # noqa: N802
-        return JobResult(task_id, backend=job_backend(self.app), app=self.app, **kwargs)
+        return AsyncResult(task_id, backend=job_backend(self.app), app=self.app, **kwargs)
 
     def retry(
         self,
@@ -273,7 +274,7 @@ class JobTask(DjangoTask):
         Raises the errors of enqueue().
         """
         if run := self._own_run():
-            run.next_jobs.append(batches.planned(task, args, kwargs, **{"label": "", **options}))
+            run.next_jobs.append(batches.planned(task, args, kwargs, **options))
         else:
             enqueue(task, args, kwargs, **options)
 

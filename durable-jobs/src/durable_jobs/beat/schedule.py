@@ -38,7 +38,7 @@ def check_entry(name, args, kwargs, options):
     args = [None if isinstance(arg, BeatLazyFunc) else arg for arg in args]
     kwargs = {key: None if isinstance(arg, BeatLazyFunc) else arg for key, arg in kwargs.items()}
     if isinstance(task, JobTask):
-        check_options({key: options[key] for key in options if key != "countdown"})
+        check_options(options, ["countdown"])
         new_fields(task, args, kwargs, countdown=options.get("countdown"))
     elif task.typing:
         task.__header__(*args, **kwargs)
