@@ -14,10 +14,10 @@ from helpers import add, broken, greet, multiply, sweeper
 from rest_framework.test import APIClient
 
 from durable_jobs import batches, database, messages, transitions
-from durable_jobs.beat import sender
+from durable_jobs.beat import republish
 from durable_jobs.beat import sweeper as sweeper_module
 from durable_jobs.models import Job
-from durable_jobs.pools import pool
+from durable_jobs.worker.pools import pool
 
 pytest_plugins = ["durable_jobs.testing"]
 
@@ -123,7 +123,7 @@ def published(monkeypatch):
         waiting.append(str(job.pk))
 
     monkeypatch.setattr(messages, "send_one", publish)
-    monkeypatch.setattr(sender, "messages_in", lambda queue, broker: len(waiting))
+    monkeypatch.setattr(republish, "messages_in", lambda queue, broker: len(waiting))
     return waiting
 
 
@@ -132,7 +132,7 @@ def sent(monkeypatch):
     """The ids of the jobs whose messages were sent. No worker takes them."""
     ids = []
     monkeypatch.setattr(messages, "send_one", lambda job, *args, **options: ids.append(job.pk))
-    monkeypatch.setattr(sender, "messages_in", lambda *args: len(ids))
+    monkeypatch.setattr(republish, "messages_in", lambda *args: len(ids))
     return ids
 
 

@@ -16,10 +16,10 @@ from helpers import alone, ask, call, end, free, lapse, start, sweeper
 from durable_jobs import admission, pauses, transitions
 from durable_jobs.actions import cancel, run_again
 from durable_jobs.beat.sweeper import recover_lapsed
+from durable_jobs.diagnosis import reasons
 from durable_jobs.enqueue import enqueue_many
-from durable_jobs.expressions import QUEUED
 from durable_jobs.models import Job, Start
-from durable_jobs.reasons import reasons
+from durable_jobs.states import QUEUED
 from durable_jobs.tasks import JobError
 from durable_jobs.worker import children, lease, shutdown, unknown_tasks
 from durable_jobs.worker.runs import process

@@ -167,10 +167,10 @@ def test_nothing_is_stored_if_a_member_is_refused():
 @pytest.mark.parametrize(
     ("signature", "message"),
     [
-        (echo, "is no call of a job"),
-        ("echo", "is no call of a job"),
+        (echo, "is not the signature of a job"),
+        ("echo", "is not the signature of a job"),
         (add.si(1), "missing"),
-        (current_app.signature("no.such.task"), "is no call of a job"),
+        (current_app.signature("no.such.task"), "is not the signature of a job"),
     ],
 )
 def test_a_callback_that_cannot_start_is_refused(name, signature, message):
@@ -256,7 +256,7 @@ def test_a_batch_stays_open_while_the_database_is_away(monkeypatch, caplog):
 @pytest.mark.parametrize("name", ["on_success", "on_finish"])
 @pytest.mark.parametrize("value", ["echo", [1], 1])
 def test_what_comes_next_is_a_call(name, value):
-    with pytest.raises(TypeError, match="is no call of a job"):
+    with pytest.raises(TypeError, match="is not the signature of a job"):
         batches.enqueue(add, [[1, 2]], **{name: value})
 
 

@@ -20,8 +20,8 @@ from helpers import CLAIM, ROUNDS, fail_run, in_thread, race, run_while_open, su
 from durable_jobs import batches, messages, transitions
 from durable_jobs.beat import purge
 from durable_jobs.enqueue import insert_many, new_fields
-from durable_jobs.expressions import UNFINISHED
 from durable_jobs.models import Batch, Job
+from durable_jobs.states import UNFINISHED
 from durable_jobs.tasks import JobTask
 from durable_jobs.worker.runs import Run
 

@@ -23,8 +23,8 @@ from django_celery_beat.schedulers import DatabaseScheduler
 from django_tasks import task
 
 from durable_jobs import transitions
+from durable_jobs.beat.republish import Sender
 from durable_jobs.beat.schedule import OncePerDueTime, count_errors
-from durable_jobs.beat.sender import Sender
 from durable_jobs.beat.sweeper import Sweeper
 from durable_jobs.contrib.prometheus import Collector
 from durable_jobs.models import Job, Sweep

@@ -13,10 +13,11 @@ from django.db import InterfaceError, InternalError, OperationalError, connectio
 from helpers import act, add, deliver, errors, run
 from psycopg.errors import ProgramLimitExceeded, ReadOnlySqlTransaction
 
-from durable_jobs import database, pools, transitions
+from durable_jobs import database, transitions
 from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Job
 from durable_jobs.tasks import JobTask
+from durable_jobs.worker import pools
 
 pytestmark = pytest.mark.django_db
 

@@ -10,15 +10,15 @@ from settings import SOURCE
 
 PACKAGE = SOURCE / "durable_jobs"
 ORDER = """
-conf liveness pools migrations
-values expressions
+conf liveness worker.pools migrations states
+validation database
 models tracing
-database transitions limits
+transitions limits
 messages
 publish
 admission
 enqueue
-actions calls
+actions signatures
 batches
 eager
 results
@@ -27,8 +27,8 @@ worker.runs worker.events
 worker.lease
 worker.shutdown worker.children worker.unknown_tasks worker.remote_control
 worker.execution worker.startup
-tasks pauses counts reasons
-beat.statistics beat.sender
+tasks pauses counts diagnosis
+beat.statistics beat.republish
 beat.purge
 beat.sweeper
 beat.schedule

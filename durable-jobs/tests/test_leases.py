@@ -22,9 +22,10 @@ from helpers import (
 
 from durable_jobs import transitions
 from durable_jobs.beat.sweeper import recover_lapsed
+from durable_jobs.database import SetLocal
 from durable_jobs.enqueue import enqueue
-from durable_jobs.expressions import SetLocal, lease_end
 from durable_jobs.models import Job
+from durable_jobs.transitions import lease_end
 from durable_jobs.worker import lease, runs
 
 pytestmark = pytest.mark.django_db

@@ -22,9 +22,9 @@ from helpers import ROUNDS as MANY_ROUNDS
 
 from durable_jobs import admission, enqueue, pauses, publish, transitions
 from durable_jobs.actions import cancel, run_again
-from durable_jobs.beat import sender
-from durable_jobs.expressions import STILL_RUNNING, UNFINISHED
+from durable_jobs.beat import republish
 from durable_jobs.models import Job, Start
+from durable_jobs.states import STILL_RUNNING, UNFINISHED
 from durable_jobs.tasks import JobTask
 from durable_jobs.worker import lease
 from durable_jobs.worker.runs import Run
@@ -52,8 +52,8 @@ def messages(monkeypatch, settings):
             sent.put((job.pk, job.limit_key, fields))
 
     monkeypatch.setattr(publish, "send", send)
-    monkeypatch.setattr(sender, "send", send)
-    monkeypatch.setattr(sender, "messages_in", lambda *args: sent.qsize())
+    monkeypatch.setattr(republish, "send", send)
+    monkeypatch.setattr(republish, "messages_in", lambda *args: sent.qsize())
     monkeypatch.setattr(current_app.conf, "task_always_eager", False)
     settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"LIMITS": {"turn": "1"}}
     return sent

@@ -13,9 +13,9 @@ from helpers import CLAIM, add, alone, call, deliver, end, lapse, start, sweeper
 from durable_jobs import admission, pauses
 from durable_jobs.actions import cancel, run_again
 from durable_jobs.beat.purge import Purge
+from durable_jobs.diagnosis import reasons
 from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Job, Pause
-from durable_jobs.reasons import reasons
 from durable_jobs.worker.runs import Run
 
 pytestmark = pytest.mark.django_db

@@ -29,8 +29,8 @@ from durable_jobs import admission, batches, publish, transitions
 from durable_jobs.actions import cancel
 from durable_jobs.contrib.prometheus import Collector
 from durable_jobs.enqueue import enqueue, enqueue_many
-from durable_jobs.expressions import lease_end
 from durable_jobs.models import Job
+from durable_jobs.transitions import lease_end
 from durable_jobs.worker import runs
 from durable_jobs.worker.runs import Run
 

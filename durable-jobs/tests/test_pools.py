@@ -13,8 +13,7 @@ from celery.platforms import signals
 from celery.signals import worker_init, worker_shutting_down
 from settings import SOURCE
 
-from durable_jobs import pools
-from durable_jobs.worker import events, shutdown, startup
+from durable_jobs.worker import events, pools, shutdown, startup
 from durable_jobs.worker.runs import process
 
 
@@ -86,7 +85,7 @@ def test_gevent_without_monkey_patching_is_refused(monkeypatch):
 GREENLETS = """
 import gevent.monkey; gevent.monkey.patch_all()
 import gevent, threading, time
-from durable_jobs.pools import pool
+from durable_jobs.worker.pools import pool
 main, ticks = threading.get_native_id(), []
 assert pool.query(threading.get_native_id) != main
 lock = pool.Lock()
@@ -109,7 +108,7 @@ COROUTINES = """
 import gevent.monkey; gevent.monkey.patch_all()
 import gevent, os, psutil
 from asgiref.sync import async_to_sync
-import durable_jobs.pools
+import durable_jobs.worker.pools
 async def body():
     return process.num_threads(), process.num_fds()
 process = psutil.Process()
@@ -123,7 +122,7 @@ os._exit(0)  # not by the end of the interpreter, in which gevent's threads may 
 """
 NO_GREENLETS = """
 import sys
-from durable_jobs.pools import pool
+from durable_jobs.worker.pools import pool
 assert "gevent" not in sys.modules and not pool.is_terminated(SystemExit())
 assert pool.query(max, 1, 2) == 2
 """

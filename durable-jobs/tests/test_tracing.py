@@ -23,7 +23,7 @@ from structlog.contextvars import bound_contextvars, get_contextvars
 
 from durable_jobs import admission, batches, publish, tracing, transitions
 from durable_jobs.actions import cancel, run_all_again, start_now
-from durable_jobs.beat import sender
+from durable_jobs.beat import republish
 from durable_jobs.beat.schedule import check_entry
 from durable_jobs.enqueue import enqueue, enqueue_many
 from durable_jobs.messages import MESSAGE_FIELDS, send
@@ -72,7 +72,7 @@ def messages(monkeypatch):
     signals.before_task_publish.connect(receiver.receiver_before_task_publish)
     signals.before_task_publish.connect(keep)
     current_app.conf.task_always_eager = False
-    monkeypatch.setattr(sender, "messages_in", lambda name, broker: 0)
+    monkeypatch.setattr(republish, "messages_in", lambda name, broker: 0)
     yield sent
     signals.before_task_publish.disconnect(receiver.receiver_before_task_publish)
     signals.before_task_publish.disconnect(keep)
@@ -200,11 +200,11 @@ def test_a_lost_run_has_a_span_and_its_log_lines_the_id(spans, request_of, monke
 
 def test_a_job_that_cannot_be_sent_is_logged_with_the_id_of_its_request(request_of, monkeypatch):
     lines = []
-    monkeypatch.setattr(sender.logger, "error", lambda *args: lines.append(get_contextvars()))
+    monkeypatch.setattr(republish.logger, "error", lambda *args: lines.append(get_contextvars()))
     with request_of("r1"):
         job = enqueue(add, [1])
-    sender.fail(job.pk, error="refused")
-    sender.fail(job.pk, error="refused")  # it has failed, so nothing changes
+    republish.fail(job.pk, error="refused")
+    republish.fail(job.pk, error="refused")  # it has failed, so nothing changes
     assert lines == [{"request_id": "r1"}]
 
 

@@ -34,7 +34,7 @@ from faults.tasks import *
 from durable_jobs import batches, pauses
 from durable_jobs.actions import cancel, run_again, run_all_again
 from durable_jobs.enqueue import enqueue, enqueue_many
-from durable_jobs.expressions import ACTIVE, FINAL
+from durable_jobs.states import ACTIVE, FINAL
 from durable_jobs.worker import heartbeat
 from durable_jobs.models import Batch, Failure, Job, Pause, Sweep, Worker
 """

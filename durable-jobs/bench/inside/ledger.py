@@ -18,7 +18,7 @@ from work_tasks import plain
 
 from durable_jobs.actions import cancel
 from durable_jobs.beat.purge import Purge
-from durable_jobs.beat.sender import Sender
+from durable_jobs.beat.republish import Sender
 from durable_jobs.beat.sweeper import recover_lapsed
 from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Job, Sweep

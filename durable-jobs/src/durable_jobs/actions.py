@@ -24,10 +24,10 @@ from durable_jobs.enqueue import (
     send_after_commit,
     times,
 )
-from durable_jobs.expressions import QUEUED
 from durable_jobs.messages import MESSAGE_FIELDS
 from durable_jobs.models import Job
-from durable_jobs.values import Results, to_json
+from durable_jobs.states import QUEUED
+from durable_jobs.validation import Results, to_json
 
 __all__ = ["cancel", "run_again", "start_now"]
 

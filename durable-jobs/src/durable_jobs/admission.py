@@ -33,11 +33,11 @@ from django.db.models.functions import Concat, Now
 
 from durable_jobs import conf, transitions
 from durable_jobs.database import timeouts
-from durable_jobs.expressions import QUEUED, STILL_RUNNING
 from durable_jobs.limits import PAUSE, limit_of, name_of
 from durable_jobs.messages import MESSAGE_FIELDS
 from durable_jobs.models import Job, Pause, Start
 from durable_jobs.publish import publish
+from durable_jobs.states import QUEUED, STILL_RUNNING
 from durable_jobs.transitions import is_paused
 
 logger = logging.getLogger(__name__)

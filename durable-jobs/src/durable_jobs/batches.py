@@ -20,8 +20,14 @@ from django.db.models.functions import Now
 from django.utils import timezone
 
 from durable_jobs import actions, tracing, transitions
-from durable_jobs.calls import JobCall
-from durable_jobs.database import in_transaction, may_succeed_later, timeouts, wait_for
+from durable_jobs.database import (
+    IDLE_TIMEOUT,
+    LOCK_TIMEOUT,
+    in_transaction,
+    may_succeed_later,
+    timeouts,
+    wait_for,
+)
 from durable_jobs.enqueue import (
     BATCH_SIZE,
     MemberOptions,
@@ -30,9 +36,10 @@ from durable_jobs.enqueue import (
     insert_many,
     times,
 )
-from durable_jobs.expressions import IDLE_TIMEOUT, LOCK_TIMEOUT, UNFINISHED
 from durable_jobs.models import MAX_LABEL, Batch, Job
-from durable_jobs.values import Results, to_json, uuids
+from durable_jobs.signatures import JobSignature
+from durable_jobs.states import UNFINISHED
+from durable_jobs.validation import Results, to_json, uuids
 
 __all__ = ["add", "add_many", "cancel", "enqueue", "open_batch", "run_failed_again"]
 
@@ -44,8 +51,8 @@ def open_batch(
     *,
     owner: Any = None,
     label: str = "",
-    on_success: JobCall | None = None,
-    on_finish: JobCall | None = None,
+    on_success: JobSignature | None = None,
+    on_finish: JobSignature | None = None,
 ) -> Iterator[Batch]:
     """Store a batch, and its members when the block ends: all of them or none.
 
@@ -78,8 +85,8 @@ def enqueue(
     *,
     owner: Any = None,
     label: str = "",
-    on_success: JobCall | None = None,
-    on_finish: JobCall | None = None,
+    on_success: JobSignature | None = None,
+    on_finish: JobSignature | None = None,
     **options: Unpack[MemberOptions],
 ) -> Batch:
     """Store a batch with a job for each list of arguments in `calls`. Returns it. See open_batch()."""
@@ -183,8 +190,8 @@ def cancel_ids(ids):
 
 def callback(call, takes_results=False):
     """Return what a row stores of this call. Raises TypeError, and the errors of enqueue()."""
-    if not isinstance(call, JobCall):
-        raise TypeError(f"{call!r:.200} is no call of a job, such as task.s(10)")
+    if not isinstance(call, JobSignature):
+        raise TypeError(f"{call!r:.200} is not the signature of a job, such as task.s(10)")
     takes_results = takes_results and not call.immutable
     return planned(call.task, call.args, call.kwargs, takes_results=takes_results, **call.options)
 

@@ -8,7 +8,7 @@ from celery.app import control, utils
 from django.apps import apps
 
 from durable_jobs import transport
-from durable_jobs.pools import pool_name
+from durable_jobs.worker.pools import pool_name
 
 __all__ = ["Celery"]
 

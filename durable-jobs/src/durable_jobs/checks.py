@@ -11,7 +11,7 @@ from django.db import connection, router
 from durable_jobs.beat.schedule import check_entry
 from durable_jobs.messages import known_names, known_queues, queue_of
 from durable_jobs.models import Job
-from durable_jobs.pools import TIME_LIMITED
+from durable_jobs.worker.pools import TIME_LIMITED
 
 READ_COMMITTED = 2  # psycopg's IsolationLevel, and the default of PostgreSQL
 

@@ -5,9 +5,9 @@ from django.db.models import Count, Min, Q
 from django.db.models.functions import Now
 
 from durable_jobs.admission import paused_names
-from durable_jobs.expressions import ACTIVE, RUNNING, STALLED
 from durable_jobs.messages import known_queues
 from durable_jobs.models import Job
+from durable_jobs.states import ACTIVE, RUNNING, STALLED
 from durable_jobs.transitions import is_paused
 from durable_jobs.worker.heartbeat import takers
 

@@ -1,4 +1,7 @@
-"""Waits for an unavailable database, and cleans up the connection that a task function has used."""
+"""The database: its clock, settings of one transaction, waiting while it is unavailable.
+
+And cleaning up the connection that a task function has used.
+"""
 
 import logging
 import threading
@@ -6,13 +9,52 @@ import time
 from contextlib import suppress
 
 from celery.exceptions import SoftTimeLimitExceeded
-from django.db import Error, connection
+from django.db import Error, connection, models
+from django.db.models.functions import Now
 from django.db.utils import InterfaceError, OperationalError
 
-from durable_jobs.expressions import IDLE_TIMEOUT, LOCK_TIMEOUT
-from durable_jobs.pools import pool
+from durable_jobs.worker.pools import pool
 
 logger = logging.getLogger(__name__)
+
+
+class Clock(Now):
+    """The database's time when a row is written, even if the statement has waited for a lock.
+
+    Use it only for the times of a run and its lease. Elsewhere use Now(), the time when the statement
+    began: in a WHERE clause, it lets PostgreSQL use an index.
+
+    On SQLite the value has Django's format, because SQLite compares times as text.
+    """
+
+    def as_postgresql(self, compiler, connection, **context):
+        return self.as_sql(compiler, connection, template="CLOCK_TIMESTAMP()", **context)
+
+    def as_sqlite(self, compiler, connection, **context):
+        text = "STRFTIME('%%%%Y-%%%%m-%%%%d %%%%H:%%%%M:%%%%f000', 'NOW')"
+        return self.as_sql(compiler, connection, template=text, **context)
+
+
+class SetLocal(models.Func):
+    """A condition that is always true, and sets a setting of PostgreSQL until the transaction ends.
+
+    It needs no query of its own. Do not use it in a transaction of a task function.
+    """
+
+    output_field = models.BooleanField()
+    template = "SET_CONFIG('%(name)s', '%(value)s', TRUE) IS NOT NULL"
+
+    def as_sqlite(self, compiler, connection, **context):
+        return self.as_sql(compiler, connection, template="TRUE", **context)
+
+
+# The UPDATE waits a second for a locked row, then fails.
+LOCK_TIMEOUT = SetLocal(name="lock_timeout", value="1s")
+# PostgreSQL ends the transaction of a process that does nothing in it: if a worker freezes while it renews a
+# lease, the job must not stay locked.
+IDLE_TIMEOUT = SetLocal(name="idle_in_transaction_session_timeout", value="10s")
+# The commit does not wait until the WAL is on disk.
+ASYNC_COMMIT = SetLocal(name="synchronous_commit", value="off")
 
 
 def wait_for(query, *args, **kwargs):

@@ -17,11 +17,11 @@ from django.db.models.functions import Coalesce, Now
 from django.utils import timezone
 
 from durable_jobs import admission, conf, limits, tracing, transitions
-from durable_jobs.expressions import UNFINISHED
 from durable_jobs.messages import queue_of
 from durable_jobs.models import MAX_LABEL, Job, Sweep
 from durable_jobs.publish import publish
-from durable_jobs.values import as_json, size_error, to_json
+from durable_jobs.states import UNFINISHED
+from durable_jobs.validation import as_json, size_error, to_json
 
 __all__ = ["Options", "aenqueue", "enqueue", "enqueue_many"]
 

@@ -17,7 +17,7 @@ from string import Formatter
 from django.core.exceptions import ImproperlyConfigured
 
 from durable_jobs import conf
-from durable_jobs.values import Results, to_json
+from durable_jobs.validation import Results, to_json
 
 PAUSE = (
     "pause:"  # begins Job.blocked_by of a job that a pause holds, so no limit can have this name

@@ -10,7 +10,8 @@ from django.db import models
 from django.db.models import Q
 from django.utils import timezone
 
-from durable_jobs.expressions import ACTIVE, FINAL, UNFINISHED, Clock
+from durable_jobs.database import Clock
+from durable_jobs.states import ACTIVE, FINAL, UNFINISHED
 
 __all__ = ["Batch", "Failure", "Job", "Pause"]
 

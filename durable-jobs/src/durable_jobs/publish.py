@@ -4,10 +4,10 @@ import logging
 import time
 
 from durable_jobs import transitions
-from durable_jobs.expressions import QUEUED
 from durable_jobs.messages import is_connection_error, send
 from durable_jobs.models import Job
-from durable_jobs.pools import pool
+from durable_jobs.states import QUEUED
+from durable_jobs.worker.pools import pool
 
 logger = logging.getLogger(__name__)
 

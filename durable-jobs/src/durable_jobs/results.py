@@ -10,7 +10,7 @@ from celery.exceptions import TimeoutError
 
 from durable_jobs import eager
 from durable_jobs.models import Job
-from durable_jobs.values import uuids
+from durable_jobs.validation import uuids
 
 STATES = {
     "queued": states.PENDING,

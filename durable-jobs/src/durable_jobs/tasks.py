@@ -17,7 +17,6 @@ from celery.exceptions import Retry
 from celery.result import AsyncResult
 
 from durable_jobs import batches, limits
-from durable_jobs.calls import NO_CANVAS, JobCall, check_options
 from durable_jobs.enqueue import (
     MAX_COUNTDOWN,
     MemberOptions,
@@ -28,14 +27,15 @@ from durable_jobs.enqueue import (
     seconds_until,
 )
 from durable_jobs.models import Batch, Job
-from durable_jobs.pools import shutting_down
 from durable_jobs.results import job_backend
-from durable_jobs.values import printable
+from durable_jobs.signatures import NO_CANVAS, JobSignature, check_options
+from durable_jobs.validation import printable
 from durable_jobs.worker.execution import execute, run_coroutine
+from durable_jobs.worker.pools import shutting_down
 from durable_jobs.worker.runs import JobError, JobLost, Run, describe, for_owner, process
 from durable_jobs.worker.shutdown import end_after_commit
 
-__all__ = ["JobCall", "JobError", "JobTask", "job"]
+__all__ = ["JobSignature", "JobError", "JobTask", "job"]
 
 
 def job(function=None, **options):
@@ -133,17 +133,17 @@ class JobTask(DjangoTask):
         fields |= {"idempotency_key": idempotency_key, **({"pk": task_id} if task_id else {})}
         return self.AsyncResult(str(insert(fields, unique).pk))
 
-    def using(self, **options: Unpack[Options]) -> JobCall:
+    def using(self, **options: Unpack[Options]) -> JobSignature:
         """Return the task with options of enqueue(): task.using(owner=user).enqueue(10)."""
-        return JobCall(self, options=options)
+        return JobSignature(self, options=options)
 
-    def s(self, *args, **kwargs) -> JobCall:
+    def s(self, *args, **kwargs) -> JobSignature:
         """Return a call with these arguments, such as a callback of a batch."""
-        return JobCall(self, args, kwargs)
+        return JobSignature(self, args, kwargs)
 
-    def si(self, *args, **kwargs) -> JobCall:
+    def si(self, *args, **kwargs) -> JobSignature:
         """Return a call that does not get the results of a batch: see s()."""
-        return JobCall(self, args, kwargs, immutable=True)
+        return JobSignature(self, args, kwargs, immutable=True)
 
     def enqueue(self, *args, **kwargs) -> Job:
         """Enqueue a job with these arguments, and no options. Returns the Job."""

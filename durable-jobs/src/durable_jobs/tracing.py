@@ -12,7 +12,7 @@ import sys
 import threading
 from contextvars import Context, copy_context
 
-from durable_jobs.values import printable
+from durable_jobs.validation import printable
 
 FIELDS = ["trace", "request_id"]
 FLUSH_SECONDS = 2  # a process that ends does not wait longer for the server that takes its spans

@@ -7,12 +7,13 @@ from inspect import signature
 
 from django.db import connections, models, transaction
 from django.db.models import Case, F, Q, When
-from django.db.models.functions import Coalesce, Now
+from django.db.models.functions import Coalesce, Least, Now
 from django.db.models.sql import InsertQuery, UpdateQuery
 
 from durable_jobs import conf
-from durable_jobs.expressions import ASYNC_COMMIT, IDLE_TIMEOUT, LOCK_TIMEOUT, UNFINISHED, Clock
+from durable_jobs.database import ASYNC_COMMIT, IDLE_TIMEOUT, LOCK_TIMEOUT, Clock
 from durable_jobs.models import Batch, Job, Pause
+from durable_jobs.states import UNFINISHED
 
 STORED_FAILURES = 20  # of each job: the latest ones
 UNSUCCESSFUL = ["failed", "cancelled"]
@@ -286,3 +287,8 @@ def succeed(manager, id, run_token, result, message):
     rows = manager.filter(UNFINISHED, LOCK_TIMEOUT, pk=id, run_token=run_token)
     final = {"state": "succeeded", "run_token": None, "sweep_at": None, "finished_at": Now()}
     return rows, {**final, "progress": 100, "result": result, "message": message}
+
+
+def lease_end():
+    """Return the end of a lease that is renewed now, but no later than the deadline of its run."""
+    return Least(Clock() + timedelta(seconds=conf.LEASE_SECONDS), F("deadline"))

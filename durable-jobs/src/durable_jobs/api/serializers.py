@@ -4,9 +4,9 @@ from rest_framework import serializers
 from rest_framework.reverse import reverse
 
 from durable_jobs.counts import count_jobs, what_follows
-from durable_jobs.expressions import ACTIVE, FINAL
+from durable_jobs.diagnosis import reasons
 from durable_jobs.models import Batch, Failure, Job
-from durable_jobs.reasons import reasons
+from durable_jobs.states import ACTIVE, FINAL
 
 __all__ = ["BatchSerializer", "JobSerializer"]
 

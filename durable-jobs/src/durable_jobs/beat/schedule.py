@@ -13,10 +13,10 @@ from celery.beat import BeatLazyFunc, SchedulingError
 from django.db import IntegrityError, close_old_connections, connection
 
 from durable_jobs.beat.sweeper import Sweeper
-from durable_jobs.calls import check_options
 from durable_jobs.database import may_succeed_later, wait_for
 from durable_jobs.enqueue import new_fields
 from durable_jobs.models import Job
+from durable_jobs.signatures import check_options
 from durable_jobs.tasks import JobTask
 
 logger = logging.getLogger(__name__)

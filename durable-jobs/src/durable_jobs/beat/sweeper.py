@@ -13,12 +13,12 @@ from django.db.models.functions import Now
 
 from durable_jobs import admission, batches, conf
 from durable_jobs.beat.purge import clean_forever
-from durable_jobs.beat.sender import Sender
+from durable_jobs.beat.republish import Sender
 from durable_jobs.database import may_succeed_later, try_in_halves
 from durable_jobs.enqueue import BATCH_SIZE
-from durable_jobs.expressions import STILL_RUNNING
 from durable_jobs.liveness import touch_liveness_file
 from durable_jobs.models import Job, Sweep
+from durable_jobs.states import STILL_RUNNING
 from durable_jobs.worker.lease import POLL_SECONDS, recover
 
 logger = logging.getLogger(__name__)

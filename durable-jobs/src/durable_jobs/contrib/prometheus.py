@@ -18,9 +18,9 @@ from rest_framework.views import APIView
 
 from durable_jobs.beat.statistics import LABELS
 from durable_jobs.counts import by_queue
-from durable_jobs.expressions import FINAL
 from durable_jobs.messages import known_names
 from durable_jobs.models import Batch, Pause, Sweep, Tally
+from durable_jobs.states import FINAL
 from durable_jobs.worker.heartbeat import alive
 
 __all__ = ["Metrics"]

@@ -7,7 +7,7 @@ from kombu.common import ignore_errors
 from kombu.exceptions import BatchPublishError
 from kombu.transport import pyamqp
 
-from durable_jobs.pools import IS_GEVENT
+from durable_jobs.worker.pools import IS_GEVENT
 
 if IS_GEVENT:
     import gevent

@@ -18,10 +18,10 @@ from django.db.models import Q
 from durable_jobs import conf
 from durable_jobs.admission import free_cancelled
 from durable_jobs.database import in_thread
-from durable_jobs.expressions import STILL_RUNNING
 from durable_jobs.models import Job
-from durable_jobs.pools import has_children
+from durable_jobs.states import STILL_RUNNING
 from durable_jobs.worker.lease import POLL_SECONDS, recover, renew_for_children
+from durable_jobs.worker.pools import has_children
 from durable_jobs.worker.runs import process
 
 logger = logging.getLogger(__name__)

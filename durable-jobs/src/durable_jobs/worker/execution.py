@@ -11,16 +11,17 @@ from django.db.transaction import TransactionManagementError
 
 from durable_jobs import admission, batches, conf, tracing, transitions
 from durable_jobs.database import (
+    LOCK_TIMEOUT,
     end_interrupted_query,
     roll_back_open_transaction,
     wait_for,
     wait_past_soft_limit,
 )
 from durable_jobs.enqueue import new_fields
-from durable_jobs.expressions import LOCK_TIMEOUT, QUEUED
 from durable_jobs.models import Job
-from durable_jobs.pools import pool, shutting_down
+from durable_jobs.states import QUEUED
 from durable_jobs.worker import lease
+from durable_jobs.worker.pools import pool, shutting_down
 from durable_jobs.worker.runs import OVER_TIME_LIMIT, JobLost, Run
 from durable_jobs.worker.shutdown import WorkerStopping, child_has_crashed
 

@@ -18,9 +18,9 @@ from django.db.models.functions import Now
 from django.utils import timezone
 
 from durable_jobs import conf
-from durable_jobs.expressions import Clock
+from durable_jobs.database import Clock
 from durable_jobs.models import Worker
-from durable_jobs.pools import pool, pool_name, shutting_down
+from durable_jobs.worker.pools import pool, pool_name, shutting_down
 
 logger = logging.getLogger(__name__)
 

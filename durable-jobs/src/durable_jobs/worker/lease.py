@@ -14,9 +14,10 @@ from django.db.models import Q
 from django.db.models.functions import Now
 
 from durable_jobs import admission, conf, tracing, transitions
-from durable_jobs.expressions import STILL_RUNNING, lease_end
 from durable_jobs.models import Job
-from durable_jobs.pools import pool
+from durable_jobs.states import STILL_RUNNING
+from durable_jobs.transitions import lease_end
+from durable_jobs.worker.pools import pool
 from durable_jobs.worker.runs import OVER_TIME_LIMIT, jobs_of, process
 
 logger = logging.getLogger(__name__)

@@ -12,12 +12,12 @@ from celery.exceptions import Ignore, SoftTimeLimitExceeded
 from django.db import Error, transaction
 
 from durable_jobs import admission, batches, transitions
-from durable_jobs.database import in_transaction, wait_for, wait_past_soft_limit
-from durable_jobs.expressions import LOCK_TIMEOUT, lease_end
+from durable_jobs.database import LOCK_TIMEOUT, in_transaction, wait_for, wait_past_soft_limit
 from durable_jobs.models import Batch, Job
-from durable_jobs.pools import pool
 from durable_jobs.publish import publish
-from durable_jobs.values import as_json, printable, to_json
+from durable_jobs.transitions import lease_end
+from durable_jobs.validation import as_json, printable, to_json
+from durable_jobs.worker.pools import pool
 
 logger = logging.getLogger(__name__)
 

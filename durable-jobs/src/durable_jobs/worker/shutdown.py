@@ -38,9 +38,9 @@ from django.db import connection, transaction
 from django.db.transaction import TransactionManagementError
 
 from durable_jobs import tracing, transitions
-from durable_jobs.pools import has_children, pool, shutting_down
 from durable_jobs.worker.heartbeat import heartbeat
 from durable_jobs.worker.lease import POLL_SECONDS
+from durable_jobs.worker.pools import has_children, pool, shutting_down
 from durable_jobs.worker.runs import jobs_of, process
 
 logger = getLogger(__name__)

@@ -8,8 +8,8 @@ from django.db.models.functions import Now
 from durable_jobs import transitions
 from durable_jobs.admission import admit, postpone
 from durable_jobs.database import in_thread
-from durable_jobs.expressions import QUEUED
 from durable_jobs.models import Job
+from durable_jobs.states import QUEUED
 from durable_jobs.worker.lease import RECOVERY_DELAY
 
 

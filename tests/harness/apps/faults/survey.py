@@ -9,9 +9,9 @@ from django.utils import timezone
 
 from durable_jobs.actions import cancel
 from durable_jobs.enqueue import enqueue_many
-from durable_jobs.expressions import ACTIVE
 from durable_jobs.models import Batch, Job
 from durable_jobs.publish import publish
+from durable_jobs.states import ACTIVE
 
 from .tasks import quick, write
 

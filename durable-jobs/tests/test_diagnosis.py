@@ -12,15 +12,15 @@ from django.utils import timezone
 from helpers import add, claim, claim_and_lapse, sweeper
 
 from durable_jobs import batches
+from durable_jobs import diagnosis as module
 from durable_jobs import publish as publishing
-from durable_jobs import reasons as module
 from durable_jobs.actions import cancel, run_again
-from durable_jobs.beat import sender
+from durable_jobs.beat import republish
 from durable_jobs.beat.sweeper import recover_lapsed
 from durable_jobs.contrib.prometheus import by_queue
+from durable_jobs.diagnosis import NO_HEARTBEAT, reasons, span
 from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Job, Pause, Sweep, Worker
-from durable_jobs.reasons import NO_HEARTBEAT, reasons, span
 from durable_jobs.tasks import JobError, JobTask
 
 pytestmark = pytest.mark.django_db
@@ -425,7 +425,7 @@ def test_the_sweep_stores_for_which_queues_the_broker_takes_no_message(broker_do
             raise OSError("no\0 broker")
         return 0
 
-    monkeypatch.setattr(sender, "messages_in", count)
+    monkeypatch.setattr(republish, "messages_in", count)
     waits(times_sent=0, sweep_at=ago(60))
     sweeper.sender.send_due()
     sweeper.store_round()

@@ -23,7 +23,7 @@ from helpers import (
 
 from durable_jobs import messages, publish
 from durable_jobs.actions import cancel
-from durable_jobs.beat import sender
+from durable_jobs.beat import republish
 from durable_jobs.beat import sweeper as sweeper_module
 from durable_jobs.enqueue import enqueue, enqueue_many
 from durable_jobs.models import Job, Sweep
@@ -107,7 +107,7 @@ def test_sending_a_job_again_does_not_reset_its_waiting_time(published, monkeypa
         sweeper.sender.send_due()
         published.clear()
         assert seconds_waited(job) == pytest.approx(500, abs=5)
-    monkeypatch.setattr(sender, "send", lambda jobs: 1 / 0)
+    monkeypatch.setattr(republish, "send", lambda jobs: 1 / 0)
     lapse(job)
     sweeper.sender.send_due()
     assert seconds_waited(job) == pytest.approx(500, abs=5)
@@ -125,7 +125,7 @@ def test_two_concurrent_sweeps_send_each_job_once(monkeypatch):
             sweeper.sender.send_due()  # the second sweep, when the first one has read all three jobs
 
     monkeypatch.setattr(messages, "send_one", publish)
-    monkeypatch.setattr(sender, "messages_in", lambda queue, broker: 0)
+    monkeypatch.setattr(republish, "messages_in", lambda queue, broker: 0)
     sweeper.sender.send_due()
     assert sorted(sent) == sorted(str(job.pk) for job in jobs)
 
@@ -204,7 +204,7 @@ def test_the_sweep_wakes_up_when_a_countdown_ends(published, countdown, pause):
 
 def test_the_sweep_stops_sending_in_time_to_check_leases(published, monkeypatch):
     now = itertools.count(0, 2)  # seconds; a round may take 5
-    monkeypatch.setattr(sender, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    monkeypatch.setattr(republish, "time", SimpleNamespace(monotonic=lambda: next(now)))
     lapse(*(enqueue(add, [1, 2], countdown=1, queue=queue) for queue in "abcdef"))
     assert sweeper.sender.send_due() == 0
     assert 0 < len(published) < 6
@@ -214,7 +214,7 @@ def test_the_sweep_stops_sending_in_time_to_check_leases(published, monkeypatch)
 def test_a_round_of_the_sweep_stores_its_time(broker_down, monkeypatch, error, rounds):
     """Also without a broker, but not if the database fails during the round."""
     lapse(enqueue(add, [1, 2], countdown=1))
-    monkeypatch.setattr(sender, "messages_in", lambda queue, broker: 0)
+    monkeypatch.setattr(republish, "messages_in", lambda queue, broker: 0)
     monkeypatch.setattr(sweeper_module, "connection", Mock())
     if error:
         monkeypatch.setattr(sweeper.sender, "send_due", Mock(side_effect=error))
@@ -229,7 +229,7 @@ def test_a_round_of_the_sweep_stores_its_time(broker_down, monkeypatch, error, r
 
 
 def test_a_sweep_that_finds_the_broker_down_stops_and_changes_nothing(broker_down, monkeypatch):
-    monkeypatch.setattr(sender, "messages_in", lambda queue, broker: 0)
+    monkeypatch.setattr(republish, "messages_in", lambda queue, broker: 0)
     jobs = [enqueue(add, [1, 2], countdown=1) for _ in range(3)]
     lapse(*jobs)
     sweeper.sender.send_due()
@@ -251,7 +251,7 @@ def test_a_job_that_the_broker_refuses_delays_no_other(monkeypatch):
         sent.append(str(job.pk))
 
     monkeypatch.setattr(messages, "send_one", send_one)
-    monkeypatch.setattr(sender, "messages_in", lambda queue, broker: 0)
+    monkeypatch.setattr(republish, "messages_in", lambda queue, broker: 0)
     monkeypatch.setattr(publish, "PUBLISH_PAUSE", 0)
     refused = [enqueue(add, [0, 0], queue=queue, countdown=1) for queue in "ab"]
     others = [enqueue(add, [1, 2], queue=queue, countdown=1) for queue in "abc"]
@@ -272,10 +272,10 @@ def test_a_job_that_is_refused_five_times_fails_unless_its_queue_is_full(
             raise ValueError("too large")
 
     monkeypatch.setattr(messages, "send_one", send_one)
-    monkeypatch.setattr(sender, "messages_in", lambda queue, broker: waiting)
+    monkeypatch.setattr(republish, "messages_in", lambda queue, broker: waiting)
     sweeper.sender.queues["celery"].most_messages = 10
     job = enqueue(add, [0, 0], countdown=1)
-    for _ in range(sender.REFUSALS):
+    for _ in range(republish.REFUSALS):
         lapse(job)
         sweeper.sender.send_due()
     job.refresh_from_db()
@@ -293,7 +293,7 @@ def test_a_queue_that_fails_delays_no_other(published, monkeypatch):
             raise ValueError("inequivalent arg 'x-max-priority'")
         return 0
 
-    monkeypatch.setattr(sender, "messages_in", messages_in)
+    monkeypatch.setattr(republish, "messages_in", messages_in)
     bad, good = (enqueue(add, [1, 2], countdown=1, queue=q) for q in ("bad", "good"))
     lapse(bad, good)
     for _ in range(9):  # the sweep takes queues in random order
@@ -303,7 +303,7 @@ def test_a_queue_that_fails_delays_no_other(published, monkeypatch):
 
 
 def test_a_queue_with_many_jobs_delays_no_other(published, monkeypatch):
-    monkeypatch.setattr(sender, "JOBS_IN_MEMORY", 10)
+    monkeypatch.setattr(republish, "JOBS_IN_MEMORY", 10)
     many = enqueue_many(add, [[1, 2]] * 100, countdown=1, queue="many")
     few = [enqueue(add, [1, 2], countdown=1, queue=queue) for queue in "abcdef"]
     lapse(*many, *few)
@@ -332,9 +332,9 @@ def test_a_job_above_a_new_limit_fails_and_is_not_loaded(published, settings):
 
 
 def test_large_arguments_are_loaded_one_job_at_a_time(published, monkeypatch):
-    monkeypatch.setattr(sender, "BYTES_IN_MEMORY", 50)
+    monkeypatch.setattr(republish, "BYTES_IN_MEMORY", 50)
     sent = []
-    monkeypatch.setattr(sender, "send", lambda jobs: sent.append([job.args[0] for job in jobs]))
+    monkeypatch.setattr(republish, "send", lambda jobs: sent.append([job.args[0] for job in jobs]))
     for text in "x" * 50, "y" * 50:
         lapse(enqueue(add, [text, 1], countdown=1))
     with CaptureQueriesContext(connection) as queries:
@@ -346,7 +346,7 @@ def test_large_arguments_are_loaded_one_job_at_a_time(published, monkeypatch):
 def test_the_sweep_updates_100_rows_with_one_statement(published, monkeypatch):
     """It keeps at most 100 jobs in memory at once."""
     in_memory = []
-    monkeypatch.setattr(sender, "send", lambda jobs: in_memory.append(len(jobs)))
+    monkeypatch.setattr(republish, "send", lambda jobs: in_memory.append(len(jobs)))
     enqueue_many(add, [[1, 2]] * 250, countdown=1)
     Job.objects.update(sweep_at=Now() - timedelta(seconds=1))
     with CaptureQueriesContext(connection) as captured:

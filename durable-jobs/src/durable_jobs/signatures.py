@@ -1,4 +1,4 @@
-"""A call of a job: the task, its arguments and options, to enqueue later or as the callback of a batch.
+"""The signature of a job: its task, arguments and options, to enqueue later or as the callback of a batch.
 
     send_confirmation.using(owner=user, queue="io").enqueue(order.pk)
     batches.enqueue(resize, [[1], [2]], on_success=send_summary.s("ada@example.com"))
@@ -12,7 +12,7 @@ from celery.utils.abstract import CallableSignature
 from durable_jobs.enqueue import Options, enqueue
 from durable_jobs.models import Job
 
-__all__ = ["JobCall"]
+__all__ = ["JobSignature"]
 
 NO_CANVAS = (
     "A job can't be part of a chain, group or chord, nor a link of a task: use a batch with on_success= or"
@@ -38,25 +38,25 @@ def checked(options):
     return options
 
 
-class JobCall:
+class JobSignature:
     """A task with arguments and options. Made by JobTask.using(), s() and si()."""
 
     def __init__(self, task, args=(), kwargs=None, options=None, immutable=False):
         self.task, self.args, self.kwargs = task, tuple(args), kwargs or {}
         self.options, self.immutable = checked(options or {}), immutable
 
-    def s(self, *args, **kwargs) -> "JobCall":
-        """Return this call with more arguments. As a callback, it gets the results of the batch first."""
-        return JobCall(self.task, [*self.args, *args], {**self.kwargs, **kwargs}, self.options)
+    def s(self, *args, **kwargs) -> "JobSignature":
+        """Return this signature with more arguments. As a callback, it gets the results of the batch first."""
+        return JobSignature(self.task, [*self.args, *args], {**self.kwargs, **kwargs}, self.options)
 
-    def si(self, *args, **kwargs) -> "JobCall":
-        """Return this call with more arguments. As a callback, it does not get the results of the batch."""
+    def si(self, *args, **kwargs) -> "JobSignature":
+        """Return this signature with more arguments. As a callback, it does not get the results of the batch."""
         call = self.s(*args, **kwargs)
         call.immutable = True
         return call
 
-    def set(self, **options) -> "JobCall":
-        """Add options of enqueue() to this call."""
+    def set(self, **options) -> "JobSignature":
+        """Add options of enqueue() to this signature."""
         self.options = {**self.options, **checked(options)}
         return self
 
@@ -87,4 +87,4 @@ class JobCall:
     app = name = type = property(clone)
 
 
-CallableSignature.register(JobCall)  # so that Celery's canvas calls clone()
+CallableSignature.register(JobSignature)  # so that Celery's canvas calls clone()

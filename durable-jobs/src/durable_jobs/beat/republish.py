@@ -15,10 +15,10 @@ from django.db.models.functions import Cast, Length, Now
 
 from durable_jobs import admission, conf, tracing, transitions
 from durable_jobs.database import may_succeed_later
-from durable_jobs.expressions import QUEUED
 from durable_jobs.messages import MESSAGE_FIELDS, messages_in, send
 from durable_jobs.models import Job
-from durable_jobs.values import printable, size_error
+from durable_jobs.states import QUEUED
+from durable_jobs.validation import printable, size_error
 
 logger = logging.getLogger(__name__)
 

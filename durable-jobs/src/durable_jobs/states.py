@@ -1,0 +1,15 @@
+"""The states of a job, and what they mean for its row."""
+
+from django.db.models import Q
+from django.db.models.functions import Now
+
+ACTIVE = ["queued", "running"]
+FINAL = ["succeeded", "failed", "cancelled"]
+# In an UPDATE by ids, use these instead of state=…. With state=… and old statistics, PostgreSQL may
+# choose the index `job_active` and read the whole backlog to find one row. Constraints keep these fields
+# and the state consistent.
+UNFINISHED = Q(finished_at=None)
+QUEUED = Q(run_token=None) & UNFINISHED
+RUNNING = Q(state="running", sweep_at__gte=Now())
+STALLED = Q(state="running", sweep_at__lt=Now())  # its lease has lapsed
+STILL_RUNNING = Q(state="cancelled", sweep_at__isnull=False)  # jobs with a limit, see admission.py
