@@ -20,9 +20,8 @@ STATES = [(state, state.title()) for state in ACTIVE + FINAL]
 BATCH_STATES = [(state, state.title()) for state in ["open", *FINAL]]
 HAS_KEY = Q(idempotency_key__isnull=False)
 IN_BATCH = Q(batch__isnull=False)
-BLOCKED = Q(state="queued", blocked_by__isnull=False, sweep_at=None)
+BLOCKED = Q(blocked_by__isnull=False, sweep_at=None)
 SWEPT = Q(blocked_by=None, sweep_at__isnull=False)
-MAY_STILL_RUN = Q(state="cancelled", limit_key__isnull=False)
 
 
 class PrimaryManager(models.Manager):
@@ -165,28 +164,10 @@ class Job(Row):
                 fields=["follows"], name="job_follows", condition=Q(follows__isnull=False)
             ),
             models.Index(fields=["owner", "state", "-created_at"], name="job_owner_state"),
-            # For the filters of the admin
-            models.Index(fields=["task", "-created_at"], name="job_task"),
-            models.Index(fields=["queue", "-created_at"], name="job_queue"),
-            models.Index(
-                fields=["state", "-created_at"],
-                name="job_unsuccessful",
-                condition=Q(state__in=["failed", "cancelled"]),
-            ),
-            models.Index(
-                fields=["limit_key", "-created_at"],
-                name="job_limit",
-                condition=Q(limit_key__isnull=False),
-            ),
             models.Index(fields=["finished_at"], name="job_finished", condition=~UNFINISHED),
             models.Index(
-                fields=[
-                    "state",
-                    "queue",
-                    "times_sent",
-                    "sweep_at",
-                    "due_at",
-                ],  # due_at for the metrics
+                # due_at for the metrics
+                fields=["state", "queue", "times_sent", "sweep_at", "due_at"],
                 name="job_active",
                 condition=Q(state__in=ACTIVE, sweep_at__isnull=False),
             ),
@@ -217,14 +198,13 @@ class Job(Row):
                 # The second condition keeps PostgreSQL from using this index for UNFINISHED alone.
                 condition=UNFINISHED & Q(unique_key__isnull=False),
             ),
+            # A queued job is blocked, or the sweeper looks at it: otherwise it would be lost.
             models.CheckConstraint(
-                name="job_running", condition=Q(state="running") ^ Q(run_token=None)
-            ),
-            models.CheckConstraint(
-                name="job_active_or_finished",
-                condition=Q(state__in=ACTIVE, finished_at=None) & (BLOCKED | SWEPT)
-                | Q(state__in=FINAL, finished_at__isnull=False, blocked_by=None)
-                & (Q(sweep_at=None) | MAY_STILL_RUN),
+                name="job_state",
+                condition=Q(state="queued", run_token=None, finished_at=None) & (BLOCKED | SWEPT)
+                | Q(SWEPT, state="running", run_token__isnull=False, finished_at=None)
+                | Q(state__in=FINAL, run_token=None, finished_at__isnull=False, blocked_by=None)
+                & (Q(sweep_at=None) | Q(state="cancelled")),
             ),
         ]
 

@@ -205,22 +205,6 @@ class Migration(migrations.Migration):
         ),
         migrations.AddIndex(
             model_name='job',
-            index=models.Index(fields=['task', '-created_at'], name='job_task'),
-        ),
-        migrations.AddIndex(
-            model_name='job',
-            index=models.Index(fields=['queue', '-created_at'], name='job_queue'),
-        ),
-        migrations.AddIndex(
-            model_name='job',
-            index=models.Index(condition=models.Q(('state__in', ['failed', 'cancelled'])), fields=['state', '-created_at'], name='job_unsuccessful'),
-        ),
-        migrations.AddIndex(
-            model_name='job',
-            index=models.Index(condition=models.Q(('limit_key__isnull', False)), fields=['limit_key', '-created_at'], name='job_limit'),
-        ),
-        migrations.AddIndex(
-            model_name='job',
             index=models.Index(condition=models.Q(('finished_at', None), _negated=True), fields=['finished_at'], name='job_finished'),
         ),
         migrations.AddIndex(
@@ -249,11 +233,7 @@ class Migration(migrations.Migration):
         ),
         migrations.AddConstraint(
             model_name='job',
-            constraint=models.CheckConstraint(condition=models.Q(('state', 'running'), ('run_token', None), _connector='XOR'), name='job_running'),
-        ),
-        migrations.AddConstraint(
-            model_name='job',
-            constraint=models.CheckConstraint(condition=models.Q(models.Q(('finished_at', None), ('state__in', ['queued', 'running']), models.Q(models.Q(('blocked_by__isnull', False), ('state', 'queued'), ('sweep_at', None)), models.Q(('blocked_by', None), ('sweep_at__isnull', False)), _connector='OR')), models.Q(('blocked_by', None), ('finished_at__isnull', False), ('state__in', ['succeeded', 'failed', 'cancelled']), models.Q(('sweep_at', None), models.Q(('limit_key__isnull', False), ('state', 'cancelled')), _connector='OR')), _connector='OR'), name='job_active_or_finished'),
+            constraint=models.CheckConstraint(condition=models.Q(models.Q(('finished_at', None), ('run_token', None), ('state', 'queued'), models.Q(models.Q(('blocked_by__isnull', False), ('sweep_at', None)), models.Q(('blocked_by', None), ('sweep_at__isnull', False)), _connector='OR')), models.Q(models.Q(('blocked_by', None), ('sweep_at__isnull', False)), ('finished_at', None), ('run_token__isnull', False), ('state', 'running')), models.Q(('blocked_by', None), ('finished_at__isnull', False), ('run_token', None), ('state__in', ['succeeded', 'failed', 'cancelled']), models.Q(('sweep_at', None), ('state', 'cancelled'), _connector='OR')), _connector='OR'), name='job_state'),
         ),
         migrations.RunPython(clean_up_sooner, migrations.RunPython.noop),
         migrations.RunSQL(CREATE_LOAD, DROP_LOAD),
