@@ -263,7 +263,7 @@ class Bench:
             output.ask("ledger.fill", rows)
             for clients in SIZES["clients"]:
                 seconds = self.size("seconds") * 2
-                url = output.environment["DATABASE_URL"]
+                url = output.environment["DATABASE_URL"].partition("?")[0]
                 rate, *each, wal = pgbench(database, url, script, clients, seconds)
                 figures = [whole(rate), *(f"{figure:.2f}" for figure in [*each, wal / 1000])]
                 self.rows["database"].append([f"{rows:,}", str(clients), *figures])

@@ -34,7 +34,7 @@ class Contestant:
         shutil.copytree(BENCH / "inside", folder, dirs_exist_ok=True)
 
     def create_database(self):
-        server, _, name = self.environment["DATABASE_URL"].rpartition("/")
+        server, _, name = self.environment["DATABASE_URL"].partition("?")[0].rpartition("/")
         connect = f"import psycopg; psycopg.connect('{server}/postgres', autocommit=True)"
         self.call("python", "-c", f"{connect}.execute('CREATE DATABASE {name}')")
         self.call("python", "-m", "django", "migrate", "-v0")
@@ -116,7 +116,7 @@ class Output(Contestant):
             **project.production(),
             "ALLOWED_HOSTS": "127.0.0.1",
             "CELERY_BROKER_URL": broker_url,
-            "DATABASE_URL": f"{database}/{name}",
+            "DATABASE_URL": f"{database}/{name}?prepare_threshold=0",
             "DEBUG": "False",
             "DJANGO_SETTINGS_MODULE": "config.settings",
             "EMAIL_URL": "dummymail://",

@@ -73,7 +73,7 @@ def claim_and_lapse(job, limit=60):
 
 def claim(pk, run=None, **message):
     """Claim a job with a message that has these fields. Return what claim() returns."""
-    return transitions.claim(Job.objects, id=pk, run_token=run or uuid.uuid4(), **CLAIM | message)
+    return transitions.claim(id=pk, run_token=run or uuid.uuid4(), **CLAIM | message)
 
 
 def lapse(*jobs):

@@ -42,7 +42,7 @@ def test_a_job_that_changes_while_cancel_waits_is_not_cancelled(published, user,
     else:
         assert claim(job.pk, run)
         end = {"id": job.pk, "run_token": run, "result": 3, "message": ""}
-        change, state = partial(transitions.succeed, Job.objects, **end), "succeeded"
+        change, state = partial(transitions.succeed, **end), "succeeded"
     condition = {by: {"pk": job.pk, "state": "queued"}.get(by, user.username)}
     assert run_while_open(change, lambda: cancel(Job.objects.filter(**condition))) == 0
     job.refresh_from_db()

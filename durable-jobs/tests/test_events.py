@@ -89,6 +89,6 @@ def test_flower_is_told_that_a_cancelled_job_has_ended(monkeypatch, state, ends)
     if ends:
         cancel(Job.objects.filter(pk=job.pk))
     else:
-        transitions.claim(Job.objects, id=job.pk, run_token=uuid.uuid4(), **CLAIM)
+        transitions.claim(id=job.pk, run_token=uuid.uuid4(), **CLAIM)
     publish([job])
     assert sent == (["task-revoked"] if ends else [])

@@ -71,7 +71,7 @@ def test_a_router_with_a_replica_stops_no_job(replica, published, user):
         assert job.state == "running"
         failure = Failure(started_at=Now(), job_id=job.pk)
         assert failure.job == job
-        assert transitions.succeed(Job.objects, id=job.pk, run_token=run, result=3, message="")
+        assert transitions.succeed(id=job.pk, run_token=run, result=3, message="")
         [again] = run_all_again(Job.objects.all())
         assert (again.owner_id, again.follows) == (user.pk, job.pk)
         assert cancel(again)

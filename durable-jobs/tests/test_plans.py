@@ -196,20 +196,21 @@ def kept_plans():
 def start_and_end_a_job():
     job, token = enqueue(add, [1, 2]), uuid.uuid4()
     assert claim(job.pk, token)
-    assert transitions.succeed(Job.objects, id=job.pk, run_token=token, result=3, message="")
+    assert transitions.succeed(id=job.pk, run_token=token, result=3, message="")
 
 
 @pytest.mark.django_db(transaction=True)  # it closes its connection
-@pytest.mark.parametrize("is_shared", [False, True])
-def test_postgresql_keeps_the_plans_of_what_each_job_needs(is_shared, monkeypatch, published):
-    """A connection that is shared may be another one in each transaction, without the plan."""
+@pytest.mark.parametrize("options", [{}, {"prepare_threshold": 0}])
+def test_postgresql_keeps_the_plans_of_what_each_job_needs(options, monkeypatch, published):
+    """Only if the project says so: behind a pooler, each transaction may have another connection."""
     if connection.vendor != "postgresql":
         pytest.skip("only PostgreSQL keeps plans: set DATABASE_URL=postgres://…")
     connection.close()  # other tests may have left plans
-    monkeypatch.setitem(connection.settings_dict, "DISABLE_SERVER_SIDE_CURSORS", is_shared)
+    monkeypatch.setitem(connection.settings_dict, "OPTIONS", options)
     for _ in range(3):
         start_and_end_a_job()
-    assert kinds(kept_plans()) == ([] if is_shared else ["INSERT", "UPDATE", "UPDATE"])
+    assert kinds(kept_plans()) == (["INSERT", "UPDATE", "UPDATE"] if options else [])
+    connection.close()
 
 
 def test_an_update_of_a_job_reads_no_backlog(by_key):
@@ -220,7 +221,7 @@ def test_an_update_of_a_job_reads_no_backlog(by_key):
     by_key(runs.jobs_of(three).update, sweep_at=lease_end())
     by_key(first.row.update, cursor=7, sweep_at=lease_end())
     end = {"id": first.job_id, "run_token": first.token, "result": 7, "message": ""}
-    by_key(transitions.succeed, Job.objects, **end)
+    by_key(transitions.succeed, **end)
     by_key(transitions.requeue, others[0].row)
     by_key(cancel, Job.objects.filter(pk=jobs[1].pk))
     by_key(transitions.requeue, runs.jobs_of(others))

@@ -81,7 +81,7 @@ def claims(waiting, count):
     sql("ALTER TABLE durable_jobs_job SET (autovacuum_enabled = off)", "ANALYZE durable_jobs_job")
     copies(job_for_later("later"), waiting)
     jobs = list(Job.objects.filter(queue="later").order_by("?").values_list("pk")[:count])
-    return rate(lambda pk: claim(Job.objects, id=pk, run_token=uuid.uuid4(), **CLAIM), jobs)
+    return rate(lambda pk: claim(id=pk, run_token=uuid.uuid4(), **CLAIM), jobs)
 
 
 def statements():
@@ -90,8 +90,8 @@ def statements():
     with CaptureQueriesContext(connection) as captured:
         job = enqueue(task, ["-", 0, 0], queue="pgbench")
         key = {"id": job.pk, "run_token": token}
-        assert claim(Job.objects, **key, **CLAIM)
-        assert succeed(Job.objects, **key, result={"sent": 1}, message="Sent")
+        assert claim(**key, **CLAIM)
+        assert succeed(**key, result={"sent": 1}, message="Sent")
     Job.objects.filter(pk=job.pk).delete()
     script = ";\n".join(query["sql"] for query in captured.captured_queries) + ";\n"
     assert len(captured) == 3, script

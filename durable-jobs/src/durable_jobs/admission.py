@@ -357,12 +357,12 @@ def admit_for_sweeper(keys):
 # A run
 
 
-def claim(manager, limit_key, **fields):
+def claim(limit_key, **fields):
     """Call transitions.claim(). If the limit has a rate, store the start, too."""
     if limit_key is None or not limit_of(limit_key).rate:
-        return transitions.claim(manager, **fields)
-    with transaction.atomic(manager.db):
-        claimed = transitions.claim(manager, **fields)
+        return transitions.claim(**fields)
+    with transaction.atomic():
+        claimed = transitions.claim(**fields)
         if claimed:
             Start.objects.create(key=limit_key)
     return claimed
@@ -382,16 +382,16 @@ def after_run(run):
     try:
         if not run.has_written:
             free_cancelled(run.job_id, run.claim_fields["crashes"])
-        if a_blocked(Job.objects, blocked_by=run.limit_key):
+        if a_blocked(blocked_by=run.limit_key):
             admit([run.limit_key])
     except Error as error:
         logger.warning("the sweeper frees a slot of %s: %r", run.limit_key, error)
 
 
 @transitions.prepared()
-def a_blocked(manager, blocked_by):
+def a_blocked(blocked_by):
     """Return the id of a job that this key blocks, in a list."""
-    return manager.filter(blocked_by=blocked_by).values_list("pk")[:1], None
+    return Job.objects.filter(blocked_by=blocked_by).values_list("pk")[:1], None
 
 
 def free_cancelled(pk, crashes):

@@ -236,12 +236,12 @@ def results_of(pk):
     raise LookupError(f"it needs the results of the batch {pk}, which were deleted")
 
 
-def succeed(manager, id, run_token, next_jobs=(), **end):
+def succeed(id, run_token, next_jobs=(), **end):
     """Write the result of a run, and store the next jobs. Returns 0 if the run has lost its job."""
     if not next_jobs:
-        return transitions.succeed(manager, id=id, run_token=run_token, **end)
+        return transitions.succeed(id=id, run_token=run_token, **end)
     with transaction.atomic():
-        owned = manager.filter(LOCK_TIMEOUT, IDLE_TIMEOUT, pk=id, run_token=run_token)
+        owned = Job.objects.filter(LOCK_TIMEOUT, IDLE_TIMEOUT, pk=id, run_token=run_token)
         rows = owned.only("owner_id", "batch_id", *tracing.FIELDS).annotate(now=Now())
         if (job := rows.select_for_update().first()) is None:
             return 0
@@ -255,22 +255,22 @@ def succeed(manager, id, run_token, next_jobs=(), **end):
 # The end of a batch
 
 
-def newest_active(manager, batch):
+def newest_active(batch):
     """Return the id of the newest unfinished job of this batch, as a queryset."""
     # The newest: PostgreSQL need not read the index entries of thousands of jobs that have ended. With batch=…
     # it could use the index `job_created`, and read all jobs that are newer than those of the batch.
-    members = manager.filter(UNFINISHED, batch__gte=batch, batch__lte=batch)
+    members = Job.objects.filter(UNFINISHED, batch__gte=batch, batch__lte=batch)
     return members.order_by("batch_id", "-created_at").values_list("pk")[:1]
 
 
 @transitions.prepared()
-def an_active(manager, batch):
-    return newest_active(manager, batch), None
+def an_active(batch):
+    return newest_active(batch), None
 
 
 def is_active(pk):
     """Return whether a job of this batch is unfinished."""
-    return bool(an_active(Job.objects, batch=pk))
+    return bool(an_active(batch=pk))
 
 
 def end(pk, skip_locked=False):
@@ -342,7 +342,7 @@ def try_to_end(pk, skip_locked=False):
 
 def end_all():
     """End batches whose jobs have ended. The sweeper calls this. It continues in its next round."""
-    active = Subquery(newest_active(Job.objects, OuterRef("pk")))
+    active = Subquery(newest_active(OuterRef("pk")))
     ended = Batch.objects.filter(ended_at=None).alias(active=active).filter(active=None)
     for pk in list(ended.order_by("?").values_list("pk", flat=True)[:BATCH_SIZE]):
         try_to_end(pk, skip_locked=True)  # the sweeper must not wait

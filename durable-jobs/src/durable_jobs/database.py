@@ -57,6 +57,18 @@ IDLE_TIMEOUT = SetLocal(name="idle_in_transaction_session_timeout", value="10s")
 ASYNC_COMMIT = SetLocal(name="synchronous_commit", value="off")
 
 
+def cursor_that_prepares():
+    """Return a cursor whose plans PostgreSQL keeps if the project sets psycopg's `prepare_threshold`.
+
+    Django's own cursor sends each statement as text. In debug mode it is used here, too, to log the SQL.
+    """
+    if connection.vendor != "postgresql" or connection.queries_logged:
+        return connection.cursor()
+    connection.close_if_health_check_failed()
+    connection.ensure_connection()
+    return connection._prepare_cursor(connection.Database.Cursor(connection.connection))
+
+
 def wait_for(query, *args, **kwargs):
     """Return query(…). While the database is unavailable, try again every second."""
     while True:

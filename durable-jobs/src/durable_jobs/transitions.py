@@ -1,17 +1,22 @@
 """Each change of a job's state: one conditional UPDATE. `jobs` is always a queryset of jobs."""
 
-from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import cache, wraps
 from inspect import signature
 
-from django.db import connections, models, transaction
+from django.db import connection, models, transaction
 from django.db.models import Case, F, Q, When
 from django.db.models.functions import Coalesce, Least, Now
 from django.db.models.sql import InsertQuery, UpdateQuery
 
 from durable_jobs import conf
-from durable_jobs.database import ASYNC_COMMIT, IDLE_TIMEOUT, LOCK_TIMEOUT, Clock
+from durable_jobs.database import (
+    ASYNC_COMMIT,
+    IDLE_TIMEOUT,
+    LOCK_TIMEOUT,
+    Clock,
+    cursor_that_prepares,
+)
 from durable_jobs.models import Batch, Job, Pause
 from durable_jobs.states import UNFINISHED
 
@@ -141,79 +146,48 @@ def open_again(pks):
 # once.
 
 
-class Placeholder(models.Value):
-    """A placeholder in a query, for the argument with this name."""
+class Argument(models.Value):
+    """An argument of a statement that is built once."""
 
     def as_sql(self, compiler, connection):
         return "%s", [self]
 
 
 def prepared(**types):
-    """Decorate a function that returns a queryset, and a dictionary of changes or None.
+    """Decorate a function that returns a queryset of jobs, and a dictionary of changes or None.
 
     The decorated function runs queryset.update(**changes), and returns how many rows were changed. With
-    None, it returns the queryset's rows as tuples. Its first argument is a manager, the others are
-    keywords. Its SQL is built at the first call. `types` has the field of each argument that is not a
+    None, it returns the queryset's rows as tuples. `types` has the field of each argument that is not a
     value of the field with its name.
     """
 
     def decorate(function):
-        _, *names = signature(function).parameters
-        built = {}
+        @cache
+        def build():
+            fields = {name: Job._meta.get_field(name) for name in names - types.keys()} | types
+            rows, changes = function(**{name: Argument(name, fields[name]) for name in names})
+            query = rows.query
+            if changes:
+                query = query.chain(UpdateQuery)
+                query.add_update_values(changes)
+            return query.get_compiler(rows.db).as_sql()
 
-        @wraps(function)
-        def run(manager, **values):
-            if manager.db not in built:
-                fields = types | {
-                    field.name: field for field in manager.model._meta.concrete_fields
-                }
-                rows, changes = function(manager, *(Placeholder(n, fields[n]) for n in names))
-                query = rows.query
-                if changes is not None:
-                    query = query.chain(UpdateQuery)
-                    query.add_update_values(changes)
-                built[manager.db] = query.get_compiler(manager.db).as_sql()
-            return execute(manager.db, *built[manager.db], values)
-
-        return run
+        names = signature(function).parameters.keys()
+        return wraps(function)(lambda **values: execute(*build(), values))
 
     return decorate
 
 
-def execute(using, sql, params, values):
-    """Run this SQL with `values` for its Placeholders. Returns its rows, or how many it changed."""
-    connection = connections[using]
+def execute(sql, params, values):
+    """Run this SQL with `values` for its Arguments. Returns its rows, or how many it changed."""
     # Not for a SELECT, whose rows may be many: a plan that is kept knows no values.
-    keeps_plan = nullcontext() if sql.startswith("SELECT") else plan_kept(connection)
-    with keeps_plan, connection.cursor() as cursor:
-        cursor.execute(sql, [fill(param, values, connection) for param in params])
+    with connection.cursor() if sql.startswith("SELECT") else cursor_that_prepares() as cursor:
+        cursor.execute(sql, [argument_of(param, values) for param in params])
         return cursor.fetchall() if cursor.description else cursor.rowcount
 
 
-@contextmanager
-def plan_kept(connection):
-    """Let PostgreSQL keep the plans of the statements in this block: they cost it half as much.
-
-    Django prepares no statement, because PgBouncer may give each transaction another connection. Projects
-    that use it so set DISABLE_SERVER_SIDE_CURSORS: then this does nothing. In debug mode neither, because
-    Django could not show the SQL.
-    """
-    is_shared = connection.settings_dict.get("DISABLE_SERVER_SIDE_CURSORS")
-    if connection.vendor != "postgresql" or is_shared or connection.queries_logged:
-        yield
-        return
-    connection.ensure_connection()
-    raw = connection.connection
-    before = raw.cursor_factory, raw.prepare_threshold
-    raw.cursor_factory, raw.prepare_threshold = connection.Database.Cursor, 0
-    try:
-        yield
-    finally:
-        raw.cursor_factory, raw.prepare_threshold = before
-
-
-def fill(param, values, connection):
-    if not isinstance(param, Placeholder):
+def argument_of(param, values):
+    if not isinstance(param, Argument):
         return param
     return param.output_field.get_db_prep_save(values[param.value], connection)
 
@@ -227,32 +201,29 @@ def insert(job):
     Sets them, and `created_at`, to the database's times. Raises IntegrityError. As with bulk_create(),
     Django sends no signal.
     """
-    using = Job.objects.db
-    compiler, converters, *statement = compiled_insert(using)
-    rows = execute(using, *statement, vars(job))
-    [row] = compiler.apply_converters(map(list, rows), converters)
-    for name, value in zip(OF_DATABASE, row, strict=True):
-        setattr(job, name, value)
-    job._state.adding, job._state.db = False, using
+    compiler, converters, *statement = compiled_insert()
+    rows = compiler.apply_converters(map(list, execute(*statement, vars(job))), converters)
+    vars(job).update(zip(OF_DATABASE, next(iter(rows)), strict=True))
+    job._state.adding, job._state.db = False, Job.objects.db
 
 
 @cache
-def compiled_insert(using):
+def compiled_insert():
     """Return the compiler of the INSERT, the converters of what it returns, its SQL and its parameters."""
     fields = Job._meta.concrete_fields
-    values = {field.attname: Placeholder(field.attname, field) for field in fields}
+    values = {field.attname: Argument(field.attname, field) for field in fields}
     for name in "due_at", "sweep_at":
-        values[name] = Now() + Placeholder(name, models.DurationField())
+        values[name] = Now() + Argument(name, models.DurationField())
     query = InsertQuery(Job)
     query.insert_values(fields, [Job(**values | {"created_at": Clock()})])
-    compiler = query.get_compiler(using)
+    compiler = query.get_compiler(Job.objects.db)
     compiler.returning_fields = [Job._meta.get_field(name) for name in OF_DATABASE]
     columns = [field.get_col(Job._meta.db_table) for field in compiler.returning_fields]
     return compiler, compiler.get_converters(columns), *compiler.as_sql()[0]
 
 
 @prepared(limit=models.DurationField(), lease=models.DurationField())
-def claim(manager, id, run_token, worker, retries, crashes, times_sent, limit, lease):
+def claim(id, run_token, worker, retries, crashes, times_sent, limit, lease):
     """The UPDATE that gives a queued job to the run with this token.
 
     It changes no row if the job is no longer queued, is blocked or paused, or if it has crashed or was retried
@@ -266,7 +237,7 @@ def claim(manager, id, run_token, worker, retries, crashes, times_sent, limit, l
     # Q(run_token=run_token): this UPDATE was sent before and committed, but its answer was lost.
     claimable = may_start | Q(run_token=run_token)
     is_current = Q(retries=retries, crashes=crashes)
-    rows = manager.filter(claimable, UNFINISHED, is_current, pk=id)
+    rows = Job.objects.filter(claimable, UNFINISHED, is_current, pk=id)
     return rows.filter(LOCK_TIMEOUT, ASYNC_COMMIT), {
         "state": "running",
         "run_token": run_token,
@@ -282,9 +253,9 @@ def claim(manager, id, run_token, worker, retries, crashes, times_sent, limit, l
 
 
 @prepared()
-def succeed(manager, id, run_token, result, message):
+def succeed(id, run_token, result, message):
     """The UPDATE that writes the result of a run, if the run still owns the job."""
-    rows = manager.filter(UNFINISHED, LOCK_TIMEOUT, pk=id, run_token=run_token)
+    rows = Job.objects.filter(UNFINISHED, LOCK_TIMEOUT, pk=id, run_token=run_token)
     final = {"state": "succeeded", "run_token": None, "sweep_at": None, "finished_at": Now()}
     return rows, {**final, "progress": 100, "result": result, "message": message}
 

@@ -119,7 +119,7 @@ class Run:
     def claim(self):
         """Claim the job, also a second time. Returns 0 if it belongs to another run or has ended."""
         key = {"id": self.job_id, "run_token": self.token}
-        return admission.claim(Job.objects, self.limit_key, **key, **self.claim_fields)
+        return admission.claim(self.limit_key, **key, **self.claim_fields)
 
     def block_if_paused(self):
         """After a claim that has failed, block the job if it is paused. Returns whether it was."""
@@ -194,7 +194,7 @@ class Run:
             with suppress(SoftTimeLimitExceeded):  # the limit is for the function, which has ended
                 json.dumps(result, allow_nan=False)
             key = {"id": self.job_id, "run_token": self.token, "next_jobs": self.next_jobs}
-            written = self.write(batches.succeed, Job.objects, **key, **end)
+            written = self.write(batches.succeed, **key, **end)
         except Exception as error:
             self.fail(f"Its result cannot be stored: {error}")
             raise
