@@ -1,11 +1,8 @@
 """A run: one message starts one, and a run that has lost its job changes nothing."""
 
-import time
 import uuid
-from functools import partial
 
 import pytest
-from django.db import connection, transaction
 from helpers import act, add, claim, claim_and_lapse, deliver, lapse, run
 
 from durable_jobs import publish, transitions
@@ -75,18 +72,6 @@ def test_a_claim_whose_answer_was_lost_can_be_repeated():
     assert claims == [1, 1, 0]
 
 
-def test_a_claim_does_not_wait_for_the_disk():
-    """A second later, the run checks that its claim was not lost."""
-    if connection.vendor != "postgresql":
-        pytest.skip("only PostgreSQL has synchronous_commit: set DATABASE_URL=postgres://…")
-    job, began = enqueue(add, [1, 2]), time.monotonic()
-    with transaction.atomic(), connection.cursor() as cursor:
-        assert claim(job.pk)
-        cursor.execute("SHOW synchronous_commit")
-        assert cursor.fetchall() == [("off",)]
-    assert runs.Run(job.pk).renew_at == pytest.approx(began + 1, abs=0.5)
-
-
 def test_a_process_runs_one_suspect_at_a_time():
     first, second, third = (runs.Run(uuid.uuid4()) for _ in range(3))
     assert first.become_suspect() and not second.become_suspect()
@@ -152,52 +137,7 @@ def test_a_use_of_the_cursor_ends_a_body_that_lost_its_job(use_cursor, end_run):
     assert (steps, job.cursor) == (["before"], None)
 
 
-# A crash of the database has lost the claim
-
-
-def test_a_claim_that_a_database_crash_has_lost_is_repeated():
-    """Unless another run has claimed the job, or the body has ended or handed back its job."""
-    forgotten, overtaken, ended = (enqueue(add, [1, 2]) for _ in range(3))
-    three = [runs.Run(job.pk) for job in (forgotten, overtaken, ended)]
-    for each in three:
-        each.claim = partial(claim, each.job_id, each.token)
-        each.is_running = each is not three[2]
-    claim(overtaken.pk)
-    lease.write_and_renew(three)
-    assert [each.lost for each in three] == [False, True, True]
-    assert [each.overtaken for each in three] == [False, True, False]
-    assert Job.objects.get(run_token=three[0].token) == forgotten
-
-
-@pytest.mark.parametrize("end, state", [(None, "succeeded"), (ValueError, "failed")], ids=str)
-def test_an_outcome_is_stored_although_a_database_crash_has_lost_the_claim(end, state):
-    seen = []
-
-    def body(task):
-        seen.append(task._current_run.is_running)
-        Job.objects.update(state="queued", run_token=None, started_at=None)
-        if end:
-            raise end
-
-    assert run(body).state == state
-    assert seen == [True]
-
-
-@pytest.mark.django_db(transaction=True)
-@pytest.mark.parametrize("handed_back", [False, True])
-@pytest.mark.parametrize("use_cursor", CURSOR_USES, ids=["report", "cursor"])
-def test_a_body_whose_claim_a_database_crash_has_lost_continues(use_cursor, handed_back):
-    """Unless its worker has handed the job back: then it belongs to the next run."""
-
-    def body(task):
-        Job.objects.update(state="queued", run_token=None, started_at=None)
-        task._current_run.is_running = not handed_back
-        use_cursor(task)
-        return Job.objects.get().state
-
-    job = run(body)
-    expected = ("queued", None) if handed_back else ("succeeded", "running")
-    assert (job.state, job.result) == expected
+# A failover has lost what was committed
 
 
 def test_a_job_that_a_failover_has_lost_is_gone_without_an_error():
@@ -219,10 +159,3 @@ def test_a_job_whose_success_a_failover_has_lost_runs_twice():
     job.refresh_from_db()
     assert deliver(job).state == "succeeded"
     assert (len(claimed), job.crashes) == (2, 1)
-
-
-def test_a_run_does_not_repeat_its_claim_after_its_body_has_ended(monkeypatch):
-    ended = []
-    monkeypatch.setattr(runs.Run, "succeed", lambda run, result: ended.append(run.is_running))
-    run(lambda task: None)
-    assert ended == [False]

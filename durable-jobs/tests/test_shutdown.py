@@ -7,12 +7,10 @@ from unittest.mock import Mock
 
 import pytest
 from django.db import transaction
-from helpers import add, claim, deliver, errors, run, seconds_until_due
+from helpers import add, deliver, errors, run, seconds_until_due
 
-from durable_jobs import transitions
 from durable_jobs.enqueue import enqueue
-from durable_jobs.models import Job
-from durable_jobs.worker import runs, shutdown
+from durable_jobs.worker import shutdown
 
 pytestmark = pytest.mark.django_db
 
@@ -87,23 +85,6 @@ def test_an_old_message_in_a_shutdown_does_not_shorten_a_pause(shut_down):
     shut_down()
     job = enqueue(add, [1, 2], countdown=3600)
     assert seconds_until_due(deliver(job)) > 3000
-
-
-def test_a_worker_that_hands_back_its_jobs_claims_none_of_them_again(monkeypatch):
-    """Not even a job whose row it has just locked itself, to renew the lease."""
-    skip_locked, locked = transitions.skip_locked, [Job.objects.none()]
-    monkeypatch.setattr(
-        transitions, "skip_locked", lambda rows: (locked or [skip_locked(rows)]).pop()
-    )
-    run = runs.Run(enqueue(add, [1, 2]).pk)
-    run.is_running = True
-    claim(run.job_id, run.token)
-    monkeypatch.setattr("time.sleep", Mock())
-    monkeypatch.setattr("os._exit", Mock())
-    with run:
-        shutdown.requeue_and_exit()
-    assert Job.objects.get().state == "queued"
-    assert not run.is_running
 
 
 @pytest.mark.parametrize(("at_work", "seconds"), [((), 10), ((object(),), 25 + 10)])

@@ -53,8 +53,6 @@ LOCK_TIMEOUT = SetLocal(name="lock_timeout", value="1s")
 # PostgreSQL ends the transaction of a process that does nothing in it: if a worker freezes while it renews a
 # lease, the job must not stay locked.
 IDLE_TIMEOUT = SetLocal(name="idle_in_transaction_session_timeout", value="10s")
-# The commit does not wait until the WAL is on disk.
-ASYNC_COMMIT = SetLocal(name="synchronous_commit", value="off")
 
 
 def cursor_that_prepares():

@@ -11,7 +11,6 @@ from django.db.models.sql import InsertQuery, UpdateQuery
 
 from durable_jobs import conf
 from durable_jobs.database import (
-    ASYNC_COMMIT,
     IDLE_TIMEOUT,
     LOCK_TIMEOUT,
     Clock,
@@ -229,8 +228,7 @@ def claim(id, run_token, worker, retries, crashes, times_sent, limit, lease):
     It changes no row if the job is no longer queued, is blocked or paused, or if it has crashed or was retried
     since the message was sent. `limit` is the time until the deadline, and `lease` the length of the first
     lease. `retries`, `crashes` and `times_sent` come from the message; `times_sent` says which message of the
-    job it is, 1 for the first. If PostgreSQL crashes within a second, the claim may be lost: then the run
-    must claim the job again.
+    job it is, 1 for the first.
     """
     # An old message may arrive when the job is blocked: then it has no sweep_at.
     may_start = Q(run_token=None, sweep_at__isnull=False) & ~is_paused()
@@ -238,7 +236,7 @@ def claim(id, run_token, worker, retries, crashes, times_sent, limit, lease):
     claimable = may_start | Q(run_token=run_token)
     is_current = Q(retries=retries, crashes=crashes)
     rows = Job.objects.filter(claimable, UNFINISHED, is_current, pk=id)
-    return rows.filter(LOCK_TIMEOUT, ASYNC_COMMIT), {
+    return rows.filter(LOCK_TIMEOUT), {
         "state": "running",
         "run_token": run_token,
         "worker": worker,

@@ -54,8 +54,8 @@ class Sweeper:
         """Recover, end batches, send messages. Returns the seconds until the next round."""
         pause = conf.SWEEP_SECONDS
         # After a gap (Beat has just started, or the machine or the database was down), first wait for half
-        # the length of a lease. In this time live workers renew their leases, and claim again the jobs
-        # whose claims the database has lost. Only then recover jobs, and send messages again.
+        # the length of a lease. In this time live workers renew their leases. Only then recover jobs, and
+        # send messages again.
         max_gap = conf.LEASE_SECONDS / 2 + 2 * conf.SWEEP_SECONDS
         if time.time() - self.last_round > max_gap:
             self.recover_at = time.monotonic() + conf.LEASE_SECONDS / 2

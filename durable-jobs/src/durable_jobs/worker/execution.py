@@ -137,10 +137,8 @@ def call(run, args, kwargs):
     """Return the function's result. Raises TransactionManagementError if it left a transaction open."""
     in_block = connection.in_atomic_block  # a test's atomic(), in eager mode: leave it open
     try:
-        run.is_running = True
         result = run.task.run(*batches.with_results(args, run.results_of), **kwargs)
     finally:
-        run.is_running = False  # write_and_renew() must not claim the job again
         was_open = not in_block and roll_back_open_transaction()
     if was_open:
         raise TransactionManagementError("The task left a transaction open")

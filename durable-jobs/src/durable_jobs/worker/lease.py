@@ -71,12 +71,10 @@ def write_and_renew(to_write):
     for run in written:
         run.written, run.renew_at = reports[run], time.monotonic() + conf.LEASE_SECONDS / 3
     if len(written) < len(to_write):
-        # Read again, without locks. If a crash of the database has lost a claim, claim the job again.
+        # Read again, without locks.
         tokens = set(jobs_of(to_write).values_list("run_token", flat=True))
         for run in to_write:
-            if run.token not in tokens:
-                run.overtaken = run.is_running and not run.claim()
-                run.lost = run.overtaken or not run.is_running
+            run.lost = run.token not in tokens
 
 
 @transaction.atomic

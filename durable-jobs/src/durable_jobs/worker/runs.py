@@ -11,7 +11,7 @@ from traceback import format_exception, format_exception_only
 from celery.exceptions import Ignore, SoftTimeLimitExceeded
 from django.db import Error, transaction
 
-from durable_jobs import admission, batches, transitions
+from durable_jobs import admission, batches, conf, transitions
 from durable_jobs.database import LOCK_TIMEOUT, in_transaction, wait_for, wait_past_soft_limit
 from durable_jobs.models import Batch, Job
 from durable_jobs.publish import publish
@@ -22,7 +22,6 @@ from durable_jobs.worker.pools import pool
 logger = logging.getLogger(__name__)
 
 OVER_TIME_LIMIT = "Over its time limit"
-FLUSH_SECONDS = 1  # by then a claim is on disk: by default PostgreSQL writes it within 0.6 s
 UNREAD = object()  # a value that must be read from the database
 
 
@@ -84,9 +83,7 @@ class Run:
         self.report = {}  # the latest progress and message
         self.written = self.report  # the report that is in the row
         self.cursor = self.batch = UNREAD
-        self.is_running = False  # its function
-        # The first renewal finds out whether a crash of PostgreSQL has lost the claim.
-        self.renew_at = time.monotonic() + FLUSH_SECONDS
+        self.renew_at = time.monotonic() + conf.LEASE_SECONDS / 3
         self.retry = None  # after retry(): arguments of transitions.requeue()
         # Why it is retried: the fields of a Failure.
         self.failure = {
@@ -95,7 +92,6 @@ class Run:
         }
         self.public_error = ""  # the same, for the owner
         self.lost = self.ended = False
-        self.overtaken = False  # while it ran, its job was cancelled or given to a newer run
 
     @property
     def row(self):
@@ -117,7 +113,7 @@ class Run:
             pool.query(admission.after_run, self)
 
     def claim(self):
-        """Claim the job, also a second time. Returns 0 if it belongs to another run or has ended."""
+        """Claim the job. Returns 0 if it belongs to another run or has ended."""
         key = {"id": self.job_id, "run_token": self.token}
         return admission.claim(self.limit_key, **key, **self.claim_fields)
 
@@ -172,15 +168,10 @@ class Run:
     def query_row(self, query, *args, **kwargs):
         """Run a query on this row. Raises JobLost if the job was cancelled or belongs to another run.
 
-        If the database has lost the claim in a crash, the job is claimed again and the query repeated.
-
         Inside a transaction of the function, the query is tried only once, because an error ends the
         transaction.
         """
-        if in_transaction():
-            answer = query(*args, **kwargs)
-        elif not (answer := wait_for(query, *args, **kwargs)) and self.is_running:
-            answer = wait_for(self.claim) and wait_for(query, *args, **kwargs)
+        answer = query(*args, **kwargs) if in_transaction() else wait_for(query, *args, **kwargs)
         if not answer:
             raise JobLost
         return answer
@@ -233,16 +224,10 @@ class Run:
         self.write(transitions.requeue, self.row_with_lock_timeout)
 
     def write(self, update, *args, **kwargs):
-        """Write how the function ended. Returns 0 if the run has lost its job.
-
-        If the database has lost the claim in a crash, the job is claimed again and the update repeated.
-        """
+        """Write how the function ended. Returns 0 if the run has lost its job."""
         if self.limit_key:
             args, update = (update, *args), self.hand_over
         written = wait_past_soft_limit(update, *args, **kwargs)
-        # After a failed claim the job may have been run again: do not take that run from another worker.
-        if not written and not self.overtaken and wait_past_soft_limit(self.claim):
-            written = wait_past_soft_limit(update, *args, **kwargs)
         self.has_written = bool(written)
         publish(self.admitted)
         return written

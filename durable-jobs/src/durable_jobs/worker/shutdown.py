@@ -145,8 +145,6 @@ def requeue_and_exit(exitcode=0):
     try:
         with process.lock:
             runs = process.runs.values()
-            for run in runs:
-                run.is_running = False  # write_and_renew() must not claim the job again
             release([run for run in runs if not run.limit_key])
             time.sleep(POLL_SECONDS)  # a renewal may lock a row for a moment
             # Now also jobs with a limit: their functions must end when others get their slots.
