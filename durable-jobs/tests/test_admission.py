@@ -21,7 +21,7 @@ from durable_jobs.enqueue import enqueue_many
 from durable_jobs.models import Job, Start
 from durable_jobs.states import QUEUED
 from durable_jobs.tasks import JobError
-from durable_jobs.worker import children, lease, shutdown, unknown_tasks
+from durable_jobs.worker import children, lease, shutdown
 from durable_jobs.worker.runs import process
 
 pytestmark = pytest.mark.django_db
@@ -256,22 +256,6 @@ def test_a_job_that_is_handed_back_is_the_next_one_again(sent, commit):
     with run:
         run.release()
     assert sent == [first.pk, first.pk] and held() == 1
-
-
-def test_a_job_of_an_unknown_task_gives_its_place_to_the_next_one(sent, commit):
-    with commit():
-        first, second = enqueue_many(alone, [[1], [2]])
-    unknown_tasks.requeue_later(Job.objects.filter(QUEUED, pk=first.pk))
-    first.refresh_from_db()
-    assert first.blocked_by == "one" and first.due_at > timezone.now() + timedelta(seconds=50)
-    assert sent == [first.pk, second.pk]
-
-
-def test_an_unknown_task_does_not_shorten_a_countdown(sent):
-    job = alone.using(countdown=3600).enqueue()
-    unknown_tasks.requeue_later(Job.objects.filter(QUEUED, pk=job.pk))
-    job.refresh_from_db()
-    assert job.due_at > timezone.now() + timedelta(seconds=3500)
 
 
 def test_a_message_that_cannot_be_sent_keeps_the_place(commit, broker_down):

@@ -27,16 +27,6 @@ def short(x):
     return x
 
 
-@shared_task(base=JobTask, time_limit=580)
-def limited():
-    pass
-
-
-@shared_task(base=JobTask, time_limit=580, soft_time_limit=540)
-def limited_twice():
-    pass
-
-
 def test_a_result_is_stored():
     job = deliver(enqueue(add, [1, 2]))
     assert (job.state, job.result, job.error) == ("succeeded", 3, "")
@@ -166,12 +156,6 @@ def test_a_task_may_have_a_shorter_time_limit_than_the_settings(commit):
         job = enqueue(short, [1])
     job.refresh_from_db()
     assert job.state == "succeeded"
-
-
-def test_a_time_limit_brings_a_soft_one_of_nine_tenths():
-    """A soft limit of the task's own wins, even if it equals the one of the settings."""
-    tasks = [short, limited, limited_twice, add]
-    assert [task.soft_time_limit for task in tasks] == [0.9, 522, 540, 540]
 
 
 def test_a_body_over_its_soft_time_limit_fails():

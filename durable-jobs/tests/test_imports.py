@@ -25,7 +25,7 @@ results
 worker.heartbeat
 worker.runs worker.events
 worker.lease
-worker.shutdown worker.children worker.unknown_tasks worker.remote_control
+worker.shutdown worker.children worker.remote_control
 worker.execution worker.startup
 tasks pauses counts diagnosis
 beat.statistics beat.republish

@@ -1,8 +1,7 @@
-"""The main process of a worker: killed children, unknown tasks, revokes, plain tasks."""
+"""The main process of a worker: killed children, revokes, plain tasks."""
 
 import time
 import uuid
-from datetime import timedelta
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -11,15 +10,14 @@ from celery import current_app as app
 from celery import exceptions
 from celery.worker.control import Panel
 from django.db import connection
-from django.db.models.functions import Now
-from helpers import act, add, claim, claim_and_lapse, enqueue_and_publish, seconds_until_due
+from helpers import act, add, claim, claim_and_lapse, seconds_until_due
 from kombu.asynchronous import Hub
 
 from durable_jobs import transitions
 from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Job
 from durable_jobs.tasks import JobTask
-from durable_jobs.worker import children, remote_control, startup, unknown_tasks
+from durable_jobs.worker import children, remote_control, startup
 
 pytestmark = pytest.mark.django_db
 
@@ -122,25 +120,6 @@ def test_revoke_and_terminate_cancel_the_job(monkeypatch, published):
     assert list(Job.objects.filter(state="cancelled")) == [job]
     assert Panel.data["terminate"](None, "SIGTERM", str(other.pk)) == "revoked"
     assert Job.objects.filter(state="cancelled").count() == 2
-
-
-def test_a_job_of_a_task_that_the_worker_does_not_know_is_due_again_soon(monkeypatch, published):
-    """The worker has older code, as in a rolling deploy."""
-    monkeypatch.setattr("threading.Timer", in_this_thread)
-    monkeypatch.setattr(connection, "close", Mock())
-    [job, other] = enqueue_and_publish(2)
-    unknown_tasks.requeue_unknown(str(job.pk), SimpleNamespace(headers={"job": True}))
-    unknown_tasks.requeue_unknown(str(other.pk), SimpleNamespace(headers=None))
-    assert seconds_until_due(job) == pytest.approx(5, abs=2)
-    assert seconds_until_due(other) == pytest.approx(30, abs=2)
-
-
-def test_a_job_of_a_task_that_no_worker_knows_comes_back_less_and_less_often(published):
-    """Its task may have been removed from the code: then its messages must not keep Beat busy."""
-    [job] = enqueue_and_publish(1)
-    Job.objects.update(due_at=Now() - timedelta(hours=1))
-    unknown_tasks.requeue_later(Job.objects.filter(pk=job.pk))
-    assert seconds_until_due(job) == pytest.approx(360, abs=2)
 
 
 @pytest.mark.django_db(transaction=True)  # it closes the connection

@@ -48,7 +48,6 @@ MOST = 5000  # jobs of a key that the sweeper admits in a round, and keys that i
 PAGE = 500  # jobs that are blocked in a transaction
 PAGES = 10  # in a round of the sweeper
 STRAY_SECONDS = 600  # until jobs of an unknown limit start: other processes may have newer settings
-UNKNOWN_SECONDS = 60  # until a job of a task that a worker does not know may be admitted again
 MAX_SLOTS = 2**31  # if the number of free slots is known
 
 
@@ -70,13 +69,6 @@ def block(jobs):
     blocked_by = Concat(Value(PAUSE), Subquery(of_job.values("name")[:1]))
     changes = {"blocked_by": blocked_by, "sweep_at": None, "times_sent": 0}
     return jobs.filter(QUEUED, is_paused()).update(**changes)
-
-
-def postpone(jobs):
-    """Take the slots away from those of these jobs that have not started, for UNKNOWN_SECONDS."""
-    due_at = Now() + timedelta(seconds=UNKNOWN_SECONDS)
-    changes = {"blocked_by": F("limit_key"), "sweep_at": None, "times_sent": 0, "due_at": due_at}
-    jobs.filter(QUEUED, blocked_by=None, limit_key__isnull=False).update(**changes)
 
 
 def block_pages(jobs):

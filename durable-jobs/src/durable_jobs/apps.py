@@ -15,7 +15,7 @@ class DurableJobsConfig(AppConfig):
     def ready(self):
         from durable_jobs import checks, limits, liveness, tracing  # noqa: F401  checks register themselves
         from durable_jobs.beat import schedule
-        from durable_jobs.worker import children, shutdown, startup, unknown_tasks
+        from durable_jobs.worker import children, shutdown, startup
         from durable_jobs.worker.heartbeat import heartbeat
 
         # With 0 or less, jobs would not be sent or recovered, would run twice, or would be deleted immediately.
@@ -40,7 +40,6 @@ class DurableJobsConfig(AppConfig):
         signals.task_prerun.connect(startup.prepare_connection)
         signals.task_failure.connect(children.recover_job_of_dead_child)
         signals.task_revoked.connect(children.free_slot_of_dead_child)
-        signals.task_unknown.connect(unknown_tasks.requeue_unknown)
         signals.worker_process_shutdown.connect(tracing.flush)
         signals.heartbeat_sent.connect(liveness.touch_liveness_file)
         signals.beat_init.connect(schedule.start)

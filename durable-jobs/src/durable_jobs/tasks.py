@@ -73,26 +73,11 @@ class JobTask(DjangoTask):
         return run if isinstance(run, Run) else None  # Celery puts a header "run" there, too
 
     @classmethod
-    def bind(cls, app):
-        """Give a task with its own time limit nine tenths of it as soft limit, not that of the settings.
-
-        It happens here, because super().bind() fills in the limits of the settings.
-        """
-        if cls.time_limit and not cls.soft_time_limit:
-            cls.soft_time_limit = cls.time_limit * 0.9
-        return super().bind(app)
-
-    @classmethod
     def on_bound(cls, app):
-        """Raise TypeError for options that a job cannot have, and prepare the time limits.
-
-        A soft time limit above the hard one is lowered.
-        """
+        """Raise TypeError for options that a job cannot have."""
         for name in ("before_start", "exchange", "expires", "routing_key"):
             if getattr(cls, name, None) != getattr(DjangoTask, name, None):
                 raise TypeError(f"{cls.name}: a job cannot have {name}")
-        if cls.time_limit and cls.soft_time_limit and cls.soft_time_limit > cls.time_limit:
-            cls.soft_time_limit = cls.time_limit * 0.9
         limits.check_template(cls)
         if iscoroutinefunction(cls.run):
             function = getattr_static(cls, "run")  # not yet bound to an instance

@@ -258,10 +258,8 @@ class Run:
         if wait_for(Job.objects.filter(pk=id, state="cancelled").exists):
             logger.info("job %s %s is cancelled", task.name, id)
             if task.app.conf.worker_send_task_events:
-                try:
+                with suppress(Exception):  # each transport has its own
                     task.send_event("task-revoked", terminated=True, signum=None, expired=False)
-                except Exception as error:  # each transport has its own exceptions
-                    logger.warning("Flower will not see that job %s is cancelled: %r", id, error)
         return Ignore("a duplicate message, or its job is cancelled or belongs to another run")
 
 
