@@ -8,6 +8,7 @@ from pathlib import Path
 
 from harness.bake import CHOICES, LIBRARY, OPTIONS, OUTPUT, TEMPLATE
 from harness.checks import check_links
+from harness.promises import PAGE, page, promises, proofs
 
 
 def text(path):
@@ -49,3 +50,9 @@ def test_the_library_has_the_version_of_the_template():
     newest = re.search(r"^## (\S+)", (TEMPLATE / "CHANGELOG.md").read_text("utf-8"), re.M)[1]
 
     assert version == newest or (newest == "Unreleased" and version.endswith(".dev"))
+
+
+def test_each_promise_of_the_library_has_a_test_that_a_table_names():
+    """If the table is old: PYTHONPATH=tests .venv/bin/python -m harness.promises"""
+    assert proofs().keys() == set(promises())
+    assert page() == PAGE.read_text("utf-8")

@@ -30,6 +30,7 @@ def purge_all():
         Purge(model, field).delete_page()
 
 
+@pytest.mark.promise("Nothing piles up")
 def test_old_final_jobs_are_deleted_with_their_idempotency_keys(settings, caplog):
     caplog.set_level("INFO")
     old = deliver(enqueue(add, [1, 2], idempotency_key="key"))

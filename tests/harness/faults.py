@@ -29,7 +29,8 @@ def stacks(brokers=CHOICES["broker"], pools=POOLS, only=lambda *pair: True, **op
 ONE = {"brokers": CHOICES["broker"][:1], "pools": POOLS[:1]}
 everywhere = stacks()
 # If broker and pool matter, but not their combination: each broker with one pool, and vice versa.
-on_each = stacks(only=lambda broker, pool: [broker] == ONE["brokers"] or [pool] == ONE["pools"])
+EACH = {"only": lambda broker, pool: [broker] == ONE["brokers"] or [pool] == ONE["pools"]}
+on_each = stacks(**EACH)
 on_each_broker = stacks(pools=POOLS[:1])  # if the pool does not matter
 on_each_pool = stacks(brokers=ONE["brokers"])
 on_one = stacks(**ONE)
@@ -39,7 +40,9 @@ on_rabbitmq = stacks(brokers=["rabbitmq"], pools=POOLS[:1])
 on_sqs = stacks(brokers=["sqs"], pools=POOLS[:1])
 with_flower = [name for name in CHOICES["broker"] if chosen(broker=name).has_flower]
 # No message is sent again while a test waits; the other timings are the project's defaults.
-without_resends = stacks(**ONE, timings={"JOB_RESEND_SECONDS": 600})
+DEFAULTS = {"timings": {"JOB_RESEND_SECONDS": 600}}
+without_resends = stacks(**ONE, **DEFAULTS)
+on_each_with_default_timings = stacks(**EACH, **DEFAULTS)
 
 
 @pytest.fixture(scope="session")
@@ -138,10 +141,12 @@ def revoke(flower):
 
 @pytest.fixture
 def since(record_property):
-    """A function, since(start): record the seconds since then."""
+    """A function, since(start): record the seconds since then, and return them."""
 
     def since(start):
-        record_property("seconds", round(time.monotonic() - start, 1))
+        seconds = round(time.monotonic() - start, 1)
+        record_property("seconds", seconds)
+        return seconds
 
     return since
 

@@ -7,6 +7,8 @@ import os
 import signal
 import time
 
+import pytest
+
 from harness.faults import on_each, on_each_broker, on_prefork, ran_once, succeeded
 from harness.project import wait_for
 
@@ -52,6 +54,7 @@ def kill_between_the_ends(stack, **variables):
     return batch, worker
 
 
+@pytest.mark.promise("Follow-up jobs and batch callbacks are stored exactly once")
 @on_each
 def test_a_worker_killed_between_the_ends_of_a_job_and_its_batch_loses_no_callback(stack, since):
     """Beat is away, too. When it is back, it ends the batch."""
@@ -119,6 +122,7 @@ while following := Job.objects.filter(follows=result[-1]).values_list("pk", flat
     return stack.ask(code, first=first)
 
 
+@pytest.mark.promise("Follow-up jobs and batch callbacks are stored exactly once")
 @on_each_broker
 def test_an_emptied_broker_loses_no_next_job(stack, since):
     """The message of the second step is lost. It is in `cpu`: SQS empties a queue once a minute."""

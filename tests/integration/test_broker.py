@@ -84,6 +84,7 @@ def test_idle_workers_outlive_their_broker(stack, since):
     assert [worker.pid for worker in stack.workers if worker.is_running()] == processes
 
 
+@pytest.mark.promise("Requests don't wait")
 @on_each_broker
 def test_a_broker_that_hangs_delays_no_request(stack, record_property, since):
     """All requests are answered while it is paused."""
@@ -125,6 +126,7 @@ def test_a_queue_that_the_broker_refuses_stops_no_other(stack, gate, since):
 # The broker loses its messages
 
 
+@pytest.mark.promise("Accepted means stored")
 @on_each_broker
 def test_an_emptied_broker_loses_no_job(stack, since):
     """While the broker has their messages, almost none is sent again."""

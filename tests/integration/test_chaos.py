@@ -9,6 +9,9 @@ from harness.servers import broker_class
 pytestmark = pytest.mark.xdist_group("chaos")  # one at a time: each needs the whole machine
 
 
+@pytest.mark.promise("Accepted means stored")
+@pytest.mark.promise("One final state")
+@pytest.mark.promise("Follow-up jobs and batch callbacks are stored exactly once")
 @pytest.mark.parametrize("name", CHOICES["broker"])
 def test_chaos_loses_no_job(name, tmp_path, capsys, record_property):
     broker_class(name)

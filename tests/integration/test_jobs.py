@@ -48,6 +48,7 @@ def test_a_worker_that_fails_waits_for_no_body(stack, gate):
 # A job kills its worker every time
 
 
+@pytest.mark.promise("No endless crashes")
 @on_each
 def test_a_job_that_kills_its_worker_every_time_fails(stack, since):
     start = time.monotonic()

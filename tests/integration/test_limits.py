@@ -9,6 +9,8 @@ import time
 from itertools import pairwise
 from statistics import median
 
+import pytest
+
 from harness.faults import (
     ONE,
     errors,
@@ -260,6 +262,7 @@ for number in range(3):
     assert not exceeded(stack, jobs)
 
 
+@pytest.mark.promise("Limits hold")
 @on_each
 def test_no_fault_exceeds_a_limit_or_leaves_a_place_empty(stack, since):
     """Two Beats sweep all the time."""

@@ -2,6 +2,8 @@
 
 import time
 
+import pytest
+
 from harness.faults import on_each, on_each_pool, on_one, ran_once, succeeded
 from harness.project import wait_for
 from harness.stack import RESEND
@@ -42,6 +44,7 @@ def check_neighbours(stack):
     assert succeeded(rows, crashes=0), rows
 
 
+@pytest.mark.promise("A pause stays")
 @on_each
 def test_a_paused_queue_starts_no_job_whatever_is_restarted(stack, gate, since):
     running = stack.enqueue("hold", gate, queue="cpu")

@@ -21,6 +21,7 @@ from harness.stack import LEASE
 # A web server process dies between commit and message
 
 
+@pytest.mark.promise("Accepted means stored")
 @on_each_broker
 def test_a_web_killed_between_commit_and_publish_loses_no_job(stack, since):
     start = time.monotonic()

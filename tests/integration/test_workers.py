@@ -10,18 +10,20 @@ import signal
 import time
 from collections import Counter
 
+import pytest
+
 from harness.faults import (
     ONE,
     errors,
     everywhere,
     on_each,
     on_each_pool,
+    on_each_with_default_timings,
     on_prefork,
     ran_once,
     stacks,
     succeeded,
     where_jobs_share_a_process,
-    without_resends,
 )
 from harness.mails import Mails
 from harness.project import wait_for
@@ -34,6 +36,7 @@ def wait_for_early_acknowledgements(stack):
     stack.wait_until_final(stack.enqueue("quick", queue="cpu"))
 
 
+@pytest.mark.promise("Accepted means stored")
 @everywhere
 def test_a_killed_worker_loses_nothing(stack, gate, since):
     """Jobs run again, and so do plain tasks, after the visibility timeout."""
@@ -54,9 +57,10 @@ def test_a_killed_worker_loses_nothing(stack, gate, since):
     wait_for(lambda: stack.notes("end", task))
 
 
-@without_resends
+@pytest.mark.promise("A killed worker's job runs again within 60 seconds")
+@on_each_with_default_timings
 def test_a_killed_worker_loses_no_job_with_the_default_timings(stack, gate, since):
-    kill_a_worker(stack, gate, since)
+    assert kill_a_worker(stack, gate, since) < 60
 
 
 @stacks(**ONE, sqlite=True)
@@ -72,8 +76,9 @@ def kill_a_worker(stack, gate, since):
     start = time.monotonic()
     gate.touch()
     rows = stack.wait_until_final(job)
-    since(start)
+    seconds = since(start)
     assert succeeded(rows, crashes=1), rows
+    return seconds
 
 
 # A child process is killed
@@ -116,6 +121,7 @@ def test_a_body_whose_child_gets_sigterm_every_time_fails(stack, since):
 # A worker freezes and continues later
 
 
+@pytest.mark.promise("One final state")
 @on_each
 def test_a_frozen_worker_is_fenced(stack, gate, since):
     """Its job runs in another worker; when it continues, the outcome of its body is dropped."""
@@ -248,6 +254,7 @@ def test_a_body_that_locks_its_row_does_not_delay_a_stop(stack, gate, since):
 # A long job is killed, stopped or retried
 
 
+@pytest.mark.promise("At least once")
 @on_each_pool
 def test_a_newsletter_continues_where_its_worker_was_killed(stack, since, record_property):
     """Everybody gets it, and at most one chunk of 100 gets it twice."""
