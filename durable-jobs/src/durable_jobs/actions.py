@@ -130,7 +130,7 @@ def fields_to_run_again(job, now=FROM_NOW):
         raise ValueError(f"there is no task {job.task}")
     task, (args, kwargs) = current_app.tasks[job.task], loads(to_json([job.args, job.kwargs]))
     given = [Results()] if job.results_of else []
-    fields = new_fields(task, [*given, *args], kwargs, label=job.label, queue=job.queue, now=now)
+    fields = new_fields(now, task, [*given, *args], kwargs, label=job.label, queue=job.queue)
     fields["args"] = fields["args"][len(given) :]
     del fields["owner"]  # not loaded: its id is enough
     return {**fields, "owner_id": job.owner_id, "follows": job.pk, "results_of": job.results_of}

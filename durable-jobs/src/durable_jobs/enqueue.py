@@ -76,7 +76,7 @@ def enqueue(
     has already used the key.
     """
     key, unique = options.pop("idempotency_key", None), options.pop("unique", None)
-    fields = new_fields(task, args, kwargs, **options)
+    fields = new_fields(FROM_NOW, task, args, kwargs, **options)
     return insert({**fields, "idempotency_key": key}, unique)
 
 
@@ -89,7 +89,7 @@ def enqueue_many(
     messages but the first SENT_IMMEDIATELY. Returns the Jobs.
     """
     now = database_time()
-    rows = [new_fields(task, args, None, now=now, **options) for args in calls]
+    rows = [new_fields(now, task, args, **options) for args in calls]
     return insert_many(now, [Job(**fields) for fields in rows])
 
 
@@ -99,10 +99,10 @@ aenqueue = sync_to_async(enqueue)
 # The fields of a new job
 
 
-def new_fields(task, args, kwargs=None, owner=None, label="", queue=None, **when):
+def new_fields(now, task, args, kwargs=None, /, owner=None, label="", queue=None, **when):
     """Return the fields of a new job. Raises the TypeError and ValueError of enqueue()."""
     fields = call_fields(task, args, kwargs, label, queue)
-    return {**fields, "owner": owner, **times(**when, limit_key=fields["limit_key"])}
+    return {**fields, "owner": owner, **times(now, **when, limit_key=fields["limit_key"])}
 
 
 def call_fields(task, args, kwargs=None, label="", queue=None):

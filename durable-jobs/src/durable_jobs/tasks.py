@@ -18,6 +18,7 @@ from celery.result import AsyncResult
 
 from durable_jobs import batches, limits
 from durable_jobs.enqueue import (
+    FROM_NOW,
     MAX_COUNTDOWN,
     MemberOptions,
     Options,
@@ -114,7 +115,7 @@ class JobTask(DjangoTask):
             return self._retry_later(args, kwargs, seconds_until(**times), **options)
         check_options(options)
         texts = {"label": label, "queue": options.get("queue")}
-        fields = new_fields(self, args or (), kwargs, owner, **texts, **times)
+        fields = new_fields(FROM_NOW, self, args or (), kwargs, owner, **texts, **times)
         fields |= {"idempotency_key": idempotency_key, **({"pk": task_id} if task_id else {})}
         return self.AsyncResult(str(insert(fields, unique).pk))
 

@@ -2,9 +2,8 @@ import hashlib
 import json
 import re
 import uuid
-from datetime import datetime
 from operator import attrgetter
-from typing import Any
+from typing import Any, Unpack
 
 from django.core.exceptions import SuspiciousFileOperation
 from django.core.exceptions import ValidationError as DjangoValidationError
@@ -32,7 +31,7 @@ from durable_jobs.api.serializers import (
     has_job_perm,
     may_run_again,
 )
-from durable_jobs.enqueue import insert, new_fields
+from durable_jobs.enqueue import FROM_NOW, MemberOptions, insert, new_fields
 from durable_jobs.models import Batch, Job
 
 __all__ = ["BatchViewSet", "EnqueueMixin", "JobViewSet", "accepted"]
@@ -304,19 +303,14 @@ class EnqueueMixin:
         task: Any,
         args: list | tuple = (),
         kwargs: dict | None = None,
-        *,
-        label: str = "",
-        queue: str | None = None,
-        countdown: float | None = None,
-        eta: datetime | None = None,
+        **options: Unpack[MemberOptions],
     ) -> Job:
         """Enqueue the object's job for the user of this request. See enqueue.enqueue().
 
         The owner and the idempotency_key are those of the request. There is no `unique`, because two
         objects could get the same job.
         """
-        times = {"countdown": countdown, "eta": eta}
-        fields = new_fields(task, args, kwargs, self.request.user, label, queue, **times)
+        fields = new_fields(FROM_NOW, task, args, kwargs, owner=self.request.user, **options)
         if key := self._idempotency_key:
             fields |= {"idempotency_key": key, "fingerprint": self._fingerprint}
         return insert({**fields, "pk": self.job_id})

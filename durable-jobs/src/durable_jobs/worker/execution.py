@@ -17,7 +17,7 @@ from durable_jobs.database import (
     wait_for,
     wait_past_soft_limit,
 )
-from durable_jobs.enqueue import new_fields
+from durable_jobs.enqueue import FROM_NOW, new_fields
 from durable_jobs.models import Job
 from durable_jobs.states import QUEUED
 from durable_jobs.worker import lease
@@ -59,7 +59,7 @@ def execute(task, args, kwargs):
 
 def store(task, args, kwargs):
     """Store the job of a message without one. Returns the key of its limit, or None."""
-    fields = new_fields(task, args, kwargs) | tracing.current(task.name)
+    fields = new_fields(FROM_NOW, task, args, kwargs) | tracing.current(task.name)
     job = wait_for(get_or_insert, Job(pk=task.request.id, **fields))
     if job.blocked_by:
         pool.query(admission.admit, [job.blocked_by])
