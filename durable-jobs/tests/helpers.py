@@ -209,7 +209,7 @@ def follow(batch):
 # Limits
 
 
-@shared_task(base=JobTask, limit="tenant:{tenant}")
+@shared_task(base=JobTask, limit=lambda tenant, **_: f"tenant:{tenant}")
 def call(tenant, number=0):
     return number
 

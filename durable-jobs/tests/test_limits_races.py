@@ -34,7 +34,7 @@ pytestmark = pytest.mark.django_db(transaction=True)
 ROUNDS = MANY_ROUNDS // 3
 
 
-@shared_task(base=JobTask, limit="turn:{key}")
+@shared_task(base=JobTask, limit=lambda key: f"turn:{key}")
 def turn(key):
     pass
 

@@ -146,7 +146,7 @@ def test_the_pages_show_a_batch_as_one_row_and_its_jobs_in_a_view(project, tmp_p
 
 
 LIMITED = """
-@shared_task(base=JobTask, bind=True, limit="tenant:{tenant_id}")
+@shared_task(base=JobTask, bind=True, limit=lambda tenant_id, **_: f"tenant:{tenant_id}")
 def call_api(self, tenant_id):
     while True:
         self.report(1, 2, "Calls the API")

@@ -15,5 +15,7 @@ if os.environ.get("DJANGO_SETTINGS_MODULE"):  # bare Celery has no jobs
         work(path)
 
     keyed = shared_task(name="work.keyed", base=JobTask)(with_key)
-    five = shared_task(name="work.five", base=JobTask, limit="five:{key}")(with_key)
-    one = shared_task(name="work.one", base=JobTask, limit="one:{key}")(with_key)
+    five = shared_task(name="work.five", base=JobTask, limit=lambda key, **_: f"five:{key}")(
+        with_key
+    )
+    one = shared_task(name="work.one", base=JobTask, limit=lambda key, **_: f"one:{key}")(with_key)

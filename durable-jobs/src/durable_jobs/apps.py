@@ -13,7 +13,7 @@ class DurableJobsConfig(AppConfig):
     default_auto_field = "django.db.models.BigAutoField"
 
     def ready(self):
-        from durable_jobs import checks, limits, liveness, tracing  # noqa: F401  checks register themselves
+        from durable_jobs import checks, liveness, tracing  # noqa: F401  checks register themselves
         from durable_jobs.beat import schedule
         from durable_jobs.worker import children, shutdown, startup
         from durable_jobs.worker.heartbeat import heartbeat
@@ -29,7 +29,6 @@ class DurableJobsConfig(AppConfig):
         current_app.autodiscover_tasks(force=True)
         for module in current_app.loader.default_modules:
             current_app.loader.import_task_module(module)
-        limits.check_settings(current_app.tasks.values())
         signals.worker_init.connect(startup.start)
         signals.worker_init.connect(shutdown.prepare)
         signals.worker_ready.connect(children.watch_children)

@@ -8,6 +8,7 @@ from django.conf import settings
 from django.core.checks import Error, Info, Warning, register
 from django.db import connection, router
 
+from durable_jobs import conf, limits
 from durable_jobs.beat.schedule import check_entry
 from durable_jobs.messages import known_names, known_queues, queue_of
 from durable_jobs.models import Job
@@ -55,6 +56,27 @@ def check_rate_limits(app_configs, **kwargs):
                 f"{name} has rate_limit={rate!r}: each worker counts for itself, and jobs that it delays keep it from taking others.",
                 hint='Write limit="name" instead, and its rate into the LIMITS of DURABLE_JOBS.',
                 id="durable_jobs.W008",
+            )
+
+
+@register()
+def check_limits(app_configs, **kwargs):
+    """Check DURABLE_JOBS["LIMITS"], and those limits of jobs that are no functions."""
+    checks = [(f"LIMITS[{name!r}]", limits.parse, str(text)) for name, text in conf.LIMITS.items()]
+    of_jobs = {name: current_app.tasks[name].limit for name in known_names()[1]}
+    checks += [
+        (name, limits.check_key, limit)
+        for name, limit in of_jobs.items()
+        if limit is not None and not callable(limit)
+    ]
+    for where, check, value in checks:
+        try:
+            check(value)
+        except ValueError as error:
+            yield Error(
+                f"{where}: {error}.",
+                hint='Write DURABLE_JOBS = {"LIMITS": {"tenant": "2", "openai": "5, 60/min"}} and limit="openai".',
+                id="durable_jobs.E006",
             )
 
 

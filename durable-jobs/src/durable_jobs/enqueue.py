@@ -72,8 +72,8 @@ def enqueue(
     Returns the new Job, or the queued or running one with the same `unique`. Raises TypeError if the task is
     not a job, if the arguments are not JSON or do not fit the task, or if both `countdown` and `eta` are
     given; ValueError if `unique` is empty or too long, if the job would wait for more than ten years, if the
-    arguments exceed MAX_BYTES, or if a text has a NUL or half of a surrogate pair; IntegrityError if the owner
-    has already used the key.
+    arguments exceed MAX_BYTES or give no key of its limit, or if a text has a NUL or half of a surrogate pair;
+    IntegrityError if the owner has already used the key.
     """
     key, unique = options.pop("idempotency_key", None), options.pop("unique", None)
     fields = new_fields(FROM_NOW, task, args, kwargs, **options)

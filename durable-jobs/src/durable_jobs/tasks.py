@@ -5,6 +5,7 @@ a task function.
 """
 
 import sys
+from collections.abc import Callable
 from datetime import datetime
 from functools import wraps
 from inspect import getattr_static, iscoroutinefunction
@@ -16,7 +17,7 @@ from celery.contrib.django.task import DjangoTask
 from celery.exceptions import Retry
 from celery.result import AsyncResult
 
-from durable_jobs import batches, limits
+from durable_jobs import batches
 from durable_jobs.enqueue import (
     FROM_NOW,
     MAX_COUNTDOWN,
@@ -66,7 +67,7 @@ class JobTask(DjangoTask):
     retry_on_worker_lost = False  # the row counts crashes
     ignore_result = True  # the row has the result
     owner_may_run_again = False  # a job that failed or was cancelled, through the API
-    limit: str | None = None  # the key of its limit, such as "tenant:{tenant_id}": see limits.py
+    limit: str | Callable | None = None  # the key of its limit, or a function: see limits.py
 
     @property
     def _current_run(self):
@@ -79,7 +80,8 @@ class JobTask(DjangoTask):
         for name in ("before_start", "exchange", "expires", "routing_key"):
             if getattr(cls, name, None) != getattr(DjangoTask, name, None):
                 raise TypeError(f"{cls.name}: a job cannot have {name}")
-        limits.check_template(cls)
+        if callable(cls.limit):
+            cls.limit = staticmethod(cls.limit)  # no method: it gets no self
         if iscoroutinefunction(cls.run):
             function = getattr_static(cls, "run")  # not yet bound to an instance
 

@@ -47,19 +47,19 @@ def place(task, key, number):
         os.close(file)
 
 
-@shared_task(base=JobTask, bind=True, limit="one:{key}")
+@shared_task(base=JobTask, bind=True, limit=lambda key, **_: f"one:{key}")
 def one(self, key, seconds):
     with place(self, key, 1):
         time.sleep(float(seconds))
 
 
-@shared_task(base=JobTask, bind=True, limit="two:{key}")
+@shared_task(base=JobTask, bind=True, limit=lambda key, **_: f"two:{key}")
 def two(self, key, seconds):
     with place(self, key, 2):
         time.sleep(float(seconds))
 
 
-@shared_task(base=JobTask, bind=True, limit="one:{key}")
+@shared_task(base=JobTask, bind=True, limit=lambda key, **_: f"one:{key}")
 def one_until(self, key, gate):
     """Report nothing, so that a cancel does not end it."""
     with place(self, key, 1):
@@ -67,7 +67,7 @@ def one_until(self, key, gate):
             time.sleep(0.05)
 
 
-@shared_task(base=JobTask, bind=True, limit="one:{key}")
+@shared_task(base=JobTask, bind=True, limit=lambda key, **_: f"one:{key}")
 def report_until(self, key, gate):
     """Write a line after each report. It takes no lock: a frozen body would keep it."""
     note_body("start", self, key)
@@ -80,7 +80,7 @@ def report_until(self, key, gate):
         note_body("end", self, key)
 
 
-@shared_task(base=JobTask, bind=True, limit="rate:{key}")
+@shared_task(base=JobTask, bind=True, limit=lambda key, **_: f"rate:{key}")
 def rated(self, key):
     note_body("start", self, key)
 
@@ -88,7 +88,7 @@ def rated(self, key):
 # An API that takes 5 calls a second, at most 2 at once for each tenant: see LIMITS in stack.py
 
 
-@shared_task(base=JobTask, bind=True, limit="tenant:{tenant_id}")
+@shared_task(base=JobTask, bind=True, limit=lambda tenant_id, **_: f"tenant:{tenant_id}")
 def call_api(self, tenant_id, contact_id):
     with place(self, tenant_id, 2):
         time.sleep(0.1)
