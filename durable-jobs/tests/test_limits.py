@@ -17,7 +17,7 @@ from django.core.checks import run_checks
 from django.db.models import F
 from django.db.models.functions import Now
 from django.utils import timezone
-from helpers import CLAIM, alone, ask, call, end, free, sweeper
+from helpers import CLAIM, alone, ask, call, end, free, start, sweeper
 
 from durable_jobs import admission, batches, limits, transitions
 from durable_jobs.actions import run_again, run_all_again
@@ -197,18 +197,23 @@ def test_the_key_of_a_callback_cannot_depend_on_results():
     batches.enqueue(free, [[1]], on_success=import_row.si({"tenant": 1}))
 
 
-def test_jobs_of_a_removed_limit_go_after_ten_minutes(sent, commit, settings, caplog):
-    """Until then, another process may have newer settings, as in a deploy that adds the limit."""
+def test_no_job_of_a_removed_limit_starts_and_a_check_counts_them(sent, commit, settings):
+    """Here or in another process with older settings, as in a deploy."""
     with commit():
         jobs = enqueue_many(alone, [[number] for number in range(3)])
-    settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"LIMITS": {}}
+    run = start(jobs[0])
+    settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"LIMITS": {"tenant": "2"}}
+    Job.objects.filter(pk=jobs[1].pk).update(due_at=F("due_at") - timedelta(days=1))
+    with commit():
+        end(run)
     admission.admit(["one"])
     sweeper.sender.send_due()
     assert sent == [jobs[0].pk]
-    Job.objects.filter(pk=jobs[1].pk).update(due_at=F("due_at") - timedelta(minutes=11))
-    sweeper.sender.send_due()
-    assert sent == [job.pk for job in jobs[:2]]
-    assert "there is no such limit in DURABLE_JOBS" in caplog.text
+    call.enqueue(7)
+    [warning] = run_checks(databases=["default"], tags=["database"])
+    assert warning.id == "durable_jobs.W009" and warning.msg.startswith(
+        "2 jobs wait for the limit 'one'"
+    )
 
 
 # Keys

@@ -33,7 +33,7 @@ from django.db.models.functions import Concat, Now
 
 from durable_jobs import conf, transitions
 from durable_jobs.database import timeouts
-from durable_jobs.limits import PAUSE, limit_of, name_of
+from durable_jobs.limits import PAUSE, limit_of
 from durable_jobs.messages import MESSAGE_FIELDS
 from durable_jobs.models import Job, Pause, Start
 from durable_jobs.publish import publish
@@ -47,7 +47,6 @@ KEYS_AT_ONCE = 100  # in a transaction
 MOST = 5000  # jobs of a key that the sweeper admits in a round, and keys that it looks at
 PAGE = 500  # jobs that are blocked in a transaction
 PAGES = 10  # in a round of the sweeper
-STRAY_SECONDS = 600  # until jobs of an unknown limit start: other processes may have newer settings
 MAX_SLOTS = 2**31  # if the number of free slots is known
 
 
@@ -124,7 +123,7 @@ IN_ORDER = "CASE WHEN created_at > due_at THEN created_at ELSE due_at END"
 TAKE = """
 UPDATE durable_jobs_job SET blocked_by = NULL, times_sent = %(times_sent)s, sweep_at = {sweep_at}
 WHERE id {among}(
-    SELECT id FROM durable_jobs_job WHERE blocked_by = %(key)s AND due_at <= {due}
+    SELECT id FROM durable_jobs_job WHERE blocked_by = %(key)s AND due_at <= {now}
     AND (SELECT COUNT(*) FROM durable_jobs_job WHERE limit_key = %(key)s AND sweep_at IS NOT NULL) < %(most)s
     AND queue NOT IN (SELECT name FROM durable_jobs_pause) AND task NOT IN (SELECT name FROM durable_jobs_pause) {also}
     ORDER BY due_at, created_at LIMIT %(number)s {lock}
@@ -157,24 +156,22 @@ FROM keys LIMIT %s
 """
 
 
-def unblock(key, number, most=MAX_SLOTS, is_sent=True, late=0):
+def unblock(key, number, most=MAX_SLOTS, is_sent=True):
     """Unblock jobs of this key, if fewer than `most` slots are in use. Returns them, the oldest first.
 
     With `is_sent`, the caller sends their messages. Otherwise the sweeper does, and only their ids are loaded.
-    `late` is for how many seconds they must have been due.
     """
     manager, columns = Job.objects, []
     dialect = DIALECTS[connections[manager.db].vendor]
     sweep_at = dialect["later"] if is_sent else IN_ORDER
-    due = dialect["later"] if late else dialect["now"]
     params = {"key": key, "number": number, "most": most, "times_sent": int(is_sent)}
-    params["seconds"] = conf.RESEND_SECONDS if is_sent else -late
     if is_sent:
+        params["seconds"] = conf.RESEND_SECONDS
         columns = [manager.model._meta.get_field(name).column for name in MESSAGE_FIELDS]
     fields = ", ".join(["id", "due_at", "created_at", *columns])
     # After a pause, a job with a limit waits for that: see reassign().
     also = "AND limit_key IS NULL" if key.startswith(PAUSE) else ""
-    sql = TAKE.format(**dialect, due=due, sweep_at=sweep_at, fields=fields, also=also)
+    sql = TAKE.format(**dialect, sweep_at=sweep_at, fields=fields, also=also)
     jobs = manager.raw(sql, params)
     return sorted(jobs, key=lambda job: (job.due_at, job.created_at))
 
@@ -303,9 +300,6 @@ class DueJobs:
                 due |= set() if key.removeprefix(PAUSE) in paused else reassign(key)
             elif queue in paused or task in paused:
                 blocked.append(key)
-            elif name_of(key) not in conf.LIMITS and wait.total_seconds() < -STRAY_SECONDS:
-                logger.warning("jobs of %s start: there is no such limit in DURABLE_JOBS", key)
-                unblock(key, MOST, is_sent=False, late=STRAY_SECONDS)
         # Paused jobs must not be in the way of others with the same limit.
         if blocked and block_pages(Job.objects.filter(is_paused(), blocked_by__in=blocked)):
             seconds = 0

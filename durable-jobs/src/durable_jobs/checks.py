@@ -1,11 +1,12 @@
 """Checks for `manage.py check`: jobs that would be lost, would never run or, with --deploy, never end."""
 
 import os
+from collections import Counter
 
 from celery import current_app
 from celery.beat import ScheduleEntry
 from django.conf import settings
-from django.core.checks import Error, Info, Warning, register
+from django.core.checks import Error, Info, Tags, Warning, register
 from django.db import connection, router
 
 from durable_jobs import conf, limits
@@ -77,6 +78,23 @@ def check_limits(app_configs, **kwargs):
                 f"{where}: {error}.",
                 hint='Write DURABLE_JOBS = {"LIMITS": {"tenant": "2", "openai": "5, 60/min"}} and limit="openai".',
                 id="durable_jobs.E006",
+            )
+
+
+@register(Tags.database)
+def check_blocked_jobs(app_configs, databases=None, **kwargs):
+    """Find jobs that wait for a limit that is gone. Before the first migration, there is no table."""
+    if (
+        "default" in (databases or [])
+        and Job._meta.db_table in connection.introspection.table_names()
+    ):
+        blocked = Job.objects.filter(blocked_by__isnull=False).values_list("blocked_by", flat=True)
+        counts = Counter(map(limits.name_of, blocked.iterator()))
+        for name in sorted(counts.keys() - conf.LIMITS.keys()):
+            yield Warning(
+                f"{counts[name]} jobs wait for the limit {name!r}, which is gone from DURABLE_JOBS['LIMITS'].",
+                hint="They never start: keep the limit until they have run, or cancel them.",
+                id="durable_jobs.W009",
             )
 
 

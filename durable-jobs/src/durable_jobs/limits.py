@@ -52,7 +52,7 @@ def parse(text):
 
 
 def limit_of(key):
-    """Return the Limit of a key. A name that is not in DURABLE_JOBS['LIMITS'] allows nothing: see admission.admit_due()."""
+    """Return the Limit of a key. If it is gone from DURABLE_JOBS['LIMITS'], its jobs wait: see checks.py."""
     text = conf.LIMITS.get(name_of(key))
     return Limit(running=0) if text is None else parse(str(text))
 
