@@ -9,14 +9,13 @@ from celery import shared_task
 from django.contrib.admin import site
 from django.contrib.admin.utils import flatten_fieldsets
 from django.db import connection
-from django.db.models import F
 from django.db.models.functions import Now
 from django.test.utils import CaptureQueriesContext
 from helpers import JOBS, call, count, counting_queries, fail, greet, listed, logged, multiply
 
-from durable_jobs import batches, publish, transitions
-from durable_jobs.actions import cancel, run_all_again, start_now
-from durable_jobs.enqueue import enqueue, enqueue_many
+from durable_jobs import batches, transitions
+from durable_jobs.actions import cancel
+from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Batch, Job
 
 pytestmark = pytest.mark.django_db
@@ -196,87 +195,19 @@ def test_the_admin_shows_the_active_jobs_of_a_user_who_cannot_be_deleted(admin_c
 # Actions
 
 
-def test_start_now_ends_countdowns_and_pauses_before_a_retry(admin_client, monkeypatch, commit):
-    sent = []
-    later, retried = (enqueue(greet, countdown=600) for _ in range(2))
-    Job.objects.filter(pk=retried.pk).update(retries=2, crashes=1)
-    due, ended = enqueue(greet), enqueue(greet)
-    cancel(ended)
-    before = Job.objects.in_bulk([due.pk, ended.pk])
-    with commit():
-        monkeypatch.setattr(publish, "send", sent.extend)
-        assert start_now(Job.objects.all()) == 2
-        assert sent == []  # not before the commit
-    assert {(job.pk, job.retries, job.crashes, job.times_sent) for job in sent} == {
-        (later.pk, 0, 0, 1),
-        (retried.pk, 2, 1, 1),
-    }
-    for job in Job.objects.filter(pk__in=[later.pk, retried.pk]):
-        assert job.due_at < job.sweep_at < job.due_at + timedelta(minutes=1)
-        assert (job.state, job.times_sent) == ("queued", 1)
-    assert not Job.objects.filter(due_at__gt=Now())
-    for job in before.values():
-        row = Job.objects.get(pk=job.pk)
-        assert (row.due_at, row.sweep_at, row.state) == (job.due_at, job.sweep_at, job.state)
-    assert start_now(Job.objects.all()) == 0
-
-
-def test_the_sweep_sends_the_message_if_the_broker_refuses_it(commit, broker_down):
-    job = enqueue(greet, countdown=600)
-    with commit():
-        start_now(Job.objects.all())
-    assert broker_down == [str(job.pk)]
-    job.refresh_from_db()
-    assert job.times_sent == 0
-    assert max(job.due_at, job.sweep_at) < job.created_at + timedelta(seconds=60)
-
-
-def test_start_now_takes_the_jobs_of_a_batch_and_of_an_owner_and_many(user):
-    batch = batches.enqueue(greet, [[]] * 1001, countdown=60, owner=user)
-    with CaptureQueriesContext(connection) as captured:
-        assert start_now(batch.jobs.all()) == 1001
-    assert len(captured) < 14
-    enqueue(greet, countdown=60, owner=user)
-    assert start_now(Job.objects.filter(owner__username=user.username)) == 1  # with a join
-
-
-def test_start_now_makes_a_held_job_due_and_it_waits_for_its_turn(commit, monkeypatch):
-    sent = []
-    monkeypatch.setattr(publish, "send", sent.extend)
-    with commit():
-        for countdown in None, None, 60:  # the limit is 2
-            enqueue(call, ["a"], countdown=countdown)
-        free = enqueue(call, ["b"], countdown=60)
-    assert len(sent) == 2
-    with commit():
-        assert start_now(Job.objects.all()) == 2
-    assert [job.pk for job in sent[2:]] == [free.pk]
-    held = Job.objects.get(blocked_by="tenant:a")
-    assert (held.times_sent, held.sweep_at) == (0, None)
-    assert held.due_at < held.created_at + timedelta(seconds=50)
-
-
 def test_actions_take_the_filtered_set(admin_client, states):
-    kept = enqueue(count, countdown=60)
-    text = act(admin_client, "start_now", f"task={greet.name}")
-    assert text == ["1 job due now. 0 skipped, because they were not waiting for their time."]
-    kept.refresh_from_db()
-    assert kept.due_at > kept.created_at + timedelta(seconds=50)
     text = act(admin_client, "cancel", "state=running")
     assert text == ["1 job cancelled. 0 had already ended."]
     [text] = act(admin_client, "run_again", "state=failed")
     assert "1 job queued again</a>." in text
-    assert len(listed(admin_client, "state=waiting")) == 3
+    assert len(listed(admin_client, "state=waiting")) == 2
     assert logged() == [
-        ("admin", f"1 job started now. Filter: task={greet.name}"),
         ("admin", "1 job cancelled. Filter: state=running"),
         ("admin", "1 job queued again. Filter: state=failed"),
     ]
 
 
-@pytest.mark.parametrize(
-    ("action", "state"), [("cancel", "queued"), ("run_again", "failed"), ("start_now", "queued")]
-)
+@pytest.mark.parametrize(("action", "state"), [("cancel", "cancelled"), ("run_again", "queued")])
 def test_a_second_click_takes_the_jobs_that_were_left(admin_client, monkeypatch, action, state):
     """Also without a filter by state: then the newest jobs may be those of the first click."""
     monkeypatch.setattr("durable_jobs.admin.LatestPages.most", 2)
@@ -288,17 +219,15 @@ def test_a_second_click_takes_the_jobs_that_were_left(admin_client, monkeypatch,
     assert left == [True, True, False]
     entries = [re.search("[0-9]+", text)[0] for _, text in logged()]
     assert entries == ["2", "2", "1"]
-    done = {"cancel": {"state": "cancelled"}, "run_again": {"state": "queued"}}
-    done["start_now"] = {"due_at__lte": Now()}
-    assert Job.objects.filter(**done[action]).count() == len(jobs)
+    assert Job.objects.filter(state=state).count() == len(jobs)
 
 
 def test_the_action_of_one_job_is_in_its_history(admin_client):
     job, other = (enqueue(greet, countdown=60) for _ in range(2))
-    act(admin_client, "start_now", jobs=[job])
+    act(admin_client, "cancel", jobs=[job])
     for shown, texts in (job, 1), (other, 0):
         page = admin_client.get(f"{JOBS}{shown.pk}/history/").content.decode()
-        assert page.count("1 job started now. Filter: none") == texts
+        assert page.count("1 job cancelled. Filter: none") == texts
     act(admin_client, "cancel", "q=nobody&p=1", jobs=[])
     assert logged()[-1] == ("admin", "0 jobs cancelled. Filter: q=nobody")
 
@@ -321,11 +250,9 @@ def test_staff_needs_view_job_to_see_and_delete_job_to_act(staff):
     assert listed(viewer) == [job]
     for client in viewer, operator:
         page = client.get(f"{JOBS}{job.pk}/change/").content.decode()
-        assert ("Start now" in page) == (client is operator)
-        act(client, "start_now", jobs=[job])
-        assert Job.objects.filter(due_at__lte=F("created_at") + timedelta(seconds=30)).exists() == (
-            client is operator
-        )
+        assert ('value="cancel"' in page) == (client is operator)
+        act(client, "cancel", jobs=[job])
+        assert Job.objects.filter(state="cancelled").exists() == (client is operator)
     assert len(logged()) == 1
 
 
@@ -362,22 +289,6 @@ def test_the_admin_runs_ended_jobs_again(admin_client, user, commit):
     assert (copy.state, copy.result) == ("succeeded", "Hello Ada")
     cancelled.refresh_from_db()
     assert (cancelled.state, cancelled.result) == ("succeeded", "Hello Bob")
-
-
-def test_many_jobs_run_again_in_a_few_queries(admin_client, user):
-    """One query for each of 5,000 jobs took a minute, longer than a server waits."""
-    keyed = enqueue(greet, unique="key")
-    enqueue_many(greet, [["one"], ["two"]] * 10, queue="cpu", owner=user)
-    Job.objects.update(cursor=[7])
-    cancel(Job.objects.all())
-    with CaptureQueriesContext(connection) as queries:
-        again = run_all_again(Job.objects.filter(unique_key=None))
-    assert len(queries) < 12
-    assert len(again) == 20
-    assert {(job.queue, job.owner_id, *job.cursor) for job in again} == {("cpu", user.pk, 7)}
-    assert "1 job queued again</a>. 20 skipped" in act_on_all(admin_client, "run_again")
-    assert set(Job.objects.filter(state="queued")) == {keyed, *again}
-    assert Job.objects.count() == 21
 
 
 def test_the_admin_skips_a_job_whose_task_no_longer_exists(admin_client, user, commit):

@@ -22,7 +22,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from structlog.contextvars import bound_contextvars, get_contextvars
 
 from durable_jobs import admission, batches, publish, tracing, transitions
-from durable_jobs.actions import cancel, run_all_again, start_now
+from durable_jobs.actions import cancel, run_all_again
 from durable_jobs.beat import republish
 from durable_jobs.beat.schedule import check_entry
 from durable_jobs.enqueue import enqueue, enqueue_many
@@ -223,16 +223,6 @@ def test_many_jobs_belong_to_the_request_that_enqueued_them_or_ran_them_again(re
     assert len(again) == 4
     assert [stored(job) for job in again] == [of(second, "r2")] * 4
     assert stored(copied) == of(first, "r1")
-
-
-def test_a_job_that_is_started_now_keeps_its_request(messages, request_of, commit):
-    with request_of("r1") as first:
-        job = enqueue(add, [1], countdown=60)
-    with request_of("r2"), commit():
-        start_now(Job.objects.filter(pk=job.pk))
-    assert stored(job) == of(first, "r1")
-    assert [logged(message) for message in messages] == [{"request_id": "r1"}]
-    assert messages[0]["traceparent"].split("-")[1] == f"{first.trace_id:032x}"
 
 
 def test_what_starts_next_belongs_to_the_request_of_the_first_job(request_of, run_jobs):

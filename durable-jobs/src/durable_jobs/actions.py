@@ -1,39 +1,30 @@
-"""What can be done with stored jobs: cancel them, start them now, run them again.
+"""What can be done with stored jobs: cancel them, run them again."""
 
-`jobs` is a queryset of Jobs, or one Job.
-"""
-
-from collections import defaultdict
 from contextlib import suppress
 
 from celery import current_app
-from celery.utils.functional import chunks
 from django.db import transaction
-from django.db.models import Q, QuerySet
+from django.db.models import QuerySet
+from django.db.models.functions import Now
 from kombu.utils.json import loads
 
 from durable_jobs import admission, tracing, transitions
 from durable_jobs.enqueue import (
-    BATCH_SIZE,
     FROM_NOW,
     create_unless_active,
-    database_time,
     insert,
-    insert_many,
     new_fields,
     send_after_commit,
     times,
 )
-from durable_jobs.messages import MESSAGE_FIELDS
 from durable_jobs.models import Job
-from durable_jobs.states import QUEUED
 from durable_jobs.validation import Results, to_json
 
-__all__ = ["cancel", "run_again", "start_now"]
+__all__ = ["cancel", "run_again"]
 
 
 def cancel(jobs: QuerySet | Job) -> int:
-    """Cancel those jobs that are active. Returns how many there were."""
+    """Cancel this job, or those of these jobs that are active. Returns how many there were."""
     if isinstance(jobs, Job):
         jobs = Job.objects.filter(pk=jobs.pk)
     # With a join, Django moves all conditions into a subquery, which PostgreSQL does not check again
@@ -46,30 +37,6 @@ def cancel(jobs: QuerySet | Job) -> int:
     return cancelled
 
 
-def start_now(jobs: QuerySet) -> int:
-    """End the countdown, or the pause before a retry, of those jobs that are queued.
-
-    Returns how many there were. Their messages are sent after the commit. A blocked job is due then, but
-    still waits for its limit.
-    """
-    started = []
-    with transaction.atomic(Job.objects.db):
-        now = database_time()
-        early = QUEUED & Q(due_at__gt=now)
-        found = list(jobs.filter(early).values_list("pk", flat=True))
-        for ids in chunks(iter(found), BATCH_SIZE):
-            rows = Job.objects.filter(early, pk__in=ids).order_by("pk").select_for_update()
-            locked = list(rows.only(*MESSAGE_FIELDS, "blocked_by"))
-            for job in locked:
-                job.times_sent = 0 if job.blocked_by else 1
-            rows = Job.objects.filter(pk__in=[job.pk for job in locked])
-            rows.filter(blocked_by=None).update(**times(now))
-            rows.update(due_at=now)
-            started += locked
-        send_after_commit(started)
-    return len(started)
-
-
 def run_again(job: Job) -> Job:
     """Queue this job again, if it failed or was cancelled. If it succeeded, enqueue a copy.
 
@@ -80,47 +47,39 @@ def run_again(job: Job) -> Job:
     ValueError if this job is active, its task no longer exists, or its batch ended more than RETENTION_DAYS
     ago; TypeError if its task takes other arguments now.
     """
+    fields = fields_to_run_again(job)
     if job.state == "succeeded":
-        return insert(fields_to_run_again(job), job.unique_key)
-    now = database_time()
-    fields = fields_to_run_again(job, now)
-    job.limit_key = fields["limit_key"]
+        return insert(fields, job.unique_key)
+    changes = tracing.current(job.task) | times(Now(), limit_key=fields["limit_key"])
 
     @transaction.atomic(Job.objects.db)
     def queue():
-        if not queue_again([job], now):
+        is_open = job.batch_id is None or transitions.open_again([job.batch_id])
+        row = Job.objects.filter(pk=job.pk)
+        if not (is_open and transitions.run_again(row, limit_key=fields["limit_key"], **changes)):
             raise ValueError(
                 "it was run again meanwhile, or its batch is so old that it is being deleted"
             )
+        job.refresh_from_db()
+        send_after_commit([job])
         return job
 
     return create_unless_active(job.unique_key, queue)
 
 
 def run_all_again(jobs: QuerySet) -> list[Job]:
-    """Run these jobs again, all in one transaction. Skip those that are active or can no longer run.
+    """Run these jobs again, one by one. Skip those that are active or can no longer run.
 
     Returns the jobs that are queued now, each once: see run_again().
     """
-    keyed, copies, failed = [], [], []
-    with transaction.atomic(Job.objects.db):
-        now = database_time()
-        for job in dict.fromkeys(jobs.defer("result", "error")):  # a join may repeat a job
-            with suppress(TypeError, ValueError):
-                if job.unique_key:
-                    keyed.append(run_again(job))
-                    continue
-                fields = fields_to_run_again(job, now)
-                if job.state == "succeeded":
-                    copies.append(Job(**fields))
-                else:
-                    job.limit_key = fields["limit_key"]
-                    failed.append(job)
-        queued = queue_again(failed, now)
-        return [*dict.fromkeys(keyed), *queued, *insert_many(now, copies)]
+    again = []
+    for job in jobs.defer("result", "error"):
+        with suppress(TypeError, ValueError):
+            again.append(run_again(job))
+    return list(dict.fromkeys(again))
 
 
-def fields_to_run_again(job, now=FROM_NOW):
+def fields_to_run_again(job):
     """Return the fields of a copy of this job. Raises the same errors as run_again()."""
     if job.finished_at is None:
         raise ValueError("it has not ended yet")
@@ -130,32 +89,7 @@ def fields_to_run_again(job, now=FROM_NOW):
         raise ValueError(f"there is no task {job.task}")
     task, (args, kwargs) = current_app.tasks[job.task], loads(to_json([job.args, job.kwargs]))
     given = [Results()] if job.results_of else []
-    fields = new_fields(now, task, [*given, *args], kwargs, label=job.label, queue=job.queue)
+    fields = new_fields(FROM_NOW, task, [*given, *args], kwargs, label=job.label, queue=job.queue)
     fields["args"] = fields["args"][len(given) :]
     del fields["owner"]  # not loaded: its id is enough
     return {**fields, "owner_id": job.owner_id, "follows": job.pk, "results_of": job.results_of}
-
-
-def queue_again(jobs, now):
-    """Queue these jobs in their own rows, in the caller's transaction. Returns those that are queued now."""
-    opened = {None, *transitions.open_again({job.batch_id for job in jobs} - {None})}
-    found, queued = {job.pk: job for job in jobs if job.batch_id in opened}, []
-    for ids in chunks(iter(found), BATCH_SIZE):
-        # Another process may have run some of them again since they were read.
-        rows = Job.objects.filter(transitions.CAN_RUN_AGAIN, pk__in=ids).order_by("pk")
-        locked = set(rows.select_for_update().values_list("pk", flat=True))
-        jobs, by_key = [found[pk] for pk in ids if pk in locked], defaultdict(list)
-        for job in jobs:
-            by_key[job.limit_key].append(job)
-        for key, some in by_key.items():
-            rows = Job.objects.filter(pk__in=[job.pk for job in some])
-            fields = times(now, limit_key=key) | tracing.current(some[0].task)
-            changes = transitions.run_again(rows, limit_key=key, **fields)
-            for job in some:
-                for name, value in changes.items():
-                    setattr(job, name, value)
-                if job.cursor is None:
-                    job.progress = 0
-        queued += jobs
-    send_after_commit(queued)
-    return queued

@@ -71,16 +71,15 @@ def cancel(jobs):
 
 
 def run_again(jobs, **fields):
-    """Queue these jobs again that failed or were cancelled. Returns their new fields, except the progress.
+    """Queue these jobs again that failed or were cancelled. Returns how many rows were changed.
 
     The caller has opened their batches, see open_again(), and sends their messages. `fields` says when, and
     for which request.
     """
     changes = {**fields, "state": "queued", "finished_at": None, "retries": 0, "crashes": 0}
     changes |= {"result": None, "message": "", "error": "", "public_error": ""}
-    progress = Case(When(cursor__isnull=False, then="progress"), default=0)
-    jobs.filter(CAN_RUN_AGAIN).update(**changes, progress=progress)
-    return changes
+    changes["progress"] = Case(When(cursor__isnull=False, then="progress"), default=0)
+    return jobs.filter(CAN_RUN_AGAIN).update(**changes)
 
 
 def update(jobs, changes, failure=None):

@@ -223,12 +223,8 @@ class JobAdmin(ReadOnlyAdmin):
         'An id, the full user name of an owner, or the key of a limit, such as "tenant:7"'
     )
     list_filter = [StateFilter, TaskFilter, QueueFilter, "created_at"]
-    actions = ["run_again", "cancel", "start_now"]
-    conditions = {
-        "run_again": ~UNFINISHED,
-        "cancel": STATES["active"],
-        "start_now": STATES["waiting later"],
-    }
+    actions = ["run_again", "cancel"]
+    conditions = {"run_again": ~UNFINISHED, "cancel": STATES["active"]}
     inlines = [FailureInline]
     fieldsets = [
         (None, {"fields": TASK_FIELDS}),
@@ -275,13 +271,6 @@ class JobAdmin(ReadOnlyAdmin):
         rest = f"{count - cancelled} had already ended."
         self.message_user(request, f"{cancelled} job{pluralize(cancelled)} cancelled. {rest}")
         self.log(request, cancelled, "cancelled")
-
-    @admin.action(description="Start now", permissions=["delete"])
-    def start_now(self, request, queryset):
-        count, started = queryset.count(), actions.start_now(queryset)
-        rest = f"{count - started} skipped, because they were not waiting for their time."
-        self.message_user(request, f"{started} job{pluralize(started)} due now. {rest}")
-        self.log(request, started, "started now")
 
 
 @admin.register(Batch)
