@@ -16,9 +16,9 @@ from rest_framework.test import APIClient
 from durable_jobs import batches
 from durable_jobs.actions import cancel
 from durable_jobs.api import serializers
-from durable_jobs.counts import kept_counts
 from durable_jobs.enqueue import enqueue, enqueue_many
 from durable_jobs.models import Batch, Job
+from durable_jobs.statistics import kept_counts
 
 pytestmark = pytest.mark.django_db
 ACTIONS = ["cancel", "run_failed_again"]
@@ -280,7 +280,7 @@ def test_one_query_counts_the_jobs_of_all_batches_of_a_page(api, user, url):
 @pytest.fixture
 def cached(monkeypatch):
     """Keeps the counts of each batch for minutes, as if it were large."""
-    monkeypatch.setattr("durable_jobs.counts.JOBS_A_SECOND", 1 / 300)
+    monkeypatch.setattr("durable_jobs.statistics.JOBS_A_SECOND", 1 / 300)
 
 
 def test_the_jobs_of_a_large_batch_are_not_counted_at_each_request(api, batch, cached):

@@ -17,10 +17,10 @@ from durable_jobs import publish as publishing
 from durable_jobs.actions import cancel, run_again
 from durable_jobs.beat import republish
 from durable_jobs.beat.sweeper import recover_lapsed
-from durable_jobs.contrib.prometheus import by_queue
 from durable_jobs.diagnosis import NO_HEARTBEAT, reasons, span
 from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Job, Pause, Sweep, Worker
+from durable_jobs.statistics import by_queue
 from durable_jobs.tasks import JobError, JobTask
 
 pytestmark = pytest.mark.django_db

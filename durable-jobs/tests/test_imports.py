@@ -27,8 +27,8 @@ worker.runs worker.events
 worker.lease
 worker.shutdown worker.children worker.remote_control
 worker.execution worker.startup
-tasks pauses counts diagnosis
-beat.statistics beat.republish
+tasks pauses statistics diagnosis
+beat.republish
 beat.purge
 beat.sweeper
 beat.schedule

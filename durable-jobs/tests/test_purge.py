@@ -4,13 +4,14 @@ import time
 from datetime import timedelta
 
 import pytest
+from django.db import connection
 from django.db.models import ProtectedError, RestrictedError
 from django.db.models.functions import Now
 from django.db.models.signals import pre_delete
 from django.utils import timezone
-from helpers import add, broken, collect, deliver, failed, follow, work
+from helpers import add, broken, collect, deliver, explain, failed, follow, queries, rows_read, work
 
-from durable_jobs import batches, conf
+from durable_jobs import admission, batches, conf
 from durable_jobs.actions import run_again, run_all_again
 from durable_jobs.beat import purge
 from durable_jobs.beat.purge import Purge
@@ -212,3 +213,37 @@ def test_a_batch_or_a_user_with_active_jobs_is_not_deleted(user, admin_client):
     batches.cancel(batch)
     user.delete()
     assert (Job.objects.count(), Batch.objects.count()) == (0, 0)
+
+
+@pytest.mark.parametrize("failing", ["delete_pages", "delete_old_starts"])
+def test_an_error_stops_no_other_step(monkeypatch, caplog, failing):
+    called = []
+
+    def step(owner, name):
+        def run(*args):
+            called.append(name)
+            if name == failing:
+                raise OSError("no")
+
+        run.__qualname__ = name
+        monkeypatch.setattr(owner, name, run)
+
+    step(Purge, "delete_pages")
+    step(admission, "delete_old_starts")
+    pauses = iter([None, None])
+    monkeypatch.setattr("time.sleep", lambda _: next(pauses))
+    with pytest.raises(StopIteration):
+        purge.clean_forever()
+    round_ = ["delete_pages", "delete_pages", "delete_old_starts"]
+    assert called == round_ * 2
+    assert f"{failing} failed, and is tried again" in caplog.text
+
+
+def test_the_purge_reads_only_old_jobs(backlog, settings):
+    settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"RETENTION_DAYS": 1 / 24 / 60}
+    deliver(enqueue(add, [1, 2]))
+    Job.objects.filter(started_at__isnull=False).update(finished_at=Now() - timedelta(minutes=2))
+    with connection.cursor() as cursor:
+        cursor.execute("ANALYZE durable_jobs_job")
+    page = queries(Purge(Job, "finished_at").delete_page)[0]
+    assert "job_finished" in explain(page) and rows_read(page) <= 1, explain(page)

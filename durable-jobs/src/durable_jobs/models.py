@@ -244,25 +244,8 @@ class Sweep(models.Model):  # noqa: DJ008
     refused = models.JSONField(
         null=True, help_text="the queues for which the broker takes no message, and why"
     )
-    counted_until = models.DateTimeField(null=True, help_text="which ended jobs the tallies have")
 
     objects = PrimaryManager()
-
-
-class Tally(models.Model):  # noqa: DJ008
-    """Numbers of the jobs of a task, or of a queue, that have ended: see statistics.py."""
-
-    label = models.CharField(max_length=5, help_text='"task" or "queue"')
-    name = models.CharField(max_length=255)
-    counts = models.JSONField()
-    updated_at = models.DateTimeField(db_default=Clock())
-
-    objects = PrimaryManager()
-
-    class Meta:
-        default_permissions = ()
-        constraints = [models.UniqueConstraint(fields=["label", "name"], name="tally_key")]
-        verbose_name_plural = "tallies"
 
 
 class Worker(models.Model):

@@ -24,12 +24,12 @@ from kombu.utils.json import loads
 from durable_jobs import actions, batches, conf, pauses
 from durable_jobs.admin import pages
 from durable_jobs.beat.schedule import check_entry
-from durable_jobs.counts import count_jobs, what_follows
 from durable_jobs.diagnosis import reasons
 from durable_jobs.limits import name_of
 from durable_jobs.messages import known_names
 from durable_jobs.models import Batch, Failure, Job, Pause, Worker
 from durable_jobs.states import ACTIVE, FINAL, RUNNING, STALLED, UNFINISHED
+from durable_jobs.statistics import count_jobs, what_follows
 
 __all__ = ["announce"]
 

@@ -12,12 +12,12 @@ from django.utils.timesince import timesince
 
 from durable_jobs import conf
 from durable_jobs.admission import with_slot
-from durable_jobs.counts import by_queue
 from durable_jobs.diagnosis import problems, span
 from durable_jobs.limits import PAUSE, name_of
 from durable_jobs.messages import known_names
 from durable_jobs.models import Job, Pause, Worker
 from durable_jobs.states import RUNNING, STALLED
+from durable_jobs.statistics import by_queue
 from durable_jobs.worker.heartbeat import STALE_SECONDS
 
 MOST_KEYS = 200

@@ -3,10 +3,10 @@ from django.db.models.manager import BaseManager
 from rest_framework import serializers
 from rest_framework.reverse import reverse
 
-from durable_jobs.counts import count_jobs, what_follows
 from durable_jobs.diagnosis import reasons
 from durable_jobs.models import Batch, Failure, Job
 from durable_jobs.states import ACTIVE, FINAL
+from durable_jobs.statistics import count_jobs, what_follows
 
 __all__ = ["BatchSerializer", "JobSerializer"]
 

@@ -1,4 +1,4 @@
-"""Deletes rows that ended more than RETENTION_DAYS ago, and counts them before: see statistics.py."""
+"""Deletes rows that ended more than RETENTION_DAYS ago."""
 
 import logging
 import time
@@ -8,7 +8,6 @@ from datetime import datetime
 from django.db import close_old_connections, transaction
 
 from durable_jobs import admission, batches, conf, transitions
-from durable_jobs.beat import statistics
 from durable_jobs.database import try_in_halves
 from durable_jobs.models import Batch, Job
 from durable_jobs.worker.heartbeat import delete_old as delete_old_workers
@@ -44,8 +43,6 @@ class Purge:
         Returns whether there are more.
         """
         old = self.model.objects.filter(**{f"{self.field}__lt": transitions.retention_end()})
-        if self.model is Job:
-            old = old.filter(finished_at__lt=statistics.counted_until())
         rest = old.filter(**{f"{self.field}__gte": self.time}) if self.time else old
         rest = rest.order_by(self.field).values_list("pk", self.field)
         page = list(rest[self.kept : self.kept + PURGE_BATCH])
@@ -62,9 +59,9 @@ class Purge:
 
 
 def clean_forever():
-    """Count the jobs that have ended, and delete old rows."""
+    """Delete old rows."""
     purges = Purge(Job, "finished_at").delete_pages, Purge(Batch, "ended_at").delete_pages
-    steps = statistics.count_ended, *purges, admission.delete_old_starts, delete_old_workers
+    steps = *purges, admission.delete_old_starts, delete_old_workers
     while True:
         time.sleep(conf.SWEEP_SECONDS)
         for step in steps:

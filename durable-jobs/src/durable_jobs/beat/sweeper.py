@@ -1,4 +1,4 @@
-"""The sweeper: threads of Beat's process that recover jobs, send their messages, count and delete old jobs."""
+"""The sweeper: threads of Beat's process that recover jobs, send their messages, and delete old jobs."""
 
 import logging
 import os

@@ -2,25 +2,17 @@
 
 import math
 from datetime import timedelta
-from itertools import accumulate
 
 from django.db.models import Count, F, Min
 from django.db.models.functions import Now
 from django.http import HttpResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from prometheus_client.core import (
-    CounterMetricFamily,
-    GaugeMetricFamily,
-    HistogramMetricFamily,
-)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from rest_framework.permissions import IsAdminUser
 from rest_framework.views import APIView
 
-from durable_jobs.beat.statistics import LABELS
-from durable_jobs.counts import by_queue
-from durable_jobs.messages import known_names
-from durable_jobs.models import Batch, Pause, Sweep, Tally
-from durable_jobs.states import FINAL
+from durable_jobs.models import Batch, Pause, Sweep
+from durable_jobs.statistics import by_queue, by_task, p95
 from durable_jobs.worker.heartbeat import alive
 
 __all__ = ["Metrics"]
@@ -41,16 +33,16 @@ WORKER_METRICS = {
 PAUSE_METRICS = {
     "durable_jobs_pause_seconds": "Seconds for which a queue or a task has been paused",
 }
-STATE_COUNTERS = {
-    "durable_jobs_ended_total": "Jobs that have ended",
+TASK_METRICS = {  # of jobs that ended in the last five minutes
+    "durable_jobs_ended": "Jobs that ended recently",
+    "durable_jobs_crashes": "Times a worker died while running these jobs",
+    "durable_jobs_retries": "Retries of these jobs",
 }
-TASK_COUNTERS = {
-    "durable_jobs_crashes_total": "Times a worker died while running a job that has ended",
-    "durable_jobs_retries_total": "Retries of jobs that have ended",
+RUN_METRICS = {
+    "durable_jobs_run_p95_seconds": "Seconds in which 95 % of these jobs ended, without cancelled jobs",
 }
-HISTOGRAMS = {
-    "durable_jobs_run_seconds": "Seconds of the last runs of jobs that have ended, except cancelled jobs",
-    "durable_jobs_wait_seconds": "Seconds for which these runs were due before they started",
+WAIT_METRICS = {
+    "durable_jobs_wait_p95_seconds": "Seconds in which 95 % of these jobs started after they were due",
 }
 BATCH_METRICS = {
     "durable_jobs_batches": "Batches that have not ended",
@@ -59,14 +51,12 @@ BATCH_METRICS = {
 BEAT_METRICS = {
     "durable_jobs_sweep_age_seconds": "Seconds since Beat's sweeper last completed a round",
     "durable_jobs_beat_late_seconds": "Seconds by which Beat is late to check its schedule",
-}
-BEAT_COUNTERS = {
     "durable_jobs_schedule_errors_total": "Times Beat could not start a task or read an entry of its schedule",
 }
 
 
 class Collector:
-    """The collector for prometheus_client. It makes nine queries, however many jobs there are."""
+    """The collector for prometheus_client. It makes eleven queries, however many jobs there are."""
 
     def collect(self):
         yield from families(QUEUE_METRICS, ["queue"], by_queue())
@@ -75,25 +65,10 @@ class Collector:
         rows = Pause.objects.values("name", durable_jobs_pause_seconds=Now() - F("since"))
         yield from families(PAUSE_METRICS, ["name"], rows)
 
-        by_label = tallies()
-        tasks = by_label["task"]
-        rows = [
-            {"task": name, "state": state, "durable_jobs_ended_total": counts.get(state)}
-            for name, counts in tasks.items()
-            for state in FINAL
-        ]
-        yield from families(STATE_COUNTERS, ["task", "state"], rows, CounterMetricFamily)
-        rows = [
-            {
-                "task": name,
-                "durable_jobs_crashes_total": counts.get("crashes"),
-                "durable_jobs_retries_total": counts.get("retries"),
-            }
-            for name, counts in tasks.items()
-        ]
-        yield from families(TASK_COUNTERS, ["task"], rows, CounterMetricFamily)
-        for (name, text), label in zip(HISTOGRAMS.items(), ["task", "queue"], strict=True):
-            yield histogram(name, text, label, by_label[label])
+        yield from families(TASK_METRICS, ["task", "state"], by_task())
+        ran, waited = F("finished_at") - F("started_at"), F("started_at") - F("due_at")
+        yield from families(RUN_METRICS, ["task"], p95(*RUN_METRICS, "task", ran))
+        yield from families(WAIT_METRICS, ["queue"], p95(*WAIT_METRICS, "queue", waited))
 
         rows = Batch.objects.filter(ended_at=None).aggregate(
             durable_jobs_batches=Count("*"),
@@ -109,35 +84,15 @@ class Collector:
         rows = Sweep.objects.values(**ages, durable_jobs_schedule_errors_total=F("schedule_errors"))
         rows = rows or [dict.fromkeys(ages, math.inf)]
         yield from families(BEAT_METRICS, [], rows)
-        yield from families(BEAT_COUNTERS, [], rows, CounterMetricFamily)
 
 
-def tallies():
-    """Return the counts of each task and each queue, as {label: {name: counts}}.
-
-    Those that are known are listed with 0 before their first job has ended: Prometheus does not see the first
-    increase of a counter that was missing before.
-    """
-    queues, tasks = known_names()
-    by_label = {"queue": dict.fromkeys(queues, {}), "task": dict.fromkeys(tasks, {})}
-    for label, name, counts in Tally.objects.values_list("label", "name", "counts"):
-        by_label[label][name] = counts
-    return by_label
-
-
-def histogram(name, text, label, counts_by_name):
-    family = HistogramMetricFamily(name, text, labels=[label])
-    for key, counts in counts_by_name.items():
-        up_to = accumulate(counts.get(le, 0) for le in LABELS)
-        buckets = list(zip(LABELS, up_to, strict=True))
-        family.add_metric([key], buckets, counts.get("seconds", 0))
-    return family
-
-
-def families(help_texts, labels, rows, family_class=GaugeMetricFamily):
+def families(help_texts, labels, rows):
     """Yield a metric for each name in `help_texts`, with the values of that key in the `rows`."""
     for name, text in help_texts.items():
-        family = family_class(name, text, labels=labels)
+        is_counter = name.endswith("_total")
+        family = (CounterMetricFamily if is_counter else GaugeMetricFamily)(
+            name, text, labels=labels
+        )
         values = {tuple(row[label] for label in labels): row.get(name) or 0 for row in rows}
         for key, value in values.items():
             is_time = isinstance(value, timedelta)

@@ -40,7 +40,6 @@ class Migration(migrations.Migration):
                 ('tick_due_at', models.DateTimeField(null=True)),
                 ('schedule_errors', models.PositiveBigIntegerField(db_default=0, default=0, help_text='how many Beat has logged')),
                 ('refused', models.JSONField(help_text='the queues for which the broker takes no message, and why', null=True)),
-                ('counted_until', models.DateTimeField(help_text='which ended jobs the tallies have', null=True)),
             ],
         ),
         migrations.CreateModel(
@@ -150,21 +149,6 @@ class Migration(migrations.Migration):
             options={
                 'default_permissions': (),
                 'indexes': [models.Index(fields=['key', 'started_at'], name='start_key'), models.Index(fields=['started_at'], name='start_time')],
-            },
-        ),
-        migrations.CreateModel(
-            name='Tally',
-            fields=[
-                ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
-                ('label', models.CharField(help_text='"task" or "queue"', max_length=5)),
-                ('name', models.CharField(max_length=255)),
-                ('counts', models.JSONField()),
-                ('updated_at', models.DateTimeField(db_default=durable_jobs.database.Clock())),
-            ],
-            options={
-                'verbose_name_plural': 'tallies',
-                'default_permissions': (),
-                'constraints': [models.UniqueConstraint(fields=('label', 'name'), name='tally_key')],
             },
         ),
         migrations.AddIndex(

@@ -1,8 +1,10 @@
-"""Counts of jobs that the API, the admin and the metrics show."""
+"""Counts of jobs and batches that the API, the admin and the metrics show, read from their rows."""
+
+from datetime import timedelta
 
 from django.core.cache.backends.locmem import LocMemCache
-from django.db.models import Count, Min, Q
-from django.db.models.functions import Now
+from django.db.models import Count, F, Min, Q, Sum, Window
+from django.db.models.functions import Now, RowNumber
 
 from durable_jobs.admission import paused_names
 from durable_jobs.messages import known_queues
@@ -11,6 +13,7 @@ from durable_jobs.states import ACTIVE, RUNNING, STALLED
 from durable_jobs.transitions import is_paused
 from durable_jobs.worker.heartbeat import takers
 
+RECENT = timedelta(minutes=5)
 JOBS_A_SECOND = 20_000  # of open batches: the counts of 100,000 jobs are kept for 5 s
 kept_counts = LocMemCache("durable_jobs.counts", {})  # {id of a batch: its counts}
 
@@ -55,6 +58,36 @@ def by_queue():
         of_queue["durable_jobs_slots"] = sum(worker.slots for worker in workers)
         of_queue["durable_jobs_busy_slots"] = sum(worker.busy for worker in workers)
     return list(rows.values())
+
+
+def recently_ended():
+    """Return the jobs that ended in the last minutes. However old the table is, an index finds them."""
+    return Job.objects.filter(finished_at__gt=Now() - RECENT)
+
+
+def by_task():
+    """Return dictionaries with the metrics of the recently ended jobs, for each task and state."""
+    return (
+        recently_ended()
+        .values("task", "state")
+        .annotate(
+            durable_jobs_ended=Count("pk"),
+            durable_jobs_crashes=Sum("crashes"),
+            durable_jobs_retries=Sum("retries"),
+        )
+    )
+
+
+def p95(metric, label, duration):
+    """Return dictionaries with the `duration` that 95 % of the recently ended jobs did not exceed.
+
+    There is one for each value of the field `label`. Cancelled jobs don't count: some never ran.
+    """
+    jobs = recently_ended().exclude(state="cancelled").annotate(**{metric: duration})
+    jobs = jobs.filter(**{f"{metric}__isnull": False})
+    place, total = Window(RowNumber(), F(label), F(metric).desc()), Window(Count("pk"), F(label))
+    jobs = jobs.annotate(place=place, total=total).filter(place=1 + F("total") / 20)
+    return jobs.values(label, metric)
 
 
 def count_jobs(batches):
