@@ -18,7 +18,8 @@ from durable_jobs.actions import cancel, run_again
 from durable_jobs.beat.sweeper import recover_lapsed
 from durable_jobs.diagnosis import reasons
 from durable_jobs.enqueue import enqueue_many
-from durable_jobs.models import Job, Start
+from durable_jobs.limits import parse
+from durable_jobs.models import Job, Key
 from durable_jobs.states import QUEUED
 from durable_jobs.tasks import JobError
 from durable_jobs.worker import children, lease, shutdown
@@ -327,98 +328,113 @@ def test_a_raised_limit_holds_at_the_next_round(sent, commit, settings):
 # Rates
 
 
-def test_a_rate_counts_starts_in_the_period(sent, commit):
+def later(seconds):
+    """So many seconds pass for the rates."""
+    Key.objects.update(next_at=F("next_at") - timedelta(seconds=seconds))
+
+
+def test_starts_of_a_rate_are_spread_evenly(sent, commit):
+    """3 an hour."""
     with commit():
-        jobs = enqueue_many(ask, [[number] for number in range(5)])
-    assert len(sent) == 3
-    for job in jobs[:3]:
-        end(start(job))
-    assert Start.objects.count() == 3
-    sweeper.sender.send_due()
-    assert len(sent) == 3
-    Start.objects.update(started_at=F("started_at") - timedelta(hours=1))
-    sweeper.sender.send_due()
-    assert sent == [job.pk for job in jobs]
+        jobs = enqueue_many(ask, [[number] for number in range(3)])
+    for number, job in enumerate(jobs, 1):
+        assert sent == [each.pk for each in jobs[:number]]
+        with commit():
+            end(start(job))
+        later(1190)
+        sweeper.sender.send_due()
+        assert len(sent) == number
+        later(11)
+        sweeper.sender.send_due()
 
 
-def test_deleted_jobs_retries_and_hand_backs_count_for_the_rate(sent, commit):
+def test_a_start_counts_whatever_happens_to_its_job(sent, commit):
     with commit():
-        jobs = enqueue_many(ask, [[number] for number in range(5)])
-    end(start(jobs[0]))
-    Job.objects.filter(pk=jobs[0].pk).delete()
-    retried, back = start(jobs[1]), start(jobs[2])
-    retried.retry = {"delay": 0, "args": [], "kwargs": {}, "retries": 1}
-    with commit(), retried:
-        retried.try_again()
-    with commit(), back:
-        back.release()
+        deleted, retried, back, _ = enqueue_many(ask, [[number] for number in range(4)])
+    end(start(deleted))
+    Job.objects.filter(pk=deleted.pk).delete()
+    later(1200)
     sweeper.sender.send_due()
-    assert len(sent) == 3 and Start.objects.count() == 3
-    assert held("api") == 4
+    run = start(retried)
+    run.retry = {"delay": 0, "args": [], "kwargs": {}, "retries": 1}
+    with commit(), run:
+        run.try_again()
+    later(1200)
+    sweeper.sender.send_due()
+    run = start(back)
+    with commit(), run:
+        run.release()
+    sweeper.sender.send_due()
+    assert sent == [deleted.pk, retried.pk, back.pk] and held("api") == 3
 
 
-def test_jobs_that_were_let_go_but_have_not_started_count_for_the_rate(sent, commit):
-    """Else they would all start at once when the workers come back."""
+def test_few_jobs_of_a_rate_are_admitted_before_one_starts(sent, settings):
+    """Else all would start at once when the workers come back."""
+    settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"LIMITS": {"one": "9/h", "api": "30/h"}}
+    enqueue_many(alone, [[number] for number in range(9)])
     enqueue_many(ask, [[number] for number in range(9)])
     for _ in range(3):
         sweeper.sender.send_due()
-    assert len(sent) == 3
-    Start.objects.bulk_create(Start(key="api") for _ in range(3))
-    sweeper.sender.send_due()
-    assert len(sent) == 3
+        later(3600)
+    assert (held("one"), held("api")) == (8, 6)
 
 
-def test_rates_with_different_periods_do_not_mix(sent, settings):
-    settings.DURABLE_JOBS = settings.DURABLE_JOBS | {
-        "LIMITS": {"one": "2/min", "api": "2/h", "tenant": "2"}
-    }
-    for name, count in {"one": 2, "api": 2}.items():
-        Start.objects.bulk_create(Start(key=name) for _ in range(count))
-    Start.objects.update(started_at=Now() - timedelta(minutes=2))
-    minute, hour = alone.enqueue(), ask.enqueue()
-    sweeper.sender.send_due()
-    assert sent == [minute.pk]
-    text = reasons([Job.objects.get(pk=hour.pk)])
-    assert text == {hour.pk: "Waiting: limit api starts at most 2/h"}
+@pytest.mark.parametrize("rate", ["1/min", "9/min", "10/min", "35/min", "1000/min"])
+def test_never_more_starts_than_the_rate_in_any_period(rate):
+    """Also if jobs come one by one, and then as many as may be ahead."""
+    limit = parse(rate)
+    times = [limit.interval * n for n in range(limit.starts)]
+    times += [limit.interval * limit.starts] * limit.ahead
+    spans = [last - first for first, last in zip(times, times[limit.starts :], strict=False)]
+    assert min(spans) > limit.period - timedelta(milliseconds=1)
 
 
-@pytest.mark.parametrize("ago, seconds", [(36, 24), (None, 60)])
-def test_the_sweep_wakes_when_the_rate_has_room(sent, settings, ago, seconds):
-    """Also if the rate is not used up yet: the jobs that were just let go may do it at once."""
-    changes = {"LIMITS": {"api": "2, 3/min"}, "SWEEP_SECONDS": 100}
-    settings.DURABLE_JOBS = settings.DURABLE_JOBS | changes
-    if ago:
-        now = Now() - timedelta(seconds=ago)
-        Start.objects.bulk_create(Start(key="api") for _ in range(3))
-        Start.objects.update(started_at=now)
-    enqueue_many(ask, [[number] for number in range(5)])
-    assert sweeper.sender.send_due() == pytest.approx(seconds, abs=5)
+def test_a_job_that_starts_while_others_are_admitted_counts(sent, commit, settings, monkeypatch):
+    settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"LIMITS": {"api": "20/h"}}  # two are ahead
+    with commit():
+        first = ask.enqueue(1)
+    enqueue_many(ask, [[2], [3]])
+    waits, looks = admission.waits, iter(range(9))
+
+    def start_under_the_lock(limits):
+        found = waits(limits)
+        if next(looks) == 1:
+            start(first)
+        return found
+
+    monkeypatch.setattr(admission, "waits", start_under_the_lock)
+    admission.admit(["api"])
+    assert len(sent) == 2 and held("api") == 1
 
 
-def test_the_sweep_looks_again_when_a_rate_lets_more_jobs_go(sent):
-    """Also after a round that let some go: when these have ended at once, nobody else looks."""
+def test_a_rate_says_what_a_job_waits_for(sent, commit):
+    with commit():
+        first, second = enqueue_many(ask, [[1], [2]])
+    start(first)
+    text = "Waiting: limit api starts at most 3/h"
+    assert reasons([Job.objects.get(pk=second.pk)]) == {second.pk: text}
+
+
+@pytest.mark.parametrize("seconds", [0, 900])
+def test_the_sweeper_wakes_when_the_next_job_of_a_rate_may_start(sent, settings, seconds):
+    """Also if it has just admitted one: when this has ended, nobody else looks."""
+    settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"SWEEP_SECONDS": 9999}
     jobs = enqueue_many(ask, [[number] for number in range(5)])
-    assert admission.DueJobs().admit()[1] == 3600
-    for job in jobs[:2]:
-        end(start(job))
-    Start.objects.update(started_at=F("started_at") - timedelta(minutes=50))
-    assert 590 < admission.DueJobs().admit()[1] <= 600
+    assert sweeper.sender.send_due() == 1200
+    end(start(jobs[0]))
+    later(seconds)
+    assert sweeper.sender.send_due() == pytest.approx(1200 - seconds, abs=5)
 
 
-@pytest.mark.parametrize("turn, expected", [((9, 0.01), 0.1), ((0.01, 9), 0.5), ((9, 3), 3)])
+@pytest.mark.parametrize("turn, expected", [((9, 0.001), 0.02), ((0.01, 9), 0.5), ((9, 3), 3)])
 def test_the_sweep_rests_between_two_turns(sent, monkeypatch, turn, expected):
     """A rate such as 5/s needs shorter rests than a countdown."""
     monkeypatch.setattr(sweeper.sender.due_jobs, "admit", lambda: turn)
     assert sweeper.sender.send_due() == expected
 
 
-def test_starts_are_deleted_when_no_rate_counts_them(settings):
-    settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"LIMITS": {"one": "2/min", "api": "3/h"}}
-    Start.objects.bulk_create(Start(key=key) for key in ["api", "one"])
-    Start.objects.filter(key="one").update(started_at=Now() - timedelta(hours=25))
-    admission.delete_old_starts()
-    assert [each.key for each in Start.objects.all()] == ["api"]
-    settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"LIMITS": {"api": "3/3d"}}
-    Start.objects.update(started_at=Now() - timedelta(days=2))
-    admission.delete_old_starts()
-    assert Start.objects.exists()
+def test_old_keys_are_deleted():
+    Key.objects.bulk_create(Key(key=key) for key in ["api", "one"])
+    Key.objects.filter(key="one").update(next_at=Now() - timedelta(hours=2))
+    admission.delete_old_keys()
+    assert Key.objects.get().key == "api"

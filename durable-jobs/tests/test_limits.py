@@ -24,7 +24,7 @@ from durable_jobs.actions import run_again, run_all_again
 from durable_jobs.api.views import EnqueueMixin
 from durable_jobs.beat.schedule import OncePerDueTime
 from durable_jobs.enqueue import enqueue, enqueue_many
-from durable_jobs.models import Job, Start
+from durable_jobs.models import Job, Key
 from durable_jobs.tasks import JobTask
 from durable_jobs.worker.runs import Run
 
@@ -145,7 +145,7 @@ def test_a_message_of_an_app_that_does_not_know_the_job_obeys_its_limit(sent, se
         finally:
             call.pop_request()
     assert Job.objects.get(pk=held_back).blocked_by == "tenant:7"
-    assert Start.objects.get().key == "tenant:7"
+    assert Key.objects.get().key == "tenant:7"
 
 
 def test_jobs_run_in_tests_whatever_their_limits_say(run_jobs, commit):

@@ -215,7 +215,7 @@ def test_a_batch_or_a_user_with_active_jobs_is_not_deleted(user, admin_client):
     assert (Job.objects.count(), Batch.objects.count()) == (0, 0)
 
 
-@pytest.mark.parametrize("failing", ["delete_pages", "delete_old_starts"])
+@pytest.mark.parametrize("failing", ["delete_pages", "delete_old_keys"])
 def test_an_error_stops_no_other_step(monkeypatch, caplog, failing):
     called = []
 
@@ -229,12 +229,12 @@ def test_an_error_stops_no_other_step(monkeypatch, caplog, failing):
         monkeypatch.setattr(owner, name, run)
 
     step(Purge, "delete_pages")
-    step(admission, "delete_old_starts")
+    step(admission, "delete_old_keys")
     pauses = iter([None, None])
     monkeypatch.setattr("time.sleep", lambda _: next(pauses))
     with pytest.raises(StopIteration):
         purge.clean_forever()
-    round_ = ["delete_pages", "delete_pages", "delete_old_starts"]
+    round_ = ["delete_pages", "delete_pages", "delete_old_keys"]
     assert called == round_ * 2
     assert f"{failing} failed, and is tried again" in caplog.text
 

@@ -11,6 +11,7 @@ rows with this key and a `sweep_at`.
 - After a job was stored, cancelled or recovered, admit() admits the oldest blocked jobs, under a lock for the key.
 - A run that ends hands its slot over to the next job, in the transaction that ends it: no lock, no new slot. If
   the limit has a rate, it calls admit() afterwards.
+- A rate has a row for each key, with the time of the next start. A run that starts moves it forward.
 - The sweeper admits due jobs: after countdowns, for rates, and for slots that nobody has handed over.
 
 A job that is cancelled while its task function runs keeps its slot: `sweep_at` stays the end of its lease.
@@ -27,15 +28,15 @@ from math import inf
 from celery import current_app
 from celery.utils.functional import chunks
 from django.db import Error, connections, transaction
-from django.db.models import Count, F, Min, OuterRef, Q, Subquery, Value
+from django.db.models import Count, F, OuterRef, Q, Subquery, Value
 from django.db.models.expressions import RawSQL
-from django.db.models.functions import Concat, Now
+from django.db.models.functions import Concat, Greatest, Now
 
 from durable_jobs import conf, transitions
-from durable_jobs.database import timeouts
+from durable_jobs.database import Clock, timeouts
 from durable_jobs.limits import PAUSE, limit_of
 from durable_jobs.messages import MESSAGE_FIELDS
-from durable_jobs.models import Job, Pause, Start
+from durable_jobs.models import Job, Key, Pause
 from durable_jobs.publish import publish
 from durable_jobs.states import QUEUED, STILL_RUNNING
 from durable_jobs.transitions import is_paused
@@ -252,27 +253,23 @@ def free_slots(keys):
     free = dict.fromkeys(keys, MOST)
     if len(limits) < len(free):
         free |= dict.fromkeys(free.keys() & {PAUSE + name for name in paused_names()}, 0)
-    # Count what has not started before the starts: a job that starts meanwhile is counted twice, not never.
+    # Before the times of rates: a job that starts meanwhile then counts twice, not never.
     used, unstarted = dict.fromkeys(limits, 0), dict.fromkeys(limits, 0)
     rows = with_slot().filter(limit_key__in=limits).order_by().values_list("limit_key")
     for key, count, queued in rows.annotate(count=Count("pk"), queued=Count("pk", filter=QUEUED)):
         used[key], unstarted[key] = count, queued
-    starts = {key: count for key, (count, _) in starts_in_period(limits).items()}
+    waiting = waits(limits)
     for key, limit in limits.items():
-        by_rate = limit.starts - unstarted[key] - starts.get(key, 0)
+        by_rate = 0 if key in waiting else limit.ahead - unstarted[key] if limit.rate else inf
         free[key] = min(free[key], limit.running - used[key], by_rate)
     return free
 
 
-def starts_in_period(limits):
-    """Return {key: (how many of its jobs have started in the period, the first of them before how long)}."""
-    found = {}
-    for period in {limit.period for limit in limits.values() if limit.rate}:
-        keys = [key for key, limit in limits.items() if limit.period == period]
-        rows = Start.objects.filter(key__in=keys, started_at__gt=Now() - period).order_by()
-        rows = rows.values_list("key").annotate(count=Count("pk"), age=Now() - Min("started_at"))
-        found |= {key: (count, age) for key, count, age in rows}
-    return found
+def waits(limits):
+    """Return {key: the time until its rate lets a job start}, without those that do so now."""
+    rated = [key for key, limit in limits.items() if limit.rate]
+    rows = Key.objects.filter(pk__in=rated, next_at__gt=Now())
+    return dict(rows.values_list("pk", F("next_at") - Now()))
 
 
 # The sweeper
@@ -320,13 +317,11 @@ class DueJobs:
 
 def seconds_until_rate(keys):
     """Return in how many seconds the rate of one of these keys may admit a job."""
-    limits = limits_of(keys)
-    rated, starts = {key for key in limits if limits[key].rate}, starts_in_period(limits)
-    # Also if the rate has starts left: the next runs may use them up, and then nobody else looks again.
-    ages = {key: starts[key][1] if key in starts else timedelta() for key in rated}
-    return min(
-        ((limits[key].period - age).total_seconds() for key, age in ages.items()), default=inf
-    )
+    limits = {key: limit for key, limit in limits_of(keys).items() if limit.rate}
+    waiting = waits(limits)
+    # Also if it may start one now: the job that was just admitted does, and then nobody else looks again.
+    times = [waiting.get(key, limit.interval).total_seconds() for key, limit in limits.items()]
+    return min(times, default=inf)
 
 
 def admit_for_sweeper(keys):
@@ -344,13 +339,15 @@ def admit_for_sweeper(keys):
 
 
 def claim(limit_key, **fields):
-    """Call transitions.claim(). If the limit has a rate, store the start, too."""
-    if limit_key is None or not limit_of(limit_key).rate:
+    """Call transitions.claim(). If the limit has a rate, move the time of its next start."""
+    if limit_key is None or not (limit := limit_of(limit_key)).rate:
         return transitions.claim(**fields)
     with transaction.atomic():
-        claimed = transitions.claim(**fields)
-        if claimed:
-            Start.objects.create(key=limit_key)
+        if claimed := transitions.claim(**fields):
+            row, next_at = Key.objects.filter(pk=limit_key), Greatest("next_at", Clock())
+            if not row.update(next_at=next_at + limit.interval):
+                Key.objects.bulk_create([Key(key=limit_key)], ignore_conflicts=True)
+                row.update(next_at=next_at + limit.interval)
     return claimed
 
 
@@ -399,11 +396,8 @@ def keys_of_queued(jobs):
     return set(rows.values_list("limit_key", flat=True).distinct())
 
 
-def delete_old_starts():
-    # A day: another process may have newer settings.
-    periods = [limit_of(name).period for name in conf.LIMITS]
-    longest = max([timedelta(days=1), *periods])
-    Start.objects.filter(started_at__lt=Now() - longest).delete()
+def delete_old_keys():
+    Key.objects.filter(next_at__lt=Now() - timedelta(hours=1)).delete()
 
 
 def ignore_limits(jobs):

@@ -33,6 +33,16 @@ class Limit:
     period: timedelta = timedelta()
     rate: str = ""  # as it is shown, such as "60/min"
 
+    @property
+    def ahead(self):
+        """How many jobs of a rate may be admitted without having started: a tenth, or one."""
+        return max(1, self.starts // 10)
+
+    @property
+    def interval(self):
+        """The time between two starts. All that are ahead may start at once, and then no more than `starts` do."""
+        return self.period / (self.starts + 1 - self.ahead)
+
 
 @cache
 def parse(text):

@@ -270,20 +270,16 @@ class Worker(models.Model):
         return self.name
 
 
-class Start(models.Model):  # noqa: DJ008
-    """A run of a job whose limit has a rate: see admission.py."""
+class Key(models.Model):  # noqa: DJ008
+    """The key of a limit with a rate: see admission.py."""
 
-    key = models.CharField(max_length=255)
-    started_at = models.DateTimeField(db_default=Clock())
+    key = models.CharField(max_length=255, primary_key=True)
+    next_at = models.DateTimeField(db_default=Clock(), help_text="when the next job may start")
 
     objects = PrimaryManager()
 
     class Meta:
         default_permissions = ()
-        indexes = [
-            models.Index(fields=["key", "started_at"], name="start_key"),
-            models.Index(fields=["started_at"], name="start_time"),
-        ]
 
 
 class Pause(models.Model):

@@ -61,7 +61,7 @@ class Purge:
 def clean_forever():
     """Delete old rows."""
     purges = Purge(Job, "finished_at").delete_pages, Purge(Batch, "ended_at").delete_pages
-    steps = *purges, admission.delete_old_starts, delete_old_workers
+    steps = *purges, admission.delete_old_keys, delete_old_workers
     while True:
         time.sleep(conf.SWEEP_SECONDS)
         for step in steps:

@@ -29,7 +29,7 @@ BYTES_IN_MEMORY = 1_000_000
 REFUSALS = 5  # a job fails when the broker has refused its message this many times
 MAX_RESEND_SECONDS = 3600  # between two messages of a job
 MIN_PAUSE = 0.5  # seconds between two rounds, however many countdowns end
-MIN_TURN = 0.1  # the same for rates: with a longer one, a rate such as 5/s would not be reached
+MIN_TURN = 0.02  # the same for rates: with a longer one, a rate such as 5/s would not be reached
 
 
 @dataclass

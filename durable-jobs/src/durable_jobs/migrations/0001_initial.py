@@ -140,15 +140,13 @@ class Migration(migrations.Migration):
             },
         ),
         migrations.CreateModel(
-            name='Start',
+            name='Key',
             fields=[
-                ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
-                ('key', models.CharField(max_length=255)),
-                ('started_at', models.DateTimeField(db_default=durable_jobs.database.Clock())),
+                ('key', models.CharField(max_length=255, primary_key=True, serialize=False)),
+                ('next_at', models.DateTimeField(db_default=durable_jobs.database.Clock(), help_text='when the next job may start')),
             ],
             options={
                 'default_permissions': (),
-                'indexes': [models.Index(fields=['key', 'started_at'], name='start_key'), models.Index(fields=['started_at'], name='start_time')],
             },
         ),
         migrations.AddIndex(
