@@ -429,7 +429,7 @@ def test_the_sweeper_wakes_when_the_next_job_of_a_rate_may_start(sent, settings,
 @pytest.mark.parametrize("turn, expected", [((9, 0.001), 0.02), ((0.01, 9), 0.5), ((9, 3), 3)])
 def test_the_sweep_rests_between_two_turns(sent, monkeypatch, turn, expected):
     """A rate such as 5/s needs shorter rests than a countdown."""
-    monkeypatch.setattr(sweeper.sender.due_jobs, "admit", lambda: turn)
+    monkeypatch.setattr(sweeper.sender.due_jobs, "admit", lambda paused: turn)
     assert sweeper.sender.send_due() == expected
 
 

@@ -58,13 +58,11 @@ def test_jobs_that_are_held_or_paused_are_not_counted_as_waiting(staff_api):
     assert scrape(staff_api)["durable_jobs_oldest_wait_seconds io"] >= 100
     pauses.pause("io", "SMTP is down")
     Pause.objects.update(since=ago(60))
-    one = Job.objects.filter(queue="io", due_at__lt=Now()).first()
-    Job.objects.filter(pk=one.pk).update(blocked_by="pause:io", sweep_at=None)
     found = scrape(staff_api)
     assert 60 <= found.pop("durable_jobs_pause_seconds io") < 120
     assert found == {
         "durable_jobs_blocked celery": 2,
-        "durable_jobs_blocked io": 2,  # one of them is not held yet
+        "durable_jobs_blocked io": 2,
         "durable_jobs_waiting_later celery": 1,
         "durable_jobs_waiting_later io": 1,
         "durable_jobs_sweep_age_seconds": inf,

@@ -23,9 +23,12 @@ result = [str(job.pk) for job in jobs]
     return stack.ask(code, args=[str(arg) for arg in args], count=count, queue=queue)
 
 
-def wait_until_blocked(stack, name, count):
-    """Wait until a pause blocks so many jobs. Blocked jobs have no message."""
-    ask = "result = Job.objects.filter(blocked_by=f'pause:{name}', times_sent=0).count()"
+def wait_until_put_back(stack, name, count):
+    """Wait until so many jobs of this paused name have no message."""
+    ask = """
+from durable_jobs.transitions import is_paused
+result = Job.objects.filter(is_paused([name]), state="queued", times_sent=0).count()
+"""
     wait_for(lambda: stack.ask(ask, name=name) == count)
 
 
@@ -58,7 +61,7 @@ def test_a_paused_queue_starts_no_job_whatever_is_restarted(stack, gate, since):
         ran = len(started(stack, before))
         new = enqueue(stack, "quick", 5)
         check_neighbours(stack)
-        wait_until_blocked(stack, "cpu", len(before) - ran + len(new))
+        wait_until_put_back(stack, "cpu", len(before) - ran + len(new))
         with stack.supervised():
             gate.touch()
             assert succeeded(stack.wait_until_final(running), crashes=0)  # running jobs end
@@ -70,7 +73,7 @@ def test_a_paused_queue_starts_no_job_whatever_is_restarted(stack, gate, since):
             stack.database.kill()
             stack.database.start()
             check_neighbours(stack)
-            wait_until_blocked(stack, "cpu", len(before) - ran + len(new))
+            wait_until_put_back(stack, "cpu", len(before) - ran + len(new))
             time.sleep(RESEND + 1)  # lost messages are sent again in this time
             assert not stack.messages_in("cpu")
             assert len(started(stack, before + new)) == ran
@@ -90,15 +93,14 @@ def end_all(stack):
 
 @on_each_pool
 def test_after_a_pause_jobs_start_in_order(stack, record_property):
-    """With one slot, and without Beat."""
-    stack.beat.stop()
+    """With one slot."""
     worker = stack.make_worker("one", "one", WORKER_CONCURRENCY=1)
     worker.start()
     try:
         stack.wait_until_final(*enqueue(stack, "quick", 1, queue="one"))
         stack.ask("pauses.pause('one')")
         jobs = enqueue(stack, "quick", 60, queue="one")
-        wait_until_blocked(stack, "one", 60)
+        wait_until_put_back(stack, "one", 60)
         time.sleep(2)
         assert not started(stack, jobs)
         seconds = stack.ask(
@@ -121,12 +123,12 @@ result = time.monotonic() - start
 
 @on_one
 def test_messages_of_paused_jobs_do_not_circle(stack):
-    """Each is delivered once, then its job is blocked: the number of deliveries does not grow."""
+    """Each is delivered once, then its job is put back: the number of deliveries does not grow."""
     size = stack.worker.log.stat().st_size
     stack.ask("pauses.pause('faults.tasks.quick')")
     try:
         jobs = enqueue(stack, "quick", 50)
-        wait_until_blocked(stack, "faults.tasks.quick", 50)
+        wait_until_put_back(stack, "faults.tasks.quick", 50)
         time.sleep(3)
 
         def deliveries():
@@ -153,8 +155,8 @@ def test_the_schedule_and_countdowns_continue_during_a_pause(stack):
     stack.ask(f"pauses.pause('faults.tasks.tick')\n{ticks}.delete()")
     try:
         stack.replace_beat("faults.every_second")
-        blocked = f"result = {ticks}.filter(blocked_by__isnull=False).count()"
-        wait_for(lambda: stack.ask(blocked) > 2)
+        waiting = f"result = {ticks}.filter(state='queued').count()"
+        wait_for(lambda: stack.ask(waiting) > 2)
         late = stack.enqueue("quick", countdown=1)
         stack.wait_until_final(late)
         assert not stack.ask(f"result = {ticks}.filter(started_at__isnull=False).count()")
@@ -178,7 +180,7 @@ def test_a_paused_job_occupies_no_place(stack, gate):
         more = enqueue(stack, "one", 5, key, 0)
         last = enqueue(stack, "report_until", 3, key, gate)
         stack.wait_until_final(*last)
-        wait_until_blocked(stack, "faults.limited.one", 10)
+        wait_until_put_back(stack, "faults.limited.one", 10)
     finally:
         stack.ask("pauses.resume('faults.limited.one')")
     rows = stack.wait_until_final(*paused, *more)

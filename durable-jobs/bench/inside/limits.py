@@ -5,7 +5,8 @@ from statistics import median
 from ledger import copies, job_for_later, sql
 from sending import empty, seconds_of
 
-from durable_jobs import admission, pauses
+from durable_jobs import pauses
+from durable_jobs.beat.republish import Sender
 from durable_jobs.enqueue import enqueue_many
 from durable_jobs.models import Job, Pause
 
@@ -47,7 +48,7 @@ def blocked(count, keys):
         copies(job, 5 * keys, **running, limit_key=KEY.format(keys))
     else:
         pauses.pause("celery")
-        copies(job, count, **row, blocked_by="'pause:celery'")
+        copies(job, count, due_at=row["due_at"], sweep_at=row["due_at"], times_sent="0")
     job.delete()
     sql("VACUUM ANALYZE durable_jobs_job")
     taken = [seconds_of(look) for _ in range(12)]
@@ -56,5 +57,5 @@ def blocked(count, keys):
 
 
 def look():
-    """Do what the sweeper does for blocked jobs in each round."""
-    admission.DueJobs().admit()
+    """Do what the sweeper does for blocked and paused jobs in each round."""
+    Sender().send_due()

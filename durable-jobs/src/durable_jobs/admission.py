@@ -1,8 +1,7 @@
-"""Admission: jobs wait until a limit or a pause admits them. Until then they are *blocked*.
+"""Admission: jobs wait until their limit admits them. Until then they are *blocked*.
 
 A blocked job is queued, but it has no message, and `sweep_at` is empty, so that the sweeper does not see it.
-`blocked_by` says what it waits for: the key of a limit such as "tenant:7", see limits.py, or a pause such as
-"pause:io". A pause is like a limit that allows nothing while it lasts, and everything afterwards.
+`blocked_by` is the key of its limit, such as "tenant:7": see limits.py.
 
 A job with a limit is blocked when it is stored. It occupies a *slot* of its key from the moment it is admitted
 until its row says that it has ended, or is blocked again. So no counter can be wrong: the slots in use are the
@@ -16,7 +15,7 @@ rows with this key and a `sweep_at`.
 
 A job that is cancelled while its task function runs keeps its slot: `sweep_at` stays the end of its lease.
 
-A paused job is blocked when a worker claims it, or when the sweeper would send it.
+Nobody admits, sends or claims a paused job. If a worker has its message, put_back() takes it away.
 """
 
 import hashlib
@@ -28,13 +27,13 @@ from math import inf
 from celery import current_app
 from celery.utils.functional import chunks
 from django.db import Error, connections, transaction
-from django.db.models import Count, F, OuterRef, Q, Subquery, Value
+from django.db.models import Case, Count, F, When
 from django.db.models.expressions import RawSQL
-from django.db.models.functions import Concat, Greatest, Now
+from django.db.models.functions import Greatest, Now
 
 from durable_jobs import conf, transitions
 from durable_jobs.database import Clock, timeouts
-from durable_jobs.limits import PAUSE, limit_of
+from durable_jobs.limits import limit_of
 from durable_jobs.messages import MESSAGE_FIELDS
 from durable_jobs.models import Job, Key, Pause
 from durable_jobs.publish import publish
@@ -46,8 +45,6 @@ logger = logging.getLogger(__name__)
 AT_ONCE = 100  # jobs that admit() sends, because their arguments may be large
 KEYS_AT_ONCE = 100  # in a transaction
 MOST = 5000  # jobs of a key that the sweeper admits in a round, and keys that it looks at
-PAGE = 500  # jobs that are blocked in a transaction
-PAGES = 10  # in a round of the sweeper
 MAX_SLOTS = 2**31  # if the number of free slots is known
 
 
@@ -63,55 +60,14 @@ def paused_names():
     return list(Pause.objects.values_list("name", flat=True))
 
 
-def block(jobs):
-    """Block those of these queued jobs that are paused. Returns how many there were."""
-    of_job = Pause.objects.filter(Q(name=OuterRef("queue")) | Q(name=OuterRef("task")))
-    blocked_by = Concat(Value(PAUSE), Subquery(of_job.values("name")[:1]))
-    changes = {"blocked_by": blocked_by, "sweep_at": None, "times_sent": 0}
+def put_back(jobs):
+    """Take the slots and the messages of those of these queued jobs that are paused. Returns how many there were.
+
+    Those without a limit stay due, so the sweeper sends them when the pause has ended.
+    """
+    sweep_at = Case(When(limit_key=None, then=Greatest("due_at", "created_at")))
+    changes = {"blocked_by": F("limit_key"), "sweep_at": sweep_at, "times_sent": 0}
     return jobs.filter(QUEUED, is_paused()).update(**changes)
-
-
-def block_pages(jobs):
-    """Block those of the first ones of these jobs that are paused. Returns whether more may be left."""
-    for _ in range(PAGES):
-        with transaction.atomic():
-            page = transitions.locking(jobs).values_list("pk", flat=True)[:PAGE]
-            blocked = block(Job.objects.filter(pk__in=list(page)))
-        if blocked < PAGE:
-            return False
-    return True
-
-
-def block_due(paused):
-    """Block the jobs that the sweeper would send although they are paused. Returns whether more may be left."""
-    due = Job.objects.filter(is_paused(paused), state="queued", sweep_at__lt=Now())
-    return bool(paused) and block_pages(due)
-
-
-def resume(key):
-    """After a pause, admit its jobs."""
-    try:
-        admit([key, *reassign(key)])
-    except Error as error:
-        logger.warning("the sweeper will admit jobs of %s: %r", key, error)
-
-
-def reassign(key):
-    """After a pause, let other pauses or their limits block its jobs. Returns the keys of these limits."""
-    jobs, keys = Job.objects.filter(blocked_by=key), set()
-    for _ in range(PAGES):
-        with transaction.atomic():
-            others = transitions.locking(jobs.filter(Q(limit_key__isnull=False) | is_paused()))
-            page = dict(
-                others.order_by("due_at", "created_at").values_list("pk", "limit_key")[:PAGE]
-            )
-            if not page:
-                break
-            block(jobs.filter(pk__in=page))
-            rows = jobs.filter(pk__in=page, limit_key__isnull=False)
-            rows.update(blocked_by=F("limit_key"))
-            keys |= set(page.values()) - {None}
-    return keys
 
 
 # Admitting jobs
@@ -126,7 +82,7 @@ UPDATE durable_jobs_job SET blocked_by = NULL, times_sent = %(times_sent)s, swee
 WHERE id {among}(
     SELECT id FROM durable_jobs_job WHERE blocked_by = %(key)s AND due_at <= {now}
     AND (SELECT COUNT(*) FROM durable_jobs_job WHERE limit_key = %(key)s AND sweep_at IS NOT NULL) < %(most)s
-    AND queue NOT IN (SELECT name FROM durable_jobs_pause) AND task NOT IN (SELECT name FROM durable_jobs_pause) {also}
+    AND queue NOT IN (SELECT name FROM durable_jobs_pause) AND task NOT IN (SELECT name FROM durable_jobs_pause)
     ORDER BY due_at, created_at LIMIT %(number)s {lock}
 ){end} RETURNING {fields}
 """
@@ -170,9 +126,7 @@ def unblock(key, number, most=MAX_SLOTS, is_sent=True):
         params["seconds"] = conf.RESEND_SECONDS
         columns = [manager.model._meta.get_field(name).column for name in MESSAGE_FIELDS]
     fields = ", ".join(["id", "due_at", "created_at", *columns])
-    # After a pause, a job with a limit waits for that: see reassign().
-    also = "AND limit_key IS NULL" if key.startswith(PAUSE) else ""
-    sql = TAKE.format(**dialect, sweep_at=sweep_at, fields=fields, also=also)
+    sql = TAKE.format(**dialect, sweep_at=sweep_at, fields=fields)
     jobs = manager.raw(sql, params)
     return sorted(jobs, key=lambda job: (job.due_at, job.created_at))
 
@@ -242,17 +196,9 @@ def lock(keys, settings, skip_locked):
         return [ids[id] for id, *_, is_locked in cursor.fetchall() if is_locked is not False]
 
 
-def limits_of(keys):
-    """Return {key: its Limit}, without pauses."""
-    return {key: limit_of(key) for key in keys if not key.startswith(PAUSE)}
-
-
 def free_slots(keys):
     """Return {key: how many blocked jobs may start}. A number is negative if the limit was lowered."""
-    limits = limits_of(keys)
-    free = dict.fromkeys(keys, MOST)
-    if len(limits) < len(free):
-        free |= dict.fromkeys(free.keys() & {PAUSE + name for name in paused_names()}, 0)
+    limits, free = {key: limit_of(key) for key in keys}, {}
     # Before the times of rates: a job that starts meanwhile then counts twice, not never.
     used, unstarted = dict.fromkeys(limits, 0), dict.fromkeys(limits, 0)
     rows = with_slot().filter(limit_key__in=limits).order_by().values_list("limit_key")
@@ -261,7 +207,7 @@ def free_slots(keys):
     waiting = waits(limits)
     for key, limit in limits.items():
         by_rate = 0 if key in waiting else limit.ahead - unstarted[key] if limit.rate else inf
-        free[key] = min(free[key], limit.running - used[key], by_rate)
+        free[key] = min(MOST, limit.running - used[key], by_rate)
     return free
 
 
@@ -276,30 +222,26 @@ def waits(limits):
 
 
 class DueJobs:
-    """The sweeper's part: it blocks what is paused, and admits blocked jobs that are due, MOST keys in a round."""
+    """The sweeper's part: it admits blocked jobs that are due, MOST keys in a round."""
 
     def __init__(self):
         self.last_key = ""  # the next round continues after this key
 
-    def admit(self):
-        """Do one round, for SWEEP_SECONDS at most.
+    def admit(self, paused=()):
+        """Do one round, for SWEEP_SECONDS at most. `paused` is what paused_names() returns.
 
         Returns in how many seconds the next blocked job is due, and in how many a rate may admit one.
         """
-        until, paused = time.monotonic() + conf.SWEEP_SECONDS, paused_names()
-        seconds, due, blocked = 0 if block_due(paused) else inf, set(), []
-        for key, queue, task, wait in self.oldest_of_keys():
+        until, seconds, due = time.monotonic() + conf.SWEEP_SECONDS, inf, set()
+        if paused:  # free the slots of those jobs whose messages are missing
+            late = with_slot().filter(QUEUED, is_paused(paused), sweep_at__lt=Now())
+            with transaction.atomic():
+                put_back(transitions.skip_locked(late))
+        for key, wait in self.oldest_of_keys():
             if wait > timedelta():
                 seconds = min(seconds, wait.total_seconds())
-                continue
-            due.add(key)
-            if key.startswith(PAUSE):
-                due |= set() if key.removeprefix(PAUSE) in paused else reassign(key)
-            elif queue in paused or task in paused:
-                blocked.append(key)
-        # Paused jobs must not be in the way of others with the same limit.
-        if blocked and block_pages(Job.objects.filter(is_paused(), blocked_by__in=blocked)):
-            seconds = 0
+            else:
+                due.add(key)
         for some in chunks(iter(with_free_slots(due)), KEYS_AT_ONCE):
             if admit_for_sweeper(some) >= MOST or time.monotonic() > until:
                 seconds = 0  # there may be more
@@ -307,17 +249,16 @@ class DueJobs:
         return seconds, seconds_until_rate(due)
 
     def oldest_of_keys(self):
-        """Return key, queue, task and the wait of the oldest blocked job of each key."""
+        """Return the wait of the oldest blocked job of each key."""
         rows = Job.objects.filter(pk__in=RawSQL(HEADS, [self.last_key, MOST]))  # noqa: S611
-        fields = "blocked_by", "queue", "task", F("due_at") - Now()
-        rows = list(rows.order_by("blocked_by").values_list(*fields))
+        rows = list(rows.order_by("blocked_by").values_list("blocked_by", F("due_at") - Now()))
         self.last_key = rows[-1][0] if len(rows) >= MOST else ""
         return rows
 
 
 def seconds_until_rate(keys):
     """Return in how many seconds the rate of one of these keys may admit a job."""
-    limits = {key: limit for key, limit in limits_of(keys).items() if limit.rate}
+    limits = {key: limit for key in keys if (limit := limit_of(key)).rate}
     waiting = waits(limits)
     # Also if it may start one now: the job that was just admitted does, and then nobody else looks again.
     times = [waiting.get(key, limit.interval).total_seconds() for key, limit in limits.items()]
@@ -401,6 +342,5 @@ def delete_old_keys():
 
 
 def ignore_limits(jobs):
-    """Unblock these jobs, except paused ones. Eager mode runs one job at a time, and never waits."""
-    blocked = jobs.filter(blocked_by__isnull=False).exclude(blocked_by__startswith=PAUSE)
-    blocked.update(blocked_by=None, sweep_at=Now())
+    """Unblock these jobs. Eager mode runs one job at a time, and never waits."""
+    jobs.filter(blocked_by__isnull=False).update(blocked_by=None, sweep_at=Now())

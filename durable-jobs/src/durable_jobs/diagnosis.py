@@ -20,7 +20,7 @@ from django.utils.functional import cached_property
 from durable_jobs import conf
 from durable_jobs.admission import with_slot
 from durable_jobs.enqueue import database_time
-from durable_jobs.limits import PAUSE, limit_of
+from durable_jobs.limits import limit_of
 from durable_jobs.models import Failure, Job, Pause, Sweep, Worker
 from durable_jobs.worker.heartbeat import STALE_SECONDS
 
@@ -194,8 +194,7 @@ class Facts:
     @cached_property
     def used(self):
         """How many slots of each key are used, for which one of the jobs waits."""
-        blocked = {job.blocked_by for job in self.jobs if job.blocked_by and job.state == "queued"}
-        keys = {key for key in blocked if not key.startswith(PAUSE)}
+        keys = {job.blocked_by for job in self.jobs if job.blocked_by and job.state == "queued"}
         rows = with_slot().filter(limit_key__in=keys).order_by().values_list("limit_key")
         return dict(rows.annotate(Count("pk")))
 

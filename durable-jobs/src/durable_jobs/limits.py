@@ -16,9 +16,6 @@ from math import inf
 from durable_jobs import conf
 from durable_jobs.validation import Results
 
-PAUSE = (
-    "pause:"  # begins Job.blocked_by of a job that a pause holds, so no limit can have this name
-)
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 # With few digits, so that no database refuses the number or the time.
 PART = re.compile(

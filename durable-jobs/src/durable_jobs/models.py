@@ -127,7 +127,7 @@ class Job(Row):
 
     limit_key = models.CharField(max_length=255, null=True, help_text="of its limit")  # noqa: DJ001
     blocked_by = models.CharField(  # noqa: DJ001
-        max_length=300, null=True, help_text="the limit or the pause that it waits for"
+        max_length=255, null=True, help_text="the key of the limit that it waits for"
     )
 
     batch = models.ForeignKey(Batch, cascade_ended, null=True, db_index=False, related_name="jobs")

@@ -1,13 +1,9 @@
 """Pauses: while a queue or a task is paused, no job of it starts. A pause is a row, so it survives everything.
 
-Each claim reads the table. A job that may not start is *blocked* by the pause, see admission.py: it has no
-message, and when the pause has ended, it starts in the order of `due_at`.
+Each claim reads the table, and the sweeper leaves paused jobs alone. A worker that has the message of one puts
+the job back: see put_back() in admission.py.
 """
 
-from django.db import transaction
-
-from durable_jobs import admission
-from durable_jobs.limits import PAUSE
 from durable_jobs.messages import known_names
 from durable_jobs.models import Job, Pause
 
@@ -33,8 +29,6 @@ def pause(name: str, reason: str = "") -> Pause:
 
 
 def resume(name: str) -> bool:
-    """Start the jobs of this queue or task again, the oldest first. Returns whether it was paused."""
+    """Let jobs of this queue or task start again: Beat sends them, the oldest first. Returns whether it was paused."""
     deleted, _ = Pause.objects.filter(name=name).delete()
-    using = Pause.objects.db
-    transaction.on_commit(lambda: admission.resume(PAUSE + name), using=using, robust=True)
     return bool(deleted)

@@ -30,7 +30,6 @@ def by_queue():
     rows = Job.objects.filter(state__in=ACTIVE, sweep_at__isnull=False).values("queue")
     active = rows.annotate(
         durable_jobs_waiting=Count("queue", filter=queued & is_due & ~paused),
-        # Until a worker or the sweeper blocks them:
         durable_jobs_blocked=Count("queue", filter=queued & is_due & paused),
         durable_jobs_waiting_later=Count("queue", filter=queued & is_later),
         durable_jobs_running=Count("queue", filter=RUNNING),

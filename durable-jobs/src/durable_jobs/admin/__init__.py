@@ -30,6 +30,7 @@ from durable_jobs.messages import known_names
 from durable_jobs.models import Batch, Failure, Job, Pause, Worker
 from durable_jobs.states import ACTIVE, FINAL, RUNNING, STALLED, UNFINISHED
 from durable_jobs.statistics import count_jobs, what_follows
+from durable_jobs.transitions import is_paused
 
 __all__ = ["announce"]
 
@@ -44,11 +45,12 @@ INTERNALS += ["times_sent", "retries", "crashes", "follows", "results_of", "trac
 # How the list of jobs can be filtered, in the words of the metrics. A job that has not ended is in one of two
 # indexes: job_active or job_blocked.
 IS_ACTIVE = Q(state__in=ACTIVE) & (Q(sweep_at__isnull=False) | Q(blocked_by__isnull=False))
+IS_WAITING = Q(state="queued", sweep_at__isnull=False, due_at__lte=Now())
 STATES = {
     "active": IS_ACTIVE,
-    "waiting": Q(state="queued", sweep_at__isnull=False, due_at__lte=Now()),
+    "waiting": IS_WAITING & ~is_paused(),
     "waiting later": IS_ACTIVE & Q(state="queued", due_at__gt=Now()),
-    "blocked": Q(blocked_by__isnull=False, due_at__lte=Now()),
+    "blocked": Q(blocked_by__isnull=False, due_at__lte=Now()) | (IS_WAITING & is_paused()),
     "running": RUNNING,
     "stalled": STALLED,
     **{state: Q(state=state) for state in FINAL},

@@ -13,7 +13,7 @@ from django.utils.timesince import timesince
 from durable_jobs import conf
 from durable_jobs.admission import with_slot
 from durable_jobs.diagnosis import problems, span
-from durable_jobs.limits import PAUSE, name_of
+from durable_jobs.limits import name_of
 from durable_jobs.messages import known_names
 from durable_jobs.models import Job, Pause, Worker
 from durable_jobs.states import RUNNING, STALLED
@@ -77,7 +77,7 @@ def shown(name, query, counts, wait, **fields):
 def keys():
     """Return the lines of the limited keys with active jobs: at most MOST_KEYS, the most blocked first."""
     is_due = Q(due_at__lte=Now())
-    blocked = Job.objects.filter(blocked_by__isnull=False).exclude(blocked_by__startswith=PAUSE)
+    blocked = Job.objects.filter(blocked_by__isnull=False)
     blocked = blocked.values(key=F("blocked_by")).annotate(
         blocked=Count("blocked_by", filter=is_due), wait=Now() - Min("due_at", filter=is_due)
     )

@@ -18,6 +18,7 @@ from durable_jobs.database import may_succeed_later
 from durable_jobs.messages import MESSAGE_FIELDS, messages_in, send
 from durable_jobs.models import Job
 from durable_jobs.states import QUEUED
+from durable_jobs.transitions import is_paused
 from durable_jobs.validation import printable, size_error
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,7 @@ class Sender:
         self.due_jobs = admission.DueJobs()
         self.queues = defaultdict(Queue)  # by name
         self.refusals = Counter()  # by job id
+        self.paused = Q(pk=None)  # the condition for a job to be paused
         self.refused = {}  # {queue with due jobs: why the broker took no message}
 
     def send_due(self, resend=True):
@@ -76,12 +78,16 @@ class Sender:
         less than DURABLE_JOBS['SWEEP_SECONDS'] if a countdown ends sooner.
         """
         pause = conf.SWEEP_SECONDS
-        turn, next_start = self.due_jobs.admit()
+        paused = admission.paused_names()
+        self.paused = is_paused(paused)
+        turn, next_start = self.due_jobs.admit(paused)
         until = time.monotonic() + pause
         soon = Job.objects.filter(state="queued", sweep_at__lt=Now() + timedelta(seconds=pause))
         new = Q(times_sent=0, sweep_at__gte=Now())
         first, countdown = Min("sweep_at") - Now(), Min("sweep_at", filter=new) - Now()
-        rows = list(soon.values("queue").annotate(first=first, countdown=countdown))
+        rows = list(
+            soon.exclude(self.paused).values("queue").annotate(first=first, countdown=countdown)
+        )
         names = [row["queue"] for row in rows if row["first"] < timedelta()]
         countdowns = [
             row["countdown"].total_seconds() for row in rows if row["countdown"] is not None
@@ -115,6 +121,7 @@ class Sender:
         # Blocked jobs have no sweep_at. The index job_active leaves them out.
         queue = self.queues[name]
         queued = Job.objects.filter(state="queued", queue=name, sweep_at__isnull=False)
+        queued = queued.exclude(self.paused)
         queue.most_messages = max(queue.most_messages, waiting)
         missing = (
             queued.filter(times_sent__gt=0).count() - waiting

@@ -110,7 +110,7 @@ class Migration(migrations.Migration):
                 ('retries', models.PositiveIntegerField(default=0)),
                 ('crashes', models.PositiveSmallIntegerField(default=0, help_text='times its worker died')),
                 ('limit_key', models.CharField(help_text='of its limit', max_length=255, null=True)),
-                ('blocked_by', models.CharField(help_text='the limit or the pause that it waits for', max_length=300, null=True)),
+                ('blocked_by', models.CharField(help_text='the key of the limit that it waits for', max_length=255, null=True)),
                 ('follows', models.UUIDField(help_text='the job or batch that it continues or repeats', null=True)),
                 ('results_of', models.UUIDField(help_text='the batch whose results are its argument', null=True)),
                 ('trace', models.CharField(db_default='', default='', help_text="W3C's traceparent, of OpenTelemetry", max_length=55)),

@@ -46,7 +46,7 @@ def execute(task, args, kwargs):
         raise Ignore("must wait: its worker is shutting down, or runs another suspect")
     try:
         if not wait_past_soft_limit(run.claim):
-            if run.block_if_paused():
+            if run.put_back_if_paused():
                 raise Ignore("its queue or its task is paused")
             if not wait_past_soft_limit(run.claim):  # a pause may have ended in between
                 raise run.ignored()

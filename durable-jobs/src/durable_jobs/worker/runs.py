@@ -117,14 +117,13 @@ class Run:
         key = {"id": self.job_id, "run_token": self.token}
         return admission.claim(self.limit_key, **key, **self.claim_fields)
 
-    def block_if_paused(self):
-        """After a claim that has failed, block the job if it is paused. Returns whether it was."""
-        blocked = wait_past_soft_limit(
-            admission.block, Job.objects.filter(LOCK_TIMEOUT, pk=self.job_id)
-        )
-        if blocked and self.limit_key:  # it has lost its slot
+    def put_back_if_paused(self):
+        """After a claim that has failed, put the job back if it is paused. Returns whether it was."""
+        row = Job.objects.filter(LOCK_TIMEOUT, pk=self.job_id)
+        is_paused = wait_past_soft_limit(admission.put_back, row)
+        if is_paused and self.limit_key:  # it has lost its slot
             pool.query(admission.admit, [self.limit_key])
-        return bool(blocked)
+        return bool(is_paused)
 
     def become_suspect(self):
         """Become the suspect of this process, unless there is one. Returns whether it did.
