@@ -51,4 +51,6 @@ with open(".dropped", encoding="utf-8") as dropped:
         remove_if_empty(os.path.dirname(line))
 os.remove(".dropped")
 
-print(f"\nNext:\n\n    cd {os.path.basename(os.getcwd())}\n    make run\n")
+# Not in the temporary folders of `cruft update`: a shell says in PWD where its command was typed.
+if os.path.dirname(project) == os.path.realpath(os.environ.get("PWD", os.pardir)):
+    print(f"\nNext:\n\n    cd {os.path.basename(project)}\n    make run\n")

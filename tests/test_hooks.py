@@ -246,5 +246,10 @@ def test_the_output_path_may_have_unusual_characters(run, tmp_path, out):
     assert (project / ".env").exists()
 
 
-def test_the_next_steps_are_printed(run):
-    assert "    cd my_project\n    make run\n" in run("--no-input").stdout
+@pytest.mark.parametrize("folder, printed", [("out", True), ("elsewhere", False)])
+def test_the_next_steps_are_printed_where_the_project_is_new(
+    run, tmp_path, monkeypatch, folder, printed
+):
+    """cruft's updates write it to temporary folders: there, they would be wrong."""
+    monkeypatch.setenv("PWD", str(tmp_path / folder))
+    assert ("    cd my_project\n    make run\n" in run("--no-input").stdout) is printed
