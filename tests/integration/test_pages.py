@@ -60,10 +60,11 @@ table = dynamodb.describe_table(TableName=name)["Table"]
 assert table["BillingModeSummary"]["BillingMode"] == "PAY_PER_REQUEST", table
 print(",".join(sorted(actions)))
 """
+ADMIN = {"periodic_tasks": "admin", "include_example": "no"}
 aws_output = outputs({**DEFAULTS, **WITH_JOBS, "broker": "sqs", "result_backend": "dynamodb"})
 
 
-@outputs(DEFAULTS, {**DEFAULTS, **WITH_JOBS})
+@outputs(DEFAULTS, {**DEFAULTS, **WITH_JOBS}, {**DEFAULTS, **ADMIN})
 def test_a_reader_can_type_what_the_pages_show(broker, project):
     pages = sorted(page.relative_to(project) for page in project.glob("docs/*.md"))
     with Reader(project, **broker) as reader:
