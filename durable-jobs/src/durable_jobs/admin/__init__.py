@@ -302,16 +302,12 @@ class BatchAdmin(ReadOnlyAdmin):
 
     def get_changelist_instance(self, request):
         changelist = super().get_changelist_instance(request)
-        self.set_counts(changelist.result_list)
+        count_jobs(changelist.result_list)
         return changelist
-
-    def set_counts(self, rows):
-        for batch, counts in zip(rows, count_jobs(rows).values(), strict=True):
-            batch.counts = counts
 
     def get_object(self, request, *args):
         if batch := super().get_object(request, *args):
-            self.set_counts([batch])
+            count_jobs([batch])
         return batch
 
     @admin.display(description="jobs")

@@ -1,11 +1,11 @@
-"""The REST API."""
-
 import hashlib
 import json
 import re
 import uuid
+from operator import attrgetter
 from typing import Any, Unpack
 
+from django.core.exceptions import SuspiciousFileOperation
 from django.core.exceptions import ValidationError as DjangoValidationError
 from django.db import IntegrityError, transaction
 from django.db.models import Case, JSONField, Q, TextField, Value, When
@@ -14,21 +14,20 @@ from django.http import HttpRequest, QueryDict
 from django.urls import reverse
 from django.utils.functional import cached_property
 from django_filters.rest_framework import DjangoFilterBackend, FilterSet, UUIDFilter
-from drf_spectacular.utils import extend_schema
+from drf_spectacular.utils import OpenApiParameter, OpenApiResponse, extend_schema
 from rest_framework import viewsets
 from rest_framework.decorators import action
-from rest_framework.exceptions import APIException, NotFound, ValidationError
+from rest_framework.exceptions import APIException, NotFound, ParseError, ValidationError
 from rest_framework.pagination import CursorPagination
 from rest_framework.request import Request
 from rest_framework.response import Response
+from rest_framework.settings import api_settings
 
 from durable_jobs import actions, batches
-from durable_jobs.api.schema import CONFLICT, KEY_SCHEMA, LOCATION, EnqueueSchema
 from durable_jobs.api.serializers import (
+    TOO_LONG,
     BatchSerializer,
     JobSerializer,
-    ListedBatchSerializer,
-    ListedJobSerializer,
     has_job_perm,
     may_run_again,
 )
@@ -37,7 +36,20 @@ from durable_jobs.models import Batch, Job
 
 __all__ = ["BatchViewSet", "EnqueueMixin", "JobViewSet", "accepted"]
 
-TOO_LONG = "Too long for a list: see the job itself"
+# 1 to 255 printable ASCII characters. HTTP strips spaces at both ends.
+KEY_SCHEMA = {"type": "string", "pattern": "^[!-~]([ -~]{0,253}[!-~])?$"}
+# For the OpenAPI document
+DETAIL = {"type": "object", "properties": {"detail": {"type": "string"}}}
+HEADER = OpenApiParameter.HEADER
+ACCEPTED_HEADERS = [
+    OpenApiParameter(name, str, HEADER, response=[201, 202]) for name in ["Location", "Retry-After"]
+]
+ALREADY_ENDED = OpenApiResponse(DETAIL, "The job has already ended")
+BATCH_HAS_ENDED = OpenApiResponse(DETAIL, "The batch has already ended")
+NOTHING_FAILED = OpenApiResponse(DETAIL, "No job failed or was cancelled that can run again")
+CANNOT_RUN_AGAIN = OpenApiResponse(
+    DETAIL, "The job is active, its task is gone or takes other arguments, or its batch is too old"
+)
 
 
 class Conflict(APIException):
@@ -47,6 +59,16 @@ class Conflict(APIException):
 class KeyReused(APIException):
     status_code = 422
     default_detail = "This Idempotency-Key was used for another request."
+
+
+class StrictFilter(DjangoFilterBackend):
+    """Answers 400 to a parameter that is empty or is given twice, because it is ambiguous."""
+
+    def filter_queryset(self, request, queryset, view):
+        for name, values in request.query_params.lists():
+            if len(values) > 1 or not values[0]:
+                raise ValidationError({name: ["Give it once, with a value."]})
+        return super().filter_queryset(request, queryset, view)
 
 
 class NewestFirst(CursorPagination):
@@ -60,6 +82,26 @@ class NewestFirst(CursorPagination):
             return super().paginate_queryset(*args, **kwargs)
         except DjangoValidationError:  # the cursor was decoded, but its position is not a date
             raise NotFound(self.invalid_cursor_message) from None
+
+
+class Merged:
+    """Several querysets as one, as far as a paginator needs it."""
+
+    def __init__(self, *querysets, ordering=()):
+        self.querysets, self.ordering = querysets, ordering
+
+    def order_by(self, *fields):
+        return Merged(*(rows.order_by(*fields) for rows in self.querysets), ordering=fields)
+
+    def filter(self, **conditions):
+        found = (rows.filter(**conditions) for rows in self.querysets)
+        return Merged(*found, ordering=self.ordering)
+
+    def __getitem__(self, part):
+        found = [row for rows in self.querysets for row in rows[: part.stop]]
+        for field in reversed(self.ordering):
+            found.sort(key=attrgetter(field.lstrip("-")), reverse=field.startswith("-"))
+        return found[part]
 
 
 def accepted(request: HttpRequest | Request, job: Job | Batch) -> Response:
@@ -84,7 +126,7 @@ class OwnViewSet(viewsets.ReadOnlyModelViewSet):
     """What jobs and batches have in common: the caller's own rows. Staff also see those without an owner."""
 
     pagination_class = NewestFirst
-    filter_backends = [DjangoFilterBackend]
+    filter_backends = [StrictFilter]
     filterset_fields = ["state"]
 
     def get_queryset(self):
@@ -97,13 +139,14 @@ class OwnViewSet(viewsets.ReadOnlyModelViewSet):
         user, rows = self.request.user, super().get_queryset()
         if self.detail and has_job_perm(user, "view" if self.action == "retrieve" else "delete"):
             return rows
-        own = Q(owner=user)
-        if user.is_staff and self.action != "cancel":
+        return self._own(rows)
+
+    def _own(self, rows):
+        own = Q(owner=self.request.user)
+        # To cancel a row without an owner, staff need delete_job: see get_queryset().
+        if self.request.user.is_staff and self.action != "cancel":
             own |= Q(owner=None)
         return rows.filter(own)
-
-    def get_serializer_class(self):
-        return self.list_serializer_class if self.action == "list" else self.serializer_class
 
 
 class JobFilter(FilterSet):
@@ -118,14 +161,14 @@ class JobViewSet(OwnViewSet):
     """The caller's own jobs. Staff also see jobs without an owner."""
 
     queryset = Job.objects.all()
-    serializer_class, list_serializer_class = JobSerializer, ListedJobSerializer
+    serializer_class = JobSerializer
     filterset_class = JobFilter
 
     def get_queryset(self):
         jobs = super().get_queryset()
         if self.detail:
             return jobs
-        if not self.request.query_params.get("batch"):
+        if "batch" not in self.request.query_params:
             jobs = jobs.filter(batch=None)
         # The jobs page polls the list, so leave out values that may be large.
         long = When(length__gt=10_000, then=Value(TOO_LONG, JSONField()))
@@ -133,7 +176,22 @@ class JobViewSet(OwnViewSet):
         jobs = jobs.annotate(short_result=Case(long, default="result"))
         return jobs.defer("args", "kwargs", "cursor", "result")
 
-    @extend_schema(request=None, responses={200: JobSerializer, 409: CONFLICT})
+    @extend_schema(exclude=True)
+    @action(detail=False)
+    def with_batches(self, request):
+        """For the jobs page: a list of jobs and batches. A batch that is open is in the state "running"."""
+        rows = self._own(Batch.objects.defer("on_success", "on_finish"))
+        if state := request.query_params.get("state"):
+            rows = rows.filter(state="open" if state == "running" else state)
+        page = self.paginate_queryset(Merged(self.filter_queryset(self.get_queryset()), rows))
+        shown = {}
+        for serializer in JobSerializer, BatchSerializer:
+            rows = [row for row in page if isinstance(row, serializer.Meta.model)]
+            data = serializer(rows, many=True, context=self.get_serializer_context()).data
+            shown |= zip(rows, data, strict=True)
+        return self.get_paginated_response([shown[row] for row in page])
+
+    @extend_schema(request=None, responses={200: JobSerializer, 409: ALREADY_ENDED})
     @action(detail=True, methods=["post"])
     def cancel(self, request, pk):
         """Cancel a job. A queued job never starts. A running job stops when it next reports."""
@@ -144,7 +202,9 @@ class JobViewSet(OwnViewSet):
         return Response(self.get_serializer(job).data)
 
     @extend_schema(
-        request=None, parameters=[LOCATION], responses={202: JobSerializer, 409: CONFLICT}
+        request=None,
+        parameters=ACCEPTED_HEADERS,
+        responses={202: JobSerializer, 409: CANNOT_RUN_AGAIN},
     )
     @action(detail=True, methods=["post"])
     def run_again(self, request, pk):
@@ -169,9 +229,9 @@ class BatchViewSet(OwnViewSet):
     """The caller's own batches. Staff also see batches without an owner."""
 
     queryset = Batch.objects.defer("on_success", "on_finish")  # they may be large
-    serializer_class, list_serializer_class = BatchSerializer, ListedBatchSerializer
+    serializer_class = BatchSerializer
 
-    @extend_schema(request=None, responses={200: BatchSerializer, 409: CONFLICT})
+    @extend_schema(request=None, responses={200: BatchSerializer, 409: BATCH_HAS_ENDED})
     @action(detail=True, methods=["post"])
     def cancel(self, request, pk):
         """Cancel the jobs of a batch that are active. The batch ends."""
@@ -181,7 +241,7 @@ class BatchViewSet(OwnViewSet):
         batches.cancel(batch)
         return Response(self.get_serializer(batch).data)
 
-    @extend_schema(request=None, responses={202: BatchSerializer, 409: CONFLICT})
+    @extend_schema(request=None, responses={202: BatchSerializer, 409: NOTHING_FAILED})
     @action(detail=True, methods=["post"])
     def run_failed_again(self, request, pk):
         """Run the failed and cancelled jobs of a batch again.
@@ -195,6 +255,17 @@ class BatchViewSet(OwnViewSet):
         if not batches.run_failed_again(batch):
             raise Conflict("No job of this batch failed or was cancelled that can run again.")
         return Response(self.get_serializer(batch).data, status=202)
+
+
+class EnqueueSchema(api_settings.DEFAULT_SCHEMA_CLASS):
+    """Describes the POST of EnqueueMixin in the OpenAPI document."""
+
+    def get_override_parameters(self):
+        return [OpenApiParameter("Idempotency-Key", KEY_SCHEMA, HEADER), *ACCEPTED_HEADERS]
+
+    def get_response_serializers(self):
+        reused = OpenApiResponse(DETAIL, "The key was used for another request")
+        return {202: super().get_response_serializers(), 422: reused}
 
 
 class EnqueueMixin:
@@ -216,6 +287,8 @@ class EnqueueMixin:
             try:
                 with transaction.atomic():
                     self.perform_create(serializer)
+            except SuspiciousFileOperation:  # for which Django answers with a page
+                raise ParseError("The name of the file is invalid.") from None
             except IntegrityError:  # another request with the same key was faster
                 serializer = self._find_stored()
                 if serializer is None:
