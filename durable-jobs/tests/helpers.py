@@ -83,6 +83,17 @@ def lapse(*jobs):
         Job.objects.filter(pk=job.pk).update(sweep_at=past)
 
 
+def messages_unless(name, error):
+    """Return a messages_in() that raises this error for the queue `name`, and finds the others empty."""
+
+    def messages_in(queue, broker):
+        if queue == name:
+            raise error
+        return 0
+
+    return messages_in
+
+
 def seconds_until_due(job):
     job.refresh_from_db()
     return (job.sweep_at - timezone.now()).total_seconds()

@@ -9,7 +9,7 @@ from celery import shared_task
 from django.db import OperationalError, connection
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
-from helpers import add, claim, claim_and_lapse, sweeper
+from helpers import add, claim, claim_and_lapse, messages_unless, sweeper
 
 from durable_jobs import batches
 from durable_jobs import diagnosis as module
@@ -420,12 +420,8 @@ def test_the_problems_of_the_system_are_named():
 
 
 def test_the_sweep_stores_for_which_queues_the_broker_takes_no_message(broker_down, monkeypatch):
-    def count(name, broker):
-        if name == "celery":
-            raise OSError("no\0 broker")
-        return 0
-
-    monkeypatch.setattr(republish, "messages_in", count)
+    refuse = messages_unless("celery", OSError("no\0 broker"))
+    monkeypatch.setattr(republish, "messages_in", refuse)
     waits(times_sent=0, sweep_at=ago(60))
     sweeper.sender.send_due()
     sweeper.store_round()

@@ -16,6 +16,7 @@ from helpers import (
     claim,
     enqueue_and_publish,
     lapse,
+    messages_unless,
     seconds_until_due,
     seconds_waited,
     sweeper,
@@ -287,13 +288,8 @@ def test_a_job_that_is_refused_five_times_fails_unless_its_queue_is_full(
 
 def test_a_queue_that_fails_delays_no_other(published, monkeypatch):
     """For example because it exists with other arguments."""
-
-    def messages_in(queue, broker):
-        if queue == "bad":
-            raise ValueError("inequivalent arg 'x-max-priority'")
-        return 0
-
-    monkeypatch.setattr(republish, "messages_in", messages_in)
+    refuse = messages_unless("bad", ValueError("inequivalent arg 'x-max-priority'"))
+    monkeypatch.setattr(republish, "messages_in", refuse)
     bad, good = (enqueue(add, [1, 2], countdown=1, queue=q) for q in ("bad", "good"))
     lapse(bad, good)
     for _ in range(9):  # the sweep takes queues in random order

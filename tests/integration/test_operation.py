@@ -31,7 +31,7 @@ def metrics_named(expression):
 
 def exposed():
     code = (LIBRARY / "src/durable_jobs/contrib/prometheus.py").read_text("utf-8")
-    return re.findall('^    "(durable_jobs_\w+)": ', code, re.M)
+    return re.findall(r'^    "(durable_jobs_\w+)": ', code, re.M)
 
 
 def test_the_page_and_the_alerts_name_the_metrics_of_the_library():

@@ -50,13 +50,14 @@ def run_again(job: Job) -> Job:
     fields = fields_to_run_again(job)
     if job.state == "succeeded":
         return insert(fields, job.unique_key)
-    changes = tracing.current(job.task) | times(Now(), limit_key=fields["limit_key"])
+    when = times(Now(), limit_key=fields["limit_key"])
+    changes = {**tracing.current(job.task), **when, "limit_key": fields["limit_key"]}
 
     @transaction.atomic(Job.objects.db)
     def queue():
         is_open = job.batch_id is None or transitions.open_again([job.batch_id])
         row = Job.objects.filter(pk=job.pk)
-        if not (is_open and transitions.run_again(row, limit_key=fields["limit_key"], **changes)):
+        if not (is_open and transitions.run_again(row, **changes)):
             raise ValueError(
                 "it was run again meanwhile, or its batch is so old that it is being deleted"
             )

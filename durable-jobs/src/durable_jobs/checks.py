@@ -8,6 +8,7 @@ from celery.beat import ScheduleEntry
 from django.conf import settings
 from django.core.checks import Error, Info, Tags, Warning, register
 from django.db import connection, router
+from django.db.models import Count
 
 from durable_jobs import conf, limits
 from durable_jobs.beat.schedule import check_entry
@@ -88,8 +89,10 @@ def check_blocked_jobs(app_configs, databases=None, **kwargs):
         "default" in (databases or [])
         and Job._meta.db_table in connection.introspection.table_names()
     ):
-        blocked = Job.objects.filter(blocked_by__isnull=False).values_list("blocked_by", flat=True)
-        counts = Counter(map(limits.name_of, blocked.iterator()))
+        counts = Counter()
+        blocked = Job.objects.filter(blocked_by__isnull=False).values_list("blocked_by")
+        for key, count in blocked.annotate(Count("pk")):
+            counts[limits.name_of(key)] += count
         for name in sorted(counts.keys() - conf.LIMITS.keys()):
             yield Warning(
                 f"{counts[name]} jobs wait for the limit {name!r}, which is gone from DURABLE_JOBS['LIMITS'].",

@@ -10,12 +10,7 @@ from django.db.models.functions import Coalesce, Least, Now
 from django.db.models.sql import InsertQuery, UpdateQuery
 
 from durable_jobs import conf
-from durable_jobs.database import (
-    IDLE_TIMEOUT,
-    LOCK_TIMEOUT,
-    Clock,
-    cursor_that_prepares,
-)
+from durable_jobs.database import IDLE_TIMEOUT, LOCK_TIMEOUT, Clock, cursor_that_prepares
 from durable_jobs.models import Batch, Job, Pause
 from durable_jobs.states import UNFINISHED
 
@@ -200,8 +195,9 @@ def insert(job):
     Django sends no signal.
     """
     compiler, converters, *statement = compiled_insert()
-    rows = compiler.apply_converters(map(list, execute(*statement, vars(job))), converters)
-    vars(job).update(zip(OF_DATABASE, next(iter(rows)), strict=True))
+    rows = execute(*statement, vars(job))
+    [row] = compiler.apply_converters(map(list, rows), converters)
+    vars(job).update(zip(OF_DATABASE, row, strict=True))
     job._state.adding, job._state.db = False, Job.objects.db
 
 

@@ -67,7 +67,6 @@ class Sender:
         self.due_jobs = admission.DueJobs()
         self.queues = defaultdict(Queue)  # by name
         self.refusals = Counter()  # by job id
-        self.paused = Q(pk=None)  # the condition for a job to be paused
         self.refused = {}  # {queue with due jobs: why the broker took no message}
 
     def send_due(self, resend=True):
@@ -79,15 +78,13 @@ class Sender:
         """
         pause = conf.SWEEP_SECONDS
         paused = admission.paused_names()
-        self.paused = is_paused(paused)
         turn, next_start = self.due_jobs.admit(paused)
+        queued = Job.objects.filter(state="queued").exclude(is_paused(paused))
         until = time.monotonic() + pause
-        soon = Job.objects.filter(state="queued", sweep_at__lt=Now() + timedelta(seconds=pause))
+        soon = queued.filter(sweep_at__lt=Now() + timedelta(seconds=pause))
         new = Q(times_sent=0, sweep_at__gte=Now())
         first, countdown = Min("sweep_at") - Now(), Min("sweep_at", filter=new) - Now()
-        rows = list(
-            soon.exclude(self.paused).values("queue").annotate(first=first, countdown=countdown)
-        )
+        rows = list(soon.values("queue").annotate(first=first, countdown=countdown))
         names = [row["queue"] for row in rows if row["first"] < timedelta()]
         countdowns = [
             row["countdown"].total_seconds() for row in rows if row["countdown"] is not None
@@ -100,7 +97,8 @@ class Sender:
             while names and time.monotonic() < until:
                 name = names.pop()
                 try:
-                    if self.send_batch(name, size, resend, messages_in(name, broker)):
+                    waiting = messages_in(name, broker)
+                    if self.send_batch(queued, name, size, resend, waiting):
                         names.insert(0, name)
                     self.refused.pop(name, None)
                 except Exception as error:  # each transport has its own exceptions
@@ -113,15 +111,14 @@ class Sender:
             return 0
         return min(pause, max(MIN_PAUSE, min([turn, *countdowns])), max(MIN_TURN, next_start))
 
-    def send_batch(self, name, size, resend, waiting):
-        """Send at most `size` jobs of a queue that has `waiting` messages.
+    def send_batch(self, queued, name, size, resend, waiting):
+        """Send at most `size` of these queued jobs, of a queue that has `waiting` messages.
 
         Returns whether more jobs may be due.
         """
         # Blocked jobs have no sweep_at. The index job_active leaves them out.
         queue = self.queues[name]
-        queued = Job.objects.filter(state="queued", queue=name, sweep_at__isnull=False)
-        queued = queued.exclude(self.paused)
+        queued = queued.filter(queue=name, sweep_at__isnull=False)
         queue.most_messages = max(queue.most_messages, waiting)
         missing = (
             queued.filter(times_sent__gt=0).count() - waiting

@@ -69,7 +69,8 @@ def write_and_renew(to_write):
         jobs = [Job(pk=run.job_id, sweep_at=lease_end(), **reports[run]) for run in reported]
         Job.objects.bulk_update(jobs, ["progress", "message", "sweep_at"])
     for run in written:
-        run.written, run.renew_at = reports[run], time.monotonic() + conf.LEASE_SECONDS / 3
+        run.written = reports[run]
+        run.plan_renewal()
     if len(written) < len(to_write):
         # Read again, without locks.
         tokens = set(jobs_of(to_write).values_list("run_token", flat=True))
@@ -83,7 +84,7 @@ def renew_cancelled(lost):
     still_running = Job.objects.filter(STILL_RUNNING, pk__in=[run.job_id for run in lost])
     transitions.skip_locked(still_running).update(sweep_at=lease_end())
     for run in lost:
-        run.renew_at = time.monotonic() + conf.LEASE_SECONDS / 3
+        run.plan_renewal()
 
 
 @transaction.atomic

@@ -83,7 +83,7 @@ class Run:
         self.report = {}  # the latest progress and message
         self.written = self.report  # the report that is in the row
         self.cursor = self.batch = UNREAD
-        self.renew_at = time.monotonic() + conf.LEASE_SECONDS / 3
+        self.plan_renewal()
         self.retry = None  # after retry(): arguments of transitions.requeue()
         # Why it is retried: the fields of a Failure.
         self.failure = {
@@ -141,6 +141,10 @@ class Run:
 
     def needs_write(self):
         return not self.lost and (self.report != self.written or self.is_renewal_due())
+
+    def plan_renewal(self):
+        """Renew the lease when a third of it has passed."""
+        self.renew_at = time.monotonic() + conf.LEASE_SECONDS / 3
 
     def is_renewal_due(self):
         return time.monotonic() > self.renew_at
