@@ -41,6 +41,11 @@ CLAIM = {  # arguments of a claim by a job's first message
 }
 
 
+def of_job(**fields):
+    """Return the header that marks the first message of a job."""
+    return {"durable_job": {"crashes": 0, "times_sent": 1, "limit": None, **fields}}
+
+
 @shared_task(base=JobTask, bind=True)
 def add(self, x, y):
     self.report(1, 2, "adding")

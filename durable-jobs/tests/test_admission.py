@@ -4,14 +4,16 @@ import signal
 import uuid
 from datetime import timedelta
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
+from celery import signals as celery_signals
 from celery.exceptions import WorkerLostError
 from django.db import Error
 from django.db.models import F
 from django.db.models.functions import Now
 from django.utils import timezone
-from helpers import alone, ask, call, end, free, lapse, start, sweeper
+from helpers import alone, ask, call, end, free, lapse, of_job, start, sweeper
 
 from durable_jobs import admission, pauses, transitions
 from durable_jobs.actions import cancel, run_again
@@ -182,7 +184,7 @@ def test_a_body_of_a_cancelled_job_that_dies_frees_its_place(sent, commit, monke
         sweeper.sender.send_due()
     else:
         monkeypatch.setattr(children, "in_thread", lambda update, *args, delay: update(*args))
-        headers = {"run_token": token, "limit": "one", "crashes": 0}
+        headers = of_job(run_token=token, limit="one")
         sender = SimpleNamespace(request=SimpleNamespace(headers=headers))
         children.recover_job_of_dead_child(sender, first.pk, WorkerLostError())
     assert sent == [first.pk, second.pk]
@@ -199,7 +201,7 @@ def test_a_cancelled_body_renews_the_lease_of_its_place(sent, commit, monkeypatc
     if renew == "process":
         lease.renew_cancelled([run])
     else:
-        request = SimpleNamespace(id=str(job.pk), request_dict={"run_token": run.token})
+        request = SimpleNamespace(id=str(job.pk), request_dict=of_job(run_token=run.token))
         monkeypatch.setattr(children.state, "active_requests", [request])
         monkeypatch.setattr(children, "connection", SimpleNamespace(close=lambda: None))
         sleeps = iter([None])
@@ -220,7 +222,7 @@ def test_a_revoke_frees_the_place_only_if_it_kills_the_body(
         job = alone.enqueue()
     start(job)
     cancel(job)
-    request = SimpleNamespace(id=job.pk, headers={"limit": "one", "crashes": 0})
+    request = SimpleNamespace(id=job.pk, headers=of_job(limit="one"))
     children.free_slot_of_dead_child(request, terminated=True, signum=signum)
     assert (Job.objects.get(pk=job.pk).sweep_at is None) == is_free
 
@@ -278,10 +280,13 @@ def test_a_worker_that_shuts_down_hands_limited_jobs_back_at_its_end(sent, commi
 
     monkeypatch.setattr("time.sleep", look)
     monkeypatch.setattr("os._exit", look)
+    ended = Mock()  # for example, it exports the process's spans
+    celery_signals.worker_shutdown.connect(ended)
     with start(first), start(other):
         shutdown.requeue_and_exit()
         for run in list(process.runs.values()):
             run.has_written = True
+    assert ended.called
     assert states == [["running", "running"], ["running", "queued"], ["queued", "queued"]]
 
 

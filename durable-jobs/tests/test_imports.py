@@ -12,7 +12,7 @@ PACKAGE = SOURCE / "durable_jobs"
 ORDER = """
 conf liveness worker.pools migrations states
 validation database
-models tracing
+models
 transitions limits
 messages
 publish

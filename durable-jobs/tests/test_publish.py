@@ -10,7 +10,7 @@ from celery import current_app as app
 from celery.app import routes
 from django.db import transaction
 from django.db.models.functions import Now
-from helpers import add, deliver, seconds_until_due
+from helpers import add, deliver, of_job, seconds_until_due
 
 from durable_jobs import messages, publish, transitions
 from durable_jobs.actions import cancel, run_all_again
@@ -21,6 +21,17 @@ from durable_jobs.worker import runs
 pytestmark = pytest.mark.django_db
 
 
+@pytest.fixture
+def sent_messages(monkeypatch):
+    """The options of each message."""
+    app.conf.task_always_eager = False
+    sent = []
+    monkeypatch.setattr(
+        "kombu.Producer.publish", lambda self, body, **options: sent.append(options)
+    )
+    return sent
+
+
 def test_a_job_is_sent_as_a_celery_message():
     app.conf.task_always_eager = False
     job = enqueue(add, [1], {"y": 2}, queue="cpu")
@@ -29,47 +40,40 @@ def test_a_job_is_sent_as_a_celery_message():
         messages.send_one(job, app.amqp.Producer(broker, auto_declare=False))
         message = app.amqp.queues["cpu"](broker.default_channel).get()
     assert message.payload[:2] == [[1], {"y": 2}]
-    kept = {name: message.headers[name] for name in ("id", "task", "retries", "job", "crashes")}
-    assert kept == {"id": str(job.pk), "task": add.name, "retries": 3, "job": True, "crashes": 0}
+    kept = {name: message.headers[name] for name in ("id", "task", "retries", "durable_job")}
+    assert kept == {"id": str(job.pk), "task": add.name, "retries": 3, **of_job()}
 
 
 def test_messages_sent_together_declare_each_queue_once(monkeypatch):
     app.conf.task_always_eager = False
     sent, producer = [], Mock(batch=Mock(side_effect=nullcontext))
+    producer.publish = lambda body, **options: sent.append(options)
     monkeypatch.setattr(app, "producer_or_acquire", lambda: nullcontext(producer))
-    monkeypatch.setattr(app.amqp, "send_task_message", lambda *args, **more: sent.append(more))
     jobs = [Job(task=add.name, queue=queue) for queue in ("a", "b", "a")]
     messages.send(jobs)
     messages.send(jobs[:1])
-    assert [message["declare"] for message in sent] == [None, None, [], None]
+    declared = [[queue.name for queue in message["declare"]] for message in sent]
+    assert declared == [["a"], ["b"], [], ["a"]]
+    assert [message["routing_key"] for message in sent] == ["a", "b", "a", "a"]
     assert producer.batch.call_count == 1
 
 
-def test_a_job_is_sent_by_a_process_that_does_not_know_its_task(monkeypatch):
+def test_a_job_is_sent_by_a_process_that_does_not_know_its_task(sent_messages):
     """In a deploy, Beat may run older code than the workers."""
-    app.conf.task_always_eager = False
-    sent = []
-    monkeypatch.setattr(app.amqp, "send_task_message", lambda *args, **more: sent.append(args[1]))
     messages.send([Job(task="to.be.deployed", queue="a"), Job(task=add.name, queue="a")])
-    assert sent == ["to.be.deployed", add.name]
+    assert [message["headers"]["task"] for message in sent_messages] == ["to.be.deployed", add.name]
 
 
-def test_flower_shows_the_beginning_of_large_arguments(monkeypatch):
-    app.conf.task_always_eager = False
-    sent = []
-    monkeypatch.setattr(app.amqp, "send_task_message", lambda *args, **more: sent.append(args[2]))
+def test_flower_shows_the_beginning_of_large_arguments(sent_messages):
     messages.send([Job(task=add.name, args=["x" * 5000], kwargs={"y": "z" * 5000}, queue="a")])
-    [message] = sent
-    assert [len(message.headers[name]) for name in ("argsrepr", "kwargsrepr")] == [1000, 1000]
+    [message] = sent_messages
+    assert [len(message["headers"][name]) for name in ("argsrepr", "kwargsrepr")] == [1000, 1000]
 
 
-def test_the_priority_of_a_route_reaches_the_broker(monkeypatch):
-    app.conf.task_always_eager = False
+def test_the_priority_of_a_route_reaches_the_broker(sent_messages, monkeypatch):
     monkeypatch.setattr(app.amqp.router, "routes", routes.prepare({add.name: {"priority": 7}}))
-    sent = []
-    monkeypatch.setattr(app.amqp, "send_task_message", lambda *args, **more: sent.append(more))
-    messages.send_one(enqueue(add, [1, 2], countdown=9), None)
-    assert (sent[0]["priority"], sent[0]["queue"].name) == (7, "celery")
+    messages.send([enqueue(add, [1, 2], countdown=9)])
+    assert (sent_messages[0]["priority"], sent_messages[0]["routing_key"]) == (7, "celery")
 
 
 # The broker refuses, or is unavailable

@@ -3,7 +3,7 @@
 import uuid
 
 import pytest
-from helpers import act, add, claim, claim_and_lapse, deliver, lapse, run
+from helpers import act, add, claim, claim_and_lapse, deliver, lapse, of_job, run
 
 from durable_jobs import publish, transitions
 from durable_jobs.actions import cancel
@@ -55,7 +55,7 @@ def test_a_message_from_before_a_retry_does_nothing():
 def test_a_header_of_a_message_is_not_taken_for_a_run():
     """Celery makes each header an attribute of the request."""
     job = enqueue(add, [1, 2])
-    headers = {"job": True, "crashes": 0, "times_sent": 1, "run": str(uuid.uuid4())}
+    headers = {**of_job(), "run": str(uuid.uuid4())}
     request = {"id": str(job.pk), "hostname": "test", "called_directly": False, **headers}
     add.push_request(headers=headers, **request)
     try:

@@ -10,11 +10,12 @@ from celery import current_app as app
 from celery import exceptions
 from celery.worker.control import Panel
 from django.db import connection
-from helpers import act, add, claim, claim_and_lapse, seconds_until_due
+from helpers import act, add, claim, claim_and_lapse, of_job, seconds_until_due
 from kombu.asynchronous import Hub
 
 from durable_jobs import transitions
 from durable_jobs.enqueue import enqueue
+from durable_jobs.messages import fields_in, message_of
 from durable_jobs.models import Job
 from durable_jobs.tasks import JobTask
 from durable_jobs.worker import children, remote_control, startup
@@ -30,12 +31,14 @@ def in_this_thread(delay, function):
 def test_the_job_of_a_killed_child_is_due_again_soon(monkeypatch, published):
     """But not if another run has claimed it since."""
     monkeypatch.setattr("threading.Timer", in_this_thread)
-    job, request = enqueue(add, [1, 2]), SimpleNamespace(request_dict={"job": True})
+    job = enqueue(add, [1, 2])
+    request = SimpleNamespace(request_dict=message_of(job).headers)
     children.assign_run_token(request)
     headers = request.request_dict
     sender = SimpleNamespace(request=SimpleNamespace(headers=headers))
     row, error = Job.objects.filter(pk=job.pk), exceptions.WorkerLostError()
-    for token, state, crashes in (uuid.uuid4(), "running", 0), (headers["run_token"], "queued", 1):
+    own_token = fields_in(headers)["run_token"]
+    for token, state, crashes in (uuid.uuid4(), "running", 0), (own_token, "queued", 1):
         transitions.requeue(row)
         claim(job.pk, token)
         children.recover_job_of_dead_child(sender, str(job.pk), error)
@@ -66,7 +69,7 @@ def test_the_main_process_renews_only_the_runs_of_its_children(monkeypatch, publ
     claim_and_lapse(jobs[1])
     runs = [Job.objects.get(pk=jobs[0].pk).run_token, uuid.uuid4()]
     requests = [
-        SimpleNamespace(id=str(job.pk), request_dict={"run_token": run})
+        SimpleNamespace(id=str(job.pk), request_dict=of_job(run_token=run))
         for job, run in zip(jobs, runs, strict=True)
     ]
     monkeypatch.setattr(children.state, "active_requests", requests)
@@ -80,7 +83,7 @@ def test_a_run_has_the_token_that_the_main_process_chose():
     token = uuid.uuid4()
     act.body = lambda task: str(Job.objects.get().run_token)
     job = enqueue(act)
-    result = act.apply(task_id=str(job.pk), headers={"job": True, "run_token": token})
+    result = act.apply(task_id=str(job.pk), headers=of_job(run_token=token))
     assert result.get() == str(token)
 
 
@@ -122,8 +125,13 @@ def test_revoke_and_terminate_cancel_the_job(monkeypatch, published):
     assert Job.objects.filter(state="cancelled").count() == 2
 
 
+@pytest.mark.parametrize("header", [None, True, "of a plain task"])
+def test_a_plain_task_with_a_header_of_this_name_is_no_job(header):
+    assert fields_in(of_job()) and fields_in({"durable_job": header}) is None
+
+
 @pytest.mark.django_db(transaction=True)  # it closes the connection
-@pytest.mark.parametrize("headers, spared", [({}, False), ({"job": True}, True)])
+@pytest.mark.parametrize("headers, spared", [({}, False), (of_job(), True)])
 def test_a_plain_task_starts_with_a_connection_that_works(headers, spared):
     """A job needs no such check: its first query is its claim, which is tried again."""
     connection.ensure_connection()

@@ -1,7 +1,9 @@
 """Traces for OpenTelemetry, if OTEL_EXPORTER_OTLP_ENDPOINT is set. Its other variables work, too."""
 
 import os
+import threading
 
+from celery import signals
 from django.apps import AppConfig
 from django.core.exceptions import ImproperlyConfigured
 
@@ -17,6 +19,13 @@ except ImportError as error:
     raise ImproperlyConfigured(f"{text}: run `uv sync --inexact --extra tracing`.") from error
 
 
+def flush(**kwargs):
+    """Export the spans of a worker's process that ends, but wait only two seconds for the collector."""
+    thread = threading.Thread(target=trace.get_tracer_provider().force_flush, daemon=True)
+    thread.start()
+    thread.join(2)
+
+
 class Tracing(AppConfig):
     """An app in INSTALLED_APPS: Django calls ready() in web, workers and Beat, before it loads MIDDLEWARE."""
 
@@ -30,3 +39,6 @@ class Tracing(AppConfig):
         trace.set_tracer_provider(provider)
         DjangoInstrumentor().instrument(excluded_urls="/health/,/metrics$")
         CeleryInstrumentor().instrument()
+        # These processes end without Python's exit handlers.
+        signals.worker_process_shutdown.connect(flush)
+        signals.worker_shutdown.connect(flush)

@@ -8,7 +8,7 @@ from django.db.models import QuerySet
 from django.db.models.functions import Now
 from kombu.utils.json import loads
 
-from durable_jobs import admission, tracing, transitions
+from durable_jobs import admission, transitions
 from durable_jobs.enqueue import (
     FROM_NOW,
     create_unless_active,
@@ -17,6 +17,7 @@ from durable_jobs.enqueue import (
     send_after_commit,
     times,
 )
+from durable_jobs.messages import new_headers
 from durable_jobs.models import Job
 from durable_jobs.validation import Results, to_json
 
@@ -50,13 +51,14 @@ def run_again(job: Job) -> Job:
     fields = fields_to_run_again(job)
     if job.state == "succeeded":
         return insert(fields, job.unique_key)
-    when = times(Now(), limit_key=fields["limit_key"])
-    changes = {**tracing.current(job.task), **when, "limit_key": fields["limit_key"]}
+    key = fields["limit_key"]
+    changes = {"limit_key": key, **times(Now(), limit_key=key)}
 
     @transaction.atomic(Job.objects.db)
     def queue():
         is_open = job.batch_id is None or transitions.open_again([job.batch_id])
         row = Job.objects.filter(pk=job.pk)
+        changes["headers"] = new_headers(job)
         if not (is_open and transitions.run_again(row, **changes)):
             raise ValueError(
                 "it was run again meanwhile, or its batch is so old that it is being deleted"

@@ -13,7 +13,7 @@ class DurableJobsConfig(AppConfig):
     default_auto_field = "django.db.models.BigAutoField"
 
     def ready(self):
-        from durable_jobs import checks, liveness, tracing  # noqa: F401  checks register themselves
+        from durable_jobs import checks, liveness  # noqa: F401  checks register themselves
         from durable_jobs.beat import schedule
         from durable_jobs.worker import children, shutdown, startup
         from durable_jobs.worker.heartbeat import heartbeat
@@ -39,6 +39,5 @@ class DurableJobsConfig(AppConfig):
         signals.task_prerun.connect(startup.prepare_connection)
         signals.task_failure.connect(children.recover_job_of_dead_child)
         signals.task_revoked.connect(children.free_slot_of_dead_child)
-        signals.worker_process_shutdown.connect(tracing.flush)
         signals.heartbeat_sent.connect(liveness.touch_liveness_file)
         signals.beat_init.connect(schedule.start)

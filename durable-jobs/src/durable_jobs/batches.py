@@ -19,7 +19,7 @@ from django.db.models import Count, Exists, OuterRef, Q, Subquery
 from django.db.models.functions import Now
 from django.utils import timezone
 
-from durable_jobs import actions, tracing, transitions
+from durable_jobs import actions, transitions
 from durable_jobs.database import (
     IDLE_TIMEOUT,
     LOCK_TIMEOUT,
@@ -36,6 +36,7 @@ from durable_jobs.enqueue import (
     insert_many,
     times,
 )
+from durable_jobs.messages import new_headers
 from durable_jobs.models import MAX_LABEL, Batch, Job
 from durable_jobs.signatures import JobSignature
 from durable_jobs.states import UNFINISHED
@@ -204,6 +205,8 @@ def planned(
     fields = call_fields(task, [*given, *args] if given else args, kwargs, **options)
     times(timezone.now(), countdown, eta)  # may raise ValueError
     fields["args"] = fields["args"][len(given) :]
+    job = Job(**fields)  # its request is the current one, whoever stores it later
+    fields |= {"id": str(job.pk), "headers": new_headers(job)}
     when = {"countdown": countdown, "eta": eta and eta.isoformat()}
     return {**fields, **when, "takes_results": takes_results}
 
@@ -242,13 +245,12 @@ def succeed(id, run_token, next_jobs=(), **end):
         return transitions.succeed(id=id, run_token=run_token, **end)
     with transaction.atomic():
         owned = Job.objects.filter(LOCK_TIMEOUT, IDLE_TIMEOUT, pk=id, run_token=run_token)
-        rows = owned.only("owner_id", "batch_id", *tracing.FIELDS).annotate(now=Now())
+        rows = owned.only("owner_id", "batch_id").annotate(now=Now())
         if (job := rows.select_for_update().first()) is None:
             return 0
         transitions.finish(owned, "succeeded", progress=100, **end)
         fields = {"owner_id": job.owner_id, "batch_id": job.batch_id, "follows": id}
-        jobs = [job_of(plan, job.now, **fields) for plan in next_jobs]
-        insert_many(job.now, jobs, tracing.of(job))
+        insert_many(job.now, [job_of(plan, job.now, **fields) for plan in next_jobs])
     return 1
 
 
@@ -282,7 +284,7 @@ def end(pk, skip_locked=False):
         return
     rows = Batch.objects.filter(*timeouts(), pk=pk, ended_at=None)
     with transaction.atomic():
-        rows = rows.annotate(now=Now(), **request_of_first())
+        rows = rows.annotate(now=Now())
         batch = rows.select_for_update(skip_locked=skip_locked).first()
         # Ask again: while the row is locked, no job can run again, and no transaction that adds a job can
         # commit, because PostgreSQL checks its foreign key.
@@ -298,12 +300,6 @@ def end(pk, skip_locked=False):
             batch.state, batch.error = "failed", f"Its callbacks cannot start: {error!r:.500}"
         fields = ["state", "counts", "error", "ended_at", "on_success", "on_finish"]
         batch.save(update_fields=fields)
-
-
-def request_of_first():
-    """Return annotations of a batch: the request of its oldest job. That of others may have come later."""
-    oldest = Job.objects.filter(batch=OuterRef("pk")).order_by("created_at")
-    return {name: Subquery(oldest.values(name)[:1]) for name in tracing.FIELDS}
 
 
 def count_ended(batch):
@@ -326,10 +322,8 @@ def start_callbacks(batch):
     if batch.on_finish:
         plans.append(batch.on_finish)
         batch.on_finish = {}
-    # Without a member, its request is unknown.
-    request = None if batch.trace is None else tracing.of(batch)
     fields = {"owner_id": batch.owner_id, "follows": batch.pk}
-    insert_many(batch.now, [job_of(plan, batch.now, **fields) for plan in plans], request)
+    insert_many(batch.now, [job_of(plan, batch.now, **fields) for plan in plans])
 
 
 def try_to_end(pk, skip_locked=False):

@@ -16,8 +16,8 @@ from django.db.models import Max
 from django.db.models.functions import Coalesce, Now
 from django.utils import timezone
 
-from durable_jobs import admission, conf, limits, tracing, transitions
-from durable_jobs.messages import queue_of
+from durable_jobs import admission, conf, limits, transitions
+from durable_jobs.messages import new_headers, queue_of
 from durable_jobs.models import MAX_LABEL, Job, Sweep
 from durable_jobs.publish import publish
 from durable_jobs.states import UNFINISHED
@@ -161,9 +161,10 @@ def seconds_until(countdown=None, eta=None):
 def insert(fields, unique=None):
     """Store the job, unless a job with this `unique` is active. Returns that one then."""
     check_text("idempotency_key", fields.get("idempotency_key"))
-    job = Job(**fields, **tracing.current(fields["task"]), unique_key=unique)
+    job = Job(**fields, unique_key=unique)
 
     def create():
+        job.headers = new_headers(job)
         transitions.insert(job)
         send_after_commit([job])
         return job
@@ -192,13 +193,11 @@ def create_unless_active(unique, create):
             time.sleep(random.uniform(0, 0.01))
 
 
-def insert_many(now, jobs, request=None):
-    """Store these jobs. Returns them. `request` has the FIELDS of tracing.py; None means the current ones."""
-    if jobs and request is None:
-        request = tracing.current(jobs[0].task)
+def insert_many(now, jobs):
+    """Store these jobs. Returns them."""
     for place, job in enumerate(jobs):
         job.created_at = now + timedelta(microseconds=place)  # pages sort by this time
-        job.trace, job.request_id = request["trace"], request["request_id"]
+        job.headers = job.headers or new_headers(job)
     leave_to_sweeper([job for job in jobs if job.times_sent][SENT_IMMEDIATELY:])
     Job.objects.bulk_create(jobs, batch_size=BATCH_SIZE)
     send_after_commit(jobs)

@@ -1,16 +1,27 @@
 """Sends messages to the broker, and counts waiting messages. This module reads and writes no rows."""
 
+import json
+import logging
 from contextlib import nullcontext
 
-from celery import current_app
+from celery import current_app, signals
 from celery.exceptions import OperationalError
 from kombu.utils.json import dumps, loads
 
-from durable_jobs import tracing
+from durable_jobs.validation import to_json
+
+logger = logging.getLogger(__name__)
 
 # The fields of a job that its message needs
 MESSAGE_FIELDS = ["task", "args", "kwargs", "queue", "batch", "retries", "crashes", "times_sent"]
-MESSAGE_FIELDS += ["limit_key", "results_of", *tracing.FIELDS]
+MESSAGE_FIELDS += ["limit_key", "results_of", "headers"]
+HEADER = "durable_job"  # marks the message of a job
+
+
+def fields_in(headers):
+    """Return what the worker must know of a job, from the headers of its message. None: this is no job."""
+    fields = (headers or {}).get(HEADER)
+    return fields if isinstance(fields, dict) else None
 
 
 def send(jobs):
@@ -26,43 +37,80 @@ def send(jobs):
     ):
         declared = set()
         for job in jobs:
-            send_one(job, producer, declare=[] if job.queue in declared else None)
+            send_one(job, producer, is_declared=job.queue in declared)
             declared.add(job.queue)
 
 
-def send_one(job, producer, **options):
-    """Send the message of a job as apply_async() does, in a third of the time.
+def send_one(job, producer, is_declared=False):
+    """Send the message of a job as apply_async() does, but without Celery's signals: see new_headers().
 
     This process need not know the task: in a deploy, Beat may run older code than the workers. It
     does not send the event task-sent, which would be a second message.
-
-    The header `job` marks the message of a job. `crashes` says how often the job's worker has died, and
-    `times_sent` which message of the job this is, `batch` to which batch it belongs, `limit` the key of its
-    limit, and `results_of` the batch whose results are its first argument.
     """
-    task = current_app.tasks.get(job.task)
-    amqp, pk = current_app.amqp, str(job.pk)
-    headers = {"job": True, "crashes": job.crashes, "times_sent": job.times_sent}
-    if job.batch_id:
-        headers["batch"] = str(job.batch_id)
-    if job.limit_key:
-        headers["limit"] = job.limit_key
-    if job.results_of:
-        headers["results_of"] = str(job.results_of)
-    if current_app.conf.task_always_eager:
+    headers, properties, body, _ = message_of(job)
+    task, amqp, conf = current_app.tasks.get(job.task), current_app.amqp, current_app.conf
+    if conf.task_always_eager:
         args, kwargs = loads(dumps([job.args, job.kwargs]))  # as a worker gets them
-        task.apply(args, kwargs, task_id=pk, retries=job.retries, headers=headers)
+        options = {"task_id": str(job.pk), "retries": job.retries, "headers": headers}
+        task.apply(args, kwargs, **options)
         return
+    # Celery 5 uses the decorator's priority. Celery 6 will use only that of CELERY_TASK_ROUTES.
+    options = {"queue": job.queue, "priority": getattr(task, "priority", None)}
+    options = amqp.router.route(options, job.task, job.args, job.kwargs)
+    properties["priority"] = options.get("priority") or 0
+    if conf.task_publish_retry:
+        properties |= {"retry": True, "retry_policy": conf.task_publish_retry_policy}
+    queue = options["queue"]
+    declare = [] if is_declared else [queue]
+    # To the default exchange, which knows each queue by its name
+    producer.publish(body, routing_key=queue.name, declare=declare, headers=headers, **properties)
+
+
+def message_of(job):
+    """Return the message of a job: headers, properties, and the body.
+
+    `crashes` says how often the job's worker has died, and `times_sent` which message of the job this is, `batch`
+    to which batch it belongs, `limit` the key of its limit, and `results_of` the batch whose results are its
+    first argument.
+    """
     # Flower shows these. Celery's own function to shorten them takes a second for each megabyte.
     shown = {"argsrepr": repr(job.args)[:1000], "kwargsrepr": repr(job.kwargs)[:1000]}
     shown |= {"retries": job.retries, "ignore_result": True}
-    message = amqp.create_task_message(pk, job.task, job.args, job.kwargs, **shown)
-    # Celery 5 uses the decorator's priority. Celery 6 will use only that of CELERY_TASK_ROUTES.
-    options |= {"queue": job.queue, "priority": getattr(task, "priority", None)}
-    options = amqp.router.route(options, job.task, job.args, job.kwargs)
-    options["priority"] = options.get("priority") or 0
-    options["headers"] = headers
-    tracing.run_as(job, amqp.send_task_message, producer, job.task, message, **options)
+    create = current_app.amqp.create_task_message
+    message = create(str(job.pk), job.task, job.args, job.kwargs, **shown)
+    fields = {"crashes": job.crashes, "times_sent": job.times_sent, "limit": job.limit_key}
+    pks = {"batch": job.batch_id, "results_of": job.results_of}
+    fields |= {name: str(pk) for name, pk in pks.items() if pk}
+    message.headers.update(job.headers, **{HEADER: fields})
+    return message
+
+
+def new_headers(job):
+    """Return the headers that all messages of this job will have, when its row is stored.
+
+    Celery sends its signals with each message. Here they are sent once, in the context of who enqueues the job:
+    what receivers add, such as a trace, is stored. So it is the same for messages that Beat sends.
+    """
+    if not signals.before_task_publish.receivers:
+        return job.headers
+    headers, properties, body, _ = message_of(job)
+    before, more = dict(headers), {"properties": properties, "declare": [], "retry_policy": {}}
+    sent = {"sender": job.task, "body": body, "headers": headers, "exchange": ""}
+    signals.before_task_publish.send(**sent, routing_key=job.queue, **more)
+    signals.after_task_publish.send(**sent, routing_key=job.queue)
+    added = {name: value for name, value in headers.items() if value != before.get(name)}
+    return job.headers | storable(added)
+
+
+def storable(headers):
+    """Return those of these headers that a row can store."""
+    found = {}
+    for name, value in (headers or {}).items():
+        try:
+            found[name] = json.loads(to_json(value))
+        except (TypeError, ValueError) as error:
+            logger.warning("the header %s is not stored: %r", name, error)
+    return found
 
 
 def is_connection_error(error):

@@ -134,13 +134,7 @@ class Job(Row):
     follows = models.UUIDField(null=True, help_text="the job or batch that it continues or repeats")
     results_of = models.UUIDField(null=True, help_text="the batch whose results are its argument")
 
-    # Of the request that enqueued it: see tracing.py.
-    trace = models.CharField(
-        max_length=55, default="", db_default="", help_text="W3C's traceparent, of OpenTelemetry"
-    )
-    request_id = models.CharField(
-        max_length=255, default="", db_default="", help_text="in the log, of django-structlog"
-    )
+    headers = models.JSONField(default=dict, help_text="of its messages, such as a trace")
 
     objects = PrimaryManager()
 

@@ -28,6 +28,7 @@ from durable_jobs.enqueue import (
     new_fields,
     seconds_until,
 )
+from durable_jobs.messages import fields_in, storable
 from durable_jobs.models import Batch, Job
 from durable_jobs.results import job_backend
 from durable_jobs.signatures import NO_CANVAS, JobSignature, check_options
@@ -119,6 +120,7 @@ class JobTask(DjangoTask):
         texts = {"label": label, "queue": options.get("queue")}
         fields = new_fields(FROM_NOW, self, args or (), kwargs, owner, **texts, **times)
         fields |= {"idempotency_key": idempotency_key, **({"pk": task_id} if task_id else {})}
+        fields["headers"] = storable(options.get("headers"))
         return self.AsyncResult(str(insert(fields, unique).pk))
 
     def using(self, **options: Unpack[Options]) -> JobSignature:
@@ -194,7 +196,7 @@ class JobTask(DjangoTask):
 
         It never raises the exception of the function, whatever `throw` says: the row has it.
         """
-        if "job" not in (headers or {}):
+        if not fields_in(headers):
             raise TypeError(
                 f"{self.name}.apply() does not run a job: enqueue it, or call the task. {NO_CANVAS}"
             )

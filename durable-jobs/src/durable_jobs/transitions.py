@@ -68,8 +68,7 @@ def cancel(jobs):
 def run_again(jobs, **fields):
     """Queue these jobs again that failed or were cancelled. Returns how many rows were changed.
 
-    The caller has opened their batches, see open_again(), and sends their messages. `fields` says when, and
-    for which request.
+    The caller has opened their batches, see open_again(), and sends their messages. `fields` says when.
     """
     changes = {**fields, "state": "queued", "finished_at": None, "retries": 0, "crashes": 0}
     changes |= {"result": None, "message": "", "error": "", "public_error": ""}

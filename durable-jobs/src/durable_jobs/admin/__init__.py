@@ -41,7 +41,7 @@ OUTCOME_FIELDS = ["state", "reason", "error", "public_error", "result", "progres
 OUTCOME_FIELDS += ["due_at", "started_at", "finished_at", "followed_by"]
 KEYS = ["id", "idempotency_key", "fingerprint", "unique_key", "limit_key", "blocked_by"]
 INTERNALS = ["cursor", "run_token", "worker", "sweep_at", "deadline"]
-INTERNALS += ["times_sent", "retries", "crashes", "follows", "results_of", "trace", "request_id"]
+INTERNALS += ["times_sent", "retries", "crashes", "follows", "results_of", "headers"]
 # How the list of jobs can be filtered, in the words of the metrics. A job that has not ended is in one of two
 # indexes: job_active or job_blocked.
 IS_ACTIVE = Q(state__in=ACTIVE) & (Q(sweep_at__isnull=False) | Q(blocked_by__isnull=False))

@@ -13,7 +13,7 @@ from django.db import transaction
 from django.db.models import Min, Q, TextField
 from django.db.models.functions import Cast, Length, Now
 
-from durable_jobs import admission, conf, tracing, transitions
+from durable_jobs import admission, conf, transitions
 from durable_jobs.database import may_succeed_later
 from durable_jobs.messages import MESSAGE_FIELDS, messages_in, send
 from durable_jobs.models import Job
@@ -184,10 +184,8 @@ class Sender:
 
 def fail(pk, **texts):
     """Write that a job that cannot be sent has failed, unless a worker had its message after all."""
-    row = Job.objects.filter(QUEUED, pk=pk)
-    job = row.only(*tracing.FIELDS).first()
-    if job and transitions.finish(row, "failed", **texts):
-        tracing.run_as(job, logger.error, "job %s failed: %s", pk, texts["error"])
+    if transitions.finish(Job.objects.filter(QUEUED, pk=pk), "failed", **texts):
+        logger.error("job %s failed: %s", pk, texts["error"])
 
 
 def mark_sent(due):

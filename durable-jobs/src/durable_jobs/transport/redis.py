@@ -2,9 +2,11 @@
 
 from kombu.transport import redis, virtual
 
+from durable_jobs.messages import fields_in
+
 
 def is_job(message):
-    return message is not None and "job" in (message.headers or {})
+    return message is not None and fields_in(message.headers) is not None
 
 
 class QoS(redis.QoS):

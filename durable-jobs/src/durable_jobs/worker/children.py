@@ -18,6 +18,7 @@ from django.db.models import Q
 from durable_jobs import conf
 from durable_jobs.admission import free_cancelled
 from durable_jobs.database import in_thread
+from durable_jobs.messages import HEADER, fields_in
 from durable_jobs.models import Job
 from durable_jobs.states import STILL_RUNNING
 from durable_jobs.worker.lease import POLL_SECONDS, recover, renew_for_children
@@ -29,8 +30,8 @@ logger = logging.getLogger(__name__)
 
 def assign_run_token(request, **kwargs):
     """Choose a run's token in the main process, so that this process knows the run of a dead child."""
-    if "job" in request.request_dict:
-        request.request_dict["run_token"] = uuid.uuid4()
+    if fields := fields_in(request.request_dict):
+        request.request_dict[HEADER] = {**fields, "run_token": uuid.uuid4()}
 
 
 def watch_children(sender, **kwargs):
@@ -47,12 +48,10 @@ def renew_leases_of_children():
     while True:
         time.sleep(conf.LEASE_SECONDS / 3)
         try:
-            requests = [r for r in tuple(state.active_requests) if "run_token" in r.request_dict]
-            if requests:
-                ids = [request.id for request in requests]
-                tokens = [request.request_dict["run_token"] for request in requests]
-                of_children = Q(run_token__in=tokens) | STILL_RUNNING
-                renew_for_children(Job.objects.filter(of_children, pk__in=ids))
+            found = {r.id: fields_in(r.request_dict) for r in tuple(state.active_requests)}
+            if tokens := {id: fields["run_token"] for id, fields in found.items() if fields}:
+                of_children = Q(run_token__in=tokens.values()) | STILL_RUNNING
+                renew_for_children(Job.objects.filter(of_children, pk__in=tokens))
         except Exception as error:  # the next try may succeed
             logger.warning("cannot renew leases: %r", error)
         connection.close()  # a child must not inherit it
@@ -60,19 +59,20 @@ def renew_leases_of_children():
 
 def recover_job_of_dead_child(sender, task_id, exception, **kwargs):
     """Recover the job of a killed child immediately, without waiting for its lease to lapse."""
-    token = (sender.request.headers or {}).get("run_token")
-    if token and isinstance(exception, exceptions.WorkerLostError):
+    fields = fields_in(sender.request.headers)
+    if fields and isinstance(exception, exceptions.WorkerLostError):
         # Wait until the database has rolled back the child's transaction.
-        in_thread(recover, Job.objects.filter(pk=task_id, run_token=token), delay=POLL_SECONDS)
-        free_slot(task_id, sender.request.headers)
+        row = Job.objects.filter(pk=task_id, run_token=fields["run_token"])
+        in_thread(recover, row, delay=POLL_SECONDS)
+        free_slot(task_id, fields)
 
 
 def free_slot_of_dead_child(request, terminated, signum, **kwargs):
     """Free the slot of a cancelled job whose child was killed by a revoke, without waiting for its lease."""
     if terminated and signum == signals.SIGKILL and process.is_prefork:
-        free_slot(request.id, request.headers or {})
+        free_slot(request.id, fields_in(request.headers))
 
 
-def free_slot(id, headers):
-    if "limit" in headers:
-        in_thread(free_cancelled, id, headers["crashes"], delay=POLL_SECONDS)
+def free_slot(id, fields):
+    if fields and fields["limit"]:
+        in_thread(free_cancelled, id, fields["crashes"], delay=POLL_SECONDS)

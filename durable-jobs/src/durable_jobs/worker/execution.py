@@ -9,7 +9,7 @@ from celery.exceptions import Ignore, Retry
 from django.db import IntegrityError, connection, transaction
 from django.db.transaction import TransactionManagementError
 
-from durable_jobs import admission, batches, conf, tracing, transitions
+from durable_jobs import admission, batches, conf, transitions
 from durable_jobs.database import (
     LOCK_TIMEOUT,
     end_interrupted_query,
@@ -18,6 +18,7 @@ from durable_jobs.database import (
     wait_past_soft_limit,
 )
 from durable_jobs.enqueue import FROM_NOW, new_fields
+from durable_jobs.messages import fields_in, storable
 from durable_jobs.models import Job
 from durable_jobs.states import QUEUED
 from durable_jobs.worker import lease
@@ -32,12 +33,12 @@ def execute(task, args, kwargs):
     Returns its result, or raises what Celery expects.
     """
     request = task.request
-    headers = request.headers or {}
-    if "job" not in headers:  # an app that does not know that this task is a job has sent it
-        headers = {**headers, "limit": store(task, args, kwargs)}
-    run = run_of(task, headers)
+    fields = fields_in(request.headers)
+    if fields is None:  # an app that does not know that this task is a job has sent it
+        fields = {"crashes": 0, "times_sent": 1, "limit": store(task, args, kwargs)}
+    run = run_of(task, fields)
     lease.start_thread()
-    crashes = headers.get("crashes", 0)
+    crashes = fields["crashes"]
     is_suspect = crashes and crashes + 1 >= conf.MAX_CRASHES
     if shutting_down[0] or (is_suspect and not run.become_suspect()):
         # Skip a job with times_sent=0: it was queued again after this message was sent.
@@ -59,7 +60,8 @@ def execute(task, args, kwargs):
 
 def store(task, args, kwargs):
     """Store the job of a message without one. Returns the key of its limit, or None."""
-    fields = new_fields(FROM_NOW, task, args, kwargs) | tracing.current(task.name)
+    fields = new_fields(FROM_NOW, task, args, kwargs)
+    fields["headers"] = storable(task.request.headers)
     job = wait_for(get_or_insert, Job(pk=task.request.id, **fields))
     if job.blocked_by:
         pool.query(admission.admit, [job.blocked_by])
@@ -77,22 +79,22 @@ def get_or_insert(job):
     return stored.get()
 
 
-def run_of(task, headers):
+def run_of(task, fields):
     """Return the Run of the message that this process got."""
     request = task.request
     limit = request.time_limit or task.time_limit
     return Run(
         request.id,
-        headers.get("run_token"),
+        fields.get("run_token"),
         task,
-        headers.get("batch"),
+        fields.get("batch"),
         # In eager mode, admit() starts the next job: here it would run inside of this one.
-        None if request.is_eager else headers.get("limit"),
-        headers.get("results_of"),
+        None if request.is_eager else fields.get("limit"),
+        fields.get("results_of"),
         worker=request.hostname,
         retries=request.retries,
-        crashes=headers.get("crashes", 0),
-        times_sent=headers.get("times_sent", 1),
+        crashes=fields["crashes"],
+        times_sent=fields["times_sent"],
         limit=timedelta(seconds=limit),
         lease=timedelta(seconds=min(conf.LEASE_SECONDS, limit)),
     )

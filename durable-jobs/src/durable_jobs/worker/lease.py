@@ -13,7 +13,7 @@ from django.db import close_old_connections, transaction
 from django.db.models import Q
 from django.db.models.functions import Now
 
-from durable_jobs import admission, conf, tracing, transitions
+from durable_jobs import admission, conf, transitions
 from durable_jobs.models import Job
 from durable_jobs.states import STILL_RUNNING
 from durable_jobs.transitions import lease_end
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5  # seconds between two checks of reports, leases and dead children
 STOPPED = "The worker running this job stopped unexpectedly"  # for owners: its worker died
-RECOVERY_FIELDS = "state crashes limit_key task started_at worker trace request_id".split()
+RECOVERY_FIELDS = "state crashes limit_key task started_at worker".split()
 RECOVERY_DELAY = 5  # seconds until the job of a dead worker starts again; doubles up to 43 minutes
 
 
@@ -118,13 +118,11 @@ def recover(jobs):
             row, changes = Job.objects.filter(pk=job.pk), {"public_error": STOPPED}
             transitions.requeue(row, delay, failure=died, crashes=crashes, **changes)
             text = "job %s lost its worker and will start again in %.0f s"
-            tracing.run_as(job, logger.warning, text, job.pk, delay)
-        if job.state == "running":
-            tracing.record_lost_run(job, OVER_TIME_LIMIT if job.late else died["error"])
+            logger.warning(text, job.pk, delay)
     admission.admit_after_commit(keys)
 
 
 def fail(job, failure, error, public_error="", **changes):
     texts = {"error": error, "public_error": public_error or error}
     transitions.finish(Job.objects.filter(pk=job.pk), "failed", failure=failure, **texts, **changes)
-    tracing.run_as(job, logger.error, "job %s failed: %s", job.pk, error)
+    logger.error("job %s failed: %s", job.pk, error)

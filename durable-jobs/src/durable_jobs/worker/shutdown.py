@@ -31,13 +31,13 @@ from multiprocessing.connection import wait
 
 from billiard import get_start_method
 from billiard.common import terminate_handler_fired
-from celery import current_app, platforms
+from celery import current_app, platforms, signals
 from celery.bootsteps import StartStopStep
 from celery.worker import state
 from django.db import connection, transaction
 from django.db.transaction import TransactionManagementError
 
-from durable_jobs import tracing, transitions
+from durable_jobs import transitions
 from durable_jobs.worker.heartbeat import heartbeat
 from durable_jobs.worker.lease import POLL_SECONDS
 from durable_jobs.worker.pools import has_children, pool, shutting_down
@@ -149,7 +149,7 @@ def requeue_and_exit(exitcode=0):
             time.sleep(POLL_SECONDS)  # a renewal may lock a row for a moment
             # Now also jobs with a limit: their functions must end when others get their slots.
             release(runs)
-        tracing.flush()
+        signals.worker_shutdown.send(None)  # Celery does not come so far
     finally:
         heartbeat.forget()
         os._exit(exitcode)

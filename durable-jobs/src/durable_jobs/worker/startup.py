@@ -3,6 +3,7 @@
 from celery import current_app
 from django.db import close_old_connections, connection
 
+from durable_jobs.messages import fields_in
 from durable_jobs.worker.events import BatchedEvents
 from durable_jobs.worker.remote_control import cancel_revoked_jobs
 
@@ -17,6 +18,6 @@ def prepare_connection(task, **kwargs):
     """Close a connection that is broken or too old, as Django does before a request."""
     if not task.request.is_eager:
         close_old_connections()
-        if "job" in (task.request.headers or {}):
+        if fields_in(task.request.headers):
             # Skip Django's health check, which is a query. On a dead connection, the claim is tried again.
             connection.health_check_done = True
