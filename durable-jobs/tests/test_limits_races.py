@@ -183,7 +183,7 @@ def test_a_cancelled_body_ends_while_a_job_is_stored_and_the_sweep_looks():
 
     def look(n):
         if n % 10 == 0:
-            admission.DueJobs().admit()
+            admission.admit_due()
 
     race(ROUNDS, lambda n: end(runs[n]), lambda n: turn.enqueue(n), look)
     assert_full()
@@ -204,10 +204,10 @@ def test_two_sweeps_a_grant_and_an_end_at_once(settings):
 
     def look(n):
         if n % 10 == 0:
-            admission.DueJobs().admit()
+            admission.admit_due()
 
     race(ROUNDS, lambda n: end(runs[n]), lambda n: admission.admit([key(n)]), look, look)
-    admission.DueJobs().admit()
+    admission.admit_due()
     assert_full(2)
 
 
@@ -228,7 +228,7 @@ def test_a_rate_is_kept_while_jobs_start_and_others_are_stored(settings):
         lambda n: admission.admit([f"turn:{n}"]),
         lambda n: turn.enqueue(n),
     )
-    admission.DueJobs().admit()
+    admission.admit_due()
     assert {used for used, _ in used_and_held().values()} == {0}
     two_intervals = Now() + timedelta(seconds=2 * 3600 / 19 - 60)
     assert Key.objects.filter(next_at__gt=two_intervals).count() == ROUNDS
@@ -249,7 +249,7 @@ def test_a_pause_and_its_end_meet_claims():
         pauses.resume(turn.name)
 
     race(20, claim, pause)
-    admission.DueJobs().admit()
+    admission.admit_due()
     assert Job.objects.filter(sweep_at__isnull=False).count() == 20
 
 
@@ -258,14 +258,15 @@ def test_a_pause_and_its_end_meet_claims():
 
 def test_a_grant_waits_a_second_for_the_lock_and_leaves_the_rest_to_the_sweep(caplog):
     _, [[job]] = store(1, 1, started=0)
+    Key.objects.create(key=job.limit_key)
     with transaction.atomic():
-        admission.lock([job.limit_key], [], skip_locked=False)
+        Key.objects.select_for_update().get()
         in_thread(lambda: admission.admit([job.limit_key]))
         assert "the sweeper will admit jobs of turn:0" in caplog.text
-        in_thread(lambda: admission.DueJobs().admit())  # it does not wait
+        in_thread(lambda: admission.admit_due())  # it does not wait
         assert len(caplog.records) == 1
         assert used_and_held() == {"turn:0": [0, 1]}
-    admission.DueJobs().admit()
+    admission.admit_due()
     assert_full()
 
 

@@ -10,7 +10,8 @@ rows with this key and a `sweep_at`.
 - After a job was stored, cancelled or recovered, admit() admits the oldest blocked jobs, under a lock for the key.
 - A run that ends hands its slot over to the next job, in the transaction that ends it: no lock, no new slot. If
   the limit has a rate, it calls admit() afterwards.
-- A rate has a row for each key, with the time of the next start. A run that starts moves it forward.
+- Each key has a row. admit() locks it, and it has the time of the next start if the limit has a rate: a run that
+  starts moves it forward.
 - The sweeper admits due jobs: after countdowns, for rates, and for slots that nobody has handed over.
 
 A job that is cancelled while its task function runs keeps its slot: `sweep_at` stays the end of its lease.
@@ -18,18 +19,15 @@ A job that is cancelled while its task function runs keeps its slot: `sweep_at` 
 Nobody admits, sends or claims a paused job. If a worker has its message, put_back() takes it away.
 """
 
-import hashlib
 import logging
-import time
 from datetime import timedelta
 from math import inf
 
 from celery import current_app
 from celery.utils.functional import chunks
-from django.db import Error, connections, transaction
-from django.db.models import Case, Count, F, When
-from django.db.models.expressions import RawSQL
-from django.db.models.functions import Greatest, Now
+from django.db import Error, transaction
+from django.db.models import Case, Count, DurationField, F, IntegerField, Min, Subquery, When
+from django.db.models.functions import Coalesce, Greatest, Now
 
 from durable_jobs import conf, transitions
 from durable_jobs.database import Clock, timeouts
@@ -42,10 +40,15 @@ from durable_jobs.transitions import is_paused
 
 logger = logging.getLogger(__name__)
 
-AT_ONCE = 100  # jobs that admit() sends, because their arguments may be large
-KEYS_AT_ONCE = 100  # in a transaction
-MOST = 5000  # jobs of a key that the sweeper admits in a round, and keys that it looks at
-MAX_SLOTS = 2**31  # if the number of free slots is known
+AT_ONCE = 100  # jobs in memory, because their arguments may be large
+KEYS_AT_ONCE = 500  # in a transaction
+NO_LIMIT = 2**31 - 1
+FIELDS = [
+    field.attname
+    for field in Job._meta.concrete_fields
+    if field.primary_key or field.attname in MESSAGE_FIELDS
+]
+MOST = 5000  # jobs that the sweeper admits in a round, and keys that it looks at
 
 
 def with_slot():
@@ -72,82 +75,24 @@ def put_back(jobs):
 
 # Admitting jobs
 
-# When the sweeper sends them: in the order of `due_at`, and in which they were stored.
-IN_ORDER = "CASE WHEN created_at > due_at THEN created_at ELSE due_at END"
-# The oldest blocked jobs of a key, at most `number`, if fewer than `most` slots are in use. PostgreSQL chooses
-# an array only once, and plans it faster than a WITH. With NOT EXISTS, it would expect to find no job, and
-# read and sort all.
-TAKE = """
-UPDATE durable_jobs_job SET blocked_by = NULL, times_sent = %(times_sent)s, sweep_at = {sweep_at}
-WHERE id {among}(
-    SELECT id FROM durable_jobs_job WHERE blocked_by = %(key)s AND due_at <= {now}
-    AND (SELECT COUNT(*) FROM durable_jobs_job WHERE limit_key = %(key)s AND sweep_at IS NOT NULL) < %(most)s
-    AND queue NOT IN (SELECT name FROM durable_jobs_pause) AND task NOT IN (SELECT name FROM durable_jobs_pause)
-    ORDER BY due_at, created_at LIMIT %(number)s {lock}
-){end} RETURNING {fields}
-"""
-DIALECTS = {
-    "postgresql": {
-        "among": "= ANY(ARRAY",
-        "end": ")",
-        "now": "STATEMENT_TIMESTAMP()",
-        "later": "STATEMENT_TIMESTAMP() + %(seconds)s * INTERVAL '1 second'",
-        "lock": "FOR UPDATE SKIP LOCKED",  # a grant and a run that ends may look at the same job
-    },
-    "sqlite": {
-        "among": "IN ",
-        "end": "",
-        "now": "STRFTIME('%%Y-%%m-%%d %%H:%%M:%%f000', 'NOW')",
-        "later": "STRFTIME('%%Y-%%m-%%d %%H:%%M:%%f000', 'NOW', %(seconds)s || ' seconds')",
-        "lock": "",
-    },
-}
-# The oldest blocked job of each key after one. This reads one index entry of each key; DISTINCT would read all.
-HEADS = """
-WITH RECURSIVE keys(name) AS (
-    SELECT MIN(blocked_by) FROM durable_jobs_job WHERE blocked_by > %s UNION ALL
-    SELECT (SELECT MIN(blocked_by) FROM durable_jobs_job WHERE blocked_by > keys.name) FROM keys WHERE name IS NOT NULL
-)
-SELECT (SELECT id FROM durable_jobs_job WHERE blocked_by = keys.name ORDER BY due_at, created_at LIMIT 1)
-FROM keys LIMIT %s
-"""
 
+def admit(keys, most=AT_ONCE, skip_locked=False):
+    """Admit blocked jobs of these keys, and send their messages, until there were `most`. Returns how many.
 
-def unblock(key, number, most=MAX_SLOTS, is_sent=True):
-    """Unblock jobs of this key, if fewer than `most` slots are in use. Returns them, the oldest first.
-
-    With `is_sent`, the caller sends their messages. Otherwise the sweeper does, and only their ids are loaded.
+    Raises no error: the sweeper tries again. With `skip_locked`, leave out the keys that another process has locked.
     """
-    manager, columns = Job.objects, []
-    dialect = DIALECTS[connections[manager.db].vendor]
-    sweep_at = dialect["later"] if is_sent else IN_ORDER
-    params = {"key": key, "number": number, "most": most, "times_sent": int(is_sent)}
-    if is_sent:
-        params["seconds"] = conf.RESEND_SECONDS
-        columns = [manager.model._meta.get_field(name).column for name in MESSAGE_FIELDS]
-    fields = ", ".join(["id", "due_at", "created_at", *columns])
-    sql = TAKE.format(**dialect, sweep_at=sweep_at, fields=fields)
-    jobs = manager.raw(sql, params)
-    return sorted(jobs, key=lambda job: (job.due_at, job.created_at))
-
-
-def admit(keys):
-    """Admit blocked jobs of these keys, and send their messages. Raises no error: the sweeper tries again."""
-    sent = set()
+    count = 0
     try:
-        for some in chunks(iter(sorted(keys)), KEYS_AT_ONCE):
-            while jobs := [
-                job for job in unblock_many(with_free_slots(some)) if job.pk not in sent
-            ]:
+        for some in chunks(iter(keys), KEYS_AT_ONCE):
+            while count < most and (jobs := unblock_many(some, skip_locked)):
                 publish(jobs)
-                sent |= {job.pk for job in jobs}
+                count += len(jobs)
                 # In eager mode, these jobs have ended now, so others may start.
-                if not current_app.conf.task_always_eager:
+                if len(jobs) < AT_ONCE and not current_app.conf.task_always_eager:
                     break
-            if len(sent) >= AT_ONCE:
-                break
     except Error as error:
         logger.warning("the sweeper will admit jobs of %s: %r", ", ".join(keys)[:200], error)
+    return count
 
 
 def admit_after_commit(keys):
@@ -155,45 +100,55 @@ def admit_after_commit(keys):
         transaction.on_commit(lambda: admit(keys), using=Job.objects.db, robust=True)
 
 
-def with_free_slots(keys):
-    """Return those of these keys that have free slots, without a lock.
+def unblock_many(keys, skip_locked):
+    """Unblock as many jobs of these keys as may start now, at most AT_ONCE. Returns them.
 
-    No job is overlooked: whoever frees a slot commits that before it looks for blocked jobs, and whoever stores
-    a job commits that before it looks for a slot.
+    First look without the locks: mostly no slot is free. No job is overlooked: whoever frees a slot commits that
+    before it looks for blocked jobs, and whoever stores a job commits that before it looks for a slot.
     """
-    return [key for key, number in free_slots(keys).items() if number > 0]
-
-
-def unblock_many(keys, is_sent=True, skip_locked=False):
-    """Unblock as many jobs of these keys as may start now. Returns them, the oldest of each key first.
-
-    `keys` is what with_free_slots() returns. With `is_sent`, at most AT_ONCE. With `skip_locked`, leave out the keys that another process has locked.
-    """
+    keys = [key for key, number in free_slots(keys).items() if number > 0]
     if not keys:
         return []
     settings, jobs = timeouts(), []
-    with transaction.atomic(Job.objects.db):
-        for key, number in free_slots(lock(keys, settings, skip_locked)).items():
-            number = min(number, AT_ONCE - len(jobs)) if is_sent else number
-            if number > 0:
-                jobs += unblock(key, number, is_sent=is_sent)
+    Key.objects.bulk_create([Key(key=key) for key in sorted(keys)], ignore_conflicts=True)
+    with transaction.atomic():
+        # In order, so that two processes never wait for each other.
+        locked = Key.objects.filter(*settings, pk__in=keys).order_by("pk")
+        locked = locked.select_for_update(skip_locked=skip_locked).values_list("pk", flat=True)
+        for key, number in free_slots(list(locked)).items():
+            while number > 0 and len(jobs) < AT_ONCE and (unblocked := unblock(key)):
+                jobs += unblocked
+                number -= 1
     return jobs
 
 
-def lock(keys, settings, skip_locked):
-    """Lock these keys until the transaction ends. Returns those that are locked. `settings`: see timeouts()."""
-    connection = connections[Job.objects.db]
-    if connection.vendor != "postgresql":
-        return keys  # SQLite has only one writer
-    digests = {key: hashlib.sha256(key.encode()).digest()[:8] for key in keys}
-    ids = {int.from_bytes(digest, signed=True): key for key, digest in digests.items()}
-    function = "PG_TRY_ADVISORY_XACT_LOCK" if skip_locked else "PG_ADVISORY_XACT_LOCK"
-    with connection.cursor() as cursor:
-        # In order, so that two processes never wait for each other.
-        columns = "".join(f"{each.template % each.extra}, " for each in settings)
-        sql = f"SELECT id, {columns}{function}(id) FROM UNNEST(%s::bigint[]) id"  # noqa: S608
-        cursor.execute(sql, [sorted(ids)])
-        return [ids[id] for id, *_, is_locked in cursor.fetchall() if is_locked is not False]
+def unblock(key, most=NO_LIMIT):
+    """In a transaction, unblock the oldest due job of this key, if fewer than `most` slots are in use.
+
+    Returns [job], whose message the caller sends, or [].
+    """
+    rows = oldest(blocked_by=key, most=most)
+    jobs = [Job.from_db(Job.objects.db, FIELDS, row) for row in rows]
+    for job in jobs:
+        job.times_sent = 1
+        give_slot(id=job.pk, seconds=timedelta(seconds=conf.RESEND_SECONDS))
+    return jobs
+
+
+@transitions.prepared(most=IntegerField())
+def oldest(blocked_by, most):
+    slots = with_slot().filter(limit_key=blocked_by).order_by().values("limit_key")
+    used = Coalesce(Subquery(slots.values(used=Count("pk"))), 0)
+    jobs = Job.objects.filter(~is_paused(), blocked_by=blocked_by, due_at__lte=Now())
+    jobs = jobs.alias(used=used).filter(used__lt=most).order_by("due_at", "created_at")
+    # skip_locked: a run that ends and admit() may look at the same job.
+    return jobs.select_for_update(skip_locked=True).values_list(*FIELDS)[:1], None
+
+
+@transitions.prepared(seconds=DurationField())
+def give_slot(id, seconds):
+    changes = {"blocked_by": None, "times_sent": 1, "sweep_at": Now() + seconds}
+    return Job.objects.filter(pk=id), changes
 
 
 def free_slots(keys):
@@ -204,14 +159,14 @@ def free_slots(keys):
     rows = with_slot().filter(limit_key__in=limits).order_by().values_list("limit_key")
     for key, count, queued in rows.annotate(count=Count("pk"), queued=Count("pk", filter=QUEUED)):
         used[key], unstarted[key] = count, queued
-    waiting = waits(limits)
+    waiting = waits_for_rates(limits)
     for key, limit in limits.items():
         by_rate = 0 if key in waiting else limit.ahead - unstarted[key] if limit.rate else inf
-        free[key] = min(MOST, limit.running - used[key], by_rate)
+        free[key] = min(limit.running - used[key], by_rate)
     return free
 
 
-def waits(limits):
+def waits_for_rates(limits):
     """Return {key: the time until its rate lets a job start}, without those that do so now."""
     rated = [key for key, limit in limits.items() if limit.rate]
     rows = Key.objects.filter(pk__in=rated, next_at__gt=Now())
@@ -221,59 +176,31 @@ def waits(limits):
 # The sweeper
 
 
-class DueJobs:
-    """The sweeper's part: it admits blocked jobs that are due, MOST keys in a round."""
+def admit_due(paused=()):
+    """Admit blocked jobs that are due. `paused` is what paused_names() returns.
 
-    def __init__(self):
-        self.last_key = ""  # the next round continues after this key
-
-    def admit(self, paused=()):
-        """Do one round, for SWEEP_SECONDS at most. `paused` is what paused_names() returns.
-
-        Returns in how many seconds the next blocked job is due, and in how many a rate may admit one.
-        """
-        until, seconds, due = time.monotonic() + conf.SWEEP_SECONDS, inf, set()
-        if paused:  # free the slots of those jobs whose messages are missing
-            late = with_slot().filter(QUEUED, is_paused(paused), sweep_at__lt=Now())
-            with transaction.atomic():
-                put_back(transitions.skip_locked(late))
-        for key, wait in self.oldest_of_keys():
-            if wait > timedelta():
-                seconds = min(seconds, wait.total_seconds())
-            else:
-                due.add(key)
-        for some in chunks(iter(with_free_slots(due)), KEYS_AT_ONCE):
-            if admit_for_sweeper(some) >= MOST or time.monotonic() > until:
-                seconds = 0  # there may be more
-                break
-        return seconds, seconds_until_rate(due)
-
-    def oldest_of_keys(self):
-        """Return the wait of the oldest blocked job of each key."""
-        rows = Job.objects.filter(pk__in=RawSQL(HEADS, [self.last_key, MOST]))  # noqa: S611
-        rows = list(rows.order_by("blocked_by").values_list("blocked_by", F("due_at") - Now()))
-        self.last_key = rows[-1][0] if len(rows) >= MOST else ""
-        return rows
+    Returns in how many seconds the next one is due, and in how many a rate may admit one.
+    """
+    if paused:  # free the slots of those jobs whose messages are missing
+        late = with_slot().filter(QUEUED, is_paused(paused), sweep_at__lt=Now())
+        with transaction.atomic():
+            put_back(transitions.skip_locked(late))
+    blocked = Job.objects.exclude(is_paused(paused)).filter(blocked_by__isnull=False)
+    keys = blocked.values_list("blocked_by").annotate(wait=Min("due_at") - Now()).order_by("?")
+    waits = [(key, wait.total_seconds()) for key, wait in keys[:MOST]]
+    due = [key for key, wait in waits if wait <= 0]
+    if admit(due, MOST, skip_locked=True) >= MOST:
+        return 0, 0
+    return min((wait for _, wait in waits if wait > 0), default=inf), seconds_until_rate(due)
 
 
 def seconds_until_rate(keys):
     """Return in how many seconds the rate of one of these keys may admit a job."""
     limits = {key: limit for key in keys if (limit := limit_of(key)).rate}
-    waiting = waits(limits)
+    waiting = waits_for_rates(limits)
     # Also if it may start one now: the job that was just admitted does, and then nobody else looks again.
     times = [waiting.get(key, limit.interval).total_seconds() for key, limit in limits.items()]
     return min(times, default=inf)
-
-
-def admit_for_sweeper(keys):
-    """Call unblock_many() for these keys. If it fails, call it for each of them: one key must not stop the others."""
-    try:
-        return len(unblock_many(keys, is_sent=False, skip_locked=True))
-    except Error as error:
-        if len(keys) > 1:
-            return sum(admit_for_sweeper([key]) for key in keys)
-        logger.warning("jobs of %s stay blocked until the next round: %r", keys[0], error)
-        return 0
 
 
 # A run
@@ -298,7 +225,7 @@ def hand_over(key):
     This needs no lock, because it changes no number: until the commit, others count the old job.
     """
     limit = limit_of(key)
-    return [] if limit.rate else unblock(key, 1, limit.running)
+    return [] if limit.rate else unblock(key, min(limit.running, NO_LIMIT))
 
 
 def after_run(run):
@@ -337,8 +264,9 @@ def keys_of_queued(jobs):
     return set(rows.values_list("limit_key", flat=True).distinct())
 
 
+@transaction.atomic
 def delete_old_keys():
-    Key.objects.filter(next_at__lt=Now() - timedelta(hours=1)).delete()
+    transitions.skip_locked(Key.objects.filter(next_at__lt=Now() - timedelta(hours=1))).delete()
 
 
 def ignore_limits(jobs):

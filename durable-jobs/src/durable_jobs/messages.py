@@ -13,7 +13,7 @@ from durable_jobs.validation import to_json
 logger = logging.getLogger(__name__)
 
 # The fields of a job that its message needs
-MESSAGE_FIELDS = ["task", "args", "kwargs", "queue", "batch", "retries", "crashes", "times_sent"]
+MESSAGE_FIELDS = ["task", "args", "kwargs", "queue", "batch_id", "retries", "crashes", "times_sent"]
 MESSAGE_FIELDS += ["limit_key", "results_of", "headers"]
 HEADER = "durable_job"  # marks the message of a job
 

@@ -265,10 +265,12 @@ class Worker(models.Model):
 
 
 class Key(models.Model):  # noqa: DJ008
-    """The key of a limit with a rate: see admission.py."""
+    """The key of a limit, to lock it and for its rate: see admission.py."""
 
     key = models.CharField(max_length=255, primary_key=True)
-    next_at = models.DateTimeField(db_default=Clock(), help_text="when the next job may start")
+    next_at = models.DateTimeField(
+        db_default=Clock(), help_text="when a rate lets the next job start"
+    )
 
     objects = PrimaryManager()
 

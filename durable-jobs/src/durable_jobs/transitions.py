@@ -162,10 +162,21 @@ def prepared(**types):
             if changes:
                 query = query.chain(UpdateQuery)
                 query.add_update_values(changes)
-            return query.get_compiler(rows.db).as_sql()
+            compiler = query.get_compiler(rows.db)
+            return *compiler.as_sql(), compiler
 
         names = signature(function).parameters.keys()
-        return wraps(function)(lambda **values: execute(*build(), values))
+
+        @wraps(function)
+        def run(**values):
+            *statement, compiler = build()
+            answer = execute(*statement, values)
+            if isinstance(answer, int):
+                return answer
+            converters = compiler.get_converters([column for column, *_ in compiler.select])
+            return list(compiler.apply_converters(answer, converters))
+
+        return run
 
     return decorate
 

@@ -64,7 +64,6 @@ class Sender:
     """Sends messages, and remembers what the broker has refused."""
 
     def __init__(self):
-        self.due_jobs = admission.DueJobs()
         self.queues = defaultdict(Queue)  # by name
         self.refusals = Counter()  # by job id
         self.refused = {}  # {queue with due jobs: why the broker took no message}
@@ -78,7 +77,7 @@ class Sender:
         """
         pause = conf.SWEEP_SECONDS
         paused = admission.paused_names()
-        turn, next_start = self.due_jobs.admit(paused)
+        turn, next_start = admission.admit_due(paused)
         queued = Job.objects.filter(state="queued").exclude(is_paused(paused))
         until = time.monotonic() + pause
         soon = queued.filter(sweep_at__lt=Now() + timedelta(seconds=pause))

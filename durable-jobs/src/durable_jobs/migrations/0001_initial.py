@@ -142,7 +142,7 @@ class Migration(migrations.Migration):
             name='Key',
             fields=[
                 ('key', models.CharField(max_length=255, primary_key=True, serialize=False)),
-                ('next_at', models.DateTimeField(db_default=durable_jobs.database.Clock(), help_text='when the next job may start')),
+                ('next_at', models.DateTimeField(db_default=durable_jobs.database.Clock(), help_text='when a rate lets the next job start')),
             ],
             options={
                 'default_permissions': (),
