@@ -144,7 +144,7 @@ def test_a_held_job_says_what_it_waits_for(sent, commit, settings):
     with commit():
         *_, job = [call.enqueue(7) for _ in range(3)]
     job.refresh_from_db()
-    text = "Waiting: limit tenant:7 is full (2 of 2 running)"
+    text = "Waiting: limit tenant:7 is full (2 of 2 slots taken)"
     assert reasons(Job.objects.all()) == {job.pk: text}
     settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"LIMITS": {}}
     assert reasons([job]) == {job.pk: f"Waiting: limit {job.limit_key}"}

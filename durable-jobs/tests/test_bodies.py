@@ -6,10 +6,20 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
+import psycopg
 import pytest
 from celery import shared_task
 from celery.exceptions import Retry, SoftTimeLimitExceeded
-from django.db import InterfaceError, InternalError, OperationalError, connection, transaction
+from django.db import (
+    IntegrityError,
+    InterfaceError,
+    InternalError,
+    NotSupportedError,
+    OperationalError,
+    ProgrammingError,
+    connection,
+    transaction,
+)
 from helpers import act, add, deliver, errors, run
 from psycopg.errors import ProgramLimitExceeded, ReadOnlySqlTransaction
 
@@ -245,6 +255,43 @@ def test_a_result_waits_for_an_unavailable_database(monkeypatch):
     monkeypatch.setattr(transitions, "finish", away)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     assert run(lambda task: "done").result == "done"
+
+
+# SQLSTATEs of errors after which the same query may succeed
+TEMPORARY = "25006 25P03 26000 42P05 0A000 40001 40P01 55P03 57P01 57P02 57P03 08006 53300".split()
+ENDS = {"claim": None, "succeed": None, "fail": OSError, "requeue": Retry}
+
+
+@pytest.mark.django_db(transaction=True)  # it opens a new connection
+@pytest.mark.parametrize("state", TEMPORARY)
+@pytest.mark.parametrize("end", ENDS)
+def test_a_temporary_error_of_postgresql_does_not_end_a_job(monkeypatch, state, end):
+    """psycopg's class of each error says which one Django raises: often no OperationalError."""
+    cause = psycopg.errors.lookup(state)()
+    kinds = IntegrityError, NotSupportedError, ProgrammingError, InternalError, OperationalError
+    error = next(kind for kind in kinds if isinstance(cause, getattr(psycopg, kind.__name__)))()
+    error.__cause__, errors = cause, [True]
+
+    def refuse(execute, sql, params, many, context):
+        is_claim = '"worker" = ' in sql
+        if errors and '"run_token" = ' in sql and is_claim == (end == "claim"):
+            errors.pop()
+            raise error
+        return execute(sql, params, many, context)
+
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+
+    def body(task):
+        if end == "requeue":
+            task.retry(countdown=60)
+        if ENDS[end]:
+            raise ENDS[end]
+        return "done"
+
+    with connection.execute_wrapper(refuse):
+        job = run(body)
+    assert not errors
+    assert job.state == {"fail": "failed", "requeue": "queued"}.get(end, "succeeded")
 
 
 def test_a_value_that_is_too_large_for_the_database_is_not_retried_for_ever():

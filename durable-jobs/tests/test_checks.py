@@ -70,6 +70,15 @@ def found_by_checks():
     return {message.id for message in run_checks() if message.id.startswith("durable_jobs.")}
 
 
+@pytest.mark.parametrize("pool", ["prefork", "threads"])
+def test_the_checks_refuse_a_connection_pool_that_children_would_inherit(monkeypatch, pool):
+    monkeypatch.setenv("CELERY_WORKER_POOL", pool)
+    monkeypatch.setattr(connection, "vendor", "postgresql")
+    monkeypatch.setitem(connection.settings_dict["OPTIONS"], "pool", True)
+    found = [found.id for found in run_checks() if found.id == "durable_jobs.E007"]
+    assert found == ["durable_jobs.E007"] * (pool == "prefork")
+
+
 def test_the_checks_find_a_queue_without_workers(monkeypatch):
     assert found_by_checks() == set()
     monkeypatch.setattr(add, "queue", "other", raising=False)

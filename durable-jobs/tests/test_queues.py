@@ -116,7 +116,7 @@ def test_the_key_of_a_limit_is_searched(admin_client, work, settings):
 def test_a_held_job_says_for_what_it_waits(admin_client, work):
     job = Job.objects.filter(blocked_by="tenant:a").first()
     page = admin_client.get(f"{JOBS}{job.pk}/change/").content.decode()
-    assert "Waiting: limit tenant:a is full (2 of 2 running)" in page
+    assert "Waiting: limit tenant:a is full (2 of 2 slots taken)" in page
     assert listed(admin_client, "state=blocked&queue=io&task=" + call.name) == list(
         Job.objects.filter(blocked_by="tenant:a").order_by("-created_at", "-pk")
     )

@@ -175,7 +175,7 @@ def test_the_pages_say_what_a_blocked_job_waits_for(with_tasks, tmp_path):
         tab.log_in(site)
         blocked, paused = site.ask(CALLS)
         rows = "[...document.querySelectorAll('.job')].map((row) => row.innerText)"
-        turn = "Waiting: limit tenant:7 is full (2 of 2 running)"
+        turn = "Waiting: limit tenant:7 is full (2 of 2 slots taken)"
         tab.wait(f"{rows}[0]?.match(/Paused for [0-9]+ s: SMTP is down/)")  # newest first
         tab.wait(f"{rows}[1].includes({turn!r})")
         for pk, text in (blocked, turn), (paused, ": SMTP is down"):

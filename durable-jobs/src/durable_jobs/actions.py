@@ -19,6 +19,7 @@ from durable_jobs.enqueue import (
 )
 from durable_jobs.messages import new_headers
 from durable_jobs.models import Job
+from durable_jobs.states import UNFINISHED
 from durable_jobs.validation import Results, to_json
 
 __all__ = ["cancel", "run_again"]
@@ -32,9 +33,13 @@ def cancel(jobs: QuerySet | Job) -> int:
     # when it has waited for a lock. Then check outside of it that the job has not ended.
     elif jobs.query.count_active_tables() > 1:
         jobs = Job.objects.filter(pk__in=jobs.values("pk"))
-    keys = admission.keys_of_queued(jobs)
-    cancelled = transitions.cancel(jobs)
-    admission.admit_after_commit(keys)
+    with transaction.atomic(Job.objects.db):
+        # Two calls for the same jobs lock their rows in one order: otherwise they would be a deadlock.
+        rows = Job.objects.filter(UNFINISHED, pk__in=jobs.values("pk")).order_by("pk")
+        list(rows.select_for_update().values_list("pk"))
+        keys = admission.keys_of_queued(jobs)
+        cancelled = transitions.cancel(jobs)
+        admission.admit_after_commit(keys)
     return cancelled
 
 

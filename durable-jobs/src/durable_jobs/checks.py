@@ -35,6 +35,18 @@ def check_database(app_configs, **kwargs):
 
 
 @register()
+def check_connection_pool(app_configs, **kwargs):
+    """Refuse psycopg's pool with prefork: its threads do not live on in a child process."""
+    has_pool = connection.vendor == "postgresql" and connection.settings_dict["OPTIONS"].get("pool")
+    if has_pool and worker_pool() == "prefork":
+        yield Error(
+            "Prefork workers can't use psycopg's connection pool: a child process inherits it without its threads.",
+            hint='Remove "pool" from the OPTIONS of the database, or run workers with --pool threads.',
+            id="durable_jobs.E007",
+        )
+
+
+@register()
 def check_queues(app_configs, **kwargs):
     """Check the queues that tasks are routed to."""
     known = known_queues()
@@ -118,11 +130,14 @@ def check_schedule(app_configs, **kwargs):
             )
 
 
+def worker_pool():
+    # A worker without --pool has the pool of this variable, or else that of the setting.
+    return os.environ.get("CELERY_WORKER_POOL") or current_app.conf.worker_pool
+
+
 @register(deploy=True)
 def check_pool(app_configs, **kwargs):
-    # A worker without --pool has the pool of this variable, or else that of the setting.
-    pool = os.environ.get("CELERY_WORKER_POOL") or current_app.conf.worker_pool
-    if pool not in TIME_LIMITED:
+    if (pool := worker_pool()) not in TIME_LIMITED:
         yield Info(
             f"The pool {pool} has no time limits: a task that waits forever keeps its slot.",
             hint='Give each wait a timeout. Then add "durable_jobs.I001" to SILENCED_SYSTEM_CHECKS.',

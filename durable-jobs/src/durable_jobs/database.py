@@ -54,6 +54,15 @@ LOCK_TIMEOUT = SetLocal(name="lock_timeout", value="1s")
 # lease, the job must not stay locked.
 IDLE_TIMEOUT = SetLocal(name="idle_in_transaction_session_timeout", value="10s")
 
+# SQLSTATEs, see the appendix "PostgreSQL Error Codes" of its manual
+TEMPORARY = {
+    "25006",  # a standby is read-only
+    "25P03",  # the transaction was idle for too long: its process froze
+    "26000",  # a kept plan is gone, for example after DISCARD ALL
+    "42P05",  # a kept plan exists: a pooler gave this connection to somebody else
+    "0A000",  # a kept plan does not fit the altered table
+}
+
 
 def cursor_that_prepares():
     """Return a cursor whose plans PostgreSQL keeps if the project sets psycopg's `prepare_threshold`.
@@ -130,11 +139,14 @@ def wait_past_soft_limit(update, *args, **kwargs):
 
 
 def may_succeed_later(error):
-    """Return whether the same query may succeed later: no connection, a lock, a standby."""
+    """Return whether the same query may succeed later, on a new connection.
+
+    This is the case for OperationalError and InterfaceError (a lost connection, a lock, a deadlock, a server that
+    shuts down), except for limits of PostgreSQL, and for those of other errors that TEMPORARY has.
+    """
     state = getattr(error.__cause__, "sqlstate", None) or ""
-    # PostgreSQL's class 54 is "program limit exceeded"; 25006 is "read-only transaction", on a standby.
-    is_known = isinstance(error, (OperationalError, InterfaceError)) and not state.startswith("54")
-    return is_known or state == "25006"
+    is_operational = isinstance(error, (OperationalError, InterfaceError))
+    return state in TEMPORARY or (is_operational and state[:2] != "54")
 
 
 def in_transaction():

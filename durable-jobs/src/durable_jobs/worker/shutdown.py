@@ -147,11 +147,11 @@ def requeue_and_exit(exitcode=0):
             runs = process.runs.values()
             release([run for run in runs if not run.limit_key])
             time.sleep(POLL_SECONDS)  # a renewal may lock a row for a moment
-            # Now also jobs with a limit: their functions must end when others get their slots.
+            signals.worker_shutdown.send(None)  # Celery does not come so far
+            heartbeat.forget()
+            # Jobs with a limit at the very last: their functions must end when others get their slots.
             release(runs)
-        signals.worker_shutdown.send(None)  # Celery does not come so far
     finally:
-        heartbeat.forget()
         os._exit(exitcode)
 
 
