@@ -1,12 +1,10 @@
 """A job says what it waits for or why it does not move. The whole system does, too."""
 
-from contextlib import contextmanager
 from datetime import datetime, timedelta
-from unittest.mock import Mock
 
 import pytest
 from celery import shared_task
-from django.db import OperationalError, connection
+from django.db import connection
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 from helpers import add, claim, claim_and_lapse, messages_unless, sweeper

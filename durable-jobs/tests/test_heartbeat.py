@@ -86,8 +86,8 @@ def row():
     return Worker.objects.get()
 
 
-def write(consumer, is_first=False):
-    heartbeat.heartbeat.write(consumer, is_first)
+def write(consumer):
+    heartbeat.heartbeat.write(consumer)
 
 
 def test_the_row_says_what_a_worker_is(consumer, settings, monkeypatch):
@@ -154,35 +154,34 @@ def test_a_restarted_worker_takes_over_the_row_of_a_killed_one(consumer, caplog)
     Worker.objects.create(
         name="one@host", pool="x", slots=9, busy=9, queues=[], version="", started_at=old
     )
-    write(consumer, is_first=True)
+    write(consumer)
     assert row().started_at > old and row().slots == 4
     assert not caplog.text
 
 
-def test_two_workers_with_one_name_share_a_row_and_say_so(consumer, caplog, monkeypatch):
-    write(consumer, is_first=True)
+def test_two_workers_with_one_name_share_a_row(consumer, monkeypatch):
+    write(consumer)
     first = dict(heartbeat.heartbeat.own)
     heartbeat.heartbeat.start(consumer)  # the other one
     consumer.pool.num_processes = 8
-    write(consumer, is_first=True)
-    assert row().slots == 8 and not caplog.text
+    write(consumer)
+    assert row().slots == 8
     other = dict(heartbeat.heartbeat.own)
     monkeypatch.setattr(heartbeat.heartbeat, "own", first)
     heartbeat.heartbeat.forget()
     assert row().slots == 8  # it has deleted only its own
     monkeypatch.setattr(heartbeat.heartbeat, "lock", threading.Lock())
     write(consumer)
-    assert caplog.text.count("two workers have the name one@host") == 1
     monkeypatch.setattr(heartbeat.heartbeat, "own", other)
     write(consumer)
     assert row().started_at == other["started_at"]
 
 
-def test_a_row_that_was_deleted_comes_back(consumer, caplog):
-    write(consumer, is_first=True)
+def test_a_row_that_was_deleted_comes_back(consumer):
+    write(consumer)
     Worker.objects.all().delete()
     write(consumer)
-    assert row() and not caplog.text
+    assert row()
 
 
 def test_a_worker_that_ends_deletes_its_row_and_writes_none_after_it(consumer, monkeypatch):
@@ -214,16 +213,11 @@ def test_a_worker_ends_without_the_database(consumer, caplog, monkeypatch):
     assert "the worker's row stays for an hour" in caplog.text
 
 
-ENDS = [lambda: shutdown.requeue_and_exit(1), lambda: shutdown.end_if_stuck(0)]
-
-
-@pytest.mark.parametrize("end", ENDS)
-def test_a_worker_that_leaves_without_celery_deletes_its_row(consumer, monkeypatch, end):
+def test_a_worker_that_leaves_without_celery_deletes_its_row(consumer, monkeypatch):
     write(consumer)
     monkeypatch.setattr(shutdown, "time", SimpleNamespace(monotonic=lambda: 0, sleep=Mock()))
-    monkeypatch.setattr(shutdown.pool, "start_thread", lambda function: function())
     monkeypatch.setattr("os._exit", exits := Mock())
-    end()
+    shutdown.requeue_and_exit(1)
     exits.assert_called_once_with(1)
     assert not Worker.objects.exists()
 

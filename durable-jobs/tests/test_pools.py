@@ -56,7 +56,7 @@ def threads(monkeypatch):
 @pytest.mark.parametrize(
     ("pool", "ends"),
     [
-        ("prefork", ["end_if_stuck"]),
+        ("prefork", []),
         ("threads", ["requeue_and_exit", "end_idle_worker"]),
         ("solo", ["requeue_and_exit", "end_idle_worker"]),
     ],

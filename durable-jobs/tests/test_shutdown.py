@@ -2,8 +2,6 @@
 
 from contextlib import nullcontext, suppress
 from functools import partial
-from types import SimpleNamespace
-from unittest.mock import Mock
 
 import pytest
 from django.db import transaction
@@ -85,20 +83,3 @@ def test_an_old_message_in_a_shutdown_does_not_shorten_a_pause(shut_down):
     shut_down()
     job = enqueue(add, [1, 2], countdown=3600)
     assert seconds_until_due(deliver(job)) > 3000
-
-
-@pytest.mark.parametrize(("at_work", "seconds"), [((), 10), ((object(),), 25 + 10)])
-def test_a_worker_that_hangs_in_its_shutdown_exits(monkeypatch, at_work, seconds):
-    """After 10 s without work, or 10 s after all bodies must have ended."""
-    now, exits = [0], Mock()
-
-    def sleep(seconds):
-        now[0] += seconds
-
-    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=sleep)
-    monkeypatch.setattr(shutdown, "time", clock)
-    monkeypatch.setattr(shutdown, "state", SimpleNamespace(active_requests=at_work))
-    monkeypatch.setattr("os._exit", exits)
-    shutdown.end_if_stuck(25)
-    exits.assert_called_once_with(1)
-    assert now == [seconds]

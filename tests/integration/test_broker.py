@@ -519,25 +519,3 @@ def test_a_broker_lost_while_a_child_reads_a_large_message_blocks_nothing(stack,
     since(start)
     assert succeeded(rows, crashes=0), rows
     assert ran_once(stack, jobs)
-
-
-@on_prefork
-def test_a_worker_ends_although_a_child_has_half_of_a_message(stack, since):
-    """Celery waits for that child, and the child waits for the other half."""
-    children = children_of(stack.worker.pid)
-    for child in children:
-        os.kill(child, signal.SIGSTOP)
-    job = stack.enqueue("read", "x" * 1_000_000, queue="cpu")  # more than a pipe holds
-    wait_for(lambda: not stack.messages_in("cpu"))
-    time.sleep(1)  # the worker writes to a child
-
-    start = time.monotonic()
-    os.kill(stack.worker.pid, signal.SIGTERM)
-    wait_for(lambda: "terminate all running tasks" in stack.worker.printed)
-    for child in children:
-        os.kill(child, signal.SIGCONT)
-    stack.worker.wait()
-    since(start)
-    assert "a child does not end" in stack.worker.printed
-    stack.worker.start()
-    assert succeeded(stack.wait_until_final(job), crashes=0)

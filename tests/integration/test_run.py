@@ -414,7 +414,6 @@ def test_a_worker_typed_by_hand_uses_the_projects_settings(broker, project, requ
 
             worker.process.send_signal(number)
             worker.process.wait(300)
-            assert "does not end" not in worker.log  # a stuck one logs this after ten seconds
         settings["WORKER_CONCURRENCY"] = slots = 3
 
 

@@ -243,7 +243,6 @@ def test_a_worker_ends_in_time_although_nothing_takes_its_spans(stack, since):
     start = time.monotonic()
     assert worker.stop() == 0
     since(start)
-    assert "does not end" not in worker.printed
 
 
 @on_prefork

@@ -18,7 +18,7 @@ from durable_jobs import conf
 from durable_jobs.admission import with_slot
 from durable_jobs.enqueue import database_time
 from durable_jobs.limits import limit_of
-from durable_jobs.models import Failure, Job, Pause, Sweep, Worker
+from durable_jobs.models import Failure, Job, Pause, Sweep
 from durable_jobs.states import UNFINISHED
 from durable_jobs.worker.heartbeat import alive
 

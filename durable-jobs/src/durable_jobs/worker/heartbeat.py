@@ -64,18 +64,16 @@ class Heartbeat:
         pool.start_thread(partial(self.beat, sender))
 
     def beat(self, consumer):
-        is_first = True
         while True:
             try:
                 # Close the connection, because a child must not inherit it.
                 with self.lock, closing(connection):
-                    self.write(consumer, is_first)
-                    is_first = False
+                    self.write(consumer)
             except Exception as error:  # the next try may succeed
                 logger.warning("cannot write the heartbeat: %r", error)
             time.sleep(BEAT_SECONDS)
 
-    def write(self, consumer, is_first):
+    def write(self, consumer):
         """Write the row, with one query unless it is new or another worker has the same name."""
         scaler, own = consumer.controller.autoscaler, self.own
         fields = {
@@ -89,8 +87,6 @@ class Heartbeat:
         }
         if Worker.objects.filter(**own).update(**fields):
             return
-        if not is_first and alive().filter(name=own["name"]).exists():
-            logger.warning("two workers have the name %s: give each its own with -n", own["name"])
         update = {"update_conflicts": True, "unique_fields": ["name"]}
         row = Worker(**own, **fields)
         Worker.objects.bulk_create([row], **update, update_fields=["started_at", *fields])

@@ -9,7 +9,7 @@ from contextlib import suppress
 from traceback import format_exception, format_exception_only
 
 from celery.exceptions import Ignore, SoftTimeLimitExceeded
-from django.db import Error, transaction
+from django.db import transaction
 
 from durable_jobs import admission, batches, conf, transitions
 from durable_jobs.database import LOCK_TIMEOUT, in_transaction, wait_for, wait_past_soft_limit
@@ -235,21 +235,12 @@ class Run:
         publish(self.admitted)
         return written
 
+    @transaction.atomic
     def hand_over(self, update, *args, **kwargs):
         """Call update(…), and let the next job with the same limit have the slot, in one transaction."""
-        written = is_over = False
-        try:
-            with transaction.atomic():
-                written = update(*args, **kwargs)
-                # Else keep that of a commit whose answer was lost: their messages are due.
-                if written:
-                    self.admitted = admission.hand_over(self.limit_key)
-                is_over = True
-        except Error:
-            if is_over or not written:
-                raise
-            self.admitted = []  # the outcome is worth more: after_run() or the sweeper admits the next job
-            return update(*args, **kwargs)
+        # If nothing is written, the answer of an earlier commit was lost: keep the job that it admitted.
+        if written := update(*args, **kwargs):
+            self.admitted = admission.hand_over(self.limit_key)
         return written
 
     def ignored(self):

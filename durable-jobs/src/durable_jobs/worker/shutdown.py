@@ -9,7 +9,7 @@ Prefork:
    SOFT_SHUTDOWN_SECONDS: wait_for_children().
 2. Celery sends SIGTERM to the children that still have a task. SystemExit ends the function, and the child
    releases its job: worker/execution.py. A child that gets SIGTERM alone has crashed: child_has_crashed().
-3. The main process ends with its children, or 10 s later without them: end_if_stuck().
+3. The main process ends with its children. If one never ends, its supervisor must kill them.
 
 Threads and gevent:
 
@@ -18,8 +18,7 @@ Threads and gevent:
    requeue_and_exit().
 
 The broker delivers plain tasks again that have not ended. Ctrl-C, `celery control shutdown` and an error of
-Celery end a worker too. Then threads and gevent do the same, and prefork waits for all functions, at most for
-the longest time limit.
+Celery end a worker too. Then threads and gevent do the same, and prefork waits for all functions.
 """
 
 import os
@@ -45,7 +44,6 @@ from durable_jobs.worker.runs import jobs_of, process
 
 logger = getLogger(__name__)
 
-CHILD_SECONDS = 10  # that a child without a task may take to end
 SIGTERM_SECONDS = 5  # if all processes get SIGTERM, the main process has handled it by then
 
 
@@ -67,10 +65,7 @@ def begin(exitcode=0, sig=None, **kwargs):
     if shutting_down[0]:
         return
     shutting_down[0] = True
-    if process.is_prefork:
-        longest = max(task.time_limit or 0 for task in current_app.tasks.values())
-        pool.start_thread(partial(end_if_stuck, longest))
-    else:
+    if not process.is_prefork:
         pool.start_thread(partial(requeue_and_exit, exitcode))
         if sig and not state.reserved_requests:
             pool.end_idle_worker()
@@ -98,31 +93,12 @@ def wait_for_children(children):
     a child has ended its task when its result can be read.
     """
     shutting_down[0] = True
-    seconds = current_app.conf.worker_soft_shutdown_timeout
-    pool.start_thread(partial(end_if_stuck, seconds))
-    until = time.monotonic() + seconds
+    until = time.monotonic() + current_app.conf.worker_soft_shutdown_timeout
     pids = {request.worker_pid for request in tuple(state.active_requests)}
     results = [child.outqR_fd for child in children._pool._pool if child.pid in pids]
     logger.warning("soft shutdown: %d children have a task", len(results))
     while len(wait(results, timeout=0)) < len(results) and time.monotonic() < until:
         time.sleep(0.1)
-
-
-def end_if_stuck(seconds):
-    """End the main process if it waits for ever. Its tasks have `seconds` to end.
-
-    A child may wait for the rest of a message, of which the main process has written only a part: Celery
-    writes no more when a shutdown begins or the broker is lost.
-    """
-    until = time.monotonic() + seconds
-    while state.active_requests and time.monotonic() < until:
-        time.sleep(1)
-    time.sleep(CHILD_SECONDS - 1)
-    pool.start_thread(heartbeat.forget)  # not here: it may wait for the code that is stuck
-    time.sleep(1)
-    # Do not log it: the code that is stuck may hold the lock of a log handler.
-    os.write(2, b"a child does not end: the worker ends without it\n")
-    os._exit(1)
 
 
 def child_has_crashed():
