@@ -1,6 +1,8 @@
 """A cancelled job never starts, and a job that has ended or just started stays as it is."""
 
+import threading
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -10,7 +12,7 @@ from helpers import add, claim, deliver, run_while_open
 
 from durable_jobs import transitions
 from durable_jobs.actions import cancel, run_all_again
-from durable_jobs.enqueue import enqueue
+from durable_jobs.enqueue import enqueue, enqueue_many
 from durable_jobs.models import Failure, Job
 
 pytestmark = pytest.mark.django_db
@@ -56,3 +58,27 @@ def test_a_job_that_a_join_repeats_is_cancelled_and_run_again_once(published):
     jobs = Job.objects.filter(failures__error="away")
     assert cancel(jobs) == 1
     assert len(run_all_again(jobs)) == 1
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.skipif(connection.vendor != "postgresql", reason="SQLite has no locks of rows")
+def test_two_calls_that_cancel_the_same_jobs_do_not_deadlock(broker_down):
+    """PostgreSQL finds the rows of one call in the order of the table, those of the other by an index."""
+    pks = [job.pk for job in enqueue_many(add, [[1, n] for n in range(400)])]
+    calls = {
+        "enable_indexscan": Job.objects.filter(label=""),
+        "enable_seqscan": Job.objects.filter(pk__in=pks),
+    }
+    both_are_ready = threading.Barrier(2)
+
+    def cancel_them(without):
+        with connection.cursor() as cursor:
+            cursor.execute(f"SET enable_bitmapscan = off; SET {without} = off")
+        try:
+            both_are_ready.wait()
+            return cancel(calls[without])
+        finally:
+            connection.close()
+
+    with ThreadPoolExecutor() as threads:
+        assert sum(threads.map(cancel_them, calls)) == 400

@@ -128,8 +128,8 @@ def test_a_worker_without_broker_or_that_ends_takes_from_no_queue(consumer):
 def test_a_worker_writes_at_once_then_one_statement_in_ten_seconds(consumer, beats):
     assert beats(1) == [10] and row()
     with CaptureQueriesContext(connection) as captured:
-        heartbeat.heartbeat.write(consumer, False)
-        heartbeat.heartbeat.write(consumer, False)
+        heartbeat.heartbeat.write(consumer)
+        heartbeat.heartbeat.write(consumer)
     assert len(captured) == 2, [query["sql"] for query in captured]
     assert beats(5) == [10] * 5
 
