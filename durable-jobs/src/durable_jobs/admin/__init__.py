@@ -302,12 +302,16 @@ class BatchAdmin(ReadOnlyAdmin):
 
     def get_changelist_instance(self, request):
         changelist = super().get_changelist_instance(request)
-        count_jobs(changelist.result_list)
+        self.set_counts(changelist.result_list)
         return changelist
+
+    def set_counts(self, rows):
+        for batch, counts in zip(rows, count_jobs(rows).values(), strict=True):
+            batch.counts = counts
 
     def get_object(self, request, *args):
         if batch := super().get_object(request, *args):
-            count_jobs([batch])
+            self.set_counts([batch])
         return batch
 
     @admin.display(description="jobs")
