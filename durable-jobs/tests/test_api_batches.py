@@ -124,13 +124,16 @@ def test_a_batch_is_cancelled_once(api, batch):
     assert {job.state for job in batch.jobs.all()} == {"cancelled"}
 
 
-def test_staff_runs_the_failed_jobs_of_a_batch_again(staff, user, batch):
+def test_staff_runs_the_failed_jobs_of_a_batch_again(staff, user, batch, monkeypatch):
     url, deleter = f"/api/batches/{batch.pk}/run_failed_again/", staff("delete")
     first = batch.jobs.first()
     cancel(first)
     response = deleter.post(url)
     assert (response.status_code, response.json()["id"]) == (202, str(batch.pk))
     assert Job.objects.filter(state="queued").count() == 2
+    batches.cancel(batch)
+    monkeypatch.setattr("durable_jobs.api.views.MOST_AGAIN", 1)
+    assert deleter.post(url).json()["counts"] == counts(queued=1, cancelled=1)
     batch.jobs.all().update(task="no.such.task")
     batches.cancel(batch)
     assert deleter.post(url).status_code == 409

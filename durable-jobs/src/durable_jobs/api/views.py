@@ -37,6 +37,7 @@ from durable_jobs.models import Batch, Job
 
 __all__ = ["BatchViewSet", "EnqueueMixin", "JobViewSet", "accepted"]
 
+MOST_AGAIN = 1000  # jobs of a batch in a request: they take some seconds
 TOO_LONG = "Too long for a list: see the job itself"
 
 
@@ -192,7 +193,7 @@ class BatchViewSet(OwnViewSet):
     @describe(202, BatchSerializer)
     @action(detail=True, methods=["post"])
     def run_failed_again(self, request, pk):
-        """Run the failed and cancelled jobs of a batch again.
+        """Run the failed and cancelled jobs of a batch again, at most 1,000 in a request.
 
         Staff who may delete jobs can do this. The owner can do it if the tasks of all these jobs allow it.
         """
@@ -200,7 +201,7 @@ class BatchViewSet(OwnViewSet):
         for task in batches.unsuccessful(batch).values_list("task", flat=True).distinct():
             if not may_run_again(request.user, Job(task=task, owner_id=batch.owner_id)):
                 self.permission_denied(request)
-        if not batches.run_failed_again(batch):
+        if not batches.run_failed_again(batch, most=MOST_AGAIN):
             raise Conflict("No job of this batch failed or was cancelled that can run again.")
         return accepted(request, batch)
 
