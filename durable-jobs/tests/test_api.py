@@ -21,7 +21,7 @@ from durable_jobs import batches
 from durable_jobs.actions import cancel
 from durable_jobs.api.views import EnqueueMixin, accepted
 from durable_jobs.enqueue import enqueue, enqueue_many
-from durable_jobs.models import Failure, Job
+from durable_jobs.models import Batch, Failure, Job
 from durable_jobs.publish import publish
 from durable_jobs.tasks import JobError, JobTask
 
@@ -327,12 +327,35 @@ class UploadViewSet(EnqueueMixin, GenericViewSet):
         self.enqueue(greet)
 
 
-def upload(user, content, tags=()):
+class BatchUploadViewSet(UploadViewSet):
+    def perform_create(self, serializer):
+        serializer.save(job_id=self.job_id)
+        with batches.open_batch(owner=self.request.user, on_success=greet.s()) as batch:
+            self.enqueue(greet, ["first"], batch=batch)
+            batches.add_many(batch, greet, [["second"], ["third"]])
+
+
+def upload(user, content, tags=(), view=UploadViewSet):
     data = {"file": SimpleUploadedFile("tea.csv", content), "tag": tags}
     headers = {"Idempotency-Key": "key"}
     request = APIRequestFactory().post("/", data, format="multipart", headers=headers)
     force_authenticate(request, user)
-    return UploadViewSet.as_view({"post": "create"})(request)
+    return view.as_view({"post": "create"})(request)
+
+
+def test_the_same_key_gives_the_same_batch(user, run_jobs):
+    first, again = (upload(user, b"x", view=BatchUploadViewSet) for _ in range(2))
+    assert [first.status_code, again.status_code] == [202, 202]
+    assert again["Location"] == first["Location"]
+    assert upload(user, b"y", view=BatchUploadViewSet).status_code == 422
+    batch = Batch.objects.get()
+    members = batch.jobs.order_by("created_at")
+    assert [job.args for job in members] == [["first"], ["second"], ["third"]]
+    assert first["Location"] == f"/api/jobs/{members[0].pk}/"
+    assert {job.owner for job in members} == {user}
+    run_jobs()
+    batch.refresh_from_db()
+    assert (batch.state, batch.counts) == ("succeeded", {"succeeded": 3})
 
 
 @pytest.mark.parametrize("size", [10, 3_000_000], ids=["in memory", "in a file"])

@@ -239,17 +239,18 @@ class EnqueueMixin:
         task: Any,
         args: list | tuple = (),
         kwargs: dict | None = None,
+        batch: Batch | None = None,
         **options: Unpack[MemberOptions],
     ) -> Job:
         """Enqueue the object's job for the user of this request. See enqueue.enqueue().
 
         The owner and the idempotency_key are those of the request. There is no `unique`, because two
-        objects could get the same job.
+        objects could get the same job. With `batch`, it is the first job of this batch: see open_batch().
         """
         fields = new_fields(FROM_NOW, task, args, kwargs, owner=self.request.user, **options)
         if key := self._idempotency_key:
             fields |= {"idempotency_key": key, "fingerprint": self._fingerprint}
-        return insert({**fields, "pk": self.job_id})
+        return insert({**fields, "pk": self.job_id, "batch": batch})
 
     def _find_stored(self):
         """Return a serializer of the object that the first request with this key stored, or None.
