@@ -228,8 +228,8 @@ class JobAdmin(ListAdmin):
         count = queryset.count()  # first, because copies may be in the queryset, too
         again = run_all_again(queryset.defer(None))
         log(request, again, "Queued again")
-        rest = f"{count - len(again)} skipped, because they are active or can no longer run."
-        announce(request, again, "queued again", rest)
+        skipped = f"{count - len(again)} skipped, because they are active or can no longer run."
+        announce(request, again, "queued again", skipped)
 
     @admin.action(description="Cancel", permissions=["delete"])
     def cancel(self, request, queryset):
@@ -285,8 +285,7 @@ class PageAdmin(BaseAdmin):
 
     def changelist_view(self, request, extra_context=None):
         rows = by_queue()
-        title = self.opts.verbose_name_plural.title()
-        context = {"title": title, "problems": problems(rows), **self.context(rows)}
+        context = {"problems": problems(rows), **self.context(rows)}
         return super().changelist_view(request, context)
 
     def context(self, rows):
@@ -348,6 +347,7 @@ class QueuesAdmin(PageAdmin):
         tasks = known_names()[1]
         names = sorted({*found, *paused} - {*tasks})
         return {
+            "title": "Queues",
             "queues": [(name, found.get(name, {}), paused.get(name)) for name in names],
             "tasks": [(name, paused.get(name)) for name in tasks],
         }
