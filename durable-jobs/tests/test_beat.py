@@ -309,38 +309,6 @@ def test_the_check_accepts_what_beat_can_start(monkeypatch):
     assert not refused_by_the_check(monkeypatch, {"args": [1, BeatLazyFunc(time.time)]})
 
 
-def save_in_the_admin(client, **fields):
-    """Return the errors that the form shows."""
-    options = fields.pop("options", {})
-    data = {"name": "daily", "task": add.name, "args": "[1, 2]", "kwargs": "{}", "headers": "{}"}
-    data |= {"crontab": every_minute().pk, "enabled": "on", **fields}
-    if "expires" in options:
-        options["expire_seconds"] = options.pop("expires")
-    if not isinstance(data["args"], str):
-        data["args"] = json.dumps(data["args"])
-    page = client.post("/admin/django_celery_beat/periodictask/add/", {**data, **options})
-    return page.context["adminform"].form.errors.as_text() if page.status_code == 200 else ""
-
-
-def test_the_admin_refuses_an_entry_that_beat_cannot_start(admin_client):
-    for name, entry in REFUSED.items():
-        errors = save_in_the_admin(admin_client, **copy.deepcopy(entry))
-        assert "Beat cannot start this task" in errors, name
-    assert not PeriodicTask.objects.filter(name="daily").exists()
-
-
-def test_the_admin_saves_what_beat_can_start(admin_client):
-    for name, entry in ACCEPTED.items():
-        assert save_in_the_admin(admin_client, **copy.deepcopy(entry)) == "", name
-        PeriodicTask.objects.get(name="daily").delete()
-
-
-def test_the_admin_saves_a_disabled_entry_whatever_it_says(admin_client):
-    """Otherwise nobody could disable an entry whose task no longer exists."""
-    assert save_in_the_admin(admin_client, task="no.such.task", enabled="") == ""
-    assert not PeriodicTask.objects.get(name="daily").enabled
-
-
 def test_the_admins_action_runs_a_job_of_the_schedule(admin_client):
     data = {"action": "run_tasks", "_selected_action": [row(queue="io").pk]}
     admin_client.post("/admin/django_celery_beat/periodictask/", data)

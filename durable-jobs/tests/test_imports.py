@@ -32,7 +32,7 @@ beat.republish
 beat.purge
 beat.sweeper
 beat.schedule
-checks api.schema api.serializers contrib.prometheus contrib.structlog contrib.django_tasks admin.pages
+checks api.schema api.serializers contrib.prometheus contrib.structlog contrib.django_tasks
 api.views admin testing transport.rabbitmq transport.redis transport.sqs
 transport
 celery apps management.commands.durable_jobs

@@ -72,18 +72,14 @@ def work(workers, monkeypatch, commit):
     return jobs
 
 
-def test_the_page_shows_queues_keys_and_workers(admin_client, work):
+def test_the_page_shows_queues_and_workers(admin_client, work):
     found = tables(admin_client)
-    minutes, form = "3 minutes", "Pause"
+    minutes, form = "3 min", "Pause"
     assert found["queues"] == [
-        ["celery", "2", "1", "0", "0", "0", "0 minutes", "1 , 3 of 4 slots busy", form],
+        ["celery", "2", "1", "0", "0", "0", "0 s", "1 , 3 of 4 slots busy", form],
         ["cpu", "0", "0", "0", "0", "0", "", "none", form],
         ["io", "1", "0", "3", "1", "0", minutes, "2 , 3 of 8 slots busy", form],
         ["special", "0", "1", "0", "0", "0", "", "none", form],
-    ]
-    assert found["keys"] == [
-        ["tenant:a", "2", "1", "3", "1", "0", minutes],
-        ["tenant:b", "2", "1", "0", "0", "0", ""],
     ]
     assert "Queues" in admin_client.get("/admin/").content.decode()
 
@@ -97,20 +93,17 @@ def links(client):
 
 def test_each_number_of_the_page_links_to_its_jobs(admin_client, work):
     found = links(admin_client)
-    assert len(found) == 4 * 5 + 2 * 4
+    assert len(found) == 4 * 5
     assert [len(jobs) for jobs, _ in found] == [count for _, count in found]
     assert {job.pk for jobs, _ in found for job in jobs} == set(
         Job.objects.values_list("pk", flat=True)
     )
 
 
-def test_the_key_of_a_limit_is_searched(admin_client, work, settings):
+def test_the_key_of_a_limit_is_searched(admin_client, work):
     keys = {job.limit_key for job in listed(admin_client, "q=tenant:a")}
     assert keys == {"tenant:a"}
     assert listed(admin_client, "q=tenant:c") == listed(admin_client, "q=nothing:a") == []
-    settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"LIMITS": {}}  # the jobs keep their keys
-    assert ["none", "none"] == [row[1] for row in tables(admin_client)["keys"]]
-    assert [len(jobs) for jobs, _ in links(admin_client)[-8:]] == [1, 3, 1, 0, 1, 0, 0, 0]
 
 
 def test_a_held_job_says_for_what_it_waits(admin_client, work):
@@ -127,7 +120,7 @@ def test_a_queue_and_a_task_are_paused_and_resumed(admin_client):
     for name in "io", greet.name:
         page = admin_client.post(QUEUES, {"pause": name, "reason": reason}, follow=True)
         [message] = page.context["messages"]
-        assert str(message) == f"Paused {name}: {reason}."
+        assert str(message) == f"Paused {name}."
     assert {(pause.name, pause.reason) for pause in Pause.objects.all()} == {
         ("io", reason),
         (greet.name, reason),
@@ -140,11 +133,8 @@ def test_a_queue_and_a_task_are_paused_and_resumed(admin_client):
     for name in "io", greet.name, "cpu":  # which is not paused
         admin_client.post(QUEUES, {"resume": name})
     assert not Pause.objects.exists()
-    texts = [f"Paused {name}: {reason}" for name in ("io", greet.name)]
-    texts += [f"Resumed {name}" for name in ("io", greet.name)]
+    texts = [f"{done} {name}" for done in ("Paused", "Resumed") for name in ("io", greet.name)]
     assert logged() == [("admin", text) for text in texts]
-    shown = tables(admin_client)["log"]
-    assert [row[1:] for row in shown][0] == ["admin", f"Resumed {greet.name}"]
 
 
 def test_the_page_resumes_a_queue_that_nobody_knows_any_more(admin_client):
@@ -163,7 +153,7 @@ def test_a_pause_in_the_page_holds_and_a_resume_lets_go(admin_client, run_jobs):
     page = admin_client.get(f"{JOBS}{job.pk}/change/").content.decode()
     assert re.search(r"Paused for \d+ s", page)
     found = tables(admin_client)
-    assert found["queues"][0][1:6] == ["0", "0", "1", "0", "0"] and "keys" not in found
+    assert found["queues"][0][1:6] == ["0", "0", "1", "0", "0"]
     assert listed(admin_client, "state=blocked") == [job] and not listed(
         admin_client, "state=waiting"
     )
@@ -176,7 +166,6 @@ def test_a_pause_in_the_page_holds_and_a_resume_lets_go(admin_client, run_jobs):
 @pytest.mark.parametrize("data", [{"pause": "nothing"}, {"pause": "i\0o"}, {"reason": "x"}, {}])
 def test_an_invalid_pause_changes_nothing(admin_client, data):
     assert admin_client.post(QUEUES, data).status_code == 302
-    assert admin_client.post(QUEUES, {"pause": "io", "reason": "x" * 256}).status_code == 302
     assert not Pause.objects.exists() and not LogEntry.objects.exists()
 
 
@@ -185,12 +174,12 @@ def test_the_page_needs_view_job_and_a_pause_needs_delete_job(staff):
     for client in staff(), staff("delete"):
         assert client.get(QUEUES).status_code == 403
     assert viewer.post(QUEUES, {"pause": "io"}).status_code == 403
-    assert tables(viewer)["queues"][2][-1] == "" and "tasks" not in tables(viewer)
+    assert tables(viewer)["queues"][2][-1] == "" and not tables(viewer)["tasks"]
     assert operator.post(QUEUES, {"pause": "io"}).status_code == 302
     assert viewer.post(QUEUES, {"resume": "io"}).status_code == 403
     assert Pause.objects.get().name == "io"
-    assert operator.get(f"{QUEUES}io/delete/").status_code == 404
-    assert operator.get(f"{QUEUES}add/").status_code == 404
+    assert operator.get(f"{QUEUES}add/").status_code == 403
+    assert 'value="cancel"' not in operator.get(f"{QUEUES}io/change/").content.decode()
 
 
 def test_the_page_costs_the_same_queries_however_many_keys_there_are(admin_client):
@@ -201,11 +190,7 @@ def test_the_page_costs_the_same_queries_however_many_keys_there_are(admin_clien
 
     before = asked()
     enqueue_many(call, [[number] for number in range(300)])
-    # Some of the keys have no held job, but a place.
-    unblock_many = Job.objects.filter(limit_key__lt="tenant:3")
-    assert unblock_many.update(blocked_by=None, sweep_at=Now()) > 200
     assert len(asked()) == len(before) <= 15
-    assert len(tables(admin_client)["keys"]) == 200
 
 
 @pytest.mark.django_db(transaction=True)  # VACUUM cannot run in a transaction
@@ -225,11 +210,10 @@ def test_the_page_counts_held_jobs_in_their_index(admin_client):
         with CaptureQueriesContext(connection) as captured:
             tables(admin_client)
         asked = [query["sql"] for query in captured if '."blocked_by" IS NOT NULL' in query["sql"]]
-        assert len(asked) == 2  # of all queues, and of all keys
-        for sql in asked:
-            cursor.execute(f"EXPLAIN {sql}")
-            plan = "\n".join(line for (line,) in cursor.fetchall())
-            assert "Index Only Scan using job_blocked" in plan, plan
+        [sql] = asked
+        cursor.execute(f"EXPLAIN {sql}")
+        plan = "\n".join(line for (line,) in cursor.fetchall())
+        assert "Index Only Scan using job_blocked" in plan, plan
 
 
 # Workers
@@ -248,40 +232,20 @@ def run_on(worker, count, **fields):
     )
 
 
-def test_the_page_shows_each_worker_and_what_it_runs(admin_client, workers):
-    [greeting] = run_on("one@host", 1, label="To <Ann>")
-    run_on("one@host", 1)
-    run_on("dead@host", 1, sweep_at=Now() - timedelta(seconds=3))
-    dead, one, two = tables(admin_client, WORKERS)["workers"]
-    started = one[-1]
-    silent = ["dead@host", "no heartbeat for 31 s", "4 of 4", "cpu"]
-    assert dead[:-1] == [*silent, f"{greet.name} , 0 s", "prefork", "1.0"]
-    runs = f"To &lt;Ann&gt; , 0 s {greet.name} , 0 s"
-    assert one == ["one@host", "0 s ago", "3 of 4", "celery, io", runs, "prefork", "1.0", started]
-    assert two == ["two@host", "0 s ago", "0 of 4", "io", "", "prefork", "1.0", started]
+def test_the_page_shows_each_worker_and_links_to_its_jobs(admin_client, workers):
+    running = run_on("one@host", 2)
+    run_on("two@host", 1)
     page = admin_client.get(WORKERS).content.decode()
-    assert f'href="{JOBS}{greeting.pk}/change/"' in page and "different versions" not in page
+    rows = re.findall("<tr>(.*?)</tr>", page.partition("<tbody>")[2], re.DOTALL)
+    cells = [re.sub("<.*?>", " ", row).split() for row in rows]
+    dead, *living = ([word for word in row if word != "&quot;"] for row in cells)
+    assert " ".join(dead).startswith("dead@host no heartbeat for 31 s 4 of 4")
+    texts = [" ".join(row) for row in living]
+    assert sorted(text[:21] for text in texts) == ["one@host 0 s ago 3 of", "two@host 0 s ago 0 of"]
+    assert all("prefork 1.0" in text for text in texts)
+    [query] = re.findall(rf'<a href="{JOBS}\?(worker=one.*?)">3 of 4</a>', page)
+    assert {*listed(admin_client, query.replace("&amp;", "&"))} == {*running}
     assert "Workers" in admin_client.get("/admin/").content.decode()
-
-
-def test_the_page_says_which_versions_run(admin_client, workers):
-    workers.filter(name="two@host").update(version="2.0")
-    workers.filter(name="dead@host").update(version="3.0")
-    page = " ".join(admin_client.get(WORKERS).content.decode().split())
-    assert "different versions of the code: 1.0 (1 worker), 2.0 (1 worker)." in page
-
-
-def test_the_page_links_to_the_rest_of_many_jobs(admin_client, workers):
-    run_on("one@host", 12)
-    [row] = [row for row in tables(admin_client, WORKERS)["workers"] if row[0] == "one@host"]
-    assert row[4].count(greet.name) == 5 and row[4].endswith("and 7 more")
-    page = admin_client.get(WORKERS).content.decode()
-    [query] = re.findall(rf'<a href="{JOBS}\?(.*?)">and', page)
-    assert len(listed(admin_client, query.replace("&amp;", "&"))) == 12
-
-
-def test_without_workers_the_page_says_so(admin_client):
-    assert tables(admin_client, WORKERS)["workers"] == [["No worker runs."]]
 
 
 def test_the_page_of_workers_needs_view_job_and_changes_nothing(staff, workers):
@@ -289,14 +253,16 @@ def test_the_page_of_workers_needs_view_job_and_changes_nothing(staff, workers):
         assert client.get(WORKERS).status_code == 403
     viewer = staff("view")
     assert viewer.get(WORKERS).status_code == 200
-    for path in "add/", "one@host/change/", "one@host/delete/":
-        assert viewer.get(WORKERS + path).status_code == 404
+    operator = staff("view", "delete")
+    for path in "add/", "one@host/delete/":
+        assert viewer.get(WORKERS + path).status_code == 403
+        assert operator.get(WORKERS + path).status_code == 403
 
 
 def test_the_page_of_workers_costs_the_same_however_many_there_are(admin_client, workers):
     def count():
         with CaptureQueriesContext(connection) as captured:
-            tables(admin_client, WORKERS)
+            assert admin_client.get(WORKERS).status_code == 200
         return len(captured)
 
     before = count()

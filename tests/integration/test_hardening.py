@@ -130,7 +130,13 @@ def test_pages_show_markup_as_text_and_other_sites_can_post_nothing(project, tmp
         active, failed, batch = site.ask(f"text = {MARKUP!r}\n{WITH_MARKUP}")
         tab.send("Log.enable")
         tab.log_in(site)
-        pages = {"/": 8, f"/?#batch={batch}": 1, f"/jobs/{active}/": 2, f"/jobs/{failed}/": 2}
+        pages = {
+            "/": 7,
+            "/?#state=batches": 0,
+            f"/?#batch={batch}": 1,
+            f"/jobs/{active}/": 2,
+            f"/jobs/{failed}/": 2,
+        }
         pages["/admin/orders/order/"] = 1
         jobs, batches = "/admin/durable_jobs/job/", "/admin/durable_jobs/batch/"
         pages |= {batches: 1, f"{batches}{batch}/change/": 2, f"{jobs}?batch={batch}": 0}

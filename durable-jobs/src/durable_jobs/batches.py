@@ -164,9 +164,9 @@ def cancel(batch: Batch) -> int:
     return cancelled
 
 
-def run_failed_again(batch: Batch) -> list[Job]:
-    """Run the failed and the cancelled members again. Returns them. See actions.run_again()."""
-    again = actions.run_all_again(unsuccessful(batch).order_by("created_at", "pk"))
+def run_failed_again(batch: Batch, most: int | None = None) -> list[Job]:
+    """Run the failed and the cancelled members again, or the first of them. Returns them. See actions.run_again()."""
+    again = actions.run_all_again(unsuccessful(batch).order_by("created_at", "pk")[:most])
     batch.refresh_from_db()
     return again
 

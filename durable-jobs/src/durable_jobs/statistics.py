@@ -2,7 +2,6 @@
 
 from datetime import timedelta
 
-from django.core.cache.backends.locmem import LocMemCache
 from django.db.models import Count, F, Min, Q, Sum, Window
 from django.db.models.functions import Now, RowNumber
 
@@ -14,8 +13,6 @@ from durable_jobs.transitions import is_paused
 from durable_jobs.worker.heartbeat import takers
 
 RECENT = timedelta(minutes=5)
-JOBS_A_SECOND = 20_000  # of open batches: the counts of 100,000 jobs are kept for 5 s
-kept_counts = LocMemCache("durable_jobs.counts", {})  # {id of a batch: its counts}
 
 
 def what_follows(pk):
@@ -90,19 +87,10 @@ def p95(metric, label, duration):
 
 
 def count_jobs(batches):
-    """Set `counts` of those batches that are open, in one query. The others have them in their row.
-
-    Each process keeps the counts of a large batch for some seconds, so that it costs the same to poll a
-    batch of any size.
-    """
-    keys = {batch: str(batch.pk) for batch in batches if batch.ended_at is None}
-    kept = kept_counts.get_many(keys.values())
-    unknown = [key for key in keys.values() if key not in kept]
-    counted = {key: {} for key in unknown}
-    rows = Job.objects.filter(batch__in=unknown).values_list("batch", "state")
+    """Return {id: {state: how many jobs of the batch}}. One query counts those of all open batches."""
+    found = {batch.pk: {} if batch.ended_at is None else batch.counts for batch in batches}
+    is_open = [batch.pk for batch in batches if batch.ended_at is None]
+    rows = Job.objects.filter(batch__in=is_open).values_list("batch", "state")
     for pk, state, count in rows.annotate(count=Count("*")):
-        counted[str(pk)][state] = count
-    for key, counts in counted.items():
-        kept_counts.set(key, counts, sum(counts.values()) / JOBS_A_SECOND)
-    for batch, key in keys.items():
-        batch.counts = (kept | counted)[key]
+        found[pk][state] = count
+    return found

@@ -1,5 +1,8 @@
+"""What the API shows: of each kind of row, less in a list than alone."""
+
 from celery import current_app
-from django.db.models.manager import BaseManager
+from django.utils.functional import cached_property
+from drf_spectacular.utils import extend_schema_field
 from rest_framework import serializers
 from rest_framework.reverse import reverse
 
@@ -11,7 +14,7 @@ from durable_jobs.statistics import count_jobs, what_follows
 __all__ = ["BatchSerializer", "JobSerializer"]
 
 GENERIC_ERROR = "It failed"  # shown to owners instead of an exception: see JobError
-TOO_LONG = "Too long for a list: see the job itself"
+Computed = serializers.SerializerMethodField
 
 
 def has_job_perm(user, action):
@@ -27,24 +30,13 @@ def may_run_again(user, job):
     return has_job_perm(user, "delete") or (is_owner and is_allowed)
 
 
-def add_reasons(jobs, user):
-    found = reasons(jobs, has_job_perm(user, "view"))
-    for job in jobs:
-        job.reason = found.get(job.pk, "")
-
-
-def rows_of(data):
-    """Return the rows of a list serializer's data, which may be a manager such as user.job_set: see DRF."""
-    return data.all() if isinstance(data, BaseManager) else data
-
-
 class FailureSerializer(serializers.ModelSerializer):
     class Meta:
         model = Failure
         fields = ["worker", "started_at", "ended_at", "error", "exception", "traceback"]
 
 
-class CallbackSerializer(serializers.ModelSerializer):
+class NextJobSerializer(serializers.ModelSerializer):
     url = serializers.HyperlinkedIdentityField(view_name="job-detail")
 
     class Meta:
@@ -52,110 +44,94 @@ class CallbackSerializer(serializers.ModelSerializer):
         fields = ["id", "url", "task", "label", "state"]
 
 
-class JobListSerializer(serializers.ListSerializer):
-    def to_representation(self, data):
-        jobs = rows_of(data)
-        add_reasons(jobs, self.context["request"].user)
-        return super().to_representation(jobs)
+class RowSerializer(serializers.ModelSerializer):
+    @property
+    def user(self):
+        return self.context["request"].user
+
+    @property
+    def rows(self):
+        """This row, or those of the list that it is in: what they have in common costs one query."""
+        return [self.instance] if self.parent is None else self.parent.instance
+
+    @extend_schema_field(NextJobSerializer(many=True))
+    def get_followed_by(self, row):
+        return NextJobSerializer(what_follows(row.pk), many=True, context=self.context).data
 
 
-class JobSerializer(serializers.ModelSerializer):
+class ListedJobSerializer(RowSerializer):
     url = serializers.HyperlinkedIdentityField(view_name="job-detail")
-    failures = FailureSerializer(
-        many=True, required=False, help_text="in the detail view, for users who may view all jobs"
+    reason = Computed(help_text="what it waits for, or why it does not move")
+    result = serializers.JSONField(
+        source="short_result", help_text="a long one is only in the detail view"
     )
-    can_run_again = serializers.SerializerMethodField(
-        help_text="it has ended, and the caller may run it again"
-    )
-    reason = serializers.CharField(
-        read_only=True, help_text="what it waits for, or why it does not move"
-    )
-    follows_url = serializers.URLField(
-        required=False,
-        allow_null=True,
-        help_text="in the detail view: of the job or the batch that it follows",
-    )
-    followed_by = CallbackSerializer(
-        many=True,
-        required=False,
-        help_text="in the detail view: the jobs that started after it, at most 100",
-    )
+    error = Computed()
+    can_run_again = Computed(help_text="it has ended, and the caller may run it again")
 
     class Meta:
         model = Job
-        list_serializer_class = JobListSerializer
         fields = ["id", "url", "task", "label", "queue", "state", "reason", "progress", "message"]
-        fields += ["result", "error", "failures", "can_run_again"]
-        fields += ["batch", "follows", "follows_url", "followed_by"]
+        fields += ["result", "error", "can_run_again", "batch", "follows"]
         fields += ["created_at", "due_at", "started_at", "finished_at"]
-        extra_kwargs = {
-            "message": {"help_text": "what the job has last reported"},
-            "result": {"help_text": f"a list replaces a long result by {TOO_LONG!r}"},
-            "due_at": {"help_text": "when a queued job may start, else null"},
-        }
+        extra_kwargs = {"due_at": {"help_text": "when it may start, or could have started"}}
+
+    @cached_property
+    def reasons(self):
+        return reasons(self.rows, has_job_perm(self.user, "view"))
+
+    def get_reason(self, job) -> str:
+        return self.reasons.get(job.pk, "")
+
+    def get_error(self, job) -> str:
+        is_trusted = not job.error or has_job_perm(self.user, "view")
+        return job.error if is_trusted else job.public_error or GENERIC_ERROR
 
     def get_can_run_again(self, job) -> bool:
         has_ended = job.finished_at and not job.sweep_at  # a cancelled one may still run
-        return bool(has_ended) and may_run_again(self.context["request"].user, job)
+        return bool(has_ended) and may_run_again(self.user, job)
 
-    def _url_before(self, job):
+
+class JobSerializer(ListedJobSerializer):
+    result = serializers.JSONField()
+    failures = Computed(help_text="for users who may view all jobs")
+    follows_url = Computed(help_text="of the job or the batch that it follows")
+    followed_by = Computed(help_text="the jobs that started after it, at most 100")
+
+    class Meta(ListedJobSerializer.Meta):
+        fields = [*ListedJobSerializer.Meta.fields, "failures", "follows_url", "followed_by"]
+
+    @extend_schema_field(FailureSerializer(many=True))
+    def get_failures(self, job):
+        rows = job.failures.all() if has_job_perm(self.user, "view") else []
+        return FailureSerializer(rows, many=True).data
+
+    def get_follows_url(self, job) -> str | None:
         if job.follows is None:
             return None
         kind = "batch" if Batch.objects.filter(pk=job.follows).exists() else "job"
         return reverse(f"{kind}-detail", [job.follows], request=self.context["request"])
 
-    def to_representation(self, job):
-        if hasattr(job, "short_result"):  # a row of a list: see JobViewSet
-            job.result = job.short_result
-        is_trusted = has_job_perm(self.context["request"].user, "view")
-        if job.state != "queued":
-            job.due_at = None
-        if self.parent is None:
-            add_reasons([job], self.context["request"].user)
-            job.follows_url = self._url_before(job)
-            job.followed_by = what_follows(job.pk) if job.state == "succeeded" else []
-        else:
-            for name in ("follows_url", "followed_by"):
-                self.fields.pop(name, None)
-        if self.parent is not None or not is_trusted:
-            self.fields.pop("failures", None)
-        shown = super().to_representation(job)
-        if job.error and not is_trusted:
-            shown["error"] = job.public_error or GENERIC_ERROR
-        return shown
 
-
-class BatchListSerializer(serializers.ListSerializer):
-    def to_representation(self, data):
-        batches = rows_of(data)
-        count_jobs(batches)
-        return super().to_representation(batches)
-
-
-class BatchSerializer(serializers.ModelSerializer):
+class ListedBatchSerializer(RowSerializer):
     url = serializers.HyperlinkedIdentityField(view_name="batch-detail")
     # Not an enum: drf-spectacular has one with this name, that of jobs.
     state = serializers.CharField(help_text="open, succeeded, failed or cancelled")
-    counts = serializers.DictField(
-        child=serializers.IntegerField(), help_text="how many of its jobs are in each state"
-    )
-    callbacks = CallbackSerializer(
-        many=True,
-        required=False,
-        help_text="in the detail view: the jobs that started after it, at most 100",
-    )
+    counts = Computed(help_text="how many of its jobs are in each state")
 
     class Meta:
         model = Batch
-        list_serializer_class = BatchListSerializer
-        fields = ["id", "url", "label", "state", "counts", "error", "callbacks"]
-        fields += ["created_at", "ended_at"]
+        fields = ["id", "url", "label", "state", "counts", "error", "created_at", "ended_at"]
 
-    def to_representation(self, batch):
-        if self.parent is None:
-            count_jobs([batch])
-            batch.callbacks = what_follows(batch.pk)
-        else:
-            self.fields.pop("callbacks", None)
-        batch.counts = dict.fromkeys(ACTIVE + FINAL, 0) | batch.counts
-        return super().to_representation(batch)
+    @cached_property
+    def counted(self):
+        return count_jobs(self.rows)
+
+    def get_counts(self, batch) -> dict[str, int]:
+        return dict.fromkeys(ACTIVE + FINAL, 0) | self.counted[batch.pk]
+
+
+class BatchSerializer(ListedBatchSerializer):
+    callbacks = Computed("get_followed_by", help_text="the jobs that started after it, at most 100")
+
+    class Meta(ListedBatchSerializer.Meta):
+        fields = [*ListedBatchSerializer.Meta.fields, "callbacks"]

@@ -1,11 +1,11 @@
+"""The REST API."""
+
 import hashlib
 import json
 import re
 import uuid
-from operator import attrgetter
 from typing import Any, Unpack
 
-from django.core.exceptions import SuspiciousFileOperation
 from django.core.exceptions import ValidationError as DjangoValidationError
 from django.db import IntegrityError, transaction
 from django.db.models import Case, JSONField, Q, TextField, Value, When
@@ -14,20 +14,21 @@ from django.http import HttpRequest, QueryDict
 from django.urls import reverse
 from django.utils.functional import cached_property
 from django_filters.rest_framework import DjangoFilterBackend, FilterSet, UUIDFilter
-from drf_spectacular.utils import OpenApiParameter, OpenApiResponse, extend_schema
 from rest_framework import viewsets
 from rest_framework.decorators import action
-from rest_framework.exceptions import APIException, NotFound, ParseError, ValidationError
+from rest_framework.exceptions import APIException, NotFound, ValidationError
+from rest_framework.generics import get_object_or_404
 from rest_framework.pagination import CursorPagination
 from rest_framework.request import Request
 from rest_framework.response import Response
-from rest_framework.settings import api_settings
 
 from durable_jobs import actions, batches
+from durable_jobs.api.schema import KEY_SCHEMA, EnqueueSchema, describe
 from durable_jobs.api.serializers import (
-    TOO_LONG,
     BatchSerializer,
     JobSerializer,
+    ListedBatchSerializer,
+    ListedJobSerializer,
     has_job_perm,
     may_run_again,
 )
@@ -36,20 +37,8 @@ from durable_jobs.models import Batch, Job
 
 __all__ = ["BatchViewSet", "EnqueueMixin", "JobViewSet", "accepted"]
 
-# 1 to 255 printable ASCII characters. HTTP strips spaces at both ends.
-KEY_SCHEMA = {"type": "string", "pattern": "^[!-~]([ -~]{0,253}[!-~])?$"}
-# For the OpenAPI document
-DETAIL = {"type": "object", "properties": {"detail": {"type": "string"}}}
-HEADER = OpenApiParameter.HEADER
-ACCEPTED_HEADERS = [
-    OpenApiParameter(name, str, HEADER, response=[201, 202]) for name in ["Location", "Retry-After"]
-]
-ALREADY_ENDED = OpenApiResponse(DETAIL, "The job has already ended")
-BATCH_HAS_ENDED = OpenApiResponse(DETAIL, "The batch has already ended")
-NOTHING_FAILED = OpenApiResponse(DETAIL, "No job failed or was cancelled that can run again")
-CANNOT_RUN_AGAIN = OpenApiResponse(
-    DETAIL, "The job is active, its task is gone or takes other arguments, or its batch is too old"
-)
+MOST_AGAIN = 1000  # jobs of a batch in a request: they take some seconds
+TOO_LONG = "Too long for a list: see the job itself"
 
 
 class Conflict(APIException):
@@ -82,26 +71,6 @@ class NewestFirst(CursorPagination):
             return super().paginate_queryset(*args, **kwargs)
         except DjangoValidationError:  # the cursor was decoded, but its position is not a date
             raise NotFound(self.invalid_cursor_message) from None
-
-
-class Merged:
-    """Several querysets as one, as far as a paginator needs it."""
-
-    def __init__(self, *querysets, ordering=()):
-        self.querysets, self.ordering = querysets, ordering
-
-    def order_by(self, *fields):
-        return Merged(*(rows.order_by(*fields) for rows in self.querysets), ordering=fields)
-
-    def filter(self, **conditions):
-        found = (rows.filter(**conditions) for rows in self.querysets)
-        return Merged(*found, ordering=self.ordering)
-
-    def __getitem__(self, part):
-        found = [row for rows in self.querysets for row in rows[: part.stop]]
-        for field in reversed(self.ordering):
-            found.sort(key=attrgetter(field.lstrip("-")), reverse=field.startswith("-"))
-        return found[part]
 
 
 def accepted(request: HttpRequest | Request, job: Job | Batch) -> Response:
@@ -139,14 +108,13 @@ class OwnViewSet(viewsets.ReadOnlyModelViewSet):
         user, rows = self.request.user, super().get_queryset()
         if self.detail and has_job_perm(user, "view" if self.action == "retrieve" else "delete"):
             return rows
-        return self._own(rows)
-
-    def _own(self, rows):
-        own = Q(owner=self.request.user)
-        # To cancel a row without an owner, staff need delete_job: see get_queryset().
-        if self.request.user.is_staff and self.action != "cancel":
+        own = Q(owner=user)
+        if user.is_staff and self.action != "cancel":
             own |= Q(owner=None)
         return rows.filter(own)
+
+    def get_serializer_class(self):
+        return self.list_serializer_class if self.action == "list" else self.serializer_class
 
 
 class JobFilter(FilterSet):
@@ -161,7 +129,7 @@ class JobViewSet(OwnViewSet):
     """The caller's own jobs. Staff also see jobs without an owner."""
 
     queryset = Job.objects.all()
-    serializer_class = JobSerializer
+    serializer_class, list_serializer_class = JobSerializer, ListedJobSerializer
     filterset_class = JobFilter
 
     def get_queryset(self):
@@ -176,22 +144,7 @@ class JobViewSet(OwnViewSet):
         jobs = jobs.annotate(short_result=Case(long, default="result"))
         return jobs.defer("args", "kwargs", "cursor", "result")
 
-    @extend_schema(exclude=True)
-    @action(detail=False)
-    def with_batches(self, request):
-        """For the jobs page: a list of jobs and batches. A batch that is open is in the state "running"."""
-        rows = self._own(Batch.objects.defer("on_success", "on_finish"))
-        if state := request.query_params.get("state"):
-            rows = rows.filter(state="open" if state == "running" else state)
-        page = self.paginate_queryset(Merged(self.filter_queryset(self.get_queryset()), rows))
-        shown = {}
-        for serializer in JobSerializer, BatchSerializer:
-            rows = [row for row in page if isinstance(row, serializer.Meta.model)]
-            data = serializer(rows, many=True, context=self.get_serializer_context()).data
-            shown |= zip(rows, data, strict=True)
-        return self.get_paginated_response([shown[row] for row in page])
-
-    @extend_schema(request=None, responses={200: JobSerializer, 409: ALREADY_ENDED})
+    @describe(200, JobSerializer)
     @action(detail=True, methods=["post"])
     def cancel(self, request, pk):
         """Cancel a job. A queued job never starts. A running job stops when it next reports."""
@@ -201,11 +154,7 @@ class JobViewSet(OwnViewSet):
         job.refresh_from_db()
         return Response(self.get_serializer(job).data)
 
-    @extend_schema(
-        request=None,
-        parameters=ACCEPTED_HEADERS,
-        responses={202: JobSerializer, 409: CANNOT_RUN_AGAIN},
-    )
+    @describe(202, JobSerializer)
     @action(detail=True, methods=["post"])
     def run_again(self, request, pk):
         """Queue a job again that failed or was cancelled, or enqueue a copy of one that succeeded.
@@ -229,9 +178,9 @@ class BatchViewSet(OwnViewSet):
     """The caller's own batches. Staff also see batches without an owner."""
 
     queryset = Batch.objects.defer("on_success", "on_finish")  # they may be large
-    serializer_class = BatchSerializer
+    serializer_class, list_serializer_class = BatchSerializer, ListedBatchSerializer
 
-    @extend_schema(request=None, responses={200: BatchSerializer, 409: BATCH_HAS_ENDED})
+    @describe(200, BatchSerializer)
     @action(detail=True, methods=["post"])
     def cancel(self, request, pk):
         """Cancel the jobs of a batch that are active. The batch ends."""
@@ -241,10 +190,10 @@ class BatchViewSet(OwnViewSet):
         batches.cancel(batch)
         return Response(self.get_serializer(batch).data)
 
-    @extend_schema(request=None, responses={202: BatchSerializer, 409: NOTHING_FAILED})
+    @describe(202, BatchSerializer)
     @action(detail=True, methods=["post"])
     def run_failed_again(self, request, pk):
-        """Run the failed and cancelled jobs of a batch again.
+        """Run the failed and cancelled jobs of a batch again, at most 1,000 in a request.
 
         Staff who may delete jobs can do this. The owner can do it if the tasks of all these jobs allow it.
         """
@@ -252,20 +201,9 @@ class BatchViewSet(OwnViewSet):
         for task in batches.unsuccessful(batch).values_list("task", flat=True).distinct():
             if not may_run_again(request.user, Job(task=task, owner_id=batch.owner_id)):
                 self.permission_denied(request)
-        if not batches.run_failed_again(batch):
+        if not batches.run_failed_again(batch, most=MOST_AGAIN):
             raise Conflict("No job of this batch failed or was cancelled that can run again.")
-        return Response(self.get_serializer(batch).data, status=202)
-
-
-class EnqueueSchema(api_settings.DEFAULT_SCHEMA_CLASS):
-    """Describes the POST of EnqueueMixin in the OpenAPI document."""
-
-    def get_override_parameters(self):
-        return [OpenApiParameter("Idempotency-Key", KEY_SCHEMA, HEADER), *ACCEPTED_HEADERS]
-
-    def get_response_serializers(self):
-        reused = OpenApiResponse(DETAIL, "The key was used for another request")
-        return {202: super().get_response_serializers(), 422: reused}
+        return accepted(request, batch)
 
 
 class EnqueueMixin:
@@ -287,8 +225,6 @@ class EnqueueMixin:
             try:
                 with transaction.atomic():
                     self.perform_create(serializer)
-            except SuspiciousFileOperation:  # for which Django answers with a page
-                raise ParseError("The name of the file is invalid.") from None
             except IntegrityError:  # another request with the same key was faster
                 serializer = self._find_stored()
                 if serializer is None:
@@ -303,17 +239,18 @@ class EnqueueMixin:
         task: Any,
         args: list | tuple = (),
         kwargs: dict | None = None,
+        batch: Batch | None = None,
         **options: Unpack[MemberOptions],
     ) -> Job:
         """Enqueue the object's job for the user of this request. See enqueue.enqueue().
 
         The owner and the idempotency_key are those of the request. There is no `unique`, because two
-        objects could get the same job.
+        objects could get the same job. With `batch`, it is the first job of this batch: see open_batch().
         """
         fields = new_fields(FROM_NOW, task, args, kwargs, owner=self.request.user, **options)
         if key := self._idempotency_key:
             fields |= {"idempotency_key": key, "fingerprint": self._fingerprint}
-        return insert({**fields, "pk": self.job_id})
+        return insert({**fields, "pk": self.job_id, "batch": batch})
 
     def _find_stored(self):
         """Return a serializer of the object that the first request with this key stored, or None.
@@ -328,11 +265,7 @@ class EnqueueMixin:
             return None
         if job.fingerprint != fingerprint:
             raise KeyReused
-        if found := self.get_queryset().filter(job=job).first():
-            return self.get_serializer(found)
-        if Job.objects.filter(pk=job.pk).exists():
-            raise NotFound  # the object was deleted
-        return None  # the job was purged between the queries, so its key is free
+        return self.get_serializer(get_object_or_404(self.get_queryset(), job=job))
 
     @property
     def _idempotency_key(self):

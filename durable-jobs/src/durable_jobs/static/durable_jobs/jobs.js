@@ -3,11 +3,11 @@
 // which links to the view of its jobs.
 
 const PAUSE = 1500, MAX_PAUSE = 30000, TIMEOUT = 10000; // milliseconds
-const STATES = ["queued", "running", "succeeded", "failed", "cancelled"];
+const FILTERS = ["queued", "running", "succeeded", "failed", "cancelled", "batches"];
 
 const $ = (selector, root = document) => root.querySelector(selector);
 // singleJob: the id, on the page of one job
-const { jobsUrl, batchesUrl, allUrl, loginUrl, pageUrl, job: singleJob } = $("main").dataset;
+const { jobsUrl, batchesUrl, loginUrl, pageUrl, job: singleJob } = $("main").dataset;
 const heading = $("h1"), list = $("#jobs"), live = $("#live"), problem = $("#problem"), pages = $("#pages");
 const rows = new Map(); // id of a job or batch -> { job, name, element, part }
 let shown, timer, latest = 0, failures = 0, due = 0, skew = 0;
@@ -141,7 +141,7 @@ function updateRow(row, job) { // returns the messages for screen readers
 // ---- The list
 function view() {
   const hash = new URLSearchParams(location.hash.slice(1)), state = hash.get("state");
-  return { batch: hash.get("batch") ?? "", state: STATES.includes(state) ? state : "", cursor: hash.get("cursor") ?? "" };
+  return { batch: hash.get("batch") ?? "", state: FILTERS.includes(state) ? state : "", cursor: hash.get("cursor") ?? "" };
 }
 const query = (view) => new URLSearchParams(Object.entries(view).filter(([, value]) => value));
 const cursor = (url) => url && new URL(url).searchParams.get("cursor");
@@ -164,7 +164,7 @@ function render(wanted, { next, previous, results }) {
   if (news.length) $("#news").textContent = news.join(", ");
   show($("#empty"), none && !wanted.state && !wanted.batch);
   show($("#no-match"), none && wanted.state);
-  text($("#no-match span"), wanted.state);
+  text($("#no-match span"), wanted.state === "batches" ? "batches" : `${wanted.state} jobs`);
 
   const [newer, older] = pages.children;
   newer.href = `#${query({ ...wanted, cursor: cursor(previous) })}`;
@@ -205,7 +205,8 @@ async function load() {
   const number = ++latest, wanted = view(), urls = [];
   if (singleJob) urls.push(`${jobsUrl}${singleJob}/`);
   else if (wanted.batch) urls.push(`${batchesUrl}${encodeURIComponent(wanted.batch)}/`, `${jobsUrl}?${query(wanted)}`);
-  else urls.push(`${allUrl}?${query(wanted)}`);
+  else if (wanted.state === "batches") urls.push(`${batchesUrl}?${query({ cursor: wanted.cursor })}`);
+  else urls.push(`${jobsUrl}?${query(wanted)}`);
   const answers = await Promise.all(urls.map((url) => fetchJson(url))), last = answers.at(-1).data;
   if (number !== latest) return; // a newer request was sent meanwhile
   const { status, headers } = answers.find(({ status }) => status !== 200) ?? answers[0];
@@ -256,8 +257,8 @@ async function enqueue(button) {
   button.disabled = false;
   if (document.activeElement === document.body) button.focus();
   text($("#start .error"), status === 202 ? "" : (data.detail ?? explain(status)));
-  const { batch, state, cursor } = view();
-  if (status === 202 && (batch || state || cursor)) location.hash = "#state="; // the view that shows the new job
+  const hash = `#state=${data.counts ? "batches" : ""}`; // the view that shows the new job
+  if (status === 202 && location.hash !== hash) location.hash = hash;
   else await load();
 }
 
@@ -269,6 +270,7 @@ function navigate() {
     link.setAttribute("aria-current", filter === `#state=${state}`);
   }
   show($("#back"), batch);
+  if (!singleJob) show($("#filter a:last-child"), !batch);
   list.setAttribute("aria-busy", true);
   load();
 }

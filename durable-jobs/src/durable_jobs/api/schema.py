@@ -1,0 +1,30 @@
+"""What drf-spectacular cannot see in the views: headers, and answers other than an object."""
+
+from drf_spectacular.utils import OpenApiParameter, OpenApiResponse, extend_schema
+from rest_framework.settings import api_settings
+
+# 1 to 255 printable ASCII characters. HTTP strips spaces at both ends.
+KEY_SCHEMA = {"type": "string", "pattern": "^[!-~]([ -~]{0,253}[!-~])?$"}
+DETAIL = {"type": "object", "properties": {"detail": {"type": "string"}}}
+CONFLICT = OpenApiResponse(DETAIL, "The state does not allow it, for the reason that is given")
+REUSED = OpenApiResponse(DETAIL, "The key was used for another request")
+HEADER = OpenApiParameter.HEADER
+NAMES = ["Location", "Retry-After"]  # of a response 202
+HEADERS = [OpenApiParameter(name, str, HEADER, response=[202]) for name in NAMES]
+
+
+def describe(status, serializer):
+    """Describe an action that takes no data and answers with this status."""
+    return extend_schema(
+        request=None, responses={status: serializer, 409: CONFLICT}, parameters=HEADERS
+    )
+
+
+class EnqueueSchema(api_settings.DEFAULT_SCHEMA_CLASS):
+    """Describes the POST of EnqueueMixin."""
+
+    def get_override_parameters(self):
+        return [OpenApiParameter("Idempotency-Key", KEY_SCHEMA, HEADER), *HEADERS]
+
+    def get_response_serializers(self):
+        return {202: super().get_response_serializers(), 422: REUSED}
