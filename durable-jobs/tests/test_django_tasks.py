@@ -240,20 +240,6 @@ def test_a_priority_is_refused():
         add.using(priority=1)
 
 
-@task
-def late():
-    """This module is imported when Django is ready, as a view is: no worker imports it."""
-
-
-def test_a_task_that_no_worker_imports_is_refused(monkeypatch):
-    """Its jobs would wait for ever. In eager mode they run here."""
-    assert late.enqueue().status == TaskResultStatus.READY
-    monkeypatch.setitem(current_app.conf, "task_always_eager", False)
-    with pytest.raises(InvalidTask, match="No worker knows test_django_tasks.late: import it in"):
-        late.enqueue()
-    assert Job.objects.count() == 1
-
-
 def test_a_task_waits_until_run_after():
     later = timezone.now() + timedelta(hours=1)
     job = Job.objects.get(pk=add.using(run_after=later).enqueue(1).id)

@@ -3,12 +3,11 @@
 import time
 from functools import cache
 
-from celery import current_app, states
+from celery import states
 from celery.app import backends
 from celery.backends.base import BaseBackend
 from celery.exceptions import TimeoutError
 
-from durable_jobs import eager
 from durable_jobs.models import Job
 from durable_jobs.validation import uuids
 
@@ -26,8 +25,6 @@ UNKNOWN = {"status": states.PENDING, "result": None}  # what Celery answers for 
 def read(task_id):
     """Return status and result of a job, as Celery's backends do, or None if this is no id of a job."""
     keys = list(uuids([task_id]))
-    if keys and current_app.conf.task_always_eager:
-        eager.run(Job.objects.filter(pk__in=keys))
     job = Job.objects.filter(pk__in=keys).only("state", "result", "error").first()
     if job is None:
         return None
@@ -39,9 +36,6 @@ def read(task_id):
 
 class JobBackend(BaseBackend):
     """Reads jobs only. It polls the rows, because no message reports a job's result."""
-
-    def _ensure_not_eager(self):
-        """Do not warn: in eager mode, too, a job's result is in its row."""
 
     def get_task_meta(self, task_id, cache=True):
         return read(task_id) or UNKNOWN

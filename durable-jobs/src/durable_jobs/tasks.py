@@ -28,7 +28,7 @@ from durable_jobs.enqueue import (
     new_fields,
     seconds_until,
 )
-from durable_jobs.messages import fields_in, storable
+from durable_jobs.messages import storable
 from durable_jobs.models import Batch, Job
 from durable_jobs.results import job_backend
 from durable_jobs.signatures import NO_CANVAS, JobSignature, check_options
@@ -145,11 +145,11 @@ class JobTask(DjangoTask):
     delay_on_commit = DjangoTask.delay  # which calls self.apply_async()
     apply_async_on_commit = apply_async
 
-    def map(self, *args):
-        """Raise TypeError: Celery would call the function many times in one plain task."""
+    def map(self, *args, **kwargs):
+        """Raise TypeError: Celery would call the function without a job."""
         raise TypeError(f"{self.name}: {NO_CANVAS}")
 
-    starmap = chunks = map
+    apply = starmap = chunks = map
 
     def AsyncResult(self, task_id, **kwargs):  # noqa: N802
         return AsyncResult(task_id, backend=job_backend(self.app), app=self.app, **kwargs)
@@ -176,8 +176,6 @@ class JobTask(DjangoTask):
             self._current_run.failure = describe(exc or caught, caught)
             self._current_run.public_error = for_owner(exc or caught)
         retry = super().retry(args, kwargs, exc, False, eta, countdown, max_retries, **options)
-        if retry.is_eager:  # then Celery has not called apply_async()
-            self.apply_async(retry.sig.args, retry.sig.kwargs, **retry.sig.options)
         if throw:
             raise retry
         return retry
@@ -190,17 +188,6 @@ class JobTask(DjangoTask):
 
     def replace(self, sig):
         raise NotImplementedError("a job cannot be replaced: enqueue the other task and return")
-
-    def apply(self, args=None, kwargs=None, headers=None, throw=None, **options):
-        """Run a job in eager mode, for send_one(). Raises TypeError for other calls.
-
-        It never raises the exception of the function, whatever `throw` says: the row has it.
-        """
-        if not fields_in(headers):
-            raise TypeError(
-                f"{self.name}.apply() does not run a job: enqueue it, or call the task. {NO_CANVAS}"
-            )
-        return super().apply(args, kwargs, headers=headers, throw=False, **options)
 
     def update_state(self, *args, **kwargs):
         raise NotImplementedError(

@@ -11,9 +11,8 @@ also accepts the @task of `django_tasks`.
 from functools import wraps
 from inspect import iscoroutine
 
-from celery import current_app, shared_task
+from celery import shared_task
 from celery.utils.functional import head_from_fun
-from django.apps import apps
 from django.core.exceptions import ValidationError
 from django.utils import timezone
 from django.utils.module_loading import import_string
@@ -30,12 +29,11 @@ try:
     from django.tasks import DEFAULT_TASK_QUEUE_NAME, Task, TaskContext, TaskResult, signals
     from django.tasks.backends.base import BaseTaskBackend
     from django.tasks.base import TaskError, TaskResultStatus
-    from django.tasks.exceptions import InvalidTask, TaskResultDoesNotExist
+    from django.tasks.exceptions import TaskResultDoesNotExist
 except ImportError:  # Django 5.2
     from django_tasks import DEFAULT_TASK_QUEUE_NAME, TaskContext, TaskResult, signals
     from django_tasks.backends.base import BaseTaskBackend
     from django_tasks.base import Task, TaskError, TaskResultStatus
-    from django_tasks.exceptions import InvalidTaskError as InvalidTask
     from django_tasks.exceptions import TaskResultDoesNotExist
 
 __all__ = ["TaskBackend"]
@@ -64,12 +62,9 @@ class TaskBackend(BaseTaskBackend):
         Returns its TaskResult. Raises InvalidTask, and the errors of durable_jobs.enqueue.enqueue().
         """
         self.validate_task(task)  # again: the settings may have changed since @task ran
-        celery_task = register(task)
-        if celery_task._unknown_to_workers and not current_app.conf.task_always_eager:
-            raise InvalidTask(f"No worker knows {task.module_path}: import it in an app's tasks.py")
         # CELERY_TASK_ROUTES decides about the default queue.
         queue = None if task.queue_name == DEFAULT_TASK_QUEUE_NAME else task.queue_name
-        job = enqueue(celery_task, args, kwargs, queue=queue, eta=task.run_after)
+        job = enqueue(register(task), args, kwargs, queue=queue, eta=task.run_after)
         result = self._result_of(job, task)
         signals.task_enqueued.send(type(self), task_result=result)
         return result
@@ -169,7 +164,5 @@ def register(task):
 
         header = staticmethod(head_from_fun(task.func, bound=task.takes_context))
         options = {"name": task.module_path, "__header__": header}
-        # Before Django was ready, this process has imported what workers import: see apps.py.
-        options["_unknown_to_workers"] = apps.ready
         registered[task.module_path] = shared_task(run, base=FunctionTask, bind=True, **options)
     return registered[task.module_path]
