@@ -8,7 +8,7 @@ from django.db.models.functions import Now
 from django.utils import timezone
 from helpers import CLAIM, add, alone, call, deliver, end, lapse, start, sweeper
 
-from durable_jobs import admission, pauses, transitions
+from durable_jobs import pauses, transitions
 from durable_jobs.actions import cancel, run_again
 from durable_jobs.beat.purge import Purge
 from durable_jobs.diagnosis import reasons
