@@ -343,7 +343,7 @@ def end_all():
 
 
 def unneeded(model, old_batches):
-    """Return the condition for an old Job or Batch to be deleted. `old_batches` are ids: see lock_batches().
+    """Return the condition for an old Job or Batch to be deleted. `old_batches` are their ids, locked.
 
     A callback reads the results of its batch, so they are kept as long as it may run.
     """

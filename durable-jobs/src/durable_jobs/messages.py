@@ -131,11 +131,11 @@ def messages_in(name, broker):
     return queue.queue_declare().message_count
 
 
-def is_job(name):
-    """Return whether this task is a job."""
-    return getattr(current_app.tasks.get(name), "_is_job", False)
+def is_job(task):
+    """Return whether this is a task that is a job."""
+    return getattr(task, "_is_job", False)
 
 
 def known_names():
     """Return the names that can be paused: queues and tasks. A queue without settings needs a job."""
-    return known_queues(), sorted(filter(is_job, current_app.tasks))
+    return known_queues(), sorted(name for name, task in current_app.tasks.items() if is_job(task))

@@ -1,12 +1,8 @@
 """The result of a job: AsyncResult(id) reads its row."""
 
-import time
-from functools import cache
-
 from celery import states
 from celery.app import backends
 from celery.backends.base import BaseBackend
-from celery.exceptions import TimeoutError
 
 from durable_jobs.models import Job
 from durable_jobs.validation import uuids
@@ -37,25 +33,11 @@ def read(task_id):
 class JobBackend(BaseBackend):
     """Reads jobs only. It polls the rows, because no message reports a job's result."""
 
+    def _ensure_not_eager(self):
+        """Do not warn: in eager mode, too, a job's result is in its row."""
+
     def get_task_meta(self, task_id, cache=True):
         return read(task_id) or UNKNOWN
-
-    def wait_for_pending(self, result, timeout=None, interval=0.5, on_interval=None, **options):
-        end = None if timeout is None else time.monotonic() + timeout
-        while not result.ready():
-            if on_interval:
-                on_interval()
-            left = interval if end is None else end - time.monotonic()
-            if left <= 0:
-                raise TimeoutError("The operation timed out.")
-            time.sleep(min(interval, left))
-        callback, propagate = options.get("callback"), options.get("propagate", True)
-        return result.maybe_throw(callback=callback, propagate=propagate)
-
-
-@cache
-def job_backend(app):
-    return JobBackend(app)
 
 
 class JobRowsMixin:
@@ -65,7 +47,7 @@ class JobRowsMixin:
         return read(task_id) or super().get_task_meta(task_id, cache=cache)
 
     def wait_for_pending(self, result, **options):
-        backend = job_backend(self.app) if read(result.id) else super()
+        backend = JobBackend(self.app) if read(result.id) else super()
         return backend.wait_for_pending(result, **options)
 
 

@@ -51,7 +51,7 @@ def execute(task, args, kwargs):
                 raise Ignore("its queue or its task is paused")
             if not wait_past_soft_limit(run.claim):  # a pause may have ended in between
                 raise run.ignored()
-        request.run = run
+        request.run_of_job = run
         with run, connection.execute_wrapper(end_interrupted_query):
             return run_and_write(run, args, kwargs)
     finally:
