@@ -78,6 +78,7 @@ class JobTask(DjangoTask):
         for name in ("before_start", "exchange", "expires", "routing_key"):
             if getattr(cls, name, None) != getattr(DjangoTask, name, None):
                 raise TypeError(f"{cls.name}: a job cannot have {name}")
+        cls.throws = (*cls.throws, JobError)  # Celery's log and Sentry expect it
         if callable(cls.limit):
             cls.limit = staticmethod(cls.limit)  # no method: it gets no self
         if iscoroutinefunction(cls.run):
