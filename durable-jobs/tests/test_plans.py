@@ -236,7 +236,7 @@ def test_an_end_reads_no_backlog(backlog):
     cancel(batch.jobs.exclude(pk=oldest.pk))
     with connection.cursor() as cursor:
         cursor.execute("ANALYZE durable_jobs_job")
-    [sql] = queries(batches.is_active, batch.pk)
+    [sql] = queries(lambda: batches.is_active(batch=batch.pk))
     assert scanned(sql) == {"job_batch_active"}
     [sql] = queries(batches.end_all)
     assert "durable_jobs_job" not in scanned(sql) and "job_batch_active" in scanned(sql)
