@@ -40,9 +40,8 @@ class Celery(celery.Celery):
         transport.prepare(self, url or self.conf.broker_write_url)
         return super().connection_for_write(url, **kwargs)
 
-    def send_task(self, name, args=None, kwargs=None, countdown=None, eta=None, **options):
+    def send_task(self, name, args=None, kwargs=None, **options):
         """Send a message as Celery documents it. If the task is a job, enqueue it instead."""
-        options |= {"countdown": countdown, "eta": eta}
         if is_job(self.tasks.get(name)):
             return self.tasks[name].apply_async(args, kwargs, **options)
         return super().send_task(name, args, kwargs, **options)

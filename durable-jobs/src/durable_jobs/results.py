@@ -51,10 +51,7 @@ class JobRowsMixin:
         return backend.wait_for_pending(result, **options)
 
 
-def backend(app, url=None):
-    """Return the result backend of the settings, extended to read the rows of jobs.
-
-    `url` is ignored: Celery gives none.
-    """
+def backend(app):
+    """Return the result backend of the settings, extended to read the rows of jobs."""
     kind, url = backends.by_url(app.conf.result_backend, app.loader)
     return type(kind.__name__, (JobRowsMixin, kind), {})(app=app, url=url)
