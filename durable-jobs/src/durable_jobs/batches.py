@@ -237,14 +237,12 @@ def succeed(id, run_token, next_jobs=(), **end):
     if not next_jobs:
         return transitions.succeed(id=id, run_token=run_token, **end)
     with transaction.atomic():
-        owned = Job.objects.filter(LOCK_TIMEOUT, IDLE_TIMEOUT, pk=id, run_token=run_token)
-        rows = owned.only("owner_id", "batch_id").annotate(now=Now())
-        if (job := rows.select_for_update().first()) is None:
-            return 0
-        transitions.finish(owned, "succeeded", progress=100, **end)
-        fields = {"owner_id": job.owner_id, "batch_id": job.batch_id, "follows": id}
-        insert_many(job.now, [job_of(plan, job.now, **fields) for plan in next_jobs])
-    return 1
+        rows = Job.objects.filter(LOCK_TIMEOUT, IDLE_TIMEOUT, pk=id).annotate(now=Now())
+        job = rows.only("owner_id", "batch_id").select_for_update().first()
+        if written := transitions.succeed(id=id, run_token=run_token, **end):
+            fields = {"owner_id": job.owner_id, "batch_id": job.batch_id, "follows": id}
+            insert_many(job.now, [job_of(plan, job.now, **fields) for plan in next_jobs])
+    return written
 
 
 # The end of a batch
