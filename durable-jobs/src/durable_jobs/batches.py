@@ -153,12 +153,10 @@ def keep_open(batch):
 def cancel(batch: Batch) -> int:
     """Cancel the members that are active. The batch ends. Returns how many there were."""
     cancelled = 0
-    while True:  # again, because a job that ends may store its next job
+    while is_active(batch=batch.pk):  # again, because a job that ends may store its next job
         cancelled += actions.cancel(batch.jobs.all())
-        # A caller's transaction must not wait for the batch: it has locked jobs of it.
-        try_to_end(batch.pk, skip_locked=in_transaction())
-        if not is_active(batch=batch.pk):
-            break
+    # A caller's transaction must not wait for the batch: it has locked jobs of it.
+    try_to_end(batch.pk, skip_locked=in_transaction())
     transaction.on_commit(lambda: try_to_end(batch.pk))  # it raises nothing
     batch.refresh_from_db()
     return cancelled
