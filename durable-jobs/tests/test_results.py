@@ -1,11 +1,10 @@
-"""AsyncResult and GroupResult read rows: of a job, and of steps that are not stored yet."""
+"""AsyncResult reads the row of a job."""
 
 import uuid
 from unittest.mock import Mock
 
 import pytest
 from celery import current_app as app
-from celery import shared_task
 from celery.backends.cache import CacheBackend
 from celery.result import AsyncResult
 from helpers import add
@@ -14,14 +13,8 @@ from durable_jobs import transitions
 from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Job
 from durable_jobs.publish import publish
-from durable_jobs.tasks import JobError, JobTask
 
 pytestmark = pytest.mark.django_db
-
-
-@shared_task(base=JobTask)
-def fail(*args):
-    raise JobError("no")
 
 
 def test_an_async_result_finds_a_job_by_its_id():
