@@ -1,10 +1,13 @@
 """The fixtures that several files use."""
 
 import uuid
+from collections import defaultdict
+from threading import get_ident
 from time import perf_counter
 
 import pytest
 from celery import current_app as app
+from celery.states import RETRY
 from django.contrib.auth.models import Permission
 from django.core.cache import cache
 from django.db import OperationalError, connection, connections
@@ -20,6 +23,7 @@ from durable_jobs.models import Job
 from durable_jobs.worker.pools import pool
 
 pytest_plugins = ["durable_jobs.testing"]
+SEND_ONE = messages.send_one
 
 
 @pytest.fixture(autouse=True)
@@ -157,10 +161,43 @@ def backlog():
         multiply(job, 3000, unique_key="gen_random_uuid()::text")
 
 
+@pytest.fixture(autouse=True)
+def worker(no_broker, monkeypatch):
+    """A worker that takes each message at once, in the thread that has sent it."""
+    from durable_jobs.testing import run  # not earlier: pytest loads plugins itself
+
+    messages_of = defaultdict(list)  # of each thread
+
+    def send_one(job, producer, **options):
+        waiting = messages_of[get_ident()]
+        waiting.append(job)
+        if len(waiting) == 1:  # otherwise a job of this worker has sent it
+            try:
+                for each in waiting:
+                    ended = run(each).info
+                    if ended and ended.state == RETRY:  # wait for no countdown
+                        each.refresh_from_db()
+                        waiting.append(each)
+            finally:
+                waiting.clear()
+
+    monkeypatch.setattr(messages, "send_one", send_one)
+
+
 @pytest.fixture
-def no_eager(eager):
-    """Jobs are sent to a broker without workers."""
+def broker(worker, monkeypatch):
+    """Messages go to a broker without workers. Plain tasks do so, too."""
+    monkeypatch.setattr(messages, "send_one", SEND_ONE)
     app.conf.task_always_eager = False
+
+
+@pytest.fixture
+def commit(db, django_capture_on_commit_callbacks):
+    """At the end of `with commit():` the enqueued jobs are published, as after a commit: they run.
+
+    The transaction of a test never commits: without this, jobs stay queued.
+    """
+    return lambda: django_capture_on_commit_callbacks(execute=True)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 
 import psycopg
 import pytest
-from celery import shared_task
+from celery import shared_task, signals
 from celery.exceptions import Retry, SoftTimeLimitExceeded
 from django.db import (
     IntegrityError,
@@ -26,7 +26,7 @@ from psycopg.errors import ProgramLimitExceeded, ReadOnlySqlTransaction
 from durable_jobs import database, transitions
 from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Job
-from durable_jobs.tasks import JobTask
+from durable_jobs.tasks import JobError, JobTask
 from durable_jobs.worker import pools
 
 pytestmark = pytest.mark.django_db
@@ -299,3 +299,27 @@ def test_a_value_that_is_too_large_for_the_database_is_not_retried_for_ever():
     too_large.__cause__ = ProgramLimitExceeded()
     assert not database.may_succeed_later(too_large)
     assert database.may_succeed_later(OperationalError())
+
+
+@shared_task(base=JobTask, throws=(KeyError,))
+def raise_error(name):
+    raise {"JobError": JobError, "KeyError": KeyError, "OSError": OSError}[name]("no")
+
+
+@pytest.mark.parametrize(
+    ("name", "is_reported"), [("JobError", 0), ("KeyError", 0), ("OSError", 1)]
+)
+def test_an_expected_end_of_a_job_is_no_error_for_its_listeners(name, is_reported, caplog):
+    """Celery's log, and a listener such as Sentry's, which passes on what `throws` names."""
+    reported = []
+
+    def report(sender, exception, **kwargs):
+        if not isinstance(exception, sender.throws):
+            reported.append(exception)
+
+    with caplog.at_level("INFO"):
+        signals.task_failure.connect(report)
+        job = deliver(enqueue(raise_error, [name]))
+        signals.task_failure.disconnect(report)
+    assert job.state == "failed" and len(reported) == is_reported
+    assert any(record.levelname == "ERROR" for record in caplog.records) == is_reported

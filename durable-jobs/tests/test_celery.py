@@ -37,19 +37,16 @@ def name_types(*args):
 
 
 @pytest.fixture(params=[True, False], ids=["eager", "broker"])
-def mode(request, eager):
+def mode(request):
+    """How plain tasks are sent."""
     app.conf.task_always_eager = request.param
-    yield
-    app.conf.task_always_eager = True
 
 
 def test_delay_enqueues_a_job():
     result = add.delay(1, y=2)
     [job] = Job.objects.all()
     assert (result.id, job.args, job.kwargs, job.owner) == (str(job.pk), [1], {"y": 2}, None)
-    app.conf.task_always_eager = False  # in eager mode, reading the state runs the job
     assert result.state == "PENDING"
-    app.conf.task_always_eager = True
     deliver(job)
     assert (result.state, add.AsyncResult(result.id).result) == ("SUCCESS", 3)
     assert [add.AsyncResult(pk).state for pk in ("another", uuid.uuid4())] == ["PENDING"] * 2
@@ -76,7 +73,6 @@ def test_apply_async_accepts_options_that_a_job_supports():
     ],
 )
 def test_apply_async_refuses_options_that_a_job_does_not_support(send):
-    app.conf.task_always_eager = False
     with pytest.raises(TypeError, match="a job does not take|part of a chain"):
         send()
     assert not Job.objects.exists()
@@ -112,6 +108,7 @@ def test_a_task_with_an_attribute_that_jobs_do_not_support_is_refused(option):
         lambda: add.map([1, 2]).apply_async(),
         lambda: add.starmap([(1, 2)]).delay(),
         lambda: add.chunks([(1, 2), (3, 4)], 1)(),
+        lambda: add.apply([1, 2]),
     ],
 )
 def test_a_job_is_refused_in_a_canvas_and_as_a_callback(mode, send):
@@ -127,7 +124,7 @@ def test_a_job_is_refused_in_a_canvas_and_as_a_callback(mode, send):
         lambda: plain.si().on_error(add.si(1, 2)).apply_async(),
     ],
 )
-def test_a_job_is_refused_as_the_callback_of_an_error(no_eager, send):
+def test_a_job_is_refused_as_the_callback_of_an_error(broker, send):
     with pytest.raises(EncodeError, match="part of a chain, group or chord"):
         send()
 
@@ -153,7 +150,6 @@ def test_send_task_knows_the_tasks_of_celery_imports(monkeypatch, tmp_path):
 
 
 def test_send_task_sends_a_plain_task():
-    app.conf.task_always_eager = False
     assert app.send_task(plain.name).state == "PENDING"
 
 

@@ -30,7 +30,7 @@ NO_BEAT = "Beat does not run: its last sweep ended 2 min ago"
 @shared_task(base=JobTask, bind=True, max_retries=7)
 def look_up(self, error=None):
     self.report(30, message="Looked up 3 of 10")
-    self.retry(countdown=60, exc=error and LOOKED_UP[error], throw=False)  # run once in eager mode
+    self.retry(countdown=60, exc=error and LOOKED_UP[error], throw=False)
 
 
 LOOKED_UP = {

@@ -307,11 +307,6 @@ def test_an_unknown_option_is_refused(door, user):
         DOORS[door](user, {"ownr": user})
 
 
-def test_using_refuses_an_unknown_option_when_it_is_called():
-    with pytest.raises(TypeError, match="unexpected keyword argument 'ownr'"):
-        double.using(ownr=1)
-
-
 @pytest.mark.parametrize("name", ["aenqueue", "async JobTask"])
 def test_a_coroutine_enqueues_in_the_transaction_of_its_caller(name, user, commit):
     with commit() as callbacks:

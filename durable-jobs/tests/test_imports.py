@@ -20,7 +20,6 @@ admission
 enqueue
 actions signatures
 batches
-eager
 results
 worker.heartbeat
 worker.runs worker.events

@@ -22,9 +22,8 @@ pytestmark = pytest.mark.django_db
 
 
 @pytest.fixture
-def sent_messages(monkeypatch):
+def sent_messages(broker, monkeypatch):
     """The options of each message."""
-    app.conf.task_always_eager = False
     sent = []
     monkeypatch.setattr(
         "kombu.Producer.publish", lambda self, body, **options: sent.append(options)
@@ -32,8 +31,7 @@ def sent_messages(monkeypatch):
     return sent
 
 
-def test_a_job_is_sent_as_a_celery_message():
-    app.conf.task_always_eager = False
+def test_a_job_is_sent_as_a_celery_message(broker):
     job = enqueue(add, [1], {"y": 2}, queue="cpu")
     job.retries = 3
     with app.connection_for_write("memory://") as broker:
@@ -44,8 +42,7 @@ def test_a_job_is_sent_as_a_celery_message():
     assert kept == {"id": str(job.pk), "task": add.name, "retries": 3, **of_job()}
 
 
-def test_messages_sent_together_declare_each_queue_once(monkeypatch):
-    app.conf.task_always_eager = False
+def test_messages_sent_together_declare_each_queue_once(broker, monkeypatch):
     sent, producer = [], Mock(batch=Mock(side_effect=nullcontext))
     producer.publish = lambda body, **options: sent.append(options)
     monkeypatch.setattr(app, "producer_or_acquire", lambda: nullcontext(producer))

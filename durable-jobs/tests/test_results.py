@@ -1,53 +1,40 @@
-"""AsyncResult and GroupResult read rows: of a job, and of steps that are not stored yet."""
+"""AsyncResult reads the row of a job."""
 
 import uuid
 from unittest.mock import Mock
 
 import pytest
 from celery import current_app as app
-from celery import shared_task
 from celery.backends.cache import CacheBackend
 from celery.result import AsyncResult
-from helpers import add, retry_once
+from helpers import add
 
 from durable_jobs import transitions
 from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Job
 from durable_jobs.publish import publish
-from durable_jobs.tasks import JobError, JobTask
 
 pytestmark = pytest.mark.django_db
 
 
-@shared_task(base=JobTask)
-def fail(*args):
-    raise JobError("no")
-
-
 def test_an_async_result_finds_a_job_by_its_id():
     job = enqueue(add, [1, 2])
-    app.conf.task_always_eager = False
     for result in AsyncResult(str(job.pk)), app.AsyncResult(str(job.pk)):
         assert result.state == "PENDING"
     assert AsyncResult(str(uuid.uuid4())).state == "PENDING"
-    app.conf.task_always_eager = True
     publish([job])
     for result in AsyncResult(str(job.pk)), app.AsyncResult(str(job.pk)):
         assert (result.state, result.get()) == ("SUCCESS", 3)
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")  # Celery's, about results in eager mode
 def test_get_waits_for_the_row_of_a_job(monkeypatch):
     """A result backend such as Redis would wait for a message that no job sends."""
     monkeypatch.setattr(CacheBackend, "wait_for_pending", Mock(), raising=False)
     job = enqueue(add, [1, 2])
+    publish([job])
     assert AsyncResult(str(job.pk)).get(timeout=10) == 3
     CacheBackend.wait_for_pending.assert_not_called()
-
-
-@pytest.mark.filterwarnings("error::RuntimeWarning")  # Celery's warning about results in eager mode
-def test_get_returns_a_result_in_eager_mode():
-    assert add.delay(1, 2).get(timeout=10) == 3
-    assert retry_once.delay(1).get(timeout=10) == ["int"]
 
 
 @pytest.mark.parametrize(

@@ -108,10 +108,8 @@ def divide_and_continue(task):
         (lambda task: task.retry(), "The task requested another try", ""),
     ],
 )
-@pytest.mark.parametrize("is_eager", [True, False])  # as in a project's tests, as in a worker
-def test_a_failure_has_the_error_that_led_to_the_retry(body, error, raised, is_eager):
+def test_a_failure_has_the_error_that_led_to_the_retry(body, error, raised):
     def retry(task):
-        task.request.is_eager = is_eager
         if not task.request.retries:
             body(task)
 

@@ -2,13 +2,23 @@
 
 import pytest
 from celery import shared_task
-from helpers import add
+from helpers import add, free, retry_once
 
+from durable_jobs import messages, pauses, publish
 from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Job
 from durable_jobs.tasks import JobTask
 
 pytestmark = pytest.mark.django_db
+
+
+@pytest.fixture(autouse=True)
+def worker(no_broker):
+    """None: the worker of other tests would run the jobs."""
+
+
+def states():
+    return list(Job.objects.order_by("created_at").values_list("state", flat=True))
 
 
 @shared_task(base=JobTask)
@@ -21,18 +31,38 @@ def fail():
     1 / 0  # noqa: B018
 
 
+def test_a_job_runs_in_run_jobs_and_not_before(run_jobs):
+    publish.publish([enqueue(free, [3])])
+    assert states() == ["queued"]
+    run_jobs()
+    job = Job.objects.get()
+    assert (job.state, job.result) == ("succeeded", 3)
+
+
 def test_run_jobs_also_runs_jobs_that_a_body_enqueues(run_jobs):
     enqueue(enqueue_another)
     run_jobs()
-    assert list(Job.objects.values_list("state", flat=True)) == ["succeeded"] * 2
+    assert states() == ["succeeded"] * 2
 
 
-def test_run_jobs_returns_although_the_broker_is_down(run_jobs, broker_down):
+def test_run_jobs_waits_for_no_countdown_and_no_retry(run_jobs):
+    enqueue(retry_once, countdown=60)
+    run_jobs()
+    assert states() == ["succeeded"]
+
+
+def test_run_jobs_returns_although_a_job_is_paused(run_jobs):
+    pauses.pause("celery")
     enqueue(add, [1, 2])
     run_jobs()
-    assert Job.objects.get().state == "queued"
+    assert states() == ["queued"]
 
 
-def test_an_error_of_a_plain_task_is_raised_in_eager_mode():
+@pytest.mark.live
+def test_a_live_test_sends_messages():
+    assert messages.send_one.__module__ == messages.__name__
+
+
+def test_an_error_of_a_plain_task_is_raised():
     with pytest.raises(ZeroDivisionError):
         fail.delay()

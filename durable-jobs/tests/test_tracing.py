@@ -70,14 +70,13 @@ def calls():
 
 
 @pytest.fixture
-def messages(monkeypatch):
+def messages(broker, monkeypatch):
     """The headers of each message. They go to a broker without workers."""
     sent = []
     monkeypatch.setattr(
         "kombu.Producer.publish", lambda self, body, headers, **kwargs: sent.append(headers)
     )
     monkeypatch.setattr(republish, "messages_in", lambda name, broker: 0)
-    current_app.conf.task_always_eager = False
     return sent
 
 

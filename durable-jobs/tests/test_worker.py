@@ -8,6 +8,7 @@ from unittest.mock import Mock
 import pytest
 from celery import current_app as app
 from celery import exceptions
+from celery.contrib.django.task import DjangoTask
 from celery.worker.control import Panel
 from django.db import connection
 from helpers import act, add, claim, claim_and_lapse, of_job, seconds_until_due
@@ -83,8 +84,8 @@ def test_a_run_has_the_token_that_the_main_process_chose():
     token = uuid.uuid4()
     act.body = lambda task: str(Job.objects.get().run_token)
     job = enqueue(act)
-    result = act.apply(task_id=str(job.pk), headers=of_job(run_token=token))
-    assert result.get() == str(token)
+    DjangoTask.apply(act, task_id=str(job.pk), headers=of_job(run_token=token))
+    assert Job.objects.get().result == str(token)
 
 
 def test_celery_does_not_resend_a_job_that_killed_its_child(monkeypatch):
@@ -135,7 +136,7 @@ def test_a_plain_task_with_a_header_of_this_name_is_no_job(header):
 def test_a_plain_task_starts_with_a_connection_that_works(headers, spared):
     """A job needs no such check: its first query is its claim, which is tried again."""
     connection.ensure_connection()
-    task = SimpleNamespace(request=SimpleNamespace(is_eager=False, headers=headers))
+    task = SimpleNamespace(request=SimpleNamespace(headers=headers))
     startup.prepare_connection(task)
     assert connection.connection and connection.health_check_done is spared
     connection.close_at = 0  # CONN_MAX_AGE is over

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from harness.faults import everywhere, on_each_pool, on_one, succeeded
+from harness.faults import everywhere, on_each_pool, succeeded
 from harness.project import wait_for
 
 RESULTS = """
@@ -75,14 +75,6 @@ def test_a_coroutine_over_its_time_limit_is_cancelled_except_in_a_thread(stack, 
 def test_an_async_view_enqueues_a_function_and_awaits_its_result(stack):
     status, text = stack.send_raw("faults/add/", None)
     assert (status, json.loads(text)) == (200, {"value": 3})
-
-
-@on_one
-def test_a_function_is_refused_if_no_worker_imports_its_module(stack):
-    job = stack.ask("from faults.elsewhere import imported\nresult = imported.enqueue().id")
-    assert succeeded(stack.wait_until_final(job), crashes=0)
-    with pytest.raises(AssertionError, match="No worker knows faults.views.forgotten"):
-        stack.ask("from faults.views import forgotten\nforgotten.enqueue()")
 
 
 @everywhere

@@ -61,7 +61,7 @@ def run_again(job: Job) -> Job:
 
     @transaction.atomic(Job.objects.db)
     def queue():
-        is_open = job.batch_id is None or transitions.open_again([job.batch_id])
+        is_open = job.batch_id is None or transitions.open_again(job.batch_id)
         row = Job.objects.filter(pk=job.pk)
         changes["headers"] = new_headers(job)
         if not (is_open and transitions.run_again(row, **changes)):

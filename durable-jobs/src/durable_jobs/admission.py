@@ -23,7 +23,6 @@ import logging
 from datetime import timedelta
 from math import inf
 
-from celery import current_app
 from celery.utils.functional import chunks
 from django.db import Error, transaction
 from django.db.models import Case, Count, DurationField, F, IntegerField, Min, Subquery, When
@@ -87,8 +86,7 @@ def admit(keys, most=AT_ONCE, skip_locked=False):
             while count < most and (jobs := unblock_many(some, skip_locked)):
                 publish(jobs)
                 count += len(jobs)
-                # In eager mode, these jobs have ended now, so others may start.
-                if len(jobs) < AT_ONCE and not current_app.conf.task_always_eager:
+                if len(jobs) < AT_ONCE:
                     break
     except Error as error:
         logger.warning("the sweeper will admit jobs of %s: %r", ", ".join(keys)[:200], error)
@@ -267,8 +265,3 @@ def keys_of_queued(jobs):
 @transaction.atomic
 def delete_old_keys():
     transitions.skip_locked(Key.objects.filter(next_at__lt=Now() - timedelta(hours=1))).delete()
-
-
-def ignore_limits(jobs):
-    """Unblock these jobs. Eager mode runs one job at a time, and never waits."""
-    jobs.filter(blocked_by__isnull=False).update(blocked_by=None, sweep_at=Now())

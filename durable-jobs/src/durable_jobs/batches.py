@@ -70,11 +70,11 @@ def open_batch(
     Raises TypeError and ValueError as enqueue() does.
     """
     to_json(label)  # may raise ValueError
-    fields = {"owner": owner, "label": label[:MAX_LABEL]}
-    fields["on_success"] = on_success and callback(on_success, takes_results=True)
-    fields["on_finish"] = on_finish and callback(on_finish)
+    batch = Batch(owner=owner, label=label[:MAX_LABEL])
+    batch.on_success = on_success and callback(on_success, results_of=batch.pk)
+    batch.on_finish = on_finish and callback(on_finish)
     with transaction.atomic(Batch.objects.db):
-        batch = Batch.objects.create(**fields)
+        batch.save()
         yield batch
         end(batch.pk)  # if it has no members
     batch.refresh_from_db()
@@ -153,12 +153,10 @@ def keep_open(batch):
 def cancel(batch: Batch) -> int:
     """Cancel the members that are active. The batch ends. Returns how many there were."""
     cancelled = 0
-    while True:  # again, because a job that ends may store its next job
+    while is_active(batch=batch.pk):  # again, because a job that ends may store its next job
         cancelled += actions.cancel(batch.jobs.all())
-        # A caller's transaction must not wait for the batch: it has locked jobs of it.
-        try_to_end(batch.pk, skip_locked=in_transaction())
-        if not is_active(batch.pk):
-            break
+    # A caller's transaction must not wait for the batch: it has locked jobs of it.
+    try_to_end(batch.pk, skip_locked=in_transaction())
     transaction.on_commit(lambda: try_to_end(batch.pk))  # it raises nothing
     batch.refresh_from_db()
     return cancelled
@@ -189,37 +187,30 @@ def cancel_ids(ids):
 # Callbacks and next jobs. They are stored as JSON: the fields of a job, and when it is due.
 
 
-def callback(call, takes_results=False):
+def callback(call, results_of=None):
     """Return what a row stores of this call. Raises TypeError, and the errors of enqueue()."""
     if not isinstance(call, JobSignature):
         raise TypeError(f"{call!r:.200} is not the signature of a job, such as task.s(10)")
-    takes_results = takes_results and not call.immutable
-    return planned(call.task, call.args, call.kwargs, takes_results=takes_results, **call.options)
+    given = {} if call.immutable or not results_of else {"results_of": str(results_of)}
+    return planned(call.task, call.args, call.kwargs, **given, **call.options)
 
 
-def planned(
-    task, args=(), kwargs=None, *, takes_results=False, countdown=None, eta=None, **options
-):
+def planned(task, args=(), kwargs=None, *, results_of=None, countdown=None, eta=None, **options):
     """Return a job that is stored later, as JSON. Raises the errors of enqueue()."""
-    given = [Results()] if takes_results else []
+    given = [Results()] if results_of else []
     fields = call_fields(task, [*given, *args] if given else args, kwargs, **options)
     times(timezone.now(), countdown, eta)  # may raise ValueError
     fields["args"] = fields["args"][len(given) :]
     job = Job(**fields)  # its request is the current one, whoever stores it later
-    fields |= {"id": str(job.pk), "headers": new_headers(job)}
-    when = {"countdown": countdown, "eta": eta and eta.isoformat()}
-    return {**fields, **when, "takes_results": takes_results}
+    fields |= {"id": str(job.pk), "headers": new_headers(job), "results_of": results_of}
+    return {**fields, "countdown": countdown, "eta": eta and eta.isoformat()}
 
 
 def job_of(plan, now, **fields):
     """Return the unsaved job of a plan that planned() has made."""
     plan = dict(plan)
-    countdown, eta, takes_results = (
-        plan.pop(name) for name in ("countdown", "eta", "takes_results")
-    )
+    countdown, eta = plan.pop("countdown"), plan.pop("eta")
     when = times(now, countdown, eta and datetime.fromisoformat(eta), plan["limit_key"])
-    if takes_results:
-        fields["results_of"] = fields["follows"]
     return Job(**plan, **when, **fields)
 
 
@@ -244,14 +235,12 @@ def succeed(id, run_token, next_jobs=(), **end):
     if not next_jobs:
         return transitions.succeed(id=id, run_token=run_token, **end)
     with transaction.atomic():
-        owned = Job.objects.filter(LOCK_TIMEOUT, IDLE_TIMEOUT, pk=id, run_token=run_token)
-        rows = owned.only("owner_id", "batch_id").annotate(now=Now())
-        if (job := rows.select_for_update().first()) is None:
-            return 0
-        transitions.finish(owned, "succeeded", progress=100, **end)
-        fields = {"owner_id": job.owner_id, "batch_id": job.batch_id, "follows": id}
-        insert_many(job.now, [job_of(plan, job.now, **fields) for plan in next_jobs])
-    return 1
+        rows = Job.objects.filter(LOCK_TIMEOUT, IDLE_TIMEOUT, pk=id).annotate(now=Now())
+        job = rows.only("owner_id", "batch_id").select_for_update().first()
+        if written := transitions.succeed(id=id, run_token=run_token, **end):
+            fields = {"owner_id": job.owner_id, "batch_id": job.batch_id, "follows": id}
+            insert_many(job.now, [job_of(plan, job.now, **fields) for plan in next_jobs])
+    return written
 
 
 # The end of a batch
@@ -266,13 +255,9 @@ def newest_active(batch):
 
 
 @transitions.prepared()
-def an_active(batch):
+def is_active(batch):
+    """Return the id of an unfinished job of this batch, in a list."""
     return newest_active(batch), None
-
-
-def is_active(pk):
-    """Return whether a job of this batch is unfinished."""
-    return bool(an_active(batch=pk))
 
 
 def end(pk, skip_locked=False):
@@ -280,7 +265,7 @@ def end(pk, skip_locked=False):
 
     With `skip_locked`, do nothing if another transaction has locked the batch.
     """
-    if is_active(pk):
+    if is_active(batch=pk):
         return
     rows = Batch.objects.filter(*timeouts(), pk=pk, ended_at=None)
     with transaction.atomic():
@@ -288,7 +273,7 @@ def end(pk, skip_locked=False):
         batch = rows.select_for_update(skip_locked=skip_locked).first()
         # Ask again: while the row is locked, no job can run again, and no transaction that adds a job can
         # commit, because PostgreSQL checks its foreign key.
-        if batch is None or is_active(pk):
+        if batch is None or is_active(batch=pk):
             return
         count_ended(batch)
         try:
@@ -343,7 +328,7 @@ def end_all():
 
 
 def unneeded(model, old_batches):
-    """Return the condition for an old Job or Batch to be deleted. `old_batches` are ids: see lock_batches().
+    """Return the condition for an old Job or Batch to be deleted. `old_batches` are their ids, locked.
 
     A callback reads the results of its batch, so they are kept as long as it may run.
     """

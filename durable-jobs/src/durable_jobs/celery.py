@@ -8,6 +8,7 @@ from celery.app import control, utils
 from django.apps import apps
 
 from durable_jobs import transport
+from durable_jobs.messages import is_job
 from durable_jobs.worker.pools import pool_name
 
 __all__ = ["Celery"]
@@ -39,10 +40,9 @@ class Celery(celery.Celery):
         transport.prepare(self, url or self.conf.broker_write_url)
         return super().connection_for_write(url, **kwargs)
 
-    def send_task(self, name, args=None, kwargs=None, countdown=None, eta=None, **options):
+    def send_task(self, name, args=None, kwargs=None, **options):
         """Send a message as Celery documents it. If the task is a job, enqueue it instead."""
-        options |= {"countdown": countdown, "eta": eta}
-        if getattr(self.tasks.get(name), "_is_job", False):
+        if is_job(self.tasks.get(name)):
             return self.tasks[name].apply_async(args, kwargs, **options)
         return super().send_task(name, args, kwargs, **options)
 

@@ -17,7 +17,7 @@ from django.db.models.functions import Coalesce, Now
 from django.utils import timezone
 
 from durable_jobs import admission, conf, limits, transitions
-from durable_jobs.messages import new_headers, queue_of
+from durable_jobs.messages import is_job, new_headers, queue_of
 from durable_jobs.models import MAX_LABEL, Job, Sweep
 from durable_jobs.publish import publish
 from durable_jobs.states import UNFINISHED
@@ -107,7 +107,7 @@ def new_fields(now, task, args, kwargs=None, /, owner=None, label="", queue=None
 
 def call_fields(task, args, kwargs=None, label="", queue=None):
     """Return what a new job is to do. Raises the TypeError and ValueError of enqueue()."""
-    if not getattr(task, "_is_job", False):
+    if not is_job(task):
         raise TypeError(f"{task!r} is not a job: declare it with @job")
     given = args, kwargs or {}
     try:

@@ -6,7 +6,6 @@ from contextlib import nullcontext
 
 from celery import current_app, signals
 from celery.exceptions import OperationalError
-from kombu.utils.json import dumps, loads
 
 from durable_jobs.validation import to_json
 
@@ -26,11 +25,6 @@ def fields_in(headers):
 
 def send(jobs):
     """Send the messages of these jobs over one connection. Raises the transport's exceptions."""
-    # In eager mode a job that enqueues another one would hold two connections.
-    if current_app.conf.task_always_eager:
-        for job in jobs:
-            send_one(job, None)
-        return
     with (
         current_app.producer_or_acquire() as producer,
         producer.batch() if jobs[1:] else nullcontext(),
@@ -49,11 +43,6 @@ def send_one(job, producer, is_declared=False):
     """
     headers, properties, body, _ = message_of(job)
     task, amqp, conf = current_app.tasks.get(job.task), current_app.amqp, current_app.conf
-    if conf.task_always_eager:
-        args, kwargs = loads(dumps([job.args, job.kwargs]))  # as a worker gets them
-        options = {"task_id": str(job.pk), "retries": job.retries, "headers": headers}
-        task.apply(args, kwargs, **options)
-        return
     # Celery 5 uses the decorator's priority. Celery 6 will use only that of CELERY_TASK_ROUTES.
     options = {"queue": job.queue, "priority": getattr(task, "priority", None)}
     options = amqp.router.route(options, job.task, job.args, job.kwargs)
@@ -142,11 +131,11 @@ def messages_in(name, broker):
     return queue.queue_declare().message_count
 
 
-def is_job(name):
-    """Return whether this task is a job."""
-    return getattr(current_app.tasks.get(name), "_is_job", False)
+def is_job(task):
+    """Return whether this is a task that is a job."""
+    return getattr(task, "_is_job", False)
 
 
 def known_names():
     """Return the names that can be paused: queues and tasks. A queue without settings needs a job."""
-    return known_queues(), sorted(filter(is_job, current_app.tasks))
+    return known_queues(), sorted(name for name, task in current_app.tasks.items() if is_job(task))

@@ -45,6 +45,8 @@ def cascade_ended(collector, field, jobs, using):
 
 
 class Row(models.Model):
+    objects = PrimaryManager()
+
     class Meta:
         abstract = True
 
@@ -68,8 +70,6 @@ class Batch(Row):
     counts = models.JSONField(default=dict, help_text="how many jobs ended in each state")
     created_at = models.DateTimeField(db_default=Clock())
     ended_at = models.DateTimeField(null=True)
-
-    objects = PrimaryManager()
 
     class Meta:
         base_manager_name = "objects"
@@ -135,8 +135,6 @@ class Job(Row):
     results_of = models.UUIDField(null=True, help_text="the batch whose results are its argument")
 
     headers = models.JSONField(default=dict, help_text="of its messages, such as a trace")
-
-    objects = PrimaryManager()
 
     class Meta:
         base_manager_name = "objects"  # for refresh_from_db(), and for foreign keys to a job
@@ -206,7 +204,7 @@ class Job(Row):
         return f"{self.task} {self.id}"
 
 
-class Failure(models.Model):
+class Failure(Row):
     """A run that failed, was retried, or lost its worker."""
 
     job = models.ForeignKey(Job, models.CASCADE, related_name="failures")
@@ -217,8 +215,6 @@ class Failure(models.Model):
     exception = models.CharField(max_length=255, help_text="its class")
     traceback = models.TextField()
 
-    objects = PrimaryManager()
-
     class Meta:
         default_permissions = ()  # the permissions for the job apply
         ordering = ["pk"]
@@ -227,7 +223,7 @@ class Failure(models.Model):
         return self.error
 
 
-class Sweep(models.Model):  # noqa: DJ008
+class Sweep(Row):  # noqa: DJ008
     """One row: when the sweeper's last round ended, when Beat's next tick is due, Beat's errors."""
 
     ended_at = models.DateTimeField()
@@ -239,10 +235,8 @@ class Sweep(models.Model):  # noqa: DJ008
         null=True, help_text="the queues for which the broker takes no message, and why"
     )
 
-    objects = PrimaryManager()
 
-
-class Worker(models.Model):
+class Worker(Row):
     """A worker that runs, or has run less than an hour ago: see worker/heartbeat.py."""
 
     name = models.CharField(max_length=255, primary_key=True)
@@ -254,8 +248,6 @@ class Worker(models.Model):
     started_at = models.DateTimeField()
     seen_at = models.DateTimeField(db_default=Clock())
 
-    objects = PrimaryManager()
-
     class Meta:
         default_permissions = ()  # the permissions for jobs apply
         ordering = ["name"]
@@ -264,7 +256,7 @@ class Worker(models.Model):
         return self.name
 
 
-class Key(models.Model):  # noqa: DJ008
+class Key(Row):  # noqa: DJ008
     """The key of a limit, to lock it and for its rate: see admission.py."""
 
     key = models.CharField(max_length=255, primary_key=True)
@@ -272,13 +264,11 @@ class Key(models.Model):  # noqa: DJ008
         db_default=Clock(), help_text="when a rate lets the next job start"
     )
 
-    objects = PrimaryManager()
-
     class Meta:
         default_permissions = ()
 
 
-class Pause(models.Model):
+class Pause(Row):
     """A queue or a task of which no job starts: see pauses.py."""
 
     name = models.CharField(
@@ -286,8 +276,6 @@ class Pause(models.Model):
     )
     reason = models.CharField(max_length=255, blank=True)
     since = models.DateTimeField(db_default=Clock())
-
-    objects = PrimaryManager()
 
     class Meta:
         default_permissions = ()  # the permissions for jobs apply

@@ -1,14 +1,9 @@
 """The result of a job: AsyncResult(id) reads its row."""
 
-import time
-from functools import cache
-
-from celery import current_app, states
+from celery import states
 from celery.app import backends
 from celery.backends.base import BaseBackend
-from celery.exceptions import TimeoutError
 
-from durable_jobs import eager
 from durable_jobs.models import Job
 from durable_jobs.validation import uuids
 
@@ -26,8 +21,6 @@ UNKNOWN = {"status": states.PENDING, "result": None}  # what Celery answers for 
 def read(task_id):
     """Return status and result of a job, as Celery's backends do, or None if this is no id of a job."""
     keys = list(uuids([task_id]))
-    if keys and current_app.conf.task_always_eager:
-        eager.run(Job.objects.filter(pk__in=keys))
     job = Job.objects.filter(pk__in=keys).only("state", "result", "error").first()
     if job is None:
         return None
@@ -46,23 +39,6 @@ class JobBackend(BaseBackend):
     def get_task_meta(self, task_id, cache=True):
         return read(task_id) or UNKNOWN
 
-    def wait_for_pending(self, result, timeout=None, interval=0.5, on_interval=None, **options):
-        end = None if timeout is None else time.monotonic() + timeout
-        while not result.ready():
-            if on_interval:
-                on_interval()
-            left = interval if end is None else end - time.monotonic()
-            if left <= 0:
-                raise TimeoutError("The operation timed out.")
-            time.sleep(min(interval, left))
-        callback, propagate = options.get("callback"), options.get("propagate", True)
-        return result.maybe_throw(callback=callback, propagate=propagate)
-
-
-@cache
-def job_backend(app):
-    return JobBackend(app)
-
 
 class JobRowsMixin:
     """Reads jobs from their rows. All other ids are left to the result backend."""
@@ -71,14 +47,11 @@ class JobRowsMixin:
         return read(task_id) or super().get_task_meta(task_id, cache=cache)
 
     def wait_for_pending(self, result, **options):
-        backend = job_backend(self.app) if read(result.id) else super()
+        backend = JobBackend(self.app) if read(result.id) else super()
         return backend.wait_for_pending(result, **options)
 
 
-def backend(app, url=None):
-    """Return the result backend of the settings, extended to read the rows of jobs.
-
-    `url` is ignored: Celery gives none.
-    """
+def backend(app):
+    """Return the result backend of the settings, extended to read the rows of jobs."""
     kind, url = backends.by_url(app.conf.result_backend, app.loader)
     return type(kind.__name__, (JobRowsMixin, kind), {})(app=app, url=url)

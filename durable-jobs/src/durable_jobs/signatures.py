@@ -9,7 +9,7 @@ Celery's own signatures are for its canvas. A job is no part of that, see NO_CAN
 from asgiref.sync import sync_to_async
 from celery.utils.abstract import CallableSignature
 
-from durable_jobs.enqueue import Options, enqueue
+from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Job
 
 __all__ = ["JobSignature"]
@@ -29,21 +29,12 @@ def check_options(options, supported=()):
         raise TypeError(f"a job does not take {', '.join(refused)}. {NO_CANVAS}")
 
 
-def checked(options):
-    """Return these options of enqueue(). Raises TypeError for others."""
-    if unknown := options.keys() - Options.__optional_keys__:
-        raise TypeError(
-            f"unexpected keyword argument {min(unknown)!r}: see the options of enqueue()"
-        )
-    return options
-
-
 class JobSignature:
     """A task with arguments and options. Made by JobTask.using(), s() and si()."""
 
     def __init__(self, task, args=(), kwargs=None, options=None, immutable=False):
         self.task, self.args, self.kwargs = task, tuple(args), kwargs or {}
-        self.options, self.immutable = checked(options or {}), immutable
+        self.options, self.immutable = options or {}, immutable
 
     def s(self, *args, **kwargs) -> "JobSignature":
         """Return this signature with more arguments. As a callback, it gets the results of the batch first."""
@@ -57,7 +48,7 @@ class JobSignature:
 
     def set(self, **options) -> "JobSignature":
         """Add options of enqueue() to this signature."""
-        self.options = {**self.options, **checked(options)}
+        self.options = {**self.options, **options}
         return self
 
     def enqueue(self, *args, **kwargs) -> Job:
@@ -70,8 +61,6 @@ class JobSignature:
     def delay(self, *args, **kwargs):
         """Enqueue a job with these arguments. Returns its AsyncResult."""
         return self.apply_async(args, kwargs)
-
-    __call__ = delay
 
     def apply_async(self, args=(), kwargs=None, **options):
         """Enqueue a job as JobTask.apply_async() does. Returns its AsyncResult."""

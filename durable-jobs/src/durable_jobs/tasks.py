@@ -6,7 +6,6 @@ a task function.
 
 import sys
 from collections.abc import Callable
-from datetime import datetime
 from functools import wraps
 from inspect import getattr_static, iscoroutinefunction
 from typing import Any, Unpack
@@ -15,12 +14,12 @@ from asgiref.sync import sync_to_async
 from celery import shared_task
 from celery.contrib.django.task import DjangoTask
 from celery.exceptions import Retry
-from celery.result import AsyncResult
 
 from durable_jobs import batches
 from durable_jobs.enqueue import (
     FROM_NOW,
     MAX_COUNTDOWN,
+    ManyOptions,
     MemberOptions,
     Options,
     enqueue,
@@ -28,14 +27,13 @@ from durable_jobs.enqueue import (
     new_fields,
     seconds_until,
 )
-from durable_jobs.messages import fields_in, storable
+from durable_jobs.messages import storable
 from durable_jobs.models import Batch, Job
-from durable_jobs.results import job_backend
 from durable_jobs.signatures import NO_CANVAS, JobSignature, check_options
 from durable_jobs.validation import printable
 from durable_jobs.worker.execution import execute, run_coroutine
 from durable_jobs.worker.pools import shutting_down
-from durable_jobs.worker.runs import JobError, JobLost, Run, describe, for_owner, process
+from durable_jobs.worker.runs import JobError, JobLost, describe, for_owner, process
 from durable_jobs.worker.shutdown import end_after_commit
 
 __all__ = ["JobSignature", "JobError", "JobTask", "job"]
@@ -72,8 +70,7 @@ class JobTask(DjangoTask):
 
     @property
     def _current_run(self):
-        run = getattr(self.request, "run", None)
-        return run if isinstance(run, Run) else None  # Celery puts a header "run" there, too
+        return getattr(self.request, "run_of_job", None)
 
     @classmethod
     def on_bound(cls, app):
@@ -81,6 +78,7 @@ class JobTask(DjangoTask):
         for name in ("before_start", "exchange", "expires", "routing_key"):
             if getattr(cls, name, None) != getattr(DjangoTask, name, None):
                 raise TypeError(f"{cls.name}: a job cannot have {name}")
+        cls.throws = (*cls.throws, JobError)  # Celery's log and Sentry expect it
         if callable(cls.limit):
             cls.limit = staticmethod(cls.limit)  # no method: it gets no self
         if iscoroutinefunction(cls.run):
@@ -94,33 +92,20 @@ class JobTask(DjangoTask):
 
     # For callers: Celery's methods
 
-    def apply_async(
-        self,
-        args=(),
-        kwargs=None,
-        task_id=None,
-        *,
-        countdown=None,
-        eta=None,
-        owner=None,
-        label="",
-        unique=None,
-        idempotency_key=None,
-        **options,
-    ):
+    def apply_async(self, args=(), kwargs=None, task_id=None, *, unique=None, **options):
         """Enqueue a job. Returns its AsyncResult.
 
         `owner`, `label`, `unique` and `idempotency_key` are those of enqueue(). Raises TypeError for options
         that a job cannot have, such as `link` or `expires`.
         """
-        times = {"countdown": countdown, "eta": eta}
         if self._current_run and task_id == self.request.id:  # Celery's retry() calls this
-            return self._retry_later(args, kwargs, seconds_until(**times), **options)
-        check_options(options)
-        texts = {"label": label, "queue": options.get("queue")}
-        fields = new_fields(FROM_NOW, self, args or (), kwargs, owner, **texts, **times)
-        fields |= {"idempotency_key": idempotency_key, **({"pk": task_id} if task_id else {})}
+            return self._retry_later(args, kwargs, **options)
+        check_options(options, Options.__optional_keys__)
+        given = {name: options[name] for name in ManyOptions.__optional_keys__ & options.keys()}
+        fields = new_fields(FROM_NOW, self, args or (), kwargs, **given)
+        fields["idempotency_key"] = options.get("idempotency_key")
         fields["headers"] = storable(options.get("headers"))
+        fields |= {"pk": task_id} if task_id else {}
         return self.AsyncResult(str(insert(fields, unique).pk))
 
     def using(self, **options: Unpack[Options]) -> JobSignature:
@@ -145,67 +130,37 @@ class JobTask(DjangoTask):
     delay_on_commit = DjangoTask.delay  # which calls self.apply_async()
     apply_async_on_commit = apply_async
 
-    def map(self, *args):
-        """Raise TypeError: Celery would call the function many times in one plain task."""
+    def map(self, *args, **kwargs):
+        """Raise TypeError: Celery would call the function without a job."""
         raise TypeError(f"{self.name}: {NO_CANVAS}")
 
-    starmap = chunks = map
+    apply = starmap = chunks = map
 
-    def AsyncResult(self, task_id, **kwargs):  # noqa: N802
-        return AsyncResult(task_id, backend=job_backend(self.app), app=self.app, **kwargs)
-
-    def retry(
-        self,
-        args: list | tuple | None = None,
-        kwargs: dict | None = None,
-        exc: BaseException | None = None,
-        throw: bool = True,
-        eta: datetime | None = None,
-        countdown: float | None = None,
-        max_retries: int | None = None,
-        **options,
-    ) -> Retry:
+    def retry(self, args=None, kwargs=None, exc=None, throw=True, **options) -> Retry:
         """Works as Celery documents. The exception is stored in the Failure of this run.
 
         Until the next try, the owner reads the text of exc=JobError("The address service is down"). Raises
         TypeError for options that a job cannot have.
         """
-        check_options(options)
+        check_options(options, ["eta", "countdown", "max_retries"])
         caught = sys.exception()
         if self._current_run and (exc or caught):
             self._current_run.failure = describe(exc or caught, caught)
             self._current_run.public_error = for_owner(exc or caught)
-        retry = super().retry(args, kwargs, exc, False, eta, countdown, max_retries, **options)
-        if retry.is_eager:  # then Celery has not called apply_async()
-            self.apply_async(retry.sig.args, retry.sig.kwargs, **retry.sig.options)
-        if throw:
-            raise retry
-        return retry
+        return super().retry(args, kwargs, exc, throw, **options)
 
-    def _retry_later(self, args, kwargs, countdown, retries, queue=None, **options):
+    def _retry_later(self, args, kwargs, retries, countdown=None, eta=None, queue=None, **options):
         """Remember the options of retry(). They are stored when the function and its transaction have ended."""
-        countdown = min(countdown, MAX_COUNTDOWN)
+        delay = min(seconds_until(countdown, eta), MAX_COUNTDOWN)
         changes = {"retries": retries, **({"queue": queue} if queue else {})}
-        self._current_run.retry = {"delay": countdown, "args": args, "kwargs": kwargs, **changes}
-
-    def replace(self, sig):
-        raise NotImplementedError("a job cannot be replaced: enqueue the other task and return")
-
-    def apply(self, args=None, kwargs=None, headers=None, throw=None, **options):
-        """Run a job in eager mode, for send_one(). Raises TypeError for other calls.
-
-        It never raises the exception of the function, whatever `throw` says: the row has it.
-        """
-        if not fields_in(headers):
-            raise TypeError(
-                f"{self.name}.apply() does not run a job: enqueue it, or call the task. {NO_CANVAS}"
-            )
-        return super().apply(args, kwargs, headers=headers, throw=False, **options)
+        self._current_run.retry = {"delay": delay, "args": args, "kwargs": kwargs, **changes}
 
     def update_state(self, *args, **kwargs):
         raise NotImplementedError(
-            "a job has no update_state(): call self.report(done, total, message)"
+            "a job has no update_state() and no replace(): call self.report(), or enqueue_next()"
         )
+
+    replace = update_state
 
     # For task functions
 

@@ -1,4 +1,4 @@
-"""A plugin of pytest: jobs run in the test's own process, as soon as they are published.
+"""A plugin of pytest: run_jobs() runs jobs in the test's own process.
 
     pytest_plugins = ["durable_jobs.testing"]
 
@@ -8,14 +8,17 @@ real broker and a real worker.
 
 import pytest
 from celery import current_app
+from celery.app.trace import build_tracer
 from celery.exceptions import OperationalError
+from django.db.models.functions import Now
+from kombu.utils.json import dumps, loads
 
-from durable_jobs import eager as eager_mode
-from durable_jobs import messages
+from durable_jobs import batches, messages
+from durable_jobs.models import Job
 from durable_jobs.publish import publisher
 from durable_jobs.worker.runs import process
 
-__all__ = ["broker_down", "commit", "run_jobs"]
+__all__ = ["broker_down", "run_jobs"]
 
 
 def pytest_configure(config):
@@ -23,28 +26,22 @@ def pytest_configure(config):
 
 
 @pytest.fixture(autouse=True)
-def eager(request, monkeypatch):
-    """Run a job when it is published, without a broker."""
-    current_app.conf.task_always_eager = not request.node.get_closest_marker("live")
+def no_broker(request, monkeypatch):
+    """Send no message of a job, and run plain tasks immediately."""
+    is_live = request.node.get_closest_marker("live")
+    current_app.conf.task_always_eager = not is_live
     current_app.conf.task_eager_propagates = True  # an error in a plain task fails its test
+    if not is_live:
+        monkeypatch.setattr(messages, "send_one", lambda *args, **options: None)
     # Start no thread that renews leases: it could not see the rows of a test's transaction.
     monkeypatch.setattr(process, "renews_leases", True)
     monkeypatch.setattr(publisher, "again_at", {})
 
 
 @pytest.fixture
-def commit(db, django_capture_on_commit_callbacks):
-    """At the end of `with commit():` the enqueued jobs are published, as after a commit: they run.
-
-    The transaction of a test never commits: without this, jobs stay queued until run_jobs().
-    """
-    return lambda: django_capture_on_commit_callbacks(execute=True)
-
-
-@pytest.fixture
 def run_jobs(db):
-    """run_jobs() runs all queued jobs and the jobs that they enqueue, and waits for no countdown."""
-    return eager_mode.run_jobs
+    """run_jobs() runs all queued jobs and those that they enqueue. It waits for no countdown and no limit."""
+    return run_queued
 
 
 @pytest.fixture
@@ -58,3 +55,28 @@ def broker_down(monkeypatch):
 
     monkeypatch.setattr(messages, "send_one", refuse)
     return tried
+
+
+def run_queued():
+    tried = set()  # a job may stay queued, for example because it is paused
+    while True:
+        batches.end_all()  # as the sweeper does
+        queued = Job.objects.filter(state="queued")
+        queued.filter(blocked_by__isnull=False).update(blocked_by=None, sweep_at=Now())
+        jobs = [job for job in queued.order_by("created_at") if (job.pk, job.retries) not in tried]
+        if not jobs:
+            return
+        for job in jobs:
+            tried.add((job.pk, job.retries))
+            run(job)
+
+
+def run(job):
+    """Run a job as a worker does that gets its message."""
+    task = current_app.tasks[job.task]
+    args, kwargs = loads(dumps([job.args, job.kwargs]))
+    request = {"id": str(job.pk), "retries": job.retries, "hostname": "test"}
+    request["headers"] = messages.message_of(job).headers
+    # Celery's task.apply() would not call apply_async() for a retry.
+    trace = build_tracer(task.name, task, app=current_app, eager=True)
+    return trace(request["id"], args, kwargs, request)

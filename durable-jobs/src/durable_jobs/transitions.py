@@ -110,28 +110,14 @@ def retention_end():
     return Now() - timedelta(days=conf.RETENTION_DAYS)
 
 
-def lock_batches(pks):
-    """Lock these batches until the transaction ends. Returns {id: whether it is old}.
+def open_again(pk):
+    """Open this batch: one of its jobs runs again in this transaction. Returns 0 if it is old.
 
-    A batch is old if it ended more than RETENTION_DAYS ago. The purge deletes jobs of old batches, so
-    these do not open again.
+    Call it before the job is changed, because end() locks the batch first, too. The purge deletes jobs of
+    batches that ended more than RETENTION_DAYS ago, so these do not open again.
     """
-    # no_key: whoever adds a job checks its foreign key, and must not wait for this lock.
-    locked = Batch.objects.filter(pk__in=pks).order_by("pk").select_for_update(no_key=True)
-    rows = locked.annotate(old=Q(ended_at__lt=retention_end()))
-    return {batch.pk: bool(batch.old) for batch in rows}
-
-
-def open_again(pks):
-    """Open these batches: some of their jobs run again in this transaction.
-
-    Call it before these jobs are changed, because end() locks the batch first, too. Returns the ids of those
-    that are open now. Old ones are not: see lock_batches().
-    """
-    opened = {pk for pk, is_old in lock_batches(pks).items() if not is_old}
-    changes = {"state": "open", "error": "", "counts": {}, "ended_at": None}
-    Batch.objects.filter(pk__in=opened).update(**changes)
-    return opened
+    rows = Batch.objects.filter(pk=pk).exclude(ended_at__lt=retention_end())
+    return rows.update(state="open", error="", counts={}, ended_at=None)
 
 
 # These run for each job. Building their SQL each time took half of a child process's CPU time, so it is built

@@ -77,8 +77,10 @@ def delete(rows):
     """Delete these rows, except those that are locked or needed. They stay old until this has ended."""
     field = "batch" if rows.model is Job else "pk"
     of_batches = rows.filter(**{f"{field}__isnull": False}).values_list(field, flat=True).distinct()
-    locked = transitions.lock_batches(list(of_batches))
-    unneeded = batches.unneeded(rows.model, [pk for pk, is_old in locked.items() if is_old])
+    old = Batch.objects.filter(pk__in=list(of_batches), ended_at__lt=transitions.retention_end())
+    # Their jobs cannot run again meanwhile. no_key: whoever adds a job checks its foreign key, and must not wait.
+    locked = old.order_by("pk").select_for_update(no_key=True).values_list("pk", flat=True)
+    unneeded = batches.unneeded(rows.model, list(locked))
     # Django loads what it deletes. Load only the keys, because results may be large.
     _, deleted = transitions.skip_locked(rows.filter(unneeded)).only("pk").delete()
     if count := deleted.get("durable_jobs.Job"):

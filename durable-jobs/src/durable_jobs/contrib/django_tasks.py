@@ -8,44 +8,38 @@ Django 6 has Tasks as `django.tasks`, Django 5.2 as the package `django_tasks`. 
 also accepts the @task of `django_tasks`.
 """
 
+from contextlib import suppress
 from functools import wraps
 from inspect import iscoroutine
 
-from celery import current_app, shared_task
+from celery import shared_task
 from celery.utils.functional import head_from_fun
-from django.apps import apps
 from django.core.exceptions import ValidationError
-from django.utils import timezone
 from django.utils.module_loading import import_string
 
 from durable_jobs.database import wait_for
 from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Job
-from durable_jobs.results import ERRORS
 from durable_jobs.tasks import JobTask
 from durable_jobs.worker.execution import run_coroutine
-from durable_jobs.worker.runs import describe
 
 try:
-    from django.tasks import DEFAULT_TASK_QUEUE_NAME, Task, TaskContext, TaskResult, signals
+    from django.tasks import base, signals
     from django.tasks.backends.base import BaseTaskBackend
-    from django.tasks.base import TaskError, TaskResultStatus
-    from django.tasks.exceptions import InvalidTask, TaskResultDoesNotExist
+    from django.tasks.exceptions import TaskResultDoesNotExist
 except ImportError:  # Django 5.2
-    from django_tasks import DEFAULT_TASK_QUEUE_NAME, TaskContext, TaskResult, signals
+    from django_tasks import base, signals
     from django_tasks.backends.base import BaseTaskBackend
-    from django_tasks.base import Task, TaskError, TaskResultStatus
-    from django_tasks.exceptions import InvalidTaskError as InvalidTask
     from django_tasks.exceptions import TaskResultDoesNotExist
 
 __all__ = ["TaskBackend"]
 
 STATUSES = {
-    "queued": TaskResultStatus.READY,
-    "running": TaskResultStatus.RUNNING,
-    "succeeded": TaskResultStatus.SUCCESSFUL,
-    "failed": TaskResultStatus.FAILED,
-    "cancelled": TaskResultStatus.FAILED,  # Django has no status for it
+    "queued": base.TaskResultStatus.READY,
+    "running": base.TaskResultStatus.RUNNING,
+    "succeeded": base.TaskResultStatus.SUCCESSFUL,
+    "failed": base.TaskResultStatus.FAILED,
+    "cancelled": base.TaskResultStatus.FAILED,  # Django has no status for it
 }
 registered = {}  # Celery's tasks, by the path of their function
 
@@ -64,12 +58,9 @@ class TaskBackend(BaseTaskBackend):
         Returns its TaskResult. Raises InvalidTask, and the errors of durable_jobs.enqueue.enqueue().
         """
         self.validate_task(task)  # again: the settings may have changed since @task ran
-        celery_task = register(task)
-        if celery_task._unknown_to_workers and not current_app.conf.task_always_eager:
-            raise InvalidTask(f"No worker knows {task.module_path}: import it in an app's tasks.py")
         # CELERY_TASK_ROUTES decides about the default queue.
-        queue = None if task.queue_name == DEFAULT_TASK_QUEUE_NAME else task.queue_name
-        job = enqueue(celery_task, args, kwargs, queue=queue, eta=task.run_after)
+        queue = None if task.queue_name == base.DEFAULT_TASK_QUEUE_NAME else task.queue_name
+        job = enqueue(register(task), args, kwargs, queue=queue, eta=task.run_after)
         result = self._result_of(job, task)
         signals.task_enqueued.send(type(self), task_result=result)
         return result
@@ -84,34 +75,29 @@ class TaskBackend(BaseTaskBackend):
             task = import_string(job.task)
         except (Job.DoesNotExist, ValidationError, ImportError) as error:
             raise TaskResultDoesNotExist(result_id) from error
-        if not isinstance(task, Task):  # it was made by @shared_task
+        if not isinstance(task, base.Task):  # it was made by @shared_task
             raise TaskResultDoesNotExist(result_id)
         return self._result_of(job, task)
 
     def _result_of(self, job, task):
         failures = list(job.failures.all())
         runs = [(failure.started_at, failure.worker) for failure in failures]
-        if job.started_at and (not runs or job.started_at > runs[-1][0]):
-            # The last run has no Failure: it is running, succeeded, was cancelled or its worker stopped.
-            runs.append((job.started_at, job.worker))
+        last = (job.started_at, job.worker)
+        if job.started_at and last not in runs:  # it has not failed
+            runs.append(last)
         errors = [
-            TaskError(
-                exception_class_path=failure.exception,
-                traceback=failure.traceback or failure.error,
+            base.TaskError(
+                exception_class_path=each.exception, traceback=each.traceback or each.error
             )
-            for failure in failures
+            for each in failures
         ]
-        if job.state == "cancelled" or (job.state == "failed" and not errors):
-            path = f"celery.exceptions.{ERRORS[job.state]}"
-            error = TaskError(exception_class_path=path, traceback=job.error)
-            errors.append(error)
-        result = TaskResult(
+        result = base.TaskResult(
             task=task,
             id=str(job.pk),
             status=STATUSES[job.state],
             enqueued_at=job.created_at,
             started_at=runs[0][0] if runs else None,
-            last_attempted_at=runs[-1][0] if runs else None,
+            last_attempted_at=job.started_at,
             finished_at=job.finished_at,
             args=job.args,
             kwargs=job.kwargs,
@@ -119,7 +105,7 @@ class TaskBackend(BaseTaskBackend):
             errors=errors,
             worker_ids=[worker for _, worker in runs],
         )
-        set_fields(result, _return_value=job.result)
+        object.__setattr__(result, "_return_value", job.result)  # as Django does: it is frozen
         return result
 
 
@@ -128,31 +114,20 @@ class FunctionTask(JobTask):
 
     abstract = True
 
-    def _send_started(self, task):
-        """Send the signal task_started. Returns the context of the function."""
-        result = wait_for(task.get_backend().get_result, self.request.id)
-        self.request.task_result = result
-        signals.task_started.send_robust(type(task.get_backend()), task_result=result)
-        return TaskContext(task_result=result)
+    def _send(self, signal):
+        """Send this signal. Returns the TaskResult."""
+        backend = self.of_django.get_backend()
+        result = wait_for(backend.get_result, self.request.id)
+        signal.send_robust(type(backend), task_result=result)
+        return result
 
-    def on_success(self, retval, *args):
-        self._send_finished(status=TaskResultStatus.SUCCESSFUL, _return_value=retval)
+    def on_success(self, *args):
+        self._send(signals.task_finished)
 
-    def on_failure(self, exc, *args):
-        if result := getattr(self.request, "task_result", None):
-            error = describe(exc)
-            error = TaskError(exception_class_path=error["exception"], traceback=error["traceback"])
-            self._send_finished(status=TaskResultStatus.FAILED, errors=[*result.errors, error])
-
-    def _send_finished(self, **changes):
-        result = self.request.task_result
-        set_fields(result, finished_at=timezone.now(), **changes)
-        signals.task_finished.send_robust(type(result.task.get_backend()), task_result=result)
-
-
-def set_fields(result, **values):
-    for name, value in values.items():
-        object.__setattr__(result, name, value)  # as Django does, because the dataclass is frozen
+    def on_failure(self, *args):
+        if self._current_run:  # otherwise this is the main process
+            with suppress(TaskResultDoesNotExist):  # the function no longer exists
+                self._send(signals.task_finished)
 
 
 def register(task):
@@ -162,14 +137,12 @@ def register(task):
         @wraps(task.func)
         def run(self, *args, **kwargs):
             if self._current_run:
-                context = self._send_started(task)
-                args = (context, *args) if task.takes_context else args
+                result = self._send(signals.task_started)
+                args = (base.TaskContext(task_result=result), *args) if task.takes_context else args
             result = task.func(*args, **kwargs)
             return run_coroutine(self, result) if iscoroutine(result) else result
 
         header = staticmethod(head_from_fun(task.func, bound=task.takes_context))
-        options = {"name": task.module_path, "__header__": header}
-        # Before Django was ready, this process has imported what workers import: see apps.py.
-        options["_unknown_to_workers"] = apps.ready
+        options = {"name": task.module_path, "of_django": task, "__header__": header}
         registered[task.module_path] = shared_task(run, base=FunctionTask, bind=True, **options)
     return registered[task.module_path]

@@ -27,28 +27,17 @@ QUEUE_METRICS = {
     "durable_jobs_slots": "How many jobs the workers of this queue can run concurrently",
     "durable_jobs_busy_slots": "How many of these slots are taken, also by jobs of other queues",
 }
-WORKER_METRICS = {
+METRICS = QUEUE_METRICS | {
     "durable_jobs_workers": "Workers that run",
-}
-PAUSE_METRICS = {
     "durable_jobs_pause_seconds": "Seconds for which a queue or a task has been paused",
-}
-TASK_METRICS = {  # of jobs that ended in the last five minutes
+    # Of jobs that ended in the last five minutes:
     "durable_jobs_ended": "Jobs that ended recently",
     "durable_jobs_crashes": "Times a worker died while running these jobs",
     "durable_jobs_retries": "Retries of these jobs",
-}
-RUN_METRICS = {
     "durable_jobs_run_p95_seconds": "Seconds in which 95 % of these jobs ended, without cancelled jobs",
-}
-WAIT_METRICS = {
     "durable_jobs_wait_p95_seconds": "Seconds in which 95 % of these jobs started after they were due",
-}
-BATCH_METRICS = {
     "durable_jobs_batches": "Batches that have not ended",
     "durable_jobs_oldest_batch_seconds": "Seconds since the oldest of these batches was created",
-}
-BEAT_METRICS = {
     "durable_jobs_sweep_age_seconds": "Seconds since Beat's sweeper last completed a round",
     "durable_jobs_beat_late_seconds": "Seconds by which Beat is late to check its schedule",
     "durable_jobs_schedule_errors_total": "Times Beat could not start a task or read an entry of its schedule",
@@ -59,22 +48,22 @@ class Collector:
     """The collector for prometheus_client. It makes eleven queries, however many jobs there are."""
 
     def collect(self):
-        yield from families(QUEUE_METRICS, ["queue"], by_queue())
-        yield from families(WORKER_METRICS, [], [{"durable_jobs_workers": alive().count()}])
+        rows = [dict.fromkeys(QUEUE_METRICS, 0) | row for row in by_queue()]
+        yield from families(["queue"], rows)
 
         rows = Pause.objects.values("name", durable_jobs_pause_seconds=Now() - F("since"))
-        yield from families(PAUSE_METRICS, ["name"], rows)
+        yield from families(["name"], rows)
 
-        yield from families(TASK_METRICS, ["task", "state"], by_task())
+        yield from families(["task", "state"], by_task())
         ran, waited = F("finished_at") - F("started_at"), F("started_at") - F("due_at")
-        yield from families(RUN_METRICS, ["task"], p95(*RUN_METRICS, "task", ran))
-        yield from families(WAIT_METRICS, ["queue"], p95(*WAIT_METRICS, "queue", waited))
+        yield from families(["task"], p95("durable_jobs_run_p95_seconds", "task", ran))
+        yield from families(["queue"], p95("durable_jobs_wait_p95_seconds", "queue", waited))
 
-        rows = Batch.objects.filter(ended_at=None).aggregate(
+        row = Batch.objects.filter(ended_at=None).aggregate(
             durable_jobs_batches=Count("*"),
             durable_jobs_oldest_batch_seconds=Now() - Min("created_at"),
         )
-        yield from families(BATCH_METRICS, [], [rows])
+        yield from families([], [{**row, "durable_jobs_workers": alive().count()}])
 
         ages = {
             "durable_jobs_sweep_age_seconds": "ended_at",
@@ -82,21 +71,20 @@ class Collector:
         }
         ages = {name: Now() - F(time) for name, time in ages.items()}
         rows = Sweep.objects.values(**ages, durable_jobs_schedule_errors_total=F("schedule_errors"))
-        rows = rows or [dict.fromkeys(ages, math.inf)]
-        yield from families(BEAT_METRICS, [], rows)
+        yield from families([], rows or [dict.fromkeys(ages, math.inf)])
 
 
-def families(help_texts, labels, rows):
-    """Yield a metric for each name in `help_texts`, with the values of that key in the `rows`."""
-    for name, text in help_texts.items():
-        is_counter = name.endswith("_total")
-        family = (CounterMetricFamily if is_counter else GaugeMetricFamily)(
-            name, text, labels=labels
-        )
-        values = {tuple(row[label] for label in labels): row.get(name) or 0 for row in rows}
-        for key, value in values.items():
+def families(labels, rows):
+    """Yield each metric that these rows have. They also have the values of its labels."""
+    rows = list(rows)
+    for name in [name for name in METRICS if any(name in row for row in rows)]:
+        kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
+        family = kind(name, METRICS[name], labels=labels)
+        for row in rows:
+            value = row.get(name) or 0
             is_time = isinstance(value, timedelta)
-            family.add_metric(key, max(value.total_seconds(), 0) if is_time else value)
+            value = max(value.total_seconds(), 0) if is_time else value
+            family.add_metric([row[label] for label in labels], value)
         yield family
 
 

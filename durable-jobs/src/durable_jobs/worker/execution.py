@@ -51,7 +51,7 @@ def execute(task, args, kwargs):
                 raise Ignore("its queue or its task is paused")
             if not wait_past_soft_limit(run.claim):  # a pause may have ended in between
                 raise run.ignored()
-        request.run = run
+        request.run_of_job = run
         with run, connection.execute_wrapper(end_interrupted_query):
             return run_and_write(run, args, kwargs)
     finally:
@@ -88,8 +88,7 @@ def run_of(task, fields):
         fields.get("run_token"),
         task,
         fields.get("batch"),
-        # In eager mode, admit() starts the next job: here it would run inside of this one.
-        None if request.is_eager else fields.get("limit"),
+        fields.get("limit"),
         fields.get("results_of"),
         worker=request.hostname,
         retries=request.retries,
@@ -137,7 +136,7 @@ def run_and_write(run, args, kwargs):
 
 def call(run, args, kwargs):
     """Return the function's result. Raises TransactionManagementError if it left a transaction open."""
-    in_block = connection.in_atomic_block  # a test's atomic(), in eager mode: leave it open
+    in_block = connection.in_atomic_block  # of a test: leave it open
     try:
         result = run.task.run(*batches.with_results(args, run.results_of), **kwargs)
     finally:

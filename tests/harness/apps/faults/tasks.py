@@ -22,7 +22,7 @@ from django_tasks import task
 from durable_jobs.models import Job
 from durable_jobs.tasks import JobTask
 
-from . import elsewhere, limited  # noqa: F401  workers then know their tasks
+from . import limited  # noqa: F401  workers then know its tasks
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,6 @@ import signal
 
 from django.db import transaction
 from django.http import JsonResponse
-from django_tasks import task
 from rest_framework.decorators import api_view
 from rest_framework.response import Response
 
@@ -52,11 +51,6 @@ def work(request):
             first, last = callbacks
             batches.enqueue(tasks.write, calls, on_success=first, on_finish=last, **options)
     return Response({"id": key}, status=202)
-
-
-@task
-def forgotten():
-    """No worker imports this module."""
 
 
 async def add(request):
