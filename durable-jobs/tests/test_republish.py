@@ -311,34 +311,6 @@ def test_a_queue_with_many_jobs_delays_no_other(published, monkeypatch):
 # Memory
 
 
-def test_a_job_above_a_new_limit_fails_and_is_not_loaded(published, settings):
-    """To load it could end Beat."""
-    large, small = [enqueue(add, ["x" * size, 1], countdown=1) for size in (99, 9)]
-    lapse(large, small)
-    settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"MAX_BYTES": 50}
-    with CaptureQueriesContext(connection) as captured:
-        sweeper.sender.send_due()
-    assert published == [str(small.pk)]
-    assert "x" * 99 not in str(captured.captured_queries)
-    large.refresh_from_db()
-    assert (large.state, large.error) == (
-        "failed",
-        "The arguments have 108 bytes, but DURABLE_JOBS['MAX_BYTES'] is 50: pass an id",
-    )
-
-
-def test_large_arguments_are_loaded_one_job_at_a_time(published, monkeypatch):
-    monkeypatch.setattr(republish, "BYTES_IN_MEMORY", 50)
-    sent = []
-    monkeypatch.setattr(republish, "send", lambda jobs: sent.append([job.args[0] for job in jobs]))
-    for text in "x" * 50, "y" * 50:
-        lapse(enqueue(add, [text, 1], countdown=1))
-    with CaptureQueriesContext(connection) as queries:
-        sweeper.sender.send_due()
-    assert sent == [["x" * 50], ["y" * 50]]
-    assert not any('"result"' in query["sql"] for query in queries)
-
-
 def test_the_sweep_updates_100_rows_with_one_statement(published, monkeypatch):
     """It keeps at most 100 jobs in memory at once."""
     in_memory = []
@@ -348,5 +320,6 @@ def test_the_sweep_updates_100_rows_with_one_statement(published, monkeypatch):
     with CaptureQueriesContext(connection) as captured:
         sweeper.sender.send_due()
     assert len([query for query in captured if query["sql"].startswith("UPDATE")]) == 3
+    assert not any('"result"' in query["sql"] for query in captured)
     assert in_memory == [100, 100, 50]
     assert set(Job.objects.values_list("times_sent", flat=True)) == {1}

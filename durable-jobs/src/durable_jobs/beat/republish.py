@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from celery import current_app
-from celery.utils.functional import chunks
 from django.db import transaction
-from django.db.models import Min, Q, TextField
-from django.db.models.functions import Cast, Length, Now
+from django.db.models import Min, Q
+from django.db.models.functions import Now
 
 from durable_jobs import admission, conf, transitions
 from durable_jobs.database import may_succeed_later
@@ -19,14 +18,13 @@ from durable_jobs.messages import MESSAGE_FIELDS, messages_in, send
 from durable_jobs.models import Job
 from durable_jobs.states import QUEUED
 from durable_jobs.transitions import is_paused
-from durable_jobs.validation import printable, size_error
+from durable_jobs.validation import printable
 
 logger = logging.getLogger(__name__)
 
-JOBS_IN_MEMORY = 100  # jobs loaded together, because arguments may be large
-# If the arguments of a batch are larger, load one job at a time. As Python objects they need up to 20
-# times as much memory.
-BYTES_IN_MEMORY = 1_000_000
+JOBS_IN_MEMORY = (
+    100  # jobs loaded together: up to 6 MB of arguments, which need more as Python objects
+)
 REFUSALS = 5  # a job fails when the broker has refused its message this many times
 MAX_RESEND_SECONDS = 3600  # between two messages of a job
 MIN_PAUSE = 0.5  # seconds between two rounds, however many countdowns end
@@ -49,14 +47,14 @@ class Queue:
         the job: if this was not the first one, the first one was lost, and the next probe has twice as many.
         """
         if time.monotonic() < self.probe_at:
-            return {}
+            return []
         lost = Job.objects.filter(pk__in=self.probe_ids, times_sent__gt=1)
         lost = lost.exclude(state__in=["queued", "cancelled"])  # no message has started these
         count = 2 * len(self.probe_ids) if lost.exists() else 1
         marked = mark_sent(due[: min(count, size)])
         if marked:
             self.probe_at = time.monotonic() + conf.RESEND_SECONDS
-            self.probe_ids = tuple(marked)
+            self.probe_ids = marked
         return marked
 
 
@@ -125,34 +123,30 @@ class Sender:
         # The oldest jobs first. These are also the ones to send again: workers take the oldest messages first,
         # so the messages that are left belong to the newest jobs, and the missing ones to the oldest.
         due = queued.filter(sweep_at__lt=Now()).order_by("sweep_at")
-        sizes = mark_sent(due.filter(times_sent=0)[:size])
-        sent, room = due.filter(times_sent__gt=0), size - len(sizes)
+        ids = mark_sent(due.filter(times_sent=0)[:size])
+        sent, room = due.filter(times_sent__gt=0), size - len(ids)
         if resend and missing > 0:
-            sizes |= mark_sent(sent[: min(missing, room)])
+            ids += mark_sent(sent[: min(missing, room)])
         elif resend:
-            sizes |= queue.probe(sent, room)
-        for pk, length in sizes.items():
-            if error := size_error(length):  # do not load it: Beat could run out of memory
-                fail(pk, error=error, public_error=error)
-        at_once = size if sum(sizes.values()) < BYTES_IN_MEMORY else 1
+            ids += queue.probe(sent, room)
         try:
-            for ids in chunks(iter(sizes), at_once):
-                try:
-                    self.load_and_send(ids)
-                except Exception as error:
-                    logger.warning("%d jobs are sent again, one by one: %r", len(ids), error)
-                    # If the queue has at least half as many messages as were ever seen in it, it may have
-                    # reached its length limit (x-max-length). Then the refusal does not count.
-                    may_be_full = 2 * waiting >= max(queue.most_messages, 1)
-                    self.send_one_by_one(name, ids, may_be_full)
+            try:
+                self.load_and_send(ids)
+            except Exception as error:
+                logger.warning("%d jobs are sent again, one by one: %r", len(ids), error)
+                # If the queue has at least half as many messages as were ever seen in it, it may have
+                # reached its length limit (x-max-length). Then the refusal does not count.
+                may_be_full = 2 * waiting >= max(queue.most_messages, 1)
+                self.send_one_by_one(name, ids, may_be_full)
         except Exception:
-            transitions.requeue(Job.objects.filter(QUEUED, pk__in=list(sizes), times_sent__gt=0))
+            transitions.requeue(Job.objects.filter(QUEUED, pk__in=ids, times_sent__gt=0))
             raise
-        return len(sizes) == size
+        return len(ids) == size
 
     def load_and_send(self, ids):
         jobs = Job.objects.filter(QUEUED).only(*MESSAGE_FIELDS).in_bulk(ids)
-        send([jobs[pk] for pk in ids if pk in jobs])
+        if jobs:
+            send([jobs[pk] for pk in ids if pk in jobs])
         for pk in ids:
             self.refusals.pop(pk, None)
 
@@ -190,14 +184,13 @@ def fail(pk, **texts):
 def mark_sent(due):
     """Count one more message for these jobs, and set when the next one is due. Skip locked rows.
 
-    Returns {id: length of the arguments}.
+    Returns their ids.
     """
-    length = Length(Cast("args", TextField())) + Length(Cast("kwargs", TextField()))
     with transaction.atomic():
-        jobs = list(due.select_for_update(skip_locked=True).values_list("pk", "times_sent", length))
-        for before in {times_sent for _, times_sent, _ in jobs}:
+        jobs = list(due.select_for_update(skip_locked=True).values_list("pk", "times_sent"))
+        for before in {times_sent for _, times_sent in jobs}:
             wait = min(conf.RESEND_SECONDS * 2 ** min(before, 20), MAX_RESEND_SECONDS)
-            pks = [pk for pk, times_sent, _ in jobs if times_sent == before]
+            pks = [pk for pk, times_sent in jobs if times_sent == before]
             rows = Job.objects.filter(pk__in=pks)
             rows.update(times_sent=before + 1, sweep_at=Now() + timedelta(seconds=wait))
-    return {pk: size for pk, _, size in jobs}
+    return [pk for pk, _ in jobs]
