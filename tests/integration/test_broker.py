@@ -131,13 +131,10 @@ def test_a_queue_that_the_broker_refuses_stops_no_other(stack, gate, since):
 def test_an_emptied_broker_loses_no_job(stack, since):
     """While the broker has their messages, almost none is sent again."""
     stack.other.stop()
-    start = time.monotonic()
     jobs = [stack.enqueue("quick", queue="io") for _ in range(20)]
     time.sleep(RESEND + 1)
-    more = stack.messages_in("io") - 20
-    # A message that is being sent may look missing. And every RESEND seconds one job is sent again,
-    # because the messages in the queue may belong to plain tasks.
-    assert 0 <= more < 5 + (time.monotonic() - start) // RESEND
+    # A message that is being sent may look missing.
+    assert 20 <= stack.messages_in("io") < 25
     stack.beat.pause()
     stack.empty("io")
     assert stack.messages_in("io") == 0
@@ -149,48 +146,6 @@ def test_an_emptied_broker_loses_no_job(stack, since):
     since(start)
     assert succeeded(rows, crashes=0), rows
     assert ran_once(stack, jobs)
-
-
-@on_each_broker
-def test_a_lost_message_is_noticed_in_a_queue_that_is_never_empty(stack, gate, since):
-    """It always holds messages of plain tasks."""
-    stack.ask("for _ in range(30): circle.delay(gate, 0.2)", gate=str(gate))
-    start = time.monotonic()
-    with pytest.raises(OSError):
-        stack.post("quick", key="lost", die=True)
-    code = 'result = [job.pk for job in Job.objects.filter(idempotency_key="lost")]'
-    [job] = stack.ask(code)
-    try:
-        rows = stack.wait_until_final(job)
-        since(start)
-        assert stack.messages_in("celery") > 5
-    finally:
-        gate.touch()
-    assert succeeded(rows, crashes=0), rows
-    assert ran_once(stack, [job])
-    wait_for(lambda: stack.messages_in("celery") == 0)  # so that the next test does not wait
-
-
-@on_one
-def test_many_lost_messages_are_noticed_soon_among_plain_tasks(stack, gate, since):
-    """The queue always holds more than these 40. One by one they would take 320 s."""
-    stack.replace_beat(JOB_RESEND_SECONDS=8)
-    stack.ask("for _ in range(90): circle.delay(gate, 0.05)", gate=str(gate))
-    start = time.monotonic()
-    code = """
-from unittest.mock import patch
-with patch("durable_jobs.enqueue.publish"):
-    result = [enqueue(quick).pk for _ in range(40)]
-"""
-    jobs = stack.ask(code)
-    try:
-        rows = stack.wait_until_final(*jobs)
-        since(start)
-        assert stack.messages_in("celery") > 40
-    finally:
-        gate.touch()
-    assert succeeded(rows, crashes=0), rows
-    wait_for(lambda: stack.messages_in("celery") == 0)  # so that the next test does not wait
 
 
 # The broker repeats messages
