@@ -64,8 +64,8 @@ def test_an_error_is_stored_without_characters_that_a_database_refuses(text, sto
     assert traceback.endswith(f"raise ValueError(text)\nValueError: {stored}\n")
 
 
-@pytest.mark.parametrize("result", [object(), float("nan"), {"a": {1}}])
-def test_a_result_that_is_not_json_fails_the_job(result):
+@pytest.mark.parametrize("result", [object(), float("nan"), {"a": {1}}, "x" * 1_000_000], ids=type)
+def test_a_result_that_cannot_be_stored_fails_the_job(result):
     job = run(lambda task: result)
     assert job.state == "failed"
     assert job.error.startswith("Its result cannot be stored: ")

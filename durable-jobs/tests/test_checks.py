@@ -10,7 +10,7 @@ from django.core.management.base import SystemCheckError
 from django.db import connection
 from helpers import add
 
-from durable_jobs import conf
+from durable_jobs import conf, messages
 
 pytestmark = pytest.mark.django_db
 NUMBERS = {name for name, default in conf.DEFAULTS.items() if isinstance(default, int)}
@@ -24,6 +24,14 @@ def test_a_setting_that_would_lose_jobs_is_refused_at_the_start(monkeypatch, set
         monkeypatch.setitem(app.conf, "task_time_limit", value)
     with pytest.raises(ImproperlyConfigured, match=rf"{name}.* is {value}: it must be more than 0"):
         django_apps.get_app_config("durable_jobs").ready()
+
+
+@pytest.fixture(autouse=True)
+def queue_of_plain_tasks(monkeypatch):
+    """Plain tasks, of all files of tests, have a queue of their own."""
+    for name, task in app.tasks.items():
+        if not messages.is_job(name):
+            monkeypatch.setattr(task, "queue", "cpu", raising=False)
 
 
 def test_correct_settings_pass_the_checks():
@@ -83,6 +91,13 @@ def test_the_checks_find_a_queue_without_workers(monkeypatch):
     assert found_by_checks() == set()
     monkeypatch.setattr(add, "queue", "other", raising=False)
     assert found_by_checks() == {"durable_jobs.W005"}
+
+
+def test_the_checks_find_a_queue_that_plain_tasks_share_with_jobs(monkeypatch):
+    monkeypatch.setattr(add, "queue", "cpu", raising=False)
+    found = run_checks(include_deployment_checks=True)
+    [shared] = [each for each in found if each.id == "durable_jobs.I002"]
+    assert "the queue cpu" in shared.msg
 
 
 def test_the_checks_find_a_rate_that_each_worker_counts_for_itself(monkeypatch):

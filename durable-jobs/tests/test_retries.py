@@ -52,7 +52,9 @@ def test_a_job_fails_after_its_last_retry():
     assert (job.state, job.retries, job.error) == ("failed", 2, "OSError: away")
 
 
-@pytest.mark.parametrize("options", [{"args": [object()]}, {"kwargs": {"x": {1}}}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"args": [object()]}, {"kwargs": {"x": {1}}}, {"args": ["x" * 60_000]}], ids=len
+)
 def test_a_retry_that_cannot_be_stored_fails_the_job(options):
     job = run(lambda task: task.retry(**options))
     assert (job.state, job.crashes) == ("failed", 0)

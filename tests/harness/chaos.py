@@ -195,8 +195,15 @@ class Chaos:
         self.killers.append(self.stack.enqueue("die", 0.5))
 
     def fault_refused(self):
-        """Post a job that is too large for the broker; jobs beside it must not wait for it."""
-        self.refused.append(self.stack.post("read", "x" * 1_200_000))
+        """Store a job that is too large for the broker; jobs beside it must not wait for it."""
+        code = """
+with transaction.atomic():
+    job = enqueue(read, ["x"])
+    job.args = ["x" * 1_200_000]  # enqueue() would refuse them
+    job.save(update_fields=["args"])
+result = job.pk
+"""
+        self.refused.append(self.stack.ask(code))
 
     def fault_query_over_time_limit(self):
         """Enqueue a job whose time limit strikes during a query. It fails, but not as a crash."""
@@ -439,9 +446,7 @@ def run(name, folder, *, jobs=JOBS, backlog=0, seconds=SECONDS, seed, pool="pref
     database = PostgreSQL("fsync=off")
     database.start()
     try:
-        # No limit of the project: it is the broker that must refuse large jobs.
-        variables = {**TIMINGS, "JOB_MAX_BYTES": 10**9}
-        stack = prepare(Project(baked), broker, folder, database, **variables)
+        stack = prepare(Project(baked), broker, folder, database, **TIMINGS)
         stack.add_worker("test")
         stack.broker.limit_messages()
         fine = False

@@ -18,14 +18,13 @@ from harness.faults import (
     everywhere,
     on_each_broker,
     on_one,
-    on_prefork,
     on_rabbitmq,
     on_sqs,
     ran_once,
     stacks,
     succeeded,
 )
-from harness.project import children_of, wait_for
+from harness.project import wait_for
 from harness.stack import RESEND
 
 # The broker is unavailable or hangs
@@ -131,13 +130,10 @@ def test_a_queue_that_the_broker_refuses_stops_no_other(stack, gate, since):
 def test_an_emptied_broker_loses_no_job(stack, since):
     """While the broker has their messages, almost none is sent again."""
     stack.other.stop()
-    start = time.monotonic()
     jobs = [stack.enqueue("quick", queue="io") for _ in range(20)]
     time.sleep(RESEND + 1)
-    more = stack.messages_in("io") - 20
-    # A message that is being sent may look missing. And every RESEND seconds one job is sent again,
-    # because the messages in the queue may belong to plain tasks.
-    assert 0 <= more < 5 + (time.monotonic() - start) // RESEND
+    # A message that is being sent may look missing.
+    assert 20 <= stack.messages_in("io") < 25
     stack.beat.pause()
     stack.empty("io")
     assert stack.messages_in("io") == 0
@@ -149,48 +145,6 @@ def test_an_emptied_broker_loses_no_job(stack, since):
     since(start)
     assert succeeded(rows, crashes=0), rows
     assert ran_once(stack, jobs)
-
-
-@on_each_broker
-def test_a_lost_message_is_noticed_in_a_queue_that_is_never_empty(stack, gate, since):
-    """It always holds messages of plain tasks."""
-    stack.ask("for _ in range(30): circle.delay(gate, 0.2)", gate=str(gate))
-    start = time.monotonic()
-    with pytest.raises(OSError):
-        stack.post("quick", key="lost", die=True)
-    code = 'result = [job.pk for job in Job.objects.filter(idempotency_key="lost")]'
-    [job] = stack.ask(code)
-    try:
-        rows = stack.wait_until_final(job)
-        since(start)
-        assert stack.messages_in("celery") > 5
-    finally:
-        gate.touch()
-    assert succeeded(rows, crashes=0), rows
-    assert ran_once(stack, [job])
-    wait_for(lambda: stack.messages_in("celery") == 0)  # so that the next test does not wait
-
-
-@on_one
-def test_many_lost_messages_are_noticed_soon_among_plain_tasks(stack, gate, since):
-    """The queue always holds more than these 40. One by one they would take 320 s."""
-    stack.replace_beat(JOB_RESEND_SECONDS=8)
-    stack.ask("for _ in range(90): circle.delay(gate, 0.05)", gate=str(gate))
-    start = time.monotonic()
-    code = """
-from unittest.mock import patch
-with patch("durable_jobs.enqueue.publish"):
-    result = [enqueue(quick).pk for _ in range(40)]
-"""
-    jobs = stack.ask(code)
-    try:
-        rows = stack.wait_until_final(*jobs)
-        since(start)
-        assert stack.messages_in("celery") > 40
-    finally:
-        gate.touch()
-    assert succeeded(rows, crashes=0), rows
-    wait_for(lambda: stack.messages_in("celery") == 0)  # so that the next test does not wait
 
 
 # The broker repeats messages
@@ -310,13 +264,12 @@ url = settings.CELERY_BROKER_TRANSPORT_OPTIONS["predefined_queues"]["cpu"]["url"
 sqs.set_queue_attributes(QueueUrl=url, Attributes={"MaximumMessageSize": str(limit)})
 """
     code = """
-from django.conf import settings
 def enqueue_largest(letter):
-    for size in range(2 * settings.DURABLE_JOBS["MAX_BYTES"] // len(json.dumps(letter)), 0, -100):
+    for size in range(120_000 // len(json.dumps(letter)), 0, -100):
         try:
             return enqueue(read, [letter * size], queue="cpu").pk
         except ValueError as error:
-            assert "MAX_BYTES" in str(error), error
+            assert "pass an id" in str(error), error
 result = [enqueue_largest(letter) for letter in ["x", "é", "😀", '"']]
 """
     stack.ask(limit, limit=2**18)
@@ -345,13 +298,12 @@ for number in range(200):
 @on_sqs
 def test_jobs_that_the_broker_refuses_delay_no_other(stack, since):
     """Neither jobs that are sent at once, without Beat, nor jobs that Beat sends."""
-    beat = stack.replace_beat(JOB_MAX_BYTES=10**9)  # it sends them, although they are too large
-    beat.pause()
+    stack.beat.pause()
     _, good = store_large(stack)
     rows = stack.wait_until_final(*good)
     _, good = store_large(stack, countdown=1)
     start = time.monotonic()
-    beat.resume()
+    stack.beat.resume()
     good.append(stack.enqueue("quick", queue="io", countdown=1))
     rows += stack.wait_until_final(*good)
     since(start)
@@ -362,7 +314,6 @@ def test_jobs_that_the_broker_refuses_delay_no_other(stack, since):
 @on_sqs
 def test_jobs_that_the_broker_refuses_fail(stack, since):
     """Meanwhile it accepts others of their queue, which are sent without Beat."""
-    stack.replace_beat(JOB_MAX_BYTES=10**9)
     start = time.monotonic()
     refused, _ = store_large(stack)
 
@@ -496,26 +447,3 @@ def test_sentinel_without_the_name_of_its_master_is_refused(running):
 
 
 # The broker is lost while a prefork worker writes a message of more than 64 KB to a child
-
-
-@on_prefork
-def test_a_broker_lost_while_a_child_reads_a_large_message_blocks_nothing(stack, since):
-    """The worker ends, the child waits for the rest, and Celery alone would wait for it forever."""
-    children = children_of(stack.worker.pid)
-    for child in children:
-        os.kill(child, signal.SIGSTOP)  # so that the message is not written at once
-    code = "result = enqueue(read, ['x' * 2_000_000], queue='cpu').pk"
-    jobs = [stack.ask(code)]
-    wait_for(lambda: stack.messages_in("cpu") == 0)
-    time.sleep(1)  # the first part is written
-    stack.broker.kill()
-    stack.broker.start()
-    start = time.monotonic()
-    for child in children:
-        os.kill(child, signal.SIGCONT)
-    jobs.append(stack.enqueue("quick", queue="cpu"))
-    with stack.supervised(stack.workers):
-        rows = stack.wait_until_final(*jobs)
-    since(start)
-    assert succeeded(rows, crashes=0), rows
-    assert ran_once(stack, jobs)

@@ -12,7 +12,7 @@ from django.db.models import Count
 
 from durable_jobs import conf, limits
 from durable_jobs.beat.schedule import check_entry
-from durable_jobs.messages import known_names, known_queues, queue_of
+from durable_jobs.messages import is_job, known_names, known_queues, queue_of
 from durable_jobs.models import Job
 from durable_jobs.worker.pools import TIME_LIMITED
 
@@ -58,6 +58,21 @@ def check_queues(app_configs, **kwargs):
                 hint="Add the queue to CELERY_TASK_QUEUES, or fix CELERY_TASK_ROUTES.",
                 id="durable_jobs.W005",
             )
+
+
+@register(deploy=True)
+def check_shared_queues(app_configs, **kwargs):
+    """Find queues in which messages of plain tasks hide how many messages of jobs are missing."""
+    queues = {True: set(), False: set()}
+    for name, task in current_app.tasks.items():
+        if not name.startswith("celery."):
+            queues[is_job(name)].add(queue_of(task, [], {}))
+    for queue in sorted(queues[True] & queues[False]):
+        yield Info(
+            f"Jobs and plain tasks share the queue {queue}: lost messages of its jobs are found when it is nearly empty.",
+            hint="Give the plain tasks a queue of their own in CELERY_TASK_ROUTES, or silence this check.",
+            id="durable_jobs.I002",
+        )
 
 
 @register()

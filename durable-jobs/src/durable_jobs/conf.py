@@ -8,7 +8,6 @@ DEFAULTS = {
     "RESEND_SECONDS": 30,  # until a message counts as missing
     "MAX_CRASHES": 3,  # a job fails when its worker has died this many times
     "RETENTION_DAYS": 30,  # until a job that has ended is deleted
-    "MAX_BYTES": 16_000_000,  # of a job's arguments as JSON
     "LIMITS": {},  # {name: limit}, see limits.py
     "VERSION": "",  # of the code, which the page "Workers" shows
 }

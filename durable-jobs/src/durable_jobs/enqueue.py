@@ -21,7 +21,7 @@ from durable_jobs.messages import is_job, new_headers, queue_of
 from durable_jobs.models import MAX_LABEL, Job, Sweep
 from durable_jobs.publish import publish
 from durable_jobs.states import UNFINISHED
-from durable_jobs.validation import as_json, size_error, to_json
+from durable_jobs.validation import as_json, to_json
 
 __all__ = ["Options", "aenqueue", "enqueue", "enqueue_many"]
 
@@ -72,7 +72,7 @@ def enqueue(
     Returns the new Job, or the queued or running one with the same `unique`. Raises TypeError if the task is
     not a job, if the arguments are not JSON or do not fit the task, or if both `countdown` and `eta` are
     given; ValueError if `unique` is empty or too long, if the job would wait for more than ten years, if the
-    arguments exceed MAX_BYTES or give no key of its limit, or if a text has a NUL or half of a surrogate pair;
+    arguments exceed 60,000 bytes or give no key of its limit, or if a text has a NUL or half of a surrogate pair;
     IntegrityError if the owner has already used the key.
     """
     key, unique = options.pop("idempotency_key", None), options.pop("unique", None)
@@ -110,14 +110,9 @@ def call_fields(task, args, kwargs=None, label="", queue=None):
     if not is_job(task):
         raise TypeError(f"{task!r} is not a job: declare it with @job")
     given = args, kwargs or {}
-    try:
-        args, kwargs, size = as_json(*given)
-    except (RecursionError, ValueError) as error:
-        raise TypeError(f"The arguments cannot be stored as JSON: {error}") from error
+    args, kwargs = as_json(*given)
     if not isinstance(args, list) or not isinstance(kwargs, dict):
         raise TypeError("args must be a list, such as [10], and kwargs a dictionary")
-    if error := size_error(size):
-        raise ValueError(error)
     task.__header__(*args, **kwargs)
     to_json(label)  # may raise ValueError
     check_text("queue", queue or None)

@@ -7,7 +7,8 @@ from contextlib import suppress
 
 from kombu.utils.json import dumps, loads
 
-from durable_jobs import conf
+MAX_BYTES = 60_000  # of a job's arguments as JSON: each broker takes a message of this size
+MAX_RESULT_BYTES = 1_000_000
 
 
 class Results(list):
@@ -33,14 +34,25 @@ def to_json(value):
 
 
 def as_json(args, kwargs):
-    """Return `args` and `kwargs` as a row stores them, and their size in bytes. See to_json().
+    """Return `args` and `kwargs` as a row stores them. See to_json().
 
-    Raises ValueError for a dictionary that a worker could not read.
+    Raises TypeError if they are not JSON, or have a dictionary that a worker could not read; ValueError if they are
+    too large.
     """
-    text = to_json([args, kwargs])
-    if '"__type__"' in text:
-        loads(text)  # may raise ValueError
-    return *json.loads(text), len(text)  # ASCII, so one byte for each character
+    try:
+        text = to_json([args, kwargs])
+        if '"__type__"' in text:
+            loads(text)
+    except (RecursionError, ValueError) as error:
+        raise TypeError(f"The arguments cannot be stored as JSON: {error}") from error
+    check_size("The arguments have", text, MAX_BYTES, "pass an id")
+    return json.loads(text)
+
+
+def check_size(what, text, limit, hint):
+    """Raise ValueError if this JSON is too large. It is ASCII, so each character is a byte."""
+    if len(text) > limit:
+        raise ValueError(f"{what} {len(text):,} bytes, but {limit:,} are allowed: {hint}")
 
 
 def uuids(ids):
@@ -50,13 +62,6 @@ def uuids(ids):
         with suppress(ValueError):
             found[uuid.UUID(str(id))] = id
     return found
-
-
-def size_error(size):
-    """Return the error text for arguments of this size in bytes, or None if they are not too large."""
-    if size > conf.MAX_BYTES:
-        limit = f"DURABLE_JOBS['MAX_BYTES'] is {conf.MAX_BYTES:,}"
-        return f"The arguments have {size:,} bytes, but {limit}: pass an id"
 
 
 def printable(text):

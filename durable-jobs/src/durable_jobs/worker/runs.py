@@ -16,7 +16,7 @@ from durable_jobs.database import LOCK_TIMEOUT, in_transaction, wait_for, wait_p
 from durable_jobs.models import Batch, Job
 from durable_jobs.publish import publish
 from durable_jobs.transitions import lease_end
-from durable_jobs.validation import as_json, printable, to_json
+from durable_jobs.validation import MAX_RESULT_BYTES, as_json, check_size, printable, to_json
 from durable_jobs.worker.pools import pool
 
 logger = logging.getLogger(__name__)
@@ -186,7 +186,8 @@ class Run:
         end = {"result": result, "message": self.report.get("message", "")}
         try:
             with suppress(SoftTimeLimitExceeded):  # the limit is for the function, which has ended
-                json.dumps(result, allow_nan=False)
+                text = json.dumps(result, allow_nan=False)
+                check_size("it has", text, MAX_RESULT_BYTES, "store a file, and return its name")
             key = {"id": self.job_id, "run_token": self.token, "next_jobs": self.next_jobs}
             written = self.write(batches.succeed, **key, **end)
         except Exception as error:
@@ -211,7 +212,7 @@ class Run:
         """Queue the job as retry() said. Raises an error if its new arguments cannot be stored."""
         try:
             changes = {**self.report, **self.retry, "public_error": self.public_error}
-            changes["args"], changes["kwargs"], _ = as_json(changes["args"], changes["kwargs"])
+            changes["args"], changes["kwargs"] = as_json(changes["args"], changes["kwargs"])
             row = self.row_with_lock_timeout
             self.write(transitions.requeue, row, failure=self.failure, **changes)
         except Exception as error:  # for example, arguments that are not JSON
