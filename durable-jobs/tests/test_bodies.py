@@ -16,7 +16,7 @@ from psycopg.errors import ProgramLimitExceeded, ReadOnlySqlTransaction
 from durable_jobs import database, transitions
 from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Job
-from durable_jobs.tasks import JobTask
+from durable_jobs.tasks import JobError, JobTask
 from durable_jobs.worker import pools
 
 pytestmark = pytest.mark.django_db
@@ -39,6 +39,19 @@ def test_a_job_task_that_is_called_runs_as_a_plain_task():
     act.body = lambda task: [task.report(1, 2, cursor=7), task.cursor]
     assert act() == [None, None]
     assert not Job.objects.exists()
+
+
+@pytest.mark.parametrize("error, level", [(JobError, "INFO"), (ValueError, "ERROR")])
+def test_a_refusal_is_not_logged_as_an_error(error, level, caplog):
+    """Sentry, too, ignores exceptions that the task's attribute `throws` names."""
+    caplog.set_level("INFO", "celery.app.trace")
+
+    def body(task):
+        raise error("no")
+
+    assert run(body).state == "failed"
+    logs = [each for each in caplog.records if each.name == "celery.app.trace"]
+    assert [each.levelname for each in logs] == [level]
 
 
 @pytest.mark.parametrize("text, stored", [("bad", "bad"), ("b\0ad", "bad"), ("b\ud800d", "b?d")])
