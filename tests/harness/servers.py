@@ -131,7 +131,16 @@ class Broker(Process):
 class Redis(Broker):
     server = "redis"
     answers = {"broker": "redis"}
-    settings = f'CELERY_BROKER_TRANSPORT_OPTIONS["visibility_timeout"] = {VISIBILITY_TIMEOUT}'
+    # kombu looks for tasks to deliver again each second, not each 100. If it is killed meanwhile,
+    # others may do so after 10 seconds, not 300.
+    settings = f"""
+CELERY_BROKER_TRANSPORT_OPTIONS |= {{
+    "visibility_timeout": {VISIBILITY_TIMEOUT},
+    "unacked_restore_interval": 1,
+    "unacked_restore_throttle": 1,
+    "unacked_mutex_expire": 10,
+}}
+"""
     refuse = 'channel.client.set("refused", "no list")'
 
     def __init__(self, folder, project=None, port=None):

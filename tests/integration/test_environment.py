@@ -1,10 +1,12 @@
-"""What an owner may write: values of variables, and a user model that logs in by email."""
+"""What an owner may write or use: variables, a user model of his own, a pooler, a metered Redis."""
 
 import json
 import re
 import shutil
 import socket
+import subprocess
 import threading
+import time
 from contextlib import suppress
 
 import pytest
@@ -13,6 +15,7 @@ import yaml
 from harness.bake import CHOICES, DEFAULTS
 from harness.outputs import outputs
 from harness.project import Project
+from harness.servers import Process, Redis
 
 both = outputs(*({**DEFAULTS, "durable_jobs": choice} for choice in ("no", "yes")))
 KEY = "0123456789abcdefghijklmnopqrstuvwxyz0123456789abcdefghijkl"
@@ -235,3 +238,27 @@ def test_a_pooler_that_is_not_declared_is_found(project, database):
         project.manage(*check, DATABASE_URL=url)
     with pytest.raises(AssertionError, match="config.W008"):
         project.manage(*check, DATABASE_URL=pooled)
+
+
+@both
+def test_an_idle_worker_sends_redis_few_commands(project, tmp_path):
+    """Some providers bill each. Looking for lost tasks each second quadruples them."""
+    (tmp_path / "redis").mkdir()
+    redis = Redis(tmp_path / "redis")
+    command = [project / ".venv/bin/celery", "-A", "config", "worker", "--concurrency", "1"]
+    worker = Process(command, tmp_path / "log", cwd=project, variables=redis.variables)
+    worker.is_ready = lambda: " ready." in worker.printed
+
+    def count():
+        printed = subprocess.check_output(["redis-cli", "-p", str(redis.port), "info", "stats"])
+        return int(re.search(rb"total_commands_processed:(\d+)", printed)[1])
+
+    redis.start()
+    try:
+        worker.start()
+        before = count()
+        time.sleep(20)
+        assert count() - before < 80
+    finally:
+        worker.kill()
+        redis.kill()
