@@ -51,6 +51,19 @@ def test_a_job_task_that_is_called_runs_as_a_plain_task():
     assert not Job.objects.exists()
 
 
+@pytest.mark.parametrize("error, level", [(JobError, "INFO"), (ValueError, "ERROR")])
+def test_a_refusal_is_not_logged_as_an_error(error, level, caplog):
+    """Sentry, too, ignores exceptions that the task's attribute `throws` names."""
+    caplog.set_level("INFO", "celery.app.trace")
+
+    def body(task):
+        raise error("no")
+
+    assert run(body).state == "failed"
+    logs = [each for each in caplog.records if each.name == "celery.app.trace"]
+    assert [each.levelname for each in logs] == [level]
+
+
 @pytest.mark.parametrize("text, stored", [("bad", "bad"), ("b\0ad", "bad"), ("b\ud800d", "b?d")])
 def test_an_error_is_stored_without_characters_that_a_database_refuses(text, stored):
     def body(task):

@@ -16,7 +16,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from . import missing
-from .bake import WITH_JOBS, chosen
+from .bake import TEMPLATE, chosen
 from .blocks import code
 from .project import LIMIT, children_of, connects, env, free_ports, wait_for
 
@@ -28,9 +28,11 @@ ELECT_LEADERS = """
 """
 
 
-def sentinel_settings(page):
-    """Return the settings that docs/sentinel.md tells readers to add: tests prove them."""
-    return code(page, "SENTINEL_OPTIONS =")
+def sentinel_settings(*variables):
+    """Return what docs/sentinel.md says to add if these variables name sentinels."""
+    page = (TEMPLATE / "docs/sentinel.md").read_text("utf-8")
+    words = ["SENTINEL_OPTIONS =", *(f"if {name}.startswith" for name in variables)]
+    return "".join(code(page, each) for each in words)
 
 
 class Process:
@@ -131,7 +133,16 @@ class Broker(Process):
 class Redis(Broker):
     server = "redis"
     answers = {"broker": "redis"}
-    settings = f'CELERY_BROKER_TRANSPORT_OPTIONS["visibility_timeout"] = {VISIBILITY_TIMEOUT}'
+    # kombu looks for tasks to deliver again each second, not each 100. If it is killed meanwhile,
+    # others may do so after 10 seconds, not 300.
+    settings = f"""
+CELERY_BROKER_TRANSPORT_OPTIONS |= {{
+    "visibility_timeout": {VISIBILITY_TIMEOUT},
+    "unacked_restore_interval": 1,
+    "unacked_restore_throttle": 1,
+    "unacked_mutex_expire": 10,
+}}
+"""
     refuse = 'channel.client.set("refused", "no list")'
 
     def __init__(self, folder, project=None, port=None):
@@ -155,7 +166,7 @@ class RedisSentinel(Redis):
     """
 
     answers = {"broker": "redis", "result_backend": "redis"}
-    settings = f"{Redis.settings}\n{sentinel_settings(chosen(**WITH_JOBS).servers[0].sentinel)}"
+    settings = Redis.settings + sentinel_settings("CELERY_BROKER_URL", "CELERY_RESULT_BACKEND")
 
     def __init__(self, folder, project=None, port=None):
         super().__init__(folder, project, port)

@@ -444,6 +444,3 @@ def test_sentinel_without_the_name_of_its_master_is_refused(running):
     variables = {**running.variables, "REDIS_SENTINEL_MASTER": ""}
     with pytest.raises(AssertionError, match="ImproperlyConfigured.* REDIS_SENTINEL_MASTER"):
         running.project.manage("check", **variables)
-
-
-# The broker is lost while a prefork worker writes a message of more than 64 KB to a child

@@ -1,13 +1,21 @@
-"""What an owner may write: values of variables, and a user model that logs in by email."""
+"""What an owner may write or use: variables, a user model of his own, a pooler, a metered Redis."""
 
 import json
+import re
 import shutil
+import socket
+import subprocess
+import threading
+import time
+from contextlib import suppress
 
 import pytest
+import yaml
 
 from harness.bake import CHOICES, DEFAULTS
 from harness.outputs import outputs
 from harness.project import Project
+from harness.servers import Process, Redis
 
 both = outputs(*({**DEFAULTS, "durable_jobs": choice} for choice in ("no", "yes")))
 KEY = "0123456789abcdefghijklmnopqrstuvwxyz0123456789abcdefghijkl"
@@ -121,6 +129,10 @@ def test_users_may_log_in_by_email(copied):
     printed = copied.manage("shell", "-v0", "-c", links, PORT=8000, **database)
     assert "demo@example.com / " in printed
     copied.call(".venv/bin/python", "-m", "pytest", "-q", "-m", "not live", **database)
+    if service := yaml.safe_load(copied.read("compose.yaml"))["services"].get("prometheus-token"):
+        make_token = service["command"][-1].replace("/token/prometheus", str(copied / "token"))
+        copied.manage("shell", "-v0", "-c", make_token, **database)
+        assert (copied / "token").read_text()
 
 
 @outputs({**DEFAULTS, "result_backend": "database"})
@@ -146,6 +158,13 @@ print(sorted({(path, response.status_code) for path, response in answers}))
     assert str(expected) in project.manage("shell", "-v0", "-c", code, **variables)
 
 
+@both
+def test_a_browser_that_asks_for_an_icon_causes_no_error(project):
+    """The pages of the admin name none."""
+    code = "from django.test import Client; print(Client().get('/favicon.ico').status_code)"
+    assert project.shell(code, DEBUG="True", ALLOWED_HOSTS="testserver") == "204"
+
+
 TASKS = """
 
 @shared_task(rate_limit="1/m")
@@ -161,6 +180,11 @@ def try_for_long():
 @shared_task(default_retry_delay=900)
 def try_late():
     pass
+
+
+@shared_task
+def start_late():
+    pass
 """
 
 
@@ -170,11 +194,71 @@ def test_tasks_that_a_worker_holds_too_long_are_found(copied):
     with open(copied / "orders/tasks.py", "a") as file:
         file.write(TASKS)
     code = """
+from django.conf import settings
 from config import checks
+entry = {"task": "orders.tasks.start_late", "schedule": 60, "options": {"countdown": 900}}
+settings.CELERY_BEAT_SCHEDULE["later"] = entry
 print(sorted({each.id + each.msg.split("orders.tasks.")[1].split()[0] for each in [
     *checks.check_redelivery(None), *checks.check_rate_limits(None)]}))
 """
     found = ["config.W006call_api"]
     if copied.answers["broker"] != "rabbitmq":
-        found = ["config.W002try_for_long", "config.W002try_late", *found]
+        found = ["config.W002start_late", "config.W002try_for_long", "config.W002try_late", *found]
     assert str(found) in copied.manage("shell", "-v0", "-c", code)
+
+
+def pool(server, port):
+    """Pass connections on to PostgreSQL. As PgBouncer does, tell each client another process id."""
+
+    def copy(source, target, change):
+        with suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(change(data))
+        for each in source, target:
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+
+    def change(data):
+        return re.sub(rb"(K\0\0\0\x0c)....", rb"\1pool", data, flags=re.DOTALL)
+
+    while True:
+        with suppress(OSError):
+            client, upstream = server.accept()[0], socket.create_connection(("127.0.0.1", port))
+            for args in (client, upstream, bytes), (upstream, client, change):
+                threading.Thread(target=copy, args=args, daemon=True).start()
+
+
+@both
+def test_a_pooler_that_is_not_declared_is_found(project, database):
+    server = socket.create_server(("127.0.0.1", 0))
+    threading.Thread(target=pool, args=[server, database.port], daemon=True).start()
+    pooled = f"postgres://postgres@127.0.0.1:{server.getsockname()[1]}/postgres"
+    check = "check --tag database --database default --fail-level WARNING".split()
+    for url in f"{database.url}/postgres", f"{pooled}?DISABLE_SERVER_SIDE_CURSORS=True":
+        project.manage(*check, DATABASE_URL=url)
+    with pytest.raises(AssertionError, match="config.W008"):
+        project.manage(*check, DATABASE_URL=pooled)
+
+
+@both
+def test_an_idle_worker_sends_redis_few_commands(project, tmp_path):
+    """Some providers bill each. Looking for lost tasks each second quadruples them."""
+    (tmp_path / "redis").mkdir()
+    redis = Redis(tmp_path / "redis")
+    command = [project / ".venv/bin/celery", "-A", "config", "worker", "--concurrency", "1"]
+    worker = Process(command, tmp_path / "log", cwd=project, variables=redis.variables)
+    worker.is_ready = lambda: " ready." in worker.printed
+
+    def count():
+        printed = subprocess.check_output(["redis-cli", "-p", str(redis.port), "info", "stats"])
+        return int(re.search(rb"total_commands_processed:(\d+)", printed)[1])
+
+    redis.start()
+    try:
+        worker.start()
+        before = count()
+        time.sleep(20)
+        assert count() - before < 80
+    finally:
+        worker.kill()
+        redis.kill()

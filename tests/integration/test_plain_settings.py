@@ -4,21 +4,17 @@ test_plain_faults.py tests those that matter only if something fails. To see whi
 without a setting, name it: WITHOUT=CELERY_TASK_ROUTES make prove ARGS="-k plain_settings"
 """
 
-import re
-import socket
-import threading
+import subprocess
 import time
 import urllib.error
 import urllib.request
 from base64 import b64encode
-from contextlib import suppress
-from urllib.parse import urlsplit
 
 import psutil
-import pytest
 
 from harness.plain import FLOWER_USER, stacks
-from harness.project import wait_for
+from harness.project import connects, free_ports, wait_for
+from harness.servers import Process
 
 on_redis = stacks(["redis"], ["prefork"], group="settings")
 on_redis_gevent = stacks(["redis"], ["gevent"], group="settings")
@@ -147,45 +143,6 @@ def test_beat_starts_whatever_its_schedule_file_holds(plain, tmp_path):
         tick()
 
 
-# Database
-
-
-def pool(server, port):
-    """Pass connections on to PostgreSQL. As PgBouncer does, tell each client another process id."""
-
-    def copy(source, target, change):
-        with suppress(OSError):
-            while data := source.recv(65536):
-                target.sendall(change(data))
-        for each in source, target:
-            with suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)
-
-    def change(data):
-        return re.sub(rb"(K\0\0\0\x0c)....", rb"\1pool", data, flags=re.DOTALL)
-
-    while True:
-        with suppress(OSError):
-            client, upstream = server.accept()[0], socket.create_connection(("127.0.0.1", port))
-            for args in (client, upstream, bytes), (upstream, client, change):
-                threading.Thread(target=copy, args=args, daemon=True).start()
-
-
-@on_redis
-def test_a_pooler_that_is_not_declared_is_found(plain):
-    url = plain.variables["DATABASE_URL"]
-    place = urlsplit(url)
-    server = socket.create_server(("127.0.0.1", 0))
-    threading.Thread(target=pool, args=[server, place.port], daemon=True).start()
-    pooled = url.replace(f":{place.port}/", f":{server.getsockname()[1]}/")
-    declared = f"{pooled}?DISABLE_SERVER_SIDE_CURSORS=True"
-    check = "check --tag database --database default --fail-level WARNING".split()
-    for address in url, declared:
-        plain.project.manage(*check, **plain.variables | {"DATABASE_URL": address})
-    with pytest.raises(AssertionError, match="config.W008"):
-        plain.project.manage(*check, **plain.variables | {"DATABASE_URL": pooled})
-
-
 # Results
 
 
@@ -216,6 +173,35 @@ result = [key.decode() for url in urls for key in redis.from_url(url).keys()]
     keys = plain.ask(code)
     assert keys
     assert [key for key in keys if not key.lstrip("{").startswith("my_project")] == []
+
+
+CHORD = """
+from celery import chord, group
+from trials.tasks import add, total
+numbers = [1, 2, 3]
+print(group(add.s(each, 1) for each in numbers)().get(timeout=300))
+print(chord(add.s(each, 1) for each in numbers)(total.s()).get(timeout=300))
+"""
+
+
+@on_redis
+def test_results_may_be_in_a_redis_cluster(plain, tmp_path):
+    """The keys of a chord are in one slot. This cluster has one node."""
+    [port] = free_ports(1)
+    command = f"redis-server --port {port} --dir {tmp_path} --cluster-enabled yes"
+    cluster = Process(command.split(), tmp_path / "log", is_ready=lambda: connects(port))
+    cluster.start()
+    try:
+        redis_cli = "redis-cli", "-p", str(port), "cluster"
+        subprocess.run([*redis_cli, "addslotsrange", "0", "16383"], check=True)
+        info = [*redis_cli, "info"]
+        wait_for(lambda: "state:ok" in subprocess.check_output(info, text=True))
+        variables = {"CELERY_RESULT_BACKEND": f"redis://127.0.0.1:{port}/0"}
+        replace_worker(plain, **variables)
+        printed = plain.project.manage("shell", "-v0", "-c", CHORD, **plain.variables | variables)
+        assert printed.split("\n")[-3:-1] == ["[2, 3, 4]", "9"]
+    finally:
+        cluster.kill()
 
 
 # Workers

@@ -14,28 +14,6 @@ from harness.blocks import code
 from harness.faults import POOLS, on_each_pool, on_prefork, on_rabbitmq, on_sqs, stacks, with_flower
 from harness.project import wait_for
 
-# The whole worker is killed
-
-
-@stacks(brokers=["redis"], pools=POOLS[:1])
-def test_a_worker_killed_while_it_looks_for_lost_tasks_delays_no_other(stack, gate):
-    """It leaves kombu's lock behind, which only one worker can hold."""
-    code = """
-from config.celery import app
-channel = app.connection_for_write().default_channel
-lock = channel.client.lock(channel.unacked_mutex_key, timeout=channel.unacked_mutex_expire)
-while not lock.acquire(blocking=False):
-    pass
-result = lock.timeout
-"""
-    task = stack.send("kill_worker", gate, queue="cpu")
-    with stack.supervised(stack.workers):
-        stack.wait_until_started(task)
-        gate.touch()
-        assert stack.ask(code) < 60  # the minute of reliability.md
-        stack.wait_until_started(task, times=2)
-
-
 # A worker is stopped before the task ends
 
 

@@ -22,10 +22,8 @@ from django.apps import apps
 {% endif %}
 from django.conf import settings
 from django.core.cache import caches
-from django.core.checks import Error, {{ "" if has_jobs else "Tags, " }}Warning, register
-{% if not has_jobs %}
+from django.core.checks import Error, Tags, Warning, register
 from django.db import connections
-{% endif %}
 {% if has_docker %}
 from django.db.models import FileField
 {% endif %}
@@ -57,7 +55,6 @@ def check_cache_timeouts(app_configs, **kwargs):
             id="config.W001",
         )
 {% endif %}
-{% if not has_jobs %}
 
 
 @register(Tags.database)
@@ -74,7 +71,6 @@ def check_pooler(app_configs, databases=None, **kwargs):
                         hint="Add ?DISABLE_SERVER_SIDE_CURSORS=True to DATABASE_URL.",
                         id="config.W008",
                     )
-{% endif %}
 {% if has_docker %}
 
 
@@ -115,8 +111,11 @@ def all_tasks():
 def longest_hold(task):
     """Return how many seconds a worker may hold a message of this task."""
 {% if broker.holds_countdowns %}
+    # A worker also holds it before a retry, and during a countdown of the schedule.
     backoff = getattr(task, "retry_backoff_max", 600) if getattr(task, "retry_backoff", 0) else 0
-    return task.time_limit + max(task.default_retry_delay, int(backoff))  # a retry waits in it
+    entries = [e for e in current_app.conf.beat_schedule.values() if e["task"] == task.name]
+    countdowns = [entry.get("options", {}).get("countdown", 0) for entry in entries]
+    return task.time_limit + max(task.default_retry_delay, int(backoff), *countdowns)
 {% else %}
     return task.time_limit
 {% endif %}

@@ -229,9 +229,6 @@ CELERY_TIMEZONE = TIME_ZONE
 {% print durable_jobs.settings | default %}
 # Celery: broker
 {% print broker.settings %}
-{% if has_jobs %}
-{% print broker.settings_with_jobs | default %}
-{% endif %}
 CELERY_BROKER_CONNECTION_TIMEOUT = CELERY_BROKER_POOL_ACQUIRE_TIMEOUT = 1  # seconds
 CELERY_BROKER_CONNECTION_RETRY_ON_STARTUP = True  # a worker waits for its broker
 

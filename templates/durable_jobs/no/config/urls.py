@@ -3,6 +3,7 @@ from django.conf import settings
 from django.contrib import admin
 from django.contrib.auth.decorators import login_required
 from django.contrib.auth.views import LoginView, LogoutView
+from django.http import HttpResponse
 from django.urls import include, path
 from django.views.generic import TemplateView
 from drf_spectacular.views import SpectacularAPIView, SpectacularSwaggerSplitView
@@ -38,6 +39,7 @@ urlpatterns = [
     path("", login_required(index), name="index"),
     path("login/", log_in, name="login"),
     path("logout/", LogoutView.as_view(), name="logout"),
+    path("favicon.ico", lambda request: HttpResponse(status=204)),  # the admin's pages name none
     path("admin/", admin.site.urls),
     path("api/", include(router.urls)),
 {% if has_task_api %}
