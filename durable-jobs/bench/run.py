@@ -74,7 +74,7 @@ TABLES = {
     "rendering": "template|median s",
     "goals": "what|goal|measured|",
 }
-PRINTED = ["parts", "held", "rendering", "goals"]  # and not written into the page
+PRINTED = ["parts", "held", "processes", "pools", "rendering", "goals"]  # not in the page
 
 
 def main():
