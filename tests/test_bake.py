@@ -281,7 +281,7 @@ def listed_parts():
     parts = {}
     for section in (PARTS / "README.md").read_text("utf-8").split("\n## ")[1:]:
         module, _, items = section.partition("\n")
-        for part, optional in re.findall(r"^- `(\w+)`(?: \((.+?)\))?: ", items, re.MULTILINE):
+        for part, optional in re.findall(r"^- `(\w+)`(?: \((.+?)\))?", items, re.MULTILINE):
             assert f"{module}.{part}" not in parts, f"{module}.{part} is listed twice"
             parts[f"{module}.{part}"] = optional
     return parts
