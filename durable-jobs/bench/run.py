@@ -74,7 +74,7 @@ TABLES = {
     "rendering": "template|median s",
     "goals": "what|goal|measured|",
 }
-PRINTED = ["parts", "held", "processes", "pools", "rendering", "goals"]  # not in the page
+PRINTED = ["parts", "held", "processes", "pools", "memory", "rendering", "goals"]  # not written
 
 
 def main():
