@@ -277,45 +277,45 @@ def test_the_output_of_a_choice_has_the_words_listed_as_its_traces(bake, option,
     assert not {*own, *server_traces(option, choice)} - found, "the output lacks these words"
 
 
-def table_of_parts():
-    """Return the table of templates/README.md, {part: (files that print it, who must have it)}."""
-    table, page = {}, (PARTS / "README.md").read_text("utf-8")
-    for line in page.split("|---|---|---|---|\n")[1].splitlines():
-        part, files, must, _ = (cell.strip() for cell in line.strip("|").split("|"))
-        assert part.strip("`") not in table, f"{part} has two rows"
-        table[part.strip("`")] = set(re.findall("`(.+?)`", files)), must
-    return table
+def listed_parts():
+    """Return the lists of templates/README.md, {part: for which choices it is optional}."""
+    parts = {}
+    for section in (PARTS / "README.md").read_text("utf-8").split("\n## ")[1:]:
+        module, _, items = section.partition("\n")
+        for part, optional in re.findall(r"^- `(\w+)`(?: \((.+?)\))?", items, re.MULTILINE):
+            assert f"{module}.{part}" not in parts, f"{module}.{part} is listed twice"
+            parts[f"{module}.{part}"] = optional
+    return parts
 
 
-def test_the_table_of_parts_names_the_files_that_print_them():
-    printed, guarded = defaultdict(set), set()  # {part: files}, parts that may be missing
+def test_the_list_of_parts_names_those_that_files_print():
+    printed, guarded = set(), set()  # all parts; parts that may be missing
     for path in [*PARTS.rglob("*.jinja"), *whole_files(), *output_files()]:
-        file = name_of(path)
         tree = ENVIRONMENT.parse(path.read_text("utf-8"))
         filters = tree.find_all((nodes.Filter, nodes.Test))
         optional = {id(each.node) for each in filters if each.name in ("default", "defined")}
         for node in tree.find_all(nodes.Getattr):
             if isinstance(node.node, nodes.Name) and node.node.name in MODULES.values():
                 part = f"{node.node.name}.{node.attr}"
-                printed[part].add(file)
+                printed.add(part)
                 guarded |= {part} if id(node) in optional else set()
-    table = table_of_parts()
-    assert {part: files for part, (files, _) in table.items()} == printed
+    assert listed_parts().keys() == printed
     # With `| default`, a misspelled part would be missing without an error.
-    assert {part for part, (_, must) in table.items() if not must} == guarded
+    assert {part for part, text in listed_parts().items() if text == "optional"} == guarded
 
 
-def test_each_file_of_a_choice_has_the_parts_of_the_table():
-    table, unused = table_of_parts(), set(table_of_parts())
+def test_each_file_of_a_choice_has_the_parts_of_the_list():
+    listed, unused = listed_parts(), set(listed_parts())
     for folder, module in MODULES.items():
         for path in (PARTS / folder).glob("*.jinja"):
             parts = [f"{module}.{name}" for name in names_set(path) if name != "traces"]
-            unknown = set(parts) - table.keys()
-            assert not unknown, f"{path}: the table has no such part"
-            in_order = [part for part in table if part in parts]
+            unknown = set(parts) - listed.keys()
+            assert not unknown, f"{path}: the list has no such part"
+            in_order = [part for part in listed if part in parts]
             assert parts == in_order, f"{path}: parts in another order"
-            for part, (_, must) in table.items():
-                needed = part.startswith(f"{module}.") and must and f"`{path.stem}`" not in must
+            for part, optional in listed.items():
+                may_lack = optional == "optional" or f"`{path.stem}`" in optional
+                needed = part.startswith(f"{module}.") and not may_lack
                 assert part in parts or not needed, f"{path} lacks {part}"
             unused -= set(parts)
     assert not unused, "no choice has these parts"

@@ -74,7 +74,9 @@ TABLES = {
     "rendering": "template|median s",
     "goals": "what|goal|measured|",
 }
-PRINTED = ["parts", "held", "rendering", "goals"]  # and not written into the page
+PRINTED = [  # and not written into the page
+    *("parts", "together", "held", "processes", "post", "pools", "memory", "rendering", "goals")
+]
 
 
 def main():

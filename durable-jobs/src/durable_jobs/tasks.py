@@ -65,7 +65,6 @@ class JobTask(DjangoTask):
     acks_late = False  # the row survives a crash, so acknowledge the message immediately
     retry_on_worker_lost = False  # the row counts crashes
     ignore_result = True  # the row has the result
-    throws = (JobError,)  # a refusal, which Celery and Sentry don't report as an error
     owner_may_run_again = False  # a job that failed or was cancelled, through the API
     limit: str | Callable | None = None  # the key of its limit, or a function: see limits.py
 
