@@ -94,7 +94,8 @@ def test_the_checks_find_a_queue_without_workers(monkeypatch):
 
 
 def test_the_checks_find_a_queue_that_plain_tasks_share_with_jobs(monkeypatch):
-    monkeypatch.setattr(add, "queue", "cpu", raising=False)
+    for task in add, app.tasks["helpers.plain"]:
+        monkeypatch.setattr(task, "queue", "cpu", raising=False)
     found = run_checks(include_deployment_checks=True)
     [shared] = [each for each in found if each.id == "durable_jobs.I002"]
     assert "the queue cpu" in shared.msg

@@ -66,7 +66,7 @@ def check_shared_queues(app_configs, **kwargs):
     queues = {True: set(), False: set()}
     for name, task in current_app.tasks.items():
         if not name.startswith("celery."):
-            queues[is_job(name)].add(queue_of(task, [], {}))
+            queues[is_job(task)].add(queue_of(task, [], {}))
     for queue in sorted(queues[True] & queues[False]):
         yield Info(
             f"Jobs and plain tasks share the queue {queue}: lost messages of its jobs are found when it is nearly empty.",
