@@ -175,7 +175,7 @@ def test_a_tick_waits_for_an_unavailable_database(scheduler, monkeypatch):
     def fail(job):
         if errors:
             raise errors.pop()
-        insert(job)
+        return insert(job)
 
     monkeypatch.setattr(transitions, "insert", fail)
     tick(scheduler)

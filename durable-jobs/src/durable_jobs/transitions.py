@@ -201,14 +201,15 @@ OF_DATABASE = ["created_at", "due_at", "sweep_at"]  # what the INSERT of a job r
 def insert(job):
     """INSERT this new job, whose `due_at` and `sweep_at` are the times until then, or None.
 
-    Sets them, and `created_at`, to the database's times. Raises IntegrityError. As with bulk_create(),
-    Django sends no signal.
+    Sets them, and `created_at`, to the database's times. Returns whether it is stored: not if another job with
+    its `unique_key` is active. Raises IntegrityError. As with bulk_create(), Django sends no signal.
     """
     compiler, converters, *statement = compiled_insert()
     rows = execute(*statement, vars(job))
-    [row] = compiler.apply_converters(map(list, rows), converters)
-    vars(job).update(zip(OF_DATABASE, row, strict=True))
-    job._state.adding, job._state.db = False, Job.objects.db
+    for row in compiler.apply_converters(map(list, rows), converters):
+        vars(job).update(zip(OF_DATABASE, row, strict=True))
+        job._state.adding, job._state.db = False, Job.objects.db
+    return bool(rows)
 
 
 @cache
@@ -223,7 +224,13 @@ def compiled_insert():
     compiler = query.get_compiler(Job.objects.db)
     compiler.returning_fields = [Job._meta.get_field(name) for name in OF_DATABASE]
     columns = [field.get_col(Job._meta.db_table) for field in compiler.returning_fields]
-    return compiler, compiler.get_converters(columns), *compiler.as_sql()[0]
+    [[sql, params]] = compiler.as_sql()
+    # Django knows no conflict with an index that has a condition. This is that of job_unique_key.
+    skip = (
+        "ON CONFLICT (unique_key) WHERE finished_at IS NULL AND unique_key IS NOT NULL DO NOTHING"
+    )
+    sql = sql.replace(" RETURNING ", f" {skip} RETURNING ")
+    return compiler, compiler.get_converters(columns), sql, params
 
 
 @prepared(limit=models.DurationField(), lease=models.DurationField())
