@@ -7,7 +7,7 @@ from django.db.models import Count, F, Min
 from django.db.models.functions import Now
 from django.http import HttpResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import GaugeMetricFamily
 from rest_framework.permissions import IsAdminUser
 from rest_framework.views import APIView
 
@@ -51,7 +51,6 @@ BATCH_METRICS = {
 BEAT_METRICS = {
     "durable_jobs_sweep_age_seconds": "Seconds since Beat's sweeper last completed a round",
     "durable_jobs_beat_late_seconds": "Seconds by which Beat is late to check its schedule",
-    "durable_jobs_schedule_errors_total": "Times Beat could not start a task or read an entry of its schedule",
 }
 
 
@@ -81,18 +80,14 @@ class Collector:
             "durable_jobs_beat_late_seconds": "tick_due_at",
         }
         ages = {name: Now() - F(time) for name, time in ages.items()}
-        rows = Sweep.objects.values(**ages, durable_jobs_schedule_errors_total=F("schedule_errors"))
-        rows = rows or [dict.fromkeys(ages, math.inf)]
+        rows = Sweep.objects.values(**ages) or [dict.fromkeys(ages, math.inf)]
         yield from families(BEAT_METRICS, [], rows)
 
 
 def families(help_texts, labels, rows):
     """Yield a metric for each name in `help_texts`, with the values of that key in the `rows`."""
     for name, text in help_texts.items():
-        is_counter = name.endswith("_total")
-        family = (CounterMetricFamily if is_counter else GaugeMetricFamily)(
-            name, text, labels=labels
-        )
+        family = GaugeMetricFamily(name, text, labels=labels)
         values = {tuple(row[label] for label in labels): row.get(name) or 0 for row in rows}
         for key, value in values.items():
             is_time = isinstance(value, timedelta)
