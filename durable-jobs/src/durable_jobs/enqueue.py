@@ -11,7 +11,6 @@ from celery.utils.time import maybe_make_aware
 from django.db import transaction
 from django.db.models import Max
 from django.db.models.functions import Coalesce, Now
-from django.utils import timezone
 
 from durable_jobs import admission, conf, limits, transitions
 from durable_jobs.messages import new_headers, queue_of
@@ -127,8 +126,13 @@ def check_text(name, text):
 
 
 def times(now=FROM_NOW, countdown=None, eta=None, limit_key=None):
-    """Return when a new job is due, and when its message is sent, or that it is blocked by its limit."""
-    if (delay := seconds_until(countdown, eta)) > MAX_COUNTDOWN:
+    """Return when a new job is due, and when its message is sent, or that it is blocked by its limit.
+
+    An `eta` is compared with the database's clock: that of this process may be wrong.
+    """
+    if eta is not None and now is FROM_NOW:
+        now = database_time()
+    if (delay := seconds_until(now, countdown, eta)) > MAX_COUNTDOWN:
         raise ValueError(f"countdown={delay:.0f} is longer than ten years: it is in seconds")
     due_at = now + timedelta(seconds=delay)
     if limit_key:
@@ -138,12 +142,12 @@ def times(now=FROM_NOW, countdown=None, eta=None, limit_key=None):
     return {"times_sent": 0 if delay else 1, "due_at": due_at, "sweep_at": sweep_at}
 
 
-def seconds_until(countdown=None, eta=None):
+def seconds_until(now, countdown=None, eta=None):
     """Return in how many seconds a job is due, 0 if now. Raises TypeError if both are given."""
     if eta is not None:
         if countdown is not None:
             raise TypeError("give countdown= or eta=, not both")
-        countdown = (maybe_make_aware(eta) - timezone.now()).total_seconds()
+        countdown = (maybe_make_aware(eta) - now).total_seconds()
     return max(countdown or 0, 0)
 
 

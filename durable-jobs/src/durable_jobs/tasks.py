@@ -16,6 +16,7 @@ from celery import shared_task
 from celery.contrib.django.task import DjangoTask
 from celery.exceptions import Retry
 from celery.result import AsyncResult
+from celery.utils.time import maybe_make_aware
 
 from durable_jobs import batches
 from durable_jobs.enqueue import (
@@ -26,7 +27,6 @@ from durable_jobs.enqueue import (
     enqueue,
     insert,
     new_fields,
-    seconds_until,
 )
 from durable_jobs.messages import fields_in, storable
 from durable_jobs.models import Batch, Job
@@ -115,7 +115,8 @@ class JobTask(DjangoTask):
         """
         times = {"countdown": countdown, "eta": eta}
         if self._current_run and task_id == self.request.id:  # Celery's retry() calls this
-            return self._retry_later(args, kwargs, seconds_until(**times), **options)
+            delay = maybe_make_aware(eta) if eta else min(countdown or 0, MAX_COUNTDOWN)
+            return self._retry_later(args, kwargs, delay, **options)
         check_options(options)
         texts = {"label": label, "queue": options.get("queue")}
         fields = new_fields(FROM_NOW, self, args or (), kwargs, owner, **texts, **times)
@@ -182,11 +183,10 @@ class JobTask(DjangoTask):
             raise retry
         return retry
 
-    def _retry_later(self, args, kwargs, countdown, retries, queue=None, **options):
+    def _retry_later(self, args, kwargs, delay, retries, queue=None, **options):
         """Remember the options of retry(). They are stored when the function and its transaction have ended."""
-        countdown = min(countdown, MAX_COUNTDOWN)
         changes = {"retries": retries, **({"queue": queue} if queue else {})}
-        self._current_run.retry = {"delay": countdown, "args": args, "kwargs": kwargs, **changes}
+        self._current_run.retry = {"delay": delay, "args": args, "kwargs": kwargs, **changes}
 
     def replace(self, sig):
         raise NotImplementedError("a job cannot be replaced: enqueue the other task and return")
