@@ -226,5 +226,5 @@ def lost_answers(monkeypatch):
 def new_test(monkeypatch):
     """Nothing is left of the test before, and the sweeper does not wait for renewals."""
     broken.clear()
-    sweeper.__init__(sweeper.tick_delay, sweeper.error_count)
+    sweeper.__init__(sweeper.tick_delay)
     monkeypatch.setattr(sweeper_module, "POLL_SECONDS", 0)

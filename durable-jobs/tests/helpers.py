@@ -259,7 +259,7 @@ def end(run, result=None):
 
 # Beat
 
-sweeper = Sweeper(tick_delay=lambda: 0, error_count=lambda: 0)  # each test gets a new one
+sweeper = Sweeper(tick_delay=lambda: 0)  # each test gets a new one
 
 # Races, with threads and real transactions
 

@@ -1,4 +1,4 @@
-"""What the app `jobs` needs: no broker, and SQLite unless DATABASE_URL names PostgreSQL."""
+"""What the app `durable_jobs` needs: no broker, and SQLite unless DATABASE_URL names PostgreSQL."""
 
 import os
 import sys
@@ -20,6 +20,7 @@ app = Celery("engine", set_as_current=True)
 app.conf.update(
     broker_url="memory://",
     result_backend="cache+memory://",
+    task_store_eager_result=True,
     task_acks_late=True,
     task_send_sent_event=True,
     task_queues={"celery": {}, "cpu": {}, "io": {}},

@@ -1,9 +1,6 @@
-"""Beat: each job of the schedule is stored once per due time, and errors are refused or counted."""
+"""Beat: each job of the schedule is stored once per due time, and errors are refused or logged."""
 
-import copy
-import itertools
 import json
-import logging
 import time
 import uuid
 from datetime import UTC, datetime, timedelta
@@ -23,11 +20,9 @@ from django_celery_beat.schedulers import DatabaseScheduler
 from django_tasks import task
 
 from durable_jobs import transitions
-from durable_jobs.beat.republish import Sender
-from durable_jobs.beat.schedule import OncePerDueTime, count_errors
+from durable_jobs.beat.schedule import OncePerDueTime
 from durable_jobs.beat.sweeper import Sweeper
-from durable_jobs.contrib.prometheus import Collector
-from durable_jobs.models import Job, Sweep
+from durable_jobs.models import Job
 from durable_jobs.tasks import JobTask
 
 pytestmark = pytest.mark.django_db(transaction=True)  # Beat closes old connections
@@ -175,7 +170,7 @@ def test_a_tick_waits_for_an_unavailable_database(scheduler, monkeypatch):
     def fail(job):
         if errors:
             raise errors.pop()
-        insert(job)
+        return insert(job)
 
     monkeypatch.setattr(transitions, "insert", fail)
     tick(scheduler)
@@ -186,84 +181,42 @@ def test_a_tick_waits_for_an_unavailable_database(scheduler, monkeypatch):
     assert Job.objects.get().result == 3
 
 
-# What Beat cannot start is counted
+# What Beat cannot start is logged
 
 
-def errors_after(action, scheduler_cls=Scheduler):
-    service = beat(scheduler_cls)
-    loggers = [logging.getLogger(name) for name in ["celery.beat", scheduler_cls.__module__]]
-    handlers = [copy.copy(logger.handlers) for logger in loggers]
-    try:
-        errors = count_errors(service)
-        action(service.scheduler)
-        return errors()
-    finally:
-        for logger, before in zip(loggers, handlers, strict=True):
-            logger.handlers = before
+@pytest.fixture
+def errors(caplog):
+    """The errors that Beat and its scheduler log."""
+    return lambda: [each.getMessage() for each in caplog.records if each.levelname == "ERROR"]
 
 
-def store_no_job(monkeypatch):
+def test_a_tick_that_cannot_be_stored_is_logged(scheduler, monkeypatch, errors):
     monkeypatch.setattr(transitions, "insert", Mock(side_effect=IntegrityError("no such owner")))
-
-
-def test_a_tick_that_cannot_be_stored_is_counted(monkeypatch, caplog):
-    store_no_job(monkeypatch)
-    assert errors_after(tick) == 1
-    assert "add: no such owner" in caplog.text
-
-
-def test_a_tick_that_starts_its_task_is_not_counted():
-    assert errors_after(tick) == 0
+    tick(scheduler)
+    assert len(errors()) == 1 and "add: no such owner" in errors()[0]
 
 
 @pytest.mark.parametrize("kind", [Scheduler, DatabaseScheduler])
-def test_an_option_that_a_job_cannot_have_is_counted(kind, caplog):
-    option = {"expires": 60} if kind is Scheduler else {"expire_seconds": 60}
-    assert errors_after(lambda scheduler: tick(scheduler, **option), kind) == 1
-    assert "a job does not take expires" in caplog.text
+def test_an_option_that_a_job_cannot_have_is_logged(kind, errors):
+    tick(beat(kind).scheduler, **{"expires" if kind is Scheduler else "expire_seconds": 60})
+    assert len(errors()) == 1 and "a job does not take expires" in errors()[0]
     assert not Job.objects.exists()
 
 
-def test_a_row_that_the_scheduler_cannot_read_is_counted():
-    def read(scheduler):
-        row(args="no JSON")
-        scheduler._initial_read = True
-        scheduler.schedule  # noqa: B018
-
-    assert errors_after(read, DatabaseScheduler) == 1
-
-
-def test_a_task_that_no_longer_exists_is_counted(caplog):
+def test_a_task_that_no_longer_exists_is_logged(errors):
     """Celery sends its message, because another project's worker could know the task."""
-    send = Mock()
-
-    def tick_unknown(scheduler):
-        scheduler.send_task = send
-        scheduler.apply_entry(scheduler.Entry("old", "no.such.task", schedule=crontab(), app=app))
-
-    assert errors_after(tick_unknown) == 1
-    assert "old: this project has no task no.such.task" in caplog.text
-    assert send.call_count == 1
+    scheduler = beat(Scheduler).scheduler
+    scheduler.send_task = Mock()
+    scheduler.apply_entry(scheduler.Entry("old", "no.such.task", schedule=crontab(), app=app))
+    assert errors() == ["old: this project has no task no.such.task"]
+    assert scheduler.send_task.call_count == 1
 
 
-def test_a_schedule_entry_with_a_task_id_is_counted(caplog):
+def test_a_schedule_entry_with_a_task_id_is_logged(errors):
     """Its job would run once and never again."""
-    assert errors_after(lambda scheduler: tick(scheduler, task_id=str(uuid.uuid4()))) == 1
-    assert "cannot have a task_id" in caplog.text
+    tick(beat(Scheduler).scheduler, task_id=str(uuid.uuid4()))
+    assert len(errors()) == 1 and "cannot have a task_id" in errors()[0]
     assert not Job.objects.exists()
-
-
-def test_the_metric_counts_the_errors_of_every_beat(monkeypatch):
-    """The count is stored, so it neither starts again nor shrinks when Beat restarts."""
-    monkeypatch.setattr(Sender, "send_due", lambda self, resend: 0)
-    for counts in [0, 2, 3], [0, 0, 1]:
-        rounds = itertools.chain(counts, [SystemExit])
-        with pytest.raises(SystemExit):
-            monkeypatch.setattr("time.sleep", lambda seconds: None)
-            Sweeper(lambda: 0, Mock(side_effect=rounds)).run()
-    assert Sweep.objects.get().schedule_errors == 4
-    found = {sample.name: sample.value for each in Collector().collect() for sample in each.samples}
-    assert found["durable_jobs_schedule_errors_total"] == 4
 
 
 # What Beat cannot start is refused before

@@ -149,7 +149,7 @@ def test_send_task_knows_the_tasks_of_celery_imports(monkeypatch, tmp_path):
     assert Job.objects.get().task == "listed.task"
 
 
-def test_send_task_sends_a_plain_task():
+def test_send_task_sends_a_plain_task(broker):
     assert app.send_task(plain.name).state == "PENDING"
 
 

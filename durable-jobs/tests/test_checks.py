@@ -29,7 +29,7 @@ def test_a_setting_that_would_lose_jobs_is_refused_at_the_start(monkeypatch, set
 @pytest.fixture(autouse=True)
 def queue_of_plain_tasks(monkeypatch):
     """Plain tasks, of all files of tests, have a queue of their own."""
-    for name, task in app.tasks.items():
+    for task in app.tasks.values():
         if not messages.is_job(task):
             monkeypatch.setattr(task, "queue", "cpu", raising=False)
 

@@ -336,6 +336,15 @@ def test_a_coroutine_enqueues_a_job_that_runs_after_its_commit():
     assert [job.result for job in jobs] == [16, 8]
 
 
+def test_a_wrong_clock_of_this_process_shifts_no_time(door, user, monkeypatch):
+    """Only that of the database counts."""
+    wrong = timezone.now() + timedelta(minutes=10)
+    monkeypatch.setattr(timezone, "now", lambda: wrong)
+    job = DOORS[door](user, {"eta": LATER})
+    job.refresh_from_db()
+    assert abs(job.due_at - LATER) < timedelta(milliseconds=1)
+
+
 @pytest.mark.parametrize("moment", [datetime(2020, 1, 1), timezone.now() - timedelta(hours=1)])  # noqa: DTZ001
 def test_a_job_whose_time_has_passed_starts_at_once(door, user, moment):
     assert DOORS[door](user, {"eta": moment}).times_sent == 1

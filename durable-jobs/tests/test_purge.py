@@ -1,6 +1,5 @@
 """The purge deletes old jobs and batches, and nothing that is still needed."""
 
-import time
 from datetime import timedelta
 
 import pytest
@@ -57,20 +56,19 @@ def test_old_jobs_that_cannot_be_deleted_do_not_stop_the_purge(settings, caplog)
             raise ProtectedError("an order refers to it", {instance})
 
     pre_delete.connect(protect, sender=Job)
-    purge = Purge(Job, "finished_at", start_over_at=time.monotonic() + 60)
+    purge = Purge(Job, "finished_at")
     try:
-        purge.delete_page()
+        purge.delete_pages()
     finally:
         pre_delete.disconnect(protect, sender=Job)
     assert set(Job.objects.all()) == {jobs[2], jobs[5]}
     later = deliver(enqueue(add, [1, 2]))
     Job.objects.filter(pk=later.pk).update(finished_at=past + timedelta(milliseconds=500))
-    purge.delete_page()  # it skips the two that could not be deleted
+    purge.delete_pages()  # it skips the two that could not be deleted
     assert set(Job.objects.all()) == {jobs[2], jobs[5]}
     assert caplog.text.count("an order refers to it") == 2
     purge.start_over_at = 0
-    purge.delete_page()  # at the end, it starts over
-    purge.delete_page()
+    purge.delete_pages()
     assert not Job.objects.exists()
 
 
@@ -168,7 +166,7 @@ def test_jobs_that_must_be_kept_stop_no_purge_of_others(monkeypatch):
     age(Job.objects.all(), "finished_at", 40)  # all at the same time
     other = failed()
     age(Job.objects.filter(pk=other.pk), "finished_at", 35)
-    purges = Purge(Job, "finished_at", start_over_at=time.monotonic() + 60)
+    purges = Purge(Job, "finished_at")
     for page in range(4):
         assert Job.objects.filter(pk=other.pk).exists(), page
         purges.delete_page()
@@ -178,9 +176,7 @@ def test_jobs_that_must_be_kept_stop_no_purge_of_others(monkeypatch):
     age(Batch.objects.all(), "ended_at")
     purges.delete_page()
     assert is_open.jobs.count() == 35  # it starts over once an hour
-    purges.start_over_at = 0
-    for _ in range(6):
-        purges.delete_page()
+    purges.delete_pages()
     assert is_open.jobs.count() == 0
 
 

@@ -47,6 +47,13 @@ def test_a_retry_waits_at_most_ten_years():
     assert wait == pytest.approx(MAX_COUNTDOWN, abs=60)
 
 
+def test_a_wrong_clock_of_a_worker_shifts_no_retry(monkeypatch):
+    later = timezone.now() + timedelta(hours=1)
+    monkeypatch.setattr(timezone, "now", lambda: later)
+    job = run(lambda task: task.request.retries or task.retry(eta=later))
+    assert abs(job.due_at - later) < timedelta(milliseconds=1)
+
+
 def test_a_job_fails_after_its_last_retry():
     job = deliver(enqueue(flaky, [9]))
     assert (job.state, job.retries, job.error) == ("failed", 2, "OSError: away")

@@ -4,11 +4,11 @@ from contextlib import nullcontext
 
 import pytest
 from django.db import IntegrityError, connection, transaction
-from django.db.models import QuerySet
 from django.test.utils import CaptureQueriesContext
 from helpers import add, call_concurrently, claim_and_lapse
 
-from durable_jobs.actions import cancel, run_all_again
+from durable_jobs import actions
+from durable_jobs.actions import cancel, run_again, run_all_again
 from durable_jobs.enqueue import FROM_NOW, enqueue, insert, new_fields
 from durable_jobs.models import Job
 
@@ -49,23 +49,33 @@ def test_concurrent_calls_with_a_unique_key_all_get_a_job_that_runs():
 
 
 def test_a_conflicting_job_that_ends_before_it_is_read_frees_its_unique_key(monkeypatch):
-    other, get = enqueue(add, [1, 2], unique="key"), QuerySet.get
-    # Called before each read, from the end of the list: first nothing, because the other job is not
-    # committed yet; then the other job ends.
+    other = enqueue(add, [1, 2], unique="key")
+    # Called in place of each look for an active job, from the end of the list: first nothing, because the other
+    # job is not committed yet; then the other job ends.
     steps = [lambda: cancel(Job.objects.all()), lambda: None]
 
-    def fail_twice(self, **key):
-        if steps:
-            steps.pop()()
-            raise Job.DoesNotExist
-        return get(self, **key)
+    def look(unique):
+        steps.pop()()
 
-    monkeypatch.setattr(QuerySet, "get", fail_twice)
+    monkeypatch.setattr("durable_jobs.enqueue.active_with", look)
     job = enqueue(add, [1, 2], unique="key")
     assert set(Job.objects.values_list("pk", "state")) == {
         (other.pk, "cancelled"),
         (job.pk, "queued"),
     }
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_job_whose_unique_key_was_taken_meanwhile_does_not_run_again(monkeypatch, published):
+    job = enqueue(add, [1, 2], unique="key")
+    cancel(job)
+    job.refresh_from_db()
+    other, found = enqueue(add, [3, 4], unique="key"), [None]
+    look = actions.active_with
+    monkeypatch.setattr(actions, "active_with", lambda key: found.pop() if found else look(key))
+    assert run_again(job) == other
+    job.refresh_from_db()
+    assert job.state == "cancelled"
 
 
 @pytest.mark.parametrize("conflict", ["idempotency_key", "pk"])

@@ -3,7 +3,7 @@
 from contextlib import suppress
 
 from celery import current_app
-from django.db import transaction
+from django.db import IntegrityError, transaction
 from django.db.models import QuerySet
 from django.db.models.functions import Now
 from kombu.utils.json import loads
@@ -11,7 +11,7 @@ from kombu.utils.json import loads
 from durable_jobs import admission, transitions
 from durable_jobs.enqueue import (
     FROM_NOW,
-    create_unless_active,
+    active_with,
     insert,
     new_fields,
     send_after_commit,
@@ -72,7 +72,12 @@ def run_again(job: Job) -> Job:
         send_after_commit([job])
         return job
 
-    return create_unless_active(job.unique_key, queue)
+    try:
+        return active_with(job.unique_key) or queue()
+    except IntegrityError:  # another job with this key was stored meanwhile
+        if active := active_with(job.unique_key):
+            return active
+        raise
 
 
 def run_all_again(jobs: QuerySet) -> list[Job]:

@@ -115,8 +115,7 @@ def try_once(query, *args, **kwargs):
 def try_in_halves(function, rows, keys):
     """Call function(the rows with these keys). If it fails, call it for each half of them.
 
-    So one row does not stop the others. Returns how many rows failed alone. If the database is unavailable,
-    raises the function's error.
+    So one row does not stop the others. If the database is unavailable, raises the function's error.
     """
     try:
         function(rows.filter(pk__in=keys))
@@ -124,11 +123,10 @@ def try_in_halves(function, rows, keys):
         if not connection.is_usable():
             raise
         if middle := len(keys) // 2:
-            halves = keys[:middle], keys[middle:]
-            return sum(try_in_halves(function, rows, half) for half in halves)
-        logger.warning("%s fails for the job %s: %r", function.__name__, keys[0], error)
-        return 1
-    return 0
+            try_in_halves(function, rows, keys[:middle])
+            try_in_halves(function, rows, keys[middle:])
+        else:
+            logger.warning("%s fails for the job %s: %r", function.__name__, keys[0], error)
 
 
 def wait_past_soft_limit(update, *args, **kwargs):

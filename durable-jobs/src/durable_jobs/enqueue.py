@@ -1,20 +1,16 @@
 """How jobs are stored. Their messages are sent after the commit: see publish.py."""
 
-import random
-import time
 import uuid
 from collections.abc import Iterable
-from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import Any, TypedDict, Unpack
 
 from asgiref.sync import sync_to_async
 from celery.utils.functional import chunks
 from celery.utils.time import maybe_make_aware
-from django.db import IntegrityError, transaction
+from django.db import transaction
 from django.db.models import Max
 from django.db.models.functions import Coalesce, Now
-from django.utils import timezone
 
 from durable_jobs import admission, conf, limits, transitions
 from durable_jobs.messages import is_job, new_headers, queue_of
@@ -130,8 +126,13 @@ def check_text(name, text):
 
 
 def times(now=FROM_NOW, countdown=None, eta=None, limit_key=None):
-    """Return when a new job is due, and when its message is sent, or that it is blocked by its limit."""
-    if (delay := seconds_until(countdown, eta)) > MAX_COUNTDOWN:
+    """Return when a new job is due, and when its message is sent, or that it is blocked by its limit.
+
+    An `eta` is compared with the database's clock: that of this process may be wrong.
+    """
+    if eta is not None and now is FROM_NOW:
+        now = database_time()
+    if (delay := seconds_until(now, countdown, eta)) > MAX_COUNTDOWN:
         raise ValueError(f"countdown={delay:.0f} is longer than ten years: it is in seconds")
     due_at = now + timedelta(seconds=delay)
     if limit_key:
@@ -141,12 +142,12 @@ def times(now=FROM_NOW, countdown=None, eta=None, limit_key=None):
     return {"times_sent": 0 if delay else 1, "due_at": due_at, "sweep_at": sweep_at}
 
 
-def seconds_until(countdown=None, eta=None):
+def seconds_until(now, countdown=None, eta=None):
     """Return in how many seconds a job is due, 0 if now. Raises TypeError if both are given."""
     if eta is not None:
         if countdown is not None:
             raise TypeError("give countdown= or eta=, not both")
-        countdown = (maybe_make_aware(eta) - timezone.now()).total_seconds()
+        countdown = (maybe_make_aware(eta) - now).total_seconds()
     return max(countdown or 0, 0)
 
 
@@ -156,36 +157,20 @@ def seconds_until(countdown=None, eta=None):
 def insert(fields, unique=None):
     """Store the job, unless a job with this `unique` is active. Returns that one then."""
     check_text("idempotency_key", fields.get("idempotency_key"))
-    job = Job(**fields, unique_key=unique)
-
-    def create():
-        job.headers = new_headers(job)
-        transitions.insert(job)
-        send_after_commit([job])
-        return job
-
-    return create_unless_active(unique, create)
-
-
-def create_unless_active(unique, create):
-    """Return the active job with this `unique`, or else the one that create() returns."""
-    if unique is None:
-        return create()
     check_text("unique", unique)
-    active = Job.objects.filter(UNFINISHED)
-    for tries_left in reversed(range(42)):
-        with suppress(Job.DoesNotExist):
-            return active.get(unique_key=unique)
-        try:
-            with transaction.atomic(Job.objects.db):
-                return create()
-        except IntegrityError as error:  # its first line names the constraint or the column
-            if not tries_left or "unique_key" not in str(error).partition("\n")[0]:
-                raise
-        # Read the conflicting job. If it has ended in between, try again. Without a pause, greenlets can
-        # conflict forever.
-        if tries_left % 2:
-            time.sleep(random.uniform(0, 0.01))
+    job = Job(**fields, unique_key=unique)
+    # Another job may be stored after this has looked for it, and may end before it looks again.
+    while (active := active_with(unique)) is None:
+        job.headers = new_headers(job)
+        if transitions.insert(job):
+            send_after_commit([job])
+            return job
+    return active
+
+
+def active_with(unique):
+    """Return the active job with this `unique`, or None."""
+    return unique and Job.objects.filter(UNFINISHED, unique_key=unique).first()
 
 
 def insert_many(now, jobs):

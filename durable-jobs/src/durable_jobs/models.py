@@ -224,13 +224,10 @@ class Failure(Row):
 
 
 class Sweep(Row):  # noqa: DJ008
-    """One row: when the sweeper's last round ended, when Beat's next tick is due, Beat's errors."""
+    """One row: when the sweeper's last round ended, and when Beat's next tick is due."""
 
     ended_at = models.DateTimeField()
     tick_due_at = models.DateTimeField(null=True)
-    schedule_errors = models.PositiveBigIntegerField(
-        default=0, db_default=0, help_text="how many Beat has logged"
-    )
     refused = models.JSONField(
         null=True, help_text="the queues for which the broker takes no message, and why"
     )

@@ -14,6 +14,7 @@ from asgiref.sync import sync_to_async
 from celery import shared_task
 from celery.contrib.django.task import DjangoTask
 from celery.exceptions import Retry
+from celery.utils.time import maybe_make_aware
 
 from durable_jobs import batches
 from durable_jobs.enqueue import (
@@ -25,7 +26,6 @@ from durable_jobs.enqueue import (
     enqueue,
     insert,
     new_fields,
-    seconds_until,
 )
 from durable_jobs.messages import storable
 from durable_jobs.models import Batch, Job
@@ -151,7 +151,7 @@ class JobTask(DjangoTask):
 
     def _retry_later(self, args, kwargs, retries, countdown=None, eta=None, queue=None, **options):
         """Remember the options of retry(). They are stored when the function and its transaction have ended."""
-        delay = min(seconds_until(countdown, eta), MAX_COUNTDOWN)
+        delay = maybe_make_aware(eta) if eta else min(countdown or 0, MAX_COUNTDOWN)
         changes = {"retries": retries, **({"queue": queue} if queue else {})}
         self._current_run.retry = {"delay": delay, "args": args, "kwargs": kwargs, **changes}
 

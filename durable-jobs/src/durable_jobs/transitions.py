@@ -1,6 +1,6 @@
 """Each change of a job's state: one conditional UPDATE. `jobs` is always a queryset of jobs."""
 
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import cache, wraps
 from inspect import signature
 
@@ -31,12 +31,12 @@ def is_paused(names=None):
 
 
 def requeue(jobs, delay=0, failure=None, **changes):
-    """Queue these jobs (again). The sweeper sends their messages in `delay` seconds.
+    """Queue these jobs (again). The sweeper sends their messages in `delay` seconds, or at this time.
 
     A running job with a limit gives its slot up: it is blocked again, see admission.py. Returns how many rows were
     changed. `failure` has the fields of a Failure to store, see update().
     """
-    due = Now() + timedelta(seconds=delay)
+    due = delay if isinstance(delay, datetime) else Now() + timedelta(seconds=delay)
     # A job that is already queued keeps its due_at. One that is released keeps its place in the line.
     is_queued, has_limit = Q(state="queued"), Q(limit_key__isnull=False)
     keeps = is_queued if delay or failure else is_queued | has_limit
@@ -185,31 +185,38 @@ OF_DATABASE = ["created_at", "due_at", "sweep_at"]  # what the INSERT of a job r
 
 
 def insert(job):
-    """INSERT this new job, whose `due_at` and `sweep_at` are the times until then, or None.
+    """INSERT this new job, whose `due_at` and `sweep_at` are times, or the times until then, or None.
 
-    Sets them, and `created_at`, to the database's times. Raises IntegrityError. As with bulk_create(),
-    Django sends no signal.
+    Sets them, and `created_at`, to the database's times. Returns whether it is stored: not if another job with
+    its `unique_key` is active. Raises IntegrityError. As with bulk_create(), Django sends no signal.
     """
-    compiler, converters, *statement = compiled_insert()
+    compiler, converters, *statement = compiled_insert(isinstance(job.due_at, timedelta))
     rows = execute(*statement, vars(job))
-    [row] = compiler.apply_converters(map(list, rows), converters)
-    vars(job).update(zip(OF_DATABASE, row, strict=True))
-    job._state.adding, job._state.db = False, Job.objects.db
+    for row in compiler.apply_converters(map(list, rows), converters):
+        vars(job).update(zip(OF_DATABASE, row, strict=True))
+        job._state.adding, job._state.db = False, Job.objects.db
+    return bool(rows)
 
 
 @cache
-def compiled_insert():
+def compiled_insert(adds_now):
     """Return the compiler of the INSERT, the converters of what it returns, its SQL and its parameters."""
     fields = Job._meta.concrete_fields
     values = {field.attname: Argument(field.attname, field) for field in fields}
-    for name in "due_at", "sweep_at":
+    for name in ("due_at", "sweep_at") if adds_now else ():
         values[name] = Now() + Argument(name, models.DurationField())
     query = InsertQuery(Job)
     query.insert_values(fields, [Job(**values | {"created_at": Clock()})])
     compiler = query.get_compiler(Job.objects.db)
     compiler.returning_fields = [Job._meta.get_field(name) for name in OF_DATABASE]
     columns = [field.get_col(Job._meta.db_table) for field in compiler.returning_fields]
-    return compiler, compiler.get_converters(columns), *compiler.as_sql()[0]
+    [[sql, params]] = compiler.as_sql()
+    # Django knows no conflict with an index that has a condition. This is that of job_unique_key.
+    skip = (
+        "ON CONFLICT (unique_key) WHERE finished_at IS NULL AND unique_key IS NOT NULL DO NOTHING"
+    )
+    sql = sql.replace(" RETURNING ", f" {skip} RETURNING ")
+    return compiler, compiler.get_converters(columns), sql, params
 
 
 @prepared(limit=models.DurationField(), lease=models.DurationField())

@@ -3,9 +3,9 @@
 import logging
 import time
 from dataclasses import dataclass
-from datetime import datetime
 
 from django.db import close_old_connections, transaction
+from django.db.models import Q
 
 from durable_jobs import admission, batches, conf, transitions
 from durable_jobs.database import try_in_halves
@@ -21,18 +21,19 @@ PURGE_RETRY_SECONDS = 3600  # until jobs that could not be deleted are tried aga
 
 @dataclass
 class Purge:
-    """Deletes the rows of a table that ended more than DURABLE_JOBS['RETENTION_DAYS'] ago, a page at a time.
+    """Deletes the rows of a table that ended more than DURABLE_JOBS['RETENTION_DAYS'] ago, oldest first.
 
-    A page costs the same however many rows must be kept: it starts where the last one ended.
+    Each page starts after the last one, so it costs the same however many rows must be kept.
     """
 
     model: type
     field: str  # when a row has ended
-    time: datetime | None = None  # the last row of the last page ended at this time
-    kept: int = 0  # rows that ended at the same time, and were not deleted
+    last: tuple = ()  # of the last page, the last row: when it has ended, and its id
     start_over_at: float = 0  # as time.monotonic()
 
     def delete_pages(self):
+        if time.monotonic() > self.start_over_at:
+            self.last, self.start_over_at = (), time.monotonic() + PURGE_RETRY_SECONDS
         until = time.monotonic() + PURGE_SECONDS
         while self.delete_page() and time.monotonic() < until:
             pass
@@ -43,18 +44,14 @@ class Purge:
         Returns whether there are more.
         """
         old = self.model.objects.filter(**{f"{self.field}__lt": transitions.retention_end()})
-        rest = old.filter(**{f"{self.field}__gte": self.time}) if self.time else old
-        rest = rest.order_by(self.field).values_list("pk", self.field)
-        page = list(rest[self.kept : self.kept + PURGE_BATCH])
-        if page:
-            try_in_halves(delete, old, [pk for pk, _ in page])
-            _, last = page[-1]
-            kept = self.model.objects.filter(pk__in=[pk for pk, time in page if time == last])
-            self.kept = kept.count() + (self.kept if last == self.time else 0)
-            self.time = last
-        if len(page) < PURGE_BATCH and time.monotonic() > self.start_over_at:
-            self.time, self.kept = None, 0
-            self.start_over_at = time.monotonic() + PURGE_RETRY_SECONDS
+        rest = old.order_by(self.field, "pk").values_list(self.field, "pk")
+        if self.last:
+            at, pk = self.last
+            later = Q(**{f"{self.field}__gt": at}) | Q(pk__gt=pk)
+            rest = rest.filter(later, **{f"{self.field}__gte": at})
+        if page := list(rest[:PURGE_BATCH]):
+            self.last = page[-1]
+            try_in_halves(delete, old, [pk for _, pk in page])
         return len(page) == PURGE_BATCH
 
 

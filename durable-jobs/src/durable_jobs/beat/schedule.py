@@ -1,4 +1,4 @@
-"""Additions to Celery's Beat: it enqueues each job once per due time, counts errors, and runs the sweeper."""
+"""Additions to Celery's Beat: it enqueues each job once per due time, and runs the sweeper."""
 
 import logging
 import threading
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 def start(sender, **kwargs):
     """Prepare Beat's service (`sender`), which has just started."""
     OncePerDueTime(sender).start()
-    Sweeper(watch_ticks(sender), count_errors(sender)).start()
+    Sweeper(watch_ticks(sender)).start()
 
 
 def check_entry(name, args, kwargs, options):
@@ -42,24 +42,6 @@ def check_entry(name, args, kwargs, options):
         new_fields(FROM_NOW, task, args, kwargs, countdown=options.get("countdown"))
     elif task.typing:
         task.__header__(*args, **kwargs)
-
-
-def count_errors(beat):
-    """Return a function that returns how many errors Beat and its scheduler have logged.
-
-    They log an error when they cannot start a task or cannot read an entry of the schedule.
-    """
-    counter = ErrorCounter(level=logging.ERROR)
-    for name in {"celery.beat", type(beat.scheduler).__module__, __name__}:
-        logging.getLogger(name).addHandler(counter)
-    return lambda: counter.count
-
-
-class ErrorCounter(logging.Handler):
-    count = 0
-
-    def emit(self, record):
-        self.count += 1
 
 
 def watch_ticks(beat):

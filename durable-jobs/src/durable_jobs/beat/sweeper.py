@@ -8,7 +8,6 @@ import uuid
 from datetime import timedelta
 
 from django.db import connection, transaction
-from django.db.models import F
 from django.db.models.functions import Now
 
 from durable_jobs import admission, batches, conf
@@ -25,16 +24,12 @@ logger = logging.getLogger(__name__)
 
 
 class Sweeper:
-    """One round after the other, for ever.
+    """One round after the other, for ever. `tick_delay` returns how many seconds Beat's next tick is overdue."""
 
-    `tick_delay` returns how many seconds Beat's next tick is overdue, `error_count` how many errors Beat has
-    logged.
-    """
-
-    def __init__(self, tick_delay, error_count):
-        self.tick_delay, self.error_count = tick_delay, error_count
+    def __init__(self, tick_delay):
+        self.tick_delay = tick_delay
         self.sender = Sender()
-        self.last_round = self.stored_errors = self.recover_at = 0
+        self.last_round = self.recover_at = 0
 
     def start(self):
         threading.Thread(target=self.run_or_exit, name="sweeper", daemon=True).start()
@@ -80,14 +75,10 @@ class Sweeper:
 
     def store_round(self):
         """Store that the sweeper is running, even if the broker took no message."""
-        errors = self.error_count()
-        new_errors, tick_delay = errors - self.stored_errors, timedelta(seconds=self.tick_delay())
-        fields = {"ended_at": Now(), "tick_due_at": Now() - tick_delay}
+        tick_due_at = Now() - timedelta(seconds=self.tick_delay())
+        fields = {"ended_at": Now(), "tick_due_at": tick_due_at}
         fields["refused"] = self.sender.refused or None
-        total = F("schedule_errors") + new_errors
-        if not Sweep.objects.filter(pk=1).update(**fields, schedule_errors=total):
-            Sweep.objects.create(pk=1, **fields, schedule_errors=new_errors)
-        self.stored_errors = errors
+        Sweep.objects.update_or_create(pk=1, defaults=fields)
 
 
 def recover_lapsed():

@@ -7,7 +7,7 @@ from django.db.models import Count, F, Min
 from django.db.models.functions import Now
 from django.http import HttpResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import GaugeMetricFamily
 from rest_framework.permissions import IsAdminUser
 from rest_framework.views import APIView
 
@@ -40,7 +40,6 @@ METRICS = QUEUE_METRICS | {
     "durable_jobs_oldest_batch_seconds": "Seconds since the oldest of these batches was created",
     "durable_jobs_sweep_age_seconds": "Seconds since Beat's sweeper last completed a round",
     "durable_jobs_beat_late_seconds": "Seconds by which Beat is late to check its schedule",
-    "durable_jobs_schedule_errors_total": "Times Beat could not start a task or read an entry of its schedule",
 }
 
 
@@ -70,16 +69,14 @@ class Collector:
             "durable_jobs_beat_late_seconds": "tick_due_at",
         }
         ages = {name: Now() - F(time) for name, time in ages.items()}
-        rows = Sweep.objects.values(**ages, durable_jobs_schedule_errors_total=F("schedule_errors"))
-        yield from families([], rows or [dict.fromkeys(ages, math.inf)])
+        yield from families([], Sweep.objects.values(**ages) or [dict.fromkeys(ages, math.inf)])
 
 
 def families(labels, rows):
     """Yield each metric that these rows have. They also have the values of its labels."""
     rows = list(rows)
     for name in [name for name in METRICS if any(name in row for row in rows)]:
-        kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
-        family = kind(name, METRICS[name], labels=labels)
+        family = GaugeMetricFamily(name, METRICS[name], labels=labels)
         for row in rows:
             value = row.get(name) or 0
             is_time = isinstance(value, timedelta)

@@ -38,7 +38,6 @@ class Migration(migrations.Migration):
                 ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
                 ('ended_at', models.DateTimeField()),
                 ('tick_due_at', models.DateTimeField(null=True)),
-                ('schedule_errors', models.PositiveBigIntegerField(db_default=0, default=0, help_text='how many Beat has logged')),
                 ('refused', models.JSONField(help_text='the queues for which the broker takes no message, and why', null=True)),
             ],
         ),
