@@ -330,7 +330,7 @@ def test_the_admin_lists_the_jobs_of_a_batch(admin_client, batch):
 def test_the_admin_shows_every_field_of_a_batch():
     shown = set(site.get_model_admin(Batch).fields)
     stored = {field.name for field in Batch._meta.fields} - {"counts"}
-    assert stored == shown - {"members", "followed_by"}
+    assert stored == shown - {"members", "followed_by", "reason"}
 
 
 def act_on_batches(client, action, url="/admin/durable_jobs/batch/"):

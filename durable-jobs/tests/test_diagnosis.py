@@ -15,7 +15,7 @@ from durable_jobs import publish as publishing
 from durable_jobs.actions import cancel, run_again
 from durable_jobs.beat import republish
 from durable_jobs.beat.sweeper import recover_lapsed
-from durable_jobs.diagnosis import NO_HEARTBEAT, reason_of_batch, reasons, span
+from durable_jobs.diagnosis import NO_HEARTBEAT, reasons, span
 from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Job, Pause, Sweep, Worker
 from durable_jobs.statistics import by_queue
@@ -278,22 +278,31 @@ def test_a_page_is_read_while_another_process_writes(broker_down):
 # Batches
 
 
-def test_a_batch_says_what_holds_its_jobs_up():
-    batch = batches.enqueue(add, [[1, 2], [3, 4], [5, 6]])
+def test_a_batch_says_what_holds_its_jobs_up(api, user, admin_client):
+    batch = batches.enqueue(add, [[1, 2], [3, 4], [5, 6]], owner=user)
     jobs = Job.objects.filter(batch=batch)
-    assert reason_of_batch(batch) == ""
+
+    def shown():
+        [listed] = api.get("/api/batches/").json()["results"]
+        assert api.get(f"/api/batches/{batch.pk}/").json()["reason"] == listed["reason"]
+        page = admin_client.get(f"/admin/durable_jobs/batch/{batch.pk}/change/").content.decode()
+        assert listed["reason"] in page
+        return listed["reason"]
+
+    assert shown() == ""
     jobs.update(due_at=ago(60))
-    assert reason_of_batch(batch) == NOBODY
+    assert shown() == NOBODY
     Pause.objects.create(name=add.name, reason="a bug", since=ago(8000))
-    assert reason_of_batch(batch) == "Paused for 2 h: a bug"
+    assert shown() == "Paused for 2 h: a bug"
     Pause.objects.all().delete()
-    assert claim(jobs[0].pk)
-    assert reason_of_batch(batch) == ""  # it moves
-    cancel(jobs.filter(state="queued"))
-    jobs.filter(state="running").update(sweep_at=ago(15.5))
-    assert reason_of_batch(batch) == "Its worker has not responded for 45 s. Beat will recover it"
+    newest = jobs.latest("created_at")
+    assert claim(newest.pk)
+    assert shown() == ""  # it moves
+    jobs.filter(pk=newest.pk).update(sweep_at=ago(15.5))
+    assert shown() == "Its worker has not responded for 45 s. Beat will recover it"
     cancel(jobs)
-    assert reason_of_batch(batch) == ""
+    batches.end_all()
+    assert shown() == ""
 
 
 # Ended

@@ -18,7 +18,7 @@ from django.utils.html import format_html
 
 from durable_jobs import batches, conf, pauses
 from durable_jobs.actions import cancel, run_all_again
-from durable_jobs.diagnosis import problems, reasons, span
+from durable_jobs.diagnosis import problems, reasons, reasons_of_batches, span
 from durable_jobs.limits import name_of
 from durable_jobs.messages import known_names
 from durable_jobs.models import Batch, Failure, Job, Pause, Worker
@@ -245,7 +245,7 @@ class BatchAdmin(ListAdmin):
     list_filter = ["state", "created_at"]
     large = ["on_success", "on_finish"]
     actions = ["run_failed_again", "cancel"]
-    fields = ["label", "owner", "state", "members", "error", "followed_by", "created_at"]
+    fields = ["label", "owner", "state", "reason", "members", "error", "followed_by", "created_at"]
     fields += ["ended_at", "id", "on_success", "on_finish"]
 
     def get_changelist_instance(self, request):
@@ -254,6 +254,9 @@ class BatchAdmin(ListAdmin):
         for batch in changelist.result_list:
             batch.counted = counted[batch.pk]
         return changelist
+
+    def reason(self, batch):
+        return reasons_of_batches([batch], for_staff=True).get(batch.pk)
 
     @admin.display(description="jobs")
     def members(self, batch):

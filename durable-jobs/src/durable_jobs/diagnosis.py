@@ -4,11 +4,10 @@ Nothing is stored: whoever reads a job asks here, so the reason is known even if
 A fact is read when the first job needs it. Jobs that run, have ended, or have just become due need few.
 """
 
-from collections import Counter
 from datetime import timedelta
 
 from celery import current_app
-from django.db.models import Count, F
+from django.db.models import Count, F, OuterRef, Subquery
 from django.db.models.functions import Now
 from django.template.defaultfilters import pluralize
 from django.utils import timezone
@@ -16,14 +15,13 @@ from django.utils.functional import cached_property
 
 from durable_jobs import conf
 from durable_jobs.admission import with_slot
+from durable_jobs.batches import newest_active
 from durable_jobs.enqueue import database_time
 from durable_jobs.limits import limit_of
-from durable_jobs.models import Failure, Job, Pause, Sweep
-from durable_jobs.states import UNFINISHED
+from durable_jobs.models import Batch, Failure, Job, Pause, Sweep
 from durable_jobs.worker.heartbeat import alive
 
 PATIENCE = timedelta(seconds=10)  # for which a due job may wait before a cause is looked for
-MEMBERS = 100  # of a batch, which are read to find out what it waits for
 NO_HEARTBEAT = "No heartbeat from Beat or any worker: they are down or can't reach the database"
 
 
@@ -39,17 +37,13 @@ def reasons(jobs, for_staff=False):
     return found
 
 
-def reason_of_batch(batch, for_staff=False):
-    """Return the most common reason of its jobs, or an empty text if one of them runs, or if it has ended."""
-    fields = (
-        "id state queue task due_at times_sent blocked_by sweep_at retries crashes public_error"
-    )
-    jobs = list(batch.jobs.filter(UNFINISHED).only(*fields.split())[:MEMBERS])
-    found = reasons(jobs, for_staff)
-    if any(job.state == "running" and job.pk not in found for job in jobs):
-        return ""
-    [(text, _)] = Counter(found.values()).most_common(1) or [("", 0)]
-    return text
+def reasons_of_batches(rows, for_staff=False):
+    """Return {id: a text} for those of these batches whose newest active job has a reason: it starts last."""
+    still_open = Batch.objects.filter(pk__in=[batch.pk for batch in rows if batch.ended_at is None])
+    newest = dict(still_open.values_list("pk", Subquery(newest_active(OuterRef("pk")))))
+    jobs = Job.objects.filter(pk__in=filter(None, newest.values()))
+    found = reasons(jobs.defer("args", "kwargs", "cursor", "result"), for_staff) if newest else {}
+    return {pk: found[job] for pk, job in newest.items() if job in found}
 
 
 def problems(rows):

@@ -6,7 +6,7 @@ from drf_spectacular.utils import extend_schema_field
 from rest_framework import serializers
 from rest_framework.reverse import reverse
 
-from durable_jobs.diagnosis import reasons
+from durable_jobs.diagnosis import reasons, reasons_of_batches
 from durable_jobs.models import Batch, Failure, Job
 from durable_jobs.states import ACTIVE, FINAL
 from durable_jobs.statistics import count_jobs, what_follows
@@ -116,11 +116,20 @@ class ListedBatchSerializer(RowSerializer):
     url = serializers.HyperlinkedIdentityField(view_name="batch-detail")
     # Not an enum: drf-spectacular has one with this name, that of jobs.
     state = serializers.CharField(help_text="open, succeeded, failed or cancelled")
+    reason = Computed(help_text="what its newest active job waits for, or why it does not move")
     counts = Computed(help_text="how many of its jobs are in each state")
 
     class Meta:
         model = Batch
-        fields = ["id", "url", "label", "state", "counts", "error", "created_at", "ended_at"]
+        fields = ["id", "url", "label", "state", "reason", "counts", "error"]
+        fields += ["created_at", "ended_at"]
+
+    @cached_property
+    def reasons(self):
+        return reasons_of_batches(self.rows, has_job_perm(self.user, "view"))
+
+    def get_reason(self, batch) -> str:
+        return self.reasons.get(batch.pk, "")
 
     @cached_property
     def counted(self):
