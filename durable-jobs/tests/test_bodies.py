@@ -81,7 +81,7 @@ def test_an_error_is_stored_without_characters_that_a_database_refuses(text, sto
 def test_a_result_that_cannot_be_stored_fails_the_job(result):
     job = run(lambda task: result)
     assert job.state == "failed"
-    assert job.error.startswith("Its result cannot be stored: ")
+    assert job.error.startswith("Its result can't be stored: ")
 
 
 def test_a_body_that_calls_sys_exit_fails_and_its_worker_survives():
@@ -118,10 +118,10 @@ def raise_retry():
 @pytest.mark.parametrize(
     ("body", "error"),
     [
-        (nested, "Its result cannot be stored: "),
+        (nested, "Its result can't be stored: "),
         (raise_error_without_text, "ErrorWithoutText"),
         (raise_unprintable_error, "SyntaxError"),
-        (raise_retry, "Retry was raised by hand"),
+        (raise_retry, "Retry was raised directly"),
     ],
 )
 def test_a_body_with_an_unusual_end_fails_once(body, error):
@@ -186,7 +186,7 @@ def test_a_body_over_its_soft_time_limit_fails():
         raise SoftTimeLimitExceeded
 
     job = run(body)
-    assert (job.state, job.error) == ("failed", "Over its time limit")
+    assert (job.state, job.error) == ("failed", "Exceeded its time limit")
 
 
 @shared_task(base=JobTask, bind=True, autoretry_for=(SoftTimeLimitExceeded,), max_retries=1)
@@ -220,7 +220,7 @@ def test_a_soft_time_limit_during_a_query_retries_or_fails_a_job(soft_limit, in_
     if connection.vendor != "postgresql":
         pytest.skip("only PostgreSQL has a query that waits: set DATABASE_URL=postgres://…")
     job = deliver(enqueue(sleep_in_a_query, [in_block]))
-    assert (job.state, job.error) == ("failed", "Over its time limit")
+    assert (job.state, job.error) == ("failed", "Exceeded its time limit")
     assert (job.retries, job.crashes, len(errors(job))) == (1, 0, 2)
 
 

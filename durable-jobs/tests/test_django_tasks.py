@@ -309,7 +309,7 @@ def test_a_coroutine_over_its_time_limit_is_cancelled(monkeypatch):
     job = enqueue(read_for_ever)
     publish([job])
     job.refresh_from_db()
-    assert (job.state, job.error) == ("failed", "Over its time limit")
+    assert (job.state, job.error) == ("failed", "Exceeded its time limit")
     for _ in range(100):
         if "ended" in seen:
             break

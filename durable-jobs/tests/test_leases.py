@@ -119,9 +119,9 @@ def test_a_job_past_its_deadline_fails():
     claim_and_lapse(job, limit=-1)
     recover_lapsed()
     job.refresh_from_db()
-    assert (job.state, job.error, job.crashes) == ("failed", "Over its time limit", 0)
+    assert (job.state, job.error, job.crashes) == ("failed", "Exceeded its time limit", 0)
     assert job.public_error == job.error
-    assert errors(job) == ["Over its time limit"]
+    assert errors(job) == ["Exceeded its time limit"]
 
 
 def test_the_waiting_time_starts_again_after_a_crash_or_a_retry(settings):

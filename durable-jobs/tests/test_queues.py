@@ -69,6 +69,8 @@ def work(workers, monkeypatch, commit):
     Job.objects.filter(pk=first.pk).update(**running)
     old = [job.pk for job in jobs]
     Job.objects.filter(pk__in=old).update(due_at=Now() - timedelta(minutes=3, seconds=9))
+    waiting = Job.objects.filter(queue="celery", due_at__lte=Now())
+    waiting.update(due_at=Now() - timedelta(minutes=5, seconds=9))
     return jobs
 
 
@@ -76,7 +78,7 @@ def test_the_page_shows_queues_and_workers(admin_client, work):
     found = tables(admin_client)
     minutes, form = "3 min", "Pause"
     assert found["queues"] == [
-        ["celery", "2", "1", "0", "0", "0", "0 s", "1 , 3 of 4 slots busy", form],
+        ["celery", "2", "1", "0", "0", "0", "5 min", "1 , 3 of 4 slots busy", form],
         ["cpu", "0", "0", "0", "0", "0", "", "none", form],
         ["io", "1", "0", "3", "1", "0", minutes, "2 , 3 of 8 slots busy", form],
         ["special", "0", "1", "0", "0", "0", "", "none", form],
@@ -280,7 +282,7 @@ def test_both_pages_show_what_is_wrong(admin_client, workers, commit):
     for url in QUEUES, WORKERS:
         page = admin_client.get(url).content.decode()
         [shown] = re.findall('<ul class="messagelist" id="problems">(.*?)</ul>', page, re.DOTALL)
-        assert "No worker takes jobs from the queue cpu" in shown
+        assert "No worker consumes the queue cpu" in shown
     [row] = [row for row in tables(admin_client)["queues"] if row[0] == "cpu"]
     assert row[7] == "none"
     assert ">none</strong>" in admin_client.get(QUEUES).content.decode()

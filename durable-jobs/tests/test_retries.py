@@ -65,7 +65,7 @@ def test_a_job_fails_after_its_last_retry():
 def test_a_retry_that_cannot_be_stored_fails_the_job(options):
     job = run(lambda task: task.retry(**options))
     assert (job.state, job.crashes) == ("failed", 0)
-    assert job.error.startswith("Its next try cannot be stored: ")
+    assert job.error.startswith("Its retry can't be stored: ")
 
 
 def test_a_retry_with_an_option_that_a_job_cannot_have_fails_the_job():
@@ -114,7 +114,7 @@ def divide_and_continue(task):
         (divide_and_continue, "ZeroDivisionError: division by zero", "1 / 0"),
         (lambda task: task.retry(exc=ValueError("no")), "ValueError: no", "ValueError: no"),
         (lambda task: task.retry(exc=OSError("no"), throw=False), "OSError: no", "OSError: no"),
-        (lambda task: task.retry(), "The task requested another try", ""),
+        (lambda task: task.retry(), "The task requested a retry", ""),
     ],
 )
 def test_a_failure_has_the_error_that_led_to_the_retry(body, error, raised):

@@ -385,7 +385,7 @@ result = rows.exclude(task=read.name).exists() or is_open.exists()
             ("that kill their process", self.killers, "failed Its worker died"),
             ("that the broker refuses", self.refused, "failed The broker refused it 5 times: "),
             ("that held their row", self.holders, "succeeded"),
-            ("over their time limit in a query", self.late, "failed Over its time limit"),
+            ("over their time limit in a query", self.late, "failed Exceeded its time limit"),
             ("that send a newsletter", self.newsletters, "succeeded"),
             ("that Beat does not know", self.new, "succeeded"),
             ("with a limit", self.limited, "succeeded"),

@@ -63,7 +63,7 @@ def test_a_cancelled_coroutine_ends(stack, gate):
 def test_a_coroutine_over_its_time_limit_is_cancelled_except_in_a_thread(stack, gate, request):
     job = stack.enqueue("wait_too_long", gate, queue="cpu")
     [row] = stack.wait_until_final(job)
-    assert (row["state"], row["error"]) == ("failed", "Over its time limit")
+    assert (row["state"], row["error"]) == ("failed", "Exceeded its time limit")
     in_thread = request.node.callspec.params["running"]["pool"] == "threads"
     if in_thread:
         gate.touch()

@@ -109,8 +109,8 @@ def test_a_job_over_its_time_limit_fails(stack, gate, since):
     job = stack.enqueue("hold_too_long", gate, queue="cpu")
     [row] = stack.wait_until_final(job)
     since(start)
-    assert (row["state"], row["error"]) == ("failed", "Over its time limit")
-    assert errors(row) == ["Over its time limit"]
+    assert (row["state"], row["error"]) == ("failed", "Exceeded its time limit")
+    assert errors(row) == ["Exceeded its time limit"]
     assert ran_once(stack, [job])
     gate.touch()  # in a thread the body still runs
     [row] = stack.wait_until_final(stack.enqueue("quick", queue="cpu"))
@@ -124,7 +124,7 @@ def test_a_soft_time_limit_ends_a_body_that_waits_for_a_query(stack, since):
     jobs = [stack.enqueue("query_too_long", *block, queue="cpu") for block in [(), ("in a block",)]]
     rows = stack.wait_until_final(*jobs)
     since(start)
-    outcome = ("failed", "Over its time limit", 0)
+    outcome = ("failed", "Exceeded its time limit", 0)
     assert [(row["state"], row["error"], row["crashes"]) for row in rows] == [outcome] * 2
     assert ran_once(stack, jobs)
 
@@ -136,7 +136,7 @@ def test_a_thread_over_its_time_limit_continues(stack, gate):
     job = stack.enqueue("report_too_long", queue="cpu")
     stack.wait_until_started(job, task)
     [row] = stack.wait_until_final(job)
-    assert (row["state"], row["error"]) == ("failed", "Over its time limit")
+    assert (row["state"], row["error"]) == ("failed", "Exceeded its time limit")
     wait_for(lambda: stack.notes("end", job))
     gate.touch()
     wait_for(lambda: stack.notes("end", task))

@@ -72,7 +72,7 @@ def hold(stack, gate, **options):
 @on_one
 def test_nobody_takes_from_its_queue(stack, say):
     job = enqueue(stack, "job = quick.using(owner=owner, queue='nobody').enqueue()")
-    say(job, "No worker takes jobs from the queue nobody")
+    say(job, "No worker consumes the queue nobody")
 
 
 @on_one
@@ -87,8 +87,8 @@ def test_its_worker_has_died(stack, say, gate):
 def test_its_worker_and_beat_have_died(stack, say, gate):
     job = hold(stack, gate, queue="cpu")
     stack.kill(stack.worker, stack.beat)
-    text = r"Its worker has not responded for \d+ s\. "
-    say(job, text + r"Beat does not run: its last sweep ended \d+ s ago")
+    text = r"Its worker hasn't responded for \d+ s\. "
+    say(job, text + r"Beat is down: its last round ended \d+ s ago")
 
 
 @on_one
@@ -102,14 +102,14 @@ def test_all_workers_and_beat_have_died(stack, say, gate):
 def test_beat_has_died(stack, say):
     stack.beat.kill()
     job = enqueue(stack, "job = quick.using(owner=owner, countdown=1).enqueue()")
-    say(job, r"^Beat does not run: its last sweep ended \d+ s ago", "Beat does not run")
+    say(job, r"^Beat is down: its last round ended \d+ s ago", "Beat is down")
 
 
 @on_one
 def test_the_broker_is_away(stack, say):
     stack.broker.kill()
     job = enqueue(stack, "job = quick.using(owner=owner, queue='cpu').enqueue()")
-    say(job, "The broker takes no message for the queue cpu")
+    say(job, "The broker refuses messages for the queue cpu")
 
 
 @on_one

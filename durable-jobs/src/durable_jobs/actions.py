@@ -97,7 +97,7 @@ def fields_to_run_again(job):
     if job.finished_at is None:
         raise ValueError("it has not ended yet")
     if job.sweep_at:
-        raise ValueError("it is cancelled, but it still runs: try again when it has ended")
+        raise ValueError("it was canceled but is still running: try again when it has ended")
     if job.task not in current_app.tasks:
         raise ValueError(f"there is no task {job.task}")
     task, (args, kwargs) = current_app.tasks[job.task], loads(to_json([job.args, job.kwargs]))

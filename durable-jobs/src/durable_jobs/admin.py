@@ -119,7 +119,7 @@ class StateFilter(admin.SimpleListFilter):
 
 class FailureInline(admin.StackedInline):
     model = Failure
-    verbose_name_plural = "Failed runs, the latest first"
+    verbose_name_plural = "Failed runs, latest first"
     fields = readonly_fields = ["started_at", "ended_at", "worker", "shown_traceback"]
     ordering = ["-pk"]
     max_num = 0

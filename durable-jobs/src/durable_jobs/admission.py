@@ -138,7 +138,7 @@ def oldest(blocked_by, most):
     slots = with_slot().filter(limit_key=blocked_by).order_by().values("limit_key")
     used = Coalesce(Subquery(slots.values(used=Count("pk"))), 0)
     jobs = Job.objects.filter(~is_paused(), blocked_by=blocked_by, due_at__lte=Now())
-    jobs = jobs.alias(used=used).filter(used__lt=most).order_by("due_at", "created_at")
+    jobs = jobs.alias(used=used).filter(used__lt=most).order_by("created_at")
     # skip_locked: a run that ends and admit() may look at the same job.
     return jobs.select_for_update(skip_locked=True).values_list(*FIELDS)[:1], None
 

@@ -29,7 +29,7 @@ def check_database(app_configs, **kwargs):
         vendor == "postgresql" and isolation in (None, READ_COMMITTED)
     )
     if alias != "default" or not is_known or not use_tz:
-        error = "Jobs need PostgreSQL or SQLite as the database 'default', and USE_TZ = True."
+        error = "Jobs require PostgreSQL or SQLite as the database 'default', and USE_TZ = True."
         hint = f"Now {alias=}, {vendor=}, {use_tz=}, {isolation=}: correct your database router or settings."
         yield Error(error, hint=hint, id="durable_jobs.E005")
 
@@ -123,7 +123,7 @@ def check_blocked_jobs(app_configs, databases=None, **kwargs):
         for name in sorted(counts.keys() - conf.LIMITS.keys()):
             yield Warning(
                 f"{counts[name]} jobs wait for the limit {name!r}, which is gone from DURABLE_JOBS['LIMITS'].",
-                hint="They never start: keep the limit until they have run, or cancel them.",
+                hint="They will never start: keep the limit until they have run, or cancel them.",
                 id="durable_jobs.W009",
             )
 

@@ -69,7 +69,7 @@ def texts_of(job, facts):
         yield tries(job, facts)
     elif job.state == "running" and facts.has_passed(job.sweep_at):
         age = facts.now - job.sweep_at + timedelta(seconds=conf.LEASE_SECONDS)
-        yield f"Its worker has not responded for {span(age)}"
+        yield f"Its worker hasn't responded for {span(age)}"
         yield facts.standstill or facts.beat or "Beat will recover it"
 
 
@@ -173,10 +173,10 @@ class Facts:
     def beat(self):
         """The sentence that Beat does not respond."""
         if not self.sweep:
-            return "Beat does not run, and never did"
+            return "Beat has never run"
         most = timedelta(seconds=conf.LEASE_SECONDS + 2 * conf.SWEEP_SECONDS)
         age = self.sweep.age
-        return f"Beat does not run: its last sweep ended {span(age)} ago" if age > most else ""
+        return f"Beat is down: its last round ended {span(age)} ago" if age > most else ""
 
     @cached_property
     def standstill(self):
@@ -193,13 +193,13 @@ class Facts:
         return [worker for worker in self.workers if queue in worker.queues]
 
     def no_worker(self, queue):
-        return "" if self.takers(queue) else f"No worker takes jobs from the queue {queue}"
+        return "" if self.takers(queue) else f"No worker consumes the queue {queue}"
 
     def no_slot(self, queue):
         """The sentence that all slots of this queue are busy."""
         takers = self.takers(queue)
         slots, busy = (sum(getattr(w, name) for w in takers) for name in ("slots", "busy"))
-        text = f"Waits for a free slot: {busy} of {slots} of the queue {queue} are busy"
+        text = f"Waiting for a free slot: {busy} of {slots} of the queue {queue} are busy"
         return text if busy >= slots else ""
 
     # Messages
@@ -215,7 +215,7 @@ class Facts:
     def refusal(self, queue):
         if queue not in self.refused:
             return ""
-        text = f"The broker takes no message for the queue {queue}"
+        text = f"The broker refuses messages for the queue {queue}"
         return f"{text}: {self.refused[queue]}" if self.for_staff else text
 
     @cached_property

@@ -164,7 +164,7 @@ class Job(Row):
                 condition=Q(state__in=ACTIVE, sweep_at__isnull=False),
             ),
             models.Index(
-                fields=["blocked_by", "due_at", "created_at", "queue"],  # queue for the metrics
+                fields=["blocked_by", "created_at", "due_at", "queue"],  # queue for the metrics
                 name="job_blocked",
                 condition=Q(blocked_by__isnull=False),
             ),

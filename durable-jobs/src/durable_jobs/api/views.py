@@ -168,7 +168,7 @@ class JobViewSet(OwnViewSet):
         try:
             again = actions.run_again(job)
         except (TypeError, ValueError) as error:
-            raise Conflict(f"The job cannot run again: {error}.") from error
+            raise Conflict(f"The job can't run again: {error}.") from error
         if again.owner_id != job.owner_id and not has_job_perm(request.user, "delete"):
             raise Conflict("A job of another owner with the same `unique` is active.")
         return accepted(request, again)
@@ -202,7 +202,7 @@ class BatchViewSet(OwnViewSet):
             if not may_run_again(request.user, Job(task=task, owner_id=batch.owner_id)):
                 self.permission_denied(request)
         if not batches.run_failed_again(batch, most=MOST_AGAIN):
-            raise Conflict("No job of this batch failed or was cancelled that can run again.")
+            raise Conflict("No failed or canceled job of this batch can run again.")
         return accepted(request, batch)
 
 

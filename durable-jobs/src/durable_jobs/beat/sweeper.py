@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class Sweeper:
-    """One round after the other, for ever. `tick_delay` returns how many seconds Beat's next tick is overdue."""
+    """One round after the other, forever. `tick_delay` returns how many seconds Beat's next tick is overdue."""
 
     def __init__(self, tick_delay):
         self.tick_delay = tick_delay

@@ -193,7 +193,7 @@ class Migration(migrations.Migration):
         ),
         migrations.AddIndex(
             model_name='job',
-            index=models.Index(condition=models.Q(('blocked_by__isnull', False)), fields=['blocked_by', 'due_at', 'created_at', 'queue'], name='job_blocked'),
+            index=models.Index(condition=models.Q(('blocked_by__isnull', False)), fields=['blocked_by', 'created_at', 'due_at', 'queue'], name='job_blocked'),
         ),
         migrations.AddIndex(
             model_name='job',

@@ -107,7 +107,7 @@ def run_and_write(run, args, kwargs):
         if run.retry:
             run.try_again()
         else:
-            run.fail("Retry was raised by hand: call self.retry() to queue the job again")
+            run.fail("Retry was raised directly: call self.retry()")
         raise
     except Ignore:  # raised by the function: the job succeeds without a result
         result = None
@@ -115,7 +115,7 @@ def run_and_write(run, args, kwargs):
         raise run.ignored() from None
     except WorkerStopping:
         run.release()
-        raise Ignore("continues in another worker") from None
+        raise Ignore("will continue in another worker") from None
     except BaseException as error:
         if pool.is_terminated(error):
             if not child_has_crashed():

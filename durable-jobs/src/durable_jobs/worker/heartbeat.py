@@ -53,7 +53,7 @@ class Heartbeat:
 
     def __init__(self):
         self.own = {}  # the key of the row: two processes may have the same name
-        # Locked while the row is written, and for ever after it is deleted.
+        # Locked while the row is written, and forever after it is deleted.
         self.lock = pool.Lock()
 
     def start(self, sender, **kwargs):

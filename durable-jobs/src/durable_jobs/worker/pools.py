@@ -103,7 +103,7 @@ class Greenlets:
 def executor_of_coroutine(max_workers):
     """Return an executor with native threads: the thread of all greenlets can run only one event loop."""
     executor = threadpool.ThreadPoolExecutor(max_workers)
-    # gevent's own keeps its thread, with two descriptors, for ever.
+    # gevent's own keeps its thread, with two descriptors, forever.
     executor._threadpool = threadpool.ThreadPool(max_workers, idle_task_timeout=0.1)
     return executor
 
@@ -125,5 +125,5 @@ def has_children(worker):
     """
     name = pool_name(worker.pool_cls)
     if name == "gevent" and not IS_GEVENT:
-        raise SystemExit("Python is not patched for gevent. Type the option in full: --pool gevent")
+        raise SystemExit("gevent has not patched Python. Type the option in full: --pool gevent")
     return name == "prefork"

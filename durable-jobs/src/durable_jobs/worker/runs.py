@@ -21,7 +21,7 @@ from durable_jobs.worker.pools import pool
 
 logger = logging.getLogger(__name__)
 
-OVER_TIME_LIMIT = "Over its time limit"
+OVER_TIME_LIMIT = "Exceeded its time limit"
 UNREAD = object()  # a value that must be read from the database
 
 
@@ -87,7 +87,7 @@ class Run:
         self.retry = None  # after retry(): arguments of transitions.requeue()
         # Why it is retried: the fields of a Failure.
         self.failure = {
-            "error": "The task requested another try",
+            "error": "The task requested a retry",
             "exception": "celery.exceptions.Retry",
         }
         self.public_error = ""  # the same, for the owner
@@ -191,7 +191,7 @@ class Run:
             key = {"id": self.job_id, "run_token": self.token, "next_jobs": self.next_jobs}
             written = self.write(batches.succeed, **key, **end)
         except Exception as error:
-            self.fail(f"Its result cannot be stored: {error}")
+            self.fail(f"Its result can't be stored: {error}")
             raise
         if not written:
             raise self.ignored()
@@ -216,7 +216,7 @@ class Run:
             row = self.row_with_lock_timeout
             self.write(transitions.requeue, row, failure=self.failure, **changes)
         except Exception as error:  # for example, arguments that are not JSON
-            self.fail(f"Its next try cannot be stored: {error}")
+            self.fail(f"Its retry can't be stored: {error}")
             raise
 
     def end_batch(self):

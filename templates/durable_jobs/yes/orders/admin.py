@@ -24,9 +24,9 @@ class OrderAdmin(admin.ModelAdmin):
         products = list(queryset.order_by().values_list("product", flat=True).distinct())
         announce(request, [tasks.ask_supplier.using(owner=request.user).enqueue(products)])
 
-    @admin.action(description="Mail me what was ordered", permissions=["view"])
+    @admin.action(description="Email me what was ordered", permissions=["view"])
     def mail_sum(self, request, queryset):
-        """A batch: many jobs, then one that mails the sum of their results. No request waits for it."""
+        """A batch: many jobs, then one that emails the sum of their results. No request waits for it."""
         pks = list(queryset.values_list("pk", flat=True))
         batches.enqueue(
             tasks.count_ordered,
@@ -43,7 +43,7 @@ class NewsletterAdmin(admin.ModelAdmin):
     list_display = ["subject", "job"]
     actions = ["send_preview"]
 
-    @admin.action(description="Mail me a preview", permissions=["change"])
+    @admin.action(description="Email me a preview", permissions=["change"])
     def send_preview(self, request, queryset):
         for newsletter in queryset:
             tasks.send_preview.delay_on_commit(newsletter.pk, request.user.email)

@@ -21,22 +21,22 @@ from durable_jobs.tasks import JobError, job
 
 from .models import Import, Newsletter, Order
 
-CHUNK = 100  # mails, or lines of a file
+CHUNK = 100  # emails, or lines of a file
 SUPPLIER_URL = "https://supplier.example/stock"  # fixed: no user may choose which server is called
 
 
 @job(autoretry_for=(OSError,), retry_backoff=True, max_retries=8)
 def send_confirmation(self, order_id):
-    """A job for one user. It is retried, after longer and longer pauses, if the mail server fails.
+    """A job for one user. If the mail server fails, it is retried, with growing pauses.
 
-    It is safe to repeat: an order that is already confirmed gets no second mail. Only a crash
-    between the mail and the UPDATE repeats the mail.
+    It is safe to repeat: an order that is already confirmed gets no second email. Only a crash
+    between the email and the UPDATE repeats it.
     """
     order = Order.objects.get(pk=order_id)
     if order.confirmed_at:
         return
     self.report(50, message=f"Sending to {order.owner.email}")
-    # Only to the user's own address: with one from the request, anybody could mail anybody.
+    # Only to the user's own address: with one from the request, anybody could email anybody.
     order.owner.email_user("Your order", f"Thank you! You ordered {order}.")
     Order.objects.filter(pk=order.pk).update(confirmed_at=timezone.now())
     self.report(100, message=f"Sent to {order.owner.email}")
@@ -46,9 +46,9 @@ def send_confirmation(self, order_id):
 def send_newsletter(self, newsletter_id):
     """A long job, which works in chunks and reports its progress after each chunk.
 
-    It is one job, not one for each recipient, because nobody needs the state of a single mail.
-    After a crash or a retry it continues from its cursor, so it repeats the mails of one chunk at
-    most. After it has succeeded, "Run again" mails everybody again.
+    It is one job, not one for each recipient, because nobody needs the state of a single email.
+    After a crash or a retry it continues from its cursor, so it repeats the emails of one chunk at
+    most. After it has succeeded, "Run again" emails everybody again.
     """
     newsletter = Newsletter.objects.get(pk=newsletter_id)
     recipients = newsletter.recipients.order_by("pk")
@@ -130,7 +130,7 @@ def sum_by_product(orders):
 
 @job
 def forecast_demand(self, product, days=30, rounds=100_000):
-    """A CPU-bound job. It has its own queue, so that mails do not wait for it."""
+    """A CPU-bound job. It has its own queue, so that emails don't wait for it."""
     quantities = list(Order.objects.filter(product=product).values_list("quantity", flat=True))
     totals = []
     for done in range(rounds):
@@ -189,4 +189,4 @@ def send_daily_report():
     orders = Order.objects.filter(created_at__gte=timezone.now() - timedelta(days=1))
     staff = get_user_model().objects.filter(is_staff=True).exclude(email="")
     emails = list(staff.values_list("email", flat=True))
-    send_mail("Daily report", f"{orders.count()} orders since yesterday.", None, emails)
+    send_mail("Daily report", f"Orders since yesterday: {orders.count()}", None, emails)

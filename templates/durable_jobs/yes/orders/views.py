@@ -19,7 +19,7 @@ class ModelPermissions(permissions.DjangoModelPermissions):
 
 
 class OrderViewSet(EnqueueMixin, viewsets.ReadOnlyModelViewSet):
-    """The caller's own orders. A job confirms each new one by mail."""
+    """The caller's own orders. A job confirms each new one by email."""
 
     queryset = Order.objects.order_by("-created_at")
     serializer_class = OrderSerializer
@@ -56,7 +56,7 @@ class ImportViewSet(EnqueueMixin, viewsets.ReadOnlyModelViewSet):
 
 
 class NewsletterViewSet(EnqueueMixin, viewsets.ReadOnlyModelViewSet):
-    """For staff with the permissions. After one POST a job mails thousands of recipients."""
+    """For staff with the permissions. After one POST a job emails thousands of recipients."""
 
     queryset = Newsletter.objects.order_by("-pk")
     serializer_class = NewsletterSerializer

@@ -324,4 +324,4 @@ def test_the_daily_report_counts_the_orders_of_a_day(admin_user, user, order, ma
     Order.objects.filter(pk=old.pk).update(created_at=timezone.now() - timedelta(days=2))
     tasks.send_daily_report.delay()
     [mail] = mailoutbox
-    assert (mail.body, mail.to) == ("1 orders since yesterday.", [admin_user.email])
+    assert (mail.body, mail.to) == ("Orders since yesterday: 1", [admin_user.email])

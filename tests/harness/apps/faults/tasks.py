@@ -328,7 +328,7 @@ def die_plainly(self):
 
 @shared_task(bind=True)
 def compute(self):
-    """Compute for ever in C, so that no signal handler of Python runs."""
+    """Compute forever in C, so that no signal handler of Python runs."""
     note(self, "start")
     max(repeat(1))
 
