@@ -17,7 +17,6 @@ from django_filters.rest_framework import DjangoFilterBackend, FilterSet, UUIDFi
 from rest_framework import viewsets
 from rest_framework.decorators import action
 from rest_framework.exceptions import APIException, NotFound, ValidationError
-from rest_framework.generics import get_object_or_404
 from rest_framework.pagination import CursorPagination
 from rest_framework.request import Request
 from rest_framework.response import Response
@@ -265,7 +264,11 @@ class EnqueueMixin:
             return None
         if job.fingerprint != fingerprint:
             raise KeyReused
-        return self.get_serializer(get_object_or_404(self.get_queryset(), job=job))
+        if found := self.get_queryset().filter(job=job).first():
+            return self.get_serializer(found)
+        if Job.objects.filter(pk=job.pk).exists():
+            raise NotFound  # the object was deleted
+        return None  # the job was purged between the queries, so its key is free
 
     @property
     def _idempotency_key(self):
