@@ -165,6 +165,14 @@ def test_a_browser_that_asks_for_an_icon_causes_no_error(project):
     assert project.shell(code, DEBUG="True", ALLOWED_HOSTS="testserver") == "204"
 
 
+@both
+def test_the_projects_own_tests_are_not_in_the_flower_of_make_run(project):
+    with project.up() as site:
+        project.call("make", "test", ARGS="-m live", **site.environment)
+        time.sleep(2)  # for an event that is still under way
+        assert "test_project" not in str(site.ask_flower("/api/tasks"))
+
+
 TASKS = """
 
 @shared_task(rate_limit="1/m")

@@ -1,4 +1,4 @@
-{% from "chosen.jinja" import servers, worker_pool, has_example, has_task_api with context %}
+{% from "chosen.jinja" import servers, worker_pool, has_example, has_flower, has_task_api with context %}
 import os
 import subprocess
 import sys
@@ -12,6 +12,11 @@ from celery.app.utils import filter_hidden_settings
 import dev
 from config import checks
 from config.celery import app
+{% if has_flower %}
+
+# The Flower of `make run` doesn't see what tests send.
+app.conf.update(event_exchange="test-events", control_exchange="test-control")
+{% endif %}
 
 
 def test_celery_prints_no_passwords():

@@ -24,6 +24,11 @@ from config.api import Throttle
 from config.celery import app
 
 pytestmark = pytest.mark.django_db
+{% if has_flower %}
+
+# The Flower of `make run` doesn't see what tests send.
+app.conf.update(event_exchange="test-events", control_exchange="test-control")
+{% endif %}
 
 
 def found(identity):
