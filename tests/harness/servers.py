@@ -126,9 +126,6 @@ class Broker(Process):
     settings = ""  # more lines for that output
     refuse = ""  # code with a `channel`: makes a queue "refused" that takes no message
 
-    def limit_messages(self):
-        """Refuse messages of more than 1 MiB. Call it before the first start. moto always does."""
-
 
 class Redis(Broker):
     server = "redis"
@@ -154,9 +151,6 @@ CELERY_BROKER_TRANSPORT_OPTIONS |= {{
         command = f"redis-server --port {self.port} --dir {folder} --appendonly yes"
         is_ready = partial(connects, self.port)
         super().__init__(command.split(), folder.with_suffix(".log"), is_ready=is_ready)
-
-    def limit_messages(self):
-        self.command += ["--proto-max-bulk-len", "1mb"]
 
 
 class RedisSentinel(Redis):
@@ -307,9 +301,6 @@ class RabbitMQ(Broker):
         """Run rabbitmqctl and return what it prints."""
         options = {"env": self.options["env"], "stdout": subprocess.PIPE, "text": True}
         return subprocess.run(["rabbitmqctl", *words], check=True, **options).stdout
-
-    def limit_messages(self):
-        (self.options["cwd"] / "rabbitmq.conf").write_text(f"max_message_size = {2**20}\n")
 
     def answers_amqp(self):
         try:

@@ -53,7 +53,10 @@ class Stack:
         self.notes_file = folder / "notes"
         self.notes_file.touch()
         self.variables = {
-            "DATABASE_URL": database.create(folder.name) if database else sqlite,
+            # As in compose.yaml: PostgreSQL keeps the plans of statements that are run again.
+            "DATABASE_URL": f"{database.create(folder.name)}?prepare_threshold=0"
+            if database
+            else sqlite,
             "NOTES": self.notes_file,
             "SOFT_SHUTDOWN_SECONDS": 2,
             "THROTTLE": "1000000/min",
@@ -73,7 +76,11 @@ class Stack:
         self.console = self.token = None
 
     def process(self, command, name=None, *, is_ready=None, **variables):
-        """Make a process with more variables. It ends with the test at the latest."""
+        """Make a process with more variables. It ends with the test at the latest.
+
+        Workers and Beat run as in production. The web server runs with DEBUG: it serves plain HTTP.
+        """
+        debug = str(name is None)
         path = f"{self.project}/.venv/bin:{os.environ['PATH']}"
         words = command.split()
         process = Process(
@@ -81,7 +88,7 @@ class Stack:
             self.folder / f"{name or words[0]}.log",
             is_ready=is_ready,
             cwd=self.project,
-            variables={**self.variables, **variables, "PATH": path},
+            variables={"DEBUG": debug, **self.variables, **variables, "PATH": path},
         )
         self.made.append(process)
         return process
@@ -207,8 +214,9 @@ class Stack:
     @contextmanager
     def locked(self, statement):
         """Hold the lock that this statement takes in the database until the block ends."""
+        url, _, _ = self.variables["DATABASE_URL"].partition("?")  # psql knows no other options
         psql = subprocess.Popen(
-            [self.database.binaries / "psql", "--quiet", self.variables["DATABASE_URL"]],
+            [self.database.binaries / "psql", "--quiet", url],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

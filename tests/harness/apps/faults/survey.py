@@ -4,7 +4,7 @@ from collections import Counter, defaultdict
 from datetime import timedelta
 
 from django.db import connection
-from django.db.models import Count, Max, Sum
+from django.db.models import Count, Sum
 from django.utils import timezone
 
 from durable_jobs.actions import cancel
@@ -70,12 +70,6 @@ def survey(jobs, numbers, odd):
 
 def states(rows):
     return dict(rows.values_list("state").annotate(Count("pk")))
-
-
-def count_started(jobs, others):
-    """Return how many of these jobs started before the last of the others had ended."""
-    end = Job.objects.filter(pk__in=others).aggregate(end=Max("finished_at"))["end"]
-    return Job.objects.filter(pk__in=jobs, started_at__lt=end).count()
 
 
 def age_jobs():
