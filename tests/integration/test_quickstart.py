@@ -12,6 +12,12 @@ from harness.servers import Process, RabbitMQ, Redis
 from test_wheel import WHEEL
 
 README = (LIBRARY / "README.md").read_text("utf-8")
+GUIDE = (LIBRARY / "docs/guide.md").read_text("utf-8")
+ALL_STATES = """
+from durable_jobs.models import Batch, Job
+rows = [*Batch.objects.all(), *Job.objects.filter(due_at__isnull=False)]
+print(*sorted({row.state for row in rows}))
+"""
 STATE = """
 from durable_jobs.models import Job
 job = Job.objects.latest("created_at")
@@ -44,17 +50,10 @@ def test_a_job_of_a_killed_worker_finishes_in_a_bare_project(server, project, tm
     broker = server(tmp_path / "broker")
     processes = [broker]
     reader = Reader(project)
-    commands = re.findall(r"^celery -A mysite (?:worker|beat)$", README, re.MULTILINE)
-    worker, beat, again = (
-        Process(command.split(), tmp_path / f"{number}.log", cwd=project, variables=path(project))
-        for number, command in enumerate(commands)
-    )
+    worker, beat, again = commands(project, tmp_path)
     try:
         broker.start()
-        for block in blocks(README):
-            code = re.sub('"redis://.*"', f'"{broker.variables["CELERY_BROKER_URL"]}"', block.code)
-            if block.use in ("file", "sh"):
-                getattr(reader, f"run_{block.use}")(code, block.file)
+        follow(README, reader, broker, "file", "sh")
         processes += [worker, beat, again]
         worker.launch()
         beat.launch()
@@ -71,10 +70,51 @@ def test_a_job_of_a_killed_worker_finishes_in_a_bare_project(server, project, tm
                 process.kill()
 
 
-def path(project):
-    return {"PATH": f"{project}/.venv/bin:/usr/bin:/bin"}
+def test_the_code_of_the_guide_runs(project, tmp_path):
+    """All of its jobs succeed, among them those of its batches."""
+    (tmp_path / "broker").mkdir()
+    broker = Redis(tmp_path / "broker")
+    worker, beat, _ = commands(project, tmp_path)
+    processes = [broker]
+    try:
+        broker.start()
+        reader = Reader(project)
+        follow(README, reader, broker, "file", "sh")
+        follow(GUIDE, reader, broker, "file", "shell")
+        processes += [worker, beat]
+        worker.launch()
+        beat.launch()
+        states = wait_for(lambda: all_final(project))
+        assert states == ["succeeded"], worker.printed
+    finally:
+        for process in processes:
+            if process.is_running():
+                process.kill()
+
+
+def commands(project, folder):
+    """Return the processes of the README: a worker, Beat, and another worker."""
+    found = re.findall(r"^celery -A mysite (?:worker|beat)$", README, re.MULTILINE)
+    path = {"PATH": f"{project}/.venv/bin:/usr/bin:/bin"}
+    return [
+        Process(command.split(), folder / f"{number}.log", cwd=project, variables=path)
+        for number, command in enumerate(found)
+    ]
+
+
+def follow(page, reader, broker, *uses):
+    """Do what the blocks of a page with these uses say."""
+    for block in blocks(page):
+        code = re.sub('"redis://.*"', f'"{broker.variables["CELERY_BROKER_URL"]}"', block.code)
+        if block.use in uses:
+            getattr(reader, f"run_{block.use}")(code, block.file)
 
 
 def final(project):
     words = project.manage("shell", "-v0", "-c", STATE).split()
     return words if words[-1] in ("succeeded", "failed") else None
+
+
+def all_final(project):
+    states = project.manage("shell", "-v0", "-c", ALL_STATES).split()
+    return None if {"open", "queued", "running"} & {*states} else states
