@@ -100,8 +100,9 @@ def test_the_place_of_a_killed_child_is_free_at_once(stack, gate, since):
 @on_each_pool
 def test_the_place_of_a_stopped_worker_is_free_when_it_has_ended(stack, gate, since):
     first, waiting = occupy(stack, gate)
-    # A job that is handed back keeps its due_at, so it would be the next one again.
-    ask = "result = Job.objects.filter(pk__in=jobs).update(due_at=datetime(2000, 1, 1, tzinfo=UTC))"
+    # The oldest job goes first, so the one that is handed back would be the next one again.
+    rows = "Job.objects.filter(pk__in=jobs)"
+    ask = f"result = {rows}.update(created_at=datetime(2000, 1, 1, tzinfo=UTC))"
     assert stack.ask(f"from datetime import UTC, datetime; {ask}", jobs=waiting) == len(waiting)
     start = time.monotonic()
     os.kill(stack.worker.pid, signal.SIGTERM)

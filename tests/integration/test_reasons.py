@@ -95,7 +95,7 @@ def test_its_worker_and_beat_have_died(stack, say, gate):
 def test_all_workers_and_beat_have_died(stack, say, gate):
     job = hold(stack, gate, queue="cpu")
     stack.kill(*stack.workers, stack.beat)
-    say(job, "Its worker has not responded .* No heartbeat from Beat or any worker: they are down")
+    say(job, "Its worker hasn.t responded .* No heartbeat from Beat or any worker: they are down")
 
 
 @on_one
