@@ -105,7 +105,7 @@ def check_stock(order_id):
 def send_newsletter(newsletter_id):
     """After a crash or a retry it continues where it stopped; a chunk may be sent twice."""
     newsletter = Newsletter.objects.get(pk=newsletter_id)
-    waiting = newsletter.recipients.filter(sent_at=None)
+    waiting = newsletter.recipients.filter(sent_at=None).order_by("pk")
     while chunk := list(waiting[:CHUNK]):
         send_mass_mail([(newsletter.subject, newsletter.body, None, [to.email]) for to in chunk])
         waiting.filter(pk__in=[to.pk for to in chunk]).update(sent_at=timezone.now())
