@@ -20,7 +20,7 @@ from durable_jobs.enqueue import (
 from durable_jobs.messages import new_headers
 from durable_jobs.models import Job
 from durable_jobs.states import UNFINISHED
-from durable_jobs.validation import Results, to_json
+from durable_jobs.validation import to_json
 
 __all__ = ["cancel", "run_again"]
 
@@ -29,10 +29,6 @@ def cancel(jobs: QuerySet | Job) -> int:
     """Cancel this job, or those of these jobs that are active. Returns how many there were."""
     if isinstance(jobs, Job):
         jobs = Job.objects.filter(pk=jobs.pk)
-    # With a join, Django moves all conditions into a subquery, which PostgreSQL does not check again
-    # when it has waited for a lock. Then check outside of it that the job has not ended.
-    elif jobs.query.count_active_tables() > 1:
-        jobs = Job.objects.filter(pk__in=jobs.values("pk"))
     with transaction.atomic(Job.objects.db):
         # Two calls for the same jobs lock their rows in one order: otherwise they would be a deadlock.
         rows = Job.objects.filter(UNFINISHED, pk__in=jobs.values("pk")).order_by("pk")
@@ -101,8 +97,7 @@ def fields_to_run_again(job):
     if job.task not in current_app.tasks:
         raise ValueError(f"there is no task {job.task}")
     task, (args, kwargs) = current_app.tasks[job.task], loads(to_json([job.args, job.kwargs]))
-    given = [Results()] if job.results_of else []
-    fields = new_fields(FROM_NOW, task, [*given, *args], kwargs, label=job.label, queue=job.queue)
-    fields["args"] = fields["args"][len(given) :]
+    options = {"label": job.label, "queue": job.queue, "results_of": job.results_of}
+    fields = new_fields(FROM_NOW, task, args, kwargs, **options)
     del fields["owner"]  # not loaded: its id is enough
-    return {**fields, "owner_id": job.owner_id, "follows": job.pk, "results_of": job.results_of}
+    return {**fields, "owner_id": job.owner_id, "follows": job.pk}

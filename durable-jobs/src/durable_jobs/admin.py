@@ -23,7 +23,7 @@ from durable_jobs.limits import name_of
 from durable_jobs.messages import known_names
 from durable_jobs.models import Batch, Failure, Job, Pause, Worker
 from durable_jobs.states import ACTIVE, FINAL, RUNNING, STALLED, UNFINISHED
-from durable_jobs.statistics import by_queue, count_jobs, what_follows
+from durable_jobs.statistics import by_queue, count_jobs, kind_of, what_follows
 from durable_jobs.transitions import is_paused
 from durable_jobs.validation import uuids
 from durable_jobs.worker.heartbeat import STALE_SECONDS
@@ -212,7 +212,7 @@ class JobAdmin(ListAdmin):
     def follows_link(self, job):
         if job.follows is None:
             return None
-        kind = "batch" if Batch.objects.filter(pk=job.follows).exists() else "job"
+        kind = kind_of(job.follows)
         url = reverse(f"admin:durable_jobs_{kind}_change", args=[job.follows])
         return format_html('<a href="{}">the {} {}</a>', url, kind, job.follows)
 

@@ -40,7 +40,7 @@ from durable_jobs.messages import new_headers
 from durable_jobs.models import MAX_LABEL, Batch, Job
 from durable_jobs.signatures import JobSignature
 from durable_jobs.states import UNFINISHED
-from durable_jobs.validation import Results, to_json, uuids
+from durable_jobs.validation import to_json, uuids
 
 __all__ = ["add", "add_many", "cancel", "enqueue", "open_batch", "run_failed_again"]
 
@@ -195,14 +195,12 @@ def callback(call, results_of=None):
     return planned(call.task, call.args, call.kwargs, **given, **call.options)
 
 
-def planned(task, args=(), kwargs=None, *, results_of=None, countdown=None, eta=None, **options):
+def planned(task, args=(), kwargs=None, *, countdown=None, eta=None, **options):
     """Return a job that is stored later, as JSON. Raises the errors of enqueue()."""
-    given = [Results()] if results_of else []
-    fields = call_fields(task, [*given, *args] if given else args, kwargs, **options)
+    fields = call_fields(task, args, kwargs, **options)
     times(timezone.now(), countdown, eta)  # may raise ValueError
-    fields["args"] = fields["args"][len(given) :]
     job = Job(**fields)  # its request is the current one, whoever stores it later
-    fields |= {"id": str(job.pk), "headers": new_headers(job), "results_of": results_of}
+    fields |= {"id": str(job.pk), "headers": new_headers(job)}
     return {**fields, "countdown": countdown, "eta": eta and eta.isoformat()}
 
 

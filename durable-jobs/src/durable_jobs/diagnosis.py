@@ -19,6 +19,7 @@ from durable_jobs.batches import newest_active
 from durable_jobs.enqueue import database_time
 from durable_jobs.limits import limit_of
 from durable_jobs.models import Batch, Failure, Job, Pause, Sweep
+from durable_jobs.states import STALLED
 from durable_jobs.worker.heartbeat import alive
 
 PATIENCE = timedelta(seconds=10)  # for which a due job may wait before a cause is looked for
@@ -55,7 +56,7 @@ def problems(rows):
         if count and (text := facts.no_worker(row["queue"])):
             found.append(f"{text}: {numbered(count, 'job')} there")
     found += [facts.refusal(queue) for queue in facts.refused]
-    if stalled := Job.objects.filter(state="running", sweep_at__lt=Now()).count():
+    if stalled := Job.objects.filter(STALLED).count():
         found.append(f"The workers of {numbered(stalled, 'job')} do not respond")
     found += [f"{name}: {text}" for name, text in facts.pauses.items()]
     return [text for text in found if text]

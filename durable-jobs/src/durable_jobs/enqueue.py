@@ -17,7 +17,7 @@ from durable_jobs.messages import is_job, new_headers, queue_of
 from durable_jobs.models import MAX_LABEL, Job, Sweep
 from durable_jobs.publish import publish
 from durable_jobs.states import UNFINISHED
-from durable_jobs.validation import as_json, to_json
+from durable_jobs.validation import Results, as_json, to_json
 
 __all__ = ["Options", "aenqueue", "enqueue", "enqueue_many"]
 
@@ -95,17 +95,20 @@ aenqueue = sync_to_async(enqueue)
 # The fields of a new job
 
 
-def new_fields(now, task, args, kwargs=None, /, owner=None, label="", queue=None, **when):
+def new_fields(now, task, args, kwargs=None, /, owner=None, countdown=None, eta=None, **options):
     """Return the fields of a new job. Raises the TypeError and ValueError of enqueue()."""
-    fields = call_fields(task, args, kwargs, label, queue)
-    return {**fields, "owner": owner, **times(now, **when, limit_key=fields["limit_key"])}
+    fields = call_fields(task, args, kwargs, **options)
+    return {**fields, "owner": owner, **times(now, countdown, eta, fields["limit_key"])}
 
 
-def call_fields(task, args, kwargs=None, label="", queue=None):
-    """Return what a new job is to do. Raises the TypeError and ValueError of enqueue()."""
+def call_fields(task, args, kwargs=None, label="", queue=None, results_of=None):
+    """Return what a new job is to do. Raises the TypeError and ValueError of enqueue().
+
+    With `results_of`, the id of a batch, the results of its jobs will be the first argument.
+    """
     if not is_job(task):
         raise TypeError(f"{task!r} is not a job: declare it with @job")
-    given = args, kwargs or {}
+    given = [Results(), *args] if results_of else args, kwargs or {}
     args, kwargs = as_json(*given)
     if not isinstance(args, list) or not isinstance(kwargs, dict):
         raise TypeError("args must be a list, such as [10], and kwargs a dictionary")
@@ -113,8 +116,9 @@ def call_fields(task, args, kwargs=None, label="", queue=None):
     to_json(label)  # may raise ValueError
     check_text("queue", queue or None)
     queue = queue or queue_of(task, args, kwargs)
-    fields = {"task": task.name, "args": args, "kwargs": kwargs, "label": label[:MAX_LABEL]}
-    return {**fields, "queue": queue, "limit_key": limits.key_of(task, *given)}
+    fields = {"task": task.name, "args": args[1:] if results_of else args, "kwargs": kwargs}
+    fields |= {"label": label[:MAX_LABEL], "queue": queue, "results_of": results_of}
+    return {**fields, "limit_key": limits.key_of(task, *given)}
 
 
 def check_text(name, text):
@@ -130,9 +134,12 @@ def times(now=FROM_NOW, countdown=None, eta=None, limit_key=None):
 
     An `eta` is compared with the database's clock: that of this process may be wrong.
     """
-    if eta is not None and now is FROM_NOW:
-        now = database_time()
-    if (delay := seconds_until(now, countdown, eta)) > MAX_COUNTDOWN:
+    if eta is not None:
+        if countdown is not None:
+            raise TypeError("give countdown= or eta=, not both")
+        now = database_time() if now is FROM_NOW else now
+        countdown = (maybe_make_aware(eta) - now).total_seconds()
+    if (delay := max(countdown or 0, 0)) > MAX_COUNTDOWN:
         raise ValueError(f"countdown={delay:.0f} is longer than ten years: it is in seconds")
     due_at = now + timedelta(seconds=delay)
     if limit_key:
@@ -140,15 +147,6 @@ def times(now=FROM_NOW, countdown=None, eta=None, limit_key=None):
     resend_at = now + timedelta(seconds=conf.RESEND_SECONDS)
     sweep_at = due_at if delay else resend_at
     return {"times_sent": 0 if delay else 1, "due_at": due_at, "sweep_at": sweep_at}
-
-
-def seconds_until(now, countdown=None, eta=None):
-    """Return in how many seconds a job is due, 0 if now. Raises TypeError if both are given."""
-    if eta is not None:
-        if countdown is not None:
-            raise TypeError("give countdown= or eta=, not both")
-        countdown = (maybe_make_aware(eta) - now).total_seconds()
-    return max(countdown or 0, 0)
 
 
 # The rows

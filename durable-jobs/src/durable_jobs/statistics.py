@@ -7,7 +7,7 @@ from django.db.models.functions import Now, RowNumber
 
 from durable_jobs.admission import paused_names
 from durable_jobs.messages import known_queues
-from durable_jobs.models import Job
+from durable_jobs.models import Batch, Job
 from durable_jobs.states import ACTIVE, RUNNING, STALLED
 from durable_jobs.transitions import is_paused
 from durable_jobs.worker.heartbeat import takers
@@ -18,6 +18,11 @@ RECENT = timedelta(minutes=5)
 def what_follows(pk):
     """Return the jobs that started after this job or batch, at most 100."""
     return Job.objects.filter(follows=pk).order_by("created_at")[:100]
+
+
+def kind_of(pk):
+    """Return what a job follows that has this id: "batch" or "job"."""
+    return "batch" if Batch.objects.filter(pk=pk).exists() else "job"
 
 
 def by_queue():

@@ -149,17 +149,18 @@ def prepared(**types):
                 query = query.chain(UpdateQuery)
                 query.add_update_values(changes)
             compiler = query.get_compiler(rows.db)
-            return *compiler.as_sql(), compiler
+            statement = compiler.as_sql()
+            columns = [] if changes else [column for column, *_ in compiler.select]
+            return *statement, compiler, compiler.get_converters(columns)
 
         names = signature(function).parameters.keys()
 
         @wraps(function)
         def run(**values):
-            *statement, compiler = build()
+            *statement, compiler, converters = build()
             answer = execute(*statement, values)
             if isinstance(answer, int):
                 return answer
-            converters = compiler.get_converters([column for column, *_ in compiler.select])
             return list(compiler.apply_converters(answer, converters))
 
         return run
@@ -212,10 +213,8 @@ def compiled_insert(adds_now):
     columns = [field.get_col(Job._meta.db_table) for field in compiler.returning_fields]
     [[sql, params]] = compiler.as_sql()
     # Django knows no conflict with an index that has a condition. This is that of job_unique_key.
-    skip = (
-        "ON CONFLICT (unique_key) WHERE finished_at IS NULL AND unique_key IS NOT NULL DO NOTHING"
-    )
-    sql = sql.replace(" RETURNING ", f" {skip} RETURNING ")
+    index = "(unique_key) WHERE finished_at IS NULL AND unique_key IS NOT NULL"
+    sql = sql.replace(" RETURNING ", f" ON CONFLICT {index} DO NOTHING RETURNING ")
     return compiler, compiler.get_converters(columns), sql, params
 
 

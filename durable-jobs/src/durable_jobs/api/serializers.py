@@ -9,7 +9,7 @@ from rest_framework.reverse import reverse
 from durable_jobs.diagnosis import reasons, reasons_of_batches
 from durable_jobs.models import Batch, Failure, Job
 from durable_jobs.states import ACTIVE, FINAL
-from durable_jobs.statistics import count_jobs, what_follows
+from durable_jobs.statistics import count_jobs, kind_of, what_follows
 
 __all__ = ["BatchSerializer", "JobSerializer"]
 
@@ -54,12 +54,20 @@ class RowSerializer(serializers.ModelSerializer):
         """This row, or those of the list that it is in: what they have in common costs one query."""
         return [self.instance] if self.parent is None else self.parent.instance
 
+    @cached_property
+    def reasons(self):
+        return self.find_reasons(self.rows, has_job_perm(self.user, "view"))
+
+    def get_reason(self, row) -> str:
+        return self.reasons.get(row.pk, "")
+
     @extend_schema_field(NextJobSerializer(many=True))
     def get_followed_by(self, row):
         return NextJobSerializer(what_follows(row.pk), many=True, context=self.context).data
 
 
 class ListedJobSerializer(RowSerializer):
+    find_reasons = staticmethod(reasons)
     url = serializers.HyperlinkedIdentityField(view_name="job-detail")
     reason = Computed(help_text="what it waits for, or why it does not move")
     result = serializers.JSONField(
@@ -74,13 +82,6 @@ class ListedJobSerializer(RowSerializer):
         fields += ["result", "error", "can_run_again", "batch", "follows"]
         fields += ["created_at", "due_at", "started_at", "finished_at"]
         extra_kwargs = {"due_at": {"help_text": "when it may start, or could have started"}}
-
-    @cached_property
-    def reasons(self):
-        return reasons(self.rows, has_job_perm(self.user, "view"))
-
-    def get_reason(self, job) -> str:
-        return self.reasons.get(job.pk, "")
 
     def get_error(self, job) -> str:
         is_trusted = not job.error or has_job_perm(self.user, "view")
@@ -108,11 +109,12 @@ class JobSerializer(ListedJobSerializer):
     def get_follows_url(self, job) -> str | None:
         if job.follows is None:
             return None
-        kind = "batch" if Batch.objects.filter(pk=job.follows).exists() else "job"
-        return reverse(f"{kind}-detail", [job.follows], request=self.context["request"])
+        view = f"{kind_of(job.follows)}-detail"
+        return reverse(view, [job.follows], request=self.context["request"])
 
 
 class ListedBatchSerializer(RowSerializer):
+    find_reasons = staticmethod(reasons_of_batches)
     url = serializers.HyperlinkedIdentityField(view_name="batch-detail")
     # Not an enum: drf-spectacular has one with this name, that of jobs.
     state = serializers.CharField(help_text="open, succeeded, failed or cancelled")
@@ -123,13 +125,6 @@ class ListedBatchSerializer(RowSerializer):
         model = Batch
         fields = ["id", "url", "label", "state", "reason", "counts", "error"]
         fields += ["created_at", "ended_at"]
-
-    @cached_property
-    def reasons(self):
-        return reasons_of_batches(self.rows, has_job_perm(self.user, "view"))
-
-    def get_reason(self, batch) -> str:
-        return self.reasons.get(batch.pk, "")
 
     @cached_property
     def counted(self):

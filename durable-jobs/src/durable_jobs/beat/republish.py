@@ -21,9 +21,8 @@ from durable_jobs.validation import printable
 
 logger = logging.getLogger(__name__)
 
-JOBS_IN_MEMORY = (
-    100  # jobs loaded together: up to 6 MB of arguments, which need more as Python objects
-)
+# Jobs loaded together: up to 6 MB of arguments, which need more as Python objects.
+JOBS_IN_MEMORY = 100
 REFUSALS = 5  # a job fails when the broker has refused its message this many times, and took others
 MAX_RESEND_SECONDS = 3600  # between two messages of a job
 MIN_PAUSE = 0.5  # seconds between two rounds, however many countdowns end
