@@ -11,6 +11,7 @@ from celery import current_app as app
 from celery.concurrency import get_implementation
 from celery.platforms import signals
 from celery.signals import worker_init, worker_shutting_down
+from kombu.asynchronous.timer import Timer
 from settings import SOURCE
 
 from durable_jobs.worker import events, pools, shutdown, startup
@@ -24,18 +25,24 @@ def test_a_pool_has_the_name_that_celery_has_for_it():
     assert pools.pool_name("processes") == "prefork"
 
 
-def test_sigterm_calls_the_current_handler_of_sigquit(monkeypatch):
+@pytest.mark.parametrize("connection", [None, Mock()])
+def test_sigterm_starts_a_soft_shutdown_between_two_events(monkeypatch, connection):
+    """Or at once, if the broker is down: then no event comes."""
     monkeypatch.setattr(process, "is_prefork", True)
     before = {name: signals[name] for name in ("SIGTERM", "SIGQUIT")}
-    seen = []
+    consumer, seen = Mock(connection=connection, timer=Timer()), []
     try:
-        shutdown.use_soft_shutdown(Mock())
-        for handler in "first", "second":  # Celery replaces its own during a shutdown
-            signals["SIGQUIT"] = lambda *args, handler=handler: seen.append(handler)
-            signal.raise_signal(signal.SIGTERM)
+        signals["SIGQUIT"] = lambda *args: seen.append("soft shutdown")
+        shutdown.use_soft_shutdown(consumer)
+        signal.raise_signal(signal.SIGTERM)
     finally:
         signals.update(before)
-    assert seen == ["first", "second"]
+    assert bool(seen) == (connection is None)
+    for _, entry in consumer.timer:
+        if entry is None:
+            break
+        entry()
+    assert seen == ["soft shutdown"]
 
 
 @pytest.fixture

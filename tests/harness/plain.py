@@ -168,9 +168,10 @@ class Stack:
         self.made.append(process)
         return process
 
-    def make_worker(self, name, options="", **variables):
+    def make_worker(self, name, options="", *, app="config", **variables):
         """Make a worker as the Procfile does, with its own name and more options."""
         command = re.search("^worker: .*(celery .*)", self.project.read("Procfile"), re.M)[1]
+        command = command.replace("-A config", f"-A {app}")
         worker = self.process(f"{command} -n {name}@%h {options}", name, **variables)
         worker.is_ready = lambda: f"{name}@" in worker.printed and " ready." in worker.printed
         return worker

@@ -15,7 +15,7 @@ import pytest
 
 from harness.outputs import ORDER
 from harness.plain import BROKERS, REDELIVERY, stacks
-from harness.project import wait_for
+from harness.project import APPS, wait_for
 
 everywhere = stacks()
 on_prefork = stacks(pools=["prefork"])
@@ -115,6 +115,7 @@ def test_a_task_that_ends_in_the_soft_shutdown_is_not_repeated(plain, gate):
     gate.touch()
     plain.worker.wait()
     plain.worker.start()
+    time.sleep(REDELIVERY + 1)
     plain.wait_until_started(plain.send("quick"))
     assert plain.starts(task) == len(plain.notes("end", task)) == 1
 
@@ -123,6 +124,22 @@ def test_a_task_that_ends_in_the_soft_shutdown_is_not_repeated(plain, gate):
 def test_an_idle_worker_ends_at_once(plain):
     start = time.time()
     assert plain.worker.stop() == 0
+    assert time.time() - start < 30  # seconds on a busy machine
+
+
+@on_prefork
+def test_a_worker_ends_that_reads_a_result(plain, gate):
+    plain.kill(plain.worker)
+    worker = plain.make_worker("slow", app="slow_results", PYTHONPATH=APPS)
+    worker.start()
+    task = plain.send("wait", gate)
+    plain.wait_until_started(task)
+    time.sleep(3)  # time to read that it has started
+    gate.touch()
+    wait_for(lambda: plain.notes("end", task))
+    time.sleep(1.5)  # now it has read the length of the result, and not yet the rest
+    start = time.time()
+    assert worker.stop() == 0
     assert time.time() - start < 30  # seconds on a busy machine
 
 

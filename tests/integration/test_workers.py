@@ -26,7 +26,7 @@ from harness.faults import (
     where_jobs_share_a_process,
 )
 from harness.mails import Mails
-from harness.project import wait_for
+from harness.project import APPS, wait_for
 
 # A worker is killed
 
@@ -178,6 +178,23 @@ def test_a_stopped_worker_loses_nothing(stack, gate, tmp_path, since):
     assert succeeded(rows, crashes=0), rows
     assert errors(rows[0]) == []
     wait_for(lambda: stack.notes("end", task))
+
+
+@on_prefork
+def test_a_worker_ends_that_reads_the_end_of_a_job(stack, gate, since):
+    worker = stack.make_worker("test", "slow", app="slow_results", PYTHONPATH=APPS)
+    worker.start()
+    job = stack.enqueue("hold", gate, queue="test")
+    stack.wait_until_started(job)
+    time.sleep(3)  # time to read that it has started
+    gate.touch()
+    stack.wait_until_final(job)
+    time.sleep(1.5)  # now it has read the length of the result, and not yet the rest
+    start = time.monotonic()
+    assert worker.stop() == 0
+    assert time.monotonic() - start < 30  # seconds on a busy machine
+    since(start)
+    assert ran_once(stack, [job])
 
 
 @on_each_pool

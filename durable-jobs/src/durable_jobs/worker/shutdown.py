@@ -77,11 +77,20 @@ def begin(exitcode=0, sig=None, **kwargs):
 def use_soft_shutdown(sender, **kwargs):
     """Make SIGTERM start a soft shutdown, as SIGQUIT does. `sender` is the consumer of a ready worker.
 
-    Celery's own environment variable for this, REMAP_SIGTERM, must be set before its command starts.
+    The event loop starts it, between two events: in the middle of one, a worker that was just reading a child's
+    result would wait for the rest forever. Celery's own environment variable for this, REMAP_SIGTERM, does not
+    see to that, and must be set before its command starts.
     """
     if process.is_prefork:
-        handlers = platforms.signals
-        handlers["SIGTERM"] = lambda *args: handlers["SIGQUIT"](*args)
+        shut_down = platforms.signals["SIGQUIT"]
+
+        def stop(*args):
+            if sender.connection:
+                sender.timer.call_after(0, shut_down, args)
+            else:  # the loop is not running: the broker is down
+                shut_down(*args)
+
+        platforms.signals["SIGTERM"] = stop
         # Celery's own method waits for the whole time even if all tasks have ended.
         sender.controller.wait_for_soft_shutdown = partial(wait_for_children, sender.pool)
 
