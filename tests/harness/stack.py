@@ -13,6 +13,7 @@ from http.client import HTTPConnection
 from .project import Console, fetch, free_ports, wait_for
 from .servers import Process
 
+BEHIND_A_PROXY = {"X-Forwarded-Proto": "https"}  # the web runs as in production
 LEASE, SWEEP, RESEND = 5, 0.3, 2  # seconds
 TIMINGS = {
     "JOB_LEASE_SECONDS": LEASE,
@@ -53,6 +54,7 @@ class Stack:
         self.notes_file = folder / "notes"
         self.notes_file.touch()
         self.variables = {
+            "DEBUG": "False",
             # As in compose.yaml: PostgreSQL keeps the plans of statements that are run again.
             "DATABASE_URL": f"{database.create(folder.name)}?prepare_threshold=0"
             if database
@@ -76,11 +78,7 @@ class Stack:
         self.console = self.token = None
 
     def process(self, command, name=None, *, is_ready=None, **variables):
-        """Make a process with more variables. It ends with the test at the latest.
-
-        Workers and Beat run as in production. The web server runs with DEBUG: it serves plain HTTP.
-        """
-        debug = str(name is None)
+        """Make a process with more variables. It ends with the test at the latest."""
         path = f"{self.project}/.venv/bin:{os.environ['PATH']}"
         words = command.split()
         process = Process(
@@ -88,7 +86,7 @@ class Stack:
             self.folder / f"{name or words[0]}.log",
             is_ready=is_ready,
             cwd=self.project,
-            variables={"DEBUG": debug, **self.variables, **variables, "PATH": path},
+            variables={**self.variables, **variables, "PATH": path},
         )
         self.made.append(process)
         return process
@@ -290,7 +288,7 @@ with app.connection_for_write() as broker:
 
     def send_json(self, path, **data):
         """Return the id in the answer. Raises if this is not 202."""
-        headers = {"Authorization": f"Token {self.token}"}
+        headers = {"Authorization": f"Token {self.token}", **BEHIND_A_PROXY}
         status, _, answer = fetch(f"http://127.0.0.1:{self.port}/{path}", data, headers)
         assert status == 202, status
         return answer["id"]
@@ -301,6 +299,7 @@ with app.connection_for_write() as broker:
         The status is 0 if the web closes the connection because it does not read the body.
         """
         headers = {"Authorization": f"Token {token or self.token}", "Content-Type": content_type}
+        headers |= BEHIND_A_PROXY
         if key:
             headers["Idempotency-Key"] = key
         if isinstance(body, str):

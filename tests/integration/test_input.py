@@ -153,7 +153,8 @@ def test_the_api_answers_as_documented(stack, tmp_path, record_property):
         schema.write_text(json.dumps(document))
         command = ["schemathesis", "--config-file", str(config), "run", str(schema)]
         command += ["--url", f"http://127.0.0.1:{stack.port}", "--seed", "1", "--checks", checks]
-        command += ["-H", f"Authorization: Token {token}", "--max-examples", str(examples)]
+        command += ["-H", f"Authorization: Token {token}", "-H", "X-Forwarded-Proto: https"]
+        command += ["--max-examples", str(examples)]
         command += [f"--{name}={value}" for name, value in options.items()]
         printed = stack.project.call(*command)
         generated = re.search(r"(\d+) generated, \1 passed", printed)

@@ -8,7 +8,7 @@ import pytest
 
 from harness.browser import browser
 from harness.faults import on_one
-from harness.project import wait_for
+from harness.project import free_ports, wait_for
 
 WHY = "document.querySelector('.job [data-part=why]')?.innerText"
 USERS = """
@@ -30,7 +30,16 @@ for user in owner, staff:
 def say(stack, tmp_path, record_property):
     """A function: wait until both pages of a job have these texts, and record how long it took."""
     owner, staff = stack.ask(USERS + LOG_IN)
-    web = f"http://127.0.0.1:{stack.port}"
+    [port] = free_ports(1)
+    web = f"http://127.0.0.1:{port}"
+    # With DEBUG, pages are served over plain HTTP, with their scripts.
+    pages = stack.process(
+        f"gunicorn config.wsgi --bind 127.0.0.1:{port}",
+        "pages",
+        is_ready=lambda: "Booting worker" in pages.printed,
+        DEBUG="True",
+    )
+    pages.start()
     with browser(tmp_path) as tab:
 
         def open_as(session, path):

@@ -19,7 +19,7 @@ from harness.faults import POOLS
 from harness.outputs import default_output
 from harness.project import env, fetch, wait_for
 from harness.servers import broker_class
-from harness.stack import TIMINGS, prepare
+from harness.stack import BEHIND_A_PROXY, TIMINGS, prepare
 
 LATER = {"OTEL_BSP_SCHEDULE_DELAY": 600_000}  # so that only the end of a process exports its spans
 # Each broker with one pool, and each pool with one broker.
@@ -126,6 +126,7 @@ def stack(traced):
 def post(stack, path, request_id, **data):
     """Send a POST with the id of a request. Return the id in the answer."""
     headers = {"Authorization": f"Token {stack.token}", "X-Request-ID": request_id}
+    headers |= BEHIND_A_PROXY
     status, _, answer = fetch(f"http://127.0.0.1:{stack.port}/{path}", data, headers)
     assert status == 202, status
     return answer["id"]
