@@ -148,7 +148,7 @@ def test_a_held_job_says_what_it_waits_for(sent, commit, settings):
     text = "Waiting: limit tenant:7 is full (2 of 2 slots taken)"
     assert reasons(Job.objects.all()) == {job.pk: text}
     settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"LIMITS": {}}
-    assert reasons([job]) == {job.pk: f"Waiting: limit {job.limit_key}"}
+    assert reasons([job]) == {job.pk: "Waiting: limit tenant:7 no longer exists"}
 
 
 # A place is kept, or handed over

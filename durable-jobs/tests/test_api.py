@@ -358,6 +358,15 @@ def test_the_same_key_gives_the_same_batch(user, run_jobs):
     assert (batch.state, batch.counts) == ("succeeded", {"succeeded": 3})
 
 
+def test_a_view_adds_no_job_to_a_batch_that_has_ended(user, monkeypatch):
+    ended = batches.enqueue(greet, [])
+    add = lambda self, serializer: self.enqueue(greet, batch=ended)  # noqa: E731
+    monkeypatch.setattr(UploadViewSet, "perform_create", add)
+    with pytest.raises(ValueError, match="has ended"):
+        upload(user, b"x")
+    assert not Job.objects.exists()
+
+
 @pytest.mark.parametrize("size", [10, 3_000_000], ids=["in memory", "in a file"])
 def test_the_same_key_and_file_give_the_same_job(user, size):
     first, again = upload(user, b"x" * size), upload(user, b"x" * size)

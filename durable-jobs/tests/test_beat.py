@@ -233,6 +233,9 @@ REFUSED = {
 }
 ACCEPTED = {
     "a job": {},
+    "a job with options": {
+        "options": {"label": "Daily", "unique": "daily", "queue": "io", "countdown": 60}
+    },
     "a plain task that expires": {"task": plain.name, "options": {"expires": 60}},
     "a function": {"task": f"{__name__}.function"},
 }

@@ -3,6 +3,7 @@
 import threading
 import time
 from datetime import timedelta
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -91,7 +92,7 @@ def write(consumer):
 
 
 def test_the_row_says_what_a_worker_is(consumer, settings, monkeypatch):
-    settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"VERSION": "v" * 300}
+    settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"VERSION": Path("v" * 300)}
     monkeypatch.setattr(state, "active_requests", [object(), object()])
     write(consumer)
     shown = row()

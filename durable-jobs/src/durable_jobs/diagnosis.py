@@ -161,7 +161,8 @@ class Facts:
             return f"Waiting: limit {key} is full ({used} of {limit.running} slots taken)"
         if limit.rate:
             return f"Waiting: limit {key} starts at most {limit.rate}"
-        return f"Waiting: limit {key}"
+        # limit_of() returns 0 if it is gone.
+        return f"Waiting: limit {key}" + ("" if limit.running else " no longer exists")
 
     # Beat
 

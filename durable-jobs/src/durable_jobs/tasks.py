@@ -100,13 +100,16 @@ class JobTask(DjangoTask):
         """
         if self._current_run and task_id == self.request.id:  # Celery's retry() calls this
             return self._retry_later(args, kwargs, **options)
+        fields = self._fields_of(args, kwargs, options) | ({"pk": task_id} if task_id else {})
+        return self.AsyncResult(str(insert(fields, unique).pk))
+
+    def _fields_of(self, args, kwargs, options):
+        """Return the fields of the job that apply_async() stores. Raises its errors."""
         check_options(options, Options.__optional_keys__)
         given = {name: options[name] for name in ManyOptions.__optional_keys__ & options.keys()}
         fields = new_fields(FROM_NOW, self, args or (), kwargs, **given)
-        fields["idempotency_key"] = options.get("idempotency_key")
-        fields["headers"] = storable(options.get("headers"))
-        fields |= {"pk": task_id} if task_id else {}
-        return self.AsyncResult(str(insert(fields, unique).pk))
+        own = {"idempotency_key": options.get("idempotency_key")}
+        return {**fields, **own, "headers": storable(options.get("headers"))}
 
     def using(self, **options: Unpack[Options]) -> JobSignature:
         """Return the task with options of enqueue(): task.using(owner=user).enqueue(10)."""

@@ -246,6 +246,8 @@ class EnqueueMixin:
         The owner and the idempotency_key are those of the request. There is no `unique`, because two
         objects could get the same job. With `batch`, it is the first job of this batch: see open_batch().
         """
+        if batch:
+            batches.keep_open(batch)
         fields = new_fields(FROM_NOW, task, args, kwargs, owner=self.request.user, **options)
         if key := self._idempotency_key:
             fields |= {"idempotency_key": key, "fingerprint": self._fingerprint}

@@ -14,9 +14,7 @@ from django.db import IntegrityError, close_old_connections, connection
 
 from durable_jobs.beat.sweeper import Sweeper
 from durable_jobs.database import may_succeed_later, wait_for
-from durable_jobs.enqueue import FROM_NOW, new_fields
 from durable_jobs.models import Job
-from durable_jobs.signatures import check_options
 from durable_jobs.tasks import JobTask
 
 logger = logging.getLogger(__name__)
@@ -38,8 +36,7 @@ def check_entry(name, args, kwargs, options):
     args = [None if isinstance(arg, BeatLazyFunc) else arg for arg in args]
     kwargs = {key: None if isinstance(arg, BeatLazyFunc) else arg for key, arg in kwargs.items()}
     if isinstance(task, JobTask):
-        check_options(options, ["countdown"])
-        new_fields(FROM_NOW, task, args, kwargs, countdown=options.get("countdown"))
+        task._fields_of(args, kwargs, options)
     elif task.typing:
         task.__header__(*args, **kwargs)
 

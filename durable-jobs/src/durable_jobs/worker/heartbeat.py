@@ -82,7 +82,7 @@ class Heartbeat:
             "slots": scaler.max_concurrency if scaler else consumer.pool.num_processes,
             "busy": len(state.active_requests),
             "queues": queues_of(consumer),
-            "version": conf.VERSION[:255],
+            "version": str(conf.VERSION)[:255],
             "seen_at": Clock(),
         }
         if Worker.objects.filter(**own).update(**fields):

@@ -29,6 +29,6 @@ def cancel_revoked_jobs():
             in_thread(cancel_and_forget, task_id)
 
     def cancel_and_terminate(worker, signal, task_id, **kwargs):
-        return cancel_and_revoke(worker, task_id, terminate=True, **kwargs)
+        return cancel_and_revoke(worker, task_id, terminate=True, signal=signal, **kwargs)
 
     Panel.data |= {"revoke": cancel_and_revoke, "terminate": cancel_and_terminate}
