@@ -220,8 +220,8 @@ def test_the_settings_for_sentinel_fit_every_project_with_redis(bake, broker, re
 @pytest.mark.parametrize("broker", CHOICES["broker"])
 def test_flower_listens_only_on_the_loopback_address(bake, broker, durable_jobs):
     """Its /metrics and /healthcheck need no password."""
-    texts = read(bake(broker=broker, durable_jobs=durable_jobs, deployment="kubernetes"))
-    services = yaml.safe_load(texts[Path("compose.yaml")])["services"]
+    project = bake(broker=broker, durable_jobs=durable_jobs, deployment="kubernetes")
+    texts, services = read(project), project.services()
     for service, options in services.items():
         for port in options.get("ports", []):
             is_public = service == "caddy" and options["profiles"] == ["https"]

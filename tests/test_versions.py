@@ -188,7 +188,8 @@ def test_renovate_reads_every_version_of_an_output():
 @pytest.mark.parametrize("broker", CHOICES["broker"])
 def test_containers_have_no_other_images(bake, broker):
     project = bake(broker=broker, deployment="docker")
-    text = project.read("Dockerfile") + project.read("compose.yaml")
+    text = "".join(project.read(file.name) for file in project.glob("compose*.yaml"))
+    text += project.read("Dockerfile")
     found = re.findall(r"^ *(?:image: |FROM |COPY --from=)(\S+)", text, re.MULTILINE)
     own = {project.name, "build", f"python:{PINNED.python}-slim"}
     assert set(found) - own <= IMAGES

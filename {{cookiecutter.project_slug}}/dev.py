@@ -1,5 +1,5 @@
 {% import "imports.jinja" as imports %}
-{% from "chosen.jinja" import servers, has_jobs, has_task_api, has_example, has_flower, flower_port with context %}
+{% from "chosen.jinja" import servers, has_jobs, has_task_api, has_example, has_flower, has_compose, flower_port with context %}
 {% set lines %}
 import itertools
 import os
@@ -27,11 +27,11 @@ from django.core.management import call_command
 def main():
     os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
     os.environ.setdefault("SOFT_SHUTDOWN_SECONDS", "1")  # longer tasks start again later
+    django.setup()  # reads .env, too
     for name, port in {"PORT": "8000"{{ ', "FLOWER_PORT": "%s"' % flower_port if has_flower }}}.items():
         port = os.environ.setdefault(name, port)
         if answers(port):
             sys.exit(f"Port {port} is taken. Choose another one: {name}={int(port) + 1} make run")
-    django.setup()
     call_command("migrate", verbosity=0)
     links = create_user_and_links()
     stop, ready = threading.Event(), threading.Event()
@@ -130,13 +130,29 @@ def read_code():
         return {file: file.stat().st_mtime for file in Path().glob("[!.]*/**/[!.]*.py")}
 
 
+{% if has_compose %}
+def prepare():
+    """`python dev.py prepare`, in a container: create a user, and print links. Not in production."""
+    os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
+    django.setup()
+    if settings.DEBUG:
+{% for server in servers %}
+{% print server.compose_prepare | default %}
+{% endfor %}
+        print(create_user_and_links())
+
+
+{% endif %}
 def create_user_and_links():
     """Create the user of DJANGO_SUPERUSER_… if it is missing. Return links and commands."""
     from django.contrib.auth import get_user_model
     from rest_framework.authtoken.models import Token
 
     field = get_user_model().USERNAME_FIELD
-    name, password = (os.environ[f"DJANGO_SUPERUSER_{x}"] for x in (field.upper(), "PASSWORD"))
+    names = [f"DJANGO_SUPERUSER_{field.upper()}", "DJANGO_SUPERUSER_PASSWORD"]
+    if missing := [name for name in names if not os.environ.get(name)]:
+        sys.exit(f"Missing in .env: {', '.join(missing)}.")
+    name, password = (os.environ[name] for name in names)
     users = get_user_model().objects.filter(**{field: name})
     if not users.exists():
         call_command("createsuperuser", interactive=False, verbosity=0)
@@ -180,4 +196,11 @@ def answers(port, host="127.0.0.1"):
 {% endfor %}
 if __name__ == "__main__":
     with suppress(KeyboardInterrupt):
+{% if has_compose %}
+        if sys.argv[1:] == ["prepare"]:
+            prepare()
+        else:
+            watch(*sys.argv[1:]) if sys.argv[1:] else main()
+{% else %}
         watch(*sys.argv[1:]) if sys.argv[1:] else main()
+{% endif %}

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from urllib.request import urlopen
 
 import pytest
-import yaml
 
 from . import kustomize, missing
 from .bake import CHOICES, baked
@@ -112,7 +111,7 @@ class Stack(Site):
 
         Without Grafana if its image is not on this machine and cannot be downloaded.
         """
-        services = yaml.safe_load(self.project.read("compose.yaml"))["services"]
+        services = self.project.services()
         names = [name for name in services if services[name].get("profiles") == ["monitoring"]]
         if "grafana" in names:
             image = services["grafana"]["image"]

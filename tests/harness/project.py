@@ -21,6 +21,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import psutil
+import yaml
 
 FINAL = {"succeeded", "failed", "cancelled"}
 LIMIT = 300  # seconds of every wait: a machine may be ten times slower than ours
@@ -58,6 +59,12 @@ class Project(type(Path())):
 
     def read(self, file):
         return (self / file).read_text("utf-8")
+
+    def services(self):
+        """Return {name: service} of the compose files, without that for development."""
+        files = [self / "compose.yaml", *self.glob("compose.[!d]*.yaml")]
+        loaded = (yaml.safe_load(file.read_text("utf-8")) for file in files)
+        return {name: each for file in loaded for name, each in file["services"].items()}
 
     def production(self):
         """Return the variables that production needs, with the values of .env.example."""

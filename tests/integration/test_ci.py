@@ -141,7 +141,7 @@ def test_the_job_fails_if_a_check_or_a_test_fails(job, checkout, what):
 
 @one_for_each_ci
 def test_the_job_has_the_versions_of_production(output, job):
-    services = yaml.safe_load(output.read("compose.yaml"))["services"].values()
+    services = output.services().values()
     images = {service["image"] for service in services if "image" in service}
     assert {service.image for service in job.services} <= images
     assert re.findall("^FROM python:([0-9.]+)-slim", output.read("Dockerfile"), re.M) == [

@@ -10,7 +10,6 @@ import time
 from contextlib import suppress
 
 import pytest
-import yaml
 
 from harness.bake import CHOICES, DEFAULTS
 from harness.outputs import outputs
@@ -129,7 +128,7 @@ def test_users_may_log_in_by_email(copied):
     printed = copied.manage("shell", "-v0", "-c", links, PORT=8000, **database)
     assert "demo@example.com / " in printed
     copied.call(".venv/bin/python", "-m", "pytest", "-q", "-m", "not live", **database)
-    if service := yaml.safe_load(copied.read("compose.yaml"))["services"].get("prometheus-token"):
+    if service := copied.services().get("prometheus-token"):
         make_token = service["command"][-1].replace("/token/prometheus", str(copied / "token"))
         copied.manage("shell", "-v0", "-c", make_token, **database)
         assert (copied / "token").read_text()

@@ -55,7 +55,7 @@ def test_grafana_finds_the_data_source_and_the_dashboard(bake):
         read(project, f"{FOLDER}/grafana.yml"),
         read(project, f"{FOLDER}/prometheus.yml"),
     )
-    services = read(project, "compose.yaml")["services"]
+    services = project.services()
     mounts = [mount.split(":")[:2] for mount in services["grafana"]["volumes"]]
     targets = {target: source for source, target in mounts}
     for folder in ("datasources", "dashboards"):
@@ -114,7 +114,7 @@ def test_the_dashboard_shows_the_projects_own_alerts(bake):
 def test_grafana_does_not_start_without_a_password(bake):
     """Its own default is "admin". Everything else starts without this password."""
     project = bake(durable_jobs="yes")
-    grafana = read(project, "compose.yaml")["services"]["grafana"]
+    grafana = project.services()["grafana"]
     assert grafana["environment"]["GF_SECURITY_ADMIN_PASSWORD"] == "${GRAFANA_PASSWORD:-}"
     assert re.search("^GRAFANA_PASSWORD=[0-9a-f]{24}$", project.read(".env"), re.M)
     shell, option, script = grafana["entrypoint"]
@@ -130,7 +130,7 @@ def test_grafana_does_not_start_without_a_password(bake):
 def prometheus(stack, tmp_path):
     """Prometheus with the configuration of the output, which scrapes the stack each second."""
     process, project, token = Prometheus(tmp_path), stack.project, tmp_path / "token"
-    service = read(project, "compose.yaml")["services"]["prometheus-token"]
+    service = project.services()["prometheus-token"]
     make_token = service["command"][-1].replace("/token/prometheus", str(token))
     variables = {key: str(value) for key, value in stack.variables.items()}
     project.manage("shell", "-v0", "-c", make_token, **variables)

@@ -1,4 +1,4 @@
-"""The alerts in compose.yaml of plain outputs fire and resolve when they should.
+"""The alerts in compose.monitoring.yaml of plain outputs fire and resolve when they should.
 
 test_plain_docker.py provokes each of them once.
 """
@@ -16,8 +16,8 @@ TESTS = TEMPLATE / "tests/plain_alerts.yml"
 
 @pytest.fixture
 def prometheus(bake, tmp_path):
-    """A folder with the configuration and the alerts that compose.yaml gives to Prometheus."""
-    service = yaml.safe_load(bake().read("compose.yaml"))["services"]["prometheus"]
+    """A folder with the configuration and the alerts that Prometheus gets."""
+    service = bake().services()["prometheus"]
     for name, file in {"CONFIG": "prometheus.yml", "ALERTS": "alerts.yml"}.items():
         (tmp_path / file).write_text(service["environment"][name].replace("$$", "$"))
     return tmp_path
@@ -48,6 +48,7 @@ def test_each_alert_has_a_test_in_which_it_is_quiet_and_one_in_which_it_resolves
 
 def test_the_profile_monitoring_is_only_where_flower_is(bake):
     for broker in CHOICES["broker"]:
-        text = bake(broker=broker).read("compose.yaml")
-        services = yaml.safe_load(text)["services"]
-        assert ("prometheus" in services) == ("flower" in services) == ("prometheus:" in text)
+        project = bake(broker=broker)
+        services = project.services()
+        has_file = (project / "compose.monitoring.yaml").exists()
+        assert ("prometheus" in services) == ("flower" in services) == has_file

@@ -179,25 +179,18 @@ SEND = "from orders.tasks import forecast_demand; print(forecast_demand.delay('T
 
 @on_one
 def test_the_profile_monitoring_sees_each_alert_fire_and_resolve(stack):
-    """Prometheus has the configuration of compose.yaml, with shorter times."""
-    [prometheus] = [
-        service
-        for name, service in yaml.safe_load(stack.project.read("compose.yaml"))["services"].items()
-        if name == "prometheus"
-    ]
-    texts = {}
-    for name, text in prometheus["environment"].items():
-        for long, short in SHORTER.items():
-            text = text.replace(long, short)
-        texts[name] = text
-    override = {"services": {"prometheus": {"environment": texts}}}
-    (stack.project / "shorter.yaml").write_text(yaml.safe_dump(override))
+    """With shorter times."""
+    text = stack.project.read("compose.monitoring.yaml")
+    for long, short in SHORTER.items():
+        assert long in text
+        text = text.replace(long, short)
+    (stack.project / "compose.monitoring.yaml").write_text(text)
 
     def firing():
         alerts = stack.ask_prometheus("/api/v1/alerts")["alerts"]
         return {each["labels"]["alertname"] for each in alerts if each["state"] == "firing"}
 
-    with stack.monitored("--file", "compose.yaml", "--file", "shorter.yaml") as names:
+    with stack.monitored() as names:
         assert names == ["prometheus"]
         check_rights(stack.containers("--all"))
         wait_for(stack.is_scraped, site=stack)

@@ -11,7 +11,7 @@ class OrderAdmin(admin.ModelAdmin):
     list_display = ["product", "quantity", "owner", "created_at", "confirmed_at", "in_stock"]
     actions = ["forecast_demand", "check_stock"]
 
-    @admin.action(description="Email me a forecast for these products", permissions=["view"])
+    @admin.action(description="Email me a forecast for these products", permissions=["change"])
     def forecast_demand(self, request, queryset):
         products = queryset.order_by().values_list("product", flat=True).distinct()
 {% if has_results %}

@@ -1,22 +1,25 @@
 {% from "chosen.jinja" import has_results with context %}
 """One example of each pattern. A task may run twice, so each of these is safe to repeat."""
 
+import logging
 import random
 import time
 from collections import Counter
 from datetime import timedelta
+from smtplib import SMTPRecipientsRefused
 
 import httpx
 from celery import shared_task
 {% if not has_results %}
 from django.contrib.auth import get_user_model
 {% endif %}
-from django.core.mail import send_mail, send_mass_mail
+from django.core.mail import get_connection, send_mail
 from django.db.models import Sum
 from django.utils import timezone
 
 from .models import Newsletter, Order
 
+logger = logging.getLogger(__name__)
 CHUNK = 100  # emails
 SUPPLIER_URL = "https://supplier.example/stock"  # fixed: never let users choose a task's URL
 
@@ -107,5 +110,16 @@ def send_newsletter(newsletter_id):
     newsletter = Newsletter.objects.get(pk=newsletter_id)
     waiting = newsletter.recipients.filter(sent_at=None).order_by("pk")
     while chunk := list(waiting[:CHUNK]):
-        send_mass_mail([(newsletter.subject, newsletter.body, None, [to.email]) for to in chunk])
+        send_to_each(chunk, newsletter)
         waiting.filter(pk__in=[to.pk for to in chunk]).update(sent_at=timezone.now())
+
+
+def send_to_each(recipients, newsletter):
+    """Send it over one connection. A wrong address must not keep the others from getting it."""
+    subject, body = newsletter.subject, newsletter.body
+    with get_connection() as connection:
+        for to in recipients:
+            try:
+                send_mail(subject, body, None, [to.email], connection=connection)
+            except SMTPRecipientsRefused as error:
+                logger.warning("%s", error)

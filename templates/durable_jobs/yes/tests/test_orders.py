@@ -3,6 +3,7 @@
 import re
 from datetime import timedelta
 from functools import partial
+from smtplib import SMTPRecipientsRefused
 
 import httpx
 import pytest
@@ -223,7 +224,7 @@ def test_a_newsletter_goes_to_thousands_and_shows_its_progress(
 
 
 def test_a_newsletter_continues_where_it_stopped(staff_api, run_jobs, mailoutbox, monkeypatch):
-    send, errors = EmailBackend.send_messages, [None, None, ConnectionResetError]
+    send, errors = EmailBackend.send_messages, [*[None] * 200, ConnectionResetError]
 
     def send_messages(self, messages):
         if errors and (error := errors.pop(0)):
@@ -236,6 +237,23 @@ def test_a_newsletter_continues_where_it_stopped(staff_api, run_jobs, mailoutbox
     job = Job.objects.get()
     assert (job.state, job.result, job.retries) == ("succeeded", {"sent": 500}, 1)
     assert len({mail.to[0] for mail in mailoutbox}) == len(mailoutbox) == 500
+
+
+def test_a_newsletter_skips_an_address_that_the_mail_server_refuses(
+    staff_api, run_jobs, mailoutbox, monkeypatch
+):
+    send = EmailBackend.send_messages
+
+    def refuse_one(self, messages):
+        if messages[0].to == ["1@example.com"]:
+            raise SMTPRecipientsRefused({messages[0].to[0]: (550, b"no such user")})
+        return send(self, messages)
+
+    monkeypatch.setattr(EmailBackend, "send_messages", refuse_one)
+    post_newsletter(staff_api, 3)
+    run_jobs()
+    assert Job.objects.get().state == "succeeded"
+    assert [mail.to[0] for mail in mailoutbox] == ["0@example.com", "2@example.com"]
 
 
 # Started on the page
