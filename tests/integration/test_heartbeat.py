@@ -1,12 +1,11 @@
 """Each worker has a row: what it is, from which queues it takes jobs, how busy, and if it lives."""
 
-import shutil
 import signal
 import time
 
 import pytest
 
-from harness.faults import ONE, on_each, on_each_pool, on_one, stacks
+from harness.faults import ONE, on_each, on_each_pool, stacks
 from harness.project import wait_for
 
 
@@ -154,30 +153,3 @@ def test_the_heartbeat_outlives_the_database(stack, mine):
     time.sleep(12)
     stack.database.resume()
     wait_for_next(stack)
-
-
-@on_one
-def test_the_version_is_the_commit_of_a_checkout_or_a_release(stack):
-    def version(**variables):
-        code = "from django.conf import settings\nprint('is', settings.DURABLE_JOBS['VERSION'])"
-        return stack.project.shell(code, **variables)
-
-    def git(*words):
-        author = ["-c", "user.name=Ann", "-c", "user.email=ann@example.com"]
-        return stack.project.call("git", *author, *words).strip()
-
-    assert version() == "is"
-    try:
-        git("init")
-        assert version() == "is"  # no commit
-        git("commit", "--allow-empty", "--message", "first")
-        first = git("rev-parse", "--short=12", "HEAD")
-        assert version() == first
-        git("commit", "--allow-empty", "--message", "second")
-        git("gc")
-        assert version() == git("rev-parse", "--short=12", "HEAD") != first
-        git("checkout", first)
-        assert version() == first
-        assert version(RELEASE="1.2.3") == "1.2.3"
-    finally:
-        shutil.rmtree(stack.project / ".git")

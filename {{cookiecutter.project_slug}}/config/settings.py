@@ -2,7 +2,6 @@
 {% import "text.jinja" as text %}
 {% from "chosen.jinja" import include_example, broker, result_backend, durable_jobs, worker_pool, periodic_tasks, servers, has_example, has_flower, has_jobs, has_results, flower_port with context %}
 {% set lines %}
-import environ
 from django.core.exceptions import ImproperlyConfigured
 from kombu import Queue
 {% print periodic_tasks.imports | default %}
@@ -11,20 +10,14 @@ from kombu import Queue
 """Settings. What differs between machines comes from the environment: see .env.example."""
 
 import logging
-import os
-{{ "from contextlib import suppress\n" if has_jobs }}from datetime import timedelta
+from datetime import timedelta
 from pathlib import Path
 
 {{ imports.sort(lines) }}
 from config import logs
+from config.env import env
 
 BASE_DIR = Path(__file__).resolve().parent.parent
-env = environ.Env()
-env.read_env(BASE_DIR / ".env")
-env.escape_proxy = True  # "$" is a character, and no reference to another variable
-values = {name: value.strip().replace("$", r"\$") for name, value in os.environ.items()}
-env.ENVIRON = {name: value for name, value in values.items() if value}  # empty means missing
-
 required = "SECRET_KEY ALLOWED_HOSTS DATABASE_URL EMAIL_URL DEFAULT_FROM_EMAIL".split()
 required += ["{{ [broker.required, result_backend.required | default] | select | join('", "') }}"]
 if missing := [name for name in required if name not in env.ENVIRON]:
