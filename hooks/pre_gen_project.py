@@ -59,5 +59,5 @@ def faults():
 if "__prompts__" in ANSWERS and "_repo_dir" not in ANSWERS:  # older versions ignore templates/
     sys.exit("This template needs Cookiecutter 2.3 or newer: pip install --upgrade cookiecutter")
 if messages := [f"  {option} {ANSWERS[option]!r}: {remedy}." for option, remedy in faults()]:
-    print("No project was made. Please correct:", *messages, "", sep="\n", file=sys.stderr)
+    print("No project was created. Please correct:", *messages, "", sep="\n", file=sys.stderr)
     sys.exit("Cookiecutter's own error report follows.")  # the exit status is 1

@@ -381,3 +381,9 @@ def test_a_key_counts_all_values_of_a_form(user):
     assert upload(user, b"x", ["1", "2"]).status_code == 202
     assert upload(user, b"x", ["3", "2"]).status_code == 422
     assert upload(user, b"x", ["2"]).status_code == 422
+
+
+@pytest.mark.parametrize("url", ["/api/jobs/", "/api/batches/"])
+def test_anonymous_users_get_nothing_by_default(url):
+    """DRF's default permission allows everyone."""
+    assert APIClient().get(url).status_code == 401

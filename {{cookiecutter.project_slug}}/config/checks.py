@@ -123,7 +123,7 @@ def longest_hold(task):
 
 @register()
 def check_rate_limits(app_configs, **kwargs):
-    """Find tasks that wait for their rate limit in a worker's few places, where others wait too."""
+    """Find tasks that wait for their rate limit in a worker's few slots, where others wait too."""
     route = current_app.amqp.router.route
     queues = {task: route({}, task.name)["queue"].name for task in all_tasks()}
     for task, queue in queues.items():

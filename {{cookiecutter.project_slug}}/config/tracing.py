@@ -16,7 +16,7 @@ try:
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 except ImportError as error:
     text = f"OTEL_EXPORTER_OTLP_ENDPOINT is set, but {error.name} is not installed"
-    raise ImproperlyConfigured(f"{text}: run `uv sync --inexact --extra tracing`.") from error
+    raise ImproperlyConfigured(f"{text}: add `--extra tracing` to `uv sync`.") from error
 
 
 def flush(**kwargs):

@@ -18,6 +18,7 @@ from rest_framework import viewsets
 from rest_framework.decorators import action
 from rest_framework.exceptions import APIException, NotFound, ValidationError
 from rest_framework.pagination import CursorPagination
+from rest_framework.permissions import IsAuthenticated
 from rest_framework.request import Request
 from rest_framework.response import Response
 
@@ -93,6 +94,7 @@ def identify_upload(upload):
 class OwnViewSet(viewsets.ReadOnlyModelViewSet):
     """What jobs and batches have in common: the caller's own rows. Staff also see those without an owner."""
 
+    permission_classes = [IsAuthenticated, *viewsets.ReadOnlyModelViewSet.permission_classes]
     pagination_class = NewestFirst
     filter_backends = [StrictFilter]
     filterset_fields = ["state"]
