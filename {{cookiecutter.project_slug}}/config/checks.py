@@ -1,5 +1,5 @@
 {% import "imports.jinja" as imports %}
-{% from "chosen.jinja" import broker, result_backend, servers, has_docker, has_flower, has_jobs, has_results with context %}
+{% from "chosen.jinja" import broker, result_backend, servers, worker_pool, has_docker, has_flower, has_jobs, has_results with context %}
 {% set in_environment = [broker.required, result_backend.required | default] %}
 {% set used = ["CELERY_BROKER_URL"] + (["CELERY_RESULT_BACKEND"] if has_results else []) %}
 {% set fixed = used | reject("in", in_environment) | list %}
@@ -59,7 +59,7 @@ def check_cache_timeouts(app_configs, **kwargs):
 
 @register(Tags.database)
 def check_pooler(app_configs, databases=None, **kwargs):
-    """Find a pooler, which tells a client another process id than that of the server."""
+    """Find a pooler, which reports a process id that isn't the server's."""
     for connection in [connections[alias] for alias in databases or []]:
         is_ready = connection.settings_dict.get("DISABLE_SERVER_SIDE_CURSORS")
         if connection.vendor == "postgresql" and not is_ready:
@@ -123,7 +123,7 @@ def longest_hold(task):
 
 @register()
 def check_rate_limits(app_configs, **kwargs):
-    """Find tasks that wait for their rate limit in a worker's few slots, where others wait too."""
+    """Find rate-limited tasks that share a queue: they delay the others in it."""
     route = current_app.amqp.router.route
     queues = {task: route({}, task.name)["queue"].name for task in all_tasks()}
     for task, queue in queues.items():
@@ -142,7 +142,7 @@ def check_flower(app_configs, **kwargs):
     if any(user.partition(":")[2] in ("", "change-me") for user in users):
         yield Error(
             "FLOWER_BASIC_AUTH needs a password: anyone who reaches Flower can see and revoke tasks.",
-            hint="Set it to user:password. If you run no Flower, silence this check.",
+            hint="Set it to user:password. If you don't run Flower, silence this check.",
             id="config.E002",
         )
 {% endif %}
@@ -160,6 +160,7 @@ def check_overridden(app_configs, **kwargs):
                 id="config.W005",
             )
 {% endif %}
+{% print worker_pool.checks | default %}
 {% for server in servers %}
 {% print server.checks | default %}
 {% endfor %}

@@ -7,6 +7,6 @@ import environ
 
 env = environ.Env()
 env.read_env(Path(__file__).resolve().parent.parent / ".env")
-env.escape_proxy = True  # "$" is a character, and no reference to another variable
+env.escape_proxy = True  # "$" is a character, not a reference to a variable
 values = {name: value.strip().replace("$", r"\$") for name, value in os.environ.items()}
 env.ENVIRON = {name: value for name, value in values.items() if value}  # empty means missing

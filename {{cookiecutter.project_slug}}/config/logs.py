@@ -39,7 +39,7 @@ LEVELS = {
 def configure(debug, level):
     """Configure structlog, and return the value of Django's setting LOGGING.
 
-    `level` is the least important level that is logged, such as "INFO".
+    `level` is the lowest level that is logged, such as "INFO".
     """
     structlog.configure(
         processors=[drop_repeated, *PROCESSORS, FORMATTER.wrap_for_formatter],

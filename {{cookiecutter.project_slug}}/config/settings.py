@@ -208,7 +208,7 @@ CELERY_TASK_QUEUES = [
 CELERY_TASK_QUEUES = [Queue(name, routing_key=name) for name in ["{{ include_example.queues | join('", "') }}"]]
 {% endif %}
 {% if has_example %}
-CELERY_TASK_ROUTES = {  # a queue for each kind of load, so that one doesn't delay another
+CELERY_TASK_ROUTES = {  # a queue for each kind of load, so that each can have its own workers
     "orders.tasks.forecast_demand": {"queue": "cpu"},
     "orders.tasks.{{ "ask_supplier" if has_jobs else "check_stock" }}": {"queue": "io"},
 }
@@ -239,7 +239,7 @@ CELERY_TASK_IGNORE_RESULT = True
 {% if has_flower %}
 
 # Flower
-CELERY_TASK_SEND_SENT_EVENT = CELERY_WORKER_SEND_TASK_EVENTS = True  # it shows each task's life
+CELERY_TASK_SEND_SENT_EVENT = CELERY_WORKER_SEND_TASK_EVENTS = True  # it shows each task's state
 FLOWER_BASIC_AUTH = env.str("FLOWER_BASIC_AUTH", default="")  # Flower refuses to start without it
 FLOWER_PORT = env.int("FLOWER_PORT", default={{ flower_port }})
 FLOWER_URL = env.str("FLOWER_URL", default=f"http://127.0.0.1:{FLOWER_PORT}/")  # a link for staff
@@ -247,7 +247,7 @@ FLOWER_URL = env.str("FLOWER_URL", default=f"http://127.0.0.1:{FLOWER_PORT}/")  
 
 # Logs and errors
 if dsn := env.str("SENTRY_DSN", default=""):
-    import sentry_sdk  # only if needed: it makes each start a sixth longer
+    import sentry_sdk  # only if needed: it slows each start by a sixth
 
     sentry_sdk.init(dsn, release=env.str("RELEASE", default=None))
 {% if has_jobs %}

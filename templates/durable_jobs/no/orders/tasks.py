@@ -26,7 +26,7 @@ SUPPLIER_URL = "https://supplier.example/stock"  # fixed: never let users choose
 
 @shared_task(ignore_result=True, autoretry_for=(OSError,), retry_backoff=True, max_retries=8)
 def send_confirmation(order_id):
-    """If the mail server fails, the task is retried after about 1, 2, 4, … seconds."""
+    """If the mail server fails, the task is retried after up to 1, 2, 4, … seconds."""
     order = Order.objects.get(pk=order_id)
     if order.confirmed_at:
         return

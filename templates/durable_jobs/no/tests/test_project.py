@@ -35,6 +35,14 @@ def test_a_task_that_the_broker_would_deliver_twice_is_found(monkeypatch, settin
     slow = app.tasks["celery.backend_cleanup"]
     monkeypatch.setattr(slow, "time_limit", settings.REDELIVERY_SECONDS)
     assert [warning.id for warning in checks.check_redelivery(None)] == ["config.W002"]
+{% if worker_pool.has_soft_shutdown %}
+
+
+def test_a_task_with_only_one_time_limit_of_its_own_is_found(monkeypatch):
+    assert not list(checks.check_time_limits(None))
+    monkeypatch.setattr(app.tasks["celery.backend_cleanup"], "time_limit", 60)
+    assert [warning.id for warning in checks.check_time_limits(None)] == ["config.W009"]
+{% endif %}
 
 
 @pytest.mark.parametrize("url", ["/", "/admin/", "/api/docs/"])

@@ -253,7 +253,7 @@ def test_a_newsletter_skips_an_address_that_the_mail_server_refuses(
     post_newsletter(staff_api, 3)
     run_jobs()
     assert Job.objects.get().state == "succeeded"
-    assert [mail.to[0] for mail in mailoutbox] == ["0@example.com", "2@example.com"]
+    assert {mail.to[0] for mail in mailoutbox} == {"0@example.com", "2@example.com"}
 
 
 # Started on the page
