@@ -132,7 +132,7 @@ def read_code():
 
 {% if has_compose %}
 def prepare():
-    """`python dev.py prepare`, in a container: create a user, and print links. Not in production."""
+    """`python dev.py prepare`, in a container: with DEBUG, create a user and print links."""
     os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
     django.setup()
     if settings.DEBUG:
@@ -175,7 +175,7 @@ def create_user_and_links():
 {% if has_jobs %}
     {curl}/jobs/
 {% elif has_example and has_task_api %}
-    Start a report; the header Location says where its status is:
+    Start a report; its status is at the URL in the Location header:
     {curl}/orders/report/ -i -X POST
 {% elif not has_example %}
     Your token opens the API, such as its schema:

@@ -6,7 +6,7 @@ from celery import beat
 
 
 class Scheduler(beat.PersistentScheduler):
-    """Starts anew if the file can't be read. Celery does so, too, but not after every error.
+    """Starts over if the file can't be read. Celery does too, but not after every error.
 
     For example, the file may name the class of a schedule that the code no longer has.
     """

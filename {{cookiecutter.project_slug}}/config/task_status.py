@@ -26,7 +26,7 @@ class TaskSerializer(serializers.Serializer):
 def accepted(request, result):
     """Answer 202 to the request that has sent a task. `result` is what delay() returned.
 
-    The header Location has the task's address. It is signed: it works only for this user, and only
+    The Location header has the task's URL. It is signed: it works only for this user, and only
     until the result expires. Celery itself can't tell an unknown id from that of a waiting task.
     """
     location = reverse("task", args=[signer(request.user).sign(result.id)])
@@ -61,7 +61,7 @@ class TaskView(APIView):
         try:
             age = settings.CELERY_RESULT_EXPIRES
             task_id = signer(self.request.user).unsign(self.kwargs["key"], max_age=age)
-        except signing.BadSignature:  # another user's, an invented or an expired one
+        except signing.BadSignature:  # another user's, forged or expired
             raise Http404 from None
         return AsyncResult(task_id, app=current_app)
 

@@ -20,7 +20,7 @@ const LABELS = {
   PENDING: "Waiting for a worker",
   STARTED: "Running",
   PROGRESS: "Running",
-  RETRY: "Waiting for the next try",
+  RETRY: "Waiting to retry",
   SUCCESS: "Done",
   FAILURE: "Failed",
   REVOKED: "Canceled",
@@ -35,7 +35,7 @@ function show({ state, progress, result, error }) {
   find("message").textContent = error ?? progress?.message ?? "";
   find("bar").hidden = ended;
   if (progress?.total) Object.assign(find("bar"), { max: progress.total, value: progress.done });
-  else find("bar").removeAttribute("value"); // it shows that something happens
+  else find("bar").removeAttribute("value"); // shows only that it is running
   find("result").hidden = state !== "SUCCESS";
   find("result").textContent = JSON.stringify(result, null, 2);
   if (find("cancel")) find("cancel").hidden = ended;

@@ -23,7 +23,7 @@ class ServiceUnavailable(exceptions.APIException):
 def exception_handler(error, context):
     """Answer 503 if a view could not reach the broker or the result backend."""
 {% if result_backend.unavailable is defined %}
-    # If the result backend fails, delay() raises a RuntimeError that this error has caused.
+    # If the result backend fails, delay() raises a RuntimeError caused by its error.
 {% endif %}
     if isinstance(error, UNAVAILABLE) or isinstance(error.__cause__, UNAVAILABLE):
         logger.error("broker or result backend unavailable: %r", error)

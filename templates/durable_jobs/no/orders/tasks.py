@@ -97,7 +97,7 @@ def forecast_demand(product, email, days=30, rounds=100_000):
     ignore_result=True, autoretry_for=(httpx.HTTPError,), retry_backoff=True, max_retries=8
 )
 def check_stock(order_id):
-    """I/O-bound: it waits for another server, with a timeout. The database keeps what must last."""
+    """I/O-bound: it waits for another server, with a timeout. The result goes into the database."""
     order = Order.objects.get(pk=order_id)
     response = httpx.get(SUPPLIER_URL, params={"product": order.product}, timeout=10)
     quantity = response.raise_for_status().json()["quantity"]

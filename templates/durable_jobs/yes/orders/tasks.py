@@ -39,7 +39,7 @@ def send_confirmation(self, order_id):
     if order.confirmed_at:
         return
     self.report(50, message=f"Sending to {order.owner.email}")
-    # Only to the user's own address: with one from the request, anybody could email anybody.
+    # Only to the user's own address: with one from the request, anyone could email anyone.
     order.owner.email_user("Your order", f"Thank you! You ordered {order}.")
     Order.objects.filter(pk=order.pk).update(confirmed_at=timezone.now())
     self.report(100, message=f"Sent to {order.owner.email}")
