@@ -271,7 +271,8 @@ def test_a_retry_in_the_far_future_does_not_break_the_lists_of_jobs(stack):
     code = """
 from django.test import Client
 from users.models import User
-admin = Client(raise_request_exception=False, HTTP_HOST="127.0.0.1")
+https = {"x-forwarded-proto": "https"}
+admin = Client(raise_request_exception=False, HTTP_HOST="127.0.0.1", headers=https)
 admin.force_login(User.objects.create_superuser("superuser"))
 result = admin.get("/admin/durable_jobs/job/").status_code
 """

@@ -42,7 +42,7 @@ from django.test import Client
 from django_celery_beat.models import CrontabSchedule, IntervalSchedule, PeriodicTask
 from users.models import User
 
-client = Client(HTTP_HOST="localhost")
+client = Client(HTTP_HOST="localhost", headers={"x-forwarded-proto": "https"})
 client.force_login(User.objects.create_superuser("staff"))
 
 def save(name, task, **fields):

@@ -285,4 +285,4 @@ def test_a_missing_package_is_named(project):
         text=True,
     )
     assert run.returncode == 1
-    assert run.stderr.endswith("run `uv sync --inexact --extra tracing`.\n"), run.stderr
+    assert "`--extra tracing`" in run.stderr
