@@ -385,6 +385,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("brokers", nargs="*", default=list(BROKERS), metavar="broker")
     parser.add_argument("--pool", default="prefork")
+    parser.add_argument("--mixed", action="store_true", help="a worker of threads, and two Beats")
     parser.add_argument("--jobs", type=int, default=JOBS)
     parser.add_argument("--backlog", type=int, default=0, help="more jobs, before the first fault")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of faults")
@@ -401,7 +402,7 @@ def main():
     sys.exit(not fine)
 
 
-def run(name, folder, *, jobs=JOBS, backlog=0, seconds=SECONDS, seed, pool="prefork"):
+def run(name, folder, *, jobs=JOBS, backlog=0, seconds=SECONDS, seed, pool="prefork", mixed=False):
     """Run chaos on a project with this broker. Print a report, return whether nothing was lost."""
     print(f"{name}, {pool}, seed {seed}", flush=True)
     broker = BROKERS[name]
@@ -413,7 +414,8 @@ def run(name, folder, *, jobs=JOBS, backlog=0, seconds=SECONDS, seed, pool="pref
     database.start()
     try:
         stack = prepare(Project(baked), broker, folder, database, **TIMINGS)
-        stack.add_worker("test")
+        stack.add_worker("test", "threads" if mixed else None)
+        stack.others += [stack.make_beat("second-beat")] if mixed else []
         fine = False
         try:
             stack.start()

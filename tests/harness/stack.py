@@ -72,7 +72,7 @@ class Stack:
             f"gunicorn config.wsgi --preload --bind 127.0.0.1:{self.port} --workers 4",
             is_ready=lambda: self.web.printed.count("Booting worker") >= 4,
         )
-        self.beat = self.process(f"celery -A config beat -s {folder}/beat", name="beat")
+        self.beat, self.others = self.make_beat(), []
         self.workers = []
         self.worker, self.other = self.add_worker("cpu"), self.add_worker("io")
         self.console = self.token = None
@@ -103,10 +103,13 @@ class Stack:
         worker.is_ready = lambda: f"{name}@" in worker.printed and " ready." in worker.printed
         return worker
 
-    def add_worker(self, queue):
+    def add_worker(self, queue, pool=None):
         """Add a worker to the stack, for `celery` and for another queue."""
-        self.workers.append(self.make_worker(f"celery,{queue}", queue))
+        self.workers.append(self.make_worker(f"celery,{queue}", queue, pool))
         return self.workers[-1]
+
+    def make_beat(self, name="beat"):
+        return self.process(f"celery -A config beat -s {self.folder}/{name}", name)
 
     def replace_worker(self, **variables):
         """Start a worker with these variables in place of the first one, until the test ends."""
@@ -126,7 +129,7 @@ class Stack:
 
     @property
     def processes(self):
-        return [self.web, self.beat, *self.workers]
+        return [self.web, self.beat, *self.others, *self.workers]
 
     @property
     def logs(self):
