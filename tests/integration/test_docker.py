@@ -586,6 +586,9 @@ def test_a_large_or_slow_request_stops_at_the_proxy(stack, https, tmp_path):
     before, limit = timeouts(), 25 * MEGABYTE
     token = ["--header", f"Authorization: Token {stack.token}"]
     answers = []
+    # curl waits for the answer before it sends the body: over HTTP/2, curl 7.88 may lose an answer
+    # that comes while it is still sending.
+    token += ["--http1.1", "--expect100-timeout", "60"]
     for size in (limit - MEGABYTE, limit + MEGABYTE):
         (tmp_path / "upload.csv").write_bytes(b"x" * size)
         file = ["--form", f"file=@{tmp_path / 'upload.csv'}"]
