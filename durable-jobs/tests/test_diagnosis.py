@@ -72,7 +72,7 @@ def waits(seconds=60, **fields):
     return job
 
 
-def runs(silent=15.5, **fields):
+def runs(silent=105, **fields):
     """Return a running job whose lease ended so long ago."""
     job = waits()
     assert claim(job.pk)
@@ -145,7 +145,7 @@ def test_beat_and_all_workers_are_silent():
     works(120)
     sweeps(130)
     assert why(waits()) == NO_HEARTBEAT
-    assert why(runs()) == f"Its worker hasn't responded for 45 s. {NO_HEARTBEAT}"
+    assert why(runs()) == f"Its worker hasn't responded for 2 min. {NO_HEARTBEAT}"
 
 
 def test_a_limit_that_only_beat_can_fill_says_that_beat_does_not_run(settings):
@@ -243,7 +243,7 @@ def test_a_running_job_says_nothing_while_its_lease_lasts():
 
 
 def test_a_worker_gives_no_sign_of_life():
-    text = "Its worker hasn't responded for 45 s"
+    text = "Its worker hasn't responded for 2 min"
     assert why(runs()) == f"{text}. Beat will recover it"
     works(name="celery@other")
     sweeps(130)
@@ -299,8 +299,8 @@ def test_a_batch_says_what_holds_its_jobs_up(api, user, admin_client):
     newest = jobs.latest("created_at")
     assert claim(newest.pk)
     assert shown() == ""  # it moves
-    jobs.filter(pk=newest.pk).update(sweep_at=ago(15.5))
-    assert shown() == "Its worker hasn't responded for 45 s. Beat will recover it"
+    jobs.filter(pk=newest.pk).update(sweep_at=ago(105))
+    assert shown() == "Its worker hasn't responded for 2 min. Beat will recover it"
     cancel(jobs)
     batches.end_all()
     assert shown() == ""

@@ -59,7 +59,7 @@ TEMPORARY = {
     "25006",  # a standby is read-only
     "25P03",  # the transaction was idle for too long: its process froze
     "26000",  # a kept plan is gone, for example after DISCARD ALL
-    "42P05",  # a kept plan exists: a pooler gave this connection to somebody else
+    "42P05",  # a kept plan exists: a pooler gave this connection to someone else
     "0A000",  # a kept plan does not fit the altered table
 }
 
