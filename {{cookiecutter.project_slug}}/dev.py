@@ -198,9 +198,6 @@ if __name__ == "__main__":
     with suppress(KeyboardInterrupt):
 {% if has_compose %}
         if sys.argv[1:] == ["prepare"]:
-            prepare()
-        else:
-            watch(*sys.argv[1:]) if sys.argv[1:] else main()
-{% else %}
-        watch(*sys.argv[1:]) if sys.argv[1:] else main()
+            sys.exit(prepare())
 {% endif %}
+        watch(*sys.argv[1:]) if sys.argv[1:] else main()

@@ -15,10 +15,10 @@ import pytest
 
 from . import kustomize, missing
 from .bake import CHOICES, baked
-from .project import Site, free_ports, wait_for
+from .project import BEHIND_A_PROXY, Site, free_ports, wait_for
 
 SOFT_SHUTDOWN_SECONDS = 2
-HTTPS = {"Host": "example.com", "X-Forwarded-Proto": "https"}  # what the proxy sends
+HTTPS = {"Host": "example.com", **BEHIND_A_PROXY}  # what the proxy sends
 MANAGE = "python", "manage.py"
 
 
@@ -106,7 +106,7 @@ class Stack(Site):
         self.compose("up", "--detach", "--wait", *options)
 
     @contextmanager
-    def monitored(self, *options):
+    def monitored(self):
         """Run the services of the profile `monitoring` until the block ends. Give their names.
 
         Without Grafana if its image is not on this machine and cannot be downloaded.
@@ -119,7 +119,7 @@ class Stack(Site):
             if all(subprocess.run(each, capture_output=True).returncode for each in commands):
                 print(f"not tested: grafana, because there is no image {image}")
                 names.remove("grafana")
-        profile = (*options, "--profile", "monitoring")
+        profile = ("--profile", "monitoring")
         self.compose(*profile, "up", "--detach", "--wait", *names)
         try:
             yield names

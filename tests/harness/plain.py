@@ -17,7 +17,7 @@ import pytest
 
 from .bake import CHOICES, baked
 from .outputs import combinations
-from .project import Console, connects, free_ports, wait_for
+from .project import BEHIND_A_PROXY, Console, connects, free_ports, wait_for
 from .servers import Process, RabbitMQ, Redis
 
 REDELIVERY = 10  # seconds until Redis or SQS delivers a task again, instead of 21 minutes
@@ -258,7 +258,7 @@ class Stack:
 
     def request(self, method, path, data=None):
         """Send a request to the web. Return (status, headers, JSON)."""
-        headers = {"Authorization": f"Token {self.token}", "X-Forwarded-Proto": "https"}
+        headers = {"Authorization": f"Token {self.token}", **BEHIND_A_PROXY}
         return send(method, self.web_url + path, data, headers)
 
     def start_task(self, task, *args):

@@ -10,10 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.client import HTTPConnection
 
-from .project import Console, fetch, free_ports, wait_for
+from .project import BEHIND_A_PROXY, Console, fetch, free_ports, wait_for
 from .servers import Process
 
-BEHIND_A_PROXY = {"X-Forwarded-Proto": "https"}  # the web runs as in production
 LEASE, SWEEP, RESEND = 5, 0.3, 2  # seconds
 TIMINGS = {
     "JOB_LEASE_SECONDS": LEASE,
@@ -108,8 +107,8 @@ class Stack:
         self.workers.append(self.make_worker(f"celery,{queue}", queue, pool))
         return self.workers[-1]
 
-    def make_beat(self, name="beat"):
-        return self.process(f"celery -A config beat -s {self.folder}/{name}", name)
+    def make_beat(self, name="beat", app="config", **variables):
+        return self.process(f"celery -A {app} beat -s {self.folder}/{name}", name, **variables)
 
     def replace_worker(self, **variables):
         """Start a worker with these variables in place of the first one, until the test ends."""
@@ -121,8 +120,7 @@ class Stack:
     def replace_beat(self, app="config", **variables):
         """Start a Beat with these variables in place of the stack's, until the test ends."""
         self.beat.stop()
-        name = f"beat-of-{app}"
-        beat = self.process(f"celery -A {app} beat -s {self.folder}/{name}", name, **variables)
+        beat = self.make_beat(f"beat-of-{app}", app, **variables)
         beat.is_ready = lambda: " is starting." in beat.printed
         beat.start()
         return beat

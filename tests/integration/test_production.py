@@ -14,12 +14,12 @@ import pytest
 from harness import missing, servers
 from harness.bake import CHOICES, render
 from harness.blocks import blocks, code
+from harness.containers import HTTPS
 from harness.outputs import ORDER
 from harness.project import Site, connects, env, fetch, free_ports, wait_for
 
 TABLE = "^\\| `((?:gunicorn|celery) .+?)` \\|"  # of processes
 SECRET = "only-this-test-knows"
-HTTPS = {"Host": "example.com", "X-Forwarded-Proto": "https"}  # what the proxy sends
 # Only Beat starts a job whose countdown is over.
 LATER = """
 from durable_jobs.enqueue import enqueue

@@ -17,9 +17,9 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from harness.bake import CHOICES, WITH_JOBS, baked
 from harness.faults import POOLS
 from harness.outputs import default_output
-from harness.project import env, fetch, wait_for
+from harness.project import BEHIND_A_PROXY, env, fetch, wait_for
 from harness.servers import broker_class
-from harness.stack import BEHIND_A_PROXY, TIMINGS, prepare
+from harness.stack import TIMINGS, prepare
 
 LATER = {"OTEL_BSP_SCHEDULE_DELAY": 600_000}  # so that only the end of a process exports its spans
 # Each broker with one pool, and each pool with one broker.

@@ -1,29 +1,27 @@
 """One example of each pattern of background work. Keep what you need, delete the rest."""
 
 import csv
-import logging
 import random
 import time
 from collections import Counter
 from datetime import timedelta
 from io import TextIOWrapper
 from itertools import islice
-from smtplib import SMTPRecipientsRefused
 
 import httpx
 from celery import shared_task
 from django.contrib.auth import get_user_model
 from django.core.exceptions import ValidationError
-from django.core.mail import get_connection, send_mail
+from django.core.mail import send_mail
 from django.core.validators import ProhibitNullCharactersValidator
 from django.db import transaction
 from django.db.models import Sum
 from django.utils import timezone
 from durable_jobs.tasks import JobError, job
 
+from .emails import send_to_each
 from .models import Import, Newsletter, Order
 
-logger = logging.getLogger(__name__)
 CHUNK = 100  # emails, or lines of a file
 SUPPLIER_URL = "https://supplier.example/stock"  # fixed: no user may choose which server is called
 
@@ -62,17 +60,6 @@ def send_newsletter(self, newsletter_id):
         done, last_pk = done + len(chunk), chunk[-1].pk
         self.report(done, total, f"Sent {done} of {total}", cursor=[done, last_pk])
     return {"sent": done}
-
-
-def send_to_each(recipients, newsletter):
-    """Send it over one connection. A wrong address must not keep the others from getting it."""
-    subject, body = newsletter.subject, newsletter.body
-    with get_connection() as connection:
-        for to in recipients:
-            try:
-                send_mail(subject, body, None, [to.email], connection=connection)
-            except SMTPRecipientsRefused as error:
-                logger.warning("%s", error)
 
 
 @job
