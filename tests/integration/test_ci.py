@@ -29,7 +29,11 @@ PLAIN = [
     for turn, broker in enumerate(CHOICES["broker"])
 ]
 FILES = {  # that only this choice writes
-    "github": {".github/workflows/ci.yml", ".github/dependabot.yml"},
+    "github": {
+        ".github/workflows/ci.yml",
+        ".github/workflows/template.yml",
+        ".github/dependabot.yml",
+    },
     "gitlab": {".gitlab-ci.yml", "renovate.json"},
     "none": set(),
 }
