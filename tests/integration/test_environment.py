@@ -74,6 +74,16 @@ def copied(project, tmp_path):
     return copy
 
 
+@both
+def test_the_level_of_the_log_holds_for_django_too(project):
+    code = """
+import logging
+print(*(n for n in (20, 30, 40) if logging.getLogger("django.x").isEnabledFor(n)), sep=",")
+"""
+    assert project.shell(code, LOG_LEVEL="ERROR") == "40"
+    assert project.shell(code, LOG_LEVEL="DEBUG") == "20,30,40"
+
+
 MODELS = """
 from django.contrib.auth.models import AbstractUser, BaseUserManager
 from django.db import models

@@ -1,6 +1,7 @@
 {% from "chosen.jinja" import has_flower, has_jobs with context %}
 """The log: lines for people in development, JSON in production."""
 
+import logging
 import re
 
 import structlog
@@ -17,7 +18,7 @@ AS_JSON = [
     structlog.processors.format_exc_info,
     structlog.processors.JSONRenderer(),
 ]
-LEVELS = {
+LEVELS = {  # the lowest that is logged, unless LOG_LEVEL is higher
     "axes": "WARNING",  # only failed logins
     # django_structlog already logs each task and request, with the traceback of an error.
     "celery.app.trace": "CRITICAL",
@@ -52,13 +53,15 @@ def configure(debug, level):
         "foreign_pre_chain": PROCESSORS,
         "processors": [FORMATTER.remove_processors_meta, *output],
     }
+    number = logging.getLevelNamesMapping()
+    loggers = {name: {"level": max(least, level, key=number.get)} for name, least in LEVELS.items()}
     return {
         "version": 1,
         "disable_existing_loggers": False,
         "formatters": {"structlog": formatter},
         "handlers": {"console": {"class": "logging.StreamHandler", "formatter": "structlog"}},
         "root": {"handlers": ["console"], "level": level},
-        "loggers": {name: {"level": least} for name, least in LEVELS.items()},
+        "loggers": loggers,
     }
 
 
