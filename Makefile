@@ -1,4 +1,4 @@
-.PHONY: demo engine test prove chaos bench wheel release lint
+.PHONY: demo engine test prove chaos bench pictures wheel release lint
 
 demo: .venv  ## bake a project, start it, run its tasks: make demo ARGS="durable_jobs=yes"
 	@PYTHONPATH=tests .venv/bin/python -m harness.demo $(ARGS)
@@ -20,6 +20,10 @@ chaos: .venv  ## two minutes of random faults on each broker; longer: make chaos
 
 bench: .venv  ## measure and write durable-jobs/docs/performance.md; a trial: make bench ARGS="--scale 0.1"
 	PYTHONPATH=tests .venv/bin/python durable-jobs/bench/run.py $(ARGS)
+
+pictures: .venv  ## take the pictures of README.md anew
+	.venv/bin/uv pip install --quiet --python .venv/bin/python pillow
+	PYTHONPATH=tests .venv/bin/python -m harness.pictures
 
 VENDOR := {{cookiecutter.project_slug}}/vendor
 

@@ -288,6 +288,14 @@ def listed_parts():
     return parts
 
 
+@pytest.mark.parametrize("deployment", CHOICES["deployment"])
+def test_make_alone_lists_each_command(bake, deployment):
+    project = bake(deployment=deployment)
+    targets = set(re.findall(r"(?m)^([a-z]+):", project.read("Makefile")))
+    listed = project.call("make").splitlines()
+    assert {line.split()[1] for line in listed} == targets
+
+
 def test_the_list_of_parts_names_those_that_files_print():
     printed, guarded = set(), set()  # all parts; parts that may be missing
     for path in [*PARTS.rglob("*.jinja"), *whole_files(), *output_files()]:

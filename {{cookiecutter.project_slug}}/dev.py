@@ -16,7 +16,7 @@ from pathlib import Path
 {% endfor %}
 {% endset %}
 {% set sorted = imports.sort(lines) %}
-"""`make run`: run the whole project on this machine, for development. Ctrl-C ends everything."""
+"""`make run`: run the whole project on this machine, for development. Ctrl-C stops everything."""
 
 {{ sorted }}
 import django
@@ -43,11 +43,11 @@ def main():
 {% for server in servers %}
         processes += start_{{ server.name }}()
 {% endfor %}
-        # honcho must not read .env, or its values would override those of the environment.
-        # In its own session it does not get Ctrl-C, so `finally` can stop honcho first, then the broker.
         watched = "".join(f"{name}: python dev.py {name}\n" for name in read_procfile())
+        # honcho must not read .env, or its values would override those of the environment.
         command = ["honcho", "--env", os.devnull, "--procfile", "/dev/stdin", "start"]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        # In its own session it doesn't get Ctrl-C, so `finally` can stop honcho first, then the broker.
         honcho = subprocess.Popen(command, **pipes, start_new_session=True)
         with honcho.stdin as procfile:
             procfile.write(watched.encode())
@@ -60,14 +60,14 @@ def main():
             if honcho.poll() is not None:
                 sys.exit("A process has ended, so all were stopped. See above which one and why.")
             processes = [process for process in processes if process.poll() is None]
-            # Restart a server that was killed, or that another project had started and has stopped. If
-            # it cannot be restarted, because it is on another machine, wait until it is back.
+            # Start a server again if it was killed, or if the project that had started it has stopped
+            # it. If it is on another machine, wait until it is back.
             with suppress(SystemExit):
 {% for server in servers %}
                 processes += start_{{ server.name }}()
 {% endfor %}
             if links and ready.is_set() and answers(os.environ["PORT"]):
-                print(f"{links}\n    Ctrl-C ends everything.\n\n", flush=True)
+                print(f"{links}\n    Ctrl-C stops everything.\n\n", flush=True)
                 links = None
     finally:
         for process in processes:
@@ -78,7 +78,7 @@ def main():
 def copy_output(output, ready):
     """Print honcho's output, and set `ready` once the worker is ready."""
     for line in output:
-        with suppress(OSError):  # nobody reads our output any more
+        with suppress(OSError):  # nobody reads our output anymore
             os.write(1, line)
         if b" ready." in line and b"celery@" in line:
             ready.set()
@@ -87,10 +87,10 @@ def copy_output(output, ready):
 def watch(name, *options):
     """`python dev.py NAME`: run this line of the Procfile.
 
-    Restart the process when the code changes or a signal kills it. If it ends by itself, end too. But
-    if it fails after a restart, wait for the next change, which may fix it.
+    Restart the process when the code changes or a signal kills it. If it exits on its own, exit with
+    its status. But if it fails after a restart, wait for the next change, which may fix it.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that `finally` stops the process
     command = " ".join(["exec", read_procfile()[name], *options])
     for restarts in itertools.count():
         code = read_code()
@@ -104,7 +104,7 @@ def watch(name, *options):
 
 
 def wait_for_reason(process, name, code, restarts):
-    """Return why the process must start again. If it ends by itself, end too."""
+    """Wait until the process must start again, and return why. If it exits on its own, exit too."""
     # Flower does not restart for new code: it would forget the tasks that it shows.
     while name == "flower" or code == read_code():
         time.sleep(0.5)
@@ -168,7 +168,7 @@ def create_user_and_links():
 {% endif %}
 
 {% if has_example %}
-    Place an order; {{ "then follow its job" if has_jobs else "a task confirms it by email, in .data/mail/" }}:
+    Place an order; {{ "then follow its job" if has_jobs else "a task confirms it by email, in the worker's .data/mail/" }}:
     {curl}/orders/ -H 'Content-Type: application/json' \\
         -d '{% raw %}{{"product": "Tea"}}{% endraw %}'
 {% endif %}

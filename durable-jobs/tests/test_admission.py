@@ -136,7 +136,7 @@ def test_a_grant_that_fails_is_left_to_the_sweep(sent, commit, monkeypatch, capl
         patch.setattr(admission, "free_slots", refuse)
         with commit():
             job = alone.enqueue()
-    assert "the sweeper will admit jobs of one" in caplog.text and not sent
+    assert "could not admit jobs of one" in caplog.text and not sent
     sweeper.sender.send_due()
     assert sent == [job.pk]
 
@@ -402,7 +402,7 @@ def test_a_rate_says_what_a_job_waits_for(sent, commit):
     with commit():
         first, second = enqueue_many(ask, [[1], [2]])
     start(first)
-    text = "Waiting: limit api starts at most 3/h"
+    text = "Waiting: limit api allows at most 3/h"
     assert reasons([Job.objects.get(pk=second.pk)]) == {second.pk: text}
 
 

@@ -22,7 +22,9 @@ def test_a_setting_that_would_lose_jobs_is_refused_at_the_start(monkeypatch, set
     settings.DURABLE_JOBS = settings.DURABLE_JOBS | {name: value}
     if name == "CELERY_TASK_TIME_LIMIT":
         monkeypatch.setitem(app.conf, "task_time_limit", value)
-    with pytest.raises(ImproperlyConfigured, match=rf"{name}.* is {value}: it must be more than 0"):
+    with pytest.raises(
+        ImproperlyConfigured, match=rf"{name}.* must be a number greater than 0, not {value}"
+    ):
         django_apps.get_app_config("durable_jobs").ready()
 
 

@@ -58,7 +58,7 @@ def test_one_wrong_name_changes_nothing(command):
     if command == "resume":
         pauses.pause("celery")
     before = list(Pause.objects.all())
-    error = {"pause": "no queue and no task 'mial'.*celery", "resume": "mial is not paused"}
+    error = {"pause": "no queue or task is named 'mial'.*celery", "resume": "mial is not paused"}
     with pytest.raises(CommandError, match=error[command]):
         jobs(command, "celery", "mial")
     assert list(Pause.objects.all()) == before

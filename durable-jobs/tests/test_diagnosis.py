@@ -25,7 +25,7 @@ from durable_jobs.tasks import JobError, JobTask
 pytestmark = pytest.mark.django_db
 
 NOBODY = "No worker consumes the queue celery"
-NO_BEAT = "Beat is down: its last round ended 2 min ago"
+NO_BEAT = "Beat is down: last seen 2 min ago"
 
 
 @shared_task(base=JobTask, bind=True, max_retries=7)
@@ -115,7 +115,7 @@ def test_all_slots_of_its_queue_are_busy():
     works(name="celery@two", slots=2, busy=2)
     works(name="celery@three", queues=["io"], slots=2)
     works(60, name="celery@four", slots=2)
-    assert why(waits()) == "Waiting for a free slot: 6 of 6 of the queue celery are busy"
+    assert why(waits()) == "Waiting for a free slot: 6 of 6 slots of the queue celery are taken"
     Worker.objects.filter(name="celery@two").update(busy=1)
     assert why(waits()) == ""
 
@@ -156,7 +156,7 @@ def test_a_limit_that_only_beat_can_fill_says_that_beat_does_not_run(settings):
     free = waits(blocked_by="tenant:7", limit_key="tenant:7", **held)
     rated = waits(blocked_by="api", limit_key="api", **held)
     assert why(free) == f"Waiting: limit {free.limit_key}. {NO_BEAT}"
-    assert why(rated) == f"Waiting: limit api starts at most 2/h. {NO_BEAT}"
+    assert why(rated) == f"Waiting: limit api allows at most 2/h. {NO_BEAT}"
     for _ in range(2):
         waits(limit_key="tenant:7")
     assert why(free) == f"Waiting: limit tenant:7 is full (2 of 2 slots taken). {NO_BEAT}"
@@ -375,9 +375,9 @@ def test_the_problems_of_the_system_are_named():
     Pause.objects.create(name="io", reason="a bug", since=ago(1250))
     sweeps(refused={"io": "ConnectionError('refused')"})
     assert problems() == [
-        f"{NOBODY}: 2 jobs there",
+        f"{NOBODY}: 2 jobs waiting",
         "The broker refuses messages for the queue io: ConnectionError('refused')",
-        "The workers of 1 job do not respond",
+        "The workers of 1 job aren't responding",
         "io: Paused for 20 min: a bug",
     ]
     sweeps(130)

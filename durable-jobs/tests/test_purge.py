@@ -232,7 +232,7 @@ def test_an_error_stops_no_other_step(monkeypatch, caplog, failing):
         purge.clean_forever()
     round_ = ["delete_pages", "delete_pages", "delete_old_keys"]
     assert called == round_ * 2
-    assert f"{failing} failed, and is tried again" in caplog.text
+    assert f"{failing} failed and will be retried" in caplog.text
 
 
 def test_the_purge_reads_only_old_jobs(backlog, settings):

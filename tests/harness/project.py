@@ -184,7 +184,7 @@ class Site:
         return (self.project.parent / "run.log").read_text(errors="replace")
 
     def wait_until_ready(self):
-        wait_for(lambda: "Ctrl-C ends everything" in self.log or self.process.poll(), site=self)
+        wait_for(lambda: "Ctrl-C stops everything" in self.log or self.process.poll(), site=self)
         assert self.process.poll() is None, self.log
         self.token = re.search("Token ([0-9a-f]{40})", self.log)[1]
         ready = r"(celery@\S+) ready"

@@ -188,7 +188,11 @@ def test_dependabot_updates_every_file_with_versions(bake, deployment):
     updates = yaml.safe_load(project.read(".github/dependabot.yml"))["updates"]
     exist = [kind for kind, file in ECOSYSTEMS.items() if (project / file).exists()]
     assert [update.pop("package-ecosystem") for update in updates] == exist
-    for update in updates:
+    for kind, update in zip(exist, updates, strict=True):
+        ignored = update.pop("ignore", [])
+        assert [rule["dependency-name"] for rule in ignored] == (
+            ["postgres"] if kind == "docker-compose" else []
+        )
         assert update == {
             "directory": "/",
             "schedule": {"interval": "weekly"},
@@ -199,7 +203,10 @@ def test_dependabot_updates_every_file_with_versions(bake, deployment):
 
 def test_renovate_updates_every_file_with_versions(bake):
     """All that it finds, as it does by default, and uv.lock, when a version is a week old."""
-    assert json.loads(bake(ci="gitlab").read("renovate.json")) == {
+    settings = json.loads(bake(ci="gitlab").read("renovate.json"))
+    [rule] = settings.pop("packageRules")
+    assert (rule["matchPackageNames"], rule["enabled"]) == (["postgres"], False)
+    assert settings == {
         "extends": ["config:recommended", "group:allNonMajor"],
         "lockFileMaintenance": {"enabled": True},
         "minimumReleaseAge": "7 days",

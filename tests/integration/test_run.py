@@ -289,7 +289,7 @@ def test_closing_the_terminal_ends_everything(project):
         os.chdir(project)
         os.execvpe("make", ["make", "run"], env(**ports, **project.free_servers()))
     printed = b""
-    while b"Ctrl-C ends everything" not in printed:
+    while b"Ctrl-C stops everything" not in printed:
         printed += os.read(terminal, 4096)
     os.close(terminal)
 
@@ -545,7 +545,7 @@ def test_ctrl_c_keeps_a_broker_that_another_project_uses(project):
         variables = {**site.environment, **ports, "PATH": path}
         port = urlsplit(variables["CELERY_BROKER_URL"]).port
         with typed(project, "python dev.py", **variables) as second:
-            second.wait_for("Ctrl-C ends everything")
+            second.wait_for("Ctrl-C stops everything")
             assert f" on port {port}" not in second.log
             site.stop()
             wait_for(lambda: connects(port), site=second)

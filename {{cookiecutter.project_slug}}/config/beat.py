@@ -17,5 +17,5 @@ class Scheduler(beat.PersistentScheduler):
         except Exception as error:
             with suppress(Exception):
                 self._store.close()
-            self._destroy_open_corrupted_schedule(error).close()
+            self._destroy_open_corrupted_schedule(error).close()  # an empty file, opened again below
             super().setup_schedule()

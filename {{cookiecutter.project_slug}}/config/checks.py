@@ -32,7 +32,7 @@ from django.utils.module_loading import autodiscover_modules
 
 @register()
 def check_cache(app_configs, **kwargs):
-    """Find a missing package. Otherwise only the log would say that requests are not counted."""
+    """Find a missing package. Throttles ignore errors of the cache, so only the log would mention it."""
     try:
         getattr(caches["default"], "_cache", None)  # imports the package, but does not connect
     except ImportError as error:
@@ -61,8 +61,8 @@ def check_cache_timeouts(app_configs, **kwargs):
 def check_pooler(app_configs, databases=None, **kwargs):
     """Find a pooler, which reports a process id that isn't the server's."""
     for connection in [connections[alias] for alias in databases or []]:
-        is_ready = connection.settings_dict.get("DISABLE_SERVER_SIDE_CURSORS")
-        if connection.vendor == "postgresql" and not is_ready:
+        is_prepared = connection.settings_dict.get("DISABLE_SERVER_SIDE_CURSORS")
+        if connection.vendor == "postgresql" and not is_prepared:
             with connection.cursor() as cursor:
                 cursor.execute("SELECT pg_backend_pid()")
                 if cursor.fetchone() != (cursor.connection.info.backend_pid,):
@@ -111,7 +111,7 @@ def all_tasks():
 def longest_hold(task):
     """Return how many seconds a worker may hold a message of this task."""
 {% if broker.holds_countdowns %}
-    # A worker also holds it before a retry, and during a countdown of the schedule.
+    # It also holds the message while the task waits for a retry, or for a countdown in the schedule.
     backoff = getattr(task, "retry_backoff_max", 600) if getattr(task, "retry_backoff", 0) else 0
     entries = [e for e in current_app.conf.beat_schedule.values() if e["task"] == task.name]
     countdowns = [entry.get("options", {}).get("countdown", 0) for entry in entries]

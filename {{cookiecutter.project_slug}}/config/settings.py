@@ -57,7 +57,7 @@ INSTALLED_APPS = [
 {% endif %}
 ]
 MIDDLEWARE = [
-    "config.health.HealthMiddleware",  # before any other that checks the host or redirects
+    "config.health.HealthMiddleware",  # before middleware that checks the host or redirects
     "django.middleware.security.SecurityMiddleware",
     "csp.middleware.CSPMiddleware",
     "whitenoise.middleware.WhiteNoiseMiddleware",
@@ -102,8 +102,8 @@ if DATABASES["default"]["ENGINE"] == "django.db.backends.sqlite3":
 {% if has_jobs %}
     DATABASES["default"]["TEST"] = {"NAME": BASE_DIR / "test.sqlite3"}  # for a worker, too
 {% endif %}
-else:  # don't wait long for a server that has disappeared: seconds, then milliseconds
-    timeouts = {"connect_timeout": 5, "tcp_user_timeout": 10_000}
+else:  # don't wait long for a server that has disappeared
+    timeouts = {"connect_timeout": 5, "tcp_user_timeout": 10_000}  # seconds; milliseconds
     DATABASES["default"]["OPTIONS"] = timeouts | DATABASES["default"].get("OPTIONS", {})
 CACHES = {"default": env.cache("CACHE_URL", default="locmemcache://")}
 {% for server in servers if server.settings is defined %}
@@ -130,7 +130,7 @@ SECURE_HSTS_SECONDS = 0 if DEBUG else 3600
 SILENCED_SYSTEM_CHECKS = ["security.W005", "security.W021"]  # HSTS for subdomains: your decision
 NUM_PROXIES = env.int("NUM_PROXIES", default=0 if DEBUG else 1)
 IPWARE_META_PRECEDENCE_ORDER = ["REMOTE_ADDR"]
-if NUM_PROXIES:  # without a proxy, only a client can send these headers
+if NUM_PROXIES:  # without a proxy, these headers could only come from a client: don't trust them
     SECURE_PROXY_SSL_HEADER = ("HTTP_X_FORWARDED_PROTO", "https")
     IPWARE_META_PRECEDENCE_ORDER = ["HTTP_X_FORWARDED_FOR", "REMOTE_ADDR"]
     IPWARE_META_PROXY_COUNT = NUM_PROXIES - 1  # ipware does not count the last proxy
@@ -156,7 +156,7 @@ AUTHENTICATION_BACKENDS = [
 ]
 AXES_FAILURE_LIMIT = 10  # wrong passwords lock an IP address out
 AXES_COOLOFF_TIME = timedelta(minutes=15)
-AXES_RESET_COOL_OFF_ON_FAILURE_DURING_LOCKOUT = False  # attempts while locked out write nothing
+AXES_RESET_COOL_OFF_ON_FAILURE_DURING_LOCKOUT = False  # attempts meanwhile don't prolong it
 AXES_DISABLE_ACCESS_LOG = True  # the log of successful logins would grow forever
 
 # API
@@ -199,7 +199,7 @@ SPECTACULAR_SETTINGS = {
 CELERY_TASK_ACKS_LATE = True  # if a worker is killed, the broker delivers its tasks again
 CELERY_TASK_TIME_LIMIT = env.int("TASK_TIME_LIMIT", default=600)  # seconds
 {% print worker_pool.task_settings | default %}
-# The queues that a worker consumes by default; `--queues cpu` restricts it to some.
+# The queues that a worker consumes by default; `--queues cpu` limits it to that one.
 {% if broker.queue_options is defined %}
 CELERY_TASK_QUEUES = [
     Queue(name, routing_key=name, {{ broker.queue_options }}){{ "\n    " if has_example else " " }}for name in ["{{ include_example.queues | join('", "') }}"]
@@ -247,7 +247,7 @@ FLOWER_URL = env.str("FLOWER_URL", default=f"http://127.0.0.1:{FLOWER_PORT}/")  
 
 # Logs and errors
 if dsn := env.str("SENTRY_DSN", default=""):
-    import sentry_sdk  # only if needed: it slows each start by a sixth
+    import sentry_sdk  # only if needed, because it slows each start by a sixth
 
     sentry_sdk.init(dsn, release=env.str("RELEASE", default=None))
 {% if has_jobs %}

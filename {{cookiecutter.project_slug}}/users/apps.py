@@ -5,4 +5,4 @@ class UsersConfig(AppConfig):
     name = "users"
 
     def ready(self):
-        from config import checks  # noqa: F401  registers the checks
+        from config import checks  # noqa: F401  registers the project's checks

@@ -228,8 +228,9 @@ class JobAdmin(ListAdmin):
         count = queryset.count()  # first, because copies may be in the queryset, too
         again = run_all_again(queryset.defer(None))
         log(request, again, "Queued again")
-        skipped = f"{count - len(again)} skipped, because they are active or can no longer run."
-        announce(request, again, "queued again", skipped)
+        skipped = count - len(again)
+        reason = f"{skipped} skipped, because they are active or can no longer run."
+        announce(request, again, "queued again", reason if skipped else "")
 
     @admin.action(description="Cancel", permissions=["delete"])
     def cancel(self, request, queryset):

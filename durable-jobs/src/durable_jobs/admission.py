@@ -89,7 +89,9 @@ def admit(keys, most=AT_ONCE, skip_locked=False):
                 if len(jobs) < AT_ONCE:
                     break
     except Error as error:
-        logger.warning("the sweeper will admit jobs of %s: %r", ", ".join(keys)[:200], error)
+        logger.warning(
+            "could not admit jobs of %s, so the sweeper will: %r", ", ".join(keys)[:200], error
+        )
     return count
 
 
@@ -234,7 +236,7 @@ def after_run(run):
         if a_blocked(blocked_by=run.limit_key):
             admit([run.limit_key])
     except Error as error:
-        logger.warning("the sweeper frees a slot of %s: %r", run.limit_key, error)
+        logger.warning("could not free a slot of %s, so the sweeper will: %r", run.limit_key, error)
 
 
 @transitions.prepared()

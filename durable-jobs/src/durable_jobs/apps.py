@@ -24,7 +24,7 @@ class DurableJobsConfig(AppConfig):
         values["CELERY_TASK_TIME_LIMIT"] = current_app.conf.task_time_limit or 0
         for name, value in values.items():
             if not value > 0:  # also true for NaN
-                raise ImproperlyConfigured(f"{name} is {value}: it must be more than 0.")
+                raise ImproperlyConfigured(f"{name} must be a number greater than 0, not {value}.")
         # Import the tasks that workers import. Then send_task() knows which ones are jobs.
         current_app.autodiscover_tasks(force=True)
         for module in current_app.loader.default_modules:

@@ -30,7 +30,7 @@ def check_database(app_configs, **kwargs):
     )
     if alias != "default" or not is_known or not use_tz:
         error = "Jobs require PostgreSQL or SQLite as the database 'default', and USE_TZ = True."
-        hint = f"Now {alias=}, {vendor=}, {use_tz=}, {isolation=}: correct your database router or settings."
+        hint = f"Currently {alias=}, {vendor=}, {use_tz=}, {isolation=}: correct your database router or settings."
         yield Error(error, hint=hint, id="durable_jobs.E005")
 
 
@@ -69,7 +69,7 @@ def check_shared_queues(app_configs, **kwargs):
             queues[is_job(task)].add(queue_of(task, [], {}))
     for queue in sorted(queues[True] & queues[False]):
         yield Info(
-            f"Jobs and plain tasks share the queue {queue}: lost messages of its jobs are found when it is nearly empty.",
+            f"Jobs and plain tasks share the queue {queue}: lost messages of jobs are sent again only once it is nearly empty.",
             hint="Give the plain tasks a queue of their own in CELERY_TASK_ROUTES, or silence this check.",
             id="durable_jobs.I002",
         )
@@ -82,8 +82,8 @@ def check_rate_limits(app_configs, **kwargs):
     for name in names:
         if rate := current_app.tasks[name].rate_limit:
             yield Warning(
-                f"{name} has rate_limit={rate!r}: each worker counts for itself, and jobs that it delays keep it from taking others.",
-                hint='Write limit="name" instead, and its rate into the LIMITS of DURABLE_JOBS.',
+                f"{name} has rate_limit={rate!r}: each worker counts separately, and takes no other jobs while it holds delayed ones.",
+                hint='Use limit="name" instead, and put the rate into DURABLE_JOBS["LIMITS"].',
                 id="durable_jobs.W008",
             )
 
@@ -122,7 +122,7 @@ def check_blocked_jobs(app_configs, databases=None, **kwargs):
             counts[limits.name_of(key)] += count
         for name in sorted(counts.keys() - conf.LIMITS.keys()):
             yield Warning(
-                f"{counts[name]} jobs wait for the limit {name!r}, which is gone from DURABLE_JOBS['LIMITS'].",
+                f"{counts[name]} jobs wait for the limit {name!r}, which is no longer in DURABLE_JOBS['LIMITS'].",
                 hint="They will never start: keep the limit until they have run, or cancel them.",
                 id="durable_jobs.W009",
             )

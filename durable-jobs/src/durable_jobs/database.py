@@ -126,7 +126,7 @@ def try_in_halves(function, rows, keys):
             try_in_halves(function, rows, keys[:middle])
             try_in_halves(function, rows, keys[middle:])
         else:
-            logger.warning("%s fails for the job %s: %r", function.__name__, keys[0], error)
+            logger.warning("%s fails for %s: %r", function.__name__, keys[0], error)
 
 
 def wait_past_soft_limit(update, *args, **kwargs):

@@ -54,10 +54,10 @@ def problems(rows):
     for row in rows:
         count = row.get("durable_jobs_waiting")
         if count and (text := facts.no_worker(row["queue"])):
-            found.append(f"{text}: {numbered(count, 'job')} there")
+            found.append(f"{text}: {numbered(count, 'job')} waiting")
     found += [facts.refusal(queue) for queue in facts.refused]
     if stalled := Job.objects.filter(STALLED).count():
-        found.append(f"The workers of {numbered(stalled, 'job')} do not respond")
+        found.append(f"The workers of {numbered(stalled, 'job')} aren't responding")
     found += [f"{name}: {text}" for name, text in facts.pauses.items()]
     return [text for text in found if text]
 
@@ -160,7 +160,7 @@ class Facts:
         if used >= limit.running > 0:
             return f"Waiting: limit {key} is full ({used} of {limit.running} slots taken)"
         if limit.rate:
-            return f"Waiting: limit {key} starts at most {limit.rate}"
+            return f"Waiting: limit {key} allows at most {limit.rate}"
         # limit_of() returns 0 if it is gone.
         return f"Waiting: limit {key}" + ("" if limit.running else " no longer exists")
 
@@ -178,7 +178,7 @@ class Facts:
             return "Beat has never run"
         most = timedelta(seconds=conf.LEASE_SECONDS + 2 * conf.SWEEP_SECONDS)
         age = self.sweep.age
-        return f"Beat is down: its last round ended {span(age)} ago" if age > most else ""
+        return f"Beat is down: last seen {span(age)} ago" if age > most else ""
 
     @cached_property
     def standstill(self):
@@ -201,7 +201,7 @@ class Facts:
         """The sentence that all slots of this queue are busy."""
         takers = self.takers(queue)
         slots, busy = (sum(getattr(w, name) for w in takers) for name in ("slots", "busy"))
-        text = f"Waiting for a free slot: {busy} of {slots} of the queue {queue} are busy"
+        text = f"Waiting for a free slot: {busy} of {slots} slots of the queue {queue} are taken"
         return text if busy >= slots else ""
 
     # Messages

@@ -50,7 +50,7 @@ def parse(text):
         number, times, unit = found.groups() if found else (0, None, "")
         name = "starts" if unit else "running"
         if not number or name in fields:
-            raise ValueError(f'{text!r} is no limit: write "5", "60/min" or "5, 60/min"')
+            raise ValueError(f'{text!r} is not a valid limit: write "5", "60/min" or "5, 60/min"')
         fields[name] = int(number)
         if unit:
             period = timedelta(seconds=int(times or 1) * SECONDS[unit[0]])

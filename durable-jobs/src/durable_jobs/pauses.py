@@ -18,9 +18,7 @@ def pause(name: str, reason: str = "") -> Pause:
     """
     queues, tasks = known_names()
     if name not in [*queues, *tasks] and not Job.objects.filter(queue=name).exists():
-        raise ValueError(
-            f"there is no queue and no task {name!r}: the queues are {', '.join(queues)}"
-        )
+        raise ValueError(f"no queue or task is named {name!r}: the queues are {', '.join(queues)}")
     row, is_new = Pause.objects.get_or_create({"reason": reason[:255]}, name=name)
     if reason and not is_new:
         row.reason = reason[:255]

@@ -52,7 +52,7 @@ def as_json(args, kwargs):
 def check_size(what, text, limit, hint):
     """Raise ValueError if this JSON is too large. It is ASCII, so each character is a byte."""
     if len(text) > limit:
-        raise ValueError(f"{what} {len(text):,} bytes, but {limit:,} are allowed: {hint}")
+        raise ValueError(f"{what} {len(text):,} bytes, more than {limit:,}: {hint}")
 
 
 def uuids(ids):

@@ -51,7 +51,13 @@ async function watch() {
     show(task);
     if (!hasEnded(task.state)) timer = setTimeout(watch, 1000);
   } catch (error) {
-    if (error.status === 404) return sessionStorage.removeItem("task"); // its result has expired
+    if (error.status === 404) {
+      // It has expired, or somebody else has logged in.
+      sessionStorage.removeItem("task");
+      find("task").hidden = true;
+      if (find("start")) find("start").disabled = false;
+      return;
+    }
     find("message").textContent = `${error.message} Trying again …`;
     timer = setTimeout(watch, 5000);
   }

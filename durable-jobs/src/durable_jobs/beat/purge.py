@@ -66,7 +66,7 @@ def clean_forever():
                 close_old_connections()
                 step()
             except Exception as error:
-                logger.warning("%s failed, and is tried again: %r", step.__qualname__, error)
+                logger.warning("%s failed and will be retried: %r", step.__qualname__, error)
 
 
 @transaction.atomic

@@ -65,7 +65,7 @@ class Sweeper:
                 pause = self.sender.send_due(resend=may_recover)
             self.store_round()
         except Exception as error:
-            logger.warning("the sweeper failed, and continues in its next round: %r", error)
+            logger.warning("the sweeper failed; it will retry in its next round: %r", error)
             if may_succeed_later(error):
                 connection.close()
                 self.recover_at = time.monotonic() + conf.LEASE_SECONDS / 2

@@ -6,6 +6,8 @@ from django_structlog.celery.signals import bind_extra_task_metadata
 from django_structlog.celery.steps import DjangoStructLogInitStep
 from structlog.contextvars import bind_contextvars, bound_contextvars
 
+__all__ = ["LogStep"]
+
 
 class LogReceiver(CeleryReceiver):
     def receiver_task_failure(self, task_id, sender, **kwargs):

@@ -26,7 +26,7 @@ class OrderAdmin(admin.ModelAdmin):
     def check_stock(self, request, queryset):
         for order in queryset:
             check_stock.delay_on_commit(order.pk)
-        self.message_user(request, f"Checking the stock of {len(queryset)} orders.")
+        self.message_user(request, "Checking the stock.")
 
 
 class RecipientInline(admin.TabularInline):

@@ -28,7 +28,8 @@ class Newsletter(models.Model):
 class Recipient(models.Model):
     newsletter = models.ForeignKey(Newsletter, models.CASCADE, related_name="recipients")
     email = models.EmailField()
-    sent_at = models.DateTimeField(null=True, editable=False)  # null: still to be sent
+    # null: still to be sent. Also set if the mail server has refused the address.
+    sent_at = models.DateTimeField(null=True, editable=False)
 
     def __str__(self):
         return self.email

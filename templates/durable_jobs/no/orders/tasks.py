@@ -1,5 +1,5 @@
 {% from "chosen.jinja" import has_results with context %}
-"""One example of each pattern. A task may run twice, so each of these is safe to repeat."""
+"""One example of each pattern. A task may run twice: at worst, these then send an email twice."""
 
 import random
 import time
@@ -8,6 +8,7 @@ from datetime import timedelta
 
 import httpx
 from celery import shared_task
+from celery.exceptions import SoftTimeLimitExceeded
 {% if not has_results %}
 from django.contrib.auth import get_user_model
 {% endif %}
@@ -36,8 +37,9 @@ def send_confirmation(order_id):
 def confirm_forgotten_orders():
     """Beat starts this every hour. It finds orders whose task was lost, and sends a new one."""
     now = timezone.now()
-    lately = (now - timedelta(days=7), now - timedelta(hours=1))
-    forgotten = Order.objects.filter(confirmed_at=None, created_at__range=lately)
+    # The task of a younger order may still be waiting.
+    age = now - timedelta(days=7), now - timedelta(hours=1)
+    forgotten = Order.objects.filter(confirmed_at=None, created_at__range=age)
     for pk in forgotten.values_list("pk", flat=True):
         send_confirmation.delay(pk)
 
@@ -102,7 +104,12 @@ def check_stock(order_id):
     Order.objects.filter(pk=order_id).update(in_stock=quantity >= order.quantity)
 
 
-@shared_task(ignore_result=True, autoretry_for=(OSError,), retry_backoff=True, max_retries=8)
+@shared_task(
+    ignore_result=True,
+    autoretry_for=(OSError, SoftTimeLimitExceeded),  # a large newsletter takes several runs
+    retry_backoff=True,
+    max_retries=8,
+)
 def send_newsletter(newsletter_id):
     """After a crash or a retry it continues where it stopped; a chunk may be sent twice."""
     newsletter = Newsletter.objects.get(pk=newsletter_id)

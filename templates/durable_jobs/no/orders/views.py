@@ -34,7 +34,7 @@ class OrderViewSet(mixins.CreateModelMixin, viewsets.ReadOnlyModelViewSet):
     @extend_schema(request=None, responses={202: TaskSerializer})
     @action(detail=False, methods=["post"])
     def report(self, request):
-        """Write a report of the user's orders. The header Location has the task's address."""
+        """Write a report of the user's orders. `Location` is the URL of the task's status."""
         return accepted(request, write_report.delay(request.user.pk))
 {% else %}
     @extend_schema(request=None, responses={202: None})

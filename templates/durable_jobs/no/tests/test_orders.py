@@ -4,6 +4,7 @@ from unittest.mock import Mock
 
 import httpx
 import pytest
+from celery.exceptions import SoftTimeLimitExceeded
 from django.utils import timezone
 
 from orders import tasks
@@ -88,6 +89,14 @@ def test_a_newsletter_continues_where_it_stopped(db, mailoutbox, monkeypatch):
     monkeypatch.setattr(tasks, "CHUNK", 2)
     tasks.send_newsletter.delay(newsletter.pk)
     assert [mail.to[0] for mail in mailoutbox] == emails[1:]
+
+
+def test_a_newsletter_that_reaches_its_time_limit_continues(db, monkeypatch):
+    newsletter = Newsletter.objects.create(subject="News", body="…")
+    newsletter.recipients.create(email="user@example.com")
+    monkeypatch.setattr(tasks, "send_to_each", Mock(side_effect=[SoftTimeLimitExceeded, None]))
+    tasks.send_newsletter.delay(newsletter.pk)
+    assert not newsletter.recipients.filter(sent_at=None).exists()
 
 
 def test_a_newsletter_skips_an_address_that_the_mail_server_refuses(db, mailoutbox, refused):

@@ -11,7 +11,7 @@ CACHE_PAUSE = 10  # seconds without another try after the cache failed, so that 
 ERRORS = {
     401: "Not authenticated",
     403: "Not permitted",
-    406: "No such representation",
+    406: "Not acceptable",
     429: "Too many requests",
 }
 DETAIL = {"type": "object", "properties": {"detail": {"type": "string"}}}
@@ -39,7 +39,9 @@ class Throttle(throttling.UserRateThrottle):
             return super().allow_request(request, view)
         except Exception as error:  # each cache backend raises its own classes
             Throttle.count_again_at = time.monotonic() + CACHE_PAUSE
-            logger.warning("requests are not counted, the cache is unavailable: %r", error)
+            logger.warning(
+                "requests are not throttled, because the cache is unavailable: %r", error
+            )
             return True
 
 
@@ -52,7 +54,7 @@ def add_errors(result, **kwargs):
                 content = {"application/json": {"schema": {} if status == 400 else DETAIL}}
                 responses.setdefault(str(status), {"description": description, "content": content})
             responses["429"]["headers"] = {"Retry-After": {"schema": {"type": "string"}}}
-            responses["414"] = {"description": "The address is too long"}  # gunicorn answers this
+            responses["414"] = {"description": "URI too long"}  # gunicorn answers this
     return result
 
 
@@ -61,9 +63,9 @@ def errors_of(path, operation):
     errors = dict(ERRORS)
     parameters = {parameter["name"] for parameter in operation.get("parameters", [])}
     if "requestBody" in operation:
-        errors |= {400: "Not valid", 415: "Not a type that is parsed"}
+        errors |= {400: "Invalid request", 415: "Unsupported media type"}
     if {"page", "cursor"} & parameters:
-        errors |= {400: "Not valid", 404: "Not found"}
+        errors |= {400: "Invalid request", 404: "Not found"}
     if "{" in path:
         errors[404] = "Not found"
     return errors

@@ -12,7 +12,7 @@ class OrderAdmin(admin.ModelAdmin):
     list_display = ["product", "quantity", "owner", "created_at", "confirmed_at"]
     actions = ["forecast_demand", "ask_supplier", "mail_sum"]
 
-    @admin.action(description="Forecast the demand for these products", permissions=["change"])
+    @admin.action(description="Forecast demand for these products", permissions=["change"])
     def forecast_demand(self, request, queryset):
         products = queryset.order_by().values_list("product", flat=True).distinct()
         calls = [[product] for product in products]  # the arguments of each job
@@ -35,7 +35,7 @@ class OrderAdmin(admin.ModelAdmin):
             label="What was ordered",
             on_success=tasks.mail_sum.s(request.user.email),
         )
-        self.message_user(request, f"The sum goes to {request.user.email}.")
+        self.message_user(request, f"The totals will be emailed to {request.user.email}.")
 
 
 @admin.register(Newsletter)
@@ -47,4 +47,4 @@ class NewsletterAdmin(admin.ModelAdmin):
     def send_preview(self, request, queryset):
         for newsletter in queryset:
             tasks.send_preview.delay_on_commit(newsletter.pk, request.user.email)
-        self.message_user(request, f"The preview goes to {request.user.email}.")
+        self.message_user(request, f"The preview will be emailed to {request.user.email}.")

@@ -48,5 +48,5 @@ class ImportSerializer(serializers.ModelSerializer):
 
     def validate_file(self, file):
         if file.size > MAX_UPLOAD_BYTES:
-            raise serializers.ValidationError(f"Upload {MAX_UPLOAD_BYTES:,} bytes at most.")
+            raise serializers.ValidationError(f"The file has more than {MAX_UPLOAD_BYTES:,} bytes.")
         return file

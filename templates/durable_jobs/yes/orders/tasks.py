@@ -37,7 +37,7 @@ def send_confirmation(self, order_id):
     if order.confirmed_at:
         return
     self.report(50, message=f"Sending to {order.owner.email}")
-    # Only to the user's own address: with one from the request, anyone could email anyone.
+    # Send only to the user's own address. If the request supplied it, anyone could email anyone.
     order.owner.email_user("Your order", f"Thank you! You ordered {order}.")
     Order.objects.filter(pk=order.pk).update(confirmed_at=timezone.now())
     self.report(100, message=f"Sent to {order.owner.email}")
@@ -85,7 +85,7 @@ def import_orders(self, import_id):
 
 @job(autoretry_for=(OSError,), retry_backoff=True, max_retries=8)
 def mail_summary(self, import_id, count):
-    """The next job: it is stored together with the success of the import, so exactly once."""
+    """The next job. It is stored exactly once, together with the success of the import."""
     upload = Import.objects.get(pk=import_id)
     upload.owner.email_user("Your import", f"{count} orders were imported from {upload}.")
 
@@ -98,11 +98,13 @@ def read_orders(upload):
             for line in reader:
                 fields = {name: line[name] for name in ("product", "quantity")}
                 order = Order(owner=upload.owner, **fields)
-                order.clean_fields(exclude=["job", "owner"])  # the owner would take a query
+                order.clean_fields(
+                    exclude=["job", "owner"]
+                )  # the owner would cost a query per line
                 ProhibitNullCharactersValidator()(order.product)  # PostgreSQL cannot store them
                 yield order
         except ValidationError as error:
-            message = f"Line {reader.line_num} is wrong. Expected: a product and a quantity"
+            message = f"Line {reader.line_num} is invalid: expected a product and a quantity"
             raise JobError(message) from error
         except (KeyError, UnicodeDecodeError, csv.Error) as error:
             message = "Expected: a CSV file in UTF-8, with the columns product and quantity"

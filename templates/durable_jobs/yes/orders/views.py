@@ -56,7 +56,7 @@ class ImportViewSet(EnqueueMixin, viewsets.ReadOnlyModelViewSet):
 
 
 class NewsletterViewSet(EnqueueMixin, viewsets.ReadOnlyModelViewSet):
-    """For staff with the permissions. After one POST a job emails thousands of recipients."""
+    """For staff who have permission. One POST enqueues a job that emails thousands of recipients."""
 
     queryset = Newsletter.objects.order_by("-pk")
     serializer_class = NewsletterSerializer

@@ -50,7 +50,7 @@ def newsletter():
 # Orders
 
 
-def test_an_order_is_accepted_at_once_and_confirmed_by_mail(api, run_jobs, mailoutbox):
+def test_an_order_is_accepted_immediately_and_confirmed_by_email(api, run_jobs, mailoutbox):
     response = post_order(api)
     assert (response.status_code, response["Retry-After"]) == (202, "1")
     assert response.json()["confirmed_at"] is None
@@ -285,7 +285,7 @@ def test_the_admin_mails_what_was_ordered(
     Order.objects.create(owner=user, product="Milk", quantity=1)
     Order.objects.create(owner=user, product="Tea", quantity=3)
     page = start(admin_client, "mail_sum", *Order.objects.all())
-    assert f"The sum goes to {admin_user.email}." in page
+    assert f"The totals will be emailed to {admin_user.email}." in page
     assert mailoutbox == []  # no request waits for it
     run_jobs()
     [mail] = mailoutbox
