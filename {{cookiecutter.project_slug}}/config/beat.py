@@ -17,5 +17,6 @@ class Scheduler(beat.PersistentScheduler):
         except Exception as error:
             with suppress(Exception):
                 self._store.close()
-            self._destroy_open_corrupted_schedule(error).close()  # an empty file, opened again below
+            # An empty file, which the next line opens.
+            self._destroy_open_corrupted_schedule(error).close()
             super().setup_schedule()
