@@ -20,7 +20,7 @@ from django.core.checks import run_checks
 from django.db.models import F
 from django.db.models.functions import Now
 from django.utils import timezone
-from helpers import CLAIM, alone, ask, call, end, free, start, sweeper
+from helpers import alone, ask, call, end, free, run_of, start, sweeper
 
 from durable_jobs import admission, batches, limits, transitions
 from durable_jobs.actions import run_again, run_all_again
@@ -29,7 +29,6 @@ from durable_jobs.beat.schedule import OncePerDueTime
 from durable_jobs.enqueue import enqueue, enqueue_many
 from durable_jobs.models import Job, Key
 from durable_jobs.tasks import JobTask
-from durable_jobs.worker.runs import Run
 
 pytestmark = pytest.mark.django_db
 
@@ -66,7 +65,7 @@ def in_open_batch():
 
 
 def start_any(job):
-    run = Run(getattr(job, "pk", None) or Job.objects.get(task=free.name).pk, task=free, **CLAIM)
+    run = run_of(job if isinstance(job, Job) else Job.objects.get(task=free.name))
     assert run.claim()
     return run
 

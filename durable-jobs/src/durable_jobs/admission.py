@@ -130,7 +130,6 @@ def unblock(key, most=NO_LIMIT):
     rows = oldest(blocked_by=key, most=most)
     jobs = [Job.from_db(Job.objects.db, FIELDS, row) for row in rows]
     for job in jobs:
-        job.times_sent = 1
         give_slot(id=job.pk, seconds=timedelta(seconds=conf.RESEND_SECONDS))
     return jobs
 

@@ -2,7 +2,6 @@
 
 import asyncio
 from contextlib import suppress
-from datetime import timedelta
 
 from asgiref.sync import async_to_sync
 from celery.exceptions import Ignore, Retry
@@ -35,8 +34,8 @@ def execute(task, args, kwargs):
     request = task.request
     fields = fields_in(request.headers)
     if fields is None:  # an app that does not know that this task is a job has sent it
-        fields = {"crashes": 0, "times_sent": 1, "limit": store(task, args, kwargs)}
-    run = run_of(task, fields)
+        fields = {"crashes": 0, "limit_key": store(task, args, kwargs)}
+    run = Run(task, request, fields)
     lease.start_thread()
     crashes = fields["crashes"]
     is_suspect = crashes and crashes + 1 >= conf.MAX_CRASHES
@@ -77,26 +76,6 @@ def get_or_insert(job):
                 transitions.insert(job)
             return job
     return stored.get()
-
-
-def run_of(task, fields):
-    """Return the Run of the message that this process got."""
-    request = task.request
-    limit = request.time_limit or task.time_limit
-    return Run(
-        request.id,
-        fields.get("run_token"),
-        task,
-        fields.get("batch"),
-        fields.get("limit"),
-        fields.get("results_of"),
-        worker=request.hostname,
-        retries=request.retries,
-        crashes=fields["crashes"],
-        times_sent=fields["times_sent"],
-        limit=timedelta(seconds=limit),
-        lease=timedelta(seconds=min(conf.LEASE_SECONDS, limit)),
-    )
 
 
 def run_and_write(run, args, kwargs):

@@ -6,6 +6,7 @@ import sys
 import time
 import uuid
 from contextlib import suppress
+from datetime import timedelta
 from traceback import format_exception, format_exception_only
 
 from celery.exceptions import Ignore, SoftTimeLimitExceeded
@@ -56,30 +57,26 @@ class JobLost(BaseException):
 class Run:
     """One run of a job. It owns the job as long as `Job.run_token` is its token.
 
-    Use it as a context manager: the lease is renewed inside the block. `limit_key` is the key of its limit,
-    `results_of` the batch whose results are its first argument.
-    The other arguments are those of transitions.claim().
+    Use it as a context manager: the lease is renewed inside the block. `request` is Celery's, and `header` what
+    messages.fields_in() returns: see message_of().
     """
 
-    def __init__(
-        self,
-        job_id,
-        token=None,
-        task=None,
-        batch_id=None,
-        limit_key=None,
-        results_of=None,
-        **claim,
-    ):
-        self.job_id = job_id
-        self.token = token or uuid.uuid4()
-        self.task = task
-        self.batch_id = batch_id
-        self.limit_key, self.results_of = limit_key, results_of
+    def __init__(self, task, request, header):
+        self.task, self.job_id = task, request.id
+        self.token = header.get("run_token") or uuid.uuid4()
+        self.batch_id, self.limit_key = header.get("batch"), header.get("limit_key")
+        self.results_of = header.get("results_of")
+        time_limit = request.time_limit or task.time_limit
+        self.claim_fields = {
+            "worker": request.hostname,
+            "retries": request.retries,
+            "crashes": header["crashes"],
+            "time_limit": timedelta(seconds=time_limit),
+            "lease": timedelta(seconds=min(conf.LEASE_SECONDS, time_limit)),
+        }
         self.has_written = False  # how the function ended
         self.admitted = []  # the job that has its slot now
         self.next_jobs = []  # the plans of enqueue_next()
-        self.claim_fields = claim
         self.report = {}  # the latest progress and message
         self.written = self.report  # the report that is in the row
         self.cursor = self.batch = UNREAD
