@@ -46,7 +46,7 @@ def store(rounds, members, steps=None):
     """
     new = [Batch(on_success=batches.callback(step.si())) for _ in range(rounds)]
     Batch.objects.bulk_create(new)
-    fields = new_fields(timezone.now(), step, [])
+    fields = new_fields(step, [], None, timezone.now())
     jobs = [Job(**fields, batch=batch) for batch in new for _ in range(members)]
     insert_many(fields["due_at"], jobs)
     runs = list(map(started, jobs))

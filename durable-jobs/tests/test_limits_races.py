@@ -62,7 +62,7 @@ def store(keys, each, started=1):
     """Store jobs, `each` for each key. Returns the Runs of the first ones, and the other jobs."""
     runs, rest = [], []
     for key in range(keys):
-        fields = [enqueue.new_fields(Now(), turn, [key]) for _ in range(each)]
+        fields = [enqueue.new_fields(turn, [key], None, Now()) for _ in range(each)]
         jobs = [Job.objects.create(**field) for field in fields]
         for job in jobs[:started]:
             Job.objects.filter(pk=job.pk).update(blocked_by=None, sweep_at=Now())

@@ -9,7 +9,7 @@ from helpers import add, call_concurrently, claim_and_lapse
 
 from durable_jobs import actions
 from durable_jobs.actions import cancel, run_again, run_all_again
-from durable_jobs.enqueue import FROM_NOW, enqueue, insert, new_fields
+from durable_jobs.enqueue import enqueue, insert, new_fields
 from durable_jobs.models import Job
 
 pytestmark = pytest.mark.django_db
@@ -110,7 +110,7 @@ def test_another_error_of_a_constraint_ends_run_again(monkeypatch):
 @pytest.mark.parametrize("conflict", ["idempotency_key", "pk"])
 def test_a_unique_key_hides_no_other_conflict(conflict):
     first = enqueue(add, [1, 2], unique="first", idempotency_key="unique_key")
-    fields = {**new_fields(FROM_NOW, add, [1, 2]), conflict: getattr(first, conflict)}
+    fields = {**new_fields(add, [1, 2]), conflict: getattr(first, conflict)}
     with CaptureQueriesContext(connection) as captured:
         with pytest.raises(IntegrityError), transaction.atomic():
             insert(fields, "second")

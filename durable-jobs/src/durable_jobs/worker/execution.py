@@ -8,15 +8,8 @@ from celery.exceptions import Ignore, Retry
 from django.db import IntegrityError, connection, transaction
 from django.db.transaction import TransactionManagementError
 
-from durable_jobs import admission, batches, conf, transitions
-from durable_jobs.database import (
-    LOCK_TIMEOUT,
-    end_interrupted_query,
-    roll_back_open_transaction,
-    wait_for,
-    wait_past_soft_limit,
-)
-from durable_jobs.enqueue import FROM_NOW, new_fields
+from durable_jobs import admission, batches, conf, database, transitions
+from durable_jobs.enqueue import new_fields
 from durable_jobs.messages import fields_in, storable
 from durable_jobs.models import Job
 from durable_jobs.states import QUEUED
@@ -41,17 +34,17 @@ def execute(task, args, kwargs):
     is_suspect = crashes and crashes + 1 >= conf.MAX_CRASHES
     if shutting_down[0] or (is_suspect and not run.become_suspect()):
         # Skip a job with times_sent=0: it was queued again after this message was sent.
-        row = Job.objects.filter(QUEUED, LOCK_TIMEOUT, pk=request.id, times_sent__gt=0)
-        wait_past_soft_limit(transitions.requeue, row, conf.SWEEP_SECONDS)
+        row = Job.objects.filter(QUEUED, database.LOCK_TIMEOUT, pk=request.id, times_sent__gt=0)
+        database.wait_past_soft_limit(transitions.requeue, row, conf.SWEEP_SECONDS)
         raise Ignore("must wait: its worker is shutting down, or runs another suspect")
     try:
-        if not wait_past_soft_limit(run.claim):
+        if not database.wait_past_soft_limit(run.claim):
             if run.put_back_if_paused():
                 raise Ignore("its queue or its task is paused")
-            if not wait_past_soft_limit(run.claim):  # a pause may have ended in between
+            if not database.wait_past_soft_limit(run.claim):  # a pause may have ended in between
                 raise run.ignored()
         request.run_of_job = run
-        with run, connection.execute_wrapper(end_interrupted_query):
+        with run, connection.execute_wrapper(database.end_interrupted_query):
             return run_and_write(run, args, kwargs)
     finally:
         run.ended = True
@@ -59,9 +52,9 @@ def execute(task, args, kwargs):
 
 def store(task, args, kwargs):
     """Store the job of a message without one. Returns the key of its limit, or None."""
-    fields = new_fields(FROM_NOW, task, args, kwargs)
+    fields = new_fields(task, args, kwargs)
     fields["headers"] = storable(task.request.headers)
-    job = wait_for(get_or_insert, Job(pk=task.request.id, **fields))
+    job = database.wait_for(get_or_insert, Job(pk=task.request.id, **fields))
     if job.blocked_by:
         pool.query(admission.admit, [job.blocked_by])
     return job.limit_key
@@ -119,7 +112,7 @@ def call(run, args, kwargs):
     try:
         result = run.task.run(*batches.with_results(args, run.results_of), **kwargs)
     finally:
-        was_open = not in_block and roll_back_open_transaction()
+        was_open = not in_block and database.roll_back_open_transaction()
     if was_open:
         raise TransactionManagementError("The task left a transaction open")
     return result
