@@ -5,11 +5,11 @@ from contextlib import suppress
 
 from asgiref.sync import async_to_sync
 from celery.exceptions import Ignore, Retry
-from django.db import IntegrityError, connection, transaction
+from django.db import IntegrityError, connection
 from django.db.transaction import TransactionManagementError
 
-from durable_jobs import admission, batches, conf, database, transitions
-from durable_jobs.enqueue import new_fields
+from durable_jobs import batches, conf, database, transitions
+from durable_jobs.enqueue import insert, new_fields
 from durable_jobs.messages import fields_in, storable
 from durable_jobs.models import Job
 from durable_jobs.states import QUEUED
@@ -27,7 +27,8 @@ def execute(task, args, kwargs):
     request = task.request
     fields = fields_in(request.headers)
     if fields is None:  # an app that does not know that this task is a job has sent it
-        fields = {"crashes": 0, "limit_key": store(task, args, kwargs)}
+        store(task, args, kwargs)
+        raise Ignore("stored as a job, which has a message of its own")
     run = Run(task, request, fields)
     lease.start_thread()
     crashes = fields["crashes"]
@@ -51,24 +52,10 @@ def execute(task, args, kwargs):
 
 
 def store(task, args, kwargs):
-    """Store the job of a message without one. Returns the key of its limit, or None."""
-    fields = new_fields(task, args, kwargs)
-    fields["headers"] = storable(task.request.headers)
-    job = database.wait_for(get_or_insert, Job(pk=task.request.id, **fields))
-    if job.blocked_by:
-        pool.query(admission.admit, [job.blocked_by])
-    return job.limit_key
-
-
-def get_or_insert(job):
-    """Return the job with this id, or store this one: another message may have stored it."""
-    stored = Job.objects.filter(pk=job.pk)
-    with suppress(IntegrityError):
-        if not stored.exists():
-            with transaction.atomic():
-                transitions.insert(job)
-            return job
-    return stored.get()
+    """Store the job of a message without one."""
+    fields = {"pk": task.request.id, "headers": storable(task.request.headers)}
+    with suppress(IntegrityError):  # a second copy of the message
+        database.wait_for(insert, {**new_fields(task, args, kwargs), **fields})
 
 
 def run_and_write(run, args, kwargs):
