@@ -160,8 +160,9 @@ def free_slots(keys):
         used[key], unstarted[key] = count, queued
     waiting = waits_for_rates(limits)
     for key, limit in limits.items():
-        by_rate = 0 if key in waiting else limit.ahead - unstarted[key] if limit.rate else inf
-        free[key] = min(limit.running - used[key], by_rate)
+        free[key] = limit.running - used[key]
+        if limit.rate:
+            free[key] = min(free[key], 0 if key in waiting else limit.ahead - unstarted[key])
     return free
 
 

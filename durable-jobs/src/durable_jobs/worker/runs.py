@@ -7,6 +7,7 @@ import time
 import uuid
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from traceback import format_exception, format_exception_only
 
 from celery.exceptions import Ignore, SoftTimeLimitExceeded
@@ -93,11 +94,6 @@ class Run:
     @property
     def row(self):
         return jobs_of([self])
-
-    @property
-    def row_with_lock_timeout(self):
-        """The row, to write how the function ended. An UPDATE that waits too long for a lock is tried again."""
-        return self.row.filter(LOCK_TIMEOUT)
 
     def __enter__(self):
         with process.lock:
@@ -201,8 +197,7 @@ class Run:
         if public_error := printable(public_error) or for_owner(error):
             failure["error"] = public_error
         texts = {"error": failure["error"], "public_error": public_error}
-        row = self.row_with_lock_timeout
-        self.write(transitions.finish, row, "failed", failure=failure, **self.report, **texts)
+        self.change(transitions.finish, "failed", failure=failure, **self.report, **texts)
         self.end_batch()
 
     def try_again(self):
@@ -210,8 +205,7 @@ class Run:
         try:
             changes = {**self.report, **self.retry, "public_error": self.public_error}
             changes["args"], changes["kwargs"] = as_json(changes["args"], changes["kwargs"])
-            row = self.row_with_lock_timeout
-            self.write(transitions.requeue, row, failure=self.failure, **changes)
+            self.change(transitions.requeue, failure=self.failure, **changes)
         except Exception as error:  # for example, arguments that are not JSON
             self.fail(f"Its retry can't be stored: {error}")
             raise
@@ -222,12 +216,16 @@ class Run:
 
     def release(self):
         """Release the job: queue it for another worker."""
-        self.write(transitions.requeue, self.row_with_lock_timeout)
+        self.change(transitions.requeue)
+
+    def change(self, transition, *args, **changes):
+        """Write how the function ended. An UPDATE that waits too long for a lock is tried again."""
+        self.write(transition, self.row.filter(LOCK_TIMEOUT), *args, **changes)
 
     def write(self, update, *args, **kwargs):
         """Write how the function ended. Returns 0 if the run has lost its job."""
         if self.limit_key:
-            args, update = (update, *args), self.hand_over
+            update = partial(self.hand_over, update)
         written = wait_past_soft_limit(update, *args, **kwargs)
         self.has_written = bool(written)
         publish(self.admitted)
