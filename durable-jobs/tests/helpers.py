@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from queue import SimpleQueue
 
-from celery import shared_task
+from celery import current_app, shared_task
+from celery.app.task import Context
 from django.contrib.admin.models import LogEntry
 from django.db import connection, transaction
 from django.db.models.functions import Now
@@ -35,15 +36,14 @@ CLAIM = {  # arguments of a claim by a job's first message
     "worker": "",
     "retries": 0,
     "crashes": 0,
-    "times_sent": 1,
-    "limit": timedelta(seconds=60),
+    "time_limit": timedelta(seconds=60),
     "lease": timedelta(seconds=30),
 }
 
 
 def of_job(**fields):
     """Return the header that marks the first message of a job."""
-    return {"durable_job": {"crashes": 0, "times_sent": 1, "limit": None, **fields}}
+    return {"durable_job": {"crashes": 0, "limit_key": None, **fields}}
 
 
 @shared_task(base=JobTask, bind=True)
@@ -72,13 +72,20 @@ def deliver(job):
 def claim_and_lapse(job, limit=60):
     """Claim the job for a worker that then disappears."""
     message = {"retries": job.retries, "crashes": job.crashes}
-    assert claim(job.pk, limit=timedelta(seconds=limit), **message)
+    assert claim(job.pk, time_limit=timedelta(seconds=limit), **message)
     lapse(job)
 
 
 def claim(pk, run=None, **message):
     """Claim a job with a message that has these fields. Return what claim() returns."""
     return transitions.claim(id=pk, run_token=run or uuid.uuid4(), **CLAIM | message)
+
+
+def run_of(job):
+    """Return a Run of this job, as a worker has it that got a message of the job now."""
+    request = Context(id=job.pk, hostname="", retries=job.retries, time_limit=60)
+    header = {"crashes": job.crashes, "batch": job.batch_id, "limit_key": job.limit_key}
+    return Run(current_app.tasks[job.task], request, header)
 
 
 def lapse(*jobs):
@@ -247,7 +254,7 @@ def free(number=0):
 
 def start(job):
     """Claim a job as a worker does. Returns its Run."""
-    run = Run(job.pk, task=call, limit_key=job.limit_key, **CLAIM)
+    run = run_of(job)
     assert run.claim()
     return run
 

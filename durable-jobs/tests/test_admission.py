@@ -170,7 +170,7 @@ def test_a_body_of_a_cancelled_job_that_dies_frees_its_place(sent, commit, monke
         sweeper.sender.send_due()
     else:
         monkeypatch.setattr(children, "in_thread", lambda update, *args, delay: update(*args))
-        headers = of_job(run_token=token, limit="one")
+        headers = of_job(run_token=token, limit_key="one")
         sender = SimpleNamespace(request=SimpleNamespace(headers=headers))
         children.recover_job_of_dead_child(sender, first.pk, WorkerLostError())
     assert sent == [first.pk, second.pk]
@@ -208,7 +208,7 @@ def test_a_revoke_frees_the_place_only_if_it_kills_the_body(
         job = alone.enqueue()
     start(job)
     cancel(job)
-    request = SimpleNamespace(id=job.pk, headers=of_job(limit="one"))
+    request = SimpleNamespace(id=job.pk, headers=of_job(limit_key="one"))
     children.free_slot_of_dead_child(request, terminated=True, signum=signum)
     assert (Job.objects.get(pk=job.pk).sweep_at is None) == is_free
 

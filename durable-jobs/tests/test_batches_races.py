@@ -15,7 +15,7 @@ from celery import shared_task
 from celery.exceptions import Ignore
 from django.db import connection, transaction
 from django.utils import timezone
-from helpers import CLAIM, ROUNDS, fail_run, in_thread, race, run_while_open, succeed_run
+from helpers import ROUNDS, fail_run, in_thread, race, run_of, run_while_open, succeed_run
 
 from durable_jobs import batches, messages, transitions
 from durable_jobs.beat import purge
@@ -23,7 +23,6 @@ from durable_jobs.enqueue import insert_many, new_fields
 from durable_jobs.models import Batch, Job
 from durable_jobs.states import UNFINISHED
 from durable_jobs.tasks import JobTask
-from durable_jobs.worker.runs import Run
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -47,7 +46,7 @@ def store(rounds, members, steps=None):
     """
     new = [Batch(on_success=batches.callback(step.si())) for _ in range(rounds)]
     Batch.objects.bulk_create(new)
-    fields = new_fields(timezone.now(), step, [])
+    fields = new_fields(step, [], None, timezone.now())
     jobs = [Job(**fields, batch=batch) for batch in new for _ in range(members)]
     insert_many(fields["due_at"], jobs)
     runs = list(map(started, jobs))
@@ -57,7 +56,7 @@ def store(rounds, members, steps=None):
 
 
 def started(job):
-    run = Run(job.pk, task=step, batch_id=str(job.batch_id), **CLAIM)
+    run = run_of(job)
     assert run.claim()
     return run
 
@@ -224,7 +223,7 @@ def test_a_batch_is_cancelled_while_jobs_end_and_enqueue_the_next_ones(_):
         """Run what is queued, as a worker does."""
         while not stop.is_set():
             for job in batch_jobs.filter(state="queued").order_by("?")[:3]:
-                run = Run(job.pk, task=step, batch_id=str(job.batch_id), **CLAIM)
+                run = run_of(job)
                 if run.claim():
                     run.next_jobs = [batches.callback(step.si())] * random.randrange(2)
                     with suppress(Ignore):  # cancelled

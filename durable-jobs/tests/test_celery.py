@@ -205,12 +205,13 @@ def test_on_commit_stores_a_job_in_the_transaction(enqueue):
 
 
 @pytest.fixture
-def in_a_worker():
+def in_a_worker(commit):
     """Run a task as a worker does that gets the message of another app, without our headers."""
 
     def run(task, *args, **options):
         options = {"task_id": str(uuid.uuid4()), **options}
-        DjangoTask.apply(task, args, throw=True, **options)
+        with commit():
+            DjangoTask.apply(task, args, throw=True, **options)
         return Job.objects.get(pk=options["task_id"])
 
     return run
@@ -221,6 +222,7 @@ def test_a_message_that_another_app_has_sent_becomes_a_job(in_a_worker):
     assert (job.task, job.args, job.state, job.result) == (add.name, [1, 2], "succeeded", 3)
 
 
+@pytest.mark.django_db(transaction=True)  # the second copy is an error of the database
 def test_a_message_that_another_app_has_sent_twice_is_one_job(in_a_worker):
     job = in_a_worker(add, 1, 2)
     finished_at = job.finished_at

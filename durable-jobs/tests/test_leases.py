@@ -15,6 +15,7 @@ from helpers import (
     errors,
     in_thread,
     lapse,
+    run_of,
     seconds_until_due,
     seconds_waited,
     sweeper,
@@ -26,7 +27,7 @@ from durable_jobs.database import SetLocal
 from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Job
 from durable_jobs.transitions import lease_end
-from durable_jobs.worker import lease, runs
+from durable_jobs.worker import lease
 
 pytestmark = pytest.mark.django_db
 IDLE = "idle_in_transaction_session_timeout"
@@ -50,7 +51,7 @@ def test_a_lease_ends_no_later_than_the_deadline():
 
 def test_the_renewal_of_leases_finds_lost_runs():
     job = enqueue(add, [1, 2])
-    mine, other = runs.Run(job.pk), runs.Run(job.pk)
+    mine, other = run_of(job), run_of(job)
     claim(job.pk, mine.token)
     lease.write_and_renew([mine, other])
     assert (mine.lost, other.lost) == (False, True)
@@ -62,7 +63,7 @@ def test_a_worker_that_freezes_while_it_renews_a_lease_locks_no_job_for_long(mon
         pytest.skip("SQLite locks the whole file: set DATABASE_URL=postgres://…")
     monkeypatch.setattr(transitions, "IDLE_TIMEOUT", SetLocal(name=IDLE, value="100ms"))
     job = enqueue(add, [1, 2], countdown=60)
-    run = runs.Run(job.pk)
+    run = run_of(job)
     assert claim(job.pk, run.token)
     frozen, resumed = threading.Event(), threading.Event()
 
@@ -168,7 +169,7 @@ def test_an_update_of_many_jobs_skips_locked_rows(published, update):
     if not connection.features.has_select_for_update_skip_locked:
         pytest.skip("only PostgreSQL locks rows: set DATABASE_URL=postgres://…")
     locked, other = jobs = [enqueue(add, [1, 2], countdown=1) for _ in range(2)]
-    both = [runs.Run(job.pk) for job in jobs]
+    both = [run_of(job) for job in jobs]
     if update != "to send":
         for run in both:
             assert claim(run.job_id, run.token)

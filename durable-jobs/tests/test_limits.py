@@ -4,7 +4,6 @@ import re
 import sys
 import uuid
 from collections import Counter
-from contextlib import nullcontext
 from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -18,9 +17,8 @@ from celery.beat import ScheduleEntry, Scheduler
 from celery.exceptions import Ignore
 from django.core.checks import run_checks
 from django.db.models import F
-from django.db.models.functions import Now
 from django.utils import timezone
-from helpers import CLAIM, alone, ask, call, end, free, start, sweeper
+from helpers import alone, ask, call, end, free, run_of, start, sweeper
 
 from durable_jobs import admission, batches, limits, transitions
 from durable_jobs.actions import run_again, run_all_again
@@ -29,7 +27,6 @@ from durable_jobs.beat.schedule import OncePerDueTime
 from durable_jobs.enqueue import enqueue, enqueue_many
 from durable_jobs.models import Job, Key
 from durable_jobs.tasks import JobTask
-from durable_jobs.worker.runs import Run
 
 pytestmark = pytest.mark.django_db
 
@@ -66,7 +63,7 @@ def in_open_batch():
 
 
 def start_any(job):
-    run = Run(getattr(job, "pk", None) or Job.objects.get(task=free.name).pk, task=free, **CLAIM)
+    run = run_of(job if isinstance(job, Job) else Job.objects.get(task=free.name))
     assert run.claim()
     return run
 
@@ -131,22 +128,20 @@ def test_each_way_to_enqueue_a_job_obeys_its_limit(sent, door):
     assert (job.times_sent, job.state) == (0, "queued")
 
 
-def test_a_message_of_an_app_that_does_not_know_the_job_obeys_its_limit(sent, settings):
-    """tasks.__call__ stores the job. Its run counts as a start, and hands its place over."""
+def test_a_message_of_an_app_that_does_not_know_the_job_obeys_its_limit(sent, commit, settings):
     settings.DURABLE_JOBS = settings.DURABLE_JOBS | {
         "LIMITS": {**settings.DURABLE_JOBS["LIMITS"], "tenant": "1, 5/h"}
     }
     first, held_back = str(uuid.uuid4()), str(uuid.uuid4())
     for id in first, held_back:
         request = {"id": id, "hostname": "test", "called_directly": False, "headers": {}}
-        if id == held_back:
-            Job.objects.filter(pk=first).update(state="queued", finished_at=None, sweep_at=Now())
         call.push_request(**request)
         try:
-            with pytest.raises(Ignore) if id == held_back else nullcontext():
+            with commit(), pytest.raises(Ignore):
                 call(7)
         finally:
             call.pop_request()
+    assert [str(pk) for pk in sent] == [first]
     assert Job.objects.get(pk=held_back).blocked_by == "tenant:7"
     assert Key.objects.get().key == "tenant:7"
 

@@ -18,8 +18,8 @@ from celery.exceptions import Ignore
 from django.db import connection, transaction
 from django.db.models import Count, Q
 from django.db.models.functions import Now
-from helpers import CLAIM, fail_run, in_thread, race, succeed_run, sweeper
 from helpers import ROUNDS as MANY_ROUNDS
+from helpers import fail_run, in_thread, race, run_of, succeed_run, sweeper
 
 from durable_jobs import admission, enqueue, pauses, publish, transitions
 from durable_jobs.actions import cancel, run_again
@@ -49,8 +49,7 @@ def messages(monkeypatch, settings):
 
     def send(jobs):
         for job in jobs:
-            fields = {name: getattr(job, name) for name in ("retries", "crashes", "times_sent")}
-            sent.put((job.pk, job.limit_key, fields))
+            sent.put(job)
 
     monkeypatch.setattr(publish, "send", send)
     monkeypatch.setattr(republish, "send", send)
@@ -63,11 +62,11 @@ def store(keys, each, started=1):
     """Store jobs, `each` for each key. Returns the Runs of the first ones, and the other jobs."""
     runs, rest = [], []
     for key in range(keys):
-        fields = [enqueue.new_fields(Now(), turn, [key]) for _ in range(each)]
+        fields = [enqueue.new_fields(turn, [key], None, Now()) for _ in range(each)]
         jobs = [Job.objects.create(**field) for field in fields]
         for job in jobs[:started]:
             Job.objects.filter(pk=job.pk).update(blocked_by=None, sweep_at=Now())
-            runs.append(Run(job.pk, task=turn, limit_key=job.limit_key, **CLAIM))
+            runs.append(run_of(job))
             assert runs[-1].claim()
         rest.append(jobs[started:])
     return runs, rest
@@ -219,7 +218,7 @@ def test_a_rate_is_kept_while_jobs_start_and_others_are_stored(settings):
         Job.objects.filter(pk__in=[job.pk for job in jobs[:2]]).update(
             blocked_by=None, sweep_at=Now()
         )
-        runs.append([Run(j.pk, task=turn, limit_key=j.limit_key, **CLAIM) for j in jobs[:2]])
+        runs.append([run_of(job) for job in jobs[:2]])
     race(
         ROUNDS,
         lambda n: runs[n][0].claim() and end(runs[n][0]),
@@ -237,7 +236,7 @@ def test_a_pause_and_its_end_meet_claims():
     """A job runs, or is due when the pause has ended."""
     jobs = [turn.enqueue(n) for n in range(20)]
     Job.objects.filter(blocked_by__isnull=False).update(blocked_by=None, sweep_at=Now())
-    runs = [Run(j.pk, task=turn, limit_key=j.limit_key, **CLAIM) for j in jobs]
+    runs = [run_of(job) for job in jobs]
 
     def claim(n):
         assert runs[n].claim() or runs[n].put_back_if_paused() or runs[n].claim()
@@ -285,7 +284,7 @@ def test_the_next_job_is_sent_if_the_answer_of_the_commit_is_lost(
     lost_answers.append(True)
     end(run)
     connection.close()
-    assert messages.get_nowait()[0] == job.pk
+    assert messages.get_nowait() == job
     assert_full()
 
 
@@ -343,18 +342,17 @@ def test_never_more_bodies_than_the_limit_whatever_happens(messages, settings, m
     def work(_):
         while not over.is_set():
             with suppress(Empty):
-                pk, key, fields = messages.get(timeout=0.01)
-                run = Run(pk, task=turn, limit_key=key, **CLAIM | fields)
+                run = run_of(messages.get(timeout=0.01))
                 # As JobTask.__call__() does.
                 if not run.claim() and (run.put_back_if_paused() or not run.claim()):
                     continue
                 outcome = succeed_run if calm.is_set() else random.choice(OUTCOMES)
                 if outcome is crash:
-                    witness.body(key)
+                    witness.body(run.limit_key)
                     crash(run)
                 else:
                     with run, suppress(Ignore):
-                        witness.body(key)
+                        witness.body(run.limit_key)
                         outcome(run)
 
     def look(_):
@@ -426,12 +424,11 @@ def test_one_at_a_time_keeps_the_order(messages):
     def work(_):
         while len(order) < 60 and time.monotonic() < until:
             with suppress(Empty):
-                pk, key, fields = messages.get(timeout=0.01)
-                run = Run(pk, task=turn, limit_key=key, **CLAIM | fields)
+                run = run_of(messages.get(timeout=0.01))
                 assert run.claim()
                 with run:
                     with lock:
-                        order.append(pk)
+                        order.append(run.job_id)
                     succeed_run(run)
 
     race(1, *[work] * 4)

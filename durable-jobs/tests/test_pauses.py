@@ -6,7 +6,7 @@ import pytest
 from django.db.models import F
 from django.db.models.functions import Now
 from django.utils import timezone
-from helpers import CLAIM, add, alone, call, deliver, end, lapse, start, sweeper
+from helpers import add, alone, call, deliver, end, lapse, run_of, start, sweeper
 
 from durable_jobs import pauses, transitions
 from durable_jobs.actions import cancel, run_again
@@ -14,7 +14,6 @@ from durable_jobs.beat.purge import Purge
 from durable_jobs.diagnosis import reasons
 from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Job, Pause
-from durable_jobs.worker.runs import Run
 
 pytestmark = pytest.mark.django_db
 LONG_AGO = Now() - timedelta(hours=1)
@@ -28,7 +27,7 @@ def store(count=1, task=add, **options):
 
 def meet_pause(job):
     """The message of this job arrives at a worker, which finds the pause."""
-    run = Run(job.pk, task=add, limit_key=job.limit_key, **CLAIM)
+    run = run_of(job)
     assert not run.claim()
     assert run.put_back_if_paused()
 

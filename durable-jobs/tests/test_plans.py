@@ -11,7 +11,6 @@ from django.db.models.sql import InsertQuery
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 from helpers import (
-    CLAIM,
     act,
     add,
     alone,
@@ -24,6 +23,7 @@ from helpers import (
     multiply,
     queries,
     rows_read,
+    run_of,
 )
 
 from durable_jobs import admission, batches, publish, transitions
@@ -33,7 +33,6 @@ from durable_jobs.enqueue import enqueue, enqueue_many
 from durable_jobs.models import Job
 from durable_jobs.transitions import lease_end
 from durable_jobs.worker import runs
-from durable_jobs.worker.runs import Run
 
 pytestmark = pytest.mark.django_db
 
@@ -127,7 +126,7 @@ def test_a_job_without_a_limit_reads_no_table_of_limits(sent, commit):
     with commit():
         [insert] = queries(free.enqueue)
     job = Job.objects.get()
-    run = Run(job.pk, task=free, **CLAIM)
+    run = run_of(job)
     [claim] = queries(run.claim)
     with run:
         [end] = queries(run.succeed, 1)
@@ -140,7 +139,7 @@ def test_the_queries_of_a_job_with_a_limit(sent, commit):
     expected = ["SELECT", "INSERT", "SELECT", "SELECT", "SELECT", "UPDATE"]
     assert kinds(queries(admission.admit, ["one"])) == expected
     assert kinds(queries(admission.admit, ["one"])) == ["SELECT"]  # there is no place
-    run = Run(first.pk, task=alone, limit_key="one", **CLAIM)
+    run = run_of(first)
     assert kinds(queries(run.claim)) == ["UPDATE"]
 
     def end():
@@ -155,7 +154,7 @@ def test_a_start_with_a_rate_costs_one_more_query(sent, commit):
     for expected in [["UPDATE", "UPDATE", "INSERT", "UPDATE"], ["UPDATE", "UPDATE"]]:
         job = ask.enqueue()
         Job.objects.filter(pk=job.pk).update(blocked_by=None, sweep_at=Now())
-        run = Run(job.pk, task=ask, limit_key="api", **CLAIM)
+        run = run_of(job)
         assert kinds(queries(run.claim)) == expected
 
 
@@ -211,7 +210,7 @@ def test_postgresql_keeps_the_plans_of_what_each_job_needs(options, monkeypatch,
 
 def test_an_update_of_a_job_reads_no_backlog(by_key):
     jobs = [enqueue(add, [1, 2]) for _ in range(3)]
-    first, *others = three = [runs.Run(job.pk) for job in jobs]
+    first, *others = three = [run_of(job) for job in jobs]
     for run in three:
         by_key(claim, run.job_id, run.token)
     by_key(runs.jobs_of(three).update, sweep_at=lease_end())

@@ -10,13 +10,12 @@ from celery import current_app as app
 from celery.app import routes
 from django.db import transaction
 from django.db.models.functions import Now
-from helpers import add, deliver, of_job, seconds_until_due
+from helpers import add, deliver, of_job, run_of, seconds_until_due
 
 from durable_jobs import messages, publish, transitions
 from durable_jobs.actions import cancel, run_all_again
 from durable_jobs.enqueue import enqueue, enqueue_many
 from durable_jobs.models import Job
-from durable_jobs.worker import runs
 
 pytestmark = pytest.mark.django_db
 
@@ -149,7 +148,7 @@ def test_an_error_of_publishing_is_not_raised_to_the_caller(monkeypatch):
 def test_a_failed_publish_does_not_change_a_job_that_waits_for_its_retry(broker_down):
     """Publishing may report an error although the broker has taken the message."""
     job = enqueue(add, [1, 2])
-    transitions.requeue(runs.Run(job.pk).row)
+    transitions.requeue(run_of(job).row)
     Job.objects.filter(pk=job.pk).update(times_sent=0, sweep_at=Now() + timedelta(seconds=600))
     assert not publish.publish([job])
     assert seconds_until_due(job) > 500

@@ -8,13 +8,13 @@ from celery.exceptions import SoftTimeLimitExceeded
 from django.db import OperationalError, transaction
 from django.db.models import QuerySet
 from django.db.models.functions import Now
-from helpers import add, claim, claim_and_lapse, deliver, run, seconds_until_due
+from helpers import add, claim, claim_and_lapse, deliver, run, run_of, seconds_until_due
 
 from durable_jobs import transitions
 from durable_jobs.actions import run_again
 from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Job
-from durable_jobs.worker import lease, runs
+from durable_jobs.worker import lease
 
 pytestmark = pytest.mark.django_db
 
@@ -42,7 +42,7 @@ def test_a_renewal_keeps_the_progress_of_a_resumed_job():
     """A renewal has no progress to write until the body reports some."""
     job = enqueue(add, [1, 2])
     Job.objects.update(cursor=7, progress=50)
-    resumed = runs.Run(job.pk)
+    resumed = run_of(job)
     claim(job.pk, resumed.token)
     Job.objects.update(message="Half of it", sweep_at=Now())
     lease.write_and_renew([resumed])

@@ -8,9 +8,10 @@ from django.utils import timezone
 from helpers import add, deliver, errors, run
 
 from durable_jobs import transitions
-from durable_jobs.enqueue import MAX_COUNTDOWN, enqueue
+from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Job
 from durable_jobs.tasks import JobTask
+from durable_jobs.validation import MAX_COUNTDOWN
 
 pytestmark = pytest.mark.django_db
 

@@ -4,7 +4,6 @@ import os
 import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 
 import pytest
 from celery import shared_task
@@ -14,7 +13,7 @@ from celery.worker.control import Panel
 from django.db import connection
 from django.db.models.functions import Now
 from django.utils import timezone
-from helpers import broken, call_concurrently, claim, collect, failed, follow, work
+from helpers import broken, call_concurrently, claim, collect, failed, follow, run_of, work
 
 from durable_jobs import batches, transitions
 from durable_jobs.actions import cancel, run_again, run_all_again
@@ -146,15 +145,7 @@ def test_two_who_run_a_job_again_run_it_once():
 
 def zombie_of(job):
     """Start a run of this job, and freeze its worker."""
-    run = runs.Run(
-        job.pk,
-        worker="",
-        retries=job.retries,
-        crashes=job.crashes,
-        times_sent=1,
-        limit=timedelta(seconds=60),
-        lease=timedelta(seconds=30),
-    )
+    run = run_of(job)
     assert run.claim()
     return run
 

@@ -3,14 +3,14 @@
 import uuid
 
 import pytest
-from helpers import act, add, claim, claim_and_lapse, deliver, lapse, of_job, run
+from helpers import act, add, claim, claim_and_lapse, deliver, lapse, of_job, run, run_of
 
 from durable_jobs import publish, transitions
 from durable_jobs.actions import cancel
 from durable_jobs.beat.sweeper import recover_lapsed
 from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Job
-from durable_jobs.worker import lease, runs
+from durable_jobs.worker import lease
 
 pytestmark = pytest.mark.django_db
 
@@ -73,7 +73,7 @@ def test_a_claim_whose_answer_was_lost_can_be_repeated():
 
 
 def test_a_process_runs_one_suspect_at_a_time():
-    first, second, third = (runs.Run(uuid.uuid4()) for _ in range(3))
+    first, second, third = (run_of(Job(task=add.name)) for _ in range(3))
     assert first.become_suspect() and not second.become_suspect()
     first.lost = True
     assert second.become_suspect() and not third.become_suspect()

@@ -175,9 +175,10 @@ def test_headers_of_apply_async_are_stored(messages, commit):
     assert messages[0]["tenant"] == 7
 
 
-def test_headers_of_a_message_that_another_app_has_sent_are_kept():
+def test_headers_of_a_message_that_another_app_has_sent_are_kept(commit):
     headers = {"tenant": 7, "durable_job": "its own"}
-    DjangoTask.apply(add, [1, 2], headers=headers, throw=True)
+    with commit():
+        DjangoTask.apply(add, [1, 2], headers=headers, throw=True)
     job = Job.objects.get()
     assert (job.state, job.headers) == ("succeeded", headers)
 

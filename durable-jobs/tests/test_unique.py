@@ -9,7 +9,7 @@ from helpers import add, call_concurrently, claim_and_lapse
 
 from durable_jobs import actions
 from durable_jobs.actions import cancel, run_again, run_all_again
-from durable_jobs.enqueue import FROM_NOW, enqueue, insert, new_fields
+from durable_jobs.enqueue import enqueue, insert, new_fields
 from durable_jobs.models import Job
 
 pytestmark = pytest.mark.django_db
@@ -78,10 +78,39 @@ def test_a_job_whose_unique_key_was_taken_meanwhile_does_not_run_again(monkeypat
     assert job.state == "cancelled"
 
 
+def test_a_job_whose_unique_key_is_free_again_before_it_is_read_runs_again(monkeypatch, published):
+    job = enqueue(add, [1, 2], unique="key")
+    cancel(job)
+    job.refresh_from_db()
+    other = enqueue(add, [3, 4], unique="key")
+    # Called in place of each look for an active job, from the end of the list: first nothing, because the other
+    # job is not committed yet; then the other job ends.
+    steps = [lambda: cancel(other), lambda: None]
+
+    def look(unique):
+        steps.pop()()
+
+    monkeypatch.setattr(actions, "active_with", look)
+    assert run_again(job) == job
+    assert set(Job.objects.values_list("pk", "state")) == {
+        (other.pk, "cancelled"),
+        (job.pk, "queued"),
+    }
+
+
+def test_another_error_of_a_constraint_ends_run_again(monkeypatch):
+    job = enqueue(add, [1, 2], unique="key")
+    cancel(job)
+    job.refresh_from_db()
+    monkeypatch.setattr(actions, "times", lambda *args, **options: {"sweep_at": None})
+    with pytest.raises(IntegrityError, match="job_state"):
+        run_again(job)
+
+
 @pytest.mark.parametrize("conflict", ["idempotency_key", "pk"])
 def test_a_unique_key_hides_no_other_conflict(conflict):
     first = enqueue(add, [1, 2], unique="first", idempotency_key="unique_key")
-    fields = {**new_fields(FROM_NOW, add, [1, 2]), conflict: getattr(first, conflict)}
+    fields = {**new_fields(add, [1, 2]), conflict: getattr(first, conflict)}
     with CaptureQueriesContext(connection) as captured:
         with pytest.raises(IntegrityError), transaction.atomic():
             insert(fields, "second")

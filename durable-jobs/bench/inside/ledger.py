@@ -26,8 +26,8 @@ from durable_jobs.transitions import claim, succeed
 
 LATER = 10**6  # seconds
 # What a worker claims a job with, besides its id and the token
-CLAIM = {"worker": "celery@worker", "retries": 0, "crashes": 0, "times_sent": 1}
-CLAIM |= {"limit": timedelta(seconds=600), "lease": timedelta(seconds=30)}
+CLAIM = {"worker": "celery@worker", "retries": 0, "crashes": 0}
+CLAIM |= {"time_limit": timedelta(seconds=600), "lease": timedelta(seconds=30)}
 
 
 def parts(count):

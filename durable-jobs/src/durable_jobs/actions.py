@@ -9,14 +9,7 @@ from django.db.models.functions import Now
 from kombu.utils.json import loads
 
 from durable_jobs import admission, transitions
-from durable_jobs.enqueue import (
-    FROM_NOW,
-    active_with,
-    insert,
-    new_fields,
-    send_after_commit,
-    times,
-)
+from durable_jobs.enqueue import active_with, call_fields, insert, send_after_commit, times
 from durable_jobs.messages import new_headers
 from durable_jobs.models import Job
 from durable_jobs.states import UNFINISHED
@@ -54,26 +47,24 @@ def run_again(job: Job) -> Job:
         return insert(fields, job.unique_key)
     key = fields["limit_key"]
     changes = {"limit_key": key, **times(Now(), limit_key=key)}
-
-    @transaction.atomic(Job.objects.db)
-    def queue():
-        is_open = job.batch_id is None or transitions.open_again(job.batch_id)
-        row = Job.objects.filter(pk=job.pk)
-        changes["headers"] = new_headers(job)
-        if not (is_open and transitions.run_again(row, **changes)):
-            raise ValueError(
-                "it was run again meanwhile, or its batch is so old that it is being deleted"
-            )
-        job.refresh_from_db()
-        send_after_commit([job])
-        return job
-
-    try:
-        return active_with(job.unique_key) or queue()
-    except IntegrityError:  # another job with this key was stored meanwhile
-        if active := active_with(job.unique_key):
-            return active
-        raise
+    # Another job with this key may be stored meanwhile, and may end before this looks again: see insert().
+    while (active := active_with(job.unique_key)) is None:
+        try:
+            with transaction.atomic(Job.objects.db):
+                is_open = job.batch_id is None or transitions.open_again(job.batch_id)
+                changes["headers"] = new_headers(job)
+                row = Job.objects.filter(pk=job.pk)
+                if not (is_open and transitions.run_again(row, **changes)):
+                    raise ValueError(
+                        "it was run again meanwhile, or its old batch is being deleted"
+                    )
+                job.refresh_from_db()
+                send_after_commit([job])
+                return job
+        except IntegrityError as error:
+            if "unique_key" not in str(error):  # both databases name it
+                raise
+    return active
 
 
 def run_all_again(jobs: QuerySet) -> list[Job]:
@@ -98,6 +89,6 @@ def fields_to_run_again(job):
         raise ValueError(f"there is no task {job.task}")
     task, (args, kwargs) = current_app.tasks[job.task], loads(to_json([job.args, job.kwargs]))
     options = {"label": job.label, "queue": job.queue, "results_of": job.results_of}
-    fields = new_fields(FROM_NOW, task, args, kwargs, **options)
-    del fields["owner"]  # not loaded: its id is enough
+    fields = call_fields(task, args, kwargs, **options)
+    fields |= times(limit_key=fields["limit_key"])
     return {**fields, "owner_id": job.owner_id, "follows": job.pk}

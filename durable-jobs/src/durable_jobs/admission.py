@@ -130,7 +130,6 @@ def unblock(key, most=NO_LIMIT):
     rows = oldest(blocked_by=key, most=most)
     jobs = [Job.from_db(Job.objects.db, FIELDS, row) for row in rows]
     for job in jobs:
-        job.times_sent = 1
         give_slot(id=job.pk, seconds=timedelta(seconds=conf.RESEND_SECONDS))
     return jobs
 
@@ -161,8 +160,9 @@ def free_slots(keys):
         used[key], unstarted[key] = count, queued
     waiting = waits_for_rates(limits)
     for key, limit in limits.items():
-        by_rate = 0 if key in waiting else limit.ahead - unstarted[key] if limit.rate else inf
-        free[key] = min(limit.running - used[key], by_rate)
+        free[key] = limit.running - used[key]
+        if limit.rate:
+            free[key] = min(free[key], 0 if key in waiting else limit.ahead - unstarted[key])
     return free
 
 

@@ -28,14 +28,7 @@ from durable_jobs.database import (
     timeouts,
     wait_for,
 )
-from durable_jobs.enqueue import (
-    BATCH_SIZE,
-    MemberOptions,
-    call_fields,
-    database_time,
-    insert_many,
-    times,
-)
+from durable_jobs.enqueue import MemberOptions, call_fields, database_time, insert_many, times
 from durable_jobs.messages import new_headers
 from durable_jobs.models import MAX_LABEL, Batch, Job
 from durable_jobs.signatures import JobSignature
@@ -45,6 +38,8 @@ from durable_jobs.validation import to_json, uuids
 __all__ = ["add", "add_many", "cancel", "enqueue", "open_batch", "run_failed_again"]
 
 logger = logging.getLogger(__name__)
+
+ENDED_AT_ONCE = 500  # batches that the sweeper ends in a round
 
 
 @contextmanager
@@ -321,7 +316,7 @@ def end_all():
     """End batches whose jobs have ended. The sweeper calls this. It continues in its next round."""
     active = Subquery(newest_active(OuterRef("pk")))
     ended = Batch.objects.filter(ended_at=None).alias(active=active).filter(active=None)
-    for pk in list(ended.order_by("?").values_list("pk", flat=True)[:BATCH_SIZE]):
+    for pk in list(ended.order_by("?").values_list("pk", flat=True)[:ENDED_AT_ONCE]):
         try_to_end(pk, skip_locked=True)  # the sweeper must not wait
 
 

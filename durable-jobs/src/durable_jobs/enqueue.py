@@ -17,7 +17,7 @@ from durable_jobs.messages import is_job, new_headers, queue_of
 from durable_jobs.models import MAX_LABEL, Job, Sweep
 from durable_jobs.publish import publish
 from durable_jobs.states import UNFINISHED
-from durable_jobs.validation import Results, as_json, to_json
+from durable_jobs.validation import MAX_COUNTDOWN, Results, as_json, to_json
 
 __all__ = ["Options", "aenqueue", "enqueue", "enqueue_many"]
 
@@ -25,7 +25,6 @@ BATCH_SIZE = 500  # jobs per statement
 # A call sends as many messages itself. Workers are busy with them until the sweeper sends the rest.
 SENT_IMMEDIATELY = 2000
 FROM_NOW = timedelta()  # as the time of a new job: its INSERT adds the database's
-MAX_COUNTDOWN = 10 * 365 * 86400  # seconds: a longer countdown is probably in milliseconds
 
 
 class MemberOptions(TypedDict, total=False):
@@ -72,7 +71,7 @@ def enqueue(
     IntegrityError if the owner has already used the key.
     """
     key, unique = options.pop("idempotency_key", None), options.pop("unique", None)
-    fields = new_fields(FROM_NOW, task, args, kwargs, **options)
+    fields = new_fields(task, args, kwargs, **options)
     return insert({**fields, "idempotency_key": key}, unique)
 
 
@@ -85,7 +84,7 @@ def enqueue_many(
     messages but the first SENT_IMMEDIATELY. Returns the Jobs.
     """
     now = database_time()
-    rows = [new_fields(now, task, args, **options) for args in calls]
+    rows = [new_fields(task, args, None, now, **options) for args in calls]
     return insert_many(now, [Job(**fields) for fields in rows])
 
 
@@ -95,10 +94,11 @@ aenqueue = sync_to_async(enqueue)
 # The fields of a new job
 
 
-def new_fields(now, task, args, kwargs=None, /, owner=None, countdown=None, eta=None, **options):
+def new_fields(task, args, kwargs=None, now=FROM_NOW, /, owner=None, **options):
     """Return the fields of a new job. Raises the TypeError and ValueError of enqueue()."""
+    when = {name: options.pop(name, None) for name in ("countdown", "eta")}
     fields = call_fields(task, args, kwargs, **options)
-    return {**fields, "owner": owner, **times(now, countdown, eta, fields["limit_key"])}
+    return {**fields, "owner": owner, **times(now, **when, limit_key=fields["limit_key"])}
 
 
 def call_fields(task, args, kwargs=None, label="", queue=None, results_of=None):

@@ -12,8 +12,8 @@ from durable_jobs.validation import to_json
 logger = logging.getLogger(__name__)
 
 # The fields of a job that its message needs
-MESSAGE_FIELDS = ["task", "args", "kwargs", "queue", "batch_id", "retries", "crashes", "times_sent"]
-MESSAGE_FIELDS += ["limit_key", "results_of", "headers"]
+MESSAGE_FIELDS = ["task", "args", "kwargs", "queue", "batch_id", "retries", "crashes", "limit_key"]
+MESSAGE_FIELDS += ["results_of", "headers"]
 HEADER = "durable_job"  # marks the message of a job
 
 
@@ -58,16 +58,15 @@ def send_one(job, producer, is_declared=False):
 def message_of(job):
     """Return the message of a job: headers, properties, and the body.
 
-    `crashes` says how often the job's worker has died, and `times_sent` which message of the job this is, `batch`
-    to which batch it belongs, `limit` the key of its limit, and `results_of` the batch whose results are its
-    first argument.
+    Its own header says how often the job's worker has died (`crashes`), to which batch the job belongs (`batch`),
+    the key of its limit (`limit_key`), and the batch whose results are its first argument (`results_of`).
     """
     # Flower shows these. Celery's own function to shorten them takes a second for each megabyte.
     shown = {"argsrepr": repr(job.args)[:1000], "kwargsrepr": repr(job.kwargs)[:1000]}
     shown |= {"retries": job.retries, "ignore_result": True}
     create = current_app.amqp.create_task_message
     message = create(str(job.pk), job.task, job.args, job.kwargs, **shown)
-    fields = {"crashes": job.crashes, "times_sent": job.times_sent, "limit": job.limit_key}
+    fields = {"crashes": job.crashes, "limit_key": job.limit_key}
     pks = {"batch": job.batch_id, "results_of": job.results_of}
     fields |= {name: str(pk) for name, pk in pks.items() if pk}
     message.headers.update(job.headers, **{HEADER: fields})

@@ -49,6 +49,7 @@ class Row(models.Model):
 
     class Meta:
         abstract = True
+        default_permissions = ()  # the permissions for jobs apply
 
     def save(self, *args, update_fields=None, **options):
         """Store a new row or, of a stored one, the fields that `update_fields` names."""
@@ -71,9 +72,8 @@ class Batch(Row):
     created_at = models.DateTimeField(db_default=Clock())
     ended_at = models.DateTimeField(null=True)
 
-    class Meta:
+    class Meta(Row.Meta):
         base_manager_name = "objects"
-        default_permissions = ()  # the permissions for jobs apply
         indexes = [
             models.Index(fields=["owner", "-created_at"], name="batch_owner"),
             models.Index(fields=["-created_at"], name="batch_created"),
@@ -95,9 +95,7 @@ class Job(Row):
     idempotency_key = models.CharField(max_length=255, null=True)  # noqa: DJ001
     fingerprint = models.CharField(max_length=64)
     unique_key = models.CharField(max_length=255, null=True)  # noqa: DJ001
-    label = models.CharField(
-        max_length=MAX_LABEL, default="", db_default="", help_text="human-readable name"
-    )
+    label = models.CharField(max_length=MAX_LABEL, help_text="human-readable name")
 
     state = models.CharField(max_length=9, choices=STATES, default="queued")
     progress = models.PositiveSmallIntegerField(default=0, help_text="percent")
@@ -105,9 +103,7 @@ class Job(Row):
     cursor = models.JSONField(null=True, help_text="where the next run continues")
     result = models.JSONField(null=True)
     error = models.TextField()
-    public_error = models.TextField(
-        default="", db_default="", help_text="why it failed, for its owner"
-    )
+    public_error = models.TextField(help_text="why it failed, for its owner")
     created_at = models.DateTimeField(db_default=Clock())
     started_at = models.DateTimeField(null=True, help_text="of the last run")
     finished_at = models.DateTimeField(null=True)
@@ -119,16 +115,12 @@ class Job(Row):
     # Of a blocked job: empty. Of a cancelled job with a limit: the end of its lease, while it still runs.
     sweep_at = models.DateTimeField(null=True, help_text="when the sweeper must look at it")
     deadline = models.DateTimeField(null=True, help_text="when the run is over its time limit")
-    times_sent = models.PositiveSmallIntegerField(
-        default=0, help_text="messages since it was queued"
-    )
+    times_sent = models.PositiveSmallIntegerField(default=0, help_text="messages since queued")
     retries = models.PositiveIntegerField(default=0)
     crashes = models.PositiveSmallIntegerField(default=0, help_text="times its worker died")
 
     limit_key = models.CharField(max_length=255, null=True, help_text="of its limit")  # noqa: DJ001
-    blocked_by = models.CharField(  # noqa: DJ001
-        max_length=255, null=True, help_text="the key of the limit that it waits for"
-    )
+    blocked_by = models.CharField(max_length=255, null=True, help_text="the key it waits for")  # noqa: DJ001
 
     batch = models.ForeignKey(Batch, cascade_ended, null=True, db_index=False, related_name="jobs")
     follows = models.UUIDField(null=True, help_text="the job or batch that it continues or repeats")
@@ -215,8 +207,7 @@ class Failure(Row):
     exception = models.CharField(max_length=255, help_text="its class")
     traceback = models.TextField()
 
-    class Meta:
-        default_permissions = ()  # the permissions for the job apply
+    class Meta(Row.Meta):
         ordering = ["pk"]
 
     def __str__(self):
@@ -228,9 +219,7 @@ class Sweep(Row):  # noqa: DJ008
 
     ended_at = models.DateTimeField()
     tick_due_at = models.DateTimeField(null=True)
-    refused = models.JSONField(
-        null=True, help_text="the queues for which the broker takes no message, and why"
-    )
+    refused = models.JSONField(null=True, help_text="why the broker takes no message, by queue")
 
 
 class Worker(Row):
@@ -245,8 +234,7 @@ class Worker(Row):
     started_at = models.DateTimeField()
     seen_at = models.DateTimeField(db_default=Clock())
 
-    class Meta:
-        default_permissions = ()  # the permissions for jobs apply
+    class Meta(Row.Meta):
         ordering = ["name"]
 
     def __str__(self):
@@ -257,25 +245,17 @@ class Key(Row):  # noqa: DJ008
     """The key of a limit, to lock it and for its rate: see admission.py."""
 
     key = models.CharField(max_length=255, primary_key=True)
-    next_at = models.DateTimeField(
-        db_default=Clock(), help_text="when a rate lets the next job start"
-    )
-
-    class Meta:
-        default_permissions = ()
+    next_at = models.DateTimeField(db_default=Clock(), help_text="when its rate lets a job start")
 
 
 class Pause(Row):
     """A queue or a task of which no job starts: see pauses.py."""
 
-    name = models.CharField(
-        max_length=255, primary_key=True, help_text="a queue, or the full name of a task"
-    )
+    name = models.CharField(max_length=255, primary_key=True, help_text="of a queue or a task")
     reason = models.CharField(max_length=255, blank=True)
     since = models.DateTimeField(db_default=Clock())
 
-    class Meta:
-        default_permissions = ()  # the permissions for jobs apply
+    class Meta(Row.Meta):
         ordering = ["name"]
         verbose_name_plural = "queues"  # the page in the admin shows both
 

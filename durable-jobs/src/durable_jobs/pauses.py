@@ -19,11 +19,8 @@ def pause(name: str, reason: str = "") -> Pause:
     queues, tasks = known_names()
     if name not in [*queues, *tasks] and not Job.objects.filter(queue=name).exists():
         raise ValueError(f"no queue or task is named {name!r}: the queues are {', '.join(queues)}")
-    row, is_new = Pause.objects.get_or_create({"reason": reason[:255]}, name=name)
-    if reason and not is_new:
-        row.reason = reason[:255]
-        row.save(update_fields=["reason"])
-    return row
+    changes = {"reason": reason[:255]} if reason else {}
+    return Pause.objects.update_or_create(changes, name=name)[0]
 
 
 def resume(name: str) -> bool:

@@ -68,15 +68,8 @@ def recently_ended():
 
 def by_task():
     """Return dictionaries with the metrics of the recently ended jobs, for each task and state."""
-    return (
-        recently_ended()
-        .values("task", "state")
-        .annotate(
-            durable_jobs_ended=Count("pk"),
-            durable_jobs_crashes=Sum("crashes"),
-            durable_jobs_retries=Sum("retries"),
-        )
-    )
+    rows = recently_ended().values("task", "state").annotate(durable_jobs_ended=Count("pk"))
+    return rows.annotate(durable_jobs_crashes=Sum("crashes"), durable_jobs_retries=Sum("retries"))
 
 
 def p95(metric, label, duration):

@@ -17,20 +17,11 @@ from celery.exceptions import Retry
 from celery.utils.time import maybe_make_aware
 
 from durable_jobs import batches
-from durable_jobs.enqueue import (
-    FROM_NOW,
-    MAX_COUNTDOWN,
-    ManyOptions,
-    MemberOptions,
-    Options,
-    enqueue,
-    insert,
-    new_fields,
-)
+from durable_jobs.enqueue import ManyOptions, MemberOptions, Options, enqueue, insert, new_fields
 from durable_jobs.messages import storable
 from durable_jobs.models import Batch, Job
 from durable_jobs.signatures import NO_CANVAS, JobSignature, check_options
-from durable_jobs.validation import printable
+from durable_jobs.validation import MAX_COUNTDOWN, printable
 from durable_jobs.worker.execution import execute, run_coroutine
 from durable_jobs.worker.pools import shutting_down
 from durable_jobs.worker.runs import JobError, JobLost, describe, for_owner, process
@@ -107,7 +98,7 @@ class JobTask(DjangoTask):
         """Return the fields of the job that apply_async() stores. Raises its errors."""
         check_options(options, Options.__optional_keys__)
         given = {name: options[name] for name in ManyOptions.__optional_keys__ & options.keys()}
-        fields = new_fields(FROM_NOW, self, args or (), kwargs, **given)
+        fields = new_fields(self, args or (), kwargs, **given)
         own = {"idempotency_key": options.get("idempotency_key")}
         return {**fields, **own, "headers": storable(options.get("headers"))}
 

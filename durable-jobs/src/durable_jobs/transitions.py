@@ -218,14 +218,13 @@ def compiled_insert(adds_now):
     return compiler, compiler.get_converters(columns), sql, params
 
 
-@prepared(limit=models.DurationField(), lease=models.DurationField())
-def claim(id, run_token, worker, retries, crashes, times_sent, limit, lease):
+@prepared(time_limit=models.DurationField(), lease=models.DurationField())
+def claim(id, run_token, worker, retries, crashes, time_limit, lease):
     """The UPDATE that gives a queued job to the run with this token.
 
     It changes no row if the job is no longer queued, is blocked or paused, or if it has crashed or was retried
-    since the message was sent. `limit` is the time until the deadline, and `lease` the length of the first
-    lease. `retries`, `crashes` and `times_sent` come from the message; `times_sent` says which message of the
-    job it is, 1 for the first.
+    since the message was sent, which says `retries` and `crashes`. `time_limit` is the time until the deadline,
+    and `lease` the length of the first lease.
     """
     # An old message may arrive when the job is blocked: then it has no sweep_at.
     may_start = Q(run_token=None, sweep_at__isnull=False) & ~is_paused()
@@ -237,12 +236,11 @@ def claim(id, run_token, worker, retries, crashes, times_sent, limit, lease):
         "state": "running",
         "run_token": run_token,
         "worker": worker,
-        "times_sent": times_sent,
         "progress": Case(When(cursor__isnull=False, then="progress"), default=0),
         "message": "",
         "public_error": "",
         "started_at": Clock(),
-        "deadline": Clock() + limit,
+        "deadline": Clock() + time_limit,
         "sweep_at": Clock() + lease,
     }
 

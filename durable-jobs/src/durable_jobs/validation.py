@@ -9,6 +9,7 @@ from kombu.utils.json import dumps, loads
 
 MAX_BYTES = 60_000  # of a job's arguments as JSON: each broker takes a message of this size
 MAX_RESULT_BYTES = 1_000_000
+MAX_COUNTDOWN = 10 * 365 * 86400  # seconds: a longer countdown is probably in milliseconds
 
 
 class Results(list):

@@ -32,7 +32,7 @@ from durable_jobs.api.serializers import (
     has_job_perm,
     may_run_again,
 )
-from durable_jobs.enqueue import FROM_NOW, MemberOptions, insert, new_fields
+from durable_jobs.enqueue import MemberOptions, insert, new_fields
 from durable_jobs.models import Batch, Job
 
 __all__ = ["BatchViewSet", "EnqueueMixin", "JobViewSet", "accepted"]
@@ -250,7 +250,7 @@ class EnqueueMixin:
         """
         if batch:
             batches.keep_open(batch)
-        fields = new_fields(FROM_NOW, task, args, kwargs, owner=self.request.user, **options)
+        fields = new_fields(task, args, kwargs, owner=self.request.user, **options)
         if key := self._idempotency_key:
             fields |= {"idempotency_key": key, "fingerprint": self._fingerprint}
         return insert({**fields, "pk": self.job_id, "batch": batch})

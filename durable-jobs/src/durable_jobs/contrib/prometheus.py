@@ -64,11 +64,8 @@ class Collector:
         )
         yield from families([], [{**row, "durable_jobs_workers": alive().count()}])
 
-        ages = {
-            "durable_jobs_sweep_age_seconds": "ended_at",
-            "durable_jobs_beat_late_seconds": "tick_due_at",
-        }
-        ages = {name: Now() - F(time) for name, time in ages.items()}
+        ages = {"sweep_age": "ended_at", "beat_late": "tick_due_at"}
+        ages = {f"durable_jobs_{name}_seconds": Now() - F(time) for name, time in ages.items()}
         yield from families([], Sweep.objects.values(**ages) or [dict.fromkeys(ages, math.inf)])
 
 

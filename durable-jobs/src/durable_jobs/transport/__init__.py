@@ -2,15 +2,9 @@
 
 from importlib import import_module
 
-MODULES = {
-    "amqp": "rabbitmq",
-    "amqps": "rabbitmq",
-    "pyamqp": "rabbitmq",
-    "redis": "redis",
-    "rediss": "redis",
-    "sentinel": "redis",
-    "sqs": "sqs",
-}
+from kombu.transport import TRANSPORT_ALIASES
+
+MODULES = {"pyamqp": "rabbitmq", "redis": "redis", "SQS": "sqs"}  # by the name of kombu's module
 
 
 def prepare(app, url):
@@ -19,5 +13,6 @@ def prepare(app, url):
     The package of another broker need not be installed, so its module is not imported.
     """
     address = url if isinstance(url, str) else next(iter(url or []), "")
-    if name := MODULES.get(address.partition(":")[0]):
+    path = TRANSPORT_ALIASES.get(address.partition(":")[0], "")  # kombu.transport.redis:Transport
+    if name := MODULES.get(path.partition(":")[0].rpartition(".")[2]):
         import_module(f"{__name__}.{name}").prepare(app)

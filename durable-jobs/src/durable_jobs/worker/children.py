@@ -74,5 +74,5 @@ def free_slot_of_dead_child(request, terminated, signum, **kwargs):
 
 
 def free_slot(id, fields):
-    if fields and fields["limit"]:
+    if fields and fields["limit_key"]:
         in_thread(free_cancelled, id, fields["crashes"], delay=POLL_SECONDS)

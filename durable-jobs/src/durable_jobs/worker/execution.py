@@ -2,22 +2,14 @@
 
 import asyncio
 from contextlib import suppress
-from datetime import timedelta
 
 from asgiref.sync import async_to_sync
 from celery.exceptions import Ignore, Retry
-from django.db import IntegrityError, connection, transaction
+from django.db import IntegrityError, connection
 from django.db.transaction import TransactionManagementError
 
-from durable_jobs import admission, batches, conf, transitions
-from durable_jobs.database import (
-    LOCK_TIMEOUT,
-    end_interrupted_query,
-    roll_back_open_transaction,
-    wait_for,
-    wait_past_soft_limit,
-)
-from durable_jobs.enqueue import FROM_NOW, new_fields
+from durable_jobs import batches, conf, database, transitions
+from durable_jobs.enqueue import insert, new_fields
 from durable_jobs.messages import fields_in, storable
 from durable_jobs.models import Job
 from durable_jobs.states import QUEUED
@@ -35,68 +27,35 @@ def execute(task, args, kwargs):
     request = task.request
     fields = fields_in(request.headers)
     if fields is None:  # an app that does not know that this task is a job has sent it
-        fields = {"crashes": 0, "times_sent": 1, "limit": store(task, args, kwargs)}
-    run = run_of(task, fields)
+        store(task, args, kwargs)
+        raise Ignore("stored as a job, which has a message of its own")
+    run = Run(task, request, fields)
     lease.start_thread()
     crashes = fields["crashes"]
     is_suspect = crashes and crashes + 1 >= conf.MAX_CRASHES
     if shutting_down[0] or (is_suspect and not run.become_suspect()):
         # Skip a job with times_sent=0: it was queued again after this message was sent.
-        row = Job.objects.filter(QUEUED, LOCK_TIMEOUT, pk=request.id, times_sent__gt=0)
-        wait_past_soft_limit(transitions.requeue, row, conf.SWEEP_SECONDS)
+        row = Job.objects.filter(QUEUED, database.LOCK_TIMEOUT, pk=request.id, times_sent__gt=0)
+        database.wait_past_soft_limit(transitions.requeue, row, conf.SWEEP_SECONDS)
         raise Ignore("must wait: its worker is shutting down, or runs another suspect")
     try:
-        if not wait_past_soft_limit(run.claim):
+        if not database.wait_past_soft_limit(run.claim):
             if run.put_back_if_paused():
                 raise Ignore("its queue or its task is paused")
-            if not wait_past_soft_limit(run.claim):  # a pause may have ended in between
+            if not database.wait_past_soft_limit(run.claim):  # a pause may have ended in between
                 raise run.ignored()
         request.run_of_job = run
-        with run, connection.execute_wrapper(end_interrupted_query):
+        with run, connection.execute_wrapper(database.end_interrupted_query):
             return run_and_write(run, args, kwargs)
     finally:
         run.ended = True
 
 
 def store(task, args, kwargs):
-    """Store the job of a message without one. Returns the key of its limit, or None."""
-    fields = new_fields(FROM_NOW, task, args, kwargs)
-    fields["headers"] = storable(task.request.headers)
-    job = wait_for(get_or_insert, Job(pk=task.request.id, **fields))
-    if job.blocked_by:
-        pool.query(admission.admit, [job.blocked_by])
-    return job.limit_key
-
-
-def get_or_insert(job):
-    """Return the job with this id, or store this one: another message may have stored it."""
-    stored = Job.objects.filter(pk=job.pk)
-    with suppress(IntegrityError):
-        if not stored.exists():
-            with transaction.atomic():
-                transitions.insert(job)
-            return job
-    return stored.get()
-
-
-def run_of(task, fields):
-    """Return the Run of the message that this process got."""
-    request = task.request
-    limit = request.time_limit or task.time_limit
-    return Run(
-        request.id,
-        fields.get("run_token"),
-        task,
-        fields.get("batch"),
-        fields.get("limit"),
-        fields.get("results_of"),
-        worker=request.hostname,
-        retries=request.retries,
-        crashes=fields["crashes"],
-        times_sent=fields["times_sent"],
-        limit=timedelta(seconds=limit),
-        lease=timedelta(seconds=min(conf.LEASE_SECONDS, limit)),
-    )
+    """Store the job of a message without one."""
+    fields = {"pk": task.request.id, "headers": storable(task.request.headers)}
+    with suppress(IntegrityError):  # a second copy of the message
+        database.wait_for(insert, {**new_fields(task, args, kwargs), **fields})
 
 
 def run_and_write(run, args, kwargs):
@@ -140,7 +99,7 @@ def call(run, args, kwargs):
     try:
         result = run.task.run(*batches.with_results(args, run.results_of), **kwargs)
     finally:
-        was_open = not in_block and roll_back_open_transaction()
+        was_open = not in_block and database.roll_back_open_transaction()
     if was_open:
         raise TransactionManagementError("The task left a transaction open")
     return result

@@ -6,6 +6,8 @@ import sys
 import time
 import uuid
 from contextlib import suppress
+from datetime import timedelta
+from functools import partial
 from traceback import format_exception, format_exception_only
 
 from celery.exceptions import Ignore, SoftTimeLimitExceeded
@@ -56,30 +58,26 @@ class JobLost(BaseException):
 class Run:
     """One run of a job. It owns the job as long as `Job.run_token` is its token.
 
-    Use it as a context manager: the lease is renewed inside the block. `limit_key` is the key of its limit,
-    `results_of` the batch whose results are its first argument.
-    The other arguments are those of transitions.claim().
+    Use it as a context manager: the lease is renewed inside the block. `request` is Celery's, and `header` what
+    messages.fields_in() returns: see message_of().
     """
 
-    def __init__(
-        self,
-        job_id,
-        token=None,
-        task=None,
-        batch_id=None,
-        limit_key=None,
-        results_of=None,
-        **claim,
-    ):
-        self.job_id = job_id
-        self.token = token or uuid.uuid4()
-        self.task = task
-        self.batch_id = batch_id
-        self.limit_key, self.results_of = limit_key, results_of
+    def __init__(self, task, request, header):
+        self.task, self.job_id = task, request.id
+        self.token = header.get("run_token") or uuid.uuid4()
+        self.batch_id, self.limit_key = header.get("batch"), header.get("limit_key")
+        self.results_of = header.get("results_of")
+        time_limit = request.time_limit or task.time_limit
+        self.claim_fields = {
+            "worker": request.hostname,
+            "retries": request.retries,
+            "crashes": header["crashes"],
+            "time_limit": timedelta(seconds=time_limit),
+            "lease": timedelta(seconds=min(conf.LEASE_SECONDS, time_limit)),
+        }
         self.has_written = False  # how the function ended
         self.admitted = []  # the job that has its slot now
         self.next_jobs = []  # the plans of enqueue_next()
-        self.claim_fields = claim
         self.report = {}  # the latest progress and message
         self.written = self.report  # the report that is in the row
         self.cursor = self.batch = UNREAD
@@ -96,11 +94,6 @@ class Run:
     @property
     def row(self):
         return jobs_of([self])
-
-    @property
-    def row_with_lock_timeout(self):
-        """The row, to write how the function ended. An UPDATE that waits too long for a lock is tried again."""
-        return self.row.filter(LOCK_TIMEOUT)
 
     def __enter__(self):
         with process.lock:
@@ -204,8 +197,7 @@ class Run:
         if public_error := printable(public_error) or for_owner(error):
             failure["error"] = public_error
         texts = {"error": failure["error"], "public_error": public_error}
-        row = self.row_with_lock_timeout
-        self.write(transitions.finish, row, "failed", failure=failure, **self.report, **texts)
+        self.change(transitions.finish, "failed", failure=failure, **self.report, **texts)
         self.end_batch()
 
     def try_again(self):
@@ -213,8 +205,7 @@ class Run:
         try:
             changes = {**self.report, **self.retry, "public_error": self.public_error}
             changes["args"], changes["kwargs"] = as_json(changes["args"], changes["kwargs"])
-            row = self.row_with_lock_timeout
-            self.write(transitions.requeue, row, failure=self.failure, **changes)
+            self.change(transitions.requeue, failure=self.failure, **changes)
         except Exception as error:  # for example, arguments that are not JSON
             self.fail(f"Its retry can't be stored: {error}")
             raise
@@ -225,12 +216,16 @@ class Run:
 
     def release(self):
         """Release the job: queue it for another worker."""
-        self.write(transitions.requeue, self.row_with_lock_timeout)
+        self.change(transitions.requeue)
+
+    def change(self, transition, *args, **changes):
+        """Write how the function ended. An UPDATE that waits too long for a lock is tried again."""
+        self.write(transition, self.row.filter(LOCK_TIMEOUT), *args, **changes)
 
     def write(self, update, *args, **kwargs):
         """Write how the function ended. Returns 0 if the run has lost its job."""
         if self.limit_key:
-            args, update = (update, *args), self.hand_over
+            update = partial(self.hand_over, update)
         written = wait_past_soft_limit(update, *args, **kwargs)
         self.has_written = bool(written)
         publish(self.admitted)
