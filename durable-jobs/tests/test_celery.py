@@ -89,6 +89,15 @@ def test_a_task_with_an_attribute_that_jobs_do_not_support_is_refused(option):
         Task.bind(app)
 
 
+def test_a_time_limit_of_0_is_refused():
+    class Task(JobTask):
+        name = "bad"
+        time_limit = 0
+
+    with pytest.raises(TypeError, match="bad: time_limit must be greater than 0"):
+        Task.bind(app)
+
+
 @pytest.mark.parametrize(
     "send",
     [

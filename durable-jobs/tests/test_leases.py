@@ -10,6 +10,8 @@ from django.db import DatabaseError, IntegrityError, connection, transaction
 from django.db.models.functions import Now
 from helpers import (
     add,
+    ask,
+    call,
     claim,
     claim_and_lapse,
     errors,
@@ -18,6 +20,7 @@ from helpers import (
     run_of,
     seconds_until_due,
     seconds_waited,
+    start,
     sweeper,
 )
 
@@ -55,6 +58,38 @@ def test_the_renewal_of_leases_finds_lost_runs():
     claim(job.pk, mine.token)
     lease.write_and_renew([mine, other])
     assert (mine.lost, other.lost) == (False, True)
+
+
+def claim_with_rate():
+    start(enqueue(ask, [1]))
+
+
+def fail_and_hand_over():
+    run = start(enqueue(call, [1]))
+    with transaction.atomic(), pytest.raises(ZeroDivisionError):
+        try:
+            raise ZeroDivisionError
+        except ZeroDivisionError:
+            run.fail()
+            raise
+
+
+def mark_due():
+    enqueue(add, [1, 2], countdown=60)
+    Job.objects.update(sweep_at=Now())
+    sweeper.sender.send_due()
+
+
+@pytest.mark.parametrize("write", [claim_with_rate, fail_and_hand_over, mark_due])
+def test_a_process_that_freezes_in_a_transaction_locks_no_job_for_long(write):
+    """PostgreSQL ends a transaction of which nothing was heard for this time, and frees its rows."""
+    if connection.vendor != "postgresql":
+        pytest.skip("SQLite locks the whole file: set DATABASE_URL=postgres://…")
+    with connection.cursor() as cursor:
+        cursor.execute(f"SET LOCAL {IDLE} TO 0")
+        write()
+        cursor.execute(f"SHOW {IDLE}")
+        assert cursor.fetchall() == [("10s",)]
 
 
 @pytest.mark.django_db(transaction=True)

@@ -15,7 +15,9 @@ from asgiref.sync import async_to_sync
 from celery import current_app, shared_task
 from celery.beat import ScheduleEntry, Scheduler
 from celery.exceptions import Ignore
+from django.apps import apps
 from django.core.checks import run_checks
+from django.core.exceptions import ImproperlyConfigured
 from django.db.models import F
 from django.utils import timezone
 from helpers import alone, ask, call, end, free, run_of, start, sweeper
@@ -300,11 +302,13 @@ BAD = ["0", "-1", "5/", "60/month", "5,6", "5 /min, 3/h", 2.5, None, True, "", "
 
 
 @pytest.mark.parametrize("text", BAD, ids=repr)
-def test_a_wrong_limit_is_an_error_of_the_checks(settings, text):
-    limits = settings.DURABLE_JOBS["LIMITS"]
-    settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"LIMITS": {**limits, "openai": text}}
-    [error] = run_checks()
-    assert error.id == "durable_jobs.E006" and error.msg.startswith("LIMITS['openai']: ")
+def test_a_wrong_limit_is_refused_at_the_start(settings, text):
+    """Workers and Beat do not stop for a failed check. Beat could then not admit any job."""
+    settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"LIMITS": {"openai": text}}
+    with pytest.raises(
+        ImproperlyConfigured, match="LIMITS'\\]\\['openai'\\]: .* is not a valid limit"
+    ):
+        apps.get_app_config("durable_jobs").ready()
 
 
 @pytest.mark.parametrize("limit", ["other", "", "one two", 7])

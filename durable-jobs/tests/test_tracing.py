@@ -148,6 +148,22 @@ def test_receivers_are_called_once_for_each_job(way, calls, run_jobs):
     assert headers == {pk: {"tenant": number} for number, pk in enumerate(calls, 1)}
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_a_receiver_that_adds_no_header_is_called_once_for_each_job(way, run_jobs):
+    ids = []
+
+    def count(headers, **kwargs):
+        ids.append(headers["id"])
+
+    signals.before_task_publish.connect(count)
+    try:
+        WAYS[way]()
+        run_jobs()
+    finally:
+        signals.before_task_publish.disconnect(count)
+    assert sorted(ids) == sorted(str(pk) for pk in Job.objects.values_list("pk", flat=True))
+
+
 def test_a_job_that_runs_again_belongs_to_the_request_that_runs_it(calls):
     failed, succeeded = enqueue(add, [1, 2]), enqueue(add, [1, 2])
     cancel(failed)

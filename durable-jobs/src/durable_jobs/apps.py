@@ -4,7 +4,7 @@ from celery import current_app, signals
 from django.apps import AppConfig
 from django.core.exceptions import ImproperlyConfigured
 
-from durable_jobs import conf
+from durable_jobs import conf, limits
 
 
 class DurableJobsConfig(AppConfig):
@@ -25,6 +25,11 @@ class DurableJobsConfig(AppConfig):
         for name, value in values.items():
             if not value > 0:  # also true for NaN
                 raise ImproperlyConfigured(f"{name} must be a number greater than 0, not {value}.")
+        for name, text in conf.LIMITS.items():
+            try:
+                limits.parse(str(text))
+            except ValueError as error:
+                raise ImproperlyConfigured(f"DURABLE_JOBS['LIMITS'][{name!r}]: {error}.") from error
         # Import the tasks that workers import. Then send_task() knows which ones are jobs.
         current_app.autodiscover_tasks(force=True)
         for module in current_app.loader.default_modules:

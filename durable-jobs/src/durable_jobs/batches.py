@@ -28,8 +28,14 @@ from durable_jobs.database import (
     timeouts,
     wait_for,
 )
-from durable_jobs.enqueue import MemberOptions, call_fields, database_time, insert_many, times
-from durable_jobs.messages import new_headers
+from durable_jobs.enqueue import (
+    MemberOptions,
+    call_fields,
+    database_time,
+    insert_many,
+    new_job,
+    times,
+)
 from durable_jobs.models import MAX_LABEL, Batch, Job
 from durable_jobs.signatures import JobSignature
 from durable_jobs.states import UNFINISHED
@@ -126,7 +132,7 @@ def store_members(batch, task, calls, countdown=None, eta=None, **options):
         first = batch._next_member_at = max(getattr(batch, "_next_member_at", now), now)
         batch._next_member_at += timedelta(microseconds=len(rows))
         rows = [{**row, **times(now, countdown, eta, row["limit_key"])} for row in rows]
-        return insert_many(first, [Job(**row, **common) for row in rows])
+        return insert_many(first, [new_job(**row, **common) for row in rows])
 
 
 def keep_open(batch):
@@ -194,8 +200,8 @@ def planned(task, args=(), kwargs=None, *, countdown=None, eta=None, **options):
     """Return a job that is stored later, as JSON. Raises the errors of enqueue()."""
     fields = call_fields(task, args, kwargs, **options)
     times(timezone.now(), countdown, eta)  # may raise ValueError
-    job = Job(**fields)  # its request is the current one, whoever stores it later
-    fields |= {"id": str(job.pk), "headers": new_headers(job)}
+    job = new_job(**fields)  # its request is the current one, whoever stores it later
+    fields |= {"id": str(job.pk), "headers": job.headers}
     return {**fields, "countdown": countdown, "eta": eta and eta.isoformat()}
 
 

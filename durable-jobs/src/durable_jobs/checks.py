@@ -90,21 +90,16 @@ def check_rate_limits(app_configs, **kwargs):
 
 @register()
 def check_limits(app_configs, **kwargs):
-    """Check DURABLE_JOBS["LIMITS"], and those limits of jobs that are no functions."""
-    checks = [(f"LIMITS[{name!r}]", limits.parse, str(text)) for name, text in conf.LIMITS.items()]
-    of_jobs = {name: current_app.tasks[name].limit for name in known_names()[1]}
-    checks += [
-        (name, limits.check_key, limit)
-        for name, limit in of_jobs.items()
-        if limit is not None and not callable(limit)
-    ]
-    for where, check, value in checks:
+    """Check those limits of jobs that are no functions."""
+    for name in known_names()[1]:
+        limit = current_app.tasks[name].limit
         try:
-            check(value)
+            if limit is not None and not callable(limit):
+                limits.check_key(limit)
         except ValueError as error:
             yield Error(
-                f"{where}: {error}.",
-                hint='Write DURABLE_JOBS = {"LIMITS": {"tenant": "2", "openai": "5, 60/min"}} and limit="openai".',
+                f"{name}: {error}.",
+                hint='Write DURABLE_JOBS = {"LIMITS": {"openai": "5, 60/min"}} and limit="openai".',
                 id="durable_jobs.E006",
             )
 

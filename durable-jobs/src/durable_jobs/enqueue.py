@@ -85,7 +85,7 @@ def enqueue_many(
     """
     now = database_time()
     rows = [new_fields(task, args, None, now, **options) for args in calls]
-    return insert_many(now, [Job(**fields) for fields in rows])
+    return insert_many(now, [new_job(**fields) for fields in rows])
 
 
 aenqueue = sync_to_async(enqueue)
@@ -171,11 +171,17 @@ def active_with(unique):
     return unique and Job.objects.filter(UNFINISHED, unique_key=unique).first()
 
 
+def new_job(**fields):
+    """Return an unsaved job with the headers of its messages."""
+    job = Job(**fields)
+    job.headers = new_headers(job)
+    return job
+
+
 def insert_many(now, jobs):
     """Store these jobs. Returns them."""
     for place, job in enumerate(jobs):
         job.created_at = now + timedelta(microseconds=place)  # pages sort by this time
-        job.headers = job.headers or new_headers(job)
     leave_to_sweeper([job for job in jobs if job.times_sent][SENT_IMMEDIATELY:])
     Job.objects.bulk_create(jobs, batch_size=BATCH_SIZE)
     send_after_commit(jobs)

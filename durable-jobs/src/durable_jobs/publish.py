@@ -5,8 +5,6 @@ import time
 
 from durable_jobs import transitions
 from durable_jobs.messages import is_connection_error, send
-from durable_jobs.models import Job
-from durable_jobs.states import QUEUED
 from durable_jobs.worker.pools import pool
 
 logger = logging.getLogger(__name__)
@@ -36,10 +34,7 @@ class Publisher:
                     self.again_at[queue] = time.monotonic() + PUBLISH_PAUSE
                 text = "Could not publish %d jobs; will retry. The first is %s: %r"
                 logger.warning(text, len(jobs), jobs[0], error)
-        # All had times_sent=1. If one has 0 now, its message arrived in spite of the error, and a worker has
-        # queued it again: skip it.
-        rows = Job.objects.filter(QUEUED, pk__in=[job.pk for job in jobs])
-        transitions.requeue(rows.filter(times_sent__gt=0))
+        transitions.take_back([job.pk for job in jobs])
 
 
 publisher = Publisher()

@@ -69,6 +69,8 @@ class JobTask(DjangoTask):
         for name in ("before_start", "exchange", "expires", "routing_key"):
             if getattr(cls, name, None) != getattr(DjangoTask, name, None):
                 raise TypeError(f"{cls.name}: a job cannot have {name}")
+        if cls.time_limit is not None and not cls.time_limit > 0:
+            raise TypeError(f"{cls.name}: time_limit must be greater than 0, not {cls.time_limit}")
         cls.throws = (*cls.throws, JobError)  # Celery's log and Sentry expect it
         if callable(cls.limit):
             cls.limit = staticmethod(cls.limit)  # no method: it gets no self

@@ -10,6 +10,7 @@ import pytest
 from celery import current_app
 from celery.app.trace import build_tracer
 from celery.exceptions import OperationalError
+from django.db import connection
 from django.db.models.functions import Now
 from kombu.utils.json import dumps, loads
 
@@ -79,4 +80,8 @@ def run(job):
     request["headers"] = messages.message_of(job).headers
     # Celery's task.apply() would not call apply_async() for a retry.
     trace = build_tracer(task.name, task, app=current_app, eager=True)
-    return trace(request["id"], args, kwargs, request)
+    traced = trace(request["id"], args, kwargs, request)
+    if connection.vendor == "postgresql":
+        # IDLE_TIMEOUT is not for the test's transaction, which a debugger may stop.
+        connection.cursor().execute("SET LOCAL idle_in_transaction_session_timeout TO DEFAULT")
+    return traced

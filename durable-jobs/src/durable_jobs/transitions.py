@@ -12,7 +12,7 @@ from django.db.models.sql import InsertQuery, UpdateQuery
 from durable_jobs import conf
 from durable_jobs.database import IDLE_TIMEOUT, LOCK_TIMEOUT, Clock, cursor_that_prepares
 from durable_jobs.models import Batch, Job, Pause
-from durable_jobs.states import UNFINISHED
+from durable_jobs.states import QUEUED, UNFINISHED
 
 STORED_FAILURES = 20  # of each job: the latest ones
 UNSUCCESSFUL = ["failed", "cancelled"]
@@ -47,6 +47,15 @@ def requeue(jobs, delay=0, failure=None, **changes):
     changes["sweep_at"] = Case(When(is_blocked, then=None), default=due)
     changes |= {"state": "queued", "run_token": None, "times_sent": 0}
     return update(jobs, changes, failure)
+
+
+@transaction.atomic
+def take_back(ids):
+    """Queue these jobs again, whose messages could not be sent. Skip locked rows: they are due later anyway.
+
+    A job that has no message any more had one that arrived in spite of the error, and a worker has queued it again.
+    """
+    requeue(skip_locked(Job.objects.filter(QUEUED, pk__in=ids, times_sent__gt=0)))
 
 
 def finish(jobs, state, failure=None, **changes):
@@ -232,7 +241,7 @@ def claim(id, run_token, worker, retries, crashes, time_limit, lease):
     claimable = may_start | Q(run_token=run_token)
     is_current = Q(retries=retries, crashes=crashes)
     rows = Job.objects.filter(claimable, UNFINISHED, is_current, pk=id)
-    return rows.filter(LOCK_TIMEOUT), {
+    return rows.filter(LOCK_TIMEOUT, IDLE_TIMEOUT), {
         "state": "running",
         "run_token": run_token,
         "worker": worker,
@@ -248,7 +257,7 @@ def claim(id, run_token, worker, retries, crashes, time_limit, lease):
 @prepared()
 def succeed(id, run_token, result, message):
     """The UPDATE that writes the result of a run, if the run still owns the job."""
-    rows = Job.objects.filter(UNFINISHED, LOCK_TIMEOUT, pk=id, run_token=run_token)
+    rows = Job.objects.filter(UNFINISHED, LOCK_TIMEOUT, IDLE_TIMEOUT, pk=id, run_token=run_token)
     final = {"state": "succeeded", "run_token": None, "sweep_at": None, "finished_at": Now()}
     return rows, {**final, "progress": 100, "result": result, "message": message}
 

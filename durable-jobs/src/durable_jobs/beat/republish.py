@@ -12,7 +12,7 @@ from django.db.models import Min, Q
 from django.db.models.functions import Now
 
 from durable_jobs import admission, conf, transitions
-from durable_jobs.database import may_succeed_later
+from durable_jobs.database import IDLE_TIMEOUT, may_succeed_later
 from durable_jobs.messages import MESSAGE_FIELDS, messages_in, send
 from durable_jobs.models import Job
 from durable_jobs.states import QUEUED, RUNNING
@@ -83,7 +83,7 @@ class Sender:
         missing = queued.filter(times_sent__gt=0).count() - waiting
         # The oldest jobs first. These are also the ones to send again: workers take the oldest messages first,
         # so the messages that are left belong to the newest jobs, and the missing ones to the oldest.
-        due = queued.filter(sweep_at__lt=Now()).order_by("sweep_at")
+        due = queued.filter(IDLE_TIMEOUT, sweep_at__lt=Now()).order_by("sweep_at")
         ids = mark_sent(due.filter(times_sent=0)[:JOBS_IN_MEMORY])
         if resend and missing > 0:
             ids += mark_sent(
@@ -96,7 +96,7 @@ class Sender:
                 logger.warning("%d jobs are sent again, one by one: %r", len(ids), error)
                 self.send_one_by_one(name, ids, broker)
         except Exception:
-            transitions.requeue(Job.objects.filter(QUEUED, pk__in=ids, times_sent__gt=0))
+            transitions.take_back(ids)
             raise
         return len(ids) == JOBS_IN_MEMORY
 

@@ -14,7 +14,13 @@ from celery.exceptions import Ignore, SoftTimeLimitExceeded
 from django.db import transaction
 
 from durable_jobs import admission, batches, conf, transitions
-from durable_jobs.database import LOCK_TIMEOUT, in_transaction, wait_for, wait_past_soft_limit
+from durable_jobs.database import (
+    IDLE_TIMEOUT,
+    LOCK_TIMEOUT,
+    in_transaction,
+    wait_for,
+    wait_past_soft_limit,
+)
 from durable_jobs.models import Batch, Job
 from durable_jobs.publish import publish
 from durable_jobs.transitions import lease_end
@@ -220,7 +226,7 @@ class Run:
 
     def change(self, transition, *args, **changes):
         """Write how the function ended. An UPDATE that waits too long for a lock is tried again."""
-        self.write(transition, self.row.filter(LOCK_TIMEOUT), *args, **changes)
+        self.write(transition, self.row.filter(LOCK_TIMEOUT, IDLE_TIMEOUT), *args, **changes)
 
     def write(self, update, *args, **kwargs):
         """Write how the function ended. Returns 0 if the run has lost its job."""
