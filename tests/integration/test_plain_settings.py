@@ -143,6 +143,19 @@ def test_beat_starts_whatever_its_schedule_file_holds(plain, tmp_path):
         tick()
 
 
+@on_redis
+def test_flower_shows_how_many_tasks_wait_in_each_queue_without_a_worker(plain):
+    """Flower and others expect that the setting is a list of Queue objects."""
+    plain.worker.stop()
+    plain.send("quick", queue="cpu")
+    flower = plain.process("celery -A config flower", "other-flower")
+    flower.is_ready = plain.flower.is_ready
+    flower.start()
+    status, _, answer = plain.ask_flower("GET", "/api/queues/length")
+    lengths = {queue["name"]: queue["messages"] for queue in answer["active_queues"]}
+    assert status == 200 and lengths.keys() >= {"celery", "cpu", "io"} and lengths["cpu"] == 1
+
+
 # Results
 
 
