@@ -145,12 +145,15 @@ def test_users_may_log_in_by_email(copied):
 
 
 @outputs({**DEFAULTS, "result_backend": "database"})
-def test_a_variable_that_overrides_the_settings_is_found(project):
+@pytest.mark.parametrize(
+    "name", ["CELERY_RESULT_BACKEND", "CELERY_BROKER_READ_URL", "CELERY_BROKER_WRITE_URL"]
+)
+def test_a_variable_that_overrides_the_settings_is_found(project, name):
     command = ["check", "--deploy", "--fail-level", "WARNING"]
     variables = {**project.production(), "DEBUG": "False", "FLOWER_BASIC_AUTH": "a:secret"}
     project.manage(*command, **variables)
     with pytest.raises(AssertionError, match="config.W005"):
-        project.manage(*command, **variables, CELERY_RESULT_BACKEND="redis://h/1")
+        project.manage(*command, **{**variables, name: "redis://h/1"})
 
 
 @both
@@ -189,6 +192,11 @@ def call_api():
     pass
 
 
+@shared_task(rate_limit="1/m", queue="own")
+def call_alone():
+    pass
+
+
 @shared_task(autoretry_for=(OSError,), retry_backoff=True, retry_backoff_max=900)
 def try_for_long():
     pass
@@ -196,6 +204,11 @@ def try_for_long():
 
 @shared_task(default_retry_delay=900)
 def try_late():
+    pass
+
+
+@shared_task(autoretry_for=(OSError,), retry_kwargs={"countdown": 900})
+def try_rarely():
     pass
 
 
@@ -220,7 +233,8 @@ print(sorted({each.id + each.msg.split("orders.tasks.")[1].split()[0] for each i
 """
     found = ["config.W006call_api"]
     if copied.answers["broker"] != "rabbitmq":
-        found = ["config.W002start_late", "config.W002try_for_long", "config.W002try_late", *found]
+        late = "start_late", "try_for_long", "try_late", "try_rarely"
+        found = [*(f"config.W002{name}" for name in late), *found]
     assert str(found) in copied.manage("shell", "-v0", "-c", code)
 
 
