@@ -185,6 +185,30 @@ def test_the_projects_own_tests_are_not_in_the_flower_of_make_run(project):
         assert "test_project" not in str(site.ask_flower("/api/tasks"))
 
 
+RESULTS = """
+from celery import shared_task
+from celery.result import AsyncResult
+
+
+@shared_task(bind=True)
+def count(self):
+    self.update_state(state="PROGRESS", meta={"done": 1})
+    return 7
+
+
+def test_a_result(db):
+    assert AsyncResult(count.delay().id).result == 7
+"""
+
+
+@both
+def test_results_of_plain_tasks_stay_in_the_process_of_a_test(copied):
+    """Here, no server answers. Otherwise they would go to that of `make run`."""
+    (copied / "tests/test_results.py").write_text(RESULTS)
+    pytest = ".venv/bin/python", "-m", "pytest", "-q", "tests/test_results.py"
+    copied.call(*pytest, **copied.free_servers())
+
+
 TASKS = """
 
 @shared_task(rate_limit="1/m")
