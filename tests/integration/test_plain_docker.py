@@ -292,8 +292,11 @@ def test_compose_and_django_read_the_same_values(project):
     assert len(values.keys() - own) > 10
 
 
-@pytest.mark.parametrize("value", ["$a", "a$b", '"a$b"', "a #b", "${HOME}"])
-def test_make_up_refuses_values_that_compose_would_change(bake, tmp_path, monkeypatch, value):
+VALUES = ["$a", "a$b", '"a$b"', "a #b", "${HOME}", "'a' #b"]
+
+
+@pytest.mark.parametrize("line", [*(f"RELEASE={each}" for each in VALUES), "export RELEASE=$a"])
+def test_make_up_refuses_values_that_compose_would_change(bake, tmp_path, monkeypatch, line):
     project = bake()
     docker = tmp_path / "docker"
     docker.write_text("#!/bin/sh\n")
@@ -301,10 +304,10 @@ def test_make_up_refuses_values_that_compose_would_change(bake, tmp_path, monkey
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     project.call("make", "up")
     with open(project / ".env", "a") as file:
-        file.write(f"LOG_LEVEL='{value}'\nRELEASE=a#b\n# A comment: $a\n")
+        file.write("LOG_LEVEL='a$b #c'\nexport RELEASE='$a'\n# A comment: $a\nTIME_ZONE=a#b\n")
     project.call("make", "up")
     with open(project / ".env", "a") as file:
-        file.write(f"RELEASE={value}\n")
+        file.write(f"{line}\n")
     with pytest.raises(AssertionError, match="single quotes"):
         project.call("make", "up")
 
