@@ -289,10 +289,15 @@ def test_a_pooler_that_is_not_declared_is_found(project, database):
     threading.Thread(target=pool, args=[server, database.port], daemon=True).start()
     pooled = f"postgres://postgres@127.0.0.1:{server.getsockname()[1]}/postgres"
     check = "check --tag database --database default --fail-level WARNING".split()
-    for url in f"{database.url}/postgres", f"{pooled}?DISABLE_SERVER_SIDE_CURSORS=True":
+    direct = f"{database.url}/postgres"
+    cursors = f"{pooled}?DISABLE_SERVER_SIDE_CURSORS=True"
+    for url in direct, f"{direct}?prepare_threshold=0", cursors:
         project.manage(*check, DATABASE_URL=url)
     with pytest.raises(AssertionError, match="config.W008"):
         project.manage(*check, DATABASE_URL=pooled)
+    prepared = f"{pooled}?DISABLE_SERVER_SIDE_CURSORS=True&prepare_threshold=0"
+    with pytest.raises(AssertionError, match="config.W010"):
+        project.manage(*check, DATABASE_URL=prepared)
 
 
 @both

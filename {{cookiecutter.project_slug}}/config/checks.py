@@ -58,16 +58,29 @@ def check_cache_timeouts(app_configs, **kwargs):
 def check_pooler(app_configs, databases=None, **kwargs):
     """Find a pooler, which reports a process id that isn't the server's."""
     for connection in [connections[alias] for alias in databases or []]:
-        is_prepared = connection.settings_dict.get("DISABLE_SERVER_SIDE_CURSORS")
-        if connection.vendor == "postgresql" and not is_prepared:
-            with connection.cursor() as cursor:
-                cursor.execute("SELECT pg_backend_pid()")
-                if cursor.fetchone() != (cursor.connection.info.backend_pid,):
-                    yield Warning(
-                        "With a pooler such as PgBouncer in transaction mode, iterator() fails.",
-                        hint="Add ?DISABLE_SERVER_SIDE_CURSORS=True to DATABASE_URL.",
-                        id="config.W008",
-                    )
+        if connection.vendor != "postgresql":
+            continue
+        prepares = connection.settings_dict["OPTIONS"].get("prepare_threshold") is not None
+        is_ready = connection.settings_dict.get("DISABLE_SERVER_SIDE_CURSORS")
+        if is_ready and not prepares:
+            continue
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT pg_backend_pid()")
+            if cursor.fetchone() == (cursor.connection.info.backend_pid,):
+                continue
+        if not is_ready:
+            yield Warning(
+                "With a pooler such as PgBouncer in transaction mode, iterator() fails.",
+                hint="Add ?DISABLE_SERVER_SIDE_CURSORS=True to DATABASE_URL.",
+                id="config.W008",
+            )
+        if prepares:
+            yield Warning(
+                "With a pooler such as PgBouncer in transaction mode, prepared statements fail.",
+                hint="Remove prepare_threshold from DATABASE_URL, or set max_prepared_statements in"
+                " PgBouncer and silence this check.",
+                id="config.W010",
+            )
 {% if has_docker %}
 
 
