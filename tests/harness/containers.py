@@ -178,6 +178,22 @@ def check_rights(containers, public=None):
         assert all(port["HostIp"] == address for [port] in ports), service
 
 
+def options_of(spec, container):
+    """Return what Docker needs to give a container the rights and volumes that its pod has."""
+    rights, limits = container["securityContext"], container.get("resources", {"limits": {}})
+    options = ["--init", "--user", str(spec["securityContext"]["runAsUser"])]
+    options += [f"--cap-drop={name}" for name in rights["capabilities"]["drop"]]
+    options += ["--read-only"] * rights["readOnlyRootFilesystem"]
+    options += [f"--security-opt=no-new-privileges={not rights['allowPrivilegeEscalation']}"]
+    for mount in container["volumeMounts"]:
+        [volume] = [each for each in spec["volumes"] if each["name"] == mount["name"]]
+        size = volume["emptyDir"]["sizeLimit"].removesuffix("i")
+        options += ["--tmpfs", f"{mount['mountPath']}:size={size}"]
+    if memory := limits["limits"].get("memory"):
+        options += ["--memory", memory.removesuffix("i"), "--memory-swap", memory.removesuffix("i")]
+    return options
+
+
 class Pods(Site):
     """The pods of the manifests: containers with the same commands, variables and rights.
 
@@ -217,26 +233,10 @@ class Pods(Site):
     def start(self, pod, kind="containers"):
         """Start the container of this kind in a pod; return its id."""
         spec, [container] = self.specs[pod], self.specs[pod][kind]
-        rights, limits = container["securityContext"], container.get("resources", {"limits": {}})
         variables = self.variables | {
             each["name"]: each["value"] for each in container.get("env", [])
         }
-        options = ["--network", f"{self.project.name}_default", "--init"]
-        options += ["--user", str(spec["securityContext"]["runAsUser"])]
-        options += [f"--cap-drop={name}" for name in rights["capabilities"]["drop"]]
-        options += ["--read-only"] * rights["readOnlyRootFilesystem"]
-        options += [f"--security-opt=no-new-privileges={not rights['allowPrivilegeEscalation']}"]
-        for mount in container["volumeMounts"]:
-            [volume] = [each for each in spec["volumes"] if each["name"] == mount["name"]]
-            size = volume["emptyDir"]["sizeLimit"].removesuffix("i")
-            options += ["--tmpfs", f"{mount['mountPath']}:size={size}"]
-        if memory := limits["limits"].get("memory"):
-            options += [
-                "--memory",
-                memory.removesuffix("i"),
-                "--memory-swap",
-                memory.removesuffix("i"),
-            ]
+        options = ["--network", f"{self.project.name}_default", *options_of(spec, container)]
         for name, value in variables.items():
             options += ["--env", f"{name}={value}"]
         command = container.get("command", [])

@@ -145,12 +145,15 @@ def test_users_may_log_in_by_email(copied):
 
 
 @outputs({**DEFAULTS, "result_backend": "database"})
-def test_a_variable_that_overrides_the_settings_is_found(project):
+@pytest.mark.parametrize(
+    "name", ["CELERY_RESULT_BACKEND", "CELERY_BROKER_READ_URL", "CELERY_BROKER_WRITE_URL"]
+)
+def test_a_variable_that_overrides_the_settings_is_found(project, name):
     command = ["check", "--deploy", "--fail-level", "WARNING"]
     variables = {**project.production(), "DEBUG": "False", "FLOWER_BASIC_AUTH": "a:secret"}
     project.manage(*command, **variables)
     with pytest.raises(AssertionError, match="config.W005"):
-        project.manage(*command, **variables, CELERY_RESULT_BACKEND="redis://h/1")
+        project.manage(*command, **{**variables, name: "redis://h/1"})
 
 
 @both
@@ -182,10 +185,39 @@ def test_the_projects_own_tests_are_not_in_the_flower_of_make_run(project):
         assert "test_project" not in str(site.ask_flower("/api/tasks"))
 
 
+RESULTS = """
+from celery import shared_task
+from celery.result import AsyncResult
+
+
+@shared_task(bind=True)
+def count(self):
+    self.update_state(state="PROGRESS", meta={"done": 1})
+    return 7
+
+
+def test_a_result(db):
+    assert AsyncResult(count.delay().id).result == 7
+"""
+
+
+@both
+def test_results_of_plain_tasks_stay_in_the_process_of_a_test(copied):
+    """Here, no server answers. Otherwise they would go to that of `make run`."""
+    (copied / "tests/test_results.py").write_text(RESULTS)
+    pytest = ".venv/bin/python", "-m", "pytest", "-q", "tests/test_results.py"
+    copied.call(*pytest, **copied.free_servers())
+
+
 TASKS = """
 
 @shared_task(rate_limit="1/m")
 def call_api():
+    pass
+
+
+@shared_task(rate_limit="1/m", queue="own")
+def call_alone():
     pass
 
 
@@ -196,6 +228,11 @@ def try_for_long():
 
 @shared_task(default_retry_delay=900)
 def try_late():
+    pass
+
+
+@shared_task(autoretry_for=(OSError,), retry_kwargs={"countdown": 900})
+def try_rarely():
     pass
 
 
@@ -220,7 +257,8 @@ print(sorted({each.id + each.msg.split("orders.tasks.")[1].split()[0] for each i
 """
     found = ["config.W006call_api"]
     if copied.answers["broker"] != "rabbitmq":
-        found = ["config.W002start_late", "config.W002try_for_long", "config.W002try_late", *found]
+        late = "start_late", "try_for_long", "try_late", "try_rarely"
+        found = [*(f"config.W002{name}" for name in late), *found]
     assert str(found) in copied.manage("shell", "-v0", "-c", code)
 
 
@@ -251,10 +289,15 @@ def test_a_pooler_that_is_not_declared_is_found(project, database):
     threading.Thread(target=pool, args=[server, database.port], daemon=True).start()
     pooled = f"postgres://postgres@127.0.0.1:{server.getsockname()[1]}/postgres"
     check = "check --tag database --database default --fail-level WARNING".split()
-    for url in f"{database.url}/postgres", f"{pooled}?DISABLE_SERVER_SIDE_CURSORS=True":
+    direct = f"{database.url}/postgres"
+    cursors = f"{pooled}?DISABLE_SERVER_SIDE_CURSORS=True"
+    for url in direct, f"{direct}?prepare_threshold=0", cursors:
         project.manage(*check, DATABASE_URL=url)
     with pytest.raises(AssertionError, match="config.W008"):
         project.manage(*check, DATABASE_URL=pooled)
+    prepared = f"{pooled}?DISABLE_SERVER_SIDE_CURSORS=True&prepare_threshold=0"
+    with pytest.raises(AssertionError, match="config.W010"):
+        project.manage(*check, DATABASE_URL=prepared)
 
 
 @both

@@ -6,9 +6,11 @@ import json
 import re
 import shutil
 import subprocess
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from urllib.parse import urlsplit
+from urllib.request import urlopen
 from uuid import uuid4
 
 import kubernetes_validate
@@ -16,7 +18,10 @@ import pytest
 import yaml
 
 from harness import kustomize, missing
-from harness.bake import CHOICES, LIBRARY, WITH_JOBS, baked, chosen
+from harness.bake import CHOICES, LIBRARY, PINNED, WITH_JOBS, baked, chosen
+from harness.blocks import code
+from harness.containers import docker, options_of
+from harness.project import wait_for
 
 PRODUCTION = "deploy/kubernetes/overlays/production"
 MONITORING = Path("deploy/monitoring")
@@ -523,3 +528,76 @@ def test_the_queries_that_scale_workers_count_waiting_and_running_jobs(render, d
     assert re.search(r"^io: Paused since .*: SMTP is down$", printed, re.M)
     counts = subprocess.run([*psql, queries["worker-io"]], capture_output=True, check=True).stdout
     assert int(counts) == 2 * 3  # those that run
+
+
+UPLOAD = """
+from django.core.files.base import ContentFile
+from django.core.files.storage import default_storage
+print("stored as", default_storage.save("tea.csv", ContentFile("Assam")))
+"""
+READ = """
+from django.core.files.storage import default_storage
+print(default_storage.open("tea.csv").read())
+"""
+BUCKET = "import boto3; boto3.client('s3').create_bucket(Bucket='uploads')"
+
+
+def answers(url):
+    with suppress(OSError):
+        return urlopen(url).status == 200
+
+
+@pytest.fixture
+def moto(engine):
+    """A stand-in for SQS and S3, in a container; its address there."""
+    container = docker("run", "--detach", PINNED.moto)
+    address = "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}"
+    url = f"http://{docker('inspect', '--format', address, container)}:5000"
+    try:
+        wait_for(lambda: answers(f"{url}/moto-api/data.json"))
+        yield url
+    finally:
+        docker("rm", "--force", container)
+
+
+@pytest.fixture(params=CHOICES["durable_jobs"])
+def uploading(request, engine, bake):
+    """A project on SQS with the package and the settings that the page names for S3, built."""
+    answers = {"broker": "sqs", "result_backend": "none", "deployment": "kubernetes"}
+    slug = f"uploads_{request.param}"
+    project = bake(durable_jobs=request.param, project_slug=slug, **answers)
+    page = project.read("docs/production.md")
+    project.run("uv", "add", "--quiet", "--frozen", re.search('uv add "(.+?)"', page)[1])
+    if request.param == "no":  # with durable jobs, the settings have it
+        with open(project / "config/settings.py", "a") as file:
+            file.write(code(page, "S3_BUCKET"))
+    project.call("docker", "build", "--quiet", "--tag", slug, ".")
+    yield project
+    docker("image", "rm", "--force", slug)
+
+
+def test_pods_store_uploads_in_s3_and_nowhere_else(uploading, moto):
+    """With the rights and the volumes of the manifests: the root of a container is read-only."""
+    overlay = uploading / PRODUCTION
+    shutil.copy(overlay / ".env.example", overlay / ".env")
+    documents = kustomize.build(overlay)
+    data = {each["kind"]: each["data"] for each in documents if "data" in each}
+    secret = {name: base64.b64decode(each).decode() for name, each in data["Secret"].items()}
+    variables = {**data["ConfigMap"], **secret, "SECRET_KEY": uuid4().hex * 2}
+    variables |= {"AWS_ENDPOINT_URL": moto, "AWS_DEFAULT_REGION": "us-east-1"}
+    variables |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
+    specs = pods({(each["kind"], each["metadata"]["name"]): each for each in documents})
+
+    def run(pod, python, bucket):
+        spec = specs["Deployment", pod]
+        [container] = spec["containers"]
+        options = ["--rm", *options_of(spec, container)]
+        for name, value in {**variables, "S3_BUCKET": bucket}.items():
+            options += ["--env", f"{name}={value}"]
+        shell = "python", "manage.py", "shell", "-v0", "-c", python
+        return docker("run", *options, uploading.name, *shell)
+
+    with pytest.raises(AssertionError, match="Read-only file system"):
+        run("web", UPLOAD, bucket="")
+    assert run("web", BUCKET + UPLOAD, bucket="uploads") == "stored as tea.csv"
+    assert run("worker-celery", READ, bucket="uploads") == "b'Assam'"

@@ -143,6 +143,19 @@ def test_beat_starts_whatever_its_schedule_file_holds(plain, tmp_path):
         tick()
 
 
+@on_redis
+def test_flower_shows_how_many_tasks_wait_in_each_queue_without_a_worker(plain):
+    """Flower and others expect that the setting is a list of Queue objects."""
+    plain.worker.stop()
+    plain.send("quick", queue="cpu")
+    flower = plain.process("celery -A config flower", "other-flower")
+    flower.is_ready = plain.flower.is_ready
+    flower.start()
+    status, _, answer = plain.ask_flower("GET", "/api/queues/length")
+    lengths = {queue["name"]: queue["messages"] for queue in answer["active_queues"]}
+    assert status == 200 and lengths.keys() >= {"celery", "cpu", "io"} and lengths["cpu"] == 1
+
+
 # Results
 
 
@@ -185,8 +198,8 @@ print(chord(add.s(each, 1) for each in numbers)(total.s()).get(timeout=300))
 
 
 @on_redis
-def test_results_may_be_in_a_redis_cluster(plain, tmp_path):
-    """The keys of a chord are in one slot. This cluster has one node."""
+def test_tasks_and_results_may_be_in_a_redis_cluster(plain, tmp_path):
+    """The keys of all queues are in one slot, and those of a chord. This cluster has one node."""
     [port] = free_ports(1)
     command = f"redis-server --port {port} --dir {tmp_path} --cluster-enabled yes"
     cluster = Process(command.split(), tmp_path / "log", is_ready=lambda: connects(port))
@@ -196,7 +209,8 @@ def test_results_may_be_in_a_redis_cluster(plain, tmp_path):
         subprocess.run([*redis_cli, "addslotsrange", "0", "16383"], check=True)
         info = [*redis_cli, "info"]
         wait_for(lambda: "state:ok" in subprocess.check_output(info, text=True))
-        variables = {"CELERY_RESULT_BACKEND": f"redis://127.0.0.1:{port}/0"}
+        url = f"redis://127.0.0.1:{port}/0"
+        variables = {"CELERY_BROKER_URL": url, "CELERY_RESULT_BACKEND": url}
         replace_worker(plain, **variables)
         printed = plain.project.manage("shell", "-v0", "-c", CHORD, **plain.variables | variables)
         assert printed.split("\n")[-3:-1] == ["[2, 3, 4]", "9"]

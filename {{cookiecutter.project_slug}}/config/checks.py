@@ -1,21 +1,18 @@
 {% import "imports.jinja" as imports %}
 {% from "chosen.jinja" import broker, result_backend, servers, worker_pool, has_docker, has_flower, has_jobs, has_results with context %}
 {% set in_environment = [broker.required, result_backend.required | default] %}
-{% set used = ["CELERY_BROKER_URL"] + (["CELERY_RESULT_BACKEND"] if has_results else []) %}
-{% set fixed = used | reject("in", in_environment) | list %}
+{% set used = ["CELERY_BROKER_URL", "CELERY_BROKER_READ_URL", "CELERY_BROKER_WRITE_URL"] %}
+{% set used = used + (["CELERY_RESULT_BACKEND"] if has_results else []) %}
 {% set lines %}
-{{ "import os" if fixed }}
+import os
 {{ "from pathlib import Path" if has_docker }}
 {% for server in servers %}
 {% print server.check_imports | default %}
 {% endfor %}
 {% endset %}
-{% set sorted = imports.sort(lines) %}
 """Checks of the settings for `manage.py check`; those with deploy=True run with --deploy."""
 
-{% if sorted | trim %}
-{{ sorted }}
-{% endif %}
+{{ imports.sort(lines) }}
 from celery import current_app
 {% if has_docker %}
 from django.apps import apps
@@ -61,16 +58,29 @@ def check_cache_timeouts(app_configs, **kwargs):
 def check_pooler(app_configs, databases=None, **kwargs):
     """Find a pooler, which reports a process id that isn't the server's."""
     for connection in [connections[alias] for alias in databases or []]:
-        is_prepared = connection.settings_dict.get("DISABLE_SERVER_SIDE_CURSORS")
-        if connection.vendor == "postgresql" and not is_prepared:
-            with connection.cursor() as cursor:
-                cursor.execute("SELECT pg_backend_pid()")
-                if cursor.fetchone() != (cursor.connection.info.backend_pid,):
-                    yield Warning(
-                        "With a pooler such as PgBouncer in transaction mode, iterator() fails.",
-                        hint="Add ?DISABLE_SERVER_SIDE_CURSORS=True to DATABASE_URL.",
-                        id="config.W008",
-                    )
+        if connection.vendor != "postgresql":
+            continue
+        prepares = connection.settings_dict["OPTIONS"].get("prepare_threshold") is not None
+        is_ready = connection.settings_dict.get("DISABLE_SERVER_SIDE_CURSORS")
+        if is_ready and not prepares:
+            continue
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT pg_backend_pid()")
+            if cursor.fetchone() == (cursor.connection.info.backend_pid,):
+                continue
+        if not is_ready:
+            yield Warning(
+                "With a pooler such as PgBouncer in transaction mode, iterator() fails.",
+                hint="Add ?DISABLE_SERVER_SIDE_CURSORS=True to DATABASE_URL.",
+                id="config.W008",
+            )
+        if prepares:
+            yield Warning(
+                "With a pooler such as PgBouncer in transaction mode, prepared statements fail.",
+                hint="Remove prepare_threshold from DATABASE_URL, or set max_prepared_statements in"
+                " PgBouncer and silence this check.",
+                id="config.W010",
+            )
 {% if has_docker %}
 
 
@@ -113,9 +123,10 @@ def longest_hold(task):
 {% if broker.holds_countdowns %}
     # It also holds the message while the task waits for a retry, or for a countdown in the schedule.
     backoff = getattr(task, "retry_backoff_max", 600) if getattr(task, "retry_backoff", 0) else 0
+    retry = getattr(task, "retry_kwargs", {}).get("countdown", 0)  # of autoretry_for
     entries = [e for e in current_app.conf.beat_schedule.values() if e["task"] == task.name]
     countdowns = [entry.get("options", {}).get("countdown", 0) for entry in entries]
-    return task.time_limit + max(task.default_retry_delay, int(backoff), *countdowns)
+    return task.time_limit + max(task.default_retry_delay, int(backoff), retry, *countdowns)
 {% else %}
     return task.time_limit
 {% endif %}
@@ -125,7 +136,8 @@ def longest_hold(task):
 def check_rate_limits(app_configs, **kwargs):
     """Find rate-limited tasks that share a queue: they delay the others in it."""
     route = current_app.amqp.router.route
-    queues = {task: route({}, task.name)["queue"].name for task in all_tasks()}
+    own = {task: {"queue": getattr(task, "queue", None)} for task in all_tasks()}
+    queues = {task: route(options, task.name)["queue"].name for task, options in own.items()}
     for task, queue in queues.items():
         if task.rate_limit and list(queues.values()).count(queue) > 1:
             yield Warning(
@@ -146,20 +158,23 @@ def check_flower(app_configs, **kwargs):
             id="config.E002",
         )
 {% endif %}
-{% if fixed %}
 
 
 @register(deploy=True)
 def check_overridden(app_configs, **kwargs):
     """Find variables that Celery prefers to the settings."""
-    for name in ["{{ fixed | join('", "') }}"]:
+    names = [
+{% for name in used | reject("in", in_environment) %}
+        "{{ name }}",
+{% endfor %}
+    ]
+    for name in names:
         if os.environ.get(name):
             yield Warning(
                 f"The environment variable {name} overrides config/settings.py.",
                 hint="Remove it from the environment and from .env.",
                 id="config.W005",
             )
-{% endif %}
 {% print worker_pool.checks | default %}
 {% for server in servers %}
 {% print server.checks | default %}

@@ -1,10 +1,24 @@
+{% from "chosen.jinja" import has_results with context %}
 """Fixtures of the project's tests."""
 
+{% if has_results %}
+import os
+
+{% endif %}
 import pytest
 from django.core.cache import cache
 from rest_framework.test import APIClient
+{% if has_results %}
+
+from config.celery import app
+{% endif %}
 
 pytest_plugins = ["durable_jobs.testing"]  # jobs run in the test's own process
+{% if has_results %}
+# The results of plain tasks. Celery prefers this variable to the settings.
+os.environ["CELERY_RESULT_BACKEND"] = "cache+memory://"
+app.conf.task_store_eager_result = True
+{% endif %}
 
 
 @pytest.fixture(autouse=True)
