@@ -60,12 +60,17 @@ def test_the_renewal_of_leases_finds_lost_runs():
     assert (mine.lost, other.lost) == (False, True)
 
 
+def start_admitted(job):
+    Job.objects.update(blocked_by=None, sweep_at=Now())
+    return start(job)
+
+
 def claim_with_rate():
-    start(enqueue(ask, [1]))
+    start_admitted(enqueue(ask, [1]))
 
 
 def fail_and_hand_over():
-    run = start(enqueue(call, [1]))
+    run = start_admitted(enqueue(call, [1]))
     with transaction.atomic(), pytest.raises(ZeroDivisionError):
         try:
             raise ZeroDivisionError
@@ -81,7 +86,7 @@ def mark_due():
 
 
 @pytest.mark.parametrize("write", [claim_with_rate, fail_and_hand_over, mark_due])
-def test_a_process_that_freezes_in_a_transaction_locks_no_job_for_long(write):
+def test_a_process_that_freezes_in_a_transaction_locks_no_job_for_long(write, sent):
     """PostgreSQL ends a transaction of which nothing was heard for this time, and frees its rows."""
     if connection.vendor != "postgresql":
         pytest.skip("SQLite locks the whole file: set DATABASE_URL=postgres://…")

@@ -265,7 +265,7 @@ def test_each_make_up_starts_the_workers_that_env_wants(bake):
 
 
 def test_caddy_is_not_replaced_with_the_web_server(bake):
-    """Compose 2.26 does that to what depends on it. Then all requests are refused for 15 seconds."""
+    """Compose 2.26 would do that to what depends on it, and refuse all requests for 15 seconds."""
     assert "depends_on" not in bake().services()["caddy"]
 
 

@@ -66,10 +66,13 @@ def run_queued():
         queued.filter(blocked_by__isnull=False).update(blocked_by=None, sweep_at=Now())
         jobs = [job for job in queued.order_by("created_at") if (job.pk, job.retries) not in tried]
         if not jobs:
-            return
+            break
         for job in jobs:
             tried.add((job.pk, job.retries))
             run(job)
+    if connection.vendor == "postgresql":
+        # IDLE_TIMEOUT is not for the test's own transaction, which a debugger may stop.
+        connection.cursor().execute("SET LOCAL idle_in_transaction_session_timeout TO DEFAULT")
 
 
 def run(job):
@@ -80,8 +83,4 @@ def run(job):
     request["headers"] = messages.message_of(job).headers
     # Celery's task.apply() would not call apply_async() for a retry.
     trace = build_tracer(task.name, task, app=current_app, eager=True)
-    traced = trace(request["id"], args, kwargs, request)
-    if connection.vendor == "postgresql":
-        # IDLE_TIMEOUT is not for the test's transaction, which a debugger may stop.
-        connection.cursor().execute("SET LOCAL idle_in_transaction_session_timeout TO DEFAULT")
-    return traced
+    return trace(request["id"], args, kwargs, request)
