@@ -6,6 +6,7 @@ import uuid
 from collections import Counter
 from datetime import timedelta
 from decimal import Decimal
+from functools import wraps
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -257,6 +258,31 @@ def test_a_function_may_give_no_key_and_only_one_of_a_known_limit(monkeypatch):
             free.enqueue()
     monkeypatch.setattr(current_app.tasks[free.name], "limit", lambda: None)
     assert free.enqueue().limit_key is None
+
+
+def decorator(function):
+    @wraps(function)
+    def wrapper(*args, **kwargs):
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+@pytest.mark.parametrize("bind", [True, False])
+def test_the_limit_of_a_decorated_function_gets_its_arguments(bind):
+    def of_self(self, tenant, number=0): ...
+
+    def of_none(tenant, number=0): ...
+
+    body = decorator(of_self if bind else of_none)
+    options = {"name": f"decorated {bind}", "limit": lambda tenant, **_: f"tenant:{tenant}"}
+    task = shared_task(body, base=JobTask, bind=bind, **options)
+    try:
+        assert (
+            enqueue(task, [7]).limit_key == enqueue(task, [], {"tenant": 7}).limit_key == "tenant:7"
+        )
+    finally:
+        current_app.tasks.unregister(task.name)
 
 
 def test_no_annotation_is_evaluated():

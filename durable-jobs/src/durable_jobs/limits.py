@@ -89,7 +89,8 @@ def key_of(task, args, kwargs):
     try:
         if callable(key):
             # Celery's header has no annotations: these may name what only type checkers import.
-            given = signature(task.__header__).bind(*args, **kwargs).arguments.items()
+            header = task._limit_header or task.__header__
+            given = signature(header).bind(*args, **kwargs).arguments.items()
             key = key(**{name: each for name, each in given if not isinstance(each, Results)})
         if key is not None:
             check_key(key)

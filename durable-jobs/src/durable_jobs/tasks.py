@@ -7,13 +7,14 @@ a task function.
 import sys
 from collections.abc import Callable
 from functools import wraps
-from inspect import getattr_static, iscoroutinefunction
+from inspect import getattr_static, iscoroutinefunction, unwrap
 from typing import Any, Unpack
 
 from asgiref.sync import sync_to_async
 from celery import shared_task
 from celery.contrib.django.task import DjangoTask
 from celery.exceptions import Retry
+from celery.utils.functional import head_from_fun
 from celery.utils.time import maybe_make_aware
 
 from durable_jobs import batches
@@ -58,6 +59,7 @@ class JobTask(DjangoTask):
     ignore_result = True  # the row has the result
     owner_may_run_again = False  # a job that failed or was cancelled, through the API
     limit: str | Callable | None = None  # the key of its limit, or a function: see limits.py
+    _limit_header = None  # the arguments for that function, if they are not those of __header__
 
     @property
     def _current_run(self):
@@ -74,6 +76,12 @@ class JobTask(DjangoTask):
         cls.throws = (*cls.throws, JobError)  # Celery's log and Sentry expect it
         if callable(cls.limit):
             cls.limit = staticmethod(cls.limit)  # no method: it gets no self
+            inner = unwrap(cls.run)
+            if inner is not cls.run and not iscoroutinefunction(
+                inner
+            ):  # a decorator has wrapped it
+                has_self = not isinstance(getattr_static(cls, "run"), staticmethod)
+                cls._limit_header = staticmethod(head_from_fun(inner, bound=has_self))
         if iscoroutinefunction(cls.run):
             function = getattr_static(cls, "run")  # not yet bound to an instance
 
