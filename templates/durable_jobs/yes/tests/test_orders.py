@@ -182,7 +182,7 @@ def test_a_wrong_line_is_named_and_nothing_is_imported(api, run_jobs, line):
     response = post_file(api, f"{ORDERS}\n{line}\n{line}")
     run_jobs()
     error = api.get(response["Location"]).json()["error"]
-    assert error == "Line 152 is wrong. Expected: a product and a quantity"
+    assert error == "Line 152 is invalid: expected a product and a quantity"
     assert not Order.objects.exists()
     assert Job.objects.count() == 1  # no summary
 
