@@ -74,6 +74,24 @@ def copied(project, tmp_path):
     return copy
 
 
+WINDOWS = """
+import os, signal
+for name in "SIGKILL SIGHUP SIGPIPE SIGUSR1 SIGUSR2 SIGALRM SIGCHLD SIGQUIT SIGTSTP".split():
+    delattr(signal, name)
+for name in "fork setsid getuid geteuid getpgid killpg setuid register_at_fork".split():
+    delattr(os, name)
+os.environ["DJANGO_SETTINGS_MODULE"] = "config.settings"
+import config.wsgi, config.asgi, config.urls, dev
+from django.core.management import call_command
+call_command("check", fail_level="WARNING")
+"""
+
+
+@both
+def test_web_servers_and_commands_start_without_what_windows_lacks(project):
+    project.call(".venv/bin/python", "-c", WINDOWS)
+
+
 @both
 def test_the_level_of_the_log_holds_for_django_too(project):
     code = """
