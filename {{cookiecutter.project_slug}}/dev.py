@@ -122,12 +122,14 @@ def read_procfile():
 
 
 def read_code():
-    """Return the times at which the project's Python files were modified, {file: seconds}.
+    """Return when the project's code and templates were modified, {file: seconds}.
 
     The caller polls, because a container gets no events for changes in a folder that it mounts.
     """
     with suppress(OSError):  # a file or folder was just removed: None is a change too
-        return {file: file.stat().st_mtime for file in Path().glob("[!.]*/**/[!.]*.py")}
+        patterns = "[!.]*/**/[!.]*.py", "[!.]*/**/[!.]*.html"
+        files = itertools.chain(*map(Path().glob, patterns))
+        return {file: file.stat().st_mtime for file in files}
 
 
 {% if has_compose %}

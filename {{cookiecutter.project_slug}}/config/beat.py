@@ -17,6 +17,6 @@ class Scheduler(beat.PersistentScheduler):
         except Exception as error:
             with suppress(Exception):
                 self._store.close()
-            # An empty file, which the next line opens.
+            # Replace it with an empty file, which setup_schedule() then opens.
             self._destroy_open_corrupted_schedule(error).close()
             super().setup_schedule()

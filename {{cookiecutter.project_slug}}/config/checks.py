@@ -56,7 +56,7 @@ def check_cache_timeouts(app_configs, **kwargs):
 
 @register(Tags.database)
 def check_pooler(app_configs, databases=None, **kwargs):
-    """Find a pooler, which reports a process id that isn't the server's."""
+    """Find a pooler such as PgBouncer: the process id that it reports isn't the server's."""
     for connection in [connections[alias] for alias in databases or []]:
         if connection.vendor != "postgresql":
             continue

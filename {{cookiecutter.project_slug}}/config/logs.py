@@ -1,5 +1,5 @@
 {% from "chosen.jinja" import has_flower, has_jobs with context %}
-"""The log: lines for people in development, JSON in production."""
+"""Logging: human-readable lines in development, JSON in production."""
 
 import logging
 import re

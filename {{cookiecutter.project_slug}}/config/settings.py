@@ -156,7 +156,7 @@ AUTHENTICATION_BACKENDS = [
 ]
 AXES_FAILURE_LIMIT = 10  # wrong passwords lock an IP address out
 AXES_COOLOFF_TIME = timedelta(minutes=15)
-AXES_RESET_COOL_OFF_ON_FAILURE_DURING_LOCKOUT = False  # attempts meanwhile don't prolong it
+AXES_RESET_COOL_OFF_ON_FAILURE_DURING_LOCKOUT = False  # attempts during a lockout don't extend it
 AXES_DISABLE_ACCESS_LOG = True  # the log of successful logins would grow forever
 
 # API

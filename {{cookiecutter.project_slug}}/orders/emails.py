@@ -7,7 +7,10 @@ logger = logging.getLogger(__name__)
 
 
 def send_to_each(recipients, newsletter):
-    """Send it over one connection. A wrong address must not keep the others from getting it."""
+    """Send it over one connection. A refused address must not keep the others from getting it.
+
+    It is not tried again, even if the refusal was temporary: others of its chunk would get it twice.
+    """
     subject, body = newsletter.subject, newsletter.body
     with get_connection() as connection:
         for to in recipients:
