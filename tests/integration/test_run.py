@@ -533,6 +533,11 @@ def test_changed_code_reaches_the_worker(with_tasks):
         wait_for(lambda: ask("state") == "succeeded", site=site)
         assert ask("crashes") == 0
         wait_for(lambda: connects(site.environment["PORT"]), site=site)
+
+        restarts = site.log.count("has changed. Starting again: web")
+        (with_tasks / "samples/page.html").write_text("")  # Django keeps templates in memory
+        wait_for(lambda: site.log.count("Starting again: web") > restarts, site=site)
+        wait_for(lambda: connects(site.environment["PORT"]), site=site)
         site.stop()
         wait_for(lambda: not site.processes(), site=site)
 
