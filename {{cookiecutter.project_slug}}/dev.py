@@ -127,8 +127,7 @@ def read_code():
     The caller polls, because a container gets no events for changes in a folder that it mounts.
     """
     with suppress(OSError):  # a file or folder was just removed: None is a change too
-        patterns = "[!.]*/**/[!.]*.py", "[!.]*/**/[!.]*.html"
-        files = itertools.chain(*map(Path().glob, patterns))
+        files = (file for file in Path().glob("[!.]*/**/[!.]*") if file.suffix in (".py", ".html"))
         return {file: file.stat().st_mtime for file in files}
 
 

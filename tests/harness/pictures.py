@@ -63,6 +63,7 @@ def take_killed(folder):
     )
 
 
-for take in take_page, take_killed:
-    with tempfile.TemporaryDirectory() as folder:
-        take(Path(folder))
+if __name__ == "__main__":
+    for take in take_page, take_killed:
+        with tempfile.TemporaryDirectory() as folder:
+            take(Path(folder))

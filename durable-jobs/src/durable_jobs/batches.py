@@ -20,14 +20,7 @@ from django.db.models.functions import Now
 from django.utils import timezone
 
 from durable_jobs import actions, transitions
-from durable_jobs.database import (
-    IDLE_TIMEOUT,
-    LOCK_TIMEOUT,
-    in_transaction,
-    may_succeed_later,
-    timeouts,
-    wait_for,
-)
+from durable_jobs.database import in_transaction, may_succeed_later, timeouts, wait_for
 from durable_jobs.enqueue import (
     MemberOptions,
     call_fields,
@@ -234,9 +227,8 @@ def succeed(id, run_token, next_jobs=(), **end):
     if not next_jobs:
         return transitions.succeed(id=id, run_token=run_token, **end)
     with transaction.atomic():
-        rows = Job.objects.filter(LOCK_TIMEOUT, IDLE_TIMEOUT, pk=id).annotate(now=Now())
-        job = rows.only("owner_id", "batch_id").select_for_update().first()
         if written := transitions.succeed(id=id, run_token=run_token, **end):
+            job = Job.objects.annotate(now=Now()).only("owner_id", "batch_id").get(pk=id)
             fields = {"owner_id": job.owner_id, "batch_id": job.batch_id, "follows": id}
             insert_many(job.now, [job_of(plan, job.now, **fields) for plan in next_jobs])
     return written

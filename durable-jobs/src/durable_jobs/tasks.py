@@ -76,10 +76,8 @@ class JobTask(DjangoTask):
         cls.throws = (*cls.throws, JobError)  # Celery's log and Sentry expect it
         if callable(cls.limit):
             cls.limit = staticmethod(cls.limit)  # no method: it gets no self
-            inner = unwrap(cls.run)
-            if inner is not cls.run and not iscoroutinefunction(
-                inner
-            ):  # a decorator has wrapped it
+            inner = unwrap(cls.run)  # what a decorator has wrapped
+            if inner is not cls.run and not iscoroutinefunction(inner):
                 has_self = not isinstance(getattr_static(cls, "run"), staticmethod)
                 cls._limit_header = staticmethod(head_from_fun(inner, bound=has_self))
         if iscoroutinefunction(cls.run):
