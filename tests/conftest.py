@@ -133,9 +133,9 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers():
-    """Two for each processor: most tests wait, for servers or for time to pass."""
+    """Three for each processor: most tests wait, for servers or for time to pass."""
     # macOS has no affinity.
-    return 2 * (len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count())
+    return 3 * (len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count())
 
 
 def pytest_terminal_summary(terminalreporter):

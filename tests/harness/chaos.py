@@ -423,7 +423,7 @@ def run(name, folder, *, jobs=JOBS, backlog=0, seconds=SECONDS, seed, pool="pref
             return fine
         finally:
             if not fine:
-                stack.print_logs({})
+                print(stack.printed())
             stack.stop()
     finally:
         database.remove()

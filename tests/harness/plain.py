@@ -6,19 +6,17 @@ Also the table of what can be lost: see the fixture `record_fault`.
 import itertools
 import json
 import os
-import re
-import threading
 import urllib.error
 import urllib.request
 from base64 import b64encode
-from contextlib import contextmanager
 
 import pytest
 
 from .bake import CHOICES, baked
 from .outputs import combinations
-from .project import BEHIND_A_PROXY, Console, connects, free_ports, wait_for
+from .project import BEHIND_A_PROXY, connects, free_ports, wait_for
 from .servers import Process, RabbitMQ, Redis
+from .stack import Stack
 
 REDELIVERY = 10  # seconds until Redis or SQS delivers a task again, instead of 21 minutes
 RESULTS = {"redis": "redis", "rabbitmq": "database", "sqs": "dynamodb"}  # of the fault tests
@@ -49,25 +47,6 @@ from celery import chain, chord, group
 from celery.result import AsyncResult
 from config.celery import app
 from trials.tasks import *
-"""
-ADD_USER = """
-from users.models import User
-from rest_framework.authtoken.models import Token
-user = User.objects.create_superuser(name, f"{name}@example.com", "of-this-test")
-result = Token.objects.create(user=user).key
-"""
-# Deletes all messages in a queue. SQS does that once a minute, so this may wait.
-EMPTY = """
-result = False
-with app.connection_for_write() as broker:
-    while not result:
-        try:
-            broker.default_channel.queue_purge(queue)
-            result = True
-        except Exception as error:
-            if "PurgeQueueInProgress" not in str(error):
-                raise
-            time.sleep(1)
 """
 
 
@@ -117,144 +96,49 @@ class Servers:
                 server.kill()
 
 
-class Stack:
-    """A project's web, worker, Beat and Flower, as in production, on real servers."""
+class PlainStack(Stack):
+    """It has one `worker`, for all queues. Beat and Flower run only if a test starts them."""
+
+    imports = IMPORTS
+    tester = {"email": "tester@example.com", "is_staff": True, "is_superuser": True}
 
     def __init__(self, project, servers, folder, database, **variables):
-        self.project, self.servers, self.folder = project, servers, folder
-        self.broker = servers.broker
-        self.notes_file = folder / "notes"
-        self.notes_file.touch()
-        self.port, self.flower_port = free_ports(2)
-        self.web_url = f"http://127.0.0.1:{self.port}"
-        self.flower_url = f"http://127.0.0.1:{self.flower_port}"
-        self.variables = {
-            "DEBUG": "False",
-            "DATABASE_URL": database.create(f"plain{self.port}"),
-            "NOTES": self.notes_file,
-            "SOFT_SHUTDOWN_SECONDS": 2,
-            "THROTTLE": "1000000/min",
-            "WORKER_CONCURRENCY": 4,
+        [self.flower_port] = free_ports(1)
+        variables = {
             "FLOWER_BASIC_AUTH": FLOWER_USER,
             "FLOWER_PORT": self.flower_port,
+            "DATABASE_URL": database.create(f"plain{self.flower_port}"),
             **servers.variables,
             **variables,
         }
-        self.made = []  # all processes, including those of tests
-        self.web = self.process(
-            f"gunicorn config.wsgi --bind 127.0.0.1:{self.port} --workers 2 --no-control-socket",
-            is_ready=lambda: self.web.printed.count("Booting worker") >= 2,
-        )
-        self.worker = self.make_worker("first")
-        self.beat = self.process(f"celery -A config beat -s {folder}/beat", name="beat")
+        super().__init__(project, servers.broker, folder, **variables)
+        self.servers = servers
+        self.web = self.make_web(workers=2)
+        self.web_url = f"http://127.0.0.1:{self.port}"
+        self.flower_url = f"http://127.0.0.1:{self.flower_port}"
+        self.worker, self.beat = self.make_worker("first"), self.make_beat()
         self.processes = [self.web, self.worker]
         self.has_flower = "flower" in project.read("Procfile")
         self.flower = self.process(
             "celery -A config flower", name="flower", is_ready=lambda: connects(self.flower_port)
         )
-        self.console = self.token = None
-
-    def process(self, command, name=None, *, is_ready=None, **variables):
-        """Make a process with more variables. It ends with the stack at the latest."""
-        path = f"{self.project}/.venv/bin:{os.environ['PATH']}"
-        words = command.split()
-        process = Process(
-            words,
-            self.folder / f"{name or words[0]}.log",
-            is_ready=is_ready,
-            cwd=self.project,
-            variables={**self.variables, **variables, "PATH": path},
-        )
-        self.made.append(process)
-        return process
-
-    def make_worker(self, name, options="", *, app="config", **variables):
-        """Make a worker as the Procfile does, with its own name and more options."""
-        command = re.search("^worker: .*(celery .*)", self.project.read("Procfile"), re.M)[1]
-        command = command.replace("-A config", f"-A {app}")
-        worker = self.process(f"{command} -n {name}@%h {options}", name, **variables)
-        worker.is_ready = lambda: f"{name}@" in worker.printed and " ready." in worker.printed
-        return worker
 
     def start(self, *more):
         """Start the servers, web, worker and these processes."""
         self.processes += more
         self.servers.start()
-        variables = {key: str(value) for key, value in self.variables.items()}
-        self.project.manage("migrate", "-v0", **variables)
-        for process in self.processes:
-            process.launch()
-        self.console = Console(self.project, self.folder / "console.log", **variables)
-        self.token = self.add_user("tester")
-        for process in self.processes:
-            process.wait_until_ready()
+        self.launch(self.processes)
 
     def stop(self):
-        if self.console:
-            self.console.kill()
-        self.kill(*self.made)
+        super().stop()
         self.servers.kill()
-
-    def kill(self, *processes):
-        for process in processes:
-            if process.is_running():
-                process.resume()
-                process.kill()
 
     def recover(self):
         """Make the whole stack run again, and remove what a test has left."""
-        self.kill(*(process for process in self.made if process not in self.processes))
-        for server in self.servers.all.values():
-            if server.recover():
-                server.wait_until_ready()
-        for process in [process for process in self.processes if process.recover()]:
-            process.wait_until_ready()
+        self.run_again(*self.servers.all.values())
         with self.supervised():  # a worker that lost its broker may be about to end
             for queue in "celery", "cpu", "io":
                 self.wait_until_started(self.send("quick", queue=queue))
-
-    @contextmanager
-    def supervised(self, *workers):
-        """Restart workers when they end, as in production, until the block ends."""
-        done = threading.Event()
-
-        def supervise():
-            while not done.wait(0.3):
-                for process in workers or [self.worker]:
-                    if not process.is_running():
-                        process.launch()
-
-        thread = threading.Thread(target=supervise)
-        thread.start()
-        try:
-            yield
-        finally:
-            done.set()
-            thread.join()
-
-    def print_logs(self, sizes=()):
-        """Print what each log got since it had its size in `sizes`."""
-        for log in sorted(self.folder.glob("*.log")):
-            printed = log.read_bytes()[dict(sizes).get(log, 0) :].decode(errors="replace")
-            print(f"--- {log.name}\n{printed[-5000:]}")
-
-    # Requests and queries of the tests
-
-    def ask(self, code, **names):
-        """Run code in the project and return the value of its variable `result`."""
-        lines = [f"{name} = {value!r}" for name, value in names.items()]
-        return self.console.ask("\n".join([IMPORTS, *lines, code]))
-
-    def add_user(self, name):
-        return self.ask(ADD_USER, name=name)
-
-    def send(self, task, *args, **options):
-        args = [str(arg) if hasattr(arg, "parts") else arg for arg in args]
-        code = f"result = {task}.apply_async(args, **options).id"
-        return self.ask(code, args=args, options=options)
-
-    def empty(self, queue):
-        assert self.ask(EMPTY, queue=queue)
 
     def request(self, method, path, data=None):
         """Send a request to the web. Return (status, headers, JSON)."""
@@ -314,7 +198,7 @@ def plain_combinations():
 
 
 def prepare(project, folder, database, settings="", **variables):
-    """Add the app `trials` to an installed project, and return its Stack, not yet started.
+    """Add the app `trials` to an installed project, and return its PlainStack, not yet started.
 
     To see which tests fail without a setting: WITHOUT=CELERY_TASK_ACKS_LATE make prove …
     """
@@ -324,16 +208,21 @@ def prepare(project, folder, database, settings="", **variables):
         file.write(
             '\nfrom trials.views import start\nurlpatterns += [path("api/trials/", start)]\n'
         )
-    return Stack(project, Servers(project, folder / "servers"), folder, database, **variables)
+    return PlainStack(project, Servers(project, folder / "servers"), folder, database, **variables)
 
 
 BROKERS, POOLS = CHOICES["broker"], CHOICES["worker_pool"]
 
 
-def stacks(brokers=BROKERS, pools=POOLS, group="faults"):
-    """Return a mark: run the test on each of these brokers with each of these pools."""
+def stacks(brokers=BROKERS, pools=POOLS, group="faults", *, every_pair=True):
+    """Return a mark: run the test on each of these brokers with each of these pools.
+
+    Without `every_pair`, only the first broker has each pool, and each other one the first pool.
+    """
     params = []
     for broker, pool in itertools.product(brokers, pools):
+        if not every_pair and broker != BROKERS[0] and pool != POOLS[0]:
+            continue
         key = f"plain-{group}-{broker}-{pool}"
         param = PARAMS.setdefault(key, {"broker": broker, "worker_pool": pool})
         marks = pytest.mark.xdist_group(key)
@@ -362,19 +251,10 @@ def running_plain(request, cookies_session, database, tmp_path_factory):
 
 @pytest.fixture
 def plain(running_plain):
-    """The stack, with all processes running. Prints their logs, which pytest shows on a failure."""
+    """The stack, with all processes running. faults.py adds their logs to a failure's report."""
     running_plain.recover()
-    sizes = {log: log.stat().st_size for log in running_plain.folder.glob("*.log")}
-    yield running_plain
-    running_plain.print_logs(sizes)
-
-
-@pytest.fixture
-def gate(tmp_path_factory):
-    """A file for which tasks wait. It is created at the end of the test at the latest."""
-    gate = tmp_path_factory.mktemp("gate") / "gate"
-    yield gate
-    gate.touch()
+    running_plain.mark_logs()
+    return running_plain
 
 
 # The table of what can be lost

@@ -1,4 +1,4 @@
-"""A stack for the tests of faults: each process can be killed, paused and started separately."""
+"""Stacks for tests: all processes of a project, which can be killed, paused and started alone."""
 
 import os
 import re
@@ -13,7 +13,7 @@ from http.client import HTTPConnection
 from .project import BEHIND_A_PROXY, Console, fetch, free_ports, wait_for
 from .servers import Process
 
-LEASE, SWEEP, RESEND = 5, 0.3, 2  # seconds
+LEASE, SWEEP, RESEND = 5, 1, 2  # seconds
 TIMINGS = {
     "JOB_LEASE_SECONDS": LEASE,
     "JOB_SWEEP_SECONDS": SWEEP,
@@ -38,26 +38,41 @@ from durable_jobs.states import ACTIVE, FINAL
 from durable_jobs.worker import heartbeat
 from durable_jobs.models import Batch, Failure, Job, Pause, Sweep, Worker
 """
+ADD_USER = """
+from users.models import User
+from rest_framework.authtoken.models import Token
+result = Token.objects.create(user=User.objects.create_user(name, **fields)).key
+"""
+# Deletes all messages in a queue. SQS does that once a minute, so this may wait.
+EMPTY = """
+import time
+from config.celery import app
+result = False
+with app.connection_for_write() as broker:
+    while not result:
+        try:
+            broker.default_channel.queue_purge(queue)
+            result = True
+        except Exception as error:
+            if "PurgeQueueInProgress" not in str(error):
+                raise
+            time.sleep(1)
+"""
 
 
 class Stack:
-    """A project with its broker, database, web, Beat and workers, on real servers.
+    """A project's processes, as in production. Each can be killed, paused and started alone."""
 
-    It has two `workers`: both consume the queue `celery`, the first also `cpu`, the second `io`.
-    """
+    imports = ""  # the names of code for ask()
+    processes = ()  # those that run in each test
+    tester = {}  # fields of the user whose token it has
 
-    def __init__(self, project, broker, folder, database=None, **variables):
-        """`database` is a PostgreSQL; without one, the project uses SQLite."""
-        self.project, self.broker, self.folder, self.database = project, broker, folder, database
-        sqlite = f"sqlite:///{folder}/db.sqlite3"
+    def __init__(self, project, broker, folder, **variables):
+        self.project, self.broker, self.folder = project, broker, folder
         self.notes_file = folder / "notes"
         self.notes_file.touch()
         self.variables = {
             "DEBUG": "False",
-            # As in compose.yaml: PostgreSQL keeps the plans of statements that are run again.
-            "DATABASE_URL": f"{database.create(folder.name)}?prepare_threshold=0"
-            if database
-            else sqlite,
             "NOTES": self.notes_file,
             "SOFT_SHUTDOWN_SECONDS": 2,
             "THROTTLE": "1000000/min",
@@ -66,14 +81,7 @@ class Stack:
             **variables,
         }
         self.made = []  # all processes, including those of tests
-        [self.port] = free_ports(1)
-        self.web = self.process(
-            f"gunicorn config.wsgi --preload --bind 127.0.0.1:{self.port} --workers 4",
-            is_ready=lambda: self.web.printed.count("Booting worker") >= 4,
-        )
-        self.beat, self.others = self.make_beat(), []
-        self.workers = []
-        self.worker, self.other = self.add_worker("cpu"), self.add_worker("io")
+        self.marks = {}  # {log: its size when the test began}
         self.console = self.token = None
 
     def process(self, command, name=None, *, is_ready=None, **variables):
@@ -90,25 +98,145 @@ class Stack:
         self.made.append(process)
         return process
 
-    def make_worker(self, queues, name, pool=None, app="config", **variables):
-        """Make a worker with the project's pool or with this one."""
-        procfile = self.project.read("Procfile")
-        command = re.search("^worker: .*(celery .*)", procfile, re.MULTILINE)[1]
+    def make_web(self, workers):
+        [self.port] = free_ports(1)
+        command = "gunicorn config.wsgi --preload --no-control-socket"
+        web = self.process(f"{command} --bind 127.0.0.1:{self.port} --workers {workers}")
+        web.is_ready = lambda: web.printed.count("Booting worker") >= workers
+        return web
+
+    def make_worker(self, name, options="", *, pool=None, app="config", **variables):
+        """Make a worker with the Procfile's command, or with another pool, and more options."""
+        command = re.search("^worker: .*(celery .*)", self.project.read("Procfile"), re.M)[1]
         if pool:
             command = f"celery -A config worker --pool {pool}"
         command = command.replace("-A config", f"-A {app}")
-        command = f"{command} --queues {queues} -n {name}@%h"
-        worker = self.process(command, name, **variables)
+        worker = self.process(f"{command} -n {name}@%h {options}", name, **variables)
         worker.is_ready = lambda: f"{name}@" in worker.printed and " ready." in worker.printed
         return worker
+
+    def make_beat(self, name="beat", app="config", **variables):
+        return self.process(f"celery -A {app} beat -s {self.folder}/{name}", name, **variables)
+
+    def launch(self, processes):
+        """Migrate, start these processes and a console, and wait until they are ready."""
+        variables = {key: str(value) for key, value in self.variables.items()}
+        self.project.manage("migrate", "-v0", **variables)
+        for process in processes:
+            process.launch()
+        self.console = Console(self.project, self.folder / "console.log", **variables)
+        self.token = self.add_user("tester", **self.tester)
+        for process in processes:
+            process.wait_until_ready()
+
+    def stop(self):
+        if self.console:
+            self.console.kill()
+        self.kill(*self.made, self.broker)
+
+    def kill(self, *processes):
+        for process in processes:
+            if process.is_running():
+                process.resume()
+                process.kill()
+
+    def run_again(self, *servers):
+        """End the processes that a test has made, and make all others run."""
+        self.kill(*(process for process in self.made if process not in self.processes))
+        for server in servers:
+            if server.recover():
+                server.wait_until_ready()
+        for process in [process for process in self.processes if process.recover()]:
+            process.wait_until_ready()
+
+    @contextmanager
+    def supervised(self, *processes):
+        """Restart these processes when they end, as in production, until the block ends.
+
+        All, if none is named.
+        """
+        processes = processes or self.processes
+        done = threading.Event()
+
+        def supervise():
+            while not done.wait(0.3):
+                for process in processes:
+                    if not process.is_running():
+                        process.launch()
+
+        thread = threading.Thread(target=supervise)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+    @property
+    def logs(self):
+        return sorted(self.folder.glob("*.log"))
+
+    def mark_logs(self):
+        """Let printed() return what the logs get from now on."""
+        self.marks = {log: log.stat().st_size for log in self.logs}
+
+    def printed(self):
+        """Return the end of what each log got since the mark."""
+        texts = []
+        for log in self.logs:
+            text = log.read_bytes()[self.marks.get(log, 0) :].decode(errors="replace")
+            texts.append(f"--- {log.name}\n{text[-5000:]}")
+        return "\n".join(texts)
+
+    # Requests and queries of the tests
+
+    def ask(self, code, **names):
+        """Run code in the project and return the value of its variable `result`."""
+        lines = [f"{name} = {value!r}" for name, value in names.items()]
+        return self.console.ask("\n".join([self.imports, *lines, code]))
+
+    def add_user(self, name, **fields):
+        """Create a user and return its token."""
+        return self.ask(ADD_USER, name=name, fields=fields)
+
+    def send(self, task, *args, **options):
+        """Send a plain task. Return its id."""
+        args = [str(arg) if hasattr(arg, "parts") else arg for arg in args]
+        code = f"result = {task}.apply_async(args, **options).id"
+        return self.ask(code, args=args, options=options)
+
+    def empty(self, queue):
+        """Delete all messages in a queue."""
+        assert self.ask(EMPTY, queue=queue)
+
+
+class JobStack(Stack):
+    """A project with its broker, database, web, Beat and workers, on real servers.
+
+    It has two `workers`: both consume the queue `celery`, the first also `cpu`, the second `io`.
+    """
+
+    imports = IMPORTS
+
+    def __init__(self, project, broker, folder, database=None, **variables):
+        """`database` is a PostgreSQL; without one, the project uses SQLite."""
+        # As in compose.yaml: PostgreSQL keeps the plans of statements that are run again.
+        url = database and f"{database.create(folder.name)}?prepare_threshold=0"
+        variables = {"DATABASE_URL": url or f"sqlite:///{folder}/db.sqlite3", **variables}
+        super().__init__(project, broker, folder, **variables)
+        self.database = database
+        self.web = self.make_web(workers=4)
+        self.beat, self.others = self.make_beat(), []
+        self.workers = []
+        self.worker, self.other = self.add_worker("cpu"), self.add_worker("io")
+
+    def make_worker(self, queues, name, pool=None, **options):
+        return super().make_worker(name, f"--queues {queues}", pool=pool, **options)
 
     def add_worker(self, queue, pool=None):
         """Add a worker to the stack, for `celery` and for another queue."""
         self.workers.append(self.make_worker(f"celery,{queue}", queue, pool))
         return self.workers[-1]
-
-    def make_beat(self, name="beat", app="config", **variables):
-        return self.process(f"celery -A {app} beat -s {self.folder}/{name}", name, **variables)
 
     def replace_worker(self, **variables):
         """Start a worker with these variables in place of the first one, until the test ends."""
@@ -129,58 +257,26 @@ class Stack:
     def processes(self):
         return [self.web, self.beat, *self.others, *self.workers]
 
-    @property
-    def logs(self):
-        return sorted(self.folder.glob("*.log"))
-
-    def print_logs(self, sizes):
-        """Print what each log got since it had its size in `sizes`, and what each thread does."""
+    def printed(self):
+        """Also what each thread of a worker does."""
         for worker in self.workers:
             if worker.is_running():
                 os.kill(worker.pid, signal.SIGUSR1)  # Celery then prints its threads
         time.sleep(1)
-        for log in self.logs:
-            printed = log.read_bytes()[sizes.get(log, 0) :].decode(errors="replace")
-            print(f"--- {log.name}\n{printed[-5000:]}")
+        return super().printed()
 
     def start(self, processes=None):
         """Start the servers and these processes, by default all."""
-        processes = processes or self.processes
         self.broker.start()
-        variables = {key: str(value) for key, value in self.variables.items()}
-        self.project.manage("migrate", "-v0", **variables)
-        for process in processes:
-            process.launch()
-        self.console = Console(self.project, self.folder / "console.log", **variables)
+        self.launch(processes or self.processes)
         if self.database:
             self.ask('connection.cursor().execute(open("faults/tables.sql").read())')
-        self.token = self.add_user("tester")
-        for process in processes:
-            process.wait_until_ready()
-
-    def stop(self):
-        if self.console:
-            self.console.kill()
-        self.kill(*self.made, self.broker)
-
-    def kill(self, *processes):
-        for process in processes:
-            if process.is_running():
-                process.resume()
-                process.kill()
 
     def recover(self):
         """Make the whole stack run again, and remove what a test has left."""
-        self.kill(*(process for process in self.made if process not in self.processes))
-        self.made = self.processes
-        for server in [self.broker, self.database]:
-            if server and server.recover():
-                server.wait_until_ready()
-        started = [process for process in self.processes if process.recover()]
-        for process in started:
-            process.wait_until_ready()
+        self.run_again(*filter(None, [self.broker, self.database]))
         self.ask("cancel(Job.objects.all())")
-        with self.supervised(self.workers):  # a worker that lost its broker may be about to end
+        with self.supervised(*self.workers):  # a worker that lost its broker may be about to end
             self.wait_until_final(*[self.enqueue("quick", queue=queue) for queue in ["cpu", "io"]])
 
     def renew_web(self):
@@ -189,26 +285,6 @@ class Stack:
         self.web.start()
         jobs = [job for job, _ in self.post_many(30, "quick")]
         self.wait_until_final(*jobs)
-
-    @contextmanager
-    def supervised(self, processes=None):
-        """Restart processes when they end, as in production, until the block ends."""
-        processes = processes or self.processes
-        done = threading.Event()
-
-        def supervise():
-            while not done.wait(0.3):
-                for process in processes:
-                    if not process.is_running():
-                        process.launch()
-
-        thread = threading.Thread(target=supervise)
-        thread.start()
-        try:
-            yield
-        finally:
-            done.set()
-            thread.join()
 
     @contextmanager
     def locked(self, statement):
@@ -231,30 +307,9 @@ class Stack:
 
     # Requests and queries of the tests
 
-    def ask(self, code, **names):
-        """Run code in the project and return the value of its variable `result`."""
-        lines = [f"{name} = {value!r}" for name, value in names.items()]
-        return self.console.ask("\n".join([IMPORTS, *lines, code]))
-
-    def add_user(self, name, **fields):
-        """Create a user and return its token."""
-        code = """
-from users.models import User
-from rest_framework.authtoken.models import Token
-result = Token.objects.create(user=User.objects.create_user(name, **fields)).key
-"""
-        return self.ask(code, name=name, fields=fields)
-
     def enqueue(self, task, *args, **options):
         code = f"result = enqueue({task}, args, **options).pk"
         return self.ask(code, args=[str(arg) for arg in args], options=options)
-
-    def send(self, task, *args, **options):
-        """Send a plain task."""
-        args = [str(arg) for arg in args]
-        return self.ask(
-            f"result = {task}.apply_async(args, **options).id", args=args, options=options
-        )
 
     def messages_in(self, queue):
         code = """
@@ -264,24 +319,6 @@ with app.connection_for_write() as broker:
     result = messages_in(queue, broker)
 """
         return self.ask(code, queue=queue)
-
-    def empty(self, queue):
-        """Delete all messages in a queue. SQS does that once a minute, so this may wait."""
-        code = """
-import time
-from config.celery import app
-result = False
-with app.connection_for_write() as broker:
-    while not result:
-        try:
-            broker.default_channel.queue_purge(queue)
-            result = True
-        except Exception as error:
-            if "PurgeQueueInProgress" not in str(error):
-                raise
-            time.sleep(1)
-"""
-        assert self.ask(code, queue=queue)
 
     def post(self, task, *args, **data):
         """Enqueue a job through the API and return its id. Raises if the answer is not 202."""
@@ -373,7 +410,7 @@ with connection.cursor() as cursor:
 
 
 def prepare(project, broker, folder, database, **variables):
-    """Install a baked project, add the tasks and views of the tests, and return its Stack.
+    """Install a baked project, add the tasks and views of the tests, and return its JobStack.
 
     `broker` is one of the classes in SETUPS. `folder` is for the files of all processes.
     """
@@ -387,4 +424,4 @@ def prepare(project, broker, folder, database, **variables):
             'urlpatterns += [path("api/faults/add/", add)]\n'
         )
     (folder / "broker").mkdir()
-    return Stack(project, broker(folder / "broker", project), folder, database, **variables)
+    return JobStack(project, broker(folder / "broker", project), folder, database, **variables)

@@ -102,7 +102,7 @@ def test_a_worker_stopped_while_jobs_of_a_batch_run_loses_no_callback(stack, gat
 def test_a_batch_ends_while_its_broker_is_away(stack, gate, since):
     batch, jobs = enqueue(stack, "hold", gate)
     stack.wait_until_started(*jobs)
-    with stack.supervised(stack.workers):
+    with stack.supervised(*stack.workers):
         stack.broker.kill()
         gate.touch()
         wait_for(lambda: state(stack, batch) == "succeeded")

@@ -15,7 +15,7 @@ import pytest
 
 from harness.faults import (
     POOLS,
-    everywhere,
+    on_each,
     on_each_broker,
     on_one,
     on_rabbitmq,
@@ -36,7 +36,7 @@ def check_tries(stack, start):
     assert 0 < tries <= 4 * (1 + (time.monotonic() - start) // 10), stack.web.printed
 
 
-@everywhere
+@on_each
 def test_jobs_outlive_their_broker(stack, gate, tmp_path, since):
     """Bodies continue; retried and new jobs run as soon as the broker is back."""
     later = tmp_path / "later"
@@ -46,7 +46,7 @@ def test_jobs_outlive_their_broker(stack, gate, tmp_path, since):
     ends_after = stack.enqueue("hold", later, queue="io")
     stack.wait_until_started(ends_without, retries_without, ends_after)
     stack.renew_web()
-    with stack.supervised(stack.workers):
+    with stack.supervised(*stack.workers):
         stack.broker.kill()
         start = time.monotonic()
         posted = stack.post_many(50, "quick")  # raises if one gets no answer
@@ -97,7 +97,7 @@ def test_a_broker_that_hangs_delays_no_request(stack, record_property, since):
     stack.broker.resume()
     start = time.monotonic()
     jobs = [job for job, _ in posted]
-    with stack.supervised(stack.workers):
+    with stack.supervised(*stack.workers):
         rows = stack.wait_until_final(*jobs)
     since(start)
     assert succeeded(rows, crashes=0), rows
@@ -417,7 +417,7 @@ from config.celery import app
 workers = app.control.inspect(timeout=5)
 result = [workers.stats() or {}, workers.conf(with_defaults=True) or {}]
 """
-    with stack.supervised(stack.workers):  # a worker that held a message may end
+    with stack.supervised(*stack.workers):  # a worker that held a message may end
         with posting(stack) as posted:
             wait_for(lambda: len(posted) > 20)
             master, count = stack.broker.master, len(posted)

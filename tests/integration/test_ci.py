@@ -15,19 +15,24 @@ from harness.ci import expand, job_of, move
 from harness.outputs import one_of_each_pair, outputs
 from harness.project import Project, env, free_ports
 
-BROKERS, RESULTS = len(CHOICES["broker"]), len(CHOICES["result_backend"])
-OUTPUTS = [  # each broker with each CI, and the result backends in turn
-    {**one_of_each_pair()[RESULTS * broker + (broker - turn) % RESULTS], "ci": ci}
-    for turn, ci in enumerate(ci for ci in CHOICES["ci"] if chosen(ci=ci).has_ci)
-    for broker in range(BROKERS)
+RESULTS = len(CHOICES["result_backend"])
+CIS = [ci for ci in CHOICES["ci"] if chosen(ci=ci).has_ci]
+
+
+def turn(options, number):
+    return options[number % len(options)]
+
+
+# Each broker with each CI, in turn with jobs and without; result backends in turn
+OUTPUTS = [
+    {**turn(one_of_each_pair()[RESULTS * number :], number), "ci": turn(CIS, number)}
+    for number in range(len(CHOICES["broker"]))
 ]
-one_for_each_ci = outputs(*OUTPUTS[::BROKERS])
-CIS = [answers["ci"] for answers in OUTPUTS[::BROKERS]]
-# Without jobs: each broker once, with the CIs in turn, and each CI at least once
 PLAIN = [
-    {**DEFAULTS, "broker": broker, "ci": CIS[turn % len(CIS)]}
-    for turn, broker in enumerate(CHOICES["broker"])
+    {**DEFAULTS, "broker": broker, "ci": turn(CIS, number + 1)}
+    for number, broker in enumerate(CHOICES["broker"])
 ]
+one_for_each_ci = outputs(*OUTPUTS[: len(CIS)])
 FILES = {  # that only this choice writes
     "github": {
         ".github/workflows/ci.yml",

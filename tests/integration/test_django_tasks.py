@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from harness.faults import everywhere, on_each_pool, succeeded
+from harness.faults import on_each_pool, on_one, succeeded
 from harness.project import wait_for
 
 RESULTS = """
@@ -17,7 +17,7 @@ def seen(id):
 """
 
 
-@everywhere
+@on_each_pool
 def test_a_function_succeeds_or_fails(stack):
     code = "result = [add.enqueue(1, b=2).id, look_up.enqueue('x').id]"
     jobs = stack.ask(code)
@@ -31,7 +31,7 @@ def test_a_function_succeeds_or_fails(stack):
 
 
 @pytest.mark.parametrize("function", ["hold_a_function", "hold_a_coroutine"])
-@everywhere
+@on_each_pool
 def test_a_function_is_cancelled_and_runs_again_after_a_crash(stack, gate, function):
     code = "result = [function.enqueue(gate).id for _ in range(2)]"
     killed, cancelled = jobs = stack.ask(f"function = {function}\n{code}", gate=str(gate))
@@ -50,7 +50,7 @@ def test_a_function_is_cancelled_and_runs_again_after_a_crash(stack, gate, funct
     ]
 
 
-@everywhere
+@on_each_pool
 def test_a_cancelled_coroutine_ends(stack, gate):
     """A job, whose report() ends it: a function of Django's Tasks has none."""
     job = stack.enqueue("report_in_a_coroutine", gate, queue="cpu")
@@ -71,13 +71,13 @@ def test_a_coroutine_over_its_time_limit_is_cancelled_except_in_a_thread(stack, 
     assert bool(stack.notes("end", job)) == in_thread
 
 
-@everywhere
+@on_one
 def test_an_async_view_enqueues_a_function_and_awaits_its_result(stack):
     status, text = stack.send_raw("faults/add/", None)
     assert (status, json.loads(text)) == (200, {"value": 3})
 
 
-@everywhere
+@on_one
 def test_a_rollback_leaves_no_job_and_no_message(stack):
     code = """
 from contextlib import suppress
@@ -91,7 +91,7 @@ result = Job.objects.count()
     assert (stack.ask(code), stack.messages_in("io")) == before
 
 
-@everywhere
+@on_one
 def test_beat_starts_a_function(stack):
     stack.replace_beat("faults.every_second")
     started = "Job.objects.filter(task='faults.tasks.add', state='succeeded', result=3)"

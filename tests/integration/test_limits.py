@@ -255,7 +255,7 @@ for number in range(3):
         return new
 
     beat = stack.process(f"celery -A config beat -s {stack.folder}/beat2", name="beat2")
-    with stack.supervised([*stack.workers, stack.beat, beat]):
+    with stack.supervised(*stack.workers, stack.beat, beat):
         inject_faults(stack, enqueue)
         rows = stack.wait_until_final(*jobs)
         assert {row["state"] for row in rows} <= {"succeeded", "cancelled"}, rows

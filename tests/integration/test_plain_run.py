@@ -6,12 +6,14 @@ from uuid import uuid4
 
 import pytest
 
+from harness.bake import CHOICES
 from harness.outputs import ORDER, mails, outputs
 from harness.plain import Servers, plain_combinations, prepare
 from harness.project import wait_for
 
 COMBINATIONS = list(plain_combinations())
 POOLS = len({answers["worker_pool"] for answers in COMBINATIONS})
+BROKERS, RESULTS = len(CHOICES["broker"]), len(CHOICES["result_backend"])
 # For each broker and result backend, one output, with the pools in turn.
 PAIRS = [COMBINATIONS[POOLS * n + n % POOLS] for n in range(len(COMBINATIONS) // POOLS)]
 
@@ -45,6 +47,9 @@ with_cancel = where(lambda answers: has_results(answers) and has_flower(answers)
 with_flower = where(has_flower)
 with_example = where(has_example)
 every_pair = outputs(*PAIRS)
+every_result_backend = outputs(  # with the brokers in turn
+    *(PAIRS[RESULTS * (n % BROKERS) + n] for n in range(RESULTS))
+)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +69,7 @@ def test_it_passes_its_checks(project):
     project.manage("shell", "-v0", "-c", CHECKS, **project.production(), **extra)
 
 
-@every_pair
+@every_result_backend
 def test_it_passes_its_own_tests(servers, database, project):
     url = database.create(f"own_{uuid4().hex}")
     printed = project.call("make", "test", **servers.variables, DATABASE_URL=url)
@@ -81,7 +86,7 @@ def running_stack(project, database, tmp_path_factory):
         stack.start(stack.beat, *([stack.flower] if stack.has_flower else []))
         yield stack
     except AssertionError:
-        stack.print_logs()
+        print(stack.printed())
         raise
     finally:
         stack.stop()
@@ -89,9 +94,8 @@ def running_stack(project, database, tmp_path_factory):
 
 @pytest.fixture
 def stack(running_stack):
-    sizes = {log: log.stat().st_size for log in running_stack.folder.glob("*.log")}
-    yield running_stack
-    running_stack.print_logs(sizes)
+    running_stack.mark_logs()
+    return running_stack
 
 
 def follow(stack, url, until):

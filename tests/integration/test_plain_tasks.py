@@ -58,7 +58,7 @@ def test_a_plain_task_that_kills_its_child_every_time_ends(stack, since):
 def test_a_plain_task_that_kills_its_worker_is_delivered_without_end(stack, gate):
     """More often than a job, which fails after three crashes, and than its max_retries, three."""
     task = stack.send("kill_worker", gate, queue="cpu")
-    with stack.supervised(stack.workers):
+    with stack.supervised(*stack.workers):
         stack.wait_until_started(task, times=4)
         gate.touch()
         stack.wait_until_started(task, times=5)

@@ -43,7 +43,7 @@ def test_it_passes_its_checks(project):
     project.manage("shell", "-v0", "-c", CHECKS, **project.production(), **EXTRA)
 
 
-@every_broker_and_pool
+@every_pool
 def test_it_passes_its_own_tests(broker, database, project):
     url = database.create(f"own_{uuid4().hex}")
     printed = project.call("make", "test", **broker, DATABASE_URL=url)

@@ -118,9 +118,8 @@ def traced(request, cookies_session, tmp_path_factory, database, collector):
 @pytest.fixture
 def stack(traced):
     traced.recover()
-    sizes = {log: log.stat().st_size for log in traced.logs}
-    yield traced
-    traced.print_logs(sizes)
+    traced.mark_logs()
+    return traced
 
 
 def post(stack, path, request_id, **data):
@@ -250,7 +249,7 @@ def test_a_worker_ends_in_time_although_nothing_takes_its_spans(stack, since):
 def test_a_request_whose_job_cannot_be_sent_is_not_the_parent_of_the_next(stack, collector):
     stack.renew_web()
     stack.broker.kill()
-    with stack.supervised(stack.workers):
+    with stack.supervised(*stack.workers):
         jobs = [post(stack, "faults/", f"away-{n}", task="quick", args=[]) for n in range(20)]
         stack.broker.start()
         jobs += [post(stack, "faults/", f"back-{n}", task="quick", args=[]) for n in range(20)]

@@ -15,7 +15,6 @@ import pytest
 from harness.faults import (
     ONE,
     errors,
-    everywhere,
     on_each,
     on_each_pool,
     on_each_with_default_timings,
@@ -37,7 +36,7 @@ def wait_for_early_acknowledgements(stack):
 
 
 @pytest.mark.promise("Accepted means stored")
-@everywhere
+@on_each
 def test_a_killed_worker_loses_nothing(stack, gate, since):
     """Jobs run again, and so do plain tasks, after the visibility timeout."""
     jobs = [stack.enqueue("hold", gate, queue="cpu") for _ in range(2)]
@@ -149,7 +148,7 @@ def test_a_frozen_worker_is_fenced(stack, gate, since):
 # A worker is stopped
 
 
-@everywhere
+@on_each
 def test_a_stopped_worker_loses_nothing(stack, gate, tmp_path, since):
     """A job that ends in time succeeds, the rest is handed back, and no crash is counted."""
     nearly_done = tmp_path / "nearly-done"

@@ -4,7 +4,8 @@ Celery has had errors there, such as one of Gossip while a connection was lost.
 """
 
 from celery.worker.consumer import Consumer
-from config.celery import app  # noqa: F401
+
+from .quick_heartbeat import app  # noqa: F401
 
 
 def fail(consumer, error):
