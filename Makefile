@@ -21,7 +21,7 @@ chaos: .venv  ## two minutes of random faults on each broker; longer: make chaos
 bench: .venv  ## measure and write durable-jobs/docs/performance.md; a trial: make bench ARGS="--scale 0.1"
 	PYTHONPATH=tests .venv/bin/python durable-jobs/bench/run.py $(ARGS)
 
-pictures: .venv  ## take the pictures of README.md anew
+pictures: .venv  ## retake the pictures of README.md
 	.venv/bin/uv pip install --quiet --python .venv/bin/python pillow
 	PYTHONPATH=tests .venv/bin/python -m harness.pictures
 

@@ -133,9 +133,10 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers():
-    """Three for each processor: most tests wait, for servers or for time to pass."""
+    """Five for two processors: most tests wait, for servers or for time to pass."""
     # macOS has no affinity.
-    return 3 * (len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count())
+    cpus = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+    return 5 * cpus // 2
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -138,7 +138,7 @@ def test_a_release_is_refused_if_there_is_nothing_to_release(clone, file, text, 
     [
         (["touch", "new.py"], "There are changes without a commit"),
         (["git", "tag", "v1.2.3"], "The tag v1.2.3 exists"),
-        (["git", "remote", "remove", "origin"], "`origin` is no repository on GitHub"),
+        (["git", "remote", "remove", "origin"], "`origin` isn't a repository on GitHub"),
     ],
 )
 def test_a_release_is_refused_in_this_state(clone, command, sentence):

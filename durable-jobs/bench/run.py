@@ -50,7 +50,7 @@ LIMITS = [(None, 1), (5, 500), (5, 10), (5, 1), (1, 1)]  # (at once in a key, ke
 PAGES = [
     "`GET /api/jobs/`",
     "`?state=failed`",
-    "page at 90 % of the list",
+    "page at 90% of the list",
     "admin: list",
     "admin: search by id",
 ]

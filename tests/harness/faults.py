@@ -35,6 +35,8 @@ ONE = {"brokers": CHOICES["broker"][:1], "pools": POOLS[:1]}
 on_each = stacks()
 on_each_broker = stacks(pools=POOLS[:1])  # if the pool does not matter
 on_each_pool = stacks(brokers=ONE["brokers"])
+# If children matter, but greenlets are threads to what is tested.
+on_prefork_and_threads = stacks(brokers=ONE["brokers"], pools=["prefork", "threads"])
 on_one = stacks(**ONE)
 on_prefork = stacks(brokers=ONE["brokers"], pools=["prefork"])
 where_jobs_share_a_process = stacks(ONE["brokers"], [pool for pool in POOLS if pool != "prefork"])

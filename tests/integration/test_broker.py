@@ -23,6 +23,7 @@ from harness.faults import (
     ran_once,
     stacks,
     succeeded,
+    without_resends,
 )
 from harness.project import wait_for
 from harness.stack import RESEND
@@ -225,7 +226,7 @@ def test_redis_has_no_copy_of_a_job_that_a_worker_has_taken(stack, gate):
     assert ask_redis(stack, copies) == 1
 
 
-@stacks(brokers=["redis"], pools=POOLS[:1])
+@without_resends
 def test_redis_gets_back_each_message_that_is_not_acknowledged(stack):
     """For example, when a worker ends."""
     code = """

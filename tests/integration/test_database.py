@@ -12,9 +12,9 @@ from harness.faults import (
     ONE,
     errors,
     on_each,
-    on_each_pool,
     on_one,
     on_prefork,
+    on_prefork_and_threads,
     ran_once,
     stacks,
     succeeded,
@@ -48,7 +48,7 @@ def test_a_restarted_database_loses_no_job(stack, gate, since):
 
 
 @pytest.mark.promise("Accepted means stored")
-@on_each_pool
+@on_prefork_and_threads
 def test_a_crash_of_the_database_loses_no_claim(stack, gate, since):
     """A worker is frozen meanwhile and continues. Only the job of the dead worker runs again."""
     stack.beat.stop()
@@ -93,7 +93,7 @@ def check_eight(stack, gate, jobs):
     assert ran_once(stack, jobs)
 
 
-@on_each_pool
+@on_prefork_and_threads
 def test_a_paused_database_lets_no_job_run_twice(stack, gate, since):
     jobs = hold_eight(stack, gate)
     stack.database.pause()
@@ -104,7 +104,7 @@ def test_a_paused_database_lets_no_job_run_twice(stack, gate, since):
     since(start)
 
 
-@on_each_pool
+@on_prefork_and_threads
 def test_a_paused_machine_lets_no_job_run_twice(stack, gate, since):
     """Any process may be the first to continue; after the database, here it is Beat."""
     jobs = hold_eight(stack, gate)
@@ -123,7 +123,7 @@ def test_a_paused_machine_lets_no_job_run_twice(stack, gate, since):
 # A row or the whole table is locked
 
 
-@on_each_pool
+@on_prefork_and_threads
 def test_a_job_with_a_locked_row_runs_once_and_stops_no_other(stack, gate, since):
     """One row is locked by another connection, one by its own body."""
     jobs = [stack.enqueue("hold", gate, queue="cpu") for _ in range(3)]
@@ -159,7 +159,7 @@ def test_outcomes_that_wait_for_a_lock_stop_no_other_job(stack, gate, since):
 
 
 @pytest.mark.parametrize("mode", ["ACCESS EXCLUSIVE", "SHARE"])
-@on_each_pool
+@on_prefork_and_threads
 def test_a_locked_table_lets_no_job_run_twice(stack, gate, since, mode):
     """A migration takes such a lock. CREATE INDEX takes SHARE, so that the sweep can read rows."""
     jobs = hold_eight(stack, gate)
@@ -173,7 +173,7 @@ def test_a_locked_table_lets_no_job_run_twice(stack, gate, since, mode):
 # A body holds its own row
 
 
-@on_each_pool
+@on_prefork_and_threads
 def test_a_job_is_not_taken_over_during_a_transaction_longer_than_its_lease(stack, since):
     """The transaction locks the row: nothing can renew the lease, but no sweep may take the job."""
     start = time.monotonic()
@@ -188,7 +188,7 @@ def test_a_job_is_not_taken_over_during_a_transaction_longer_than_its_lease(stac
 # The database accepts no writes
 
 
-@on_each_pool
+@on_prefork_and_threads
 def test_a_read_only_database_loses_no_job(stack, gate, since):
     """Outcomes are stored as soon as writes work; no body runs twice, no crash is counted."""
 

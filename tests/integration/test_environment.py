@@ -16,6 +16,7 @@ from harness.outputs import outputs
 from harness.project import Project
 from harness.servers import Process, Redis
 
+plain = outputs(DEFAULTS)
 both = outputs(*({**DEFAULTS, "durable_jobs": choice} for choice in ("no", "yes")))
 KEY = "0123456789abcdefghijklmnopqrstuvwxyz0123456789abcdefghijkl"
 WRITTEN = {  # {variable: (as it is written, the setting, its value)}
@@ -47,14 +48,14 @@ def settings_of(project, **environment):
     return json.loads(printed.split("=>")[1])
 
 
-@both
+@plain
 def test_a_variable_of_the_environment_keeps_its_value(project):
     environment = {name: written for name, (written, _, _) in WRITTEN.items()}
     expected = {setting: value for _, setting, value in WRITTEN.values()}
     assert settings_of(project, **environment) == expected
 
 
-@both
+@plain
 def test_a_variable_of_dotenv_keeps_its_value(project, copied):
     kept = [
         line for line in project.read(".env").splitlines() if line.partition("=")[0] not in WRITTEN
@@ -87,12 +88,12 @@ call_command("check", fail_level="WARNING")
 """
 
 
-@both
+@plain
 def test_web_servers_and_commands_start_without_what_windows_lacks(project):
     project.call(".venv/bin/python", "-c", WINDOWS)
 
 
-@both
+@plain
 def test_the_level_of_the_log_holds_for_django_too(project):
     code = """
 import logging
@@ -188,7 +189,7 @@ print(sorted({(path, response.status_code) for path, response in answers}))
     assert str(expected) in project.manage("shell", "-v0", "-c", code, **variables)
 
 
-@both
+@plain
 def test_a_browser_that_asks_for_an_icon_causes_no_error(project):
     """The pages of the admin name none."""
     code = "from django.test import Client; print(Client().get('/favicon.ico').status_code)"

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from harness.faults import on_each, on_each_pool, stacks
+from harness.faults import on_each, on_each_pool, on_prefork_and_threads, stacks
 from harness.project import wait_for
 
 
@@ -120,7 +120,7 @@ def test_the_row_goes_however_a_worker_ends(stack, mine, gate):
     assert "an error of Celery" in worker.printed and not find(stack)
 
 
-@on_each_pool
+@on_prefork_and_threads
 def test_a_worker_that_ends_takes_from_no_queue(stack, mine, gate):
     worker = mine(SOFT_SHUTDOWN_SECONDS=30)
     job = stack.enqueue("hold", gate, queue="cpu")
@@ -145,7 +145,7 @@ def test_a_worker_that_is_killed_or_frozen_is_no_longer_alive(stack, mine):
     wait_for(lambda: not find(stack))  # Beat deletes it
 
 
-@on_each_pool
+@on_prefork_and_threads
 def test_the_heartbeat_outlives_the_database(stack, mine):
     mine()
     stack.database.kill()

@@ -17,6 +17,7 @@ from harness.faults import (
     on_each_pool,
     on_one,
     on_prefork,
+    on_prefork_and_threads,
     ran_once,
     stacks,
     succeeded,
@@ -190,7 +191,7 @@ def test_celery_control_terminate_cancels(stack, gate, since):
     assert row["state"] == "cancelled"
 
 
-@on_each_pool
+@on_prefork_and_threads
 def test_a_revoke_during_a_database_outage_cancels(stack, gate, since):
     waits = stack.enqueue("hold", gate, queue="cpu", countdown=3600)
     runs = stack.enqueue("hold", gate, queue="cpu")
@@ -237,7 +238,7 @@ def test_odd_outcomes_end_a_job(stack, since):
 # Retries and errors
 
 
-@on_each_pool
+@on_prefork_and_threads
 def test_each_run_that_failed_says_why(stack, since):
     """Also each run that was retried."""
     start = time.monotonic()
@@ -250,7 +251,7 @@ def test_each_run_that_failed_says_why(stack, since):
     assert all('raise OSError("away")' in failure["traceback"] for failure in failures), failures
 
 
-@on_each_pool
+@on_prefork_and_threads
 def test_a_retry_in_a_transaction_is_not_rolled_back(stack, since):
     start = time.monotonic()
     job = stack.enqueue("retry_in_a_transaction")
@@ -317,7 +318,7 @@ def test_a_database_setting_of_a_body_stops_no_other(stack):
     assert ran_once(stack, odd + others)
 
 
-@on_each_pool
+@on_prefork_and_threads
 def test_a_report_in_a_thread_of_a_body_is_refused(stack):
     """It would silently store nothing, and a cancel would not end it."""
     [row] = stack.wait_until_final(stack.enqueue("report_in_a_thread", queue="cpu"))

@@ -18,6 +18,7 @@ from harness.faults import (
     on_each_pool,
     on_one,
     on_prefork,
+    on_prefork_and_threads,
     stacks,
     succeeded,
 )
@@ -71,7 +72,7 @@ def occupy(stack, gate, task="one_until"):
 # A worker is killed, stopped or frozen while it has the only place of a key
 
 
-@on_each_pool
+@on_prefork_and_threads
 def test_the_place_of_a_killed_worker_is_free_when_its_lease_lapses(stack, gate, since):
     first, waiting = occupy(stack, gate)
     stack.worker.kill()
@@ -116,7 +117,7 @@ def test_the_place_of_a_stopped_worker_is_free_when_it_has_ended(stack, gate, si
     assert not errors(rows[0])
 
 
-@on_each_pool
+@on_prefork_and_threads
 def test_a_frozen_worker_loses_its_place(stack, gate, since):
     """When it continues, its body ends at its next report, and what it returns is dropped."""
     first, waiting = occupy(stack, gate, "report_until")
@@ -136,7 +137,7 @@ def test_a_frozen_worker_loses_its_place(stack, gate, since):
 # A running job is cancelled
 
 
-@on_each_pool
+@on_prefork_and_threads
 def test_a_cancelled_job_keeps_its_place_until_its_body_has_ended(stack, gate):
     """However long that takes: here for more than a lease."""
     first, waiting = occupy(stack, gate)
@@ -148,7 +149,7 @@ def test_a_cancelled_job_keeps_its_place_until_its_body_has_ended(stack, gate):
     assert stack.row(first)["state"] == "cancelled"
 
 
-@on_each_pool
+@on_prefork_and_threads
 def test_the_place_of_a_cancelled_job_is_free_when_its_worker_dies(stack, gate, since):
     first, waiting = occupy(stack, gate)
     stack.ask("cancel(Job.objects.get(pk=job))", job=first)

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from harness.faults import on_each, on_each_pool, on_one, ran_once, succeeded
+from harness.faults import on_each, on_one, on_prefork_and_threads, ran_once, succeeded
 from harness.project import wait_for
 from harness.stack import RESEND
 
@@ -91,7 +91,7 @@ def end_all(stack):
     stack.ask("Pause.objects.all().delete()\ncancel(Job.objects.all())")
 
 
-@on_each_pool
+@on_prefork_and_threads
 def test_after_a_pause_jobs_start_in_order(stack, record_property):
     """With one slot."""
     worker = stack.make_worker("one", "one", WORKER_CONCURRENCY=1)

@@ -330,3 +330,25 @@ def test_compose_reads_every_file(engine, bake):
                     read = project.call("docker", "compose", "config", "--format", "json")
                     assert "media" not in json.loads(read)["volumes"]
     assert len(seen) > 1
+
+
+@on_third
+def test_two_lines_of_env_decide_about_a_stand_in_for_amazon(stack):
+    """Without them, Compose starts none, and boto3 does not look for it."""
+    read = ("config", "--services")
+    services = stack.compose(*read).split()
+    assert "aws" in services
+    without = {"COMPOSE_PROFILES": "", "AWS_ENDPOINT_URL": ""}
+    stack.environment |= without
+    try:
+        assert set(services) - set(stack.compose(*read).split()) == {"aws"}
+        config = json.loads(stack.compose("config", "--format", "json"))
+    finally:
+        for name in without:
+            del stack.environment[name]
+    endpoint = config["services"]["web"]["environment"]["AWS_ENDPOINT_URL"]
+    code = "import boto3; print(boto3.client('sqs').meta.endpoint_url)"
+    printed = stack.compose(
+        *("exec", "-T", "-e", f"AWS_ENDPOINT_URL={endpoint}", "web", "python", "-c", code)
+    )
+    assert printed.strip() == "https://sqs.us-east-1.amazonaws.com"

@@ -6,16 +6,27 @@ from uuid import uuid4
 
 import pytest
 
-from harness.bake import CHOICES
 from harness.outputs import ORDER, mails, outputs
 from harness.plain import Servers, plain_combinations, prepare
 from harness.project import wait_for
 
 COMBINATIONS = list(plain_combinations())
-POOLS = len({answers["worker_pool"] for answers in COMBINATIONS})
-BROKERS, RESULTS = len(CHOICES["broker"]), len(CHOICES["result_backend"])
-# For each broker and result backend, one output, with the pools in turn.
-PAIRS = [COMBINATIONS[POOLS * n + n % POOLS] for n in range(len(COMBINATIONS) // POOLS)]
+
+
+def each(*options, where=lambda answers: True):
+    """Return a mark: run the test with one combination for each choice of these options.
+
+    `where` says which combinations are in question. The choices of other options vary.
+    """
+    groups = {}
+    for answers in filter(where, COMBINATIONS):
+        groups.setdefault(tuple(answers[option] for option in options), []).append(answers)
+    chosen = [
+        group[(number + number // len(group)) % len(group)]
+        for number, group in enumerate(groups.values())
+    ]
+    return outputs(*chosen)
+
 
 CHECKS = """
 from django.core.management import call_command
@@ -23,10 +34,6 @@ call_command("check", deploy=True, fail_level="WARNING")
 call_command("makemigrations", check_changes=True, dry_run=True)
 call_command("spectacular", validate=True, fail_on_warn=True, file="/dev/null")
 """
-
-
-def where(condition):
-    return outputs(*filter(condition, COMBINATIONS))
 
 
 def has_results(answers):
@@ -41,15 +48,18 @@ def has_example(answers):
     return answers["include_example"] == "yes"
 
 
+def can_cancel(answers):
+    return has_results(answers) and has_flower(answers)
+
+
 everywhere = outputs(*COMBINATIONS)
-with_results = where(has_results)
-with_cancel = where(lambda answers: has_results(answers) and has_flower(answers))
-with_flower = where(has_flower)
-with_example = where(has_example)
-every_pair = outputs(*PAIRS)
-every_result_backend = outputs(  # with the brokers in turn
-    *(PAIRS[RESULTS * (n % BROKERS) + n] for n in range(RESULTS))
-)
+with_results = outputs(*filter(has_results, COMBINATIONS))
+# Of what a test needs, only these options matter to it.
+each_broker_and_pool = each("broker", "worker_pool")
+with_cancel = each("broker", "worker_pool", where=can_cancel)
+with_flower = each("broker", "worker_pool", where=has_flower)
+each_broker_and_results = each("broker", "result_backend")
+with_example = each("broker", "result_backend", where=has_example)
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +72,14 @@ def servers(project, tmp_path_factory):
         servers.kill()
 
 
-@every_pair
+@each_broker_and_results
 def test_it_passes_its_checks(project):
     """Those of `make check`, and production's, in one process."""
     extra = {"FLOWER_BASIC_AUTH": "admin:password", "DEBUG": "False"}
     project.manage("shell", "-v0", "-c", CHECKS, **project.production(), **extra)
 
 
-@every_result_backend
+@each("result_backend")
 def test_it_passes_its_own_tests(servers, database, project):
     url = database.create(f"own_{uuid4().hex}")
     printed = project.call("make", "test", **servers.variables, DATABASE_URL=url)
@@ -120,7 +130,7 @@ def test_a_worker_runs_tasks_and_beat_starts_them(stack):
     wait_for((stack.folder / "ticked").exists)
 
 
-@everywhere
+@each_broker_and_pool
 def test_a_countdown_is_waited_for(stack):
     sent = time.time()
     task = stack.send("quick", countdown=2)
@@ -129,7 +139,7 @@ def test_a_countdown_is_waited_for(stack):
     assert started - sent > 1.9  # not 2: gevent counts from the start of its loop's round
 
 
-@everywhere
+@each_broker_and_pool
 def test_a_task_that_fails_twice_succeeds(stack):
     status, headers, answer = stack.start_task("fail_twice")
     assert status == 202

@@ -4,6 +4,7 @@ config/tracing.py sends the spans to a server of the test.
 """
 
 import os
+import re
 import signal
 import subprocess
 import threading
@@ -14,25 +15,17 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
-from harness.bake import CHOICES, WITH_JOBS, baked
+from harness.bake import WITH_JOBS, baked
 from harness.faults import POOLS
 from harness.outputs import default_output
 from harness.project import BEHIND_A_PROXY, env, fetch, wait_for
-from harness.servers import broker_class
+from harness.servers import Redis
 from harness.stack import TIMINGS, prepare
 
 LATER = {"OTEL_BSP_SCHEDULE_DELAY": 600_000}  # so that only the end of a process exports its spans
-# Each broker with one pool, and each pool with one broker.
-PAIRS = [(CHOICES["broker"][0], pool) for pool in POOLS]
-PAIRS += [(broker, POOLS[0]) for broker in CHOICES["broker"][1:]]
-NAMES = ["-".join(["traced", *pair]) for pair in PAIRS]
 STEPS = 6  # jobs in each of the three: see faults/survey.py
-STACKS = [
-    pytest.param(pair, id=name, marks=pytest.mark.xdist_group(name))
-    for pair, name in zip(PAIRS, NAMES, strict=True)
-]
-on_each = pytest.mark.parametrize("traced", STACKS, indirect=True)
-on_each_pool = pytest.mark.parametrize("traced", STACKS[: len(POOLS)], indirect=True)
+STACKS = [pytest.param(pool, marks=pytest.mark.xdist_group(f"traced-{pool}")) for pool in POOLS]
+on_each_pool = pytest.mark.parametrize("traced", STACKS, indirect=True)
 on_prefork = pytest.mark.parametrize("traced", STACKS[:1], indirect=True)
 
 
@@ -94,18 +87,18 @@ def collector():
 @pytest.fixture(scope="module")
 def traced(request, cookies_session, tmp_path_factory, database, collector):
     """A stack whose project has the extra and the setting."""
-    broker, pool = request.param
-    broker = broker_class(broker)
-    project = baked(cookies_session, {**WITH_JOBS, **broker.answers, "worker_pool": pool})
-    project.environments = None  # those that other tests share do not have the extra
+    project = baked(cookies_session, {**WITH_JOBS, "worker_pool": request.param})
+    pyproject = project.read("pyproject.toml")
+    extra = re.search(r"^tracing = \[.*\n((?:    .+\n)+)", pyproject, re.M)[1]
+    pyproject = pyproject.replace("dependencies = [\n", f"dependencies = [\n{extra}", 1)
+    (project / "pyproject.toml").write_text(pyproject)
     variables = {
         **TIMINGS,
         "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{collector.server_port}",
         "OTEL_BSP_SCHEDULE_DELAY": 200,  # milliseconds
     }
     folder = tmp_path_factory.mktemp("stack")
-    stack = prepare(project, broker, folder, database, **variables)
-    project.call("uv", "sync", "--quiet", "--inexact", "--extra", "tracing")
+    stack = prepare(project, Redis, folder, database, **variables)
     with open(project / "config/settings.py", "a") as file:
         file.write("DJANGO_STRUCTLOG_TRUST_UPSTREAM_REQUEST_ID = True\n")
     try:
@@ -160,7 +153,7 @@ def ends(runs):
     return [end for end in found if end != "IGNORED"]
 
 
-@on_each
+@on_each_pool
 def test_a_job_that_lost_its_worker_and_is_retried_is_one_tree(stack, collector, gate, since):
     """Web, a worker that is killed, Beat, another worker, a retry, and a job of the body."""
     stack.other.stop()

@@ -19,6 +19,7 @@ from harness.faults import (
     on_each_pool,
     on_each_with_default_timings,
     on_prefork,
+    on_prefork_and_threads,
     ran_once,
     stacks,
     succeeded,
@@ -271,7 +272,7 @@ def test_a_body_that_locks_its_row_does_not_delay_a_stop(stack, gate, since):
 
 
 @pytest.mark.promise("At least once")
-@on_each_pool
+@on_prefork_and_threads
 def test_a_newsletter_continues_where_its_worker_was_killed(stack, since, record_property):
     """Everybody gets it, and at most one chunk of 100 gets it twice."""
     count = int(os.environ.get("MAILS", "1000"))

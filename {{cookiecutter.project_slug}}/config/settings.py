@@ -100,7 +100,7 @@ if DATABASES["default"]["ENGINE"] == "django.db.backends.sqlite3":
     sqlite = {"transaction_mode": "IMMEDIATE", "timeout": 20, "init_command": pragmas}
     DATABASES["default"]["OPTIONS"] = sqlite
 {% if has_jobs %}
-    DATABASES["default"]["TEST"] = {"NAME": BASE_DIR / "test.sqlite3"}  # for a worker, too
+    DATABASES["default"]["TEST"] = {"NAME": BASE_DIR / "test.sqlite3"}  # so workers see it
 {% endif %}
 else:  # don't wait long for a server that has disappeared
     timeouts = {"connect_timeout": 5, "tcp_user_timeout": 10_000}  # seconds; milliseconds

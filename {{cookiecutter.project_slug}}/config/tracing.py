@@ -1,4 +1,4 @@
-"""Traces for OpenTelemetry, if OTEL_EXPORTER_OTLP_ENDPOINT is set. Its other variables work, too."""
+"""Traces, if OTEL_EXPORTER_OTLP_ENDPOINT is set. OpenTelemetry's other variables work, too."""
 
 import os
 import threading
@@ -20,7 +20,7 @@ except ImportError as error:
 
 
 def flush(**kwargs):
-    """Export the spans of a worker's process that ends, but wait only two seconds for the collector."""
+    """Export the spans of a worker process that is ending. Wait only two seconds for the collector."""
     thread = threading.Thread(target=trace.get_tracer_provider().force_flush, daemon=True)
     thread.start()
     thread.join(2)

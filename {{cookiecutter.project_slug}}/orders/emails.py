@@ -7,9 +7,9 @@ logger = logging.getLogger(__name__)
 
 
 def send_to_each(recipients, newsletter):
-    """Send it over one connection. A refused address must not keep the others from getting it.
+    """Send the newsletter over one connection. A refused address must not stop the others.
 
-    It is not tried again, even if the refusal was temporary: others of its chunk would get it twice.
+    It is not tried again, even if the refusal was temporary: the rest of the chunk would get two.
     """
     subject, body = newsletter.subject, newsletter.body
     with get_connection() as connection:

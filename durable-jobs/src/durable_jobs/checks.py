@@ -90,7 +90,7 @@ def check_rate_limits(app_configs, **kwargs):
 
 @register()
 def check_limits(app_configs, **kwargs):
-    """Check those limits of jobs that are no functions."""
+    """Check those limits of jobs that aren't functions."""
     for name in known_names()[1]:
         limit = current_app.tasks[name].limit
         try:

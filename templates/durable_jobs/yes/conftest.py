@@ -40,7 +40,7 @@ def user(db, django_user_model):
 
 @pytest.fixture
 def api(user):
-    """A client of the API that `user` is logged in to."""
+    """A client of the API, logged in as `user`."""
     client = APIClient()
     client.force_login(user)
     return client

@@ -19,7 +19,7 @@ os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
 app = Celery("config")
 app.config_from_object("django.conf:settings", namespace="CELERY")
 app.autodiscover_tasks()
-app.steps["worker"].add(DjangoStructLogInitStep)  # each line of a task has its request's id
+app.steps["worker"].add(DjangoStructLogInitStep)  # a task's log lines have its request's id
 
 # `celery report`, `celery inspect conf` and Flower print all Django settings, and mask most
 # passwords. They don't know these settings.

@@ -39,7 +39,7 @@ urlpatterns = [
     path("", login_required(index), name="index"),
     path("login/", log_in, name="login"),
     path("logout/", LogoutView.as_view(), name="logout"),
-    path("favicon.ico", lambda request: HttpResponse(status=204)),  # the admin's pages name none
+    path("favicon.ico", lambda request: HttpResponse(status=204)),  # the admin links to none
     path("admin/", admin.site.urls),
     path("api/", include(router.urls)),
 {% if has_task_api %}

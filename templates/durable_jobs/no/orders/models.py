@@ -28,7 +28,7 @@ class Newsletter(models.Model):
 class Recipient(models.Model):
     newsletter = models.ForeignKey(Newsletter, models.CASCADE, related_name="recipients")
     email = models.EmailField()
-    # null: still to be sent. Also set if the mail server has refused the address.
+    # null: still to be sent. A refused address counts as sent.
     sent_at = models.DateTimeField(null=True, editable=False)
 
     def __str__(self):

@@ -64,7 +64,7 @@ def forecast_demand(product, days=30, rounds=100_000):
     quantities = list(Order.objects.filter(product=product).values_list("quantity", flat=True))
     totals = sorted(sum(random.choices(quantities, k=days)) for _ in range(rounds))
     median, high = totals[rounds // 2], totals[rounds * 95 // 100]
-    return f"{product}: {median}, in 95% of all cases at most {high}"
+    return f"{product}: {median}, and in 95% of cases at most {high}"
 
 
 @shared_task(ignore_result=True, autoretry_for=(OSError,), retry_backoff=True, max_retries=8)
@@ -90,7 +90,7 @@ def forecast_demand(product, email, days=30, rounds=100_000):
     quantities = list(Order.objects.filter(product=product).values_list("quantity", flat=True))
     totals = sorted(sum(random.choices(quantities, k=days)) for _ in range(rounds))
     median, high = totals[rounds // 2], totals[rounds * 95 // 100]
-    text = f"{median}, in 95% of all cases at most {high}"
+    text = f"{median}, and in 95% of cases at most {high}"
     send_mail(f"Demand for {product} for the next 30 days", text, None, [email])
 {% endif %}
 

@@ -26,7 +26,7 @@ class OrderViewSet(mixins.CreateModelMixin, viewsets.ReadOnlyModelViewSet):
 
     def perform_create(self, serializer):
         order = serializer.save(owner=self.request.user)
-        # send_confirmation.delay_on_commit(order.pk), except that an unavailable broker is only
+        # Like send_confirmation.delay_on_commit(order.pk), but an unavailable broker is only
         # logged: the order is stored, and confirm_forgotten_orders() will send the task.
         transaction.on_commit(lambda: send_confirmation.delay(order.pk), robust=True)
 

@@ -7,7 +7,7 @@ from rest_framework import exceptions, parsers, throttling
 
 logger = logging.getLogger(__name__)
 
-CACHE_PAUSE = 10  # seconds without another try after the cache failed, so that requests stay fast
+CACHE_PAUSE = 10  # seconds until a failed cache is tried again, so that requests stay fast
 ERRORS = {
     401: "Not authenticated",
     403: "Not permitted",
@@ -18,7 +18,7 @@ DETAIL = {"type": "object", "properties": {"detail": {"type": "string"}}}
 
 
 class Parser(parsers.JSONParser):
-    """Answers 400, and not 500, to a body that is nested too deeply to be parsed."""
+    """Answers 400 instead of 500 if a body is nested too deeply to be parsed."""
 
     def parse(self, *args, **kwargs):
         try:

@@ -12,7 +12,7 @@ os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
 app = Celery("config")
 app.config_from_object("django.conf:settings", namespace="CELERY")
 app.autodiscover_tasks()
-app.steps["worker"].add(LogStep)  # logs of a task name the request that sent it
+app.steps["worker"].add(LogStep)  # a task's logs have the id of its request
 
 
 @signals.setup_logging.connect

@@ -49,7 +49,7 @@ urlpatterns = [
     path("jobs/<uuid:pk>/", login_required(jobs_page), name="job"),
     path("login/", log_in, name="login"),
     path("logout/", LogoutView.as_view(), name="logout"),
-    path("favicon.ico", lambda request: HttpResponse(status=204)),  # the admin's pages name none
+    path("favicon.ico", lambda request: HttpResponse(status=204)),  # the admin links to none
     path("admin/", admin.site.urls),
     path("api/", include(router.urls)),
     path("api/schema/", SpectacularAPIView.as_view(), name="schema"),

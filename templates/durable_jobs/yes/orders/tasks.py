@@ -98,9 +98,8 @@ def read_orders(upload):
             for line in reader:
                 fields = {name: line[name] for name in ("product", "quantity")}
                 order = Order(owner=upload.owner, **fields)
-                order.clean_fields(
-                    exclude=["job", "owner"]
-                )  # the owner would cost a query per line
+                # Checking the owner would cost a query per line.
+                order.clean_fields(exclude=["job", "owner"])
                 ProhibitNullCharactersValidator()(order.product)  # PostgreSQL cannot store them
                 yield order
         except ValidationError as error:
@@ -166,7 +165,7 @@ def ask_supplier(self, products):
 def send_preview(newsletter_id, email):
     """A plain task, sent with delay_on_commit(). Use one if a loss does no harm.
 
-    If the preview is lost, its user requests another one. A plain task has no row and no progress.
+    If the preview is lost, its user requests another. A plain task has no row and no progress.
     """
     newsletter = Newsletter.objects.get(pk=newsletter_id)
     send_mail(f"Preview: {newsletter.subject}", newsletter.body, None, [email])

@@ -159,7 +159,7 @@ def test_a_file_becomes_orders(api, user, run_jobs, mailoutbox):
 
 
 def test_an_import_continues_at_the_chunk_that_failed(api, run_jobs, mailoutbox, monkeypatch):
-    """No order and no summary is stored twice. The error stands for the death of its worker."""
+    """No order and no summary is stored twice. The error stands in for a worker's death."""
     post_file(api, "\n".join(["product,quantity", *["Tea,1"] * 150]))
     report, reports = JobTask.report, []
 
@@ -321,7 +321,7 @@ def test_the_view_permission_starts_nothing(
     user.save()
     user.user_permissions.set(Permission.objects.filter(codename__startswith="view_"))
     client.force_login(user)
-    with django_capture_on_commit_callbacks(execute=True):  # as delay_on_commit() needs it
+    with django_capture_on_commit_callbacks(execute=True):  # delay_on_commit() needs it
         for action in "forecast_demand", "ask_supplier":
             start(client, action, order)
         start(client, "send_preview", newsletter)

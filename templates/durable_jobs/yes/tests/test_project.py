@@ -153,7 +153,7 @@ def double(number):
 
 @pytest.fixture
 def worker(transactional_db):
-    """A worker of the queue "test", with the broker of the settings and the database of the tests."""
+    """A worker for the queue "test", with the broker in the settings and the tests' database."""
     processes = []
     try:
 {% for server in servers %}
