@@ -46,7 +46,7 @@ def refusal(version):
     if not notes or not notes[1].strip():
         return "CHANGELOG.md says nothing under a heading `## Unreleased`."
     if not repository(git("ls-remote", "--get-url", "origin")):
-        return "The remote `origin` isn't a repository on GitHub, so the pages would have no address."
+        return "The remote `origin` isn't a repository on GitHub: the pages would have no address."
     return None
 
 
