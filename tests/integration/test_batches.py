@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from harness.faults import on_each, on_each_broker, on_prefork, ran_once, succeeded
+from harness.faults import on_each, on_each_broker, on_each_pool, on_prefork, ran_once, succeeded
 from harness.project import wait_for
 
 
@@ -55,7 +55,7 @@ def kill_between_the_ends(stack, **variables):
 
 
 @pytest.mark.promise("Follow-up jobs and batch callbacks are stored exactly once")
-@on_each
+@on_each_pool
 def test_a_worker_killed_between_the_ends_of_a_job_and_its_batch_loses_no_callback(stack, since):
     """Beat is away, too. When it is back, it ends the batch."""
     batch, worker = kill_between_the_ends(stack, DIES="worker")

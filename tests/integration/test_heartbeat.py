@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from harness.faults import on_each, on_each_pool, on_prefork_and_threads, stacks
+from harness.faults import on_each_pool, on_prefork_and_threads, stacks
 from harness.project import wait_for
 
 
@@ -57,7 +57,7 @@ def mine(stack):
     stack.ask("Worker.objects.all().delete()")
 
 
-@on_each
+@on_each_pool
 def test_a_row_shows_slots_queues_and_how_busy_a_worker_is(stack, mine, gate):
     mine(RELEASE="1.2.3")
     row = find(stack)
@@ -91,7 +91,7 @@ def test_a_row_follows_remote_control(stack, mine):
 
 
 # Not with SQS, which has no connection that could be lost.
-@stacks(brokers=["redis", "rabbitmq"])
+@stacks(brokers=["redis", "rabbitmq"], pools=["prefork"])
 def test_a_worker_without_its_broker_takes_from_no_queue(stack, mine):
     worker = mine()
     with stack.supervised(worker):

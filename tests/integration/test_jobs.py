@@ -50,7 +50,7 @@ def test_a_worker_that_fails_waits_for_no_body(stack, gate):
 
 
 @pytest.mark.promise("No endless crashes")
-@on_each
+@on_each_pool
 def test_a_job_that_kills_its_worker_every_time_fails(stack, since):
     start = time.monotonic()
     job = stack.enqueue("die", queue="cpu")

@@ -14,7 +14,6 @@ import pytest
 from harness.faults import (
     ONE,
     errors,
-    on_each,
     on_each_pool,
     on_one,
     on_prefork,
@@ -265,7 +264,7 @@ for number in range(3):
 
 
 @pytest.mark.promise("Limits hold")
-@on_each
+@on_prefork_and_threads
 def test_no_fault_exceeds_a_limit_or_leaves_a_place_empty(stack, since):
     """Two Beats sweep all the time."""
     start = time.monotonic()

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from harness.faults import on_each, on_one, on_prefork_and_threads, ran_once, succeeded
+from harness.faults import on_one, on_prefork_and_threads, ran_once, succeeded
 from harness.project import wait_for
 from harness.stack import RESEND
 
@@ -48,7 +48,7 @@ def check_neighbours(stack):
 
 
 @pytest.mark.promise("A pause stays")
-@on_each
+@on_prefork_and_threads
 def test_a_paused_queue_starts_no_job_whatever_is_restarted(stack, gate, since):
     running = stack.enqueue("hold", gate, queue="cpu")
     stack.wait_until_started(running)

@@ -152,16 +152,20 @@ def test_a_task_that_fails_twice_succeeds(stack):
 
 @with_results
 def test_the_caller_gets_the_result(stack):
+    assert stack.ask("result = add.delay(1, 2).get(timeout=300)") == 3
+
+
+@each("broker", "result_backend", where=has_results)
+def test_the_caller_gets_the_result_of_a_canvas(stack):
     code = """
 header = [add.s(n, n) for n in range(3)]
 result = [
-    add.delay(1, 2).get(timeout=300),
     chain(add.s(1, 2), add.s(3))().get(timeout=300),
     group(header)().get(timeout=300),
     chord(header)(total.s()).get(timeout=300),
 ]
 """
-    assert stack.ask(code) == [3, 6, [0, 2, 4], 6]
+    assert stack.ask(code) == [6, [0, 2, 4], 6]
 
 
 @with_results

@@ -7,11 +7,11 @@ import time
 
 import psutil
 
-from harness.faults import ONE, on_each_pool, on_prefork, stacks, succeeded
+from harness.faults import ONE, on_prefork, stacks, succeeded
 from harness.stack import LEASE
 
 
-@on_each_pool
+@stacks(brokers=ONE["brokers"], pools=["gevent"])
 def test_workers_with_different_pools_run_side_by_side(stack, gate, since, request):
     """Prefork, threads and the project's own. If one is killed or stops, another runs its jobs."""
     own = request.node.callspec.params["running"]["pool"]
