@@ -15,7 +15,7 @@ import pytest
 from .bake import CHOICES, baked
 from .outputs import combinations
 from .project import BEHIND_A_PROXY, connects, free_ports, wait_for
-from .servers import Process, RabbitMQ, Redis
+from .servers import SQS, RabbitMQ, Redis
 from .stack import Stack
 
 REDELIVERY = 10  # seconds until Redis or SQS delivers a task again, instead of 21 minutes
@@ -50,24 +50,7 @@ from trials.tasks import *
 """
 
 
-class Moto(Process):
-    """A stand-in for AWS, with the queues and the table of the project. It keeps no data."""
-
-    def __init__(self, folder, project):
-        [self.port] = free_ports(1)
-        self.project = project
-        self.variables = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}"}
-        command = [project / ".venv/bin/python", "-m", "moto.server", "--port", str(self.port)]
-        log, is_ready = folder.with_suffix(".log"), lambda: connects(self.port)
-        super().__init__(command, log, is_ready=is_ready)
-
-    def wait_until_ready(self):
-        super().wait_until_ready()
-        code = "import dev; dev.prepare_aws()"
-        self.project.manage("shell", "-v0", "-c", code, **self.variables)
-
-
-SERVERS = {"redis": Redis, "rabbitmq": RabbitMQ, "aws": Moto}
+SERVERS = {"redis": Redis, "rabbitmq": RabbitMQ, "aws": SQS}
 
 
 class Servers:

@@ -312,24 +312,22 @@ class RabbitMQ(Broker):
 
 
 class SQS(Broker):
-    """moto, which keeps nothing: after a restart its queues are created again, empty."""
+    """moto, which keeps nothing: after a restart, queues and table are created again, empty."""
 
     answers = {"broker": "sqs", "result_backend": "none"}
+    settings = f"REDELIVERY_SECONDS = SQS_VISIBILITY_TIMEOUT = {VISIBILITY_TIMEOUT}\n"
 
     def __init__(self, folder, project, port=None):
         port = port or free_ports(1)[0]
-        self.variables = {
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-            "SQS_VISIBILITY_TIMEOUT": VISIBILITY_TIMEOUT,
-        }
-        self.project = project
+        self.project, self.variables = project, {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}
         command = [project / ".venv/bin/python", "-m", "moto.server", "--port", str(port)]
         is_ready = partial(connects, port)
         super().__init__(command, folder.with_suffix(".log"), is_ready=is_ready)
 
     def wait_until_ready(self):
         super().wait_until_ready()
-        self.project.call("make", "queues", **self.variables)
+        code = "import dev; dev.prepare_aws()"
+        self.project.manage("shell", "-v0", "-c", code, **self.variables)
 
 
 BROKERS = {"redis": Redis, "rabbitmq": RabbitMQ, "sqs": SQS}
