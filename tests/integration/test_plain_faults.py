@@ -234,6 +234,79 @@ def test_a_task_that_kills_its_worker_becomes_a_dead_letter_of_sqs(plain, record
     record_fault(FATAL, what, None, AGAIN["sqs"] + " each time")
 
 
+@on_redis
+def test_a_task_that_the_code_does_not_know_is_lost(plain, record_fault):
+    plain.ask("app.send_task('trials.tasks.new')")
+    wait_for(lambda: "Received unregistered task" in plain.worker.printed)
+    plain.wait_until_started(plain.send("quick"))
+    assert plain.ask(UNACKNOWLEDGED) == 0
+    fault = "A worker gets a task that its code doesn't know"
+    record_fault(fault, "**the task is lost**: deploy workers before the web server")
+
+
+UNACKNOWLEDGED = """
+with app.connection_for_read() as broker:
+    channel = broker.default_channel
+    result = channel.client.hlen(channel.unacked_key)
+"""
+
+
+@on_redis
+def test_a_task_is_lost_if_its_process_dies_between_commit_and_sending(
+    plain, tmp_path, record_fault
+):
+    (script := tmp_path / "commit.py").write_text(COMMIT_AND_DIE)
+    variables = {"DJANGO_SETTINGS_MODULE": "config.settings", "PYTHONPATH": plain.project}
+    process = plain.process(f"python {script}", "commit", **variables)
+    process.launch()
+    assert process.wait() == -signal.SIGKILL
+    plain.wait_until_started(plain.send("quick"))
+    order, confirmed_at = plain.ask(LATE)
+    assert not confirmed_at
+    plain.ask(FORGET, order=order)
+    wait_for(lambda: plain.ask(LATE)[1])
+    fault = "The web server is killed between the commit and the sending"
+    record_fault(fault, "**the task is lost**; Beat's task finds the orders", None, "1 to 2 h")
+
+
+LATE = """
+from orders.models import Order
+result = Order.objects.values_list("pk", "confirmed_at").get(product="Late")
+"""
+COMMIT_AND_DIE = """
+import os
+import signal
+import django
+
+django.setup()
+from django.db import transaction
+from orders.models import Order
+from orders.tasks import send_confirmation
+from users.models import User
+
+with transaction.atomic():
+    order = Order.objects.create(owner=User.objects.first(), product="Late", quantity=1)
+    transaction.on_commit(lambda: os.kill(os.getpid(), signal.SIGKILL))
+    send_confirmation.delay_on_commit(order.pk)
+"""
+
+
+@on_redis
+def test_a_task_that_starts_without_its_result_backend_runs_later(plain, record_fault):
+    plain.worker.stop()
+    worker = plain.make_worker("other", CELERY_RESULT_BACKEND="redis://127.0.0.1:1/0")
+    worker.start()
+    task = plain.send("quick")
+    wait_for(lambda: "Exception raised outside body" in worker.printed)
+    plain.kill(worker)
+    assert not plain.starts(task)
+    start = time.time()
+    plain.worker.start()
+    plain.wait_until_started(task)
+    fault = "The result backend is down when a task should start"
+    record_fault(fault, "it runs later", time.time() - start, AGAIN["redis"])
+
+
 # The broker
 
 
