@@ -197,14 +197,15 @@ def prepare(project, folder, database, settings="", **variables):
 BROKERS, POOLS = CHOICES["broker"], CHOICES["worker_pool"]
 
 
-def stacks(brokers=BROKERS, pools=POOLS, group="faults", *, every_pair=True):
-    """Return a mark: run the test on each of these brokers with each of these pools.
+def stacks(brokers=BROKERS, pools=POOLS, group="faults"):
+    """Return a mark: run the test on these brokers with these pools.
 
-    Without `every_pair`, only the first broker has each pool, and each other one the first pool.
+    But only the first broker with each pool, and each other one with the first pool:
+    ../integration/test_plain_run.py has every pair.
     """
     params = []
     for broker, pool in itertools.product(brokers, pools):
-        if not every_pair and broker != BROKERS[0] and pool != POOLS[0]:
+        if broker != BROKERS[0] and pool != POOLS[0]:
             continue
         key = f"plain-{group}-{broker}-{pool}"
         param = PARAMS.setdefault(key, {"broker": broker, "worker_pool": pool})

@@ -1,9 +1,8 @@
-"""What a fault does to plain tasks, on each broker and pool.
+"""What a fault does to plain tasks, on each broker, and with each pool on the first one.
 
 Each test records what happened, and the table of all is printed at the end of the run. For the
 table of docs/reliability.md: make prove TESTS=tests/integration/test_plain_faults.py
-ARGS="--faults-to table.md". It names only the pools that a test ran with: some faults run with one,
-because the pool does not matter.
+ARGS="--faults-to table.md". It names only the pools that a test ran with.
 """
 
 import json
@@ -18,8 +17,7 @@ from harness.outputs import ORDER
 from harness.plain import BROKERS, REDELIVERY, stacks
 from harness.project import APPS, wait_for
 
-everywhere = stacks()
-on_each = stacks(every_pair=False)  # if broker and pool matter, but not their combination
+on_each = stacks()
 on_prefork = stacks(pools=["prefork"])
 on_redis = stacks(["redis"], ["prefork"])
 on_rabbitmq = stacks(["rabbitmq"], ["prefork"])
@@ -54,7 +52,7 @@ def fill(stack, gate):
 # The worker
 
 
-@everywhere
+@on_each
 def test_the_task_of_a_killed_worker_runs_again(plain, gate, record_fault):
     task = plain.send("wait", gate)
     plain.wait_until_started(task)
@@ -80,7 +78,7 @@ def test_the_task_of_a_killed_child_runs_again(plain, gate, record_fault):
     record_fault("A child process is killed", "its task is retried", seconds, after)
 
 
-@everywhere
+@on_each
 def test_sigterm_stops_a_worker_with_a_long_task(plain, gate, record_fault):
     """On prefork, within SOFT_SHUTDOWN_SECONDS, and the next worker starts the task."""
     task = plain.send("wait", gate)

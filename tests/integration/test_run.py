@@ -9,7 +9,6 @@ import subprocess
 import time
 from contextlib import contextmanager
 from urllib.parse import urlsplit
-from uuid import uuid4
 
 import pytest
 
@@ -41,13 +40,6 @@ call_command("spectacular", validate=True, fail_on_warn=True, file="/dev/null")
 def test_it_passes_its_checks(project):
     """Those of `make check` that test_bake.py cannot run, and production's, in one process."""
     project.manage("shell", "-v0", "-c", CHECKS, **project.production(), **EXTRA)
-
-
-@every_pool
-def test_it_passes_its_own_tests(broker, database, project):
-    url = database.create(f"own_{uuid4().hex}")
-    printed = project.call("make", "test", **broker, DATABASE_URL=url)
-    assert re.search(r"= \d+ passed in", printed), printed  # none was skipped
 
 
 @other_tours
