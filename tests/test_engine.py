@@ -20,7 +20,7 @@ RUNS = [
     pytest.param(server, pool, marks=pytest.mark.xdist_group(f"engine-{server}-{pool}"))
     for server, pool in [("database", "gevent"), ("database", "threads"), ("sqlite", "threads")]
 ]
-FEW_ROUNDS = 30  # of races; integration/test_engine_runs.py has more, and greenlets on SQLite
+FEW_ROUNDS = 30  # of races; integration/test_engine_runs.py has more
 
 
 def run_tests(pool, folder, *options, **variables):
