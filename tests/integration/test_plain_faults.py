@@ -327,7 +327,7 @@ def test_tasks_outlive_a_restart_of_the_broker(plain, gate, record_fault):
         for task in running:
             wait_for(lambda task=task: plain.notes("end", task))
     again = sum(plain.starts(task) > 1 for task in running)
-    what = "waiting tasks are kept; those that ran run again" if again else "all tasks are kept"
+    what = "waiting tasks are kept; running ones run again" if again else "all tasks are kept"
     if plain.worker.pid != pid:
         what += "; the worker ends, and its supervisor restarts it"
     fault = "The broker crashes and restarts"
