@@ -69,11 +69,12 @@ print(hold.delay({str(gate)!r}), stubborn.delay())
 
 @on_redis
 def test_a_long_task_keeps_no_other_waiting_in_its_worker(plain, gate):
-    replace_worker(plain, "--concurrency 1")
+    # The second worker must not get the long task, too.
+    replace_worker(plain, "--concurrency 1", REDELIVERY=600)
     plain.wait_until_started(plain.send("wait", gate))
     others = [plain.send("quick") for _ in range(3)]
     time.sleep(2)  # time to fetch more
-    plain.make_worker("second", "--concurrency 1").start()
+    plain.make_worker("second", "--concurrency 1", REDELIVERY=600).start()
     assert pids(plain, others)
 
 
