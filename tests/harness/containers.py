@@ -18,6 +18,7 @@ from .bake import CHOICES, baked
 from .project import BEHIND_A_PROXY, Site, free_ports, wait_for
 
 SOFT_SHUTDOWN_SECONDS = 2
+HEALTH = "inspect", "-f", "{{.State.Health.Status}}"
 HTTPS = {"Host": "example.com", **BEHIND_A_PROXY}  # what the proxy sends
 MANAGE = "python", "manage.py"
 
@@ -160,7 +161,7 @@ def check_rights(containers, public=None):
     for service, [container] in containers.items():
         state, host = container["State"], container["HostConfig"]
         if state["Running"]:
-            assert state["Health"]["Status"] == "healthy", service
+            wait_for(lambda id=container["Id"]: docker(*HEALTH, id) == "healthy")
             assert host["RestartPolicy"]["Name"] == "unless-stopped", service
             assert docker("exec", container["Id"], "id", "-u") != "0", service
         else:
