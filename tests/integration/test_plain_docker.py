@@ -112,6 +112,7 @@ def test_a_task_of_a_stopped_worker_runs_again(stack):
     assert stack.result(url)
 
 
+@on_second
 def test_a_task_of_a_killed_worker_runs_again(stack):
     url = stack.start_report()
     stack.compose("kill", "worker")
