@@ -191,8 +191,10 @@ def check_workers(queue, documents):
     [trigger] = spec["triggers"]
     [secret] = [each["data"] for (kind, _), each in documents.items() if kind == "Secret"]
     assert trigger["metadata"]["connectionFromEnv"] in secret
-    concurrency = {each["name"]: each["value"] for each in container["env"]}
-    assert concurrency == {"WORKER_CONCURRENCY": trigger["metadata"]["targetQueryValue"]}
+    variables = {each["name"]: each["value"] for each in container["env"]}
+    assert variables["WORKER_CONCURRENCY"] == trigger["metadata"]["targetQueryValue"]
+    # Four children of 200 MB fit into the memory of the pod; other pools have no children.
+    assert ("--pool" in container["command"]) != ("WORKER_MAX_KILOBYTES" in variables)
 
 
 def test_an_output_has_the_files_of_docker_and_manifests(render, bake):
