@@ -193,8 +193,9 @@ def check_workers(queue, documents):
     assert trigger["metadata"]["connectionFromEnv"] in secret
     variables = {each["name"]: each["value"] for each in container["env"]}
     assert variables["WORKER_CONCURRENCY"] == trigger["metadata"]["targetQueryValue"]
-    # Four children of 200 MB fit into the memory of the pod; other pools have no children.
-    assert ("--pool" in container["command"]) != ("WORKER_MAX_KILOBYTES" in variables)
+    # Four children of 200 MB fit into the memory of the pod.
+    assert variables.get("WORKER_MAX_KILOBYTES", "200000") == "200000"
+    assert variables.keys() <= {"WORKER_CONCURRENCY", "WORKER_MAX_KILOBYTES"}
 
 
 def test_an_output_has_the_files_of_docker_and_manifests(render, bake):
