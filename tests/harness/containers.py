@@ -18,7 +18,6 @@ from .bake import CHOICES, baked
 from .project import BEHIND_A_PROXY, Site, free_ports, wait_for
 
 SOFT_SHUTDOWN_SECONDS = 2
-HEALTH = "inspect", "-f", "{{.State.Health.Status}}"
 HTTPS = {"Host": "example.com", **BEHIND_A_PROXY}  # what the proxy sends
 MANAGE = "python", "manage.py"
 
@@ -156,12 +155,18 @@ class Stack(Site):
         return found
 
 
+def is_healthy(container):
+    [about] = json.loads(docker("inspect", container))
+    assert about["State"]["Running"], log_of(container)
+    return about["State"]["Health"]["Status"] == "healthy"
+
+
 def check_rights(containers, public=None):
     """Assert that services run with few rights, and that only `public` has public ports."""
     for service, [container] in containers.items():
         state, host = container["State"], container["HostConfig"]
         if state["Running"]:
-            wait_for(lambda id=container["Id"]: docker(*HEALTH, id) == "healthy")
+            wait_for(lambda id=container["Id"]: is_healthy(id))
             assert host["RestartPolicy"]["Name"] == "unless-stopped", service
             assert docker("exec", container["Id"], "id", "-u") != "0", service
         else:

@@ -27,6 +27,7 @@ from harness.containers import (
     check_rights,
     composed,
     docker,
+    is_healthy,
     log_of,
 )
 from harness.outputs import ORDER
@@ -332,12 +333,6 @@ def test_the_services_of_ci_become_healthy(engine, bake, broker):
             wait_for(lambda container=container: is_healthy(container))
     finally:
         subprocess.run(["docker", "rm", "--force", "--volumes", *started], capture_output=True)
-
-
-def is_healthy(container):
-    [about] = json.loads(docker("inspect", container))
-    assert about["State"]["Running"], docker("logs", container)
-    return about["State"]["Health"]["Status"] == "healthy"
 
 
 @pytest.mark.parametrize(

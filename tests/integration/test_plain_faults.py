@@ -381,7 +381,9 @@ def test_a_broker_that_does_not_answer_delays_no_request(plain, record_fault, ho
             plain.broker.resume()
     print("seconds of orders and reports:", [round(each, 2) for each in seconds])
     assert answers == [201, 503] * 3
-    assert max(seconds) < 8  # three timeouts of a second, and a request of a busy machine
+    # A promise: three timeouts of a second, and the request's own time. A machine may delay one.
+    *most, slowest = sorted(seconds)
+    assert max(most) < 3.5 and slowest < 8
     with plain.supervised():
         if how == "is down":
             plain.broker.start()
@@ -462,7 +464,7 @@ def test_a_rate_limit_delays_other_tasks_of_the_queue(plain, record_fault):
 # RabbitMQ
 
 
-@stacks(brokers=["rabbitmq"], pools=["prefork", "gevent"])
+@stacks(brokers=["rabbitmq"], pools=["prefork", "gevent"], every_pair=True)
 def test_a_worker_replaces_one_of_the_same_name_that_vanished(plain):
     """It is frozen, so RabbitMQ still has its connection. Remote control works."""
     plain.worker.pause()

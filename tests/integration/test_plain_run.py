@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from harness.outputs import ORDER, mails, outputs
+from harness.outputs import CHECKS, ORDER, mails, outputs
 from harness.plain import plain_combinations, prepare
 from harness.project import wait_for
 
@@ -25,14 +25,6 @@ def each(*options, where=lambda answers: True):
         for number, group in enumerate(groups.values())
     ]
     return outputs(*chosen)
-
-
-CHECKS = """
-from django.core.management import call_command
-call_command("check", deploy=True, fail_level="WARNING")
-call_command("makemigrations", check_changes=True, dry_run=True)
-call_command("spectacular", validate=True, fail_on_warn=True, file="/dev/null")
-"""
 
 
 def has_results(answers):

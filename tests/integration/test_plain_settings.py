@@ -401,7 +401,7 @@ def test_no_tool_shows_a_password(plain):
     assert PASSWORD not in page and "of-this-test" not in page
 
 
-@stacks(["rabbitmq"], ["gevent"], group="settings")
+@stacks(["rabbitmq"], ["gevent"], group="settings", every_pair=True)
 def test_each_of_many_greenlets_sends_its_retry(plain):
     """Celery's own limit of ten connections would lose retries: it rejects a task that can't."""
     worker = replace_worker(plain, WORKER_CONCURRENCY=100)

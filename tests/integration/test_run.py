@@ -15,6 +15,7 @@ import pytest
 from harness.bake import CHOICES, baked
 from harness.browser import browser
 from harness.outputs import (
+    CHECKS,
     ORDER,
     combinations,
     default_output,
@@ -28,12 +29,6 @@ from harness.outputs import (
 from harness.project import connects, env, fetch, free_ports, processes_in, wait_for
 
 EXTRA = {"FLOWER_BASIC_AUTH": "admin:password", "DEBUG": "False", "MEDIA_ROOT": "/srv/media"}
-CHECKS = """
-from django.core.management import call_command
-call_command("check", deploy=True, fail_level="WARNING")
-call_command("makemigrations", check_changes=True, dry_run=True)
-call_command("spectacular", validate=True, fail_on_warn=True, file="/dev/null")
-"""
 
 
 @every_broker_and_pool
