@@ -102,7 +102,7 @@ def test_sigterm_stops_a_worker_with_a_long_task(plain, gate, record_fault):
     plain.wait_until_started(task, times=2)
     again = plain.notes("start", task)[1][1] - ready
     assert again < REDELIVERY / 2
-    what = "the worker ends, and the next one starts the task again at once"
+    what = "the worker ends, and the next one starts the task again immediately"
     record_fault(fault, what, stopped, "20 s (`SOFT_SHUTDOWN_SECONDS`) + 1 to 3 s")
 
 
@@ -191,7 +191,7 @@ def test_a_task_that_kills_its_worker_is_delivered_without_end_by_redis(plain, g
         gate.touch()
         plain.wait_until_started(task, times=7)
         plain.wait_until_started(plain.send("quick"))
-    record_fault(FATAL, "it is delivered again without end", None, AGAIN["redis"] + " each time")
+    record_fault(FATAL, "it is delivered again indefinitely", None, AGAIN["redis"] + " each time")
 
 
 @on_rabbitmq
