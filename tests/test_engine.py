@@ -11,8 +11,8 @@ from harness.bake import LIBRARY
 from harness.project import env
 
 TESTS = LIBRARY / "tests"
-# A test in one transaction queries in its own thread (`one_connection` of the library's conftest.py),
-# so it says nothing about greenlets.
+# A test in one transaction queries in its own thread (see `one_connection` in the library's
+# conftest.py), so it says nothing about greenlets.
 OTHER_THREADS = "not django_db or django_db(transaction=True)"
 POOLS = {  # a child of prefork has one thread
     "threads": ["pytest"],
