@@ -6,7 +6,6 @@ an hour. Two workers with one name share a row, which shows the one that wrote l
 
 import atexit
 import logging
-import time
 from collections import defaultdict
 from contextlib import closing
 from datetime import timedelta
@@ -71,7 +70,7 @@ class Heartbeat:
                     self.write(consumer)
             except Exception as error:  # the next try may succeed
                 logger.warning("cannot write the heartbeat: %r", error)
-            time.sleep(BEAT_SECONDS)
+            pool.sleep(BEAT_SECONDS)
 
     def write(self, consumer):
         """Write the row, with one query unless it is new or another worker has the same name."""
