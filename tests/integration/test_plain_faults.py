@@ -31,8 +31,8 @@ AGAIN = {
     "rabbitmq": "",
     "sqs": "21 minutes (`REDELIVERY_SECONDS`)",
 }
-# By then, the worker's main process has read that a child has started a task. A soft shutdown counts
-# only such tasks: for one that started a moment ago, Celery waits without a limit.
+# By then, the worker's main process has read that a child has started a task. A soft shutdown
+# counts only such tasks: for one that started a moment ago, Celery waits without a limit.
 READ_SECONDS = 2
 KILLED = "The worker is killed (SIGKILL, out of memory)"
 
