@@ -269,7 +269,7 @@ def test_a_task_is_lost_if_its_process_dies_between_commit_and_sending(
     assert not confirmed_at
     plain.ask(FORGET, order=order)
     wait_for(lambda: plain.ask(LATE)[1])
-    fault = "The web server is killed between the commit and the sending"
+    fault = "The web server is killed after the commit, before it sends the message"
     record_fault(fault, "**the task is lost**; Beat's task finds the orders", None, "1 to 2 h")
 
 
@@ -318,7 +318,7 @@ def test_without_the_result_backend_tasks_are_lost_or_end_without_a_result(
     time.sleep(2 * REDELIVERY)
     assert (plain.starts(running), plain.starts(new)) == (1, 0)
     fault = "The result backend is down when a task {}"
-    record_fault(fault.format("should start"), "**the task is lost**")
+    record_fault(fault.format("is about to start"), "**the task is lost**")
     record_fault(fault.format("ends"), "its result is lost")
 
 
@@ -474,7 +474,7 @@ def test_a_rate_limit_delays_other_tasks_of_the_queue(plain, record_fault):
     blocked = not plain.starts(other)
     plain.worker.kill()
     plain.empty("cpu")
-    what = "other tasks of the queue wait for them" if blocked else "nothing"
+    what = "other tasks in the queue wait behind them" if blocked else "nothing"
     record_fault("More tasks with a `rate_limit` than a worker fetches", what, None, "–")
 
 
