@@ -153,10 +153,20 @@ def test_a_step_of_a_chain_is_stored_while_another_job_ends():
 
 
 def test_a_job_is_added_while_the_last_one_ends():
-    """It joins, and the batch waits for it, or enqueue() refuses it."""
+    """It joins, and the batch waits for it, or enqueue() refuses it. The first two rounds are fixed."""
     new, runs = store(ROUNDS, 1)
+    is_added, has_ended = threading.Event(), threading.Event()
+
+    def end(number):
+        if number == 0:
+            is_added.wait(20)
+        succeed_run(runs[number][0])
+        if number == 1:
+            has_ended.set()
 
     def add(number):
+        if number == 1:
+            has_ended.wait(20)
         try:
             with transaction.atomic():
                 time.sleep(random.choice([0, 0, 0.002]))
@@ -165,8 +175,12 @@ def test_a_job_is_added_while_the_last_one_ends():
             return job
         except ValueError:
             return None
+        finally:
+            is_added.set()
 
-    _, added = race(ROUNDS, lambda n: succeed_run(runs[n][0]), add)
+    _, added = race(ROUNDS, end, add)
+    outcomes = Counter(bool(job) for job in added)
+    assert outcomes[True] and outcomes[False], outcomes
     for batch, job in zip(new, added, strict=True):
         batch.refresh_from_db()
         assert bool(batch.ended_at) == (job is None)
