@@ -73,7 +73,6 @@ VERSIONS = {  # of Django
 ANSWERS = {"default": {}, "admin": {"periodic_tasks": "admin", "result_backend": "database"}}
 
 STACKS = brokers("docker", ["redis"])  # test_plain_docker.py has each broker
-on_one = pytest.mark.parametrize("stack", STACKS, indirect=True)
 
 
 @pytest.fixture(scope="module", params=STACKS)
@@ -143,7 +142,6 @@ def test_the_image_is_small_and_contains_no_secret(stack):
     assert not [secret for secret in secrets if secret.encode() in layers]
 
 
-@on_one
 def test_a_stop_in_the_middle_of_a_job_loses_nothing(stack):
     """The data also outlives the containers."""
     order, _ = stack.order()
@@ -169,7 +167,6 @@ print("many" if rights else "none")
 """
 
 
-@on_one
 def test_the_profile_monitoring_collects_metrics_and_alerts(stack):
     """Prometheus logs in as a staff user without permissions. Only its containers have it."""
     with stack.monitored() as names:
@@ -188,7 +185,6 @@ def test_the_profile_monitoring_collects_metrics_and_alerts(stack):
         assert seen[0] == 200 and not seen[2]["results"]
 
 
-@on_one
 def test_a_job_of_a_killed_worker_runs_again(stack):
     url, pk = stack.start_long_job()
     stack.compose("kill", "worker")
@@ -199,7 +195,6 @@ def test_a_job_of_a_killed_worker_runs_again(stack):
     assert stack.shell(CRASHES.format(pk)) == "1"
 
 
-@on_one
 def test_compose_scales_the_workers(stack):
     stack.up("--scale", "worker=3")
     assert len(stack.containers()["worker"]) == 3
@@ -212,7 +207,6 @@ def test_compose_scales_the_workers(stack):
     stack.up("--scale", "worker=1")
 
 
-@on_one
 def test_a_frozen_service_is_unhealthy(stack):
     """Its container runs, but SIGSTOP has paused every process in it."""
     services = ["web", "worker", "beat"]
@@ -274,13 +268,11 @@ except psycopg.OperationalError as error:
 """
 
 
-@on_one
 def test_the_app_has_no_power_over_the_database_server(stack):
     assert stack.shell(ATTACKS) == "refused"
     assert stack.shell(AS_SUPERUSER) == "refused"
 
 
-@on_one
 def test_no_command_line_shows_a_secret(stack):
     secrets = re.findall("[0-9a-f]{24}", stack.project.read(".env"))
     assert secrets
@@ -355,7 +347,6 @@ def test_its_own_tests_pass_with_these_versions(engine, bake, answers, django):
     assert re.search(r"= \d+ passed in", printed), printed
 
 
-@on_one
 def test_make_dev_restarts_the_worker_after_an_edit(stack):
     """What `make up` starts does not restart: it has the code of its image."""
     tasks = stack.project / "orders/tasks.py"
@@ -377,7 +368,6 @@ def test_make_dev_restarts_the_worker_after_an_edit(stack):
     assert starts() == before
 
 
-@on_one
 def test_make_logs_follows_the_output(stack):
     options = {"cwd": stack.project, "env": env(**stack.environment), "text": True}
     options |= {"stdout": subprocess.PIPE, "start_new_session": True}
@@ -389,7 +379,6 @@ def test_make_logs_follows_the_output(stack):
             os.killpg(logs.pid, signal.SIGINT)
 
 
-@on_one
 def test_the_dump_of_the_page_has_the_jobs(stack):
     """PostgreSQL's superuser, whose shell the page names, loads it into a new database."""
     _, job = stack.order()
@@ -405,7 +394,6 @@ def test_the_dump_of_the_page_has_the_jobs(stack):
     assert states == "succeeded"
 
 
-@on_one
 def test_make_up_again_applies_new_code_and_the_settings_of_production(stack):
     """The data stays."""
     order, _ = stack.order()
@@ -519,7 +507,6 @@ def https(stack, tmp_path_factory):
         stack.make_up()
 
 
-@on_one
 def test_the_profile_https_serves_the_project(stack, https):
     """`make up` reads the profile from .env, and waits for the certificate."""
     check_rights(stack.containers("--all"), public="caddy")
@@ -547,7 +534,6 @@ def test_the_profile_https_serves_the_project(stack, https):
     wait_for(lambda: '"state":"succeeded"' in https.curl(f"{https.origin}{job}", *token)[3], stack)
 
 
-@on_one
 def test_the_proxy_does_not_publish_flower_and_protects_the_rest(stack, https):
     """Only the login page and the probes answer a client without a login."""
     (https.folder / "cookies").unlink(missing_ok=True)
@@ -561,7 +547,6 @@ def test_the_proxy_does_not_publish_flower_and_protects_the_rest(stack, https):
         assert https.curl(f"{https.origin}/", *header, "--http1.1")[3] == ""
 
 
-@on_one
 def test_a_large_or_slow_request_stops_at_the_proxy(stack, https, tmp_path):
     def timeouts():  # gunicorn also writes one when a frozen server continues, in an earlier test
         return stack.compose("logs", "web").count("WORKER TIMEOUT")
@@ -587,7 +572,6 @@ def test_a_large_or_slow_request_stops_at_the_proxy(stack, https, tmp_path):
     assert timeouts() == before
 
 
-@on_one
 def test_behind_the_proxy_a_client_cannot_forge_its_address(stack, https):
     """Ten wrong passwords lock it out, and no other address."""
     [network] = json.loads(docker("network", "inspect", f"{stack.project.name}_default"))
@@ -602,7 +586,6 @@ def test_behind_the_proxy_a_client_cannot_forge_its_address(stack, https):
     assert f'"ip": "{address}"' in log and FORGED not in log
 
 
-@on_one
 def test_the_profiles_https_and_monitoring_work_together(stack, https):
     """With the settings of production: Prometheus asks gunicorn itself, without TLS."""
     variables = {**stack.environment, "COMPOSE_PROFILES": "https,monitoring"}
@@ -613,7 +596,6 @@ def test_the_profiles_https_and_monitoring_work_together(stack, https):
         assert https.status("/health/ready") == 200
 
 
-@on_one
 def test_the_profile_https_refuses_to_start_without_a_domain_or_with_debug(stack):
     """It says why. Without the profile, nobody needs DOMAIN."""
     services = stack.compose("config", "--services").split()
@@ -659,7 +641,6 @@ def test_compose_works_with_servers_of_your_own(engine, bake, broker):
         assert services[service]["environment"]["DATABASE_URL"].endswith("@db.example/shop")
 
 
-@on_one
 def test_the_pods_of_the_manifests_run_jobs(stack):
     """Pods wait for the migrations and pass the probes of deploy/kubernetes/, unless they hang."""
     stack.psql(f"CREATE DATABASE pods OWNER {stack.project.name}")
