@@ -42,11 +42,7 @@ logger = logging.getLogger(__name__)
 AT_ONCE = 100  # jobs in memory, because their arguments may be large
 KEYS_AT_ONCE = 500  # in a transaction
 NO_LIMIT = 2**31 - 1
-FIELDS = [
-    field.attname
-    for field in Job._meta.concrete_fields
-    if field.primary_key or field.attname in MESSAGE_FIELDS
-]
+FIELDS = ["id", *MESSAGE_FIELDS]
 MOST = 5000  # jobs that the sweeper admits in a round, and keys that it looks at
 
 
@@ -128,7 +124,7 @@ def unblock(key, most=NO_LIMIT):
     Returns [job], whose message the caller sends, or [].
     """
     rows = oldest(blocked_by=key, most=most)
-    jobs = [Job.from_db(Job.objects.db, FIELDS, row) for row in rows]
+    jobs = [Job(**dict(zip(FIELDS, row, strict=True))) for row in rows]
     for job in jobs:
         give_slot(id=job.pk, seconds=timedelta(seconds=conf.RESEND_SECONDS))
     return jobs

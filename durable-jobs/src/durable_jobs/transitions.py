@@ -7,6 +7,7 @@ from inspect import signature
 from django.db import connection, models, transaction
 from django.db.models import Case, F, Q, When
 from django.db.models.functions import Coalesce, Least, Now
+from django.db.models.lookups import IsNull
 from django.db.models.sql import InsertQuery, UpdateQuery
 
 from durable_jobs import conf
@@ -41,10 +42,11 @@ def requeue(jobs, delay=0, failure=None, **changes):
     is_queued, has_limit = Q(state="queued"), Q(limit_key__isnull=False)
     keeps = is_queued if delay or failure else is_queued | has_limit
     changes["due_at"] = Case(When(keeps, then="due_at"), default=due)
-    limit_key = Case(When(state="running", then="limit_key"))
-    is_blocked = Q(blocked_by__isnull=False) | Q(state="running", limit_key__isnull=False)
-    changes["blocked_by"] = Coalesce("blocked_by", limit_key)
-    changes["sweep_at"] = Case(When(is_blocked, then=None), default=due)
+    blocked_by = Coalesce("blocked_by", Case(When(state="running", then="limit_key")))
+    changes |= {
+        "blocked_by": blocked_by,
+        "sweep_at": Case(When(IsNull(blocked_by, True), then=due)),
+    }
     changes |= {"state": "queued", "run_token": None, "times_sent": 0}
     return update(jobs, changes, failure)
 

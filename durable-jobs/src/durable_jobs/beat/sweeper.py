@@ -92,16 +92,10 @@ def recover_lapsed():
             if ids := list(rows.values_list("pk", flat=True)[:BATCH_SIZE]):
                 lapsed.append((jobs, ids))
     if lapsed:
-        wait_for_table_lock()
+        # Wait while another transaction locks the whole table, as CREATE INDEX does: until then, rows can be read,
+        # but no lease can be renewed. This is an UPDATE of no row.
+        Job.objects.filter(pk=uuid.uuid4()).update(crashes=0)
         # A worker that was delayed, for example by a lock, renews its leases in this time.
         time.sleep(2 * POLL_SECONDS)
     for jobs, ids in lapsed:
         try_in_halves(recover, jobs, ids)
-
-
-def wait_for_table_lock():
-    """Wait while another transaction locks the whole table, as CREATE INDEX does.
-
-    Until then, rows can be read, but no lease can be renewed.
-    """
-    Job.objects.filter(pk=uuid.uuid4()).update(crashes=0)  # an UPDATE of no row

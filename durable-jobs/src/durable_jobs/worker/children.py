@@ -21,7 +21,7 @@ from durable_jobs.database import in_thread
 from durable_jobs.messages import HEADER, fields_in
 from durable_jobs.models import Job
 from durable_jobs.states import STILL_RUNNING
-from durable_jobs.worker.lease import POLL_SECONDS, recover, renew_for_children
+from durable_jobs.worker.lease import POLL_SECONDS, recover, renew
 from durable_jobs.worker.pools import has_children
 from durable_jobs.worker.runs import process
 
@@ -51,7 +51,7 @@ def renew_leases_of_children():
             found = {r.id: fields_in(r.request_dict) for r in tuple(state.active_requests)}
             if tokens := {id: fields["run_token"] for id, fields in found.items() if fields}:
                 of_children = Q(run_token__in=tokens.values()) | STILL_RUNNING
-                renew_for_children(Job.objects.filter(of_children, pk__in=tokens))
+                renew(Job.objects.filter(of_children, pk__in=tokens))
         except Exception as error:  # the next try may succeed
             logger.warning("cannot renew leases: %r", error)
         connection.close()  # a child must not inherit it

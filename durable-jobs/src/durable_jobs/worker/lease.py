@@ -78,18 +78,16 @@ def write_and_renew(to_write):
             run.lost = run.token not in tokens
 
 
-@transaction.atomic
 def renew_cancelled(lost):
     """Renew the leases of cancelled jobs with a limit: they keep their slots until their functions end."""
-    still_running = Job.objects.filter(STILL_RUNNING, pk__in=[run.job_id for run in lost])
-    transitions.skip_locked(still_running).update(sweep_at=lease_end())
+    renew(Job.objects.filter(STILL_RUNNING, pk__in=[run.job_id for run in lost]))
     for run in lost:
         run.plan_renewal()
 
 
 @transaction.atomic
-def renew_for_children(jobs):
-    """Renew the leases of these jobs, which run in child processes. Skip locked rows."""
+def renew(jobs):
+    """Renew the leases of these jobs. Skip locked rows."""
     transitions.skip_locked(jobs).update(sweep_at=lease_end())
 
 
