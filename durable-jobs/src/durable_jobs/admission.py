@@ -34,7 +34,7 @@ from durable_jobs.limits import limit_of
 from durable_jobs.messages import MESSAGE_FIELDS
 from durable_jobs.models import Job, Key, Pause
 from durable_jobs.publish import publish
-from durable_jobs.states import QUEUED, STILL_RUNNING
+from durable_jobs.states import QUEUED
 from durable_jobs.transitions import is_paused
 
 logger = logging.getLogger(__name__)
@@ -228,7 +228,7 @@ def after_run(run):
     """Free the slot of a run that has handed it to no other job, and admit the next one."""
     try:
         if not run.has_written:
-            free_cancelled(run.job_id, run.claim_fields["crashes"])
+            transitions.release_slots(Job.objects.filter(pk=run.job_id, run_token=run.token))
         if a_blocked(blocked_by=run.limit_key):
             admit([run.limit_key])
     except Error as error:
@@ -239,17 +239,6 @@ def after_run(run):
 def a_blocked(blocked_by):
     """Return the id of a job that this key blocks, in a list."""
     return Job.objects.filter(blocked_by=blocked_by).values_list("pk")[:1], None
-
-
-def free_cancelled(pk, crashes):
-    """Free the slot of a job that is cancelled, if the run that has ended is its last one.
-
-    `crashes` says which run it was: a newer one has counted its crash, unless the job was run again.
-    """
-    job = Job.objects.filter(STILL_RUNNING, pk=pk, crashes=crashes)
-    keys = list(job.values_list("limit_key", flat=True))
-    if job.update(sweep_at=None):
-        admit(keys)
 
 
 def keys_of_queued(jobs):

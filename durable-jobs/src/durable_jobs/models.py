@@ -187,8 +187,11 @@ class Job(Row):
                 name="job_state",
                 condition=Q(state="queued", run_token=None, finished_at=None) & (BLOCKED | SWEPT)
                 | Q(SWEPT, state="running", run_token__isnull=False, finished_at=None)
-                | Q(state__in=FINAL, run_token=None, finished_at__isnull=False, blocked_by=None)
-                & (Q(sweep_at=None) | Q(state="cancelled")),
+                | Q(state__in=FINAL, finished_at__isnull=False, blocked_by=None)
+                & (
+                    Q(sweep_at=None, run_token=None)
+                    | Q(state="cancelled", sweep_at__isnull=False, run_token__isnull=False)
+                ),
             ),
         ]
 

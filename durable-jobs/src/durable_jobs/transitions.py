@@ -13,7 +13,7 @@ from django.db.models.sql import InsertQuery, UpdateQuery
 from durable_jobs import conf
 from durable_jobs.database import IDLE_TIMEOUT, LOCK_TIMEOUT, Clock, cursor_that_prepares
 from durable_jobs.models import Batch, Job, Pause
-from durable_jobs.states import QUEUED, UNFINISHED
+from durable_jobs.states import QUEUED, STILL_RUNNING, UNFINISHED
 
 STORED_FAILURES = 20  # of each job: the latest ones
 UNSUCCESSFUL = ["failed", "cancelled"]
@@ -69,11 +69,16 @@ def finish(jobs, state, failure=None, **changes):
 def cancel(jobs):
     """Cancel these jobs, unless they have ended. Returns how many rows were changed.
 
-    A job with a limit keeps its slot until its task function ends, or until its lease does.
+    A job with a limit keeps its slot, and its run the token, until the task function or the lease ends.
     """
     in_body = Q(state="running", limit_key__isnull=False)
-    sweep_at = Case(When(in_body, then=F("sweep_at")), default=None)
-    return finish(jobs, "cancelled", sweep_at=sweep_at)
+    kept = {name: Case(When(in_body, then=name)) for name in ("run_token", "sweep_at")}
+    return finish(jobs, "cancelled", **kept)
+
+
+def release_slots(jobs):
+    """Free the slots of cancelled jobs whose functions have ended."""
+    jobs.filter(STILL_RUNNING).update(run_token=None, sweep_at=None)
 
 
 def run_again(jobs, **fields):

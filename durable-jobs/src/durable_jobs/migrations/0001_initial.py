@@ -216,7 +216,7 @@ class Migration(migrations.Migration):
         ),
         migrations.AddConstraint(
             model_name='job',
-            constraint=models.CheckConstraint(condition=models.Q(models.Q(('finished_at', None), ('run_token', None), ('state', 'queued'), models.Q(models.Q(('blocked_by__isnull', False), ('sweep_at', None)), models.Q(('blocked_by', None), ('sweep_at__isnull', False)), _connector='OR')), models.Q(models.Q(('blocked_by', None), ('sweep_at__isnull', False)), ('finished_at', None), ('run_token__isnull', False), ('state', 'running')), models.Q(('blocked_by', None), ('finished_at__isnull', False), ('run_token', None), ('state__in', ['succeeded', 'failed', 'cancelled']), models.Q(('sweep_at', None), ('state', 'cancelled'), _connector='OR')), _connector='OR'), name='job_state'),
+            constraint=models.CheckConstraint(condition=models.Q(models.Q(('finished_at', None), ('run_token', None), ('state', 'queued'), models.Q(models.Q(('blocked_by__isnull', False), ('sweep_at', None)), models.Q(('blocked_by', None), ('sweep_at__isnull', False)), _connector='OR')), models.Q(models.Q(('blocked_by', None), ('sweep_at__isnull', False)), ('finished_at', None), ('run_token__isnull', False), ('state', 'running')), models.Q(('blocked_by', None), ('finished_at__isnull', False), ('state__in', ['succeeded', 'failed', 'cancelled']), models.Q(models.Q(('run_token', None), ('sweep_at', None)), models.Q(('run_token__isnull', False), ('state', 'cancelled'), ('sweep_at__isnull', False)), _connector='OR')), _connector='OR'), name='job_state'),
         ),
         migrations.RunPython(clean_up_sooner, migrations.RunPython.noop),
         migrations.RunSQL(CREATE_LOAD, DROP_LOAD),

@@ -37,6 +37,7 @@ from django.db import connection, transaction
 from django.db.transaction import TransactionManagementError
 
 from durable_jobs import transitions
+from durable_jobs.states import UNFINISHED
 from durable_jobs.worker.heartbeat import heartbeat
 from durable_jobs.worker.lease import POLL_SECONDS
 from durable_jobs.worker.pools import has_children, pool, shutting_down
@@ -143,7 +144,7 @@ def requeue_and_exit(exitcode=0):
 @transaction.atomic
 def release(some_runs):
     """Queue these jobs for other workers. The leases of locked rows will lapse."""
-    transitions.requeue(transitions.skip_locked(jobs_of(some_runs)))
+    transitions.requeue(transitions.skip_locked(jobs_of(some_runs).filter(UNFINISHED)))
 
 
 # A function that stores a cursor
