@@ -243,8 +243,6 @@ def a_blocked(blocked_by):
 
 def keys_of_queued(jobs):
     """Return the keys of those of these jobs that have not started: some may have a slot, or get one now."""
-    if not conf.LIMITS:  # spare the query
-        return set()
     rows = jobs.filter(QUEUED, limit_key__isnull=False).order_by()
     return set(rows.values_list("limit_key", flat=True).distinct())
 

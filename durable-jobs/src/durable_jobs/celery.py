@@ -32,9 +32,13 @@ class Control(control.Control):
 class Celery(celery.Celery):
     control_cls = Control
 
-    def _connection(self, url, **kwargs):
-        transport.prepare(self, url)
-        return super()._connection(url, **kwargs)
+    def connection_for_read(self, url=None, **kwargs):
+        transport.prepare(self, url or self.conf.broker_read_url)
+        return super().connection_for_read(url, **kwargs)
+
+    def connection_for_write(self, url=None, **kwargs):
+        transport.prepare(self, url or self.conf.broker_write_url)
+        return super().connection_for_write(url, **kwargs)
 
     def send_task(self, name, args=None, kwargs=None, **options):
         """Send a message as Celery documents it. If the task is a job, enqueue it instead."""

@@ -51,11 +51,9 @@ class Sender:
         soon = queued.filter(sweep_at__lt=Now() + timedelta(seconds=pause))
         new = Q(times_sent=0, sweep_at__gte=Now())
         first, countdown = Min("sweep_at") - Now(), Min("sweep_at", filter=new) - Now()
-        rows = list(soon.values("queue").annotate(first=first, countdown=countdown))
-        names = [row["queue"] for row in rows if row["first"] < timedelta()]
-        countdowns = [
-            row["countdown"].total_seconds() for row in rows if row["countdown"] is not None
-        ]
+        rows = list(soon.values_list("queue").annotate(first=first, countdown=countdown))
+        names = [name for name, first, _ in rows if first < timedelta()]
+        countdowns = [wait.total_seconds() for *_, wait in rows if wait is not None]
         self.refused = {name: why for name, why in self.refused.items() if name in names}
         random.shuffle(names)  # so that each queue gets its turn, however many there are
         with current_app.connection_for_write() as broker:
