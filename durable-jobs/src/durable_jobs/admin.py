@@ -7,7 +7,6 @@ from django.contrib.admin.models import CHANGE, LogEntry
 from django.contrib.auth import get_user_model
 from django.core.exceptions import PermissionDenied
 from django.core.paginator import Paginator
-from django.db import DataError
 from django.db.models import F, Q
 from django.db.models.functions import Now
 from django.http import HttpRequest, HttpResponseRedirect
@@ -322,7 +321,7 @@ class QueuesAdmin(PageAdmin):
             raise PermissionDenied
         try:
             self.pause_or_resume(request)
-        except (DataError, ValueError) as error:
+        except ValueError as error:
             messages.error(request, str(error))
         return HttpResponseRedirect(request.path)
 

@@ -76,8 +76,7 @@ class Sweeper:
     def store_round(self):
         """Store that the sweeper is running, even if the broker took no message."""
         tick_due_at = Now() - timedelta(seconds=self.tick_delay())
-        fields = {"ended_at": Now(), "tick_due_at": tick_due_at}
-        fields["refused"] = self.sender.refused or None
+        fields = {"ended_at": Now(), "tick_due_at": tick_due_at, "refused": self.sender.refused}
         Sweep.objects.update_or_create(pk=1, defaults=fields)
 
 

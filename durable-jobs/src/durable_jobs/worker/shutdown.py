@@ -13,7 +13,7 @@ Prefork:
 
 Threads and gevent:
 
-1. The process gets SIGTERM. It ends with its last task, without a task immediately.
+1. The process gets SIGTERM. It ends with its last task. With gevent, this may take five seconds more.
 2. After SOFT_SHUTDOWN_SECONDS, a thread releases the jobs that are left, and ends the process:
    requeue_and_exit().
 
@@ -61,15 +61,13 @@ class Shutdown(StartStopStep):
         begin(worker.exitcode or 0)
 
 
-def begin(exitcode=0, sig=None, **kwargs):
+def begin(exitcode=0, **kwargs):
     """Begin the shutdown, and limit its time: Celery alone would wait for the last function."""
     if shutting_down[0]:
         return
     shutting_down[0] = True
     if not process.is_prefork:
         pool.start_thread(partial(requeue_and_exit, exitcode))
-        if sig and not state.reserved_requests:
-            pool.end_idle_worker()
 
 
 # Prefork
