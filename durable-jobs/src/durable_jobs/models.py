@@ -153,7 +153,7 @@ class Job(Row):
                 # due_at for the metrics
                 fields=["state", "queue", "times_sent", "sweep_at", "due_at"],
                 name="job_active",
-                condition=Q(state__in=ACTIVE, sweep_at__isnull=False),
+                condition=Q(state__in=[*ACTIVE, "cancelled"], sweep_at__isnull=False),
             ),
             models.Index(
                 fields=["blocked_by", "created_at", "due_at", "queue"],  # queue for the metrics

@@ -10,14 +10,13 @@ from datetime import timedelta
 from django.db import connection, transaction
 from django.db.models.functions import Now
 
-from durable_jobs import admission, batches, conf
+from durable_jobs import batches, conf
 from durable_jobs.beat.purge import clean_forever
 from durable_jobs.beat.republish import Sender
 from durable_jobs.database import may_succeed_later, try_in_halves
 from durable_jobs.enqueue import BATCH_SIZE
 from durable_jobs.liveness import touch_liveness_file
 from durable_jobs.models import Job, Sweep
-from durable_jobs.states import STILL_RUNNING
 from durable_jobs.worker.lease import POLL_SECONDS, recover
 
 logger = logging.getLogger(__name__)
@@ -82,19 +81,14 @@ class Sweeper:
 
 def recover_lapsed():
     """Recover the running jobs whose lease was not renewed, and free the slots of cancelled ones."""
-    running = Job.objects.filter(state="running", sweep_at__lt=Now())
-    cancelled = admission.with_slot().filter(STILL_RUNNING, sweep_at__lt=Now())
-    lapsed = []
-    for jobs in running, cancelled:
-        with transaction.atomic():  # skip a row that the job's own function has locked
-            rows = jobs.select_for_update(skip_locked=True)
-            if ids := list(rows.values_list("pk", flat=True)[:BATCH_SIZE]):
-                lapsed.append((jobs, ids))
-    if lapsed:
+    lapsed = Job.objects.filter(state__in=["running", "cancelled"], sweep_at__lt=Now())
+    with transaction.atomic():  # skip a row that the job's own function has locked
+        rows = lapsed.select_for_update(skip_locked=True)
+        ids = list(rows.values_list("pk", flat=True)[:BATCH_SIZE])
+    if ids:
         # Wait while another transaction locks the whole table, as CREATE INDEX does: until then, rows can be read,
         # but no lease can be renewed. This is an UPDATE of no row.
         Job.objects.filter(pk=uuid.uuid4()).update(crashes=0)
         # A worker that was delayed, for example by a lock, renews its leases in this time.
         time.sleep(2 * POLL_SECONDS)
-    for jobs, ids in lapsed:
-        try_in_halves(recover, jobs, ids)
+        try_in_halves(recover, lapsed, ids)

@@ -192,7 +192,7 @@ class Migration(migrations.Migration):
         ),
         migrations.AddIndex(
             model_name='job',
-            index=models.Index(condition=models.Q(('state__in', ['queued', 'running']), ('sweep_at__isnull', False)), fields=['state', 'queue', 'times_sent', 'sweep_at', 'due_at'], name='job_active'),
+            index=models.Index(condition=models.Q(('state__in', ['queued', 'running', 'cancelled']), ('sweep_at__isnull', False)), fields=['state', 'queue', 'times_sent', 'sweep_at', 'due_at'], name='job_active'),
         ),
         migrations.AddIndex(
             model_name='job',

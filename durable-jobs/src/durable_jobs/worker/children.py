@@ -19,7 +19,6 @@ from durable_jobs.database import in_thread
 from durable_jobs.messages import HEADER, fields_in
 from durable_jobs.models import Job
 from durable_jobs.worker.lease import POLL_SECONDS, recover, renew
-from durable_jobs.worker.pools import has_children
 from durable_jobs.worker.runs import process
 
 logger = logging.getLogger(__name__)
@@ -33,7 +32,7 @@ def assign_run_token(request, **kwargs):
 
 def watch_children(sender, **kwargs):
     """Watch the child processes, if any, of a worker that is ready. `sender` is its consumer."""
-    if has_children(sender.controller):
+    if process.is_prefork:
         # A C extension may block all threads of a child process, so renew its lease here as well.
         threading.Thread(target=renew_leases_of_children, daemon=True).start()
         # Check for dead children every POLL_SECONDS. Celery does it every 5 s.
