@@ -23,8 +23,9 @@ READ_COMMITTED = 2  # psycopg's IsolationLevel, and the default of PostgreSQL
 def check_database(app_configs, **kwargs):
     """Refuse databases in which jobs would be lost or never start. This opens no connection."""
     alias, vendor, use_tz = router.db_for_write(Job), connection.vendor, settings.USE_TZ
+    options = connection.settings_dict["OPTIONS"]
     # With a stricter level, whoever waits for a lock then reads what was true before.
-    isolation = connection.settings_dict["OPTIONS"].get("isolation_level")
+    isolation = options.get("isolation_level")
     is_known = vendor == "sqlite" or (
         vendor == "postgresql" and isolation in (None, READ_COMMITTED)
     )
@@ -32,13 +33,7 @@ def check_database(app_configs, **kwargs):
         error = "Jobs require PostgreSQL or SQLite as the database 'default', and USE_TZ = True."
         hint = f"Currently {alias=}, {vendor=}, {use_tz=}, {isolation=}: correct your database router or settings."
         yield Error(error, hint=hint, id="durable_jobs.E005")
-
-
-@register()
-def check_connection_pool(app_configs, **kwargs):
-    """Refuse psycopg's pool with prefork: its threads do not live on in a child process."""
-    has_pool = connection.vendor == "postgresql" and connection.settings_dict["OPTIONS"].get("pool")
-    if has_pool and worker_pool() == "prefork":
+    if vendor == "postgresql" and options.get("pool") and worker_pool() == "prefork":
         yield Error(
             "Prefork workers can't use psycopg's connection pool: a child process inherits it without its threads.",
             hint='Remove "pool" from the OPTIONS of the database, or run workers with --pool threads.',

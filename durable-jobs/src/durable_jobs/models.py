@@ -22,6 +22,8 @@ HAS_KEY = Q(idempotency_key__isnull=False)
 IN_BATCH = Q(batch__isnull=False)
 BLOCKED = Q(blocked_by__isnull=False, sweep_at=None)
 SWEPT = Q(blocked_by=None, sweep_at__isnull=False)
+LEASED = Q(SWEPT, run_token__isnull=False)  # running, or a cancelled job with a limit
+OVER = Q(blocked_by=None, sweep_at=None, run_token=None)
 
 
 class PrimaryManager(models.Manager):
@@ -186,12 +188,9 @@ class Job(Row):
             models.CheckConstraint(
                 name="job_state",
                 condition=Q(state="queued", run_token=None, finished_at=None) & (BLOCKED | SWEPT)
-                | Q(SWEPT, state="running", run_token__isnull=False, finished_at=None)
-                | Q(state__in=FINAL, finished_at__isnull=False, blocked_by=None)
-                & (
-                    Q(sweep_at=None, run_token=None)
-                    | Q(state="cancelled", sweep_at__isnull=False, run_token__isnull=False)
-                ),
+                | Q(LEASED, state="running", finished_at=None)
+                | Q(LEASED, state="cancelled", finished_at__isnull=False)
+                | Q(OVER, state__in=FINAL, finished_at__isnull=False),
             ),
         ]
 

@@ -42,11 +42,9 @@ def requeue(jobs, delay=0, failure=None, **changes):
     is_queued, has_limit = Q(state="queued"), Q(limit_key__isnull=False)
     keeps = is_queued if delay or failure else is_queued | has_limit
     changes["due_at"] = Case(When(keeps, then="due_at"), default=due)
-    blocked_by = Coalesce("blocked_by", Case(When(state="running", then="limit_key")))
-    changes |= {
-        "blocked_by": blocked_by,
-        "sweep_at": Case(When(IsNull(blocked_by, True), then=due)),
-    }
+    of_run = Case(When(state="running", then="limit_key"))
+    changes["blocked_by"] = key = Coalesce("blocked_by", of_run)
+    changes["sweep_at"] = Case(When(IsNull(key, True), then=due))
     changes |= {"state": "queued", "run_token": None, "times_sent": 0}
     return update(jobs, changes, failure)
 
