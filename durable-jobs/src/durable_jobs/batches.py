@@ -250,9 +250,8 @@ def end(pk, skip_locked=False):
     """
     if is_active(batch=pk):
         return
-    rows = Batch.objects.filter(*timeouts(), pk=pk, ended_at=None)
+    rows = Batch.objects.annotate(now=Now()).filter(*timeouts(), pk=pk, ended_at=None)
     with transaction.atomic():
-        rows = rows.annotate(now=Now())
         batch = rows.select_for_update(skip_locked=skip_locked).first()
         # Ask again: while the row is locked, no job can run again, and no transaction that adds a job can
         # commit, because PostgreSQL checks its foreign key.

@@ -10,7 +10,7 @@ from datetime import timedelta
 from django.db import connection, transaction
 from django.db.models.functions import Now
 
-from durable_jobs import batches, conf
+from durable_jobs import batches, conf, transitions
 from durable_jobs.beat.purge import clean_forever
 from durable_jobs.beat.republish import Sender
 from durable_jobs.database import may_succeed_later, try_in_halves
@@ -83,8 +83,7 @@ def recover_lapsed():
     """Recover the running jobs whose lease was not renewed, and free the slots of cancelled ones."""
     lapsed = Job.objects.filter(state__in=["running", "cancelled"], sweep_at__lt=Now())
     with transaction.atomic():  # skip a row that the job's own function has locked
-        rows = lapsed.select_for_update(skip_locked=True)
-        ids = list(rows.values_list("pk", flat=True)[:BATCH_SIZE])
+        ids = list(transitions.locking(lapsed).values_list("pk", flat=True)[:BATCH_SIZE])
     if ids:
         # Wait while another transaction locks the whole table, as CREATE INDEX does: until then, rows can be read,
         # but no lease can be renewed. This is an UPDATE of no row.
