@@ -26,9 +26,7 @@ def check_database(app_configs, **kwargs):
     options = connection.settings_dict["OPTIONS"]
     # With a stricter level, whoever waits for a lock then reads what was true before.
     isolation = options.get("isolation_level")
-    is_known = vendor == "sqlite" or (
-        vendor == "postgresql" and isolation in (None, READ_COMMITTED)
-    )
+    is_known = vendor in ("postgresql", "sqlite") and isolation in (None, READ_COMMITTED)
     if alias != "default" or not is_known or not use_tz:
         error = "Jobs require PostgreSQL or SQLite as the database 'default', and USE_TZ = True."
         hint = f"Currently {alias=}, {vendor=}, {use_tz=}, {isolation=}: correct your database router or settings."
