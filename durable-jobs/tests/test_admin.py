@@ -86,6 +86,22 @@ def test_the_filters_names_come_from_the_code_and_not_from_the_table(admin_clien
     assert len(listed(admin_client, "queue=special&task=deleted.task")) == 1
 
 
+def test_a_nul_in_a_filter_or_a_search_is_a_bad_request(admin_client):
+    names = (
+        "q",
+        "task",
+        "queue",
+        "state",
+        "batch",
+        "limit_key",
+        "created_at__gte",
+        "label__icontains",
+    )
+    for kind, name in *(("job", name) for name in names), ("batch", "q"), ("batch", "label"):
+        url = f"/admin/durable_jobs/{kind}/?{name}=a%00b"
+        assert admin_client.get(url).status_code == admin_client.post(url).status_code == 400, url
+
+
 def test_the_search_finds_an_id_and_an_owner(admin_client, user):
     own, other = enqueue(greet, owner=user), enqueue(greet)
     assert listed(admin_client, f"q={other.pk}") == [other]

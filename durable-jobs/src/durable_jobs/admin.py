@@ -5,8 +5,9 @@ from datetime import timedelta
 from django.contrib import admin, messages
 from django.contrib.admin.models import CHANGE, LogEntry
 from django.contrib.auth import get_user_model
-from django.core.exceptions import PermissionDenied
+from django.core.exceptions import BadRequest, PermissionDenied
 from django.core.paginator import Paginator
+from django.db import DataError
 from django.db.models import F, Q
 from django.db.models.functions import Now
 from django.http import HttpRequest, HttpResponseRedirect
@@ -159,6 +160,11 @@ class ListAdmin(BaseAdmin):
     show_full_result_count = False
     search_fields = ["pk"]  # shows the search box
     search_help_text = "An id, or the full user name of an owner"
+
+    def changelist_view(self, request, extra_context=None):
+        if "%00" in request.META["QUERY_STRING"]:
+            raise BadRequest("A parameter has a NUL, which PostgreSQL refuses")
+        return super().changelist_view(request, extra_context)
 
     def get_queryset(self, request):
         return super().get_queryset(request).defer(*self.large)
@@ -321,7 +327,7 @@ class QueuesAdmin(PageAdmin):
             raise PermissionDenied
         try:
             self.pause_or_resume(request)
-        except ValueError as error:
+        except (DataError, ValueError) as error:
             messages.error(request, str(error))
         return HttpResponseRedirect(request.path)
 

@@ -55,7 +55,7 @@ def check_queues(app_configs, **kwargs):
 
 @register()
 def check_limits(app_configs, **kwargs):
-    """Check that no job uses Celery's own rate limit, and those limits of jobs that are no functions."""
+    """Check that no job uses Celery's own rate limit, and those limits of jobs that aren't functions."""
     for name in known_names()[1]:
         task = current_app.tasks[name]
         if task.rate_limit:
