@@ -45,11 +45,13 @@ lint: .venv  ## format all plain Python; CHECK=1 changes nothing, and fails
 	.venv/bin/ruff check $(if $(CHECK),,--fix) $(FIRST_PARTY) $(AS_OUTPUT)
 	.venv/bin/ruff format $(if $(CHECK),--check) $(AS_OUTPUT)
 
+PYTHON := python3
+
 .venv: pyproject.toml durable-jobs/pyproject.toml
-	# A pip in .venv would take four seconds. If python3 has none, .venv needs its own.
-	python3 -m venv --without-pip .venv
-	python3 -m pip --python .venv/bin/python install --quiet uv || \
-		{ python3 -m venv .venv && .venv/bin/pip install --quiet uv; }
+	# A pip in .venv would take four seconds. If this Python has none, .venv needs its own.
+	$(PYTHON) -m venv --without-pip .venv
+	$(PYTHON) -m pip --python .venv/bin/python install --quiet uv || \
+		{ $(PYTHON) -m venv .venv && .venv/bin/pip install --quiet uv; }
 	.venv/bin/uv pip install --quiet --python .venv/bin/python -r durable-jobs/pyproject.toml \
 		--all-extras --group durable-jobs/pyproject.toml:test --group test
 	@touch .venv

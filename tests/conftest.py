@@ -114,18 +114,22 @@ def run(capfd, monkeypatch, tmp_path):
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
-    """Run tests that share a stack one after the other, and start with those that take longest.
+    """Run tests that share a stack in the order of their files, and start with what takes longest.
 
-    These are chaos, then the stacks with the most tests. Also add the answers of its output to the
-    reports of a test, because xdist sends nothing else to the main process.
+    These are chaos, containers, then the stacks with the most tests. Also add the answers of its
+    output to the reports of a test, because xdist sends nothing else to the main process.
     """
 
     def group(item):
         marker = item.get_closest_marker("xdist_group")
         return marker.args[0] if marker else ""
 
-    sizes = Counter(map(group, items)) | {"chaos": len(items), "": 0}
-    items.sort(key=lambda item: (-sizes[group(item)], group(item)))
+    def place(item):
+        return item.location[:2] if group(item) else ()  # file and line; fixtures order the others
+
+    longest = {"chaos": len(items), "docker-redis": len(items), "": 0}
+    sizes = Counter(map(group, items)) | longest
+    items.sort(key=lambda item: (-sizes[group(item)], group(item), place(item)))
     for item in items:
         if "output" in item.fixturenames and hasattr(item, "callspec"):
             item.user_properties.append(("answers", item.callspec.params["output"]))

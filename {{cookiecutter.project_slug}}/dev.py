@@ -60,7 +60,7 @@ def main():
             if honcho.poll() is not None:
                 sys.exit("A process has ended, so all were stopped. See above which one and why.")
             processes = [process for process in processes if process.poll() is None]
-            # Start a server again if it was killed, or if the project that had started it has stopped
+            # Start a server again if it was killed, or if another project had started it and stopped
             # it. If it is on another machine, wait until it is back.
             with suppress(SystemExit):
 {% for server in servers %}

@@ -25,6 +25,7 @@ from durable_jobs.models import Job, Key
 from durable_jobs.states import QUEUED
 from durable_jobs.tasks import JobError
 from durable_jobs.worker import children, lease, shutdown
+from durable_jobs.worker.pools import pool
 from durable_jobs.worker.runs import process
 
 pytestmark = pytest.mark.django_db
@@ -266,7 +267,7 @@ def test_a_worker_that_shuts_down_hands_limited_jobs_back_at_its_end(sent, commi
     def look(_):
         states.append([Job.objects.get(pk=job.pk).state for job in (first, other)])
 
-    monkeypatch.setattr("time.sleep", look)
+    monkeypatch.setattr(pool, "sleep", look)
     monkeypatch.setattr("os._exit", look)
     ended = Mock()  # for example, it exports the process's spans
     celery_signals.worker_shutdown.connect(ended)

@@ -167,8 +167,6 @@ def test_a_job_is_added_while_the_last_one_ends():
             return None
 
     _, added = race(ROUNDS, lambda n: succeed_run(runs[n][0]), add)
-    outcomes = Counter(bool(job) for job in added)
-    assert outcomes[True] and outcomes[False], outcomes
     for batch, job in zip(new, added, strict=True):
         batch.refresh_from_db()
         assert bool(batch.ended_at) == (job is None)

@@ -22,6 +22,7 @@ from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Job, Worker
 from durable_jobs.tasks import JobTask
 from durable_jobs.worker import heartbeat, shutdown
+from durable_jobs.worker.pools import pool
 
 
 @shared_task(base=JobTask)
@@ -67,7 +68,7 @@ def beats(consumer, closes, monkeypatch):
             if len(pauses) == count:
                 raise Done
 
-        monkeypatch.setattr(heartbeat, "time", SimpleNamespace(sleep=sleep))
+        monkeypatch.setattr(pool, "sleep", sleep)
         with pytest.raises(Done):
             heartbeat.heartbeat.beat(consumer)
         return pauses
@@ -216,7 +217,7 @@ def test_a_worker_ends_without_the_database(consumer, caplog, monkeypatch):
 
 def test_a_worker_that_leaves_without_celery_deletes_its_row(consumer, monkeypatch):
     write(consumer)
-    monkeypatch.setattr(shutdown, "time", SimpleNamespace(monotonic=lambda: 0, sleep=Mock()))
+    monkeypatch.setattr(pool, "sleep", Mock())
     monkeypatch.setattr("os._exit", exits := Mock())
     shutdown.requeue_and_exit(1)
     exits.assert_called_once_with(1)

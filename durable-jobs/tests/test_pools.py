@@ -91,16 +91,18 @@ def test_gevent_without_monkey_patching_is_refused(monkeypatch):
 GREENLETS = """
 import gevent.monkey; gevent.monkey.patch_all()
 import gevent, threading, time
+from gevent._hub_local import get_hub_if_exists
 from durable_jobs.worker.pools import pool
 main, ticks = threading.get_native_id(), []
 assert pool.query(threading.get_native_id) != main
 lock = pool.Lock()
 def tick():
     with lock:
-        ticks.append(threading.get_native_id() != main)
+        pool.sleep(0.001)  # not in a greenlet: if the process ended meanwhile, it would crash
+        ticks.append((threading.get_native_id() != main, get_hub_if_exists()))
 pool.start_thread(tick)
 time.sleep(0.2)
-assert ticks == [True]
+assert ticks == [(True, None)]
 assert pool.is_terminated(gevent.GreenletExit()) and not pool.is_terminated(SystemExit())
 assert isinstance(gevent.Timeout(1), pool.time_limit_errors)
 sent = []

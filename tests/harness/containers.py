@@ -155,12 +155,18 @@ class Stack(Site):
         return found
 
 
+def is_healthy(container):
+    [about] = json.loads(docker("inspect", container))
+    assert about["State"]["Running"], log_of(container)
+    return about["State"]["Health"]["Status"] == "healthy"
+
+
 def check_rights(containers, public=None):
     """Assert that services run with few rights, and that only `public` has public ports."""
     for service, [container] in containers.items():
         state, host = container["State"], container["HostConfig"]
         if state["Running"]:
-            assert state["Health"]["Status"] == "healthy", service
+            wait_for(lambda id=container["Id"]: is_healthy(id))
             assert host["RestartPolicy"]["Name"] == "unless-stopped", service
             assert docker("exec", container["Id"], "id", "-u") != "0", service
         else:

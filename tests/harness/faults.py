@@ -1,6 +1,5 @@
 """Fixtures for tests with real processes: a running stack for each broker and pool."""
 
-import itertools
 import time
 
 import pytest
@@ -8,22 +7,16 @@ import pytest
 from .bake import CHOICES, WITH_JOBS, baked, chosen
 from .project import fetch, free_ports
 from .servers import PostgreSQL, broker_class
-from .stack import TIMINGS, prepare
+from .stack import TIMINGS, Stack, pairs, prepare
 
 POOLS = CHOICES["worker_pool"]
 STACKS = {}
 
 
-def stacks(brokers=CHOICES["broker"], pools=POOLS, **options):
-    """Return a mark: run the test on these brokers with these pools.
-
-    But not on each pair: an engine that works with each pool on one broker, and on each broker with
-    one pool, works on the other pairs, which ../integration/test_run.py tries.
-    """
+def stacks(brokers=CHOICES["broker"], pools=POOLS, *, every_pair=False, **options):
+    """Return a mark: run the test on pairs() of these. test_run.py has every pair."""
     params = []
-    for broker, pool in itertools.product(brokers, pools):
-        if broker != CHOICES["broker"][0] and pool != POOLS[0]:
-            continue
+    for broker, pool in pairs(brokers, pools, every_pair):
         name = "-".join([broker, pool, *options])
         # The same object for the same stack: pytest compares parameters by identity.
         param = STACKS.setdefault(name, {"broker": broker, "pool": pool, **options})
@@ -39,6 +32,7 @@ on_each_pool = stacks(brokers=ONE["brokers"])
 on_prefork_and_threads = stacks(brokers=ONE["brokers"], pools=["prefork", "threads"])
 on_one = stacks(**ONE)
 on_prefork = stacks(brokers=ONE["brokers"], pools=["prefork"])
+on_gevent = stacks(brokers=ONE["brokers"], pools=["gevent"])
 where_jobs_share_a_process = stacks(ONE["brokers"], [pool for pool in POOLS if pool != "prefork"])
 on_rabbitmq = stacks(brokers=["rabbitmq"], pools=POOLS[:1])
 on_sqs = stacks(brokers=["sqs"], pools=POOLS[:1])
@@ -109,7 +103,7 @@ def pytest_runtest_makereport(item, call):
     """Add to the report of a test that failed what the processes of its stack have printed."""
     report = yield
     stack = item.funcargs.get("stack") or item.funcargs.get("plain")
-    if report.failed and hasattr(stack, "printed"):
+    if report.failed and isinstance(stack, Stack):
         report.sections.append(("logs of the stack", stack.printed()))
     return report
 

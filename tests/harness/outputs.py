@@ -13,6 +13,13 @@ from .bake import CHOICES, DEFAULTS, WITH_JOBS, baked, name
 from .project import wait_for
 
 ORDER = {"product": "Tea", "quantity": 2}
+# Those of `make check` that test_bake.py cannot run, and production's, in one process.
+CHECKS = """
+from django.core.management import call_command
+call_command("check", deploy=True, fail_level="WARNING")
+call_command("makemigrations", check_changes=True, dry_run=True)
+call_command("spectacular", validate=True, fail_on_warn=True, file="/dev/null")
+"""
 # Runs an action of the admin that stores a batch. The job after its jobs sends a mail.
 MAIL_SUM = """
 from django.test import Client

@@ -3,7 +3,6 @@
 Also the table of what can be lost: see the fixture `record_fault`.
 """
 
-import itertools
 import json
 import os
 import urllib.error
@@ -15,8 +14,8 @@ import pytest
 from .bake import CHOICES, baked
 from .outputs import combinations
 from .project import BEHIND_A_PROXY, connects, free_ports, wait_for
-from .servers import SQS, RabbitMQ, Redis
-from .stack import Stack
+from .servers import BROKERS as SERVERS
+from .stack import Stack, pairs
 
 REDELIVERY = 10  # seconds until Redis or SQS delivers a task again, instead of 21 minutes
 RESULTS = {"redis": "redis", "rabbitmq": "database", "sqs": "dynamodb"}  # of the fault tests
@@ -50,15 +49,12 @@ from trials.tasks import *
 """
 
 
-SERVERS = {"redis": Redis, "rabbitmq": RabbitMQ, "aws": SQS}
-
-
 class Servers:
     """The server of a project's broker and that of its result backend, which may be the same."""
 
     def __init__(self, project, folder):
         answers = project.answers
-        places = {"redis": "redis", "rabbitmq": "rabbitmq", "sqs": "aws", "dynamodb": "aws"}
+        places = {"redis": "redis", "rabbitmq": "rabbitmq", "sqs": "sqs", "dynamodb": "sqs"}
         self.all, self.variables = {}, {}
         for option in "result_backend", "broker":
             place = places.get(answers[option])
@@ -197,15 +193,10 @@ def prepare(project, folder, database, settings="", **variables):
 BROKERS, POOLS = CHOICES["broker"], CHOICES["worker_pool"]
 
 
-def stacks(brokers=BROKERS, pools=POOLS, group="faults", *, every_pair=True):
-    """Return a mark: run the test on each of these brokers with each of these pools.
-
-    Without `every_pair`, only the first broker has each pool, and each other one the first pool.
-    """
+def stacks(brokers=BROKERS, pools=POOLS, group="faults", *, every_pair=False):
+    """Return a mark: run the test on pairs() of these. test_plain_run.py has every pair."""
     params = []
-    for broker, pool in itertools.product(brokers, pools):
-        if not every_pair and broker != BROKERS[0] and pool != POOLS[0]:
-            continue
+    for broker, pool in pairs(brokers, pools, every_pair):
         key = f"plain-{group}-{broker}-{pool}"
         param = PARAMS.setdefault(key, {"broker": broker, "worker_pool": pool})
         marks = pytest.mark.xdist_group(key)

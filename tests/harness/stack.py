@@ -1,5 +1,6 @@
 """Stacks for tests: all processes of a project, which can be killed, paused and started alone."""
 
+import itertools
 import os
 import re
 import signal
@@ -10,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.client import HTTPConnection
 
+from .bake import CHOICES
 from .project import BEHIND_A_PROXY, Console, fetch, free_ports, wait_for
 from .servers import Process
 
@@ -58,6 +60,20 @@ with app.connection_for_write() as broker:
                 raise
             time.sleep(1)
 """
+
+
+def pairs(brokers, pools, every_pair=False):
+    """Return (broker, pool) for a test: the first broker with each pool, each other with the first.
+
+    That finds what depends on either. With `every_pair`, return all, for what depends on both.
+    """
+    found = [
+        (broker, pool)
+        for broker, pool in itertools.product(brokers, pools)
+        if every_pair or broker == CHOICES["broker"][0] or pool == CHOICES["worker_pool"][0]
+    ]
+    assert found, "pytest would skip the test"
+    return found
 
 
 class Stack:

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from kombu import Connection
 
-from harness.bake import CHOICES, DEFAULTS, chosen
+from harness.bake import CHOICES, chosen
 from harness.ci import expand, job_of, move
 from harness.outputs import one_of_each_pair, outputs
 from harness.project import Project, env, free_ports
@@ -23,15 +23,13 @@ def turn(options, number):
     return options[number % len(options)]
 
 
-# Each broker with each CI, in turn with jobs and without; result backends in turn
-OUTPUTS = [
-    {**turn(one_of_each_pair()[RESULTS * number :], number), "ci": turn(CIS, number)}
-    for number in range(len(CHOICES["broker"]))
-]
-PLAIN = [
-    {**DEFAULTS, "broker": broker, "ci": turn(CIS, number + 1)}
-    for number, broker in enumerate(CHOICES["broker"])
-]
+# Each broker with each CI, in turn with jobs and without; result backends and pools in turn, too
+PAIRS = one_of_each_pair()
+OUTPUTS, PLAIN = [], []
+for number in range(len(CHOICES["broker"])):
+    of_broker = PAIRS[RESULTS * number :][:RESULTS]
+    OUTPUTS.append({**turn(of_broker, number), "ci": turn(CIS, number)})
+    PLAIN.append({**turn(of_broker, number - 1), "ci": turn(CIS, number + 1), "durable_jobs": "no"})
 one_for_each_ci = outputs(*OUTPUTS[: len(CIS)])
 FILES = {  # that only this choice writes
     "github": {
@@ -136,9 +134,19 @@ USED = {
 }
 
 
-@one_for_each_ci
+@outputs(OUTPUTS[0])
 @pytest.mark.parametrize("what", BREAKS)
 def test_the_job_fails_if_a_check_or_a_test_fails(job, checkout, what):
+    assert_it_fails(job, checkout, what)
+
+
+@outputs(*OUTPUTS[1 : len(CIS)])
+@pytest.mark.parametrize("what", ["lint", "test"])  # the first and the last script
+def test_the_job_of_another_ci_fails_too(job, checkout, what):
+    assert_it_fails(job, checkout, what)
+
+
+def assert_it_fails(job, checkout, what):
     file, lines, refusal = BREAKS[what]
     with open(checkout / file, "a") as opened:
         opened.write(f"{lines}\n")

@@ -9,14 +9,13 @@ import time
 import pytest
 
 from harness.faults import (
-    ONE,
     errors,
     on_each,
+    on_gevent,
     on_one,
     on_prefork,
     on_prefork_and_threads,
     ran_once,
-    stacks,
     succeeded,
 )
 from harness.project import wait_for
@@ -141,7 +140,7 @@ def test_a_job_with_a_locked_row_runs_once_and_stops_no_other(stack, gate, since
     assert ran_once(stack, jobs)
 
 
-@stacks(brokers=ONE["brokers"], pools=["gevent"])
+@on_gevent
 def test_outcomes_that_wait_for_a_lock_stop_no_other_job(stack, gate, since):
     """Ten wait: as many as there are threads that store outcomes."""
     jobs = [stack.enqueue("hold", gate, queue="cpu") for _ in range(10)]

@@ -27,6 +27,7 @@ from harness.containers import (
     check_rights,
     composed,
     docker,
+    is_healthy,
     log_of,
 )
 from harness.outputs import ORDER
@@ -71,11 +72,8 @@ VERSIONS = {  # of Django
 }
 ANSWERS = {"default": {}, "admin": {"periodic_tasks": "admin", "result_backend": "database"}}
 
-STACKS = brokers("docker", ["redis", "rabbitmq"])  # test_plain_docker.py has SQS, too
-on_one = pytest.mark.parametrize("stack", STACKS[:1], indirect=True)
-on_rabbitmq = pytest.mark.parametrize(
-    "stack", [stack for stack in STACKS if stack.values == ("rabbitmq",)], indirect=True
-)
+STACKS = brokers("docker", ["redis"])  # test_plain_docker.py has each broker
+on_one = pytest.mark.parametrize("stack", STACKS, indirect=True)
 
 
 @pytest.fixture(scope="module", params=STACKS)
@@ -334,12 +332,6 @@ def test_the_services_of_ci_become_healthy(engine, bake, broker):
         subprocess.run(["docker", "rm", "--force", "--volumes", *started], capture_output=True)
 
 
-def is_healthy(container):
-    [about] = json.loads(docker("inspect", container))
-    assert about["State"]["Running"], docker("logs", container)
-    return about["State"]["Health"]["Status"] == "healthy"
-
-
 @pytest.mark.parametrize(
     ("answers", "django"), [(name, version) for name in VERSIONS for version in VERSIONS[name]]
 )
@@ -411,17 +403,6 @@ def test_the_dump_of_the_page_has_the_jobs(stack):
     stack.project.call("sh", "-c", restore, **stack.environment)
     states = stack.psql(f"SELECT state FROM durable_jobs_job WHERE id = '{job['id']}'", "restored")
     assert states == "succeeded"
-
-
-@on_rabbitmq
-def test_make_up_gives_each_queue_dead_letters(stack):
-    listed = stack.compose(
-        *("exec", "-T", "rabbitmq", "rabbitmqctl", "--quiet", "--formatter", "json"),
-        *("list_queues", "name", "policy"),
-    )
-    policies = {queue["name"]: queue["policy"] for queue in json.loads(listed)}
-    assert "dead-letters" in policies
-    assert {policies[queue] for queue in ("celery", "cpu", "io")} == {"dead-letters"}
 
 
 @on_one

@@ -75,7 +75,7 @@ def test_a_row_shows_slots_queues_and_how_busy_a_worker_is(stack, mine, gate):
 CONTROL = "from config.celery import app\nresult = app.control.{}"
 
 
-@stacks(brokers=["redis", "rabbitmq"], pools=["prefork", "gevent"])
+@stacks(brokers=["redis", "rabbitmq"], pools=["prefork", "gevent"], every_pair=True)
 def test_a_row_follows_remote_control(stack, mine):
     mine()
     # A worker on Redis is ready a moment before it listens to remote control.

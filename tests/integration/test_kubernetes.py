@@ -81,7 +81,7 @@ def test_the_manifests_are_valid(render, answers):
     others = {"web", "beat"} | ({"flower"} if "flower" in project.read("Procfile") else set())
     assert {name for kind, name in documents if kind == "Deployment"} == workers | others
     for queue in queues:
-        check_workers(queue, documents)
+        check_workers(queue, documents, answers)
     beat = documents["Deployment", "beat"]["spec"]
     assert (beat["replicas"], beat["strategy"]) == (1, {"type": "Recreate"})
     check_variables(project, documents)
@@ -183,7 +183,7 @@ def check_variables(project, documents):
             assert set(re.findall(r"\$\{?([A-Z_]+)", commands)) <= given | own
 
 
-def check_workers(queue, documents):
+def check_workers(queue, documents, answers):
     """Check that this queue has a Deployment, which scales with the jobs of this queue."""
     spec = documents["ScaledObject", f"worker-{queue}"]["spec"]
     [container] = pods(documents)["Deployment", spec["scaleTargetRef"]["name"]]["containers"]
@@ -191,8 +191,10 @@ def check_workers(queue, documents):
     [trigger] = spec["triggers"]
     [secret] = [each["data"] for (kind, _), each in documents.items() if kind == "Secret"]
     assert trigger["metadata"]["connectionFromEnv"] in secret
-    concurrency = {each["name"]: each["value"] for each in container["env"]}
-    assert concurrency == {"WORKER_CONCURRENCY": trigger["metadata"]["targetQueryValue"]}
+    expected = {"WORKER_CONCURRENCY": trigger["metadata"]["targetQueryValue"]}
+    if answers["worker_pool"] == "prefork":  # four children of 200 MB fit into the pod's memory
+        expected["WORKER_MAX_KILOBYTES"] = "200000"
+    assert {each["name"]: each["value"] for each in container["env"]} == expected
 
 
 def test_an_output_has_the_files_of_docker_and_manifests(render, bake):
@@ -224,8 +226,7 @@ def test_production_has_every_variable_that_it_needs(render, broker):
     project, documents = render(broker=broker)
     [config] = [each["data"] for (kind, _), each in documents.items() if kind == "ConfigMap"]
     [secret] = [each["data"] for (kind, _), each in documents.items() if kind == "Secret"]
-    [needed] = re.findall("^# Production needs.*?\n\n", project.read(".env.example"), re.M | re.S)
-    assert {"SECRET_KEY", *re.findall("^# ([A-Z_]+)=", needed, re.M)} <= {*config, *secret}
+    assert project.production().keys() <= {*config, *secret}
     assert {"SENTRY_DSN", "S3_BUCKET"} <= {*secret}
 
 

@@ -112,6 +112,18 @@ def test_a_task_of_a_stopped_worker_runs_again(stack):
     assert stack.result(url)
 
 
+@on_second
+def test_make_up_gives_each_queue_dead_letters(stack):
+    listed = stack.compose(
+        *("exec", "-T", "rabbitmq", "rabbitmqctl", "--quiet", "--formatter", "json"),
+        *("list_queues", "name", "policy"),
+    )
+    policies = {queue["name"]: queue["policy"] for queue in json.loads(listed)}
+    assert "dead-letters" in policies
+    assert {policies[queue] for queue in ("celery", "cpu", "io")} == {"dead-letters"}
+
+
+@on_second
 def test_a_task_of_a_killed_worker_runs_again(stack):
     url = stack.start_report()
     stack.compose("kill", "worker")

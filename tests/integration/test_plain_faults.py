@@ -1,9 +1,8 @@
-"""What a fault does to plain tasks, on each broker and pool.
+"""What a fault does to plain tasks, on each broker, and with each pool on the first one.
 
 Each test records what happened, and the table of all is printed at the end of the run. For the
 table of docs/reliability.md: make prove TESTS=tests/integration/test_plain_faults.py
-ARGS="--faults-to table.md". It names only the pools that a test ran with: some faults run with one,
-because the pool does not matter.
+ARGS="--faults-to table.md". It names only the pools that a test ran with.
 """
 
 import json
@@ -17,9 +16,9 @@ import pytest
 from harness.outputs import ORDER
 from harness.plain import BROKERS, REDELIVERY, stacks
 from harness.project import APPS, wait_for
+from harness.servers import BROKERS as SERVERS
 
-everywhere = stacks()
-on_each = stacks(every_pair=False)  # if broker and pool matter, but not their combination
+on_each = stacks()
 on_prefork = stacks(pools=["prefork"])
 on_redis = stacks(["redis"], ["prefork"])
 on_rabbitmq = stacks(["rabbitmq"], ["prefork"])
@@ -32,6 +31,9 @@ AGAIN = {
     "rabbitmq": "",
     "sqs": "21 minutes (`REDELIVERY_SECONDS`)",
 }
+# By then, the worker's main process has read that a child has started a task. A soft shutdown
+# counts only such tasks: for one that started a moment ago, Celery waits without a limit.
+READ_SECONDS = 2
 KILLED = "The worker is killed (SIGKILL, out of memory)"
 
 
@@ -54,7 +56,7 @@ def fill(stack, gate):
 # The worker
 
 
-@everywhere
+@on_each
 def test_the_task_of_a_killed_worker_runs_again(plain, gate, record_fault):
     task = plain.send("wait", gate)
     plain.wait_until_started(task)
@@ -80,11 +82,12 @@ def test_the_task_of_a_killed_child_runs_again(plain, gate, record_fault):
     record_fault("A child process is killed", "its task is retried", seconds, after)
 
 
-@everywhere
+@on_each
 def test_sigterm_stops_a_worker_with_a_long_task(plain, gate, record_fault):
     """On prefork, within SOFT_SHUTDOWN_SECONDS, and the next worker starts the task."""
     task = plain.send("wait", gate)
     plain.wait_until_started(task)
+    time.sleep(READ_SECONDS)
     start = time.time()
     fault = "SIGTERM, as in a deploy, during a long task"
     if pool_of(plain) != "prefork":
@@ -104,7 +107,7 @@ def test_sigterm_stops_a_worker_with_a_long_task(plain, gate, record_fault):
     plain.wait_until_started(task, times=2)
     again = plain.notes("start", task)[1][1] - ready
     assert again < REDELIVERY / 2
-    what = "the worker ends, and the next one starts the task again at once"
+    what = "the worker ends, and the next one starts the task again immediately"
     record_fault(fault, what, stopped, "20 s (`SOFT_SHUTDOWN_SECONDS`) + 1 to 3 s")
 
 
@@ -112,6 +115,7 @@ def test_sigterm_stops_a_worker_with_a_long_task(plain, gate, record_fault):
 def test_a_task_that_ends_in_the_soft_shutdown_is_not_repeated(plain, gate):
     task = plain.send("wait", gate)
     plain.wait_until_started(task)
+    time.sleep(READ_SECONDS)
     os.kill(plain.worker.pid, signal.SIGTERM)
     time.sleep(0.5)
     gate.touch()
@@ -193,7 +197,7 @@ def test_a_task_that_kills_its_worker_is_delivered_without_end_by_redis(plain, g
         gate.touch()
         plain.wait_until_started(task, times=7)
         plain.wait_until_started(plain.send("quick"))
-    record_fault(FATAL, "it is delivered again without end", None, AGAIN["redis"] + " each time")
+    record_fault(FATAL, "it is delivered again indefinitely", None, AGAIN["redis"] + " each time")
 
 
 @on_rabbitmq
@@ -265,7 +269,7 @@ def test_a_task_is_lost_if_its_process_dies_between_commit_and_sending(
     assert not confirmed_at
     plain.ask(FORGET, order=order)
     wait_for(lambda: plain.ask(LATE)[1])
-    fault = "The web server is killed between the commit and the sending"
+    fault = "The web server is killed after the commit, before it sends the message"
     record_fault(fault, "**the task is lost**; Beat's task finds the orders", None, "1 to 2 h")
 
 
@@ -292,19 +296,30 @@ with transaction.atomic():
 
 
 @on_redis
-def test_a_task_that_starts_without_its_result_backend_runs_later(plain, record_fault):
+def test_without_the_result_backend_tasks_are_lost_or_end_without_a_result(
+    plain, gate, tmp_path, record_fault
+):
+    """Celery reports that the task failed, acknowledges it, and then cannot store the failure."""
+    backend = SERVERS["redis"](tmp_path)
+    backend.start()
     plain.worker.stop()
-    worker = plain.make_worker("other", CELERY_RESULT_BACKEND="redis://127.0.0.1:1/0")
+    url = {"CELERY_RESULT_BACKEND": backend.variables["CELERY_RESULT_BACKEND"]}
+    worker = plain.make_worker("other", **url)
     worker.start()
-    task = plain.send("quick")
-    wait_for(lambda: "Exception raised outside body" in worker.printed)
+    running = plain.send("wait", gate, ignore_result=False)
+    plain.wait_until_started(running)
+    backend.kill()
+    new = plain.send("quick")
+    wait_for(lambda: "Pool callback raised exception" in worker.printed)
+    gate.touch()
+    wait_for(lambda: worker.printed.count("Pool callback raised exception") == 2)
     plain.kill(worker)
-    assert not plain.starts(task)
-    start = time.time()
     plain.worker.start()
-    plain.wait_until_started(task)
-    fault = "The result backend is down when a task should start"
-    record_fault(fault, "it runs later", time.time() - start, AGAIN["redis"])
+    time.sleep(2 * REDELIVERY)
+    assert (plain.starts(running), plain.starts(new)) == (1, 0)
+    fault = "The result backend is down when a task {}"
+    record_fault(fault.format("is about to start"), "**the task is lost**")
+    record_fault(fault.format("ends"), "its result is lost")
 
 
 # The broker
@@ -329,7 +344,7 @@ def test_tasks_outlive_a_restart_of_the_broker(plain, gate, record_fault):
         for task in running:
             wait_for(lambda task=task: plain.notes("end", task))
     again = sum(plain.starts(task) > 1 for task in running)
-    what = "waiting tasks are kept; those that ran run again" if again else "all tasks are kept"
+    what = "waiting tasks are kept; running ones run again" if again else "all tasks are kept"
     if plain.worker.pid != pid:
         what += "; the worker ends, and its supervisor restarts it"
     fault = "The broker crashes and restarts"
@@ -383,7 +398,9 @@ def test_a_broker_that_does_not_answer_delays_no_request(plain, record_fault, ho
             plain.broker.resume()
     print("seconds of orders and reports:", [round(each, 2) for each in seconds])
     assert answers == [201, 503] * 3
-    assert max(seconds) < 8  # three timeouts of a second, and a request of a busy machine
+    # A promise: three timeouts of a second, and the request's own time. A machine may delay one.
+    *most, slowest = sorted(seconds)
+    assert max(most) < 3.5 and slowest < 8
     with plain.supervised():
         if how == "is down":
             plain.broker.start()
@@ -457,14 +474,14 @@ def test_a_rate_limit_delays_other_tasks_of_the_queue(plain, record_fault):
     blocked = not plain.starts(other)
     plain.worker.kill()
     plain.empty("cpu")
-    what = "other tasks of the queue wait for them" if blocked else "nothing"
+    what = "other tasks in the queue wait behind them" if blocked else "nothing"
     record_fault("More tasks with a `rate_limit` than a worker fetches", what, None, "–")
 
 
 # RabbitMQ
 
 
-@stacks(brokers=["rabbitmq"], pools=["prefork", "gevent"])
+@stacks(brokers=["rabbitmq"], pools=["prefork", "gevent"], every_pair=True)
 def test_a_worker_replaces_one_of_the_same_name_that_vanished(plain):
     """It is frozen, so RabbitMQ still has its connection. Remote control works."""
     plain.worker.pause()

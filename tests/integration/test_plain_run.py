@@ -2,12 +2,11 @@
 
 import re
 import time
-from uuid import uuid4
 
 import pytest
 
-from harness.outputs import ORDER, mails, outputs
-from harness.plain import Servers, plain_combinations, prepare
+from harness.outputs import CHECKS, ORDER, mails, outputs
+from harness.plain import plain_combinations, prepare
 from harness.project import wait_for
 
 COMBINATIONS = list(plain_combinations())
@@ -26,14 +25,6 @@ def each(*options, where=lambda answers: True):
         for number, group in enumerate(groups.values())
     ]
     return outputs(*chosen)
-
-
-CHECKS = """
-from django.core.management import call_command
-call_command("check", deploy=True, fail_level="WARNING")
-call_command("makemigrations", check_changes=True, dry_run=True)
-call_command("spectacular", validate=True, fail_on_warn=True, file="/dev/null")
-"""
 
 
 def has_results(answers):
@@ -62,28 +53,11 @@ each_broker_and_results = each("broker", "result_backend")
 with_example = each("broker", "result_backend", where=has_example)
 
 
-@pytest.fixture(scope="module")
-def servers(project, tmp_path_factory):
-    servers = Servers(project, tmp_path_factory.mktemp("servers"))
-    try:
-        servers.start()
-        yield servers
-    finally:
-        servers.kill()
-
-
 @each_broker_and_results
 def test_it_passes_its_checks(project):
     """Those of `make check`, and production's, in one process."""
     extra = {"FLOWER_BASIC_AUTH": "admin:password", "DEBUG": "False"}
     project.manage("shell", "-v0", "-c", CHECKS, **project.production(), **extra)
-
-
-@each("result_backend")
-def test_it_passes_its_own_tests(servers, database, project):
-    url = database.create(f"own_{uuid4().hex}")
-    printed = project.call("make", "test", **servers.variables, DATABASE_URL=url)
-    assert re.search(r"= \d+ passed in", printed), printed  # none was skipped
 
 
 # From here on, with all processes. The app `trials` is part of the project.

@@ -69,11 +69,12 @@ print(hold.delay({str(gate)!r}), stubborn.delay())
 
 @on_redis
 def test_a_long_task_keeps_no_other_waiting_in_its_worker(plain, gate):
-    replace_worker(plain, "--concurrency 1")
+    # The second worker must not get the long task, too.
+    replace_worker(plain, "--concurrency 1", REDELIVERY=600)
     plain.wait_until_started(plain.send("wait", gate))
     others = [plain.send("quick") for _ in range(3)]
     time.sleep(2)  # time to fetch more
-    plain.make_worker("second", "--concurrency 1").start()
+    plain.make_worker("second", "--concurrency 1", REDELIVERY=600).start()
     assert pids(plain, others)
 
 
@@ -400,7 +401,7 @@ def test_no_tool_shows_a_password(plain):
     assert PASSWORD not in page and "of-this-test" not in page
 
 
-@stacks(["rabbitmq"], ["gevent"], group="settings")
+@stacks(["rabbitmq"], ["gevent"], group="settings", every_pair=True)
 def test_each_of_many_greenlets_sends_its_retry(plain):
     """Celery's own limit of ten connections would lose retries: it rejects a task that can't."""
     worker = replace_worker(plain, WORKER_CONCURRENCY=100)

@@ -7,15 +7,14 @@ import time
 
 import psutil
 
-from harness.faults import ONE, on_prefork, stacks, succeeded
+from harness.faults import POOLS, on_gevent, on_prefork, succeeded
 from harness.stack import LEASE
 
 
-@stacks(brokers=ONE["brokers"], pools=["gevent"])
-def test_workers_with_different_pools_run_side_by_side(stack, gate, since, request):
-    """Prefork, threads and the project's own. If one is killed or stops, another runs its jobs."""
-    own = request.node.callspec.params["running"]["pool"]
-    pools = sorted({"prefork", "threads", own})
+@on_gevent
+def test_workers_with_different_pools_run_side_by_side(stack, gate, since):
+    """Prefork, threads and gevent. If one is killed or stops, another runs its jobs."""
+    pools = sorted(POOLS)
 
     def start(pool, queue):
         worker = stack.make_worker(queue, f"{pool}-{queue}", pool)
@@ -59,14 +58,14 @@ def test_a_child_that_uses_too_much_memory_is_replaced_after_its_task(stack, gat
 # Greenlets
 
 
-@stacks(brokers=ONE["brokers"], pools=["gevent"])
+@on_gevent
 def test_a_greenlet_has_no_soft_time_limit(stack):
     """This one is 1 s. The hard one works: see test_a_job_over_its_time_limit_fails()."""
     rows = stack.wait_until_final(stack.enqueue("rest_softly", 3, queue="cpu"))
     assert succeeded(rows, crashes=0), rows
 
 
-@stacks(brokers=ONE["brokers"], pools=["gevent"])
+@on_gevent
 def test_a_greenlet_that_blocks_makes_all_others_wait(stack):
     blocks = stack.enqueue("block", 3, queue="cpu")
     stack.wait_until_started(blocks)
@@ -93,7 +92,7 @@ with connection.cursor() as cursor:
     assert stack.ask(code) - before < 8  # others may reconnect after CONN_MAX_AGE
 
 
-@stacks(brokers=ONE["brokers"], pools=["gevent"])
+@on_gevent
 def test_the_queries_of_a_gevent_worker_share_ten_connections(stack):
     """Although gevent ends idle threads: here after 0.1 s, by default after 5 s."""
     worker = stack.replace_worker(GEVENT_THREADPOOL_IDLE_TASK_TIMEOUT=0.1)

@@ -9,13 +9,13 @@ import subprocess
 import time
 from contextlib import contextmanager
 from urllib.parse import urlsplit
-from uuid import uuid4
 
 import pytest
 
 from harness.bake import CHOICES, baked
 from harness.browser import browser
 from harness.outputs import (
+    CHECKS,
     ORDER,
     combinations,
     default_output,
@@ -29,25 +29,12 @@ from harness.outputs import (
 from harness.project import connects, env, fetch, free_ports, processes_in, wait_for
 
 EXTRA = {"FLOWER_BASIC_AUTH": "admin:password", "DEBUG": "False", "MEDIA_ROOT": "/srv/media"}
-CHECKS = """
-from django.core.management import call_command
-call_command("check", deploy=True, fail_level="WARNING")
-call_command("makemigrations", check_changes=True, dry_run=True)
-call_command("spectacular", validate=True, fail_on_warn=True, file="/dev/null")
-"""
 
 
 @every_broker_and_pool
 def test_it_passes_its_checks(project):
     """Those of `make check` that test_bake.py cannot run, and production's, in one process."""
     project.manage("shell", "-v0", "-c", CHECKS, **project.production(), **EXTRA)
-
-
-@every_pool
-def test_it_passes_its_own_tests(broker, database, project):
-    url = database.create(f"own_{uuid4().hex}")
-    printed = project.call("make", "test", **broker, DATABASE_URL=url)
-    assert re.search(r"= \d+ passed in", printed), printed  # none was skipped
 
 
 @other_tours

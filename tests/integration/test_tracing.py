@@ -24,7 +24,10 @@ from harness.stack import TIMINGS, prepare
 
 LATER = {"OTEL_BSP_SCHEDULE_DELAY": 600_000}  # so that only the end of a process exports its spans
 STEPS = 6  # jobs in each of the three: see faults/survey.py
-STACKS = [pytest.param(pool, marks=pytest.mark.xdist_group(f"traced-{pool}")) for pool in POOLS]
+STACKS = [
+    pytest.param(pool, id=f"redis-{pool}", marks=pytest.mark.xdist_group(f"traced-{pool}"))
+    for pool in POOLS
+]
 on_each_pool = pytest.mark.parametrize("traced", STACKS, indirect=True)
 on_prefork = pytest.mark.parametrize("traced", STACKS[:1], indirect=True)
 

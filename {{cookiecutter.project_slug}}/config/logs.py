@@ -67,7 +67,7 @@ def configure(debug, level):
 
 def drop_repeated(logger, method, event):
 {% if has_jobs %}
-    """Drop the log lines of successful requests that pages, probes and Prometheus repeat.
+    """Drop the log lines of successful requests that pages and Prometheus repeat.
 
     Also drop `task_enqueued`: 20,000 jobs that are enqueued together would log 20,000 lines. The worker's
     line `task_started` has the id of the request.

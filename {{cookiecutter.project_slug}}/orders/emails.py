@@ -9,7 +9,7 @@ logger = logging.getLogger(__name__)
 def send_to_each(recipients, newsletter):
     """Send the newsletter over one connection. A refused address must not stop the others.
 
-    It is not tried again, even if the refusal was temporary: the rest of the chunk would get two.
+    Even a temporary refusal is not retried: the rest of the chunk would get the email again.
     """
     subject, body = newsletter.subject, newsletter.body
     with get_connection() as connection:

@@ -6,7 +6,6 @@ an hour. Two workers with one name share a row, which shows the one that wrote l
 
 import atexit
 import logging
-import time
 from contextlib import closing
 from datetime import timedelta
 from functools import partial
@@ -61,7 +60,7 @@ class Heartbeat:
                     self.write(consumer)
             except Exception as error:  # the next try may succeed
                 logger.warning("cannot write the heartbeat: %r", error)
-            time.sleep(BEAT_SECONDS)
+            pool.sleep(BEAT_SECONDS)
 
     def write(self, consumer):
         """Insert or update the row, with one query."""

@@ -7,7 +7,6 @@ renews the lease of its job.
 
 import logging
 import random
-import time
 
 from django.db import close_old_connections, transaction
 from django.db.models import Q
@@ -38,7 +37,7 @@ def start_thread():
 def renew_leases():
     """Write reports every POLL_SECONDS, and renew each lease when a third of it has passed. Never returns."""
     while True:
-        time.sleep(POLL_SECONDS)
+        pool.sleep(POLL_SECONDS)
         with process.lock:
             current = list(process.runs.values())
         try:

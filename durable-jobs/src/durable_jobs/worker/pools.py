@@ -12,6 +12,7 @@ import _thread
 import mmap
 import sys
 import threading
+import time
 
 from asgiref import sync
 from billiard.common import terminate_handler_fired
@@ -41,6 +42,10 @@ class Threads:
     def start_thread(self, function):
         # threading.Thread takes a lock, which may not be free in a signal handler.
         _thread.start_new_thread(function, ())
+
+    def sleep(self, seconds):
+        """Wait in a thread of start_thread()."""
+        time.sleep(seconds)
 
     def query(self, function, *args, **kwargs):
         """Call a function that queries the database. Do not use this inside a transaction of the task.
@@ -73,6 +78,8 @@ class Greenlets:
         self.threads = threadpool.ThreadPool(10)
         self.hub = gevent.get_hub()
         self.get_thread = monkey.get_original("_thread", "get_ident")
+        # gevent's own waits in a greenlet of the thread, and a process that ends meanwhile crashes.
+        self.sleep = monkey.get_original("time", "sleep")
         self.main_thread = self.get_thread()
         sync.ThreadPoolExecutor = executor_of_coroutine
 

@@ -125,12 +125,12 @@ def child_has_crashed():
 
 def requeue_and_exit(exitcode=0):
     """Release the jobs that have not ended after SOFT_SHUTDOWN_SECONDS, and end the process."""
-    time.sleep(current_app.conf.worker_soft_shutdown_timeout)
+    pool.sleep(current_app.conf.worker_soft_shutdown_timeout)
     try:
         with process.lock:
             runs = process.runs.values()
             release([run for run in runs if not run.limit_key])
-            time.sleep(POLL_SECONDS)  # a renewal may lock a row for a moment
+            pool.sleep(POLL_SECONDS)  # a renewal may lock a row for a moment
             signals.worker_shutdown.send(None)  # Celery does not come so far
             heartbeat.forget()
             # Jobs with a limit at the very last: their functions must end when others get their slots.

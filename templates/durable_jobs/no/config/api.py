@@ -37,6 +37,6 @@ class Throttle(throttling.UserRateThrottle):
     def allow_request(self, request, view):
         try:
             return super().allow_request(request, view)
-        except Exception as error:  # each cache backend raises its own classes
+        except Exception as error:  # each cache backend has its own errors
             logger.warning("not counting requests, cache unavailable: %r", error)
             return True

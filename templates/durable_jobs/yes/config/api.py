@@ -37,7 +37,7 @@ class Throttle(throttling.UserRateThrottle):
             return True
         try:
             return super().allow_request(request, view)
-        except Exception as error:  # each cache backend raises its own classes
+        except Exception as error:  # each cache backend has its own errors
             Throttle.count_again_at = time.monotonic() + CACHE_PAUSE
             logger.warning(
                 "requests are not throttled, because the cache is unavailable: %r", error
