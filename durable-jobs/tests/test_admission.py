@@ -171,9 +171,10 @@ def test_a_body_of_a_cancelled_job_that_dies_frees_its_place(sent, commit, monke
         sweeper.sender.send_due()
     else:
         monkeypatch.setattr(children, "in_thread", lambda update, *args, delay: update(*args))
-        headers = of_job(run_token=token, limit_key="one")
+        headers = of_job(run_token=token)
         sender = SimpleNamespace(request=SimpleNamespace(headers=headers))
-        children.recover_job_of_dead_child(sender, first.pk, WorkerLostError())
+        with commit():
+            children.recover_job_of_dead_child(sender, first.pk, WorkerLostError())
     assert sent == [first.pk, second.pk]
     assert Job.objects.get(pk=first.pk).sweep_at is None
 
@@ -186,7 +187,8 @@ def test_a_cancelled_body_renews_the_lease_of_its_place(sent, commit, monkeypatc
     cancel(job)
     Job.objects.update(sweep_at=Now() + timedelta(seconds=1))
     if renew == "process":
-        lease.renew_cancelled([run])
+        lease.write_and_renew([run])
+        assert run.lost
     else:
         request = SimpleNamespace(id=str(job.pk), request_dict=of_job(run_token=run.token))
         monkeypatch.setattr(children.state, "active_requests", [request])
@@ -207,9 +209,9 @@ def test_a_revoke_frees_the_place_only_if_it_kills_the_body(
     monkeypatch.setattr(children, "in_thread", lambda update, *args, delay: update(*args))
     with commit():
         job = alone.enqueue()
-    start(job)
+    headers = of_job(run_token=start(job).token)
     cancel(job)
-    request = SimpleNamespace(id=job.pk, headers=of_job(limit_key="one"))
+    request = SimpleNamespace(id=job.pk, headers=headers)
     children.free_slot_of_dead_child(request, terminated=True, signum=signum)
     assert (Job.objects.get(pk=job.pk).sweep_at is None) == is_free
 

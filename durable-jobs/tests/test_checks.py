@@ -95,14 +95,6 @@ def test_the_checks_find_a_queue_without_workers(monkeypatch):
     assert found_by_checks() == {"durable_jobs.W005"}
 
 
-def test_the_checks_find_a_queue_that_plain_tasks_share_with_jobs(monkeypatch):
-    for task in add, app.tasks["helpers.plain"]:
-        monkeypatch.setattr(task, "queue", "cpu", raising=False)
-    found = run_checks(include_deployment_checks=True)
-    [shared] = [each for each in found if each.id == "durable_jobs.I002"]
-    assert "the queue cpu" in shared.msg
-
-
 def test_the_checks_find_a_rate_that_each_worker_counts_for_itself(monkeypatch):
     monkeypatch.setattr(app.tasks["helpers.plain"], "rate_limit", "5/s")
     assert found_by_checks() == set()

@@ -396,7 +396,7 @@ def test_the_sweep_stores_for_which_queues_the_broker_takes_no_message(broker_do
     cancel(Job.objects.all())
     sweeper.sender.send_due()
     sweeper.store_round()
-    assert Sweep.objects.get().refused is None
+    assert Sweep.objects.get().refused == {}
 
 
 # Costs and faults

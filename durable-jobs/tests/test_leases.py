@@ -119,7 +119,7 @@ def test_a_worker_that_freezes_while_it_renews_a_lease_locks_no_job_for_long(mon
 
     monkeypatch.setattr(lease, "lease_end", freeze)
     mine = Job.objects.filter(pk=job.pk)
-    for renewal in (lease.write_and_renew, [run]), (lease.renew_for_children, mine):
+    for renewal in (lease.write_and_renew, [run]), (lease.renew, mine):
         frozen.clear(), resumed.clear()
         thread = threading.Thread(target=renew, args=renewal)
         thread.start()
@@ -198,7 +198,7 @@ BULK_UPDATES = {
     "to find lapsed leases": lambda runs: recover_lapsed(),
     "to recover": lambda runs: lease.recover(Job.objects.all()),
     "to renew": lease.write_and_renew,
-    "to renew for children": lambda runs: lease.renew_for_children(Job.objects.all()),
+    "to renew for children": lambda runs: lease.renew(Job.objects.all()),
 }
 
 

@@ -51,7 +51,6 @@ def threads(monkeypatch):
     started = []
     pool = SimpleNamespace(
         start_thread=lambda function: started.append(function.func.__name__),
-        end_idle_worker=lambda: started.append("end_idle_worker"),
     )
     monkeypatch.setattr(shutdown, "pool", pool)
     monkeypatch.setattr(shutdown, "shutting_down", [False])
@@ -64,8 +63,8 @@ def threads(monkeypatch):
     ("pool", "ends"),
     [
         ("prefork", []),
-        ("threads", ["requeue_and_exit", "end_idle_worker"]),
-        ("solo", ["requeue_and_exit", "end_idle_worker"]),
+        ("threads", ["requeue_and_exit"]),
+        ("solo", ["requeue_and_exit"]),
     ],
 )
 def test_a_worker_limits_its_shutdown_as_its_pool_needs(threads, pool, ends):

@@ -165,7 +165,7 @@ def test_a_pause_in_the_page_holds_and_a_resume_lets_go(admin_client, run_jobs):
     assert job.state == "succeeded"
 
 
-@pytest.mark.parametrize("data", [{"pause": "nothing"}, {"pause": "i\0o"}, {"reason": "x"}, {}])
+@pytest.mark.parametrize("data", [{"pause": "nothing"}, {"reason": "x"}, {}])
 def test_an_invalid_pause_changes_nothing(admin_client, data):
     assert admin_client.post(QUEUES, data).status_code == 302
     assert not Pause.objects.exists() and not LogEntry.objects.exists()

@@ -20,6 +20,7 @@ from durable_jobs.messages import fields_in, message_of
 from durable_jobs.models import Job
 from durable_jobs.tasks import JobTask
 from durable_jobs.worker import children, remote_control, startup
+from durable_jobs.worker.runs import process
 
 pytestmark = pytest.mark.django_db
 
@@ -51,8 +52,9 @@ def test_the_job_of_a_killed_child_is_due_again_soon(monkeypatch, published):
 def test_a_worker_looks_for_dead_children_twice_a_second(monkeypatch):
     """Celery does so every 5 s, and the job of a killed child would wait as long."""
     monkeypatch.setattr("threading.Thread", Mock())  # starts no thread of leases
+    monkeypatch.setattr(process, "is_prefork", True)
     hub, pool, before = Hub(), Mock(), time.monotonic()
-    children.watch_children(Mock(hub=hub, pool=pool, controller=Mock(pool_cls="prefork")))
+    children.watch_children(Mock(hub=hub, pool=pool))
     [call] = hub.timer.queue
     assert before + 0.4 <= call.eta <= time.monotonic() + 0.6
     hub.timer.clear()

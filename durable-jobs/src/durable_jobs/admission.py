@@ -34,7 +34,7 @@ from durable_jobs.limits import limit_of
 from durable_jobs.messages import MESSAGE_FIELDS
 from durable_jobs.models import Job, Key, Pause
 from durable_jobs.publish import publish
-from durable_jobs.states import QUEUED, STILL_RUNNING
+from durable_jobs.states import QUEUED
 from durable_jobs.transitions import is_paused
 
 logger = logging.getLogger(__name__)
@@ -42,11 +42,7 @@ logger = logging.getLogger(__name__)
 AT_ONCE = 100  # jobs in memory, because their arguments may be large
 KEYS_AT_ONCE = 500  # in a transaction
 NO_LIMIT = 2**31 - 1
-FIELDS = [
-    field.attname
-    for field in Job._meta.concrete_fields
-    if field.primary_key or field.attname in MESSAGE_FIELDS
-]
+FIELDS = ["id", *MESSAGE_FIELDS]
 MOST = 5000  # jobs that the sweeper admits in a round, and keys that it looks at
 
 
@@ -128,7 +124,7 @@ def unblock(key, most=NO_LIMIT):
     Returns [job], whose message the caller sends, or [].
     """
     rows = oldest(blocked_by=key, most=most)
-    jobs = [Job.from_db(Job.objects.db, FIELDS, row) for row in rows]
+    jobs = [Job(**dict(zip(FIELDS, row, strict=True))) for row in rows]
     for job in jobs:
         give_slot(id=job.pk, seconds=timedelta(seconds=conf.RESEND_SECONDS))
     return jobs
@@ -232,7 +228,7 @@ def after_run(run):
     """Free the slot of a run that has handed it to no other job, and admit the next one."""
     try:
         if not run.has_written:
-            free_cancelled(run.job_id, run.claim_fields["crashes"])
+            transitions.release_slots(Job.objects.filter(pk=run.job_id, run_token=run.token))
         if a_blocked(blocked_by=run.limit_key):
             admit([run.limit_key])
     except Error as error:
@@ -245,21 +241,8 @@ def a_blocked(blocked_by):
     return Job.objects.filter(blocked_by=blocked_by).values_list("pk")[:1], None
 
 
-def free_cancelled(pk, crashes):
-    """Free the slot of a job that is cancelled, if the run that has ended is its last one.
-
-    `crashes` says which run it was: a newer one has counted its crash, unless the job was run again.
-    """
-    job = Job.objects.filter(STILL_RUNNING, pk=pk, crashes=crashes)
-    keys = list(job.values_list("limit_key", flat=True))
-    if job.update(sweep_at=None):
-        admit(keys)
-
-
 def keys_of_queued(jobs):
     """Return the keys of those of these jobs that have not started: some may have a slot, or get one now."""
-    if not conf.LIMITS:  # spare the query
-        return set()
     rows = jobs.filter(QUEUED, limit_key__isnull=False).order_by()
     return set(rows.values_list("limit_key", flat=True).distinct())
 

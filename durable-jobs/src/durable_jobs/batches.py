@@ -20,7 +20,7 @@ from django.db.models.functions import Now
 from django.utils import timezone
 
 from durable_jobs import actions, transitions
-from durable_jobs.database import in_transaction, may_succeed_later, timeouts, wait_for
+from durable_jobs.database import in_transaction, may_succeed_later, timeouts
 from durable_jobs.enqueue import (
     MemberOptions,
     call_fields,
@@ -85,8 +85,7 @@ def enqueue(
     **options: Unpack[MemberOptions],
 ) -> Batch:
     """Store a batch with a job for each list of arguments in `calls`. Returns it. See open_batch()."""
-    callbacks = {"on_success": on_success, "on_finish": on_finish}
-    with open_batch(owner=owner, label=label, **callbacks) as batch:
+    with open_batch(owner=owner, label=label, on_success=on_success, on_finish=on_finish) as batch:
         add_many(batch, task, calls, **options)
     return batch
 
@@ -206,15 +205,8 @@ def job_of(plan, now, **fields):
     return Job(**plan, **when, **fields)
 
 
-def with_results(args, pk):
-    """Return the arguments of a job, with the results of the batch `pk` in front, or as they are.
-
-    Results are in the order of the members. Raises LookupError if they were deleted.
-    """
-    return [wait_for(results_of, pk), *args] if pk else args
-
-
 def results_of(pk):
+    """Return the results of a batch, in the order of its members. Raises LookupError if they were deleted."""
     members = Job.objects.filter(batch=pk)
     for counts in Batch.objects.filter(pk=pk).values_list("counts", flat=True):
         if members.count() >= sum(counts.values()):
@@ -258,9 +250,8 @@ def end(pk, skip_locked=False):
     """
     if is_active(batch=pk):
         return
-    rows = Batch.objects.filter(*timeouts(), pk=pk, ended_at=None)
+    rows = Batch.objects.annotate(now=Now()).filter(*timeouts(), pk=pk, ended_at=None)
     with transaction.atomic():
-        rows = rows.annotate(now=Now())
         batch = rows.select_for_update(skip_locked=skip_locked).first()
         # Ask again: while the row is locked, no job can run again, and no transaction that adds a job can
         # commit, because PostgreSQL checks its foreign key.

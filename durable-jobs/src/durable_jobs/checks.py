@@ -12,7 +12,7 @@ from django.db.models import Count
 
 from durable_jobs import conf, limits
 from durable_jobs.beat.schedule import check_entry
-from durable_jobs.messages import is_job, known_names, known_queues, queue_of
+from durable_jobs.messages import known_names, known_queues, queue_of
 from durable_jobs.models import Job
 from durable_jobs.worker.pools import TIME_LIMITED
 
@@ -23,22 +23,15 @@ READ_COMMITTED = 2  # psycopg's IsolationLevel, and the default of PostgreSQL
 def check_database(app_configs, **kwargs):
     """Refuse databases in which jobs would be lost or never start. This opens no connection."""
     alias, vendor, use_tz = router.db_for_write(Job), connection.vendor, settings.USE_TZ
+    options = connection.settings_dict["OPTIONS"]
     # With a stricter level, whoever waits for a lock then reads what was true before.
-    isolation = connection.settings_dict["OPTIONS"].get("isolation_level")
-    is_known = vendor == "sqlite" or (
-        vendor == "postgresql" and isolation in (None, READ_COMMITTED)
-    )
+    isolation = options.get("isolation_level")
+    is_known = vendor in ("postgresql", "sqlite") and isolation in (None, READ_COMMITTED)
     if alias != "default" or not is_known or not use_tz:
         error = "Jobs require PostgreSQL or SQLite as the database 'default', and USE_TZ = True."
         hint = f"Currently {alias=}, {vendor=}, {use_tz=}, {isolation=}: correct your database router or settings."
         yield Error(error, hint=hint, id="durable_jobs.E005")
-
-
-@register()
-def check_connection_pool(app_configs, **kwargs):
-    """Refuse psycopg's pool with prefork: its threads do not live on in a child process."""
-    has_pool = connection.vendor == "postgresql" and connection.settings_dict["OPTIONS"].get("pool")
-    if has_pool and worker_pool() == "prefork":
+    if vendor == "postgresql" and options.get("pool") and worker_pool() == "prefork":
         yield Error(
             "Prefork workers can't use psycopg's connection pool: a child process inherits it without its threads.",
             hint='Remove "pool" from the OPTIONS of the database, or run workers with --pool threads.',
@@ -60,42 +53,20 @@ def check_queues(app_configs, **kwargs):
             )
 
 
-@register(deploy=True)
-def check_shared_queues(app_configs, **kwargs):
-    """Find queues in which messages of plain tasks hide how many messages of jobs are missing."""
-    queues = {True: set(), False: set()}
-    for name, task in current_app.tasks.items():
-        if not name.startswith("celery."):
-            queues[is_job(task)].add(queue_of(task, [], {}))
-    for queue in sorted(queues[True] & queues[False]):
-        yield Info(
-            f"Jobs and plain tasks share the queue {queue}: lost messages of jobs are sent again only once it is nearly empty.",
-            hint="Give the plain tasks a queue of their own in CELERY_TASK_ROUTES, or silence this check.",
-            id="durable_jobs.I002",
-        )
-
-
 @register()
-def check_rate_limits(app_configs, **kwargs):
-    """Check that no job uses Celery's own rate limit."""
-    _, names = known_names()
-    for name in names:
-        if rate := current_app.tasks[name].rate_limit:
+def check_limits(app_configs, **kwargs):
+    """Check that no job uses Celery's own rate limit, and those limits of jobs that aren't functions."""
+    for name in known_names()[1]:
+        task = current_app.tasks[name]
+        if task.rate_limit:
             yield Warning(
-                f"{name} has rate_limit={rate!r}: each worker counts separately, and takes no other jobs while it holds delayed ones.",
+                f"{name} has rate_limit={task.rate_limit!r}: each worker counts separately, and takes no other jobs while it holds delayed ones.",
                 hint='Use limit="name" instead, and put the rate into DURABLE_JOBS["LIMITS"].',
                 id="durable_jobs.W008",
             )
-
-
-@register()
-def check_limits(app_configs, **kwargs):
-    """Check those limits of jobs that aren't functions."""
-    for name in known_names()[1]:
-        limit = current_app.tasks[name].limit
         try:
-            if limit is not None and not callable(limit):
-                limits.check_key(limit)
+            if task.limit is not None and not callable(task.limit):
+                limits.check_key(task.limit)
         except ValueError as error:
             yield Error(
                 f"{name}: {error}.",

@@ -6,7 +6,7 @@ And cleaning up the connection that a task function has used.
 import logging
 import threading
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 
 from celery.exceptions import SoftTimeLimitExceeded
 from django.db import Error, connection, models
@@ -92,11 +92,8 @@ def in_thread(update, *args, delay=0):
     """Call update(*args) in a thread: a worker's loop must not wait for a lock or the database."""
 
     def wait_for_update():
-        try:
+        with closing(connection):  # a child must not inherit it
             wait_for(update, *args)
-        except Exception as error:  # nothing else would report it
-            logger.warning("cannot change a job: %r", error)
-        connection.close()  # a child must not inherit it
 
     timer = threading.Timer(delay, wait_for_update)
     timer.daemon = True  # a worker that ends does not wait for the database

@@ -222,10 +222,7 @@ class Facts:
 
     @cached_property
     def errors(self):
-        """{id: error} of the last failed run, for queued jobs that have one."""
-        failed = [
-            job.pk for job in self.jobs if job.state == "queued" and (job.retries or job.crashes)
-        ]
-        rows = Failure.objects.filter(job__in=failed).order_by("pk")
-        errors = rows.values_list("job", "error")
-        return {pk: error.strip().partition("\n")[0][:300] for pk, error in errors}
+        """{id: error} of the last failed run, for jobs that have one."""
+        failed = [job.pk for job in self.jobs if job.retries or job.crashes]
+        rows = Failure.objects.filter(job__in=failed).order_by("pk").values_list("job", "error")
+        return {pk: error.strip().partition("\n")[0][:300] for pk, error in rows}

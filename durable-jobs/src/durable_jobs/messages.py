@@ -24,15 +24,13 @@ def fields_in(headers):
 
 
 def send(jobs):
-    """Send the messages of these jobs over one connection. Raises the transport's exceptions."""
+    """Send the messages of these jobs of one queue over one connection. Raises the transport's exceptions."""
     with (
         current_app.producer_or_acquire() as producer,
         producer.batch() if jobs[1:] else nullcontext(),
     ):
-        declared = set()
-        for job in jobs:
-            send_one(job, producer, is_declared=job.queue in declared)
-            declared.add(job.queue)
+        for place, job in enumerate(jobs):
+            send_one(job, producer, is_declared=place > 0)
 
 
 def send_one(job, producer, is_declared=False):

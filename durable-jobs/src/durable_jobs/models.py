@@ -22,6 +22,8 @@ HAS_KEY = Q(idempotency_key__isnull=False)
 IN_BATCH = Q(batch__isnull=False)
 BLOCKED = Q(blocked_by__isnull=False, sweep_at=None)
 SWEPT = Q(blocked_by=None, sweep_at__isnull=False)
+LEASED = Q(SWEPT, run_token__isnull=False)  # running, or a cancelled job with a limit
+OVER = Q(blocked_by=None, sweep_at=None, run_token=None)
 
 
 class PrimaryManager(models.Manager):
@@ -153,7 +155,7 @@ class Job(Row):
                 # due_at for the metrics
                 fields=["state", "queue", "times_sent", "sweep_at", "due_at"],
                 name="job_active",
-                condition=Q(state__in=ACTIVE, sweep_at__isnull=False),
+                condition=Q(state__in=[*ACTIVE, "cancelled"], sweep_at__isnull=False),
             ),
             models.Index(
                 fields=["blocked_by", "created_at", "due_at", "queue"],  # queue for the metrics
@@ -186,9 +188,9 @@ class Job(Row):
             models.CheckConstraint(
                 name="job_state",
                 condition=Q(state="queued", run_token=None, finished_at=None) & (BLOCKED | SWEPT)
-                | Q(SWEPT, state="running", run_token__isnull=False, finished_at=None)
-                | Q(state__in=FINAL, run_token=None, finished_at__isnull=False, blocked_by=None)
-                & (Q(sweep_at=None) | Q(state="cancelled")),
+                | Q(LEASED, state="running", finished_at=None)
+                | Q(LEASED, state="cancelled", finished_at__isnull=False)
+                | Q(OVER, state__in=FINAL, finished_at__isnull=False),
             ),
         ]
 

@@ -1,5 +1,6 @@
 """Counts of jobs and batches that the API, the admin and the metrics show, read from their rows."""
 
+from collections import Counter, defaultdict
 from datetime import timedelta
 
 from django.db.models import Count, F, Min, Q, Sum, Window
@@ -10,7 +11,7 @@ from durable_jobs.messages import known_queues
 from durable_jobs.models import Batch, Job
 from durable_jobs.states import ACTIVE, RUNNING, STALLED
 from durable_jobs.transitions import is_paused
-from durable_jobs.worker.heartbeat import takers
+from durable_jobs.worker.heartbeat import alive
 
 RECENT = timedelta(minutes=5)
 
@@ -28,7 +29,7 @@ def kind_of(pk):
 def by_queue():
     """Return a dictionary with the metrics of each queue that is known, has active jobs or workers.
 
-    Its key "workers" has the workers that take from the queue.
+    Its key "workers" is how many workers take from the queue.
     """
     paused = is_paused(paused_names())
     queued, is_due, is_later = Q(state="queued"), Q(due_at__lte=Now()), Q(due_at__gt=Now())
@@ -47,18 +48,14 @@ def by_queue():
         durable_jobs_blocked=Count("queue", filter=is_due),
         durable_jobs_waiting_later=Count("queue", filter=is_later),
     )
-    rows = {queue: {"queue": queue} for queue in known_queues()}
-    rows |= {row["queue"]: row for row in active}
-    for row in blocked:
-        of_queue = rows.setdefault(row["queue"], {"queue": row["queue"]})
-        for name in ("durable_jobs_blocked", "durable_jobs_waiting_later"):
-            of_queue[name] = of_queue.get(name, 0) + row[name]
-    for queue, workers in takers().items():
-        of_queue = rows.setdefault(queue, {"queue": queue})
-        of_queue["workers"] = workers
-        of_queue["durable_jobs_slots"] = sum(worker.slots for worker in workers)
-        of_queue["durable_jobs_busy_slots"] = sum(worker.busy for worker in workers)
-    return list(rows.values())
+    found = defaultdict(Counter, {queue: Counter() for queue in known_queues()})
+    for row in [*active, *blocked]:
+        found[row.pop("queue")].update(row)  # adds the numbers
+    for worker in alive():
+        slots = {"durable_jobs_slots": worker.slots, "durable_jobs_busy_slots": worker.busy}
+        for queue in worker.queues:
+            found[queue].update(slots, workers=1)
+    return [{"queue": queue, **row} for queue, row in found.items()]
 
 
 def recently_ended():

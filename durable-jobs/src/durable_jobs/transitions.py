@@ -7,12 +7,13 @@ from inspect import signature
 from django.db import connection, models, transaction
 from django.db.models import Case, F, Q, When
 from django.db.models.functions import Coalesce, Least, Now
+from django.db.models.lookups import IsNull
 from django.db.models.sql import InsertQuery, UpdateQuery
 
 from durable_jobs import conf
 from durable_jobs.database import IDLE_TIMEOUT, LOCK_TIMEOUT, Clock, cursor_that_prepares
 from durable_jobs.models import Batch, Job, Pause
-from durable_jobs.states import QUEUED, UNFINISHED
+from durable_jobs.states import QUEUED, STILL_RUNNING, UNFINISHED
 
 STORED_FAILURES = 20  # of each job: the latest ones
 UNSUCCESSFUL = ["failed", "cancelled"]
@@ -41,10 +42,9 @@ def requeue(jobs, delay=0, failure=None, **changes):
     is_queued, has_limit = Q(state="queued"), Q(limit_key__isnull=False)
     keeps = is_queued if delay or failure else is_queued | has_limit
     changes["due_at"] = Case(When(keeps, then="due_at"), default=due)
-    limit_key = Case(When(state="running", then="limit_key"))
-    is_blocked = Q(blocked_by__isnull=False) | Q(state="running", limit_key__isnull=False)
-    changes["blocked_by"] = Coalesce("blocked_by", limit_key)
-    changes["sweep_at"] = Case(When(is_blocked, then=None), default=due)
+    of_run = Case(When(state="running", then="limit_key"))
+    changes["blocked_by"] = key = Coalesce("blocked_by", of_run)
+    changes["sweep_at"] = Case(When(IsNull(key, True), then=due))
     changes |= {"state": "queued", "run_token": None, "times_sent": 0}
     return update(jobs, changes, failure)
 
@@ -67,11 +67,16 @@ def finish(jobs, state, failure=None, **changes):
 def cancel(jobs):
     """Cancel these jobs, unless they have ended. Returns how many rows were changed.
 
-    A job with a limit keeps its slot until its task function ends, or until its lease does.
+    A job with a limit keeps its slot, and its run the token, until the task function or the lease ends.
     """
     in_body = Q(state="running", limit_key__isnull=False)
-    sweep_at = Case(When(in_body, then=F("sweep_at")), default=None)
-    return finish(jobs, "cancelled", sweep_at=sweep_at)
+    kept = {name: Case(When(in_body, then=name)) for name in ("run_token", "sweep_at")}
+    return finish(jobs, "cancelled", **kept)
+
+
+def release_slots(jobs):
+    """Free the slots of cancelled jobs whose functions have ended."""
+    jobs.filter(STILL_RUNNING).update(run_token=None, sweep_at=None)
 
 
 def run_again(jobs, **fields):

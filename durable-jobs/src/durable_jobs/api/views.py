@@ -270,9 +270,7 @@ class EnqueueMixin:
             raise KeyReused
         if found := self.get_queryset().filter(job=job).first():
             return self.get_serializer(found)
-        if Job.objects.filter(pk=job.pk).exists():
-            raise NotFound  # the object was deleted
-        return None  # the job was purged between the queries, so its key is free
+        raise NotFound  # the object was deleted
 
     @property
     def _idempotency_key(self):

@@ -51,11 +51,9 @@ class Sender:
         soon = queued.filter(sweep_at__lt=Now() + timedelta(seconds=pause))
         new = Q(times_sent=0, sweep_at__gte=Now())
         first, countdown = Min("sweep_at") - Now(), Min("sweep_at", filter=new) - Now()
-        rows = list(soon.values("queue").annotate(first=first, countdown=countdown))
-        names = [row["queue"] for row in rows if row["first"] < timedelta()]
-        countdowns = [
-            row["countdown"].total_seconds() for row in rows if row["countdown"] is not None
-        ]
+        rows = list(soon.values_list("queue").annotate(first=first, countdown=countdown))
+        names = [name for name, first, _ in rows if first < timedelta()]
+        countdowns = [wait.total_seconds() for *_, wait in rows if wait is not None]
         self.refused = {name: why for name, why in self.refused.items() if name in names}
         random.shuffle(names)  # so that each queue gets its turn, however many there are
         with current_app.connection_for_write() as broker:
@@ -86,9 +84,8 @@ class Sender:
         due = queued.filter(IDLE_TIMEOUT, sweep_at__lt=Now()).order_by("sweep_at")
         ids = mark_sent(due.filter(times_sent=0)[:JOBS_IN_MEMORY])
         if resend and missing > 0:
-            ids += mark_sent(
-                due.filter(times_sent__gt=0)[: min(missing, JOBS_IN_MEMORY - len(ids))]
-            )
+            most = min(missing, JOBS_IN_MEMORY - len(ids))
+            ids += mark_sent(due.filter(times_sent__gt=0)[:most])
         try:
             try:
                 self.load_and_send(ids)
@@ -126,19 +123,17 @@ class Sender:
                 refused += 1
                 self.refusals[pk] += takes_others and is_empty
                 if self.refusals[pk] >= REFUSALS:
-                    text = (
-                        f"The broker refused it {REFUSALS} times: {error.__cause__ or error!r:.500}"
-                    )
-                    fail(pk, error=text)
+                    fail(pk, error.__cause__ or error)
                     del self.refusals[pk]
                 if refused == len(ids):
                     raise
 
 
-def fail(pk, **texts):
+def fail(pk, error):
     """Write that a job that cannot be sent has failed, unless a worker had its message after all."""
-    if transitions.finish(Job.objects.filter(QUEUED, pk=pk), "failed", **texts):
-        logger.error("job %s failed: %s", pk, texts["error"])
+    text = f"The broker refused it {REFUSALS} times: {error!r:.500}"
+    if transitions.finish(Job.objects.filter(QUEUED, pk=pk), "failed", error=text):
+        logger.error("job %s failed: %s", pk, text)
 
 
 def mark_sent(due):

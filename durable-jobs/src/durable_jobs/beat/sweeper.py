@@ -10,14 +10,13 @@ from datetime import timedelta
 from django.db import connection, transaction
 from django.db.models.functions import Now
 
-from durable_jobs import admission, batches, conf
+from durable_jobs import batches, conf, transitions
 from durable_jobs.beat.purge import clean_forever
 from durable_jobs.beat.republish import Sender
 from durable_jobs.database import may_succeed_later, try_in_halves
 from durable_jobs.enqueue import BATCH_SIZE
 from durable_jobs.liveness import touch_liveness_file
 from durable_jobs.models import Job, Sweep
-from durable_jobs.states import STILL_RUNNING
 from durable_jobs.worker.lease import POLL_SECONDS, recover
 
 logger = logging.getLogger(__name__)
@@ -76,32 +75,19 @@ class Sweeper:
     def store_round(self):
         """Store that the sweeper is running, even if the broker took no message."""
         tick_due_at = Now() - timedelta(seconds=self.tick_delay())
-        fields = {"ended_at": Now(), "tick_due_at": tick_due_at}
-        fields["refused"] = self.sender.refused or None
+        fields = {"ended_at": Now(), "tick_due_at": tick_due_at, "refused": self.sender.refused}
         Sweep.objects.update_or_create(pk=1, defaults=fields)
 
 
 def recover_lapsed():
     """Recover the running jobs whose lease was not renewed, and free the slots of cancelled ones."""
-    running = Job.objects.filter(state="running", sweep_at__lt=Now())
-    cancelled = admission.with_slot().filter(STILL_RUNNING, sweep_at__lt=Now())
-    lapsed = []
-    for jobs in running, cancelled:
-        with transaction.atomic():  # skip a row that the job's own function has locked
-            rows = jobs.select_for_update(skip_locked=True)
-            if ids := list(rows.values_list("pk", flat=True)[:BATCH_SIZE]):
-                lapsed.append((jobs, ids))
-    if lapsed:
-        wait_for_table_lock()
+    lapsed = Job.objects.filter(state__in=["running", "cancelled"], sweep_at__lt=Now())
+    with transaction.atomic():  # skip a row that the job's own function has locked
+        ids = list(transitions.locking(lapsed).values_list("pk", flat=True)[:BATCH_SIZE])
+    if ids:
+        # Wait while another transaction locks the whole table, as CREATE INDEX does: until then, rows can be read,
+        # but no lease can be renewed. This is an UPDATE of no row.
+        Job.objects.filter(pk=uuid.uuid4()).update(crashes=0)
         # A worker that was delayed, for example by a lock, renews its leases in this time.
         time.sleep(2 * POLL_SECONDS)
-    for jobs, ids in lapsed:
-        try_in_halves(recover, jobs, ids)
-
-
-def wait_for_table_lock():
-    """Wait while another transaction locks the whole table, as CREATE INDEX does.
-
-    Until then, rows can be read, but no lease can be renewed.
-    """
-    Job.objects.filter(pk=uuid.uuid4()).update(crashes=0)  # an UPDATE of no row
+        try_in_halves(recover, lapsed, ids)

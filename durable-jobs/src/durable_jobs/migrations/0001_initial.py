@@ -192,7 +192,7 @@ class Migration(migrations.Migration):
         ),
         migrations.AddIndex(
             model_name='job',
-            index=models.Index(condition=models.Q(('state__in', ['queued', 'running']), ('sweep_at__isnull', False)), fields=['state', 'queue', 'times_sent', 'sweep_at', 'due_at'], name='job_active'),
+            index=models.Index(condition=models.Q(('state__in', ['queued', 'running', 'cancelled']), ('sweep_at__isnull', False)), fields=['state', 'queue', 'times_sent', 'sweep_at', 'due_at'], name='job_active'),
         ),
         migrations.AddIndex(
             model_name='job',
@@ -216,7 +216,7 @@ class Migration(migrations.Migration):
         ),
         migrations.AddConstraint(
             model_name='job',
-            constraint=models.CheckConstraint(condition=models.Q(models.Q(('finished_at', None), ('run_token', None), ('state', 'queued'), models.Q(models.Q(('blocked_by__isnull', False), ('sweep_at', None)), models.Q(('blocked_by', None), ('sweep_at__isnull', False)), _connector='OR')), models.Q(models.Q(('blocked_by', None), ('sweep_at__isnull', False)), ('finished_at', None), ('run_token__isnull', False), ('state', 'running')), models.Q(('blocked_by', None), ('finished_at__isnull', False), ('run_token', None), ('state__in', ['succeeded', 'failed', 'cancelled']), models.Q(('sweep_at', None), ('state', 'cancelled'), _connector='OR')), _connector='OR'), name='job_state'),
+            constraint=models.CheckConstraint(condition=models.Q(models.Q(('finished_at', None), ('run_token', None), ('state', 'queued'), models.Q(models.Q(('blocked_by__isnull', False), ('sweep_at', None)), models.Q(('blocked_by', None), ('sweep_at__isnull', False)), _connector='OR')), models.Q(models.Q(models.Q(('blocked_by', None), ('sweep_at__isnull', False)), ('run_token__isnull', False)), ('finished_at', None), ('state', 'running')), models.Q(models.Q(models.Q(('blocked_by', None), ('sweep_at__isnull', False)), ('run_token__isnull', False)), ('finished_at__isnull', False), ('state', 'cancelled')), models.Q(models.Q(('blocked_by', None), ('run_token', None), ('sweep_at', None)), ('finished_at__isnull', False), ('state__in', ['succeeded', 'failed', 'cancelled'])), _connector='OR'), name='job_state'),
         ),
         migrations.RunPython(clean_up_sooner, migrations.RunPython.noop),
         migrations.RunSQL(CREATE_LOAD, DROP_LOAD),

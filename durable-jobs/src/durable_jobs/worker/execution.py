@@ -97,7 +97,9 @@ def call(run, args, kwargs):
     """Return the function's result. Raises TransactionManagementError if it left a transaction open."""
     in_block = connection.in_atomic_block  # of a test: leave it open
     try:
-        result = run.task.run(*batches.with_results(args, run.results_of), **kwargs)
+        if run.results_of:
+            args = [database.wait_for(batches.results_of, run.results_of), *args]
+        result = run.task.run(*args, **kwargs)
     finally:
         was_open = not in_block and database.roll_back_open_transaction()
     if was_open:

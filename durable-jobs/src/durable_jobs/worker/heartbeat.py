@@ -6,7 +6,6 @@ an hour. Two workers with one name share a row, which shows the one that wrote l
 
 import atexit
 import logging
-from collections import defaultdict
 from contextlib import closing
 from datetime import timedelta
 from functools import partial
@@ -32,15 +31,6 @@ LOCK_SECONDS = 5  # that a worker that ends waits for its last heartbeat
 def alive():
     """Return the workers that respond."""
     return Worker.objects.filter(seen_at__gt=Now() - timedelta(seconds=STALE_SECONDS))
-
-
-def takers():
-    """Return {queue: the workers that take jobs from it}, without those that do not respond."""
-    found = defaultdict(list)
-    for worker in alive():
-        for queue in worker.queues:
-            found[queue].append(worker)
-    return found
 
 
 def delete_old():
@@ -73,7 +63,7 @@ class Heartbeat:
             pool.sleep(BEAT_SECONDS)
 
     def write(self, consumer):
-        """Write the row, with one query unless it is new or another worker has the same name."""
+        """Insert or update the row, with one query."""
         scaler, own = consumer.controller.autoscaler, self.own
         fields = {
             "pool": pool_name(consumer.controller.pool_cls),
@@ -84,8 +74,6 @@ class Heartbeat:
             "version": str(conf.VERSION)[:255],
             "seen_at": Clock(),
         }
-        if Worker.objects.filter(**own).update(**fields):
-            return
         update = {"update_conflicts": True, "unique_fields": ["name"]}
         row = Worker(**own, **fields)
         Worker.objects.bulk_create([row], **update, update_fields=["started_at", *fields])

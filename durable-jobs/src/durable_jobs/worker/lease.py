@@ -14,7 +14,6 @@ from django.db.models.functions import Now
 
 from durable_jobs import admission, conf, transitions
 from durable_jobs.models import Job
-from durable_jobs.states import STILL_RUNNING
 from durable_jobs.transitions import lease_end
 from durable_jobs.worker.pools import pool
 from durable_jobs.worker.runs import OVER_TIME_LIMIT, jobs_of, process
@@ -45,9 +44,6 @@ def renew_leases():
             close_old_connections()
             if to_write := [run for run in current if run.needs_write()]:
                 write_and_renew(to_write)
-            lost = [run for run in current if run.lost and run.limit_key]
-            if due := [run for run in lost if run.is_renewal_due()]:
-                renew_cancelled(due)
         except Exception as error:  # without this thread all leases would lapse
             logger.warning("cannot renew leases: %r", error)
 
@@ -55,40 +51,34 @@ def renew_leases():
 def write_and_renew(to_write):
     """Write what these runs reported, renew their leases, and find out which runs have lost their job.
 
-    Skip locked rows until the next call: waiting for one would let all other leases lapse.
+    A cancelled job with a limit has a lease, too: it keeps its slot until its function ends. Skip locked rows
+    until the next call: waiting for one would let all other leases lapse.
     """
     reports = {run: run.report for run in to_write}
     with transaction.atomic():
         rows = transitions.locking(jobs_of(to_write))
-        tokens = set(rows.values_list("run_token", flat=True))
-        written = [run for run in to_write if run.token in tokens]
-        silent = [run for run in written if not reports[run]]  # these keep progress and message
+        ended = dict(rows.values_list("run_token", "finished_at"))
+        written = [run for run in to_write if run.token in ended]
+        reported = [run for run in written if reports[run] and not ended[run.token]]
+        silent = set(written) - set(reported)  # these keep progress and message
         jobs_of(silent).update(sweep_at=lease_end())
-        reported = [run for run in written if reports[run]]
         jobs = [Job(pk=run.job_id, sweep_at=lease_end(), **reports[run]) for run in reported]
         Job.objects.bulk_update(jobs, ["progress", "message", "sweep_at"])
     for run in written:
-        run.written = reports[run]
+        run.written, run.lost = reports[run], bool(ended[run.token])
         run.plan_renewal()
     if len(written) < len(to_write):
         # Read again, without locks.
         tokens = set(jobs_of(to_write).values_list("run_token", flat=True))
         for run in to_write:
-            run.lost = run.token not in tokens
+            if run.token not in tokens:
+                run.lost = True
+                run.plan_renewal()
 
 
 @transaction.atomic
-def renew_cancelled(lost):
-    """Renew the leases of cancelled jobs with a limit: they keep their slots until their functions end."""
-    still_running = Job.objects.filter(STILL_RUNNING, pk__in=[run.job_id for run in lost])
-    transitions.skip_locked(still_running).update(sweep_at=lease_end())
-    for run in lost:
-        run.plan_renewal()
-
-
-@transaction.atomic
-def renew_for_children(jobs):
-    """Renew the leases of these jobs, which run in child processes. Skip locked rows."""
+def renew(jobs):
+    """Renew the leases of these jobs. Skip locked rows."""
     transitions.skip_locked(jobs).update(sweep_at=lease_end())
 
 
@@ -105,7 +95,7 @@ def recover(jobs):
         keys |= {job.limit_key} - {None}
         died = {"error": "Its worker died", "exception": "celery.exceptions.WorkerLostError"}
         if job.state == "cancelled":  # its function has ended, too: free its slot
-            Job.objects.filter(pk=job.pk).update(sweep_at=None)
+            transitions.release_slots(Job.objects.filter(pk=job.pk))
         elif job.late:
             over = {"error": OVER_TIME_LIMIT, "exception": "celery.exceptions.TimeLimitExceeded"}
             fail(job, over, OVER_TIME_LIMIT)

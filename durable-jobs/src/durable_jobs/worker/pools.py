@@ -17,7 +17,7 @@ import time
 from asgiref import sync
 from billiard.common import terminate_handler_fired
 from celery import concurrency
-from celery.exceptions import SoftTimeLimitExceeded, WorkerShutdown
+from celery.exceptions import SoftTimeLimitExceeded
 
 __all__ = ["pool_name"]
 
@@ -66,9 +66,6 @@ class Threads:
         """Return whether this exception ends more than a task: a prefork child, or a greenlet."""
         return isinstance(error, SystemExit) and terminate_handler_fired()
 
-    def end_idle_worker(self):
-        """Do nothing: with threads, Celery ends an idle worker immediately."""
-
 
 class Greenlets:
     """Greenlets. A task may block all of them, so leases use a native thread and lock."""
@@ -101,10 +98,6 @@ class Greenlets:
 
     def is_terminated(self, error):
         return isinstance(error, gevent.GreenletExit)
-
-    def end_idle_worker(self):
-        # Otherwise Celery may take five seconds to notice that it should stop.
-        gevent.kill(gevent.get_hub().parent, WorkerShutdown(0))
 
 
 def executor_of_coroutine(max_workers):

@@ -23,6 +23,7 @@ from durable_jobs.database import (
 )
 from durable_jobs.models import Batch, Job
 from durable_jobs.publish import publish
+from durable_jobs.states import UNFINISHED
 from durable_jobs.transitions import lease_end
 from durable_jobs.validation import MAX_RESULT_BYTES, as_json, check_size, printable, to_json
 from durable_jobs.worker.pools import pool
@@ -99,7 +100,7 @@ class Run:
 
     @property
     def row(self):
-        return jobs_of([self])
+        return jobs_of([self]).filter(UNFINISHED)
 
     def __enter__(self):
         with process.lock:
@@ -139,14 +140,14 @@ class Run:
     # What the function does
 
     def needs_write(self):
-        return not self.lost and (self.report != self.written or self.is_renewal_due())
+        """Return whether its lease must be renewed, also as the owner of a slot, or there is a new report."""
+        if self.lost and not self.limit_key:
+            return False
+        return time.monotonic() > self.renew_at or (self.report != self.written and not self.lost)
 
     def plan_renewal(self):
         """Renew the lease when a third of it has passed."""
         self.renew_at = time.monotonic() + conf.LEASE_SECONDS / 3
-
-    def is_renewal_due(self):
-        return time.monotonic() > self.renew_at
 
     def read_cursor(self):
         if self.cursor is UNREAD:
@@ -260,7 +261,7 @@ class Run:
 
 
 def jobs_of(some_runs):
-    """Return the rows of these runs, except of those that have lost their job."""
+    """Return the rows that have the tokens of these runs, also of cancelled jobs with a limit."""
     tokens = [run.token for run in some_runs]
     return Job.objects.filter(pk__in=[run.job_id for run in some_runs], run_token__in=tokens)
 

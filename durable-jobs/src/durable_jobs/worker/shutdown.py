@@ -13,7 +13,7 @@ Prefork:
 
 Threads and gevent:
 
-1. The process gets SIGTERM. It ends with its last task, without a task immediately.
+1. The process gets SIGTERM. It ends with its last task. With gevent, this may take five seconds more.
 2. After SOFT_SHUTDOWN_SECONDS, a thread releases the jobs that are left, and ends the process:
    requeue_and_exit().
 
@@ -37,6 +37,7 @@ from django.db import connection, transaction
 from django.db.transaction import TransactionManagementError
 
 from durable_jobs import transitions
+from durable_jobs.states import UNFINISHED
 from durable_jobs.worker.heartbeat import heartbeat
 from durable_jobs.worker.lease import POLL_SECONDS
 from durable_jobs.worker.pools import has_children, pool, shutting_down
@@ -60,15 +61,13 @@ class Shutdown(StartStopStep):
         begin(worker.exitcode or 0)
 
 
-def begin(exitcode=0, sig=None, **kwargs):
+def begin(exitcode=0, **kwargs):
     """Begin the shutdown, and limit its time: Celery alone would wait for the last function."""
     if shutting_down[0]:
         return
     shutting_down[0] = True
     if not process.is_prefork:
         pool.start_thread(partial(requeue_and_exit, exitcode))
-        if sig and not state.reserved_requests:
-            pool.end_idle_worker()
 
 
 # Prefork
@@ -143,7 +142,7 @@ def requeue_and_exit(exitcode=0):
 @transaction.atomic
 def release(some_runs):
     """Queue these jobs for other workers. The leases of locked rows will lapse."""
-    transitions.requeue(transitions.skip_locked(jobs_of(some_runs)))
+    transitions.requeue(transitions.skip_locked(jobs_of(some_runs).filter(UNFINISHED)))
 
 
 # A function that stores a cursor
