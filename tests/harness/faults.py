@@ -30,7 +30,7 @@ on_each_broker = stacks(pools=POOLS[:1])  # if the pool does not matter
 on_each_pool = stacks(brokers=ONE["brokers"])
 # If children matter, but greenlets are threads to what is tested.
 on_prefork_and_threads = stacks(brokers=ONE["brokers"], pools=["prefork", "threads"])
-on_one = stacks(**ONE)
+on_one = stacks(**ONE, apart=True)  # another stack, because tests that share one run in turn
 on_prefork = stacks(brokers=ONE["brokers"], pools=["prefork"])
 on_gevent = stacks(brokers=ONE["brokers"], pools=["gevent"])
 where_jobs_share_a_process = stacks(ONE["brokers"], [pool for pool in POOLS if pool != "prefork"])

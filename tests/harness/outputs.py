@@ -87,7 +87,6 @@ def outputs(*answers):
     return pytest.mark.parametrize("output", params, indirect=True)
 
 
-every_broker_and_pool = outputs(*one_of_each_broker_and_pool())
 # The tours that ../test_first_run.py does not make.
 other_tours = outputs(
     *(each for each in one_of_each_broker_and_pool() if each not in one_for_each_broker())

@@ -102,9 +102,8 @@ class PlainStack(Stack):
             "celery -A config flower", name="flower", is_ready=lambda: connects(self.flower_port)
         )
 
-    def start(self, *more):
-        """Start the servers, web, worker and these processes."""
-        self.processes += more
+    def start(self):
+        """Start the servers, web and worker."""
         self.servers.start()
         self.launch(self.processes)
 

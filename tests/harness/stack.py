@@ -40,6 +40,10 @@ from durable_jobs.states import ACTIVE, FINAL
 from durable_jobs.worker import heartbeat
 from durable_jobs.models import Batch, Failure, Job, Pause, Sweep, Worker
 """
+MIGRATE = """
+from django.core.management import call_command
+result = call_command("migrate", verbosity=0)
+"""
 ADD_USER = """
 from users.models import User
 from rest_framework.authtoken.models import Token
@@ -135,12 +139,12 @@ class Stack:
         return self.process(f"celery -A {app} beat -s {self.folder}/{name}", name, **variables)
 
     def launch(self, processes):
-        """Migrate, start these processes and a console, and wait until they are ready."""
+        """Migrate in a console, start these processes, and wait until they are ready."""
         variables = {key: str(value) for key, value in self.variables.items()}
-        self.project.manage("migrate", "-v0", **variables)
+        self.console = Console(self.project, self.folder / "console.log", **variables)
+        self.console.ask(MIGRATE)
         for process in processes:
             process.launch()
-        self.console = Console(self.project, self.folder / "console.log", **variables)
         self.token = self.add_user("tester", **self.tester)
         for process in processes:
             process.wait_until_ready()

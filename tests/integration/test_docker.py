@@ -19,7 +19,6 @@ from harness.bake import CHOICES, PINNED, WITH_JOBS
 from harness.blocks import code
 from harness.ci import job_of
 from harness.containers import (
-    HTTPS,
     MANAGE,
     Pods,
     Stack,
@@ -33,14 +32,13 @@ from harness.containers import (
 from harness.outputs import ORDER
 from harness.project import env, free_ports, wait_for
 
-# A job that runs much longer than SOFT_SHUTDOWN_SECONDS and reports 1,000 times.
+# A job of 30 seconds, much longer than SOFT_SHUTDOWN_SECONDS.
 LONG_JOB = """
 from durable_jobs.enqueue import enqueue
-from orders.tasks import forecast_demand
+from orders.tasks import write_report
 from users.models import User
-arguments = {"rounds": 3_000_000}
 owner = User.objects.get(is_superuser=True)  # the profile monitoring has added another user
-print(enqueue(forecast_demand, ["Tea"], arguments, owner=owner).pk)
+print(enqueue(write_report, [owner.pk], {"days": 60}, owner=owner).pk)
 """
 # A job for each queue, which Beat starts when its countdown is over.
 JOB_FOR_EACH_QUEUE = """
@@ -90,15 +88,6 @@ class JobStack(Stack):
         assert job["state"] == "succeeded", job
         return f"/api/orders/{order['id']}/", job
 
-    def start_long_job(self):
-        """Start LONG_JOB, wait for its first progress of 5 or more; return its URL and its id."""
-        self.order()
-        pk = self.shell(LONG_JOB)
-        url = f"/api/jobs/{pk}/"
-        job = next(job for job in self.follow(url) if job["progress"] >= 5)
-        assert job["state"] == "running", f"too quick: {job}"
-        return url, pk
-
 
 def test_an_order_becomes_a_succeeded_job(stack, record_property):
     url, job = stack.order()
@@ -145,8 +134,9 @@ def test_the_image_is_small_and_contains_no_secret(stack):
 def test_a_stop_in_the_middle_of_a_job_loses_nothing(stack):
     """The data also outlives the containers."""
     order, _ = stack.order()
-    url, pk = stack.start_long_job()
-    token = stack.token
+    pk, token = stack.shell(LONG_JOB), stack.token
+    url = f"/api/jobs/{pk}/"
+    next(job for job in stack.follow(url) if job["progress"])
     stack.make("down")
     assert not stack.compose("ps", "--all", "--quiet")
     stack.make_up()
@@ -185,22 +175,12 @@ def test_the_profile_monitoring_collects_metrics_and_alerts(stack):
         assert seen[0] == 200 and not seen[2]["results"]
 
 
-def test_a_job_of_a_killed_worker_runs_again(stack):
-    url, pk = stack.start_long_job()
-    stack.compose("kill", "worker")
-    stack.compose("start", "worker")
-    *_, job = stack.follow(url)
-
-    assert job["state"] == "succeeded"
-    assert stack.shell(CRASHES.format(pk)) == "1"
-
-
 def test_compose_scales_the_workers(stack):
-    stack.up("--scale", "worker=3")
-    assert len(stack.containers()["worker"]) == 3
+    stack.up("--scale", "worker=2")
+    assert len(stack.containers()["worker"]) == 2
 
     def workers():
-        return len(stack.ask_flower("/api/workers?refresh=1")[2] or []) >= 3
+        return len(stack.ask_flower("/api/workers?refresh=1")[2] or []) >= 2
 
     if stack.has_flower:
         assert wait_for(workers, site=stack)
@@ -392,34 +372,6 @@ def test_the_dump_of_the_page_has_the_jobs(stack):
     stack.project.call("sh", "-c", restore, **stack.environment)
     states = stack.psql(f"SELECT state FROM durable_jobs_job WHERE id = '{job['id']}'", "restored")
     assert states == "succeeded"
-
-
-def test_make_up_again_applies_new_code_and_the_settings_of_production(stack):
-    """The data stays."""
-    order, _ = stack.order()
-    token, path = stack.token, stack.project / ".env"
-    development, tasks = path.read_text(), stack.project / "orders/tasks.py"
-    left_out = "^(DEBUG|DJANGO_SUPERUSER_.*|ALLOWED_HOSTS|EMAIL_URL)=.*\n"
-    variables = re.sub(left_out, "", development, flags=re.M)
-    path.write_text(f"{variables}\nALLOWED_HOSTS=example.com\nEMAIL_URL=consolemail://\n")
-    tasks.write_text(tasks.read_text() + "\n# production\n")
-    try:
-        assert "Token" not in stack.make("up")
-        with stack.monitored():  # asks web:8000 over plain HTTP
-            wait_for(stack.is_scraped, site=stack)
-        stack.headers = HTTPS
-        assert stack.request(order)[0] == 200
-        stack.order()
-        assert (
-            stack.compose("exec", "-T", "worker", "tail", "-1", "orders/tasks.py")
-            == "# production\n"
-        )
-        assert stack.request(order, Host="127.0.0.1")[0] == 400
-    finally:
-        path.write_text(development)
-        stack.headers = {}
-        stack.make_up()
-    assert stack.token == token
 
 
 DOMAIN = "shop.localhost"  # Caddy issues its certificate itself

@@ -19,7 +19,6 @@ from harness.outputs import (
     ORDER,
     combinations,
     default_output,
-    every_broker_and_pool,
     every_pool,
     one_for_each_broker,
     other_tours,
@@ -31,7 +30,7 @@ from harness.project import connects, env, fetch, free_ports, processes_in, wait
 EXTRA = {"FLOWER_BASIC_AUTH": "admin:password", "DEBUG": "False", "MEDIA_ROOT": "/srv/media"}
 
 
-@every_broker_and_pool
+@outputs(*one_for_each_broker())
 def test_it_passes_its_checks(project):
     """Those of `make check` that test_bake.py cannot run, and production's, in one process."""
     project.manage("shell", "-v0", "-c", CHECKS, **project.production(), **EXTRA)
