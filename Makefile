@@ -3,7 +3,7 @@
 demo: .venv  ## bake a project, start it, run its tasks: make demo ARGS="durable_jobs=yes"
 	@PYTHONPATH=tests .venv/bin/python -m harness.demo $(ARGS)
 
-engine: .venv  ## tests of the library durable-jobs, in seconds: make engine ARGS="-k retry"
+engine: .venv  ## test the library durable-jobs, in seconds: make engine ARGS="-k retry"
 	.venv/bin/python -m pytest durable-jobs/tests -c durable-jobs/tests/pytest.ini $(ARGS)
 
 PYTEST := .venv/bin/python -m pytest -n auto --dist loadgroup --no-loadscope-reorder --durations 10
@@ -21,13 +21,13 @@ chaos: .venv  ## two minutes of random faults on each broker; longer: make chaos
 bench: .venv  ## measure and write durable-jobs/docs/performance.md; a trial: make bench ARGS="--scale 0.1"
 	PYTHONPATH=tests .venv/bin/python durable-jobs/bench/run.py $(ARGS)
 
-pictures: .venv  ## retake the pictures of README.md
+pictures: .venv  ## retake the pictures in README.md
 	.venv/bin/uv pip install --quiet --python .venv/bin/python pillow
 	PYTHONPATH=tests .venv/bin/python -m harness.pictures
 
 VENDOR := {{cookiecutter.project_slug}}/vendor
 
-wheel: .venv  ## build durable-jobs into the output, as a test wants it
+wheel: .venv  ## build durable-jobs into the output, as a test requires
 	.venv/bin/uv build --quiet --wheel --clear --no-create-gitignore --out-dir '$(VENDOR)' durable-jobs
 	@.venv/bin/python .ci/wheel.py
 
@@ -39,7 +39,7 @@ WHOLE := $(shell grep -rLE '\{[{%#]' templates/durable_jobs --include=*.py)
 FIRST_PARTY := --config 'lint.isort.known-first-party = ["config", "orders", "users"]'
 AS_OUTPUT := --force-exclude --config durable-jobs/pyproject.toml $(WHOLE)
 
-lint: .venv  ## format all plain Python; CHECK=1 changes nothing, and fails
+lint: .venv  ## format all plain Python; CHECK=1 only reports problems
 	.venv/bin/ruff check $(if $(CHECK),,--fix) . durable-jobs
 	.venv/bin/ruff format $(if $(CHECK),--check) . durable-jobs
 	.venv/bin/ruff check $(if $(CHECK),,--fix) $(FIRST_PARTY) $(AS_OUTPUT)

@@ -25,10 +25,10 @@ CHOICES = {
 }
 IDENTIFIER = r"(?!pg_|.*___)[a-z]([a-z0-9_]{0,38}[a-z0-9])?"  # for images, roles, databases
 TAKEN = {  # Such a project could not start, or would replace what already has its name.
-    "a word of YAML, not text": "false n no null off on true y yes",
-    "a database or role of PostgreSQL": "none postgres public template0 template1",
-    "a user of RabbitMQ": "guest",
-    "a namespace of Kubernetes": "default kube_node_lease kube_public kube_system",
+    "a YAML keyword, not text": "false n no null off on true y yes",
+    "a PostgreSQL database or role": "none postgres public template0 template1",
+    "a RabbitMQ user": "guest",
+    "a Kubernetes namespace": "default kube_node_lease kube_public kube_system",
     "an image that the project uses": "caddy python rabbitmq redis",
     "a device on Windows": "aux con nul prn " + " ".join(f"com{n} lpt{n}" for n in range(1, 10)),
 }
@@ -43,17 +43,17 @@ def faults():
     for option in ("project_name", "project_slug", "description", "author_name", "author_email"):
         text = str(ANSWERS[option])
         if text != ANSWERS[option] or not text.strip():
-            yield option, "write a text that is not empty"
+            yield option, "enter text that is not empty"
         if re.search("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]", text):
-            yield option, "leave out line breaks, control and text direction characters"
+            yield option, "remove line breaks, control and text direction characters"
     if not re.fullmatch(IDENTIFIER, SLUG):
-        letters = "use 1-40 of a-z, 0-9 and _; begin with a letter"
-        yield "project_slug", f"{letters}, but not with pg_; do not end with _ or write ___"
+        letters = "use 1-40 characters: a-z, 0-9, _; begin with a letter"
+        yield "project_slug", f"{letters}, but not with pg_; do not end with _ or use ___"
     for meaning, names in TAKEN.items():
         if SLUG in names.split():
             yield "project_slug", f"this is {meaning}; try {SLUG}_project"
     if not re.fullmatch(EMAIL, str(ANSWERS["author_email"]), re.ASCII | re.IGNORECASE):
-        yield "author_email", "write one plain address, such as you@example.com"
+        yield "author_email", "enter one plain address, such as you@example.com"
 
 
 if "__prompts__" in ANSWERS and "_repo_dir" not in ANSWERS:  # older versions ignore templates/

@@ -312,7 +312,7 @@ def test_the_slug_names_the_folder_and_the_package(bake):
 
 @pytest.mark.parametrize("slug", sum(SLUGS.values(), []))
 def test_a_bad_slug_is_refused(refusal, slug):
-    assert f"project_slug {slug!r}: use 1-40 of a-z, 0-9 and _" in refusal(project_slug=slug)
+    assert f"project_slug {slug!r}: use 1-40 characters: a-z, 0-9, _" in refusal(project_slug=slug)
 
 
 def hook(slug):
@@ -331,10 +331,10 @@ def taken(meaning):
 @pytest.mark.parametrize(
     ("slug", "meaning"),
     [
-        ("off", "a word of YAML, not text"),
-        ("template1", "a database or role of PostgreSQL"),
-        ("guest", "a user of RabbitMQ"),  # may log in from the server's own machine only
-        ("kube_system", "a namespace of Kubernetes"),
+        ("off", "a YAML keyword, not text"),
+        ("template1", "a PostgreSQL database or role"),
+        ("guest", "a RabbitMQ user"),  # may log in from the server's own machine only
+        ("kube_system", "a Kubernetes namespace"),
         ("redis", "an image that the project uses"),
         ("lpt9", "a device on Windows"),
     ],
@@ -360,7 +360,7 @@ def test_words_of_yaml_are_refused():
 
     words = {"n", "y", *re.findall(r"\b[a-z]+\b", " ".join(patterns))}
 
-    assert words == taken("a word of YAML, not text")
+    assert words == taken("a YAML keyword, not text")
 
 
 def test_images_of_servers_are_refused():
@@ -379,7 +379,7 @@ def test_an_answer_that_is_not_a_text_is_refused(replay, tmp_path, text):
 
     assert result.returncode == 1
     for option in options:
-        assert f"{option} {text!r}: write a text that is not empty." in result.stderr
+        assert f"{option} {text!r}: enter text that is not empty." in result.stderr
     assert has_no_files(tmp_path / "out")
 
 
@@ -403,7 +403,7 @@ def test_an_invisible_character_is_refused(replay, tmp_path, character):
 
     assert result.returncode == 1
     for option in options:
-        assert f"{option} {text!r}: leave out line breaks" in result.stderr
+        assert f"{option} {text!r}: remove line breaks" in result.stderr
     assert has_no_files(tmp_path / "out")
 
 

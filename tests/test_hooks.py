@@ -102,7 +102,7 @@ def test_a_typed_slug_that_cannot_name_a_folder_is_refused(run, tmp_path, slug):
     result = run(typed=f"Shop\n{slug}\n" + "\n" * len(OPTIONS))
 
     assert result.returncode == 1
-    assert f"project_slug {slug!r}: use 1-40 of a-z, 0-9 and _" in result.stderr
+    assert f"project_slug {slug!r}: use 1-40 characters: a-z, 0-9, _" in result.stderr
     assert list((tmp_path / "out").iterdir()) == []
 
 

@@ -61,8 +61,8 @@ def test_other_versions_of_cookiecutter_write_the_same_project(
     before = sorted(tmp_path.iterdir())
     result = cookiecutter(packages, "--no-input", "project_slug=../guest", "author_email=nobody")
     assert result.returncode == 1
-    assert "project_slug '../guest': use 1-40 of a-z" in result.stderr
-    assert "author_email 'nobody': write one plain address" in result.stderr
+    assert "project_slug '../guest': use 1-40 characters: a-z" in result.stderr
+    assert "author_email 'nobody': enter one plain address" in result.stderr
     assert sorted(tmp_path.iterdir()) == before
     replay = tmp_path / f".cookiecutter_replay/{TEMPLATE.name}.json"
     answers = json.loads(replay.read_text())

@@ -50,21 +50,21 @@ LIMITS = [(None, 1), (5, 500), (5, 10), (5, 1), (1, 1)]  # (at once in a key, ke
 PAGES = [
     "`GET /api/jobs/`",
     "`?state=failed`",
-    "page at 90% of the list",
+    "page 90% down the list",
     "admin: list",
     "admin: search by id",
 ]
 TABLES = {
     "speed": "broker|what|sent/s|in bulk/s|done/s|one: median ms|p95 ms",
     "costs": "broker|what|main process|children|PostgreSQL|broker|sum|to enqueue|flushes",
-    "bulk": "what|stored/s|the first starts after ms|all are done after s",
+    "bulk": "what|stored/s|first start: ms|all done: s",
     "database": "finished jobs|clients|jobs/s|CPU-ms|flushes|KB of WAL",
     "parts": "broker|with|INSERT/s|publish/s|one after the other/s|jobs sent/s|ratio",
     "together": "what|tasks|how|stored/s|done/s|CPU-ms each|callback starts after ms",
-    "limits": "at once in a key|keys|stored/s|done/s|of unlimited|CPU-ms each"
+    "limits": "limit of a key|keys|stored/s|done/s|vs. unlimited|CPU-ms each"
     "|next start: median ms|p95 ms",
     "held": "held jobs|by|ms of a round",
-    "waiting": "jobs that wait|claims/s|jobs done/s",
+    "waiting": "waiting jobs|claims/s|jobs done/s",
     "sweep": "broker|queues|jobs sent/s",
     "rows": "finished jobs|" + "|".join(PAGES) + "|purged/s",
     "processes": "child processes|plain tasks/s|jobs/s",

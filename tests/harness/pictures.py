@@ -1,4 +1,4 @@
-"""`make pictures` retakes the pictures of README.md: docs/page.png and docs/killed.gif."""
+"""`make pictures` retakes the pictures in README.md: docs/page.png and docs/killed.gif."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""A pause stays: nothing of the queue or task starts, whatever is restarted. Then all jobs run."""
+"""A pause lasts: nothing of the queue or task starts, whatever is restarted. Then all jobs run."""
 
 import time
 
@@ -47,7 +47,7 @@ def check_neighbours(stack):
     assert succeeded(rows, crashes=0), rows
 
 
-@pytest.mark.promise("A pause stays")
+@pytest.mark.promise("A pause lasts")
 @on_prefork_and_threads
 def test_a_paused_queue_starts_no_job_whatever_is_restarted(stack, gate, since):
     running = stack.enqueue("hold", gate, queue="cpu")

@@ -1,7 +1,7 @@
 """What a fault does to plain tasks, on each broker, and with each pool on the first one.
 
 Each test records what happened, and the table of all is printed at the end of the run. For the
-table of docs/reliability.md: make prove TESTS=tests/integration/test_plain_faults.py
+table in docs/reliability.md: make prove TESTS=tests/integration/test_plain_faults.py
 ARGS="--faults-to table.md". It names only the pools that a test ran with.
 """
 
@@ -97,7 +97,7 @@ def test_sigterm_stops_a_worker_with_a_long_task(plain, gate, record_fault):
         gate.touch()
         plain.worker.wait()
         assert plain.notes("end", task)
-        what = "the worker ends after the task; if it is killed first, see the row about that"
+        what = 'the worker exits after the task; if it is killed first, see "a worker is killed"'
         record_fault(fault, what)
         return
     assert plain.worker.stop() == 0
@@ -107,7 +107,7 @@ def test_sigterm_stops_a_worker_with_a_long_task(plain, gate, record_fault):
     plain.wait_until_started(task, times=2)
     again = plain.notes("start", task)[1][1] - ready
     assert again < REDELIVERY / 2
-    what = "the worker ends, and the next one starts the task again immediately"
+    what = "the worker exits, and the next one starts the task again immediately"
     record_fault(fault, what, stopped, "20 s (`SOFT_SHUTDOWN_SECONDS`) + 1 to 3 s")
 
 
@@ -197,7 +197,7 @@ def test_a_task_that_kills_its_worker_is_delivered_without_end_by_redis(plain, g
         gate.touch()
         plain.wait_until_started(task, times=7)
         plain.wait_until_started(plain.send("quick"))
-    record_fault(FATAL, "it is delivered again indefinitely", None, AGAIN["redis"] + " each time")
+    record_fault(FATAL, "it is redelivered indefinitely", None, AGAIN["redis"] + " each time")
 
 
 @on_rabbitmq
@@ -218,7 +218,7 @@ def test_a_task_that_kills_its_worker_becomes_a_dead_letter_of_rabbitmq(plain, r
         plain.empty("dead-letters")
     finally:
         plain.broker.control("clear_policy", "dead-letters")
-    what = f"after {limit} further deliveries it becomes a dead letter"
+    what = f"after {limit} redeliveries it becomes a dead letter"
     record_fault(FATAL, what, None, "–")
 
 
@@ -234,7 +234,7 @@ def test_a_task_that_kills_its_worker_becomes_a_dead_letter_of_sqs(plain, record
         assert plain.starts(task) == 3
     finally:
         plain.ask(LIMIT_DELIVERIES, count=limit, seconds=REDELIVERY)
-    what = f"after {limit - 1} further deliveries it becomes a dead letter"
+    what = f"after {limit - 1} redeliveries it becomes a dead letter"
     record_fault(FATAL, what, None, AGAIN["sqs"] + " each time")
 
 
@@ -270,7 +270,7 @@ def test_a_task_is_lost_if_its_process_dies_between_commit_and_sending(
     plain.ask(FORGET, order=order)
     wait_for(lambda: plain.ask(LATE)[1])
     fault = "The web server is killed after the commit, before it sends the message"
-    record_fault(fault, "**the task is lost**; Beat's task finds the orders", None, "1 to 2 h")
+    record_fault(fault, "**the task is lost**; a periodic task finds the orders", None, "1 to 2 h")
 
 
 LATE = """
@@ -346,7 +346,7 @@ def test_tasks_outlive_a_restart_of_the_broker(plain, gate, record_fault):
     again = sum(plain.starts(task) > 1 for task in running)
     what = "waiting tasks are kept; running ones run again" if again else "all tasks are kept"
     if plain.worker.pid != pid:
-        what += "; the worker ends, and its supervisor restarts it"
+        what += "; the worker exits, and its supervisor restarts it"
     fault = "The broker crashes and restarts"
     record_fault(fault, what, seconds, "seconds" if broker_of(plain) == "rabbitmq" else "")
 
@@ -378,7 +378,7 @@ def test_an_emptied_broker_loses_what_waits(plain, record_fault):
     wait_for(lambda: plain.request("GET", url)[2]["confirmed_at"])
     fault = "The broker loses its messages"
     record_fault(
-        fault, "**waiting tasks are lost**; Beat's task finds the orders", None, "1 to 2 h"
+        fault, "**waiting tasks are lost**; a periodic task finds the orders", None, "1 to 2 h"
     )
 
 
@@ -409,7 +409,8 @@ def test_a_broker_that_does_not_answer_delays_no_request(plain, record_fault, ho
         url = f"/api/orders/{order['id']}/"
         wait_for(lambda: plain.request("GET", url)[2]["confirmed_at"])
         print("seconds until the next order was confirmed:", round(time.time() - start, 2))
-    what = "orders are stored (201), and Beat's task confirms them later; reports are refused (503)"
+    what = "orders are stored (201), and a periodic task confirms them later; "
+    what += "reports are refused (503)"
     record_fault(f"The broker {how} during a request", what, max(seconds))
 
 
@@ -427,7 +428,7 @@ def test_a_countdown_is_doubled_where_it_exceeds_the_visibility_timeout(plain, r
     else:
         assert min(starts) > 1
         what = "the task runs two or more times"
-    record_fault("A countdown or retry is longer than `MAX_COUNTDOWN`", what, None, "–")
+    record_fault("A countdown or retry delay exceeds `MAX_COUNTDOWN`", what, None, "–")
 
 
 @with_timeout
@@ -475,7 +476,7 @@ def test_a_rate_limit_delays_other_tasks_of_the_queue(plain, record_fault):
     plain.worker.kill()
     plain.empty("cpu")
     what = "other tasks in the queue wait behind them" if blocked else "nothing"
-    record_fault("More tasks with a `rate_limit` than a worker fetches", what, None, "–")
+    record_fault("More tasks with a `rate_limit` wait than a worker prefetches", what, None, "–")
 
 
 # RabbitMQ

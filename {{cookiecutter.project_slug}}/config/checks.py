@@ -38,7 +38,7 @@ def check_cache(app_configs, **kwargs):
             hint=f"Add the package to pyproject.toml: `uv add {error.name}`.",
             id="config.E001",
         )
-{% if has_jobs or servers | selectattr("settings", "defined") | list == [] %}
+{% if servers | selectattr("settings", "defined") | list == [] %}
 
 
 @register(deploy=True)
@@ -61,14 +61,14 @@ def check_pooler(app_configs, databases=None, **kwargs):
         if connection.vendor != "postgresql":
             continue
         prepares = connection.settings_dict["OPTIONS"].get("prepare_threshold") is not None
-        is_ready = connection.settings_dict.get("DISABLE_SERVER_SIDE_CURSORS")
-        if is_ready and not prepares:
+        uses_cursors = not connection.settings_dict.get("DISABLE_SERVER_SIDE_CURSORS")
+        if not uses_cursors and not prepares:
             continue
         with connection.cursor() as cursor:
             cursor.execute("SELECT pg_backend_pid()")
             if cursor.fetchone() == (cursor.connection.info.backend_pid,):
                 continue
-        if not is_ready:
+        if uses_cursors:
             yield Warning(
                 "With a pooler such as PgBouncer in transaction mode, iterator() fails.",
                 hint="Add ?DISABLE_SERVER_SIDE_CURSORS=True to DATABASE_URL.",
@@ -136,6 +136,7 @@ def longest_hold(task):
 def check_rate_limits(app_configs, **kwargs):
     """Find rate-limited tasks that share a queue: they delay the others in it."""
     route = current_app.amqp.router.route
+    # As apply_async() does: first the queue in the task's own options, then CELERY_TASK_ROUTES.
     own = {task: {"queue": getattr(task, "queue", None)} for task in all_tasks()}
     queues = {task: route(options, task.name)["queue"].name for task, options in own.items()}
     for task, queue in queues.items():

@@ -17,7 +17,7 @@ class HealthMiddleware:
         if request.path == "/health/ready":
             return ready()
 {% if has_jobs %}
-        if request.path == "/metrics":  # Prometheus uses an internal name or an address
+        if request.path == "/metrics":  # any host: Prometheus uses an internal name or an address
             request.get_host = lambda: "localhost"
 {% endif %}
         return self.get_response(request)

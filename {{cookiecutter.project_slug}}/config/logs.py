@@ -20,19 +20,19 @@ AS_JSON = [
 ]
 LEVELS = {  # the lowest that is logged, unless LOG_LEVEL is higher
     "axes": "WARNING",  # only failed logins
+    "django": "INFO",  # no queries, even if LOG_LEVEL is DEBUG
+{% if has_flower %}
+    "flower": "ERROR",
+{% endif %}
     # django_structlog already logs each task and request, with the traceback of an error.
     "celery.app.trace": "CRITICAL",
     "celery.beat": "WARNING",
     "celery.worker.strategy": "WARNING",
-    "django": "INFO",
     "django.request": "CRITICAL",
     "django.server": "CRITICAL",
 {% if has_jobs %}
     "django.tasks": "CRITICAL",
     "django_tasks": "CRITICAL",
-{% endif %}
-{% if has_flower %}
-    "flower": "ERROR",
 {% endif %}
 }
 

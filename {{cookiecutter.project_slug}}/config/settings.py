@@ -49,7 +49,7 @@ INSTALLED_APPS = [
     "django_tasks",
     "durable_jobs",
 {% else %}
-    "config",
+    "config",  # for its templates and static files
 {% endif %}
     "users",
 {% if has_example %}
@@ -138,7 +138,7 @@ if NUM_PROXIES:  # without a proxy, these headers could only come from a client:
 CONTENT_SECURITY_POLICY = {  # pages run only the project's own scripts
     "DIRECTIVES": {
         "default-src": ["'self'"],
-        "style-src": ["'self'", "'unsafe-inline'"],  # for Swagger UI and the browsable API
+        "style-src": ["'self'", "'unsafe-inline'"],  # for {{ '' if has_jobs else 'the page, ' }}Swagger UI and DRF's pages
         "img-src": ["'self'", "data:"],
         "base-uri": ["'none'"],
         "form-action": ["'self'"],
@@ -196,6 +196,9 @@ SPECTACULAR_SETTINGS = {
 }
 
 # Celery: tasks
+{% if has_jobs %}
+# Redelivery, here and below, concerns plain tasks: Beat recovers jobs.
+{% endif %}
 CELERY_TASK_ACKS_LATE = True  # if a worker is killed, the broker delivers its tasks again
 CELERY_TASK_TIME_LIMIT = env.int("TASK_TIME_LIMIT", default=600)  # seconds
 {% print worker_pool.task_settings | default %}

@@ -60,7 +60,7 @@ def check_limits(app_configs, **kwargs):
         task = current_app.tasks[name]
         if task.rate_limit:
             yield Warning(
-                f"{name} has rate_limit={task.rate_limit!r}: each worker counts separately, and takes no other jobs while it holds delayed ones.",
+                f"{name} has rate_limit={task.rate_limit!r}: each worker applies it separately, and takes no other jobs while it holds delayed ones.",
                 hint='Use limit="name" instead, and put the rate into DURABLE_JOBS["LIMITS"].',
                 id="durable_jobs.W008",
             )

@@ -38,7 +38,9 @@ function show({ state, progress, result, error }) {
   else find("bar").removeAttribute("value"); // shows only that it is running
   find("result").hidden = state !== "SUCCESS";
   find("result").textContent = JSON.stringify(result, null, 2);
-  if (find("cancel")) find("cancel").hidden = ended;
+{% if has_flower %}
+  find("cancel").hidden = ended;
+{% endif %}
   if (find("start")) find("start").disabled = !ended;
 }
 

@@ -270,7 +270,9 @@ class EnqueueMixin:
             raise KeyReused
         if found := self.get_queryset().filter(job=job).first():
             return self.get_serializer(found)
-        raise NotFound  # the object was deleted
+        if Job.objects.filter(pk=job.pk).exists():
+            raise NotFound  # the object was deleted
+        return None  # the job was purged between the queries, so its key is free
 
     @property
     def _idempotency_key(self):

@@ -18,10 +18,10 @@ from durable_jobs.worker.heartbeat import alive
 __all__ = ["Metrics"]
 
 QUEUE_METRICS = {
-    "durable_jobs_waiting": "Jobs that are due and wait for a worker",
+    "durable_jobs_waiting": "Due jobs that are waiting for a worker",
     "durable_jobs_blocked": "Jobs that are due, but blocked by a limit or a pause",
     "durable_jobs_waiting_later": "Jobs that wait for their countdown or for a retry",
-    "durable_jobs_running": "Jobs that a worker runs",
+    "durable_jobs_running": "Jobs that are running",
     "durable_jobs_stalled": "Jobs whose worker does not respond",
     "durable_jobs_oldest_wait_seconds": "Seconds for which the oldest due job has waited for a worker",
     "durable_jobs_slots": "How many jobs the workers of this queue can run concurrently",

@@ -19,6 +19,7 @@ from orders.views import OrderViewSet
 {% endif %}
 
 router = DefaultRouter()
+router.include_format_suffixes = False  # "report.json" would pass the view an argument "format"
 {% if has_example %}
 router.register("orders", OrderViewSet, basename="order")
 {% endif %}
@@ -39,7 +40,7 @@ urlpatterns = [
     path("", login_required(index), name="index"),
     path("login/", log_in, name="login"),
     path("logout/", LogoutView.as_view(), name="logout"),
-    path("favicon.ico", lambda request: HttpResponse(status=204)),  # the admin links to none
+    path("favicon.ico", lambda request: HttpResponse(status=204)),  # the admin names no icon
     path("admin/", admin.site.urls),
     path("api/", include(router.urls)),
 {% if has_task_api %}

@@ -70,7 +70,7 @@ def test_a_report_is_emailed(api, order, admin_user, mailoutbox):
 def test_forecasts_are_emailed(order, admin_client, mailoutbox):
     data = {"action": "forecast_demand", "_selected_action": [order.pk]}
     assert admin_client.post("/admin/orders/order/", data).status_code == 302
-    assert mailoutbox[0].body.startswith({{ '"Tea: 60"' if has_results else '"60"' }})
+    assert mailoutbox[0].body.startswith({{ '"Tea: 60"' if has_results else '"60"' }})  # 2 × 30 days
 
 
 def test_the_stock_is_checked_with_the_supplier(order, admin_client, monkeypatch):

@@ -15,7 +15,8 @@ from rest_framework.routers import DefaultRouter
 from orders.views import ImportViewSet, NewsletterViewSet, OrderViewSet
 {% endif %}
 
-# Without format suffixes, so that "jobs/a.json/" means the id "a.json", which is answered with 404.
+# By default, "jobs/a.json/" would pass the view an argument "format". Here it is the id "a.json", and answered
+# with 404.
 router = DefaultRouter(use_regex_path=False)
 router.include_format_suffixes = False
 router.register("jobs", JobViewSet, basename="job")
@@ -28,7 +29,7 @@ router.register("newsletters", NewsletterViewSet, basename="newsletter")
 
 title = settings.SPECTACULAR_SETTINGS["TITLE"]
 admin.site.site_header = admin.site.site_title = title
-page = {  # of all pages that extend durable_jobs/base.html
+page = {  # the context of pages that extend durable_jobs/base.html
     "site_header": title,
     "site_title": title,
     "links": {},  # in the top bar, for everybody
@@ -49,7 +50,7 @@ urlpatterns = [
     path("jobs/<uuid:pk>/", login_required(jobs_page), name="job"),
     path("login/", log_in, name="login"),
     path("logout/", LogoutView.as_view(), name="logout"),
-    path("favicon.ico", lambda request: HttpResponse(status=204)),  # the admin links to none
+    path("favicon.ico", lambda request: HttpResponse(status=204)),  # the admin names no icon
     path("admin/", admin.site.urls),
     path("api/", include(router.urls)),
     path("api/schema/", SpectacularAPIView.as_view(), name="schema"),

@@ -12,11 +12,10 @@ from urllib.parse import quote
 
 import pytest
 from axes.models import AccessLog
-from celery import shared_task
 from celery.app.utils import filter_hidden_settings
 from django.core.checks import run_checks
 from django.db import OperationalError, connection
-from durable_jobs.tasks import JobTask
+from durable_jobs.tasks import job
 
 import dev
 from config import urls
@@ -146,8 +145,8 @@ def test_without_a_database_the_web_is_alive_but_not_ready(client, monkeypatch):
     assert client.get("/health/ready").status_code == 503
 
 
-@shared_task(base=JobTask)
-def double(number):
+@job
+def double(self, number):
     return 2 * number
 
 
@@ -164,6 +163,7 @@ def worker(transactional_db):
     options = "--include test_project --queues test -n test@%h"
     command = [sys.executable, "-m", *f"{{ worker_pool.command }} {options}".split()]
     name = quote(str(connection.settings_dict["NAME"]))
+    # DATABASE_URL, but with the tests' database
     url = re.sub("(//[^/]*/)[^?]*", rf"\g<1>{name}", os.environ.get("DATABASE_URL", "sqlite:///"))
     folder = str(Path(__file__).parent)
     environment = {**os.environ, "DATABASE_URL": url, "PYTHONPATH": folder}
