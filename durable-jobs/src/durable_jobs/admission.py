@@ -193,10 +193,13 @@ def admit_due(paused=()):
 def seconds_until_rate(keys):
     """Return in how many seconds the rate of one of these keys may admit a job."""
     limits = {key: limit for key in keys if (limit := limit_of(key)).rate}
-    waiting = waits_for_rates(limits)
-    # Also if it may start one now: the job that was just admitted does, and then nobody else looks again.
-    times = [waiting.get(key, limit.interval).total_seconds() for key, limit in limits.items()]
-    return min(times, default=inf)
+    rows = with_slot().filter(QUEUED, limit_key__in=limits).order_by().values_list("limit_key")
+    # When the admitted jobs of a key have started, only the sweeper looks again. If none is left to start, its slots
+    # are full, and runs that end admit jobs: at most as many as may be ahead or have slots.
+    unstarted = {key: min(limit.ahead, limit.running) for key, limit in limits.items()}
+    unstarted |= rows.annotate(Count("pk"))
+    waits = {key: limits[key].interval * count for key, count in unstarted.items()}
+    return min((waits | waits_for_rates(limits)).values(), default=timedelta.max).total_seconds()
 
 
 # A run
