@@ -36,7 +36,8 @@ def run_again(job: Job) -> Job:
     """Queue this job again, if it failed or was cancelled. If it succeeded, enqueue a copy.
 
     A job that is queued again keeps its id, its failures, its cursor and its batch. It may be retried as often
-    as a new job. Its batch opens again. A copy has none of these, and `follows` is the id of this job.
+    as a new job. Its batch opens again. A copy has none of these, and `follows` is the id of this job or, if
+    it gets the results of a batch, that of the batch.
 
     Returns this Job, its copy, or the active job with the same `unique`: then nothing is changed. Raises
     ValueError if this job is active, its task no longer exists, or its batch ended more than RETENTION_DAYS
@@ -91,4 +92,5 @@ def fields_to_run_again(job):
     options = {"label": job.label, "queue": job.queue, "results_of": job.results_of}
     fields = call_fields(task, args, kwargs, **options)
     fields |= times(limit_key=fields["limit_key"])
-    return {**fields, "owner_id": job.owner_id, "follows": job.pk}
+    # It follows the batch whose results it gets, because the purge keeps these for what follows the batch.
+    return {**fields, "owner_id": job.owner_id, "follows": job.results_of or job.pk}

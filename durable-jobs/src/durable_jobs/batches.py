@@ -310,15 +310,15 @@ def end_all():
 
 
 def unneeded(model, old_batches):
-    """Return the condition for an old Job or Batch to be deleted. `old_batches` are their ids, locked.
+    """Return the condition for an old Job or Batch to be deleted.
 
-    A callback reads the results of its batch, so they are kept as long as it may run.
+    `old_batches` are the ids of the old batches, whose rows are locked.
+
+    A callback, or its copy, reads the results of the batch that it follows. So they are kept as long as it may run.
     """
-    before = transitions.retention_end()
-    next_jobs = Job.objects.filter(follows=OuterRef("pk")).exclude(finished_at__lt=before)
+    callbacks = Job.objects.exclude(finished_at__lt=transitions.retention_end())
     if model is Job:
-        callbacks = Job.objects.filter(follows__in=old_batches).exclude(finished_at__lt=before)
-        kept = callbacks.values_list("follows", flat=True)
-        return (Q(batch=None) | Q(batch__in=set(old_batches) - set(kept))) & ~Exists(next_jobs)
-    members = Job.objects.filter(batch=OuterRef("pk"))
-    return Q(pk__in=old_batches) & ~Exists(members) & ~Exists(next_jobs)
+        kept = callbacks.filter(follows__in=old_batches).values_list("follows", flat=True)
+        return Q(batch=None) | Q(batch__in=set(old_batches) - set(kept))
+    members, of_this = Job.objects.filter(batch=OuterRef("pk")), Q(follows=OuterRef("pk"))
+    return Q(pk__in=old_batches) & ~Exists(members) & ~Exists(callbacks.filter(of_this))
