@@ -118,8 +118,7 @@ def run_coroutine(task, coroutine):
     if own := task._own_run():
         # Now, because a coroutine cannot query the database.
         own.read_cursor()
-        if own.batch_id:
-            own.read_batch()
+        own.read_batch()
 
     async def with_request():
         nonlocal loop, current

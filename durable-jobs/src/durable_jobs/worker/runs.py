@@ -156,8 +156,8 @@ class Run:
 
     def read_batch(self):
         if self.batch is UNREAD:
-            rows = Batch.objects.filter(jobs=self.job_id)
-            self.batch = rows.defer("on_success", "on_finish").first()
+            rows = Batch.objects.filter(pk=self.batch_id).defer("on_success", "on_finish")
+            self.batch = self.query_row(rows.first) if self.batch_id else None
         return self.batch
 
     def write_cursor(self, cursor):
@@ -169,7 +169,9 @@ class Run:
             self.written = self.report  # renew_leases() need not write it again
 
     def query_row(self, query, *args, **kwargs):
-        """Run a query on this row. Raises JobLost if the job was cancelled or belongs to another run.
+        """Run a query on the row of the job or its batch.
+
+        Raises JobLost if it finds none: the job was cancelled or belongs to another run.
 
         Inside a transaction of the function, the query is tried only once, because an error ends the
         transaction.
