@@ -212,7 +212,7 @@ class Facts:
 
         Without Beat, nobody knows: the broker may run again.
         """
-        return (not self.beat and self.sweep.refused) or {}
+        return {} if self.beat else self.sweep.refused
 
     def refusal(self, queue):
         if queue not in self.refused:
