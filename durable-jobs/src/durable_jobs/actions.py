@@ -22,7 +22,7 @@ def cancel(jobs: QuerySet | Job) -> int:
     """Cancel this job, or those of these jobs that are active. Returns how many there were."""
     if isinstance(jobs, Job):
         jobs = Job.objects.filter(pk=jobs.pk)
-    with transaction.atomic(Job.objects.db):
+    with transaction.atomic():
         # Two calls for the same jobs lock their rows in one order: otherwise they would be a deadlock.
         rows = Job.objects.filter(UNFINISHED, pk__in=jobs.values("pk")).order_by("pk")
         list(rows.select_for_update().values_list("pk"))
@@ -51,7 +51,7 @@ def run_again(job: Job) -> Job:
     # Another job with this key may be stored meanwhile, and may end before this looks again: see insert().
     while (active := active_with(job.unique_key)) is None:
         try:
-            with transaction.atomic(Job.objects.db):
+            with transaction.atomic():
                 is_open = job.batch_id is None or transitions.open_again(job.batch_id)
                 changes["headers"] = new_headers(job)
                 row = Job.objects.filter(pk=job.pk)

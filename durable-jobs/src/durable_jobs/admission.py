@@ -39,7 +39,7 @@ from durable_jobs.transitions import is_paused
 
 logger = logging.getLogger(__name__)
 
-AT_ONCE = 100  # jobs in memory, because their arguments may be large
+AT_ONCE = 100  # jobs in memory: up to 6 MB of arguments, which need more as Python objects
 KEYS_AT_ONCE = 500  # in a transaction
 NO_LIMIT = 2**31 - 1
 FIELDS = ["id", *MESSAGE_FIELDS]
@@ -93,7 +93,7 @@ def admit(keys, most=AT_ONCE, skip_locked=False):
 
 def admit_after_commit(keys):
     if keys:
-        transaction.on_commit(lambda: admit(keys), using=Job.objects.db, robust=True)
+        transaction.on_commit(lambda: admit(keys), robust=True)
 
 
 def unblock_many(keys, skip_locked):
@@ -224,7 +224,7 @@ def hand_over(key):
     This needs no lock, because it changes no number: until the commit, others count the old job.
     """
     limit = limit_of(key)
-    return [] if limit.rate else unblock(key, min(limit.running, NO_LIMIT))
+    return [] if limit.rate else unblock(key, limit.running)
 
 
 def after_run(run):

@@ -14,7 +14,7 @@ from typing import Any, Unpack
 
 from asgiref.sync import sync_to_async
 from celery.utils.functional import maybe_list
-from django.db import connections, transaction
+from django.db import connection, transaction
 from django.db.models import Count, Exists, OuterRef, Q, Subquery
 from django.db.models.functions import Now
 from django.utils import timezone
@@ -67,7 +67,7 @@ def open_batch(
     batch = Batch(owner=owner, label=label[:MAX_LABEL])
     batch.on_success = on_success and callback(on_success, results_of=batch.pk)
     batch.on_finish = on_finish and callback(on_finish)
-    with transaction.atomic(Batch.objects.db):
+    with transaction.atomic():
         batch.save()
         yield batch
         end(batch.pk)  # if it has no members
@@ -116,7 +116,7 @@ aenqueue, aadd = sync_to_async(enqueue), sync_to_async(add)
 
 def store_members(batch, task, calls, countdown=None, eta=None, **options):
     rows = [call_fields(task, args, kwargs, **options) for args, kwargs in calls]
-    with transaction.atomic(Job.objects.db):
+    with transaction.atomic():
         keep_open(batch)
         now = database_time()
         common = {"batch": batch, "owner_id": batch.owner_id}
@@ -132,7 +132,6 @@ def keep_open(batch):
 
     Raises ValueError if it has ended.
     """
-    connection = connections[Batch.objects.db]
     rows = Batch.objects.filter(pk=batch.pk, ended_at=None).values("pk")
     sql, params = rows.query.get_compiler(connection=connection).as_sql()
     if connection.features.has_select_for_update:
@@ -285,10 +284,10 @@ def start_callbacks(batch):
     plans = []
     if batch.on_success and batch.state == "succeeded":
         plans.append(batch.on_success)
-        batch.on_success = {}
+        batch.on_success = None
     if batch.on_finish:
         plans.append(batch.on_finish)
-        batch.on_finish = {}
+        batch.on_finish = None
     fields = {"owner_id": batch.owner_id, "follows": batch.pk}
     insert_many(batch.now, [job_of(plan, batch.now, **fields) for plan in plans])
 

@@ -195,8 +195,8 @@ def insert_many(now, jobs):
 
 
 def send_after_commit(jobs):
-    for part in chunks((job for job in jobs if job.times_sent), BATCH_SIZE):
-        transaction.on_commit(lambda part=part: publish(part), using=Job.objects.db, robust=True)
+    for part in chunks((job for job in jobs if job.times_sent), CHUNK):
+        transaction.on_commit(lambda part=part: publish(part), robust=True)
     admission.admit_after_commit({job.blocked_by for job in jobs if job.blocked_by})
 
 

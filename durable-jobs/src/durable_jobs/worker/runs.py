@@ -74,13 +74,12 @@ class Run:
         self.token = header.get("run_token") or uuid.uuid4()
         self.batch_id, self.limit_key = header.get("batch"), header.get("limit_key")
         self.results_of = header.get("results_of")
-        time_limit = request.time_limit or task.time_limit
         self.claim_fields = {
             "worker": request.hostname,
             "retries": request.retries,
             "crashes": header["crashes"],
-            "time_limit": timedelta(seconds=time_limit),
-            "lease": timedelta(seconds=min(conf.LEASE_SECONDS, time_limit)),
+            "time_limit": timedelta(seconds=task.time_limit),
+            "lease": timedelta(seconds=min(conf.LEASE_SECONDS, task.time_limit)),
         }
         self.has_written = False  # how the function ended
         self.admitted = []  # the job that has its slot now
