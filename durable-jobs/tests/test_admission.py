@@ -442,7 +442,7 @@ def test_the_sweeper_wakes_when_the_admitted_jobs_of_a_rate_have_started(
 @pytest.mark.parametrize("waits, expected", [((9, 0.001), 0.02), ((0.01, 9), 0.5), ((9, 3), 3)])
 def test_the_sweep_rests_between_two_rounds(sent, monkeypatch, waits, expected):
     """A rate such as 5/s needs shorter rests than a countdown."""
-    monkeypatch.setattr(admission, "admit_due", lambda paused: turn)
+    monkeypatch.setattr(admission, "admit_due", lambda paused: waits)
     assert sweeper.sender.send_due() == expected
 
 

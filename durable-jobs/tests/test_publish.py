@@ -127,7 +127,7 @@ def test_a_job_with_an_unknown_task_stays_queued_and_delays_no_other():
 
 
 def test_many_jobs_wait_for_the_broker_or_for_their_countdown(commit, broker_down, monkeypatch):
-    monkeypatch.setattr("durable_jobs.enqueue.BATCH_SIZE", 2)
+    monkeypatch.setattr("durable_jobs.enqueue.CHUNK", 2)
     with commit():
         late = enqueue_many(add, [[1, 2]] * 3, countdown=60)
         jobs = enqueue_many(add, [[1, 2]] * 5)

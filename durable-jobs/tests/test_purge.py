@@ -165,7 +165,7 @@ def test_a_job_that_runs_again_while_it_is_purged_is_not_deleted(monkeypatch):
 
 @pytest.mark.parametrize(("limit", "left"), [(60, 0), (0, 5)])
 def test_a_round_deletes_pages_until_its_time_is_over(limit, left, monkeypatch):
-    monkeypatch.setattr(purge, "PURGE_BATCH", 2)
+    monkeypatch.setattr(purge, "PAGE", 2)
     monkeypatch.setattr(purge, "PURGE_SECONDS", limit)
     for _ in range(7):
         failed()
@@ -175,7 +175,7 @@ def test_a_round_deletes_pages_until_its_time_is_over(limit, left, monkeypatch):
 
 
 def test_jobs_that_must_be_kept_stop_no_purge_of_others(monkeypatch):
-    monkeypatch.setattr(purge, "PURGE_BATCH", 10)
+    monkeypatch.setattr(purge, "PAGE", 10)
     is_open = Batch.objects.create()
     for _ in range(35):
         failed(batch=is_open)

@@ -88,6 +88,7 @@ def fields_to_run_again(job):
         raise ValueError("it was canceled but is still running: try again when it has ended")
     if job.task not in current_app.tasks:
         raise ValueError(f"there is no task {job.task}")
+    # As the task function gets them: with datetimes and UUIDs.
     task, (args, kwargs) = current_app.tasks[job.task], loads(to_json([job.args, job.kwargs]))
     options = {"label": job.label, "queue": job.queue, "results_of": job.results_of}
     fields = call_fields(task, args, kwargs, **options)

@@ -63,6 +63,7 @@ def put_back(jobs):
 
     Those without a limit stay due, so the sweeper sends them when the pause has ended.
     """
+    # The later of both keeps the order of jobs that were stored together: see insert_many().
     sweep_at = Case(When(limit_key=None, then=Greatest("due_at", "created_at")))
     changes = {"blocked_by": F("limit_key"), "sweep_at": sweep_at, "times_sent": 0}
     return jobs.filter(QUEUED, is_paused()).update(**changes)
@@ -118,24 +119,24 @@ def unblock_many(keys, skip_locked):
     return jobs
 
 
-def unblock(key, most=NO_LIMIT):
-    """In a transaction, unblock the oldest due job of this key, if fewer than `most` slots are in use.
+def unblock(key, slots=NO_LIMIT):
+    """In a transaction, unblock the oldest due job of this key, if fewer than this many `slots` are in use.
 
     Returns [job], whose message the caller sends, or [].
     """
-    rows = oldest(blocked_by=key, most=most)
+    rows = oldest(blocked_by=key, slots=slots)
     jobs = [Job(**dict(zip(FIELDS, row, strict=True))) for row in rows]
     for job in jobs:
         give_slot(id=job.pk, seconds=timedelta(seconds=conf.RESEND_SECONDS))
     return jobs
 
 
-@transitions.prepared(most=IntegerField())
-def oldest(blocked_by, most):
-    slots = with_slot().filter(limit_key=blocked_by).order_by().values("limit_key")
-    used = Coalesce(Subquery(slots.values(used=Count("pk"))), 0)
+@transitions.prepared(slots=IntegerField())
+def oldest(blocked_by, slots):
+    rows = with_slot().filter(limit_key=blocked_by).order_by().values("limit_key")
+    used = Coalesce(Subquery(rows.values(used=Count("pk"))), 0)
     jobs = Job.objects.filter(~is_paused(), blocked_by=blocked_by, due_at__lte=Now())
-    jobs = jobs.alias(used=used).filter(used__lt=most).order_by("created_at")
+    jobs = jobs.alias(used=used).filter(used__lt=slots).order_by("created_at")
     # skip_locked: a run that ends and admit() may look at the same job.
     return jobs.select_for_update(skip_locked=True).values_list(*FIELDS)[:1], None
 
@@ -149,7 +150,7 @@ def give_slot(id, seconds):
 def free_slots(keys):
     """Return {key: how many blocked jobs may start}. A number is negative if the limit was lowered."""
     limits, free = {key: limit_of(key) for key in keys}, {}
-    # Before the times of rates: a job that starts meanwhile then counts twice, not never.
+    # Count these before reading the times of rates: a job that starts in between then counts twice, not never.
     used, unstarted = dict.fromkeys(limits, 0), dict.fromkeys(limits, 0)
     rows = with_slot().filter(limit_key__in=limits).order_by().values_list("limit_key")
     for key, count, queued in rows.annotate(count=Count("pk"), queued=Count("pk", filter=QUEUED)):
@@ -212,7 +213,7 @@ def claim(limit_key, **fields):
     with transaction.atomic():
         if claimed := transitions.claim(**fields):
             row, next_at = Key.objects.filter(pk=limit_key), Greatest("next_at", Clock())
-            if not row.update(next_at=next_at + limit.interval):
+            if not row.update(next_at=next_at + limit.interval):  # delete_old_keys() has deleted it
                 Key.objects.bulk_create([Key(key=limit_key)], ignore_conflicts=True)
                 row.update(next_at=next_at + limit.interval)
     return claimed

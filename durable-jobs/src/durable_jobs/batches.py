@@ -120,7 +120,7 @@ def store_members(batch, task, calls, countdown=None, eta=None, **options):
         keep_open(batch)
         now = database_time()
         common = {"batch": batch, "owner_id": batch.owner_id}
-        # The time of a transaction stands still. Results are sorted by the times of their jobs.
+        # Results are sorted by these times. The last call's may be later than now, and SQLite's have milliseconds.
         first = batch._next_member_at = max(getattr(batch, "_next_member_at", now), now)
         batch._next_member_at += timedelta(microseconds=len(rows))
         rows = [{**row, **times(now, countdown, eta, row["limit_key"])} for row in rows]
@@ -147,9 +147,10 @@ def cancel(batch: Batch) -> int:
     cancelled = 0
     while is_active(batch=batch.pk):  # again, because a job that ends may store its next job
         cancelled += actions.cancel(batch.jobs.all())
-    # A caller's transaction must not wait for the batch: it has locked jobs of it.
+    # A caller's transaction must not wait for the batch: it has locked jobs of it. Without one, the second call
+    # usually finds nothing to do.
     try_to_end(batch.pk, skip_locked=in_transaction())
-    transaction.on_commit(lambda: try_to_end(batch.pk))  # it raises nothing
+    transaction.on_commit(lambda: try_to_end(batch.pk))  # raises nothing
     batch.refresh_from_db()
     return cancelled
 
@@ -191,7 +192,7 @@ def planned(task, args=(), kwargs=None, *, countdown=None, eta=None, **options):
     """Return a job that is stored later, as JSON. Raises the errors of enqueue()."""
     fields = call_fields(task, args, kwargs, **options)
     times(timezone.now(), countdown, eta)  # may raise ValueError
-    job = new_job(**fields)  # its request is the current one, whoever stores it later
+    job = new_job(**fields)  # its headers, such as a trace, are those of now
     fields |= {"id": str(job.pk), "headers": job.headers}
     return {**fields, "countdown": countdown, "eta": eta and eta.isoformat()}
 

@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 class Clock(Now):
     """The database's time when a row is written, even if the statement has waited for a lock.
 
-    Use it only for the times of a run and its lease. Elsewhere use Now(), the time when the statement
-    began: in a WHERE clause, it lets PostgreSQL use an index.
+    Use it only for times that are written. In a WHERE clause use Now(), the time when the statement began: it
+    lets PostgreSQL use an index.
 
     On SQLite the value has Django's format, because SQLite compares times as text.
     """
@@ -150,7 +150,7 @@ def in_transaction():
 
 
 def timeouts():
-    """Return settings for a transaction of our own. They would stay in that of a caller."""
+    """Return settings for a transaction of our own that begins next: none in a caller's, where they would stay."""
     return [] if in_transaction() else [LOCK_TIMEOUT, IDLE_TIMEOUT]
 
 
@@ -176,12 +176,13 @@ def close_if_busy():
 
 
 def roll_back_open_transaction():
-    """Roll back a transaction that a task function left open.
+    """Roll back a transaction that a task function left open, unless SQLite commits it.
 
-    Otherwise the outcome would be written inside it, and lost with it. Returns whether one was open.
+    Otherwise the outcome would be written inside it, and lost with it. Returns whether one was rolled back.
     """
     close_if_busy()
-    with suppress(Error):  # if a transaction is open, psycopg refuses: close() ends it
+    # psycopg refuses while a transaction is open: close() ends it. SQLite commits it.
+    with suppress(Error):
         if connection.connection and not (connection.in_atomic_block or connection.autocommit):
             connection.set_autocommit(True)
     if was_open := in_transaction():

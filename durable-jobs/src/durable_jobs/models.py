@@ -39,7 +39,7 @@ class PrimaryManager(models.Manager):
 
 
 def cascade_ended(collector, field, jobs, using):
-    """The on_delete of Job.owner: delete the jobs, too. Raises RestrictedError if some are active."""
+    """The on_delete of Job.owner and Job.batch: delete the jobs, too. Raises RestrictedError if some are active."""
     if active := jobs.filter(UNFINISHED)[:100]:  # the admin shows them
         text = f"This {field.name.replace('owner', 'user')} has active jobs: cancel them first"
         raise models.RestrictedError(text, set(active))
@@ -130,7 +130,7 @@ class Job(Row):
 
     headers = models.JSONField(default=dict, help_text="of its messages, such as a trace")
 
-    class Meta:
+    class Meta:  # not Row.Meta: it has permissions
         base_manager_name = "objects"  # for refresh_from_db(), and for foreign keys to a job
         indexes = [
             models.Index(fields=["-created_at"], name="job_created"),

@@ -5,7 +5,7 @@ recovers the jobs of dead children.
 """
 
 import logging
-import signal as signals
+import signal
 import threading
 import time
 import uuid
@@ -60,7 +60,7 @@ def recover_job_of_dead_child(sender, task_id, exception, **kwargs):
 
 def free_slot_of_dead_child(request, terminated, signum, **kwargs):
     """Free the slot of a cancelled job whose child was killed by a revoke, without waiting for its lease."""
-    if terminated and signum == signals.SIGKILL and process.is_prefork:
+    if terminated and signum == signal.SIGKILL and process.is_prefork:
         recover_later(request.id, request.headers)
 
 

@@ -42,7 +42,7 @@ class Process:
         self.suspect = None  # the Run whose job fails at its next crash: see become_suspect()
         self.lock = pool.Lock()
         self.renews_leases = False  # whether its thread has started
-        self.is_prefork = False  # whether it is the main process of child processes
+        self.is_prefork = False  # whether this worker has child processes
 
     def has_run_of(self, task):
         return any(run.task is task for run in tuple(self.runs.values()))
@@ -81,7 +81,7 @@ class Run:
             "time_limit": timedelta(seconds=task.time_limit),
             "lease": timedelta(seconds=min(conf.LEASE_SECONDS, task.time_limit)),
         }
-        self.has_written = False  # how the function ended
+        self.has_written = False  # whether the row says how the function ended
         self.admitted = []  # the job that has its slot now
         self.next_jobs = []  # the plans of enqueue_next()
         self.report = {}  # the latest progress and message
@@ -112,7 +112,7 @@ class Run:
             pool.query(admission.after_run, self)
 
     def claim(self):
-        """Claim the job. Returns 0 if it belongs to another run or has ended."""
+        """Claim the job. Returns 0 if it may not start: see transitions.claim()."""
         key = {"id": self.job_id, "run_token": self.token}
         return admission.claim(self.limit_key, **key, **self.claim_fields)
 
@@ -139,7 +139,7 @@ class Run:
     # What the function does
 
     def needs_write(self):
-        """Return whether its lease must be renewed, also as the owner of a slot, or there is a new report."""
+        """Return whether to renew its lease, also that of a cancelled job with a slot, or to write a new report."""
         if self.lost and not self.limit_key:
             return False
         return time.monotonic() > self.renew_at or (self.report != self.written and not self.lost)
@@ -227,7 +227,7 @@ class Run:
         self.change(transitions.requeue)
 
     def change(self, transition, *args, **changes):
-        """Write how the function ended. An UPDATE that waits too long for a lock is tried again."""
+        """End the run with this transition: see write(). An UPDATE that waits too long for a lock is tried again."""
         self.write(transition, self.row.filter(LOCK_TIMEOUT, IDLE_TIMEOUT), *args, **changes)
 
     def write(self, update, *args, **kwargs):
