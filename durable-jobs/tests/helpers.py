@@ -83,7 +83,7 @@ def claim(pk, run=None, **message):
 
 def run_of(job):
     """Return a Run of this job, as a worker has it that got a message of the job now."""
-    request = Context(id=job.pk, hostname="", retries=job.retries, time_limit=60)
+    request = Context(id=job.pk, hostname="", retries=job.retries)
     header = {"crashes": job.crashes, "batch": job.batch_id, "limit_key": job.limit_key}
     return Run(current_app.tasks[job.task], request, header)
 

@@ -192,7 +192,7 @@ def test_a_cancelled_body_renews_the_lease_of_its_place(sent, commit, monkeypatc
     else:
         request = SimpleNamespace(id=str(job.pk), request_dict=of_job(run_token=run.token))
         monkeypatch.setattr(children.state, "active_requests", [request])
-        monkeypatch.setattr(children, "connection", SimpleNamespace(close=lambda: None))
+        monkeypatch.setattr(children, "between_forks", lambda query, *args: query(*args))
         sleeps = iter([None])
         monkeypatch.setattr(children.time, "sleep", lambda seconds: next(sleeps))
         with pytest.raises(StopIteration):
@@ -420,10 +420,29 @@ def test_the_sweeper_wakes_when_the_next_job_of_a_rate_may_start(sent, settings,
     assert sweeper.sender.send_due() == pytest.approx(1200 - seconds, abs=5)
 
 
-@pytest.mark.parametrize("turn, expected", [((9, 0.001), 0.02), ((0.01, 9), 0.5), ((9, 3), 3)])
-def test_the_sweep_rests_between_two_turns(sent, monkeypatch, turn, expected):
+@pytest.mark.parametrize(
+    "limit, running, expected",
+    [("1000/h", 0, 100), ("2, 1000/h", 0, 2), ("2, 1000/h", 1, 1), ("2, 1000/h", 2, 2)],
+)
+def test_the_sweeper_wakes_when_the_admitted_jobs_of_a_rate_have_started(
+    sent, commit, settings, limit, running, expected
+):
+    """Not after the time of one start: their worker may be down, or they may run for long."""
+    limits = {"SWEEP_SECONDS": 9999, "LIMITS": {"api": limit}}
+    settings.DURABLE_JOBS = settings.DURABLE_JOBS | limits
+    with commit():
+        jobs = enqueue_many(ask, [[number] for number in range(101)])
+    for job in jobs[:running]:
+        start(job)
+    later(9999)
+    wait = expected * parse(limit).interval.total_seconds()
+    assert sweeper.sender.send_due() == pytest.approx(wait)
+
+
+@pytest.mark.parametrize("waits, expected", [((9, 0.001), 0.02), ((0.01, 9), 0.5), ((9, 3), 3)])
+def test_the_sweep_rests_between_two_rounds(sent, monkeypatch, waits, expected):
     """A rate such as 5/s needs shorter rests than a countdown."""
-    monkeypatch.setattr(admission, "admit_due", lambda paused: turn)
+    monkeypatch.setattr(admission, "admit_due", lambda paused: waits)
     assert sweeper.sender.send_due() == expected
 
 

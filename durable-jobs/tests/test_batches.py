@@ -7,7 +7,9 @@ from unittest.mock import Mock
 import pytest
 from celery import current_app, shared_task
 from django.db import OperationalError, transaction
+from django.db.models import QuerySet
 from django.db.models.functions import Now
+from helpers import run_of
 
 from durable_jobs import batches, database, messages, transitions
 from durable_jobs.actions import cancel, run_again
@@ -208,6 +210,15 @@ def test_a_body_knows_its_batch(run_jobs):
     alone.refresh_from_db()
     assert (batch.jobs.get().result, alone.result) == (str(batch.pk), None)
     assert read_batch() is None
+
+
+@pytest.mark.django_db(transaction=True)  # in a transaction, a query is tried only once
+def test_a_body_reads_its_batch_when_the_database_is_back(published, monkeypatch):
+    batch = batches.enqueue(read_batch, [[]])
+    monkeypatch.setattr(database.time, "sleep", lambda seconds: None)
+    read = Mock(side_effect=[OperationalError("away"), batch])
+    monkeypatch.setattr(QuerySet, "first", read)
+    assert run_of(batch.jobs.get()).read_batch() is batch
 
 
 def test_a_cancelled_batch_cancels_its_jobs_and_starts_ended(run_jobs):

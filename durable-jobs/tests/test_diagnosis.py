@@ -54,9 +54,10 @@ def ago(seconds):
     return timezone.now() - timedelta(seconds=seconds)
 
 
-def sweeps(seconds=1, refused=None):
+def sweeps(seconds=1, refused=()):
     """Beat's last sweep ended so long ago."""
-    Sweep.objects.update_or_create({"ended_at": ago(seconds), "refused": refused}, pk=1)
+    times = {"ended_at": ago(seconds), "tick_due_at": ago(seconds)}
+    Sweep.objects.update_or_create({**times, "refused": dict(refused)}, pk=1)
 
 
 def works(seconds=1, name="celery@one", queues=("celery",), slots=4, busy=0, started=3600):

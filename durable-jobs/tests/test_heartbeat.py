@@ -21,7 +21,7 @@ from durable_jobs.beat import purge
 from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Job, Worker
 from durable_jobs.tasks import JobTask
-from durable_jobs.worker import heartbeat, shutdown
+from durable_jobs.worker import forks, heartbeat, shutdown
 from durable_jobs.worker.pools import pool
 
 
@@ -80,7 +80,8 @@ def beats(consumer, closes, monkeypatch):
 def closes(monkeypatch):
     """A list with an item for each time the thread closes its connection, which stays open."""
     closes = []
-    monkeypatch.setattr(heartbeat, "connection", SimpleNamespace(close=lambda: closes.append(1)))
+    opened = SimpleNamespace(vendor=connection.vendor, close=lambda: closes.append(1))
+    monkeypatch.setattr(forks, "connection", opened)
     return closes
 
 

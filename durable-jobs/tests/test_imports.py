@@ -21,9 +21,9 @@ enqueue
 actions signatures
 batches
 results
-worker.heartbeat
 worker.runs worker.events
-worker.lease
+worker.forks worker.lease
+worker.heartbeat
 worker.shutdown worker.children worker.remote_control
 worker.execution worker.startup
 tasks pauses statistics diagnosis

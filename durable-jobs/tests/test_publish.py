@@ -8,7 +8,7 @@ from unittest.mock import Mock
 import pytest
 from celery import current_app as app
 from celery.app import routes
-from django.db import transaction
+from django.db import OperationalError, transaction
 from django.db.models.functions import Now
 from helpers import add, deliver, of_job, run_of, seconds_until_due
 
@@ -127,13 +127,22 @@ def test_a_job_with_an_unknown_task_stays_queued_and_delays_no_other():
 
 
 def test_many_jobs_wait_for_the_broker_or_for_their_countdown(commit, broker_down, monkeypatch):
-    monkeypatch.setattr("durable_jobs.enqueue.BATCH_SIZE", 2)
+    monkeypatch.setattr("durable_jobs.enqueue.CHUNK", 2)
     with commit():
         late = enqueue_many(add, [[1, 2]] * 3, countdown=60)
         jobs = enqueue_many(add, [[1, 2]] * 5)
     assert broker_down == [str(jobs[0].pk)]
     assert all(seconds_until_due(job) <= 0 and not job.times_sent for job in jobs)
     assert all(seconds_until_due(job) == pytest.approx(60, abs=5) for job in late)
+
+
+def test_a_caller_sees_no_error_if_the_database_fails_after_the_broker(broker_down, monkeypatch):
+    """Its job is stored, or has succeeded and handed its slot over: the sweeper sends the message."""
+    job = enqueue(add, [1, 2])
+    fails = Mock(side_effect=OperationalError("away"))
+    monkeypatch.setattr(transitions, "take_back", fails)
+    publish.publish([job])
+    assert fails.called and seconds_until_due(job) > 0
 
 
 @pytest.mark.django_db(transaction=True)  # the test needs real commits

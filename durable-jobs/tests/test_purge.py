@@ -130,6 +130,22 @@ def test_a_callback_whose_batch_has_lost_members_fails(run_jobs):
     assert f"it needs the results of the batch {batch.pk}, which were deleted" in again.error
 
 
+def test_the_results_of_a_batch_are_kept_for_a_copy_of_its_callback(run_jobs):
+    batch = batches.enqueue(work, [[1], [2]], on_success=collect.s())
+    run_jobs()
+    copy = run_again(Job.objects.get(follows=batch.pk))
+    age(Job.objects.filter(state="succeeded"), "finished_at")
+    age(Batch.objects.all(), "ended_at")
+    purge_all()
+    publish([copy])
+    copy.refresh_from_db()
+    assert (copy.state, copy.result) == ("succeeded", [[1, 2]])
+    age(Job.objects.all(), "finished_at")
+    purge_all()
+    purge_all()
+    assert (Job.objects.count(), Batch.objects.count()) == (0, 0)
+
+
 @pytest.mark.django_db(transaction=True)
 def test_a_job_that_runs_again_while_it_is_purged_is_not_deleted(monkeypatch):
     """It was read by the purge as an old one."""
@@ -149,7 +165,7 @@ def test_a_job_that_runs_again_while_it_is_purged_is_not_deleted(monkeypatch):
 
 @pytest.mark.parametrize(("limit", "left"), [(60, 0), (0, 5)])
 def test_a_round_deletes_pages_until_its_time_is_over(limit, left, monkeypatch):
-    monkeypatch.setattr(purge, "PURGE_BATCH", 2)
+    monkeypatch.setattr(purge, "PAGE", 2)
     monkeypatch.setattr(purge, "PURGE_SECONDS", limit)
     for _ in range(7):
         failed()
@@ -159,7 +175,7 @@ def test_a_round_deletes_pages_until_its_time_is_over(limit, left, monkeypatch):
 
 
 def test_jobs_that_must_be_kept_stop_no_purge_of_others(monkeypatch):
-    monkeypatch.setattr(purge, "PURGE_BATCH", 10)
+    monkeypatch.setattr(purge, "PAGE", 10)
     is_open = Batch.objects.create()
     for _ in range(35):
         failed(batch=is_open)

@@ -22,7 +22,7 @@ from helpers import (
     sweeper,
 )
 
-from durable_jobs import messages, publish
+from durable_jobs import admission, messages, publish
 from durable_jobs.beat import republish
 from durable_jobs.beat import sweeper as sweeper_module
 from durable_jobs.enqueue import enqueue, enqueue_many
@@ -288,7 +288,7 @@ def test_a_queue_that_fails_delays_no_other(published, monkeypatch):
 
 
 def test_a_queue_with_many_jobs_delays_no_other(published, monkeypatch):
-    monkeypatch.setattr(republish, "JOBS_IN_MEMORY", 10)
+    monkeypatch.setattr(admission, "AT_ONCE", 10)
     many = enqueue_many(add, [[1, 2]] * 100, countdown=1, queue="many")
     few = [enqueue(add, [1, 2], countdown=1, queue=queue) for queue in "abcdef"]
     lapse(*many, *few)

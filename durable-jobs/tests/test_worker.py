@@ -25,8 +25,8 @@ from durable_jobs.worker.runs import process
 pytestmark = pytest.mark.django_db
 
 
-def in_this_thread(delay, function):
-    return SimpleNamespace(start=function)
+def in_this_thread(delay, function, args):
+    return SimpleNamespace(start=lambda: function(*args))
 
 
 @pytest.mark.django_db(transaction=True)  # it closes the connection

@@ -22,7 +22,7 @@ def cancel(jobs: QuerySet | Job) -> int:
     """Cancel this job, or those of these jobs that are active. Returns how many there were."""
     if isinstance(jobs, Job):
         jobs = Job.objects.filter(pk=jobs.pk)
-    with transaction.atomic(Job.objects.db):
+    with transaction.atomic():
         # Two calls for the same jobs lock their rows in one order: otherwise they would be a deadlock.
         rows = Job.objects.filter(UNFINISHED, pk__in=jobs.values("pk")).order_by("pk")
         list(rows.select_for_update().values_list("pk"))
@@ -36,7 +36,8 @@ def run_again(job: Job) -> Job:
     """Queue this job again, if it failed or was cancelled. If it succeeded, enqueue a copy.
 
     A job that is queued again keeps its id, its failures, its cursor and its batch. It may be retried as often
-    as a new job. Its batch opens again. A copy has none of these, and `follows` is the id of this job.
+    as a new job. Its batch opens again. A copy has none of these, and `follows` is the id of this job or, if
+    it gets the results of a batch, that of the batch.
 
     Returns this Job, its copy, or the active job with the same `unique`: then nothing is changed. Raises
     ValueError if this job is active, its task no longer exists, or its batch ended more than RETENTION_DAYS
@@ -50,7 +51,7 @@ def run_again(job: Job) -> Job:
     # Another job with this key may be stored meanwhile, and may end before this looks again: see insert().
     while (active := active_with(job.unique_key)) is None:
         try:
-            with transaction.atomic(Job.objects.db):
+            with transaction.atomic():
                 is_open = job.batch_id is None or transitions.open_again(job.batch_id)
                 changes["headers"] = new_headers(job)
                 row = Job.objects.filter(pk=job.pk)
@@ -87,8 +88,10 @@ def fields_to_run_again(job):
         raise ValueError("it was canceled but is still running: try again when it has ended")
     if job.task not in current_app.tasks:
         raise ValueError(f"there is no task {job.task}")
+    # As the task function gets them: with datetimes and UUIDs.
     task, (args, kwargs) = current_app.tasks[job.task], loads(to_json([job.args, job.kwargs]))
     options = {"label": job.label, "queue": job.queue, "results_of": job.results_of}
     fields = call_fields(task, args, kwargs, **options)
     fields |= times(limit_key=fields["limit_key"])
-    return {**fields, "owner_id": job.owner_id, "follows": job.pk}
+    # It follows the batch whose results it gets, because the purge keeps these for what follows the batch.
+    return {**fields, "owner_id": job.owner_id, "follows": job.results_of or job.pk}

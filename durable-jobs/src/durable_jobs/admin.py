@@ -20,7 +20,7 @@ from durable_jobs import batches, conf, pauses
 from durable_jobs.actions import cancel, run_all_again
 from durable_jobs.diagnosis import problems, reasons, reasons_of_batches, span
 from durable_jobs.limits import name_of
-from durable_jobs.messages import known_names
+from durable_jobs.messages import job_names, known_queues
 from durable_jobs.models import Batch, Failure, Job, Pause, Worker
 from durable_jobs.states import ACTIVE, FINAL, RUNNING, STALLED, UNFINISHED
 from durable_jobs.statistics import by_queue, count_jobs, kind_of, what_follows
@@ -90,7 +90,7 @@ class NameFilter(admin.SimpleListFilter):
     """A filter by a column. Its values come from the code, so that no query looks for them."""
 
     def lookups(self, request, model_admin):
-        return [(name, name) for name in known_names()[self.place]]
+        return [(name, name) for name in self.names()]
 
     def queryset(self, request, queryset):
         return queryset.filter(**self.used_parameters)
@@ -98,12 +98,12 @@ class NameFilter(admin.SimpleListFilter):
 
 class QueueFilter(NameFilter):
     title = parameter_name = "queue"
-    place = 0
+    names = staticmethod(known_queues)
 
 
 class TaskFilter(NameFilter):
     title = parameter_name = "task"
-    place = 1
+    names = staticmethod(job_names)
 
 
 class StateFilter(admin.SimpleListFilter):
@@ -226,7 +226,7 @@ class JobAdmin(ListAdmin):
     @admin.action(description="Run again", permissions=["delete"])
     def run_again(self, request, queryset):
         count = queryset.count()  # first, because copies may be in the queryset, too
-        again = run_all_again(queryset.defer(None))
+        again = run_all_again(queryset.defer(None))  # with their arguments
         log(request, again, "Queued again")
         skipped = count - len(again)
         reason = f"{skipped} skipped, because they are active or can no longer run."
@@ -348,7 +348,7 @@ class QueuesAdmin(PageAdmin):
         for row in rows:
             if wait := row.get("durable_jobs_oldest_wait_seconds"):
                 row["wait"] = span(wait)
-        tasks = known_names()[1]
+        tasks = job_names()
         names = sorted({*found, *paused} - {*tasks})
         return {
             "title": "Queues",

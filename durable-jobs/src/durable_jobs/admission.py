@@ -39,7 +39,7 @@ from durable_jobs.transitions import is_paused
 
 logger = logging.getLogger(__name__)
 
-AT_ONCE = 100  # jobs in memory, because their arguments may be large
+AT_ONCE = 100  # jobs in memory: up to 6 MB of arguments, which need more as Python objects
 KEYS_AT_ONCE = 500  # in a transaction
 NO_LIMIT = 2**31 - 1
 FIELDS = ["id", *MESSAGE_FIELDS]
@@ -63,6 +63,7 @@ def put_back(jobs):
 
     Those without a limit stay due, so the sweeper sends them when the pause has ended.
     """
+    # The later of both keeps the order of jobs that were stored together: see insert_many().
     sweep_at = Case(When(limit_key=None, then=Greatest("due_at", "created_at")))
     changes = {"blocked_by": F("limit_key"), "sweep_at": sweep_at, "times_sent": 0}
     return jobs.filter(QUEUED, is_paused()).update(**changes)
@@ -93,7 +94,7 @@ def admit(keys, most=AT_ONCE, skip_locked=False):
 
 def admit_after_commit(keys):
     if keys:
-        transaction.on_commit(lambda: admit(keys), using=Job.objects.db, robust=True)
+        transaction.on_commit(lambda: admit(keys), robust=True)
 
 
 def unblock_many(keys, skip_locked):
@@ -118,24 +119,24 @@ def unblock_many(keys, skip_locked):
     return jobs
 
 
-def unblock(key, most=NO_LIMIT):
-    """In a transaction, unblock the oldest due job of this key, if fewer than `most` slots are in use.
+def unblock(key, slots=NO_LIMIT):
+    """In a transaction, unblock the oldest due job of this key, if fewer than this many `slots` are in use.
 
     Returns [job], whose message the caller sends, or [].
     """
-    rows = oldest(blocked_by=key, most=most)
+    rows = oldest(blocked_by=key, slots=slots)
     jobs = [Job(**dict(zip(FIELDS, row, strict=True))) for row in rows]
     for job in jobs:
         give_slot(id=job.pk, seconds=timedelta(seconds=conf.RESEND_SECONDS))
     return jobs
 
 
-@transitions.prepared(most=IntegerField())
-def oldest(blocked_by, most):
-    slots = with_slot().filter(limit_key=blocked_by).order_by().values("limit_key")
-    used = Coalesce(Subquery(slots.values(used=Count("pk"))), 0)
+@transitions.prepared(slots=IntegerField())
+def oldest(blocked_by, slots):
+    rows = with_slot().filter(limit_key=blocked_by).order_by().values("limit_key")
+    used = Coalesce(Subquery(rows.values(used=Count("pk"))), 0)
     jobs = Job.objects.filter(~is_paused(), blocked_by=blocked_by, due_at__lte=Now())
-    jobs = jobs.alias(used=used).filter(used__lt=most).order_by("created_at")
+    jobs = jobs.alias(used=used).filter(used__lt=slots).order_by("created_at")
     # skip_locked: a run that ends and admit() may look at the same job.
     return jobs.select_for_update(skip_locked=True).values_list(*FIELDS)[:1], None
 
@@ -149,7 +150,7 @@ def give_slot(id, seconds):
 def free_slots(keys):
     """Return {key: how many blocked jobs may start}. A number is negative if the limit was lowered."""
     limits, free = {key: limit_of(key) for key in keys}, {}
-    # Before the times of rates: a job that starts meanwhile then counts twice, not never.
+    # Count these before reading the times of rates: a job that starts in between then counts twice, not never.
     used, unstarted = dict.fromkeys(limits, 0), dict.fromkeys(limits, 0)
     rows = with_slot().filter(limit_key__in=limits).order_by().values_list("limit_key")
     for key, count, queued in rows.annotate(count=Count("pk"), queued=Count("pk", filter=QUEUED)):
@@ -193,10 +194,13 @@ def admit_due(paused=()):
 def seconds_until_rate(keys):
     """Return in how many seconds the rate of one of these keys may admit a job."""
     limits = {key: limit for key in keys if (limit := limit_of(key)).rate}
-    waiting = waits_for_rates(limits)
-    # Also if it may start one now: the job that was just admitted does, and then nobody else looks again.
-    times = [waiting.get(key, limit.interval).total_seconds() for key, limit in limits.items()]
-    return min(times, default=inf)
+    rows = with_slot().filter(QUEUED, limit_key__in=limits).order_by().values_list("limit_key")
+    # When the admitted jobs of a key have started, only the sweeper looks again. If none is left to start, its slots
+    # are full, and runs that end admit jobs: at most as many as may be ahead or have slots.
+    unstarted = {key: min(limit.ahead, limit.running) for key, limit in limits.items()}
+    unstarted |= rows.annotate(Count("pk"))
+    waits = {key: limits[key].interval * count for key, count in unstarted.items()}
+    return min((waits | waits_for_rates(limits)).values(), default=timedelta.max).total_seconds()
 
 
 # A run
@@ -209,7 +213,7 @@ def claim(limit_key, **fields):
     with transaction.atomic():
         if claimed := transitions.claim(**fields):
             row, next_at = Key.objects.filter(pk=limit_key), Greatest("next_at", Clock())
-            if not row.update(next_at=next_at + limit.interval):
+            if not row.update(next_at=next_at + limit.interval):  # delete_old_keys() has deleted it
                 Key.objects.bulk_create([Key(key=limit_key)], ignore_conflicts=True)
                 row.update(next_at=next_at + limit.interval)
     return claimed
@@ -221,7 +225,7 @@ def hand_over(key):
     This needs no lock, because it changes no number: until the commit, others count the old job.
     """
     limit = limit_of(key)
-    return [] if limit.rate else unblock(key, min(limit.running, NO_LIMIT))
+    return [] if limit.rate else unblock(key, limit.running)
 
 
 def after_run(run):

@@ -14,7 +14,7 @@ from typing import Any, Unpack
 
 from asgiref.sync import sync_to_async
 from celery.utils.functional import maybe_list
-from django.db import connections, transaction
+from django.db import connection, transaction
 from django.db.models import Count, Exists, OuterRef, Q, Subquery
 from django.db.models.functions import Now
 from django.utils import timezone
@@ -67,7 +67,7 @@ def open_batch(
     batch = Batch(owner=owner, label=label[:MAX_LABEL])
     batch.on_success = on_success and callback(on_success, results_of=batch.pk)
     batch.on_finish = on_finish and callback(on_finish)
-    with transaction.atomic(Batch.objects.db):
+    with transaction.atomic():
         batch.save()
         yield batch
         end(batch.pk)  # if it has no members
@@ -116,11 +116,11 @@ aenqueue, aadd = sync_to_async(enqueue), sync_to_async(add)
 
 def store_members(batch, task, calls, countdown=None, eta=None, **options):
     rows = [call_fields(task, args, kwargs, **options) for args, kwargs in calls]
-    with transaction.atomic(Job.objects.db):
+    with transaction.atomic():
         keep_open(batch)
         now = database_time()
         common = {"batch": batch, "owner_id": batch.owner_id}
-        # The time of a transaction stands still. Results are sorted by the times of their jobs.
+        # Results are sorted by these times. The last call's may be later than now, and SQLite's have milliseconds.
         first = batch._next_member_at = max(getattr(batch, "_next_member_at", now), now)
         batch._next_member_at += timedelta(microseconds=len(rows))
         rows = [{**row, **times(now, countdown, eta, row["limit_key"])} for row in rows]
@@ -132,7 +132,6 @@ def keep_open(batch):
 
     Raises ValueError if it has ended.
     """
-    connection = connections[Batch.objects.db]
     rows = Batch.objects.filter(pk=batch.pk, ended_at=None).values("pk")
     sql, params = rows.query.get_compiler(connection=connection).as_sql()
     if connection.features.has_select_for_update:
@@ -148,9 +147,10 @@ def cancel(batch: Batch) -> int:
     cancelled = 0
     while is_active(batch=batch.pk):  # again, because a job that ends may store its next job
         cancelled += actions.cancel(batch.jobs.all())
-    # A caller's transaction must not wait for the batch: it has locked jobs of it.
+    # A caller's transaction must not wait for the batch: it has locked jobs of it. Without one, the second call
+    # usually finds nothing to do.
     try_to_end(batch.pk, skip_locked=in_transaction())
-    transaction.on_commit(lambda: try_to_end(batch.pk))  # it raises nothing
+    transaction.on_commit(lambda: try_to_end(batch.pk))  # raises nothing
     batch.refresh_from_db()
     return cancelled
 
@@ -192,7 +192,7 @@ def planned(task, args=(), kwargs=None, *, countdown=None, eta=None, **options):
     """Return a job that is stored later, as JSON. Raises the errors of enqueue()."""
     fields = call_fields(task, args, kwargs, **options)
     times(timezone.now(), countdown, eta)  # may raise ValueError
-    job = new_job(**fields)  # its request is the current one, whoever stores it later
+    job = new_job(**fields)  # its headers, such as a trace, are those of now
     fields |= {"id": str(job.pk), "headers": job.headers}
     return {**fields, "countdown": countdown, "eta": eta and eta.isoformat()}
 
@@ -285,10 +285,10 @@ def start_callbacks(batch):
     plans = []
     if batch.on_success and batch.state == "succeeded":
         plans.append(batch.on_success)
-        batch.on_success = {}
+        batch.on_success = None
     if batch.on_finish:
         plans.append(batch.on_finish)
-        batch.on_finish = {}
+        batch.on_finish = None
     fields = {"owner_id": batch.owner_id, "follows": batch.pk}
     insert_many(batch.now, [job_of(plan, batch.now, **fields) for plan in plans])
 
@@ -310,15 +310,15 @@ def end_all():
 
 
 def unneeded(model, old_batches):
-    """Return the condition for an old Job or Batch to be deleted. `old_batches` are their ids, locked.
+    """Return the condition for an old Job or Batch to be deleted.
 
-    A callback reads the results of its batch, so they are kept as long as it may run.
+    `old_batches` are the ids of the old batches, whose rows are locked.
+
+    A callback, or its copy, reads the results of the batch that it follows. So they are kept as long as it may run.
     """
-    before = transitions.retention_end()
-    next_jobs = Job.objects.filter(follows=OuterRef("pk")).exclude(finished_at__lt=before)
+    callbacks = Job.objects.exclude(finished_at__lt=transitions.retention_end())
     if model is Job:
-        callbacks = Job.objects.filter(follows__in=old_batches).exclude(finished_at__lt=before)
-        kept = callbacks.values_list("follows", flat=True)
-        return (Q(batch=None) | Q(batch__in=set(old_batches) - set(kept))) & ~Exists(next_jobs)
-    members = Job.objects.filter(batch=OuterRef("pk"))
-    return Q(pk__in=old_batches) & ~Exists(members) & ~Exists(next_jobs)
+        kept = callbacks.filter(follows__in=old_batches).values_list("follows", flat=True)
+        return Q(batch=None) | Q(batch__in=set(old_batches) - set(kept))
+    members, of_this = Job.objects.filter(batch=OuterRef("pk")), Q(follows=OuterRef("pk"))
+    return Q(pk__in=old_batches) & ~Exists(members) & ~Exists(callbacks.filter(of_this))

@@ -12,7 +12,7 @@ from django.db.models import Count
 
 from durable_jobs import conf, limits
 from durable_jobs.beat.schedule import check_entry
-from durable_jobs.messages import known_names, known_queues, queue_of
+from durable_jobs.messages import job_names, known_queues, queue_of
 from durable_jobs.models import Job
 from durable_jobs.worker.pools import TIME_LIMITED
 
@@ -55,8 +55,8 @@ def check_queues(app_configs, **kwargs):
 
 @register()
 def check_limits(app_configs, **kwargs):
-    """Check that no job uses Celery's own rate limit, and those limits of jobs that aren't functions."""
-    for name in known_names()[1]:
+    """Check that no job uses Celery's own rate limit, and check each limit that is a text."""
+    for name in job_names():
         task = current_app.tasks[name]
         if task.rate_limit:
             yield Warning(

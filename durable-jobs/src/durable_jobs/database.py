@@ -4,9 +4,8 @@ And cleaning up the connection that a task function has used.
 """
 
 import logging
-import threading
 import time
-from contextlib import closing, suppress
+from contextlib import suppress
 
 from celery.exceptions import SoftTimeLimitExceeded
 from django.db import Error, connection, models
@@ -21,8 +20,8 @@ logger = logging.getLogger(__name__)
 class Clock(Now):
     """The database's time when a row is written, even if the statement has waited for a lock.
 
-    Use it only for the times of a run and its lease. Elsewhere use Now(), the time when the statement
-    began: in a WHERE clause, it lets PostgreSQL use an index.
+    Use it only for times that are written. In a WHERE clause use Now(), the time when the statement began: it
+    lets PostgreSQL use an index.
 
     On SQLite the value has Django's format, because SQLite compares times as text.
     """
@@ -88,18 +87,6 @@ def wait_for(query, *args, **kwargs):
             time.sleep(1)
 
 
-def in_thread(update, *args, delay=0):
-    """Call update(*args) in a thread: a worker's loop must not wait for a lock or the database."""
-
-    def wait_for_update():
-        with closing(connection):  # a child must not inherit it
-            wait_for(update, *args)
-
-    timer = threading.Timer(delay, wait_for_update)
-    timer.daemon = True  # a worker that ends does not wait for the database
-    timer.start()
-
-
 def try_once(query, *args, **kwargs):
     try:
         return query(*args, **kwargs)
@@ -150,7 +137,7 @@ def in_transaction():
 
 
 def timeouts():
-    """Return settings for a transaction of our own. They would stay in that of a caller."""
+    """Return settings for a transaction of our own that begins next: none in a caller's, where they would stay."""
     return [] if in_transaction() else [LOCK_TIMEOUT, IDLE_TIMEOUT]
 
 
@@ -176,12 +163,13 @@ def close_if_busy():
 
 
 def roll_back_open_transaction():
-    """Roll back a transaction that a task function left open.
+    """Roll back a transaction that a task function left open, unless SQLite commits it.
 
-    Otherwise the outcome would be written inside it, and lost with it. Returns whether one was open.
+    Otherwise the outcome would be written inside it, and lost with it. Returns whether one was rolled back.
     """
     close_if_busy()
-    with suppress(Error):  # if a transaction is open, psycopg refuses: close() ends it
+    # psycopg refuses while a transaction is open: close() ends it. SQLite commits it.
+    with suppress(Error):
         if connection.connection and not (connection.in_atomic_block or connection.autocommit):
             connection.set_autocommit(True)
     if was_open := in_transaction():

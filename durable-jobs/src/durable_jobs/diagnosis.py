@@ -86,8 +86,8 @@ def waits_for(job, facts):
     if job.blocked_by:
         yield facts.limit(job.blocked_by)
     elif is_late:
-        is_refused = not job.times_sent and facts.refusal(job.queue)
-        yield is_refused or facts.no_worker(job.queue) or facts.no_slot(job.queue)
+        refusal = not job.times_sent and facts.refusal(job.queue)
+        yield refusal or facts.no_worker(job.queue) or facts.no_slot(job.queue)
     if is_late:
         yield facts.beat
 
@@ -161,7 +161,7 @@ class Facts:
             return f"Waiting: limit {key} is full ({used} of {limit.running} slots taken)"
         if limit.rate:
             return f"Waiting: limit {key} allows at most {limit.rate}"
-        # limit_of() returns 0 if it is gone.
+        # It is Limit(running=0) if the limit is gone.
         return f"Waiting: limit {key}" + ("" if limit.running else " no longer exists")
 
     # Beat
@@ -212,7 +212,7 @@ class Facts:
 
         Without Beat, nobody knows: the broker may run again.
         """
-        return (not self.beat and self.sweep.refused) or {}
+        return {} if self.beat else self.sweep.refused
 
     def refusal(self, queue):
         if queue not in self.refused:

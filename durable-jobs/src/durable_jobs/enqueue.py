@@ -21,7 +21,7 @@ from durable_jobs.validation import MAX_COUNTDOWN, Results, as_json, to_json
 
 __all__ = ["Options", "aenqueue", "enqueue", "enqueue_many"]
 
-BATCH_SIZE = 500  # jobs per statement
+CHUNK = 500  # jobs per statement
 # A call sends as many messages itself. Workers are busy with them until the sweeper sends the rest.
 SENT_IMMEDIATELY = 2000
 FROM_NOW = timedelta()  # as the time of a new job: its INSERT adds the database's
@@ -67,8 +67,8 @@ def enqueue(
     Returns the new Job, or the queued or running one with the same `unique`. Raises TypeError if the task is
     not a job, if the arguments are not JSON or do not fit the task, or if both `countdown` and `eta` are
     given; ValueError if `unique` is empty or too long, if the job would wait for more than ten years, if the
-    arguments exceed 60,000 bytes or give no key of its limit, or if a text has a NUL or half of a surrogate pair;
-    IntegrityError if the owner has already used the key.
+    arguments exceed 60,000 bytes or give no key of its limit, or if a text in an option has a NUL or half of a
+    surrogate pair; IntegrityError if the owner has already used the key.
     """
     key, unique = options.pop("idempotency_key", None), options.pop("unique", None)
     fields = new_fields(task, args, kwargs, **options)
@@ -109,7 +109,7 @@ def call_fields(task, args, kwargs=None, label="", queue=None, results_of=None):
     """
     if not is_job(task):
         raise TypeError(f"{task!r} is not a job: declare it with @job")
-    given = [Results(), *args] if results_of else args, kwargs or {}
+    given = ([Results(), *args] if results_of else args), kwargs or {}
     args, kwargs = as_json(*given)
     if not isinstance(args, list) or not isinstance(kwargs, dict):
         raise TypeError("args must be a list, such as [10], and kwargs a dictionary")
@@ -133,7 +133,8 @@ def check_text(name, text):
 def times(now=FROM_NOW, countdown=None, eta=None, limit_key=None):
     """Return when a new job is due, and when its message is sent, or that it is blocked by its limit.
 
-    An `eta` is compared with the database's clock: that of this process may be wrong.
+    `now` is a time, Now() or FROM_NOW. An `eta` is compared with the database's clock: that of this process may
+    be wrong.
     """
     if eta is not None:
         if countdown is not None:
@@ -189,14 +190,14 @@ def insert_many(now, jobs):
     if rest and Sweep.objects.filter(ended_at__gt=newest).exists():
         for job in rest:
             job.times_sent, job.sweep_at = 0, job.created_at  # which keeps their order
-    Job.objects.bulk_create(jobs, batch_size=BATCH_SIZE)
+    Job.objects.bulk_create(jobs, batch_size=CHUNK)
     send_after_commit(jobs)
     return jobs
 
 
 def send_after_commit(jobs):
-    for part in chunks((job for job in jobs if job.times_sent), BATCH_SIZE):
-        transaction.on_commit(lambda part=part: publish(part), using=Job.objects.db, robust=True)
+    for part in chunks((job for job in jobs if job.times_sent), CHUNK):
+        transaction.on_commit(lambda part=part: publish(part), robust=True)
     admission.admit_after_commit({job.blocked_by for job in jobs if job.blocked_by})
 
 

@@ -37,7 +37,10 @@ class Limit:
 
     @property
     def interval(self):
-        """The time between two starts. All that are ahead may start at once, and then no more than `starts` do."""
+        """The time between two starts.
+
+        It is so long that no `period` has more than `starts`, even if all that are ahead start at once.
+        """
         return self.period / (self.starts + 1 - self.ahead)
 
 

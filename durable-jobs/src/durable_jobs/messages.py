@@ -133,6 +133,6 @@ def is_job(task):
     return getattr(task, "_is_job", False)
 
 
-def known_names():
-    """Return the names that can be paused: queues and tasks. A queue without settings needs a job."""
-    return known_queues(), sorted(name for name, task in current_app.tasks.items() if is_job(task))
+def job_names():
+    """Return the names of the tasks that are jobs."""
+    return sorted(name for name, task in current_app.tasks.items() if is_job(task))

@@ -39,7 +39,7 @@ class PrimaryManager(models.Manager):
 
 
 def cascade_ended(collector, field, jobs, using):
-    """The on_delete of Job.owner: delete the jobs, too. Raises RestrictedError if some are active."""
+    """The on_delete of Job.owner and Job.batch: delete the jobs, too. Raises RestrictedError if some are active."""
     if active := jobs.filter(UNFINISHED)[:100]:  # the admin shows them
         text = f"This {field.name.replace('owner', 'user')} has active jobs: cancel them first"
         raise models.RestrictedError(text, set(active))
@@ -111,7 +111,7 @@ class Job(Row):
     finished_at = models.DateTimeField(null=True)
 
     run_token = models.UUIDField(null=True, help_text="token of the run that owns this job")
-    worker = models.CharField(max_length=255, default="", help_text="of the last run")
+    worker = models.CharField(max_length=255, help_text="of the last run")
     due_at = models.DateTimeField(null=True, help_text="when a worker may start it")
     # Of a running job: the end of its lease. Of a queued job: when its message is sent (again).
     # Of a blocked job: empty. Of a cancelled job with a limit: the end of its lease, while it still runs.
@@ -130,7 +130,7 @@ class Job(Row):
 
     headers = models.JSONField(default=dict, help_text="of its messages, such as a trace")
 
-    class Meta:
+    class Meta:  # not Row.Meta: it has permissions
         base_manager_name = "objects"  # for refresh_from_db(), and for foreign keys to a job
         indexes = [
             models.Index(fields=["-created_at"], name="job_created"),
@@ -155,7 +155,7 @@ class Job(Row):
                 # due_at for the metrics
                 fields=["state", "queue", "times_sent", "sweep_at", "due_at"],
                 name="job_active",
-                condition=Q(state__in=[*ACTIVE, "cancelled"], sweep_at__isnull=False),
+                condition=Q(sweep_at__isnull=False),
             ),
             models.Index(
                 fields=["blocked_by", "created_at", "due_at", "queue"],  # queue for the metrics
@@ -220,8 +220,8 @@ class Sweep(Row):  # noqa: DJ008
     """One row: when the sweeper's last round ended, and when Beat's next tick is due."""
 
     ended_at = models.DateTimeField()
-    tick_due_at = models.DateTimeField(null=True)
-    refused = models.JSONField(null=True, help_text="why the broker takes no message, by queue")
+    tick_due_at = models.DateTimeField()
+    refused = models.JSONField(help_text="why the broker takes no message, by queue")
 
 
 class Worker(Row):

@@ -4,7 +4,7 @@ Each claim reads the table, and the sweeper leaves paused jobs alone. A worker t
 the job back: see put_back() in admission.py.
 """
 
-from durable_jobs.messages import known_names
+from durable_jobs.messages import job_names, known_queues
 from durable_jobs.models import Job, Pause
 
 __all__ = ["pause", "resume"]
@@ -16,7 +16,7 @@ def pause(name: str, reason: str = "") -> Pause:
     A job of which a worker is just claiming the row may still start. If the name is paused already, the
     new reason, if any, replaces the old one. Raises ValueError for the name of no queue and no task.
     """
-    queues, tasks = known_names()
+    queues, tasks = known_queues(), job_names()
     if name not in [*queues, *tasks] and not Job.objects.filter(queue=name).exists():
         raise ValueError(f"no queue or task is named {name!r}: the queues are {', '.join(queues)}")
     changes = {"reason": reason[:255]} if reason else {}

@@ -2,6 +2,9 @@
 
 import logging
 import time
+from contextlib import suppress
+
+from django.db import Error
 
 from durable_jobs import transitions
 from durable_jobs.messages import is_connection_error, send
@@ -19,7 +22,7 @@ class Publisher:
         self.again_at = {}  # queue: time.monotonic() of the next try
 
     def publish(self, jobs):
-        """Send the messages of these jobs. Raises no error of the broker."""
+        """Send the messages of these jobs. Raises no error of the broker or the database."""
         for queue in sorted({job.queue for job in jobs}):
             pool.send(self.try_to_send, [job for job in jobs if job.queue == queue])
 
@@ -34,7 +37,8 @@ class Publisher:
                     self.again_at[queue] = time.monotonic() + PUBLISH_PAUSE
                 text = "Could not publish %d jobs; will retry. The first is %s: %r"
                 logger.warning(text, len(jobs), jobs[0], error)
-        transitions.take_back([job.pk for job in jobs])
+        with suppress(Error):  # the sweeper sends them after RESEND_SECONDS
+            transitions.take_back([job.pk for job in jobs])
 
 
 publisher = Publisher()

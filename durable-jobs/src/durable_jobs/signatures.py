@@ -18,6 +18,7 @@ NO_CANVAS = (
     "A job can't be part of a chain, group or chord, nor a link of a task: use a batch with on_success= or"
     " on_finish=, or self.enqueue_next()"
 )
+OF_CANVAS = {"link", "link_error", "chain", "chord", "group_id", "root_id"}
 # Options of apply_async() that are supported or harmless.
 HARMLESS = ("queue", "headers", "ignore_result", "producer", "retries")
 
@@ -26,7 +27,8 @@ def check_options(options, supported=()):
     """Raise TypeError for options of apply_async() that a job cannot have."""
     known = [*HARMLESS, *supported]
     if refused := [name for name in options if options[name] and name not in known]:
-        raise TypeError(f"a job does not take {', '.join(refused)}. {NO_CANVAS}")
+        hint = NO_CANVAS if OF_CANVAS & {*refused} else "See the options of enqueue()"
+        raise TypeError(f"a job does not take {', '.join(refused)}. {hint}")
 
 
 class JobSignature:

@@ -50,7 +50,8 @@ def by_queue():
     )
     found = defaultdict(Counter, {queue: Counter() for queue in known_queues()})
     for row in [*active, *blocked]:
-        found[row.pop("queue")].update(row)  # adds the numbers
+        # `active` first: an empty Counter takes the values as they are, the next update() adds numbers.
+        found[row.pop("queue")].update(row)
     for worker in alive():
         slots = {"durable_jobs_slots": worker.slots, "durable_jobs_busy_slots": worker.busy}
         for queue in worker.queues:
@@ -84,8 +85,8 @@ def p95(metric, label, duration):
 def count_jobs(batches):
     """Return {id: {state: how many jobs of the batch}}. One query counts those of all open batches."""
     found = {batch.pk: {} if batch.ended_at is None else batch.counts for batch in batches}
-    is_open = [batch.pk for batch in batches if batch.ended_at is None]
-    rows = Job.objects.filter(batch__in=is_open).values_list("batch", "state")
+    open_ids = [batch.pk for batch in batches if batch.ended_at is None]
+    rows = Job.objects.filter(batch__in=open_ids).values_list("batch", "state")
     for pk, state, count in rows.annotate(count=Count("*")):
         found[pk][state] = count
     return found

@@ -67,7 +67,7 @@ class JobTask(DjangoTask):
 
     @classmethod
     def on_bound(cls, app):
-        """Raise TypeError for options that a job cannot have."""
+        """Prepare the class of a task. Raises TypeError for options that a job cannot have. Celery calls it twice."""
         for name in ("before_start", "exchange", "expires", "routing_key"):
             if getattr(cls, name, None) != getattr(DjangoTask, name, None):
                 raise TypeError(f"{cls.name}: a job cannot have {name}")

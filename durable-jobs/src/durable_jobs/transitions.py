@@ -38,7 +38,8 @@ def requeue(jobs, delay=0, failure=None, **changes):
     changed. `failure` has the fields of a Failure to store, see update().
     """
     due = delay if isinstance(delay, datetime) else Now() + timedelta(seconds=delay)
-    # A job that is already queued keeps its due_at. One that is released keeps its place in the line.
+    # A job that is already queued keeps its due_at. So does one with a limit that is released: a due_at of this very
+    # moment is not yet due on SQLite, and the slot would go to another job.
     is_queued, has_limit = Q(state="queued"), Q(limit_key__isnull=False)
     keeps = is_queued if delay or failure else is_queued | has_limit
     changes["due_at"] = Case(When(keeps, then="due_at"), default=due)
@@ -53,7 +54,8 @@ def requeue(jobs, delay=0, failure=None, **changes):
 def take_back(ids):
     """Queue these jobs again, whose messages could not be sent. Skip locked rows: they are due later anyway.
 
-    A job that has no message any more had one that arrived in spite of the error, and a worker has queued it again.
+    times_sent is 0 if a message arrived in spite of the error, and a worker has queued the job again, perhaps for
+    later.
     """
     requeue(skip_locked(Job.objects.filter(QUEUED, pk__in=ids, times_sent__gt=0)))
 
@@ -69,8 +71,8 @@ def cancel(jobs):
 
     A job with a limit keeps its slot, and its run the token, until the task function or the lease ends.
     """
-    in_body = Q(state="running", limit_key__isnull=False)
-    kept = {name: Case(When(in_body, then=name)) for name in ("run_token", "sweep_at")}
+    keeps_slot = Q(state="running", limit_key__isnull=False)
+    kept = {name: Case(When(keeps_slot, then=name)) for name in ("run_token", "sweep_at")}
     return finish(jobs, "cancelled", **kept)
 
 
@@ -82,7 +84,8 @@ def release_slots(jobs):
 def run_again(jobs, **fields):
     """Queue these jobs again that failed or were cancelled. Returns how many rows were changed.
 
-    The caller has opened their batches, see open_again(), and sends their messages. `fields` says when.
+    The caller has opened their batches, see open_again(), and sends their messages. `fields` has the new
+    limit_key, headers and times.
     """
     changes = {**fields, "state": "queued", "finished_at": None, "retries": 0, "crashes": 0}
     changes |= {"result": None, "message": "", "error": "", "public_error": ""}
@@ -108,15 +111,15 @@ def update(jobs, changes, failure=None):
     return changed
 
 
-def locking(jobs):
+def locking(rows):
     """Return these rows, without those that another transaction has locked. A query of them locks them."""
-    return jobs.filter(IDLE_TIMEOUT).select_for_update(skip_locked=True)
+    return rows.filter(IDLE_TIMEOUT).select_for_update(skip_locked=True)
 
 
-def skip_locked(jobs):
+def skip_locked(rows):
     """Lock these rows, except those that another transaction has locked, and return them."""
-    keys = locking(jobs).values_list("pk", flat=True)
-    return jobs.model.objects.filter(pk__in=list(keys))
+    keys = locking(rows).values_list("pk", flat=True)
+    return rows.model.objects.filter(pk__in=list(keys))
 
 
 def retention_end():
@@ -154,6 +157,8 @@ def prepared(**types):
     """
 
     def decorate(function):
+        names = signature(function).parameters.keys()
+
         @cache
         def build():
             fields = {name: Job._meta.get_field(name) for name in names - types.keys()} | types
@@ -166,8 +171,6 @@ def prepared(**types):
             statement = compiler.as_sql()
             columns = [] if changes else [column for column, *_ in compiler.select]
             return *statement, compiler, compiler.get_converters(columns)
-
-        names = signature(function).parameters.keys()
 
         @wraps(function)
         def run(**values):
@@ -184,7 +187,7 @@ def prepared(**types):
 
 def execute(sql, params, values):
     """Run this SQL with `values` for its Arguments. Returns its rows, or how many it changed."""
-    # Not for a SELECT, whose rows may be many: a plan that is kept knows no values.
+    # Not for a SELECT: a kept plan is the same for each key and batch, however many rows it has.
     with connection.cursor() if sql.startswith("SELECT") else cursor_that_prepares() as cursor:
         cursor.execute(sql, [argument_of(param, values) for param in params])
         return cursor.fetchall() if cursor.description else cursor.rowcount
@@ -237,7 +240,7 @@ def claim(id, run_token, worker, retries, crashes, time_limit, lease):
     """The UPDATE that gives a queued job to the run with this token.
 
     It changes no row if the job is no longer queued, is blocked or paused, or if it has crashed or was retried
-    since the message was sent, which says `retries` and `crashes`. `time_limit` is the time until the deadline,
+    since its message, which has `retries` and `crashes`, was sent. `time_limit` is the time until the deadline,
     and `lease` the length of the first lease.
     """
     # An old message may arrive when the job is blocked: then it has no sweep_at.

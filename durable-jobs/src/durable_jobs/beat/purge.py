@@ -14,7 +14,7 @@ from durable_jobs.worker.heartbeat import delete_old as delete_old_workers
 
 logger = logging.getLogger(__name__)
 
-PURGE_BATCH = 2000  # jobs in a page that the purge deletes in one transaction
+PAGE = 2000  # rows that the purge deletes in one transaction
 PURGE_SECONDS = 1  # in a round, every 5 s: millions an hour, in a sixth of the time
 PURGE_RETRY_SECONDS = 3600  # until jobs that could not be deleted are tried again
 
@@ -49,10 +49,10 @@ class Purge:
             at, pk = self.last
             later = Q(**{f"{self.field}__gt": at}) | Q(pk__gt=pk)
             rest = rest.filter(later, **{f"{self.field}__gte": at})
-        if page := list(rest[:PURGE_BATCH]):
+        if page := list(rest[:PAGE]):
             self.last = page[-1]
             try_in_halves(delete, old, [pk for _, pk in page])
-        return len(page) == PURGE_BATCH
+        return len(page) == PAGE
 
 
 def clean_forever():
@@ -71,7 +71,7 @@ def clean_forever():
 
 @transaction.atomic
 def delete(rows):
-    """Delete these rows, except those that are locked or needed. They stay old until this has ended."""
+    """Delete these rows, except those that are locked or needed."""
     field = "batch" if rows.model is Job else "pk"
     of_batches = rows.filter(**{f"{field}__isnull": False}).values_list(field, flat=True).distinct()
     old = Batch.objects.filter(pk__in=list(of_batches), ended_at__lt=transitions.retention_end())

@@ -21,12 +21,10 @@ from durable_jobs.validation import printable
 
 logger = logging.getLogger(__name__)
 
-# Jobs loaded together: up to 6 MB of arguments, which need more as Python objects.
-JOBS_IN_MEMORY = 100
 REFUSALS = 5  # a job fails when the broker has refused its message this many times, and took others
 MAX_RESEND_SECONDS = 3600  # between two messages of a job
 MIN_PAUSE = 0.5  # seconds between two rounds, however many countdowns end
-MIN_TURN = 0.02  # the same for rates: with a longer one, a rate such as 5/s would not be reached
+MIN_RATE_PAUSE = 0.02  # the same for rates: with a longer one, a rate such as 5/s would fall short
 
 
 class Sender:
@@ -45,13 +43,14 @@ class Sender:
         """
         pause = conf.SWEEP_SECONDS
         paused = admission.paused_names()
-        turn, next_start = admission.admit_due(paused)
+        next_due, next_start = admission.admit_due(paused)
         queued = Job.objects.filter(state="queued").exclude(is_paused(paused))
         until = time.monotonic() + pause
         soon = queued.filter(sweep_at__lt=Now() + timedelta(seconds=pause))
         new = Q(times_sent=0, sweep_at__gte=Now())
-        first, countdown = Min("sweep_at") - Now(), Min("sweep_at", filter=new) - Now()
-        rows = list(soon.values_list("queue").annotate(first=first, countdown=countdown))
+        rows = soon.values_list("queue").annotate(
+            first=Min("sweep_at") - Now(), countdown=Min("sweep_at", filter=new) - Now()
+        )
         names = [name for name, first, _ in rows if first < timedelta()]
         countdowns = [wait.total_seconds() for *_, wait in rows if wait is not None]
         self.refused = {name: why for name, why in self.refused.items() if name in names}
@@ -60,7 +59,7 @@ class Sender:
             while names and time.monotonic() < until:
                 name = names.pop()
                 try:
-                    if self.send_batch(queued, name, resend, broker):
+                    if self.send_some(queued, name, resend, broker):
                         names.insert(0, name)
                     self.refused.pop(name, None)
                 except Exception as error:  # each transport has its own exceptions
@@ -71,10 +70,12 @@ class Sender:
                     broker.close()  # it may be broken; the next queue opens it again
         if names:
             return 0
-        return min(pause, max(MIN_PAUSE, min([turn, *countdowns])), max(MIN_TURN, next_start))
+        return min(
+            pause, max(MIN_PAUSE, min([next_due, *countdowns])), max(MIN_RATE_PAUSE, next_start)
+        )
 
-    def send_batch(self, queued, name, resend, broker):
-        """Send at most JOBS_IN_MEMORY of these queued jobs, of this queue. Returns whether more may be due."""
+    def send_some(self, queued, name, resend, broker):
+        """Send at most AT_ONCE of these queued jobs, of this queue. Returns whether more may be due."""
         waiting = messages_in(name, broker)
         # Blocked jobs have no sweep_at. The index job_active leaves them out.
         queued = queued.filter(queue=name, sweep_at__isnull=False)
@@ -82,9 +83,9 @@ class Sender:
         # The oldest jobs first. These are also the ones to send again: workers take the oldest messages first,
         # so the messages that are left belong to the newest jobs, and the missing ones to the oldest.
         due = queued.filter(IDLE_TIMEOUT, sweep_at__lt=Now()).order_by("sweep_at")
-        ids = mark_sent(due.filter(times_sent=0)[:JOBS_IN_MEMORY])
+        ids = mark_sent(due.filter(times_sent=0)[: admission.AT_ONCE])
         if resend and missing > 0:
-            most = min(missing, JOBS_IN_MEMORY - len(ids))
+            most = min(missing, admission.AT_ONCE - len(ids))
             ids += mark_sent(due.filter(times_sent__gt=0)[:most])
         try:
             try:
@@ -95,7 +96,7 @@ class Sender:
         except Exception:
             transitions.take_back(ids)
             raise
-        return len(ids) == JOBS_IN_MEMORY
+        return len(ids) == admission.AT_ONCE
 
     def load_and_send(self, ids):
         jobs = Job.objects.filter(QUEUED).only(*MESSAGE_FIELDS).in_bulk(ids)

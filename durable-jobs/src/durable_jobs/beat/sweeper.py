@@ -14,7 +14,7 @@ from durable_jobs import batches, conf, transitions
 from durable_jobs.beat.purge import clean_forever
 from durable_jobs.beat.republish import Sender
 from durable_jobs.database import may_succeed_later, try_in_halves
-from durable_jobs.enqueue import BATCH_SIZE
+from durable_jobs.enqueue import CHUNK
 from durable_jobs.liveness import touch_liveness_file
 from durable_jobs.models import Job, Sweep
 from durable_jobs.worker.lease import POLL_SECONDS, recover
@@ -51,6 +51,7 @@ class Sweeper:
         # the length of a lease. In this time live workers renew their leases. Only then recover jobs, and
         # send messages again.
         max_gap = conf.LEASE_SECONDS / 2 + 2 * conf.SWEEP_SECONDS
+        # Not monotonic(), which stands still while a machine sleeps.
         if time.time() - self.last_round > max_gap:
             self.recover_at = time.monotonic() + conf.LEASE_SECONDS / 2
         self.last_round = time.time()
@@ -83,7 +84,7 @@ def recover_lapsed():
     """Recover the running jobs whose lease was not renewed, and free the slots of cancelled ones."""
     lapsed = Job.objects.filter(state__in=["running", "cancelled"], sweep_at__lt=Now())
     with transaction.atomic():  # skip a row that the job's own function has locked
-        ids = list(transitions.locking(lapsed).values_list("pk", flat=True)[:BATCH_SIZE])
+        ids = list(transitions.locking(lapsed).values_list("pk", flat=True)[:CHUNK])
     if ids:
         # Wait while another transaction locks the whole table, as CREATE INDEX does: until then, rows can be read,
         # but no lease can be renewed. This is an UPDATE of no row.

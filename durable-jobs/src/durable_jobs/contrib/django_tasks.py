@@ -126,7 +126,8 @@ class FunctionTask(JobTask):
 
     def on_failure(self, *args):
         if self._current_run:  # otherwise this is the main process
-            with suppress(TaskResultDoesNotExist):  # the function no longer exists
+            # If the function no longer exists, task_started has failed, too.
+            with suppress(TaskResultDoesNotExist):
                 self._send(signals.task_finished)
 
 

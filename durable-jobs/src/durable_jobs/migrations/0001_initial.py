@@ -37,8 +37,8 @@ class Migration(migrations.Migration):
             fields=[
                 ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
                 ('ended_at', models.DateTimeField()),
-                ('tick_due_at', models.DateTimeField(null=True)),
-                ('refused', models.JSONField(help_text='why the broker takes no message, by queue', null=True)),
+                ('tick_due_at', models.DateTimeField()),
+                ('refused', models.JSONField(help_text='why the broker takes no message, by queue')),
             ],
             options={
                 'default_permissions': (),
@@ -104,7 +104,7 @@ class Migration(migrations.Migration):
                 ('started_at', models.DateTimeField(help_text='of the last run', null=True)),
                 ('finished_at', models.DateTimeField(null=True)),
                 ('run_token', models.UUIDField(help_text='token of the run that owns this job', null=True)),
-                ('worker', models.CharField(default='', help_text='of the last run', max_length=255)),
+                ('worker', models.CharField(help_text='of the last run', max_length=255)),
                 ('due_at', models.DateTimeField(help_text='when a worker may start it', null=True)),
                 ('sweep_at', models.DateTimeField(help_text='when the sweeper must look at it', null=True)),
                 ('deadline', models.DateTimeField(help_text='when the run is over its time limit', null=True)),
@@ -192,7 +192,7 @@ class Migration(migrations.Migration):
         ),
         migrations.AddIndex(
             model_name='job',
-            index=models.Index(condition=models.Q(('state__in', ['queued', 'running', 'cancelled']), ('sweep_at__isnull', False)), fields=['state', 'queue', 'times_sent', 'sweep_at', 'due_at'], name='job_active'),
+            index=models.Index(condition=models.Q(('sweep_at__isnull', False)), fields=['state', 'queue', 'times_sent', 'sweep_at', 'due_at'], name='job_active'),
         ),
         migrations.AddIndex(
             model_name='job',

@@ -5,19 +5,18 @@ recovers the jobs of dead children.
 """
 
 import logging
-import signal as signals
+import signal
 import threading
 import time
 import uuid
 
 from celery import exceptions
 from celery.worker import state
-from django.db import connection
 
 from durable_jobs import conf
-from durable_jobs.database import in_thread
 from durable_jobs.messages import HEADER, fields_in
 from durable_jobs.models import Job
+from durable_jobs.worker.forks import between_forks, in_thread
 from durable_jobs.worker.lease import POLL_SECONDS, recover, renew
 from durable_jobs.worker.runs import process
 
@@ -46,10 +45,10 @@ def renew_leases_of_children():
         try:
             found = {r.id: fields_in(r.request_dict) for r in tuple(state.active_requests)}
             if tokens := {id: fields["run_token"] for id, fields in found.items() if fields}:
-                renew(Job.objects.filter(pk__in=tokens, run_token__in=tokens.values()))
+                rows = Job.objects.filter(pk__in=tokens, run_token__in=tokens.values())
+                between_forks(renew, rows)
         except Exception as error:  # the next try may succeed
             logger.warning("cannot renew leases: %r", error)
-        connection.close()  # a child must not inherit it
 
 
 def recover_job_of_dead_child(sender, task_id, exception, **kwargs):
@@ -60,7 +59,7 @@ def recover_job_of_dead_child(sender, task_id, exception, **kwargs):
 
 def free_slot_of_dead_child(request, terminated, signum, **kwargs):
     """Free the slot of a cancelled job whose child was killed by a revoke, without waiting for its lease."""
-    if terminated and signum == signals.SIGKILL and process.is_prefork:
+    if terminated and signum == signal.SIGKILL and process.is_prefork:
         recover_later(request.id, request.headers)
 
 

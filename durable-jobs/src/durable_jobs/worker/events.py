@@ -17,6 +17,7 @@ class BatchedEvents(StartStopStep):
         if self.dispatcher:
             self.dispatcher.buffer_group = {"task"}
             self.dispatcher.buffer_limit = MAX_EVENTS
+            # Celery's would flush in each turn of the event loop.
             self.dispatcher.on_send_buffered = None
             self.timer = consumer.timer.call_repeatedly(FLUSH_INTERVAL, self.dispatcher.flush)
 

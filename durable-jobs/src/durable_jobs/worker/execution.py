@@ -52,7 +52,7 @@ def execute(task, args, kwargs):
 
 
 def store(task, args, kwargs):
-    """Store the job of a message without one."""
+    """Store the job that a plain message asks for."""
     fields = {"pk": task.request.id, "headers": storable(task.request.headers)}
     with suppress(IntegrityError):  # a second copy of the message
         database.wait_for(insert, {**new_fields(task, args, kwargs), **fields})
@@ -118,8 +118,7 @@ def run_coroutine(task, coroutine):
     if own := task._own_run():
         # Now, because a coroutine cannot query the database.
         own.read_cursor()
-        if own.batch_id:
-            own.read_batch()
+        own.read_batch()
 
     async def with_request():
         nonlocal loop, current

@@ -6,18 +6,17 @@ an hour. Two workers with one name share a row, which shows the one that wrote l
 
 import atexit
 import logging
-from contextlib import closing
 from datetime import timedelta
 from functools import partial
 
 from celery.worker import state
-from django.db import connection
 from django.db.models.functions import Now
 from django.utils import timezone
 
 from durable_jobs import conf
 from durable_jobs.database import Clock
 from durable_jobs.models import Worker
+from durable_jobs.worker.forks import between_forks
 from durable_jobs.worker.pools import pool, pool_name, shutting_down
 
 logger = logging.getLogger(__name__)
@@ -55,9 +54,8 @@ class Heartbeat:
     def beat(self, consumer):
         while True:
             try:
-                # Close the connection, because a child must not inherit it.
-                with self.lock, closing(connection):
-                    self.write(consumer)
+                with self.lock:
+                    between_forks(self.write, consumer)
             except Exception as error:  # the next try may succeed
                 logger.warning("cannot write the heartbeat: %r", error)
             pool.sleep(BEAT_SECONDS)

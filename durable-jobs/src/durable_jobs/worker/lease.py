@@ -22,7 +22,6 @@ logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5  # seconds between two checks of reports, leases and dead children
 STOPPED = "The worker running this job stopped unexpectedly"  # for owners: its worker died
-RECOVERY_FIELDS = "state crashes limit_key task started_at worker".split()
 RECOVERY_DELAY = 5  # seconds until the job of a dead worker starts again; doubles up to 43 minutes
 
 
@@ -57,15 +56,15 @@ def write_and_renew(to_write):
     reports = {run: run.report for run in to_write}
     with transaction.atomic():
         rows = transitions.locking(jobs_of(to_write))
-        ended = dict(rows.values_list("run_token", "finished_at"))
-        written = [run for run in to_write if run.token in ended]
-        reported = [run for run in written if reports[run] and not ended[run.token]]
+        found = dict(rows.values_list("run_token", "finished_at"))
+        written = [run for run in to_write if run.token in found]
+        reported = [run for run in written if reports[run] and not found[run.token]]
         silent = set(written) - set(reported)  # these keep progress and message
         jobs_of(silent).update(sweep_at=lease_end())
         jobs = [Job(pk=run.job_id, sweep_at=lease_end(), **reports[run]) for run in reported]
         Job.objects.bulk_update(jobs, ["progress", "message", "sweep_at"])
     for run in written:
-        run.written, run.lost = reports[run], bool(ended[run.token])
+        run.written, run.lost = reports[run], bool(found[run.token])
         run.plan_renewal()
     if len(written) < len(to_write):
         # Read again, without locks.
@@ -90,7 +89,7 @@ def recover(jobs):
     thread never ended.
     """
     late, keys = Q(deadline__lte=Now()), set()
-    for job in transitions.locking(jobs).only(*RECOVERY_FIELDS).annotate(late=late):
+    for job in transitions.locking(jobs).only("state", "crashes", "limit_key").annotate(late=late):
         crashes = job.crashes + 1
         keys |= {job.limit_key} - {None}
         died = {"error": "Its worker died", "exception": "celery.exceptions.WorkerLostError"}
@@ -104,8 +103,8 @@ def recover(jobs):
             fail(job, died, f"Its worker died {crashes} times", public_error, crashes=crashes)
         else:
             delay = RECOVERY_DELAY * 2 ** min(job.crashes, 9) * random.uniform(0.8, 1.2)
-            row, changes = Job.objects.filter(pk=job.pk), {"public_error": STOPPED}
-            transitions.requeue(row, delay, failure=died, crashes=crashes, **changes)
+            row = Job.objects.filter(pk=job.pk)
+            transitions.requeue(row, delay, died, crashes=crashes, public_error=STOPPED)
             text = "job %s lost its worker and will start again in %.0f s"
             logger.warning(text, job.pk, delay)
     admission.admit_after_commit(keys)

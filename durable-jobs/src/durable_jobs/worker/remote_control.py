@@ -4,7 +4,7 @@ from celery.worker import state
 from celery.worker.control import Panel
 
 from durable_jobs.batches import cancel_ids
-from durable_jobs.database import in_thread
+from durable_jobs.worker.forks import in_thread
 
 
 def cancel_revoked_jobs():
@@ -21,7 +21,8 @@ def cancel_revoked_jobs():
             state.revoked.discard(pk)
 
     def cancel_and_revoke(worker, task_id, terminate=False, signal=None, **kwargs):
-        if signal in (None, "SIGTERM", "TERM"):  # which a child takes for a shutdown
+        # After SIGTERM, a child waits 5 s for a shutdown: see child_has_crashed(). Plain tasks are killed, too.
+        if signal in (None, "SIGTERM", "TERM"):
             signal = "SIGKILL"
         try:
             return revoke(worker, task_id, terminate=terminate, signal=signal, **kwargs)

@@ -42,7 +42,7 @@ class Process:
         self.suspect = None  # the Run whose job fails at its next crash: see become_suspect()
         self.lock = pool.Lock()
         self.renews_leases = False  # whether its thread has started
-        self.is_prefork = False  # whether it is the main process of child processes
+        self.is_prefork = False  # whether this worker has child processes
 
     def has_run_of(self, task):
         return any(run.task is task for run in tuple(self.runs.values()))
@@ -74,15 +74,14 @@ class Run:
         self.token = header.get("run_token") or uuid.uuid4()
         self.batch_id, self.limit_key = header.get("batch"), header.get("limit_key")
         self.results_of = header.get("results_of")
-        time_limit = request.time_limit or task.time_limit
         self.claim_fields = {
             "worker": request.hostname,
             "retries": request.retries,
             "crashes": header["crashes"],
-            "time_limit": timedelta(seconds=time_limit),
-            "lease": timedelta(seconds=min(conf.LEASE_SECONDS, time_limit)),
+            "time_limit": timedelta(seconds=task.time_limit),
+            "lease": timedelta(seconds=min(conf.LEASE_SECONDS, task.time_limit)),
         }
-        self.has_written = False  # how the function ended
+        self.has_written = False  # whether the row says how the function ended
         self.admitted = []  # the job that has its slot now
         self.next_jobs = []  # the plans of enqueue_next()
         self.report = {}  # the latest progress and message
@@ -113,7 +112,7 @@ class Run:
             pool.query(admission.after_run, self)
 
     def claim(self):
-        """Claim the job. Returns 0 if it belongs to another run or has ended."""
+        """Claim the job. Returns 0 if it may not start: see transitions.claim()."""
         key = {"id": self.job_id, "run_token": self.token}
         return admission.claim(self.limit_key, **key, **self.claim_fields)
 
@@ -140,7 +139,7 @@ class Run:
     # What the function does
 
     def needs_write(self):
-        """Return whether its lease must be renewed, also as the owner of a slot, or there is a new report."""
+        """Return whether to renew its lease, also that of a cancelled job with a slot, or to write a new report."""
         if self.lost and not self.limit_key:
             return False
         return time.monotonic() > self.renew_at or (self.report != self.written and not self.lost)
@@ -156,8 +155,8 @@ class Run:
 
     def read_batch(self):
         if self.batch is UNREAD:
-            rows = Batch.objects.filter(jobs=self.job_id)
-            self.batch = rows.defer("on_success", "on_finish").first()
+            rows = Batch.objects.filter(pk=self.batch_id).defer("on_success", "on_finish")
+            self.batch = self.query_row(rows.first) if self.batch_id else None
         return self.batch
 
     def write_cursor(self, cursor):
@@ -169,7 +168,9 @@ class Run:
             self.written = self.report  # renew_leases() need not write it again
 
     def query_row(self, query, *args, **kwargs):
-        """Run a query on this row. Raises JobLost if the job was cancelled or belongs to another run.
+        """Run a query on the row of the job or its batch.
+
+        Raises JobLost if it finds none: the job was cancelled or belongs to another run.
 
         Inside a transaction of the function, the query is tried only once, because an error ends the
         transaction.
@@ -226,7 +227,7 @@ class Run:
         self.change(transitions.requeue)
 
     def change(self, transition, *args, **changes):
-        """Write how the function ended. An UPDATE that waits too long for a lock is tried again."""
+        """End the run with this transition: see write(). An UPDATE that waits too long for a lock is tried again."""
         self.write(transition, self.row.filter(LOCK_TIMEOUT, IDLE_TIMEOUT), *args, **changes)
 
     def write(self, update, *args, **kwargs):

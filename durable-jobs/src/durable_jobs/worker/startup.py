@@ -15,7 +15,10 @@ def start(**kwargs):
 
 
 def prepare_connection(task, **kwargs):
-    """Close a connection that is broken or too old, as Django does before a request."""
+    """Close a connection that is broken or too old, as Django does before a request.
+
+    With CELERY_DB_REUSE_MAX, Celery itself does so only now and then.
+    """
     if not connection.in_atomic_block:  # of a test
         close_old_connections()
     if fields_in(task.request.headers):

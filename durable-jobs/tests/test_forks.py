@@ -1,0 +1,47 @@
+"""Queries in a thread of a worker's main process, while it forks a child."""
+
+import os
+import sqlite3
+import threading
+import time
+from contextlib import closing
+
+import pytest
+from django.db import connection
+
+from durable_jobs.worker.forks import between_forks
+from durable_jobs.worker.runs import process
+
+
+@pytest.mark.skipif(
+    connection.vendor != "sqlite", reason="only SQLite: a lock that a child would inherit"
+)
+def test_a_child_does_not_inherit_the_lock_of_a_transaction(tmp_path, monkeypatch):
+    """It would find the database locked, for ever."""
+    monkeypatch.setattr(process, "is_prefork", True)
+    began = threading.Event()
+
+    def insert(database):
+        database.execute("INSERT INTO numbers VALUES (1)")
+
+    def write():
+        with sqlite3.connect(tmp_path / "database") as database:
+            insert(database)
+            began.set()
+            time.sleep(0.3)
+
+    with closing(sqlite3.connect(tmp_path / "database")) as database:
+        database.execute("CREATE TABLE numbers (number)")
+    thread = threading.Thread(target=between_forks, args=[write])
+    thread.start()
+    began.wait()
+    child = os.fork()
+    if child == 0:
+        try:
+            with sqlite3.connect(tmp_path / "database", timeout=1) as database:
+                insert(database)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    thread.join()
+    assert os.waitpid(child, 0)[1] == 0
