@@ -5,20 +5,20 @@ import sqlite3
 import threading
 import time
 from contextlib import closing
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
-from django.db import connection
 
-from durable_jobs.worker.forks import between_forks
+from durable_jobs.worker import forks
 from durable_jobs.worker.runs import process
 
 
-@pytest.mark.skipif(
-    connection.vendor != "sqlite", reason="only SQLite: a lock that a child would inherit"
-)
+@pytest.mark.django_db  # so that it runs in no process with greenlets, which forks no children
 def test_a_child_does_not_inherit_the_lock_of_a_transaction(tmp_path, monkeypatch):
     """It would find the database locked, for ever."""
     monkeypatch.setattr(process, "is_prefork", True)
+    monkeypatch.setattr(forks, "connection", SimpleNamespace(vendor="sqlite", close=Mock()))
     began = threading.Event()
 
     def insert(database):
@@ -32,7 +32,7 @@ def test_a_child_does_not_inherit_the_lock_of_a_transaction(tmp_path, monkeypatc
 
     with closing(sqlite3.connect(tmp_path / "database")) as database:
         database.execute("CREATE TABLE numbers (number)")
-    thread = threading.Thread(target=between_forks, args=[write])
+    thread = threading.Thread(target=forks.between_forks, args=[write])
     thread.start()
     began.wait()
     child = os.fork()
