@@ -25,7 +25,7 @@ from harness.outputs import (
     outputs,
     use,
 )
-from harness.project import connects, env, fetch, free_ports, processes_in, wait_for
+from harness.project import children_of, connects, env, fetch, free_ports, processes_in, wait_for
 
 EXTRA = {"FLOWER_BASIC_AUTH": "admin:password", "DEBUG": "False", "MEDIA_ROOT": "/srv/media"}
 
@@ -247,7 +247,8 @@ def test_a_killed_child_loses_no_job(with_tasks, since):
         following = site.follow(url)
         while next(following)["progress"] < 20:
             pass
-        _, *children = sorted(site.find("celery -A config worker"))
+        found = site.find("celery -A config worker")
+        children = {child for pid in found for child in children_of(pid)}
         for child in children:
             os.kill(child, signal.SIGKILL)
         start = time.monotonic()

@@ -17,7 +17,7 @@ from harness.faults import (
     errors,
     on_each,
     on_each_pool,
-    on_each_with_default_timings,
+    on_each_pool_with_default_timings,
     on_prefork,
     on_prefork_and_threads,
     ran_once,
@@ -58,7 +58,7 @@ def test_a_killed_worker_loses_nothing(stack, gate, since):
 
 
 @pytest.mark.promise("A killed worker's job runs again within 60 seconds")
-@on_each_with_default_timings
+@on_each_pool_with_default_timings
 def test_a_killed_worker_loses_no_job_with_the_default_timings(stack, gate, since):
     assert kill_a_worker(stack, gate, since) < 60
 
@@ -275,7 +275,7 @@ def test_a_body_that_locks_its_row_does_not_delay_a_stop(stack, gate, since):
 @on_prefork_and_threads
 def test_a_newsletter_continues_where_its_worker_was_killed(stack, since, record_property):
     """Everybody gets it, and at most one chunk of 100 gets it twice."""
-    count = int(os.environ.get("MAILS", "1000"))
+    count = int(os.environ.get("MAILS", "400"))
     code = """
 from orders.models import Newsletter, Recipient
 from orders.tasks import send_newsletter
