@@ -137,10 +137,10 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers():
-    """Five for two processors: most tests wait, for servers or for time to pass."""
+    """Two for each processor: most tests wait, for servers or for time to pass."""
     # macOS has no affinity.
     cpus = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
-    return 5 * cpus // 2
+    return 2 * cpus
 
 
 def pytest_terminal_summary(terminalreporter):

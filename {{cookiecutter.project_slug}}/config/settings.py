@@ -100,7 +100,7 @@ if DATABASES["default"]["ENGINE"] == "django.db.backends.sqlite3":
     sqlite = {"transaction_mode": "IMMEDIATE", "timeout": 20, "init_command": pragmas}
     DATABASES["default"]["OPTIONS"] = sqlite
 {% if has_jobs %}
-    DATABASES["default"]["TEST"] = {"NAME": BASE_DIR / "test.sqlite3"}  # so workers see it
+    DATABASES["default"]["TEST"] = {"NAME": BASE_DIR / "test.sqlite3"}  # a file, for live tests
 {% endif %}
 else:  # don't wait long for a server that has disappeared
     timeouts = {"connect_timeout": 5, "tcp_user_timeout": 10_000}  # seconds; milliseconds

@@ -34,7 +34,7 @@ class Tracing(AppConfig):
     def ready(self):
         os.environ.setdefault("OTEL_SERVICE_NAME", "{{ cookiecutter.project_slug }}")
         provider = TracerProvider()
-        # Over HTTP: gRPC has sockets of its own, which would block a worker that patches Python's.
+        # Over HTTP: gRPC's own sockets would block a worker that patches those of Python.
         provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
         trace.set_tracer_provider(provider)
         DjangoInstrumentor().instrument(excluded_urls="/health/,/metrics$")

@@ -37,7 +37,7 @@ def send_confirmation(order_id):
 def confirm_forgotten_orders():
     """Beat starts this every hour. It finds orders whose task was lost, and sends a new one."""
     now = timezone.now()
-    # The task of a younger order may still be waiting. After a week, it gives up.
+    # A younger order's task may still be waiting. Older orders are given up.
     age = now - timedelta(days=7), now - timedelta(hours=1)
     forgotten = Order.objects.filter(confirmed_at=None, created_at__range=age)
     for pk in forgotten.values_list("pk", flat=True):

@@ -28,7 +28,7 @@ class OrderViewSet(EnqueueMixin, viewsets.ReadOnlyModelViewSet):
         return super().get_queryset().filter(owner=self.request.user)
 
     def perform_create(self, serializer):
-        # In a transaction of EnqueueMixin, which has chosen job_id: the job may be stored after the order.
+        # EnqueueMixin has begun a transaction and chosen job_id, so the order can be stored before its job.
         order = serializer.save(owner=self.request.user, job_id=self.job_id)
         self.enqueue(tasks.send_confirmation, [order.pk])
 
