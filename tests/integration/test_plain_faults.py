@@ -476,7 +476,7 @@ def test_a_rate_limit_delays_other_tasks_of_the_queue(plain, record_fault):
     plain.worker.kill()
     plain.empty("cpu")
     what = "other tasks in the queue wait behind them" if blocked else "nothing"
-    record_fault("More tasks with a `rate_limit` wait than a worker prefetches", what, None, "–")
+    record_fault("More rate-limited tasks wait than a worker prefetches", what, None, "–")
 
 
 # RabbitMQ
