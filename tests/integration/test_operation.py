@@ -133,6 +133,7 @@ ended.update(finished_at=F("finished_at") - timedelta(minutes=5))
 @stacks(**ONE, sqlite=True)
 def test_a_real_prometheus_sees_each_alert_fire_and_resolve(stack, prometheus, gate):
     """Four minutes. Each alert is provoked with real processes."""
+    stack.ask(LATER)  # jobs of other tests
     prometheus.wait_until_quiet()
     stack.web.stop()
     prometheus.wait_for("NoMetrics")
