@@ -3,7 +3,7 @@
 demo: .venv  ## bake a project, start it, run its tasks: make demo ARGS="durable_jobs=yes"
 	@PYTHONPATH=tests .venv/bin/python -m harness.demo $(ARGS)
 
-engine: .venv  ## test the library durable-jobs, in seconds: make engine ARGS="-k retry"
+engine: .venv  ## test the library durable-jobs: make engine ARGS="-k retry"
 	.venv/bin/python -m pytest durable-jobs/tests -c durable-jobs/tests/pytest.ini $(ARGS)
 
 PYTEST := .venv/bin/python -m pytest -n auto --dist loadgroup --no-loadscope-reorder --durations 10
@@ -48,8 +48,9 @@ lint: .venv  ## format all plain Python; CHECK=1 only reports problems
 PYTHON := python3
 
 .venv: pyproject.toml durable-jobs/pyproject.toml
-	# A pip in .venv would take four seconds. If this Python has none, .venv needs its own.
-	$(PYTHON) -m venv --without-pip .venv
+	# --clear, because an older .venv may be of another Python. A pip in .venv would take four
+	# seconds. If this Python has none, .venv needs its own.
+	$(PYTHON) -m venv --clear --without-pip .venv
 	$(PYTHON) -m pip --python .venv/bin/python install --quiet uv || \
 		{ $(PYTHON) -m venv .venv && .venv/bin/pip install --quiet uv; }
 	.venv/bin/uv pip install --quiet --python .venv/bin/python -r durable-jobs/pyproject.toml \
