@@ -2,6 +2,7 @@
 
 import re
 import uuid
+from types import SimpleNamespace
 
 import pytest
 from django.contrib.auth.models import Permission
@@ -13,6 +14,7 @@ from rest_framework.test import APIClient
 
 from durable_jobs import batches
 from durable_jobs.actions import cancel
+from durable_jobs.api.views import EnqueueMixin
 from durable_jobs.enqueue import enqueue, enqueue_many
 from durable_jobs.models import Batch, Job
 
@@ -58,6 +60,17 @@ def test_a_batch_is_shown_to_its_owner(api, user, run_jobs):
     [listed] = api.get("/api/batches/").json()["results"]
     del shown["callbacks"]
     assert listed == shown
+
+
+def test_results_come_in_the_order_of_an_enqueue_mixin_too(user, monkeypatch):
+    """The first job and the others are stored in the same millisecond, as they may be on SQLite."""
+    view = EnqueueMixin()
+    view.request, view.job_id = SimpleNamespace(user=user, headers={}), uuid.uuid4()
+    with batches.open_batch() as batch:
+        first = view.enqueue(greet, batch=batch)
+        monkeypatch.setattr(batches, "database_time", lambda: first.created_at)
+        second = batches.add(batch, greet)
+    assert first.created_at < second.created_at
 
 
 def test_a_failed_batch_says_why(api, user, run_jobs):

@@ -321,7 +321,7 @@ def test_a_purge_deletes_no_old_job_of_a_batch_that_ends():
     age(new, "succeeded")
 
     def delete(number):
-        purge.delete(Job.objects.filter(pk=runs[number][0].job_id))
+        purge.of_jobs().delete(Job.objects.filter(pk=runs[number][0].job_id))
 
     race(ROUNDS, lambda n: succeed_run(runs[n][1]), delete)
     assert_ended_once(new)
@@ -336,7 +336,7 @@ def test_a_purge_deletes_no_job_of_a_batch_that_runs_again():
     age(new, "failed")
 
     def delete(number):
-        purge.delete(Job.objects.filter(pk=runs[number][0].job_id))
+        purge.of_jobs().delete(Job.objects.filter(pk=runs[number][0].job_id))
 
     again, _ = race(ROUNDS, lambda n: batches.run_failed_again(new[n]), delete)
     for batch, jobs in zip(new, again, strict=True):

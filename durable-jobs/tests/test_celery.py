@@ -61,6 +61,11 @@ def test_apply_async_accepts_options_that_a_job_supports():
     assert abs(second.sweep_at - eta) < timedelta(seconds=5)
 
 
+def test_apply_async_refuses_an_id_that_is_no_uuid():
+    with pytest.raises(ValueError, match="must be a UUID, not 'daily'"):
+        add.apply_async([1, 2], task_id="daily")
+
+
 @pytest.mark.parametrize(
     "send",
     [
@@ -221,7 +226,7 @@ def in_a_worker(commit):
         options = {"task_id": str(uuid.uuid4()), **options}
         with commit():
             DjangoTask.apply(task, args, throw=True, **options)
-        return Job.objects.get(pk=options["task_id"])
+        return Job.objects.latest("created_at")
 
     return run
 
@@ -238,6 +243,10 @@ def test_a_message_that_another_app_has_sent_twice_is_one_job(in_a_worker):
     in_a_worker(add, 3, 4, task_id=str(job.pk))
     job.refresh_from_db()
     assert (job.result, job.finished_at) == (3, finished_at)
+
+
+def test_a_message_of_another_app_may_have_any_text_as_its_id(in_a_worker):
+    assert in_a_worker(add, 1, 2, task_id="import-7").result == 3
 
 
 def test_a_message_of_another_app_with_wrong_arguments_fails(in_a_worker):

@@ -10,7 +10,7 @@ from helpers import add, alone, call, deliver, end, lapse, run_of, start, sweepe
 
 from durable_jobs import pauses, transitions
 from durable_jobs.actions import cancel, run_again
-from durable_jobs.beat.purge import Purge
+from durable_jobs.beat import purge
 from durable_jobs.diagnosis import reasons
 from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Job, Pause
@@ -158,7 +158,7 @@ def test_an_ended_job_of_a_paused_queue_is_deleted(commit):
     meet_pause(job)
     cancel(job)
     Job.objects.update(finished_at=Now() - timedelta(days=99))
-    Purge(Job, "finished_at").delete_page()
+    purge.of_jobs().delete_page()
     assert not Job.objects.exists()
 
 

@@ -13,7 +13,6 @@ from helpers import add, broken, collect, deliver, explain, failed, follow, quer
 from durable_jobs import admission, batches, conf
 from durable_jobs.actions import run_again, run_all_again
 from durable_jobs.beat import purge
-from durable_jobs.beat.purge import Purge
 from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Batch, Failure, Job
 from durable_jobs.publish import publish
@@ -26,8 +25,8 @@ def age(rows, field, days=31):
 
 
 def purge_all():
-    for model, field in (Job, "finished_at"), (Batch, "ended_at"):
-        Purge(model, field).delete_page()
+    purge.of_jobs().delete_page()
+    purge.of_batches().delete_page()
 
 
 @pytest.mark.promise("Nothing piles up")
@@ -40,7 +39,7 @@ def test_old_final_jobs_are_deleted_with_their_idempotency_keys(settings, caplog
     Job.objects.update(created_at=past)
     Job.objects.filter(pk=old.pk).update(finished_at=past)
     Failure.objects.create(job=old, started_at=timezone.now())
-    Purge(Job, "finished_at").delete_page()
+    purge.of_jobs().delete_page()
     assert "deleted 1 jobs older than 30 days" in caplog.text
     assert set(Job.objects.all()) == {new, active}
     enqueue(add, [1, 2], idempotency_key="key")
@@ -56,19 +55,19 @@ def test_old_jobs_that_cannot_be_deleted_do_not_stop_the_purge(settings, caplog)
             raise ProtectedError("an order refers to it", {instance})
 
     pre_delete.connect(protect, sender=Job)
-    purge = Purge(Job, "finished_at")
+    old_jobs = purge.of_jobs()
     try:
-        purge.delete_pages()
+        old_jobs.delete_pages()
     finally:
         pre_delete.disconnect(protect, sender=Job)
     assert set(Job.objects.all()) == {jobs[2], jobs[5]}
     later = deliver(enqueue(add, [1, 2]))
     Job.objects.filter(pk=later.pk).update(finished_at=past + timedelta(milliseconds=500))
-    purge.delete_pages()  # it skips the two that could not be deleted
+    old_jobs.delete_pages()  # it skips the two that could not be deleted
     assert set(Job.objects.all()) == {jobs[2], jobs[5]}
     assert caplog.text.count("an order refers to it") == 2
-    purge.start_over_at = 0
-    purge.delete_pages()
+    old_jobs.start_over_at = 0
+    old_jobs.delete_pages()
     assert not Job.objects.exists()
 
 
@@ -170,7 +169,7 @@ def test_a_round_deletes_pages_until_its_time_is_over(limit, left, monkeypatch):
     for _ in range(7):
         failed()
     age(Job.objects.all(), "finished_at")
-    Purge(Job, "finished_at").delete_pages()
+    purge.of_jobs().delete_pages()
     assert Job.objects.count() == left
 
 
@@ -182,7 +181,7 @@ def test_jobs_that_must_be_kept_stop_no_purge_of_others(monkeypatch):
     age(Job.objects.all(), "finished_at", 40)  # all at the same time
     other = failed()
     age(Job.objects.filter(pk=other.pk), "finished_at", 35)
-    purges = Purge(Job, "finished_at")
+    purges = purge.of_jobs()
     for page in range(4):
         assert Job.objects.filter(pk=other.pk).exists(), page
         purges.delete_page()
@@ -209,7 +208,7 @@ def test_a_batch_is_deleted_after_its_jobs():
     age(Job.objects.all(), "finished_at")
     age(Batch.objects.all(), "ended_at")
     left = []
-    for table in Purge(Batch, "ended_at"), Purge(Job, "finished_at"), Purge(Batch, "ended_at"):
+    for table in purge.of_batches(), purge.of_jobs(), purge.of_batches():
         table.delete_page()
         left.append((Batch.objects.count(), Job.objects.count()))
     assert left == [(1, 1), (1, 0), (0, 0)]
@@ -240,7 +239,7 @@ def test_an_error_stops_no_other_step(monkeypatch, caplog, failing):
         run.__qualname__ = name
         monkeypatch.setattr(owner, name, run)
 
-    step(Purge, "delete_pages")
+    step(purge.Purge, "delete_pages")
     step(admission, "delete_old_keys")
     pauses = iter([None, None])
     monkeypatch.setattr("time.sleep", lambda _: next(pauses))
@@ -257,5 +256,5 @@ def test_the_purge_reads_only_old_jobs(backlog, settings):
     Job.objects.filter(started_at__isnull=False).update(finished_at=Now() - timedelta(minutes=2))
     with connection.cursor() as cursor:
         cursor.execute("ANALYZE durable_jobs_job")
-    page = queries(Purge(Job, "finished_at").delete_page)[0]
+    page = queries(purge.of_jobs().delete_page)[0]
     assert "job_finished" in explain(page) and rows_read(page) <= 1, explain(page)

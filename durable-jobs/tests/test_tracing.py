@@ -164,6 +164,14 @@ def test_a_receiver_that_adds_no_header_is_called_once_for_each_job(way, run_job
     assert sorted(ids) == sorted(str(pk) for pk in Job.objects.values_list("pk", flat=True))
 
 
+def test_the_signal_after_publishing_is_sent_although_nobody_receives_the_one_before():
+    sent = Mock()
+    signals.after_task_publish.connect(sent)
+    job = enqueue(add, [1, 2])
+    signals.after_task_publish.disconnect(sent)
+    assert sent.call_args.kwargs["headers"]["id"] == str(job.pk)
+
+
 def test_a_job_that_runs_again_belongs_to_the_request_that_runs_it(calls):
     failed, succeeded = enqueue(add, [1, 2]), enqueue(add, [1, 2])
     cancel(failed)

@@ -45,7 +45,7 @@ def run_again(job: Job) -> Job:
     """
     fields = fields_to_run_again(job)
     if job.state == "succeeded":
-        return insert(fields, job.unique_key)
+        return insert({**fields, **times(limit_key=fields["limit_key"])}, job.unique_key)
     key = fields["limit_key"]
     changes = {"limit_key": key, **times(Now(), limit_key=key)}
     # Another job with this key may be stored meanwhile, and may end before this looks again: see insert().
@@ -92,6 +92,5 @@ def fields_to_run_again(job):
     task, (args, kwargs) = current_app.tasks[job.task], loads(to_json([job.args, job.kwargs]))
     options = {"label": job.label, "queue": job.queue, "results_of": job.results_of}
     fields = call_fields(task, args, kwargs, **options)
-    fields |= times(limit_key=fields["limit_key"])
     # It follows the batch whose results it gets, because the purge keeps these for what follows the batch.
     return {**fields, "owner_id": job.owner_id, "follows": job.results_of or job.pk}

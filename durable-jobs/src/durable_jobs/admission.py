@@ -195,8 +195,8 @@ def seconds_until_rate(keys):
     """Return in how many seconds the rate of one of these keys may admit a job."""
     limits = {key: limit for key in keys if (limit := limit_of(key)).rate}
     rows = with_slot().filter(QUEUED, limit_key__in=limits).order_by().values_list("limit_key")
-    # When the admitted jobs of a key have started, only the sweeper looks again. If none is left to start, its slots
-    # are full, and runs that end admit jobs: at most as many as may be ahead or have slots.
+    # A key is looked at again when its admitted jobs have had time to start. If none is left to start, its slots are
+    # full, and runs that end admit jobs, so it is enough to look after the longest such time.
     unstarted = {key: min(limit.ahead, limit.running) for key, limit in limits.items()}
     unstarted |= rows.annotate(Count("pk"))
     waits = {key: limits[key].interval * count for key, count in unstarted.items()}

@@ -22,6 +22,7 @@ from django.utils import timezone
 from durable_jobs import actions, transitions
 from durable_jobs.database import in_transaction, may_succeed_later, timeouts
 from durable_jobs.enqueue import (
+    CallOptions,
     MemberOptions,
     call_fields,
     database_time,
@@ -82,7 +83,7 @@ def enqueue(
     label: str = "",
     on_success: JobSignature | None = None,
     on_finish: JobSignature | None = None,
-    **options: Unpack[MemberOptions],
+    **options: Unpack[CallOptions],
 ) -> Batch:
     """Store a batch with a job for each list of arguments in `calls`. Returns it. See open_batch()."""
     with open_batch(owner=owner, label=label, on_success=on_success, on_finish=on_finish) as batch:
@@ -147,8 +148,8 @@ def cancel(batch: Batch) -> int:
     cancelled = 0
     while is_active(batch=batch.pk):  # again, because a job that ends may store its next job
         cancelled += actions.cancel(batch.jobs.all())
-    # A caller's transaction must not wait for the batch: it has locked jobs of it. Without one, the second call
-    # usually finds nothing to do.
+    # Now, so that the caller reads the end, but a transaction that has locked jobs must not wait for the batch.
+    # And after the commit, in case the batch was locked.
     try_to_end(batch.pk, skip_locked=in_transaction())
     transaction.on_commit(lambda: try_to_end(batch.pk))  # raises nothing
     batch.refresh_from_db()
@@ -309,16 +310,22 @@ def end_all():
         try_to_end(pk, skip_locked=True)  # the sweeper must not wait
 
 
-def unneeded(model, old_batches):
-    """Return the condition for an old Job or Batch to be deleted.
+# What the purge may delete. `old_batches` are the ids of the old batches, whose rows are locked. A callback, or its
+# copy, reads the results of the batch that it follows. So they are kept as long as it may run.
 
-    `old_batches` are the ids of the old batches, whose rows are locked.
 
-    A callback, or its copy, reads the results of the batch that it follows. So they are kept as long as it may run.
-    """
-    callbacks = Job.objects.exclude(finished_at__lt=transitions.retention_end())
-    if model is Job:
-        kept = callbacks.filter(follows__in=old_batches).values_list("follows", flat=True)
-        return Q(batch=None) | Q(batch__in=set(old_batches) - set(kept))
+def unneeded_jobs(old_batches):
+    """Return the condition for an old job to be deleted."""
+    kept = callbacks().filter(follows__in=old_batches).values_list("follows", flat=True)
+    return Q(batch=None) | Q(batch__in=set(old_batches) - set(kept))
+
+
+def unneeded_batches(old_batches):
+    """Return the condition for an old batch to be deleted."""
     members, of_this = Job.objects.filter(batch=OuterRef("pk")), Q(follows=OuterRef("pk"))
-    return Q(pk__in=old_batches) & ~Exists(members) & ~Exists(callbacks.filter(of_this))
+    return Q(pk__in=old_batches) & ~Exists(members) & ~Exists(callbacks().filter(of_this))
+
+
+def callbacks():
+    """Return the jobs that may run (again), callbacks among them."""
+    return Job.objects.exclude(finished_at__lt=transitions.retention_end())

@@ -24,16 +24,21 @@ __all__ = ["Options", "aenqueue", "enqueue", "enqueue_many"]
 CHUNK = 500  # jobs per statement
 # A call sends as many messages itself. Workers are busy with them until the sweeper sends the rest.
 SENT_IMMEDIATELY = 2000
-FROM_NOW = timedelta()  # as the time of a new job: its INSERT adds the database's
+FROM_NOW = timedelta()  # instead of a time: transitions.insert() adds the database's clock
 
 
-class MemberOptions(TypedDict, total=False):
-    """Options of a job in a batch: see enqueue()."""
+class CallOptions(TypedDict, total=False):
+    """Options of each job that batches.enqueue() stores: see enqueue()."""
 
-    label: str
     queue: str | None
     countdown: float | None
     eta: datetime | None
+
+
+class MemberOptions(CallOptions, total=False):
+    """Options of a job in a batch."""
+
+    label: str
 
 
 class ManyOptions(MemberOptions, total=False):
@@ -133,7 +138,7 @@ def check_text(name, text):
 def times(now=FROM_NOW, countdown=None, eta=None, limit_key=None):
     """Return when a new job is due, and when its message is sent, or that it is blocked by its limit.
 
-    `now` is a time, Now() or FROM_NOW. An `eta` is compared with the database's clock: that of this process may
+    `now` is a time, Now(), or FROM_NOW: then these times are durations from now. An `eta` is compared with the database's clock: that of this process may
     be wrong.
     """
     if eta is not None:
@@ -185,9 +190,9 @@ def insert_many(now, jobs):
     for place, job in enumerate(jobs):
         job.created_at = now + timedelta(microseconds=place)  # pages sort by this time
     rest = [job for job in jobs if job.times_sent][SENT_IMMEDIATELY:]
-    newest = Now() - timedelta(seconds=3 * conf.SWEEP_SECONDS)
+    recently = Now() - timedelta(seconds=3 * conf.SWEEP_SECONDS)
     # If the sweeper runs, let it send the rest: the call takes a fifth of the time.
-    if rest and Sweep.objects.filter(ended_at__gt=newest).exists():
+    if rest and Sweep.objects.filter(ended_at__gt=recently).exists():
         for job in rest:
             job.times_sent, job.sweep_at = 0, job.created_at  # which keeps their order
     Job.objects.bulk_create(jobs, batch_size=CHUNK)

@@ -77,7 +77,7 @@ def new_headers(job):
     Celery sends its signals with each message. Here they are sent once, in the context of who enqueues the job:
     what receivers add, such as a trace, is stored. So it is the same for messages that Beat sends.
     """
-    if not signals.before_task_publish.receivers:
+    if not (signals.before_task_publish.receivers or signals.after_task_publish.receivers):
         return job.headers
     headers, properties, body, _ = message_of(job)
     before, more = dict(headers), {"properties": properties, "declare": [], "retry_policy": {}}

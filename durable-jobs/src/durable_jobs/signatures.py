@@ -9,7 +9,7 @@ Celery's own signatures are for its canvas. A job is no part of that, see NO_CAN
 from asgiref.sync import sync_to_async
 from celery.utils.abstract import CallableSignature
 
-from durable_jobs.enqueue import enqueue
+from durable_jobs.enqueue import enqueue as enqueue_job
 from durable_jobs.models import Job
 
 __all__ = ["JobSignature"]
@@ -56,7 +56,7 @@ class JobSignature:
     def enqueue(self, *args, **kwargs) -> Job:
         """Enqueue a job with these arguments, after those of the call. Returns the Job."""
         args, kwargs = [*self.args, *args], {**self.kwargs, **kwargs}
-        return enqueue(self.task, args, kwargs, **self.options)
+        return enqueue_job(self.task, args, kwargs, **self.options)
 
     aenqueue = sync_to_async(enqueue)
 

@@ -18,11 +18,12 @@ from celery.utils.functional import head_from_fun
 from celery.utils.time import maybe_make_aware
 
 from durable_jobs import batches
-from durable_jobs.enqueue import ManyOptions, MemberOptions, Options, enqueue, insert, new_fields
+from durable_jobs.enqueue import ManyOptions, MemberOptions, Options, insert, new_fields
+from durable_jobs.enqueue import enqueue as enqueue_job
 from durable_jobs.messages import storable
 from durable_jobs.models import Batch, Job
 from durable_jobs.signatures import NO_CANVAS, JobSignature, check_options
-from durable_jobs.validation import MAX_COUNTDOWN, printable
+from durable_jobs.validation import MAX_COUNTDOWN, printable, uuids
 from durable_jobs.worker.execution import execute, run_coroutine
 from durable_jobs.worker.pools import shutting_down
 from durable_jobs.worker.runs import JobError, JobLost, describe, for_owner, process
@@ -95,10 +96,12 @@ class JobTask(DjangoTask):
         """Enqueue a job. Returns its AsyncResult.
 
         `owner`, `label`, `unique` and `idempotency_key` are those of enqueue(). Raises TypeError for options
-        that a job cannot have, such as `link` or `expires`.
+        that a job cannot have, such as `link` or `expires`; ValueError if `task_id` is no UUID.
         """
         if self._current_run and task_id == self.request.id:  # Celery's retry() calls this
             return self._retry_later(args, kwargs, **options)
+        if task_id and not uuids([task_id]):
+            raise ValueError(f"the task_id of a job must be a UUID, not {task_id!r:.50}")
         fields = self._fields_of(args, kwargs, options) | ({"pk": task_id} if task_id else {})
         return self.AsyncResult(str(insert(fields, unique).pk))
 
@@ -124,7 +127,7 @@ class JobTask(DjangoTask):
 
     def enqueue(self, *args, **kwargs) -> Job:
         """Enqueue a job with these arguments, and no options. Returns the Job."""
-        return enqueue(self, args, kwargs)
+        return enqueue_job(self, args, kwargs)
 
     aenqueue = sync_to_async(enqueue)
 
@@ -223,7 +226,7 @@ class JobTask(DjangoTask):
         if run := self._own_run():
             run.next_jobs.append(batches.planned(task, args, kwargs, **options))
         else:
-            enqueue(task, args, kwargs, **options)
+            enqueue_job(task, args, kwargs, **options)
 
     def _own_run(self):
         if self.request_stack.top is None and process.has_run_of(self):

@@ -38,13 +38,13 @@ def requeue(jobs, delay=0, failure=None, **changes):
     changed. `failure` has the fields of a Failure to store, see update().
     """
     due = delay if isinstance(delay, datetime) else Now() + timedelta(seconds=delay)
-    # A job that is already queued keeps its due_at. So does one with a limit that is released: a due_at of this very
-    # moment is not yet due on SQLite, and the slot would go to another job.
+    # A job that is already queued keeps its due_at. So does one with a limit, unless it waits after a retry or a crash:
+    # a due_at of this very moment is not yet due on SQLite, and the slot would go to another job.
     is_queued, has_limit = Q(state="queued"), Q(limit_key__isnull=False)
-    keeps = is_queued if delay or failure else is_queued | has_limit
-    changes["due_at"] = Case(When(keeps, then="due_at"), default=due)
-    of_run = Case(When(state="running", then="limit_key"))
-    changes["blocked_by"] = key = Coalesce("blocked_by", of_run)
+    keeps_due_at = is_queued if delay or failure else is_queued | has_limit
+    changes["due_at"] = Case(When(keeps_due_at, then="due_at"), default=due)
+    key_if_running = Case(When(state="running", then="limit_key"))
+    changes["blocked_by"] = key = Coalesce("blocked_by", key_if_running)
     changes["sweep_at"] = Case(When(IsNull(key, True), then=due))
     changes |= {"state": "queued", "run_token": None, "times_sent": 0}
     return update(jobs, changes, failure)
@@ -152,8 +152,8 @@ def prepared(**types):
     """Decorate a function that returns a queryset of jobs, and a dictionary of changes or None.
 
     The decorated function runs queryset.update(**changes), and returns how many rows were changed. With
-    None, it returns the queryset's rows as tuples. `types` has the field of each argument that is not a
-    value of the field with its name.
+    None, it returns the queryset's rows as tuples. Each argument is converted by the Job's field of its
+    name; `types` names a field for the others.
     """
 
     def decorate(function):

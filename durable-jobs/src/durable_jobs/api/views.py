@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import uuid
+from datetime import timedelta
 from typing import Any, Unpack
 
 from django.core.exceptions import ValidationError as DjangoValidationError
@@ -233,7 +234,7 @@ class EnqueueMixin:
         headers = headers_of(serializer.instance.job_id)
         return Response(serializer.data, status=202, headers=headers)
 
-    create.kwargs = {"schema": EnqueueSchema}  # extend_schema() sets the same attribute
+    create.kwargs = {"schema": EnqueueSchema}  # drf-spectacular reads an action's own schema here
 
     def enqueue(
         self,
@@ -253,7 +254,10 @@ class EnqueueMixin:
         fields = new_fields(task, args, kwargs, owner=self.request.user, **options)
         if key := self._idempotency_key:
             fields |= {"idempotency_key": key, "fingerprint": self._fingerprint}
-        return insert({**fields, "pk": self.job_id, "batch": batch})
+        job = insert({**fields, "pk": self.job_id, "batch": batch})
+        if batch:  # its results are sorted by time, and SQLite's clock has milliseconds
+            batch._next_member_at = job.created_at + timedelta(microseconds=1)
+        return job
 
     def _find_stored(self):
         """Return a serializer of the object that the first request with this key stored, or None.

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from django.db import close_old_connections, transaction
@@ -28,6 +29,8 @@ class Purge:
 
     model: type
     field: str  # when a row has ended
+    batch: str  # the field with the id of its batch
+    unneeded: Callable  # batches.unneeded_jobs or batches.unneeded_batches
     last: tuple = ()  # of the last page, the last row: when it has ended, and its id
     start_over_at: float = 0  # as time.monotonic()
 
@@ -51,13 +54,35 @@ class Purge:
             rest = rest.filter(later, **{f"{self.field}__gte": at})
         if page := list(rest[:PAGE]):
             self.last = page[-1]
-            try_in_halves(delete, old, [pk for _, pk in page])
+            try_in_halves(self.delete, old, [pk for _, pk in page])
         return len(page) == PAGE
+
+    @transaction.atomic
+    def delete(self, rows):
+        """Delete these rows, except those that are locked or needed."""
+        of_batches = rows.filter(**{f"{self.batch}__isnull": False})
+        pks = list(of_batches.values_list(self.batch, flat=True).distinct())
+        old = Batch.objects.filter(pk__in=pks, ended_at__lt=transitions.retention_end())
+        # Their jobs cannot run again meanwhile. no_key: whoever adds a job checks its foreign key, and must not wait.
+        locked = old.order_by("pk").select_for_update(no_key=True).values_list("pk", flat=True)
+        unneeded = self.unneeded(list(locked))
+        # Django loads what it deletes. Load only the keys, because results may be large.
+        _, deleted = transitions.skip_locked(rows.filter(unneeded)).only("pk").delete()
+        if count := deleted.get("durable_jobs.Job"):
+            logger.info("deleted %d jobs older than %g days", count, conf.RETENTION_DAYS)
+
+
+def of_jobs():
+    return Purge(Job, "finished_at", "batch", batches.unneeded_jobs)
+
+
+def of_batches():
+    return Purge(Batch, "ended_at", "pk", batches.unneeded_batches)
 
 
 def clean_forever():
     """Delete old rows."""
-    purges = Purge(Job, "finished_at").delete_pages, Purge(Batch, "ended_at").delete_pages
+    purges = of_jobs().delete_pages, of_batches().delete_pages
     steps = *purges, admission.delete_old_keys, delete_old_workers
     while True:
         time.sleep(conf.SWEEP_SECONDS)
@@ -67,18 +92,3 @@ def clean_forever():
                 step()
             except Exception as error:
                 logger.warning("%s failed and will be retried: %r", step.__qualname__, error)
-
-
-@transaction.atomic
-def delete(rows):
-    """Delete these rows, except those that are locked or needed."""
-    field = "batch" if rows.model is Job else "pk"
-    of_batches = rows.filter(**{f"{field}__isnull": False}).values_list(field, flat=True).distinct()
-    old = Batch.objects.filter(pk__in=list(of_batches), ended_at__lt=transitions.retention_end())
-    # Their jobs cannot run again meanwhile. no_key: whoever adds a job checks its foreign key, and must not wait.
-    locked = old.order_by("pk").select_for_update(no_key=True).values_list("pk", flat=True)
-    unneeded = batches.unneeded(rows.model, list(locked))
-    # Django loads what it deletes. Load only the keys, because results may be large.
-    _, deleted = transitions.skip_locked(rows.filter(unneeded)).only("pk").delete()
-    if count := deleted.get("durable_jobs.Job"):
-        logger.info("deleted %d jobs older than %g days", count, conf.RETENTION_DAYS)

@@ -43,13 +43,13 @@ class Sender:
         """
         pause = conf.SWEEP_SECONDS
         paused = admission.paused_names()
-        next_due, next_start = admission.admit_due(paused)
+        until_due, until_rate = admission.admit_due(paused)
         queued = Job.objects.filter(state="queued").exclude(is_paused(paused))
         until = time.monotonic() + pause
         soon = queued.filter(sweep_at__lt=Now() + timedelta(seconds=pause))
-        new = Q(times_sent=0, sweep_at__gte=Now())
+        is_countdown = Q(times_sent=0, sweep_at__gte=Now())
         rows = soon.values_list("queue").annotate(
-            first=Min("sweep_at") - Now(), countdown=Min("sweep_at", filter=new) - Now()
+            first=Min("sweep_at") - Now(), countdown=Min("sweep_at", filter=is_countdown) - Now()
         )
         names = [name for name, first, _ in rows if first < timedelta()]
         countdowns = [wait.total_seconds() for *_, wait in rows if wait is not None]
@@ -70,9 +70,8 @@ class Sender:
                     broker.close()  # it may be broken; the next queue opens it again
         if names:
             return 0
-        return min(
-            pause, max(MIN_PAUSE, min([next_due, *countdowns])), max(MIN_RATE_PAUSE, next_start)
-        )
+        until_countdown = max(MIN_PAUSE, min([until_due, *countdowns]))
+        return min(pause, until_countdown, max(MIN_RATE_PAUSE, until_rate))
 
     def send_some(self, queued, name, resend, broker):
         """Send at most AT_ONCE of these queued jobs, of this queue. Returns whether more may be due."""

@@ -1,6 +1,7 @@
 """How a worker runs the task function of a job, and what it writes when that has ended."""
 
 import asyncio
+import uuid
 from contextlib import suppress
 
 from asgiref.sync import async_to_sync
@@ -13,6 +14,7 @@ from durable_jobs.enqueue import insert, new_fields
 from durable_jobs.messages import fields_in, storable
 from durable_jobs.models import Job
 from durable_jobs.states import QUEUED
+from durable_jobs.validation import uuids
 from durable_jobs.worker import lease
 from durable_jobs.worker.pools import pool, shutting_down
 from durable_jobs.worker.runs import OVER_TIME_LIMIT, JobLost, Run
@@ -52,8 +54,10 @@ def execute(task, args, kwargs):
 
 
 def store(task, args, kwargs):
-    """Store the job that a plain message asks for."""
-    fields = {"pk": task.request.id, "headers": storable(task.request.headers)}
+    """Store the job that a plain message asks for. Its id may be any text, but that of a job is a UUID."""
+    id = task.request.id
+    pk = next(iter(uuids([id])), uuid.uuid5(uuid.NAMESPACE_OID, id))
+    fields = {"pk": pk, "headers": storable(task.request.headers)}
     with suppress(IntegrityError):  # a second copy of the message
         database.wait_for(insert, {**new_fields(task, args, kwargs), **fields})
 

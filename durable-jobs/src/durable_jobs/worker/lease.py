@@ -56,15 +56,15 @@ def write_and_renew(to_write):
     reports = {run: run.report for run in to_write}
     with transaction.atomic():
         rows = transitions.locking(jobs_of(to_write))
-        found = dict(rows.values_list("run_token", "finished_at"))
-        written = [run for run in to_write if run.token in found]
-        reported = [run for run in written if reports[run] and not found[run.token]]
+        ended_at = dict(rows.values_list("run_token", "finished_at"))  # a time if it is cancelled
+        written = [run for run in to_write if run.token in ended_at]
+        reported = [run for run in written if reports[run] and not ended_at[run.token]]
         silent = set(written) - set(reported)  # these keep progress and message
         jobs_of(silent).update(sweep_at=lease_end())
         jobs = [Job(pk=run.job_id, sweep_at=lease_end(), **reports[run]) for run in reported]
         Job.objects.bulk_update(jobs, ["progress", "message", "sweep_at"])
     for run in written:
-        run.written, run.lost = reports[run], bool(found[run.token])
+        run.written, run.lost = reports[run], bool(ended_at[run.token])
         run.plan_renewal()
     if len(written) < len(to_write):
         # Read again, without locks.

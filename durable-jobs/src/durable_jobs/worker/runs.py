@@ -150,24 +150,26 @@ class Run:
 
     def read_cursor(self):
         if self.cursor is UNREAD:
-            [self.cursor] = self.query_row(lambda: list(self.row.values_list("cursor", flat=True)))
+            [self.cursor] = self.query_or_lose(
+                lambda: list(self.row.values_list("cursor", flat=True))
+            )
         return self.cursor
 
     def read_batch(self):
         if self.batch is UNREAD:
             rows = Batch.objects.filter(pk=self.batch_id).defer("on_success", "on_finish")
-            self.batch = self.query_row(rows.first) if self.batch_id else None
+            self.batch = self.query_or_lose(rows.first) if self.batch_id else None
         return self.batch
 
     def write_cursor(self, cursor):
         to_json(cursor)  # raises if it cannot be stored: PostgreSQL's error would end a transaction
         changes = {"cursor": cursor, "sweep_at": lease_end(), **self.report}
-        self.query_row(self.row.update, **changes)
+        self.query_or_lose(self.row.update, **changes)
         self.cursor = UNREAD  # the function's transaction may roll back
         if not in_transaction():
             self.written = self.report  # renew_leases() need not write it again
 
-    def query_row(self, query, *args, **kwargs):
+    def query_or_lose(self, query, *args, **kwargs):
         """Run a query on the row of the job or its batch.
 
         Raises JobLost if it finds none: the job was cancelled or belongs to another run.

@@ -130,10 +130,11 @@ def requeue_and_exit(exitcode=0):
         with process.lock:
             runs = process.runs.values()
             release([run for run in runs if not run.limit_key])
-            pool.sleep(POLL_SECONDS)  # a renewal may lock a row for a moment
+            pool.sleep(POLL_SECONDS)
             signals.worker_shutdown.send(None)  # Celery does not come so far
             heartbeat.forget()
-            # Jobs with a limit at the very last: their functions must end when others get their slots.
+            # Jobs with a limit at the very last: their functions must end when others get their slots. And
+            # again those without one: a renewal may have locked their rows for a moment.
             release(runs)
     finally:
         os._exit(exitcode)
