@@ -1,7 +1,4 @@
-"""Checks of the files of a baked project, beyond a comparison of their text.
-
-A plugin of pytest (see conftest.py), so that a failed assert shows what it compared.
-"""
+"""Checks of the files of a baked project, beyond a comparison of their text."""
 
 import ast
 import inspect
@@ -67,24 +64,6 @@ INDIRECT = {
 }
 # A condition for an import of a package that may be missing.
 OPTIONAL = r"apps\.is_installed\("
-BAKED = "baked"  # the name of a property: how many combinations a test baked, and new files
-SIZE = "files and words"  # a new file, or a longer README.md, is seen in the summary
-
-
-def pytest_terminal_summary(terminalreporter):
-    """Print what test_bake.py and test_every_combination.py counted in all its processes."""
-    reports = [report for found in terminalreporter.stats.values() for report in found]
-    calls = [report for report in reports if getattr(report, "when", "") == "call"]
-    counts = [count for call in calls for name, count in call.user_properties if name == BAKED]
-    if counts:
-        combinations, files = map(sum, zip(*counts, strict=True))
-        line = f"{combinations:,} combinations baked, {files:,} distinct files checked"
-        terminalreporter.section("bake")
-        terminalreporter.write_line(line)
-    if sizes := [size for call in calls for name, size in call.user_properties if name == SIZE]:
-        files, words = (f"{min(all):,} to {max(all):,}" for all in zip(*sizes, strict=True))
-        line = f"files: {files}; words of README.md: {words}"
-        terminalreporter.write_line(line)
 
 
 def check_names(files):
