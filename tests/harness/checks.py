@@ -19,6 +19,7 @@ from celery.app.backends import BACKEND_ALIASES
 from celery.app.defaults import DEFAULTS
 from kombu.transport import TRANSPORT_ALIASES
 from markdown_it import MarkdownIt
+from mdit_py_plugins.anchors import anchors_plugin
 
 # Commands that check files with these paths, and end with an error if a file is invalid.
 CHECKERS = {
@@ -230,11 +231,14 @@ def words_of(file, text):
 
 # Pages of Markdown
 
+# Headings have the ids that GitHub gives them.
+MARKDOWN = MarkdownIt("commonmark").enable("table").use(anchors_plugin, max_level=6)
+
 
 @cache
 def parse(markdown):
     """Return all tokens of a page; those inside of lines come last."""
-    tokens = MarkdownIt("commonmark").enable("table").parse(markdown)
+    tokens = MARKDOWN.parse(markdown)
     return tokens + [child for token in tokens for child in token.children or []]
 
 
@@ -253,21 +257,9 @@ def check_links(pages, files):
                 continue
             target = Path(os.path.normpath(page.parent / unquote(link.path))) if link.path else page
             assert target in files, f"{page}: no file {target}"
-            missing = link.fragment and link.fragment not in anchors(files[target])
-            assert not missing, f"{page}: {target} has no heading #{link.fragment}"
-
-
-@cache
-def anchors(markdown):
-    """Return the fragments that GitHub gives to a page's headings. Repeated ones get a number."""
-    found, seen = set(), Counter()
-    for before, token in itertools.pairwise(parse(markdown)):
-        if before.type == "heading_open":
-            words = "".join(child.content for child in token.children)
-            anchor = re.sub(r"[^\w\- ]", "", words.strip().lower()).replace(" ", "-")
-            found.add(f"{anchor}-{seen[anchor]}" if seen[anchor] else anchor)
-            seen[anchor] += 1
-    return found
+            if link.fragment:
+                ids = {token.attrs.get("id") for token in parse(files[target])}
+                assert link.fragment in ids, f"{page}: {target} has no heading #{link.fragment}"
 
 
 def check_pages(texts, files, template):
