@@ -54,12 +54,6 @@ def first(**answers):
     return next(each for each in combinations() if answers.items() <= each.items())
 
 
-def one_of_each_pair():
-    """Return one combination for each broker and result backend, with the pools in turn."""
-    every, pools = list(combinations()), len(CHOICES["worker_pool"])
-    return [every[pools * pair + pair % pools] for pair in range(len(every) // pools)]
-
-
 def one_for_each_broker():
     return [first(broker=broker) for broker in CHOICES["broker"]]
 
