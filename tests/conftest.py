@@ -4,7 +4,7 @@ import runpy
 import sys
 import tempfile
 from collections import Counter
-from functools import cache
+from functools import cache, partial
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +15,7 @@ from cookiecutter.utils import work_in
 from jinja2 import Environment
 
 pytest.register_assert_rewrite("harness")  # before the first import from there
-from harness.bake import TEMPLATE, baked  # noqa: E402
+from harness.bake import ENVIRONMENT, TEMPLATE, baked  # noqa: E402
 from harness.project import Project  # noqa: E402
 
 pytest_plugins = [f"harness.{name}" for name in "containers faults outputs plain".split()]
@@ -24,17 +24,9 @@ pytest_plugins = [f"harness.{name}" for name in "containers faults outputs plain
 @pytest.fixture(scope="session", autouse=True)
 def cache_templates():
     """Compile each template, and check whether a file is binary, once instead of in each bake."""
-    codes = {}
-
-    def compile(environment, *source, **options):
-        key = (*source, *options.items())
-        if key not in codes:
-            codes[key] = original(environment, *source, **options)
-        return codes[key]
-
-    original = Environment.compile
+    compiled = cache(partial(Environment.compile, ENVIRONMENT))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Environment, "compile", compile)
+        patch.setattr(Environment, "compile", lambda _, *source: compiled(*source))
         patch.setattr(generate, "is_binary", cache(generate.is_binary))
         yield
 
