@@ -28,7 +28,6 @@ class Service:
     image: str
     place: tuple  # host and port, as the job's scripts reach it
     variables: dict
-    options: str = ""  # for `docker run`
 
     @property
     def name(self):
@@ -114,9 +113,7 @@ def github(project):
         [published] = service["ports"]
         ours, its = map(int, published.split(":"))
         assert its == PORTS[name], f"{name} does not listen on port {its}"
-        variables = service.get("env", {})
-        place = "127.0.0.1", ours
-        services.append(Service(service["image"], place, variables, service["options"]))
+        services.append(Service(service["image"], ("127.0.0.1", ours), service.get("env", {})))
     actions, scripts = {}, []
     for step in job["steps"]:
         if "run" in step:
