@@ -5,7 +5,6 @@ python -m harness.promises  # writes the table in durable-jobs/docs/reliability.
 
 import ast
 import re
-from collections import defaultdict
 
 from harness.bake import LIBRARY, TEMPLATE
 
@@ -21,14 +20,14 @@ def promises():
 
 def proofs():
     """Return {promise: the paths and names of its tests}."""
-    found = defaultdict(list)
-    folders = LIBRARY / "tests", TEMPLATE / "tests/integration"
-    for path in sorted(path for folder in folders for path in folder.glob("test_*.py")):
-        for node in ast.parse(path.read_text("utf-8")).body:
-            for mark in getattr(node, "decorator_list", []):
-                if ast.unparse(mark).startswith("pytest.mark.promise("):
-                    name = f"{path.relative_to(TEMPLATE)}::{node.name}"
-                    found[mark.args[0].value].append(name)
+    found = {}
+    for folder in LIBRARY / "tests", TEMPLATE / "tests/integration":
+        for path in sorted(folder.glob("test_*.py")):
+            for node in ast.parse(path.read_text("utf-8")).body:
+                for mark in getattr(node, "decorator_list", []):
+                    if ast.unparse(mark).startswith("pytest.mark.promise("):
+                        name = f"{path.relative_to(TEMPLATE)}::{node.name}"
+                        found.setdefault(mark.args[0].value, []).append(name)
     return found
 
 
