@@ -1,11 +1,10 @@
 import hashlib
-import itertools
 import os
 import runpy
 import sys
 import tempfile
 from collections import Counter
-from functools import cache
+from functools import cache, partial
 from types import SimpleNamespace
 
 import pytest
@@ -16,26 +15,18 @@ from cookiecutter.utils import work_in
 from jinja2 import Environment
 
 pytest.register_assert_rewrite("harness")  # before the first import from there
-from harness.bake import TEMPLATE, baked  # noqa: E402
+from harness.bake import ENVIRONMENT, TEMPLATE, baked  # noqa: E402
 from harness.project import Project  # noqa: E402
 
-pytest_plugins = [f"harness.{name}" for name in "checks containers faults outputs plain".split()]
+pytest_plugins = [f"harness.{name}" for name in "containers faults outputs plain".split()]
 
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_templates():
     """Compile each template, and check whether a file is binary, once instead of in each bake."""
-    codes = {}
-
-    def compile(environment, *source, **options):
-        key = (*source, *options.items())
-        if key not in codes:
-            codes[key] = original(environment, *source, **options)
-        return codes[key]
-
-    original = Environment.compile
+    compiled = cache(partial(Environment.compile, ENVIRONMENT))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Environment, "compile", compile)
+        patch.setattr(Environment, "compile", lambda _, *source: compiled(*source))
         patch.setattr(generate, "is_binary", cache(generate.is_binary))
         yield
 
@@ -116,8 +107,7 @@ def run(capfd, monkeypatch, tmp_path):
 def pytest_collection_modifyitems(items):
     """Run tests that share a stack in the order of their files, and start with what takes longest.
 
-    These are chaos, containers, then the stacks with the most tests. Also add the answers of its
-    output to the reports of a test, because xdist sends nothing else to the main process.
+    These are chaos, containers, then the stacks with the most tests.
     """
 
     def group(item):
@@ -130,9 +120,6 @@ def pytest_collection_modifyitems(items):
     longest = {"chaos": len(items), "docker-redis": len(items), "": 0}
     sizes = Counter(map(group, items)) | longest
     items.sort(key=lambda item: (-sizes[group(item)], group(item), place(item)))
-    for item in items:
-        if "output" in item.fixturenames and hasattr(item, "callspec"):
-            item.user_properties.append(("answers", item.callspec.params["output"]))
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -141,54 +128,3 @@ def pytest_xdist_auto_num_workers():
     # macOS has no affinity.
     cpus = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
     return 2 * cpus
-
-
-def pytest_terminal_summary(terminalreporter):
-    """Print how long tests took, which ran with which output, and why tests were skipped."""
-    outputs = {}  # {answers: {column: reports}}
-    chaos, seconds = [], Counter()
-    for report in itertools.chain(*terminalreporter.stats.values()):
-        if not isinstance(report, pytest.TestReport):
-            continue
-        seconds[report.nodeid.split("::")[0]] += report.duration
-        properties = dict(report.user_properties)
-        if "chaos" in properties and report.when == "call":
-            chaos.append(properties["chaos"])
-        if "answers" in properties:
-            test = report.nodeid.split("::")[1].split("[")[0]
-            column = test[8:].replace("_", " ") if test.startswith("test_it_") else "other tests"
-            columns = outputs.setdefault(tuple(properties["answers"].items()), {})
-            columns.setdefault(column, []).append(report)
-    terminalreporter.section("seconds, of all processes together")
-    for file, count in seconds.most_common():
-        terminalreporter.line(f"{count:6.0f}  {file}")
-    if chaos:
-        terminalreporter.section("chaos")
-        terminalreporter.write("".join(chaos))
-    for reason in sorted({r.longrepr[2] for r in terminalreporter.stats.get("skipped", [])}):
-        terminalreporter.line(reason)
-    if not outputs:
-        return
-    always = {"broker", "result_backend", "worker_pool"}
-    shown = [
-        choices[0][0] in always or len(set(choices)) > 1 for choices in zip(*outputs, strict=True)
-    ]
-    options = list(itertools.compress([option for option, _ in next(iter(outputs))], shown))
-    tests = sorted(set().union(*outputs.values()), key=lambda column: (column[0] == "o", column))
-    table = [[*options, *tests]]
-    for answers, reports in sorted(outputs.items(), key=str):
-        choices = [str(choice) for _, choice in itertools.compress(answers, shown)]
-        table.append([*choices, *(cell(reports.get(test, [])) for test in tests)])
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    terminalreporter.section("outputs that ran")
-    for row in table:
-        cells = (text.ljust(width) for text, width in zip(row, widths, strict=True))
-        terminalreporter.line("  ".join(cells).rstrip())
-
-
-def cell(reports):
-    outcomes = {report.outcome for report in reports}
-    for bad in {"failed", "skipped"} & outcomes:
-        return bad
-    seconds = sum(report.duration for report in reports)
-    return f"{seconds:.0f} s" if reports else "-"

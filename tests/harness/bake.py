@@ -24,9 +24,7 @@ ENVIRONMENT.loader = FileSystemLoader(TEMPLATE / "templates")
 ABOUT = tomllib.loads((TEMPLATE / "pyproject.toml").read_text("utf-8"))
 LIBRARY = TEMPLATE / "durable-jobs"
 ABOUT_LIBRARY = tomllib.loads((LIBRARY / "pyproject.toml").read_text("utf-8"))
-ADDRESS = ABOUT_LIBRARY["project"]["urls"][
-    "Repository"
-]  # of this repository, as its pages write it
+ADDRESS = ABOUT_LIBRARY["project"]["urls"]["Repository"]  # as this repository's pages write it
 PINNED = ENVIRONMENT.get_template("versions.jinja").module  # its `postgres` is an image with a tag
 
 

@@ -1,7 +1,4 @@
-"""Checks of the files of a baked project, beyond a comparison of their text.
-
-A plugin of pytest (see conftest.py), so that a failed assert shows what it compared.
-"""
+"""Checks of the files of a baked project, beyond a comparison of their text."""
 
 import ast
 import inspect
@@ -10,18 +7,19 @@ import os
 import re
 import sys
 import tomllib
-from ast import unparse
 from collections import Counter
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import amqp
 import yaml
 from celery.app.backends import BACKEND_ALIASES
 from celery.app.defaults import DEFAULTS
-from kombu.transport import TRANSPORT_ALIASES, resolve_transport
+from kombu.transport import TRANSPORT_ALIASES
 from markdown_it import MarkdownIt
+from mdit_py_plugins.anchors import anchors_plugin
 
 # Commands that check files with these paths, and end with an error if a file is invalid.
 CHECKERS = {
@@ -65,26 +63,6 @@ INDIRECT = {
     "psycopg",  # imported by Django, where DATABASE_URL says postgres
     "pytest-django",  # loaded by pytest
 }
-# A condition for an import of a package that may be missing.
-OPTIONAL = r"apps\.is_installed\("
-BAKED = "baked"  # the name of a property: how many combinations a test baked, and new files
-SIZE = "files and words"  # a new file, or a longer README.md, is seen in the summary
-
-
-def pytest_terminal_summary(terminalreporter):
-    """Print what test_bake.py and test_every_combination.py counted in all its processes."""
-    reports = [report for found in terminalreporter.stats.values() for report in found]
-    calls = [report for report in reports if getattr(report, "when", "") == "call"]
-    counts = [count for call in calls for name, count in call.user_properties if name == BAKED]
-    if counts:
-        combinations, files = map(sum, zip(*counts, strict=True))
-        line = f"{combinations:,} combinations baked, {files:,} distinct files checked"
-        terminalreporter.section("bake")
-        terminalreporter.write_line(line)
-    if sizes := [size for call in calls for name, size in call.user_properties if name == SIZE]:
-        files, words = (f"{min(all):,} to {max(all):,}" for all in zip(*sizes, strict=True))
-        line = f"files: {files}; words of README.md: {words}"
-        terminalreporter.write_line(line)
 
 
 def check_names(files):
@@ -102,9 +80,8 @@ def check_names(files):
 
 def check_file(project, file, text):
     assert "cookiecutter" not in text, file
-    if (
-        file.suffix != ".html"
-    ):  # Django's braces; below, those of GitHub, Prometheus, Grafana and f-strings
+    if file.suffix != ".html":  # Django's braces
+        # Braces of GitHub, Prometheus, Grafana and f-strings are none of Jinja's.
         braces = r"(?<!\$)\{\{(?! \$| printf |\w+\}\})" if file.suffix != ".py" else r"\{\{-? "
         tags = r"\{%(?! (extends|load|block|endblock|static)\b)"  # docs/pages.md shows Django's
         assert not re.search(rf"{braces}|{tags}|\{{#", text), f"{file} has a trace of Jinja"
@@ -113,20 +90,14 @@ def check_file(project, file, text):
     prose = re.sub(r"^```python.*?^```", "code", text, flags=re.DOTALL | re.MULTILINE)
     assert "\n\n\n" not in prose or file.suffix == ".py", file
     assert not re.search("[ \t]\n", text), file
-    match file.suffix:
-        case ".py":
-            compile(text, file, "exec")
-        case ".toml":
-            tomllib.loads(text)
-        case ".yml" | ".yaml":
-            list(yaml.safe_load_all(text))
-            check_images(project, text)
-    if file.name == "Dockerfile":
-        check_images(project, text)
     checkers = [commands for pattern, commands in CHECKERS.items() if file.match(pattern)]
-    assert checkers or file.suffix not in (".yml", ".yaml"), f"{file}: no linter in CHECKERS"
     for command in itertools.chain(*checkers):
         project.call(*command.split(), file)
+    if file.suffix in (".yml", ".yaml"):
+        list(yaml.safe_load_all(text))
+        assert checkers, f"{file}: no linter in CHECKERS"
+    if file.suffix in (".yml", ".yaml") or file.name == "Dockerfile":
+        check_images(project, text)
 
 
 def check_images(project, text):
@@ -147,72 +118,47 @@ def check_celery(settings, addresses):
     read may still have no effect in this configuration: test_run.py tests effects. The addresses in
     the settings or in .env.example say which transport and which backend to check.
     """
-    tree = ast.parse(settings)
+    names = set(re.findall(r"^ *(CELERY_\w+)", settings, re.MULTILINE))
+    known = DEFAULTS.keys() | texts_in("celery.backends.base")
+    unknown = {name for name in names if name.removeprefix("CELERY_").lower() not in known}
+    assert not unknown - texts_in("celery.fixups.django"), "Celery knows no such setting"
+
     urls = settings + addresses
-    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    names = {name for name in names if name.startswith("CELERY_")}
-    known = DEFAULTS.keys() | reads("celery.backends.base", "conf")
-    unknown = names - {f"CELERY_{name.upper()}" for name in known}
-    assert not unknown - reads("celery.fixups.django", "conf"), "Celery knows no such setting"
-
     broker = re.search(r"CELERY_BROKER_URL\b.*?(\w+)://", urls)[1]
-    unknown = options(tree, "CELERY_BROKER_TRANSPORT_OPTIONS") - transport_options(broker)
+    unknown = options(settings, "CELERY_BROKER_TRANSPORT_OPTIONS")
+    unknown -= texts_in("kombu.connection") | texts_in(TRANSPORT_ALIASES[broker].split(":")[0])
+    if broker == "amqp":  # the client gets them all; each other transport is a virtual one
+        unknown -= inspect.signature(amqp.Connection).parameters.keys()
+    else:
+        unknown -= texts_in("kombu.transport.virtual.base")
     assert not unknown, f"the transport of {broker}:// reads no such option"
-    if found := options(tree, "CELERY_RESULT_BACKEND_TRANSPORT_OPTIONS"):
+    if unknown := options(settings, "CELERY_RESULT_BACKEND_TRANSPORT_OPTIONS"):
         backend = re.search(r"CELERY_RESULT_BACKEND\b.*?(\w+)://", urls)[1]
-        for module in ("celery.backends.base", BACKEND_ALIASES[backend].split(":")[0]):
-            found -= reads(module, "transport_options")
-        assert not found, f"the backend of {backend}:// reads no such option"
+        unknown -= texts_in("celery.backends.base")
+        unknown -= texts_in(BACKEND_ALIASES[backend].split(":")[0])
+        assert not unknown, f"the backend of {backend}:// reads no such option"
 
 
-def options(tree, setting):
+def options(settings, name):
     """Return the keys of a setting's dict, all of them literals."""
     found = set()
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(settings)):
         match node:
             case (
-                ast.Assign(targets=[ast.Name(name)], value=value)
-                | ast.AugAssign(target=ast.Name(name), value=value)
-            ) if name == setting:
+                ast.Assign(targets=[ast.Name(setting)], value=value)
+                | ast.AugAssign(target=ast.Name(setting), value=value)
+            ) if setting == name:
                 found |= {key.value for key in value.keys}
-            case ast.Subscript(ast.Name(name), ast.Constant(key)) if name == setting:
+            case ast.Subscript(ast.Name(setting), ast.Constant(key)) if setting == name:
                 found.add(key)
     return found
 
 
 @cache
-def transport_options(scheme):
-    """Return the options that kombu reads for URLs of a scheme, or passes to its client."""
-    module = TRANSPORT_ALIASES[scheme].split(":")[0]
-    known = reads("kombu.connection", "transport_opt") | reads(module, "transport_options")
-    for node in ast.walk(source(module)):
-        match node:
-            case ast.ImportFrom(names=[ast.alias("virtual")]):
-                known |= reads("kombu.transport.virtual.base", "transport_options")
-            case ast.keyword(None, opts) if re.search("transport_options( or {})?$", unparse(opts)):
-                known |= inspect.signature(resolve_transport(scheme).Connection).parameters.keys()
-    return known
-
-
-@cache
-def reads(module, mapping):
-    """Return the keys that a module reads from mappings with `mapping` in their names."""
-    keys = set()
-    for node in ast.walk(source(module)):
-        match node:
-            case (
-                ast.Call(ast.Attribute(owner, "get"), [ast.Constant(key), *_])
-                | ast.Subscript(owner, ast.Constant(key))
-                | ast.Compare(ast.Constant(key), comparators=[owner])
-            ) if mapping in unparse(owner):
-                keys.add(key)
-            case ast.Assign([ast.Name("from_transport_options")], value):
-                keys |= {leaf.value for leaf in ast.walk(value) if isinstance(leaf, ast.Constant)}
-    return keys
-
-
-def source(module):
-    return ast.parse(Path(find_spec(module).origin).read_text("utf-8"))
+def texts_in(module):
+    """Return the literals in a module's code. Among them are the names of what it reads."""
+    tree = ast.parse(Path(find_spec(module).origin).read_text("utf-8"))
+    return {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
 
 
 # Dependencies
@@ -224,33 +170,22 @@ def check_dependencies(texts):
     optional = about["project"].get("optional-dependencies", {}).values()
     production = sum(optional, about["project"]["dependencies"])
     groups = sum(about["dependency-groups"].values(), [])
-    own = {file.parts[0].removesuffix(".py") for file in texts} | {
-        file.stem for file in texts if file.parts[0] == "tests"
-    }
-    code = {file: text for file, text in texts.items() if file.suffix != ".md"}
-    del code[Path("pyproject.toml")]
-    deployed = {
-        file: text
-        for file, text in code.items()
-        if file.parts[0] not in ("tests", "conftest.py", "dev.py")
-    }
-    for files, declared in ((deployed, production), (code, production + groups)):
-        imported = set().union(*(imports(text) for file, text in files.items() if is_python(file)))
-        foreign = imported - own - sys.stdlib_module_names
-        needed = {PACKAGES.get(module, module.replace("_", "-")) for module in foreign}
-        extras = re.findall(r"[\w-]+", " ".join(re.findall(r"\[(.*?)\]", " ".join(declared))))
-        brought = packages(declared) | set(extras)
+    own = {file.parts[0].removesuffix(".py") for file in texts}
+    own |= {file.stem for file in texts if file.parts[0] == "tests"}
+    code = [file for file in texts if file.suffix != ".md" and file != Path("pyproject.toml")]
+    deployed = [file for file in code if file.parts[0] not in ("tests", "conftest.py", "dev.py")]
+    for files, available, declared in (
+        (deployed, production, production),
+        (code, production + groups, groups),
+    ):
+        imported = set().union(*(imports(texts[file]) for file in files if file.suffix == ".py"))
+        extras = re.findall(r"[\w-]+", " ".join(re.findall(r"\[(.*?)\]", " ".join(available))))
+        brought = packages(available) | set(extras)
         brought |= set().union(*(BRINGS.get(name, set()) for name in brought))
-        undeclared = needed - brought
+        undeclared = packages_of(imported - own - sys.stdlib_module_names) - brought
         assert not undeclared, "imported, but not declared"
-    for files, declared in ((deployed, production), (code, groups)):
-        words = set().union(*(words_of(file, text) for file, text in files.items()))
-        modules = {package: module for module, package in PACKAGES.items()}
-        unused = {
-            package
-            for package in packages(declared)
-            if modules.get(package, package.replace("-", "_")) not in words
-        }
+        words = set().union(*(words_of(file, texts[file]) for file in files))
+        unused = packages(declared) - packages_of(words)
         assert not unused - INDIRECT, "declared, but not used"
 
 
@@ -258,8 +193,9 @@ def packages(requirements):
     return {re.match("[a-z0-9-]+", requirement)[0] for requirement in requirements}
 
 
-def is_python(file):
-    return file.suffix == ".py"
+def packages_of(modules):
+    """Return the names of the packages that have these modules."""
+    return {PACKAGES.get(module, module.replace("_", "-")) for module in modules}
 
 
 @cache
@@ -271,7 +207,7 @@ def imports(text):
     found, nodes = set(), [ast.parse(text)]
     while nodes:
         node = nodes.pop()
-        if isinstance(node, ast.If) and re.search(OPTIONAL, ast.unparse(node.test)):
+        if isinstance(node, ast.If) and "apps.is_installed(" in ast.unparse(node.test):
             continue
         nodes += ast.iter_child_nodes(node)
         if isinstance(node, ast.Import):
@@ -284,25 +220,25 @@ def imports(text):
 @cache
 def words_of(file, text):
     """Return the words of a file; for Python code, its imported modules and words in strings."""
-    if not is_python(file):
+    if file.suffix != ".py":
         return set(re.findall(r"\w+", text))
     nodes = list(ast.walk(ast.parse(text)))
-    docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
-    strings = [
-        str(node.value)
-        for node in nodes
-        if isinstance(node, ast.Constant) and id(node) not in docstrings
-    ]
-    return imports(text) | set(re.findall(r"\w+", " ".join(strings)))
+    docstrings = {node.value for node in nodes if isinstance(node, ast.Expr)}
+    constants = {node for node in nodes if isinstance(node, ast.Constant)} - docstrings
+    strings = " ".join(str(node.value) for node in constants)
+    return imports(text) | set(re.findall(r"\w+", strings))
 
 
 # Pages of Markdown
+
+# Headings have the ids that GitHub gives them.
+MARKDOWN = MarkdownIt("commonmark").enable("table").use(anchors_plugin, max_level=6)
 
 
 @cache
 def parse(markdown):
     """Return all tokens of a page; those inside of lines come last."""
-    tokens = MarkdownIt("commonmark").enable("table").parse(markdown)
+    tokens = MARKDOWN.parse(markdown)
     return tokens + [child for token in tokens for child in token.children or []]
 
 
@@ -321,21 +257,9 @@ def check_links(pages, files):
                 continue
             target = Path(os.path.normpath(page.parent / unquote(link.path))) if link.path else page
             assert target in files, f"{page}: no file {target}"
-            missing = link.fragment and link.fragment not in anchors(files[target])
-            assert not missing, f"{page}: {target} has no heading #{link.fragment}"
-
-
-@cache
-def anchors(markdown):
-    """Return the fragments that GitHub gives to a page's headings. Repeated ones get a number."""
-    found, seen = set(), Counter()
-    for before, token in itertools.pairwise(parse(markdown)):
-        if before.type == "heading_open":
-            words = "".join(child.content for child in token.children)
-            anchor = re.sub(r"[^\w\- ]", "", words.strip().lower()).replace(" ", "-")
-            found.add(f"{anchor}-{seen[anchor]}" if seen[anchor] else anchor)
-            seen[anchor] += 1
-    return found
+            if link.fragment:
+                ids = {token.attrs.get("id") for token in parse(files[target])}
+                assert link.fragment in ids, f"{page}: {target} has no heading #{link.fragment}"
 
 
 def check_pages(texts, files, template):

@@ -5,14 +5,12 @@ on a free port. So the addresses in the job's variables are changed, and each mu
 """
 
 import re
-import subprocess
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from string import Template
 
 import yaml
 
-from .project import env
 from .servers import BROKERS, PostgreSQL, running
 
 # {name: where its server listens}. That of a broker has the name of the broker.
@@ -30,27 +28,10 @@ class Service:
     image: str
     place: tuple  # host and port, as the job's scripts reach it
     variables: dict
-    options: str = ""  # for `docker run`
 
     @property
     def name(self):
         return name_of(self.image)
-
-    @contextmanager
-    def server(self, folder):
-        if self.name == "postgres":
-            assert self.variables.keys() == {"POSTGRES_PASSWORD"}, "the image would not start"
-            password = self.variables["POSTGRES_PASSWORD"]
-            server = PostgreSQL("fsync=off", "log_connections=on", password=password)
-            try:
-                server.start()
-                yield server
-            finally:
-                server.remove()
-        else:
-            assert not self.variables, f"{self.name}: our server reads no variables"
-            with running(BROKERS[self.name], folder / self.name) as server:
-                yield server
 
 
 @dataclass
@@ -66,28 +47,26 @@ class Job:
     def servers(self, folder):
         """Run a server for each service until the block ends. Give {place: server}."""
         with ExitStack() as stack:
-            yield {
-                service.place: stack.enter_context(service.server(folder))
-                for service in self.services
-            }
+            found = {}
+            for service in self.services:
+                variables = dict(service.variables)
+                if service.name == "postgres":
+                    password = variables.pop("POSTGRES_PASSWORD")  # the image needs one
+                    server = PostgreSQL("fsync=off", "log_connections=on", password=password)
+                    stack.callback(server.remove)
+                    server.start()
+                else:
+                    own = running(BROKERS[service.name], folder / service.name)
+                    server = stack.enter_context(own)
+                assert not variables, f"{service.name}: our server does not read these"
+                found[service.place] = server
+            yield found
 
     def run(self, checkout, variables):
-        """Run the scripts up to the first that fails. Return (success, what they printed)."""
-        printed = ""
-        for script in self.scripts:
-            result = subprocess.run(
-                [*self.shell, script],
-                cwd=checkout,
-                env=env(CI="true", **expand(variables, checkout)),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            printed += result.stdout
-            if result.returncode:
-                return False, printed
-        return True, printed
+        """Run the scripts, and return what they printed. Fails if one of them does."""
+        variables = expand(variables, checkout)
+        runs = (checkout.call(*self.shell, each, CI="true", **variables) for each in self.scripts)
+        return "".join(runs)
 
 
 def expand(variables, checkout):
@@ -134,9 +113,7 @@ def github(project):
         [published] = service["ports"]
         ours, its = map(int, published.split(":"))
         assert its == PORTS[name], f"{name} does not listen on port {its}"
-        variables = service.get("env", {})
-        place = "127.0.0.1", ours
-        services.append(Service(service["image"], place, variables, service["options"]))
+        services.append(Service(service["image"], ("127.0.0.1", ours), service.get("env", {})))
     actions, scripts = {}, []
     for step in job["steps"]:
         if "run" in step:

@@ -9,7 +9,7 @@ from urllib.request import urlopen
 import pytest
 
 from . import servers
-from .bake import CHOICES, DEFAULTS, WITH_JOBS, baked, name
+from .bake import CHOICES, DEFAULTS, WITH_JOBS, baked, name, product
 from .project import wait_for
 
 ORDER = {"product": "Tea", "quantity": 2}
@@ -38,26 +38,24 @@ CELERY_BEAT_SCHEDULE = {{
 
 def combinations():
     """Yield every broker with every result backend and pool; schedule and example vary."""
-    schedules = CHOICES["periodic_tasks"]
-    options = ("broker", "result_backend", "worker_pool")
-    for number, choices in enumerate(itertools.product(*(CHOICES[option] for option in options))):
+    options, schedules = ("broker", "result_backend", "worker_pool"), CHOICES["periodic_tasks"]
+    for number, chosen in enumerate(product({option: CHOICES[option] for option in options})):
         yield {
             **DEFAULTS,
             **WITH_JOBS,
-            **dict(zip(options, choices, strict=True)),
+            **chosen,
             "periodic_tasks": schedules[number % len(schedules)],
             "include_example": "no" if number % 5 == 4 else "yes",
         }
 
 
-def one_of_each_pair():
-    """Return one combination for each broker and result backend, with the pools in turn."""
-    every, pools = list(combinations()), len(CHOICES["worker_pool"])
-    return [every[pools * pair + pair % pools] for pair in range(len(every) // pools)]
+def first(**answers):
+    """Return the first of the combinations with these answers."""
+    return next(each for each in combinations() if answers.items() <= each.items())
 
 
 def one_for_each_broker():
-    return [next(e for e in combinations() if e["broker"] == name) for name in CHOICES["broker"]]
+    return [first(broker=broker) for broker in CHOICES["broker"]]
 
 
 def one_of_each_broker_and_pool():
@@ -66,15 +64,12 @@ def one_of_each_broker_and_pool():
 
     Plain projects run each broker with each result backend and pool: see plain.py.
     """
-    every, others = list(combinations()), itertools.cycle(CHOICES["result_backend"][1:])
-    pairs = itertools.product(CHOICES["broker"], CHOICES["worker_pool"])
-    first = {option: choices[0] for option, choices in CHOICES.items()}
+    others = itertools.cycle(CHOICES["result_backend"][1:])
     found = []
-    for broker, pool in pairs:
-        is_first = pool == first["worker_pool"]
-        result_backend = first["result_backend"] if is_first else next(others)
-        wanted = {"broker": broker, "worker_pool": pool, "result_backend": result_backend}
-        found += [each for each in every if wanted.items() <= each.items()]
+    for pair in product({option: CHOICES[option] for option in ("broker", "worker_pool")}):
+        is_first = pair["worker_pool"] == DEFAULTS["worker_pool"]
+        result_backend = DEFAULTS["result_backend"] if is_first else next(others)
+        found.append(first(**pair, result_backend=result_backend))
     return found
 
 
@@ -91,8 +86,8 @@ def outputs(*answers):
 other_tours = outputs(
     *(each for each in one_of_each_broker_and_pool() if each not in one_for_each_broker())
 )
-every_pool = outputs(*itertools.islice(combinations(), len(CHOICES["worker_pool"])))
-default_output = outputs(next(combinations()))
+every_pool = outputs(*(first(worker_pool=pool) for pool in CHOICES["worker_pool"]))
+default_output = outputs(first())
 
 
 @pytest.fixture(scope="module")

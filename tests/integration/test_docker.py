@@ -17,7 +17,6 @@ import yaml
 
 from harness.bake import CHOICES, PINNED, WITH_JOBS
 from harness.blocks import code
-from harness.ci import job_of
 from harness.containers import (
     MANAGE,
     Pods,
@@ -289,15 +288,16 @@ def test_the_image_contains_no_backup(engine, bake, tmp_path):
 @pytest.mark.parametrize("broker", CHOICES["broker"])
 def test_the_services_of_ci_become_healthy(engine, bake, broker):
     """GitHub passes a service's `options` to Docker, and starts the job when all are healthy."""
-    job = job_of(bake(durable_jobs="yes", broker=broker, result_backend="none", ci="github"))
+    project = bake(durable_jobs="yes", broker=broker, result_backend="none", ci="github")
+    [job] = yaml.safe_load(project.read(".github/workflows/ci.yml"))["jobs"].values()
     started = []
     try:
-        for service in job.services:
-            options = shlex.split(service.options)
+        for service in job["services"].values():
+            options = shlex.split(service["options"])
             assert "--health-cmd" in options
-            for name, value in service.variables.items():
+            for name, value in service.get("env", {}).items():
                 options += ["--env", f"{name}={value}"]
-            started.append(docker("run", "--detach", *options, service.image))
+            started.append(docker("run", "--detach", *options, service["image"]))
         for container in started:
             wait_for(lambda container=container: is_healthy(container))
     finally:

@@ -46,10 +46,13 @@ def render(cookies_session):
     def render(**answers):
         project = baked(cookies_session, {**WITH_JOBS, "deployment": "kubernetes", **answers})
         shutil.copy(project / PRODUCTION / ".env.example", project / PRODUCTION / ".env")
-        documents = kustomize.build(project / PRODUCTION)
-        return project, {(each["kind"], each["metadata"]["name"]): each for each in documents}
+        return project, named(kustomize.build(project / PRODUCTION))
 
     return render
+
+
+def named(documents):
+    return {(each["kind"], each["metadata"]["name"]): each for each in documents}
 
 
 def pods(documents):
@@ -447,18 +450,26 @@ def test_the_commands_of_the_page_name_what_exists(render, broker):
 
 
 def test_the_image_and_the_hosts_are_in_one_file(bake):
-    """And the values of the Secret in another one, which Git ignores."""
+    """And the values of the Secret in another one, which Git ignores.
+
+    A changed value changes the name of its ConfigMap or Secret, and so restarts all pods.
+    """
     project = bake(durable_jobs="yes", deployment="kubernetes")
     overlay = project / PRODUCTION
+    shutil.copy(overlay / ".env.example", overlay / ".env")
+    before = named(kustomize.build(overlay))
     text = (overlay / "kustomization.yaml").read_text()
     image = re.search("newName: (.+)\n.*newTag: (.+)\n", text)
     text = text.replace(image[1], "ghcr.io/tea/shop").replace(image[2], "'7'")
     (overlay / "kustomization.yaml").write_text(text.replace("=example.com", "=tea.example"))
     values = (overlay / ".env.example").read_text()
     (overlay / ".env").write_text(values.replace("SECRET_KEY=", "SECRET_KEY=tea"))
-    documents = kustomize.build(overlay)
-    assert {each["image"] for each in kustomize.containers(documents)} == {"ghcr.io/tea/shop:7"}
-    data = {each["kind"]: each["data"] for each in documents if "data" in each}
+    documents = named(kustomize.build(overlay))
+    for spec in pods(documents).values():
+        containers = spec["containers"] + spec.get("initContainers", [])
+        assert {each["image"] for each in containers} == {"ghcr.io/tea/shop:7"}
+    assert {kind for kind, name in documents.keys() - before.keys()} == {"ConfigMap", "Secret"}
+    data = {kind: each["data"] for (kind, _), each in documents.items() if "data" in each}
     assert data["ConfigMap"]["ALLOWED_HOSTS"] == "tea.example"
     assert base64.b64decode(data["Secret"]["SECRET_KEY"]) == b"tea"
 
@@ -586,7 +597,7 @@ def test_pods_store_uploads_in_s3_and_nowhere_else(uploading, moto):
     variables = {**data["ConfigMap"], **secret, "SECRET_KEY": uuid4().hex * 2}
     variables |= {"AWS_ENDPOINT_URL": moto, "AWS_DEFAULT_REGION": "us-east-1"}
     variables |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
-    specs = pods({(each["kind"], each["metadata"]["name"]): each for each in documents})
+    specs = pods(named(documents))
 
     def run(pod, python, bucket):
         spec = specs["Deployment", pod]

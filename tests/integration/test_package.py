@@ -9,7 +9,7 @@ from email import message_from_bytes
 import pytest
 
 from harness.bake import LIBRARY
-from harness.checks import PACKAGES, imports, packages
+from harness.checks import imports, packages, packages_of
 from test_wheel import WHEEL
 
 pytestmark = pytest.mark.xdist_group("package")
@@ -23,7 +23,7 @@ def test_the_wheel_requires_what_its_modules_import():
     python = (path.read_text("utf-8") for path in (LIBRARY / "src").rglob("*.py"))
     foreign = set().union(*map(imports, python)) - sys.stdlib_module_names
     foreign -= {"asgiref", "billiard", "durable_jobs", "gevent", "kombu", "pytest", "structlog"}
-    assert packages(required) == {PACKAGES.get(name, name.replace("_", "-")) for name in foreign}
+    assert packages(required) == packages_of(foreign)
 
 
 def test_its_ranges_have_the_versions_that_a_project_pins(bake):

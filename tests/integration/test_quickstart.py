@@ -58,7 +58,7 @@ def test_a_job_of_a_killed_worker_finishes_in_a_bare_project(server, project, tm
         worker.launch()
         beat.launch()
         [enqueue] = [block.code for block in blocks(README) if ".enqueue(" in block.code]
-        reader.run_shell(enqueue, None)
+        reader.run("shell", enqueue)
         wait_for(lambda: int(project.manage("shell", "-v0", "-c", STATE).split()[0]) > 5)
         worker.kill()
         again.launch()
@@ -107,7 +107,7 @@ def follow(page, reader, broker, *uses):
     for block in blocks(page):
         code = re.sub('"redis://.*"', f'"{broker.variables["CELERY_BROKER_URL"]}"', block.code)
         if block.use in uses:
-            getattr(reader, f"run_{block.use}")(code, block.file)
+            reader.run(block.use, code, block.file)
 
 
 def final(project):

@@ -17,9 +17,9 @@ from harness.browser import browser
 from harness.outputs import (
     CHECKS,
     ORDER,
-    combinations,
     default_output,
     every_pool,
+    first,
     one_for_each_broker,
     other_tours,
     outputs,
@@ -206,16 +206,6 @@ def test_the_log_names_each_event_and_has_one_traceback(with_tasks):
     assert "task_enqueued" not in log  # a bulk would log as many lines
 
 
-def first(option, choice):
-    """Return the first of the combinations with this choice."""
-    return next(each for each in combinations() if each[option] == choice)
-
-
-SQS_AND_DYNAMODB = next(
-    e for e in combinations() if (e["broker"], e["result_backend"]) == ("sqs", "dynamodb")
-)
-
-
 def required(project):
     """Return the variables that settings.py requires in production."""
     text = re.search("^required .*?(?=^if)", project.read("config/settings.py"), re.M | re.S)[0]
@@ -332,7 +322,7 @@ def test_make_run_starts_no_broker_for_another_host(project):
         project.call("make", "run", PORT=web, FLOWER_PORT=flower, CELERY_BROKER_URL=url)
 
 
-@outputs(first("broker", "rabbitmq"))
+@outputs(first(broker="rabbitmq"))
 def test_make_run_starts_no_rabbitmq(project):
     web, flower, port = free_ports(3)
     variables = {"PORT": web, "FLOWER_PORT": flower}
@@ -546,7 +536,7 @@ def test_ctrl_c_keeps_a_broker_that_another_project_uses(project):
             assert "A process has ended" not in second.log
 
 
-@outputs(first("broker", "rabbitmq"))
+@outputs(first(broker="rabbitmq"))
 def test_its_own_tests_pass_beside_a_worker(broker, project):
     with typed(project, "celery -A config worker", **broker) as worker:
         worker.wait_for(" ready.")
@@ -577,7 +567,7 @@ print(Import.objects.get().file.size)
 """
 
 
-@outputs(SQS_AND_DYNAMODB)  # with moto and the example
+@outputs(first(broker="sqs", result_backend="dynamodb"))  # with moto and the example
 def test_uploads_go_to_a_bucket(project, tmp_path):
     """With the package that docs/production.md names. Two uploads with one name are two files.
 
@@ -629,7 +619,7 @@ with app.connection_for_read() as broker:
     assert project.shell(code, TASK_TIME_LIMIT=100, MAX_COUNTDOWN=20, **broker) == "180"
 
 
-@outputs(first("broker", "sqs"))
+@outputs(first(broker="sqs"))
 def test_there_is_neither_flower_nor_remote_control(project):
     assert "flower" not in project.read("Procfile")
     with pytest.raises(AssertionError, match="pidbox.* must be defined in 'predefined_queues'"):
@@ -668,7 +658,7 @@ print(round(float(item[expiry["AttributeName"]]["N"]) - float(item["timestamp"][
 }
 
 
-@outputs(*(first("result_backend", name) for name in KEPT))
+@outputs(*(first(result_backend=name) for name in KEPT))
 def test_the_server_deletes_a_result_after_a_day(request, moto, project):
     store = """
 from config.celery import app
@@ -724,7 +714,7 @@ print(*before, *shown())
 """
 
 
-@outputs(first("result_backend", "database"))
+@outputs(first(result_backend="database"))
 def test_the_admin_shows_a_result_for_a_day(project, tmp_path):
     url = f"sqlite:///{tmp_path}/db.sqlite3"
     shown = project.manage("shell", "-v0", "-c", SCHEDULED + CLEANUP, DATABASE_URL=url).split()
@@ -740,7 +730,7 @@ print(entry.schedule.hour, entry.task, entry.task in app.tasks)
 """
 
 
-@outputs(*(first("periodic_tasks", choice) for choice in CHOICES["periodic_tasks"]))
+@outputs(*(first(periodic_tasks=choice) for choice in CHOICES["periodic_tasks"]))
 def test_beat_starts_the_daily_report(project, tmp_path):
     """Every morning, whether the schedule is in the settings or was stored by a migration."""
     url = f"sqlite:///{tmp_path}/db.sqlite3"
@@ -765,8 +755,8 @@ with app.connection_for_write() as broker:
 
 
 @outputs(
-    next(combinations()),
-    SQS_AND_DYNAMODB,
+    first(),
+    first(broker="sqs", result_backend="dynamodb"),
 )
 def test_two_projects_on_one_server_keep_apart(request, moto, project, cookies_session):
     """Each has its own messages and results."""
