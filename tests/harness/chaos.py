@@ -114,7 +114,7 @@ class Chaos:
         self.faults[name] += 1
         try:
             getattr(self, fault)()
-        except (OSError, AssertionError, psycopg.Error) as error:  # the target is starting or unavailable
+        except (OSError, AssertionError, psycopg.Error) as error:  # the target is unavailable
             print(f"  {name}: {str(error)[-200:]}", file=sys.stderr)
 
     def fault_worker_killed(self):
@@ -333,7 +333,7 @@ result = rows.exists() or is_open.exists()
         print(f"  faults: {sum(self.faults.values())} ({faults})")
         print(f"  states: {states}; leases lapsed: {survey['crashes']}")
         batches, of_works = survey["batches"], survey["jobs of works"]
-        print(f"  batches and chains: {len(self.works)}; batches: {batches}; their jobs: {of_works}")
+        print(f"  batches and chains: {len(self.works)}; batches: {batches}; jobs: {of_works}")
         print(f"  missing ones: {survey['missing']}, stored twice: {survey['twice']}")
         written = [survey["chunks"].get(job, []) for job in self.odd[NEWSLETTERS]]
         wrong = sum(chunks != list(range(len(chunks))) for chunks in written)

@@ -15,7 +15,7 @@ RESULTS = {"redis": "redis", "rabbitmq": "database", "sqs": "dynamodb"}  # of pl
 
 
 def stacks(brokers=BROKERS, pools=POOLS, *, plain="", every_pair=False, **options):
-    """Return a mark: run the test on the first broker with each pool, and the others with the first.
+    """Return a mark: run the test on the first broker with each pool, the others with the first.
 
     That finds what depends on either. With `every_pair`, it runs on all, for what depends on both;
     test_run.py and test_plain_run.py do. `plain` names a group of tests of plain projects.

@@ -1,4 +1,4 @@
-"""The table of what a fault does to plain tasks, as docs/reliability.md has it: see record_fault."""
+"""The table in docs/reliability.md of what a fault does to plain tasks: see record_fault()."""
 
 import pytest
 

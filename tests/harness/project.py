@@ -101,7 +101,7 @@ class Project(type(Path())):
             self.call("make", ".venv")
 
     def add_app(self, name, settings="", urls=""):
-        """Copy one of our apps into the project, and append these lines to its settings and URLs."""
+        """Copy one of our apps into the project, and append to its settings and its URLs."""
         shutil.copytree(APPS / name, self / name, ignore=shutil.ignore_patterns("__pycache__"))
         with open(self / "config/settings.py", "a") as file:
             file.write(f'INSTALLED_APPS += ["{name}"]\n{settings}\n')

@@ -365,7 +365,8 @@ def servers_of(project, folder):
     """Make the server of a project's broker, and that of its result backend if it is another."""
     broker = BROKERS[project.answers["broker"]]
     backend = BACKENDS.get(project.answers["result_backend"], broker)
-    return [make(each, folder / each.__name__, project) for each in dict.fromkeys([broker, backend])]
+    classes = dict.fromkeys([broker, backend])
+    return [make(each, folder / each.__name__, project) for each in classes]
 
 
 def variables_of(servers):

@@ -77,7 +77,7 @@ with app.connection_for_write() as broker:
 class Stack:
     """A project with its servers, web, Beat and workers, as in production.
 
-    `processes` run in each test. Flower and, in plain projects, Beat run only if a test starts them.
+    Its `processes` run in each test. Flower, and Beat of plain tasks, run if a test starts them.
     """
 
     tester = {}  # fields of the user whose token it has
@@ -279,7 +279,7 @@ class Stack:
         assert self.ask(EMPTY, queue=queue)
 
     def lines(self):
-        """Return the words of each line of trials.tasks.note(): kind, task, process, time and more."""
+        """Return the words of each line of trials.tasks.note(): kind, task, process, time, more."""
         return [line.split() for line in self.notes_file.read_text().splitlines()]
 
     def notes(self, kind, task):

@@ -216,7 +216,12 @@ ODD = {  # code: words of its error
     "raise self.retry(queue='q' * 300)": "too long",
     "for _ in range(100_000): result = [result]": "result",
     # Python can write this JSON, but PostgreSQL's limits refuse it, as they refuse 256 MB.
-    "import sys; sys.setrecursionlimit(40_000)\nfor _ in range(30_000): result = [result]": "result",
+    """
+import sys
+sys.setrecursionlimit(40_000)
+for _ in range(30_000):
+    result = [result]
+""": "result",
     "transaction.set_autocommit(False); connection.cursor().execute('SELECT 1')": "transaction",
     """
 transaction.set_autocommit(False)

@@ -144,7 +144,7 @@ def test_a_time_limit_ends_a_plain_task_that_computes(stack):
 
 @stacks(brokers=with_flower, pools=["prefork"])
 def test_a_revoke_with_terminate_ends_only_this_task(stack, gate, revoke):
-    revoked, task = stack.send("plain.wait", gate, queue="cpu"), stack.send("plain.wait", gate, queue="cpu")
+    revoked, task = [stack.send("plain.wait", gate, queue="cpu") for _ in range(2)]
     child, other = stack.wait_until_started(revoked), stack.wait_until_started(task)
     revoke(revoked, "?terminate=1")
     wait_for(lambda: not psutil.pid_exists(child))

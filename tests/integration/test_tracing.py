@@ -156,7 +156,8 @@ def ends(runs):
 def test_a_job_that_lost_its_worker_and_is_retried_is_one_tree(stack, collector, gate, since):
     """Web, a worker that is killed, Beat, another worker, a retry, and a job of the body."""
     stack.other.stop()
-    job = post(stack, "/faults/", "request-of-the-tree", task="hold_then_retry", args=[str(gate), "next"])
+    data = {"task": "hold_then_retry", "args": [str(gate), "next"]}
+    job = post(stack, "/faults/", "request-of-the-tree", **data)
     stack.wait_until_started(job)
     stack.worker.kill()
     start = time.monotonic()
