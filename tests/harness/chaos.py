@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import chain
@@ -320,44 +320,42 @@ result = rows.exists() or is_open.exists()
         )
 
     def report(self, survey):
-        accepted = len(self.accepted)
-        finished = survey["distinct"]
-        ends = defaultdict(lambda: "deleted", survey["odd"])
-        twice = survey["finals"] - finished
-        failed = accepted - survey["states"].get("succeeded", 0)
+        """Print what happened, and how often what must not. Return whether that never did."""
+        accepted, finished, states = len(self.accepted), survey["distinct"], survey["states"]
+        works = [survey["batches"], survey["jobs of works"]]
         starts = Counter(job for kind, job, *_ in self.stack.lines() if kind == "start")
         redelivered = sum(starts[job] - 1 for job in self.accepted.values() if starts[job])
-        lost = max(accepted - finished, accepted - survey["written"])
-        faults = ", ".join(f"{name} {count}" for name, count in sorted(self.faults.items()))
-        states = ", ".join(f"{state} {count}" for state, count in sorted(survey["states"].items()))
-        print(f"  faults: {sum(self.faults.values())} ({faults})")
-        print(f"  states: {states}; leases lapsed: {survey['crashes']}")
-        batches, of_works = survey["batches"], survey["jobs of works"]
-        print(f"  batches and chains: {len(self.works)}; batches: {batches}; jobs: {of_works}")
-        print(f"  missing ones: {survey['missing']}, stored twice: {survey['twice']}")
-        written = [survey["chunks"].get(job, []) for job in self.odd[NEWSLETTERS]]
-        wrong = sum(chunks != list(range(len(chunks))) for chunks in written)
-        fine = {*batches, *of_works} == {"succeeded"} and not (survey["missing"] or survey["twice"])
-        fine &= not self.workers_stuck and not self.jobs_stuck
-        fine &= all(written) and not wrong and not self.started_in_pause
-        exceeded = self.count_exceeded()
-        fine &= not exceeded and not survey["places"]
+        print(f"  faults: {sum(self.faults.values())} {dict(sorted(self.faults.items()))}")
+        print(f"  jobs: {accepted} {states}, redelivered {redelivered}, lapsed {survey['crashes']}")
+        print(f"  batches and chains: {len(self.works)}, batches and their jobs: {works}")
+        newsletters = [survey["chunks"].get(job, []) for job in self.odd[NEWSLETTERS]]
+        wrong = {
+            "jobs that were not accepted": len(self.jobs) - accepted,
+            "jobs lost": max(accepted - finished, accepted - survey["written"]),
+            "jobs that ended twice": survey["finals"] - finished,
+            "jobs that failed": accepted - states.get("succeeded", 0),
+            "their errors": survey["errors"],
+            "batches and their jobs with another end": [
+                each for each in works if [*each] != ["succeeded"]
+            ],
+            "jobs of batches and chains that are missing": survey["missing"],
+            "jobs of batches and chains that are there twice": survey["twice"],
+            "workers that did not end when asked to": self.workers_stuck,
+            "jobs that Beat did not send because it did not know them": self.jobs_stuck,
+            "bodies over their limit": self.count_exceeded(),
+            "places still in use": survey["places"],
+            "jobs that started during a pause": self.started_in_pause,
+            "newsletters with a chunk twice or without one": sum(
+                not chunks or chunks != list(range(len(chunks))) for chunks in newsletters
+            ),
+        }
         for kind, jobs in self.odd.items():
-            odd = Counter(end for job in jobs if not (end := ends[job]).startswith(ENDS[kind]))
-            print(f"  jobs {kind}: {len(jobs)}{', but ' * bool(odd)}{dict(odd) or ''}")
-            fine &= not odd
-        print(f"  workers that did not end when asked to: {self.workers_stuck}")
-        print(f"  jobs that Beat did not send because it did not know them: {self.jobs_stuck}")
-        print(f"  bodies over their limit: {exceeded}; places still in use: {survey['places']}")
-        print(f"  jobs that started during a pause: {self.started_in_pause}")
-        print(f"  newsletters with a chunk twice or without one: {wrong}")
-        for error in survey["errors"]:
-            print(f"  {error}")
-        print(
-            f"  accepted {accepted}, finished {finished}, finished twice {twice},"
-            f" redelivered {redelivered}, rows {survey['written']}, failed {failed}, lost {lost}"
-        )
-        return fine and accepted == len(self.jobs) and not (lost or twice or failed)
+            ends = [survey["odd"].get(job, "deleted") for job in jobs]
+            odd = [end for end in ends if not end.startswith(ENDS[kind])]
+            wrong[f"of {len(jobs)} jobs {kind}, with another end"] = odd
+        for what, count in wrong.items():
+            print(f"  {what}: {count or 0}")
+        return not any(wrong.values())
 
 
 FAULTS = sorted(name for name in vars(Chaos) if name.startswith("fault_"))
