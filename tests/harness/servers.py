@@ -413,12 +413,13 @@ class PostgreSQL(Process):
         if user:
             shutil.chown(self.folder, **user)
         data = self.folder / "data"
-        options = f"-U postgres -E UTF8 --locale C -N -D {data}"
+        options = f"-U postgres -E UTF8 --locale C -N -D {data} -A "
+        options += "scram-sha-256" if password else "trust"
         if password:
             file = self.folder / "password"
             file.write_text(password)
             file.chmod(0o644)  # for `postgres`
-            options += f" -A scram-sha-256 --pwfile {file}"
+            options += f" --pwfile {file}"
         initdb = [self.binaries / "initdb", *options.split()]
         subprocess.run(initdb, check=True, cwd=self.folder, stdout=subprocess.DEVNULL, **user)
         options = f"-D {data} -p {self.port} -k {self.folder} -h 127.0.0.1"
