@@ -6,8 +6,7 @@ import pytest
 import yaml
 
 from harness.bake import CHOICES, TEMPLATE
-from harness.outputs import one_of_each_broker_and_pool
-from harness.plain import plain_combinations
+from harness.outputs import combinations, one_of_each_broker_and_pool
 from harness.project import Project
 
 WORKFLOW = ".github/workflows/ci.yml"
@@ -69,7 +68,7 @@ def test_a_push_runs_the_quick_tests_and_each_night_runs_all():
 
 
 def test_each_choice_is_tested_on_each_broker():
-    plain = list(plain_combinations())
+    plain = list(combinations())  # as test_plain_run.py bakes them
     for broker in CHOICES["broker"]:
         for option in ("result_backend", "worker_pool", "periodic_tasks"):
             found = {answers[option] for answers in plain if answers["broker"] == broker}

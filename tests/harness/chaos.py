@@ -16,12 +16,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from unittest import SkipTest
 
+import psycopg
 from cookiecutter.main import cookiecutter
 
 from .bake import TEMPLATE, WITH_JOBS
@@ -30,31 +32,37 @@ from .servers import BROKERS, PostgreSQL
 from .stack import TIMINGS, prepare
 
 EVERY = 2  # seconds between two faults
-QUEUES = ["cpu", "io", "test"]  # one for each worker
 JOBS, SECONDS = 1000, 100
 JOBS_FOR_EACH_WORK = 20  # jobs for each batch or chain
+NEWSLETTERS = "that send a newsletter"
+ENDS = {  # how the jobs of the faults must end
+    "that kill their process": "failed Its worker died",
+    "that held their row": "succeeded",
+    "over their time limit in a query": "failed Exceeded its time limit",
+    NEWSLETTERS: "succeeded",
+    "that Beat does not know": "succeeded",
+    "with a limit": "succeeded",
+    "cancelled, with a limit": "cancelled",
+    "old": "deleted",
+    "old, which cannot be deleted": "cancelled",
+}
 
 
 class Chaos:
-    def __init__(self, stack, jobs, seconds, seed, backlog=0):
-        self.stack, self.seconds, self.backlog = stack, seconds, backlog
+    def __init__(self, stack, jobs, seconds, seed):
+        self.stack, self.seconds = stack, seconds
         self.random = random.Random(seed)
         lengths = random.Random(seed)
         self.jobs = [(number, round(lengths.uniform(0, 1), 2)) for number in range(jobs)]
         self.accepted = {}  # number: job
         self.works = []  # numbers of batches and chains
-        self.killers, self.holders = [], []
-        self.late, self.newsletters, self.new = [], [], []
-        self.limited, self.cancelled = [], []  # jobs with a limit
-        self.started_in_pause = 0
-        self.workers_stuck = self.jobs_stuck = 0
-        self.old, self.kept = [], []  # old jobs that must be deleted, and those that cannot be
-        self.round, self.faults = [], {}  # faults still to come, and how often each came
+        self.odd = {kind: [] for kind in ENDS}  # jobs of the faults
+        self.started_in_pause = self.workers_stuck = self.jobs_stuck = 0
+        self.round, self.faults = [], Counter()  # faults still to come, and how often each came
         self.timers = []
 
     def run(self):
         """Post jobs and inject faults, then wait for all jobs. Return whether nothing was lost."""
-        self.enqueue_backlog()
         start = time.monotonic()
         with self.stack.supervised(), ThreadPoolExecutor(8) as pool:
             posting = []
@@ -71,30 +79,21 @@ class Chaos:
                 self.inject_fault()
             for future in posting:
                 future.result()
-            self.wait(600 + self.backlog / 50)
-            survey, works = self.survey(), self.survey_works()
+            self.wait(600)
+            survey = self.survey()
         for timer in self.timers:
             timer.cancel()
-        return self.report_works(**works) & self.report(survey)
-
-    def enqueue_backlog(self):
-        """Enqueue the jobs that exist before the first fault."""
-        numbers = range(len(self.jobs), len(self.jobs) + self.backlog)
-        code = "result = [job.pk for job in enqueue_many(write, calls)]"
-        for start in range(0, self.backlog, 10_000):
-            part = numbers[start : start + 10_000]
-            calls = [[number, 0] for number in part]
-            self.accepted |= zip(part, self.stack.ask(code, calls=calls), strict=True)
+        return self.report(survey)
 
     def post(self, number, seconds, start):
         data = {"task": "write", "args": [number, seconds], "key": f"chaos-{number}"}
-        self.accepted[number] = self.post_until_accepted("faults/", number, start, data)
+        self.accepted[number] = self.post_until_accepted("/faults/", number, start, data)
 
     def post_work(self, number, start):
         """Post a batch or a chain."""
         work = number // JOBS_FOR_EACH_WORK
         data = {"number": work, "key": f"work-{work}"}
-        self.post_until_accepted("faults/batches/", number, start, data)
+        self.post_until_accepted("/faults/batches/", number, start, data)
         self.works.append(work)
 
     def post_until_accepted(self, path, number, start, data):
@@ -103,7 +102,7 @@ class Chaos:
         time.sleep(max(0, due - time.monotonic()))
         while True:
             try:
-                return self.stack.send_json(path, **data)
+                return self.stack.post_to(path, **data)
             except (OSError, AssertionError, ValueError):
                 time.sleep(0.3)
 
@@ -112,10 +111,10 @@ class Chaos:
             self.round = self.random.sample(FAULTS, len(FAULTS))
         fault = self.round.pop()
         name = fault.removeprefix("fault_")
-        self.faults[name] = self.faults.get(name, 0) + 1
+        self.faults[name] += 1
         try:
             getattr(self, fault)()
-        except (OSError, AssertionError) as error:  # the target is starting or unavailable
+        except (OSError, AssertionError, psycopg.Error) as error:  # the target is unavailable
             print(f"  {name}: {str(error)[-200:]}", file=sys.stderr)
 
     def fault_worker_killed(self):
@@ -133,7 +132,7 @@ class Chaos:
         """Pause a worker for longer than its lease."""
         worker = self.random.choice(self.stack.workers)
         worker.pause()
-        threading.Timer(5, worker.resume_if_running).start()
+        threading.Timer(5, worker.resume).start()
 
     def fault_web_killed(self):
         if children := children_of(self.stack.web.pid):
@@ -166,7 +165,7 @@ class Chaos:
     def fault_backlog(self):
         """Keep some plain tasks in the queue of the jobs for half a minute."""
         gate = self.stack.folder / f"gate-{time.monotonic()}"
-        self.stack.ask("for _ in range(30): circle.delay(gate, 0.1)", gate=str(gate))
+        self.stack.ask("for _ in range(30): plain.circle.delay(gate, 0.1)", gate=str(gate))
         timer = threading.Timer(30, gate.touch)
         timer.daemon = True
         timer.start()
@@ -191,22 +190,22 @@ class Chaos:
 
     def fault_killer(self):
         """Enqueue a job that kills its process in each run; jobs beside it must not fail."""
-        self.killers.append(self.stack.enqueue("die", 0.5))
+        self.odd["that kill their process"].append(self.stack.enqueue("die", 0.5))
 
     def fault_query_over_time_limit(self):
         """Enqueue a job whose time limit strikes during a query. It fails, but not as a crash."""
-        self.late.append(self.stack.enqueue("query_too_long"))
+        self.odd["over their time limit in a query"].append(self.stack.enqueue("query", 600))
 
     def fault_row_held(self):
         """Stop a worker while a body has locked the row of its own job."""
         with self.gate() as gate:
-            self.holders.append(job := self.stack.enqueue("hold_its_row", gate))
+            self.odd["that held their row"].append(job := self.stack.enqueue("hold_its_row", gate))
             self.stop_worker_of(job)
 
     def fault_newsletter_stopped(self):
         """Stop a worker while a body writes chunks and cursors. Another worker writes the rest."""
         with self.gate() as gate:
-            self.newsletters.append(job := self.stack.enqueue("write_chunks", gate))
+            self.odd[NEWSLETTERS].append(job := self.stack.enqueue("write_chunks", gate))
             self.stop_worker_of(job)
             self.stack.wait_until_started(job, times=2)
 
@@ -233,29 +232,31 @@ class Chaos:
         """Enqueue jobs with limits. They run during the next faults."""
         code = """
 result = []
-for task, key in [(one, "chaos"), (two, "chaos"), (one, key), (two, key)]:
-    jobs = enqueue_many(task, [[key, 0.2]] * 10)
+for key in ["one:chaos", "two:chaos", f"one:{number}", f"two:{number}"]:
+    jobs = enqueue_many(limited, [[key, "/", 0.2]] * 10)
     result += [job.pk for job in jobs]
 """
-        self.limited += self.stack.ask(code, key=f"chaos-{len(self.limited)}")
+        jobs = self.odd["with a limit"]
+        jobs += self.stack.ask(code, number=len(jobs))
 
     def fault_cancelled_with_a_limit(self):
         """Cancel a job whose body then keeps its place."""
         with self.gate() as gate:
-            job = self.stack.enqueue("one_until", f"cancelled-{len(self.cancelled)}", gate)
+            jobs = self.odd["cancelled, with a limit"]
+            job = self.stack.enqueue("limited", f"one:cancelled-{len(jobs)}", gate)
             wait_for(lambda: self.stack.row(job)["state"] == "running")
-            self.cancelled.append(job)
+            jobs.append(job)
             self.stack.ask("cancel(Job.objects.get(pk=job))", job=job)
             time.sleep(2)
 
     def fault_paused(self):
         """Pause a task for a while, during which a worker is killed and others send its jobs."""
         code = """
-pauses.pause("faults.limited.one", "chaos")
-result = [job.pk for job in enqueue_many(one, [["paused", 0]] * 10)]
+pauses.pause("faults.tasks.limited", "chaos")
+result = [job.pk for job in enqueue_many(limited, [["one:paused"]] * 10)]
 """
         jobs = self.stack.ask(code)
-        self.limited += jobs
+        self.odd["with a limit"] += jobs
         try:
             self.fault_worker_killed()
             self.fault_messages_copied()
@@ -263,7 +264,7 @@ result = [job.pk for job in enqueue_many(one, [["paused", 0]] * 10)]
             ask = "result = Job.objects.filter(pk__in=jobs, started_at__isnull=False).count()"
             self.started_in_pause += self.stack.ask(ask, jobs=jobs)
         finally:
-            self.stack.ask("pauses.resume('faults.limited.one')")
+            self.stack.ask("pauses.resume('faults.tasks.limited')")
 
     def fault_old_beat(self):
         """Let a Beat of older code send jobs of a new task, as in a deploy with Beat last."""
@@ -271,7 +272,8 @@ result = [job.pk for job in enqueue_many(one, [["paused", 0]] * 10)]
         variables["OLD_CODE"] = "1"
         self.stack.beat.kill()
         code = "result = [j.pk for j in enqueue_many(new, [[]] * 5, countdown=2)]"
-        self.new += (jobs := self.stack.ask(code))
+        jobs = self.stack.ask(code)
+        self.odd["that Beat does not know"] += jobs
         try:
             self.stack.wait_until_final(*jobs)
         except AssertionError:
@@ -284,8 +286,8 @@ result = [job.pk for job in enqueue_many(one, [["paused", 0]] * 10)]
     def fault_old_jobs(self):
         """Make old jobs: one of them cannot be deleted, the others must be."""
         kept, *old = self.stack.ask("from faults.survey import age_jobs\nresult = age_jobs()")
-        self.kept.append(kept)
-        self.old += old
+        self.odd["old, which cannot be deleted"].append(kept)
+        self.odd["old"] += old
 
     def wait(self, seconds):
         """Wait until all batches and all jobs have ended."""
@@ -295,87 +297,65 @@ rows = Job.objects.filter(Q(state__in=ACTIVE) | Q(pk__in=old))
 is_open = Batch.objects.filter(ended_at=None)
 result = rows.exists() or is_open.exists()
 """
-        while self.stack.ask(code, old=self.old) and time.monotonic() < until:
+        while self.stack.ask(code, old=self.odd["old"]) and time.monotonic() < until:
             time.sleep(1)
         time.sleep(2)  # a job that ends a second time does so now
 
     def survey(self):
-        numbers, jobs = list(self.accepted), list(self.accepted.values())
-        odd = [*self.killers, *self.holders, *self.old, *self.kept]
-        odd += [*self.late, *self.newsletters, *self.new, *self.limited, *self.cancelled]
-        ask = "from faults.survey import survey\nresult = survey(jobs, numbers, odd)"
-        return self.stack.ask(ask, jobs=jobs, numbers=numbers, odd=odd)
-
-    def survey_works(self):
-        ask = "from faults.survey import survey_works\nresult = survey_works(works)"
-        return self.stack.ask(ask, works=self.works)
+        names = {"jobs": list(self.accepted.values()), "numbers": list(self.accepted)}
+        names |= {"odd": list(chain(*self.odd.values())), "works": self.works}
+        ask = "from faults.survey import survey\nresult = survey(jobs, numbers, odd, works)"
+        return self.stack.ask(ask, **names)
 
     def count_exceeded(self):
         """Return how many bodies found all places of their key in use.
 
         Not if a frozen body had the place: its lease had lapsed, so its job has a crash.
         """
-        file = self.stack.notes_file.with_name("notes-of-bodies")
-        lines = [line.split() for line in file.read_text().splitlines()]
         crashed = "result = Job.objects.filter(pk__in=jobs, crashes__gt=0).exists()"
         return sum(
-            not self.stack.ask(crashed, jobs=holders)
-            for kind, _, _, _, *holders in lines
+            not self.stack.ask(crashed, jobs=words[1:])
+            for kind, _, _, _, *words in self.stack.lines()
             if kind == "exceeded"
         )
 
-    def report_works(self, batches, states, missing, twice):
-        print(f"  batches and chains: {len(self.works)}; batches: {batches}; their jobs: {states}")
-        print(f"  jobs of batches and chains that are missing: {missing}, stored twice: {twice}")
-        return {*batches, *states} == {"succeeded"} and not (missing or twice)
-
     def report(self, survey):
-        accepted = len(self.accepted)
-        finished = survey["distinct"]
-        ends = defaultdict(lambda: "deleted", survey["odd"])
-        twice = survey["finals"] - finished
-        failed = accepted - survey["states"].get("succeeded", 0)
-        notes = [line.split() for line in self.stack.notes_file.read_text().splitlines()]
-        starts = Counter(job for what, job, _ in notes if what == "start")
+        """Print what happened, and how often what must not. Return whether that never did."""
+        accepted, finished, states = len(self.accepted), survey["distinct"], survey["states"]
+        works = [survey["batches"], survey["jobs of works"]]
+        starts = Counter(job for kind, job, *_ in self.stack.lines() if kind == "start")
         redelivered = sum(starts[job] - 1 for job in self.accepted.values() if starts[job])
-        lost = max(accepted - finished, accepted - survey["written"])
-        faults = ", ".join(f"{name} {count}" for name, count in sorted(self.faults.items()))
-        states = ", ".join(f"{state} {count}" for state, count in sorted(survey["states"].items()))
-        print(f"  faults: {sum(self.faults.values())} ({faults})")
-        print(f"  states: {states}; leases lapsed: {survey['crashes']}")
-        written = [survey["chunks"].get(job, []) for job in self.newsletters]
-        wrong = sum(chunks != list(range(len(chunks))) for chunks in written)
-        fine = not self.workers_stuck and not self.jobs_stuck
-        fine &= all(written) and not wrong and not self.started_in_pause
-        exceeded = self.count_exceeded()
-        fine &= not exceeded and not survey["places"]
-        for kind, jobs, end in [
-            ("that kill their process", self.killers, "failed Its worker died"),
-            ("that held their row", self.holders, "succeeded"),
-            ("over their time limit in a query", self.late, "failed Exceeded its time limit"),
-            ("that send a newsletter", self.newsletters, "succeeded"),
-            ("that Beat does not know", self.new, "succeeded"),
-            ("with a limit", self.limited, "succeeded"),
-            ("cancelled, with a limit", self.cancelled, "cancelled"),
-            ("old", self.old, "deleted"),
-            ("old, which cannot be deleted", self.kept, "cancelled"),
-        ]:
-            odd = Counter(end_ for job in jobs if not (end_ := ends[job]).startswith(end))
-            print(f"  jobs {kind}: {len(jobs)}{', but ' * bool(odd)}{dict(odd) or ''}")
-            fine &= not odd
-        print(f"  workers that did not end when asked to: {self.workers_stuck}")
-        print(f"  jobs that Beat did not send because it did not know them: {self.jobs_stuck}")
-        print(f"  bodies over their limit: {exceeded}; places still in use: {survey['places']}")
-        print(f"  jobs that started during a pause: {self.started_in_pause}")
-        print(f"  newsletters with a chunk twice or without one: {wrong}")
-        for error in survey["errors"]:
-            print(f"  {error}")
-        print(
-            f"  accepted {accepted}, finished {finished}, finished twice {twice},"
-            f" redelivered {redelivered}, rows {survey['written']}, failed {failed}, lost {lost}"
-        )
-        complete = accepted == len(self.jobs) + self.backlog
-        return fine and complete and not (lost or twice or failed)
+        print(f"  faults: {sum(self.faults.values())} {dict(sorted(self.faults.items()))}")
+        print(f"  jobs: {accepted} {states}, redelivered {redelivered}, lapsed {survey['crashes']}")
+        print(f"  batches and chains: {len(self.works)}, batches and their jobs: {works}")
+        newsletters = [survey["chunks"].get(job, []) for job in self.odd[NEWSLETTERS]]
+        wrong = {
+            "jobs that were not accepted": len(self.jobs) - accepted,
+            "jobs lost": max(accepted - finished, accepted - survey["written"]),
+            "jobs that ended twice": survey["finals"] - finished,
+            "jobs that failed": accepted - states.get("succeeded", 0),
+            "their errors": survey["errors"],
+            "batches and their jobs with another end": [
+                each for each in works if [*each] != ["succeeded"]
+            ],
+            "jobs of batches and chains that are missing": survey["missing"],
+            "jobs of batches and chains that are there twice": survey["twice"],
+            "workers that did not end when asked to": self.workers_stuck,
+            "jobs that Beat did not send because it did not know them": self.jobs_stuck,
+            "bodies over their limit": self.count_exceeded(),
+            "places still in use": survey["places"],
+            "jobs that started during a pause": self.started_in_pause,
+            "newsletters with a chunk twice or without one": sum(
+                not chunks or chunks != list(range(len(chunks))) for chunks in newsletters
+            ),
+        }
+        for kind, jobs in self.odd.items():
+            ends = [survey["odd"].get(job, "deleted") for job in jobs]
+            odd = [end for end in ends if not end.startswith(ENDS[kind])]
+            wrong[f"of {len(jobs)} jobs {kind}, with another end"] = odd
+        for what, count in wrong.items():
+            print(f"  {what}: {count or 0}")
+        return not any(wrong.values())
 
 
 FAULTS = sorted(name for name in vars(Chaos) if name.startswith("fault_"))
@@ -385,9 +365,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("brokers", nargs="*", default=list(BROKERS), metavar="broker")
     parser.add_argument("--pool", default="prefork")
-    parser.add_argument("--mixed", action="store_true", help="a worker of threads, and two Beats")
     parser.add_argument("--jobs", type=int, default=JOBS)
-    parser.add_argument("--backlog", type=int, default=0, help="more jobs, before the first fault")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of faults")
     parser.add_argument("--seed", type=int, default=random.randrange(10_000))
     options = vars(parser.parse_args())
@@ -402,7 +380,7 @@ def main():
     sys.exit(not fine)
 
 
-def run(name, folder, *, jobs=JOBS, backlog=0, seconds=SECONDS, seed, pool="prefork", mixed=False):
+def run(name, folder, *, jobs=JOBS, seconds=SECONDS, seed, pool="prefork"):
     """Run chaos on a project with this broker. Print a report, return whether nothing was lost."""
     print(f"{name}, {pool}, seed {seed}", flush=True)
     broker = BROKERS[name]
@@ -414,12 +392,13 @@ def run(name, folder, *, jobs=JOBS, backlog=0, seconds=SECONDS, seed, pool="pref
     database.start()
     try:
         stack = prepare(Project(baked), broker, folder, database, **TIMINGS)
-        stack.add_worker("test", "threads" if mixed else None)
-        stack.others += [stack.make_beat("second-beat")] if mixed else []
+        third = stack.make_worker("test", "--queues celery,test")
+        stack.workers.append(third)
+        stack.processes.append(third)
         fine = False
         try:
             stack.start()
-            fine = Chaos(stack, jobs, seconds, seed, backlog).run()
+            fine = Chaos(stack, jobs, seconds, seed).run()
             return fine
         finally:
             if not fine:

@@ -52,15 +52,15 @@ def composed(stack, cookies_session, settings="", **answers):
     `stack` is the class of what it gives. `.env` gets a shorter soft shutdown, because workers wait
     that long at each stop, and the project's settings get `settings` at their end.
     """
-    port, flower, prometheus, grafana = free_ports(4)
-    answers = {"deployment": "kubernetes", "project_slug": f"shop_{port}", **answers}
+    names = ["PORT", "FLOWER_PORT", "PROMETHEUS_PORT", "GRAFANA_PORT"]
+    ports = dict(zip(names, free_ports(4), strict=True))
+    slug = f"shop_{ports['PORT']}"
+    answers = {"deployment": "kubernetes", "project_slug": slug, **answers}
     project = baked(cookies_session, answers)
     with open(project / ".env", "a") as file:
         file.write(f"SOFT_SHUTDOWN_SECONDS={SOFT_SHUTDOWN_SECONDS}\n")
     with open(project / "config/settings.py", "a") as file:
         file.write(settings)
-    ports = {"PORT": port, "FLOWER_PORT": flower}
-    ports |= {"PROMETHEUS_PORT": prometheus, "GRAFANA_PORT": grafana}
     stack = stack(project, **ports)
     try:
         stack.make_up()
@@ -155,10 +155,15 @@ class Stack(Site):
         return found
 
 
-def is_healthy(container):
+def inspect(container):
     [about] = json.loads(docker("inspect", container))
-    assert about["State"]["Running"], log_of(container)
-    return about["State"]["Health"]["Status"] == "healthy"
+    return about
+
+
+def is_healthy(container):
+    state = inspect(container)["State"]
+    assert state["Running"], log_of(container)
+    return state["Health"]["Status"] == "healthy"
 
 
 def check_rights(containers, public=None):
@@ -208,7 +213,7 @@ class Pods(Site):
 
     def __init__(self, stack):
         super().__init__(stack.project, None, stack.environment)
-        self.headers, self.stack = HTTPS, stack
+        self.headers = HTTPS
         overlay = stack.project / "deploy/kubernetes/overlays/production"
         shutil.copy(overlay / ".env.example", overlay / ".env")
         documents = kustomize.build(overlay)
@@ -219,20 +224,12 @@ class Pods(Site):
         }
         config = json.loads(stack.compose("config", "--format", "json"))
         here = config["services"]["web"]["environment"]
-        database = here["DATABASE_URL"].rsplit("/", 1)[0] + "/pods"
-        here |= {
-            "DATABASE_URL": database,
-            "EMAIL_URL": "consolemail://",
-            "CACHE_URL": "locmemcache://",
-        }
+        here["DATABASE_URL"] = here["DATABASE_URL"].rsplit("/", 1)[0] + "/pods"
+        here |= {"EMAIL_URL": "consolemail://", "CACHE_URL": "locmemcache://"}
         [settings] = [each["data"] for each in documents if each["kind"] == "ConfigMap"]
         [secret] = [each["data"] for each in documents if each["kind"] == "Secret"]
-        role = {name: value for name, value in here.items() if name.startswith("AWS_")}
-        self.variables = {
-            **settings,
-            **role,
-            **{name: here[name] for name in secret.keys() & here.keys()},
-        }
+        own = {name: here[name] for name in here if name in secret or name.startswith("AWS_")}
+        self.variables = settings | own
         self.containers = []
 
     def start(self, pod, kind="containers"):
@@ -289,15 +286,12 @@ class Pods(Site):
 
     def ended_at(self, id):
         """Return the time at which a container ended, or None."""
-        status, time = docker(
-            "inspect", "-f", "{{.State.Status}} {{.State.FinishedAt}}", id
-        ).split()
-        return time if status == "exited" else None
+        state = inspect(id)["State"]
+        return state["FinishedAt"] if state["Status"] == "exited" else None
 
     def address(self, id):
-        return docker(
-            "inspect", "-f", "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}", id
-        )
+        [network] = inspect(id)["NetworkSettings"]["Networks"].values()
+        return network["IPAddress"]
 
     @property
     def log(self):
@@ -305,5 +299,5 @@ class Pods(Site):
 
 
 def log_of(id):
-    result = subprocess.run(["docker", "logs", id], capture_output=True, text=True)
-    return result.stdout + result.stderr
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.run(["docker", "logs", id], **streams).stdout

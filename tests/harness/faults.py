@@ -1,26 +1,35 @@
 """Fixtures for tests with real processes: a running stack for each broker and pool."""
 
+import itertools
 import time
 
 import pytest
 
 from .bake import CHOICES, WITH_JOBS, baked, chosen
-from .project import fetch, free_ports
 from .servers import PostgreSQL, broker_class
-from .stack import TIMINGS, Stack, pairs, prepare
+from .stack import TIMINGS, Stack, prepare, prepare_plain
 
-POOLS = CHOICES["worker_pool"]
+BROKERS, POOLS = CHOICES["broker"], CHOICES["worker_pool"]
 STACKS = {}
+RESULTS = {"redis": "redis", "rabbitmq": "database", "sqs": "dynamodb"}  # of plain projects
 
 
-def stacks(brokers=CHOICES["broker"], pools=POOLS, *, every_pair=False, **options):
-    """Return a mark: run the test on pairs() of these. test_run.py has every pair."""
+def stacks(brokers=BROKERS, pools=POOLS, *, plain="", every_pair=False, **options):
+    """Return a mark: run the test on the first broker with each pool, the others with the first.
+
+    That finds what depends on either. With `every_pair`, it runs on all, for what depends on both;
+    test_run.py and test_plain_run.py do. `plain` names a group of tests of plain projects.
+    """
     params = []
-    for broker, pool in pairs(brokers, pools, every_pair):
-        name = "-".join([broker, pool, *options])
-        # The same object for the same stack: pytest compares parameters by identity.
-        param = STACKS.setdefault(name, {"broker": broker, "pool": pool, **options})
-        params.append(pytest.param(param, id=name, marks=pytest.mark.xdist_group(name)))
+    for broker, pool in itertools.product(brokers, pools):
+        if every_pair or broker == BROKERS[0] or pool == POOLS[0]:
+            name = "-".join([broker, pool, *options])
+            group = f"{plain}{name}"
+            # The same object for the same stack: pytest compares parameters by identity.
+            param = {"broker": broker, "pool": pool, "plain": plain, **options}
+            param = STACKS.setdefault(group, param)
+            params.append(pytest.param(param, id=name, marks=pytest.mark.xdist_group(group)))
+    assert params, "pytest would skip the test"
     return pytest.mark.parametrize("running", params, indirect=True)
 
 
@@ -55,18 +64,21 @@ def database():
 def running(request, cookies_session, tmp_path_factory):
     """A stack that consecutive tests with the same parameters share."""
     options = {"timings": TIMINGS, "sqlite": False, **request.param}
-    broker = broker_class(options["broker"])
+    broker, pool = broker_class(options["broker"]), {"worker_pool": options["pool"]}
     folder = tmp_path_factory.mktemp("stack")
-    project = baked(
-        cookies_session, {**WITH_JOBS, **broker.answers, "worker_pool": options["pool"]}
-    )
     database = None if options["sqlite"] else request.getfixturevalue("database")
-    variables = {
-        **options["timings"],
+    if options["plain"]:
+        results = {"result_backend": RESULTS[options["broker"]]}
+        answers = {"durable_jobs": "no", **broker.answers, **results, **pool}
+        project = baked(cookies_session, answers)
+        project.install()
+        stack = prepare_plain(project, folder, database, broker.settings)
+    else:
+        project = baked(cookies_session, {**WITH_JOBS, **broker.answers, **pool})
         # More for threads and greenlets, which share a process.
-        "WORKER_CONCURRENCY": 4 if options["pool"] == "prefork" else 16,
-    }
-    stack = prepare(project, broker, folder, database, **variables)
+        slots = 4 if options["pool"] == "prefork" else 16
+        variables = {**options["timings"], "WORKER_CONCURRENCY": slots}
+        stack = prepare(project, broker, folder, database, **variables)
     try:
         stack.start()
         yield stack
@@ -102,7 +114,7 @@ def stack(running):
 def pytest_runtest_makereport(item, call):
     """Add to the report of a test that failed what the processes of its stack have printed."""
     report = yield
-    stack = item.funcargs.get("stack") or item.funcargs.get("plain")
+    stack = item.funcargs.get("stack")
     if report.failed and isinstance(stack, Stack):
         report.sections.append(("logs of the stack", stack.printed()))
     return report
@@ -117,33 +129,10 @@ def gate(tmp_path_factory):
 
 
 @pytest.fixture
-def flower(stack):
-    """Start Flower; return a function that calls its API."""
-    [port] = free_ports(1)
-    url, basic = f"http://127.0.0.1:{port}/api", {"Authorization": "Basic YWRtaW46c2VjcmV0"}
-
-    def answers():
-        try:
-            return fetch(f"{url}/workers", None, basic)[0] == 200
-        except OSError:
-            return False
-
-    command = f"celery -A config flower --address=127.0.0.1 --port={port} --basic-auth=admin:secret"
-    flower = stack.process(command, name="flower", is_ready=answers)
-    flower.start()
-
-    def call(path, data):
-        status, _, answer = fetch(f"{url}/task/{path}", data, basic)
-        assert status == 200
-        return answer
-
-    return call
-
-
-@pytest.fixture
-def revoke(flower):
-    """A function that revokes a task in Flower."""
-    return lambda task, query="": flower(f"revoke/{task}{query}", {})
+def revoke(stack):
+    """A function that revokes a task in Flower, which runs until the test ends."""
+    stack.flower.start()
+    return lambda task, query="": stack.ask_flower(f"/api/task/revoke/{task}{query}", {})
 
 
 @pytest.fixture
@@ -164,7 +153,7 @@ def errors(row):
 
 
 def ran_once(stack, jobs):
-    return [len(stack.notes("start", job)) for job in jobs] == [1] * len(jobs)
+    return [stack.starts(job) for job in jobs] == [1] * len(jobs)
 
 
 def succeeded(rows, crashes):

@@ -1,6 +1,5 @@
 """A baked project that the tests and `make demo` install, start and send requests to."""
 
-import base64
 import fcntl
 import hashlib
 import json
@@ -13,14 +12,13 @@ import subprocess
 import sys
 import time
 import tomllib
-import urllib.error
-import urllib.request
 from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import psutil
+import requests
 import yaml
 
 FINAL = {"succeeded", "failed", "cancelled"}
@@ -102,11 +100,13 @@ class Project(type(Path())):
         else:
             self.call("make", ".venv")
 
-    def add_app(self, name, settings=""):
-        """Copy one of our apps into the project, and append these lines to its settings."""
+    def add_app(self, name, settings="", urls=""):
+        """Copy one of our apps into the project, and append to its settings and its URLs."""
         shutil.copytree(APPS / name, self / name, ignore=shutil.ignore_patterns("__pycache__"))
         with open(self / "config/settings.py", "a") as file:
             file.write(f'INSTALLED_APPS += ["{name}"]\n{settings}\n')
+        with open(self / "config/urls.py", "a") as file:
+            file.write(urls)
 
     @contextmanager
     def up(self, **environment):
@@ -197,31 +197,18 @@ class Site:
         """Return USERNAME, PASSWORD and EMAIL of the demo user."""
         return dict(re.findall("^DJANGO_SUPERUSER_(.*)=(.*)$", self.project.read(".env"), re.M))
 
-    def request(self, path, data=None, **headers):
-        """Send a GET, or a POST of `data`, as the demo user. Return (status, headers, JSON)."""
+    def request(self, path, data=None, *, method=None, files=None, **headers):
+        """Send a request as the demo user, as fetch() does. Return (status, headers, answer)."""
         headers = {"Authorization": f"Token {self.token}", **self.headers, **headers}
-        return fetch(self.web + path, data, headers)
+        return fetch(self.web + path, data, headers, method=method, files=files)
 
     def delete(self, path):
         """Send a DELETE as the demo user. Return the status."""
-        request = urllib.request.Request(self.web + path, method="DELETE")
-        request.add_header("Authorization", f"Token {self.token}")
-        with urllib.request.urlopen(request, timeout=30) as response:
-            return response.status
-
-    def upload(self, path, text):
-        """POST this text as the file in the form field `file`."""
-        head = 'Content-Disposition: form-data; name="file"; filename="upload.csv"'
-        body = f"--end\r\n{head}\r\n\r\n{text}\r\n--end--\r\n".encode()
-        kind = {"Content-Type": "multipart/form-data; boundary=end"}
-        return self.request(path, body, **kind)
+        return self.request(path, method="DELETE")[0]
 
     def scrape(self):
         """Return what Prometheus would read, {name with labels: value}."""
-        request = urllib.request.Request(f"{self.web}/metrics")
-        request.add_header("Authorization", f"Token {self.token}")
-        with urllib.request.urlopen(request, timeout=30) as response:
-            lines = response.read().decode().splitlines()
+        lines = self.request("/metrics")[2].splitlines()
         samples = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
         return {name: float(value) for name, value in samples}
 
@@ -257,10 +244,9 @@ result = enqueue(tasks.{task}, {args!r}, owner=User.objects.get()).pk
         raise AssertionError(f"{job}\n{self.log}")
 
     def ask_flower(self, path, data=None, *, authenticated=True):
-        """Send a GET, or a POST of `data`, to Flower's API. Return (status, headers, JSON)."""
-        secret = re.search("^FLOWER_BASIC_AUTH=(.*)$", self.project.read(".env"), re.MULTILINE)
-        basic = "Basic " + base64.b64encode(secret[1].encode()).decode()
-        return fetch(self.flower + path, data, {"Authorization": basic} if authenticated else {})
+        """Send a request to Flower's API as fetch() does. Return (status, headers, answer)."""
+        secret = re.search("^FLOWER_BASIC_AUTH=(.*):(.*)$", self.project.read(".env"), re.MULTILINE)
+        return fetch(self.flower + path, data, auth=secret.groups() if authenticated else None)
 
     def find_in_flower(self, task_id, state="SUCCESS"):
         """Return what Flower knows about a task if it has this state, else None."""
@@ -340,21 +326,24 @@ def children_of(pid):
         return []
 
 
-def fetch(url, data, headers):
-    """Send a GET, or a POST if there is `data`: bytes, or a value that is sent as JSON.
+def fetch(url, data=None, headers=(), *, method=None, **options):
+    """Send a GET, or a POST if there is `data`: a text of JSON, or a value that is sent as JSON.
 
-    Returns (status, headers, JSON).
+    Returns (status, headers, answer). The answer is parsed if it is JSON, and None for an error.
     """
-    body = data
-    if data is not None and not isinstance(data, bytes):
-        body = json.dumps(data).encode()
-        headers = {"Content-Type": "application/json", **headers}
-    request = urllib.request.Request(url, body, headers)
+    if isinstance(data, (str, bytes)):
+        headers = {"Content-Type": "application/json", **dict(headers)}
+        options["data"] = data
+    else:
+        options["json"] = data
+    method = method or ("GET" if data is None else "POST")
+    response = requests.request(method, url, headers=dict(headers), timeout=60, **options)
+    if not response.ok:
+        return response.status_code, response.headers, None
     try:
-        with urllib.request.urlopen(request, timeout=30) as response:
-            return response.status, response.headers, json.loads(response.read() or "null")
-    except urllib.error.HTTPError as error:
-        return error.code, error.headers, None
+        return response.status_code, response.headers, response.json()
+    except ValueError:
+        return response.status_code, response.headers, response.text
 
 
 def wait_for(condition, site=None):

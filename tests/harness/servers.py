@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import tempfile
+from collections import ChainMap
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from glob import glob
@@ -20,7 +21,7 @@ from .bake import TEMPLATE, chosen
 from .blocks import code
 from .project import LIMIT, children_of, connects, env, free_ports, wait_for
 
-VISIBILITY_TIMEOUT = 8  # seconds, for plain tasks
+REDELIVERY = 10  # seconds until Redis or SQS delivers a plain task again, instead of 21 minutes
 # In Erlang: elect a leader for each quorum queue whose members do not answer within a second.
 ELECT_LEADERS = """
 [ra:trigger_election(Id) || Queue <- rabbit_amqqueue:list(), Id <- [amqqueue:get_pid(Queue)],
@@ -90,11 +91,14 @@ class Process:
         self.signal_all(signal.SIGSTOP)
 
     def resume(self):
-        self.signal_all(signal.SIGCONT)
-
-    def resume_if_running(self):
         if self.is_running():
-            self.resume()
+            self.signal_all(signal.SIGCONT)
+
+    def end(self):
+        """Kill the process if it runs, or is paused."""
+        self.resume()
+        if self.is_running():
+            self.kill()
 
     def stop(self, number=signal.SIGTERM):
         """Send a signal to the process, not to its children. Return its exit code."""
@@ -106,12 +110,11 @@ class Process:
         return self.process.wait(LIMIT)
 
     def recover(self):
-        """Resume or start the process after a test. Return whether it had to be started."""
-        if self.is_running():
-            self.resume()
-            return False
-        self.launch()
-        return True
+        """Resume or start the process after a test. Return whether it had ended."""
+        self.resume()
+        if has_ended := not self.is_running():
+            self.launch()
+        return has_ended
 
 
 class Broker(Process):
@@ -131,13 +134,14 @@ class Redis(Broker):
     server = "redis"
     answers = {"broker": "redis"}
     # kombu looks for tasks to deliver again each second, not each 100. If it is killed meanwhile,
-    # others may do so after 10 seconds, not 300.
+    # others may do so after 2 seconds, not 300.
     settings = f"""
+REDELIVERY_SECONDS = env.int("REDELIVERY", default={REDELIVERY})
 CELERY_BROKER_TRANSPORT_OPTIONS |= {{
-    "visibility_timeout": {VISIBILITY_TIMEOUT},
+    "visibility_timeout": REDELIVERY_SECONDS,
     "unacked_restore_interval": 1,
     "unacked_restore_throttle": 1,
-    "unacked_mutex_expire": 10,
+    "unacked_mutex_expire": 2,
 }}
 """
     refuse = 'channel.client.set("refused", "no list")'
@@ -240,8 +244,7 @@ sentinel failover-timeout main 10000
     def kill(self):
         super().kill()
         for server in self.servers.values():
-            if server.is_running():
-                server.kill()
+            server.end()
 
     def recover(self):
         started = [server.recover() for server in self.servers.values()]
@@ -315,7 +318,7 @@ class SQS(Broker):
     """moto, which keeps nothing: after a restart, queues and table are created again, empty."""
 
     answers = {"broker": "sqs", "result_backend": "none"}
-    settings = f"REDELIVERY_SECONDS = SQS_VISIBILITY_TIMEOUT = {VISIBILITY_TIMEOUT}\n"
+    settings = f"REDELIVERY_SECONDS = SQS_VISIBILITY_TIMEOUT = {REDELIVERY}\n"
 
     def __init__(self, folder, project, port=None):
         port = port or free_ports(1)[0]
@@ -333,6 +336,7 @@ class SQS(Broker):
 BROKERS = {"redis": Redis, "rabbitmq": RabbitMQ, "sqs": SQS}
 SETUPS = {**BROKERS, "redis-sentinel": RedisSentinel}
 SERVERS = {broker.server: broker for broker in BROKERS.values() if broker.server}
+BACKENDS = {"redis": Redis, "dynamodb": SQS}  # that are servers
 
 
 def broker_class(name):
@@ -357,16 +361,42 @@ def real(project, folder):
         yield variables
 
 
+def servers_of(project, folder):
+    """Make the server of a project's broker, and that of its result backend if it is another."""
+    broker = BROKERS[project.answers["broker"]]
+    backend = BACKENDS.get(project.answers["result_backend"], broker)
+    classes = dict.fromkeys([broker, backend])
+    return [make(each, folder / each.__name__, project) for each in classes]
+
+
+def variables_of(servers):
+    """Return the variables of these servers: the first one is the broker."""
+    return dict(ChainMap(*(server.variables for server in servers)))
+
+
+def make(server, folder, *arguments, **options):
+    folder.mkdir(parents=True)
+    return server(folder, *arguments, **options)
+
+
+@contextmanager
+def started(*servers):
+    """Run these servers until the block ends."""
+    try:
+        for server in servers:
+            server.start()
+        yield
+    finally:
+        for server in servers:
+            server.end()
+
+
 @contextmanager
 def running(broker, folder, **options):
     """Run a server of this class until the block ends."""
-    folder.mkdir()
-    server = broker(folder, **options)
-    server.start()
-    try:
+    server = make(broker, folder, **options)
+    with started(server):
         yield server
-    finally:
-        server.kill()
 
 
 class PostgreSQL(Process):
@@ -383,14 +413,13 @@ class PostgreSQL(Process):
         if user:
             shutil.chown(self.folder, **user)
         data = self.folder / "data"
-        options = f"-U postgres -E UTF8 --locale C -N -D {data}"
+        options = f"-U postgres -E UTF8 --locale C -N -D {data} -A "
+        options += "scram-sha-256" if password else "trust"
         if password:
             file = self.folder / "password"
             file.write_text(password)
             file.chmod(0o644)  # for `postgres`
-            options += f" -A scram-sha-256 --pwfile {file}"
-        else:
-            options += " -A trust"
+            options += f" --pwfile {file}"
         initdb = [self.binaries / "initdb", *options.split()]
         subprocess.run(initdb, check=True, cwd=self.folder, stdout=subprocess.DEVNULL, **user)
         options = f"-D {data} -p {self.port} -k {self.folder} -h 127.0.0.1"

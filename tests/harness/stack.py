@@ -1,37 +1,33 @@
 """Stacks for tests: all processes of a project, which can be killed, paused and started alone."""
 
-import itertools
 import os
 import re
 import signal
-import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from http.client import HTTPConnection
 
-from .bake import CHOICES
+import psycopg
+
 from .project import BEHIND_A_PROXY, Console, fetch, free_ports, wait_for
-from .servers import Process
+from .servers import Process, make, servers_of, variables_of
 
-LEASE, SWEEP, RESEND = 5, 1, 2  # seconds
-TIMINGS = {
-    "JOB_LEASE_SECONDS": LEASE,
-    "JOB_SWEEP_SECONDS": SWEEP,
-    "JOB_RESEND_SECONDS": RESEND,
-}
-
-# How many jobs at once: see faults/limited.py.
+LEASE, RESEND = 5, 2  # seconds
+TIMINGS = {"JOB_LEASE_SECONDS": LEASE, "JOB_SWEEP_SECONDS": 1, "JOB_RESEND_SECONDS": RESEND}
+# How many jobs at once: see faults/tasks.py.
 LIMITS = {"one": "1", "two": "2", "rate": "10/s", "tenant": "2, 5/s"}
+FLOWER_USER = "admin", "of-this-test"
 
-# The names of code for ask()
+# The names of code for ask(), in a project with durable jobs and in one without
 IMPORTS = """
+import json
+import time
 from datetime import timedelta
-from django.db import connection
+from pathlib import Path
+from django.db import connection, transaction
 from django.db.models import F, Q
 from django.db.models.functions import Now
-from faults.limited import *
 from faults.tasks import *
 from durable_jobs import batches, pauses
 from durable_jobs.actions import cancel, run_again, run_all_again
@@ -39,6 +35,18 @@ from durable_jobs.enqueue import enqueue, enqueue_many
 from durable_jobs.states import ACTIVE, FINAL
 from durable_jobs.worker import heartbeat
 from durable_jobs.models import Batch, Failure, Job, Pause, Sweep, Worker
+from trials import tasks as plain
+"""
+PLAIN_IMPORTS = """
+from celery import chain, chord, group
+from celery.result import AsyncResult
+from config.celery import app
+from trials.tasks import *
+"""
+SCHEDULE = """
+CELERY_BEAT_SCHEDULE = {{
+    "tick": {{"task": "trials.tasks.tick", "schedule": 1, "args": ["{path}"]}}
+}}
 """
 MIGRATE = """
 from django.core.management import call_command
@@ -66,44 +74,45 @@ with app.connection_for_write() as broker:
 """
 
 
-def pairs(brokers, pools, every_pair=False):
-    """Return (broker, pool) for a test: the first broker with each pool, each other with the first.
-
-    That finds what depends on either. With `every_pair`, return all, for what depends on both.
-    """
-    found = [
-        (broker, pool)
-        for broker, pool in itertools.product(brokers, pools)
-        if every_pair or broker == CHOICES["broker"][0] or pool == CHOICES["worker_pool"][0]
-    ]
-    assert found, "pytest would skip the test"
-    return found
-
-
 class Stack:
-    """A project's processes, as in production. Each can be killed, paused and started alone."""
+    """A project with its servers, web, Beat and workers, as in production.
 
-    imports = ""  # the names of code for ask()
-    processes = ()  # those that run in each test
+    Its `processes` run in each test. Flower, and Beat of plain tasks, run if a test starts them.
+    """
+
     tester = {}  # fields of the user whose token it has
 
-    def __init__(self, project, broker, folder, **variables):
-        self.project, self.broker, self.folder = project, broker, folder
+    def __init__(self, project, servers, folder, database, **variables):
+        """`servers` begin with the broker. Without a PostgreSQL, the project uses SQLite."""
+        self.project, self.servers, self.folder, self.database = project, servers, folder, database
+        self.broker = servers[0]
         self.notes_file = folder / "notes"
         self.notes_file.touch()
+        self.port, flower_port = free_ports(2)
+        self.web_url = f"http://127.0.0.1:{self.port}"
+        self.flower_url = f"http://127.0.0.1:{flower_port}"
+        # As in compose.yaml: PostgreSQL keeps the plans of statements that are run again.
+        url = database and f"{database.create(f'stack{self.port}')}?prepare_threshold=0"
         self.variables = {
             "CELERY_SKIP_CHECKS": 1,  # a quarter of a worker's start; `make run` has them
+            "DATABASE_URL": url or f"sqlite:///{folder}/db.sqlite3",
             "DEBUG": "False",
+            "FLOWER_BASIC_AUTH": ":".join(FLOWER_USER),
+            "FLOWER_PORT": flower_port,
             "NOTES": self.notes_file,
             "SOFT_SHUTDOWN_SECONDS": 2,
             "THROTTLE": "1000000/min",
             "WORKER_CONCURRENCY": 4,
-            **broker.variables,
+            **variables_of(servers),
             **variables,
         }
         self.made = []  # all processes, including those of tests
         self.marks = {}  # {log: its size when the test began}
         self.console = self.token = None
+        command = f"gunicorn config.wsgi --preload --no-control-socket --bind 127.0.0.1:{self.port}"
+        self.web = self.process(f"{command} --workers 4")
+        self.web.is_ready = lambda: self.web.printed.count("Booting worker") >= 4
+        self.beat, self.flower = self.make_beat(), self.make_flower("flower")
 
     def process(self, command, name=None, *, is_ready=None, **variables):
         """Make a process with more variables. It ends with the test at the latest."""
@@ -119,13 +128,6 @@ class Stack:
         self.made.append(process)
         return process
 
-    def make_web(self, workers):
-        [self.port] = free_ports(1)
-        command = "gunicorn config.wsgi --preload --no-control-socket"
-        web = self.process(f"{command} --bind 127.0.0.1:{self.port} --workers {workers}")
-        web.is_ready = lambda: web.printed.count("Booting worker") >= workers
-        return web
-
     def make_worker(self, name, options="", *, pool=None, app="config", **variables):
         """Make a worker with the Procfile's command, or with another pool, and more options."""
         command = re.search("^worker: .*(celery .*)", self.project.read("Procfile"), re.M)[1]
@@ -136,14 +138,42 @@ class Stack:
         worker.is_ready = lambda: f"{name}@" in worker.printed and " ready." in worker.printed
         return worker
 
-    def make_beat(self, name="beat", app="config", **variables):
-        return self.process(f"celery -A {app} beat -s {self.folder}/{name}", name, **variables)
+    def replace_worker(self, options="--queues celery,cpu", **variables):
+        """Start a worker with these in place of the first one, until the test ends."""
+        self.worker.stop()
+        worker = self.make_worker("other", options, **variables)
+        worker.start()
+        return worker
 
-    def launch(self, processes):
-        """Migrate in a console, start these processes, and wait until they are ready."""
+    def make_beat(self, name="beat", app="config", **variables):
+        beat = self.process(f"celery -A {app} beat -s {self.folder}/{name}", name, **variables)
+        beat.is_ready = lambda: " is starting." in beat.printed
+        return beat
+
+    def replace_beat(self, app="config", **variables):
+        """Start a Beat with these variables in place of the stack's, until the test ends."""
+        self.beat.stop()
+        beat = self.make_beat(f"beat-of-{app}", app, **variables)
+        beat.start()
+        return beat
+
+    def make_flower(self, name, **variables):
+        def answers():
+            try:
+                return self.ask_flower("/api/workers")[0] == 200
+            except OSError:
+                return False
+
+        return self.process("celery -A config flower", name, is_ready=answers, **variables)
+
+    def start(self, processes=None):
+        """Start the servers and these processes, by default all. The database is migrated first."""
+        for server in self.servers:
+            server.start()
         variables = {key: str(value) for key, value in self.variables.items()}
         self.console = Console(self.project, self.folder / "console.log", **variables)
         self.console.ask(MIGRATE)
+        processes = processes or self.processes
         for process in processes:
             process.launch()
         self.token = self.add_user("tester", **self.tester)
@@ -153,22 +183,22 @@ class Stack:
     def stop(self):
         if self.console:
             self.console.kill()
-        self.kill(*self.made, self.broker)
+        self.kill(*self.made, *self.servers)
 
     def kill(self, *processes):
         for process in processes:
-            if process.is_running():
-                process.resume()
-                process.kill()
+            process.end()
 
-    def run_again(self, *servers):
-        """End the processes that a test has made, and make all others run."""
+    def recover(self):
+        """Make the whole stack run again, and remove what a test has left."""
         self.kill(*(process for process in self.made if process not in self.processes))
-        for server in servers:
+        for server in filter(None, [*self.servers, self.database]):
             if server.recover():
                 server.wait_until_ready()
         for process in [process for process in self.processes if process.recover()]:
             process.wait_until_ready()
+        with self.supervised(*self.workers):  # a worker that lost its broker may be about to end
+            self.empty_queues()
 
     @contextmanager
     def supervised(self, *processes):
@@ -202,7 +232,11 @@ class Stack:
         self.marks = {log: log.stat().st_size for log in self.logs}
 
     def printed(self):
-        """Return the end of what each log got since the mark."""
+        """Return the end of what each log got since the mark, and what each worker's threads do."""
+        for worker in self.workers:
+            if worker.is_running():
+                os.kill(worker.pid, signal.SIGUSR1)  # Celery then prints its threads
+        time.sleep(1)
         texts = []
         for log in self.logs:
             text = log.read_bytes()[self.marks.get(log, 0) :].decode(errors="replace")
@@ -210,6 +244,20 @@ class Stack:
         return "\n".join(texts)
 
     # Requests and queries of the tests
+
+    def request(self, path, data=None, *, method=None, **headers):
+        """Send a request to the web, as fetch() does. Return (status, headers, answer)."""
+        headers = {"Authorization": f"Token {self.token}", **BEHIND_A_PROXY, **headers}
+        return fetch(self.web_url + path, data, headers, method=method)
+
+    def ask_flower(self, path, data=None):
+        """Send a request to Flower, as fetch() does. Return (status, headers, answer)."""
+        return fetch(self.flower_url + path, data, auth=FLOWER_USER)
+
+    def in_flower(self, task):
+        """Return the state of a task in Flower."""
+        answer = self.ask_flower(f"/api/task/info/{task}")[2]
+        return answer and answer["state"]
 
     def ask(self, code, **names):
         """Run code in the project and return the value of its variable `result`."""
@@ -230,75 +278,67 @@ class Stack:
         """Delete all messages in a queue."""
         assert self.ask(EMPTY, queue=queue)
 
+    def lines(self):
+        """Return the words of each line of trials.tasks.note(): kind, task, process, time, more."""
+        return [line.split() for line in self.notes_file.read_text().splitlines()]
+
+    def notes(self, kind, task):
+        """Return the ids of the processes that noted a "start" or "end" of this task."""
+        return [int(pid) for each, id, pid, *_ in self.lines() if (each, id) == (kind, task)]
+
+    def times(self, kind, task):
+        """Return the times of these notes."""
+        return [float(at) for each, id, _, at, *_ in self.lines() if (each, id) == (kind, task)]
+
+    def starts(self, task):
+        return len(self.notes("start", task))
+
+    def wait_until_started(self, *tasks, times=1):
+        """Wait for `times` runs of each. Return the process id of the first one's last run."""
+        for task in tasks:
+            wait_for(lambda task=task: self.starts(task) >= times)
+        return self.notes("start", tasks[0])[-1]
+
+
+class PlainStack(Stack):
+    """A plain project. It has one `worker`, for all queues."""
+
+    imports = PLAIN_IMPORTS
+    tester = {"email": "tester@example.com", "is_staff": True, "is_superuser": True}
+
+    def __init__(self, *arguments, **variables):
+        super().__init__(*arguments, **variables)
+        self.worker = self.make_worker("first")
+        self.workers, self.processes = [self.worker], [self.web, self.worker]
+
+    def empty_queues(self):
+        """Run a task of each queue, behind all those that earlier tests have left."""
+        for queue in "celery", "cpu", "io":
+            self.wait_until_started(self.send("quick", queue=queue))
+
 
 class JobStack(Stack):
-    """A project with its broker, database, web, Beat and workers, on real servers.
+    """A project with durable jobs.
 
     It has two `workers`: both consume the queue `celery`, the first also `cpu`, the second `io`.
     """
 
     imports = IMPORTS
 
-    def __init__(self, project, broker, folder, database=None, **variables):
-        """`database` is a PostgreSQL; without one, the project uses SQLite."""
-        # As in compose.yaml: PostgreSQL keeps the plans of statements that are run again.
-        url = database and f"{database.create(folder.name)}?prepare_threshold=0"
-        variables = {"DATABASE_URL": url or f"sqlite:///{folder}/db.sqlite3", **variables}
-        super().__init__(project, broker, folder, **variables)
-        self.database = database
-        self.web = self.make_web(workers=4)
-        self.beat, self.others = self.make_beat(), []
-        self.workers = []
-        self.worker, self.other = self.add_worker("cpu"), self.add_worker("io")
-
-    def make_worker(self, queues, name, pool=None, **options):
-        return super().make_worker(name, f"--queues {queues}", pool=pool, **options)
-
-    def add_worker(self, queue, pool=None):
-        """Add a worker to the stack, for `celery` and for another queue."""
-        self.workers.append(self.make_worker(f"celery,{queue}", queue, pool))
-        return self.workers[-1]
-
-    def replace_worker(self, **variables):
-        """Start a worker with these variables in place of the first one, until the test ends."""
-        self.worker.stop()
-        worker = self.make_worker("celery,cpu", "other-cpu", **variables)
-        worker.start()
-        return worker
-
-    def replace_beat(self, app="config", **variables):
-        """Start a Beat with these variables in place of the stack's, until the test ends."""
-        self.beat.stop()
-        beat = self.make_beat(f"beat-of-{app}", app, **variables)
-        beat.is_ready = lambda: " is starting." in beat.printed
-        beat.start()
-        return beat
-
-    @property
-    def processes(self):
-        return [self.web, self.beat, *self.others, *self.workers]
-
-    def printed(self):
-        """Also what each thread of a worker does."""
-        for worker in self.workers:
-            if worker.is_running():
-                os.kill(worker.pid, signal.SIGUSR1)  # Celery then prints its threads
-        time.sleep(1)
-        return super().printed()
+    def __init__(self, *arguments, **variables):
+        super().__init__(*arguments, **variables)
+        self.workers = [self.make_worker(name, f"--queues celery,{name}") for name in ("cpu", "io")]
+        self.worker, self.other = self.workers
+        self.processes = [self.web, self.beat, *self.workers]
 
     def start(self, processes=None):
-        """Start the servers and these processes, by default all."""
-        self.broker.start()
-        self.launch(processes or self.processes)
+        super().start(processes)
         if self.database:
             self.ask('connection.cursor().execute(open("faults/tables.sql").read())')
 
-    def recover(self):
-        """Make the whole stack run again, and remove what a test has left."""
-        self.run_again(*filter(None, [self.broker, self.database]))
+    def empty_queues(self):
         self.ask("cancel(Job.objects.all())")
-        with self.supervised(*self.workers):  # a worker that lost its broker may be about to end
-            self.wait_until_final(*[self.enqueue("quick", queue=queue) for queue in ["cpu", "io"]])
+        self.wait_until_final(*[self.enqueue("quick", queue=queue) for queue in ["cpu", "io"]])
 
     def renew_web(self):
         """Restart the web server, which ends its pause after a failed send. Let it send again."""
@@ -310,21 +350,10 @@ class JobStack(Stack):
     @contextmanager
     def locked(self, statement):
         """Hold the lock that this statement takes in the database until the block ends."""
-        url, _, _ = self.variables["DATABASE_URL"].partition("?")  # psql knows no other options
-        psql = subprocess.Popen(
-            [self.database.binaries / "psql", "--quiet", url],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        try:
-            psql.stdin.write(f"BEGIN;\n{statement};\n\\echo locked\n")
-            psql.stdin.flush()
-            assert "locked\n" in iter(psql.stdout.readline, ""), statement
+        url, _, _ = self.variables["DATABASE_URL"].partition("?")  # libpq knows no other options
+        with psycopg.connect(url) as connection:
+            connection.execute(statement)
             yield
-        finally:
-            psql.stdin.close()  # psql ends with its input, and releases the lock
-            psql.wait()
 
     # Requests and queries of the tests
 
@@ -343,33 +372,13 @@ with app.connection_for_write() as broker:
 
     def post(self, task, *args, **data):
         """Enqueue a job through the API and return its id. Raises if the answer is not 202."""
-        return self.send_json("faults/", task=task, args=[str(arg) for arg in args], **data)
+        return self.post_to("/faults/", task=task, args=[str(arg) for arg in args], **data)
 
-    def send_json(self, path, **data):
+    def post_to(self, path, headers=(), **data):
         """Return the id in the answer. Raises if this is not 202."""
-        headers = {"Authorization": f"Token {self.token}", **BEHIND_A_PROXY}
-        status, _, answer = fetch(f"http://127.0.0.1:{self.port}/{path}", data, headers)
+        status, _, answer = self.request(path, data, **dict(headers))
         assert status == 202, status
         return answer["id"]
-
-    def send_raw(self, path, body, content_type="application/json", *, token=None, key=None):
-        """Send a GET, or a POST with `body`, to the API. Return (status, text).
-
-        The status is 0 if the web closes the connection because it does not read the body.
-        """
-        headers = {"Authorization": f"Token {token or self.token}", "Content-Type": content_type}
-        headers |= BEHIND_A_PROXY
-        if key:
-            headers["Idempotency-Key"] = key
-        if isinstance(body, str):
-            body = body.encode()
-        connection = HTTPConnection("127.0.0.1", self.port, timeout=300)
-        try:
-            connection.request("GET" if body is None else "POST", f"/api/{path}", body, headers)
-            response = connection.getresponse()
-            return response.status, response.read().decode()
-        except (BrokenPipeError, ConnectionResetError):
-            return 0, ""
 
     def post_many(self, count, task):
         """Post `count` jobs at once. Return [(id, seconds until the answer)]."""
@@ -410,24 +419,11 @@ with connection.cursor() as cursor:
         try:
             wait_for(lambda: self.ask(code, jobs=jobs) == len(jobs))
         except AssertionError as error:
-            code = (
-                "result = [j for j in Job.objects.filter(pk__in=jobs, state__in=ACTIVE).values()]"
-            )
+            code = "result = list(Job.objects.filter(pk__in=jobs, state__in=ACTIVE).values())"
             raise AssertionError(self.ask(code, jobs=jobs)) from error
         if self.database:
             assert self.finals(*jobs) == len(jobs)
         return self.rows(*jobs)
-
-    def notes(self, what, job):
-        """Return the ids of the processes whose body of this job noted "start" or "end"."""
-        words = [line.split() for line in self.notes_file.read_text().splitlines()]
-        return [int(pid) for kind, task, pid in words if (kind, task) == (what, job)]
-
-    def wait_until_started(self, *jobs, times=1):
-        """Wait for `times` runs of each job. Return the process id of the first job's last run."""
-        for job in jobs:
-            wait_for(lambda job=job: len(self.notes("start", job)) >= times)
-        return self.notes("start", jobs[0])[-1]
 
 
 def prepare(project, broker, folder, database, **variables):
@@ -436,13 +432,28 @@ def prepare(project, broker, folder, database, **variables):
     `broker` is one of the classes in SETUPS. `folder` is for the files of all processes.
     """
     project.install()
-    routes = 'CELERY_TASK_ROUTES["faults.tasks.routed"] = {"queue": "io"}'
-    project.add_app("faults", f"{broker.settings}\n{routes}\nDURABLE_JOBS['LIMITS'] = {LIMITS}")
-    with open(project / "config/urls.py", "a") as file:
-        file.write(
-            "\nfrom faults.views import add, enqueue, work\n"
-            'urlpatterns += [path("faults/", enqueue), path("faults/batches/", work)]\n'
-            'urlpatterns += [path("api/faults/add/", add)]\n'
-        )
-    (folder / "broker").mkdir()
-    return JobStack(project, broker(folder / "broker", project), folder, database, **variables)
+    settings = f"""{broker.settings}
+CELERY_TASK_ROUTES["faults.tasks.routed"] = {{"queue": "io"}}
+DURABLE_JOBS["LIMITS"] = {LIMITS}
+"""
+    urls = """
+from faults.views import add, enqueue, work
+urlpatterns += [path("faults/", enqueue), path("faults/batches/", work)]
+urlpatterns += [path("api/faults/add/", add)]
+"""
+    project.add_app("trials")
+    project.add_app("faults", settings, urls)
+    servers = [make(broker, folder / "broker", project)]
+    return JobStack(project, servers, folder, database, **variables)
+
+
+def prepare_plain(project, folder, database, settings="", **variables):
+    """Add the app `trials` to an installed project, and return its PlainStack, not yet started.
+
+    To see which tests fail without a setting: WITHOUT=CELERY_TASK_ACKS_LATE make prove …
+    """
+    without = "".join(f"del {name}\n" for name in os.environ.get("WITHOUT", "").split())
+    urls = '\nfrom trials.views import start\nurlpatterns += [path("api/trials/", start)]\n'
+    project.add_app("trials", SCHEDULE.format(path=folder / "ticked") + settings + without, urls)
+    servers = servers_of(project, folder / "servers")
+    return PlainStack(project, servers, folder, database, **variables)

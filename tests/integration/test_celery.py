@@ -54,8 +54,10 @@ print(app.send_task("faults.tasks.quick", countdown=60).id)
 
 
 @on_one
-def test_a_task_that_flower_sends_is_a_job(stack, flower):
-    job = flower("send-task/faults.tasks.quick", {"args": []})["task-id"]
+def test_a_task_that_flower_sends_is_a_job(stack):
+    stack.flower.start()
+    _, _, sent = stack.ask_flower("/api/task/send-task/faults.tasks.quick", {"args": []})
+    job = sent["task-id"]
     wait_for(lambda: stack.ask("result = Job.objects.filter(pk=job).exists()", job=job))
     rows = stack.wait_until_final(job)
     assert succeeded(rows, crashes=0), rows

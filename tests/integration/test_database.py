@@ -67,7 +67,7 @@ def test_a_crash_of_the_database_loses_no_claim(stack, gate, since):
     rows = stack.wait_until_final(*jobs)
     since(start)
     assert [row["crashes"] for row in rows] == [0, 0, 1], rows
-    assert [len(stack.notes("start", job)) for job in jobs] == [1, 1, 2]
+    assert [stack.starts(job) for job in jobs] == [1, 1, 2]
 
 
 # The database or the whole machine freezes for a while

@@ -1,7 +1,5 @@
 """Functions declared with Django's @task, and coroutines, run as jobs on a real worker."""
 
-import json
-
 import pytest
 
 from harness.faults import on_each_pool, on_one, succeeded
@@ -43,7 +41,7 @@ def test_a_function_is_cancelled_and_runs_again_after_a_crash(stack, gate, funct
 
     rows = stack.wait_until_final(killed)
     assert succeeded(rows, crashes=1), rows
-    assert [len(stack.notes("start", job)) for job in jobs] == [2, 1]
+    assert [stack.starts(job) for job in jobs] == [2, 1]
     assert stack.ask(f"{RESULTS}\nresult = [seen(id)[0] for id in ids]", ids=jobs) == [
         "SUCCESSFUL",
         "FAILED",
@@ -73,8 +71,8 @@ def test_a_coroutine_over_its_time_limit_is_cancelled_except_in_a_thread(stack, 
 
 @on_one
 def test_an_async_view_enqueues_a_function_and_awaits_its_result(stack):
-    status, text = stack.send_raw("faults/add/", None)
-    assert (status, json.loads(text)) == (200, {"value": 3})
+    status, _, answer = stack.request("/api/faults/add/")
+    assert (status, answer) == (200, {"value": 3})
 
 
 @on_one

@@ -105,7 +105,8 @@ def test_an_order_becomes_a_succeeded_job(stack, record_property):
 
 
 def test_the_worker_reads_an_uploaded_file(stack):
-    status, headers, _ = stack.upload("/api/imports/", "product,quantity\nTea,2\nTea,3")
+    files = {"file": ("upload.csv", "product,quantity\nTea,2\nTea,3")}
+    status, headers, _ = stack.request("/api/imports/", files=files, method="POST")
     assert status == 202, stack.log
     *_, job = stack.follow(headers["Location"])
     assert (job["label"], job["result"]) == ("Import upload.csv", {"imported": 2}), job

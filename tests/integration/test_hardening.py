@@ -49,7 +49,7 @@ def protect(url):
 @pytest.mark.parametrize("fault", ["dead", "hung"])
 @default_output
 def test_an_unavailable_cache_stops_no_request(project, fault):
-    """A hung cache never answers, so a request that waits for it exceeds the 30 s of fetch()."""
+    """A hung cache never answers, so a request that waits for it exceeds the 60 s of fetch()."""
     with socket.socket() as cache:  # accepts, and never answers
         cache.bind(("127.0.0.1", 0))
         cache.listen(100)

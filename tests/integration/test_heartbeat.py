@@ -48,7 +48,7 @@ def mine(stack):
     stack.worker.stop()
 
     def start(app="faults.quick_heartbeat", **options):
-        worker = stack.make_worker("cpu", "mine", app=app, WORKER_CONCURRENCY=2, **options)
+        worker = stack.make_worker("mine", "--queues cpu", app=app, WORKER_CONCURRENCY=2, **options)
         worker.start()
         wait_until(stack, is_alive=True)
         return worker

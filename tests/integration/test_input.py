@@ -41,41 +41,44 @@ PATHS = [
 @on_one
 @pytest.mark.parametrize("body", BODIES)
 def test_a_bad_body_is_refused(stack, body):
-    status, answer = stack.send_raw("orders/", BODIES[body])
-    allowed = {"deep, but read": [202, 400]}  # unknown fields are ignored
-    assert status in allowed.get(body, [400, 0] if body.startswith("10 MB") else [400]), answer[
-        :999
-    ]
-    assert stack.send_raw("jobs/", None)[0] == 200
+    allowed = [202, 400] if body == "deep, but read" else [400]  # unknown fields are ignored
+    try:
+        assert stack.request("/api/orders/", BODIES[body])[0] in allowed
+    except OSError:  # the web closes the connection, because it does not read the body
+        assert body.startswith("10 MB")
+    assert stack.request("/api/jobs/")[0] == 200
 
 
 @on_one
 def test_bad_addresses_and_types_are_refused(stack):
     for content_type in TYPES:
-        assert stack.send_raw("orders/", json.dumps(ORDER), content_type)[0] in (400, 415)
+        headers = {"Content-Type": content_type}
+        assert stack.request("/api/orders/", json.dumps(ORDER), **headers)[0] in (400, 415)
     for path in PATHS:
-        assert stack.send_raw(path, None)[0] in (400, 404, 414)
+        assert stack.request(f"/api/{path}")[0] in (400, 404, 414)
 
 
 @on_one
 def test_jobs_and_orders_of_others_are_not_found(stack):
     job = stack.post("quick")
-    order = json.loads(stack.send_raw("orders/", json.dumps(ORDER))[1])["id"]
-    other = stack.add_user("other")
+    order = stack.request("/api/orders/", ORDER)[2]["id"]
+    other = {"Authorization": f"Token {stack.add_user('other')}"}
     for path, body in [
         (f"jobs/{job}/", None),
         (f"jobs/{job}/cancel/", ""),
         (f"orders/{order}/", None),
     ]:
-        assert stack.send_raw(path, body, token=other)[0] == 404
-    assert json.loads(stack.send_raw("jobs/", None, token=other)[1])["results"] == []
+        assert stack.request(f"/api/{path}", body, **other)[0] == 404
+    assert stack.request("/api/jobs/", **other)[2]["results"] == []
 
 
 @on_one
 def test_200_posts_with_one_key_make_one_job(stack):
+    key = {"Idempotency-Key": "the-only-one"}
+
     def post(_):
-        status, answer = stack.send_raw("orders/", json.dumps(ORDER), key="the-only-one")
-        return status, json.loads(answer)["id"]
+        status, _, answer = stack.request("/api/orders/", ORDER, **key)
+        return status, answer["id"]
 
     orders = "from orders.models import Order\nresult = Order.objects.count()"
     before = stack.ask(orders)
@@ -86,14 +89,14 @@ def test_200_posts_with_one_key_make_one_job(stack):
     assert len(answers) == 1  # all name the same order
     assert stack.ask("result = Job.objects.filter(idempotency_key='the-only-one').count()") == 1
     assert stack.ask(orders) == before + 1
-    other = json.dumps({**ORDER, "quantity": 3})
-    assert stack.send_raw("orders/", other, key="the-only-one")[0] == 422
+    assert stack.request("/api/orders/", {**ORDER, "quantity": 3}, **key)[0] == 422
 
 
 @on_one
 def test_a_key_whose_job_is_being_deleted_is_accepted_as_new(stack, gate):
     """The request finds the job, waits for the lock, and then finds no order of this job."""
-    first = stack.send_raw("orders/", json.dumps(ORDER), key="old")
+    key = {"Idempotency-Key": "old"}
+    first = stack.request("/api/orders/", ORDER, **key)
     code = """
 waiting = "SELECT FROM pg_locks WHERE relation = 'orders_order'::regclass AND NOT granted"
 with transaction.atomic(), connection.cursor() as cursor:
@@ -106,10 +109,10 @@ with transaction.atomic(), connection.cursor() as cursor:
     with ThreadPoolExecutor(1) as purge:
         purging = purge.submit(stack.ask, code, gate=str(gate))
         wait_for(gate.exists)
-        again = stack.send_raw("orders/", json.dumps(ORDER), key="old")
+        again = stack.request("/api/orders/", ORDER, **key)
         purging.result()
-    assert [status for status, _ in [first, again]] == [202, 202]
-    assert json.loads(first[1])["id"] != json.loads(again[1])["id"]
+    assert [status for status, *_ in [first, again]] == [202, 202]
+    assert first[2]["id"] != again[2]["id"]
 
 
 # REST framework takes "0" for 0, takes 0 for "0", and removes white space before it counts

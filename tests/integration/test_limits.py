@@ -18,6 +18,7 @@ from harness.faults import (
     on_one,
     on_prefork,
     on_prefork_and_threads,
+    ran_once,
     stacks,
     succeeded,
 )
@@ -27,21 +28,14 @@ from harness.stack import LEASE
 on_sqlite = stacks(**ONE, sqlite=True)
 
 
-def bodies(stack, *kinds, key=None):
-    """Return [kind, key, job, time] of what bodies have noted, in order."""
-    file = stack.notes_file.with_name("notes-of-bodies")
-    words = [line.split() for line in file.read_text().splitlines()] if file.exists() else []
-    lines = [[kind, each, job, float(when)] for kind, each, job, when, *_ in words]
-    return [line for line in lines if line[0] in kinds and key in (None, line[1])]
-
-
-def has_started(stack, job, times=1):
-    return len([line for line in bodies(stack, "start") if line[2] == job]) >= times
+def bodies(stack, key):
+    """Return (kind, job, time) of what bodies of this key have noted, in order."""
+    return [(kind, job, float(at)) for kind, job, _, at, *words in stack.lines() if key in words]
 
 
 def exceeded(stack, jobs):
-    """Return which bodies of these jobs found all files of their key locked."""
-    return [line for line in bodies(stack, "exceeded") if line[2] in jobs]
+    """Return which of these jobs found all files of their key locked."""
+    return [job for job in jobs if stack.notes("exceeded", job)]
 
 
 def have_places(stack, jobs):
@@ -59,12 +53,12 @@ def check(stack, jobs):
     return rows
 
 
-def occupy(stack, gate, task="one_until"):
+def occupy(stack, gate, task="limited"):
     """Let a body of the first worker take the only place of a key. Return it and three others."""
-    key = gate.parent.name
+    key = f"one:{gate.parent.name}"
     first = stack.enqueue(task, key, gate, queue="cpu")
-    wait_for(lambda: has_started(stack, first))
-    waiting = [stack.enqueue("one", key, 0.05, queue="io") for _ in range(3)]
+    stack.wait_until_started(first)
+    waiting = [stack.enqueue("limited", key, "/", 0.05, queue="io") for _ in range(3)]
     return first, waiting
 
 
@@ -127,7 +121,7 @@ def test_a_frozen_worker_loses_its_place(stack, gate, since):
     since(start)
     stack.worker.resume()
     # The old body ends although the gate is closed.
-    wait_for(lambda: [line for line in bodies(stack, "end") if line[2] == first])
+    wait_for(lambda: stack.notes("end", first))
     assert stack.row(first)["state"] in ("queued", "running")
     gate.touch()
     assert succeeded(check(stack, [first]), crashes=1)
@@ -183,13 +177,12 @@ def test_the_place_of_a_cancelled_job_is_free_at_once_when_its_child_dies(stack,
 def test_a_free_place_is_taken_without_beat(stack, record_property):
     """A body that has ended hands its place over. The time until the next start is recorded."""
     stack.beat.stop()
-    code = "result = [job.pk for job in enqueue_many(one, [['quick', 0]] * 300)]"
+    code = "result = [job.pk for job in enqueue_many(limited, [['one:quick']] * 300)]"
     jobs = stack.ask(code)
     check(stack, jobs)
-    starts = bodies(stack, "start", key="quick")
-    assert [job for _, _, job, _ in starts] == jobs  # the oldest first
-    lines = bodies(stack, "start", "end", key="quick")
-    gaps = [start[3] - end[3] for end, start in pairwise(lines) if start[0] == "start"]
+    lines = bodies(stack, "one:quick")
+    assert [job for kind, job, _ in lines if kind == "start"] == jobs  # the oldest first
+    gaps = [start[2] - end[2] for end, start in pairwise(lines) if start[0] == "start"]
     record_property("milliseconds from an end to the next start", round(1000 * median(gaps), 1))
 
 
@@ -233,7 +226,7 @@ cancel(Job.objects.filter(pk__in=[job.pk for job in running]))
     faults += [kill_beat, *([restart_database] if stack.database else []), kill_worker]
     for fault in faults:
         jobs = enqueue()
-        wait_for(lambda jobs=jobs: any(has_started(stack, job) for job in jobs))
+        wait_for(lambda jobs=jobs: any(map(stack.starts, jobs)))
         time.sleep(0.3)
         fault()
         time.sleep(0.5)
@@ -244,9 +237,9 @@ def check_through_faults(stack):
     code = """
 result = []
 for number in range(3):
-    calls = [(one, ["storm", 0.2]), (two, ["storm", 0.3]), (two, ["storm", 0.1])]
-    for task, args in calls:
-        result.append(enqueue(task, args, queue=["cpu", "io"][number % 2]).pk)
+    for key, seconds in [("one:storm", 0.2), ("two:storm", 0.3), ("two:storm", 0.1)]:
+        queue = ["cpu", "io"][number % 2]
+        result.append(enqueue(limited, [key, "/", seconds], queue=queue).pk)
 """
 
     def enqueue():
@@ -254,8 +247,7 @@ for number in range(3):
         jobs.extend(new)
         return new
 
-    beat = stack.process(f"celery -A config beat -s {stack.folder}/beat2", name="beat2")
-    with stack.supervised(*stack.workers, stack.beat, beat):
+    with stack.supervised(*stack.workers, stack.beat, stack.make_beat("second-beat")):
         inject_faults(stack, enqueue)
         rows = stack.wait_until_final(*jobs)
         assert {row["state"] for row in rows} <= {"succeeded", "cancelled"}, rows
@@ -301,10 +293,10 @@ def test_a_rate_is_kept_while_workers_come_and_go(stack, record_property):
     """
     beat = stack.replace_beat(JOB_SWEEP_SECONDS=600)
     beat.stop()
-    code = "result = [job.pk for job in enqueue_many(rated, [['a']] * 60)]"
+    code = "result = [job.pk for job in enqueue_many(limited, [['rate:a']] * 60)]"
     jobs = stack.ask(code)
     beat.start()
-    wait_for(lambda: has_started(stack, jobs[15]))
+    stack.wait_until_started(jobs[15])
     for worker in stack.workers:
         worker.stop()
     time.sleep(3)
@@ -316,7 +308,7 @@ def test_a_rate_is_kept_while_workers_come_and_go(stack, record_property):
     assert most_starts(starts, 1) <= 10
     rest = [each for each in starts if each > back]
     record_property("starts a second", round((len(rest) - 1) / (rest[-1] - rest[0]), 1))
-    times = [line[3] for line in bodies(stack, "start", key="a")]
+    times = [at for kind, _, at in bodies(stack, "rate:a") if kind == "start"]
     assert len(times) == 60
     record_property("bodies that started within a second", most_starts(times, 1))
 
@@ -326,21 +318,21 @@ def test_an_api_with_5_calls_a_second_and_2_at_once_for_each_tenant(stack, recor
     """300 contacts, and a worker is killed in the middle. One summary comes at the end."""
     stack.replace_beat(JOB_SWEEP_SECONDS=5)  # the default
     batch, jobs = stack.ask("""
-batch = call_all("tenant-7", range(300))
+calls = [["tenant:7", "/", 0.1]] * 300
+batch = batches.enqueue(limited, calls, on_finish=quick.si())
 result = [batch.pk, [job.pk for job in batch.jobs.order_by("created_at")]]
 """)
-    wait_for(lambda: has_started(stack, jobs[150]))
+    stack.wait_until_started(jobs[150])
     stack.worker.kill()
     stack.worker.start()
     done = "result = Batch.objects.filter(pk=batch, state='succeeded').exists()"
     wait_for(lambda: stack.ask(done, batch=batch))
     check(stack, jobs)
-    wait_for(lambda: bodies(stack, "summary", key="tenant-7"))
-    times = [line[3] for line in bodies(stack, "start", key="tenant-7")]
+    times = [at for kind, _, at in bodies(stack, "tenant:7") if kind == "start"]
     rows = started_at(stack, jobs)
     record_property("calls a second", round(299 / (rows[-1] - rows[0]), 2))
     record_property("bodies that started within a second", most_starts(times, 1))
     assert most_starts(rows, 1) <= 5
-    last = "result = [j.pk for j in Job.objects.filter(follows=batch)]"
-    stack.wait_until_final(*stack.ask(last, batch=batch))
-    assert len(bodies(stack, "summary", key="tenant-7")) == 1
+    [last] = stack.ask("result = [j.pk for j in Job.objects.filter(follows=batch)]", batch=batch)
+    stack.wait_until_final(last)
+    assert ran_once(stack, [last])

@@ -23,7 +23,7 @@ UNITS = {"short", "s", "percentunit"}
 VARIABLES = {"$queue": ".*", "$task": ".*"}  # as Grafana replaces them
 # Jobs for each number of the dashboard: some end, some retry, some wait, one kills its worker.
 JOBS = """
-for task, args in [(quick, []), (fail_twice, []), (retry_after, [0])]:
+for task, args in [(quick, []), (fail_twice, []), (run, ["raise self.retry(countdown=0)"])]:
     enqueue(task, args, queue="cpu")
 result = str(enqueue(die, queue="cpu").pk)
 enqueue(quick, countdown=600)

@@ -2,7 +2,6 @@
 
 import re
 import shutil
-import urllib.request
 
 import pytest
 import yaml
@@ -144,7 +143,7 @@ def test_a_real_prometheus_sees_each_alert_fire_and_resolve(stack, prometheus, g
     waiting = stack.enqueue("quick", queue="io")
     stack.ask("pauses.pause('cpu')")
     for _ in range(3):
-        stack.enqueue("raise_at_length", 10)
+        stack.enqueue("run", "raise ValueError")
     stack.enqueue("die")
     prometheus.wait_for("JobsWait", "NoWorker", "PauseForgotten")
     prometheus.wait_for("JobsFail", "JobsKillWorkers")
@@ -180,10 +179,8 @@ def test_a_real_prometheus_sees_each_alert_fire_and_resolve(stack, prometheus, g
 
 
 def scrape(stack):
-    request = urllib.request.Request(f"http://127.0.0.1:{stack.port}/metrics")
-    request.add_header("Authorization", f"Token {stack.add_user('reader', is_staff=True)}")
-    with urllib.request.urlopen(request) as response:
-        return response.read().decode()
+    token = stack.add_user("reader", is_staff=True)
+    return stack.request("/metrics", Authorization=f"Token {token}")[2]
 
 
 def check_counts(stack, prometheus):
@@ -193,6 +190,6 @@ def check_counts(stack, prometheus):
         labels = ",".join(f'{name}="{value}"' for name, value in labels.items())
         return [value for _, value in prometheus.value(f"{metric}{{{labels}}}")]
 
-    failed = {"task": "faults.tasks.raise_at_length", "state": "failed"}
+    failed = {"task": "faults.tasks.run", "state": "failed"}
     prometheus.wait_until(lambda: counted("durable_jobs_ended", **failed) == [3])
     assert counted("durable_jobs_crashes", task="faults.tasks.die") == [3]

@@ -94,7 +94,7 @@ def end_all(stack):
 @on_prefork_and_threads
 def test_after_a_pause_jobs_start_in_order(stack, record_property):
     """With one slot."""
-    worker = stack.make_worker("one", "one", WORKER_CONCURRENCY=1)
+    worker = stack.make_worker("one", "--queues one", WORKER_CONCURRENCY=1)
     worker.start()
     try:
         stack.wait_until_final(*enqueue(stack, "quick", 1, queue="one"))
@@ -168,21 +168,21 @@ def test_the_schedule_and_countdowns_continue_during_a_pause(stack):
 @on_one
 def test_a_paused_job_occupies_no_place(stack, gate):
     """Two tasks share the only place. One of them is paused, also while it waits for its turn."""
-    key = gate.parent.name
-    first = stack.enqueue("one_until", key, gate)
+    key = f"one:{gate.parent.name}"
+    first = stack.enqueue("limited", key, gate)
     wait_for(lambda: started(stack, [first]))
-    paused = enqueue(stack, "one", 5, key, 0)
+    paused = enqueue(stack, "limited", 5, key)
     others = enqueue(stack, "report_until", 3, key, gate)
-    stack.ask("pauses.pause('faults.limited.one')")
+    stack.ask("pauses.pause('faults.tasks.limited')")
     try:
         gate.touch()
         stack.wait_until_final(first, *others)
-        more = enqueue(stack, "one", 5, key, 0)
+        more = enqueue(stack, "limited", 5, key)
         last = enqueue(stack, "report_until", 3, key, gate)
         stack.wait_until_final(*last)
-        wait_until_put_back(stack, "faults.limited.one", 10)
+        wait_until_put_back(stack, "faults.tasks.limited", 10)
     finally:
-        stack.ask("pauses.resume('faults.limited.one')")
+        stack.ask("pauses.resume('faults.tasks.limited')")
     rows = stack.wait_until_final(*paused, *more)
     assert succeeded(rows, crashes=0), rows
     assert started(stack, paused + more) == paused + more

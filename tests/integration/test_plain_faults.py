@@ -1,23 +1,25 @@
 """What a fault does to plain tasks, on each broker, and with each pool on the first one.
 
-Each test records what happened, and the table of all is printed at the end of the run. For the
-table in docs/reliability.md: make prove TESTS=tests/integration/test_plain_faults.py
-ARGS="--faults-to table.md". It names only the pools that a test ran with.
+Each test records what happened, and the table for docs/reliability.md is printed at the end of the
+run. It names only the pools that a test ran with.
 """
 
 import json
 import os
 import signal
 import time
+from functools import partial
 
 import psutil
 import pytest
 
+from harness import faults
+from harness.faults import BROKERS
 from harness.outputs import ORDER
-from harness.plain import BROKERS, REDELIVERY, stacks
 from harness.project import APPS, wait_for
-from harness.servers import BROKERS as SERVERS
+from harness.servers import REDELIVERY, Redis
 
+stacks = partial(faults.stacks, plain="plain-faults-")
 on_each = stacks()
 on_prefork = stacks(pools=["prefork"])
 on_redis = stacks(["redis"], ["prefork"])
@@ -57,92 +59,92 @@ def fill(stack, gate):
 
 
 @on_each
-def test_the_task_of_a_killed_worker_runs_again(plain, gate, record_fault):
-    task = plain.send("wait", gate)
-    plain.wait_until_started(task)
-    plain.worker.kill()
+def test_the_task_of_a_killed_worker_runs_again(stack, gate, record_fault):
+    task = stack.send("wait", gate)
+    stack.wait_until_started(task)
+    stack.worker.kill()
     killed = time.time()
-    plain.worker.start()
-    plain.wait_until_started(task, times=2)
-    (_, first), (_, again) = plain.notes("start", task)
-    if broker_of(plain) != "rabbitmq":
+    stack.worker.start()
+    stack.wait_until_started(task, times=2)
+    first, again = stack.times("start", task)
+    if broker_of(stack) != "rabbitmq":
         assert again - first > REDELIVERY - 1
-    record_fault(KILLED, "its tasks run again", again - killed, AGAIN[broker_of(plain)])
+    record_fault(KILLED, "its tasks run again", again - killed, AGAIN[broker_of(stack)])
 
 
 @on_prefork
-def test_the_task_of_a_killed_child_runs_again(plain, gate, record_fault):
-    task = plain.send("wait", gate)
-    child = plain.wait_until_started(task)
+def test_the_task_of_a_killed_child_runs_again(stack, gate, record_fault):
+    task = stack.send("wait", gate)
+    child = stack.wait_until_started(task)
     os.kill(child, signal.SIGKILL)
     killed = time.time()
-    plain.wait_until_started(task, times=2)
-    seconds = plain.notes("start", task)[1][1] - killed
+    stack.wait_until_started(task, times=2)
+    seconds = stack.times("start", task)[1] - killed
     after = "3 minutes (`default_retry_delay`)"
     record_fault("A child process is killed", "its task is retried", seconds, after)
 
 
 @on_each
-def test_sigterm_stops_a_worker_with_a_long_task(plain, gate, record_fault):
+def test_sigterm_stops_a_worker_with_a_long_task(stack, gate, record_fault):
     """On prefork, within SOFT_SHUTDOWN_SECONDS, and the next worker starts the task."""
-    task = plain.send("wait", gate)
-    plain.wait_until_started(task)
+    task = stack.send("wait", gate)
+    stack.wait_until_started(task)
     time.sleep(READ_SECONDS)
     start = time.time()
     fault = "SIGTERM, as in a deploy, during a long task"
-    if pool_of(plain) != "prefork":
-        os.kill(plain.worker.pid, signal.SIGTERM)
+    if pool_of(stack) != "prefork":
+        os.kill(stack.worker.pid, signal.SIGTERM)
         time.sleep(8)
-        assert plain.worker.is_running()
+        assert stack.worker.is_running()
         gate.touch()
-        plain.worker.wait()
-        assert plain.notes("end", task)
+        stack.worker.wait()
+        assert stack.notes("end", task)
         what = 'the worker exits after the task; if it is killed first, see "a worker is killed"'
         record_fault(fault, what)
         return
-    assert plain.worker.stop() == 0
+    assert stack.worker.stop() == 0
     stopped = time.time() - start
-    plain.worker.start()
+    stack.worker.start()
     ready = time.time()
-    plain.wait_until_started(task, times=2)
-    again = plain.notes("start", task)[1][1] - ready
+    stack.wait_until_started(task, times=2)
+    again = stack.times("start", task)[1] - ready
     assert again < REDELIVERY / 2
     what = "the worker exits, and the next one starts the task again immediately"
     record_fault(fault, what, stopped, "20 s (`SOFT_SHUTDOWN_SECONDS`) + 1 to 3 s")
 
 
 @on_prefork
-def test_a_task_that_ends_in_the_soft_shutdown_is_not_repeated(plain, gate):
-    task = plain.send("wait", gate)
-    plain.wait_until_started(task)
+def test_a_task_that_ends_in_the_soft_shutdown_is_not_repeated(stack, gate):
+    task = stack.send("wait", gate)
+    stack.wait_until_started(task)
     time.sleep(READ_SECONDS)
-    os.kill(plain.worker.pid, signal.SIGTERM)
+    os.kill(stack.worker.pid, signal.SIGTERM)
     time.sleep(0.5)
     gate.touch()
-    plain.worker.wait()
-    plain.worker.start()
+    stack.worker.wait()
+    stack.worker.start()
     time.sleep(REDELIVERY + 1)
-    plain.wait_until_started(plain.send("quick"))
-    assert plain.starts(task) == len(plain.notes("end", task)) == 1
+    stack.wait_until_started(stack.send("quick"))
+    assert stack.starts(task) == len(stack.notes("end", task)) == 1
 
 
 @on_prefork
-def test_an_idle_worker_ends_at_once(plain):
+def test_an_idle_worker_ends_at_once(stack):
     start = time.time()
-    assert plain.worker.stop() == 0
+    assert stack.worker.stop() == 0
     assert time.time() - start < 30  # seconds on a busy machine
 
 
 @on_prefork
-def test_a_worker_ends_that_reads_a_result(plain, gate):
-    plain.kill(plain.worker)
-    worker = plain.make_worker("slow", app="slow_results", PYTHONPATH=APPS)
+def test_a_worker_ends_that_reads_a_result(stack, gate):
+    stack.kill(stack.worker)
+    worker = stack.make_worker("slow", app="slow_results", PYTHONPATH=APPS)
     worker.start()
-    task = plain.send("wait", gate)
-    plain.wait_until_started(task)
+    task = stack.send("wait", gate)
+    stack.wait_until_started(task)
     time.sleep(3)  # time to read that it has started
     gate.touch()
-    wait_for(lambda: plain.notes("end", task))
+    wait_for(lambda: stack.notes("end", task))
     time.sleep(1.5)  # now it has read the length of the result, and not yet the rest
     start = time.time()
     assert worker.stop() == 0
@@ -150,12 +152,12 @@ def test_a_worker_ends_that_reads_a_result(plain, gate):
 
 
 @on_prefork
-def test_a_task_that_kills_its_child_every_time_ends(plain, record_fault):
-    task = plain.send("kill_child")
-    wait_for(lambda: plain.ask(f"result = AsyncResult({task!r}).state") == "FAILURE")
-    starts = plain.starts(task)
+def test_a_task_that_kills_its_child_every_time_ends(stack, record_fault):
+    task = stack.send("kill_child")
+    wait_for(lambda: stack.ask(f"result = AsyncResult({task!r}).state") == "FAILURE")
+    starts = stack.starts(task)
     time.sleep(3)  # time for one more
-    assert plain.starts(task) == starts == 4
+    assert stack.starts(task) == starts == 4
     what = f"it fails after {starts - 1} retries (`max_retries`)"
     record_fault("A task kills its child process every time", what)
 
@@ -188,62 +190,62 @@ FATAL = "A task kills its whole worker every time"
 
 
 @on_redis
-def test_a_task_that_kills_its_worker_is_delivered_without_end_by_redis(plain, gate, record_fault):
-    plain.worker.stop()
-    worker = plain.make_worker("fatal", REDELIVERY=1)
-    task = plain.send("kill_worker", gate)
-    with plain.supervised(worker):
-        plain.wait_until_started(task, times=6)
+def test_a_task_that_kills_its_worker_is_delivered_without_end_by_redis(stack, gate, record_fault):
+    stack.worker.stop()
+    worker = stack.make_worker("fatal", REDELIVERY=1)
+    task = stack.send("kill_worker", gate)
+    with stack.supervised(worker):
+        stack.wait_until_started(task, times=6)
         gate.touch()
-        plain.wait_until_started(task, times=7)
-        plain.wait_until_started(plain.send("quick"))
+        stack.wait_until_started(task, times=7)
+        stack.wait_until_started(stack.send("quick"))
     record_fault(FATAL, "it is redelivered indefinitely", None, AGAIN["redis"] + " each time")
 
 
 @on_rabbitmq
-def test_a_task_that_kills_its_worker_becomes_a_dead_letter_of_rabbitmq(plain, record_fault):
+def test_a_task_that_kills_its_worker_becomes_a_dead_letter_of_rabbitmq(stack, record_fault):
     """With rabbitmq.json, but for the limit, which is 2 here."""
-    definitions = json.loads(plain.project.read("rabbitmq.json"))
+    definitions = json.loads(stack.project.read("rabbitmq.json"))
     [policy] = definitions["policies"]
     limit, policy["definition"]["delivery-limit"] = policy["definition"]["delivery-limit"], 2
-    file = plain.folder / "definitions.json"
+    file = stack.folder / "definitions.json"
     file.write_text(json.dumps(definitions))
-    plain.broker.control("import_definitions", str(file))
+    stack.broker.control("import_definitions", str(file))
     try:
-        task = plain.send("kill_worker")
-        with plain.supervised():
-            wait_for(lambda: plain.ask(DEAD_LETTERS["rabbitmq"]) == 1)
-            plain.wait_until_started(plain.send("quick"))
-        assert plain.starts(task) == 3
-        plain.empty("dead-letters")
+        task = stack.send("kill_worker")
+        with stack.supervised():
+            wait_for(lambda: stack.ask(DEAD_LETTERS["rabbitmq"]) == 1)
+            stack.wait_until_started(stack.send("quick"))
+        assert stack.starts(task) == 3
+        stack.empty("dead-letters")
     finally:
-        plain.broker.control("clear_policy", "dead-letters")
+        stack.broker.control("clear_policy", "dead-letters")
     what = f"after {limit} redeliveries it becomes a dead letter"
     record_fault(FATAL, what, None, "–")
 
 
 @on_sqs
-def test_a_task_that_kills_its_worker_becomes_a_dead_letter_of_sqs(plain, record_fault):
+def test_a_task_that_kills_its_worker_becomes_a_dead_letter_of_sqs(stack, record_fault):
     """With the queues of the project, but for the limit, which is 3 here."""
-    limit = plain.ask(LIMIT_DELIVERIES, count=3, seconds=1)
+    limit = stack.ask(LIMIT_DELIVERIES, count=3, seconds=1)
     try:
-        task = plain.send("kill_worker")
-        with plain.supervised():
-            wait_for(lambda: plain.ask(DEAD_LETTERS["sqs"]) == 1)
-            plain.wait_until_started(plain.send("quick"))
-        assert plain.starts(task) == 3
+        task = stack.send("kill_worker")
+        with stack.supervised():
+            wait_for(lambda: stack.ask(DEAD_LETTERS["sqs"]) == 1)
+            stack.wait_until_started(stack.send("quick"))
+        assert stack.starts(task) == 3
     finally:
-        plain.ask(LIMIT_DELIVERIES, count=limit, seconds=REDELIVERY)
+        stack.ask(LIMIT_DELIVERIES, count=limit, seconds=REDELIVERY)
     what = f"after {limit - 1} redeliveries it becomes a dead letter"
     record_fault(FATAL, what, None, AGAIN["sqs"] + " each time")
 
 
 @on_redis
-def test_a_task_that_the_code_does_not_know_is_lost(plain, record_fault):
-    plain.ask("app.send_task('trials.tasks.new')")
-    wait_for(lambda: "Received unregistered task" in plain.worker.printed)
-    plain.wait_until_started(plain.send("quick"))
-    assert plain.ask(UNACKNOWLEDGED) == 0
+def test_a_task_that_the_code_does_not_know_is_lost(stack, record_fault):
+    stack.ask("app.send_task('trials.tasks.new')")
+    wait_for(lambda: "Received unregistered task" in stack.worker.printed)
+    stack.wait_until_started(stack.send("quick"))
+    assert stack.ask(UNACKNOWLEDGED) == 0
     fault = "A worker gets a task that its code doesn't know"
     record_fault(fault, "**the task is lost**: deploy workers before the web server")
 
@@ -257,18 +259,18 @@ with app.connection_for_read() as broker:
 
 @on_redis
 def test_a_task_is_lost_if_its_process_dies_between_commit_and_sending(
-    plain, tmp_path, record_fault
+    stack, tmp_path, record_fault
 ):
     (script := tmp_path / "commit.py").write_text(COMMIT_AND_DIE)
-    variables = {"DJANGO_SETTINGS_MODULE": "config.settings", "PYTHONPATH": plain.project}
-    process = plain.process(f"python {script}", "commit", **variables)
+    variables = {"DJANGO_SETTINGS_MODULE": "config.settings", "PYTHONPATH": stack.project}
+    process = stack.process(f"python {script}", "commit", **variables)
     process.launch()
     assert process.wait() == -signal.SIGKILL
-    plain.wait_until_started(plain.send("quick"))
-    order, confirmed_at = plain.ask(LATE)
+    stack.wait_until_started(stack.send("quick"))
+    order, confirmed_at = stack.ask(LATE)
     assert not confirmed_at
-    plain.ask(FORGET, order=order)
-    wait_for(lambda: plain.ask(LATE)[1])
+    stack.ask(FORGET, order=order)
+    wait_for(lambda: stack.ask(LATE)[1])
     fault = "The web server is killed after the commit, before it sends the message"
     record_fault(fault, "**the task is lost**; a periodic task finds the orders", None, "1 to 2 h")
 
@@ -297,26 +299,26 @@ with transaction.atomic():
 
 @on_redis
 def test_without_the_result_backend_tasks_are_lost_or_end_without_a_result(
-    plain, gate, tmp_path, record_fault
+    stack, gate, tmp_path, record_fault
 ):
     """Celery reports that the task failed, acknowledges it, and then cannot store the failure."""
-    backend = SERVERS["redis"](tmp_path)
+    backend = Redis(tmp_path)
     backend.start()
-    plain.worker.stop()
+    stack.worker.stop()
     url = {"CELERY_RESULT_BACKEND": backend.variables["CELERY_RESULT_BACKEND"]}
-    worker = plain.make_worker("other", **url)
+    worker = stack.make_worker("other", **url)
     worker.start()
-    running = plain.send("wait", gate, ignore_result=False)
-    plain.wait_until_started(running)
+    running = stack.send("wait", gate, ignore_result=False)
+    stack.wait_until_started(running)
     backend.kill()
-    new = plain.send("quick")
+    new = stack.send("quick")
     wait_for(lambda: "Pool callback raised exception" in worker.printed)
     gate.touch()
     wait_for(lambda: worker.printed.count("Pool callback raised exception") == 2)
     worker.stop()  # not kill(): the main process acknowledges in the next round of its event loop
-    plain.worker.start()
+    stack.worker.start()
     time.sleep(2 * REDELIVERY)
-    assert (plain.starts(running), plain.starts(new)) == (1, 0)
+    assert (stack.starts(running), stack.starts(new)) == (1, 0)
     fault = "The result backend is down when a task {}"
     record_fault(fault.format("is about to start"), "**the task is lost**")
     record_fault(fault.format("ends"), "its result is lost")
@@ -326,29 +328,29 @@ def test_without_the_result_backend_tasks_are_lost_or_end_without_a_result(
 
 
 @with_a_server
-def test_tasks_outlive_a_restart_of_the_broker(plain, gate, record_fault):
+def test_tasks_outlive_a_restart_of_the_broker(stack, gate, record_fault):
     """Redis with its append-only file, RabbitMQ with quorum queues. The crash is kill -9."""
-    running = fill(plain, gate)
-    waiting = [plain.send("quick") for _ in range(5)]
-    pid = plain.worker.pid
-    with plain.supervised():
-        plain.broker.kill()
+    running = fill(stack, gate)
+    waiting = [stack.send("quick") for _ in range(5)]
+    pid = stack.worker.pid
+    with stack.supervised():
+        stack.broker.kill()
         time.sleep(2)
-        plain.broker.start()
+        stack.broker.start()
         start = time.time()
         time.sleep(5)
         gate.touch()
         for task in waiting:
-            plain.wait_until_started(task)
-        seconds = max(plain.notes("start", task)[0][1] for task in waiting) - start
+            stack.wait_until_started(task)
+        seconds = max(stack.times("start", task)[0] for task in waiting) - start
         for task in running:
-            wait_for(lambda task=task: plain.notes("end", task))
-    again = sum(plain.starts(task) > 1 for task in running)
+            wait_for(lambda task=task: stack.notes("end", task))
+    again = sum(stack.starts(task) > 1 for task in running)
     what = "waiting tasks are kept; running ones run again" if again else "all tasks are kept"
-    if plain.worker.pid != pid:
+    if stack.worker.pid != pid:
         what += "; the worker exits, and its supervisor restarts it"
     fault = "The broker crashes and restarts"
-    record_fault(fault, what, seconds, "seconds" if broker_of(plain) == "rabbitmq" else "")
+    record_fault(fault, what, seconds, "seconds" if broker_of(stack) == "rabbitmq" else "")
 
 
 FORGET = """
@@ -363,19 +365,19 @@ result = None
 
 
 @on_each
-def test_an_emptied_broker_loses_what_waits(plain, record_fault):
+def test_an_emptied_broker_loses_what_waits(stack, record_fault):
     """But an order is found, because its row says what is missing."""
-    plain.worker.stop()
-    status, _, order = plain.request("POST", "/api/orders/", ORDER)
+    stack.worker.stop()
+    status, _, order = stack.request("/api/orders/", ORDER)
     assert status == 201
-    lost = plain.send("quick")
-    plain.empty("celery")
-    plain.worker.start()
-    plain.wait_until_started(plain.send("quick"))
+    lost = stack.send("quick")
+    stack.empty("celery")
+    stack.worker.start()
+    stack.wait_until_started(stack.send("quick"))
     url = f"/api/orders/{order['id']}/"
-    assert not plain.starts(lost) and not plain.request("GET", url)[2]["confirmed_at"]
-    plain.ask(FORGET, order=order["id"])
-    wait_for(lambda: plain.request("GET", url)[2]["confirmed_at"])
+    assert not stack.starts(lost) and not stack.request(url)[2]["confirmed_at"]
+    stack.ask(FORGET, order=order["id"])
+    wait_for(lambda: stack.request(url)[2]["confirmed_at"])
     fault = "The broker loses its messages"
     record_fault(
         fault, "**waiting tasks are lost**; a periodic task finds the orders", None, "1 to 2 h"
@@ -384,30 +386,30 @@ def test_an_emptied_broker_loses_what_waits(plain, record_fault):
 
 @pytest.mark.parametrize("how", ["is down", "hangs"])
 @on_each
-def test_a_broker_that_does_not_answer_delays_no_request(plain, record_fault, how):
+def test_a_broker_that_does_not_answer_delays_no_request(stack, record_fault, how):
     """An order is accepted, and found later. A report, which is only a task, is refused."""
     answers, seconds = [], []
-    plain.broker.kill() if how == "is down" else plain.broker.pause()
+    stack.broker.kill() if how == "is down" else stack.broker.pause()
     try:
         for path, data in [("/api/orders/", ORDER), ("/api/orders/report/", None)] * 3:
             start = time.time()
-            answers.append(plain.request("POST", path, data)[0])
+            answers.append(stack.request(path, data, method="POST")[0])
             seconds.append(time.time() - start)
     finally:
         if how == "hangs":
-            plain.broker.resume()
+            stack.broker.resume()
     print("seconds of orders and reports:", [round(each, 2) for each in seconds])
     assert answers == [201, 503] * 3
     # A promise: three timeouts of a second, and the request's own time. A machine may delay one.
     *most, slowest = sorted(seconds)
     assert max(most) < 3.5 and slowest < 8
-    with plain.supervised():
+    with stack.supervised():
         if how == "is down":
-            plain.broker.start()
+            stack.broker.start()
         start = time.time()
-        _, _, order = plain.request("POST", "/api/orders/", ORDER)
+        _, _, order = stack.request("/api/orders/", ORDER)
         url = f"/api/orders/{order['id']}/"
-        wait_for(lambda: plain.request("GET", url)[2]["confirmed_at"])
+        wait_for(lambda: stack.request(url)[2]["confirmed_at"])
         print("seconds until the next order was confirmed:", round(time.time() - start, 2))
     what = "orders are stored (201), and a periodic task confirms them later; "
     what += "reports are refused (503)"
@@ -415,14 +417,14 @@ def test_a_broker_that_does_not_answer_delays_no_request(plain, record_fault, ho
 
 
 @on_each
-def test_a_countdown_is_doubled_where_it_exceeds_the_visibility_timeout(plain, record_fault):
+def test_a_countdown_is_doubled_where_it_exceeds_the_visibility_timeout(stack, record_fault):
     countdown = 2 * REDELIVERY + 5
-    tasks = [plain.send("quick", countdown=countdown), plain.send("retry_later", countdown)]
+    tasks = [stack.send("quick", countdown=countdown), stack.send("retry_later", countdown)]
     for number, task in enumerate(tasks):
-        plain.wait_until_started(task, times=1 + number)
+        stack.wait_until_started(task, times=1 + number)
     time.sleep(5)  # time for more
-    starts = [plain.starts(tasks[0]), plain.starts(tasks[1]) - 1]
-    if broker_of(plain) == "rabbitmq":
+    starts = [stack.starts(tasks[0]), stack.starts(tasks[1]) - 1]
+    if broker_of(stack) == "rabbitmq":
         assert starts == [1, 1]
         what = "the task runs once: it waits in the broker"
     else:
@@ -432,29 +434,29 @@ def test_a_countdown_is_doubled_where_it_exceeds_the_visibility_timeout(plain, r
 
 
 @with_timeout
-def test_a_countdown_below_the_visibility_timeout_is_not_doubled(plain):
+def test_a_countdown_below_the_visibility_timeout_is_not_doubled(stack):
     """The setting MAX_COUNTDOWN makes the visibility timeout longer than these."""
-    task = plain.send("quick", countdown=REDELIVERY - 5)
-    plain.wait_until_started(task)
+    task = stack.send("quick", countdown=REDELIVERY - 5)
+    stack.wait_until_started(task)
     time.sleep(REDELIVERY)
-    assert plain.starts(task) == 1
+    assert stack.starts(task) == 1
 
 
 # What delays others
 
 
 @on_each
-def test_a_burst_of_countdowns_starves_no_other_task(plain, record_fault):
+def test_a_burst_of_countdowns_starves_no_other_task(stack, record_fault):
     """On SQS, it is small: a gevent worker takes up to two seconds for each message."""
-    is_slow = (broker_of(plain), pool_of(plain)) == ("sqs", "gevent")
-    count = 30 if is_slow else 50 if broker_of(plain) == "sqs" else 1000
+    is_slow = (broker_of(stack), pool_of(stack)) == ("sqs", "gevent")
+    count = 30 if is_slow else 50 if broker_of(stack) == "sqs" else 1000
     code = "result = [quick.apply_async(countdown=90).id for _ in range(count)]"
-    later = plain.ask(code, count=count)
+    later = stack.ask(code, count=count)
     start = time.time()
-    task = plain.send("quick")
-    plain.wait_until_started(task)
+    task = stack.send("quick")
+    stack.wait_until_started(task)
     seconds = time.time() - start
-    early = [each for each in later[:20] if plain.starts(each)]
+    early = [each for each in later[:20] if stack.starts(each)]
     assert not early  # so the task did not wait for them
     what = (
         "another task waits up to 2 s for each of them"
@@ -462,19 +464,19 @@ def test_a_burst_of_countdowns_starves_no_other_task(plain, record_fault):
         else "another task starts at once"
     )
     record_fault("Many tasks have a countdown", what, seconds, "–")
-    plain.worker.kill()
-    plain.empty("celery")
+    stack.worker.kill()
+    stack.empty("celery")
 
 
 @on_each
-def test_a_rate_limit_delays_other_tasks_of_the_queue(plain, record_fault):
+def test_a_rate_limit_delays_other_tasks_of_the_queue(stack, record_fault):
     """Known, and said: tasks that wait for their rate fill what a worker prefetches."""
-    [plain.send("limited", queue="cpu") for _ in range(40)]
-    other = plain.send("quick", queue="cpu")
+    [stack.send("limited", queue="cpu") for _ in range(40)]
+    other = stack.send("quick", queue="cpu")
     time.sleep(8)
-    blocked = not plain.starts(other)
-    plain.worker.kill()
-    plain.empty("cpu")
+    blocked = not stack.starts(other)
+    stack.worker.kill()
+    stack.empty("cpu")
     what = "other tasks in the queue wait behind them" if blocked else "nothing"
     record_fault("More rate-limited tasks wait than a worker prefetches", what, None, "–")
 
@@ -483,48 +485,48 @@ def test_a_rate_limit_delays_other_tasks_of_the_queue(plain, record_fault):
 
 
 @stacks(brokers=["rabbitmq"], pools=["prefork", "gevent"], every_pair=True)
-def test_a_worker_replaces_one_of_the_same_name_that_vanished(plain):
+def test_a_worker_replaces_one_of_the_same_name_that_vanished(stack):
     """It is frozen, so RabbitMQ still has its connection. Remote control works."""
-    plain.worker.pause()
-    second = plain.make_worker("first")
+    stack.worker.pause()
+    second = stack.make_worker("first")
     second.launch()
     start = time.time()
     wait_for(lambda: second.is_ready() or not second.is_running())
     print("ready after", round(time.time() - start, 1))
     assert second.is_running() and time.time() - start < 60
     # RabbitMQ gives some tasks and remote commands to the first one until that connection ends.
-    tasks = plain.ask("result = [quick.delay().id for _ in range(50)]")
-    wait_for(lambda: any(plain.starts(task) for task in tasks))
+    tasks = stack.ask("result = [quick.delay().id for _ in range(50)]")
+    wait_for(lambda: any(stack.starts(task) for task in tasks))
     ping = "result = list(app.control.inspect(timeout=5, limit=1).ping() or {})"
-    wait_for(lambda: [name.split("@")[0] for name in plain.ask(ping)] == ["first"])
+    wait_for(lambda: [name.split("@")[0] for name in stack.ask(ping)] == ["first"])
 
 
 @on_rabbitmq
-def test_countdowns_work_on_a_worker_of_some_queues(plain):
+def test_countdowns_work_on_a_worker_of_some_queues(stack):
     """Also if no worker has yet declared the others, which DelayedDelivery binds."""
-    plain.worker.stop()
+    stack.worker.stop()
     for queue in "cpu", "io":
-        plain.broker.control("delete_queue", queue)
-    worker = plain.make_worker("some", "--queues celery")
+        stack.broker.control("delete_queue", queue)
+    worker = stack.make_worker("some", "--queues celery")
     worker.start()
     start = time.time()
-    task = plain.send("quick", countdown=2)
-    plain.wait_until_started(task)
+    task = stack.send("quick", countdown=2)
+    stack.wait_until_started(task)
     assert time.time() - start < 30, worker.printed
     assert "delayed delivery" not in worker.printed, worker.printed
-    task = plain.send("quick", countdown=2, queue="cpu")
+    task = stack.send("quick", countdown=2, queue="cpu")
     time.sleep(5)
-    late = plain.make_worker("late", "--queues cpu")
+    late = stack.make_worker("late", "--queues cpu")
     late.start()
-    plain.wait_until_started(task)
+    stack.wait_until_started(task)
 
 
 @on_rabbitmq
-def test_twenty_deliveries_make_a_dead_letter_of_rabbitmq(plain):
+def test_twenty_deliveries_make_a_dead_letter_of_rabbitmq(stack):
     """With rabbitmq.json. No worker reads the queue `reports`."""
-    plain.broker.control("import_definitions", str(plain.project / "rabbitmq.json"))
+    stack.broker.control("import_definitions", str(stack.project / "rabbitmq.json"))
     try:
-        plain.send("quick", queue="reports")
+        stack.send("quick", queue="reports")
         deliver = """
 with app.connection_for_write() as broker:
     channel = broker.default_channel
@@ -532,22 +534,22 @@ with app.connection_for_write() as broker:
         channel.basic_reject(message.delivery_tag, requeue=True)
 result = bool(message)
 """
-        assert sum(plain.ask(deliver) for _ in range(30)) == 21
-        wait_for(lambda: plain.ask(DEAD_LETTERS["rabbitmq"]) == 1)
-        plain.empty("dead-letters")
+        assert sum(stack.ask(deliver) for _ in range(30)) == 21
+        wait_for(lambda: stack.ask(DEAD_LETTERS["rabbitmq"]) == 1)
+        stack.empty("dead-letters")
     finally:
-        plain.broker.control("clear_policy", "dead-letters")
+        stack.broker.control("clear_policy", "dead-letters")
 
 
 # SQS
 
 
 @on_sqs
-def test_a_worker_polls_again_after_a_failed_poll(plain):
+def test_a_worker_polls_again_after_a_failed_poll(stack):
     """kombu's own channel does not (celery/kombu issue 1127)."""
-    plain.broker.pause()
+    stack.broker.pause()
     time.sleep(6)
-    plain.broker.resume()
-    pid = plain.worker.pid
-    plain.wait_until_started(plain.send("quick"))
-    assert psutil.pid_exists(pid) and plain.worker.pid == pid
+    stack.broker.resume()
+    pid = stack.worker.pid
+    stack.wait_until_started(stack.send("quick"))
+    assert psutil.pid_exists(pid) and stack.worker.pid == pid

@@ -13,10 +13,9 @@ import pytest
 import yaml
 from kombu import Connection
 
-from harness import kustomize
+from harness import kustomize, servers
 from harness.bake import CHOICES, DEFAULTS, baked, chosen
 from harness.outputs import outputs
-from harness.plain import Servers
 
 PRODUCTION = "deploy/kubernetes/overlays/production"
 OPTIONS = ("broker", "worker_pool", "include_example", "periodic_tasks")
@@ -267,11 +266,9 @@ def test_uploads_that_the_read_only_root_refuses_are_found(project):
 @outputs(*({**KUBERNETES, "broker": broker} for broker in CHOICES["broker"]))
 def test_keda_finds_the_tasks_that_wait_in_each_queue(project, tmp_path):
     """On a real broker, asked as KEDA does. No worker runs."""
-    servers = Servers(project, tmp_path)
-    documents = documents_of(project)
-    try:
-        servers.start()
-        here = {key: str(value) for key, value in servers.variables.items()}
+    used, documents = servers.servers_of(project, tmp_path), documents_of(project)
+    with servers.started(*used):
+        here = {key: str(value) for key, value in servers.variables_of(used).items()}
         project.manage("shell", "-v0", "-c", SEND, **here)
         for number, queue in enumerate(["celery", "cpu", "io"], 1):
             container = container_of(documents["Deployment", f"worker-{queue}"])
@@ -279,5 +276,3 @@ def test_keda_finds_the_tasks_that_wait_in_each_queue(project, tmp_path):
             metadata, found = trigger["metadata"], variables(container, documents)
             count = COUNTS[trigger["type"]]
             assert count(project, {**metadata, "queue": queue}, found, here) == number, queue
-    finally:
-        servers.kill()

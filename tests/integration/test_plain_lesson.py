@@ -5,17 +5,15 @@ from a page of the template.
 """
 
 import re
-from base64 import b64encode
 from pathlib import Path
 
 import pytest
 
-from harness.outputs import outputs
-from harness.plain import Servers, plain_combinations, send
-from harness.project import Console, connects, free_ports, wait_for
-from harness.servers import Process
+from harness.outputs import combinations, outputs
+from harness.project import Console, connects, fetch, free_ports, wait_for
+from harness.servers import Process, servers_of, started, variables_of
 
-plain_output = outputs(next(plain_combinations()))  # the default
+plain_output = outputs({**next(combinations()), "durable_jobs": "no"})  # the default
 
 # First Steps with Django: demoapp/tasks.py and demoapp/models.py
 TASKS = """
@@ -104,35 +102,33 @@ def lesson(project, tmp_path_factory):
     with open(project / "config/celery.py", "a") as file:
         file.write(CELERY)
     folder = tmp_path_factory.mktemp("lesson")
-    servers, started = Servers(project, folder), []
+    servers = servers_of(project, folder)
+    variables = variables_of(servers)
     [port] = free_ports(1)
-    console = None
-    try:
-        servers.start()
-        project.manage("makemigrations", "demoapp", **servers.variables)
-        project.manage("migrate", **servers.variables)
-        for words in "worker -l INFO", "beat -l INFO", f"flower --port={port}":
-            command = [".venv/bin/celery", "-A", "config", *words.split()]
-            log = folder / f"{words.split()[0]}.log"
-            started.append(Process(command, log, cwd=project, variables=servers.variables))
-            started[-1].launch()
-        worker, *_ = started
-        wait_for(lambda: " ready." in worker.printed and connects(port))
-        console = Console(project, folder / "console.log", **servers.variables)
-        yield Lesson(project, servers, worker, console, port)
-    finally:
-        if console:
-            console.kill()
-        for process in started:
-            print(process.printed[-3000:])
-            if process.is_running():
-                process.kill()
-        servers.kill()
+    processes = []
+    for words in "worker -l INFO", "beat -l INFO", f"flower --port={port}":
+        command = [".venv/bin/celery", "-A", "config", *words.split()]
+        log = folder / f"{words.split()[0]}.log"
+        processes.append(Process(command, log, cwd=project, variables=variables))
+    worker, *_ = processes
+    worker.is_ready = lambda: " ready." in worker.printed
+    with started(*servers):
+        project.manage("makemigrations", "demoapp", **variables)
+        project.manage("migrate", **variables)
+        with started(*processes):
+            wait_for(lambda: connects(port))
+            console = Console(project, folder / "console.log", **variables)
+            try:
+                yield Lesson(project, variables, worker, console, port)
+            finally:
+                console.kill()
+                for process in processes:
+                    print(process.printed[-3000:])
 
 
 class Lesson:
-    def __init__(self, project, servers, worker, console, flower_port):
-        self.project, self.servers, self.worker = project, servers, worker
+    def __init__(self, project, variables, worker, console, flower_port):
+        self.project, self.variables, self.worker = project, variables, worker
         self.console, self.flower_port = console, flower_port
 
     def ask(self, code):
@@ -141,7 +137,7 @@ class Lesson:
 
     def celery(self, *words):
         command = ".venv/bin/celery", "-A", "config", *words
-        return self.project.call(*command, **self.servers.variables)
+        return self.project.call(*command, **self.variables)
 
 
 @plain_output
@@ -253,13 +249,12 @@ result = AsyncResult({task!r}).result
 
 @plain_output
 def test_flower_shows_the_task(lesson):
-    secret = re.search("^FLOWER_BASIC_AUTH=(.*)$", lesson.project.read(".env"), re.M)[1]
-    basic = {"Authorization": "Basic " + b64encode(secret.encode()).decode()}
+    secret = re.search("^FLOWER_BASIC_AUTH=(.*):(.*)$", lesson.project.read(".env"), re.M)
     task = lesson.ask("r = add.delay(5, 5)\nr.get(timeout=60)\nresult = r.id")
     url = f"http://127.0.0.1:{lesson.flower_port}/api/task/info/{task}"
 
     def shown():
-        status, _, answer = send("GET", url, None, basic)
+        status, _, answer = fetch(url, auth=secret.groups())
         return status == 200 and (answer["state"], answer["result"]) == ("SUCCESS", "10")
 
     wait_for(shown)

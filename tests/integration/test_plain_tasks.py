@@ -22,10 +22,10 @@ def test_a_worker_that_ran_only_plain_tasks_stops_in_time(stack, gate, since):
     """SOFT_SHUTDOWN_SECONDS applies to them too; an interrupted one is delivered again."""
     stack.worker.stop()
     stack.worker.start()
-    task = stack.send("plain", gate, queue="cpu")
+    task = stack.send("plain.wait", gate, queue="cpu")
     stack.wait_until_started(task)
     # Run a later task, for the reason in test_a_stopped_worker_loses_nothing().
-    later = stack.send("plain", ".", queue="cpu")
+    later = stack.send("plain.wait", ".", queue="cpu")
     wait_for(lambda: stack.notes("end", later))
 
     start = time.monotonic()
@@ -42,12 +42,12 @@ def test_a_worker_that_ran_only_plain_tasks_stops_in_time(stack, gate, since):
 @stacks(pools=["prefork"])
 def test_a_plain_task_that_kills_its_child_every_time_ends(stack, since):
     start = time.monotonic()
-    task = stack.send("die_plainly", queue="cpu")
-    wait_for(lambda: len(stack.notes("start", task)) == 3)
+    task = stack.send("plain.kill_child", queue="cpu")
+    wait_for(lambda: stack.starts(task) == 4)
     since(start)
     stack.wait_until_final(*[stack.enqueue("quick", queue="cpu") for _ in range(20)])
-    time.sleep(2)  # time for a fourth start
-    assert len(stack.notes("start", task)) == 3
+    time.sleep(2)  # time for a fifth start
+    assert stack.starts(task) == 4
     assert not stack.messages_in("cpu")
 
 
@@ -57,7 +57,7 @@ def test_a_plain_task_that_kills_its_child_every_time_ends(stack, since):
 @stacks(brokers=["redis"], pools=POOLS[:1])
 def test_a_plain_task_that_kills_its_worker_is_delivered_without_end(stack, gate):
     """More often than a job, which fails after three crashes, and than its max_retries, three."""
-    task = stack.send("kill_worker", gate, queue="cpu")
+    task = stack.send("plain.kill_worker", gate, queue="cpu")
     with stack.supervised(*stack.workers):
         stack.wait_until_started(task, times=4)
         gate.touch()
@@ -67,7 +67,7 @@ def test_a_plain_task_that_kills_its_worker_is_delivered_without_end(stack, gate
 @on_sqs
 def test_ten_deliveries_make_a_dead_letter(stack):
     """No worker reads the queue `test`. Here the visibility timeout of a delivery is 0."""
-    task = stack.send("plain", ".", queue="test")
+    task = stack.send("plain.wait", ".", queue="test")
     code = """
 import boto3
 from django.conf import settings
@@ -88,7 +88,7 @@ def test_a_dead_letter_is_kept_and_can_be_sent_again(stack):
     again = code(page, "x-death")
     stack.broker.control("import_definitions", stack.project / "rabbitmq.json")
     try:
-        stack.send("circle", ".", 0, queue="reports")
+        stack.send("plain.circle", ".", 0, queue="reports")
         deliver = """
 from config.celery import app
 with app.connection_for_write() as broker:
@@ -134,7 +134,7 @@ with app.connection_for_write() as broker:
 
 @on_prefork
 def test_a_time_limit_ends_a_plain_task_that_computes(stack):
-    task = stack.send("compute", queue="cpu", time_limit=2, soft_time_limit=1)
+    task = stack.send("plain.compute", queue="cpu", time_limit=2, soft_time_limit=1)
     child = stack.wait_until_started(task)
     wait_for(lambda: not psutil.pid_exists(child))
     stack.wait_until_final(*[stack.enqueue("quick", queue="cpu") for _ in range(20)])
@@ -144,7 +144,7 @@ def test_a_time_limit_ends_a_plain_task_that_computes(stack):
 
 @stacks(brokers=with_flower, pools=["prefork"])
 def test_a_revoke_with_terminate_ends_only_this_task(stack, gate, revoke):
-    revoked, task = stack.send("plain", gate, queue="cpu"), stack.send("plain", gate, queue="cpu")
+    revoked, task = [stack.send("plain.wait", gate, queue="cpu") for _ in range(2)]
     child, other = stack.wait_until_started(revoked), stack.wait_until_started(task)
     revoke(revoked, "?terminate=1")
     wait_for(lambda: not psutil.pid_exists(child))

@@ -17,7 +17,7 @@ def test_workers_with_different_pools_run_side_by_side(stack, gate, since):
     pools = sorted(POOLS)
 
     def start(pool, queue):
-        worker = stack.make_worker(queue, f"{pool}-{queue}", pool)
+        worker = stack.make_worker(f"{pool}-{queue}", f"--queues {queue}", pool=pool)
         worker.start()
         assert re.search(r"concurrency: \d+ \((\w+)\)", worker.printed)[1] in pool
         return worker
@@ -61,17 +61,17 @@ def test_a_child_that_uses_too_much_memory_is_replaced_after_its_task(stack, gat
 @on_gevent
 def test_a_greenlet_has_no_soft_time_limit(stack):
     """This one is 1 s. The hard one works: see test_a_job_over_its_time_limit_fails()."""
-    rows = stack.wait_until_final(stack.enqueue("rest_softly", 3, queue="cpu"))
+    rows = stack.wait_until_final(stack.enqueue("query", 3, queue="cpu"))
     assert succeeded(rows, crashes=0), rows
 
 
 @on_gevent
 def test_a_greenlet_that_blocks_makes_all_others_wait(stack):
-    blocks = stack.enqueue("block", 3, queue="cpu")
+    blocks = stack.enqueue("hold_the_interpreter", 3, queue="cpu")
     stack.wait_until_started(blocks)
     other = stack.enqueue("quick", queue="cpu")
     stack.wait_until_final(blocks, other)
-    noted = [line.split()[:2] for line in stack.notes_file.read_text().splitlines()]
+    noted = [words[:2] for words in stack.lines()]
     assert noted.index(["end", blocks]) < noted.index(["start", other])
 
 

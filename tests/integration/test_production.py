@@ -3,7 +3,6 @@
 import re
 import shutil
 import subprocess
-from base64 import b64encode
 from contextlib import ExitStack, contextmanager
 from http.client import HTTPConnection
 from urllib.parse import urlsplit
@@ -92,9 +91,8 @@ def test_the_commands_of_the_page_run_a_project(machine, tmp_path):
         assert site.request(f"/api/orders/{order['id']}/")[2]["confirmed_at"]
 
         wait_for(lambda: connects(variables["FLOWER_PORT"]) or not flower.is_running())
-        password = "Basic " + b64encode(variables["FLOWER_BASIC_AUTH"].encode()).decode()
-        for headers, answer in (({}, 401), ({"Authorization": password}, 200)):
-            assert fetch(f"{site.flower}/api/workers", None, headers)[0] == answer
+        for password, answer in ((None, 401), (("admin", SECRET), 200)):
+            assert fetch(f"{site.flower}/api/workers", auth=password)[0] == answer
         assert worker.stop() == 0
 
 
@@ -142,12 +140,8 @@ def running(command, project, variables, log):
     """Run the command until the block ends."""
     words = ["sh", "-c", f"exec {command}"]
     process = servers.Process(words, log, cwd=project, variables=variables)
-    process.launch()
-    try:
+    with servers.started(process):
         yield process
-    finally:
-        if process.is_running():
-            process.kill()
 
 
 def get(site, path, **headers):

@@ -22,7 +22,7 @@ def test_a_job_goes_to_the_queue_of_its_task(stack):
 @on_sqs
 def test_a_queue_must_be_created_before_it_is_used(stack):
     with pytest.raises(AssertionError, match="UndefinedQueueException"):
-        stack.send("plain", ".", queue="new")
+        stack.send("plain.wait", ".", queue="new")
 
 
 @on_rabbitmq
@@ -34,13 +34,13 @@ def test_the_first_worker_makes_the_queues_of_all(stack):
     stack.broker.control("add_vhost", "fresh")
     stack.broker.control("set_permissions", "-p", "fresh", "guest", ".*", ".*", ".*")
     url = stack.variables["CELERY_BROKER_URL"].removesuffix("/") + "fresh"
-    worker = stack.make_worker("io", "first", CELERY_BROKER_URL=url)
+    worker = stack.make_worker("first", "--queues io", CELERY_BROKER_URL=url)
     worker.start()
     assert "delayed delivery" not in worker.printed
     send = """
 from config.celery import app
 with app.connection_for_write(url) as broker:
-    circle.apply_async([".", 0], queue="cpu", countdown=1, connection=broker)
+    plain.circle.apply_async([".", 0], queue="cpu", countdown=1, connection=broker)
 """
     stack.ask(send, url=url)
     count = ["list_queues", "-p", "fresh", "--silent", "name", "messages"]

@@ -129,7 +129,7 @@ def test_it_is_due_later(stack, say):
 
 @on_one
 def test_it_is_blocked_by_a_limit(stack, say, gate):
-    code = f"for _ in 'ab': job = one_until.using(owner=owner).enqueue('a', {str(gate)!r})"
+    code = f"for _ in 'ab': job = limited.using(owner=owner).enqueue('one:a', {str(gate)!r})"
     job = enqueue(stack, code)
     text = r"Waiting: limit one:a is full \(1 of 1 slots taken\)"
     say(job, f"^{text}", text)

@@ -476,7 +476,7 @@ def test_flower_typed_by_hand_uses_the_projects_settings(broker, project):
     variables = {**broker, "FLOWER_PORT": port}
     with typed(project, "celery -A config flower", **variables) as flower:
         wait_for(lambda: connects(port), site=flower)
-        assert fetch(f"http://127.0.0.1:{port}/api/workers", None, {})[0] == 401
+        assert fetch(f"http://127.0.0.1:{port}/api/workers")[0] == 401
         with pytest.raises(ConnectionRefusedError):  # it listens on no other address
             socket.create_connection(("127.0.0.2", port))
 

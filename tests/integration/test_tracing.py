@@ -18,7 +18,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from harness.bake import WITH_JOBS, baked
 from harness.faults import POOLS
 from harness.outputs import default_output
-from harness.project import BEHIND_A_PROXY, env, fetch, wait_for
+from harness.project import env, wait_for
 from harness.servers import Redis
 from harness.stack import TIMINGS, prepare
 
@@ -120,11 +120,7 @@ def stack(traced):
 
 def post(stack, path, request_id, **data):
     """Send a POST with the id of a request. Return the id in the answer."""
-    headers = {"Authorization": f"Token {stack.token}", "X-Request-ID": request_id}
-    headers |= BEHIND_A_PROXY
-    status, _, answer = fetch(f"http://127.0.0.1:{stack.port}/{path}", data, headers)
-    assert status == 202, status
-    return answer["id"]
+    return stack.post_to(path, {"X-Request-ID": request_id}, **data)
 
 
 def root_of(collector, job):
@@ -160,7 +156,8 @@ def ends(runs):
 def test_a_job_that_lost_its_worker_and_is_retried_is_one_tree(stack, collector, gate, since):
     """Web, a worker that is killed, Beat, another worker, a retry, and a job of the body."""
     stack.other.stop()
-    job = post(stack, "faults/", "request-of-the-tree", task="log_and_retry", args=[str(gate)])
+    data = {"task": "hold_then_retry", "args": [str(gate), "next"]}
+    job = post(stack, "/faults/", "request-of-the-tree", **data)
     stack.wait_until_started(job)
     stack.worker.kill()
     start = time.monotonic()
@@ -193,7 +190,7 @@ def test_what_starts_next_is_in_the_trace_of_the_request(stack, collector):
     """A chain, a chord and a batch with its two callbacks."""
     for number in range(3):
         name = f"request-{number}"
-        post(stack, "faults/batches/", name, key=f"{name}-{time.time()}", number=number)
+        post(stack, "/faults/batches/", name, key=f"{name}-{time.time()}", number=number)
         code = "jobs = Job.objects.all()\n"
         code += "result = [str(job.pk) for job in jobs if repr(name) in str(job.headers)]"
         wait_for(lambda code=code, name=name: len(stack.ask(code, name=name)) == STEPS)
@@ -207,7 +204,7 @@ def test_what_starts_next_is_in_the_trace_of_the_request(stack, collector):
 
 @on_prefork
 def test_a_child_that_is_replaced_exports_its_spans(stack, collector):
-    worker = stack.make_worker("test", "replaced", **LATER)
+    worker = stack.make_worker("replaced", "--queues test", **LATER)
     worker.command += ["--max-tasks-per-child", "1"]
     worker.start()
     jobs = [stack.enqueue("quick", queue="test") for _ in range(10)]
@@ -218,7 +215,7 @@ def test_a_child_that_is_replaced_exports_its_spans(stack, collector):
 @on_each_pool
 def test_a_worker_that_ends_exports_its_spans(stack, collector, gate):
     """Also with a body that does not end in time."""
-    worker = stack.make_worker("test", "ending", **LATER)
+    worker = stack.make_worker("ending", "--queues test", **LATER)
     worker.start()
     jobs = [stack.enqueue("quick", queue="test") for _ in range(10)]
     stack.wait_until_final(*jobs)
@@ -232,7 +229,7 @@ def test_a_worker_that_ends_exports_its_spans(stack, collector, gate):
 @on_prefork
 def test_a_worker_ends_in_time_although_nothing_takes_its_spans(stack, since):
     variables = {**LATER, "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1"}
-    worker = stack.make_worker("test", "alone", **variables)
+    worker = stack.make_worker("alone", "--queues test", **variables)
     worker.start()
     jobs = [stack.enqueue("quick", queue="test") for _ in range(10)]
     stack.wait_until_final(*jobs)
@@ -246,9 +243,9 @@ def test_a_request_whose_job_cannot_be_sent_is_not_the_parent_of_the_next(stack,
     stack.renew_web()
     stack.broker.kill()
     with stack.supervised(*stack.workers):
-        jobs = [post(stack, "faults/", f"away-{n}", task="quick", args=[]) for n in range(20)]
+        jobs = [post(stack, "/faults/", f"away-{n}", task="quick", args=[]) for n in range(20)]
         stack.broker.start()
-        jobs += [post(stack, "faults/", f"back-{n}", task="quick", args=[]) for n in range(20)]
+        jobs += [post(stack, "/faults/", f"back-{n}", task="quick", args=[]) for n in range(20)]
         stack.wait_until_final(*jobs)
     wait_for(lambda: collector.has_runs_of(*jobs))
     roots = [root_of(collector, job) for job in jobs]
@@ -258,7 +255,7 @@ def test_a_request_whose_job_cannot_be_sent_is_not_the_parent_of_the_next(stack,
 
 @on_prefork
 def test_a_killed_child_is_logged_with_the_id_of_its_request(stack):
-    job = post(stack, "faults/", "request-of-the-dead", task="die", args=[])
+    job = post(stack, "/faults/", "request-of-the-dead", task="die", args=[])
     lines = lambda: [  # noqa: E731
         line
         for log in stack.logs

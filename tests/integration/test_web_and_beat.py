@@ -85,10 +85,8 @@ def test_two_beats_start_a_job_once(stack):
     stack.ask(f"{started}.delete()")
     beats = []
     for name in ["first", "second"]:
-        command = f"celery -A faults.every_second beat -s {stack.folder}/{name}"
-        beats.append(stack.process(command, name))
-        beats[-1].launch()
-        wait_for(lambda: " is starting." in beats[-1].printed)
+        beats.append(stack.make_beat(name, "faults.every_second"))
+        beats[-1].start()
         time.sleep(0.5)
     wait_for(lambda: stack.ask(f"result = {started}.count()") >= 12)
     for beat in beats:

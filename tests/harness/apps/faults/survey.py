@@ -1,6 +1,6 @@
 """Code of `make chaos` that runs in the project: queries, old jobs, copies of messages."""
 
-from collections import Counter, defaultdict
+from collections import Counter
 from datetime import timedelta
 
 from django.db import connection
@@ -23,26 +23,11 @@ def numbers_of(work):
     return [-(work * STEPS + step) - 1 for step in range(STEPS)]
 
 
-def survey_works(works):
-    """Return the states of all batches, and of their jobs.
-
-    Also return how many of their jobs are missing, and how many are there twice.
-    """
-    numbers = [number for work in works for number in numbers_of(work)]
-    jobs = Job.objects.filter(task=write.name, args__0__in=numbers)
-    found = Counter(jobs.values_list("args__0", flat=True))
-    return {
-        "batches": states(Batch.objects.all()),
-        "states": states(jobs),
-        "missing": sum(not found[number] for number in numbers),
-        "twice": sum(found[number] > 1 for number in numbers),
-    }
-
-
-def survey(jobs, numbers, odd):
+def survey(jobs, numbers, odd, works):
     """Return how jobs and odd jobs ended, and how many of these numbers have their row.
 
-    Also return the numbers of the chunks that each newsletter has written, in order.
+    Also return the chunks that each newsletter has written, in order; the states of all batches and
+    of the jobs of these works, and how many of those are missing, or are there twice.
     """
     rows = Job.objects.filter(pk__in=jobs)
     with connection.cursor() as cursor:
@@ -51,10 +36,11 @@ def survey(jobs, numbers, odd):
         finals, distinct = cursor.fetchone()
         cursor.execute("SELECT count(*) FROM written WHERE number = ANY(%s)", [numbers])
         [written] = cursor.fetchone()
-        cursor.execute("SELECT job, chunk FROM chunks ORDER BY job, chunk")
-        chunks = defaultdict(list)
-        for job, chunk in cursor.fetchall():
-            chunks[str(job)].append(chunk)
+        cursor.execute("SELECT job, array_agg(chunk ORDER BY chunk) FROM chunks GROUP BY job")
+        chunks = {str(job): chunks for job, chunks in cursor.fetchall()}
+    expected = [number for work in works for number in numbers_of(work)]
+    of_works = Job.objects.filter(task=write.name, args__0__in=expected)
+    found = Counter(of_works.values_list("args__0", flat=True))
     return {
         "states": states(rows),
         "odd": {str(job.pk): f"{job.state} {job.error}" for job in Job.objects.filter(pk__in=odd)},
@@ -65,6 +51,10 @@ def survey(jobs, numbers, odd):
         "written": written,
         "chunks": chunks,
         "places": Job.objects.filter(limit_key__isnull=False, sweep_at__isnull=False).count(),
+        "batches": states(Batch.objects.all()),
+        "jobs of works": states(of_works),
+        "missing": sum(not found[number] for number in expected),
+        "twice": sum(found[number] > 1 for number in expected),
     }
 
 

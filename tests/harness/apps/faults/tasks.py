@@ -1,99 +1,87 @@
-"""Tasks that wait, die or fail when a test of faults needs it."""
+"""Jobs that wait, die or fail when a test of faults needs it."""
 
 import asyncio
 import ctypes
-import json
+import fcntl
 import logging
 import os
 import signal
-import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
-from itertools import repeat
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from asgiref.sync import sync_to_async
 from celery import current_task, shared_task
-from celery.exceptions import Retry
 from django.db import Error, connection, transaction
 from django_tasks import task
+from trials.tasks import note, wait_for
 
 from durable_jobs.models import Job
-from durable_jobs.tasks import JobTask
-
-from . import limited  # noqa: F401  workers then know its tasks
+from durable_jobs.tasks import job
 
 logger = logging.getLogger(__name__)
 
 
-def note(task, what):
-    note_id(what, task.request.id)
+@job
+def run(self, code):
+    """Run code with the names of this module, and return its `result`."""
+    note(self.request.id, "start")
+    names = {**globals(), "self": self, "result": None}
+    exec(code, names)
+    return names["result"]
 
 
-def note_id(what, id):
-    with open(os.environ["NOTES"], "a") as file:
-        file.write(f"{what} {id} {os.getpid()}\n")
-
-
-def wait_for(gate):
-    """Wait until this file exists, or the one with the id of this process."""
-    while not Path(gate).exists() and not Path(f"{gate}-{os.getpid()}").exists():
-        time.sleep(0.05)
-
-
-@shared_task(base=JobTask, bind=True)
+@job
 def hold(self, gate):
-    note(self, "start")
+    note(self.request.id, "start")
     wait_for(gate)
-    note(self, "end")
+    note(self.request.id, "end")
     return os.getpid()
 
 
-@shared_task(base=JobTask, bind=True)
-def hold_then_retry(self, gate):
-    note(self, "start")
-    wait_for(gate)
-    if not self.request.retries:
-        raise self.retry(countdown=0)
-
-
-@shared_task(base=JobTask, bind=True)
-def log_and_retry(self, gate):
-    note(self, "start")
+@job
+def hold_then_retry(self, gate, then=""):
+    note(self.request.id, "start")
     logger.warning("the body says %s", self.request.id)
     wait_for(gate)
     if not self.request.retries:
         raise self.retry(countdown=0)
-    read.delay(self.request.id)
+    if then:
+        read.delay(self.request.id)
 
 
-@shared_task(base=JobTask, bind=True, time_limit=2)
-def hold_too_long(self, gate):
-    note(self, "start")
-    wait_for(gate)
+@job(time_limit=2)
+def hold_too_long(self, gate, reports=""):
+    note(self.request.id, "start")
+    try:
+        while not Path(gate).exists():
+            if reports:
+                self.report(1)
+            time.sleep(0.05)
+    finally:
+        note(self.request.id, "end")
 
 
-@shared_task(base=JobTask, bind=True, time_limit=60, soft_time_limit=10)
+@job(time_limit=60, soft_time_limit=10)
 def hold_softly(self, gate, error=""):
-    note(self, "start")
+    note(self.request.id, "start")
     wait_for(gate)
     if error:
         raise ValueError(error)
 
 
-@shared_task(base=JobTask, bind=True, autoretry_for=(Error,), default_retry_delay=1, max_retries=99)
+@job(autoretry_for=(Error,), default_retry_delay=1, max_retries=99)
 def hold_its_row(self, gate):
-    note(self, "start")
+    note(self.request.id, "start")
     with transaction.atomic():
         self.report(50, cursor=1)
         wait_for(gate)
 
 
-@shared_task(base=JobTask, bind=True)
+@job
 def commit_slowly(self, times, seconds):
     """Run long transactions that lock the job's own row."""
-    note(self, "start")
+    note(self.request.id, "start")
     for done in range(int(times)):
         with transaction.atomic():
             self.report(done, int(times), cursor=done)
@@ -101,10 +89,10 @@ def commit_slowly(self, times, seconds):
         time.sleep(1.5)  # time for the sweep to check its lease
 
 
-@shared_task(base=JobTask, bind=True)
+@job
 def count(self, gate):
     """Store a cursor every 50 ms."""
-    note(self, "start")
+    note(self.request.id, "start")
     number = self.cursor or 0
     while not (number and Path(gate).exists()):
         number += 1
@@ -120,10 +108,10 @@ def write_chunk(task, chunk):
     task.report(chunk, cursor=chunk + 1)
 
 
-@shared_task(base=JobTask, bind=True)
+@job
 def write_chunks(self, gate, in_block=""):
     """Write a row for each chunk, and a cursor after it or in the same transaction."""
-    note(self, "start")
+    note(self.request.id, "start")
     chunk = self.cursor or 0
     while not Path(gate).exists():
         with transaction.atomic() if in_block else nullcontext():
@@ -132,9 +120,9 @@ def write_chunks(self, gate, in_block=""):
     return chunk
 
 
-@shared_task(base=JobTask, bind=True)
+@job
 async def write_chunks_in_a_coroutine(self, gate):
-    note(self, "start")
+    note(self.request.id, "start")
     chunk = self.cursor or 0
     while not Path(gate).exists():
         await sync_to_async(write_chunk)(self, chunk)
@@ -142,116 +130,93 @@ async def write_chunks_in_a_coroutine(self, gate):
     return chunk
 
 
-@shared_task(base=JobTask, bind=True)
-def terminate(self):
-    note(self, "start")
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(60)
-
-
-@shared_task(base=JobTask, bind=True)
+@job
 def hold_the_interpreter(self, seconds):
-    """Hold the GIL, as a long computation in C does."""
-    note(self, "start")
+    """Hold the GIL, as a long computation in C does, and note when it is free again."""
+    note(self.request.id, "start")
     ctypes.PyDLL(None).sleep(int(seconds))
+    note(self.request.id, "end")
 
 
-@shared_task(base=JobTask, bind=True)
-def block(self, seconds):
-    """Hold the GIL, and note when it is free again."""
-    note(self, "start")
-    ctypes.PyDLL(None).sleep(int(seconds))
-    note(self, "end")
-
-
-@shared_task(base=JobTask, bind=True, time_limit=60, soft_time_limit=1)
-def rest_softly(self, seconds):
-    time.sleep(float(seconds))
-
-
-@shared_task(
-    base=JobTask,
-    bind=True,
+@job(
     time_limit=600,
     soft_time_limit=1,
     autoretry_for=(Error,),  # for chaos, which restarts the database
     default_retry_delay=1,
     max_retries=99,
 )
-def query_too_long(self, in_block=""):
-    note(self, "start")
+def query(self, seconds, in_block=""):
+    """Wait for a query, for longer than the soft time limit."""
+    note(self.request.id, "start")
     with transaction.atomic() if in_block else nullcontext(), connection.cursor() as cursor:
         self.report(1, cursor=1)  # in a transaction it locks the job's row
-        cursor.execute("SELECT pg_sleep(600)")
+        cursor.execute("SELECT pg_sleep(%s)", [float(seconds)])
 
 
-@shared_task(base=JobTask, bind=True, time_limit=2)
-def report_too_long(self):
-    note(self, "start")
-    try:
-        while True:
-            self.report(1)
-            time.sleep(0.05)
-    finally:
-        note(self, "end")
-
-
-@shared_task(base=JobTask)
-def tick():
+@job
+def tick(self):
     """Beat starts this job."""
 
 
-def note_call(request, name, pages):
+def note_call(name, pages):
     """Note what Beat has passed on, for the tests of schedules."""
+    request = current_task.request
     queue, expires = request.delivery_info["routing_key"], bool(request.expires)
-    with open(f"{os.environ['NOTES']}-of-calls", "a") as file:
-        file.write(json.dumps([name, pages, queue, expires]) + "\n")
+    note(request.id, "call", name, pages, queue, expires)
 
 
-@shared_task(base=JobTask, bind=True)
+@job
 def scheduled_job(self, name, pages):
-    note_call(self.request, name, pages)
+    note_call(name, pages)
 
 
-@shared_task(bind=True)
-def scheduled_plain(self, name, pages):
-    note_call(self.request, name, pages)
+@shared_task
+def scheduled_plain(name, pages):
+    note_call(name, pages)
 
 
 @task
 def scheduled_function(name, pages):
-    note_call(current_task.request, name, pages)
+    note_call(name, pages)
 
 
-@shared_task(base=JobTask, bind=True)
+@job
 def quick(self):
-    note(self, "start")
+    note(self.request.id, "start")
 
 
-@shared_task(base=JobTask, bind=True)
+@job
+def read(self, text):
+    note(self.request.id, "start")
+
+
+@job
+def rest(self, seconds):
+    note(self.request.id, "start")
+    time.sleep(float(seconds))
+
+
+@job
+def die(self, seconds=0):
+    note(self.request.id, "start")
+    time.sleep(float(seconds))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@job
 def step(self, *queues):
     """Enqueue the next step in the first of these queues."""
-    note(self, "start")
+    note(self.request.id, "start")
     if queues:
         self.enqueue_next(step, queues[1:], queue=queues[0])
 
 
-@shared_task(base=JobTask, bind=True)
-def retry_in_a_transaction(self):
-    note(self, "start")
-    if not self.request.retries:
-        with transaction.atomic():
-            raise self.retry(countdown=0.1)
-
-
-@shared_task(
-    base=JobTask, bind=True, autoretry_for=(OSError,), default_retry_delay=0, max_retries=1
-)
+@job(autoretry_for=(OSError,), default_retry_delay=0, max_retries=1)
 def fail_twice(self):
     raise OSError("away")
 
 
-@shared_task(base=JobTask, bind=True)
+@job
 def fail_and_continue(self):
     try:
         if not self.request.retries:
@@ -260,45 +225,7 @@ def fail_and_continue(self):
         self.retry(countdown=0, throw=False)
 
 
-@shared_task(base=JobTask, bind=True)
-def retry_after(self, seconds):
-    note(self, "start")
-    raise self.retry(countdown=float(seconds))
-
-
-@shared_task(base=JobTask, bind=True)
-def set_session(self, setting):
-    note(self, "start")
-    connection.cursor().execute(f"SET {setting}")
-
-
-@shared_task(base=JobTask, bind=True)
-def report_in_a_thread(self):
-    """Return the exceptions that were raised."""
-    calls = [lambda: self.report(1), lambda: self.report(1, cursor=1), lambda: self.cursor]
-    with ThreadPoolExecutor(1) as thread:
-        return [repr(thread.submit(call).exception()) for call in calls]
-
-
-@shared_task(base=JobTask, bind=True)
-def read(self, text):
-    note(self, "start")
-
-
-@shared_task(base=JobTask, bind=True)
-def rest(self, seconds):
-    note(self, "start")
-    time.sleep(float(seconds))
-
-
-@shared_task(base=JobTask, bind=True)
-def die(self, seconds=0):
-    note(self, "start")
-    time.sleep(float(seconds))
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-@shared_task(base=JobTask, bind=True, autoretry_for=(Error,), default_retry_delay=1, max_retries=99)
+@job(autoretry_for=(Error,), default_retry_delay=1, max_retries=99)
 def write(self, number, seconds, then=()):
     """Write a number, and those in `then` in next jobs.
 
@@ -307,63 +234,27 @@ def write(self, number, seconds, then=()):
     with connection.cursor() as cursor:
         cursor.execute("INSERT INTO written VALUES (%s) ON CONFLICT DO NOTHING", [number])
     connection.close()
-    note(self, "start")
+    note(self.request.id, "start")
     time.sleep(float(seconds))
     if then:
         self.enqueue_next(write, [then[0], seconds, then[1:]])
 
 
-@shared_task(bind=True, default_retry_delay=1)  # also after its child was lost
-def plain(self, gate):
-    note(self, "start")
-    wait_for(gate)
-    note(self, "end")
-
-
-@shared_task(bind=True, default_retry_delay=0, max_retries=2)
-def die_plainly(self):
-    note(self, "start")
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-@shared_task(bind=True)
-def compute(self):
-    """Compute forever in C, so that no signal handler of Python runs."""
-    note(self, "start")
-    max(repeat(1))
-
-
-@shared_task(bind=True)
-def kill_worker(self, gate):
-    """Kill the worker with all its children, until the gate exists."""
-    note(self, "start")
-    if not Path(gate).exists():
-        os.killpg(0, signal.SIGKILL)
-
-
-@shared_task(bind=True)
-def circle(self, gate, seconds):
-    """Send this task again and again, until the gate exists."""
-    time.sleep(float(seconds))
-    if not Path(gate).exists():
-        self.delay(gate, seconds)
-
-
-@shared_task(base=JobTask, bind=True, queue="io")
+@job(queue="io")
 def declared(self):
-    note(self, "start")
+    note(self.request.id, "start")
 
 
-@shared_task(base=JobTask, bind=True)
+@job
 def routed(self):
-    note(self, "start")
+    note(self.request.id, "start")
 
 
 if "OLD_CODE" not in os.environ:
 
-    @shared_task(base=JobTask, bind=True)
+    @job
     def new(self):
-        note(self, "start")
+        note(self.request.id, "start")
 
 
 # Django's own Tasks
@@ -381,13 +272,13 @@ def look_up(word):
 
 @task(takes_context=True, queue_name="cpu")
 def hold_a_function(context, gate):
-    note_id("start", context.task_result.id)
+    note(context.task_result.id, "start")
     wait_for(gate)
 
 
 @task(takes_context=True, queue_name="cpu")
 async def hold_a_coroutine(context, gate):
-    note_id("start", context.task_result.id)
+    note(context.task_result.id, "start")
     while not Path(gate).exists():
         await asyncio.sleep(0.05)
     return await Job.objects.filter(pk=context.task_result.id).acount()
@@ -396,102 +287,77 @@ async def hold_a_coroutine(context, gate):
 # Coroutines that are jobs
 
 
-@shared_task(base=JobTask, bind=True)
+@job
 async def report_in_a_coroutine(self, gate):
-    note(self, "start")
+    note(self.request.id, "start")
     try:
         while not Path(gate).exists():
             self.report(1, 2, "waits")
             await asyncio.sleep(0.05)
     finally:
-        note(self, "end")
+        note(self.request.id, "end")
 
 
-@shared_task(base=JobTask, bind=True, time_limit=3, soft_time_limit=2)
+@job(time_limit=3, soft_time_limit=2)
 async def wait_too_long(self, gate):
-    note(self, "start")
+    note(self.request.id, "start")
     try:
         while not Path(gate).exists():
             await asyncio.sleep(0.05)
     except asyncio.CancelledError:
-        note(self, "cancelled")
+        note(self.request.id, "cancelled")
         raise
-    note(self, "end")
+    note(self.request.id, "end")
 
 
-# Bodies with an unusual end
+# Tasks with limits: see LIMITS in stack.py. Locked files are the witness of how many run at once.
+
+PLACES = {"one": 1, "two": 2, "tenant": 2, "rate": 99}  # a rate limits no number at once
 
 
-class Mute(Exception):
-    def __str__(self):
-        raise RuntimeError("no words")
+@contextmanager
+def place(task, limit):
+    """Lock one of the limit's files while a body runs. The kernel releases it if the process dies.
+
+    If all are locked, note the jobs that have them.
+    """
+    holders = []
+    for each in range(PLACES[limit.split(":")[0]]):
+        file = os.open(f"{os.environ['NOTES']}-{limit}-{each}", os.O_CREAT | os.O_RDWR)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.pwrite(file, task.request.id.encode(), 0)
+            break
+        except BlockingIOError:
+            holders.append(os.pread(file, 36, 0).decode())
+            os.close(file)
+    else:
+        note(task.request.id, "exceeded", limit, *holders)
+        yield
+        return
+    note(task.request.id, "start", limit)
+    try:
+        yield
+    finally:
+        note(task.request.id, "end", limit)
+        os.close(file)
 
 
-def nested(levels):
-    result = []
-    for _ in range(levels):
-        result = [result]
-    return result
+@job(limit=lambda limit, **_: limit)
+def limited(self, limit, gate="/", seconds=0):
+    """Report nothing, so that a cancel does not end it."""
+    with place(self, limit):
+        wait_for(gate)
+        time.sleep(float(seconds))
 
 
-@shared_task(base=JobTask, bind=True)
-def raise_mute(self):
-    note(self, "start")
-    raise Mute
-
-
-@shared_task(base=JobTask, bind=True)
-def raise_retry(self):
-    note(self, "start")
-    raise Retry("by hand")
-
-
-@shared_task(base=JobTask, bind=True)
-def retry_with_an_object(self):
-    note(self, "start")
-    raise self.retry(args=[object()])
-
-
-@shared_task(base=JobTask, bind=True)
-def retry_in_a_queue_with_a_long_name(self):
-    note(self, "start")
-    raise self.retry(queue="q" * 300)
-
-
-@shared_task(base=JobTask)
-def raise_at_length(length):
-    raise ValueError("x" * int(length))
-
-
-@shared_task(base=JobTask)
-def return_at_length(length):
-    return "x" * int(length)
-
-
-@shared_task(base=JobTask, bind=True)
-def return_nested(self):
-    note(self, "start")
-    return nested(100_000)
-
-
-@shared_task(base=JobTask, bind=True)
-def return_what_no_database_takes(self):
-    """Return JSON that Python can write but PostgreSQL's limits refuse, as they refuse 256 MB."""
-    note(self, "start")
-    sys.setrecursionlimit(40_000)
-    return nested(30_000)
-
-
-@shared_task(base=JobTask, bind=True)
-def leave_a_transaction(self):
-    note(self, "start")
-    transaction.set_autocommit(False)
-    connection.cursor().execute("SELECT 1")
-
-
-@shared_task(base=JobTask, bind=True)
-def leave_an_aborted_transaction(self):
-    note(self, "start")
-    transaction.set_autocommit(False)
-    with suppress(Error):
-        connection.cursor().execute("INSERT INTO written VALUES (-1), (-1)")
+@job(limit=lambda limit, **_: limit)
+def report_until(self, limit, gate):
+    """It takes no lock: a frozen body would keep it."""
+    note(self.request.id, "start", limit)
+    try:
+        while not Path(gate).exists():
+            self.report(1)
+            time.sleep(0.05)
+    finally:
+        note(self.request.id, "end", limit)

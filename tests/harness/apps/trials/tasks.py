@@ -1,8 +1,9 @@
-"""Tasks that note each of their starts and ends in the file of the variable NOTES."""
+"""Plain tasks. Those of all apps note what they do in the file of the variable NOTES."""
 
 import os
 import signal
 import time
+from itertools import repeat
 from pathlib import Path
 
 from celery import shared_task
@@ -11,9 +12,17 @@ from celery.result import allow_join_result
 from django.db import connection
 
 
-def note(kind, task):
+def note(task, kind, *words):
+    """Append a line about a task, which is an id, to the file: processes have the same clock."""
+    line = [kind, task, os.getpid(), time.time(), *words]
     with open(os.environ["NOTES"], "a") as file:
-        file.write(f"{kind} {task.request.id} {os.getpid()} {time.time()}\n")
+        print(*line, file=file)
+
+
+def wait_for(gate):
+    """Wait until this file exists, or the one with the id of this process."""
+    while not Path(gate).exists() and not Path(f"{gate}-{os.getpid()}").exists():
+        time.sleep(0.05)
 
 
 @shared_task
@@ -25,7 +34,7 @@ def add(x, y):
 def join(name, *args):
     """Send another task of this module, and wait for its result."""
     with allow_join_result():
-        return globals()[name].delay(*args).get(timeout=300)
+        return globals()[name].apply_async(args, ignore_result=False).get(timeout=300)
 
 
 @shared_task
@@ -35,48 +44,46 @@ def total(numbers):
 
 @shared_task(bind=True)
 def quick(self):
-    note("start", self)
+    note(self.request.id, "start")
 
 
 @shared_task(bind=True, default_retry_delay=1)
 def work(self, gate):
     """Report progress until the file `gate` exists."""
-    note("start", self)
+    note(self.request.id, "start")
     done = 0
     while not Path(gate).exists():
         done += 1
         self.update_state(state="PROGRESS", meta={"done": done})
         time.sleep(0.1)
-    note("end", self)
+    note(self.request.id, "end")
     return "done"
 
 
 @shared_task(bind=True, ignore_result=True, default_retry_delay=1)
 def wait(self, gate):
-    """Wait until the file `gate` exists, without results."""
-    note("start", self)
-    while not Path(gate).exists():
-        time.sleep(0.05)
-    note("end", self)
-
-
-@shared_task(bind=True)
-def hold(self, gate):
     """Wait until the file `gate` exists, without progress."""
-    note("start", self)
-    while not Path(gate).exists():
-        time.sleep(0.05)
+    note(self.request.id, "start")
+    wait_for(gate)
+    note(self.request.id, "end")
 
 
 @shared_task(bind=True)
 def stubborn(self):
     """Ignore the soft time limit."""
-    note("start", self)
+    note(self.request.id, "start")
     while True:
         try:
             time.sleep(60)
         except SoftTimeLimitExceeded:
-            note("soft", self)
+            note(self.request.id, "soft")
+
+
+@shared_task(bind=True)
+def compute(self):
+    """Compute forever in C, so that no signal handler of Python runs."""
+    note(self.request.id, "start")
+    max(repeat(1))
 
 
 @shared_task
@@ -89,7 +96,7 @@ def find_connection():
 
 @shared_task(bind=True, autoretry_for=(OSError,), default_retry_delay=2)
 def fail_twice(self):
-    note("start", self)
+    note(self.request.id, "start")
     if self.request.retries < 2:
         raise OSError("not yet")
     return self.request.retries
@@ -97,28 +104,36 @@ def fail_twice(self):
 
 @shared_task(bind=True, ignore_result=True)
 def retry_later(self, countdown):
-    note("start", self)
+    note(self.request.id, "start")
     if not self.request.retries:
         raise self.retry(countdown=countdown)
 
 
 @shared_task(bind=True, default_retry_delay=1)
 def kill_child(self):
-    note("start", self)
+    note(self.request.id, "start")
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 @shared_task(bind=True, ignore_result=True)
 def kill_worker(self, gate="never"):
     """Kill the whole worker, unless the file `gate` exists: workers lead their process groups."""
-    note("start", self)
+    note(self.request.id, "start")
     if not Path(gate).exists():
         os.killpg(0, signal.SIGKILL)
 
 
+@shared_task(bind=True)
+def circle(self, gate, seconds):
+    """Send this task again and again, until the gate exists."""
+    time.sleep(float(seconds))
+    if not Path(gate).exists():
+        self.delay(gate, seconds)
+
+
 @shared_task(bind=True, ignore_result=True, rate_limit="1/m")
 def limited(self):
-    note("start", self)
+    note(self.request.id, "start")
 
 
 @shared_task
