@@ -54,7 +54,8 @@ on_each_pool_with_default_timings = stacks(brokers=ONE["brokers"], **DEFAULTS)
 
 @pytest.fixture(scope="session")
 def database():
-    database = PostgreSQL("fsync=off")
+    # The delay: a commit that does not wait for the disk would be lost in a crash of PostgreSQL.
+    database = PostgreSQL("fsync=off", "wal_writer_delay=10s")
     database.start()
     yield database
     database.remove()

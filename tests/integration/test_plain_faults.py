@@ -25,7 +25,8 @@ on_prefork = stacks(pools=["prefork"])
 on_redis = stacks(["redis"], ["prefork"])
 on_rabbitmq = stacks(["rabbitmq"], ["prefork"])
 on_sqs = stacks(["sqs"], ["prefork"])
-with_a_server = stacks(brokers=[broker for broker in BROKERS if broker != "sqs"])
+# On every pair: RabbitMQ with gevent has a boot step of its own for this.
+with_a_server = stacks(brokers=[broker for broker in BROKERS if broker != "sqs"], every_pair=True)
 with_timeout = stacks(brokers=["redis", "sqs"])
 # When the broker delivers the tasks of a killed worker again, in production
 AGAIN = {
