@@ -32,9 +32,10 @@ def say(stack, tmp_path, record_property):
     owner, staff = stack.ask(USERS + LOG_IN)
     [port] = free_ports(1)
     web = f"http://127.0.0.1:{port}"
-    # With DEBUG, pages are served over plain HTTP, with their scripts.
+    # With DEBUG, pages are served over plain HTTP, with their scripts. A browser may open a
+    # connection ahead of its requests, which occupies one process.
     pages = stack.process(
-        f"gunicorn config.wsgi --bind 127.0.0.1:{port}",
+        f"gunicorn config.wsgi --bind 127.0.0.1:{port} --workers 4 --no-control-socket",
         "pages",
         is_ready=lambda: "Booting worker" in pages.printed,
         DEBUG="True",
