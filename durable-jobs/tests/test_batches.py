@@ -6,7 +6,7 @@ from unittest.mock import Mock
 
 import pytest
 from celery import current_app, shared_task
-from django.db import OperationalError, transaction
+from django.db import IntegrityError, OperationalError, transaction
 from django.db.models import QuerySet
 from django.db.models.functions import Now
 from helpers import run_of
@@ -251,6 +251,14 @@ def test_a_batch_whose_next_step_cannot_start_ends_and_says_why(caplog):
     assert after(bad) == ("failed", [])
     assert bad.error == "Its callbacks cannot start: KeyError('countdown')"
     assert f"the callbacks of the batch {bad.pk} cannot start" in caplog.text
+
+
+def test_the_error_of_a_batch_shows_no_error_of_the_database(monkeypatch):
+    batch = many()
+    Job.objects.all().delete()
+    monkeypatch.setattr(batches, "insert_many", Mock(side_effect=IntegrityError("table, key")))
+    batches.end_all()
+    assert (after(batch)[0], batch.error) == ("failed", "Its callbacks cannot start")
 
 
 def test_a_batch_stays_open_while_the_database_is_away(monkeypatch, caplog):

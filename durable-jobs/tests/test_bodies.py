@@ -82,6 +82,7 @@ def test_a_result_that_cannot_be_stored_fails_the_job(result):
     job = run(lambda task: result)
     assert job.state == "failed"
     assert job.error.startswith("Its result can't be stored: ")
+    assert job.public_error == "Its result can't be stored"  # a database's error names tables
 
 
 def test_a_body_that_calls_sys_exit_fails_and_its_worker_survives():

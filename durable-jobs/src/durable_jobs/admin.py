@@ -315,7 +315,7 @@ class WorkersAdmin(PageAdmin):
 
     def busy_slots(self, worker):
         text = f"{worker.busy} of {worker.slots}"
-        return link_to_jobs(text, worker=worker.name, state="active")
+        return link_to_jobs(text, worker=worker.name, state="running")
 
 
 @admin.register(Pause)

@@ -63,7 +63,7 @@ def put_back(jobs):
 
     Those without a limit stay due, so the sweeper sends them when the pause has ended.
     """
-    # The later of both keeps the order of jobs that were stored together: see insert_many().
+    # insert_many() gives its jobs one due_at, and created_at a microsecond apart: the later one keeps their order.
     sweep_at = Case(When(limit_key=None, then=Greatest("due_at", "created_at")))
     changes = {"blocked_by": F("limit_key"), "sweep_at": sweep_at, "times_sent": 0}
     return jobs.filter(QUEUED, is_paused()).update(**changes)
@@ -106,11 +106,11 @@ def unblock_many(keys, skip_locked):
     keys = [key for key, number in free_slots(keys).items() if number > 0]
     if not keys:
         return []
-    settings, jobs = timeouts(), []
+    lock_timeouts, jobs = timeouts(), []  # before atomic(), in which there would be none
     Key.objects.bulk_create([Key(key=key) for key in sorted(keys)], ignore_conflicts=True)
     with transaction.atomic():
         # In order, so that two processes never wait for each other.
-        locked = Key.objects.filter(*settings, pk__in=keys).order_by("pk")
+        locked = Key.objects.filter(*lock_timeouts, pk__in=keys).order_by("pk")
         locked = locked.select_for_update(skip_locked=skip_locked).values_list("pk", flat=True)
         for key, number in free_slots(list(locked)).items():
             while number > 0 and len(jobs) < AT_ONCE and (unblocked := unblock(key)):
@@ -197,9 +197,9 @@ def seconds_until_rate(keys):
     rows = with_slot().filter(QUEUED, limit_key__in=limits).order_by().values_list("limit_key")
     # A key is looked at again when its admitted jobs have had time to start. If none is left to start, its slots are
     # full, and runs that end admit jobs, so it is enough to look after the longest such time.
-    unstarted = {key: min(limit.ahead, limit.running) for key, limit in limits.items()}
-    unstarted |= rows.annotate(Count("pk"))
-    waits = {key: limits[key].interval * count for key, count in unstarted.items()}
+    to_start = {key: min(limit.ahead, limit.running) for key, limit in limits.items()}
+    to_start |= rows.annotate(Count("pk"))
+    waits = {key: limits[key].interval * count for key, count in to_start.items()}
     return min((waits | waits_for_rates(limits)).values(), default=timedelta.max).total_seconds()
 
 

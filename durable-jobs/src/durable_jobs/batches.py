@@ -14,7 +14,7 @@ from typing import Any, Unpack
 
 from asgiref.sync import sync_to_async
 from celery.utils.functional import maybe_list
-from django.db import connection, transaction
+from django.db import Error, connection, transaction
 from django.db.models import Count, Exists, OuterRef, Q, Subquery
 from django.db.models.functions import Now
 from django.utils import timezone
@@ -121,7 +121,8 @@ def store_members(batch, task, calls, countdown=None, eta=None, **options):
         keep_open(batch)
         now = database_time()
         common = {"batch": batch, "owner_id": batch.owner_id}
-        # Results are sorted by these times. The last call's may be later than now, and SQLite's have milliseconds.
+        # Results are sorted by created_at: one microsecond apart. Times of the last call may be later than now, which
+        # has milliseconds on SQLite, so continue after them.
         first = batch._next_member_at = max(getattr(batch, "_next_member_at", now), now)
         batch._next_member_at += timedelta(microseconds=len(rows))
         rows = [{**row, **times(now, countdown, eta, row["limit_key"])} for row in rows]
@@ -148,8 +149,8 @@ def cancel(batch: Batch) -> int:
     cancelled = 0
     while is_active(batch=batch.pk):  # again, because a job that ends may store its next job
         cancelled += actions.cancel(batch.jobs.all())
-    # Now, so that the caller reads the end, but a transaction that has locked jobs must not wait for the batch.
-    # And after the commit, in case the batch was locked.
+    # End it now, so that the caller reads that. A caller's transaction has locked jobs above, so it must not wait for
+    # the batch. Try again after the commit, in case the batch was locked.
     try_to_end(batch.pk, skip_locked=in_transaction())
     transaction.on_commit(lambda: try_to_end(batch.pk))  # raises nothing
     batch.refresh_from_db()
@@ -265,7 +266,8 @@ def end(pk, skip_locked=False):
             if may_succeed_later(error):
                 raise
             logger.exception("the callbacks of the batch %s cannot start", pk)
-            batch.state, batch.error = "failed", f"Its callbacks cannot start: {error!r:.500}"
+            detail = "" if isinstance(error, Error) else f": {error!r:.500}"  # owners read no SQL
+            batch.state, batch.error = "failed", f"Its callbacks cannot start{detail}"
         fields = ["state", "counts", "error", "ended_at", "on_success", "on_finish"]
         batch.save(update_fields=fields)
 
@@ -316,16 +318,16 @@ def end_all():
 
 def unneeded_jobs(old_batches):
     """Return the condition for an old job to be deleted."""
-    kept = callbacks().filter(follows__in=old_batches).values_list("follows", flat=True)
+    kept = retained_jobs().filter(follows__in=old_batches).values_list("follows", flat=True)
     return Q(batch=None) | Q(batch__in=set(old_batches) - set(kept))
 
 
 def unneeded_batches(old_batches):
     """Return the condition for an old batch to be deleted."""
     members, of_this = Job.objects.filter(batch=OuterRef("pk")), Q(follows=OuterRef("pk"))
-    return Q(pk__in=old_batches) & ~Exists(members) & ~Exists(callbacks().filter(of_this))
+    return Q(pk__in=old_batches) & ~Exists(members) & ~Exists(retained_jobs().filter(of_this))
 
 
-def callbacks():
-    """Return the jobs that may run (again), callbacks among them."""
+def retained_jobs():
+    """Return the jobs that are not old. Callbacks among them may run (again)."""
     return Job.objects.exclude(finished_at__lt=transitions.retention_end())

@@ -168,7 +168,8 @@ def roll_back_open_transaction():
     Otherwise the outcome would be written inside it, and lost with it. Returns whether one was rolled back.
     """
     close_if_busy()
-    # psycopg refuses while a transaction is open: close() ends it. SQLite commits it.
+    # A function may have called set_autocommit(False): switch it back. While its transaction is open, psycopg refuses
+    # that, and close() ends it; SQLite commits it.
     with suppress(Error):
         if connection.connection and not (connection.in_atomic_block or connection.autocommit):
             connection.set_autocommit(True)

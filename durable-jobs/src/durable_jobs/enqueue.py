@@ -22,7 +22,7 @@ from durable_jobs.validation import MAX_COUNTDOWN, Results, as_json, to_json
 __all__ = ["Options", "aenqueue", "enqueue", "enqueue_many"]
 
 CHUNK = 500  # jobs per statement
-# A call sends as many messages itself. Workers are busy with them until the sweeper sends the rest.
+# A call sends at most this many messages itself. Workers are busy with them until the sweeper sends the rest.
 SENT_IMMEDIATELY = 2000
 FROM_NOW = timedelta()  # instead of a time: transitions.insert() adds the database's clock
 

@@ -75,7 +75,7 @@ class JobSignature:
         raise TypeError(f"{self.task.name}: {NO_CANVAS}")
 
     apply = freeze = link = link_error = __or__ = __ror__ = __json__ = clone
-    app = name = type = property(clone)
+    app = name = type = property(clone)  # what the canvas reads before it calls anything
 
 
 CallableSignature.register(JobSignature)  # so that Celery's canvas calls clone()

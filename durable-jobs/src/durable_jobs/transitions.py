@@ -38,8 +38,8 @@ def requeue(jobs, delay=0, failure=None, **changes):
     changed. `failure` has the fields of a Failure to store, see update().
     """
     due = delay if isinstance(delay, datetime) else Now() + timedelta(seconds=delay)
-    # A job that is already queued keeps its due_at. So does one with a limit, unless it waits after a retry or a crash:
-    # a due_at of this very moment is not yet due on SQLite, and the slot would go to another job.
+    # A job that is already queued keeps its due_at. So does one with a limit, so that hand_over() can give it its slot
+    # back in this transaction: a due_at of now is not yet due on SQLite. After a retry or a crash it waits in line.
     is_queued, has_limit = Q(state="queued"), Q(limit_key__isnull=False)
     keeps_due_at = is_queued if delay or failure else is_queued | has_limit
     changes["due_at"] = Case(When(keeps_due_at, then="due_at"), default=due)
@@ -203,7 +203,7 @@ OF_DATABASE = ["created_at", "due_at", "sweep_at"]  # what the INSERT of a job r
 
 
 def insert(job):
-    """INSERT this new job, whose `due_at` and `sweep_at` are times, or the times until then, or None.
+    """INSERT this new job. `due_at` and `sweep_at` are datetimes, timedeltas from now (see FROM_NOW), or None.
 
     Sets them, and `created_at`, to the database's times. Returns whether it is stored: not if another job with
     its `unique_key` is active. Raises IntegrityError. As with bulk_create(), Django sends no signal.

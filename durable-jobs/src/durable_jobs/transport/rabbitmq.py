@@ -35,6 +35,7 @@ class NoticeLostConnection(StartStopStep):
     """
 
     requires = (Tasks,)
+    timer = None  # Celery also stops steps that a failed connection did not let start
 
     def start(self, consumer):
         loop, connection = gevent.getcurrent(), consumer.connection
@@ -49,7 +50,8 @@ class NoticeLostConnection(StartStopStep):
 
     def stop(self, consumer):
         self.opened = None
-        self.timer.cancel()
+        if self.timer:
+            self.timer.cancel()
 
 
 class Batch:

@@ -194,18 +194,21 @@ class Run:
             key = {"id": self.job_id, "run_token": self.token, "next_jobs": self.next_jobs}
             written = self.write(batches.succeed, **key, **end)
         except Exception as error:
-            self.fail(f"Its result can't be stored: {error}")
+            self.fail("Its result can't be stored", f": {error}")
             raise
         if not written:
             raise self.ignored()
         self.end_batch()
 
-    def fail(self, public_error=""):
-        """Write that the job failed with the exception being handled, and this text for its owner."""
+    def fail(self, public_error="", detail=""):
+        """Write that the job failed with the exception being handled, and this text for its owner.
+
+        Only staff read the `detail` that follows it.
+        """
         error = sys.exception()
         failure = describe(error)
         if public_error := printable(public_error) or for_owner(error):
-            failure["error"] = public_error
+            failure["error"] = public_error + printable(detail)
         texts = {"error": failure["error"], "public_error": public_error}
         self.change(transitions.finish, "failed", failure=failure, **self.report, **texts)
         self.end_batch()
@@ -217,7 +220,7 @@ class Run:
             changes["args"], changes["kwargs"] = as_json(changes["args"], changes["kwargs"])
             self.change(transitions.requeue, failure=self.failure, **changes)
         except Exception as error:  # for example, arguments that are not JSON
-            self.fail(f"Its retry can't be stored: {error}")
+            self.fail("Its retry can't be stored", f": {error}")
             raise
 
     def end_batch(self):
@@ -244,7 +247,8 @@ class Run:
     @transaction.atomic
     def hand_over(self, update, *args, **kwargs):
         """Call update(…), and let the next job with the same limit have the slot, in one transaction."""
-        # If nothing is written, the answer of an earlier commit was lost: keep the job that it admitted.
+        # If nothing is written, the run has lost its job, or an earlier try was committed and its answer was lost: then
+        # keep the job that it admitted.
         if written := update(*args, **kwargs):
             self.admitted = admission.hand_over(self.limit_key)
         return written

@@ -159,7 +159,7 @@ def end_after_commit():
     Not if it has called on_commit() after that: Django would forget these functions. Not in a
     transaction without atomic(), where on_commit() is not allowed. Then a later report() tries again.
     """
-    hooks = connection.run_on_commit
+    hooks = connection.run_on_commit  # Django takes each from this list before it calls it
 
     def end():
         if not hooks:
