@@ -175,8 +175,12 @@ def test_a_client_cancels_its_task(stack, gate):
     revoked = "result = app.control.inspect().revoked()"
     wait_for(lambda: waiting["id"] in str(stack.ask(revoked)))
     gate.touch()
-    follow(stack, headers["Location"], "REVOKED")
-    assert not stack.starts(waiting["id"])
+    if stack.project.answers["worker_pool"] == "gevent":
+        # Celery kills its greenlet when that next waits. It may have stored STARTED by then.
+        wait_for(lambda: all(stack.notes("end", blocker) for blocker in blockers))
+    else:
+        follow(stack, headers["Location"], "REVOKED")
+        assert not stack.starts(waiting["id"])
 
     other = gate.with_name("other")
     _, headers, running = start(stack, "work", other)
@@ -191,6 +195,7 @@ def test_a_client_cancels_its_task(stack, gate):
         other.touch()
         time.sleep(0.5)
         assert not stack.notes("end", running["id"])
+    assert not stack.notes("end", waiting["id"])
 
 
 @outputs(next(a for a in COMBINATIONS if has_results(a) and not has_flower(a)))
