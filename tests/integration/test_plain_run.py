@@ -170,7 +170,8 @@ def test_a_client_cancels_its_task(stack, gate):
     blockers = [stack.send("wait", gate) for _ in range(stack.variables["WORKER_CONCURRENCY"])]
     for blocker in blockers:
         stack.wait_until_started(blocker)
-    _, headers, waiting = start(stack, "work", gate)
+    other = gate.with_name("other")
+    _, headers, waiting = start(stack, "work", other)
     assert stack.request(headers["Location"], method="DELETE")[0] == 204
     revoked = "result = app.control.inspect().revoked()"
     wait_for(lambda: waiting["id"] in str(stack.ask(revoked)))
@@ -182,7 +183,6 @@ def test_a_client_cancels_its_task(stack, gate):
         follow(stack, headers["Location"], "REVOKED")
         assert not stack.starts(waiting["id"])
 
-    other = gate.with_name("other")
     _, headers, running = start(stack, "work", other)
     stack.wait_until_started(running["id"])
     follow(stack, headers["Location"], "PROGRESS")
