@@ -268,12 +268,27 @@ def decorator(function):
     return wrapper
 
 
+def async_decorator(function):
+    @wraps(function)
+    async def wrapper(*args, **kwargs):
+        return await function(*args, **kwargs)
+
+    return wrapper
+
+
+@pytest.mark.parametrize("decorator", [decorator, async_decorator])
 @pytest.mark.parametrize("bind", [True, False])
-def test_the_limit_of_a_decorated_function_gets_its_arguments(bind):
+def test_the_limit_of_a_decorated_function_gets_its_arguments(bind, decorator):
     def of_self(self, tenant, number=0): ...
 
     def of_none(tenant, number=0): ...
 
+    async def async_of_self(self, tenant, number=0): ...
+
+    async def async_of_none(tenant, number=0): ...
+
+    if decorator is async_decorator:
+        of_self, of_none = async_of_self, async_of_none
     body = decorator(of_self if bind else of_none)
     options = {"name": f"decorated {bind}", "limit": lambda tenant, **_: f"tenant:{tenant}"}
     task = shared_task(body, base=JobTask, bind=bind, **options)

@@ -76,10 +76,12 @@ class JobTask(DjangoTask):
             raise TypeError(f"{cls.name}: time_limit must be greater than 0, not {cls.time_limit}")
         cls.throws = (*cls.throws, JobError)  # Celery's log and Sentry expect it
         if callable(cls.limit):
-            cls.limit = staticmethod(cls.limit)  # no method: it gets no self
-            inner = unwrap(cls.run)  # what a decorator has wrapped
-            if inner is not cls.run and not iscoroutinefunction(inner):
+            cls.limit = staticmethod(cls.limit)  # otherwise Python would pass self to it
+            if "_limit_header" not in vars(
+                cls
+            ):  # the second time, cls.run may be the function below
                 has_self = not isinstance(getattr_static(cls, "run"), staticmethod)
+                inner = unwrap(cls.run)  # what a decorator has wrapped
                 cls._limit_header = staticmethod(head_from_fun(inner, bound=has_self))
         if iscoroutinefunction(cls.run):
             function = getattr_static(cls, "run")  # not yet bound to an instance
