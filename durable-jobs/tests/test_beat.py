@@ -15,7 +15,12 @@ from celery.beat import BeatLazyFunc, Scheduler, Service
 from celery.schedules import crontab, schedule
 from django.core.checks import run_checks
 from django.db import IntegrityError, OperationalError, connection
-from django_celery_beat.models import CrontabSchedule, IntervalSchedule, PeriodicTask
+from django_celery_beat.models import (
+    ClockedSchedule,
+    CrontabSchedule,
+    IntervalSchedule,
+    PeriodicTask,
+)
 from django_celery_beat.schedulers import DatabaseScheduler
 from django_tasks import task
 
@@ -114,6 +119,41 @@ def test_two_beats_start_one_job_for_each_tick(kind, due):
             tick(scheduler, due, since)
             tick(scheduler, due, since, name="another")
     assert Job.objects.count() == 6
+
+
+class FileScheduler(Scheduler):
+    """Stores when its entry last started, as PersistentScheduler does in a file."""
+
+    def sync(self):
+        self.stored = self.schedule["add"].last_run_at
+
+
+def test_a_killed_beat_has_stored_when_its_jobs_started():
+    """With an older time, it would ask for the same id again, and start no job."""
+    scheduler, old = beat(FileScheduler).scheduler, datetime.now(UTC) - timedelta(hours=1)
+    entry = {"name": "add", "task": add.name, "schedule": crontab(), "args": [1, 2]}
+    scheduler.schedule = {"add": scheduler.Entry(**entry, last_run_at=old, app=app)}
+    scheduler.tick()
+    assert Job.objects.count() == 1
+    assert scheduler.stored > old
+
+
+def test_django_celery_beat_has_stored_when_its_jobs_started():
+    scheduler, old = beat(DatabaseScheduler).scheduler, datetime.now(UTC) - timedelta(hours=1)
+    row(last_run_at=old)
+    scheduler.tick()
+    assert Job.objects.count() == 1
+    assert PeriodicTask.objects.get(name="add").last_run_at > old
+
+
+def test_a_one_off_entry_that_is_enabled_again_starts_another_job():
+    scheduler = beat(DatabaseScheduler).scheduler
+    at = ClockedSchedule.objects.create(clocked_time=datetime.now(UTC) - timedelta(hours=1))
+    once = row(crontab=None, clocked=at, one_off=True)
+    for count in 1, 2:
+        once.save()  # as the admin does, with `enabled`
+        scheduler.apply_entry(scheduler.Entry(PeriodicTask.objects.get(pk=once.pk), app=app))
+        assert Job.objects.count() == count
 
 
 @pytest.mark.parametrize(

@@ -83,11 +83,15 @@ class OncePerDueTime:
         options = {"task_id": id_of_due_time(entry), **entry.options}
         call = partial(self.enqueue, task, args, kwargs, **options)
         try:
-            return call()
+            result = call()
         except Exception as error:
-            if not may_succeed_later(error):
-                raise SchedulingError(f"{entry.name}: {error}") from error
-            self.postponed.put(call)
+            if may_succeed_later(error):
+                return self.postponed.put(call)
+            raise SchedulingError(f"{entry.name}: {error}") from error
+        # Store last_run_at: with an older one, a Beat that was killed would ask for this id again when it is
+        # back, and not start the job that was due meanwhile.
+        self.scheduler.sync()
+        return result
 
     def enqueue(self, task, args, kwargs, task_id, **options):
         """Enqueue a job, unless another Beat was faster."""
@@ -120,6 +124,9 @@ def id_of_due_time(entry):
     due = time.time() + remaining.total_seconds()
     length = getattr(entry.schedule, "run_every", timedelta(minutes=1))
     interval = f"{entry.name} {due // length.total_seconds()}"
+    # A one-off entry of django-celery-beat that was enabled again is due at the same time as before.
+    if hasattr(entry.schedule, "clocked_time"):
+        interval += f" {entry.last_run_at}"
     return str(uuid.uuid5(uuid.NAMESPACE_OID, interval))
 
 
