@@ -7,6 +7,7 @@ from datetime import timedelta
 
 import pytest
 from django.db import DatabaseError, IntegrityError, connection, transaction
+from django.db.models import F
 from django.db.models.functions import Now
 from helpers import (
     add,
@@ -158,11 +159,21 @@ def test_a_job_waits_longer_after_each_crash_and_fails_after_the_third(caplog):
 def test_a_job_past_its_deadline_fails():
     job = enqueue(add, [1, 2])
     claim_and_lapse(job, limit=-1)
+    Job.objects.update(sweep_at=F("deadline"))  # its lease was renewed until then
     recover_lapsed()
     job.refresh_from_db()
     assert (job.state, job.error, job.crashes) == ("failed", "Exceeded its time limit", 0)
     assert job.public_error == job.error
     assert errors(job) == ["Exceeded its time limit"]
+
+
+def test_a_job_whose_worker_died_earlier_runs_again_after_its_deadline():
+    """Beat, or everything, was down meanwhile."""
+    job = enqueue(add, [1, 2])
+    claim_and_lapse(job, limit=-1)
+    recover_lapsed()
+    job.refresh_from_db()
+    assert (job.state, job.crashes) == ("queued", 1)
 
 
 def test_the_waiting_time_starts_again_after_a_crash_or_a_retry(settings):

@@ -7,9 +7,10 @@ renews the lease of its job.
 
 import logging
 import random
+from datetime import timedelta
 
 from django.db import close_old_connections, transaction
-from django.db.models import Q
+from django.db.models import F, Q
 from django.db.models.functions import Now
 
 from durable_jobs import admission, conf, transitions
@@ -57,17 +58,17 @@ def write_and_renew(to_write):
     with transaction.atomic():
         rows = transitions.locking(jobs_of(to_write))
         ended_at = dict(rows.values_list("run_token", "finished_at"))  # a time if it is cancelled
-        written = [run for run in to_write if run.token in ended_at]
-        reported = [run for run in written if reports[run] and not ended_at[run.token]]
-        silent = set(written) - set(reported)  # these keep progress and message
-        jobs_of(silent).update(sweep_at=lease_end())
+        locked = [run for run in to_write if run.token in ended_at]
+        reported = [run for run in locked if reports[run] and not ended_at[run.token]]
+        others = set(locked) - set(reported)  # without a report, or cancelled: renew only the lease
+        jobs_of(others).update(sweep_at=lease_end())
         jobs = [Job(pk=run.job_id, sweep_at=lease_end(), **reports[run]) for run in reported]
         Job.objects.bulk_update(jobs, ["progress", "message", "sweep_at"])
-    for run in written:
-        run.written, run.lost = reports[run], bool(ended_at[run.token])
+    for run in locked:
+        run.stored_report, run.lost = reports[run], bool(ended_at[run.token])
         run.plan_renewal()
-    if len(written) < len(to_write):
-        # Read again, without locks.
+    if len(locked) < len(to_write):
+        # Read again, without locks: the other rows are locked, or belong to other runs now.
         tokens = set(jobs_of(to_write).values_list("run_token", flat=True))
         for run in to_write:
             if run.token not in tokens:
@@ -85,10 +86,13 @@ def renew(jobs):
 def recover(jobs):
     """Queue the jobs of dead workers again, or fail them. Free the slots of cancelled ones. Skip locked rows.
 
-    A job past its deadline fails, however many crashes it has: Celery killed its child process, or its
-    thread never ended.
+    A job whose lease was renewed up to its deadline fails, however many crashes it has: Celery killed its child
+    process, or its thread never ended. One whose lease ended before has lost its worker, even if it is recovered
+    after its deadline, because Beat was down.
     """
-    late, keys = Q(deadline__lte=Now()), set()
+    # A second earlier: claim() reads the clock for each of the two.
+    at_deadline = Q(sweep_at__gte=F("deadline") - timedelta(seconds=1))
+    late, keys = Q(deadline__lte=Now()) & at_deadline, set()
     for job in transitions.locking(jobs).only("state", "crashes", "limit_key").annotate(late=late):
         crashes = job.crashes + 1
         keys |= {job.limit_key} - {None}

@@ -14,13 +14,7 @@ from celery.exceptions import Ignore, SoftTimeLimitExceeded
 from django.db import transaction
 
 from durable_jobs import admission, batches, conf, transitions
-from durable_jobs.database import (
-    IDLE_TIMEOUT,
-    LOCK_TIMEOUT,
-    in_transaction,
-    wait_for,
-    wait_past_soft_limit,
-)
+from durable_jobs.database import in_transaction, timeouts, wait_for, wait_past_soft_limit
 from durable_jobs.models import Batch, Job
 from durable_jobs.publish import publish
 from durable_jobs.states import UNFINISHED
@@ -85,7 +79,7 @@ class Run:
         self.admitted = []  # the job that has its slot now
         self.next_jobs = []  # the plans of enqueue_next()
         self.report = {}  # the latest progress and message
-        self.written = self.report  # the report that is in the row
+        self.stored_report = self.report  # what is in the row
         self.cursor = self.batch = UNREAD
         self.plan_renewal()
         self.retry = None  # after retry(): arguments of transitions.requeue()
@@ -108,6 +102,7 @@ class Run:
     def __exit__(self, *exc_info):
         with process.lock:
             del process.runs[self.token]
+        # Unless this run has handed its slot over, the slot may be free now.
         if self.limit_key and not (self.has_written and self.admitted):
             pool.query(admission.after_run, self)
 
@@ -118,7 +113,7 @@ class Run:
 
     def put_back_if_paused(self):
         """After a claim that has failed, put the job back if it is paused. Returns whether it was."""
-        row = Job.objects.filter(LOCK_TIMEOUT, pk=self.job_id)
+        row = Job.objects.filter(*timeouts(), pk=self.job_id)
         is_paused = wait_past_soft_limit(admission.put_back, row)
         if is_paused and self.limit_key:  # it has lost its slot
             pool.query(admission.admit, [self.limit_key])
@@ -142,7 +137,9 @@ class Run:
         """Return whether to renew its lease, also that of a cancelled job with a slot, or to write a new report."""
         if self.lost and not self.limit_key:
             return False
-        return time.monotonic() > self.renew_at or (self.report != self.written and not self.lost)
+        return time.monotonic() > self.renew_at or (
+            self.report != self.stored_report and not self.lost
+        )
 
     def plan_renewal(self):
         """Renew the lease when a third of it has passed."""
@@ -150,9 +147,7 @@ class Run:
 
     def read_cursor(self):
         if self.cursor is UNREAD:
-            [self.cursor] = self.query_or_lose(
-                lambda: list(self.row.values_list("cursor", flat=True))
-            )
+            [self.cursor] = self.query_or_lose(list, self.row.values_list("cursor", flat=True))
         return self.cursor
 
     def read_batch(self):
@@ -167,7 +162,7 @@ class Run:
         self.query_or_lose(self.row.update, **changes)
         self.cursor = UNREAD  # the function's transaction may roll back
         if not in_transaction():
-            self.written = self.report  # renew_leases() need not write it again
+            self.stored_report = self.report  # renew_leases() need not write it again
 
     def query_or_lose(self, query, *args, **kwargs):
         """Run a query on the row of the job or its batch.
@@ -232,11 +227,14 @@ class Run:
         self.change(transitions.requeue)
 
     def change(self, transition, *args, **changes):
-        """End the run with this transition: see write(). An UPDATE that waits too long for a lock is tried again."""
-        self.write(transition, self.row.filter(LOCK_TIMEOUT, IDLE_TIMEOUT), *args, **changes)
+        """Call write() with a function of transitions.py, for the row of this run. It is tried again after a lock."""
+        self.write(transition, self.row.filter(*timeouts()), *args, **changes)
 
     def write(self, update, *args, **kwargs):
-        """Write how the function ended. Returns 0 if the run has lost its job."""
+        """Call update(…), which writes how the function ended. With a limit, hand the slot over, too.
+
+        Returns 0 if the run has lost its job.
+        """
         if self.limit_key:
             update = partial(self.hand_over, update)
         written = wait_past_soft_limit(update, *args, **kwargs)
@@ -247,8 +245,8 @@ class Run:
     @transaction.atomic
     def hand_over(self, update, *args, **kwargs):
         """Call update(…), and let the next job with the same limit have the slot, in one transaction."""
-        # If nothing is written, the run has lost its job, or an earlier try was committed and its answer was lost: then
-        # keep the job that it admitted.
+        # If nothing is written, the run has lost its job, or an earlier try was committed and its answer was lost. Then
+        # self.admitted is the job that this try has admitted: its message must still be sent.
         if written := update(*args, **kwargs):
             self.admitted = admission.hand_over(self.limit_key)
         return written
