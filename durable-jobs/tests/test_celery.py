@@ -249,6 +249,11 @@ def test_a_message_of_another_app_may_have_any_text_as_its_id(in_a_worker):
     assert in_a_worker(add, 1, 2, task_id="import-7").result == 3
 
 
+def test_a_callback_that_another_app_gave_a_job_is_logged(in_a_worker, caplog):
+    in_a_worker(add, 1, 2, link=plain.si())
+    assert "its callbacks will not run" in caplog.text
+
+
 def test_a_message_of_another_app_with_wrong_arguments_fails(in_a_worker):
     with pytest.raises(TypeError, match="missing 1 required"):
         in_a_worker(add, 1)

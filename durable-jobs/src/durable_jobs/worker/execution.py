@@ -1,6 +1,7 @@
 """How a worker runs the task function of a job, and what it writes when that has ended."""
 
 import asyncio
+import logging
 import uuid
 from contextlib import suppress
 
@@ -13,12 +14,15 @@ from durable_jobs import batches, conf, database, transitions
 from durable_jobs.enqueue import insert, new_fields
 from durable_jobs.messages import fields_in, storable
 from durable_jobs.models import Job
+from durable_jobs.signatures import NO_CANVAS
 from durable_jobs.states import QUEUED
 from durable_jobs.validation import uuids
 from durable_jobs.worker import lease
 from durable_jobs.worker.pools import pool, shutting_down
 from durable_jobs.worker.runs import OVER_TIME_LIMIT, JobLost, Run
 from durable_jobs.worker.shutdown import WorkerStopping, child_has_crashed
+
+logger = logging.getLogger(__name__)
 
 
 def execute(task, args, kwargs):
@@ -33,10 +37,11 @@ def execute(task, args, kwargs):
         raise Ignore("stored as a job, which has a message of its own")
     run = Run(task, request, fields)
     lease.start_thread()
+    # A suspect would fail at its next crash. A process runs one at a time: see become_suspect().
     crashes = fields["crashes"]
     is_suspect = crashes and crashes + 1 >= conf.MAX_CRASHES
     if shutting_down[0] or (is_suspect and not run.become_suspect()):
-        # Skip a job with times_sent=0: it was queued again after this message was sent.
+        # Another worker may have it. If times_sent is 0, it was queued again after this message was sent: leave it.
         row = Job.objects.filter(QUEUED, database.LOCK_TIMEOUT, pk=request.id, times_sent__gt=0)
         database.wait_past_soft_limit(transitions.requeue, row, conf.SWEEP_SECONDS)
         raise Ignore("must wait: its worker is shutting down, or runs another suspect")
@@ -56,6 +61,11 @@ def execute(task, args, kwargs):
 def store(task, args, kwargs):
     """Store the job that a plain message asks for. Its id may be any text, but that of a job is a UUID."""
     id = task.request.id
+    lost = [name for name in ("callbacks", "errbacks", "chain", "chord") if task.request.get(name)]
+    if lost:  # an app that does not know jobs could not refuse them
+        logger.error(
+            "%s[%s]: its %s will not run. %s", task.name, id, " and ".join(lost), NO_CANVAS
+        )
     pk = next(iter(uuids([id])), uuid.uuid5(uuid.NAMESPACE_OID, id))
     fields = {"pk": pk, "headers": storable(task.request.headers)}
     with suppress(IntegrityError):  # a second copy of the message
