@@ -23,6 +23,7 @@ FLOWER_USER = "admin", "of-this-test"
 IMPORTS = """
 import json
 import time
+import trials.tasks
 from datetime import timedelta
 from pathlib import Path
 from django.db import connection, transaction

@@ -69,6 +69,22 @@ def test_jobs_outlive_their_broker(stack, gate, tmp_path, since):
     assert starts in ([1, 2, 1, *[1] * 50], [1, 2, 1 + has_ended, *[1] * 50])
 
 
+@stacks(brokers=["rabbitmq"], pools=["gevent"], every_pair=True)
+def test_plain_tasks_outlive_their_broker(stack, gate):
+    """The event loop learns that a greenlet lost the connection, as it acknowledged a task."""
+    slots = len(stack.workers) * stack.variables["WORKER_CONCURRENCY"]
+    running = [stack.send("trials.tasks.wait", gate) for _ in range(slots)]
+    stack.wait_until_started(*running)
+    waiting = [stack.send("trials.tasks.quick") for _ in range(5)]
+    with stack.supervised(*stack.workers):
+        stack.broker.kill()
+        time.sleep(2)
+        stack.broker.start()
+        time.sleep(5)
+        gate.touch()
+        stack.wait_until_started(*waiting)
+
+
 # Not with gevent: its worker ends, and must be restarted, if queues are missing for a moment, as
 # they are after a restart of moto.
 @stacks(pools=[pool for pool in POOLS if pool != "gevent"])
