@@ -23,7 +23,7 @@ def cancel(jobs: QuerySet | Job) -> int:
     if isinstance(jobs, Job):
         jobs = Job.objects.filter(pk=jobs.pk)
     with transaction.atomic():
-        # Two calls for the same jobs lock their rows in one order: otherwise they would be a deadlock.
+        # Lock the rows in one order: otherwise two calls for the same jobs could deadlock.
         rows = Job.objects.filter(UNFINISHED, pk__in=jobs.values("pk")).order_by("pk")
         list(rows.select_for_update().values_list("pk"))
         keys = admission.keys_of_queued(jobs)

@@ -10,8 +10,8 @@ rows with this key and a `sweep_at`.
 - After a job was stored, cancelled or recovered, admit() admits the oldest blocked jobs, under a lock for the key.
 - A run that ends hands its slot over to the next job, in the transaction that ends it: no lock, no new slot. If
   the limit has a rate, it calls admit() afterwards.
-- Each key has a row. admit() locks it, and it has the time of the next start if the limit has a rate: a run that
-  starts moves it forward.
+- Each key has a row, which admit() locks. If the limit has a rate, its `next_at` is when the next job may start:
+  each run that starts moves it forward.
 - The sweeper admits due jobs: after countdowns, for rates, and for slots that nobody has handed over.
 
 A job that is cancelled while its task function runs keeps its slot: `sweep_at` stays the end of its lease.
@@ -73,7 +73,7 @@ def put_back(jobs):
 
 
 def admit(keys, most=AT_ONCE, skip_locked=False):
-    """Admit blocked jobs of these keys, and send their messages, until there were `most`. Returns how many.
+    """Admit at least `most` blocked jobs of these keys, if there are as many, and send their messages. Returns how many.
 
     Raises no error: the sweeper tries again. With `skip_locked`, leave out the keys that another process has locked.
     """
@@ -195,8 +195,8 @@ def seconds_until_rate(keys):
     """Return in how many seconds the rate of one of these keys may admit a job."""
     limits = {key: limit for key in keys if (limit := limit_of(key)).rate}
     rows = with_slot().filter(QUEUED, limit_key__in=limits).order_by().values_list("limit_key")
-    # A key is looked at again when its admitted jobs have had time to start. If none is left to start, its slots are
-    # full, and runs that end admit jobs, so it is enough to look after the longest such time.
+    # Look at a key again when its admitted jobs have had time to start: an interval for each. If all have started, its
+    # slots are full, and each run that ends admits a job: then the longest time that this can be is soon enough.
     to_start = {key: min(limit.ahead, limit.running) for key, limit in limits.items()}
     to_start |= rows.annotate(Count("pk"))
     waits = {key: limits[key].interval * count for key, count in to_start.items()}
@@ -233,15 +233,15 @@ def after_run(run):
     try:
         if not run.has_written:
             transitions.release_slots(Job.objects.filter(pk=run.job_id, run_token=run.token))
-        if a_blocked(blocked_by=run.limit_key):
+        if any_blocked(blocked_by=run.limit_key):
             admit([run.limit_key])
     except Error as error:
         logger.warning("could not free a slot of %s, so the sweeper will: %r", run.limit_key, error)
 
 
 @transitions.prepared()
-def a_blocked(blocked_by):
-    """Return the id of a job that this key blocks, in a list."""
+def any_blocked(blocked_by):
+    """Return whether this key blocks a job: a list with the id of one, or an empty list."""
     return Job.objects.filter(blocked_by=blocked_by).values_list("pk")[:1], None
 
 

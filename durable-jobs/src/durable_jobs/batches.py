@@ -123,8 +123,8 @@ def store_members(batch, task, calls, countdown=None, eta=None, **options):
         common = {"batch": batch, "owner_id": batch.owner_id}
         # Results are sorted by created_at: one microsecond apart. Times of the last call may be later than now, which
         # has milliseconds on SQLite, so continue after them.
-        first = batch._next_member_at = max(getattr(batch, "_next_member_at", now), now)
-        batch._next_member_at += timedelta(microseconds=len(rows))
+        first = max(getattr(batch, "_next_member_at", now), now)
+        batch._next_member_at = first + timedelta(microseconds=len(rows))
         rows = [{**row, **times(now, countdown, eta, row["limit_key"])} for row in rows]
         return insert_many(first, [new_job(**row, **common) for row in rows])
 
@@ -149,8 +149,8 @@ def cancel(batch: Batch) -> int:
     cancelled = 0
     while is_active(batch=batch.pk):  # again, because a job that ends may store its next job
         cancelled += actions.cancel(batch.jobs.all())
-    # End it now, so that the caller reads that. A caller's transaction has locked jobs above, so it must not wait for
-    # the batch. Try again after the commit, in case the batch was locked.
+    # End it now, so that refresh_from_db() reads its state. A caller's transaction has locked jobs above, so it must not
+    # wait for the batch, too. If the batch was locked, try again after the commit.
     try_to_end(batch.pk, skip_locked=in_transaction())
     transaction.on_commit(lambda: try_to_end(batch.pk))  # raises nothing
     batch.refresh_from_db()
@@ -241,7 +241,7 @@ def newest_active(batch):
 
 @transitions.prepared()
 def is_active(batch):
-    """Return the id of an unfinished job of this batch, in a list."""
+    """Return whether this batch has an unfinished job: a list with the id of one, or an empty list."""
     return newest_active(batch), None
 
 

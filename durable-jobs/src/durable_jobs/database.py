@@ -1,7 +1,4 @@
-"""The database: its clock, settings of one transaction, waiting while it is unavailable.
-
-And cleaning up the connection that a task function has used.
-"""
+"""The database: its clock, settings of a transaction, waiting while it is down, connections after task functions."""
 
 import logging
 import time
@@ -61,6 +58,7 @@ TEMPORARY = {
     "42P05",  # a kept plan exists: a pooler gave this connection to someone else
     "0A000",  # a kept plan does not fit the altered table
 }
+PROGRAM_LIMIT = "54"  # the class of "program limit exceeded"
 
 
 def cursor_that_prepares():
@@ -123,12 +121,12 @@ def wait_past_soft_limit(update, *args, **kwargs):
 def may_succeed_later(error):
     """Return whether the same query may succeed later, on a new connection.
 
-    This is the case for OperationalError and InterfaceError (a lost connection, a lock, a deadlock, a server that
-    shuts down), except for limits of PostgreSQL, and for those of other errors that TEMPORARY has.
+    OperationalError and InterfaceError are a lost connection, a lock, a deadlock, or a server that shuts down. But
+    a value that exceeds a limit of PostgreSQL always will.
     """
     state = getattr(error.__cause__, "sqlstate", None) or ""
     is_operational = isinstance(error, (OperationalError, InterfaceError))
-    return state in TEMPORARY or (is_operational and state[:2] != "54")
+    return state in TEMPORARY or (is_operational and state[:2] != PROGRAM_LIMIT)
 
 
 def in_transaction():

@@ -124,7 +124,7 @@ def numbered(count, noun):
 
 
 class Facts:
-    """What the sentences need to know, and parts of them. A sentence is empty if it is not true."""
+    """What the reasons are based on, each read when it is needed. A sentence is empty if it is not true."""
 
     def __init__(self, jobs=(), for_staff=False):
         self.jobs, self.for_staff = jobs, for_staff

@@ -136,10 +136,10 @@ def check_text(name, text):
 
 
 def times(now=FROM_NOW, countdown=None, eta=None, limit_key=None):
-    """Return when a new job is due, and when its message is sent, or that it is blocked by its limit.
+    """Return the fields of a new job that say when it is due, and when its message is sent, or which limit blocks it.
 
-    `now` is a time, Now(), or FROM_NOW: then these times are durations from now. An `eta` is compared with the database's clock: that of this process may
-    be wrong.
+    `now` is a time or Now(). With FROM_NOW, due_at and sweep_at are timedeltas, for transitions.insert(). An `eta`
+    is compared with the database's clock: that of this process may be wrong.
     """
     if eta is not None:
         if countdown is not None:
@@ -164,7 +164,8 @@ def insert(fields, unique=None):
     check_text("idempotency_key", fields.get("idempotency_key"))
     check_text("unique", unique)
     job = Job(**fields, unique_key=unique)
-    # Another job may be stored after this has looked for it, and may end before it looks again.
+    # Another job with this `unique` may be stored after active_with() found none: then the INSERT stores nothing. If
+    # that job has ended when active_with() looks again, try once more.
     while (active := active_with(unique)) is None:
         job.headers = new_headers(job)
         if transitions.insert(job):

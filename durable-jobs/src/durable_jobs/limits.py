@@ -32,14 +32,15 @@ class Limit:
 
     @property
     def ahead(self):
-        """How many jobs of a rate may be admitted without having started: a tenth, or one."""
+        """How many jobs may be admitted ahead of their start, so that workers need not wait: a tenth of the rate."""
         return max(1, self.starts // 10)
 
     @property
     def interval(self):
         """The time between two starts.
 
-        It is so long that no `period` has more than `starts`, even if all that are ahead start at once.
+        All jobs that are ahead may start at once, so the others share the rest of the period: with 60/min, 6 are
+        ahead, and the interval is 60/55 s. So no `period` has more than `starts`.
         """
         return self.period / (self.starts + 1 - self.ahead)
 

@@ -13,7 +13,7 @@ __all__ = ["pause", "resume"]
 def pause(name: str, reason: str = "") -> Pause:
     """Start no job of this queue or task until resume(). Running jobs continue. Returns the Pause.
 
-    A job of which a worker is just claiming the row may still start. If the name is paused already, the
+    A job that a worker is claiming at this moment may still start. If the name is paused already, the
     new reason, if any, replaces the old one. Raises ValueError for the name of no queue and no task.
     """
     queues, tasks = known_queues(), job_names()

@@ -6,8 +6,8 @@ from django.db.models.functions import Now
 ACTIVE = ["queued", "running"]
 FINAL = ["succeeded", "failed", "cancelled"]
 # In an UPDATE by ids, use UNFINISHED and QUEUED instead of state=…. With state=… and old statistics, PostgreSQL may
-# choose the index `job_active` and read the whole backlog to find one row. STILL_RUNNING may have it, because few
-# jobs are cancelled and have a sweep_at. A constraint keeps these fields and the state consistent.
+# choose the index `job_active` and read the whole backlog to find one row. STILL_RUNNING may use it, because few
+# cancelled jobs have a sweep_at. A constraint keeps these fields and the state consistent.
 UNFINISHED = Q(finished_at=None)
 QUEUED = Q(run_token=None) & UNFINISHED
 RUNNING = Q(state="running", sweep_at__gte=Now())  # its lease has not lapsed

@@ -50,7 +50,7 @@ def by_queue():
     )
     found = defaultdict(Counter, {queue: Counter() for queue in known_queues()})
     for row in [*active, *blocked]:
-        # `active` first: an empty Counter takes the values as they are, the next update() adds numbers.
+        # `active` first: an empty Counter copies its timedelta, a filled one would add it to 0.
         found[row.pop("queue")].update(row)
     for worker in alive():
         slots = {"durable_jobs_slots": worker.slots, "durable_jobs_busy_slots": worker.busy}

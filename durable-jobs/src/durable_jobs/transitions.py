@@ -38,8 +38,9 @@ def requeue(jobs, delay=0, failure=None, **changes):
     changed. `failure` has the fields of a Failure to store, see update().
     """
     due = delay if isinstance(delay, datetime) else Now() + timedelta(seconds=delay)
-    # A job that is already queued keeps its due_at. So does one with a limit, so that hand_over() can give it its slot
-    # back in this transaction: a due_at of now is not yet due on SQLite. After a retry or a crash it waits in line.
+    # These keep their due_at: a job that is already queued, and one with a limit that a stopping worker releases.
+    # hand_over() may admit that one again in this transaction, and on SQLite it would not be due yet, if it were due
+    # now. After a retry or a crash, due_at is new.
     is_queued, has_limit = Q(state="queued"), Q(limit_key__isnull=False)
     keeps_due_at = is_queued if delay or failure else is_queued | has_limit
     changes["due_at"] = Case(When(keeps_due_at, then="due_at"), default=due)
@@ -128,10 +129,10 @@ def retention_end():
 
 
 def open_again(pk):
-    """Open this batch: one of its jobs runs again in this transaction. Returns 0 if it is old.
+    """Open this batch, because one of its jobs runs again in this transaction. Returns 0 if it is old.
 
-    Call it before the job is changed, because end() locks the batch first, too. The purge deletes jobs of
-    batches that ended more than RETENTION_DAYS ago, so these do not open again.
+    Call it before the job is changed: batches.end(), too, locks the batch before it reads the jobs. A batch that
+    ended more than RETENTION_DAYS ago does not open again, because the purge may be deleting its jobs.
     """
     rows = Batch.objects.filter(pk=pk).exclude(ended_at__lt=retention_end())
     return rows.update(state="open", error="", counts={}, ended_at=None)
@@ -152,8 +153,8 @@ def prepared(**types):
     """Decorate a function that returns a queryset of jobs, and a dictionary of changes or None.
 
     The decorated function runs queryset.update(**changes), and returns how many rows were changed. With
-    None, it returns the queryset's rows as tuples. Each argument is converted by the Job's field of its
-    name; `types` names a field for the others.
+    None, it returns the queryset's rows as tuples. An argument with the name of a field of Job is converted by
+    that field; for each other one, `types` has a field.
     """
 
     def decorate(function):

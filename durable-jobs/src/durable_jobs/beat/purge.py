@@ -48,7 +48,7 @@ class Purge:
         """
         old = self.model.objects.filter(**{f"{self.field}__lt": transitions.retention_end()})
         rest = old.order_by(self.field, "pk").values_list(self.field, "pk")
-        if self.last:
+        if self.last:  # rows after it. The plain __gte lets the database use the index.
             at, pk = self.last
             later = Q(**{f"{self.field}__gt": at}) | Q(pk__gt=pk)
             rest = rest.filter(later, **{f"{self.field}__gte": at})

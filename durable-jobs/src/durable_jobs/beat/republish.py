@@ -78,6 +78,8 @@ class Sender:
         waiting = messages_in(name, broker)
         # Blocked jobs have no sweep_at. The index job_active leaves them out.
         queued = queued.filter(queue=name, sweep_at__isnull=False)
+        # How many should have a message, less those that are there. What workers have prefetched counts as missing, too: a
+        # second message does no harm.
         missing = queued.filter(times_sent__gt=0).count() - waiting
         # The oldest jobs first. These are also the ones to send again: workers take the oldest messages first,
         # so the messages that are left belong to the newest jobs, and the missing ones to the oldest.

@@ -37,9 +37,8 @@ class Sweeper:
     def run_or_exit(self):
         try:
             self.run()
-        except (
-            BaseException
-        ):  # without this thread nothing would be recovered: let a supervisor restart Beat
+        except BaseException:
+            # Without this thread nothing would be recovered: let a supervisor restart Beat.
             logger.exception("the sweeper has ended, and Beat with it")
             os._exit(1)
 

@@ -21,8 +21,8 @@ def between_forks(query, *args):
 
     With SQLite, no child is forked meanwhile: it would inherit the lock of a transaction, which then never ends.
     """
-    is_shared = process.is_prefork and connection.vendor == "sqlite"
-    with forking if is_shared else nullcontext(), closing(connection):
+    must_not_fork = process.is_prefork and connection.vendor == "sqlite"
+    with forking if must_not_fork else nullcontext(), closing(connection):
         return query(*args)
 
 

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 BEAT_SECONDS = 10  # between two heartbeats
 STALE_SECONDS = 30  # a worker without a heartbeat for this time counts as dead
 KEEP_SECONDS = 3600  # until the row of a dead worker is deleted
-LOCK_SECONDS = 5  # that a worker that ends waits for its last heartbeat
+LOCK_SECONDS = 5  # how long a worker that ends waits for a heartbeat that is being written
 
 
 def alive():

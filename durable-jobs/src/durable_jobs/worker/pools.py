@@ -57,8 +57,8 @@ class Threads:
     def send(self, function, *args):
         """Call a function that uses a connection to the broker.
 
-        With greenlets, a thread of query() lets the main thread call it, because a connection belongs to the
-        thread that has opened it. Then nobody gets its answer.
+        With greenlets, only the main thread may use that connection, because it has opened it. In a thread of query(),
+        this only plans the call, and does not wait for it.
         """
         function(*args)
 

@@ -21,8 +21,8 @@ def cancel_revoked_jobs():
             state.revoked.discard(pk)
 
     def cancel_and_revoke(worker, task_id, terminate=False, signal=None, **kwargs):
-        # After SIGTERM, a child would wait 5 s for a shutdown: see child_has_crashed(). Only the child knows whether
-        # it runs a plain task, so these are killed, too.
+        # After SIGTERM, a child with a job would wait 5 s for a shutdown: see child_has_crashed(). Plain tasks are
+        # killed, too, because one call may name both and has one signal.
         if signal in (None, "SIGTERM", "TERM"):
             signal = "SIGKILL"
         try:

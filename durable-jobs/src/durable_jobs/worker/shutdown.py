@@ -156,8 +156,8 @@ class WorkerStopping(BaseException):
 def end_after_commit():
     """End the function as soon as its transaction, if any, is committed.
 
-    Not if it has called on_commit() after that: Django would forget these functions. Not in a
-    transaction without atomic(), where on_commit() is not allowed. Then a later report() tries again.
+    A later report() tries again if the function has called on_commit() after this: Django would forget those
+    functions. The same in a transaction without atomic(), where on_commit() is not allowed.
     """
     hooks = connection.run_on_commit  # Django takes each from this list before it calls it
 
