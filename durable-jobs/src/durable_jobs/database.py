@@ -122,7 +122,7 @@ def may_succeed_later(error):
     """Return whether the same query may succeed later, on a new connection.
 
     OperationalError and InterfaceError are a lost connection, a lock, a deadlock, or a server that shuts down. But
-    a value that exceeds a limit of PostgreSQL always will.
+    what exceeds a limit of PostgreSQL would exceed it again.
     """
     state = getattr(error.__cause__, "sqlstate", None) or ""
     is_operational = isinstance(error, (OperationalError, InterfaceError))

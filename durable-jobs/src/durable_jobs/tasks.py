@@ -77,9 +77,8 @@ class JobTask(DjangoTask):
         cls.throws = (*cls.throws, JobError)  # Celery's log and Sentry expect it
         if callable(cls.limit):
             cls.limit = staticmethod(cls.limit)  # otherwise Python would pass self to it
-            if "_limit_header" not in vars(
-                cls
-            ):  # the second time, cls.run may be the function below
+            # The second time, cls.run may be the function below.
+            if "_limit_header" not in vars(cls):
                 has_self = not isinstance(getattr_static(cls, "run"), staticmethod)
                 inner = unwrap(cls.run)  # what a decorator has wrapped
                 cls._limit_header = staticmethod(head_from_fun(inner, bound=has_self))

@@ -131,7 +131,7 @@ def retention_end():
 def open_again(pk):
     """Open this batch, because one of its jobs runs again in this transaction. Returns 0 if it is old.
 
-    Call it before the job is changed: batches.end(), too, locks the batch before it reads the jobs. A batch that
+    Call it before the job is changed: batches.end() also locks the batch first, and then reads its jobs. A batch that
     ended more than RETENTION_DAYS ago does not open again, because the purge may be deleting its jobs.
     """
     rows = Batch.objects.filter(pk=pk).exclude(ended_at__lt=retention_end())

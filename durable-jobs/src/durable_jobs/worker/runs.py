@@ -137,9 +137,8 @@ class Run:
         """Return whether to renew its lease, also that of a cancelled job with a slot, or to write a new report."""
         if self.lost and not self.limit_key:
             return False
-        return time.monotonic() > self.renew_at or (
-            self.report != self.stored_report and not self.lost
-        )
+        is_due, is_new = time.monotonic() > self.renew_at, self.report != self.stored_report
+        return is_due or (is_new and not self.lost)
 
     def plan_renewal(self):
         """Renew the lease when a third of it has passed."""
