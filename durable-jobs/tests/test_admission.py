@@ -258,10 +258,12 @@ def test_a_message_that_cannot_be_sent_keeps_the_place(commit, broker_down):
     assert held() == 1
 
 
-def test_a_worker_that_shuts_down_hands_limited_jobs_back_at_its_end(sent, commit, monkeypatch):
-    """Until then their bodies run: the next job of the key must not start beside them."""
+def test_what_a_process_releases_at_its_end_keeps_its_place_and_starts_later(
+    sent, commit, monkeypatch
+):
+    """Until the process has ended the bodies run: neither these jobs nor the next ones may start."""
     with commit():
-        first, other = alone.enqueue(), free.enqueue()
+        [first, _], other = enqueue_many(alone, [[1], [2]]), free.enqueue()
     states = []
 
     def look(_):
@@ -275,8 +277,14 @@ def test_a_worker_that_shuts_down_hands_limited_jobs_back_at_its_end(sent, commi
         shutdown.requeue_and_exit()
         for run in list(process.runs.values()):
             run.has_written = True
+            run.limit_key = None  # the process has ended, so no run does
     assert ended.called
-    assert states == [["running", "running"], ["running", "queued"], ["queued", "queued"]]
+    assert states == [["running", "running"], ["queued", "queued"], ["queued", "queued"]]
+    assert sweeper.sender.send_due() <= 1
+    assert sent == [first.pk, other.pk] and held() == 1
+    Job.objects.filter(sweep_at__isnull=False).update(sweep_at=Now())
+    sweeper.sender.send_due()
+    assert sorted(sent) == sorted([first.pk, other.pk] * 2) and held() == 1
 
 
 def test_a_countdown_of_a_held_job_takes_no_place_and_wakes_the_sweep(sent, commit):

@@ -130,6 +130,12 @@ class Broker(Process):
     refuse = ""  # code with a `channel`: makes a queue "refused" that takes no message
 
 
+def answers_ping(port, *options):
+    """Return whether this Redis is ready. While it loads its data, it only connects."""
+    command = ["redis-cli", "-p", str(port), *options, "ping"]
+    return subprocess.run(command, capture_output=True, text=True).stdout == "PONG\n"
+
+
 class Redis(Broker):
     server = "redis"
     answers = {"broker": "redis"}
@@ -153,7 +159,7 @@ CELERY_BROKER_TRANSPORT_OPTIONS |= {{
         url = f"redis://127.0.0.1:{self.port}"
         self.variables = {"CELERY_BROKER_URL": f"{url}/0", "CELERY_RESULT_BACKEND": f"{url}/1"}
         command = f"redis-server --port {self.port} --dir {folder} --appendonly yes"
-        is_ready = partial(connects, self.port)
+        is_ready = partial(answers_ping, self.port)
         super().__init__(command.split(), folder.with_suffix(".log"), is_ready=is_ready)
 
 
@@ -172,6 +178,7 @@ class RedisSentinel(Redis):
             missing("openssl is not installed: sudo apt install openssl")
         away, self.port, *ports = free_ports(4)
         self.certificate = folder / "certificate.pem"  # self-signed, so it is also its CA
+        self.tls = "--tls", "--cacert", str(self.certificate), "--no-auth-warning"
         key = folder / "key.pem"
         options = "-x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=test"
         options += " -addext subjectAltName=IP:127.0.0.1"
@@ -195,7 +202,8 @@ appendonly yes
 requirepass of/redis
 masterauth of/redis
 """)
-            log, is_ready = folder.with_name(f"redis-{port}.log"), partial(connects, port)
+            log = folder.with_name(f"redis-{port}.log")
+            is_ready = partial(answers_ping, port, *self.tls, "-a", "of/redis")
             self.servers[port] = Process(["redis-server", config], log, is_ready=is_ready)
         with open(config, "a") as file:
             file.write(f"replicaof 127.0.0.1 {ports[0]}\nrepl-diskless-sync-delay 0\n")
@@ -222,8 +230,8 @@ sentinel failover-timeout main 10000
 
     def ask(self, *words):
         """Return what Sentinel answers to this command."""
-        place = f"--tls --cacert {self.certificate} -p {self.port} --no-auth-warning".split()
-        command = ["redis-cli", *place, "-a", "of/sentinel", "sentinel", *words]
+        place = *self.tls, "-p", str(self.port), "-a", "of/sentinel"
+        command = ["redis-cli", *place, "sentinel", *words]
         return subprocess.run(command, capture_output=True, text=True).stdout
 
     def set_failover_delay(self, seconds):

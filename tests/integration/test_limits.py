@@ -14,13 +14,13 @@ import pytest
 from harness.faults import (
     ONE,
     errors,
-    on_each_pool,
     on_one,
     on_prefork,
     on_prefork_and_threads,
     ran_once,
     stacks,
     succeeded,
+    where_jobs_share_a_process,
 )
 from harness.project import children_of, wait_for
 from harness.stack import LEASE
@@ -91,8 +91,8 @@ def test_the_place_of_a_killed_child_is_free_at_once(stack, gate, since):
     assert succeeded(check(stack, [first]), crashes=1)
 
 
-@on_each_pool
-def test_the_place_of_a_stopped_worker_is_free_when_it_has_ended(stack, gate, since):
+@on_prefork
+def test_the_place_of_a_stopped_worker_is_free_when_its_child_has_ended(stack, gate, since):
     first, waiting = occupy(stack, gate)
     # The oldest job goes first, so the one that is handed back would be the next one again.
     rows = "Job.objects.filter(pk__in=jobs)"
@@ -106,6 +106,24 @@ def test_the_place_of_a_stopped_worker_is_free_when_it_has_ended(stack, gate, si
     gate.touch()
     stack.worker.start()
     rows = check(stack, [first])
+    assert succeeded(rows, crashes=0)
+    assert not errors(rows[0])
+
+
+@where_jobs_share_a_process
+def test_a_job_of_a_stopped_worker_keeps_its_place(stack, gate, since):
+    """The body runs until the process has ended. Nothing of its key may start before."""
+    first, waiting = occupy(stack, gate)
+    os.kill(stack.worker.pid, signal.SIGTERM)
+    stack.worker.wait()
+    time.sleep(3)  # some rounds of the sweeper
+    assert not any(stack.starts(job) for job in waiting)
+    start = time.monotonic()
+    gate.touch()
+    stack.worker.start()
+    rows = check(stack, [first, *waiting])
+    since(start)
+    assert stack.starts(first) == 2
     assert succeeded(rows, crashes=0)
     assert not errors(rows[0])
 

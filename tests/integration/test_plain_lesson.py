@@ -230,7 +230,8 @@ def test_beat_starts_periodic_tasks(lesson):
 def test_the_commands_of_the_lesson(lesson):
     assert "OK" in lesson.celery("status")
     assert "pong" in lesson.celery("inspect", "ping")
-    assert "empty" in lesson.celery("inspect", "active")
+    # Beat starts a task each second.
+    wait_for(lambda: "empty" in lesson.celery("inspect", "active"))
     assert "rename_widget" in lesson.celery("inspect", "registered")
     task = lesson.celery("call", "demoapp.tasks.add", "--args", "[3, 4]").strip()
     wait_for(

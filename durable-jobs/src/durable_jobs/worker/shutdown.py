@@ -128,22 +128,24 @@ def requeue_and_exit(exitcode=0):
     pool.sleep(current_app.conf.worker_soft_shutdown_timeout)
     try:
         with process.lock:
-            runs = process.runs.values()
-            release([run for run in runs if not run.limit_key])
-            pool.sleep(POLL_SECONDS)
             signals.worker_shutdown.send(None)  # Celery does not come so far
             heartbeat.forget()
-            # Jobs with a limit at the very last: their functions must end when others get their slots. And
-            # again those without one: a renewal may have locked their rows for a moment.
-            release(runs)
+            release(process.runs.values())
+            pool.sleep(POLL_SECONDS)
+            release(process.runs.values())  # again: a renewal may have locked their rows for a moment
     finally:
         os._exit(exitcode)
 
 
 @transaction.atomic
 def release(some_runs):
-    """Queue these jobs for other workers. The leases of locked rows will lapse."""
-    transitions.requeue(transitions.skip_locked(jobs_of(some_runs).filter(UNFINISHED)))
+    """Queue these jobs for other workers. The leases of locked rows will lapse.
+
+    Their functions run until the process ends, so the jobs keep their slots, and start a second later.
+    """
+    rows = transitions.skip_locked(jobs_of(some_runs).filter(UNFINISHED))
+    rows.update(state="queued", run_token=None)  # requeue() takes the slot of a running job
+    transitions.requeue(rows, 2 * POLL_SECONDS)
 
 
 # A function that stores a cursor
