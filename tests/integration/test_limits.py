@@ -62,6 +62,13 @@ def occupy(stack, gate, task="limited"):
     return first, waiting
 
 
+def make_oldest(stack, jobs):
+    """The oldest job goes first, so one that is handed back would be the next one again."""
+    rows = "Job.objects.filter(pk__in=jobs)"
+    ask = f"result = {rows}.update(created_at=datetime(2000, 1, 1, tzinfo=UTC))"
+    assert stack.ask(f"from datetime import UTC, datetime; {ask}", jobs=jobs) == len(jobs)
+
+
 # A worker is killed, stopped or frozen while it has the only place of a key
 
 
@@ -94,10 +101,7 @@ def test_the_place_of_a_killed_child_is_free_at_once(stack, gate, since):
 @on_prefork
 def test_the_place_of_a_stopped_worker_is_free_when_its_child_has_ended(stack, gate, since):
     first, waiting = occupy(stack, gate)
-    # The oldest job goes first, so the one that is handed back would be the next one again.
-    rows = "Job.objects.filter(pk__in=jobs)"
-    ask = f"result = {rows}.update(created_at=datetime(2000, 1, 1, tzinfo=UTC))"
-    assert stack.ask(f"from datetime import UTC, datetime; {ask}", jobs=waiting) == len(waiting)
+    make_oldest(stack, waiting)
     start = time.monotonic()
     os.kill(stack.worker.pid, signal.SIGTERM)
     check(stack, waiting)
@@ -114,6 +118,7 @@ def test_the_place_of_a_stopped_worker_is_free_when_its_child_has_ended(stack, g
 def test_a_job_of_a_stopped_worker_keeps_its_place(stack, gate, since):
     """The body runs until the process has ended. Nothing of its key may start before."""
     first, waiting = occupy(stack, gate)
+    make_oldest(stack, waiting)
     os.kill(stack.worker.pid, signal.SIGTERM)
     stack.worker.wait()
     time.sleep(3)  # some rounds of the sweeper
