@@ -132,7 +132,9 @@ def requeue_and_exit(exitcode=0):
             heartbeat.forget()
             release(process.runs.values())
             pool.sleep(POLL_SECONDS)
-            release(process.runs.values())  # again: a renewal may have locked their rows for a moment
+            release(
+                process.runs.values()
+            )  # again: a renewal may have locked their rows for a moment
     finally:
         os._exit(exitcode)
 
