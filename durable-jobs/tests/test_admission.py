@@ -287,6 +287,23 @@ def test_what_a_process_releases_at_its_end_keeps_its_place_and_starts_later(
     assert sorted(sent) == sorted([first.pk, other.pk] * 2) and held() == 1
 
 
+def test_what_a_process_releases_at_its_end_waits_for_its_rate_again(sent, commit, monkeypatch):
+    with commit():
+        job = ask.enqueue(1)
+    monkeypatch.setattr(pool, "sleep", Mock())
+    monkeypatch.setattr("os._exit", Mock())
+    run = start(job)
+    with run:
+        shutdown.requeue_and_exit()
+        run.has_written, run.limit_key = True, None
+    Job.objects.update(due_at=Now())
+    sweeper.sender.send_due()
+    assert sent == [job.pk] and held("api") == 1
+    later(3600)
+    sweeper.sender.send_due()
+    assert sent == [job.pk, job.pk] and held("api") == 0
+
+
 def test_a_countdown_of_a_held_job_takes_no_place_and_wakes_the_sweep(sent, commit):
     with commit():
         later, now = alone.using(countdown=3).enqueue(), alone.enqueue()

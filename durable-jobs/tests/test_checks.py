@@ -51,6 +51,7 @@ WRONG_DATABASES = {
     "vendor='mysql'": lambda settings: None,
     "use_tz=False": lambda settings: setattr(settings, "USE_TZ", False),
     "isolation=4": lambda settings: None,  # SERIALIZABLE
+    "driver='psycopg2'": lambda settings: None,
 }
 
 
@@ -62,8 +63,12 @@ def test_the_checks_refuse_a_database_in_which_jobs_would_be_lost(monkeypatch, s
     if "isolation" in wrong:
         monkeypatch.setattr(connection, "vendor", "postgresql")
         monkeypatch.setitem(connection.settings_dict["OPTIONS"], "isolation_level", 4)
+    if "driver" in wrong:
+        monkeypatch.setattr(connection.Database, "__name__", "psycopg2")
     [error] = [found for found in run_checks() if found.id == "durable_jobs.E005"]
-    assert "PostgreSQL or SQLite as the database 'default', and USE_TZ = True" in error.msg
+    assert (
+        "PostgreSQL (psycopg 3) or SQLite as the database 'default', and USE_TZ = True" in error.msg
+    )
     assert wrong in error.hint
     with pytest.raises(SystemCheckError, match="durable_jobs.E005"):
         call_command("migrate", skip_checks=False)

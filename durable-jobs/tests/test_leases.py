@@ -4,6 +4,7 @@ import threading
 import time
 from contextlib import suppress
 from datetime import timedelta
+from unittest.mock import Mock
 
 import pytest
 from django.db import DatabaseError, IntegrityError, connection, transaction
@@ -31,7 +32,7 @@ from durable_jobs.database import SetLocal
 from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Job
 from durable_jobs.transitions import lease_end
-from durable_jobs.worker import lease
+from durable_jobs.worker import lease, runs
 
 pytestmark = pytest.mark.django_db
 IDLE = "idle_in_transaction_session_timeout"
@@ -46,11 +47,48 @@ def test_a_running_job_with_a_lease_is_not_recovered():
     assert job.state == "running"
 
 
-def test_a_lease_ends_no_later_than_the_deadline():
+@pytest.mark.parametrize("renewal", [lease.write_and_renew, None, "cursor"])
+def test_a_lease_that_is_renewed_after_the_deadline_ends_at_the_deadline(renewal):
+    """So a job with a short time limit whose worker is killed is not mistaken for one over its limit."""
     job = enqueue(add, [1, 2])
-    claim_and_lapse(job, limit=10)
-    Job.objects.update(sweep_at=lease_end())
-    assert seconds_until_due(job) == pytest.approx(10, abs=5)
+    run = start(job)
+    for limit, seconds in (20, 30), (-20, -20):
+        Job.objects.update(deadline=Now() + timedelta(seconds=limit))
+        if renewal == "cursor":
+            run.write_cursor(limit)
+        elif renewal:
+            renewal([run])
+        else:
+            lease.renew(Job.objects.all())
+        assert seconds_until_due(job) == pytest.approx(seconds, abs=5)
+    recover_lapsed()
+    job.refresh_from_db()
+    assert (job.state, job.error) == ("failed", "Exceeded its time limit")
+
+
+def test_a_job_with_a_short_time_limit_whose_worker_died_runs_again(monkeypatch):
+    monkeypatch.setattr(add, "time_limit", 20)
+    job = enqueue(add, [1, 2])
+    start(job)
+    assert seconds_until_due(job) == pytest.approx(30, abs=5)
+    past = timedelta(seconds=40)
+    Job.objects.update(sweep_at=F("sweep_at") - past, deadline=F("deadline") - past)
+    recover_lapsed()
+    job.refresh_from_db()
+    assert (job.state, job.crashes) == ("queued", 1)
+
+
+def test_a_lease_is_renewed_soon_after_the_deadline(monkeypatch):
+    monkeypatch.setattr(add, "time_limit", 15)
+    clock = Mock(monotonic=Mock(return_value=0))
+    monkeypatch.setattr(runs, "time", clock)
+    run, renewed = run_of(enqueue(add, [1, 2])), []
+    for second in range(40):
+        clock.monotonic.return_value = second
+        if run.needs_write():
+            renewed.append(second)
+            run.plan_renewal()
+    assert renewed == [11, 17, 28, 39]
 
 
 def test_the_renewal_of_leases_finds_lost_runs():
@@ -159,7 +197,7 @@ def test_a_job_waits_longer_after_each_crash_and_fails_after_the_third(caplog):
 def test_a_job_past_its_deadline_fails():
     job = enqueue(add, [1, 2])
     claim_and_lapse(job, limit=-1)
-    Job.objects.update(sweep_at=F("deadline"))  # its lease was renewed until then
+    Job.objects.update(sweep_at=lease_end())  # its worker is alive
     recover_lapsed()
     job.refresh_from_db()
     assert (job.state, job.error, job.crashes) == ("failed", "Exceeded its time limit", 0)

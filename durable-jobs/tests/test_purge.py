@@ -106,7 +106,7 @@ def test_a_job_of_a_batch_that_is_being_deleted_does_not_run_again(run_jobs, way
     age(Batch.objects.all(), "ended_at")
     job = batch.jobs.get(state="failed")
     if way == "job":
-        with pytest.raises(ValueError, match="its old batch"):
+        with pytest.raises(ValueError, match="its batch is too old"):
             run_again(job)
     elif way == "queryset":
         assert run_all_again(Job.objects.filter(pk=job.pk)) == []

@@ -22,7 +22,7 @@ from helpers import (
     sweeper,
 )
 
-from durable_jobs import admission, messages, publish
+from durable_jobs import admission, messages, publish, transitions
 from durable_jobs.beat import republish
 from durable_jobs.beat import sweeper as sweeper_module
 from durable_jobs.enqueue import enqueue, enqueue_many
@@ -246,6 +246,28 @@ def test_a_job_that_the_broker_refuses_delays_no_other(monkeypatch):
     ids = {str(job.pk) for job in others}
     assert sorted(pk for pk in sent if pk in ids) == sorted(ids)
     assert all(seconds_until_due(job) > 0 for job in refused)
+
+
+@pytest.mark.parametrize("tries", [1, 2])
+def test_a_job_that_is_retried_while_others_are_refused_keeps_its_countdown(monkeypatch, tries):
+    """A worker can have its message although the broker's answer is an error."""
+    first, second = jobs = [enqueue(add, [1, 2], countdown=1) for _ in range(2)]
+    lapse(*jobs)
+    sent = []
+
+    def send_one(job, producer, **options):
+        sent.append(job.pk)
+        if job.pk == first.pk and len(sent) == tries:
+            claim(first.pk)
+            transitions.requeue(Job.objects.filter(pk=first.pk), 3600, retries=1)
+        if job.pk == second.pk or tries == 2:
+            raise ValueError("too large")
+
+    monkeypatch.setattr(messages, "send_one", send_one)
+    monkeypatch.setattr(republish, "messages_in", lambda queue, broker: 0)
+    sweeper.sender.send_due()
+    assert sent.count(first.pk) == tries
+    assert seconds_until_due(first) == pytest.approx(3600, abs=10)
 
 
 @pytest.mark.parametrize(

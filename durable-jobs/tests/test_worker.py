@@ -34,7 +34,7 @@ def test_the_job_of_a_killed_child_is_due_again_soon(monkeypatch, published):
     """But not if another run has claimed it since."""
     monkeypatch.setattr("threading.Timer", in_this_thread)
     job = enqueue(add, [1, 2])
-    request = SimpleNamespace(request_dict=message_of(job).headers)
+    request = Mock(id=str(job.pk), request_dict=message_of(job).headers)
     children.assign_run_token(request)
     headers = request.request_dict
     sender = SimpleNamespace(request=SimpleNamespace(headers=headers))
@@ -47,6 +47,21 @@ def test_the_job_of_a_killed_child_is_due_again_soon(monkeypatch, published):
         job.refresh_from_db()
         assert (job.state, job.crashes) == (state, crashes)
     assert seconds_until_due(job) == pytest.approx(5, rel=0.3)
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_job_whose_child_celery_killed_at_its_time_limit_fails(monkeypatch, published):
+    """At once, also before the deadline, which starts later. Then Celery's task has no request."""
+    monkeypatch.setattr("threading.Timer", in_this_thread)
+    job = enqueue(add, [1, 2])
+    request = Mock(id=str(job.pk), request_dict=message_of(job).headers)
+    children.assign_run_token(request)
+    claim(job.pk, fields_in(request.request_dict)["run_token"])
+    error = exceptions.TimeLimitExceeded(60)
+    for id in "a plain task's", str(job.pk):
+        children.recover_job_of_dead_child(add, id, error)
+    job.refresh_from_db()
+    assert (job.state, job.error, job.crashes) == ("failed", "Exceeded its time limit", 0)
 
 
 def test_a_worker_looks_for_dead_children_twice_a_second(monkeypatch):

@@ -114,7 +114,8 @@ class Chaos:
         self.faults[name] += 1
         try:
             getattr(self, fault)()
-        except (OSError, AssertionError, psycopg.Error) as error:  # the target is unavailable
+        # The target is unavailable.
+        except (OSError, AssertionError, ValueError, psycopg.Error) as error:
             print(f"  {name}: {str(error)[-200:]}", file=sys.stderr)
 
     def fault_worker_killed(self):

@@ -19,7 +19,7 @@ def test_a_worker_of_old_code_loses_no_new_task(stack, since):
     old = stack.make_worker("old", "--queues io", OLD_CODE=1)
     old.start()
     jobs = [stack.enqueue("new", queue="io") for _ in range(5)]
-    wait_for(lambda: old.printed.count("unregistered task") == 5)
+    wait_for(lambda: old.printed.count("unregistered task") >= 5)
     old.stop()
     start = time.monotonic()
     stack.other.start()

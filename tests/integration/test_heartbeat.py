@@ -111,6 +111,8 @@ def test_the_row_goes_however_a_worker_ends(stack, mine, gate):
     for number in signal.SIGTERM, signal.SIGQUIT:  # prefork ends at SIGINT only after the body
         worker = mine()
         stack.wait_until_started(job, times=1 + (number == signal.SIGQUIT))
+        # After the end of a later job, the worker's main process knows that this one has started.
+        stack.wait_until_final(stack.enqueue("quick", queue="cpu"))
         worker.stop(number)
         assert not find(stack), number
     stack.ask("cancel(Job.objects.all())")

@@ -95,7 +95,7 @@ def test_a_body_that_holds_the_gil_keeps_its_job(stack, since):
 def test_a_body_that_holds_the_gil_of_all_ends_like_one_that_kills_its_worker(stack, since):
     """Its worker cannot renew the lease meanwhile, and what the body returns is dropped."""
     start = time.monotonic()
-    job = stack.enqueue("hold_the_interpreter", LEASE + 4, queue="cpu")
+    job = stack.enqueue("hold_the_interpreter", LEASE + 10, queue="cpu")
     [row] = stack.wait_until_final(job)
     since(start)
     assert (row["state"], row["error"]) == ("failed", "Its worker died 3 times")
@@ -177,7 +177,8 @@ def test_a_job_that_holds_its_own_row_can_be_terminated(stack, gate, revoke):
 
 
 def control(stack, *words):
-    stack.project.call(".venv/bin/celery", "-A", "config", "control", *words, **stack.variables)
+    command = ".venv/bin/celery", "-A", "config", "control", "--timeout", "5", *words
+    stack.project.call(*command, **stack.variables)
 
 
 @on_one

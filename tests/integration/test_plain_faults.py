@@ -9,6 +9,7 @@ import os
 import signal
 import time
 from functools import partial
+from statistics import median
 
 import psutil
 import pytest
@@ -228,7 +229,7 @@ def test_a_task_that_kills_its_worker_becomes_a_dead_letter_of_rabbitmq(stack, r
 @on_sqs
 def test_a_task_that_kills_its_worker_becomes_a_dead_letter_of_sqs(stack, record_fault):
     """With the queues of the project, but for the limit, which is 3 here."""
-    limit = stack.ask(LIMIT_DELIVERIES, count=3, seconds=1)
+    limit = stack.ask(LIMIT_DELIVERIES, count=3, seconds=5)
     try:
         task = stack.send("kill_worker")
         with stack.supervised():
@@ -246,7 +247,8 @@ def test_a_task_that_the_code_does_not_know_is_lost(stack, record_fault):
     stack.ask("app.send_task('trials.tasks.new')")
     wait_for(lambda: "Received unregistered task" in stack.worker.printed)
     stack.wait_until_started(stack.send("quick"))
-    assert stack.ask(UNACKNOWLEDGED) == 0
+    wait_for(lambda: stack.ask(UNACKNOWLEDGED) == 0)
+    assert stack.worker.printed.count("Received unregistered task") == 1
     fault = "A worker gets a task that its code doesn't know"
     record_fault(fault, "**the task is lost**: deploy workers before the web server")
 
@@ -401,9 +403,8 @@ def test_a_broker_that_does_not_answer_delays_no_request(stack, record_fault, ho
             stack.broker.resume()
     print("seconds of orders and reports:", [round(each, 2) for each in seconds])
     assert answers == [201, 503] * 3
-    # A promise: three timeouts of a second, and the request's own time. A machine may delay one.
-    *most, slowest = sorted(seconds)
-    assert max(most) < 3.5 and slowest < 8
+    # A promise: three timeouts of a second, and the request's own time. A machine may delay some.
+    assert median(seconds) < 3.5 and max(seconds) < 8
     with stack.supervised():
         if how == "is down":
             stack.broker.start()

@@ -43,13 +43,14 @@ def error(stack, task):
 
 @on_redis
 def test_time_limits_end_tasks(stack, gate):
-    stack.replace_worker(TASK_TIME_LIMIT=4)
+    limit = {"TASK_TIME_LIMIT": 20}
+    stack.replace_worker(**limit, REDELIVERY=600)
     code = f"""
 from trials.tasks import stubborn, wait
 print(wait.apply_async([{str(gate)!r}], ignore_result=False), stubborn.delay())
 """
     # A message has the limits of its sender.
-    environment = {**stack.variables, "TASK_TIME_LIMIT": 4}
+    environment = {**stack.variables, **limit}
     task, stubborn = stack.project.manage("shell", "-v0", "-c", code, **environment).split()[-2:]
     assert error(stack, task) == "SoftTimeLimitExceeded"
     assert error(stack, stubborn) == "TimeLimitExceeded"
@@ -301,16 +302,17 @@ def test_queues_are_quorum_queues(stack):
 @on_rabbitmq
 def test_a_countdown_waits_in_rabbitmq_not_in_a_worker(stack):
     for queue in "celery", "reports":
-        stack.send("quick", countdown=10, queue=queue)
+        stack.send("quick", countdown=100, queue=queue)
     columns = "name", "messages_ready", "messages_unacknowledged"
 
     def waiting():
         rows = stack.broker.control("list_queues", "--silent", *columns).splitlines()
         rows = [line.split("\t") for line in rows]
-        assert sum(int(unacknowledged) for *_, unacknowledged in rows) == 0
-        return sum(int(ready) for name, ready, _ in rows if name.startswith("celery_delayed"))
+        unacknowledged = sum(int(count) for *_, count in rows)
+        ready = sum(int(count) for name, count, _ in rows if name.startswith("celery_delayed"))
+        return ready, unacknowledged
 
-    wait_for(lambda: waiting() == 2)
+    wait_for(lambda: waiting() == (2, 0))
 
 
 @on_rabbitmq
@@ -323,7 +325,7 @@ def test_a_message_that_rabbitmq_refuses_is_an_error(stack):
 from kombu.exceptions import OperationalError
 result = "all were sent"
 try:
-    for _ in range(50):
+    for _ in range(2000):  # the policy has an effect soon
         quick.apply_async(queue="io")
 except OperationalError:
     result = "refused"
@@ -366,11 +368,12 @@ def test_no_tool_shows_a_password(stack):
     stack.make_flower("other-flower", **variables).start()
     environment = {**stack.variables, **variables}
     celery = ".venv/bin/celery", "-A", "config"
-    for command in ["report"], ["inspect", "conf"], ["inspect", "report"], ["inspect", "stats"]:
+    name = next(word for word in worker.printed.split() if word.startswith("other@"))
+    inspect = "inspect", "--timeout", "30", "-d", name
+    for command in ["report"], *([*inspect, word] for word in ["conf", "report", "stats"]):
         printed = stack.project.call(*celery, *command, **environment)
         assert printed
         assert PASSWORD not in printed and "of-this-test" not in printed, command
-    name = next(word for word in worker.printed.split() if word.startswith("other@"))
 
     def shown():
         page = stack.ask_flower(f"/worker/{name}")[2]

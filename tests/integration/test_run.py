@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from urllib.parse import urlsplit
 
 import pytest
@@ -57,7 +57,7 @@ def test_the_pages_start_show_cancel_and_repeat_a_job(project, tmp_path):
 
         def moves():
             seen.append(tab.run(f"document.querySelector('{bar}').value"))
-            return len(set(seen)) > 4
+            return len(set(seen)) > 2
 
         wait_for(moves, site=site)
         assert seen == sorted(seen) and seen[-1] < 100
@@ -197,8 +197,12 @@ def test_the_log_names_each_event_and_has_one_traceback(with_tasks):
         *_, job = site.follow(site.enqueue("count", "no number"))
         assert job["state"] == "failed"
         list(site.follow(site.enqueue("count", 1)))
-        wait_for(lambda: "task_succeeded" in site.log, site=site)
-        log = re.sub(r"\x1b\[\d*m", "", site.log)
+
+        def log():
+            return re.sub(r"\x1b\[\d*m", "", site.log)
+
+        wait_for(lambda: re.search("task_succeeded.* task=samples.tasks.count", log()), site=site)
+        log = log()
     assert log.count("Traceback") == 1
     for event in "task_started", "task_failed", "task_succeeded":
         assert re.search(rf"{event}.* task=samples.tasks.count", log), log
@@ -233,14 +237,15 @@ def test_production_names_all_missing_variables(project):
 def test_a_killed_child_loses_no_job(with_tasks, since):
     """With the default timings."""
     with with_tasks.up() as site:
-        url = site.enqueue("count", 30)
+        url = site.enqueue("count", 100)
         following = site.follow(url)
         while next(following)["progress"] < 20:
             pass
         found = site.find("celery -A config worker")
         children = {child for pid in found for child in children_of(pid)}
         for child in children:
-            os.kill(child, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # its parent has ended it
+                os.kill(child, signal.SIGKILL)
         start = time.monotonic()
         while next(following)["progress"] >= 20:  # until it runs again
             pass
@@ -283,7 +288,8 @@ def test_killed_processes_start_again(with_tasks):
             pass
         for command in "worker", "beat", "flower", "runserver", "serve_fakeredis|redis-server":
             for pid in site.find(f"(?<!dev.py )({command})"):  # not dev.py, which supervises it
-                os.kill(pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):  # its parent was killed before
+                    os.kill(pid, signal.SIGKILL)
         for name in "worker", "beat", "flower", "web":
             text = f"Killed by SIGKILL. Starting again: {name}"
             wait_for(lambda text=text: text in site.log, site=site)

@@ -56,9 +56,7 @@ def run_again(job: Job) -> Job:
                 changes["headers"] = new_headers(job)
                 row = Job.objects.filter(pk=job.pk)
                 if not (is_open and transitions.run_again(row, **changes)):
-                    raise ValueError(
-                        "it was run again meanwhile, or its old batch is being deleted"
-                    )
+                    raise ValueError("it was run again meanwhile, or its batch is too old")
                 job.refresh_from_db()
                 send_after_commit([job])
                 return job

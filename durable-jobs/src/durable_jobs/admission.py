@@ -73,7 +73,9 @@ def put_back(jobs):
 
 
 def admit(keys, most=AT_ONCE, skip_locked=False):
-    """Admit at least `most` blocked jobs of these keys, if there are as many, and send their messages. Returns how many.
+    """Admit blocked jobs of these keys, up to AT_ONCE at a time, until `most` are, and send their messages.
+
+    Returns how many.
 
     Raises no error: the sweeper tries again. With `skip_locked`, leave out the keys that another process has locked.
     """
@@ -195,8 +197,8 @@ def seconds_until_rate(keys):
     """Return in how many seconds the rate of one of these keys may admit a job."""
     limits = {key: limit for key in keys if (limit := limit_of(key)).rate}
     rows = with_slot().filter(QUEUED, limit_key__in=limits).order_by().values_list("limit_key")
-    # Look at a key again when its admitted jobs have had time to start: an interval for each. If all have started, its
-    # slots are full, and each run that ends admits a job: then the longest time that this can be is soon enough.
+    # A key whose rate lets a job start now waits for its admitted jobs: look again after one interval for each. If all
+    # have started, its slots are full, and each run that ends admits a job: the longest such wait is soon enough.
     to_start = {key: min(limit.ahead, limit.running) for key, limit in limits.items()}
     to_start |= rows.annotate(Count("pk"))
     waits = {key: limits[key].interval * count for key, count in to_start.items()}

@@ -122,7 +122,7 @@ def store_members(batch, task, calls, countdown=None, eta=None, **options):
         now = database_time()
         common = {"batch": batch, "owner_id": batch.owner_id}
         # Results are sorted by created_at: one microsecond apart. Times of the last call may be later than now, which
-        # has milliseconds on SQLite, so continue after them.
+        # stands still in a transaction, or has milliseconds (SQLite), so continue after them.
         first = max(getattr(batch, "_next_member_at", now), now)
         batch._next_member_at = first + timedelta(microseconds=len(rows))
         rows = [{**row, **times(now, countdown, eta, row["limit_key"])} for row in rows]
@@ -313,7 +313,7 @@ def end_all():
 
 
 # What the purge may delete. `old_batches` are the ids of the old batches, whose rows are locked. A callback, or its
-# copy, reads the results of the batch that it follows. So they are kept as long as it may run.
+# copy, reads the results of the batch that it follows, so these are kept as long as the callback may run.
 
 
 def unneeded_jobs(old_batches):

@@ -26,10 +26,12 @@ def check_database(app_configs, **kwargs):
     options = connection.settings_dict["OPTIONS"]
     # With a stricter level, whoever waits for a lock then reads what was true before.
     isolation = options.get("isolation_level")
-    is_known = vendor in ("postgresql", "sqlite") and isolation in (None, READ_COMMITTED)
-    if alias != "default" or not is_known or not use_tz:
-        error = "Jobs require PostgreSQL or SQLite as the database 'default', and USE_TZ = True."
-        hint = f"Currently {alias=}, {vendor=}, {use_tz=}, {isolation=}: correct your database router or settings."
+    driver = connection.Database.__name__  # psycopg2 prepares no statements
+    is_known = vendor in ("postgresql", "sqlite") and driver != "psycopg2"
+    is_right = is_known and isolation in (None, READ_COMMITTED) and use_tz
+    if alias != "default" or not is_right:
+        error = "Jobs require PostgreSQL (psycopg 3) or SQLite as the database 'default', and USE_TZ = True."
+        hint = f"Currently {alias=}, {vendor=}, {driver=}, {use_tz=}, {isolation=}: correct your database router or settings."
         yield Error(error, hint=hint, id="durable_jobs.E005")
     if vendor == "postgresql" and options.get("pool") and worker_pool() == "prefork":
         yield Error(

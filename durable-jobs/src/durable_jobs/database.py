@@ -135,7 +135,7 @@ def in_transaction():
 
 
 def timeouts():
-    """Return settings for a transaction of our own that begins next: none in a caller's, where they would stay."""
+    """Return filters that set timeouts in a transaction of our own. In a caller's, where they would stay: none."""
     return [] if in_transaction() else [LOCK_TIMEOUT, IDLE_TIMEOUT]
 
 
@@ -166,8 +166,8 @@ def roll_back_open_transaction():
     Otherwise the outcome would be written inside it, and lost with it. Returns whether one was rolled back.
     """
     close_if_busy()
-    # A function may have called set_autocommit(False): switch it back. While its transaction is open, psycopg refuses
-    # that, and close() ends it; SQLite commits it.
+    # A function may have called set_autocommit(False): switch it back. If its transaction is open, SQLite commits it.
+    # psycopg refuses: then close() ends it.
     with suppress(Error):
         if connection.connection and not (connection.in_atomic_block or connection.autocommit):
             connection.set_autocommit(True)

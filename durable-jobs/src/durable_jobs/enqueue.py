@@ -24,7 +24,8 @@ __all__ = ["Options", "aenqueue", "enqueue", "enqueue_many"]
 CHUNK = 500  # jobs per statement
 # A call sends at most this many messages itself. Workers are busy with them until the sweeper sends the rest.
 SENT_IMMEDIATELY = 2000
-FROM_NOW = timedelta()  # instead of a time: transitions.insert() adds the database's clock
+# Stands for the time of the database: FROM_NOW + delay is a timedelta, to which transitions.insert() adds its clock.
+FROM_NOW = timedelta()
 
 
 class CallOptions(TypedDict, total=False):

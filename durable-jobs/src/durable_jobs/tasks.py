@@ -60,7 +60,7 @@ class JobTask(DjangoTask):
     ignore_result = True  # the row has the result
     owner_may_run_again = False  # a job that failed or was cancelled, through the API
     limit: str | Callable | None = None  # the key of its limit, or a function: see limits.py
-    _limit_header = None  # the arguments for that function: see on_bound()
+    _limit_header = None  # a function with the task function's parameters: see on_bound()
 
     @property
     def _current_run(self):

@@ -5,8 +5,8 @@ from functools import cache, wraps
 from inspect import signature
 
 from django.db import connection, models, transaction
-from django.db.models import Case, F, Q, When
-from django.db.models.functions import Coalesce, Least, Now
+from django.db.models import Case, Q, When
+from django.db.models.functions import Coalesce, Now
 from django.db.models.lookups import IsNull
 from django.db.models.sql import InsertQuery, UpdateQuery
 
@@ -32,7 +32,7 @@ def is_paused(names=None):
 
 
 def requeue(jobs, delay=0, failure=None, **changes):
-    """Queue these jobs (again). The sweeper sends their messages in `delay` seconds, or at this time.
+    """Queue these jobs (again). The sweeper sends their messages in `delay` seconds, or at the time `delay`.
 
     A running job with a limit gives its slot up: it is blocked again, see admission.py. Returns how many rows were
     changed. `failure` has the fields of a Failure to store, see update().
@@ -188,7 +188,7 @@ def prepared(**types):
 
 def execute(sql, params, values):
     """Run this SQL with `values` for its Arguments. Returns its rows, or how many it changed."""
-    # Not for a SELECT: a kept plan is the same for each key and batch, however many rows it has.
+    # Not for a SELECT: PostgreSQL would keep one plan for all keys and batches, with few rows or with many.
     with connection.cursor() if sql.startswith("SELECT") else cursor_that_prepares() as cursor:
         cursor.execute(sql, [argument_of(param, values) for param in params])
         return cursor.fetchall() if cursor.description else cursor.rowcount
@@ -272,5 +272,10 @@ def succeed(id, run_token, result, message):
 
 
 def lease_end():
-    """Return the end of a lease that is renewed now, but no later than the deadline of its run."""
-    return Least(Clock() + timedelta(seconds=conf.LEASE_SECONDS), F("deadline"))
+    """Return the end of a lease that is renewed now.
+
+    After the deadline, a lease ends at the deadline. This shows recover() that the process is alive, but exceeds the
+    time limit.
+    """
+    end = Clock() + timedelta(seconds=conf.LEASE_SECONDS)
+    return Case(When(deadline__lte=Clock(), then="deadline"), default=end)

@@ -255,7 +255,9 @@ class EnqueueMixin:
         if key := self._idempotency_key:
             fields |= {"idempotency_key": key, "fingerprint": self._fingerprint}
         job = insert({**fields, "pk": self.job_id, "batch": batch})
-        if batch:  # its results are sorted by time, and SQLite's clock has milliseconds
+        if (
+            batch
+        ):  # its results are sorted by time, and add() begins with the time of the transaction
             batch._next_member_at = job.created_at + timedelta(microseconds=1)
         return job
 

@@ -60,8 +60,8 @@ class Purge:
     @transaction.atomic
     def delete(self, rows):
         """Delete these rows, except those that are locked or needed."""
-        of_batches = rows.filter(**{f"{self.batch}__isnull": False})
-        pks = list(of_batches.values_list(self.batch, flat=True).distinct())
+        in_batches = rows.filter(**{f"{self.batch}__isnull": False})
+        pks = list(in_batches.values_list(self.batch, flat=True).distinct())
         old = Batch.objects.filter(pk__in=pks, ended_at__lt=transitions.retention_end())
         # Their jobs cannot run again meanwhile. no_key: whoever adds a job checks its foreign key, and must not wait.
         locked = old.order_by("pk").select_for_update(no_key=True).values_list("pk", flat=True)

@@ -100,7 +100,8 @@ class Sender:
         return len(ids) == admission.AT_ONCE
 
     def load_and_send(self, ids):
-        jobs = Job.objects.filter(QUEUED).only(*MESSAGE_FIELDS).in_bulk(ids)
+        # times_sent is 0 if a worker has had the message, and has queued the job again, perhaps for later.
+        jobs = Job.objects.filter(QUEUED, times_sent__gt=0).only(*MESSAGE_FIELDS).in_bulk(ids)
         if jobs:
             send([jobs[pk] for pk in ids if pk in jobs])
         for pk in ids:
@@ -121,7 +122,8 @@ class Sender:
                 self.load_and_send([pk])
             except Exception as error:
                 is_empty = not messages_in(name, broker)  # raises if the broker is unavailable
-                transitions.requeue(Job.objects.filter(QUEUED, pk=pk), conf.RESEND_SECONDS)
+                row = Job.objects.filter(QUEUED, pk=pk, times_sent__gt=0)
+                transitions.requeue(row, conf.RESEND_SECONDS)
                 refused += 1
                 self.refusals[pk] += takes_others and is_empty
                 if self.refusals[pk] >= REFUSALS:

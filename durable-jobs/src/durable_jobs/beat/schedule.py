@@ -88,8 +88,8 @@ class OncePerDueTime:
             if may_succeed_later(error):
                 return self.postponed.put(call)
             raise SchedulingError(f"{entry.name}: {error}") from error
-        # Store last_run_at: with an older one, a Beat that was killed would ask for this id again when it is
-        # back, and not start the job that was due meanwhile.
+        # Store last_run_at. Otherwise a Beat that was killed would compute this due time again, its id would be
+        # refused, and the job that was due meanwhile would be skipped.
         self.scheduler.sync()
         return result
 

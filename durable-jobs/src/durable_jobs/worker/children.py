@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 import uuid
+from weakref import WeakValueDictionary
 
 from celery import exceptions
 from celery.worker import state
@@ -22,11 +23,14 @@ from durable_jobs.worker.runs import process
 
 logger = logging.getLogger(__name__)
 
+requests = WeakValueDictionary()  # {id: Celery's Request} of the messages that this process has
+
 
 def assign_run_token(request, **kwargs):
     """Choose a run's token in the main process, so that this process knows the run of a dead child."""
     if fields := fields_in(request.request_dict):
         request.request_dict[HEADER] = {**fields, "run_token": uuid.uuid4()}
+        requests[request.id] = request
 
 
 def watch_children(sender, **kwargs):
@@ -52,9 +56,14 @@ def renew_leases_of_children():
 
 
 def recover_job_of_dead_child(sender, task_id, exception, **kwargs):
-    """Recover the job of a killed child immediately, without waiting for its lease to lapse."""
+    """Recover the job of a killed child immediately, without waiting for its lease to lapse.
+
+    If Celery killed the child at its time limit, the job fails.
+    """
     if isinstance(exception, exceptions.WorkerLostError):
         recover_later(task_id, sender.request.headers)
+    elif isinstance(exception, exceptions.TimeLimitExceeded) and task_id in requests:
+        recover_later(task_id, requests[task_id].request_dict, True)  # `sender` has no request now
 
 
 def free_slot_of_dead_child(request, terminated, signum, **kwargs):
@@ -63,8 +72,8 @@ def free_slot_of_dead_child(request, terminated, signum, **kwargs):
         recover_later(request.id, request.headers)
 
 
-def recover_later(id, headers):
+def recover_later(id, headers, is_late=False):
     """Recover this job once the database has rolled back its child's transaction."""
     if fields := fields_in(headers):
         row = Job.objects.filter(pk=id, run_token=fields["run_token"])
-        in_thread(recover, row, delay=POLL_SECONDS)
+        in_thread(recover, row, is_late, delay=POLL_SECONDS)

@@ -37,11 +37,11 @@ def execute(task, args, kwargs):
         raise Ignore("stored as a job, which has a message of its own")
     run = Run(task, request, fields)
     lease.start_thread()
-    # A suspect would fail at its next crash. A process runs one at a time: see become_suspect().
+    # A suspect would fail at its next crash. A process runs at most one of them: see become_suspect().
     crashes = fields["crashes"]
     is_suspect = crashes and crashes + 1 >= conf.MAX_CRASHES
     if shutting_down[0] or (is_suspect and not run.become_suspect()):
-        # Another worker may have it. If times_sent is 0, it was queued again after this message was sent: leave it.
+        # Let another worker run it. If times_sent is 0, it was queued again after this message was sent: leave it.
         row = Job.objects.filter(QUEUED, database.LOCK_TIMEOUT, pk=request.id, times_sent__gt=0)
         database.wait_past_soft_limit(transitions.requeue, row, conf.SWEEP_SECONDS)
         raise Ignore("must wait: its worker is shutting down, or runs another suspect")

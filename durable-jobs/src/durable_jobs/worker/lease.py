@@ -7,11 +7,9 @@ renews the lease of its job.
 
 import logging
 import random
-from datetime import timedelta
 
 from django.db import close_old_connections, transaction
 from django.db.models import F, Q
-from django.db.models.functions import Now
 
 from durable_jobs import admission, conf, transitions
 from durable_jobs.models import Job
@@ -58,17 +56,17 @@ def write_and_renew(to_write):
     with transaction.atomic():
         rows = transitions.locking(jobs_of(to_write))
         ended_at = dict(rows.values_list("run_token", "finished_at"))  # a time if it is cancelled
-        locked = [run for run in to_write if run.token in ended_at]
-        reported = [run for run in locked if reports[run] and not ended_at[run.token]]
-        others = set(locked) - set(reported)  # without a report, or cancelled: renew only the lease
+        ours = [run for run in to_write if run.token in ended_at]
+        reported = [run for run in ours if reports[run] and not ended_at[run.token]]
+        others = set(ours) - set(reported)  # without a report, or cancelled: renew only the lease
         jobs_of(others).update(sweep_at=lease_end())
         jobs = [Job(pk=run.job_id, sweep_at=lease_end(), **reports[run]) for run in reported]
         Job.objects.bulk_update(jobs, ["progress", "message", "sweep_at"])
-    for run in locked:
+    for run in ours:
         run.stored_report, run.lost = reports[run], bool(ended_at[run.token])
         run.plan_renewal()
-    if len(locked) < len(to_write):
-        # Read again, without locks: the other rows are locked, or belong to other runs now.
+    if len(ours) < len(to_write):
+        # Read again, without locks: the other rows are locked by others, or belong to other runs now.
         tokens = set(jobs_of(to_write).values_list("run_token", flat=True))
         for run in to_write:
             if run.token not in tokens:
@@ -83,23 +81,20 @@ def renew(jobs):
 
 
 @transaction.atomic
-def recover(jobs):
+def recover(jobs, are_late=False):
     """Queue the jobs of dead workers again, or fail them. Free the slots of cancelled ones. Skip locked rows.
 
-    A job whose lease was renewed up to its deadline fails, however many crashes it has: Celery killed its child
-    process, or its thread never ended. One whose lease ended before has lost its worker, even if it is recovered
-    after its deadline, because Beat was down.
+    A job fails, however many crashes it has, if it has exceeded its time limit: Celery killed its child process
+    (`are_late`), or its function runs on, see lease_end().
     """
-    # A second earlier: claim() reads the clock for each of the two.
-    at_deadline = Q(sweep_at__gte=F("deadline") - timedelta(seconds=1))
-    late, keys = Q(deadline__lte=Now()) & at_deadline, set()
+    late, keys = Q(sweep_at=F("deadline")), set()
     for job in transitions.locking(jobs).only("state", "crashes", "limit_key").annotate(late=late):
         crashes = job.crashes + 1
         keys |= {job.limit_key} - {None}
         died = {"error": "Its worker died", "exception": "celery.exceptions.WorkerLostError"}
         if job.state == "cancelled":  # its function has ended, too: free its slot
             transitions.release_slots(Job.objects.filter(pk=job.pk))
-        elif job.late:
+        elif job.late or are_late:
             over = {"error": OVER_TIME_LIMIT, "exception": "celery.exceptions.TimeLimitExceeded"}
             fail(job, over, OVER_TIME_LIMIT)
         elif crashes >= conf.MAX_CRASHES:

@@ -73,14 +73,17 @@ class Run:
             "retries": request.retries,
             "crashes": header["crashes"],
             "time_limit": timedelta(seconds=task.time_limit),
-            "lease": timedelta(seconds=min(conf.LEASE_SECONDS, task.time_limit)),
+            "lease": timedelta(seconds=conf.LEASE_SECONDS),
         }
-        self.has_written = False  # whether the row says how the function ended
+        self.has_written = False  # whether write() has changed the row
         self.admitted = []  # the job that has its slot now
         self.next_jobs = []  # the plans of enqueue_next()
         self.report = {}  # the latest progress and message
         self.stored_report = self.report  # what is in the row
         self.cursor = self.batch = UNREAD
+        self.late_at = (
+            time.monotonic() + task.time_limit + 1
+        )  # by then the row is past its deadline
         self.plan_renewal()
         self.retry = None  # after retry(): arguments of transitions.requeue()
         # Why it is retried: the fields of a Failure.
@@ -134,15 +137,17 @@ class Run:
     # What the function does
 
     def needs_write(self):
-        """Return whether to renew its lease, also that of a cancelled job with a slot, or to write a new report."""
+        """Return whether to renew its lease or to write a report. A cancelled job with a limit keeps its lease."""
         if self.lost and not self.limit_key:
             return False
         is_due, is_new = time.monotonic() > self.renew_at, self.report != self.stored_report
         return is_due or (is_new and not self.lost)
 
     def plan_renewal(self):
-        """Renew the lease when a third of it has passed."""
-        self.renew_at = time.monotonic() + conf.LEASE_SECONDS / 3
+        """Renew the lease when a third of it has passed, and soon after the deadline: see lease_end()."""
+        now = time.monotonic()
+        times = [now + conf.LEASE_SECONDS / 3, self.late_at]
+        self.renew_at = min(time for time in times if time > now)
 
     def read_cursor(self):
         if self.cursor is UNREAD:
@@ -245,7 +250,7 @@ class Run:
     def hand_over(self, update, *args, **kwargs):
         """Call update(…), and let the next job with the same limit have the slot, in one transaction."""
         # If nothing is written, the run has lost its job, or an earlier try was committed and its answer was lost. Then
-        # self.admitted is the job that this try has admitted: its message must still be sent.
+        # self.admitted is what that try has admitted: its message must still be sent.
         if written := update(*args, **kwargs):
             self.admitted = admission.hand_over(self.limit_key)
         return written

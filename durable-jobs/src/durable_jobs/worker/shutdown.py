@@ -6,7 +6,7 @@ a function ends when it has stored a cursor with report(). Its job is *released*
 Prefork:
 
 1. The main process gets SIGTERM. It waits until all children have ended their tasks, but at most
-   SOFT_SHUTDOWN_SECONDS: wait_for_children().
+   worker_soft_shutdown_timeout: wait_for_children().
 2. Celery sends SIGTERM to the children that still have a task. SystemExit ends the function, and the child
    releases its job: worker/execution.py. A child that gets SIGTERM alone has crashed: child_has_crashed().
 3. The main process ends with its children. If one never ends, its supervisor must kill them.
@@ -14,7 +14,7 @@ Prefork:
 Threads and gevent:
 
 1. The process gets SIGTERM. It ends with its last task. With gevent, this may take five seconds more.
-2. After SOFT_SHUTDOWN_SECONDS, a thread releases the jobs that are left, and ends the process:
+2. After worker_soft_shutdown_timeout, a thread releases the jobs that are left, and ends the process:
    requeue_and_exit().
 
 The broker delivers plain tasks again that have not ended. Ctrl-C, `celery control shutdown` and an error of
@@ -37,6 +37,7 @@ from django.db import connection, transaction
 from django.db.transaction import TransactionManagementError
 
 from durable_jobs import transitions
+from durable_jobs.limits import limit_of
 from durable_jobs.states import UNFINISHED
 from durable_jobs.worker.heartbeat import heartbeat
 from durable_jobs.worker.lease import POLL_SECONDS
@@ -95,7 +96,7 @@ def use_soft_shutdown(sender, **kwargs):
 
 
 def wait_for_children(children):
-    """Wait until all tasks have ended, but no longer than SOFT_SHUTDOWN_SECONDS.
+    """Wait until all tasks have ended, but no longer than worker_soft_shutdown_timeout.
 
     Celery calls this in a signal handler, so nothing else reads the results of the children meanwhile:
     a child has ended its task when its result can be read.
@@ -124,17 +125,16 @@ def child_has_crashed():
 
 
 def requeue_and_exit(exitcode=0):
-    """Release the jobs that have not ended after SOFT_SHUTDOWN_SECONDS, and end the process."""
+    """Release the jobs that have not ended after worker_soft_shutdown_timeout, and end the process."""
     pool.sleep(current_app.conf.worker_soft_shutdown_timeout)
     try:
+        signals.worker_shutdown.send(None)  # os._exit() comes before Celery would send it
+        heartbeat.forget()
         with process.lock:
-            signals.worker_shutdown.send(None)  # Celery does not come so far
-            heartbeat.forget()
             release(process.runs.values())
             pool.sleep(POLL_SECONDS)
-            release(
-                process.runs.values()
-            )  # again: a renewal may have locked their rows for a moment
+            # Again: a renewal may have locked their rows for a moment.
+            release(process.runs.values())
     finally:
         os._exit(exitcode)
 
@@ -143,10 +143,14 @@ def requeue_and_exit(exitcode=0):
 def release(some_runs):
     """Queue these jobs for other workers. The leases of locked rows will lapse.
 
-    Their functions run until the process ends, so the jobs keep their slots, and start a second later.
+    Their functions run until the process ends, so the jobs start a second later, and keep their slots. If the limit
+    has a rate, it must admit them again.
     """
     rows = transitions.skip_locked(jobs_of(some_runs).filter(UNFINISHED))
-    rows.update(state="queued", run_token=None)  # requeue() takes the slot of a running job
+    keys = {run.limit_key for run in some_runs} - {None}
+    rated = [key for key in keys if limit_of(key).rate]
+    # First, because requeue() would block a running job again, which frees its slot.
+    rows.exclude(limit_key__in=rated).update(state="queued", run_token=None)
     transitions.requeue(rows, 2 * POLL_SECONDS)
 
 

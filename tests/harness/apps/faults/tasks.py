@@ -298,7 +298,7 @@ async def report_in_a_coroutine(self, gate):
         note(self.request.id, "end")
 
 
-@job(time_limit=3, soft_time_limit=2)
+@job(time_limit=6, soft_time_limit=2)
 async def wait_too_long(self, gate):
     note(self.request.id, "start")
     try:
