@@ -13,7 +13,19 @@ from django.db import Error
 from django.db.models import F
 from django.db.models.functions import Now
 from django.utils import timezone
-from helpers import alone, ask, call, end, free, lapse, of_job, start, sweeper
+from helpers import (
+    alone,
+    ask,
+    call,
+    end,
+    free,
+    lapse,
+    of_job,
+    seconds_until_due,
+    seconds_waited,
+    start,
+    sweeper,
+)
 
 from durable_jobs import admission, pauses, transitions
 from durable_jobs.actions import cancel, run_again
@@ -273,14 +285,19 @@ def test_what_a_process_releases_at_its_end_keeps_its_place_and_starts_later(
     monkeypatch.setattr("os._exit", look)
     ended = Mock()  # for example, it exports the process's spans
     celery_signals.worker_shutdown.connect(ended)
+    Job.objects.update(due_at=Now() - timedelta(seconds=1000))
     with start(first), start(other):
         shutdown.requeue_and_exit()
         for run in list(process.runs.values()):
             run.has_written = True
             run.limit_key = None  # the process has ended, so no run does
     assert ended.called
-    assert states == [["running", "running"], ["queued", "queued"], ["queued", "queued"]]
-    assert sweeper.sender.send_due() <= 1
+    assert states == [["running", "running"], ["running", "queued"], ["queued", "queued"]]
+    for job in first, other:
+        assert -1000 < seconds_until_due(job) <= 1
+    assert seconds_waited(other) < 100  # again from now
+    Job.objects.filter(sweep_at__isnull=False).update(sweep_at=Now() + timedelta(seconds=60))
+    sweeper.sender.send_due()
     assert sent == [first.pk, other.pk] and held() == 1
     Job.objects.filter(sweep_at__isnull=False).update(sweep_at=Now())
     sweeper.sender.send_due()

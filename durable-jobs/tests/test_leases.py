@@ -48,11 +48,11 @@ def test_a_running_job_with_a_lease_is_not_recovered():
 
 
 @pytest.mark.parametrize("renewal", [lease.write_and_renew, None, "cursor"])
-def test_a_lease_that_is_renewed_after_the_deadline_ends_at_the_deadline(renewal):
-    """So a job with a short time limit whose worker is killed is not mistaken for one over its limit."""
+def test_a_lease_that_is_renewed_after_the_deadline_has_lapsed_and_fails_the_job(renewal):
     job = enqueue(add, [1, 2])
     run = start(job)
-    for limit, seconds in (20, 30), (-20, -20):
+    Job.objects.update(started_at=Now() - timedelta(seconds=100))
+    for limit, seconds in (20, 30), (-20, -100):
         Job.objects.update(deadline=Now() + timedelta(seconds=limit))
         if renewal == "cursor":
             run.write_cursor(limit)
@@ -66,8 +66,10 @@ def test_a_lease_that_is_renewed_after_the_deadline_ends_at_the_deadline(renewal
     assert (job.state, job.error) == ("failed", "Exceeded its time limit")
 
 
-def test_a_job_with_a_short_time_limit_whose_worker_died_runs_again(monkeypatch):
-    monkeypatch.setattr(add, "time_limit", 20)
+@pytest.mark.parametrize("limit", [20, 30])
+def test_a_job_with_a_short_time_limit_whose_worker_died_runs_again(monkeypatch, limit):
+    """Its lease of 30 s lapses at or after the deadline."""
+    monkeypatch.setattr(add, "time_limit", limit)
     job = enqueue(add, [1, 2])
     start(job)
     assert seconds_until_due(job) == pytest.approx(30, abs=5)

@@ -11,7 +11,7 @@ from celery import exceptions
 from celery.contrib.django.task import DjangoTask
 from celery.worker.control import Panel
 from django.db import connection
-from helpers import act, add, claim, claim_and_lapse, of_job, seconds_until_due
+from helpers import act, add, claim, claim_and_lapse, lapse, of_job, seconds_until_due
 from kombu.asynchronous import Hub
 
 from durable_jobs import transitions
@@ -34,7 +34,7 @@ def test_the_job_of_a_killed_child_is_due_again_soon(monkeypatch, published):
     """But not if another run has claimed it since."""
     monkeypatch.setattr("threading.Timer", in_this_thread)
     job = enqueue(add, [1, 2])
-    request = Mock(id=str(job.pk), request_dict=message_of(job).headers)
+    request = SimpleNamespace(request_dict=message_of(job).headers)
     children.assign_run_token(request)
     headers = request.request_dict
     sender = SimpleNamespace(request=SimpleNamespace(headers=headers))
@@ -50,18 +50,27 @@ def test_the_job_of_a_killed_child_is_due_again_soon(monkeypatch, published):
 
 
 @pytest.mark.django_db(transaction=True)
-def test_a_job_whose_child_celery_killed_at_its_time_limit_fails(monkeypatch, published):
-    """At once, also before the deadline, which starts later. Then Celery's task has no request."""
+@pytest.mark.parametrize(("has_lapsed", "state"), [(False, "failed"), (True, "queued")])
+def test_a_job_whose_child_celery_killed_at_its_time_limit_fails(
+    monkeypatch, published, has_lapsed, state
+):
+    """At once, also before the deadline, which starts later.
+
+    Not if nothing has renewed the lease. Then the database was down, and the function may have ended.
+    """
     monkeypatch.setattr("threading.Timer", in_this_thread)
     job = enqueue(add, [1, 2])
-    request = Mock(id=str(job.pk), request_dict=message_of(job).headers)
+    request = SimpleNamespace(request_dict=message_of(job).headers)
     children.assign_run_token(request)
     claim(job.pk, fields_in(request.request_dict)["run_token"])
-    error = exceptions.TimeLimitExceeded(60)
-    for id in "a plain task's", str(job.pk):
-        children.recover_job_of_dead_child(add, id, error)
+    if has_lapsed:
+        lapse(job)
+    for headers in None, {}, request.request_dict, None:
+        sender = SimpleNamespace(request=SimpleNamespace(headers=headers))
+        error = exceptions.TimeLimitExceeded(60)
+        children.recover_job_of_dead_child(sender, str(job.pk), error)
     job.refresh_from_db()
-    assert (job.state, job.error, job.crashes) == ("failed", "Exceeded its time limit", 0)
+    assert (job.state, job.crashes) == (state, has_lapsed)
 
 
 def test_a_worker_looks_for_dead_children_twice_a_second(monkeypatch):

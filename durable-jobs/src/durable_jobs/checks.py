@@ -26,7 +26,8 @@ def check_database(app_configs, **kwargs):
     options = connection.settings_dict["OPTIONS"]
     # With a stricter level, whoever waits for a lock then reads what was true before.
     isolation = options.get("isolation_level")
-    driver = connection.Database.__name__  # psycopg2 prepares no statements
+    # psycopg2 prepares no statements. Django's dummy backend has no driver.
+    driver = getattr(getattr(connection, "Database", None), "__name__", None)
     is_known = vendor in ("postgresql", "sqlite") and driver != "psycopg2"
     is_right = is_known and isolation in (None, READ_COMMITTED) and use_tz
     if alias != "default" or not is_right:

@@ -274,8 +274,8 @@ def succeed(id, run_token, result, message):
 def lease_end():
     """Return the end of a lease that is renewed now.
 
-    After the deadline, a lease ends at the deadline. This shows recover() that the process is alive, but exceeds the
-    time limit.
+    After the deadline, it is the time of the start, as of no other lease. This shows recover() that the process is
+    alive, but exceeds the time limit.
     """
     end = Clock() + timedelta(seconds=conf.LEASE_SECONDS)
-    return Case(When(deadline__lte=Clock(), then="deadline"), default=end)
+    return Case(When(deadline__lte=Clock(), then="started_at"), default=end)

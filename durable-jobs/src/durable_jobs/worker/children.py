@@ -9,7 +9,6 @@ import signal
 import threading
 import time
 import uuid
-from weakref import WeakValueDictionary
 
 from celery import exceptions
 from celery.worker import state
@@ -23,14 +22,11 @@ from durable_jobs.worker.runs import process
 
 logger = logging.getLogger(__name__)
 
-requests = WeakValueDictionary()  # {id: Celery's Request} of the messages that this process has
-
 
 def assign_run_token(request, **kwargs):
     """Choose a run's token in the main process, so that this process knows the run of a dead child."""
     if fields := fields_in(request.request_dict):
         request.request_dict[HEADER] = {**fields, "run_token": uuid.uuid4()}
-        requests[request.id] = request
 
 
 def watch_children(sender, **kwargs):
@@ -60,10 +56,10 @@ def recover_job_of_dead_child(sender, task_id, exception, **kwargs):
 
     If Celery killed the child at its time limit, the job fails.
     """
-    if isinstance(exception, exceptions.WorkerLostError):
-        recover_later(task_id, sender.request.headers)
-    elif isinstance(exception, exceptions.TimeLimitExceeded) and task_id in requests:
-        recover_later(task_id, requests[task_id].request_dict, True)  # `sender` has no request now
+    # Celery sends the signal of a time limit twice, the second time without headers.
+    is_late = isinstance(exception, exceptions.TimeLimitExceeded)
+    if is_late or isinstance(exception, exceptions.WorkerLostError):
+        recover_later(task_id, sender.request.headers, is_late)
 
 
 def free_slot_of_dead_child(request, terminated, signum, **kwargs):

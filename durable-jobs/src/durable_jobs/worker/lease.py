@@ -10,6 +10,7 @@ import random
 
 from django.db import close_old_connections, transaction
 from django.db.models import F, Q
+from django.db.models.functions import Now
 
 from durable_jobs import admission, conf, transitions
 from durable_jobs.models import Job
@@ -85,16 +86,18 @@ def recover(jobs, are_late=False):
     """Queue the jobs of dead workers again, or fail them. Free the slots of cancelled ones. Skip locked rows.
 
     A job fails, however many crashes it has, if it has exceeded its time limit: Celery killed its child process
-    (`are_late`), or its function runs on, see lease_end().
+    (`are_late`, unless the lease had lapsed), or its function runs on, see lease_end().
     """
-    late, keys = Q(sweep_at=F("deadline")), set()
+    late, keys = Q(sweep_at=F("started_at")), set()
+    if are_late:
+        late |= Q(sweep_at__gt=Now())
     for job in transitions.locking(jobs).only("state", "crashes", "limit_key").annotate(late=late):
         crashes = job.crashes + 1
         keys |= {job.limit_key} - {None}
         died = {"error": "Its worker died", "exception": "celery.exceptions.WorkerLostError"}
         if job.state == "cancelled":  # its function has ended, too: free its slot
             transitions.release_slots(Job.objects.filter(pk=job.pk))
-        elif job.late or are_late:
+        elif job.late:
             over = {"error": OVER_TIME_LIMIT, "exception": "celery.exceptions.TimeLimitExceeded"}
             fail(job, over, OVER_TIME_LIMIT)
         elif crashes >= conf.MAX_CRASHES:

@@ -128,12 +128,14 @@ def requeue_and_exit(exitcode=0):
     """Release the jobs that have not ended after worker_soft_shutdown_timeout, and end the process."""
     pool.sleep(current_app.conf.worker_soft_shutdown_timeout)
     try:
+        with process.lock:
+            release([run for run in process.runs.values() if not run.limit_key])
+        pool.sleep(POLL_SECONDS)
         signals.worker_shutdown.send(None)  # os._exit() comes before Celery would send it
         heartbeat.forget()
         with process.lock:
-            release(process.runs.values())
-            pool.sleep(POLL_SECONDS)
-            # Again: a renewal may have locked their rows for a moment.
+            # Jobs with a limit at the very last: their functions must end when others get their slots. And again
+            # those without one: a renewal may have locked their rows for a moment.
             release(process.runs.values())
     finally:
         os._exit(exitcode)
@@ -143,14 +145,14 @@ def requeue_and_exit(exitcode=0):
 def release(some_runs):
     """Queue these jobs for other workers. The leases of locked rows will lapse.
 
-    Their functions run until the process ends, so the jobs start a second later, and keep their slots. If the limit
-    has a rate, it must admit them again.
+    Their functions run until the process ends, so the jobs start a second later. Those with a limit keep their slots,
+    unless it has a rate, which must admit them again.
     """
     rows = transitions.skip_locked(jobs_of(some_runs).filter(UNFINISHED))
     keys = {run.limit_key for run in some_runs} - {None}
-    rated = [key for key in keys if limit_of(key).rate]
+    unrated = [key for key in keys if not limit_of(key).rate]
     # First, because requeue() would block a running job again, which frees its slot.
-    rows.exclude(limit_key__in=rated).update(state="queued", run_token=None)
+    rows.filter(limit_key__in=unrated).update(state="queued", run_token=None)
     transitions.requeue(rows, 2 * POLL_SECONDS)
 
 
