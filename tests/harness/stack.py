@@ -281,7 +281,8 @@ class Stack:
 
     def lines(self):
         """Return the words of each line of trials.tasks.note(): kind, task, process, time, more."""
-        return [line.split() for line in self.notes_file.read_text().splitlines()]
+        text, _, _ = self.notes_file.read_text().rpartition("\n")  # without a half one
+        return [line.split() for line in text.splitlines()]
 
     def notes(self, kind, task):
         """Return the ids of the processes that noted a "start" or "end" of this task."""
