@@ -9,7 +9,6 @@ import os
 import signal
 import time
 from functools import partial
-from statistics import median
 
 import psutil
 import pytest
@@ -403,8 +402,9 @@ def test_a_broker_that_does_not_answer_delays_no_request(stack, record_fault, ho
             stack.broker.resume()
     print("seconds of orders and reports:", [round(each, 2) for each in seconds])
     assert answers == [201, 503] * 3
-    # A promise: three timeouts of a second, and the request's own time. A machine may delay some.
-    assert median(seconds) < 3.5 and max(seconds) < 8
+    # A promise: three timeouts of a second, and the request's own time. A machine may delay one.
+    *most, slowest = sorted(seconds)
+    assert max(most) < 3.5 and slowest < 8
     with stack.supervised():
         if how == "is down":
             stack.broker.start()

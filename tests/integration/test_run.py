@@ -57,7 +57,7 @@ def test_the_pages_start_show_cancel_and_repeat_a_job(project, tmp_path):
 
         def moves():
             seen.append(tab.run(f"document.querySelector('{bar}').value"))
-            return len(set(seen)) > 2
+            return len(set(seen)) > 4
 
         wait_for(moves, site=site)
         assert seen == sorted(seen) and seen[-1] < 100
