@@ -10,6 +10,8 @@ FINAL = ["succeeded", "failed", "cancelled"]
 # cancelled jobs have a sweep_at. A constraint keeps these fields and the state consistent.
 UNFINISHED = Q(finished_at=None)
 QUEUED = Q(run_token=None) & UNFINISHED
+# Its message was sent, and no worker has had that and queued the job again, perhaps for later.
+SENT = QUEUED & Q(times_sent__gt=0)
 RUNNING = Q(state="running", sweep_at__gte=Now())  # its lease has not lapsed
 STALLED = Q(state="running", sweep_at__lt=Now())  # its lease has lapsed
 STILL_RUNNING = Q(state="cancelled", sweep_at__isnull=False)  # jobs with a limit, see admission.py

@@ -13,7 +13,7 @@ from django.db.models.sql import InsertQuery, UpdateQuery
 from durable_jobs import conf
 from durable_jobs.database import IDLE_TIMEOUT, LOCK_TIMEOUT, Clock, cursor_that_prepares
 from durable_jobs.models import Batch, Job, Pause
-from durable_jobs.states import QUEUED, STILL_RUNNING, UNFINISHED
+from durable_jobs.states import SENT, STILL_RUNNING, UNFINISHED
 
 STORED_FAILURES = 20  # of each job: the latest ones
 UNSUCCESSFUL = ["failed", "cancelled"]
@@ -53,12 +53,9 @@ def requeue(jobs, delay=0, failure=None, **changes):
 
 @transaction.atomic
 def take_back(ids):
-    """Queue these jobs again, whose messages could not be sent. Skip locked rows: they are due later anyway.
-
-    times_sent is 0 if a message arrived in spite of the error, and a worker has queued the job again, perhaps for
-    later.
-    """
-    requeue(skip_locked(Job.objects.filter(QUEUED, pk__in=ids, times_sent__gt=0)))
+    """Queue these jobs again, whose messages could not be sent. Skip locked rows: they are due later anyway."""
+    # Without those whose message arrived in spite of the error.
+    requeue(skip_locked(Job.objects.filter(SENT, pk__in=ids)))
 
 
 def finish(jobs, state, failure=None, **changes):

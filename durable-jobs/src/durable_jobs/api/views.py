@@ -255,9 +255,8 @@ class EnqueueMixin:
         if key := self._idempotency_key:
             fields |= {"idempotency_key": key, "fingerprint": self._fingerprint}
         job = insert({**fields, "pk": self.job_id, "batch": batch})
-        if (
-            batch
-        ):  # its results are sorted by time, and add() begins with the time of the transaction
+        # Results are sorted by time, and add() begins with that of the transaction.
+        if batch:
             batch._next_member_at = job.created_at + timedelta(microseconds=1)
         return job
 

@@ -15,7 +15,7 @@ from durable_jobs import admission, conf, transitions
 from durable_jobs.database import IDLE_TIMEOUT, may_succeed_later
 from durable_jobs.messages import MESSAGE_FIELDS, messages_in, send
 from durable_jobs.models import Job
-from durable_jobs.states import QUEUED, RUNNING
+from durable_jobs.states import QUEUED, RUNNING, SENT
 from durable_jobs.transitions import is_paused
 from durable_jobs.validation import printable
 
@@ -100,8 +100,7 @@ class Sender:
         return len(ids) == admission.AT_ONCE
 
     def load_and_send(self, ids):
-        # times_sent is 0 if a worker has had the message, and has queued the job again, perhaps for later.
-        jobs = Job.objects.filter(QUEUED, times_sent__gt=0).only(*MESSAGE_FIELDS).in_bulk(ids)
+        jobs = Job.objects.filter(SENT).only(*MESSAGE_FIELDS).in_bulk(ids)
         if jobs:
             send([jobs[pk] for pk in ids if pk in jobs])
         for pk in ids:
@@ -122,8 +121,7 @@ class Sender:
                 self.load_and_send([pk])
             except Exception as error:
                 is_empty = not messages_in(name, broker)  # raises if the broker is unavailable
-                row = Job.objects.filter(QUEUED, pk=pk, times_sent__gt=0)
-                transitions.requeue(row, conf.RESEND_SECONDS)
+                transitions.requeue(Job.objects.filter(SENT, pk=pk), conf.RESEND_SECONDS)
                 refused += 1
                 self.refusals[pk] += takes_others and is_empty
                 if self.refusals[pk] >= REFUSALS:

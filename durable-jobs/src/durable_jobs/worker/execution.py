@@ -15,7 +15,7 @@ from durable_jobs.enqueue import insert, new_fields
 from durable_jobs.messages import fields_in, storable
 from durable_jobs.models import Job
 from durable_jobs.signatures import NO_CANVAS
-from durable_jobs.states import QUEUED
+from durable_jobs.states import SENT
 from durable_jobs.validation import uuids
 from durable_jobs.worker import lease
 from durable_jobs.worker.pools import pool, shutting_down
@@ -41,8 +41,8 @@ def execute(task, args, kwargs):
     crashes = fields["crashes"]
     is_suspect = crashes and crashes + 1 >= conf.MAX_CRASHES
     if shutting_down[0] or (is_suspect and not run.become_suspect()):
-        # Let another worker run it. If times_sent is 0, it was queued again after this message was sent: leave it.
-        row = Job.objects.filter(QUEUED, database.LOCK_TIMEOUT, pk=request.id, times_sent__gt=0)
+        # Let another worker run it, unless it was queued again after this message was sent.
+        row = Job.objects.filter(SENT, database.LOCK_TIMEOUT, pk=request.id)
         database.wait_past_soft_limit(transitions.requeue, row, conf.SWEEP_SECONDS)
         raise Ignore("must wait: its worker is shutting down, or runs another suspect")
     try:

@@ -81,9 +81,8 @@ class Run:
         self.report = {}  # the latest progress and message
         self.stored_report = self.report  # what is in the row
         self.cursor = self.batch = UNREAD
-        self.late_at = (
-            time.monotonic() + task.time_limit + 1
-        )  # by then the row is past its deadline
+        # A second later, so that the row is past its deadline, unless the claim was slow.
+        self.late_at = time.monotonic() + task.time_limit + 1
         self.plan_renewal()
         self.retry = None  # after retry(): arguments of transitions.requeue()
         # Why it is retried: the fields of a Failure.
@@ -147,7 +146,7 @@ class Run:
         """Renew the lease when a third of it has passed, and soon after the deadline: see lease_end()."""
         now = time.monotonic()
         times = [now + conf.LEASE_SECONDS / 3, self.late_at]
-        self.renew_at = min(time for time in times if time > now)
+        self.renew_at = min(each for each in times if each > now)
 
     def read_cursor(self):
         if self.cursor is UNREAD:
