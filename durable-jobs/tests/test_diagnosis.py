@@ -191,7 +191,7 @@ def test_a_countdown_has_only_its_time(api, user):
         ("public", ": The service is down", ": The service is down"),
         ("secret", "", ": OSError: secret"),
         ("blank", ":  ", ""),
-        (None, "", ": The task requested a retry"),
+        (None, "", ": The task called retry()"),
     ],
 )
 def test_a_retry_says_which_try_comes_and_why(error, owner_reads, staff_reads):

@@ -88,7 +88,7 @@ def test_publishing_pauses_after_the_broker_was_found_down(broker_down, monkeypa
     publish.publish([second])
     assert broker_down == [str(first.pk)]
     assert seconds_until_due(second) <= 0
-    publish.publisher.again_at.clear()
+    publish.next_tries.clear()
     publish.publish([second])
     assert broker_down == [str(first.pk), str(second.pk)]
 
@@ -112,10 +112,10 @@ def test_an_unavailable_queue_does_not_stop_publishing_to_others(broker_down):
 def test_an_unavailable_queue_does_not_delay_jobs_of_others_that_run_again(commit, published):
     jobs = [enqueue(add, [1, 2], queue=queue) for queue in ("down", "up")]
     cancel(Job.objects.all())
-    publish.publisher.again_at["down"] = time.monotonic() + 60
+    publish.next_tries["down"] = time.monotonic() + 60
     with commit():
         again = run_all_again(Job.objects.filter(pk__in=[job.pk for job in jobs]))
-    del publish.publisher.again_at["down"]
+    del publish.next_tries["down"]
     assert published == [str(job.pk) for job in again if job.queue == "up"]
 
 

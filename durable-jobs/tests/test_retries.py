@@ -115,7 +115,7 @@ def divide_and_continue(task):
         (divide_and_continue, "ZeroDivisionError: division by zero", "1 / 0"),
         (lambda task: task.retry(exc=ValueError("no")), "ValueError: no", "ValueError: no"),
         (lambda task: task.retry(exc=OSError("no"), throw=False), "OSError: no", "OSError: no"),
-        (lambda task: task.retry(), "The task requested a retry", ""),
+        (lambda task: task.retry(), "The task called retry()", ""),
     ],
 )
 def test_a_failure_has_the_error_that_led_to_the_retry(body, error, raised):

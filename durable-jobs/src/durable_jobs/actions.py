@@ -44,9 +44,9 @@ def run_again(job: Job) -> Job:
     ago; TypeError if its task takes other arguments now.
     """
     fields = fields_to_run_again(job)
-    if job.state == "succeeded":
-        return insert({**fields, **times(limit_key=fields["limit_key"])}, job.unique_key)
     limit_key = fields["limit_key"]
+    if job.state == "succeeded":
+        return insert({**fields, **times(limit_key=limit_key)}, job.unique_key)
     changes = {"limit_key": limit_key, **times(Now(), limit_key=limit_key)}
     # Another job with this `unique` may be stored meanwhile, and may end before this looks again: see insert().
     while (active := active_with(job.unique_key)) is None:

@@ -34,8 +34,7 @@ __all__ = ["announce"]
 ABOUT = ["task", "label", "args", "kwargs", "owner", "queue", "batch", "follows_link", "created_at"]
 OUTCOME = ["state", "reason", "error", "public_error", "result", "progress", "message"]
 OUTCOME += ["due_at", "started_at", "finished_at", "followed_by"]
-NAMES = [field.name for field in Job._meta.fields]
-INTERNALS = [name for name in NAMES if name not in ABOUT + OUTCOME]
+INTERNALS = [field.name for field in Job._meta.fields if field.name not in ABOUT + OUTCOME]
 MOST = 5000  # rows that a list counts, and that an action takes
 # How the list of jobs can be filtered, in the words of the metrics. A job that has not ended is in one of two
 # indexes: job_active or job_blocked.
@@ -117,23 +116,7 @@ class StateFilter(admin.SimpleListFilter):
         return queryset.filter(STATES.get(state, Q(state=state))) if state else queryset
 
 
-class FailureInline(admin.StackedInline):
-    model = Failure
-    verbose_name_plural = "Failed runs, latest first"
-    fields = readonly_fields = ["started_at", "ended_at", "worker", "shown_traceback"]
-    ordering = ["-pk"]
-    max_num = 0
-    can_delete = False
-
-    def has_view_permission(self, request, obj=None):
-        return True  # every user who may view the job may view its failures
-
-    @admin.display(description="traceback")
-    def shown_traceback(self, failure):
-        return format_html('<pre style="white-space: pre-wrap">{}</pre>', failure.traceback)
-
-
-class BaseAdmin(admin.ModelAdmin):
+class JobPermissions:
     """The permissions for jobs apply. Nothing is edited in a form: what changes a job keeps its worker in step."""
 
     def has_view_permission(self, request, obj=None):
@@ -142,14 +125,25 @@ class BaseAdmin(admin.ModelAdmin):
     def has_delete_permission(self, request, obj=None):
         return request.user.has_perm("durable_jobs.delete_job")
 
-    def has_add_permission(self, request):
-        return False
-
     def has_change_permission(self, request, obj=None):
         return False
 
+    has_add_permission = has_change_permission
 
-class ListAdmin(BaseAdmin):
+
+class FailureInline(JobPermissions, admin.StackedInline):
+    model = Failure
+    verbose_name_plural = "Failed runs, latest first"
+    fields = readonly_fields = ["started_at", "ended_at", "worker", "shown_traceback"]
+    ordering = ["-pk"]
+    can_delete = False
+
+    @admin.display(description="traceback")
+    def shown_traceback(self, failure):
+        return format_html('<pre style="white-space: pre-wrap">{}</pre>', failure.traceback)
+
+
+class ListAdmin(JobPermissions, admin.ModelAdmin):
     """Searches by columns that have an index, and sorts by one."""
 
     ordering = ["-created_at"]
@@ -193,9 +187,7 @@ class JobAdmin(ListAdmin):
     list_display = ["task", "label", "state", "short_error", "queue", "owner"]
     list_display += ["created_at", "finished_at", "progress"]
     list_filter = [StateFilter, TaskFilter, QueueFilter, "created_at"]
-    search_help_text = (
-        'An id, the full user name of an owner, or the key of a limit, such as "tenant:7"'
-    )
+    search_help_text = 'An id, the full user name of an owner, or the key of a limit ("tenant:7")'
     large = ["args", "kwargs", "cursor", "result"]
     actions = ["run_again", "cancel"]
     inlines = [FailureInline]
@@ -282,7 +274,7 @@ class BatchAdmin(ListAdmin):
         self.message_user(request, f"{cancelled} job{pluralize(cancelled)} cancelled.")
 
 
-class PageAdmin(BaseAdmin):
+class PageAdmin(JobPermissions, admin.ModelAdmin):
     """A page that starts with what is wrong now."""
 
     actions = None

@@ -34,7 +34,7 @@ from durable_jobs.limits import limit_of
 from durable_jobs.messages import MESSAGE_FIELDS
 from durable_jobs.models import Job, Key, Pause
 from durable_jobs.publish import publish
-from durable_jobs.states import QUEUED
+from durable_jobs.states import HAS_SLOT, QUEUED
 from durable_jobs.transitions import is_paused
 
 logger = logging.getLogger(__name__)
@@ -46,11 +46,6 @@ FIELDS = ["id", *MESSAGE_FIELDS]
 MOST = 5000  # jobs that the sweeper admits in a round, and keys that it looks at
 
 
-def with_slot():
-    """Return the jobs that occupy a slot."""
-    return Job.objects.filter(limit_key__isnull=False, sweep_at__isnull=False)
-
-
 # Pauses
 
 
@@ -59,11 +54,11 @@ def paused_names():
 
 
 def put_back(jobs):
-    """Take the slots and the messages of those of these queued jobs that are paused. Returns how many there were.
+    """Put back those of these queued jobs that are paused: they lose slot and message. Returns how many.
 
     Those without a limit stay due, so the sweeper sends them when the pause has ended.
     """
-    # insert_many() gives its jobs one due_at, and created_at a microsecond apart: the later one keeps their order.
+    # Jobs of one insert_many() have the same due_at, but their created_at differ: the later time keeps the order.
     sweep_at = Case(When(limit_key=None, then=Greatest("due_at", "created_at")))
     changes = {"blocked_by": F("limit_key"), "sweep_at": sweep_at, "times_sent": 0}
     return jobs.filter(QUEUED, is_paused()).update(**changes)
@@ -73,7 +68,7 @@ def put_back(jobs):
 
 
 def admit(keys, most=AT_ONCE, skip_locked=False):
-    """Admit blocked jobs of these keys, up to AT_ONCE at a time, until `most` are, and send their messages.
+    """Admit about `most` blocked jobs of these keys, AT_ONCE at a time, and send their messages.
 
     Returns how many.
 
@@ -88,9 +83,7 @@ def admit(keys, most=AT_ONCE, skip_locked=False):
                 if len(jobs) < AT_ONCE:
                     break
     except Error as error:
-        logger.warning(
-            "could not admit jobs of %s, so the sweeper will: %r", ", ".join(keys)[:200], error
-        )
+        logger.warning("could not admit jobs of %s yet: %r", ", ".join(keys)[:200], error)
     return count
 
 
@@ -135,7 +128,7 @@ def unblock(key, slots=NO_LIMIT):
 
 @transitions.prepared(slots=IntegerField())
 def oldest(blocked_by, slots):
-    rows = with_slot().filter(limit_key=blocked_by).order_by().values("limit_key")
+    rows = Job.objects.filter(HAS_SLOT, limit_key=blocked_by).values("limit_key")
     used = Coalesce(Subquery(rows.values(used=Count("pk"))), 0)
     jobs = Job.objects.filter(~is_paused(), blocked_by=blocked_by, due_at__lte=Now())
     jobs = jobs.alias(used=used).filter(used__lt=slots).order_by("created_at")
@@ -152,9 +145,9 @@ def give_slot(id, seconds):
 def free_slots(keys):
     """Return {key: how many blocked jobs may start}. A number is negative if the limit was lowered."""
     limits, free = {key: limit_of(key) for key in keys}, {}
-    # Count these before reading the times of rates: a job that starts in between then counts twice, not never.
+    # Count before reading the times of rates: a job that starts in between is counted twice, not missed.
     used, unstarted = dict.fromkeys(limits, 0), dict.fromkeys(limits, 0)
-    rows = with_slot().filter(limit_key__in=limits).order_by().values_list("limit_key")
+    rows = Job.objects.filter(HAS_SLOT, limit_key__in=limits).values_list("limit_key")
     for key, count, queued in rows.annotate(count=Count("pk"), queued=Count("pk", filter=QUEUED)):
         used[key], unstarted[key] = count, queued
     waiting = waits_for_rates(limits)
@@ -181,7 +174,7 @@ def admit_due(paused=()):
     Returns in how many seconds the next one is due, and in how many a rate may admit one.
     """
     if paused:  # free the slots of those jobs whose messages are missing
-        late = with_slot().filter(QUEUED, is_paused(paused), sweep_at__lt=Now())
+        late = Job.objects.filter(HAS_SLOT, QUEUED, is_paused(paused), sweep_at__lt=Now())
         with transaction.atomic():
             put_back(transitions.skip_locked(late))
     blocked = Job.objects.exclude(is_paused(paused)).filter(blocked_by__isnull=False)
@@ -196,9 +189,9 @@ def admit_due(paused=()):
 def seconds_until_rate(keys):
     """Return in how many seconds the rate of one of these keys may admit a job."""
     limits = {key: limit for key in keys if (limit := limit_of(key)).rate}
-    rows = with_slot().filter(QUEUED, limit_key__in=limits).order_by().values_list("limit_key")
-    # A key whose rate lets a job start now waits for its admitted jobs: look again after one interval for each. If all
-    # have started, its slots are full, and each run that ends admits a job: the longest such wait is soon enough.
+    rows = Job.objects.filter(HAS_SLOT, QUEUED, limit_key__in=limits).values_list("limit_key")
+    # If a rate lets a job start now, its admitted jobs have not started: look again after one interval for each. If
+    # there are none, its slots are full, and each run that ends admits a job: wait as if `ahead` were admitted.
     to_start = {key: min(limit.ahead, limit.running) for key, limit in limits.items()}
     to_start |= rows.annotate(Count("pk"))
     waits = {key: limits[key].interval * count for key, count in to_start.items()}

@@ -103,10 +103,7 @@ def add(
 
 
 def add_many(
-    batch: Batch,
-    task: Any,
-    calls: Iterable[list | tuple],
-    **options: Unpack[MemberOptions],
+    batch: Batch, task: Any, calls: Iterable[list | tuple], **options: Unpack[MemberOptions]
 ) -> list[Job]:
     """Add a job for each list of arguments in `calls`: all of them or none. See add()."""
     return store_members(batch, task, ((args, None) for args in calls), **options)
@@ -121,8 +118,8 @@ def store_members(batch, task, calls, countdown=None, eta=None, **options):
         keep_open(batch)
         now = database_time()
         common = {"batch": batch, "owner_id": batch.owner_id}
-        # Results are sorted by created_at: one microsecond apart. Times of the last call may be later than now, which
-        # stands still in a transaction, or has milliseconds (SQLite), so continue after them.
+        # Results are sorted by created_at, which grows by a microsecond. `now` stands still in a transaction, and has
+        # only milliseconds on SQLite, so continue after the last call's times.
         first = max(getattr(batch, "_next_member_at", now), now)
         batch._next_member_at = first + timedelta(microseconds=len(rows))
         rows = [{**row, **times(now, countdown, eta, row["limit_key"])} for row in rows]
@@ -134,14 +131,12 @@ def keep_open(batch):
 
     Raises ValueError if it has ended.
     """
-    rows = Batch.objects.filter(pk=batch.pk, ended_at=None).values("pk")
-    sql, params = rows.query.get_compiler(connection=connection).as_sql()
-    if connection.features.has_select_for_update:
-        sql += " FOR KEY SHARE"  # Django knows only locks that exclude each other
-    with connection.cursor() as cursor:
-        cursor.execute(sql, params)
-        if not cursor.fetchone():
-            raise ValueError("the batch has ended: no job can be added to it")
+    rows = Batch.objects.filter(pk=batch.pk, ended_at=None).only("pk")
+    sql, params = rows.query.sql_with_params()
+    # Django knows only locks that exclude each other.
+    lock = " FOR KEY SHARE" if connection.features.has_select_for_update else ""
+    if not Batch.objects.raw(sql + lock, params):
+        raise ValueError("the batch has ended: no job can be added to it")
 
 
 def cancel(batch: Batch) -> int:
@@ -199,12 +194,10 @@ def planned(task, args=(), kwargs=None, *, countdown=None, eta=None, **options):
     return {**fields, "countdown": countdown, "eta": eta and eta.isoformat()}
 
 
-def job_of(plan, now, **fields):
+def job_of(now, *, countdown, eta, **fields):
     """Return the unsaved job of a plan that planned() has made."""
-    plan = dict(plan)
-    countdown, eta = plan.pop("countdown"), plan.pop("eta")
-    when = times(now, countdown, eta and datetime.fromisoformat(eta), plan["limit_key"])
-    return Job(**plan, **when, **fields)
+    when = times(now, countdown, eta and datetime.fromisoformat(eta), fields["limit_key"])
+    return Job(**fields, **when)
 
 
 def results_of(pk):
@@ -224,7 +217,7 @@ def succeed(id, run_token, next_jobs=(), **end):
         if written := transitions.succeed(id=id, run_token=run_token, **end):
             job = Job.objects.annotate(now=Now()).only("owner_id", "batch_id").get(pk=id)
             fields = {"owner_id": job.owner_id, "batch_id": job.batch_id, "follows": id}
-            insert_many(job.now, [job_of(plan, job.now, **fields) for plan in next_jobs])
+            insert_many(job.now, [job_of(job.now, **plan, **fields) for plan in next_jobs])
     return written
 
 
@@ -255,8 +248,8 @@ def end(pk, skip_locked=False):
     rows = Batch.objects.annotate(now=Now()).filter(*timeouts(), pk=pk, ended_at=None)
     with transaction.atomic():
         batch = rows.select_for_update(skip_locked=skip_locked).first()
-        # Ask again: while the row is locked, no job can run again, and no transaction that adds a job can
-        # commit, because PostgreSQL checks its foreign key.
+        # Ask again: while the row is locked, open_again() and keep_open() wait, so no job is added or runs
+        # again.
         if batch is None or is_active(batch=pk):
             return
         count_ended(batch)
@@ -285,15 +278,12 @@ def count_ended(batch):
 @transaction.atomic
 def start_callbacks(batch):
     """Store the callbacks that are due. A batch that opens again does not start them a second time."""
-    plans = []
-    if batch.on_success and batch.state == "succeeded":
-        plans.append(batch.on_success)
-        batch.on_success = None
-    if batch.on_finish:
-        plans.append(batch.on_finish)
-        batch.on_finish = None
+    due = ["on_success", "on_finish"] if batch.state == "succeeded" else ["on_finish"]
+    plans = [plan for name in due if (plan := getattr(batch, name))]
     fields = {"owner_id": batch.owner_id, "follows": batch.pk}
-    insert_many(batch.now, [job_of(plan, batch.now, **fields) for plan in plans])
+    insert_many(batch.now, [job_of(batch.now, **plan, **fields) for plan in plans])
+    for name in due:
+        setattr(batch, name, None)
 
 
 def try_to_end(pk, skip_locked=False):

@@ -54,9 +54,8 @@ class Celery(celery.Celery):
 
 # `celery report`, `celery inspect conf` and Flower print all Django settings, and mask most
 # passwords. They do not know these settings.
-utils.HIDDEN_SETTINGS = re.compile(
-    utils.HIDDEN_SETTINGS.pattern + "|CELERY_BROKER_URL|LOCATION|BASIC_AUTH", re.IGNORECASE
-)
+pattern = utils.HIDDEN_SETTINGS.pattern + "|CELERY_BROKER_URL|LOCATION|BASIC_AUTH"
+utils.HIDDEN_SETTINGS = re.compile(pattern, re.IGNORECASE)
 
 
 @signals.celeryd_init.connect

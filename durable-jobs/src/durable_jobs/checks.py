@@ -81,10 +81,8 @@ def check_limits(app_configs, **kwargs):
 @register(Tags.database)
 def check_blocked_jobs(app_configs, databases=None, **kwargs):
     """Find jobs that wait for a limit that is gone. Before the first migration, there is no table."""
-    if (
-        "default" in (databases or [])
-        and Job._meta.db_table in connection.introspection.table_names()
-    ):
+    tables = connection.introspection.table_names() if "default" in (databases or []) else []
+    if Job._meta.db_table in tables:
         counts = Counter()
         blocked = Job.objects.filter(blocked_by__isnull=False).values_list("blocked_by")
         for key, count in blocked.annotate(Count("pk")):

@@ -14,12 +14,11 @@ from django.utils import timezone
 from django.utils.functional import cached_property
 
 from durable_jobs import conf
-from durable_jobs.admission import with_slot
 from durable_jobs.batches import newest_active
 from durable_jobs.enqueue import database_time
 from durable_jobs.limits import limit_of
 from durable_jobs.models import Batch, Failure, Job, Pause, Sweep
-from durable_jobs.states import STALLED
+from durable_jobs.states import HAS_SLOT, STALLED
 from durable_jobs.worker.heartbeat import alive
 
 PATIENCE = timedelta(seconds=10)  # for which a due job may wait before a cause is looked for
@@ -75,21 +74,18 @@ def texts_of(job, facts):
 
 
 def waits_for(job, facts):
-    """Yield what a queued job that is due waits for."""
+    """Return what a queued job that is due waits for: texts, of which some are empty."""
     if pauses := [facts.pauses[name] for name in (job.queue, job.task) if name in facts.pauses]:
-        yield from pauses
-        return
+        return pauses
     is_late = facts.has_passed(job.due_at + PATIENCE)
     if is_late and facts.standstill:
-        yield facts.standstill
-        return
+        return [facts.standstill]
     if job.blocked_by:
-        yield facts.limit(job.blocked_by)
-    elif is_late:
-        refusal = not job.times_sent and facts.refusal(job.queue)
-        yield refusal or facts.no_worker(job.queue) or facts.no_slot(job.queue)
-    if is_late:
-        yield facts.beat
+        return [facts.limit(job.blocked_by), is_late and facts.beat]
+    if not is_late:
+        return []
+    refusal = not job.times_sent and facts.refusal(job.queue)
+    return [refusal or facts.no_worker(job.queue) or facts.no_slot(job.queue), facts.beat]
 
 
 def tries(job, facts):
@@ -151,13 +147,13 @@ class Facts:
     def used(self):
         """How many slots of each key are used, for which one of the jobs waits."""
         keys = {job.blocked_by for job in self.jobs if job.blocked_by and job.state == "queued"}
-        rows = with_slot().filter(limit_key__in=keys).order_by().values_list("limit_key")
+        rows = Job.objects.filter(HAS_SLOT, limit_key__in=keys).values_list("limit_key")
         return dict(rows.annotate(Count("pk")))
 
     def limit(self, key):
         """Say why a job waits that this limit blocks."""
         limit, used = limit_of(key), self.used.get(key, 0)
-        if used >= limit.running > 0:
+        if 0 < limit.running <= used:
             return f"Waiting: limit {key} is full ({used} of {limit.running} slots taken)"
         if limit.rate:
             return f"Waiting: limit {key} allows at most {limit.rate}"

@@ -7,22 +7,25 @@ import uuid
 
 from django.conf import settings
 from django.db import models
-from django.db.models import Q
+from django.db.models import Index, Q, UniqueConstraint
 from django.utils import timezone
 
 from durable_jobs.database import Clock
-from durable_jobs.states import ACTIVE, FINAL, UNFINISHED
+from durable_jobs.states import ACTIVE, FINAL, HAS_SLOT, UNFINISHED
 
 __all__ = ["Batch", "Failure", "Job", "Pause"]
 
 MAX_LABEL = 255  # characters
 STATES = [(state, state.title()) for state in ACTIVE + FINAL]
 BATCH_STATES = [(state, state.title()) for state in ["open", *FINAL]]
-HAS_KEY = Q(idempotency_key__isnull=False)
+KEYED = Q(idempotency_key__isnull=False)
+# The second condition keeps PostgreSQL from using this index for UNFINISHED alone.
+UNIQUE = UNFINISHED & Q(unique_key__isnull=False)
 IN_BATCH = Q(batch__isnull=False)
+IN_OPEN = IN_BATCH & UNFINISHED
 BLOCKED = Q(blocked_by__isnull=False, sweep_at=None)
-SWEPT = Q(blocked_by=None, sweep_at__isnull=False)
-LEASED = Q(SWEPT, run_token__isnull=False)  # running, or a cancelled job with a limit
+WATCHED = Q(blocked_by=None, sweep_at__isnull=False)
+LEASED = Q(WATCHED, run_token__isnull=False)  # running, or a cancelled job with a limit
 OVER = Q(blocked_by=None, sweep_at=None, run_token=None)
 
 
@@ -77,9 +80,9 @@ class Batch(Row):
     class Meta(Row.Meta):
         base_manager_name = "objects"
         indexes = [
-            models.Index(fields=["owner", "-created_at"], name="batch_owner"),
-            models.Index(fields=["-created_at"], name="batch_created"),
-            models.Index(fields=["ended_at"], name="batch_ended"),
+            Index(fields=["owner", "-created_at"], name="batch_owner"),
+            Index(fields=["-created_at"], name="batch_created"),
+            Index(fields=["ended_at"], name="batch_ended"),
         ]
         verbose_name_plural = "batches"
 
@@ -133,61 +136,38 @@ class Job(Row):
     class Meta:  # not Row.Meta: it has permissions
         base_manager_name = "objects"  # for refresh_from_db(), and for foreign keys to a job
         indexes = [
-            models.Index(fields=["-created_at"], name="job_created"),
+            Index(fields=["-created_at"], name="job_created"),
             # Without members of batches: a list shows the batch, not its 100,000 jobs.
-            models.Index(
-                fields=["owner", "-created_at"], name="job_owner_alone", condition=Q(batch=None)
-            ),
-            models.Index(
-                fields=["batch", "-created_at", "state"], name="job_batch", condition=IN_BATCH
-            ),
-            models.Index(
-                fields=["batch", "-created_at"],
-                name="job_batch_active",
-                condition=IN_BATCH & UNFINISHED,
-            ),
-            models.Index(
-                fields=["follows"], name="job_follows", condition=Q(follows__isnull=False)
-            ),
-            models.Index(fields=["owner", "state", "-created_at"], name="job_owner_state"),
-            models.Index(fields=["finished_at"], name="job_finished", condition=~UNFINISHED),
-            models.Index(
+            Index(fields=["owner", "-created_at"], name="job_owner_alone", condition=Q(batch=None)),
+            Index(fields=["batch", "-created_at", "state"], name="job_batch", condition=IN_BATCH),
+            Index(fields=["batch", "-created_at"], name="job_batch_active", condition=IN_OPEN),
+            Index(fields=["follows"], name="job_follows", condition=Q(follows__isnull=False)),
+            Index(fields=["owner", "state", "-created_at"], name="job_owner_state"),
+            Index(fields=["finished_at"], name="job_finished", condition=~UNFINISHED),
+            Index(
                 # due_at for the metrics
                 fields=["state", "queue", "times_sent", "sweep_at", "due_at"],
                 name="job_active",
                 condition=Q(sweep_at__isnull=False),
             ),
-            models.Index(
+            Index(
                 fields=["blocked_by", "created_at", "due_at", "queue"],  # queue for the metrics
                 name="job_blocked",
                 condition=Q(blocked_by__isnull=False),
             ),
-            models.Index(
-                fields=["limit_key"],
-                name="job_slot",
-                condition=Q(limit_key__isnull=False, sweep_at__isnull=False),
-            ),
+            Index(fields=["limit_key"], name="job_slot", condition=HAS_SLOT),
         ]
         constraints = [
             # Without the condition, each UPDATE of a job without a key would write to these indexes.
-            models.UniqueConstraint(
-                fields=["owner", "idempotency_key"], name="job_key", condition=HAS_KEY
+            UniqueConstraint(fields=["owner", "idempotency_key"], name="job_key", condition=KEYED),
+            UniqueConstraint(
+                fields=["idempotency_key"], name="job_key_unowned", condition=KEYED & Q(owner=None)
             ),
-            models.UniqueConstraint(
-                fields=["idempotency_key"],
-                name="job_key_unowned",
-                condition=HAS_KEY & Q(owner=None),
-            ),
-            models.UniqueConstraint(
-                fields=["unique_key"],
-                name="job_unique_key",
-                # The second condition keeps PostgreSQL from using this index for UNFINISHED alone.
-                condition=UNFINISHED & Q(unique_key__isnull=False),
-            ),
+            UniqueConstraint(fields=["unique_key"], name="job_unique_key", condition=UNIQUE),
             # A queued job is blocked, or the sweeper looks at it: otherwise it would be lost.
             models.CheckConstraint(
                 name="job_state",
-                condition=Q(state="queued", run_token=None, finished_at=None) & (BLOCKED | SWEPT)
+                condition=Q(state="queued", run_token=None, finished_at=None) & (BLOCKED | WATCHED)
                 | Q(LEASED, state="running", finished_at=None)
                 | Q(LEASED, state="cancelled", finished_at__isnull=False)
                 | Q(OVER, state__in=FINAL, finished_at__isnull=False),

@@ -6,11 +6,12 @@ from django.db.models.functions import Now
 ACTIVE = ["queued", "running"]
 FINAL = ["succeeded", "failed", "cancelled"]
 # In an UPDATE by ids, use UNFINISHED and QUEUED instead of state=…. With state=… and old statistics, PostgreSQL may
-# choose the index `job_active` and read the whole backlog to find one row. STILL_RUNNING may use it, because few
+# choose the index `job_active` and read the whole backlog to find one row. STILL_RUNNING may use that index: few
 # cancelled jobs have a sweep_at. A constraint keeps these fields and the state consistent.
 UNFINISHED = Q(finished_at=None)
+HAS_SLOT = Q(limit_key__isnull=False, sweep_at__isnull=False)
 QUEUED = Q(run_token=None) & UNFINISHED
-# Its message was sent, and no worker has had that and queued the job again, perhaps for later.
+# A message was sent since the job was last queued: requeue() sets times_sent to 0.
 SENT = QUEUED & Q(times_sent__gt=0)
 RUNNING = Q(state="running", sweep_at__gte=Now())  # its lease has not lapsed
 STALLED = Q(state="running", sweep_at__lt=Now())  # its lease has lapsed

@@ -22,7 +22,7 @@ def what_follows(pk):
 
 
 def kind_of(pk):
-    """Return what a job follows that has this id: "batch" or "job"."""
+    """Return what has this id: "batch" or "job"."""
     return "batch" if Batch.objects.filter(pk=pk).exists() else "job"
 
 

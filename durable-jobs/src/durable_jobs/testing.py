@@ -14,9 +14,8 @@ from django.db import connection
 from django.db.models.functions import Now
 from kombu.utils.json import dumps, loads
 
-from durable_jobs import batches, messages
+from durable_jobs import batches, messages, publish
 from durable_jobs.models import Job
-from durable_jobs.publish import publisher
 from durable_jobs.worker.runs import process
 
 __all__ = ["broker_down", "run_jobs"]
@@ -36,7 +35,7 @@ def no_broker(request, monkeypatch):
         monkeypatch.setattr(messages, "send_one", lambda *args, **options: None)
     # Start no thread that renews leases: it could not see the rows of a test's transaction.
     monkeypatch.setattr(process, "renews_leases", True)
-    monkeypatch.setattr(publisher, "again_at", {})
+    monkeypatch.setattr(publish, "next_tries", {})
 
 
 @pytest.fixture

@@ -17,6 +17,8 @@ from durable_jobs.states import SENT, STILL_RUNNING, UNFINISHED
 
 STORED_FAILURES = 20  # of each job: the latest ones
 UNSUCCESSFUL = ["failed", "cancelled"]
+# When a job starts (again)
+PROGRESS = Case(When(cursor__isnull=False, then="progress"), default=0)
 # The task function of a cancelled job with a limit may still run: then it has a sweep_at.
 CAN_RUN_AGAIN = Q(state__in=UNSUCCESSFUL, sweep_at=None)
 
@@ -38,9 +40,9 @@ def requeue(jobs, delay=0, failure=None, **changes):
     changed. `failure` has the fields of a Failure to store, see update().
     """
     due = delay if isinstance(delay, datetime) else Now() + timedelta(seconds=delay)
-    # These keep their due_at: a job that is already queued, and one with a limit that a stopping worker releases.
-    # hand_over() may admit that one again in this transaction, and on SQLite it would not be due yet, if it were due
-    # now. After a retry or a crash, due_at is new.
+    # A queued job keeps its due_at. So does one with a limit that a stopping worker releases (no delay, no failure):
+    # hand_over() may admit it in this transaction, and on SQLite, a job that is due now is not due yet. A retry or a
+    # crash sets a new due_at.
     is_queued, has_limit = Q(state="queued"), Q(limit_key__isnull=False)
     keeps_due_at = is_queued if delay or failure else is_queued | has_limit
     changes["due_at"] = Case(When(keeps_due_at, then="due_at"), default=due)
@@ -87,8 +89,7 @@ def run_again(jobs, **fields):
     """
     changes = {**fields, "state": "queued", "finished_at": None, "retries": 0, "crashes": 0}
     changes |= {"result": None, "message": "", "error": "", "public_error": ""}
-    changes["progress"] = Case(When(cursor__isnull=False, then="progress"), default=0)
-    return jobs.filter(CAN_RUN_AGAIN).update(**changes)
+    return jobs.filter(CAN_RUN_AGAIN).update(**changes, progress=PROGRESS)
 
 
 def update(jobs, changes, failure=None):
@@ -145,6 +146,9 @@ class Argument(models.Value):
     def as_sql(self, compiler, connection):
         return "%s", [self]
 
+    def prepare(self, values):
+        return self.output_field.get_db_prep_save(values[self.value], connection)
+
 
 def prepared(**types):
     """Decorate a function that returns a queryset of jobs, and a dictionary of changes or None.
@@ -185,16 +189,10 @@ def prepared(**types):
 
 def execute(sql, params, values):
     """Run this SQL with `values` for its Arguments. Returns its rows, or how many it changed."""
-    # Not for a SELECT: PostgreSQL would keep one plan for all keys and batches, with few rows or with many.
+    # Do not prepare a SELECT: keys and batches with few rows and with many would share one plan.
     with connection.cursor() if sql.startswith("SELECT") else cursor_that_prepares() as cursor:
-        cursor.execute(sql, [argument_of(param, values) for param in params])
+        cursor.execute(sql, [p.prepare(values) if isinstance(p, Argument) else p for p in params])
         return cursor.fetchall() if cursor.description else cursor.rowcount
-
-
-def argument_of(param, values):
-    if not isinstance(param, Argument):
-        return param
-    return param.output_field.get_db_prep_save(values[param.value], connection)
 
 
 OF_DATABASE = ["created_at", "due_at", "sweep_at"]  # what the INSERT of a job returns
@@ -251,7 +249,7 @@ def claim(id, run_token, worker, retries, crashes, time_limit, lease):
         "state": "running",
         "run_token": run_token,
         "worker": worker,
-        "progress": Case(When(cursor__isnull=False, then="progress"), default=0),
+        "progress": PROGRESS,
         "message": "",
         "public_error": "",
         "started_at": Clock(),
@@ -271,8 +269,8 @@ def succeed(id, run_token, result, message):
 def lease_end():
     """Return the end of a lease that is renewed now.
 
-    After the deadline, it is the time of the start, as of no other lease. This shows recover() that the process is
-    alive, but exceeds the time limit.
+    After the deadline, it is `started_at`, a mark for recover(): the process is alive, but the run is over its time
+    limit. No other lease ends then.
     """
     end = Clock() + timedelta(seconds=conf.LEASE_SECONDS)
     return Case(When(deadline__lte=Clock(), then="started_at"), default=end)

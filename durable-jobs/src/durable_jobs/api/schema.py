@@ -15,9 +15,8 @@ HEADERS = [OpenApiParameter(name, str, HEADER, response=[202]) for name in NAMES
 
 def describe(status, serializer):
     """Describe an action that takes no data and answers with this status."""
-    return extend_schema(
-        request=None, responses={status: serializer, 409: CONFLICT}, parameters=HEADERS
-    )
+    answers = {status: serializer, 409: CONFLICT}
+    return extend_schema(request=None, responses=answers, parameters=HEADERS)
 
 
 class EnqueueSchema(api_settings.DEFAULT_SCHEMA_CLASS):

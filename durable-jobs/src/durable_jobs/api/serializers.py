@@ -70,9 +70,7 @@ class ListedJobSerializer(RowSerializer):
     find_reasons = staticmethod(reasons)
     url = serializers.HyperlinkedIdentityField(view_name="job-detail")
     reason = Computed(help_text="what it waits for, or why it does not move")
-    result = serializers.JSONField(
-        source="short_result", help_text="a long one is only in the detail view"
-    )
+    result = serializers.JSONField(source="short_result", help_text="if long, see the detail view")
     error = Computed()
     can_run_again = Computed(help_text="it has ended, and the caller may run it again")
 

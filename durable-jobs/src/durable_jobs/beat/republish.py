@@ -48,9 +48,8 @@ class Sender:
         until = time.monotonic() + pause
         soon = queued.filter(sweep_at__lt=Now() + timedelta(seconds=pause))
         is_countdown = Q(times_sent=0, sweep_at__gte=Now())
-        rows = soon.values_list("queue").annotate(
-            first=Min("sweep_at") - Now(), countdown=Min("sweep_at", filter=is_countdown) - Now()
-        )
+        first, countdown = Min("sweep_at"), Min("sweep_at", filter=is_countdown)
+        rows = soon.values_list("queue").annotate(first=first - Now(), next=countdown - Now())
         names = [name for name, first, _ in rows if first < timedelta()]
         countdowns = [wait.total_seconds() for *_, wait in rows if wait is not None]
         self.refused = {name: why for name, why in self.refused.items() if name in names}

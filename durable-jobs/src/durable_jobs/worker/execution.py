@@ -37,7 +37,7 @@ def execute(task, args, kwargs):
         raise Ignore("stored as a job, which has a message of its own")
     run = Run(task, request, fields)
     lease.start_thread()
-    # A suspect would fail at its next crash. A process runs at most one of them: see become_suspect().
+    # A suspect has crashed and fails at its next crash. A process runs only one: see become_suspect().
     crashes = fields["crashes"]
     is_suspect = crashes and crashes + 1 >= conf.MAX_CRASHES
     if shutting_down[0] or (is_suspect and not run.become_suspect()):
@@ -63,9 +63,7 @@ def store(task, args, kwargs):
     id = task.request.id
     lost = [name for name in ("callbacks", "errbacks", "chain", "chord") if task.request.get(name)]
     if lost:  # an app that does not know jobs could not refuse them
-        logger.error(
-            "%s[%s]: its %s will not run. %s", task.name, id, " and ".join(lost), NO_CANVAS
-        )
+        logger.error("%s[%s]: its %s will not run. %s", task.name, id, ", ".join(lost), NO_CANVAS)
     pk = next(iter(uuids([id])), uuid.uuid5(uuid.NAMESPACE_OID, id))
     fields = {"pk": pk, "headers": storable(task.request.headers)}
     with suppress(IntegrityError):  # a second copy of the message

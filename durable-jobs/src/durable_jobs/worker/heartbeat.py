@@ -82,9 +82,7 @@ class Heartbeat:
             try:
                 Worker.objects.filter(**self.own).delete()
             except Exception as error:  # the worker ends without the database
-                logger.warning(
-                    "could not delete this worker's row, which expires in an hour: %r", error
-                )
+                logger.warning("could not delete this worker's row, so it stays an hour: %r", error)
 
 
 def queues_of(consumer):

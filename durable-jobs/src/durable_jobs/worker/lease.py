@@ -85,8 +85,8 @@ def renew(jobs):
 def recover(jobs, are_late=False):
     """Queue the jobs of dead workers again, or fail them. Free the slots of cancelled ones. Skip locked rows.
 
-    A job fails, however many crashes it has, if it has exceeded its time limit: Celery killed its child process
-    (`are_late`, unless the lease had lapsed), or its function runs on, see lease_end().
+    A job over its time limit fails, however many crashes it has: its function runs on, see lease_end(), or Celery
+    killed its child (`are_late`). If its lease had lapsed, it may have ended in time.
     """
     late, keys = Q(sweep_at=F("started_at")), set()
     if are_late:

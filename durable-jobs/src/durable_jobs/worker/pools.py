@@ -78,7 +78,7 @@ class Greenlets:
         self.threads = threadpool.ThreadPool(10)
         self.hub = gevent.get_hub()
         self.get_thread = monkey.get_original("_thread", "get_ident")
-        # gevent's own waits in a greenlet of the thread, and a process that ends meanwhile crashes.
+        # gevent's sleep() waits in a greenlet of the thread: a process that ends meanwhile crashes.
         self.sleep = monkey.get_original("time", "sleep")
         self.main_thread = self.get_thread()
         sync.ThreadPoolExecutor = executor_of_coroutine

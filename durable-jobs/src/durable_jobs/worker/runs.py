@@ -69,6 +69,8 @@ class Run:
         self.batch_id, self.limit_key = header.get("batch"), header.get("limit_key")
         self.results_of = header.get("results_of")
         self.claim_fields = {
+            "id": self.job_id,
+            "run_token": self.token,
             "worker": request.hostname,
             "retries": request.retries,
             "crashes": header["crashes"],
@@ -81,15 +83,12 @@ class Run:
         self.report = {}  # the latest progress and message
         self.stored_report = self.report  # what is in the row
         self.cursor = self.batch = UNREAD
-        # A second later, so that the row is past its deadline, unless the claim was slow.
+        # A second late: the deadline in the row begins later than this, at the claim.
         self.late_at = time.monotonic() + task.time_limit + 1
         self.plan_renewal()
         self.retry = None  # after retry(): arguments of transitions.requeue()
         # Why it is retried: the fields of a Failure.
-        self.failure = {
-            "error": "The task requested a retry",
-            "exception": "celery.exceptions.Retry",
-        }
+        self.failure = {"error": "The task called retry()", "exception": "celery.exceptions.Retry"}
         self.public_error = ""  # the same, for the owner
         self.lost = self.ended = False
 
@@ -110,8 +109,7 @@ class Run:
 
     def claim(self):
         """Claim the job. Returns 0 if it may not start: see transitions.claim()."""
-        key = {"id": self.job_id, "run_token": self.token}
-        return admission.claim(self.limit_key, **key, **self.claim_fields)
+        return admission.claim(self.limit_key, **self.claim_fields)
 
     def put_back_if_paused(self):
         """After a claim that has failed, put the job back if it is paused. Returns whether it was."""

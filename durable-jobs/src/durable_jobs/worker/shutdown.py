@@ -145,8 +145,8 @@ def requeue_and_exit(exitcode=0):
 def release(some_runs):
     """Queue these jobs for other workers. The leases of locked rows will lapse.
 
-    Their functions run until the process ends, so the jobs start a second later. Those with a limit keep their slots,
-    unless it has a rate, which must admit them again.
+    Their functions run until the process ends, so the jobs start a second later. Those with a limit keep their slots.
+    If it has a rate, they must be admitted again.
     """
     rows = transitions.skip_locked(jobs_of(some_runs).filter(UNFINISHED))
     keys = {run.limit_key for run in some_runs} - {None}
@@ -166,8 +166,8 @@ class WorkerStopping(BaseException):
 def end_after_commit():
     """End the function as soon as its transaction, if any, is committed.
 
-    A later report() tries again if the function has called on_commit() after this: Django would forget those
-    functions. The same in a transaction without atomic(), where on_commit() is not allowed.
+    If the function has called on_commit() after this, an exception would make Django forget that callback: a later
+    report() tries again. The same without atomic(), where on_commit() is not allowed.
     """
     hooks = connection.run_on_commit  # Django takes each from this list before it calls it
 

@@ -31,7 +31,5 @@ class Command(BaseCommand):
                     raise ValueError(f"{name} is not paused")
             except ValueError as error:
                 raise CommandError(error) from None
-        for pause in Pause.objects.all():
-            self.stdout.write(f"{pause.name}: {pause}")
-        if not Pause.objects.exists():
-            self.stdout.write("nothing is paused")
+        lines = [f"{pause.name}: {pause}" for pause in Pause.objects.all()]
+        self.stdout.write("\n".join(lines) or "nothing is paused")
