@@ -117,7 +117,7 @@ class StateFilter(admin.SimpleListFilter):
 
 
 class JobPermissions:
-    """The permissions for jobs apply. Nothing is edited in a form: what changes a job keeps its worker in step."""
+    """The permissions for jobs apply. Nothing is edited in a form: only actions keep a job and its worker in step."""
 
     def has_view_permission(self, request, obj=None):
         return request.user.has_perm("durable_jobs.view_job")

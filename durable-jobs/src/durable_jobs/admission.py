@@ -145,7 +145,7 @@ def give_slot(id, seconds):
 def free_slots(keys):
     """Return {key: how many blocked jobs may start}. A number is negative if the limit was lowered."""
     limits, free = {key: limit_of(key) for key in keys}, {}
-    # Count before reading the times of rates: a job that starts in between is counted twice, not missed.
+    # Count before reading the times of rates: a job that starts in between then counts as unstarted and as started.
     used, unstarted = dict.fromkeys(limits, 0), dict.fromkeys(limits, 0)
     rows = Job.objects.filter(HAS_SLOT, limit_key__in=limits).values_list("limit_key")
     for key, count, queued in rows.annotate(count=Count("pk"), queued=Count("pk", filter=QUEUED)):
@@ -191,7 +191,7 @@ def seconds_until_rate(keys):
     limits = {key: limit for key in keys if (limit := limit_of(key)).rate}
     rows = Job.objects.filter(HAS_SLOT, QUEUED, limit_key__in=limits).values_list("limit_key")
     # If a rate lets a job start now, its admitted jobs have not started: look again after one interval for each. If
-    # there are none, its slots are full, and each run that ends admits a job: wait as if `ahead` were admitted.
+    # there are none, its slots are full, and each run that ends admits a job: wait as if all that may be were admitted.
     to_start = {key: min(limit.ahead, limit.running) for key, limit in limits.items()}
     to_start |= rows.annotate(Count("pk"))
     waits = {key: limits[key].interval * count for key, count in to_start.items()}

@@ -145,7 +145,7 @@ class Facts:
 
     @cached_property
     def used(self):
-        """How many slots of each key are used, for which one of the jobs waits."""
+        """{key: how many of its slots are used}, for the keys that these jobs wait for."""
         keys = {job.blocked_by for job in self.jobs if job.blocked_by and job.state == "queued"}
         rows = Job.objects.filter(HAS_SLOT, limit_key__in=keys).values_list("limit_key")
         return dict(rows.annotate(Count("pk")))

@@ -139,8 +139,8 @@ def check_text(name, text):
 def times(now=FROM_NOW, countdown=None, eta=None, limit_key=None):
     """Return the fields of a new job that say when it is due, and when its message is sent, or which limit blocks it.
 
-    `now` is a time or Now(). With FROM_NOW, due_at and sweep_at are timedeltas, for transitions.insert(). An `eta`
-    is compared with the database's clock: that of this process may be wrong.
+    `now` is a time or Now(). With FROM_NOW and no `eta`, due_at and sweep_at are timedeltas, for transitions.insert().
+    An `eta` is compared with the database's clock: that of this process may be wrong.
     """
     if eta is not None:
         if countdown is not None:

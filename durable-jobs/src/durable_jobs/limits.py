@@ -39,8 +39,8 @@ class Limit:
     def interval(self):
         """The time between two starts.
 
-        All jobs that are ahead may start at once, so the others share the rest of the period: with 60/min, 6 are
-        ahead, and the interval is 60/55 s. So no `period` has more than `starts`.
+        All jobs that are ahead may start at once: with 60/min, 6. The interval is then 60/55 s, so that only 54 others
+        start within a minute of the first. So no `period` has more than `starts`.
         """
         return self.period / (self.starts + 1 - self.ahead)
 

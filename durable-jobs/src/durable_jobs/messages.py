@@ -70,7 +70,7 @@ def message_of(job):
 
 
 def new_headers(job):
-    """Return the headers that all messages of this job will have, when its row is stored.
+    """Before a job is stored, return the headers that all its messages will have.
 
     Celery sends its signals with each message. Here they are sent once, in the context of who enqueues the job:
     what receivers add, such as a trace, is stored. So it is the same for messages that Beat sends.

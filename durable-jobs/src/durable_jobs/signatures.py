@@ -54,7 +54,7 @@ class JobSignature:
         return self
 
     def enqueue(self, *args, **kwargs) -> Job:
-        """Enqueue a job with these arguments, after those of the call. Returns the Job."""
+        """Enqueue a job with these arguments, after those of the signature. Returns the Job."""
         args, kwargs = [*self.args, *args], {**self.kwargs, **kwargs}
         return enqueue_job(self.task, args, kwargs, **self.options)
 

@@ -11,7 +11,7 @@ FINAL = ["succeeded", "failed", "cancelled"]
 UNFINISHED = Q(finished_at=None)
 HAS_SLOT = Q(limit_key__isnull=False, sweep_at__isnull=False)
 QUEUED = Q(run_token=None) & UNFINISHED
-# A message was sent since the job was last queued: requeue() sets times_sent to 0.
+# Its message was sent, or is being sent, since it was last queued: times_sent is counted first.
 SENT = QUEUED & Q(times_sent__gt=0)
 RUNNING = Q(state="running", sweep_at__gte=Now())  # its lease has not lapsed
 STALLED = Q(state="running", sweep_at__lt=Now())  # its lease has lapsed

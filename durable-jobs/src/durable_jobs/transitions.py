@@ -41,8 +41,8 @@ def requeue(jobs, delay=0, failure=None, **changes):
     """
     due = delay if isinstance(delay, datetime) else Now() + timedelta(seconds=delay)
     # A queued job keeps its due_at. So does one with a limit that a stopping worker releases (no delay, no failure):
-    # hand_over() may admit it in this transaction, and on SQLite, a job that is due now is not due yet. A retry or a
-    # crash sets a new due_at.
+    # hand_over() may admit it in this transaction, and SQLite takes a new due_at for later than now until the next
+    # millisecond. A retry or a crash sets a new due_at.
     is_queued, has_limit = Q(state="queued"), Q(limit_key__isnull=False)
     keeps_due_at = is_queued if delay or failure else is_queued | has_limit
     changes["due_at"] = Case(When(keeps_due_at, then="due_at"), default=due)
@@ -270,7 +270,7 @@ def lease_end():
     """Return the end of a lease that is renewed now.
 
     After the deadline, it is `started_at`, a mark for recover(): the process is alive, but the run is over its time
-    limit. No other lease ends then.
+    limit. No other lease ends at its `started_at`.
     """
     end = Clock() + timedelta(seconds=conf.LEASE_SECONDS)
     return Case(When(deadline__lte=Clock(), then="started_at"), default=end)

@@ -255,7 +255,7 @@ class EnqueueMixin:
         if key := self._idempotency_key:
             fields |= {"idempotency_key": key, "fingerprint": self._fingerprint}
         job = insert({**fields, "pk": self.job_id, "batch": batch})
-        # Results are sorted by time, and add() begins with that of the transaction.
+        # Results are sorted by created_at: without this, add() would use the transaction's time, which is earlier.
         if batch:
             batch._next_member_at = job.created_at + timedelta(microseconds=1)
         return job

@@ -16,7 +16,7 @@ from durable_jobs.worker.heartbeat import delete_old as delete_old_workers
 logger = logging.getLogger(__name__)
 
 PAGE = 2000  # rows that the purge deletes in one transaction
-PURGE_SECONDS = 1  # in a round, every 5 s: millions an hour, in a sixth of the time
+PURGE_SECONDS = 1  # then it rests for SWEEP_SECONDS: enough for millions an hour
 PURGE_RETRY_SECONDS = 3600  # until jobs that could not be deleted are tried again
 
 
@@ -63,8 +63,8 @@ class Purge:
         in_batches = rows.filter(**{f"{self.batch}__isnull": False})
         pks = list(in_batches.values_list(self.batch, flat=True).distinct())
         old = Batch.objects.filter(pk__in=pks, ended_at__lt=transitions.retention_end())
-        # Their jobs cannot run again meanwhile. no_key: whoever adds a job checks its foreign key, and must not wait.
-        locked = old.order_by("pk").select_for_update(no_key=True).values_list("pk", flat=True)
+        # Their jobs cannot run again meanwhile.
+        locked = old.order_by("pk").select_for_update().values_list("pk", flat=True)
         unneeded = self.unneeded(list(locked))
         # Django loads what it deletes. Load only the keys, because results may be large.
         _, deleted = transitions.skip_locked(rows.filter(unneeded)).only("pk").delete()

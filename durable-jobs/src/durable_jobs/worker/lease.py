@@ -86,7 +86,7 @@ def recover(jobs, are_late=False):
     """Queue the jobs of dead workers again, or fail them. Free the slots of cancelled ones. Skip locked rows.
 
     A job over its time limit fails, however many crashes it has: its function runs on, see lease_end(), or Celery
-    killed its child (`are_late`). If its lease had lapsed, it may have ended in time.
+    killed its child (`are_late`). If the lease of such a child had lapsed, this is a crash: it may have died earlier.
     """
     late, keys = Q(sweep_at=F("started_at")), set()
     if are_late:

@@ -83,7 +83,7 @@ class Run:
         self.report = {}  # the latest progress and message
         self.stored_report = self.report  # what is in the row
         self.cursor = self.batch = UNREAD
-        # A second late: the deadline in the row begins later than this, at the claim.
+        # A second more: in the row, the time limit begins with the claim, which is later than this.
         self.late_at = time.monotonic() + task.time_limit + 1
         self.plan_renewal()
         self.retry = None  # after retry(): arguments of transitions.requeue()
@@ -103,7 +103,8 @@ class Run:
     def __exit__(self, *exc_info):
         with process.lock:
             del process.runs[self.token]
-        # Unless this run has handed its slot over, the slot may be free now.
+        # Unless this run has handed its slot over, the slot may be free now. `admitted` may be left from a try that
+        # was rolled back.
         if self.limit_key and not (self.has_written and self.admitted):
             pool.query(admission.after_run, self)
 

@@ -134,8 +134,8 @@ def requeue_and_exit(exitcode=0):
         signals.worker_shutdown.send(None)  # os._exit() comes before Celery would send it
         heartbeat.forget()
         with process.lock:
-            # Jobs with a limit at the very last: their functions must end when others get their slots. And again
-            # those without one: a renewal may have locked their rows for a moment.
+            # Jobs with a limit at the very last: their functions must end before their slots are used again. And once
+            # more those without one: a renewal may have locked their rows for a moment.
             release(process.runs.values())
     finally:
         os._exit(exitcode)
@@ -167,7 +167,7 @@ def end_after_commit():
     """End the function as soon as its transaction, if any, is committed.
 
     If the function has called on_commit() after this, an exception would make Django forget that callback: a later
-    report() tries again. The same without atomic(), where on_commit() is not allowed.
+    report() tries again. The same after set_autocommit(False), where on_commit() is not allowed.
     """
     hooks = connection.run_on_commit  # Django takes each from this list before it calls it
 
