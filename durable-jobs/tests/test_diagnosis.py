@@ -6,6 +6,7 @@ from html import unescape
 import pytest
 from celery import shared_task
 from django.db import connection
+from django.db.models import F
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 from helpers import JOBS, add, claim, claim_and_lapse, listed, messages_unless, sweeper
@@ -249,6 +250,12 @@ def test_a_worker_gives_no_sign_of_life():
     works(name="celery@other")
     sweeps(130)
     assert why(runs()) == f"{text}. {NO_BEAT}"
+
+
+def test_a_function_that_is_over_its_time_limit_does_not_blame_its_worker():
+    late = runs()
+    Job.objects.filter(pk=late.pk).update(sweep_at=F("started_at"))  # as lease_end() does
+    assert why(late) == "Exceeded its time limit. Beat will end it"
 
 
 def test_a_clock_that_is_ahead_makes_no_job_silent(monkeypatch):

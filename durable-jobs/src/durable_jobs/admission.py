@@ -16,7 +16,8 @@ rows with this key and a `sweep_at`.
 
 A job that is cancelled while its task function runs keeps its slot: `sweep_at` stays the end of its lease.
 
-Nobody admits, sends or claims a paused job. If a worker has its message, put_back() takes it away.
+Nobody admits, sends or claims a paused job. If a worker has its message, put_back() makes the job one
+without a message.
 """
 
 import logging
@@ -191,7 +192,7 @@ def seconds_until_rate(keys):
     limits = {key: limit for key in keys if (limit := limit_of(key)).rate}
     rows = Job.objects.filter(HAS_SLOT, QUEUED, limit_key__in=limits).values_list("limit_key")
     # If a rate lets a job start now, its admitted jobs have not started: look again after one interval for each. If
-    # there are none, its slots are full, and each run that ends admits a job: wait as if all that may be were admitted.
+    # there are none, its slots are full, and each run that ends admits a job: wait as if each place ahead were taken.
     to_start = {key: min(limit.ahead, limit.running) for key, limit in limits.items()}
     to_start |= rows.annotate(Count("pk"))
     waits = {key: limits[key].interval * count for key, count in to_start.items()}
@@ -241,7 +242,7 @@ def any_blocked(blocked_by):
 
 
 def keys_of_queued(jobs):
-    """Return the keys of those of these jobs that have not started: some may have a slot, or get one now."""
+    """Return the keys of those of these jobs that have not started: cancelling them may free slots."""
     rows = jobs.filter(QUEUED, limit_key__isnull=False).order_by()
     return set(rows.values_list("limit_key", flat=True).distinct())
 

@@ -20,6 +20,7 @@ from durable_jobs.limits import limit_of
 from durable_jobs.models import Batch, Failure, Job, Pause, Sweep
 from durable_jobs.states import HAS_SLOT, STALLED
 from durable_jobs.worker.heartbeat import alive
+from durable_jobs.worker.runs import OVER_TIME_LIMIT
 
 PATIENCE = timedelta(seconds=10)  # for which a due job may wait before a cause is looked for
 NO_HEARTBEAT = "No heartbeat from Beat or any worker: they are down or can't reach the database"
@@ -38,7 +39,7 @@ def reasons(jobs, for_staff=False):
 
 
 def reasons_of_batches(rows, for_staff=False):
-    """Return {id: a text} for those of these batches whose newest active job has a reason: it starts last."""
+    """Return {id: the reason of its newest active job, which starts last}, for those of these batches that have one."""
     still_open = Batch.objects.filter(pk__in=[batch.pk for batch in rows if batch.ended_at is None])
     newest = dict(still_open.values_list("pk", Subquery(newest_active(OuterRef("pk")))))
     jobs = Job.objects.filter(pk__in=filter(None, newest.values()))
@@ -69,8 +70,9 @@ def texts_of(job, facts):
         yield tries(job, facts)
     elif job.state == "running" and facts.has_passed(job.sweep_at):
         age = facts.now - job.sweep_at + timedelta(seconds=conf.LEASE_SECONDS)
-        yield f"Its worker hasn't responded for {span(age)}"
-        yield facts.standstill or facts.beat or "Beat will recover it"
+        is_late = job.sweep_at == job.started_at  # see lease_end()
+        yield OVER_TIME_LIMIT if is_late else f"Its worker hasn't responded for {span(age)}"
+        yield facts.standstill or facts.beat or f"Beat will {'end' if is_late else 'recover'} it"
 
 
 def waits_for(job, facts):

@@ -92,7 +92,7 @@ def key_of(task, args, kwargs):
     key = getattr(task, "limit", None)
     try:
         if callable(key):
-            # Celery's header has no annotations: these may name what only type checkers import.
+            # Not the function itself: its annotations may name what only type checkers import.
             header = task._limit_header or task.__header__
             given = signature(header).bind(*args, **kwargs).arguments.items()
             key = key(**{name: each for name, each in given if not isinstance(each, Results)})

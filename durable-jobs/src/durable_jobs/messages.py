@@ -18,7 +18,7 @@ HEADER = "durable_job"  # marks the message of a job
 
 
 def fields_in(headers):
-    """Return what the worker must know of a job, from the headers of its message. None: this is no job."""
+    """Return what the worker must know of a job, from the headers of its message. None: it is a plain message."""
     fields = (headers or {}).get(HEADER)
     return fields if isinstance(fields, dict) else None
 

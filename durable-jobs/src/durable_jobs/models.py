@@ -98,7 +98,7 @@ class Job(Row):
     kwargs = models.JSONField(default=dict)
     queue = models.CharField(max_length=255)
     idempotency_key = models.CharField(max_length=255, null=True)  # noqa: DJ001
-    fingerprint = models.CharField(max_length=64)
+    fingerprint = models.CharField(max_length=64)  # of the API's request: see api/views.py
     unique_key = models.CharField(max_length=255, null=True)  # noqa: DJ001
     label = models.CharField(max_length=MAX_LABEL, help_text="human-readable name")
 

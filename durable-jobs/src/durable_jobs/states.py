@@ -14,5 +14,5 @@ QUEUED = Q(run_token=None) & UNFINISHED
 # Its message was sent, or is being sent, since it was last queued: times_sent is counted first.
 SENT = QUEUED & Q(times_sent__gt=0)
 RUNNING = Q(state="running", sweep_at__gte=Now())  # its lease has not lapsed
-STALLED = Q(state="running", sweep_at__lt=Now())  # its lease has lapsed
+STALLED = Q(state="running", sweep_at__lt=Now())  # it has lapsed, or marks that the job is late
 STILL_RUNNING = Q(state="cancelled", sweep_at__isnull=False)  # jobs with a limit, see admission.py

@@ -1,4 +1,6 @@
-"""Each change of a job's state: one conditional UPDATE. `jobs` is always a queryset of jobs."""
+"""Each change of a job's state is one conditional UPDATE, here or in worker.shutdown.release(). `jobs` is always a
+queryset of jobs.
+"""
 
 from datetime import datetime, timedelta
 from functools import cache, wraps
@@ -77,7 +79,7 @@ def cancel(jobs):
 
 
 def release_slots(jobs):
-    """Free the slots of cancelled jobs whose functions have ended."""
+    """Free the slots of cancelled jobs whose functions have ended, or are over their time limit."""
     jobs.filter(STILL_RUNNING).update(run_token=None, sweep_at=None)
 
 

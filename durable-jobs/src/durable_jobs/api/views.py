@@ -111,7 +111,7 @@ class OwnViewSet(viewsets.ReadOnlyModelViewSet):
         if self.detail and has_job_perm(user, "view" if self.action == "retrieve" else "delete"):
             return rows
         own = Q(owner=user)
-        if user.is_staff and self.action != "cancel":  # run_again has its own check, below
+        if user.is_staff and self.action != "cancel":  # those that run again have their own checks
             own |= Q(owner=None)
         return rows.filter(own)
 

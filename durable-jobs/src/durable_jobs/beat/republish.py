@@ -112,7 +112,7 @@ class Sender:
         queue is empty, because it may be full, and if others of its jobs have just started: the broker may take no
         message at all. If it took none of these, this raises its last exception.
         """
-        recent, refused = Now() - timedelta(seconds=conf.RESEND_SECONDS), 0
+        recent, not_taken = Now() - timedelta(seconds=conf.RESEND_SECONDS), 0
         started = Job.objects.filter(RUNNING | Q(finished_at__gt=recent), started_at__gt=recent)
         takes_others = started.filter(queue=name).exists()
         for pk in ids:
@@ -121,12 +121,12 @@ class Sender:
             except Exception as error:
                 is_empty = not messages_in(name, broker)  # raises if the broker is unavailable
                 transitions.requeue(Job.objects.filter(SENT, pk=pk), conf.RESEND_SECONDS)
-                refused += 1
+                not_taken += 1
                 self.refusals[pk] += takes_others and is_empty
                 if self.refusals[pk] >= REFUSALS:
                     fail(pk, error.__cause__ or error)
                     del self.refusals[pk]
-                if refused == len(ids):
+                if not_taken == len(ids):
                     raise
 
 

@@ -88,7 +88,7 @@ def recover_lapsed():
     with transaction.atomic():  # skip a row that the job's own function has locked
         ids = list(transitions.locking(lapsed).values_list("pk", flat=True)[:CHUNK])
     if ids:
-        # Wait while another transaction locks the whole table, as CREATE INDEX does: until then, rows can be read,
+        # Wait while another transaction locks the whole table, as CREATE INDEX does: meanwhile, rows can be read,
         # but no lease can be renewed. This is an UPDATE of no row.
         Job.objects.filter(pk=uuid.uuid4()).update(crashes=0)
         # A worker that was delayed, for example by a lock, renews its leases in this time.

@@ -11,9 +11,10 @@ from durable_jobs.worker.pools import pool
 from durable_jobs.worker.runs import process
 
 forking = pool.Lock()
-os.register_at_fork(
-    before=forking.acquire, after_in_parent=forking.release, after_in_child=forking.release
-)
+if hasattr(os, "register_at_fork"):  # not on Windows, where only web servers and commands run
+    os.register_at_fork(
+        before=forking.acquire, after_in_parent=forking.release, after_in_child=forking.release
+    )
 
 
 def between_forks(query, *args):

@@ -86,7 +86,7 @@ def recover(jobs, are_late=False):
     """Queue the jobs of dead workers again, or fail them. Free the slots of cancelled ones. Skip locked rows.
 
     A job over its time limit fails, however many crashes it has: its function runs on, see lease_end(), or Celery
-    killed its child (`are_late`). If the lease of such a child had lapsed, this is a crash: it may have died earlier.
+    killed its child (`are_late`). A child whose lease had lapsed has crashed: it was frozen, or dead, before its limit.
     """
     late, keys = Q(sweep_at=F("started_at")), set()
     if are_late:
@@ -95,7 +95,7 @@ def recover(jobs, are_late=False):
         crashes = job.crashes + 1
         keys |= {job.limit_key} - {None}
         died = {"error": "Its worker died", "exception": "celery.exceptions.WorkerLostError"}
-        if job.state == "cancelled":  # its function has ended, too: free its slot
+        if job.state == "cancelled":  # its function has ended or is late: free its slot
             transitions.release_slots(Job.objects.filter(pk=job.pk))
         elif job.late:
             over = {"error": OVER_TIME_LIMIT, "exception": "celery.exceptions.TimeLimitExceeded"}

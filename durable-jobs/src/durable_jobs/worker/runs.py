@@ -229,7 +229,7 @@ class Run:
         self.change(transitions.requeue)
 
     def change(self, transition, *args, **changes):
-        """Call write() with a function of transitions.py, for the row of this run. It is tried again after a lock."""
+        """Call write() with a function of transitions.py, for the row of this run. If the row is locked, try again."""
         self.write(transition, self.row.filter(*timeouts()), *args, **changes)
 
     def write(self, update, *args, **kwargs):

@@ -145,8 +145,8 @@ def requeue_and_exit(exitcode=0):
 def release(some_runs):
     """Queue these jobs for other workers. The leases of locked rows will lapse.
 
-    Their functions run until the process ends, so the jobs start a second later. Those with a limit keep their slots.
-    If it has a rate, they must be admitted again.
+    Their functions run until the process ends, so the jobs start a second later. Those with a limit keep their slots,
+    unless the limit has a rate: then they must be admitted again.
     """
     rows = transitions.skip_locked(jobs_of(some_runs).filter(UNFINISHED))
     keys = {run.limit_key for run in some_runs} - {None}
