@@ -1,7 +1,6 @@
 """Fixtures for tests with real processes: a running stack for each broker and pool."""
 
 import itertools
-import time
 
 import pytest
 
@@ -134,18 +133,6 @@ def revoke(stack):
     """A function that revokes a task in Flower, which runs until the test ends."""
     stack.flower.start()
     return lambda task, query="": stack.ask_flower(f"/api/task/revoke/{task}{query}", {})
-
-
-@pytest.fixture
-def since(record_property):
-    """A function, since(start): record the seconds since then, and return them."""
-
-    def since(start):
-        seconds = round(time.monotonic() - start, 1)
-        record_property("seconds", seconds)
-        return seconds
-
-    return since
 
 
 def errors(row):

@@ -73,39 +73,33 @@ def make_oldest(stack, jobs):
 
 
 @on_prefork_and_threads
-def test_the_place_of_a_killed_worker_is_free_when_its_lease_lapses(stack, gate, since):
+def test_the_place_of_a_killed_worker_is_free_when_its_lease_lapses(stack, gate):
     first, waiting = occupy(stack, gate)
     stack.worker.kill()
-    start = time.monotonic()
     check(stack, waiting)
-    since(start)
     gate.touch()
     stack.worker.start()
     assert succeeded(check(stack, [first]), crashes=1)
 
 
 @on_prefork
-def test_the_place_of_a_killed_child_is_free_at_once(stack, gate, since):
+def test_the_place_of_a_killed_child_is_free_at_once(stack, gate):
     """With a lease of 600 s."""
     worker = stack.replace_worker(JOB_LEASE_SECONDS=600)
     first, waiting = occupy(stack, gate)
-    start = time.monotonic()
     for child in children_of(worker.pid):
         os.kill(child, signal.SIGKILL)
     check(stack, waiting)
-    since(start)
     gate.touch()
     assert succeeded(check(stack, [first]), crashes=1)
 
 
 @on_prefork
-def test_the_place_of_a_stopped_worker_is_free_when_its_child_has_ended(stack, gate, since):
+def test_the_place_of_a_stopped_worker_is_free_when_its_child_has_ended(stack, gate):
     first, waiting = occupy(stack, gate)
     make_oldest(stack, waiting)
-    start = time.monotonic()
     os.kill(stack.worker.pid, signal.SIGTERM)
     check(stack, waiting)
-    since(start)
     stack.worker.wait()
     gate.touch()
     stack.worker.start()
@@ -115,7 +109,7 @@ def test_the_place_of_a_stopped_worker_is_free_when_its_child_has_ended(stack, g
 
 
 @where_jobs_share_a_process
-def test_a_job_of_a_stopped_worker_keeps_its_place(stack, gate, since):
+def test_a_job_of_a_stopped_worker_keeps_its_place(stack, gate):
     """The body runs until the process has ended. Nothing of its key may start before."""
     first, waiting = occupy(stack, gate)
     make_oldest(stack, waiting)
@@ -123,25 +117,21 @@ def test_a_job_of_a_stopped_worker_keeps_its_place(stack, gate, since):
     stack.worker.wait()
     time.sleep(3)  # some rounds of the sweeper
     assert not any(stack.starts(job) for job in waiting)
-    start = time.monotonic()
     gate.touch()
     stack.worker.start()
     rows = check(stack, [first, *waiting])
-    since(start)
     assert stack.starts(first) == 2
     assert succeeded(rows, crashes=0)
     assert not errors(rows[0])
 
 
 @on_prefork_and_threads
-def test_a_frozen_worker_loses_its_place(stack, gate, since):
+def test_a_frozen_worker_loses_its_place(stack, gate):
     """When it continues, its body ends at its next report, and what it returns is dropped."""
     first, waiting = occupy(stack, gate, "report_until")
     stack.worker.pause()
-    start = time.monotonic()
     wait_for(lambda: stack.row(first)["crashes"] == 1)
     check(stack, waiting)
-    since(start)
     stack.worker.resume()
     # The old body ends although the gate is closed.
     wait_for(lambda: stack.notes("end", first))
@@ -166,14 +156,12 @@ def test_a_cancelled_job_keeps_its_place_until_its_body_has_ended(stack, gate):
 
 
 @on_prefork_and_threads
-def test_the_place_of_a_cancelled_job_is_free_when_its_worker_dies(stack, gate, since):
+def test_the_place_of_a_cancelled_job_is_free_when_its_worker_dies(stack, gate):
     first, waiting = occupy(stack, gate)
     stack.ask("cancel(Job.objects.get(pk=job))", job=first)
     time.sleep(1)  # the worker notices
     stack.worker.kill()
-    start = time.monotonic()
     check(stack, waiting)
-    since(start)
 
 
 @on_prefork
@@ -280,18 +268,14 @@ for number in range(3):
 
 @pytest.mark.promise("Limits hold")
 @on_prefork_and_threads
-def test_no_fault_exceeds_a_limit_or_leaves_a_place_empty(stack, since):
+def test_no_fault_exceeds_a_limit_or_leaves_a_place_empty(stack):
     """Two Beats sweep all the time."""
-    start = time.monotonic()
     check_through_faults(stack)
-    since(start)
 
 
 @on_sqlite
-def test_no_fault_exceeds_a_limit_or_leaves_a_place_empty_on_sqlite(stack, since):
-    start = time.monotonic()
+def test_no_fault_exceeds_a_limit_or_leaves_a_place_empty_on_sqlite(stack):
     check_through_faults(stack)
-    since(start)
 
 
 # Rates

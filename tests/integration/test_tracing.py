@@ -153,19 +153,17 @@ def ends(runs):
 
 
 @on_each_pool
-def test_a_job_that_lost_its_worker_and_is_retried_is_one_tree(stack, collector, gate, since):
+def test_a_job_that_lost_its_worker_and_is_retried_is_one_tree(stack, collector, gate):
     """Web, a worker that is killed, Beat, another worker, a retry, and a job of the body."""
     stack.other.stop()
     data = {"task": "hold_then_retry", "args": [str(gate), "next"]}
     job = post(stack, "/faults/", "request-of-the-tree", **data)
     stack.wait_until_started(job)
     stack.worker.kill()
-    start = time.monotonic()
     stack.other.start()
     stack.wait_until_started(job, times=2)
     gate.touch()
     stack.wait_until_final(job)
-    since(start)
     child = stack.ask("result = [str(j.pk) for j in Job.objects.filter(args=[job])][0]", job=job)
     stack.wait_until_final(child)
     root = root_of(collector, job)
@@ -227,15 +225,13 @@ def test_a_worker_that_ends_exports_its_spans(stack, collector, gate):
 
 
 @on_prefork
-def test_a_worker_ends_in_time_although_nothing_takes_its_spans(stack, since):
+def test_a_worker_ends_in_time_although_nothing_takes_its_spans(stack):
     variables = {**LATER, "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1"}
     worker = stack.make_worker("alone", "--queues test", **variables)
     worker.start()
     jobs = [stack.enqueue("quick", queue="test") for _ in range(10)]
     stack.wait_until_final(*jobs)
-    start = time.monotonic()
     assert worker.stop() == 0
-    since(start)
 
 
 @on_prefork
