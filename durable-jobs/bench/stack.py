@@ -12,7 +12,6 @@ from pathlib import Path
 
 from harness.bake import ABOUT, TEMPLATE, WITH_JOBS
 from harness.project import Project, children_of, connects, env, free_ports, processes_in, wait_for
-from harness.servers import PostgreSQL
 
 BENCH = Path(__file__).parent
 TICKS = os.sysconf("SC_CLK_TCK")  # for each second
@@ -194,16 +193,6 @@ def bare(output, **variables):
     worker = "celery -A bare worker --loglevel INFO --include work_tasks"
     environment = {**output.environment, "DJANGO_SETTINGS_MODULE": "", **variables}
     return Contestant(folder, {"plain": worker}, environment)
-
-
-@contextmanager
-def postgres():
-    database = PostgreSQL("max_connections=300")
-    database.start()
-    try:
-        yield database
-    finally:
-        database.remove()
 
 
 def flushes(database):

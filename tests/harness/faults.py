@@ -5,6 +5,7 @@ import itertools
 import pytest
 
 from .bake import CHOICES, WITH_JOBS, baked, chosen
+from .project import started
 from .servers import PostgreSQL, broker_class
 from .stack import TIMINGS, Stack, prepare, prepare_plain
 
@@ -54,10 +55,8 @@ on_each_pool_with_default_timings = stacks(brokers=ONE["brokers"], **DEFAULTS)
 @pytest.fixture(scope="session")
 def database():
     # The delay: a commit that does not wait for the disk would be lost in a crash of PostgreSQL.
-    database = PostgreSQL("fsync=off", "wal_writer_delay=10s")
-    database.start()
-    yield database
-    database.remove()
+    with started(PostgreSQL("fsync=off", "wal_writer_delay=10s")) as [database]:
+        yield database
 
 
 @pytest.fixture(scope="session")
@@ -79,11 +78,8 @@ def running(request, cookies_session, tmp_path_factory):
         slots = 4 if options["pool"] == "prefork" else 16
         variables = {**options["timings"], "WORKER_CONCURRENCY": slots}
         stack = prepare(project, broker, folder, database, **variables)
-    try:
-        stack.start()
+    with started(stack):
         yield stack
-    finally:
-        stack.stop()
 
 
 @pytest.hookimpl(trylast=True)
@@ -94,7 +90,7 @@ def pytest_runtest_teardown(item, nextitem):
     ]
     stack, following = [each.get("running") for each in params]
     if stack and stack is not following:
-        item.funcargs["running"].stop()
+        item.funcargs["running"].end()
 
 
 @pytest.fixture

@@ -5,8 +5,7 @@ import subprocess
 from urllib.parse import urlencode
 
 from . import missing
-from .project import fetch, free_ports
-from .servers import Process
+from .project import Process, fetch, free_ports
 
 
 class Prometheus(Process):

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 
 import psycopg
 
-from .project import BEHIND_A_PROXY, Console, fetch, free_ports, wait_for
-from .servers import Process, make, servers_of, variables_of
+from .project import BEHIND_A_PROXY, Console, Process, fetch, free_ports, wait_for
+from .servers import servers_of, variables_of
 
 LEASE, RESEND = 5, 2  # seconds
 TIMINGS = {"JOB_LEASE_SECONDS": LEASE, "JOB_SWEEP_SECONDS": 1, "JOB_RESEND_SECONDS": RESEND}
@@ -109,25 +109,19 @@ class Stack:
         }
         self.made = []  # all processes, including those of tests
         self.marks = {}  # {log: its size when the test began}
-        self.console = self.token = None
+        self.console = Console(project, folder / "console.log", **self.variables)
         command = f"gunicorn config.wsgi --preload --no-control-socket --bind 127.0.0.1:{self.port}"
         self.web = self.process(f"{command} --workers 4")
         self.web.is_ready = lambda: self.web.printed.count("Booting worker") >= 4
         self.beat, self.flower = self.make_beat(), self.make_flower("flower")
 
-    def process(self, command, name=None, *, is_ready=None, **variables):
+    def process(self, command, name=None, *, says="", is_ready=None, **variables):
         """Make a process with more variables. It ends with the test at the latest."""
-        path = f"{self.project}/.venv/bin:{os.environ['PATH']}"
-        words = command.split()
-        process = Process(
-            words,
-            self.folder / f"{name or words[0]}.log",
-            is_ready=is_ready,
-            cwd=self.project,
-            variables={**self.variables, **variables, "PATH": path},
-        )
-        self.made.append(process)
-        return process
+        words, path = command.split(), f"{self.project}/.venv/bin:{os.environ['PATH']}"
+        log = self.folder / f"{name or words[0]}.log"
+        options = {"cwd": self.project, "variables": {**self.variables, **variables, "PATH": path}}
+        self.made.append(Process(words, log, says=says, is_ready=is_ready, **options))
+        return self.made[-1]
 
     def make_worker(self, name, options="", *, pool=None, app="config", **variables):
         """Make a worker with the Procfile's command, or with another pool, and more options."""
@@ -142,21 +136,16 @@ class Stack:
     def replace_worker(self, options="--queues celery,cpu", **variables):
         """Start a worker with these in place of the first one, until the test ends."""
         self.worker.stop()
-        worker = self.make_worker("other", options, **variables)
-        worker.start()
-        return worker
+        return self.make_worker("other", options, **variables).start()
 
     def make_beat(self, name="beat", app="config", **variables):
-        beat = self.process(f"celery -A {app} beat -s {self.folder}/{name}", name, **variables)
-        beat.is_ready = lambda: " is starting." in beat.printed
-        return beat
+        command = f"celery -A {app} beat -s {self.folder}/{name}"
+        return self.process(command, name, says=" is starting.", **variables)
 
     def replace_beat(self, app="config", **variables):
         """Start a Beat with these variables in place of the stack's, until the test ends."""
         self.beat.stop()
-        beat = self.make_beat(f"beat-of-{app}", app, **variables)
-        beat.start()
-        return beat
+        return self.make_beat(f"beat-of-{app}", app, **variables).start()
 
     def make_flower(self, name, **variables):
         def answers():
@@ -167,24 +156,21 @@ class Stack:
 
         return self.process("celery -A config flower", name, is_ready=answers, **variables)
 
-    def start(self, processes=None):
-        """Start the servers and these processes, by default all. The database is migrated first."""
+    def start(self):
+        """Start the servers and the processes. The database is migrated first."""
         for server in self.servers:
             server.start()
-        variables = {key: str(value) for key, value in self.variables.items()}
-        self.console = Console(self.project, self.folder / "console.log", **variables)
+        self.console.start()
         self.console.ask(MIGRATE)
-        processes = processes or self.processes
-        for process in processes:
+        for process in self.processes:
             process.launch()
         self.token = self.add_user("tester", **self.tester)
-        for process in processes:
+        for process in self.processes:
             process.wait_until_ready()
+        return self
 
-    def stop(self):
-        if self.console:
-            self.console.kill()
-        self.kill(*self.made, *self.servers)
+    def end(self):
+        self.kill(self.console, *self.made, *self.servers)
 
     def kill(self, *processes):
         for process in processes:
@@ -333,10 +319,11 @@ class JobStack(Stack):
         self.worker, self.other = self.workers
         self.processes = [self.web, self.beat, *self.workers]
 
-    def start(self, processes=None):
-        super().start(processes)
+    def start(self):
+        super().start()
         if self.database:
             self.ask('connection.cursor().execute(open("faults/tables.sql").read())')
+        return self
 
     def empty_queues(self):
         self.ask("cancel(Job.objects.all())")
@@ -445,8 +432,7 @@ urlpatterns += [path("api/faults/add/", add)]
 """
     project.add_app("trials")
     project.add_app("faults", settings, urls)
-    servers = [make(broker, folder / "broker", project)]
-    return JobStack(project, servers, folder, database, **variables)
+    return JobStack(project, [broker(folder / "broker", project)], folder, database, **variables)
 
 
 def prepare_plain(project, folder, database, settings="", **variables):

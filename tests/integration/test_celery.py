@@ -43,7 +43,7 @@ def test_a_task_is_a_job_in_a_process_that_uses_no_view(stack):
 from config.celery import app
 print(app.send_task("faults.tasks.quick", countdown=60).id)
 """
-    job = stack.project.shell(send, **{key: str(each) for key, each in stack.variables.items()})
+    job = stack.project.shell(send, **stack.variables)
     assert stack.row(job)["state"] == "queued"
 
 

@@ -14,8 +14,7 @@ from harness.project import wait_for
 def test_a_worker_of_old_code_loses_no_new_task(stack):
     """In a rolling deploy it drops messages of tasks that it does not know: they are sent again."""
     stack.other.stop()
-    old = stack.make_worker("old", "--queues io", OLD_CODE=1)
-    old.start()
+    old = stack.make_worker("old", "--queues io", OLD_CODE=1).start()
     jobs = [stack.enqueue("new", queue="io") for _ in range(5)]
     wait_for(lambda: old.printed.count("unregistered task") >= 5)
     old.stop()

@@ -48,8 +48,9 @@ def mine(stack):
     stack.worker.stop()
 
     def start(app="faults.quick_heartbeat", **options):
-        worker = stack.make_worker("mine", "--queues cpu", app=app, WORKER_CONCURRENCY=2, **options)
-        worker.start()
+        worker = stack.make_worker(
+            "mine", "--queues cpu", app=app, WORKER_CONCURRENCY=2, **options
+        ).start()
         wait_until(stack, is_alive=True)
         return worker
 

@@ -11,8 +11,7 @@ from harness.stack import RESEND
 
 def manage(stack, *words):
     """Run manage.py durable_jobs."""
-    variables = {name: str(value) for name, value in stack.variables.items()}
-    return stack.project.manage("durable_jobs", *words, **variables)
+    return stack.project.manage("durable_jobs", *words, **stack.variables)
 
 
 def enqueue(stack, task, count, *args, queue="cpu"):
@@ -92,8 +91,7 @@ def end_all(stack):
 @on_prefork_and_threads
 def test_after_a_pause_jobs_start_in_order(stack, record_property):
     """With one slot."""
-    worker = stack.make_worker("one", "--queues one", WORKER_CONCURRENCY=1)
-    worker.start()
+    stack.make_worker("one", "--queues one", WORKER_CONCURRENCY=1).start()
     try:
         stack.wait_until_final(*enqueue(stack, "quick", 1, queue="one"))
         stack.ask("pauses.pause('one')")

@@ -139,8 +139,7 @@ def test_an_idle_worker_ends_at_once(stack):
 @on_prefork
 def test_a_worker_ends_that_reads_a_result(stack, gate):
     stack.kill(stack.worker)
-    worker = stack.make_worker("slow", app="slow_results", PYTHONPATH=APPS)
-    worker.start()
+    worker = stack.make_worker("slow", app="slow_results", PYTHONPATH=APPS).start()
     task = stack.send("wait", gate)
     stack.wait_until_started(task)
     time.sleep(3)  # time to read that it has started
@@ -304,12 +303,10 @@ def test_without_the_result_backend_tasks_are_lost_or_end_without_a_result(
     stack, gate, tmp_path, record_fault
 ):
     """Celery reports that the task failed, acknowledges it, and then cannot store the failure."""
-    backend = Redis(tmp_path)
-    backend.start()
+    backend = Redis(tmp_path).start()
     stack.worker.stop()
     url = {"CELERY_RESULT_BACKEND": backend.variables["CELERY_RESULT_BACKEND"]}
-    worker = stack.make_worker("other", **url)
-    worker.start()
+    worker = stack.make_worker("other", **url).start()
     running = stack.send("wait", gate, ignore_result=False)
     stack.wait_until_started(running)
     backend.kill()
@@ -509,8 +506,7 @@ def test_countdowns_work_on_a_worker_of_some_queues(stack):
     stack.worker.stop()
     for queue in "cpu", "io":
         stack.broker.control("delete_queue", queue)
-    worker = stack.make_worker("some", "--queues celery")
-    worker.start()
+    worker = stack.make_worker("some", "--queues celery").start()
     start = time.time()
     task = stack.send("quick", countdown=2)
     stack.wait_until_started(task)
@@ -518,8 +514,7 @@ def test_countdowns_work_on_a_worker_of_some_queues(stack):
     assert "delayed delivery" not in worker.printed, worker.printed
     task = stack.send("quick", countdown=2, queue="cpu")
     time.sleep(5)
-    late = stack.make_worker("late", "--queues cpu")
-    late.start()
+    stack.make_worker("late", "--queues cpu").start()
     stack.wait_until_started(task)
 
 

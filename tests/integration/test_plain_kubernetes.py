@@ -16,6 +16,7 @@ from kombu import Connection
 from harness import kustomize, servers
 from harness.bake import CHOICES, DEFAULTS, baked, chosen
 from harness.outputs import outputs
+from harness.project import started
 
 PRODUCTION = "deploy/kubernetes/overlays/production"
 OPTIONS = ("broker", "worker_pool", "include_example", "periodic_tasks")
@@ -267,8 +268,8 @@ def test_uploads_that_the_read_only_root_refuses_are_found(project):
 def test_keda_finds_the_tasks_that_wait_in_each_queue(project, tmp_path):
     """On a real broker, asked as KEDA does. No worker runs."""
     used, documents = servers.servers_of(project, tmp_path), documents_of(project)
-    with servers.started(*used):
-        here = {key: str(value) for key, value in servers.variables_of(used).items()}
+    with started(*used):
+        here = servers.variables_of(used)
         project.manage("shell", "-v0", "-c", SEND, **here)
         for number, queue in enumerate(["celery", "cpu", "io"], 1):
             container = container_of(documents["Deployment", f"worker-{queue}"])

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from harness.outputs import CHECKS, ORDER, combinations, mails, outputs
-from harness.project import wait_for
+from harness.project import started, wait_for
 from harness.stack import prepare_plain
 
 COMBINATIONS = [{**answers, "durable_jobs": "no"} for answers in combinations()]
@@ -67,13 +67,11 @@ def test_it_passes_its_checks(project):
 def running_stack(project, database, tmp_path_factory):
     stack = prepare_plain(project, tmp_path_factory.mktemp("stack"), database)
     try:
-        stack.start()
-        yield stack
+        with started(stack):
+            yield stack
     except AssertionError:
         print(stack.printed())
         raise
-    finally:
-        stack.stop()
 
 
 @pytest.fixture

@@ -11,8 +11,7 @@ from functools import partial
 import psutil
 
 from harness import faults
-from harness.project import connects, free_ports, wait_for
-from harness.servers import Process
+from harness.project import Process, connects, free_ports, started, wait_for
 
 stacks = partial(faults.stacks, plain="plain-settings-")
 on_redis = stacks(["redis"], ["prefork"])
@@ -193,9 +192,8 @@ def test_tasks_and_results_may_be_in_a_redis_cluster(stack, tmp_path):
     """The keys of all queues are in one slot, and those of a chord. This cluster has one node."""
     [port] = free_ports(1)
     command = f"redis-server --port {port} --dir {tmp_path} --cluster-enabled yes"
-    cluster = Process(command.split(), tmp_path / "log", is_ready=lambda: connects(port))
-    cluster.start()
-    try:
+    cluster = Process(command.split(), tmp_path / "log", is_ready=partial(connects, port))
+    with started(cluster):
         redis_cli = "redis-cli", "-p", str(port), "cluster"
         subprocess.run([*redis_cli, "addslotsrange", "0", "16383"], check=True)
         info = [*redis_cli, "info"]
@@ -205,8 +203,6 @@ def test_tasks_and_results_may_be_in_a_redis_cluster(stack, tmp_path):
         stack.replace_worker(**variables)
         printed = stack.project.manage("shell", "-v0", "-c", CHORD, **stack.variables | variables)
         assert printed.split("\n")[-3:-1] == ["[2, 3, 4]", "9"]
-    finally:
-        cluster.kill()
 
 
 # Workers

@@ -17,8 +17,7 @@ def test_workers_with_different_pools_run_side_by_side(stack, gate):
     pools = sorted(POOLS)
 
     def start(pool, queue):
-        worker = stack.make_worker(f"{pool}-{queue}", f"--queues {queue}", pool=pool)
-        worker.start()
+        worker = stack.make_worker(f"{pool}-{queue}", f"--queues {queue}", pool=pool).start()
         assert re.search(r"concurrency: \d+ \((\w+)\)", worker.printed)[1] in pool
         return worker
 

@@ -33,8 +33,7 @@ def test_the_first_worker_makes_the_queues_of_all(stack):
     stack.broker.control("add_vhost", "fresh")
     stack.broker.control("set_permissions", "-p", "fresh", "guest", ".*", ".*", ".*")
     url = stack.variables["CELERY_BROKER_URL"].removesuffix("/") + "fresh"
-    worker = stack.make_worker("first", "--queues io", CELERY_BROKER_URL=url)
-    worker.start()
+    worker = stack.make_worker("first", "--queues io", CELERY_BROKER_URL=url).start()
     assert "delayed delivery" not in worker.printed
     send = """
 from config.celery import app

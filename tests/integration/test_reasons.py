@@ -34,13 +34,8 @@ def say(stack, tmp_path, record_property):
     web = f"http://127.0.0.1:{port}"
     # With DEBUG, pages are served over plain HTTP, with their scripts. A browser may open a
     # connection ahead of its requests, which occupies one process.
-    pages = stack.process(
-        f"gunicorn config.wsgi --bind 127.0.0.1:{port} --workers 4 --no-control-socket",
-        "pages",
-        is_ready=lambda: "Booting worker" in pages.printed,
-        DEBUG="True",
-    )
-    pages.start()
+    command = f"gunicorn config.wsgi --bind 127.0.0.1:{port} --workers 4 --no-control-socket"
+    stack.process(command, "pages", says="Booting worker", DEBUG="True").start()
     with browser(tmp_path) as tab:
 
         def open_as(session, path):

@@ -6,7 +6,8 @@ import re
 import signal
 import socket
 import subprocess
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from functools import partial
 from urllib.parse import urlsplit
 
 import pytest
@@ -24,7 +25,17 @@ from harness.outputs import (
     outputs,
     use,
 )
-from harness.project import children_of, connects, env, fetch, free_ports, processes_in, wait_for
+from harness.project import (
+    Process,
+    children_of,
+    connects,
+    env,
+    fetch,
+    free_ports,
+    processes_in,
+    started,
+    wait_for,
+)
 
 EXTRA = {"FLOWER_BASIC_AUTH": "admin:password", "DEBUG": "False", "MEDIA_ROOT": "/srv/media"}
 
@@ -302,7 +313,7 @@ def test_all_processes_end_when_one_ends(project):
         for pid in site.find("beat"):
             os.kill(pid, signal.SIGTERM)
 
-        assert site.process.wait(300) != 0
+        assert site.process.wait() != 0
         assert "A process has ended" in site.log
         wait_for(lambda: not site.processes(), site=site)
 
@@ -334,36 +345,10 @@ def test_make_run_starts_no_rabbitmq(project):
         project.call("make", "run", **variables)
 
 
-class Typed:
-    """A command that somebody types in a terminal of the project."""
-
-    def __init__(self, project, command, **variables):
-        self.file = project.parent / "typed.log"
-        self.process = subprocess.Popen(
-            f".venv/bin/{command}".split(),
-            cwd=project,
-            env=env(**variables),
-            stdout=self.file.open("w"),
-            stderr=subprocess.STDOUT,
-        )
-
-    @property
-    def log(self):
-        return self.file.read_text()
-
-    def wait_for(self, text):
-        wait_for(lambda: text in self.log or self.process.poll() is not None, site=self)
-        assert self.process.poll() is None, self.log
-
-
-@contextmanager
-def typed(project, command, **variables):
-    command = Typed(project, command, **variables)
-    try:
-        yield command
-    finally:
-        command.process.kill()
-        command.process.wait()
+def typed(project, command, **options):
+    """Make the process of a command that somebody types in a terminal of the project."""
+    words = f".venv/bin/{command}".split()
+    return Process(words, project.parent / "typed.log", cwd=project, **options)
 
 
 @every_pool
@@ -379,20 +364,20 @@ def test_a_worker_typed_by_hand_uses_the_projects_settings(broker, project, requ
     settings = {"SOFT_SHUTDOWN_SECONDS": 3600}
     slots = {"prefork": os.cpu_count(), "threads": 20, "gevent": 100}[own]
     if own == "gevent":
-        with typed(project, command, **broker) as refused:
-            assert refused.process.wait(300) == 1
-            assert "Type the option in full: --pool gevent" in refused.log
+        refused = typed(project, command, variables=broker)
+        refused.launch()
+        assert refused.wait() == 1
+        assert "Type the option in full: --pool gevent" in refused.printed
     runs = [(signal.SIGINT, own), *((signal.SIGTERM, pool) for pool in commands)]
     for number, pool in runs:
-        with typed(project, commands[pool], **settings, **broker) as worker:
-            worker.wait_for(" ready.")
-            concurrency, kind = re.search(r"concurrency: (\d+) \((\w+)\)", worker.log).groups()
+        options = {"says": " ready.", "variables": {**settings, **broker}}
+        with started(typed(project, commands[pool], **options)) as [worker]:
+            printed = worker.printed
+            concurrency, kind = re.search(r"concurrency: (\d+) \((\w+)\)", printed).groups()
             assert int(concurrency) == slots and kind in pool
-            queues = re.findall(r"\.> (\w+) +exchange=", worker.log)
+            queues = re.findall(r"\.> (\w+) +exchange=", printed)
             assert sorted(queues) == ["celery", "cpu", "io"]
-
-            worker.process.send_signal(number)
-            worker.process.wait(300)
+            worker.stop(number)
         settings["WORKER_CONCURRENCY"] = slots = 3
 
 
@@ -477,15 +462,16 @@ result = known_queues()
 def test_flower_typed_by_hand_uses_the_projects_settings(broker, project):
     [port] = free_ports(1)
     variables = {**broker, "FLOWER_PORT": port}
-    with typed(project, "celery -A config flower", **variables) as flower:
-        wait_for(lambda: connects(port), site=flower)
+    command, answers = "celery -A config flower", partial(connects, port)
+    with started(typed(project, command, is_ready=answers, variables=variables)):
         assert fetch(f"http://127.0.0.1:{port}/api/workers")[0] == 401
         with pytest.raises(ConnectionRefusedError):  # it listens on no other address
             socket.create_connection(("127.0.0.2", port))
 
-    with typed(project, "celery -A config flower", FLOWER_BASIC_AUTH="", **variables) as flower:
-        assert flower.process.wait(300) == 1
-        assert "set FLOWER_BASIC_AUTH=user:password" in flower.log
+    flower = typed(project, command, variables={**variables, "FLOWER_BASIC_AUTH": ""})
+    flower.launch()
+    assert flower.wait() == 1
+    assert "set FLOWER_BASIC_AUTH=user:password" in flower.printed
 
 
 @default_output
@@ -529,20 +515,18 @@ def test_ctrl_c_keeps_a_broker_that_another_project_uses(project):
         ports = dict(zip(["PORT", "FLOWER_PORT"], free_ports(2), strict=True))
         variables = {**site.environment, **ports, "PATH": path}
         port = urlsplit(variables["CELERY_BROKER_URL"]).port
-        with typed(project, "python dev.py", **variables) as second:
-            second.wait_for("Ctrl-C stops everything")
-            assert f" on port {port}" not in second.log
+        options = {"says": "Ctrl-C stops everything", "variables": variables}
+        with started(typed(project, "python dev.py", **options)) as [second]:
+            assert f" on port {port}" not in second.printed
             site.stop()
-            wait_for(lambda: connects(port), site=second)
-            second.process.send_signal(signal.SIGINT)
-            second.process.wait(300)
-            assert "A process has ended" not in second.log
+            wait_for(lambda: connects(port))
+            second.stop(signal.SIGINT)
+            assert "A process has ended" not in second.printed
 
 
 @outputs(first(broker="rabbitmq"))
 def test_its_own_tests_pass_beside_a_worker(broker, project):
-    with typed(project, "celery -A config worker", **broker) as worker:
-        worker.wait_for(" ready.")
+    with started(typed(project, "celery -A config worker", says=" ready.", variables=broker)):
         assert re.search(r"= \d+ passed", project.call("make", "test", ARGS="-m live", **broker))
 
 
@@ -582,8 +566,8 @@ def test_uploads_go_to_a_bucket(project, tmp_path):
     variables = {"S3_BUCKET": "uploads", "PYTHONPATH": tmp_path}
     variables["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{port}"
     variables["AWS_DEFAULT_REGION"] = "us-east-1"  # there a bucket needs no region
-    with typed(project, f"python -m moto.server --port {port}") as server:
-        wait_for(lambda: connects(port), site=server)
+    command = f"python -m moto.server --port {port}"
+    with started(typed(project, command, is_ready=partial(connects, port))):
         assert project.manage("shell", "-v0", "-c", S3, **variables).split()[-2:] == ["1", "2"]
         variables["DATABASE_URL"] = f"sqlite:///{tmp_path}/db.sqlite3"
         printed = project.manage("shell", "-v0", "-c", UPLOAD_TWICE, **variables).split()
@@ -639,8 +623,8 @@ def moto(broker, project):
         yield broker
         return
     port = urlsplit(broker["AWS_ENDPOINT_URL"]).port
-    with typed(project, f"python -m moto.server --port {port}") as server:
-        wait_for(lambda: connects(port), site=server)
+    command = f"python -m moto.server --port {port}"
+    with started(typed(project, command, is_ready=partial(connects, port))):
         if "queues:" in project.read("Makefile"):
             project.call("make", "queues", **broker)
         yield broker

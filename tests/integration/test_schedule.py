@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from harness.bake import CHOICES, WITH_JOBS, baked
-from harness.project import wait_for
+from harness.project import started, wait_for
 from harness.servers import broker_class
 from harness.stack import TIMINGS, prepare
 
@@ -88,17 +88,13 @@ def stack(request, cookies_session, tmp_path_factory, database):
     stack = prepare(project, broker, folder, database, **TIMINGS)
     with open(project / "config/settings.py", "a") as file:
         file.write(SETTINGS)
-    try:
-        stack.start([stack.other])
+    stack.processes = [stack.other]
+    with started(stack):
         yield stack
-    finally:
-        stack.stop()
 
 
 def add_beat(stack, name):
-    beat = stack.make_beat(name)
-    beat.start()
-    return beat
+    return stack.make_beat(name).start()
 
 
 def calls(stack):

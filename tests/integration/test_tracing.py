@@ -18,7 +18,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from harness.bake import WITH_JOBS, baked
 from harness.faults import POOLS
 from harness.outputs import default_output
-from harness.project import env, wait_for
+from harness.project import env, started, wait_for
 from harness.servers import Redis
 from harness.stack import TIMINGS, prepare
 
@@ -104,11 +104,8 @@ def traced(request, cookies_session, tmp_path_factory, database, collector):
     stack = prepare(project, Redis, folder, database, **variables)
     with open(project / "config/settings.py", "a") as file:
         file.write("DJANGO_STRUCTLOG_TRUST_UPSTREAM_REQUEST_ID = True\n")
-    try:
-        stack.start()
+    with started(stack):
         yield stack
-    finally:
-        stack.stop()
 
 
 @pytest.fixture
@@ -213,8 +210,7 @@ def test_a_child_that_is_replaced_exports_its_spans(stack, collector):
 @on_each_pool
 def test_a_worker_that_ends_exports_its_spans(stack, collector, gate):
     """Also with a body that does not end in time."""
-    worker = stack.make_worker("ending", "--queues test", **LATER)
-    worker.start()
+    worker = stack.make_worker("ending", "--queues test", **LATER).start()
     jobs = [stack.enqueue("quick", queue="test") for _ in range(10)]
     stack.wait_until_final(*jobs)
     stack.wait_until_started(stack.enqueue("hold", gate, queue="test"))
@@ -227,8 +223,7 @@ def test_a_worker_that_ends_exports_its_spans(stack, collector, gate):
 @on_prefork
 def test_a_worker_ends_in_time_although_nothing_takes_its_spans(stack):
     variables = {**LATER, "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1"}
-    worker = stack.make_worker("alone", "--queues test", **variables)
-    worker.start()
+    worker = stack.make_worker("alone", "--queues test", **variables).start()
     jobs = [stack.enqueue("quick", queue="test") for _ in range(10)]
     stack.wait_until_final(*jobs)
     assert worker.stop() == 0

@@ -170,8 +170,7 @@ def test_a_stopped_worker_loses_nothing(stack, gate, tmp_path):
 
 @on_prefork
 def test_a_worker_ends_that_reads_the_end_of_a_job(stack, gate):
-    worker = stack.make_worker("slow", "--queues test", app="slow_results", PYTHONPATH=APPS)
-    worker.start()
+    worker = stack.make_worker("slow", "--queues test", app="slow_results", PYTHONPATH=APPS).start()
     job = stack.enqueue("hold", gate, queue="test")
     stack.wait_until_started(job)
     time.sleep(3)  # time to read that it has started
@@ -266,8 +265,7 @@ Recipient.objects.bulk_create(Recipient(newsletter=newsletter, email=email) for 
 result = enqueue(send_newsletter, [newsletter.pk], queue="news").pk
 """
     with Mails(count // 2 + 50) as mails:  # in the middle of a chunk
-        worker = stack.make_worker("news", "--queues news", EMAIL_URL=mails.url)
-        worker.start()
+        worker = stack.make_worker("news", "--queues news", EMAIL_URL=mails.url).start()
         job = stack.ask(code, count=count)
         wait_for(lambda: len(mails.received) == mails.count)
         worker.kill()
