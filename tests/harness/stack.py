@@ -326,7 +326,7 @@ class JobStack(Stack):
         return self
 
     def empty_queues(self):
-        self.ask("cancel(Job.objects.all())")
+        self.ask("Pause.objects.all().delete()\ncancel(Job.objects.all())")
         self.wait_until_final(*[self.enqueue("quick", queue=queue) for queue in ["cpu", "io"]])
 
     def renew_web(self):
