@@ -9,13 +9,12 @@ import shutil
 import subprocess
 import time
 from contextlib import contextmanager
-from urllib.request import urlopen
 
 import pytest
 
 from . import kustomize, missing
 from .bake import CHOICES, baked
-from .project import BEHIND_A_PROXY, Site, free_ports, wait_for
+from .project import BEHIND_A_PROXY, Site, fetch, free_ports, responds, wait_for
 
 SOFT_SHUTDOWN_SECONDS = 2
 HTTPS = {"Host": "example.com", **BEHIND_A_PROXY}  # what the proxy sends
@@ -126,8 +125,8 @@ class Stack(Site):
             self.compose(*profile, "rm", "--force", "--stop", *names)
 
     def ask_prometheus(self, path):
-        with urlopen(f"http://127.0.0.1:{self.environment['PROMETHEUS_PORT']}{path}") as response:
-            return json.load(response)["data"]
+        port = self.environment["PROMETHEUS_PORT"]
+        return fetch(f"http://127.0.0.1:{port}{path}")[2]["data"]
 
     def is_scraped(self):
         """Whether Prometheus has read the metrics since its last start."""
@@ -279,10 +278,7 @@ class Pods(Site):
             return subprocess.run(command, capture_output=True).returncode == 0
         get = probe["httpGet"]
         url = f"http://{self.address(id)}:{get['port']}{get['path']}"
-        try:
-            return urlopen(url, timeout=probe.get("timeoutSeconds", 1)).status == 200
-        except OSError:
-            return False
+        return responds(url, timeout=probe.get("timeoutSeconds", 1))
 
     def ended_at(self, id):
         """Return the time at which a container ended, or None."""

@@ -408,13 +408,20 @@ def fetch(url, data=None, headers=(), *, method=None, **options):
     else:
         options["json"] = data
     method = method or ("GET" if data is None else "POST")
-    response = requests.request(method, url, headers=dict(headers), timeout=60, **options)
+    options = {"timeout": 60, "headers": dict(headers), **options}
+    response = requests.request(method, url, **options)
     if not response.ok:
         return response.status_code, response.headers, None
     try:
         return response.status_code, response.headers, response.json()
     except ValueError:
         return response.status_code, response.headers, response.text
+
+
+def responds(url, **options):
+    """Whether a server answers a GET with 200."""
+    with suppress(OSError):
+        return fetch(url, **options)[0] == 200
 
 
 def wait_for(condition, site=None):

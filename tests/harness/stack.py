@@ -7,10 +7,11 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 
 import psycopg
 
-from .project import BEHIND_A_PROXY, Console, Process, fetch, free_ports, wait_for
+from .project import BEHIND_A_PROXY, Console, Process, fetch, free_ports, responds, wait_for
 from .servers import servers_of, variables_of
 
 LEASE, RESEND = 5, 2  # seconds
@@ -148,13 +149,8 @@ class Stack:
         return self.make_beat(f"beat-of-{app}", app, **variables).start()
 
     def make_flower(self, name, **variables):
-        def answers():
-            try:
-                return self.ask_flower("/api/workers")[0] == 200
-            except OSError:
-                return False
-
-        return self.process("celery -A config flower", name, is_ready=answers, **variables)
+        is_ready = partial(responds, f"{self.flower_url}/api/workers", auth=FLOWER_USER)
+        return self.process("celery -A config flower", name, is_ready=is_ready, **variables)
 
     def start(self):
         """Start the servers and the processes. The database is migrated first."""

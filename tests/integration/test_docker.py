@@ -10,7 +10,6 @@ import socket
 import ssl
 import subprocess
 import time
-from urllib.request import Request, urlopen
 
 import pytest
 import yaml
@@ -29,7 +28,7 @@ from harness.containers import (
     log_of,
 )
 from harness.outputs import ORDER
-from harness.project import env, free_ports, wait_for
+from harness.project import env, fetch, free_ports, wait_for
 
 # A job of 30 seconds, much longer than SOFT_SHUTDOWN_SECONDS.
 LONG_JOB = """
@@ -604,7 +603,7 @@ def test_the_pods_of_the_manifests_run_jobs(stack):
         assert {pod for pod, _ in pods.probes()} == set(ids)
         # As Prometheus asks: over plain HTTP, with the name of the Service.
         headers = {"Authorization": f"Token {pods.token}", "Host": "web.any-namespace.svc:80"}
-        assert urlopen(Request(f"{pods.web}/metrics", headers=headers)).status == 200
+        assert fetch(f"{pods.web}/metrics", headers=headers)[0] == 200
         order = pods.request("/api/orders/", ORDER)
         assert order[0] == 202, pods.log
         *_, job = pods.follow(order[1]["Location"])

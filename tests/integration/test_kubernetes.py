@@ -6,11 +6,9 @@ import json
 import re
 import shutil
 import subprocess
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from urllib.parse import urlsplit
-from urllib.request import urlopen
 from uuid import uuid4
 
 import kubernetes_validate
@@ -21,7 +19,7 @@ from harness import kustomize, missing
 from harness.bake import CHOICES, LIBRARY, PINNED, WITH_JOBS, baked, chosen
 from harness.blocks import code
 from harness.containers import docker, options_of
-from harness.project import wait_for
+from harness.project import responds, wait_for
 
 PRODUCTION = "deploy/kubernetes/overlays/production"
 MONITORING = Path("deploy/monitoring")
@@ -553,11 +551,6 @@ print(default_storage.open("tea.csv").read())
 BUCKET = "import boto3; boto3.client('s3').create_bucket(Bucket='uploads')"
 
 
-def answers(url):
-    with suppress(OSError):
-        return urlopen(url).status == 200
-
-
 @pytest.fixture
 def moto(engine):
     """A stand-in for SQS and S3, in a container; its address there."""
@@ -565,7 +558,7 @@ def moto(engine):
     address = "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}"
     url = f"http://{docker('inspect', '--format', address, container)}:5000"
     try:
-        wait_for(lambda: answers(f"{url}/moto-api/data.json"))
+        wait_for(lambda: responds(f"{url}/moto-api/data.json"))
         yield url
     finally:
         docker("rm", "--force", container)

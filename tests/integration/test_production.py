@@ -3,8 +3,6 @@
 import re
 import shutil
 import subprocess
-from http.client import HTTPConnection
-from urllib.parse import urlsplit
 from uuid import uuid4
 
 import pytest
@@ -135,8 +133,6 @@ def test_systemd_accepts_the_unit_of_the_page(tmp_path, broker, worker_pool):
 
 
 def get(site, path, **headers):
-    """Send a GET with no more than these headers. Return (status, Location)."""
-    connection = HTTPConnection(urlsplit(site.web).netloc, timeout=300)
-    connection.request("GET", path, headers=headers)
-    response = connection.getresponse()
-    return response.status, response.headers["Location"]
+    """Send a GET with these headers alone. Return (status, Location)."""
+    status, found, _ = fetch(site.web + path, headers=headers, allow_redirects=False, timeout=300)
+    return status, found.get("Location")

@@ -2,13 +2,12 @@
 
 import re
 import time
-from urllib.request import Request, urlopen
 
 import pytest
 
 from harness.browser import browser
 from harness.faults import on_one
-from harness.project import free_ports, wait_for
+from harness.project import fetch, free_ports, wait_for
 
 WHY = "document.querySelector('.job [data-part=why]')?.innerText"
 USERS = """
@@ -44,8 +43,8 @@ def say(stack, tmp_path, record_property):
 
         def in_admin(job):
             url = f"{web}/admin/durable_jobs/job/{job}/change/"
-            with urlopen(Request(url, headers={"Cookie": f"sessionid={staff}"})) as page:
-                return re.sub(r"<.*?>", "", page.read().decode()).replace("&#x27;", "'")
+            _, _, page = fetch(url, cookies={"sessionid": staff})
+            return re.sub(r"<.*?>", "", page).replace("&#x27;", "'")
 
         def say(job, text, admin=None):
             start = time.monotonic()
