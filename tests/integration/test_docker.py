@@ -18,14 +18,15 @@ from harness.bake import CHOICES, PINNED, WITH_JOBS
 from harness.blocks import code
 from harness.containers import (
     MANAGE,
-    Pods,
-    Stack,
+    ComposeStack,
     brokers,
     check_rights,
+    compose_config,
     composed,
     docker,
     is_healthy,
     log_of,
+    running_pods,
 )
 from harness.outputs import ORDER
 from harness.project import env, fetch, free_ports, wait_for
@@ -73,11 +74,11 @@ STACKS = brokers("docker", ["redis"])  # test_plain_docker.py has each broker
 
 @pytest.fixture(scope="module", params=STACKS)
 def stack(request, engine, cookies_session):
-    with composed(JobStack, cookies_session, **WITH_JOBS, broker=request.param) as stack:
+    with composed(JobComposeStack, cookies_session, **WITH_JOBS, broker=request.param) as stack:
         yield stack
 
 
-class JobStack(Stack):
+class JobComposeStack(ComposeStack):
     def order(self):
         """Place an order, wait until its job has succeeded; return the order's URL and the job."""
         status, headers, order = self.request("/api/orders/", ORDER)
@@ -584,8 +585,7 @@ def test_compose_works_with_servers_of_your_own(engine, bake, broker):
     with pytest.raises(AssertionError, match="cycle detected: migrate -> migrate"):
         project.call("docker", "compose", "config")
     (project / "compose.yaml").write_text(text.replace(entries, f"    {edit}\n"))
-    read = project.call("docker", "compose", "config", "--format", "json")
-    services = json.loads(read)["services"]
+    services = compose_config(project)["services"]
     assert services.keys() == own & set(yaml.safe_load(text)["services"])
     assert "depends_on" not in services["migrate"]
     for service in services.keys() - {"migrate"}:
@@ -595,12 +595,7 @@ def test_compose_works_with_servers_of_your_own(engine, bake, broker):
 
 def test_the_pods_of_the_manifests_run_jobs(stack):
     """Pods wait for the migrations and pass the probes of deploy/kubernetes/, unless they hang."""
-    stack.psql(f"CREATE DATABASE pods OWNER {stack.project.name}")
-    stack.compose("stop", "worker", "beat")  # which would take the pods' messages
-    pods = Pods(stack)
-    try:
-        ids = pods.start_all()
-        assert {pod for pod, _ in pods.probes()} == set(ids)
+    with running_pods(stack) as pods:
         # As Prometheus asks: over plain HTTP, with the name of the Service.
         headers = {"Authorization": f"Token {pods.token}", "Host": "web.any-namespace.svc:80"}
         assert fetch(f"{pods.web}/metrics", headers=headers)[0] == 200
@@ -608,20 +603,17 @@ def test_the_pods_of_the_manifests_run_jobs(stack):
         assert order[0] == 202, pods.log
         *_, job = pods.follow(order[1]["Location"])
         assert job["state"] == "succeeded", job
-        printed = docker("exec", ids["web"], *MANAGE, "shell", "-v0", "-c", JOB_FOR_EACH_QUEUE)
+        printed = pods.call("web", *MANAGE, "shell", "-v0", "-c", JOB_FOR_EACH_QUEUE)
         for queue, pk in re.findall("^(\\w+) ([0-9a-f-]{36})$", printed, re.M):
             *_, job = pods.follow(f"/api/jobs/{pk}/")
             assert job["state"] == "succeeded", job
-            assert pk in log_of(ids[f"worker-{queue}"])
+            assert pk in log_of(pods.ids[f"worker-{queue}"])
 
         age = ("touch", "-d", "1 hour ago", pods.variables["LIVENESS_FILE"])
         for pod in ("worker-celery", "beat"):  # a living one touches its file
-            docker("exec", ids[pod], *age)
-            wait_for(lambda pod=pod: pods.answers(pod, ids[pod], "livenessProbe"), site=pods)
+            pods.call(pod, *age)
+            wait_for(lambda pod=pod: pods.answers(pod, "livenessProbe"), site=pods)
         for pod in ("worker-celery", "beat", "web"):
-            docker("exec", ids[pod], "sh", "-c", "kill -STOP -1")
-            docker("exec", ids[pod], *age)
-            assert not pods.answers(pod, ids[pod], "livenessProbe"), pod
-    finally:
-        docker("rm", "--force", *pods.containers)
-        stack.compose("start", "worker", "beat")
+            pods.call(pod, "sh", "-c", "kill -STOP -1")
+            pods.call(pod, *age)
+            assert not pods.answers(pod, "livenessProbe"), pod

@@ -11,13 +11,13 @@ from harness.bake import CHOICES, DEFAULTS
 from harness.containers import (
     HTTPS,
     MANAGE,
-    Pods,
-    Stack,
+    ComposeStack,
     brokers,
     check_rights,
+    compose_config,
     composed,
-    docker,
     log_of,
+    running_pods,
 )
 from harness.outputs import ORDER, outputs
 from harness.project import wait_for
@@ -41,7 +41,7 @@ CELERY_BROKER_TRANSPORT_OPTIONS |= {{
 FINAL = {"SUCCESS", "FAILURE", "REVOKED"}
 
 
-class PlainStack(Stack):
+class PlainComposeStack(ComposeStack):
     def mails(self):
         files = "cat .data/mail/* 2>/dev/null || true"
         return self.compose("exec", "-T", "worker", "sh", "-c", files)
@@ -76,7 +76,7 @@ class PlainStack(Stack):
 @pytest.fixture(scope="module", params=STACKS)
 def stack(request, engine, cookies_session):
     settings = SETTINGS.get(request.param, "")
-    with composed(PlainStack, cookies_session, settings, broker=request.param) as stack:
+    with composed(PlainComposeStack, cookies_session, settings, broker=request.param) as stack:
         yield stack
 
 
@@ -240,38 +240,25 @@ for queue in settings.CELERY_TASK_QUEUES:
 @on_second
 def test_the_pods_of_the_manifests_run_tasks(stack):
     """Pods wait for the migrations and pass the probes of deploy/kubernetes/."""
-    stack.psql(f"CREATE DATABASE pods OWNER {stack.project.name}")
-    stack.compose("stop", "worker", "beat")  # which would take the pods' messages
-    pods = Pods(stack)
-    try:
-        ids = pods.start_all()
-        assert {pod for pod, _ in pods.probes()} == set(ids)
+    with running_pods(stack) as pods:
         status, _, order = pods.request("/api/orders/", ORDER)
         assert status == 201, pods.log
         url = f"/api/orders/{order['id']}/"
         wait_for(lambda: pods.request(url)[2]["confirmed_at"], site=pods)
-        printed = docker("exec", ids["web"], *MANAGE, "shell", "-v0", "-c", FOR_EACH_QUEUE)
+        printed = pods.call("web", *MANAGE, "shell", "-v0", "-c", FOR_EACH_QUEUE)
         found = re.findall("^(\\w+) ([0-9a-f-]{36})$", printed, re.M)
         assert found
         for queue, task in found:
-            wait_for(lambda queue=queue, task=task: task in log_of(ids[f"worker-{queue}"]), pods)
-    finally:
-        docker("rm", "--force", *pods.containers)
-        stack.compose("start", "worker", "beat")
-
-
-def compose_reads(project):
-    """Return what compose makes of the files, without the help of an engine."""
-    read = project.call("docker", "compose", "config", "--format", "json")
-    return json.loads(read)["services"]
+            worker = pods.ids[f"worker-{queue}"]
+            wait_for(lambda worker=worker, task=task: task in log_of(worker), site=pods)
 
 
 def test_each_make_up_starts_the_workers_that_env_wants(bake):
     project = bake()
-    assert compose_reads(project)["worker"]["scale"] == 1
+    assert compose_config(project)["services"]["worker"]["scale"] == 1
     with open(project / ".env", "a") as file:
         file.write("WORKERS=3\n")
-    services = compose_reads(project)
+    services = compose_config(project)["services"]
     assert {name for name, each in services.items() if each.get("scale", 1) > 1} == {"worker"}
     assert services["worker"]["scale"] == 3
 
@@ -299,7 +286,7 @@ def test_compose_and_django_read_the_same_values(project):
     (project / ".env").write_text(f"# a comment\n{quoted}")
     try:
         assert json.loads(project.call(".venv/bin/python", "-c", READ_ENV)) == values
-        found = compose_reads(project)["web"]["environment"]
+        found = compose_config(project)["services"]["web"]["environment"]
     finally:
         (project / ".env").write_text(before)
     own = set(yaml.safe_load(project.read("compose.yaml"))["x-app"]["environment"])
@@ -339,8 +326,7 @@ def test_compose_reads_every_file(engine, bake):
                 project = bake(periodic_tasks=periodic_tasks, **answers)
                 if (text := project.read("compose.yaml")) not in seen:
                     seen.add(text)
-                    read = project.call("docker", "compose", "config", "--format", "json")
-                    assert "media" not in json.loads(read)["volumes"]
+                    assert "media" not in compose_config(project)["volumes"]
     assert len(seen) > 1
 
 
@@ -354,7 +340,7 @@ def test_two_lines_of_env_decide_about_a_stand_in_for_amazon(stack):
     stack.environment |= without
     try:
         assert set(services) - set(stack.compose(*read).split()) == {"aws"}
-        config = json.loads(stack.compose("config", "--format", "json"))
+        config = compose_config(stack.project, **stack.environment)
     finally:
         for name in without:
             del stack.environment[name]
