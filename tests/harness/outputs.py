@@ -9,6 +9,7 @@ import pytest
 from . import servers
 from .bake import CHOICES, DEFAULTS, WITH_JOBS, baked, name, product
 from .project import fetch, wait_for
+from .stack import SCHEDULE
 
 ORDER = {"product": "Tea", "quantity": 2}
 # Those of `make check` that test_bake.py cannot run, and production's, in one process.
@@ -27,10 +28,36 @@ client.force_login(User.objects.get())
 data = {"action": "mail_sum", "_selected_action": [1]}
 result = client.post("/admin/orders/order/", data).status_code
 """
-SCHEDULE = """
-CELERY_BEAT_SCHEDULE = {{
-    "tick": {{"task": "samples.tasks.note_time", "schedule": 1, "args": ["{path}"]}}
-}}
+# A job with progress
+COUNT = """
+
+from durable_jobs.tasks import JobTask
+
+
+@shared_task(base=JobTask, bind=True)
+def count(self, to):
+    for done in range(to):
+        self.report(done, to, f"{done} of {to}")
+        time.sleep(0.1)
+    return to
+"""
+# When a plain task with a countdown of 2 s was sent, and the results of a task and of a chord, or
+# the names of the errors without a result backend.
+PLAIN = """
+import time
+from celery import chord
+from celery.result import AsyncResult
+from trials.tasks import add, tick, total
+result = [time.time()]
+tick.apply_async([path], countdown=2)
+for get in (
+    lambda: AsyncResult(add.delay(1, 2).id).get(timeout=60),
+    lambda: chord([add.s(1, 2), add.s(3, 4)])(total.s()).get(timeout=60),
+):
+    try:
+        result.append(get())
+    except NotImplementedError as error:
+        result.append(type(error).__name__)
 """
 
 
@@ -110,13 +137,15 @@ def broker(output, tmp_path_factory):
 
 @pytest.fixture
 def with_tasks(project, tmp_path):
-    """The project with the app `samples` and a periodic task, so that it needs no example."""
+    """The project with the app `trials`, a job and a periodic task: it needs no example."""
     settings = project / "config/settings.py"
     before = settings.read_text()
-    project.add_app("samples", SCHEDULE.format(path=tmp_path / "ticked"))
+    project.add_app("trials", SCHEDULE.format(path=tmp_path / "ticked"))
+    with open(project / "trials/tasks.py", "a") as file:
+        file.write(COUNT)
     yield project
     settings.write_text(before)
-    shutil.rmtree(project / "samples")
+    shutil.rmtree(project / "trials")
 
 
 def use(project, tmp_path, **environment):
@@ -142,8 +171,7 @@ def use(project, tmp_path, **environment):
 
         late = tmp_path / "late"
         has_results = "RESULT_BACKEND" in project.read("config/settings.py")
-        script = f"from samples import plain\nresult = plain.use({str(late)!r}, {has_results})"
-        sent, results = site.ask(script)
+        sent, *results = site.ask(f"path = {str(late)!r}{PLAIN}")
         assert results == ([3, 10] if has_results else ["NotImplementedError"] * 2)
         ran = wait_for(lambda: late.exists() and late.read_text(), site=site)
         assert float(ran) - sent > 1.9  # not 2: gevent counts from the start of its loop's round
@@ -162,7 +190,7 @@ def use(project, tmp_path, **environment):
 
         wait_for((tmp_path / "ticked").exists, site=site)  # Beat
         for state in "succeeded", "cancelled":
-            total = f'durable_jobs_ended{{state="{state}",task="samples.tasks.count"}}'
+            total = f'durable_jobs_ended{{state="{state}",task="trials.tasks.count"}}'
             assert site.scrape()[total] >= 1
         return site.log
 

@@ -284,11 +284,11 @@ class Site:
         return {name: float(value) for name, value in samples}
 
     def enqueue(self, task, *args):
-        """Enqueue a job of a task of the app `samples` for the demo user; return its URL."""
+        """Enqueue a job of a task of the app `trials` for the demo user; return its URL."""
         code = f"""
 from users.models import User
 from durable_jobs.enqueue import enqueue
-from samples import tasks
+from trials import tasks
 result = enqueue(tasks.{task}, {args!r}, owner=User.objects.get()).pk
 """
         return f"/api/jobs/{self.ask(code)}/"

@@ -149,7 +149,7 @@ def call_api(self, tenant_id):
 """
 CALLS = """
 from durable_jobs import pauses
-from samples.tasks import call_api, count
+from trials.tasks import call_api, count
 from users.models import User
 owner = User.objects.get()
 for number in range(3):
@@ -162,7 +162,7 @@ result = [str(job.pk), str(paused.pk)]
 
 @default_output
 def test_the_pages_say_what_a_blocked_job_waits_for(with_tasks, tmp_path):
-    with open(with_tasks / "samples/tasks.py", "a") as file:
+    with open(with_tasks / "trials/tasks.py", "a") as file:
         file.write(LIMITED)
     with open(with_tasks / "config/settings.py", "a") as file:
         file.write('DURABLE_JOBS["LIMITS"] = {"tenant": "2"}\n')
@@ -182,7 +182,7 @@ def test_the_pages_say_what_a_blocked_job_waits_for(with_tasks, tmp_path):
         running = site.request("/api/jobs/?state=running")[2]["results"]
         site.request(f"/api/jobs/{running[0]['id']}/cancel/", {})
         tab.wait(f"{rows}[0].includes('Running') && {rows}[0].includes('Calls the API')")
-        with_tasks.manage("durable_jobs", "resume", "samples.tasks.count", **site.environment)
+        with_tasks.manage("durable_jobs", "resume", "trials.tasks.count", **site.environment)
         tab.open(f"{site.web}/jobs/{paused}/")
         tab.wait(f"{rows}[0]?.includes('Paused') && !{rows}[0].includes('SMTP')")  # its label
 
@@ -211,11 +211,11 @@ def test_the_log_names_each_event_and_has_one_traceback(with_tasks):
         def log():
             return re.sub(r"\x1b\[\d*m", "", site.log)
 
-        wait_for(lambda: re.search("task_succeeded.* task=samples.tasks.count", log()), site=site)
+        wait_for(lambda: re.search("task_succeeded.* task=trials.tasks.count", log()), site=site)
         log = log()
     assert log.count("Traceback") == 1
     for event in "task_started", "task_failed", "task_succeeded":
-        assert re.search(rf"{event}.* task=samples.tasks.count", log), log
+        assert re.search(rf"{event}.* task=trials.tasks.count", log), log
     assert "GET /" not in log
     assert "task_enqueued" not in log  # a bulk would log as many lines
 
@@ -444,11 +444,11 @@ def test_a_worker_without_queues_takes_tasks_from_each_one(broker, with_tasks, t
     """Plain tasks, at once and after a countdown."""
     script = f"""
 from durable_jobs.messages import known_queues
-from samples.tasks import note_time
+from trials.tasks import tick
 for queue in known_queues():
     for countdown in 0, 2:
         path = f"{tmp_path}/{{queue}}{{countdown}}"
-        note_time.apply_async([path], queue=queue, countdown=countdown)
+        tick.apply_async([path], queue=queue, countdown=countdown)
 result = known_queues()
 """
     with with_tasks.up(**broker) as site:
@@ -477,7 +477,7 @@ def test_flower_typed_by_hand_uses_the_projects_settings(broker, project):
 @default_output
 def test_changed_code_reaches_the_worker(with_tasks):
     with with_tasks.up() as site:
-        tasks = with_tasks / "samples/tasks.py"
+        tasks = with_tasks / "trials/tasks.py"
         code = tasks.read_text()
         pk = site.enqueue("count", 100).split("/")[3]
 
@@ -487,7 +487,7 @@ def test_changed_code_reaches_the_worker(with_tasks):
             )
 
         wait_for(lambda: ask("state") == "running", site=site)
-        (with_tasks / "samples/new.py").write_text("")
+        (with_tasks / "trials/new.py").write_text("")
         wait_for(lambda: ask("state") == "queued", site=site)  # the old worker hands its job back
         wait_for(lambda: site.log.count(f"{site.worker} ready") == 2, site=site)
         assert site.log.count("has changed. Starting again: beat") == 1
@@ -501,7 +501,7 @@ def test_changed_code_reaches_the_worker(with_tasks):
         wait_for(lambda: connects(site.environment["PORT"]), site=site)
 
         restarts = site.log.count("has changed. Starting again: web")
-        (with_tasks / "samples/page.html").write_text("")  # Django keeps templates in memory
+        (with_tasks / "trials/page.html").write_text("")  # Django keeps templates in memory
         wait_for(lambda: site.log.count("Starting again: web") > restarts, site=site)
         wait_for(lambda: connects(site.environment["PORT"]), site=site)
         site.stop()
