@@ -1,7 +1,6 @@
 """The broker is unavailable, hangs, loses messages, repeats them or refuses them: no job is lost.
 
-The headings are those of "The broker" in reliability.md. `seconds` is explained in
-test_workers.py.
+The headings are those of "The broker" in reliability.md.
 """
 
 import os

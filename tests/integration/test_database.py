@@ -1,7 +1,6 @@
 """The database restarts, crashes, freezes, is locked or accepts no writes: no job runs twice.
 
-The headings are those of "The database" in reliability.md. `seconds` is explained in
-test_workers.py.
+The headings are those of "The database" in reliability.md.
 """
 
 import time

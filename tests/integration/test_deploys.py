@@ -1,7 +1,6 @@
 """Old code and new code run side by side, and the code of waiting jobs changes.
 
-The headings are those of "Deploys" in durable-jobs/docs/reliability.md. `seconds` is explained in
-test_workers.py.
+The headings are those of "Deploys" in durable-jobs/docs/reliability.md.
 """
 
 from harness.faults import on_one, succeeded, without_resends

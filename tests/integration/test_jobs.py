@@ -1,7 +1,6 @@
 """Jobs kill their workers, exceed limits, are cancelled or end in odd ways.
 
-The first headings are those of "Jobs" in reliability.md. `seconds` is explained in
-test_workers.py.
+The first headings are those of "Jobs" in reliability.md.
 """
 
 import json

@@ -1,7 +1,4 @@
-"""Limits hold exactly, and no place stays empty: real processes die, locks are the witness.
-
-The property `seconds` of a test is the time from the fault to the end of the last job that waited.
-"""
+"""Limits hold exactly, and no place stays empty: real processes die, locks are the witness."""
 
 import os
 import signal

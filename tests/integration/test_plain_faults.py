@@ -1,7 +1,6 @@
 """What a fault does to plain tasks, on each broker, and with each pool on the first one.
 
-Each test records what happened, and the table for docs/reliability.md is printed at the end of the
-run. It names only the pools that a test ran with.
+Each test records what happened; the end of the run prints it as rows for docs/reliability.md.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Plain tasks, which have no row: what the broker delivers again, and what becomes a dead letter.
 
 The first headings are the rows of "Plain tasks" in docs/reliability.md; test_workers.py also kills
-and stops workers that run plain tasks, on each broker. `seconds` is explained there.
+and stops workers that run plain tasks, on each broker.
 """
 
 import os

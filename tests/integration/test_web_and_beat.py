@@ -1,7 +1,6 @@
 """Web processes and Beat die or hang, the schedule is late, old jobs cannot be deleted.
 
-The headings are those of "The web and Beat" in reliability.md. `seconds` is explained in
-test_workers.py.
+The headings are those of "The web and Beat" in reliability.md.
 """
 
 import json
