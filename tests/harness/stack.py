@@ -117,19 +117,23 @@ class Stack:
         self.beat, self.flower = self.make_beat(), self.make_flower("flower")
 
     def process(self, command, name=None, *, says="", is_ready=None, **variables):
-        """Make a process with more variables. It ends with the test at the latest."""
+        """Make a process with more variables. It ends with the test at the latest.
+
+        The variable FAULT names a function of trials/app.py.
+        """
+        if "FAULT" in variables:
+            command = command.replace("-A config", "-A trials.app")
         words, path = command.split(), f"{self.project}/.venv/bin:{os.environ['PATH']}"
         log = self.folder / f"{name or words[0]}.log"
         options = {"cwd": self.project, "variables": {**self.variables, **variables, "PATH": path}}
         self.made.append(Process(words, log, says=says, is_ready=is_ready, **options))
         return self.made[-1]
 
-    def make_worker(self, name, options="", *, pool=None, app="config", **variables):
+    def make_worker(self, name, options="", *, pool=None, **variables):
         """Make a worker with the Procfile's command, or with another pool, and more options."""
         command = re.search("^worker: .*(celery .*)", self.project.read("Procfile"), re.M)[1]
         if pool:
             command = f"celery -A config worker --pool {pool}"
-        command = command.replace("-A config", f"-A {app}")
         worker = self.process(f"{command} -n {name}@%h {options}", name, **variables)
         worker.is_ready = lambda: f"{name}@" in worker.printed and " ready." in worker.printed
         return worker
@@ -139,14 +143,14 @@ class Stack:
         self.worker.stop()
         return self.make_worker("other", options, **variables).start()
 
-    def make_beat(self, name="beat", app="config", **variables):
-        command = f"celery -A {app} beat -s {self.folder}/{name}"
+    def make_beat(self, name="beat", **variables):
+        command = f"celery -A config beat -s {self.folder}/{name}"
         return self.process(command, name, says=" is starting.", **variables)
 
-    def replace_beat(self, app="config", **variables):
+    def replace_beat(self, **variables):
         """Start a Beat with these variables in place of the stack's, until the test ends."""
         self.beat.stop()
-        return self.make_beat(f"beat-of-{app}", app, **variables).start()
+        return self.make_beat(f"beat-{variables.get('FAULT')}", **variables).start()
 
     def make_flower(self, name, **variables):
         is_ready = partial(responds, f"{self.flower_url}/api/workers", auth=FLOWER_USER)

@@ -47,7 +47,7 @@ def kill_between_the_ends(stack, **variables):
     """Let a worker run the last job of a batch, and die before it has ended the batch."""
     stack.beat.stop()
     batch, jobs = enqueue(stack, "quick", count=1, queue="test")
-    worker = stack.make_worker("dying", "--queues test", app="faults.dying", **variables)
+    worker = stack.make_worker("dying", "--queues test", FAULT="death_between_ends", **variables)
     worker.launch()
     rows = stack.wait_until_final(*jobs)
     assert succeeded(rows, crashes=0), rows

@@ -91,7 +91,7 @@ result = Job.objects.count()
 
 @on_one
 def test_beat_starts_a_function(stack):
-    stack.replace_beat("faults.every_second")
+    stack.replace_beat(FAULT="every_second")
     started = "Job.objects.filter(task='faults.tasks.add', state='succeeded', result=3)"
     before = stack.ask(f"result = {started}.count()")
     wait_for(lambda: stack.ask(f"result = {started}.count()") >= before + 2)

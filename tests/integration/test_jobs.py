@@ -32,7 +32,7 @@ from harness.stack import LEASE
 @stacks(brokers=["redis"], pools=[pool for pool in POOLS if pool != "prefork"])
 def test_a_worker_that_fails_waits_for_no_body(stack, gate):
     """Its exit code is 1, so a supervisor starts it again, and its jobs run at once."""
-    worker = stack.make_worker("failing", "--queues test", app="faults.failing").start()
+    worker = stack.make_worker("failing", "--queues test", FAULT="no_reconnect").start()
     job = stack.enqueue("hold", gate, queue="test")
     stack.wait_until_started(job)
     stack.broker.kill()

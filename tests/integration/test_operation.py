@@ -158,7 +158,7 @@ def test_a_real_prometheus_sees_each_alert_fire_and_resolve(stack, prometheus, g
     prometheus.wait_until_quiet()
 
     # Without a schedule, Beat's next tick is due in five minutes, and it is not late before.
-    beat = stack.replace_beat("faults.every_second")
+    beat = stack.replace_beat(FAULT="every_second")
     ticks = "result = Job.objects.filter(task='faults.tasks.tick').count()"
     wait_for(lambda: stack.ask(ticks) > 2)
     lost = stack.enqueue("hold", gate)

@@ -137,7 +137,7 @@ def test_messages_of_paused_jobs_do_not_circle(stack):
 def test_the_schedule_and_countdowns_continue_during_a_pause(stack):
     ticks = "Job.objects.filter(task='faults.tasks.tick')"
     stack.ask(f"pauses.pause('faults.tasks.tick')\n{ticks}.delete()")
-    stack.replace_beat("faults.every_second")
+    stack.replace_beat(FAULT="every_second")
     waiting = f"result = {ticks}.filter(state='queued').count()"
     wait_for(lambda: stack.ask(waiting) > 2)
     late = stack.enqueue("quick", countdown=1)

@@ -15,7 +15,7 @@ import pytest
 from harness import faults
 from harness.faults import BROKERS
 from harness.outputs import ORDER
-from harness.project import APPS, wait_for
+from harness.project import wait_for
 from harness.servers import REDELIVERY, Redis
 
 stacks = partial(faults.stacks, plain="plain-faults-")
@@ -138,7 +138,7 @@ def test_an_idle_worker_ends_at_once(stack):
 @on_prefork
 def test_a_worker_ends_that_reads_a_result(stack, gate):
     stack.kill(stack.worker)
-    worker = stack.make_worker("slow", app="slow_results", PYTHONPATH=APPS).start()
+    worker = stack.make_worker("slow", FAULT="slow_results").start()
     task = stack.send("wait", gate)
     stack.wait_until_started(task)
     time.sleep(3)  # time to read that it has started

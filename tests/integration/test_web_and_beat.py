@@ -80,7 +80,7 @@ def test_two_beats_start_a_job_once(stack):
     stack.ask(f"{started}.delete()")
     beats = []
     for name in ["first", "second"]:
-        beats.append(stack.make_beat(name, "faults.every_second"))
+        beats.append(stack.make_beat(name, FAULT="every_second"))
         beats[-1].start()
         time.sleep(0.5)
     wait_for(lambda: stack.ask(f"result = {started}.count()") >= 12)
@@ -106,7 +106,7 @@ result = *ticks, len(times), (times[-1] - times[0]).total_seconds()
 def test_a_beat_that_hangs_touches_no_liveness_file(stack, tmp_path):
     """The sweep, another thread, continues, so Sweep.ended_at does not show that Beat hangs."""
     file = tmp_path / "alive"
-    beat = stack.replace_beat("faults.hanging_beat", LIVENESS_FILE=file)
+    beat = stack.replace_beat(FAULT="hanging_beat", LIVENESS_FILE=file)
     wait_for(file.exists)
     wait_for(lambda: time.time() - file.stat().st_mtime > 2 * LEASE)
     assert beat.is_running()
@@ -134,7 +134,7 @@ def test_a_liveness_file_that_cannot_be_touched_stops_nothing(stack):
 @on_one
 def test_beat_exits_when_its_sweep_thread_dies(stack):
     """A supervisor can then restart it."""
-    assert stack.replace_beat("faults.ending_sweep").wait() == 1
+    assert stack.replace_beat(FAULT="ending_sweeper").wait() == 1
 
 
 # The database is unavailable when a scheduled job is due
@@ -146,7 +146,7 @@ def test_a_tick_during_a_database_outage_is_not_lost(stack):
     ticks = "Job.objects.filter(task='faults.tasks.tick')"
     stack.ask(f"{ticks}.delete()")
     stack.database.kill()
-    beat = stack.replace_beat("faults.every_hour")
+    beat = stack.replace_beat(FAULT="every_hour")
     wait_for(lambda: "waiting for the database" in beat.printed)
     stack.database.start()
     wait_for(lambda: stack.ask(f"result = {ticks}.count()"))

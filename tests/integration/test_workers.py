@@ -24,7 +24,7 @@ from harness.faults import (
     where_jobs_share_a_process,
 )
 from harness.mails import Mails
-from harness.project import APPS, wait_for
+from harness.project import wait_for
 
 # A worker is killed
 
@@ -170,7 +170,7 @@ def test_a_stopped_worker_loses_nothing(stack, gate, tmp_path):
 
 @on_prefork
 def test_a_worker_ends_that_reads_the_end_of_a_job(stack, gate):
-    worker = stack.make_worker("slow", "--queues test", app="slow_results", PYTHONPATH=APPS).start()
+    worker = stack.make_worker("slow", "--queues test", FAULT="slow_results").start()
     job = stack.enqueue("hold", gate, queue="test")
     stack.wait_until_started(job)
     time.sleep(3)  # time to read that it has started
