@@ -128,10 +128,10 @@ class Output(Contestant):
         worker = re.search("^worker: .*(celery .+)$", project.read("Procfile"), re.MULTILINE)[1]
         worker += " --include work_tasks"
         super().__init__(project, {"plain": worker, "job": worker}, environment)
-        with open(project / "config/urls.py", "a") as file:
-            file.write("\nimport plain_view\n\nurlpatterns += plain_view.urlpatterns\n")
-        with open(project / "config/settings.py", "a") as file:
-            file.write('\nDURABLE_JOBS["LIMITS"] = {"five": "5", "one": "1"}\n')
+        urls = "\nimport plain_view\n\nurlpatterns += plain_view.urlpatterns\n"
+        project.append("config/urls.py", urls)
+        limits = '\nDURABLE_JOBS["LIMITS"] = {"five": "5", "one": "1"}\n'
+        project.append("config/settings.py", limits)
         self.create_database()
 
     def shell(self, code):

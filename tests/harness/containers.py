@@ -56,10 +56,8 @@ def composed(stack, cookies_session, settings="", **answers):
     slug = f"shop_{ports['PORT']}"
     answers = {"deployment": "kubernetes", "project_slug": slug, **answers}
     project = baked(cookies_session, answers)
-    with open(project / ".env", "a") as file:
-        file.write(f"SOFT_SHUTDOWN_SECONDS={SOFT_SHUTDOWN_SECONDS}\n")
-    with open(project / "config/settings.py", "a") as file:
-        file.write(settings)
+    project.append(".env", f"SOFT_SHUTDOWN_SECONDS={SOFT_SHUTDOWN_SECONDS}\n")
+    project.append("config/settings.py", settings)
     stack = stack(project, **ports)
     try:
         stack.make_up()

@@ -141,8 +141,7 @@ def with_tasks(project, tmp_path):
     settings = project / "config/settings.py"
     before = settings.read_text()
     project.add_app("trials", SCHEDULE.format(path=tmp_path / "ticked"))
-    with open(project / "trials/tasks.py", "a") as file:
-        file.write(COUNT)
+    project.append("trials/tasks.py", COUNT)
     yield project
     settings.write_text(before)
     shutil.rmtree(project / "trials")

@@ -59,6 +59,10 @@ class Project(type(Path())):
     def read(self, file):
         return (self / file).read_text("utf-8")
 
+    def append(self, file, text):
+        with open(self / file, "a", encoding="utf-8") as opened:
+            opened.write(text)
+
     def services(self):
         """Return {name: service} of the compose files, without that for development."""
         files = [self / "compose.yaml", *self.glob("compose.[!d]*.yaml")]
@@ -103,10 +107,8 @@ class Project(type(Path())):
     def add_app(self, name, settings="", urls=""):
         """Copy one of our apps into the project, and append to its settings and its URLs."""
         shutil.copytree(APPS / name, self / name, ignore=shutil.ignore_patterns("__pycache__"))
-        with open(self / "config/settings.py", "a") as file:
-            file.write(f'INSTALLED_APPS += ["{name}"]\n{settings}\n')
-        with open(self / "config/urls.py", "a") as file:
-            file.write(urls)
+        self.append("config/settings.py", f'INSTALLED_APPS += ["{name}"]\n{settings}\n')
+        self.append("config/urls.py", urls)
 
     @contextmanager
     def up(self, **environment):

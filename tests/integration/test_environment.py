@@ -264,8 +264,7 @@ def start_late():
 @outputs(*({**DEFAULTS, "broker": broker} for broker in CHOICES["broker"]))
 def test_tasks_that_a_worker_holds_too_long_are_found(copied):
     """RabbitMQ itself holds the messages of tasks that wait for their time."""
-    with open(copied / "orders/tasks.py", "a") as file:
-        file.write(TASKS)
+    copied.append("orders/tasks.py", TASKS)
     code = """
 from django.conf import settings
 from config import checks

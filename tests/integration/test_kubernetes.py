@@ -535,8 +535,7 @@ def uploading(request, engine, bake):
     page = project.read("docs/production.md")
     project.run("uv", "add", "--quiet", "--frozen", re.search('uv add "(.+?)"', page)[1])
     if request.param == "no":  # with durable jobs, the settings have it
-        with open(project / "config/settings.py", "a") as file:
-            file.write(code(page, "S3_BUCKET"))
+        project.append("config/settings.py", code(page, "S3_BUCKET"))
     project.call("docker", "build", "--quiet", "--tag", slug, ".")
     yield project
     docker("image", "rm", "--force", slug)

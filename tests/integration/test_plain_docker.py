@@ -159,11 +159,11 @@ def test_beat_is_unhealthy_when_it_writes_its_schedule_no_more(stack):
 def test_make_up_again_replaces_workers_before_web_and_beat(stack):
     """With new code and the settings of production. The data stays."""
     order, path = stack.order(), stack.project / ".env"
-    development, tasks = path.read_text(), stack.project / "orders/tasks.py"
+    development = path.read_text()
     left_out = "^(DEBUG|DJANGO_SUPERUSER_.*|ALLOWED_HOSTS|EMAIL_URL)=.*\n"
     variables = re.sub(left_out, "", development, flags=re.M)
     path.write_text(f"{variables}\nDOMAIN=example.com\nEMAIL_URL=consolemail://\n")
-    tasks.write_text(tasks.read_text() + "\n# production\n")
+    stack.project.append("orders/tasks.py", "\n# production\n")
     try:
         assert "Token" not in stack.make("up")
         stack.headers = HTTPS
@@ -256,8 +256,7 @@ def test_the_pods_of_the_manifests_run_tasks(stack):
 def test_each_make_up_starts_the_workers_that_env_wants(bake):
     project = bake()
     assert compose_config(project)["services"]["worker"]["scale"] == 1
-    with open(project / ".env", "a") as file:
-        file.write("WORKERS=3\n")
+    project.append(".env", "WORKERS=3\n")
     services = compose_config(project)["services"]
     assert {name for name, each in services.items() if each.get("scale", 1) > 1} == {"worker"}
     assert services["worker"]["scale"] == 3
@@ -307,11 +306,10 @@ def test_make_up_refuses_values_that_compose_would_change(bake, tmp_path, monkey
     docker.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     project.call("make", "up")
-    with open(project / ".env", "a") as file:
-        file.write("LOG_LEVEL='a$b #c'\nexport RELEASE='$a'\n# A comment: $a\nTIME_ZONE=a#b\n")
+    lines = "LOG_LEVEL='a$b #c'\nexport RELEASE='$a'\n# A comment: $a\nTIME_ZONE=a#b\n"
+    project.append(".env", lines)
     project.call("make", "up")
-    with open(project / ".env", "a") as file:
-        file.write(f"{line}\n")
+    project.append(".env", f"{line}\n")
     with pytest.raises(AssertionError, match="single quotes"):
         project.call("make", "up")
 

@@ -98,10 +98,8 @@ def lesson(project, tmp_path_factory):
     project.call(".venv/bin/python", "manage.py", "startapp", "demoapp")
     (project / "demoapp/tasks.py").write_text(TASKS)
     (project / "demoapp/models.py").write_text(MODELS)
-    with open(project / "config/settings.py", "a") as file:
-        file.write(SETTINGS)
-    with open(project / "config/celery.py", "a") as file:
-        file.write(CELERY)
+    project.append("config/settings.py", SETTINGS)
+    project.append("config/celery.py", CELERY)
     folder = tmp_path_factory.mktemp("lesson")
     servers = servers_of(project, folder)
     variables = variables_of(servers)

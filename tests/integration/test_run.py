@@ -162,10 +162,8 @@ result = [str(job.pk), str(paused.pk)]
 
 @default_output
 def test_the_pages_say_what_a_blocked_job_waits_for(with_tasks, tmp_path):
-    with open(with_tasks / "trials/tasks.py", "a") as file:
-        file.write(LIMITED)
-    with open(with_tasks / "config/settings.py", "a") as file:
-        file.write('DURABLE_JOBS["LIMITS"] = {"tenant": "2"}\n')
+    with_tasks.append("trials/tasks.py", LIMITED)
+    with_tasks.append("config/settings.py", 'DURABLE_JOBS["LIMITS"] = {"tenant": "2"}\n')
     with with_tasks.up() as site, browser(tmp_path) as tab:
         tab.log_in(site)
         blocked, paused = site.ask(CALLS)

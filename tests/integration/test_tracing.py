@@ -102,8 +102,7 @@ def traced(request, cookies_session, tmp_path_factory, database, collector):
     }
     folder = tmp_path_factory.mktemp("stack")
     stack = prepare(project, Redis, folder, database, **variables)
-    with open(project / "config/settings.py", "a") as file:
-        file.write("DJANGO_STRUCTLOG_TRUST_UPSTREAM_REQUEST_ID = True\n")
+    project.append("config/settings.py", "DJANGO_STRUCTLOG_TRUST_UPSTREAM_REQUEST_ID = True\n")
     with started(stack):
         yield stack
 
