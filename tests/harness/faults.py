@@ -138,7 +138,3 @@ def errors(row):
 
 def ran_once(stack, jobs):
     return [stack.starts(job) for job in jobs] == [1] * len(jobs)
-
-
-def succeeded(rows, crashes):
-    return all((row["state"], row["crashes"]) == ("succeeded", crashes) for row in rows)

@@ -414,6 +414,16 @@ with connection.cursor() as cursor:
             assert self.finals(*jobs) == len(jobs)
         return self.rows(*jobs)
 
+    def wait_until_succeeded(self, *jobs, crashes):
+        """Wait until each job has succeeded after so many crashes. Return the rows."""
+        rows = self.wait_until_final(*jobs)
+        assert succeeded(rows, crashes), rows
+        return rows
+
+
+def succeeded(rows, crashes):
+    return all((row["state"], row["crashes"]) == ("succeeded", crashes) for row in rows)
+
 
 def prepare(project, broker, folder, database, **variables):
     """Install a baked project, add the tasks and views of the tests, and return its JobStack.

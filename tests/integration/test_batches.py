@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from harness.faults import on_each, on_each_broker, on_each_pool, on_prefork, ran_once, succeeded
+from harness.faults import on_each, on_each_broker, on_each_pool, on_prefork, ran_once
 from harness.project import wait_for
 
 
@@ -35,8 +35,7 @@ def wait_until_ended(stack, batch):
     ask = "result = [str(job.pk) for job in Job.objects.filter(follows=batch)]"
     callbacks = stack.ask(ask, batch=batch)
     assert len(callbacks) == 2
-    rows = stack.wait_until_final(*callbacks)
-    assert succeeded(rows, crashes=0), rows
+    stack.wait_until_succeeded(*callbacks, crashes=0)
     assert ran_once(stack, callbacks)
 
 
@@ -49,8 +48,7 @@ def kill_between_the_ends(stack, **variables):
     batch, jobs = enqueue(stack, "quick", count=1, queue="test")
     worker = stack.make_worker("dying", "--queues test", FAULT="death_between_ends", **variables)
     worker.launch()
-    rows = stack.wait_until_final(*jobs)
-    assert succeeded(rows, crashes=0), rows
+    stack.wait_until_succeeded(*jobs, crashes=0)
     return batch, worker
 
 
@@ -128,8 +126,7 @@ def test_an_emptied_broker_loses_no_next_job(stack):
     stack.beat.resume()
     wait_for(lambda: len(steps(stack, first)) == 3)
     jobs = steps(stack, first)
-    rows = stack.wait_until_final(*jobs)
-    assert succeeded(rows, crashes=0), rows
+    stack.wait_until_succeeded(*jobs, crashes=0)
     assert ran_once(stack, jobs)
 
 

@@ -21,11 +21,10 @@ from harness.faults import (
     on_sqs,
     ran_once,
     stacks,
-    succeeded,
     without_resends,
 )
 from harness.project import wait_for
-from harness.stack import RESEND
+from harness.stack import RESEND, succeeded
 
 # The broker is unavailable or hangs
 
@@ -58,8 +57,7 @@ def test_jobs_outlive_their_broker(stack, gate, tmp_path):
         later.touch()
         ids = [job for job, _ in posted]
         jobs = [ends_without, retries_without, ends_after, *ids]
-        rows = stack.wait_until_final(*jobs)
-    assert succeeded(rows, crashes=0), rows
+        stack.wait_until_succeeded(*jobs, crashes=0)
     starts = [stack.starts(job) for job in jobs]
     # On gevent, a worker ends if queues are missing for a moment, as they are after a restart of
     # moto. It hands back the job of a body that has not ended soon after.
@@ -91,8 +89,8 @@ def test_idle_workers_outlive_their_broker(stack):
     stack.broker.kill()
     time.sleep(4)  # several polls
     stack.broker.start()
-    rows = stack.wait_until_final(*[stack.enqueue("quick", queue=name) for name in ["cpu", "io"]])
-    assert succeeded(rows, crashes=0), rows
+    jobs = [stack.enqueue("quick", queue=name) for name in ["cpu", "io"]]
+    stack.wait_until_succeeded(*jobs, crashes=0)
     assert [worker.pid for worker in stack.workers if worker.is_running()] == processes
 
 
@@ -111,8 +109,7 @@ def test_a_broker_that_hangs_delays_no_request(stack, record_property):
     start = time.monotonic()
     jobs = [job for job, _ in posted]
     with stack.supervised(*stack.workers):
-        rows = stack.wait_until_final(*jobs)
-    assert succeeded(rows, crashes=0), rows
+        stack.wait_until_succeeded(*jobs, crashes=0)
     assert ran_once(stack, jobs)
 
 
@@ -126,8 +123,7 @@ def test_a_queue_that_the_broker_refuses_stops_no_other(stack, gate):
     gate.touch()
     jobs = [stack.enqueue("quick", queue="cpu", countdown=1) for _ in range(5)]
     jobs += [stack.enqueue("quick", queue="io"), stack.enqueue("hold_then_retry", gate, queue="io")]
-    rows = stack.wait_until_final(*jobs)
-    assert succeeded(rows, crashes=0), rows
+    stack.wait_until_succeeded(*jobs, crashes=0)
     assert [row["state"] for row in stack.rows(*refused)] == ["queued"] * 5
     stack.ask("Job.objects.filter(pk__in=jobs).delete()", jobs=refused)
 
@@ -150,8 +146,7 @@ def test_an_emptied_broker_loses_no_job(stack):
 
     stack.beat.resume()
     stack.other.start()
-    rows = stack.wait_until_final(*jobs)
-    assert succeeded(rows, crashes=0), rows
+    stack.wait_until_succeeded(*jobs, crashes=0)
     assert ran_once(stack, jobs)
 
 
@@ -194,8 +189,7 @@ send([copy])
 """
     stack.ask(code, job=job)
     gate.touch()
-    rows = stack.wait_until_final(job)
-    assert succeeded(rows, crashes=1), rows
+    stack.wait_until_succeeded(job, crashes=1)
     code = """
 job = Job.objects.get(pk=job)
 result = (job.started_at - job.failures.get().ended_at).total_seconds()
@@ -366,8 +360,7 @@ result = [job.pause.total_seconds() for job in refused]
             time.sleep(1)
             seen += stack.ask(pauses, jobs=jobs)
         gate.touch()
-        rows = stack.wait_until_final(*running, *jobs)
-    assert succeeded(rows, crashes=0), rows
+        stack.wait_until_succeeded(*running, *jobs, crashes=0)
     assert max(seen) < RESEND + 1
 
 
@@ -376,8 +369,7 @@ def test_a_full_queue_fails_no_job(stack):
     """It accepts others all the time, but refuses each job several times."""
     with small(stack, "cpu", 2):
         jobs = [stack.enqueue("rest", 0.5, queue="cpu") for _ in range(150)]
-        rows = stack.wait_until_final(*jobs)
-    assert succeeded(rows, crashes=0), rows
+        stack.wait_until_succeeded(*jobs, crashes=0)
 
 
 # Redis fails over

@@ -1,6 +1,6 @@
 """Jobs that Celery's own calls start, here or in another app, are jobs like any other."""
 
-from harness.faults import on_each, on_one, ran_once, succeeded
+from harness.faults import on_each, on_one, ran_once
 from harness.project import wait_for
 
 
@@ -16,7 +16,7 @@ def test_jobs_of_delay_and_apply_async_outlive_their_workers(stack, gate):
     gate.touch()
     for worker in stack.workers:
         worker.start()
-    assert succeeded(stack.wait_until_final(*jobs), crashes=1)
+    stack.wait_until_succeeded(*jobs, crashes=1)
     assert stack.ask("result = hold.AsyncResult(job).state", job=jobs[0]) == "SUCCESS"
 
 
@@ -31,8 +31,7 @@ result = Celery.send_task(app, "faults.tasks.hold", [gate], queue="cpu").id
     stack.wait_until_started(job)
     assert stack.row(job)["state"] == "running"
     gate.touch()
-    rows = stack.wait_until_final(job)
-    assert succeeded(rows, crashes=0), rows
+    stack.wait_until_succeeded(job, crashes=0)
     assert ran_once(stack, [job])
 
 
@@ -53,5 +52,4 @@ def test_a_task_that_flower_sends_is_a_job(stack):
     _, _, sent = stack.ask_flower("/api/task/send-task/faults.tasks.quick", {"args": []})
     job = sent["task-id"]
     wait_for(lambda: stack.ask("result = Job.objects.filter(pk=job).exists()", job=job))
-    rows = stack.wait_until_final(job)
-    assert succeeded(rows, crashes=0), rows
+    stack.wait_until_succeeded(job, crashes=0)

@@ -15,10 +15,9 @@ from harness.faults import (
     on_prefork,
     on_prefork_and_threads,
     ran_once,
-    succeeded,
 )
 from harness.project import wait_for
-from harness.stack import LEASE
+from harness.stack import LEASE, succeeded
 
 # The database restarts
 
@@ -33,8 +32,7 @@ def test_a_restarted_database_loses_no_job(stack, gate):
     gate.touch()
     time.sleep(LEASE + 1)
     stack.database.start()
-    rows = stack.wait_until_final(*jobs)
-    assert succeeded(rows, crashes=0), rows
+    rows = stack.wait_until_succeeded(*jobs, crashes=0)
     assert ran_once(stack, jobs)
     number, cursor = rows[2]["result"]
     assert number == cursor > 0
@@ -82,8 +80,7 @@ def check_eight(stack, gate, jobs):
     """Let them end after some rounds of the sweep; assert that each has run once."""
     time.sleep(1)
     gate.touch()
-    rows = stack.wait_until_final(*jobs)
-    assert succeeded(rows, crashes=0), rows
+    stack.wait_until_succeeded(*jobs, crashes=0)
     assert ran_once(stack, jobs)
 
 
@@ -162,8 +159,7 @@ def test_a_job_is_not_taken_over_during_a_transaction_longer_than_its_lease(stac
     """The transaction locks the row: nothing can renew the lease, but no sweep may take the job."""
     seconds = [LEASE + 1.5 + more / 4 for more in range(4)]
     jobs = [stack.enqueue("commit_slowly", 3, each, queue="cpu") for each in seconds]
-    rows = stack.wait_until_final(*jobs)
-    assert succeeded(rows, crashes=0), rows
+    stack.wait_until_succeeded(*jobs, crashes=0)
     assert ran_once(stack, jobs)
 
 
@@ -186,8 +182,7 @@ def test_a_read_only_database_loses_no_job(stack, gate):
         time.sleep(LEASE + 1)
     finally:
         set_read_only("off")
-    rows = stack.wait_until_final(*jobs)
-    assert succeeded(rows, crashes=0), rows
+    stack.wait_until_succeeded(*jobs, crashes=0)
     assert ran_once(stack, jobs)
 
 

@@ -3,7 +3,7 @@
 The headings are those of "Deploys" in durable-jobs/docs/reliability.md.
 """
 
-from harness.faults import on_one, succeeded, without_resends
+from harness.faults import on_one, without_resends
 from harness.project import wait_for
 
 # A worker of old code takes a job whose task it does not know
@@ -18,8 +18,7 @@ def test_a_worker_of_old_code_loses_no_new_task(stack):
     wait_for(lambda: old.printed.count("unregistered task") >= 5)
     old.stop()
     stack.other.start()
-    rows = stack.wait_until_final(*jobs)
-    assert succeeded(rows, crashes=0), rows
+    stack.wait_until_succeeded(*jobs, crashes=0)
 
 
 # Beat still runs old code
@@ -30,8 +29,7 @@ def test_a_beat_of_old_code_sends_the_jobs_of_new_tasks(stack):
     """In a rolling deploy, Beat may be the last process that gets the new code."""
     stack.replace_beat(OLD_CODE=1)
     jobs = [stack.enqueue("new", queue="io", countdown=1) for _ in range(5)]
-    rows = stack.wait_until_final(*jobs)
-    assert succeeded(rows, crashes=0), rows
+    stack.wait_until_succeeded(*jobs, crashes=0)
 
 
 # A task's arguments changed while its jobs waited
@@ -48,8 +46,7 @@ for position, args in enumerate(jobs[:30]):
 result = jobs
 """
     jobs = stack.ask(code)
-    rows = stack.wait_until_final(*jobs[30:])
-    assert succeeded(rows, crashes=0), rows
+    stack.wait_until_succeeded(*jobs[30:], crashes=0)
     rows = stack.wait_until_final(*jobs[:30])
     assert {(row["state"], row["crashes"]) for row in rows} == {("failed", 0)}, rows
     assert all("argument" in row["error"] for row in rows), rows

@@ -19,12 +19,11 @@ from harness.faults import (
     on_prefork_and_threads,
     ran_once,
     stacks,
-    succeeded,
     where_jobs_share_a_process,
     with_flower,
 )
 from harness.project import wait_for
-from harness.stack import LEASE
+from harness.stack import LEASE, succeeded
 
 # An error of Celery ends a worker
 
@@ -41,7 +40,7 @@ def test_a_worker_that_fails_waits_for_no_body(stack, gate):
     stack.make_worker("next", "--queues test").start()
     stack.wait_until_started(job, times=2)
     gate.touch()
-    assert succeeded(stack.wait_until_final(job), crashes=0)
+    stack.wait_until_succeeded(job, crashes=0)
 
 
 # A job kills its worker every time
@@ -78,8 +77,7 @@ def test_a_job_that_kills_its_process_fails_alone(stack):
 @on_prefork
 def test_a_body_that_holds_the_gil_keeps_its_job(stack):
     job = stack.enqueue("hold_the_interpreter", LEASE + 4, queue="cpu")
-    rows = stack.wait_until_final(job)
-    assert succeeded(rows, crashes=0), rows
+    stack.wait_until_succeeded(job, crashes=0)
     assert ran_once(stack, [job])
 
 
@@ -102,8 +100,7 @@ def test_a_job_over_its_time_limit_fails(stack, gate):
     assert errors(row) == ["Exceeded its time limit"]
     assert ran_once(stack, [job])
     gate.touch()  # in a thread the body still runs
-    [row] = stack.wait_until_final(stack.enqueue("quick", queue="cpu"))
-    assert succeeded([row], crashes=0), row
+    stack.wait_until_succeeded(stack.enqueue("quick", queue="cpu"), crashes=0)
 
 
 @on_prefork
@@ -222,8 +219,7 @@ def test_odd_outcomes_end_a_job(stack):
     for words, row in zip(ODD.values(), rows, strict=True):
         assert row["state"] == "failed" and words in row["error"], rows
     assert ran_once(stack, jobs)
-    [row] = stack.wait_until_final(stack.enqueue("quick", queue="cpu"))
-    assert succeeded([row], crashes=0), row
+    stack.wait_until_succeeded(stack.enqueue("quick", queue="cpu"), crashes=0)
 
 
 # Retries and errors
@@ -248,8 +244,7 @@ if not self.request.retries:
         raise self.retry(countdown=0.1)
 """
     job = stack.enqueue("run", code)
-    [row] = stack.wait_until_final(job)
-    assert succeeded([row], crashes=0)
+    stack.wait_until_succeeded(job, crashes=0)
     assert stack.starts(job) == 2
 
 

@@ -16,11 +16,10 @@ from harness.faults import (
     on_prefork_and_threads,
     ran_once,
     stacks,
-    succeeded,
     where_jobs_share_a_process,
 )
 from harness.project import children_of, wait_for
-from harness.stack import LEASE
+from harness.stack import LEASE, succeeded
 
 on_sqlite = stacks(**ONE, sqlite=True)
 

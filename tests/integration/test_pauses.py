@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from harness.faults import on_one, on_prefork_and_threads, ran_once, succeeded
+from harness.faults import on_one, on_prefork_and_threads, ran_once
 from harness.project import wait_for
 from harness.stack import RESEND
 
@@ -42,8 +42,7 @@ result = [str(pk) for pk in rows.values_list("pk", flat=True)]
 
 def check_neighbours(stack):
     """Jobs of another queue run: no message of a paused job fills a worker."""
-    rows = stack.wait_until_final(*enqueue(stack, "quick", 10, queue="io"))
-    assert succeeded(rows, crashes=0), rows
+    stack.wait_until_succeeded(*enqueue(stack, "quick", 10, queue="io"), crashes=0)
 
 
 @pytest.mark.promise("A pause lasts")
@@ -62,7 +61,7 @@ def test_a_paused_queue_starts_no_job_whatever_is_restarted(stack, gate):
     wait_until_put_back(stack, "cpu", len(before) - ran + len(new))
     with stack.supervised():
         gate.touch()
-        assert succeeded(stack.wait_until_final(running), crashes=0)  # running jobs end
+        stack.wait_until_succeeded(running, crashes=0)  # running jobs end
         for process in [*stack.workers, stack.beat, stack.broker]:
             process.kill()
         stack.broker.start()
@@ -76,8 +75,7 @@ def test_a_paused_queue_starts_no_job_whatever_is_restarted(stack, gate):
         assert not stack.messages_in("cpu")
         assert len(started(stack, before + new)) == ran
     manage(stack, "resume", "cpu")
-    rows = stack.wait_until_final(*before, *new)
-    assert succeeded(rows, crashes=0), rows
+    stack.wait_until_succeeded(*before, *new, crashes=0)
     assert ran_once(stack, before + new)
 
 
@@ -126,10 +124,9 @@ def test_messages_of_paused_jobs_do_not_circle(stack):
     assert deliveries() == seen
     assert not stack.messages_in("cpu")
     assert not started(stack, jobs)
-    rows = stack.wait_until_final(*enqueue(stack, "read", 5, "x"))  # of the same queue
-    assert succeeded(rows, crashes=0), rows
+    stack.wait_until_succeeded(*enqueue(stack, "read", 5, "x"), crashes=0)  # of the same queue
     stack.ask("pauses.resume('faults.tasks.quick')")
-    assert succeeded(stack.wait_until_final(*jobs), crashes=0)
+    stack.wait_until_succeeded(*jobs, crashes=0)
     assert ran_once(stack, jobs)
 
 
@@ -163,6 +160,5 @@ def test_a_paused_job_occupies_no_place(stack, gate):
     stack.wait_until_final(*last)
     wait_until_put_back(stack, "faults.tasks.limited", 10)
     stack.ask("pauses.resume('faults.tasks.limited')")
-    rows = stack.wait_until_final(*paused, *more)
-    assert succeeded(rows, crashes=0), rows
+    stack.wait_until_succeeded(*paused, *more, crashes=0)
     assert started(stack, paused + more) == paused + more

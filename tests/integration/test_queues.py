@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from harness.faults import on_each_broker, on_one, on_rabbitmq, on_sqs, succeeded
+from harness.faults import on_each_broker, on_one, on_rabbitmq, on_sqs
 from harness.project import wait_for
 
 
@@ -57,8 +57,7 @@ def test_the_queues_are_replicated(stack):
 def test_a_worker_whose_slots_were_full_fetches_the_next_jobs_without_a_pause(stack):
     """250 short jobs on 4 slots. By default Kombu's SQS pauses for a second after every eight."""
     jobs = stack.ask("result = [j.pk for j in enqueue_many(quick, [[]] * 250, queue='cpu')]")
-    rows = stack.wait_until_final(*jobs)
-    assert succeeded(rows, crashes=0), rows
+    stack.wait_until_succeeded(*jobs, crashes=0)
     code = """
 starts = sorted(Job.objects.filter(pk__in=jobs).values_list("started_at", flat=True))
 result = [(later - at).total_seconds() for at, later in zip(starts, starts[1:])]

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from harness.bake import TEMPLATE
-from harness.faults import on_each_broker, on_one, ran_once, succeeded
+from harness.faults import on_each_broker, on_one, ran_once
 from harness.project import Project, wait_for
-from harness.stack import LEASE
+from harness.stack import LEASE, succeeded
 
 # A web server process dies between commit and message
 
@@ -28,8 +28,7 @@ def test_a_web_killed_between_commit_and_publish_loses_no_job(stack):
     [job] = stack.ask(
         'result = list(Job.objects.filter(idempotency_key="killed").values_list("pk", flat=True))'
     )
-    rows = stack.wait_until_final(job)
-    assert succeeded(rows, crashes=0), rows
+    stack.wait_until_succeeded(job, crashes=0)
     assert stack.post("quick", key="killed") == job
 
 
@@ -44,15 +43,13 @@ def test_without_beat_jobs_may_wait_but_none_is_lost(stack, gate):
     stack.wait_until_started(lost)
     stack.worker.kill()
     stack.worker.start()
-    [row] = stack.wait_until_final(stack.enqueue("quick", queue="cpu"))
-    assert succeeded([row], crashes=0), row
+    stack.wait_until_succeeded(stack.enqueue("quick", queue="cpu"), crashes=0)
     gate.touch()
     time.sleep(LEASE + 1)
     assert stack.row(lost)["state"] == "running"
 
     stack.beat.start()
-    rows = stack.wait_until_final(lost)
-    assert succeeded(rows, crashes=1), rows
+    stack.wait_until_succeeded(lost, crashes=1)
 
 
 @on_one
@@ -66,10 +63,10 @@ with patch("durable_jobs.enqueue.SENT_IMMEDIATELY", 3):
     result = [str(job.pk) for job in enqueue_many(quick, [[]] * 10, queue="cpu")]
 """
     jobs = stack.ask(code)
-    assert succeeded(stack.wait_until_final(*jobs[:3]), crashes=0)
+    stack.wait_until_succeeded(*jobs[:3], crashes=0)
     assert {row["state"] for row in stack.rows(*jobs[3:])} == {"queued"}
     stack.beat.start()
-    assert succeeded(stack.wait_until_final(*jobs), crashes=0)
+    stack.wait_until_succeeded(*jobs, crashes=0)
     assert ran_once(stack, jobs)
 
 

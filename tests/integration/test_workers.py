@@ -20,11 +20,11 @@ from harness.faults import (
     on_prefork_and_threads,
     ran_once,
     stacks,
-    succeeded,
     where_jobs_share_a_process,
 )
 from harness.mails import Mails
 from harness.project import wait_for
+from harness.stack import succeeded
 
 # A worker is killed
 
@@ -47,8 +47,7 @@ def test_a_killed_worker_loses_nothing(stack, gate):
     gate.touch()
     stack.worker.start()
 
-    rows = stack.wait_until_final(*jobs)
-    assert succeeded(rows, crashes=1), rows
+    rows = stack.wait_until_succeeded(*jobs, crashes=1)
     assert [errors(row) for row in rows] == [["Its worker died"]] * 2
     wait_for(lambda: stack.notes("end", task))
 
@@ -71,8 +70,7 @@ def kill_a_worker(stack, gate):
     killed.kill()
     start = time.monotonic()
     gate.touch()
-    rows = stack.wait_until_final(job)
-    assert succeeded(rows, crashes=1), rows
+    stack.wait_until_succeeded(job, crashes=1)
     return time.monotonic() - start
 
 
@@ -95,8 +93,7 @@ def test_a_killed_child_loses_nothing(stack, gate, record_property):
     record_property("queued", round(time.monotonic() - start, 1))
     gate.touch()
 
-    rows = stack.wait_until_final(job)
-    assert succeeded(rows, crashes=1), rows
+    stack.wait_until_succeeded(job, crashes=1)
     wait_for(lambda: stack.notes("end", task))
     assert worker.is_running()
 
@@ -154,16 +151,14 @@ def test_a_stopped_worker_loses_nothing(stack, gate, tmp_path):
     os.kill(stack.worker.pid, signal.SIGTERM)
     wait_for(lambda: "hutdown" in stack.worker.printed)
     nearly_done.touch()
-    [row] = stack.wait_until_final(ends)
-    assert succeeded([row], crashes=0), row
+    stack.wait_until_succeeded(ends, crashes=0)
     assert ran_once(stack, [ends])
     assert stack.worker.wait() == 0
     assert stack.row(job)["state"] == "queued"  # before any lease has lapsed
     gate.touch()
     stack.worker.start()
 
-    rows = stack.wait_until_final(job)
-    assert succeeded(rows, crashes=0), rows
+    rows = stack.wait_until_succeeded(job, crashes=0)
     assert errors(rows[0]) == []
     wait_for(lambda: stack.notes("end", task))
 
@@ -196,8 +191,7 @@ def test_a_worker_whose_children_are_stopped_too_loses_nothing(stack, gate):
     gate.touch()
     stack.worker.start()
 
-    [row] = stack.wait_until_final(job)
-    assert succeeded([row], crashes=0), row
+    [row] = stack.wait_until_succeeded(job, crashes=0)
     assert errors(row) == []
     wait_for(lambda: stack.notes("end", task))
 
@@ -226,8 +220,7 @@ with connection.cursor() as cursor:
     for job, count in zip(jobs, stopped, strict=True):
         wait_for(lambda job=job, count=count: len(stack.ask(written, job=job)) > count)
     gate.touch()
-    rows = stack.wait_until_final(*jobs)
-    assert succeeded(rows, crashes=0), rows
+    rows = stack.wait_until_succeeded(*jobs, crashes=0)
     assert [errors(row) for row in rows] == [[]] * 3
     for job, row in zip(jobs, rows, strict=True):
         assert stack.ask(written, job=job) == list(range(row["result"]))
