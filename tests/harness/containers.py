@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import subprocess
-import time
 from contextlib import contextmanager
 
 import pytest
@@ -58,7 +57,7 @@ def composed(stack, cookies_session, settings="", **answers):
     project = baked(cookies_session, answers)
     project.append(".env", f"SOFT_SHUTDOWN_SECONDS={SOFT_SHUTDOWN_SECONDS}\n")
     project.append("config/settings.py", settings)
-    stack = stack(project, **ports)
+    stack = stack(project, None, ports)
     try:
         stack.make_up()
         yield stack
@@ -76,10 +75,6 @@ def compose_config(project, **variables):
 
 class ComposeStack(Site):
     """A site that `docker compose up` started."""
-
-    def __init__(self, project, **environment):
-        super().__init__(project, process=None, environment=environment)
-        self.began = time.monotonic()
 
     @property
     def log(self):

@@ -48,14 +48,13 @@ def test_jobs_outlive_their_broker(stack, gate, tmp_path):
     with stack.supervised(*stack.workers):
         stack.broker.kill()
         start = time.monotonic()
-        posted = stack.post_many(50, "quick")  # raises if one gets no answer
+        ids = stack.post_many(50, "quick")
         check_tries(stack, start)
         gate.touch()
         stack.wait_until_final(ends_without)
         stack.broker.start()
         start = time.monotonic()
         later.touch()
-        ids = [job for job, _ in posted]
         jobs = [ends_without, retries_without, ends_after, *ids]
         stack.wait_until_succeeded(*jobs, crashes=0)
     starts = [stack.starts(job) for job in jobs]
@@ -96,18 +95,15 @@ def test_idle_workers_outlive_their_broker(stack):
 
 @pytest.mark.promise("Requests don't wait")
 @on_each_broker
-def test_a_broker_that_hangs_delays_no_request(stack, record_property):
+def test_a_broker_that_hangs_delays_no_request(stack):
     """All requests are answered while it is paused."""
     stack.renew_web()
     stack.broker.pause()
     start = time.monotonic()
-    posted = stack.post_many(50, "quick")
-    record_property("slowest post", round(max(seconds for _, seconds in posted), 1))
+    jobs = stack.post_many(50, "quick")
     check_tries(stack, start)
 
     stack.broker.resume()
-    start = time.monotonic()
-    jobs = [job for job, _ in posted]
     with stack.supervised(*stack.workers):
         stack.wait_until_succeeded(*jobs, crashes=0)
     assert ran_once(stack, jobs)
@@ -420,7 +416,7 @@ result = [workers.stats() or {}, workers.conf(with_defaults=True) or {}]
             wait_for(lambda: stack.broker.master is not master)
             stack.wait_until_final(stack.enqueue("quick", queue="io"))
             gate.touch()
-        jobs = [runs, *[job for job, _ in posted]]
+        jobs = [runs, *posted]
         rows = stack.wait_until_final(*jobs)
         assert stack.ask(ask_for_a_result) == "SUCCESS"
         wait_for(lambda: [len(each) for each in stack.ask(what_flower_shows)] == [2, 2])

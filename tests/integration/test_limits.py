@@ -3,8 +3,6 @@
 import os
 import signal
 import time
-from itertools import pairwise
-from statistics import median
 
 import pytest
 
@@ -181,16 +179,14 @@ def test_the_place_of_a_cancelled_job_is_free_at_once_when_its_child_dies(stack,
 
 
 @on_one
-def test_a_free_place_is_taken_without_beat(stack, record_property):
-    """A body that has ended hands its place over. The time until the next start is recorded."""
+def test_a_free_place_is_taken_without_beat(stack):
+    """A body that has ended hands its place over."""
     stack.beat.stop()
     code = "result = [job.pk for job in enqueue_many(limited, [['one:quick']] * 300)]"
     jobs = stack.ask(code)
     check(stack, jobs)
     lines = bodies(stack, "one:quick")
     assert [job for kind, job, _ in lines if kind == "start"] == jobs  # the oldest first
-    gaps = [start[2] - end[2] for end, start in pairwise(lines) if start[0] == "start"]
-    record_property("milliseconds from an end to the next start", round(1000 * median(gaps), 1))
 
 
 # All faults, and two Beats
@@ -289,7 +285,7 @@ def started_at(stack, jobs):
 
 
 @on_one
-def test_a_rate_is_kept_while_workers_come_and_go(stack, record_property):
+def test_a_rate_is_kept_while_workers_come_and_go(stack):
     """10 a second. What no worker takes for three seconds does not start in one burst.
 
     The sweep looks again whenever the rate lets more jobs go, not only every JOB_SWEEP_SECONDS.
@@ -303,21 +299,17 @@ def test_a_rate_is_kept_while_workers_come_and_go(stack, record_property):
     for worker in stack.workers:
         worker.stop()
     time.sleep(3)
-    back = time.time()
     for worker in stack.workers:
         worker.start()
     check(stack, jobs)
     starts = started_at(stack, jobs)
     assert most_starts(starts, 1) <= 10
-    rest = [each for each in starts if each > back]
-    record_property("starts a second", round((len(rest) - 1) / (rest[-1] - rest[0]), 1))
     times = [at for kind, _, at in bodies(stack, "rate:a") if kind == "start"]
     assert len(times) == 60
-    record_property("bodies that started within a second", most_starts(times, 1))
 
 
 @on_prefork
-def test_an_api_with_5_calls_a_second_and_2_at_once_for_each_tenant(stack, record_property):
+def test_an_api_with_5_calls_a_second_and_2_at_once_for_each_tenant(stack):
     """300 contacts, and a worker is killed in the middle. One summary comes at the end."""
     stack.replace_beat(JOB_SWEEP_SECONDS=5)  # the default
     batch, jobs = stack.ask("""
@@ -331,11 +323,7 @@ result = [batch.pk, [job.pk for job in batch.jobs.order_by("created_at")]]
     done = "result = Batch.objects.filter(pk=batch, state='succeeded').exists()"
     wait_for(lambda: stack.ask(done, batch=batch))
     check(stack, jobs)
-    times = [at for kind, _, at in bodies(stack, "tenant:7") if kind == "start"]
-    rows = started_at(stack, jobs)
-    record_property("calls a second", round(299 / (rows[-1] - rows[0]), 2))
-    record_property("bodies that started within a second", most_starts(times, 1))
-    assert most_starts(rows, 1) <= 5
+    assert most_starts(started_at(stack, jobs), 1) <= 5
     [last] = stack.ask("result = [j.pk for j in Job.objects.filter(follows=batch)]", batch=batch)
     stack.wait_until_final(last)
     assert ran_once(stack, [last])

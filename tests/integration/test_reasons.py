@@ -1,7 +1,6 @@
 """The page of a job alone, and that of the admin alone, say why it does not move: seven causes."""
 
 import re
-import time
 
 import pytest
 
@@ -26,8 +25,8 @@ for user in owner, staff:
 
 
 @pytest.fixture
-def say(stack, tmp_path, record_property):
-    """A function: wait until both pages of a job have these texts, and record how long it took."""
+def say(stack, tmp_path):
+    """A function: wait until both pages of a job have these texts."""
     owner, staff = stack.ask(USERS + LOG_IN)
     [port] = free_ports(1)
     web = f"http://127.0.0.1:{port}"
@@ -47,12 +46,9 @@ def say(stack, tmp_path, record_property):
             return re.sub(r"<.*?>", "", page).replace("&#x27;", "'")
 
         def say(job, text, admin=None):
-            start = time.monotonic()
             open_as(owner, f"jobs/{job}/")
             wait_for(lambda: re.search(text, tab.run(WHY) or ""))
-            record_property(f"{text}: seconds on the page", round(time.monotonic() - start, 1))
             wait_for(lambda: re.search(admin or text, in_admin(job)))
-            record_property(f"{text}: seconds in the admin", round(time.monotonic() - start, 1))
             tab.picture(tmp_path / "page.png")
             open_as(staff, f"admin/durable_jobs/job/{job}/change/")
             tab.picture(tmp_path / "admin.png")
