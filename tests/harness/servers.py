@@ -37,10 +37,10 @@ def sentinel_settings(*variables):
 
 
 class Broker(Process):
-    """A broker for one output, made with (folder, project=None, port=None).
+    """A broker for one output, made with (folder, project), or with port=... if it has a `server`.
 
-    `folder` is for its data, and created. A broker that runs from a project's `.venv` (moto) needs
-    `project`. Without a `port`, the broker takes a free one. Its `variables` make an output use it.
+    `folder` is for its data, and created. moto runs from the project's `.venv`. Without a `port`,
+    the broker takes a free one. Its `variables` make an output use it.
     """
 
     server = None  # its file in templates/servers/, if real() starts it
@@ -96,8 +96,8 @@ class RedisSentinel(Redis):
     answers = {"broker": "redis", "result_backend": "redis"}
     settings = Redis.settings + sentinel_settings("CELERY_BROKER_URL", "CELERY_RESULT_BACKEND")
 
-    def __init__(self, folder, project=None, port=None):
-        super().__init__(folder, project, port)
+    def __init__(self, folder, project):
+        super().__init__(folder)
         if not shutil.which("openssl"):
             missing("openssl is not installed: sudo apt install openssl")
         away, self.port, *ports = free_ports(4)
@@ -251,8 +251,8 @@ class SQS(Broker):
     answers = {"broker": "sqs", "result_backend": "none"}
     settings = f"REDELIVERY_SECONDS = SQS_VISIBILITY_TIMEOUT = {REDELIVERY}\n"
 
-    def __init__(self, folder, project, port=None):
-        port = port or free_ports(1)[0]
+    def __init__(self, folder, project):
+        [port] = free_ports(1)
         self.project, self.variables = project, {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}
         command = [project / ".venv/bin/python", "-m", "moto.server", "--port", str(port)]
         super().__init__(folder, command, is_ready=partial(connects, port))

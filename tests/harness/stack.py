@@ -439,7 +439,7 @@ urlpatterns += [path("api/faults/add/", add)]
     return JobStack(project, [broker(folder / "broker", project)], folder, database, **variables)
 
 
-def prepare_plain(project, folder, database, settings="", **variables):
+def prepare_plain(project, folder, database, settings=""):
     """Add the app `trials` to an installed project, and return its PlainStack, not yet started.
 
     To see which tests fail without a setting: WITHOUT=CELERY_TASK_ACKS_LATE make prove …
@@ -447,5 +447,4 @@ def prepare_plain(project, folder, database, settings="", **variables):
     without = "".join(f"del {name}\n" for name in os.environ.get("WITHOUT", "").split())
     urls = '\nfrom trials.views import start\nurlpatterns += [path("api/trials/", start)]\n'
     project.add_app("trials", SCHEDULE.format(path=folder / "ticked") + settings + without, urls)
-    servers = servers_of(project, folder / "servers")
-    return PlainStack(project, servers, folder, database, **variables)
+    return PlainStack(project, servers_of(project, folder / "servers"), folder, database)

@@ -3,8 +3,6 @@
 What starts when a batch has ended, starts once.
 """
 
-import os
-import signal
 import time
 
 import pytest
@@ -79,8 +77,7 @@ def test_a_child_killed_between_the_ends_of_a_job_and_its_batch_loses_no_callbac
 def test_a_worker_stopped_while_jobs_of_a_batch_run_loses_no_callback(stack, gate):
     batch, jobs = enqueue(stack, "hold", gate)
     stack.wait_until_started(*jobs)
-    os.kill(stack.worker.pid, signal.SIGTERM)
-    stack.worker.wait()
+    stack.worker.stop()
     assert state(stack, batch) == "open"
     gate.touch()
     stack.worker.start()

@@ -107,8 +107,7 @@ def test_a_job_of_a_stopped_worker_keeps_its_place(stack, gate):
     """The body runs until the process has ended. Nothing of its key may start before."""
     first, waiting = occupy(stack, gate)
     make_oldest(stack, waiting)
-    os.kill(stack.worker.pid, signal.SIGTERM)
-    stack.worker.wait()
+    stack.worker.stop()
     time.sleep(3)  # some rounds of the sweeper
     assert not any(stack.starts(job) for job in waiting)
     gate.touch()

@@ -50,8 +50,7 @@ def pool_of(stack):
 def fill(stack, gate):
     """Start a task in each slot of the worker."""
     running = [stack.send("wait", gate) for _ in range(stack.variables["WORKER_CONCURRENCY"])]
-    for task in running:
-        stack.wait_until_started(task)
+    stack.wait_until_started(*running)
     return running
 
 
@@ -338,8 +337,7 @@ def test_tasks_outlive_a_restart_of_the_broker(stack, gate, record_fault):
         start = time.time()
         time.sleep(5)
         gate.touch()
-        for task in waiting:
-            stack.wait_until_started(task)
+        stack.wait_until_started(*waiting)
         seconds = max(stack.times("start", task)[0] for task in waiting) - start
         for task in running:
             wait_for(lambda task=task: stack.notes("end", task))

@@ -166,8 +166,7 @@ def test_a_client_sees_progress_and_result_of_its_own_task(stack, gate):
 def test_a_client_cancels_its_task(stack, gate):
     """A waiting one: the worker's slots are taken. A running one: not on threads."""
     blockers = [stack.send("wait", gate) for _ in range(stack.variables["WORKER_CONCURRENCY"])]
-    for blocker in blockers:
-        stack.wait_until_started(blocker)
+    stack.wait_until_started(*blockers)
     other = gate.with_name("other")
     _, headers, waiting = start(stack, "work", other)
     assert stack.request(headers["Location"], method="DELETE")[0] == 204

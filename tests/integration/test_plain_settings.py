@@ -22,8 +22,7 @@ PASSWORD = "only-this-test-knows"
 
 def pids(stack, tasks):
     """Return the ids of the processes that ran these tasks."""
-    for task in tasks:
-        stack.wait_until_started(task)
+    stack.wait_until_started(*tasks)
     return {stack.notes("start", task)[0] for task in tasks}
 
 
@@ -387,6 +386,5 @@ def test_each_of_many_greenlets_sends_its_retry(stack):
     """Celery's own limit of ten connections would lose retries: it rejects a task that can't."""
     worker = stack.replace_worker(WORKER_CONCURRENCY=100)
     tasks = stack.ask("result = [retry_later.delay(1).id for _ in range(300)]")
-    for task in tasks:
-        stack.wait_until_started(task, times=2)
+    stack.wait_until_started(*tasks, times=2)
     assert "Timed out waiting for a broker producer" not in worker.printed

@@ -3,9 +3,7 @@
 config/tracing.py sends the spans to a server of the test.
 """
 
-import os
 import re
-import signal
 import subprocess
 import threading
 import time
@@ -214,8 +212,7 @@ def test_a_worker_that_ends_exports_its_spans(stack, collector, gate):
     stack.wait_until_final(*jobs)
     stack.wait_until_started(stack.enqueue("hold", gate, queue="test"))
     assert collector.runs(*jobs) == []
-    os.kill(worker.pid, signal.SIGTERM)
-    worker.wait()
+    worker.stop()
     wait_for(lambda: collector.has_runs_of(*jobs))
 
 

@@ -210,8 +210,7 @@ with connection.cursor() as cursor:
 """
     for job in jobs:
         wait_for(lambda job=job: len(stack.ask(written, job=job)) > 5)
-    os.kill(worker.pid, signal.SIGTERM)
-    assert worker.wait() == 0
+    assert worker.stop() == 0
     assert [row["state"] for row in stack.rows(*jobs)] == ["queued"] * 3
     stopped = [len(stack.ask(written, job=job)) for job in jobs]
     stack.worker.start()
