@@ -236,6 +236,15 @@ class RabbitMQ(Broker):
         options = {"env": self.options["env"], "stdout": subprocess.PIPE, "text": True}
         return subprocess.run(["rabbitmqctl", *words], check=True, **options).stdout
 
+    @contextmanager
+    def policy(self, name, *words):
+        """Have the policy that this command of rabbitmqctl sets until the block ends."""
+        self.control(*words)
+        try:
+            yield
+        finally:
+            self.control("clear_policy", name)
+
     def answers_amqp(self):
         try:
             with socket.create_connection(("127.0.0.1", self.port), timeout=1) as probe:

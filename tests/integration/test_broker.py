@@ -329,15 +329,11 @@ def test_jobs_that_the_broker_refuses_fail(stack):
 # A queue is full
 
 
-@contextmanager
 def small(stack, queue, length):
     """Have RabbitMQ refuse messages while this queue is full."""
     policy = f'{{"max-length": {length}, "overflow": "reject-publish"}}'
-    stack.broker.control("set_policy", "small", f"^{queue}$", policy, "--apply-to", "queues")
-    try:
-        yield
-    finally:
-        stack.broker.control("clear_policy", "small")
+    words = "set_policy", "small", f"^{queue}$", policy, "--apply-to", "queues"
+    return stack.broker.policy("small", *words)
 
 
 @on_rabbitmq

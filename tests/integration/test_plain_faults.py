@@ -208,16 +208,13 @@ def test_a_task_that_kills_its_worker_becomes_a_dead_letter_of_rabbitmq(stack, r
     limit, policy["definition"]["delivery-limit"] = policy["definition"]["delivery-limit"], 2
     file = stack.folder / "definitions.json"
     file.write_text(json.dumps(definitions))
-    stack.broker.control("import_definitions", str(file))
-    try:
+    with stack.broker.policy("dead-letters", "import_definitions", file):
         task = stack.send("kill_worker")
         with stack.supervised():
             wait_for(lambda: stack.ask(DEAD_LETTERS["rabbitmq"]) == 1)
             stack.wait_until_started(stack.send("quick"))
         assert stack.starts(task) == 3
         stack.empty("dead-letters")
-    finally:
-        stack.broker.control("clear_policy", "dead-letters")
     what = f"after {limit} redeliveries it becomes a dead letter"
     record_fault(FATAL, what, None, "–")
 
@@ -518,8 +515,8 @@ def test_countdowns_work_on_a_worker_of_some_queues(stack):
 @on_rabbitmq
 def test_twenty_deliveries_make_a_dead_letter_of_rabbitmq(stack):
     """With rabbitmq.json. No worker reads the queue `reports`."""
-    stack.broker.control("import_definitions", str(stack.project / "rabbitmq.json"))
-    try:
+    file = stack.project / "rabbitmq.json"
+    with stack.broker.policy("dead-letters", "import_definitions", file):
         stack.send("quick", queue="reports")
         deliver = """
 with app.connection_for_write() as broker:
@@ -531,8 +528,6 @@ result = bool(message)
         assert sum(stack.ask(deliver) for _ in range(30)) == 21
         wait_for(lambda: stack.ask(DEAD_LETTERS["rabbitmq"]) == 1)
         stack.empty("dead-letters")
-    finally:
-        stack.broker.control("clear_policy", "dead-letters")
 
 
 # SQS

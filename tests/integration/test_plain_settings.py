@@ -315,7 +315,7 @@ def test_a_message_that_rabbitmq_refuses_is_an_error(stack):
     """Thanks to publisher confirms. The queue is full."""
     stack.worker.stop()
     policy = '{"max-length": 1, "overflow": "reject-publish"}'
-    stack.broker.control("set_policy", "full", "^io$", policy, "--apply-to", "queues")
+    words = "set_policy", "full", "^io$", policy, "--apply-to", "queues"
     code = """
 from kombu.exceptions import OperationalError
 result = "all were sent"
@@ -325,11 +325,9 @@ try:
 except OperationalError:
     result = "refused"
 """
-    try:
+    with stack.broker.policy("full", *words):
         assert stack.ask(code) == "refused"
-    finally:
-        stack.broker.control("clear_policy", "full")
-        stack.empty("io")
+    stack.empty("io")
 
 
 @on_rabbitmq

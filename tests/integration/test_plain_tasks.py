@@ -82,8 +82,8 @@ def test_a_dead_letter_is_kept_and_can_be_sent_again(stack):
     """With rabbitmq.json, which names no queue of tasks, and the code in docs/production.md."""
     page = stack.project.read("docs/production.md")
     again = code(page, "x-death")
-    stack.broker.control("import_definitions", stack.project / "rabbitmq.json")
-    try:
+    file = stack.project / "rabbitmq.json"
+    with stack.broker.policy("dead-letters", "import_definitions", file):
         stack.send("plain.circle", ".", 0, queue="reports")
         deliver = """
 from config.celery import app
@@ -99,8 +99,6 @@ result = bool(message)
         assert stack.messages_in("reports") == 0
         stack.ask(again)
         assert (stack.messages_in("dead-letters"), stack.messages_in("reports")) == (0, 1)
-    finally:
-        stack.broker.control("clear_policy", "dead-letters")
 
 
 @on_rabbitmq
@@ -112,11 +110,9 @@ with app.connection_for_write() as broker:
     app.amqp.queues["reports"](broker.default_channel).declare()
 """
     stack.ask(declare)
-    stack.broker.control("import_definitions", stack.project / "rabbitmq.json")
-    try:
+    file = stack.project / "rabbitmq.json"
+    with stack.broker.policy("dead-letters", "import_definitions", file):
         printed = stack.broker.control("list_queues", "--silent", "name", "policy")
-    finally:
-        stack.broker.control("clear_policy", "dead-letters")
     policies = dict(line.split("\t") for line in printed.splitlines())
     covered = {name for name, policy in policies.items() if policy == "dead-letters"}
     assert {"celery", "cpu", "io", "reports"} <= covered
