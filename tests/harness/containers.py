@@ -83,6 +83,10 @@ class ComposeStack(Site):
     def compose(self, *command):
         return self.project.call("docker", "compose", *command, **self.environment)
 
+    def exec(self, service, *command):
+        """Run a command in a service's container and return what it prints."""
+        return self.compose("exec", "-T", service, *command)
+
     def make(self, target):
         return self.project.call("make", target, **self.environment)
 
@@ -134,13 +138,11 @@ class ComposeStack(Site):
 
     def psql(self, sql, database="postgres"):
         """Run SQL as PostgreSQL's superuser, as docs/production.md says; return what it prints."""
-        command = ("psql", "-U", "postgres", "-d", database, "-tAc", sql)
-        return self.compose("exec", "-T", "db", *command).strip()
+        return self.exec("db", "psql", "-U", "postgres", "-d", database, "-tAc", sql).strip()
 
     def shell(self, code):
         """Run Python code in the web container; return the last word that it prints."""
-        command = ("python", "manage.py", "shell", "-v0", "-c", code)
-        return self.compose("exec", "-T", "web", *command).split()[-1]
+        return self.exec("web", *MANAGE, "shell", "-v0", "-c", code).split()[-1]
 
     def containers(self, *options):
         """Return what `docker inspect` says about the containers: {service: [containers]}."""

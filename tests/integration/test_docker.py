@@ -91,9 +91,8 @@ class JobComposeStack(ComposeStack):
 def test_an_order_becomes_a_succeeded_job(stack):
     url, job = stack.order()
     assert stack.request(url)[2]["confirmed_at"]
-    assert "Thank you! You ordered 2 × Tea." in stack.compose(
-        "exec", "-T", "worker", "sh", "-c", "cat .data/mail/*"
-    )
+    mails = stack.exec("worker", "sh", "-c", "cat .data/mail/*")
+    assert "Thank you! You ordered 2 × Tea." in mails
     assert stack.request("/api/jobs/", Authorization="")[0] == 401
     if stack.has_flower:
         assert wait_for(lambda: stack.find_in_flower(job["id"]), site=stack)
@@ -192,10 +191,10 @@ def test_a_frozen_service_is_unhealthy(stack):
         return {containers[service][0]["State"]["Health"]["Status"] for service in services}
 
     for service in services:
-        stack.compose("exec", "-T", service, "sh", "-c", "kill -STOP -1")
+        stack.exec(service, "sh", "-c", "kill -STOP -1")
     wait_for(lambda: health() == {"unhealthy"}, site=stack)
     for service in services:
-        stack.compose("exec", "-T", service, "sh", "-c", "kill -CONT -1")
+        stack.exec(service, "sh", "-c", "kill -CONT -1")
     wait_for(lambda: health() == {"healthy"}, site=stack)
 
 
@@ -387,7 +386,7 @@ class Https:
         self.folder, self.user = folder, user
         self.http_port, self.port = (stack.environment[name] for name in HTTPS_PORTS)
         self.origin, self.ca = f"https://{DOMAIN}:{self.port}", folder / "ca.crt"
-        self.ca.write_text(stack.compose("exec", "-T", "caddy", "cat", CADDY_CA))
+        self.ca.write_text(stack.exec("caddy", "cat", CADDY_CA))
 
     def curl(self, url, *options):
         """Send a request; return the status, the version of HTTP, [headers] and the body."""
@@ -445,7 +444,7 @@ def https(stack, tmp_path_factory):
         stack.make("up")
         yield Https(stack, tmp_path_factory.mktemp("https"), user)
     finally:
-        stack.compose("exec", "-T", "web", "python", "manage.py", "axes_reset")
+        stack.exec("web", *MANAGE, "axes_reset")
         stack.compose("--profile", "https", "rm", "--stop", "--force", "caddy")
         subprocess.run(["docker", "image", "rm", f"{stack.project.name}-caddy"])
         for name in ports:

@@ -43,7 +43,7 @@ FINAL = {"SUCCESS", "FAILURE", "REVOKED"}
 class PlainComposeStack(ComposeStack):
     def mails(self):
         files = "cat .data/mail/* 2>/dev/null || true"
-        return self.compose("exec", "-T", "worker", "sh", "-c", files)
+        return self.exec("worker", "sh", "-c", files)
 
     def order(self):
         """Place an order, wait until it is confirmed; return its URL."""
@@ -110,10 +110,8 @@ def test_a_task_of_a_stopped_worker_runs_again(stack):
 
 @on_second
 def test_make_up_gives_each_queue_dead_letters(stack):
-    listed = stack.compose(
-        *("exec", "-T", "rabbitmq", "rabbitmqctl", "--quiet", "--formatter", "json"),
-        *("list_queues", "name", "policy"),
-    )
+    options = "--quiet", "--formatter", "json"
+    listed = stack.exec("rabbitmq", "rabbitmqctl", *options, "list_queues", "name", "policy")
     policies = {queue["name"]: queue["policy"] for queue in json.loads(listed)}
     assert "dead-letters" in policies
     assert {policies[queue] for queue in ("celery", "cpu", "io")} == {"dead-letters"}
@@ -130,11 +128,11 @@ def test_a_task_of_a_killed_worker_runs_again(stack):
 @on_one
 def test_beat_is_unhealthy_when_it_writes_its_schedule_no_more(stack):
     [beat] = stack.containers()["beat"]
-    check = ("exec", "-T", "beat", "sh", "-c", beat["Config"]["Healthcheck"]["Test"][1])
-    stack.compose(*check)
-    stack.compose("exec", "-T", "beat", "sh", "-c", "touch -d '11 minutes ago' /tmp/celerybeat*")
+    check = ("beat", "sh", "-c", beat["Config"]["Healthcheck"]["Test"][1])
+    stack.exec(*check)
+    stack.exec("beat", "sh", "-c", "touch -d '11 minutes ago' /tmp/celerybeat*")
     with pytest.raises(AssertionError):
-        stack.compose(*check)
+        stack.exec(*check)
     # The next one to write it is Beat's loop. It does that each three minutes, here each second.
     loop = "from celery.beat import Scheduler as S; S.sync_every = 1; S.max_interval = 1; "
     loop += "from config import celery_app; celery_app.Beat(schedule='/tmp/celerybeat-other').run()"
@@ -142,7 +140,7 @@ def test_beat_is_unhealthy_when_it_writes_its_schedule_no_more(stack):
     sizes = "stat -c %Y /tmp/celerybeat-other* 2>/dev/null | sort -n | tail -1"
 
     def written():
-        return stack.compose("exec", "-T", "beat", "sh", "-c", sizes).strip()
+        return stack.exec("beat", "sh", "-c", sizes).strip()
 
     first = wait_for(written, site=stack)
     wait_for(lambda: written() > first, site=stack)
@@ -171,7 +169,7 @@ def test_make_up_again_replaces_workers_before_web_and_beat(stack):
             for service, [container] in stack.containers().items()
         }
         assert started["worker"] < started["web"] and started["worker"] < started["beat"]
-        code = stack.compose("exec", "-T", "worker", "tail", "-1", "orders/tasks.py")
+        code = stack.exec("worker", "tail", "-1", "orders/tasks.py")
         assert code == "# production\n"
     finally:
         path.write_text(development)
@@ -340,7 +338,5 @@ def test_two_lines_of_env_decide_about_a_stand_in_for_amazon(stack):
             del stack.environment[name]
     endpoint = config["services"]["web"]["environment"]["AWS_ENDPOINT_URL"]
     code = "import boto3; print(boto3.client('sqs').meta.endpoint_url)"
-    printed = stack.compose(
-        *("exec", "-T", "-e", f"AWS_ENDPOINT_URL={endpoint}", "web", "python", "-c", code)
-    )
+    printed = stack.exec("web", "env", f"AWS_ENDPOINT_URL={endpoint}", "python", "-c", code)
     assert printed.strip() == "https://sqs.us-east-1.amazonaws.com"
