@@ -63,6 +63,12 @@ class Project(type(Path())):
         with open(self / file, "a", encoding="utf-8") as opened:
             opened.write(text)
 
+    def edit(self, file, pattern, new):
+        """Replace the one match of this pattern in a file."""
+        text, count = re.subn(pattern, new, self.read(file), flags=re.MULTILINE)
+        assert count == 1, pattern
+        (self / file).write_text(text, "utf-8")
+
     def services(self):
         """Return {name: service} of the compose files, without that for development."""
         files = [self / "compose.yaml", *self.glob("compose.[!d]*.yaml")]

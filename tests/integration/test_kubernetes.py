@@ -265,10 +265,7 @@ def monitored(cookies_session):
     """A project after step 4 of the page, and what only this step adds: {kind: document}."""
     project = baked(cookies_session, {**WITH_JOBS, "deployment": "kubernetes"})
     before = manifests(project)
-    file = project / PRODUCTION / "kustomization.yaml"
-    text, count = re.subn("# (?=- ../../../monitoring)", "", file.read_text())
-    assert count == 1
-    file.write_text(text)
+    project.edit(f"{PRODUCTION}/kustomization.yaml", "# (?=- ../../../monitoring)", "")
     after = manifests(project)
     assert before.items() <= after.items()
     added = {key: after[key] for key in after.keys() - before.keys()}

@@ -141,10 +141,7 @@ def test_kedas_variables_name_the_redis_of_the_broker(render):
 def test_a_cluster_without_keda_needs_only_one_line_less(bake, broker):
     project = bake(broker=broker, deployment="kubernetes")
     with_keda = manifests(project)
-    file = project / PRODUCTION / "kustomization.yaml"
-    text, count = re.subn("^components: .*\n", "", file.read_text(), flags=re.M)
-    assert count == 1
-    file.write_text(text)
+    project.edit(f"{PRODUCTION}/kustomization.yaml", "^components: .*\n", "")
     without = manifests(project)
     assert {key: with_keda[key] for key in without} == without
     kinds = {each["apiVersion"].split("/")[0] for each in without.values()}
