@@ -150,7 +150,7 @@ class Stack:
     def replace_beat(self, **variables):
         """Start a Beat with these variables in place of the stack's, until the test ends."""
         self.beat.stop()
-        return self.make_beat(f"beat-{variables.get('FAULT')}", **variables).start()
+        return self.make_beat(f"beat-{variables.get('FAULT', 'other')}", **variables).start()
 
     def make_flower(self, name, **variables):
         is_ready = partial(responds, f"{self.flower_url}/api/workers", auth=FLOWER_USER)
