@@ -203,8 +203,7 @@ def test_the_settings_for_sentinel_fit_every_project_with_redis(bake, broker, re
     project = bake(broker=broker, result_backend=result_backend)
     answers = {"CELERY_BROKER_URL": broker, "CELERY_RESULT_BACKEND": result_backend}
     variables = [name for name, answer in answers.items() if answer == "redis"]
-    with open(project / "config/settings.py", "a") as file:
-        file.write(sentinel_settings(*variables))
+    project.append("config/settings.py", sentinel_settings(*variables))
     project.call("ruff", "check", "--no-cache")
     project.call("ruff", "format", "--check", "--no-cache")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from harness.bake import CHOICES, LIBRARY, OPTIONS, OUTPUT, TEMPLATE
 from harness.checks import check_links
-from harness.promises import PAGE, page, promises, proofs
+from harness.promises import PAGE, page, proofs
 
 
 def text(path):
@@ -54,5 +54,5 @@ def test_the_library_has_the_version_of_the_template():
 
 def test_each_promise_of_the_library_has_a_test_that_a_table_names():
     """If the table is old: PYTHONPATH=tests .venv/bin/python -m harness.promises"""
-    assert proofs().keys() == set(promises())
+    assert all(proofs().values())  # a mark with other words is a KeyError
     assert page() == PAGE.read_text("utf-8")

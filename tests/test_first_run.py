@@ -1,18 +1,17 @@
 """The first five minutes: the default output is installed and works, and so does each broker."""
 
 import re
-from contextlib import ExitStack
 
 import pytest
 
 from harness import demo
 from harness.bake import CHOICES, DEFAULTS, baked
 from harness.outputs import default_output, outputs, use
-from harness.project import free_ports, path_without
-from harness.servers import SERVERS, running
+from harness.project import path_without, started
+from harness.servers import SERVERS, variables_of
 
 plain = outputs(DEFAULTS)
-NOT_STARTED = {"rabbitmq": "amqp://guest:guest@127.0.0.1:{}//"}  # `make run` has no stand-in for it
+NOT_STARTED = ["rabbitmq"]  # `make run` has no stand-in for it
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +42,9 @@ def test_a_project_may_have_the_name_of_a_package(bake, package):
 def test_the_demo_runs_tasks_on_each_broker(broker, tmp_path, capfd):
     """As `make demo`: it fails if one of its steps does. Redis is not installed here."""
     tools = path_without("redis-server", "valkey-server", folder=tmp_path / "bin")
-    with ExitStack() as stack:
-        variables = {"PATH": tools}
-        if broker in NOT_STARTED:
-            [port] = free_ports(1)
-            stack.enter_context(running(SERVERS[broker], tmp_path / broker, port=port))
-            variables["CELERY_BROKER_URL"] = NOT_STARTED[broker].format(port)
+    servers = [SERVERS[broker](tmp_path / broker)] if broker in NOT_STARTED else []
+    with started(*servers):
+        variables = {"PATH": tools, **variables_of(servers)}
         demo.main([f"broker={broker}"], tmp_path / "demo", **variables)
     assert "5000 of 5000" in capfd.readouterr().out
 

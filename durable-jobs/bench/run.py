@@ -19,9 +19,9 @@ from pathlib import Path
 from statistics import median
 
 from harness.bake import CHOICES, TEMPLATE
-from harness.project import Project
-from harness.servers import BROKERS, running
-from stack import Output, Rivals, bare, cpu_ms, flushes, pgbench, postgres
+from harness.project import Project, started
+from harness.servers import BROKERS, PostgreSQL
+from stack import Output, Rivals, bare, cpu_ms, flushes, pgbench
 
 _, *POOLS = CHOICES["worker_pool"]  # besides the default
 PAGE = TEMPLATE / "durable-jobs/docs/performance.md"
@@ -112,10 +112,10 @@ class Bench:
 
     def measure(self):
         self.rendering()
-        with postgres() as database:
+        with started(PostgreSQL("max_connections=300")) as [database]:
             rivals = Rivals(self.folder, database.url)
             for broker in ("redis", "rabbitmq"):
-                with running(BROKERS[broker], self.folder / broker) as server:
+                with started(BROKERS[broker](self.folder / broker)) as [server]:
                     urls = database.url, server.variables["CELERY_BROKER_URL"]
                     output = Output(self.folder, *urls, broker=broker)
                     self.speed(broker, output, rivals, database, server)

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from harness.bake import ABOUT, TEMPLATE, WITH_JOBS
 from harness.project import Project, children_of, connects, env, free_ports, processes_in, wait_for
-from harness.servers import PostgreSQL
 
 BENCH = Path(__file__).parent
 TICKS = os.sysconf("SC_CLK_TCK")  # for each second
@@ -129,10 +128,10 @@ class Output(Contestant):
         worker = re.search("^worker: .*(celery .+)$", project.read("Procfile"), re.MULTILINE)[1]
         worker += " --include work_tasks"
         super().__init__(project, {"plain": worker, "job": worker}, environment)
-        with open(project / "config/urls.py", "a") as file:
-            file.write("\nimport plain_view\n\nurlpatterns += plain_view.urlpatterns\n")
-        with open(project / "config/settings.py", "a") as file:
-            file.write('\nDURABLE_JOBS["LIMITS"] = {"five": "5", "one": "1"}\n')
+        urls = "\nimport plain_view\n\nurlpatterns += plain_view.urlpatterns\n"
+        project.append("config/urls.py", urls)
+        limits = '\nDURABLE_JOBS["LIMITS"] = {"five": "5", "one": "1"}\n'
+        project.append("config/settings.py", limits)
         self.create_database()
 
     def shell(self, code):
@@ -194,16 +193,6 @@ def bare(output, **variables):
     worker = "celery -A bare worker --loglevel INFO --include work_tasks"
     environment = {**output.environment, "DJANGO_SETTINGS_MODULE": "", **variables}
     return Contestant(folder, {"plain": worker}, environment)
-
-
-@contextmanager
-def postgres():
-    database = PostgreSQL("max_connections=300")
-    database.start()
-    try:
-        yield database
-    finally:
-        database.remove()
 
 
 def flushes(database):

@@ -72,10 +72,8 @@ class Reader(ExitStack):
     def run(self, use, code, file=None):
         """Do what a reader does with a block of this use."""
         if use == "file":
-            path = self.project / file
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "a", encoding="utf-8") as opened:
-                opened.write(code)
+            (self.project / file).parent.mkdir(parents=True, exist_ok=True)
+            self.project.append(file, code)
             self.must_start = self.site is not None  # again: a worker has the code of its start
         elif use == "shell":
             code = DOCTEST.format(code=code) if ">>> " in code else code

@@ -4,11 +4,10 @@ import base64
 import json
 import os
 import shutil
-import subprocess
 from contextlib import contextmanager
 
 from . import missing
-from .project import wait_for
+from .project import Process, started, wait_for
 
 
 @contextmanager
@@ -18,20 +17,13 @@ def browser(folder):
         missing("chromium is not installed: sudo apt install chromium")
     options = "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --hide-scrollbars"
     (orders, write), (read, answers) = os.pipe(), os.pipe()
-    process = subprocess.Popen(
-        # Chromium reads from descriptor 3 and writes to 4. Not sh: dash takes none above 9.
-        ["bash", "-c", f'exec "$0" {options} "$@" 3<&{orders} 4>&{answers}', command]
-        + ["--remote-debugging-pipe", f"--user-data-dir={folder}"],
-        pass_fds=[orders, answers],
-        stderr=subprocess.DEVNULL,
-    )
-    os.close(orders)
-    os.close(answers)
-    try:
+    # Chromium reads from descriptor 3 and writes to 4. Not sh: dash takes none above 9.
+    command = ["bash", "-c", f'exec "$0" {options} "$@" 3<&{orders} 4>&{answers}', command]
+    command += ["--remote-debugging-pipe", f"--user-data-dir={folder}"]
+    with started(Process(command, folder.with_suffix(".log"), pass_fds=[orders, answers])):
+        os.close(orders)
+        os.close(answers)
         yield Browser(open(read, "rb", buffering=0), open(write, "wb", buffering=0))
-    finally:
-        process.terminate()
-        process.wait()
 
 
 class Browser:

@@ -27,7 +27,7 @@ import psycopg
 from cookiecutter.main import cookiecutter
 
 from .bake import TEMPLATE, WITH_JOBS
-from .project import Project, children_of, wait_for
+from .project import Project, children_of, started, wait_for
 from .servers import BROKERS, PostgreSQL
 from .stack import TIMINGS, prepare
 
@@ -222,10 +222,9 @@ class Chaos:
     def stop_worker_of(self, job):
         """Ask the worker that runs this job to end, and wait until it has."""
         group = os.getpgid(self.stack.wait_until_started(job))
-        [worker] = [w.process for w in self.stack.workers if w.pid == group]
-        worker.terminate()
+        [worker] = [w for w in self.stack.workers if w.pid == group]
         try:
-            worker.wait(300)
+            worker.stop()
         except subprocess.TimeoutExpired:
             self.workers_stuck += 1
 
@@ -389,9 +388,7 @@ def run(name, folder, *, jobs=JOBS, seconds=SECONDS, seed, pool="prefork"):
     baked = cookiecutter(
         str(TEMPLATE), no_input=True, output_dir=str(folder), extra_context=answers
     )
-    database = PostgreSQL("fsync=off")
-    database.start()
-    try:
+    with started(PostgreSQL("fsync=off")) as [database]:
         stack = prepare(Project(baked), broker, folder, database, **TIMINGS)
         third = stack.make_worker("test", "--queues celery,test")
         stack.workers.append(third)
@@ -404,9 +401,7 @@ def run(name, folder, *, jobs=JOBS, seconds=SECONDS, seed, pool="prefork"):
         finally:
             if not fine:
                 print(stack.printed())
-            stack.stop()
-    finally:
-        database.remove()
+            stack.end()
 
 
 if __name__ == "__main__":

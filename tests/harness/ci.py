@@ -11,7 +11,8 @@ from string import Template
 
 import yaml
 
-from .servers import BROKERS, PostgreSQL, running
+from .project import started
+from .servers import BROKERS, PostgreSQL
 
 # {name: where its server listens}. That of a broker has the name of the broker.
 PORTS = {"postgres": 5432, "redis": 6379, "rabbitmq": 5672}
@@ -53,13 +54,10 @@ class Job:
                 if service.name == "postgres":
                     password = variables.pop("POSTGRES_PASSWORD")  # the image needs one
                     server = PostgreSQL("fsync=off", "log_connections=on", password=password)
-                    stack.callback(server.remove)
-                    server.start()
                 else:
-                    own = running(BROKERS[service.name], folder / service.name)
-                    server = stack.enter_context(own)
+                    server = BROKERS[service.name](folder / service.name)
                 assert not variables, f"{service.name}: our server does not read these"
-                found[service.place] = server
+                [found[service.place]] = stack.enter_context(started(server))
             yield found
 
     def run(self, checkout, variables):

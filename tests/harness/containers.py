@@ -7,15 +7,13 @@ import json
 import re
 import shutil
 import subprocess
-import time
 from contextlib import contextmanager
-from urllib.request import urlopen
 
 import pytest
 
 from . import kustomize, missing
 from .bake import CHOICES, baked
-from .project import BEHIND_A_PROXY, Site, free_ports, wait_for
+from .project import BEHIND_A_PROXY, Site, fetch, free_ports, responds, wait_for
 
 SOFT_SHUTDOWN_SECONDS = 2
 HTTPS = {"Host": "example.com", **BEHIND_A_PROXY}  # what the proxy sends
@@ -57,11 +55,9 @@ def composed(stack, cookies_session, settings="", **answers):
     slug = f"shop_{ports['PORT']}"
     answers = {"deployment": "kubernetes", "project_slug": slug, **answers}
     project = baked(cookies_session, answers)
-    with open(project / ".env", "a") as file:
-        file.write(f"SOFT_SHUTDOWN_SECONDS={SOFT_SHUTDOWN_SECONDS}\n")
-    with open(project / "config/settings.py", "a") as file:
-        file.write(settings)
-    stack = stack(project, **ports)
+    project.append(".env", f"SOFT_SHUTDOWN_SECONDS={SOFT_SHUTDOWN_SECONDS}\n")
+    project.append("config/settings.py", settings)
+    stack = stack(project, None, ports)
     try:
         stack.make_up()
         yield stack
@@ -72,12 +68,13 @@ def composed(stack, cookies_session, settings="", **answers):
     assert not docker("volume", "ls", "--quiet", "--filter", label)
 
 
-class Stack(Site):
-    """A site that `docker compose up` started."""
+def compose_config(project, **variables):
+    """Return what Compose reads from a project's files, without the help of an engine."""
+    return json.loads(project.call("docker", "compose", "config", "--format", "json", **variables))
 
-    def __init__(self, project, **environment):
-        super().__init__(project, process=None, environment=environment)
-        self.began = time.monotonic()
+
+class ComposeStack(Site):
+    """A site that `docker compose up` started."""
 
     @property
     def log(self):
@@ -85,6 +82,10 @@ class Stack(Site):
 
     def compose(self, *command):
         return self.project.call("docker", "compose", *command, **self.environment)
+
+    def exec(self, service, *command):
+        """Run a command in a service's container and return what it prints."""
+        return self.compose("exec", "-T", service, *command)
 
     def make(self, target):
         return self.project.call("make", target, **self.environment)
@@ -126,8 +127,8 @@ class Stack(Site):
             self.compose(*profile, "rm", "--force", "--stop", *names)
 
     def ask_prometheus(self, path):
-        with urlopen(f"http://127.0.0.1:{self.environment['PROMETHEUS_PORT']}{path}") as response:
-            return json.load(response)["data"]
+        port = self.environment["PROMETHEUS_PORT"]
+        return fetch(f"http://127.0.0.1:{port}{path}")[2]["data"]
 
     def is_scraped(self):
         """Whether Prometheus has read the metrics since its last start."""
@@ -137,13 +138,11 @@ class Stack(Site):
 
     def psql(self, sql, database="postgres"):
         """Run SQL as PostgreSQL's superuser, as docs/production.md says; return what it prints."""
-        command = ("psql", "-U", "postgres", "-d", database, "-tAc", sql)
-        return self.compose("exec", "-T", "db", *command).strip()
+        return self.exec("db", "psql", "-U", "postgres", "-d", database, "-tAc", sql).strip()
 
     def shell(self, code):
         """Run Python code in the web container; return the last word that it prints."""
-        command = ("python", "manage.py", "shell", "-v0", "-c", code)
-        return self.compose("exec", "-T", "web", *command).split()[-1]
+        return self.exec("web", *MANAGE, "shell", "-v0", "-c", code).split()[-1]
 
     def containers(self, *options):
         """Return what `docker inspect` says about the containers: {service: [containers]}."""
@@ -214,26 +213,21 @@ class Pods(Site):
     def __init__(self, stack):
         super().__init__(stack.project, None, stack.environment)
         self.headers = HTTPS
-        overlay = stack.project / "deploy/kubernetes/overlays/production"
-        shutil.copy(overlay / ".env.example", overlay / ".env")
-        documents = kustomize.build(overlay)
-        self.specs = {
-            each["metadata"]["name"]: each["spec"]["template"]["spec"]
-            for each in documents
-            if each["kind"] in ("Deployment", "Job")
-        }
-        config = json.loads(stack.compose("config", "--format", "json"))
+        documents = kustomize.manifests(stack.project)
+        self.specs = {name: spec for (_, name), spec in kustomize.pods(documents).items()}
+        config = compose_config(stack.project, **stack.environment)
         here = config["services"]["web"]["environment"]
         here["DATABASE_URL"] = here["DATABASE_URL"].rsplit("/", 1)[0] + "/pods"
         here |= {"EMAIL_URL": "consolemail://", "CACHE_URL": "locmemcache://"}
-        [settings] = [each["data"] for each in documents if each["kind"] == "ConfigMap"]
-        [secret] = [each["data"] for each in documents if each["kind"] == "Secret"]
+        settings = kustomize.only("ConfigMap", documents)["data"]
+        secret = kustomize.only("Secret", documents)["data"]
         own = {name: here[name] for name in here if name in secret or name.startswith("AWS_")}
         self.variables = settings | own
         self.containers = []
+        self.ids = {}  # {pod: id of its container}
 
-    def start(self, pod, kind="containers"):
-        """Start the container of this kind in a pod; return its id."""
+    def run(self, pod, kind="containers"):
+        """Run the container of this kind in a pod; return its id."""
         spec, [container] = self.specs[pod], self.specs[pod][kind]
         variables = self.variables | {
             each["name"]: each["value"] for each in container.get("env", [])
@@ -245,24 +239,28 @@ class Pods(Site):
         self.containers.append(docker("run", "--detach", *options, self.project.name, *command))
         return self.containers[-1]
 
-    def start_all(self):
-        """Migrate, start all other pods, wait until they pass their probes; return {pod: id}."""
-        first = self.start("web", "initContainers")
-        migrate = self.start("migrate")
+    def start(self):
+        """Migrate, start all other pods, and wait until they pass their probes."""
+        first = self.run("web", "initContainers")
+        migrate = self.run("migrate")
         assert docker("wait", migrate) == "0", self.log
         wait_for(lambda: self.ended_at(first), site=self)
         assert self.ended_at(migrate) < self.ended_at(first)
 
-        ids = {pod: self.start(pod) for pod in self.specs if pod != "migrate"}
+        self.ids = {pod: self.run(pod) for pod in self.specs if pod != "migrate"}
+        assert {pod for pod, _ in self.probes()} == set(self.ids)
         for pod, kind in self.probes():
-            wait_for(lambda pod=pod, kind=kind: self.answers(pod, ids[pod], kind), site=self)
+            wait_for(lambda pod=pod, kind=kind: self.answers(pod, kind), site=self)
         user = {"USERNAME": "root", "EMAIL": "root@example.com", "PASSWORD": "root"}
         user = [f"DJANGO_SUPERUSER_{name}={value}" for name, value in user.items()]
-        docker("exec", ids["web"], "env", *user, *MANAGE, "createsuperuser", "--noinput")
-        token = docker("exec", ids["web"], *MANAGE, "drf_create_token", "root")
+        self.call("web", "env", *user, *MANAGE, "createsuperuser", "--noinput")
+        token = self.call("web", *MANAGE, "drf_create_token", "root")
         self.token = re.search("[0-9a-f]{40}", token)[0]
-        self.web = f"http://{self.address(ids['web'])}:8000"
-        return ids
+        self.web = f"http://{self.address('web')}:8000"
+
+    def call(self, pod, *command):
+        """Run a command in a pod and return what it prints."""
+        return docker("exec", self.ids[pod], *command)
 
     def probes(self):
         """Return all (pod, kind of probe)."""
@@ -270,32 +268,43 @@ class Pods(Site):
         containers = {pod: spec["containers"][0] for pod, spec in self.specs.items()}
         return {(pod, kind) for pod in containers for kind in kinds if kind in containers[pod]}
 
-    def answers(self, pod, id, kind):
-        """Probe a container as a kubelet does; return whether it is well."""
+    def answers(self, pod, kind):
+        """Probe a pod as a kubelet does; return whether it is well."""
         [container] = self.specs[pod]["containers"]
         probe = container[kind]
         if "exec" in probe:
-            command = ["docker", "exec", id, *probe["exec"]["command"]]
+            command = ["docker", "exec", self.ids[pod], *probe["exec"]["command"]]
             return subprocess.run(command, capture_output=True).returncode == 0
         get = probe["httpGet"]
-        url = f"http://{self.address(id)}:{get['port']}{get['path']}"
-        try:
-            return urlopen(url, timeout=probe.get("timeoutSeconds", 1)).status == 200
-        except OSError:
-            return False
+        url = f"http://{self.address(pod)}:{get['port']}{get['path']}"
+        return responds(url, timeout=probe.get("timeoutSeconds", 1))
 
     def ended_at(self, id):
         """Return the time at which a container ended, or None."""
         state = inspect(id)["State"]
         return state["FinishedAt"] if state["Status"] == "exited" else None
 
-    def address(self, id):
-        [network] = inspect(id)["NetworkSettings"]["Networks"].values()
+    def address(self, pod):
+        [network] = inspect(self.ids[pod])["NetworkSettings"]["Networks"].values()
         return network["IPAddress"]
 
     @property
     def log(self):
         return "\n".join(map(log_of, self.containers))
+
+
+@contextmanager
+def running_pods(stack):
+    """Run the pods, and not the stack's worker and Beat, until the block ends. Give the Pods."""
+    stack.psql(f"CREATE DATABASE pods OWNER {stack.project.name}")
+    stack.compose("stop", "worker", "beat")  # which would take the pods' messages
+    pods = Pods(stack)
+    try:
+        pods.start()
+        yield pods
+    finally:
+        docker("rm", "--force", *pods.containers)
+        stack.compose("start", "worker", "beat")
 
 
 def log_of(id):

@@ -50,8 +50,7 @@ def main(answers, out=TEMPLATE / "demo", **environment):
     if not has_jobs:
         environment["SQS_VISIBILITY_TIMEOUT"] = 10
         if "visibility_timeout" in project.read("config/settings.py"):
-            with open(project / "config/settings.py", "a") as file:
-                file.write(QUICK_REDIS)
+            project.append("config/settings.py", QUICK_REDIS)
     print("\nStart it: make run")
     with project.up(**environment) as site:
         print(f"  {site.web}  {site.flower if site.has_flower else ''}")

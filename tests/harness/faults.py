@@ -1,11 +1,11 @@
 """Fixtures for tests with real processes: a running stack for each broker and pool."""
 
 import itertools
-import time
 
 import pytest
 
 from .bake import CHOICES, WITH_JOBS, baked, chosen
+from .project import started
 from .servers import PostgreSQL, broker_class
 from .stack import TIMINGS, Stack, prepare, prepare_plain
 
@@ -55,10 +55,8 @@ on_each_pool_with_default_timings = stacks(brokers=ONE["brokers"], **DEFAULTS)
 @pytest.fixture(scope="session")
 def database():
     # The delay: a commit that does not wait for the disk would be lost in a crash of PostgreSQL.
-    database = PostgreSQL("fsync=off", "wal_writer_delay=10s")
-    database.start()
-    yield database
-    database.remove()
+    with started(PostgreSQL("fsync=off", "wal_writer_delay=10s")) as [database]:
+        yield database
 
 
 @pytest.fixture(scope="session")
@@ -80,11 +78,8 @@ def running(request, cookies_session, tmp_path_factory):
         slots = 4 if options["pool"] == "prefork" else 16
         variables = {**options["timings"], "WORKER_CONCURRENCY": slots}
         stack = prepare(project, broker, folder, database, **variables)
-    try:
-        stack.start()
+    with started(stack):
         yield stack
-    finally:
-        stack.stop()
 
 
 @pytest.hookimpl(trylast=True)
@@ -95,7 +90,7 @@ def pytest_runtest_teardown(item, nextitem):
     ]
     stack, following = [each.get("running") for each in params]
     if stack and stack is not following:
-        item.funcargs["running"].stop()
+        item.funcargs["running"].end()
 
 
 @pytest.fixture
@@ -136,18 +131,6 @@ def revoke(stack):
     return lambda task, query="": stack.ask_flower(f"/api/task/revoke/{task}{query}", {})
 
 
-@pytest.fixture
-def since(record_property):
-    """A function, since(start): record the seconds since then, and return them."""
-
-    def since(start):
-        seconds = round(time.monotonic() - start, 1)
-        record_property("seconds", seconds)
-        return seconds
-
-    return since
-
-
 def errors(row):
     """Return the errors of a job's failed runs, in order."""
     return [failure["error"] for failure in row["failures"]]
@@ -155,7 +138,3 @@ def errors(row):
 
 def ran_once(stack, jobs):
     return [stack.starts(job) for job in jobs] == [1] * len(jobs)
-
-
-def succeeded(rows, crashes):
-    return all((row["state"], row["crashes"]) == ("succeeded", crashes) for row in rows)

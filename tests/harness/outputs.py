@@ -3,14 +3,13 @@
 import itertools
 import re
 import shutil
-from urllib.error import HTTPError
-from urllib.request import urlopen
 
 import pytest
 
 from . import servers
 from .bake import CHOICES, DEFAULTS, WITH_JOBS, baked, name, product
-from .project import wait_for
+from .project import fetch, wait_for
+from .stack import SCHEDULE
 
 ORDER = {"product": "Tea", "quantity": 2}
 # Those of `make check` that test_bake.py cannot run, and production's, in one process.
@@ -29,10 +28,36 @@ client.force_login(User.objects.get())
 data = {"action": "mail_sum", "_selected_action": [1]}
 result = client.post("/admin/orders/order/", data).status_code
 """
-SCHEDULE = """
-CELERY_BEAT_SCHEDULE = {{
-    "tick": {{"task": "samples.tasks.note_time", "schedule": 1, "args": ["{path}"]}}
-}}
+# A job with progress
+COUNT = """
+
+from durable_jobs.tasks import JobTask
+
+
+@shared_task(base=JobTask, bind=True)
+def count(self, to):
+    for done in range(to):
+        self.report(done, to, f"{done} of {to}")
+        time.sleep(0.1)
+    return to
+"""
+# When a plain task with a countdown of 2 s was sent, and the results of a task and of a chord, or
+# the names of the errors without a result backend.
+PLAIN = """
+import time
+from celery import chord
+from celery.result import AsyncResult
+from trials.tasks import add, tick, total
+result = [time.time()]
+tick.apply_async([path], countdown=2)
+for get in (
+    lambda: AsyncResult(add.delay(1, 2).id).get(timeout=60),
+    lambda: chord([add.s(1, 2), add.s(3, 4)])(total.s()).get(timeout=60),
+):
+    try:
+        result.append(get())
+    except NotImplementedError as error:
+        result.append(type(error).__name__)
 """
 
 
@@ -112,13 +137,14 @@ def broker(output, tmp_path_factory):
 
 @pytest.fixture
 def with_tasks(project, tmp_path):
-    """The project with the app `samples` and a periodic task, so that it needs no example."""
+    """The project with the app `trials`, a job and a periodic task: it needs no example."""
     settings = project / "config/settings.py"
     before = settings.read_text()
-    project.add_app("samples", SCHEDULE.format(path=tmp_path / "ticked"))
+    project.add_app("trials", SCHEDULE.format(path=tmp_path / "ticked"))
+    project.append("trials/tasks.py", COUNT)
     yield project
     settings.write_text(before)
-    shutil.rmtree(project / "samples")
+    shutil.rmtree(project / "trials")
 
 
 def use(project, tmp_path, **environment):
@@ -144,8 +170,7 @@ def use(project, tmp_path, **environment):
 
         late = tmp_path / "late"
         has_results = "RESULT_BACKEND" in project.read("config/settings.py")
-        script = f"from samples import plain\nresult = plain.use({str(late)!r}, {has_results})"
-        sent, results = site.ask(script)
+        sent, *results = site.ask(f"path = {str(late)!r}{PLAIN}")
         assert results == ([3, 10] if has_results else ["NotImplementedError"] * 2)
         ran = wait_for(lambda: late.exists() and late.read_text(), site=site)
         assert float(ran) - sent > 1.9  # not 2: gevent counts from the start of its loop's round
@@ -164,7 +189,7 @@ def use(project, tmp_path, **environment):
 
         wait_for((tmp_path / "ticked").exists, site=site)  # Beat
         for state in "succeeded", "cancelled":
-            total = f'durable_jobs_ended{{state="{state}",task="samples.tasks.count"}}'
+            total = f'durable_jobs_ended{{state="{state}",task="trials.tasks.count"}}'
             assert site.scrape()[total] >= 1
         return site.log
 
@@ -174,10 +199,8 @@ def show_addresses(site):
     found = dict(re.findall(r"^ +(\w+) +(http://\S+)", site.log, re.MULTILINE))
     assert len(found) == 3 + site.has_flower, found
     for label, address in found.items():
-        try:
-            assert urlopen(address, timeout=30).status == 200, label
-        except HTTPError as error:
-            assert (label, error.code) == ("Flower", 401)  # without its password
+        status = fetch(address)[0]
+        assert status == 200 or (label, status) == ("Flower", 401)  # without its password
 
 
 def mails(project):

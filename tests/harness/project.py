@@ -59,6 +59,16 @@ class Project(type(Path())):
     def read(self, file):
         return (self / file).read_text("utf-8")
 
+    def append(self, file, text):
+        with open(self / file, "a", encoding="utf-8") as opened:
+            opened.write(text)
+
+    def edit(self, file, pattern, new):
+        """Replace the one match of this pattern in a file."""
+        text, count = re.subn(pattern, new, self.read(file), flags=re.MULTILINE)
+        assert count == 1, pattern
+        (self / file).write_text(text, "utf-8")
+
     def services(self):
         """Return {name: service} of the compose files, without that for development."""
         files = [self / "compose.yaml", *self.glob("compose.[!d]*.yaml")]
@@ -103,48 +113,122 @@ class Project(type(Path())):
     def add_app(self, name, settings="", urls=""):
         """Copy one of our apps into the project, and append to its settings and its URLs."""
         shutil.copytree(APPS / name, self / name, ignore=shutil.ignore_patterns("__pycache__"))
-        with open(self / "config/settings.py", "a") as file:
-            file.write(f'INSTALLED_APPS += ["{name}"]\n{settings}\n')
-        with open(self / "config/urls.py", "a") as file:
-            file.write(urls)
+        self.append("config/settings.py", f'INSTALLED_APPS += ["{name}"]\n{settings}\n')
+        self.append("config/urls.py", urls)
 
     @contextmanager
     def up(self, **environment):
         """Run `make run` on free ports until the block ends. Give the Site once it answers."""
         port, flower = free_ports(2)
-        servers = {**self.free_servers(), **environment}
-        environment = {"PORT": port, "FLOWER_PORT": flower, **servers}
-        with open(self.parent / "run.log", "w") as log:
-            process = subprocess.Popen(
-                ["make", "run"],
-                cwd=self,
-                env=env(**environment),
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        site = Site(self, process, environment)
+        environment = {"PORT": port, "FLOWER_PORT": flower, **self.free_servers(), **environment}
+        options = {"says": "Ctrl-C stops everything", "cwd": self, "variables": environment}
+        site = Site(self, Process(["make", "run"], self.parent / "run.log", **options), environment)
         try:
-            site.wait_until_ready()
+            site.start()
             yield site
         finally:
             site.stop()
 
 
-class Console:
+class Process:
+    """A command in its own session, so that signals reach its children too."""
+
+    def __init__(self, command, log, *, says="", is_ready=None, variables=(), **options):
+        """It is ready when it has printed what it `says`, or as `is_ready` tells."""
+        self.command, self.log = command, Path(log)
+        self.options = {"env": env(**dict(variables)), **options}
+        self.is_ready = is_ready or (lambda: says in self.printed)
+        self.process = None
+
+    @property
+    def pid(self):
+        return self.process.pid
+
+    @property
+    def printed(self):
+        """Its output since its last start."""
+        return self.log.read_bytes()[self.read_from :].decode(errors="replace")
+
+    @property
+    def peak(self):
+        """Its peak memory in MB (Linux)."""
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) / 1000
+
+    def is_running(self):
+        return self.process is not None and self.process.poll() is None
+
+    def launch(self):
+        self.read_from = self.log.stat().st_size if self.log.exists() else 0
+        with open(self.log, "ab") as log:
+            options = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, **self.options}
+            self.process = subprocess.Popen(self.command, start_new_session=True, **options)
+
+    def wait_until_ready(self):
+        wait_for(lambda: not self.is_running() or self.is_ready())
+        assert self.is_running(), f"{self.command}\n{self.printed}"
+
+    def start(self):
+        self.launch()
+        self.wait_until_ready()
+        return self
+
+    def signal_all(self, number):
+        os.killpg(self.pid, number)
+
+    def kill(self):
+        """Kill the process and all its children with SIGKILL."""
+        self.signal_all(signal.SIGKILL)
+        self.process.wait()
+
+    def pause(self):
+        self.signal_all(signal.SIGSTOP)
+
+    def resume(self):
+        if self.is_running():
+            self.signal_all(signal.SIGCONT)
+
+    def end(self):
+        """Kill the process if it runs, or is paused."""
+        self.resume()
+        if self.is_running():
+            self.kill()
+
+    def stop(self, number=signal.SIGTERM):
+        """Send a signal to the process, not to its children. Return its exit code."""
+        self.process.send_signal(number)
+        return self.wait()
+
+    def wait(self):
+        """Wait until the process has ended. Return its exit code."""
+        return self.process.wait(LIMIT)
+
+    def recover(self):
+        """Resume or start the process after a test. Return whether it had ended."""
+        self.resume()
+        if has_ended := not self.is_running():
+            self.launch()
+        return has_ended
+
+
+@contextmanager
+def started(*processes):
+    """Run these until the block ends, and give them."""
+    try:
+        yield [process.start() for process in processes]
+    finally:
+        for process in processes:
+            process.end()
+
+
+class Console(Process):
     """Runs Python code in a project, as `manage.py shell` does, but starts only once."""
 
-    def __init__(self, project, log, **environment):
-        self.log = log
-        self.process = subprocess.Popen(
-            [project / ".venv/bin/python", CONSOLE],
-            cwd=project,
-            env=env(**environment, DJANGO_SETTINGS_MODULE="config.settings", PYTHONPATH=project),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=open(log, "ab"),
-            text=True,
-        )
+    def __init__(self, project, log, **variables):
+        command = [project / ".venv/bin/python", CONSOLE]
+        variables |= {"DJANGO_SETTINGS_MODULE": "config.settings", "PYTHONPATH": project}
+        options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        super().__init__(command, log, cwd=project, variables=variables, **options)
 
     def ask(self, code):
         """Run code and return the value of its variable `result`."""
@@ -155,11 +239,7 @@ class Console:
                 answer = json.loads(line[2:])
                 assert "error" not in answer, answer["error"]
                 return answer["result"]
-        raise AssertionError(self.log.read_text())
-
-    def kill(self):
-        self.process.kill()
-        self.process.wait()
+        raise AssertionError(self.printed)
 
 
 class Site:
@@ -181,11 +261,10 @@ class Site:
 
     @property
     def log(self):
-        return (self.project.parent / "run.log").read_text(errors="replace")
+        return self.process.printed
 
-    def wait_until_ready(self):
-        wait_for(lambda: "Ctrl-C stops everything" in self.log or self.process.poll(), site=self)
-        assert self.process.poll() is None, self.log
+    def start(self):
+        self.process.start()
         self.token = re.search("Token ([0-9a-f]{40})", self.log)[1]
         ready = r"(celery@\S+) ready"
         self.worker = wait_for(lambda: re.search(ready, self.log), site=self)[1]
@@ -213,11 +292,11 @@ class Site:
         return {name: float(value) for name, value in samples}
 
     def enqueue(self, task, *args):
-        """Enqueue a job of a task of the app `samples` for the demo user; return its URL."""
+        """Enqueue a job of a task of the app `trials` for the demo user; return its URL."""
         code = f"""
 from users.models import User
 from durable_jobs.enqueue import enqueue
-from samples import tasks
+from trials import tasks
 result = enqueue(tasks.{task}, {args!r}, owner=User.objects.get()).pk
 """
         return f"/api/jobs/{self.ask(code)}/"
@@ -226,7 +305,7 @@ result = enqueue(tasks.{task}, {args!r}, owner=User.objects.get()).pk
         """Run Python code in the project and return its `result`. All calls use one process."""
         if not self.console:
             log = self.project.parent / "console.log"
-            self.console = Console(self.project, log, **self.environment)
+            self.console = Console(self.project, log, **self.environment).start()
         return self.console.ask(code)
 
     def follow(self, url):
@@ -264,11 +343,11 @@ result = enqueue(tasks.{task}, {args!r}, owner=User.objects.get()).pk
     def stop(self):
         """Stop everything, as Ctrl-C does."""
         if self.console:
-            self.console.kill()
+            self.console.end()
             self.console = None
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGINT)
-        self.process.wait(LIMIT)
+        if self.process.is_running():
+            self.process.signal_all(signal.SIGINT)
+        self.process.wait()
 
 
 def shared_environment(project, folder):
@@ -337,13 +416,20 @@ def fetch(url, data=None, headers=(), *, method=None, **options):
     else:
         options["json"] = data
     method = method or ("GET" if data is None else "POST")
-    response = requests.request(method, url, headers=dict(headers), timeout=60, **options)
+    options = {"timeout": 60, "headers": dict(headers), **options}
+    response = requests.request(method, url, **options)
     if not response.ok:
         return response.status_code, response.headers, None
     try:
         return response.status_code, response.headers, response.json()
     except ValueError:
         return response.status_code, response.headers, response.text
+
+
+def responds(url, **options):
+    """Whether a server answers a GET with 200."""
+    with suppress(OSError):
+        return fetch(url, **options)[0] == 200
 
 
 def wait_for(condition, site=None):

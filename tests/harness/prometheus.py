@@ -2,11 +2,10 @@
 
 import shutil
 import subprocess
-from urllib.parse import urlencode
+from functools import partial
 
 from . import missing
-from .project import fetch, free_ports
-from .servers import Process
+from .project import Process, fetch, free_ports, responds
 
 
 class Prometheus(Process):
@@ -19,18 +18,11 @@ class Prometheus(Process):
         self.url = f"http://127.0.0.1:{port}"
         options = "--config.file prometheus.yml --storage.tsdb.path data --log.level warn"
         command = f"prometheus {options} --web.listen-address 127.0.0.1:{port}"
-        log = folder / "prometheus.log"
-        super().__init__(command.split(), log, is_ready=self.answers, cwd=folder)
-
-    def answers(self):
-        try:
-            return self.ask("query", query="1") is not None
-        except OSError:
-            return False
+        is_ready = partial(responds, f"{self.url}/api/v1/query?query=1")
+        super().__init__(command.split(), folder / "prometheus.log", is_ready=is_ready, cwd=folder)
 
     def ask(self, path, **query):
-        _, _, answer = fetch(f"{self.url}/api/v1/{path}?{urlencode(query)}", None, {})
-        return answer and answer["data"]
+        return fetch(f"{self.url}/api/v1/{path}", params=query)[2]["data"]
 
     def value(self, expression):
         """Return the values of an expression now, as [(labels, value)]."""

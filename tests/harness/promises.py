@@ -8,39 +8,30 @@ import re
 
 from harness.bake import LIBRARY, TEMPLATE
 
-README, PAGE = LIBRARY / "README.md", LIBRARY / "docs/reliability.md"
-START, END = "<!-- promises -->\n", "<!-- end -->"
-
-
-def promises():
-    """Return the first words of each promise, which are bold."""
-    section = README.read_text("utf-8").partition("## Promises\n")[2].partition("\n## ")[0]
-    return [text.strip(",.") for text in re.findall(r"^- \*\*(.+?)\*\*", section, re.M)]
+PAGE = LIBRARY / "docs/reliability.md"
 
 
 def proofs():
-    """Return {promise: the paths and names of its tests}."""
-    found = {}
-    for folder in LIBRARY / "tests", TEMPLATE / "tests/integration":
-        for path in sorted(folder.glob("test_*.py")):
-            for node in ast.parse(path.read_text("utf-8")).body:
-                for mark in getattr(node, "decorator_list", []):
-                    if ast.unparse(mark).startswith("pytest.mark.promise("):
-                        name = f"{path.relative_to(TEMPLATE)}::{node.name}"
-                        found.setdefault(mark.args[0].value, []).append(name)
+    """Return {the first words of a promise, which are bold: the paths and names of its tests}."""
+    readme = (LIBRARY / "README.md").read_text("utf-8")
+    section = readme.partition("## Promises\n")[2].partition("\n## ")[0]
+    found = {text.strip(",."): [] for text in re.findall(r"^- \*\*(.+?)\*\*", section, re.M)}
+    files = *LIBRARY.glob("tests/test_*.py"), *TEMPLATE.glob("tests/integration/test_*.py")
+    for path in sorted(files):
+        for node in ast.parse(path.read_text("utf-8")).body:
+            for mark in getattr(node, "decorator_list", []):
+                if ast.unparse(mark).startswith("pytest.mark.promise("):
+                    name = f"{path.relative_to(TEMPLATE)}::{node.name}"
+                    found[mark.args[0].value].append(name)
     return found
-
-
-def table():
-    tests = {each: "<br>".join(f"`{name}`" for name in names) for each, names in proofs().items()}
-    rows = [f"| {each} | {tests[each]} |" for each in promises()]
-    return "\n".join(["| promise | tests |", "|---|---|", *rows, ""])
 
 
 def page():
     """Return the page with the table of today."""
-    before, _, rest = PAGE.read_text("utf-8").partition(START)
-    return f"{before}{START}{table()}{END}{rest.partition(END)[2]}"
+    rows = [f"| {promise} | `{'`<br>`'.join(tests)}` |\n" for promise, tests in proofs().items()]
+    table = "".join(["| promise | tests |\n|---|---|\n", *rows])
+    before, start, rest = PAGE.read_text("utf-8").partition("<!-- promises -->\n")
+    return before + start + table + rest[rest.index("<!-- end -->") :]
 
 
 if __name__ == "__main__":

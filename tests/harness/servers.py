@@ -10,7 +10,7 @@ import socket
 import subprocess
 import tempfile
 from collections import ChainMap
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from glob import glob
 from pathlib import Path
@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from . import missing
 from .bake import TEMPLATE, chosen
 from .blocks import code
-from .project import LIMIT, children_of, connects, env, free_ports, wait_for
+from .project import Process, children_of, connects, free_ports, started
 
 REDELIVERY = 10  # seconds until Redis or SQS delivers a plain task again, instead of 21 minutes
 # In Erlang: elect a leader for each quorum queue whose members do not answer within a second.
@@ -36,98 +36,21 @@ def sentinel_settings(*variables):
     return "".join(code(page, each) for each in words)
 
 
-class Process:
-    """A command in its own session, so that signals reach its children too."""
-
-    def __init__(self, command, log, *, is_ready=None, cwd=None, variables=(), **options):
-        self.command, self.log, self.options = command, Path(log), options
-        self.options |= {"cwd": cwd, "env": env(**dict(variables))}
-        self.is_ready = is_ready or (lambda: True)
-        self.process = None
-
-    @property
-    def pid(self):
-        return self.process.pid
-
-    @property
-    def printed(self):
-        """Its output since its last start."""
-        return self.log.read_bytes()[self.read_from :].decode(errors="replace")
-
-    @property
-    def peak(self):
-        """Its peak memory in MB (Linux)."""
-        status = Path(f"/proc/{self.pid}/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) / 1000
-
-    def is_running(self):
-        return self.process is not None and self.process.poll() is None
-
-    def launch(self):
-        self.read_from = self.log.stat().st_size if self.log.exists() else 0
-        with open(self.log, "ab") as log:
-            out = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
-            self.process = subprocess.Popen(
-                self.command, start_new_session=True, **out, **self.options
-            )
-
-    def wait_until_ready(self):
-        wait_for(lambda: not self.is_running() or self.is_ready())
-        assert self.is_running(), f"{self.command}\n{self.printed}"
-
-    def start(self):
-        self.launch()
-        self.wait_until_ready()
-
-    def signal_all(self, number):
-        os.killpg(self.pid, number)
-
-    def kill(self):
-        """Kill the process and all its children with SIGKILL."""
-        self.signal_all(signal.SIGKILL)
-        self.process.wait()
-
-    def pause(self):
-        self.signal_all(signal.SIGSTOP)
-
-    def resume(self):
-        if self.is_running():
-            self.signal_all(signal.SIGCONT)
-
-    def end(self):
-        """Kill the process if it runs, or is paused."""
-        self.resume()
-        if self.is_running():
-            self.kill()
-
-    def stop(self, number=signal.SIGTERM):
-        """Send a signal to the process, not to its children. Return its exit code."""
-        os.kill(self.pid, number)
-        return self.wait()
-
-    def wait(self):
-        """Wait until the process has ended. Return its exit code."""
-        return self.process.wait(LIMIT)
-
-    def recover(self):
-        """Resume or start the process after a test. Return whether it had ended."""
-        self.resume()
-        if has_ended := not self.is_running():
-            self.launch()
-        return has_ended
-
-
 class Broker(Process):
-    """A broker for one output, made with (folder, project=None, port=None).
+    """A broker for one output, made with (folder, project), or with port=... if it has a `server`.
 
-    `folder` is for its data. A broker that runs from a project's `.venv` (moto) needs `project`.
-    Without a `port`, the broker takes a free one. Its `variables` make an output use it.
+    `folder` is for its data, and created. moto runs from the project's `.venv`. Without a `port`,
+    the broker takes a free one. Its `variables` make an output use it.
     """
 
     server = None  # its file in templates/servers/, if real() starts it
     answers = {}  # of the output that the fault tests run
     settings = ""  # more lines for that output
     refuse = ""  # code with a `channel`: makes a queue "refused" that takes no message
+
+    def __init__(self, folder, command, **options):
+        folder.mkdir(parents=True, exist_ok=True)
+        super().__init__(command, folder.with_suffix(".log"), cwd=folder, **options)
 
 
 def answers_ping(port, *options):
@@ -161,8 +84,7 @@ CELERY_BROKER_TRANSPORT_OPTIONS |= {{
         # A killed Redis loses nothing without fsync, for which clients would wait on a busy disk.
         options = "--appendonly yes --appendfsync no"
         command = f"redis-server --port {self.port} --dir {folder} {options}"
-        is_ready = partial(answers_ping, self.port)
-        super().__init__(command.split(), folder.with_suffix(".log"), is_ready=is_ready)
+        super().__init__(folder, command.split(), is_ready=partial(answers_ping, self.port))
 
 
 class RedisSentinel(Redis):
@@ -174,8 +96,8 @@ class RedisSentinel(Redis):
     answers = {"broker": "redis", "result_backend": "redis"}
     settings = Redis.settings + sentinel_settings("CELERY_BROKER_URL", "CELERY_RESULT_BACKEND")
 
-    def __init__(self, folder, project=None, port=None):
-        super().__init__(folder, project, port)
+    def __init__(self, folder, project):
+        super().__init__(folder)
         if not shutil.which("openssl"):
             missing("openssl is not installed: sudo apt install openssl")
         away, self.port, *ports = free_ports(4)
@@ -296,9 +218,7 @@ class RabbitMQ(Broker):
         }
         # One process group, so that both end together.
         command = ["sh", "-c", "epmd & exec rabbitmq-server"]
-        super().__init__(
-            command, folder.with_suffix(".log"), is_ready=self.answers_amqp, cwd=folder
-        )
+        super().__init__(folder, command, is_ready=self.answers_amqp)
         self.options["env"] = {name: str(value) for name, value in environment.items()}
 
     def launch(self):
@@ -316,6 +236,15 @@ class RabbitMQ(Broker):
         options = {"env": self.options["env"], "stdout": subprocess.PIPE, "text": True}
         return subprocess.run(["rabbitmqctl", *words], check=True, **options).stdout
 
+    @contextmanager
+    def policy(self, name, *words):
+        """Have the policy that this command of rabbitmqctl sets until the block ends."""
+        self.control(*words)
+        try:
+            yield
+        finally:
+            self.control("clear_policy", name)
+
     def answers_amqp(self):
         try:
             with socket.create_connection(("127.0.0.1", self.port), timeout=1) as probe:
@@ -331,12 +260,11 @@ class SQS(Broker):
     answers = {"broker": "sqs", "result_backend": "none"}
     settings = f"REDELIVERY_SECONDS = SQS_VISIBILITY_TIMEOUT = {REDELIVERY}\n"
 
-    def __init__(self, folder, project, port=None):
-        port = port or free_ports(1)[0]
+    def __init__(self, folder, project):
+        [port] = free_ports(1)
         self.project, self.variables = project, {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}
         command = [project / ".venv/bin/python", "-m", "moto.server", "--port", str(port)]
-        is_ready = partial(connects, port)
-        super().__init__(command, folder.with_suffix(".log"), is_ready=is_ready)
+        super().__init__(folder, command, is_ready=partial(connects, port))
 
     def wait_until_ready(self):
         super().wait_until_ready()
@@ -366,9 +294,7 @@ def real(project, folder):
     variables, parts = project.free_servers(), chosen(**project.answers)
     used = [part for part in (parts.broker, parts.result_backend) if part.server in SERVERS]
     places = {(part.server, urlsplit(variables[part.required]).port) for part in used}
-    with ExitStack() as stack:
-        for server, port in places:
-            stack.enter_context(running(SERVERS[server], folder / str(port), port=port))
+    with started(*(SERVERS[server](folder / str(port), port=port) for server, port in places)):
         yield variables
 
 
@@ -377,37 +303,12 @@ def servers_of(project, folder):
     broker = BROKERS[project.answers["broker"]]
     backend = BACKENDS.get(project.answers["result_backend"], broker)
     classes = dict.fromkeys([broker, backend])
-    return [make(each, folder / each.__name__, project) for each in classes]
+    return [each(folder / each.__name__, project) for each in classes]
 
 
 def variables_of(servers):
     """Return the variables of these servers: the first one is the broker."""
     return dict(ChainMap(*(server.variables for server in servers)))
-
-
-def make(server, folder, *arguments, **options):
-    folder.mkdir(parents=True)
-    return server(folder, *arguments, **options)
-
-
-@contextmanager
-def started(*servers):
-    """Run these servers until the block ends."""
-    try:
-        for server in servers:
-            server.start()
-        yield
-    finally:
-        for server in servers:
-            server.end()
-
-
-@contextmanager
-def running(broker, folder, **options):
-    """Run a server of this class until the block ends."""
-    server = make(broker, folder, **options)
-    with started(server):
-        yield server
 
 
 class PostgreSQL(Process):
@@ -436,7 +337,7 @@ class PostgreSQL(Process):
         options = f"-D {data} -p {self.port} -k {self.folder} -h 127.0.0.1"
         command = [self.binaries / "postgres", *options.split()]
         command += [f"-c{setting}" for setting in settings]
-        log = self.folder.with_suffix(".log")
+        log = self.folder / "log"
         super().__init__(command, log, is_ready=self.accepts, cwd=self.folder, **user)
 
     def run(self, tool, *options):
@@ -463,7 +364,6 @@ class PostgreSQL(Process):
         self.resume()  # for a child that is paused
         self.wait()
 
-    def remove(self):
-        self.kill()
+    def end(self):
+        super().end()
         shutil.rmtree(self.folder)
-        self.log.unlink()

@@ -7,11 +7,12 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 
 import psycopg
 
-from .project import BEHIND_A_PROXY, Console, fetch, free_ports, wait_for
-from .servers import Process, make, servers_of, variables_of
+from .project import BEHIND_A_PROXY, Console, Process, fetch, free_ports, responds, wait_for
+from .servers import servers_of, variables_of
 
 LEASE, RESEND = 5, 2  # seconds
 TIMINGS = {"JOB_LEASE_SECONDS": LEASE, "JOB_SWEEP_SECONDS": 1, "JOB_RESEND_SECONDS": RESEND}
@@ -109,32 +110,30 @@ class Stack:
         }
         self.made = []  # all processes, including those of tests
         self.marks = {}  # {log: its size when the test began}
-        self.console = self.token = None
+        self.console = Console(project, folder / "console.log", **self.variables)
         command = f"gunicorn config.wsgi --preload --no-control-socket --bind 127.0.0.1:{self.port}"
         self.web = self.process(f"{command} --workers 4")
         self.web.is_ready = lambda: self.web.printed.count("Booting worker") >= 4
         self.beat, self.flower = self.make_beat(), self.make_flower("flower")
 
-    def process(self, command, name=None, *, is_ready=None, **variables):
-        """Make a process with more variables. It ends with the test at the latest."""
-        path = f"{self.project}/.venv/bin:{os.environ['PATH']}"
-        words = command.split()
-        process = Process(
-            words,
-            self.folder / f"{name or words[0]}.log",
-            is_ready=is_ready,
-            cwd=self.project,
-            variables={**self.variables, **variables, "PATH": path},
-        )
-        self.made.append(process)
-        return process
+    def process(self, command, name=None, *, says="", is_ready=None, **variables):
+        """Make a process with more variables. It ends with the test at the latest.
 
-    def make_worker(self, name, options="", *, pool=None, app="config", **variables):
+        The variable FAULT names a function of trials/app.py.
+        """
+        if "FAULT" in variables:
+            command = command.replace("-A config", "-A trials.app")
+        words, path = command.split(), f"{self.project}/.venv/bin:{os.environ['PATH']}"
+        log = self.folder / f"{name or words[0]}.log"
+        options = {"cwd": self.project, "variables": {**self.variables, **variables, "PATH": path}}
+        self.made.append(Process(words, log, says=says, is_ready=is_ready, **options))
+        return self.made[-1]
+
+    def make_worker(self, name, options="", *, pool=None, **variables):
         """Make a worker with the Procfile's command, or with another pool, and more options."""
         command = re.search("^worker: .*(celery .*)", self.project.read("Procfile"), re.M)[1]
         if pool:
             command = f"celery -A config worker --pool {pool}"
-        command = command.replace("-A config", f"-A {app}")
         worker = self.process(f"{command} -n {name}@%h {options}", name, **variables)
         worker.is_ready = lambda: f"{name}@" in worker.printed and " ready." in worker.printed
         return worker
@@ -142,49 +141,36 @@ class Stack:
     def replace_worker(self, options="--queues celery,cpu", **variables):
         """Start a worker with these in place of the first one, until the test ends."""
         self.worker.stop()
-        worker = self.make_worker("other", options, **variables)
-        worker.start()
-        return worker
+        return self.make_worker("other", options, **variables).start()
 
-    def make_beat(self, name="beat", app="config", **variables):
-        beat = self.process(f"celery -A {app} beat -s {self.folder}/{name}", name, **variables)
-        beat.is_ready = lambda: " is starting." in beat.printed
-        return beat
+    def make_beat(self, name="beat", **variables):
+        command = f"celery -A config beat -s {self.folder}/{name}"
+        return self.process(command, name, says=" is starting.", **variables)
 
-    def replace_beat(self, app="config", **variables):
+    def replace_beat(self, **variables):
         """Start a Beat with these variables in place of the stack's, until the test ends."""
         self.beat.stop()
-        beat = self.make_beat(f"beat-of-{app}", app, **variables)
-        beat.start()
-        return beat
+        return self.make_beat(f"beat-{variables.get('FAULT', 'other')}", **variables).start()
 
     def make_flower(self, name, **variables):
-        def answers():
-            try:
-                return self.ask_flower("/api/workers")[0] == 200
-            except OSError:
-                return False
+        is_ready = partial(responds, f"{self.flower_url}/api/workers", auth=FLOWER_USER)
+        return self.process("celery -A config flower", name, is_ready=is_ready, **variables)
 
-        return self.process("celery -A config flower", name, is_ready=answers, **variables)
-
-    def start(self, processes=None):
-        """Start the servers and these processes, by default all. The database is migrated first."""
+    def start(self):
+        """Start the servers and the processes. The database is migrated first."""
         for server in self.servers:
             server.start()
-        variables = {key: str(value) for key, value in self.variables.items()}
-        self.console = Console(self.project, self.folder / "console.log", **variables)
+        self.console.start()
         self.console.ask(MIGRATE)
-        processes = processes or self.processes
-        for process in processes:
+        for process in self.processes:
             process.launch()
         self.token = self.add_user("tester", **self.tester)
-        for process in processes:
+        for process in self.processes:
             process.wait_until_ready()
+        return self
 
-    def stop(self):
-        if self.console:
-            self.console.kill()
-        self.kill(*self.made, *self.servers)
+    def end(self):
+        self.kill(self.console, *self.made, *self.servers)
 
     def kill(self, *processes):
         for process in processes:
@@ -333,21 +319,21 @@ class JobStack(Stack):
         self.worker, self.other = self.workers
         self.processes = [self.web, self.beat, *self.workers]
 
-    def start(self, processes=None):
-        super().start(processes)
+    def start(self):
+        super().start()
         if self.database:
             self.ask('connection.cursor().execute(open("faults/tables.sql").read())')
+        return self
 
     def empty_queues(self):
-        self.ask("cancel(Job.objects.all())")
+        self.ask("Pause.objects.all().delete()\ncancel(Job.objects.all())")
         self.wait_until_final(*[self.enqueue("quick", queue=queue) for queue in ["cpu", "io"]])
 
     def renew_web(self):
         """Restart the web server, which ends its pause after a failed send. Let it send again."""
         self.web.stop()
         self.web.start()
-        jobs = [job for job, _ in self.post_many(30, "quick")]
-        self.wait_until_final(*jobs)
+        self.wait_until_final(*self.post_many(30, "quick"))
 
     @contextmanager
     def locked(self, statement):
@@ -383,14 +369,9 @@ with app.connection_for_write() as broker:
         return answer["id"]
 
     def post_many(self, count, task):
-        """Post `count` jobs at once. Return [(id, seconds until the answer)]."""
-
-        def post(_):
-            start = time.monotonic()
-            return self.post(task), time.monotonic() - start
-
+        """Post `count` jobs at once. Return their ids. Raises if one gets no answer."""
         with ThreadPoolExecutor(count) as pool:
-            return list(pool.map(post, range(count)))
+            return list(pool.map(self.post, [task] * count))
 
     def row(self, job):
         return self.rows(job)[0]
@@ -427,6 +408,16 @@ with connection.cursor() as cursor:
             assert self.finals(*jobs) == len(jobs)
         return self.rows(*jobs)
 
+    def wait_until_succeeded(self, *jobs, crashes):
+        """Wait until each job has succeeded after so many crashes. Return the rows."""
+        rows = self.wait_until_final(*jobs)
+        assert succeeded(rows, crashes), rows
+        return rows
+
+
+def succeeded(rows, crashes):
+    return all((row["state"], row["crashes"]) == ("succeeded", crashes) for row in rows)
+
 
 def prepare(project, broker, folder, database, **variables):
     """Install a baked project, add the tasks and views of the tests, and return its JobStack.
@@ -445,11 +436,10 @@ urlpatterns += [path("api/faults/add/", add)]
 """
     project.add_app("trials")
     project.add_app("faults", settings, urls)
-    servers = [make(broker, folder / "broker", project)]
-    return JobStack(project, servers, folder, database, **variables)
+    return JobStack(project, [broker(folder / "broker", project)], folder, database, **variables)
 
 
-def prepare_plain(project, folder, database, settings="", **variables):
+def prepare_plain(project, folder, database, settings=""):
     """Add the app `trials` to an installed project, and return its PlainStack, not yet started.
 
     To see which tests fail without a setting: WITHOUT=CELERY_TASK_ACKS_LATE make prove …
@@ -457,5 +447,4 @@ def prepare_plain(project, folder, database, settings="", **variables):
     without = "".join(f"del {name}\n" for name in os.environ.get("WITHOUT", "").split())
     urls = '\nfrom trials.views import start\nurlpatterns += [path("api/trials/", start)]\n'
     project.add_app("trials", SCHEDULE.format(path=folder / "ticked") + settings + without, urls)
-    servers = servers_of(project, folder / "servers")
-    return PlainStack(project, servers, folder, database, **variables)
+    return PlainStack(project, servers_of(project, folder / "servers"), folder, database)

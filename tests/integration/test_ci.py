@@ -148,8 +148,7 @@ def test_the_job_of_another_ci_fails_too(job, checkout, what):
 
 def assert_it_fails(job, checkout, what):
     file, lines, refusal = BREAKS[what]
-    with open(checkout / file, "a") as opened:
-        opened.write(f"{lines}\n")
+    checkout.append(file, f"{lines}\n")
     # No service runs. Of the tests, only the broken one would.
     alone = {"DATABASE_URL": "sqlite:///db.sqlite3", "ARGS": "tests/test_broken.py"}
     with pytest.raises(AssertionError, match=refusal):

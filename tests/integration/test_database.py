@@ -1,7 +1,6 @@
 """The database restarts, crashes, freezes, is locked or accepts no writes: no job runs twice.
 
-The headings are those of "The database" in reliability.md. `seconds` is explained in
-test_workers.py.
+The headings are those of "The database" in reliability.md.
 """
 
 import time
@@ -16,16 +15,15 @@ from harness.faults import (
     on_prefork,
     on_prefork_and_threads,
     ran_once,
-    succeeded,
 )
 from harness.project import wait_for
-from harness.stack import LEASE
+from harness.stack import LEASE, succeeded
 
 # The database restarts
 
 
 @on_each
-def test_a_restarted_database_loses_no_job(stack, gate, since):
+def test_a_restarted_database_loses_no_job(stack, gate):
     """An outcome is stored as soon as the database is back; no lease ends before."""
     jobs = [stack.enqueue("hold", gate, queue=queue) for queue in ["cpu", "io"]]
     jobs.append(stack.enqueue("count", gate, queue="cpu"))
@@ -34,10 +32,7 @@ def test_a_restarted_database_loses_no_job(stack, gate, since):
     gate.touch()
     time.sleep(LEASE + 1)
     stack.database.start()
-    start = time.monotonic()
-    rows = stack.wait_until_final(*jobs)
-    since(start)
-    assert succeeded(rows, crashes=0), rows
+    rows = stack.wait_until_succeeded(*jobs, crashes=0)
     assert ran_once(stack, jobs)
     number, cursor = rows[2]["result"]
     assert number == cursor > 0
@@ -48,14 +43,13 @@ def test_a_restarted_database_loses_no_job(stack, gate, since):
 
 @pytest.mark.promise("Accepted means stored")
 @on_prefork_and_threads
-def test_a_crash_of_the_database_loses_no_claim(stack, gate, since):
+def test_a_crash_of_the_database_loses_no_claim(stack, gate):
     """A worker is frozen meanwhile and continues. Only the job of the dead worker runs again."""
     stack.beat.stop()
     jobs = [stack.enqueue("hold", gate, queue=queue) for queue in ["cpu", "cpu", "io"]]
     stack.wait_until_started(*jobs)
     stack.worker.pause()
     stack.other.kill()
-    start = time.monotonic()
     stack.database.kill()
     stack.database.start()
     assert [row["state"] for row in stack.rows(*jobs)] == ["running"] * 3
@@ -65,7 +59,6 @@ def test_a_crash_of_the_database_loses_no_claim(stack, gate, since):
     stack.wait_until_started(jobs[2], times=2)
     gate.touch()
     rows = stack.wait_until_final(*jobs)
-    since(start)
     assert [row["crashes"] for row in rows] == [0, 0, 1], rows
     assert [stack.starts(job) for job in jobs] == [1, 1, 2]
 
@@ -87,52 +80,45 @@ def check_eight(stack, gate, jobs):
     """Let them end after some rounds of the sweep; assert that each has run once."""
     time.sleep(1)
     gate.touch()
-    rows = stack.wait_until_final(*jobs)
-    assert succeeded(rows, crashes=0), rows
+    stack.wait_until_succeeded(*jobs, crashes=0)
     assert ran_once(stack, jobs)
 
 
 @on_prefork_and_threads
-def test_a_paused_database_lets_no_job_run_twice(stack, gate, since):
+def test_a_paused_database_lets_no_job_run_twice(stack, gate):
     jobs = hold_eight(stack, gate)
     stack.database.pause()
     time.sleep(LEASE + 2)
     stack.database.resume()
-    start = time.monotonic()
     check_eight(stack, gate, jobs)
-    since(start)
 
 
 @on_prefork_and_threads
-def test_a_paused_machine_lets_no_job_run_twice(stack, gate, since):
+def test_a_paused_machine_lets_no_job_run_twice(stack, gate):
     """Any process may be the first to continue; after the database, here it is Beat."""
     jobs = hold_eight(stack, gate)
     processes = [stack.database, stack.beat, *stack.workers]
     for process in reversed(processes):
         process.pause()
     time.sleep(LEASE + 2)
-    start = time.monotonic()
     for process in processes:
         process.resume()
         time.sleep(0.2)
     check_eight(stack, gate, jobs)
-    since(start)
 
 
 # A row or the whole table is locked
 
 
 @on_prefork_and_threads
-def test_a_job_with_a_locked_row_runs_once_and_stops_no_other(stack, gate, since):
+def test_a_job_with_a_locked_row_runs_once_and_stops_no_other(stack, gate):
     """One row is locked by another connection, one by its own body."""
     jobs = [stack.enqueue("hold", gate, queue="cpu") for _ in range(3)]
     jobs.append(stack.enqueue("hold_its_row", gate, queue="cpu"))
     stack.wait_until_started(*jobs)
     with stack.locked(f"SELECT FROM durable_jobs_job WHERE id = '{jobs[0]}' FOR UPDATE"):
         time.sleep(LEASE + 1)
-        start = time.monotonic()
         [other] = stack.wait_until_final(stack.enqueue("quick", queue="io", countdown=1))
-        since(start)
     time.sleep(1)  # some rounds of the sweep
     gate.touch()
     rows = stack.wait_until_final(*jobs)
@@ -141,17 +127,15 @@ def test_a_job_with_a_locked_row_runs_once_and_stops_no_other(stack, gate, since
 
 
 @on_gevent
-def test_outcomes_that_wait_for_a_lock_stop_no_other_job(stack, gate, since):
+def test_outcomes_that_wait_for_a_lock_stop_no_other_job(stack, gate):
     """Ten wait: as many as there are threads that store outcomes."""
     jobs = [stack.enqueue("hold", gate, queue="cpu") for _ in range(10)]
     stack.wait_until_started(*jobs)
     with stack.locked(f"SELECT FROM durable_jobs_job WHERE id IN {tuple(jobs)} FOR UPDATE"):
         gate.touch()
         wait_for(lambda: all(stack.notes("end", job) for job in jobs))
-        start = time.monotonic()
         others = [stack.enqueue("quick", queue="cpu") for _ in range(20)]
         rows = stack.wait_until_final(*others)
-        since(start)
     rows += stack.wait_until_final(*jobs)
     assert succeeded(rows, crashes=0), rows
     assert ran_once(stack, [*jobs, *others])
@@ -159,28 +143,23 @@ def test_outcomes_that_wait_for_a_lock_stop_no_other_job(stack, gate, since):
 
 @pytest.mark.parametrize("mode", ["ACCESS EXCLUSIVE", "SHARE"])
 @on_prefork_and_threads
-def test_a_locked_table_lets_no_job_run_twice(stack, gate, since, mode):
+def test_a_locked_table_lets_no_job_run_twice(stack, gate, mode):
     """A migration takes such a lock. CREATE INDEX takes SHARE, so that the sweep can read rows."""
     jobs = hold_eight(stack, gate)
     with stack.locked(f"LOCK TABLE durable_jobs_job IN {mode} MODE"):
         time.sleep(LEASE + 2)
-    start = time.monotonic()
     check_eight(stack, gate, jobs)
-    since(start)
 
 
 # A body holds its own row
 
 
 @on_prefork_and_threads
-def test_a_job_is_not_taken_over_during_a_transaction_longer_than_its_lease(stack, since):
+def test_a_job_is_not_taken_over_during_a_transaction_longer_than_its_lease(stack):
     """The transaction locks the row: nothing can renew the lease, but no sweep may take the job."""
-    start = time.monotonic()
     seconds = [LEASE + 1.5 + more / 4 for more in range(4)]
     jobs = [stack.enqueue("commit_slowly", 3, each, queue="cpu") for each in seconds]
-    rows = stack.wait_until_final(*jobs)
-    since(start)
-    assert succeeded(rows, crashes=0), rows
+    stack.wait_until_succeeded(*jobs, crashes=0)
     assert ran_once(stack, jobs)
 
 
@@ -188,7 +167,7 @@ def test_a_job_is_not_taken_over_during_a_transaction_longer_than_its_lease(stac
 
 
 @on_prefork_and_threads
-def test_a_read_only_database_loses_no_job(stack, gate, since):
+def test_a_read_only_database_loses_no_job(stack, gate):
     """Outcomes are stored as soon as writes work; no body runs twice, no crash is counted."""
 
     def set_read_only(state):
@@ -203,10 +182,7 @@ def test_a_read_only_database_loses_no_job(stack, gate, since):
         time.sleep(LEASE + 1)
     finally:
         set_read_only("off")
-    start = time.monotonic()
-    rows = stack.wait_until_final(*jobs)
-    since(start)
-    assert succeeded(rows, crashes=0), rows
+    stack.wait_until_succeeded(*jobs, crashes=0)
     assert ran_once(stack, jobs)
 
 
@@ -214,7 +190,7 @@ def test_a_read_only_database_loses_no_job(stack, gate, since):
 
 
 @on_prefork
-def test_an_outage_after_a_body_counts_towards_no_time_limit(stack, gate, since):
+def test_an_outage_after_a_body_counts_towards_no_time_limit(stack, gate):
     """The outage takes 11 s, and the soft time limit is 10 s."""
     jobs = [
         stack.enqueue("hold_softly", gate, queue="cpu"),
@@ -225,9 +201,7 @@ def test_an_outage_after_a_body_counts_towards_no_time_limit(stack, gate, since)
     gate.touch()
     time.sleep(11)
     stack.database.start()
-    start = time.monotonic()
     rows = stack.wait_until_final(*jobs)
-    since(start)
     assert [row["state"] for row in rows] == ["succeeded", "failed"], rows
     assert rows[1]["error"] == "ValueError: its own reason"
     assert ran_once(stack, jobs)
@@ -237,7 +211,7 @@ def test_an_outage_after_a_body_counts_towards_no_time_limit(stack, gate, since)
 
 
 @on_one
-def test_a_router_with_a_replica_stops_no_job(stack, since):
+def test_a_router_with_a_replica_stops_no_job(stack):
     """All reads go to a connection that cannot write. Beat, too, has a part in this job."""
     variables = {"DJANGO_SETTINGS_MODULE": "faults.replica"}
     stack.replace_worker(**variables)
@@ -249,7 +223,5 @@ job = enqueue(fail_twice, queue="cpu", countdown=1)
 job.refresh_from_db()
 print(job.pk)
 """
-    start = time.monotonic()
     [row] = stack.wait_until_final(stack.project.shell(code, **stack.variables, **variables))
-    since(start)
     assert errors(row) == ["OSError: away"] * 2

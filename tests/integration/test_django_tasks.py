@@ -2,7 +2,7 @@
 
 import pytest
 
-from harness.faults import on_each_pool, on_one, succeeded
+from harness.faults import on_each_pool, on_one
 from harness.project import wait_for
 
 RESULTS = """
@@ -39,8 +39,7 @@ def test_a_function_is_cancelled_and_runs_again_after_a_crash(stack, gate, funct
     gate.touch()
     stack.worker.start()
 
-    rows = stack.wait_until_final(killed)
-    assert succeeded(rows, crashes=1), rows
+    stack.wait_until_succeeded(killed, crashes=1)
     assert [stack.starts(job) for job in jobs] == [2, 1]
     assert stack.ask(f"{RESULTS}\nresult = [seen(id)[0] for id in ids]", ids=jobs) == [
         "SUCCESSFUL",
@@ -91,7 +90,7 @@ result = Job.objects.count()
 
 @on_one
 def test_beat_starts_a_function(stack):
-    stack.replace_beat("faults.every_second")
+    stack.replace_beat(FAULT="every_second")
     started = "Job.objects.filter(task='faults.tasks.add', state='succeeded', result=3)"
     before = stack.ask(f"result = {started}.count()")
     wait_for(lambda: stack.ask(f"result = {started}.count()") >= before + 2)

@@ -10,7 +10,6 @@ import socket
 import ssl
 import subprocess
 import time
-from urllib.request import Request, urlopen
 
 import pytest
 import yaml
@@ -19,17 +18,18 @@ from harness.bake import CHOICES, PINNED, WITH_JOBS
 from harness.blocks import code
 from harness.containers import (
     MANAGE,
-    Pods,
-    Stack,
+    ComposeStack,
     brokers,
     check_rights,
+    compose_config,
     composed,
     docker,
     is_healthy,
     log_of,
+    running_pods,
 )
 from harness.outputs import ORDER
-from harness.project import env, free_ports, wait_for
+from harness.project import env, fetch, free_ports, wait_for
 
 # A job of 30 seconds, much longer than SOFT_SHUTDOWN_SECONDS.
 LONG_JOB = """
@@ -74,11 +74,11 @@ STACKS = brokers("docker", ["redis"])  # test_plain_docker.py has each broker
 
 @pytest.fixture(scope="module", params=STACKS)
 def stack(request, engine, cookies_session):
-    with composed(JobStack, cookies_session, **WITH_JOBS, broker=request.param) as stack:
+    with composed(JobComposeStack, cookies_session, **WITH_JOBS, broker=request.param) as stack:
         yield stack
 
 
-class JobStack(Stack):
+class JobComposeStack(ComposeStack):
     def order(self):
         """Place an order, wait until its job has succeeded; return the order's URL and the job."""
         status, headers, order = self.request("/api/orders/", ORDER)
@@ -88,16 +88,11 @@ class JobStack(Stack):
         return f"/api/orders/{order['id']}/", job
 
 
-def test_an_order_becomes_a_succeeded_job(stack, record_property):
+def test_an_order_becomes_a_succeeded_job(stack):
     url, job = stack.order()
-    seconds = time.monotonic() - stack.began
-    record_property("seconds from up to succeeded", round(seconds))
-    print(f"{stack.project.name}: {seconds:.0f} s from up to succeeded, the build included")
-
     assert stack.request(url)[2]["confirmed_at"]
-    assert "Thank you! You ordered 2 × Tea." in stack.compose(
-        "exec", "-T", "worker", "sh", "-c", "cat .data/mail/*"
-    )
+    mails = stack.exec("worker", "sh", "-c", "cat .data/mail/*")
+    assert "Thank you! You ordered 2 × Tea." in mails
     assert stack.request("/api/jobs/", Authorization="")[0] == 401
     if stack.has_flower:
         assert wait_for(lambda: stack.find_in_flower(job["id"]), site=stack)
@@ -196,10 +191,10 @@ def test_a_frozen_service_is_unhealthy(stack):
         return {containers[service][0]["State"]["Health"]["Status"] for service in services}
 
     for service in services:
-        stack.compose("exec", "-T", service, "sh", "-c", "kill -STOP -1")
+        stack.exec(service, "sh", "-c", "kill -STOP -1")
     wait_for(lambda: health() == {"unhealthy"}, site=stack)
     for service in services:
-        stack.compose("exec", "-T", service, "sh", "-c", "kill -CONT -1")
+        stack.exec(service, "sh", "-c", "kill -CONT -1")
     wait_for(lambda: health() == {"healthy"}, site=stack)
 
 
@@ -311,10 +306,7 @@ def test_the_services_of_ci_become_healthy(engine, bake, broker):
 def test_its_own_tests_pass_with_these_versions(engine, bake, answers, django):
     """Only Django's version is edited, in the newest Python. A DeprecationWarning fails a test."""
     project = bake(durable_jobs="yes", **ANSWERS[answers])
-    pyproject = project.read("pyproject.toml")
-    pyproject, count = re.subn('"django~=.+"', f'"django~={django}.0"', pyproject)
-    assert count == 1
-    (project / "pyproject.toml").write_text(pyproject)
+    project.edit("pyproject.toml", '"django~=.+"', f'"django~={django}.0"')
     (project / "Dockerfile").write_text(TESTED)
     image = f"{project.name}_{answers}_{django}"
     docker("build", "--quiet", "--tag", image, str(project))
@@ -330,7 +322,6 @@ def test_its_own_tests_pass_with_these_versions(engine, bake, answers, django):
 
 def test_make_dev_restarts_the_worker_after_an_edit(stack):
     """What `make up` starts does not restart: it has the code of its image."""
-    tasks = stack.project / "orders/tasks.py"
 
     def starts():
         return stack.compose("logs", "worker").count(" ready.")
@@ -338,13 +329,13 @@ def test_make_dev_restarts_the_worker_after_an_edit(stack):
     stack.project.call("make", "dev", **stack.environment)
     try:
         before = starts()
-        tasks.write_text(tasks.read_text() + "\n# edited\n")
+        stack.project.append("orders/tasks.py", "\n# edited\n")
         wait_for(lambda: starts() > before, site=stack)
         stack.order()
     finally:
         stack.up()
     before = starts()
-    tasks.write_text(tasks.read_text() + "\n# edited again\n")
+    stack.project.append("orders/tasks.py", "\n# edited again\n")
     time.sleep(5)
     assert starts() == before
 
@@ -392,7 +383,7 @@ class Https:
         self.folder, self.user = folder, user
         self.http_port, self.port = (stack.environment[name] for name in HTTPS_PORTS)
         self.origin, self.ca = f"https://{DOMAIN}:{self.port}", folder / "ca.crt"
-        self.ca.write_text(stack.compose("exec", "-T", "caddy", "cat", CADDY_CA))
+        self.ca.write_text(stack.exec("caddy", "cat", CADDY_CA))
 
     def curl(self, url, *options):
         """Send a request; return the status, the version of HTTP, [headers] and the body."""
@@ -450,7 +441,7 @@ def https(stack, tmp_path_factory):
         stack.make("up")
         yield Https(stack, tmp_path_factory.mktemp("https"), user)
     finally:
-        stack.compose("exec", "-T", "web", "python", "manage.py", "axes_reset")
+        stack.exec("web", *MANAGE, "axes_reset")
         stack.compose("--profile", "https", "rm", "--stop", "--force", "caddy")
         subprocess.run(["docker", "image", "rm", f"{stack.project.name}-caddy"])
         for name in ports:
@@ -585,8 +576,7 @@ def test_compose_works_with_servers_of_your_own(engine, bake, broker):
     with pytest.raises(AssertionError, match="cycle detected: migrate -> migrate"):
         project.call("docker", "compose", "config")
     (project / "compose.yaml").write_text(text.replace(entries, f"    {edit}\n"))
-    read = project.call("docker", "compose", "config", "--format", "json")
-    services = json.loads(read)["services"]
+    services = compose_config(project)["services"]
     assert services.keys() == own & set(yaml.safe_load(text)["services"])
     assert "depends_on" not in services["migrate"]
     for service in services.keys() - {"migrate"}:
@@ -596,33 +586,25 @@ def test_compose_works_with_servers_of_your_own(engine, bake, broker):
 
 def test_the_pods_of_the_manifests_run_jobs(stack):
     """Pods wait for the migrations and pass the probes of deploy/kubernetes/, unless they hang."""
-    stack.psql(f"CREATE DATABASE pods OWNER {stack.project.name}")
-    stack.compose("stop", "worker", "beat")  # which would take the pods' messages
-    pods = Pods(stack)
-    try:
-        ids = pods.start_all()
-        assert {pod for pod, _ in pods.probes()} == set(ids)
+    with running_pods(stack) as pods:
         # As Prometheus asks: over plain HTTP, with the name of the Service.
         headers = {"Authorization": f"Token {pods.token}", "Host": "web.any-namespace.svc:80"}
-        assert urlopen(Request(f"{pods.web}/metrics", headers=headers)).status == 200
+        assert fetch(f"{pods.web}/metrics", headers=headers)[0] == 200
         order = pods.request("/api/orders/", ORDER)
         assert order[0] == 202, pods.log
         *_, job = pods.follow(order[1]["Location"])
         assert job["state"] == "succeeded", job
-        printed = docker("exec", ids["web"], *MANAGE, "shell", "-v0", "-c", JOB_FOR_EACH_QUEUE)
+        printed = pods.call("web", *MANAGE, "shell", "-v0", "-c", JOB_FOR_EACH_QUEUE)
         for queue, pk in re.findall("^(\\w+) ([0-9a-f-]{36})$", printed, re.M):
             *_, job = pods.follow(f"/api/jobs/{pk}/")
             assert job["state"] == "succeeded", job
-            assert pk in log_of(ids[f"worker-{queue}"])
+            assert pk in log_of(pods.ids[f"worker-{queue}"])
 
         age = ("touch", "-d", "1 hour ago", pods.variables["LIVENESS_FILE"])
         for pod in ("worker-celery", "beat"):  # a living one touches its file
-            docker("exec", ids[pod], *age)
-            wait_for(lambda pod=pod: pods.answers(pod, ids[pod], "livenessProbe"), site=pods)
+            pods.call(pod, *age)
+            wait_for(lambda pod=pod: pods.answers(pod, "livenessProbe"), site=pods)
         for pod in ("worker-celery", "beat", "web"):
-            docker("exec", ids[pod], "sh", "-c", "kill -STOP -1")
-            docker("exec", ids[pod], *age)
-            assert not pods.answers(pod, ids[pod], "livenessProbe"), pod
-    finally:
-        docker("rm", "--force", *pods.containers)
-        stack.compose("start", "worker", "beat")
+            pods.call(pod, "sh", "-c", "kill -STOP -1")
+            pods.call(pod, *age)
+            assert not pods.answers(pod, "livenessProbe"), pod

@@ -13,8 +13,8 @@ import pytest
 
 from harness.bake import CHOICES, DEFAULTS
 from harness.outputs import outputs
-from harness.project import Project
-from harness.servers import Process, Redis
+from harness.project import Process, Project, started
+from harness.servers import Redis
 
 plain = outputs(DEFAULTS)
 both = outputs(*({**DEFAULTS, "durable_jobs": choice} for choice in ("no", "yes")))
@@ -264,8 +264,7 @@ def start_late():
 @outputs(*({**DEFAULTS, "broker": broker} for broker in CHOICES["broker"]))
 def test_tasks_that_a_worker_holds_too_long_are_found(copied):
     """RabbitMQ itself holds the messages of tasks that wait for their time."""
-    with open(copied / "orders/tasks.py", "a") as file:
-        file.write(TASKS)
+    copied.append("orders/tasks.py", TASKS)
     code = """
 from django.conf import settings
 from config import checks
@@ -322,22 +321,15 @@ def test_a_pooler_that_is_not_declared_is_found(project, database):
 @both
 def test_an_idle_worker_sends_redis_few_commands(project, tmp_path):
     """Some providers bill each. Looking for lost tasks each second quadruples them."""
-    (tmp_path / "redis").mkdir()
     redis = Redis(tmp_path / "redis")
     command = [project / ".venv/bin/celery", "-A", "config", "worker", "--concurrency", "1"]
-    worker = Process(command, tmp_path / "log", cwd=project, variables=redis.variables)
-    worker.is_ready = lambda: " ready." in worker.printed
+    options = {"says": " ready.", "cwd": project, "variables": redis.variables}
 
     def count():
         printed = subprocess.check_output(["redis-cli", "-p", str(redis.port), "info", "stats"])
         return int(re.search(rb"total_commands_processed:(\d+)", printed)[1])
 
-    redis.start()
-    try:
-        worker.start()
+    with started(redis, Process(command, tmp_path / "log", **options)):
         before = count()
         time.sleep(20)
         assert count() - before < 80
-    finally:
-        worker.kill()
-        redis.kill()

@@ -47,9 +47,9 @@ def mine(stack):
     """A function that starts a worker with two slots for the queue `cpu`, which no other has."""
     stack.worker.stop()
 
-    def start(app="faults.quick_heartbeat", **options):
-        worker = stack.make_worker("mine", "--queues cpu", app=app, WORKER_CONCURRENCY=2, **options)
-        worker.start()
+    def start(**options):
+        options = {"FAULT": "quick_heartbeat", "WORKER_CONCURRENCY": 2, **options}
+        worker = stack.make_worker("mine", "--queues cpu", **options).start()
         wait_until(stack, is_alive=True)
         return worker
 
@@ -116,7 +116,7 @@ def test_the_row_goes_however_a_worker_ends(stack, mine, gate):
         worker.stop(number)
         assert not find(stack), number
     stack.ask("cancel(Job.objects.all())")
-    worker = mine(app="faults.failing")
+    worker = mine(FAULT="no_reconnect")
     stack.broker.kill()
     assert worker.wait()
     assert "an error of Celery" in worker.printed and not find(stack)

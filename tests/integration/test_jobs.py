@@ -1,7 +1,6 @@
 """Jobs kill their workers, exceed limits, are cancelled or end in odd ways.
 
-The first headings are those of "Jobs" in reliability.md. `seconds` is explained in
-test_workers.py.
+The first headings are those of "Jobs" in reliability.md.
 """
 
 import json
@@ -20,12 +19,11 @@ from harness.faults import (
     on_prefork_and_threads,
     ran_once,
     stacks,
-    succeeded,
     where_jobs_share_a_process,
     with_flower,
 )
 from harness.project import wait_for
-from harness.stack import LEASE
+from harness.stack import LEASE, succeeded
 
 # An error of Celery ends a worker
 
@@ -33,8 +31,7 @@ from harness.stack import LEASE
 @stacks(brokers=["redis"], pools=[pool for pool in POOLS if pool != "prefork"])
 def test_a_worker_that_fails_waits_for_no_body(stack, gate):
     """Its exit code is 1, so a supervisor starts it again, and its jobs run at once."""
-    worker = stack.make_worker("failing", "--queues test", app="faults.failing")
-    worker.start()
+    worker = stack.make_worker("failing", "--queues test", FAULT="no_reconnect").start()
     job = stack.enqueue("hold", gate, queue="test")
     stack.wait_until_started(job)
     stack.broker.kill()
@@ -43,7 +40,7 @@ def test_a_worker_that_fails_waits_for_no_body(stack, gate):
     stack.make_worker("next", "--queues test").start()
     stack.wait_until_started(job, times=2)
     gate.touch()
-    assert succeeded(stack.wait_until_final(job), crashes=0)
+    stack.wait_until_succeeded(job, crashes=0)
 
 
 # A job kills its worker every time
@@ -51,12 +48,10 @@ def test_a_worker_that_fails_waits_for_no_body(stack, gate):
 
 @pytest.mark.promise("No endless crashes")
 @on_each_pool
-def test_a_job_that_kills_its_worker_every_time_fails(stack, since):
-    start = time.monotonic()
+def test_a_job_that_kills_its_worker_every_time_fails(stack):
     job = stack.enqueue("die", queue="cpu")
     with stack.supervised():
         [row] = stack.wait_until_final(job)
-    since(start)
     assert (row["state"], row["error"]) == ("failed", "Its worker died 3 times")
     assert stack.starts(job) == 3
 
@@ -65,15 +60,13 @@ def test_a_job_that_kills_its_worker_every_time_fails(stack, since):
 
 
 @where_jobs_share_a_process
-def test_a_job_that_kills_its_process_fails_alone(stack, since):
+def test_a_job_that_kills_its_process_fails_alone(stack):
     """Each time 15 others run in the same process, and they still succeed."""
-    start = time.monotonic()
     innocents = [stack.enqueue("rest", 2, queue="cpu") for _ in range(15)]
     killer = stack.enqueue("die", 1, queue="cpu")
     with stack.supervised():
         [row] = stack.wait_until_final(killer)
         rows = stack.wait_until_final(*innocents)
-    since(start)
     assert (row["state"], row["error"]) == ("failed", "Its worker died 3 times")
     assert {row["state"] for row in rows} == {"succeeded"}, rows
 
@@ -82,22 +75,17 @@ def test_a_job_that_kills_its_process_fails_alone(stack, since):
 
 
 @on_prefork
-def test_a_body_that_holds_the_gil_keeps_its_job(stack, since):
-    start = time.monotonic()
+def test_a_body_that_holds_the_gil_keeps_its_job(stack):
     job = stack.enqueue("hold_the_interpreter", LEASE + 4, queue="cpu")
-    rows = stack.wait_until_final(job)
-    since(start)
-    assert succeeded(rows, crashes=0), rows
+    stack.wait_until_succeeded(job, crashes=0)
     assert ran_once(stack, [job])
 
 
 @where_jobs_share_a_process
-def test_a_body_that_holds_the_gil_of_all_ends_like_one_that_kills_its_worker(stack, since):
+def test_a_body_that_holds_the_gil_of_all_ends_like_one_that_kills_its_worker(stack):
     """Its worker cannot renew the lease meanwhile, and what the body returns is dropped."""
-    start = time.monotonic()
     job = stack.enqueue("hold_the_interpreter", LEASE + 10, queue="cpu")
     [row] = stack.wait_until_final(job)
-    since(start)
     assert (row["state"], row["error"]) == ("failed", "Its worker died 3 times")
 
 
@@ -105,26 +93,21 @@ def test_a_body_that_holds_the_gil_of_all_ends_like_one_that_kills_its_worker(st
 
 
 @on_each
-def test_a_job_over_its_time_limit_fails(stack, gate, since):
-    start = time.monotonic()
+def test_a_job_over_its_time_limit_fails(stack, gate):
     job = stack.enqueue("hold_too_long", gate, queue="cpu")
     [row] = stack.wait_until_final(job)
-    since(start)
     assert (row["state"], row["error"]) == ("failed", "Exceeded its time limit")
     assert errors(row) == ["Exceeded its time limit"]
     assert ran_once(stack, [job])
     gate.touch()  # in a thread the body still runs
-    [row] = stack.wait_until_final(stack.enqueue("quick", queue="cpu"))
-    assert succeeded([row], crashes=0), row
+    stack.wait_until_succeeded(stack.enqueue("quick", queue="cpu"), crashes=0)
 
 
 @on_prefork
-def test_a_soft_time_limit_ends_a_body_that_waits_for_a_query(stack, since):
+def test_a_soft_time_limit_ends_a_body_that_waits_for_a_query(stack):
     """After one run, and without a crash, also in the body's own transaction."""
-    start = time.monotonic()
     jobs = [stack.enqueue("query", 600, block, queue="cpu") for block in ["", "in a block"]]
     rows = stack.wait_until_final(*jobs)
-    since(start)
     outcome = ("failed", "Exceeded its time limit", 0)
     assert [(row["state"], row["error"], row["crashes"]) for row in rows] == [outcome] * 2
     assert ran_once(stack, jobs)
@@ -148,15 +131,13 @@ def test_a_thread_over_its_time_limit_continues(stack, gate):
 
 
 @stacks(brokers=with_flower)
-def test_a_revoke_from_flower_cancels(stack, gate, revoke, since):
+def test_a_revoke_from_flower_cancels(stack, gate, revoke):
     waits = stack.enqueue("hold", gate, queue="cpu", countdown=3600)
     runs = stack.enqueue("hold", gate, queue="cpu")
     stack.wait_until_started(runs)
-    start = time.monotonic()
     revoke(waits)
     revoke(runs)
     rows = stack.wait_until_final(waits, runs)
-    since(start)
     assert [row["state"] for row in rows] == ["cancelled", "cancelled"]
     gate.touch()
     wait_for(lambda: stack.notes("end", runs))
@@ -182,18 +163,16 @@ def control(stack, *words):
 
 
 @on_one
-def test_celery_control_terminate_cancels(stack, gate, since):
+def test_celery_control_terminate_cancels(stack, gate):
     job = stack.enqueue("hold", gate, queue="cpu")
     stack.wait_until_started(job)
-    start = time.monotonic()
     control(stack, "terminate", "SIGTERM", job)
     [row] = stack.wait_until_final(job)
-    since(start)
     assert row["state"] == "cancelled"
 
 
 @on_prefork_and_threads
-def test_a_revoke_during_a_database_outage_cancels(stack, gate, since):
+def test_a_revoke_during_a_database_outage_cancels(stack, gate):
     waits = stack.enqueue("hold", gate, queue="cpu", countdown=3600)
     runs = stack.enqueue("hold", gate, queue="cpu")
     stack.wait_until_started(runs)
@@ -201,9 +180,7 @@ def test_a_revoke_during_a_database_outage_cancels(stack, gate, since):
     control(stack, "revoke", waits, runs)
     wait_for(lambda: all("flagged as revoked" in worker.printed for worker in stack.workers))
     stack.database.start()
-    start = time.monotonic()
     rows = stack.wait_until_final(waits, runs)
-    since(start)
     assert [row["state"] for row in rows] == ["cancelled", "cancelled"]
 
 
@@ -235,29 +212,24 @@ except Error:
 
 
 @on_each_pool
-def test_odd_outcomes_end_a_job(stack, since):
+def test_odd_outcomes_end_a_job(stack):
     """After one run, with the true reason."""
-    start = time.monotonic()
     jobs = [stack.enqueue("run", code, queue="cpu") for code in ODD]
     rows = stack.wait_until_final(*jobs)
-    since(start)
     for words, row in zip(ODD.values(), rows, strict=True):
         assert row["state"] == "failed" and words in row["error"], rows
     assert ran_once(stack, jobs)
-    [row] = stack.wait_until_final(stack.enqueue("quick", queue="cpu"))
-    assert succeeded([row], crashes=0), row
+    stack.wait_until_succeeded(stack.enqueue("quick", queue="cpu"), crashes=0)
 
 
 # Retries and errors
 
 
 @on_prefork_and_threads
-def test_each_run_that_failed_says_why(stack, since):
+def test_each_run_that_failed_says_why(stack):
     """Also each run that was retried."""
-    start = time.monotonic()
     jobs = [stack.enqueue(task) for task in ["fail_twice", "fail_and_continue"]]
     rows = stack.wait_until_final(*jobs)
-    since(start)
     assert [row["state"] for row in rows] == ["failed", "succeeded"]
     assert [errors(row) for row in rows] == [["OSError: away"] * 2, ["OSError: away"]]
     failures = [failure for row in rows for failure in row["failures"]]
@@ -265,17 +237,14 @@ def test_each_run_that_failed_says_why(stack, since):
 
 
 @on_prefork_and_threads
-def test_a_retry_in_a_transaction_is_not_rolled_back(stack, since):
+def test_a_retry_in_a_transaction_is_not_rolled_back(stack):
     code = """
 if not self.request.retries:
     with transaction.atomic():
         raise self.retry(countdown=0.1)
 """
-    start = time.monotonic()
     job = stack.enqueue("run", code)
-    [row] = stack.wait_until_final(job)
-    since(start)
-    assert succeeded([row], crashes=0)
+    stack.wait_until_succeeded(job, crashes=0)
     assert stack.starts(job) == 2
 
 

@@ -6,24 +6,22 @@ import json
 import re
 import shutil
 import subprocess
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from urllib.parse import urlsplit
-from urllib.request import urlopen
 from uuid import uuid4
 
 import kubernetes_validate
 import pytest
 import yaml
 
-from harness import kustomize, missing
+from harness import missing
 from harness.bake import CHOICES, LIBRARY, PINNED, WITH_JOBS, baked, chosen
 from harness.blocks import code
 from harness.containers import docker, options_of
-from harness.project import wait_for
+from harness.kustomize import PRODUCTION, autoscaler, manifests, only, pods
+from harness.project import responds, wait_for
 
-PRODUCTION = "deploy/kubernetes/overlays/production"
 MONITORING = Path("deploy/monitoring")
 OPTIONS = ("broker", "result_backend", "worker_pool", "include_example")
 ANSWERS = [
@@ -32,9 +30,6 @@ ANSWERS = [
 ]
 
 
-# The keys of a ScaledObject that we use; KEDA's schema is not in kubernetes-validate.
-SCALED_OBJECT = {"scaleTargetRef", "minReplicaCount", "maxReplicaCount", "pollingInterval"}
-SCALED_OBJECT |= {"advanced", "triggers"}
 TRIGGER = {"connectionFromEnv", "query", "targetQueryValue"}  # of the type postgresql
 
 
@@ -45,23 +40,9 @@ def render(cookies_session):
     @cache
     def render(**answers):
         project = baked(cookies_session, {**WITH_JOBS, "deployment": "kubernetes", **answers})
-        shutil.copy(project / PRODUCTION / ".env.example", project / PRODUCTION / ".env")
-        return project, named(kustomize.build(project / PRODUCTION))
+        return project, manifests(project)
 
     return render
-
-
-def named(documents):
-    return {(each["kind"], each["metadata"]["name"]): each for each in documents}
-
-
-def pods(documents):
-    """Return the specifications of all pods, {(kind, name): spec}."""
-    return {
-        key: document["spec"]["template"]["spec"]
-        for key, document in documents.items()
-        if key[0] in ("Deployment", "Job")
-    }
 
 
 @pytest.mark.parametrize(
@@ -71,6 +52,8 @@ def test_the_manifests_are_valid(render, answers):
     project, documents = render(**answers)
     for (kind, _), document in documents.items():
         if kind == "ScaledObject":
+            [trigger] = document["spec"]["triggers"]
+            assert trigger["type"] == "postgresql" and set(trigger["metadata"]) == TRIGGER
             document = autoscaler(document)
         kubernetes_validate.validate(document, "1.37", strict=True)
 
@@ -88,26 +71,6 @@ def test_the_manifests_are_valid(render, answers):
     beat = documents["Deployment", "beat"]["spec"]
     assert (beat["replicas"], beat["strategy"]) == (1, {"type": "Recreate"})
     check_variables(project, documents)
-
-
-def autoscaler(scaled):
-    """Return the HorizontalPodAutoscaler that KEDA makes from a ScaledObject."""
-    spec = scaled["spec"]
-    assert set(spec) <= SCALED_OBJECT
-    [trigger] = spec["triggers"]
-    assert trigger["type"] == "postgresql" and set(trigger["metadata"]) == TRIGGER
-    return {
-        "apiVersion": "autoscaling/v2",
-        "kind": "HorizontalPodAutoscaler",
-        "metadata": scaled["metadata"],
-        "spec": {
-            "scaleTargetRef": {"apiVersion": "apps/v1", "kind": "Deployment"}
-            | spec["scaleTargetRef"],
-            "minReplicas": spec["minReplicaCount"],
-            "maxReplicas": spec["maxReplicaCount"],
-            **spec["advanced"]["horizontalPodAutoscalerConfig"],
-        },
-    }
 
 
 def check_pod(spec, documents, key):
@@ -136,7 +99,7 @@ def check_pod(spec, documents, key):
 
 def said(container, documents):
     """Return the command of a container and its variables from the ConfigMap, as a text."""
-    [config] = [each["data"] for (kind, _), each in documents.items() if kind == "ConfigMap"]
+    config = only("ConfigMap", documents)["data"]
     variables = [f"{name}={value}" for name, value in config.items()]
     return " ".join([*container.get("command", []), *variables])
 
@@ -192,7 +155,7 @@ def check_workers(queue, documents, answers):
     [container] = pods(documents)["Deployment", spec["scaleTargetRef"]["name"]]["containers"]
     assert container["command"][-2:] == ["--queues", queue]
     [trigger] = spec["triggers"]
-    [secret] = [each["data"] for (kind, _), each in documents.items() if kind == "Secret"]
+    secret = only("Secret", documents)["data"]
     assert trigger["metadata"]["connectionFromEnv"] in secret
     expected = {"WORKER_CONCURRENCY": trigger["metadata"]["targetQueryValue"]}
     if answers["worker_pool"] == "prefork":  # four children of 200 MB fit into the pod's memory
@@ -227,8 +190,8 @@ def test_an_output_has_the_files_of_docker_and_manifests(render, bake):
 @pytest.mark.parametrize("broker", CHOICES["broker"])
 def test_production_has_every_variable_that_it_needs(render, broker):
     project, documents = render(broker=broker)
-    [config] = [each["data"] for (kind, _), each in documents.items() if kind == "ConfigMap"]
-    [secret] = [each["data"] for (kind, _), each in documents.items() if kind == "Secret"]
+    config = only("ConfigMap", documents)["data"]
+    secret = only("Secret", documents)["data"]
     assert project.production().keys() <= {*config, *secret}
     assert {"SENTRY_DSN", "S3_BUCKET"} <= {*secret}
 
@@ -257,7 +220,7 @@ def test_the_network_policies_open_only_needed_ports(render, broker, result_back
     assert set(everybody["policyTypes"]) == {"Ingress", "Egress"}
     assert "ingress" not in everybody
     # The ports of the servers in .env. Amazon's services have no URL there: they use 443.
-    [secret] = [each["data"] for (kind, _), each in documents.items() if kind == "Secret"]
+    secret = only("Secret", documents)["data"]
     values = {name: base64.b64decode(value).decode() for name, value in secret.items()}
     urls = {name: urlsplit(value) for name, value in values.items() if "://" in value}
     mail = urls.pop("EMAIL_URL")
@@ -301,18 +264,14 @@ def test_the_io_queue_reaches_other_services_over_https(render):
 def monitored(cookies_session):
     """A project after step 4 of the page, and what only this step adds: {kind: document}."""
     project = baked(cookies_session, {**WITH_JOBS, "deployment": "kubernetes"})
-    shutil.copy(project / PRODUCTION / ".env.example", project / PRODUCTION / ".env")
-    before = kustomize.build(project / PRODUCTION)
-    file = project / PRODUCTION / "kustomization.yaml"
-    text, count = re.subn("# (?=- ../../../monitoring)", "", file.read_text())
-    assert count == 1
-    file.write_text(text)
-    after = kustomize.build(project / PRODUCTION)
-    assert [each for each in after if each in before] == before
-    added = [each for each in after if each not in before]
-    kinds = {each["kind"]: each for each in added}
+    before = manifests(project)
+    project.edit(f"{PRODUCTION}/kustomization.yaml", "# (?=- ../../../monitoring)", "")
+    after = manifests(project)
+    assert before.items() <= after.items()
+    added = {key: after[key] for key in after.keys() - before.keys()}
+    kinds = {kind: each for (kind, _), each in added.items()}
     assert len(added) == len(kinds)
-    return project, kinds, {each["kind"]: each for each in before}
+    return project, kinds, {kind: each for (kind, _), each in before.items()}
 
 
 # What we use of the operator's resources; their schemas are not in kubernetes-validate.
@@ -394,7 +353,7 @@ def test_prometheus_asks_the_service_and_not_each_pod(monitored, tmp_path):
 @pytest.mark.parametrize("broker", CHOICES["broker"])
 def test_flower_has_no_default_password(render, broker):
     _, documents = render(broker=broker)
-    [secret] = [each["data"] for (kind, _), each in documents.items() if kind == "Secret"]
+    secret = only("Secret", documents)["data"]
     if ("Deployment", "flower") not in documents:
         assert "FLOWER_BASIC_AUTH" not in secret
         return
@@ -455,16 +414,14 @@ def test_the_image_and_the_hosts_are_in_one_file(bake):
     A changed value changes the name of its ConfigMap or Secret, and so restarts all pods.
     """
     project = bake(durable_jobs="yes", deployment="kubernetes")
-    overlay = project / PRODUCTION
-    shutil.copy(overlay / ".env.example", overlay / ".env")
-    before = named(kustomize.build(overlay))
+    overlay, before = project / PRODUCTION, manifests(project)
     text = (overlay / "kustomization.yaml").read_text()
     image = re.search("newName: (.+)\n.*newTag: (.+)\n", text)
     text = text.replace(image[1], "ghcr.io/tea/shop").replace(image[2], "'7'")
     (overlay / "kustomization.yaml").write_text(text.replace("=example.com", "=tea.example"))
     values = (overlay / ".env.example").read_text()
     (overlay / ".env").write_text(values.replace("SECRET_KEY=", "SECRET_KEY=tea"))
-    documents = named(kustomize.build(overlay))
+    documents = manifests(project)
     for spec in pods(documents).values():
         containers = spec["containers"] + spec.get("initContainers", [])
         assert {each["image"] for each in containers} == {"ghcr.io/tea/shop:7"}
@@ -553,11 +510,6 @@ print(default_storage.open("tea.csv").read())
 BUCKET = "import boto3; boto3.client('s3').create_bucket(Bucket='uploads')"
 
 
-def answers(url):
-    with suppress(OSError):
-        return urlopen(url).status == 200
-
-
 @pytest.fixture
 def moto(engine):
     """A stand-in for SQS and S3, in a container; its address there."""
@@ -565,7 +517,7 @@ def moto(engine):
     address = "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}"
     url = f"http://{docker('inspect', '--format', address, container)}:5000"
     try:
-        wait_for(lambda: answers(f"{url}/moto-api/data.json"))
+        wait_for(lambda: responds(f"{url}/moto-api/data.json"))
         yield url
     finally:
         docker("rm", "--force", container)
@@ -580,8 +532,7 @@ def uploading(request, engine, bake):
     page = project.read("docs/production.md")
     project.run("uv", "add", "--quiet", "--frozen", re.search('uv add "(.+?)"', page)[1])
     if request.param == "no":  # with durable jobs, the settings have it
-        with open(project / "config/settings.py", "a") as file:
-            file.write(code(page, "S3_BUCKET"))
+        project.append("config/settings.py", code(page, "S3_BUCKET"))
     project.call("docker", "build", "--quiet", "--tag", slug, ".")
     yield project
     docker("image", "rm", "--force", slug)
@@ -589,18 +540,15 @@ def uploading(request, engine, bake):
 
 def test_pods_store_uploads_in_s3_and_nowhere_else(uploading, moto):
     """With the rights and the volumes of the manifests: the root of a container is read-only."""
-    overlay = uploading / PRODUCTION
-    shutil.copy(overlay / ".env.example", overlay / ".env")
-    documents = kustomize.build(overlay)
-    data = {each["kind"]: each["data"] for each in documents if "data" in each}
-    secret = {name: base64.b64decode(each).decode() for name, each in data["Secret"].items()}
-    variables = {**data["ConfigMap"], **secret, "SECRET_KEY": uuid4().hex * 2}
+    documents = manifests(uploading)
+    config, secret = (only(kind, documents)["data"] for kind in ("ConfigMap", "Secret"))
+    secret = {name: base64.b64decode(value).decode() for name, value in secret.items()}
+    variables = {**config, **secret, "SECRET_KEY": uuid4().hex * 2}
     variables |= {"AWS_ENDPOINT_URL": moto, "AWS_DEFAULT_REGION": "us-east-1"}
     variables |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
-    specs = pods(named(documents))
 
     def run(pod, python, bucket):
-        spec = specs["Deployment", pod]
+        spec = pods(documents)["Deployment", pod]
         [container] = spec["containers"]
         options = ["--rm", *options_of(spec, container)]
         for name, value in {**variables, "S3_BUCKET": bucket}.items():

@@ -1,13 +1,8 @@
-"""Limits hold exactly, and no place stays empty: real processes die, locks are the witness.
-
-The property `seconds` of a test is the time from the fault to the end of the last job that waited.
-"""
+"""Limits hold exactly, and no place stays empty: real processes die, locks are the witness."""
 
 import os
 import signal
 import time
-from itertools import pairwise
-from statistics import median
 
 import pytest
 
@@ -19,11 +14,10 @@ from harness.faults import (
     on_prefork_and_threads,
     ran_once,
     stacks,
-    succeeded,
     where_jobs_share_a_process,
 )
 from harness.project import children_of, wait_for
-from harness.stack import LEASE
+from harness.stack import LEASE, succeeded
 
 on_sqlite = stacks(**ONE, sqlite=True)
 
@@ -73,39 +67,33 @@ def make_oldest(stack, jobs):
 
 
 @on_prefork_and_threads
-def test_the_place_of_a_killed_worker_is_free_when_its_lease_lapses(stack, gate, since):
+def test_the_place_of_a_killed_worker_is_free_when_its_lease_lapses(stack, gate):
     first, waiting = occupy(stack, gate)
     stack.worker.kill()
-    start = time.monotonic()
     check(stack, waiting)
-    since(start)
     gate.touch()
     stack.worker.start()
     assert succeeded(check(stack, [first]), crashes=1)
 
 
 @on_prefork
-def test_the_place_of_a_killed_child_is_free_at_once(stack, gate, since):
+def test_the_place_of_a_killed_child_is_free_at_once(stack, gate):
     """With a lease of 600 s."""
     worker = stack.replace_worker(JOB_LEASE_SECONDS=600)
     first, waiting = occupy(stack, gate)
-    start = time.monotonic()
     for child in children_of(worker.pid):
         os.kill(child, signal.SIGKILL)
     check(stack, waiting)
-    since(start)
     gate.touch()
     assert succeeded(check(stack, [first]), crashes=1)
 
 
 @on_prefork
-def test_the_place_of_a_stopped_worker_is_free_when_its_child_has_ended(stack, gate, since):
+def test_the_place_of_a_stopped_worker_is_free_when_its_child_has_ended(stack, gate):
     first, waiting = occupy(stack, gate)
     make_oldest(stack, waiting)
-    start = time.monotonic()
     os.kill(stack.worker.pid, signal.SIGTERM)
     check(stack, waiting)
-    since(start)
     stack.worker.wait()
     gate.touch()
     stack.worker.start()
@@ -115,33 +103,28 @@ def test_the_place_of_a_stopped_worker_is_free_when_its_child_has_ended(stack, g
 
 
 @where_jobs_share_a_process
-def test_a_job_of_a_stopped_worker_keeps_its_place(stack, gate, since):
+def test_a_job_of_a_stopped_worker_keeps_its_place(stack, gate):
     """The body runs until the process has ended. Nothing of its key may start before."""
     first, waiting = occupy(stack, gate)
     make_oldest(stack, waiting)
-    os.kill(stack.worker.pid, signal.SIGTERM)
-    stack.worker.wait()
+    stack.worker.stop()
     time.sleep(3)  # some rounds of the sweeper
     assert not any(stack.starts(job) for job in waiting)
-    start = time.monotonic()
     gate.touch()
     stack.worker.start()
     rows = check(stack, [first, *waiting])
-    since(start)
     assert stack.starts(first) == 2
     assert succeeded(rows, crashes=0)
     assert not errors(rows[0])
 
 
 @on_prefork_and_threads
-def test_a_frozen_worker_loses_its_place(stack, gate, since):
+def test_a_frozen_worker_loses_its_place(stack, gate):
     """When it continues, its body ends at its next report, and what it returns is dropped."""
     first, waiting = occupy(stack, gate, "report_until")
     stack.worker.pause()
-    start = time.monotonic()
     wait_for(lambda: stack.row(first)["crashes"] == 1)
     check(stack, waiting)
-    since(start)
     stack.worker.resume()
     # The old body ends although the gate is closed.
     wait_for(lambda: stack.notes("end", first))
@@ -166,14 +149,12 @@ def test_a_cancelled_job_keeps_its_place_until_its_body_has_ended(stack, gate):
 
 
 @on_prefork_and_threads
-def test_the_place_of_a_cancelled_job_is_free_when_its_worker_dies(stack, gate, since):
+def test_the_place_of_a_cancelled_job_is_free_when_its_worker_dies(stack, gate):
     first, waiting = occupy(stack, gate)
     stack.ask("cancel(Job.objects.get(pk=job))", job=first)
     time.sleep(1)  # the worker notices
     stack.worker.kill()
-    start = time.monotonic()
     check(stack, waiting)
-    since(start)
 
 
 @on_prefork
@@ -197,16 +178,14 @@ def test_the_place_of_a_cancelled_job_is_free_at_once_when_its_child_dies(stack,
 
 
 @on_one
-def test_a_free_place_is_taken_without_beat(stack, record_property):
-    """A body that has ended hands its place over. The time until the next start is recorded."""
+def test_a_free_place_is_taken_without_beat(stack):
+    """A body that has ended hands its place over."""
     stack.beat.stop()
     code = "result = [job.pk for job in enqueue_many(limited, [['one:quick']] * 300)]"
     jobs = stack.ask(code)
     check(stack, jobs)
     lines = bodies(stack, "one:quick")
     assert [job for kind, job, _ in lines if kind == "start"] == jobs  # the oldest first
-    gaps = [start[2] - end[2] for end, start in pairwise(lines) if start[0] == "start"]
-    record_property("milliseconds from an end to the next start", round(1000 * median(gaps), 1))
 
 
 # All faults, and two Beats
@@ -280,18 +259,14 @@ for number in range(3):
 
 @pytest.mark.promise("Limits hold")
 @on_prefork_and_threads
-def test_no_fault_exceeds_a_limit_or_leaves_a_place_empty(stack, since):
+def test_no_fault_exceeds_a_limit_or_leaves_a_place_empty(stack):
     """Two Beats sweep all the time."""
-    start = time.monotonic()
     check_through_faults(stack)
-    since(start)
 
 
 @on_sqlite
-def test_no_fault_exceeds_a_limit_or_leaves_a_place_empty_on_sqlite(stack, since):
-    start = time.monotonic()
+def test_no_fault_exceeds_a_limit_or_leaves_a_place_empty_on_sqlite(stack):
     check_through_faults(stack)
-    since(start)
 
 
 # Rates
@@ -309,7 +284,7 @@ def started_at(stack, jobs):
 
 
 @on_one
-def test_a_rate_is_kept_while_workers_come_and_go(stack, record_property):
+def test_a_rate_is_kept_while_workers_come_and_go(stack):
     """10 a second. What no worker takes for three seconds does not start in one burst.
 
     The sweep looks again whenever the rate lets more jobs go, not only every JOB_SWEEP_SECONDS.
@@ -323,21 +298,17 @@ def test_a_rate_is_kept_while_workers_come_and_go(stack, record_property):
     for worker in stack.workers:
         worker.stop()
     time.sleep(3)
-    back = time.time()
     for worker in stack.workers:
         worker.start()
     check(stack, jobs)
     starts = started_at(stack, jobs)
     assert most_starts(starts, 1) <= 10
-    rest = [each for each in starts if each > back]
-    record_property("starts a second", round((len(rest) - 1) / (rest[-1] - rest[0]), 1))
     times = [at for kind, _, at in bodies(stack, "rate:a") if kind == "start"]
     assert len(times) == 60
-    record_property("bodies that started within a second", most_starts(times, 1))
 
 
 @on_prefork
-def test_an_api_with_5_calls_a_second_and_2_at_once_for_each_tenant(stack, record_property):
+def test_an_api_with_5_calls_a_second_and_2_at_once_for_each_tenant(stack):
     """300 contacts, and a worker is killed in the middle. One summary comes at the end."""
     stack.replace_beat(JOB_SWEEP_SECONDS=5)  # the default
     batch, jobs = stack.ask("""
@@ -351,11 +322,7 @@ result = [batch.pk, [job.pk for job in batch.jobs.order_by("created_at")]]
     done = "result = Batch.objects.filter(pk=batch, state='succeeded').exists()"
     wait_for(lambda: stack.ask(done, batch=batch))
     check(stack, jobs)
-    times = [at for kind, _, at in bodies(stack, "tenant:7") if kind == "start"]
-    rows = started_at(stack, jobs)
-    record_property("calls a second", round(299 / (rows[-1] - rows[0]), 2))
-    record_property("bodies that started within a second", most_starts(times, 1))
-    assert most_starts(rows, 1) <= 5
+    assert most_starts(started_at(stack, jobs), 1) <= 5
     [last] = stack.ask("result = [j.pk for j in Job.objects.filter(follows=batch)]", batch=batch)
     stack.wait_until_final(last)
     assert ran_once(stack, [last])

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from harness.faults import on_one
-from harness.project import wait_for
+from harness.project import started, wait_for
 from harness.prometheus import Prometheus
 
 FOLDER = "deploy/monitoring"
@@ -132,8 +132,7 @@ def prometheus(stack, tmp_path):
     process, project, token = Prometheus(tmp_path), stack.project, tmp_path / "token"
     service = project.services()["prometheus-token"]
     make_token = service["command"][-1].replace("/token/prometheus", str(token))
-    variables = {key: str(value) for key, value in stack.variables.items()}
-    project.manage("shell", "-v0", "-c", make_token, **variables)
+    project.manage("shell", "-v0", "-c", make_token, **stack.variables)
     config = project.read(f"{FOLDER}/prometheus.yml")
     for old, new in {
         "/token/prometheus": token,
@@ -144,10 +143,9 @@ def prometheus(stack, tmp_path):
         config = config.replace(old, str(new))
     (tmp_path / "prometheus.yml").write_text(config)
     shutil.copy(project / FOLDER / "alerts.yml", tmp_path)
-    process.start()
-    yield process
-    process.kill()
-    print(process.log.read_text()[-2000:])
+    with started(process):
+        yield process
+    print(process.printed[-2000:])
 
 
 def answer(prometheus, expression):
@@ -175,8 +173,6 @@ def test_each_question_of_the_dashboard_gets_an_answer(stack, prometheus):
         wait_for(all_answered)
     except AssertionError:
         raise AssertionError(unanswered) from None
-    finally:
-        stack.ask("pauses.resume('faults.tasks.tick')")
     asked = " ".join(expression for _, expression in queries(panels))
     scraped = {
         labels["__name__"] for labels, _ in prometheus.value('{__name__=~"durable_jobs_.*"}')

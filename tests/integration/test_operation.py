@@ -9,7 +9,7 @@ import yaml
 from harness.bake import LIBRARY, TEMPLATE, WITH_JOBS, render
 from harness.blocks import code
 from harness.faults import ONE, stacks
-from harness.project import wait_for
+from harness.project import started, wait_for
 from harness.prometheus import Prometheus, promtool
 
 TEXT = (LIBRARY / "docs/operations.md").read_text("utf-8")
@@ -114,10 +114,8 @@ class Alerts(Prometheus):
 
 @pytest.fixture
 def prometheus(stack, tmp_path):
-    prometheus = Alerts(stack, tmp_path)
-    prometheus.start()
-    stack.made.append(prometheus)  # it ends with the test
-    return prometheus
+    with started(Alerts(stack, tmp_path)) as [prometheus]:
+        yield prometheus
 
 
 # The alerts look at jobs of the last five minutes.
@@ -160,7 +158,7 @@ def test_a_real_prometheus_sees_each_alert_fire_and_resolve(stack, prometheus, g
     prometheus.wait_until_quiet()
 
     # Without a schedule, Beat's next tick is due in five minutes, and it is not late before.
-    beat = stack.replace_beat("faults.every_second")
+    beat = stack.replace_beat(FAULT="every_second")
     ticks = "result = Job.objects.filter(task='faults.tasks.tick').count()"
     wait_for(lambda: stack.ask(ticks) > 2)
     lost = stack.enqueue("hold", gate)

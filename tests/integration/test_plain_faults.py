@@ -1,7 +1,6 @@
 """What a fault does to plain tasks, on each broker, and with each pool on the first one.
 
-Each test records what happened, and the table for docs/reliability.md is printed at the end of the
-run. It names only the pools that a test ran with.
+Each test records what happened; the end of the run prints it as rows for docs/reliability.md.
 """
 
 import json
@@ -16,7 +15,7 @@ import pytest
 from harness import faults
 from harness.faults import BROKERS
 from harness.outputs import ORDER
-from harness.project import APPS, wait_for
+from harness.project import wait_for
 from harness.servers import REDELIVERY, Redis
 
 stacks = partial(faults.stacks, plain="plain-faults-")
@@ -51,8 +50,7 @@ def pool_of(stack):
 def fill(stack, gate):
     """Start a task in each slot of the worker."""
     running = [stack.send("wait", gate) for _ in range(stack.variables["WORKER_CONCURRENCY"])]
-    for task in running:
-        stack.wait_until_started(task)
+    stack.wait_until_started(*running)
     return running
 
 
@@ -139,8 +137,7 @@ def test_an_idle_worker_ends_at_once(stack):
 @on_prefork
 def test_a_worker_ends_that_reads_a_result(stack, gate):
     stack.kill(stack.worker)
-    worker = stack.make_worker("slow", app="slow_results", PYTHONPATH=APPS)
-    worker.start()
+    worker = stack.make_worker("slow", FAULT="slow_results").start()
     task = stack.send("wait", gate)
     stack.wait_until_started(task)
     time.sleep(3)  # time to read that it has started
@@ -211,16 +208,13 @@ def test_a_task_that_kills_its_worker_becomes_a_dead_letter_of_rabbitmq(stack, r
     limit, policy["definition"]["delivery-limit"] = policy["definition"]["delivery-limit"], 2
     file = stack.folder / "definitions.json"
     file.write_text(json.dumps(definitions))
-    stack.broker.control("import_definitions", str(file))
-    try:
+    with stack.broker.policy("dead-letters", "import_definitions", file):
         task = stack.send("kill_worker")
         with stack.supervised():
             wait_for(lambda: stack.ask(DEAD_LETTERS["rabbitmq"]) == 1)
             stack.wait_until_started(stack.send("quick"))
         assert stack.starts(task) == 3
         stack.empty("dead-letters")
-    finally:
-        stack.broker.control("clear_policy", "dead-letters")
     what = f"after {limit} redeliveries it becomes a dead letter"
     record_fault(FATAL, what, None, "–")
 
@@ -304,12 +298,10 @@ def test_without_the_result_backend_tasks_are_lost_or_end_without_a_result(
     stack, gate, tmp_path, record_fault
 ):
     """Celery reports that the task failed, acknowledges it, and then cannot store the failure."""
-    backend = Redis(tmp_path)
-    backend.start()
+    backend = Redis(tmp_path).start()
     stack.worker.stop()
     url = {"CELERY_RESULT_BACKEND": backend.variables["CELERY_RESULT_BACKEND"]}
-    worker = stack.make_worker("other", **url)
-    worker.start()
+    worker = stack.make_worker("other", **url).start()
     running = stack.send("wait", gate, ignore_result=False)
     stack.wait_until_started(running)
     backend.kill()
@@ -342,8 +334,7 @@ def test_tasks_outlive_a_restart_of_the_broker(stack, gate, record_fault):
         start = time.time()
         time.sleep(5)
         gate.touch()
-        for task in waiting:
-            stack.wait_until_started(task)
+        stack.wait_until_started(*waiting)
         seconds = max(stack.times("start", task)[0] for task in waiting) - start
         for task in running:
             wait_for(lambda task=task: stack.notes("end", task))
@@ -509,8 +500,7 @@ def test_countdowns_work_on_a_worker_of_some_queues(stack):
     stack.worker.stop()
     for queue in "cpu", "io":
         stack.broker.control("delete_queue", queue)
-    worker = stack.make_worker("some", "--queues celery")
-    worker.start()
+    worker = stack.make_worker("some", "--queues celery").start()
     start = time.time()
     task = stack.send("quick", countdown=2)
     stack.wait_until_started(task)
@@ -518,16 +508,15 @@ def test_countdowns_work_on_a_worker_of_some_queues(stack):
     assert "delayed delivery" not in worker.printed, worker.printed
     task = stack.send("quick", countdown=2, queue="cpu")
     time.sleep(5)
-    late = stack.make_worker("late", "--queues cpu")
-    late.start()
+    stack.make_worker("late", "--queues cpu").start()
     stack.wait_until_started(task)
 
 
 @on_rabbitmq
 def test_twenty_deliveries_make_a_dead_letter_of_rabbitmq(stack):
     """With rabbitmq.json. No worker reads the queue `reports`."""
-    stack.broker.control("import_definitions", str(stack.project / "rabbitmq.json"))
-    try:
+    file = stack.project / "rabbitmq.json"
+    with stack.broker.policy("dead-letters", "import_definitions", file):
         stack.send("quick", queue="reports")
         deliver = """
 with app.connection_for_write() as broker:
@@ -539,8 +528,6 @@ result = bool(message)
         assert sum(stack.ask(deliver) for _ in range(30)) == 21
         wait_for(lambda: stack.ask(DEAD_LETTERS["rabbitmq"]) == 1)
         stack.empty("dead-letters")
-    finally:
-        stack.broker.control("clear_policy", "dead-letters")
 
 
 # SQS

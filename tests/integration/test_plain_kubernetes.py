@@ -3,7 +3,6 @@
 import base64
 import itertools
 import re
-import shutil
 import subprocess
 from functools import cache
 from urllib.parse import urlsplit
@@ -13,11 +12,12 @@ import pytest
 import yaml
 from kombu import Connection
 
-from harness import kustomize, servers
+from harness import servers
 from harness.bake import CHOICES, DEFAULTS, baked, chosen
+from harness.kustomize import PRODUCTION, autoscaler, manifests, of_kind, only
 from harness.outputs import outputs
+from harness.project import started
 
-PRODUCTION = "deploy/kubernetes/overlays/production"
 OPTIONS = ("broker", "worker_pool", "include_example", "periodic_tasks")
 BACKENDS = CHOICES["result_backend"]  # in turn
 ANSWERS = [
@@ -25,10 +25,7 @@ ANSWERS = [
     for number, values in enumerate(itertools.product(*(CHOICES[each] for each in OPTIONS)))
 ]
 QUEUES = {"yes": {"celery", "cpu", "io"}, "no": {"celery"}}  # with the example, and without
-# What we use of KEDA's resources, whose schemas are not in kubernetes-validate. (KEDA 2.20)
-SCALED_OBJECT = {"scaleTargetRef", "minReplicaCount", "maxReplicaCount", "pollingInterval"}
-SCALED_OBJECT |= {"advanced", "triggers"}
-TRIGGERS = {
+TRIGGERS = {  # what we use of KEDA's
     "redis": {
         *("addressFromEnv", "passwordFromEnv", "enableTLS", "databaseIndex"),
         *("listName", "listLength"),
@@ -44,24 +41,9 @@ def render(cookies_session):
 
     @cache
     def render(**answers):
-        return documents_of(baked(cookies_session, {"deployment": "kubernetes", **answers}))
+        return manifests(baked(cookies_session, {"deployment": "kubernetes", **answers}))
 
     return render
-
-
-def documents_of(project):
-    shutil.copy(project / PRODUCTION / ".env.example", project / PRODUCTION / ".env")
-    documents = kustomize.build(project / PRODUCTION)
-    return {(each["kind"], each["metadata"]["name"]): each for each in documents}
-
-
-def of_kind(kind, documents):
-    return {name: each for (other, name), each in documents.items() if other == kind}
-
-
-def only(kind, documents):
-    [found] = of_kind(kind, documents).values()
-    return found
 
 
 def container_of(deployment):
@@ -96,24 +78,6 @@ def test_the_manifests_are_valid(render, answers):
     assert (beat["spec"]["replicas"], beat["spec"]["strategy"]) == (1, {"type": "Recreate"})
     # With a schedule in the database, Beat writes no file that would tell that it is alive.
     assert ("livenessProbe" in container_of(beat)) == (not chose.has_schedule_table)
-
-
-def autoscaler(scaled):
-    """Return the HorizontalPodAutoscaler that KEDA makes from a ScaledObject."""
-    spec = scaled["spec"]
-    assert set(spec) <= SCALED_OBJECT
-    return {
-        "apiVersion": "autoscaling/v2",
-        "kind": "HorizontalPodAutoscaler",
-        "metadata": scaled["metadata"],
-        "spec": {
-            "scaleTargetRef": {"apiVersion": "apps/v1", "kind": "Deployment"}
-            | spec["scaleTargetRef"],
-            "minReplicas": spec["minReplicaCount"],
-            "maxReplicas": spec["maxReplicaCount"],
-            **spec["advanced"]["horizontalPodAutoscalerConfig"],
-        },
-    }
 
 
 def check_container(deployment):
@@ -176,12 +140,9 @@ def test_kedas_variables_name_the_redis_of_the_broker(render):
 @pytest.mark.parametrize("broker", CHOICES["broker"])
 def test_a_cluster_without_keda_needs_only_one_line_less(bake, broker):
     project = bake(broker=broker, deployment="kubernetes")
-    with_keda = documents_of(project)
-    file = project / PRODUCTION / "kustomization.yaml"
-    text, count = re.subn("^components: .*\n", "", file.read_text(), flags=re.M)
-    assert count == 1
-    file.write_text(text)
-    without = documents_of(project)
+    with_keda = manifests(project)
+    project.edit(f"{PRODUCTION}/kustomization.yaml", "^components: .*\n", "")
+    without = manifests(project)
     assert {key: with_keda[key] for key in without} == without
     kinds = {each["apiVersion"].split("/")[0] for each in without.values()}
     assert "keda.sh" not in kinds
@@ -266,9 +227,9 @@ def test_uploads_that_the_read_only_root_refuses_are_found(project):
 @outputs(*({**KUBERNETES, "broker": broker} for broker in CHOICES["broker"]))
 def test_keda_finds_the_tasks_that_wait_in_each_queue(project, tmp_path):
     """On a real broker, asked as KEDA does. No worker runs."""
-    used, documents = servers.servers_of(project, tmp_path), documents_of(project)
-    with servers.started(*used):
-        here = {key: str(value) for key, value in servers.variables_of(used).items()}
+    used, documents = servers.servers_of(project, tmp_path), manifests(project)
+    with started(*used):
+        here = servers.variables_of(used)
         project.manage("shell", "-v0", "-c", SEND, **here)
         for number, queue in enumerate(["celery", "cpu", "io"], 1):
             container = container_of(documents["Deployment", f"worker-{queue}"])

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from harness.outputs import combinations, outputs
-from harness.project import Console, connects, fetch, free_ports, wait_for
-from harness.servers import Process, servers_of, started, variables_of
+from harness.project import Console, Process, connects, fetch, free_ports, started, wait_for
+from harness.servers import servers_of, variables_of
 
 plain_output = outputs({**next(combinations()), "durable_jobs": "no"})  # the default
 
@@ -98,31 +98,27 @@ def lesson(project, tmp_path_factory):
     project.call(".venv/bin/python", "manage.py", "startapp", "demoapp")
     (project / "demoapp/tasks.py").write_text(TASKS)
     (project / "demoapp/models.py").write_text(MODELS)
-    with open(project / "config/settings.py", "a") as file:
-        file.write(SETTINGS)
-    with open(project / "config/celery.py", "a") as file:
-        file.write(CELERY)
+    project.append("config/settings.py", SETTINGS)
+    project.append("config/celery.py", CELERY)
     folder = tmp_path_factory.mktemp("lesson")
     servers = servers_of(project, folder)
     variables = variables_of(servers)
     [port] = free_ports(1)
-    processes = []
+    processes = [Console(project, folder / "console.log", **variables)]
     for words in "worker -l INFO", "beat -l INFO", f"flower --port={port}":
         command = [".venv/bin/celery", "-A", "config", *words.split()]
         log = folder / f"{words.split()[0]}.log"
         processes.append(Process(command, log, cwd=project, variables=variables))
-    worker, *_ = processes
+    console, worker, *_ = processes
     worker.is_ready = lambda: " ready." in worker.printed
     with started(*servers):
         project.manage("makemigrations", "demoapp", **variables)
         project.manage("migrate", **variables)
         with started(*processes):
             wait_for(lambda: connects(port))
-            console = Console(project, folder / "console.log", **variables)
             try:
                 yield Lesson(project, variables, worker, console, port)
             finally:
-                console.kill()
                 for process in processes:
                     print(process.printed[-3000:])
 

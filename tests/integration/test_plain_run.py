@@ -6,7 +6,7 @@ import time
 import pytest
 
 from harness.outputs import CHECKS, ORDER, combinations, mails, outputs
-from harness.project import wait_for
+from harness.project import started, wait_for
 from harness.stack import prepare_plain
 
 COMBINATIONS = [{**answers, "durable_jobs": "no"} for answers in combinations()]
@@ -67,13 +67,11 @@ def test_it_passes_its_checks(project):
 def running_stack(project, database, tmp_path_factory):
     stack = prepare_plain(project, tmp_path_factory.mktemp("stack"), database)
     try:
-        stack.start()
-        yield stack
+        with started(stack):
+            yield stack
     except AssertionError:
         print(stack.printed())
         raise
-    finally:
-        stack.stop()
 
 
 @pytest.fixture
@@ -168,8 +166,7 @@ def test_a_client_sees_progress_and_result_of_its_own_task(stack, gate):
 def test_a_client_cancels_its_task(stack, gate):
     """A waiting one: the worker's slots are taken. A running one: not on threads."""
     blockers = [stack.send("wait", gate) for _ in range(stack.variables["WORKER_CONCURRENCY"])]
-    for blocker in blockers:
-        stack.wait_until_started(blocker)
+    stack.wait_until_started(*blockers)
     other = gate.with_name("other")
     _, headers, waiting = start(stack, "work", other)
     assert stack.request(headers["Location"], method="DELETE")[0] == 204

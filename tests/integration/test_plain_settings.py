@@ -11,8 +11,7 @@ from functools import partial
 import psutil
 
 from harness import faults
-from harness.project import connects, free_ports, wait_for
-from harness.servers import Process
+from harness.project import Process, connects, free_ports, started, wait_for
 
 stacks = partial(faults.stacks, plain="plain-settings-")
 on_redis = stacks(["redis"], ["prefork"])
@@ -23,8 +22,7 @@ PASSWORD = "only-this-test-knows"
 
 def pids(stack, tasks):
     """Return the ids of the processes that ran these tasks."""
-    for task in tasks:
-        stack.wait_until_started(task)
+    stack.wait_until_started(*tasks)
     return {stack.notes("start", task)[0] for task in tasks}
 
 
@@ -193,9 +191,8 @@ def test_tasks_and_results_may_be_in_a_redis_cluster(stack, tmp_path):
     """The keys of all queues are in one slot, and those of a chord. This cluster has one node."""
     [port] = free_ports(1)
     command = f"redis-server --port {port} --dir {tmp_path} --cluster-enabled yes"
-    cluster = Process(command.split(), tmp_path / "log", is_ready=lambda: connects(port))
-    cluster.start()
-    try:
+    cluster = Process(command.split(), tmp_path / "log", is_ready=partial(connects, port))
+    with started(cluster):
         redis_cli = "redis-cli", "-p", str(port), "cluster"
         subprocess.run([*redis_cli, "addslotsrange", "0", "16383"], check=True)
         info = [*redis_cli, "info"]
@@ -205,8 +202,6 @@ def test_tasks_and_results_may_be_in_a_redis_cluster(stack, tmp_path):
         stack.replace_worker(**variables)
         printed = stack.project.manage("shell", "-v0", "-c", CHORD, **stack.variables | variables)
         assert printed.split("\n")[-3:-1] == ["[2, 3, 4]", "9"]
-    finally:
-        cluster.kill()
 
 
 # Workers
@@ -320,7 +315,7 @@ def test_a_message_that_rabbitmq_refuses_is_an_error(stack):
     """Thanks to publisher confirms. The queue is full."""
     stack.worker.stop()
     policy = '{"max-length": 1, "overflow": "reject-publish"}'
-    stack.broker.control("set_policy", "full", "^io$", policy, "--apply-to", "queues")
+    words = "set_policy", "full", "^io$", policy, "--apply-to", "queues"
     code = """
 from kombu.exceptions import OperationalError
 result = "all were sent"
@@ -330,11 +325,9 @@ try:
 except OperationalError:
     result = "refused"
 """
-    try:
+    with stack.broker.policy("full", *words):
         assert stack.ask(code) == "refused"
-    finally:
-        stack.broker.control("clear_policy", "full")
-        stack.empty("io")
+    stack.empty("io")
 
 
 @on_rabbitmq
@@ -391,6 +384,5 @@ def test_each_of_many_greenlets_sends_its_retry(stack):
     """Celery's own limit of ten connections would lose retries: it rejects a task that can't."""
     worker = stack.replace_worker(WORKER_CONCURRENCY=100)
     tasks = stack.ask("result = [retry_later.delay(1).id for _ in range(300)]")
-    for task in tasks:
-        stack.wait_until_started(task, times=2)
+    stack.wait_until_started(*tasks, times=2)
     assert "Timed out waiting for a broker producer" not in worker.printed

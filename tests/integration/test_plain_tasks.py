@@ -1,7 +1,7 @@
 """Plain tasks, which have no row: what the broker delivers again, and what becomes a dead letter.
 
 The first headings are the rows of "Plain tasks" in docs/reliability.md; test_workers.py also kills
-and stops workers that run plain tasks, on each broker. `seconds` is explained there.
+and stops workers that run plain tasks, on each broker.
 """
 
 import os
@@ -18,7 +18,7 @@ from harness.project import wait_for
 
 
 @on_each_pool
-def test_a_worker_that_ran_only_plain_tasks_stops_in_time(stack, gate, since):
+def test_a_worker_that_ran_only_plain_tasks_stops_in_time(stack, gate):
     """SOFT_SHUTDOWN_SECONDS applies to them too; an interrupted one is delivered again."""
     stack.worker.stop()
     stack.worker.start()
@@ -28,9 +28,7 @@ def test_a_worker_that_ran_only_plain_tasks_stops_in_time(stack, gate, since):
     later = stack.send("plain.wait", ".", queue="cpu")
     wait_for(lambda: stack.notes("end", later))
 
-    start = time.monotonic()
     assert stack.worker.stop() == 0
-    since(start)
     gate.touch()
     stack.worker.start()
     wait_for(lambda: stack.notes("end", task))
@@ -40,11 +38,9 @@ def test_a_worker_that_ran_only_plain_tasks_stops_in_time(stack, gate, since):
 
 
 @stacks(pools=["prefork"])
-def test_a_plain_task_that_kills_its_child_every_time_ends(stack, since):
-    start = time.monotonic()
+def test_a_plain_task_that_kills_its_child_every_time_ends(stack):
     task = stack.send("plain.kill_child", queue="cpu")
     wait_for(lambda: stack.starts(task) == 4)
-    since(start)
     stack.wait_until_final(*[stack.enqueue("quick", queue="cpu") for _ in range(20)])
     time.sleep(2)  # time for a fifth start
     assert stack.starts(task) == 4
@@ -86,8 +82,8 @@ def test_a_dead_letter_is_kept_and_can_be_sent_again(stack):
     """With rabbitmq.json, which names no queue of tasks, and the code in docs/production.md."""
     page = stack.project.read("docs/production.md")
     again = code(page, "x-death")
-    stack.broker.control("import_definitions", stack.project / "rabbitmq.json")
-    try:
+    file = stack.project / "rabbitmq.json"
+    with stack.broker.policy("dead-letters", "import_definitions", file):
         stack.send("plain.circle", ".", 0, queue="reports")
         deliver = """
 from config.celery import app
@@ -103,8 +99,6 @@ result = bool(message)
         assert stack.messages_in("reports") == 0
         stack.ask(again)
         assert (stack.messages_in("dead-letters"), stack.messages_in("reports")) == (0, 1)
-    finally:
-        stack.broker.control("clear_policy", "dead-letters")
 
 
 @on_rabbitmq
@@ -116,11 +110,9 @@ with app.connection_for_write() as broker:
     app.amqp.queues["reports"](broker.default_channel).declare()
 """
     stack.ask(declare)
-    stack.broker.control("import_definitions", stack.project / "rabbitmq.json")
-    try:
+    file = stack.project / "rabbitmq.json"
+    with stack.broker.policy("dead-letters", "import_definitions", file):
         printed = stack.broker.control("list_queues", "--silent", "name", "policy")
-    finally:
-        stack.broker.control("clear_policy", "dead-letters")
     policies = dict(line.split("\t") for line in printed.splitlines())
     covered = {name for name, policy in policies.items() if policy == "dead-letters"}
     assert {"celery", "cpu", "io", "reports"} <= covered

@@ -7,18 +7,17 @@ import time
 
 import psutil
 
-from harness.faults import POOLS, on_gevent, on_prefork, succeeded
+from harness.faults import POOLS, on_gevent, on_prefork
 from harness.stack import LEASE
 
 
 @on_gevent
-def test_workers_with_different_pools_run_side_by_side(stack, gate, since):
+def test_workers_with_different_pools_run_side_by_side(stack, gate):
     """Prefork, threads and gevent. If one is killed or stops, another runs its jobs."""
     pools = sorted(POOLS)
 
     def start(pool, queue):
-        worker = stack.make_worker(f"{pool}-{queue}", f"--queues {queue}", pool=pool)
-        worker.start()
+        worker = stack.make_worker(f"{pool}-{queue}", f"--queues {queue}", pool=pool).start()
         assert re.search(r"concurrency: \d+ \((\w+)\)", worker.printed)[1] in pool
         return worker
 
@@ -27,10 +26,8 @@ def test_workers_with_different_pools_run_side_by_side(stack, gate, since):
     stack.wait_until_started(*jobs)
     for worker in first:
         worker.kill()
-    began = time.monotonic()
     second = [start(pools[place - 1], queue) for place, queue in enumerate(pools)]
     stack.wait_until_started(*jobs, times=2)
-    since(began)
     for worker in second:
         os.kill(worker.pid, signal.SIGTERM)
     for worker in second:
@@ -39,7 +36,7 @@ def test_workers_with_different_pools_run_side_by_side(stack, gate, since):
     third = [start(pool, queue=pool) for pool in pools]
     stack.wait_until_started(*jobs, times=3)
     gate.touch()
-    assert succeeded(stack.wait_until_final(*jobs), crashes=1)
+    stack.wait_until_succeeded(*jobs, crashes=1)
     for worker in third:
         worker.stop()
 
@@ -61,8 +58,7 @@ def test_a_child_that_uses_too_much_memory_is_replaced_after_its_task(stack, gat
 @on_gevent
 def test_a_greenlet_has_no_soft_time_limit(stack):
     """This one is 1 s. The hard one works: see test_a_job_over_its_time_limit_fails()."""
-    rows = stack.wait_until_final(stack.enqueue("query", 3, queue="cpu"))
-    assert succeeded(rows, crashes=0), rows
+    stack.wait_until_succeeded(stack.enqueue("query", 3, queue="cpu"), crashes=0)
 
 
 @on_gevent
@@ -98,7 +94,7 @@ def test_the_queries_of_a_gevent_worker_share_ten_connections(stack):
     worker = stack.replace_worker(GEVENT_THREADPOOL_IDLE_TASK_TIMEOUT=0.1)
     for _ in range(5):
         jobs = [stack.enqueue("rest", 1, queue="cpu") for _ in range(12)]
-        assert succeeded(stack.wait_until_final(*jobs), crashes=0)
+        stack.wait_until_succeeded(*jobs, crashes=0)
     opened = psutil.Process(worker.pid).net_connections()
     remote = [connection.raddr for connection in opened if connection.raddr]
     assert [address.port for address in remote].count(stack.database.port) <= 12

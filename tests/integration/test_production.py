@@ -3,9 +3,6 @@
 import re
 import shutil
 import subprocess
-from contextlib import ExitStack, contextmanager
-from http.client import HTTPConnection
-from urllib.parse import urlsplit
 from uuid import uuid4
 
 import pytest
@@ -15,7 +12,7 @@ from harness.bake import CHOICES, render
 from harness.blocks import blocks, code
 from harness.containers import HTTPS
 from harness.outputs import ORDER
-from harness.project import Site, connects, env, fetch, free_ports, wait_for
+from harness.project import Process, Site, connects, env, fetch, free_ports, started, wait_for
 
 TABLE = "^\\| `((?:gunicorn|celery) .+?)` \\|"  # of processes
 SECRET = "only-this-test-knows"
@@ -69,12 +66,12 @@ def test_the_commands_of_the_page_run_a_project(machine, tmp_path):
     site = Site(project, None, variables)
     site.headers = HTTPS
     site.token = re.search("[0-9a-f]{40}", token)[0]
-    with ExitStack() as stack:
-        processes = [
-            stack.enter_context(running(command, project, variables, tmp_path / name))
-            for name, command in commands(project, page).items()
-        ]
-        web, worker, _, flower = processes
+    options = {"cwd": project, "variables": variables}
+    processes = [
+        Process(["sh", "-c", f"exec {command}"], tmp_path / name, **options)
+        for name, command in commands(project, page).items()
+    ]
+    with started(*processes) as [web, worker, _, flower]:
         wait_for(lambda: connects(variables["PORT"]) or not web.is_running())
         for path in ("/health/live", "/health/ready"):
             assert get(site, path, Host="10.0.0.1")[0] == 200, web.printed  # a load balancer
@@ -135,18 +132,7 @@ def test_systemd_accepts_the_unit_of_the_page(tmp_path, broker, worker_pool):
         assert f"my_project@{process}" in page
 
 
-@contextmanager
-def running(command, project, variables, log):
-    """Run the command until the block ends."""
-    words = ["sh", "-c", f"exec {command}"]
-    process = servers.Process(words, log, cwd=project, variables=variables)
-    with servers.started(process):
-        yield process
-
-
 def get(site, path, **headers):
-    """Send a GET with no more than these headers. Return (status, Location)."""
-    connection = HTTPConnection(urlsplit(site.web).netloc, timeout=300)
-    connection.request("GET", path, headers=headers)
-    response = connection.getresponse()
-    return response.status, response.headers["Location"]
+    """Send a GET with these headers alone. Return (status, Location)."""
+    status, found, _ = fetch(site.web + path, headers=headers, allow_redirects=False, timeout=300)
+    return status, found.get("Location")

@@ -7,8 +7,8 @@ import pytest
 
 from harness.bake import LIBRARY
 from harness.blocks import Reader, blocks
-from harness.project import Project, wait_for
-from harness.servers import Process, RabbitMQ, Redis
+from harness.project import Process, Project, started, wait_for
+from harness.servers import RabbitMQ, Redis
 from test_wheel import WHEEL
 
 README = (LIBRARY / "README.md").read_text("utf-8")
@@ -46,50 +46,30 @@ def project(tmp_path):
     ],
 )
 def test_a_job_of_a_killed_worker_finishes_in_a_bare_project(server, project, tmp_path):
-    (tmp_path / "broker").mkdir()
-    broker = server(tmp_path / "broker")
-    processes = [broker]
     reader = Reader(project)
     worker, beat, again = commands(project, tmp_path)
-    try:
-        broker.start()
+    with started(server(tmp_path / "broker")) as [broker]:
         follow(README, reader, broker, "file", "sh")
-        processes += [worker, beat, again]
-        worker.launch()
-        beat.launch()
-        [enqueue] = [block.code for block in blocks(README) if ".enqueue(" in block.code]
-        reader.run("shell", enqueue)
-        wait_for(lambda: int(project.manage("shell", "-v0", "-c", STATE).split()[0]) > 5)
-        worker.kill()
-        again.launch()
-        state = wait_for(lambda: final(project))
-        assert state[1:] == ["1", "succeeded"], again.printed
-    finally:
-        for process in processes:
-            if process.is_running():
-                process.kill()
+        with started(worker, beat):
+            [enqueue] = [block.code for block in blocks(README) if ".enqueue(" in block.code]
+            reader.run("shell", enqueue)
+            wait_for(lambda: int(project.manage("shell", "-v0", "-c", STATE).split()[0]) > 5)
+            worker.kill()
+            with started(again):
+                state = wait_for(lambda: final(project))
+                assert state[1:] == ["1", "succeeded"], again.printed
 
 
 def test_the_code_of_the_guide_runs(project, tmp_path):
     """All of its jobs succeed, among them those of its batches."""
-    (tmp_path / "broker").mkdir()
-    broker = Redis(tmp_path / "broker")
     worker, beat, _ = commands(project, tmp_path)
-    processes = [broker]
-    try:
-        broker.start()
+    with started(Redis(tmp_path / "broker")) as [broker]:
         reader = Reader(project)
         follow(README, reader, broker, "file", "sh")
         follow(GUIDE, reader, broker, "file", "shell")
-        processes += [worker, beat]
-        worker.launch()
-        beat.launch()
-        states = wait_for(lambda: all_final(project))
-        assert states == ["succeeded"], worker.printed
-    finally:
-        for process in processes:
-            if process.is_running():
-                process.kill()
+        with started(worker, beat):
+            states = wait_for(lambda: all_final(project))
+            assert states == ["succeeded"], worker.printed
 
 
 def commands(project, folder):

@@ -6,8 +6,8 @@ import re
 import signal
 import socket
 import subprocess
-import time
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from functools import partial
 from urllib.parse import urlsplit
 
 import pytest
@@ -25,7 +25,17 @@ from harness.outputs import (
     outputs,
     use,
 )
-from harness.project import children_of, connects, env, fetch, free_ports, processes_in, wait_for
+from harness.project import (
+    Process,
+    children_of,
+    connects,
+    env,
+    fetch,
+    free_ports,
+    processes_in,
+    started,
+    wait_for,
+)
 
 EXTRA = {"FLOWER_BASIC_AUTH": "admin:password", "DEBUG": "False", "MEDIA_ROOT": "/srv/media"}
 
@@ -139,7 +149,7 @@ def call_api(self, tenant_id):
 """
 CALLS = """
 from durable_jobs import pauses
-from samples.tasks import call_api, count
+from trials.tasks import call_api, count
 from users.models import User
 owner = User.objects.get()
 for number in range(3):
@@ -152,10 +162,8 @@ result = [str(job.pk), str(paused.pk)]
 
 @default_output
 def test_the_pages_say_what_a_blocked_job_waits_for(with_tasks, tmp_path):
-    with open(with_tasks / "samples/tasks.py", "a") as file:
-        file.write(LIMITED)
-    with open(with_tasks / "config/settings.py", "a") as file:
-        file.write('DURABLE_JOBS["LIMITS"] = {"tenant": "2"}\n')
+    with_tasks.append("trials/tasks.py", LIMITED)
+    with_tasks.append("config/settings.py", 'DURABLE_JOBS["LIMITS"] = {"tenant": "2"}\n')
     with with_tasks.up() as site, browser(tmp_path) as tab:
         tab.log_in(site)
         blocked, paused = site.ask(CALLS)
@@ -172,7 +180,7 @@ def test_the_pages_say_what_a_blocked_job_waits_for(with_tasks, tmp_path):
         running = site.request("/api/jobs/?state=running")[2]["results"]
         site.request(f"/api/jobs/{running[0]['id']}/cancel/", {})
         tab.wait(f"{rows}[0].includes('Running') && {rows}[0].includes('Calls the API')")
-        with_tasks.manage("durable_jobs", "resume", "samples.tasks.count", **site.environment)
+        with_tasks.manage("durable_jobs", "resume", "trials.tasks.count", **site.environment)
         tab.open(f"{site.web}/jobs/{paused}/")
         tab.wait(f"{rows}[0]?.includes('Paused') && !{rows}[0].includes('SMTP')")  # its label
 
@@ -201,11 +209,11 @@ def test_the_log_names_each_event_and_has_one_traceback(with_tasks):
         def log():
             return re.sub(r"\x1b\[\d*m", "", site.log)
 
-        wait_for(lambda: re.search("task_succeeded.* task=samples.tasks.count", log()), site=site)
+        wait_for(lambda: re.search("task_succeeded.* task=trials.tasks.count", log()), site=site)
         log = log()
     assert log.count("Traceback") == 1
     for event in "task_started", "task_failed", "task_succeeded":
-        assert re.search(rf"{event}.* task=samples.tasks.count", log), log
+        assert re.search(rf"{event}.* task=trials.tasks.count", log), log
     assert "GET /" not in log
     assert "task_enqueued" not in log  # a bulk would log as many lines
 
@@ -234,7 +242,7 @@ def test_production_names_all_missing_variables(project):
 
 
 @default_output
-def test_a_killed_child_loses_no_job(with_tasks, since):
+def test_a_killed_child_loses_no_job(with_tasks):
     """With the default timings."""
     with with_tasks.up() as site:
         url = site.enqueue("count", 100)
@@ -246,10 +254,8 @@ def test_a_killed_child_loses_no_job(with_tasks, since):
         for child in children:
             with suppress(ProcessLookupError):  # its parent has ended it
                 os.kill(child, signal.SIGKILL)
-        start = time.monotonic()
         while next(following)["progress"] >= 20:  # until it runs again
             pass
-        since(start)
         *_, job = following
         assert job["state"] == "succeeded"
 
@@ -305,7 +311,7 @@ def test_all_processes_end_when_one_ends(project):
         for pid in site.find("beat"):
             os.kill(pid, signal.SIGTERM)
 
-        assert site.process.wait(300) != 0
+        assert site.process.wait() != 0
         assert "A process has ended" in site.log
         wait_for(lambda: not site.processes(), site=site)
 
@@ -337,36 +343,10 @@ def test_make_run_starts_no_rabbitmq(project):
         project.call("make", "run", **variables)
 
 
-class Typed:
-    """A command that somebody types in a terminal of the project."""
-
-    def __init__(self, project, command, **variables):
-        self.file = project.parent / "typed.log"
-        self.process = subprocess.Popen(
-            f".venv/bin/{command}".split(),
-            cwd=project,
-            env=env(**variables),
-            stdout=self.file.open("w"),
-            stderr=subprocess.STDOUT,
-        )
-
-    @property
-    def log(self):
-        return self.file.read_text()
-
-    def wait_for(self, text):
-        wait_for(lambda: text in self.log or self.process.poll() is not None, site=self)
-        assert self.process.poll() is None, self.log
-
-
-@contextmanager
-def typed(project, command, **variables):
-    command = Typed(project, command, **variables)
-    try:
-        yield command
-    finally:
-        command.process.kill()
-        command.process.wait()
+def typed(project, command, **options):
+    """Make the process of a command that somebody types in a terminal of the project."""
+    words = f".venv/bin/{command}".split()
+    return Process(words, project.parent / "typed.log", cwd=project, **options)
 
 
 @every_pool
@@ -382,20 +362,20 @@ def test_a_worker_typed_by_hand_uses_the_projects_settings(broker, project, requ
     settings = {"SOFT_SHUTDOWN_SECONDS": 3600}
     slots = {"prefork": os.cpu_count(), "threads": 20, "gevent": 100}[own]
     if own == "gevent":
-        with typed(project, command, **broker) as refused:
-            assert refused.process.wait(300) == 1
-            assert "Type the option in full: --pool gevent" in refused.log
+        refused = typed(project, command, variables=broker)
+        refused.launch()
+        assert refused.wait() == 1
+        assert "Type the option in full: --pool gevent" in refused.printed
     runs = [(signal.SIGINT, own), *((signal.SIGTERM, pool) for pool in commands)]
     for number, pool in runs:
-        with typed(project, commands[pool], **settings, **broker) as worker:
-            worker.wait_for(" ready.")
-            concurrency, kind = re.search(r"concurrency: (\d+) \((\w+)\)", worker.log).groups()
+        options = {"says": " ready.", "variables": {**settings, **broker}}
+        with started(typed(project, commands[pool], **options)) as [worker]:
+            printed = worker.printed
+            concurrency, kind = re.search(r"concurrency: (\d+) \((\w+)\)", printed).groups()
             assert int(concurrency) == slots and kind in pool
-            queues = re.findall(r"\.> (\w+) +exchange=", worker.log)
+            queues = re.findall(r"\.> (\w+) +exchange=", printed)
             assert sorted(queues) == ["celery", "cpu", "io"]
-
-            worker.process.send_signal(number)
-            worker.process.wait(300)
+            worker.stop(number)
         settings["WORKER_CONCURRENCY"] = slots = 3
 
 
@@ -462,11 +442,11 @@ def test_a_worker_without_queues_takes_tasks_from_each_one(broker, with_tasks, t
     """Plain tasks, at once and after a countdown."""
     script = f"""
 from durable_jobs.messages import known_queues
-from samples.tasks import note_time
+from trials.tasks import tick
 for queue in known_queues():
     for countdown in 0, 2:
         path = f"{tmp_path}/{{queue}}{{countdown}}"
-        note_time.apply_async([path], queue=queue, countdown=countdown)
+        tick.apply_async([path], queue=queue, countdown=countdown)
 result = known_queues()
 """
     with with_tasks.up(**broker) as site:
@@ -480,21 +460,22 @@ result = known_queues()
 def test_flower_typed_by_hand_uses_the_projects_settings(broker, project):
     [port] = free_ports(1)
     variables = {**broker, "FLOWER_PORT": port}
-    with typed(project, "celery -A config flower", **variables) as flower:
-        wait_for(lambda: connects(port), site=flower)
+    command, answers = "celery -A config flower", partial(connects, port)
+    with started(typed(project, command, is_ready=answers, variables=variables)):
         assert fetch(f"http://127.0.0.1:{port}/api/workers")[0] == 401
         with pytest.raises(ConnectionRefusedError):  # it listens on no other address
             socket.create_connection(("127.0.0.2", port))
 
-    with typed(project, "celery -A config flower", FLOWER_BASIC_AUTH="", **variables) as flower:
-        assert flower.process.wait(300) == 1
-        assert "set FLOWER_BASIC_AUTH=user:password" in flower.log
+    flower = typed(project, command, variables={**variables, "FLOWER_BASIC_AUTH": ""})
+    flower.launch()
+    assert flower.wait() == 1
+    assert "set FLOWER_BASIC_AUTH=user:password" in flower.printed
 
 
 @default_output
 def test_changed_code_reaches_the_worker(with_tasks):
     with with_tasks.up() as site:
-        tasks = with_tasks / "samples/tasks.py"
+        tasks = with_tasks / "trials/tasks.py"
         code = tasks.read_text()
         pk = site.enqueue("count", 100).split("/")[3]
 
@@ -504,7 +485,7 @@ def test_changed_code_reaches_the_worker(with_tasks):
             )
 
         wait_for(lambda: ask("state") == "running", site=site)
-        (with_tasks / "samples/new.py").write_text("")
+        (with_tasks / "trials/new.py").write_text("")
         wait_for(lambda: ask("state") == "queued", site=site)  # the old worker hands its job back
         wait_for(lambda: site.log.count(f"{site.worker} ready") == 2, site=site)
         assert site.log.count("has changed. Starting again: beat") == 1
@@ -518,7 +499,7 @@ def test_changed_code_reaches_the_worker(with_tasks):
         wait_for(lambda: connects(site.environment["PORT"]), site=site)
 
         restarts = site.log.count("has changed. Starting again: web")
-        (with_tasks / "samples/page.html").write_text("")  # Django keeps templates in memory
+        (with_tasks / "trials/page.html").write_text("")  # Django keeps templates in memory
         wait_for(lambda: site.log.count("Starting again: web") > restarts, site=site)
         wait_for(lambda: connects(site.environment["PORT"]), site=site)
         site.stop()
@@ -532,20 +513,18 @@ def test_ctrl_c_keeps_a_broker_that_another_project_uses(project):
         ports = dict(zip(["PORT", "FLOWER_PORT"], free_ports(2), strict=True))
         variables = {**site.environment, **ports, "PATH": path}
         port = urlsplit(variables["CELERY_BROKER_URL"]).port
-        with typed(project, "python dev.py", **variables) as second:
-            second.wait_for("Ctrl-C stops everything")
-            assert f" on port {port}" not in second.log
+        options = {"says": "Ctrl-C stops everything", "variables": variables}
+        with started(typed(project, "python dev.py", **options)) as [second]:
+            assert f" on port {port}" not in second.printed
             site.stop()
-            wait_for(lambda: connects(port), site=second)
-            second.process.send_signal(signal.SIGINT)
-            second.process.wait(300)
-            assert "A process has ended" not in second.log
+            wait_for(lambda: connects(port))
+            second.stop(signal.SIGINT)
+            assert "A process has ended" not in second.printed
 
 
 @outputs(first(broker="rabbitmq"))
 def test_its_own_tests_pass_beside_a_worker(broker, project):
-    with typed(project, "celery -A config worker", **broker) as worker:
-        worker.wait_for(" ready.")
+    with started(typed(project, "celery -A config worker", says=" ready.", variables=broker)):
         assert re.search(r"= \d+ passed", project.call("make", "test", ARGS="-m live", **broker))
 
 
@@ -585,8 +564,8 @@ def test_uploads_go_to_a_bucket(project, tmp_path):
     variables = {"S3_BUCKET": "uploads", "PYTHONPATH": tmp_path}
     variables["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{port}"
     variables["AWS_DEFAULT_REGION"] = "us-east-1"  # there a bucket needs no region
-    with typed(project, f"python -m moto.server --port {port}") as server:
-        wait_for(lambda: connects(port), site=server)
+    command = f"python -m moto.server --port {port}"
+    with started(typed(project, command, is_ready=partial(connects, port))):
         assert project.manage("shell", "-v0", "-c", S3, **variables).split()[-2:] == ["1", "2"]
         variables["DATABASE_URL"] = f"sqlite:///{tmp_path}/db.sqlite3"
         printed = project.manage("shell", "-v0", "-c", UPLOAD_TWICE, **variables).split()
@@ -642,8 +621,8 @@ def moto(broker, project):
         yield broker
         return
     port = urlsplit(broker["AWS_ENDPOINT_URL"]).port
-    with typed(project, f"python -m moto.server --port {port}") as server:
-        wait_for(lambda: connects(port), site=server)
+    command = f"python -m moto.server --port {port}"
+    with started(typed(project, command, is_ready=partial(connects, port))):
         if "queues:" in project.read("Makefile"):
             project.call("make", "queues", **broker)
         yield broker

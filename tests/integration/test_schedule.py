@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from harness.bake import CHOICES, WITH_JOBS, baked
-from harness.project import wait_for
+from harness.project import started, wait_for
 from harness.servers import broker_class
 from harness.stack import TIMINGS, prepare
 
@@ -86,19 +86,14 @@ def stack(request, cookies_session, tmp_path_factory, database):
         cookies_session, {**WITH_JOBS, **broker.answers, "periodic_tasks": request.param}
     )
     stack = prepare(project, broker, folder, database, **TIMINGS)
-    with open(project / "config/settings.py", "a") as file:
-        file.write(SETTINGS)
-    try:
-        stack.start([stack.other])
+    project.append("config/settings.py", SETTINGS)
+    stack.processes = [stack.other]
+    with started(stack):
         yield stack
-    finally:
-        stack.stop()
 
 
 def add_beat(stack, name):
-    beat = stack.make_beat(name)
-    beat.start()
-    return beat
+    return stack.make_beat(name).start()
 
 
 def calls(stack):
@@ -114,13 +109,11 @@ def has_sent(beat, names):
 def test_each_task_of_the_schedule_starts_once(stack):
     """A job, a plain task and a Django task, each at an interval and at a time, with two Beats."""
     at = times()
-    settings = stack.project / "config/settings.py"
-    in_admin = "django_celery_beat" in settings.read_text()
+    in_admin = "django_celery_beat" in stack.project.read("config/settings.py")
     if in_admin:
         stack.ask(ADMIN, **at)
     else:
-        with open(settings, "a") as file:
-            file.write(CODE.format(**at))
+        stack.project.append("config/settings.py", CODE.format(**at))
     first = add_beat(stack, "first")
     wait_for(lambda: set(INTERVALS) <= {name for name, *_ in calls(stack)})
     second = add_beat(stack, "second")

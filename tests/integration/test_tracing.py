@@ -3,9 +3,7 @@
 config/tracing.py sends the spans to a server of the test.
 """
 
-import os
 import re
-import signal
 import subprocess
 import threading
 import time
@@ -18,7 +16,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from harness.bake import WITH_JOBS, baked
 from harness.faults import POOLS
 from harness.outputs import default_output
-from harness.project import env, wait_for
+from harness.project import env, started, wait_for
 from harness.servers import Redis
 from harness.stack import TIMINGS, prepare
 
@@ -102,13 +100,9 @@ def traced(request, cookies_session, tmp_path_factory, database, collector):
     }
     folder = tmp_path_factory.mktemp("stack")
     stack = prepare(project, Redis, folder, database, **variables)
-    with open(project / "config/settings.py", "a") as file:
-        file.write("DJANGO_STRUCTLOG_TRUST_UPSTREAM_REQUEST_ID = True\n")
-    try:
-        stack.start()
+    project.append("config/settings.py", "DJANGO_STRUCTLOG_TRUST_UPSTREAM_REQUEST_ID = True\n")
+    with started(stack):
         yield stack
-    finally:
-        stack.stop()
 
 
 @pytest.fixture
@@ -153,19 +147,17 @@ def ends(runs):
 
 
 @on_each_pool
-def test_a_job_that_lost_its_worker_and_is_retried_is_one_tree(stack, collector, gate, since):
+def test_a_job_that_lost_its_worker_and_is_retried_is_one_tree(stack, collector, gate):
     """Web, a worker that is killed, Beat, another worker, a retry, and a job of the body."""
     stack.other.stop()
     data = {"task": "hold_then_retry", "args": [str(gate), "next"]}
     job = post(stack, "/faults/", "request-of-the-tree", **data)
     stack.wait_until_started(job)
     stack.worker.kill()
-    start = time.monotonic()
     stack.other.start()
     stack.wait_until_started(job, times=2)
     gate.touch()
     stack.wait_until_final(job)
-    since(start)
     child = stack.ask("result = [str(j.pk) for j in Job.objects.filter(args=[job])][0]", job=job)
     stack.wait_until_final(child)
     root = root_of(collector, job)
@@ -215,27 +207,22 @@ def test_a_child_that_is_replaced_exports_its_spans(stack, collector):
 @on_each_pool
 def test_a_worker_that_ends_exports_its_spans(stack, collector, gate):
     """Also with a body that does not end in time."""
-    worker = stack.make_worker("ending", "--queues test", **LATER)
-    worker.start()
+    worker = stack.make_worker("ending", "--queues test", **LATER).start()
     jobs = [stack.enqueue("quick", queue="test") for _ in range(10)]
     stack.wait_until_final(*jobs)
     stack.wait_until_started(stack.enqueue("hold", gate, queue="test"))
     assert collector.runs(*jobs) == []
-    os.kill(worker.pid, signal.SIGTERM)
-    worker.wait()
+    worker.stop()
     wait_for(lambda: collector.has_runs_of(*jobs))
 
 
 @on_prefork
-def test_a_worker_ends_in_time_although_nothing_takes_its_spans(stack, since):
+def test_a_worker_ends_in_time_although_nothing_takes_its_spans(stack):
     variables = {**LATER, "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1"}
-    worker = stack.make_worker("alone", "--queues test", **variables)
-    worker.start()
+    worker = stack.make_worker("alone", "--queues test", **variables).start()
     jobs = [stack.enqueue("quick", queue="test") for _ in range(10)]
     stack.wait_until_final(*jobs)
-    start = time.monotonic()
     assert worker.stop() == 0
-    since(start)
 
 
 @on_prefork

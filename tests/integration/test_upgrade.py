@@ -91,12 +91,6 @@ def commit(folder):
     folder.call("git", "commit", "--quiet", "--message", "A commit")
 
 
-def change(file, old, new):
-    text = file.read_text("utf-8")
-    assert text.count(old) == 1
-    file.write_text(text.replace(old, new), "utf-8")
-
-
 def contents(project):
     left_out = {".env", ".cruft.json"}
     files = [file for file in project.files() if file.name not in left_out]
@@ -114,18 +108,18 @@ def test_cruft_writes_what_cookiecutter_writes(template, tmp_path):
 def test_an_update_keeps_what_the_owner_changed(make, template, tmp_path):
     project = make(template, tmp_path)
     secrets = project.read(".env")
-    change(project / SETTINGS, *OWNERS)
+    project.edit(SETTINGS, *OWNERS)
     (project / "Procfile").unlink()
     (project / "own.py").write_text("")
     project.call("git", "init", "--quiet")
     commit(project)
 
     output = template / "{{cookiecutter.project_slug}}"
-    change(output / SETTINGS, *TEMPLATES)
-    change(output / "Procfile", "beat: celery", "beat: exec celery")
+    output.edit(SETTINGS, *TEMPLATES)
+    output.edit("Procfile", "beat: celery", "beat: exec celery")
     (output / "{{ cookiecutter.new_option }}.md").write_text("New\n")
     options = '"new_option": ["default", "other"], "include_example"'
-    change(template / "cookiecutter.json", '"include_example": [', f"{options}: [")
+    template.edit("cookiecutter.json", r'"include_example"(?=: \[)', options)
     commit(template)
     type_in(project, UPDATE, template)
 
@@ -149,7 +143,7 @@ def test_an_update_keeps_what_the_owner_changed(make, template, tmp_path):
 def test_a_replay_file_without_a_new_option_needs_a_terminal(template, tmp_path):
     """As docs/options.md says."""
     baked(template, tmp_path)
-    change(template / "cookiecutter.json", '"ci": ["github"', '"new": ["a", "b"], "ci": ["github"')
+    template.edit("cookiecutter.json", r'"ci": \["github"', '"new": ["a", "b"], "ci": ["github"')
     file = tmp_path / "replay/template.json"
     replay = f"cookiecutter --replay-file {file} {template} --output-dir again"
     with pytest.raises(AssertionError, match="Aborted!"):
@@ -172,7 +166,7 @@ def test_the_weekly_job_opens_one_issue_when_the_template_has_news(template, tmp
         return calls.read_text().splitlines() if calls.exists() else []
 
     assert run() == []
-    change(template / "{{cookiecutter.project_slug}}" / SETTINGS, *TEMPLATES)
+    (template / "{{cookiecutter.project_slug}}").edit(SETTINGS, *TEMPLATES)
     commit(template)
     assert run() == ["issue list", "issue create"]
     assert run() == ["issue list", "issue create", "issue list"]

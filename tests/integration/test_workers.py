@@ -1,8 +1,6 @@
 """Workers are killed, frozen and stopped: no job is lost, and a stop repeats nothing.
 
-The headings are those of "Workers" in reliability.md. The property `seconds` of a test (see
-pytest's --junitxml) is the time from the fault, or from the restart if one was needed, to the end
-of the last job.
+The headings are those of "Workers" in reliability.md.
 """
 
 import os
@@ -22,11 +20,11 @@ from harness.faults import (
     on_prefork_and_threads,
     ran_once,
     stacks,
-    succeeded,
     where_jobs_share_a_process,
 )
 from harness.mails import Mails
-from harness.project import APPS, wait_for
+from harness.project import wait_for
+from harness.stack import succeeded
 
 # A worker is killed
 
@@ -38,7 +36,7 @@ def wait_for_early_acknowledgements(stack):
 
 @pytest.mark.promise("Accepted means stored")
 @on_each
-def test_a_killed_worker_loses_nothing(stack, gate, since):
+def test_a_killed_worker_loses_nothing(stack, gate):
     """Jobs run again, and so do plain tasks, after the visibility timeout."""
     jobs = [stack.enqueue("hold", gate, queue="cpu") for _ in range(2)]
     task = stack.send("plain.wait", gate, queue="cpu")
@@ -46,46 +44,41 @@ def test_a_killed_worker_loses_nothing(stack, gate, since):
     wait_for_early_acknowledgements(stack)
 
     stack.worker.kill()
-    start = time.monotonic()
     gate.touch()
     stack.worker.start()
 
-    rows = stack.wait_until_final(*jobs)
-    since(start)
-    assert succeeded(rows, crashes=1), rows
+    rows = stack.wait_until_succeeded(*jobs, crashes=1)
     assert [errors(row) for row in rows] == [["Its worker died"]] * 2
     wait_for(lambda: stack.notes("end", task))
 
 
 @pytest.mark.promise("A killed worker's job runs again within 60 seconds")
 @on_each_pool_with_default_timings
-def test_a_killed_worker_loses_no_job_with_the_default_timings(stack, gate, since):
-    assert kill_a_worker(stack, gate, since) < 60
+def test_a_killed_worker_loses_no_job_with_the_default_timings(stack, gate):
+    assert kill_a_worker(stack, gate) < 60
 
 
 @stacks(**ONE, sqlite=True)
-def test_a_killed_worker_loses_no_job_on_sqlite(stack, gate, since):
-    kill_a_worker(stack, gate, since)
+def test_a_killed_worker_loses_no_job_on_sqlite(stack, gate):
+    kill_a_worker(stack, gate)
 
 
-def kill_a_worker(stack, gate, since):
+def kill_a_worker(stack, gate):
     job = stack.enqueue("hold", gate)
     worker = os.getpgid(stack.wait_until_started(job))
-    [killed] = [worker_ for worker_ in stack.workers if worker_.pid == worker]
+    [killed] = [each for each in stack.workers if each.pid == worker]
     killed.kill()
     start = time.monotonic()
     gate.touch()
-    rows = stack.wait_until_final(job)
-    seconds = since(start)
-    assert succeeded(rows, crashes=1), rows
-    return seconds
+    stack.wait_until_succeeded(job, crashes=1)
+    return time.monotonic() - start
 
 
 # A child process is killed
 
 
 @stacks(pools=["prefork"])
-def test_a_killed_child_loses_nothing(stack, gate, since, record_property):
+def test_a_killed_child_loses_nothing(stack, gate):
     """Its worker notices at once, so the job does not wait until its lease of 600 s lapses."""
     worker = stack.replace_worker(JOB_LEASE_SECONDS=600)
     job = stack.enqueue("hold", gate, queue="cpu")
@@ -93,27 +86,21 @@ def test_a_killed_child_loses_nothing(stack, gate, since, record_property):
     children = [stack.wait_until_started(job), stack.wait_until_started(task)]
     wait_for_early_acknowledgements(stack)
 
-    start = time.monotonic()
     for child in children:
         os.kill(child, signal.SIGKILL)
     wait_for(lambda: stack.row(job)["state"] == "queued")
-    record_property("queued", round(time.monotonic() - start, 1))
     gate.touch()
 
-    rows = stack.wait_until_final(job)
-    since(start)
-    assert succeeded(rows, crashes=1), rows
+    stack.wait_until_succeeded(job, crashes=1)
     wait_for(lambda: stack.notes("end", task))
     assert worker.is_running()
 
 
 @on_prefork
-def test_a_body_whose_child_gets_sigterm_every_time_fails(stack, since):
+def test_a_body_whose_child_gets_sigterm_every_time_fails(stack):
     """The main process is not stopping, so each time counts as a crash."""
-    start = time.monotonic()
     job = stack.enqueue("run", "os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)", queue="cpu")
     [row] = stack.wait_until_final(job)
-    since(start)
     assert (row["state"], row["error"]) == ("failed", "Its worker died 3 times")
     assert stack.starts(job) == 3
 
@@ -123,13 +110,12 @@ def test_a_body_whose_child_gets_sigterm_every_time_fails(stack, since):
 
 @pytest.mark.promise("One final state")
 @on_each
-def test_a_frozen_worker_is_fenced(stack, gate, since):
+def test_a_frozen_worker_is_fenced(stack, gate):
     """Its job runs in another worker; when it continues, the outcome of its body is dropped."""
     job = stack.enqueue("hold", gate)
     first = stack.wait_until_started(job)
     [frozen] = [worker for worker in stack.workers if worker.pid == os.getpgid(first)]
 
-    start = time.monotonic()
     frozen.pause()
     second = stack.wait_until_started(job, times=2)
     gate.with_name(f"gate-{first}").touch()
@@ -139,7 +125,6 @@ def test_a_frozen_worker_is_fenced(stack, gate, since):
     assert stack.row(job)["state"] == "running"  # in the other worker
     gate.touch()
     rows = stack.wait_until_final(job)
-    since(start)
 
     assert second != first
     assert rows[0]["result"] == second
@@ -150,7 +135,7 @@ def test_a_frozen_worker_is_fenced(stack, gate, since):
 
 
 @on_each
-def test_a_stopped_worker_loses_nothing(stack, gate, tmp_path, since):
+def test_a_stopped_worker_loses_nothing(stack, gate, tmp_path):
     """A job that ends in time succeeds, the rest is handed back, and no crash is counted."""
     nearly_done = tmp_path / "nearly-done"
     ends = stack.enqueue("hold", nearly_done, queue="cpu")
@@ -161,29 +146,24 @@ def test_a_stopped_worker_loses_nothing(stack, gate, tmp_path, since):
     # SIGTERM came before, Celery would wait for one of them, and the worker would exit with 1.
     stack.wait_until_final(stack.enqueue("hold", tmp_path, queue="cpu"))
 
-    start = time.monotonic()
     os.kill(stack.worker.pid, signal.SIGTERM)
     wait_for(lambda: "hutdown" in stack.worker.printed)
     nearly_done.touch()
-    [row] = stack.wait_until_final(ends)
-    assert succeeded([row], crashes=0), row
+    stack.wait_until_succeeded(ends, crashes=0)
     assert ran_once(stack, [ends])
     assert stack.worker.wait() == 0
     assert stack.row(job)["state"] == "queued"  # before any lease has lapsed
     gate.touch()
     stack.worker.start()
 
-    rows = stack.wait_until_final(job)
-    since(start)
-    assert succeeded(rows, crashes=0), rows
+    rows = stack.wait_until_succeeded(job, crashes=0)
     assert errors(rows[0]) == []
     wait_for(lambda: stack.notes("end", task))
 
 
 @on_prefork
-def test_a_worker_ends_that_reads_the_end_of_a_job(stack, gate, since):
-    worker = stack.make_worker("slow", "--queues test", app="slow_results", PYTHONPATH=APPS)
-    worker.start()
+def test_a_worker_ends_that_reads_the_end_of_a_job(stack, gate):
+    worker = stack.make_worker("slow", "--queues test", FAULT="slow_results").start()
     job = stack.enqueue("hold", gate, queue="test")
     stack.wait_until_started(job)
     time.sleep(3)  # time to read that it has started
@@ -193,33 +173,29 @@ def test_a_worker_ends_that_reads_the_end_of_a_job(stack, gate, since):
     start = time.monotonic()
     assert worker.stop() == 0
     assert time.monotonic() - start < 30  # seconds on a busy machine
-    since(start)
     assert ran_once(stack, [job])
 
 
 @on_each_pool
-def test_a_worker_whose_children_are_stopped_too_loses_nothing(stack, gate, since):
+def test_a_worker_whose_children_are_stopped_too_loses_nothing(stack, gate):
     """systemd and honcho send SIGTERM to the whole process group."""
     job = stack.enqueue("hold", gate, queue="cpu")
     task = stack.send("plain.wait", gate, queue="cpu")
     stack.wait_until_started(job, task)
 
-    start = time.monotonic()
     os.killpg(stack.worker.pid, signal.SIGTERM)
     stack.worker.wait()
     assert stack.row(job)["state"] == "queued"  # before any lease has lapsed
     gate.touch()
     stack.worker.start()
 
-    [row] = stack.wait_until_final(job)
-    since(start)
-    assert succeeded([row], crashes=0), row
+    [row] = stack.wait_until_succeeded(job, crashes=0)
     assert errors(row) == []
     wait_for(lambda: stack.notes("end", task))
 
 
 @on_each_pool
-def test_a_stopped_worker_hands_back_jobs_at_their_next_cursor(stack, gate, since):
+def test_a_stopped_worker_hands_back_jobs_at_their_next_cursor(stack, gate):
     """No chunk is repeated, and nothing waits for SOFT_SHUTDOWN_SECONDS, an hour here."""
     worker = stack.replace_worker(SOFT_SHUTDOWN_SECONDS=3600)
     jobs = [
@@ -234,32 +210,26 @@ with connection.cursor() as cursor:
 """
     for job in jobs:
         wait_for(lambda job=job: len(stack.ask(written, job=job)) > 5)
-    start = time.monotonic()
-    os.kill(worker.pid, signal.SIGTERM)
-    assert worker.wait() == 0
-    since(start)
+    assert worker.stop() == 0
     assert [row["state"] for row in stack.rows(*jobs)] == ["queued"] * 3
     stopped = [len(stack.ask(written, job=job)) for job in jobs]
     stack.worker.start()
     for job, count in zip(jobs, stopped, strict=True):
         wait_for(lambda job=job, count=count: len(stack.ask(written, job=job)) > count)
     gate.touch()
-    rows = stack.wait_until_final(*jobs)
-    assert succeeded(rows, crashes=0), rows
+    rows = stack.wait_until_succeeded(*jobs, crashes=0)
     assert [errors(row) for row in rows] == [[]] * 3
     for job, row in zip(jobs, rows, strict=True):
         assert stack.ask(written, job=job) == list(range(row["result"]))
 
 
 @where_jobs_share_a_process
-def test_a_body_that_locks_its_row_does_not_delay_a_stop(stack, gate, since):
+def test_a_body_that_locks_its_row_does_not_delay_a_stop(stack, gate):
     """The others are handed back before their leases lapse."""
     holder = stack.enqueue("hold_its_row", gate, queue="cpu")
     jobs = [stack.enqueue("hold", gate, queue="cpu") for _ in range(10)]
     stack.wait_until_started(holder, *jobs)
-    start = time.monotonic()
     assert stack.worker.stop() == 0
-    since(start)
     assert {row["state"] for row in stack.rows(*jobs)} == {"queued"}
     gate.touch()
     stack.worker.start()
@@ -273,7 +243,7 @@ def test_a_body_that_locks_its_row_does_not_delay_a_stop(stack, gate, since):
 
 @pytest.mark.promise("At least once")
 @on_prefork_and_threads
-def test_a_newsletter_continues_where_its_worker_was_killed(stack, since, record_property):
+def test_a_newsletter_continues_where_its_worker_was_killed(stack):
     """Everybody gets it, and at most one chunk of 100 gets it twice."""
     count = int(os.environ.get("MAILS", "400"))
     code = """
@@ -285,17 +255,12 @@ Recipient.objects.bulk_create(Recipient(newsletter=newsletter, email=email) for 
 result = enqueue(send_newsletter, [newsletter.pk], queue="news").pk
 """
     with Mails(count // 2 + 50) as mails:  # in the middle of a chunk
-        worker = stack.make_worker("news", "--queues news", EMAIL_URL=mails.url)
-        worker.start()
+        worker = stack.make_worker("news", "--queues news", EMAIL_URL=mails.url).start()
         job = stack.ask(code, count=count)
         wait_for(lambda: len(mails.received) == mails.count)
         worker.kill()
-        start = time.monotonic()
         mails.proceed.set()
         worker.start()
-        rows = stack.wait_until_final(job)
-        since(start)
-    record_property("mails", f"killed after {mails.count}, {len(mails.received)} in all")
-    assert succeeded(rows, crashes=1), rows
-    assert len(Counter(mails.received)) == count == rows[0]["result"]["sent"]
+        [row] = stack.wait_until_succeeded(job, crashes=1)
+    assert len(Counter(mails.received)) == count == row["result"]["sent"]
     assert len(mails.received) - count <= 100

@@ -1,0 +1,105 @@
+"""For celery -A: the project, with the fault that the variable FAULT names."""
+
+import ctypes
+import os
+import signal
+import threading
+import time
+from datetime import timedelta
+from functools import partialmethod
+
+from celery import signals
+from celery.concurrency import asynpool
+from celery.schedules import schedule
+from celery.worker.consumer import Consumer
+from config.celery import app
+
+
+def every_second():
+    """Beat starts jobs every second."""
+    app.conf.beat_schedule = {
+        "every second": {"task": "faults.tasks.tick", "schedule": 1},
+        "a function": {"task": "faults.tasks.add", "schedule": 1, "args": [1, 2]},
+    }
+
+
+def every_hour():
+    """Beat starts a job at once and then every hour."""
+    last = app.now() - timedelta(hours=1)
+    entry = {"task": "faults.tasks.tick", "schedule": 3600, "last_run_at": last}
+    app.conf.beat_schedule = {"every hour": entry}
+
+
+class Endless(schedule):
+    def is_due(self, last_run_at):
+        time.sleep(3600)
+
+
+def hanging_beat():
+    """Beat hangs when it reads its schedule."""
+    app.conf.beat_schedule = {"endless": {"task": "faults.tasks.tick", "schedule": Endless(1)}}
+
+
+def ending_sweeper():
+    """Beat's sweeper ends after two seconds, by what no `except Exception` catches."""
+
+    def end():
+        [sweeper] = [t.ident for t in threading.enumerate() if t.name == "sweeper"]
+        raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
+        raise_in(ctypes.c_ulong(sweeper), ctypes.py_object(SystemExit))
+
+    signals.beat_init.connect(lambda **_: threading.Timer(2, end).start(), weak=False)
+
+
+def quick_heartbeat():
+    """A worker's heartbeat comes each second."""
+
+    def hurry(**kwargs):
+        from durable_jobs.worker import heartbeat  # not earlier: Django's models are loaded now
+
+        heartbeat.BEAT_SECONDS = 1
+
+    signals.worker_init.connect(hurry, weak=False)
+
+
+def no_reconnect():
+    """A worker does not survive the loss of its broker.
+
+    Celery has had errors there, such as one of Gossip while a connection was lost.
+    """
+
+    def fail(consumer, error):
+        raise RuntimeError("an error of Celery")
+
+    quick_heartbeat()
+    Consumer.on_connection_error_after_connected = fail
+
+
+def death_between_ends():
+    """A worker, or its child, dies after the end of a job, before that of the batch."""
+
+    def die(pk):
+        if os.environ["DIES"] == "child":
+            os.kill(os.getpid(), signal.SIGKILL)
+        os.killpg(0, signal.SIGKILL)
+
+    def prepare(**kwargs):
+        from durable_jobs import batches  # not earlier: Django's models are loaded now
+
+        batches.try_to_end = die
+
+    signals.worker_init.connect(prepare, weak=False)
+
+
+def slow_results():
+    """A worker reads the results of its children slowly."""
+    receive = asynpool.ResultHandler._recv_message
+
+    def read_slowly(*args):
+        time.sleep(1)
+        return asynpool.__read__(*args)
+
+    asynpool.ResultHandler._recv_message = partialmethod(receive, __read__=read_slowly)
+
+
+globals()[os.environ["FAULT"]]()
