@@ -49,7 +49,7 @@ with_flower = [name for name in CHOICES["broker"] if chosen(broker=name).has_flo
 # No message is sent again while a test waits; the other timings are the project's defaults.
 DEFAULTS = {"timings": {"JOB_RESEND_SECONDS": 600}}
 without_resends = stacks(**ONE, **DEFAULTS)
-on_each_pool_with_default_timings = stacks(brokers=ONE["brokers"], **DEFAULTS)
+on_each_with_default_timings = stacks(**DEFAULTS)
 
 
 @pytest.fixture(scope="session")

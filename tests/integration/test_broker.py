@@ -14,7 +14,6 @@ import pytest
 
 from harness.faults import (
     POOLS,
-    on_each,
     on_each_broker,
     on_one,
     on_rabbitmq,
@@ -35,7 +34,7 @@ def check_tries(stack, start):
     assert 0 < tries <= 4 * (1 + (time.monotonic() - start) // 10), stack.web.printed
 
 
-@on_each
+@stacks(every_pair=True)
 def test_jobs_outlive_their_broker(stack, gate, tmp_path):
     """Bodies continue; retried and new jobs run as soon as the broker is back."""
     later = tmp_path / "later"

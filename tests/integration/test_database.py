@@ -10,6 +10,7 @@ import pytest
 from harness.faults import (
     errors,
     on_each,
+    on_each_pool,
     on_gevent,
     on_one,
     on_prefork,
@@ -84,7 +85,7 @@ def check_eight(stack, gate, jobs):
     assert ran_once(stack, jobs)
 
 
-@on_prefork_and_threads
+@on_each_pool
 def test_a_paused_database_lets_no_job_run_twice(stack, gate):
     jobs = hold_eight(stack, gate)
     stack.database.pause()

@@ -88,7 +88,7 @@ call_command("check", fail_level="WARNING")
 """
 
 
-@plain
+@both
 def test_web_servers_and_commands_start_without_what_windows_lacks(project):
     project.call(".venv/bin/python", "-c", WINDOWS)
 
@@ -189,7 +189,7 @@ print(sorted({(path, response.status_code) for path, response in answers}))
     assert str(expected) in project.manage("shell", "-v0", "-c", code, **variables)
 
 
-@plain
+@both
 def test_a_browser_that_asks_for_an_icon_causes_no_error(project):
     """The pages of the admin name none."""
     code = "from django.test import Client; print(Client().get('/favicon.ico').status_code)"

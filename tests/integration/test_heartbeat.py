@@ -147,7 +147,7 @@ def test_a_worker_that_is_killed_or_frozen_is_no_longer_alive(stack, mine):
     wait_for(lambda: not find(stack))  # Beat deletes it
 
 
-@on_prefork_and_threads
+@on_each_pool
 def test_the_heartbeat_outlives_the_database(stack, mine):
     mine()
     stack.database.kill()

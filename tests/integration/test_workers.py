@@ -15,7 +15,7 @@ from harness.faults import (
     errors,
     on_each,
     on_each_pool,
-    on_each_pool_with_default_timings,
+    on_each_with_default_timings,
     on_prefork,
     on_prefork_and_threads,
     ran_once,
@@ -53,7 +53,7 @@ def test_a_killed_worker_loses_nothing(stack, gate):
 
 
 @pytest.mark.promise("A killed worker's job runs again within 60 seconds")
-@on_each_pool_with_default_timings
+@on_each_with_default_timings
 def test_a_killed_worker_loses_no_job_with_the_default_timings(stack, gate):
     assert kill_a_worker(stack, gate) < 60
 
