@@ -256,6 +256,7 @@ def test_a_function_that_is_over_its_time_limit_does_not_blame_its_worker():
     late = runs()
     Job.objects.filter(pk=late.pk).update(sweep_at=F("started_at"))  # as lease_end() does
     assert why(late) == "Exceeded its time limit. Beat will end it"
+    assert "The workers of 1 job aren't responding" not in problems()
 
 
 def test_a_clock_that_is_ahead_makes_no_job_silent(monkeypatch):

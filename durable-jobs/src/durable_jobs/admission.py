@@ -16,8 +16,8 @@ rows with this key and a `sweep_at`.
 
 A job that is cancelled while its task function runs keeps its slot: `sweep_at` stays the end of its lease.
 
-Nobody admits, sends or claims a paused job. If a worker has its message, put_back() makes the job one
-without a message.
+Nobody admits, sends or claims a paused job. If a worker has its message, put_back() takes the job back:
+it counts as not sent, and is blocked if it has a limit.
 """
 
 import logging

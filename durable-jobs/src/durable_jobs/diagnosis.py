@@ -48,7 +48,7 @@ def reasons_of_batches(rows, for_staff=False):
 
 
 def problems(rows):
-    """Return sentences about what is wrong with the whole system, for staff. by_queue() returned the rows."""
+    """Return sentences about what is wrong with the whole system, for staff. `rows` is what by_queue() returns."""
     facts = Facts(for_staff=True)
     found = [facts.standstill or facts.beat]
     for row in rows:
@@ -56,7 +56,7 @@ def problems(rows):
         if count and (text := facts.no_worker(row["queue"])):
             found.append(f"{text}: {numbered(count, 'job')} waiting")
     found += [facts.refusal(queue) for queue in facts.refused]
-    if stalled := Job.objects.filter(STALLED).count():
+    if stalled := Job.objects.filter(STALLED).exclude(sweep_at=F("started_at")).count():
         found.append(f"The workers of {numbered(stalled, 'job')} aren't responding")
     found += [f"{name}: {text}" for name, text in facts.pauses.items()]
     return [text for text in found if text]
@@ -70,9 +70,9 @@ def texts_of(job, facts):
         yield tries(job, facts)
     elif job.state == "running" and facts.has_passed(job.sweep_at):
         age = facts.now - job.sweep_at + timedelta(seconds=conf.LEASE_SECONDS)
-        is_late = job.sweep_at == job.started_at  # see lease_end()
-        yield OVER_TIME_LIMIT if is_late else f"Its worker hasn't responded for {span(age)}"
-        yield facts.standstill or facts.beat or f"Beat will {'end' if is_late else 'recover'} it"
+        is_over = job.sweep_at == job.started_at  # see lease_end()
+        yield OVER_TIME_LIMIT if is_over else f"Its worker hasn't responded for {span(age)}"
+        yield facts.standstill or facts.beat or f"Beat will {'end' if is_over else 'recover'} it"
 
 
 def waits_for(job, facts):

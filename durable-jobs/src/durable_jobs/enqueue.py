@@ -72,9 +72,9 @@ def enqueue(
 
     Returns the new Job, or the queued or running one with the same `unique`. Raises TypeError if the task is
     not a job, if the arguments are not JSON or do not fit the task, or if both `countdown` and `eta` are
-    given; ValueError if `queue`, `unique` or `idempotency_key` is empty or too long, if the job would wait for more
-    than ten years, if the arguments exceed 60,000 bytes or give no key of its limit, or if a text in an option has a
-    NUL or half of a surrogate pair; IntegrityError if the owner has already used the key.
+    given; ValueError if `unique` or `idempotency_key` is empty, if one of them or `queue` is too long, if the job
+    would wait for more than ten years, if the arguments exceed 60,000 bytes or give no key of its limit, or if a text
+    in an option has a NUL or half of a surrogate pair; IntegrityError if the owner has already used the key.
     """
     key, unique = options.pop("idempotency_key", None), options.pop("unique", None)
     fields = new_fields(task, args, kwargs, **options)

@@ -116,7 +116,7 @@ class Job(Row):
     run_token = models.UUIDField(null=True, help_text="token of the run that owns this job")
     worker = models.CharField(max_length=255, help_text="of the last run")
     due_at = models.DateTimeField(null=True, help_text="when a worker may start it")
-    # Of a running job: the end of its lease. Of a queued job: when its message is sent (again).
+    # Of a running job: the end of its lease, see lease_end(). Of a queued job: when its message is sent (again).
     # Of a blocked job: empty. Of a cancelled job with a limit: the end of its lease, while it still runs.
     sweep_at = models.DateTimeField(null=True, help_text="when the sweeper must look at it")
     deadline = models.DateTimeField(null=True, help_text="when the run is over its time limit")

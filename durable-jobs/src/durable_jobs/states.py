@@ -14,5 +14,6 @@ QUEUED = Q(run_token=None) & UNFINISHED
 # Its message was sent, or is being sent, since it was last queued: times_sent is counted first.
 SENT = QUEUED & Q(times_sent__gt=0)
 RUNNING = Q(state="running", sweep_at__gte=Now())  # its lease has not lapsed
-STALLED = Q(state="running", sweep_at__lt=Now())  # it has lapsed, or marks that the job is late
+# Its lease has lapsed, or sweep_at marks that it is over its time limit: see transitions.lease_end().
+STALLED = Q(state="running", sweep_at__lt=Now())
 STILL_RUNNING = Q(state="cancelled", sweep_at__isnull=False)  # jobs with a limit, see admission.py

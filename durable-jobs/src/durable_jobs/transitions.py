@@ -42,7 +42,7 @@ def requeue(jobs, delay=0, failure=None, **changes):
     changed. `failure` has the fields of a Failure to store, see update().
     """
     due = delay if isinstance(delay, datetime) else Now() + timedelta(seconds=delay)
-    # A queued job keeps its due_at. So does one with a limit that a stopping worker releases (no delay, no failure):
+    # A queued job keeps its due_at. So does a job with a limit that Run.release() queues (no delay, no failure):
     # hand_over() may admit it in this transaction, and SQLite takes a new due_at for later than now until the next
     # millisecond. A retry or a crash sets a new due_at.
     is_queued, has_limit = Q(state="queued"), Q(limit_key__isnull=False)

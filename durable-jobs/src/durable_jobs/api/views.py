@@ -111,7 +111,8 @@ class OwnViewSet(viewsets.ReadOnlyModelViewSet):
         if self.detail and has_job_perm(user, "view" if self.action == "retrieve" else "delete"):
             return rows
         own = Q(owner=user)
-        if user.is_staff and self.action != "cancel":  # those that run again have their own checks
+        # run_again() and run_failed_again() call may_run_again().
+        if user.is_staff and self.action != "cancel":
             own |= Q(owner=None)
         return rows.filter(own)
 

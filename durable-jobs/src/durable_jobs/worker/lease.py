@@ -85,8 +85,9 @@ def renew(jobs):
 def recover(jobs, are_late=False):
     """Queue the jobs of dead workers again, or fail them. Free the slots of cancelled ones. Skip locked rows.
 
-    A job over its time limit fails, however many crashes it has: its function runs on, see lease_end(), or Celery
-    killed its child (`are_late`). A child whose lease had lapsed has crashed: it was frozen, or dead, before its limit.
+    A job over its time limit fails, whatever its `crashes`. There are two signs: lease_end() has marked the row, as
+    the function runs on, or Celery killed the child (`are_late`). A child whose lease had lapsed has crashed: it was
+    frozen, or dead, before its limit.
     """
     late, keys = Q(sweep_at=F("started_at")), set()
     if are_late:

@@ -65,6 +65,7 @@ class Run:
 
     def __init__(self, task, request, header):
         self.task, self.job_id = task, request.id
+        # The worker's main process has chosen it: see children.py.
         self.token = header.get("run_token") or uuid.uuid4()
         self.batch_id, self.limit_key = header.get("batch"), header.get("limit_key")
         self.results_of = header.get("results_of")
