@@ -18,7 +18,7 @@ from durable_jobs.batches import newest_active
 from durable_jobs.enqueue import database_time
 from durable_jobs.limits import limit_of
 from durable_jobs.models import Batch, Failure, Job, Pause, Sweep
-from durable_jobs.states import HAS_SLOT, STALLED
+from durable_jobs.states import HAS_SLOT, PAST_DEADLINE, STALLED
 from durable_jobs.worker.heartbeat import alive
 from durable_jobs.worker.runs import OVER_TIME_LIMIT
 
@@ -56,7 +56,7 @@ def problems(rows):
         if count and (text := facts.no_worker(row["queue"])):
             found.append(f"{text}: {numbered(count, 'job')} waiting")
     found += [facts.refusal(queue) for queue in facts.refused]
-    if stalled := Job.objects.filter(STALLED).exclude(sweep_at=F("started_at")).count():
+    if stalled := Job.objects.filter(STALLED).exclude(PAST_DEADLINE).count():
         found.append(f"The workers of {numbered(stalled, 'job')} aren't responding")
     found += [f"{name}: {text}" for name, text in facts.pauses.items()]
     return [text for text in found if text]

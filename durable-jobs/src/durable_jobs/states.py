@@ -1,6 +1,6 @@
 """The states of a job, and what they mean for its row."""
 
-from django.db.models import Q
+from django.db.models import F, Q
 from django.db.models.functions import Now
 
 ACTIVE = ["queued", "running"]
@@ -14,6 +14,6 @@ QUEUED = Q(run_token=None) & UNFINISHED
 # Its message was sent, or is being sent, since it was last queued: times_sent is counted first.
 SENT = QUEUED & Q(times_sent__gt=0)
 RUNNING = Q(state="running", sweep_at__gte=Now())  # its lease has not lapsed
-# Its lease has lapsed, or sweep_at marks that it is over its time limit: see transitions.lease_end().
-STALLED = Q(state="running", sweep_at__lt=Now())
+PAST_DEADLINE = Q(sweep_at=F("started_at"))  # see transitions.lease_end()
+STALLED = Q(state="running", sweep_at__lt=Now())  # its lease has lapsed, or it is PAST_DEADLINE
 STILL_RUNNING = Q(state="cancelled", sweep_at__isnull=False)  # jobs with a limit, see admission.py

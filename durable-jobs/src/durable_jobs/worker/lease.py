@@ -9,11 +9,12 @@ import logging
 import random
 
 from django.db import close_old_connections, transaction
-from django.db.models import F, Q
+from django.db.models import Q
 from django.db.models.functions import Now
 
 from durable_jobs import admission, conf, transitions
 from durable_jobs.models import Job
+from durable_jobs.states import PAST_DEADLINE
 from durable_jobs.transitions import lease_end
 from durable_jobs.worker.pools import pool
 from durable_jobs.worker.runs import OVER_TIME_LIMIT, jobs_of, process
@@ -89,7 +90,7 @@ def recover(jobs, are_late=False):
     the function runs on, or Celery killed the child (`are_late`). A child whose lease had lapsed has crashed: it was
     frozen, or dead, before its limit.
     """
-    late, keys = Q(sweep_at=F("started_at")), set()
+    late, keys = PAST_DEADLINE, set()
     if are_late:
         late |= Q(sweep_at__gt=Now())
     for job in transitions.locking(jobs).only("state", "crashes", "limit_key").annotate(late=late):
