@@ -116,8 +116,8 @@ def test_the_image_is_small_and_contains_no_secret(stack):
     sizes = [int(docker("image", "inspect", "-f", "{{.Size}}", name)) for name in (image, base)]
     added = (sizes[0] - sizes[1]) / MEGABYTE
     print(f"{image}: {sizes[0] / MEGABYTE:.0f} MB, {added:.0f} MB on top of {base}")
-    # OpenTelemetry is 10 MB of it; boto3 knows every service of AWS.
-    assert added <= (140 if stack.has_flower else 180)
+    # OpenTelemetry is 10 MB of it.
+    assert added <= 140
 
     layers = subprocess.run(["docker", "image", "save", image], stdout=subprocess.PIPE).stdout
     assert b"config/settings.py" in layers

@@ -107,8 +107,12 @@ def test_a_worker_runs_a_task(stack):
 
 @each("broker", "periodic_tasks")
 def test_beat_starts_a_task(stack):
+    """django-celery-beat's scheduler copies the entry of the settings into its table."""
     stack.beat.start()
     wait_for((stack.folder / "ticked").exists)
+    if stack.project.answers["periodic_tasks"] == "admin":
+        table = "from django_celery_beat.models import PeriodicTask as Row"
+        assert stack.ask(f"{table}\nresult = Row.objects.filter(name='tick').exists()")
 
 
 @each_broker_and_pool
