@@ -169,6 +169,8 @@ def test_make_up_again_replaces_workers_before_web_and_beat(stack):
             for service, [container] in stack.containers().items()
         }
         assert started["worker"] < started["web"] and started["worker"] < started["beat"]
+        services = compose_config(stack.project)["services"]  # otherwise that would be luck
+        assert all("worker" in services[name]["depends_on"] for name in ("web", "beat"))
         code = stack.exec("worker", "tail", "-1", "orders/tasks.py")
         assert code == "# production\n"
     finally:
