@@ -1,11 +1,26 @@
-"""Amazon SQS: a failed poll is not the last one."""
+"""Amazon SQS: a poll that fails, or gets no answer, is not the last one."""
 
+from kombu.asynchronous.aws.connection import AsyncHTTPSConnection
 from kombu.log import get_logger
 from kombu.transport import SQS, TRANSPORT_ALIASES
 
 
+class Connection(AsyncHTTPSConnection):
+    """A connection that waits 30 seconds for an answer. kombu's waits forever (celery/kombu pull request 2488)."""
+
+    def getrequest(self):
+        request = super().getrequest()
+        request.on_prepare = lambda curl: curl.setopt(curl.TIMEOUT, 30)  # SQS answers within 20 seconds
+        return request
+
+
 class Channel(SQS.Channel):
     """A channel that polls again after a failed poll. kombu's does not (celery/kombu issue 1127)."""
+
+    def asynsqs(self, queue=None):
+        connection = super().asynsqs(queue)
+        connection.get_http_connection = Connection
+        return connection
 
     def _schedule_queue(self, queue):
         try:
