@@ -10,7 +10,8 @@ class Connection(AsyncHTTPSConnection):
 
     def getrequest(self):
         request = super().getrequest()
-        request.on_prepare = lambda curl: curl.setopt(curl.TIMEOUT, 30)  # SQS answers within 20 seconds
+        # SQS answers a poll within 20 seconds.
+        request.on_prepare = lambda curl: curl.setopt(curl.TIMEOUT, 30)
         return request
 
 
