@@ -53,7 +53,7 @@ class Chaos:
         self.stack, self.seconds = stack, seconds
         self.random = random.Random(seed)
         lengths = random.Random(seed)
-        self.jobs = [(number, round(lengths.uniform(0, 1), 2)) for number in range(jobs)]
+        self.jobs = [(number, round(lengths.uniform(0, 1.5), 2)) for number in range(jobs)]
         self.accepted = {}  # number: job
         self.works = []  # numbers of batches and chains
         self.odd = {kind: [] for kind in ENDS}  # jobs of the faults
