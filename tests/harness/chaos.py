@@ -52,7 +52,7 @@ class Chaos:
     def __init__(self, stack, jobs, seconds, seed):
         self.stack, self.seconds = stack, seconds
         self.random = random.Random(seed)
-        lengths = random.Random(seed)
+        lengths = random.Random(seed)  # in seconds: most of the time, each worker has a job
         self.jobs = [(number, round(lengths.uniform(0, 1.5), 2)) for number in range(jobs)]
         self.accepted = {}  # number: job
         self.works = []  # numbers of batches and chains

@@ -111,8 +111,11 @@ def test_beat_starts_a_task(stack):
     stack.beat.start()
     wait_for((stack.folder / "ticked").exists)
     if stack.project.answers["periodic_tasks"] == "admin":
-        table = "from django_celery_beat.models import PeriodicTask as Row"
-        assert stack.ask(f"{table}\nresult = Row.objects.filter(name='tick').exists()")
+        code = """
+from django_celery_beat.models import PeriodicTask
+result = PeriodicTask.objects.filter(name="tick").exists()
+"""
+        assert stack.ask(code)
 
 
 @each_broker_and_pool
