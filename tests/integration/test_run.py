@@ -410,9 +410,9 @@ def test_a_worker_with_any_pool_has_the_settings_of_the_project(project, request
     """Options of its command come first."""
     own = request.node.callspec.params["output"]["worker_pool"]
     of_project = {
-        "prefork": [CPUS, 1, False, 1000, None, 1260, False],
-        "threads": [20, 1, False, 1000, None, 1260, False],
-        "gevent": [100, 4, False, None, 3, 1260, True],
+        "prefork": [CPUS, 1, False, 1000, None, 120, False],
+        "threads": [20, 1, False, 1000, None, 120, False],
+        "gevent": [100, 4, False, None, 3, 120, True],
     }[own]
     _, _, *others = of_project
     expected = {
@@ -591,17 +591,6 @@ def test_the_pages_show_the_name_of_the_project(project, tmp_path):
     url = f"sqlite:///{tmp_path}/db.sqlite3"
     shown = project.manage("shell", "-v0", "-c", NAME_ON_PAGES, DATABASE_URL=url).split()
     assert shown == ["True"] * 4
-
-
-@default_output
-def test_a_plain_task_is_delivered_again_after_limit_countdown_and_a_minute(broker, project):
-    """How long its broker waits for the worker. test_workers.py shows what happens then."""
-    code = """
-from config.celery import app
-with app.connection_for_read() as broker:
-    print(broker.default_channel.visibility_timeout)
-"""
-    assert project.shell(code, TASK_TIME_LIMIT=100, MAX_COUNTDOWN=20, **broker) == "180"
 
 
 @outputs(first(broker="sqs"))

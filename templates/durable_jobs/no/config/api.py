@@ -1,9 +1,12 @@
 {% import "imports.jinja" as imports %}
-{% from "chosen.jinja" import result_backend with context %}
+{% from "chosen.jinja" import broker, result_backend with context %}
+{% set backend_errors = result_backend.unavailable | default([]) %}
+{% set errors = (["KombuError"] + broker.unavailable + backend_errors) | unique | sort %}
 {% set lines %}
-from kombu.exceptions import OperationalError
+from kombu.exceptions import KombuError
 from rest_framework import exceptions, throttling, views
-{% print result_backend.unavailable_import | default %}
+{% print broker.unavailable_imports %}
+{% print result_backend.unavailable_imports | default %}
 {% endset %}
 """What all views of the API share: see REST_FRAMEWORK in the settings."""
 
@@ -12,7 +15,7 @@ import logging
 {{ imports.sort(lines) }}
 logger = logging.getLogger(__name__)
 
-UNAVAILABLE = (OperationalError{{ ", %s" % result_backend.unavailable if result_backend.unavailable is defined else "," }})
+UNAVAILABLE = ({{ errors | join(", ") }})
 
 
 class ServiceUnavailable(exceptions.APIException):
@@ -22,7 +25,7 @@ class ServiceUnavailable(exceptions.APIException):
 
 def exception_handler(error, context):
     """Answer 503 if a view could not reach the broker or the result backend."""
-{% if result_backend.unavailable is defined %}
+{% if backend_errors %}
     # If the result backend fails, delay() raises a RuntimeError caused by its error.
 {% endif %}
     if isinstance(error, UNAVAILABLE) or isinstance(error.__cause__, UNAVAILABLE):
