@@ -403,7 +403,8 @@ def test_a_broker_that_does_not_answer_delays_no_request(stack, record_fault, ho
 def test_a_task_of_any_length_runs_once(stack, gate):
     """And one with any countdown or pause before a retry, beside a worker that is idle."""
     long = 2 * REDELIVERY + 5
-    running = fill(stack, gate)
+    running = [stack.send("wait", gate) for _ in range(2)]  # fewer than a worker has slots
+    stack.wait_until_started(*running)
     later = [stack.send("quick", countdown=long), stack.send("retry_later", long)]
     second = stack.make_worker("second").start()
     stack.wait_until_started(later[0])
