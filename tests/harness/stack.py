@@ -442,9 +442,15 @@ urlpatterns += [path("api/faults/add/", add)]
 def prepare_plain(project, folder, database, settings=""):
     """Add the app `trials` to an installed project, and return its PlainStack, not yet started.
 
+    Without settings (None), it has the timings of production.
     To see which tests fail without a setting: WITHOUT=CELERY_TASK_ACKS_LATE make prove …
     """
     without = "".join(f"del {name}\n" for name in os.environ.get("WITHOUT", "").split())
     urls = '\nfrom trials.views import start\nurlpatterns += [path("api/trials/", start)]\n'
-    project.add_app("trials", SCHEDULE.format(path=folder / "ticked") + settings + without, urls)
-    return PlainStack(project, servers_of(project, folder / "servers"), folder, database)
+    more = SCHEDULE.format(path=folder / "ticked") + (settings or "") + without
+    project.add_app("trials", more, urls)
+    servers = servers_of(project, folder / "servers")
+    if settings is None:
+        for server in servers:
+            server.variables.pop("VISIBILITY_SECONDS", None)
+    return PlainStack(project, servers, folder, database)

@@ -250,6 +250,28 @@ def test_a_task_that_kills_its_worker_becomes_a_dead_letter_of_sqs(stack, record
     record_fault(FATAL, what, None, AGAIN["sqs"] + " each time")
 
 
+@stacks(pools=["prefork"])
+def test_a_time_limit_during_a_query_fails_only_its_own_task(stack):
+    """Its child's connection is still waiting for the answer of the query."""
+    stack.replace_worker("--concurrency 1")
+    task = stack.send("query_for_long")
+    wait_for(lambda: stack.ask(f"result = AsyncResult({task!r}).state") == "FAILURE")
+    code = "result = [find_connection.delay().get(timeout=300) for _ in range(3)]"
+    assert len(set(stack.ask(code))) == 1  # which they reuse
+
+
+@on_redis
+def test_a_task_for_a_queue_that_nobody_consumes_is_an_error(stack):
+    code = """
+from celery.exceptions import QueueNotFound
+try:
+    result = quick.apply_async(queue="nobody").id
+except QueueNotFound:
+    result = None
+"""
+    assert stack.ask(code) is None
+
+
 @on_redis
 def test_a_task_that_the_code_does_not_know_is_lost(stack, record_fault):
     stack.ask("app.send_task('trials.tasks.new')")
@@ -417,6 +439,36 @@ def test_a_task_of_any_length_runs_once(stack, gate):
     second.stop()
 
 
+@stacks(["redis", "sqs"], ["prefork"], defaults=True)
+def test_the_default_settings_keep_their_promise(stack, gate, tmp_path):
+    """Two minutes, and what takes longer runs once, also if the broker restarts with its data."""
+    stack.replace_worker("--queues celery")
+    doomed = stack.make_worker("doomed", "--queues io").start()
+    killed = [stack.send("wait", tmp_path / "killed", queue="io") for _ in range(4)]
+    stack.wait_until_started(*killed)
+    long, later = stack.send("wait", gate), stack.send("quick", countdown=200)
+    stack.wait_until_started(long)
+    stack.make_worker("second").start()
+    doomed.kill()
+    at = time.time()
+    time.sleep(30)
+    if broker_of(stack) == "redis":  # moto keeps nothing
+        stack.broker.kill()
+        time.sleep(3)
+        stack.broker.start()
+    stack.wait_until_started(*killed, times=2)
+    seconds = [round(stack.times("start", task)[1] - at) for task in killed]
+    print("seconds until the tasks of a killed worker ran again:", seconds)
+    assert max(seconds) < 150
+    (tmp_path / "killed").touch()
+    stack.wait_until_started(later)
+    time.sleep(max(0, at + 200 - time.time()))
+    gate.touch()
+    wait_for(lambda: stack.notes("end", long))
+    time.sleep(5)
+    assert [stack.starts(task) for task in [*killed, long, later]] == [2] * 4 + [1, 1]
+
+
 @on_redis
 def test_a_task_that_ends_while_redis_hangs_runs_once(stack, gate):
     task = stack.send("wait", gate)
@@ -505,6 +557,23 @@ def test_a_worker_replaces_one_of_the_same_name_that_vanished(stack):
     wait_for(lambda: any(stack.starts(task) for task in tasks))
     ping = "result = list(app.control.inspect(timeout=5, limit=1).ping() or {})"
     wait_for(lambda: [name.split("@")[0] for name in stack.ask(ping)] == ["first"])
+
+
+@on_rabbitmq
+def test_a_countdown_before_the_first_worker_is_refused(stack):
+    """Workers declare the exchanges of countdowns: without them, RabbitMQ answers "not found"."""
+    stack.worker.stop()
+    stack.ask("""
+with app.connection_for_write() as broker:
+    for level in range(28):
+        broker.default_channel.exchange_delete(f"celery_delayed_{level}")
+result = None
+""")
+    data = {"task": "quick", "args": [], "options": {"countdown": 2}}
+    assert stack.request("/api/trials/", data)[0] == 503
+    assert stack.request("/api/trials/", {"task": "quick", "args": []})[0] == 202
+    stack.worker.start()
+    assert stack.request("/api/trials/", data)[0] == 202
 
 
 @on_rabbitmq
