@@ -1,4 +1,4 @@
-"""A TCP proxy in front of a server: it can close connections, and forget them as a firewall does."""
+"""A TCP proxy in front of a server: it can close connections, or forget them as a firewall does."""
 
 import asyncio
 import ctypes
@@ -16,13 +16,13 @@ RETRY_SECONDS = 0.1  # seconds between two attempts to reach a server that is do
 class Proxy:
     """Passes connections to the port `target` of this machine, until the process ends.
 
-    While the server is down, the proxy doesn't listen: clients are refused, as by the server itself.
+    While the server is down, the proxy doesn't listen: clients are refused, as by the server.
     """
 
     def __init__(self, target):
         self.target = target
         [self.port] = free_ports(1)
-        self.connections = set()  # each is a pair of transports: to the client, to the server
+        self.connections = {}  # {(transport to the client, transport to the server): two tasks}
         self.forgotten = []
         self.is_blocked = False
         self.loop = asyncio.new_event_loop()
@@ -71,26 +71,16 @@ class Proxy:
             sock = each.get_extra_info("socket")
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         pair = writer.transport, there.transport
-        self.connections.add(pair)
-        await asyncio.wait(
-            [
-                asyncio.ensure_future(self._pump(reader, there, pair)),
-                asyncio.ensure_future(self._pump(there_reader, writer, pair)),
-            ],
-            return_when=asyncio.FIRST_COMPLETED,
-        )
-        if pair in self.connections:
-            self.connections.remove(pair)
+        pumps = [
+            asyncio.create_task(pump(*ends)) for ends in ((reader, there), (there_reader, writer))
+        ]
+        self.connections[pair] = pumps
+        await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+        for each in pumps:
+            each.cancel()
+        if self.connections.pop(pair, None):
             for transport in pair:
                 transport.close()
-
-    async def _pump(self, reader, writer, pair):
-        with suppress(OSError):
-            while data := await reader.read(65536):
-                if pair not in self.connections:
-                    break
-                writer.write(data)
-                await writer.drain()
 
     async def _wait_for_server(self):
         if not self.server.is_serving():  # another client's attempt already waits
@@ -117,9 +107,10 @@ class Proxy:
         await self._cut()
 
     async def _forget(self):
-        for pair in self.connections:
-            for transport in pair:
+        for pair, pumps in self.connections.items():
+            for transport, each in zip(pair, pumps, strict=True):
                 drop_packets(transport.get_extra_info("socket"))
+                each.cancel()
         self.forgotten += self.connections
         self.connections.clear()
 
@@ -128,6 +119,13 @@ class Proxy:
             for transport in pair:
                 reset(transport)
         self.forgotten.clear()
+
+
+async def pump(reader, writer):
+    with suppress(OSError):
+        while data := await reader.read(65536):
+            writer.write(data)
+            await writer.drain()
 
 
 def reset(transport):

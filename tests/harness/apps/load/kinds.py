@@ -17,9 +17,9 @@ KINDS = {
     "retry": lambda: tasks.try_again.delay().id,
     "countdown": lambda: tasks.rest.apply_async([0], countdown=3).id,
     "rest": lambda: tasks.rest.delay(3).id,
-    "long": lambda: tasks.rest.delay(LONG).id,
+    "long": lambda: tasks.rest.delay(12).id,
+    "longest": lambda: tasks.rest.delay(24).id,  # longer than the visibility timeout
 }
-LONG = 24  # seconds: more than the visibility timeout
 
 if find_spec("durable_jobs"):
     from durable_jobs import batches
@@ -35,7 +35,7 @@ if find_spec("durable_jobs"):
         "job-retry": lambda: enqueue(tasks.try_job_again).pk,
         "job-countdown": lambda: enqueue(tasks.rest_job, [0], countdown=3).pk,
         "job-rest": lambda: enqueue(tasks.rest_job, [3]).pk,
-        "job-long": lambda: enqueue(tasks.rest_job, [LONG]).pk,
+        "job-long": lambda: enqueue(tasks.rest_job, [12]).pk,
     }
 elif has_results:
     from celery import chord
