@@ -12,7 +12,8 @@ import requests
 from .outputs import ORDER
 from .project import wait_for
 
-FRESH = 30  # tasks of each kind that are sent after the fault
+# Tasks of each kind that are sent after the fault: a report takes half a second.
+FRESH = defaultdict(lambda: 30, report=10)
 PLAIN = "retry", "countdown", "rest"  # and what the tests themselves send:
 LONG = "short", "long", "longest"
 CHORD = ("chord",)
@@ -179,11 +180,13 @@ class Load:
         before = {kind: len(ids) for kind, ids in self.accepted.items()}
         with ThreadPoolExecutor(4) as pool:
             posted = [
-                pool.submit(self.post_until_accepted, kind) for kind in PATHS for _ in range(FRESH)
+                pool.submit(self.post_until_accepted, kind)
+                for kind in PATHS
+                for _ in range(FRESH[kind])
             ]
             for kind in ["short", *self.kinds]:
                 if kind not in ("rest", "job-rest"):
-                    self.send(kind, FRESH)
+                    self.send(kind, FRESH[kind])
             for each in posted:
                 each.result()
         return {kind: ids[before.get(kind, 0) :] for kind, ids in self.accepted.items()}

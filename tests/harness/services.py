@@ -25,20 +25,11 @@ VISIBILITY = 20
 OPTIONS = {option: CHOICES[option] for option in ("broker", "result_backend", "worker_pool")}
 EVERY = bool(os.environ.get("EVERY"))  # test the whole product
 SETTINGS = {
-    # kombu looks for tasks to deliver again each second, not each 100.
-    "redis": f"""
-CELERY_BROKER_TRANSPORT_OPTIONS |= {{
-    "visibility_timeout": {VISIBILITY},
-    "unacked_restore_interval": 1,
-    "unacked_restore_throttle": 1,
-    "unacked_mutex_expire": 2,
-}}
-""",
+    "redis": Redis.settings,
     # It keeps the messages of a connection that a firewall forgot until two heartbeats are missing.
     "rabbitmq": 'if "CELERY_BROKER_HEARTBEAT" not in globals():\n    CELERY_BROKER_HEARTBEAT = 6\n',
     # A gevent worker waits that long at each queue, and one after the other.
-    "sqs": f"""
-SQS_VISIBILITY_TIMEOUT = {VISIBILITY}
+    "sqs": """
 if CELERY_BROKER_TRANSPORT_OPTIONS["wait_time_seconds"] == 1:
     CELERY_BROKER_TRANSPORT_OPTIONS["wait_time_seconds"] = 0
 """,
@@ -343,31 +334,46 @@ def pytest_runtest_makereport(item, call):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Print the rows of the table: passed cells, and what happened there."""
-    rows = []
+    """Print one row of the table for all stacks where the same happened."""
+    rows = {}
     for report in terminalreporter.stats.get("passed", []):
         for key, value in report.user_properties:
             if key == "cell":
-                rows.append(row(*value))
-    if rows:
-        terminalreporter.section("what happens when a service fails")
-        terminalreporter.write_line("| service | fault | where | what happens | seconds |")
-        terminalreporter.write_line("|---|---|---|---|---|")
-    for each in sorted(rows):
-        terminalreporter.write_line("| " + " | ".join(each) + " |")
+                service, fault, place, found = value
+                row = label(service, place), fault.replace("_", " "), what_happens(found)
+                rows.setdefault(row, []).append((place, found["seconds until a task succeeded"]))
+    if not rows:
+        return
+    terminalreporter.section("what happens when a service fails")
+    lines = [("service", "fault", "where", "what happens", "until a task succeeds"), ["---"] * 5]
+    for (service, fault, what), found in sorted(rows.items()):
+        places = ", ".join(sorted("-".join(place.split("-")[:4]) for place, _ in found))
+        times = sorted(round(seconds) for _, seconds in found)
+        measured = f"{times[0]} to {times[-1]} s" if len(times) > 1 else f"{times[0]} s"
+        lines.append((service, fault, places, what, measured))
+    for line in lines:
+        terminalreporter.write_line("| " + " | ".join(line) + " |")
 
 
-def row(service, fault, place, found):
-    what = ["nothing is lost"]
-    if again := found["ran again"]:
-        what.append(f"{sum(again.values())} running tasks run again")
-    if found["failed"]:
-        what.append(f"{sum(found['failed'].values())} tasks fail that use the database")
-    if found["orders that the hourly task found"]:
-        what.append("an hourly task finds the orders whose task is missing")
-    if found["exited"]:
-        what.append(f"exits, and is restarted: {', '.join(found['exited'])}")
-    if found["refused"]:
-        what.append(f"{sum(found['refused'].values())} requests are refused")
-    place = place.removesuffix(f"-{service}-{fault}")
-    return service, fault, place, "; ".join(what), str(found["seconds until a task succeeded"])
+def label(service, place):
+    broker, backend, *_ = place.split("-")
+    names = {
+        "database": "PostgreSQL",
+        "broker": f"{broker} (broker)",
+        "results": f"{backend} (results)",
+        "cache": "redis (cache)",
+        "worker": f"worker ({broker})",
+    }
+    return names.get(service, service)
+
+
+def what_happens(found):
+    texts = {
+        "ran again": "running tasks run again",
+        "failed": "tasks that need the database meanwhile fail",
+        "orders that the hourly task found": "the hourly task finds orders whose task is missing",
+        "refused": "requests get 503",
+    }
+    what = ["nothing is lost", *(text for key, text in texts.items() if found[key])]
+    what += [f"{process} exits and is restarted" for process in found["exited"]]
+    return "; ".join(what)
