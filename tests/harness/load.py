@@ -173,7 +173,7 @@ class Load:
             ended = self.ended()
             return next((ended[task] for task in sent if task in ended), None)
 
-        return wait_for(succeeded)[1]
+        return wait_for(succeeded)[2]
 
     def send_fresh(self):
         """Send tasks of each kind that must all succeed. Return {kind: ids}."""
@@ -195,9 +195,9 @@ class Load:
         return self.stack.lines()[self.first_line :]
 
     def ended(self):
-        """Return {task: (state, time)} of all that have ended, and are not to run again."""
+        """Return {task: (name, state, time)} of all that have ended, and are not to run again."""
         return {
-            task: (words[1], float(at))
+            task: (words[0], words[1], float(at))
             for kind, task, _, at, *words in self.lines()
             if kind == "ended" and words[1] not in ("RETRY", "None")
         }
@@ -233,8 +233,7 @@ class Load:
             wait_for(lambda: "open" not in self.stack.ask(BATCHES, ids=batches))
 
     def count_ended(self, name):
-        names = {line[1]: line[4] for line in self.lines() if line[0] == "ended"}
-        return sum(names[task] == name for task in self.ended())
+        return sum(ended == name for ended, _, _ in self.ended().values())
 
     def describe(self, tasks):
         """Return how many of these tasks have not started, and have started, for each kind."""
@@ -249,10 +248,7 @@ class Load:
 
     def failed(self):
         """Return {name of a task: how often it ended in another way than with success}."""
-        names = {line[1]: line[4] for line in self.lines() if line[0] == "ended"}
-        found = Counter(
-            names[task] for task, (state, _) in self.ended().items() if state != "SUCCESS"
-        )
+        found = Counter(name for name, state, _ in self.ended().values() if state != "SUCCESS")
         if jobs := self.jobs(self.accepted):
             rows = [row for row in self.stack.rows(*jobs) if row["state"] != "succeeded"]
             found.update(f"job: {row['error']}" for row in rows)
