@@ -59,7 +59,7 @@ def test_a_service_fails(stack_of_services, service, fault, record_cell):
     found = {
         "answers other than 503": load.failures,
         "failed": load.failed(),
-        "of them fresh": [id for id in load.tasks(fresh) if load.ended()[id][1] != "SUCCESS"],
+        "of them fresh": load.describe(set(load.tasks(fresh)) - load.succeeded()),
         "ran again": load.repeated(),
         "without a result": load.without_result(),
         "orders that the hourly task found": forgotten,
