@@ -17,6 +17,7 @@ FRESH = defaultdict(lambda: 30, report=10)
 PLAIN = "retry", "countdown", "rest"  # and what the tests themselves send:
 LONG = "short", "long", "longest"
 CHORD = ("chord",)
+PLAIN_NAMES = "load.tasks.rest", "load.tasks.try_again", "trials.tasks.tick"
 JOBS = "batch", "job-retry", "job-countdown", "job-rest"
 PATHS = {"email": "/api/orders/", "report": "/api/orders/report/"}
 PAUSES = {"email": 0.2, "report": 1}  # seconds between two requests
@@ -230,7 +231,7 @@ class Load:
         if jobs := self.jobs(self.accepted):
             self.stack.wait_until_final(*jobs)
         if batches := self.accepted["batch"]:
-            wait_for(lambda: "open" not in self.stack.ask(BATCHES, ids=batches))
+            wait_for(lambda: not {"open", "closed"} & set(self.stack.ask(BATCHES, ids=batches)))
 
     def missing(self):
         """Return the ids of accepted tasks that have not ended.
@@ -263,7 +264,10 @@ class Load:
 
     def failed(self):
         """Return {name of a task: how often it ended in another way than with success}."""
-        found = Counter(name for name, state, _ in self.ended().values() if state != "SUCCESS")
+        ended = self.ended().values()
+        found = Counter(
+            name for name, state, _ in ended if state != "SUCCESS" and self.is_plain(name)
+        )
         if self.failed_chords:
             found["orders.tasks.email_forecasts"] += len(self.failed_chords)
         if jobs := self.jobs(self.accepted):
@@ -284,10 +288,12 @@ class Load:
     def repeated(self):
         """Return {name of a task: how many of its runs were not the only one}, without jobs."""
         runs = Counter((line[1], line[4], line[5]) for line in self.lines() if line[0] == "began")
-        jobs = {job for job in self.jobs(self.accepted)}
-        return dict(
-            Counter(name for (id, name, _), count in runs.items() if count > 1 and id not in jobs)
-        )
+        twice = [name for (_, name, _), count in runs.items() if count > 1]
+        return dict(Counter(filter(self.is_plain, twice)))
+
+    def is_plain(self, name):
+        """Whether a task with this name is no job. A job may start again, and ends once."""
+        return not self.has_jobs or name in PLAIN_NAMES
 
     def find_forgotten_orders(self):
         """Let the hourly task find accepted orders that nothing has confirmed. Count them."""
