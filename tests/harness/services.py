@@ -28,7 +28,10 @@ SETTINGS = {
     "redis": Redis.settings,
     # It keeps the messages of a connection that a firewall forgot until two heartbeats are missing.
     # While it blocks publishers, it reads no heartbeats from them: so not less than that.
-    "rabbitmq": 'if "CELERY_BROKER_HEARTBEAT" not in globals():\n    CELERY_BROKER_HEARTBEAT = 15\n',
+    "rabbitmq": """
+if "CELERY_BROKER_HEARTBEAT" not in globals():
+    CELERY_BROKER_HEARTBEAT = 15
+""",
     # A gevent worker waits that long at each queue, and one after the other.
     "sqs": """
 if CELERY_BROKER_TRANSPORT_OPTIONS["wait_time_seconds"] == 1:
