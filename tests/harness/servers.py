@@ -84,6 +84,10 @@ CELERY_BROKER_TRANSPORT_OPTIONS |= {"unacked_restore_interval": 1, "unacked_mute
         command = f"redis-server --port {self.port} --dir {folder} {options}"
         super().__init__(folder, command.split(), is_ready=partial(answers_ping, self.port))
 
+    def configure(self, name, value):
+        command = ["redis-cli", "-p", str(self.port), "config", "set", name, value]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
 
 class RedisSentinel(Redis):
     """A master, a replica and one Sentinel, which is the process of this object.
@@ -259,12 +263,12 @@ class SQS(Broker):
     answers = {"broker": "sqs", "result_backend": "none"}
 
     def __init__(self, folder, project):
-        [port] = free_ports(1)
+        [self.port] = free_ports(1)
         self.project = project
-        url = f"http://127.0.0.1:{port}"
+        url = f"http://127.0.0.1:{self.port}"
         self.variables = {"AWS_ENDPOINT_URL": url, "VISIBILITY_SECONDS": REDELIVERY}
-        command = [project / ".venv/bin/python", "-m", "moto.server", "--port", str(port)]
-        super().__init__(folder, command, is_ready=partial(connects, port))
+        command = [project / ".venv/bin/python", "-m", "moto.server", "--port", str(self.port)]
+        super().__init__(folder, command, is_ready=partial(connects, self.port))
 
     def wait_until_ready(self):
         super().wait_until_ready()
