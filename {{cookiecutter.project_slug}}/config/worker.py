@@ -20,6 +20,10 @@ from celery import signals
 {% endif %}
 {{ imports.sort(lines) }}
 from .celery import app
+{% if broker.visibility is defined %}
+
+logger = get_logger(__name__)
+{% endif %}
 
 
 @signals.celeryd_init.connect

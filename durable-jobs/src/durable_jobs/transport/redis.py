@@ -1,6 +1,7 @@
 """Redis: the message of a job needs no copy."""
 
 from kombu.transport import redis, virtual
+from redis.exceptions import ResponseError
 
 from durable_jobs.messages import fields_in
 
@@ -18,7 +19,10 @@ class QoS(redis.QoS):
 
     def append(self, message, delivery_tag):
         kept = virtual.QoS if is_job(message) else redis.QoS
-        kept.append(self, message, delivery_tag)
+        try:
+            kept.append(self, message, delivery_tag)
+        except ResponseError:  # Redis has handed it over, but refuses to store it as taken
+            virtual.QoS.append(self, message, delivery_tag)
 
     def ack(self, delivery_tag):
         kept = virtual.QoS if is_job(self._delivered.get(delivery_tag)) else redis.QoS
