@@ -11,7 +11,7 @@ from functools import partial
 
 import psycopg
 
-from .project import BEHIND_A_PROXY, Console, Process, fetch, free_ports, responds, wait_for
+from .project import ASKED, BEHIND_A_PROXY, Console, Process, fetch, free_ports, responds, wait_for
 from .servers import servers_of, variables_of
 
 LEASE, RESEND = 5, 2  # seconds
@@ -108,6 +108,9 @@ class Stack:
             **variables_of(servers),
             **variables,
         }
+        if "CELERY_RESULT_BACKEND" not in re.findall(ASKED, project.read("config/settings.py")):
+            # Celery would prefer this variable of the broker's Redis to the project's settings.
+            self.variables.pop("CELERY_RESULT_BACKEND", None)
         self.made = []  # all processes, including those of tests
         self.marks = {}  # {log: its size when the test began}
         self.console = Console(project, folder / "console.log", **self.variables)

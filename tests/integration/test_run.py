@@ -6,6 +6,7 @@ import re
 import signal
 import socket
 import subprocess
+import time
 from contextlib import suppress
 from functools import partial
 from urllib.parse import urlsplit
@@ -306,14 +307,21 @@ def test_killed_processes_start_again(with_tasks):
 
 
 @default_output
-def test_all_processes_end_when_one_ends(project):
+def test_a_process_that_exits_later_starts_again(project):
     with project.up() as site:
-        for pid in site.find("beat"):
-            os.kill(pid, signal.SIGTERM)
+        time.sleep(11)
+        [worker] = site.find("(?<!dev.py )worker.*")[:1]
+        os.kill(worker, signal.SIGTERM)
+        wait_for(lambda: "Exited with status 0. Starting again: worker" in site.log, site=site)
+        wait_for(lambda: site.log.count(f"{site.worker} ready") == 2, site=site)
 
-        assert site.process.wait() != 0
-        assert "A process has ended" in site.log
-        wait_for(lambda: not site.processes(), site=site)
+
+@default_output
+def test_all_processes_end_when_one_cannot_start(project):
+    with pytest.raises(AssertionError, match="A process has ended"):
+        with project.up(FLOWER_BASIC_AUTH=""):
+            pass
+    wait_for(lambda: not processes_in(project))
 
 
 @default_output
