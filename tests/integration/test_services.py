@@ -21,6 +21,8 @@ RUNS_AGAIN = {
         for broker in ("redis", "rabbitmq", "sqs")
     ),
     *(("broker", fault, "rabbitmq") for fault in ("restart", "kill", "cut", "forget")),
+    # It doesn't confirm what is sent meanwhile, so that is sent again.
+    ("broker", "read_only", "rabbitmq"),
 }
 # Where an order is stored, and its task may be missing: the hourly task finds it.
 FORGETS_ORDERS = "broker", "web", "database"
