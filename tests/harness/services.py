@@ -205,10 +205,15 @@ def cells_of(answers):
 
 
 def spread(combinations):
-    """Yield (answers, service, fault): each cell once, about as many for each of these answers."""
+    """Yield (answers, service, fault): each cell once, about as many for each of these answers.
+
+    With durable jobs, which have tests of their own for each broker, each service once.
+    """
     where = {}
     for number, answers in enumerate(combinations):
         for (service, fault), cell in cells_of(answers).items():
+            if answers["durable_jobs"] == "yes":
+                cell = service, fault
             where.setdefault(cell, []).append((number, service, fault))
     loads = [0] * len(combinations)
     for places in sorted(where.values(), key=len):

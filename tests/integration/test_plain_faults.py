@@ -1,5 +1,6 @@
 """What a fault does to plain tasks, on each broker, and with each pool on the first one.
 
+test_services.py lets each service fail under load; here are the cases that it can't see.
 Each test records what happened; the end of the run prints it as rows for docs/reliability.md.
 """
 
@@ -13,7 +14,6 @@ import psutil
 import pytest
 
 from harness import faults
-from harness.faults import BROKERS
 from harness.outputs import ORDER
 from harness.project import wait_for
 from harness.servers import REDELIVERY
@@ -24,8 +24,6 @@ on_prefork = stacks(pools=["prefork"])
 on_redis = stacks(["redis"], ["prefork"])
 on_rabbitmq = stacks(["rabbitmq"], ["prefork"])
 on_sqs = stacks(["sqs"], ["prefork"])
-# On every pair: RabbitMQ with gevent has a boot step of its own for this.
-with_a_server = stacks(brokers=[broker for broker in BROKERS if broker != "sqs"], every_pair=True)
 with_timeout = stacks(brokers=["redis", "sqs"])
 # When the broker delivers the tasks of a killed worker again, in production
 AGAIN = {
@@ -42,13 +40,6 @@ def broker_of(stack):
 
 def pool_of(stack):
     return stack.project.answers["worker_pool"]
-
-
-def fill(stack, gate):
-    """Start a task in each slot of the worker."""
-    running = [stack.send("wait", gate) for _ in range(stack.variables["WORKER_CONCURRENCY"])]
-    stack.wait_until_started(*running)
-    return running
 
 
 # The worker
@@ -331,31 +322,6 @@ with transaction.atomic():
 
 
 # The broker
-
-
-@with_a_server
-def test_tasks_outlive_a_restart_of_the_broker(stack, gate, record_fault):
-    """Redis with its append-only file, RabbitMQ with quorum queues. The crash is kill -9."""
-    running = fill(stack, gate)
-    waiting = [stack.send("quick") for _ in range(5)]
-    pid = stack.worker.pid
-    with stack.supervised():
-        stack.broker.kill()
-        time.sleep(2)
-        stack.broker.start()
-        start = time.time()
-        time.sleep(5)
-        gate.touch()
-        stack.wait_until_started(*waiting)
-        seconds = max(stack.times("start", task)[0] for task in waiting) - start
-        for task in running:
-            wait_for(lambda task=task: stack.notes("end", task))
-    again = sum(stack.starts(task) > 1 for task in running)
-    what = "waiting tasks are kept; running ones run again" if again else "all tasks are kept"
-    if stack.worker.pid != pid:
-        what += "; the worker exits, and its supervisor restarts it"
-    fault = "The broker crashes and restarts"
-    record_fault(fault, what, seconds, "seconds" if broker_of(stack) == "rabbitmq" else "")
 
 
 FORGET = """
