@@ -27,7 +27,7 @@ on_sqs = stacks(["sqs"], ["prefork"])
 with_timeout = stacks(brokers=["redis", "sqs"])
 # When the broker delivers the tasks of a killed worker again, in production
 AGAIN = {
-    "redis": "2 minutes (`VISIBILITY_SECONDS`) + up to 10 s",
+    "redis": "2 minutes (`VISIBILITY_SECONDS`) + up to 25 s",
     "rabbitmq": "",
     "sqs": "2 minutes (`VISIBILITY_SECONDS`)",
 }
