@@ -15,13 +15,14 @@ from pathlib import Path
 
 {{ imports.sort(lines) }}
 from config import logs
-from config.env import env
+from config.env import check, env
 
 BASE_DIR = Path(__file__).resolve().parent.parent
 required = "SECRET_KEY ALLOWED_HOSTS DATABASE_URL EMAIL_URL DEFAULT_FROM_EMAIL".split()
 required += ["{{ [broker.required, result_backend.required | default] | select | join('", "') }}"]
 if missing := [name for name in required if name not in env.ENVIRON]:
     raise ImproperlyConfigured(f"Missing in the environment: {', '.join(missing)}.")
+check(__file__)
 
 DEBUG = env.bool("DEBUG", default=False)
 
@@ -87,7 +88,7 @@ ROOT_URLCONF = "config.urls"
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 LOGIN_URL = "login"
 LOGIN_REDIRECT_URL = LOGOUT_REDIRECT_URL = "index"
-TIME_ZONE = env.str("TIME_ZONE", default="UTC")
+TIME_ZONE = env.zone("TIME_ZONE", default="UTC")
 STATIC_URL = "static/"
 STATIC_ROOT = BASE_DIR / "staticfiles"
 DATABASES = {"default": env.db("DATABASE_URL")}
@@ -172,7 +173,7 @@ REST_FRAMEWORK = {
     "DEFAULT_PAGINATION_CLASS": "rest_framework.pagination.PageNumberPagination",
     "PAGE_SIZE": 20,
     "DEFAULT_THROTTLE_CLASSES": ["config.api.Throttle"],
-    "DEFAULT_THROTTLE_RATES": {"user": env.str("THROTTLE", default="600/min")},
+    "DEFAULT_THROTTLE_RATES": {"user": env.rate("THROTTLE", default="600/min")},
     "DEFAULT_SCHEMA_CLASS": "drf_spectacular.openapi.AutoSchema",
 {% if not has_jobs %}
     "EXCEPTION_HANDLER": "config.api.exception_handler",  # an unavailable broker is a 503
@@ -245,20 +246,22 @@ CELERY_TASK_IGNORE_RESULT = True
 CELERY_TASK_SEND_SENT_EVENT = CELERY_WORKER_SEND_TASK_EVENTS = True  # it shows each task's state
 FLOWER_BASIC_AUTH = env.str("FLOWER_BASIC_AUTH", default="")  # Flower refuses to start without it
 FLOWER_PORT = env.int("FLOWER_PORT", default={{ flower_port }})
-FLOWER_URL = env.str("FLOWER_URL", default=f"http://127.0.0.1:{FLOWER_PORT}/")  # a link for staff
+FLOWER_URL = env.address("FLOWER_URL", default=f"http://127.0.0.1:{FLOWER_PORT}/")  # for staff
 {% endif %}
 
 # Logs and errors
-if dsn := env.str("SENTRY_DSN", default=""):
+if dsn := env.address("SENTRY_DSN", default=""):
     import sentry_sdk  # only if needed, because it slows each start by a sixth
+    from sentry_sdk.integrations.logging import ignore_logger
 
-    sentry_sdk.init(dsn, release=env.str("RELEASE", default=None))
+    sentry_sdk.init(dsn, release=env.str("RELEASE", default=None), before_send=logs.add_ids)
+    ignore_logger("django_structlog.*")  # it logs the exceptions that Sentry catches itself
 {% if has_jobs %}
 
 if env.str("OTEL_EXPORTER_OTLP_ENDPOINT", default=""):
     INSTALLED_APPS += ["config.tracing.Tracing"]  # traces: see docs/production.md
 {% endif %}
 
-LOGGING = logs.configure(DEBUG, level=env.str("LOG_LEVEL", default="INFO"))
+LOGGING = logs.configure(DEBUG, level=env.level("LOG_LEVEL", default="INFO").upper())
 DJANGO_STRUCTLOG_STATUS_START_LOG_LEVEL = logging.DEBUG  # INFO shows only the end of a request
 DJANGO_STRUCTLOG_CELERY_ENABLED = True  # a message carries the request's id to the worker
