@@ -3,7 +3,6 @@
 {% set lines %}
 from celery import Celery, signals
 from celery.app import utils
-from django_structlog.celery.steps import DjangoStructLogInitStep
 {% print broker.celery_imports | default %}
 {% print worker_pool.celery_imports | default %}
 {% endset %}
@@ -12,6 +11,8 @@ import re
 {{ "import signal\n" if worker_pool.has_soft_shutdown }}from pathlib import Path
 
 {{ imports.sort(lines) }}
+from config.logs import LogStep
+
 # Set the default Django settings module for the 'celery' program.
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
 {% print worker_pool.celery_environment | default %}
@@ -19,7 +20,7 @@ os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
 app = Celery("config")
 app.config_from_object("django.conf:settings", namespace="CELERY")
 app.autodiscover_tasks()
-app.steps["worker"].add(DjangoStructLogInitStep)  # a task's log lines have its request's id
+app.steps["worker"].add(LogStep)  # a task's log lines name it and its request
 
 # `celery report`, `celery inspect conf` and Flower print all Django settings, and mask most
 # passwords. They don't know these settings.
