@@ -1,11 +1,12 @@
 {% import "imports.jinja" as imports %}
-{% from "chosen.jinja" import broker, result_backend, servers, worker_pool, has_docker, has_flower, has_jobs, has_results with context %}
+{% from "chosen.jinja" import broker, result_backend, servers, worker_pool, periodic_tasks, has_kubernetes, has_flower, has_jobs, has_results with context %}
 {% set in_environment = [broker.required, result_backend.required | default] %}
 {% set used = ["CELERY_BROKER_URL", "CELERY_BROKER_READ_URL", "CELERY_BROKER_WRITE_URL"] %}
 {% set used = used + (["CELERY_RESULT_BACKEND"] if has_results else []) %}
 {% set lines %}
 import os
-{{ "from pathlib import Path" if has_docker }}
+import inspect
+{{ "from pathlib import Path" if has_kubernetes }}
 {% for server in servers %}
 {% print server.check_imports | default %}
 {% endfor %}
@@ -14,14 +15,15 @@ import os
 
 {{ imports.sort(lines) }}
 from celery import current_app
-{% if has_docker %}
+{% print periodic_tasks.check_imports | default %}
+{% if has_kubernetes %}
 from django.apps import apps
 {% endif %}
 from django.conf import settings
 from django.core.cache import caches
 from django.core.checks import Error, Tags, Warning, register
 from django.db import connections
-{% if has_docker %}
+{% if has_kubernetes %}
 from django.db.models import FileField
 {% endif %}
 from django.utils.module_loading import autodiscover_modules
@@ -81,7 +83,7 @@ def check_pooler(app_configs, databases=None, **kwargs):
                 " PgBouncer and silence this check.",
                 id="config.W010",
             )
-{% if has_docker %}
+{% if has_kubernetes %}
 
 
 @register(deploy=True)
@@ -133,6 +135,23 @@ def longest_hold(task):
 
 
 @register()
+def check_functions(app_configs, **kwargs):
+    """Find tasks whose call only returns a coroutine or a generator, so that nothing runs."""
+    for task in all_tasks():
+        run = inspect.unwrap(task.run)
+{% if has_jobs %}
+        if hasattr(task, "_is_job"):  # it may be async
+            continue
+{% endif %}
+        if inspect.iscoroutinefunction(run) or inspect.isgeneratorfunction(run):
+            yield Error(
+                f"A worker would not run {task.name}: it is async, or contains yield.",
+                hint="Call async code with asgiref.sync.async_to_sync(), in a plain function.",
+                id="config.E003",
+            )
+
+
+@register()
 def check_rate_limits(app_configs, **kwargs):
     """Find rate-limited tasks that share a queue: they delay the others in it."""
     route = current_app.amqp.router.route
@@ -177,6 +196,7 @@ def check_overridden(app_configs, **kwargs):
                 id="config.W005",
             )
 {% print worker_pool.checks | default %}
+{% print periodic_tasks.checks | default %}
 {% for server in servers %}
 {% print server.checks | default %}
 {% endfor %}
