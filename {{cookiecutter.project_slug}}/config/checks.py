@@ -183,12 +183,8 @@ def check_flower(app_configs, **kwargs):
 @register(deploy=True)
 def check_overridden(app_configs, **kwargs):
     """Find variables that Celery prefers to the settings."""
-    names = [
-{% for name in used | reject("in", in_environment) %}
-        "{{ name }}",
-{% endfor %}
-    ]
-    for name in names:
+{% set names = used | reject("in", in_environment) | list %}
+    for name in {{ '["%s"]' % names[0] if names | length == 1 else '"' ~ names | join('", "') ~ '"' }}:
         if os.environ.get(name):
             yield Warning(
                 f"The environment variable {name} overrides config/settings.py.",

@@ -8,8 +8,8 @@ from zoneinfo import available_timezones
 import environ
 from django.core.exceptions import ImproperlyConfigured
 
-Env = environ.Env
-Env.address = Env.level = Env.rate = Env.zone = Env.str  # each with a pattern of its own
+env = environ.Env()
+env.address = env.level = env.rate = env.zone = env.str  # each with a pattern of its own
 KINDS = {  # {method of env: (pattern of a right value, what it is)}
     "bool": ("true|false|yes|no|on|off|[01tfyn]", "True or False"),
     "int": (r"\d+", "a whole number"),
@@ -22,23 +22,19 @@ ADDRESS = r"[\w.+-]+:(//([^/?#]*@)?(\[.*\]|[^/?#@:]*)(:\d+)?([,;/?].*)?|//:memor
 for kind in "db", "cache", "email", "address":
     KINDS[kind] = ADDRESS, "like scheme://user:password@host:port/name, with %23 for #, and so on"
 
-
-def check(file):
-    """Raise one error that names each wrong value of the variables that this file reads."""
-    wrong = []
-    for kind, name in re.findall(r"""env\.(\w+)\(\s*["'](\w+)""", Path(file).read_text("utf-8")):
-        pattern, meaning = KINDS.get(kind, (".*", ""))
-        if not re.fullmatch(pattern, value := env.ENVIRON.get(name, ""), re.IGNORECASE) and value:
-            shown = name if pattern == ADDRESS else f"{name}={value}"  # an address has passwords
-            wrong.append(f"{shown} must be {meaning}")
-    if wrong:
-        raise ImproperlyConfigured(f"Wrong in the environment or in .env: {'; '.join(wrong)}.")
-
-
-env = Env()
 env.read_env(Path(__file__).resolve().parent.parent / ".env")
 # To django-environ, a value that starts with $ names another variable. So each $ is escaped here, and
 # escape_proxy makes \$ a $ again.
 env.escape_proxy = True
 values = {name: value.strip().replace("$", r"\$") for name, value in os.environ.items()}
 env.ENVIRON = {name: value for name, value in values.items() if value}  # empty means missing
+
+# One error names all wrong values: of the variables that the settings read, and how.
+wrong, settings = [], Path(__file__).with_name("settings.py").read_text("utf-8")
+for kind, name in re.findall(r"""env\.(\w+)\(\s*["'](\w+)""", settings):
+    pattern, meaning = KINDS.get(kind, (".*", ""))
+    if not re.fullmatch(pattern, value := env.ENVIRON.get(name, ""), re.IGNORECASE) and value:
+        shown = "" if pattern == ADDRESS else f"={value}"  # an address may have a password
+        wrong.append(f"{name}{shown} must be {meaning}")
+if wrong:
+    raise ImproperlyConfigured(f"Wrong in the environment or in .env: {'; '.join(wrong)}.")

@@ -94,11 +94,8 @@ def drop_repeated(logger, method, event):
 
 
 def add_ids(event, hint):
-    """Show in Sentry the ids that log lines have, and group lines of structlog by their text."""
-    event.setdefault("tags", {}).update(contextvars.get_contextvars())
-    if isinstance(line := getattr(hint.get("log_record"), "msg", None), dict):
-        event["logentry"] = {"message": line["event"]}
-    return event
+    """Show the ids that log lines have in Sentry, too."""
+    return {**event, "tags": {**event.get("tags", {}), **contextvars.get_contextvars()}}
 {% if not has_jobs %}
 
 
@@ -133,7 +130,6 @@ class LogStep(bootsteps.Step, CeleryReceiver):
 
 def bound_to(task):
     """If its process was killed, the worker's main process logs it, and knows only the message."""
-    ids = {"task": task.name, "task_id": task.request.id}
     sent = getattr(task.request, "__django_structlog__", {})
-    return contextvars.bound_contextvars(**(sent | ids))
+    return contextvars.bound_contextvars(**{**sent, "task": task.name, "task_id": task.request.id})
 {% endif %}

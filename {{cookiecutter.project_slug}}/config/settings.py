@@ -15,14 +15,13 @@ from pathlib import Path
 
 {{ imports.sort(lines) }}
 from config import logs
-from config.env import check, env
+from config.env import env
 
 BASE_DIR = Path(__file__).resolve().parent.parent
 required = "SECRET_KEY ALLOWED_HOSTS DATABASE_URL EMAIL_URL DEFAULT_FROM_EMAIL".split()
 required += ["{{ [broker.required, result_backend.required | default] | select | join('", "') }}"]
 if missing := [name for name in required if name not in env.ENVIRON]:
     raise ImproperlyConfigured(f"Missing in the environment: {', '.join(missing)}.")
-check(__file__)
 
 DEBUG = env.bool("DEBUG", default=False)
 
@@ -70,6 +69,9 @@ MIDDLEWARE = [
     "django.middleware.clickjacking.XFrameOptionsMiddleware",
     "django_structlog.middlewares.RequestMiddleware",
     "axes.middleware.AxesMiddleware",
+{% if not has_jobs %}
+    "config.api.ErrorMiddleware",  # an unavailable broker is a 503
+{% endif %}
 ]
 TEMPLATES = [
     {
@@ -110,12 +112,8 @@ CACHES = {"default": env.cache("CACHE_URL", default="locmemcache://")}
 {% for server in servers if server.settings is defined %}
 {{ server.settings | trim }}
 {% endfor %}
-{% print durable_jobs.files | default %}
-email = env.email("EMAIL_URL")
-EMAIL_BACKEND, EMAIL_FILE_PATH = email["EMAIL_BACKEND"], email["EMAIL_FILE_PATH"]
-EMAIL_HOST, EMAIL_PORT = email["EMAIL_HOST"], email["EMAIL_PORT"]
-EMAIL_HOST_USER, EMAIL_HOST_PASSWORD = email["EMAIL_HOST_USER"], email["EMAIL_HOST_PASSWORD"]
-EMAIL_USE_TLS, EMAIL_USE_SSL = email.get("EMAIL_USE_TLS", False), email.get("EMAIL_USE_SSL", False)
+{% print durable_jobs.files %}
+vars().update(env.email("EMAIL_URL"))  # EMAIL_BACKEND, EMAIL_HOST and so on
 EMAIL_TIMEOUT = 10  # seconds; without it a task would wait forever for a mail server that hangs
 DEFAULT_FROM_EMAIL = env.str("DEFAULT_FROM_EMAIL")
 
@@ -175,9 +173,6 @@ REST_FRAMEWORK = {
     "DEFAULT_THROTTLE_CLASSES": ["config.api.Throttle"],
     "DEFAULT_THROTTLE_RATES": {"user": env.rate("THROTTLE", default="600/min")},
     "DEFAULT_SCHEMA_CLASS": "drf_spectacular.openapi.AutoSchema",
-{% if not has_jobs %}
-    "EXCEPTION_HANDLER": "config.api.exception_handler",  # an unavailable broker is a 503
-{% endif %}
     "NUM_PROXIES": NUM_PROXIES,
     "TEST_REQUEST_DEFAULT_FORMAT": "json",
 }
