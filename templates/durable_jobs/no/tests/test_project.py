@@ -40,7 +40,8 @@ def test_a_task_that_the_broker_would_deliver_twice_is_found(monkeypatch, settin
 
 def test_a_task_with_only_one_time_limit_of_its_own_is_found(monkeypatch):
     assert not list(checks.check_time_limits(None))
-    monkeypatch.setattr(app.tasks["celery.backend_cleanup"], "time_limit", app.conf.task_time_limit + 1)
+    task = app.tasks["celery.backend_cleanup"]
+    monkeypatch.setattr(task, "time_limit", task.time_limit + 1)
     assert [warning.id for warning in checks.check_time_limits(None)] == ["config.W009"]
 {% endif %}
 
