@@ -1,47 +1,53 @@
 """Each way to start a task, from each kind of view, with a broker that is up, down or hangs."""
 
+import itertools
+import re
 import socket
-import time
 
 import pytest
 
 from harness.bake import CHOICES, DEFAULTS
 from harness.outputs import outputs
-from harness.project import Console, free_ports, started
-from harness.servers import Redis
+from harness.project import Console
 
-plain = outputs(DEFAULTS)
+each_broker = outputs(*({**DEFAULTS, "broker": broker} for broker in CHOICES["broker"]))
+KINDS = ["function", "login", "class", "async", "atomic", "api_view", "APIView"]
 VIEWS = """
-
-import json
+from datetime import timedelta
 from asgiref.sync import sync_to_async
 from celery import chain, chord, group
 from django.contrib.auth.decorators import login_required
 from django.db import transaction
+from django.utils import timezone
 from django.views import View
 from rest_framework.decorators import api_view
+from rest_framework.views import APIView
 from config.celery import app
 from config.task_status import accepted
-from orders.tasks import email_forecasts, forecast_demand, send_newsletter
+from orders.tasks import email_forecasts, send_newsletter as task
 
+callback = email_forecasts.si([], "a@example.com")
 OPTIONS = [
-    {"countdown": 1}, {"eta": "2026-01-01T00:00:00+00:00"}, {"expires": 60}, {"queue": "cpu"}, {"priority": 3},
-    {"retry": False}, {"headers": {"a": 1}}, {"task_id": "0b0e4b0e"}, {"ignore_result": True}, {"link": True},
-    {"link_error": True}, {"time_limit": 9}, {"shadow": "x"}, {"compression": "zlib"}, {"routing_key": "io"},
+    {"countdown": 1},
+    {"eta": timezone.now() + timedelta(seconds=1)},
+    {"expires": 60},
+    {"queue": "cpu"},
+    {"routing_key": "io"},
+    {"priority": 3},
+    {"retry": False},
+    {"headers": {"a": 1}},
+    {"task_id": "0b0e4b0e"},
+    {"ignore_result": True},
+    {"link": callback},
+    {"link_error": callback},
+    {"time_limit": 9, "soft_time_limit": 8},
+    {"shadow": "x"},
+    {"compression": "zlib"},
 ]
-task, callback = send_newsletter, email_forecasts.si([], "a@example.com")
-
-
-def with_options(options):
-    linked = {name: callback if value is True and "link" in name else value for name, value in options.items()}
-    return lambda: task.apply_async([0], **linked)
-
-
 WAYS = {
     "delay": lambda: task.delay(0),
     "delay_on_commit": lambda: task.delay_on_commit(0),
     "apply_async_on_commit": lambda: task.apply_async_on_commit([0]),
-    "in a transaction": lambda: transaction.atomic(lambda: task.delay_on_commit(0))(),
     "signature": lambda: task.s(0).delay(),
     "send_task": lambda: app.send_task(task.name, [0]),
     "chain": lambda: chain(task.si(0), task.si(0)).delay(),
@@ -50,8 +56,9 @@ WAYS = {
     "map": lambda: task.map([0, 0]).delay(),
     "starmap": lambda: task.starmap([[0], [0]]).delay(),
     "chunks": lambda: task.chunks([[0], [0]], 2).delay(),
-    **{str(options): with_options(options) for options in OPTIONS},
 }
+for options in OPTIONS:
+    WAYS[" ".join(options)] = lambda options=options: task.apply_async([0], **options)
 
 
 def answer(request):
@@ -64,9 +71,9 @@ class Viewed(View):
         return answer(request)
 
 
-class Api(views.APIView if "views" in globals() else __import__("rest_framework.views").views.APIView):
+class Api(APIView):
     def post(self, request):
-        return answer(request._request if False else request)
+        return answer(request)
 
 
 async def asynchronous(request):
@@ -74,7 +81,8 @@ async def asynchronous(request):
 
 
 KINDS = {
-    "function": login_required(answer),
+    "function": answer,
+    "login": login_required(answer),
     "class": Viewed.as_view(),
     "async": asynchronous,
     "atomic": transaction.atomic(answer),
@@ -83,3 +91,98 @@ KINDS = {
 }
 urlpatterns += [path(f"kinds/{kind}/", view) for kind, view in KINDS.items()]
 """
+CLIENT = """
+import time
+from django.test import Client
+from orders.models import Newsletter, Order
+from users.models import User
+user, _ = User.objects.get_or_create(username="user", is_staff=True, is_superuser=True)
+client = Client(raise_request_exception=False, headers={"host": "localhost"})
+client.force_login(user)
+"""
+SEND = """
+result = []
+for kind, way in pairs:
+    start = time.monotonic()
+    answer = client.post(f"/kinds/{kind}/", query_params={"way": way})
+    result.append([answer.status_code, time.monotonic() - start < 20, kind, way])
+"""
+ACT = """
+data = {"action": action, "_selected_action": [1]}
+Order.objects.get_or_create(pk=1, owner=user, product="Tea")
+Newsletter.objects.get_or_create(pk=1)
+answer = client.post(f"/admin/orders/{model}/?q=a", data, follow=True)
+result = [answer.redirect_chain, "tasks are unavailable" in answer.content.decode()]
+"""
+ACTIONS = [("order", "forecast_demand"), ("order", "check_stock"), ("newsletter", "send")]
+
+
+@pytest.fixture(scope="module")
+def console(project, tmp_path_factory):
+    """A function that starts a console of the project, with more variables."""
+    folder, consoles = tmp_path_factory.mktemp("views"), []
+    project.append("config/urls.py", VIEWS)
+    database = {"DATABASE_URL": f"sqlite:///{folder}/db.sqlite3"}
+    project.manage("migrate", "-v0", **database)
+
+    def start(**variables):
+        consoles.append(Console(project, folder / "log", **database, **variables).start())
+        return consoles[-1]
+
+    yield start
+    for each in consoles:
+        each.end()
+
+
+@pytest.fixture(scope="module")
+def hanging():
+    """The port of a server that accepts connections, and never answers."""
+    with socket.create_server(("127.0.0.1", 0), backlog=1000) as server:
+        yield server.getsockname()[1]
+
+
+def send(console, pairs):
+    """Use these views in these ways. Return the status of each, and whether it came soon."""
+    return console.ask(f"{CLIENT}pairs = {pairs!r}{SEND}")
+
+
+def ways(console):
+    return console.ask("from config import urls; result = list(urls.WAYS)")
+
+
+def act(console):
+    """Run each action of the admin. Return whether it said that it could not."""
+    said = []
+    for model, action in ACTIONS:
+        [[url, status]], unavailable = console.ask(
+            f"{CLIENT}model, action = {model!r}, {action!r}{ACT}"
+        )
+        assert (url, status) == (f"/admin/orders/{model}/?q=a", 302)
+        said.append(unavailable)
+    return said
+
+
+@each_broker
+def test_every_view_sends_a_task_in_every_way(broker, console):
+    up = console(**broker)
+    found = send(up, list(itertools.product(KINDS, ways(up))))
+    assert [each for each in found if each[0] != 202] == []
+    assert act(up) == [False] * 3
+
+
+@each_broker
+def test_without_a_broker_every_view_answers_503(console, project):
+    down = console(**project.free_servers())
+    found = send(down, list(itertools.product(KINDS, ways(down))))
+    assert [each for each in found if each[:2] != [503, True]] == []
+    assert act(down) == [True] * 3
+
+
+@each_broker
+def test_a_broker_that_hangs_is_a_503_too(console, project, hanging):
+    here = {n: re.sub(r":\d+", f":{hanging}", u) for n, u in project.addresses().items()}
+    stuck = console(**here)
+    pairs = [*((kind, "delay") for kind in KINDS), *(("function", way) for way in ways(stuck))]
+    found = send(stuck, pairs)
+    assert [each for each in found if each[:2] != [503, True]] == []
+    assert act(stuck) == [True] * 3
