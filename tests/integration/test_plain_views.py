@@ -6,18 +6,21 @@ import socket
 
 import pytest
 
-from harness.bake import CHOICES, DEFAULTS
+from harness.bake import DEFAULTS
 from harness.outputs import outputs
-from harness.project import Console
+from harness.project import Console, started
+from harness.servers import servers_of, variables_of
 
-each_broker = outputs(*({**DEFAULTS, "broker": broker} for broker in CHOICES["broker"]))
+plain = outputs(DEFAULTS)
 KINDS = ["function", "login", "class", "async", "atomic", "api_view", "APIView"]
 VIEWS = """
+import json
 from datetime import timedelta
 from asgiref.sync import sync_to_async
 from celery import chain, chord, group
 from django.contrib.auth.decorators import login_required
 from django.db import transaction
+from django.http import JsonResponse
 from django.utils import timezone
 from django.views import View
 from rest_framework.decorators import api_view
@@ -61,6 +64,10 @@ for options in OPTIONS:
     WAYS[" ".join(options)] = lambda options=options: task.apply_async([0], **options)
 
 
+def read(request):
+    return JsonResponse(json.loads(request.body))
+
+
 def answer(request):
     result = WAYS[request.GET["way"]]()
     return accepted(request, result or task.AsyncResult("none"))
@@ -90,6 +97,7 @@ KINDS = {
     "APIView": Api.as_view(),
 }
 urlpatterns += [path(f"kinds/{kind}/", view) for kind, view in KINDS.items()]
+urlpatterns += [path("kinds/json/", read)]
 """
 CLIENT = """
 import time
@@ -162,15 +170,20 @@ def act(console):
     return said
 
 
-@each_broker
-def test_every_view_sends_a_task_in_every_way(broker, console):
-    up = console(**broker)
+@plain
+def test_every_view_sends_a_task_in_every_way(console, project, tmp_path):
+    used = servers_of(project, tmp_path)
+    with started(*used):
+        check_up(console(**variables_of(used)))
+
+
+def check_up(up):
     found = send(up, list(itertools.product(KINDS, ways(up))))
     assert [each for each in found if each[0] != 202] == []
     assert act(up) == [False] * 3
 
 
-@each_broker
+@plain
 def test_without_a_broker_every_view_answers_503(console, project):
     down = console(**project.free_servers())
     found = send(down, list(itertools.product(KINDS, ways(down))))
@@ -178,7 +191,7 @@ def test_without_a_broker_every_view_answers_503(console, project):
     assert act(down) == [True] * 3
 
 
-@each_broker
+@plain
 def test_a_broker_that_hangs_is_a_503_too(console, project, hanging):
     here = {n: re.sub(r":\d+", f":{hanging}", u) for n, u in project.addresses().items()}
     stuck = console(**here)
@@ -186,3 +199,16 @@ def test_a_broker_that_hangs_is_a_503_too(console, project, hanging):
     found = send(stuck, pairs)
     assert [each for each in found if each[:2] != [503, True]] == []
     assert act(stuck) == [True] * 3
+
+
+DEEP = """
+bodies = ["[" * 100_000, '{"product": %s1%s}' % ("[" * 5000, "]" * 5000), '{"a":' * 5000]
+post = lambda path, body: client.post(path, body, content_type="application/json").status_code
+result = [post(path, body) for path in ("/api/orders/", "/kinds/json/") for body in bodies]
+"""
+
+
+@plain
+def test_json_that_is_nested_too_deeply_is_refused(console, project):
+    """By a view of DRF and by one of Django."""
+    assert console().ask(CLIENT + DEEP) == [400] * 6

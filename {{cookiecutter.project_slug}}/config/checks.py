@@ -137,13 +137,14 @@ def longest_hold(task):
 @register()
 def check_functions(app_configs, **kwargs):
     """Find tasks whose call only returns a coroutine or a generator, so that nothing runs."""
+    kinds = inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction
     for task in all_tasks():
         run = inspect.unwrap(task.run)
 {% if has_jobs %}
         if hasattr(task, "_is_job"):  # it may be async
             continue
 {% endif %}
-        if inspect.iscoroutinefunction(run) or inspect.isgeneratorfunction(run):
+        if any(is_kind(run) for is_kind in kinds):
             yield Error(
                 f"A worker would not run {task.name}: it is async, or contains yield.",
                 hint="Call async code with asgiref.sync.async_to_sync(), in a plain function.",
