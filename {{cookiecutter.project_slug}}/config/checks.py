@@ -185,7 +185,15 @@ def check_flower(app_configs, **kwargs):
 def check_overridden(app_configs, **kwargs):
     """Find variables that Celery prefers to the settings."""
 {% set names = used | reject("in", in_environment) | list %}
-    for name in {{ '["%s"]' % names[0] if names | length == 1 else '"' ~ names | join('", "') ~ '"' }}:
+{% if names | length > 2 %}
+    for name in (
+{% for name in names %}
+        "{{ name }}",
+{% endfor %}
+    ):
+{% else %}
+    for name in ["{{ names | join('", "') }}"]:
+{% endif %}
         if os.environ.get(name):
             yield Warning(
                 f"The environment variable {name} overrides config/settings.py.",
