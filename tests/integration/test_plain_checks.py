@@ -188,7 +188,7 @@ def test_a_failed_task_runs_again_from_the_admin(copied, tmp_path):
     copied.append("orders/tasks.py", FAIL)
     variables = {"DATABASE_URL": f"sqlite:///{tmp_path}/db.sqlite3", "WORKER_CONCURRENCY": 1}
     redis, path = Redis(tmp_path / "redis"), tmp_path / "é 'quoted' file"
-    variables |= redis.variables
+    variables["CELERY_BROKER_URL"] = redis.variables["CELERY_BROKER_URL"]
     copied.manage("migrate", "-v0", **variables)
     command = [copied / ".venv/bin/celery", "-A", "config", "worker"]
     worker = Process(command, tmp_path / "log", says=" ready.", cwd=copied, variables=variables)
