@@ -11,7 +11,7 @@ from django_celery_results.admin import TaskResultAdmin
 
 @admin.action(description="Run again", permissions=["change"])
 def run_again(modeladmin, request, queryset):
-    """Send failed tasks with the same id. If the broker is down, they stay failed."""
+    """Send failed tasks again, instead of their rows. If the broker is down, the rows stay."""
     for row in queryset.filter(status=states.FAILURE):
         try:
             args, kwargs = json.loads(row.task_args), json.loads(row.task_kwargs)
@@ -22,7 +22,7 @@ def run_again(modeladmin, request, queryset):
             messages.error(request, f"{row.task_id}: its arguments were not stored as a whole.")
             continue
         with transaction.atomic():
-            queryset.filter(pk=row.pk).update(status=states.PENDING)
+            row.delete()
             current_app.send_task(row.task_name, args, kwargs, task_id=row.task_id)
 
 
