@@ -30,7 +30,7 @@ VARIABLES = {  # {variable: (another legal value, an illegal one, if there is on
     "AWS_ACCOUNT_ID": ("123456789012", None),
     "FLOWER_BASIC_AUTH": ("user:pass", None),
     "TASK_TIME_LIMIT": ("60", "1 minute"),
-    "MAX_COUNTDOWN": NUMBER,
+    "MAX_COUNTDOWN": ("900", "nine"),
     "VISIBILITY_SECONDS": NUMBER,
     "SQS_VISIBILITY_TIMEOUT": ("9000", "nine"),
     "RABBITMQ_CONSUMER_TIMEOUT": ("3600", "nine"),
