@@ -87,8 +87,9 @@ def copy_output(output, ready):
 def watch(name, *options):
     """`python dev.py NAME`: run this line of the Procfile.
 
-    Restart the process when the code changes or a signal kills it. If it exits on its own, exit with
-    its status. But if it fails after a restart, wait for the next change, which may fix it.
+    Restart the process when the code changes, a signal kills it, or it exits after more than ten
+    seconds. If it exits earlier, exit with its status. But if that is after a restart, wait for the
+    next change, which may fix it.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that `finally` stops the process
     command = " ".join(["exec", read_procfile()[name], *options])
@@ -104,15 +105,19 @@ def watch(name, *options):
 
 
 def wait_for_reason(process, name, code, restarts):
-    """Wait until the process must start again, and return why. If it exits on its own, exit too."""
+    """Wait until the process must start again, and return why. If it can't start, exit too."""
+    began, ran = time.monotonic(), 0
     # Flower does not restart for new code: it would forget the tasks that it shows.
     while name == "flower" or code == read_code():
         time.sleep(0.5)
-        if (status := process.poll()) is None or (restarts and status > 0):
-            continue  # it runs, or it waits for the next change
-        if status >= 0:
+        if (status := process.poll()) is None:
+            ran = time.monotonic() - began
+        elif status < 0:
+            return f"Killed by {signal.Signals(-status).name}"
+        elif ran > 10:
+            return f"Exited with status {status}"
+        elif not restarts or not status:  # otherwise it waits for the next change
             sys.exit(status)
-        return f"Killed by {signal.Signals(-status).name}"
     return "The code has changed"
 
 

@@ -36,19 +36,19 @@ def product(choices):
 COMBINATIONS = product(CHOICES)
 
 
-def groups(answers):
-    """Return every three of these answers, each with its option."""
-    return set(itertools.combinations(answers.items(), GROUP))
+def groups(answers, size=GROUP):
+    """Return every `size` of these answers, each with its option."""
+    return set(itertools.combinations(answers.items(), size))
 
 
-def covering(combinations):
+def covering(combinations, size=GROUP):
     """Return a few of these, the first one included, that have each group of all.
 
     The next one is always the one with the most groups that no earlier one has.
     """
     bits, rows = {}, []  # each group is a bit, so that a set of them is a number: this is quick
     for each in combinations:
-        own = {1 << bits.setdefault(group, len(bits)) for group in groups(each)}
+        own = {1 << bits.setdefault(group, len(bits)) for group in groups(each, size)}
         rows.append((sum(own), each))
     found = []
     new, best = rows[0]

@@ -49,7 +49,7 @@ PACKAGES = {
 }
 # What a package or an extra of one brings, and its own documentation imports.
 BRINGS = {
-    "celery": {"billiard", "kombu"},
+    "celery": {"amqp", "billiard", "kombu"},
     "dynamodb": {"boto3", "botocore"},
     "sqs": {"boto3", "botocore"},
 }
@@ -119,7 +119,7 @@ def check_celery(settings, addresses):
     the settings or in .env.example say which transport and which backend to check.
     """
     names = set(re.findall(r"^ *(CELERY_\w+)", settings, re.MULTILINE))
-    known = DEFAULTS.keys() | texts_in("celery.backends.base")
+    known = DEFAULTS.keys() | texts_in("celery.backends.base") | texts_in("celery.backends.redis")
     unknown = {name for name in names if name.removeprefix("CELERY_").lower() not in known}
     assert not unknown - texts_in("celery.fixups.django"), "Celery knows no such setting"
 

@@ -4,6 +4,7 @@ Arguments are answers, as for `cookiecutter`: durable_jobs=yes
 """
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,16 +14,8 @@ import time
 from .bake import TEMPLATE
 from .project import Project, wait_for
 
-# In production, a broker waits for 21 minutes before it delivers the tasks of a killed worker
-# again. (RabbitMQ notices the lost connection, and doesn't wait.)
-QUICK_REDIS = """
-CELERY_BROKER_TRANSPORT_OPTIONS |= {
-    "visibility_timeout": 10,
-    "unacked_restore_interval": 1,
-    "unacked_restore_throttle": 1,
-    "unacked_mutex_expire": 5,  # if the killed worker was just looking for such tasks
-}
-"""
+# Seconds until a killed worker's tasks and jobs run again, shorter than the defaults
+QUICK = {"VISIBILITY_SECONDS": 10, "JOB_LEASE_SECONDS": 5}
 NEWSLETTER = """
 from orders.models import Newsletter, Recipient
 from orders.tasks import send_newsletter
@@ -47,11 +40,12 @@ def main(answers, out=TEMPLATE / "demo", **environment):
     print("\nInstall what it needs")
     project.install()
     has_jobs = (project / "vendor").exists()
-    if not has_jobs:
-        environment["SQS_VISIBILITY_TIMEOUT"] = 10
-        if "visibility_timeout" in project.read("config/settings.py"):
-            project.append("config/settings.py", QUICK_REDIS)
     print("\nStart it: make run")
+    settings = project.read("config/settings.py")
+    for name, seconds in QUICK.items():
+        if default := re.search(rf'"{name}", default=(\d+)', settings):
+            environment[name] = seconds
+            print(f"  with {name}={seconds}, for this run only; the default is {default[1]}")
     with project.up(**environment) as site:
         print(f"  {site.web}  {site.flower if site.has_flower else ''}")
         if (project / "orders").exists():
@@ -76,12 +70,16 @@ def run_tasks(site):
     print("\nSend a newsletter to 5,000 recipients, and kill -9 the worker in the middle")
     task_id = site.ask(NEWSLETTER)
     wait_for(lambda: site.ask(SENT) >= 2000, site=site)
-    for pid in site.find("celery.* worker"):
-        os.kill(pid, signal.SIGKILL)
+    kill_worker(site)
     print(f"  killed after {site.ask(SENT)} of 5000 emails; make run starts a new worker")
     wait_for(lambda: site.ask(SENT) == 5000, site=site)
     print("  the task ran again and continued where it had stopped: 5000 of 5000")
     return task_id
+
+
+def kill_worker(site):
+    for pid in site.find("celery.* worker"):
+        os.kill(pid, signal.SIGKILL)
 
 
 def watch_and_cancel(site, location):
@@ -105,21 +103,28 @@ def run_jobs(site):
     order = {"product": "Tea", "quantity": 2}
     follow(site, post(site, "/api/orders/", order, 202))
     print("\nStart a report, as the button on the page does, watch it and cancel it")
-    follow(site, post(site, "/api/orders/report/", {}, 202), cancel_at=10)
-    print("\nEmail a newsletter to 5,000 recipients")
+    url = post(site, "/api/orders/report/", {}, 202)
+    follow(site, url, lambda: cancel(site, url), ends="cancelled")
+    print("\nEmail a newsletter to 5,000 recipients, and kill -9 the worker in the middle")
     recipients = [f"reader-{number}@example.com" for number in range(5000)]
     letter = {"subject": "News", "body": "It works.", "recipients": recipients}
-    return follow(site, post(site, "/api/newsletters/", letter, 202))
+    return follow(site, post(site, "/api/newsletters/", letter, 202), lambda: kill_worker(site))
 
 
-def follow(site, url, cancel_at=None):
+def cancel(site, url):
+    status, _, _ = site.request(f"{url}cancel/", {})
+    print(f"  POST {url}cancel/ -> {status}")
+
+
+def follow(site, url, act=None, ends="succeeded"):
+    """Show a job until it ends. Call act() once it has done a tenth. Return its id."""
     print(f"  GET {url}")
     for job in site.follow(url):
         show(job["state"], job["progress"], job["message"])
-        if cancel_at and job["state"] == "running" and job["progress"] >= cancel_at:
-            status, _, _ = site.request(f"{url}cancel/", {})
-            print(f"  POST {url}cancel/ -> {status}")
-    assert job["state"] == ("cancelled" if cancel_at else "succeeded"), job
+        if act and job["state"] == "running" and job["progress"] >= 10:
+            act()
+            act = None
+    assert job["state"] == ends and not act, job
     return job["id"]
 
 

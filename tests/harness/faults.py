@@ -71,7 +71,8 @@ def running(request, cookies_session, tmp_path_factory):
         answers = {"durable_jobs": "no", **broker.answers, **results, **pool}
         project = baked(cookies_session, answers)
         project.install()
-        stack = prepare_plain(project, folder, database, broker.settings)
+        quick = None if options.get("defaults") else broker.settings
+        stack = prepare_plain(project, folder, database, quick)
     else:
         project = baked(cookies_session, {**WITH_JOBS, **broker.answers, **pool})
         # More for threads and greenlets, which share a process.

@@ -21,7 +21,7 @@ from .bake import TEMPLATE, chosen
 from .blocks import code
 from .project import Process, children_of, connects, free_ports, started
 
-REDELIVERY = 10  # seconds until Redis or SQS delivers a plain task again, instead of 21 minutes
+REDELIVERY = 10  # seconds until Redis or SQS delivers a dead worker's plain tasks again, not 120
 # In Erlang: elect a leader for each quorum queue whose members do not answer within a second.
 ELECT_LEADERS = """
 [ra:trigger_election(Id) || Queue <- rabbit_amqqueue:list(), Id <- [amqqueue:get_pid(Queue)],
@@ -62,16 +62,10 @@ def answers_ping(port, *options):
 class Redis(Broker):
     server = "redis"
     answers = {"broker": "redis"}
-    # kombu looks for tasks to deliver again each second, not each 100. If it is killed meanwhile,
-    # others may do so after 2 seconds, not 300.
-    settings = f"""
-REDELIVERY_SECONDS = env.int("REDELIVERY", default={REDELIVERY})
-CELERY_BROKER_TRANSPORT_OPTIONS |= {{
-    "visibility_timeout": REDELIVERY_SECONDS,
-    "unacked_restore_interval": 1,
-    "unacked_restore_throttle": 1,
-    "unacked_mutex_expire": 2,
-}}
+    # kombu looks for tasks to deliver again each second, not each 10. If it is killed meanwhile,
+    # others may do so after 2 seconds, not 10.
+    settings = """
+CELERY_BROKER_TRANSPORT_OPTIONS |= {"unacked_restore_interval": 1, "unacked_mutex_expire": 2}
 """
     refuse = 'channel.client.set("refused", "no list")'
 
@@ -80,11 +74,19 @@ CELERY_BROKER_TRANSPORT_OPTIONS |= {{
             missing("redis-server is not installed: sudo apt install redis-server")
         self.port = port or free_ports(1)[0]
         url = f"redis://127.0.0.1:{self.port}"
-        self.variables = {"CELERY_BROKER_URL": f"{url}/0", "CELERY_RESULT_BACKEND": f"{url}/1"}
+        self.variables = {
+            "CELERY_BROKER_URL": f"{url}/0",
+            "CELERY_RESULT_BACKEND": f"{url}/1",
+            "VISIBILITY_SECONDS": REDELIVERY,
+        }
         # A killed Redis loses nothing without fsync, for which clients would wait on a busy disk.
         options = "--appendonly yes --appendfsync no"
         command = f"redis-server --port {self.port} --dir {folder} {options}"
         super().__init__(folder, command.split(), is_ready=partial(answers_ping, self.port))
+
+    def configure(self, name, value):
+        command = ["redis-cli", "-p", str(self.port), "config", "set", name, value]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
 class RedisSentinel(Redis):
@@ -148,6 +150,7 @@ sentinel failover-timeout main 10000
         self.variables = {
             "CELERY_BROKER_URL": f"{url}{away}/0;{url}{self.port}/0",
             "CELERY_RESULT_BACKEND": f"{url}{away}/1;{url}{self.port}/1",
+            "VISIBILITY_SECONDS": REDELIVERY,
             "REDIS_SENTINEL_MASTER": "main",
             "REDIS_SENTINEL_PASSWORD": "of/sentinel",
             "REDIS_SENTINEL_CA_CERTS": self.certificate,
@@ -258,13 +261,14 @@ class SQS(Broker):
     """moto, which keeps nothing: after a restart, queues and table are created again, empty."""
 
     answers = {"broker": "sqs", "result_backend": "none"}
-    settings = f"REDELIVERY_SECONDS = SQS_VISIBILITY_TIMEOUT = {REDELIVERY}\n"
 
     def __init__(self, folder, project):
-        [port] = free_ports(1)
-        self.project, self.variables = project, {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}
-        command = [project / ".venv/bin/python", "-m", "moto.server", "--port", str(port)]
-        super().__init__(folder, command, is_ready=partial(connects, port))
+        [self.port] = free_ports(1)
+        self.project = project
+        url = f"http://127.0.0.1:{self.port}"
+        self.variables = {"AWS_ENDPOINT_URL": url, "VISIBILITY_SECONDS": REDELIVERY}
+        command = [project / ".venv/bin/python", "-m", "moto.server", "--port", str(self.port)]
+        super().__init__(folder, command, is_ready=partial(connects, self.port))
 
     def wait_until_ready(self):
         super().wait_until_ready()

@@ -11,7 +11,7 @@ from functools import partial
 
 import psycopg
 
-from .project import BEHIND_A_PROXY, Console, Process, fetch, free_ports, responds, wait_for
+from .project import ASKED, BEHIND_A_PROXY, Console, Process, fetch, free_ports, responds, wait_for
 from .servers import servers_of, variables_of
 
 LEASE, RESEND = 5, 2  # seconds
@@ -108,6 +108,9 @@ class Stack:
             **variables_of(servers),
             **variables,
         }
+        if "CELERY_RESULT_BACKEND" not in re.findall(ASKED, project.read("config/settings.py")):
+            # Celery would prefer this variable of the broker's Redis to the project's settings.
+            self.variables.pop("CELERY_RESULT_BACKEND", None)
         self.made = []  # all processes, including those of tests
         self.marks = {}  # {log: its size when the test began}
         self.console = Console(project, folder / "console.log", **self.variables)
@@ -227,7 +230,7 @@ class Stack:
         texts = []
         for log in self.logs:
             text = log.read_bytes()[self.marks.get(log, 0) :].decode(errors="replace")
-            texts.append(f"--- {log.name}\n{text[-5000:]}")
+            texts.append(f"--- {log.name}\n{text[-50000:]}")
         return "\n".join(texts)
 
     # Requests and queries of the tests
@@ -442,9 +445,15 @@ urlpatterns += [path("api/faults/add/", add)]
 def prepare_plain(project, folder, database, settings=""):
     """Add the app `trials` to an installed project, and return its PlainStack, not yet started.
 
+    Without settings (None), it has the timings of production.
     To see which tests fail without a setting: WITHOUT=CELERY_TASK_ACKS_LATE make prove …
     """
     without = "".join(f"del {name}\n" for name in os.environ.get("WITHOUT", "").split())
     urls = '\nfrom trials.views import start\nurlpatterns += [path("api/trials/", start)]\n'
-    project.add_app("trials", SCHEDULE.format(path=folder / "ticked") + settings + without, urls)
-    return PlainStack(project, servers_of(project, folder / "servers"), folder, database)
+    more = SCHEDULE.format(path=folder / "ticked") + (settings or "") + without
+    project.add_app("trials", more, urls)
+    servers = servers_of(project, folder / "servers")
+    if settings is None:
+        for server in servers:
+            server.variables.pop("VISIBILITY_SECONDS", None)
+    return PlainStack(project, servers, folder, database)

@@ -151,9 +151,10 @@ result = [
     chain(add.s(1, 2), add.s(3))().get(timeout=300),
     group(header)().get(timeout=300),
     chord(header)(total.s()).get(timeout=300),
+    chord([add_quietly.s(1, 2), *header])(total.s()).get(timeout=300),  # which ignores its result
 ]
 """
-    assert stack.ask(code) == [6, [0, 2, 4], 6]
+    assert stack.ask(code) == [6, [0, 2, 4], 6, 9]
 
 
 @with_results

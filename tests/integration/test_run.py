@@ -6,6 +6,7 @@ import re
 import signal
 import socket
 import subprocess
+import time
 from contextlib import suppress
 from functools import partial
 from urllib.parse import urlsplit
@@ -306,14 +307,21 @@ def test_killed_processes_start_again(with_tasks):
 
 
 @default_output
-def test_all_processes_end_when_one_ends(project):
+def test_a_process_that_exits_later_starts_again(project):
     with project.up() as site:
-        for pid in site.find("beat"):
-            os.kill(pid, signal.SIGTERM)
+        time.sleep(11)
+        [worker] = site.find("(?<!dev.py )worker.*")[:1]
+        os.kill(worker, signal.SIGTERM)
+        wait_for(lambda: "Exited with status 0. Starting again: worker" in site.log, site=site)
+        wait_for(lambda: site.log.count(f"{site.worker} ready") == 2, site=site)
 
-        assert site.process.wait() != 0
-        assert "A process has ended" in site.log
-        wait_for(lambda: not site.processes(), site=site)
+
+@default_output
+def test_all_processes_end_when_one_cannot_start(project):
+    with pytest.raises(AssertionError, match="A process has ended"):
+        with project.up(FLOWER_BASIC_AUTH=""):
+            pass
+    wait_for(lambda: not processes_in(project))
 
 
 @default_output
@@ -410,9 +418,9 @@ def test_a_worker_with_any_pool_has_the_settings_of_the_project(project, request
     """Options of its command come first."""
     own = request.node.callspec.params["output"]["worker_pool"]
     of_project = {
-        "prefork": [CPUS, 1, False, 1000, None, 1260, False],
-        "threads": [20, 1, False, 1000, None, 1260, False],
-        "gevent": [100, 4, False, None, 3, 1260, True],
+        "prefork": [CPUS, 1, False, 1000, None, 120, False],
+        "threads": [20, 1, False, 1000, None, 120, False],
+        "gevent": [100, 4, False, None, 3, 120, True],
     }[own]
     _, _, *others = of_project
     expected = {
@@ -591,17 +599,6 @@ def test_the_pages_show_the_name_of_the_project(project, tmp_path):
     url = f"sqlite:///{tmp_path}/db.sqlite3"
     shown = project.manage("shell", "-v0", "-c", NAME_ON_PAGES, DATABASE_URL=url).split()
     assert shown == ["True"] * 4
-
-
-@default_output
-def test_a_plain_task_is_delivered_again_after_limit_countdown_and_a_minute(broker, project):
-    """How long its broker waits for the worker. test_workers.py shows what happens then."""
-    code = """
-from config.celery import app
-with app.connection_for_read() as broker:
-    print(broker.default_channel.visibility_timeout)
-"""
-    assert project.shell(code, TASK_TIME_LIMIT=100, MAX_COUNTDOWN=20, **broker) == "180"
 
 
 @outputs(first(broker="sqs"))

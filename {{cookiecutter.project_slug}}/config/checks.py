@@ -15,11 +15,14 @@ import inspect
 
 {{ imports.sort(lines) }}
 from celery import current_app
+from celery.exceptions import QueueNotFound
 {% print periodic_tasks.check_imports | default %}
 {% if has_kubernetes %}
 from django.apps import apps
 {% endif %}
+{% if has_kubernetes or has_flower or servers | selectattr("settings", "defined") | list == [] %}
 from django.conf import settings
+{% endif %}
 from django.core.cache import caches
 from django.core.checks import Error, Tags, Warning, register
 from django.db import connections
@@ -101,36 +104,31 @@ def check_uploads(app_configs, **kwargs):
 {% endif %}
 
 
-@register(deploy=True)
-def check_redelivery(app_configs, **kwargs):
-    """Find tasks that a worker may hold so long that the broker delivers them a second time."""
-    for task in all_tasks():
-        seconds = longest_hold(task)
-        if task.acks_late and seconds >= settings.REDELIVERY_SECONDS:
-            yield Warning(
-                f"A worker may hold {task.name} for {seconds} s,"
-                f" but the broker delivers it again after {settings.REDELIVERY_SECONDS} s.",
-                hint="{{ broker.redelivery_hint }}",
-                id="config.W002",
-            )
-
-
 def all_tasks():
     autodiscover_modules("tasks")  # as a worker does
     return current_app.tasks.values()
 
 
-def longest_hold(task):
-    """Return how many seconds a worker may hold a message of this task."""
-{% if broker.holds_countdowns %}
-    # It also holds the message while the task waits for a retry, or for a countdown in the schedule.
-    backoff = getattr(task, "retry_backoff_max", 600) if getattr(task, "retry_backoff", 0) else 0
-    retry = getattr(task, "retry_kwargs", {}).get("countdown", 0)  # of autoretry_for
-    entries = [e for e in current_app.conf.beat_schedule.values() if e["task"] == task.name]
-    countdowns = [entry.get("options", {}).get("countdown", 0) for entry in entries]
-    return task.time_limit + max(task.default_retry_delay, int(backoff), retry, *countdowns)
-{% else %}
-    return task.time_limit
+def queue_of(task):
+    """Return the name of the queue to which apply_async() sends the task, or None if there is none."""
+    options = {"queue": getattr(task, "queue", None)}  # before CELERY_TASK_ROUTES
+    try:
+        return current_app.amqp.router.route(options, task.name)["queue"].name
+    except QueueNotFound:
+        return None
+{% if not has_jobs %}
+
+
+@register()
+def check_queues(app_configs, **kwargs):
+    """Find tasks without a queue: sending one is an error."""
+    for task in all_tasks():
+        if not queue_of(task):
+            yield Error(
+                f"The queue of {task.name} is not in CELERY_TASK_QUEUES.",
+                hint="Add it there, or correct its name in the task or in CELERY_TASK_ROUTES.",
+                id="config.E003",
+            )
 {% endif %}
 
 
@@ -155,10 +153,7 @@ def check_functions(app_configs, **kwargs):
 @register()
 def check_rate_limits(app_configs, **kwargs):
     """Find rate-limited tasks that share a queue: they delay the others in it."""
-    route = current_app.amqp.router.route
-    # As apply_async() does: first the queue in the task's own options, then CELERY_TASK_ROUTES.
-    own = {task: {"queue": getattr(task, "queue", None)} for task in all_tasks()}
-    queues = {task: route(options, task.name)["queue"].name for task, options in own.items()}
+    queues = {task: queue_of(task) for task in all_tasks()}
     for task, queue in queues.items():
         if task.rate_limit and list(queues.values()).count(queue) > 1:
             yield Warning(
@@ -200,6 +195,7 @@ def check_overridden(app_configs, **kwargs):
                 hint="Remove it from the environment and from .env.",
                 id="config.W005",
             )
+{% print broker.checks | default %}
 {% print worker_pool.checks | default %}
 {% print periodic_tasks.checks | default %}
 {% for server in servers %}

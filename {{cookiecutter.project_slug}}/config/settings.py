@@ -94,7 +94,8 @@ TIME_ZONE = env.zone("TIME_ZONE", default="UTC")
 STATIC_URL = "static/"
 STATIC_ROOT = BASE_DIR / "staticfiles"
 DATABASES = {"default": env.db("DATABASE_URL")}
-DATABASES["default"]["CONN_MAX_AGE"] = 60  # seconds; requests and tasks reuse connections
+# Seconds that requests and tasks reuse a connection. Under ASGI, none: see config/asgi.py.
+DATABASES["default"]["CONN_MAX_AGE"] = env.int("CONN_MAX_AGE", default=60)
 DATABASES["default"]["CONN_HEALTH_CHECKS"] = True  # replace one that the server has closed
 if DATABASES["default"]["ENGINE"] == "django.db.backends.sqlite3":
     DATABASES["default"]["NAME"] = BASE_DIR / DATABASES["default"]["NAME"]
@@ -108,6 +109,9 @@ if DATABASES["default"]["ENGINE"] == "django.db.backends.sqlite3":
 else:  # don't wait long for a server that has disappeared
     timeouts = {"connect_timeout": 5, "tcp_user_timeout": 10_000}  # seconds; milliseconds
     DATABASES["default"]["OPTIONS"] = timeouts | DATABASES["default"].get("OPTIONS", {})
+    if size := DATABASES["default"]["OPTIONS"].get("pool"):  # DATABASE_URL=postgres://…?pool=8
+        DATABASES["default"]["OPTIONS"]["pool"] = {"min_size": 0, "max_size": size}
+        DATABASES["default"]["CONN_MAX_AGE"] = 0  # Django's own pool reuses connections
 CACHES = {"default": env.cache("CACHE_URL", default="locmemcache://")}
 {% for server in servers if server.settings is defined %}
 {{ server.settings | trim }}
@@ -200,6 +204,7 @@ CELERY_TASK_TIME_LIMIT = env.int("TASK_TIME_LIMIT", default=600)  # seconds
 {% print worker_pool.task_settings | default %}
 # The queues that a worker consumes by default; `--queues cpu` limits it to that one.
 {% if broker.queue_options is defined %}
+# Quorum queues survive the loss of a node, and count how often a message was redelivered.
 CELERY_TASK_QUEUES = [
     Queue(name, routing_key=name, {{ broker.queue_options }}){{ "\n    " if has_example else " " }}for name in ["{{ include_example.queues | join('", "') }}"]
 ]
@@ -213,6 +218,9 @@ CELERY_TASK_ROUTES = {  # a queue for each kind of load, so that each can have i
 }
 {% else %}
 CELERY_TASK_ROUTES = {}
+{% endif %}
+{% if not has_jobs %}
+CELERY_TASK_CREATE_MISSING_QUEUES = False  # sending a task to another queue is an error
 {% endif %}
 CELERY_ACCEPT_CONTENT = ["json"]  # never pickle: a message could run any code
 CELERY_TIMEZONE = TIME_ZONE

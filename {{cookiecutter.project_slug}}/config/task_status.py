@@ -9,6 +9,7 @@ from django.http import Http404, JsonResponse
 from django.urls import reverse
 from drf_spectacular.utils import extend_schema
 from rest_framework import serializers
+from rest_framework.renderers import JSONRenderer
 from rest_framework.response import Response
 from rest_framework.views import APIView
 
@@ -46,10 +47,19 @@ def status_of(result, user):
     return describe(
         result.id,
         state,
-        progress=value if state == "PROGRESS" else None,
-        result=value if state == states.SUCCESS else None,
+        progress=as_json(value) if state == "PROGRESS" else None,
+        result=as_json(value) if state == states.SUCCESS else None,
         error=error,
     )
+
+
+def as_json(value):
+    """Return the value, or its text if JSON can't hold it. Celery stores NaN and bytes, for example."""
+    try:
+        JSONRenderer().render(value)
+    except (ValueError, TypeError):
+        return repr(value)
+    return value
 
 
 def describe(task_id, state, progress=None, result=None, error=None):

@@ -31,6 +31,12 @@ def test_a_client_follows_a_task_to_its_result(api, task, location):
     assert api.get(location).data == expected
 
 
+@pytest.mark.parametrize("value", [float("nan"), {"data": b"\xff"}, "\ud800"])
+def test_a_result_that_json_cannot_hold_is_text(api, task, location, value):
+    app.backend.store_result(task.id, value, "SUCCESS")
+    assert api.get(location).json()["result"] == repr(value)
+
+
 def test_clients_do_not_see_which_worker_runs_a_task(api, task, location):
     app.backend.store_result(task.id, {"pid": 7, "hostname": "worker@host"}, "STARTED")
     assert "worker@host" not in str(api.get(location).data)

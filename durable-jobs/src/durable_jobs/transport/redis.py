@@ -1,8 +1,14 @@
 """Redis: the message of a job needs no copy."""
 
+import time
+from logging import getLogger
+
 from kombu.transport import redis, virtual
+from redis.exceptions import ResponseError
 
 from durable_jobs.messages import fields_in
+
+logger = getLogger(__name__)
 
 
 def is_job(message):
@@ -17,8 +23,17 @@ class QoS(redis.QoS):
     """
 
     def append(self, message, delivery_tag):
-        kept = virtual.QoS if is_job(message) else redis.QoS
-        kept.append(self, message, delivery_tag)
+        if is_job(message):
+            virtual.QoS.append(self, message, delivery_tag)
+            return
+        while True:
+            try:
+                return super().append(message, delivery_tag)
+            except (
+                ResponseError
+            ) as error:  # Redis is full or a replica: without the copy, it could be lost
+                logger.warning("Redis refuses to write: %r", error)
+                time.sleep(1)
 
     def ack(self, delivery_tag):
         kept = virtual.QoS if is_job(self._delivered.get(delivery_tag)) else redis.QoS

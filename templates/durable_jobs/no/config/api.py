@@ -1,12 +1,15 @@
 {% import "imports.jinja" as imports %}
-{% from "chosen.jinja" import result_backend with context %}
+{% from "chosen.jinja" import broker, result_backend with context %}
+{% set backend_errors = result_backend.unavailable | default([]) %}
+{% set errors = (["KombuError"] + broker.unavailable + backend_errors) | unique | sort %}
 {% set lines %}
-from kombu.exceptions import OperationalError
+from kombu.exceptions import KombuError
 from django.contrib import messages
 from django.http import HttpResponseRedirect, JsonResponse
 from django.utils.deprecation import MiddlewareMixin
 from rest_framework import throttling
-{% print result_backend.unavailable_import | default %}
+{% print broker.unavailable_imports %}
+{% print result_backend.unavailable_imports | default %}
 {% endset %}
 """What all views share: see MIDDLEWARE and REST_FRAMEWORK in the settings."""
 
@@ -16,13 +19,13 @@ from traceback import extract_tb
 {{ imports.sort(lines) }}
 logger = logging.getLogger(__name__)
 
-UNAVAILABLE = (OperationalError{{ ", %s" % result_backend.unavailable if result_backend.unavailable is defined else "," }})
+UNAVAILABLE = ({{ errors | join(", ") }})
 
 
 class ErrorMiddleware(MiddlewareMixin):
     def process_exception(self, request, error):
         """Answer 503 if a view could not reach the broker or the result backend."""
-{% if result_backend.unavailable is defined %}
+{% if backend_errors %}
         # If the result backend fails, delay() raises a RuntimeError caused by its error.
 {% endif %}
         if isinstance(error, UNAVAILABLE) or isinstance(error.__cause__, UNAVAILABLE):

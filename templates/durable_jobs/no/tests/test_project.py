@@ -1,4 +1,4 @@
-{% from "chosen.jinja" import servers, worker_pool, has_example, has_flower, has_task_api with context %}
+{% from "chosen.jinja" import broker, servers, worker_pool, has_example, has_flower, has_task_api with context %}
 import os
 import subprocess
 import sys
@@ -10,10 +10,14 @@ from celery import shared_task
 from celery.app.utils import filter_hidden_settings
 
 import dev
+{% if broker.check_tests is defined or worker_pool.checks is defined %}
 from config import checks
+{% endif %}
 from config.celery import app
-{% if has_flower %}
 
+# The worker of this file, which imports it, has a queue of its own.
+app.conf.task_create_missing_queues = True
+{% if has_flower %}
 # The Flower of `make run` doesn't see what tests send.
 app.conf.update(event_exchange="test-events", control_exchange="test-control")
 {% endif %}
@@ -28,14 +32,8 @@ def test_celery_prints_no_passwords():
 def test_each_scheduled_task_exists():
     app.loader.import_default_modules()
     assert {entry["task"] for entry in app.conf.beat_schedule.values()} <= set(app.tasks)
-
-
-def test_a_task_that_the_broker_would_deliver_twice_is_found(monkeypatch, settings):
-    assert not list(checks.check_redelivery(None))
-    slow = app.tasks["celery.backend_cleanup"]
-    monkeypatch.setattr(slow, "time_limit", settings.REDELIVERY_SECONDS)
-    assert [warning.id for warning in checks.check_redelivery(None)] == ["config.W002"]
-{% if worker_pool.has_soft_shutdown %}
+{% print broker.check_tests | default %}
+{% if worker_pool.checks is defined %}
 
 
 def test_a_task_with_only_one_time_limit_of_its_own_is_found(monkeypatch):
@@ -78,8 +76,8 @@ def worker(monkeypatch):
 {% endfor %}
     except SystemExit as reason:
         pytest.skip(str(reason))
-    options = "--include test_project --queues test -n test@%h"
-    command = [sys.executable, "-m", *f"{{ worker_pool.command }} {options}".split()]
+    command = "{{ worker_pool.command | replace("-A config", "-A test_project") }} --queues test -n test@%h"
+    command = [sys.executable, "-m", *command.split()]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     processes.insert(0, subprocess.Popen(command, env=environment))
     yield

@@ -9,7 +9,7 @@ from durable_jobs.contrib.structlog import LogStep
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
 {% print worker_pool.celery_environment | default %}
 
-app = Celery("config")
+app = Celery("config", include=["config.worker"])
 app.config_from_object("django.conf:settings", namespace="CELERY")
 app.autodiscover_tasks()
 app.steps["worker"].add(LogStep)  # a task's logs have the id of its request

@@ -1,4 +1,4 @@
-{% from "chosen.jinja" import servers, worker_pool, has_example, has_flower with context %}
+{% from "chosen.jinja" import broker, servers, worker_pool, has_example, has_flower with context %}
 """The project around the jobs: settings, checks, pages, login, log and probes."""
 
 import os
@@ -18,7 +18,7 @@ from django.db import OperationalError, connection
 from durable_jobs.tasks import job
 
 import dev
-from config import urls
+from config import {{ "checks, " if broker.check_tests is defined }}urls
 from config.api import Throttle
 from config.celery import app
 
@@ -44,12 +44,7 @@ def test_celery_prints_no_passwords():
 def test_each_scheduled_task_exists():
     app.loader.import_default_modules()
     assert {entry["task"] for entry in app.conf.beat_schedule.values()} <= set(app.tasks)
-
-
-def test_the_checks_find_a_time_limit_after_which_the_broker_redelivers(settings):
-    assert not found("config.W002")
-    settings.REDELIVERY_SECONDS = settings.CELERY_TASK_TIME_LIMIT
-    assert found("config.W002")
+{% print broker.check_tests | default %}
 
 
 {% if has_flower %}

@@ -42,6 +42,17 @@ def total(numbers):
     return sum(numbers)
 
 
+@shared_task(ignore_result=True)
+def add_quietly(x, y):
+    return x + y
+
+
+@shared_task(soft_time_limit=1)
+def query_for_long():
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT pg_sleep(60)")
+
+
 @shared_task(bind=True)
 def quick(self):
     note(self.request.id, "start")

@@ -11,7 +11,8 @@ from . import tasks
 @extend_schema(exclude=True)
 @api_view(["POST"])
 def start(request):
-    sent = getattr(tasks, request.data["task"]).delay(*request.data["args"])
+    task, options = getattr(tasks, request.data["task"]), request.data.get("options", {})
+    sent = task.apply_async(request.data["args"], **options)
     if not hasattr(settings, "CELERY_RESULT_BACKEND"):
         return Response({"id": sent.id}, 202)
     from config.task_status import accepted

@@ -1,0 +1,383 @@
+"""The services of a project, what can happen to each, and the cells of the proof: test_services.py.
+
+A service is a server behind a proxy, or a process of the stack. Its faults are its methods.
+"""
+
+import itertools
+import os
+import signal
+import time
+from contextlib import suppress
+
+import psycopg
+import pytest
+
+from .bake import CHOICES, baked, chosen, covering, name, product
+from .project import started
+from .proxy import Proxy
+from .servers import BACKENDS, BROKERS, SQS, PostgreSQL, RabbitMQ, Redis
+from .stack import SCHEDULE, TIMINGS, JobStack, PlainStack
+
+DOWN, STALLED = 4, 8  # seconds
+# Seconds until Redis or SQS delivers a task again that no live worker has. A stalled worker or
+# broker must be back earlier.
+VISIBILITY = 20
+OPTIONS = {option: CHOICES[option] for option in ("broker", "result_backend", "worker_pool")}
+EVERY = bool(os.environ.get("EVERY"))  # test the whole product
+SETTINGS = {
+    "redis": Redis.settings,
+    # It keeps the messages of a connection that a firewall forgot until two heartbeats are missing.
+    # While it blocks publishers, it reads no heartbeats from them: so not less than that.
+    "rabbitmq": """
+if "CELERY_BROKER_HEARTBEAT" not in globals():
+    CELERY_BROKER_HEARTBEAT = 15
+""",
+    # A gevent worker waits that long at each queue, and one after the other.
+    "sqs": """
+if CELERY_BROKER_TRANSPORT_OPTIONS["wait_time_seconds"] == 1:
+    CELERY_BROKER_TRANSPORT_OPTIONS["wait_time_seconds"] = 0
+""",
+}
+VARIABLES = {
+    "database": {"DATABASE_URL": "DATABASE_URL"},
+    "broker": {"CELERY_BROKER_URL": "CELERY_BROKER_URL", "AWS_ENDPOINT_URL": "AWS_ENDPOINT_URL"},
+    "results": {
+        "CELERY_RESULT_BACKEND": "CELERY_RESULT_BACKEND",
+        "AWS_ENDPOINT_URL": "AWS_ENDPOINT_URL",
+    },
+    "cache": {"CELERY_BROKER_URL": "CACHE_URL"},
+}
+EXAMPLE = """
+from orders.models import Order
+from users.models import User
+for _ in range(2):
+    Order.objects.create(owner=User.objects.get(), product="Coffee", quantity=2)
+"""
+
+
+class Service:
+    """What all services have: a process that can be stopped, killed and stalled."""
+
+    def __init__(self, process):
+        self.process = process
+
+    def restart(self):
+        """Stop it as its supervisor does, and start it again."""
+        self.process.stop(getattr(self, "stop_signal", signal.SIGTERM))
+        with suppress(ProcessLookupError):  # a child that outlives it, such as RabbitMQ's epmd
+            os.killpg(self.process.pid, signal.SIGKILL)
+        time.sleep(DOWN)
+        self.process.start()
+
+    def kill(self):
+        self.process.kill()
+        time.sleep(DOWN)
+        self.process.start()
+
+    def stall(self):
+        self.process.pause()
+        time.sleep(STALLED)
+        self.process.resume()
+
+
+class Server(Service):
+    """A server that all processes of the stack reach through a proxy."""
+
+    def __init__(self, process, port):
+        super().__init__(process)
+        self.proxy = Proxy(port)
+        self.real = port
+
+    def behind(self, names):
+        """Return variables with the proxy's port. `names` are {name of the server: new name}."""
+        found = self.process.variables
+        ports = f":{self.real}", f":{self.proxy.port}"
+        return {new: found[name].replace(*ports) for name, new in names.items() if name in found}
+
+    def cut(self):
+        """Close all connections, as a load balancer or an operator does."""
+        self.proxy.cut()
+
+    def forget(self):
+        """Forget all connections, as a firewall does."""
+        self.proxy.forget()
+
+    def read_only(self):
+        self.refuse_writes()
+        try:
+            time.sleep(STALLED)
+        finally:
+            self.allow_writes()
+
+
+class DatabaseService(Server):
+    stop_signal = signal.SIGINT  # a fast shutdown
+
+    def refuse_writes(self):
+        """As after a failover to a replica."""
+        self.set("SET default_transaction_read_only = on")
+
+    def allow_writes(self):
+        self.set("RESET default_transaction_read_only")
+
+    def set(self, what):
+        with psycopg.connect(f"{self.process.url}/postgres", autocommit=True) as connection:
+            connection.execute("SET default_transaction_read_only = off")
+            connection.execute(f"ALTER SYSTEM {what}")
+            connection.execute("SELECT pg_reload_conf()")
+
+
+class RedisService(Server):
+    def refuse_writes(self):
+        """As a master does that has lost its replicas."""
+        self.process.configure("min-replicas-to-write", "1")
+
+    def allow_writes(self):
+        self.process.configure("min-replicas-to-write", "0")
+
+
+class RabbitMQService(Server):
+    def refuse_writes(self):
+        """Its memory alarm blocks all publishers."""
+        self.process.control("set_vm_memory_high_watermark", "0.0000001")
+
+    def allow_writes(self):
+        self.process.control("set_vm_memory_high_watermark", "0.6")
+
+
+class AWSService(Server):
+    """moto, which would lose all if it were killed. AWS's services can be unreachable, or hang."""
+
+    kill = read_only = None
+
+    def restart(self):
+        self.proxy.block()
+        try:
+            time.sleep(DOWN)
+        finally:
+            self.proxy.unblock()
+
+
+KINDS = {
+    PostgreSQL: DatabaseService,
+    Redis: RedisService,
+    RabbitMQ: RabbitMQService,
+    SQS: AWSService,
+}
+FAULTS = [
+    name
+    for name, method in {**vars(Server), **vars(Service)}.items()
+    if callable(method) and name not in ("__init__", "behind")
+]
+
+
+def servers_of(answers):
+    """Return the class of the server for each service of a project that has its own one."""
+    broker, backend = answers["broker"], answers["result_backend"]
+    found = {"database": PostgreSQL, "broker": BROKERS[broker]}
+    # SQS and DynamoDB are one moto. Results in the database are PostgreSQL's.
+    if backend in BACKENDS and not BACKENDS[backend] is BROKERS[broker] is SQS:
+        found["results"] = BACKENDS[backend]
+    if Redis in found.values():  # otherwise the project has no client for it
+        found["cache"] = Redis
+    return found
+
+
+def cells_of(answers):
+    """Return each service with each fault, as {(service, fault): what else has the same cell}.
+
+    For example, a broker is another service for each choice, and so is a worker.
+    """
+    found, omitted = {}, set()
+    if (answers["broker"], answers["worker_pool"]) == ("rabbitmq", "gevent"):
+        # Such a worker has no heartbeats. The server notices by keepalive, whose times its machine
+        # sets: see docs/production.md of the output.
+        omitted.add(("broker", "forget"))
+    for service, server in servers_of(answers).items():
+        for fault in FAULTS:
+            if getattr(KINDS[server], fault) and (service, fault) not in omitted:
+                found[service, fault] = service, server, fault
+    processes = ["web", "worker", "beat", "flower"][: 3 + chosen(**answers).has_flower]
+    for service, fault in itertools.product(processes, ["restart", "kill", "stall"]):
+        broker = answers["broker"] if service == "worker" else None
+        found[service, fault] = service, broker, fault
+    return found
+
+
+def spread(combinations):
+    """Yield (answers, service, fault): each cell once, about as many for each of these answers."""
+    where = {}
+    for number, answers in enumerate(combinations):
+        for (service, fault), cell in cells_of(answers).items():
+            where.setdefault(cell, []).append((number, service, fault))
+    loads = [0] * len(combinations)
+    for places in sorted(where.values(), key=len):
+        number, service, fault = min(places, key=lambda place: loads[place[0]])
+        loads[number] += 1
+        yield combinations[number], service, fault
+
+
+def all_cells():
+    combinations = product({"durable_jobs": CHOICES["durable_jobs"], **OPTIONS})
+    if EVERY:
+        return [(each, *cell) for each in combinations for cell in cells_of(each)]
+    found = []
+    for choice in CHOICES["durable_jobs"]:
+        those = [each for each in combinations if each["durable_jobs"] == choice]
+        found += spread(covering(those, size=2))
+        combinations.reverse()  # the next covering set is another one
+    return found
+
+
+def each_cell():
+    """Return a mark: run the test for all cells. Those of one stack run in one process."""
+    params = []
+    stacks = {}  # the same object for the same stack: pytest compares parameters by identity
+    for answers, service, fault in sorted(all_cells(), key=lambda cell: name(cell[0])):
+        jobs = "jobs" if answers["durable_jobs"] == "yes" else "plain"
+        words = *(answers[option] for option in OPTIONS), jobs
+        group = "-".join(words)
+        stack = stacks.setdefault(group, answers)
+        mark = pytest.mark.xdist_group(f"services-{group}")
+        params.append(
+            pytest.param(stack, service, fault, id=f"{group}-{service}-{fault}", marks=mark)
+        )
+    return pytest.mark.parametrize(
+        ("service_stack", "service", "fault"), params, indirect=["service_stack"], scope="session"
+    )
+
+
+@pytest.fixture(scope="session")
+def service_stack(request, cookies_session, database, tmp_path_factory):
+    """A stack that consecutive cells share. Its `services` are all its servers and processes."""
+    project = baked(cookies_session, request.param)
+    project.install()
+    stack = prepare(project, tmp_path_factory.mktemp("services"), database)
+    with started(stack):
+        stack.ask(EXAMPLE)
+        yield stack
+
+
+def prepare(project, folder, database):
+    has_jobs = project.answers["durable_jobs"] == "yes"
+    project.edit("orders/tasks.py", r"time\.sleep\(0\.5\).*", "time.sleep(0.02)")
+    without = "".join(f"del {name}\n" for name in os.environ.get("WITHOUT", "").split())
+    urls = '\nfrom trials.views import start\nurlpatterns += [path("api/trials/", start)]\n'
+    settings = SCHEDULE.format(path=folder / "ticked") + SETTINGS[project.answers["broker"]]
+    project.add_app("trials", settings + without, urls)
+    if has_jobs:
+        project.add_app("faults")
+    project.add_app("load")
+
+    services, variables = {}, {"VISIBILITY_SECONDS": VISIBILITY, "WORKER_CONCURRENCY": 8}
+    if project.answers["worker_pool"] != "prefork":
+        variables["WORKER_CONCURRENCY"] = 20
+    if has_jobs:
+        variables |= TIMINGS
+    for service, kind in servers_of(project.answers).items():
+        server = database if kind is PostgreSQL else kind(folder / service, project)
+        services[service] = KINDS[kind](server, server.port)
+    proxy = services["database"].proxy
+    url = f"{database.create(f'services{proxy.port}')}?prepare_threshold=0"
+    database.variables = {"DATABASE_URL": url}
+    for service, names in VARIABLES.items():
+        if service in services:
+            variables |= services[service].behind(names)
+    for service in services.values():  # Celery prefers these to the settings
+        for variable in "CELERY_BROKER_URL", "CELERY_RESULT_BACKEND":
+            service.process.variables.pop(variable, None)
+
+    own = [each.process for service, each in services.items() if service != "database"]
+    broker = services["broker"].process
+    own.sort(key=lambda server: server is not broker)
+    stack = (JobStack if has_jobs else PlainStack)(project, own, folder, database, **variables)
+    stack.processes = [stack.web, *stack.workers, stack.beat]
+    if chosen(**project.answers).has_flower:
+        stack.processes.append(stack.flower)
+        services["flower"] = Service(stack.flower)
+    for service, process in {"web": stack.web, "worker": stack.worker, "beat": stack.beat}.items():
+        services[service] = Service(process)
+    stack.services = services
+    return stack
+
+
+@pytest.fixture
+def stack_of_services(service_stack, request):
+    """The stack, with all services running. If the test fails, the next one gets new processes."""
+    stack = service_stack
+    stack.recover()
+    stack.mark_logs()
+    yield stack
+    for service in stack.services.values():
+        if isinstance(service, Server):
+            service.proxy.clean_up()
+    if not getattr(request.node, "has_passed", False):
+        for service in stack.services.values():
+            if isinstance(service, Server):
+                service.process.resume()
+        print(stack.printed())
+        stack.kill(*stack.processes)
+
+
+@pytest.fixture
+def record_cell(request, record_property):
+    """A function that records what happened in a cell, for the table."""
+
+    def record(service, fault, found):
+        record_property("cell", [service, fault, request.node.callspec.id, found])
+
+    return record
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if call.when == "call":
+        item.has_passed = report.passed
+    return report
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Print one row of the table for all stacks where the same happened."""
+    rows = {}
+    for report in terminalreporter.stats.get("passed", []):
+        for key, value in report.user_properties:
+            if key == "cell":
+                service, fault, place, found = value
+                row = label(service, place), fault.replace("_", " "), what_happens(found)
+                rows.setdefault(row, []).append((place, found["seconds until a task succeeded"]))
+    if not rows:
+        return
+    terminalreporter.section("what happens when a service fails")
+    lines = [("service", "fault", "where", "what happens", "until a task succeeds"), ["---"] * 5]
+    for (service, fault, what), found in sorted(rows.items()):
+        places = ", ".join(sorted("-".join(place.split("-")[:4]) for place, _ in found))
+        times = sorted(round(seconds) for _, seconds in found)
+        measured = f"{times[0]} to {times[-1]} s" if len(times) > 1 else f"{times[0]} s"
+        lines.append((service, fault, places, what, measured))
+    for line in lines:
+        terminalreporter.write_line("| " + " | ".join(line) + " |")
+
+
+def label(service, place):
+    broker, backend, *_ = place.split("-")
+    names = {
+        "database": "PostgreSQL",
+        "broker": f"{broker} (broker)",
+        "results": f"{backend} (results)",
+        "cache": "redis (cache)",
+        "worker": f"worker ({broker})",
+    }
+    return names.get(service, service)
+
+
+def what_happens(found):
+    texts = {
+        "ran again": "running tasks run again",
+        "failed": "tasks that need the database meanwhile fail",
+        "orders that the hourly task found": "the hourly task finds orders whose task is missing",
+        "refused": "requests get 503",
+    }
+    what = ["nothing is lost", *(text for key, text in texts.items() if found[key])]
+    what += [f"{process} exits and is restarted" for process in found["exited"]]
+    return "; ".join(what)

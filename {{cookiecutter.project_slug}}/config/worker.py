@@ -1,0 +1,56 @@
+{% import "imports.jinja" as imports %}
+{% from "chosen.jinja" import broker, result_backend, worker_pool, has_jobs, has_results with context %}
+{% set stdlib %}
+{{ "" if has_jobs else "import os\nfrom pathlib import Path" }}
+{% print broker.worker_stdlib | default %}
+{% print worker_pool.worker_stdlib %}
+{% endset %}
+{% set lines %}
+from celery import signals
+{{ "" if has_jobs else "from django.db import close_old_connections" }}
+{% print broker.worker_imports %}
+{% print result_backend.worker_imports | default %}
+{% print worker_pool.worker_imports | default %}
+{% endset %}
+"""What Celery's workers lack. They import this file, because config/celery.py includes it."""
+
+{% set stdlib = imports.sort(stdlib) %}
+{% if stdlib %}
+{{ stdlib }}
+{% endif %}
+{{ imports.sort(lines) }}
+from .celery import app
+{% if broker.visibility is defined %}
+
+logger = get_logger(__name__)
+{% endif %}
+
+
+@signals.celeryd_init.connect
+@signals.beat_init.connect
+def be_patient(**kwargs):
+    """Let workers and Beat wait for a server that is down or hangs. In a request, that is an error."""
+    conf = app.conf
+    conf.task_publish_retry_policy = {"max_retries": None, "interval_max": 5}  # without end
+{% print broker.patience %}
+{% print result_backend.patience | default %}
+{% print worker_pool.patience | default %}
+{% if not has_jobs %}
+
+
+@signals.task_prerun.connect
+def check_connections(task, **kwargs):
+    """Give each task a working database connection, as Django does for each request."""
+    if not task.request.is_eager:
+        close_old_connections()
+
+
+@signals.heartbeat_sent.connect
+def touch_liveness_file(**kwargs):
+    """Tell health checks that this worker is alive: it sends a heartbeat every two seconds."""
+    if file := os.environ.get("LIVENESS_FILE"):
+        Path(file).touch()
+{% endif %}
+{% print broker.worker %}
+{% print result_backend.worker | default %}
+{% print worker_pool.worker %}
