@@ -140,6 +140,27 @@ def test_an_update_keeps_what_the_owner_changed(make, template, tmp_path):
     assert 'CELERY_WORKER_POOL = "threads"' in project.read(SETTINGS)
 
 
+def test_the_example_can_be_removed_and_the_owners_changes_stay(template, tmp_path):
+    """By the command in the project's README."""
+    options = ["--output-dir", tmp_path, "--no-input", "project_name=Tea Shop"]
+    template.run("cookiecutter", template, *options)
+    project = Project(tmp_path / "tea_shop")
+    type_in(project, LINK, template, ["Tea Shop", *[""] * 13])
+    state = json.loads(project.read(".cruft.json"))
+    (project / ".cruft.json").write_text(json.dumps({**state, "skip": [".env"]}))
+    [remove] = re.findall(r"uvx cruft [^`\n]+", project.read("README.md"))
+    project.edit(SETTINGS, *OWNERS)
+    (project / "own.py").write_text("")
+    project.call("git", "init", "--quiet")
+    commit(project)
+    type_in(project, remove, template)
+
+    assert OWNERS[1] in project.read(SETTINGS) and (project / "own.py").exists()
+    left = [path for path in project.files() if ".git/" not in str(path) and path.suffix == ".py"]
+    assert not [path for path in left if "orders" in path.read_text() or "orders" in str(path)]
+    assert not list(project.rglob("*.rej"))
+
+
 def test_a_replay_file_without_a_new_option_needs_a_terminal(template, tmp_path):
     """As docs/options.md says."""
     baked(template, tmp_path)

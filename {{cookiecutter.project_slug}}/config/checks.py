@@ -1,11 +1,12 @@
 {% import "imports.jinja" as imports %}
-{% from "chosen.jinja" import broker, result_backend, servers, worker_pool, has_docker, has_flower, has_jobs, has_results with context %}
+{% from "chosen.jinja" import broker, result_backend, servers, worker_pool, periodic_tasks, has_kubernetes, has_flower, has_jobs, has_results with context %}
 {% set in_environment = [broker.required, result_backend.required | default] %}
 {% set used = ["CELERY_BROKER_URL", "CELERY_BROKER_READ_URL", "CELERY_BROKER_WRITE_URL"] %}
 {% set used = used + (["CELERY_RESULT_BACKEND"] if has_results else []) %}
 {% set lines %}
 import os
-{{ "from pathlib import Path" if has_docker }}
+import inspect
+{{ "from pathlib import Path" if has_kubernetes }}
 {% for server in servers %}
 {% print server.check_imports | default %}
 {% endfor %}
@@ -15,16 +16,17 @@ import os
 {{ imports.sort(lines) }}
 from celery import current_app
 from celery.exceptions import QueueNotFound
-{% if has_docker %}
+{% print periodic_tasks.check_imports | default %}
+{% if has_kubernetes %}
 from django.apps import apps
 {% endif %}
-{% if has_docker or has_flower or servers | selectattr("settings", "defined") | list == [] %}
+{% if has_kubernetes or has_flower or servers | selectattr("settings", "defined") | list == [] %}
 from django.conf import settings
 {% endif %}
 from django.core.cache import caches
 from django.core.checks import Error, Tags, Warning, register
 from django.db import connections
-{% if has_docker %}
+{% if has_kubernetes %}
 from django.db.models import FileField
 {% endif %}
 from django.utils.module_loading import autodiscover_modules
@@ -84,7 +86,7 @@ def check_pooler(app_configs, databases=None, **kwargs):
                 " PgBouncer and silence this check.",
                 id="config.W010",
             )
-{% if has_docker %}
+{% if has_kubernetes %}
 
 
 @register(deploy=True)
@@ -131,6 +133,24 @@ def check_queues(app_configs, **kwargs):
 
 
 @register()
+def check_functions(app_configs, **kwargs):
+    """Find tasks whose call only returns a coroutine or a generator, so that nothing runs."""
+    kinds = inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction
+    for task in all_tasks():
+        run = inspect.unwrap(task.run)
+{% if has_jobs %}
+        if hasattr(task, "_is_job"):  # it may be async
+            continue
+{% endif %}
+        if any(is_kind(run) for is_kind in kinds):
+            yield Error(
+                f"A worker would not run {task.name}: it is async, or contains yield.",
+                hint="Call async code with asgiref.sync.async_to_sync(), in a plain function.",
+                id="config.E003",
+            )
+
+
+@register()
 def check_rate_limits(app_configs, **kwargs):
     """Find rate-limited tasks that share a queue: they delay the others in it."""
     queues = {task: queue_of(task) for task in all_tasks()}
@@ -159,12 +179,16 @@ def check_flower(app_configs, **kwargs):
 @register(deploy=True)
 def check_overridden(app_configs, **kwargs):
     """Find variables that Celery prefers to the settings."""
-    names = [
-{% for name in used | reject("in", in_environment) %}
+{% set names = used | reject("in", in_environment) | list %}
+{% if names | length > 2 %}
+    for name in (
+{% for name in names %}
         "{{ name }}",
 {% endfor %}
-    ]
-    for name in names:
+    ):
+{% else %}
+    for name in ["{{ names | join('", "') }}"]:
+{% endif %}
         if os.environ.get(name):
             yield Warning(
                 f"The environment variable {name} overrides config/settings.py.",
@@ -173,6 +197,7 @@ def check_overridden(app_configs, **kwargs):
             )
 {% print broker.checks | default %}
 {% print worker_pool.checks | default %}
+{% print periodic_tasks.checks | default %}
 {% for server in servers %}
 {% print server.checks | default %}
 {% endfor %}

@@ -5,6 +5,11 @@ import logging
 import re
 
 import structlog
+{% if not has_jobs %}
+from celery import bootsteps, signals
+from django_structlog.celery.receivers import CeleryReceiver
+{% endif %}
+from structlog import contextvars
 
 FORMATTER = structlog.stdlib.ProcessorFormatter
 PROCESSORS = [
@@ -24,8 +29,10 @@ LEVELS = {  # the lowest that is logged, unless LOG_LEVEL is higher
 {% if has_flower %}
     "flower": "ERROR",
 {% endif %}
-    # django_structlog already logs each task and request, with the traceback of an error.
+    # django_structlog already logs each request{{ " and each task" if has_jobs }}, with the traceback of an error.
+{% if has_jobs %}
     "celery.app.trace": "CRITICAL",
+{% endif %}
     "celery.beat": "WARNING",
     "celery.worker.strategy": "WARNING",
     "django.request": "CRITICAL",
@@ -84,3 +91,45 @@ def drop_repeated(logger, method, event):
             if re.match("GET /{{ "(api/jobs/|metrics$)" if has_jobs else "api/tasks/" }}", event["request"]):
                 raise structlog.DropEvent
     return event
+
+
+def add_ids(event, hint):
+    """Show the ids that log lines have in Sentry, too."""
+    return {**event, "tags": {**event.get("tags", {}), **contextvars.get_contextvars()}}
+{% if not has_jobs %}
+
+
+class LogStep(bootsteps.Step, CeleryReceiver):
+    """Let django_structlog log each task of a worker, and name the task in each of its lines."""
+
+    def __init__(self, worker, **options):
+        bootsteps.Step.__init__(self, worker, **options)
+        CeleryReceiver.__init__(self)
+        self.connect_worker_signals()
+        signals.task_postrun.connect(self.receiver_task_postrun)
+        logging.getLogger("celery.app.trace").setLevel("CRITICAL")  # Celery's own lines
+
+    def receiver_task_prerun(self, task, **kwargs):
+        task.request.outer = contextvars.get_contextvars()
+        super().receiver_task_prerun(task=task, **kwargs)
+        contextvars.bind_contextvars(task=task.name)
+
+    def receiver_task_postrun(self, task, **kwargs):
+        """If the task was started with apply(), the lines of the outer task have its id again."""
+        contextvars.clear_contextvars()
+        contextvars.bind_contextvars(**task.request.outer)
+
+    def receiver_task_retry(self, sender, **kwargs):
+        with bound_to(sender):
+            super().receiver_task_retry(**kwargs)
+
+    def receiver_task_failure(self, sender, **kwargs):
+        with bound_to(sender):
+            super().receiver_task_failure(sender=sender, **kwargs)
+
+
+def bound_to(task):
+    """If its process was killed, the worker's main process logs it, and knows only the message."""
+    sent = getattr(task.request, "__django_structlog__", {})
+    return contextvars.bound_contextvars(**{**sent, "task": task.name, "task_id": task.request.id})
+{% endif %}

@@ -69,6 +69,9 @@ MIDDLEWARE = [
     "django.middleware.clickjacking.XFrameOptionsMiddleware",
     "django_structlog.middlewares.RequestMiddleware",
     "axes.middleware.AxesMiddleware",
+{% if not has_jobs %}
+    "config.api.ErrorMiddleware",  # an unavailable broker is a 503
+{% endif %}
 ]
 TEMPLATES = [
     {
@@ -87,7 +90,7 @@ ROOT_URLCONF = "config.urls"
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 LOGIN_URL = "login"
 LOGIN_REDIRECT_URL = LOGOUT_REDIRECT_URL = "index"
-TIME_ZONE = env.str("TIME_ZONE", default="UTC")
+TIME_ZONE = env.zone("TIME_ZONE", default="UTC")
 STATIC_URL = "static/"
 STATIC_ROOT = BASE_DIR / "staticfiles"
 DATABASES = {"default": env.db("DATABASE_URL")}
@@ -113,12 +116,8 @@ CACHES = {"default": env.cache("CACHE_URL", default="locmemcache://")}
 {% for server in servers if server.settings is defined %}
 {{ server.settings | trim }}
 {% endfor %}
-{% print durable_jobs.files | default %}
-email = env.email("EMAIL_URL")
-EMAIL_BACKEND, EMAIL_FILE_PATH = email["EMAIL_BACKEND"], email["EMAIL_FILE_PATH"]
-EMAIL_HOST, EMAIL_PORT = email["EMAIL_HOST"], email["EMAIL_PORT"]
-EMAIL_HOST_USER, EMAIL_HOST_PASSWORD = email["EMAIL_HOST_USER"], email["EMAIL_HOST_PASSWORD"]
-EMAIL_USE_TLS, EMAIL_USE_SSL = email.get("EMAIL_USE_TLS", False), email.get("EMAIL_USE_SSL", False)
+{% print durable_jobs.files %}
+vars().update(env.email("EMAIL_URL"))  # EMAIL_BACKEND, EMAIL_HOST and so on
 EMAIL_TIMEOUT = 10  # seconds; without it a task would wait forever for a mail server that hangs
 DEFAULT_FROM_EMAIL = env.str("DEFAULT_FROM_EMAIL")
 
@@ -176,11 +175,8 @@ REST_FRAMEWORK = {
     "DEFAULT_PAGINATION_CLASS": "rest_framework.pagination.PageNumberPagination",
     "PAGE_SIZE": 20,
     "DEFAULT_THROTTLE_CLASSES": ["config.api.Throttle"],
-    "DEFAULT_THROTTLE_RATES": {"user": env.str("THROTTLE", default="600/min")},
+    "DEFAULT_THROTTLE_RATES": {"user": env.rate("THROTTLE", default="600/min")},
     "DEFAULT_SCHEMA_CLASS": "drf_spectacular.openapi.AutoSchema",
-{% if not has_jobs %}
-    "EXCEPTION_HANDLER": "config.api.exception_handler",  # an unavailable broker is a 503
-{% endif %}
     "NUM_PROXIES": NUM_PROXIES,
     "TEST_REQUEST_DEFAULT_FORMAT": "json",
 }
@@ -253,20 +249,22 @@ CELERY_TASK_IGNORE_RESULT = True
 CELERY_TASK_SEND_SENT_EVENT = CELERY_WORKER_SEND_TASK_EVENTS = True  # it shows each task's state
 FLOWER_BASIC_AUTH = env.str("FLOWER_BASIC_AUTH", default="")  # Flower refuses to start without it
 FLOWER_PORT = env.int("FLOWER_PORT", default={{ flower_port }})
-FLOWER_URL = env.str("FLOWER_URL", default=f"http://127.0.0.1:{FLOWER_PORT}/")  # a link for staff
+FLOWER_URL = env.address("FLOWER_URL", default=f"http://127.0.0.1:{FLOWER_PORT}/")  # for staff
 {% endif %}
 
 # Logs and errors
-if dsn := env.str("SENTRY_DSN", default=""):
+if dsn := env.address("SENTRY_DSN", default=""):
     import sentry_sdk  # only if needed, because it slows each start by a sixth
+    from sentry_sdk.integrations.logging import ignore_logger
 
-    sentry_sdk.init(dsn, release=env.str("RELEASE", default=None))
+    sentry_sdk.init(dsn, release=env.str("RELEASE", default=None), before_send=logs.add_ids)
+    ignore_logger("django_structlog.*")  # it logs the exceptions that Sentry catches itself
 {% if has_jobs %}
 
 if env.str("OTEL_EXPORTER_OTLP_ENDPOINT", default=""):
     INSTALLED_APPS += ["config.tracing.Tracing"]  # traces: see docs/production.md
 {% endif %}
 
-LOGGING = logs.configure(DEBUG, level=env.str("LOG_LEVEL", default="INFO"))
+LOGGING = logs.configure(DEBUG, level=env.level("LOG_LEVEL", default="INFO").upper())
 DJANGO_STRUCTLOG_STATUS_START_LOG_LEVEL = logging.DEBUG  # INFO shows only the end of a request
 DJANGO_STRUCTLOG_CELERY_ENABLED = True  # a message carries the request's id to the worker

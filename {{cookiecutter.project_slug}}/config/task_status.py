@@ -5,7 +5,7 @@ from celery import current_app, states
 from celery.result import AsyncResult
 from django.conf import settings
 from django.core import signing
-from django.http import Http404
+from django.http import Http404, JsonResponse
 from django.urls import reverse
 from drf_spectacular.utils import extend_schema
 from rest_framework import serializers
@@ -25,13 +25,14 @@ class TaskSerializer(serializers.Serializer):
 
 
 def accepted(request, result):
-    """Answer 202 to the request that has sent a task. `result` is what delay() returned.
+    """Answer 202 to the request that has sent a task, in any view. `result` is what delay() returned.
 
     The Location header has the task's URL. It is signed: it works only for this user, and only
     until the result expires. Celery itself can't tell an unknown id from that of a waiting task.
     """
     location = reverse("task", args=[signer(request.user).sign(result.id)])
-    return Response(describe(result.id, states.PENDING), 202, headers={"Location": location})
+    answer = Response if hasattr(request, "accepted_renderer") else JsonResponse  # not by DRF
+    return answer(describe(result.id, states.PENDING), status=202, headers={"Location": location})
 
 
 def signer(user):

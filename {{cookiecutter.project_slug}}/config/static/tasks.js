@@ -1,4 +1,4 @@
-{% from "chosen.jinja" import has_flower, has_task_api with context %}
+{% from "chosen.jinja" import worker_pool, has_flower, has_task_api with context %}
 {% if has_task_api %}
 // Start a task and show its status until it ends, even after a reload.
 {% else %}
@@ -39,7 +39,11 @@ function show({ state, progress, result, error }) {
   find("result").hidden = state !== "SUCCESS";
   find("result").textContent = JSON.stringify(result, null, 2);
 {% if has_flower %}
+{% if worker_pool.revoke_options %}
   find("cancel").hidden = ended;
+{% else %}
+  find("cancel").hidden = !["PENDING", "RETRY"].includes(state); // a thread can't be stopped
+{% endif %}
 {% endif %}
   if (find("start")) find("start").disabled = !ended;
 }

@@ -4,13 +4,17 @@
 {% set errors = (["KombuError"] + broker.unavailable + backend_errors) | unique | sort %}
 {% set lines %}
 from kombu.exceptions import KombuError
-from rest_framework import exceptions, throttling, views
+from django.contrib import messages
+from django.http import HttpResponseRedirect, JsonResponse
+from django.utils.deprecation import MiddlewareMixin
+from rest_framework import throttling
 {% print broker.unavailable_imports %}
 {% print result_backend.unavailable_imports | default %}
 {% endset %}
-"""What all views of the API share: see REST_FRAMEWORK in the settings."""
+"""What all views share: see MIDDLEWARE and REST_FRAMEWORK in the settings."""
 
 import logging
+from traceback import extract_tb
 
 {{ imports.sort(lines) }}
 logger = logging.getLogger(__name__)
@@ -18,20 +22,22 @@ logger = logging.getLogger(__name__)
 UNAVAILABLE = ({{ errors | join(", ") }})
 
 
-class ServiceUnavailable(exceptions.APIException):
-    status_code = 503
-    default_detail = "Background tasks are unavailable. Try again later."
-
-
-def exception_handler(error, context):
-    """Answer 503 if a view could not reach the broker or the result backend."""
+class ErrorMiddleware(MiddlewareMixin):
+    def process_exception(self, request, error):
+        """Answer 503 if a view could not reach the broker or the result backend."""
 {% if backend_errors %}
-    # If the result backend fails, delay() raises a RuntimeError caused by its error.
+        # If the result backend fails, delay() raises a RuntimeError caused by its error.
 {% endif %}
-    if isinstance(error, UNAVAILABLE) or isinstance(error.__cause__, UNAVAILABLE):
-        logger.error("broker or result backend unavailable: %r", error)
-        error = ServiceUnavailable()
-    return views.exception_handler(error, context)
+        if isinstance(error, UNAVAILABLE) or isinstance(error.__cause__, UNAVAILABLE):
+            logger.error("broker or result backend unavailable: %r", error)
+            text = "Background tasks are unavailable. Try again later."
+            if request.method == "POST" and request.resolver_match.app_name == "admin":
+                messages.error(request, text)
+                return HttpResponseRedirect(request.get_full_path())
+            return JsonResponse({"detail": text}, status=503)
+        last = extract_tb(error.__traceback__)[-1]
+        if isinstance(error, RecursionError) and "json" in last.filename:
+            return JsonResponse({"detail": "The JSON is nested too deeply."}, status=400)
 
 
 class Throttle(throttling.UserRateThrottle):

@@ -4,7 +4,8 @@ import re
 
 from celery import Celery, signals
 from celery.app import utils
-from django_structlog.celery.steps import DjangoStructLogInitStep
+
+from config.logs import LogStep
 
 # Set the default Django settings module for the 'celery' program.
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
@@ -13,7 +14,7 @@ os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
 app = Celery("config", include=["config.worker"])
 app.config_from_object("django.conf:settings", namespace="CELERY")
 app.autodiscover_tasks()
-app.steps["worker"].add(DjangoStructLogInitStep)  # a task's log lines have its request's id
+app.steps["worker"].add(LogStep)  # a task's log lines name it and its request
 
 # `celery report`, `celery inspect conf` and Flower print all Django settings, and mask most
 # passwords. They don't know these settings.

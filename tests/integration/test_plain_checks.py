@@ -1,0 +1,215 @@
+"""What `make`, the checks and the admin of the default output do, and a recipe of its pages."""
+
+import re
+import shutil
+
+import pytest
+
+from harness.bake import DEFAULTS
+from harness.blocks import code
+from harness.outputs import outputs
+from harness.project import Console, Process, Project, started, wait_for
+from harness.servers import Redis
+
+plain = outputs(DEFAULTS)
+both = outputs(*({**DEFAULTS, "durable_jobs": choice} for choice in ("no", "yes")))
+TASKS = """
+
+import functools
+from celery import shared_task
+
+
+def decorated(function):
+    @functools.wraps(function)
+    def call(*args):
+        return function(*args)
+
+    return call
+
+
+@shared_task
+async def coroutine():
+    pass
+
+
+@shared_task(bind=True, autoretry_for=(OSError,))
+async def retried(self):
+    pass
+
+
+@shared_task
+@decorated
+async def decorated_coroutine():
+    pass
+
+
+@shared_task
+def generator():
+    yield 1
+
+
+@shared_task
+async def asynchronous_generator():
+    yield 1
+"""
+SCHEDULE = """
+from datetime import timedelta
+from celery.schedules import crontab, schedule
+
+CELERY_BEAT_SCHEDULE |= {
+    "day": {"task": "t", "schedule": timedelta(days=1)},
+    "seconds": {"task": "t", "schedule": 7200.0},
+    "object": {"task": "t", "schedule": schedule(7200)},
+    "hour": {"task": "t", "schedule": timedelta(hours=1)},
+    "minute": {"task": "t", "schedule": 60},
+    "crontab": {"task": "t", "schedule": crontab(hour=3)},
+}
+"""
+
+
+@pytest.fixture
+def copied(project, tmp_path):
+    """A copy of the project, for a test that changes it."""
+    skipped = shutil.ignore_patterns("__pycache__", "*.sqlite3*", ".data")
+    return Project(shutil.copytree(project, tmp_path / "copy", symlinks=True, ignore=skipped))
+
+
+def found(project, command, check, **variables):
+    """Return the names in the messages of this check, which must fail the command."""
+    with pytest.raises(AssertionError) as error:
+        project.manage(*command.split(), **variables)
+    return set(re.findall(rf"{check}\) .*?([\w.]+)(?= is due|: it is async)", str(error.value)))
+
+
+@both
+def test_a_task_that_would_not_run_is_found(copied):
+    """Celery calls it, and gets an object that nothing uses. A job may be async."""
+    copied.append("orders/tasks.py", TASKS)
+    names = {"coroutine", "retried", "decorated_coroutine", "generator", "asynchronous_generator"}
+    assert found(copied, "check", "E003") == {f"orders.tasks.{name}" for name in names}
+
+
+@both
+def test_an_interval_that_deploys_may_start_anew_is_found(copied):
+    copied.append("config/settings.py", SCHEDULE)
+    command = "check --deploy --fail-level WARNING"
+    variables = {**copied.production(), "DEBUG": "False", "FLOWER_BASIC_AUTH": "a:secret"}
+    assert found(copied, command, "W011", **variables) == {"day", "seconds", "object"}
+
+
+@plain
+def test_make_works_where_the_environment_names_another_venv(copied, tmp_path):
+    """As development containers do. Neither is that one used, nor does half of it stay behind."""
+    (copied / ".venv").unlink()
+    other = tmp_path / "other"
+    copied.call("make", "check", UV_PROJECT_ENVIRONMENT=other, VIRTUAL_ENV=other)
+    assert (copied / ".venv/bin/python").exists() and not other.exists()
+
+
+RUN = """
+import threading, time
+from unittest.mock import patch
+from django.db import connection, connections
+from orders.tasks import import_prices
+runs, entered, leave = [], threading.Event(), threading.Event()
+
+def work(seconds):
+    runs.append(1)
+    entered.set()
+    leave.wait(60)
+
+def run():
+    try:
+        import_prices()
+    finally:
+        connections.close_all()
+
+with patch("time.sleep", work):
+    first = threading.Thread(target=run)
+    first.start()
+    entered.wait(60)
+    import_prices()  # returns: the first one runs
+    leave.set()
+    first.join()
+    meanwhile = len(runs)
+    import_prices()
+with patch("time.sleep", side_effect=OSError):
+    try:
+        import_prices()
+    except OSError:
+        pass
+with patch("time.sleep", runs.append):
+    second = threading.Thread(target=run)
+    second.start()
+    second.join()
+result = [meanwhile, len(runs)]
+"""
+
+
+@plain
+def test_a_periodic_task_with_the_lock_of_the_page_does_not_overlap_itself(
+    copied, database, tmp_path
+):
+    recipe = code(copied.read("docs/tasks.md"), "pg_try_advisory_lock")
+    copied.append("orders/tasks.py", recipe)
+    variables = {"DATABASE_URL": f"{database.url}/postgres"}
+    with started(Console(copied, tmp_path / "log", **variables)) as [console]:
+        assert console.ask(RUN) == [1, 3]
+
+
+FAIL = """
+
+@shared_task(ignore_result=True)
+def read(path, text="", **more):
+    open(path).close()
+    open(path + " was read", "w").close()
+"""
+AGAIN = """
+from django.test import Client
+from django_celery_results.models import TaskResult
+from users.models import User
+user, _ = User.objects.get_or_create(username="staff", is_staff=True)
+from django.contrib.auth.models import Permission
+user.user_permissions.set(Permission.objects.filter(codename__in=may))
+client = Client(raise_request_exception=False, headers={"host": "localhost"})
+client.force_login(user)
+url, rows = "/admin/django_celery_results/taskresult/", [row.pk for row in TaskResult.objects.all()]
+page = client.post(url, {"action": "run_again", "_selected_action": rows}, follow=True)
+result = page.content.decode()
+"""
+STATES = """
+from django_celery_results.models import TaskResult
+result = sorted(TaskResult.objects.values_list("status", flat=True))
+"""
+
+
+@outputs({**DEFAULTS, "result_backend": "database"})
+def test_a_failed_task_runs_again_from_the_admin(copied, tmp_path):
+    """Not one whose stored arguments are cut, and not for somebody who may only see it."""
+    copied.append("orders/tasks.py", FAIL)
+    variables = {"DATABASE_URL": f"sqlite:///{tmp_path}/db.sqlite3", "WORKER_CONCURRENCY": 1}
+    redis, path = Redis(tmp_path / "redis"), tmp_path / "é 'quoted' file"
+    variables["CELERY_BROKER_URL"] = redis.variables["CELERY_BROKER_URL"]
+    copied.manage("migrate", "-v0", **variables)
+    command = [copied / ".venv/bin/celery", "-A", "config", "worker"]
+    worker = Process(command, tmp_path / "log", says=" ready.", cwd=copied, variables=variables)
+    console = Console(copied, tmp_path / "console", **variables)
+
+    def again(*may, asked=console):
+        return asked.ask(f"may = {may!r}{AGAIN}")
+
+    with started(redis, worker, console):
+        send = "from orders.tasks import read; result = read.delay({!r}, {!r}, more=[1]).id"
+        for text in "short", "long" * 1000:
+            console.ask(send.format(str(path), text))
+        wait_for(lambda: console.ask(STATES) == ["FAILURE"] * 2)
+        path.touch()
+        again("view_taskresult")
+        assert console.ask(STATES) == ["FAILURE"] * 2
+        down = Console(copied, tmp_path / "down", **(variables | copied.free_servers()))
+        with started(down):
+            assert "unavailable" in again("view_taskresult", "change_taskresult", asked=down)
+        assert console.ask(STATES) == ["FAILURE"] * 2
+        assert "not stored" in again("view_taskresult", "change_taskresult")
+        wait_for(path.with_name(f"{path.name} was read").exists)
+        assert console.ask(STATES) == ["FAILURE"]

@@ -1,0 +1,203 @@
+"""Every variable of the README, and every type of Python as an argument and as a result."""
+
+import json
+import re
+
+import pytest
+
+from harness.bake import DEFAULTS
+from harness.outputs import outputs
+from harness.project import Console, Process, started
+from harness.servers import Redis
+
+plain = outputs(DEFAULTS)
+OTHERS = [
+    {"broker": "rabbitmq", "result_backend": "database", "worker_pool": "threads"},
+    {"broker": "sqs", "result_backend": "dynamodb", "worker_pool": "gevent"},
+]
+others = outputs(*({**DEFAULTS, **each} for each in OTHERS))
+NUMBER = "9", "nine"
+ADDRESS = "no address"
+VARIABLES = {  # {variable: (another legal value, an illegal one, if there is one)}
+    "SECRET_KEY": ("$" + "0123456789abcdefghijklmnopqrstuvwxyz" * 2, None),
+    "ALLOWED_HOSTS": ("a.example,testserver,localhost", None),
+    "DATABASE_URL": ("sqlite:///other.sqlite3", "postgres://user:pass/word@host:5432/name"),
+    "EMAIL_URL": ("smtp+ssl://user:pass@host:465", ADDRESS),
+    "DEFAULT_FROM_EMAIL": ("Shop <shop@example.com>", None),
+    "CELERY_BROKER_URL": ("redis://:secret@example.com:6380/3", "redis://host:port/0"),
+    "CELERY_RESULT_BACKEND": ("redis://:secret@example.com:6380/4", ADDRESS),
+    "AWS_DEFAULT_REGION": ("us-east-1", None),
+    "AWS_ACCOUNT_ID": ("123456789012", None),
+    "FLOWER_BASIC_AUTH": ("user:pass", None),
+    "TASK_TIME_LIMIT": ("60", "1 minute"),
+    "MAX_COUNTDOWN": ("900", "nine"),
+    "VISIBILITY_SECONDS": NUMBER,
+    "SQS_VISIBILITY_TIMEOUT": ("9000", "nine"),
+    "RABBITMQ_CONSUMER_TIMEOUT": ("3600", "nine"),
+    "WORKER_CONCURRENCY": NUMBER,
+    "WORKER_MAX_KILOBYTES": ("900000", "-1"),
+    "SOFT_SHUTDOWN_SECONDS": ("2.5", "2,5"),
+    "CACHE_URL": ("redis://:secret@example.com/1", ADDRESS),
+    "THROTTLE": ("9/hour", "nine"),
+    "NUM_PROXIES": ("2", "-1"),
+    "CSRF_TRUSTED_ORIGINS": ("https://example.com", "example.com"),
+    "FLOWER_URL": ("https://flower.example.com/", ADDRESS),
+    "MEDIA_ROOT": ("/tmp/media", None),
+    "TIME_ZONE": ("America/St_Johns", "Mars/Olympus"),
+    "LOG_LEVEL": ("debug", "verbose"),
+    "SENTRY_DSN": ("http://key@127.0.0.1:1/1", "key"),
+    "RELEASE": ("1.2.3", None),
+    "LIVENESS_FILE": ("/tmp/alive", None),
+}
+CACHE = {"CACHE_URL": "locmemcache://other"}
+OF_CHOICES = {
+    "rabbitmq": {"CELERY_BROKER_URL": "amqps://user:secret@example.com/host"} | CACHE,
+    "sqs": {"CELERY_RESULT_BACKEND": "dynamodb://@us-east-1/other?ttl_seconds=60"} | CACHE,
+}
+SWITCH = {"DEBUG": ("0", "maybe"), "FLOWER_PORT": ("5556", "http")}  # in other places
+
+
+def documented(project):
+    """Return the variables in the tables of the README."""
+    rows = re.findall(r"^\| (`[A-Z_`, ]+`) \|", project.read("README.md"), re.MULTILINE)
+    return set(re.findall("[A-Z_]+", " ".join(rows)))
+
+
+@plain
+@pytest.mark.parametrize("name", VARIABLES)
+def test_the_projects_checks_and_tests_pass_with_another_value_of(project, name):
+    if name not in documented(project):
+        pytest.skip("a variable of another choice")
+    check(project, {name: VARIABLES[name][0]})
+
+
+@others
+def test_the_projects_checks_and_tests_pass_with_other_values(project):
+    check(
+        project,
+        {n: VARIABLES[n][0] for n in documented(project)} | OF_CHOICES[project.answers["broker"]],
+    )
+
+
+def check(project, variables):
+    if "DATABASE_URL" not in variables:
+        variables |= {"DATABASE_URL": f"sqlite:///{project}/test.sqlite3"}
+    project.manage("check", **variables)
+    project.call(".venv/bin/python", "-m", "pytest", "-q", "-m", "not live", **variables)
+
+
+@outputs(DEFAULTS, *({**DEFAULTS, **each} for each in OTHERS))
+def test_one_error_names_every_wrong_value(project):
+    """And what it must be. It shows no password."""
+    asked = set(re.findall(r'env\.\w+\("(\w+)"', project.read("config/settings.py")))
+    wrong = {n: value for n, (_, value) in {**VARIABLES, **SWITCH}.items() if n in asked and value}
+    origins = {"CSRF_TRUSTED_ORIGINS": wrong.pop("CSRF_TRUSTED_ORIGINS")}  # a check of Django
+    with pytest.raises(AssertionError) as error:
+        project.manage("check", **wrong)
+    said = re.search("ImproperlyConfigured: (.*)", str(error.value))[1]
+    assert set(re.findall(r"(\w+)(?:=[^;]*)? must be", said)) == set(wrong), said
+    assert "pass/word" not in said and "TASK_TIME_LIMIT=1 minute must be a whole number" in said
+    with pytest.raises(AssertionError, match="CSRF_TRUSTED_ORIGINS"):
+        project.manage("check", **origins)
+
+
+@plain
+def test_a_variable_that_the_owner_reads_is_checked_too(project):
+    settings = project.read("config/settings.py")
+    project.append("config/settings.py", '\nPAGES = env.int(\n    "PAGES", default=1\n)\n')
+    try:
+        project.manage("check", PAGES="2")
+        with pytest.raises(AssertionError, match="PAGES=many must be a whole number"):
+            project.manage("check", PAGES="many")
+    finally:
+        (project / "config/settings.py").write_text(settings)
+
+
+TASKS = """
+import datetime, decimal, enum, uuid
+from celery import shared_task
+
+VALUES = {
+    "none": None, "true": True, "integer": 7, "long": 2**70, "float": 1.5, "text": "é\\0",
+    "list": [1, [2]], "object": {"a": {"b": None}}, "tuple": (1, (2, 3)), "keys": {1: 2},
+    "uuid": uuid.UUID(int=7), "decimal": decimal.Decimal("1.10"), "bytes": b"\\xff",
+    "date": datetime.date(2026, 1, 2), "time": datetime.time(3, 4), 
+    "enum": enum.IntEnum("E", "A").A,
+    "datetime": datetime.datetime(2026, 1, 2, 3, tzinfo=datetime.timezone.utc),
+    "set": {1}, "frozenset": frozenset([1]), "timedelta": datetime.timedelta(1), "complex": 1j,
+    "instance": object(), "function": len, "class": int, "range": range(3),
+    "generator": iter([1]),
+    "nan": float("nan"), "ellipsis": ..., "exception": ValueError(),
+    "bytearray": bytearray(b"a"),
+}
+
+@shared_task
+def argument(value, name):
+    return repr(value)
+
+@shared_task
+def result(name):
+    return VALUES[name]
+"""
+# What a task gets for these; it gets all others as they were sent. REFUSED by delay().
+ARGUMENTS = {"tuple": "[1, [2, 3]]", "keys": "{'1': 2}", "enum": "1"}
+REFUSED = "set frozenset timedelta complex instance function class range generator ellipsis"
+REFUSED += " exception bytearray"
+SEND = """
+from orders import tasks
+result = {}
+for name, value in tasks.VALUES.items():
+    try:
+        got = tasks.argument.delay(value, name).get(timeout=60)
+    except TypeError as error:
+        got = "refused"
+    except Exception as error:
+        got = f"refused {type(error).__name__}"
+    result[name] = [repr(value), got]
+"""
+RETURN = """
+from orders import tasks
+result = {}
+sent = {name: tasks.result.delay(name) for name in tasks.VALUES}
+for name, each in sent.items():
+    try:
+        got = each.get(timeout=60)
+    except Exception as error:
+        got = error
+    result[name] = [each.state, repr(got)]
+"""
+
+
+@pytest.fixture(scope="module")
+def console(project, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kinds")
+    (project / "orders/tasks.py").write_text(project.read("orders/tasks.py") + TASKS)
+    redis = Redis(folder / "redis")
+    variables = {**redis.variables, "DATABASE_URL": f"sqlite:///{folder}/db.sqlite3"}
+    project.manage("migrate", "-v0", **variables)
+    command = [project / ".venv/bin/celery", "-A", "config", "worker"]
+    worker = Process(command, folder / "log", says=" ready.", cwd=project, variables=variables)
+    console = Console(project, folder / "console.log", **variables)
+    with started(redis, worker, console):
+        yield console
+
+
+@plain
+def test_a_task_gets_its_argument_or_the_sender_an_error(console):
+    found = console.ask(SEND)
+    print(json.dumps(found, indent=1))
+    wrong = {}
+    for name, (sent, got) in found.items():
+        right = "refused" if name in REFUSED.split() else ARGUMENTS.get(name, sent)
+        if not got.startswith(right):
+            wrong[name] = sent, got
+    assert wrong == {}
+
+
+@plain
+def test_a_result_arrives_or_the_task_has_failed(console):
+    found = console.ask(RETURN)
+    print(json.dumps(found, indent=1))
+    states = {name: state for name, (state, _) in found.items()}
+    failed = {name for name, state in states.items() if state != "SUCCESS"}
+    assert failed == set(REFUSED.split()), states

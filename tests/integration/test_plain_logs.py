@@ -1,0 +1,181 @@
+"""What fails is seen: one event of Sentry, a log line that names the task, a test's report."""
+
+import gzip
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from harness.bake import DEFAULTS
+from harness.outputs import outputs
+from harness.project import Console, Process, started, wait_for
+from harness.servers import Redis
+
+plain = outputs(DEFAULTS)
+both = outputs(*({**DEFAULTS, "durable_jobs": choice} for choice in ("no", "yes")))
+TASKS = """
+import logging
+import os
+import signal
+from celery import shared_task
+
+@shared_task
+def fail():
+    raise LookupError("of the task")
+
+@shared_task(bind=True, max_retries=1)
+def retry(self):
+    raise self.retry(exc=LookupError("of the retry"), countdown=0)
+
+@shared_task
+def succeed():
+    pass
+
+@shared_task(max_retries=0)
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+@shared_task
+def apply():
+    fail.apply()
+    logging.getLogger("outer").warning("after apply")
+"""
+VIEWS = """
+
+def broken(request):
+    raise LookupError("of the view")
+
+
+urlpatterns += [path("broken/", broken)]
+"""
+EVENTS = ["task_started", "task_retrying", "task_failed", "task_succeeded"]
+
+
+class Sentry(ThreadingHTTPServer):
+    """Collects the events that it is sent."""
+
+    def __init__(self):
+        events = self.events = []
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                if self.headers["Content-Encoding"] == "gzip":
+                    body = gzip.decompress(body)
+                head, item = body.split(b"\n")[1:3]
+                if json.loads(head)["type"] == "event":
+                    events.append(json.loads(item))
+                self.send_response(200)
+                self.end_headers()
+
+            def log_message(self, *args):
+                pass
+
+        super().__init__(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+@pytest.fixture(scope="module")
+def running(project, tmp_path_factory):
+    """A console, a function that reads the log lines of a worker, and the events in Sentry."""
+    folder = tmp_path_factory.mktemp("logs")
+    (project / "orders/tasks.py").write_text(project.read("orders/tasks.py") + TASKS)
+    project.append("config/urls.py", VIEWS)
+    sentry, redis = Sentry(), Redis(folder / "redis")
+    variables = {
+        **redis.variables,
+        "DATABASE_URL": f"sqlite:///{folder}/db.sqlite3",
+        "SENTRY_DSN": f"http://key@127.0.0.1:{sentry.server_port}/1",
+        "DEBUG": "False",
+        "ALLOWED_HOSTS": "localhost",
+        "WORKER_CONCURRENCY": 1,
+    }
+    project.manage("migrate", "-v0", **variables)
+    command = [project / ".venv/bin/celery", "-A", "config", "worker"]
+    worker = Process(command, folder / "log", says=" ready.", cwd=project, variables=variables)
+    console = Console(project, folder / "console.log", **variables)
+
+    def lines(event):
+        texts = worker.printed.splitlines()
+        found = [json.loads(text) for text in texts if text.startswith("{")]
+        return [line for line in found if line["event"] == event]
+
+    with started(redis, worker, console):
+        yield console, lines, sentry.events
+    sentry.shutdown()
+
+
+def send(console, task):
+    code = f"from orders import tasks; result = tasks.{task}.delay().id"
+    return console.ask(code)
+
+
+@both
+def test_each_failure_is_one_event_in_sentry(running):
+    """With its exception, and the ids that log lines have."""
+    console, _, events = running
+    events.clear()
+    failed = [send(console, task) for task in ("fail", "fail", "retry")]
+    wait_for(lambda: len(events) >= 3)
+    for path in "/broken/", "/broken/":
+        code = f"""
+from django.test import Client
+client = Client(raise_request_exception=False)
+headers = {{"host": "localhost", "x-forwarded-proto": "https"}}
+result = client.get("{path}", headers=headers).status_code
+"""
+        assert console.ask(code) == 500
+    succeeded = send(console, "succeed")
+    wait_for(lambda: succeeded in str(running[1]("task_started")))
+    wait_for(lambda: len(events) >= 5)
+    assert len(events) == 5, events
+    assert all("LookupError" in str(event["exception"]) for event in events)
+    assert {event["tags"].get("task_id") for event in events} == {*failed, None}
+    assert sum("request_id" in event["tags"] for event in events) == 2
+    send(console, "kill")  # the death of a process is an event, too
+    wait_for(lambda: "WorkerLostError" in str(events[5:]))
+    assert len(events) == 7, events[5:]
+
+
+@plain
+def test_each_line_of_a_task_names_it(running):
+    """Also that of the main process, if the task's process was killed."""
+    console, lines, _ = running
+    sent = {send(console, name): name for name in ("fail", "retry", "succeed", "kill")}
+
+    def found(event):
+        return [line for line in lines(event) if line["task_id"] in sent]
+
+    wait_for(lambda: len(found("task_failed")) == 3 and found("task_succeeded"))
+    for event in EVENTS:
+        assert found(event)
+        for line in found(event):
+            assert line["task"] == f"orders.tasks.{sent[line['task_id']]}", line
+    failed = found("task_failed")
+    assert all(line["error"] and line["exception"] for line in failed)
+    assert all("duration_ms" in line for line in failed if sent[line["task_id"]] != "kill")
+
+
+@plain
+def test_after_apply_the_lines_of_a_task_have_its_own_id(running):
+    console, lines, _ = running
+    sent = send(console, "apply")
+    [line] = wait_for(lambda: lines("after apply"))
+    assert (line["task_id"], line["task"]) == (sent, "orders.tasks.apply")
+    wait_for(lambda: [line for line in lines("task_succeeded") if line["task_id"] == sent])
+
+
+TEST = """
+def test_it():
+    from orders.tasks import fail
+    fail.delay()
+    assert False
+"""
+
+
+@plain
+def test_the_report_of_a_test_shows_why_a_task_failed(running, project):
+    (project / "tests/test_own.py").write_text(TEST)
+    with pytest.raises(AssertionError, match="LookupError: of the task"):
+        project.call(".venv/bin/python", "-m", "pytest", "-q", "tests/test_own.py")
