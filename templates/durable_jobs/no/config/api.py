@@ -1,9 +1,9 @@
 {% import "imports.jinja" as imports %}
 {% from "chosen.jinja" import broker, result_backend with context %}
 {% set backend_errors = result_backend.unavailable | default([]) %}
-{% set errors = (["KombuError"] + broker.unavailable + backend_errors) | unique | sort %}
+{% set errors = (["LimitExceeded", "OperationalError"] + broker.unavailable + backend_errors) | unique | sort %}
 {% set lines %}
-from kombu.exceptions import KombuError
+from kombu.exceptions import LimitExceeded, OperationalError
 from django.contrib import messages
 from django.http import HttpResponseRedirect, JsonResponse
 from django.utils.deprecation import MiddlewareMixin
