@@ -151,10 +151,11 @@ result = [
     chain(add.s(1, 2), add.s(3))().get(timeout=300),
     group(header)().get(timeout=300),
     chord(header)(total.s()).get(timeout=300),
-    chord([add_quietly.s(1, 2), *header])(total.s()).get(timeout=300),  # which ignores its result
+    # The first one ignores its result. Not at the same time: moto's counter is not atomic.
+    chord([add_quietly.s(1, 2), add.s(1, 1).set(countdown=1)])(total.s()).get(timeout=300),
 ]
 """
-    assert stack.ask(code) == [6, [0, 2, 4], 6, 9]
+    assert stack.ask(code) == [6, [0, 2, 4], 6, 5]
 
 
 @with_results
