@@ -24,6 +24,9 @@ RUNS_AGAIN = {
     # It doesn't confirm what is sent meanwhile, so that is sent again.
     ("broker", "read_only", "rabbitmq"),
 }
+# Redis may hand a task over on a connection that a firewall has just forgotten. Until the worker has
+# stored that it has it, a second at most, nobody else knows of it (kombu takes it with BRPOP).
+LOSES = {("broker", "forget", "redis")}
 # Where an order is stored, and its task may be missing: the hourly task finds it.
 FORGETS_ORDERS = "broker", "web", "database"
 # A worker must renew the messages of tasks that run longer than the visibility timeout, also then.
@@ -46,6 +49,7 @@ def test_a_service_fails(stack_of_services, service, fault, record_cell):
             over = time.time()
             seconds = load.wait_until_success() - over
             time.sleep(AFTER)
+        lost = load.give_up(60) if (service, fault, broker) in LOSES else 0
         fresh = load.send_fresh()
         load.wait_until_ended()
         forgotten = load.find_forgotten_orders()
@@ -68,6 +72,7 @@ def test_a_service_fails(stack_of_services, service, fault, record_cell):
         "failed": load.failed(),
         "of them fresh": load.describe(set(load.tasks(fresh)) - load.succeeded()),
         "ran again": load.repeated(),
+        "lost": lost,
         "without a result": load.without_result(),
         "orders that the hourly task found": forgotten,
         "exited": exited,
@@ -90,6 +95,8 @@ def test_a_service_fails(stack_of_services, service, fault, record_cell):
         wrong["failed"] = found["failed"]
     if (service, fault, broker) not in RUNS_AGAIN and found["ran again"]:
         wrong["ran again"] = found["ran again"]
+    if lost > len(stack.workers):
+        wrong["lost"] = lost
     if forgotten and service not in FORGETS_ORDERS:
         wrong["orders that the hourly task found"] = forgotten
     if broker == "redis" and set(exited) & {worker.log.stem for worker in stack.workers}:
