@@ -24,8 +24,8 @@ RUNS_AGAIN = {
     # It doesn't confirm what is sent meanwhile, so that is sent again.
     ("broker", "read_only", "rabbitmq"),
 }
-# Redis may hand a task over on a connection that a firewall has just forgotten. Until the worker has
-# stored that it has it, a second at most, nobody else knows of it (kombu takes it with BRPOP).
+# Redis may hand a task over on a connection that a firewall has just forgotten, within a second. No
+# worker gets it, and nobody else knows of it: kombu takes tasks with BRPOP.
 LOSES = {("broker", "forget", "redis")}
 # Where an order is stored, and its task may be missing: the hourly task finds it.
 FORGETS_ORDERS = "broker", "web", "database"
