@@ -27,10 +27,10 @@ from math import inf
 from celery.utils.functional import chunks
 from django.db import Error, transaction
 from django.db.models import Case, Count, DurationField, F, IntegerField, Min, Subquery, When
-from django.db.models.functions import Coalesce, Greatest, Now
+from django.db.models.functions import Coalesce, Greatest
 
 from durable_jobs import conf, transitions
-from durable_jobs.database import Clock, timeouts
+from durable_jobs.database import Clock, Now, timeouts
 from durable_jobs.limits import limit_of
 from durable_jobs.messages import MESSAGE_FIELDS
 from durable_jobs.models import Job, Key, Pause

@@ -6,12 +6,20 @@ from contextlib import suppress
 
 from celery.exceptions import SoftTimeLimitExceeded
 from django.db import Error, connection, models
-from django.db.models.functions import Now
+from django.db.models import functions
 from django.db.utils import InterfaceError, OperationalError
 
 from durable_jobs.worker.pools import pool
 
 logger = logging.getLogger(__name__)
+
+
+class Now(functions.Now):
+    """Django's Now(), on SQLite with as many digits as stored times: as text, 41.648 comes before 41.648000."""
+
+    def as_sqlite(self, compiler, connection, **context):
+        text = "STRFTIME('%%%%Y-%%%%m-%%%%d %%%%H:%%%%M:%%%%f000', 'NOW')"
+        return self.as_sql(compiler, connection, template=text, **context)
 
 
 class Clock(Now):
@@ -25,10 +33,6 @@ class Clock(Now):
 
     def as_postgresql(self, compiler, connection, **context):
         return self.as_sql(compiler, connection, template="CLOCK_TIMESTAMP()", **context)
-
-    def as_sqlite(self, compiler, connection, **context):
-        text = "STRFTIME('%%%%Y-%%%%m-%%%%d %%%%H:%%%%M:%%%%f000', 'NOW')"
-        return self.as_sql(compiler, connection, template=text, **context)
 
 
 class SetLocal(models.Func):
