@@ -230,7 +230,7 @@ class Stack:
         texts = []
         for log in self.logs:
             text = log.read_bytes()[self.marks.get(log, 0) :].decode(errors="replace")
-            texts.append(f"--- {log.name}\n{text[-50000:]}")
+            texts.append(f"--- {log.name}\n{text[-5000:]}")
         return "\n".join(texts)
 
     # Requests and queries of the tests

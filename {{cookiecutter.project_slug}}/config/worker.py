@@ -1,5 +1,5 @@
 {% import "imports.jinja" as imports %}
-{% from "chosen.jinja" import broker, result_backend, worker_pool, has_jobs, has_results with context %}
+{% from "chosen.jinja" import broker, result_backend, worker_pool, has_jobs with context %}
 {% set stdlib %}
 {{ "" if has_jobs else "import os\nfrom pathlib import Path" }}
 {% print broker.worker_stdlib | default %}

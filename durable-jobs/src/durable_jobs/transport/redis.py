@@ -29,9 +29,8 @@ class QoS(redis.QoS):
         while True:
             try:
                 return super().append(message, delivery_tag)
-            except (
-                ResponseError
-            ) as error:  # Redis is full or a replica: without the copy, it could be lost
+            except ResponseError as error:
+                # Redis is full or a replica. Without a copy, the message could be lost.
                 logger.warning("Redis refuses to write: %r", error)
                 time.sleep(1)
 
