@@ -13,12 +13,12 @@ from celery import current_app, shared_task
 from celery.app.task import Context
 from django.contrib.admin.models import LogEntry
 from django.db import connection, transaction
-from django.db.models.functions import Now
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
 from durable_jobs import publish, transitions
 from durable_jobs.beat.sweeper import Sweeper
+from durable_jobs.database import Now
 from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Job
 from durable_jobs.tasks import JobError, JobTask

@@ -9,12 +9,12 @@ from celery import shared_task
 from django.contrib.admin import site
 from django.contrib.admin.utils import flatten_fieldsets
 from django.db import connection
-from django.db.models.functions import Now
 from django.test.utils import CaptureQueriesContext
 from helpers import JOBS, call, count, counting_queries, fail, greet, listed, logged, multiply
 
 from durable_jobs import batches, transitions
 from durable_jobs.actions import cancel
+from durable_jobs.database import Now
 from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Batch, Job
 

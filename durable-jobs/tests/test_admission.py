@@ -11,7 +11,6 @@ from celery import signals as celery_signals
 from celery.exceptions import WorkerLostError
 from django.db import Error
 from django.db.models import F
-from django.db.models.functions import Now
 from django.utils import timezone
 from helpers import (
     alone,
@@ -30,6 +29,7 @@ from helpers import (
 from durable_jobs import admission, pauses, transitions
 from durable_jobs.actions import cancel, run_again
 from durable_jobs.beat.sweeper import recover_lapsed
+from durable_jobs.database import Now
 from durable_jobs.diagnosis import reasons
 from durable_jobs.enqueue import enqueue_many
 from durable_jobs.limits import parse

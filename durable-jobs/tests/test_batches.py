@@ -8,11 +8,11 @@ import pytest
 from celery import current_app, shared_task
 from django.db import IntegrityError, OperationalError, transaction
 from django.db.models import QuerySet
-from django.db.models.functions import Now
 from helpers import run_of
 
 from durable_jobs import batches, database, messages, transitions
 from durable_jobs.actions import cancel, run_again
+from durable_jobs.database import Now
 from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Batch, Job
 from durable_jobs.tasks import JobError, JobTask

@@ -7,11 +7,11 @@ from functools import partial
 
 import pytest
 from django.db import connection
-from django.db.models.functions import Now
 from helpers import add, claim, deliver, run_while_open
 
 from durable_jobs import transitions
 from durable_jobs.actions import cancel, run_all_again
+from durable_jobs.database import Now
 from durable_jobs.enqueue import enqueue, enqueue_many
 from durable_jobs.models import Failure, Job
 

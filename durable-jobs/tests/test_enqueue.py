@@ -9,7 +9,6 @@ import pytest
 from asgiref.sync import async_to_sync
 from celery import shared_task
 from django.db import IntegrityError, connection, transaction
-from django.db.models.functions import Now
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 from helpers import add, alone, plain, seconds_until_due, sweeper
@@ -17,6 +16,7 @@ from helpers import add, alone, plain, seconds_until_due, sweeper
 from durable_jobs import batches
 from durable_jobs.actions import run_again
 from durable_jobs.api.views import EnqueueMixin
+from durable_jobs.database import Now
 from durable_jobs.enqueue import aenqueue, enqueue, enqueue_many
 from durable_jobs.models import Job, Sweep
 from durable_jobs.publish import publish

@@ -12,12 +12,12 @@ from celery import shared_task
 from celery.concurrency import get_implementation
 from celery.worker import state
 from django.db import Error, connection
-from django.db.models.functions import Now
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 from helpers import ago, scrape
 
 from durable_jobs.beat import purge
+from durable_jobs.database import Now
 from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Job, Worker
 from durable_jobs.tasks import JobTask

@@ -10,8 +10,9 @@ from settings import SOURCE
 
 PACKAGE = SOURCE / "durable_jobs"
 ORDER = """
-conf liveness worker.pools migrations states
+conf liveness worker.pools migrations
 validation database
+states
 models
 transitions limits
 messages

@@ -9,7 +9,6 @@ from unittest.mock import Mock
 import pytest
 from django.db import DatabaseError, IntegrityError, connection, transaction
 from django.db.models import F
-from django.db.models.functions import Now
 from helpers import (
     add,
     ask,
@@ -28,7 +27,7 @@ from helpers import (
 
 from durable_jobs import transitions
 from durable_jobs.beat.sweeper import recover_lapsed
-from durable_jobs.database import SetLocal
+from durable_jobs.database import Now, SetLocal
 from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Job
 from durable_jobs.transitions import lease_end

@@ -17,13 +17,13 @@ from celery import shared_task
 from celery.exceptions import Ignore
 from django.db import connection, transaction
 from django.db.models import Count, Q
-from django.db.models.functions import Now
 from helpers import ROUNDS as MANY_ROUNDS
 from helpers import fail_run, in_thread, race, run_of, succeed_run, sweeper
 
 from durable_jobs import admission, enqueue, pauses, publish, transitions
 from durable_jobs.actions import cancel, run_again
 from durable_jobs.beat import republish
+from durable_jobs.database import Now
 from durable_jobs.models import Job, Key
 from durable_jobs.states import STILL_RUNNING, UNFINISHED
 from durable_jobs.tasks import JobTask

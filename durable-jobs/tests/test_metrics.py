@@ -8,7 +8,6 @@ from math import inf
 import pytest
 from celery import current_app as app
 from django.db import connection
-from django.db.models.functions import Now
 from django.test.utils import CaptureQueriesContext
 from helpers import ago, greet, scrape
 from rest_framework.authtoken.models import Token
@@ -17,6 +16,7 @@ from rest_framework.throttling import UserRateThrottle
 
 from durable_jobs import batches, pauses, transitions
 from durable_jobs.actions import cancel
+from durable_jobs.database import Now
 from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Batch, Job, Pause
 

@@ -5,11 +5,11 @@ import uuid
 import pytest
 from django.db import IntegrityError, transaction
 from django.db.models import RestrictedError
-from django.db.models.functions import Now
 from helpers import add, claim, claim_and_lapse
 
 from durable_jobs import transitions
 from durable_jobs.actions import cancel, run_all_again
+from durable_jobs.database import Now
 from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Failure, Job
 

@@ -4,13 +4,13 @@ from datetime import timedelta
 
 import pytest
 from django.db.models import F
-from django.db.models.functions import Now
 from django.utils import timezone
 from helpers import add, alone, call, deliver, end, lapse, run_of, start, sweeper
 
 from durable_jobs import pauses, transitions
 from durable_jobs.actions import cancel, run_again
 from durable_jobs.beat import purge
+from durable_jobs.database import Now
 from durable_jobs.diagnosis import reasons
 from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Job, Pause

@@ -6,7 +6,6 @@ from datetime import timedelta
 
 import pytest
 from django.db import connection
-from django.db.models.functions import Now
 from django.db.models.sql import InsertQuery
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
@@ -29,6 +28,7 @@ from helpers import (
 from durable_jobs import admission, batches, publish, transitions
 from durable_jobs.actions import cancel
 from durable_jobs.contrib.prometheus import Collector
+from durable_jobs.database import Now
 from durable_jobs.enqueue import enqueue, enqueue_many
 from durable_jobs.models import Job
 from durable_jobs.transitions import lease_end

@@ -9,11 +9,11 @@ import pytest
 from celery import current_app as app
 from celery.app import routes
 from django.db import OperationalError, transaction
-from django.db.models.functions import Now
 from helpers import add, deliver, of_job, run_of, seconds_until_due
 
 from durable_jobs import messages, publish, transitions
 from durable_jobs.actions import cancel, run_all_again
+from durable_jobs.database import Now
 from durable_jobs.enqueue import enqueue, enqueue_many
 from durable_jobs.models import Job
 

@@ -5,7 +5,6 @@ from datetime import timedelta
 import pytest
 from django.db import connection
 from django.db.models import ProtectedError, RestrictedError
-from django.db.models.functions import Now
 from django.db.models.signals import pre_delete
 from django.utils import timezone
 from helpers import add, broken, collect, deliver, explain, failed, follow, queries, rows_read, work
@@ -13,6 +12,7 @@ from helpers import add, broken, collect, deliver, explain, failed, follow, quer
 from durable_jobs import admission, batches, conf
 from durable_jobs.actions import run_again, run_all_again
 from durable_jobs.beat import purge
+from durable_jobs.database import Now
 from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Batch, Failure, Job
 from durable_jobs.publish import publish

@@ -7,12 +7,12 @@ from datetime import timedelta
 import pytest
 from django.contrib.admin.models import LogEntry
 from django.db import connection
-from django.db.models.functions import Now
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 from helpers import JOBS, call, greet, listed, logged, multiply
 
 from durable_jobs import publish
+from durable_jobs.database import Now
 from durable_jobs.enqueue import enqueue, enqueue_many
 from durable_jobs.models import Job, Pause, Worker
 

@@ -7,11 +7,11 @@ import pytest
 from celery.exceptions import SoftTimeLimitExceeded
 from django.db import OperationalError, transaction
 from django.db.models import QuerySet
-from django.db.models.functions import Now
 from helpers import add, claim, claim_and_lapse, deliver, run, run_of, seconds_until_due
 
 from durable_jobs import transitions
 from durable_jobs.actions import run_again
+from durable_jobs.database import Now
 from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Job
 from durable_jobs.worker import lease

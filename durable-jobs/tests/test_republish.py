@@ -8,7 +8,6 @@ from unittest.mock import Mock
 import pytest
 from celery import current_app as app
 from django.db import OperationalError, connection
-from django.db.models.functions import Now
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 from helpers import (
@@ -25,6 +24,7 @@ from helpers import (
 from durable_jobs import admission, messages, publish, transitions
 from durable_jobs.beat import republish
 from durable_jobs.beat import sweeper as sweeper_module
+from durable_jobs.database import Now
 from durable_jobs.enqueue import enqueue, enqueue_many
 from durable_jobs.models import Job, Sweep
 

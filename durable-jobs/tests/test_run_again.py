@@ -11,12 +11,12 @@ from celery.exceptions import Ignore
 from celery.worker import state as worker_state
 from celery.worker.control import Panel
 from django.db import connection
-from django.db.models.functions import Now
 from django.utils import timezone
 from helpers import broken, call_concurrently, claim, collect, failed, follow, run_of, work
 
 from durable_jobs import batches, transitions
 from durable_jobs.actions import cancel, run_again, run_all_again
+from durable_jobs.database import Now
 from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Batch, Failure, Job
 from durable_jobs.tasks import JobTask

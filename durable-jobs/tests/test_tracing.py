@@ -8,7 +8,6 @@ from unittest.mock import Mock
 import pytest
 from celery import current_app, shared_task, signals
 from celery.contrib.django.task import DjangoTask
-from django.db.models.functions import Now
 from django_structlog.celery.receivers import CeleryReceiver
 from helpers import add, sweeper
 from opentelemetry import trace
@@ -21,6 +20,7 @@ from structlog.contextvars import bound_contextvars, get_contextvars
 from durable_jobs import batches
 from durable_jobs.actions import cancel, run_again
 from durable_jobs.beat import republish
+from durable_jobs.database import Now
 from durable_jobs.enqueue import enqueue, enqueue_many
 from durable_jobs.messages import MESSAGE_FIELDS, send
 from durable_jobs.models import Batch, Job

@@ -5,10 +5,10 @@ from contextlib import suppress
 from celery import current_app
 from django.db import IntegrityError, transaction
 from django.db.models import QuerySet
-from django.db.models.functions import Now
 from kombu.utils.json import loads
 
 from durable_jobs import admission, transitions
+from durable_jobs.database import Now
 from durable_jobs.enqueue import active_with, call_fields, insert, send_after_commit, times
 from durable_jobs.messages import new_headers
 from durable_jobs.models import Job

@@ -9,7 +9,6 @@ from django.core.exceptions import BadRequest, PermissionDenied
 from django.core.paginator import Paginator
 from django.db import DataError
 from django.db.models import F, Q
-from django.db.models.functions import Now
 from django.http import HttpRequest, HttpResponseRedirect
 from django.template.defaultfilters import pluralize, truncatechars
 from django.urls import reverse
@@ -18,6 +17,7 @@ from django.utils.html import format_html
 
 from durable_jobs import batches, conf, pauses
 from durable_jobs.actions import cancel, run_all_again
+from durable_jobs.database import Now
 from durable_jobs.diagnosis import problems, reasons, reasons_of_batches, span
 from durable_jobs.limits import name_of
 from durable_jobs.messages import job_names, known_queues

@@ -175,7 +175,7 @@ def admit_due(paused=()):
     Returns in how many seconds the next one is due, and in how many a rate may admit one.
     """
     if paused:  # free the slots of those jobs whose messages are missing
-        late = Job.objects.filter(HAS_SLOT, QUEUED, is_paused(paused), sweep_at__lt=Now())
+        late = Job.objects.filter(HAS_SLOT, QUEUED, is_paused(paused), sweep_at__lte=Now())
         with transaction.atomic():
             put_back(transitions.skip_locked(late))
     blocked = Job.objects.exclude(is_paused(paused)).filter(blocked_by__isnull=False)

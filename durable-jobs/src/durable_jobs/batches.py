@@ -16,11 +16,10 @@ from asgiref.sync import sync_to_async
 from celery.utils.functional import maybe_list
 from django.db import Error, connection, transaction
 from django.db.models import Count, Exists, OuterRef, Q, Subquery
-from django.db.models.functions import Now
 from django.utils import timezone
 
 from durable_jobs import actions, transitions
-from durable_jobs.database import in_transaction, may_succeed_later, timeouts
+from durable_jobs.database import Now, in_transaction, may_succeed_later, timeouts
 from durable_jobs.enqueue import (
     CallOptions,
     MemberOptions,

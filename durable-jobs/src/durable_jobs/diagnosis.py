@@ -8,13 +8,13 @@ from datetime import timedelta
 
 from celery import current_app
 from django.db.models import Count, F, OuterRef, Subquery
-from django.db.models.functions import Now
 from django.template.defaultfilters import pluralize
 from django.utils import timezone
 from django.utils.functional import cached_property
 
 from durable_jobs import conf
 from durable_jobs.batches import newest_active
+from durable_jobs.database import Now
 from durable_jobs.enqueue import database_time
 from durable_jobs.limits import limit_of
 from durable_jobs.models import Batch, Failure, Job, Pause, Sweep

@@ -10,9 +10,10 @@ from celery.utils.functional import chunks
 from celery.utils.time import maybe_make_aware
 from django.db import transaction
 from django.db.models import Max
-from django.db.models.functions import Coalesce, Now
+from django.db.models.functions import Coalesce
 
 from durable_jobs import admission, conf, limits, transitions
+from durable_jobs.database import Now
 from durable_jobs.messages import is_job, new_headers, queue_of
 from durable_jobs.models import MAX_LABEL, Job, Sweep
 from durable_jobs.publish import publish

@@ -1,7 +1,8 @@
 """The states of a job, and what they mean for its row."""
 
 from django.db.models import F, Q
-from django.db.models.functions import Now
+
+from durable_jobs.database import Now
 
 ACTIVE = ["queued", "running"]
 FINAL = ["succeeded", "failed", "cancelled"]
@@ -13,7 +14,7 @@ HAS_SLOT = Q(limit_key__isnull=False, sweep_at__isnull=False)
 QUEUED = Q(run_token=None) & UNFINISHED
 # Its message was sent, or is being sent, since it was last queued: times_sent is counted first.
 SENT = QUEUED & Q(times_sent__gt=0)
-RUNNING = Q(state="running", sweep_at__gte=Now())  # its lease has not lapsed
+RUNNING = Q(state="running", sweep_at__gt=Now())  # its lease has not lapsed
 PAST_DEADLINE = Q(sweep_at=F("started_at"))  # see transitions.lease_end()
-STALLED = Q(state="running", sweep_at__lt=Now())  # its lease has lapsed, or it is PAST_DEADLINE
+STALLED = Q(state="running", sweep_at__lte=Now())  # its lease has lapsed, or it is PAST_DEADLINE
 STILL_RUNNING = Q(state="cancelled", sweep_at__isnull=False)  # jobs with a limit, see admission.py

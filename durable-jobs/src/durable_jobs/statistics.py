@@ -4,9 +4,10 @@ from collections import Counter, defaultdict
 from datetime import timedelta
 
 from django.db.models import Count, F, Min, Q, Sum, Window
-from django.db.models.functions import Now, RowNumber
+from django.db.models.functions import RowNumber
 
 from durable_jobs.admission import paused_names
+from durable_jobs.database import Now
 from durable_jobs.messages import known_queues
 from durable_jobs.models import Batch, Job
 from durable_jobs.states import ACTIVE, RUNNING, STALLED

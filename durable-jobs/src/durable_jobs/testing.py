@@ -11,10 +11,10 @@ from celery import current_app
 from celery.app.trace import build_tracer
 from celery.exceptions import OperationalError
 from django.db import connection
-from django.db.models.functions import Now
 from kombu.utils.json import dumps, loads
 
 from durable_jobs import batches, messages, publish
+from durable_jobs.database import Now
 from durable_jobs.models import Job
 from durable_jobs.worker.runs import process
 

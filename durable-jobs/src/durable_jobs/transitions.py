@@ -8,12 +8,12 @@ from inspect import signature
 
 from django.db import connection, models, transaction
 from django.db.models import Case, Q, When
-from django.db.models.functions import Coalesce, Now
+from django.db.models.functions import Coalesce
 from django.db.models.lookups import IsNull
 from django.db.models.sql import InsertQuery, UpdateQuery
 
 from durable_jobs import conf
-from durable_jobs.database import IDLE_TIMEOUT, LOCK_TIMEOUT, Clock, cursor_that_prepares
+from durable_jobs.database import IDLE_TIMEOUT, LOCK_TIMEOUT, Clock, Now, cursor_that_prepares
 from durable_jobs.models import Batch, Job, Pause
 from durable_jobs.states import SENT, STILL_RUNNING, UNFINISHED
 

@@ -9,10 +9,9 @@ from datetime import timedelta
 from celery import current_app
 from django.db import transaction
 from django.db.models import Min, Q
-from django.db.models.functions import Now
 
 from durable_jobs import admission, conf, transitions
-from durable_jobs.database import IDLE_TIMEOUT, may_succeed_later
+from durable_jobs.database import IDLE_TIMEOUT, Now, may_succeed_later
 from durable_jobs.messages import MESSAGE_FIELDS, messages_in, send
 from durable_jobs.models import Job
 from durable_jobs.states import QUEUED, RUNNING, SENT
@@ -47,7 +46,7 @@ class Sender:
         queued = Job.objects.filter(state="queued").exclude(is_paused(paused))
         until = time.monotonic() + pause
         soon = queued.filter(sweep_at__lt=Now() + timedelta(seconds=pause))
-        is_countdown = Q(times_sent=0, sweep_at__gte=Now())
+        is_countdown = Q(times_sent=0, sweep_at__gt=Now())
         first, countdown = Min("sweep_at"), Min("sweep_at", filter=is_countdown)
         rows = soon.values_list("queue").annotate(first=first - Now(), next=countdown - Now())
         names = [name for name, first, _ in rows if first < timedelta()]
@@ -82,7 +81,7 @@ class Sender:
         missing = queued.filter(times_sent__gt=0).count() - waiting
         # The oldest jobs first. These are also the ones to send again: workers take the oldest messages first,
         # so the messages that are left belong to the newest jobs, and the missing ones to the oldest.
-        due = queued.filter(IDLE_TIMEOUT, sweep_at__lt=Now()).order_by("sweep_at")
+        due = queued.filter(IDLE_TIMEOUT, sweep_at__lte=Now()).order_by("sweep_at")
         ids = mark_sent(due.filter(times_sent=0)[: admission.AT_ONCE])
         if resend and missing > 0:
             most = min(missing, admission.AT_ONCE - len(ids))

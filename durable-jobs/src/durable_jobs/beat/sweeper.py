@@ -8,12 +8,11 @@ import uuid
 from datetime import timedelta
 
 from django.db import connection, transaction
-from django.db.models.functions import Now
 
 from durable_jobs import batches, conf, transitions
 from durable_jobs.beat.purge import clean_forever
 from durable_jobs.beat.republish import Sender
-from durable_jobs.database import may_succeed_later, try_in_halves
+from durable_jobs.database import Now, may_succeed_later, try_in_halves
 from durable_jobs.enqueue import CHUNK
 from durable_jobs.liveness import touch_liveness_file
 from durable_jobs.models import Job, Sweep
@@ -84,7 +83,7 @@ class Sweeper:
 
 def recover_lapsed():
     """Recover the running jobs whose lease was not renewed, and free the slots of cancelled ones."""
-    lapsed = Job.objects.filter(state__in=["running", "cancelled"], sweep_at__lt=Now())
+    lapsed = Job.objects.filter(state__in=["running", "cancelled"], sweep_at__lte=Now())
     with transaction.atomic():  # skip a row that the job's own function has locked
         ids = list(transitions.locking(lapsed).values_list("pk", flat=True)[:CHUNK])
     if ids:

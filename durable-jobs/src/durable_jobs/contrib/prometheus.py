@@ -4,13 +4,13 @@ import math
 from datetime import timedelta
 
 from django.db.models import Count, F, Min
-from django.db.models.functions import Now
 from django.http import HttpResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from rest_framework.permissions import IsAdminUser
 from rest_framework.views import APIView
 
+from durable_jobs.database import Now
 from durable_jobs.models import Batch, Pause, Sweep
 from durable_jobs.statistics import by_queue, by_task, p95
 from durable_jobs.worker.heartbeat import alive

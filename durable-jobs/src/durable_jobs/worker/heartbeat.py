@@ -10,11 +10,10 @@ from datetime import timedelta
 from functools import partial
 
 from celery.worker import state
-from django.db.models.functions import Now
 from django.utils import timezone
 
 from durable_jobs import conf
-from durable_jobs.database import Clock
+from durable_jobs.database import Clock, Now
 from durable_jobs.models import Worker
 from durable_jobs.worker.forks import between_forks
 from durable_jobs.worker.pools import pool, pool_name, shutting_down

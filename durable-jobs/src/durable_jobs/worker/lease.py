@@ -10,9 +10,9 @@ import random
 
 from django.db import close_old_connections, transaction
 from django.db.models import Q
-from django.db.models.functions import Now
 
 from durable_jobs import admission, conf, transitions
+from durable_jobs.database import Now
 from durable_jobs.models import Job
 from durable_jobs.states import PAST_DEADLINE
 from durable_jobs.transitions import lease_end
