@@ -6,6 +6,7 @@ Each test records what happened; the end of the run prints it as rows for docs/r
 
 import json
 import os
+import re
 import signal
 import time
 from functools import partial
@@ -433,6 +434,15 @@ def test_the_default_settings_keep_their_promise(stack, gate, tmp_path):
     wait_for(lambda: stack.notes("end", long))
     time.sleep(5)
     assert [stack.starts(task) for task in [*killed, long, later]] == [2] * 4 + [1, 1]
+
+
+@stacks(brokers=["redis"])
+def test_a_worker_whose_clock_is_wrong_says_so(stack):
+    for ahead, sign in (60, "+"), (-60, "-"), (1, None):
+        worker = stack.make_worker("other", FAULT="wrong_clock", AHEAD=ahead).start()
+        assert worker.stop() == 0
+        warned = re.findall(r"This clock is (.)\d+ s from that of Redis", worker.printed)
+        assert warned == ([sign] if sign else [])
 
 
 @on_redis
