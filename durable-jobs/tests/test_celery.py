@@ -7,10 +7,11 @@ from decimal import Decimal
 from unittest.mock import Mock
 
 import pytest
-from celery import chain, chord, group, shared_task
+from celery import Task, chain, chord, group, shared_task
 from celery import current_app as app
 from celery.contrib.django.task import DjangoTask
 from celery.result import AsyncResult
+from celery.schedules import crontab
 from django.apps import apps
 from django.db import transaction
 from django.utils import timezone
@@ -18,10 +19,12 @@ from helpers import add, deliver, plain, retry_once
 from kombu.exceptions import EncodeError
 
 from durable_jobs.actions import run_again
+from durable_jobs.beat.schedule import check_entry
+from durable_jobs.celery import Celery
 from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Job
 from durable_jobs.publish import publish
-from durable_jobs.tasks import JobTask
+from durable_jobs.tasks import JobTask, job
 
 pytestmark = pytest.mark.django_db
 
@@ -213,6 +216,110 @@ def test_on_commit_stores_a_job_in_the_transaction(enqueue):
         enqueue()
         1 / 0  # noqa: B018
     assert Job.objects.count() == 1
+
+
+@pytest.mark.parametrize("signal", ["on_after_configure", "on_after_finalize"])
+@pytest.mark.parametrize(
+    ("call", "options"),
+    [
+        (add.s(1, y=2), {}),
+        (add.si(1, y=2), {}),
+        (add.s(1, y=2).set(queue="io"), {"queue": "io"}),
+        (add.using(queue="io").s(1, y=2), {"queue": "io"}),
+    ],
+)
+def test_a_job_is_scheduled_as_celery_documents_it(signal, call, options):
+    other = Celery("other", set_as_current=False)
+
+    def setup_periodic_tasks(sender, **kwargs):
+        sender.add_periodic_task(crontab(hour=7), call, name="job")
+        sender.add_periodic_task(60, plain.s())
+
+    getattr(other, signal).connect(setup_periodic_tasks)
+    other.finalize()
+    [first, second] = other.conf.beat_schedule.values()
+    assert first["task"] == add.name and second["task"] == plain.name
+    assert (first["args"], first["kwargs"], first["options"]) == ((1,), {"y": 2}, options)
+    check_entry(*(first[name] for name in ("task", "args", "kwargs", "options")))
+
+
+# Base classes of a project
+
+
+class Doubling(Task):
+    """It prepares the arguments of each call, and changes its result."""
+
+    abstract = True
+
+    def __call__(self, x):
+        self.id = self.request.id
+        return [super().__call__(2 * int(x))]
+
+
+class DoublingJob(Doubling, JobTask):
+    abstract = True
+
+
+class OnlyOnce(Task):
+    def apply_async(self, *args, **kwargs):
+        return super().apply_async(*args, **kwargs)
+
+
+class WrongOrder(JobTask, Doubling):
+    pass
+
+
+@job(base=Doubling)
+def mixed(self, x):
+    return self.request.id, self.cursor, x
+
+
+@job(base=DoublingJob)
+def last(self, x):
+    return self.request.id, self.cursor, x
+
+
+@pytest.mark.parametrize("task", [mixed, last], ids=["added", "the last base"])
+def test_the_call_of_a_base_class_runs_inside_its_job(task):
+    stored = deliver(task.enqueue("4"))
+    assert stored.result == [[str(stored.pk), None, 8]] and task.id == str(stored.pk)
+    assert task(4) == [(None, None, 8)]
+    failed = deliver(task.enqueue("four"))
+    assert (failed.state, failed.error[:10]) == ("failed", "ValueError")
+
+
+@pytest.mark.parametrize("base", [Task, DjangoTask, app.Task])
+def test_a_base_class_of_celery_may_be_named(base):
+    @job(base=base, name=f"of {base}")
+    def of_celery(self):
+        pass
+
+    assert isinstance(app.tasks[of_celery.name], JobTask)
+
+
+@pytest.mark.parametrize(
+    ("base", "why"),
+    [
+        (WrongOrder, "JobTask must be the last base, as in class WrongOrder.Other, JobTask"),
+        (OnlyOnce, "would not call your own apply_async.*before_task_publish"),
+    ],
+)
+def test_a_base_class_whose_methods_would_not_be_called_is_refused(base, why):
+    with pytest.raises(TypeError, match=why):
+        job(base=base)
+
+
+def test_a_function_without_self_is_refused():
+    with pytest.raises(
+        TypeError, match=r"ship\(\) gets the task: its first parameter must be self"
+    ):
+
+        @job
+        def ship(order_id):
+            pass
+
+    with pytest.raises(TypeError, match="its first parameter must be self"):
+        job(lambda: None)
 
 
 # A message of another app

@@ -1,5 +1,6 @@
 """Settings with which jobs would be lost stop the start, and the checks find the rest."""
 
+import celery
 import pytest
 from celery import current_app as app
 from django.apps import apps as django_apps
@@ -9,8 +10,10 @@ from django.core.management import call_command
 from django.core.management.base import SystemCheckError
 from django.db import connection
 from helpers import add
+from settings import app as app_of_tests
 
 from durable_jobs import conf, messages
+from durable_jobs.celery import Celery
 
 pytestmark = pytest.mark.django_db
 NUMBERS = {name for name, default in conf.DEFAULTS.items() if isinstance(default, int)}
@@ -26,6 +29,28 @@ def test_a_setting_that_would_lose_jobs_is_refused_at_the_start(monkeypatch, set
         ImproperlyConfigured, match=rf"{name}.* must be a number greater than 0, not {value}"
     ):
         django_apps.get_app_config("durable_jobs").ready()
+
+
+class OtherCelery(Celery):
+    def send_task(self, *args, **options):
+        return super().send_task(*args, **options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "error"),
+    [
+        (celery.Celery, "default", "No Celery app is loaded: in the __init__.py"),
+        (celery.Celery, "shop", "The Celery app 'shop' must be a durable_jobs.celery.Celery"),
+        (OtherCelery, "shop", "would not call your app's own send_task"),
+    ],
+)
+def test_an_app_that_does_not_know_jobs_is_refused_at_the_start(kind, name, error):
+    kind(name)  # the current app, whose time limit is None
+    try:
+        with pytest.raises(ImproperlyConfigured, match=error):
+            django_apps.get_app_config("durable_jobs").ready()
+    finally:
+        app_of_tests.set_current()
 
 
 @pytest.fixture(autouse=True)

@@ -302,8 +302,27 @@ def test_two_times_are_refused(door, user):
 
 
 def test_an_unknown_option_is_refused(door, user):
-    with pytest.raises(TypeError, match="unexpected keyword argument 'ownr'"):
+    with pytest.raises(TypeError, match="keyword argument 'ownr'|a job does not take ownr"):
         DOORS[door](user, {"ownr": user})
+
+
+@pytest.mark.parametrize("name", ["using", "set"])
+def test_a_misspelled_option_is_refused_when_a_signature_gets_it(name):
+    with pytest.raises(TypeError, match="a job does not take lable. See the options of enqueue"):
+        getattr(double.s(8), name, double.using)(lable="March")
+
+
+@pytest.mark.parametrize("option", ["countdown", "eta"])
+@pytest.mark.parametrize("value", ["5", timedelta(5)])
+def test_a_time_of_a_wrong_type_is_refused(door, user, option, value):
+    with pytest.raises(TypeError, match=f"{option}= must be a (number of seconds|datetime), not"):
+        DOORS[door](user, {option: value})
+    assert not Job.objects.exists()
+
+
+def test_a_label_may_be_any_object_with_a_text(user):
+    assert enqueue(double, [8], label=user).label == "user@example.com"
+    assert enqueue(double, [8], label=None).label == ""
 
 
 @pytest.mark.parametrize("name", ["aenqueue", "async JobTask"])

@@ -35,7 +35,8 @@ beat.schedule
 checks api.schema api.serializers contrib.prometheus contrib.structlog contrib.django_tasks
 api.views admin testing transport.rabbitmq transport.redis transport.sqs
 transport
-celery apps management.commands.durable_jobs
+celery
+apps management.commands.durable_jobs
 """
 LAYERS = [line.split() for line in ORDER.strip().splitlines()]
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -5,6 +5,7 @@ from django.apps import AppConfig
 from django.core.exceptions import ImproperlyConfigured
 
 from durable_jobs import conf, limits
+from durable_jobs.celery import Celery
 
 
 class DurableJobsConfig(AppConfig):
@@ -18,6 +19,17 @@ class DurableJobsConfig(AppConfig):
         from durable_jobs.worker import children, shutdown, startup
         from durable_jobs.worker.heartbeat import heartbeat
 
+        if not isinstance(current_app, Celery):
+            name = current_app.main
+            raise ImproperlyConfigured(
+                "No Celery app is loaded: in the __init__.py next to your settings, import it from .celery."
+                if name == "default"  # Celery's own app, which stands in for it
+                else f"The Celery app {name!r} must be a durable_jobs.celery.Celery."
+            )
+        if current_app.send_task.__func__ is not Celery.send_task:
+            raise ImproperlyConfigured(
+                "Jobs would not call your app's own send_task(): add headers in a receiver of before_task_publish."
+            )
         # With 0 or less, jobs would not be sent or recovered, would run twice, or would be deleted immediately.
         numbers = [name for name, default in conf.DEFAULTS.items() if isinstance(default, int)]
         values = {f"DURABLE_JOBS['{name}']": getattr(conf, name) for name in numbers}

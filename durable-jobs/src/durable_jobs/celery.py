@@ -46,6 +46,12 @@ class Celery(celery.Celery):
             return self.tasks[name].apply_async(args, kwargs, **options)
         return super().send_task(name, args, kwargs, **options)
 
+    def add_periodic_task(self, schedule, sig, *args, **options):
+        """Add an entry to Beat's schedule as Celery documents it. `sig` may be the signature of a job."""
+        if is_job(getattr(sig, "task", None)):
+            sig = celery.Signature(sig.task.name, sig.args, sig.kwargs, sig.options)
+        return super().add_periodic_task(schedule, sig, *args, **options)
+
     def _get_backend(self):
         from durable_jobs.results import backend
 

@@ -121,6 +121,7 @@ def call_fields(task, args, kwargs=None, label="", queue=None, results_of=None):
     if not isinstance(args, list) or not isinstance(kwargs, dict):
         raise TypeError("args must be a list, such as [10], and kwargs a dictionary")
     task.__header__(*args, **kwargs)
+    label = str(label or "")
     to_json(label)  # may raise ValueError
     check_text("queue", queue or None)
     queue = queue or queue_of(task, args, kwargs)
@@ -137,12 +138,21 @@ def check_text(name, text):
         to_json(text)  # may raise ValueError
 
 
+def check_times(countdown=None, eta=None):
+    """Raise TypeError if these options are neither None nor of the right type."""
+    if not isinstance(countdown, int | float | None):
+        raise TypeError(f"countdown= must be a number of seconds, not {countdown!r:.50}")
+    if not isinstance(eta, datetime | None):
+        raise TypeError(f"eta= must be a datetime, not {eta!r:.50}")
+
+
 def times(now=FROM_NOW, countdown=None, eta=None, limit_key=None):
     """Return the fields of a new job that say when it is due, and when its message is sent, or which limit blocks it.
 
     `now` is a time or Now(). With FROM_NOW and no `eta`, due_at and sweep_at are timedeltas, for transitions.insert().
     An `eta` is compared with the database's clock: that of this process may be wrong.
     """
+    check_times(countdown, eta)
     if eta is not None:
         if countdown is not None:
             raise TypeError("give countdown= or eta=, not both")

@@ -9,6 +9,7 @@ Celery's own signatures are for its canvas. A job is no part of that, see NO_CAN
 from asgiref.sync import sync_to_async
 from celery.utils.abstract import CallableSignature
 
+from durable_jobs.enqueue import Options
 from durable_jobs.enqueue import enqueue as enqueue_job
 from durable_jobs.models import Job
 
@@ -49,7 +50,8 @@ class JobSignature:
         return call
 
     def set(self, **options) -> "JobSignature":
-        """Add options of enqueue() to this signature."""
+        """Add options of enqueue() to this signature. Raises TypeError for others."""
+        check_options(options, Options.__optional_keys__)
         self.options = {**self.options, **options}
         return self
 

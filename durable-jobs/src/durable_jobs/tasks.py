@@ -7,7 +7,7 @@ a task function.
 import sys
 from collections.abc import Callable
 from functools import wraps
-from inspect import getattr_static, iscoroutinefunction, unwrap
+from inspect import getattr_static, iscoroutinefunction, signature, unwrap
 from typing import Any, Unpack
 
 from asgiref.sync import sync_to_async
@@ -18,7 +18,14 @@ from celery.utils.functional import head_from_fun
 from celery.utils.time import maybe_make_aware
 
 from durable_jobs import batches
-from durable_jobs.enqueue import ManyOptions, MemberOptions, Options, insert, new_fields
+from durable_jobs.enqueue import (
+    ManyOptions,
+    MemberOptions,
+    Options,
+    check_times,
+    insert,
+    new_fields,
+)
 from durable_jobs.enqueue import enqueue as enqueue_job
 from durable_jobs.messages import storable
 from durable_jobs.models import Batch, Job
@@ -32,16 +39,30 @@ from durable_jobs.worker.shutdown import end_after_commit
 __all__ = ["JobSignature", "JobError", "JobTask", "job"]
 
 
-def job(function=None, **options):
+def job(function=None, *, base=None, bind=True, **options):
     """Declare a task function whose calls are jobs. It gets the task as its first argument, `self`.
 
         @job(autoretry_for=(OSError,), retry_backoff=True, max_retries=8)
         def send_confirmation(self, order_id): ...
 
     This is @shared_task(base=JobTask, bind=True), with the same options: those of Celery, `limit`, and
-    `owner_may_run_again`.
+    `owner_may_run_again`. `base` may be your own class of tasks: JobTask is added as its last base. Raises
+    TypeError if the function lacks `self`, or if the class has a method that jobs would never call.
     """
-    declare = shared_task(**{"base": JobTask, "bind": True, **options})
+    if base is None or issubclass(JobTask, base):
+        base = JobTask
+    elif not issubclass(base, JobTask):
+        base = type(base.__name__, (base, JobTask), {"abstract": True})
+    base._check_methods()
+
+    def declare(function):
+        first = next(iter(signature(function).parameters.values()), None)
+        if bind and getattr(first, "name", "") != "self" and "*" not in str(first):
+            raise TypeError(
+                f"{function.__qualname__}() gets the task: its first parameter must be self"
+            )
+        return shared_task(base=base, bind=bind, **options)(function)
+
     return declare(function) if function else declare
 
 
@@ -69,6 +90,9 @@ class JobTask(DjangoTask):
     @classmethod
     def on_bound(cls, app):
         """Prepare the class of a task. Raises TypeError for options that a job cannot have. Celery calls it twice."""
+        cls._check_methods()
+        if cls.__call__ is not JobTask._receive:
+            cls._call, cls.__call__ = cls.__call__, JobTask._receive
         for name in ("before_start", "exchange", "expires", "routing_key"):
             if getattr(cls, name, None) != getattr(DjangoTask, name, None):
                 raise TypeError(f"{cls.name}: a job cannot have {name}")
@@ -90,6 +114,19 @@ class JobTask(DjangoTask):
                 return run_coroutine(self, function.__get__(self, cls)(*args, **kwargs))
 
             cls.run = run  # autoretry_for wraps it next, and would not see an error of a coroutine
+
+    @classmethod
+    def _check_methods(cls):
+        """Raise TypeError if a base class of the project has a method that would never be called."""
+        name, mro = cls.__name__, cls.__mro__
+        if mro[mro.index(JobTask) :] != JobTask.__mro__:
+            raise TypeError(
+                f"{name}: JobTask must be the last base, as in class {name}(Other, JobTask)"
+            )
+        for method in ("apply_async", "delay"):
+            if getattr(cls, method) is not getattr(JobTask, method):
+                hint = "to add headers, use a receiver of before_task_publish"
+                raise TypeError(f"{name}: enqueue() would not call your own {method}(): {hint}")
 
     # For callers: Celery's methods
 
@@ -115,8 +152,8 @@ class JobTask(DjangoTask):
         return {**fields, **own, "headers": storable(options.get("headers"))}
 
     def using(self, **options: Unpack[Options]) -> JobSignature:
-        """Return the task with options of enqueue(): task.using(owner=user).enqueue(10)."""
-        return JobSignature(self, options=options)
+        """Return the task with options of enqueue(): task.using(owner=user).enqueue(10). Raises TypeError for others."""
+        return JobSignature(self).set(**options)
 
     def s(self, *args, **kwargs) -> JobSignature:
         """Return a call with these arguments, such as a callback of a batch."""
@@ -149,6 +186,7 @@ class JobTask(DjangoTask):
         TypeError for options that a job cannot have.
         """
         check_options(options, ["eta", "countdown", "max_retries"])
+        check_times(options.get("countdown"), options.get("eta"))
         caught = sys.exception()
         if self._current_run and (exc or caught):
             self._current_run.failure = describe(exc or caught, caught)
@@ -239,7 +277,15 @@ class JobTask(DjangoTask):
 
     # In a worker
 
-    def __call__(self, *args, **kwargs):
+    def _receive(self, *args, **kwargs):
+        """The __call__() of each task that is a job. `_call` is that of its class."""
         if self.request.called_directly or self._current_run:  # the function calls its own task
-            return super().__call__(*args, **kwargs)
+            return self._call(*args, **kwargs)
         return execute(self, args, kwargs)
+
+    def __call__(self, *args, **kwargs):
+        run = self._current_run
+        if run and not run.is_called:
+            run.is_called = True
+            return self.run(*args, **kwargs)  # with the request of the message
+        return super().__call__(*args, **kwargs)

@@ -111,7 +111,7 @@ def call(run, args, kwargs):
     try:
         if run.results_of:
             args = [database.wait_for(batches.results_of, run.results_of), *args]
-        result = run.task.run(*args, **kwargs)
+        result = run.task._call(*args, **kwargs)
     finally:
         was_open = not in_block and database.roll_back_open_transaction()
     if was_open:

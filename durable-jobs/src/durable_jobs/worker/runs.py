@@ -91,7 +91,7 @@ class Run:
         # Why it is retried: the fields of a Failure.
         self.failure = {"error": "The task called retry()", "exception": "celery.exceptions.Retry"}
         self.public_error = ""  # the same, for the owner
-        self.lost = self.ended = False
+        self.is_called = self.lost = self.ended = False
 
     @property
     def row(self):
