@@ -126,6 +126,8 @@ def check_project(project, is_new):
             check_file(project, file, text)
             if file.suffix == ".md":
                 check_blocks(file, text)
+    ids = re.findall(r'id="(config\.\w+)"', texts[Path("config/checks.py")])
+    assert ids and len(ids) == len(set(ids)), "each check has an id of its own"
     settings = texts[Path("config/settings.py")]
     asked = set(re.findall(ASKED, settings)) - {"AWS_ACCOUNT_ID"}  # django-environ names this one
     assert asked and set(required(settings)) == asked, "the list has every required variable"

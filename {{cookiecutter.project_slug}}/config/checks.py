@@ -146,7 +146,7 @@ def check_functions(app_configs, **kwargs):
             yield Error(
                 f"A worker would not run {task.name}: it is async, or contains yield.",
                 hint="Call async code with asgiref.sync.async_to_sync(), in a plain function.",
-                id="config.E003",
+                id="config.E004",
             )
 
 
