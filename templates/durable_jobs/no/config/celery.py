@@ -1,9 +1,9 @@
-{% from "chosen.jinja" import worker_pool with context %}
+{% from "chosen.jinja" import broker, worker_pool with context %}
 import os
 import re
 
 from celery import Celery, signals
-from celery.app import utils
+from celery.app import {{ "base, " if broker.celery is defined }}utils
 
 from config.logs import LogStep
 
@@ -21,6 +21,7 @@ app.steps["worker"].add(LogStep)  # a task's log lines name it and its request
 utils.HIDDEN_SETTINGS = re.compile(
     utils.HIDDEN_SETTINGS.pattern + "|CELERY_BROKER_URL|LOCATION|BASIC_AUTH", re.IGNORECASE
 )
+{% print broker.celery | default %}
 
 
 @signals.setup_logging.connect

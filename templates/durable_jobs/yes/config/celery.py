@@ -1,7 +1,10 @@
-{% from "chosen.jinja" import worker_pool with context %}
+{% from "chosen.jinja" import broker, worker_pool with context %}
 import os
 
 from celery import signals
+{% if broker.celery is defined %}
+from celery.app import base
+{% endif %}
 from durable_jobs.celery import Celery
 from durable_jobs.contrib.structlog import LogStep
 
@@ -13,6 +16,7 @@ app = Celery("config", include=["config.worker"])
 app.config_from_object("django.conf:settings", namespace="CELERY")
 app.autodiscover_tasks()
 app.steps["worker"].add(LogStep)  # a task's logs have the id of its request
+{% print broker.celery | default %}
 
 
 @signals.setup_logging.connect
