@@ -172,11 +172,11 @@ class ListAdmin(JobPermissions, admin.ModelAdmin):
         owners = users.objects.filter(**{users.USERNAME_FIELD: term})
         return Q(pk__in=list(uuids([term]))) | Q(owner__in=list(owners))
 
-    def response_action(self, request, queryset):
+    def response_action(self, request, queryset, **location):  # Django 6.1 has pages with actions
         if request.POST.get("select_across") == "1":
             ids = list(queryset.values_list("pk", flat=True)[:MOST])
             queryset = self.model.objects.filter(pk__in=ids)
-        return super().response_action(request, queryset)
+        return super().response_action(request, queryset, **location)
 
     def followed_by(self, row):
         return link_to_jobs(what_follows(row.pk).count(), follows=row.pk)

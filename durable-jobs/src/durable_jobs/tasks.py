@@ -76,6 +76,8 @@ class JobTask(DjangoTask):
 
     abstract = True
     _is_job = True  # checked by enqueue()
+    # Celery 5.6 looks up the setting only when a task starts.
+    from_config = (*DjangoTask.from_config, ("time_limit", "task_time_limit"))
     acks_late = False  # the row survives a crash, so acknowledge the message immediately
     retry_on_worker_lost = False  # the row counts crashes
     ignore_result = True  # the row has the result
