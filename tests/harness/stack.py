@@ -442,7 +442,7 @@ urlpatterns += [path("api/faults/add/", add)]
     return JobStack(project, [broker(folder / "broker", project)], folder, database, **variables)
 
 
-def prepare_plain(project, folder, database, settings=""):
+def prepare_plain(project, folder, database, settings="", **variables):
     """Add the app `trials` to an installed project, and return its PlainStack, not yet started.
 
     Without settings (None), it has the timings of production.
@@ -456,4 +456,4 @@ def prepare_plain(project, folder, database, settings=""):
     if settings is None:
         for server in servers:
             server.variables.pop("VISIBILITY_SECONDS", None)
-    return PlainStack(project, servers, folder, database)
+    return PlainStack(project, servers, folder, database, **variables)

@@ -1,10 +1,9 @@
-"""One trace and one request id, from the request to each run of its job: real processes, real OTLP.
+"""One trace and one request id, from a request to each run of its task: real processes, real OTLP.
 
 config/tracing.py sends the spans to a server of the test.
 """
 
 import re
-import subprocess
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,12 +12,11 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
-from harness.bake import WITH_JOBS, baked
+from harness.bake import DEFAULTS, WITH_JOBS, baked
 from harness.faults import POOLS
-from harness.outputs import default_output
-from harness.project import env, started, wait_for
+from harness.project import started, wait_for
 from harness.servers import Redis
-from harness.stack import TIMINGS, prepare
+from harness.stack import TIMINGS, prepare, prepare_plain
 
 LATER = {"OTEL_BSP_SCHEDULE_DELAY": 600_000}  # so that only the end of a process exports its spans
 STEPS = 6  # jobs in each of the three: see faults/survey.py
@@ -28,6 +26,11 @@ STACKS = [
 ]
 on_each_pool = pytest.mark.parametrize("traced", STACKS, indirect=True)
 on_prefork = pytest.mark.parametrize("traced", STACKS[:1], indirect=True)
+PLAIN = [
+    pytest.param(pool, id=f"redis-{pool}", marks=pytest.mark.xdist_group(f"traced-plain-{pool}"))
+    for pool in POOLS
+]
+on_each_plain_pool = pytest.mark.parametrize("plain", PLAIN, indirect=True)
 
 
 class Collector(ThreadingHTTPServer):
@@ -85,23 +88,38 @@ def collector():
     collector.shutdown()
 
 
-@pytest.fixture(scope="module")
-def traced(request, cookies_session, tmp_path_factory, database, collector):
-    """A stack whose project has the extra and the setting."""
-    project = baked(cookies_session, {**WITH_JOBS, "worker_pool": request.param})
+def with_tracing(project, collector):
+    """Give a project the extra. Return the variables of its processes."""
     pyproject = project.read("pyproject.toml")
     extra = re.search(r"^tracing = \[.*\n((?:    .+\n)+)", pyproject, re.M)[1]
     pyproject = pyproject.replace("dependencies = [\n", f"dependencies = [\n{extra}", 1)
     (project / "pyproject.toml").write_text(pyproject)
-    variables = {
-        **TIMINGS,
+    return {
         "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{collector.server_port}",
         "OTEL_BSP_SCHEDULE_DELAY": 200,  # milliseconds
     }
+
+
+@pytest.fixture(scope="module")
+def traced(request, cookies_session, tmp_path_factory, database, collector):
+    """A stack whose project has the extra and the setting."""
+    project = baked(cookies_session, {**WITH_JOBS, "worker_pool": request.param})
+    variables = TIMINGS | with_tracing(project, collector)
     folder = tmp_path_factory.mktemp("stack")
     stack = prepare(project, Redis, folder, database, **variables)
     project.append("config/settings.py", "DJANGO_STRUCTLOG_TRUST_UPSTREAM_REQUEST_ID = True\n")
     with started(stack):
+        yield stack
+
+
+@pytest.fixture(scope="module")
+def plain(request, cookies_session, tmp_path_factory, database, collector):
+    """The same for a project with plain tasks."""
+    project = baked(cookies_session, {**DEFAULTS, "worker_pool": request.param})
+    variables = with_tracing(project, collector)
+    project.install()
+    folder = tmp_path_factory.mktemp("stack")
+    with started(prepare_plain(project, folder, database, Redis.settings, **variables)) as [stack]:
         yield stack
 
 
@@ -254,14 +272,42 @@ def test_a_killed_child_is_logged_with_the_id_of_its_request(stack):
     assert [line for line in failed if "request-of-the-dead" not in line] == []
 
 
-@default_output
-def test_a_missing_package_is_named(project):
-    run = subprocess.run(
-        [project / ".venv/bin/python", "manage.py", "check"],
-        cwd=project,
-        env=env(OTEL_EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:1"),
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 1
-    assert "`--extra tracing`" in run.stderr
+@on_each_plain_pool
+def test_a_trace_goes_from_the_request_to_each_run_of_its_plain_task(plain, collector):
+    _, _, answer = plain.request("/api/trials/", {"task": "fail_twice", "args": []})
+    task = answer["id"]
+    wait_for(lambda: len(collector.runs(task)) == 3)
+    assert ends(collector.runs(task)) == ["RETRY", "RETRY", "SUCCESS"]
+    spans = wait_for_tree(collector, root_of(collector, task))
+    assert sorted((span.kind, span.name.partition("/")[0]) for span in spans) == [
+        (Span.SPAN_KIND_SERVER, "POST api"),
+        *[(Span.SPAN_KIND_PRODUCER, "apply_async")] * 3,
+        *[(Span.SPAN_KIND_CONSUMER, "run")] * 3,
+    ]
+
+
+@on_each_plain_pool
+def test_a_worker_of_plain_tasks_exports_its_spans_when_it_ends(plain, collector):
+    plain.worker.stop()
+    worker = plain.make_worker("ending", **LATER).start()
+    tasks = [plain.send("quick") for _ in range(10)]
+    plain.wait_until_started(*tasks)
+    assert collector.runs(*tasks) == []
+    worker.stop()
+    wait_for(lambda: collector.has_runs_of(*tasks))
+    plain.worker.start()
+
+
+@on_each_plain_pool
+def test_a_request_whose_plain_task_cannot_be_sent_is_not_the_parent_of_the_next(plain, collector):
+    plain.broker.kill()
+    for _ in range(20):
+        assert plain.request("/api/trials/", {"task": "quick", "args": []})[0] == 503
+    with plain.supervised(plain.worker):
+        plain.broker.start()
+        data = {"task": "quick", "args": []}
+        tasks = [plain.request("/api/trials/", data)[2]["id"] for n in range(20)]
+        wait_for(lambda: collector.has_runs_of(*tasks))
+    roots = [root_of(collector, task) for task in tasks]
+    assert len({root.trace_id for root in roots}) == len(tasks)
+    assert {root.parent_span_id for root in roots} == {b""}

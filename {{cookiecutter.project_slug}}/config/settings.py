@@ -259,11 +259,9 @@ if dsn := env.address("SENTRY_DSN", default=""):
 
     sentry_sdk.init(dsn, release=env.str("RELEASE", default=None), before_send=logs.add_ids)
     ignore_logger("django_structlog.*")  # it logs the exceptions that Sentry catches itself
-{% if has_jobs %}
 
 if env.str("OTEL_EXPORTER_OTLP_ENDPOINT", default=""):
     INSTALLED_APPS += ["config.tracing.Tracing"]  # traces: see docs/production.md
-{% endif %}
 
 LOGGING = logs.configure(DEBUG, level=env.level("LOG_LEVEL", default="INFO").upper())
 DJANGO_STRUCTLOG_STATUS_START_LOG_LEVEL = logging.DEBUG  # INFO shows only the end of a request

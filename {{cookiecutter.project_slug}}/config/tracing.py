@@ -1,22 +1,19 @@
-"""Traces, if OTEL_EXPORTER_OTLP_ENDPOINT is set. OpenTelemetry's other variables work, too."""
+"""Traces, if OTEL_EXPORTER_OTLP_ENDPOINT is set. OpenTelemetry's other variables work, too.
+
+Install the packages with `uv sync --extra tracing`.
+"""
 
 import os
 import threading
 
 from celery import signals
 from django.apps import AppConfig
-from django.core.exceptions import ImproperlyConfigured
-
-try:
-    from opentelemetry import trace
-    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-    from opentelemetry.instrumentation.celery import CeleryInstrumentor
-    from opentelemetry.instrumentation.django import DjangoInstrumentor
-    from opentelemetry.sdk.trace import TracerProvider
-    from opentelemetry.sdk.trace.export import BatchSpanProcessor
-except ImportError as error:
-    text = f"OTEL_EXPORTER_OTLP_ENDPOINT is set, but {error.name} is not installed"
-    raise ImproperlyConfigured(f"{text}: add `--extra tracing` to `uv sync`.") from error
+from opentelemetry import trace
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.instrumentation.celery import CeleryInstrumentor
+from opentelemetry.instrumentation.django import DjangoInstrumentor
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
 
 def flush(**kwargs):
