@@ -92,7 +92,13 @@ def test_each_service_is_healthy_and_has_few_rights(stack):
     containers = stack.containers("--all")
     check_rights(containers)
     mounts = [mount for [each] in containers.values() for mount in each["Mounts"]]
-    assert not [mount for mount in mounts if mount["Destination"] in ("/media", "/token")]
+    assert not [mount for mount in mounts if mount["Destination"] == "/token"]
+
+
+@on_one
+def test_all_processes_count_requests_together(stack):
+    stack.request("/api/orders/")
+    assert "throttle" in stack.exec("redis", "redis-cli", "-n", "2", "keys", "*")
 
 
 @on_one
@@ -306,6 +312,14 @@ def test_make_up_refuses_values_that_compose_would_change(bake, tmp_path, monkey
         project.call("make", "up")
 
 
+def check_redis_databases(services):
+    """Assert that each use of Redis has its own database, and that the cache is one of them."""
+    variables = services["web"]["environment"]
+    used = [url for url in variables.values() if url and "@redis:" in url]
+    assert len(used) == len(set(used))
+    assert ("CACHE_URL" in variables) == ("redis" in services)
+
+
 def test_compose_reads_every_file(engine, bake):
     """It finds what the schema cannot: wrong references, and variables missing from .env."""
     seen = set()
@@ -316,7 +330,9 @@ def test_compose_reads_every_file(engine, bake):
                 project = bake(periodic_tasks=periodic_tasks, **answers)
                 if (text := project.read("compose.yaml")) not in seen:
                     seen.add(text)
-                    assert "media" not in compose_config(project)["volumes"]
+                    config = compose_config(project)
+                    assert "token" not in config["volumes"]
+                    check_redis_databases(config["services"])
     assert len(seen) > 1
 
 
