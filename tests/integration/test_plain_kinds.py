@@ -5,10 +5,10 @@ import re
 
 import pytest
 
-from harness.bake import DEFAULTS
+from harness.bake import CHOICES, DEFAULTS
 from harness.outputs import outputs
 from harness.project import Console, Process, started
-from harness.servers import Redis
+from harness.servers import servers_of, variables_of
 
 plain = outputs(DEFAULTS)
 OTHERS = [
@@ -16,6 +16,10 @@ OTHERS = [
     {"broker": "sqs", "result_backend": "dynamodb", "worker_pool": "gevent"},
 ]
 others = outputs(*({**DEFAULTS, **each} for each in OTHERS))
+# All that have results
+backends = outputs(
+    *({**DEFAULTS, "result_backend": each} for each in CHOICES["result_backend"] if each != "none")
+)
 NUMBER = "9", "nine"
 ADDRESS = "no address"
 VARIABLES = {  # {variable: (another legal value, an illegal one, if there is one)}
@@ -172,17 +176,17 @@ for name, each in sent.items():
 def console(project, tmp_path_factory):
     folder = tmp_path_factory.mktemp("kinds")
     (project / "orders/tasks.py").write_text(project.read("orders/tasks.py") + TASKS)
-    redis = Redis(folder / "redis")
-    variables = {**redis.variables, "DATABASE_URL": f"sqlite:///{folder}/db.sqlite3"}
+    servers = servers_of(project, folder)
+    variables = variables_of(servers) | {"DATABASE_URL": f"sqlite:///{folder}/db.sqlite3"}
     project.manage("migrate", "-v0", **variables)
     command = [project / ".venv/bin/celery", "-A", "config", "worker"]
     worker = Process(command, folder / "log", says=" ready.", cwd=project, variables=variables)
     console = Console(project, folder / "console.log", **variables)
-    with started(redis, worker, console):
+    with started(*servers, worker, console):
         yield console
 
 
-@plain
+@backends
 def test_a_task_gets_its_argument_or_the_sender_an_error(console):
     found = console.ask(SEND)
     print(json.dumps(found, indent=1))
@@ -194,7 +198,7 @@ def test_a_task_gets_its_argument_or_the_sender_an_error(console):
     assert wrong == {}
 
 
-@plain
+@backends
 def test_a_result_arrives_or_the_task_has_failed(console):
     found = console.ask(RETURN)
     print(json.dumps(found, indent=1))
