@@ -167,6 +167,17 @@ def test_a_task_that_kills_its_child_every_time_ends(stack, record_fault):
     record_fault("A task kills its child process every time", what)
 
 
+@stacks(brokers=["redis"])
+def test_a_task_fails_whatever_it_raises(stack):
+    """And its worker goes on: it would take no more with one task that it has not acknowledged."""
+    stack.replace_worker("--concurrency 1")
+    names = "MemoryError RecursionError SystemExit KeyboardInterrupt GeneratorExit CancelledError"
+    tasks = [stack.send("fail", name) for name in names.split()]
+    stack.wait_until_started(stack.send("quick"))
+    states = "result = [AsyncResult(task).state for task in tasks]"
+    assert stack.ask(states, tasks=tasks) == ["FAILURE"] * len(tasks)
+
+
 DEAD_LETTERS = {
     "rabbitmq": """
 with app.connection_for_write() as broker:

@@ -7,6 +7,7 @@
 {% endset %}
 {% set lines %}
 from celery import signals
+from celery.worker import request
 {{ "" if has_jobs else "from django.db import close_old_connections" }}
 {% print broker.worker_imports %}
 {% print result_backend.worker_imports | default %}
@@ -24,6 +25,10 @@ from .celery import app
 
 logger = get_logger(__name__)
 {% endif %}
+
+# A task that raises a MemoryError fails like any other. Celery would end the worker, or never
+# acknowledge the task, which then comes again without end (celery issue 10462).
+request.MemoryError = ()
 
 
 @signals.celeryd_init.connect
