@@ -158,6 +158,21 @@ def test_each_line_of_a_task_names_it(running):
 
 
 @plain
+@pytest.mark.parametrize("debug", ["True", "False"])
+def test_a_time_limit_is_logged(project, debug):
+    """The worker's main process logs it, outside of any `except`, with the exception as a value."""
+    code = """
+import logging
+import sys
+import structlog
+logging.getLogger().handlers[0].setStream(sys.stdout)
+structlog.get_logger().exception("task_failed", exception=TimeoutError("time is up"))
+"""
+    printed = project.manage("shell", "-v0", "-c", code, DEBUG=debug, ALLOWED_HOSTS="localhost")
+    assert "TimeoutError: time is up" in printed, printed
+
+
+@plain
 def test_after_apply_the_lines_of_a_task_have_its_own_id(running):
     console, lines, _ = running
     sent = send(console, "apply")

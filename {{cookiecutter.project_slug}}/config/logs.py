@@ -50,7 +50,7 @@ def configure(debug, level):
     `level` is the lowest level that is logged, such as "INFO".
     """
     structlog.configure(
-        processors=[drop_repeated, *PROCESSORS, FORMATTER.wrap_for_formatter],
+        processors=[drop_repeated, show_exception, *PROCESSORS, FORMATTER.wrap_for_formatter],
         logger_factory=structlog.stdlib.LoggerFactory(),
         cache_logger_on_first_use=True,
     )
@@ -90,6 +90,13 @@ def drop_repeated(logger, method, event):
         if event["event"] == "request_finished" and event["code"] == 200:
             if re.match("GET /{{ "(api/jobs/|metrics$)" if has_jobs else "api/tasks/" }}", event["request"]):
                 raise structlog.DropEvent
+    return event
+
+
+def show_exception(logger, method, event):
+    """Log the exception of a task also after its time limit, when no `except` is handling it."""
+    if isinstance(event.get("exception"), BaseException):
+        event["exc_info"] = event.pop("exception")
     return event
 
 
