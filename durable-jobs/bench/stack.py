@@ -148,7 +148,7 @@ class Output(Contestant):
         """Run gunicorn as docs/production.md says until the block ends; yield process and port."""
         [port] = free_ports(1)
         command = re.search("`(gunicorn .+?)`", self.folder.read("docs/production.md"))[1]
-        with self.running(command.replace("8000", str(port))) as process:
+        with self.running(f"{command} --bind 127.0.0.1:{port}") as process:
             wait_for(lambda: connects(port), 30)
             yield process, port
 

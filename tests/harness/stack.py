@@ -114,8 +114,8 @@ class Stack:
         self.made = []  # all processes, including those of tests
         self.marks = {}  # {log: its size when the test began}
         self.console = Console(project, folder / "console.log", **self.variables)
-        command = f"gunicorn config.wsgi --preload --no-control-socket --bind 127.0.0.1:{self.port}"
-        self.web = self.process(f"{command} --workers 4")
+        command = f"gunicorn config.wsgi --preload --bind 127.0.0.1:{self.port}"
+        self.web = self.process(command)
         self.web.is_ready = lambda: self.web.printed.count("Booting worker") >= 4
         self.beat, self.flower = self.make_beat(), self.make_flower("flower")
 

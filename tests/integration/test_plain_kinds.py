@@ -41,6 +41,7 @@ VARIABLES = {  # {variable: (another legal value, an illegal one, if there is on
     "WORKER_CONCURRENCY": NUMBER,
     "WORKER_MAX_KILOBYTES": ("900000", "-1"),
     "SOFT_SHUTDOWN_SECONDS": ("2.5", "2,5"),
+    "WEB_CONCURRENCY": ("2", None),
     "CACHE_URL": ("redis://:secret@example.com/1", ADDRESS),
     "THROTTLE": ("9/hour", "nine"),
     "NUM_PROXIES": ("2", "-1"),

@@ -32,7 +32,7 @@ def say(stack, tmp_path):
     web = f"http://127.0.0.1:{port}"
     # With DEBUG, pages are served over plain HTTP, with their scripts. A browser may open a
     # connection ahead of its requests, which occupies one process.
-    command = f"gunicorn config.wsgi --bind 127.0.0.1:{port} --workers 4 --no-control-socket"
+    command = f"gunicorn config.wsgi --bind 127.0.0.1:{port}"
     stack.process(command, "pages", says="Booting worker", DEBUG="True").start()
     with browser(tmp_path) as tab:
 
