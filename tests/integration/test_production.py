@@ -8,10 +8,10 @@ from uuid import uuid4
 import pytest
 
 from harness import missing, servers
-from harness.bake import CHOICES, render
+from harness.bake import CHOICES, DEFAULTS, WITH_JOBS, render
 from harness.blocks import blocks, code
 from harness.containers import HTTPS
-from harness.outputs import ORDER
+from harness.outputs import ORDER, outputs
 from harness.project import Process, Site, connects, env, fetch, free_ports, started, wait_for
 
 TABLE = "^\\| `((?:gunicorn|celery) .+?)` \\|"  # of processes
@@ -96,13 +96,11 @@ def test_the_commands_of_the_page_run_a_project(machine, tmp_path):
 def commands(project, page):
     """Return the commands of the Procfile, edited as the page says for a platform, {name: command}.
 
-    They are those in the page's table, but for the address of the web server.
+    They are those in the page's table.
     """
     processes = dict(line.split(": ", 1) for line in project.read("Procfile").splitlines())
-    [processes["web"]] = re.findall(r"`(gunicorn [^`]*\$PORT[^`]*)`", page)
-    table = re.findall(TABLE, page, re.M)
-    local = {**processes, "web": processes["web"].replace("0.0.0.0:$PORT", "127.0.0.1:8000")}
-    assert table == list(local.values())
+    [processes["web"]] = re.findall(r"`web` command to `(gunicorn [^`]*)`", page)
+    assert re.findall(TABLE, page, re.M) == list(processes.values())
     return processes
 
 
@@ -130,6 +128,33 @@ def test_systemd_accepts_the_unit_of_the_page(tmp_path, broker, worker_pool):
         assert command.startswith(line), process
     for process in commands:
         assert f"my_project@{process}" in page
+
+
+# The page as a staff user sees it
+PAGE = """
+from django.test import Client
+from users.models import User
+staff, _ = User.objects.get_or_create(username="staff", is_staff=True)
+client = Client()
+client.force_login(staff)
+print(client.get("/", secure=True, headers={"host": "example.com"}).text)
+"""
+
+
+@outputs(DEFAULTS, {**DEFAULTS, **WITH_JOBS})
+def test_production_links_to_flower_only_where_its_address_is_set(project):
+    """Not to the machine of whoever reads the page."""
+    variables = {"DATABASE_URL": "sqlite:///pages.sqlite3", "ALLOWED_HOSTS": "example.com"}
+    project.manage("migrate", "-v0", **variables)
+    project.manage("collectstatic", "-v0", "--noinput", **variables)
+
+    def page(**more):
+        return project.manage("shell", "-v0", "-c", PAGE, **variables, **more)
+
+    assert "Admin</a>" in page(DEBUG="") and "Flower</a>" not in page(DEBUG="")
+    assert ">Flower</a>" in page(DEBUG="True")
+    url = "https://flower.example.com/"
+    assert f'<a href="{url}">Flower</a>' in page(DEBUG="", FLOWER_URL=url)
 
 
 def get(site, path, **headers):

@@ -249,7 +249,8 @@ CELERY_TASK_IGNORE_RESULT = True
 CELERY_TASK_SEND_SENT_EVENT = CELERY_WORKER_SEND_TASK_EVENTS = True  # it shows each task's state
 FLOWER_BASIC_AUTH = env.str("FLOWER_BASIC_AUTH", default="")  # Flower refuses to start without it
 FLOWER_PORT = env.int("FLOWER_PORT", default={{ flower_port }})
-FLOWER_URL = env.address("FLOWER_URL", default=f"http://127.0.0.1:{FLOWER_PORT}/")  # for staff
+# The page's link for staff. In production, only you know the address.
+FLOWER_URL = env.address("FLOWER_URL", default=f"http://127.0.0.1:{FLOWER_PORT}/" if DEBUG else "")
 {% endif %}
 
 # Logs and errors

@@ -33,10 +33,14 @@ page = {  # the context of pages that extend durable_jobs/base.html
     "site_header": title,
     "site_title": title,
     "links": {},  # in the top bar, for everybody
-    "staff_links": {"Admin": reverse_lazy("admin:index"){{ ', "Flower": settings.FLOWER_URL' if has_flower }}},
+    "staff_links": {"Admin": reverse_lazy("admin:index")},
     # Buttons on the jobs page: the label, and the URL of a view that answers 202 with a job.
     "buttons": {{ '{"Write a report": reverse_lazy("order-report")}' if has_example else "{}" }},
 }
+{% if has_flower %}
+if settings.FLOWER_URL:
+    page["staff_links"]["Flower"] = settings.FLOWER_URL
+{% endif %}
 api_docs = SpectacularSwaggerSplitView.as_view()
 login_page = {**page, "title": "Log in"}
 log_in = LoginView.as_view(
