@@ -59,6 +59,7 @@ INDIRECT = {
     "opentelemetry-exporter-otlp-proto-http",
     "opentelemetry-instrumentation-celery",
     "opentelemetry-instrumentation-django",
+    "ephem",  # celery.schedules.solar
     "gunicorn",  # started in production, by hand: see docs/production.md
     "psycopg",  # imported by Django, where DATABASE_URL says postgres
     "pytest-django",  # loaded by pytest
