@@ -50,7 +50,7 @@ MODULES["servers"] = "server"
 # The one line of a file that stands whole, once for each of these choices.
 WHOLE = r'\{% include "durable_jobs/(?:" ~ cookiecutter\.durable_jobs ~ "|yes|no)/(.+)" %\}\n'
 # Where a "job" is one of GitHub, Kubernetes or Prometheus.
-OTHER_JOBS = r"^jobs:$|kind: Job\b|Deployment\|Job\b|the Job that|delete job |job=\"flower\""
+OTHER_JOBS = r"^jobs:$|job=\"flower\""
 
 
 def own_traces(option, choice):

@@ -240,14 +240,14 @@ class Pods(Site):
         return self.containers[-1]
 
     def start(self):
-        """Migrate, start all other pods, and wait until they pass their probes."""
+        """Migrate, start all pods, and wait until they pass their probes."""
         first = self.run("web", "initContainers")
-        migrate = self.run("migrate")
+        migrate = self.run("beat", "initContainers")
         assert docker("wait", migrate) == "0", self.log
         wait_for(lambda: self.ended_at(first), site=self)
         assert self.ended_at(migrate) < self.ended_at(first)
 
-        self.ids = {pod: self.run(pod) for pod in self.specs if pod != "migrate"}
+        self.ids = {pod: self.run(pod) for pod in self.specs}
         assert {pod for pod, _ in self.probes()} == set(self.ids)
         for pod, kind in self.probes():
             wait_for(lambda pod=pod, kind=kind: self.answers(pod, kind), site=self)

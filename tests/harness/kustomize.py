@@ -37,7 +37,7 @@ def pods(documents):
     return {
         key: document["spec"]["template"]["spec"]
         for key, document in documents.items()
-        if key[0] in ("Deployment", "Job")
+        if key[0] == "Deployment"
     }
 
 

@@ -76,8 +76,10 @@ def test_the_manifests_are_valid(render, answers):
 def check_pod(spec, documents, key):
     assert spec["securityContext"]["runAsNonRoot"], key
     assert ("ServiceAccount", spec["serviceAccountName"]) in documents, key
-    if key[0] == "Deployment":
-        [first] = spec["initContainers"]
+    [first] = spec["initContainers"]
+    if key[1] == "beat":
+        assert first["command"] == ["python", "manage.py", "migrate"]
+    else:
         assert "until python manage.py migrate --check" in first["command"][-1], key
     volumes = {volume["name"] for volume in spec["volumes"]}
     for container in spec["containers"]:
@@ -181,7 +183,7 @@ def test_an_output_has_the_files_of_docker_and_manifests(render, bake):
     both = {name: [(each / name).read_bytes() for each in (project, docker)] for name in others}
     changed = [name for name, (one, other) in both.items() if one != other]
     assert {name.suffix for name in changed if name.name != ".env"} == {".md"}
-    kinds = {"ConfigMap", "Secret", "Service", "Job", "Deployment", "NetworkPolicy"}
+    kinds = {"ConfigMap", "Secret", "Service", "Deployment", "NetworkPolicy"}
     kinds |= {"ServiceAccount", "PodDisruptionBudget"}
     _, documents = render()
     assert {kind for kind, _ in documents} == kinds | {"ScaledObject"}  # KEDA's; no server
