@@ -19,6 +19,7 @@ from rest_framework.test import APIClient
 from durable_jobs import batches, database, messages, transitions
 from durable_jobs.beat import republish
 from durable_jobs.beat import sweeper as sweeper_module
+from durable_jobs.eager import run
 from durable_jobs.models import Job
 from durable_jobs.worker.pools import pool
 
@@ -164,8 +165,6 @@ def backlog():
 @pytest.fixture(autouse=True)
 def worker(no_broker, monkeypatch):
     """A worker that takes each message at once, in the thread that has sent it."""
-    from durable_jobs.testing import run  # not earlier: pytest loads plugins itself
-
     messages_of = defaultdict(list)  # of each thread
 
     def send_one(job, producer, **options):

@@ -184,7 +184,7 @@ def test_a_body_of_a_cancelled_job_that_dies_frees_its_place(sent, commit, monke
     else:
         monkeypatch.setattr(children, "in_thread", lambda update, *args, delay: update(*args))
         headers = of_job(run_token=token)
-        sender = SimpleNamespace(request=SimpleNamespace(headers=headers))
+        sender = SimpleNamespace(request=SimpleNamespace(**headers))
         with commit():
             children.recover_job_of_dead_child(sender, first.pk, WorkerLostError())
     assert sent == [first.pk, second.pk]
@@ -223,7 +223,7 @@ def test_a_revoke_frees_the_place_only_if_it_kills_the_body(
         job = alone.enqueue()
     headers = of_job(run_token=start(job).token)
     cancel(job)
-    request = SimpleNamespace(id=job.pk, headers=headers)
+    request = SimpleNamespace(id=job.pk, **headers)
     children.free_slot_of_dead_child(request, terminated=True, signum=signum)
     assert (Job.objects.get(pk=job.pk).sweep_at is None) == is_free
 

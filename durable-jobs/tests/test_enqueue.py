@@ -169,9 +169,10 @@ def test_a_job_goes_to_the_queue_that_its_decorator_names(monkeypatch):
 def test_an_owner_uses_an_idempotency_key_once(user, owned):
     owner = user if owned else None
     enqueue(add, [1, 2], owner=owner, idempotency_key="key")
-    with pytest.raises(IntegrityError), transaction.atomic():
-        enqueue(add, [3, 4], owner=owner, idempotency_key="key")
-    assert Job.objects.count() == 1
+    with transaction.atomic():
+        with pytest.raises(IntegrityError, match="used before: idempotency_key='key'"):
+            enqueue(add, [3, 4], owner=owner, idempotency_key="key")
+        assert Job.objects.count() == 1  # the caller's transaction is not aborted
 
 
 def test_two_owners_may_use_the_same_idempotency_key(user, admin_user):

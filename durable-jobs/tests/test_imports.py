@@ -17,7 +17,7 @@ models
 transitions limits
 messages
 publish
-admission
+admission eager
 enqueue
 actions signatures
 batches

@@ -9,7 +9,7 @@ import pytest
 from celery import current_app, shared_task, signals
 from celery.contrib.django.task import DjangoTask
 from django_structlog.celery.receivers import CeleryReceiver
-from helpers import add, sweeper
+from helpers import add, run, sweeper
 from opentelemetry import trace
 from opentelemetry.instrumentation.celery import CeleryInstrumentor
 from opentelemetry.sdk.trace import TracerProvider
@@ -205,6 +205,20 @@ def test_headers_of_a_message_that_another_app_has_sent_are_kept(commit):
         DjangoTask.apply(add, [1, 2], headers=headers, throw=True)
     job = Job.objects.get()
     assert (job.state, job.headers) == ("succeeded", headers)
+
+
+def test_a_receiver_may_add_headers_where_sentry_reads_them():
+    """There, they replace all other headers in `request.headers`. (https://github.com/celery/celery/issues/4875)"""
+
+    def add_trace(headers, **kwargs):
+        headers.setdefault("headers", {})["sentry-trace"] = "1-2-1"
+
+    signals.before_task_publish.connect(add_trace)
+    try:
+        job = run(lambda task: task.request.headers)
+    finally:
+        signals.before_task_publish.disconnect(add_trace)
+    assert (job.state, job.result) == ("succeeded", {"sentry-trace": "1-2-1"})
 
 
 @pytest.mark.parametrize("value", ["a\0b", "\ud800", object(), float("nan")], ids=repr)

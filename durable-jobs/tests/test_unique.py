@@ -3,13 +3,14 @@
 from contextlib import nullcontext
 
 import pytest
-from django.db import IntegrityError, connection, transaction
+from django.db import IntegrityError, OperationalError, connection, transaction
 from django.test.utils import CaptureQueriesContext
-from helpers import add, call_concurrently, claim_and_lapse
+from helpers import add, call_concurrently, claim, claim_and_lapse, free
 
 from durable_jobs import actions
 from durable_jobs.actions import cancel, run_again, run_all_again
-from durable_jobs.enqueue import enqueue, insert, new_fields
+from durable_jobs.beat.sweeper import recover_lapsed
+from durable_jobs.enqueue import enqueue, enqueue_many, insert, new_fields
 from durable_jobs.models import Job
 
 pytestmark = pytest.mark.django_db
@@ -54,7 +55,7 @@ def test_a_conflicting_job_that_ends_before_it_is_read_frees_its_unique_key(monk
     # job is not committed yet; then the other job ends.
     steps = [lambda: cancel(Job.objects.all()), lambda: None]
 
-    def look(unique):
+    def look(job):
         steps.pop()()
 
     monkeypatch.setattr("durable_jobs.enqueue.active_with", look)
@@ -72,7 +73,7 @@ def test_a_job_whose_unique_key_was_taken_meanwhile_does_not_run_again(monkeypat
     job.refresh_from_db()
     other, found = enqueue(add, [3, 4], unique="key"), [None]
     look = actions.active_with
-    monkeypatch.setattr(actions, "active_with", lambda key: found.pop() if found else look(key))
+    monkeypatch.setattr(actions, "active_with", lambda job: found.pop() if found else look(job))
     assert run_again(job) == other
     job.refresh_from_db()
     assert job.state == "cancelled"
@@ -87,7 +88,7 @@ def test_a_job_whose_unique_key_is_free_again_before_it_is_read_runs_again(monke
     # job is not committed yet; then the other job ends.
     steps = [lambda: cancel(other), lambda: None]
 
-    def look(unique):
+    def look(job):
         steps.pop()()
 
     monkeypatch.setattr(actions, "active_with", look)
@@ -110,16 +111,62 @@ def test_another_error_of_a_constraint_ends_run_again(monkeypatch):
 @pytest.mark.parametrize("conflict", ["idempotency_key", "pk"])
 def test_a_unique_key_hides_no_other_conflict(conflict):
     first = enqueue(add, [1, 2], unique="first", idempotency_key="unique_key")
-    fields = {**new_fields(add, [1, 2]), conflict: getattr(first, conflict)}
+    fields, keys = new_fields(add, [1, 2]), {"unique": "second"}
+    (fields if conflict == "pk" else keys)[conflict] = getattr(first, conflict)
     with CaptureQueriesContext(connection) as captured:
-        with pytest.raises(IntegrityError), transaction.atomic():
-            insert(fields, "second")
+        with pytest.raises(IntegrityError, match="used before"):
+            insert(fields, **keys)
     assert len([each for each in captured if each["sql"].startswith("INSERT")]) == 1
 
 
 def test_a_unique_key_is_found_outside_of_a_users_jobs(user, admin_user):
     first = enqueue(add, [1, 2], owner=user, unique="key")
     assert enqueue(add, [1, 2], owner=admin_user, unique="key") == first
+
+
+def test_two_tasks_may_use_one_unique_key(published):
+    jobs = [enqueue(task, args, unique="42") for task, args in [(add, [1, 2]), (free, [3])]]
+    assert [job.task for job in jobs] == [add.name, free.name]
+    assert [enqueue(free, [3], unique="42"), Job.objects.count()] == [jobs[1], 2]
+
+
+def test_the_caller_learns_whether_a_job_is_new(published):
+    assert [enqueue(add, [1, 2], unique="key").is_new for _ in range(2)] == [True, False]
+    assert enqueue_many(add, [[1, 2]])[0].is_new and not Job.objects.latest("created_at").is_new
+
+
+def test_a_job_that_is_unique_until_its_start_does_not_stand_for_a_later_call(published):
+    late = add.using(unique="key", unique_until="start")
+    first = late.enqueue(1, 2)
+    assert late.enqueue(1, 2) == first
+    claim_and_lapse(first)
+    second = late.enqueue(1, 2)
+    assert second.is_new
+    recover_lapsed()  # both are queued
+    assert list(Job.objects.values_list("state", flat=True)) == ["queued"] * 2
+    assert late.enqueue(1, 2) == second
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_job_that_is_unique_until_its_start_starts_after_the_transaction_of_its_callers(
+    published,
+):
+    """Otherwise it could read what was there before their changes, and be the last to do so."""
+    if connection.vendor == "sqlite":
+        pytest.skip("a transaction locks the whole database: set DATABASE_URL=postgres://…")
+    late = add.using(unique="key", unique_until="start")
+    job = late.enqueue(1, 2)
+    with transaction.atomic():
+        assert late.enqueue(1, 2) == job
+        with pytest.raises(OperationalError, match="lock timeout"):
+            call_concurrently(1, lambda: claim(job.pk))
+    assert claim(job.pk)
+
+
+@pytest.mark.parametrize(("unique", "until"), [("key", "succeeded"), (None, "start")])
+def test_a_wrong_end_of_uniqueness_is_refused(unique, until):
+    with pytest.raises(ValueError, match="give unique= and unique_until="):
+        enqueue(add, [1, 2], unique=unique, unique_until=until)
 
 
 def test_a_unique_key_must_not_be_empty():

@@ -8,7 +8,7 @@ from unittest.mock import Mock, call
 import pytest
 from celery import current_app as app
 from celery import exceptions
-from celery.contrib.django.task import DjangoTask
+from celery.app.task import Context
 from celery.worker.control import Panel
 from django.db import connection
 from helpers import act, add, claim, claim_and_lapse, lapse, of_job, seconds_until_due
@@ -37,7 +37,7 @@ def test_the_job_of_a_killed_child_is_due_again_soon(monkeypatch, published):
     request = SimpleNamespace(request_dict=message_of(job).headers)
     children.assign_run_token(request)
     headers = request.request_dict
-    sender = SimpleNamespace(request=SimpleNamespace(headers=headers))
+    sender = SimpleNamespace(request=Context(headers))
     row, error = Job.objects.filter(pk=job.pk), exceptions.WorkerLostError()
     own_token = fields_in(headers)["run_token"]
     for token, state, crashes in (uuid.uuid4(), "running", 0), (own_token, "queued", 1):
@@ -65,8 +65,8 @@ def test_a_job_whose_child_celery_killed_at_its_time_limit_fails(
     claim(job.pk, fields_in(request.request_dict)["run_token"])
     if has_lapsed:
         lapse(job)
-    for headers in None, {}, request.request_dict, None:
-        sender = SimpleNamespace(request=SimpleNamespace(headers=headers))
+    for headers in {}, request.request_dict, {}:
+        sender = SimpleNamespace(request=Context(headers))
         error = exceptions.TimeLimitExceeded(60)
         children.recover_job_of_dead_child(sender, str(job.pk), error)
     job.refresh_from_db()
@@ -110,7 +110,12 @@ def test_a_run_has_the_token_that_the_main_process_chose():
     token = uuid.uuid4()
     act.body = lambda task: str(Job.objects.get().run_token)
     job = enqueue(act)
-    DjangoTask.apply(act, task_id=str(job.pk), headers=of_job(run_token=token))
+    request = {"id": str(job.pk), "hostname": "test", "called_directly": False}
+    act.push_request(**request, **of_job(run_token=token))
+    try:
+        act()
+    finally:
+        act.pop_request()
     assert Job.objects.get().result == str(token)
 
 
@@ -163,7 +168,7 @@ def test_a_plain_task_with_a_header_of_this_name_is_no_job(header):
 def test_a_plain_task_starts_with_a_connection_that_works(headers, spared):
     """A job needs no such check: its first query is its claim, which is tried again."""
     connection.ensure_connection()
-    task = SimpleNamespace(request=SimpleNamespace(headers=headers))
+    task = SimpleNamespace(request=Context(headers))
     startup.prepare_connection(task)
     assert connection.connection and connection.health_check_done is spared
     connection.close_at = 0  # CONN_MAX_AGE is over

@@ -46,10 +46,10 @@ def run_again(job: Job) -> Job:
     fields = fields_to_run_again(job)
     limit_key = fields["limit_key"]
     if job.state == "succeeded":
-        return insert({**fields, **times(limit_key=limit_key)}, job.unique_key)
+        return insert({**fields, **times(limit_key=limit_key)}, unique=job.unique_key)
     changes = {"limit_key": limit_key, **times(Now(), limit_key=limit_key)}
     # Another job with this `unique` may be stored meanwhile, and may end before this looks again: see insert().
-    while (active := active_with(job.unique_key)) is None:
+    while (active := active_with(job)) is None:
         try:
             with transaction.atomic():
                 is_open = job.batch_id is None or transitions.open_again(job.batch_id)

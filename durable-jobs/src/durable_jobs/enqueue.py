@@ -3,17 +3,19 @@
 import uuid
 from collections.abc import Iterable
 from datetime import datetime, timedelta
-from typing import Any, TypedDict, Unpack
+from functools import partial
+from typing import Any, Literal, TypedDict, Unpack
 
 from asgiref.sync import sync_to_async
 from celery.utils.functional import chunks
 from celery.utils.time import maybe_make_aware
-from django.db import transaction
-from django.db.models import Max
+from django.db import IntegrityError, transaction
+from django.db.models import Max, Q
 from django.db.models.functions import Coalesce
 
-from durable_jobs import admission, conf, limits, transitions
+from durable_jobs import admission, conf, limits, messages, transitions
 from durable_jobs.database import Now
+from durable_jobs.eager import run_jobs
 from durable_jobs.messages import is_job, new_headers, queue_of
 from durable_jobs.models import MAX_LABEL, Job, Sweep
 from durable_jobs.publish import publish
@@ -25,6 +27,7 @@ __all__ = ["Options", "aenqueue", "enqueue", "enqueue_many"]
 CHUNK = 500  # jobs per statement
 # A call sends at most this many messages itself. Workers are busy with them until the sweeper sends the rest.
 SENT_IMMEDIATELY = 2000
+OF_ONE = ["unique", "unique_until", "idempotency_key"]  # options that enqueue_many() does not take
 # Stands for the time of the database: FROM_NOW + delay is a timedelta, to which transitions.insert() adds its clock.
 FROM_NOW = timedelta()
 
@@ -53,6 +56,7 @@ class Options(ManyOptions, total=False):
     """Options of enqueue()."""
 
     unique: str | None
+    unique_until: Literal["start", "end"]
     idempotency_key: str | None
 
 
@@ -68,18 +72,19 @@ def enqueue(
     - `queue`: the name of a queue. It overrides CELERY_TASK_ROUTES.
     - `countdown`, `eta`: the job starts after these seconds, or at this time. As in Celery, a datetime
       without a time zone is in UTC.
-    - `unique`: a text that only one active job may have, across all tasks and owners.
+    - `unique`: a text that only one active job of this task may have, across all owners.
+    - `unique_until`: with "start", a running job does not count, so that what has changed since it started is not
+      missed. The job that is queued starts after the caller's transaction.
     - `idempotency_key`: a text that each owner can use once.
 
-    Returns the new Job, or the queued or running one with the same `unique`. Raises TypeError if the task is
+    Returns the new Job, or the queued or running one with the same `unique`, whose `is_new` is False. Raises TypeError if the task is
     not a job, if the arguments are not JSON or do not fit the task, or if both `countdown` and `eta` are
-    given; ValueError if `unique` or `idempotency_key` is empty, if one of them or `queue` is too long, if the job
-    would wait for more than ten years, if the arguments exceed 60,000 bytes or give no key of its limit, or if a text
+    given; ValueError if `unique` or `idempotency_key` is empty, if one of them or `queue` is too long, if `unique_until` is
+    neither "start" nor "end" or has no `unique`, if the job would wait for more than ten years, if the arguments exceed 60,000 bytes or give no key of its limit, or if a text
     in an option has a NUL or half of a surrogate pair; IntegrityError if the owner has already used the key.
     """
-    key, unique = options.pop("idempotency_key", None), options.pop("unique", None)
-    fields = new_fields(task, args, kwargs, **options)
-    return insert({**fields, "idempotency_key": key}, unique)
+    own = {name: options.pop(name, None) for name in OF_ONE}
+    return insert(new_fields(task, args, kwargs, **options), **own)
 
 
 def enqueue_many(
@@ -171,29 +176,46 @@ def times(now=FROM_NOW, countdown=None, eta=None, limit_key=None):
 # The rows
 
 
-def insert(fields, unique=None):
-    """Store the job, unless a job with this `unique` is active. Returns that one then."""
-    check_text("idempotency_key", fields.get("idempotency_key"))
+def insert(fields, unique=None, unique_until=None, idempotency_key=None):
+    """Store the job, unless a job of its task with this `unique` is active. Returns that one then."""
+    check_text("idempotency_key", idempotency_key)
     check_text("unique", unique)
-    job = Job(**fields, unique_key=unique)
+    if unique_until not in (None, "start", "end") or (unique_until and not unique):
+        raise ValueError(
+            f'give unique= and unique_until="start" or "end", not {unique_until!r:.50}'
+        )
+    own = {"unique_key": unique, "idempotency_key": idempotency_key}
+    job = Job(**fields, **own, unique_until_start=unique_until == "start")
     # Another job with this `unique` may be stored after active_with() found none: then the INSERT stores nothing. If
     # that job has ended when active_with() looks again, try once more.
-    while (active := active_with(unique)) is None:
+    while (active := active_with(job)) is None:
         job.headers = new_headers(job)
         if transitions.insert(job):
+            job.is_new = True
             send_after_commit([job])
             return job
+        used = Q(owner_id=job.owner_id, idempotency_key=idempotency_key or "")
+        if Job.objects.filter(Q(pk=job.pk) | used).exists():
+            raise IntegrityError(f"used before: idempotency_key={idempotency_key!r} or id={job.pk}")
     return active
 
 
-def active_with(unique):
-    """Return the active job with this `unique`, or None."""
-    return unique and Job.objects.filter(UNFINISHED, unique_key=unique).first()
+def active_with(job):
+    """Return the active job with the task and the unique_key of this one, or None.
+
+    If it is unique until its start, lock it: it starts after the caller's transaction, and reads what that has changed.
+    """
+    rows = Job.objects.filter(UNFINISHED, task=job.task, unique_key=job.unique_key)
+    if not job.unique_until_start:
+        return job.unique_key and rows.first()
+    with transaction.atomic():
+        return rows.select_for_update().first()
 
 
 def new_job(**fields):
     """Return an unsaved job with the headers of its messages."""
     job = Job(**fields)
+    job.is_new = True
     job.headers = new_headers(job)
     return job
 
@@ -214,6 +236,11 @@ def insert_many(now, jobs):
 
 
 def send_after_commit(jobs):
+    if messages.is_eager():
+        for part in chunks(iter(jobs), CHUNK):
+            rows = Job.objects.filter(pk__in=[job.pk for job in part])
+            transaction.on_commit(partial(run_jobs, rows), robust=True)
+        return
     for part in chunks((job for job in jobs if job.times_sent), CHUNK):
         transaction.on_commit(lambda part=part: publish(part), robust=True)
     admission.admit_after_commit({job.blocked_by for job in jobs if job.blocked_by})

@@ -17,6 +17,11 @@ MESSAGE_FIELDS += ["results_of", "headers"]
 HEADER = "durable_job"  # marks the message of a job
 
 
+def is_eager():
+    """Return whether jobs run in the process that enqueues them, once its transaction has committed."""
+    return current_app.conf.task_always_eager
+
+
 def fields_in(headers):
     """Return what the worker must know of a job, from the headers of its message. None: it is a plain message."""
     fields = (headers or {}).get(HEADER)

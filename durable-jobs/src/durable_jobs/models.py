@@ -100,6 +100,7 @@ class Job(Row):
     idempotency_key = models.CharField(max_length=255, null=True)  # noqa: DJ001
     fingerprint = models.CharField(max_length=64)  # of the API's request: see api/views.py
     unique_key = models.CharField(max_length=255, null=True)  # noqa: DJ001
+    unique_until_start = models.BooleanField(default=False)  # then a claim clears unique_key
     label = models.CharField(max_length=MAX_LABEL, help_text="human-readable name")
 
     state = models.CharField(max_length=9, choices=STATES, default="queued")
@@ -133,6 +134,8 @@ class Job(Row):
 
     headers = models.JSONField(default=dict, help_text="of its messages, such as a trace")
 
+    is_new = False  # whether enqueue() has just stored it
+
     class Meta:  # not Row.Meta: it has permissions
         base_manager_name = "objects"  # for refresh_from_db(), and for foreign keys to a job
         indexes = [
@@ -163,7 +166,9 @@ class Job(Row):
             UniqueConstraint(
                 fields=["idempotency_key"], name="job_key_unowned", condition=KEYED & Q(owner=None)
             ),
-            UniqueConstraint(fields=["unique_key"], name="job_unique_key", condition=UNIQUE),
+            UniqueConstraint(
+                fields=["task", "unique_key"], name="job_unique_key", condition=UNIQUE
+            ),
             # A queued job is blocked, or the sweeper looks at it: otherwise it would be lost.
             models.CheckConstraint(
                 name="job_state",

@@ -19,6 +19,7 @@ from celery.utils.time import maybe_make_aware
 
 from durable_jobs import batches
 from durable_jobs.enqueue import (
+    OF_ONE,
     ManyOptions,
     MemberOptions,
     Options,
@@ -132,26 +133,26 @@ class JobTask(DjangoTask):
 
     # For callers: Celery's methods
 
-    def apply_async(self, args=(), kwargs=None, task_id=None, *, unique=None, **options):
+    def apply_async(self, args=(), kwargs=None, task_id=None, **options):
         """Enqueue a job. Returns its AsyncResult.
 
-        `owner`, `label`, `unique` and `idempotency_key` are those of enqueue(). Raises TypeError for options
-        that a job cannot have, such as `link` or `expires`; ValueError if `task_id` is no UUID.
+        It takes the options of enqueue(), too. Raises TypeError for options that a job cannot have, such as `link`
+        or `expires`; ValueError if `task_id` is no UUID.
         """
         if self._current_run and task_id == self.request.id:  # Celery's retry() calls this
             return self._retry_later(args, kwargs, **options)
         if task_id and not uuids([task_id]):
             raise ValueError(f"the task_id of a job must be a UUID, not {task_id!r:.50}")
         fields = self._fields_of(args, kwargs, options) | ({"pk": task_id} if task_id else {})
-        return self.AsyncResult(str(insert(fields, unique).pk))
+        own = {name: options.get(name) for name in OF_ONE}
+        return self.AsyncResult(str(insert(fields, **own).pk))
 
     def _fields_of(self, args, kwargs, options):
         """Return the fields of the job that apply_async() stores. Raises its errors."""
         check_options(options, Options.__optional_keys__)
         given = {name: options[name] for name in ManyOptions.__optional_keys__ & options.keys()}
         fields = new_fields(self, args or (), kwargs, **given)
-        own = {"idempotency_key": options.get("idempotency_key")}
-        return {**fields, **own, "headers": storable(options.get("headers"))}
+        return {**fields, "headers": storable(options.get("headers"))}
 
     def using(self, **options: Unpack[Options]) -> JobSignature:
         """Return the task with options of enqueue(): task.using(owner=user).enqueue(10). Raises TypeError for others."""

@@ -203,8 +203,9 @@ OF_DATABASE = ["created_at", "due_at", "sweep_at"]  # what the INSERT of a job r
 def insert(job):
     """INSERT this new job. `due_at` and `sweep_at` are datetimes, timedeltas from now (see FROM_NOW), or None.
 
-    Sets them, and `created_at`, to the database's times. Returns whether it is stored: not if another job with
-    its `unique_key` is active. Raises IntegrityError. As with bulk_create(), Django sends no signal.
+    Sets them, and `created_at`, to the database's times. Returns whether it is stored: not if another job has its id,
+    its `idempotency_key` or, being active, its `unique_key`. That is no error, which would end the caller's transaction.
+    As with bulk_create(), Django sends no signal.
     """
     compiler, converters, *statement = compiled_insert(isinstance(job.due_at, timedelta))
     rows = execute(*statement, vars(job))
@@ -227,9 +228,9 @@ def compiled_insert(adds_now):
     compiler.returning_fields = [Job._meta.get_field(name) for name in OF_DATABASE]
     columns = [field.get_col(Job._meta.db_table) for field in compiler.returning_fields]
     [[sql, params]] = compiler.as_sql()
-    # Django knows no conflict with an index that has a condition. This is that of job_unique_key.
-    index = "(unique_key) WHERE finished_at IS NULL AND unique_key IS NOT NULL"
-    sql = sql.replace(" RETURNING ", f" ON CONFLICT {index} DO NOTHING RETURNING ")
+    sql = sql.replace(
+        " RETURNING ", " ON CONFLICT DO NOTHING RETURNING "
+    )  # Django returns nothing then
     return compiler, compiler.get_converters(columns), sql, params
 
 
@@ -250,6 +251,7 @@ def claim(id, run_token, worker, retries, crashes, time_limit, lease):
     return rows.filter(LOCK_TIMEOUT, IDLE_TIMEOUT), {
         "state": "running",
         "run_token": run_token,
+        "unique_key": Case(When(unique_until_start=False, then="unique_key")),
         "worker": worker,
         "progress": PROGRESS,
         "message": "",

@@ -254,8 +254,8 @@ class EnqueueMixin:
             batches.keep_open(batch)
         fields = new_fields(task, args, kwargs, owner=self.request.user, **options)
         if key := self._idempotency_key:
-            fields |= {"idempotency_key": key, "fingerprint": self._fingerprint}
-        job = insert({**fields, "pk": self.job_id, "batch": batch})
+            fields["fingerprint"] = self._fingerprint
+        job = insert({**fields, "pk": self.job_id, "batch": batch}, idempotency_key=key)
         # Results are sorted by created_at: without this, add() would use the transaction's time, which is earlier.
         if batch:
             batch._next_member_at = job.created_at + timedelta(microseconds=1)

@@ -92,6 +92,7 @@ class Migration(migrations.Migration):
                 ('idempotency_key', models.CharField(max_length=255, null=True)),
                 ('fingerprint', models.CharField(max_length=64)),
                 ('unique_key', models.CharField(max_length=255, null=True)),
+                ('unique_until_start', models.BooleanField(default=False)),
                 ('label', models.CharField(help_text='human-readable name', max_length=255)),
                 ('state', models.CharField(choices=[('queued', 'Queued'), ('running', 'Running'), ('succeeded', 'Succeeded'), ('failed', 'Failed'), ('cancelled', 'Cancelled')], default='queued', max_length=9)),
                 ('progress', models.PositiveSmallIntegerField(default=0, help_text='percent')),
@@ -212,7 +213,7 @@ class Migration(migrations.Migration):
         ),
         migrations.AddConstraint(
             model_name='job',
-            constraint=models.UniqueConstraint(condition=models.Q(('finished_at', None), ('unique_key__isnull', False)), fields=('unique_key',), name='job_unique_key'),
+            constraint=models.UniqueConstraint(condition=models.Q(('finished_at', None), ('unique_key__isnull', False)), fields=('task', 'unique_key'), name='job_unique_key'),
         ),
         migrations.AddConstraint(
             model_name='job',

@@ -59,17 +59,17 @@ def recover_job_of_dead_child(sender, task_id, exception, **kwargs):
     # Celery sends the signal of a time limit twice, the second time without headers.
     is_late = isinstance(exception, exceptions.TimeLimitExceeded)
     if is_late or isinstance(exception, exceptions.WorkerLostError):
-        recover_later(task_id, sender.request.headers, is_late)
+        recover_later(task_id, sender.request, is_late)
 
 
 def free_slot_of_dead_child(request, terminated, signum, **kwargs):
     """Free the slot of a cancelled job whose child was killed by a revoke, without waiting for its lease."""
     if terminated and signum == signal.SIGKILL and process.is_prefork:
-        recover_later(request.id, request.headers)
+        recover_later(request.id, request)
 
 
-def recover_later(id, headers, is_late=False):
+def recover_later(id, request, is_late=False):
     """Recover this job once the database has rolled back its child's transaction."""
-    if fields := fields_in(headers):
+    if fields := fields_in(vars(request)):
         row = Job.objects.filter(pk=id, run_token=fields["run_token"])
         in_thread(recover, row, is_late, delay=POLL_SECONDS)

@@ -31,12 +31,13 @@ def execute(task, args, kwargs):
     Returns its result, or raises what Celery expects.
     """
     request = task.request
-    fields = fields_in(request.headers)
+    fields = fields_in(vars(request))  # Sentry replaces request.headers
     if fields is None:  # an app that does not know that this task is a job has sent it
         store(task, args, kwargs)
         raise Ignore("stored as a job, which has a message of its own")
     run = Run(task, request, fields)
-    lease.start_thread()
+    if not fields.get("is_eager"):
+        lease.start_thread()
     # A suspect has crashed and fails at its next crash. A process runs only one: see become_suspect().
     crashes = fields["crashes"]
     is_suspect = crashes and crashes + 1 >= conf.MAX_CRASHES

@@ -21,6 +21,6 @@ def prepare_connection(task, **kwargs):
     """
     if not connection.in_atomic_block:  # of a test
         close_old_connections()
-    if fields_in(task.request.headers):
+    if fields_in(vars(task.request)):
         # Skip Django's health check, which is a query. On a dead connection, the claim is tried again.
         connection.health_check_done = True

@@ -1,0 +1,48 @@
+"""Runs jobs in the process that enqueues them: with CELERY_TASK_ALWAYS_EAGER, and in tests."""
+
+from celery import current_app
+from celery.app.trace import build_tracer
+from django.db import connection
+from kombu.utils.json import dumps, loads
+
+from durable_jobs.database import Now, in_transaction
+from durable_jobs.messages import HEADER, message_of
+from durable_jobs.models import Job
+
+__all__ = ["run_jobs"]
+
+
+def run_jobs(jobs=None):
+    """Run all queued jobs, or those of these, and those that they enqueue. They wait for no countdown and no limit."""
+    tried = set()
+    while run_queued(Job.objects.all() if jobs is None else jobs, tried):
+        pass
+
+
+def run_queued(jobs, tried):
+    """Run these jobs once, if they are queued. Returns whether any were.
+
+    A job may stay queued, for example because it is paused: `tried` remembers it.
+    """
+    queued = jobs.filter(state="queued")
+    queued.filter(blocked_by__isnull=False).update(blocked_by=None, sweep_at=Now())
+    found = [job for job in queued.order_by("created_at") if (job.pk, job.retries) not in tried]
+    for job in found:
+        tried.add((job.pk, job.retries))
+        run(job)
+    if found and connection.vendor == "postgresql" and in_transaction():
+        # IDLE_TIMEOUT is not for the test's own transaction, which a debugger may stop.
+        connection.cursor().execute("SET LOCAL idle_in_transaction_session_timeout TO DEFAULT")
+    return bool(found)
+
+
+def run(job):
+    """Run a job as a worker does that gets its message."""
+    task, headers = current_app.tasks[job.task], message_of(job).headers
+    headers[HEADER]["is_eager"] = (
+        True  # no thread renews its lease: it could not see the rows of a test's transaction
+    )
+    args, kwargs = loads(dumps([job.args, job.kwargs]))
+    # Celery's task.apply() would not call apply_async() for a retry.
+    trace = build_tracer(task.name, task, app=current_app, eager=True)
+    return trace(str(job.pk), args, kwargs, {**headers, "hostname": "eager"})
