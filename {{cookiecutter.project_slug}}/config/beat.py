@@ -8,7 +8,7 @@ from celery import beat
 class Scheduler(beat.PersistentScheduler):
     """Starts over if the file can't be read. Celery does too, but not after every error.
 
-    For example, the file may name the class of a schedule that the code no longer has.
+    For example, the file may name a schedule's class that the code no longer has (celery issue 8008).
     """
 
     def setup_schedule(self):

@@ -1,6 +1,6 @@
 """RabbitMQ: queues that exist before they are bound, confirms of a batch, lost connections."""
 
-from celery.bootsteps import StartStopStep
+from celery import bootsteps
 from celery.worker.consumer.delayed_delivery import DelayedDelivery
 from celery.worker.consumer.tasks import Tasks
 from kombu.common import ignore_errors
@@ -13,10 +13,11 @@ if IS_GEVENT:
     import gevent
 
 
-class DeclareQueues(StartStopStep):
+class DeclareQueues(bootsteps.StartStopStep):
     """Declare all queues, so that DelayedDelivery, the next step, can bind them.
 
-    Otherwise RabbitMQ drops the countdowns of a queue whose own worker has not yet started.
+    Otherwise RabbitMQ drops the countdowns of a queue whose own worker has not yet started
+    (celery issue 9960).
     """
 
     requires = (Tasks,)
@@ -28,10 +29,11 @@ class DeclareQueues(StartStopStep):
                 queue(channel).declare()
 
 
-class NoticeLostConnection(StartStopStep):
+class NoticeLostConnection(bootsteps.StartStopStep):
     """Reconnect if a greenlet that acknowledged a task found the connection lost.
 
-    The event loop would wait forever: kombu opens it another connection, which consumes no queue.
+    The event loop would wait forever: kombu opens it another connection, which consumes no queue
+    (celery issue 3377).
     """
 
     requires = (Tasks,)

@@ -11,11 +11,26 @@ from durable_jobs.messages import fields_in
 logger = getLogger(__name__)
 
 
+class QoS(redis.QoS):
+    """Waits while Redis refuses to write, for example because it is full or a replica.
+
+    It has just handed over a message. Without a copy, nobody could deliver it again (kombu 5.7).
+    """
+
+    def append(self, message, delivery_tag):
+        while True:
+            try:
+                return super().append(message, delivery_tag)
+            except ResponseError as error:
+                logger.warning("Redis refuses to write: %r", error)
+                time.sleep(1)
+
+
 def is_job(message):
     return message is not None and fields_in(message.headers) is not None
 
 
-class QoS(redis.QoS):
+class JobQoS(QoS):
     """What kombu does with a message from when a worker takes it until it is acknowledged.
 
     kombu copies it into a hash and a sorted set, and deletes it there again: four of six commands of
@@ -23,19 +38,11 @@ class QoS(redis.QoS):
     """
 
     def append(self, message, delivery_tag):
-        if is_job(message):
-            virtual.QoS.append(self, message, delivery_tag)
-            return
-        while True:
-            try:
-                return super().append(message, delivery_tag)
-            except ResponseError as error:
-                # Redis is full or a replica. Without a copy, the message could be lost.
-                logger.warning("Redis refuses to write: %r", error)
-                time.sleep(1)
+        kept = virtual.QoS if is_job(message) else QoS
+        kept.append(self, message, delivery_tag)
 
     def ack(self, delivery_tag):
-        kept = virtual.QoS if is_job(self._delivered.get(delivery_tag)) else redis.QoS
+        kept = virtual.QoS if is_job(self._delivered.get(delivery_tag)) else QoS
         kept.ack(self, delivery_tag)
 
     def restore_by_tag(self, tag, client=None, leftmost=False):
@@ -50,4 +57,4 @@ class QoS(redis.QoS):
 
 
 def prepare(app):
-    redis.Channel.QoS = QoS
+    redis.Channel.QoS = JobQoS
