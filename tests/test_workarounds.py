@@ -6,6 +6,7 @@ If a fault has gone after an upgrade, remove its workaround from templates/ and 
 import ast
 import re
 import shelve
+import sys
 import tempfile
 from importlib.metadata import distribution
 from io import BytesIO
@@ -14,15 +15,18 @@ from unittest.mock import MagicMock, Mock, patch
 
 import pycurl
 import pytest
+from billiard.einfo import ExceptionInfo
 from celery import Celery, beat
+from celery.app import trace
 from celery.app.task import Context
 from celery.backends.asynchronous import geventDrainer
 from celery.backends.base import BaseBackend
 from celery.backends.dynamodb import DynamoDBBackend
 from celery.concurrency.thread import TaskPool
 from celery.worker import worker
+from celery.worker.request import Request
 from kombu import Connection, Consumer, Exchange, Queue
-from kombu.asynchronous.http import Headers, Request
+from kombu.asynchronous import http
 from kombu.asynchronous.http.curl import CurlClient
 from kombu.message import Message
 from kombu.transport import SQS, native_delayed_delivery, redis
@@ -54,7 +58,7 @@ def parts(text):
 @pytest.fixture(scope="module")
 def workarounds():
     """The workarounds of all plain projects, {name: its sources}."""
-    found = {"flower": {chosen().broker.flower}}
+    found = {"flower": {chosen().broker.flower}, "MemoryError": {render("config/worker.py")}}
     for text in {render("config/worker.py", **each) for each in PLAIN} | {render("config/beat.py")}:
         for name in parts(text).keys() - OWN:
             found.setdefault(name, set()).add(parts(text)[name])
@@ -111,8 +115,8 @@ def a_lost_connection_is_replaced_by_one_that_consumes_nothing():
 
 
 def a_poll_of_sqs_waits_forever():
-    curl, request = Mock(), Request("http://127.0.0.1/", request_timeout=20)
-    CurlClient._setup_request(Mock(), curl, request, BytesIO(), Headers())
+    curl, request = Mock(), http.Request("http://127.0.0.1/", request_timeout=20)
+    CurlClient._setup_request(Mock(), curl, request, BytesIO(), http.Headers())
     options = {call.args[0] for call in curl.setopt.call_args_list}
     return pycurl.URL in options and not options & {pycurl.TIMEOUT, pycurl.TIMEOUT_MS}
 
@@ -167,6 +171,19 @@ def threads_cannot_be_terminated():
     return fails(NotImplementedError, TaskPool.terminate_job, Mock(), 1)
 
 
+def a_task_that_raises_a_system_exit_never_ends():
+    app = Celery(set_as_current=False)
+    task = app.task(name="exit")(lambda: sys.exit())
+    return fails(SystemExit, trace.build_tracer("exit", task, app=app), "id", [], {}, {})
+
+
+def a_memory_error_ends_the_worker():
+    try:
+        raise MemoryError
+    except MemoryError:
+        return fails(MemoryError, Request.on_failure, MagicMock(), ExceptionInfo())
+
+
 def beat_does_not_start_with_a_schedule_whose_class_is_gone():
     app = Celery(set_as_current=False)
     with tempfile.TemporaryDirectory() as folder:
@@ -196,6 +213,8 @@ STILL = [
     ("Drainer", greenlets_get_no_result_after_an_error),
     ("SoftStop", a_soft_shutdown_takes_its_whole_time),
     ("limit_shutdown", threads_cannot_be_terminated),
+    ("call", a_task_that_raises_a_system_exit_never_ends),
+    ("MemoryError", a_memory_error_ends_the_worker),
     ("Scheduler", beat_does_not_start_with_a_schedule_whose_class_is_gone),
     ("flower", flower_does_not_notice_that_its_connection_is_lost),
 ]
