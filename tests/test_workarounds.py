@@ -173,8 +173,12 @@ def threads_cannot_be_terminated():
 
 def a_task_that_raises_a_system_exit_never_ends():
     app = Celery(set_as_current=False)
-    task = app.task(name="exit")(lambda: sys.exit())
-    return fails(SystemExit, trace.build_tracer("exit", task, app=app), "id", [], {}, {})
+
+    @app.task
+    def task():
+        sys.exit()
+
+    return fails(SystemExit, trace.build_tracer("task", task, app=app), "id", [], {}, {})
 
 
 def a_memory_error_ends_the_worker():
