@@ -36,7 +36,7 @@ release: .venv  ## test, commit and tag this version, and start the next one
 
 # The output's plain Python. The output's pyproject.toml is not TOML before it is rendered.
 WHOLE := $(shell grep -rLE '\{[{%#]' templates/durable_jobs --include=*.py)
-FIRST_PARTY := --config 'lint.isort.known-first-party = ["config", "orders", "users"]'
+FIRST_PARTY := --config 'lint.isort.known-first-party = ["api", "config", "orders", "users"]'
 AS_OUTPUT := --force-exclude --config durable-jobs/pyproject.toml $(WHOLE)
 
 lint: .venv  ## format all plain Python; CHECK=1 only reports problems

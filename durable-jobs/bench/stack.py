@@ -118,7 +118,7 @@ class Output(Contestant):
             "DATABASE_URL": f"{database}/{name}?prepare_threshold=0",
             "DEBUG": "False",
             "DJANGO_SETTINGS_MODULE": "config.settings",
-            "EMAIL_URL": "dummymail://",
+            "EMAIL_BACKEND": "django.core.mail.backends.dummy.EmailBackend",
             "FLOWER_BASIC_AUTH": "user:password",
             "FLOWER_PORT": free_ports(1)[0],
             "PATH": f"{project}/.venv/bin:{os.environ['PATH']}",

@@ -43,7 +43,7 @@ PACKAGES = {
     "axes": "django-axes",
     "csp": "django-csp",
     "django_filters": "django-filter",
-    "environ": "django-environ",
+    "dotenv": "python-dotenv",
     "opentelemetry": "opentelemetry-sdk",
     "rest_framework": "djangorestframework",
 }
@@ -59,6 +59,7 @@ INDIRECT = {
     "opentelemetry-exporter-otlp-proto-http",
     "opentelemetry-instrumentation-celery",
     "opentelemetry-instrumentation-django",
+    "dj-database-url",  # imported by environs
     "ephem",  # celery.schedules.solar
     "gunicorn",  # started in production, by hand: see docs/production.md
     "psycopg",  # imported by Django, where DATABASE_URL says postgres
@@ -174,7 +175,8 @@ def check_dependencies(texts):
     own = {file.parts[0].removesuffix(".py") for file in texts}
     own |= {file.stem for file in texts if file.parts[0] == "tests"}
     code = [file for file in texts if file.suffix != ".md" and file != Path("pyproject.toml")]
-    deployed = [file for file in code if file.parts[0] not in ("tests", "conftest.py", "dev.py")]
+    own_tests = {"tests", "conftest.py", "dev.py", "tests.py"}
+    deployed = [file for file in code if not own_tests & set(file.parts)]
     for files, available, declared in (
         (deployed, production, production),
         (code, production + groups, groups),
@@ -281,7 +283,7 @@ def check_pages(texts, files, template):
     folders = {path.parts[0] for path in template if len(path.parts) > 1}
     known = {str(path) for path in template}
     files = set(map(str, files))
-    for word in re.findall(r"(?<![\w/.-])[\w.][\w./-]*", code):
+    for word in re.findall(r"""(?<![\w/."-])[\w.][\w./-]*""", code):
         if word in known or word.split("/")[0] in folders and "/" in word:
             exists = any(file.startswith(word) or f"/templates/{word}" in file for file in files)
             assert exists, f"{word} does not exist"

@@ -13,7 +13,7 @@ import pytest
 
 from . import kustomize, missing
 from .bake import CHOICES, baked
-from .project import BEHIND_A_PROXY, Site, fetch, free_ports, responds, wait_for
+from .project import BEHIND_A_PROXY, CONSOLE_MAIL, Site, fetch, free_ports, responds, wait_for
 
 SOFT_SHUTDOWN_SECONDS = 2
 HTTPS = {"Host": "example.com", **BEHIND_A_PROXY}  # what the proxy sends
@@ -218,7 +218,7 @@ class Pods(Site):
         config = compose_config(stack.project, **stack.environment)
         here = config["services"]["web"]["environment"]
         here["DATABASE_URL"] = here["DATABASE_URL"].rsplit("/", 1)[0] + "/pods"
-        here |= {"EMAIL_URL": "consolemail://", "CACHE_URL": "locmemcache://"}
+        here |= {"EMAIL_BACKEND": CONSOLE_MAIL, "CACHE_URL": ""}
         settings = kustomize.only("ConfigMap", documents)["data"]
         secret = kustomize.only("Secret", documents)["data"]
         own = {name: here[name] for name in here if name in secret or name.startswith("AWS_")}

@@ -43,7 +43,7 @@ def main(answers, out=TEMPLATE / "demo", **environment):
     print("\nStart it: make run")
     settings = project.read("config/settings.py")
     for name, seconds in QUICK.items():
-        if default := re.search(rf'"{name}", default=(\d+)', settings):
+        if default := re.search(rf'"{name}", (\d+)', settings):
             environment[name] = seconds
             print(f"  with {name}={seconds}, for this run only; the default is {default[1]}")
     with project.up(**environment) as site:

@@ -13,7 +13,11 @@ class Mails(socketserver.ThreadingTCPServer):
     def __init__(self, count):
         super().__init__(("127.0.0.1", 0), Handler)
         self.count, self.proceed = count, threading.Event()
-        self.url = f"smtp://127.0.0.1:{self.server_address[1]}"
+        self.variables = {
+            "EMAIL_BACKEND": "django.core.mail.backends.smtp.EmailBackend",
+            "EMAIL_PORT": self.server_address[1],
+            "EMAIL_USE_TLS": "False",
+        }
         self.received = []
         threading.Thread(target=self.serve_forever, args=[0.05], daemon=True).start()
 

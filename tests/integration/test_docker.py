@@ -29,7 +29,7 @@ from harness.containers import (
     running_pods,
 )
 from harness.outputs import ORDER
-from harness.project import env, fetch, free_ports, wait_for
+from harness.project import CONSOLE_MAIL, env, fetch, free_ports, wait_for
 
 # A job of 30 seconds, much longer than SOFT_SHUTDOWN_SECONDS.
 LONG_JOB = """
@@ -428,10 +428,10 @@ def https(stack, tmp_path_factory):
     env_file, caddyfile = stack.project / ".env", stack.project / "Caddyfile"
     development, current = env_file.read_text(), caddyfile.read_text()
     user, page = stack.user(), stack.project.read("docs/production.md")
-    names = "DEBUG|EMAIL_URL|DEFAULT_FROM_EMAIL|DJANGO_SUPERUSER_.*"
+    names = "DEBUG|EMAIL_.*|DEFAULT_FROM_EMAIL|DJANGO_SUPERUSER_.*"
     kept = re.sub(rf"^(({names})=.*|.*127\.0\.0\.1.*)\n", "", development, flags=re.M)
     added = code(page, "\nDOMAIN=")
-    added = re.sub("EMAIL_URL=.*", "EMAIL_URL=consolemail://", added)
+    added = re.sub("EMAIL_HOST=.*", f"EMAIL_HOST=localhost\nEMAIL_BACKEND={CONSOLE_MAIL}", added)
     env_file.write_text(kept + added.replace("shop.example.com", DOMAIN))
     if docker("run", "--rm", PINNED.caddy, "caddy", "version").lstrip("v").startswith("2.6"):
         caddyfile.write_text(current.replace("request_buffers 25MB", "buffer_requests"))

@@ -225,7 +225,6 @@ def test_the_network_policies_open_only_needed_ports(render, broker, result_back
     secret = only("Secret", documents)["data"]
     values = {name: base64.b64decode(value).decode() for name, value in secret.items()}
     urls = {name: urlsplit(value) for name, value in values.items() if "://" in value}
-    mail = urls.pop("EMAIL_URL")
     needed = {("TCP", url.port or 443) for url in urls.values()}
     needed |= {("TCP", 443)} if any(name.startswith("AWS_") for name in values) else set()
     credentials = [rule for rule in everybody["egress"] if ports([rule]) == {("TCP", 80)}]
@@ -250,7 +249,7 @@ def test_the_network_policies_open_only_needed_ports(render, broker, result_back
 
     [workers] = policies["workers"]["podSelector"]["matchExpressions"]
     assert {f"worker-{queue}" for queue in ("celery", "cpu", "io")} == set(workers["values"])
-    assert ports(policies["workers"]["egress"]) == {("TCP", mail.port)}
+    assert ports(policies["workers"]["egress"]) == {("TCP", 587)}  # EMAIL_PORT
 
 
 def test_the_io_queue_reaches_other_services_over_https(render):
@@ -379,7 +378,7 @@ def test_no_pod_can_fill_the_disk_of_its_node(render):
 def test_each_process_has_the_same_time_to_stop(render):
     """In a pod, in a container and under a supervisor: more than the process itself takes."""
     project, documents = render()
-    soft = re.search(r'"SOFT_SHUTDOWN_SECONDS", default=(\d+)', project.read("config/settings.py"))
+    soft = re.search(r'"SOFT_SHUTDOWN_SECONDS", (\d+)', project.read("config/settings.py"))
     page = project.read("docs/production.md")
     seconds = int(re.search(r"TimeoutStopSec=(\d+)", page)[1])
     assert seconds >= int(soft[1]) + 10

@@ -19,7 +19,7 @@ from harness.containers import (
     running_pods,
 )
 from harness.outputs import ORDER, outputs
-from harness.project import wait_for
+from harness.project import CONSOLE_MAIL, wait_for
 
 STACKS = brokers("plain-docker")
 on_one = pytest.mark.parametrize("stack", STACKS[:1], indirect=True)
@@ -156,9 +156,9 @@ def test_make_up_again_replaces_workers_before_web_and_beat(stack):
     """With new code and the settings of production. The data stays."""
     order, path = stack.order(), stack.project / ".env"
     development = path.read_text()
-    left_out = "^(DEBUG|DJANGO_SUPERUSER_.*|ALLOWED_HOSTS|EMAIL_URL)=.*\n"
+    left_out = "^(DEBUG|DJANGO_SUPERUSER_.*|ALLOWED_HOSTS|EMAIL_BACKEND)=.*\n"
     variables = re.sub(left_out, "", development, flags=re.M)
-    path.write_text(f"{variables}\nDOMAIN=example.com\nEMAIL_URL=consolemail://\n")
+    path.write_text(f"{variables}\nDOMAIN=example.com\nEMAIL_BACKEND={CONSOLE_MAIL}\n")
     stack.project.append("orders/tasks.py", "\n# production\n")
     try:
         assert "Token" not in stack.make("up")
@@ -266,9 +266,10 @@ def test_caddy_is_not_replaced_with_the_web_server(bake):
 
 
 READ_ENV = """
-import environ, json, os
+import json, os
+from dotenv import load_dotenv
 os.environ.clear()
-environ.Env.read_env(".env")
+load_dotenv(".env", interpolate=False)
 print(json.dumps(dict(os.environ)))
 """
 

@@ -153,7 +153,7 @@ def test_a_cluster_without_keda_needs_only_one_line_less(bake, broker):
 UPLOAD = """
 from django.db import models
 from django.test import override_settings
-from config.checks import check_uploads
+from api.checks import check_uploads
 
 class Report(models.Model):
     file = models.FileField()

@@ -352,8 +352,7 @@ def test_no_tool_shows_a_password(stack):
     stack.broker.control("set_permissions", "tester", ".*", ".*", ".*")
     variables = {
         "CELERY_BROKER_URL": f"amqp://tester:{PASSWORD}@127.0.0.1:{stack.broker.port}//",
-        "CACHE_URL": f"rediscache://:{PASSWORD}@127.0.0.1:1/0",
-        "EMAIL_URL": f"smtp://user:{PASSWORD}@127.0.0.1:1",
+        "EMAIL_HOST_PASSWORD": PASSWORD,
         "SECRET_KEY": PASSWORD * 3,
     }
     worker = stack.replace_worker(**variables)

@@ -26,7 +26,7 @@ from django.views import View
 from rest_framework.decorators import api_view
 from rest_framework.views import APIView
 from config.celery import app
-from config.task_status import accepted
+from api.views import accepted
 from orders.tasks import email_forecasts, send_newsletter as task
 
 callback = email_forecasts.si([], "a@example.com")

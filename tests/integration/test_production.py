@@ -12,7 +12,17 @@ from harness.bake import CHOICES, DEFAULTS, WITH_JOBS, render
 from harness.blocks import blocks, code
 from harness.containers import HTTPS
 from harness.outputs import ORDER, outputs
-from harness.project import Process, Site, connects, env, fetch, free_ports, started, wait_for
+from harness.project import (
+    CONSOLE_MAIL,
+    Process,
+    Site,
+    connects,
+    env,
+    fetch,
+    free_ports,
+    started,
+    wait_for,
+)
 
 TABLE = "^\\| `((?:gunicorn|celery) .+?)` \\|"  # of processes
 SECRET = "only-this-test-knows"
@@ -36,7 +46,7 @@ def machine(bake, database, tmp_path):
             **project.production(),
             **addresses,
             "DATABASE_URL": database.create(f"production_{uuid4().hex}"),
-            "EMAIL_URL": "consolemail://",
+            "EMAIL_BACKEND": CONSOLE_MAIL,
             "FLOWER_BASIC_AUTH": f"admin:{SECRET}",
         }
         variables |= dict(zip(["PORT", "FLOWER_PORT"], free_ports(2), strict=True))

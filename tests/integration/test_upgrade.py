@@ -28,7 +28,7 @@ touch {folder}/issues
 if [ "$2" = list ]; then cat {folder}/issues; else echo open > {folder}/issues; fi
 """
 OWNERS = '"PAGE_SIZE": 20', '"PAGE_SIZE": 50'
-TEMPLATES = '"TASK_TIME_LIMIT", default=600', '"TASK_TIME_LIMIT", default=500'
+TEMPLATES = '"TASK_TIME_LIMIT", 600', '"TASK_TIME_LIMIT", 500'
 
 
 @pytest.fixture(autouse=True)

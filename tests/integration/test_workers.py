@@ -255,7 +255,7 @@ Recipient.objects.bulk_create(Recipient(newsletter=newsletter, email=email) for 
 result = enqueue(send_newsletter, [newsletter.pk], queue="news").pk
 """
     with Mails(count // 2 + 50) as mails:  # in the middle of a chunk
-        worker = stack.make_worker("news", "--queues news", EMAIL_URL=mails.url).start()
+        worker = stack.make_worker("news", "--queues news", **mails.variables).start()
         job = stack.ask(code, count=count)
         wait_for(lambda: len(mails.received) == mails.count)
         worker.kill()

@@ -24,22 +24,22 @@ AS_JSON = [
     structlog.processors.JSONRenderer(),
 ]
 LEVELS = {  # the lowest that is logged, unless LOG_LEVEL is higher
-    "axes": "WARNING",  # only failed logins
-    "django": "INFO",  # no queries, even if LOG_LEVEL is DEBUG
+    "axes": logging.WARNING,  # only failed logins
+    "django": logging.INFO,  # no queries, even if LOG_LEVEL is DEBUG
 {% if has_flower %}
-    "flower": "ERROR",
+    "flower": logging.ERROR,
 {% endif %}
     # django_structlog already logs each request{{ " and each task" if has_jobs }}, with the traceback of an error.
 {% if has_jobs %}
-    "celery.app.trace": "CRITICAL",
+    "celery.app.trace": logging.CRITICAL,
 {% endif %}
-    "celery.beat": "WARNING",
-    "celery.worker.strategy": "WARNING",
-    "django.request": "CRITICAL",
-    "django.server": "CRITICAL",
+    "celery.beat": logging.WARNING,
+    "celery.worker.strategy": logging.WARNING,
+    "django.request": logging.CRITICAL,
+    "django.server": logging.CRITICAL,
 {% if has_jobs %}
-    "django.tasks": "CRITICAL",
-    "django_tasks": "CRITICAL",
+    "django.tasks": logging.CRITICAL,
+    "django_tasks": logging.CRITICAL,
 {% endif %}
 }
 
@@ -47,7 +47,7 @@ LEVELS = {  # the lowest that is logged, unless LOG_LEVEL is higher
 def configure(debug, level):
     """Configure structlog, and return the value of Django's setting LOGGING.
 
-    `level` is the lowest level that is logged, such as "INFO".
+    `level` is the lowest level that is logged, such as logging.INFO.
     """
     structlog.configure(
         processors=[drop_repeated, show_exception, *PROCESSORS, FORMATTER.wrap_for_formatter],
@@ -60,8 +60,7 @@ def configure(debug, level):
         "foreign_pre_chain": PROCESSORS,
         "processors": [FORMATTER.remove_processors_meta, *output],
     }
-    number = logging.getLevelNamesMapping()
-    loggers = {name: {"level": max(least, level, key=number.get)} for name, least in LEVELS.items()}
+    loggers = {name: {"level": max(least, level)} for name, least in LEVELS.items()}
     return {
         "version": 1,
         "disable_existing_loggers": False,

@@ -1,8 +1,9 @@
 {% import "imports.jinja" as imports %}
 {% import "text.jinja" as text %}
-{% from "chosen.jinja" import include_example, broker, result_backend, durable_jobs, worker_pool, periodic_tasks, servers, has_example, has_flower, has_jobs, has_results, flower_port with context %}
+{% from "chosen.jinja" import include_example, broker, result_backend, durable_jobs, worker_pool, periodic_tasks, servers, has_example, has_flower, has_jobs, has_results, has_cache, flower_port with context %}
 {% set lines %}
-from django.core.exceptions import ImproperlyConfigured
+from dotenv import load_dotenv
+from environs import Env, validate
 from kombu import Queue
 {% print periodic_tasks.imports | default %}
 {% print result_backend.settings_import | default %}
@@ -15,15 +16,50 @@ from pathlib import Path
 
 {{ imports.sort(lines) }}
 from config import logs
-from config.env import env
 
 BASE_DIR = Path(__file__).resolve().parent.parent
-required = "SECRET_KEY ALLOWED_HOSTS DATABASE_URL EMAIL_URL DEFAULT_FROM_EMAIL".split()
-required += ["{{ [broker.required, result_backend.required | default] | select | join('", "') }}"]
-if missing := [name for name in required if name not in env.ENVIRON]:
-    raise ImproperlyConfigured(f"Missing in the environment: {', '.join(missing)}.")
 
-DEBUG = env.bool("DEBUG", default=False)
+# The environment. Its variables win over the lines of .env.
+load_dotenv(BASE_DIR / ".env", interpolate=False)
+env = Env(eager=False)
+DEBUG = env.bool("DEBUG", False)
+SECRET_KEY = env.str("SECRET_KEY")
+ALLOWED_HOSTS = env.list("ALLOWED_HOSTS", subcast=str.strip)
+CSRF_TRUSTED_ORIGINS = env.list("CSRF_TRUSTED_ORIGINS", [], subcast=str.strip)
+NUM_PROXIES = env.int("NUM_PROXIES", 0 if DEBUG else 1)
+TIME_ZONE = env.str("TIME_ZONE", "UTC")
+LOG_LEVEL = env.log_level("LOG_LEVEL", logging.INFO)
+SENTRY_DSN = env.str("SENTRY_DSN", "")
+RELEASE = env.str("RELEASE", "")
+OTEL_ENDPOINT = env.str("OTEL_EXPORTER_OTLP_ENDPOINT", "")
+MEDIA_ROOT = env.str("MEDIA_ROOT", str(BASE_DIR / ".data/media"))  # uploads
+{% if has_cache %}
+CACHE_URL = env.str("CACHE_URL", "")
+{% endif %}
+DATABASE = env.dj_db_url("DATABASE_URL")
+# Seconds that requests and tasks reuse a connection. Under ASGI, none: see config/asgi.py.
+CONN_MAX_AGE = env.int("CONN_MAX_AGE", 60)
+DISABLE_SERVER_SIDE_CURSORS = env.bool("DISABLE_SERVER_SIDE_CURSORS", False)  # for PgBouncer
+EMAIL_BACKEND = env.str("EMAIL_BACKEND", "django.core.mail.backends.smtp.EmailBackend")
+EMAIL_HOST = env.str("EMAIL_HOST")
+EMAIL_PORT = env.int("EMAIL_PORT", 587)
+EMAIL_HOST_USER = env.str("EMAIL_HOST_USER", "")
+EMAIL_HOST_PASSWORD = env.str("EMAIL_HOST_PASSWORD", "")
+EMAIL_USE_TLS = env.bool("EMAIL_USE_TLS", True)
+DEFAULT_FROM_EMAIL = env.str("DEFAULT_FROM_EMAIL")
+THROTTLE = env.str("THROTTLE", "600/min", validate=validate.Regexp(r"\d+/[smhd]"))
+{% print broker.environment %}
+{% print result_backend.environment | default %}
+CELERY_TASK_TIME_LIMIT = env.int("TASK_TIME_LIMIT", 600)  # seconds
+{% print worker_pool.environment %}
+{% print durable_jobs.environment | default %}
+{% if has_flower %}
+FLOWER_BASIC_AUTH = env.str("FLOWER_BASIC_AUTH", "")  # Flower refuses to start without it
+FLOWER_PORT = env.int("FLOWER_PORT", {{ flower_port }})
+# The page's link for staff. In production, only you know the address.
+FLOWER_URL = env.str("FLOWER_URL", f"http://127.0.0.1:{FLOWER_PORT}/" if DEBUG else "")
+{% endif %}
+env.seal()  # raises one error for all that are missing or wrong
 
 # Django
 INSTALLED_APPS = [
@@ -48,16 +84,15 @@ INSTALLED_APPS = [
 {% if has_jobs %}
     "django_tasks",
     "durable_jobs",
-{% else %}
-    "config",  # for its templates and static files
 {% endif %}
+    "api",
     "users",
 {% if has_example %}
     "orders",
 {% endif %}
 ]
 MIDDLEWARE = [
-    "config.health.HealthMiddleware",  # before middleware that checks the host or redirects
+    "api.middleware.HealthMiddleware",  # before middleware that checks the host or redirects
     "django.middleware.security.SecurityMiddleware",
     "csp.middleware.CSPMiddleware",
     "whitenoise.middleware.WhiteNoiseMiddleware",
@@ -70,7 +105,7 @@ MIDDLEWARE = [
     "django_structlog.middlewares.RequestMiddleware",
     "axes.middleware.AxesMiddleware",
 {% if not has_jobs %}
-    "config.api.ErrorMiddleware",  # an unavailable broker is a 503
+    "api.middleware.ErrorMiddleware",  # an unavailable broker is a 503
 {% endif %}
 ]
 TEMPLATES = [
@@ -89,49 +124,55 @@ TEMPLATES = [
 ROOT_URLCONF = "config.urls"
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 LOGIN_URL = "login"
-LOGIN_REDIRECT_URL = LOGOUT_REDIRECT_URL = "index"
-TIME_ZONE = env.zone("TIME_ZONE", default="UTC")
+LOGIN_REDIRECT_URL = "index"
+LOGOUT_REDIRECT_URL = "index"
 STATIC_URL = "static/"
 STATIC_ROOT = BASE_DIR / "staticfiles"
-DATABASES = {"default": env.db("DATABASE_URL")}
-# Seconds that requests and tasks reuse a connection. Under ASGI, none: see config/asgi.py.
-DATABASES["default"]["CONN_MAX_AGE"] = env.int("CONN_MAX_AGE", default=60)
-DATABASES["default"]["CONN_HEALTH_CHECKS"] = True  # replace one that the server has closed
-if DATABASES["default"]["ENGINE"] == "django.db.backends.sqlite3":
-    DATABASES["default"]["NAME"] = BASE_DIR / DATABASES["default"]["NAME"]
+DATABASES = {"default": DATABASE}
+DATABASE["CONN_MAX_AGE"] = CONN_MAX_AGE
+DATABASE["CONN_HEALTH_CHECKS"] = True  # replace a connection that the server has closed
+DATABASE["DISABLE_SERVER_SIDE_CURSORS"] = DISABLE_SERVER_SIDE_CURSORS
+if DATABASE["ENGINE"] == "django.db.backends.sqlite3":
+    DATABASE["NAME"] = BASE_DIR / DATABASE["NAME"]
     # The web server, the worker and Beat share one file: wait for a lock instead of failing.
-    pragmas = "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL"
-    sqlite = {"transaction_mode": "IMMEDIATE", "timeout": 20, "init_command": pragmas}
-    DATABASES["default"]["OPTIONS"] = sqlite
+    DATABASE["OPTIONS"] = {
+        "transaction_mode": "IMMEDIATE",
+        "timeout": 20,
+        "init_command": "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL",
+    }
 {% if has_jobs %}
-    DATABASES["default"]["TEST"] = {"NAME": BASE_DIR / "test.sqlite3"}  # a file, for live tests
+    DATABASE["TEST"] = {"NAME": BASE_DIR / "test.sqlite3"}  # a file, for live tests
 {% endif %}
 else:  # don't wait long for a server that has disappeared
     timeouts = {"connect_timeout": 5, "tcp_user_timeout": 10_000}  # seconds; milliseconds
-    DATABASES["default"]["OPTIONS"] = timeouts | DATABASES["default"].get("OPTIONS", {})
-    if size := DATABASES["default"]["OPTIONS"].get("pool"):  # DATABASE_URL=postgres://…?pool=8
-        DATABASES["default"]["OPTIONS"]["pool"] = {"min_size": 0, "max_size": size}
-        DATABASES["default"]["CONN_MAX_AGE"] = 0  # Django's own pool reuses connections
-CACHES = {"default": env.cache("CACHE_URL", default="locmemcache://")}
-{% for server in servers if server.settings is defined %}
-{{ server.settings | trim }}
-{% endfor %}
-{% print durable_jobs.files %}
-vars().update(env.email("EMAIL_URL"))  # EMAIL_BACKEND, EMAIL_HOST and so on
+    DATABASE["OPTIONS"] = timeouts | DATABASE.get("OPTIONS", {})
+    if size := DATABASE["OPTIONS"].get("pool"):  # DATABASE_URL=postgres://…?pool=8
+        DATABASE["OPTIONS"]["pool"] = {"min_size": 0, "max_size": size}
+        DATABASE["CONN_MAX_AGE"] = 0  # Django's own pool reuses connections
+{% if has_cache %}
+if CACHE_URL:
+    CACHES = {
+        "default": {
+            "BACKEND": "django.core.cache.backends.redis.RedisCache",
+            "LOCATION": CACHE_URL,
+            # If the cache hangs, a request waits only one or two seconds.
+            "OPTIONS": {"socket_timeout": 1, "socket_connect_timeout": 1},
+        }
+    }
+{% endif %}
+{% print durable_jobs.files | default %}
+EMAIL_FILE_PATH = BASE_DIR / ".data/mail"  # for the backend "filebased", in development
 EMAIL_TIMEOUT = 10  # seconds; without it a task would wait forever for a mail server that hangs
-DEFAULT_FROM_EMAIL = env.str("DEFAULT_FROM_EMAIL")
 
 # Security
-SECRET_KEY = env.str("SECRET_KEY")
-ALLOWED_HOSTS = env.list("ALLOWED_HOSTS", cast=str.strip)
-CSRF_TRUSTED_ORIGINS = env.list("CSRF_TRUSTED_ORIGINS", cast=str.strip, default=[])
-SECURE_SSL_REDIRECT = SESSION_COOKIE_SECURE = CSRF_COOKIE_SECURE = not DEBUG
+SECURE_SSL_REDIRECT = not DEBUG
+SESSION_COOKIE_SECURE = not DEBUG
+CSRF_COOKIE_SECURE = not DEBUG
 {% if has_jobs %}
 SECURE_REDIRECT_EXEMPT = [r"^metrics$"]  # for a Prometheus in the same private network
 {% endif %}
 SECURE_HSTS_SECONDS = 0 if DEBUG else 3600
 SILENCED_SYSTEM_CHECKS = ["security.W005", "security.W021"]  # HSTS for subdomains: your decision
-NUM_PROXIES = env.int("NUM_PROXIES", default=0 if DEBUG else 1)
 IPWARE_META_PRECEDENCE_ORDER = ["REMOTE_ADDR"]
 if NUM_PROXIES:  # without a proxy, these headers could only come from a client: don't trust them
     SECURE_PROXY_SSL_HEADER = ("HTTP_X_FORWARDED_PROTO", "https")
@@ -150,8 +191,10 @@ CONTENT_SECURITY_POLICY = {  # pages run only the project's own scripts
 }
 AUTH_USER_MODEL = "users.User"
 AUTH_PASSWORD_VALIDATORS = [
-    {"NAME": f"django.contrib.auth.password_validation.{name}Validator"}
-    for name in ["UserAttributeSimilarity", "MinimumLength", "CommonPassword", "NumericPassword"]
+    {"NAME": "django.contrib.auth.password_validation.UserAttributeSimilarityValidator"},
+    {"NAME": "django.contrib.auth.password_validation.MinimumLengthValidator"},
+    {"NAME": "django.contrib.auth.password_validation.CommonPasswordValidator"},
+    {"NAME": "django.contrib.auth.password_validation.NumericPasswordValidator"},
 ]
 AUTHENTICATION_BACKENDS = [
     "axes.backends.AxesStandaloneBackend",
@@ -170,12 +213,12 @@ REST_FRAMEWORK = {
     ],
     "DEFAULT_PERMISSION_CLASSES": ["rest_framework.permissions.IsAuthenticated"],
 {% if has_jobs %}
-    "DEFAULT_PARSER_CLASSES": ["config.api.Parser"],
+    "DEFAULT_PARSER_CLASSES": ["api.parsers.Parser"],
 {% endif %}
     "DEFAULT_PAGINATION_CLASS": "rest_framework.pagination.PageNumberPagination",
     "PAGE_SIZE": 20,
-    "DEFAULT_THROTTLE_CLASSES": ["config.api.Throttle"],
-    "DEFAULT_THROTTLE_RATES": {"user": env.rate("THROTTLE", default="600/min")},
+    "DEFAULT_THROTTLE_CLASSES": ["api.throttling.Throttle"],
+    "DEFAULT_THROTTLE_RATES": {"user": THROTTLE},
     "DEFAULT_SCHEMA_CLASS": "drf_spectacular.openapi.AutoSchema",
     "NUM_PROXIES": NUM_PROXIES,
     "TEST_REQUEST_DEFAULT_FORMAT": "json",
@@ -186,7 +229,7 @@ SPECTACULAR_SETTINGS = {
 {% if has_jobs %}
     "POSTPROCESSING_HOOKS": [
         "drf_spectacular.hooks.postprocess_schema_enums",
-        "config.api.add_errors",
+        "api.schema.add_errors",
     ],
     "COMPONENT_SPLIT_REQUEST": True,  # responses may have blank texts, requests may not
 {% endif %}
@@ -200,7 +243,6 @@ SPECTACULAR_SETTINGS = {
 # Redelivery, here and below, concerns plain tasks: Beat recovers jobs.
 {% endif %}
 CELERY_TASK_ACKS_LATE = True  # if a worker is killed, the broker delivers its tasks again
-CELERY_TASK_TIME_LIMIT = env.int("TASK_TIME_LIMIT", default=600)  # seconds
 {% print worker_pool.task_settings | default %}
 # The queues that a worker consumes by default; `--queues cpu` limits it to that one.
 {% if broker.queue_options is defined %}
@@ -229,7 +271,8 @@ CELERY_TIMEZONE = TIME_ZONE
 {% print durable_jobs.settings | default %}
 # Celery: broker
 {% print broker.settings %}
-CELERY_BROKER_CONNECTION_TIMEOUT = CELERY_BROKER_POOL_ACQUIRE_TIMEOUT = 1  # seconds
+CELERY_BROKER_CONNECTION_TIMEOUT = 1  # seconds
+CELERY_BROKER_POOL_ACQUIRE_TIMEOUT = 1
 CELERY_BROKER_CONNECTION_RETRY_ON_STARTUP = True  # a worker waits for its broker
 
 # Celery: results
@@ -246,24 +289,21 @@ CELERY_TASK_IGNORE_RESULT = True
 {% if has_flower %}
 
 # Flower
-CELERY_TASK_SEND_SENT_EVENT = CELERY_WORKER_SEND_TASK_EVENTS = True  # it shows each task's state
-FLOWER_BASIC_AUTH = env.str("FLOWER_BASIC_AUTH", default="")  # Flower refuses to start without it
-FLOWER_PORT = env.int("FLOWER_PORT", default={{ flower_port }})
-# The page's link for staff. In production, only you know the address.
-FLOWER_URL = env.address("FLOWER_URL", default=f"http://127.0.0.1:{FLOWER_PORT}/" if DEBUG else "")
+CELERY_TASK_SEND_SENT_EVENT = True  # it shows each task's state
+CELERY_WORKER_SEND_TASK_EVENTS = True
 {% endif %}
 
 # Logs and errors
-if dsn := env.address("SENTRY_DSN", default=""):
+if SENTRY_DSN:
     import sentry_sdk  # only if needed, because it slows each start by a sixth
     from sentry_sdk.integrations.logging import ignore_logger
 
-    sentry_sdk.init(dsn, release=env.str("RELEASE", default=None), before_send=logs.add_ids)
+    sentry_sdk.init(SENTRY_DSN, release=RELEASE or None, before_send=logs.add_ids)
     ignore_logger("django_structlog.*")  # it logs the exceptions that Sentry catches itself
 
-if env.str("OTEL_EXPORTER_OTLP_ENDPOINT", default=""):
+if OTEL_ENDPOINT:
     INSTALLED_APPS += ["config.tracing.Tracing"]  # traces: see docs/production.md
 
-LOGGING = logs.configure(DEBUG, level=env.level("LOG_LEVEL", default="INFO").upper())
+LOGGING = logs.configure(DEBUG, level=LOG_LEVEL)
 DJANGO_STRUCTLOG_STATUS_START_LOG_LEVEL = logging.DEBUG  # INFO shows only the end of a request
 DJANGO_STRUCTLOG_CELERY_ENABLED = True  # a message carries the request's id to the worker

@@ -8,7 +8,7 @@
 {% set lines %}
 from celery import signals
 from celery.worker import request
-{{ "" if has_jobs else "from django.db import close_old_connections" }}
+{{ "from durable_jobs.contrib.structlog import LogStep" if has_jobs else "from django.db import close_old_connections" }}
 {% print broker.worker_imports %}
 {% print result_backend.worker_imports | default %}
 {% print worker_pool.worker_imports | default %}
@@ -21,11 +21,15 @@ from celery.worker import request
 {% endif %}
 {{ imports.sort(lines) }}
 from .celery import app
+{% if not has_jobs %}
+from .logs import LogStep
+{% endif %}
 {% if broker.visibility is defined %}
 
 logger = get_logger(__name__)
 {% endif %}
 
+app.steps["worker"].add(LogStep)  # a task's log lines name it and its request
 # A task that raises a MemoryError fails like any other. Celery would end the worker, or never
 # acknowledge the task, which then comes again without end (celery issue 10462).
 request.MemoryError = ()

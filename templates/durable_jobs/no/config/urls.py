@@ -12,7 +12,7 @@ from rest_framework.routers import DefaultRouter
 
 {% endif %}
 {% if has_task_api %}
-from config.task_status import TaskView
+from api.views import TaskView
 {% endif %}
 {% if has_example %}
 from orders.views import OrderViewSet
@@ -27,7 +27,7 @@ router.register("orders", OrderViewSet, basename="order")
 TITLE = settings.SPECTACULAR_SETTINGS["TITLE"]
 admin.site.site_header = admin.site.site_title = TITLE
 index = TemplateView.as_view(
-    template_name="index.html",
+    template_name="api/index.html",
     extra_context={"site_title": TITLE{{ ', "flower_url": settings.FLOWER_URL' if has_flower }}},
 )
 log_in = LoginView.as_view(

@@ -5,7 +5,7 @@ from rest_framework import mixins, viewsets
 from rest_framework.decorators import action
 {% if has_task_api %}
 
-from config.task_status import TaskSerializer, accepted
+from api.views import TaskSerializer, accepted
 {% else %}
 from rest_framework.response import Response
 {% endif %}

@@ -11,7 +11,7 @@ from celery.app.utils import filter_hidden_settings
 
 import dev
 {% if broker.check_tests is defined or worker_pool.checks is defined %}
-from config import checks
+from api import checks
 {% endif %}
 from config.celery import app
 
@@ -40,7 +40,7 @@ def test_a_task_with_only_one_time_limit_of_its_own_is_found(monkeypatch):
     assert not list(checks.check_time_limits(None))
     task = app.tasks["celery.backend_cleanup"]
     monkeypatch.setattr(task, "time_limit", task.time_limit + 1)
-    assert [warning.id for warning in checks.check_time_limits(None)] == ["config.W009"]
+    assert [warning.id for warning in checks.check_time_limits(None)] == ["api.W009"]
 {% endif %}
 
 

@@ -6,7 +6,6 @@ from celery import signals
 from celery.app import base
 {% endif %}
 from durable_jobs.celery import Celery
-from durable_jobs.contrib.structlog import LogStep
 
 # Set the default Django settings module for the 'celery' program.
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
@@ -15,7 +14,6 @@ os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
 app = Celery("config", include=["config.worker"])
 app.config_from_object("django.conf:settings", namespace="CELERY")
 app.autodiscover_tasks()
-app.steps["worker"].add(LogStep)  # a task's logs have the id of its request
 {% print broker.celery | default %}
 
 

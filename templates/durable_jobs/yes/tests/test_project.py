@@ -18,8 +18,11 @@ from django.db import OperationalError, connection
 from durable_jobs.tasks import job
 
 import dev
-from config import {{ "checks, " if broker.check_tests is defined }}urls
-from config.api import Throttle
+{% if broker.check_tests is defined %}
+from api import checks
+{% endif %}
+from api.throttling import Throttle
+from config import urls
 from config.celery import app
 
 pytestmark = pytest.mark.django_db
@@ -31,7 +34,7 @@ app.conf.update(event_exchange="test-events", control_exchange="test-control")
 
 
 def found(identity):
-    """Return what the checks of config/checks.py say under this id."""
+    """Return what the checks of api/checks.py say under this id."""
     return [each for each in run_checks(include_deployment_checks=True) if each.id == identity]
 
 
@@ -51,9 +54,9 @@ def test_each_scheduled_task_exists():
 @pytest.mark.parametrize("users", ["", "admin", "admin:", "admin:change-me", "me:secret,admin:"])
 def test_the_checks_find_a_flower_without_a_password(settings, users):
     settings.FLOWER_BASIC_AUTH = "me:secret"
-    assert not found("config.E002")
+    assert not found("api.E002")
     settings.FLOWER_BASIC_AUTH = users
-    assert found("config.E002")
+    assert found("api.E002")
 
 
 {% endif %}

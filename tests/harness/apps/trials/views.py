@@ -15,6 +15,6 @@ def start(request):
     sent = task.apply_async(request.data["args"], **options)
     if not hasattr(settings, "CELERY_RESULT_BACKEND"):
         return Response({"id": sent.id}, 202)
-    from config.task_status import accepted
+    from api.views import accepted
 
     return accepted(request, sent)

@@ -4,8 +4,8 @@ from celery import uuid
 from celery.result import AsyncResult
 from rest_framework.test import APIClient
 
+from api.views import accepted
 from config.celery import app
-from config.task_status import accepted
 
 
 @pytest.fixture

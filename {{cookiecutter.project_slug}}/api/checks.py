@@ -1,10 +1,10 @@
 {% import "imports.jinja" as imports %}
 {% from "chosen.jinja" import broker, result_backend, servers, worker_pool, periodic_tasks, has_kubernetes, has_flower, has_jobs, has_results with context %}
 {% set in_environment = [broker.required, result_backend.required | default] %}
-{% set used = ["CELERY_BROKER_URL", "CELERY_BROKER_READ_URL", "CELERY_BROKER_WRITE_URL"] %}
-{% set used = used + (["CELERY_RESULT_BACKEND"] if has_results else []) %}
+{% set used = ["CELERY_BROKER_URL"] + (["CELERY_RESULT_BACKEND"] if has_results else []) %}
+{% set overridden = used | reject("in", in_environment) | list %}
 {% set lines %}
-import os
+{{ "import os" if overridden }}
 import inspect
 {{ "from pathlib import Path" if has_kubernetes }}
 {% for server in servers %}
@@ -20,72 +20,14 @@ from celery.exceptions import QueueNotFound
 {% if has_kubernetes %}
 from django.apps import apps
 {% endif %}
-{% if has_kubernetes or has_flower or servers | selectattr("settings", "defined") | list == [] %}
+{% if has_kubernetes or has_flower %}
 from django.conf import settings
 {% endif %}
-from django.core.cache import caches
-from django.core.checks import Error, Tags, Warning, register
-from django.db import connections
+from django.core.checks import Error, Warning, register
 {% if has_kubernetes %}
 from django.db.models import FileField
 {% endif %}
 from django.utils.module_loading import autodiscover_modules
-
-
-@register()
-def check_cache(app_configs, **kwargs):
-    """Find a missing package. Throttles ignore errors of the cache, so only the log would mention it."""
-    try:
-        getattr(caches["default"], "_cache", None)  # imports the package, but does not connect
-    except ImportError as error:
-        yield Error(
-            f"The cache of CACHE_URL cannot be used: {error}.",
-            hint=f"Add the package to pyproject.toml: `uv add {error.name}`.",
-            id="config.E001",
-        )
-{% if servers | selectattr("settings", "defined") | list == [] %}
-
-
-@register(deploy=True)
-def check_cache_timeouts(app_configs, **kwargs):
-    cache = settings.CACHES["default"]
-    is_server = ":" in str(cache.get("LOCATION"))
-    if is_server and not any("timeout" in option for option in cache.get("OPTIONS", {})):
-        yield Warning(
-            "If the cache hangs, so does each request.",
-            hint="Add its timeouts to CACHE_URL: ?socket_timeout=1&socket_connect_timeout=1",
-            id="config.W001",
-        )
-{% endif %}
-
-
-@register(Tags.database)
-def check_pooler(app_configs, databases=None, **kwargs):
-    """Find a pooler such as PgBouncer: the process id that it reports isn't the server's."""
-    for connection in [connections[alias] for alias in databases or []]:
-        if connection.vendor != "postgresql":
-            continue
-        prepares = connection.settings_dict["OPTIONS"].get("prepare_threshold") is not None
-        uses_cursors = not connection.settings_dict.get("DISABLE_SERVER_SIDE_CURSORS")
-        if not uses_cursors and not prepares:
-            continue
-        with connection.cursor() as cursor:
-            cursor.execute("SELECT pg_backend_pid()")
-            if cursor.fetchone() == (cursor.connection.info.backend_pid,):
-                continue
-        if uses_cursors:
-            yield Warning(
-                "With a pooler such as PgBouncer in transaction mode, iterator() fails.",
-                hint="Add ?DISABLE_SERVER_SIDE_CURSORS=True to DATABASE_URL.",
-                id="config.W008",
-            )
-        if prepares:
-            yield Warning(
-                "With a pooler such as PgBouncer in transaction mode, prepared statements fail.",
-                hint="Remove prepare_threshold from DATABASE_URL, or set max_prepared_statements in"
-                " PgBouncer and silence this check.",
-                id="config.W010",
-            )
 {% if has_kubernetes %}
 
 
@@ -99,7 +41,7 @@ def check_uploads(app_configs, **kwargs):
             yield Warning(
                 f"{field} stores files in {folder}, with the code.",
                 hint="Use S3, or a folder that the web server and all workers share.",
-                id="config.W007",
+                id="api.W007",
             )
 {% endif %}
 
@@ -127,7 +69,7 @@ def check_queues(app_configs, **kwargs):
             yield Error(
                 f"The queue of {task.name} is not in CELERY_TASK_QUEUES.",
                 hint="Add it there, or correct its name in the task or in CELERY_TASK_ROUTES.",
-                id="config.E003",
+                id="api.E003",
             )
 {% endif %}
 
@@ -146,7 +88,7 @@ def check_functions(app_configs, **kwargs):
             yield Error(
                 f"A worker would not run {task.name}: it is async, or contains yield.",
                 hint="Call async code with asgiref.sync.async_to_sync(), in a plain function.",
-                id="config.E004",
+                id="api.E004",
             )
 
 
@@ -159,7 +101,7 @@ def check_rate_limits(app_configs, **kwargs):
             yield Warning(
                 f"The rate limit of {task.name} also delays the other tasks of the queue {queue}.",
                 hint="Route it to a queue of its own, and start a worker for that queue.",
-                id="config.W006",
+                id="api.W006",
             )
 {% if has_flower %}
 
@@ -171,30 +113,23 @@ def check_flower(app_configs, **kwargs):
         yield Error(
             "FLOWER_BASIC_AUTH needs a password: anyone who reaches Flower can see and revoke tasks.",
             hint="Set it to user:password. If you don't run Flower, silence this check.",
-            id="config.E002",
+            id="api.E002",
         )
 {% endif %}
+{% if overridden %}
 
 
 @register(deploy=True)
 def check_overridden(app_configs, **kwargs):
     """Find variables that Celery prefers to the settings."""
-{% set names = used | reject("in", in_environment) | list %}
-{% if names | length > 2 %}
-    for name in (
-{% for name in names %}
-        "{{ name }}",
-{% endfor %}
-    ):
-{% else %}
-    for name in ["{{ names | join('", "') }}"]:
-{% endif %}
+    for name in ["{{ overridden | join('", "') }}"]:
         if os.environ.get(name):
             yield Warning(
                 f"The environment variable {name} overrides config/settings.py.",
                 hint="Remove it from the environment and from .env.",
-                id="config.W005",
+                id="api.W005",
             )
+{% endif %}
 {% print broker.checks | default %}
 {% print worker_pool.checks | default %}
 {% print periodic_tasks.checks | default %}

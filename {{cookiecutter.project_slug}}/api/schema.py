@@ -1,13 +1,5 @@
-"""What all views of the API share: see REST_FRAMEWORK and SPECTACULAR_SETTINGS in the settings."""
+"""Errors that views have in common, in the OpenAPI document: see SPECTACULAR_SETTINGS."""
 
-import logging
-import time
-
-from rest_framework import exceptions, parsers, throttling
-
-logger = logging.getLogger(__name__)
-
-CACHE_PAUSE = 10  # seconds until a failed cache is tried again, so that requests stay fast
 ERRORS = {
     401: "Not authenticated",
     403: "Not permitted",
@@ -15,34 +7,6 @@ ERRORS = {
     429: "Too many requests",
 }
 DETAIL = {"type": "object", "properties": {"detail": {"type": "string"}}}
-
-
-class Parser(parsers.JSONParser):
-    """Answers 400 instead of 500 if a body is nested too deeply to be parsed."""
-
-    def parse(self, *args, **kwargs):
-        try:
-            return super().parse(*args, **kwargs)
-        except RecursionError:
-            raise exceptions.ParseError("Nested too deeply.") from None
-
-
-class Throttle(throttling.UserRateThrottle):
-    """Counts requests in the cache. While the cache is unavailable, all requests are allowed."""
-
-    count_again_at = 0.0
-
-    def allow_request(self, request, view):
-        if time.monotonic() < Throttle.count_again_at:
-            return True
-        try:
-            return super().allow_request(request, view)
-        except Exception as error:  # each cache backend has its own errors
-            Throttle.count_again_at = time.monotonic() + CACHE_PAUSE
-            logger.warning(
-                "requests are not throttled, because the cache is unavailable: %r", error
-            )
-            return True
 
 
 def add_errors(result, **kwargs):

@@ -1,1 +1,0 @@
-{% include "durable_jobs/" ~ cookiecutter.durable_jobs ~ "/config/api.py" %}
