@@ -309,3 +309,35 @@ def test_the_admins_action_runs_a_job_of_the_schedule(admin_client):
     data = {"action": "run_tasks", "_selected_action": [row(queue="io").pk]}
     admin_client.post("/admin/django_celery_beat/periodictask/", data)
     assert Job.objects.get().queue == "io"
+
+
+WRONG_ROWS = {
+    "priority": 3,
+    "expire_seconds": 60,
+    "exchange": "mail",
+    "args": "[1]",
+}
+
+
+@pytest.mark.parametrize("field", WRONG_ROWS)
+def test_a_row_that_beat_cannot_start_is_refused_in_the_admin(admin_client, field):
+    url, name = "/admin/django_celery_beat/periodictask/add/", "PeriodicTask.name"
+    data = {"name": name, "args": "[1, 2]", "kwargs": "{}", "headers": "{}"}
+    data |= {"task": add.name, "crontab": every_minute().pk}
+    answer = admin_client.post(url, data | {field: WRONG_ROWS[field]})
+    why = "missing" if field == "args" else f"a job does not take {field}. See the options"
+    assert why in answer.content.decode() and not PeriodicTask.objects.filter(name=name).exists()
+    admin_client.post(url, data | {"task": plain.name, field: WRONG_ROWS[field]})
+    admin_client.post(url, data | {"name": "right", "queue": "io"})
+    assert PeriodicTask.objects.filter(name__in=[name, "right"]).count() == 2
+
+
+@pytest.mark.parametrize("field", WRONG_ROWS)
+def test_a_row_that_beat_cannot_start_is_found_by_a_check(field):
+    row(name="right", queue="io")
+    row(name="off", enabled=False, **{field: WRONG_ROWS[field]})
+    row(name="plain", task=plain.name, **{field: WRONG_ROWS[field]})
+    assert not run_checks(databases=["default"])
+    row(name="wrong", **{field: WRONG_ROWS[field]})
+    [warning] = run_checks(databases=["default"])
+    assert warning.id == "durable_jobs.W010" and "the periodic task wrong: " in warning.msg

@@ -119,6 +119,13 @@ def test_the_checks_refuse_a_connection_pool_that_children_would_inherit(monkeyp
     assert found == ["durable_jobs.E007"] * (pool == "prefork")
 
 
+@pytest.mark.parametrize("method", ["__call__", "apply_async"])
+def test_the_checks_find_a_task_class_whose_methods_jobs_do_not_call(monkeypatch, method):
+    kind = type("Own", (app.Task,), {method: lambda self: None})
+    monkeypatch.setattr(app._get_current_object(), "Task", kind)
+    assert found_by_checks() == {"durable_jobs.W011"}
+
+
 def test_the_checks_find_a_queue_without_workers(monkeypatch):
     assert found_by_checks() == set()
     monkeypatch.setattr(add, "queue", "other", raising=False)

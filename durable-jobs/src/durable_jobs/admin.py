@@ -2,10 +2,11 @@
 
 from datetime import timedelta
 
+from django.apps import apps
 from django.contrib import admin, messages
 from django.contrib.admin.models import CHANGE, LogEntry
 from django.contrib.auth import get_user_model
-from django.core.exceptions import BadRequest, PermissionDenied
+from django.core.exceptions import BadRequest, PermissionDenied, ValidationError
 from django.core.paginator import Paginator
 from django.db import DataError
 from django.db.models import F, Q
@@ -17,6 +18,7 @@ from django.utils.html import format_html
 
 from durable_jobs import batches, conf, pauses
 from durable_jobs.actions import cancel, run_all_again
+from durable_jobs.beat.schedule import check_row
 from durable_jobs.database import Now
 from durable_jobs.diagnosis import problems, reasons, reasons_of_batches, span
 from durable_jobs.limits import name_of
@@ -347,3 +349,23 @@ class QueuesAdmin(PageAdmin):
             "queues": [(name, found.get(name, {}), paused.get(name)) for name in names],
             "tasks": [(name, paused.get(name)) for name in tasks],
         }
+
+
+if apps.is_installed("django_celery_beat"):
+    from django_celery_beat.admin import PeriodicTaskAdmin, PeriodicTaskForm
+    from django_celery_beat.models import PeriodicTask
+
+    class RowForm(PeriodicTaskForm):
+        """Refuses a row whose job Beat could not start."""
+
+        def clean(self):
+            data = super().clean()
+            try:
+                check_row(
+                    PeriodicTask(**{name: each for name, each in data.items() if name != "regtask"})
+                )
+            except (TypeError, ValueError) as error:
+                raise ValidationError(str(error)) from error
+            return data
+
+    PeriodicTaskAdmin.form = RowForm

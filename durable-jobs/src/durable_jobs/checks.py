@@ -5,13 +5,15 @@ from collections import Counter
 
 from celery import current_app
 from celery.beat import ScheduleEntry
+from celery.contrib.django.task import DjangoTask
+from django.apps import apps
 from django.conf import settings
 from django.core.checks import Error, Info, Tags, Warning, register
 from django.db import connection, router
 from django.db.models import Count
 
 from durable_jobs import conf, limits
-from durable_jobs.beat.schedule import check_entry
+from durable_jobs.beat.schedule import check_entry, check_row
 from durable_jobs.messages import job_names, known_queues, queue_of
 from durable_jobs.models import Job
 from durable_jobs.worker.pools import TIME_LIMITED
@@ -92,6 +94,40 @@ def check_blocked_jobs(app_configs, databases=None, **kwargs):
                 f"{counts[name]} jobs wait for the limit {name!r}, which is no longer in DURABLE_JOBS['LIMITS'].",
                 hint="They will never start: keep the limit until they have run, or cancel them.",
                 id="durable_jobs.W009",
+            )
+
+
+@register(Tags.database)
+def check_periodic_tasks(app_configs, databases=None, **kwargs):
+    """Check that Beat can start the job of each row of django-celery-beat."""
+    if apps.is_installed("django_celery_beat") and "default" in (databases or []):
+        from django_celery_beat.models import PeriodicTask
+
+        tables = connection.introspection.table_names()
+        for row in (
+            PeriodicTask.objects.filter(enabled=True)
+            if PeriodicTask._meta.db_table in tables
+            else []
+        ):
+            try:
+                check_row(row)
+            except (TypeError, ValueError) as error:
+                yield Warning(
+                    f"Beat cannot start the periodic task {row.name}: {error}",
+                    hint="Correct it in the admin.",
+                    id="durable_jobs.W010",
+                )
+
+
+@register()
+def check_task_class(app_configs, **kwargs):
+    """Check that the app has no class of tasks whose methods jobs would not call."""
+    for method in ("__call__", "apply_async"):
+        if getattr(current_app.Task, method) is not getattr(DjangoTask, method):
+            yield Warning(
+                f"Jobs do not call {method}() of your app's task class.",
+                hint="Name the class in @job(base=…), or add headers in a receiver of before_task_publish.",
+                id="durable_jobs.W011",
             )
 
 

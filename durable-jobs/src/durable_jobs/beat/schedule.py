@@ -1,5 +1,6 @@
 """Additions to Celery's Beat: it enqueues each job once per due time, and runs the sweeper."""
 
+import json
 import logging
 import threading
 import time
@@ -39,6 +40,14 @@ def check_entry(name, args, kwargs, options):
         task._fields_of(args, kwargs, options)
     elif task.typing:
         task.__header__(*args, **kwargs)
+
+
+def check_row(row):
+    """Raise TypeError or ValueError if Beat cannot start the job of this row of django-celery-beat."""
+    if isinstance(current_app.tasks.get(row.task), JobTask):
+        names = ["queue", "exchange", "routing_key", "priority", "expires", "expire_seconds"]
+        options = {name: getattr(row, name) for name in names}
+        check_entry(row.task, json.loads(row.args), json.loads(row.kwargs), options)
 
 
 def watch_ticks(beat):
