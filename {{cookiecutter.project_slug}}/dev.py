@@ -1,5 +1,5 @@
 {% import "imports.jinja" as imports %}
-{% from "chosen.jinja" import servers, has_jobs, has_task_api, has_example, has_flower, has_compose, flower_port with context %}
+{% from "chosen.jinja" import servers, has_jobs, has_task_api, has_example, has_flower, flower_port with context %}
 {% set lines %}
 import itertools
 import os
@@ -136,19 +136,6 @@ def read_code():
         return {file: file.stat().st_mtime for file in files}
 
 
-{% if has_compose %}
-def prepare():
-    """`python dev.py prepare`, in a container: with DEBUG, create a user and print links."""
-    os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
-    django.setup()
-    if settings.DEBUG:
-{% for server in servers %}
-{% print server.compose_prepare | default %}
-{% endfor %}
-        print(create_user_and_links())
-
-
-{% endif %}
 def create_user_and_links():
     """Create the user of DJANGO_SUPERUSER_… if it is missing. Return links and commands."""
     from django.contrib.auth import get_user_model
@@ -202,8 +189,4 @@ def answers(port, host="127.0.0.1"):
 {% endfor %}
 if __name__ == "__main__":
     with suppress(KeyboardInterrupt):
-{% if has_compose %}
-        if sys.argv[1:] == ["prepare"]:
-            sys.exit(prepare())
-{% endif %}
         watch(*sys.argv[1:]) if sys.argv[1:] else main()

@@ -102,6 +102,24 @@ def test_all_processes_count_requests_together(stack):
 
 
 @on_one
+def test_the_image_has_nothing_that_is_only_for_development(stack):
+    found = set(stack.exec("web", "ls", "-A").split())
+    assert "manage.py" in found
+    assert not found & {".env", "dev.py", "tests", "conftest.py", "compose.dev.yaml"}
+
+
+@on_one
+def test_a_new_password_of_the_database_is_one_line_of_env(stack):
+    path = stack.project / ".env"
+    before = path.read_text()
+    for password in "rotated", re.search("(?m)^POSTGRES_PASSWORD=(.+)", before)[1]:
+        path.write_text(re.sub("(?m)^(POSTGRES_PASSWORD=).*", rf"\g<1>{password}", before))
+        stack.make_up()
+        assert f":{password}@" in stack.exec("web", "printenv", "DATABASE_URL")
+        stack.order()
+
+
+@on_one
 def test_a_task_of_a_stopped_worker_runs_again(stack):
     url = stack.start_report()
     stack.compose("stop", "worker")
@@ -161,7 +179,7 @@ def test_make_up_again_replaces_workers_before_web_and_beat(stack):
     path.write_text(f"{variables}\nDOMAIN=example.com\nEMAIL_BACKEND={CONSOLE_MAIL}\n")
     stack.project.append("orders/tasks.py", "\n# production\n")
     try:
-        assert "Token" not in stack.make("up")
+        assert "token" not in stack.make("up")
         stack.headers = HTTPS
         assert stack.request(order)[0] == 200
         stack.order()
@@ -346,7 +364,7 @@ def test_two_lines_of_env_decide_about_a_stand_in_for_amazon(stack):
     without = {"COMPOSE_PROFILES": "", "AWS_ENDPOINT_URL": ""}
     stack.environment |= without
     try:
-        assert set(services) - set(stack.compose(*read).split()) == {"aws"}
+        assert set(services) - set(stack.compose(*read).split()) == {"aws", "aws-prepare"}
         config = compose_config(stack.project, **stack.environment)
     finally:
         for name in without:
