@@ -31,7 +31,7 @@ HISTORY = {
 }
 # Sentences that stay true with other versions, and so may have a number.
 FACTS = [
-    "You need Django 5.2 to 6.1, Celery 5.7,",  # the ranges of durable-jobs/pyproject.toml
+    "You need Django 5.2 to 6.1, Celery 5.5 to 5.7,",  # the ranges of durable-jobs/pyproject.toml
     "| Celery 5.7 | broker | lost |",  # durable-jobs/docs/alternatives.md: what was compared
     "`task_retry_on_worker_lost` of Celery 5.7",
     "as long as the project supports Django 5.2",

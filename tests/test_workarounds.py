@@ -40,8 +40,8 @@ UPSTREAM = r"(celery|kombu|django-celery-results) (issue|pull) \d+|kombu \d\.\d"
 PLAIN = product({name: CHOICES[name] for name in ("broker", "result_backend", "worker_pool")})
 # Classes that the library has, too, for projects that were not made from this template.
 SHARED = {
-    "DeclareQueues": "transport/rabbitmq.py",
-    "NoticeLostConnection": "transport/rabbitmq.py",
+    "DeclareQueues": "worker/rabbitmq.py",
+    "NoticeLostConnection": "worker/rabbitmq.py",
     "QoS": "transport/redis.py",
     "Connection": "transport/sqs.py",
     "Channel": "transport/sqs.py",

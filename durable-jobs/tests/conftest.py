@@ -15,6 +15,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from django.utils import timezone
 from helpers import add, broken, greet, multiply, sweeper
 from rest_framework.test import APIClient
+from versions import skip_on_older_versions
 
 from durable_jobs import batches, database, messages, transitions
 from durable_jobs.beat import republish
@@ -25,6 +26,10 @@ from durable_jobs.worker.pools import pool
 
 pytest_plugins = ["durable_jobs.testing"]
 SEND_ONE = messages.send_one
+
+
+def pytest_collection_modifyitems(items):
+    skip_on_older_versions(items)
 
 
 @pytest.fixture(autouse=True)

@@ -113,9 +113,10 @@ def test_a_function_in_the_schedule_is_called_when_its_job_is_due():
 @pytest.mark.parametrize("kind", [Scheduler, DatabaseScheduler])
 def test_two_beats_start_one_job_for_each_tick(kind, due):
     beats = [beat(kind).scheduler, beat(kind).scheduler]
+    today = datetime.now(UTC).replace(hour=0)  # Celery 5.6 rounds a day that has ended
     for minute in range(3):
         for place, scheduler in enumerate(beats):
-            since = datetime(2026, 1, 1, 12, minute, 10 + 20 * place, tzinfo=UTC)
+            since = today.replace(minute=minute, second=10 + 20 * place)
             tick(scheduler, due, since)
             tick(scheduler, due, since, name="another")
     assert Job.objects.count() == 6

@@ -52,7 +52,7 @@ def test_delay_enqueues_a_job():
     assert result.state == "PENDING"
     deliver(job)
     assert (result.state, add.AsyncResult(result.id).result) == ("SUCCESS", 3)
-    assert [add.AsyncResult(pk).state for pk in ("another", uuid.uuid4())] == ["PENDING"] * 2
+    assert [add.AsyncResult(pk).state for pk in ("another", str(uuid.uuid4()))] == ["PENDING"] * 2
 
 
 def test_apply_async_accepts_options_that_a_job_supports():

@@ -10,19 +10,19 @@ from settings import SOURCE
 
 PACKAGE = SOURCE / "durable_jobs"
 ORDER = """
-conf liveness worker.pools migrations
+conf liveness versions worker.pools migrations
 validation database
 states
 models
 transitions limits
 messages
-publish
-admission eager
+publish transport.rabbitmq transport.redis transport.sqs
+admission eager transport
 enqueue
 actions signatures
 batches
 results
-worker.runs worker.events
+worker.runs worker.events worker.rabbitmq
 worker.forks worker.lease
 worker.heartbeat
 worker.shutdown worker.children worker.remote_control
@@ -33,8 +33,7 @@ beat.purge
 beat.sweeper
 beat.schedule
 checks api.schema api.serializers contrib.prometheus contrib.structlog contrib.django_tasks
-api.views admin testing transport.rabbitmq transport.redis transport.sqs
-transport
+api.views admin testing
 celery
 apps management.commands.durable_jobs
 """

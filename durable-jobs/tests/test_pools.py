@@ -14,6 +14,7 @@ from celery.signals import celeryd_init, worker_init, worker_shutting_down
 from kombu.asynchronous.timer import Timer
 from settings import SOURCE
 
+from durable_jobs import versions
 from durable_jobs.worker import events, pools, shutdown, startup
 from durable_jobs.worker.runs import process
 
@@ -80,7 +81,8 @@ def test_a_worker_limits_its_shutdown_as_its_pool_needs(threads, pool, ends):
     for _ in range(2):
         worker_shutting_down.send("celery@host", sig="SIGTERM")
     assert threads == ends
-    assert events.BatchedEvents in app.steps["consumer"]
+    is_on = events.BatchedEvents in app.steps["consumer"]
+    assert is_on == versions.fits("batched task events")
 
 
 def test_an_error_of_celery_limits_the_shutdown_too(threads):
@@ -123,14 +125,13 @@ assert sent == ["here", True]  # a connection to the broker belongs to one threa
 COROUTINES = """
 import gevent.monkey; gevent.monkey.patch_all()
 import gevent, os, psutil
-from asgiref.sync import async_to_sync
-import durable_jobs.worker.pools
+from durable_jobs.worker.pools import pool
 async def body():
     return process.num_threads(), process.num_fds()
 process = psutil.Process()
-threads, descriptors = async_to_sync(body)()
+threads, descriptors = pool.run_coroutine(body)
 for _ in range(30):
-    async_to_sync(body)()
+    pool.run_coroutine(body)
 with gevent.Timeout(50):
     while process.num_threads() > threads or process.num_fds() > descriptors:
         gevent.sleep(0.1)

@@ -2,13 +2,16 @@
 
 import time
 import uuid
+from signal import SIGKILL, SIGTERM, SIGUSR1
 from types import SimpleNamespace
-from unittest.mock import Mock, call
+from unittest.mock import Mock
 
 import pytest
 from celery import current_app as app
-from celery import exceptions
+from celery import exceptions, shared_task
 from celery.app.task import Context
+from celery.utils.imports import symbol_by_name
+from celery.worker import state as worker_state
 from celery.worker.control import Panel
 from django.db import connection
 from helpers import act, add, claim, claim_and_lapse, lapse, of_job, seconds_until_due
@@ -131,18 +134,29 @@ def test_celery_does_not_resend_a_job_that_killed_its_child(monkeypatch):
     app.tasks.unregister("killer")
 
 
+@shared_task
+def plain():
+    pass
+
+
 @pytest.mark.parametrize(
-    ("signal", "sent"), [(None, "SIGKILL"), ("SIGTERM", "SIGKILL"), ("SIGUSR1", "SIGUSR1")]
+    ("task", "signal", "sent"),
+    [(add, None, SIGKILL), (add, "SIGTERM", SIGKILL), (add, "SIGUSR1", SIGUSR1)]
+    + [(plain, None, SIGTERM), (plain, "SIGTERM", SIGTERM)],
 )
-def test_a_child_that_is_terminated_is_not_told_of_a_shutdown(monkeypatch, signal, sent):
-    revoke = Mock()
-    monkeypatch.setitem(Panel.data, "revoke", revoke)
-    monkeypatch.setitem(Panel.data, "terminate", None)
-    monkeypatch.setattr(remote_control, "in_thread", Mock())
-    remote_control.cancel_revoked_jobs()
-    Panel.data["revoke"](None, "id", terminate=True, signal=signal)
-    Panel.data["terminate"](None, signal, "id")
-    assert revoke.call_args_list == [call(None, "id", terminate=True, signal=sent)] * 2
+def test_a_child_with_a_job_that_is_terminated_is_not_told_of_a_shutdown(
+    monkeypatch, task, signal, sent
+):
+    """The child of a plain task gets the signal that it would get without jobs."""
+    message = Mock(
+        headers={"id": "id", "task": task.name}, body="[[], {}, {}]", payload=[[], {}, {}]
+    )
+    request = symbol_by_name(task.Request)(message, app=app)
+    request.time_start, request.worker_pid = 1, 7
+    monkeypatch.setitem(worker_state.requests, "id", request)
+    pool = Mock()
+    Panel.data["revoke"](Mock(app=app, consumer=Mock(pool=pool)), "id", True, signal)
+    pool.terminate_job.assert_called_once_with(7, sent)
 
 
 @pytest.mark.django_db(transaction=True)  # it closes the connection

@@ -140,6 +140,7 @@ def test_a_revoke_with_terminate_ends_only_this_task(stack, gate, revoke):
     child, other = stack.wait_until_started(revoked), stack.wait_until_started(task)
     revoke(revoked, "?terminate=1")
     wait_for(lambda: not psutil.pid_exists(child))
+    assert stack.notes("finally", revoked) == [child]
     os.kill(other, signal.SIGKILL)
     gate.touch()
     wait_for(lambda: stack.notes("end", task))

@@ -4,7 +4,7 @@ from celery import current_app, signals
 from django.apps import AppConfig
 from django.core.exceptions import ImproperlyConfigured
 
-from durable_jobs import conf, limits
+from durable_jobs import conf, limits, versions
 from durable_jobs.celery import Celery
 
 
@@ -48,13 +48,15 @@ class DurableJobsConfig(AppConfig):
             current_app.loader.import_task_module(module)
         signals.worker_init.connect(startup.start)
         signals.worker_init.connect(shutdown.prepare)
-        signals.worker_ready.connect(children.watch_children)
-        signals.worker_ready.connect(shutdown.use_soft_shutdown)
+        if versions.fits("soft shutdown on SIGTERM"):
+            signals.worker_ready.connect(shutdown.use_soft_shutdown)
+        if versions.fits("fast recovery of child processes"):
+            signals.worker_ready.connect(children.watch_children)
+            signals.task_received.connect(children.assign_run_token)
+            signals.task_failure.connect(children.recover_job_of_dead_child)
+            signals.task_revoked.connect(children.free_slot_of_dead_child)
         signals.worker_ready.connect(heartbeat.start)
         signals.worker_shutting_down.connect(shutdown.begin)
-        signals.task_received.connect(children.assign_run_token)
         signals.task_prerun.connect(startup.prepare_connection)
-        signals.task_failure.connect(children.recover_job_of_dead_child)
-        signals.task_revoked.connect(children.free_slot_of_dead_child)
         signals.heartbeat_sent.connect(liveness.touch_liveness_file)
         signals.beat_init.connect(schedule.start)

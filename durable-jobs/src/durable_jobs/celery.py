@@ -7,8 +7,8 @@ from celery import signals
 from celery.app import control, utils
 from django.apps import apps
 
-from durable_jobs import transport
 from durable_jobs.messages import is_job
+from durable_jobs.transport import AMQP
 from durable_jobs.worker.pools import pool_name
 
 __all__ = ["Celery"]
@@ -30,15 +30,8 @@ class Control(control.Control):
 
 
 class Celery(celery.Celery):
+    amqp_cls = AMQP
     control_cls = Control
-
-    def connection_for_read(self, url=None, **kwargs):
-        transport.prepare(self, url or self.conf.broker_read_url)
-        return super().connection_for_read(url, **kwargs)
-
-    def connection_for_write(self, url=None, **kwargs):
-        transport.prepare(self, url or self.conf.broker_write_url)
-        return super().connection_for_write(url, **kwargs)
 
     def send_task(self, name, args=None, kwargs=None, **options):
         """Send a message as Celery documents it. If the task is a job, enqueue it instead."""

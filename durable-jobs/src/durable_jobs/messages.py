@@ -31,7 +31,8 @@ def fields_in(headers):
 def send(jobs):
     """Send the messages of these jobs of one queue over one connection. Raises the transport's exceptions."""
     with current_app.producer_or_acquire() as producer:
-        with producer.batch() if jobs[1:] else nullcontext():
+        batch = getattr(producer, "batch", nullcontext)  # before kombu 5.7, a producer has none
+        with batch() if jobs[1:] else nullcontext():
             for place, job in enumerate(jobs):
                 send_one(job, producer, is_declared=place > 0)
 

@@ -34,6 +34,7 @@ from durable_jobs.signatures import NO_CANVAS, JobSignature, check_options
 from durable_jobs.validation import MAX_COUNTDOWN, printable, uuids
 from durable_jobs.worker.execution import execute, run_coroutine
 from durable_jobs.worker.pools import shutting_down
+from durable_jobs.worker.remote_control import JobRequest
 from durable_jobs.worker.runs import JobError, JobLost, describe, for_owner, process
 from durable_jobs.worker.shutdown import end_after_commit
 
@@ -82,6 +83,7 @@ class JobTask(DjangoTask):
     acks_late = False  # the row survives a crash, so acknowledge the message immediately
     retry_on_worker_lost = False  # the row counts crashes
     ignore_result = True  # the row has the result
+    Request = JobRequest
     owner_may_run_again = False  # a job that failed or was cancelled, through the API
     limit: str | Callable | None = None  # the key of its limit, or a function: see limits.py
     _limit_header = None  # a function with the task function's parameters: see on_bound()

@@ -1,18 +1,36 @@
-"""What kombu and Celery lack, for the broker in use only: each broker has a module of its own."""
+"""What kombu's transports lack. Each broker's module extends its transport, for the connections of one app."""
 
+from functools import cache
 from importlib import import_module
 
-from kombu.transport import TRANSPORT_ALIASES
+import kombu
+from celery.app import amqp
 
-MODULES = {"pyamqp": "rabbitmq", "redis": "redis", "SQS": "sqs"}  # by the name of kombu's module
+from durable_jobs import versions
+
+EXTENSIONS = {  # by kombu's module
+    "kombu.transport.pyamqp": ("rabbitmq", "batched confirms from RabbitMQ"),
+    "kombu.transport.redis": ("redis", "Redis without copies"),
+    "kombu.transport.SQS": ("sqs", "repairs for SQS"),
+}
 
 
-def prepare(app, url):
-    """Let `app` use the broker at this address, before it opens a connection.
+@cache
+def extended(transport):
+    """Return a subclass of this transport, or the transport itself.
 
     The package of another broker need not be installed, so its module is not imported.
     """
-    address = url if isinstance(url, str) else next(iter(url or []), "")
-    path = TRANSPORT_ALIASES.get(address.partition(":")[0], "")  # kombu.transport.redis:Transport
-    if name := MODULES.get(path.partition(":")[0].rpartition(".")[2]):
-        import_module(f"{__name__}.{name}").prepare(app)
+    name, extension = EXTENSIONS.get(transport.__module__, (None, None))
+    if name and versions.fits(extension):
+        return import_module(f"{__name__}.{name}").extend(transport)
+    return transport
+
+
+class Connection(kombu.Connection):
+    def get_transport_cls(self):
+        return extended(super().get_transport_cls())
+
+
+class AMQP(amqp.AMQP):
+    Connection = Connection

@@ -1,59 +1,7 @@
-"""RabbitMQ: queues that exist before they are bound, confirms of a batch, lost connections."""
+"""RabbitMQ: confirms of a batch."""
 
-from celery import bootsteps
-from celery.worker.consumer.delayed_delivery import DelayedDelivery
-from celery.worker.consumer.tasks import Tasks
-from kombu.common import ignore_errors
 from kombu.exceptions import BatchPublishError
 from kombu.transport import pyamqp
-
-from durable_jobs.worker.pools import IS_GEVENT
-
-if IS_GEVENT:
-    import gevent
-
-
-class DeclareQueues(bootsteps.StartStopStep):
-    """Declare all queues, so that DelayedDelivery, the next step, can bind them.
-
-    Otherwise RabbitMQ drops the countdowns of a queue whose own worker has not yet started
-    (celery issue 9960).
-    """
-
-    requires = (Tasks,)
-
-    def start(self, consumer):
-        for queue in consumer.app.amqp.queues.values():
-            # A queue that exists with other arguments is an error only for the workers that use it.
-            with ignore_errors(consumer.connection), consumer.connection.channel() as channel:
-                queue(channel).declare()
-
-
-class NoticeLostConnection(bootsteps.StartStopStep):
-    """Reconnect if a greenlet that acknowledged a task found the connection lost.
-
-    The event loop would wait forever: kombu opens it another connection, which consumes no queue
-    (celery issue 3377).
-    """
-
-    requires = (Tasks,)
-    timer = None  # Celery also stops steps that a failed connection did not let start
-
-    def start(self, consumer):
-        loop, connection = gevent.getcurrent(), consumer.connection
-        self.opened = opened = connection.connection
-
-        def check():
-            if self.opened is opened and not (opened.connected and connection.connected):
-                self.opened = None
-                gevent.kill(loop, ConnectionResetError("noticed in a greenlet"))
-
-        self.timer = consumer.timer.call_repeatedly(1, check)
-
-    def stop(self, consumer):
-        self.opened = None
-        if self.timer:
-            self.timer.cancel()
 
 
 class Batch:
@@ -92,14 +40,8 @@ class Batch:
         self.confirm_channel.close()
 
 
-def create_publish_batch(channel, max_size):
-    """kombu's Producer.batch() uses this method if a channel has it."""
-    return Batch(channel, max_size)
-
-
-def prepare(app):
-    pyamqp.Channel.create_publish_batch = create_publish_batch
-    if DeclareQueues not in DelayedDelivery.requires:
-        DelayedDelivery.requires += (DeclareQueues,)
-    if IS_GEVENT:
-        app.steps["consumer"].add(NoticeLostConnection)
+def extend(transport):
+    # kombu's Producer.batch() uses this method if a channel has it.
+    channel = type("Channel", (transport.Connection.Channel,), {"create_publish_batch": Batch})
+    connection = type("Connection", (transport.Connection,), {"Channel": channel})
+    return type("Transport", (transport,), {"Connection": connection})

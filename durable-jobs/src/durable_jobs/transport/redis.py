@@ -56,5 +56,6 @@ class JobQoS(QoS):
             self.channel._do_restore_message(message._raw, *queue, client, leftmost)
 
 
-def prepare(app):
-    redis.Channel.QoS = JobQoS
+def extend(transport):
+    channel = type("Channel", (transport.Channel,), {"QoS": JobQoS})
+    return type("Transport", (transport,), {"Channel": channel})

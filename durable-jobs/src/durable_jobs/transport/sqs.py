@@ -3,7 +3,7 @@
 from logging import getLogger
 
 from kombu.asynchronous.aws.connection import AsyncHTTPSConnection
-from kombu.transport import SQS, TRANSPORT_ALIASES
+from kombu.transport import SQS
 
 logger = getLogger(__name__)
 
@@ -53,5 +53,5 @@ class Transport(SQS.Transport):
     Channel = Channel
 
 
-def prepare(app):
-    TRANSPORT_ALIASES["sqs"] = f"{__name__}:Transport"
+def extend(transport):
+    return Transport

@@ -5,7 +5,6 @@ import logging
 import uuid
 from contextlib import suppress
 
-from asgiref.sync import async_to_sync
 from celery.exceptions import Ignore, Retry
 from django.db import IntegrityError, connection
 from django.db.transaction import TransactionManagementError
@@ -143,7 +142,7 @@ def run_coroutine(task, coroutine):
             task.request_stack.pop()
 
     try:
-        return async_to_sync(with_request)()
+        return pool.run_coroutine(with_request)
     except BaseException:
         with suppress(RuntimeError):  # the loop has ended
             if loop:

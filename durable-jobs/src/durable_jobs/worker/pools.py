@@ -13,6 +13,7 @@ import mmap
 import sys
 import threading
 import time
+from types import FunctionType
 
 from asgiref import sync
 from billiard.common import terminate_handler_fired
@@ -46,6 +47,10 @@ class Threads:
     def sleep(self, seconds):
         """Wait in a thread of start_thread()."""
         time.sleep(seconds)
+
+    def run_coroutine(self, function):
+        """Run a coroutine function in an event loop that has a thread of its own. Returns the result."""
+        return sync.async_to_sync(function)()
 
     def query(self, function, *args, **kwargs):
         """Call a function that queries the database. Do not use this inside a transaction of the task.
@@ -81,10 +86,16 @@ class Greenlets:
         # gevent's sleep() waits in a greenlet of the thread: a process that ends meanwhile crashes.
         self.sleep = monkey.get_original("time", "sleep")
         self.main_thread = self.get_thread()
-        sync.ThreadPoolExecutor = executor_of_coroutine
+        # asgiref's async_to_sync(), with another executor
+        names = {**vars(sync), "ThreadPoolExecutor": executor_of_coroutine}
+        call = FunctionType(sync.AsyncToSync.__call__.__code__, names)
+        self.async_to_sync = type("AsyncToSync", (sync.AsyncToSync,), {"__call__": call})
 
     def start_thread(self, function):
         monkey.get_original("_thread", "start_new_thread")(function, ())
+
+    def run_coroutine(self, function):
+        return self.async_to_sync(function)()
 
     def query(self, function, *args, **kwargs):
         # Use one of ten threads. Otherwise each greenlet would open its own connection.

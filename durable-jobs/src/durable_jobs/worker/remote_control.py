@@ -1,10 +1,21 @@
 """Remote control, from Flower or `celery control`: a job is cancelled when its task is revoked."""
 
+from signal import SIGKILL, SIGTERM
+
 from celery.worker import state
 from celery.worker.control import Panel
+from celery.worker.request import Request
 
 from durable_jobs.batches import cancel_ids
 from durable_jobs.worker.forks import in_thread
+
+
+class JobRequest(Request):
+    """The message of a job, in a worker's main process."""
+
+    def terminate(self, pool, signal=None):
+        # After SIGTERM, a child with a job would wait 5 s for a shutdown: see child_has_crashed().
+        super().terminate(pool, SIGKILL if signal in (None, SIGTERM) else signal)
 
 
 def cancel_revoked_jobs():
@@ -20,13 +31,9 @@ def cancel_revoked_jobs():
         for pk in cancel_ids(task_id):
             state.revoked.discard(pk)
 
-    def cancel_and_revoke(worker, task_id, terminate=False, signal=None, **kwargs):
-        # After SIGTERM, a child with a job would wait 5 s for a shutdown: see child_has_crashed(). Plain tasks are
-        # killed, too, because one call may name both and has one signal.
-        if signal in (None, "SIGTERM", "TERM"):
-            signal = "SIGKILL"
+    def cancel_and_revoke(worker, task_id, **kwargs):
         try:
-            return revoke(worker, task_id, terminate=terminate, signal=signal, **kwargs)
+            return revoke(worker, task_id, **kwargs)
         finally:
             in_thread(cancel_and_forget, task_id)
 

@@ -77,7 +77,10 @@ def work(self, gate):
 def wait(self, gate):
     """Wait until the file `gate` exists, without progress."""
     note(self.request.id, "start")
-    wait_for(gate)
+    try:
+        wait_for(gate)
+    finally:
+        note(self.request.id, "finally")
     note(self.request.id, "end")
 
 

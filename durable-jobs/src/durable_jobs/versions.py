@@ -1,0 +1,36 @@
+"""Which extensions of Celery and kombu are on: they make jobs faster, or fix a transport. Jobs are safe without them."""
+
+import logging
+from importlib.metadata import version
+
+logger = logging.getLogger(__name__)
+
+NEWEST = (
+    5,
+    7,
+)  # of Celery and kombu: an extension may not fit a version that the tests have not seen
+SINCE = {
+    "batched task events": (
+        "celery",
+        (5, 7),
+    ),  # older dispatchers lose events while others are sent
+    "repairs for RabbitMQ": ("celery", (5, 5)),
+    "fast recovery of child processes": ("celery", (5, 5)),
+    "soft shutdown on SIGTERM": ("celery", (5, 5)),
+    "batched confirms from RabbitMQ": ("kombu", (5, 7)),
+    "Redis without copies": ("kombu", (5, 5)),
+    "repairs for SQS": ("kombu", (5, 6)),  # older ones have another HTTP client
+}
+
+
+def fits(extension):
+    """Return whether this extension is known to fit the installed version."""
+    package, oldest = SINCE[extension]
+    major, minor = version(package).split(".")[:2]
+    return oldest <= (int(major), int(minor)) <= NEWEST
+
+
+def log_what_is_off():
+    if off := [extension for extension in SINCE if not fits(extension)]:
+        text = "With Celery %s and kombu %s, durable-jobs works without: %s"
+        logger.warning(text, version("celery"), version("kombu"), ", ".join(off))

@@ -1,0 +1,46 @@
+"""On which versions the tests run, and which of them say nothing about some."""
+
+from importlib.metadata import version
+
+import pytest
+
+# {test: (package, the first minor version that it is for, why not for older ones)}
+SINCE = {
+    "test_a_coroutine_can_be_retried_with_other_arguments": (
+        ("celery", (5, 7)),
+        "retry(args=…) keeps the keyword arguments of the first call",
+    ),
+    "test_a_worker_sends_its_task_events_in_batches": (("celery", (5, 7)), "the extension is off"),
+    "test_events_survive_a_lost_connection_and_a_shutdown": (
+        ("celery", (5, 7)),
+        "the extension is off",
+    ),
+    "test_no_run_is_lost_when_the_clock_goes_back": (
+        ("celery", (5, 7)),
+        "Beat itself skips the runs of the hour that comes twice",
+    ),
+    "test_only_connections_of_the_app_are_extended[amqp://]": (
+        ("kombu", (5, 7)),
+        "the extension is off",
+    ),
+    "test_only_connections_of_the_app_are_extended[sqs://]": (
+        ("kombu", (5, 6)),
+        "the extension is off",
+    ),
+    "test_the_reference_lists_each_public_member_of_a_class_and_no_other[durable_jobs.tasks]": (
+        ("celery", (5, 7)),
+        "retry_on_worker_lost is not yet an attribute of Celery's tasks",
+    ),
+}
+
+
+def is_older(package, oldest):
+    return tuple(map(int, version(package).split(".")[:2])) < oldest
+
+
+def skip_on_older_versions(items):
+    for item in items:
+        for name in {item.name, item.originalname} & SINCE.keys():
+            since, reason = SINCE[name]
+            if is_older(*since):
+                item.add_marker(pytest.mark.skip(reason=f"{' '.join(map(str, since))}: {reason}"))
