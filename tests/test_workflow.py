@@ -1,11 +1,13 @@
 """The files in .github/ are valid; the workflow has few permissions and runs every test."""
 
 import re
+import subprocess
 
 import pytest
 import yaml
 
-from harness.bake import CHOICES, TEMPLATE
+from harness.bake import CHOICES, TEMPLATE, baked
+from harness.blocks import code
 from harness.outputs import combinations, one_of_each_broker_and_pool
 from harness.project import Project
 
@@ -64,7 +66,42 @@ def test_a_push_runs_the_quick_tests_and_each_night_runs_all():
     assert re.fullmatch(r"\d+ \d+ \* \* \*", night["cron"])
     for name, job in JOBS.items():
         proves = "make prove" in job["steps"][-1]["run"]
-        assert job.get("if") == ("github.event_name != 'push'" if proves else None), name
+        expected = {"test": None, "output": "github.event_name == 'push'"}
+        assert job.get("if") == expected.get(name, "github.event_name != 'push'"), name
+        assert proves == (name not in expected), name
+
+
+def test_the_commands_of_the_readme_are_what_ci_runs():
+    blocks = code((TEMPLATE / "README.md").read_text("utf-8"), "git clone")
+    commands = re.findall("^make .+", blocks, re.MULTILINE)
+    assert len(commands) == 2
+    assert set(commands) <= {step.get("run") for step in JOBS["test"]["steps"]}
+    assert set(commands) <= set(
+        re.findall("^time (make .+)", (TEMPLATE / ".ci/run").read_text(), re.M)
+    )
+
+
+def test_a_push_publishes_the_default_output(tmp_path, cookies_session):
+    """Its branch has what Cookiecutter writes, except the secrets."""
+    published = tmp_path / "published.git"
+    subprocess.run(["git", "init", "--quiet", "--bare", published], check=True)
+    environment = {
+        "RUNNER_TEMP": str(tmp_path),
+        "TOKEN": "secret",
+        "GITHUB_REPOSITORY": "tea/shop",
+        "GITHUB_SHA": "0" * 40,
+        "GIT_CONFIG_COUNT": "1",
+        "GIT_CONFIG_KEY_0": f"url.{published}.insteadOf",
+        "GIT_CONFIG_VALUE_0": "https://x-access-token:secret@github.com/tea/shop",
+    }
+    script = JOBS["output"]["steps"][-1]["run"]
+    Project(TEMPLATE).call("bash", "-e", "-c", script, **environment)
+
+    project = baked(cookies_session, {})
+    names = {f"my_project/{file.relative_to(project)}" for file in project.files()}
+    listed = Project(published).call("git", "ls-tree", "-r", "-z", "--name-only", "output")
+    assert names - set(listed.split("\0")[:-1]) == {"my_project/.env"}
+    assert set(listed.split("\0")[:-1]) < names
 
 
 def test_each_choice_is_tested_on_each_broker():
