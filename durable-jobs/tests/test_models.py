@@ -3,15 +3,20 @@
 import uuid
 
 import pytest
+from celery import shared_task
+from django.contrib.auth import get_user_model
 from django.db import IntegrityError, transaction
 from django.db.models import RestrictedError
 from helpers import add, claim, claim_and_lapse
 
 from durable_jobs import transitions
 from durable_jobs.actions import cancel, run_all_again
+from durable_jobs.batches import add_many, open_batch
 from durable_jobs.database import Now
+from durable_jobs.eager import run_jobs
 from durable_jobs.enqueue import enqueue
-from durable_jobs.models import Failure, Job
+from durable_jobs.models import Batch, Failure, Job
+from durable_jobs.tasks import JobTask
 
 pytestmark = pytest.mark.django_db
 
@@ -59,6 +64,30 @@ def test_a_user_with_active_jobs_is_not_deleted(published, user, admin_user):
     cancel(Job.objects.filter(owner=user))
     user.delete()
     assert list(Job.objects.all()) == [other]
+
+
+@shared_task(base=JobTask)
+def delete_user(pk):
+    """As docs/existing-project.md has it, with smaller pages."""
+    jobs = Job.objects.filter(owner=pk)
+    while page := list(jobs.values_list("pk", flat=True)[:2]):
+        Job.objects.filter(pk__in=page).delete()
+    get_user_model().objects.filter(pk=pk).delete()
+
+
+def test_a_job_deletes_a_user_with_queued_running_and_final_jobs(published, user, admin_user):
+    for owner in user, admin_user:
+        with open_batch(owner=owner, on_finish=add.si(1, 2)) as batch:
+            add_many(batch, add, [[1, 2]] * 3)
+        enqueue(add, [1, 2], owner=owner, idempotency_key="key")
+        first, second, *_ = Job.objects.filter(owner=owner)
+        claim_and_lapse(first)
+        cancel(second)
+    job = delete_user.enqueue(user.pk)
+    run_jobs(Job.objects.filter(pk=job.pk))
+    assert not get_user_model().objects.filter(pk=user.pk).exists()
+    assert Job.objects.filter(owner=admin_user).count() == 4 and Batch.objects.count() == 1
+    assert Job.objects.count() == 5
 
 
 def test_a_router_with_a_replica_stops_no_job(replica, published, user):

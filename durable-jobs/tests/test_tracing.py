@@ -3,6 +3,8 @@
 With the instrumentation of OpenTelemetry and with django-structlog, as they are on PyPI.
 """
 
+from collections import Counter
+from contextvars import ContextVar
 from unittest.mock import Mock
 
 import pytest
@@ -205,6 +207,52 @@ def test_headers_of_a_message_that_another_app_has_sent_are_kept(commit):
         DjangoTask.apply(add, [1, 2], headers=headers, throw=True)
     job = Job.objects.get()
     assert (job.state, job.headers) == ("succeeded", headers)
+
+
+# The receivers for django-tenants, as docs/existing-project.md has them. `schema` is that of the connection.
+
+schema = ContextVar("schema", default="public")
+
+
+def name_schema(headers, **kwargs):
+    headers.setdefault("schema", schema.get())
+
+
+def enter_schema(task, **kwargs):
+    schema.set(getattr(task.request, "schema", "public"))
+
+
+def leave_schema(**kwargs):
+    schema.set("public")
+
+
+@shared_task(base=JobTask, bind=True)
+def name_schemas(self, rest=()):
+    if rest:
+        name_schemas.enqueue()
+        self.enqueue_next(name_schemas)
+        batches.enqueue(name_schemas, [[]], on_finish=name_schemas.si())
+    return schema.get()
+
+
+def test_receivers_run_each_job_for_the_tenant_that_enqueued_it(run_jobs):
+    receivers = {"before_task_publish": name_schema, "task_prerun": enter_schema}
+    receivers["task_postrun"] = leave_schema
+    for signal, receiver in receivers.items():
+        getattr(signals, signal).connect(receiver)
+    try:
+        for tenant in "red", "blue":
+            schema.set(tenant)
+            job = name_schemas.using(label=tenant).enqueue([1])
+        schema.set("public")
+        cancel(job)
+        job.refresh_from_db()
+        run_again(job)  # in the admin
+        run_jobs()
+    finally:
+        for signal, receiver in receivers.items():
+            getattr(signals, signal).disconnect(receiver)
+    assert Counter(Job.objects.values_list("result", flat=True)) == {"red": 5, "blue": 5}
 
 
 def test_a_receiver_may_add_headers_where_sentry_reads_them():
