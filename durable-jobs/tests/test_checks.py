@@ -1,5 +1,12 @@
 """Settings with which jobs would be lost stop the start, and the checks find the rest."""
 
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from unittest.mock import Mock
+
 import celery
 import pytest
 from celery import current_app as app
@@ -10,9 +17,10 @@ from django.core.management import call_command
 from django.core.management.base import SystemCheckError
 from django.db import connection
 from helpers import add
+from settings import SOURCE
 from settings import app as app_of_tests
 
-from durable_jobs import conf, messages
+from durable_jobs import checks, conf, messages
 from durable_jobs.celery import Celery
 
 pytestmark = pytest.mark.django_db
@@ -97,6 +105,43 @@ def test_the_checks_refuse_a_database_in_which_jobs_would_be_lost(monkeypatch, s
     assert wrong in error.hint
     with pytest.raises(SystemCheckError, match="durable_jobs.E005"):
         call_command("migrate", skip_checks=False)
+
+
+START = """
+import sys, settings
+settings.USE_TZ = False
+from celery.__main__ import main
+sys.argv = ["celery", "-A", "settings", *sys.argv[1:]]
+main()
+"""
+
+
+@pytest.mark.parametrize("process", ["worker --pool solo", "beat --schedule /dev/null"])
+def test_a_worker_and_beat_refuse_a_database_in_which_jobs_would_be_lost(process):
+    command = [sys.executable, "-c", START, *process.split()]
+    variables = {**os.environ, "PYTHONPATH": str(SOURCE), "DJANGO_SETTINGS_MODULE": "settings"}
+    run = subprocess.run(
+        command,
+        cwd=Path(__file__).parent,
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=40,
+    )
+    assert run.returncode == 1, run.stderr
+    assert "durable_jobs.E005" in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("sender", "refused"),
+    [(Mock(pool_cls="prefork"), True), (Mock(pool_cls="threads"), False), (object(), False)],
+    ids=["prefork", "threads", "beat"],
+)
+def test_only_a_prefork_worker_refuses_a_pool_of_connections(monkeypatch, sender, refused):
+    monkeypatch.setattr(connection, "vendor", "postgresql")
+    monkeypatch.setitem(connection.settings_dict, "OPTIONS", {"pool": True})
+    with pytest.raises(SystemExit, match="E007") if refused else nullcontext():
+        checks.refuse_to_start(sender)
 
 
 @pytest.mark.parametrize("pool", ["threads", "prefork"])

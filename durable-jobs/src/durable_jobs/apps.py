@@ -14,7 +14,7 @@ class DurableJobsConfig(AppConfig):
     default_auto_field = "django.db.models.BigAutoField"
 
     def ready(self):
-        from durable_jobs import checks, liveness  # noqa: F401  checks register themselves
+        from durable_jobs import checks, liveness
         from durable_jobs.beat import schedule
         from durable_jobs.worker import children, shutdown, startup
         from durable_jobs.worker.heartbeat import heartbeat
@@ -46,6 +46,7 @@ class DurableJobsConfig(AppConfig):
         current_app.autodiscover_tasks(force=True)
         for module in current_app.loader.default_modules:
             current_app.loader.import_task_module(module)
+        signals.worker_init.connect(checks.refuse_to_start)
         signals.worker_init.connect(startup.start)
         signals.worker_init.connect(shutdown.prepare)
         if versions.fits("soft shutdown on SIGTERM"):
@@ -59,4 +60,5 @@ class DurableJobsConfig(AppConfig):
         signals.worker_shutting_down.connect(shutdown.begin)
         signals.task_prerun.connect(startup.prepare_connection)
         signals.heartbeat_sent.connect(liveness.touch_liveness_file)
+        signals.beat_init.connect(checks.refuse_to_start)
         signals.beat_init.connect(schedule.start)

@@ -16,13 +16,13 @@ from durable_jobs import conf, limits
 from durable_jobs.beat.schedule import check_entry, check_row
 from durable_jobs.messages import job_names, known_queues, queue_of
 from durable_jobs.models import Job
-from durable_jobs.worker.pools import TIME_LIMITED
+from durable_jobs.worker.pools import TIME_LIMITED, pool_name
 
 READ_COMMITTED = 2  # psycopg's IsolationLevel, and the default of PostgreSQL
 
 
 @register()
-def check_database(app_configs, **kwargs):
+def check_database(app_configs, pool=None, **kwargs):
     """Refuse databases in which jobs would be lost or never start. This opens no connection."""
     alias, vendor, use_tz = router.db_for_write(Job), connection.vendor, settings.USE_TZ
     options = connection.settings_dict["OPTIONS"]
@@ -36,12 +36,20 @@ def check_database(app_configs, **kwargs):
         error = "Jobs require PostgreSQL (psycopg 3) or SQLite as the database 'default', and USE_TZ = True."
         hint = f"Currently {alias=}, {vendor=}, {driver=}, {use_tz=}, {isolation=}: correct your database router or settings."
         yield Error(error, hint=hint, id="durable_jobs.E005")
-    if vendor == "postgresql" and options.get("pool") and worker_pool() == "prefork":
+    if vendor == "postgresql" and options.get("pool") and (pool or worker_pool()) == "prefork":
         yield Error(
             "Prefork workers can't use psycopg's connection pool: a child process inherits it without its threads.",
             hint='Remove "pool" from the OPTIONS of the database, or run workers with --pool threads.',
             id="durable_jobs.E007",
         )
+
+
+def refuse_to_start(sender, **kwargs):
+    """End a worker or Beat (`sender`) with such a database: Celery ignores what Django's checks find."""
+    pool = pool_name(getattr(sender, "pool_cls", "threads"))  # Beat has none, and forks nothing
+    errors = [error for error in check_database(None, pool) if not error.is_silenced()]
+    if errors:
+        raise SystemExit("\n".join(map(str, errors)))
 
 
 @register()
