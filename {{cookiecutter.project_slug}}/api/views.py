@@ -84,6 +84,7 @@ class TaskView(APIView):
     @extend_schema(responses={204: None})
     def delete(self, request, key):
         """{{ worker_pool.revoke_docs }}"""
+{% print worker_pool.revoke_comment | default %}
         self.result().revoke({{ worker_pool.revoke_options }})
         return Response(status=204)
 {% endif %}

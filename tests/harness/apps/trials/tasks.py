@@ -84,6 +84,16 @@ def wait(self, gate):
     note(self.request.id, "end")
 
 
+@shared_task(bind=True, ignore_result=True, default_retry_delay=1)
+def nap(self, seconds, cancel=False):
+    """Sleep, and ask for its own cancellation if told so."""
+    note(self.request.id, "start", self.request.retries)
+    if cancel:
+        self.AsyncResult(self.request.id).revoke(terminate=True)
+    time.sleep(seconds)
+    note(self.request.id, "end")
+
+
 @shared_task(bind=True)
 def stubborn(self):
     """Ignore the soft time limit."""
