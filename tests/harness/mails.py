@@ -6,13 +6,18 @@ import threading
 
 
 class Mails(socketserver.ThreadingTCPServer):
-    """Records the recipients of mails. Accepts `count` mails, and more once `proceed` is set."""
+    """Records the recipients of mails. Accepts `count` mails, and more once `proceed` is set.
+
+    `errors` are answers to commands for some recipients, {"RCPT 7@example.com": ["550 unknown"]}.
+    Each is used once, and one of DATA after the mail itself. With "", the server hangs up.
+    """
 
     daemon_threads = True
 
-    def __init__(self, count):
+    def __init__(self, count=10**9, errors=()):
         super().__init__(("127.0.0.1", 0), Handler)
         self.count, self.proceed = count, threading.Event()
+        self.errors = dict(errors)
         self.variables = {
             "EMAIL_BACKEND": "django.core.mail.backends.smtp.EmailBackend",
             "EMAIL_PORT": self.server_address[1],
@@ -30,11 +35,12 @@ class Mails(socketserver.ThreadingTCPServer):
 class Handler(socketserver.StreamRequestHandler):
     def handle(self):
         self.reply("220 ready")
+        recipient = ""
         for line in self.rfile:
-            word = line[:4].upper()
-            if word == b"RCPT":
+            word = line[:4].upper().decode()
+            if word == "RCPT":
                 recipient = re.search(rb"<(.+)>", line)[1].decode()
-            if word == b"DATA":
+            if word == "DATA":
                 if len(self.server.received) >= self.server.count:
                     self.server.proceed.wait()
                 self.reply("354 go on")
@@ -42,8 +48,14 @@ class Handler(socketserver.StreamRequestHandler):
                     pass
                 if not end:  # the sender has died
                     return
+            if errors := self.server.errors.get(f"{word} {recipient}"):
+                if not (answer := errors.pop(0)):  # hang up
+                    return
+                self.reply(answer)
+                continue
+            if word == "DATA":
                 self.server.received.append(recipient)
-            self.reply("221 bye" if word == b"QUIT" else "250 fine")
+            self.reply("221 bye" if word == "QUIT" else "250 fine")
 
     def reply(self, text):
         self.wfile.write(f"{text}\r\n".encode())

@@ -30,6 +30,7 @@ class Recipient(models.Model):
     email = models.EmailField()
     # null: still to be sent. A refused address counts as sent.
     sent_at = models.DateTimeField(null=True, editable=False)
+    attempts = models.PositiveIntegerField(default=0, editable=False)
 
     def __str__(self):
         return self.email

@@ -1,26 +1,27 @@
 {% from "chosen.jinja" import has_results with context %}
 """One example of each pattern. A task may run twice: at worst, these then send an email twice."""
 
+import json
+import logging
 import random
 import time
 from collections import Counter
 from datetime import timedelta
+from smtplib import SMTPDataError, SMTPRecipientsRefused
+from urllib.parse import urlencode
+from urllib.request import urlopen
 
-import httpx
 from celery import shared_task
-from celery.exceptions import SoftTimeLimitExceeded
 {% if not has_results %}
 from django.contrib.auth import get_user_model
 {% endif %}
-from django.core.mail import send_mail
+from django.core.mail import get_connection, send_mail
 from django.db.models import Sum
 from django.utils import timezone
 
-from .emails import send_to_each
 from .models import Newsletter, Order
 
-CHUNK = 100  # emails
-SUPPLIER_URL = "https://supplier.example/stock"  # fixed: never let users choose a task's URL
+logger = logging.getLogger(__name__)
 
 
 @shared_task(ignore_result=True, autoretry_for=(OSError,), retry_backoff=True, max_retries=8)
@@ -29,7 +30,7 @@ def send_confirmation(order_id):
     order = Order.objects.get(pk=order_id)
     if order.confirmed_at:
         return
-    order.owner.email_user("Your order", f"Thank you! You ordered {order}.")
+    send_email(order.owner.email, "Your order", f"Thank you! You ordered {order}.")
     Order.objects.filter(pk=order.pk).update(confirmed_at=timezone.now())
 
 
@@ -95,27 +96,44 @@ def forecast_demand(product, email, days=30, rounds=100_000):
 {% endif %}
 
 
-@shared_task(
-    ignore_result=True, autoretry_for=(httpx.HTTPError,), retry_backoff=True, max_retries=8
-)
+@shared_task(ignore_result=True, autoretry_for=(Exception,), retry_backoff=True, max_retries=8)
 def check_stock(order_id):
     """I/O-bound: it waits for another server, with a timeout. The result goes into the database."""
     order = Order.objects.get(pk=order_id)
-    response = httpx.get(SUPPLIER_URL, params={"product": order.product}, timeout=10)
-    quantity = response.raise_for_status().json()["quantity"]
+    query = urlencode({"product": order.product})
+    # Never let users choose a task's URL.
+    with urlopen(f"https://supplier.example/stock?{query}", timeout=10) as response:
+        quantity = json.load(response)["quantity"]
     Order.objects.filter(pk=order_id).update(in_stock=quantity >= order.quantity)
 
 
-@shared_task(
-    ignore_result=True,
-    autoretry_for=(OSError, SoftTimeLimitExceeded),  # a large newsletter takes several runs
-    retry_backoff=True,
-    max_retries=8,
-)
+@shared_task(ignore_result=True, autoretry_for=(Exception,), retry_backoff=True, max_retries=50)
 def send_newsletter(newsletter_id):
-    """After a crash or a retry it continues where it stopped; a chunk may be sent twice."""
+    """Sends 100 emails, then starts the next run. Mail servers limit the emails of a connection.
+
+    Each recipient is claimed before the email is sent, so nobody gets it from two runs. If a
+    worker is killed, the email that it was sending counts as sent.
+    """
     newsletter = Newsletter.objects.get(pk=newsletter_id)
-    waiting = newsletter.recipients.filter(sent_at=None).order_by("pk")
-    while chunk := list(waiting[:CHUNK]):
-        send_to_each(chunk, newsletter)
-        waiting.filter(pk__in=[to.pk for to in chunk]).update(sent_at=timezone.now())
+    waiting = newsletter.recipients.filter(sent_at=None)
+    with get_connection() as connection:
+        for to in waiting.order_by("attempts", "pk")[:100]:  # after a failure, others come first
+            if waiting.filter(pk=to.pk).update(sent_at=timezone.now(), attempts=to.attempts + 1):
+                try:
+                    send_email(to.email, newsletter.subject, newsletter.body, connection)
+                except Exception:
+                    newsletter.recipients.filter(pk=to.pk).update(sent_at=None)
+                    raise
+    if waiting.exists():
+        send_newsletter.delay(newsletter_id)
+
+
+def send_email(to, subject, body, connection=None):
+    """Only log an email that the mail server refuses for good: a retry would be useless."""
+    try:
+        send_mail(subject, body, None, [to], connection=connection)
+    except (SMTPDataError, SMTPRecipientsRefused) as error:
+        [(code, answer)] = getattr(error, "recipients", {to: error.args}).values()
+        if code < 500:
+            raise
+        logger.warning("email to %s refused: %s %s", to, code, answer)

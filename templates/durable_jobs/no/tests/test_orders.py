@@ -1,10 +1,13 @@
 {% from "chosen.jinja" import has_results, has_task_api with context %}
 from datetime import timedelta
+from io import BytesIO
+from smtplib import SMTPDataError, SMTPRecipientsRefused, SMTPServerDisconnected
 from unittest.mock import Mock
+from urllib.error import URLError
 
-import httpx
 import pytest
 from celery.exceptions import SoftTimeLimitExceeded
+from django.core.mail.backends.locmem import EmailBackend
 from django.utils import timezone
 
 from orders import tasks
@@ -35,10 +38,17 @@ def test_an_order_is_confirmed_by_email(
 
 
 def test_a_confirmation_is_retried_while_the_mail_server_fails(order, monkeypatch):
-    monkeypatch.setattr("users.models.User.email_user", Mock(side_effect=[OSError, None]))
+    monkeypatch.setattr(tasks, "send_mail", Mock(side_effect=[OSError, None]))
     tasks.send_confirmation.delay(order.pk)
     order.refresh_from_db()
     assert order.confirmed_at
+
+
+def test_a_confirmation_that_is_refused_is_not_sent_again(order, mail_errors):
+    mail_errors["user@example.com"] = [SMTPDataError(554, b"no")] * 2
+    tasks.send_confirmation.delay(order.pk)
+    order.refresh_from_db()
+    assert order.confirmed_at and len(mail_errors["user@example.com"]) == 1
 
 
 @pytest.mark.django_db(transaction=True)  # on_commit() then runs as in production
@@ -74,37 +84,72 @@ def test_forecasts_are_emailed(order, admin_client, mailoutbox):
 
 
 def test_the_stock_is_checked_with_the_supplier(order, admin_client, monkeypatch):
-    answer = httpx.Response(200, json={"quantity": 1}, request=httpx.Request("GET", "https://x"))
-    monkeypatch.setattr(httpx, "get", lambda *args, **kwargs: answer)
+    supplier = Mock(side_effect=[URLError("down"), BytesIO(b"busy"), BytesIO(b'{"quantity": 1}')])
+    monkeypatch.setattr(tasks, "urlopen", supplier)
     tasks.check_stock.delay(order.pk)
     order.refresh_from_db()
     assert order.in_stock is False
+    supplier.assert_called_with("https://supplier.example/stock?product=Tea", timeout=10)
 
 
-def test_a_newsletter_continues_where_it_stopped(db, mailoutbox, monkeypatch):
+@pytest.fixture
+def newsletter(db):
+    """It has five recipients, one of whom has already received it."""
     newsletter = Newsletter.objects.create(subject="News", body="…")
-    emails = [f"{number}@example.com" for number in range(5)]
-    Recipient.objects.bulk_create(Recipient(newsletter=newsletter, email=email) for email in emails)
-    Recipient.objects.filter(email__startswith="0").update(sent_at=timezone.now())
-    monkeypatch.setattr(tasks, "CHUNK", 2)
-    tasks.send_newsletter.delay(newsletter.pk)
-    assert [mail.to[0] for mail in mailoutbox] == emails[1:]
-
-
-def test_a_newsletter_that_reaches_its_time_limit_continues(db, monkeypatch):
-    newsletter = Newsletter.objects.create(subject="News", body="…")
-    newsletter.recipients.create(email="user@example.com")
-    monkeypatch.setattr(tasks, "send_to_each", Mock(side_effect=[SoftTimeLimitExceeded, None]))
-    tasks.send_newsletter.delay(newsletter.pk)
-    assert not newsletter.recipients.filter(sent_at=None).exists()
-
-
-def test_a_newsletter_skips_an_address_that_the_mail_server_refuses(db, mailoutbox, refused):
-    newsletter = Newsletter.objects.create(subject="News", body="…")
-    for number in range(3):
+    for number in range(5):
         newsletter.recipients.create(email=f"{number}@example.com")
+    newsletter.recipients.filter(email="0@example.com").update(sent_at=timezone.now())
+    return newsletter
+
+
+def sent(mailoutbox):
+    """Return who got an email, without "@example.com"."""
+    return "".join(sorted(mail.to[0].split("@")[0] for mail in mailoutbox))
+
+
+def test_a_newsletter_goes_to_those_who_have_not_received_it(newsletter, mailoutbox):
     tasks.send_newsletter.delay(newsletter.pk)
-    assert [mail.to[0] for mail in mailoutbox] == ["0@example.com", "2@example.com"]
+    assert sent(mailoutbox) == "1234"
+
+
+def test_a_newsletter_to_many_takes_several_runs(newsletter, mailoutbox):
+    emails = [f"{number}@example.com" for number in range(5, 300)]
+    Recipient.objects.bulk_create(Recipient(newsletter=newsletter, email=email) for email in emails)
+    tasks.send_newsletter.delay(newsletter.pk)
+    assert len(mailoutbox) == 299
+
+
+def test_a_second_click_sends_no_second_email(newsletter, mailoutbox, monkeypatch):
+    send = EmailBackend.send_messages
+
+    def click_again(self, messages):
+        monkeypatch.setattr(EmailBackend, "send_messages", send)
+        tasks.send_newsletter.delay(newsletter.pk)
+        return send(self, messages)
+
+    monkeypatch.setattr(EmailBackend, "send_messages", click_again)
+    tasks.send_newsletter.delay(newsletter.pk)
+    assert sent(mailoutbox) == "1234"
+
+
+@pytest.mark.parametrize("error", [SMTPServerDisconnected, SoftTimeLimitExceeded, ValueError])
+def test_a_newsletter_continues_after_an_error(newsletter, mailoutbox, mail_errors, error):
+    mail_errors["2@example.com"] = [error("bad luck")]
+    tasks.send_newsletter.delay(newsletter.pk)
+    assert sent(mailoutbox) == "1234"
+
+
+def test_an_address_that_fails_every_time_holds_up_nobody(newsletter, mailoutbox, mail_errors):
+    mail_errors["2@example.com"] = [SMTPRecipientsRefused({"2@example.com": (450, b"later")})] * 99
+    assert tasks.send_newsletter.delay(newsletter.pk).failed()
+    assert sent(mailoutbox) == "134"
+    [failed] = newsletter.recipients.filter(sent_at=None)
+    assert (failed.email, failed.attempts) == ("2@example.com", 51)
+
+
+def test_an_address_that_the_mail_server_refuses_is_tried_once(newsletter, mailoutbox, refused):
+    tasks.send_newsletter.delay(newsletter.pk)
+    assert sent(mailoutbox) == "24"
     assert not newsletter.recipients.filter(sent_at=None).exists()
 {% if has_task_api %}
 

@@ -40,6 +40,8 @@ class Newsletter(models.Model):
 class Recipient(models.Model):
     newsletter = models.ForeignKey(Newsletter, models.CASCADE, related_name="recipients")
     email = models.EmailField()
+    sent_at = models.DateTimeField(null=True, editable=False)
+    attempts = models.PositiveIntegerField(default=0, editable=False)
 
     def __str__(self):
         return self.email

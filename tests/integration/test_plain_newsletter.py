@@ -1,0 +1,74 @@
+"""The newsletter of the example, which people copy: who gets it, and how often."""
+
+from collections import Counter
+from functools import partial
+
+from harness import faults
+from harness.mails import Mails
+from harness.project import wait_for
+
+on_one = partial(faults.stacks, ["redis"], ["prefork"], plain="plain-newsletter-")
+SEND = """
+from orders.models import Newsletter, Recipient
+from orders.tasks import send_newsletter
+newsletter = Newsletter.objects.create(subject="News", body="All is well.")
+emails = [f"{number}@example.com" for number in range(count)]
+Recipient.objects.bulk_create(Recipient(newsletter=newsletter, email=email) for email in emails)
+for click in range(clicks):
+    send_newsletter.delay(newsletter.pk)
+result = newsletter.pk
+"""
+WAITING = """
+from orders.models import Recipient
+result = Recipient.objects.filter(newsletter=newsletter, sent_at=None).count()
+"""
+
+
+def send(stack, mails, count, clicks=1):
+    """Let a worker send a newsletter. Return how often each recipient got it, when all is done."""
+    worker = stack.replace_worker("", **mails.variables)
+    newsletter = stack.ask(SEND, count=count, clicks=clicks)
+    if mails.count < count:
+        wait_for(lambda: len(mails.received) == mails.count)
+        worker.kill()
+        mails.proceed.set()
+        worker.start()
+    wait_for(lambda: not stack.ask(WAITING, newsletter=newsletter))
+    worker.stop()  # after the emails that it was sending
+    return Counter(int(to.split("@")[0]) for to in mails.received)
+
+
+@on_one()
+def test_two_clicks_send_one_email_to_each_recipient(stack):
+    with Mails() as mails:
+        assert send(stack, mails, 3000, clicks=2) == dict.fromkeys(range(3000), 1)
+
+
+@on_one(sqlite=True)
+def test_two_clicks_send_one_email_to_each_recipient_on_sqlite(stack):
+    with Mails() as mails:
+        assert send(stack, mails, 3000, clicks=2) == dict.fromkeys(range(3000), 1)
+
+
+@on_one()
+def test_a_bad_address_or_a_failing_server_harms_nobody_else(stack):
+    """A refused address would get the email if it were tried again."""
+    errors = {
+        "RCPT 50@example.com": ["550 unknown"],
+        "DATA 150@example.com": ["554 not here"],
+        "RCPT 200@example.com": ["450 later"],
+        "RCPT 220@example.com": ["421 too many emails", ""],
+        "DATA 250@example.com": ["", "451 later"],
+    }
+    with Mails(errors=errors) as mails:
+        expected = dict.fromkeys({*range(300)} - {50, 150}, 1)
+        assert send(stack, mails, 300, clicks=2) == expected
+    assert not any(errors.values())
+
+
+@on_one()
+def test_a_killed_worker_leaves_out_nobody_but_the_one_whose_email_it_was_sending(stack):
+    with Mails(count=150) as mails:
+        received = send(stack, mails, 300)
+    assert set(received.values()) == {1}
+    assert len(received) >= 299
