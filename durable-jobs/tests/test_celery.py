@@ -321,6 +321,12 @@ def test_a_function_without_self_is_refused():
     with pytest.raises(TypeError, match="its first parameter must be self"):
         job(lambda: None)
 
+    @job(bind=False, name="without self")
+    def without_self(x):
+        return x
+
+    assert deliver(without_self.enqueue(3)).result == 3
+
 
 # A message of another app
 
