@@ -108,9 +108,10 @@ class Stack:
             **variables_of(servers),
             **variables,
         }
-        if "CELERY_RESULT_BACKEND" not in re.findall(ASKED, project.read("config/settings.py")):
-            # Celery would prefer this variable of the broker's Redis to the project's settings.
-            self.variables.pop("CELERY_RESULT_BACKEND", None)
+        asked = re.findall(ASKED, project.read("config/settings.py"))
+        for name in {"CELERY_BROKER_URL", "CELERY_RESULT_BACKEND"} - set(asked):
+            # Celery would prefer this variable of another service's Redis to the project's settings.
+            self.variables.pop(name, None)
         self.made = []  # all processes, including those of tests
         self.marks = {}  # {log: its size when the test began}
         self.console = Console(project, folder / "console.log", **self.variables)
