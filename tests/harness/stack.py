@@ -110,7 +110,7 @@ class Stack:
         }
         asked = re.findall(ASKED, project.read("config/settings.py"))
         for name in {"CELERY_BROKER_URL", "CELERY_RESULT_BACKEND"} - set(asked):
-            # Celery would prefer this variable of another service's Redis to the project's settings.
+            # Celery would prefer this variable, of another service's Redis, to the settings.
             self.variables.pop(name, None)
         self.made = []  # all processes, including those of tests
         self.marks = {}  # {log: its size when the test began}

@@ -268,7 +268,7 @@ def test_tasks_that_would_wait_are_found(copied):
     copied.append("config/settings.py", 'CELERY_TASK_QUEUES += [Queue("own")]\n')
     code = """
 from django.core.checks import run_checks
-print([each.id + each.msg.split("orders.tasks.")[1].split()[0] for each in run_checks()])
+print(sorted(each.id + each.msg.split("orders.tasks.")[1].split()[0] for each in run_checks()))
 """
     found = {
         "no": ["api.E003call_nobody", "api.W006call_api"],
