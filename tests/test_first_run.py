@@ -29,6 +29,32 @@ def test_it_passes_its_checks_and_its_own_tests(project):
     assert re.search(r"= \d+ passed in", printed), printed  # none was skipped
 
 
+IMPORT_EACH = """
+import importlib, os
+from pathlib import Path
+import django
+django.setup()
+# config/tracing.py needs packages of an extra.
+for path in sorted({*Path().glob("[!.t]*/**/*.py")} - {Path("config/tracing.py")}):
+    child = os.fork()
+    if not child:
+        importlib.import_module(".".join(path.with_suffix("").parts))
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, path
+    print(path)
+"""
+
+
+@plain
+def test_each_module_can_be_imported_first(project):
+    """Settings name modules in strings, which test_there_are_no_circular_imports does not see."""
+    settings = {"DJANGO_SETTINGS_MODULE": "config.settings"}
+    imported = project.call(".venv/bin/python", "-c", IMPORT_EACH, **settings).split()
+    assert {"api/throttling.py", "api/views.py", "config/worker.py", "orders/views.py"} <= {
+        *imported
+    }
+
+
 @pytest.mark.parametrize("package", ["celery", "certifi"])
 def test_a_project_may_have_the_name_of_a_package(bake, package):
     """Of a dependency, or of a dependency of one: uv installs no package of the same name."""

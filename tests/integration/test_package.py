@@ -16,7 +16,7 @@ pytestmark = pytest.mark.xdist_group("package")
 
 
 def test_the_wheel_requires_what_its_modules_import():
-    """With all extras. Only testing.py imports pytest; Celery and its extras bring kombu and others."""
+    """With all extras. Only testing.py imports pytest; Celery brings kombu and others."""
     with zipfile.ZipFile(WHEEL) as archive:
         [about] = [name for name in archive.namelist() if name.endswith("/METADATA")]
         required = message_from_bytes(archive.read(about)).get_all("Requires-Dist")
