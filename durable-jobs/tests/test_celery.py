@@ -310,15 +310,13 @@ def test_a_base_class_whose_methods_would_not_be_called_is_refused(base, why):
 
 
 def test_a_function_without_self_is_refused():
-    with pytest.raises(
-        TypeError, match=r"ship\(\) gets the task: its first parameter must be self"
-    ):
+    with pytest.raises(TypeError, match=r"the first parameter of .*ship\(\) must be self"):
 
         @job
         def ship(order_id):
             pass
 
-    with pytest.raises(TypeError, match="its first parameter must be self"):
+    with pytest.raises(TypeError, match="must be self, the task"):
         job(lambda: None)
 
     @job(bind=False, name="without self")

@@ -360,10 +360,9 @@ if apps.is_installed("django_celery_beat"):
 
         def clean(self):
             data = super().clean()
+            fields = {name: value for name, value in data.items() if name != "regtask"}
             try:
-                check_row(
-                    PeriodicTask(**{name: each for name, each in data.items() if name != "regtask"})
-                )
+                check_row(PeriodicTask(**fields))
             except (TypeError, ValueError) as error:
                 raise ValidationError(str(error)) from error
             return data

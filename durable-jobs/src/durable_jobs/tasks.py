@@ -61,7 +61,7 @@ def job(function=None, *, base=None, bind=True, **options):
         first = next(iter(signature(function).parameters.values()), None)
         if bind and getattr(first, "name", "") != "self" and "*" not in str(first):
             raise TypeError(
-                f"{function.__qualname__}() gets the task: its first parameter must be self"
+                f"the first parameter of {function.__qualname__}() must be self, the task"
             )
         return shared_task(base=base, bind=bind, **options)(function)
 
@@ -125,9 +125,7 @@ class JobTask(DjangoTask):
         """Raise TypeError if a base class of the project has a method that would never be called."""
         name, mro = cls.__name__, cls.__mro__
         if mro[mro.index(JobTask) :] != JobTask.__mro__:
-            raise TypeError(
-                f"{name}: JobTask must be the last base, as in class {name}(Other, JobTask)"
-            )
+            raise TypeError(f"JobTask must be the last base, as in class {name}(Other, JobTask)")
         for method in ("apply_async", "delay"):
             if getattr(cls, method) is not getattr(JobTask, method):
                 hint = "to add headers, use a receiver of before_task_publish"
