@@ -161,7 +161,7 @@ def create_user_and_links():
 {% endif %}
 
 {% if has_example %}
-    Place an order; {{ "then follow its job" if has_jobs else "a task confirms it by email, in the worker's .data/mail/" }}:
+    Place an order; {{ "then follow its job" if has_jobs else "a task confirms it by email, in .data/mail/" }}:
     {curl}/orders/ -H 'Content-Type: application/json' \\
         -d '{% raw %}{{"product": "Tea"}}{% endraw %}'
 {% endif %}

@@ -12,8 +12,17 @@ from contextlib import contextmanager
 import pytest
 
 from . import kustomize, missing
-from .bake import CHOICES, baked
-from .project import BEHIND_A_PROXY, CONSOLE_MAIL, Site, fetch, free_ports, responds, wait_for
+from .bake import CHOICES, PINNED, baked
+from .project import (
+    BEHIND_A_PROXY,
+    CONSOLE_MAIL,
+    FILE_MAIL,
+    Site,
+    fetch,
+    free_ports,
+    responds,
+    wait_for,
+)
 
 SOFT_SHUTDOWN_SECONDS = 2
 HTTPS = {"Host": "example.com", **BEHIND_A_PROXY}  # what the proxy sends
@@ -43,6 +52,15 @@ def engine():
             missing(f"`docker {command}` fails: no engine, or no Compose v2")
 
 
+def has_image(image):
+    """Whether an image is on this machine or can be downloaded."""
+    commands = (["docker", "image", "inspect", image], ["docker", "pull", "--quiet", image])
+    found = any(not subprocess.run(each, capture_output=True).returncode for each in commands)
+    if not found:
+        print(f"not tested: there is no image {image}")
+    return found
+
+
 @contextmanager
 def composed(stack, cookies_session, settings="", **answers):
     """Start an output in containers; remove them and their data at the end.
@@ -50,13 +68,18 @@ def composed(stack, cookies_session, settings="", **answers):
     `stack` is the class of what it gives. `.env` gets a shorter soft shutdown, because workers wait
     that long at each stop, and the project's settings get `settings` at their end.
     """
-    names = ["PORT", "FLOWER_PORT", "PROMETHEUS_PORT", "GRAFANA_PORT"]
-    ports = dict(zip(names, free_ports(4), strict=True))
+    names = ["PORT", "FLOWER_PORT", "MAILPIT_PORT", "PROMETHEUS_PORT", "GRAFANA_PORT"]
+    ports = dict(zip(names, free_ports(5), strict=True))
     slug = f"shop_{ports['PORT']}"
     answers = {"deployment": "kubernetes", "project_slug": slug, **answers}
     project = baked(cookies_session, answers)
     project.append(".env", f"SOFT_SHUTDOWN_SECONDS={SOFT_SHUTDOWN_SECONDS}\n")
     project.append("config/settings.py", settings)
+    if not has_image(PINNED.mailpit):
+        image = f"    image: {PINNED.mailpit}\n"
+        project.edit("compose.yaml", f"{image}.*", f"{image}    profiles: [missing]")
+        project.append(".env", f"EMAIL_BACKEND={FILE_MAIL}\n")
+        project.append("config/settings.py", '\nEMAIL_FILE_PATH = "/tmp/mail"\n')
     stack = stack(project, None, ports)
     try:
         stack.make_up()
@@ -114,10 +137,7 @@ class ComposeStack(Site):
         services = self.project.services()
         names = [name for name in services if services[name].get("profiles") == ["monitoring"]]
         if "grafana" in names:
-            image = services["grafana"]["image"]
-            commands = (["docker", "image", "inspect", image], ["docker", "pull", "--quiet", image])
-            if all(subprocess.run(each, capture_output=True).returncode for each in commands):
-                print(f"not tested: grafana, because there is no image {image}")
+            if not has_image(services["grafana"]["image"]):
                 names.remove("grafana")
         profile = ("--profile", "monitoring")
         self.compose(*profile, "up", "--detach", "--wait", *names)
@@ -139,6 +159,14 @@ class ComposeStack(Site):
     def psql(self, sql, database="postgres"):
         """Run SQL as PostgreSQL's superuser, as docs/production.md says; return what it prints."""
         return self.exec("db", "psql", "-U", "postgres", "-d", database, "-tAc", sql).strip()
+
+    def mails(self):
+        """Return the texts of all emails: those of Mailpit, or without its image, of files."""
+        if f"EMAIL_BACKEND={FILE_MAIL}" in self.project.read(".env"):
+            return self.exec("worker", "sh", "-c", "cat /tmp/mail/* 2>/dev/null || true")
+        api = f"http://127.0.0.1:{self.environment['MAILPIT_PORT']}/api/v1"
+        listed = fetch(f"{api}/messages")[2]["messages"]
+        return "".join(fetch(f"{api}/message/{each['ID']}")[2]["Text"] for each in listed)
 
     def shell(self, code):
         """Run Python code in the web container; return the last word that it prints."""

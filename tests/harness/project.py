@@ -27,6 +27,7 @@ LIMIT = 300  # seconds of every wait: a machine may be ten times slower than our
 ADDRESS = r"""([A-Z_]+)(?:=|["'], ["'])(\w+://(?:[^"'\s]*@)?127\.0\.0\.1:\d+[^"'\s]*)"""
 ASKED = r"""env\.\w+\(["']([A-Z_]+)["'](?:, subcast=[\w.]+)?\)"""  # a variable without a default
 CONSOLE_MAIL = "django.core.mail.backends.console.EmailBackend"
+FILE_MAIL = "django.core.mail.backends.filebased.EmailBackend"
 BEHIND_A_PROXY = {"X-Forwarded-Proto": "https"}  # of requests to a web as in production
 APPS = Path(__file__).parent / "apps"  # Django apps for projects under test
 CONSOLE = Path(__file__).parent / "console.py"

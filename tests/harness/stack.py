@@ -11,7 +11,17 @@ from functools import partial
 
 import psycopg
 
-from .project import ASKED, BEHIND_A_PROXY, Console, Process, fetch, free_ports, responds, wait_for
+from .project import (
+    ASKED,
+    BEHIND_A_PROXY,
+    FILE_MAIL,
+    Console,
+    Process,
+    fetch,
+    free_ports,
+    responds,
+    wait_for,
+)
 from .servers import servers_of, variables_of
 
 LEASE, RESEND = 5, 2  # seconds
@@ -99,6 +109,7 @@ class Stack:
             "CELERY_SKIP_CHECKS": 1,  # a quarter of a worker's start; `make run` has them
             "DATABASE_URL": url or f"sqlite:///{folder}/db.sqlite3",
             "DEBUG": "False",
+            "EMAIL_BACKEND": FILE_MAIL,
             "FLOWER_BASIC_AUTH": ":".join(FLOWER_USER),
             "FLOWER_PORT": flower_port,
             "NOTES": self.notes_file,

@@ -91,8 +91,7 @@ class JobComposeStack(ComposeStack):
 def test_an_order_becomes_a_succeeded_job(stack):
     url, job = stack.order()
     assert stack.request(url)[2]["confirmed_at"]
-    mails = stack.exec("worker", "sh", "-c", "cat .data/mail/*")
-    assert "Thank you! You ordered 2 × Tea." in mails
+    assert "Thank you! You ordered 2 × Tea." in stack.mails()
     assert stack.request("/api/jobs/", Authorization="")[0] == 401
     if stack.has_flower:
         assert wait_for(lambda: stack.find_in_flower(job["id"]), site=stack)
@@ -428,7 +427,7 @@ def https(stack, tmp_path_factory):
     env_file, caddyfile = stack.project / ".env", stack.project / "Caddyfile"
     development, current = env_file.read_text(), caddyfile.read_text()
     user, page = stack.user(), stack.project.read("docs/production.md")
-    names = "DEBUG|EMAIL_.*|DEFAULT_FROM_EMAIL|DJANGO_SUPERUSER_.*"
+    names = "DEBUG|COMPOSE_PROFILES|EMAIL_.*|DEFAULT_FROM_EMAIL|DJANGO_SUPERUSER_.*"
     kept = re.sub(rf"^(({names})=.*|.*127\.0\.0\.1.*)\n", "", development, flags=re.M)
     added = code(page, "\nDOMAIN=")
     added = re.sub("EMAIL_HOST=.*", f"EMAIL_HOST=localhost\nEMAIL_BACKEND={CONSOLE_MAIL}", added)

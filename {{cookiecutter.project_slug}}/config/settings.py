@@ -40,7 +40,9 @@ DATABASE = env.dj_db_url("DATABASE_URL")
 # Seconds that requests and tasks reuse a connection. Under ASGI, none: see config/asgi.py.
 CONN_MAX_AGE = env.int("CONN_MAX_AGE", 60)
 DISABLE_SERVER_SIDE_CURSORS = env.bool("DISABLE_SERVER_SIDE_CURSORS", False)  # for PgBouncer
-EMAIL_BACKEND = env.str("EMAIL_BACKEND", "django.core.mail.backends.smtp.EmailBackend")
+EMAIL_BACKEND = env.str(
+    "EMAIL_BACKEND", f"django.core.mail.backends.{'filebased' if DEBUG else 'smtp'}.EmailBackend"
+)
 EMAIL_HOST = env.str("EMAIL_HOST")
 EMAIL_PORT = env.int("EMAIL_PORT", 587)
 EMAIL_HOST_USER = env.str("EMAIL_HOST_USER", "")
