@@ -548,7 +548,7 @@ def test_the_profile_https_refuses_to_start_without_a_domain_or_with_debug(stack
             (("DOMAIN", DOMAIN), ("DEBUG", "True")): "The profile https refuses DEBUG=True in .env",
             (("DOMAIN", DOMAIN), ("DEBUG", "1")): "The profile https refuses DEBUG=1 in .env",
         }.items():
-            variables = {**dict(variables), "COMPOSE_PROFILES": "https"}
+            variables = {**dict(variables), "COMPOSE_PROFILES": "dev,https"}
             listed = stack.project.call("docker", "compose", "config", "--services", **variables)
             assert set(listed.split()) == {*services, "caddy"}
             with pytest.raises(AssertionError, match=sentence):
