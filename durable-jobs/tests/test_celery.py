@@ -243,6 +243,19 @@ def test_a_job_is_scheduled_as_celery_documents_it(signal, call, options):
     check_entry(*(first[name] for name in ("task", "args", "kwargs", "options")))
 
 
+def test_an_error_of_a_handler_that_declares_periodic_tasks_is_logged(caplog):
+    """Celery hides it, and its entry and all later ones of the handler would be missing without a word."""
+    other = Celery("other", set_as_current=False)
+
+    @other.on_after_finalize.connect
+    def setup_periodic_tasks(sender, **kwargs):
+        sender.add_periodic_task(60, chain(plain.s(), add.s(1, 2)))
+
+    other.finalize()
+    [text] = [each.getMessage() for each in caplog.records if each.name == "durable_jobs.celery"]
+    assert "setup_periodic_tasks() ended with TypeError" in text and "part of a chain" in text
+
+
 # Base classes of a project
 
 

@@ -47,7 +47,7 @@ class OtherCelery(Celery):
 @pytest.mark.parametrize(
     ("kind", "name", "error"),
     [
-        (celery.Celery, "default", "No Celery app is loaded: in the __init__.py"),
+        (celery.Celery, "default", "No Celery app is loaded: import it in the __init__.py"),
         (celery.Celery, "shop", "The Celery app 'shop' must be a durable_jobs.celery.Celery"),
         (OtherCelery, "shop", "would not call your app's own send_task"),
     ],

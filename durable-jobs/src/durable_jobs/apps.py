@@ -20,16 +20,15 @@ class DurableJobsConfig(AppConfig):
         from durable_jobs.worker.heartbeat import heartbeat
 
         if not isinstance(current_app, Celery):
-            name = current_app.main
-            raise ImproperlyConfigured(
-                "No Celery app is loaded: in the __init__.py next to your settings, import it from .celery."
-                if name == "default"  # Celery's own app, which stands in for it
-                else f"The Celery app {name!r} must be a durable_jobs.celery.Celery."
-            )
+            text = f"The Celery app {current_app.main!r} must be a durable_jobs.celery.Celery."
+            if current_app.main == "default":  # Celery's own, which stands in for the project's
+                text = (
+                    "No Celery app is loaded: import it in the __init__.py next to your settings."
+                )
+            raise ImproperlyConfigured(text)
         if current_app.send_task.__func__ is not Celery.send_task:
-            raise ImproperlyConfigured(
-                "Jobs would not call your app's own send_task(): add headers in a receiver of before_task_publish."
-            )
+            hint = "add headers in a receiver of before_task_publish"
+            raise ImproperlyConfigured(f"Jobs would not call your app's own send_task(): {hint}.")
         # With 0 or less, jobs would not be sent or recovered, would run twice, or would be deleted immediately.
         numbers = [name for name, default in conf.DEFAULTS.items() if isinstance(default, int)]
         values = {f"DURABLE_JOBS['{name}']": getattr(conf, name) for name in numbers}

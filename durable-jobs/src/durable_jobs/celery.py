@@ -1,6 +1,8 @@
 """Celery's app with support for jobs: by name, with their results, and when they are revoked."""
 
+import logging
 import re
+from functools import partial
 
 import celery
 from celery import signals
@@ -12,6 +14,8 @@ from durable_jobs.transport import AMQP
 from durable_jobs.worker.pools import pool_name
 
 __all__ = ["Celery"]
+
+logger = logging.getLogger(__name__)
 
 # Projects import this module before Django's models are loaded, so the functions import what needs these.
 
@@ -29,9 +33,21 @@ class Control(control.Control):
                 try_once(cancel_ids, task_id)
 
 
+def log_errors(send, *args, **options):
+    """Send a signal of the app. Celery itself hides a receiver's error, as of add_periodic_task(): entries are missing."""
+    for receiver, error in (answers := send(*args, **options)):
+        if isinstance(error, Exception):
+            logger.error("%s() ended with %r", receiver.__qualname__, error)
+    return answers
+
+
 class Celery(celery.Celery):
     amqp_cls = AMQP
     control_cls = Control
+
+    def on_init(self):
+        for signal in self.on_after_configure, self.on_after_finalize:
+            signal.send = partial(log_errors, signal.send)
 
     def send_task(self, name, args=None, kwargs=None, **options):
         """Send a message as Celery documents it. If the task is a job, enqueue it instead."""

@@ -205,9 +205,11 @@ def active_with(job):
 
     If it is unique until its start, lock it: it starts after the caller's transaction, and reads what that has changed.
     """
+    if not job.unique_key:
+        return None
     rows = Job.objects.filter(UNFINISHED, task=job.task, unique_key=job.unique_key)
     if not job.unique_until_start:
-        return job.unique_key and rows.first()
+        return rows.first()
     with transaction.atomic():
         return rows.select_for_update().first()
 
