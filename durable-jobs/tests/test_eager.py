@@ -1,5 +1,6 @@
 """CELERY_TASK_ALWAYS_EAGER: jobs run in the process that enqueues them. run_jobs() does so in any test runner."""
 
+from collections import Counter
 from unittest.mock import Mock
 
 import pytest
@@ -99,4 +100,4 @@ def test_run_jobs_needs_no_pytest():
     assert ends() == [("queued", None)] * 2 + [("succeeded", 3)]
     enqueue_others.enqueue()
     run_jobs()
-    assert [result for _, result in ends()] == [1, 2, 3, None, 1, 2]
+    assert Counter(result for _, result in ends()) == Counter([1, 2, 3, None, 1, 2])
