@@ -27,9 +27,9 @@ RUNS = [
 FEW_ROUNDS = 30  # of races; integration/test_engine_runs.py has more
 
 
-def run_tests(pool, folder, *options, **variables):
+def run_tests(pool, folder, *options, python=sys.executable, **variables):
     """Run tests of the engine, and return what they print."""
-    command = [sys.executable, "-m", *POOLS[pool], "-c", TESTS / "pytest.ini", TESTS, *options]
+    command = [python, "-m", *POOLS[pool], "-c", TESTS / "pytest.ini", TESTS, *options]
     # In the usual folder, pytest would also delete what earlier runs of others have left there.
     command.append(f"--basetemp={folder / 'engine'}")
     run = subprocess.run(command, env=env(**variables), capture_output=True, text=True)

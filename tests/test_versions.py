@@ -32,6 +32,7 @@ HISTORY = {
 # Sentences that stay true with other versions, and so may have a number.
 FACTS = [
     "You need Django 5.2 to 6.1, Celery 5.5 to 5.7,",  # the ranges of durable-jobs/pyproject.toml
+    "| batched task events | Celery 5.7 |",  # durable-jobs/src/durable_jobs/versions.py
     "| Celery 5.7 | broker | lost |",  # durable-jobs/docs/alternatives.md: what was compared
     "`task_retry_on_worker_lost` of Celery 5.7",
     "as long as the project supports Django 5.2",

@@ -7,7 +7,7 @@ import pytest
 from django.core import checks
 from settings import SOURCE
 
-from durable_jobs import conf
+from durable_jobs import conf, versions
 
 PACKAGE = SOURCE / "durable_jobs"
 PAGE = (SOURCE.parent / "docs/reference.md").read_text("utf-8")
@@ -85,3 +85,16 @@ def test_the_reference_lists_each_check():
 def test_the_reference_names_each_command():
     commands = {path.stem for path in (PACKAGE / "management/commands").glob("[a-z]*.py")}
     assert set(re.findall(r"^- `manage\.py (\w+) ", PAGE, re.MULTILINE)) == commands
+
+
+def test_the_tests_that_the_page_names_for_internals_exist():
+    internals = PAGE.partition("\n## Internals\n")[2]
+    named = set(re.findall(r"\| `(test_\w+)` \|$", internals, re.MULTILINE))
+    tests = [*SOURCE.parent.glob("tests/test_*.py"), *SOURCE.parents[1].glob("tests/**/test_*.py")]
+    text = "".join(file.read_text("utf-8") for file in tests)
+    defined = set(re.findall(r"^def (test_\w+)", text, re.MULTILINE))
+    assert named and named <= defined
+    off = {
+        name for name in re.findall(r"^\| ([^|]+) \| (?:Celery|kombu) ", internals, re.MULTILINE)
+    }
+    assert off == versions.SINCE.keys()

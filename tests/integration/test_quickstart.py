@@ -4,6 +4,7 @@ import re
 import sys
 
 import pytest
+from test_library_versions import VERSIONS
 
 from harness.bake import LIBRARY
 from harness.blocks import Reader, blocks
@@ -25,14 +26,14 @@ print(job.progress, job.crashes, job.state)
 """
 
 
-@pytest.fixture
-def project(tmp_path):
+@pytest.fixture(params=[VERSIONS["celery"][-1]])
+def project(tmp_path, request):
     """What `django-admin startproject` writes, with an environment of its own."""
     project = Project(tmp_path / "project")
     project.mkdir()
     project.call(sys.executable, "-m", "uv", "venv", "--quiet", ".venv")
     install = ["uv", "pip", "install", "--quiet", "--python", ".venv/bin/python"]
-    project.call(sys.executable, "-m", *install, str(WHEEL), "celery[redis]")
+    project.call(sys.executable, "-m", *install, str(WHEEL), f"celery[redis]~={request.param}.0")
     project.call(".venv/bin/django-admin", "startproject", "mysite", ".")
     project.manage("startapp", "reports")
     return project
@@ -45,6 +46,7 @@ def project(tmp_path):
         pytest.param(RabbitMQ, id="rabbitmq", marks=pytest.mark.xdist_group("quickstart-rabbitmq")),
     ],
 )
+@pytest.mark.parametrize("project", [VERSIONS["celery"][0], VERSIONS["celery"][-1]], indirect=True)
 def test_a_job_of_a_killed_worker_finishes_in_a_bare_project(server, project, tmp_path):
     reader = Reader(project)
     worker, beat, again = commands(project, tmp_path)

@@ -5,21 +5,17 @@ from importlib.metadata import version
 
 logger = logging.getLogger(__name__)
 
-NEWEST = (
-    5,
-    7,
-)  # of Celery and kombu: an extension may not fit a version that the tests have not seen
+NEWEST = (5, 7)  # of Celery and kombu: the tests have seen no later ones
 SINCE = {
-    "batched task events": (
-        "celery",
-        (5, 7),
-    ),  # older dispatchers lose events while others are sent
+    # Older dispatchers lose events while others are sent.
+    "batched task events": ("celery", (5, 7)),
     "repairs for RabbitMQ": ("celery", (5, 5)),
     "fast recovery of child processes": ("celery", (5, 5)),
     "soft shutdown on SIGTERM": ("celery", (5, 5)),
     "batched confirms from RabbitMQ": ("kombu", (5, 7)),
     "Redis without copies": ("kombu", (5, 5)),
-    "repairs for SQS": ("kombu", (5, 6)),  # older ones have another HTTP client
+    # Older ones have another HTTP client.
+    "repairs for SQS": ("kombu", (5, 6)),
 }
 
 

@@ -1,0 +1,63 @@
+"""The library passes its own tests on each version of Django, Celery and Python that it supports.
+
+A covering set of their combinations; all of them with EVERY=1, as each night.
+"""
+
+import os
+import re
+import runpy
+import subprocess
+import sys
+
+import pytest
+
+from harness import missing
+from harness.bake import ABOUT_LIBRARY, LIBRARY, PINNED, covering, name, product
+from test_engine import run_tests
+
+EVERY = bool(os.environ.get("EVERY"))
+ABOUT = ABOUT_LIBRARY["project"]
+
+
+def minors(oldest, newest):
+    """Return the versions from "5.5" to "5.7"."""
+    (major, first), (_, last) = oldest.split("."), newest.split(".")
+    return [f"{major}.{minor}" for minor in range(int(first), int(last) + 1)]
+
+
+OLDEST_CELERY = re.search(r"celery>=([\d.]+)", " ".join(ABOUT["dependencies"]))[1]
+NEWEST_CELERY = runpy.run_path(LIBRARY / "src/durable_jobs/versions.py")["NEWEST"]
+VERSIONS = {
+    "django": [each.split()[-1] for each in ABOUT["classifiers"] if re.search(r":: \d", each)],
+    "celery": minors(OLDEST_CELERY, ".".join(map(str, NEWEST_CELERY))),
+    "python": minors(PINNED.oldest_python, PINNED.python),
+}
+COMBINATIONS = [  # Django 6 needs Python 3.12
+    each for each in product(VERSIONS) if each["django"] < "6" or each["python"] > "3.11"
+]
+
+
+@pytest.mark.parametrize(
+    "versions", COMBINATIONS if EVERY else covering(COMBINATIONS, size=2), ids=name
+)
+def test_the_library_passes_its_tests_on(versions, tmp_path):
+    printed = run_tests("threads", tmp_path, python=environment(tmp_path, **versions))
+    assert re.search(r"= \d+ passed, \d+ skipped", printed), printed
+
+
+def environment(folder, django, celery, python):
+    """Return the Python of a new environment with these versions."""
+    uv, found = [sys.executable, "-m", "uv"], folder / ".venv/bin/python"
+    create = [*uv, "venv", "--quiet", "--python", python, folder / ".venv"]
+    created = subprocess.run(create, capture_output=True, text=True)
+    if created.returncode:
+        missing(f"there is no Python {python}: {created.stderr}")
+    override = folder / "django.txt"  # django-celery-beat allows a new one only later
+    override.write_text(f"django~={django}.0")
+    about = LIBRARY / "pyproject.toml"
+    install = [*uv, "pip", "install", "--quiet", "--python", found, "--override", override]
+    # A version of Celery with the kombu of its day
+    install += ["-r", about, "--all-extras", "--group", f"{about}:test"]
+    install += [f"celery~={celery}.0", f"kombu~={celery}.0"]
+    subprocess.run(install, check=True)
+    return found
