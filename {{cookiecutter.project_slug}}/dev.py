@@ -58,7 +58,7 @@ def main():
         terminal = os.isatty(1)
         while os.isatty(1) == terminal and not stop.wait(0.1 if links else 2):
             if honcho.poll() is not None:
-                sys.exit("A process has ended, so all were stopped. See above which one and why.")
+                sys.exit("A process exited, so the rest were stopped; see the log above.")
             processes = [process for process in processes if process.poll() is None]
             # Start a server again if it was killed, or if another project had started it and stopped
             # it. If it is on another machine, wait until it is back.

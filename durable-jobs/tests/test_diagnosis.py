@@ -246,7 +246,7 @@ def test_a_running_job_says_nothing_while_its_lease_lasts():
 
 def test_a_worker_gives_no_sign_of_life():
     text = "Its worker hasn't responded for 2 min"
-    assert why(runs()) == f"{text}. Beat will recover it"
+    assert why(runs()) == f"{text}. It will restart automatically"
     works(name="celery@other")
     sweeps(130)
     assert why(runs()) == f"{text}. {NO_BEAT}"
@@ -255,7 +255,7 @@ def test_a_worker_gives_no_sign_of_life():
 def test_a_function_that_is_over_its_time_limit_does_not_blame_its_worker():
     late = runs()
     Job.objects.filter(pk=late.pk).update(sweep_at=F("started_at"))  # as lease_end() does
-    assert why(late) == "Exceeded its time limit. Beat will end it"
+    assert why(late) == "Exceeded its time limit. It will fail automatically"
     assert "The workers of 1 job aren't responding" not in problems()
 
 
@@ -309,7 +309,7 @@ def test_a_batch_says_what_holds_its_jobs_up(api, user, admin_client):
     assert claim(newest.pk)
     assert shown() == ""  # it moves
     jobs.filter(pk=newest.pk).update(sweep_at=ago(105))
-    assert shown() == "Its worker hasn't responded for 2 min. Beat will recover it"
+    assert shown() == "Its worker hasn't responded for 2 min. It will restart automatically"
     cancel(jobs)
     batches.end_all()
     assert shown() == ""

@@ -101,7 +101,7 @@ def test_a_worker_polls_again_after_a_poll_without_an_answer(stack):
     stack.wait_until_succeeded(stack.enqueue("quick", queue="cpu"), crashes=0)
 
 
-@pytest.mark.promise("Requests don't wait")
+@pytest.mark.promise("Requests wait five seconds at most")
 @on_each_broker
 def test_a_broker_that_hangs_delays_no_request(stack):
     """All requests are answered while it is paused."""

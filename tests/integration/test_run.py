@@ -131,7 +131,7 @@ def test_the_page_lists_batches_and_the_jobs_of_one(project, tmp_path):
         tab.wait(f"{rows}.length == 2 && {rows}[1].startsWith('Cancelled')")
         tab.click(".job:nth-child(2) h2 a")  # the page of this job
         tab.wait("location.pathname.startsWith('/jobs/')")
-        tab.wait(f"{rows}.length == 1 && {rows}[0].includes('All jobs of its batch')")
+        tab.wait(f"{rows}.length == 1 && {rows}[0].includes('All jobs in this batch')")
         tab.click("[data-part=batch]")
         tab.wait(f"location.pathname == '/' && {rows}.length == 21")
 
@@ -318,7 +318,7 @@ def test_a_process_that_exits_later_starts_again(project):
 
 @default_output
 def test_all_processes_end_when_one_cannot_start(project):
-    with pytest.raises(AssertionError, match="A process has ended"):
+    with pytest.raises(AssertionError, match="A process exited"):
         with project.up(FLOWER_BASIC_AUTH=""):
             pass
     wait_for(lambda: not processes_in(project))
@@ -336,7 +336,7 @@ def test_a_port_in_use_is_named(project):
 
 @default_output
 def test_make_run_starts_no_broker_for_another_host(project):
-    with pytest.raises(AssertionError, match="No Redis answers at redis://127.0.0.2:1"):
+    with pytest.raises(AssertionError, match="Can't reach Redis at redis://127.0.0.2:1"):
         web, flower = free_ports(2)
         url = "redis://127.0.0.2:1/0"
         project.call("make", "run", PORT=web, FLOWER_PORT=flower, CELERY_BROKER_URL=url)
@@ -527,7 +527,7 @@ def test_ctrl_c_keeps_a_broker_that_another_project_uses(project):
             site.stop()
             wait_for(lambda: connects(port))
             second.stop(signal.SIGINT)
-            assert "A process has ended" not in second.printed
+            assert "A process exited" not in second.printed
 
 
 @outputs(first(broker="rabbitmq"))

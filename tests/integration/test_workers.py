@@ -241,7 +241,7 @@ def test_a_body_that_locks_its_row_does_not_delay_a_stop(stack, gate):
 # A long job is killed, stopped or retried
 
 
-@pytest.mark.promise("At least once")
+@pytest.mark.promise("Jobs run at least once")
 @on_prefork_and_threads
 def test_a_newsletter_continues_where_its_worker_was_killed(stack):
     """Everybody gets it, and at most one of them twice."""

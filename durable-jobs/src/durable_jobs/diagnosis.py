@@ -72,7 +72,8 @@ def texts_of(job, facts):
         age = facts.now - job.sweep_at + timedelta(seconds=conf.LEASE_SECONDS)
         is_over = job.sweep_at == job.started_at  # see lease_end()
         yield OVER_TIME_LIMIT if is_over else f"Its worker hasn't responded for {span(age)}"
-        yield facts.standstill or facts.beat or f"Beat will {'end' if is_over else 'recover'} it"
+        end = "fail" if is_over else "restart"
+        yield facts.standstill or facts.beat or f"It will {end} automatically"
 
 
 def waits_for(job, facts):

@@ -6,7 +6,7 @@ from rest_framework.settings import api_settings
 # 1 to 255 printable ASCII characters. HTTP strips spaces at both ends.
 KEY_SCHEMA = {"type": "string", "pattern": "^[!-~]([ -~]{0,253}[!-~])?$"}
 DETAIL = {"type": "object", "properties": {"detail": {"type": "string"}}}
-CONFLICT = OpenApiResponse(DETAIL, "The state does not allow it, for the reason that is given")
+CONFLICT = OpenApiResponse(DETAIL, "Not possible in this state; `detail` says why")
 REUSED = OpenApiResponse(DETAIL, "The key was used for another request")
 HEADER = OpenApiParameter.HEADER
 NAMES = ["Location", "Retry-After"]  # of a response 202

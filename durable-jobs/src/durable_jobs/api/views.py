@@ -57,7 +57,7 @@ class StrictFilter(DjangoFilterBackend):
     def filter_queryset(self, request, queryset, view):
         for name, values in request.query_params.lists():
             if len(values) > 1 or not values[0]:
-                raise ValidationError({name: ["Give it once, with a value."]})
+                raise ValidationError({name: ["Pass this parameter once, with a value."]})
         return super().filter_queryset(request, queryset, view)
 
 

@@ -98,14 +98,16 @@ function addRow(job) {
   show(part.batch, singleJob && job.batch);
   part.cancel.setAttribute("aria-label", `Cancel ${name}`);
   part.cancel.addEventListener("click", () => act(row, part.cancel, "cancel"));
-  part.again.setAttribute("aria-label", `Run again ${name}`);
+  part.again.setAttribute("aria-label", `Run ${name} again`);
   part.again.addEventListener("click", () => act(row, part.again, "run_again"));
   rows.set(job.id, row);
   return row;
 }
 
 function follow(job) { // links to what started before and after a job, as [address, words]
-  const before = job.follows_url && [job.follows_url.includes(batchesUrl) ? `${pageUrl}#batch=${job.follows}` : `${pageUrl}jobs/${job.follows}/`, "What it follows"];
+  const before = job.follows_url && (job.follows_url.includes(batchesUrl)
+    ? [`${pageUrl}#batch=${job.follows}`, "Previous batch"]
+    : [`${pageUrl}jobs/${job.follows}/`, "Previous job"]);
   const after = (job.followed_by ?? []).map(({ id, label, task }) => [`${pageUrl}jobs/${id}/`, `Followed by ${label || shortName(task)}`]);
   return [before, ...after].filter(Boolean);
 }
