@@ -9,6 +9,7 @@ import time
 import pytest
 
 from harness.bake import DEFAULTS
+from harness.blocks import code
 from harness.outputs import outputs
 from harness.project import Process, Project, started
 from harness.servers import Redis
@@ -100,56 +101,27 @@ print(*(n for n in (20, 30, 40) if logging.getLogger("django.x").isEnabledFor(n)
     assert project.shell(code, LOG_LEVEL="DEBUG") == "20,30,40"
 
 
-MODELS = """
-from django.contrib.auth.models import AbstractUser, BaseUserManager
-from django.db import models
-
-
-class UserManager(BaseUserManager):
-    use_in_migrations = True
-
-    def create_user(self, email, password=None, **fields):
-        user = self.model(email=self.normalize_email(email), **fields)
-        user.set_password(password)
-        user.save(using=self._db)
-        return user
-
-    def create_superuser(self, email, password=None, **fields):
-        return self.create_user(email, password, is_staff=True, is_superuser=True, **fields)
-
-
-class User(AbstractUser):
-    username = None
-    email = models.EmailField(unique=True)
-    USERNAME_FIELD = "email"
-    REQUIRED_FIELDS = []
-    objects = UserManager()
-"""
-ADMIN = """
-from django.contrib import admin
-from django.contrib.auth.admin import UserAdmin
-
-from .models import User
-
-
-@admin.register(User)
-class EmailUserAdmin(UserAdmin):
-    ordering = ["email"]
-    list_display = ["email", "is_staff"]
-    search_fields = ["email"]
-    fieldsets = [(None, {"fields": ("email", "password", "is_staff", "is_superuser")})]
-    add_fieldsets = [(None, {"fields": ("email", "password1", "password2")})]
+LOG_IN = """
+from django.test import Client
+from users.models import User
+User.objects.create_user("tea@example.com", "secret")
+client = Client(HTTP_HOST="localhost")
+answer = client.post("/login/", {"username": "tea@example.com", "password": "secret"})
+print(answer.status_code, answer.get("Location"))
 """
 
 
 @both
 def test_users_may_log_in_by_email(copied):
-    (copied / "users/models.py").write_text(MODELS)
-    (copied / "users/admin.py").write_text(ADMIN)
+    """With the files of docs/production.md."""
+    page = copied.read("docs/production.md")
+    (copied / "users/models.py").write_text(code(page, "class User("))
+    (copied / "users/admin.py").write_text(code(page, "UserAdmin("))
     (copied / "users/migrations/0001_initial.py").unlink()
     database = {"DATABASE_URL": f"sqlite:///{copied}/own.sqlite3"}
     copied.manage("makemigrations", "users", **database)
     copied.manage("migrate", "-v0", **database)
+    assert copied.manage("shell", "-v0", "-c", LOG_IN, DEBUG="True", **database) == "302 /\n"
     links = "import dev; print(dev.create_user_and_links())"
     printed = copied.manage("shell", "-v0", "-c", links, PORT=8000, **database)
     assert "demo@example.com / " in printed

@@ -410,6 +410,27 @@ def test_the_commands_of_the_page_name_what_exists(render, broker):
             assert f"--port={port[1]}" in flower["command"][-1]
 
 
+def test_the_ingress_of_the_page_finds_the_web_server(bake):
+    """In the overlay, as the page says; the policy admits its controller."""
+    project = bake(deployment="kubernetes")
+    (project / PRODUCTION / "ingress.yaml").write_text(
+        code(project.read("docs/production.md"), "kind: Ingress")
+    )
+    project.append(f"{PRODUCTION}/kustomization.yaml", "resources: [../../base, ingress.yaml]\n")
+    listed = project.read(f"{PRODUCTION}/kustomization.yaml")
+    listed = listed.replace("resources:\n  - ../../base\n", "")
+    (project / PRODUCTION / "kustomization.yaml").write_text(listed)
+    documents = manifests(project)
+    ingress = only("Ingress", documents)
+    kubernetes_validate.validate(ingress, "1.37", strict=True)
+    [rule] = ingress["spec"]["rules"]
+    [path] = rule["http"]["paths"]
+    backend = path["backend"]["service"]
+    service = documents["Service", backend["name"]]["spec"]
+    assert backend["port"]["name"] in {port["name"] for port in service["ports"]}
+    assert f"ALLOWED_HOSTS={rule['host']}" in listed
+
+
 def test_the_image_and_the_hosts_are_in_one_file(bake):
     """And the values of the Secret in another one, which Git ignores.
 

@@ -523,7 +523,7 @@ def test_a_rate_limit_delays_other_tasks_of_the_queue(stack, record_fault):
     stack.worker.kill()
     stack.empty("cpu")
     what = "other tasks in the queue wait behind them" if blocked else "nothing"
-    record_fault("More rate-limited tasks wait than a worker prefetches", what, None, "–")
+    record_fault("Rate-limited tasks fill a worker's prefetch buffer", what, None, "–")
 
 
 # RabbitMQ

@@ -6,6 +6,7 @@ import subprocess
 from uuid import uuid4
 
 import pytest
+import yaml
 
 from harness import missing, servers
 from harness.bake import CHOICES, DEFAULTS, WITH_JOBS, render
@@ -138,6 +139,31 @@ def test_systemd_accepts_the_unit_of_the_page(tmp_path, broker, worker_pool):
         assert command.startswith(line), process
     for process in commands:
         assert f"my_project@{process}" in page
+
+
+@pytest.mark.parametrize("worker_pool", CHOICES["worker_pool"])
+def test_a_queue_has_a_worker_of_its_own_where_the_page_says(tmp_path, worker_pool):
+    """In the Procfile, in the unit and in compose.yaml, it is the same command."""
+    page = render("docs/production.md", worker_pool=worker_pool)
+    procfile, unit, service = re.findall(r"^\| [^|]+ \| `([^`]*--queues reports[^`]*)`", page, re.M)
+    command = procfile.removeprefix("reports: ")
+    assert command == f"{re.findall(TABLE, page, re.M)[1]} --queues reports -n reports@%h"
+
+    added = code(page, "[Unit]").replace("[Service]\n", f"[Service]\n{unit}\n")
+    assert unit == f'Environment="reports={command.replace("%", "%%")}"'  # % is special there
+    (tmp_path / "shop@.service").write_text(added)
+    if not shutil.which("systemd-analyze"):
+        missing("systemd-analyze is not installed: sudo apt install systemd")
+    verify = ["systemd-analyze", "verify", "--man=no", tmp_path / "shop@.service"]
+    result = subprocess.run(verify, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+
+    compose = render("compose.yaml", worker_pool=worker_pool)
+    compose = re.sub("^  beat:", f"  {service}\n\n  beat:", compose, flags=re.M)
+    services = yaml.safe_load(compose)["services"]
+    assert services["reports"].pop("command") + " -n reports@%h" == command
+    without_command = {key: value for key, value in services["worker"].items() if key != "command"}
+    assert services["reports"] == {**without_command, "scale": 1}
 
 
 # The page as a staff user sees it
