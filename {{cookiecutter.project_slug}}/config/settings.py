@@ -290,8 +290,8 @@ CELERY_TASK_IGNORE_RESULT = True
 {% print worker_pool.settings %}
 {% if has_flower %}
 
-# Flower
-CELERY_TASK_SEND_SENT_EVENT = True  # it shows each task's state
+# Flower shows each task's state
+CELERY_TASK_SEND_SENT_EVENT = True
 CELERY_WORKER_SEND_TASK_EVENTS = True
 {% endif %}
 
