@@ -7,7 +7,6 @@ from uuid import uuid4
 
 import pytest
 from asgiref.current_thread_executor import CurrentThreadExecutor
-from asgiref.sync import async_to_sync
 from celery import current_app, shared_task
 from celery.exceptions import (
     SoftTimeLimitExceeded,
@@ -25,6 +24,7 @@ from durable_jobs.models import Job
 from durable_jobs.publish import publish
 from durable_jobs.tasks import JobTask
 from durable_jobs.worker.lease import recover
+from durable_jobs.worker.pools import pool
 
 try:
     from django.tasks import TaskResultStatus, default_task_backend, signals, task
@@ -327,4 +327,4 @@ def test_an_async_view_can_enqueue_a_task():
         stack = current_app.tasks[read.module_path].request_stack
         return [*values, stack.top]
 
-    assert async_to_sync(view)() == [2, [1, 2], None]
+    assert pool.run_coroutine(view) == [2, [1, 2], None]

@@ -21,6 +21,7 @@ from durable_jobs.enqueue import aenqueue, enqueue, enqueue_many
 from durable_jobs.models import Job, Sweep
 from durable_jobs.publish import publish
 from durable_jobs.tasks import JobTask
+from durable_jobs.worker.pools import pool
 
 pytestmark = pytest.mark.django_db
 
@@ -350,7 +351,7 @@ def test_a_coroutine_enqueues_a_job_that_runs_after_its_commit():
     async def view():
         return [await double.aenqueue(8), await aenqueue(double, [4])]
 
-    jobs = async_to_sync(view)()
+    jobs = pool.run_coroutine(view)
     for job in jobs:
         job.refresh_from_db()
     assert [job.result for job in jobs] == [16, 8]
