@@ -237,6 +237,7 @@ def test_a_job_is_scheduled_as_celery_documents_it(signal, call, options):
 
     getattr(other, signal).connect(setup_periodic_tasks)
     other.finalize()
+    other.close()  # otherwise it would get the shared tasks of later tests
     [first, second] = other.conf.beat_schedule.values()
     assert first["task"] == add.name and second["task"] == plain.name
     assert (first["args"], first["kwargs"], first["options"]) == ((1,), {"y": 2}, options)
@@ -252,6 +253,7 @@ def test_an_error_of_a_handler_that_declares_periodic_tasks_is_logged(caplog):
         sender.add_periodic_task(60, chain(plain.s(), add.s(1, 2)))
 
     other.finalize()
+    other.close()  # otherwise it would get the shared tasks of later tests
     [text] = [each.getMessage() for each in caplog.records if each.name == "durable_jobs.celery"]
     assert "setup_periodic_tasks() ended with TypeError" in text and "part of a chain" in text
 

@@ -53,12 +53,13 @@ class OtherCelery(Celery):
     ],
 )
 def test_an_app_that_does_not_know_jobs_is_refused_at_the_start(kind, name, error):
-    kind(name)  # the current app, whose time limit is None
+    other = kind(name)  # the current app, whose time limit is None
     try:
         with pytest.raises(ImproperlyConfigured, match=error):
             django_apps.get_app_config("durable_jobs").ready()
     finally:
         app_of_tests.set_current()
+        other.close()
 
 
 @pytest.fixture(autouse=True)
