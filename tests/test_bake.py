@@ -49,8 +49,8 @@ MODULES = {folder.name: folder.name for folder in PARTS.iterdir() if folder.is_d
 MODULES["servers"] = "server"
 # The one line of a file that stands whole, once for each of these choices.
 WHOLE = r'\{% include "durable_jobs/(?:" ~ cookiecutter\.durable_jobs ~ "|yes|no)/(.+)" %\}\n'
-# Where a "job" is one of GitHub, Kubernetes or Prometheus, or in the name of the library.
-OTHER_JOBS = r"^jobs:$|job=\"flower\"|\bdurable-jobs\b"
+# Where a "job" is one of GitHub, Kubernetes or Prometheus.
+OTHER_JOBS = r"^jobs:$|job=\"flower\""
 
 
 def own_traces(option, choice):
