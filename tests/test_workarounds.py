@@ -59,7 +59,7 @@ def parts(text):
 def workarounds():
     """The workarounds of all plain projects, {name: its sources}."""
     found = {"flower": {chosen().broker.flower}, "MemoryError": {render("config/worker.py")}}
-    for text in {render("config/worker.py", **each) for each in PLAIN} | {render("config/beat.py")}:
+    for text in {render("config/worker.py", **each) for each in PLAIN}:
         for name in parts(text).keys() - OWN:
             found.setdefault(name, set()).add(parts(text)[name])
     return found

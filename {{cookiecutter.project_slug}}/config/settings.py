@@ -94,7 +94,7 @@ INSTALLED_APPS = [
 {% endif %}
 ]
 MIDDLEWARE = [
-    "api.middleware.HealthMiddleware",  # before middleware that checks the host or redirects
+    "api.health.HealthMiddleware",  # before middleware that checks the host or redirects
     "django.middleware.security.SecurityMiddleware",
     "csp.middleware.CSPMiddleware",
     "whitenoise.middleware.WhiteNoiseMiddleware",

@@ -1,9 +1,10 @@
 {% import "imports.jinja" as imports %}
-{% from "chosen.jinja" import broker, result_backend, worker_pool, has_jobs with context %}
+{% from "chosen.jinja" import broker, result_backend, worker_pool, periodic_tasks, has_jobs with context %}
 {% set stdlib %}
 {{ "" if has_jobs else "import os\nfrom pathlib import Path" }}
 {% print broker.worker_stdlib | default %}
 {% print worker_pool.worker_stdlib %}
+{% print periodic_tasks.worker_stdlib | default %}
 {% endset %}
 {% set lines %}
 from celery import signals
@@ -12,8 +13,9 @@ from celery.worker import request
 {% print broker.worker_imports %}
 {% print result_backend.worker_imports | default %}
 {% print worker_pool.worker_imports | default %}
+{% print periodic_tasks.worker_imports | default %}
 {% endset %}
-"""What Celery's workers lack. They import this file, because config/celery.py includes it."""
+"""What Celery's workers and Beat lack. They import this file: config/celery.py includes it."""
 
 {% set stdlib = imports.sort(stdlib) %}
 {% if stdlib %}
@@ -63,3 +65,4 @@ def touch_liveness_file(**kwargs):
 {% print broker.worker %}
 {% print result_backend.worker | default %}
 {% print worker_pool.worker %}
+{% print periodic_tasks.worker | default %}

@@ -1,6 +1,6 @@
 """Remote control, from Flower or `celery control`: a job is cancelled when its task is revoked."""
 
-from signal import SIGKILL, SIGTERM
+import signal as signals
 
 from celery.worker import state
 from celery.worker.control import Panel
@@ -15,7 +15,7 @@ class JobRequest(Request):
 
     def terminate(self, pool, signal=None):
         # After SIGTERM, a child with a job would wait 5 s for a shutdown: see child_has_crashed().
-        super().terminate(pool, SIGKILL if signal in (None, SIGTERM) else signal)
+        super().terminate(pool, signals.SIGKILL if signal in (None, signals.SIGTERM) else signal)
 
 
 def cancel_revoked_jobs():
