@@ -19,7 +19,7 @@ both = outputs(*({**DEFAULTS, "durable_jobs": choice} for choice in ("no", "yes"
 KEY = "0123456789abcdefghijklmnopqrstuvwxyz0123456789abcdefghijkl"
 WRITTEN = {  # {variable: (as it is written, the setting, its value)}
     "SECRET_KEY": (f"${KEY}#=$a", "SECRET_KEY", f"${KEY}#=$a"),
-    "ALLOWED_HOSTS": (" a.com, b.com,", "ALLOWED_HOSTS", ["a.com", "b.com"]),
+    "ALLOWED_HOSTS": (" a.com, b.com", "ALLOWED_HOSTS", ["a.com", "b.com"]),
     "CSRF_TRUSTED_ORIGINS": (
         "https://a.com, https://b.com",
         "CSRF_TRUSTED_ORIGINS",

@@ -187,10 +187,10 @@ def test_production_links_to_flower_only_where_its_address_is_set(project):
     def page(**more):
         return project.manage("shell", "-v0", "-c", PAGE, **variables, **more)
 
-    assert "Admin</a>" in page(DEBUG="") and "Flower</a>" not in page(DEBUG="")
+    assert "Admin</a>" in page(DEBUG="False") and "Flower</a>" not in page(DEBUG="False")
     assert ">Flower</a>" in page(DEBUG="True")
     url = "https://flower.example.com/"
-    assert f'<a href="{url}">Flower</a>' in page(DEBUG="", FLOWER_URL=url)
+    assert f'<a href="{url}">Flower</a>' in page(DEBUG="False", FLOWER_URL=url)
 
 
 def get(site, path, **headers):

@@ -20,5 +20,5 @@ class Throttle(throttling.UserRateThrottle):
             return super().allow_request(request, view)
         except Exception as error:  # each cache backend has its own errors
             Throttle.count_again_at = time.monotonic() + CACHE_PAUSE
-            logger.warning("not counting requests, cache unavailable: %r", error)
+            logger.warning("requests are not throttled: %r", error)
             return True

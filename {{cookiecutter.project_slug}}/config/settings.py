@@ -21,7 +21,7 @@ BASE_DIR = Path(__file__).resolve().parent.parent
 
 # The environment. Its variables win over the lines of .env.
 load_dotenv(BASE_DIR / ".env", interpolate=False)
-env = Env(eager=False)
+env = Env(eager=False)  # small letters: what `celery report` must not print
 DEBUG = env.bool("DEBUG", False)
 SECRET_KEY = env.str("SECRET_KEY")
 ALLOWED_HOSTS = env.list("ALLOWED_HOSTS", subcast=str.strip)
@@ -29,12 +29,12 @@ CSRF_TRUSTED_ORIGINS = env.list("CSRF_TRUSTED_ORIGINS", [], subcast=str.strip)
 NUM_PROXIES = env.int("NUM_PROXIES", 0 if DEBUG else 1)
 TIME_ZONE = env.str("TIME_ZONE", "UTC")
 LOG_LEVEL = env.log_level("LOG_LEVEL", logging.INFO)
-SENTRY_DSN = env.str("SENTRY_DSN", "")
+sentry_dsn = env.str("SENTRY_DSN", "")
 RELEASE = env.str("RELEASE", "")
 OTEL_ENDPOINT = env.str("OTEL_EXPORTER_OTLP_ENDPOINT", "")
 MEDIA_ROOT = env.str("MEDIA_ROOT", str(BASE_DIR / ".data/media"))  # uploads
 {% if has_cache %}
-CACHE_URL = env.str("CACHE_URL", "")
+cache_url = env.str("CACHE_URL", "")
 {% endif %}
 DATABASE = env.dj_db_url("DATABASE_URL")
 # Seconds that requests and tasks reuse a connection. Under ASGI, none: see config/asgi.py.
@@ -152,11 +152,11 @@ else:  # don't wait long for a server that has disappeared
         DATABASE["OPTIONS"]["pool"] = {"min_size": 0, "max_size": size}
         DATABASE["CONN_MAX_AGE"] = 0  # Django's own pool reuses connections
 {% if has_cache %}
-if CACHE_URL:
+if cache_url:
     CACHES = {
         "default": {
             "BACKEND": "django.core.cache.backends.redis.RedisCache",
-            "LOCATION": CACHE_URL,
+            "LOCATION": cache_url,
             # If the cache hangs, a request waits only one or two seconds.
             "OPTIONS": {"socket_timeout": 1, "socket_connect_timeout": 1},
         }
@@ -296,11 +296,11 @@ CELERY_WORKER_SEND_TASK_EVENTS = True
 {% endif %}
 
 # Logs and errors
-if SENTRY_DSN:
+if sentry_dsn:
     import sentry_sdk  # only if needed, because it slows each start by a sixth
     from sentry_sdk.integrations.logging import ignore_logger
 
-    sentry_sdk.init(SENTRY_DSN, release=RELEASE or None, before_send=logs.add_ids)
+    sentry_sdk.init(sentry_dsn, release=RELEASE or None, before_send=logs.add_ids)
     ignore_logger("django_structlog.*")  # it logs the exceptions that Sentry catches itself
 
 if OTEL_ENDPOINT:
