@@ -250,7 +250,7 @@ class Pods(Site):
         settings = kustomize.only("ConfigMap", documents)["data"]
         secret = kustomize.only("Secret", documents)["data"]
         own = {name: here[name] for name in here if name in secret or name.startswith("AWS_")}
-        self.variables = settings | own
+        self.variables = settings | own | {"EMAIL_BACKEND": CONSOLE_MAIL}
         self.containers = []
         self.ids = {}  # {pod: id of its container}
 

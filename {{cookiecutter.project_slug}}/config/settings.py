@@ -11,6 +11,7 @@ from kombu import Queue
 """Settings. What differs between machines comes from the environment: see .env.example."""
 
 import logging
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,7 +21,8 @@ from config import logs
 BASE_DIR = Path(__file__).resolve().parent.parent
 
 # The environment. Its variables win over the lines of .env.
-load_dotenv(BASE_DIR / ".env", interpolate=False)
+with suppress(PermissionError):  # in a container of `make dev`, the file belongs to somebody else
+    load_dotenv(BASE_DIR / ".env", interpolate=False)
 env = Env(eager=False)  # small letters: what `celery report` must not print
 DEBUG = env.bool("DEBUG", False)
 SECRET_KEY = env.str("SECRET_KEY")
