@@ -154,7 +154,7 @@ class ComposeStack(Site):
         """Whether Prometheus has read the metrics since its last start."""
         targets = self.ask_prometheus("/api/v1/targets")["activeTargets"]
         assert all(target["health"] != "down" for target in targets), targets
-        return [target["health"] for target in targets] == ["up"]
+        return targets and all(target["health"] == "up" for target in targets)
 
     def psql(self, sql, database="postgres"):
         """Run SQL as PostgreSQL's superuser, as docs/production.md says; return what it prints."""

@@ -11,13 +11,14 @@ import yaml
 from harness.bake import CHOICES, TEMPLATE
 from harness.prometheus import promtool
 
-TESTS = TEMPLATE / "tests/plain_alerts.yml"
+TESTS = {"redis": "plain_alerts.yml", "rabbitmq": "plain_alerts_rabbitmq.yml"}  # where they differ
 
 
-@pytest.fixture
-def prometheus(bake, tmp_path):
-    """A folder with the configuration and the alerts that Prometheus gets."""
-    service = bake().services()["prometheus"]
+@pytest.fixture(params=TESTS)
+def prometheus(request, bake, tmp_path):
+    """A folder with the configuration, the alerts and the tests that Prometheus gets."""
+    shutil.copy(TEMPLATE / "tests" / TESTS[request.param], tmp_path / "tests.yml")
+    service = bake(broker=request.param).services()["prometheus"]
     for name, file in {"CONFIG": "prometheus.yml", "ALERTS": "alerts.yml"}.items():
         (tmp_path / file).write_text(service["environment"][name].replace("$$", "$"))
     return tmp_path
@@ -28,14 +29,14 @@ def test_prometheus_accepts_its_configuration(prometheus):
 
 
 def test_each_alert_fires_and_resolves_when_it_should(prometheus):
-    shutil.copy(TESTS, prometheus / "tests.yml")
     promtool("test", "rules", "tests.yml", cwd=prometheus)
 
 
+@pytest.mark.parametrize("prometheus", ["redis"], indirect=True)
 def test_each_alert_has_a_test_in_which_it_is_quiet_and_one_in_which_it_resolves(prometheus):
     [group] = yaml.safe_load((prometheus / "alerts.yml").read_text())["groups"]
     alerts = {rule["alert"] for rule in group["rules"] if "alert" in rule}
-    quiet, *others = yaml.safe_load(TESTS.read_text())["tests"]
+    quiet, *others = yaml.safe_load((prometheus / "tests.yml").read_text())["tests"]
     assert {test["alertname"] for test in quiet["alert_rule_test"]} == alerts
     resolved = set()
     for each in others:

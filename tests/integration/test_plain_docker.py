@@ -198,12 +198,23 @@ def test_make_up_again_replaces_workers_before_web_and_beat(stack):
 # Shorter times for the alerts, in the order in which they are replaced
 SHORTER = {"10m": "20s", "for: 2m": "for: 2s", "_interval: 15s": "_interval: 1s"}
 FAIL = "from orders.tasks import send_confirmation; print(send_confirmation.delay(0).id)"
+BURST = "from orders.tasks import send_confirmation as task; "
+BURST += "print([task.delay(0) for _ in range(1000)][0].id)"
 SEND = "from orders.tasks import forecast_demand; print(forecast_demand.delay('Tea').id)"
+# The exporter's service, and commands that leave the broker too little memory, and enough
+EXPORTERS = {"redis": ["redis-exporter"], "rabbitmq": []}
+MEMORY = {
+    "redis": ("redis-cli config set maxmemory 1mb", "redis-cli config set maxmemory 256mb"),
+    "rabbitmq": [
+        f"rabbitmqctl set_vm_memory_high_watermark {limit}" for limit in ("absolute 100MB", "0.6")
+    ],
+}
 
 
-@on_one
+@pytest.mark.parametrize("stack", STACKS[:2], indirect=True)
 def test_the_profile_monitoring_sees_each_alert_fire_and_resolve(stack):
     """With shorter times."""
+    broker = stack.project.answers["broker"]
     head, config = stack.project.read("compose.monitoring.yaml").split("CONFIG:")
     for long, short in SHORTER.items():
         assert long in config
@@ -215,7 +226,7 @@ def test_the_profile_monitoring_sees_each_alert_fire_and_resolve(stack):
         return {each["labels"]["alertname"] for each in alerts if each["state"] == "firing"}
 
     with stack.monitored() as names:
-        assert names == ["prometheus"]
+        assert names == ["prometheus", *EXPORTERS[broker]]
         check_rights(stack.containers("--all"))
         wait_for(stack.is_scraped, site=stack)
         [group] = stack.ask_prometheus("/api/v1/rules")["groups"]
@@ -229,14 +240,24 @@ def test_the_profile_monitoring_sees_each_alert_fire_and_resolve(stack):
         stack.compose("stop", "worker")
         stack.shell(SEND)
         wait_for(lambda: firing() == {"NoWorker", "TasksWait"}, site=stack)
+        stack.shell(BURST)
+        wait_for(lambda: firing() == {"NoWorker", "TasksWait", "QueueGrows"}, site=stack)
+        stack.exec("web", "celery", "-A", "config", "purge", "--force")
         stack.up("worker")
+        wait_for(lambda: not firing(), site=stack)
+
+        too_little, enough = MEMORY[broker]
+        stack.exec(broker, *too_little.split())
+        wait_for(lambda: firing() == {"BrokerFull"}, site=stack)
+        stack.exec(broker, *enough.split())
         wait_for(lambda: not firing(), site=stack)
 
         stack.compose("stop", "flower")
         wait_for(lambda: firing() == {"NoMetrics"}, site=stack)
         stack.up("flower")
         wait_for(lambda: not firing(), site=stack)
-        assert alerts == {"TasksFail", "TasksWait", "NoWorker", "NoMetrics"}
+        others = {"QueueGrows", "BrokerFull"}
+        assert alerts == {"TasksFail", "TasksWait", "NoWorker", "NoMetrics"} | others
 
 
 # A task for each queue
