@@ -1,8 +1,8 @@
 """On which versions the tests run, and which of them say nothing about some."""
 
-from importlib.metadata import version
-
 import pytest
+
+from durable_jobs.versions import minor
 
 # {test: (package, the first minor version that it is for, why not for older ones)}
 SINCE = {
@@ -34,13 +34,9 @@ SINCE = {
 }
 
 
-def is_older(package, oldest):
-    return tuple(map(int, version(package).split(".")[:2])) < oldest
-
-
 def skip_on_older_versions(items):
     for item in items:
         for name in {item.name, item.originalname} & SINCE.keys():
-            since, reason = SINCE[name]
-            if is_older(*since):
-                item.add_marker(pytest.mark.skip(reason=f"{' '.join(map(str, since))}: {reason}"))
+            (package, oldest), reason = SINCE[name]
+            if minor(package) < oldest:
+                item.add_marker(pytest.mark.skip(reason=f"{package} {oldest}: {reason}"))

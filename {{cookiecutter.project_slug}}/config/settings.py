@@ -38,7 +38,7 @@ MEDIA_ROOT = env.str("MEDIA_ROOT", str(BASE_DIR / ".data/media"))  # uploads
 {% if has_cache %}
 cache_url = env.str("CACHE_URL", "")
 {% endif %}
-DATABASE = env.dj_db_url("DATABASE_URL")
+database = env.dj_db_url("DATABASE_URL")
 # Seconds that requests and tasks reuse a connection. Under ASGI, none: see config/asgi.py.
 CONN_MAX_AGE = env.int("CONN_MAX_AGE", 60)
 DISABLE_SERVER_SIDE_CURSORS = env.bool("DISABLE_SERVER_SIDE_CURSORS", False)  # for PgBouncer
@@ -132,27 +132,27 @@ LOGIN_REDIRECT_URL = "index"
 LOGOUT_REDIRECT_URL = "index"
 STATIC_URL = "static/"
 STATIC_ROOT = BASE_DIR / "staticfiles"
-DATABASES = {"default": DATABASE}
-DATABASE["CONN_MAX_AGE"] = CONN_MAX_AGE
-DATABASE["CONN_HEALTH_CHECKS"] = True  # replace a connection that the server has closed
-DATABASE["DISABLE_SERVER_SIDE_CURSORS"] = DISABLE_SERVER_SIDE_CURSORS
-if DATABASE["ENGINE"] == "django.db.backends.sqlite3":
-    DATABASE["NAME"] = BASE_DIR / DATABASE["NAME"]
+DATABASES = {"default": database}
+database["CONN_MAX_AGE"] = CONN_MAX_AGE
+database["CONN_HEALTH_CHECKS"] = True  # replace a connection that the server has closed
+database["DISABLE_SERVER_SIDE_CURSORS"] = DISABLE_SERVER_SIDE_CURSORS
+if database["ENGINE"] == "django.db.backends.sqlite3":
+    database["NAME"] = BASE_DIR / database["NAME"]
     # The web server, the worker and Beat share one file: wait for a lock instead of failing.
-    DATABASE["OPTIONS"] = {
+    database["OPTIONS"] = {
         "transaction_mode": "IMMEDIATE",
         "timeout": 20,
         "init_command": "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL",
     }
 {% if has_jobs %}
-    DATABASE["TEST"] = {"NAME": BASE_DIR / "test.sqlite3"}  # a file, for live tests
+    database["TEST"] = {"NAME": BASE_DIR / "test.sqlite3"}  # a file, for live tests
 {% endif %}
 else:  # don't wait long for a server that has disappeared
     timeouts = {"connect_timeout": 5, "tcp_user_timeout": 10_000}  # seconds; milliseconds
-    DATABASE["OPTIONS"] = timeouts | DATABASE.get("OPTIONS", {})
-    if size := DATABASE["OPTIONS"].get("pool"):  # DATABASE_URL=postgres://…?pool=8
-        DATABASE["OPTIONS"]["pool"] = {"min_size": 0, "max_size": size}
-        DATABASE["CONN_MAX_AGE"] = 0  # Django's own pool reuses connections
+    database["OPTIONS"] = timeouts | database.get("OPTIONS", {})
+    if size := database["OPTIONS"].get("pool"):  # DATABASE_URL=postgres://…?pool=8
+        database["OPTIONS"]["pool"] = {"min_size": 0, "max_size": size}
+        database["CONN_MAX_AGE"] = 0  # Django's own pool reuses connections
 {% if has_cache %}
 if cache_url:
     CACHES = {

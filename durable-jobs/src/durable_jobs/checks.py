@@ -108,23 +108,21 @@ def check_blocked_jobs(app_configs, databases=None, **kwargs):
 @register(Tags.database)
 def check_periodic_tasks(app_configs, databases=None, **kwargs):
     """Check that Beat can start the job of each row of django-celery-beat."""
-    if apps.is_installed("django_celery_beat") and "default" in (databases or []):
-        from django_celery_beat.models import PeriodicTask
+    if not apps.is_installed("django_celery_beat") or "default" not in (databases or []):
+        return
+    from django_celery_beat.models import PeriodicTask
 
-        tables = connection.introspection.table_names()
-        for row in (
-            PeriodicTask.objects.filter(enabled=True)
-            if PeriodicTask._meta.db_table in tables
-            else []
-        ):
-            try:
-                check_row(row)
-            except (TypeError, ValueError) as error:
-                yield Warning(
-                    f"Beat cannot start the periodic task {row.name}: {error}",
-                    hint="Correct it in the admin.",
-                    id="durable_jobs.W010",
-                )
+    if PeriodicTask._meta.db_table not in connection.introspection.table_names():
+        return
+    for row in PeriodicTask.objects.filter(enabled=True):
+        try:
+            check_row(row)
+        except (TypeError, ValueError) as error:
+            yield Warning(
+                f"Beat cannot start the periodic task {row.name}: {error}",
+                hint="Correct it in the admin.",
+                id="durable_jobs.W010",
+            )
 
 
 @register()

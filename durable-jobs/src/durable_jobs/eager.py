@@ -12,11 +12,12 @@ from durable_jobs.models import Job
 __all__ = ["run_jobs"]
 
 
-def run_jobs(jobs=None):
+def run_jobs(jobs=None, *, before_each_round=lambda: None):
     """Run all queued jobs, or those of these, and those that they enqueue. They wait for no countdown and no limit."""
     tried = set()
+    before_each_round()
     while run_queued(Job.objects.all() if jobs is None else jobs, tried):
-        pass
+        before_each_round()
 
 
 def run_queued(jobs, tried):
@@ -39,9 +40,8 @@ def run_queued(jobs, tried):
 def run(job):
     """Run a job as a worker does that gets its message."""
     task, headers = current_app.tasks[job.task], message_of(job).headers
-    headers[HEADER]["is_eager"] = (
-        True  # no thread renews its lease: it could not see the rows of a test's transaction
-    )
+    # No thread renews its lease: it could not see the rows of a test's transaction.
+    headers[HEADER]["is_eager"] = True
     args, kwargs = loads(dumps([job.args, job.kwargs]))
     # Celery's task.apply() would not call apply_async() for a retry.
     trace = build_tracer(task.name, task, app=current_app, eager=True)

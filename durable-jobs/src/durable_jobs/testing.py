@@ -6,12 +6,13 @@ Put this line into the conftest.py of the folder in which you start pytest. A te
 real broker and a real worker. Without pytest, call durable_jobs.eager.run_jobs().
 """
 
+from functools import partial
+
 import pytest
 from celery import current_app
 from celery.exceptions import OperationalError
 
 from durable_jobs import batches, eager, messages, publish
-from durable_jobs.models import Job
 
 __all__ = ["broker_down", "run_jobs"]
 
@@ -35,14 +36,7 @@ def no_broker(request, monkeypatch):
 @pytest.fixture
 def run_jobs(db):
     """run_jobs() runs all queued jobs and those that they enqueue. It waits for no countdown and no limit."""
-
-    def run_jobs():
-        tried = set()
-        batches.end_all()  # as the sweeper does
-        while eager.run_queued(Job.objects.all(), tried):
-            batches.end_all()
-
-    return run_jobs
+    return partial(eager.run_jobs, before_each_round=batches.end_all)  # as the sweeper does
 
 
 @pytest.fixture

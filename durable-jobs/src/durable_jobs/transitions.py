@@ -228,9 +228,8 @@ def compiled_insert(adds_now):
     compiler.returning_fields = [Job._meta.get_field(name) for name in OF_DATABASE]
     columns = [field.get_col(Job._meta.db_table) for field in compiler.returning_fields]
     [[sql, params]] = compiler.as_sql()
-    sql = sql.replace(
-        " RETURNING ", " ON CONFLICT DO NOTHING RETURNING "
-    )  # Django returns nothing then
+    # Django's own INSERT that ignores conflicts returns nothing.
+    sql = sql.replace(" RETURNING ", " ON CONFLICT DO NOTHING RETURNING ")
     return compiler, compiler.get_converters(columns), sql, params
 
 

@@ -22,8 +22,12 @@ SINCE = {
 def fits(extension):
     """Return whether this extension is known to fit the installed version."""
     package, oldest = SINCE[extension]
-    major, minor = version(package).split(".")[:2]
-    return oldest <= (int(major), int(minor)) <= NEWEST
+    return oldest <= minor(package) <= NEWEST
+
+
+def minor(package):
+    """Return the installed minor version of a package, such as (5, 7)."""
+    return tuple(map(int, version(package).split(".")[:2]))
 
 
 def log_what_is_off():

@@ -2,12 +2,10 @@
 """One example of each pattern. A task may run twice: at worst, these then send an email twice."""
 
 import json
-import logging
 import random
 import time
 from collections import Counter
 from datetime import timedelta
-from smtplib import SMTPDataError, SMTPRecipientsRefused
 from urllib.parse import urlencode
 from urllib.request import urlopen
 
@@ -19,9 +17,8 @@ from django.core.mail import get_connection, send_mail
 from django.db.models import Sum
 from django.utils import timezone
 
+from .emails import send_email
 from .models import Newsletter, Order
-
-logger = logging.getLogger(__name__)
 
 
 @shared_task(ignore_result=True, autoretry_for=(OSError,), retry_backoff=True, max_retries=8)
@@ -126,14 +123,3 @@ def send_newsletter(newsletter_id):
                     raise
     if waiting.exists():
         send_newsletter.delay(newsletter_id)
-
-
-def send_email(to, subject, body, connection=None):
-    """Only log an email that the mail server refuses for good: a retry would be useless."""
-    try:
-        send_mail(subject, body, None, [to], connection=connection)
-    except (SMTPDataError, SMTPRecipientsRefused) as error:
-        [(code, answer)] = getattr(error, "recipients", {to: error.args}).values()
-        if code < 500:
-            raise
-        logger.warning("email to %s refused: %s %s", to, code, answer)

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import logging
 import random
 import time
 from collections import Counter
@@ -10,7 +9,6 @@ from datetime import timedelta
 from http.client import HTTPException
 from io import TextIOWrapper
 from itertools import islice
-from smtplib import SMTPDataError, SMTPRecipientsRefused
 from urllib.parse import urlencode
 from urllib.request import urlopen
 
@@ -24,10 +22,10 @@ from django.db.models import Sum
 from django.utils import timezone
 from durable_jobs.tasks import JobError, job
 
+from .emails import send_email
 from .models import Import, Newsletter, Order
 
 CHUNK = 100  # emails, or lines of a file
-logger = logging.getLogger(__name__)
 
 
 @job(autoretry_for=(OSError,), retry_backoff=True, max_retries=8)
@@ -67,17 +65,6 @@ def send_newsletter(self, newsletter_id):
                 # With a cursor, the job ends here if its worker is stopping.
                 self.report(done, total, f"Sent {done} of {total}", cursor=done)
     return {"sent": done}
-
-
-def send_email(to, subject, body, connection=None):
-    """Only log an email that the mail server refuses for good: a retry would be useless."""
-    try:
-        send_mail(subject, body, None, [to], connection=connection)
-    except (SMTPDataError, SMTPRecipientsRefused) as error:
-        [(code, answer)] = getattr(error, "recipients", {to: error.args}).values()
-        if code < 500:
-            raise
-        logger.warning("email to %s refused: %s %s", to, code, answer)
 
 
 @job
