@@ -20,6 +20,7 @@ class Mails(socketserver.ThreadingTCPServer):
         self.errors = dict(errors)
         self.variables = {
             "EMAIL_BACKEND": "django.core.mail.backends.smtp.EmailBackend",
+            "EMAIL_HOST": "127.0.0.1",
             "EMAIL_PORT": self.server_address[1],
             "EMAIL_USE_TLS": "False",
         }
