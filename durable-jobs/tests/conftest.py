@@ -22,6 +22,7 @@ from durable_jobs.beat import republish
 from durable_jobs.beat import sweeper as sweeper_module
 from durable_jobs.eager import run
 from durable_jobs.models import Job
+from durable_jobs.worker import lease
 from durable_jobs.worker.pools import pool
 
 pytest_plugins = ["durable_jobs.testing"]
@@ -62,6 +63,12 @@ def staff_api(admin_user):
 def one_connection(monkeypatch):
     """Query in the test's own thread: gevent's native threads do not see its transaction."""
     monkeypatch.setattr(pool, "query", lambda function, *args, **kw: function(*args, **kw))
+
+
+@pytest.fixture(autouse=True)
+def no_renewals(monkeypatch):
+    """No thread renews leases: it would write while a test does, and keep its connection."""
+    monkeypatch.setattr(lease, "start_thread", lambda: None)
 
 
 @pytest.fixture(autouse=True)

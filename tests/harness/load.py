@@ -6,6 +6,7 @@ import time
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from math import inf
 
 import requests
 
@@ -295,10 +296,20 @@ class Load:
             [id for id, state in states.items() if state not in ("SUCCESS", "FAILURE")]
         )
 
-    def repeated(self):
-        """Return {name of a task: how many of its runs were not the only one}, without jobs."""
-        runs = Counter((line[1], line[4], line[5]) for line in self.lines() if line[0] == "began")
-        twice = [name for (_, name, _), count in runs.items() if count > 1]
+    def repeated(self, before=inf):
+        """Return {name of a task: how many of its runs started twice}, without jobs.
+
+        Only runs that had started at the time `before`.
+        """
+        runs = defaultdict(list)  # {(id, name, retries): when it started}
+        for kind, task, _, at, *words in self.lines():
+            if kind == "began":
+                runs[task, *words[:2]].append(float(at))
+        twice = [
+            name
+            for (_, name, _), starts in runs.items()
+            if len(starts) > 1 and min(starts) < before
+        ]
         return dict(Counter(filter(self.is_plain, twice)))
 
     def is_plain(self, name):
