@@ -37,6 +37,13 @@ def test_every_link_leads_somewhere():
     check_links(pages, files)
 
 
+def test_one_spelling_of_cancelled_as_of_the_state():
+    """Python's: cancelled, cancelling, cancellation."""
+    command = ["git", "grep", "--untracked", "-inE", "[c]ancel(ed|ing|ation)"]
+    found = subprocess.run(command, cwd=TEMPLATE, capture_output=True, text=True)
+    assert (found.returncode, found.stdout) == (1, "")
+
+
 def test_the_page_of_the_options_names_each_option_and_each_value():
     page = (TEMPLATE / "docs/options.md").read_text("utf-8")
     names = Counter([*OPTIONS, *itertools.chain(*CHOICES.values())])  # two options have `yes`

@@ -84,7 +84,7 @@ def kill_worker(site):
 
 def watch_and_cancel(site, location):
     print(f"  GET {location[:20]}…")
-    canceled = False
+    cancelled = False
     while True:
         _, _, task = site.request(location)
         progress = task["progress"] or {"done": 0, "total": 1, "message": ""}
@@ -92,8 +92,8 @@ def watch_and_cancel(site, location):
         show(task["state"], percent, progress["message"])
         if task["state"] in ("SUCCESS", "REVOKED"):
             return
-        if percent >= 10 and site.has_flower and not canceled:
-            canceled = site.delete(location) == 204
+        if percent >= 10 and site.has_flower and not cancelled:
+            cancelled = site.delete(location) == 204
             print("  DELETE -> 204")
         time.sleep(0.5)
 

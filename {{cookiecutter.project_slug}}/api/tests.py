@@ -62,7 +62,7 @@ def test_nobody_else_can_see_a_task(api, admin_api, task, location, settings):
 {% if has_flower %}
 
 
-def test_a_task_is_canceled(api, task, location, monkeypatch):
+def test_a_task_is_cancelled(api, task, location, monkeypatch):
     revoked = []
     monkeypatch.setattr(type(app.control), "revoke", lambda self, id, **options: revoked.append(id))
     assert api.delete(location).status_code == 204

@@ -83,7 +83,7 @@ def fields_to_run_again(job):
     if job.finished_at is None:
         raise ValueError("it has not ended yet")
     if job.sweep_at:
-        raise ValueError("it was canceled but is still running: try again when it has ended")
+        raise ValueError("it was cancelled but is still running: try again when it has ended")
     if job.task not in current_app.tasks:
         raise ValueError(f"there is no task {job.task}")
     # As the task function gets them: with datetimes and UUIDs.

@@ -205,7 +205,7 @@ class BatchViewSet(OwnViewSet):
             if not may_run_again(request.user, Job(task=task, owner_id=batch.owner_id)):
                 self.permission_denied(request)
         if not batches.run_failed_again(batch, most=MOST_AGAIN):
-            raise Conflict("No failed or canceled job of this batch can run again.")
+            raise Conflict("No failed or cancelled job of this batch can run again.")
         return accepted(request, batch)
 
 

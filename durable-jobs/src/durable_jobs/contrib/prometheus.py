@@ -34,7 +34,7 @@ METRICS = QUEUE_METRICS | {
     "durable_jobs_ended": "Jobs that ended recently",
     "durable_jobs_crashes": "Times a worker died while running these jobs",
     "durable_jobs_retries": "Retries of these jobs",
-    "durable_jobs_run_p95_seconds": "95th-percentile run time of these jobs, excluding canceled ones",
+    "durable_jobs_run_p95_seconds": "95th-percentile run time of these jobs, excluding cancelled ones",
     "durable_jobs_wait_p95_seconds": "95th-percentile time from when these jobs were due to their start",
     "durable_jobs_batches": "Batches that have not ended",
     "durable_jobs_oldest_batch_seconds": "Seconds since the oldest of these batches was created",

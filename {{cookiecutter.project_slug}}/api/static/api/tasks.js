@@ -23,7 +23,7 @@ const LABELS = {
   RETRY: "Waiting to retry",
   SUCCESS: "Done",
   FAILURE: "Failed",
-  REVOKED: "Canceled",
+  REVOKED: "Cancelled",
 };
 const hasEnded = (state) => ["SUCCESS", "FAILURE", "REVOKED"].includes(state);
 let timer;
