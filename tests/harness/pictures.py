@@ -13,19 +13,22 @@ from PIL import Image
 
 from .bake import TEMPLATE
 from .browser import browser
+from .demo import QUICK
 from .project import Project
 
 DOCS = TEMPLATE / "docs"
+LETTER = {"subject": "News", "body": "It works."}
+RECIPIENTS = [f"reader-{number}@example.com" for number in range(5000)]
 TEXT = "document.querySelector('.job').innerText"
 
 
 @contextmanager
-def running(folder, **answers):
+def running(folder, environment=(), **answers):
     """Run a project with these answers. Give its site, and a browser's tab that is logged in."""
     baked = cookiecutter(str(TEMPLATE), None, True, answers, output_dir=str(folder))
     project = Project(baked)
     project.install()
-    with project.up() as site, browser(folder / "browser") as tab:
+    with project.up(**dict(environment)) as site, browser(folder / "browser") as tab:
         tab.log_in(site)
         yield site, tab
 
@@ -40,10 +43,10 @@ def take_page(folder):
 
 
 def take_killed(folder):
-    """The page of a durable job whose worker is killed: a frame each time that its text changes."""
+    """The page of a newsletter whose worker is killed: a frame each time that its text changes."""
     frames, shown, killed = [], None, False
-    with running(folder, durable_jobs="yes") as (site, tab):
-        _, headers, _ = site.request("/api/orders/report/", {})
+    with running(folder, QUICK, durable_jobs="yes") as (site, tab):
+        _, headers, _ = site.request("/api/newsletters/", LETTER | {"recipients": RECIPIENTS})
         tab.open(f"{site.web}/jobs/{headers['Location'].split('/')[-2]}/", width=900, height=360)
         tab.wait("document.querySelector('.job')")
         while "Succeeded" not in (shown or ""):

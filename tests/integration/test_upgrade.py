@@ -175,7 +175,7 @@ def test_a_replay_file_without_a_new_option_needs_a_terminal(template, tmp_path)
 
 def test_the_weekly_job_opens_one_issue_when_the_template_has_news(template, tmp_path):
     project, calls = created(template, tmp_path), tmp_path / "calls"
-    job = yaml.safe_load(project.read(".github/workflows/template.yml"))["jobs"]["check"]
+    job = yaml.safe_load(project.read(".github/workflows/template-updates.yml"))["jobs"]["check"]
     step = job["steps"][-1]
     for tool, text in {"gh": GH.format(folder=tmp_path), "pip": "#!/bin/sh\n"}.items():
         (tmp_path / tool).write_text(text)
