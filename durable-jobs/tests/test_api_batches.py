@@ -265,13 +265,16 @@ def scans(client, url):
 
 
 def test_the_lists_read_no_more_than_a_page(api, thousands):
-    assert scans(api, "/api/jobs/") == {"job_owner_alone"}
-    assert scans(api, f"/api/jobs/?batch={thousands[0].pk}") == {"job_batch"}
-    of_batches = {"job_batch", "job_batch_active", "durable_jobs_batch_pkey"}
-    assert scans(api, "/api/batches/") == of_batches | {"batch_owner"}
-    assert scans(api, f"/api/batches/{thousands[0].pk}/") == of_batches | {"job_follows"}
+    assert scans(api, "/api/jobs/") == {"durable_jobs_job_owner_alone"}
+    assert scans(api, f"/api/jobs/?batch={thousands[0].pk}") == {"durable_jobs_job_batch"}
+    of_batches = {
+        f"durable_jobs_{name}" for name in ("job_batch", "job_batch_active", "batch_pkey")
+    }
+    assert scans(api, "/api/batches/") == {*of_batches, "durable_jobs_batch_owner"}
+    one = f"/api/batches/{thousands[0].pk}/"
+    assert scans(api, one) == {*of_batches, "durable_jobs_job_follows"}
 
 
 def test_a_scrape_reads_no_batch_that_has_ended(staff_api, thousands):
-    assert scans(staff_api, "/metrics") >= {"batch_ended"}
+    assert scans(staff_api, "/metrics") >= {"durable_jobs_batch_ended"}
     assert "durable_jobs_batch" not in scans(staff_api, "/metrics")

@@ -226,7 +226,7 @@ def test_the_job_of_a_unique_key_is_found_by_its_index(backlog):
     job = enqueue(add, [1, 2], unique="key")
     with CaptureQueriesContext(connection) as captured:
         assert enqueue(add, [1, 2], unique="key") == job
-    assert [scanned(query["sql"]) for query in captured] == [{"job_unique_key"}]
+    assert [scanned(query["sql"]) for query in captured] == [{"durable_jobs_job_unique_key"}]
 
 
 def test_an_end_reads_no_backlog(backlog):
@@ -236,9 +236,11 @@ def test_an_end_reads_no_backlog(backlog):
     with connection.cursor() as cursor:
         cursor.execute("ANALYZE durable_jobs_job")
     [sql] = queries(lambda: batches.is_active(batch=batch.pk))
-    assert scanned(sql) == {"job_batch_active"}
+    assert scanned(sql) == {"durable_jobs_job_batch_active"}
     [sql] = queries(batches.end_all)
-    assert "durable_jobs_job" not in scanned(sql) and "job_batch_active" in scanned(sql)
+    assert "durable_jobs_job" not in scanned(sql) and "durable_jobs_job_batch_active" in scanned(
+        sql
+    )
 
 
 def test_take_reads_only_the_jobs_that_it_takes(key):
@@ -268,8 +270,13 @@ def test_a_scrape_scans_no_table():
         cursor.execute("VACUUM ANALYZE durable_jobs_job")
         with CaptureQueriesContext(connection) as captured:
             list(Collector().collect())
-        scans = ["Index Only Scan using job_active", "Index Only Scan using job_blocked"]
-        scans += ["Index Scan using job_finished"] * 3  # what ended in the last minutes
+        scans = [
+            "Index Only Scan using durable_jobs_job_active",
+            "Index Only Scan using durable_jobs_job_blocked",
+        ]
+        scans += [
+            "Index Scan using durable_jobs_job_finished"
+        ] * 3  # what ended in the last minutes
         queries = [
             query for query in captured.captured_queries if "durable_jobs_job" in query["sql"]
         ]

@@ -257,4 +257,4 @@ def test_the_purge_reads_only_old_jobs(backlog, settings):
     with connection.cursor() as cursor:
         cursor.execute("ANALYZE durable_jobs_job")
     page = queries(purge.of_jobs().delete_page)[0]
-    assert "job_finished" in explain(page) and rows_read(page) <= 1, explain(page)
+    assert "durable_jobs_job_finished" in explain(page) and rows_read(page) <= 1, explain(page)

@@ -215,7 +215,7 @@ def test_the_page_counts_held_jobs_in_their_index(admin_client):
         [sql] = asked
         cursor.execute(f"EXPLAIN {sql}")
         plan = "\n".join(line for (line,) in cursor.fetchall())
-        assert "Index Only Scan using job_blocked" in plan, plan
+        assert "Index Only Scan using durable_jobs_job_blocked" in plan, plan
 
 
 # Workers

@@ -60,4 +60,4 @@ def test_a_scrape_reads_only_jobs_that_ended_recently(backlog):
     [counts] = queries(lambda: list(by_task()))
     [slowest] = queries(lambda: list(p95("p95", "task", ran)))
     for sql in counts, slowest:
-        assert "job_finished" in explain(sql) and rows_read(sql) <= 3, explain(sql)
+        assert "durable_jobs_job_finished" in explain(sql) and rows_read(sql) <= 3, explain(sql)

@@ -104,7 +104,7 @@ def test_another_error_of_a_constraint_ends_run_again(monkeypatch):
     cancel(job)
     job.refresh_from_db()
     monkeypatch.setattr(actions, "times", lambda *args, **options: {"sweep_at": None})
-    with pytest.raises(IntegrityError, match="job_state"):
+    with pytest.raises(IntegrityError, match="durable_jobs_job_state"):
         run_again(job)
 
 

@@ -39,7 +39,7 @@ OUTCOME += ["due_at", "started_at", "finished_at", "followed_by"]
 INTERNALS = [field.name for field in Job._meta.fields if field.name not in ABOUT + OUTCOME]
 MOST = 5000  # rows that a list counts, and that an action takes
 # How the list of jobs can be filtered, in the words of the metrics. A job that has not ended is in one of two
-# indexes: job_active or job_blocked.
+# indexes: durable_jobs_job_active or durable_jobs_job_blocked.
 IS_ACTIVE = Q(state__in=ACTIVE) & (Q(sweep_at__isnull=False) | Q(blocked_by__isnull=False))
 IS_WAITING = Q(state="queued", sweep_at__isnull=False, due_at__lte=Now())
 STATES = {

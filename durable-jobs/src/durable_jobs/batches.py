@@ -226,7 +226,7 @@ def succeed(id, run_token, next_jobs=(), **end):
 def newest_active(batch):
     """Return the id of the newest unfinished job of this batch, as a queryset."""
     # The newest: PostgreSQL need not read the index entries of thousands of jobs that have ended. With batch=…
-    # it could use the index `job_created`, and read all jobs that are newer than those of the batch.
+    # it could use the index `durable_jobs_job_created`, and read all jobs that are newer than those of the batch.
     members = Job.objects.filter(UNFINISHED, batch__gte=batch, batch__lte=batch)
     return members.order_by("batch_id", "-created_at").values_list("pk")[:1]
 

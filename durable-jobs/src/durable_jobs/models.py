@@ -80,9 +80,9 @@ class Batch(Row):
     class Meta(Row.Meta):
         base_manager_name = "objects"
         indexes = [
-            Index(fields=["owner", "-created_at"], name="batch_owner"),
-            Index(fields=["-created_at"], name="batch_created"),
-            Index(fields=["ended_at"], name="batch_ended"),
+            Index(fields=["owner", "-created_at"], name="durable_jobs_batch_owner"),
+            Index(fields=["-created_at"], name="durable_jobs_batch_created"),
+            Index(fields=["ended_at"], name="durable_jobs_batch_ended"),
         ]
         verbose_name_plural = "batches"
 
@@ -139,39 +139,59 @@ class Job(Row):
     class Meta:  # not Row.Meta: it has permissions
         base_manager_name = "objects"  # for refresh_from_db(), and for foreign keys to a job
         indexes = [
-            Index(fields=["-created_at"], name="job_created"),
+            Index(fields=["-created_at"], name="durable_jobs_job_created"),
             # Without members of batches: a list shows the batch, not its 100,000 jobs.
-            Index(fields=["owner", "-created_at"], name="job_owner_alone", condition=Q(batch=None)),
-            Index(fields=["batch", "-created_at", "state"], name="job_batch", condition=IN_BATCH),
-            Index(fields=["batch", "-created_at"], name="job_batch_active", condition=IN_OPEN),
-            Index(fields=["follows"], name="job_follows", condition=Q(follows__isnull=False)),
-            Index(fields=["owner", "state", "-created_at"], name="job_owner_state"),
-            Index(fields=["finished_at"], name="job_finished", condition=~UNFINISHED),
+            Index(
+                fields=["owner", "-created_at"],
+                name="durable_jobs_job_owner_alone",
+                condition=Q(batch=None),
+            ),
+            Index(
+                fields=["batch", "-created_at", "state"],
+                name="durable_jobs_job_batch",
+                condition=IN_BATCH,
+            ),
+            Index(
+                fields=["batch", "-created_at"],
+                name="durable_jobs_job_batch_active",
+                condition=IN_OPEN,
+            ),
+            Index(
+                fields=["follows"],
+                name="durable_jobs_job_follows",
+                condition=Q(follows__isnull=False),
+            ),
+            Index(fields=["owner", "state", "-created_at"], name="durable_jobs_job_owner_state"),
+            Index(fields=["finished_at"], name="durable_jobs_job_finished", condition=~UNFINISHED),
             Index(
                 # due_at for the metrics
                 fields=["state", "queue", "times_sent", "sweep_at", "due_at"],
-                name="job_active",
+                name="durable_jobs_job_active",
                 condition=Q(sweep_at__isnull=False),
             ),
             Index(
                 fields=["blocked_by", "created_at", "due_at", "queue"],  # queue for the metrics
-                name="job_blocked",
+                name="durable_jobs_job_blocked",
                 condition=Q(blocked_by__isnull=False),
             ),
-            Index(fields=["limit_key"], name="job_slot", condition=HAS_SLOT),
+            Index(fields=["limit_key"], name="durable_jobs_job_slot", condition=HAS_SLOT),
         ]
         constraints = [
             # Without the condition, each UPDATE of a job without a key would write to these indexes.
-            UniqueConstraint(fields=["owner", "idempotency_key"], name="job_key", condition=KEYED),
             UniqueConstraint(
-                fields=["idempotency_key"], name="job_key_unowned", condition=KEYED & Q(owner=None)
+                fields=["owner", "idempotency_key"], name="durable_jobs_job_key", condition=KEYED
             ),
             UniqueConstraint(
-                fields=["task", "unique_key"], name="job_unique_key", condition=UNIQUE
+                fields=["idempotency_key"],
+                name="durable_jobs_job_key_unowned",
+                condition=KEYED & Q(owner=None),
+            ),
+            UniqueConstraint(
+                fields=["task", "unique_key"], name="durable_jobs_job_unique_key", condition=UNIQUE
             ),
             # A queued job is blocked, or the sweeper looks at it: otherwise it would be lost.
             models.CheckConstraint(
-                name="job_state",
+                name="durable_jobs_job_state",
                 condition=Q(state="queued", run_token=None, finished_at=None) & (BLOCKED | WATCHED)
                 | Q(LEASED, state="running", finished_at=None)
                 | Q(LEASED, state="cancelled", finished_at__isnull=False)

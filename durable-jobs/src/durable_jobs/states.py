@@ -7,8 +7,8 @@ from durable_jobs.database import Now
 ACTIVE = ["queued", "running"]
 FINAL = ["succeeded", "failed", "cancelled"]
 # In an UPDATE by ids, use UNFINISHED and QUEUED instead of state=…. With state=… and old statistics, PostgreSQL may
-# choose the index `job_active` and read the whole backlog to find one row. STILL_RUNNING may use that index: few
-# cancelled jobs have a sweep_at. A constraint keeps these fields and the state consistent.
+# choose the index `durable_jobs_job_active` and read the whole backlog to find one row. STILL_RUNNING may use that
+# index: few cancelled jobs have a sweep_at. A constraint keeps these fields and the state consistent.
 UNFINISHED = Q(finished_at=None)
 HAS_SLOT = Q(limit_key__isnull=False, sweep_at__isnull=False)
 QUEUED = Q(run_token=None) & UNFINISHED

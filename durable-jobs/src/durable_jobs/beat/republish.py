@@ -74,7 +74,7 @@ class Sender:
     def send_some(self, queued, name, resend, broker):
         """Send at most AT_ONCE of these queued jobs, of this queue. Returns whether more may be due."""
         waiting = messages_in(name, broker)
-        # Blocked jobs have no sweep_at. The index job_active leaves them out.
+        # Blocked jobs have no sweep_at. The index durable_jobs_job_active leaves them out.
         queued = queued.filter(queue=name, sweep_at__isnull=False)
         # How many should have a message, less those that are there. What workers have prefetched counts as missing, too: a
         # second message does no harm.

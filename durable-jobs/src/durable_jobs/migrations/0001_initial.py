@@ -153,71 +153,71 @@ class Migration(migrations.Migration):
         ),
         migrations.AddIndex(
             model_name='batch',
-            index=models.Index(fields=['owner', '-created_at'], name='batch_owner'),
+            index=models.Index(fields=['owner', '-created_at'], name='durable_jobs_batch_owner'),
         ),
         migrations.AddIndex(
             model_name='batch',
-            index=models.Index(fields=['-created_at'], name='batch_created'),
+            index=models.Index(fields=['-created_at'], name='durable_jobs_batch_created'),
         ),
         migrations.AddIndex(
             model_name='batch',
-            index=models.Index(fields=['ended_at'], name='batch_ended'),
+            index=models.Index(fields=['ended_at'], name='durable_jobs_batch_ended'),
         ),
         migrations.AddIndex(
             model_name='job',
-            index=models.Index(fields=['-created_at'], name='job_created'),
+            index=models.Index(fields=['-created_at'], name='durable_jobs_job_created'),
         ),
         migrations.AddIndex(
             model_name='job',
-            index=models.Index(condition=models.Q(('batch', None)), fields=['owner', '-created_at'], name='job_owner_alone'),
+            index=models.Index(condition=models.Q(('batch', None)), fields=['owner', '-created_at'], name='durable_jobs_job_owner_alone'),
         ),
         migrations.AddIndex(
             model_name='job',
-            index=models.Index(condition=models.Q(('batch__isnull', False)), fields=['batch', '-created_at', 'state'], name='job_batch'),
+            index=models.Index(condition=models.Q(('batch__isnull', False)), fields=['batch', '-created_at', 'state'], name='durable_jobs_job_batch'),
         ),
         migrations.AddIndex(
             model_name='job',
-            index=models.Index(condition=models.Q(('batch__isnull', False), ('finished_at', None)), fields=['batch', '-created_at'], name='job_batch_active'),
+            index=models.Index(condition=models.Q(('batch__isnull', False), ('finished_at', None)), fields=['batch', '-created_at'], name='durable_jobs_job_batch_active'),
         ),
         migrations.AddIndex(
             model_name='job',
-            index=models.Index(condition=models.Q(('follows__isnull', False)), fields=['follows'], name='job_follows'),
+            index=models.Index(condition=models.Q(('follows__isnull', False)), fields=['follows'], name='durable_jobs_job_follows'),
         ),
         migrations.AddIndex(
             model_name='job',
-            index=models.Index(fields=['owner', 'state', '-created_at'], name='job_owner_state'),
+            index=models.Index(fields=['owner', 'state', '-created_at'], name='durable_jobs_job_owner_state'),
         ),
         migrations.AddIndex(
             model_name='job',
-            index=models.Index(condition=models.Q(('finished_at', None), _negated=True), fields=['finished_at'], name='job_finished'),
+            index=models.Index(condition=models.Q(('finished_at', None), _negated=True), fields=['finished_at'], name='durable_jobs_job_finished'),
         ),
         migrations.AddIndex(
             model_name='job',
-            index=models.Index(condition=models.Q(('sweep_at__isnull', False)), fields=['state', 'queue', 'times_sent', 'sweep_at', 'due_at'], name='job_active'),
+            index=models.Index(condition=models.Q(('sweep_at__isnull', False)), fields=['state', 'queue', 'times_sent', 'sweep_at', 'due_at'], name='durable_jobs_job_active'),
         ),
         migrations.AddIndex(
             model_name='job',
-            index=models.Index(condition=models.Q(('blocked_by__isnull', False)), fields=['blocked_by', 'created_at', 'due_at', 'queue'], name='job_blocked'),
+            index=models.Index(condition=models.Q(('blocked_by__isnull', False)), fields=['blocked_by', 'created_at', 'due_at', 'queue'], name='durable_jobs_job_blocked'),
         ),
         migrations.AddIndex(
             model_name='job',
-            index=models.Index(condition=models.Q(('limit_key__isnull', False), ('sweep_at__isnull', False)), fields=['limit_key'], name='job_slot'),
+            index=models.Index(condition=models.Q(('limit_key__isnull', False), ('sweep_at__isnull', False)), fields=['limit_key'], name='durable_jobs_job_slot'),
         ),
         migrations.AddConstraint(
             model_name='job',
-            constraint=models.UniqueConstraint(condition=models.Q(('idempotency_key__isnull', False)), fields=('owner', 'idempotency_key'), name='job_key'),
+            constraint=models.UniqueConstraint(condition=models.Q(('idempotency_key__isnull', False)), fields=('owner', 'idempotency_key'), name='durable_jobs_job_key'),
         ),
         migrations.AddConstraint(
             model_name='job',
-            constraint=models.UniqueConstraint(condition=models.Q(('idempotency_key__isnull', False), ('owner', None)), fields=('idempotency_key',), name='job_key_unowned'),
+            constraint=models.UniqueConstraint(condition=models.Q(('idempotency_key__isnull', False), ('owner', None)), fields=('idempotency_key',), name='durable_jobs_job_key_unowned'),
         ),
         migrations.AddConstraint(
             model_name='job',
-            constraint=models.UniqueConstraint(condition=models.Q(('finished_at', None), ('unique_key__isnull', False)), fields=('task', 'unique_key'), name='job_unique_key'),
+            constraint=models.UniqueConstraint(condition=models.Q(('finished_at', None), ('unique_key__isnull', False)), fields=('task', 'unique_key'), name='durable_jobs_job_unique_key'),
         ),
         migrations.AddConstraint(
             model_name='job',
-            constraint=models.CheckConstraint(condition=models.Q(models.Q(('finished_at', None), ('run_token', None), ('state', 'queued'), models.Q(models.Q(('blocked_by__isnull', False), ('sweep_at', None)), models.Q(('blocked_by', None), ('sweep_at__isnull', False)), _connector='OR')), models.Q(models.Q(models.Q(('blocked_by', None), ('sweep_at__isnull', False)), ('run_token__isnull', False)), ('finished_at', None), ('state', 'running')), models.Q(models.Q(models.Q(('blocked_by', None), ('sweep_at__isnull', False)), ('run_token__isnull', False)), ('finished_at__isnull', False), ('state', 'cancelled')), models.Q(models.Q(('blocked_by', None), ('run_token', None), ('sweep_at', None)), ('finished_at__isnull', False), ('state__in', ['succeeded', 'failed', 'cancelled'])), _connector='OR'), name='job_state'),
+            constraint=models.CheckConstraint(condition=models.Q(models.Q(('finished_at', None), ('run_token', None), ('state', 'queued'), models.Q(models.Q(('blocked_by__isnull', False), ('sweep_at', None)), models.Q(('blocked_by', None), ('sweep_at__isnull', False)), _connector='OR')), models.Q(models.Q(models.Q(('blocked_by', None), ('sweep_at__isnull', False)), ('run_token__isnull', False)), ('finished_at', None), ('state', 'running')), models.Q(models.Q(models.Q(('blocked_by', None), ('sweep_at__isnull', False)), ('run_token__isnull', False)), ('finished_at__isnull', False), ('state', 'cancelled')), models.Q(models.Q(('blocked_by', None), ('run_token', None), ('sweep_at', None)), ('finished_at__isnull', False), ('state__in', ['succeeded', 'failed', 'cancelled'])), _connector='OR'), name='durable_jobs_job_state'),
         ),
         migrations.RunPython(clean_up_sooner, migrations.RunPython.noop),
         migrations.RunSQL(CREATE_LOAD, DROP_LOAD),
