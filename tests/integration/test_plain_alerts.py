@@ -1,4 +1,4 @@
-"""The alerts in compose.monitoring.yaml of plain outputs fire and resolve when they should.
+"""The alerts of plain outputs fire and resolve when they should.
 
 test_plain_docker.py provokes each of them once.
 """
@@ -18,10 +18,8 @@ TESTS = {"redis": "plain_alerts.yml", "rabbitmq": "plain_alerts_rabbitmq.yml"}  
 def prometheus(request, bake, tmp_path):
     """A folder with the configuration, the alerts and the tests that Prometheus gets."""
     shutil.copy(TEMPLATE / "tests" / TESTS[request.param], tmp_path / "tests.yml")
-    service = bake(broker=request.param).services()["prometheus"]
-    for name, file in {"CONFIG": "prometheus.yml", "ALERTS": "alerts.yml"}.items():
-        (tmp_path / file).write_text(service["environment"][name].replace("$$", "$"))
-    return tmp_path
+    folder = bake(broker=request.param) / "deploy/monitoring"
+    return shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
 
 
 def test_prometheus_accepts_its_configuration(prometheus):
@@ -51,5 +49,5 @@ def test_the_profile_monitoring_is_only_where_flower_is(bake):
     for broker in CHOICES["broker"]:
         project = bake(broker=broker)
         services = project.services()
-        has_file = (project / "compose.monitoring.yaml").exists()
-        assert ("prometheus" in services) == ("flower" in services) == has_file
+        has_files = (project / "deploy/monitoring/alerts.yml").exists()
+        assert ("prometheus" in services) == ("flower" in services) == has_files

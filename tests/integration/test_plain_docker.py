@@ -196,7 +196,10 @@ def test_make_up_again_replaces_workers_before_web_and_beat(stack):
 
 
 # Shorter times for the alerts, in the order in which they are replaced
-SHORTER = {"10m": "20s", "for: 2m": "for: 2s", "_interval: 15s": "_interval: 1s"}
+SHORTER = {
+    "alerts.yml": {"10m": "20s", "for: 2m": "for: 2s"},
+    "prometheus.yml": {"_interval: 15s": "_interval: 1s"},
+}
 FAIL = "from orders.tasks import send_confirmation; print(send_confirmation.delay(0).id)"
 BURST = "from orders.tasks import send_confirmation as task; "
 BURST += "print([task.delay(0) for _ in range(1000)][0].id)"
@@ -215,11 +218,13 @@ MEMORY = {
 def test_the_profile_monitoring_sees_each_alert_fire_and_resolve(stack):
     """With shorter times."""
     broker = stack.project.answers["broker"]
-    head, config = stack.project.read("compose.monitoring.yaml").split("CONFIG:")
-    for long, short in SHORTER.items():
-        assert long in config
-        config = config.replace(long, short)
-    (stack.project / "compose.monitoring.yaml").write_text(f"{head}CONFIG:{config}")
+    for name, shorter in SHORTER.items():
+        path = stack.project / "deploy/monitoring" / name
+        config = path.read_text()
+        for long, short in shorter.items():
+            assert long in config
+            config = config.replace(long, short)
+        path.write_text(config)
 
     def firing():
         alerts = stack.ask_prometheus("/api/v1/alerts")["alerts"]
