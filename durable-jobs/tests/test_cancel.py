@@ -7,10 +7,10 @@ from functools import partial
 
 import pytest
 from django.db import connection
-from helpers import add, claim, deliver, run_while_open
+from helpers import add, claim, deliver, failed, run_while_open
 
 from durable_jobs import transitions
-from durable_jobs.actions import cancel, run_all_again
+from durable_jobs.actions import cancel, run_again, run_all_again
 from durable_jobs.database import Now
 from durable_jobs.enqueue import enqueue, enqueue_many
 from durable_jobs.models import Failure, Job
@@ -82,3 +82,22 @@ def test_two_calls_that_cancel_the_same_jobs_do_not_deadlock(broker_down):
 
     with ThreadPoolExecutor() as threads:
         assert sum(threads.map(cancel_them, calls)) == 400
+
+
+@pytest.mark.skipif(connection.vendor != "postgresql", reason="SQLite has no locks of rows")
+def test_a_job_that_runs_again_while_others_are_cancelled_is_not_changed_without_its_lock(
+    published,
+):
+    """Two calls would lock such jobs in any order, and deadlock."""
+    job, late = enqueue(add, [1, 2]), [failed()]
+
+    def run_one_again(execute, sql, *args):
+        answer = execute(sql, *args)
+        if "FOR UPDATE" in sql and late:
+            run_again(late.pop())
+        return answer
+
+    with connection.execute_wrapper(run_one_again):
+        assert cancel(Job.objects.all()) == 1
+    assert set(Job.objects.values_list("state", flat=True)) == {"cancelled", "queued"}
+    assert cancel(job) == 0

@@ -239,7 +239,7 @@ def test_many_jobs_run_again(published, commit):
 
 def test_a_slice_of_jobs_can_run_again(published):
     first, second, _ = sorted((failed() for _ in range(3)), key=lambda job: job.pk)
-    assert run_all_again(Job.objects.order_by("pk")[:2]) == [first, second]
+    assert set(run_all_again(Job.objects.order_by("pk")[:2])) == {first, second}
 
 
 # Batches

@@ -1,15 +1,17 @@
 """What can be done with stored jobs: cancel them, run them again."""
 
 from contextlib import suppress
+from operator import attrgetter
 
 from celery import current_app
+from celery.utils.functional import chunks
 from django.db import IntegrityError, transaction
 from django.db.models import QuerySet
 from kombu.utils.json import loads
 
 from durable_jobs import admission, transitions
 from durable_jobs.database import Now
-from durable_jobs.enqueue import active_with, call_fields, insert, send_after_commit, times
+from durable_jobs.enqueue import CHUNK, active_with, call_fields, insert, send_after_commit, times
 from durable_jobs.messages import new_headers
 from durable_jobs.models import Job
 from durable_jobs.states import UNFINISHED
@@ -22,13 +24,16 @@ def cancel(jobs: QuerySet | Job) -> int:
     """Cancel this job, or those of these jobs that are active. Returns how many there were."""
     if isinstance(jobs, Job):
         jobs = Job.objects.filter(pk=jobs.pk)
+    cancelled = 0
     with transaction.atomic():
-        # Lock the rows in one order: otherwise two calls for the same jobs could deadlock.
-        rows = Job.objects.filter(UNFINISHED, pk__in=jobs.values("pk")).order_by("pk")
-        list(rows.select_for_update().values_list("pk"))
-        keys = admission.keys_of_queued(jobs)
-        cancelled = transitions.cancel(jobs)
-        admission.admit_after_commit(keys)
+        # Lock the rows in one order, and change only these: otherwise two calls for the same jobs could deadlock.
+        rows = Job.objects.filter(UNFINISHED, pk__in=jobs.values("pk")).order_by("created_at", "pk")
+        locked = dict(rows.select_for_update().values_list("pk", "limit_key"))
+        # Without those that changed while this waited, so that they are no longer meant.
+        pks = locked.keys() & set(jobs.values_list("pk", flat=True))
+        for part in chunks(iter(pks), CHUNK):
+            cancelled += transitions.cancel(Job.objects.filter(pk__in=part))
+        admission.admit_after_commit({locked[pk] for pk in pks} - {None})
     return cancelled
 
 
@@ -72,7 +77,8 @@ def run_all_again(jobs: QuerySet) -> list[Job]:
     Returns the jobs that are queued now, each once: see run_again().
     """
     again = []
-    for job in jobs.defer("result", "error"):
+    # The oldest first, as cancel() does: both may run in transactions of their callers.
+    for job in sorted(jobs.defer("result", "error"), key=attrgetter("created_at", "pk")):
         with suppress(TypeError, ValueError):
             again.append(run_again(job))
     return list(dict.fromkeys(again))

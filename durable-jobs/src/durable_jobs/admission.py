@@ -241,12 +241,6 @@ def any_blocked(blocked_by):
     return Job.objects.filter(blocked_by=blocked_by).values_list("pk")[:1], None
 
 
-def keys_of_queued(jobs):
-    """Return the keys of those of these jobs that have not started: cancelling them may free slots."""
-    rows = jobs.filter(QUEUED, limit_key__isnull=False).order_by()
-    return set(rows.values_list("limit_key", flat=True).distinct())
-
-
 @transaction.atomic
 def delete_old_keys():
     transitions.skip_locked(Key.objects.filter(next_at__lt=Now() - timedelta(hours=1))).delete()
