@@ -4,13 +4,14 @@ import signal
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 
 import psycopg
 import pytest
 from celery import shared_task, signals
 from celery.exceptions import Retry, SoftTimeLimitExceeded
 from django.db import (
+    Error,
     IntegrityError,
     InterfaceError,
     InternalError,
@@ -238,13 +239,56 @@ def leave_a_block(task):
     Job.objects.filter(pk=task.request.id).update(message="lost")
 
 
+def leave_a_begin(task):
+    connection.cursor().execute("BEGIN")
+    Job.objects.filter(pk=task.request.id).update(message="lost")
+
+
+def leave_an_error(task):
+    leave_a_begin(task)
+    with suppress(Error):
+        connection.cursor().execute("no SQL")
+
+
 @pytest.mark.django_db(transaction=True)
-@pytest.mark.parametrize("leave", [leave_autocommit_off, leave_a_block])
+@pytest.mark.parametrize(
+    "leave", [leave_autocommit_off, leave_a_block, leave_a_begin, leave_an_error]
+)
 def test_a_body_that_leaves_a_transaction_open_fails_no_later_job(leave):
     job = run(leave)
-    if connection.vendor == "postgresql" or leave is leave_a_block:  # SQLite would commit it
+    if (
+        connection.vendor == "postgresql" or leave is not leave_autocommit_off
+    ):  # SQLite would commit it
         assert (job.state, job.message) == ("failed", "")
-    assert not connection.in_atomic_block
+        assert job.error.endswith("The task left a transaction open")
+    assert not database.in_transaction()
+    assert run(lambda task: None).state == "succeeded"
+
+
+def give_up_rights():
+    connection.cursor().execute("SET SESSION AUTHORIZATION pg_monitor")
+
+
+def raise_without_tables():
+    connection.cursor().execute("SET search_path TO nowhere")
+    raise JobError("no")
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize(
+    ("body", "error"),
+    [
+        (lambda: connection.cursor().execute("SET search_path TO nowhere"), "search_path or role"),
+        (give_up_rights, "search_path or role"),
+        (raise_without_tables, "no"),
+    ],
+)
+def test_a_body_that_changes_its_connection_fails_with_the_cause(body, error):
+    if connection.vendor == "sqlite":
+        pytest.skip("SQLite has neither roles nor a search_path: set DATABASE_URL=postgres://…")
+    job = run(lambda task: body() and None)
+    assert (job.state, job.crashes) == ("failed", 0)
+    assert error in job.public_error
     assert run(lambda task: None).state == "succeeded"
 
 

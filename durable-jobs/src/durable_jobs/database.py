@@ -134,8 +134,16 @@ def may_succeed_later(error):
 
 
 def in_transaction():
-    is_open = connection.in_atomic_block or not connection.autocommit
-    return bool(connection.connection and is_open)
+    """Return whether a transaction is open, even one of a raw BEGIN, of which Django does not know."""
+    raw = connection.connection
+    # sqlite3's own attribute; libpq's PQTRANS_INTRANS and PQTRANS_INERROR
+    is_open = getattr(raw, "in_transaction", False) or transaction_status() in (2, 3)
+    return bool(raw and (is_open or connection.in_atomic_block or not connection.autocommit))
+
+
+def transaction_status():
+    """Return what libpq knows without a query. None: there is no connection to PostgreSQL."""
+    return getattr(getattr(connection.connection, "info", None), "transaction_status", None)
 
 
 def timeouts():
@@ -157,8 +165,7 @@ def close_if_busy():
 
     Cancel the query first: it may hold a lock on the row of the job.
     """
-    info = getattr(connection.connection, "info", None)  # SQLite has none
-    if info and info.transaction_status == 1:  # libpq's PQTRANS_ACTIVE
+    if transaction_status() == 1:  # libpq's PQTRANS_ACTIVE
         with suppress(Exception):
             connection.connection.cancel_safe(timeout=5)
         connection.close()

@@ -11,7 +11,7 @@ from functools import partial
 from traceback import format_exception, format_exception_only
 
 from celery.exceptions import Ignore, SoftTimeLimitExceeded
-from django.db import transaction
+from django.db import ProgrammingError, transaction
 
 from durable_jobs import admission, batches, conf, transitions
 from durable_jobs.database import in_transaction, timeouts, wait_for, wait_past_soft_limit
@@ -192,7 +192,11 @@ class Run:
             key = {"id": self.job_id, "run_token": self.token, "next_jobs": self.next_jobs}
             written = self.write(batches.succeed, **key, **end)
         except Exception as error:
-            self.fail("Its result can't be stored", f": {error}")
+            is_changed = isinstance(
+                error, ProgrammingError
+            )  # there is no such table, or no right to it
+            cause = "The task changed its connection's search_path or role"
+            self.fail(cause if is_changed else "Its result can't be stored", f": {error}")
             raise
         if not written:
             raise self.ignored()
@@ -231,7 +235,11 @@ class Run:
 
     def change(self, transition, *args, **changes):
         """Call write() with a function of transitions.py, for the row of this run. If the row is locked, try again."""
-        self.write(transition, self.row.filter(*timeouts()), *args, **changes)
+        write = partial(self.write, transition, self.row.filter(*timeouts()), *args, **changes)
+        try:
+            write()
+        except ProgrammingError:  # see succeed(). Now there is a new connection.
+            write()
 
     def write(self, update, *args, **kwargs):
         """Call update(…), which writes how the function ended. With a limit, hand the slot over, too.
