@@ -2,6 +2,8 @@
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,10 +13,10 @@ import pytest
 from celery import shared_task
 from celery.concurrency import get_implementation
 from celery.worker import state
-from django.db import Error, connection
+from django.db import Error, connection, transaction
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
-from helpers import ago, scrape
+from helpers import ago, scrape, start
 
 from durable_jobs.beat import purge
 from durable_jobs.database import Now
@@ -23,6 +25,7 @@ from durable_jobs.models import Job, Worker
 from durable_jobs.tasks import JobTask
 from durable_jobs.worker import forks, heartbeat, shutdown
 from durable_jobs.worker.pools import pool
+from durable_jobs.worker.runs import process
 
 
 @shared_task(base=JobTask)
@@ -214,6 +217,28 @@ def test_a_worker_ends_without_the_database(consumer, caplog, monkeypatch):
     monkeypatch.setattr(Worker.objects, "filter", Mock(side_effect=Error("away")))
     heartbeat.heartbeat.forget()
     assert "could not delete this worker's row" in caplog.text
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize("model", [Worker, Job])
+def test_a_worker_ends_while_a_table_is_locked(consumer, published, model, monkeypatch):
+    if connection.vendor != "postgresql":
+        pytest.skip("SQLite has no locks of tables: set DATABASE_URL=postgres://…")
+    job = enqueue(greet)
+    monkeypatch.setattr(process, "runs", {1: start(job)})
+    monkeypatch.setattr(pool, "sleep", Mock())
+    monkeypatch.setattr("os._exit", exits := Mock())
+
+    def end():
+        with suppress(Error), closing(connection):
+            shutdown.requeue_and_exit(1)
+
+    with ThreadPoolExecutor() as threads, transaction.atomic():
+        connection.cursor().execute(f"LOCK TABLE {model._meta.db_table}")
+        threads.submit(end).result(10)
+    exits.assert_called_once_with(1)
+    job.refresh_from_db()
+    assert job.state == ("running" if model is Job else "queued")
 
 
 def test_a_worker_that_leaves_without_celery_deletes_its_row(consumer, monkeypatch):

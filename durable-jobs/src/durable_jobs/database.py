@@ -54,6 +54,13 @@ LOCK_TIMEOUT = SetLocal(name="lock_timeout", value="1s")
 # lease, the job must not stay locked.
 IDLE_TIMEOUT = SetLocal(name="idle_in_transaction_session_timeout", value="10s")
 
+
+def limit_locks():
+    """In this transaction, wait a second for locks of tables, too. A statement that has LOCK_TIMEOUT locks them first."""
+    if connection.vendor == "postgresql":
+        connection.cursor().execute("SET LOCAL lock_timeout = '1s'")
+
+
 # SQLSTATEs, see the appendix "PostgreSQL Error Codes" of its manual
 TEMPORARY = {
     "25006",  # a standby is read-only

@@ -10,10 +10,11 @@ from datetime import timedelta
 from functools import partial
 
 from celery.worker import state
+from django.db import transaction
 from django.utils import timezone
 
 from durable_jobs import conf
-from durable_jobs.database import Clock, Now
+from durable_jobs.database import Clock, Now, limit_locks
 from durable_jobs.models import Worker
 from durable_jobs.worker.forks import between_forks
 from durable_jobs.worker.pools import pool, pool_name, shutting_down
@@ -79,7 +80,9 @@ class Heartbeat:
         """Delete the row of this worker, which ends. Writes no heartbeat after it."""
         if self.own and self.lock.acquire(timeout=LOCK_SECONDS):
             try:
-                Worker.objects.filter(**self.own).delete()
+                with transaction.atomic():
+                    limit_locks()
+                    Worker.objects.filter(**self.own).delete()
             except Exception as error:  # the worker ends without the database
                 logger.warning("could not delete this worker's row, so it stays an hour: %r", error)
 

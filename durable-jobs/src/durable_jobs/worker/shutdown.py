@@ -37,6 +37,7 @@ from django.db import connection, transaction
 from django.db.transaction import TransactionManagementError
 
 from durable_jobs import transitions
+from durable_jobs.database import limit_locks
 from durable_jobs.limits import limit_of
 from durable_jobs.states import UNFINISHED
 from durable_jobs.worker.heartbeat import heartbeat
@@ -148,6 +149,7 @@ def release(some_runs):
     Their functions run until the process ends, so the jobs start a second later. Those with a limit keep their slots,
     unless the limit has a rate: then they must be admitted again.
     """
+    limit_locks()
     rows = transitions.skip_locked(jobs_of(some_runs).filter(UNFINISHED))
     keys = {run.limit_key for run in some_runs} - {None}
     unrated = [key for key in keys if not limit_of(key).rate]
