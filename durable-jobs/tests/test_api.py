@@ -9,12 +9,15 @@ from django.contrib.auth.models import Permission
 from django.core.files.uploadedfile import SimpleUploadedFile
 from django.db import connection
 from django.test.utils import CaptureQueriesContext
+from django.urls import include, path
 from django.utils import timezone
 from helpers import add, fail, greet, ids
 from rest_framework import serializers
 from rest_framework.parsers import MultiPartParser
 from rest_framework.test import APIClient, APIRequestFactory, force_authenticate
 from rest_framework.throttling import UserRateThrottle
+from rest_framework.versioning import NamespaceVersioning
+from rest_framework.views import APIView
 from rest_framework.viewsets import GenericViewSet
 
 from durable_jobs import batches
@@ -300,6 +303,26 @@ def test_a_view_answers_with_a_job_or_a_batch(api, user):
         assert (response.status_code, response["Retry-After"]) == (202, "1")
         assert response.data["id"] == str(stored.pk)
         assert api.get(response["Location"]).json()["id"] == str(stored.pk)
+
+
+class Versions(NamespaceVersioning):
+    allowed_versions = ["v1"]
+
+
+class Versioned:
+    urlpatterns = [path("v1/", include(([path("api/", include("durable_jobs.urls"))], "v1")))]
+
+
+@pytest.mark.parametrize("urls, prefix", [("urls", ""), (Versioned, "/v1")])
+def test_namespaces_may_be_versions(urls, prefix, api, user, settings, monkeypatch):
+    settings.ROOT_URLCONF = urls
+    monkeypatch.setattr(APIView, "versioning_class", Versions)
+    job = repeatable.using(owner=user).enqueue(1)
+    cancel(job)
+    [shown] = api.get(f"{prefix}/api/jobs/").json()["results"]
+    response = api.post(f"{shown['url']}run_again/")
+    assert response.status_code == 202
+    assert response["Location"] == f"{prefix}/api/jobs/{job.pk}/"
 
 
 # Uploads with an Idempotency-Key

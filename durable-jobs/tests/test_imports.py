@@ -33,7 +33,8 @@ beat.purge
 beat.sweeper
 beat.schedule
 checks api.schema api.serializers contrib.prometheus contrib.structlog contrib.django_tasks
-api.views admin testing
+api.views admin testing views
+urls
 celery
 apps management.commands.durable_jobs
 """

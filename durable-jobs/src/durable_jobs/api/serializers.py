@@ -37,7 +37,7 @@ class FailureSerializer(serializers.ModelSerializer):
 
 
 class NextJobSerializer(serializers.ModelSerializer):
-    url = serializers.HyperlinkedIdentityField(view_name="job-detail")
+    url = serializers.HyperlinkedIdentityField(view_name="durable_jobs:job-detail")
 
     class Meta:
         model = Job
@@ -68,7 +68,7 @@ class RowSerializer(serializers.ModelSerializer):
 
 class ListedJobSerializer(RowSerializer):
     find_reasons = staticmethod(reasons)
-    url = serializers.HyperlinkedIdentityField(view_name="job-detail")
+    url = serializers.HyperlinkedIdentityField(view_name="durable_jobs:job-detail")
     reason = Computed(help_text="what it waits for, or why it does not move")
     result = serializers.JSONField(source="short_result", help_text="if long, see the detail view")
     error = Computed()
@@ -107,13 +107,13 @@ class JobSerializer(ListedJobSerializer):
     def get_follows_url(self, job) -> str | None:
         if job.follows is None:
             return None
-        view = f"{kind_of(job.follows)}-detail"
+        view = f"durable_jobs:{kind_of(job.follows)}-detail"
         return reverse(view, [job.follows], request=self.context["request"])
 
 
 class ListedBatchSerializer(RowSerializer):
     find_reasons = staticmethod(reasons_of_batches)
-    url = serializers.HyperlinkedIdentityField(view_name="batch-detail")
+    url = serializers.HyperlinkedIdentityField(view_name="durable_jobs:batch-detail")
     # Not an enum: drf-spectacular has one with this name, that of jobs.
     state = serializers.CharField(help_text="open, succeeded, failed or cancelled")
     reason = Computed(help_text="what its newest active job waits for, or why it does not move")

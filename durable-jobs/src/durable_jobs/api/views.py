@@ -6,13 +6,13 @@ import re
 import uuid
 from datetime import timedelta
 from typing import Any, Unpack
+from urllib.parse import urlsplit
 
 from django.core.exceptions import ValidationError as DjangoValidationError
 from django.db import IntegrityError, transaction
 from django.db.models import Case, JSONField, Q, TextField, Value, When
 from django.db.models.functions import Cast, Length
 from django.http import HttpRequest, QueryDict
-from django.urls import reverse
 from django.utils.functional import cached_property
 from django_filters.rest_framework import DjangoFilterBackend, FilterSet, UUIDFilter
 from rest_framework import viewsets
@@ -22,6 +22,7 @@ from rest_framework.pagination import CursorPagination
 from rest_framework.permissions import IsAuthenticated
 from rest_framework.request import Request
 from rest_framework.response import Response
+from rest_framework.reverse import reverse
 
 from durable_jobs import actions, batches
 from durable_jobs.api.schema import KEY_SCHEMA, EnqueueSchema, describe
@@ -78,11 +79,12 @@ def accepted(request: HttpRequest | Request, job: Job | Batch) -> Response:
     """Return a response 202 that shows the job or batch, with its address in the header Location."""
     name, kind = ("batch", BatchSerializer) if isinstance(job, Batch) else ("job", JobSerializer)
     shown = kind(job, context={"request": request})
-    return Response(shown.data, status=202, headers=headers_of(job.pk, name))
+    return Response(shown.data, status=202, headers=headers_of(request, job.pk, name))
 
 
-def headers_of(pk, name="job"):
-    return {"Location": reverse(f"{name}-detail", args=[pk]), "Retry-After": "1"}
+def headers_of(request, pk, name="job"):
+    url = reverse(f"durable_jobs:{name}-detail", [pk], request=request)
+    return {"Location": urlsplit(url).path, "Retry-After": "1"}
 
 
 def identify_upload(upload):
@@ -99,6 +101,13 @@ class OwnViewSet(viewsets.ReadOnlyModelViewSet):
     pagination_class = NewestFirst
     filter_backends = [StrictFilter]
     filterset_fields = ["state"]
+
+    def determine_version(self, request, *args, **kwargs):
+        try:
+            return super().determine_version(request, *args, **kwargs)
+        except NotFound:  # NamespaceVersioning takes "durable_jobs" for a version
+            scheme = self.versioning_class()
+            return scheme.default_version, scheme
 
     def get_queryset(self):
         """Return the rows that this user may see, or may change with this action.
@@ -232,7 +241,7 @@ class EnqueueMixin:
                 serializer = self._find_stored()
                 if serializer is None:
                     raise
-        headers = headers_of(serializer.instance.job_id)
+        headers = headers_of(request, serializer.instance.job_id)
         return Response(serializer.data, status=202, headers=headers)
 
     create.kwargs = {"schema": EnqueueSchema}  # drf-spectacular reads an action's own schema here

@@ -7,7 +7,8 @@ const FILTERS = ["queued", "running", "succeeded", "failed", "cancelled", "batch
 
 const $ = (selector, root = document) => root.querySelector(selector);
 // singleJob: the id, on the page of one job
-const { jobsUrl, batchesUrl, loginUrl, pageUrl, job: singleJob } = $("main").dataset;
+const { jobsUrl, batchesUrl, loginUrl, job: singleJob } = $("main").dataset;
+const pageUrl = singleJob ? "../../" : ""; // the list's: a job's page is jobs/<id>/ below it
 const heading = $("h1"), list = $("#jobs"), live = $("#live"), problem = $("#problem"), pages = $("#pages");
 const rows = new Map(); // id of a job or batch -> { job, name, element, part }
 let shown, timer, latest = 0, failures = 0, due = 0, skew = 0;
