@@ -7,7 +7,7 @@ import uuid
 
 from django.conf import settings
 from django.db import models
-from django.db.models import Index, Q, UniqueConstraint
+from django.db.models import Q, UniqueConstraint
 from django.utils import timezone
 
 from durable_jobs.database import Clock
@@ -22,7 +22,6 @@ KEYED = Q(idempotency_key__isnull=False)
 # The second condition keeps PostgreSQL from using this index for UNFINISHED alone.
 UNIQUE = UNFINISHED & Q(unique_key__isnull=False)
 IN_BATCH = Q(batch__isnull=False)
-IN_OPEN = IN_BATCH & UNFINISHED
 BLOCKED = Q(blocked_by__isnull=False, sweep_at=None)
 WATCHED = Q(blocked_by=None, sweep_at__isnull=False)
 LEASED = Q(WATCHED, run_token__isnull=False)  # running, or a cancelled job with a limit
@@ -63,6 +62,10 @@ class Row(models.Model):
         super().save(*args, update_fields=update_fields, **options)
 
 
+def index(name, fields, condition=None):
+    return models.Index(name=f"durable_jobs_{name}", fields=fields.split(), condition=condition)
+
+
 class Batch(Row):
     """Jobs that belong together, and the callbacks that start after them: see batches.py."""
 
@@ -80,9 +83,9 @@ class Batch(Row):
     class Meta(Row.Meta):
         base_manager_name = "objects"
         indexes = [
-            Index(fields=["owner", "-created_at"], name="durable_jobs_batch_owner"),
-            Index(fields=["-created_at"], name="durable_jobs_batch_created"),
-            Index(fields=["ended_at"], name="durable_jobs_batch_ended"),
+            index("batch_owner", "owner -created_at"),
+            index("batch_created", "-created_at"),
+            index("batch_ended", "ended_at"),
         ]
         verbose_name_plural = "batches"
 
@@ -139,42 +142,20 @@ class Job(Row):
     class Meta:  # not Row.Meta: it has permissions
         base_manager_name = "objects"  # for refresh_from_db(), and for foreign keys to a job
         indexes = [
-            Index(fields=["-created_at"], name="durable_jobs_job_created"),
+            index("job_created", "-created_at"),
             # Without members of batches: a list shows the batch, not its 100,000 jobs.
-            Index(
-                fields=["owner", "-created_at"],
-                name="durable_jobs_job_owner_alone",
-                condition=Q(batch=None),
+            index("job_owner_alone", "owner -created_at", Q(batch=None)),
+            index("job_batch", "batch -created_at state", IN_BATCH),
+            index("job_batch_active", "batch -created_at", IN_BATCH & UNFINISHED),
+            index("job_follows", "follows", Q(follows__isnull=False)),
+            index("job_owner_state", "owner state -created_at"),
+            index("job_finished", "finished_at", ~UNFINISHED),
+            # The last field of these two is for the metrics.
+            index(
+                "job_active", "state queue times_sent sweep_at due_at", Q(sweep_at__isnull=False)
             ),
-            Index(
-                fields=["batch", "-created_at", "state"],
-                name="durable_jobs_job_batch",
-                condition=IN_BATCH,
-            ),
-            Index(
-                fields=["batch", "-created_at"],
-                name="durable_jobs_job_batch_active",
-                condition=IN_OPEN,
-            ),
-            Index(
-                fields=["follows"],
-                name="durable_jobs_job_follows",
-                condition=Q(follows__isnull=False),
-            ),
-            Index(fields=["owner", "state", "-created_at"], name="durable_jobs_job_owner_state"),
-            Index(fields=["finished_at"], name="durable_jobs_job_finished", condition=~UNFINISHED),
-            Index(
-                # due_at for the metrics
-                fields=["state", "queue", "times_sent", "sweep_at", "due_at"],
-                name="durable_jobs_job_active",
-                condition=Q(sweep_at__isnull=False),
-            ),
-            Index(
-                fields=["blocked_by", "created_at", "due_at", "queue"],  # queue for the metrics
-                name="durable_jobs_job_blocked",
-                condition=Q(blocked_by__isnull=False),
-            ),
-            Index(fields=["limit_key"], name="durable_jobs_job_slot", condition=HAS_SLOT),
+            index("job_blocked", "blocked_by created_at due_at queue", Q(blocked_by__isnull=False)),
+            index("job_slot", "limit_key", HAS_SLOT),
         ]
         constraints = [
             # Without the condition, each UPDATE of a job without a key would write to these indexes.
