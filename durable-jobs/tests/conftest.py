@@ -22,8 +22,8 @@ from durable_jobs.beat import republish
 from durable_jobs.beat import sweeper as sweeper_module
 from durable_jobs.eager import run
 from durable_jobs.models import Job
+from durable_jobs.pools import pool
 from durable_jobs.worker import lease
-from durable_jobs.worker.pools import pool
 
 pytest_plugins = ["durable_jobs.testing"]
 SEND_ONE = messages.send_one

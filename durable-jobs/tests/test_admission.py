@@ -34,10 +34,10 @@ from durable_jobs.diagnosis import reasons
 from durable_jobs.enqueue import enqueue_many
 from durable_jobs.limits import parse
 from durable_jobs.models import Job, Key
+from durable_jobs.pools import pool
 from durable_jobs.states import QUEUED
 from durable_jobs.tasks import JobError
 from durable_jobs.worker import children, lease, shutdown
-from durable_jobs.worker.pools import pool
 from durable_jobs.worker.runs import process
 
 pytestmark = pytest.mark.django_db

@@ -24,11 +24,10 @@ from django.db import (
 from helpers import act, add, deliver, errors, run
 from psycopg.errors import ProgramLimitExceeded, ReadOnlySqlTransaction
 
-from durable_jobs import database, transitions
+from durable_jobs import database, pools, transitions
 from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Job
 from durable_jobs.tasks import JobError, JobTask
-from durable_jobs.worker import pools
 
 pytestmark = pytest.mark.django_db
 

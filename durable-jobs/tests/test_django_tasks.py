@@ -21,10 +21,10 @@ from durable_jobs.actions import cancel, run_again
 from durable_jobs.contrib.django_tasks import TaskBackend
 from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Job
+from durable_jobs.pools import pool
 from durable_jobs.publish import publish
 from durable_jobs.tasks import JobTask
 from durable_jobs.worker.lease import recover
-from durable_jobs.worker.pools import pool
 
 try:
     from django.tasks import TaskResultStatus, default_task_backend, signals, task

@@ -19,9 +19,9 @@ from durable_jobs.api.views import EnqueueMixin
 from durable_jobs.database import Now
 from durable_jobs.enqueue import aenqueue, enqueue, enqueue_many
 from durable_jobs.models import Job, Sweep
+from durable_jobs.pools import pool
 from durable_jobs.publish import publish
 from durable_jobs.tasks import JobTask
-from durable_jobs.worker.pools import pool
 
 pytestmark = pytest.mark.django_db
 

@@ -22,9 +22,9 @@ from durable_jobs.beat import purge
 from durable_jobs.database import Now
 from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Job, Worker
+from durable_jobs.pools import pool
 from durable_jobs.tasks import JobTask
 from durable_jobs.worker import forks, heartbeat, shutdown
-from durable_jobs.worker.pools import pool
 from durable_jobs.worker.runs import process
 
 

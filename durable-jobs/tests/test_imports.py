@@ -10,7 +10,7 @@ from settings import SOURCE
 
 PACKAGE = SOURCE / "durable_jobs"
 ORDER = """
-conf liveness versions worker.pools migrations
+conf liveness versions pools migrations
 validation database
 states
 models

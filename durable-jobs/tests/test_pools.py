@@ -14,8 +14,8 @@ from celery.signals import celeryd_init, worker_init, worker_shutting_down
 from kombu.asynchronous.timer import Timer
 from settings import SOURCE
 
-from durable_jobs import versions
-from durable_jobs.worker import events, pools, shutdown, startup
+from durable_jobs import pools, versions
+from durable_jobs.worker import events, shutdown, startup
 from durable_jobs.worker.runs import process
 
 
@@ -102,7 +102,7 @@ GREENLETS = """
 import gevent.monkey; gevent.monkey.patch_all()
 import gevent, threading, time
 from gevent._hub_local import get_hub_if_exists
-from durable_jobs.worker.pools import pool
+from durable_jobs.pools import pool
 main, ticks = threading.get_native_id(), []
 assert pool.query(threading.get_native_id) != main
 lock = pool.Lock()
@@ -125,7 +125,7 @@ assert sent == ["here", True]  # a connection to the broker belongs to one threa
 COROUTINES = """
 import gevent.monkey; gevent.monkey.patch_all()
 import gevent, os, psutil
-from durable_jobs.worker.pools import pool
+from durable_jobs.pools import pool
 async def body():
     return process.num_threads(), process.num_fds()
 process = psutil.Process()
@@ -139,7 +139,7 @@ os._exit(0)  # not by the end of the interpreter, in which gevent's threads may 
 """
 NO_GREENLETS = """
 import sys
-from durable_jobs.worker.pools import pool
+from durable_jobs.pools import pool
 assert "gevent" not in sys.modules and not pool.is_terminated(SystemExit())
 assert pool.query(max, 1, 2) == 2
 """

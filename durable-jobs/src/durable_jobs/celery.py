@@ -10,8 +10,8 @@ from celery.app import control, utils
 from django.apps import apps
 
 from durable_jobs.messages import is_job
+from durable_jobs.pools import pool_name
 from durable_jobs.transport import AMQP
-from durable_jobs.worker.pools import pool_name
 
 __all__ = ["Celery"]
 

@@ -16,7 +16,7 @@ from durable_jobs import conf, limits
 from durable_jobs.beat.schedule import check_entry, check_row
 from durable_jobs.messages import job_names, known_queues, queue_of
 from durable_jobs.models import Job
-from durable_jobs.worker.pools import TIME_LIMITED, pool_name
+from durable_jobs.pools import TIME_LIMITED, pool_name
 
 READ_COMMITTED = 2  # psycopg's IsolationLevel, and the default of PostgreSQL
 

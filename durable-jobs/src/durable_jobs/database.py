@@ -9,7 +9,7 @@ from django.db import Error, connection, models
 from django.db.models import functions
 from django.db.utils import InterfaceError, OperationalError
 
-from durable_jobs.worker.pools import pool
+from durable_jobs.pools import pool
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from django.db import Error
 
 from durable_jobs import transitions
 from durable_jobs.messages import is_connection_error, send
-from durable_jobs.worker.pools import pool
+from durable_jobs.pools import pool
 
 logger = logging.getLogger(__name__)
 

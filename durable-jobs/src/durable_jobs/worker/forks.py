@@ -7,7 +7,7 @@ from contextlib import closing, nullcontext
 from django.db import connection
 
 from durable_jobs.database import wait_for
-from durable_jobs.worker.pools import pool
+from durable_jobs.pools import pool
 from durable_jobs.worker.runs import process
 
 forking = pool.Lock()

@@ -16,8 +16,8 @@ from django.utils import timezone
 from durable_jobs import conf
 from durable_jobs.database import Clock, Now, limit_locks
 from durable_jobs.models import Worker
+from durable_jobs.pools import pool, pool_name, shutting_down
 from durable_jobs.worker.forks import between_forks
-from durable_jobs.worker.pools import pool, pool_name, shutting_down
 
 logger = logging.getLogger(__name__)
 

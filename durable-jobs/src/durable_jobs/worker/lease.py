@@ -14,9 +14,9 @@ from django.db.models import Q
 from durable_jobs import admission, conf, transitions
 from durable_jobs.database import Now
 from durable_jobs.models import Job
+from durable_jobs.pools import pool
 from durable_jobs.states import PAST_DEADLINE
 from durable_jobs.transitions import lease_end
-from durable_jobs.worker.pools import pool
 from durable_jobs.worker.runs import OVER_TIME_LIMIT, jobs_of, process
 
 logger = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ from celery.worker.consumer.delayed_delivery import DelayedDelivery
 from celery.worker.consumer.tasks import Tasks
 from kombu.common import ignore_errors
 
-from durable_jobs.worker.pools import IS_GEVENT
+from durable_jobs.pools import IS_GEVENT
 
 if IS_GEVENT:
     import gevent

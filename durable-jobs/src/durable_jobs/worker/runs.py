@@ -16,11 +16,11 @@ from django.db import ProgrammingError, transaction
 from durable_jobs import admission, batches, conf, transitions
 from durable_jobs.database import in_transaction, timeouts, wait_for, wait_past_soft_limit
 from durable_jobs.models import Batch, Job
+from durable_jobs.pools import pool
 from durable_jobs.publish import publish
 from durable_jobs.states import UNFINISHED
 from durable_jobs.transitions import lease_end
 from durable_jobs.validation import MAX_RESULT_BYTES, as_json, check_size, printable, to_json
-from durable_jobs.worker.pools import pool
 
 logger = logging.getLogger(__name__)
 

@@ -39,10 +39,10 @@ from django.db.transaction import TransactionManagementError
 from durable_jobs import transitions
 from durable_jobs.database import limit_locks
 from durable_jobs.limits import limit_of
+from durable_jobs.pools import has_children, pool, shutting_down
 from durable_jobs.states import UNFINISHED
 from durable_jobs.worker.heartbeat import heartbeat
 from durable_jobs.worker.lease import POLL_SECONDS
-from durable_jobs.worker.pools import has_children, pool, shutting_down
 from durable_jobs.worker.runs import jobs_of, process
 
 logger = getLogger(__name__)

@@ -20,8 +20,6 @@ from billiard.common import terminate_handler_fired
 from celery import concurrency
 from celery.exceptions import SoftTimeLimitExceeded
 
-__all__ = ["pool_name"]
-
 TIME_LIMITED = {"prefork", "gevent"}  # pools in which Celery ends a task that takes too long
 # Its only byte says whether this worker is shutting down. Forked children share this memory.
 shutting_down = mmap.mmap(-1, 1)
