@@ -20,8 +20,9 @@ from durable_jobs import publish, transitions
 from durable_jobs.beat.sweeper import Sweeper
 from durable_jobs.database import Now
 from durable_jobs.enqueue import enqueue
+from durable_jobs.exceptions import JobError
 from durable_jobs.models import Job
-from durable_jobs.tasks import JobError, JobTask
+from durable_jobs.tasks import JobTask
 from durable_jobs.worker.runs import Run
 
 try:

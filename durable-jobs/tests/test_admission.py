@@ -32,11 +32,11 @@ from durable_jobs.beat.sweeper import recover_lapsed
 from durable_jobs.database import Now
 from durable_jobs.diagnosis import reasons
 from durable_jobs.enqueue import enqueue_many
+from durable_jobs.exceptions import JobError
 from durable_jobs.limits import parse
 from durable_jobs.models import Job, Key
 from durable_jobs.pools import pool
 from durable_jobs.states import QUEUED
-from durable_jobs.tasks import JobError
 from durable_jobs.worker import children, lease, shutdown
 from durable_jobs.worker.runs import process
 

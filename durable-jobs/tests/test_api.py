@@ -24,9 +24,10 @@ from durable_jobs import batches
 from durable_jobs.actions import cancel
 from durable_jobs.api.views import EnqueueMixin, accepted
 from durable_jobs.enqueue import enqueue, enqueue_many
+from durable_jobs.exceptions import JobError
 from durable_jobs.models import Batch, Failure, Job
 from durable_jobs.publish import publish
-from durable_jobs.tasks import JobError, JobTask
+from durable_jobs.tasks import JobTask
 
 pytestmark = pytest.mark.django_db
 

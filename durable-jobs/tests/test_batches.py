@@ -14,8 +14,9 @@ from durable_jobs import batches, database, messages, transitions
 from durable_jobs.actions import cancel, run_again
 from durable_jobs.database import Now
 from durable_jobs.enqueue import enqueue
+from durable_jobs.exceptions import JobError
 from durable_jobs.models import Batch, Job
-from durable_jobs.tasks import JobError, JobTask
+from durable_jobs.tasks import JobTask
 
 pytestmark = pytest.mark.django_db
 

@@ -26,8 +26,9 @@ from psycopg.errors import ProgramLimitExceeded, ReadOnlySqlTransaction
 
 from durable_jobs import database, pools, transitions
 from durable_jobs.enqueue import enqueue
+from durable_jobs.exceptions import JobError
 from durable_jobs.models import Job
-from durable_jobs.tasks import JobError, JobTask
+from durable_jobs.tasks import JobTask
 
 pytestmark = pytest.mark.django_db
 

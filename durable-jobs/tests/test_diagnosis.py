@@ -19,9 +19,10 @@ from durable_jobs.beat import republish
 from durable_jobs.beat.sweeper import recover_lapsed
 from durable_jobs.diagnosis import NO_HEARTBEAT, reasons, span
 from durable_jobs.enqueue import enqueue
+from durable_jobs.exceptions import JobError
 from durable_jobs.models import Job, Pause, Sweep, Worker
 from durable_jobs.statistics import by_queue
-from durable_jobs.tasks import JobError, JobTask
+from durable_jobs.tasks import JobTask
 
 pytestmark = pytest.mark.django_db
 

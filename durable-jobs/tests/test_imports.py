@@ -10,7 +10,7 @@ from settings import SOURCE
 
 PACKAGE = SOURCE / "durable_jobs"
 ORDER = """
-conf liveness versions pools migrations
+conf exceptions liveness pools versions migrations
 validation database
 states
 models

@@ -18,9 +18,10 @@ from durable_jobs import batches, transitions
 from durable_jobs.actions import cancel, run_again, run_all_again
 from durable_jobs.database import Now
 from durable_jobs.enqueue import enqueue
+from durable_jobs.exceptions import JobLost
 from durable_jobs.models import Batch, Failure, Job
 from durable_jobs.tasks import JobTask
-from durable_jobs.worker import remote_control, runs
+from durable_jobs.worker import remote_control
 from durable_jobs.worker.lease import write_and_renew
 
 pytestmark = pytest.mark.django_db
@@ -161,7 +162,7 @@ def check_zombie(zombie, end):
         except OSError:
             zombie.fail()
     elif end == "cursor":
-        with pytest.raises(runs.JobLost):
+        with pytest.raises(JobLost):
             zombie.write_cursor(99)
     else:
         zombie.report = {"progress": 99, "message": "zombie"}

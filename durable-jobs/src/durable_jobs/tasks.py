@@ -28,6 +28,7 @@ from durable_jobs.enqueue import (
     new_fields,
 )
 from durable_jobs.enqueue import enqueue as enqueue_job
+from durable_jobs.exceptions import JobError, JobLost
 from durable_jobs.messages import storable
 from durable_jobs.models import Batch, Job
 from durable_jobs.pools import shutting_down
@@ -35,10 +36,10 @@ from durable_jobs.signatures import NO_CANVAS, JobSignature, check_options
 from durable_jobs.validation import MAX_COUNTDOWN, printable, uuids
 from durable_jobs.worker.execution import execute, run_coroutine
 from durable_jobs.worker.remote_control import JobRequest
-from durable_jobs.worker.runs import JobError, JobLost, describe, for_owner, process
+from durable_jobs.worker.runs import describe, for_owner, process
 from durable_jobs.worker.shutdown import end_after_commit
 
-__all__ = ["JobSignature", "JobError", "JobTask", "job"]
+__all__ = ["JobSignature", "JobTask", "job"]
 
 
 def job(function=None, *, base=None, bind=True, **options):

@@ -11,6 +11,7 @@ from django.db.transaction import TransactionManagementError
 
 from durable_jobs import batches, conf, database, transitions
 from durable_jobs.enqueue import insert, new_fields
+from durable_jobs.exceptions import JobLost, WorkerStopping
 from durable_jobs.messages import fields_in, storable
 from durable_jobs.models import Job
 from durable_jobs.pools import pool, shutting_down
@@ -18,8 +19,8 @@ from durable_jobs.signatures import NO_CANVAS
 from durable_jobs.states import SENT
 from durable_jobs.validation import uuids
 from durable_jobs.worker import lease
-from durable_jobs.worker.runs import OVER_TIME_LIMIT, JobLost, Run
-from durable_jobs.worker.shutdown import WorkerStopping, child_has_crashed
+from durable_jobs.worker.runs import OVER_TIME_LIMIT, Run
+from durable_jobs.worker.shutdown import child_has_crashed
 
 logger = logging.getLogger(__name__)
 

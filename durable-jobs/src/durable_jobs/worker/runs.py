@@ -15,6 +15,7 @@ from django.db import ProgrammingError, transaction
 
 from durable_jobs import admission, batches, conf, transitions
 from durable_jobs.database import in_transaction, timeouts, wait_for, wait_past_soft_limit
+from durable_jobs.exceptions import JobError, JobLost
 from durable_jobs.models import Batch, Job
 from durable_jobs.pools import pool
 from durable_jobs.publish import publish
@@ -43,17 +44,6 @@ class Process:
 
 
 process = Process()
-
-
-class JobError(Exception):
-    """Ends a job with an error text for its owner: raise JobError("Row 17 has no email address").
-
-    The text of any other exception is for staff: the owner only sees that the job failed.
-    """
-
-
-class JobLost(BaseException):
-    """Ends a function whose job was cancelled or given to a newer run."""
 
 
 class Run:

@@ -38,6 +38,7 @@ from django.db.transaction import TransactionManagementError
 
 from durable_jobs import transitions
 from durable_jobs.database import limit_locks
+from durable_jobs.exceptions import WorkerStopping
 from durable_jobs.limits import limit_of
 from durable_jobs.pools import has_children, pool, shutting_down
 from durable_jobs.states import UNFINISHED
@@ -159,10 +160,6 @@ def release(some_runs):
 
 
 # A function that stores a cursor
-
-
-class WorkerStopping(BaseException):
-    """Ends a function that has stored a cursor, because its worker is shutting down."""
 
 
 def end_after_commit():

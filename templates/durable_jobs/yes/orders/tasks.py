@@ -20,7 +20,8 @@ from django.core.validators import ProhibitNullCharactersValidator
 from django.db import transaction
 from django.db.models import Sum
 from django.utils import timezone
-from durable_jobs.tasks import JobError, job
+from durable_jobs.exceptions import JobError
+from durable_jobs.tasks import job
 
 from .emails import send_email
 from .models import Import, Newsletter, Order
