@@ -17,7 +17,7 @@ from helpers import add, broken, greet, multiply, sweeper
 from rest_framework.test import APIClient
 from versions import skip_on_older_versions
 
-from durable_jobs import batches, database, messages, transitions
+from durable_jobs import batches, compiler, database, messages
 from durable_jobs.beat import republish
 from durable_jobs.beat import sweeper as sweeper_module
 from durable_jobs.eager import run
@@ -75,7 +75,7 @@ def no_renewals(monkeypatch):
 def no_ties(monkeypatch):
     """Let no two jobs have the same time: on SQLite the clock has milliseconds."""
     if connection.vendor == "sqlite":
-        insert = transitions.insert
+        insert = compiler.insert
 
         def insert_later(*args):
             until = perf_counter() + 0.001
@@ -83,7 +83,7 @@ def no_ties(monkeypatch):
                 pass
             return insert(*args)
 
-        monkeypatch.setattr(transitions, "insert", insert_later)
+        monkeypatch.setattr(compiler, "insert", insert_later)
 
 
 class ReplicaRouter:

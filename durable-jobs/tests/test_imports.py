@@ -10,33 +10,26 @@ from settings import SOURCE
 
 PACKAGE = SOURCE / "durable_jobs"
 ORDER = """
-conf exceptions liveness pools versions migrations
-validation database
-states
+conf exceptions liveness pools validation versions migrations
+database limits messages transport
+states transport.rabbitmq transport.redis transport.sqs
 models
-transitions limits
-messages
-publish transport.rabbitmq transport.redis transport.sqs
-admission eager transport
+compiler eager pauses results
+transitions
+publish
+admission
 enqueue
 actions signatures
 batches
-results
 worker.runs worker.events worker.rabbitmq
 worker.forks worker.lease
-worker.heartbeat
-worker.shutdown worker.children worker.remote_control
-worker.execution worker.startup
-tasks pauses statistics diagnosis
-beat.republish
-beat.purge
-beat.sweeper
-beat.schedule
-checks api.schema api.serializers contrib.prometheus contrib.structlog contrib.django_tasks
-api.views admin testing views
-urls
-celery
-apps management.commands.durable_jobs
+worker.children worker.heartbeat worker.remote_control
+worker.shutdown worker.startup statistics diagnosis beat.republish
+worker.execution beat.purge contrib.prometheus
+tasks beat.sweeper api.schema api.serializers
+beat.schedule api.views contrib.django_tasks
+admin celery checks testing urls views management.commands.durable_jobs contrib.structlog
+apps
 """
 LAYERS = [line.split() for line in ORDER.strip().splitlines()]
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}

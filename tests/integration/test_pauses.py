@@ -25,7 +25,7 @@ result = [str(job.pk) for job in jobs]
 def wait_until_put_back(stack, name, count):
     """Wait until so many jobs of this paused name have no message."""
     ask = """
-from durable_jobs.transitions import is_paused
+from durable_jobs.pauses import is_paused
 result = Job.objects.filter(is_paused([name]), state="queued", times_sent=0).count()
 """
     wait_for(lambda: stack.ask(ask, name=name) == count)

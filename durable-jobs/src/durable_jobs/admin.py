@@ -24,9 +24,9 @@ from durable_jobs.diagnosis import problems, reasons, reasons_of_batches, span
 from durable_jobs.limits import name_of
 from durable_jobs.messages import job_names, known_queues
 from durable_jobs.models import Batch, Failure, Job, Pause, Worker
+from durable_jobs.pauses import is_paused
 from durable_jobs.states import ACTIVE, FINAL, RUNNING, STALLED, UNFINISHED
 from durable_jobs.statistics import by_queue, count_jobs, kind_of, what_follows
-from durable_jobs.transitions import is_paused
 from durable_jobs.validation import uuids
 from durable_jobs.worker.heartbeat import STALE_SECONDS
 

@@ -26,17 +26,18 @@ from math import inf
 
 from celery.utils.functional import chunks
 from django.db import Error, transaction
-from django.db.models import Case, Count, DurationField, F, IntegerField, Min, Subquery, When
+from django.db.models import Count, DurationField, F, IntegerField, Min, Subquery
 from django.db.models.functions import Coalesce, Greatest
 
 from durable_jobs import conf, transitions
+from durable_jobs.compiler import prepared
 from durable_jobs.database import Clock, Now, timeouts
 from durable_jobs.limits import limit_of
 from durable_jobs.messages import MESSAGE_FIELDS
-from durable_jobs.models import Job, Key, Pause
+from durable_jobs.models import Job, Key
+from durable_jobs.pauses import is_paused, put_back
 from durable_jobs.publish import publish
 from durable_jobs.states import HAS_SLOT, QUEUED
-from durable_jobs.transitions import is_paused
 
 logger = logging.getLogger(__name__)
 
@@ -45,24 +46,6 @@ KEYS_AT_ONCE = 500  # in a transaction
 NO_LIMIT = 2**31 - 1
 FIELDS = ["id", *MESSAGE_FIELDS]
 MOST = 5000  # jobs that the sweeper admits in a round, and keys that it looks at
-
-
-# Pauses
-
-
-def paused_names():
-    return list(Pause.objects.values_list("name", flat=True))
-
-
-def put_back(jobs):
-    """Put back those of these queued jobs that are paused: they lose slot and message. Returns how many.
-
-    Those without a limit stay due, so the sweeper sends them when the pause has ended.
-    """
-    # Jobs of one insert_many() have the same due_at, but their created_at differ: the later time keeps the order.
-    sweep_at = Case(When(limit_key=None, then=Greatest("due_at", "created_at")))
-    changes = {"blocked_by": F("limit_key"), "sweep_at": sweep_at, "times_sent": 0}
-    return jobs.filter(QUEUED, is_paused()).update(**changes)
 
 
 # Admitting jobs
@@ -127,7 +110,7 @@ def unblock(key, slots=NO_LIMIT):
     return jobs
 
 
-@transitions.prepared(slots=IntegerField())
+@prepared(slots=IntegerField())
 def oldest(blocked_by, slots):
     rows = Job.objects.filter(HAS_SLOT, limit_key=blocked_by).values("limit_key")
     used = Coalesce(Subquery(rows.values(used=Count("pk"))), 0)
@@ -137,7 +120,7 @@ def oldest(blocked_by, slots):
     return jobs.select_for_update(skip_locked=True).values_list(*FIELDS)[:1], None
 
 
-@transitions.prepared(seconds=DurationField())
+@prepared(seconds=DurationField())
 def give_slot(id, seconds):
     changes = {"blocked_by": None, "times_sent": 1, "sweep_at": Now() + seconds}
     return Job.objects.filter(pk=id), changes
@@ -235,7 +218,7 @@ def after_run(run):
         logger.warning("could not free a slot of %s, so the sweeper will: %r", run.limit_key, error)
 
 
-@transitions.prepared()
+@prepared()
 def any_blocked(blocked_by):
     """Return whether this key blocks a job: a list with the id of one, or an empty list."""
     return Job.objects.filter(blocked_by=blocked_by).values_list("pk")[:1], None

@@ -19,6 +19,7 @@ from django.db.models import Count, Exists, OuterRef, Q, Subquery
 from django.utils import timezone
 
 from durable_jobs import actions, transitions
+from durable_jobs.compiler import prepared
 from durable_jobs.database import Now, in_transaction, may_succeed_later, timeouts
 from durable_jobs.enqueue import (
     CallOptions,
@@ -231,7 +232,7 @@ def newest_active(batch):
     return members.order_by("batch_id", "-created_at").values_list("pk")[:1]
 
 
-@transitions.prepared()
+@prepared()
 def is_active(batch):
     """Return whether this batch has an unfinished job: a list with the id of one, or an empty list."""
     return newest_active(batch), None

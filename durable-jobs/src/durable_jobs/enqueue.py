@@ -13,7 +13,7 @@ from django.db import IntegrityError, transaction
 from django.db.models import Max, Q
 from django.db.models.functions import Coalesce
 
-from durable_jobs import admission, conf, limits, messages, transitions
+from durable_jobs import admission, compiler, conf, limits, messages
 from durable_jobs.database import Now
 from durable_jobs.eager import run_jobs
 from durable_jobs.messages import is_job, new_headers, queue_of
@@ -28,7 +28,7 @@ CHUNK = 500  # jobs per statement
 # A call sends at most this many messages itself. Workers are busy with them until the sweeper sends the rest.
 SENT_IMMEDIATELY = 2000
 OF_ONE = ["unique", "unique_until", "idempotency_key"]  # options that enqueue_many() does not take
-# Stands for the time of the database: FROM_NOW + delay is a timedelta, to which transitions.insert() adds its clock.
+# Stands for the time of the database: FROM_NOW + delay is a timedelta, to which compiler.insert() adds its clock.
 FROM_NOW = timedelta()
 
 
@@ -154,7 +154,7 @@ def check_times(countdown=None, eta=None):
 def times(now=FROM_NOW, countdown=None, eta=None, limit_key=None):
     """Return the fields of a new job that say when it is due, and when its message is sent, or which limit blocks it.
 
-    `now` is a time or Now(). With FROM_NOW and no `eta`, due_at and sweep_at are timedeltas, for transitions.insert().
+    `now` is a time or Now(). With FROM_NOW and no `eta`, due_at and sweep_at are timedeltas, for compiler.insert().
     An `eta` is compared with the database's clock: that of this process may be wrong.
     """
     check_times(countdown, eta)
@@ -190,7 +190,7 @@ def insert(fields, unique=None, unique_until=None, idempotency_key=None):
     # that job has ended when active_with() looks again, try once more.
     while (active := active_with(job)) is None:
         job.headers = new_headers(job)
-        if transitions.insert(job):
+        if compiler.insert(job):
             job.is_new = True
             send_after_commit([job])
             return job

@@ -6,12 +6,11 @@ from datetime import timedelta
 from django.db.models import Count, F, Min, Q, Sum, Window
 from django.db.models.functions import RowNumber
 
-from durable_jobs.admission import paused_names
 from durable_jobs.database import Now
 from durable_jobs.messages import known_queues
 from durable_jobs.models import Batch, Job
+from durable_jobs.pauses import is_paused, paused_names
 from durable_jobs.states import ACTIVE, RUNNING, STALLED
-from durable_jobs.transitions import is_paused
 from durable_jobs.worker.heartbeat import alive
 
 RECENT = timedelta(minutes=5)

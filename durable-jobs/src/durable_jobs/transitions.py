@@ -3,18 +3,17 @@ queryset of jobs.
 """
 
 from datetime import datetime, timedelta
-from functools import cache, wraps
-from inspect import signature
 
-from django.db import connection, models, transaction
-from django.db.models import Case, Q, When
+from django.db import transaction
+from django.db.models import Case, DurationField, Q, When
 from django.db.models.functions import Coalesce
 from django.db.models.lookups import IsNull
-from django.db.models.sql import InsertQuery, UpdateQuery
 
 from durable_jobs import conf
-from durable_jobs.database import IDLE_TIMEOUT, LOCK_TIMEOUT, Clock, Now, cursor_that_prepares
-from durable_jobs.models import Batch, Job, Pause
+from durable_jobs.compiler import prepared
+from durable_jobs.database import IDLE_TIMEOUT, LOCK_TIMEOUT, Clock, Now
+from durable_jobs.models import Batch, Job
+from durable_jobs.pauses import is_paused
 from durable_jobs.states import SENT, STILL_RUNNING, UNFINISHED
 
 STORED_FAILURES = 20  # of each job: the latest ones
@@ -23,16 +22,6 @@ UNSUCCESSFUL = ["failed", "cancelled"]
 PROGRESS = Case(When(cursor__isnull=False, then="progress"), default=0)
 # The task function of a cancelled job with a limit may still run: then it has a sweep_at.
 CAN_RUN_AGAIN = Q(state__in=UNSUCCESSFUL, sweep_at=None)
-
-
-def is_paused(names=None):
-    """Return the condition for a job to be paused. `names` is what is paused, if it was read before.
-
-    Each claim has it, and PostgreSQL plans this form faster than EXISTS.
-    """
-    if names is None:
-        names = Pause.objects.values("name")
-    return Q(queue__in=names) | Q(task__in=names)
 
 
 def requeue(jobs, delay=0, failure=None, **changes):
@@ -138,102 +127,7 @@ def open_again(pk):
     return rows.update(state="open", error="", counts={}, ended_at=None)
 
 
-# These run for each job. Building their SQL each time took half of a child process's CPU time, so it is built
-# once.
-
-
-class Argument(models.Value):
-    """An argument of a statement that is built once."""
-
-    def as_sql(self, compiler, connection):
-        return "%s", [self]
-
-    def prepare(self, values):
-        return self.output_field.get_db_prep_save(values[self.value], connection)
-
-
-def prepared(**types):
-    """Decorate a function that returns a queryset of jobs, and a dictionary of changes or None.
-
-    The decorated function runs queryset.update(**changes), and returns how many rows were changed. With
-    None, it returns the queryset's rows as tuples. An argument with the name of a field of Job is converted by
-    that field; for each other one, `types` has a field.
-    """
-
-    def decorate(function):
-        names = signature(function).parameters.keys()
-
-        @cache
-        def build():
-            fields = {name: Job._meta.get_field(name) for name in names - types.keys()} | types
-            rows, changes = function(**{name: Argument(name, fields[name]) for name in names})
-            query = rows.query
-            if changes:
-                query = query.chain(UpdateQuery)
-                query.add_update_values(changes)
-            compiler = query.get_compiler(rows.db)
-            statement = compiler.as_sql()
-            columns = [] if changes else [column for column, *_ in compiler.select]
-            return *statement, compiler, compiler.get_converters(columns)
-
-        @wraps(function)
-        def run(**values):
-            *statement, compiler, converters = build()
-            answer = execute(*statement, values)
-            if isinstance(answer, int):
-                return answer
-            return list(compiler.apply_converters(answer, converters))
-
-        return run
-
-    return decorate
-
-
-def execute(sql, params, values):
-    """Run this SQL with `values` for its Arguments. Returns its rows, or how many it changed."""
-    # Do not prepare a SELECT: keys and batches with few rows and with many would share one plan.
-    with connection.cursor() if sql.startswith("SELECT") else cursor_that_prepares() as cursor:
-        cursor.execute(sql, [p.prepare(values) if isinstance(p, Argument) else p for p in params])
-        return cursor.fetchall() if cursor.description else cursor.rowcount
-
-
-OF_DATABASE = ["created_at", "due_at", "sweep_at"]  # what the INSERT of a job returns
-
-
-def insert(job):
-    """INSERT this new job. `due_at` and `sweep_at` are datetimes, timedeltas from now (see FROM_NOW), or None.
-
-    Sets them, and `created_at`, to the database's times. Returns whether it is stored: not if another job has its id,
-    its `idempotency_key` or, being active, its `unique_key`. That is no error, which would end the caller's transaction.
-    As with bulk_create(), Django sends no signal.
-    """
-    compiler, converters, *statement = compiled_insert(isinstance(job.due_at, timedelta))
-    rows = execute(*statement, vars(job))
-    for row in compiler.apply_converters(map(list, rows), converters):
-        vars(job).update(zip(OF_DATABASE, row, strict=True))
-        job._state.adding, job._state.db = False, Job.objects.db
-    return bool(rows)
-
-
-@cache
-def compiled_insert(adds_now):
-    """Return the compiler of the INSERT, the converters of what it returns, its SQL and its parameters."""
-    fields = Job._meta.concrete_fields
-    values = {field.attname: Argument(field.attname, field) for field in fields}
-    for name in ("due_at", "sweep_at") if adds_now else ():
-        values[name] = Now() + Argument(name, models.DurationField())
-    query = InsertQuery(Job)
-    query.insert_values(fields, [Job(**values | {"created_at": Clock()})])
-    compiler = query.get_compiler(Job.objects.db)
-    compiler.returning_fields = [Job._meta.get_field(name) for name in OF_DATABASE]
-    columns = [field.get_col(Job._meta.db_table) for field in compiler.returning_fields]
-    [[sql, params]] = compiler.as_sql()
-    # Django's own INSERT that ignores conflicts returns nothing.
-    sql = sql.replace(" RETURNING ", " ON CONFLICT DO NOTHING RETURNING ")
-    return compiler, compiler.get_converters(columns), sql, params
-
-
-@prepared(time_limit=models.DurationField(), lease=models.DurationField())
+@prepared(time_limit=DurationField(), lease=DurationField())
 def claim(id, run_token, worker, retries, crashes, time_limit, lease):
     """The UPDATE that gives a queued job to the run with this token.
 

@@ -14,8 +14,8 @@ from durable_jobs import admission, conf, transitions
 from durable_jobs.database import IDLE_TIMEOUT, Now, may_succeed_later
 from durable_jobs.messages import MESSAGE_FIELDS, messages_in, send
 from durable_jobs.models import Job
+from durable_jobs.pauses import is_paused, paused_names
 from durable_jobs.states import QUEUED, RUNNING, SENT
-from durable_jobs.transitions import is_paused
 from durable_jobs.validation import printable
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class Sender:
         less than DURABLE_JOBS['SWEEP_SECONDS'] if a countdown ends sooner.
         """
         pause = conf.SWEEP_SECONDS
-        paused = admission.paused_names()
+        paused = paused_names()
         until_due, until_rate = admission.admit_due(paused)
         queued = Job.objects.filter(state="queued").exclude(is_paused(paused))
         until = time.monotonic() + pause

@@ -13,7 +13,7 @@ from traceback import format_exception, format_exception_only
 from celery.exceptions import Ignore, SoftTimeLimitExceeded
 from django.db import ProgrammingError, transaction
 
-from durable_jobs import admission, batches, conf, transitions
+from durable_jobs import admission, batches, conf, pauses, transitions
 from durable_jobs.database import in_transaction, timeouts, wait_for, wait_past_soft_limit
 from durable_jobs.exceptions import JobError, JobLost
 from durable_jobs.models import Batch, Job
@@ -106,7 +106,7 @@ class Run:
     def put_back_if_paused(self):
         """After a claim that has failed, put the job back if it is paused. Returns whether it was."""
         row = Job.objects.filter(*timeouts(), pk=self.job_id)
-        is_paused = wait_past_soft_limit(admission.put_back, row)
+        is_paused = wait_past_soft_limit(pauses.put_back, row)
         if is_paused and self.limit_key:  # it has lost its slot
             pool.query(admission.admit, [self.limit_key])
         return bool(is_paused)
