@@ -11,7 +11,7 @@ import pytest
 from harness.bake import DEFAULTS
 from harness.blocks import code
 from harness.outputs import outputs
-from harness.project import Process, Project, started
+from harness.project import Process, Project, env, started
 from harness.servers import Redis
 
 plain = outputs(DEFAULTS)
@@ -126,10 +126,24 @@ def test_users_may_log_in_by_email(copied):
     printed = copied.manage("shell", "-v0", "-c", links, PORT=8000, **database)
     assert "demo@example.com / " in printed
     copied.call(".venv/bin/python", "-m", "pytest", "-q", "-m", "not live", **database)
+    command = copied.services()["migrate"]["command"][-1].replace("$$", "$")  # of `make up`
+    own = {"DATABASE_URL": f"sqlite:///{copied}/second.sqlite3", "DEBUG": "True"}
+    own["PATH"] = f"{copied}/.venv/bin:{env()['PATH']}"
+    name = {"DJANGO_SUPERUSER_USERNAME": "demo@example.com"}
+    for _ in range(2):
+        printed = copied.call("sh", "-ec", command, **own, **name)
+        assert "demo@example.com / " in printed
     if service := copied.services().get("prometheus-token"):
         make_token = service["command"][-1].replace("/token/prometheus", str(copied / "token"))
         copied.manage("shell", "-v0", "-c", make_token, **database)
         assert (copied / "token").read_text()
+
+
+@plain
+def test_the_web_server_reads_dotenv_too(copied):
+    (copied / ".env").write_text(copied.read(".env") + "WEB_CONCURRENCY=3\n")
+    printed = copied.call(".venv/bin/gunicorn", "--print-config", "config.wsgi")
+    assert re.search(r"^workers +.*= 3$", printed, re.MULTILINE)
 
 
 @outputs({**DEFAULTS, "result_backend": "database"})
