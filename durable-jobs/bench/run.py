@@ -546,7 +546,8 @@ def whole(figure):
 
 def table(header, rows):
     header = header.split("|")
-    return "".join(f"| {' | '.join(line)} |\n" for line in [header, ["---"] * len(header), *rows])
+    head, *others = (f"| {' | '.join(line)} |\n" for line in [header, *rows])
+    return "".join([head, f"|{'---|' * len(header)}\n", *others])
 
 
 def say(output, text):
