@@ -1,4 +1,4 @@
-.PHONY: demo engine test prove chaos bench pictures wheel release lint
+.PHONY: demo engine test prove chaos bench site pictures wheel release lint
 
 demo: .venv  ## bake a project, start it, run its tasks: make demo ARGS="durable_jobs=yes"
 	@PYTHONPATH=tests .venv/bin/python -m harness.demo $(ARGS)
@@ -20,6 +20,10 @@ chaos: .venv  ## two minutes of random faults on each broker; longer: make chaos
 
 bench: .venv  ## measure and write durable-jobs/docs/performance.md; a trial: make bench ARGS="--scale 0.1"
 	PYTHONPATH=tests .venv/bin/python durable-jobs/bench/run.py $(ARGS)
+
+SITE := site
+site: .venv  ## build the pages as a site, in site/
+	.venv/bin/sphinx-build -q -W -c docs . $(SITE)
 
 pictures: .venv  ## retake the pictures in README.md
 	.venv/bin/uv pip install --quiet --python .venv/bin/python pillow

@@ -81,8 +81,8 @@ def test_the_commands_of_the_readme_are_what_ci_runs():
     )
 
 
-def test_a_push_publishes_the_default_output(tmp_path, cookies_session):
-    """Its branch has what Cookiecutter writes, except the secrets."""
+def test_a_push_publishes_the_default_output_and_the_pages(tmp_path, cookies_session):
+    """The branch `output` has what Cookiecutter writes, except the secrets."""
     published = tmp_path / "published.git"
     subprocess.run(["git", "init", "--quiet", "--bare", published], check=True)
     environment = {
@@ -99,9 +99,17 @@ def test_a_push_publishes_the_default_output(tmp_path, cookies_session):
 
     project = baked(cookies_session, {})
     names = {f"my_project/{file.relative_to(project)}" for file in project.files()}
-    listed = Project(published).call("git", "ls-tree", "-r", "-z", "--name-only", "output")
-    assert names - set(listed.split("\0")[:-1]) == {"my_project/.env"}
-    assert set(listed.split("\0")[:-1]) < names
+    listed = {
+        branch: set(
+            Project(published)
+            .call("git", "ls-tree", "-r", "-z", "--name-only", branch)
+            .split("\0")[:-1]
+        )
+        for branch in ("output", "site")
+    }
+    assert names - listed["output"] == {"my_project/.env"}
+    assert listed["output"] < names
+    assert {"docs/index.html", "durable-jobs/docs/guide.html", ".nojekyll"} <= listed["site"]
 
 
 def test_each_choice_is_tested_on_each_broker():
