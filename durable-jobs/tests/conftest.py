@@ -214,7 +214,7 @@ def commit(db, django_capture_on_commit_callbacks):
 @pytest.fixture
 def batch(user):
     """A batch with two jobs, which have not started."""
-    return batches.enqueue(greet, [["Ada"], ["Bo"]], owner=user, label="Greetings")
+    return batches.enqueue([greet.s("Ada"), greet.s("Bo")], owner=user, label="Greetings")
 
 
 @pytest.fixture

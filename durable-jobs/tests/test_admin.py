@@ -239,7 +239,7 @@ def test_the_action_is_in_the_history_of_each_job(admin_client):
 
 
 def test_the_actions_of_batches_are_logged(admin_client):
-    batch = batches.enqueue(greet, [[], []])
+    batch = batches.enqueue([greet.s(), greet.s()])
     for action in "cancel", "run_failed_again":
         data = {"action": action, "_selected_action": [batch.pk]}
         admin_client.post("/admin/durable_jobs/batch/", data)
@@ -300,7 +300,7 @@ def test_the_admin_skips_a_job_whose_task_no_longer_exists(admin_client, user, c
 
 
 def test_the_admin_lists_and_shows_batches(admin_client, batch):
-    other = batches.enqueue(greet, [[]])
+    other = batches.enqueue([greet.s()])
     batches.cancel(other)
     asked = counting_queries(admin_client.get, "/admin/durable_jobs/batch/")
     assert len(asked) == 2  # one by the paginator
@@ -339,7 +339,7 @@ def act_on_batches(client, action, url="/admin/durable_jobs/batch/"):
 
 
 def test_the_admin_cancels_batches_and_runs_their_failed_jobs_again(admin_client, batch):
-    batches.cancel(batches.enqueue(greet, [[]]))
+    batches.cancel(batches.enqueue([greet.s()]))
     assert "2 jobs cancelled." in act_on_batches(admin_client, "cancel")
     batch.refresh_from_db()
     assert batch.state == "cancelled"

@@ -59,7 +59,7 @@ def test_a_job_over_its_limit_is_held(sent, commit):
 
 def test_a_run_hands_its_place_to_the_oldest_job(sent, commit):
     with commit():
-        jobs = enqueue_many(alone, [[number] for number in range(3)])
+        jobs = enqueue_many([alone.s(number) for number in range(3)])
     for number, job in enumerate(jobs):
         assert sent == [each.pk for each in jobs[: number + 1]]
         with commit():
@@ -69,7 +69,7 @@ def test_a_run_hands_its_place_to_the_oldest_job(sent, commit):
 
 def test_a_failed_run_and_a_retry_hand_over_the_place(sent, commit):
     with commit():
-        jobs = enqueue_many(alone, [[number] for number in range(3)])
+        jobs = enqueue_many([alone.s(number) for number in range(3)])
     run = start(jobs[0])
     with commit(), run:
         try:
@@ -88,7 +88,7 @@ def test_a_failed_run_and_a_retry_hand_over_the_place(sent, commit):
 
 def test_a_retry_at_once_goes_before_newer_jobs(sent, commit):
     with commit():
-        first, _ = enqueue_many(alone, [[1], [2]])
+        first, _ = enqueue_many([alone.s(1), alone.s(2)])
     run = start(first)
     run.retry = {"delay": 0, "args": [], "kwargs": {}, "retries": 1}
     with run:
@@ -98,7 +98,7 @@ def test_a_retry_at_once_goes_before_newer_jobs(sent, commit):
 
 def test_a_cancelled_body_keeps_its_place(sent, commit):
     with commit():
-        first, second = enqueue_many(alone, [[1], [2]])
+        first, second = enqueue_many([alone.s(1), alone.s(2)])
     run = start(first)
     with commit():
         cancel(first)
@@ -114,7 +114,7 @@ def test_a_cancelled_body_keeps_its_place(sent, commit):
 
 
 def test_the_sweep_lets_held_jobs_go(sent):
-    jobs = enqueue_many(call, [[7, number] for number in range(4)])
+    jobs = enqueue_many([call.s(7, number) for number in range(4)])
     sweeper.sender.send_due()
     assert sent == [job.pk for job in jobs[:2]]
     sweeper.sender.send_due()
@@ -123,7 +123,7 @@ def test_the_sweep_lets_held_jobs_go(sent):
 
 def test_the_oldest_job_that_is_due_goes_first(sent, commit):
     """A job that is tried again does not wait behind those that were enqueued after it."""
-    later, first, second = enqueue_many(alone, [[number] for number in range(3)])
+    later, first, second = enqueue_many([alone.s(number) for number in range(3)])
     Job.objects.filter(pk=later.pk).update(due_at=Now() + timedelta(hours=1))
     Job.objects.filter(pk=first.pk).update(due_at=Now() - timedelta(seconds=1), retries=1)
     Job.objects.filter(pk=second.pk).update(due_at=Now() - timedelta(hours=1))
@@ -135,7 +135,7 @@ def test_the_oldest_job_that_is_due_goes_first(sent, commit):
 
 def test_deleted_jobs_free_their_places(sent, commit):
     with commit():
-        first, second = enqueue_many(alone, [[1], [2]])
+        first, second = enqueue_many([alone.s(1), alone.s(2)])
     Job.objects.filter(pk=first.pk).delete()
     sweeper.sender.send_due()
     assert sent == [first.pk, second.pk]
@@ -170,7 +170,7 @@ def test_a_held_job_says_what_it_waits_for(sent, commit, settings):
 @pytest.mark.parametrize("end_body", ["lease", "child"])
 def test_a_body_of_a_cancelled_job_that_dies_frees_its_place(sent, commit, monkeypatch, end_body):
     with commit():
-        first, second = enqueue_many(alone, [[1], [2]])
+        first, second = enqueue_many([alone.s(1), alone.s(2)])
     run = start(first)
     token, _ = run.token, cancel(first)
     if end_body == "lease":
@@ -231,7 +231,7 @@ def test_a_revoke_frees_the_place_only_if_it_kills_the_body(
 def test_a_run_that_was_overtaken_frees_no_place_of_the_newer_one(sent, commit):
     """The newer run was cancelled, and it still runs."""
     with commit():
-        first, _ = enqueue_many(alone, [[1], [2]])
+        first, _ = enqueue_many([alone.s(1), alone.s(2)])
     old = start(first)
     Job.objects.filter(pk=first.pk).update(crashes=1, run_token=uuid.uuid4())
     cancel(first)
@@ -244,7 +244,7 @@ def test_a_run_that_was_overtaken_frees_no_place_of_the_newer_one(sent, commit):
 def test_a_queued_job_that_is_queued_again_keeps_its_place(sent, commit):
     """Its worker shuts down, or it must not run beside another suspect."""
     with commit():
-        first, _ = enqueue_many(alone, [[1], [2]])
+        first, _ = enqueue_many([alone.s(1), alone.s(2)])
     transitions.requeue(Job.objects.filter(QUEUED, pk=first.pk), 60)
     sweeper.sender.send_due()
     first.refresh_from_db()
@@ -255,7 +255,7 @@ def test_a_queued_job_that_is_queued_again_keeps_its_place(sent, commit):
 def test_a_job_that_is_handed_back_is_the_next_one_again(sent, commit):
     """A deploy must not put it behind all jobs of its key."""
     with commit():
-        first, _ = enqueue_many(alone, [[1], [2]])
+        first, _ = enqueue_many([alone.s(1), alone.s(2)])
     run = start(first)
     with run:
         run.release()
@@ -264,7 +264,7 @@ def test_a_job_that_is_handed_back_is_the_next_one_again(sent, commit):
 
 def test_a_message_that_cannot_be_sent_keeps_the_place(commit, broker_down):
     with commit():
-        first, _ = enqueue_many(alone, [[1], [2]])
+        first, _ = enqueue_many([alone.s(1), alone.s(2)])
     first.refresh_from_db()
     assert (first.blocked_by, first.times_sent) == (None, 0) and first.sweep_at
     assert held() == 1
@@ -275,7 +275,7 @@ def test_what_a_process_releases_at_its_end_keeps_its_place_and_starts_later(
 ):
     """Until the process has ended the bodies run: neither these jobs nor the next ones may start."""
     with commit():
-        [first, _], other = enqueue_many(alone, [[1], [2]]), free.enqueue()
+        [first, _], other = enqueue_many([alone.s(1), alone.s(2)]), free.enqueue()
     states = []
 
     def look(_):
@@ -340,7 +340,7 @@ def test_a_claim_that_is_repeated_succeeds_although_a_pause_has_begun(sent, comm
 
 def test_a_lowered_limit_lets_no_job_go_until_enough_have_ended(sent, commit, settings):
     with commit():
-        jobs = enqueue_many(call, [[7, number] for number in range(4)])
+        jobs = enqueue_many([call.s(7, number) for number in range(4)])
     first, second = map(start, jobs[:2])
     settings.DURABLE_JOBS = settings.DURABLE_JOBS | {
         "LIMITS": {**settings.DURABLE_JOBS["LIMITS"], "tenant": "1"}
@@ -355,7 +355,7 @@ def test_a_lowered_limit_lets_no_job_go_until_enough_have_ended(sent, commit, se
 
 def test_a_raised_limit_holds_at_the_next_round(sent, commit, settings):
     with commit():
-        jobs = enqueue_many(call, [[7, number] for number in range(4)])
+        jobs = enqueue_many([call.s(7, number) for number in range(4)])
     settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"LIMITS": {"tenant": "4"}}
     sweeper.sender.send_due()
     assert sent == [job.pk for job in jobs]
@@ -372,7 +372,7 @@ def later(seconds):
 def test_starts_of_a_rate_are_spread_evenly(sent, commit):
     """3 an hour."""
     with commit():
-        jobs = enqueue_many(ask, [[number] for number in range(3)])
+        jobs = enqueue_many([ask.s(number) for number in range(3)])
     for number, job in enumerate(jobs, 1):
         assert sent == [each.pk for each in jobs[:number]]
         with commit():
@@ -386,7 +386,7 @@ def test_starts_of_a_rate_are_spread_evenly(sent, commit):
 
 def test_a_start_counts_whatever_happens_to_its_job(sent, commit):
     with commit():
-        deleted, retried, back, _ = enqueue_many(ask, [[number] for number in range(4)])
+        deleted, retried, back, _ = enqueue_many([ask.s(number) for number in range(4)])
     end(start(deleted))
     Job.objects.filter(pk=deleted.pk).delete()
     later(1200)
@@ -407,8 +407,8 @@ def test_a_start_counts_whatever_happens_to_its_job(sent, commit):
 def test_few_jobs_of_a_rate_are_admitted_before_one_starts(sent, settings):
     """Else all would start at once when the workers come back."""
     settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"LIMITS": {"one": "9/h", "api": "30/h"}}
-    enqueue_many(alone, [[number] for number in range(9)])
-    enqueue_many(ask, [[number] for number in range(9)])
+    enqueue_many([alone.s(number) for number in range(9)])
+    enqueue_many([ask.s(number) for number in range(9)])
     for _ in range(3):
         sweeper.sender.send_due()
         later(3600)
@@ -429,7 +429,7 @@ def test_a_job_that_starts_while_others_are_admitted_counts(sent, commit, settin
     settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"LIMITS": {"api": "20/h"}}  # two are ahead
     with commit():
         first = ask.enqueue(1)
-    enqueue_many(ask, [[2], [3]])
+    enqueue_many([ask.s(2), ask.s(3)])
     waits, looks = admission.waits_for_rates, iter(range(9))
 
     def start_under_the_lock(limits):
@@ -445,7 +445,7 @@ def test_a_job_that_starts_while_others_are_admitted_counts(sent, commit, settin
 
 def test_a_rate_says_what_a_job_waits_for(sent, commit):
     with commit():
-        first, second = enqueue_many(ask, [[1], [2]])
+        first, second = enqueue_many([ask.s(1), ask.s(2)])
     start(first)
     text = "Waiting: limit api allows at most 3/h"
     assert reasons([Job.objects.get(pk=second.pk)]) == {second.pk: text}
@@ -455,7 +455,7 @@ def test_a_rate_says_what_a_job_waits_for(sent, commit):
 def test_the_sweeper_wakes_when_the_next_job_of_a_rate_may_start(sent, settings, seconds):
     """Also if it has just admitted one: when this has ended, nobody else looks."""
     settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"SWEEP_SECONDS": 9999}
-    jobs = enqueue_many(ask, [[number] for number in range(5)])
+    jobs = enqueue_many([ask.s(number) for number in range(5)])
     assert sweeper.sender.send_due() == 1200
     end(start(jobs[0]))
     later(seconds)
@@ -473,7 +473,7 @@ def test_the_sweeper_wakes_when_the_admitted_jobs_of_a_rate_have_started(
     limits = {"SWEEP_SECONDS": 9999, "LIMITS": {"api": limit}}
     settings.DURABLE_JOBS = settings.DURABLE_JOBS | limits
     with commit():
-        jobs = enqueue_many(ask, [[number] for number in range(101)])
+        jobs = enqueue_many([ask.s(number) for number in range(101)])
     for job in jobs[:running]:
         start(job)
     later(9999)

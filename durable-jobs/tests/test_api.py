@@ -101,7 +101,7 @@ def test_a_long_result_is_not_in_the_list(api, user, commit):
 
 
 def test_pages_show_each_job_once_even_if_all_were_created_at_once(api, user):
-    enqueue_many(greet, [[]] * 50, owner=user)
+    enqueue_many([greet.using(owner=user).s()] * 50)
     Job.objects.update(created_at="2020-01-01T00:00Z")
     seen, url = [], "/api/jobs/?state=queued"
     while url:
@@ -119,7 +119,7 @@ def test_an_invalid_page_cursor_is_not_found(api, user, cursor):
 
 def test_a_list_costs_the_same_however_many_jobs_there_are(api, admin_client, user):
     """No query counts or compares all jobs."""
-    enqueue_many(greet, [[]] * 150, owner=user)
+    enqueue_many([greet.using(owner=user).s()] * 150)
     with CaptureQueriesContext(connection) as captured:
         assert len(ids(api.get("/api/jobs/"))) == 20
         assert admin_client.get("/admin/durable_jobs/job/?state__exact=queued").status_code == 200
@@ -299,7 +299,7 @@ def test_a_format_suffix_in_the_url_is_not_found(api, user):
 def test_a_view_answers_with_a_job_or_a_batch(api, user):
     request = APIRequestFactory().post("/")
     request.user = user
-    for stored in greet.using(owner=user).enqueue(), batches.enqueue(greet, [[]], owner=user):
+    for stored in greet.using(owner=user).enqueue(), batches.enqueue([greet.s()], owner=user):
         response = accepted(request, stored)
         assert (response.status_code, response["Retry-After"]) == (202, "1")
         assert response.data["id"] == str(stored.pk)
@@ -348,15 +348,15 @@ class UploadViewSet(EnqueueMixin, GenericViewSet):
 
     def perform_create(self, serializer):
         serializer.save(job_id=self.job_id)
-        self.enqueue(greet)
+        self.enqueue(greet.s())
 
 
 class BatchUploadViewSet(UploadViewSet):
     def perform_create(self, serializer):
         serializer.save(job_id=self.job_id)
         with batches.open_batch(owner=self.request.user, on_success=greet.s()) as batch:
-            self.enqueue(greet, ["first"], batch=batch)
-            batches.add_many(batch, greet, [["second"], ["third"]])
+            self.enqueue(greet.s("first"), batch=batch)
+            batches.add_many(batch, [greet.s("second"), greet.s("third")])
 
 
 def upload(user, content, tags=(), view=UploadViewSet):
@@ -383,8 +383,8 @@ def test_the_same_key_gives_the_same_batch(user, run_jobs):
 
 
 def test_a_view_adds_no_job_to_a_batch_that_has_ended(user, monkeypatch):
-    ended = batches.enqueue(greet, [])
-    add = lambda self, serializer: self.enqueue(greet, batch=ended)  # noqa: E731
+    ended = batches.enqueue([])
+    add = lambda self, serializer: self.enqueue(greet.s(), batch=ended)  # noqa: E731
     monkeypatch.setattr(UploadViewSet, "perform_create", add)
     with pytest.raises(ValueError, match="has ended"):
         upload(user, b"x")

@@ -28,8 +28,7 @@ def counts(**states):
 
 def test_a_batch_is_shown_to_its_owner(api, user, run_jobs):
     batch = batches.enqueue(
-        greet,
-        [["Ada"], ["Bo"]],
+        [greet.s("Ada"), greet.s("Bo")],
         owner=user,
         label="Greetings",
         on_success=greet.si(),
@@ -67,14 +66,14 @@ def test_results_come_in_the_order_of_an_enqueue_mixin_too(user, monkeypatch):
     view = EnqueueMixin()
     view.request, view.job_id = SimpleNamespace(user=user, headers={}), uuid.uuid4()
     with batches.open_batch() as batch:
-        first = view.enqueue(greet, batch=batch)
+        first = view.enqueue(greet.s(), batch=batch)
         monkeypatch.setattr(batches, "database_time", lambda: first.created_at)
-        second = batches.add(batch, greet)
+        second = batches.add(batch, greet.s())
     assert first.created_at < second.created_at
 
 
 def test_a_failed_batch_says_why(api, user, run_jobs):
-    batch = batches.enqueue(fail, [[]] * 3, owner=user, on_success=greet.si())
+    batch = batches.enqueue([fail.s()] * 3, owner=user, on_success=greet.si())
     run_jobs()
     shown = api.get(f"/api/batches/{batch.pk}/").json()
     assert (shown["state"], shown["counts"]) == ("failed", counts(failed=3))
@@ -83,7 +82,7 @@ def test_a_failed_batch_says_why(api, user, run_jobs):
 
 def test_batches_of_other_owners_are_not_found(api, admin_user):
     for owner in admin_user, None:
-        other = batches.enqueue(greet, [[]], owner=owner)
+        other = batches.enqueue([greet.s()], owner=owner)
         url = f"/api/batches/{other.pk}/"
         assert api.get(url).status_code == 404
         assert api.post(f"{url}cancel/").status_code == 404
@@ -110,7 +109,7 @@ def test_batches_need_a_login(batch):
 
 def test_staff_lists_own_batches_and_batches_without_an_owner(staff_api, user, admin_user):
     own, unowned, other = (
-        batches.enqueue(greet, [[]], owner=owner) for owner in (admin_user, None, user)
+        batches.enqueue([greet.s()], owner=owner) for owner in (admin_user, None, user)
     )
     assert ids(staff_api.get("/api/batches/")) == [str(unowned.pk), str(own.pk)]
     assert len(ids(staff_api.get(f"/api/jobs/?batch={unowned.pk}"))) == 1
@@ -167,7 +166,7 @@ def test_an_owner_runs_the_jobs_of_a_batch_again_if_all_their_tasks_allow_it(
 ):
     url = f"/api/batches/{batch.pk}/run_failed_again/"
     assert api.post(url).status_code == 409  # no job has ended
-    batches.add(batch, fail)
+    batches.add(batch, fail.s())
     batches.cancel(batch)
     for allowed, status in {greet: 403, fail: 202}.items():
         monkeypatch.setattr(allowed, "owner_may_run_again", True)
@@ -176,7 +175,7 @@ def test_an_owner_runs_the_jobs_of_a_batch_again_if_all_their_tasks_allow_it(
 
 
 def test_batches_have_pages_newest_first(api, user):
-    new = [batches.enqueue(greet, [[]], owner=user) for _ in range(21)]
+    new = [batches.enqueue([greet.s()], owner=user) for _ in range(21)]
     newest_first = [str(batch.pk) for batch in reversed(new)]
     first = api.get("/api/batches/")
     assert ids(first) == newest_first[:20]
@@ -185,7 +184,7 @@ def test_batches_have_pages_newest_first(api, user):
 
 
 def test_batches_are_filtered_by_state(api, user, batch):
-    cancelled = batches.enqueue(greet, [[]], owner=user)
+    cancelled = batches.enqueue([greet.s()], owner=user)
     batches.cancel(cancelled)
     assert ids(api.get("/api/batches/?state=open")) == [str(batch.pk)]
     assert ids(api.get("/api/batches/?state=cancelled")) == [str(cancelled.pk)]
@@ -222,7 +221,7 @@ def test_a_job_shows_its_batch(api, user, batch):
 def test_one_query_counts_the_jobs_of_all_batches_of_a_page(api, user):
     url = "/api/batches/"
     for _ in range(9):
-        batches.enqueue(greet, [[]] * 3, owner=user)
+        batches.enqueue([greet.s()] * 3, owner=user)
     assert len(counting_queries(api.get, url)) == 1
     assert {batch["counts"]["queued"] for batch in api.get(url).json()["results"]} == {3}
     for batch in Batch.objects.all():
@@ -237,7 +236,7 @@ def thousands(user):
     if connection.vendor != "postgresql":
         pytest.skip("only PostgreSQL plans with statistics: set DATABASE_URL=postgres://…")
     now = timezone.now()
-    enqueue_many(greet, [[]] * 100, owner=user)
+    enqueue_many([greet.using(owner=user).s()] * 100)
     ended = {"state": "failed", "ended_at": now}
     batches = [Batch.objects.create(owner=user, **fields) for fields in [{}, {}, *[ended] * 18]]
     multiply(Batch.objects.create(**ended), 2000)

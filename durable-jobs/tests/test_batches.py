@@ -1,7 +1,6 @@
 """Batches, and what starts when their jobs have ended."""
 
 from datetime import timedelta
-from functools import partial
 from unittest.mock import Mock
 
 import pytest
@@ -39,13 +38,15 @@ def echo(*args):
 @shared_task(base=JobTask, bind=True)
 def add_sibling(self, number):
     if number:
-        batches.add(self.batch, add_sibling, [number - 1], label=f"Sibling {number}", queue="io")
+        batches.add(
+            self.batch, add_sibling.using(label=f"Sibling {number}", queue="io").s(number - 1)
+        )
     return number
 
 
 @shared_task(base=JobTask, bind=True)
 async def add_in_coroutine(self):
-    await batches.aadd(self.batch, add, [1, 2])
+    await batches.aadd(self.batch, add.s(1, 2))
 
 
 @shared_task(base=JobTask, bind=True)
@@ -64,15 +65,15 @@ def after(batch):
 
 
 def many(task=add, count=3, has_callbacks=True, **options):
-    calls = [[number, 0] for number in range(count)]
+    calls = [task.s(number, 0) for number in range(count)]
     if has_callbacks:
         options["on_success"] = echo.s().set(label="then")
         options["on_finish"] = echo.si().set(label="ended")
-    return batches.enqueue(task, calls, **options)
+    return batches.enqueue(calls, **options)
 
 
 def test_a_batch_starts_then_and_ended_when_all_jobs_have_succeeded(user, run_jobs):
-    batch = many(add, 5, owner=user, label="Numbers", queue="io")
+    batch = many(add.using(queue="io"), 5, owner=user, label="Numbers")
     assert (batch.state, batch.label, batch.owner) == ("open", "Numbers", user)
     assert set(Job.objects.values_list("owner", "queue", "batch")) == {(user.pk, "io", batch.pk)}
     run_jobs()
@@ -95,8 +96,8 @@ def test_a_batch_ends_once(run_jobs):
 @pytest.mark.parametrize("bad", ["failed", "cancelled"])
 def test_then_does_not_start_after_a_bad_member(bad, run_jobs):
     with batches.open_batch(on_success=echo.s().set(label="then"), on_finish=echo.si()) as batch:
-        first, *_ = batches.add_many(batch, add, [[1, 2]] * 1000)
-        job = batches.add(batch, fail)
+        first, *_ = batches.add_many(batch, [add.s(1, 2)] * 1000)
+        job = batches.add(batch, fail.s())
     ended = {"state": "succeeded", "finished_at": Now(), "sweep_at": None}
     batch.jobs.filter(task=add.name).exclude(pk=first.pk).update(**ended)
     if bad == "cancelled":
@@ -109,7 +110,7 @@ def test_then_does_not_start_after_a_bad_member(bad, run_jobs):
 
 @pytest.mark.parametrize("changes", [{"retries": 1}, {"crashes": 1}])
 def test_a_retry_or_a_crash_is_not_an_end(changes, run_jobs):
-    batch = batches.enqueue(add, [[1, 2]])
+    batch = batches.enqueue([add.s(1, 2)])
     assert transitions.requeue(batch.jobs.all(), 60, **changes) == 1
     batches.end(batch.pk)
     batches.end_all()
@@ -134,7 +135,7 @@ def test_a_batch_without_callbacks_ends(run_jobs):
 
 def test_then_and_ended_have_options_of_their_own(run_jobs):
     then = echo.s("x").set(queue="io", label="Sum", countdown=60)
-    batch = batches.enqueue(add, [[1, 2]], on_success=then, queue="cpu", label="Numbers")
+    batch = batches.enqueue([add.using(queue="cpu").s(1, 2)], on_success=then, label="Numbers")
     run_jobs()
     [job] = next_jobs(batch)
     assert (job.queue, job.label, job.times_sent) == ("io", "Sum", 0)
@@ -142,15 +143,15 @@ def test_then_and_ended_have_options_of_their_own(run_jobs):
 
 
 def test_then_does_not_get_results_if_it_is_immutable(run_jobs):
-    batch = batches.enqueue(add, [[1, 2]], on_success=echo.si("x"))
+    batch = batches.enqueue([add.s(1, 2)], on_success=echo.si("x"))
     run_jobs()
     assert [job.result for job in next_jobs(batch)] == [["x"]]
 
 
 def test_members_of_several_tasks_are_stored_in_one_transaction(user, run_jobs):
     with batches.open_batch(owner=user, on_success=echo.s()) as batch:
-        jobs = [batches.add(batch, add, [n, 0], label=f"Job {n}") for n in range(20)]
-        batches.add(batch, echo, ["last"], queue="cpu")
+        jobs = [batches.add(batch, add.using(label=f"Job {n}").s(n, 0)) for n in range(20)]
+        batches.add(batch, echo.using(queue="cpu").s("last"))
     assert [job.label for job in jobs[:2]] == ["Job 0", "Job 1"]
     assert set(Job.objects.values_list("owner", "batch")) == {(user.pk, batch.pk)}
     run_jobs()
@@ -159,10 +160,10 @@ def test_members_of_several_tasks_are_stored_in_one_transaction(user, run_jobs):
 
 def test_nothing_is_stored_if_a_member_is_refused():
     with pytest.raises(TypeError, match="missing"), batches.open_batch() as batch:
-        batches.add(batch, add, [1, 2])
-        batches.add(batch, add, [1])
+        batches.add(batch, add.s(1, 2))
+        batches.add(batch, add.s(1))
     with pytest.raises(TypeError, match="missing"):
-        batches.enqueue(add, [[1, 2], [1]])
+        batches.enqueue([add.s(1, 2), add.s(1)])
     assert not Batch.objects.exists() and not Job.objects.exists()
 
 
@@ -178,12 +179,12 @@ def test_nothing_is_stored_if_a_member_is_refused():
 )
 def test_a_callback_that_cannot_start_is_refused(name, signature, message):
     with pytest.raises(TypeError, match=message):
-        batches.enqueue(add, [[1, 2]], **{name: signature})
+        batches.enqueue([add.s(1, 2)], **{name: signature})
     assert not Batch.objects.exists() and not Job.objects.exists()
 
 
 def test_a_member_may_add_others(run_jobs):
-    batch = batches.enqueue(add_sibling, [[3]], on_success=echo.s())
+    batch = batches.enqueue([add_sibling.s(3)], on_success=echo.s())
     run_jobs()
     assert [job.result for job in next_jobs(batch)] == [[[3, 2, 1, 0]]]
     assert set(batch.jobs.values_list("label", "queue")) == {
@@ -195,17 +196,15 @@ def test_a_member_may_add_others(run_jobs):
 def test_a_batch_that_has_ended_takes_no_job(run_jobs):
     batch = many()
     run_jobs()
-    for add_job in (
-        partial(batches.add, batch),
-        lambda *args: batches.add_many(batch, add, [[1, 2]]),
-    ):
-        with pytest.raises(ValueError, match="the batch has ended"):
-            add_job(add, [1, 2])
+    with pytest.raises(ValueError, match="the batch has ended"):
+        batches.add(batch, add.s(1, 2))
+    with pytest.raises(ValueError, match="the batch has ended"):
+        batches.add_many(batch, [add.s(1, 2)])
     assert batch.jobs.count() == 3
 
 
 def test_a_body_knows_its_batch(run_jobs):
-    batch = batches.enqueue(read_batch, [[]])
+    batch = batches.enqueue([read_batch.s()])
     alone = enqueue(read_batch)
     run_jobs()
     alone.refresh_from_db()
@@ -215,7 +214,7 @@ def test_a_body_knows_its_batch(run_jobs):
 
 @pytest.mark.django_db(transaction=True)  # in a transaction, a query is tried only once
 def test_a_body_reads_its_batch_when_the_database_is_back(published, monkeypatch):
-    batch = batches.enqueue(read_batch, [[]])
+    batch = batches.enqueue([read_batch.s()])
     monkeypatch.setattr(database.time, "sleep", lambda seconds: None)
     read = Mock(side_effect=[OperationalError("away"), batch])
     monkeypatch.setattr(QuerySet, "first", read)
@@ -278,7 +277,7 @@ def test_a_batch_stays_open_while_the_database_is_away(monkeypatch, caplog):
 @pytest.mark.parametrize("value", ["echo", [1], 1])
 def test_what_comes_next_is_a_call(name, value):
     with pytest.raises(TypeError, match="is not the signature of a job"):
-        batches.enqueue(add, [[1, 2]], **{name: value})
+        batches.enqueue([add.s(1, 2)], **{name: value})
 
 
 def test_arguments_that_a_worker_cannot_decode_are_refused():
@@ -297,7 +296,7 @@ def test_what_comes_next_waits_for_the_database(run_jobs, monkeypatch):
 
 
 def test_a_failed_next_step_runs_again_with_the_same_results(run_jobs):
-    batch = batches.enqueue(add, [[1, 2]], on_success=fail.s())
+    batch = batches.enqueue([add.s(1, 2)], on_success=fail.s())
     run_jobs()
     [job] = next_jobs(batch)
     run_again(job)
@@ -313,7 +312,7 @@ def test_a_stored_batch_is_not_saved_as_a_whole(run_jobs):
 
 
 def test_a_coroutine_knows_its_batch(run_jobs):
-    batch = batches.enqueue(add_in_coroutine, [[]])
+    batch = batches.enqueue([add_in_coroutine.s()])
     run_jobs()
     assert set(batch.jobs.values_list("result", flat=True)) == {None, 3}
 

@@ -170,7 +170,7 @@ def test_a_job_is_added_while_the_last_one_ends():
         try:
             with transaction.atomic():
                 time.sleep(random.choice([0, 0, 0.002]))
-                job = batches.add(new[number], step)
+                job = batches.add(new[number], step.s())
                 time.sleep(random.choice([0, 0.002]))
             return job
         except ValueError:
@@ -191,7 +191,7 @@ def test_a_job_is_added_while_the_last_one_ends():
 
 def test_the_last_end_waits_for_a_transaction_that_adds_a_job():
     [batch], [[run]] = store(1, 1)
-    run_while_open(lambda: batches.add(batch, step), lambda: succeed_run(run))
+    run_while_open(lambda: batches.add(batch, step.s()), lambda: succeed_run(run))
     batch.refresh_from_db()
     assert batch.ended_at is None
     end_all_members(batch)
@@ -202,7 +202,7 @@ def test_a_job_that_waits_for_the_end_of_the_batch_is_refused():
     [batch], [[run]] = store(1, 1)
     assert transitions.finish(run.row, "succeeded")
     with pytest.raises(ValueError, match="the batch has ended"):
-        run_while_open(lambda: batches.end(batch.pk), lambda: batches.add(batch, step))
+        run_while_open(lambda: batches.end(batch.pk), lambda: batches.add(batch, step.s()))
     assert_ended_once([batch])
 
 
@@ -211,10 +211,10 @@ def test_many_transactions_add_jobs_at_once():
 
     def add(number):
         with transaction.atomic():
-            batches.add(batch, step)
+            batches.add(batch, step.s())
 
     with transaction.atomic():  # an adding transaction that stays open delays no other
-        batches.add(batch, step)
+        batches.add(batch, step.s())
         race(20, add, add, add, add)
     succeed_run(run)
     assert batch.jobs.filter(UNFINISHED).count() == 81
@@ -227,9 +227,9 @@ def test_many_transactions_add_jobs_at_once():
 
 @pytest.mark.parametrize("_", range(5))
 def test_a_batch_is_cancelled_while_jobs_end_and_enqueue_the_next_ones(_):
-    batch, stop = batches.enqueue(step, [[]] * 24, on_success=step.si()), threading.Event()
+    batch, stop = batches.enqueue([step.s()] * 24, on_success=step.si()), threading.Event()
     # No worker takes it, so the batch is open until it is cancelled.
-    batches.add(batch, step, queue="io")
+    batches.add(batch, step.using(queue="io").s())
 
     def work(number):
         """Run what is queued, as a worker does."""
@@ -258,7 +258,7 @@ def test_a_batch_is_cancelled_while_jobs_end_and_enqueue_the_next_ones(_):
 def test_a_batch_can_be_cancelled_while_a_long_transaction_adds_a_job():
     [batch], _ = store(1, 1)
     with transaction.atomic():
-        batches.add(batch, step)
+        batches.add(batch, step.s())
         assert in_thread(lambda: batches.cancel(Batch.objects.get())) == 1
     batch.refresh_from_db()
     assert batch.state == "open"
@@ -292,9 +292,9 @@ def test_a_batch_leaves_no_setting_in_the_callers_transaction(use):
     """Else PostgreSQL would end the transaction of a caller that computes for ten seconds."""
     [batch], _ = store(1, 1)
     calls = {
-        "enqueue": lambda: batches.add(batch, step),
+        "enqueue": lambda: batches.add(batch, step.s()),
         "cancel": lambda: batches.cancel(batch),
-        "nothing": lambda: batches.enqueue(step, []),
+        "nothing": lambda: batches.enqueue([]),
     }
     with transaction.atomic(), connection.cursor() as cursor:
         calls[use]()

@@ -64,7 +64,7 @@ def test_a_job_that_a_join_repeats_is_cancelled_and_run_again_once(published):
 @pytest.mark.skipif(connection.vendor != "postgresql", reason="SQLite has no locks of rows")
 def test_two_calls_that_cancel_the_same_jobs_do_not_deadlock(broker_down):
     """PostgreSQL finds the rows of one call in the order of the table, those of the other by an index."""
-    pks = [job.pk for job in enqueue_many(add, [[1, n] for n in range(400)])]
+    pks = [job.pk for job in enqueue_many([add.s(1, n) for n in range(400)])]
     calls = {
         "enable_indexscan": Job.objects.filter(label=""),
         "enable_seqscan": Job.objects.filter(pk__in=pks),

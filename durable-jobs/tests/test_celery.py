@@ -15,7 +15,7 @@ from celery.schedules import crontab
 from django.apps import apps
 from django.db import transaction
 from django.utils import timezone
-from helpers import add, deliver, plain, retry_once
+from helpers import add, deliver, echo, plain, retry_once
 from kombu.exceptions import EncodeError
 
 from durable_jobs.actions import run_again
@@ -62,6 +62,17 @@ def test_apply_async_accepts_options_that_a_job_supports():
     first, second = Job.objects.order_by("sweep_at")
     assert (first.pk, first.queue, first.times_sent, second.times_sent) == (pk, "cpu", 0, 0)
     assert abs(second.sweep_at - eta) < timedelta(seconds=5)
+
+
+def test_a_signature_merges_arguments_and_options_as_celery_does():
+    """Those of the call come first, as the results of a batch do. set() changes the signature."""
+    call = echo.s(1, x=2)
+    assert call.set(queue="io") is call
+    for send in call.enqueue, call.delay, lambda *args, **kw: call.apply_async(args, kw):
+        send(3, x=4, y=5)
+    celery = app.signature("echo", [1], {"x": 2}).clone([3], {"x": 4, "y": 5})
+    stored = {"args": list(celery.args), "kwargs": celery.kwargs, "queue": "io"}
+    assert list(Job.objects.values(*stored)) == [stored] * 3
 
 
 def test_apply_async_refuses_an_id_that_is_no_uuid():

@@ -290,7 +290,7 @@ def test_a_page_is_read_while_another_process_writes(broker_down):
 
 
 def test_a_batch_says_what_holds_its_jobs_up(api, user, admin_client):
-    batch = batches.enqueue(add, [[1, 2], [3, 4], [5, 6]], owner=user)
+    batch = batches.enqueue([add.s(1, 2), add.s(3, 4), add.s(5, 6)], owner=user)
     jobs = Job.objects.filter(batch=batch)
 
     def shown():
@@ -327,10 +327,10 @@ def fail():
 def test_a_job_links_to_what_follows_it(api, user, run_jobs):
     @shared_task(base=JobTask, bind=True)
     def go_on(self):
-        self.enqueue_next(add, [1, 2], label="A chain")
+        self.enqueue_next(add.using(label="A chain").s(1, 2))
 
     go_on.using(owner=user, label="A chain").enqueue()
-    batch = batches.enqueue(add, [[1, 2]], owner=user, on_success=add.si(3, 4))
+    batch = batches.enqueue([add.s(1, 2)], owner=user, on_success=add.si(3, 4))
     run_jobs()
     first, second = Job.objects.filter(label="A chain").order_by("created_at")
     shown = [api.get(f"/api/jobs/{job.pk}/").json() for job in (first, second)]
@@ -347,7 +347,7 @@ def test_a_job_links_to_what_follows_it(api, user, run_jobs):
 
 
 def test_the_admin_links_jobs_and_batches_to_what_follows_them(admin_client, run_jobs):
-    batch = batches.enqueue(add, [[1, 2]], on_success=fail.si())
+    batch = batches.enqueue([add.s(1, 2)], on_success=fail.si())
     run_jobs()
     [job] = Job.objects.filter(follows=batch.pk)
     again = run_again(Job.objects.get(batch=batch))

@@ -39,7 +39,7 @@ def ends():
 @shared_task(base=JobTask, bind=True)
 def enqueue_others(self):
     free.enqueue(1)
-    self.enqueue_next(free, [2])
+    self.enqueue_next(free.s(2))
 
 
 @shared_task(base=JobTask)
@@ -66,12 +66,12 @@ def test_a_job_runs_when_its_transaction_commits(eager):
     "call",
     [
         lambda: free.using(countdown=60).enqueue(),
-        lambda: enqueue_many(free, [[0]] * 2, countdown=60),
-        lambda: enqueue_many(alone, [[0]] * 3),
-        lambda: enqueue_many(ask, [[0]] * 6),
+        lambda: enqueue_many([free.using(countdown=60).s(0)] * 2),
+        lambda: enqueue_many([alone.s(0)] * 3),
+        lambda: enqueue_many([ask.s(0)] * 6),
         lambda: retry_once.enqueue(),
         lambda: enqueue_others.enqueue(),
-        lambda: batches.enqueue(free, [[1], [2]], on_success=total.s()),
+        lambda: batches.enqueue([free.s(1), free.s(2)], on_success=total.s()),
     ],
     ids="countdown countdowns limit rate retry others batch".split(),
 )
@@ -94,7 +94,7 @@ def test_a_paused_job_stays_queued(eager):
 
 @pytest.mark.django_db
 def test_run_jobs_needs_no_pytest():
-    enqueue_many(alone, [[1], [2]], countdown=60)
+    enqueue_many([alone.using(countdown=60).s(*args) for args in [[1], [2]]])
     chosen = free.enqueue(3)
     run_jobs(Job.objects.filter(pk=chosen.pk))
     assert ends() == [("queued", None)] * 2 + [("succeeded", 3)]

@@ -19,7 +19,7 @@ transitions
 publish
 admission
 enqueue
-actions signatures
+actions
 batches
 worker.runs worker.events worker.rabbitmq
 worker.forks worker.lease

@@ -57,12 +57,12 @@ def import_row(row, number=0):
 def in_view():
     view = EnqueueMixin()
     view.request, view.job_id = SimpleNamespace(user=None, headers={}), uuid.uuid4()
-    view.enqueue(call, [7])
+    view.enqueue(call.s(7))
 
 
 def in_open_batch():
     with batches.open_batch() as batch:
-        batches.add(batch, call, [7])
+        batches.add(batch, call.s(7))
 
 
 def start_any(job):
@@ -73,7 +73,7 @@ def start_any(job):
 
 def with_next():
     run = start_any(free.enqueue())
-    run.next_jobs.append(batches.planned(call, [7], label=""))
+    run.next_jobs.append(batches.planned(call.s(7)))
     end(run)
 
 
@@ -91,7 +91,7 @@ def fail_and_run_again(again):
 
 
 def batch_again():
-    batch = batches.enqueue(call, [[7]])
+    batch = batches.enqueue([call.s(7)])
     transitions.finish(batch.jobs.all(), "failed")
     batches.end(batch.pk)
     batches.run_failed_again(batch)
@@ -108,7 +108,7 @@ DOORS = {
     "using": lambda: call.using(label="x", queue="io").enqueue(7),
     "aenqueue": lambda: async_to_sync(call.aenqueue)(7),
     "unique": lambda: enqueue(call, [7], unique="x", idempotency_key="y"),
-    "enqueue_many": lambda: enqueue_many(call, [[7]]),
+    "enqueue_many": lambda: enqueue_many([call.s(7)]),
     "bound": lambda: bound_call.delay(7),
     "async": lambda: async_call.delay(7),
     "send_task": lambda: current_app.send_task(call.name, [7]),
@@ -116,7 +116,7 @@ DOORS = {
     "EnqueueMixin": in_view,
     "run_again": lambda: fail_and_run_again(lambda job: run_again(job)),
     "queryset": lambda: fail_and_run_again(lambda job: run_all_again(Job.objects.all())),
-    "batch": lambda: batches.enqueue(call, [[7]]),
+    "batch": lambda: batches.enqueue([call.s(7)]),
     "Batch.enqueue": in_open_batch,
     "run_failed_again": batch_again,
     "enqueue_next": with_next,
@@ -150,7 +150,7 @@ def test_a_message_of_an_app_that_does_not_know_the_job_obeys_its_limit(sent, co
 
 
 def test_jobs_run_in_tests_whatever_their_limits_say(run_jobs):
-    enqueue_many(ask, [[number] for number in range(10)])
+    enqueue_many([ask.s(number) for number in range(10)])
     run_jobs()
     assert Job.objects.filter(state="succeeded").count() == 10
 
@@ -190,14 +190,14 @@ def test_a_queryset_runs_the_others_again_if_the_key_of_one_has_no_value(sent, m
 
 def test_the_key_of_a_callback_cannot_depend_on_results():
     with pytest.raises(ValueError, match="missing 1 required positional argument: 'tenant'"):
-        batches.enqueue(free, [[1]], on_success=call.s())
-    batches.enqueue(free, [[1]], on_success=import_row.si({"tenant": 1}))
+        batches.enqueue([free.s(1)], on_success=call.s())
+    batches.enqueue([free.s(1)], on_success=import_row.si({"tenant": 1}))
 
 
 def test_no_job_of_a_removed_limit_starts_and_a_check_counts_them(sent, commit, settings):
     """Here or in another process with older settings, as in a deploy."""
     with commit():
-        jobs = enqueue_many(alone, [[number] for number in range(3)])
+        jobs = enqueue_many([alone.s(number) for number in range(3)])
     run = start(jobs[0])
     settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"LIMITS": {"tenant": "2"}}
     Job.objects.filter(pk=jobs[1].pk).update(due_at=F("due_at") - timedelta(days=1))

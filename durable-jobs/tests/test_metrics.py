@@ -96,7 +96,7 @@ def test_a_scrape_needs_eleven_queries_however_many_jobs_there_are(staff_api):
 
 
 def test_the_metrics_count_open_batches_and_the_age_of_the_oldest(staff_api, batch):
-    old, ended = (batches.enqueue(greet, [[]]) for _ in range(2))
+    old, ended = (batches.enqueue([greet.s()]) for _ in range(2))
     Batch.objects.filter(pk=old.pk).update(created_at=Now() - timedelta(seconds=100))
     Batch.objects.filter(pk=ended.pk).update(created_at=Now() - timedelta(seconds=999))
     batches.cancel(ended)

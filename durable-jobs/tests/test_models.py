@@ -78,7 +78,7 @@ def delete_user(pk):
 def test_a_job_deletes_a_user_with_queued_running_and_final_jobs(published, user, admin_user):
     for owner in user, admin_user:
         with open_batch(owner=owner, on_finish=add.si(1, 2)) as batch:
-            add_many(batch, add, [[1, 2]] * 3)
+            add_many(batch, [add.s(1, 2)] * 3)
         enqueue(add, [1, 2], owner=owner, idempotency_key="key")
         first, second, *_ = Job.objects.filter(owner=owner)
         claim_and_lapse(first)

@@ -104,7 +104,7 @@ def test_a_job_without_a_batch_is_stored_claimed_and_ended_with_one_query_each()
 
 def test_a_member_of_a_batch_costs_one_more_query():
     alone = enqueue(add, [1, 2])
-    batch = batches.enqueue(add, [[1, 2], [3, 4]])
+    batch = batches.enqueue([add.s(1, 2), add.s(3, 4)])
     claim, succeed, ask = queries(publish.publish, [batch.jobs.first()])
     same = queries(publish.publish, [alone])
     assert list(map(names_of, same)) == [names_of(claim), names_of(succeed)]
@@ -116,10 +116,10 @@ def test_a_batch_is_stored_with_two_more_queries_however_many_jobs_it_has():
         return len([sql for sql in queries(function, *args) if not re.match("SAVE|RELEASE", sql)])
 
     for size in 10, 400:
-        calls = [[1, 2]] * size
-        many = count(enqueue_many, add, calls)
+        calls = [add.s(1, 2)] * size
+        many = count(enqueue_many, calls)
         # The batch is stored, locked, asked at the end of the block, and read.
-        assert count(batches.enqueue, add, calls) == many + 4
+        assert count(batches.enqueue, calls) == many + 4
 
 
 def test_a_job_without_a_limit_reads_no_table_of_limits(sent, commit):
@@ -134,7 +134,7 @@ def test_a_job_without_a_limit_reads_no_table_of_limits(sent, commit):
 
 
 def test_the_queries_of_a_job_with_a_limit(sent, commit):
-    first, second, _ = enqueue_many(alone, [[1], [2], [3]])
+    first, second, _ = enqueue_many([alone.s(1), alone.s(2), alone.s(3)])
     # A look, the row of the key, its lock, a look with it, unblock().
     expected = ["SELECT", "INSERT", "SELECT", "SELECT", "SELECT", "UPDATE"]
     assert kinds(queries(admission.admit, ["one"])) == expected
@@ -230,7 +230,7 @@ def test_the_job_of_a_unique_key_is_found_by_its_index(backlog):
 
 
 def test_an_end_reads_no_backlog(backlog):
-    batch = batches.enqueue(add, [[1, 2]] * 3000)
+    batch = batches.enqueue([add.s(1, 2)] * 3000)
     oldest = batch.jobs.order_by("created_at").first()
     cancel(batch.jobs.exclude(pk=oldest.pk))
     with connection.cursor() as cursor:

@@ -129,8 +129,8 @@ def test_a_job_with_an_unknown_task_stays_queued_and_delays_no_other():
 def test_many_jobs_wait_for_the_broker_or_for_their_countdown(commit, broker_down, monkeypatch):
     monkeypatch.setattr("durable_jobs.enqueue.CHUNK", 2)
     with commit():
-        late = enqueue_many(add, [[1, 2]] * 3, countdown=60)
-        jobs = enqueue_many(add, [[1, 2]] * 5)
+        late = enqueue_many([add.using(countdown=60).s(1, 2)] * 3)
+        jobs = enqueue_many([add.s(1, 2)] * 5)
     assert broker_down == [str(jobs[0].pk)]
     assert all(seconds_until_due(job) <= 0 and not job.times_sent for job in jobs)
     assert all(seconds_until_due(job) == pytest.approx(60, abs=5) for job in late)
@@ -150,7 +150,7 @@ def test_an_error_of_publishing_is_not_raised_to_the_caller(monkeypatch):
     """A caller that sees an error enqueues again, and then has each job twice."""
     monkeypatch.setattr("durable_jobs.enqueue.publish", lambda jobs: 1 / 0)
     with transaction.atomic():
-        enqueue_many(add, [[1, 2]] * 3)
+        enqueue_many([add.s(1, 2)] * 3)
     assert Job.objects.count() == 3
 
 

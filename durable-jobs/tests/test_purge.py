@@ -73,7 +73,7 @@ def test_old_jobs_that_cannot_be_deleted_do_not_stop_the_purge(settings, caplog)
 
 def test_no_member_is_deleted_before_its_batch_and_its_callbacks_have_ended(run_jobs):
     broken.add(2)
-    batch = batches.enqueue(work, [[1], [2]], on_success=collect.s())
+    batch = batches.enqueue([work.s(1), work.s(2)], on_success=collect.s())
     run_jobs()
     broken.clear()
     batches.run_failed_again(batch)
@@ -101,7 +101,7 @@ def test_no_member_is_deleted_before_its_batch_and_its_callbacks_have_ended(run_
 def test_a_job_of_a_batch_that_is_being_deleted_does_not_run_again(run_jobs, way):
     """`then` would start without the jobs that are gone."""
     broken.add(2)
-    batch = batches.enqueue(work, [[1], [2]], on_success=collect.s())
+    batch = batches.enqueue([work.s(1), work.s(2)], on_success=collect.s())
     run_jobs()
     age(Batch.objects.all(), "ended_at")
     job = batch.jobs.get(state="failed")
@@ -118,7 +118,7 @@ def test_a_job_of_a_batch_that_is_being_deleted_does_not_run_again(run_jobs, way
 
 
 def test_a_callback_whose_batch_has_lost_members_fails(run_jobs):
-    batch = batches.enqueue(work, [[1], [2]], on_success=collect.s())
+    batch = batches.enqueue([work.s(1), work.s(2)], on_success=collect.s())
     run_jobs()
     callback = Job.objects.get(follows=batch.pk)
     batch.jobs.first().delete()
@@ -130,7 +130,7 @@ def test_a_callback_whose_batch_has_lost_members_fails(run_jobs):
 
 
 def test_the_results_of_a_batch_are_kept_for_a_copy_of_its_callback(run_jobs):
-    batch = batches.enqueue(work, [[1], [2]], on_success=collect.s())
+    batch = batches.enqueue([work.s(1), work.s(2)], on_success=collect.s())
     run_jobs()
     copy = run_again(Job.objects.get(follows=batch.pk))
     age(Job.objects.filter(state="succeeded"), "finished_at")
@@ -196,7 +196,7 @@ def test_jobs_that_must_be_kept_stop_no_purge_of_others(monkeypatch):
 
 
 def test_a_batch_without_jobs_is_deleted_when_it_is_old(user):
-    old, new = batches.enqueue(work, [], owner=user), batches.enqueue(work, [])
+    old, new = batches.enqueue([], owner=user), batches.enqueue([])
     age(Batch.objects.filter(pk=old.pk), "ended_at")
     purge_all()
     assert list(Batch.objects.all()) == [new]
@@ -215,7 +215,7 @@ def test_a_batch_is_deleted_after_its_jobs():
 
 
 def test_a_batch_or_a_user_with_active_jobs_is_not_deleted(user, admin_client):
-    batch = batches.enqueue(work, [[1], [2]], owner=user)
+    batch = batches.enqueue([work.s(1), work.s(2)], owner=user)
     for row in batch, user:
         with pytest.raises(RestrictedError, match="active jobs: cancel them first"):
             row.delete()

@@ -191,7 +191,7 @@ def test_the_page_costs_the_same_queries_however_many_keys_there_are(admin_clien
         return [query["sql"] for query in captured if '"durable_jobs_' in query["sql"]]
 
     before = asked()
-    enqueue_many(call, [[number] for number in range(300)])
+    enqueue_many([call.s(number) for number in range(300)])
     assert len(asked()) == len(before) <= 15
 
 

@@ -311,7 +311,7 @@ def test_a_queue_that_fails_delays_no_other(published, monkeypatch):
 
 def test_a_queue_with_many_jobs_delays_no_other(published, monkeypatch):
     monkeypatch.setattr(admission, "AT_ONCE", 10)
-    many = enqueue_many(add, [[1, 2]] * 100, countdown=1, queue="many")
+    many = enqueue_many([add.using(countdown=1, queue="many").s(1, 2)] * 100)
     few = [enqueue(add, [1, 2], countdown=1, queue=queue) for queue in "abcdef"]
     lapse(*many, *few)
     assert sweeper.sender.send_due() == 5
@@ -326,7 +326,7 @@ def test_the_sweep_updates_100_rows_with_one_statement(published, monkeypatch):
     """It keeps at most 100 jobs in memory at once."""
     in_memory = []
     monkeypatch.setattr(republish, "send", lambda jobs: in_memory.append(len(jobs)))
-    enqueue_many(add, [[1, 2]] * 250, countdown=1)
+    enqueue_many([add.using(countdown=1).s(1, 2)] * 250)
     Job.objects.update(sweep_at=Now() - timedelta(seconds=1))
     with CaptureQueriesContext(connection) as captured:
         sweeper.sender.send_due()

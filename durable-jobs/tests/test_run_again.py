@@ -90,7 +90,7 @@ def test_a_message_of_the_run_before_starts_the_job_once(published):
 
 
 def test_a_job_that_succeeded_is_enqueued_anew(published, user):
-    batch = batches.enqueue(work, [[1]], owner=user)
+    batch = batches.enqueue([work.s(1)], owner=user)
     job = batch.jobs.get()
     transitions.finish(Job.objects.all(), "succeeded", cursor=7, result=1)
     batches.end(batch.pk)
@@ -249,7 +249,7 @@ def test_a_slice_of_jobs_can_run_again(published):
 def test_a_batch_whose_failed_jobs_run_again_starts_what_comes_next_once(run_jobs):
     broken.update([1, 3])
     batch = batches.enqueue(
-        work, [[n] for n in range(5)], on_success=collect.s("then"), on_finish=collect.si("ended")
+        [work.s(n) for n in range(5)], on_success=collect.s("then"), on_finish=collect.si("ended")
     )
     run_jobs()
     assert follow(batch) == [["ended"]]
@@ -271,7 +271,7 @@ def test_a_batch_whose_failed_jobs_run_again_starts_what_comes_next_once(run_job
 
 
 def test_a_cancelled_batch_can_run_again(run_jobs):
-    batch = batches.enqueue(work, [[n] for n in range(3)], on_success=collect.s())
+    batch = batches.enqueue([work.s(n) for n in range(3)], on_success=collect.s())
     batches.cancel(batch)
     assert batch.state == "cancelled"
     batches.run_failed_again(batch)
@@ -280,10 +280,10 @@ def test_a_cancelled_batch_can_run_again(run_jobs):
 
 
 def test_only_the_batches_of_jobs_that_run_again_open(run_jobs):
-    done = batches.enqueue(work, [[1]])
+    done = batches.enqueue([work.s(1)])
     run_jobs()
     broken.add(2)
-    bad = batches.enqueue(work, [[2]])
+    bad = batches.enqueue([work.s(2)])
     run_jobs()
     run_all_again(Job.objects.all())
     done.refresh_from_db()
@@ -327,7 +327,7 @@ def test_run_again_while_a_batch_ends_loses_no_callback(monkeypatch):
     batch, members = {}, []
     for _ in range(rounds):
         row = batches.enqueue(
-            work, [[1], [2]], on_success=collect.s(), on_finish=collect.si("ended")
+            [work.s(1), work.s(2)], on_success=collect.s(), on_finish=collect.si("ended")
         )
         first, second = row.jobs.order_by("created_at").values_list("pk", flat=True)
         finish(first, "failed")

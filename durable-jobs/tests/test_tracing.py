@@ -33,7 +33,7 @@ pytestmark = pytest.mark.django_db
 
 @shared_task(base=JobTask, bind=True)
 def continue_with_add(self):
-    self.enqueue_next(add, [1, 2])
+    self.enqueue_next(add.s(1, 2))
 
 
 @pytest.fixture
@@ -136,8 +136,8 @@ def test_a_message_needs_no_query_for_its_headers(calls, messages, django_assert
 WAYS = {
     "enqueue": lambda: enqueue(add, [1, 2]),
     "unique": lambda: [enqueue(add, [1, 2], unique="a") for _ in range(2)],
-    "many": lambda: enqueue_many(add, [[1, 2], [3, 4]]),
-    "batch": lambda: batches.enqueue(add, [[1, 2]], on_finish=add.si(1, 2)),
+    "many": lambda: enqueue_many([add.s(1, 2), add.s(3, 4)]),
+    "batch": lambda: batches.enqueue([add.s(1, 2)], on_finish=add.si(1, 2)),
     "next": lambda: enqueue(continue_with_add),
 }
 
@@ -186,9 +186,9 @@ def test_a_job_that_runs_again_belongs_to_the_request_that_runs_it(calls):
 def test_callbacks_belong_to_the_request_that_stored_their_batch(spans, run_jobs):
     tracer = trace.get_tracer("web")
     with tracer.start_as_current_span("first") as first:
-        batches.enqueue(add, [[1, 2]], on_success=add.si(1, 1), on_finish=add.si(2, 2))
+        batches.enqueue([add.s(1, 2)], on_success=add.si(1, 1), on_finish=add.si(2, 2))
     with tracer.start_as_current_span("second"):
-        batches.add(Batch.objects.get(), add, [3, 4])
+        batches.add(Batch.objects.get(), add.s(3, 4))
     run_jobs()
     callbacks = Job.objects.filter(follows__isnull=False)
     assert [trace_of(job.headers)[0] for job in callbacks] == [f"{first.context.trace_id:032x}"] * 2
@@ -230,8 +230,8 @@ def leave_schema(**kwargs):
 def name_schemas(self, rest=()):
     if rest:
         name_schemas.enqueue()
-        self.enqueue_next(name_schemas)
-        batches.enqueue(name_schemas, [[]], on_finish=name_schemas.si())
+        self.enqueue_next(name_schemas.s())
+        batches.enqueue([name_schemas.s()], on_finish=name_schemas.si())
     return schema.get()
 
 

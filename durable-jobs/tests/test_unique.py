@@ -132,7 +132,7 @@ def test_two_tasks_may_use_one_unique_key(published):
 
 def test_the_caller_learns_whether_a_job_is_new(published):
     assert [enqueue(add, [1, 2], unique="key").is_new for _ in range(2)] == [True, False]
-    assert enqueue_many(add, [[1, 2]])[0].is_new and not Job.objects.latest("created_at").is_new
+    assert enqueue_many([add.s(1, 2)])[0].is_new and not Job.objects.latest("created_at").is_new
 
 
 def test_a_job_that_is_unique_until_its_start_does_not_stand_for_a_later_call(published):

@@ -233,7 +233,7 @@ class Chaos:
         code = """
 result = []
 for key in ["one:chaos", "two:chaos", f"one:{number}", f"two:{number}"]:
-    jobs = enqueue_many(limited, [[key, "/", 0.2]] * 10)
+    jobs = enqueue_many([limited.s(key, "/", 0.2)] * 10)
     result += [job.pk for job in jobs]
 """
         jobs = self.odd["with a limit"]
@@ -253,7 +253,7 @@ for key in ["one:chaos", "two:chaos", f"one:{number}", f"two:{number}"]:
         """Pause a task for a while, during which a worker is killed and others send its jobs."""
         code = """
 pauses.pause("faults.tasks.limited", "chaos")
-result = [job.pk for job in enqueue_many(limited, [["one:paused"]] * 10)]
+result = [job.pk for job in enqueue_many([limited.s("one:paused")] * 10)]
 """
         jobs = self.stack.ask(code)
         self.odd["with a limit"] += jobs
@@ -271,7 +271,7 @@ result = [job.pk for job in enqueue_many(limited, [["one:paused"]] * 10)]
         variables = self.stack.beat.options["env"]
         variables["OLD_CODE"] = "1"
         self.stack.beat.kill()
-        code = "result = [j.pk for j in enqueue_many(new, [[]] * 5, countdown=2)]"
+        code = "result = [j.pk for j in enqueue_many([new.using(countdown=2).s()] * 5)]"
         jobs = self.stack.ask(code)
         self.odd["that Beat does not know"] += jobs
         try:

@@ -15,7 +15,7 @@ def enqueue(stack, task, *args, count=3, queue="cpu"):
     """Enqueue a batch of jobs, and two jobs that start afterwards."""
     code = f"""
 batch = batches.enqueue(
-    {task}, [args] * count, queue=queue,
+    [{task}.using(queue=queue).s(*args)] * count,
     on_success=quick.si().set(queue="io"), on_finish=quick.si().set(queue="io"),
 )
 result = [str(batch.pk), [str(job.pk) for job in batch.jobs.all()]]
@@ -135,8 +135,8 @@ def test_next_jobs_and_callbacks_start_without_beat(stack):
     """A worker sends their messages as soon as they are stored."""
     code = """
 with batches.open_batch(on_success=quick.si()) as batch:
-    batches.add(batch, step, ["cpu", "io"] * 5, queue="cpu")
-    batches.add_many(batch, quick, [[]] * 5)
+    batches.add(batch, step.using(queue="cpu").s(["cpu", "io"] * 5))
+    batches.add_many(batch, [quick.s()] * 5)
 result = str(batch.pk)
 """
     # An earlier test has stopped the broker: until a process tries again, Beat sends its messages.

@@ -39,7 +39,7 @@ def test_a_beat_of_old_code_sends_the_jobs_of_new_tasks(stack):
 def test_jobs_with_outdated_arguments_fail_and_delay_no_other(stack):
     """They were stored before their task's signature changed."""
     code = """
-jobs = [job.pk for job in enqueue_many(quick, [[]] * 40, countdown=2)]
+jobs = [job.pk for job in enqueue_many([quick.using(countdown=2).s()] * 40)]
 for position, args in enumerate(jobs[:30]):
     args, kwargs = ([], {"gone": 1}) if position % 2 else (["one too many"], {})
     Job.objects.filter(pk=jobs[position]).update(args=args, kwargs=kwargs)

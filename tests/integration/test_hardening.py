@@ -118,12 +118,12 @@ texts = [
     {"state": "failed", "error": text, "public_error": text, "task": text},
     *({"state": "succeeded", "result": result} for result in [text, [text], text + "\\n" * 9]),
 ]
-jobs = enqueue_many(write_report, [[owner.pk]] * len(texts), owner=owner, countdown=999)
+jobs = enqueue_many([write_report.using(owner=owner, countdown=999).s(owner.pk)] * len(texts))
 cancel(Job.objects.filter(pk__in=[job.pk for job in jobs[1:]]))
 for job, fields in zip(jobs, texts):
     Job.objects.filter(pk=job.pk).update(**fields)
 Failure.objects.create(job=jobs[1], started_at=now(), ended_at=now(), error=text, traceback=text)
-batch = batches.enqueue(write_report, [[owner.pk]], owner=owner, label=text, countdown=999)
+batch = batches.enqueue([write_report.using(countdown=999).s(owner.pk)], owner=owner, label=text)
 result = [job.pk for job in [*jobs[:2], batch]]
 """
 

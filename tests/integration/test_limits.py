@@ -181,7 +181,7 @@ def test_the_place_of_a_cancelled_job_is_free_at_once_when_its_child_dies(stack,
 def test_a_free_place_is_taken_without_beat(stack):
     """A body that has ended hands its place over."""
     stack.beat.stop()
-    code = "result = [job.pk for job in enqueue_many(limited, [['one:quick']] * 300)]"
+    code = "result = [job.pk for job in enqueue_many([limited.s('one:quick')] * 300)]"
     jobs = stack.ask(code)
     check(stack, jobs)
     lines = bodies(stack, "one:quick")
@@ -291,7 +291,7 @@ def test_a_rate_is_kept_while_workers_come_and_go(stack):
     """
     beat = stack.replace_beat(JOB_SWEEP_SECONDS=600)
     beat.stop()
-    code = "result = [job.pk for job in enqueue_many(limited, [['rate:a']] * 60)]"
+    code = "result = [job.pk for job in enqueue_many([limited.s('rate:a')] * 60)]"
     jobs = stack.ask(code)
     beat.start()
     stack.wait_until_started(jobs[15])
@@ -312,8 +312,8 @@ def test_an_api_with_5_calls_a_second_and_2_at_once_for_each_tenant(stack):
     """300 contacts, and a worker is killed in the middle. One summary comes at the end."""
     stack.replace_beat(JOB_SWEEP_SECONDS=5)  # the default
     batch, jobs = stack.ask("""
-calls = [["tenant:7", "/", 0.1]] * 300
-batch = batches.enqueue(limited, calls, on_finish=quick.si())
+calls = [limited.s("tenant:7", "/", 0.1)] * 300
+batch = batches.enqueue(calls, on_finish=quick.si())
 result = [batch.pk, [job.pk for job in batch.jobs.order_by("created_at")]]
 """)
     stack.wait_until_started(jobs[150])

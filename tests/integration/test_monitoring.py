@@ -27,7 +27,7 @@ for task, args in [(quick, []), (fail_twice, []), (run, ["raise self.retry(count
     enqueue(task, args, queue="cpu")
 result = str(enqueue(die, queue="cpu").pk)
 enqueue(quick, countdown=600)
-batches.enqueue(quick, [[]], countdown=600)
+batches.enqueue([quick.using(countdown=600).s()])
 pauses.pause("faults.tasks.tick", "SMTP is down")
 """
 

@@ -16,7 +16,7 @@ def manage(stack, *words):
 
 def enqueue(stack, task, count, *args, queue="cpu"):
     code = f"""
-jobs = enqueue_many({task}, [args] * count, queue=queue)
+jobs = enqueue_many([{task}.using(queue=queue).s(*args)] * count)
 result = [str(job.pk) for job in jobs]
 """
     return stack.ask(code, args=[str(arg) for arg in args], count=count, queue=queue)

@@ -56,7 +56,7 @@ def test_the_queues_are_replicated(stack):
 @on_each_broker
 def test_a_worker_whose_slots_were_full_fetches_the_next_jobs_without_a_pause(stack):
     """250 short jobs on 4 slots. By default Kombu's SQS pauses for a second after every eight."""
-    jobs = stack.ask("result = [j.pk for j in enqueue_many(quick, [[]] * 250, queue='cpu')]")
+    jobs = stack.ask("result = [j.pk for j in enqueue_many([quick.using(queue='cpu').s()] * 250)]")
     stack.wait_until_succeeded(*jobs, crashes=0)
     code = """
 starts = sorted(Job.objects.filter(pk__in=jobs).values_list("started_at", flat=True))

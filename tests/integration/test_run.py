@@ -101,15 +101,14 @@ def test_the_pages_start_show_cancel_and_repeat_a_job(project, tmp_path):
 
 BATCH = """
 from durable_jobs import actions, batches
-from durable_jobs.enqueue import enqueue
 from orders.tasks import write_report
 from users.models import User
 
 owner = User.objects.get()
-options = {"owner": owner, "countdown": 999}
-batch = batches.enqueue(write_report, [[owner.pk]] * 25, label="Reports", **options)
+report = write_report.using(countdown=999).s(owner.pk)
+batch = batches.enqueue([report] * 25, owner=owner, label="Reports")
 actions.cancel(batch.jobs.first())
-enqueue(write_report, [owner.pk], label="One report", **options)
+write_report.using(owner=owner, label="One report", countdown=999).enqueue(owner.pk)
 """
 
 

@@ -60,7 +60,7 @@ def test_most_of_many_jobs_wait_for_a_beat_that_died_a_moment_ago(stack):
 from unittest.mock import patch
 Sweep.objects.update(ended_at=Now())
 with patch("durable_jobs.enqueue.SENT_IMMEDIATELY", 3):
-    result = [str(job.pk) for job in enqueue_many(quick, [[]] * 10, queue="cpu")]
+    result = [str(job.pk) for job in enqueue_many([quick.using(queue="cpu").s()] * 10)]
 """
     jobs = stack.ask(code)
     stack.wait_until_succeeded(*jobs[:3], crashes=0)
@@ -155,7 +155,7 @@ def test_a_tick_during_a_database_outage_is_not_lost(stack):
 
 
 def enqueue_many(stack, count, *args, **options):
-    code = "result = [job.pk for job in enqueue_many(read, [args] * count, **options)]"
+    code = "result = [job.pk for job in enqueue_many([read.using(**options).s(*args)] * count)]"
     return stack.ask(code, args=args, count=count, options=options)
 
 

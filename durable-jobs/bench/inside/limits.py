@@ -22,8 +22,7 @@ def store(at_once, keys, count, path):
 
     empty("job")
     task = {1: work_tasks.one, 5: work_tasks.five, None: work_tasks.keyed}[at_once]
-    calls = [[path, str(n % keys)] for n in range(count)]
-    return seconds_of(enqueue_many, task, calls)
+    return seconds_of(enqueue_many, [task.s(path, str(n % keys)) for n in range(count)])
 
 
 def gaps():

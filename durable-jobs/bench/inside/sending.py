@@ -30,7 +30,7 @@ class Job:
 
         self.rows, self.succeeded = Job.objects, {"state": "succeeded"}
         self.send = lambda *arguments: enqueue(job, arguments).pk
-        self.send_many = lambda calls: enqueue_many(job, calls)
+        self.send_many = lambda calls: enqueue_many([job.s(*args) for args in calls])
 
 
 class Procrastinate:

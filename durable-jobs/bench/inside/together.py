@@ -26,7 +26,7 @@ def enqueue_many(task, calls, then):
 def enqueue_batch(task, calls, then):
     from durable_jobs import batches  # bare Celery has none
 
-    batches.enqueue(task, calls, on_success=then)
+    batches.enqueue([task.s(*args) for args in calls], on_success=then)
 
 
 def send_chord(task, calls, then):

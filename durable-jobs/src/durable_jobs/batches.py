@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
-from typing import Any, Unpack
+from typing import Any
 
 from asgiref.sync import sync_to_async
 from celery.utils.functional import maybe_list
@@ -22,16 +22,16 @@ from durable_jobs import actions, transitions
 from durable_jobs.compiler import prepared
 from durable_jobs.database import Now, in_transaction, may_succeed_later, timeouts
 from durable_jobs.enqueue import (
-    CallOptions,
-    MemberOptions,
+    OF_MEMBER,
+    JobSignature,
     call_fields,
+    check_call,
     database_time,
     insert_many,
     new_job,
     times,
 )
 from durable_jobs.models import MAX_LABEL, Batch, Job
-from durable_jobs.signatures import JobSignature
 from durable_jobs.states import UNFINISHED
 from durable_jobs.validation import to_json, uuids
 
@@ -39,6 +39,7 @@ __all__ = ["add", "add_many", "cancel", "enqueue", "open_batch", "run_failed_aga
 
 logger = logging.getLogger(__name__)
 
+Callback = JobSignature[[]] | JobSignature[[Any]]
 ENDED_AT_ONCE = 500  # batches that the sweeper ends in a round
 
 
@@ -47,13 +48,13 @@ def open_batch(
     *,
     owner: Any = None,
     label: str = "",
-    on_success: JobSignature | None = None,
-    on_finish: JobSignature | None = None,
+    on_success: Callback | None = None,
+    on_finish: Callback | None = None,
 ) -> Iterator[Batch]:
     """Store a batch, and its members when the block ends: all of them or none.
 
         with batches.open_batch(owner=user, on_success=send_summary.si(10)) as batch:
-            batches.add(batch, resize, [1])
+            batches.add(batch, resize.s(1))
 
     - `owner`: a user. The members and the callbacks belong to this user, too.
     - `label`: a human-readable name, which is cut after 255 characters.
@@ -66,8 +67,8 @@ def open_batch(
     """
     to_json(label)  # may raise ValueError
     batch = Batch(owner=owner, label=label[:MAX_LABEL])
-    batch.on_success = on_success and callback(on_success, results_of=batch.pk)
-    batch.on_finish = on_finish and callback(on_finish)
+    batch.on_success = on_success and planned(on_success, results_of=batch.pk)
+    batch.on_finish = on_finish and planned(on_finish)
     with transaction.atomic():
         batch.save()
         yield batch
@@ -76,44 +77,31 @@ def open_batch(
 
 
 def enqueue(
-    task: Any,
-    calls: Iterable[list | tuple],
+    calls: Iterable[JobSignature[[]]],
     *,
     owner: Any = None,
     label: str = "",
-    on_success: JobSignature | None = None,
-    on_finish: JobSignature | None = None,
-    **options: Unpack[CallOptions],
+    on_success: Callback | None = None,
+    on_finish: Callback | None = None,
 ) -> Batch:
-    """Store a batch with a job for each list of arguments in `calls`. Returns it. See open_batch()."""
+    """Store a batch with a job for each of these calls. Returns it. See open_batch()."""
     with open_batch(owner=owner, label=label, on_success=on_success, on_finish=on_finish) as batch:
-        add_many(batch, task, calls, **options)
+        add_many(batch, calls)
     return batch
 
 
-def add(
-    batch: Batch,
-    task: Any,
-    args: list | tuple = (),
-    kwargs: dict | None = None,
-    **options: Unpack[MemberOptions],
-) -> Job:
-    """Add a job to a batch. Raises ValueError if the batch has ended. See enqueue.enqueue()."""
-    return store_members(batch, task, [(args, kwargs)], **options)[0]
+def add(batch: Batch, call: JobSignature[[]]) -> Job:
+    """Add a job to a batch, such as task.s(1). Its owner is that of the batch.
+
+    Raises ValueError if the batch has ended, TypeError if the call has other options than `label`, `queue`, `countdown`
+    and `eta`, and the errors of enqueue().
+    """
+    return add_many(batch, [call])[0]
 
 
-def add_many(
-    batch: Batch, task: Any, calls: Iterable[list | tuple], **options: Unpack[MemberOptions]
-) -> list[Job]:
-    """Add a job for each list of arguments in `calls`: all of them or none. See add()."""
-    return store_members(batch, task, ((args, None) for args in calls), **options)
-
-
-aenqueue, aadd = sync_to_async(enqueue), sync_to_async(add)
-
-
-def store_members(batch, task, calls, countdown=None, eta=None, **options):
-    rows = [call_fields(task, args, kwargs, **options) for args, kwargs in calls]
+def add_many(batch: Batch, calls: Iterable[JobSignature[[]]]) -> list[Job]:
+    """Add a job for each of these calls: all of them or none. See add()."""
+    members = [fields_of(call) for call in calls]
     with transaction.atomic():
         keep_open(batch)
         now = database_time()
@@ -121,9 +109,20 @@ def store_members(batch, task, calls, countdown=None, eta=None, **options):
         # Results are sorted by created_at, which grows by a microsecond. `now` stands still in a transaction, and has
         # only milliseconds on SQLite, so continue after the last call's times.
         first = max(getattr(batch, "_next_member_at", now), now)
-        batch._next_member_at = first + timedelta(microseconds=len(rows))
-        rows = [{**row, **times(now, countdown, eta, row["limit_key"])} for row in rows]
+        batch._next_member_at = first + timedelta(microseconds=len(members))
+        rows = [{**row, **times(now, *when, row["limit_key"])} for row, when in members]
         return insert_many(first, [new_job(**row, **common) for row in rows])
+
+
+aenqueue, aadd = sync_to_async(enqueue), sync_to_async(add)
+
+
+def fields_of(call, results_of=None):
+    """Return the fields of a call, and its countdown and eta. Raises TypeError, and the errors of enqueue()."""
+    check_call(call, OF_MEMBER)
+    options = {"countdown": None, "eta": None, **call.options}
+    when = options.pop("countdown"), options.pop("eta")
+    return call_fields(call.task, call.args, call.kwargs, results_of=results_of, **options), when
 
 
 def keep_open(batch):
@@ -177,17 +176,10 @@ def cancel_ids(ids):
 # Callbacks and next jobs. They are stored as JSON: the fields of a job, and when it is due.
 
 
-def callback(call, results_of=None):
-    """Return what a row stores of this call. Raises TypeError, and the errors of enqueue()."""
-    if not isinstance(call, JobSignature):
-        raise TypeError(f"{call!r:.200} is not the signature of a job, such as task.s(10)")
-    given = {} if call.immutable or not results_of else {"results_of": str(results_of)}
-    return planned(call.task, call.args, call.kwargs, **given, **call.options)
-
-
-def planned(task, args=(), kwargs=None, *, countdown=None, eta=None, **options):
-    """Return a job that is stored later, as JSON. Raises the errors of enqueue()."""
-    fields = call_fields(task, args, kwargs, **options)
+def planned(call, results_of=None):
+    """Return a job that is stored later, as JSON. Raises TypeError, and the errors of enqueue()."""
+    of = None if results_of is None or getattr(call, "immutable", False) else str(results_of)
+    fields, (countdown, eta) = fields_of(call, of)
     times(timezone.now(), countdown, eta)  # may raise ValueError
     job = new_job(**fields)  # its headers, such as a trace, are those of now
     fields |= {"id": str(job.pk), "headers": job.headers}

@@ -1,12 +1,30 @@
-"""How jobs are stored. Their messages are sent after the commit: see publish.py."""
+"""Signatures of jobs, and how jobs are stored.
+
+    send_confirmation.using(owner=user, queue="io").enqueue(order.pk)
+    enqueue_many([resize.s(1), resize.s(2, width=80)])
+
+Their messages are sent after the commit: see publish.py.
+"""
 
 import uuid
 from collections.abc import Iterable
 from datetime import datetime, timedelta
 from functools import partial
-from typing import Any, Literal, TypedDict, Unpack
+from typing import (
+    Any,
+    Concatenate,
+    Generic,
+    Literal,
+    NoReturn,
+    ParamSpec,
+    TypedDict,
+    Unpack,
+    overload,
+)
 
 from asgiref.sync import sync_to_async
+from celery.result import AsyncResult
+from celery.utils.abstract import CallableSignature
 from celery.utils.functional import chunks
 from celery.utils.time import maybe_make_aware
 from django.db import IntegrityError, transaction
@@ -22,85 +40,147 @@ from durable_jobs.publish import publish
 from durable_jobs.states import UNFINISHED
 from durable_jobs.validation import MAX_COUNTDOWN, Results, as_json, to_json
 
-__all__ = ["Options", "aenqueue", "enqueue", "enqueue_many"]
+__all__ = ["JobSignature", "Options", "enqueue_many"]
+
+P, Rest = ParamSpec("P"), ParamSpec("Rest")
 
 CHUNK = 500  # jobs per statement
 # A call sends at most this many messages itself. Workers are busy with them until the sweeper sends the rest.
 SENT_IMMEDIATELY = 2000
-OF_ONE = ["unique", "unique_until", "idempotency_key"]  # options that enqueue_many() does not take
 # Stands for the time of the database: FROM_NOW + delay is a timedelta, to which compiler.insert() adds its clock.
 FROM_NOW = timedelta()
+NO_CANVAS = (
+    "A job can't be part of a chain, group or chord, nor a link of a task: use a batch with on_success= or"
+    " on_finish=, or self.enqueue_next()"
+)
+OF_CANVAS = {"link", "link_error", "chain", "chord", "group_id", "root_id"}
+# Options of apply_async() that are supported or harmless.
+HARMLESS = ("queue", "headers", "ignore_result", "producer", "retries")
 
 
-class CallOptions(TypedDict, total=False):
-    """Options of each job that batches.enqueue() stores: see enqueue()."""
+class Options(TypedDict, total=False):
+    """The options of a job: see JobTask.using()."""
 
+    owner: Any
+    label: str
     queue: str | None
     countdown: float | None
     eta: datetime | None
-
-
-class MemberOptions(CallOptions, total=False):
-    """Options of a job in a batch."""
-
-    label: str
-
-
-class ManyOptions(MemberOptions, total=False):
-    """Options of enqueue_many()."""
-
-    owner: Any
-
-
-class Options(ManyOptions, total=False):
-    """Options of enqueue()."""
-
     unique: str | None
     unique_until: Literal["start", "end"]
     idempotency_key: str | None
 
 
-def enqueue(
-    task: Any, args: list | tuple = (), kwargs: dict | None = None, **options: Unpack[Options]
-) -> Job:
-    """Store a job, and send its message when the caller's transaction commits.
+# Options that enqueue_many() does not take, those that it does, and those of a job in a batch or after another one.
+OF_ONE = {"unique", "unique_until", "idempotency_key"}
+OF_MANY = Options.__optional_keys__ - OF_ONE
+OF_MEMBER = OF_MANY - {"owner"}
 
-    `task` is declared with @job; `args` and `kwargs` hold values that Celery can serialize as JSON.
 
-    - `owner`: a user.
-    - `label`: a human-readable name, which is cut after 255 characters.
-    - `queue`: the name of a queue. It overrides CELERY_TASK_ROUTES.
-    - `countdown`, `eta`: the job starts after these seconds, or at this time. As in Celery, a datetime
-      without a time zone is in UTC.
-    - `unique`: a text that only one active job of this task may have, across all owners.
-    - `unique_until`: with "start", a running job does not count, so that what has changed since it started is not
-      missed. The job that is queued starts after the caller's transaction.
-    - `idempotency_key`: a text that each owner can use once.
+class Enqueueable(Generic[P]):
+    """What tasks and their signatures have in common. `P` are the parameters that have no argument yet."""
 
-    Returns the new Job, or the queued or running one with the same `unique`, whose `is_new` is False. Raises TypeError if the task is
-    not a job, if the arguments are not JSON or do not fit the task, or if both `countdown` and `eta` are
-    given; ValueError if `unique` or `idempotency_key` is empty, if one of them or `queue` is too long, if `unique_until` is
-    neither "start" nor "end" or has no `unique`, if the job would wait for more than ten years, if the arguments exceed 60,000 bytes or give no key of its limit, or if a text
-    in an option has a NUL or half of a surrogate pair; IntegrityError if the owner has already used the key.
+    @overload
+    def s(self, *args: P.args, **kwargs: P.kwargs) -> "JobSignature[[]]": ...
+    @overload  # a batch adds the first argument
+    def s(
+        self: "Enqueueable[Concatenate[Any, Rest]]", *args: Rest.args, **kwargs: Rest.kwargs
+    ) -> "JobSignature[[Any]]": ...
+    def s(self, *args: Any, **kwargs: Any) -> Any:
+        """Return a call with these arguments, such as a job of a batch. As `on_success`, it gets the results first."""
+        return self._with(args, kwargs)
+
+    def si(self, *args: P.args, **kwargs: P.kwargs) -> "JobSignature[[]]":
+        """Return a call that does not get the results of a batch: see s()."""
+        return self._with(args, kwargs, immutable=True)
+
+    def enqueue(self, *args: P.args, **kwargs: P.kwargs) -> Job:
+        """Enqueue a job with these arguments. Returns the Job. See JobTask.using()."""
+        call = self._with(args, kwargs)
+        return enqueue(call.task, call.args, call.kwargs, **call.options)
+
+    async def aenqueue(self, *args: P.args, **kwargs: P.kwargs) -> Job:
+        """Do the same as enqueue(), in async code."""
+        return await sync_to_async(self.enqueue)(*args, **kwargs)
+
+    def delay(self, *args: P.args, **kwargs: P.kwargs) -> AsyncResult:
+        """Enqueue a job with these arguments. Returns its AsyncResult."""
+        return self.apply_async(args, kwargs)
+
+
+class JobSignature(Enqueueable[P]):
+    """A task with arguments and options. Made by JobTask.using(), s() and si().
+
+    Celery's own signatures are for its canvas. A job is no part of that: see NO_CANVAS.
     """
+
+    def __init__(self, task, args=(), kwargs=None, options=None, immutable=False):
+        self.task, self.args, self.kwargs = task, tuple(args), kwargs or {}
+        self.options, self.immutable = options or {}, immutable
+
+    def _with(self, args, kwargs, immutable=False):
+        args, kwargs = (*args, *self.args), {**self.kwargs, **kwargs}  # in Celery's order
+        return JobSignature(self.task, args, kwargs, self.options, immutable)
+
+    def set(self, **options: Unpack[Options]) -> "JobSignature[P]":
+        """Add options to this signature, and return it, as Celery does. Raises TypeError for unknown ones."""
+        check_options(options, Options.__optional_keys__)
+        self.options = {**self.options, **options}
+        return self
+
+    def apply_async(
+        self, args: Any = (), kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> AsyncResult:
+        """Enqueue a job as JobTask.apply_async() does. Returns its AsyncResult."""
+        call = self._with(args or (), kwargs or {})
+        return self.task.apply_async(call.args, call.kwargs, **{**self.options, **options})
+
+    # What Celery calls to combine signatures, or to store one in a message
+
+    def clone(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise TypeError(f"{self.task.name}: {NO_CANVAS}")
+
+    apply = freeze = link = link_error = __or__ = __ror__ = __json__ = clone
+    app = name = type = property(clone)  # what the canvas reads before it calls anything
+
+
+CallableSignature.register(JobSignature)  # so that Celery's canvas calls clone()
+
+
+def check_call(call, taken):
+    """Raise TypeError unless this is a JobSignature that has no other options than these."""
+    if not isinstance(call, JobSignature):
+        raise TypeError(f"{call!r:.200} is not the signature of a job, such as task.s(10)")
+    if others := call.options.keys() - taken:
+        raise TypeError(f"{call.task.name}: this job does not take {', '.join(sorted(others))}")
+
+
+def check_options(options, supported=()):
+    """Raise TypeError for options of apply_async() that a job cannot have."""
+    known = [*HARMLESS, *supported]
+    if refused := [name for name in options if options[name] and name not in known]:
+        hint = NO_CANVAS if OF_CANVAS & {*refused} else "See the options of using()"
+        raise TypeError(f"a job does not take {', '.join(refused)}. {hint}")
+
+
+def enqueue(task, args=(), kwargs=None, **options):
+    """Store a job, and send its message when the caller's transaction commits. See JobTask.using()."""
     own = {name: options.pop(name, None) for name in OF_ONE}
     return insert(new_fields(task, args, kwargs, **options), **own)
 
 
-def enqueue_many(
-    task: Any, calls: Iterable[list | tuple], **options: Unpack[ManyOptions]
-) -> list[Job]:
-    """Store a job for each list of arguments in `calls`: all of them or none.
+def enqueue_many(calls: Iterable[JobSignature[[]]]) -> list[Job]:
+    """Store a job for each of these calls, such as task.s(1): all of them or none. Returns the Jobs.
 
     The guarantees are those of enqueue(), at a fraction of the cost: while the sweeper runs, it sends all
-    messages but the first SENT_IMMEDIATELY. Returns the Jobs.
+    messages but the first SENT_IMMEDIATELY. Raises TypeError for a call with `unique` or `idempotency_key`.
     """
-    now = database_time()
-    rows = [new_fields(task, args, None, now, **options) for args in calls]
-    return insert_many(now, [new_job(**fields) for fields in rows])
-
-
-aenqueue = sync_to_async(enqueue)
+    now, jobs = database_time(), []
+    for call in calls:
+        check_call(call, OF_MANY)
+        fields = new_fields(call.task, call.args, call.kwargs, now, **call.options)
+        jobs.append(new_job(**fields))
+    return insert_many(now, jobs)
 
 
 # The fields of a new job

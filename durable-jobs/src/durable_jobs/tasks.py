@@ -8,31 +8,34 @@ import sys
 from collections.abc import Callable
 from functools import wraps
 from inspect import getattr_static, iscoroutinefunction, signature, unwrap
-from typing import Any, Unpack
+from typing import Any, Concatenate, Literal, NoReturn, ParamSpec, Unpack, overload
 
-from asgiref.sync import sync_to_async
 from celery import shared_task
 from celery.contrib.django.task import DjangoTask
 from celery.exceptions import Retry
+from celery.result import AsyncResult
 from celery.utils.functional import head_from_fun
 from celery.utils.time import maybe_make_aware
 
 from durable_jobs import batches
 from durable_jobs.enqueue import (
+    NO_CANVAS,
+    OF_MANY,
+    OF_MEMBER,
     OF_ONE,
-    ManyOptions,
-    MemberOptions,
+    Enqueueable,
+    JobSignature,
     Options,
+    check_call,
+    check_options,
     check_times,
     insert,
     new_fields,
 )
-from durable_jobs.enqueue import enqueue as enqueue_job
 from durable_jobs.exceptions import JobError, JobLost
 from durable_jobs.messages import storable
-from durable_jobs.models import Batch, Job
+from durable_jobs.models import Batch
 from durable_jobs.pools import shutting_down
-from durable_jobs.signatures import NO_CANVAS, JobSignature, check_options
 from durable_jobs.validation import MAX_COUNTDOWN, printable, uuids
 from durable_jobs.worker.execution import execute, run_coroutine
 from durable_jobs.worker.remote_control import JobRequest
@@ -42,7 +45,18 @@ from durable_jobs.worker.shutdown import end_after_commit
 __all__ = ["JobSignature", "JobTask", "job"]
 
 
-def job(function=None, *, base=None, bind=True, **options):
+P = ParamSpec("P")
+
+
+@overload
+def job(function: Callable[Concatenate[Any, P], Any], /) -> "JobTask[P]": ...
+@overload
+def job(*, bind: Literal[False], **options: Any) -> Callable[[Callable[P, Any]], "JobTask[P]"]: ...
+@overload
+def job(**options: Any) -> Callable[[Callable[Concatenate[Any, P], Any]], "JobTask[P]"]: ...
+def job(
+    function: Any = None, *, base: type | None = None, bind: bool = True, **options: Any
+) -> Any:
     """Declare a task function whose calls are jobs. It gets the task as its first argument, `self`.
 
         @job(autoretry_for=(OSError,), retry_backoff=True, max_retries=8)
@@ -69,7 +83,7 @@ def job(function=None, *, base=None, bind=True, **options):
     return declare(function) if function else declare
 
 
-class JobTask(DjangoTask):
+class JobTask(Enqueueable[P], DjangoTask):
     """The base class of tasks that are jobs: see job().
 
     delay(), apply_async() and everything that calls them enqueue a job. If an app that is not a
@@ -86,7 +100,9 @@ class JobTask(DjangoTask):
     ignore_result = True  # the row has the result
     Request = JobRequest
     owner_may_run_again = False  # a job that failed or was cancelled, through the API
-    limit: str | Callable | None = None  # the key of its limit, or a function: see limits.py
+    limit: str | Callable[..., str | None] | None = (
+        None  # the key of its limit, or a function: see limits.py
+    )
     _limit_header = None  # a function with the task function's parameters: see on_bound()
 
     @property
@@ -134,10 +150,16 @@ class JobTask(DjangoTask):
 
     # For callers: Celery's methods
 
-    def apply_async(self, args=(), kwargs=None, task_id=None, **options):
+    def apply_async(
+        self,
+        args: Any = (),
+        kwargs: dict[str, Any] | None = None,
+        task_id: str | None = None,
+        **options: Any,
+    ) -> AsyncResult:
         """Enqueue a job. Returns its AsyncResult.
 
-        It takes the options of enqueue(), too. Raises TypeError for options that a job cannot have, such as `link`
+        It takes the options of using(), too. Raises TypeError for options that a job cannot have, such as `link`
         or `expires`; ValueError if `task_id` is no UUID.
         """
         if self._current_run and task_id == self.request.id:  # Celery's retry() calls this
@@ -151,39 +173,56 @@ class JobTask(DjangoTask):
     def _fields_of(self, args, kwargs, options):
         """Return the fields of the job that apply_async() stores. Raises its errors."""
         check_options(options, Options.__optional_keys__)
-        given = {name: options[name] for name in ManyOptions.__optional_keys__ & options.keys()}
+        given = {name: options[name] for name in OF_MANY & options.keys()}
         fields = new_fields(self, args or (), kwargs, **given)
         return {**fields, "headers": storable(options.get("headers"))}
 
-    def using(self, **options: Unpack[Options]) -> JobSignature:
-        """Return the task with options of enqueue(): task.using(owner=user).enqueue(10). Raises TypeError for others."""
+    def using(self, **options: Unpack[Options]) -> JobSignature[P]:
+        """Return the task with options: task.using(owner=user).enqueue(10) stores a job, and sends its message after the commit.
+
+        - `owner`: a user.
+        - `label`: a human-readable name, which is cut after 255 characters.
+        - `queue`: the name of a queue. It overrides CELERY_TASK_ROUTES.
+        - `countdown`, `eta`: the job starts after these seconds, or at this time. As in Celery, a datetime
+          without a time zone is in UTC.
+        - `unique`: a text that only one active job of this task may have, across all owners.
+        - `unique_until`: with "start", a running job does not count, so that what has changed since it started is not
+          missed. The job that is queued starts after the caller's transaction.
+        - `idempotency_key`: a text that each owner can use once.
+
+        enqueue() returns the new Job, or the queued or running one with the same `unique`, whose `is_new` is False.
+        It raises TypeError if the task is not a job, if the arguments are not JSON or do not fit the task, or if both
+        `countdown` and `eta` are given; ValueError if `unique` or `idempotency_key` is empty, if one of them or
+        `queue` is too long, if `unique_until` is neither "start" nor "end" or has no `unique`, if the job would wait
+        for more than ten years, if the arguments exceed 60,000 bytes or give no key of its limit, or if a text in an
+        option has a NUL or half of a surrogate pair; IntegrityError if the owner has already used the key.
+        """
         return JobSignature(self).set(**options)
 
-    def s(self, *args, **kwargs) -> JobSignature:
-        """Return a call with these arguments, such as a callback of a batch."""
-        return JobSignature(self, args, kwargs)
-
-    def si(self, *args, **kwargs) -> JobSignature:
-        """Return a call that does not get the results of a batch: see s()."""
-        return JobSignature(self, args, kwargs, immutable=True)
-
-    def enqueue(self, *args, **kwargs) -> Job:
-        """Enqueue a job with these arguments, and no options. Returns the Job."""
-        return enqueue_job(self, args, kwargs)
-
-    aenqueue = sync_to_async(enqueue)
+    def _with(self, args, kwargs, immutable=False):
+        return JobSignature(self, args, kwargs, immutable=immutable)
 
     # These store the row in the caller's transaction too. Celery's own would store it after the commit.
-    delay_on_commit = DjangoTask.delay  # which calls self.apply_async()
+
+    def delay_on_commit(self, *args: P.args, **kwargs: P.kwargs) -> AsyncResult:
+        return self.apply_async(args, kwargs)
+
     apply_async_on_commit = apply_async
 
-    def map(self, *args, **kwargs):
+    def map(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Raise TypeError: Celery would call the function without a job."""
         raise TypeError(f"{self.name}: {NO_CANVAS}")
 
     apply = starmap = chunks = map
 
-    def retry(self, args=None, kwargs=None, exc=None, throw=True, **options) -> Retry:
+    def retry(
+        self,
+        args: Any = None,
+        kwargs: dict[str, Any] | None = None,
+        exc: Exception | None = None,
+        throw: bool = True,
+        **options: Any,
+    ) -> Retry:
         """Works as Celery documents. The exception is stored in the Failure of this run.
 
         Until the next try, the owner reads the text of exc=JobError("The address service is down"). Raises
@@ -203,7 +242,7 @@ class JobTask(DjangoTask):
         changes = {"retries": retries, **({"queue": queue} if queue else {})}
         self._current_run.retry = {"delay": delay, "args": args, "kwargs": kwargs, **changes}
 
-    def update_state(self, *args, **kwargs):
+    def update_state(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise NotImplementedError(
             "a job has no update_state() and no replace(): call self.report(), or enqueue_next()"
         )
@@ -253,23 +292,21 @@ class JobTask(DjangoTask):
         run = self._own_run()
         return run.read_batch() if run else None
 
-    def enqueue_next(
-        self,
-        task: Any,
-        args: list | tuple = (),
-        kwargs: dict | None = None,
-        **options: Unpack[MemberOptions],
-    ) -> None:
+    def enqueue_next(self, call: JobSignature[[]]) -> None:
         """Enqueue a job in the transaction that stores the success of this one: exactly one row.
+
+            self.enqueue_next(mail_summary.using(label="Summary").s(pk))
 
         However often the function runs, only what the last run names is stored. The new job has the same
         owner, and belongs to the same batch. If the task was called directly, the job is enqueued immediately.
-        Raises the errors of enqueue().
+        Raises the errors of enqueue(), and TypeError if the call has other options than `label`, `queue`, `countdown`
+        and `eta`.
         """
         if run := self._own_run():
-            run.next_jobs.append(batches.planned(task, args, kwargs, **options))
+            run.next_jobs.append(batches.planned(call))
         else:
-            enqueue_job(task, args, kwargs, **options)
+            check_call(call, OF_MEMBER)
+            call.enqueue()
 
     def _own_run(self):
         if self.request_stack.top is None and process.has_run_of(self):
@@ -287,7 +324,7 @@ class JobTask(DjangoTask):
             return self._call(*args, **kwargs)
         return execute(self, args, kwargs)
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Any:
         run = self._current_run
         if run and not run.is_called:
             run.is_called = True

@@ -5,7 +5,6 @@ import json
 import re
 import uuid
 from datetime import timedelta
-from typing import Any, Unpack
 from urllib.parse import urlsplit
 
 from django.core.exceptions import ValidationError as DjangoValidationError
@@ -34,7 +33,7 @@ from durable_jobs.api.serializers import (
     has_job_perm,
     may_run_again,
 )
-from durable_jobs.enqueue import MemberOptions, insert, new_fields
+from durable_jobs.enqueue import OF_MEMBER, JobSignature, check_call, insert, new_fields
 from durable_jobs.models import Batch, Job
 
 __all__ = ["BatchViewSet", "EnqueueMixin", "JobViewSet", "accepted"]
@@ -246,22 +245,17 @@ class EnqueueMixin:
 
     create.kwargs = {"schema": EnqueueSchema}  # drf-spectacular reads an action's own schema here
 
-    def enqueue(
-        self,
-        task: Any,
-        args: list | tuple = (),
-        kwargs: dict | None = None,
-        batch: Batch | None = None,
-        **options: Unpack[MemberOptions],
-    ) -> Job:
-        """Enqueue the object's job for the user of this request. See enqueue.enqueue().
+    def enqueue(self, call: JobSignature[[]], batch: Batch | None = None) -> Job:
+        """Enqueue the object's job, such as task.s(pk), for the user of this request.
 
         The owner and the idempotency_key are those of the request. There is no `unique`, because two
         objects could get the same job. With `batch`, it is the first job of this batch: see open_batch().
         """
+        check_call(call, OF_MEMBER)
         if batch:
             batches.keep_open(batch)
-        fields = new_fields(task, args, kwargs, owner=self.request.user, **options)
+        owner = self.request.user
+        fields = new_fields(call.task, call.args, call.kwargs, owner=owner, **call.options)
         if key := self._idempotency_key:
             fields["fingerprint"] = self._fingerprint
         job = insert({**fields, "pk": self.job_id, "batch": batch}, idempotency_key=key)

@@ -10,12 +10,11 @@ from django.db import IntegrityError, connection
 from django.db.transaction import TransactionManagementError
 
 from durable_jobs import batches, conf, database, transitions
-from durable_jobs.enqueue import insert, new_fields
+from durable_jobs.enqueue import NO_CANVAS, insert, new_fields
 from durable_jobs.exceptions import JobLost, WorkerStopping
 from durable_jobs.messages import fields_in, storable
 from durable_jobs.models import Job
 from durable_jobs.pools import pool, shutting_down
-from durable_jobs.signatures import NO_CANVAS
 from durable_jobs.states import SENT
 from durable_jobs.validation import uuids
 from durable_jobs.worker import lease

@@ -15,9 +15,8 @@ class OrderAdmin(admin.ModelAdmin):
     @admin.action(description="Forecast demand for these products", permissions=["change"])
     def forecast_demand(self, request, queryset):
         products = queryset.order_by().values_list("product", flat=True).distinct()
-        calls = [[product] for product in products]  # the arguments of each job
-        jobs = enqueue_many(tasks.forecast_demand, calls, owner=request.user)
-        announce(request, jobs)
+        forecast = tasks.forecast_demand.using(owner=request.user)
+        announce(request, enqueue_many([forecast.s(product) for product in products]))
 
     @admin.action(description="Ask the supplier about these products", permissions=["change"])
     def ask_supplier(self, request, queryset):
@@ -29,8 +28,7 @@ class OrderAdmin(admin.ModelAdmin):
         """A batch: many jobs, then one that emails the sum of their results. No request waits for it."""
         pks = list(queryset.values_list("pk", flat=True))
         batches.enqueue(
-            tasks.count_ordered,
-            [[pks[at : at + 1000]] for at in range(0, len(pks), 1000)],
+            [tasks.count_ordered.s(pks[at : at + 1000]) for at in range(0, len(pks), 1000)],
             owner=request.user,
             label="What was ordered",
             on_success=tasks.mail_sum.s(request.user.email),

@@ -85,7 +85,7 @@ def import_orders(self, import_id):
         with transaction.atomic():
             Order.objects.bulk_create(chunk)
             self.report(done, total, f"Imported {done} of {total}", cursor=done)
-    self.enqueue_next(mail_summary, [import_id, done], label=f"Summary of {upload}")
+    self.enqueue_next(mail_summary.using(label=f"Summary of {upload}").s(import_id, done))
     return {"imported": done}
 
 

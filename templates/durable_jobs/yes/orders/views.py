@@ -30,7 +30,7 @@ class OrderViewSet(EnqueueMixin, viewsets.ReadOnlyModelViewSet):
     def perform_create(self, serializer):
         # EnqueueMixin has begun a transaction and chosen job_id, so the order can be stored before its job.
         order = serializer.save(owner=self.request.user, job_id=self.job_id)
-        self.enqueue(tasks.send_confirmation, [order.pk])
+        self.enqueue(tasks.send_confirmation.s(order.pk))
 
     @extend_schema(request=None, responses={202: JobSerializer})
     @action(detail=False, methods=["post"])
@@ -53,7 +53,7 @@ class ImportViewSet(EnqueueMixin, viewsets.ReadOnlyModelViewSet):
     def perform_create(self, serializer):
         upload = serializer.save(owner=self.request.user, job_id=self.job_id)
         label = f"Import {self.request.FILES['file'].name}"
-        self.enqueue(tasks.import_orders, [upload.pk], label=label)
+        self.enqueue(tasks.import_orders.using(label=label).s(upload.pk))
 
 
 class NewsletterViewSet(EnqueueMixin, viewsets.ReadOnlyModelViewSet):
@@ -65,4 +65,4 @@ class NewsletterViewSet(EnqueueMixin, viewsets.ReadOnlyModelViewSet):
 
     def perform_create(self, serializer):
         newsletter = serializer.save(job_id=self.job_id)
-        self.enqueue(tasks.send_newsletter, [newsletter.pk])
+        self.enqueue(tasks.send_newsletter.s(newsletter.pk))

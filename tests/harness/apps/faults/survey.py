@@ -64,7 +64,7 @@ def states(rows):
 
 def age_jobs():
     """Make 20 jobs that ended 99 days ago. The first one cannot be deleted. Return their ids."""
-    jobs = [job.pk for job in enqueue_many(quick, [[]] * 20, countdown=99)]
+    jobs = [job.pk for job in enqueue_many([quick.using(countdown=99).s()] * 20)]
     with connection.cursor() as cursor:
         cursor.execute("INSERT INTO keeps VALUES (%s)", [jobs[0]])
     rows = Job.objects.filter(pk__in=jobs)

@@ -208,7 +208,7 @@ def step(self, *queues):
     """Enqueue the next step in the first of these queues."""
     note(self.request.id, "start")
     if queues:
-        self.enqueue_next(step, queues[1:], queue=queues[0])
+        self.enqueue_next(step.using(queue=queues[0]).s(*queues[1:]))
 
 
 @job(autoretry_for=(OSError,), default_retry_delay=0, max_retries=1)
@@ -237,7 +237,7 @@ def write(self, number, seconds, then=()):
     note(self.request.id, "start")
     time.sleep(float(seconds))
     if then:
-        self.enqueue_next(write, [then[0], seconds, then[1:]])
+        self.enqueue_next(write.s(then[0], seconds, then[1:]))
 
 
 @job(queue="io")

@@ -37,7 +37,7 @@ def work(request):
     key, number = request.data["key"], request.data["number"]
     numbers = numbers_of(number)
     members, rest = numbers[:MEMBERS], numbers[MEMBERS:]
-    calls, callbacks = [[each, 0.1] for each in members], [tasks.write.si(n, 0.1) for n in rest]
+    callbacks = [tasks.write.si(n, 0.1) for n in rest]
     options = {"owner": request.user, "label": key}
     with transaction.atomic():
         if any(model.objects.filter(label=key).exists() for model in (Batch, Job)):
@@ -45,11 +45,13 @@ def work(request):
         elif number % 3 == 0:
             tasks.write.using(**options).enqueue(numbers[0], 0.1, numbers[1:])
         elif number % 3 == 1:
-            calls[0].append(rest[1:])
-            batches.enqueue(tasks.write, calls, on_success=callbacks[0], **options)
+            calls = [tasks.write.s(members[0], 0.1, rest[1:])]
+            calls += [tasks.write.s(each, 0.1) for each in members[1:]]
+            batches.enqueue(calls, on_success=callbacks[0], **options)
         else:
             first, last = callbacks
-            batches.enqueue(tasks.write, calls, on_success=first, on_finish=last, **options)
+            calls = [tasks.write.s(each, 0.1) for each in members]
+            batches.enqueue(calls, on_success=first, on_finish=last, **options)
     return Response({"id": key}, status=202)
 
 

@@ -26,9 +26,9 @@ if find_spec("durable_jobs"):
     from durable_jobs.enqueue import enqueue
 
     def send_batch():
-        members = [[[pk]] for pk in Order.objects.values_list("pk", flat=True)[:2]]
-        mail = orders.mail_sum.s(EMAIL)
-        return batches.enqueue(orders.count_ordered, members, on_success=mail).pk
+        pks = Order.objects.values_list("pk", flat=True)[:2]
+        members = [orders.count_ordered.s([pk]) for pk in pks]
+        return batches.enqueue(members, on_success=orders.mail_sum.s(EMAIL)).pk
 
     KINDS |= {
         "batch": send_batch,
