@@ -472,17 +472,20 @@ def test_a_task_that_ends_while_redis_hangs_runs_once(stack, gate):
 
 @stacks(brokers=["redis"])
 def test_redis_restarts_while_tasks_run_and_end(stack, gate, tmp_path):
-    """The worker lives. What runs, ends meanwhile or waits runs once, a countdown on time."""
+    """Also if it is away for longer than the visibility timeout.
+
+    The worker lives. What runs, ends meanwhile or waits runs once, a countdown on time.
+    """
     worker = stack.worker.pid
     ends, runs = stack.send("wait", gate), stack.send("wait", tmp_path / "later")
     stack.wait_until_started(ends, runs)
-    later = stack.send("quick", countdown=15)
-    due = time.time() + 15
+    later = stack.send("quick", countdown=25)
+    due = time.time() + 25
     time.sleep(1)  # time to fetch it
     stack.broker.kill()
     gate.touch()
     wait_for(lambda: stack.notes("end", ends))
-    time.sleep(3)
+    time.sleep(REDELIVERY + 2)
     stack.broker.start()
     stack.wait_until_started(later)
     assert stack.times("start", later)[0] - due < REDELIVERY

@@ -31,7 +31,7 @@ def accepted(request, result):
     until the result expires. Celery itself can't tell an unknown id from that of a waiting task.
     """
     location = reverse("task", args=[signer(request.user).sign(result.id)])
-    answer = Response if hasattr(request, "accepted_renderer") else JsonResponse  # not by DRF
+    answer = Response if hasattr(request, "accepted_renderer") else JsonResponse  # a plain view
     return answer(describe(result.id, states.PENDING), status=202, headers={"Location": location})
 
 
@@ -41,16 +41,15 @@ def signer(user):
 
 def status_of(result, user):
     meta = result.backend.get_task_meta(result.id)  # state and result in one read
-    state, value, error = meta["status"], meta["result"], None
-    if state == states.FAILURE:  # an exception may name hosts, tables or other users
-        error = repr(value) if user.is_staff else "The task failed."
-    return describe(
-        result.id,
-        state,
-        progress=as_json(value) if state == "PROGRESS" else None,
-        result=as_json(value) if state == states.SUCCESS else None,
-        error=error,
-    )
+    state, value = meta["status"], meta["result"]
+    status = describe(result.id, state)
+    if state == "PROGRESS":
+        status["progress"] = as_json(value)
+    elif state == states.SUCCESS:
+        status["result"] = as_json(value)
+    elif state == states.FAILURE:  # an exception may name hosts, tables or other users
+        status["error"] = repr(value) if user.is_staff else "The task failed."
+    return status
 
 
 def as_json(value):
@@ -62,15 +61,14 @@ def as_json(value):
     return value
 
 
-def describe(task_id, state, progress=None, result=None, error=None):
-    fields = {"progress": progress, "result": result, "error": error}
-    return {"id": task_id, "state": state, **fields}
+def describe(task_id, state):
+    return {"id": task_id, "state": state, "progress": None, "result": None, "error": None}
 
 
 class TaskView(APIView):
     def result(self):
+        age = settings.CELERY_RESULT_EXPIRES
         try:
-            age = settings.CELERY_RESULT_EXPIRES
             task_id = signer(self.request.user).unsign(self.kwargs["key"], max_age=age)
         except signing.BadSignature:  # another user's, forged or expired
             raise Http404 from None

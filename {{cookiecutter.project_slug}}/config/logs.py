@@ -13,7 +13,7 @@ from structlog import contextvars
 
 FORMATTER = structlog.stdlib.ProcessorFormatter
 PROCESSORS = [
-    structlog.contextvars.merge_contextvars,
+    contextvars.merge_contextvars,
     structlog.stdlib.add_logger_name,
     structlog.stdlib.add_log_level,
 ]
@@ -29,7 +29,7 @@ LEVELS = {  # the lowest that is logged, unless LOG_LEVEL is higher
 {% if has_flower %}
     "flower": logging.ERROR,
 {% endif %}
-    # django_structlog already logs each request{{ " and each task" if has_jobs }}, with the traceback of an error.
+    # django_structlog already logs each request and task, with the traceback of an error.
 {% if has_jobs %}
     "celery.app.trace": logging.CRITICAL,
 {% endif %}
@@ -93,7 +93,7 @@ def drop_repeated(logger, method, event):
 
 
 def show_exception(logger, method, event):
-    """Log the exception of a task also after its time limit, when no `except` is handling it."""
+    """Log the exception of a task also outside `except`, as after a time limit."""
     if isinstance(event.get("exception"), BaseException):
         event["exc_info"] = event.pop("exception")
     return event
@@ -135,7 +135,7 @@ class LogStep(bootsteps.Step, CeleryReceiver):
 
 
 def bound_to(task):
-    """If its process was killed, the worker's main process logs it, and knows only the message."""
+    """Name the task, also if its process was killed and the worker's main process logs it."""
     sent = getattr(task.request, "__django_structlog__", {})
-    return contextvars.bound_contextvars(**{**sent, "task": task.name, "task_id": task.request.id})
+    return contextvars.bound_contextvars(**sent | {"task": task.name, "task_id": task.request.id})
 {% endif %}

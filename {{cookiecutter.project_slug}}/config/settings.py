@@ -23,7 +23,7 @@ BASE_DIR = Path(__file__).resolve().parent.parent
 # The environment. Its variables win over the lines of .env.
 with suppress(PermissionError):  # in a container of `make dev`, the file belongs to somebody else
     load_dotenv(BASE_DIR / ".env", interpolate=False)
-env = Env(eager=False)  # small letters: what `celery report` must not print
+env = Env(eager=False)  # lower-case names below aren't settings, so nothing prints them
 DEBUG = env.bool("DEBUG", False)
 SECRET_KEY = env.str("SECRET_KEY")
 ALLOWED_HOSTS = env.list("ALLOWED_HOSTS", subcast=str.strip)
@@ -39,7 +39,7 @@ MEDIA_ROOT = env.str("MEDIA_ROOT", str(BASE_DIR / ".data/media"))  # uploads
 cache_url = env.str("CACHE_URL", "")
 {% endif %}
 database = env.dj_db_url("DATABASE_URL")
-# Seconds that requests and tasks reuse a connection. Under ASGI, none: see config/asgi.py.
+# How long connections are reused, in seconds. Under ASGI, not at all: see config/asgi.py.
 CONN_MAX_AGE = env.int("CONN_MAX_AGE", 60)
 DISABLE_SERVER_SIDE_CURSORS = env.bool("DISABLE_SERVER_SIDE_CURSORS", False)  # for PgBouncer
 EMAIL_BACKEND = env.str(
@@ -175,7 +175,7 @@ CSRF_COOKIE_SECURE = not DEBUG
 {% if has_jobs %}
 SECURE_REDIRECT_EXEMPT = [r"^metrics$"]  # for a Prometheus in the same private network
 {% endif %}
-SECURE_HSTS_SECONDS = 0 if DEBUG else 3600
+SECURE_HSTS_SECONDS = 0 if DEBUG else 3600  # raise it once HTTPS works
 SILENCED_SYSTEM_CHECKS = ["security.W005", "security.W021"]  # HSTS for subdomains: your decision
 IPWARE_META_PRECEDENCE_ORDER = ["REMOTE_ADDR"]
 if NUM_PROXIES:  # without a proxy, these headers could only come from a client: don't trust them

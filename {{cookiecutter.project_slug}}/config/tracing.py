@@ -1,3 +1,4 @@
+{% from "chosen.jinja" import has_jobs with context %}
 """Traces, if OTEL_EXPORTER_OTLP_ENDPOINT is set. OpenTelemetry's other variables work, too.
 
 Install the packages with `uv sync --extra tracing`.
@@ -24,7 +25,7 @@ def flush(**kwargs):
 
 
 class Tracing(AppConfig):
-    """An app in INSTALLED_APPS: Django calls ready() in web, workers and Beat, before it loads MIDDLEWARE."""
+    """An app in INSTALLED_APPS: Django calls ready() in each process, before it loads MIDDLEWARE."""
 
     name = "config.tracing"
 
@@ -34,7 +35,7 @@ class Tracing(AppConfig):
         # Over HTTP: gRPC's own sockets would block a worker that patches those of Python.
         provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
         trace.set_tracer_provider(provider)
-        DjangoInstrumentor().instrument(excluded_urls="/health/,/metrics$")
+        DjangoInstrumentor().instrument(excluded_urls="/health/{{ ",/metrics$" if has_jobs }}")
         CeleryInstrumentor().instrument()
         # These processes end without Python's exit handlers.
         signals.worker_process_shutdown.connect(flush)

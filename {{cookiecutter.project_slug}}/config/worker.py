@@ -34,7 +34,7 @@ logger = get_logger(__name__)
 app.steps["worker"].add(LogStep)  # a task's log lines name it and its request
 # A task that raises a MemoryError fails like any other. Celery would end the worker, or never
 # acknowledge the task, which then comes again without end (celery issue 10462).
-request.MemoryError = ()
+request.MemoryError = ()  # so isinstance() there is false
 
 
 @signals.celeryd_init.connect

@@ -12,10 +12,20 @@ logger = getLogger(__name__)
 
 
 class QoS(redis.QoS):
-    """Waits while Redis refuses to write, for example because it is full or a replica.
+    """Lets all workers reconnect before it looks for messages of dead ones.
 
-    It has just handed over a message. Without a copy, nobody could deliver it again (kombu 5.7).
+    Waits while Redis refuses to write, for example because it is full or a replica: the message is
+    already off its queue, so without this copy it would be lost (kombu 5.7).
     """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.connected_at = time.monotonic()
+
+    def restore_visible(self, *args, **kwargs):
+        # Workers try to reconnect every 30 seconds or more often, and renew their messages then.
+        if time.monotonic() > self.connected_at + self.visibility_timeout / 3:
+            super().restore_visible(*args, **kwargs)
 
     def append(self, message, delivery_tag):
         while True:
