@@ -203,6 +203,8 @@ SHORTER = {
 FAIL = "from orders.tasks import send_confirmation; print(send_confirmation.delay(0).id)"
 BURST = "from orders.tasks import send_confirmation as task; "
 BURST += "print([task.delay(0) for _ in range(1000)][0].id)"
+EXPIRE = "from orders.tasks import check_stock; "
+EXPIRE += "print(check_stock.apply_async([0], expires=1).id)"
 SEND = "from orders.tasks import forecast_demand; print(forecast_demand.delay('Tea').id)"
 # The exporter's service, and commands that leave the broker too little memory, and enough
 EXPORTERS = {"redis": ["redis-exporter"], "rabbitmq": []}
@@ -247,6 +249,10 @@ def test_the_profile_monitoring_sees_each_alert_fire_and_resolve(stack):
         wait_for(lambda: firing() == {"NoWorker", "TasksWait"}, site=stack)
         stack.shell(BURST)
         wait_for(lambda: firing() == {"NoWorker", "TasksWait", "QueueGrows"}, site=stack)
+        if broker == "rabbitmq":
+            stack.shell(EXPIRE)
+            wait_for(lambda: "DeadLetters" in firing(), site=stack)
+            stack.exec(broker, "rabbitmqctl", "purge_queue", "dead-letters")
         stack.exec("web", "celery", "-A", "config", "purge", "--force")
         stack.up("worker")
         wait_for(lambda: not firing(), site=stack)
@@ -261,7 +267,7 @@ def test_the_profile_monitoring_sees_each_alert_fire_and_resolve(stack):
         wait_for(lambda: firing() == {"NoMetrics"}, site=stack)
         stack.up("flower")
         wait_for(lambda: not firing(), site=stack)
-        others = {"QueueGrows", "BrokerFull"}
+        others = {"QueueGrows", "BrokerFull", *(["DeadLetters"] if broker == "rabbitmq" else [])}
         assert alerts == {"TasksFail", "TasksWait", "NoWorker", "NoMetrics"} | others
 
 
