@@ -50,7 +50,10 @@ def send_one(job, producer, is_declared=False):
     options = amqp.router.route(options, job.task, job.args, job.kwargs)
     properties["priority"] = options.get("priority") or 0
     if conf.task_publish_retry:
-        properties |= {"retry": True, "retry_policy": conf.task_publish_retry_policy}
+        # Once, for a connection that was lost. Then the sweeper sends it: without end, as projects retry plain tasks in
+        # workers and Beat, one full queue would delay all others.
+        policy = conf.task_publish_retry_policy | {"max_retries": 1}
+        properties |= {"retry": True, "retry_policy": policy}
     queue = options["queue"]
     declare = [] if is_declared else [queue]
     # To the default exchange, which knows each queue by its name
