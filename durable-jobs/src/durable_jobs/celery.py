@@ -3,10 +3,12 @@
 import logging
 import re
 from functools import partial
+from typing import Any
 
 import celery
 from celery import signals
 from celery.app import control, utils
+from celery.result import AsyncResult
 from django.apps import apps
 
 from durable_jobs.messages import is_job
@@ -21,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class Control(control.Control):
-    def revoke(self, task_id, *args, **kwargs):
+    def revoke(self, task_id: Any, *args: Any, **kwargs: Any) -> Any:
         """Revoke a task as Celery documents it. A job is cancelled even if no worker runs."""
         try:
             return super().revoke(task_id, *args, **kwargs)
@@ -49,13 +51,15 @@ class Celery(celery.Celery):
         for signal in self.on_after_configure, self.on_after_finalize:
             signal.send = partial(log_errors, signal.send)
 
-    def send_task(self, name, args=None, kwargs=None, **options):
+    def send_task(
+        self, name: str, args: Any = None, kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> AsyncResult:
         """Send a message as Celery documents it. If the task is a job, enqueue it instead."""
         if is_job(self.tasks.get(name)):
             return self.tasks[name].apply_async(args, kwargs, **options)
         return super().send_task(name, args, kwargs, **options)
 
-    def add_periodic_task(self, schedule, sig, *args, **options):
+    def add_periodic_task(self, schedule: Any, sig: Any, *args: Any, **options: Any) -> str:
         """Add an entry to Beat's schedule as Celery documents it. `sig` may be the signature of a job."""
         if is_job(getattr(sig, "task", None)):
             sig = celery.Signature(sig.task.name, sig.args, sig.kwargs, sig.options)

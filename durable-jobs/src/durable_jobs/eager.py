@@ -1,8 +1,12 @@
 """Runs jobs in the process that enqueues them: with CELERY_TASK_ALWAYS_EAGER, and in tests."""
 
+from collections.abc import Callable
+from typing import Any
+
 from celery import current_app
 from celery.app.trace import build_tracer
 from django.db import connection
+from django.db.models import QuerySet
 from kombu.utils.json import dumps, loads
 
 from durable_jobs.database import Now, in_transaction
@@ -12,7 +16,9 @@ from durable_jobs.models import Job
 __all__ = ["run_jobs"]
 
 
-def run_jobs(jobs=None, *, before_each_round=lambda: None):
+def run_jobs(
+    jobs: QuerySet | None = None, *, before_each_round: Callable[[], Any] = lambda: None
+) -> None:
     """Run all queued jobs, or those of these, and those that they enqueue. They wait for no countdown and no limit."""
     tried = set()
     before_each_round()

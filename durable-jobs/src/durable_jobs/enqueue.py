@@ -42,7 +42,8 @@ from durable_jobs.validation import MAX_COUNTDOWN, Results, as_json, to_json
 
 __all__ = ["JobSignature", "Options", "enqueue_many"]
 
-P, Rest = ParamSpec("P"), ParamSpec("Rest")
+P = ParamSpec("P")
+Rest = ParamSpec("Rest")
 
 CHUNK = 500  # jobs per statement
 # A call sends at most this many messages itself. Workers are busy with them until the sweeper sends the rest.

@@ -5,6 +5,7 @@ import json
 import re
 import uuid
 from datetime import timedelta
+from typing import Any
 from urllib.parse import urlsplit
 
 from django.core.exceptions import ValidationError as DjangoValidationError
@@ -227,7 +228,7 @@ class EnqueueMixin:
 
     job_id: uuid.UUID
 
-    def create(self, request, *args, **kwargs):
+    def create(self, request: Request, *args: Any, **kwargs: Any) -> Response:
         serializer = self._find_stored()
         if serializer is None:
             serializer = self.get_serializer(data=request.data)
