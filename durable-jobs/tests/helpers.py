@@ -55,12 +55,12 @@ def add(self, x, y):
 
 @shared_task(base=JobTask, bind=True)
 def act(self):
-    return act.body(self)
+    return act.function(self)
 
 
-def run(body):
-    """Enqueue and run a job that calls body(task). Return the job as it is afterwards."""
-    act.body = body
+def run(function):
+    """Enqueue and run a job that calls function(task). Return the job as it is afterwards."""
+    act.function = function
     return deliver(enqueue(act))
 
 
@@ -90,9 +90,9 @@ def run_of(job):
 
 
 def lapse(*jobs):
-    """Make these jobs due for the sweep, in this order."""
-    for place, job in enumerate(jobs):
-        past = Now() - timedelta(seconds=1000 - place)
+    """Make these jobs due for the sweeper, in this order."""
+    for index, job in enumerate(jobs):
+        past = Now() - timedelta(seconds=1000 - index)
         Job.objects.filter(pk=job.pk).update(sweep_at=past)
 
 

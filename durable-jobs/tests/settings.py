@@ -95,4 +95,4 @@ REST_FRAMEWORK = {
 }
 QUEUES = ["default", "celery", "cpu", "io"]
 TASKS = {"default": {"BACKEND": "durable_jobs.contrib.django_tasks.TaskBackend", "QUEUES": QUEUES}}
-DURABLE_JOBS = {"LIMITS": {"one": "1", "tenant": "2", "api": "5, 3/h", "turn": "1"}}
+DURABLE_JOBS = {"LIMITS": {"one": "1", "tenant": "2", "api": "5, 3/h"}}

@@ -1,4 +1,4 @@
-"""Turns: how many jobs of a key run at once, how many start in a period, and who is next."""
+"""Admission: how many jobs of a key run at once, how many start in a period, and who is next."""
 
 import signal
 import uuid
@@ -43,11 +43,11 @@ from durable_jobs.worker.runs import process
 pytestmark = pytest.mark.django_db
 
 
-def held(key="one"):
+def blocked(key="one"):
     return Job.objects.filter(blocked_by=key).count()
 
 
-def test_a_job_over_its_limit_is_held(sent, commit):
+def test_a_job_over_its_limit_is_blocked(sent, commit):
     with commit():
         jobs = [call.enqueue(7) for _ in range(3)]
         other = call.enqueue(8)
@@ -57,17 +57,17 @@ def test_a_job_over_its_limit_is_held(sent, commit):
     assert jobs[2].state == "queued" and jobs[2].limit_key == "tenant:7"
 
 
-def test_a_run_hands_its_place_to_the_oldest_job(sent, commit):
+def test_a_run_hands_its_slot_to_the_oldest_job(sent, commit):
     with commit():
         jobs = enqueue_many([alone.s(number) for number in range(3)])
     for number, job in enumerate(jobs):
         assert sent == [each.pk for each in jobs[: number + 1]]
         with commit():
             end(start(job))
-    assert not held()
+    assert not blocked()
 
 
-def test_a_failed_run_and_a_retry_hand_over_the_place(sent, commit):
+def test_a_failed_run_and_a_retry_hand_over_the_slot(sent, commit):
     with commit():
         jobs = enqueue_many([alone.s(number) for number in range(3)])
     run = start(jobs[0])
@@ -96,7 +96,7 @@ def test_a_retry_at_once_goes_before_newer_jobs(sent, commit):
     assert sent == [first.pk, first.pk]
 
 
-def test_a_cancelled_body_keeps_its_place(sent, commit):
+def test_a_cancelled_task_function_keeps_its_slot(sent, commit):
     with commit():
         first, second = enqueue_many([alone.s(1), alone.s(2)])
     run = start(first)
@@ -110,10 +110,10 @@ def test_a_cancelled_body_keeps_its_place(sent, commit):
     assert sent == [first.pk, second.pk]
     with commit():
         run_again(Job.objects.get(pk=first.pk))
-    assert held() == 1
+    assert blocked() == 1
 
 
-def test_the_sweep_lets_held_jobs_go(sent):
+def test_the_sweeper_admits_blocked_jobs(sent):
     jobs = enqueue_many([call.s(7, number) for number in range(4)])
     sweeper.sender.send_due()
     assert sent == [job.pk for job in jobs[:2]]
@@ -133,7 +133,7 @@ def test_the_oldest_job_that_is_due_goes_first(sent, commit):
         Job.objects.filter(pk=expected.pk).delete()
 
 
-def test_deleted_jobs_free_their_places(sent, commit):
+def test_deleted_jobs_free_their_slots(sent, commit):
     with commit():
         first, second = enqueue_many([alone.s(1), alone.s(2)])
     Job.objects.filter(pk=first.pk).delete()
@@ -141,7 +141,7 @@ def test_deleted_jobs_free_their_places(sent, commit):
     assert sent == [first.pk, second.pk]
 
 
-def test_a_grant_that_fails_is_left_to_the_sweep(sent, commit, monkeypatch, caplog):
+def test_an_admission_that_fails_is_left_to_the_sweeper(sent, commit, monkeypatch, caplog):
     def refuse(*args):
         raise Error("no")
 
@@ -154,7 +154,7 @@ def test_a_grant_that_fails_is_left_to_the_sweep(sent, commit, monkeypatch, capl
     assert sent == [job.pk]
 
 
-def test_a_held_job_says_what_it_waits_for(sent, commit, settings):
+def test_a_blocked_job_says_what_it_waits_for(sent, commit, settings):
     with commit():
         *_, job = [call.enqueue(7) for _ in range(3)]
     job.refresh_from_db()
@@ -164,16 +164,18 @@ def test_a_held_job_says_what_it_waits_for(sent, commit, settings):
     assert reasons([job]) == {job.pk: "Waiting: limit tenant:7 no longer exists"}
 
 
-# A place is kept, or handed over
+# A slot is kept, or handed over
 
 
-@pytest.mark.parametrize("end_body", ["lease", "child"])
-def test_a_body_of_a_cancelled_job_that_dies_frees_its_place(sent, commit, monkeypatch, end_body):
+@pytest.mark.parametrize("way", ["lease", "child"])
+def test_a_task_function_of_a_cancelled_job_that_dies_frees_its_slot(
+    sent, commit, monkeypatch, way
+):
     with commit():
         first, second = enqueue_many([alone.s(1), alone.s(2)])
     run = start(first)
     token, _ = run.token, cancel(first)
-    if end_body == "lease":
+    if way == "lease":
         sweeper.sender.send_due()
         assert sent == [first.pk]  # its lease has not lapsed
         lapse(first)
@@ -192,7 +194,7 @@ def test_a_body_of_a_cancelled_job_that_dies_frees_its_place(sent, commit, monke
 
 
 @pytest.mark.parametrize("renew", ["process", "children"])
-def test_a_cancelled_body_renews_the_lease_of_its_place(sent, commit, monkeypatch, renew):
+def test_a_cancelled_task_function_renews_the_lease_of_its_slot(sent, commit, monkeypatch, renew):
     with commit():
         job = alone.enqueue()
     run = start(job)
@@ -213,10 +215,10 @@ def test_a_cancelled_body_renews_the_lease_of_its_place(sent, commit, monkeypatc
 
 
 @pytest.mark.parametrize("signum, is_free", [(signal.SIGKILL, True), (signal.SIGUSR1, False)])
-def test_a_revoke_frees_the_place_only_if_it_kills_the_body(
+def test_a_revoke_frees_the_slot_only_if_it_kills_the_task_function(
     sent, commit, monkeypatch, signum, is_free
 ):
-    """SIGUSR1 is the soft time limit: the body may go on."""
+    """SIGUSR1 is the soft time limit: the task function may continue."""
     monkeypatch.setattr(process, "is_prefork", True)
     monkeypatch.setattr(children, "in_thread", lambda update, *args, delay: update(*args))
     with commit():
@@ -228,7 +230,7 @@ def test_a_revoke_frees_the_place_only_if_it_kills_the_body(
     assert (Job.objects.get(pk=job.pk).sweep_at is None) == is_free
 
 
-def test_a_run_that_was_overtaken_frees_no_place_of_the_newer_one(sent, commit):
+def test_a_run_that_was_overtaken_frees_no_slot_of_the_newer_one(sent, commit):
     """The newer run was cancelled, and it still runs."""
     with commit():
         first, _ = enqueue_many([alone.s(1), alone.s(2)])
@@ -241,7 +243,7 @@ def test_a_run_that_was_overtaken_frees_no_place_of_the_newer_one(sent, commit):
     assert sent == [first.pk]
 
 
-def test_a_queued_job_that_is_queued_again_keeps_its_place(sent, commit):
+def test_a_queued_job_that_is_queued_again_keeps_its_slot(sent, commit):
     """Its worker shuts down, or it must not run beside another suspect."""
     with commit():
         first, _ = enqueue_many([alone.s(1), alone.s(2)])
@@ -249,31 +251,31 @@ def test_a_queued_job_that_is_queued_again_keeps_its_place(sent, commit):
     sweeper.sender.send_due()
     first.refresh_from_db()
     assert (first.blocked_by, first.times_sent) == (None, 0) and first.sweep_at
-    assert sent == [first.pk] and held() == 1
+    assert sent == [first.pk] and blocked() == 1
 
 
-def test_a_job_that_is_handed_back_is_the_next_one_again(sent, commit):
+def test_a_job_that_is_released_is_the_next_one_again(sent, commit):
     """A deploy must not put it behind all jobs of its key."""
     with commit():
         first, _ = enqueue_many([alone.s(1), alone.s(2)])
     run = start(first)
     with run:
         run.release()
-    assert sent == [first.pk, first.pk] and held() == 1
+    assert sent == [first.pk, first.pk] and blocked() == 1
 
 
-def test_a_message_that_cannot_be_sent_keeps_the_place(commit, broker_down):
+def test_a_message_that_cannot_be_sent_keeps_the_slot(commit, broker_down):
     with commit():
         first, _ = enqueue_many([alone.s(1), alone.s(2)])
     first.refresh_from_db()
     assert (first.blocked_by, first.times_sent) == (None, 0) and first.sweep_at
-    assert held() == 1
+    assert blocked() == 1
 
 
-def test_what_a_process_releases_at_its_end_keeps_its_place_and_starts_later(
+def test_what_a_process_releases_at_its_end_keeps_its_slot_and_starts_later(
     sent, commit, monkeypatch
 ):
-    """Until the process has ended the bodies run: neither these jobs nor the next ones may start."""
+    """Until the process has ended the task functions run: neither these jobs nor the next ones may start."""
     with commit():
         [first, _], other = enqueue_many([alone.s(1), alone.s(2)]), free.enqueue()
     states = []
@@ -298,10 +300,10 @@ def test_what_a_process_releases_at_its_end_keeps_its_place_and_starts_later(
     assert seconds_waited(other) < 100  # again from now
     Job.objects.filter(sweep_at__isnull=False).update(sweep_at=Now() + timedelta(seconds=60))
     sweeper.sender.send_due()
-    assert sent == [first.pk, other.pk] and held() == 1
+    assert sent == [first.pk, other.pk] and blocked() == 1
     Job.objects.filter(sweep_at__isnull=False).update(sweep_at=Now())
     sweeper.sender.send_due()
-    assert sorted(sent) == sorted([first.pk, other.pk] * 2) and held() == 1
+    assert sorted(sent) == sorted([first.pk, other.pk] * 2) and blocked() == 1
 
 
 def test_what_a_process_releases_at_its_end_waits_for_its_rate_again(sent, commit, monkeypatch):
@@ -315,13 +317,13 @@ def test_what_a_process_releases_at_its_end_waits_for_its_rate_again(sent, commi
         run.has_written, run.limit_key = True, None
     Job.objects.update(due_at=Now())
     sweeper.sender.send_due()
-    assert sent == [job.pk] and held("api") == 1
+    assert sent == [job.pk] and blocked("api") == 1
     later(3600)
     sweeper.sender.send_due()
-    assert sent == [job.pk, job.pk] and held("api") == 0
+    assert sent == [job.pk, job.pk] and blocked("api") == 0
 
 
-def test_a_countdown_of_a_held_job_takes_no_place_and_wakes_the_sweep(sent, commit):
+def test_a_countdown_of_a_blocked_job_takes_no_slot_and_wakes_the_sweeper(sent, commit):
     with commit():
         later, now = alone.using(countdown=3).enqueue(), alone.enqueue()
     assert sent == [now.pk]
@@ -338,7 +340,7 @@ def test_a_claim_that_is_repeated_succeeds_although_a_pause_has_begun(sent, comm
     assert run.claim()
 
 
-def test_a_lowered_limit_lets_no_job_go_until_enough_have_ended(sent, commit, settings):
+def test_a_lowered_limit_admits_no_job_until_enough_have_ended(sent, commit, settings):
     with commit():
         jobs = enqueue_many([call.s(7, number) for number in range(4)])
     first, second = map(start, jobs[:2])
@@ -353,7 +355,7 @@ def test_a_lowered_limit_lets_no_job_go_until_enough_have_ended(sent, commit, se
     assert len(sent) == 3
 
 
-def test_a_raised_limit_holds_at_the_next_round(sent, commit, settings):
+def test_a_raised_limit_applies_at_the_next_round(sent, commit, settings):
     with commit():
         jobs = enqueue_many([call.s(7, number) for number in range(4)])
     settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"LIMITS": {"tenant": "4"}}
@@ -401,7 +403,7 @@ def test_a_start_counts_whatever_happens_to_its_job(sent, commit):
     with commit(), run:
         run.release()
     sweeper.sender.send_due()
-    assert sent == [deleted.pk, retried.pk, back.pk] and held("api") == 3
+    assert sent == [deleted.pk, retried.pk, back.pk] and blocked("api") == 3
 
 
 def test_few_jobs_of_a_rate_are_admitted_before_one_starts(sent, settings):
@@ -412,7 +414,7 @@ def test_few_jobs_of_a_rate_are_admitted_before_one_starts(sent, settings):
     for _ in range(3):
         sweeper.sender.send_due()
         later(3600)
-    assert (held("one"), held("api")) == (8, 6)
+    assert (blocked("one"), blocked("api")) == (8, 6)
 
 
 @pytest.mark.parametrize("rate", ["1/min", "9/min", "10/min", "35/min", "1000/min"])
@@ -440,7 +442,7 @@ def test_a_job_that_starts_while_others_are_admitted_counts(sent, commit, settin
 
     monkeypatch.setattr(admission, "waits_for_rates", start_under_the_lock)
     admission.admit(["api"])
-    assert len(sent) == 2 and held("api") == 1
+    assert len(sent) == 2 and blocked("api") == 1
 
 
 def test_a_rate_says_what_a_job_waits_for(sent, commit):
@@ -482,7 +484,7 @@ def test_the_sweeper_wakes_when_the_admitted_jobs_of_a_rate_have_started(
 
 
 @pytest.mark.parametrize("waits, expected", [((9, 0.001), 0.02), ((0.01, 9), 0.5), ((9, 3), 3)])
-def test_the_sweep_rests_between_two_rounds(sent, monkeypatch, waits, expected):
+def test_the_sweeper_rests_between_two_rounds(sent, monkeypatch, waits, expected):
     """A rate such as 5/s needs shorter rests than a countdown."""
     monkeypatch.setattr(admission, "admit_due", lambda paused: waits)
     assert sweeper.sender.send_due() == expected

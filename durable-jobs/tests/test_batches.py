@@ -203,7 +203,7 @@ def test_a_batch_that_has_ended_takes_no_job(run_jobs):
     assert batch.jobs.count() == 3
 
 
-def test_a_body_knows_its_batch(run_jobs):
+def test_a_task_function_knows_its_batch(run_jobs):
     batch = batches.enqueue([read_batch.s()])
     alone = enqueue(read_batch)
     run_jobs()
@@ -213,7 +213,7 @@ def test_a_body_knows_its_batch(run_jobs):
 
 
 @pytest.mark.django_db(transaction=True)  # in a transaction, a query is tried only once
-def test_a_body_reads_its_batch_when_the_database_is_back(published, monkeypatch):
+def test_a_task_function_reads_its_batch_when_the_database_is_back(published, monkeypatch):
     batch = batches.enqueue([read_batch.s()])
     monkeypatch.setattr(database.time, "sleep", lambda seconds: None)
     read = Mock(side_effect=[OperationalError("away"), batch])
@@ -232,7 +232,7 @@ def test_a_cancelled_batch_cancels_its_jobs_and_starts_ended(run_jobs):
     assert after(batch) == ("cancelled", ["ended"])
 
 
-def test_the_sweep_ends_a_batch_whose_worker_died_before_it_could(monkeypatch):
+def test_the_sweeper_ends_a_batch_whose_worker_died_before_it_could(monkeypatch):
     batch = many()
     with monkeypatch.context() as died:
         died.setattr(batches, "end", lambda pk: None)

@@ -104,7 +104,7 @@ def test_the_last_two_jobs_end_at_the_same_moment(second):
 
 def test_the_last_three_jobs_end_while_none_has_committed(slow_commit):
     new, runs = store(50, 3)
-    race(50, *(lambda n, place=place: succeed_run(runs[n][place]) for place in range(3)))
+    race(50, *(lambda n, index=index: succeed_run(runs[n][index]) for index in range(3)))
     assert_ended_once(new)
 
 
@@ -112,8 +112,8 @@ def test_many_jobs_end_in_many_threads():
     new, runs = store(5, 320)
     for each in runs:
         random.shuffle(each)
-    race(200, *(lambda n, place=place: succeed_run(runs[n // 40][n % 40 * 8 + place])
-                for place in range(8)))  # fmt: skip
+    race(200, *(lambda n, index=index: succeed_run(runs[n // 40][n % 40 * 8 + index])
+                for index in range(8)))  # fmt: skip
     assert_ended_once(new)
 
 
@@ -134,7 +134,7 @@ def test_the_end_waits_for_a_locked_batch_no_longer_than_a_second(caplog):
         assert Batch.objects.select_for_update().get(pk=batch.pk)
         in_thread(lambda: succeed_run(run))
     assert "has not ended yet" in caplog.text
-    batches.end_all()  # as the sweep does
+    batches.end_all()  # as the sweeper does
     assert_ended_once([batch])
 
 
@@ -222,7 +222,7 @@ def test_many_transactions_add_jobs_at_once():
     assert_ended_once([batch])
 
 
-# Cancelled, ended by the sweep, deleted
+# Cancelled, ended by the sweeper, deleted
 
 
 @pytest.mark.parametrize("_", range(5))

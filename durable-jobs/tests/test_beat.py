@@ -115,8 +115,8 @@ def test_two_beats_start_one_job_for_each_tick(kind, due):
     beats = [beat(kind).scheduler, beat(kind).scheduler]
     today = datetime.now(UTC).replace(hour=0)  # Celery 5.6 rounds a day that has ended
     for minute in range(3):
-        for place, scheduler in enumerate(beats):
-            since = today.replace(minute=minute, second=10 + 20 * place)
+        for index, scheduler in enumerate(beats):
+            since = today.replace(minute=minute, second=10 + 20 * index)
             tick(scheduler, due, since)
             tick(scheduler, due, since, name="another")
     assert Job.objects.count() == 6
@@ -195,7 +195,7 @@ def test_beat_replaces_a_lost_connection():
 
 
 @pytest.mark.parametrize("embedded", [False, True])  # celery beat, celery worker --beat
-def test_one_beat_has_one_sweep(monkeypatch, embedded):
+def test_one_beat_has_one_sweeper(monkeypatch, embedded):
     sweeps = []
     monkeypatch.setattr(Sweeper, "start", lambda self: sweeps.append(1))
     monkeypatch.setattr("celery.platforms.set_process_title", lambda *args, **kwargs: None)

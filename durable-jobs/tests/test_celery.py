@@ -192,7 +192,7 @@ TYPES = [datetime(2026, 1, 2, tzinfo=UTC), date(2026, 1, 2), uuid.UUID(int=1), D
 
 
 @pytest.mark.parametrize("task", [name_types, retry_once])
-def test_a_body_gets_its_arguments_with_the_types_that_celery_keeps(run_jobs, task):
+def test_a_task_function_gets_its_arguments_with_the_types_that_celery_keeps(run_jobs, task):
     job = enqueue(task, TYPES)
     run_jobs()
     job.refresh_from_db()

@@ -57,7 +57,7 @@ def ago(seconds):
 
 
 def sweeps(seconds=1, refused=()):
-    """Beat's last sweep ended so long ago."""
+    """The last round of the sweeper ended so long ago."""
     times = {"ended_at": ago(seconds), "tick_due_at": ago(seconds)}
     Sweep.objects.update_or_create({**times, "refused": dict(refused)}, pk=1)
 
@@ -75,12 +75,12 @@ def waits(seconds=60, **fields):
     return job
 
 
-def runs(silent=105, **fields):
+def runs(silence=105, **fields):
     """Return a running job whose lease ended so long ago."""
     job = waits()
     assert claim(job.pk)
     fields = {"worker": "celery@one", "started_at": ago(50), **fields}
-    Job.objects.filter(pk=job.pk).update(sweep_at=ago(silent), **fields)
+    Job.objects.filter(pk=job.pk).update(sweep_at=ago(silence), **fields)
     return job
 
 
@@ -144,7 +144,7 @@ def test_beat_does_not_run():
     assert why(waits()) == "Beat has never run"
 
 
-def test_beat_and_all_workers_are_silent():
+def test_beat_and_all_workers_do_not_respond():
     works(120)
     sweeps(130)
     assert why(waits()) == NO_HEARTBEAT
@@ -155,9 +155,9 @@ def test_a_limit_that_only_beat_can_fill_says_that_beat_does_not_run(settings):
     settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"LIMITS": {"tenant": "2", "api": "2/h"}}
     sweeps(130)
     works()
-    held = {"times_sent": 0, "sweep_at": None}
-    free = waits(blocked_by="tenant:7", limit_key="tenant:7", **held)
-    rated = waits(blocked_by="api", limit_key="api", **held)
+    blocked = {"times_sent": 0, "sweep_at": None}
+    free = waits(blocked_by="tenant:7", limit_key="tenant:7", **blocked)
+    rated = waits(blocked_by="api", limit_key="api", **blocked)
     assert why(free) == f"Waiting: limit {free.limit_key}. {NO_BEAT}"
     assert why(rated) == f"Waiting: limit api allows at most 2/h. {NO_BEAT}"
     for _ in range(2):
@@ -232,7 +232,7 @@ def test_a_crash_says_so():
 
 def test_an_unknown_task_or_one_without_a_limit_has_no_last_try():
     assert why(waits(0, task="gone", retries=1)) == "Try 2"
-    job = waits(0, retries=9)  # retry(max_retries=20) in a body
+    job = waits(0, retries=9)  # retry(max_retries=20) in a task function
     assert why(job) == "Try 10"
 
 
@@ -260,9 +260,9 @@ def test_a_function_that_is_over_its_time_limit_does_not_blame_its_worker():
     assert "The workers of 1 job aren't responding" not in problems()
 
 
-def test_a_clock_that_is_ahead_makes_no_job_silent(monkeypatch):
+def test_a_clock_that_is_ahead_makes_no_job_stalled(monkeypatch):
     """The machine of the web server has another clock than the database."""
-    job = runs(silent=-20)
+    job = runs(silence=-20)
     later = timezone.now() + timedelta(hours=1)
     monkeypatch.setattr(timezone, "now", lambda: later)
     assert why(job) == ""
@@ -396,7 +396,7 @@ def test_the_problems_of_the_system_are_named():
     assert problems()[0] == NO_HEARTBEAT
 
 
-def test_the_sweep_stores_for_which_queues_the_broker_takes_no_message(broker_down, monkeypatch):
+def test_the_sweeper_stores_for_which_queues_the_broker_takes_no_message(broker_down, monkeypatch):
     refuse = messages_unless("celery", OSError("no\0 broker"))
     monkeypatch.setattr(republish, "messages_in", refuse)
     waits(times_sent=0, sweep_at=ago(60))

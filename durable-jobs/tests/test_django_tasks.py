@@ -167,7 +167,7 @@ def test_each_step_sends_a_signal(task, end):
     assert result.status == end[1]
 
 
-def test_a_body_waits_for_an_unavailable_database(monkeypatch):
+def test_a_task_function_waits_for_an_unavailable_database(monkeypatch):
     answers = iter([OperationalError("away")])
     get_result = TaskBackend.get_result
 
@@ -279,7 +279,7 @@ def test_a_coroutine_can_be_a_task():
     assert Job.objects.get().queue == "io"
 
 
-def test_a_coroutine_can_be_the_body_of_a_job_task():
+def test_a_coroutine_can_be_the_task_function_of_a_job_task():
     job = enqueue(celery_read, [5])
     other = enqueue(read_unbound, [6])
     publish([job, other])

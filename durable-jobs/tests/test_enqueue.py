@@ -213,7 +213,7 @@ def test_enqueue_many_stores_all_jobs_or_none(commit, published):
 
 
 @pytest.mark.parametrize("door", [enqueue_many, enqueue_in_batch])
-def test_the_sweep_sends_most_of_many_jobs_in_their_order(commit, published, monkeypatch, door):
+def test_the_sweeper_sends_most_of_many_jobs_in_their_order(commit, published, monkeypatch, door):
     monkeypatch.setattr("durable_jobs.enqueue.SENT_IMMEDIATELY", 2)
     sweeper.store_round()
     with commit():
@@ -224,7 +224,7 @@ def test_the_sweep_sends_most_of_many_jobs_in_their_order(commit, published, mon
 
 
 @pytest.mark.parametrize("age", [60, None])
-def test_many_jobs_do_not_wait_for_a_sweep_that_does_not_run(commit, published, monkeypatch, age):
+def test_many_jobs_do_not_wait_for_a_sweeper_that_does_not_run(commit, published, monkeypatch, age):
     monkeypatch.setattr("durable_jobs.enqueue.SENT_IMMEDIATELY", 2)
     if age:
         sweeper.store_round()
@@ -234,7 +234,7 @@ def test_many_jobs_do_not_wait_for_a_sweep_that_does_not_run(commit, published, 
     assert published == [str(job.pk) for job in jobs]
 
 
-def test_the_sweep_sends_no_job_of_many_before_its_countdown(commit, published, monkeypatch):
+def test_the_sweeper_sends_no_job_of_many_before_its_countdown(commit, published, monkeypatch):
     monkeypatch.setattr("durable_jobs.enqueue.SENT_IMMEDIATELY", 0)
     sweeper.store_round()
     with commit():

@@ -250,7 +250,7 @@ def test_a_worker_that_leaves_without_celery_deletes_its_row(consumer, monkeypat
     assert not Worker.objects.exists()
 
 
-def test_a_worker_is_silent_after_30_seconds_and_gone_after_an_hour(consumer, monkeypatch):
+def test_a_worker_is_stale_after_30_seconds_and_gone_after_an_hour(consumer, monkeypatch):
     write(consumer)
     monkeypatch.setattr(purge, "close_old_connections", Mock())
     for seconds, is_alive, is_there in (29, 1, 1), (31, 0, 1), (3590, 0, 1), (3610, 0, 0):
@@ -293,7 +293,7 @@ def test_the_metrics_count_workers_and_slots(consumer, staff_api, monkeypatch):
     )
 
 
-def test_the_metrics_count_a_job_without_a_live_worker_as_silent(staff_api):
+def test_the_metrics_count_a_job_without_a_live_worker_as_stalled(staff_api):
     for seconds in 10, -1, -1:
         job, sweep_at = enqueue(greet), Now() + timedelta(seconds=seconds)
         running = {"state": "running", "run_token": job.pk, "sweep_at": sweep_at}

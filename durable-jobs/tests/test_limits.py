@@ -135,8 +135,8 @@ def test_a_message_of_an_app_that_does_not_know_the_job_obeys_its_limit(sent, co
     settings.DURABLE_JOBS = settings.DURABLE_JOBS | {
         "LIMITS": {**settings.DURABLE_JOBS["LIMITS"], "tenant": "1, 5/h"}
     }
-    first, held_back = str(uuid.uuid4()), str(uuid.uuid4())
-    for id in first, held_back:
+    first, blocked = str(uuid.uuid4()), str(uuid.uuid4())
+    for id in first, blocked:
         request = {"id": id, "hostname": "test", "called_directly": False, "headers": {}}
         call.push_request(**request)
         try:
@@ -145,7 +145,7 @@ def test_a_message_of_an_app_that_does_not_know_the_job_obeys_its_limit(sent, co
         finally:
             call.pop_request()
     assert [str(pk) for pk in sent] == [first]
-    assert Job.objects.get(pk=held_back).blocked_by == "tenant:7"
+    assert Job.objects.get(pk=blocked).blocked_by == "tenant:7"
     assert Key.objects.get().key == "tenant:7"
 
 
@@ -289,9 +289,9 @@ def test_the_limit_of_a_decorated_function_gets_its_arguments(bind, decorator):
 
     if decorator is async_decorator:
         of_self, of_none = async_of_self, async_of_none
-    body = decorator(of_self if bind else of_none)
+    function = decorator(of_self if bind else of_none)
     options = {"name": f"decorated {bind}", "limit": lambda tenant, **_: f"tenant:{tenant}"}
-    task = shared_task(body, base=JobTask, bind=bind, **options)
+    task = shared_task(function, base=JobTask, bind=bind, **options)
     try:
         assert (
             enqueue(task, [7]).limit_key == enqueue(task, [], {"tenant": 7}).limit_key == "tenant:7"

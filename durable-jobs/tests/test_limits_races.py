@@ -1,4 +1,4 @@
-"""Never more than N bodies of a key, and no place stays empty: threads, real transactions.
+"""Never more than N task functions of a key, and no slot stays empty: threads, real transactions.
 
 More rounds: ROUNDS=3000 (the default is 150).
 """
@@ -35,8 +35,8 @@ pytestmark = pytest.mark.django_db(transaction=True)
 ROUNDS = MANY_ROUNDS // 3
 
 
-@shared_task(base=JobTask, limit=lambda key: f"turn:{key}")
-def turn(key):
+@shared_task(base=JobTask, limit=lambda key: f"alone:{key}")
+def alone(key):
     pass
 
 
@@ -54,7 +54,7 @@ def messages(monkeypatch, settings):
     monkeypatch.setattr(publish, "send", send)
     monkeypatch.setattr(republish, "send", send)
     monkeypatch.setattr(republish, "messages_in", lambda *args: sent.qsize())
-    settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"LIMITS": {"turn": "1"}}
+    settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"LIMITS": {"alone": "1"}}
     return sent
 
 
@@ -62,7 +62,7 @@ def store(keys, each, started=1):
     """Store jobs, `each` for each key. Returns the Runs of the first ones, and the other jobs."""
     runs, rest = [], []
     for key in range(keys):
-        fields = [enqueue.new_fields(turn, [key], None, Now()) for _ in range(each)]
+        fields = [enqueue.new_fields(alone, [key], None, Now()) for _ in range(each)]
         jobs = [Job.objects.create(**field) for field in fields]
         for job in jobs[:started]:
             Job.objects.filter(pk=job.pk).update(blocked_by=None, sweep_at=Now())
@@ -82,60 +82,60 @@ def retry(run):
     run.try_again()
 
 
-def used_and_held():
-    """Return {key: (places that are used, jobs that are held although they are due)}."""
-    used, held = Q(sweep_at__isnull=False), Q(blocked_by__isnull=False, due_at__lte=Now())
+def used_and_blocked():
+    """Return {key: (slots in use, blocked jobs that are due)}."""
+    used, blocked = Q(sweep_at__isnull=False), Q(blocked_by__isnull=False, due_at__lte=Now())
     rows = Job.objects.filter(limit_key__isnull=False).order_by().values_list("limit_key")
-    rows = rows.annotate(used=Count("pk", filter=used), held=Count("pk", filter=held))
+    rows = rows.annotate(used=Count("pk", filter=used), blocked=Count("pk", filter=blocked))
     return {key: counts for key, *counts in rows}
 
 
 def assert_full(number=1):
-    """No key uses more places than `number`, nor fewer while jobs of it wait."""
+    """No key uses more slots than `number`, nor fewer while jobs of it wait."""
     wrong = {
-        key: (used, held)
-        for key, (used, held) in used_and_held().items()
-        if used > number or (held and used < number)
+        key: (used, blocked)
+        for key, (used, blocked) in used_and_blocked().items()
+        if used > number or (blocked and used < number)
     }
     assert not wrong, (len(wrong), wrong)
 
 
-# A place is never empty, without the sweep
+# No slot stays empty, without the sweeper
 
 
 @pytest.mark.parametrize("outcome", [succeed_run, fail_run, retry, Run.release])
 def test_a_job_is_stored_while_the_last_one_ends(outcome):
     runs, _ = store(ROUNDS, 1)
-    race(ROUNDS, lambda n: end(runs[n], outcome), lambda n: turn.enqueue(n))
+    race(ROUNDS, lambda n: end(runs[n], outcome), lambda n: alone.enqueue(n))
     assert_full()
 
 
 @pytest.mark.parametrize("number", [2, 3])
 def test_runs_of_a_key_end_while_jobs_are_stored(settings, number):
-    settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"LIMITS": {"turn": str(number)}}
+    settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"LIMITS": {"alone": str(number)}}
     runs, _ = store(ROUNDS, number + 1, started=number)
     ends = [
-        lambda n, place=place: end(runs[number * n + place], random.choice([succeed_run, fail_run]))
-        for place in range(number)
+        lambda n, slot=slot: end(runs[number * n + slot], random.choice([succeed_run, fail_run]))
+        for slot in range(number)
     ]
-    race(ROUNDS, *ends, lambda n: turn.enqueue(n), lambda n: turn.enqueue(n))
+    race(ROUNDS, *ends, lambda n: alone.enqueue(n), lambda n: alone.enqueue(n))
     assert_full(number)
 
 
-def test_a_grant_meets_a_hand_over(settings):
-    """N was raised: the grant must not choose the job that the run has chosen, nor one too many."""
+def test_an_admission_meets_a_hand_over(settings):
+    """N was raised: admit() must not choose the job that the run has chosen, nor one too many."""
     runs, _ = store(ROUNDS, 4)
-    settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"LIMITS": {"turn": "2"}}
-    key = "turn:{}".format
+    settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"LIMITS": {"alone": "2"}}
+    key = "alone:{}".format
     race(ROUNDS, lambda n: end(runs[n]), *[lambda n: admission.admit([key(n)])] * 2)
     assert_full(2)
 
 
 def test_a_lowered_number_holds_while_runs_end(settings):
-    settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"LIMITS": {"turn": "3"}}
+    settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"LIMITS": {"alone": "3"}}
     runs, _ = store(ROUNDS, 6, started=3)
-    settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"LIMITS": {"turn": "2"}}
-    race(ROUNDS, *(lambda n, place=place: end(runs[3 * n + place]) for place in range(3)))
+    settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"LIMITS": {"alone": "2"}}
+    race(ROUNDS, *(lambda n, slot=slot: end(runs[3 * n + slot]) for slot in range(3)))
     assert_full(2)
 
 
@@ -145,21 +145,21 @@ def test_the_next_job_is_cancelled_while_the_one_before_ends():
     assert_full()
 
 
-def test_a_job_is_stored_while_the_one_with_the_place_is_cancelled():
+def test_a_job_is_stored_while_the_one_with_the_slot_is_cancelled():
     _, rest = store(ROUNDS, 1, started=0)
     for [job] in rest:
         admission.admit([job.limit_key])
-    race(ROUNDS, lambda n: cancel(rest[n][0]), lambda n: turn.enqueue(n))
+    race(ROUNDS, lambda n: cancel(rest[n][0]), lambda n: alone.enqueue(n))
     assert_full()
 
 
-def test_a_job_is_cancelled_while_its_body_ends():
+def test_a_job_is_cancelled_while_its_task_function_ends():
     runs, _ = store(ROUNDS, 3)
 
     def cancel_run(n):
         cancel(Job.objects.filter(pk=runs[n].job_id))
 
-    race(ROUNDS, lambda n: end(runs[n]), cancel_run, lambda n: turn.enqueue(n))
+    race(ROUNDS, lambda n: end(runs[n]), cancel_run, lambda n: alone.enqueue(n))
     assert_full()
 
 
@@ -169,21 +169,21 @@ def test_a_job_is_recovered_while_another_one_is_stored():
     def recover(n):
         lease.recover(Job.objects.filter(pk=runs[n].job_id))
 
-    race(ROUNDS, recover, lambda n: turn.enqueue(n))
+    race(ROUNDS, recover, lambda n: alone.enqueue(n))
     assert_full()
 
 
-def test_a_cancelled_body_ends_while_a_job_is_stored_and_the_sweep_looks():
+def test_a_cancelled_task_function_ends_while_a_job_is_stored_and_the_sweeper_looks():
     runs, rest = store(ROUNDS, 2)
     for run in runs:
         cancel(Job.objects.filter(pk=run.job_id))
-    assert {used for used, held in used_and_held().values()} == {1}
+    assert {used for used, blocked in used_and_blocked().values()} == {1}
 
     def look(n):
         if n % 10 == 0:
             admission.admit_due()
 
-    race(ROUNDS, lambda n: end(runs[n]), lambda n: turn.enqueue(n), look)
+    race(ROUNDS, lambda n: end(runs[n]), lambda n: alone.enqueue(n), look)
     assert_full()
 
 
@@ -195,10 +195,10 @@ def test_a_job_runs_again_while_the_one_before_ends():
     assert_full()
 
 
-def test_two_sweeps_a_grant_and_an_end_at_once(settings):
-    settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"LIMITS": {"turn": "2"}}
+def test_two_sweepers_an_admission_and_an_end_at_once(settings):
+    settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"LIMITS": {"alone": "2"}}
     runs, _ = store(ROUNDS, 4)
-    key = "turn:{}".format
+    key = "alone:{}".format
 
     def look(n):
         if n % 10 == 0:
@@ -211,7 +211,7 @@ def test_two_sweeps_a_grant_and_an_end_at_once(settings):
 
 def test_a_rate_is_kept_while_jobs_start_and_others_are_stored(settings):
     """Both starts move the time of the next one, also the first ones of a key. None is overlooked."""
-    settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"LIMITS": {"turn": "20/h"}}
+    settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"LIMITS": {"alone": "20/h"}}
     _, rest = store(ROUNDS, 5, started=0)
     runs = []
     for jobs in rest:
@@ -223,18 +223,18 @@ def test_a_rate_is_kept_while_jobs_start_and_others_are_stored(settings):
         ROUNDS,
         lambda n: runs[n][0].claim() and end(runs[n][0]),
         lambda n: runs[n][1].claim() and end(runs[n][1]),
-        lambda n: admission.admit([f"turn:{n}"]),
-        lambda n: turn.enqueue(n),
+        lambda n: admission.admit([f"alone:{n}"]),
+        lambda n: alone.enqueue(n),
     )
     admission.admit_due()
-    assert {used for used, _ in used_and_held().values()} == {0}
+    assert {used for used, _ in used_and_blocked().values()} == {0}
     two_intervals = Now() + timedelta(seconds=2 * 3600 / 19 - 60)
     assert Key.objects.filter(next_at__gt=two_intervals).count() == ROUNDS
 
 
 def test_a_pause_and_its_end_meet_claims():
     """A job runs, or is due when the pause has ended."""
-    jobs = [turn.enqueue(n) for n in range(20)]
+    jobs = [alone.enqueue(n) for n in range(20)]
     Job.objects.filter(blocked_by__isnull=False).update(blocked_by=None, sweep_at=Now())
     runs = [run_of(job) for job in jobs]
 
@@ -242,9 +242,9 @@ def test_a_pause_and_its_end_meet_claims():
         assert runs[n].claim() or runs[n].put_back_if_paused() or runs[n].claim()
 
     def pause(n):
-        pauses.pause(turn.name)
+        pauses.pause(alone.name)
         time.sleep(random.choice([0, 0.002]))
-        pauses.resume(turn.name)
+        pauses.resume(alone.name)
 
     race(20, claim, pause)
     admission.admit_due()
@@ -254,16 +254,16 @@ def test_a_pause_and_its_end_meet_claims():
 # What is locked, or lost
 
 
-def test_a_grant_waits_a_second_for_the_lock_and_leaves_the_rest_to_the_sweep(caplog):
+def test_an_admission_waits_a_second_for_the_lock_and_leaves_the_rest_to_the_sweeper(caplog):
     _, [[job]] = store(1, 1, started=0)
     Key.objects.create(key=job.limit_key)
     with transaction.atomic():
         Key.objects.select_for_update().get()
         in_thread(lambda: admission.admit([job.limit_key]))
-        assert "could not admit jobs of turn:0" in caplog.text
+        assert "could not admit jobs of alone:0" in caplog.text
         in_thread(lambda: admission.admit_due())  # it does not wait
         assert len(caplog.records) == 1
-        assert used_and_held() == {"turn:0": [0, 1]}
+        assert used_and_blocked() == {"alone:0": [0, 1]}
     admission.admit_due()
     assert_full()
 
@@ -288,9 +288,9 @@ def test_the_next_job_is_sent_if_the_answer_of_the_commit_is_lost(
     assert_full()
 
 
-def test_a_grant_leaves_no_setting_in_the_callers_transaction():
+def test_an_admission_leaves_no_setting_in_the_callers_transaction():
     with transaction.atomic(), connection.cursor() as cursor:
-        job = turn.enqueue(1)
+        job = alone.enqueue(1)
         admission.admit([job.limit_key])
         for name in "lock_timeout", "idle_in_transaction_session_timeout":
             cursor.execute(f"SHOW {name}")
@@ -301,19 +301,19 @@ def test_a_grant_leaves_no_setting_in_the_callers_transaction():
 
 
 class Witness:
-    """Counts the bodies of each key that run."""
+    """Counts the task functions of each key that run."""
 
     def __init__(self, number):
-        self.number, self.lock, self.bodies, self.most = number, threading.Lock(), Counter(), 0
+        self.number, self.lock, self.running, self.most = number, threading.Lock(), Counter(), 0
 
-    def body(self, key):
+    def run(self, key):
         with self.lock:
-            self.bodies[key] += 1
-            count = self.bodies[key]
+            self.running[key] += 1
+            count = self.running[key]
             self.most = max(self.most, count)
         time.sleep(random.uniform(0, 0.03))
         with self.lock:
-            self.bodies[key] -= 1
+            self.running[key] -= 1
         assert count <= self.number, key
 
 
@@ -333,8 +333,10 @@ OUTCOMES = [succeed_run] * 4 + [fail_run, retry_soon, retry_soon, Run.release, c
 
 
 @pytest.mark.parametrize("number", [1, 2])
-def test_never_more_bodies_than_the_limit_whatever_happens(messages, settings, monkeypatch, number):
-    changes = {"LIMITS": {"turn": str(number)}, "MAX_CRASHES": 100}
+def test_never_more_task_functions_than_the_limit_whatever_happens(
+    messages, settings, monkeypatch, number
+):
+    changes = {"LIMITS": {"alone": str(number)}, "MAX_CRASHES": 100}
     settings.DURABLE_JOBS = settings.DURABLE_JOBS | changes
     monkeypatch.setattr(lease, "RECOVERY_DELAY", 0)
     witness, keys, over, calm = Witness(number), 2, threading.Event(), threading.Event()
@@ -348,11 +350,11 @@ def test_never_more_bodies_than_the_limit_whatever_happens(messages, settings, m
                     continue
                 outcome = succeed_run if calm.is_set() else random.choice(OUTCOMES)
                 if outcome is crash:
-                    witness.body(run.limit_key)
+                    witness.run(run.limit_key)
                     crash(run)
                 else:
                     with run, suppress(Ignore):
-                        witness.body(run.limit_key)
+                        witness.run(run.limit_key)
                         outcome(run)
 
     def look(_):
@@ -369,7 +371,7 @@ def test_never_more_bodies_than_the_limit_whatever_happens(messages, settings, m
     def disturb(n):
         kind = n % 8
         if kind < 5:
-            turn.enqueue(random.randrange(keys))
+            alone.enqueue(random.randrange(keys))
         elif kind == 5:
             cancel(some(finished_at=None))
         elif kind == 6:
@@ -387,7 +389,7 @@ def test_never_more_bodies_than_the_limit_whatever_happens(messages, settings, m
     def disturb_all(_):
         for n in itertools.count():
             disturb(n)
-            # A few rounds may be over before as many bodies of a key have met.
+            # A few rounds may be over before as many functions of a key have met.
             if over.is_set() or (n >= ROUNDS and witness.most == number):
                 break
             assert n < 10 * ROUNDS, "the limit was never reached"
@@ -395,7 +397,7 @@ def test_never_more_bodies_than_the_limit_whatever_happens(messages, settings, m
         until = time.monotonic() + 120
         try:
             while Job.objects.filter(UNFINISHED).exists():
-                assert time.monotonic() < until, used_and_held()
+                assert time.monotonic() < until, used_and_blocked()
                 time.sleep(0.02)
         finally:
             over.set()
@@ -418,7 +420,7 @@ def test_never_more_bodies_than_the_limit_whatever_happens(messages, settings, m
 def test_one_at_a_time_keeps_the_order(messages):
     """Many threads work, and the jobs start in the order in which they were stored."""
     with transaction.atomic():
-        jobs = [turn.enqueue(1) for _ in range(60)]
+        jobs = [alone.enqueue(1) for _ in range(60)]
     order, lock, until = [], threading.Lock(), time.monotonic() + 60
 
     def work(_):

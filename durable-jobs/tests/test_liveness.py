@@ -15,7 +15,7 @@ pytestmark = pytest.mark.django_db
 
 @pytest.mark.parametrize("late, touched", [(-60, 1), (29, 1), (31, 0)])
 def test_a_beat_that_hangs_does_not_touch_its_liveness_file(monkeypatch, late, touched):
-    """Its sweep continues, and stores how late the schedule is."""
+    """Its sweeper continues, and stores how late the schedule is."""
     monkeypatch.setattr(sweeper_module, "touch_liveness_file", touch := Mock())
     monkeypatch.setattr("time.sleep", Mock(side_effect=SystemExit))
     with pytest.raises(SystemExit):

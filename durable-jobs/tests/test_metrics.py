@@ -45,11 +45,11 @@ def test_the_metrics_count_waiting_jobs_and_the_longest_wait(staff_api):
     }
 
 
-def test_jobs_that_are_held_or_paused_are_not_counted_as_waiting(staff_api):
+def test_jobs_that_are_blocked_or_paused_are_not_counted_as_waiting(staff_api):
     """More workers would not help them: they raise no alert and start no worker."""
-    held = {"blocked_by": "tenant:7", "sweep_at": None, "due_at": ago(100)}
+    blocked = {"blocked_by": "tenant:7", "sweep_at": None, "due_at": ago(100)}
     paused = {"due_at": ago(100)}
-    for queue, changes in ("celery", held), ("celery", held), ("io", paused), ("io", paused):
+    for queue, changes in ("celery", blocked), ("celery", blocked), ("io", paused), ("io", paused):
         job = enqueue(greet, queue=queue)
         Job.objects.filter(pk=job.pk).update(**changes)
     for changes in {"queue": "celery", "blocked_by": "tenant:7", "sweep_at": None}, {"queue": "io"}:

@@ -165,7 +165,7 @@ def test_an_ended_job_of_a_paused_queue_is_deleted(commit):
 # With limits
 
 
-def test_a_paused_job_gives_its_place_to_the_next_one_at_once(sent, commit):
+def test_a_paused_job_gives_its_slot_to_the_next_one_at_once(sent, commit):
     with commit():
         [paused], [other] = store(task=alone, queue="io"), store(task=alone, queue="cpu")
         Job.objects.filter(pk=paused.pk).update(due_at=LONG_AGO)  # SQLite's times have milliseconds
@@ -176,7 +176,7 @@ def test_a_paused_job_gives_its_place_to_the_next_one_at_once(sent, commit):
     assert state(paused) == ("one", 0)
 
 
-def test_a_paused_job_whose_message_is_lost_keeps_no_place(sent, commit):
+def test_a_paused_job_whose_message_is_lost_keeps_no_slot(sent, commit):
     with commit():
         [paused], [other] = store(task=alone, queue="io"), store(task=alone, queue="cpu")
     lapse(paused)

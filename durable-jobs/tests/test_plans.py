@@ -42,12 +42,12 @@ def names_of(sql):
     return re.findall(r"\b[a-z]+_[a-z_]+\b", re.sub("'.*?'", "", sql))
 
 
-MANY = 5_000  # held jobs; 100,000 have the same plans
+MANY = 5_000  # blocked jobs; 100,000 have the same plans
 
 
 @pytest.fixture(params=[1, 1000], ids=["1 key", "1000 keys"])
-def held(request, settings):
-    """Thousands of held jobs."""
+def blocked(request, settings):
+    """Thousands of blocked jobs."""
     if connection.vendor != "postgresql":
         pytest.skip("only PostgreSQL plans with statistics: set DATABASE_URL=postgres://…")
     now = timezone.now()
@@ -61,9 +61,9 @@ def held(request, settings):
 
 
 @pytest.fixture
-def key(held):
+def key(blocked):
     connection.cursor().execute("ANALYZE durable_jobs_job")
-    return held
+    return blocked
 
 
 # Queries
@@ -86,7 +86,7 @@ def test_the_sql_of_an_insert_is_built_once(monkeypatch):
 
 
 def test_a_job_that_uses_no_cursor_makes_no_query_for_it():
-    act.body = lambda task: task.report(1, 2)
+    act.function = lambda task: task.report(1, 2)
     job = enqueue(act)
     with CaptureQueriesContext(connection) as captured:
         publish.publish([job])
@@ -138,7 +138,7 @@ def test_the_queries_of_a_job_with_a_limit(sent, commit):
     # A look, the row of the key, its lock, a look with it, unblock().
     expected = ["SELECT", "INSERT", "SELECT", "SELECT", "SELECT", "UPDATE"]
     assert kinds(queries(admission.admit, ["one"])) == expected
-    assert kinds(queries(admission.admit, ["one"])) == ["SELECT"]  # there is no place
+    assert kinds(queries(admission.admit, ["one"])) == ["SELECT"]  # no slot is free
     run = run_of(first)
     assert kinds(queries(run.claim)) == ["UPDATE"]
 
@@ -243,13 +243,13 @@ def test_an_end_reads_no_backlog(backlog):
     )
 
 
-def test_take_reads_only_the_jobs_that_it_takes(key):
+def test_unblock_reads_only_the_job_that_it_unblocks(key):
     """No node of the plan reads more rows."""
     for statement in queries(admission.unblock, key, 2):
         assert rows_read(statement) <= 20, explain(statement)
 
 
-def test_a_look_for_places_reads_only_jobs_with_a_place(key):
+def test_a_look_for_free_slots_reads_only_jobs_with_a_slot(key):
     statements = queries(admission.free_slots, [key, "one"])
     assert max(map(rows_read, statements)) <= 20
 

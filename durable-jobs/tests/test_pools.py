@@ -126,12 +126,12 @@ COROUTINES = """
 import gevent.monkey; gevent.monkey.patch_all()
 import gevent, os, psutil
 from durable_jobs.pools import pool
-async def body():
+async def function():
     return process.num_threads(), process.num_fds()
 process = psutil.Process()
-threads, descriptors = pool.run_coroutine(body)
+threads, descriptors = pool.run_coroutine(function)
 for _ in range(30):
-    pool.run_coroutine(body)
+    pool.run_coroutine(function)
 with gevent.Timeout(50):
     while process.num_threads() > threads or process.num_fds() > descriptors:
         gevent.sleep(0.1)

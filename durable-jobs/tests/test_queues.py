@@ -108,7 +108,7 @@ def test_the_key_of_a_limit_is_searched(admin_client, work):
     assert listed(admin_client, "q=tenant:c") == listed(admin_client, "q=nothing:a") == []
 
 
-def test_a_held_job_says_for_what_it_waits(admin_client, work):
+def test_a_blocked_job_says_for_what_it_waits(admin_client, work):
     job = Job.objects.filter(blocked_by="tenant:a").first()
     page = admin_client.get(f"{JOBS}{job.pk}/change/").content.decode()
     assert "Waiting: limit tenant:a is full (2 of 2 slots taken)" in page
@@ -146,7 +146,7 @@ def test_the_page_resumes_a_queue_that_nobody_knows_any_more(admin_client):
     assert not Pause.objects.exists()
 
 
-def test_a_pause_in_the_page_holds_and_a_resume_lets_go(admin_client, run_jobs):
+def test_the_page_pauses_and_resumes_a_queue(admin_client, run_jobs):
     admin_client.post(QUEUES, {"pause": "celery"})
     job = enqueue(greet)
     run_jobs()
@@ -196,17 +196,17 @@ def test_the_page_costs_the_same_queries_however_many_keys_there_are(admin_clien
 
 
 @pytest.mark.django_db(transaction=True)  # VACUUM cannot run in a transaction
-def test_the_page_counts_held_jobs_in_their_index(admin_client):
+def test_the_page_counts_blocked_jobs_in_their_index(admin_client):
     if connection.vendor != "postgresql":
         pytest.skip("only PostgreSQL plans with statistics: set DATABASE_URL=postgres://…")
     fields = {"task": call.name, "queue": "io", "due_at": timezone.now()}
     final = {"state": "succeeded", "finished_at": timezone.now()}
     multiply(Job.objects.create(**fields, **final), 5000)
-    held, key = (
+    blocked, key = (
         Job.objects.create(limit_key="tenant:0", blocked_by="tenant:0", **fields),
         "'tenant:' || n %% 50",
     )
-    multiply(held, 500, limit_key=key, blocked_by=key)
+    multiply(blocked, 500, limit_key=key, blocked_by=key)
     with connection.cursor() as cursor:
         cursor.execute("VACUUM ANALYZE durable_jobs_job")
         with CaptureQueriesContext(connection) as captured:

@@ -1,4 +1,4 @@
-"""report(): progress and cursor are stored while a body runs, and the next run continues there."""
+"""report(): progress and cursor are stored while a task function runs, and the next run continues there."""
 
 from contextlib import suppress
 from math import nan
@@ -20,26 +20,26 @@ pytestmark = pytest.mark.django_db
 
 
 @pytest.mark.parametrize("done, total, percent", [(1, 3, 33), (4, 3, 100), (-1, 3, 0), (0, 0, 100)])
-def test_a_report_is_stored_while_the_body_runs(done, total, percent):
-    def body(task):
+def test_a_report_is_stored_while_the_task_function_runs(done, total, percent):
+    def function(task):
         task.report(done, total, "x" * 300)
         lease.write_and_renew([task._current_run])  # as the thread of leases does, twice a second
         job = Job.objects.get()
         return [job.state, job.progress, len(job.message)]
 
-    assert run(body).result == ["running", percent, 255]
+    assert run(function).result == ["running", percent, 255]
 
 
 def test_a_report_without_a_text_shows_none():
-    def body(task):
+    def function(task):
         task.report(1, 2, None)
         lease.write_and_renew([task._current_run])
 
-    assert run(body).message == ""
+    assert run(function).message == ""
 
 
 def test_a_renewal_keeps_the_progress_of_a_resumed_job():
-    """A renewal has no progress to write until the body reports some."""
+    """A renewal has no progress to write until the function reports some."""
     job = enqueue(add, [1, 2])
     Job.objects.update(cursor=7, progress=50)
     resumed = run_of(job)
@@ -65,7 +65,7 @@ def test_a_new_run_resets_the_progress():
 def test_a_run_continues_at_the_cursor_of_the_last_run():
     seen = []
 
-    def body(task):
+    def function(task):
         seen.append((task.cursor, Job.objects.get().progress))
         task.report(1, 2, "half done", cursor={"page": 5})
         task.report(1, 1)  # without a cursor, so it is not in the database yet
@@ -73,7 +73,7 @@ def test_a_run_continues_at_the_cursor_of_the_last_run():
         seen.append((task.cursor, job.cursor, job.progress, job.message))
         transitions.requeue(Job.objects.all(), crashes=job.crashes + 1)  # as after a crash
 
-    job = run(body)
+    job = run(function)
     stopped = ({"page": 5}, {"page": 5}, 50, "half done")
     assert seen == [(None, 0), stopped]
     assert deliver(job).state == "queued"
@@ -102,14 +102,14 @@ def test_run_again_keeps_the_cursor_unless_the_job_succeeded(published, state, c
 def test_a_cursor_is_written_once():
     """But twice inside a transaction, because that may be rolled back."""
 
-    def body(task):
+    def function(task):
         task.report(1, 3, cursor=1)
         first = task._current_run.needs_write()
         with transaction.atomic():
             task.report(2, 3, cursor=2)
         return [first, task._current_run.needs_write()]
 
-    assert run(body).result == [False, True]
+    assert run(function).result == [False, True]
 
 
 @pytest.fixture
@@ -132,19 +132,19 @@ def update_errors(monkeypatch):
     ("error", "state"), [(OperationalError, "succeeded"), (SoftTimeLimitExceeded, "failed")]
 )
 def test_a_cursor_waits_for_an_unavailable_database(update_errors, error, state):
-    """But not longer than the time limit of the body."""
+    """But not longer than the time limit of the function."""
 
-    def body(task):
+    def function(task):
         update_errors.append(error)
         task.report(1, 2, cursor=7)
 
-    job = run(body)
+    job = run(function)
     assert (job.state, job.cursor) == (state, 7 if state == "succeeded" else None)
 
 
 @pytest.mark.django_db(transaction=True)
-def test_a_cursor_is_stored_in_the_transaction_of_the_body(update_errors):
-    def body(task):
+def test_a_cursor_is_stored_in_the_transaction_of_the_task_function(update_errors):
+    def function(task):
         for error in ZeroDivisionError, OperationalError:
             with suppress(error), transaction.atomic():
                 Job.objects.create(task="effect", queue="", sweep_at=Now())
@@ -155,6 +155,6 @@ def test_a_cursor_is_stored_in_the_transaction_of_the_body(update_errors):
             raise ZeroDivisionError
         return task.cursor
 
-    assert run(body).state == "succeeded"
+    assert run(function).state == "succeeded"
     [job] = Job.objects.all()
     assert (job.result, job.cursor) == (None, None)

@@ -1,4 +1,4 @@
-"""The sweep sends each job whose message is missing, once, and no job or queue stops it."""
+"""The sweeper sends each job whose message is missing, once, and no job or queue stops it."""
 
 import itertools
 from datetime import timedelta
@@ -102,7 +102,7 @@ def test_two_concurrent_sweeps_send_each_job_once(monkeypatch):
     def publish(job, producer, **options):
         sent.append(str(job.pk))
         if len(sent) == 1:
-            sweeper.sender.send_due()  # the second sweep, when the first one has read all three jobs
+            sweeper.sender.send_due()  # the second sweeper, when the first one has read all three jobs
 
     monkeypatch.setattr(messages, "send_one", publish)
     monkeypatch.setattr(republish, "messages_in", lambda queue, broker: 0)
@@ -110,7 +110,7 @@ def test_two_concurrent_sweeps_send_each_job_once(monkeypatch):
     assert sorted(sent) == sorted(str(job.pk) for job in jobs)
 
 
-def test_the_sweep_at_first_sends_only_jobs_that_were_never_sent(published):
+def test_the_sweeper_at_first_sends_only_jobs_that_were_never_sent(published):
     """It does so until workers have had time to repeat claims that a database crash has lost."""
     enqueue_and_publish(1)
     published.clear()
@@ -122,7 +122,7 @@ def test_the_sweep_at_first_sends_only_jobs_that_were_never_sent(published):
     assert len(published) == 2
 
 
-def test_the_sweep_counts_the_messages_in_a_queue():
+def test_the_sweeper_counts_the_messages_in_a_queue():
     broker = app.connection_for_write("memory://")
     assert messages.messages_in("new", broker) == 0
     queue = app.amqp.queues["new"]  # messages_in() has created its binding
@@ -139,7 +139,7 @@ def test_the_sweep_counts_the_messages_in_a_queue():
     [(30, 0, [20, 30, 50, 60]), (30, 45, [20, 50, 60]), (10, 0, [10, 20, 30, 40, 50, 60])],
     ids=["database_away", "machine_stands_still", "short_lease"],
 )
-def test_the_sweep_lets_workers_renew_leases_first(
+def test_the_sweeper_lets_workers_renew_leases_first(
     monkeypatch, settings, lease, stands_still, expected
 ):
     settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"LEASE_SECONDS": lease}
@@ -173,8 +173,8 @@ def test_the_sweep_lets_workers_renew_leases_first(
 
 
 @pytest.mark.parametrize(("countdown", "pause"), [(60, 5), (3, 3), (0.1, 0.5)])
-def test_the_sweep_wakes_up_when_a_countdown_ends(published, countdown, pause):
-    """And needs no extra query to know when. The others ask for pauses, places and held jobs."""
+def test_the_sweeper_wakes_up_when_a_countdown_ends(published, countdown, pause):
+    """And needs no extra query to know when. The others ask for pauses, slots and blocked jobs."""
     enqueue(add, [1, 2])  # due for a check of its message in 30 s
     enqueue(add, [1, 2], countdown=countdown)
     with CaptureQueriesContext(connection) as captured:
@@ -182,7 +182,7 @@ def test_the_sweep_wakes_up_when_a_countdown_ends(published, countdown, pause):
     assert len(captured) == 3
 
 
-def test_the_sweep_stops_sending_in_time_to_check_leases(published, monkeypatch):
+def test_the_sweeper_stops_sending_in_time_to_check_leases(published, monkeypatch):
     now = itertools.count(0, 2)  # seconds; a round may take 5
     monkeypatch.setattr(republish, "time", SimpleNamespace(monotonic=lambda: next(now)))
     lapse(*(enqueue(add, [1, 2], countdown=1, queue=queue) for queue in "abcdef"))
@@ -191,7 +191,7 @@ def test_the_sweep_stops_sending_in_time_to_check_leases(published, monkeypatch)
 
 
 @pytest.mark.parametrize("error, rounds", [(None, 1), (OperationalError("away"), 0)], ids=str)
-def test_a_round_of_the_sweep_stores_its_time(broker_down, monkeypatch, error, rounds):
+def test_a_round_of_the_sweeper_stores_its_time(broker_down, monkeypatch, error, rounds):
     """Also without a broker, but not if the database fails during the round."""
     lapse(enqueue(add, [1, 2], countdown=1))
     monkeypatch.setattr(republish, "messages_in", lambda queue, broker: 0)
@@ -208,7 +208,7 @@ def test_a_round_of_the_sweep_stores_its_time(broker_down, monkeypatch, error, r
     assert error or broker_down
 
 
-def test_a_sweep_that_finds_the_broker_down_stops_and_changes_nothing(broker_down, monkeypatch):
+def test_a_sweeper_that_finds_the_broker_down_stops_and_changes_nothing(broker_down, monkeypatch):
     answers = [0]
 
     def messages_in(queue, broker):
@@ -303,7 +303,7 @@ def test_a_queue_that_fails_delays_no_other(published, monkeypatch):
     monkeypatch.setattr(republish, "messages_in", refuse)
     bad, good = (enqueue(add, [1, 2], countdown=1, queue=q) for q in ("bad", "good"))
     lapse(bad, good)
-    for _ in range(9):  # the sweep takes queues in random order
+    for _ in range(9):  # the sweeper takes queues in random order
         sweeper.sender.send_due()
     assert published == [str(good.pk)]
     assert seconds_until_due(bad) <= 0
@@ -322,7 +322,7 @@ def test_a_queue_with_many_jobs_delays_no_other(published, monkeypatch):
 # Memory
 
 
-def test_the_sweep_updates_100_rows_with_one_statement(published, monkeypatch):
+def test_the_sweeper_updates_100_rows_with_one_statement(published, monkeypatch):
     """It keeps at most 100 jobs in memory at once."""
     in_memory = []
     monkeypatch.setattr(republish, "send", lambda jobs: in_memory.append(len(jobs)))

@@ -108,7 +108,7 @@ def divide_and_continue(task):
 
 
 @pytest.mark.parametrize(
-    ("body", "error", "raised"),
+    ("function", "error", "raised"),
     [
         (divide, "ZeroDivisionError: division by zero", "1 / 0"),
         (lambda task: divide(task, exc=ValueError("no")), "ValueError: no", "1 / 0"),
@@ -118,10 +118,10 @@ def divide_and_continue(task):
         (lambda task: task.retry(), "The task called retry()", ""),
     ],
 )
-def test_a_failure_has_the_error_that_led_to_the_retry(body, error, raised):
+def test_a_failure_has_the_error_that_led_to_the_retry(function, error, raised):
     def retry(task):
         if not task.request.retries:
-            body(task)
+            function(task)
 
     job = run(retry)
     assert (job.retries, errors(job)) == (1, [error])

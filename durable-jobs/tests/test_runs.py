@@ -37,11 +37,11 @@ def test_a_second_copy_of_a_message_does_nothing():
 def test_a_copy_of_a_message_that_arrives_during_the_run_does_nothing():
     runs = []
 
-    def body(task):
+    def function(task):
         runs.append(task)
         publish.publish([Job.objects.get()])
 
-    assert run(body).state == "succeeded"
+    assert run(function).state == "succeeded"
     assert len(runs) == 1
 
 
@@ -94,19 +94,19 @@ def replace_run():
     "end_run, state", [(lambda: cancel(Job.objects.all()), "cancelled"), (replace_run, "running")]
 )
 def test_the_result_of_a_run_that_lost_its_job_is_dropped(end_run, state):
-    def body(task):
+    def function(task):
         end_run()
         return "too late"
 
-    job = run(body)
+    job = run(function)
     assert (job.state, job.result) == (state, None)
 
 
 @pytest.mark.parametrize("end_run", [lambda: cancel(Job.objects.all()), replace_run])
-def test_the_next_report_ends_a_body_that_lost_its_job(end_run):
+def test_the_next_report_ends_a_task_function_that_lost_its_job(end_run):
     steps = []
 
-    def body(task):
+    def function(task):
         task.report(1, 3)
         end_run()
         lease.write_and_renew([task._current_run])
@@ -114,7 +114,7 @@ def test_the_next_report_ends_a_body_that_lost_its_job(end_run):
         task.report(2, 3)
         steps.append("after")
 
-    job = run(body)
+    job = run(function)
     assert steps == ["before"]
     assert job.progress == 0
 
@@ -124,16 +124,16 @@ CURSOR_USES = [lambda task: task.report(1, cursor=1), lambda task: task.cursor]
 
 @pytest.mark.parametrize("use_cursor", CURSOR_USES, ids=["report", "cursor"])
 @pytest.mark.parametrize("end_run", [lambda: cancel(Job.objects.all()), lambda: replace_run()])
-def test_a_use_of_the_cursor_ends_a_body_that_lost_its_job(use_cursor, end_run):
+def test_a_use_of_the_cursor_ends_a_task_function_that_lost_its_job(use_cursor, end_run):
     steps = []
 
-    def body(task):
+    def function(task):
         end_run()
         steps.append("before")
         use_cursor(task)
         steps.append("after")
 
-    job = run(body)
+    job = run(function)
     assert (steps, job.cursor) == (["before"], None)
 
 
@@ -142,7 +142,7 @@ def test_a_use_of_the_cursor_ends_a_body_that_lost_its_job(use_cursor, end_run):
 
 def test_a_job_that_a_failover_has_lost_is_gone_without_an_error():
     ran = []
-    act.body = ran.append
+    act.function = ran.append
     job = enqueue(act)
     Job.objects.all().delete()
     publish.publish([job])

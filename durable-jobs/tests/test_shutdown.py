@@ -1,4 +1,4 @@
-"""A worker that shuts down starts no body, ends those with a cursor, and exits in time."""
+"""A worker that shuts down starts no task function, ends those with a cursor, and exits in time."""
 
 from contextlib import nullcontext, suppress
 from functools import partial
@@ -22,10 +22,10 @@ def shut_down():
 
 @pytest.mark.django_db(transaction=True)
 @pytest.mark.parametrize("in_block", [False, True], ids=["autocommit", "atomic"])
-def test_a_shutdown_ends_a_body_when_its_cursor_is_committed(shut_down, in_block):
+def test_a_shutdown_ends_a_task_function_when_its_cursor_is_committed(shut_down, in_block):
     steps = []
 
-    def body(task):
+    def function(task):
         shut_down()
         task.report(1, 3)  # without a cursor, its work would be repeated
         with transaction.atomic() if in_block else nullcontext():
@@ -34,7 +34,7 @@ def test_a_shutdown_ends_a_body_when_its_cursor_is_committed(shut_down, in_block
             steps.append("in the block")
         steps.append("after")
 
-    job = run(body)
+    job = run(function)
     assert steps == (["in the block", "on_commit"] if in_block else ["on_commit"])
     assert (job.state, job.cursor, job.retries, job.crashes) == ("queued", 7, 0, 0)
     assert not errors(job)
@@ -42,10 +42,10 @@ def test_a_shutdown_ends_a_body_when_its_cursor_is_committed(shut_down, in_block
 
 @pytest.mark.django_db(transaction=True)
 def test_a_shutdown_forgets_no_function_of_on_commit(shut_down):
-    """A body that passes one after its report continues until its next report."""
+    """A task function that passes one after its report continues until its next report."""
     steps = []
 
-    def body(task):
+    def function(task):
         shut_down()
         with transaction.atomic():
             task.report(1, 3, cursor=7)
@@ -54,25 +54,25 @@ def test_a_shutdown_forgets_no_function_of_on_commit(shut_down):
         task.report(2, 3, cursor=8)
         steps.append("after")
 
-    job = run(body)
+    job = run(function)
     assert steps == ["on_commit", "continues"]
     assert (job.state, job.cursor) == ("queued", 8)
 
 
 @pytest.mark.django_db(transaction=True)
 def test_a_shutdown_repeats_nothing_of_a_transaction_that_rolls_back(shut_down):
-    def body(task):
+    def function(task):
         shut_down()
         with suppress(ZeroDivisionError), transaction.atomic():
             task.report(1, 2, cursor=7)
             raise ZeroDivisionError
         return "continued"
 
-    job = run(body)
+    job = run(function)
     assert (job.state, job.result, job.cursor) == ("succeeded", "continued", None)
 
 
-def test_a_worker_that_shuts_down_starts_no_body(shut_down):
+def test_a_worker_that_shuts_down_starts_no_task_function(shut_down):
     shut_down()
     job = run(lambda task: pytest.fail("started"))
     assert (job.state, job.crashes, job.started_at) == ("queued", 0, None)

@@ -39,7 +39,7 @@ def test_a_job_runs_in_run_jobs_and_not_before(run_jobs):
     assert (job.state, job.result) == ("succeeded", 3)
 
 
-def test_run_jobs_also_runs_jobs_that_a_body_enqueues(run_jobs):
+def test_run_jobs_also_runs_jobs_that_a_task_function_enqueues(run_jobs):
     enqueue(enqueue_another)
     run_jobs()
     assert states() == ["succeeded"] * 2

@@ -111,7 +111,7 @@ def test_the_main_process_renews_only_the_runs_of_its_children(monkeypatch, publ
 
 def test_a_run_has_the_token_that_the_main_process_chose():
     token = uuid.uuid4()
-    act.body = lambda task: str(Job.objects.get().run_token)
+    act.function = lambda task: str(Job.objects.get().run_token)
     job = enqueue(act)
     request = {"id": str(job.pk), "hostname": "test", "called_directly": False}
     act.push_request(**request, **of_job(run_token=token))

@@ -3,7 +3,7 @@
 At the end, each accepted job must have succeeded once and written its row. Jobs that kill their
 process and jobs over their time limit must have failed. No chunk of a newsletter was sent twice
 because its worker was stopped. Each batch has ended, and each job that comes next was stored once.
-No more bodies of a limited key ran at once than it has places, beside those of frozen workers. No
+No more functions of a limited key ran at once than it has slots, beside those of frozen workers. No
 job started while it was paused.
 """
 
@@ -198,13 +198,13 @@ class Chaos:
         self.odd["over their time limit in a query"].append(self.stack.enqueue("query", 600))
 
     def fault_row_held(self):
-        """Stop a worker while a body has locked the row of its own job."""
+        """Stop a worker while a function has locked the row of its own job."""
         with self.gate() as gate:
             self.odd["that held their row"].append(job := self.stack.enqueue("hold_its_row", gate))
             self.stop_worker_of(job)
 
     def fault_newsletter_stopped(self):
-        """Stop a worker while a body writes chunks and cursors. Another worker writes the rest."""
+        """Stop a worker that writes chunks and cursors. Another worker writes the rest."""
         with self.gate() as gate:
             self.odd[NEWSLETTERS].append(job := self.stack.enqueue("write_chunks", gate))
             self.stop_worker_of(job)
@@ -212,7 +212,7 @@ class Chaos:
 
     @contextmanager
     def gate(self):
-        """A file for which bodies wait. It is created at the end of the block."""
+        """A file for which task functions wait. It is created at the end of the block."""
         gate = self.stack.folder / f"gate-{time.monotonic()}"
         try:
             yield gate
@@ -240,7 +240,7 @@ for key in ["one:chaos", "two:chaos", f"one:{number}", f"two:{number}"]:
         jobs += self.stack.ask(code, number=len(jobs))
 
     def fault_cancelled_with_a_limit(self):
-        """Cancel a job whose body then keeps its place."""
+        """Cancel a job whose function then keeps its slot."""
         with self.gate() as gate:
             jobs = self.odd["cancelled, with a limit"]
             job = self.stack.enqueue("limited", f"one:cancelled-{len(jobs)}", gate)
@@ -308,9 +308,9 @@ result = rows.exists() or is_open.exists()
         return self.stack.ask(ask, **names)
 
     def count_exceeded(self):
-        """Return how many bodies found all places of their key in use.
+        """Return how many functions found all slots of their key in use.
 
-        Not if a frozen body had the place: its lease had lapsed, so its job has a crash.
+        Not if a frozen one had the slot: its lease had lapsed, so its job has a crash.
         """
         crashed = "result = Job.objects.filter(pk__in=jobs, crashes__gt=0).exists()"
         return sum(
@@ -342,8 +342,8 @@ result = rows.exists() or is_open.exists()
             "jobs of batches and chains that are there twice": survey["twice"],
             "workers that did not end when asked to": self.workers_stuck,
             "jobs that Beat did not send because it did not know them": self.jobs_stuck,
-            "bodies over their limit": self.count_exceeded(),
-            "places still in use": survey["places"],
+            "task functions over their limit": self.count_exceeded(),
+            "slots still in use": survey["slots"],
             "jobs that started during a pause": self.started_in_pause,
             "newsletters with a chunk twice or without one": sum(
                 not chunks or chunks != list(range(len(chunks))) for chunks in newsletters

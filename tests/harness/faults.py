@@ -119,7 +119,7 @@ def pytest_runtest_makereport(item, call):
 
 @pytest.fixture
 def gate(tmp_path_factory):
-    """A file for which bodies wait. It is created at the end of the test at the latest."""
+    """A file for which task functions wait. It is created at the end of the test at the latest."""
     gate = tmp_path_factory.mktemp("gate") / "gate"
     yield gate
     gate.touch()

@@ -36,7 +36,7 @@ def check_tries(stack, start):
 
 @stacks(every_pair=True)
 def test_jobs_outlive_their_broker(stack, gate, tmp_path):
-    """Bodies continue; retried and new jobs run as soon as the broker is back."""
+    """Task functions continue; retried and new jobs run as soon as the broker is back."""
     later = tmp_path / "later"
     sizes = {worker.log: worker.log.stat().st_size for worker in stack.workers}
     ends_without = stack.enqueue("hold", gate, queue="cpu")
@@ -58,7 +58,7 @@ def test_jobs_outlive_their_broker(stack, gate, tmp_path):
         stack.wait_until_succeeded(*jobs, crashes=0)
     starts = [stack.starts(job) for job in jobs]
     # On gevent, a worker ends if queues are missing for a moment, as they are after a restart of
-    # moto. It hands back the job of a body that has not ended soon after.
+    # moto. It releases the job of a task function that has not ended soon after.
     has_ended = any(b"Unrecoverable error" in log.read_bytes()[sizes[log] :] for log in sizes)
     assert starts in ([1, 2, 1, *[1] * 50], [1, 2, 1 + has_ended, *[1] * 50])
 
@@ -158,7 +158,7 @@ def test_an_emptied_broker_loses_no_job(stack):
 
 
 @on_each_broker
-def test_copies_of_a_message_run_one_body(stack, gate):
+def test_copies_of_a_message_run_one_task_function(stack, gate):
     """Two workers get five copies each at the same moment."""
     code = """
 from durable_jobs.messages import send

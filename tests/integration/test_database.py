@@ -113,7 +113,7 @@ def test_a_paused_machine_lets_no_job_run_twice(stack, gate):
 
 @on_prefork_and_threads
 def test_a_job_with_a_locked_row_runs_once_and_stops_no_other(stack, gate):
-    """One row is locked by another connection, one by its own body."""
+    """One row is locked by another connection, one by its own function."""
     jobs = [stack.enqueue("hold", gate, queue="cpu") for _ in range(3)]
     jobs.append(stack.enqueue("hold_its_row", gate, queue="cpu"))
     stack.wait_until_started(*jobs)
@@ -152,7 +152,7 @@ def test_a_locked_table_lets_no_job_run_twice(stack, gate, mode):
     check_eight(stack, gate, jobs)
 
 
-# A body holds its own row
+# A task function locks its own row
 
 
 @on_prefork_and_threads
@@ -169,7 +169,7 @@ def test_a_job_is_not_taken_over_during_a_transaction_longer_than_its_lease(stac
 
 @on_prefork_and_threads
 def test_a_read_only_database_loses_no_job(stack, gate):
-    """Outcomes are stored as soon as writes work; no body runs twice, no crash is counted."""
+    """Outcomes are stored as soon as writes work; no function runs twice, no crash is counted."""
 
     def set_read_only(state):
         setting = f"ALTER SYSTEM SET default_transaction_read_only = {state}"
@@ -191,7 +191,7 @@ def test_a_read_only_database_loses_no_job(stack, gate):
 
 
 @on_prefork
-def test_an_outage_after_a_body_counts_towards_no_time_limit(stack, gate):
+def test_an_outage_after_a_task_function_counts_towards_no_time_limit(stack, gate):
     """The outage takes 11 s, and the soft time limit is 10 s."""
     jobs = [
         stack.enqueue("hold_softly", gate, queue="cpu"),

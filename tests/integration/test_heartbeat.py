@@ -108,7 +108,7 @@ def test_the_row_goes_however_a_worker_ends(stack, mine, gate):
         mine().stop(number)
         assert not find(stack), number
     job = stack.enqueue("hold", gate, queue="cpu")
-    for number in signal.SIGTERM, signal.SIGQUIT:  # prefork ends at SIGINT only after the body
+    for number in signal.SIGTERM, signal.SIGQUIT:  # prefork ends at SIGINT only after the function
         worker = mine()
         stack.wait_until_started(job, times=1 + (number == signal.SIGQUIT))
         # After the end of a later job, the worker's main process knows that this one has started.

@@ -29,7 +29,7 @@ from harness.stack import LEASE, succeeded
 
 
 @stacks(brokers=["redis"], pools=[pool for pool in POOLS if pool != "prefork"])
-def test_a_worker_that_fails_waits_for_no_body(stack, gate):
+def test_a_worker_that_fails_waits_for_no_task_function(stack, gate):
     """Its exit code is 1, so a supervisor starts it again, and its jobs run at once."""
     worker = stack.make_worker("failing", "--queues test", FAULT="no_reconnect").start()
     job = stack.enqueue("hold", gate, queue="test")
@@ -75,15 +75,15 @@ def test_a_job_that_kills_its_process_fails_alone(stack):
 
 
 @on_prefork
-def test_a_body_that_holds_the_gil_keeps_its_job(stack):
+def test_a_task_function_that_holds_the_gil_keeps_its_job(stack):
     job = stack.enqueue("hold_the_interpreter", LEASE + 4, queue="cpu")
     stack.wait_until_succeeded(job, crashes=0)
     assert ran_once(stack, [job])
 
 
 @where_jobs_share_a_process
-def test_a_body_that_holds_the_gil_of_all_ends_like_one_that_kills_its_worker(stack):
-    """Its worker cannot renew the lease meanwhile, and what the body returns is dropped."""
+def test_a_task_function_that_holds_the_gil_of_all_ends_like_one_that_kills_its_worker(stack):
+    """Its worker cannot renew the lease meanwhile, and what the function returns is dropped."""
     job = stack.enqueue("hold_the_interpreter", LEASE + 10, queue="cpu")
     [row] = stack.wait_until_final(job)
     assert (row["state"], row["error"]) == ("failed", "Its worker died 3 times")
@@ -99,13 +99,13 @@ def test_a_job_over_its_time_limit_fails(stack, gate):
     assert (row["state"], row["error"]) == ("failed", "Exceeded its time limit")
     assert errors(row) == ["Exceeded its time limit"]
     assert ran_once(stack, [job])
-    gate.touch()  # in a thread the body still runs
+    gate.touch()  # in a thread the function still runs
     stack.wait_until_succeeded(stack.enqueue("quick", queue="cpu"), crashes=0)
 
 
 @on_prefork
-def test_a_soft_time_limit_ends_a_body_that_waits_for_a_query(stack):
-    """After one run, and without a crash, also in the body's own transaction."""
+def test_a_soft_time_limit_ends_a_task_function_that_waits_for_a_query(stack):
+    """After one run, and without a crash, also in the function's own transaction."""
     jobs = [stack.enqueue("query", 600, block, queue="cpu") for block in ["", "in a block"]]
     rows = stack.wait_until_final(*jobs)
     outcome = ("failed", "Exceeded its time limit", 0)
@@ -149,7 +149,7 @@ def test_a_revoke_from_flower_cancels(stack, gate, revoke):
 
 @stacks(brokers=with_flower, pools=["prefork"])
 def test_a_job_that_holds_its_own_row_can_be_terminated(stack, gate, revoke):
-    """If its worker's loop waited for the lock, nothing would end the body."""
+    """If its worker's loop waited for the lock, nothing would end the function."""
     job = stack.enqueue("hold_its_row", gate, queue="cpu")
     stack.wait_until_started(job)
     revoke(job, "?terminate=1")
@@ -184,7 +184,7 @@ def test_a_revoke_during_a_database_outage_cancels(stack, gate):
     assert [row["state"] for row in rows] == ["cancelled", "cancelled"]
 
 
-# The outcome cannot be stored, or the body leaves a transaction open
+# The outcome cannot be stored, or the task function leaves a transaction open
 
 
 ODD = {  # code: words of its error
@@ -288,11 +288,11 @@ def test_long_results_are_not_in_the_list(stack):
     assert len(stack.request(f"/api/jobs/{jobs[0]}/")[2]["result"]) == 900_000
 
 
-# What a body does to others
+# What a task function does to others
 
 
 @on_prefork
-def test_a_database_setting_of_a_body_stops_no_other(stack):
+def test_a_database_setting_of_a_task_function_stops_no_other(stack):
     """The jobs run in the same child, one after the other."""
     stack.make_worker("alone", "--queues alone", WORKER_CONCURRENCY=1).start()
     odd, others = [], []
@@ -306,7 +306,7 @@ def test_a_database_setting_of_a_body_stops_no_other(stack):
 
 
 @on_prefork_and_threads
-def test_a_report_in_a_thread_of_a_body_is_refused(stack):
+def test_a_report_in_a_thread_of_a_task_function_is_refused(stack):
     """It would silently store nothing, and a cancel would not end it."""
     code = """
 from concurrent.futures import ThreadPoolExecutor

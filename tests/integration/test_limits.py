@@ -1,4 +1,4 @@
-"""Limits hold exactly, and no place stays empty: real processes die, locks are the witness."""
+"""Limits hold exactly, and no slot stays empty: real processes die, locks are the witness."""
 
 import os
 import signal
@@ -22,8 +22,8 @@ from harness.stack import LEASE, succeeded
 on_sqlite = stacks(**ONE, sqlite=True)
 
 
-def bodies(stack, key):
-    """Return (kind, job, time) of what bodies of this key have noted, in order."""
+def runs(stack, key):
+    """Return (kind, job, time) of what the task functions of this key have noted, in order."""
     return [(kind, job, float(at)) for kind, job, _, at, *words in stack.lines() if key in words]
 
 
@@ -32,23 +32,23 @@ def exceeded(stack, jobs):
     return [job for job in jobs if stack.notes("exceeded", job)]
 
 
-def have_places(stack, jobs):
-    """Return whether some of these jobs occupy places."""
+def have_slots(stack, jobs):
+    """Return whether some of these jobs occupy slots."""
     ask = "result = Job.objects.filter(pk__in=jobs, sweep_at__isnull=False).exists()"
     return stack.ask(ask, jobs=jobs)
 
 
 def check(stack, jobs):
-    """Wait until these jobs have succeeded. They have no place, and no limit was exceeded."""
+    """Wait until these jobs have succeeded. They have no slot, and no limit was exceeded."""
     rows = stack.wait_until_final(*jobs)
     assert {row["state"] for row in rows} == {"succeeded"}, rows
-    assert not have_places(stack, jobs)
+    assert not have_slots(stack, jobs)
     assert not exceeded(stack, jobs)
     return rows
 
 
 def occupy(stack, gate, task="limited"):
-    """Let a body of the first worker take the only place of a key. Return it and three others."""
+    """Let a job of the first worker take the only slot of a key. Return it and three others."""
     key = f"one:{gate.parent.name}"
     first = stack.enqueue(task, key, gate, queue="cpu")
     stack.wait_until_started(first)
@@ -57,17 +57,17 @@ def occupy(stack, gate, task="limited"):
 
 
 def make_oldest(stack, jobs):
-    """The oldest job goes first, so one that is handed back would be the next one again."""
+    """The oldest job goes first, so one that is released would be the next one again."""
     rows = "Job.objects.filter(pk__in=jobs)"
     ask = f"result = {rows}.update(created_at=datetime(2000, 1, 1, tzinfo=UTC))"
     assert stack.ask(f"from datetime import UTC, datetime; {ask}", jobs=jobs) == len(jobs)
 
 
-# A worker is killed, stopped or frozen while it has the only place of a key
+# A worker is killed, stopped or frozen while it has the only slot of a key
 
 
 @on_prefork_and_threads
-def test_the_place_of_a_killed_worker_is_free_when_its_lease_lapses(stack, gate):
+def test_the_slot_of_a_killed_worker_is_free_when_its_lease_lapses(stack, gate):
     first, waiting = occupy(stack, gate)
     stack.worker.kill()
     check(stack, waiting)
@@ -77,7 +77,7 @@ def test_the_place_of_a_killed_worker_is_free_when_its_lease_lapses(stack, gate)
 
 
 @on_prefork
-def test_the_place_of_a_killed_child_is_free_at_once(stack, gate):
+def test_the_slot_of_a_killed_child_is_free_at_once(stack, gate):
     """With a lease of 600 s."""
     worker = stack.replace_worker(JOB_LEASE_SECONDS=600)
     first, waiting = occupy(stack, gate)
@@ -89,7 +89,7 @@ def test_the_place_of_a_killed_child_is_free_at_once(stack, gate):
 
 
 @on_prefork
-def test_the_place_of_a_stopped_worker_is_free_when_its_child_has_ended(stack, gate):
+def test_the_slot_of_a_stopped_worker_is_free_when_its_child_has_ended(stack, gate):
     first, waiting = occupy(stack, gate)
     make_oldest(stack, waiting)
     os.kill(stack.worker.pid, signal.SIGTERM)
@@ -103,8 +103,8 @@ def test_the_place_of_a_stopped_worker_is_free_when_its_child_has_ended(stack, g
 
 
 @where_jobs_share_a_process
-def test_a_job_of_a_stopped_worker_keeps_its_place(stack, gate):
-    """The body runs until the process has ended. Nothing of its key may start before."""
+def test_a_job_of_a_stopped_worker_keeps_its_slot(stack, gate):
+    """The task function runs until the process has ended. Nothing of its key may start before."""
     first, waiting = occupy(stack, gate)
     make_oldest(stack, waiting)
     stack.worker.stop()
@@ -119,14 +119,14 @@ def test_a_job_of_a_stopped_worker_keeps_its_place(stack, gate):
 
 
 @on_prefork_and_threads
-def test_a_frozen_worker_loses_its_place(stack, gate):
-    """When it continues, its body ends at its next report, and what it returns is dropped."""
+def test_a_frozen_worker_loses_its_slot(stack, gate):
+    """When it continues, its function ends at its next report, and what it returns is dropped."""
     first, waiting = occupy(stack, gate, "report_until")
     stack.worker.pause()
     wait_for(lambda: stack.row(first)["crashes"] == 1)
     check(stack, waiting)
     stack.worker.resume()
-    # The old body ends although the gate is closed.
+    # The old function ends although the gate is closed.
     wait_for(lambda: stack.notes("end", first))
     assert stack.row(first)["state"] in ("queued", "running")
     gate.touch()
@@ -137,7 +137,7 @@ def test_a_frozen_worker_loses_its_place(stack, gate):
 
 
 @on_prefork_and_threads
-def test_a_cancelled_job_keeps_its_place_until_its_body_has_ended(stack, gate):
+def test_a_cancelled_job_keeps_its_slot_until_its_task_function_has_ended(stack, gate):
     """However long that takes: here for more than a lease."""
     first, waiting = occupy(stack, gate)
     stack.ask("cancel(Job.objects.get(pk=job))", job=first)
@@ -149,7 +149,7 @@ def test_a_cancelled_job_keeps_its_place_until_its_body_has_ended(stack, gate):
 
 
 @on_prefork_and_threads
-def test_the_place_of_a_cancelled_job_is_free_when_its_worker_dies(stack, gate):
+def test_the_slot_of_a_cancelled_job_is_free_when_its_worker_dies(stack, gate):
     first, waiting = occupy(stack, gate)
     stack.ask("cancel(Job.objects.get(pk=job))", job=first)
     time.sleep(1)  # the worker notices
@@ -158,7 +158,7 @@ def test_the_place_of_a_cancelled_job_is_free_when_its_worker_dies(stack, gate):
 
 
 @on_prefork
-def test_the_place_of_a_cancelled_job_is_free_at_once_when_its_child_dies(stack, gate):
+def test_the_slot_of_a_cancelled_job_is_free_at_once_when_its_child_dies(stack, gate):
     """With a lease of 600 s. The second child is ended by a revoke, as in Flower."""
     worker = stack.replace_worker(JOB_LEASE_SECONDS=600)
     first, waiting = occupy(stack, gate)
@@ -178,13 +178,13 @@ def test_the_place_of_a_cancelled_job_is_free_at_once_when_its_child_dies(stack,
 
 
 @on_one
-def test_a_free_place_is_taken_without_beat(stack):
-    """A body that has ended hands its place over."""
+def test_a_free_slot_is_taken_without_beat(stack):
+    """A run that has ended hands its slot over."""
     stack.beat.stop()
     code = "result = [job.pk for job in enqueue_many([limited.s('one:quick')] * 300)]"
     jobs = stack.ask(code)
     check(stack, jobs)
-    lines = bodies(stack, "one:quick")
+    lines = runs(stack, "one:quick")
     assert [job for kind, job, _ in lines if kind == "start"] == jobs  # the oldest first
 
 
@@ -253,19 +253,19 @@ for number in range(3):
         inject_faults(stack, enqueue)
         rows = stack.wait_until_final(*jobs)
         assert {row["state"] for row in rows} <= {"succeeded", "cancelled"}, rows
-        wait_for(lambda: not have_places(stack, jobs))
+        wait_for(lambda: not have_slots(stack, jobs))
     assert not exceeded(stack, jobs)
 
 
 @pytest.mark.promise("Limits hold")
 @on_prefork_and_threads
-def test_no_fault_exceeds_a_limit_or_leaves_a_place_empty(stack):
-    """Two Beats sweep all the time."""
+def test_no_fault_exceeds_a_limit_or_leaves_a_slot_empty(stack):
+    """Two Beats have a sweeper all the time."""
     check_through_faults(stack)
 
 
 @on_sqlite
-def test_no_fault_exceeds_a_limit_or_leaves_a_place_empty_on_sqlite(stack):
+def test_no_fault_exceeds_a_limit_or_leaves_a_slot_empty_on_sqlite(stack):
     check_through_faults(stack)
 
 
@@ -278,7 +278,7 @@ def most_starts(times, seconds):
 
 
 def started_at(stack, jobs):
-    """Return when these jobs started, as the database has stored it: bodies start soon after."""
+    """Return when these jobs started, as the database has stored it: functions start soon after."""
     ask = "result = [j.started_at.timestamp() for j in Job.objects.filter(pk__in=jobs)]"
     return sorted(stack.ask(ask, jobs=jobs))
 
@@ -287,7 +287,7 @@ def started_at(stack, jobs):
 def test_a_rate_is_kept_while_workers_come_and_go(stack):
     """10 a second. What no worker takes for three seconds does not start in one burst.
 
-    The sweep looks again whenever the rate lets more jobs go, not only every JOB_SWEEP_SECONDS.
+    The sweeper looks again whenever the rate admits more jobs, not only every SWEEP_SECONDS.
     """
     beat = stack.replace_beat(JOB_SWEEP_SECONDS=600)
     beat.stop()
@@ -303,7 +303,7 @@ def test_a_rate_is_kept_while_workers_come_and_go(stack):
     check(stack, jobs)
     starts = started_at(stack, jobs)
     assert most_starts(starts, 1) <= 10
-    times = [at for kind, _, at in bodies(stack, "rate:a") if kind == "start"]
+    times = [at for kind, _, at in runs(stack, "rate:a") if kind == "start"]
     assert len(times) == 60
 
 

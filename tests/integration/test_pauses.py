@@ -134,8 +134,8 @@ def test_the_schedule_and_countdowns_continue_during_a_pause(stack):
 
 
 @on_one
-def test_a_paused_job_occupies_no_place(stack, gate):
-    """Two tasks share the only place. One of them is paused, also while it waits for its turn."""
+def test_a_paused_job_occupies_no_slot(stack, gate):
+    """Two tasks share the only slot. One of them is paused, also while it waits for the slot."""
     key = f"one:{gate.parent.name}"
     first = stack.enqueue("limited", key, gate)
     wait_for(lambda: started(stack, [first]))

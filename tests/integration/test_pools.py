@@ -26,7 +26,7 @@ def test_workers_with_different_pools_run_side_by_side(stack, gate):
     stack.wait_until_started(*jobs)
     for worker in first:
         worker.kill()
-    second = [start(pools[place - 1], queue) for place, queue in enumerate(pools)]
+    second = [start(pools[index - 1], queue) for index, queue in enumerate(pools)]
     stack.wait_until_started(*jobs, times=2)
     for worker in second:
         os.kill(worker.pid, signal.SIGTERM)

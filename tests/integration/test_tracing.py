@@ -166,7 +166,7 @@ def ends(runs):
 
 @on_each_pool
 def test_a_job_that_lost_its_worker_and_is_retried_is_one_tree(stack, collector, gate):
-    """Web, a worker that is killed, Beat, another worker, a retry, and a job of the body."""
+    """Web, a worker that is killed, Beat, another worker, a retry, and a job of the function."""
     stack.other.stop()
     data = {"task": "hold_then_retry", "args": [str(gate), "next"]}
     job = post(stack, "/faults/", "request-of-the-tree", **data)
@@ -190,7 +190,7 @@ def test_a_job_that_lost_its_worker_and_is_retried_is_one_tree(stack, collector,
     }
     lines = [line for log in stack.logs for line in log.read_text(errors="replace").splitlines()]
     lines = [line for line in lines if job in line or child in line]
-    for words in "the body says", "task_started", "task_retrying":
+    for words in "the function says", "task_started", "task_retrying":
         found = [line for line in lines if words in line]
         assert found and all("request-of-the-tree" in line for line in found), words
 
@@ -224,7 +224,7 @@ def test_a_child_that_is_replaced_exports_its_spans(stack, collector):
 
 @on_each_pool
 def test_a_worker_that_ends_exports_its_spans(stack, collector, gate):
-    """Also with a body that does not end in time."""
+    """Also with a task function that does not end in time."""
     worker = stack.make_worker("ending", "--queues test", **LATER).start()
     jobs = [stack.enqueue("quick", queue="test") for _ in range(10)]
     stack.wait_until_final(*jobs)

@@ -54,7 +54,7 @@ def test_without_beat_jobs_may_wait_but_none_is_lost(stack, gate):
 
 @on_one
 def test_most_of_many_jobs_wait_for_a_beat_that_died_a_moment_ago(stack):
-    """Their call leaves them to the sweep, which seems to run."""
+    """Their call leaves them to the sweeper, which seems to run."""
     stack.beat.kill()
     code = """
 from unittest.mock import patch
@@ -96,12 +96,12 @@ result = *ticks, len(times), (times[-1] - times[0]).total_seconds()
     assert "Traceback" not in "".join(beat.printed for beat in beats)
 
 
-# Beat's loop hangs, but its sweep continues
+# Beat's loop hangs, but its sweeper continues
 
 
 @on_one
 def test_a_beat_that_hangs_touches_no_liveness_file(stack, tmp_path):
-    """The sweep, another thread, continues, so Sweep.ended_at does not show that Beat hangs."""
+    """The sweeper, another thread, continues, so Sweep.ended_at does not show that Beat hangs."""
     file = tmp_path / "alive"
     beat = stack.replace_beat(FAULT="hanging_beat", LIVENESS_FILE=file)
     wait_for(file.exists)
@@ -125,11 +125,11 @@ def test_a_liveness_file_that_cannot_be_touched_stops_nothing(stack):
     assert "/missing/beat" in beat.printed
 
 
-# Beat's sweep ends
+# Beat's sweeper ends
 
 
 @on_one
-def test_beat_exits_when_its_sweep_thread_dies(stack):
+def test_beat_exits_when_its_sweeper_thread_dies(stack):
     """A supervisor can then restart it."""
     assert stack.replace_beat(FAULT="ending_sweeper").wait() == 1
 
@@ -248,7 +248,7 @@ def test_old_jobs_that_are_hard_to_delete_stop_nothing(stack, gate, hindered):
     old = enqueue_ended(stack, 2000)
     with hindered(stack, old):
         backdate(stack, old)
-        time.sleep(1)  # a round of the sweep
+        time.sleep(1)  # a round of the sweeper
         stack.worker.kill()
         [row] = stack.wait_until_final(stack.enqueue("quick", queue="io", countdown=1))
         wait_for(lambda: stack.row(job)["crashes"])

@@ -97,7 +97,7 @@ def test_a_killed_child_loses_nothing(stack, gate):
 
 
 @on_prefork
-def test_a_body_whose_child_gets_sigterm_every_time_fails(stack):
+def test_a_task_function_whose_child_gets_sigterm_every_time_fails(stack):
     """The main process is not stopping, so each time counts as a crash."""
     job = stack.enqueue("run", "os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)", queue="cpu")
     [row] = stack.wait_until_final(job)
@@ -111,7 +111,7 @@ def test_a_body_whose_child_gets_sigterm_every_time_fails(stack):
 @pytest.mark.promise("One final state")
 @on_each
 def test_a_frozen_worker_is_fenced(stack, gate):
-    """Its job runs in another worker; when it continues, the outcome of its body is dropped."""
+    """Its job runs in another worker; when it continues, the outcome of its function is dropped."""
     job = stack.enqueue("hold", gate)
     first = stack.wait_until_started(job)
     [frozen] = [worker for worker in stack.workers if worker.pid == os.getpgid(first)]
@@ -224,7 +224,7 @@ with connection.cursor() as cursor:
 
 
 @where_jobs_share_a_process
-def test_a_body_that_locks_its_row_does_not_delay_a_stop(stack, gate):
+def test_a_task_function_that_locks_its_row_does_not_delay_a_stop(stack, gate):
     """The others are handed back before their leases lapse."""
     holder = stack.enqueue("hold_its_row", gate, queue="cpu")
     jobs = [stack.enqueue("hold", gate, queue="cpu") for _ in range(10)]

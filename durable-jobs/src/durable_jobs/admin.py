@@ -303,8 +303,8 @@ class WorkersAdmin(PageAdmin):
         return False
 
     def last_seen(self, worker):
-        is_silent = worker.silence > timedelta(seconds=STALE_SECONDS)
-        text = "no heartbeat for {}" if is_silent else "{} ago"
+        is_stale = worker.silence > timedelta(seconds=STALE_SECONDS)
+        text = "no heartbeat for {}" if is_stale else "{} ago"
         return text.format(span(worker.silence))
 
     def busy_slots(self, worker):

@@ -175,7 +175,7 @@ def seconds_until_rate(keys):
     limits = {key: limit for key in keys if (limit := limit_of(key)).rate}
     rows = Job.objects.filter(HAS_SLOT, QUEUED, limit_key__in=limits).values_list("limit_key")
     # If a rate lets a job start now, its admitted jobs have not started: look again after one interval for each. If
-    # there are none, its slots are full, and each run that ends admits a job: wait as if each place ahead were taken.
+    # there are none, its slots are full, and each run that ends admits a job: wait as if each job ahead were admitted.
     to_start = {key: min(limit.ahead, limit.running) for key, limit in limits.items()}
     to_start |= rows.annotate(Count("pk"))
     waits = {key: limits[key].interval * count for key, count in to_start.items()}

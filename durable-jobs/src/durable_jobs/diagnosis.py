@@ -207,7 +207,7 @@ class Facts:
 
     @cached_property
     def refused(self):
-        """{queue: error} of the last sweep, for queues for which the broker has taken no message.
+        """{queue: error} of the sweeper's last round, for queues for which the broker has taken no message.
 
         Without Beat, nobody knows: the broker may run again.
         """

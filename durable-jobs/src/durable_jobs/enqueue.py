@@ -305,8 +305,8 @@ def new_job(**fields):
 
 def insert_many(now, jobs):
     """Store these jobs. Returns them."""
-    for place, job in enumerate(jobs):
-        job.created_at = now + timedelta(microseconds=place)  # pages sort by this time
+    for index, job in enumerate(jobs):
+        job.created_at = now + timedelta(microseconds=index)  # pages sort by this time
     rest = [job for job in jobs if job.times_sent][SENT_IMMEDIATELY:]
     recently = Now() - timedelta(seconds=3 * conf.SWEEP_SECONDS)
     # If the sweeper runs, let it send the rest: the call takes a fifth of the time.

@@ -33,8 +33,8 @@ def send(jobs):
     with current_app.producer_or_acquire() as producer:
         batch = getattr(producer, "batch", nullcontext)  # before kombu 5.7, a producer has none
         with batch() if jobs[1:] else nullcontext():
-            for place, job in enumerate(jobs):
-                send_one(job, producer, is_declared=place > 0)
+            for index, job in enumerate(jobs):
+                send_one(job, producer, is_declared=index > 0)
 
 
 def send_one(job, producer, is_declared=False):

@@ -77,8 +77,8 @@ def p95(metric, label, duration):
     """
     jobs = recently_ended().exclude(state="cancelled").annotate(**{metric: duration})
     jobs = jobs.filter(**{f"{metric}__isnull": False})
-    place, total = Window(RowNumber(), F(label), F(metric).desc()), Window(Count("pk"), F(label))
-    jobs = jobs.annotate(place=place, total=total).filter(place=1 + F("total") / 20)
+    rank, total = Window(RowNumber(), F(label), F(metric).desc()), Window(Count("pk"), F(label))
+    jobs = jobs.annotate(rank=rank, total=total).filter(rank=1 + F("total") / 20)
     return jobs.values(label, metric)
 
 

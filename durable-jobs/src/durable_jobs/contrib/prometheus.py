@@ -1,4 +1,4 @@
-"""GET /metrics for Prometheus: metrics of queues, tasks, Beat and its sweep, read from the database."""
+"""GET /metrics for Prometheus: metrics of queues, tasks, Beat and its sweeper, read from the database."""
 
 import math
 from datetime import timedelta

@@ -50,7 +50,7 @@ def survey(jobs, numbers, odd, works):
         "distinct": distinct,
         "written": written,
         "chunks": chunks,
-        "places": Job.objects.filter(limit_key__isnull=False, sweep_at__isnull=False).count(),
+        "slots": Job.objects.filter(limit_key__isnull=False, sweep_at__isnull=False).count(),
         "batches": states(Batch.objects.all()),
         "jobs of works": states(of_works),
         "missing": sum(not found[number] for number in expected),

@@ -42,7 +42,7 @@ def hold(self, gate):
 @job
 def hold_then_retry(self, gate, then=""):
     note(self.request.id, "start")
-    logger.warning("the body says %s", self.request.id)
+    logger.warning("the function says %s", self.request.id)
     wait_for(gate)
     if not self.request.retries:
         raise self.retry(countdown=0)
@@ -312,17 +312,17 @@ async def wait_too_long(self, gate):
 
 # Tasks with limits: see LIMITS in stack.py. Locked files are the witness of how many run at once.
 
-PLACES = {"one": 1, "two": 2, "tenant": 2, "rate": 99}  # a rate limits no number at once
+SLOTS = {"one": 1, "two": 2, "tenant": 2, "rate": 99}  # a rate limits no number at once
 
 
 @contextmanager
-def place(task, limit):
-    """Lock one of the limit's files while a body runs. The kernel releases it if the process dies.
+def slot(task, limit):
+    """Lock one of the limit's files while a function runs. If its process dies, it is unlocked.
 
     If all are locked, note the jobs that have them.
     """
     holders = []
-    for each in range(PLACES[limit.split(":")[0]]):
+    for each in range(SLOTS[limit.split(":")[0]]):
         file = os.open(f"{os.environ['NOTES']}-{limit}-{each}", os.O_CREAT | os.O_RDWR)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -346,14 +346,14 @@ def place(task, limit):
 @job(limit=lambda limit, **_: limit)
 def limited(self, limit, gate="/", seconds=0):
     """Report nothing, so that a cancel does not end it."""
-    with place(self, limit):
+    with slot(self, limit):
         wait_for(gate)
         time.sleep(float(seconds))
 
 
 @job(limit=lambda limit, **_: limit)
 def report_until(self, limit, gate):
-    """It takes no lock: a frozen body would keep it."""
+    """It takes no lock: a frozen function would keep it."""
     note(self.request.id, "start", limit)
     try:
         while not Path(gate).exists():

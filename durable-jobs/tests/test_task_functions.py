@@ -1,4 +1,4 @@
-"""Bodies: however a body ends, its job gets one outcome, and its worker survives."""
+"""Task functions: however one ends, its job gets one outcome, and its worker survives."""
 
 import signal
 import sys
@@ -47,7 +47,7 @@ def test_a_result_is_stored():
 
 def test_a_job_task_that_is_called_runs_as_a_plain_task():
     assert add(1, 2) == 3
-    act.body = lambda task: [task.report(1, 2, cursor=7), task.cursor]
+    act.function = lambda task: [task.report(1, 2, cursor=7), task.cursor]
     assert act() == [None, None]
     assert not Job.objects.exists()
 
@@ -57,21 +57,21 @@ def test_a_refusal_is_not_logged_as_an_error(error, level, caplog):
     """Sentry, too, ignores exceptions that the task's attribute `throws` names."""
     caplog.set_level("INFO", "celery.app.trace")
 
-    def body(task):
+    def function(task):
         raise error("no")
 
-    assert run(body).state == "failed"
+    assert run(function).state == "failed"
     logs = [each for each in caplog.records if each.name == "celery.app.trace"]
     assert [each.levelname for each in logs] == [level]
 
 
 @pytest.mark.parametrize("text, stored", [("bad", "bad"), ("b\0ad", "bad"), ("b\ud800d", "b?d")])
 def test_an_error_is_stored_without_characters_that_a_database_refuses(text, stored):
-    def body(task):
+    def function(task):
         task.report(30, message=text)
         raise ValueError(text)
 
-    job = run(body)
+    job = run(function)
     assert (job.state, job.error) == ("failed", f"ValueError: {stored}")
     assert (job.progress, job.message) == (30, stored)
     traceback = job.failures.get().traceback
@@ -86,7 +86,7 @@ def test_a_result_that_cannot_be_stored_fails_the_job(result):
     assert job.public_error == "Its result can't be stored"  # a database's error names tables
 
 
-def test_a_body_that_calls_sys_exit_fails_and_its_worker_survives():
+def test_a_task_function_that_calls_sys_exit_fails_and_its_worker_survives():
     job = run(lambda task: sys.exit("bye"))
     assert (job.state, job.error) == ("failed", "The task called sys.exit('bye')")
 
@@ -118,7 +118,7 @@ def raise_retry():
 
 
 @pytest.mark.parametrize(
-    ("body", "error"),
+    ("function", "error"),
     [
         (nested, "Its result can't be stored: "),
         (raise_error_without_text, "ErrorWithoutText"),
@@ -126,8 +126,8 @@ def raise_retry():
         (raise_retry, "Retry was raised directly"),
     ],
 )
-def test_a_body_with_an_unusual_end_fails_once(body, error):
-    job = run(lambda task: body())
+def test_a_task_function_with_an_unusual_end_fails_once(function, error):
+    job = run(lambda task: function())
     assert (job.state, job.crashes) == ("failed", 0)
     assert error in job.error
     assert errors(job) == [job.error]
@@ -146,12 +146,12 @@ def chain_errors(depth):
         raise ValueError("long" * 10_000) from error
 
 
-@pytest.mark.parametrize("body", [fall, chain_errors])
-def test_a_long_error_and_traceback_are_shortened(body):
+@pytest.mark.parametrize("function", [fall, chain_errors])
+def test_a_long_error_and_traceback_are_shortened(function):
     limit = sys.getrecursionlimit()
     sys.setrecursionlimit(20_000)
     try:
-        job = run(lambda task: body(10_000))
+        job = run(lambda task: function(10_000))
     finally:
         sys.setrecursionlimit(limit)
     failure = job.failures.get()
@@ -161,14 +161,14 @@ def test_a_long_error_and_traceback_are_shortened(body):
 
 
 @pytest.mark.parametrize("call", [lambda task: task.cursor, lambda task: task.report(1)])
-def test_a_report_in_a_thread_of_the_body_is_refused(call):
+def test_a_report_in_a_thread_of_the_task_function_is_refused(call):
     """It would be lost without an error."""
 
-    def body(task):
+    def function(task):
         with ThreadPoolExecutor() as threads:
             return threads.submit(call, task).result()
 
-    assert run(body).error.startswith("RuntimeError: report(), enqueue_next() and cursor")
+    assert run(function).error.startswith("RuntimeError: report(), enqueue_next() and cursor")
     with ThreadPoolExecutor() as threads:
         assert threads.submit(call, act).result() is None  # no job runs
 
@@ -183,11 +183,11 @@ def test_a_task_may_have_a_shorter_time_limit_than_the_settings(commit):
     assert job.state == "succeeded"
 
 
-def test_a_body_over_its_soft_time_limit_fails():
-    def body(task):
+def test_a_task_function_over_its_soft_time_limit_fails():
+    def function(task):
         raise SoftTimeLimitExceeded
 
-    job = run(body)
+    job = run(function)
     assert (job.state, job.error) == ("failed", "Exceeded its time limit")
 
 
@@ -254,7 +254,7 @@ def leave_an_error(task):
 @pytest.mark.parametrize(
     "leave", [leave_autocommit_off, leave_a_block, leave_a_begin, leave_an_error]
 )
-def test_a_body_that_leaves_a_transaction_open_fails_no_later_job(leave):
+def test_a_task_function_that_leaves_a_transaction_open_fails_no_later_job(leave):
     job = run(leave)
     if (
         connection.vendor == "postgresql" or leave is not leave_autocommit_off
@@ -276,24 +276,24 @@ def raise_without_tables():
 
 @pytest.mark.django_db(transaction=True)
 @pytest.mark.parametrize(
-    ("body", "error"),
+    ("function", "error"),
     [
         (lambda: connection.cursor().execute("SET search_path TO nowhere"), "search_path or role"),
         (give_up_rights, "search_path or role"),
         (raise_without_tables, "no"),
     ],
 )
-def test_a_body_that_changes_its_connection_fails_with_the_cause(body, error):
+def test_a_task_function_that_changes_its_connection_fails_with_the_cause(function, error):
     if connection.vendor == "sqlite":
         pytest.skip("SQLite has neither roles nor a search_path: set DATABASE_URL=postgres://…")
-    job = run(lambda task: body() and None)
+    job = run(lambda task: function() and None)
     assert (job.state, job.crashes) == ("failed", 0)
     assert error in job.public_error
     assert run(lambda task: None).state == "succeeded"
 
 
 @pytest.mark.django_db(transaction=True)
-def test_a_body_that_survives_a_lost_connection_succeeds():
+def test_a_task_function_that_survives_a_lost_connection_succeeds():
     if connection.vendor == "sqlite":
         pytest.skip("only a connection to PostgreSQL can be lost: set DATABASE_URL=postgres://…")
     assert run(lambda task: connection.connection.close()).state == "succeeded"
@@ -339,7 +339,7 @@ def test_a_temporary_error_of_postgresql_does_not_end_a_job(monkeypatch, state, 
 
     monkeypatch.setattr("time.sleep", lambda seconds: None)
 
-    def body(task):
+    def function(task):
         if end == "requeue":
             task.retry(countdown=60, throw=False)  # the test's worker runs no other try
         if ENDS[end]:
@@ -347,7 +347,7 @@ def test_a_temporary_error_of_postgresql_does_not_end_a_job(monkeypatch, state, 
         return "done"
 
     with connection.execute_wrapper(refuse):
-        job = run(body)
+        job = run(function)
     assert not errors
     assert job.state == {"fail": "failed", "requeue": "queued"}.get(end, "succeeded")
 
