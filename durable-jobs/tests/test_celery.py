@@ -64,13 +64,15 @@ def test_apply_async_accepts_options_that_a_job_supports():
     assert abs(second.sweep_at - eta) < timedelta(seconds=5)
 
 
-def test_a_signature_merges_arguments_and_options_as_celery_does():
+@pytest.mark.parametrize("immutable", [False, True])
+def test_a_signature_merges_arguments_and_options_as_celery_does(immutable):
     """Those of the call come first, as the results of a batch do. set() changes the signature."""
-    call = echo.s(1, x=2)
+    call = (echo.si if immutable else echo.s)(1, x=2)
     assert call.set(queue="io") is call
     for send in call.enqueue, call.delay, lambda *args, **kw: call.apply_async(args, kw):
         send(3, x=4, y=5)
-    celery = app.signature("echo", [1], {"x": 2}).clone([3], {"x": 4, "y": 5})
+    celery = app.signature("echo", [1], {"x": 2}, immutable=immutable)
+    celery = celery.clone([3], {"x": 4, "y": 5})
     stored = {"args": list(celery.args), "kwargs": celery.kwargs, "queue": "io"}
     assert list(Job.objects.values(*stored)) == [stored] * 3
 

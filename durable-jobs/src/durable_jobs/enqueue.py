@@ -120,7 +120,9 @@ class JobSignature(Enqueueable[P]):
         self.options, self.immutable = options or {}, immutable
 
     def _with(self, args, kwargs, immutable=False):
-        args, kwargs = (*args, *self.args), {**self.kwargs, **kwargs}  # in Celery's order
+        if self.immutable:  # as in Celery
+            args, kwargs = (), {}
+        args, kwargs = (*args, *self.args), {**self.kwargs, **kwargs}
         return JobSignature(self.task, args, kwargs, self.options, immutable)
 
     def set(self, **options: Unpack[Options]) -> "JobSignature[P]":
