@@ -495,3 +495,12 @@ def test_old_keys_are_deleted():
     Key.objects.filter(key="one").update(next_at=Now() - timedelta(hours=2))
     admission.delete_old_keys()
     assert Key.objects.get().key == "api"
+
+
+def test_a_round_of_the_sweeper_is_short_however_many_keys_are_due(sent):
+    """Countdowns, recovery and other queues wait for it."""
+    enqueue_many([call.s(n) for n in range(400)])
+    assert sweeper.sender.send_due() < 0.1
+    assert 0 < len(sent) <= 300
+    sweeper.sender.send_due()
+    assert len(sent) == len(set(sent)) == 400

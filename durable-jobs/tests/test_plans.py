@@ -249,6 +249,13 @@ def test_unblock_reads_only_the_job_that_it_unblocks(key):
         assert rows_read(statement) <= 20, explain(statement)
 
 
+def test_a_round_of_the_sweeper_reads_the_oldest_job_of_each_key(key, published):
+    """A rate has rounds every few milliseconds, whatever waits."""
+    keys = Job.objects.filter(blocked_by__isnull=False).values("blocked_by").distinct().count()
+    [sql] = queries(admission.look_at_keys, Job.objects.all())
+    assert rows_read(sql) <= keys + 2
+
+
 def test_a_look_for_free_slots_reads_only_jobs_with_a_slot(key):
     statements = queries(admission.free_slots, [key, "one"])
     assert max(map(rows_read, statements)) <= 20

@@ -182,11 +182,10 @@ class Run:
             key = {"id": self.job_id, "run_token": self.token, "next_jobs": self.next_jobs}
             written = self.write(batches.succeed, **key, **end)
         except Exception as error:
-            is_changed = isinstance(
-                error, ProgrammingError
-            )  # there is no such table, or no right to it
-            cause = "The task changed its connection's search_path or role"
-            self.fail(cause if is_changed else "Its result can't be stored", f": {error}")
+            cause = "Its result can't be stored"
+            if isinstance(error, ProgrammingError):  # no such table, or no right to it
+                cause = "The task changed its connection's search_path or role"
+            self.fail(cause, f": {error}")
             raise
         if not written:
             raise self.ignored()
