@@ -44,14 +44,14 @@ def store(rounds, members, steps=None):
 
     Returns the batches and, for each one, the Runs of its members, which have claimed them.
     """
-    new = [Batch(on_success=batches.callback(step.si())) for _ in range(rounds)]
+    new = [Batch(on_success=batches.planned(step.si())) for _ in range(rounds)]
     Batch.objects.bulk_create(new)
     fields = new_fields(step, [], None, timezone.now())
     jobs = [Job(**fields, batch=batch) for batch in new for _ in range(members)]
     insert_many(fields["due_at"], jobs)
     runs = list(map(started, jobs))
     for run in runs[::members] if steps else ():
-        run.next_jobs = [batches.callback(step.si())]
+        run.next_jobs = [batches.planned(step.si())]
     return new, [runs[start : start + members] for start in range(0, len(runs), members)]
 
 
@@ -237,7 +237,7 @@ def test_a_batch_is_cancelled_while_jobs_end_and_enqueue_the_next_ones(_):
             for job in batch_jobs.filter(state="queued").order_by("?")[:3]:
                 run = run_of(job)
                 if run.claim():
-                    run.next_jobs = [batches.callback(step.si())] * random.randrange(2)
+                    run.next_jobs = [batches.planned(step.si())] * random.randrange(2)
                     with suppress(Ignore):  # cancelled
                         succeed_run(run)
 
