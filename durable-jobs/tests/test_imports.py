@@ -10,7 +10,7 @@ from settings import SOURCE
 
 PACKAGE = SOURCE / "durable_jobs"
 ORDER = """
-conf exceptions liveness pools validation versions migrations
+conf exceptions liveness malformed pools validation versions migrations
 database limits messages transport
 states transport.rabbitmq transport.redis transport.sqs
 models

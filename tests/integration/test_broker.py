@@ -132,6 +132,25 @@ def test_a_queue_that_the_broker_refuses_stops_no_other(stack, gate):
     stack.ask("Job.objects.filter(pk__in=jobs).delete()", jobs=refused)
 
 
+@on_rabbitmq
+def test_malformed_messages_end_no_worker(stack):
+    """Each is dropped with a line in the log."""
+    pid = stack.other.pid
+    code = """
+from config.celery import app
+with app.connection_for_write() as broker:
+    channel = broker.default_channel
+    for headers in {}, {"task": "no id"}, {"task": 1, "id": "1"}:
+        message = channel.prepare_message(b"{", headers=headers, content_type="application/json")
+        channel.basic_publish(message, routing_key="io")
+"""
+    stack.ask(code)
+    jobs = [stack.enqueue("quick", queue="io") for _ in range(5)]
+    stack.wait_until_succeeded(*jobs, crashes=0)
+    wait_for(lambda: stack.other.printed.count("dropped a message") == 3)
+    assert stack.other.is_running() and stack.other.pid == pid
+
+
 # The broker loses its messages
 
 

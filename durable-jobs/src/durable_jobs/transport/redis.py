@@ -1,11 +1,13 @@
-"""Redis: the message of a job needs no copy."""
+"""Redis: the message of a job needs no copy, and what is no JSON is dropped."""
 
 import time
+from json import JSONDecodeError
 from logging import getLogger
 
 from kombu.transport import redis, virtual
 from redis.exceptions import ResponseError
 
+from durable_jobs.malformed import Message
 from durable_jobs.messages import fields_in
 
 logger = getLogger(__name__)
@@ -66,6 +68,16 @@ class JobQoS(QoS):
             self.channel._do_restore_message(message._raw, *queue, client, leftmost)
 
 
+class Channel(redis.Channel):
+    QoS, Message = JobQoS, Message
+
+    def _brpop_read(self, **options):
+        try:
+            return super()._brpop_read(**options)
+        except JSONDecodeError as error:
+            logger.error("dropped a message that is no JSON: %r", error)
+
+
 def extend(transport):
-    channel = type("Channel", (transport.Channel,), {"QoS": JobQoS})
+    channel = type("Channel", (Channel, transport.Channel), {})
     return type("Transport", (transport,), {"Channel": channel})

@@ -5,6 +5,8 @@ from logging import getLogger
 from kombu.asynchronous.aws.connection import AsyncHTTPSConnection
 from kombu.transport import SQS
 
+from durable_jobs.malformed import Message
+
 logger = getLogger(__name__)
 
 
@@ -20,6 +22,8 @@ class Connection(AsyncHTTPSConnection):
 
 class Channel(SQS.Channel):
     """A channel that polls again after a failed poll. kombu's does not (kombu issue 1127)."""
+
+    Message = Message
 
     def asynsqs(self, queue=None):
         connection = super().asynsqs(queue)

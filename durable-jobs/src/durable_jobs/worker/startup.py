@@ -4,6 +4,7 @@ from celery import current_app
 from django.db import close_old_connections, connection
 
 from durable_jobs import versions
+from durable_jobs.malformed import DropMalformed
 from durable_jobs.messages import fields_in
 from durable_jobs.worker import rabbitmq
 from durable_jobs.worker.events import BatchedEvents
@@ -13,6 +14,7 @@ from durable_jobs.worker.remote_control import cancel_revoked_jobs
 def start(**kwargs):
     """Prepare a worker that has not started yet."""
     versions.log_what_is_off()
+    current_app.steps["consumer"].add(DropMalformed)
     if versions.fits("batched task events"):
         current_app.steps["consumer"].add(BatchedEvents)
     if versions.fits("repairs for RabbitMQ"):
