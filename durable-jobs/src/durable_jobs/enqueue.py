@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from datetime import datetime, timedelta
 from functools import partial
 from typing import (
+    TYPE_CHECKING,
     Any,
     Concatenate,
     Generic,
@@ -42,7 +43,12 @@ from durable_jobs.validation import MAX_COUNTDOWN, Results, as_json, to_json
 
 __all__ = ["JobSignature", "Options", "enqueue_many"]
 
-P = ParamSpec("P")
+if TYPE_CHECKING:  # so that JobTask alone means one with any arguments
+    from typing_extensions import ParamSpec as ParamSpecWithDefault
+
+    P = ParamSpecWithDefault("P", default=...)
+else:
+    P = ParamSpec("P")
 Rest = ParamSpec("Rest")
 
 CHUNK = 500  # jobs per statement

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from functools import wraps
 from inspect import getattr_static, iscoroutinefunction, signature, unwrap
-from typing import Any, Concatenate, Literal, NoReturn, ParamSpec, Unpack, overload
+from typing import Any, Concatenate, Literal, NoReturn, Unpack, overload
 
 from celery import shared_task
 from celery.contrib.django.task import DjangoTask
@@ -26,6 +26,7 @@ from durable_jobs.enqueue import (
     Enqueueable,
     JobSignature,
     Options,
+    P,
     check_call,
     check_options,
     check_times,
@@ -43,9 +44,6 @@ from durable_jobs.worker.runs import describe, for_owner, process
 from durable_jobs.worker.shutdown import end_after_commit
 
 __all__ = ["JobSignature", "JobTask", "job"]
-
-
-P = ParamSpec("P")
 
 
 @overload

@@ -22,7 +22,7 @@ CLASSES = [BatchSerializer, BatchViewSet, JobSerializer, JobViewSet, LogStep, Me
 
 
 @job
-def build_report(self: JobTask[...], pages: int, title: str = "") -> dict[str, int]:
+def build_report(self: JobTask, pages: int, title: str = "") -> dict[str, int]:
     for page in range(self.cursor or 0, pages):
         self.report(page + 1, pages, f"Page {page + 1}", cursor=page + 1)
     self.report(1)
@@ -33,7 +33,7 @@ def build_report(self: JobTask[...], pages: int, title: str = "") -> dict[str, i
 
 
 @job(autoretry_for=(OSError,), max_retries=8, limit=lambda url, **_: f"host:{url}")
-async def fetch(self: JobTask[...], url: str) -> int:
+async def fetch(self: JobTask, url: str) -> int:
     try:
         return len(url)
     except (JobLost, WorkerStopping):
@@ -48,7 +48,7 @@ def add(x: int, y: int) -> int:
 
 
 @job(base=JobTask, owner_may_run_again=True)
-def add_up(self: JobTask[...], counts: list[int], title: str) -> str:
+def add_up(self: JobTask, counts: list[int], title: str) -> str:
     return f"{title}: {sum(counts)}"
 
 

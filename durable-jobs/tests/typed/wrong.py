@@ -10,14 +10,14 @@ from durable_jobs.tasks import JobTask, job
 
 
 @job
-def build_report(self: JobTask[...], pages: int, title: str = "") -> None:
+def build_report(self: JobTask, pages: int, title: str = "") -> None:
     self.report("half")  # wrong
     self.enqueue_next(add_up)  # wrong to pyright
     self.enqueue_next(add_up.s("more"))  # wrong
 
 
 @job(max_retries=8)
-def add_up(self: JobTask[...], counts: list[int], title: str) -> None: ...
+def add_up(self: JobTask, counts: list[int], title: str) -> None: ...
 
 
 @job(bind=False)
