@@ -132,7 +132,7 @@ def test_a_queue_that_the_broker_refuses_stops_no_other(stack, gate):
     stack.ask("Job.objects.filter(pk__in=jobs).delete()", jobs=refused)
 
 
-@on_rabbitmq
+@stacks(brokers=["redis", "rabbitmq"], pools=["prefork"])
 def test_malformed_messages_end_no_worker(stack):
     """Each is dropped with a line in the log."""
     pid = stack.other.pid
@@ -142,7 +142,7 @@ with app.connection_for_write() as broker:
     channel = broker.default_channel
     for headers in {}, {"task": "no id"}, {"task": 1, "id": "1"}:
         message = channel.prepare_message(b"{", headers=headers, content_type="application/json")
-        channel.basic_publish(message, routing_key="io")
+        channel.basic_publish(message, "", routing_key="io")
 """
     stack.ask(code)
     jobs = [stack.enqueue("quick", queue="io") for _ in range(5)]

@@ -23,8 +23,6 @@ class Connection(AsyncHTTPSConnection):
 class Channel(SQS.Channel):
     """A channel that polls again after a failed poll. kombu's does not (kombu issue 1127)."""
 
-    Message = Message
-
     def asynsqs(self, queue=None):
         connection = super().asynsqs(queue)
         connection.get_http_connection = Connection
@@ -58,4 +56,5 @@ class Transport(SQS.Transport):
 
 
 def extend(transport):
-    return Transport
+    channel = type("Channel", (Channel,), {"Message": Message})
+    return type("Transport", (Transport,), {"Channel": channel})
