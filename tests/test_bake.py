@@ -210,12 +210,12 @@ def test_flower_listens_only_on_the_loopback_address(bake, broker, durable_jobs)
             assert port.startswith("0.0.0.0:" if is_public else "127.0.0.1:"), service
     pods = list(yaml.safe_load_all(texts[Path("deploy/kubernetes/base/app.yaml")]))
     assert [each["metadata"]["name"] for each in pods if each["kind"] == "Service"] == ["web"]
-    [has_flower] = {"flower" in services, "\nflower:" in texts[Path("Procfile")]}
+    [has_flower] = {"flower" in services, "\nflower:" in texts[Path("Procfile.dev")]}
     assert has_flower == chosen(broker=broker).has_flower
     assert has_flower == (Path("flowerconfig.py") in texts)
     if has_flower:
         assert 'or "127.0.0.1"' in texts[Path("flowerconfig.py")]
-        assert re.search("^flower: celery -A config flower$", texts[Path("Procfile")], re.M)
+        assert re.search("^flower: celery -A config flower$", texts[Path("Procfile.dev")], re.M)
         [pod] = [each for each in pods if each["metadata"]["name"] == "flower"]
         [container] = pod["spec"]["template"]["spec"]["containers"]
         assert "--address=127.0.0.1" in container["command"][-1]

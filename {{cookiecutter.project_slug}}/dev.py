@@ -85,7 +85,7 @@ def copy_output(output, ready):
 
 
 def watch(name, *options):
-    """`python dev.py NAME`: run this line of the Procfile.
+    """`python dev.py NAME`: run this line of Procfile.dev.
 
     Restart the process when the code changes, a signal kills it, or it exits after more than ten
     seconds. If it exits earlier, exit with its status. But if that is after a restart, wait for the
@@ -122,8 +122,8 @@ def wait_for_reason(process, name, code, restarts):
 
 
 def read_procfile():
-    """Return the commands of the Procfile, {name: command}."""
-    return dict(line.split(": ", 1) for line in Path("Procfile").read_text().splitlines())
+    """Return the commands of Procfile.dev, {name: command}."""
+    return dict(line.split(": ", 1) for line in Path("Procfile.dev").read_text().splitlines())
 
 
 def read_code():

@@ -479,7 +479,7 @@ class Bench:
 
     def others(self, output):
         """Measure the memory of the other processes after some work."""
-        procfile = output.folder.read("Procfile")
+        procfile = output.folder.read("Procfile.dev")
         commands = dict(re.findall("^(beat|flower): .*(celery .+)$", procfile, re.M))
         path = output.folder / "others.done"
         with ExitStack() as stack:

@@ -125,7 +125,7 @@ class Output(Contestant):
             "SOFT_SHUTDOWN_SECONDS": 1,
             "THROTTLE": "100000/s",  # a short period: the throttle keeps a list of its requests
         }
-        worker = re.search("^worker: .*(celery .+)$", project.read("Procfile"), re.MULTILINE)[1]
+        worker = re.search("^worker: .*(celery .+)$", project.read("Procfile.dev"), re.MULTILINE)[1]
         worker += " --include work_tasks"
         super().__init__(project, {"plain": worker, "job": worker}, environment)
         urls = "\nimport plain_view\n\nurlpatterns += plain_view.urlpatterns\n"

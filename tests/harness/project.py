@@ -260,7 +260,7 @@ class Site:
     @property
     def has_flower(self):
         """Whether the project has Flower: not every broker supports it."""
-        return "flower" in self.project.read("Procfile")
+        return "flower" in self.project.read("Procfile.dev")
 
     @property
     def log(self):

@@ -145,8 +145,8 @@ class Stack:
         return self.made[-1]
 
     def make_worker(self, name, options="", *, pool=None, **variables):
-        """Make a worker with the Procfile's command, or with another pool, and more options."""
-        command = re.search("^worker: .*(celery .*)", self.project.read("Procfile"), re.M)[1]
+        """Make a worker with Procfile.dev's command, or with another pool, and more options."""
+        command = re.search("^worker: .*(celery .*)", self.project.read("Procfile.dev"), re.M)[1]
         if pool:
             command = f"celery -A config worker --pool {pool}"
         worker = self.process(f"{command} -n {name}@%h {options}", name, **variables)

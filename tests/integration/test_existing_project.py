@@ -64,7 +64,7 @@ def test_a_task_of_a_default_output_becomes_a_job(project, tmp_path):
         printed = project.call("make", "test", **broker.variables)
         assert re.search(r"= \d+ passed in", printed), printed  # none was skipped
         project.manage("migrate", **variables)
-        commands = re.findall("^(?:worker|beat): (celery .*)", project.read("Procfile"), re.M)
+        commands = re.findall("^(?:worker|beat): (celery .*)", project.read("Procfile.dev"), re.M)
         path = {"PATH": f"{project}/.venv/bin:/usr/bin:/bin", **variables}
         worker, beat = (
             Process(command.split(), tmp_path / f"{number}.log", cwd=project, variables=path)

@@ -64,7 +64,7 @@ def test_the_manifests_are_valid(render, answers):
     scaled = {name for kind, name in documents if kind == "ScaledObject"}
     workers = {f"worker-{queue}" for queue in queues}
     assert workers == scaled
-    others = {"web", "beat"} | ({"flower"} if "flower" in project.read("Procfile") else set())
+    others = {"web", "beat"} | ({"flower"} if "flower" in project.read("Procfile.dev") else set())
     assert {name for kind, name in documents if kind == "Deployment"} == workers | others
     for queue in queues:
         check_workers(queue, documents, answers)

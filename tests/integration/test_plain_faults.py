@@ -495,6 +495,7 @@ def test_redis_restarts_while_tasks_run_and_end(stack, gate, tmp_path):
     time.sleep(REDELIVERY + 2)
     assert [stack.starts(task) for task in (ends, runs, later)] == [1] * 3
     assert stack.worker.pid == worker and stack.worker.is_running()
+    assert "Trying again" in stack.worker.printed and "/100)" not in stack.worker.printed
 
 
 # What delays others

@@ -105,12 +105,12 @@ def test_the_commands_of_the_page_run_a_project(machine, tmp_path):
 
 
 def commands(project, page):
-    """Return the commands of the Procfile, edited as the page says for a platform, {name: command}.
+    """Return the commands of Procfile.dev, with that of the page for `web`, {name: command}.
 
     They are those in the page's table.
     """
-    processes = dict(line.split(": ", 1) for line in project.read("Procfile").splitlines())
-    [processes["web"]] = re.findall(r"`web` command to `(gunicorn [^`]*)`", page)
+    processes = dict(line.split(": ", 1) for line in project.read("Procfile.dev").splitlines())
+    [processes["web"]] = re.findall(r"`web: (gunicorn [^`]*)`", page)
     assert re.findall(TABLE, page, re.M) == list(processes.values())
     return processes
 
@@ -143,7 +143,7 @@ def test_systemd_accepts_the_unit_of_the_page(tmp_path, broker, worker_pool):
 
 @pytest.mark.parametrize("worker_pool", CHOICES["worker_pool"])
 def test_a_queue_has_a_worker_of_its_own_where_the_page_says(tmp_path, worker_pool):
-    """In the Procfile, in the unit and in compose.yaml, it is the same command."""
+    """In Procfile.dev, in the unit and in compose.yaml, it is the same command."""
     page = render("docs/production.md", worker_pool=worker_pool)
     procfile, unit, service = re.findall(r"^\| [^|]+ \| `([^`]*--queues reports[^`]*)`", page, re.M)
     command = procfile.removeprefix("reports: ")

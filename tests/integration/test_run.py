@@ -593,7 +593,7 @@ def test_the_pages_show_the_name_of_the_project(project, tmp_path):
 
 @outputs(first(broker="sqs"))
 def test_there_is_neither_flower_nor_remote_control(project):
-    assert "flower" not in project.read("Procfile")
+    assert "flower" not in project.read("Procfile.dev")
     with pytest.raises(AssertionError, match="pidbox.* must be defined in 'predefined_queues'"):
         project.call(".venv/bin/celery", "-A", "config", "inspect", "ping")
 

@@ -109,14 +109,14 @@ def test_an_update_keeps_what_the_owner_changed(make, template, tmp_path):
     project = make(template, tmp_path)
     secrets = project.read(".env")
     project.edit(SETTINGS, *OWNERS)
-    (project / "Procfile").unlink()
+    (project / "Procfile.dev").unlink()
     (project / "own.py").write_text("")
     project.call("git", "init", "--quiet")
     commit(project)
 
     output = template / "{{cookiecutter.project_slug}}"
     output.edit(SETTINGS, *TEMPLATES)
-    output.edit("Procfile", "beat: celery", "beat: exec celery")
+    output.edit("Procfile.dev", "beat: celery", "beat: exec celery")
     (output / "{{ cookiecutter.new_option }}.md").write_text("New\n")
     options = '"new_option": ["default", "other"], "include_example"'
     template.edit("cookiecutter.json", r'"include_example"(?=: \[)', options)

@@ -42,7 +42,8 @@ request.MemoryError = ()  # so isinstance() there is false
 def be_patient(**kwargs):
     """Let workers and Beat wait for a server that is down or hangs. In a request, that is an error."""
     conf = app.conf
-    conf.task_publish_retry_policy = {"max_retries": None, "interval_max": 5}  # without end
+    conf.broker_connection_max_retries = None  # forever; by default, for 47 minutes
+    conf.task_publish_retry_policy = {"max_retries": None, "interval_max": 5}
 {% print broker.patience %}
 {% print result_backend.patience | default %}
 {% print worker_pool.patience | default %}

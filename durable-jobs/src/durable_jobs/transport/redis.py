@@ -17,7 +17,7 @@ class QoS(redis.QoS):
     """Lets all workers reconnect before it looks for messages of dead ones.
 
     Waits while Redis refuses to write, for example because it is full or a replica: the message is
-    already off its queue, so without this copy it would be lost (kombu 5.7).
+    already off its queue, and would be lost if no copy of it were stored (kombu 5.7).
     """
 
     def __init__(self, *args, **kwargs):
@@ -25,7 +25,7 @@ class QoS(redis.QoS):
         self.connected_at = time.monotonic()
 
     def restore_visible(self, *args, **kwargs):
-        # Workers try to reconnect every 30 seconds or more often, and renew their messages then.
+        # Workers try to reconnect at least every 30 seconds, and renew their messages then.
         if time.monotonic() > self.connected_at + self.visibility_timeout / 3:
             super().restore_visible(*args, **kwargs)
 
