@@ -26,8 +26,8 @@ from django.core.management import call_command
 
 def main():
     os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
-    os.environ.setdefault("SOFT_SHUTDOWN_SECONDS", "1")  # longer tasks start again later
     django.setup()  # reads .env, too
+    os.environ.setdefault("SOFT_SHUTDOWN_SECONDS", "1")  # longer tasks start again later
     for name, port in {"PORT": "8000"{{ ', "FLOWER_PORT": "%s"' % flower_port if has_flower }}}.items():
         port = os.environ.setdefault(name, port)
         if answers(port):
