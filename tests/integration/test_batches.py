@@ -135,7 +135,7 @@ def test_next_jobs_and_callbacks_start_without_beat(stack):
     """A worker sends their messages as soon as they are stored."""
     code = """
 with batches.open_batch(on_success=quick.si()) as batch:
-    batches.add(batch, step.using(queue="cpu").s(["cpu", "io"] * 5))
+    batches.add(batch, step.using(queue="cpu").s(*["cpu", "io"] * 5))
     batches.add_many(batch, [quick.s()] * 5)
 result = str(batch.pk)
 """
