@@ -26,6 +26,7 @@ def test_the_wheel_requires_what_its_modules_import():
         "asgiref",
         "billiard",
         "django_celery_beat",  # if it is installed
+        "typing_extensions",  # only for type checkers, which have it
         "durable_jobs",
         "gevent",
         "kombu",
