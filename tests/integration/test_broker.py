@@ -452,5 +452,5 @@ result = [workers.stats() or {}, workers.conf(with_defaults=True) or {}]
 @with_sentinel
 def test_sentinel_without_the_name_of_its_master_is_refused(running):
     variables = {**running.variables, "REDIS_SENTINEL_MASTER": ""}
-    with pytest.raises(AssertionError, match="REDIS_SENTINEL_MASTER"):
+    with pytest.raises(AssertionError, match='"REDIS_SENTINEL_MASTER" invalid'):
         running.project.manage("check", **variables)
