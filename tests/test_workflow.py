@@ -99,17 +99,14 @@ def test_a_push_publishes_the_default_output_and_the_pages(tmp_path, cookies_ses
 
     project = baked(cookies_session, {})
     names = {f"my_project/{file.relative_to(project)}" for file in project.files()}
-    listed = {
-        branch: set(
-            Project(published)
-            .call("git", "ls-tree", "-r", "-z", "--name-only", branch)
-            .split("\0")[:-1]
-        )
+    command = ["git", "ls-tree", "-r", "-z", "--name-only"]
+    output, site = (
+        set(Project(published).call(*command, branch).split("\0")[:-1])
         for branch in ("output", "site")
-    }
-    assert names - listed["output"] == {"my_project/.env"}
-    assert listed["output"] < names
-    assert {"docs/index.html", "durable-jobs/docs/guide.html", ".nojekyll"} <= listed["site"]
+    )
+    assert names - output == {"my_project/.env"}
+    assert output < names
+    assert {"docs/index.html", "durable-jobs/docs/guide.html", ".nojekyll"} <= site
 
 
 def test_each_choice_is_tested_on_each_broker():

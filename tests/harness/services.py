@@ -377,14 +377,15 @@ def label(service, place):
 
 
 def what_happens(found):
+    again = "running tasks run again"
+    if not found["of them started before"]:
+        again = "tasks that are sent meanwhile run twice"
     texts = {
-        "ran again": "tasks that are sent meanwhile run twice",
+        "ran again": again,
         "failed": "tasks that need the database meanwhile fail",
         "orders that the hourly task found": "the hourly task finds orders whose task is missing",
         "refused": "requests get 503",
     }
-    if found["of them started before"]:
-        texts["ran again"] = "running tasks run again"
     lost = "a task that is just delivered is lost" if found["lost"] else "nothing is lost"
     what = [lost, *(text for key, text in texts.items() if found[key])]
     what += [f"{process} exits and is restarted" for process in found["exited"]]

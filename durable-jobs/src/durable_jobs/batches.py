@@ -122,7 +122,9 @@ def fields_of(call, results_of=None):
     check_call(call, OF_MEMBER)
     options = {"countdown": None, "eta": None, **call.options}
     when = options.pop("countdown"), options.pop("eta")
-    return call_fields(call.task, call.args, call.kwargs, results_of=results_of, **options), when
+    if results_of and not call.immutable:
+        options["results_of"] = str(results_of)
+    return call_fields(call.task, call.args, call.kwargs, **options), when
 
 
 def keep_open(batch):
@@ -178,8 +180,7 @@ def cancel_ids(ids):
 
 def planned(call, results_of=None):
     """Return a job that is stored later, as JSON. Raises TypeError, and the errors of enqueue()."""
-    of = None if results_of is None or getattr(call, "immutable", False) else str(results_of)
-    fields, (countdown, eta) = fields_of(call, of)
+    fields, (countdown, eta) = fields_of(call, results_of)
     times(timezone.now(), countdown, eta)  # may raise ValueError
     job = new_job(**fields)  # its headers, such as a trace, are those of now
     fields |= {"id": str(job.pk), "headers": job.headers}

@@ -98,9 +98,8 @@ class JobTask(Enqueueable[P], DjangoTask):
     ignore_result = True  # the row has the result
     Request = JobRequest
     owner_may_run_again = False  # a job that failed or was cancelled, through the API
-    limit: str | Callable[..., str | None] | None = (
-        None  # the key of its limit, or a function: see limits.py
-    )
+    # The key of its limit, or a function: see limits.py
+    limit: str | Callable[..., str | None] | None = None
     _limit_header = None  # a function with the task function's parameters: see on_bound()
 
     @property
