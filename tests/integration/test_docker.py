@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from harness.bake import CHOICES, PINNED, WITH_JOBS
-from harness.blocks import code
+from harness.blocks import blocks, code
 from harness.containers import (
     MANAGE,
     ComposeStack,
@@ -353,18 +353,22 @@ def test_make_logs_follows_the_output(stack):
 def test_a_backup_is_restored_as_the_page_says(stack):
     """Into an empty database, and into a new PostgreSQL, as one of another version is."""
     page = stack.project.read("docs/production.md")
+    [backup] = [each for each in blocks(page) if each.code.startswith("docker compose exec")]
+    slug = stack.project.name
 
     def run(block):
         stack.project.call("bash", "-euo", "pipefail", "-c", block, **stack.environment)
 
+    def state(job):
+        return stack.psql(f"SELECT state FROM durable_jobs_job WHERE id = '{job['id']}'", slug)
+
     _, job = stack.order()
-    run(code(page, "pg_dump"))
-    slug = stack.project.name
-    for words in ("dropdb", "docker volume rm"):
-        stack.psql("TRUNCATE durable_jobs_job CASCADE", slug)
-        run(code(page, words))
-        query = f"SELECT state FROM durable_jobs_job WHERE id = '{job['id']}'"
-        assert stack.psql(query, slug) == "succeeded"
+    run(backup.code)
+    stack.psql("TRUNCATE durable_jobs_job CASCADE", slug)
+    run(code(page, "dropdb"))
+    assert state(job) == "succeeded"
+    run(code(page, "docker volume rm"))
+    assert state(job) == "succeeded"
 
 
 DOMAIN = "shop.localhost"  # Caddy issues its certificate itself
