@@ -130,7 +130,7 @@ class Output(Contestant):
         super().__init__(project, {"plain": worker, "job": worker}, environment)
         urls = "\nimport plain_view\n\nurlpatterns += plain_view.urlpatterns\n"
         project.append("config/urls.py", urls)
-        limits = '\nDURABLE_JOBS["LIMITS"] = {"five": "5", "one": "1"}\n'
+        limits = '\nDURABLE_JOBS["LIMITS"] = {"five": "5", "one": "1", "rated": "60/min"}\n'
         project.append("config/settings.py", limits)
         self.create_database()
 

@@ -1,5 +1,6 @@
 """Jobs with a limit: how fast they run, when the next one starts, and what the sweep costs."""
 
+from datetime import timedelta
 from statistics import median
 
 from ledger import copies, job_for_later, sql
@@ -7,8 +8,9 @@ from sending import empty, seconds_of
 
 from durable_jobs import pauses
 from durable_jobs.beat.republish import Sender
+from durable_jobs.database import Now
 from durable_jobs.enqueue import enqueue_many
-from durable_jobs.models import Job, Pause
+from durable_jobs.models import Job, Key, Pause
 
 KEY = "'five:' || n % {}"  # of the row with the number n, in SQL
 
@@ -36,12 +38,17 @@ def gaps():
 def blocked(count, keys):
     """Return the ms in which the sweeper finds that none of `count` blocked jobs may start.
 
-    They are blocked by so many keys whose slots are all taken; 0: by a pause.
+    They are blocked by so many keys whose slots are all taken; 0: by a pause; -1: by a rate that is used up.
     """
     empty("job")
     job = job_for_later("celery")
     row = {"sweep_at": "NULL", "due_at": "now() - n * interval '1 ms'"}
-    if keys:
+    if keys == -1:
+        copies(job, count, **row, limit_key="'rated:1'", blocked_by="'rated:1'")
+        Key.objects.update_or_create(
+            key="rated:1", defaults={"next_at": Now() + timedelta(hours=1)}
+        )
+    elif keys:
         copies(job, count, **row, limit_key=KEY.format(keys), blocked_by=KEY.format(keys))
         running = {"state": "'running'", "run_token": "gen_random_uuid()"}
         copies(job, 5 * keys, **running, limit_key=KEY.format(keys))
