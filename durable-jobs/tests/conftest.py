@@ -17,7 +17,7 @@ from helpers import add, broken, greet, multiply, sweeper
 from rest_framework.test import APIClient
 from versions import skip_on_older_versions
 
-from durable_jobs import batches, compiler, database, messages
+from durable_jobs import admission, batches, compiler, database, messages
 from durable_jobs.beat import republish
 from durable_jobs.beat import sweeper as sweeper_module
 from durable_jobs.eager import run
@@ -69,6 +69,12 @@ def one_connection(monkeypatch):
 def no_renewals(monkeypatch):
     """No thread renews leases: it would write while a test does, and keep its connection."""
     monkeypatch.setattr(lease, "start_thread", lambda: None)
+
+
+@pytest.fixture(autouse=True)
+def no_memory():
+    """Another test's keys have the same names."""
+    admission.handed_over.clear()
 
 
 @pytest.fixture(autouse=True)

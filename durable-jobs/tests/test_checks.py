@@ -24,7 +24,7 @@ from durable_jobs import checks, conf, messages
 from durable_jobs.celery import Celery
 
 pytestmark = pytest.mark.django_db
-NUMBERS = {name for name, default in conf.DEFAULTS.items() if isinstance(default, int)}
+NUMBERS = {name for name, default in conf.DEFAULTS.items() if type(default) is int}
 
 
 @pytest.mark.parametrize("name", [*sorted(NUMBERS), "CELERY_TASK_TIME_LIMIT"])

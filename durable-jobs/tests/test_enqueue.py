@@ -11,6 +11,7 @@ from celery import shared_task
 from django.db import IntegrityError, connection, transaction
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
+from django.utils.functional import SimpleLazyObject
 from helpers import add, alone, plain, seconds_until_due, sweeper
 
 from durable_jobs import batches
@@ -343,6 +344,16 @@ def test_a_coroutine_gets_the_errors_of_enqueue(user):
     DOORS["async JobTask"](user, {"idempotency_key": "two"})
     with pytest.raises(IntegrityError), transaction.atomic():
         DOORS["async JobTask"](user, {"idempotency_key": "two"})
+
+
+def test_a_coroutine_does_not_load_a_lazy_user(user):
+    """As `request.user` is in an async view: Django refuses queries in its thread."""
+    lazy = SimpleLazyObject(lambda: type(user).objects.get(pk=user.pk))
+
+    async def view():
+        return await double.using(owner=lazy).aenqueue(8)
+
+    assert async_to_sync(view)().owner == user
 
 
 @pytest.mark.django_db(transaction=True)

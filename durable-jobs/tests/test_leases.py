@@ -137,11 +137,21 @@ def test_a_process_that_freezes_in_a_transaction_locks_no_job_for_long(write, se
         assert cursor.fetchall() == [("10s",)]
 
 
+@pytest.mark.parametrize(("task", "waits"), [(add, "off"), (call, "on")])
+def test_only_the_claim_of_a_job_with_a_limit_waits_for_the_disk(task, waits, sent):
+    if connection.vendor != "postgresql":
+        pytest.skip("SQLite waits for each commit: set DATABASE_URL=postgres://…")
+    start_admitted(enqueue(task, [1, 2] if task is add else [1]))
+    with connection.cursor() as cursor:
+        cursor.execute("SHOW synchronous_commit")
+        assert cursor.fetchall() == [(waits,)]
+
+
 @pytest.mark.django_db(transaction=True)
 def test_a_worker_that_freezes_while_it_renews_a_lease_locks_no_job_for_long(monkeypatch):
     if connection.vendor != "postgresql":
         pytest.skip("SQLite locks the whole file: set DATABASE_URL=postgres://…")
-    monkeypatch.setattr(transitions, "IDLE_TIMEOUT", SetLocal(name=IDLE, value="100ms"))
+    monkeypatch.setattr(transitions, "IDLE_TIMEOUT", SetLocal(name=IDLE, value="'100ms'"))
     job = enqueue(add, [1, 2], countdown=60)
     run = run_of(job)
     assert claim(job.pk, run.token)

@@ -64,7 +64,7 @@ def test_the_reference_lists_each_public_member_of_a_class_and_no_other(module):
 
 
 def test_the_reference_lists_each_setting_with_its_default():
-    rows = re.findall(r"^\| `([A-Z_]+)` \| (none|[\d,]+) \|", PAGE, re.MULTILINE)
+    rows = re.findall(r"^\| `([A-Z_]+)` \| (none|True|[\d,]+) \|", PAGE, re.MULTILINE)
     defaults = {name: str(value or "none") for name, value in conf.DEFAULTS.items()}
     assert {name: value.replace(",", "") for name, value in rows} == defaults
 

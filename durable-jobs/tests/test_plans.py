@@ -1,11 +1,12 @@
 """What jobs cost: a fixed number of queries, which read no backlog on PostgreSQL."""
 
 import re
+import statistics
 import uuid
 from datetime import timedelta
 
 import pytest
-from django.db import connection
+from django.db import connection, transaction
 from django.db.models.sql import InsertQuery
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
@@ -28,7 +29,7 @@ from helpers import (
 from durable_jobs import admission, batches, publish, transitions
 from durable_jobs.actions import cancel
 from durable_jobs.contrib.prometheus import Collector
-from durable_jobs.database import Now
+from durable_jobs.database import IDLE_TIMEOUT, LOCK_TIMEOUT, Now, limit_locks
 from durable_jobs.enqueue import enqueue, enqueue_many
 from durable_jobs.models import Job
 from durable_jobs.transitions import lease_end
@@ -158,6 +159,19 @@ def test_a_start_with_a_rate_costs_one_more_query(sent, commit):
         assert kinds(queries(run.claim)) == expected
 
 
+def test_timeouts_can_be_left_out(settings):
+    """RDS Proxy reserves a connection for a client that sets one."""
+
+    def statements():
+        rows = Job.objects.filter(LOCK_TIMEOUT, IDLE_TIMEOUT)
+        return " ".join([*queries(limit_locks), *queries(rows.exists)]).upper()
+
+    sets_them = re.search("SET LOCAL|SET_CONFIG", statements())
+    assert bool(sets_them) == (connection.vendor == "postgresql")
+    settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"SET_CONFIG": False}
+    assert not re.search("SET LOCAL|SET_CONFIG", statements())
+
+
 # Plans of PostgreSQL, with many jobs
 
 
@@ -245,8 +259,57 @@ def test_an_end_reads_no_backlog(backlog):
 
 def test_unblock_reads_only_the_job_that_it_unblocks(key):
     """No node of the plan reads more rows."""
-    for statement in queries(admission.unblock, key, 2):
+
+    def hand_over_twice(key):
+        """The second time, it looks from the first one's job."""
+        assert admission.hand_over(key) and admission.hand_over(key)
+
+    for statement in queries(hand_over_twice, key):
         assert rows_read(statement) <= 20, explain(statement)
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_slot_is_handed_over_beside_a_long_transaction(snapshot):
+    """Mostly, that reads none of the old row versions, which PostgreSQL can't remove then."""
+    now = timezone.now()
+    fields = {"task": alone.name, "queue": "celery", "due_at": now, "limit_key": "one"}
+    running = Job.objects.create(**fields, created_at=now, sweep_at=now)
+    first = Job.objects.create(**fields, created_at=now, blocked_by="one")
+    multiply(first, 300, created_at="created_at + n * INTERVAL '1 second'")
+    read = []
+    while running:
+        with transaction.atomic():
+            before = entries_read()
+            cancel(Job.objects.filter(pk=running.pk))
+            [running] = admission.hand_over("one") or [None]
+            read.append(entries_read() - before)
+    assert len(read) == 302 and statistics.median(read) <= 20
+
+
+@pytest.fixture
+def snapshot():
+    """A transaction that sees the rows as they are now."""
+    if connection.vendor != "postgresql":
+        pytest.skip(
+            "only PostgreSQL keeps old versions in its indexes: set DATABASE_URL=postgres://…"
+        )
+    with connection.copy().cursor() as cursor:
+        cursor.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
+        cursor.execute("SELECT 1 FROM durable_jobs_job LIMIT 1")
+        yield
+        cursor.execute("ROLLBACK")
+        cursor.connection.close()
+
+
+def entries_read():
+    """Return how many entries of indexes, dead ones included, this transaction has read."""
+    names = ["durable_jobs_job_blocked", "durable_jobs_job_slot"]
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT SUM(pg_stat_get_xact_tuples_returned(name::regclass)) FROM UNNEST(%s::text[]) AS name",
+            [names],
+        )
+        return cursor.fetchone()[0]
 
 
 def test_a_round_of_the_sweeper_reads_the_oldest_job_of_each_key(key, published):

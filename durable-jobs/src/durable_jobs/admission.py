@@ -22,6 +22,7 @@ it counts as not sent, and is blocked if it has a limit.
 
 import logging
 import random
+import time
 from datetime import timedelta
 
 from celery.utils.functional import chunks
@@ -45,7 +46,9 @@ logger = logging.getLogger(__name__)
 AT_ONCE = 100  # jobs in memory: up to 6 MB of arguments, which need more as Python objects
 KEYS_AT_ONCE = 500  # in a transaction
 NO_LIMIT = 2**31 - 1
-FIELDS = ["id", *MESSAGE_FIELDS]
+FIELDS = ["id", "created_at", *MESSAGE_FIELDS]
+# {key: (created_at of the job that hand_over() gave a slot to, until when it looks from there)}
+handed_over = {}
 MOST = 200  # jobs that the sweeper admits in a round, which takes half a second
 # DISTINCT would read all blocked jobs. This finds each key in the index.
 KEYS = """
@@ -108,12 +111,13 @@ def unblock_many(keys, skip_locked):
     return jobs
 
 
-def unblock(key, slots=NO_LIMIT):
-    """In a transaction, unblock the oldest due job of this key, if fewer than this many `slots` are in use.
+def unblock(key):
+    """In a transaction, unblock the oldest due job of this key. Returns [job], whose message the caller sends, or []."""
+    return with_slot(oldest(blocked_by=key, slots=NO_LIMIT))
 
-    Returns [job], whose message the caller sends, or [].
-    """
-    rows = oldest(blocked_by=key, slots=slots)
+
+def with_slot(rows):
+    """Give a slot to each job of these rows. Returns the jobs."""
     jobs = [Job(**dict(zip(FIELDS, row, strict=True))) for row in rows]
     for job in jobs:
         give_slot(id=job.pk, seconds=timedelta(seconds=conf.RESEND_SECONDS))
@@ -122,10 +126,20 @@ def unblock(key, slots=NO_LIMIT):
 
 @prepared(slots=IntegerField())
 def oldest(blocked_by, slots):
+    """Return the oldest due job of this key, if fewer than this many `slots` are in use."""
     rows = Job.objects.filter(HAS_SLOT, limit_key=blocked_by).values("limit_key")
     used = Coalesce(Subquery(rows.values(used=Count("pk"))), 0)
-    jobs = Job.objects.filter(~is_paused(), blocked_by=blocked_by, due_at__lte=Now())
-    jobs = jobs.alias(used=used).filter(used__lt=slots).order_by("created_at")
+    return first(Job.objects.alias(used=used).filter(blocked_by=blocked_by, used__lt=slots))
+
+
+@prepared()
+def oldest_since(blocked_by, created_at):
+    """Return the oldest due job of this key that was stored at this time or later."""
+    return first(Job.objects.filter(blocked_by=blocked_by, created_at__gte=created_at))
+
+
+def first(jobs):
+    jobs = jobs.filter(~is_paused(), due_at__lte=Now()).order_by("created_at")
     # skip_locked: a run that ends and admit() may look at the same job.
     return jobs.select_for_update(skip_locked=True).values_list(*FIELDS)[:1], None
 
@@ -227,9 +241,25 @@ def hand_over(key):
     """In the transaction that ends a run, let the next job of its key have its slot. Returns [job] or [].
 
     This needs no lock, because it changes no number: until the commit, others count the old job.
+
+    It counts the slots, in case the limit was lowered, and looks for the oldest job, once in a second. In between, it
+    looks from the job that it found last. While a long transaction, such as that of pg_dump, keeps PostgreSQL from
+    removing old row versions, it would read those of each job before it.
     """
     limit = limit_of(key)
-    return [] if limit.rate else unblock(key, limit.running)
+    if limit.rate:
+        return []
+    since, until = handed_over.get(key, (None, 0))
+    if time.monotonic() < until:
+        jobs = with_slot(oldest_since(blocked_by=key, created_at=since))
+    else:
+        jobs = with_slot(oldest(blocked_by=key, slots=limit.running))
+        until = time.monotonic() + 1
+        if len(handed_over) >= 1000:
+            handed_over.clear()
+    for job in jobs:
+        handed_over[key] = job.created_at, until
+    return jobs
 
 
 def after_run(run):

@@ -30,7 +30,7 @@ class DurableJobsConfig(AppConfig):
             hint = "add headers in a receiver of before_task_publish"
             raise ImproperlyConfigured(f"Jobs would not call your app's own send_task(): {hint}.")
         # With 0 or less, jobs would not be sent or recovered, would run twice, or would be deleted immediately.
-        numbers = [name for name, default in conf.DEFAULTS.items() if isinstance(default, int)]
+        numbers = [name for name, default in conf.DEFAULTS.items() if type(default) is int]
         values = {f"DURABLE_JOBS['{name}']": getattr(conf, name) for name in numbers}
         values["CELERY_TASK_TIME_LIMIT"] = current_app.conf.task_time_limit or 0
         for name, value in values.items():

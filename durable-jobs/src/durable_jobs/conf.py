@@ -9,6 +9,7 @@ DEFAULTS = {
     "MAX_CRASHES": 3,  # a job fails when its worker has died this many times
     "RETENTION_DAYS": 30,  # until a job that has ended is deleted
     "LIMITS": {},  # {name: limit}, see limits.py
+    "SET_CONFIG": True,  # whether transactions call set_config(), see database.py
     "VERSION": "",  # of the code, which the page "Workers" shows
 }
 

@@ -167,7 +167,7 @@ def check_call(call, taken):
 def check_options(options, supported=()):
     """Raise TypeError for options of apply_async() that a job cannot have."""
     known = [*HARMLESS, *supported]
-    if refused := [name for name in options if options[name] and name not in known]:
+    if refused := [name for name in options if name not in known and options[name]]:
         hint = NO_CANVAS if OF_CANVAS & {*refused} else "See the options of using()"
         raise TypeError(f"a job does not take {', '.join(refused)}. {hint}")
 

@@ -11,7 +11,7 @@ from django.db.models.lookups import IsNull
 
 from durable_jobs import conf
 from durable_jobs.compiler import prepared
-from durable_jobs.database import IDLE_TIMEOUT, LOCK_TIMEOUT, Clock, Now
+from durable_jobs.database import ASYNC_CLAIM, IDLE_TIMEOUT, LOCK_TIMEOUT, Clock, Now
 from durable_jobs.models import Batch, Job
 from durable_jobs.pauses import is_paused
 from durable_jobs.states import SENT, STILL_RUNNING, UNFINISHED
@@ -133,7 +133,8 @@ def claim(id, run_token, worker, retries, crashes, time_limit, lease):
 
     It changes no row if the job is no longer queued, is blocked or paused, or if it has crashed or was retried
     since its message, which has `retries` and `crashes`, was sent. `time_limit` is the time until the deadline,
-    and `lease` the length of the first lease.
+    and `lease` the length of the first lease. If PostgreSQL crashes within the next second, the claim may be lost, and
+    with it the run: another one starts.
     """
     # An old message may arrive when the job is blocked: then it has no sweep_at.
     may_start = Q(run_token=None, sweep_at__isnull=False) & ~is_paused()
@@ -141,7 +142,7 @@ def claim(id, run_token, worker, retries, crashes, time_limit, lease):
     claimable = may_start | Q(run_token=run_token)
     is_current = Q(retries=retries, crashes=crashes)
     rows = Job.objects.filter(claimable, UNFINISHED, is_current, pk=id)
-    return rows.filter(LOCK_TIMEOUT, IDLE_TIMEOUT), {
+    return rows.filter(LOCK_TIMEOUT, IDLE_TIMEOUT, ASYNC_CLAIM), {
         "state": "running",
         "run_token": run_token,
         "unique_key": Case(When(unique_until_start=False, then="unique_key")),
