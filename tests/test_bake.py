@@ -1,6 +1,6 @@
 """Every three choices together bake to a small, clean project.
 
-integration/test_every_combination.py does the same for all combinations.
+integration/features/test_every_combination.py does the same for all combinations.
 """
 
 import ast
@@ -224,7 +224,7 @@ def test_flower_listens_only_on_the_loopback_address(bake, broker, durable_jobs)
 
 @pytest.mark.parametrize("durable_jobs", CHOICES["durable_jobs"])
 def test_kustomize_renders_each_manifest(bake, durable_jobs):
-    """integration/test_kubernetes.py checks what it renders."""
+    """integration/features/test_kubernetes.py checks what it renders."""
     project = bake(durable_jobs=durable_jobs, deployment="kubernetes")
     pages = list((project / "deploy").rglob("kustomization.yaml"))
     assert pages
@@ -264,7 +264,7 @@ def listed_parts():
     parts = {}
     for section in (PARTS / "README.md").read_text("utf-8").split("\n## ")[1:]:
         module, _, items = section.partition("\n")
-        for part, optional in re.findall(r"^- `(\w+)`(?: \((.+?)\))?", items, re.MULTILINE):
+        for part, optional in re.findall(r"^- `(\w+)`(\?| \(.+?\))?", items, re.MULTILINE):
             assert f"{module}.{part}" not in parts, f"{module}.{part} is listed twice"
             parts[f"{module}.{part}"] = optional
     return parts
@@ -291,7 +291,7 @@ def test_the_list_of_parts_names_those_that_files_print():
                 guarded |= {part} if id(node) in optional else set()
     assert listed_parts().keys() == printed
     # With `| default`, a misspelled part would be missing without an error.
-    assert {part for part, text in listed_parts().items() if text == "optional"} == guarded
+    assert {part for part, text in listed_parts().items() if text == "?"} == guarded
 
 
 def test_each_file_of_a_choice_has_the_parts_of_the_list():
@@ -304,7 +304,7 @@ def test_each_file_of_a_choice_has_the_parts_of_the_list():
             in_order = [part for part in listed if part in parts]
             assert parts == in_order, f"{path}: parts in another order"
             for part, optional in listed.items():
-                may_lack = optional == "optional" or f"`{path.stem}`" in optional
+                may_lack = optional == "?" or f"`{path.stem}`" in optional
                 needed = part.startswith(f"{module}.") and not may_lack
                 assert part in parts or not needed, f"{path} lacks {part}"
             unused -= set(parts)

@@ -13,13 +13,17 @@ from harness.promises import PAGE, page, proofs
 
 def text(path):
     """Return the text of a page; of one that stands whole for each variant, all texts."""
-    if path.suffix != ".md":
+    if not is_page(path):
         return ""
     file = TEMPLATE / path
     variants = []
     if file.is_relative_to(OUTPUT):
         variants = TEMPLATE.glob(f"templates/durable_jobs/*/{file.relative_to(OUTPUT)}")
     return "\n\n".join(each.read_text("utf-8") for each in (file, *variants))
+
+
+def is_page(path):
+    return path.suffix == ".md" or path.name == "llms.txt"
 
 
 def is_output(path):
@@ -32,7 +36,7 @@ def test_every_link_leads_somewhere():
     listed = subprocess.run(command, cwd=TEMPLATE, capture_output=True, text=True, check=True)
     paths = [Path(name) for name in listed.stdout.split("\0") if (TEMPLATE / name).is_file()]
     files = {path: text(path) for path in paths}
-    pages = [path for path in files if path.suffix == ".md" and not is_output(path)]
+    pages = [path for path in files if is_page(path) and not is_output(path)]
     assert Path("README.md") in pages and Path("docs/reliability.md") in pages
     check_links(pages, files)
 

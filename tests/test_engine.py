@@ -24,7 +24,7 @@ RUNS = [
     pytest.param(server, pool, marks=pytest.mark.xdist_group(f"engine-{server}-{pool}"))
     for server, pool in [("database", "gevent"), ("database", "threads"), ("sqlite", "threads")]
 ]
-FEW_ROUNDS = 30  # of races; integration/test_engine_runs.py has more
+FEW_ROUNDS = 30  # of races; integration/features/test_engine_runs.py has more
 
 
 def run_tests(pool, folder, *options, python=sys.executable, **variables):

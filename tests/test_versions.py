@@ -3,13 +3,14 @@
 import itertools
 import json
 import re
+import runpy
 import subprocess
 import tomllib
 
 import pytest
 import yaml
 
-from harness.bake import ABOUT, ABOUT_LIBRARY, CHOICES, PINNED, TEMPLATE, render
+from harness.bake import ABOUT, ABOUT_LIBRARY, CHOICES, LIBRARY, PINNED, TEMPLATE, render
 
 VERSIONS, REQUIREMENTS = "templates/versions.jinja", "{{cookiecutter.project_slug}}/pyproject.toml"
 OWN = {
@@ -31,7 +32,6 @@ HISTORY = {
 }
 # Sentences that stay true with other versions, and so may have a number.
 FACTS = [
-    "You need Django 5.2 to 6.1, Celery 5.5 to 5.7,",  # the ranges of durable-jobs/pyproject.toml
     "| batched task events | Celery 5.7 |",  # durable-jobs/src/durable_jobs/versions.py
     "| Celery 5.7 | broker | lost |",  # durable-jobs/docs/alternatives.md: what was compared
     "`task_retry_on_worker_lost` of Celery 5.7",
@@ -111,7 +111,7 @@ def test_each_version_stands_in_one_file():
 def test_the_templates_own_workflow_has_the_versions_of_an_output():
     workflow = yaml.safe_load(TRACKED[WORKFLOW])
     jobs = workflow["jobs"].values()
-    assert {job["runs-on"] for job in jobs} == {PINNED.runner}
+    assert {job["runs-on"] for job in jobs} == {PINNED.runner, "macos-latest"}
     used = set(re.findall("uses: (.+)", TRACKED[WORKFLOW]))
     assert used == {PINNED.checkout, PINNED.setup_python}
 
@@ -162,6 +162,20 @@ def pinned():
     return {found[1]: found[2] for found in (*images, *packages)} | {"python": PINNED.python}
 
 
+def test_both_readmes_name_the_versions_that_are_supported():
+    python = f"{PINNED.oldest_python} to {PINNED.python}"
+    row = f"| {python} | {pinned()['django']} | {pinned()['celery']} |"
+    assert f"| new projects {row}" in TRACKED["README.md"]
+
+    djangos = re.findall(r"Django :: (\d\.\d)", TRACKED["durable-jobs/pyproject.toml"])
+    oldest_celery = re.search(r'"celery>=([\d.]+),', TRACKED["durable-jobs/pyproject.toml"])[1]
+    newest_celery = runpy.run_path(LIBRARY / "src/durable_jobs/versions.py")["NEWEST"]
+    row = f"| {python} | {min(djangos)} to {max(djangos)} "
+    row += f"| {oldest_celery} to {'.'.join(map(str, newest_celery))} |"
+    assert f"| durable-jobs {row}" in TRACKED["README.md"]
+    assert row in TRACKED["durable-jobs/README.md"]
+
+
 def found_by_renovate():
     """Yield (file, name, version) of what its own managers find with our patterns."""
     for manager in json.loads(TRACKED[".github/renovate.json"])["customManagers"]:
@@ -184,6 +198,16 @@ def test_renovate_reads_every_version_of_an_output():
     assert "procrastinate" in found.pop("durable-jobs/bench/stack.py")
     packages = {f"{name}{version}" for names in found.values() for name, version in names.items()}
     assert packages == set(requirements().values()) - {"durable-jobs"}
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["template", "output"])
+def test_renovate_takes_the_releases_of_django_with_three_years_of_support(own):
+    """Those of Django's DEP 20: after 6.2 comes 2028.0, and each year another one."""
+    rules = json.loads(TRACKED[".github/renovate.json"] if own else render("renovate.json"))
+    [rule] = [rule for rule in rules["packageRules"] if rule["matchPackageNames"] == ["django"]]
+    versions = "5.2.19", "6.0.8", "6.1.1", "6.2", "7.2.0", "2028.0", "2031.14"
+    allowed = [each for each in versions if re.search(rule["allowedVersions"].strip("/"), each)]
+    assert allowed == ["5.2.19", "6.2", "2028.0", "2031.14"]
 
 
 @pytest.mark.parametrize("broker", CHOICES["broker"])

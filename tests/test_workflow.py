@@ -1,6 +1,9 @@
 """The files in .github/ are valid; the workflow has few permissions and runs every test."""
 
+import json
+import os
 import re
+import shutil
 import subprocess
 
 import pytest
@@ -31,7 +34,7 @@ def test_the_files_of_github_are_valid(command, file):
 
 
 def test_each_yaml_file_of_the_template_itself_is_checked():
-    """Here, or by promtool: see integration/test_operation.py and test_plain_alerts.py."""
+    """Here, or by promtool: see integration/features/test_operation.py and test_plain_alerts.py."""
     listed = Project(TEMPLATE).call("git", "ls-files", ":!*cookiecutter*", "*.yml", "*.yaml")
     assert {WORKFLOW, FORM} == {file for file in listed.split() if not is_for_promtool(file)}
 
@@ -40,18 +43,23 @@ def is_for_promtool(file):
     return "rule_files:" in (TEMPLATE / file).read_text()
 
 
+def last_step(job):
+    return job["steps"][-1]["run"]
+
+
 def test_each_test_of_make_prove_is_in_one_job():
     """If the job has one run for each broker, the test is in one of them or in all."""
     collected = Project(TEMPLATE).run("pytest", "tests/integration", "--collect-only", "--quiet")
-    tests = re.findall(r"^(tests/integration/\w+\.py)::(.+)", collected, re.MULTILINE)
+    tests = re.findall(r"^(tests/integration/\w+)/(.+)", collected, re.MULTILINE)
     assert tests
-    for file, test in tests:
-        jobs = [job for job in JOBS.values() if file in job["steps"][-1]["run"]]
-        assert len(jobs) == 1, f"{file} must be in the command of one job"
-        [job] = jobs
-        brokers = job.get("strategy", {"matrix": {"broker": [""]}})["matrix"]["broker"]
-        assert brokers in ([""], CHOICES["broker"])
-        [words] = re.findall("-k '(.+)'", job["steps"][-1]["run"]) or [""]
+    for folder, test in tests:
+        [job] = [
+            job
+            for name, job in JOBS.items()
+            if f"TESTS={folder} " in f"{last_step(job)} " and name != "newest"
+        ]
+        brokers = CHOICES["broker"] if "strategy" in job else [""]
+        [words] = re.findall("-k '(.+)'", last_step(job)) or [""]
         runs = [
             any(word.replace("$BROKER", broker) in test for word in words.split(" or "))
             for broker in brokers
@@ -64,11 +72,53 @@ def test_a_push_runs_the_quick_tests_and_each_night_runs_all():
     assert events.keys() == {"push", "pull_request", "schedule", "workflow_dispatch"}
     [night] = events["schedule"]
     assert re.fullmatch(r"\d+ \d+ \* \* \*", night["cron"])
+    expected = {"test": None, "output": "github.event_name == 'push'"}
+    expected["newest"] = "github.event_name == 'schedule'"
     for name, job in JOBS.items():
-        proves = "make prove" in job["steps"][-1]["run"]
-        expected = {"test": None, "output": "github.event_name == 'push'"}
         assert job.get("if") == expected.get(name, "github.event_name != 'push'"), name
-        assert proves == (name not in expected), name
+        brokers = job.get("strategy", {}).get("matrix", {}).get("broker", "")
+        assert not brokers or job["needs"] == "choices" in brokers.split("."), name
+
+
+def test_the_jobs_of_brokers_read_them_from_cookiecutter_json(tmp_path):
+    [step] = [step for step in JOBS["choices"]["steps"] if step.get("id") == "read"]
+    Project(TEMPLATE).call("bash", "-e", "-c", step["run"], GITHUB_OUTPUT=str(tmp_path / "output"))
+    name, _, value = (tmp_path / "output").read_text().partition("=")
+    assert (name, json.loads(value)) == ("brokers", CHOICES["broker"])
+
+
+GH = """#!/bin/sh
+echo "$@" >> "$CALLS"
+case "$1 $2" in "issue list") cat "$OPEN" ;; esac
+"""
+
+
+def test_a_night_with_newer_versions_opens_one_issue(tmp_path):
+    """It excludes no newer version. Another failure changes the text of the issue."""
+    *_, relax, _, report = JOBS["newest"]["steps"]
+    files = ["durable-jobs/pyproject.toml", "{{cookiecutter.project_slug}}/pyproject.toml"]
+    files.append("pyproject.toml")
+    files += [str(path.relative_to(TEMPLATE)) for path in TEMPLATE.glob("templates/*/*.jinja")]
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(TEMPLATE / file, tmp_path / file)
+    clone = Project(tmp_path)
+    clone.call("bash", "-e", "-c", relax["run"])
+    for file in files[:2]:
+        assert re.search(">=[0-9]", clone.read(file))
+        assert not re.search(r"~=|,<", clone.read(file))
+
+    (tmp_path / "gh").write_text(GH)
+    (tmp_path / "gh").chmod(0o755)
+    (tmp_path / "output").write_text("one failed")
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "RUN": "https://example.com/1"}
+    environment |= {"CALLS": "calls", "OPEN": "open"}
+    for number in "", "7":
+        (tmp_path / "open").write_text(number)
+        clone.call("bash", "-e", "-c", report["run"], **environment)
+    calls = clone.read("calls")
+    assert re.findall("^issue (create|edit [0-9]+)", calls, re.MULTILINE) == ["create", "edit 7"]
+    assert "one failed" in clone.read("body")
 
 
 def test_the_commands_of_the_readme_are_what_ci_runs():

@@ -18,7 +18,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from unittest import SkipTest
@@ -64,7 +64,7 @@ class Chaos:
     def run(self):
         """Post jobs and inject faults, then wait for all jobs. Return whether nothing was lost."""
         start = time.monotonic()
-        with self.stack.supervised(), ThreadPoolExecutor(8) as pool:
+        with self.stack.supervised(), self.old_snapshot(), ThreadPoolExecutor(8) as pool:
             posting = []
             for number, length in self.jobs:
                 posting.append(pool.submit(self.post, number, length, start))
@@ -265,6 +265,37 @@ result = [job.pk for job in enqueue_many([limited.s("one:paused")] * 10)]
             self.started_in_pause += self.stack.ask(ask, jobs=jobs)
         finally:
             self.stack.ask("pauses.resume('faults.tasks.limited')")
+
+    def fault_dump(self):
+        """Back the database up."""
+        assert self.stack.database.run("pg_dump", "--file", os.devnull, self.url())
+
+    def url(self):
+        url, _, _ = self.stack.variables["DATABASE_URL"].partition(
+            "?"
+        )  # libpq knows no other options
+        return url
+
+    @contextmanager
+    def old_snapshot(self):
+        """Keep PostgreSQL from removing old row versions, as a long report does."""
+        over = threading.Event()
+
+        def hold():
+            while not over.wait(0.1):
+                # It ends with the database.
+                with suppress(psycopg.Error), psycopg.connect(self.url()) as connection:
+                    connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+                    while not over.wait(0.5):
+                        connection.execute("SELECT")
+
+        with ThreadPoolExecutor(1) as pool:
+            holder = pool.submit(hold)
+            try:
+                yield
+            finally:
+                over.set()
+                holder.result()
 
     def fault_old_beat(self):
         """Let a Beat of older code send jobs of a new task, as in a deploy with Beat last."""

@@ -32,9 +32,9 @@ CHECKERS = {
     ".gitlab-ci.yml": ["check-jsonschema --builtin-schema vendor.gitlab-ci"],
     "compose*.yaml": ["check-jsonschema --builtin-schema vendor.compose-spec"],
     "Dockerfile": ["hadolint"],
-    # integration/test_operation.py runs promtool.
+    # integration/features/test_operation.py runs promtool.
     "deploy/monitoring/*": [],
-    # integration/test_kubernetes.py checks what kustomize makes of these.
+    # integration/features/test_kubernetes.py checks what kustomize makes of these.
     "deploy/kubernetes/*/*.yaml": [],
     "deploy/kubernetes/overlays/*/*.yaml": [],
 }

@@ -291,10 +291,14 @@ class Load:
         if not self.has_results:
             return {}
         ids = [task for task in self.tasks(self.accepted) if task not in self.accepted["chord"]]
-        states = self.stack.ask(STATES, ids=ids)
-        return self.describe(
-            [id for id, state in states.items() if state not in ("SUCCESS", "FAILURE")]
-        )
+
+        def without():
+            states = self.stack.ask(STATES, ids=ids)
+            return [id for id, state in states.items() if state not in ("SUCCESS", "FAILURE")]
+
+        with suppress(AssertionError):  # a task may be running again
+            wait_for(lambda: not without())
+        return self.describe(without())
 
     def repeated(self, before=inf):
         """Return {name of a task: how many of its runs started twice}, without jobs.

@@ -16,7 +16,7 @@ def proofs():
     readme = (LIBRARY / "README.md").read_text("utf-8")
     section = readme.partition("## Promises\n")[2].partition("\n## ")[0]
     found = {text.strip(",."): [] for text in re.findall(r"^- \*\*(.+?)\*\*", section, re.M)}
-    files = *LIBRARY.glob("tests/test_*.py"), *TEMPLATE.glob("tests/integration/test_*.py")
+    files = *LIBRARY.glob("tests/test_*.py"), *TEMPLATE.glob("tests/integration/*/test_*.py")
     for path in sorted(files):
         for node in ast.parse(path.read_text("utf-8")).body:
             for mark in getattr(node, "decorator_list", []):

@@ -9,7 +9,8 @@
 {% set lines %}
 from celery import signals
 from celery.worker import request
-{{ "from durable_jobs.contrib.structlog import LogStep" if has_jobs else "from django.db import close_old_connections" }}
+from django.db import {{ "" if has_jobs else "close_old_connections, " }}connection
+{{ "from durable_jobs.contrib.structlog import LogStep" if has_jobs }}
 {% print broker.worker_imports %}
 {% print result_backend.worker_imports | default %}
 {% print worker_pool.worker_imports | default %}
@@ -44,6 +45,8 @@ def be_patient(**kwargs):
     conf = app.conf
     conf.broker_connection_max_retries = None  # forever; by default, for 47 minutes
     conf.task_publish_retry_policy = {"max_retries": None, "interval_max": 5}
+    if "connect_timeout" in (options := connection.settings_dict["OPTIONS"]):  # not in SQLite's
+        options["connect_timeout"] = 30  # seconds
 {% print broker.patience %}
 {% print result_backend.patience | default %}
 {% print worker_pool.patience | default %}

@@ -1,7 +1,7 @@
 """Prometheus and Grafana of the output: each question of the dashboard gets an answer.
 
 No image of Grafana can be had here, so its part is read: what is in the files must fit together.
-integration/test_docker.py starts Prometheus as `docker compose --profile monitoring` does.
+integration/docker/test_docker.py starts Prometheus as `docker compose --profile monitoring` does.
 """
 
 import itertools

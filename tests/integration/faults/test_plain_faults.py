@@ -263,6 +263,18 @@ def test_a_time_limit_during_a_query_fails_only_its_own_task(stack):
     assert len(set(stack.ask(code))) == 1  # which they reuse
 
 
+@stacks(pools=["gevent"])
+def test_a_task_waits_for_a_database_that_hangs(stack):
+    """A greenlet connects for each task. A request would give up after five seconds."""
+    stack.database.pause()
+    try:
+        task = stack.send("find_connection")
+        time.sleep(7)
+    finally:
+        stack.database.resume()
+    assert stack.ask(f"result = AsyncResult({task!r}).get(timeout=60)")
+
+
 @on_redis
 def test_a_task_for_a_queue_that_nobody_consumes_is_an_error(stack):
     code = """

@@ -3,6 +3,7 @@
 The headings are those of "The database" in reliability.md.
 """
 
+import signal
 import time
 
 import pytest
@@ -29,7 +30,7 @@ def test_a_restarted_database_loses_no_job(stack, gate):
     jobs = [stack.enqueue("hold", gate, queue=queue) for queue in ["cpu", "io"]]
     jobs.append(stack.enqueue("count", gate, queue="cpu"))
     stack.wait_until_started(*jobs)
-    stack.database.kill()
+    stack.database.stop(signal.SIGINT)
     gate.touch()
     time.sleep(LEASE + 1)
     stack.database.start()
@@ -49,6 +50,7 @@ def test_a_crash_of_the_database_loses_no_claim(stack, gate):
     stack.beat.stop()
     jobs = [stack.enqueue("hold", gate, queue=queue) for queue in ["cpu", "cpu", "io"]]
     stack.wait_until_started(*jobs)
+    stack.enqueue("quick", queue="later")  # each commit that waits for the disk brings others to it
     stack.worker.pause()
     stack.other.kill()
     stack.database.kill()
@@ -62,6 +64,24 @@ def test_a_crash_of_the_database_loses_no_claim(stack, gate):
     rows = stack.wait_until_final(*jobs)
     assert [row["crashes"] for row in rows] == [0, 0, 1], rows
     assert [stack.starts(job) for job in jobs] == [1, 1, 2]
+
+
+@on_prefork_and_threads
+def test_a_job_whose_claim_a_crash_of_the_database_has_lost_runs_again(stack, gate):
+    """And ends once: the outcome of the first run is not stored."""
+
+    def lose_a_claim():
+        job = stack.enqueue("hold", gate)
+        stack.wait_until_started(job)
+        stack.database.kill()
+        stack.database.start()
+        return job if stack.row(job)["state"] == "queued" else None
+
+    job = wait_for(lose_a_claim)
+    stack.wait_until_started(job, times=2)
+    gate.touch()
+    stack.wait_until_succeeded(job, crashes=0)
+    assert stack.starts(job) == 2
 
 
 # The database or the whole machine freezes for a while
@@ -198,7 +218,7 @@ def test_an_outage_after_a_task_function_counts_towards_no_time_limit(stack, gat
         stack.enqueue("hold_softly", gate, "its own reason", queue="cpu"),
     ]
     stack.wait_until_started(*jobs)
-    stack.database.kill()
+    stack.database.stop(signal.SIGINT)
     gate.touch()
     time.sleep(11)
     stack.database.start()

@@ -168,15 +168,15 @@ def test_the_pages_say_what_a_blocked_job_waits_for(with_tasks, tmp_path):
         tab.log_in(site)
         blocked, paused = site.ask(CALLS)
         rows = "[...document.querySelectorAll('.job')].map((row) => row.innerText)"
-        turn = "Waiting: limit tenant:7 is full (2 of 2 slots taken)"
+        reason = "Waiting: limit tenant:7 is full (2 of 2 slots taken)"
         tab.wait(f"{rows}[0]?.match(/Paused for [0-9]+ s: SMTP is down/)")  # newest first
-        tab.wait(f"{rows}[1].includes({turn!r})")
-        for pk, text in (blocked, turn), (paused, ": SMTP is down"):
+        tab.wait(f"{rows}[1].includes({reason!r})")
+        for pk, text in (blocked, reason), (paused, ": SMTP is down"):
             tab.open(f"{site.web}/jobs/{pk}/")
             tab.wait(f"{rows}[0]?.includes('Queued') && {rows}[0].includes({text!r})")
             tab.picture(tmp_path / f"{pk}.png")
         tab.open(f"{site.web}/jobs/{blocked}/")
-        tab.wait(f"{rows}[0]?.includes({turn!r})")
+        tab.wait(f"{rows}[0]?.includes({reason!r})")
         running = site.request("/api/jobs/?state=running")[2]["results"]
         site.request(f"/api/jobs/{running[0]['id']}/cancel/", {})
         tab.wait(f"{rows}[0].includes('Running') && {rows}[0].includes('Calls the API')")

@@ -202,9 +202,8 @@ def test_dependabot_updates_every_file_with_versions(bake, deployment):
     assert [update.pop("package-ecosystem") for update in updates] == exist
     for kind, update in zip(exist, updates, strict=True):
         ignored = update.pop("ignore", [])
-        assert [rule["dependency-name"] for rule in ignored] == (
-            ["postgres"] if kind == "docker-compose" else []
-        )
+        names = {"uv": ["django"], "docker-compose": ["postgres"]}.get(kind, [])
+        assert [rule["dependency-name"] for rule in ignored] == names
         assert update == {
             "directory": "/",
             "schedule": {"interval": "weekly"},
@@ -216,7 +215,7 @@ def test_dependabot_updates_every_file_with_versions(bake, deployment):
 def test_renovate_updates_every_file_with_versions(bake):
     """All that it finds, as it does by default, and uv.lock, when a version is a week old."""
     settings = json.loads(bake(ci="gitlab").read("renovate.json"))
-    [rule] = settings.pop("packageRules")
+    _, rule = settings.pop("packageRules")
     assert (rule["matchPackageNames"], rule["enabled"]) == (["postgres"], False)
     assert settings == {
         "extends": ["config:recommended", "group:allNonMajor"],

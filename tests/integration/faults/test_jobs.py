@@ -4,6 +4,7 @@ The first headings are those of "Jobs" in reliability.md.
 """
 
 import json
+import signal
 import time
 
 import pytest
@@ -176,7 +177,7 @@ def test_a_revoke_during_a_database_outage_cancels(stack, gate):
     waits = stack.enqueue("hold", gate, queue="cpu", countdown=3600)
     runs = stack.enqueue("hold", gate, queue="cpu")
     stack.wait_until_started(runs)
-    stack.database.kill()
+    stack.database.stop(signal.SIGINT)
     control(stack, "revoke", waits, runs)
     wait_for(lambda: all("flagged as revoked" in worker.printed for worker in stack.workers))
     stack.database.start()
