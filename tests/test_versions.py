@@ -3,14 +3,14 @@
 import itertools
 import json
 import re
-import runpy
 import subprocess
 import tomllib
 
 import pytest
 import yaml
 
-from harness.bake import ABOUT, ABOUT_LIBRARY, CHOICES, LIBRARY, PINNED, TEMPLATE, render
+from harness.bake import ABOUT, ABOUT_LIBRARY, CHOICES, PINNED, TEMPLATE, render
+from harness.versions import SUPPORTED
 
 VERSIONS, REQUIREMENTS = "templates/versions.jinja", "{{cookiecutter.project_slug}}/pyproject.toml"
 OWN = {
@@ -163,16 +163,10 @@ def pinned():
 
 
 def test_both_readmes_name_the_versions_that_are_supported():
-    python = f"{PINNED.oldest_python} to {PINNED.python}"
-    row = f"| {python} | {pinned()['django']} | {pinned()['celery']} |"
-    assert f"| new projects {row}" in TRACKED["README.md"]
-
-    djangos = re.findall(r"Django :: (\d\.\d)", TRACKED["durable-jobs/pyproject.toml"])
-    oldest_celery = re.search(r'"celery>=([\d.]+),', TRACKED["durable-jobs/pyproject.toml"])[1]
-    newest_celery = runpy.run_path(LIBRARY / "src/durable_jobs/versions.py")["NEWEST"]
-    row = f"| {python} | {min(djangos)} to {max(djangos)} "
-    row += f"| {oldest_celery} to {'.'.join(map(str, newest_celery))} |"
-    assert f"| durable-jobs {row}" in TRACKED["README.md"]
+    django, celery, python = (f"{each[0]} to {each[-1]}" for each in SUPPORTED.values())
+    new = f"| new projects | {python} | {pinned()['django']} | {pinned()['celery']} |"
+    row = f"| {python} | {django} | {celery} |"
+    assert new in TRACKED["README.md"] and f"| durable-jobs {row}" in TRACKED["README.md"]
     assert row in TRACKED["durable-jobs/README.md"]
 
 

@@ -76,6 +76,8 @@ def test_a_push_runs_the_quick_tests_and_each_night_runs_all():
     expected["newest"] = "github.event_name == 'schedule'"
     for name, job in JOBS.items():
         assert job.get("if") == expected.get(name, "github.event_name != 'push'"), name
+        proves = "make prove" in last_step(job)
+        assert proves == (name not in [*expected, "choices", "macos"]), name
         brokers = job.get("strategy", {}).get("matrix", {}).get("broker", "")
         assert not brokers or job["needs"] == "choices" in brokers.split("."), name
 

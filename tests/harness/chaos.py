@@ -268,13 +268,7 @@ result = [job.pk for job in enqueue_many([limited.s("one:paused")] * 10)]
 
     def fault_dump(self):
         """Back the database up."""
-        assert self.stack.database.run("pg_dump", "--file", os.devnull, self.url())
-
-    def url(self):
-        url, _, _ = self.stack.variables["DATABASE_URL"].partition(
-            "?"
-        )  # libpq knows no other options
-        return url
+        assert self.stack.database.run("pg_dump", "--file", os.devnull, self.stack.database_url())
 
     @contextmanager
     def old_snapshot(self):
@@ -284,7 +278,10 @@ result = [job.pk for job in enqueue_many([limited.s("one:paused")] * 10)]
         def hold():
             while not over.wait(0.1):
                 # It ends with the database.
-                with suppress(psycopg.Error), psycopg.connect(self.url()) as connection:
+                with (
+                    suppress(psycopg.Error),
+                    psycopg.connect(self.stack.database_url()) as connection,
+                ):
                     connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
                     while not over.wait(0.5):
                         connection.execute("SELECT")

@@ -353,10 +353,13 @@ class JobStack(Stack):
     @contextmanager
     def locked(self, statement):
         """Hold the lock that this statement takes in the database until the block ends."""
-        url, _, _ = self.variables["DATABASE_URL"].partition("?")  # libpq knows no other options
-        with psycopg.connect(url) as connection:
+        with psycopg.connect(self.database_url()) as connection:
             connection.execute(statement)
             yield
+
+    def database_url(self):
+        url, _, _ = self.variables["DATABASE_URL"].partition("?")  # libpq knows no other options
+        return url
 
     # Requests and queries of the tests
 

@@ -5,35 +5,19 @@ A covering set of their combinations; all of them with EVERY=1, as each night.
 
 import os
 import re
-import runpy
 import subprocess
 import sys
 
 import pytest
 
 from harness import missing
-from harness.bake import ABOUT_LIBRARY, LIBRARY, PINNED, covering, name, product
+from harness.bake import LIBRARY, covering, name, product
+from harness.versions import SUPPORTED
 from test_engine import run_tests
 
 EVERY = bool(os.environ.get("EVERY"))
-ABOUT = ABOUT_LIBRARY["project"]
-
-
-def minors(oldest, newest):
-    """Return the versions from "5.5" to "5.7"."""
-    (major, first), (_, last) = oldest.split("."), newest.split(".")
-    return [f"{major}.{minor}" for minor in range(int(first), int(last) + 1)]
-
-
-OLDEST_CELERY = re.search(r"celery>=([\d.]+)", " ".join(ABOUT["dependencies"]))[1]
-NEWEST_CELERY = runpy.run_path(LIBRARY / "src/durable_jobs/versions.py")["NEWEST"]
-VERSIONS = {
-    "django": [each.split()[-1] for each in ABOUT["classifiers"] if re.search(r":: \d", each)],
-    "celery": minors(OLDEST_CELERY, ".".join(map(str, NEWEST_CELERY))),
-    "python": minors(PINNED.oldest_python, PINNED.python),
-}
 COMBINATIONS = [  # Django 6 needs Python 3.12
-    each for each in product(VERSIONS) if each["django"] < "6" or each["python"] > "3.11"
+    each for each in product(SUPPORTED) if each["django"] < "6" or each["python"] > "3.11"
 ]
 
 

@@ -4,14 +4,15 @@ import re
 import sys
 
 import pytest
-from test_library_versions import VERSIONS
 
 from harness.bake import LIBRARY
 from harness.blocks import Reader, blocks
 from harness.project import Process, Project, started, wait_for
 from harness.servers import RabbitMQ, Redis
+from harness.versions import SUPPORTED
 from test_wheel import WHEEL
 
+CELERY = SUPPORTED["celery"]
 README = (LIBRARY / "README.md").read_text("utf-8")
 GUIDE = (LIBRARY / "docs/guide.md").read_text("utf-8")
 ALL_STATES = """
@@ -26,7 +27,7 @@ print(job.progress, job.crashes, job.state)
 """
 
 
-@pytest.fixture(params=[VERSIONS["celery"][-1]])
+@pytest.fixture(params=[CELERY[-1]])
 def project(tmp_path, request):
     """What `django-admin startproject` writes, with an environment of its own."""
     project = Project(tmp_path / "project")
@@ -46,7 +47,7 @@ def project(tmp_path, request):
         pytest.param(RabbitMQ, id="rabbitmq", marks=pytest.mark.xdist_group("quickstart-rabbitmq")),
     ],
 )
-@pytest.mark.parametrize("project", [VERSIONS["celery"][0], VERSIONS["celery"][-1]], indirect=True)
+@pytest.mark.parametrize("project", [CELERY[0], CELERY[-1]], indirect=True)
 def test_a_job_of_a_killed_worker_finishes_in_a_bare_project(server, project, tmp_path):
     reader = Reader(project)
     worker, beat, again = commands(project, tmp_path)
