@@ -290,9 +290,11 @@ def prepare(project, folder, database):
     for service, names in VARIABLES.items():
         if service in services:
             variables |= services[service].behind(names)
-    for service in services.values():  # Celery prefers these to the settings
+    for service in services.values():
+        # Queues of SQS have it as an attribute.
+        service.process.variables["VISIBILITY_SECONDS"] = VISIBILITY
         for variable in "CELERY_BROKER_URL", "CELERY_RESULT_BACKEND":
-            service.process.variables.pop(variable, None)
+            service.process.variables.pop(variable, None)  # Celery prefers these to the settings
 
     own = [each.process for service, each in services.items() if service != "database"]
     broker = services["broker"].process
