@@ -46,7 +46,6 @@ class Broker(Process):
     server = None  # its file in templates/servers/, if real() starts it
     answers = {}  # of the output that the fault tests run
     settings = ""  # more lines for that output
-    refuse = ""  # code with a `channel`: makes a queue "refused" that takes no message
 
     def __init__(self, folder, command, **options):
         folder.mkdir(parents=True, exist_ok=True)
@@ -67,7 +66,6 @@ class Redis(Broker):
     settings = """
 CELERY_BROKER_TRANSPORT_OPTIONS |= {"unacked_restore_interval": 1, "unacked_mutex_expire": 2}
 """
-    refuse = 'channel.client.set("refused", "no list")'
 
     def __init__(self, folder, project=None, port=None):
         if not shutil.which("redis-server"):
@@ -190,8 +188,6 @@ sentinel failover-timeout main 10000
 class RabbitMQ(Broker):
     server = "rabbitmq"
     answers = {"broker": "rabbitmq", "result_backend": "none"}
-    # The project declares it with other arguments, which RabbitMQ answers with error 406.
-    refuse = 'channel.queue_declare("refused", auto_delete=False, arguments={"x-max-priority": 9})'
 
     def __init__(self, folder, project=None, port=None):
         # Debian's commands on PATH change the user; the scripts themselves are in this folder.

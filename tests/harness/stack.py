@@ -27,7 +27,7 @@ from .servers import servers_of, variables_of
 LEASE, RESEND = 5, 2  # seconds
 TIMINGS = {"JOB_LEASE_SECONDS": LEASE, "JOB_SWEEP_SECONDS": 1, "JOB_RESEND_SECONDS": RESEND}
 # How many jobs at once: see faults/tasks.py.
-LIMITS = {"one": "1", "two": "2", "rate": "10/s", "tenant": "2, 5/s"}
+LIMITS = {"one": "1", "two": "2", "tenant": "2, 5/s"}
 FLOWER_USER = "admin", "of-this-test"
 
 # The names of code for ask(), in a project with durable jobs and in one without

@@ -1,10 +1,8 @@
-"""The broker is unavailable, hangs, loses messages, repeats them or refuses them: no job is lost.
+"""The broker is unavailable, hangs, loses messages or refuses them: no job is lost.
 
 The headings are those of "The broker" in reliability.md.
 """
 
-import os
-import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +13,6 @@ import pytest
 from harness.faults import (
     POOLS,
     on_each_broker,
-    on_one,
     on_rabbitmq,
     on_sqs,
     ran_once,
@@ -117,21 +114,6 @@ def test_a_broker_that_hangs_delays_no_request(stack):
     assert ran_once(stack, jobs)
 
 
-@on_each_broker
-def test_a_queue_that_the_broker_refuses_stops_no_other(stack, gate):
-    """Other queues still get new jobs, jobs with a countdown, and retries."""
-    refuse = "from config.celery import app\nwith app.connection_for_write() as broker:\n"
-    stack.ask(f"{refuse}    channel = broker.default_channel\n    {stack.broker.refuse}")
-    refused = [stack.enqueue("quick", queue="refused") for _ in range(5)]
-    time.sleep(1)  # some rounds of the sweep
-    gate.touch()
-    jobs = [stack.enqueue("quick", queue="cpu", countdown=1) for _ in range(5)]
-    jobs += [stack.enqueue("quick", queue="io"), stack.enqueue("hold_then_retry", gate, queue="io")]
-    stack.wait_until_succeeded(*jobs, crashes=0)
-    assert [row["state"] for row in stack.rows(*refused)] == ["queued"] * 5
-    stack.ask("Job.objects.filter(pk__in=jobs).delete()", jobs=refused)
-
-
 @stacks(brokers=["redis", "rabbitmq"], pools=["prefork"])
 def test_malformed_messages_end_no_worker(stack):
     """Each is dropped with a line in the log."""
@@ -171,53 +153,6 @@ def test_an_emptied_broker_loses_no_job(stack):
     stack.other.start()
     stack.wait_until_succeeded(*jobs, crashes=0)
     assert ran_once(stack, jobs)
-
-
-# The broker repeats messages
-
-
-@on_each_broker
-def test_copies_of_a_message_run_one_task_function(stack, gate):
-    """Two workers get five copies each at the same moment."""
-    code = """
-from durable_jobs.messages import send
-jobs = [enqueue(hold, [gate], countdown=3600) for _ in range(3)]
-for copy in range(5):
-    for job in jobs:
-        for job.queue in ["cpu", "io"]:
-            send([job])
-result = [job.pk for job in jobs]
-"""
-    jobs = stack.ask(code, gate=str(gate))
-    stack.wait_until_started(*jobs)
-    wait_for(lambda: stack.messages_in("cpu") + stack.messages_in("io") == 0)
-    gate.touch()
-    rows = stack.wait_until_final(*jobs)
-    marker = stack.enqueue("quick", queue="cpu")  # behind all copies
-    stack.wait_until_final(marker)
-    assert succeeded(rows, crashes=0), rows
-    assert ran_once(stack, jobs)
-
-
-@on_one
-def test_an_old_message_does_not_shorten_the_pause_after_a_crash(stack, gate):
-    job = stack.enqueue("hold", gate, queue="cpu")
-    os.kill(stack.wait_until_started(job), signal.SIGKILL)
-    wait_for(lambda: stack.row(job)["crashes"] == 1)
-    code = """
-from durable_jobs.messages import send
-copy = Job.objects.get(pk=job)
-copy.crashes = 0
-send([copy])
-"""
-    stack.ask(code, job=job)
-    gate.touch()
-    stack.wait_until_succeeded(job, crashes=1)
-    code = """
-job = Job.objects.get(pk=job)
-result = (job.started_at - job.failures.get().ended_at).total_seconds()
-"""
-    assert stack.ask(code, job=job) > 3.5  # the pause is 5 s, more or less a fifth
 
 
 # A worker takes messages before it runs them
@@ -304,53 +239,6 @@ result = [enqueue_largest(letter) for letter in ["x", "é", "😀", '"']]
     finally:
         stack.ask(limit, limit=2**20)
     assert succeeded(rows, crashes=0), rows
-
-
-def store_large(stack, countdown=None):
-    """Store 200 jobs, 1 in 20 too large for SQS. Return the ids of these, and of the others."""
-    code = """
-result = [], []
-for number in range(200):
-    with transaction.atomic():
-        job = enqueue(read, ["x"], queue="cpu", countdown=countdown)
-        if is_large := number % 20 == 10:
-            job.args = ["x" * 1_200_000]
-            job.save(update_fields=["args"])
-        result[not is_large].append(job.pk)
-"""
-    return stack.ask(code, countdown=countdown)
-
-
-@on_sqs
-def test_jobs_that_the_broker_refuses_delay_no_other(stack):
-    """Neither jobs that are sent at once, without Beat, nor jobs that Beat sends."""
-    stack.beat.pause()
-    _, good = store_large(stack)
-    rows = stack.wait_until_final(*good)
-    _, good = store_large(stack, countdown=1)
-    stack.beat.resume()
-    good.append(stack.enqueue("quick", queue="io", countdown=1))
-    rows += stack.wait_until_final(*good)
-    assert succeeded(rows, crashes=0), rows
-    stack.ask("cancel(Job.objects.all())")
-
-
-@on_sqs
-def test_jobs_that_the_broker_refuses_fail(stack):
-    """Meanwhile it accepts others of their queue, which are sent without Beat."""
-    refused, _ = store_large(stack)
-
-    active = "result = Job.objects.filter(pk__in=jobs, state__in=ACTIVE).exists()"
-
-    def have_ended():
-        stack.enqueue("quick", queue="cpu")
-        time.sleep(0.5)
-        return not stack.ask(active, jobs=refused)
-
-    wait_for(have_ended)  # five tries each; the stand-in serves 50 calls a second
-    rows = stack.rows(*refused)
-    assert {row["state"] for row in rows} == {"failed"}, rows
-    assert {row["error"].split(":")[0] for row in rows} == {"The broker refused it 5 times"}
 
 
 # A queue is full

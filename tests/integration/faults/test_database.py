@@ -9,11 +9,9 @@ import time
 import pytest
 
 from harness.faults import (
-    errors,
     on_each,
     on_each_pool,
     on_gevent,
-    on_one,
     on_prefork,
     on_prefork_and_threads,
     ran_once,
@@ -66,24 +64,6 @@ def test_a_crash_of_the_database_loses_no_claim(stack, gate):
     assert [stack.starts(job) for job in jobs] == [1, 1, 2]
 
 
-@on_prefork_and_threads
-def test_a_job_whose_claim_a_crash_of_the_database_has_lost_runs_again(stack, gate):
-    """And ends once: the outcome of the first run is not stored."""
-
-    def lose_a_claim():
-        job = stack.enqueue("hold", gate)
-        stack.wait_until_started(job)
-        stack.database.kill()
-        stack.database.start()
-        return job if stack.row(job)["state"] == "queued" else None
-
-    job = wait_for(lose_a_claim)
-    stack.wait_until_started(job, times=2)
-    gate.touch()
-    stack.wait_until_succeeded(job, crashes=0)
-    assert stack.starts(job) == 2
-
-
 # The database or the whole machine freezes for a while
 
 
@@ -111,20 +91,6 @@ def test_a_paused_database_lets_no_job_run_twice(stack, gate):
     stack.database.pause()
     time.sleep(LEASE + 2)
     stack.database.resume()
-    check_eight(stack, gate, jobs)
-
-
-@on_prefork_and_threads
-def test_a_paused_machine_lets_no_job_run_twice(stack, gate):
-    """Any process may be the first to continue; after the database, here it is Beat."""
-    jobs = hold_eight(stack, gate)
-    processes = [stack.database, stack.beat, *stack.workers]
-    for process in reversed(processes):
-        process.pause()
-    time.sleep(LEASE + 2)
-    for process in processes:
-        process.resume()
-        time.sleep(0.2)
     check_eight(stack, gate, jobs)
 
 
@@ -172,18 +138,6 @@ def test_a_locked_table_lets_no_job_run_twice(stack, gate, mode):
     check_eight(stack, gate, jobs)
 
 
-# A task function locks its own row
-
-
-@on_prefork_and_threads
-def test_a_job_is_not_taken_over_during_a_transaction_longer_than_its_lease(stack):
-    """The transaction locks the row: nothing can renew the lease, but no sweep may take the job."""
-    seconds = [LEASE + 1.5 + more / 4 for more in range(4)]
-    jobs = [stack.enqueue("commit_slowly", 3, each, queue="cpu") for each in seconds]
-    stack.wait_until_succeeded(*jobs, crashes=0)
-    assert ran_once(stack, jobs)
-
-
 # The database accepts no writes
 
 
@@ -226,23 +180,3 @@ def test_an_outage_after_a_task_function_counts_towards_no_time_limit(stack, gat
     assert [row["state"] for row in rows] == ["succeeded", "failed"], rows
     assert rows[1]["error"] == "ValueError: its own reason"
     assert ran_once(stack, jobs)
-
-
-# A router sends reads to a replica
-
-
-@on_one
-def test_a_router_with_a_replica_stops_no_job(stack):
-    """All reads go to a connection that cannot write. Beat, too, has a part in this job."""
-    variables = {"DJANGO_SETTINGS_MODULE": "faults.replica"}
-    stack.replace_worker(**variables)
-    stack.replace_beat(**variables)
-    code = """
-from durable_jobs.enqueue import enqueue
-from faults.tasks import *
-job = enqueue(fail_twice, queue="cpu", countdown=1)
-job.refresh_from_db()
-print(job.pk)
-"""
-    [row] = stack.wait_until_final(stack.project.shell(code, **stack.variables, **variables))
-    assert errors(row) == ["OSError: away"] * 2

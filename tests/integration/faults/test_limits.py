@@ -8,23 +8,14 @@ import pytest
 
 from harness.faults import (
     ONE,
-    errors,
-    on_one,
     on_prefork,
     on_prefork_and_threads,
     ran_once,
     stacks,
-    where_jobs_share_a_process,
 )
 from harness.project import children_of, wait_for
-from harness.stack import LEASE, succeeded
 
 on_sqlite = stacks(**ONE, sqlite=True)
-
-
-def runs(stack, key):
-    """Return (kind, job, time) of what the task functions of this key have noted, in order."""
-    return [(kind, job, float(at)) for kind, job, _, at, *words in stack.lines() if key in words]
 
 
 def exceeded(stack, jobs):
@@ -44,117 +35,18 @@ def check(stack, jobs):
     assert {row["state"] for row in rows} == {"succeeded"}, rows
     assert not have_slots(stack, jobs)
     assert not exceeded(stack, jobs)
-    return rows
 
 
-def occupy(stack, gate, task="limited"):
+def occupy(stack, gate):
     """Let a job of the first worker take the only slot of a key. Return it and three others."""
     key = f"one:{gate.parent.name}"
-    first = stack.enqueue(task, key, gate, queue="cpu")
+    first = stack.enqueue("limited", key, gate, queue="cpu")
     stack.wait_until_started(first)
     waiting = [stack.enqueue("limited", key, "/", 0.05, queue="io") for _ in range(3)]
     return first, waiting
 
 
-def make_oldest(stack, jobs):
-    """The oldest job goes first, so one that is released would be the next one again."""
-    rows = "Job.objects.filter(pk__in=jobs)"
-    ask = f"result = {rows}.update(created_at=datetime(2000, 1, 1, tzinfo=UTC))"
-    assert stack.ask(f"from datetime import UTC, datetime; {ask}", jobs=jobs) == len(jobs)
-
-
-# A worker is killed, stopped or frozen while it has the only slot of a key
-
-
-@on_prefork_and_threads
-def test_the_slot_of_a_killed_worker_is_free_when_its_lease_lapses(stack, gate):
-    first, waiting = occupy(stack, gate)
-    stack.worker.kill()
-    check(stack, waiting)
-    gate.touch()
-    stack.worker.start()
-    assert succeeded(check(stack, [first]), crashes=1)
-
-
-@on_prefork
-def test_the_slot_of_a_killed_child_is_free_at_once(stack, gate):
-    """With a lease of 600 s."""
-    worker = stack.replace_worker(JOB_LEASE_SECONDS=600)
-    first, waiting = occupy(stack, gate)
-    for child in children_of(worker.pid):
-        os.kill(child, signal.SIGKILL)
-    check(stack, waiting)
-    gate.touch()
-    assert succeeded(check(stack, [first]), crashes=1)
-
-
-@on_prefork
-def test_the_slot_of_a_stopped_worker_is_free_when_its_child_has_ended(stack, gate):
-    first, waiting = occupy(stack, gate)
-    make_oldest(stack, waiting)
-    os.kill(stack.worker.pid, signal.SIGTERM)
-    check(stack, waiting)
-    stack.worker.wait()
-    gate.touch()
-    stack.worker.start()
-    rows = check(stack, [first])
-    assert succeeded(rows, crashes=0)
-    assert not errors(rows[0])
-
-
-@where_jobs_share_a_process
-def test_a_job_of_a_stopped_worker_keeps_its_slot(stack, gate):
-    """The task function runs until the process has ended. Nothing of its key may start before."""
-    first, waiting = occupy(stack, gate)
-    make_oldest(stack, waiting)
-    stack.worker.stop()
-    time.sleep(3)  # some rounds of the sweeper
-    assert not any(stack.starts(job) for job in waiting)
-    gate.touch()
-    stack.worker.start()
-    rows = check(stack, [first, *waiting])
-    assert stack.starts(first) == 2
-    assert succeeded(rows, crashes=0)
-    assert not errors(rows[0])
-
-
-@on_prefork_and_threads
-def test_a_frozen_worker_loses_its_slot(stack, gate):
-    """When it continues, its function ends at its next report, and what it returns is dropped."""
-    first, waiting = occupy(stack, gate, "report_until")
-    stack.worker.pause()
-    wait_for(lambda: stack.row(first)["crashes"] == 1)
-    check(stack, waiting)
-    stack.worker.resume()
-    # The old function ends although the gate is closed.
-    wait_for(lambda: stack.notes("end", first))
-    assert stack.row(first)["state"] in ("queued", "running")
-    gate.touch()
-    assert succeeded(check(stack, [first]), crashes=1)
-
-
 # A running job is cancelled
-
-
-@on_prefork_and_threads
-def test_a_cancelled_job_keeps_its_slot_until_its_task_function_has_ended(stack, gate):
-    """However long that takes: here for more than a lease."""
-    first, waiting = occupy(stack, gate)
-    stack.ask("cancel(Job.objects.get(pk=job))", job=first)
-    time.sleep(2 * LEASE)
-    assert [row["state"] for row in stack.rows(*waiting)] == ["queued"] * 3
-    gate.touch()
-    check(stack, waiting)
-    assert stack.row(first)["state"] == "cancelled"
-
-
-@on_prefork_and_threads
-def test_the_slot_of_a_cancelled_job_is_free_when_its_worker_dies(stack, gate):
-    first, waiting = occupy(stack, gate)
-    stack.ask("cancel(Job.objects.get(pk=job))", job=first)
-    time.sleep(1)  # the worker notices
-    stack.worker.kill()
-    check(stack, waiting)
 
 
 @on_prefork
@@ -172,20 +64,6 @@ def test_the_slot_of_a_cancelled_job_is_free_at_once_when_its_child_dies(stack, 
     stack.ask(revoke, job=first)
     check(stack, waiting)
     assert stack.row(first)["state"] == "cancelled"
-
-
-# Beat is unavailable
-
-
-@on_one
-def test_a_free_slot_is_taken_without_beat(stack):
-    """A run that has ended hands its slot over."""
-    stack.beat.stop()
-    code = "result = [job.pk for job in enqueue_many([limited.s('one:quick')] * 300)]"
-    jobs = stack.ask(code)
-    check(stack, jobs)
-    lines = runs(stack, "one:quick")
-    assert [job for kind, job, _ in lines if kind == "start"] == jobs  # the oldest first
 
 
 # All faults, and two Beats
@@ -281,30 +159,6 @@ def started_at(stack, jobs):
     """Return when these jobs started, as the database has stored it: functions start soon after."""
     ask = "result = [j.started_at.timestamp() for j in Job.objects.filter(pk__in=jobs)]"
     return sorted(stack.ask(ask, jobs=jobs))
-
-
-@on_one
-def test_a_rate_is_kept_while_workers_come_and_go(stack):
-    """10 a second. What no worker takes for three seconds does not start in one burst.
-
-    The sweeper looks again whenever the rate admits more jobs, not only every SWEEP_SECONDS.
-    """
-    beat = stack.replace_beat(JOB_SWEEP_SECONDS=600)
-    beat.stop()
-    code = "result = [job.pk for job in enqueue_many([limited.s('rate:a')] * 60)]"
-    jobs = stack.ask(code)
-    beat.start()
-    stack.wait_until_started(jobs[15])
-    for worker in stack.workers:
-        worker.stop()
-    time.sleep(3)
-    for worker in stack.workers:
-        worker.start()
-    check(stack, jobs)
-    starts = started_at(stack, jobs)
-    assert most_starts(starts, 1) <= 10
-    times = [at for kind, _, at in runs(stack, "rate:a") if kind == "start"]
-    assert len(times) == 60
 
 
 @on_prefork

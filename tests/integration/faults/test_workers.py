@@ -1,4 +1,4 @@
-"""Workers are killed, frozen and stopped: no job is lost, and a stop repeats nothing.
+"""Workers are killed and stopped: no job is lost, and a stop repeats nothing.
 
 The headings are those of "Workers" in reliability.md.
 """
@@ -24,7 +24,6 @@ from harness.faults import (
 )
 from harness.mails import Mails
 from harness.project import wait_for
-from harness.stack import succeeded
 
 # A worker is killed
 
@@ -105,32 +104,6 @@ def test_a_task_function_whose_child_gets_sigterm_every_time_fails(stack):
     assert stack.starts(job) == 3
 
 
-# A worker freezes and continues later
-
-
-@pytest.mark.promise("One final state")
-@on_each
-def test_a_frozen_worker_is_fenced(stack, gate):
-    """Its job runs in another worker; when it continues, the outcome of its function is dropped."""
-    job = stack.enqueue("hold", gate)
-    first = stack.wait_until_started(job)
-    [frozen] = [worker for worker in stack.workers if worker.pid == os.getpgid(first)]
-
-    frozen.pause()
-    second = stack.wait_until_started(job, times=2)
-    gate.with_name(f"gate-{first}").touch()
-    frozen.resume()
-    wait_for(lambda: first in stack.notes("end", job))
-    time.sleep(1)  # time to store an outcome
-    assert stack.row(job)["state"] == "running"  # in the other worker
-    gate.touch()
-    rows = stack.wait_until_final(job)
-
-    assert second != first
-    assert rows[0]["result"] == second
-    assert succeeded(rows, crashes=1), rows
-
-
 # A worker is stopped
 
 
@@ -161,21 +134,6 @@ def test_a_stopped_worker_loses_nothing(stack, gate, tmp_path):
     wait_for(lambda: stack.notes("end", task))
 
 
-@on_prefork
-def test_a_worker_ends_that_reads_the_end_of_a_job(stack, gate):
-    worker = stack.make_worker("slow", "--queues test", FAULT="slow_results").start()
-    job = stack.enqueue("hold", gate, queue="test")
-    stack.wait_until_started(job)
-    time.sleep(3)  # time to read that it has started
-    gate.touch()
-    stack.wait_until_final(job)
-    time.sleep(1.5)  # now it has read the length of the result, and not yet the rest
-    start = time.monotonic()
-    assert worker.stop() == 0
-    assert time.monotonic() - start < 30  # seconds on a busy machine
-    assert ran_once(stack, [job])
-
-
 @on_each_pool
 def test_a_worker_whose_children_are_stopped_too_loses_nothing(stack, gate):
     """systemd and honcho send SIGTERM to the whole process group."""
@@ -192,35 +150,6 @@ def test_a_worker_whose_children_are_stopped_too_loses_nothing(stack, gate):
     [row] = stack.wait_until_succeeded(job, crashes=0)
     assert errors(row) == []
     wait_for(lambda: stack.notes("end", task))
-
-
-@on_each_pool
-def test_a_stopped_worker_hands_back_jobs_at_their_next_cursor(stack, gate):
-    """No chunk is repeated, and nothing waits for SOFT_SHUTDOWN_SECONDS, an hour here."""
-    worker = stack.replace_worker(SOFT_SHUTDOWN_SECONDS=3600)
-    jobs = [
-        stack.enqueue("write_chunks", gate, queue="cpu"),
-        stack.enqueue("write_chunks", gate, "in a block", queue="cpu"),
-        stack.enqueue("write_chunks_in_a_coroutine", gate, queue="cpu"),
-    ]
-    written = """
-with connection.cursor() as cursor:
-    cursor.execute("SELECT chunk FROM chunks WHERE job = %s ORDER BY chunk", [job])
-    result = [chunk for [chunk] in cursor]
-"""
-    for job in jobs:
-        wait_for(lambda job=job: len(stack.ask(written, job=job)) > 5)
-    assert worker.stop() == 0
-    assert [row["state"] for row in stack.rows(*jobs)] == ["queued"] * 3
-    stopped = [len(stack.ask(written, job=job)) for job in jobs]
-    stack.worker.start()
-    for job, count in zip(jobs, stopped, strict=True):
-        wait_for(lambda job=job, count=count: len(stack.ask(written, job=job)) > count)
-    gate.touch()
-    rows = stack.wait_until_succeeded(*jobs, crashes=0)
-    assert [errors(row) for row in rows] == [[]] * 3
-    for job, row in zip(jobs, rows, strict=True):
-        assert stack.ask(written, job=job) == list(range(row["result"]))
 
 
 @where_jobs_share_a_process

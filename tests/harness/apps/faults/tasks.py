@@ -10,7 +10,6 @@ import time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from asgiref.sync import sync_to_async
 from celery import current_task, shared_task
 from django.db import Error, connection, transaction
 from django_tasks import task
@@ -79,17 +78,6 @@ def hold_its_row(self, gate):
 
 
 @job
-def commit_slowly(self, times, seconds):
-    """Run long transactions that lock the job's own row."""
-    note(self.request.id, "start")
-    for done in range(int(times)):
-        with transaction.atomic():
-            self.report(done, int(times), cursor=done)
-            time.sleep(float(seconds))
-        time.sleep(1.5)  # time for the sweep to check its lease
-
-
-@job
 def count(self, gate):
     """Store a cursor every 50 ms."""
     note(self.request.id, "start")
@@ -101,31 +89,16 @@ def count(self, gate):
     return [number, self.cursor]
 
 
-def write_chunk(task, chunk):
-    with connection.cursor() as cursor:
-        cursor.execute("INSERT INTO chunks VALUES (%s, %s)", [task.request.id, chunk])
-    time.sleep(0.02)
-    task.report(chunk, cursor=chunk + 1)
-
-
 @job
-def write_chunks(self, gate, in_block=""):
-    """Write a row for each chunk, and a cursor after it or in the same transaction."""
+def write_chunks(self, gate):
+    """Write a row for each chunk, and a cursor after it."""
     note(self.request.id, "start")
     chunk = self.cursor or 0
     while not Path(gate).exists():
-        with transaction.atomic() if in_block else nullcontext():
-            write_chunk(self, chunk)
-        chunk += 1
-    return chunk
-
-
-@job
-async def write_chunks_in_a_coroutine(self, gate):
-    note(self.request.id, "start")
-    chunk = self.cursor or 0
-    while not Path(gate).exists():
-        await sync_to_async(write_chunk)(self, chunk)
+        with connection.cursor() as cursor:
+            cursor.execute("INSERT INTO chunks VALUES (%s, %s)", [self.request.id, chunk])
+        time.sleep(0.02)
+        self.report(chunk, cursor=chunk + 1)
         chunk += 1
     return chunk
 
@@ -312,7 +285,7 @@ async def wait_too_long(self, gate):
 
 # Tasks with limits: see LIMITS in stack.py. Locked files are the witness of how many run at once.
 
-SLOTS = {"one": 1, "two": 2, "tenant": 2, "rate": 99}  # a rate limits no number at once
+SLOTS = {"one": 1, "two": 2, "tenant": 2}
 
 
 @contextmanager
@@ -349,15 +322,3 @@ def limited(self, limit, gate="/", seconds=0):
     with slot(self, limit):
         wait_for(gate)
         time.sleep(float(seconds))
-
-
-@job(limit=lambda limit, **_: limit)
-def report_until(self, limit, gate):
-    """It takes no lock: a frozen function would keep it."""
-    note(self.request.id, "start", limit)
-    try:
-        while not Path(gate).exists():
-            self.report(1)
-            time.sleep(0.05)
-    finally:
-        note(self.request.id, "end", limit)

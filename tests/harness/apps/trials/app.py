@@ -76,11 +76,9 @@ def no_reconnect():
 
 
 def death_between_ends():
-    """A worker, or its child, dies after the end of a job, before that of the batch."""
+    """A worker dies after the end of a job, before that of the batch."""
 
     def die(pk):
-        if os.environ["DIES"] == "child":
-            os.kill(os.getpid(), signal.SIGKILL)
         os.killpg(0, signal.SIGKILL)
 
     def prepare(**kwargs):
