@@ -33,24 +33,6 @@ def wait_for_early_acknowledgements(stack):
     stack.wait_until_final(stack.enqueue("quick", queue="cpu"))
 
 
-@pytest.mark.promise("Accepted means stored")
-@on_each
-def test_a_killed_worker_loses_nothing(stack, gate):
-    """Jobs run again, and so do plain tasks, after the visibility timeout."""
-    jobs = [stack.enqueue("hold", gate, queue="cpu") for _ in range(2)]
-    task = stack.send("plain.wait", gate, queue="cpu")
-    stack.wait_until_started(*jobs, task)
-    wait_for_early_acknowledgements(stack)
-
-    stack.worker.kill()
-    gate.touch()
-    stack.worker.start()
-
-    rows = stack.wait_until_succeeded(*jobs, crashes=1)
-    assert [errors(row) for row in rows] == [["Its worker died"]] * 2
-    wait_for(lambda: stack.notes("end", task))
-
-
 @pytest.mark.promise("A killed worker's job runs again within 60 seconds")
 @on_each_with_default_timings
 def test_a_killed_worker_loses_no_job_with_the_default_timings(stack, gate):
