@@ -237,14 +237,6 @@ def test_settings_are_formatted_however_long_the_name(bake, character):
     project.run("ruff", "format", "--check", "--no-cache")
 
 
-def test_python_strings_have_the_quotes_that_ruff_chooses(bake):
-    project = bake()
-    names = "".join(f"    {macros().python(name)},\n" for name in NAMES)
-    (project / "names.py").write_text(f"NAMES = [\n{names}]\n", "utf-8")
-
-    project.run("ruff", "format", "--check", "--no-cache", "names.py")
-
-
 @pytest.mark.parametrize(
     ("name", "escaped"),
     [
@@ -419,15 +411,6 @@ def test_a_replayed_choice_that_does_not_exist_is_refused(replay, tmp_path, opti
     assert has_no_files(tmp_path / "out")
 
 
-@pytest.mark.parametrize(
-    ("option", "choice"), [(option, choice) for option in CHOICES for choice in CHOICES[option]]
-)
-def test_every_choice_can_be_replayed(replay, option, choice):
-    result = replay(**{option: choice})
-
-    assert result.returncode == 0, result.stderr
-
-
 def test_all_faults_are_listed_at_once(replay, tmp_path):
     result = replay(
         project_name=" ",
@@ -493,12 +476,3 @@ def test_a_refusal_does_not_end_the_program_that_bakes(tmp_path):
     assert "refused {'author_email': 'nobody'}" in printed
     assert "refused {'project_slug': '../shop'}" in printed
     assert list((tmp_path / "out").iterdir()) == []
-
-
-@pytest.mark.parametrize("include_example", CHOICES["include_example"])
-def test_the_example_is_written_only_if_it_is_wanted(bake, include_example):
-    project = bake(include_example=include_example)
-
-    wanted = include_example == "yes"
-    assert (project / "orders").exists() == wanted
-    assert (project / "tests/test_orders.py").exists() == wanted

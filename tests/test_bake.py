@@ -21,15 +21,12 @@ from harness.bake import (
     CHOICES,
     COMBINATIONS,
     CONTEXT,
-    DEFAULTS,
     ENVIRONMENT,
     OUTPUT,
     TEMPLATE,
     chosen,
     covering,
-    groups,
     name,
-    product,
     render,
 )
 from harness.blocks import check_blocks
@@ -139,16 +136,6 @@ def test_every_three_choices_bake_to_a_clean_project(bake, is_new, answers):
     check_project(bake(**answers), is_new)
 
 
-def test_few_combinations_have_every_three_choices():
-    """The default is the first. A new choice adds some combinations: it does not multiply them."""
-    few = covering(COMBINATIONS)
-    assert few[0] == DEFAULTS
-    assert set().union(*map(groups, few)) == set().union(*map(groups, COMBINATIONS))
-    for option, choices in CHOICES.items():
-        more = covering(product({**CHOICES, option: [*choices, "new"]}))
-        assert len(more) < len(few) + 20, option  # 52, and 4 to 15 more
-
-
 @pytest.mark.parametrize("durable_jobs", CHOICES["durable_jobs"])
 def test_there_are_no_circular_imports(bake, durable_jobs):
     """Not even inside functions."""
@@ -220,18 +207,6 @@ def test_flower_listens_only_on_the_loopback_address(bake, broker, durable_jobs)
         [container] = pod["spec"]["template"]["spec"]["containers"]
         assert "--address=127.0.0.1" in container["command"][-1]
         assert "ports" not in container
-
-
-@pytest.mark.parametrize("durable_jobs", CHOICES["durable_jobs"])
-def test_kustomize_renders_each_manifest(bake, durable_jobs):
-    """integration/features/test_kubernetes.py checks what it renders."""
-    project = bake(durable_jobs=durable_jobs, deployment="kubernetes")
-    pages = list((project / "deploy").rglob("kustomization.yaml"))
-    assert pages
-    for page in pages:
-        found = {file.name for file in page.parent.glob("*.yaml")} - {page.name}
-        listed = yaml.safe_load(page.read_text())["resources"]
-        assert found == {name for name in listed if name.endswith(".yaml")}, page
 
 
 @cache

@@ -164,12 +164,6 @@ def test_env_is_never_overwritten(run, tmp_path):
 # Folders and files
 
 
-def test_the_output_has_no_empty_folders(bake):
-    project = bake(include_example="no", deployment="none", ci="none")
-
-    assert [path for path in project.rglob("*") if path.is_dir() and not any(path.iterdir())] == []
-
-
 def test_empty_folders_of_git_and_virtualenvs_are_kept(tmp_path):
     kept = [tmp_path / folder for folder in (".git/refs/tags", ".venv/include")]
     gone = [tmp_path / folder for folder in ("orders/migrations", ".github/workflows")]

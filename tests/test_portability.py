@@ -95,21 +95,6 @@ def test_windows_and_file_systems_that_ignore_case_can_have_each_file_of_the_tem
         assert len(file) <= 120 and "{%" not in file, f"{file}: a name as in an output, and short"
 
 
-@pytest.mark.parametrize(
-    "files",
-    [
-        *(['{% if x == "y" %}a.py{% endif %}'], ["a|b"], ["a<b"], ["a>b"], ["a:b"], ["a?"], ["a*"]),
-        *(["a\\b"], ["a\tb"], ["a\x00b"], ["folder./a"], ["a "], ["AUX"], ["nul.py"], ["a/con"]),
-        *(["com1.txt"], ["folder/" + "x" * 121], ["README.md", "readme.md"]),
-        ["docs/a.md", "Docs/b.md"],
-    ],
-    ids=ascii,
-)
-def test_a_name_that_windows_refuses_is_found(files):
-    with pytest.raises(AssertionError):
-        check_names(["docs/good.md", *files])
-
-
 def test_windows_clones_the_template_with_unix_line_ends():
     """Otherwise Git for Windows writes others, and so would the output have them."""
     for line in git("ls-files", "--eol", ":!*.whl").splitlines():

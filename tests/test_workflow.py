@@ -11,7 +11,6 @@ import yaml
 
 from harness.bake import CHOICES, TEMPLATE, baked
 from harness.blocks import code
-from harness.outputs import combinations, one_of_each_broker_and_pool
 from harness.project import Project
 
 WORKFLOW = ".github/workflows/ci.yml"
@@ -159,16 +158,3 @@ def test_a_push_publishes_the_default_output_and_the_pages(tmp_path, cookies_ses
     assert names - output == {"my_project/.env"}
     assert output < names
     assert {"docs/index.html", "durable-jobs/docs/guide.html", ".nojekyll"} <= site
-
-
-def test_each_choice_is_tested_on_each_broker():
-    plain = list(combinations())  # as test_plain_run.py bakes them
-    for broker in CHOICES["broker"]:
-        for option in ("result_backend", "worker_pool", "periodic_tasks"):
-            found = {answers[option] for answers in plain if answers["broker"] == broker}
-            assert found == set(CHOICES[option]), option
-    jobs = one_of_each_broker_and_pool()
-    for option in ("result_backend", "periodic_tasks", "include_example"):
-        assert {answers[option] for answers in jobs} == set(CHOICES[option]), option
-    pairs = {(answers["broker"], answers["worker_pool"]) for answers in jobs}
-    assert len(pairs) == len(jobs) == len(CHOICES["broker"]) * len(CHOICES["worker_pool"])

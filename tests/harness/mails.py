@@ -6,18 +6,13 @@ import threading
 
 
 class Mails(socketserver.ThreadingTCPServer):
-    """Records the recipients of mails. Accepts `count` mails, and more once `proceed` is set.
-
-    `errors` are answers to commands for some recipients, {"RCPT 7@example.com": ["550 unknown"]}.
-    Each is used once, and one of DATA after the mail itself. With "", the server hangs up.
-    """
+    """Records the recipients of mails. Accepts `count` mails, and more once `proceed` is set."""
 
     daemon_threads = True
 
-    def __init__(self, count=10**9, errors=()):
+    def __init__(self, count=10**9):
         super().__init__(("127.0.0.1", 0), Handler)
         self.count, self.proceed = count, threading.Event()
-        self.errors = dict(errors)
         self.variables = {
             "EMAIL_BACKEND": "django.core.mail.backends.smtp.EmailBackend",
             "EMAIL_HOST": "127.0.0.1",
@@ -49,11 +44,6 @@ class Handler(socketserver.StreamRequestHandler):
                     pass
                 if not end:  # the sender has died
                     return
-            if errors := self.server.errors.get(f"{word} {recipient}"):
-                if not (answer := errors.pop(0)):  # hang up
-                    return
-                self.reply(answer)
-                continue
             if word == "DATA":
                 self.server.received.append(recipient)
             self.reply("221 bye" if word == "QUIT" else "250 fine")

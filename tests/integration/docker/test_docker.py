@@ -169,18 +169,6 @@ def test_the_profile_monitoring_collects_metrics_and_alerts(stack):
         assert seen[0] == 200 and not seen[2]["results"]
 
 
-def test_compose_scales_the_workers(stack):
-    stack.up("--scale", "worker=2")
-    assert len(stack.containers()["worker"]) == 2
-
-    def workers():
-        return len(stack.ask_flower("/api/workers?refresh=1")[2] or []) >= 2
-
-    if stack.has_flower:
-        assert wait_for(workers, site=stack)
-    stack.up("--scale", "worker=1")
-
-
 def test_a_frozen_service_is_unhealthy(stack):
     """Its container runs, but SIGSTOP has paused every process in it."""
     services = ["web", "worker", "beat"]

@@ -125,23 +125,6 @@ def test_a_second_sigterm_hurries_a_worker(stack, gate):
 
 
 @on_prefork
-def test_an_orphan_ends(stack, gate):
-    """Only the main process is killed. Its children would go on beside the next worker."""
-    task = stack.send("wait", gate)
-    child = stack.wait_until_started(task)
-    os.kill(stack.worker.pid, signal.SIGKILL)
-    wait_for(lambda: not psutil.pid_exists(child))
-    stack.worker.wait()
-
-
-@on_prefork
-def test_an_idle_worker_ends_at_once(stack):
-    start = time.time()
-    assert stack.worker.stop() == 0
-    assert time.time() - start < 30  # seconds on a busy machine
-
-
-@on_prefork
 def test_a_worker_ends_that_reads_a_result(stack, gate):
     stack.kill(stack.worker)
     worker = stack.make_worker("slow", FAULT="slow_results").start()
@@ -287,96 +270,7 @@ except QueueNotFound:
     assert stack.ask(code) is None
 
 
-@on_redis
-def test_a_task_that_the_code_does_not_know_is_lost(stack, record_fault):
-    stack.ask("app.send_task('trials.tasks.new')")
-    wait_for(lambda: "Received unregistered task" in stack.worker.printed)
-    stack.wait_until_started(stack.send("quick"))
-    wait_for(lambda: stack.ask(UNACKNOWLEDGED) == 0)
-    assert stack.worker.printed.count("Received unregistered task") == 1
-    fault = "A worker gets a task that its code doesn't know"
-    record_fault(fault, "**the task is lost**: deploy workers before the web server")
-
-
-UNACKNOWLEDGED = """
-with app.connection_for_read() as broker:
-    channel = broker.default_channel
-    result = channel.client.hlen(channel.unacked_key)
-"""
-
-
-@on_redis
-def test_a_task_is_lost_if_its_process_dies_between_commit_and_sending(
-    stack, tmp_path, record_fault
-):
-    (script := tmp_path / "commit.py").write_text(COMMIT_AND_DIE)
-    variables = {"DJANGO_SETTINGS_MODULE": "config.settings", "PYTHONPATH": stack.project}
-    process = stack.process(f"python {script}", "commit", **variables)
-    process.launch()
-    assert process.wait() == -signal.SIGKILL
-    stack.wait_until_started(stack.send("quick"))
-    order, confirmed_at = stack.ask(LATE)
-    assert not confirmed_at
-    stack.ask(FORGET, order=order)
-    wait_for(lambda: stack.ask(LATE)[1])
-    fault = "The web server is killed after the commit, before it sends the message"
-    record_fault(fault, "**the task is lost**; a periodic task finds the orders", None, "1 to 2 h")
-
-
-LATE = """
-from orders.models import Order
-result = Order.objects.values_list("pk", "confirmed_at").get(product="Late")
-"""
-COMMIT_AND_DIE = """
-import os
-import signal
-import django
-
-django.setup()
-from django.db import transaction
-from orders.models import Order
-from orders.tasks import send_confirmation
-from users.models import User
-
-with transaction.atomic():
-    order = Order.objects.create(owner=User.objects.first(), product="Late", quantity=1)
-    transaction.on_commit(lambda: os.kill(os.getpid(), signal.SIGKILL))
-    send_confirmation.delay_on_commit(order.pk)
-"""
-
-
 # The broker
-
-
-FORGET = """
-from datetime import timedelta
-from django.utils import timezone
-from orders.models import Order
-from orders.tasks import confirm_forgotten_orders
-Order.objects.filter(pk=order).update(created_at=timezone.now() - timedelta(hours=2))
-confirm_forgotten_orders.delay()
-result = None
-"""
-
-
-@on_each
-def test_an_emptied_broker_loses_what_waits(stack, record_fault):
-    """But an order is found, because its row says what is missing."""
-    stack.worker.stop()
-    status, _, order = stack.request("/api/orders/", ORDER)
-    assert status == 201
-    lost = stack.send("quick")
-    stack.empty("celery")
-    stack.worker.start()
-    stack.wait_until_started(stack.send("quick"))
-    url = f"/api/orders/{order['id']}/"
-    assert not stack.starts(lost) and not stack.request(url)[2]["confirmed_at"]
-    stack.ask(FORGET, order=order["id"])
-    wait_for(lambda: stack.request(url)[2]["confirmed_at"])
-    fault = "The broker loses its messages"
-    record_fault(
-        fault, "**waiting tasks are lost**; a periodic task finds the orders", None, "1 to 2 h"
-    )
 
 
 @pytest.mark.parametrize("how", ["is down", "hangs"])
@@ -527,19 +421,6 @@ def test_a_burst_of_countdowns_starves_no_other_task(stack, record_fault):
     record_fault("Many tasks have a countdown", "another task starts at once", seconds, "–")
     stack.worker.kill()
     stack.empty("celery")
-
-
-@on_each
-def test_a_rate_limit_delays_other_tasks_of_the_queue(stack, record_fault):
-    """Known, and said: tasks that wait for their rate fill what a worker prefetches."""
-    [stack.send("limited", queue="cpu") for _ in range(40)]
-    other = stack.send("quick", queue="cpu")
-    time.sleep(8)
-    blocked = not stack.starts(other)
-    stack.worker.kill()
-    stack.empty("cpu")
-    what = "other tasks in the queue wait behind them" if blocked else "nothing"
-    record_fault("Rate-limited tasks fill a worker's prefetch buffer", what, None, "–")
 
 
 # RabbitMQ

@@ -4,14 +4,12 @@ The first headings are the rows of "Plain tasks" in docs/reliability.md; test_wo
 and stops workers that run plain tasks, on each broker.
 """
 
-import os
-import signal
 import time
 
 import psutil
 
 from harness.blocks import code
-from harness.faults import POOLS, on_each_pool, on_prefork, on_rabbitmq, on_sqs, stacks, with_flower
+from harness.faults import POOLS, on_each_pool, on_prefork, on_rabbitmq, on_sqs, stacks
 from harness.project import wait_for
 
 # A worker is stopped before the task ends
@@ -132,16 +130,3 @@ def test_a_time_limit_ends_a_plain_task_that_computes(stack):
     stack.wait_until_final(*[stack.enqueue("quick", queue="cpu") for _ in range(20)])
     assert stack.worker.is_running()
     assert stack.notes("start", task) == [child]
-
-
-@stacks(brokers=with_flower, pools=["prefork"])
-def test_a_revoke_with_terminate_ends_only_this_task(stack, gate, revoke):
-    revoked, task = [stack.send("plain.wait", gate, queue="cpu") for _ in range(2)]
-    child, other = stack.wait_until_started(revoked), stack.wait_until_started(task)
-    revoke(revoked, "?terminate=1")
-    wait_for(lambda: not psutil.pid_exists(child))
-    assert stack.notes("finally", revoked) == [child]
-    os.kill(other, signal.SIGKILL)
-    gate.touch()
-    wait_for(lambda: stack.notes("end", task))
-    assert stack.notes("start", revoked) == [child]

@@ -1,11 +1,10 @@
 """Plain outputs run: each broker with each result backend and pool, on real servers."""
 
-import re
 import time
 
 import pytest
 
-from harness.outputs import CHECKS, ORDER, combinations, mails, outputs
+from harness.outputs import CHECKS, combinations, mails, outputs
 from harness.project import started, wait_for
 from harness.stack import prepare_plain
 
@@ -254,15 +253,6 @@ def test_flower_shows_tasks_and_ends_one(stack, gate):
 
 
 @with_example
-def test_an_order_is_confirmed_by_email(stack):
-    status, _, order = stack.request("/api/orders/", ORDER)
-    assert status == 201
-    url = f"/api/orders/{order['id']}/"
-    wait_for(lambda: stack.request(url)[2]["confirmed_at"])
-    assert "Thank you! You ordered 2 × Tea." in mails(stack.project)
-
-
-@with_example
 def test_a_report_shows_progress_or_arrives_by_email(stack):
     assert stack.request("/api/orders/report.json", method="POST")[0] == 404  # not 500
     status, headers, _ = stack.request("/api/orders/report/", method="POST")
@@ -274,21 +264,3 @@ def test_a_report_shows_progress_or_arrives_by_email(stack):
         assert "Location" not in headers
         assert stack.request("/api/tasks/x/")[0] == 404
         wait_for(lambda: "Subject: Your orders" in mails(stack.project))
-
-
-@with_example
-def test_forecasts_of_the_admin_arrive_by_email(stack):
-    """A chord on the queue `cpu`, or a group where there are no results."""
-    code = """
-from django.test import Client
-from orders.models import Order
-from users.models import User
-user = User.objects.first()
-order, _ = Order.objects.get_or_create(owner=user, product="Coffee")
-client = Client(HTTP_HOST="localhost", headers={"x-forwarded-proto": "https"})
-client.force_login(user)
-data = {"action": "forecast_demand", "_selected_action": [order.pk]}
-result = client.post("/admin/orders/order/", data).status_code
-"""
-    assert stack.ask(code) == 302
-    wait_for(lambda: re.search("^Subject: Demand", mails(stack.project), re.M))

@@ -77,10 +77,7 @@ def work(self, gate):
 def wait(self, gate):
     """Wait until the file `gate` exists, without progress."""
     note(self.request.id, "start")
-    try:
-        wait_for(gate)
-    finally:
-        note(self.request.id, "finally")
+    wait_for(gate)
     note(self.request.id, "end")
 
 
@@ -160,11 +157,6 @@ def circle(self, gate, seconds):
     time.sleep(float(seconds))
     if not Path(gate).exists():
         self.delay(gate, seconds)
-
-
-@shared_task(bind=True, ignore_result=True, rate_limit="1/m")
-def limited(self):
-    note(self.request.id, "start")
 
 
 @shared_task
