@@ -133,14 +133,6 @@ def test_make_up_gives_each_queue_dead_letters(stack):
     assert {policies[queue] for queue in ("celery", "cpu", "io")} == {"dead-letters"}
 
 
-@on_second
-def test_a_task_of_a_killed_worker_runs_again(stack):
-    url = stack.start_report()
-    stack.compose("kill", "worker")
-    stack.up("worker")
-    assert stack.result(url)
-
-
 @on_one
 def test_beat_is_unhealthy_when_it_writes_its_schedule_no_more(stack):
     [beat] = stack.containers()["beat"]

@@ -4,7 +4,6 @@ test_services.py lets each service fail under load; here are the cases that it c
 Each test records what happened; the end of the run prints it as rows for docs/reliability.md.
 """
 
-import json
 import os
 import re
 import signal
@@ -32,7 +31,6 @@ AGAIN = {
     "rabbitmq": "",
     "sqs": "2 minutes (`VISIBILITY_SECONDS`)",
 }
-KILLED = "The worker is killed (SIGKILL, out of memory)"
 
 
 def broker_of(stack):
@@ -44,21 +42,6 @@ def pool_of(stack):
 
 
 # The worker
-
-
-@on_each
-def test_the_task_of_a_killed_worker_runs_again(stack, gate, record_fault):
-    task = stack.send("wait", gate)
-    stack.wait_until_started(task)
-    time.sleep(REDELIVERY / 2)  # after a renewal
-    stack.worker.kill()
-    killed = time.time()
-    stack.worker.start()
-    stack.wait_until_started(task, times=2)
-    again = stack.times("start", task)[1]
-    if broker_of(stack) != "rabbitmq":
-        assert again - killed > REDELIVERY / 2
-    record_fault(KILLED, "its tasks run again", again - killed, AGAIN[broker_of(stack)])
 
 
 @on_prefork
@@ -186,38 +169,6 @@ attributes = {"RedrivePolicy": json.dumps(redrive | {"maxReceiveCount": count})}
 sqs.set_queue_attributes(QueueUrl=url, Attributes=attributes | {"VisibilityTimeout": str(seconds)})
 """
 FATAL = "A task kills its whole worker every time"
-
-
-@on_redis
-def test_a_task_that_kills_its_worker_is_delivered_without_end_by_redis(stack, gate, record_fault):
-    stack.worker.stop()
-    worker = stack.make_worker("fatal", REDELIVERY=1)
-    task = stack.send("kill_worker", gate)
-    with stack.supervised(worker):
-        stack.wait_until_started(task, times=6)
-        gate.touch()
-        stack.wait_until_started(task, times=7)
-        stack.wait_until_started(stack.send("quick"))
-    record_fault(FATAL, "it is redelivered indefinitely", None, AGAIN["redis"] + " each time")
-
-
-@on_rabbitmq
-def test_a_task_that_kills_its_worker_becomes_a_dead_letter_of_rabbitmq(stack, record_fault):
-    """With rabbitmq.json, but for the limit, which is 2 here."""
-    definitions = json.loads(stack.project.read("rabbitmq.json"))
-    [policy] = definitions["policies"]
-    limit, policy["definition"]["delivery-limit"] = policy["definition"]["delivery-limit"], 2
-    file = stack.folder / "definitions.json"
-    file.write_text(json.dumps(definitions))
-    with stack.broker.policy("dead-letters", "import_definitions", file):
-        task = stack.send("kill_worker")
-        with stack.supervised():
-            wait_for(lambda: stack.ask(DEAD_LETTERS["rabbitmq"]) == 1)
-            stack.wait_until_started(stack.send("quick"))
-        assert stack.starts(task) == 3
-        stack.empty("dead-letters")
-    what = f"after {limit} redeliveries it becomes a dead letter"
-    record_fault(FATAL, what, None, "–")
 
 
 @on_sqs

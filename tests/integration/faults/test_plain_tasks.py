@@ -9,7 +9,7 @@ import time
 import psutil
 
 from harness.blocks import code
-from harness.faults import POOLS, on_each_pool, on_prefork, on_rabbitmq, on_sqs, stacks
+from harness.faults import on_each_pool, on_prefork, on_rabbitmq, on_sqs, stacks
 from harness.project import wait_for
 
 # A worker is stopped before the task ends
@@ -46,16 +46,6 @@ def test_a_plain_task_that_kills_its_child_every_time_ends(stack):
 
 
 # The task kills its whole worker every time
-
-
-@stacks(brokers=["redis"], pools=POOLS[:1])
-def test_a_plain_task_that_kills_its_worker_is_delivered_without_end(stack, gate):
-    """More often than a job, which fails after three crashes, and than its max_retries, three."""
-    task = stack.send("plain.kill_worker", gate, queue="cpu")
-    with stack.supervised(*stack.workers):
-        stack.wait_until_started(task, times=4)
-        gate.touch()
-        stack.wait_until_started(task, times=5)
 
 
 @on_sqs

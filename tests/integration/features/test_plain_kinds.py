@@ -11,12 +11,11 @@ from harness.outputs import outputs
 from harness.project import Console, Process, started
 from harness.servers import servers_of, variables_of
 
-plain = outputs(DEFAULTS)
-OTHERS = [
-    {"broker": "rabbitmq", "result_backend": "database", "worker_pool": "threads"},
-    {"broker": "sqs", "result_backend": "dynamodb", "worker_pool": "gevent"},
-]
-others = outputs(*({**DEFAULTS, **each} for each in OTHERS))
+each_broker = outputs(
+    DEFAULTS,
+    {**DEFAULTS, "broker": "rabbitmq", "result_backend": "database", "worker_pool": "threads"},
+    {**DEFAULTS, "broker": "sqs", "result_backend": "dynamodb", "worker_pool": "gevent"},
+)
 # All that have results
 backends = outputs(
     *({**DEFAULTS, "result_backend": each} for each in CHOICES["result_backend"] if each != "none")
@@ -71,30 +70,15 @@ def documented(project):
     return set(re.findall("[A-Z_]+", " ".join(rows)))
 
 
-@plain
-@pytest.mark.parametrize("name", VARIABLES)
-def test_the_projects_checks_and_tests_pass_with_another_value_of(project, name):
-    if name not in documented(project):
-        pytest.skip("a variable of another choice")
-    check(project, {name: VARIABLES[name][0]})
-
-
-@others
+@each_broker
 def test_the_projects_checks_and_tests_pass_with_other_values(project):
-    check(
-        project,
-        {n: VARIABLES[n][0] for n in documented(project)} | OF_CHOICES[project.answers["broker"]],
-    )
-
-
-def check(project, variables):
-    if "DATABASE_URL" not in variables:
-        variables |= {"DATABASE_URL": f"sqlite:///{project}/test.sqlite3"}
+    variables = {name: VARIABLES[name][0] for name in documented(project)}
+    variables |= OF_CHOICES.get(project.answers["broker"], {})
     project.manage("check", **variables)
     project.call(".venv/bin/python", "-m", "pytest", "-q", "-m", "not live", **variables)
 
 
-@outputs(DEFAULTS, *({**DEFAULTS, **each} for each in OTHERS))
+@each_broker
 def test_one_error_names_every_wrong_value(project):
     """And shows no password."""
     asked = set(re.findall(r'env\.\w+\("(\w+)"', project.read("config/settings.py")))
