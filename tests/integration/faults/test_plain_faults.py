@@ -24,7 +24,6 @@ on_prefork = stacks(pools=["prefork"])
 on_redis = stacks(["redis"], ["prefork"])
 on_rabbitmq = stacks(["rabbitmq"], ["prefork"])
 on_sqs = stacks(["sqs"], ["prefork"])
-with_timeout = stacks(brokers=["redis", "sqs"])
 # When the broker delivers the tasks of a killed worker again, in production
 AGAIN = {
     "redis": "2 minutes (`VISIBILITY_SECONDS`) + up to 25 s",
@@ -254,24 +253,6 @@ def test_a_broker_that_does_not_answer_delays_no_request(stack, record_fault, ho
     what = "orders are stored (201), and a periodic task confirms them later; "
     what += "reports are refused (503)"
     record_fault(f"The broker {how} during a request", what, max(seconds))
-
-
-@with_timeout
-def test_a_task_of_any_length_runs_once(stack, gate):
-    """And one with any countdown or pause before a retry, beside a worker that is idle."""
-    long = 2 * REDELIVERY + 5
-    running = [stack.send("wait", gate) for _ in range(2)]  # fewer than a worker has slots
-    stack.wait_until_started(*running)
-    later = [stack.send("quick", countdown=long), stack.send("retry_later", long)]
-    second = stack.make_worker("second").start()
-    stack.wait_until_started(later[0])
-    stack.wait_until_started(later[1], times=2)
-    gate.touch()
-    for task in running:
-        wait_for(lambda task=task: stack.notes("end", task))
-    time.sleep(REDELIVERY + 2)  # time for more
-    assert [stack.starts(task) for task in [*running, *later]] == [1] * (len(running) + 1) + [2]
-    second.stop()
 
 
 @stacks(["redis", "sqs"], ["prefork"], defaults=True)

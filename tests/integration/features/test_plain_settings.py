@@ -154,29 +154,6 @@ def test_a_client_sees_that_a_task_is_running(stack, gate):
     wait_for(lambda: state(stack, task) == "STARTED")
 
 
-@on_redis
-def test_results_expire_after_a_day(stack):
-    task = stack.send("add", 1, 2)
-    wait_for(lambda: state(stack, task) == "SUCCESS")
-    code = f"result = app.backend.client.ttl(app.backend.get_key_for_task({task!r}))"
-    assert 86_000 < stack.ask(code) <= 86_400
-
-
-@on_redis
-def test_each_key_in_redis_names_its_project(stack):
-    """So that projects can share a Redis."""
-    stack.ask("result = add.delay(1, 2).get(timeout=300)")
-    code = """
-import redis
-from django.conf import settings
-urls = [settings.CELERY_BROKER_URL, settings.CELERY_RESULT_BACKEND]
-result = [key.decode() for url in urls for key in redis.from_url(url).keys()]
-"""
-    keys = stack.ask(code)
-    assert keys
-    assert [key for key in keys if not key.lstrip("{").startswith("my_project")] == []
-
-
 CHORD = """
 from celery import chord, group
 from trials.tasks import add, total
