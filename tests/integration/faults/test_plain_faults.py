@@ -43,18 +43,6 @@ def pool_of(stack):
 # The worker
 
 
-@on_prefork
-def test_the_task_of_a_killed_child_runs_again(stack, gate, record_fault):
-    task = stack.send("wait", gate)
-    child = stack.wait_until_started(task)
-    os.kill(child, signal.SIGKILL)
-    killed = time.time()
-    stack.wait_until_started(task, times=2)
-    seconds = stack.times("start", task)[1] - killed
-    after = "3 minutes (`default_retry_delay`)"
-    record_fault("A child process is killed", "its task is retried", seconds, after)
-
-
 @on_each
 def test_sigterm_stops_a_worker_with_a_long_task(stack, gate, record_fault):
     """Within SOFT_SHUTDOWN_SECONDS, and the next worker starts the task."""

@@ -1,49 +1,13 @@
 """Plain tasks, which have no row: what the broker delivers again, and what becomes a dead letter.
 
-The first headings are the rows of "Plain tasks" in docs/reliability.md; test_workers.py also kills
-and stops workers that run plain tasks, on each broker.
+test_workers.py kills and stops workers that run plain tasks, on each broker.
 """
-
-import time
 
 import psutil
 
 from harness.blocks import code
-from harness.faults import on_each_pool, on_prefork, on_rabbitmq, on_sqs, stacks
+from harness.faults import on_prefork, on_rabbitmq, on_sqs
 from harness.project import wait_for
-
-# A worker is stopped before the task ends
-
-
-@on_each_pool
-def test_a_worker_that_ran_only_plain_tasks_stops_in_time(stack, gate):
-    """SOFT_SHUTDOWN_SECONDS applies to them too; an interrupted one is delivered again."""
-    stack.worker.stop()
-    stack.worker.start()
-    task = stack.send("plain.wait", gate, queue="cpu")
-    stack.wait_until_started(task)
-    # Run a later task, for the reason in test_a_stopped_worker_loses_nothing().
-    later = stack.send("plain.wait", ".", queue="cpu")
-    wait_for(lambda: stack.notes("end", later))
-
-    assert stack.worker.stop() == 0
-    gate.touch()
-    stack.worker.start()
-    wait_for(lambda: stack.notes("end", task))
-
-
-# The task kills its child every time
-
-
-@stacks(pools=["prefork"])
-def test_a_plain_task_that_kills_its_child_every_time_ends(stack):
-    task = stack.send("plain.kill_child", queue="cpu")
-    wait_for(lambda: stack.starts(task) == 4)
-    stack.wait_until_final(*[stack.enqueue("quick", queue="cpu") for _ in range(20)])
-    time.sleep(2)  # time for a fifth start
-    assert stack.starts(task) == 4
-    assert not stack.messages_in("cpu")
-
 
 # The task kills its whole worker every time
 
