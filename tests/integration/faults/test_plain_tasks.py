@@ -3,10 +3,8 @@
 test_workers.py kills and stops workers that run plain tasks, on each broker.
 """
 
-import psutil
-
 from harness.blocks import code
-from harness.faults import on_prefork, on_rabbitmq, on_sqs
+from harness.faults import on_rabbitmq, on_sqs
 from harness.project import wait_for
 
 # The task kills its whole worker every time
@@ -71,16 +69,3 @@ with app.connection_for_write() as broker:
     assert [name for name in covered if "celery" in name or "dead" in name] == ["celery"]
     for part in ["dead-letters", "celery_delayed_0", "celeryev.", ".celery.pidbox"]:
         assert any(part in name for name in policies), part
-
-
-# The task is ended
-
-
-@on_prefork
-def test_a_time_limit_ends_a_plain_task_that_computes(stack):
-    task = stack.send("plain.compute", queue="cpu", time_limit=2, soft_time_limit=1)
-    child = stack.wait_until_started(task)
-    wait_for(lambda: not psutil.pid_exists(child))
-    stack.wait_until_final(*[stack.enqueue("quick", queue="cpu") for _ in range(20)])
-    assert stack.worker.is_running()
-    assert stack.notes("start", task) == [child]

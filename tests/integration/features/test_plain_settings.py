@@ -200,13 +200,6 @@ def test_a_child_process_that_needs_much_memory_is_replaced(stack):
 
 
 @on_redis
-def test_tasks_reuse_a_database_connection(stack):
-    stack.replace_worker("--concurrency 1")
-    code = "result = [find_connection.delay().get(timeout=300) for _ in range(3)]"
-    assert len(set(stack.ask(code))) == 1
-
-
-@on_redis
 def test_a_worker_waits_for_its_broker(stack):
     stack.worker.stop()
     stack.broker.kill()

@@ -5,7 +5,6 @@ import builtins
 import os
 import signal
 import time
-from itertools import repeat
 from pathlib import Path
 
 from celery import shared_task
@@ -100,13 +99,6 @@ def stubborn(self):
             time.sleep(60)
         except SoftTimeLimitExceeded:
             note(self.request.id, "soft")
-
-
-@shared_task(bind=True)
-def compute(self):
-    """Compute forever in C, so that no signal handler of Python runs."""
-    note(self.request.id, "start")
-    max(repeat(1))
 
 
 @shared_task
