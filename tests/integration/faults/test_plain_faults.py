@@ -23,13 +23,6 @@ on_each = stacks()
 on_prefork = stacks(pools=["prefork"])
 on_redis = stacks(["redis"], ["prefork"])
 on_rabbitmq = stacks(["rabbitmq"], ["prefork"])
-on_sqs = stacks(["sqs"], ["prefork"])
-# When the broker delivers the tasks of a killed worker again, in production
-AGAIN = {
-    "redis": "2 minutes (`VISIBILITY_SECONDS`) + up to 25 s",
-    "rabbitmq": "",
-    "sqs": "2 minutes (`VISIBILITY_SECONDS`)",
-}
 
 
 def broker_of(stack):
@@ -129,49 +122,6 @@ def test_a_task_fails_whatever_it_raises(stack):
     stack.wait_until_started(stack.send("quick"))
     states = "result = [AsyncResult(task).state for task in tasks]"
     assert stack.ask(states, tasks=tasks) == ["FAILURE"] * len(tasks)
-
-
-DEAD_LETTERS = {
-    "rabbitmq": """
-with app.connection_for_write() as broker:
-    result = broker.default_channel.queue_declare("dead-letters", passive=True).message_count
-""",
-    "sqs": """
-import boto3
-from django.conf import settings
-found = boto3.client("sqs").get_queue_attributes(
-    QueueUrl=settings.SQS_ADDRESS + "-dead", AttributeNames=["ApproximateNumberOfMessages"]
-)
-result = int(found["Attributes"]["ApproximateNumberOfMessages"])
-""",
-}
-LIMIT_DELIVERIES = """
-import boto3, json
-from django.conf import settings
-sqs, url = boto3.client("sqs"), settings.SQS_ADDRESS + "-celery"
-redrive = json.loads(sqs.get_queue_attributes(QueueUrl=url, AttributeNames=["RedrivePolicy"])
-    ["Attributes"]["RedrivePolicy"])
-result = redrive["maxReceiveCount"]
-attributes = {"RedrivePolicy": json.dumps(redrive | {"maxReceiveCount": count})}
-sqs.set_queue_attributes(QueueUrl=url, Attributes=attributes | {"VisibilityTimeout": str(seconds)})
-"""
-FATAL = "A task kills its whole worker every time"
-
-
-@on_sqs
-def test_a_task_that_kills_its_worker_becomes_a_dead_letter_of_sqs(stack, record_fault):
-    """With the queues of the project, but for the limit, which is 3 here."""
-    limit = stack.ask(LIMIT_DELIVERIES, count=3, seconds=5)
-    try:
-        task = stack.send("kill_worker")
-        with stack.supervised():
-            wait_for(lambda: stack.ask(DEAD_LETTERS["sqs"]) == 1)
-            stack.wait_until_started(stack.send("quick"))
-        assert stack.starts(task) == 3
-    finally:
-        stack.ask(LIMIT_DELIVERIES, count=limit, seconds=REDELIVERY)
-    what = f"after {limit - 1} redeliveries it becomes a dead letter"
-    record_fault(FATAL, what, None, AGAIN["sqs"] + " each time")
 
 
 @stacks(pools=["prefork"])
@@ -396,24 +346,6 @@ def test_countdowns_work_on_a_worker_of_some_queues(stack):
     time.sleep(5)
     stack.make_worker("late", "--queues cpu").start()
     stack.wait_until_started(task)
-
-
-@on_rabbitmq
-def test_twenty_deliveries_make_a_dead_letter_of_rabbitmq(stack):
-    """With rabbitmq.json. No worker reads the queue `reports`."""
-    file = stack.project / "rabbitmq.json"
-    with stack.broker.policy("dead-letters", "import_definitions", file):
-        stack.send("quick", queue="reports")
-        deliver = """
-with app.connection_for_write() as broker:
-    channel = broker.default_channel
-    if message := channel.basic_get("reports"):
-        channel.basic_reject(message.delivery_tag, requeue=True)
-result = bool(message)
-"""
-        assert sum(stack.ask(deliver) for _ in range(30)) == 21
-        wait_for(lambda: stack.ask(DEAD_LETTERS["rabbitmq"]) == 1)
-        stack.empty("dead-letters")
 
 
 # SQS

@@ -141,17 +141,6 @@ def test_a_countdown_is_waited_for(stack):
     assert started - sent > 1.9  # not 2: gevent counts from the start of its loop's round
 
 
-@each_broker_and_pool
-def test_a_task_that_fails_twice_succeeds(stack):
-    status, headers, answer = start(stack, "fail_twice")
-    assert status == 202
-    if "Location" in headers:
-        seen = follow(stack, headers["Location"], "SUCCESS")
-        assert seen[-1]["result"] == 2
-        assert "RETRY" in [task["state"] for task in seen]
-    stack.wait_until_started(answer["id"], times=3)
-
-
 @with_results
 def test_the_caller_gets_the_result(stack):
     assert stack.ask("result = add.delay(1, 2).get(timeout=300)") == 3

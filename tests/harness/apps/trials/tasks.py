@@ -135,14 +135,6 @@ def kill_child(self):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-@shared_task(bind=True, ignore_result=True)
-def kill_worker(self, gate="never"):
-    """Kill the whole worker, unless the file `gate` exists: workers lead their process groups."""
-    note(self.request.id, "start")
-    if not Path(gate).exists():
-        os.killpg(0, signal.SIGKILL)
-
-
 @shared_task(bind=True)
 def circle(self, gate, seconds):
     """Send this task again and again, until the gate exists."""
