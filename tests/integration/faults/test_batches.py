@@ -5,43 +5,12 @@ What starts when a batch has ended, starts once.
 
 import time
 
-import pytest
-
-from harness.faults import on_each, on_each_pool, ran_once
+from harness.faults import on_each
 from harness.project import wait_for
 
 
 def state(stack, batch):
     return stack.ask("result = Batch.objects.get(pk=batch).state", batch=batch)
-
-
-# A worker is killed after the end of the last member
-
-
-@pytest.mark.promise("Follow-up jobs and batch callbacks are stored exactly once")
-@on_each_pool
-def test_a_worker_killed_between_the_ends_of_a_job_and_its_batch_loses_no_callback(stack):
-    """Beat is away, too. When it is back, it ends the batch."""
-    stack.beat.stop()
-    batch, job = stack.ask("""
-batch = batches.enqueue(
-    [quick.using(queue="test").s()],
-    on_success=quick.si().set(queue="io"), on_finish=quick.si().set(queue="io"),
-)
-result = [str(batch.pk), str(batch.jobs.get().pk)]
-""")
-    worker = stack.make_worker("dying", "--queues test", FAULT="death_between_ends")
-    worker.launch()
-    stack.wait_until_succeeded(job, crashes=0)
-    wait_for(lambda: not worker.is_running())
-    assert state(stack, batch) == "open"
-    stack.beat.start()
-    wait_for(lambda: state(stack, batch) == "succeeded")
-    ask = "result = [str(job.pk) for job in Job.objects.filter(follows=batch)]"
-    callbacks = stack.ask(ask, batch=batch)
-    assert len(callbacks) == 2
-    stack.wait_until_succeeded(*callbacks, crashes=0)
-    assert ran_once(stack, callbacks)
 
 
 # Beat is unavailable

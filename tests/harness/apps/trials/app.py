@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-import signal
 import threading
 import time
 from datetime import timedelta
@@ -73,20 +72,6 @@ def no_reconnect():
 
     quick_heartbeat()
     Consumer.on_connection_error_after_connected = fail
-
-
-def death_between_ends():
-    """A worker dies after the end of a job, before that of the batch."""
-
-    def die(pk):
-        os.killpg(0, signal.SIGKILL)
-
-    def prepare(**kwargs):
-        from durable_jobs import batches  # not earlier: Django's models are loaded now
-
-        batches.try_to_end = die
-
-    signals.worker_init.connect(prepare, weak=False)
 
 
 def slow_results():
