@@ -448,9 +448,8 @@ CELERY_TASK_ROUTES["faults.tasks.routed"] = {{"queue": "io"}}
 DURABLE_JOBS["LIMITS"] = {LIMITS}
 """
     urls = """
-from faults.views import add, enqueue, work
+from faults.views import enqueue, work
 urlpatterns += [path("faults/", enqueue), path("faults/batches/", work)]
-urlpatterns += [path("api/faults/add/", add)]
 """
     project.add_app("trials")
     project.add_app("faults", settings, urls)

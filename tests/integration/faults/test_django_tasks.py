@@ -2,7 +2,7 @@
 
 import pytest
 
-from harness.faults import on_each_pool, on_one
+from harness.faults import on_each_pool
 from harness.project import wait_for
 
 RESULTS = """
@@ -13,19 +13,6 @@ def seen(id):
     errors = [error.exception_class_path for error in found.errors]
     return [found.status, value, found.attempts, errors]
 """
-
-
-@on_each_pool
-def test_a_function_succeeds_or_fails(stack):
-    code = "result = [add.enqueue(1, b=2).id, look_up.enqueue('x').id]"
-    jobs = stack.ask(code)
-    stack.wait_until_final(*jobs)
-    assert stack.ask(f"{RESULTS}\nresult = [seen(id) for id in ids]", ids=jobs) == [
-        ["SUCCESSFUL", 3, 1, []],
-        ["FAILED", None, 1, ["builtins.LookupError"]],
-    ]
-    [failure] = stack.row(jobs[1])["failures"]
-    assert "in look_up" in failure["traceback"]
 
 
 @pytest.mark.parametrize("function", ["hold_a_function", "hold_a_coroutine"])
@@ -66,31 +53,3 @@ def test_a_coroutine_over_its_time_limit_is_cancelled_except_in_a_thread(stack, 
         gate.touch()
     wait_for(lambda: stack.notes("end", job) or stack.notes("cancelled", job))
     assert bool(stack.notes("end", job)) == in_thread
-
-
-@on_one
-def test_an_async_view_enqueues_a_function_and_awaits_its_result(stack):
-    status, _, answer = stack.request("/api/faults/add/")
-    assert (status, answer) == (200, {"value": 3})
-
-
-@on_one
-def test_a_rollback_leaves_no_job_and_no_message(stack):
-    code = """
-from contextlib import suppress
-with suppress(ZeroDivisionError), transaction.atomic():
-    add.using(queue_name="io").enqueue(1, 2)
-    1 / 0
-result = Job.objects.count()
-"""
-    stack.other.pause()
-    before = stack.ask("result = Job.objects.count()"), stack.messages_in("io")
-    assert (stack.ask(code), stack.messages_in("io")) == before
-
-
-@on_one
-def test_beat_starts_a_function(stack):
-    stack.replace_beat(FAULT="every_second")
-    started = "Job.objects.filter(task='faults.tasks.add', state='succeeded', result=3)"
-    before = stack.ask(f"result = {started}.count()")
-    wait_for(lambda: stack.ask(f"result = {started}.count()") >= before + 2)

@@ -59,20 +59,6 @@ def test_bad_addresses_and_types_are_refused(stack):
 
 
 @on_one
-def test_jobs_and_orders_of_others_are_not_found(stack):
-    job = stack.post("quick")
-    order = stack.request("/api/orders/", ORDER)[2]["id"]
-    other = {"Authorization": f"Token {stack.add_user('other')}"}
-    for path, body in [
-        (f"jobs/{job}/", None),
-        (f"jobs/{job}/cancel/", ""),
-        (f"orders/{order}/", None),
-    ]:
-        assert stack.request(f"/api/{path}", body, **other)[0] == 404
-    assert stack.request("/api/jobs/", **other)[2]["results"] == []
-
-
-@on_one
 def test_200_posts_with_one_key_make_one_job(stack):
     key = {"Idempotency-Key": "the-only-one"}
 

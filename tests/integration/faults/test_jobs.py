@@ -5,7 +5,6 @@ The first headings are those of "Jobs" in reliability.md.
 
 import json
 import signal
-import time
 
 import pytest
 
@@ -24,7 +23,7 @@ from harness.faults import (
     with_flower,
 )
 from harness.project import wait_for
-from harness.stack import LEASE, succeeded
+from harness.stack import LEASE
 
 # An error of Celery ends a worker
 
@@ -82,14 +81,6 @@ def test_a_task_function_that_holds_the_gil_keeps_its_job(stack):
     assert ran_once(stack, [job])
 
 
-@where_jobs_share_a_process
-def test_a_task_function_that_holds_the_gil_of_all_ends_like_one_that_kills_its_worker(stack):
-    """Its worker cannot renew the lease meanwhile, and what the function returns is dropped."""
-    job = stack.enqueue("hold_the_interpreter", LEASE + 10, queue="cpu")
-    [row] = stack.wait_until_final(job)
-    assert (row["state"], row["error"]) == ("failed", "Its worker died 3 times")
-
-
 # A job exceeds its time limit
 
 
@@ -131,23 +122,6 @@ def test_a_thread_over_its_time_limit_continues(stack, gate):
 # A job is cancelled in the API or revoked in Flower
 
 
-@stacks(brokers=with_flower)
-def test_a_revoke_from_flower_cancels(stack, gate, revoke):
-    waits = stack.enqueue("hold", gate, queue="cpu", countdown=3600)
-    runs = stack.enqueue("hold", gate, queue="cpu")
-    stack.wait_until_started(runs)
-    revoke(waits)
-    revoke(runs)
-    rows = stack.wait_until_final(waits, runs)
-    assert [row["state"] for row in rows] == ["cancelled", "cancelled"]
-    gate.touch()
-    wait_for(lambda: stack.notes("end", runs))
-    time.sleep(1)
-    assert stack.row(runs)["state"] == "cancelled"
-    assert stack.finals(waits, runs) == 2
-    assert not stack.notes("start", waits)
-
-
 @stacks(brokers=with_flower, pools=["prefork"])
 def test_a_job_that_holds_its_own_row_can_be_terminated(stack, gate, revoke):
     """If its worker's loop waited for the lock, nothing would end the function."""
@@ -163,15 +137,6 @@ def control(stack, *words):
     stack.project.call(*command, **stack.variables)
 
 
-@on_one
-def test_celery_control_terminate_cancels(stack, gate):
-    job = stack.enqueue("hold", gate, queue="cpu")
-    stack.wait_until_started(job)
-    control(stack, "terminate", "SIGTERM", job)
-    [row] = stack.wait_until_final(job)
-    assert row["state"] == "cancelled"
-
-
 @on_prefork_and_threads
 def test_a_revoke_during_a_database_outage_cancels(stack, gate):
     waits = stack.enqueue("hold", gate, queue="cpu", countdown=3600)
@@ -185,56 +150,7 @@ def test_a_revoke_during_a_database_outage_cancels(stack, gate):
     assert [row["state"] for row in rows] == ["cancelled", "cancelled"]
 
 
-# The outcome cannot be stored, or the task function leaves a transaction open
-
-
-ODD = {  # code: words of its error
-    "raise type('Mute', (Exception,), {'__str__': lambda error: 1 / 0})": "Mute",
-    "from celery.exceptions import Retry; raise Retry('by hand')": "etry",
-    "raise self.retry(args=[object()])": "not JSON",
-    "raise self.retry(queue='q' * 300)": "too long",
-    "for _ in range(100_000): result = [result]": "result",
-    # Python can write this JSON, but PostgreSQL's limits refuse it, as they refuse 256 MB.
-    """
-import sys
-sys.setrecursionlimit(40_000)
-for _ in range(30_000):
-    result = [result]
-""": "result",
-    "transaction.set_autocommit(False); connection.cursor().execute('SELECT 1')": "transaction",
-    """
-transaction.set_autocommit(False)
-try:
-    connection.cursor().execute("INSERT INTO written VALUES (-1), (-1)")
-except Error:
-    pass
-""": "transaction",
-}
-
-
-@on_each_pool
-def test_odd_outcomes_end_a_job(stack):
-    """After one run, with the true reason."""
-    jobs = [stack.enqueue("run", code, queue="cpu") for code in ODD]
-    rows = stack.wait_until_final(*jobs)
-    for words, row in zip(ODD.values(), rows, strict=True):
-        assert row["state"] == "failed" and words in row["error"], rows
-    assert ran_once(stack, jobs)
-    stack.wait_until_succeeded(stack.enqueue("quick", queue="cpu"), crashes=0)
-
-
 # Retries and errors
-
-
-@on_prefork_and_threads
-def test_each_run_that_failed_says_why(stack):
-    """Also each run that was retried."""
-    jobs = [stack.enqueue(task) for task in ["fail_twice", "fail_and_continue"]]
-    rows = stack.wait_until_final(*jobs)
-    assert [row["state"] for row in rows] == ["failed", "succeeded"]
-    assert [errors(row) for row in rows] == [["OSError: away"] * 2, ["OSError: away"]]
-    failures = [failure for row in rows for failure in row["failures"]]
-    assert all('raise OSError("away")' in failure["traceback"] for failure in failures), failures
 
 
 @on_prefork_and_threads
@@ -250,70 +166,9 @@ if not self.request.retries:
 
 
 @on_one
-def test_a_retry_in_the_far_future_does_not_break_the_lists_of_jobs(stack):
-    """Python cannot read a time after the year 9999."""
-    with pytest.raises(AssertionError, match="ValueError"):
-        stack.enqueue("quick", countdown=1.7e12)  # milliseconds, by mistake
-    job = stack.post("run", "raise self.retry(countdown=1e12)")
-    stack.wait_until_started(job)
-    wait_for(lambda: stack.row(job)["state"] == "queued")
-    code = """
-from django.test import Client
-from users.models import User
-https = {"x-forwarded-proto": "https"}
-admin = Client(raise_request_exception=False, HTTP_HOST="127.0.0.1", headers=https)
-admin.force_login(User.objects.create_superuser("superuser"))
-result = admin.get("/admin/durable_jobs/job/").status_code
-"""
-    assert (stack.request("/api/jobs/")[0], stack.ask(code)) == (200, 200)
-
-
-@on_one
 def test_a_long_error_is_cut(stack):
     job = stack.post("run", "raise ValueError('x' * 20_000_000)")
     [row] = stack.wait_until_final(job)
     assert row["error"].startswith("ValueError: xxx")
     assert len(row["error"]) <= 10_000
     assert len(json.dumps(stack.request("/api/jobs/")[2])) < 1_000_000
-
-
-@on_one
-def test_long_results_are_not_in_the_list(stack):
-    """The details have them. The page polls the list every 1.5 s."""
-    jobs = [stack.post("run", "result = 'x' * 900_000") for _ in range(20)]
-    code = "result = Job.objects.filter(pk__in=jobs, state='succeeded').count()"
-    wait_for(lambda: stack.ask(code, jobs=jobs) == 20)
-    status, _, shown = stack.request("/api/jobs/")
-    assert (status, len(shown["results"])) == (200, 20)
-    assert len(json.dumps(shown)) < 1_000_000
-    assert len(stack.request(f"/api/jobs/{jobs[0]}/")[2]["result"]) == 900_000
-
-
-# What a task function does to others
-
-
-@on_prefork
-def test_a_database_setting_of_a_task_function_stops_no_other(stack):
-    """The jobs run in the same child, one after the other."""
-    stack.make_worker("alone", "--queues alone", WORKER_CONCURRENCY=1).start()
-    odd, others = [], []
-    for setting in ["search_path=''", "default_transaction_read_only=on"]:
-        code = f'connection.cursor().execute("SET {setting}")'
-        odd.append(stack.enqueue("run", code, queue="alone"))
-        others += [stack.enqueue("quick", queue="alone") for _ in range(3)]
-    stack.wait_until_final(*odd, *others)
-    assert succeeded(stack.rows(*others), crashes=0)
-    assert ran_once(stack, odd + others)
-
-
-@on_prefork_and_threads
-def test_a_report_in_a_thread_of_a_task_function_is_refused(stack):
-    """It would silently store nothing, and a cancel would not end it."""
-    code = """
-from concurrent.futures import ThreadPoolExecutor
-calls = [lambda: self.report(1), lambda: self.report(1, cursor=1), lambda: self.cursor]
-with ThreadPoolExecutor(1) as thread:
-    result = [repr(thread.submit(call).exception()) for call in calls]
-"""
-    [row] = stack.wait_until_final(stack.enqueue("run", code, queue="cpu"))
-    assert all("RuntimeError" in error for error in row["result"]), row

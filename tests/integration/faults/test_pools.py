@@ -52,25 +52,6 @@ def test_a_child_that_uses_too_much_memory_is_replaced_after_its_task(stack, gat
     assert len({row["result"] for row in rows}) == 3, rows  # ids of processes
 
 
-# Greenlets
-
-
-@on_gevent
-def test_a_greenlet_has_no_soft_time_limit(stack):
-    """This one is 1 s. The hard one works: see test_a_job_over_its_time_limit_fails()."""
-    stack.wait_until_succeeded(stack.enqueue("query", 3, queue="cpu"), crashes=0)
-
-
-@on_gevent
-def test_a_greenlet_that_blocks_makes_all_others_wait(stack):
-    blocks = stack.enqueue("hold_the_interpreter", 3, queue="cpu")
-    stack.wait_until_started(blocks)
-    other = stack.enqueue("quick", queue="cpu")
-    stack.wait_until_final(blocks, other)
-    noted = [words[:2] for words in stack.lines()]
-    assert noted.index(["end", blocks]) < noted.index(["start", other])
-
-
 # Connections to the database
 
 

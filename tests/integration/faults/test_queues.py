@@ -2,9 +2,7 @@
 
 import os
 
-import pytest
-
-from harness.faults import on_each_broker, on_one, on_rabbitmq, on_sqs
+from harness.faults import on_each_broker, on_one, on_rabbitmq
 from harness.project import wait_for
 
 
@@ -16,12 +14,6 @@ def test_a_job_goes_to_the_queue_of_its_task(stack):
         stack.wait_until_final(said, overruled)
         workers = [os.getpgid(stack.notes("start", job)[0]) for job in [said, overruled]]
         assert workers == [stack.other.pid, stack.worker.pid]
-
-
-@on_sqs
-def test_a_queue_must_be_created_before_it_is_used(stack):
-    with pytest.raises(AssertionError, match="UndefinedQueueException"):
-        stack.send("plain.wait", ".", queue="new")
 
 
 @on_rabbitmq

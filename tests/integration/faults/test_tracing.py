@@ -244,21 +244,6 @@ def test_a_worker_ends_in_time_although_nothing_takes_its_spans(stack):
 
 
 @on_prefork
-def test_a_request_whose_job_cannot_be_sent_is_not_the_parent_of_the_next(stack, collector):
-    stack.renew_web()
-    stack.broker.kill()
-    with stack.supervised(*stack.workers):
-        jobs = [post(stack, "/faults/", f"away-{n}", task="quick", args=[]) for n in range(20)]
-        stack.broker.start()
-        jobs += [post(stack, "/faults/", f"back-{n}", task="quick", args=[]) for n in range(20)]
-        stack.wait_until_final(*jobs)
-    wait_for(lambda: collector.has_runs_of(*jobs))
-    roots = [root_of(collector, job) for job in jobs]
-    assert len({root.trace_id for root in roots}) == len(jobs)
-    assert {root.parent_span_id for root in roots} == {b""}
-
-
-@on_prefork
 def test_a_killed_child_is_logged_with_the_id_of_its_request(stack):
     job = post(stack, "/faults/", "request-of-the-dead", task="die", args=[])
     lines = lambda: [  # noqa: E731

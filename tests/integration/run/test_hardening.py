@@ -1,54 +1,12 @@
 """Attacks on a running output. Those that need no server are in the output's own tests."""
 
 import socket
-from urllib.parse import urlsplit
 
 import pytest
 
-from harness import servers
-from harness.bake import chosen
 from harness.browser import browser
-from harness.outputs import ORDER, default_output, one_for_each_broker, outputs
+from harness.outputs import ORDER, default_output
 from harness.project import free_ports, wait_for
-
-PASSWORD = "only-this-server-knows"
-with_flower = outputs(*(each for each in one_for_each_broker() if chosen(**each).has_flower))
-
-
-@with_flower
-def test_celery_and_flower_show_no_password(project, tmp_path):
-    """Neither the passwords of broker and results nor that of the cache, unknown to Celery."""
-    with servers.real(project, tmp_path) as addresses:
-        variables = {"CACHE_URL": f"redis://:{PASSWORD}@127.0.0.1:1/2"}
-        for name, url in addresses.items():
-            variables[name] = protect(url)
-        with project.up(**variables) as site:
-
-            def flower():
-                return str(site.ask_flower("/api/workers?refresh=1")[2])
-
-            wait_for(lambda: "BROKER_URL" in flower(), site=site)
-            conf = [".venv/bin/celery", "-A", "config", "inspect", "conf", "--timeout", "30"]
-            shown = {
-                "inspect conf": project.call(*conf, "-d", site.worker, **site.environment),
-                "report": project.call(*conf[:3], "report", **site.environment),
-                "Flower": flower(),
-                "the log": site.log,
-            }
-    for name, text in shown.items():
-        assert PASSWORD not in text and "guest:guest" not in text, name  # RabbitMQ's own
-    assert "BROKER_URL" in shown["inspect conf"]
-
-
-def protect(url):
-    """Give the Redis at this URL a password; return the URL with it. Other URLs stay the same."""
-    parts = urlsplit(url)
-    if parts.scheme != "redis":
-        return url
-    with socket.create_connection((parts.hostname, parts.port)) as connection:
-        connection.sendall(f"CONFIG SET requirepass {PASSWORD}\r\n".encode())
-        assert connection.recv(99).startswith((b"+OK", b"-NOAUTH"))
-    return url.replace("//", f"//:{PASSWORD}@", 1)
 
 
 @pytest.mark.parametrize("fault", ["dead", "hung"])

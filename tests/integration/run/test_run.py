@@ -28,7 +28,6 @@ from harness.outputs import (
 )
 from harness.project import (
     Process,
-    children_of,
     connects,
     env,
     fetch,
@@ -185,20 +184,6 @@ def test_the_pages_say_what_a_blocked_job_waits_for(with_tasks, tmp_path):
         tab.wait(f"{rows}[0]?.includes('Paused') && !{rows}[0].includes('SMTP')")  # its label
 
 
-@every_pool
-def test_flower_sees_a_cancelled_job_end(with_tasks):
-    """Whether it had started or not. The worker's log shows it, too."""
-    with with_tasks.up(WORKER_CONCURRENCY=1) as site:
-        urls = [site.enqueue("count", 300) for _ in range(2)]
-        next(job for job in site.follow(urls[0]) if job["state"] == "running")
-        for url in reversed(urls):
-            assert site.request(f"{url}cancel/", {})[2]["state"] == "cancelled"
-        for url in urls:
-            pk = url.split("/")[3]
-            wait_for(lambda pk=pk: site.find_in_flower(pk, "REVOKED"), site=site)
-        wait_for(lambda: site.log.count(" is cancelled") == 2, site=site)
-
-
 @default_output
 def test_the_log_names_each_event_and_has_one_traceback(with_tasks):
     with with_tasks.up() as site:
@@ -230,25 +215,6 @@ def test_production_names_all_missing_variables(project):
         assert set(re.findall(r"'(\w+)': \['Environment variable not set", said)) == set(variables)
     finally:
         (project / ".env.away").rename(project / ".env")
-
-
-@default_output
-def test_a_killed_child_loses_no_job(with_tasks):
-    """With the default timings."""
-    with with_tasks.up() as site:
-        url = site.enqueue("count", 100)
-        following = site.follow(url)
-        while next(following)["progress"] < 20:
-            pass
-        found = site.find("celery -A config worker")
-        children = {child for pid in found for child in children_of(pid)}
-        for child in children:
-            with suppress(ProcessLookupError):  # its parent has ended it
-                os.kill(child, signal.SIGKILL)
-        while next(following)["progress"] >= 20:  # until it runs again
-            pass
-        *_, job = following
-        assert job["state"] == "succeeded"
 
 
 @default_output

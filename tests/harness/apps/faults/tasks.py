@@ -189,15 +189,6 @@ def fail_twice(self):
     raise OSError("away")
 
 
-@job
-def fail_and_continue(self):
-    try:
-        if not self.request.retries:
-            raise OSError("away")
-    except OSError:
-        self.retry(countdown=0, throw=False)
-
-
 @job(autoretry_for=(Error,), default_retry_delay=1, max_retries=99)
 def write(self, number, seconds, then=()):
     """Write a number, and those in `then` in next jobs.
@@ -236,11 +227,6 @@ if "OLD_CODE" not in os.environ:
 @task
 def add(a, b):
     return a + b
-
-
-@task
-def look_up(word):
-    raise LookupError(word)
 
 
 @task(takes_context=True, queue_name="cpu")

@@ -1,11 +1,6 @@
 """Views that enqueue jobs for the tests of faults."""
 
-import asyncio
-import os
-import signal
-
 from django.db import transaction
-from django.http import JsonResponse
 from rest_framework.decorators import api_view
 from rest_framework.response import Response
 
@@ -19,11 +14,9 @@ from .survey import MEMBERS, numbers_of
 
 @api_view(["POST"])
 def enqueue(request):
-    """Enqueue a job, once for each key. With "die", the process dies between commit and publish."""
+    """Enqueue a job, once for each key."""
     task, key = getattr(tasks, request.data["task"]), request.data.get("key")
     with transaction.atomic():
-        if request.data.get("die"):
-            transaction.on_commit(lambda: os.kill(os.getpid(), signal.SIGKILL))
         job = Job.objects.filter(idempotency_key=key).exclude(idempotency_key=None).first()
         if not job:
             args, owner = request.data["args"], request.user
@@ -53,12 +46,3 @@ def work(request):
             calls = [tasks.write.s(each, 0.1) for each in members]
             batches.enqueue(calls, on_success=first, on_finish=last, **options)
     return Response({"id": key}, status=202)
-
-
-async def add(request):
-    """Enqueue a task of Django and wait for its return value."""
-    result = await tasks.add.aenqueue(1, 2)
-    while not result.is_finished:
-        await asyncio.sleep(0.05)
-        result = await tasks.add.aget_result(result.id)
-    return JsonResponse({"value": result.return_value})

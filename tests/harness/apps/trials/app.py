@@ -4,7 +4,6 @@ import ctypes
 import os
 import threading
 import time
-from datetime import timedelta
 from functools import partialmethod
 
 from celery import signals
@@ -20,13 +19,6 @@ def every_second():
         "every second": {"task": "faults.tasks.tick", "schedule": 1},
         "a function": {"task": "faults.tasks.add", "schedule": 1, "args": [1, 2]},
     }
-
-
-def every_hour():
-    """Beat starts a job at once and then every hour."""
-    last = app.now() - timedelta(hours=1)
-    entry = {"task": "faults.tasks.tick", "schedule": 3600, "last_run_at": last}
-    app.conf.beat_schedule = {"every hour": entry}
 
 
 class Endless(schedule):
