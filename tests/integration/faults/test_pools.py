@@ -41,17 +41,6 @@ def test_workers_with_different_pools_run_side_by_side(stack, gate):
         worker.stop()
 
 
-# Processes
-
-
-@on_prefork
-def test_a_child_that_uses_too_much_memory_is_replaced_after_its_task(stack, gate):
-    gate.touch()
-    stack.replace_worker(WORKER_MAX_KILOBYTES=1, WORKER_CONCURRENCY=1)
-    rows = stack.wait_until_final(*[stack.enqueue("hold", gate, queue="cpu") for _ in range(3)])
-    assert len({row["result"] for row in rows}) == 3, rows  # ids of processes
-
-
 # Connections to the database
 
 

@@ -37,14 +37,6 @@ with app.connection_for_write(url) as broker:
     wait_for(lambda: "cpu\t1\n" in stack.broker.control(*count))
 
 
-@on_rabbitmq
-def test_the_queues_are_replicated(stack):
-    """RabbitMQ replicates quorum queues. Those of remote control and events need no replica."""
-    lines = stack.broker.control("--silent", "list_queues", "name", "type").splitlines()
-    types = dict(line.split("\t") for line in lines)
-    assert {types[queue] for queue in ("celery", "cpu", "io")} == {"quorum"}
-
-
 @on_each_broker
 def test_a_worker_whose_slots_were_full_fetches_the_next_jobs_without_a_pause(stack):
     """250 short jobs on 4 slots. By default Kombu's SQS pauses for a second after every eight."""
