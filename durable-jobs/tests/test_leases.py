@@ -31,7 +31,7 @@ from durable_jobs.database import Now, SetLocal
 from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Job
 from durable_jobs.transitions import lease_end
-from durable_jobs.worker import lease, runs
+from durable_jobs.worker import lease, runs, shutdown
 
 pytestmark = pytest.mark.django_db
 IDLE = "idle_in_transaction_session_timeout"
@@ -259,6 +259,7 @@ BULK_UPDATES = {
     "to recover": lambda runs: lease.recover(Job.objects.all()),
     "to renew": lease.write_and_renew,
     "to renew for children": lambda runs: lease.renew(Job.objects.all()),
+    "to release": shutdown.release,
 }
 
 

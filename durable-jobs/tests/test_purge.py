@@ -3,11 +3,23 @@
 from datetime import timedelta
 
 import pytest
-from django.db import connection
+from django.db import connection, transaction
 from django.db.models import ProtectedError, RestrictedError
 from django.db.models.signals import pre_delete
 from django.utils import timezone
-from helpers import add, broken, collect, deliver, explain, failed, follow, queries, rows_read, work
+from helpers import (
+    add,
+    broken,
+    collect,
+    deliver,
+    explain,
+    failed,
+    follow,
+    in_thread,
+    queries,
+    rows_read,
+    work,
+)
 
 from durable_jobs import admission, batches, conf
 from durable_jobs.actions import run_again, run_all_again
@@ -69,6 +81,24 @@ def test_old_jobs_that_cannot_be_deleted_do_not_stop_the_purge(settings, caplog)
     old_jobs.start_over_at = 0
     old_jobs.delete_pages()
     assert not Job.objects.exists()
+
+
+@pytest.mark.django_db(transaction=True)
+def test_the_purge_does_not_wait_for_a_locked_row(caplog):
+    if not connection.features.has_select_for_update_skip_locked:
+        pytest.skip("only PostgreSQL locks rows: set DATABASE_URL=postgres://…")
+    locked, _ = [deliver(enqueue(add, [1, 2])) for _ in range(2)]
+    age(Job.objects, "finished_at")
+
+    def delete():
+        connection.cursor().execute("SET lock_timeout = '2s'")
+        purge.of_jobs().delete_page()
+
+    with transaction.atomic():
+        Job.objects.select_for_update().get(pk=locked.pk)
+        in_thread(delete)
+    assert list(Job.objects.all()) == [locked]
+    assert "lock timeout" not in caplog.text
 
 
 def test_no_member_is_deleted_before_its_batch_and_its_callbacks_have_ended(run_jobs):

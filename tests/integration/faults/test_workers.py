@@ -20,7 +20,6 @@ from harness.faults import (
     on_prefork_and_threads,
     ran_once,
     stacks,
-    where_jobs_share_a_process,
 )
 from harness.mails import Mails
 from harness.project import wait_for
@@ -132,21 +131,6 @@ def test_a_worker_whose_children_are_stopped_too_loses_nothing(stack, gate):
     [row] = stack.wait_until_succeeded(job, crashes=0)
     assert errors(row) == []
     wait_for(lambda: stack.notes("end", task))
-
-
-@where_jobs_share_a_process
-def test_a_task_function_that_locks_its_row_does_not_delay_a_stop(stack, gate):
-    """The others are handed back before their leases lapse."""
-    holder = stack.enqueue("hold_its_row", gate, queue="cpu")
-    jobs = [stack.enqueue("hold", gate, queue="cpu") for _ in range(10)]
-    stack.wait_until_started(holder, *jobs)
-    assert stack.worker.stop() == 0
-    assert {row["state"] for row in stack.rows(*jobs)} == {"queued"}
-    gate.touch()
-    stack.worker.start()
-    rows = stack.wait_until_final(holder, *jobs)
-    assert {row["state"] for row in rows} == {"succeeded"}, rows
-    assert [row["crashes"] for row in rows] == [1, *[0] * 10]
 
 
 # A long job is killed, stopped or retried
