@@ -56,10 +56,10 @@ def test_sigterm_starts_a_soft_shutdown_between_two_events(monkeypatch, connecti
 
 @pytest.fixture
 def threads(monkeypatch):
-    """The names of the functions that would run in threads of their own."""
+    """The functions that would run in threads of their own: (name, exit code of the worker)."""
     started = []
     pool = SimpleNamespace(
-        start_thread=lambda function: started.append(function.func.__name__),
+        start_thread=lambda function: started.append((function.func.__name__, *function.args)),
     )
     monkeypatch.setattr(shutdown, "pool", pool)
     monkeypatch.setattr(shutdown, "shutting_down", [False])
@@ -72,8 +72,8 @@ def threads(monkeypatch):
     ("pool", "ends"),
     [
         ("prefork", []),
-        ("threads", ["requeue_and_exit"]),
-        ("solo", ["requeue_and_exit"]),
+        ("threads", [("requeue_and_exit", 0)]),
+        ("solo", [("requeue_and_exit", 0)]),
     ],
 )
 def test_a_worker_limits_its_shutdown_as_its_pool_needs(threads, pool, ends):
@@ -89,7 +89,7 @@ def test_an_error_of_celery_limits_the_shutdown_too(threads):
     worker_init.send(Mock(pool_cls="threads"))
     [step] = [step for step in app.steps["worker"] if step is shutdown.Shutdown]
     step(None).close(SimpleNamespace(exitcode=1))
-    assert threads == ["requeue_and_exit"]
+    assert threads == [("requeue_and_exit", 1)]  # so a supervisor starts it again
 
 
 def test_gevent_without_monkey_patching_is_refused(monkeypatch):

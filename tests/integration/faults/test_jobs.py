@@ -10,7 +10,6 @@ import pytest
 
 from harness.faults import (
     ONE,
-    POOLS,
     errors,
     on_each,
     on_each_pool,
@@ -24,24 +23,6 @@ from harness.faults import (
 )
 from harness.project import wait_for
 from harness.stack import LEASE
-
-# An error of Celery ends a worker
-
-
-@stacks(brokers=["redis"], pools=[pool for pool in POOLS if pool != "prefork"])
-def test_a_worker_that_fails_waits_for_no_task_function(stack, gate):
-    """Its exit code is 1, so a supervisor starts it again, and its jobs run at once."""
-    worker = stack.make_worker("failing", "--queues test", FAULT="no_reconnect").start()
-    job = stack.enqueue("hold", gate, queue="test")
-    stack.wait_until_started(job)
-    stack.broker.kill()
-    assert worker.wait() == 1, worker.printed
-    stack.broker.start()
-    stack.make_worker("next", "--queues test").start()
-    stack.wait_until_started(job, times=2)
-    gate.touch()
-    stack.wait_until_succeeded(job, crashes=0)
-
 
 # A job kills its worker every time
 
