@@ -45,6 +45,11 @@ def add(a, b=1):
     return a + b
 
 
+@task(takes_context=True)
+def identify(context, word):
+    return [context.task_result.id, context.attempt, word]
+
+
 @task
 def broken():
     raise LookupError("no such thing")
@@ -128,6 +133,11 @@ def test_a_task_of_celery_has_the_path_and_the_name_of_its_function():
     job = Job.objects.get(pk=broken.enqueue().id)
     assert job.task == broken.module_path == f"{__name__}.broken"
     assert current_app.tasks[job.task].__name__ == "broken"
+
+
+def test_a_task_can_take_its_context():
+    result = run(identify, "word")
+    assert result.return_value == [result.id, 1, "word"]
 
 
 def test_a_failed_task_has_its_error_and_traceback():

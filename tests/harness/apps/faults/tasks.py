@@ -15,7 +15,6 @@ from django.db import Error, connection, transaction
 from django_tasks import task
 from trials.tasks import note, wait_for
 
-from durable_jobs.models import Job
 from durable_jobs.tasks import job
 
 logger = logging.getLogger(__name__)
@@ -219,28 +218,6 @@ if "OLD_CODE" not in os.environ:
     @job
     def new(self):
         note(self.request.id, "start")
-
-
-# Django's own Tasks
-
-
-@task
-def add(a, b):
-    return a + b
-
-
-@task(takes_context=True, queue_name="cpu")
-def hold_a_function(context, gate):
-    note(context.task_result.id, "start")
-    wait_for(gate)
-
-
-@task(takes_context=True, queue_name="cpu")
-async def hold_a_coroutine(context, gate):
-    note(context.task_result.id, "start")
-    while not Path(gate).exists():
-        await asyncio.sleep(0.05)
-    return await Job.objects.filter(pk=context.task_result.id).acount()
 
 
 # Coroutines that are jobs
