@@ -1,7 +1,6 @@
 """The manifests of outputs: valid, and each part fits the others, the code and the pages."""
 
 import base64
-import itertools
 import json
 import re
 import shutil
@@ -16,7 +15,7 @@ import pytest
 import yaml
 
 from harness import missing
-from harness.bake import CHOICES, LIBRARY, PINNED, WITH_JOBS, baked, chosen
+from harness.bake import CHOICES, LIBRARY, PINNED, WITH_JOBS, baked, chosen, covering, product
 from harness.blocks import code
 from harness.containers import docker, options_of
 from harness.kustomize import PRODUCTION, autoscaler, manifests, only, pods
@@ -24,12 +23,7 @@ from harness.project import responds, wait_for
 
 MONITORING = Path("deploy/monitoring")
 OPTIONS = ("broker", "result_backend", "worker_pool", "include_example")
-ANSWERS = [
-    dict(zip(OPTIONS, values, strict=True))
-    for values in itertools.product(*(CHOICES[option] for option in OPTIONS))
-]
-
-
+ANSWERS = covering(product({option: CHOICES[option] for option in OPTIONS}), size=2)
 TRIGGER = {"connectionFromEnv", "query", "targetQueryValue"}  # of the type postgresql
 
 

@@ -1,7 +1,6 @@
 """The manifests of plain outputs: valid, and KEDA finds the queues of the broker."""
 
 import base64
-import itertools
 import re
 import subprocess
 from functools import cache
@@ -13,17 +12,13 @@ import yaml
 from kombu import Connection
 
 from harness import servers
-from harness.bake import CHOICES, DEFAULTS, baked, chosen
+from harness.bake import CHOICES, DEFAULTS, baked, chosen, covering, product
 from harness.kustomize import PRODUCTION, autoscaler, manifests, of_kind, only
 from harness.outputs import outputs
 from harness.project import started
 
-OPTIONS = ("broker", "worker_pool", "include_example", "periodic_tasks")
-BACKENDS = CHOICES["result_backend"]  # in turn
-ANSWERS = [
-    dict(zip(OPTIONS, values, strict=True), result_backend=BACKENDS[number % len(BACKENDS)])
-    for number, values in enumerate(itertools.product(*(CHOICES[each] for each in OPTIONS)))
-]
+OPTIONS = ("broker", "result_backend", "worker_pool", "include_example", "periodic_tasks")
+ANSWERS = covering(product({option: CHOICES[option] for option in OPTIONS}), size=2)
 QUEUES = {"yes": {"celery", "cpu", "io"}, "no": {"celery"}}  # with the example, and without
 TRIGGERS = {  # what we use of KEDA's
     "redis": {
