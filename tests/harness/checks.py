@@ -135,7 +135,7 @@ def check_celery(settings, addresses):
         unknown -= texts_in("kombu.transport.virtual.base")
     assert not unknown, f"the transport of {broker}:// reads no such option"
     if unknown := options(settings, "CELERY_RESULT_BACKEND_TRANSPORT_OPTIONS"):
-        backend = re.search(r"CELERY_RESULT_BACKEND\b.*?(\w+)://", urls)[1]
+        backend = re.search(r"CELERY_RESULT_BACKEND\b.*?(\w+)(?:\+\w+)?://", urls)[1]
         unknown -= texts_in("celery.backends.base")
         unknown -= texts_in(BACKEND_ALIASES[backend].split(":")[0])
         assert not unknown, f"the backend of {backend}:// reads no such option"

@@ -12,9 +12,9 @@ from string import Template
 import yaml
 
 from .project import started
-from .servers import BROKERS, PostgreSQL
+from .servers import SERVERS, PostgreSQL
 
-# {name: where its server listens}. That of a broker has the name of the broker.
+# {name in its image: where its server listens}
 PORTS = {"postgres": 5432, "redis": 6379, "rabbitmq": 5672}
 ADDRESS = r"(?<=://)([^/@]*@)?([\w.-]+):(\d+)"  # in a URL: user and password, host, port
 
@@ -55,7 +55,7 @@ class Job:
                     password = variables.pop("POSTGRES_PASSWORD")  # the image needs one
                     server = PostgreSQL("fsync=off", "log_connections=on", password=password)
                 else:
-                    server = BROKERS[service.name](folder / service.name)
+                    server = SERVERS[service.name](folder / service.name)
                 assert not variables, f"{service.name}: our server does not read these"
                 [found[service.place]] = stack.enter_context(started(server))
             yield found

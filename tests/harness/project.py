@@ -24,7 +24,7 @@ import yaml
 FINAL = {"succeeded", "failed", "cancelled"}
 LIMIT = 300  # seconds of every wait: a machine may be ten times slower than ours
 # A variable and its address for development, in settings.py or .env.
-ADDRESS = r"""([A-Z_]+)(?:=|["'], ["'])(\w+://(?:[^"'\s]*@)?127\.0\.0\.1:\d+[^"'\s]*)"""
+ADDRESS = r"""([A-Z_]+)(?:=|["'], ["'])([\w+]+://(?:[^"'\s]*@)?127\.0\.0\.1:\d+[^"'\s]*)"""
 # A variable without a default
 ASKED = r"""env\.\w+\(["']([A-Z_]+)["'](?:, (?:subcast|validate)=[\w.()]+)?\)"""
 CONSOLE_MAIL = "django.core.mail.backends.console.EmailBackend"

@@ -274,8 +274,8 @@ class SQS(Broker):
 
 BROKERS = {"redis": Redis, "rabbitmq": RabbitMQ, "sqs": SQS}
 SETUPS = {**BROKERS, "redis-sentinel": RedisSentinel}
-SERVERS = {broker.server: broker for broker in BROKERS.values() if broker.server}
-BACKENDS = {"redis": Redis, "dynamodb": SQS}  # that are servers
+BACKENDS = {"redis": Redis, "dynamodb": SQS}  # those that need a server
+SERVERS = {each.server: each for each in (*BROKERS.values(), *BACKENDS.values()) if each.server}
 
 
 def broker_class(name):
@@ -300,9 +300,10 @@ def real(project, folder):
 
 def servers_of(project, folder):
     """Make the server of a project's broker, and that of its result backend if it is another."""
-    broker = BROKERS[project.answers["broker"]]
-    backend = BACKENDS.get(project.answers["result_backend"], broker)
-    classes = dict.fromkeys([broker, backend])
+    broker, backend = project.answers["broker"], project.answers["result_backend"]
+    classes = {BROKERS[broker]: None}
+    if chosen(**project.answers).result_backend.server:
+        classes[BACKENDS[backend]] = None
     return [each(folder / each.__name__, project) for each in classes]
 
 

@@ -178,7 +178,8 @@ def servers_of(answers):
     broker, backend = answers["broker"], answers["result_backend"]
     found = {"database": PostgreSQL, "broker": BROKERS[broker]}
     # SQS and DynamoDB are one moto. Results in the database are PostgreSQL's.
-    if backend in BACKENDS and not BACKENDS[backend] is BROKERS[broker] is SQS:
+    has_server = chosen(**answers).result_backend.server
+    if has_server and not BACKENDS[backend] is BROKERS[broker] is SQS:
         found["results"] = BACKENDS[backend]
     if Redis in found.values():  # otherwise the project has no client for it
         found["cache"] = Redis

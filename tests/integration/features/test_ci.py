@@ -28,7 +28,8 @@ OUTPUTS, PLAIN = [], []
 for number, broker in enumerate(CHOICES["broker"]):
     jobs = {"result_backend": turn(RESULTS, number), "worker_pool": turn(POOLS, -number)}
     OUTPUTS.append({**first(broker=broker, **jobs), "ci": turn(CIS, number)})
-    plain = {"result_backend": turn(RESULTS, number - 1), "worker_pool": turn(POOLS, number)}
+    later = number + len(CHOICES["broker"])  # so that each result backend has a turn
+    plain = {"result_backend": turn(RESULTS, later), "worker_pool": turn(POOLS, number)}
     plain = {**first(broker=broker, **plain), "durable_jobs": "no"}
     PLAIN.append({**plain, "ci": turn(CIS, number + 1)})
 one_for_each_ci = outputs(*OUTPUTS[: len(CIS)])

@@ -36,6 +36,7 @@ from harness.project import (
     started,
     wait_for,
 )
+from harness.servers import BACKENDS
 
 EXTRA = {"FLOWER_BASIC_AUTH": "admin:password", "DEBUG": "False", "MEDIA_ROOT": "/srv/media"}
 
@@ -596,7 +597,7 @@ print(round(float(item[expiry["AttributeName"]]["N"]) - float(item["timestamp"][
 }
 
 
-@outputs(*(first(result_backend=name) for name in KEPT))
+@outputs(*(first(result_backend=name) for name in BACKENDS))
 def test_the_server_deletes_a_result_after_a_day(request, moto, project):
     store = """
 from config.celery import app
