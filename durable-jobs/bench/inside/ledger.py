@@ -17,7 +17,7 @@ from work_tasks import job as task
 from work_tasks import plain
 
 from durable_jobs.actions import cancel
-from durable_jobs.beat.purge import Purge
+from durable_jobs.beat import purge
 from durable_jobs.beat.republish import Sender
 from durable_jobs.beat.sweeper import recover_lapsed
 from durable_jobs.enqueue import enqueue
@@ -138,7 +138,7 @@ def pages(count):
         seconds = [seconds_of(get, url) for _ in range(23)]
         taken.append(median(seconds[3:]) * 1000)  # the first three compile and connect
     Sweep.objects.all().delete()  # else no job is deleted before Beat has counted it
-    rounds = sum(map(seconds_of, [Purge(Job, "finished_at").delete_page] * 3))
+    rounds = sum(map(seconds_of, [purge.of_jobs().delete_page] * 3))
     return taken, (count - newest.count()) / rounds
 
 
