@@ -372,6 +372,7 @@ class Bench:
             servers = [sum(cpu_ms(process.pid)) for process in (database, server)]
             readings.append([count, *cpu_ms(worker.pid), *servers])
         count, *used = (after - before for before, after in zip(*readings, strict=True))
+        count = count or math.nan  # in a trial, all may have been done
         return [*(each / count for each in used), sum(used) / count]
 
     def waiting(self, output):
