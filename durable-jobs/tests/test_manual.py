@@ -90,7 +90,9 @@ def test_the_reference_names_each_command():
 def test_the_tests_that_the_page_names_for_internals_exist():
     internals = PAGE.partition("\n## Internals\n")[2]
     named = set(re.findall(r"\| `(test_\w+)` \|$", internals, re.MULTILINE))
-    tests = [*SOURCE.parent.glob("tests/test_*.py"), *SOURCE.parents[1].glob("tests/**/test_*.py")]
+    tests = [*SOURCE.parent.glob("tests/test_*.py")]
+    for folder in "tests", "templates/durable_jobs/yes/tests":
+        tests += SOURCE.parents[1].glob(f"{folder}/**/test_*.py")
     text = "".join(file.read_text("utf-8") for file in tests)
     defined = set(re.findall(r"^def (test_\w+)", text, re.MULTILINE))
     assert named and named <= defined
