@@ -205,7 +205,7 @@ def show_addresses(site):
 
 def mails(project):
     """Return all mails that the project sent in development."""
-    return "".join(file.read_text() for file in (project / ".data/mail").iterdir())
+    return "".join(file.read_text() for file in project.glob(".data/mail/*"))
 
 
 def show_in_flower(site, done):
