@@ -45,6 +45,8 @@ def be_patient(**kwargs):
     conf = app.conf
     conf.broker_connection_max_retries = None  # forever; by default, for 47 minutes
     conf.task_publish_retry_policy = {"max_retries": None, "interval_max": 5}
+    # Also for the first task that a process sends; by default, for 4 seconds
+    conf.broker_transport_options |= {"max_retries": None, "connect_retries_timeout": None}
     if "connect_timeout" in (options := connection.settings_dict["OPTIONS"]):  # not in SQLite's
         options["connect_timeout"] = 30  # seconds
 {% print broker.patience %}

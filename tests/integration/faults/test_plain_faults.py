@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import psutil
@@ -272,6 +273,23 @@ def test_redis_restarts_while_tasks_run_and_end(stack, gate, tmp_path):
     assert [stack.starts(task) for task in (ends, runs, later)] == [1] * 3
     assert stack.worker.pid == worker and stack.worker.is_running()
     assert "Trying again" in stack.worker.printed and "/100)" not in stack.worker.printed
+
+
+@stacks(brokers=["redis", "rabbitmq"], pools=["prefork"])
+def test_the_first_task_that_a_process_of_a_worker_sends_waits_for_its_broker(stack):
+    code = """
+from config.celery import app
+from config.worker import be_patient
+be_patient()
+print(app.send_task("trials.tasks.quick", ignore_result=True))
+"""
+    stack.broker.kill()
+    with ThreadPoolExecutor() as thread:
+        sent = thread.submit(stack.project.shell, code, **stack.variables)
+        time.sleep(12)  # with the start of the process
+        assert not sent.done()
+        stack.broker.start()
+        sent.result()
 
 
 # What delays others
