@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from queue import SimpleQueue
 
+import pytest
 from celery import current_app, shared_task
 from celery.app.task import Context
 from django.contrib.admin.models import LogEntry
@@ -303,6 +304,20 @@ def race(rounds, *functions):
 def in_thread(function):
     [[result]] = race(1, lambda _: function())
     return result
+
+
+def beside_locked(job, function):
+    """Call a function while another transaction locks this job. It may wait two seconds for the lock."""
+    if not connection.features.has_select_for_update_skip_locked:
+        pytest.skip("only PostgreSQL locks rows: set DATABASE_URL=postgres://…")
+
+    def call():
+        connection.cursor().execute("SET lock_timeout = '2s'")
+        function()
+
+    with transaction.atomic():
+        Job.objects.select_for_update().get(pk=job.pk)
+        in_thread(call)
 
 
 def succeed_run(run):

@@ -12,11 +12,11 @@ from django.db.models import F
 from helpers import (
     add,
     ask,
+    beside_locked,
     call,
     claim,
     claim_and_lapse,
     errors,
-    in_thread,
     lapse,
     run_of,
     seconds_until_due,
@@ -267,20 +267,11 @@ BULK_UPDATES = {
 @pytest.mark.parametrize("update", BULK_UPDATES)
 def test_an_update_of_many_jobs_skips_locked_rows(published, update):
     """A wait for one row would delay all others."""
-    if not connection.features.has_select_for_update_skip_locked:
-        pytest.skip("only PostgreSQL locks rows: set DATABASE_URL=postgres://…")
     locked, other = jobs = [enqueue(add, [1, 2], countdown=1) for _ in range(2)]
     both = [run_of(job) for job in jobs]
     if update != "to send":
         for run in both:
             assert claim(run.job_id, run.token)
     lapse(*jobs)
-
-    def change():
-        connection.cursor().execute("SET lock_timeout = '2s'")
-        BULK_UPDATES[update](both)
-
-    with transaction.atomic():
-        Job.objects.select_for_update().get(pk=locked.pk)
-        in_thread(change)
+    beside_locked(locked, lambda: BULK_UPDATES[update](both))
     assert seconds_until_due(locked) < 0 < seconds_until_due(other)

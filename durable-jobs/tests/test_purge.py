@@ -3,19 +3,19 @@
 from datetime import timedelta
 
 import pytest
-from django.db import connection, transaction
+from django.db import connection
 from django.db.models import ProtectedError, RestrictedError
 from django.db.models.signals import pre_delete
 from django.utils import timezone
 from helpers import (
     add,
+    beside_locked,
     broken,
     collect,
     deliver,
     explain,
     failed,
     follow,
-    in_thread,
     queries,
     rows_read,
     work,
@@ -85,18 +85,9 @@ def test_old_jobs_that_cannot_be_deleted_do_not_stop_the_purge(settings, caplog)
 
 @pytest.mark.django_db(transaction=True)
 def test_the_purge_does_not_wait_for_a_locked_row(caplog):
-    if not connection.features.has_select_for_update_skip_locked:
-        pytest.skip("only PostgreSQL locks rows: set DATABASE_URL=postgres://…")
     locked, _ = [deliver(enqueue(add, [1, 2])) for _ in range(2)]
     age(Job.objects, "finished_at")
-
-    def delete():
-        connection.cursor().execute("SET lock_timeout = '2s'")
-        purge.of_jobs().delete_page()
-
-    with transaction.atomic():
-        Job.objects.select_for_update().get(pk=locked.pk)
-        in_thread(delete)
+    beside_locked(locked, purge.of_jobs().delete_page)
     assert list(Job.objects.all()) == [locked]
     assert "lock timeout" not in caplog.text
 

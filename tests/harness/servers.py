@@ -298,12 +298,17 @@ def real(project, folder):
         yield variables
 
 
+def backend_class(answers):
+    """Return the class of a result backend's server, or None if it needs none."""
+    if chosen(**answers).result_backend.server:
+        return BACKENDS[answers["result_backend"]]
+    return None
+
+
 def servers_of(project, folder):
     """Make the server of a project's broker, and that of its result backend if it is another."""
-    broker, backend = project.answers["broker"], project.answers["result_backend"]
-    classes = {BROKERS[broker]: None}
-    if chosen(**project.answers).result_backend.server:
-        classes[BACKENDS[backend]] = None
+    broker = BROKERS[project.answers["broker"]]
+    classes = dict.fromkeys([broker, backend_class(project.answers) or broker])
     return [each(folder / each.__name__, project) for each in classes]
 
 

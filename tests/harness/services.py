@@ -15,7 +15,7 @@ import pytest
 from .bake import CHOICES, baked, chosen, covering, name, product
 from .project import started
 from .proxy import Proxy
-from .servers import BACKENDS, BROKERS, SQS, PostgreSQL, RabbitMQ, Redis
+from .servers import BROKERS, SQS, PostgreSQL, RabbitMQ, Redis, backend_class
 from .stack import SCHEDULE, TIMINGS, JobStack, PlainStack
 
 DOWN, STALLED = 4, 8  # seconds
@@ -175,12 +175,11 @@ FAULTS = [
 
 def servers_of(answers):
     """Return the class of the server for each service of a project that has its own one."""
-    broker, backend = answers["broker"], answers["result_backend"]
-    found = {"database": PostgreSQL, "broker": BROKERS[broker]}
+    broker, backend = BROKERS[answers["broker"]], backend_class(answers)
+    found = {"database": PostgreSQL, "broker": broker}
     # SQS and DynamoDB are one moto. Results in the database are PostgreSQL's.
-    has_server = chosen(**answers).result_backend.server
-    if has_server and not BACKENDS[backend] is BROKERS[broker] is SQS:
-        found["results"] = BACKENDS[backend]
+    if backend and not backend is broker is SQS:
+        found["results"] = backend
     if Redis in found.values():  # otherwise the project has no client for it
         found["cache"] = Redis
     return found
