@@ -117,9 +117,9 @@ main()
 """
 
 
-@pytest.mark.parametrize("process", ["worker --pool solo", "beat --schedule /dev/null"])
-def test_a_worker_and_beat_refuse_a_database_in_which_jobs_would_be_lost(process):
-    command = [sys.executable, "-c", START, *process.split()]
+@pytest.mark.parametrize("process", ["worker --pool solo", "beat --schedule {folder}/schedule"])
+def test_a_worker_and_beat_refuse_a_database_in_which_jobs_would_be_lost(process, tmp_path):
+    command = [sys.executable, "-c", START, *process.format(folder=tmp_path).split()]
     variables = {**os.environ, "PYTHONPATH": str(SOURCE), "DJANGO_SETTINGS_MODULE": "settings"}
     run = subprocess.run(
         command,
