@@ -1,9 +1,9 @@
-.PHONY: demo engine test prove chaos bench site pictures wheel release lint
+.PHONY: demo library test prove chaos bench site pictures wheel release lint
 
 demo: .venv  ## bake a project, start it, run its tasks: make demo ARGS="durable_jobs=yes"
 	@PYTHONPATH=tests .venv/bin/python -m harness.demo $(ARGS)
 
-engine: .venv  ## test the library durable-jobs: make engine ARGS="-k retry"
+library: .venv  ## test the library durable-jobs: make library ARGS="-k retry"
 	.venv/bin/python -m pytest durable-jobs/tests -c durable-jobs/tests/pytest.ini $(ARGS)
 
 PYTEST := .venv/bin/python -m pytest -n auto --dist loadgroup --no-loadscope-reorder --durations 10

@@ -16,7 +16,7 @@ sys.path.insert(0, str(SOURCE))
 
 from durable_jobs.celery import Celery  # noqa: E402
 
-app = Celery("engine", set_as_current=True)
+app = Celery("library", set_as_current=True)
 app.conf.update(
     broker_url="memory://",
     result_backend="cache+memory://",
@@ -29,7 +29,7 @@ app.conf.update(
     worker_soft_shutdown_timeout=20,
 )
 
-SECRET_KEY = "engine"  # noqa: S105
+SECRET_KEY = "library"  # noqa: S105
 ROOT_URLCONF = "urls"
 USE_TZ = True
 STATIC_URL = "static/"
@@ -74,7 +74,7 @@ if url.scheme:
     }
     DATABASE |= {"PASSWORD": url.password, "HOST": url.hostname, "PORT": url.port}
 else:
-    file = Path(tempfile.gettempdir(), f"engine-{os.getpid()}.sqlite3")  # a file: tests use threads
+    file = Path(tempfile.gettempdir(), f"library-{os.getpid()}.sqlite3")  # a file: tests use threads
     options = {"transaction_mode": "IMMEDIATE", "timeout": 20}
     options["init_command"] = "PRAGMA journal_mode=WAL; PRAGMA synchronous=OFF"
     DATABASE = {

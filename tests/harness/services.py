@@ -245,9 +245,11 @@ def each_cell():
         words = *(answers[option] for option in OPTIONS), jobs
         group = "-".join(words)
         stack = stacks.setdefault(group, answers)
-        mark = pytest.mark.xdist_group(f"services-{group}")
+        marks = [pytest.mark.xdist_group(f"services-{group}")]
+        if jobs == "plain":
+            marks.append(pytest.mark.each_broker)
         params.append(
-            pytest.param(stack, service, fault, id=f"{group}-{service}-{fault}", marks=mark)
+            pytest.param(stack, service, fault, id=f"{group}-{service}-{fault}", marks=marks)
         )
     return pytest.mark.parametrize(
         ("service_stack", "service", "fault"), params, indirect=["service_stack"], scope="session"

@@ -8,6 +8,7 @@ from harness.outputs import CHECKS, combinations, mails, outputs
 from harness.project import started, wait_for
 from harness.stack import prepare_plain
 
+pytestmark = pytest.mark.each_broker
 COMBINATIONS = [{**answers, "durable_jobs": "no"} for answers in combinations()]
 
 

@@ -13,17 +13,19 @@ import pytest
 from harness import missing
 from harness.bake import LIBRARY, covering, name, product
 from harness.versions import SUPPORTED
-from test_engine import run_tests
+from test_library import run_tests
 
 EVERY = bool(os.environ.get("EVERY"))
 COMBINATIONS = [  # Django 6 needs Python 3.12
     each for each in product(SUPPORTED) if each["django"] < "6" or each["python"] > "3.11"
 ]
+PARAMS = [
+    pytest.param(each, id=name(each), marks=[pytest.mark.nightly] * (each["python"] != "3.11"))
+    for each in (COMBINATIONS if EVERY else covering(COMBINATIONS, size=2))
+]
 
 
-@pytest.mark.parametrize(
-    "versions", COMBINATIONS if EVERY else covering(COMBINATIONS, size=2), ids=name
-)
+@pytest.mark.parametrize("versions", PARAMS)
 def test_the_library_passes_its_tests_on(versions, tmp_path):
     printed = run_tests("threads", tmp_path, python=environment(tmp_path, **versions))
     assert re.search(r"= \d+ passed, \d+ skipped", printed), printed

@@ -21,27 +21,27 @@ POOLS = {  # a child of prefork has one thread
 }
 # Each is a group of its own, so that conftest.py starts these long ones before other tests.
 RUNS = [
-    pytest.param(server, pool, marks=pytest.mark.xdist_group(f"engine-{server}-{pool}"))
+    pytest.param(server, pool, marks=pytest.mark.xdist_group(f"library-{server}-{pool}"))
     for server, pool in [("database", "gevent"), ("database", "threads"), ("sqlite", "threads")]
 ]
-FEW_ROUNDS = 30  # of races; integration/features/test_engine_runs.py has more
+FEW_ROUNDS = 30  # of races; integration/features/test_library_races.py has more
 
 
 def run_tests(pool, folder, *options, python=sys.executable, **variables):
-    """Run tests of the engine, and return what they print."""
+    """Run tests of the library, and return what they print."""
     command = [python, "-m", *POOLS[pool], "-c", TESTS / "pytest.ini", TESTS, *options]
     # In the usual folder, pytest would also delete what earlier runs of others have left there.
-    command.append(f"--basetemp={folder / 'engine'}")
+    command.append(f"--basetemp={folder / 'library'}")
     run = subprocess.run(command, env=env(**variables), capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     return run.stdout
 
 
 @pytest.mark.parametrize(("server", "pool"), RUNS)
-def test_the_engine_passes_its_own_tests(server, pool, request, tmp_path):
+def test_the_library_passes_its_own_tests(server, pool, request, tmp_path):
     variables = {"ROUNDS": os.environ.get("ROUNDS", FEW_ROUNDS)}
     if server == "database":  # PostgreSQL
-        variables["DATABASE_URL"] = request.getfixturevalue(server).create(f"engine_{pool}")
+        variables["DATABASE_URL"] = request.getfixturevalue(server).create(f"library_{pool}")
     printed = run_tests(pool, tmp_path, **variables)
     # Those that need PostgreSQL, or more than one thread.
     others = r", \d+ skipped" if server == "sqlite" else ""

@@ -1,8 +1,8 @@
-"""What `make test` leaves out of the engine's own tests, because it takes minutes."""
+"""What `make test` leaves out of the library's own tests, because it takes minutes."""
 
 import re
 
-from test_engine import run_tests
+from test_library import run_tests
 
 
 def test_no_race_is_lost_in_many_rounds(database, tmp_path):
