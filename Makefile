@@ -50,6 +50,10 @@ lint: .venv  ## format all plain Python; CHECK=1 only reports problems
 	.venv/bin/ruff format $(if $(CHECK),--check) $(AS_OUTPUT)
 
 PYTHON := python3
+INSTALL = .venv/bin/uv pip install --quiet --python .venv/bin/python -r durable-jobs/pyproject.toml \
+	--all-extras --group durable-jobs/pyproject.toml:test --group test
+# Packages of the day of the last commit, so that a clone has in a year what was tested.
+AS_OF ?= $(shell git log -1 --format=%cI 2>/dev/null)
 
 .venv: pyproject.toml durable-jobs/pyproject.toml
 	# --clear, because an older .venv may be of another Python. A pip in .venv would take four
@@ -57,6 +61,6 @@ PYTHON := python3
 	$(PYTHON) -m venv --clear --without-pip .venv
 	$(PYTHON) -m pip --python .venv/bin/python install --quiet uv || \
 		{ $(PYTHON) -m venv .venv && .venv/bin/pip install --quiet uv; }
-	.venv/bin/uv pip install --quiet --python .venv/bin/python -r durable-jobs/pyproject.toml \
-		--all-extras --group durable-jobs/pyproject.toml:test --group test
+	# Some mirrors of PyPI don't know the date of a package: take the newest.
+	$(INSTALL) --exclude-newer '$(AS_OF)' 2>/dev/null || $(INSTALL)
 	@touch .venv

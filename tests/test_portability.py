@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -120,3 +121,26 @@ def test_make_finds_its_tools_in_any_folder(bake, tmp_path, folder):
     printed = project.call("make", "--silent", "run").strip()
 
     assert printed == str(project.resolve() / ".venv/bin/honcho")
+
+
+ABOUT = """[project]
+name = "tools"
+version = "1"
+[dependency-groups]
+test = ["certifi"]
+"""
+
+
+def test_a_clone_installs_the_packages_of_the_day_of_its_commit(tmp_path):
+    clone = Project(tmp_path / "clone")
+    (clone / "durable-jobs").mkdir(parents=True)
+    shutil.copy(TEMPLATE / "Makefile", clone)
+    for folder in clone, clone / "durable-jobs":
+        (folder / "pyproject.toml").write_text(ABOUT)
+    clone.call("git", "init", "--quiet")
+    clone.call("git", "add", ".")
+    who = ["-c", "user.name=you", "-c", "user.email=you@example.com"]
+    january = {"GIT_COMMITTER_DATE": "2026-01-15T12:00:00Z"}
+    clone.call("git", *who, "commit", "--quiet", "--message", "A commit", **january)
+    clone.call("make", ".venv")
+    assert "certifi==2026.1.4" in clone.call(".venv/bin/uv", "pip", "freeze")
