@@ -74,7 +74,9 @@ if url.scheme:
     }
     DATABASE |= {"PASSWORD": url.password, "HOST": url.hostname, "PORT": url.port}
 else:
-    file = Path(tempfile.gettempdir(), f"library-{os.getpid()}.sqlite3")  # a file: tests use threads
+    file = Path(
+        tempfile.gettempdir(), f"library-{os.getpid()}.sqlite3"
+    )  # a file: tests use threads
     options = {"transaction_mode": "IMMEDIATE", "timeout": 20}
     options["init_command"] = "PRAGMA journal_mode=WAL; PRAGMA synchronous=OFF"
     DATABASE = {
