@@ -233,20 +233,6 @@ def test_a_worker_whose_clock_is_wrong_says_so(stack):
         assert warned == ([sign] if sign else [])
 
 
-@on_redis
-def test_a_task_that_ends_while_redis_hangs_runs_once(stack, gate):
-    task = stack.send("wait", gate)
-    stack.wait_until_started(task)
-    stack.broker.pause()
-    gate.touch()
-    wait_for(lambda: stack.notes("end", task))
-    time.sleep(8)
-    stack.broker.resume()
-    stack.wait_until_started(stack.send("quick"))
-    time.sleep(REDELIVERY + 2)
-    assert stack.starts(task) == 1
-
-
 @stacks(brokers=["redis"])
 def test_redis_restarts_while_tasks_run_and_end(stack, gate, tmp_path):
     """Also if it is away for longer than the visibility timeout.
