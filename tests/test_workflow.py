@@ -146,13 +146,19 @@ def test_a_push_publishes_the_default_output_and_the_pages(tmp_path, cookies_ses
     script = JOBS["output"]["steps"][-1]["run"]
     Project(TEMPLATE).call("bash", "-e", "-c", script, **environment)
 
-    project = baked(cookies_session, {})
-    names = {f"my_project/{file.relative_to(project)}" for file in project.files()}
-    command = ["git", "ls-tree", "-r", "-z", "--name-only"]
-    output, site = (
-        set(Project(published).call(*command, branch).split("\0")[:-1])
-        for branch in ("output", "site")
-    )
-    assert names - output == {"my_project/.env"}
-    assert output < names
-    assert {"docs/index.html", "durable-jobs/docs/guide.html", ".nojekyll"} <= site
+    def texts(folder):
+        files = Project(folder).files()
+        return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+    def texts_of(branch):
+        folder = tmp_path / f"clone-{branch}"
+        clone = "git", "clone", "--quiet", "--branch", branch, published, folder
+        Project(tmp_path).call(*clone)
+        shutil.rmtree(folder / ".git")
+        return texts(folder)
+
+    written = texts(baked(cookies_session, {}).parent)
+    del written["my_project/.env"]
+    assert texts_of("output") == written
+    site = texts_of("site")
+    assert {"docs/index.html", "durable-jobs/docs/guide.html", ".nojekyll"} <= site.keys()
