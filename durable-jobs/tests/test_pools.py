@@ -37,21 +37,22 @@ def test_celery_cancels_tasks_of_a_lost_connection_only_where_it_can(pool):
 @pytest.mark.parametrize("connection", [None, Mock()])
 def test_sigterm_starts_a_soft_shutdown_between_two_events(monkeypatch, connection):
     """Or at once, if the broker is down: then no event comes."""
-    monkeypatch.setattr(process, "is_prefork", True)
+    monkeypatch.setattr(shutdown, "shutting_down", [False])
+    monkeypatch.setattr(app.conf, "worker_soft_shutdown_timeout", 20)  # it is changed
     before = {name: signals[name] for name in ("SIGTERM", "SIGQUIT")}
     consumer, seen = Mock(connection=connection, timer=Timer()), []
     try:
-        signals["SIGQUIT"] = lambda *args: seen.append("soft shutdown")
-        shutdown.use_soft_shutdown(consumer)
+        signals["SIGQUIT"] = lambda *args: seen.append("cold shutdown")
+        shutdown.SoftShutdown(consumer).start(consumer)
         signal.raise_signal(signal.SIGTERM)
+        assert bool(seen) == (connection is None)
+        while not seen:
+            _, entry = next(iter(consumer.timer))
+            if entry:
+                entry()
     finally:
         signals.update(before)
-    assert bool(seen) == (connection is None)
-    for _, entry in consumer.timer:
-        if entry is None:
-            break
-        entry()
-    assert seen == ["soft shutdown"]
+    assert seen == ["cold shutdown"]
 
 
 @pytest.fixture

@@ -49,7 +49,7 @@ class DurableJobsConfig(AppConfig):
         signals.worker_init.connect(startup.start)
         signals.worker_init.connect(shutdown.prepare)
         if versions.fits("soft shutdown on SIGTERM"):
-            signals.worker_ready.connect(shutdown.use_soft_shutdown)
+            signals.worker_init.connect(shutdown.use_soft_shutdown)
         if versions.fits("fast recovery of child processes"):
             signals.worker_ready.connect(children.watch_children)
             signals.task_received.connect(children.assign_run_token)

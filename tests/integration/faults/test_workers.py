@@ -22,7 +22,7 @@ from harness.faults import (
     stacks,
 )
 from harness.mails import Mails
-from harness.project import wait_for
+from harness.project import children_of, wait_for
 
 # A worker is killed
 
@@ -96,9 +96,6 @@ def test_a_stopped_worker_loses_nothing(stack, gate, tmp_path):
     job = stack.enqueue("hold", gate, queue="cpu")
     task = stack.send("plain.wait", gate, queue="cpu")
     stack.wait_until_started(ends, job, task)
-    # After the end of a later job, the worker's main process knows that these have started. If
-    # SIGTERM came before, Celery would wait for one of them, and the worker would exit with 1.
-    stack.wait_until_final(stack.enqueue("hold", tmp_path, queue="cpu"))
 
     os.kill(stack.worker.pid, signal.SIGTERM)
     wait_for(lambda: "hutdown" in stack.worker.printed)
@@ -113,6 +110,23 @@ def test_a_stopped_worker_loses_nothing(stack, gate, tmp_path):
     rows = stack.wait_until_succeeded(job, crashes=0)
     assert errors(rows[0]) == []
     wait_for(lambda: stack.notes("end", task))
+
+
+@on_prefork
+def test_a_stopped_worker_waits_for_no_function_that_has_just_started(stack, gate):
+    """Its main process has not yet read that a child has started it."""
+    worker = stack.replace_worker("--queues cpu --concurrency 1")
+    [child] = children_of(worker.pid)
+    os.kill(child, signal.SIGSTOP)
+    job = stack.enqueue("hold", gate, queue="cpu")
+    time.sleep(3)  # time to fetch it
+    os.kill(worker.pid, signal.SIGSTOP)
+    os.kill(child, signal.SIGCONT)
+    stack.wait_until_started(job)
+    for number in signal.SIGTERM, signal.SIGCONT:
+        os.kill(worker.pid, number)
+    assert worker.wait() == 0
+    assert stack.row(job)["state"] == "queued"  # before any lease has lapsed
 
 
 @on_each_pool

@@ -6,7 +6,7 @@ a function ends when it has stored a cursor with report(). Its job is *released*
 Prefork:
 
 1. The main process gets SIGTERM. It waits until all children have ended their tasks, but at most
-   worker_soft_shutdown_timeout: wait_for_children().
+   worker_soft_shutdown_timeout: SoftShutdown.
 2. Celery sends SIGTERM to the children that still have a task. SystemExit ends the function, and the child
    releases its job: worker/execution.py. A child that gets SIGTERM alone has crashed: child_has_crashed().
 3. The main process ends with its children. If one never ends, its supervisor must kill them.
@@ -22,15 +22,15 @@ Celery end a worker too. Then threads and gevent do the same, and prefork waits 
 """
 
 import os
+import signal
 import time
 from contextlib import suppress
 from functools import partial
 from logging import getLogger
-from multiprocessing.connection import wait
 
 from billiard import get_start_method
 from billiard.common import terminate_handler_fired
-from celery import current_app, platforms, signals
+from celery import current_app, signals
 from celery.bootsteps import StartStopStep
 from celery.worker import state
 from django.db import connection, transaction
@@ -77,39 +77,52 @@ def begin(exitcode=0, **kwargs):
 
 
 def use_soft_shutdown(sender, **kwargs):
-    """Make SIGTERM start a soft shutdown, as SIGQUIT does. `sender` is the consumer of a ready worker.
+    """Let SIGTERM start a soft shutdown of the worker `sender`, whose pool has not started yet."""
+    if has_children(sender):
+        current_app.steps["consumer"].add(SoftShutdown)
 
-    The event loop starts it, between two events: in the middle of one, a worker that was just reading a child's
-    result would wait for the rest forever. Celery's own environment variable for this, REMAP_SIGTERM, does not
-    see to that, and must be set before its command starts.
+
+class SoftShutdown(StartStopStep):
+    """Waits until no task runs, but at most worker_soft_shutdown_timeout. A second SIGTERM ends the wait.
+
+    Celery's own soft shutdown, which SIGQUIT starts, always takes the whole time. It reads nothing from the children
+    meanwhile: a function that has just started would run to its end. REMAP_SIGTERM, Celery's own environment variable
+    for this, must be set before its command starts.
     """
-    if process.is_prefork:
-        shut_down = platforms.signals["SIGQUIT"]
 
-        def stop(*args):
-            if sender.connection:
-                sender.timer.call_after(0, shut_down, args)
-            else:  # the loop is not running: the broker is down
-                shut_down(*args)
+    requires = {"celery.worker.consumer.tasks:Tasks"}
+    deadline = timer = None
 
-        platforms.signals["SIGTERM"] = stop
-        # Celery's own method waits for the whole time even if all tasks have ended.
-        sender.controller.wait_for_soft_shutdown = partial(wait_for_children, sender.pool)
+    def start(self, consumer):
+        signal.signal(signal.SIGTERM, lambda *args: self.begin(consumer))
+        if self.deadline:  # it has lost its connection meanwhile
+            self.stop_consuming(consumer)
 
+    def begin(self, consumer):
+        shutting_down[0] = True
+        if not consumer.connection:  # the event loop is not running: the broker is down
+            signal.raise_signal(signal.SIGQUIT)
+        elif self.deadline:
+            self.deadline = 0
+        else:
+            self.deadline = time.monotonic() + current_app.conf.worker_soft_shutdown_timeout
+            # Between two events: in the middle of one, the worker might be reading a child's result.
+            consumer.timer.call_after(0, self.stop_consuming, (consumer,))
 
-def wait_for_children(children):
-    """Wait until all tasks have ended, but no longer than worker_soft_shutdown_timeout.
+    def stop_consuming(self, consumer):
+        consumer.task_consumer.cancel()
+        consumer.controller.semaphore.clear()  # forget tasks that wait for a free child
+        logger.warning("soft shutdown: %d children have a task", self.count_tasks())
+        self.timer = consumer.timer.call_repeatedly(0.1, self.check)
 
-    Celery calls this in a signal handler, so nothing else reads the results of the children meanwhile:
-    a child has ended its task when its result can be read.
-    """
-    shutting_down[0] = True
-    until = time.monotonic() + current_app.conf.worker_soft_shutdown_timeout
-    pids = {request.worker_pid for request in tuple(state.active_requests)}
-    results = [child.outqR_fd for child in children._pool._pool if child.pid in pids]
-    logger.warning("soft shutdown: %d children have a task", len(results))
-    while len(wait(results, timeout=0)) < len(results) and time.monotonic() < until:
-        time.sleep(0.1)
+    def count_tasks(self):
+        return sum(bool(each._apply_result) for each in tuple(state.reserved_requests))
+
+    def check(self):
+        if not self.count_tasks() or time.monotonic() >= self.deadline:
+            self.timer.cancel()
+            current_app.conf.worker_soft_shutdown_timeout = 0  # it has waited
+            signal.raise_signal(signal.SIGQUIT)
 
 
 def child_has_crashed():
