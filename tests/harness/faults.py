@@ -1,11 +1,14 @@
 """Fixtures for tests with real processes: a running stack for each broker and pool."""
 
 import itertools
+import os
+import signal
+import time
 
 import pytest
 
 from .bake import CHOICES, WITH_JOBS, baked, chosen
-from .project import started
+from .project import children_of, started
 from .servers import PostgreSQL, broker_class
 from .stack import TIMINGS, Stack, prepare, prepare_plain
 
@@ -139,3 +142,21 @@ def errors(row):
 
 def ran_once(stack, jobs):
     return [stack.starts(job) for job in jobs] == [1] * len(jobs)
+
+
+def stop_before_it_knows(stack, worker, send):
+    """Stop a worker whose child starts a task that its main process has not read of. Return it.
+
+    `send` sends the task. The main process is busy, as with many messages; it has one child.
+    """
+    [child] = children_of(worker.pid)
+    os.kill(child, signal.SIGSTOP)
+    task = send()
+    time.sleep(2)  # time to pass it to the child
+    freeze = "app.control.broadcast('freeze', arguments={'seconds': 4})"
+    stack.ask(f"from config.celery import app\n{freeze}")
+    time.sleep(1)  # time to begin
+    os.kill(child, signal.SIGCONT)
+    stack.wait_until_started(task)
+    os.kill(worker.pid, signal.SIGTERM)
+    return task

@@ -16,7 +16,7 @@ import pytest
 
 from harness import faults
 from harness.outputs import ORDER
-from harness.project import children_of, wait_for
+from harness.project import wait_for
 from harness.servers import REDELIVERY
 
 stacks = partial(faults.stacks, plain="plain-faults-")
@@ -89,18 +89,9 @@ def test_a_second_sigterm_hurries_a_worker(stack, gate):
 
 
 @on_redis
-def test_a_stopped_worker_waits_for_no_task_that_has_just_started(stack, gate):
-    """Its main process has not yet read that a child has started it."""
+def test_a_stopped_worker_ends_a_task_that_has_just_started(stack, gate):
     worker = stack.replace_worker("--concurrency 1")
-    [child] = children_of(worker.pid)
-    os.kill(child, signal.SIGSTOP)
-    task = stack.send("wait", gate)
-    time.sleep(3)  # time to fetch it
-    os.kill(worker.pid, signal.SIGSTOP)
-    os.kill(child, signal.SIGCONT)
-    stack.wait_until_started(task)
-    for number in signal.SIGTERM, signal.SIGCONT:
-        os.kill(worker.pid, number)
+    faults.stop_before_it_knows(stack, worker, partial(stack.send, "wait", gate))
     assert worker.wait() == 0
 
 

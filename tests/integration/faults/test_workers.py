@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections import Counter
+from functools import partial
 
 import pytest
 
@@ -20,9 +21,10 @@ from harness.faults import (
     on_prefork_and_threads,
     ran_once,
     stacks,
+    stop_before_it_knows,
 )
 from harness.mails import Mails
-from harness.project import children_of, wait_for
+from harness.project import wait_for
 
 # A worker is killed
 
@@ -113,18 +115,9 @@ def test_a_stopped_worker_loses_nothing(stack, gate, tmp_path):
 
 
 @on_prefork
-def test_a_stopped_worker_waits_for_no_function_that_has_just_started(stack, gate):
-    """Its main process has not yet read that a child has started it."""
+def test_a_stopped_worker_ends_a_function_that_has_just_started(stack, gate):
     worker = stack.replace_worker("--queues cpu --concurrency 1")
-    [child] = children_of(worker.pid)
-    os.kill(child, signal.SIGSTOP)
-    job = stack.enqueue("hold", gate, queue="cpu")
-    time.sleep(3)  # time to fetch it
-    os.kill(worker.pid, signal.SIGSTOP)
-    os.kill(child, signal.SIGCONT)
-    stack.wait_until_started(job)
-    for number in signal.SIGTERM, signal.SIGCONT:
-        os.kill(worker.pid, number)
+    job = stop_before_it_knows(stack, worker, partial(stack.enqueue, "hold", gate, queue="cpu"))
     assert worker.wait() == 0
     assert stack.row(job)["state"] == "queued"  # before any lease has lapsed
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from celery import shared_task
 from celery.exceptions import SoftTimeLimitExceeded
 from celery.result import allow_join_result
+from celery.worker.control import control_command
 from django.db import connection
 
 
@@ -24,6 +25,12 @@ def wait_for(gate):
     """Wait until this file exists, or the one with the id of this process."""
     while not Path(gate).exists() and not Path(f"{gate}-{os.getpid()}").exists():
         time.sleep(0.05)
+
+
+@control_command(args=[("seconds", float)])
+def freeze(state, seconds):
+    """Let the main process of each worker do nothing else."""
+    time.sleep(seconds)
 
 
 @shared_task
