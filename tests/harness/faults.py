@@ -36,6 +36,12 @@ def stacks(brokers=BROKERS, pools=POOLS, *, plain="", every_pair=False, **option
     return pytest.mark.parametrize("running", params, indirect=True)
 
 
+def either(*marks):
+    """Return a mark: run the test on the stacks of all these marks."""
+    params = [param for mark in marks for param in mark.args[1]]
+    return pytest.mark.parametrize("running", params, indirect=True)
+
+
 ONE = {"brokers": CHOICES["broker"][:1], "pools": POOLS[:1]}
 on_each = stacks()
 on_each_broker = stacks(pools=POOLS[:1])  # if the pool does not matter
@@ -45,7 +51,6 @@ on_prefork_and_threads = stacks(brokers=ONE["brokers"], pools=["prefork", "threa
 on_one = stacks(**ONE, apart=True)  # another stack, because tests that share one run in turn
 on_prefork = stacks(brokers=ONE["brokers"], pools=["prefork"])
 on_gevent = stacks(brokers=ONE["brokers"], pools=["gevent"])
-where_jobs_share_a_process = stacks(ONE["brokers"], [pool for pool in POOLS if pool != "prefork"])
 on_rabbitmq = stacks(brokers=["rabbitmq"], pools=POOLS[:1])
 on_sqs = stacks(brokers=["sqs"], pools=POOLS[:1])
 with_flower = [name for name in CHOICES["broker"] if chosen(broker=name).has_flower]

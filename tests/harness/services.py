@@ -60,12 +60,14 @@ for _ in range(2):
 class Service:
     """What all services have: a process that can be stopped, killed and stalled."""
 
+    stop_signal = signal.SIGTERM
+
     def __init__(self, process):
         self.process = process
 
     def restart(self):
         """Stop it as its supervisor does, and start it again."""
-        self.process.stop(getattr(self, "stop_signal", signal.SIGTERM))
+        self.process.stop(self.stop_signal)
         with suppress(ProcessLookupError):  # a child that outlives it, such as RabbitMQ's epmd
             os.killpg(self.process.pid, signal.SIGKILL)
         time.sleep(DOWN)
@@ -166,11 +168,7 @@ KINDS = {
     RabbitMQ: RabbitMQService,
     SQS: AWSService,
 }
-FAULTS = [
-    name
-    for name, method in {**vars(Server), **vars(Service)}.items()
-    if callable(method) and name not in ("__init__", "behind")
-]
+FAULTS = "cut", "forget", "read_only", "restart", "kill", "stall"  # a process has the last three
 
 
 def servers_of(answers):
@@ -200,7 +198,7 @@ def cells_of(answers):
             if getattr(KINDS[server], fault) and (service, fault) not in omitted:
                 found[service, fault] = service, server, fault
     processes = ["web", "worker", "beat", "flower"][: 3 + chosen(**answers).has_flower]
-    for service, fault in itertools.product(processes, ["restart", "kill", "stall"]):
+    for service, fault in itertools.product(processes, FAULTS[3:]):
         broker = answers["broker"] if service == "worker" else None
         found[service, fault] = service, broker, fault
     return found

@@ -429,12 +429,8 @@ with connection.cursor() as cursor:
     def wait_until_succeeded(self, *jobs, crashes):
         """Wait until each job has succeeded after so many crashes. Return the rows."""
         rows = self.wait_until_final(*jobs)
-        assert succeeded(rows, crashes), rows
+        assert {(row["state"], row["crashes"]) for row in rows} == {("succeeded", crashes)}, rows
         return rows
-
-
-def succeeded(rows, crashes):
-    return all((row["state"], row["crashes"]) == ("succeeded", crashes) for row in rows)
 
 
 def prepare(project, broker, folder, database, **variables):

@@ -17,7 +17,7 @@ from harness.faults import (
     ran_once,
 )
 from harness.project import wait_for
-from harness.stack import LEASE, succeeded
+from harness.stack import LEASE
 
 # The database restarts
 
@@ -105,11 +105,10 @@ def test_a_job_with_a_locked_row_runs_once_and_stops_no_other(stack, gate):
     stack.wait_until_started(*jobs)
     with stack.locked(f"SELECT FROM durable_jobs_job WHERE id = '{jobs[0]}' FOR UPDATE"):
         time.sleep(LEASE + 1)
-        [other] = stack.wait_until_final(stack.enqueue("quick", queue="io", countdown=1))
+        stack.wait_until_succeeded(stack.enqueue("quick", queue="io", countdown=1), crashes=0)
     time.sleep(1)  # some rounds of the sweep
     gate.touch()
-    rows = stack.wait_until_final(*jobs)
-    assert succeeded([other, *rows], crashes=0), rows
+    stack.wait_until_succeeded(*jobs, crashes=0)
     assert ran_once(stack, jobs)
 
 
@@ -122,9 +121,8 @@ def test_outcomes_that_wait_for_a_lock_stop_no_other_job(stack, gate):
         gate.touch()
         wait_for(lambda: all(stack.notes("end", job) for job in jobs))
         others = [stack.enqueue("quick", queue="cpu") for _ in range(20)]
-        rows = stack.wait_until_final(*others)
-    rows += stack.wait_until_final(*jobs)
-    assert succeeded(rows, crashes=0), rows
+        stack.wait_until_succeeded(*others, crashes=0)
+    stack.wait_until_succeeded(*jobs, crashes=0)
     assert ran_once(stack, [*jobs, *others])
 
 

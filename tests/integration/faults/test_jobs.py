@@ -18,7 +18,6 @@ from harness.faults import (
     on_prefork_and_threads,
     ran_once,
     stacks,
-    where_jobs_share_a_process,
     with_flower,
 )
 from harness.project import wait_for
@@ -29,26 +28,14 @@ from harness.stack import LEASE
 
 @pytest.mark.promise("No endless crashes")
 @on_each_pool
-def test_a_job_that_kills_its_worker_every_time_fails(stack):
-    job = stack.enqueue("die", queue="cpu")
-    with stack.supervised():
-        [row] = stack.wait_until_final(job)
-    assert (row["state"], row["error"]) == ("failed", "Its worker died 3 times")
-    assert stack.starts(job) == 3
-
-
-# A job kills a worker that runs other jobs too
-
-
-@where_jobs_share_a_process
-def test_a_job_that_kills_its_process_fails_alone(stack):
-    """Each time 15 others run in the same process, and they still succeed."""
+def test_a_job_that_kills_its_worker_every_time_fails_alone(stack):
+    """With threads or greenlets, others run in the same process each time. They still succeed."""
     innocents = [stack.enqueue("rest", 2, queue="cpu") for _ in range(15)]
     killer = stack.enqueue("die", 1, queue="cpu")
     with stack.supervised():
-        [row] = stack.wait_until_final(killer)
-        rows = stack.wait_until_final(*innocents)
+        row, *rows = stack.wait_until_final(killer, *innocents)
     assert (row["state"], row["error"]) == ("failed", "Its worker died 3 times")
+    assert stack.starts(killer) == 3
     assert {row["state"] for row in rows} == {"succeeded"}, rows
 
 

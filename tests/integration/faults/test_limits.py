@@ -6,13 +6,7 @@ import time
 
 import pytest
 
-from harness.faults import (
-    ONE,
-    on_prefork,
-    on_prefork_and_threads,
-    ran_once,
-    stacks,
-)
+from harness.faults import ONE, either, on_prefork, on_prefork_and_threads, ran_once, stacks
 from harness.project import children_of, wait_for
 
 on_sqlite = stacks(**ONE, sqlite=True)
@@ -69,52 +63,11 @@ def test_the_slot_of_a_cancelled_job_is_free_at_once_when_its_child_dies(stack, 
 # All faults, and two Beats
 
 
-def inject_faults(stack, enqueue):
-    """Inject one fault after the other, each while jobs of all keys run."""
-
-    def kill_worker():
-        stack.worker.kill()
-
-    def kill_child():
-        for child in children_of(stack.other.pid)[:2]:
-            os.kill(child, signal.SIGKILL)
-
-    def stop_worker():
-        os.kill(stack.other.pid, signal.SIGTERM)
-
-    def cancel():
-        stack.ask("""
+CANCEL = """
 running = Job.objects.filter(state="running", limit_key__isnull=False)[:2]
 cancel(Job.objects.filter(pk__in=[job.pk for job in running]))
-""")
-
-    def restart_broker():
-        stack.broker.kill()
-        stack.broker.start()
-
-    def empty_broker():
-        stack.empty("cpu")
-
-    def restart_database():
-        stack.database.kill()
-        stack.database.start()
-
-    def kill_beat():
-        stack.beat.kill()
-
-    faults = [kill_worker, cancel, kill_child, empty_broker, restart_broker, stop_worker]
-    faults += [kill_beat, *([restart_database] if stack.database else []), kill_worker]
-    for fault in faults:
-        jobs = enqueue()
-        wait_for(lambda jobs=jobs: any(map(stack.starts, jobs)))
-        time.sleep(0.3)
-        fault()
-        time.sleep(0.5)
-
-
-def check_through_faults(stack):
-    jobs = []
-    code = """
+"""
+ENQUEUE = """
 result = []
 for number in range(3):
     for key, seconds in [("one:storm", 0.2), ("two:storm", 0.3), ("two:storm", 0.1)]:
@@ -122,29 +75,40 @@ for number in range(3):
         result.append(enqueue(limited, [key, "/", seconds], queue=queue).pk)
 """
 
-    def enqueue():
-        new = stack.ask(code)
-        jobs.extend(new)
-        return new
 
+def restart(server):
+    server.kill()
+    server.start()
+
+
+@pytest.mark.promise("Limits hold")
+@either(on_prefork_and_threads, on_sqlite)
+def test_no_fault_exceeds_a_limit_or_leaves_a_slot_empty(stack):
+    """Each fault comes while jobs of all keys run. Two Beats have a sweeper all the time."""
+    faults = [
+        stack.worker.kill,
+        lambda: stack.ask(CANCEL),
+        lambda: [os.kill(child, signal.SIGKILL) for child in children_of(stack.other.pid)[:2]],
+        lambda: stack.empty("cpu"),
+        lambda: restart(stack.broker),
+        lambda: os.kill(stack.other.pid, signal.SIGTERM),
+        stack.beat.kill,
+        *([lambda: restart(stack.database)] if stack.database else []),
+        stack.worker.kill,
+    ]
+    jobs = []
     with stack.supervised(*stack.workers, stack.beat, stack.make_beat("second-beat")):
-        inject_faults(stack, enqueue)
+        for fault in faults:
+            new = stack.ask(ENQUEUE)
+            jobs += new
+            wait_for(lambda new=new: any(map(stack.starts, new)))
+            time.sleep(0.3)
+            fault()
+            time.sleep(0.5)
         rows = stack.wait_until_final(*jobs)
         assert {row["state"] for row in rows} <= {"succeeded", "cancelled"}, rows
         wait_for(lambda: not have_slots(stack, jobs))
     assert not exceeded(stack, jobs)
-
-
-@pytest.mark.promise("Limits hold")
-@on_prefork_and_threads
-def test_no_fault_exceeds_a_limit_or_leaves_a_slot_empty(stack):
-    """Two Beats have a sweeper all the time."""
-    check_through_faults(stack)
-
-
-@on_sqlite
-def test_no_fault_exceeds_a_limit_or_leaves_a_slot_empty_on_sqlite(stack):
-    check_through_faults(stack)
 
 
 # Rates

@@ -26,14 +26,6 @@ on_redis = stacks(["redis"], ["prefork"])
 on_rabbitmq = stacks(["rabbitmq"], ["prefork"])
 
 
-def broker_of(stack):
-    return stack.project.answers["broker"]
-
-
-def pool_of(stack):
-    return stack.project.answers["worker_pool"]
-
-
 # The worker
 
 
@@ -214,7 +206,7 @@ def test_the_default_settings_keep_their_promise(stack, gate, tmp_path):
     doomed.kill()
     at = time.time()
     time.sleep(30)
-    if broker_of(stack) == "redis":  # moto keeps nothing
+    if stack.project.answers["broker"] == "redis":  # moto keeps nothing
         stack.broker.kill()
         time.sleep(3)
         stack.broker.start()
@@ -290,7 +282,7 @@ print(app.send_task("trials.tasks.quick", ignore_result=True))
 
 @on_each
 def test_a_burst_of_countdowns_starves_no_other_task(stack, record_fault):
-    count = 50 if broker_of(stack) == "sqs" else 1000
+    count = 50 if stack.project.answers["broker"] == "sqs" else 1000
     code = "result = [quick.apply_async(countdown=90).id for _ in range(count)]"
     later = stack.ask(code, count=count)
     start = time.time()
@@ -367,7 +359,7 @@ def test_a_worker_polls_again_after_a_poll_without_an_answer(stack):
     """kombu's own channel would wait forever, and not poll again."""
     pid = stack.worker.pid
     stack.broker.pause()
-    if pool_of(stack) == "gevent":
+    if stack.project.answers["worker_pool"] == "gevent":
         time.sleep(6)  # a poll fails after 1.5 s
     else:
         wait_for(lambda: "poll of the SQS queue celery failed" in stack.worker.printed)

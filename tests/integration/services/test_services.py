@@ -8,6 +8,7 @@ combinations.
 import time
 from contextlib import suppress
 
+from harness.bake import CHOICES
 from harness.load import FRESH, Load
 from harness.project import wait_for
 from harness.services import VISIBILITY, each_cell
@@ -15,11 +16,7 @@ from harness.services import VISIBILITY, each_cell
 # Where a running task may run again: (service, fault, broker). Everywhere else, each run of a task
 # starts once. A stopped worker releases a long task; RabbitMQ does for a lost connection.
 RUNS_AGAIN = {
-    *(
-        ("worker", fault, broker)
-        for fault in ("kill", "restart")
-        for broker in ("redis", "rabbitmq", "sqs")
-    ),
+    *(("worker", fault, broker) for fault in ("kill", "restart") for broker in CHOICES["broker"]),
     *(("broker", fault, "rabbitmq") for fault in ("restart", "kill", "cut", "forget")),
     # It doesn't confirm what is sent meanwhile, so that is sent again.
     ("broker", "read_only", "rabbitmq"),
