@@ -18,7 +18,7 @@ pytest.register_assert_rewrite("harness")  # before the first import from there
 from harness.bake import ENVIRONMENT, TEMPLATE, baked  # noqa: E402
 from harness.project import Project  # noqa: E402
 
-pytest_plugins = [f"harness.{name}" for name in "containers faults outputs plain services".split()]
+pytest_plugins = [f"harness.{name}" for name in "containers faults outputs services".split()]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -316,11 +316,12 @@ def stack_of_services(service_stack, request):
     stack = service_stack
     stack.recover()
     stack.mark_logs()
+    failed = request.session.testsfailed
     yield stack
     for service in stack.services.values():
         if isinstance(service, Server):
             service.proxy.clean_up()
-    if not getattr(request.node, "has_passed", False):
+    if request.session.testsfailed > failed:
         for service in stack.services.values():
             if isinstance(service, Server):
                 service.process.resume()
@@ -336,14 +337,6 @@ def record_cell(request, record_property):
         record_property("cell", [service, fault, request.node.callspec.id, found])
 
     return record
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item, call):
-    report = yield
-    if call.when == "call":
-        item.has_passed = report.passed
-    return report
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -1,4 +1,4 @@
-"""Batches and next jobs keep their promise: a worker is killed, and Beat is away.
+"""Batches and next jobs keep their promise while Beat is away.
 
 What starts when a batch has ended, starts once.
 """

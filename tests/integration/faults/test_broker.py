@@ -89,15 +89,6 @@ def test_idle_workers_outlive_their_broker(stack):
     assert [worker.pid for worker in stack.workers if worker.is_running()] == processes
 
 
-@on_sqs
-def test_a_worker_polls_again_after_a_poll_without_an_answer(stack):
-    """kombu's own channel would wait forever."""
-    stack.broker.pause()
-    wait_for(lambda: "poll of the SQS queue cpu failed" in stack.worker.printed)
-    stack.broker.resume()
-    stack.wait_until_succeeded(stack.enqueue("quick", queue="cpu"), crashes=0)
-
-
 @pytest.mark.promise("Requests wait five seconds at most")
 @on_each_broker
 def test_a_broker_that_hangs_delays_no_request(stack):

@@ -1,7 +1,4 @@
-"""Jobs kill their workers, exceed limits, are cancelled or end in odd ways.
-
-The first headings are those of "Jobs" in reliability.md.
-"""
+"""Jobs kill their workers, exceed limits, are cancelled or end in odd ways."""
 
 import json
 import signal

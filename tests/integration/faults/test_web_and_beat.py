@@ -1,9 +1,5 @@
-"""Beat hangs or its sweeper ends, old jobs cannot be deleted, a name server hangs.
+"""Beat hangs, old jobs cannot be deleted, jobs are large, a name server hangs."""
 
-The headings are those of "The web and Beat" in reliability.md.
-"""
-
-import json
 import re
 import sys
 import time
@@ -161,42 +157,19 @@ def test_beat_needs_little_memory_for_due_jobs(stack, count, field, limit):
 
 # A name server (DNS) hangs
 
-LOOK_UP = """
-import ctypes, json, socket, struct
-
-class State(ctypes.Structure):  # the first fields of glibc's struct __res_state
-    _fields_ = [
-        ("timeout", ctypes.c_int),
-        ("attempts", ctypes.c_int),
-        ("options", ctypes.c_ulong),
-        ("servers", ctypes.c_int),
-        ("server", ctypes.c_char * 16),
-    ]
-
-silent = socket.socket(type=socket.SOCK_DGRAM)
-silent.bind(("127.0.0.1", 0))
+NUMBERS = """
+import ctypes
 glibc = ctypes.CDLL("libc.so.6")
-glibc.__res_state.restype = ctypes.POINTER(State)
+glibc.__res_state.restype = ctypes.POINTER(ctypes.c_int * 2)  # its first fields: seconds, attempts
 assert glibc.__res_init() == 0
-state = glibc.__res_state().contents
-state.servers = 1
-port, host = struct.pack("!H", silent.getsockname()[1]), socket.inet_aton("127.0.0.1")
-address = struct.pack("=H", socket.AF_INET) + port + host + bytes(8)
-ctypes.memmove(ctypes.addressof(state) + State.server.offset, address, len(address))
-try:
-    socket.getaddrinfo("example.com.", 80)
-except socket.gaierror as error:
-    assert error.errno == socket.EAI_AGAIN
-    assert b"example" in silent.recv(1000)
-    print(json.dumps([state.timeout, state.attempts]))
+print(*glibc.__res_state().contents)
 """
 
 
-@pytest.mark.parametrize("broker", ["redis"])  # CI runs the tests of this file by broker
-def test_a_name_server_that_hangs_delays_a_request_by_two_seconds(bake, broker):
+def test_a_name_server_that_hangs_delays_a_request_by_two_seconds(bake):
     """glibc's default is ten seconds: two attempts of five."""
-    dockerfile = bake(durable_jobs="yes", broker=broker, deployment="docker").read("Dockerfile")
+    dockerfile = bake(durable_jobs="yes", deployment="docker").read("Dockerfile")
     options = re.search('RES_OPTIONS="(.+)"', dockerfile)[1]
-    printed = Project(TEMPLATE).call(sys.executable, "-c", LOOK_UP, RES_OPTIONS=options)
-    timeout, attempts = json.loads(printed)
-    assert timeout * attempts == 2
+    printed = Project(TEMPLATE).call(sys.executable, "-c", NUMBERS, RES_OPTIONS=options)
+    seconds, attempts = map(int, printed.split())
+    assert seconds * attempts == 2
