@@ -8,7 +8,7 @@ from harness import demo
 from harness.bake import CHOICES, DEFAULTS, baked
 from harness.outputs import default_output, outputs, use
 from harness.project import path_without, started
-from harness.servers import SERVERS, variables_of
+from harness.servers import SERVERS
 
 plain = outputs(DEFAULTS)
 NOT_STARTED = ["rabbitmq"]  # `make run` has no stand-in for it
@@ -70,8 +70,8 @@ def test_the_demo_runs_tasks_on_each_broker(broker, tmp_path, capfd):
     tools = path_without("redis-server", "valkey-server", folder=tmp_path / "bin")
     servers = [SERVERS[broker](tmp_path / broker)] if broker in NOT_STARTED else []
     with started(*servers):
-        variables = {"PATH": tools, **variables_of(servers)}
-        demo.main([f"broker={broker}"], tmp_path / "demo", **variables)
+        variables = servers[0].variables if servers else {}
+        demo.main([f"broker={broker}"], tmp_path / "demo", PATH=tools, **variables)
     assert "5000 of 5000" in capfd.readouterr().out
 
 

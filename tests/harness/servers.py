@@ -312,9 +312,17 @@ def servers_of(project, folder):
     return [each(folder / each.__name__, project) for each in classes]
 
 
-def variables_of(servers):
-    """Return the variables of these servers: the first one is the broker."""
-    return dict(ChainMap(*(server.variables for server in servers)))
+def variables_of(servers, project):
+    """Return the variables of these servers of a project: the first one is the broker.
+
+    A Redis has URLs for both, and Celery prefers these variables to the project's settings.
+    """
+    found = dict(ChainMap(*(server.variables for server in servers)))
+    if "CELERY_BROKER_URL" not in servers[0].variables:
+        found.pop("CELERY_BROKER_URL", None)
+    if backend_class(project.answers) is not Redis:
+        found.pop("CELERY_RESULT_BACKEND", None)
+    return found
 
 
 class PostgreSQL(Process):

@@ -293,8 +293,6 @@ def prepare(project, folder, database):
     for service in services.values():
         # Queues of SQS have it as an attribute.
         service.process.variables["VISIBILITY_SECONDS"] = VISIBILITY
-        for variable in "CELERY_BROKER_URL", "CELERY_RESULT_BACKEND":
-            service.process.variables.pop(variable, None)  # Celery prefers these to the settings
 
     own = [each.process for service, each in services.items() if service != "database"]
     broker = services["broker"].process

@@ -12,7 +12,6 @@ from functools import partial
 import psycopg
 
 from .project import (
-    ASKED,
     BEHIND_A_PROXY,
     FILE_MAIL,
     Console,
@@ -116,13 +115,9 @@ class Stack:
             "SOFT_SHUTDOWN_SECONDS": 2,
             "THROTTLE": "1000000/min",
             "WORKER_CONCURRENCY": 4,
-            **variables_of(servers),
+            **variables_of(servers, project),
             **variables,
         }
-        asked = re.findall(ASKED, project.read("config/settings.py"))
-        for name in {"CELERY_BROKER_URL", "CELERY_RESULT_BACKEND"} - set(asked):
-            # Celery would prefer this variable, of another service's Redis, to the settings.
-            self.variables.pop(name, None)
         self.made = []  # all processes, including those of tests
         self.marks = {}  # {log: its size when the test began}
         self.console = Console(project, folder / "console.log", **self.variables)

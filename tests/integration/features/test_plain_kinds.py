@@ -157,7 +157,7 @@ def console(project, tmp_path_factory):
     folder = tmp_path_factory.mktemp("kinds")
     (project / "orders/tasks.py").write_text(project.read("orders/tasks.py") + TASKS)
     servers = servers_of(project, folder)
-    variables = variables_of(servers) | {"DATABASE_URL": f"sqlite:///{folder}/db.sqlite3"}
+    variables = variables_of(servers, project) | {"DATABASE_URL": f"sqlite:///{folder}/db.sqlite3"}
     project.manage("migrate", "-v0", **variables)
     command = [project / ".venv/bin/celery", "-A", "config", "worker"]
     worker = Process(command, folder / "log", says=" ready.", cwd=project, variables=variables)

@@ -102,7 +102,7 @@ def lesson(project, tmp_path_factory):
     project.append("config/celery.py", CELERY)
     folder = tmp_path_factory.mktemp("lesson")
     servers = servers_of(project, folder)
-    variables = variables_of(servers)
+    variables = variables_of(servers, project)
     [port] = free_ports(1)
     processes = [Console(project, folder / "console.log", **variables)]
     for words in "worker -l INFO", "beat -l INFO", f"flower --port={port}":

@@ -174,7 +174,7 @@ def act(console):
 def test_every_view_sends_a_task_in_every_way(console, project, tmp_path):
     used = servers_of(project, tmp_path)
     with started(*used):
-        variables = variables_of(used)
+        variables = variables_of(used, project)
         command = [project / ".venv/bin/celery", "-A", "config", "worker"]
         log = tmp_path / "worker.log"
         worker = Process(command, log, says=" ready.", cwd=project, variables=variables)
