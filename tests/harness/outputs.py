@@ -83,21 +83,6 @@ def one_for_each_broker():
     return [first(broker=broker) for broker in CHOICES["broker"]]
 
 
-def one_of_each_broker_and_pool():
-    """Return each broker with each pool: the first pool with the first result backend, as
-    one_for_each_broker() does, the others with the other result backends in turn.
-
-    Plain projects run each broker with each result backend and pool: see plain.py.
-    """
-    others = itertools.cycle(CHOICES["result_backend"][1:])
-    found = []
-    for pair in product({option: CHOICES[option] for option in ("broker", "worker_pool")}):
-        is_first = pair["worker_pool"] == DEFAULTS["worker_pool"]
-        result_backend = DEFAULTS["result_backend"] if is_first else next(others)
-        found.append(first(**pair, result_backend=result_backend))
-    return found
-
-
 def outputs(*answers):
     """Return a mark: run the test with these outputs, each in one process, to install it once."""
     params = [
@@ -107,9 +92,13 @@ def outputs(*answers):
     return pytest.mark.parametrize("output", params, indirect=True)
 
 
-# The tours that ../test_first_run.py does not make.
+# Each broker with each pool: the first pool with the first result backend, the others with the
+# other backends in turn. ../test_first_run.py makes the tour of the very first.
+others = itertools.cycle(CHOICES["result_backend"][1:])
+pairs = product({"broker": CHOICES["broker"], "worker_pool": CHOICES["worker_pool"][1:]})
 other_tours = outputs(
-    *(each for each in one_of_each_broker_and_pool() if each not in one_for_each_broker())
+    *one_for_each_broker()[1:],
+    *(first(**pair, result_backend=next(others)) for pair in pairs),
 )
 every_pool = outputs(*(first(worker_pool=pool) for pool in CHOICES["worker_pool"]))
 default_output = outputs(first())
