@@ -8,6 +8,7 @@ from pathlib import Path
 
 from harness.bake import CHOICES, LIBRARY, OPTIONS, OUTPUT, TEMPLATE
 from harness.checks import check_links
+from harness.project import Project
 from harness.promises import PAGE, page, proofs
 
 
@@ -32,9 +33,8 @@ def is_output(path):
 
 
 def test_every_link_leads_somewhere():
-    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    listed = subprocess.run(command, cwd=TEMPLATE, capture_output=True, text=True, check=True)
-    paths = [Path(name) for name in listed.stdout.split("\0") if (TEMPLATE / name).is_file()]
+    listed = Project(TEMPLATE).tracked()
+    paths = [Path(name) for name in listed if (TEMPLATE / name).is_file()]
     files = {path: text(path) for path in paths}
     pages = [path for path in files if is_page(path) and not is_output(path)]
     assert Path("README.md") in pages and Path("docs/reliability.md") in pages

@@ -83,22 +83,19 @@ def test_an_older_cookiecutter_is_refused_with_a_remedy(cookiecutter, tmp_path):
     assert not (tmp_path / "my_project").exists()
 
 
-def git(*arguments):
-    return subprocess.check_output(["git", *arguments], cwd=TEMPLATE, encoding="utf-8")
-
-
 def test_windows_and_file_systems_that_ignore_case_can_have_each_file_of_the_template():
     """test_bake.py checks the names in each output in the same way."""
-    files = git("ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
+    files = Project(TEMPLATE).tracked()
 
-    check_names(files[:-1])
-    for file in files[:-1]:
+    check_names(files)
+    for file in files:
         assert len(file) <= 120 and "{%" not in file, f"{file}: a name as in an output, and short"
 
 
 def test_windows_clones_the_template_with_unix_line_ends():
     """Otherwise Git for Windows writes others, and so would the output have them."""
-    for line in git("ls-files", "--eol", ":!*.whl").splitlines():
+    listed = Project(TEMPLATE).call("git", "ls-files", "--eol", ":!*.whl")
+    for line in listed.splitlines():
         described, file = line.split("\t")
         assert "eol=lf" in described and "crlf" not in described, file
 
@@ -137,10 +134,6 @@ def test_a_clone_installs_the_packages_of_the_day_of_its_commit(tmp_path):
     shutil.copy(TEMPLATE / "Makefile", clone)
     for folder in clone, clone / "durable-jobs":
         (folder / "pyproject.toml").write_text(ABOUT)
-    clone.call("git", "init", "--quiet")
-    clone.call("git", "add", ".")
-    who = ["-c", "user.name=you", "-c", "user.email=you@example.com"]
-    january = {"GIT_COMMITTER_DATE": "2026-01-15T12:00:00Z"}
-    clone.call("git", *who, "commit", "--quiet", "--message", "A commit", **january)
+    clone.commit(GIT_COMMITTER_DATE="2026-01-15T12:00:00Z")
     clone.call("make", ".venv")
     assert "certifi==2026.1.4" in clone.call(".venv/bin/uv", "pip", "freeze")

@@ -43,15 +43,9 @@ def clone(tmp_path, monkeypatch):
     (clone / "Makefile").write_text(MAKEFILE)
     for name in ("README.md", "durable-jobs/pyproject.toml"):
         shutil.copy(TEMPLATE / name, clone / name)
-    clone.call("git", "init", "--quiet", "--initial-branch", "main")
+    clone.commit()
     clone.call("git", "remote", "add", "origin", "git@github.com:tea/shop.git")
-    commit(clone)
     return clone
-
-
-def commit(clone):
-    clone.call("git", "add", ".")
-    clone.call("git", "commit", "--quiet", "--message", "A commit")
 
 
 def release(clone):
@@ -111,7 +105,7 @@ def test_every_page_has_the_same_address():
 
 def test_a_release_that_fails_its_tests_changes_nothing(clone):
     (clone / "Makefile").write_text(MAKEFILE.replace("@echo", "false"))
-    commit(clone)
+    clone.commit()
     before = clone.call("git", "rev-parse", "HEAD")
 
     assert "the tests did not pass" in refused(clone)
@@ -129,7 +123,7 @@ def test_a_release_that_fails_its_tests_changes_nothing(clone):
 )
 def test_a_release_is_refused_if_there_is_nothing_to_release(clone, file, text, sentence):
     (clone / file).write_text(text)
-    commit(clone)
+    clone.commit()
     assert sentence in refused(clone)
 
 

@@ -3,13 +3,13 @@
 import itertools
 import json
 import re
-import subprocess
 import tomllib
 
 import pytest
 import yaml
 
 from harness.bake import ABOUT, ABOUT_LIBRARY, CHOICES, PINNED, TEMPLATE, render
+from harness.project import Project
 from harness.versions import SUPPORTED
 
 VERSIONS, REQUIREMENTS = "templates/versions.jinja", "{{cookiecutter.project_slug}}/pyproject.toml"
@@ -51,9 +51,7 @@ DIFFER = {
 
 def tracked():
     """Return the texts of the repository, {path: text}."""
-    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    listed = subprocess.run(command, cwd=TEMPLATE, capture_output=True, text=True, check=True)
-    files = {name: TEMPLATE / name for name in listed.stdout.split("\0")}
+    files = {name: TEMPLATE / name for name in Project(TEMPLATE).tracked()}
     texts = {name: path.read_bytes() for name, path in files.items() if path.is_file()}
     return {name: text.decode() for name, text in texts.items() if b"\0" not in text}
 

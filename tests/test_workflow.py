@@ -146,19 +146,15 @@ def test_a_push_publishes_the_default_output_and_the_pages(tmp_path, cookies_ses
     script = JOBS["output"]["steps"][-1]["run"]
     Project(TEMPLATE).call("bash", "-e", "-c", script, **environment)
 
-    def texts(folder):
-        files = Project(folder).files()
-        return {str(file.relative_to(folder)): file.read_bytes() for file in files}
-
-    def texts_of(branch):
-        folder = tmp_path / f"clone-{branch}"
+    def contents_of(branch):
+        folder = Project(tmp_path / f"clone-{branch}")
         clone = "git", "clone", "--quiet", "--branch", branch, published, folder
         Project(tmp_path).call(*clone)
         shutil.rmtree(folder / ".git")
-        return texts(folder)
+        return folder.contents()
 
-    written = texts(baked(cookies_session, {}).parent)
+    written = baked(cookies_session, {}).parent.contents()
     del written["my_project/.env"]
-    assert texts_of("output") == written
-    site = texts_of("site")
+    assert contents_of("output") == written
+    site = contents_of("site")
     assert {"docs/index.html", "durable-jobs/docs/guide.html", ".nojekyll"} <= site.keys()

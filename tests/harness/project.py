@@ -104,6 +104,22 @@ class Project(type(Path())):
         """Return the paths of all files, without caches of tools."""
         return [path for path in self.rglob("*") if path.is_file() and "_cache" not in str(path)]
 
+    def contents(self):
+        """Return {name: bytes} of these files."""
+        return {str(file.relative_to(self)): file.read_bytes() for file in self.files()}
+
+    def tracked(self):
+        """Return the names of the files in Git, and of those that it neither has nor ignores."""
+        options = "-z", "--cached", "--others", "--exclude-standard"
+        return self.call("git", "ls-files", *options).split("\0")[:-1]
+
+    def commit(self, **environment):
+        """Commit all files, in a new repository if there is none."""
+        self.call("git", "init", "--quiet", "--initial-branch", "main")
+        self.call("git", "add", "--all")
+        author = "-c", "user.name=You", "-c", "user.email=you@example.com"
+        self.call("git", *author, "commit", "--quiet", "--message", "A commit", **environment)
+
     def install(self):
         """Install what the project's own pyproject.toml declares, and nothing else."""
         if self.environments:

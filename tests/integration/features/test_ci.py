@@ -79,10 +79,7 @@ def job(output):
 def checkout(output, tmp_path):
     """A clone of the output, which has no `.env`."""
     if not (output / ".git").exists():
-        output.call("git", "init", "--quiet")
-        output.call("git", "add", "--all")
-        author = ["-c", "user.name=You", "-c", "user.email=you@example.com"]
-        output.call("git", *author, "commit", "--quiet", "--message", "Start")
+        output.commit()
     output.call("git", "clone", "--quiet", output, tmp_path / "checkout")
     checkout = Project(tmp_path / "checkout")
     assert not (checkout / ".env").exists()
