@@ -5,12 +5,11 @@ import re
 import pytest
 
 from harness import demo
-from harness.bake import CHOICES, DEFAULTS, baked
-from harness.outputs import default_output, outputs, use
+from harness.bake import CHOICES, baked
+from harness.outputs import default_output, plain_output, use
 from harness.project import path_without, started
 from harness.servers import SERVERS
 
-plain = outputs(DEFAULTS)
 NOT_STARTED = ["rabbitmq"]  # `make run` has no stand-in for it
 
 
@@ -20,7 +19,7 @@ def output(request, cookies_session):
     return baked(cookies_session, {"project_name": "Calendar", **request.param})
 
 
-@plain
+@plain_output
 def test_it_passes_its_checks_and_its_own_tests(project):
     """On SQLite, with a real worker that takes a task from Redis or from its stand-in."""
     assert project.name == "calendar"
@@ -45,7 +44,7 @@ for path in sorted({*Path().glob("[!.t]*/**/*.py")} - {Path("config/tracing.py")
 """
 
 
-@plain
+@plain_output
 def test_each_module_can_be_imported_first(project):
     """Settings name modules in strings, which test_there_are_no_circular_imports does not see."""
     settings = {"DJANGO_SETTINGS_MODULE": "config.settings"}

@@ -3,12 +3,13 @@
 import itertools
 import re
 import shutil
+from contextlib import contextmanager
 
 import pytest
 
 from . import servers
 from .bake import CHOICES, DEFAULTS, WITH_JOBS, baked, name, product
-from .project import fetch, wait_for
+from .project import Console, Process, Project, fetch, started, wait_for
 from .stack import SCHEDULE
 
 ORDER = {"product": "Tea", "quantity": 2}
@@ -102,6 +103,8 @@ other_tours = outputs(
 )
 every_pool = outputs(*(first(worker_pool=pool) for pool in CHOICES["worker_pool"]))
 default_output = outputs(first())
+plain_output = outputs(DEFAULTS)
+both_outputs = outputs(*({**DEFAULTS, "durable_jobs": each} for each in CHOICES["durable_jobs"]))
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +125,38 @@ def broker(output, tmp_path_factory):
     """Variables of real servers for this output alone. Requested first, as one may be missing."""
     with servers.real(output, tmp_path_factory.mktemp("servers")) as variables:
         yield variables
+
+
+@pytest.fixture
+def addresses(project, tmp_path):
+    """Variables of servers that run for this test alone: a moto, too, if the project needs it."""
+    used = servers.servers_of(project, tmp_path)
+    with started(*used):
+        yield servers.variables_of(used, project)
+
+
+@contextmanager
+def working(project, folder, **variables):
+    """Run the servers of a project, a worker and a console, on SQLite. Give these two."""
+    used = servers.servers_of(project, folder)
+    variables |= servers.variables_of(used, project)
+    variables["DATABASE_URL"] = f"sqlite:///{folder}/db.sqlite3"
+    project.manage("migrate", "-v0", **variables)
+    command = [project / ".venv/bin/celery", "-A", "config", "worker"]
+    options = {"says": " ready.", "cwd": project, "variables": variables}
+    worker = Process(command, folder / "worker.log", **options)
+    console = Console(project, folder / "console.log", **variables)
+    with started(*used, worker, console):
+        yield worker, console
+
+
+@pytest.fixture
+def copied(project, tmp_path):
+    """A copy of the project, for a test that changes it."""
+    skipped = shutil.ignore_patterns("__pycache__", "*.sqlite3*", ".data")
+    copy = Project(shutil.copytree(project, tmp_path / "copy", symlinks=True, ignore=skipped))
+    copy.answers = project.answers
+    return copy
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import subprocess
 import time
 
@@ -10,12 +9,10 @@ import pytest
 
 from harness.bake import DEFAULTS
 from harness.blocks import code
-from harness.outputs import outputs
-from harness.project import Process, Project, env, started
+from harness.outputs import both_outputs, outputs, plain_output
+from harness.project import Process, env, started
 from harness.servers import Redis
 
-plain = outputs(DEFAULTS)
-both = outputs(*({**DEFAULTS, "durable_jobs": choice} for choice in ("no", "yes")))
 KEY = "0123456789abcdefghijklmnopqrstuvwxyz0123456789abcdefghijkl"
 WRITTEN = {  # {variable: (as it is written, the setting, its value)}
     "SECRET_KEY": (f"${KEY}#=$a", "SECRET_KEY", f"${KEY}#=$a"),
@@ -46,14 +43,14 @@ def settings_of(project, **environment):
     return json.loads(printed.split("=>")[1])
 
 
-@plain
+@plain_output
 def test_a_variable_of_the_environment_keeps_its_value(project):
     environment = {name: written for name, (written, _, _) in WRITTEN.items()}
     expected = {setting: value for _, setting, value in WRITTEN.values()}
     assert settings_of(project, **environment) == expected
 
 
-@plain
+@plain_output
 def test_a_variable_of_dotenv_keeps_its_value(project, copied):
     kept = [
         line for line in project.read(".env").splitlines() if line.partition("=")[0] not in WRITTEN
@@ -62,15 +59,6 @@ def test_a_variable_of_dotenv_keeps_its_value(project, copied):
     (copied / ".env").write_text("\n".join([*kept, *written, ""]))
     expected = {setting: value for _, setting, value in WRITTEN.values()}
     assert settings_of(copied) == expected
-
-
-@pytest.fixture
-def copied(project, tmp_path):
-    """A copy of the project, for a test that changes it."""
-    skipped = shutil.ignore_patterns("__pycache__", "*.sqlite3*", ".data")
-    copy = Project(shutil.copytree(project, tmp_path / "copy", symlinks=True, ignore=skipped))
-    copy.answers = project.answers
-    return copy
 
 
 WINDOWS = """
@@ -86,12 +74,12 @@ call_command("check", fail_level="WARNING")
 """
 
 
-@both
+@both_outputs
 def test_web_servers_and_commands_start_without_what_windows_lacks(project):
     project.call(".venv/bin/python", "-c", WINDOWS)
 
 
-@plain
+@plain_output
 def test_the_level_of_the_log_holds_for_django_too(project):
     code = """
 import logging
@@ -111,7 +99,7 @@ print(answer.status_code, answer.get("Location"))
 """
 
 
-@both
+@both_outputs
 def test_users_may_log_in_by_email(copied):
     """With the files of docs/production.md."""
     page = copied.read("docs/production.md")
@@ -139,7 +127,7 @@ def test_users_may_log_in_by_email(copied):
         assert (copied / "token").read_text()
 
 
-@plain
+@plain_output
 def test_the_web_server_reads_dotenv_too(copied):
     (copied / ".env").write_text(copied.read(".env") + "WEB_CONCURRENCY=3\n")
     printed = copied.call(".venv/bin/gunicorn", "--print-config", "config.wsgi")
@@ -156,7 +144,7 @@ def test_a_variable_that_overrides_the_settings_is_found(project, name):
         project.manage(*command, **{**variables, name: "redis://h/1"})
 
 
-@both
+@both_outputs
 def test_every_host_gets_an_answer_of_the_health_checks_and_of_nothing_else(project):
     code = """
 from django.test import Client
@@ -170,14 +158,14 @@ print(sorted({(path, response.status_code) for path, response in answers}))
     assert str(expected) in project.manage("shell", "-v0", "-c", code, **variables)
 
 
-@both
+@both_outputs
 def test_a_browser_that_asks_for_an_icon_causes_no_error(project):
     """The pages of the admin name none."""
     code = "from django.test import Client; print(Client().get('/favicon.ico').status_code)"
     assert project.shell(code, DEBUG="True", ALLOWED_HOSTS="testserver") == "204"
 
 
-@both
+@both_outputs
 def test_the_projects_own_tests_are_not_in_the_flower_of_make_run(project):
     with project.up() as site:
         project.call("make", "test", ARGS="-m live", **site.environment)
@@ -201,7 +189,7 @@ def test_a_result(db):
 """
 
 
-@both
+@both_outputs
 def test_results_of_plain_tasks_stay_in_the_process_of_a_test(copied):
     """Here, no server answers. Otherwise they would go to that of `make run`."""
     (copied / "tests/test_results.py").write_text(RESULTS)
@@ -209,7 +197,7 @@ def test_results_of_plain_tasks_stay_in_the_process_of_a_test(copied):
     copied.call(*pytest, **copied.free_servers())
 
 
-@plain
+@plain_output
 def test_requests_reuse_connections_where_they_can(project):
     """Not under ASGI, where each would leave one, and not beside Django's own pool."""
     url = "postgres://user:password@host/name"
@@ -248,7 +236,7 @@ def call_nobody():
 """
 
 
-@both
+@both_outputs
 def test_tasks_that_would_wait_are_found(copied):
     copied.append("orders/tasks.py", TASKS)
     copied.append("config/settings.py", 'CELERY_TASK_QUEUES += [Queue("own")]\n')
@@ -263,7 +251,7 @@ print(sorted(each.id + each.msg.split("orders.tasks.")[1].split()[0] for each in
     assert str(found) in copied.manage("shell", "-v0", "-c", code)
 
 
-@both
+@both_outputs
 def test_an_idle_worker_sends_redis_few_commands(project, tmp_path):
     """Some providers bill each. Looking for lost tasks each second quadruples them."""
     redis = Redis(tmp_path / "redis")

@@ -1,18 +1,14 @@
 """What `make`, the checks and the admin of the default output do, and a recipe of its pages."""
 
 import re
-import shutil
 
 import pytest
 
 from harness.bake import DEFAULTS
 from harness.blocks import code
-from harness.outputs import outputs
-from harness.project import Console, Process, Project, started, wait_for
-from harness.servers import Redis
+from harness.outputs import both_outputs, outputs, plain_output, working
+from harness.project import Console, started, wait_for
 
-plain = outputs(DEFAULTS)
-both = outputs(*({**DEFAULTS, "durable_jobs": choice} for choice in ("no", "yes")))
 TASKS = """
 
 import functools
@@ -67,13 +63,6 @@ CELERY_BEAT_SCHEDULE |= {
 """
 
 
-@pytest.fixture
-def copied(project, tmp_path):
-    """A copy of the project, for a test that changes it."""
-    skipped = shutil.ignore_patterns("__pycache__", "*.sqlite3*", ".data")
-    return Project(shutil.copytree(project, tmp_path / "copy", symlinks=True, ignore=skipped))
-
-
 def found(project, command, check, **variables):
     """Return the names in the messages of this check, which must fail the command."""
     with pytest.raises(AssertionError) as error:
@@ -81,7 +70,7 @@ def found(project, command, check, **variables):
     return set(re.findall(rf"{check}\) .*?([\w.]+)(?= is due|: it is async)", str(error.value)))
 
 
-@both
+@both_outputs
 def test_a_task_that_would_not_run_is_found(copied):
     """Celery calls it, and gets an object that nothing uses. A job may be async."""
     copied.append("orders/tasks.py", TASKS)
@@ -89,7 +78,7 @@ def test_a_task_that_would_not_run_is_found(copied):
     assert found(copied, "check", "E004") == {f"orders.tasks.{name}" for name in names}
 
 
-@both
+@both_outputs
 def test_an_interval_that_deploys_may_start_anew_is_found(copied):
     copied.append("config/settings.py", SCHEDULE)
     command = "check --deploy --fail-level WARNING"
@@ -97,7 +86,7 @@ def test_an_interval_that_deploys_may_start_anew_is_found(copied):
     assert found(copied, command, "W011", **variables) == {"day", "seconds", "object"}
 
 
-@plain
+@plain_output
 def test_make_works_where_the_environment_names_another_venv(copied, tmp_path):
     """As development containers do. Neither is that one used, nor does half of it stay behind."""
     (copied / ".venv").unlink()
@@ -146,7 +135,7 @@ result = [meanwhile, len(runs)]
 """
 
 
-@plain
+@plain_output
 def test_a_periodic_task_with_the_lock_of_the_page_does_not_overlap_itself(
     copied, database, tmp_path
 ):
@@ -187,29 +176,24 @@ result = sorted(TaskResult.objects.values_list("status", flat=True))
 def test_a_failed_task_runs_again_from_the_admin(copied, tmp_path):
     """Not one whose stored arguments are cut, and not for somebody who may only see it."""
     copied.append("orders/tasks.py", FAIL)
-    variables = {"DATABASE_URL": f"sqlite:///{tmp_path}/db.sqlite3", "WORKER_CONCURRENCY": 1}
-    redis, path = Redis(tmp_path / "redis"), tmp_path / "é 'quoted' file"
-    variables["CELERY_BROKER_URL"] = redis.variables["CELERY_BROKER_URL"]
-    copied.manage("migrate", "-v0", **variables)
-    command = [copied / ".venv/bin/celery", "-A", "config", "worker"]
-    worker = Process(command, tmp_path / "log", says=" ready.", cwd=copied, variables=variables)
-    console = Console(copied, tmp_path / "console", **variables)
+    path = tmp_path / "é 'quoted' file"
 
-    def again(*may, asked=console):
+    def again(asked, *may):
         return asked.ask(f"may = {may!r}{AGAIN}")
 
-    with started(redis, worker, console):
+    with working(copied, tmp_path, WORKER_CONCURRENCY=1) as (_, console):
         send = "from orders.tasks import read; result = read.delay({!r}, {!r}, more=[1]).id"
         for text in "short", "long" * 1000:
             console.ask(send.format(str(path), text))
         wait_for(lambda: console.ask(STATES) == ["FAILURE"] * 2)
         path.touch()
-        again("view_taskresult")
+        again(console, "view_taskresult")
         assert console.ask(STATES) == ["FAILURE"] * 2
-        down = Console(copied, tmp_path / "down", **(variables | copied.free_servers()))
+        database = {"DATABASE_URL": f"sqlite:///{tmp_path}/db.sqlite3"}
+        down = Console(copied, tmp_path / "down", **copied.free_servers(), **database)
         with started(down):
-            assert "unavailable" in again("view_taskresult", "change_taskresult", asked=down)
+            assert "unavailable" in again(down, "view_taskresult", "change_taskresult")
         assert console.ask(STATES) == ["FAILURE"] * 2
-        assert "not stored" in again("view_taskresult", "change_taskresult")
+        assert "not stored" in again(console, "view_taskresult", "change_taskresult")
         wait_for(path.with_name(f"{path.name} was read").exists)
         assert console.ask(STATES) == ["FAILURE"]

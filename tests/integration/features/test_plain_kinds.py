@@ -7,9 +7,7 @@ import re
 import pytest
 
 from harness.bake import CHOICES, DEFAULTS
-from harness.outputs import outputs
-from harness.project import Console, Process, started
-from harness.servers import servers_of, variables_of
+from harness.outputs import outputs, working
 
 each_broker = outputs(
     DEFAULTS,
@@ -154,15 +152,8 @@ for name, each in sent.items():
 
 @pytest.fixture(scope="module")
 def console(project, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("kinds")
-    (project / "orders/tasks.py").write_text(project.read("orders/tasks.py") + TASKS)
-    servers = servers_of(project, folder)
-    variables = variables_of(servers, project) | {"DATABASE_URL": f"sqlite:///{folder}/db.sqlite3"}
-    project.manage("migrate", "-v0", **variables)
-    command = [project / ".venv/bin/celery", "-A", "config", "worker"]
-    worker = Process(command, folder / "log", says=" ready.", cwd=project, variables=variables)
-    console = Console(project, folder / "console.log", **variables)
-    with started(*servers, worker, console):
+    project.append("orders/tasks.py", TASKS)
+    with working(project, tmp_path_factory.mktemp("kinds")) as (_, console):
         yield console
 
 

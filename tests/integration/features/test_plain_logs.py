@@ -7,13 +7,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from harness.bake import DEFAULTS
-from harness.outputs import outputs
-from harness.project import Console, Process, started, wait_for
-from harness.servers import Redis
+from harness.outputs import both_outputs, plain_output, working
+from harness.project import wait_for
 
-plain = outputs(DEFAULTS)
-both = outputs(*({**DEFAULTS, "durable_jobs": choice} for choice in ("no", "yes")))
 TASKS = """
 import logging
 import os
@@ -79,29 +75,22 @@ class Sentry(ThreadingHTTPServer):
 @pytest.fixture(scope="module")
 def running(project, tmp_path_factory):
     """A console, a function that reads the log lines of a worker, and the events in Sentry."""
-    folder = tmp_path_factory.mktemp("logs")
-    (project / "orders/tasks.py").write_text(project.read("orders/tasks.py") + TASKS)
+    project.append("orders/tasks.py", TASKS)
     project.append("config/urls.py", VIEWS)
-    sentry, redis = Sentry(), Redis(folder / "redis")
+    sentry = Sentry()
     variables = {
-        **redis.variables,
-        "DATABASE_URL": f"sqlite:///{folder}/db.sqlite3",
         "SENTRY_DSN": f"http://key@127.0.0.1:{sentry.server_port}/1",
         "DEBUG": "False",
         "ALLOWED_HOSTS": "localhost",
         "WORKER_CONCURRENCY": 1,
     }
-    project.manage("migrate", "-v0", **variables)
-    command = [project / ".venv/bin/celery", "-A", "config", "worker"]
-    worker = Process(command, folder / "log", says=" ready.", cwd=project, variables=variables)
-    console = Console(project, folder / "console.log", **variables)
 
     def lines(event):
         texts = worker.printed.splitlines()
         found = [json.loads(text) for text in texts if text.startswith("{")]
         return [line for line in found if line["event"] == event]
 
-    with started(redis, worker, console):
+    with working(project, tmp_path_factory.mktemp("logs"), **variables) as (worker, console):
         yield console, lines, sentry.events
     sentry.shutdown()
 
@@ -111,7 +100,7 @@ def send(console, task):
     return console.ask(code)
 
 
-@both
+@both_outputs
 def test_each_failure_is_one_event_in_sentry(running):
     """With its exception, and the ids that log lines have."""
     console, _, events = running
@@ -138,7 +127,7 @@ result = client.get("{path}", headers=headers).status_code
     assert len(events) == 7, events[5:]
 
 
-@plain
+@plain_output
 def test_each_line_of_a_task_names_it(running):
     """Also that of the main process, if the task's process was killed."""
     console, lines, _ = running
@@ -157,7 +146,7 @@ def test_each_line_of_a_task_names_it(running):
     assert all("duration_ms" in line for line in failed if sent[line["task_id"]] != "kill")
 
 
-@plain
+@plain_output
 @pytest.mark.parametrize("debug", ["True", "False"])
 def test_a_time_limit_is_logged(project, debug):
     """The worker's main process logs it, outside of any `except`, with the exception as a value."""
@@ -172,7 +161,7 @@ structlog.get_logger().exception("task_failed", exception=TimeoutError("time is 
     assert "TimeoutError: time is up" in printed, printed
 
 
-@plain
+@plain_output
 def test_after_apply_the_lines_of_a_task_have_its_own_id(running):
     console, lines, _ = running
     sent = send(console, "apply")
@@ -189,7 +178,7 @@ def test_it():
 """
 
 
-@plain
+@plain_output
 def test_the_report_of_a_test_shows_why_a_task_failed(running, project):
     (project / "tests/test_own.py").write_text(TEST)
     with pytest.raises(AssertionError, match="LookupError: of the task"):

@@ -9,7 +9,6 @@ import pytest
 from harness.bake import CHOICES, DEFAULTS
 from harness.outputs import outputs
 from harness.project import Console, Process, started
-from harness.servers import servers_of, variables_of
 
 each_broker = outputs(*({**DEFAULTS, "broker": broker} for broker in CHOICES["broker"]))
 KINDS = ["function", "login", "class", "async", "atomic", "api_view", "APIView"]
@@ -171,19 +170,15 @@ def act(console):
 
 
 @each_broker
-def test_every_view_sends_a_task_in_every_way(console, project, tmp_path):
-    used = servers_of(project, tmp_path)
-    with started(*used):
-        variables = variables_of(used, project)
-        command = [project / ".venv/bin/celery", "-A", "config", "worker"]
-        log = tmp_path / "worker.log"
-        worker = Process(command, log, says=" ready.", cwd=project, variables=variables)
-        with started(worker):
-            pass  # it has declared where RabbitMQ keeps countdowns
-        up = console(**variables)
-        found = send(up, list(itertools.product(KINDS, ways(up))))
-        assert [each for each in found if each[0] != 202] == []
-        assert act(up) == [False] * 3
+def test_every_view_sends_a_task_in_every_way(addresses, console, project, tmp_path):
+    command = [project / ".venv/bin/celery", "-A", "config", "worker"]
+    log = tmp_path / "worker.log"
+    with started(Process(command, log, says=" ready.", cwd=project, variables=addresses)):
+        pass  # it has declared where RabbitMQ keeps countdowns
+    up = console(**addresses)
+    found = send(up, list(itertools.product(KINDS, ways(up))))
+    assert [each for each in found if each[0] != 202] == []
+    assert act(up) == [False] * 3
 
 
 @each_broker

@@ -518,23 +518,19 @@ print(Import.objects.get().file.size)
 
 
 @outputs(first(broker="sqs", result_backend="dynamodb"))  # with moto and the example
-def test_uploads_go_to_a_bucket(project, tmp_path):
+def test_uploads_go_to_a_bucket(addresses, project, tmp_path):
     """With the package that docs/production.md names. Two uploads with one name are two files.
 
     A request with the same Idempotency-Key stores nothing, although the first one was read by S3.
     """
     packages = ["--target", tmp_path, "django-storages[s3]"]
     subprocess.run(["uv", "pip", "install", "--quiet", *packages], check=True, env=env())
-    [port] = free_ports(1)
-    variables = {"S3_BUCKET": "uploads", "PYTHONPATH": tmp_path}
-    variables["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{port}"
+    variables = {**addresses, "S3_BUCKET": "uploads", "PYTHONPATH": tmp_path}
     variables["AWS_DEFAULT_REGION"] = "us-east-1"  # there a bucket needs no region
-    command = f"python -m moto.server --port {port}"
-    with started(typed(project, command, is_ready=partial(connects, port))):
-        assert project.manage("shell", "-v0", "-c", S3, **variables).split()[-2:] == ["1", "2"]
-        variables["DATABASE_URL"] = f"sqlite:///{tmp_path}/db.sqlite3"
-        printed = project.manage("shell", "-v0", "-c", UPLOAD_TWICE, **variables).split()
-        assert printed[-4:] == ["202", "202", "422", str(len("product,quantity") + 6 * 500_000)]
+    assert project.manage("shell", "-v0", "-c", S3, **variables).split()[-2:] == ["1", "2"]
+    variables["DATABASE_URL"] = f"sqlite:///{tmp_path}/db.sqlite3"
+    printed = project.manage("shell", "-v0", "-c", UPLOAD_TWICE, **variables).split()
+    assert printed[-4:] == ["202", "202", "422", str(len("product,quantity") + 6 * 500_000)]
 
 
 NAME_ON_PAGES = """
@@ -568,20 +564,6 @@ def test_there_is_neither_flower_nor_remote_control(project):
 # The results of plain tasks
 
 
-@pytest.fixture
-def moto(broker, project):
-    """The variables of the output's servers, with a moto that runs, if it needs one."""
-    if "AWS_ENDPOINT_URL" not in broker:
-        yield broker
-        return
-    port = urlsplit(broker["AWS_ENDPOINT_URL"]).port
-    command = f"python -m moto.server --port {port}"
-    with started(typed(project, command, is_ready=partial(connects, port))):
-        if "queues:" in project.read("Makefile"):
-            project.call("make", "queues", **broker)
-        yield broker
-
-
 # Stores a result, and prints how many seconds the server will keep it.
 KEPT = {
     "redis": """
@@ -598,14 +580,14 @@ print(round(float(item[expiry["AttributeName"]]["N"]) - float(item["timestamp"][
 
 
 @outputs(*(first(result_backend=name) for name in BACKENDS))
-def test_the_server_deletes_a_result_after_a_day(request, moto, project):
+def test_the_server_deletes_a_result_after_a_day(request, addresses, project):
     store = """
 from config.celery import app
 backend = app.backend
 backend.store_result("stored", 5, "SUCCESS")
 """
     kept = KEPT[request.node.callspec.params["output"]["result_backend"]]
-    assert project.shell(store + kept, **moto) in ("86400", "86399")
+    assert project.shell(store + kept, **addresses) in ("86400", "86399")
 
 
 # Code that finds an entry of Beat's schedule.
@@ -697,13 +679,15 @@ with app.connection_for_write() as broker:
     first(),
     first(broker="sqs", result_backend="dynamodb"),
 )
-def test_two_projects_on_one_server_keep_apart(request, moto, project, cookies_session):
+def test_two_projects_on_one_server_keep_apart(request, addresses, project, cookies_session):
     """Each has its own messages and results."""
     answers = {**request.node.callspec.params["output"], "project_slug": "other"}
     other = baked(cookies_session, answers)
     other.install()
     if "queues:" in other.read("Makefile"):
-        other.call("make", "queues", **moto)
-    project.manage("shell", "-v0", "-c", SENT, **moto)
-    seen = [each.manage("shell", "-v0", "-c", SEEN, **moto).split() for each in (project, other)]
+        other.call("make", "queues", **addresses)
+    project.manage("shell", "-v0", "-c", SENT, **addresses)
+    seen = [
+        each.manage("shell", "-v0", "-c", SEEN, **addresses).split() for each in (project, other)
+    ]
     assert seen == [["1", "SUCCESS"], ["0", "PENDING"]]
