@@ -10,11 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from harness.outputs import combinations, outputs
-from harness.project import Console, Process, connects, fetch, free_ports, started, wait_for
+from harness.outputs import plain_output
+from harness.project import Console, Process, Site, connects, free_ports, started, wait_for
 from harness.servers import servers_of, variables_of
-
-plain_output = outputs({**next(combinations()), "durable_jobs": "no"})  # the default
 
 # First Steps with Django: demoapp/tasks.py and demoapp/models.py
 TASKS = """
@@ -116,25 +114,25 @@ def lesson(project, tmp_path_factory):
         project.manage("migrate", **variables)
         with started(*processes):
             wait_for(lambda: connects(port))
+            lesson = Lesson(project, None, {**variables, "PORT": 0, "FLOWER_PORT": port})
+            lesson.worker, lesson.console = worker, console
             try:
-                yield Lesson(project, variables, worker, console, port)
+                yield lesson
             finally:
                 for process in processes:
                     print(process.printed[-3000:])
 
 
-class Lesson:
-    def __init__(self, project, variables, worker, console, flower_port):
-        self.project, self.variables, self.worker = project, variables, worker
-        self.console, self.flower_port = console, flower_port
+class Lesson(Site):
+    """Started by the commands of the lesson, not by `make run`. It has no web server."""
 
     def ask(self, code):
         """Type this into `python manage.py shell`. Return its `result`."""
-        return self.console.ask(IMPORTS + code)
+        return super().ask(IMPORTS + code)
 
     def celery(self, *words):
         command = ".venv/bin/celery", "-A", "config", *words
-        return self.project.call(*command, **self.variables)
+        return self.project.call(*command, **self.environment)
 
     def shows(self, text, *words):
         """Whether this command shows the text. It fails if no worker answers within a second."""
@@ -251,12 +249,5 @@ result = AsyncResult({task!r}).result
 
 @plain_output
 def test_flower_shows_the_task(lesson):
-    secret = re.search("^FLOWER_BASIC_AUTH=(.*):(.*)$", lesson.project.read(".env"), re.M)
     task = lesson.ask("r = add.delay(5, 5)\nr.get(timeout=60)\nresult = r.id")
-    url = f"http://127.0.0.1:{lesson.flower_port}/api/task/info/{task}"
-
-    def shown():
-        status, _, answer = fetch(url, auth=secret.groups())
-        return status == 200 and (answer["state"], answer["result"]) == ("SUCCESS", "10")
-
-    wait_for(shown)
+    assert wait_for(lambda: lesson.find_in_flower(task))["result"] == "10"
