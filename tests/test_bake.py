@@ -30,13 +30,7 @@ from harness.bake import (
     render,
 )
 from harness.blocks import check_blocks
-from harness.checks import (
-    check_celery,
-    check_dependencies,
-    check_file,
-    check_names,
-    check_pages,
-)
+from harness.checks import check_celery, check_dependencies, check_file, check_names, check_pages
 from harness.project import Project
 from harness.servers import sentinel_settings
 

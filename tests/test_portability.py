@@ -104,12 +104,7 @@ def test_windows_clones_the_template_with_unix_line_ends():
 def test_make_finds_its_tools_in_any_folder(bake, tmp_path, folder):
     """Fake tools print which honcho `make run` would start."""
     project = Project(bake().rename(tmp_path / folder))
-    tools = {
-        "python": "command -v honcho",
-        "honcho": "true",
-        "uv": "true",
-        "pip": "true",
-    }
+    tools = {"python": "command -v honcho", "honcho": "true", "uv": "true", "pip": "true"}
     (project / ".venv/bin").mkdir(parents=True)
     for name, command in tools.items():
         tool = project / ".venv/bin" / name

@@ -61,10 +61,7 @@ def refused(clone):
 def test_a_release_is_a_tested_commit_with_a_tag_and_a_wheel(clone):
     printed = release(clone)
 
-    assert (clone.parent / "made").read_text().splitlines() == [
-        "test 1 1.2.3",
-        "prove 1 1.2.3",
-    ]
+    assert (clone.parent / "made").read_text().splitlines() == ["test 1 1.2.3", "prove 1 1.2.3"]
     wheels = clone.call("git", "ls-tree", "-r", "--name-only", "v1.2.3", VENDOR)
     assert wheels.split() == [f"{VENDOR}/1.2.3.whl"]
     assert [path.name for path in (clone / "dist").iterdir()] == ["1.2.3.whl"]

@@ -13,10 +13,7 @@ from harness.project import Project
 from harness.versions import SUPPORTED
 
 VERSIONS, REQUIREMENTS = "templates/versions.jinja", "{{cookiecutter.project_slug}}/pyproject.toml"
-OWN = {
-    "pyproject.toml",
-    "durable-jobs/pyproject.toml",
-}  # of the tests, of the library
+OWN = {"pyproject.toml", "durable-jobs/pyproject.toml"}  # of the tests, of the library
 WORKFLOW = ".github/workflows/ci.yml"
 NAMED = {name: value for name, value in vars(PINNED).items() if isinstance(value, str)}
 TEXTS = dict.fromkeys(("description", "author_name", "author_email"), "")

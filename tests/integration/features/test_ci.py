@@ -125,11 +125,7 @@ def rabbitmq_was_used(server, urls):
         connection.default_channel.queue_declare("test", passive=True)  # fails if it is missing
 
 
-USED = {
-    "postgres": postgresql_was_used,
-    "redis": redis_was_used,
-    "rabbitmq": rabbitmq_was_used,
-}
+USED = {"postgres": postgresql_was_used, "redis": redis_was_used, "rabbitmq": rabbitmq_was_used}
 
 
 @outputs(OUTPUTS[0])

@@ -675,10 +675,7 @@ with app.connection_for_write() as broker:
 """
 
 
-@outputs(
-    first(),
-    first(broker="sqs", result_backend="dynamodb"),
-)
+@outputs(first(), first(broker="sqs", result_backend="dynamodb"))
 def test_two_projects_on_one_server_keep_apart(request, addresses, project, cookies_session):
     """Each has its own messages and results."""
     answers = {**request.node.callspec.params["output"], "project_slug": "other"}
