@@ -24,6 +24,11 @@ emails = [f"reader-{number}@example.com" for number in range(5000)]
 Recipient.objects.bulk_create(Recipient(newsletter=letter, email=email) for email in emails)
 result = send_newsletter.delay(letter.pk).id
 """
+LETTER = {
+    "subject": "News",
+    "body": "It works.",
+    "recipients": [f"reader-{number}@example.com" for number in range(5000)],
+}
 SENT = """
 from orders.models import Recipient
 result = Recipient.objects.exclude(sent_at=None).count()
@@ -106,9 +111,7 @@ def run_jobs(site):
     url = post(site, "/api/orders/report/", {}, 202)
     follow(site, url, lambda: cancel(site, url), ends="cancelled")
     print("\nEmail a newsletter to 5,000 recipients, and kill -9 the worker in the middle")
-    recipients = [f"reader-{number}@example.com" for number in range(5000)]
-    letter = {"subject": "News", "body": "It works.", "recipients": recipients}
-    return follow(site, post(site, "/api/newsletters/", letter, 202), lambda: kill_worker(site))
+    return follow(site, post(site, "/api/newsletters/", LETTER, 202), lambda: kill_worker(site))
 
 
 def cancel(site, url):

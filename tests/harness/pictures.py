@@ -1,8 +1,6 @@
 """`make pictures` retakes the pictures in README.md: docs/page.png and docs/killed.gif."""
 
-import os
 import re
-import signal
 import tempfile
 import time
 from contextlib import contextmanager
@@ -13,12 +11,10 @@ from PIL import Image
 
 from .bake import TEMPLATE
 from .browser import browser
-from .demo import QUICK
+from .demo import LETTER, QUICK, kill_worker
 from .project import Project
 
 DOCS = TEMPLATE / "docs"
-LETTER = {"subject": "News", "body": "It works."}
-RECIPIENTS = [f"reader-{number}@example.com" for number in range(5000)]
 TEXT = "document.querySelector('.job').innerText"
 
 
@@ -46,7 +42,7 @@ def take_killed(folder):
     """The page of a newsletter whose worker is killed: a frame each time that its text changes."""
     frames, shown, killed = [], None, False
     with running(folder, QUICK, durable_jobs="yes") as (site, tab):
-        _, headers, _ = site.request("/api/newsletters/", LETTER | {"recipients": RECIPIENTS})
+        _, headers, _ = site.request("/api/newsletters/", LETTER)
         tab.open(f"{site.web}/jobs/{headers['Location'].split('/')[-2]}/", width=900, height=360)
         tab.wait("document.querySelector('.job')")
         while "Succeeded" not in (shown or ""):
@@ -57,8 +53,7 @@ def take_killed(folder):
                 frames.append(Image.open(folder / "frame.png").convert("P", palette=Image.ADAPTIVE))
             if not killed and tab.run("document.querySelector('progress')?.value > 30"):
                 killed = True
-                for pid in site.find("celery.* worker"):
-                    os.kill(pid, signal.SIGKILL)
+                kill_worker(site)
             time.sleep(0.1)
     seconds = [400] * (len(frames) - 1) + [4000]
     frames[0].save(

@@ -1,6 +1,5 @@
 """Each way to start a task, from each kind of view, with a broker that is up, down or hangs."""
 
-import itertools
 import re
 import socket
 
@@ -11,7 +10,6 @@ from harness.outputs import outputs
 from harness.project import Console, Process, started
 
 each_broker = outputs(*({**DEFAULTS, "broker": broker} for broker in CHOICES["broker"]))
-KINDS = ["function", "login", "class", "async", "atomic", "api_view", "APIView"]
 VIEWS = """
 import json
 from datetime import timedelta
@@ -153,8 +151,10 @@ def send(console, pairs):
     return console.ask(f"{CLIENT}pairs = {pairs!r}{SEND}")
 
 
-def ways(console):
-    return console.ask("from config import urls; result = list(urls.WAYS)")
+def every_pair(console):
+    """Return each kind of view with each way to start a task."""
+    pairs = "[(kind, way) for kind in urls.KINDS for way in urls.WAYS]"
+    return console.ask(f"from config import urls; result = {pairs}")
 
 
 def act(console):
@@ -176,7 +176,7 @@ def test_every_view_sends_a_task_in_every_way(addresses, console, project, tmp_p
     with started(Process(command, log, says=" ready.", cwd=project, variables=addresses)):
         pass  # it has declared where RabbitMQ keeps countdowns
     up = console(**addresses)
-    found = send(up, list(itertools.product(KINDS, ways(up))))
+    found = send(up, every_pair(up))
     assert [each for each in found if each[0] != 202] == []
     assert act(up) == [False] * 3
 
@@ -184,7 +184,7 @@ def test_every_view_sends_a_task_in_every_way(addresses, console, project, tmp_p
 @each_broker
 def test_without_a_broker_every_view_answers_503(console, project):
     down = console(**project.free_servers())
-    found = send(down, list(itertools.product(KINDS, ways(down))))
+    found = send(down, every_pair(down))
     assert [each for each in found if each[:2] != [503, True]] == []
     assert act(down) == [True] * 3
 
@@ -193,7 +193,7 @@ def test_without_a_broker_every_view_answers_503(console, project):
 def test_a_broker_that_hangs_is_a_503_too(console, project, hanging):
     here = {n: re.sub(r":\d+", f":{hanging}", u) for n, u in project.addresses().items()}
     stuck = console(**here)
-    pairs = [*((kind, "delay") for kind in KINDS), *(("function", way) for way in ways(stuck))]
+    pairs = [pair for pair in every_pair(stuck) if "function" in pair or "delay" in pair]
     found = send(stuck, pairs)
     assert [each for each in found if each[:2] != [503, True]] == []
     assert act(stuck) == [True] * 3

@@ -68,18 +68,18 @@ def created(template, folder):
     return Project(folder / "tea_shop")
 
 
-def baked(template, folder):
+def baked(template, folder, answers=ANSWERS):
     """Bake a project with cookiecutter."""
-    answers = [f"{option}={answer}" for option, answer in ANSWERS.items()]
+    answers = [f"{option}={answer}" for option, answer in answers.items()]
     options = ["--output-dir", folder, "--no-input", *answers]
     template.run("cookiecutter", template, *options)
     return Project(folder / "tea_shop")
 
 
-def linked(template, folder):
+def linked(template, folder, answers=ANSWERS, typed=TYPED):
     """Bake a project with cookiecutter, then link it. The last answer is the commit."""
-    project = baked(template, folder)
-    type_in(project, LINK, template, [*TYPED, ""])
+    project = baked(template, folder, answers)
+    type_in(project, LINK, template, [*typed, ""])
     state = json.loads(project.read(".cruft.json"))
     (project / ".cruft.json").write_text(json.dumps({**state, "skip": [".env"]}))
     return project
@@ -130,12 +130,8 @@ def test_an_update_keeps_what_the_owner_changed(make, template, tmp_path):
 
 def test_the_example_can_be_removed_and_the_owners_changes_stay(template, tmp_path):
     """By the command in the project's README."""
-    options = ["--output-dir", tmp_path, "--no-input", "project_name=Tea Shop"]
-    template.run("cookiecutter", template, *options)
-    project = Project(tmp_path / "tea_shop")
-    type_in(project, LINK, template, ["Tea Shop", *[""] * 13])
-    state = json.loads(project.read(".cruft.json"))
-    (project / ".cruft.json").write_text(json.dumps({**state, "skip": [".env"]}))
+    default = ["Tea Shop", *[""] * 12]
+    project = linked(template, tmp_path, {"project_name": "Tea Shop"}, default)
     [remove] = re.findall(r"uvx cruft [^`\n]+", project.read("README.md"))
     project.edit(SETTINGS, *OWNERS)
     (project / "own.py").write_text("")
