@@ -33,7 +33,7 @@ def test_the_files_of_github_are_valid(command, file):
 
 
 def test_each_yaml_file_of_the_template_itself_is_checked():
-    """Here, or by promtool: see integration/features/test_operation.py and test_plain_alerts.py."""
+    """Here, or by promtool: see integration/features/test_alerts.py."""
     listed = Project(TEMPLATE).call("git", "ls-files", ":!*cookiecutter*", "*.yml", "*.yaml")
     assert {WORKFLOW, FORM} == {file for file in listed.split() if not is_for_promtool(file)}
 
