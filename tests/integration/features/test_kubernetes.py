@@ -18,13 +18,26 @@ from harness import missing
 from harness.bake import CHOICES, LIBRARY, PINNED, WITH_JOBS, baked, chosen, covering, product
 from harness.blocks import code
 from harness.containers import docker, options_of
-from harness.kustomize import PRODUCTION, autoscaler, manifests, only, pods
+from harness.kustomize import PRODUCTION, autoscaler, manifests, of_kind, only, pods
 from harness.project import responds, wait_for
 
 MONITORING = Path("deploy/monitoring")
-OPTIONS = ("broker", "result_backend", "worker_pool", "include_example")
-ANSWERS = covering(product({option: CHOICES[option] for option in OPTIONS}), size=2)
-TRIGGER = {"connectionFromEnv", "query", "targetQueryValue"}  # of the type postgresql
+OPTIONS = ("broker", "result_backend", "worker_pool", "include_example", "periodic_tasks")
+ANSWERS = [
+    {"durable_jobs": choice, **each}
+    for choice in CHOICES["durable_jobs"]
+    for each in covering(product({option: CHOICES[option] for option in OPTIONS}), size=2)
+]
+TRIGGERS = {  # what we use of KEDA's
+    "postgresql": {"connectionFromEnv", "query", "targetQueryValue"},
+    "redis": {
+        *("addressFromEnv", "passwordFromEnv", "enableTLS", "databaseIndex"),
+        *("listName", "listLength"),
+    },
+    "rabbitmq": {"hostFromEnv", "queueName", "mode", "value"},
+    "aws-sqs-queue": {"queueURLFromEnv", "queueLength"},
+}
+AT_ONCE = {"targetQueryValue", "listLength", "value", "queueLength"}  # tasks for each worker
 
 
 @pytest.fixture(scope="module")
@@ -39,32 +52,32 @@ def render(cookies_session):
     return render
 
 
-@pytest.mark.parametrize(
-    "answers", ANSWERS, ids=lambda answers: "-".join(map(str, answers.values()))
-)
+@pytest.mark.parametrize("answers", ANSWERS, ids=lambda answers: "-".join(answers.values()))
 def test_the_manifests_are_valid(render, answers):
     project, documents = render(**answers)
+    choices, has_jobs = chosen(**answers), answers["durable_jobs"] == "yes"
     for (kind, _), document in documents.items():
-        if kind == "ScaledObject":
-            [trigger] = document["spec"]["triggers"]
-            assert trigger["type"] == "postgresql" and set(trigger["metadata"]) == TRIGGER
-            document = autoscaler(document)
-        kubernetes_validate.validate(document, "1.37", strict=True)
+        if kind != "TriggerAuthentication":  # KEDA's
+            valid = autoscaler(document) if kind == "ScaledObject" else document
+            kubernetes_validate.validate(valid, "1.37", strict=True)
+        assert has_jobs or "prometheus" not in yaml.safe_dump(document).lower()
 
     for key, spec in pods(documents).items():
         check_pod(spec, documents, key)
     check_selectors(documents)
-    queues = set(chosen(**answers).include_example.queues)
-    scaled = {name for kind, name in documents if kind == "ScaledObject"}
-    workers = {f"worker-{queue}" for queue in queues}
-    assert workers == scaled
-    others = {"web", "beat"} | ({"flower"} if "flower" in project.read("Procfile.dev") else set())
-    assert {name for kind, name in documents if kind == "Deployment"} == workers | others
-    for queue in queues:
-        check_workers(queue, documents, answers)
+    workers = {f"worker-{queue}" for queue in choices.include_example.queues}
+    assert of_kind("ScaledObject", documents).keys() == workers
+    others = {"web", "beat"} | ({"flower"} if choices.has_flower else set())
+    assert of_kind("Deployment", documents).keys() == workers | others
+    for worker in workers:
+        check_workers(worker, documents, answers)
     beat = documents["Deployment", "beat"]["spec"]
     assert (beat["replicas"], beat["strategy"]) == (1, {"type": "Recreate"})
-    check_variables(project, documents)
+    # With a schedule in the database, a plain project's Beat writes no file that shows it is alive.
+    [container] = beat["template"]["spec"]["containers"]
+    assert ("livenessProbe" in container) == (has_jobs or not choices.has_schedule_table)
+    if has_jobs:  # without them, KEDA reads some that the code does not
+        check_variables(project, documents)
 
 
 def check_pod(spec, documents, key):
@@ -104,8 +117,7 @@ def check_selectors(documents):
     """Check that each selector finds the pods that it is for."""
     labels = {
         name: document["spec"]["template"]["metadata"]["labels"]
-        for (kind, name), document in documents.items()
-        if kind == "Deployment"
+        for name, document in of_kind("Deployment", documents).items()
     }
     for (kind, name), document in documents.items():
         spec = document.get("spec")
@@ -145,18 +157,32 @@ def check_variables(project, documents):
             assert set(re.findall(r"\$\{?([A-Z_]+)", commands)) <= given | own
 
 
-def check_workers(queue, documents, answers):
-    """Check that this queue has a Deployment, which scales with the jobs of this queue."""
-    spec = documents["ScaledObject", f"worker-{queue}"]["spec"]
-    [container] = pods(documents)["Deployment", spec["scaleTargetRef"]["name"]]["containers"]
-    assert container["command"][-2:] == ["--queues", queue]
+def check_workers(name, documents, answers):
+    """Check that the worker of a queue scales with this queue, from one worker on."""
+    spec = documents["ScaledObject", name]["spec"]
+    assert (spec["scaleTargetRef"], spec["minReplicaCount"]) == ({"name": name}, 1)
+    [container] = pods(documents)["Deployment", name]["containers"]
+    assert container["command"][-2:] == ["--queues", name.removeprefix("worker-")]
     [trigger] = spec["triggers"]
-    secret = only("Secret", documents)["data"]
-    assert trigger["metadata"]["connectionFromEnv"] in secret
-    expected = {"WORKER_CONCURRENCY": trigger["metadata"]["targetQueryValue"]}
+    metadata, secret = trigger["metadata"], only("Secret", documents)["data"]
+    assert (trigger["type"] == "postgresql") == (answers["durable_jobs"] == "yes")
+    assert set(metadata) == TRIGGERS[trigger["type"]]
+    env = {each["name"]: each["value"] for each in container["env"]}
+    named = {value for key, value in metadata.items() if key.endswith("FromEnv")}
+    if reference := trigger.get("authenticationRef"):
+        authentication = documents["TriggerAuthentication", reference["name"]]["spec"]
+        assert authentication["podIdentity"] == {"provider": "aws"}
+        [parameter] = authentication["env"]
+        assert parameter["parameter"] == "awsRegion"
+        assert parameter["containerName"] == container["name"]
+        named.add(parameter["name"])
+    assert named <= secret.keys() | env.keys()
+    [tasks] = (metadata[key] for key in AT_ONCE & metadata.keys())
+    expected = {"WORKER_CONCURRENCY": tasks}
     if answers["worker_pool"] == "prefork":  # four children of 200 MB fit into the pod's memory
         expected["WORKER_MAX_KILOBYTES"] = "200000"
-    assert {each["name"]: each["value"] for each in container["env"]} == expected
+    env.pop("QUEUE_URL", None)  # for KEDA
+    assert env == expected
 
 
 def test_an_output_has_the_files_of_docker_and_manifests(render, bake):
@@ -500,8 +526,7 @@ def test_the_queries_that_scale_workers_count_waiting_and_running_jobs(render, d
     metrics = re.findall(r"^(durable_jobs_(?:waiting|running)) (\w+) (\d+)", printed, re.M)
     queries = {
         name: each["spec"]["triggers"][0]["metadata"]["query"]
-        for (kind, name), each in documents.items()
-        if kind == "ScaledObject"
+        for name, each in of_kind("ScaledObject", documents).items()
     }
     psql = [database.binaries / "psql", "-tA", url, "-c"]
     for number, queue in enumerate(("celery", "cpu", "io"), start=1):

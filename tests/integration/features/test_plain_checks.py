@@ -86,6 +86,31 @@ def test_an_interval_that_deploys_may_start_anew_is_found(copied):
     assert found(copied, command, "W011", **variables) == {"day", "seconds", "object"}
 
 
+UPLOAD = """
+from django.db import models
+from django.test import override_settings
+from api.checks import check_uploads
+
+class Report(models.Model):
+    file = models.FileField()
+
+    class Meta:
+        app_label = "users"
+
+for folder in "", "media", "/srv/media":
+    with override_settings(MEDIA_ROOT=folder):
+        print("found", len([*check_uploads(None)]))
+Report._meta.get_field("file").storage = type("S3", (), {"location": ""})()
+print("found", len([*check_uploads(None)]))
+"""
+
+
+@outputs({**DEFAULTS, "result_backend": "none", "deployment": "kubernetes"})
+def test_uploads_that_the_read_only_root_refuses_are_found(project):
+    printed = project.manage("shell", "-v0", "-c", UPLOAD)
+    assert re.findall("found ([0-9])", printed) == ["1", "1", "0", "0"]
+
+
 @plain_output
 def test_make_works_where_the_environment_names_another_venv(copied, tmp_path):
     """As development containers do. Neither is that one used, nor does half of it stay behind."""
