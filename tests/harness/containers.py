@@ -24,7 +24,6 @@ from .project import (
     wait_for,
 )
 
-SOFT_SHUTDOWN_SECONDS = 2
 HTTPS = {"Host": "example.com", **BEHIND_A_PROXY}  # what the proxy sends
 MANAGE = "python", "manage.py"
 
@@ -62,19 +61,18 @@ def has_image(image):
 
 
 @contextmanager
-def composed(stack, cookies_session, settings="", **answers):
+def composed(stack, cookies_session, **answers):
     """Start an output in containers; remove them and their data at the end.
 
     `stack` is the class of what it gives. `.env` gets a shorter soft shutdown, because workers wait
-    that long at each stop, and the project's settings get `settings` at their end.
+    that long at each stop.
     """
     names = ["PORT", "FLOWER_PORT", "MAILPIT_PORT", "PROMETHEUS_PORT", "GRAFANA_PORT"]
     ports = dict(zip(names, free_ports(5), strict=True))
     slug = f"shop_{ports['PORT']}"
     answers = {"deployment": "kubernetes", "project_slug": slug, **answers}
     project = baked(cookies_session, answers)
-    project.append(".env", f"SOFT_SHUTDOWN_SECONDS={SOFT_SHUTDOWN_SECONDS}\n")
-    project.append("config/settings.py", settings)
+    project.append(".env", "SOFT_SHUTDOWN_SECONDS=2\n")
     if not has_image(PINNED.mailpit):
         image = f"    image: {PINNED.mailpit}\n"
         project.edit("compose.yaml", f"{image}.*", f"{image}    profiles: [missing]")

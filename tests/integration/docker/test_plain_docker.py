@@ -26,13 +26,6 @@ on_one = pytest.mark.parametrize("stack", STACKS[:1], indirect=True)
 # One broker is enough for these tests. They share them, because stacks run side by side.
 on_second = pytest.mark.parametrize("stack", STACKS[1:2], indirect=True)
 on_third = pytest.mark.parametrize("stack", STACKS[2:], indirect=True)
-SETTINGS = {  # ten seconds until a killed worker's tasks run again, instead of two minutes
-    "redis": """
-VISIBILITY_SECONDS = 10
-CELERY_BROKER_TRANSPORT_OPTIONS |= {"visibility_timeout": 10, "unacked_restore_interval": 1}
-""",
-    "sqs": "VISIBILITY_SECONDS = 10\n",
-}
 FINAL = {"SUCCESS", "FAILURE", "REVOKED"}
 
 
@@ -66,8 +59,7 @@ class PlainComposeStack(ComposeStack):
 
 @pytest.fixture(scope="module", params=STACKS)
 def stack(request, engine, cookies_session):
-    settings = SETTINGS.get(request.param, "")
-    with composed(PlainComposeStack, cookies_session, settings, broker=request.param) as stack:
+    with composed(PlainComposeStack, cookies_session, broker=request.param) as stack:
         yield stack
 
 
