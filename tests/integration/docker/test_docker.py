@@ -185,18 +185,6 @@ def test_a_frozen_service_is_unhealthy(stack):
     wait_for(lambda: health() == {"healthy"}, site=stack)
 
 
-def test_compose_reads_every_file(engine, bake):
-    """It finds what the schema cannot: wrong references, and variables missing from .env."""
-    seen = set()
-    options = ("broker", "result_backend", "worker_pool")
-    for values in itertools.product(*(CHOICES[option] for option in options)):
-        project = bake(durable_jobs="yes", **dict(zip(options, values, strict=True)))
-        if (text := project.read("compose.yaml")) not in seen:
-            seen.add(text)
-            project.call("docker", "compose", "config", "--quiet")
-    assert len(seen) > 1
-
-
 # The servers that `migrate` waits for.
 WAITS = re.compile("    depends_on:\n(?:      .+\n)+(?=\n  web:)")
 ATTACKS = """

@@ -6,7 +6,7 @@ import re
 import pytest
 import yaml
 
-from harness.bake import CHOICES, DEFAULTS
+from harness.bake import CHOICES, DEFAULTS, covering, product
 from harness.containers import (
     HTTPS,
     MANAGE,
@@ -351,19 +351,17 @@ def check_redis_databases(services):
     assert ("CACHE_URL" in variables) == ("redis" in services)
 
 
-def test_compose_reads_every_file(engine, bake):
+@pytest.mark.parametrize("durable_jobs", CHOICES["durable_jobs"])
+def test_compose_reads_every_file(engine, bake, durable_jobs):
     """It finds what the schema cannot: wrong references, and variables missing from .env."""
-    seen = set()
-    for broker in CHOICES["broker"]:
-        for result_backend in CHOICES["result_backend"]:
-            for periodic_tasks in CHOICES["periodic_tasks"]:
-                answers = {"broker": broker, "result_backend": result_backend}
-                project = bake(periodic_tasks=periodic_tasks, **answers)
-                if (text := project.read("compose.yaml")) not in seen:
-                    seen.add(text)
-                    config = compose_config(project)
-                    assert "token" not in config["volumes"]
-                    check_redis_databases(config["services"])
+    options, seen = ("broker", "result_backend", "worker_pool", "periodic_tasks"), set()
+    for answers in covering(product({option: CHOICES[option] for option in options}), size=3):
+        project = bake(durable_jobs=durable_jobs, **answers)
+        if (text := project.read("compose.yaml")) not in seen:
+            seen.add(text)
+            config = compose_config(project)
+            assert durable_jobs == "yes" or "token" not in config["volumes"]
+            check_redis_databases(config["services"])
     assert len(seen) > 1
 
 
