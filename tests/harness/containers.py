@@ -5,18 +5,18 @@ A plugin of pytest (see conftest.py) for the fixture `engine`.
 
 import json
 import re
-import shutil
 import subprocess
 from contextlib import contextmanager
 
 import pytest
 
-from . import kustomize, missing
+from . import kustomize, missing, need
 from .bake import CHOICES, PINNED, baked
 from .project import (
     BEHIND_A_PROXY,
     CONSOLE_MAIL,
     FILE_MAIL,
+    Project,
     Site,
     fetch,
     free_ports,
@@ -36,16 +36,13 @@ def brokers(group, names=CHOICES["broker"]):
 
 
 def docker(*command):
-    result = subprocess.run(["docker", *command], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return result.stdout.strip()
+    return Project().call("docker", *command).strip()
 
 
 @pytest.fixture(scope="module")
 def engine():
     """Call missing() on a machine without a Docker engine or without Compose v2."""
-    if not shutil.which("docker"):
-        missing("docker is not installed")
+    need("docker", "docker.io")
     for command in ("info", "compose version"):
         if subprocess.run(["docker", *command.split()], capture_output=True).returncode:
             missing(f"`docker {command}` fails: no engine, or no Compose v2")

@@ -1,10 +1,9 @@
 """A real Prometheus, which scrapes a stack."""
 
-import shutil
 import subprocess
 from functools import partial
 
-from . import missing
+from . import need
 from .project import Process, fetch, free_ports, responds
 
 
@@ -12,8 +11,7 @@ class Prometheus(Process):
     """Prometheus in a folder that has its prometheus.yml and the rules that this file names."""
 
     def __init__(self, folder):
-        if not shutil.which("prometheus"):
-            missing("Prometheus is not installed: sudo apt install prometheus")
+        need("prometheus")
         [port] = free_ports(1)
         self.url = f"http://127.0.0.1:{port}"
         options = "--config.file prometheus.yml --storage.tsdb.path data --log.level warn"
@@ -31,9 +29,9 @@ class Prometheus(Process):
 
 
 def promtool(*arguments, cwd=None, input=None):
-    if not shutil.which("promtool"):
-        missing("promtool is not installed: sudo apt install prometheus, which has it")
+    """Return what promtool prints. Fails if it does."""
+    need("promtool", "prometheus")
     command = ["promtool", *arguments]
     result = subprocess.run(command, cwd=cwd, input=input, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout + result.stderr
+    return result.stdout

@@ -3,7 +3,6 @@
 import base64
 import json
 import re
-import shutil
 import subprocess
 from functools import cache
 from pathlib import Path
@@ -14,12 +13,12 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from harness import missing
 from harness.bake import CHOICES, LIBRARY, PINNED, WITH_JOBS, baked, chosen, covering, product
 from harness.blocks import code
 from harness.containers import docker, options_of
 from harness.kustomize import PRODUCTION, autoscaler, manifests, of_kind, only, pods
 from harness.project import responds, wait_for
+from harness.prometheus import promtool
 
 MONITORING = Path("deploy/monitoring")
 OPTIONS = ("broker", "result_backend", "worker_pool", "include_example", "periodic_tasks")
@@ -337,8 +336,6 @@ def test_the_operator_finds_the_metrics_and_the_alerts(monitored):
 
 def test_prometheus_asks_the_service_and_not_each_pod(monitored, tmp_path):
     """Its name is an allowed host, a pod's address is none; and each pod has the same numbers."""
-    if not shutil.which("promtool"):
-        missing("promtool is not installed: sudo apt install prometheus, which has it")
     _, added, documents = monitored
     [endpoint] = added["ServiceMonitor"]["spec"]["endpoints"]
     names = {"targetLabel": "target_label", "sourceLabels": "source_labels"}
@@ -362,9 +359,8 @@ def test_prometheus_asks_the_service_and_not_each_pod(monitored, tmp_path):
     ]
     job = {"job_name": "web", "static_configs": pods, "relabel_configs": rules}
     (tmp_path / "prometheus.yml").write_text(yaml.safe_dump({"scrape_configs": [job]}))
-    command = ["promtool", "check", "service-discovery", "prometheus.yml", "web"]
-    printed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    found = [each["labels"] for each in json.loads(printed.stdout)]
+    printed = promtool("check", "service-discovery", "prometheus.yml", "web", cwd=tmp_path)
+    found = [each["labels"] for each in json.loads(printed)]
     assert len(found) == 2 and found[0] == found[1]  # so Prometheus has one target
     host, port = found[0]["instance"].split(":")
     [service_port] = documents["Service"]["spec"]["ports"]

@@ -1,14 +1,13 @@
 """The output's docs/production.md without containers: its commands make the project run."""
 
 import re
-import shutil
 import subprocess
 from uuid import uuid4
 
 import pytest
 import yaml
 
-from harness import missing, servers
+from harness import need, servers
 from harness.bake import CHOICES, DEFAULTS, WITH_JOBS, render
 from harness.blocks import blocks, code
 from harness.containers import HTTPS
@@ -115,23 +114,23 @@ def commands(project, page):
     return processes
 
 
+def verify(folder, name, unit):
+    """Assert that systemd accepts this unit and says nothing."""
+    need("systemd-analyze", "systemd")
+    (folder / name).write_text(unit)
+    command = ["systemd-analyze", "verify", "--man=no", name]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
 @pytest.mark.parametrize("worker_pool", CHOICES["worker_pool"])
 @pytest.mark.parametrize("broker", CHOICES["broker"])
 def test_systemd_accepts_the_unit_of_the_page(tmp_path, broker, worker_pool):
     """Its commands are those of the page's table, with files where this user may write."""
-    if not shutil.which("systemd-analyze"):
-        missing("systemd-analyze is not installed: sudo apt install systemd")
     page = render("docs/production.md", durable_jobs="yes", broker=broker, worker_pool=worker_pool)
     unit = code(page, "[Unit]")
     name = re.search(r"\w+@\.service", page)[0]
-    (tmp_path / name).write_text(unit)
-    result = subprocess.run(
-        ["systemd-analyze", "verify", "--man=no", name],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    verify(tmp_path, name, unit)
 
     commands = dict(re.findall('^Environment="([a-z]+)=(.+)"$', unit, re.M))
     table = re.findall(TABLE, page, re.M)
@@ -151,12 +150,7 @@ def test_a_queue_has_a_worker_of_its_own_where_the_page_says(tmp_path, worker_po
 
     added = code(page, "[Unit]").replace("[Service]\n", f"[Service]\n{unit}\n")
     assert unit == f'Environment="reports={command.replace("%", "%%")}"'  # % is special there
-    (tmp_path / "shop@.service").write_text(added)
-    if not shutil.which("systemd-analyze"):
-        missing("systemd-analyze is not installed: sudo apt install systemd")
-    verify = ["systemd-analyze", "verify", "--man=no", tmp_path / "shop@.service"]
-    result = subprocess.run(verify, capture_output=True, text=True)
-    assert (result.returncode, result.stderr) == (0, "")
+    verify(tmp_path, "shop@.service", added)
 
     compose = render("compose.yaml", worker_pool=worker_pool)
     compose = re.sub("^  beat:", f"  {service}\n\n  beat:", compose, flags=re.M)
