@@ -253,6 +253,33 @@ for _ in range(4):
     assert stack.ask("result = join.delay('add', 1, 2).get(timeout=300)") == 3
 
 
+CANCEL = """
+import random
+cancelled, others = [], []
+for _ in range(200):
+    cancelled.append(nap.delay(random.uniform(0, 0.01), cancel=True).id)
+    others += [nap.delay(random.uniform(0, 0.01)).id for _ in range(3)]
+result = cancelled, others
+"""
+
+
+@on_redis
+def test_cancelling_a_task_hits_no_other_task(stack):
+    """Celery warns that revoke(terminate=True) may do that.
+
+    Tasks are cancelled at about the moment they end, while others wait for their process.
+    """
+    cancelled, others = stack.ask(CANCEL)
+
+    def noted(kind):
+        return {task: words for each, task, _, _, *words in stack.lines() if each == kind}
+
+    wait_for(lambda: {*others} <= noted("end").keys() and {*cancelled} <= noted("start").keys())
+    retries = noted("start")
+    assert [task for task in others if retries[task] != ["0"]] == []
+    assert 0 < len(noted("end").keys() & {*cancelled}) < len(cancelled)  # some were quicker
+
+
 # RabbitMQ
 
 
