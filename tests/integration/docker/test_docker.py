@@ -93,9 +93,8 @@ def test_an_order_becomes_a_succeeded_job(stack):
     assert stack.request(url)[2]["confirmed_at"]
     assert "Thank you! You ordered 2 × Tea." in stack.mails()
     assert stack.request("/api/jobs/", Authorization="")[0] == 401
-    if stack.has_flower:
-        assert wait_for(lambda: stack.find_in_flower(job["id"]), site=stack)
-        assert stack.ask_flower("/api/workers", authenticated=False)[0] == 401
+    assert wait_for(lambda: stack.find_in_flower(job["id"]), site=stack)
+    assert stack.ask_flower("/api/workers", authenticated=False)[0] == 401
 
 
 def test_the_worker_reads_an_uploaded_file(stack):
@@ -104,10 +103,6 @@ def test_the_worker_reads_an_uploaded_file(stack):
     assert status == 202, stack.log
     *_, job = stack.follow(headers["Location"])
     assert (job["label"], job["result"]) == ("Import upload.csv", {"imported": 2}), job
-
-
-def test_each_service_is_healthy_and_has_few_rights(stack):
-    check_rights(stack.containers("--all"))
 
 
 def test_the_image_is_small_and_contains_no_secret(stack):
