@@ -1,7 +1,8 @@
 """Prometheus and Grafana of the output: each question of the dashboard gets an answer.
 
-No image of Grafana can be had here, so its part is read: what is in the files must fit together.
-integration/docker/test_docker.py starts Prometheus as `docker compose --profile monitoring` does.
+Grafana is not started here. Its part is read: what is in the files must fit together.
+integration/docker/test_docker.py runs `docker compose --profile monitoring`, with Grafana if there
+is an image of it.
 """
 
 import itertools
