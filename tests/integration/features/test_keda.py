@@ -103,7 +103,7 @@ def test_keda_finds_the_tasks_that_wait_in_each_queue(project, tmp_path):
     """On a real broker, asked as KEDA does. No worker runs."""
     used, documents = servers.servers_of(project, tmp_path), manifests(project)
     with started(*used):
-        here = servers.variables_of(used)
+        here = servers.variables_of(used, project)
         project.manage("shell", "-v0", "-c", SEND, **here)
         for number, queue in enumerate(["celery", "cpu", "io"], 1):
             [container] = pods(documents)["Deployment", f"worker-{queue}"]["containers"]
