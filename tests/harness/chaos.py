@@ -417,7 +417,9 @@ def run(name, folder, *, jobs=JOBS, seconds=SECONDS, seed, pool="prefork"):
         str(TEMPLATE), no_input=True, output_dir=str(folder), extra_context=answers
     )
     with started(PostgreSQL("fsync=off")) as [database]:
-        stack = prepare(Project(baked), broker, folder, database, **TIMINGS)
+        project = Project(baked)
+        project.answers = answers
+        stack = prepare(project, broker, folder, database, **TIMINGS)
         third = stack.make_worker("test", "--queues celery,test")
         stack.workers.append(third)
         stack.processes.append(third)

@@ -17,7 +17,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from . import missing
-from .bake import TEMPLATE, chosen
+from .bake import DEFAULTS, TEMPLATE, chosen
 from .blocks import code
 from .project import Process, children_of, connects, free_ports, started
 
@@ -301,7 +301,7 @@ def real(project, folder):
 def backend_class(answers):
     """Return the class of a result backend's server, or None if it needs none."""
     if chosen(**answers).result_backend.server:
-        return BACKENDS[answers["result_backend"]]
+        return BACKENDS[answers.get("result_backend", DEFAULTS["result_backend"])]
     return None
 
 

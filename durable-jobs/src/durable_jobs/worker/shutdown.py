@@ -78,7 +78,7 @@ def begin(exitcode=0, **kwargs):
 
 def use_soft_shutdown(sender, **kwargs):
     """Let SIGTERM start a soft shutdown of the worker `sender`, whose pool has not started yet."""
-    if has_children(sender):
+    if has_children(sender) and sender.use_eventloop:  # with Redis, RabbitMQ and SQS, it does
         current_app.steps["consumer"].add(SoftShutdown)
 
 
