@@ -41,15 +41,21 @@ def test_sigterm_starts_a_soft_shutdown_between_two_events(monkeypatch, connecti
     monkeypatch.setattr(app.conf, "worker_soft_shutdown_timeout", 20)  # it is changed
     before = {name: signals[name] for name in ("SIGTERM", "SIGQUIT")}
     consumer, seen = Mock(connection=connection, timer=Timer()), []
+
+    def next_event():
+        _, entry = next(iter(consumer.timer))
+        if entry:
+            entry()
+
     try:
         signals["SIGQUIT"] = lambda *args: seen.append("cold shutdown")
         shutdown.SoftShutdown(consumer).start(consumer)
+        signals["SIGTERM"] = lambda *args: seen.append("another step of the worker")
+        next_event()
         signal.raise_signal(signal.SIGTERM)
         assert bool(seen) == (connection is None)
         while not seen:
-            _, entry = next(iter(consumer.timer))
-            if entry:
-                entry()
+            next_event()
     finally:
         signals.update(before)
     assert seen == ["cold shutdown"]

@@ -94,7 +94,10 @@ class SoftShutdown(StartStopStep):
     deadline = timer = None
 
     def start(self, consumer):
-        signal.signal(signal.SIGTERM, lambda *args: self.begin(consumer))
+        handler = signal.SIGTERM, lambda *args: self.begin(consumer)
+        signal.signal(*handler)
+        # Once more when all steps have started: one of the project's own may handle SIGTERM, too.
+        consumer.timer.call_after(0, signal.signal, handler)
         if self.deadline:  # it has lost its connection meanwhile
             self.stop_consuming(consumer)
 
