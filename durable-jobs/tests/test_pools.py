@@ -38,7 +38,7 @@ def test_celery_cancels_tasks_of_a_lost_connection_only_where_it_can(pool):
 def test_sigterm_starts_a_soft_shutdown_between_two_events(monkeypatch, connection):
     """Or at once, if the broker is down: then no event comes."""
     monkeypatch.setattr(shutdown, "shutting_down", [False])
-    monkeypatch.setattr(app.conf, "worker_soft_shutdown_timeout", 20)  # it is changed
+    monkeypatch.setitem(app.conf, "worker_soft_shutdown_timeout", 20)  # it is changed
     before = {name: signals[name] for name in ("SIGTERM", "SIGQUIT")}
     consumer, seen = Mock(connection=connection, timer=Timer()), []
 
