@@ -86,7 +86,7 @@ def main():
         git("clean", "--quiet", "--force", "-d")
         sys.exit("No release, because the tests did not pass. All files are as before.")
     commit(f"Release {version}")
-    git("tag", f"v{version}")
+    git("tag", "--annotate", "--message", f"Release {version}", f"v{version}")  # for `git describe`
     shutil.copytree(VENDOR, "dist", dirs_exist_ok=True)
 
     major, minor, _ = version.split(".")

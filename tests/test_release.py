@@ -66,6 +66,7 @@ def test_a_release_is_a_tested_commit_with_a_tag_and_a_wheel(clone):
     assert wheels.split() == [f"{VENDOR}/1.2.3.whl"]
     assert [path.name for path in (clone / "dist").iterdir()] == ["1.2.3.whl"]
     assert clone.call("git", "show", f"v1.2.3:{VERSION}") == '__version__ = "1.2.3"\n'
+    assert clone.call("git", "describe", "HEAD~1") == "v1.2.3\n"
     heading = f"## 1.2.3 ({date.today()})"
     released = CHANGELOG.replace("## Unreleased", heading)
     pages = ["CHANGELOG.md", "durable-jobs/CHANGELOG.md"]
