@@ -106,7 +106,7 @@ class SoftShutdown(StartStopStep):
         if not consumer.connection:  # the event loop is not running: the broker is down
             signal.raise_signal(signal.SIGQUIT)
         elif self.deadline:
-            self.deadline = 0
+            self.deadline = 1  # long ago
         else:
             self.deadline = time.monotonic() + current_app.conf.worker_soft_shutdown_timeout
             # Between two events: in the middle of one, the worker might be reading a child's result.
