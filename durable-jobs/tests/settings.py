@@ -74,9 +74,8 @@ if url.scheme:
     }
     DATABASE |= {"PASSWORD": url.password, "HOST": url.hostname, "PORT": url.port}
 else:
-    file = Path(
-        tempfile.gettempdir(), f"library-{os.getpid()}.sqlite3"
-    )  # a file: tests use threads
+    # A file, because tests use threads
+    file = Path(tempfile.gettempdir(), f"library-{os.getpid()}.sqlite3")
     options = {"transaction_mode": "IMMEDIATE", "timeout": 20}
     options["init_command"] = "PRAGMA journal_mode=WAL; PRAGMA synchronous=OFF"
     DATABASE = {

@@ -95,11 +95,11 @@ def outputs(*answers):
 
 # Each broker with each pool: the first pool with the first result backend, the others with the
 # other backends in turn. ../test_first_run.py makes the tour of the very first.
-others = itertools.cycle(CHOICES["result_backend"][1:])
-pairs = product({"broker": CHOICES["broker"], "worker_pool": CHOICES["worker_pool"][1:]})
+PAIRS = product({"broker": CHOICES["broker"], "worker_pool": CHOICES["worker_pool"][1:]})
+OTHERS = itertools.cycle(CHOICES["result_backend"][1:])
 other_tours = outputs(
     *one_for_each_broker()[1:],
-    *(first(**pair, result_backend=next(others)) for pair in pairs),
+    *(first(**pair, result_backend=next(OTHERS)) for pair in PAIRS),
 )
 every_pool = outputs(*(first(worker_pool=pool) for pool in CHOICES["worker_pool"]))
 default_output = outputs(first())
