@@ -16,7 +16,7 @@ from glob import glob
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from . import missing
+from . import missing, need
 from .bake import DEFAULTS, TEMPLATE, chosen
 from .blocks import code
 from .project import Process, children_of, connects, free_ports, started
@@ -68,8 +68,7 @@ CELERY_BROKER_TRANSPORT_OPTIONS |= {"unacked_restore_interval": 1, "unacked_mute
 """
 
     def __init__(self, folder, project=None, port=None):
-        if not shutil.which("redis-server"):
-            missing("redis-server is not installed: sudo apt install redis-server")
+        need("redis-server")
         self.port = port or free_ports(1)[0]
         url = f"redis://127.0.0.1:{self.port}"
         self.variables = {
@@ -98,8 +97,7 @@ class RedisSentinel(Redis):
 
     def __init__(self, folder, project):
         super().__init__(folder)
-        if not shutil.which("openssl"):
-            missing("openssl is not installed: sudo apt install openssl")
+        need("openssl")
         away, self.port, *ports = free_ports(4)
         self.certificate = folder / "certificate.pem"  # self-signed, so it is also its CA
         self.tls = "--tls", "--cacert", str(self.certificate), "--no-auth-warning"
@@ -192,8 +190,7 @@ class RabbitMQ(Broker):
     def __init__(self, folder, project=None, port=None):
         # Debian's commands on PATH change the user; the scripts themselves are in this folder.
         path = f"/usr/lib/rabbitmq/bin:{os.environ['PATH']}"
-        if not shutil.which("rabbitmq-server", path=path):
-            missing("rabbitmq-server is not installed: sudo apt install rabbitmq-server")
+        need("rabbitmq-server", path=path)
         distribution, epmd, free = free_ports(3)
         self.port = port or free
         self.variables = {"CELERY_BROKER_URL": f"amqp://guest:guest@127.0.0.1:{self.port}//"}
