@@ -153,6 +153,13 @@ def a_chord_does_not_get_an_ignored_result():
         return backend.on_chord_part_return.called and not backend.store_result.called
 
 
+def the_state_retry_replaces_a_result():
+    backend = Celery(backend="cache+memory://", set_as_current=False).backend
+    backend.mark_as_failure("id", ValueError(), call_errbacks=False)
+    backend.mark_as_retry("id", ValueError())
+    return backend.get_state("id") == "RETRY"
+
+
 def greenlets_get_no_result_after_an_error():
     drainer = geventDrainer(Mock())
     drainer._shutdown.set()
@@ -214,6 +221,7 @@ STILL = [
     ("may_succeed_later", a_result_is_not_stored_after_a_restart_of_postgresql),
     ("may_succeed_later", a_result_is_not_stored_after_an_error_of_dynamodb),
     ("keep_results_of_chords", a_chord_does_not_get_an_ignored_result),
+    ("store_unless_ended", the_state_retry_replaces_a_result),
     ("Drainer", greenlets_get_no_result_after_an_error),
     ("SoftStop", a_soft_shutdown_takes_its_whole_time),
     ("limit_shutdown", threads_cannot_be_terminated),

@@ -1,5 +1,5 @@
 {% import "imports.jinja" as imports %}
-{% from "chosen.jinja" import broker, result_backend, worker_pool, periodic_tasks, has_jobs with context %}
+{% from "chosen.jinja" import broker, result_backend, worker_pool, periodic_tasks, has_jobs, has_results with context %}
 {% set stdlib %}
 {{ "" if has_jobs else "import os\nfrom pathlib import Path" }}
 {% print broker.worker_stdlib | default %}
@@ -7,7 +7,7 @@
 {% print periodic_tasks.worker_stdlib | default %}
 {% endset %}
 {% set lines %}
-from celery import signals
+from celery import signals{{ ", states" if has_results }}
 from celery.worker import request
 from django.db import {{ "" if has_jobs else "close_old_connections, " }}connection
 {{ "from durable_jobs.contrib.structlog import LogStep" if has_jobs }}
@@ -70,5 +70,25 @@ def touch_liveness_file(**kwargs):
 {% endif %}
 {% print broker.worker %}
 {% print result_backend.worker | default %}
+{% if has_results %}
+
+
+Backend = type(app.backend)
+store_result = Backend._store_result
+
+
+def store_unless_ended(backend, task_id, result, state, *args, **kwargs):
+    """Don't let the state RETRY, stored late, replace a result.
+
+    A task sends its retry before it stores this state, for which it may have to wait for the backend.
+    By then, the retry may have ended (celery pull 6115 cures one backend).
+    """
+    if state == states.RETRY and backend.get_state(task_id) in states.READY_STATES:
+        return result
+    return store_result(backend, task_id, result, state, *args, **kwargs)
+
+
+Backend._store_result = store_unless_ended
+{% endif %}
 {% print worker_pool.worker %}
 {% print periodic_tasks.worker | default %}

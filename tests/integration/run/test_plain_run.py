@@ -1,6 +1,7 @@
 """Plain outputs run: each broker with each result backend and pool, on real servers."""
 
 import time
+from functools import partial
 
 import pytest
 
@@ -164,6 +165,17 @@ result = [
 ]
 """
     assert stack.ask(code) == [6, [0, 2, 4], 6, 5]
+
+
+@each("result_backend", where=has_results)
+def test_a_retry_that_ends_before_its_state_is_stored_keeps_its_result(stack, gate):
+    tasks = {state: stack.send("retry_slowly", gate, state) for state in ("SUCCESS", "FAILURE")}
+    states = partial(stack.ask, "result = {id: AsyncResult(id).state for id in ids}")
+    expected = {task: state for state, task in tasks.items()}
+    wait_for(lambda: states(ids=[*expected]) == expected)
+    gate.touch()
+    wait_for(lambda: stack.worker.printed.count("task_retrying") == 2)
+    assert states(ids=[*expected]) == expected
 
 
 @with_results

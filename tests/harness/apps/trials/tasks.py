@@ -131,6 +131,17 @@ def retry_later(self, countdown):
         raise self.retry(countdown=countdown)
 
 
+@shared_task(bind=True)
+def retry_slowly(self, gate, ends):
+    """Stay in the first try until the file `gate` exists. The second one succeeds, or fails."""
+    if not self.request.retries:
+        retry = self.retry(countdown=0, throw=False)
+        wait_for(gate)
+        raise retry
+    if ends == "FAILURE":
+        raise OSError
+
+
 @shared_task(max_retries=0)
 def fail(name):
     raise {**vars(builtins), **vars(asyncio)}[name]
