@@ -73,8 +73,7 @@ def touch_liveness_file(**kwargs):
 {% if has_results %}
 
 
-Backend = type(app.backend)
-store_result = Backend._store_result
+store_result = {{ result_backend.class }}._store_result
 
 
 def store_unless_ended(backend, task_id, result, state, *args, **kwargs):
@@ -88,7 +87,7 @@ def store_unless_ended(backend, task_id, result, state, *args, **kwargs):
     return store_result(backend, task_id, result, state, *args, **kwargs)
 
 
-Backend._store_result = store_unless_ended
+{{ result_backend.class }}._store_result = store_unless_ended
 {% endif %}
 {% print worker_pool.worker %}
 {% print periodic_tasks.worker | default %}
