@@ -16,6 +16,7 @@ import pytest
 from harness import faults
 from harness.outputs import ORDER
 from harness.project import wait_for
+from harness.proxy import Proxy
 from harness.servers import REDELIVERY
 
 stacks = partial(faults.stacks, plain="plain-faults-")
@@ -249,7 +250,7 @@ def test_redis_restarts_while_tasks_run_and_end(stack, gate, tmp_path):
     assert "Trying again" in stack.worker.printed and "/100)" not in stack.worker.printed
 
 
-@stacks(brokers=["redis", "rabbitmq"], pools=["prefork"])
+@on_prefork
 def test_the_first_task_that_a_process_of_a_worker_sends_waits_for_its_broker(stack):
     code = """
 from config.celery import app
@@ -257,13 +258,45 @@ from config.worker import be_patient
 be_patient()
 print(app.send_task("trials.tasks.quick", ignore_result=True))
 """
-    stack.broker.kill()
+    proxy = Proxy(stack.broker.port)
+    proxy.block()
+    behind = partial(re.sub, f":{stack.broker.port}\\b", f":{proxy.port}")
+    variables = {name: behind(str(value)) for name, value in stack.variables.items()}
     with ThreadPoolExecutor() as thread:
-        sent = thread.submit(stack.project.shell, code, **stack.variables)
+        sent = thread.submit(stack.project.shell, code, **variables)
         time.sleep(12)  # with the start of the process
         assert not sent.done()
-        stack.broker.start()
+        proxy.unblock()
         sent.result()
+
+
+@on_redis
+def test_redis_accepts_or_refuses_a_task_when_it_refuses_some_commands(stack):
+    """A task's first command declares its queue. Each outcome is one that Celery documents."""
+    code = """
+import random, threading, time
+from redis import Redis
+redis, is_over, refused = Redis(port=port), threading.Event(), set()
+
+def refuse():
+    while not is_over.is_set():
+        for count in 1, 0:
+            redis.config_set("min-replicas-to-write", count)
+            time.sleep(random.random() / 100)
+
+thread = threading.Thread(target=refuse)
+thread.start()
+for _ in range(1000):
+    try:
+        quick.delay()
+    except Exception as error:
+        refused.add(f"{type(error).__module__}.{type(error).__name__}")
+is_over.set()
+thread.join()
+result = list(refused)
+"""
+    assert stack.ask(code, port=stack.broker.port) == ["kombu.exceptions.OperationalError"]
+    stack.empty("celery")
 
 
 # What delays others

@@ -52,7 +52,10 @@ class Channel(SQS.Channel):
 
 
 class Transport(SQS.Transport):
+    """Tries to send a task as often as the retry policy says. kombu 5.7 tries twice."""
+
     Channel = Channel
+    recoverable_connection_errors = SQS.Transport.connection_errors
 
 
 def extend(transport):

@@ -1,10 +1,9 @@
+{% import "imports.jinja" as imports %}
 {% from "chosen.jinja" import broker, worker_pool with context %}
 import os
 import re
 
-from celery import Celery, signals
-from celery.app import {{ "base, " if broker.celery is defined }}utils
-
+{{ imports.sort("from celery import Celery, signals\nfrom celery.app import utils\n" ~ broker.celery_imports) }}
 # Set the default Django settings module for the 'celery' program.
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
 {% print worker_pool.celery_environment | default %}
@@ -17,7 +16,7 @@ app.autodiscover_tasks()
 utils.HIDDEN_SETTINGS = re.compile(
     utils.HIDDEN_SETTINGS.pattern + "|CELERY_BROKER_URL|LOCATION|BASIC_AUTH", re.IGNORECASE
 )
-{% print broker.celery | default %}
+{% print broker.celery %}
 
 
 @signals.setup_logging.connect

@@ -1,12 +1,8 @@
+{% import "imports.jinja" as imports %}
 {% from "chosen.jinja" import broker, worker_pool with context %}
 import os
 
-from celery import signals
-{% if broker.celery is defined %}
-from celery.app import base
-{% endif %}
-from durable_jobs.celery import Celery
-
+{{ imports.sort("from celery import signals\nfrom durable_jobs.celery import Celery\n" ~ broker.celery_imports) }}
 # Set the default Django settings module for the 'celery' program.
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
 {% print worker_pool.celery_environment | default %}
@@ -14,7 +10,7 @@ os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
 app = Celery("config", include=["config.worker"])
 app.config_from_object("django.conf:settings", namespace="CELERY")
 app.autodiscover_tasks()
-{% print broker.celery | default %}
+{% print broker.celery %}
 
 
 @signals.setup_logging.connect
