@@ -140,6 +140,32 @@ def test_a_task_waits_for_a_database_that_hangs(stack):
 
 
 @on_redis
+def test_a_query_fails_if_a_firewall_forgets_its_connection(stack, tmp_path):
+    """PostgreSQL has received the query. Its answer never comes."""
+    proxy = Proxy(stack.database.port)
+    url = re.sub(f":{stack.database.port}\\b", f":{proxy.port}", stack.variables["DATABASE_URL"])
+    code = f"""
+from pathlib import Path
+from django.db import OperationalError, connection
+with connection.cursor() as cursor:
+    Path({str(tmp_path / "connected")!r}).touch()
+    try:
+        cursor.execute("SELECT pg_sleep(3)")
+    except OperationalError:
+        print("lost")
+"""
+    with ThreadPoolExecutor() as thread:
+        query = thread.submit(stack.project.shell, code, **stack.variables | {"DATABASE_URL": url})
+        wait_for((tmp_path / "connected").exists)
+        time.sleep(1)
+        proxy.forget()
+        try:
+            assert "lost" in query.result(timeout=60)  # seconds on a busy machine; it takes 10
+        finally:
+            proxy.clean_up()
+
+
+@on_redis
 def test_a_task_for_a_queue_that_nobody_consumes_is_an_error(stack):
     code = """
 from celery.exceptions import QueueNotFound
