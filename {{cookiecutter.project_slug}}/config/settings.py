@@ -149,7 +149,7 @@ if database["ENGINE"] == "django.db.backends.sqlite3":
 {% endif %}
 else:  # don't wait long for a server that has disappeared
     timeouts = {"connect_timeout": 5, "tcp_user_timeout": 10_000}  # seconds; milliseconds
-    timeouts |= {"keepalives_idle": 5, "keepalives_interval": 5}  # also while it waits for an answer
+    timeouts |= {"keepalives_idle": 5, "keepalives_interval": 5}  # and probe an idle connection
     database["OPTIONS"] = timeouts | database.get("OPTIONS", {})
     if size := database["OPTIONS"].get("pool"):  # DATABASE_URL=postgres://…?pool=8
         database["OPTIONS"]["pool"] = {"min_size": 0, "max_size": size}
