@@ -325,6 +325,20 @@ result = list(refused)
     stack.empty("celery")
 
 
+@stacks(brokers=["redis"])
+def test_a_retry_waits_while_redis_refuses_to_write(stack):
+    task = stack.send("fail_twice", ignore_result=True)
+    stack.wait_until_started(task)
+    time.sleep(1)  # the worker has its message for the second try, which is due in a second
+    stack.broker.configure("min-replicas-to-write", "1")
+    try:
+        stack.wait_until_started(task, times=2)
+        time.sleep(3)
+    finally:
+        stack.broker.configure("min-replicas-to-write", "0")
+    stack.wait_until_started(task, times=3)
+
+
 # What delays others
 
 
