@@ -55,7 +55,7 @@ class Transport(SQS.Transport):
     """Tries to send a task as often as the retry policy says. kombu 5.7 tries twice."""
 
     Channel = Channel
-    recoverable_connection_errors = SQS.Transport.connection_errors
+    recoverable_connection_errors = SQS.Transport.connection_errors + SQS.Transport.channel_errors
 
 
 def extend(transport):
