@@ -29,6 +29,11 @@ class Proxy:
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
         self._run(self._listen())
 
+    def redirect(self, variables):
+        """Return these variables, {name: value}, with this proxy's port instead of the server's."""
+        ports = f":{self.target}", f":{self.port}"
+        return {name: str(value).replace(*ports) for name, value in variables.items()}
+
     def cut(self):
         """Close all connections with a RST, once."""
         self._run(self._cut())

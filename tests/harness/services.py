@@ -90,13 +90,11 @@ class Server(Service):
     def __init__(self, process, port):
         super().__init__(process)
         self.proxy = Proxy(port)
-        self.real = port
 
     def behind(self, names):
         """Return variables with the proxy's port. `names` are {name of the server: new name}."""
-        found = self.process.variables
-        ports = f":{self.real}", f":{self.proxy.port}"
-        return {new: found[name].replace(*ports) for name, new in names.items() if name in found}
+        found = self.proxy.redirect(self.process.variables)
+        return {new: found[name] for name, new in names.items() if name in found}
 
     def cut(self):
         """Close all connections, as a load balancer or an operator does."""

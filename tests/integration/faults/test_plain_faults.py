@@ -143,7 +143,6 @@ def test_a_task_waits_for_a_database_that_hangs(stack):
 def test_a_query_fails_if_a_firewall_forgets_its_connection(stack, tmp_path):
     """PostgreSQL has received the query. Its answer never comes."""
     proxy = Proxy(stack.database.port)
-    url = re.sub(f":{stack.database.port}\\b", f":{proxy.port}", stack.variables["DATABASE_URL"])
     code = f"""
 from pathlib import Path
 from django.db import OperationalError, connection
@@ -155,7 +154,7 @@ with connection.cursor() as cursor:
         print("lost")
 """
     with ThreadPoolExecutor() as thread:
-        query = thread.submit(stack.project.shell, code, **stack.variables | {"DATABASE_URL": url})
+        query = thread.submit(stack.project.shell, code, **proxy.redirect(stack.variables))
         wait_for((tmp_path / "connected").exists)
         time.sleep(1)
         proxy.forget()
@@ -286,10 +285,8 @@ print(app.send_task("trials.tasks.quick", ignore_result=True))
 """
     proxy = Proxy(stack.broker.port)
     proxy.block()
-    behind = partial(re.sub, f":{stack.broker.port}\\b", f":{proxy.port}")
-    variables = {name: behind(str(value)) for name, value in stack.variables.items()}
     with ThreadPoolExecutor() as thread:
-        sent = thread.submit(stack.project.shell, code, **variables)
+        sent = thread.submit(stack.project.shell, code, **proxy.redirect(stack.variables))
         time.sleep(12)  # with the start of the process
         assert not sent.done()
         proxy.unblock()

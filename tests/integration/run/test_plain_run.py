@@ -169,13 +169,13 @@ result = [
 
 @each("result_backend", where=has_results)
 def test_a_retry_that_ends_before_its_state_is_stored_keeps_its_result(stack, gate):
-    tasks = {state: stack.send("retry_slowly", gate, state) for state in ("SUCCESS", "FAILURE")}
-    states = partial(stack.ask, "result = {id: AsyncResult(id).state for id in ids}")
-    expected = {task: state for state, task in tasks.items()}
-    wait_for(lambda: states(ids=[*expected]) == expected)
+    expected = {stack.send("retry_slowly", gate, ends): ends for ends in ("SUCCESS", "FAILURE")}
+    code = "result = {id: AsyncResult(id).state for id in ids}"
+    states = partial(stack.ask, code, ids=[*expected])
+    wait_for(lambda: states() == expected)
     gate.touch()
     wait_for(lambda: stack.worker.printed.count("task_retrying") == 2)
-    assert states(ids=[*expected]) == expected
+    assert states() == expected
 
 
 @with_results

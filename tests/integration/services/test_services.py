@@ -37,6 +37,7 @@ AFTER = 4  # seconds of load after the fault
 def test_a_service_fails(stack_of_services, service, fault, record_cell):
     stack = stack_of_services
     broker = stack.project.answers["broker"]
+    place = service, fault, broker
     target = stack.services[service]
     others = [process for process in stack.processes if process is not target.process]
     pids = {process: process.pid for process in others}
@@ -49,7 +50,7 @@ def test_a_service_fails(stack_of_services, service, fault, record_cell):
             over = time.time()
             seconds = load.wait_until_success() - over
             time.sleep(AFTER)
-        lost = load.give_up(120) if (service, fault, broker) in LOSES else 0
+        lost = load.give_up(120) if place in LOSES else 0
         fresh = load.send_fresh()
         load.wait_until_ended()
         if service in ("broker", "worker") and broker != "rabbitmq":
@@ -95,11 +96,11 @@ def test_a_service_fails(stack_of_services, service, fault, record_cell):
     ):
         wrong["failed"] = found["failed"]
     again = "of them started before" if (service, fault) in SENT_AGAIN else "ran again"
-    if (service, fault, broker) not in RUNS_AGAIN and found[again]:
+    if place not in RUNS_AGAIN and found[again]:
         wrong[again] = found[again]
     if lost > len(stack.workers):
         wrong["lost"] = lost
-    if forgotten and service not in FORGETS_ORDERS and (service, fault, broker) not in LOSES:
+    if forgotten and service not in FORGETS_ORDERS and place not in LOSES:
         wrong["orders that the hourly task found"] = forgotten
     if broker == "redis" and set(exited) & {worker.log.stem for worker in stack.workers}:
         wrong["exited"] = exited
