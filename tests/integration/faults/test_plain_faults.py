@@ -323,17 +323,16 @@ result = list(refused)
 
 
 @stacks(brokers=["redis"])
-def test_a_retry_waits_while_redis_refuses_to_write(stack):
-    task = stack.send("fail_twice", ignore_result=True)
+def test_a_retry_waits_while_redis_refuses_to_write(stack, gate):
+    task = stack.send("retry_at", gate)
     stack.wait_until_started(task)
-    time.sleep(1)  # the worker has its message for the second try, which is due in a second
     stack.broker.configure("min-replicas-to-write", "1")
     try:
-        stack.wait_until_started(task, times=2)
-        time.sleep(3)
+        gate.touch()
+        time.sleep(4)
     finally:
         stack.broker.configure("min-replicas-to-write", "0")
-    stack.wait_until_started(task, times=3)
+    stack.wait_until_started(task, times=2)
 
 
 # What delays others

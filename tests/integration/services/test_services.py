@@ -21,8 +21,8 @@ RUNS_AGAIN = {
     # It doesn't confirm what is sent meanwhile, so that is sent again.
     ("broker", "read_only", "rabbitmq"),
 }
-# Where a request waits in vain, and sends its task again. A task that ran already runs once.
-SENT_AGAIN = {("broker", "stall")}
+# Where a task may arrive, but no answer, so it is sent again. A task that ran already runs once.
+SENT_AGAIN = {("broker", "stall"), ("broker", "cut"), ("broker", "forget")}
 # Redis may hand a task over on a connection that a firewall has just forgotten, or to a worker that
 # is just killed. Nobody else knows of it: kombu takes tasks with BRPOP.
 LOSES = {("broker", "forget", "redis"), ("worker", "kill", "redis")}

@@ -131,6 +131,15 @@ def retry_later(self, countdown):
         raise self.retry(countdown=countdown)
 
 
+@shared_task(bind=True, ignore_result=True)
+def retry_at(self, gate):
+    """Retry as soon as the file `gate` exists."""
+    note(self.request.id, "start")
+    if not self.request.retries:
+        wait_for(gate)
+        raise self.retry(countdown=0)
+
+
 @shared_task(bind=True)
 def retry_slowly(self, gate, ends):
     """Stay in the first try until the file `gate` exists. The second one succeeds, or fails."""
