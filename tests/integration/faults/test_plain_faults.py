@@ -324,7 +324,7 @@ result = list(refused)
 
 @stacks(brokers=["redis"])
 def test_a_retry_waits_while_redis_refuses_to_write(stack, gate):
-    task = stack.send("retry_at", gate)
+    task = stack.send("retry_later", 0, gate)
     stack.wait_until_started(task)
     stack.broker.configure("min-replicas-to-write", "1")
     try:

@@ -125,19 +125,13 @@ def fail_twice(self):
 
 
 @shared_task(bind=True, ignore_result=True)
-def retry_later(self, countdown):
+def retry_later(self, countdown, gate=None):
+    """Retry once, after the file `gate` exists if one is given."""
     note(self.request.id, "start")
     if not self.request.retries:
+        if gate:
+            wait_for(gate)
         raise self.retry(countdown=countdown)
-
-
-@shared_task(bind=True, ignore_result=True)
-def retry_at(self, gate):
-    """Retry as soon as the file `gate` exists."""
-    note(self.request.id, "start")
-    if not self.request.retries:
-        wait_for(gate)
-        raise self.retry(countdown=0)
 
 
 @shared_task(bind=True)
