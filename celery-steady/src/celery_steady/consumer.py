@@ -1,0 +1,104 @@
+"""The setting worker_consumer: "celery_steady.consumer:Consumer"."""
+
+from functools import partial
+
+from celery import signals
+from celery.concurrency import prefork
+from celery.worker import consumer
+
+from celery_steady import django, malformed, rabbitmq, results, shutdown, tasks, versions
+from celery_steady.events import BatchedEvents
+from celery_steady.liveness import touch_liveness_file
+from celery_steady.patience import be_patient
+from celery_steady.renewal import KeepMessages
+
+DELAYED_DELIVERY = "celery.worker.consumer.delayed_delivery:DelayedDelivery"
+
+
+class StockConsumer(consumer.Consumer):
+    """Celery's own, for versions of Celery and kombu that the tests haven't seen."""
+
+    def __init__(self, *args, **kwargs):
+        versions.log_what_is_off()
+        super().__init__(*args, **kwargs)
+
+
+class Consumer(StockConsumer):
+    """Celery's consumer, with the steps and the errors of tasks that the README lists."""
+
+    class Blueprint(consumer.Consumer.Blueprint):
+        default_steps = [
+            *(
+                rabbitmq.DelayedDelivery if step == DELAYED_DELIVERY else step
+                for step in consumer.Consumer.Blueprint.default_steps
+            ),
+            rabbitmq.NoticeLostConnection,
+            KeepMessages,
+            shutdown.SoftStop,
+            BatchedEvents,
+        ]
+
+    is_stopping = False
+
+    def __init__(self, *args, pool=None, app=None, worker_options=None, **kwargs):
+        be_patient(app)
+        results.replace(app)
+        results.insist(app, pool)
+        if django.is_used():
+            django.prepare_worker()
+        if getattr(pool, "is_green", False):  # gossip can stop redelivery there
+            worker_options = {**(worker_options or {}), "without_gossip": True}
+        self.is_prefork = isinstance(pool, prefork.TaskPool)
+        # Celery would wait for the last thread or greenlet.
+        self.ends_late = pool is not None and not pool.signal_safe and shutdown.is_wanted(app)
+        signals.heartbeat_sent.connect(touch_liveness_file)
+        signals.worker_shutting_down.connect(self.on_shutting_down)
+        super().__init__(*args, pool=pool, app=app, worker_options=worker_options, **kwargs)
+
+    # Errors of tasks and messages
+
+    def update_strategies(self):
+        for task in self.app.tasks.values():
+            self.prepare(task)
+        super().update_strategies()
+
+    def prepare(self, task):
+        """Prepare a task of the app for this worker. Its other apps have tasks of their own."""
+        task.Request = tasks.failing(task.Request)
+        if not self.is_prefork:
+            tasks.let_fail(task)
+
+    def create_task_handler(self, *args, **kwargs):
+        handle = super().create_task_handler(*args, **kwargs)
+        return partial(malformed.handle_or_drop, self, handle)
+
+    def on_decode_error(self, message, exc):
+        malformed.drop(self, message, exc)
+
+    # The end
+
+    def announce_shutdown(self, sig=""):
+        """Send Celery's signal, unless it was sent: Celery does so only if a signal ends the worker."""
+        if not self.is_stopping:
+            exitcode = self.controller.exitcode or 0
+            sent = {"sig": sig, "how": "Soft", "exitcode": exitcode}
+            signals.worker_shutting_down.send(self.hostname, **sent)
+
+    def on_shutting_down(self, sender, **kwargs):
+        if sender != self.hostname:
+            return
+        is_first, self.is_stopping = not self.is_stopping, True
+        if self.ends_late:
+            timeout = self.app.conf.worker_soft_shutdown_timeout
+            self.limit_shutdown(timeout if is_first else 0)
+
+    def limit_shutdown(self, seconds):
+        """End this process in so many seconds. Only threads and greenlets don't end themselves."""
+        shutdown.limit(self, seconds)
+
+    def stop(self):
+        self.announce_shutdown()
+        super().stop()
+
+
+Consumer = versions.choose("worker", Consumer, StockConsumer)

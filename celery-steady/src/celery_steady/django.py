@@ -1,0 +1,29 @@
+"""What a worker of a Django project needs. This module is imported only in such a project."""
+
+import os
+
+from celery import signals
+
+
+def is_used():
+    return "DJANGO_SETTINGS_MODULE" in os.environ
+
+
+def prepare_worker():
+    from django.db import connections
+
+    for connection in connections.all():
+        if "connect_timeout" in (options := connection.settings_dict["OPTIONS"]):
+            options["connect_timeout"] = max(30, options["connect_timeout"])  # seconds
+    signals.task_prerun.connect(check_connections)
+
+
+def check_connections(**kwargs):
+    """Give each task a working database connection, as Django does for each request.
+
+    With CELERY_DB_REUSE_MAX, Celery itself looks at a connection only now and then.
+    """
+    from django.db import close_old_connections, connection
+
+    if not connection.in_atomic_block:  # of a test, or of a task that calls another one
+        close_old_connections()

@@ -1,0 +1,65 @@
+"""Keeps the broker from delivering the messages of a worker again while it is alive."""
+
+from celery.bootsteps import StartStopStep
+from celery.worker import state
+from celery.worker.consumer.tasks import Tasks
+from kombu.transport import virtual
+
+
+class KeepMessages(StartStopStep):
+    """Renews this worker's messages, also after it has connected again.
+
+    Redis and SQS deliver a message again that wasn't acknowledged within the visibility timeout. kombu
+    never renews that time, so tasks and countdowns that take longer would run twice (celery issue 5935).
+    """
+
+    requires = (Tasks,)
+    channel = None
+
+    def __init__(self, consumer, **options):
+        self.unacknowledged = set()  # messages whose acknowledgement failed
+
+    def start(self, consumer):
+        """The worker has connected. If it isn't the first time, keep what it got before."""
+        channel = consumer.task_consumer.channel
+        if not hasattr(channel, "renew"):  # of another broker, or stock
+            return
+        before, self.channel = self.channel, channel
+        channel.unacknowledged = self.unacknowledged
+        # Otherwise kombu 5.7 would put the messages of running tasks back into their queue.
+        channel.do_restore = False
+        kept = list(before.qos._delivered.values()) if before else []
+        kept = [message for message in kept if not message.acknowledged]
+        for message in kept:
+            self.take(message)
+        self.renew(consumer.timer, channel)
+        # A second later, after tasks that ended meanwhile are acknowledged
+        consumer.timer.call_after(1, self.release, (kept,))
+
+    def shutdown(self, consumer):
+        if self.channel:
+            self.channel.do_restore = True  # what hasn't ended is for other workers
+
+    def take(self, message):
+        message.channel = self.channel
+        virtual.QoS.append(self.channel.qos, message, message.delivery_tag)
+
+    def renew(self, timer, channel):
+        if channel.closed:
+            return  # the next one has a round of its own
+        next_round = channel.visibility_timeout / 4  # so two of them may fail
+        timer.call_after(next_round, self.renew, (timer, channel))
+        # If ack() fails again, it adds the message again.
+        failed = set(self.unacknowledged)
+        self.unacknowledged -= failed
+        for message in failed:
+            self.take(message)
+            message.ack()
+        channel.renew()
+
+    def release(self, messages):
+        """Put back what was still waiting when the connection was lost: Celery has dropped it."""
+        running = {each.message for each in tuple(state.active_requests)}
+        for message in messages:
+            if not message.acknowledged and message not in running | self.unacknowledged:
+                message.requeue()

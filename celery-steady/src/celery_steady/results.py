@@ -1,0 +1,107 @@
+"""Result backends that keep each result. The worker's consumer replaces Celery's own by these."""
+
+from celery import signals, states
+from celery.app import backends
+from celery.backends import asynchronous, dynamodb, redis
+from celery.concurrency import prefork
+
+from celery_steady import versions
+
+INSTEAD_OF = {
+    "celery.backends.redis:RedisBackend": "celery_steady.results:RedisBackend",
+    "celery.backends.redis:SentinelBackend": "celery_steady.results:SentinelBackend",
+    "celery.backends.dynamodb:DynamoDBBackend": "celery_steady.results:DynamoDBBackend",
+    "django_celery_results.backends.database:DatabaseBackend": (
+        "celery_steady.django_celery_results:DatabaseBackend"
+    ),
+}
+
+
+def replace(app):
+    """Replace the result backend of the settings, if it is one of Celery's that has a class here."""
+    kind, url = backends.by_url(app.backend_cls or app.conf.result_backend, app.loader)
+    path = INSTEAD_OF.get(f"{kind.__module__}:{getattr(kind, '__qualname__', '')}")
+    if path and versions.fits("results"):
+        app.backend_cls = f"{path}+{url}" if url else path
+
+
+def insist(app, pool):
+    """Store each result again until it succeeds, as result_backend_always_retry does.
+
+    With prefork only in the children: the worker's main process must go on, or its messages would be
+    delivered again.
+    """
+    if not isinstance(pool, prefork.TaskPool):
+        app.conf.result_backend_always_retry = True
+        return
+
+    def insist_in_child(**kwargs):
+        app.backend.always_retry = True
+
+    signals.worker_process_init.connect(insist_in_child, weak=False, dispatch_uid=__name__)
+
+
+class KeepsResults:
+    def _store_result(self, task_id, result, state, *args, **kwargs):
+        """Don't let the state RETRY, stored late, replace a result.
+
+        A task sends its retry before it stores this state, for which it may have to wait for the backend.
+        By then, the retry may have ended (celery pull 6115 cures one backend).
+        """
+        if state == states.RETRY and self.get_state(task_id) in states.READY_STATES:
+            return result
+        return super()._store_result(task_id, result, state, *args, **kwargs)
+
+
+class StoresChordMembers:
+    """For backends that read a chord's results one by one, and need all of them."""
+
+    def on_chord_part_return(self, request, state, result, **kwargs):
+        """Store what a chord's task returns, even with ignore_result=True: its callback needs all.
+
+        Without this, each of them must set ignore_result=False (celery pull 1864).
+        """
+        if getattr(request, "ignore_result", False):
+            self.store_result(request.id, result, state, request=request)
+        return super().on_chord_part_return(request, state, result, **kwargs)
+
+
+class Drainer(asynchronous.geventDrainer):
+    """Reads results for all greenlets, also after an error. Celery's ends (celery issue 4857)."""
+
+    def _ensure_not_shut_down(self):
+        try:
+            super()._ensure_not_shut_down()
+        finally:
+            if self._shutdown.is_set():
+                self.__init__(self.result_consumer)
+
+
+class ResultConsumer(redis.ResultConsumer):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if type(self.drainer) is asynchronous.geventDrainer:
+            self.drainer = Drainer(self)
+
+
+class RedisBackend(KeepsResults, redis.RedisBackend):
+    ResultConsumer = ResultConsumer
+
+
+class SentinelBackend(KeepsResults, redis.SentinelBackend):
+    ResultConsumer = ResultConsumer
+
+
+class DynamoDBBackend(StoresChordMembers, KeepsResults, dynamodb.DynamoDBBackend):
+    def exception_safe_to_retry(self, error):
+        """Tell Celery which errors may end. It tries to store the result again until they do.
+
+        Celery's own method knows none: celery pull 9614 added those of another backend.
+        """
+        from botocore.exceptions import ClientError, ConnectionError, HTTPClientError
+
+        if isinstance(error, ClientError):  # DynamoDB has an error of its own, or is too busy
+            code = error.response["Error"]["Code"]
+            failed = error.response["ResponseMetadata"]["HTTPStatusCode"] >= 500
+            return failed or "Throttling" in code or code.endswith("LimitExceeded")
+        return isinstance(error, (ConnectionError, HTTPClientError))

@@ -1,0 +1,93 @@
+"""How a worker stops on SIGTERM: it takes no more tasks, and waits for the running ones, but not forever.
+
+By default, SIGTERM waits for all tasks without a limit. Celery's own soft shutdown, which SIGQUIT starts,
+always takes worker_soft_shutdown_timeout (celery issue 9505), renews no messages meanwhile, and can't
+end threads (celery issue 10490).
+"""
+
+import _thread
+import os
+import signal
+import threading
+import time
+
+from celery import signals
+from celery.bootsteps import StartStopStep
+from celery.worker import state
+from celery.worker.consumer.tasks import Tasks
+
+
+def is_wanted(app):
+    """Return whether a worker that starts here should limit its shutdown.
+
+    Without worker_soft_shutdown_timeout it waits for all tasks, as Celery does. A worker in another
+    thread, such as that of a test, must neither handle signals nor end the process.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    return is_main and app.conf.worker_soft_shutdown_timeout > 0
+
+
+class SoftStop(StartStopStep):
+    """Prefork: SIGTERM waits until no task runs, at most worker_soft_shutdown_timeout seconds.
+
+    Then the children that still have a task end. A second SIGTERM ends the wait.
+    """
+
+    requires = (Tasks,)
+    deadline = timer = None
+
+    def include_if(self, consumer):
+        return consumer.hub and consumer.is_prefork and is_wanted(consumer.app)
+
+    def start(self, consumer):
+        handler = signal.SIGTERM, lambda *args: self.begin(consumer)
+        signal.signal(*handler)
+        # Once more when all steps have started: one of the project's own may handle SIGTERM, too.
+        consumer.timer.call_after(0, signal.signal, handler)
+        if self.deadline:  # it has lost its connection while it was stopping
+            self.stop_consuming(consumer)
+
+    def begin(self, consumer):
+        if not consumer.connection:  # the event loop doesn't run
+            signal.raise_signal(signal.SIGQUIT)
+        elif self.deadline:
+            self.deadline = 1  # long ago
+        else:
+            consumer.announce_shutdown("SIGTERM")
+            timeout = consumer.app.conf.worker_soft_shutdown_timeout
+            self.deadline = time.monotonic() + timeout
+            # From the event loop, between two events. In the middle of one, the worker might be
+            # reading a child's result, and never finish.
+            consumer.timer.call_after(0, self.stop_consuming, (consumer,))
+
+    def stop_consuming(self, consumer):
+        consumer.task_consumer.cancel()
+        consumer.controller.semaphore.clear()  # forget tasks that wait for a free child
+        self.timer = consumer.timer.call_repeatedly(0.1, self.check, (consumer,))
+
+    def check(self, consumer):
+        busy = any(each._apply_result for each in tuple(state.reserved_requests))
+        if not busy or time.monotonic() >= self.deadline:
+            self.timer.cancel()
+            consumer.app.conf.worker_soft_shutdown_timeout = 0  # it has waited
+            signal.raise_signal(signal.SIGQUIT)
+
+
+def limit(consumer, seconds):
+    """Threads and gevent: end this process in so many seconds, unless it has ended by then.
+
+    May be called in a signal handler.
+    """
+
+    def end():
+        time.sleep(seconds)
+        try:
+            if consumer.hub:
+                consumer.hub.close()  # acknowledges tasks that have ended
+            consumer.shutdown()  # closes the connection, which gives the other messages back
+            signals.worker_shutdown.send(consumer.controller)
+        finally:
+            os._exit(consumer.controller.exitcode or 0)
+
+    # Not threading.Thread, whose lock may be taken in a signal handler.
+    _thread.start_new_thread(end, ())

@@ -1,0 +1,87 @@
+"""The setting broker_transport for Amazon SQS: "celery_steady.sqs:Transport"."""
+
+from logging import getLogger
+
+from botocore.exceptions import BotoCoreError, ClientError
+from kombu.asynchronous.aws.connection import AsyncHTTPSConnection
+from kombu.transport import SQS
+
+from celery_steady import versions
+from celery_steady.messages import KeepingChannel
+
+logger = getLogger(__name__)
+
+
+class Connection(AsyncHTTPSConnection):
+    """A connection that waits 30 s for an answer. kombu's waits forever (kombu pull 2488)."""
+
+    def getrequest(self):
+        request = super().getrequest()
+        # SQS answers a poll within 20 seconds.
+        request.on_prepare = lambda curl: curl.setopt(curl.TIMEOUT, 30)
+        return request
+
+
+class Channel(KeepingChannel, SQS.Channel):
+    """A channel that polls again after a failed poll. kombu's does not (kombu issue 1127)."""
+
+    errors = (BotoCoreError, ClientError)
+
+    def asynsqs(self, queue=None):
+        connection = super().asynsqs(queue)
+        connection.get_http_connection = Connection
+        return connection
+
+    def _schedule_queue(self, queue):
+        try:
+            super()._schedule_queue(queue)
+        except Exception as error:
+            self._poll_later(queue, error)
+
+    def _get_async(self, queue, count=1, callback=None):
+        polled = super()._get_async(queue, count, callback)
+        polled.on_error = lambda *args: self._poll_later(queue, args[-1])
+        return polled
+
+    def _poll_later(self, queue, error):
+        logger.warning("A poll of the SQS queue %s failed: %r", queue, error)
+        self.hub.call_later(1, self._schedule_queue, queue)
+
+    def _restore(self, message):
+        """Give an unfinished task's message back at once, not after 20 s (kombu pull 2049)."""
+        info = message.delivery_info
+        self.sqs(info["routing_key"]).change_message_visibility(
+            QueueUrl=info["sqs_queue"], ReceiptHandle=message.delivery_tag, VisibilityTimeout=0
+        )
+
+    def renew(self):
+        queues = {}
+        for message in list(self.qos._delivered.values()):
+            info = message.delivery_info
+            handles = queues.setdefault((info["routing_key"], info["sqs_queue"]), [])
+            handles.append(message.delivery_tag)
+        for (name, url), handles in queues.items():
+            for first in range(0, len(handles), 10):  # as many as a request may have
+                entries = [
+                    {
+                        "Id": str(id),
+                        "ReceiptHandle": handle,
+                        "VisibilityTimeout": self.visibility_timeout,
+                    }
+                    for id, handle in enumerate(handles[first : first + 10])
+                ]
+                try:
+                    # The answer lists those that failed, because they have just been acknowledged.
+                    self.sqs(name).change_message_visibility_batch(QueueUrl=url, Entries=entries)
+                except self.errors as error:  # the next round may succeed
+                    logger.warning("Could not renew messages of %s: %r", name, error)
+
+
+class Transport(SQS.Transport):
+    """Tries to send a task as often as the retry policy says. kombu 5.7 tries twice."""
+
+    Channel = Channel
+    recoverable_connection_errors = SQS.Transport.connection_errors + SQS.Transport.channel_errors
+
+
+Transport = versions.choose("Amazon SQS", Transport, SQS.Transport)
