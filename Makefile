@@ -31,8 +31,11 @@ pictures: .venv  ## retake the pictures in README.md
 
 VENDOR := {{cookiecutter.project_slug}}/vendor
 
-wheel: .venv  ## build durable-jobs into the output, as a test requires
-	.venv/bin/uv build --quiet --wheel --clear --no-create-gitignore --out-dir '$(VENDOR)' durable-jobs
+wheel: .venv  ## build both libraries into the output, as a test requires
+	@rm -f '$(VENDOR)'/*.whl
+	for library in celery-steady durable-jobs; do \
+		.venv/bin/uv build --quiet --wheel --no-create-gitignore --out-dir '$(VENDOR)' $$library; \
+	done
 	@.venv/bin/python .ci/wheel.py
 
 release: .venv  ## test, commit and tag this version, and start the next one
@@ -50,12 +53,13 @@ lint: .venv  ## format all plain Python; CHECK=1 only reports problems
 	.venv/bin/ruff format $(if $(CHECK),--check) $(AS_OUTPUT)
 
 PYTHON := python3
-INSTALL = .venv/bin/uv pip install --quiet --python .venv/bin/python -r durable-jobs/pyproject.toml \
-	--all-extras --group durable-jobs/pyproject.toml:test --group test
+INSTALL = .venv/bin/uv pip install --quiet --python .venv/bin/python -e celery-steady \
+	--group celery-steady/pyproject.toml:test -r durable-jobs/pyproject.toml --all-extras \
+	--group durable-jobs/pyproject.toml:test --group test
 # Packages of the day of the last commit, so that a clone has in a year what was tested.
 AS_OF ?= $(shell git log -1 --format=%cI 2>/dev/null)
 
-.venv: pyproject.toml durable-jobs/pyproject.toml
+.venv: pyproject.toml celery-steady/pyproject.toml durable-jobs/pyproject.toml
 	# --clear, because an older .venv may be of another Python. A pip in .venv would take four
 	# seconds. If this Python has none, .venv needs its own.
 	$(PYTHON) -m venv --clear --without-pip .venv

@@ -1,9 +1,11 @@
-"""Write the name of the wheel in the output's vendor/ where templates name it: `make wheel`."""
+"""Write the names of the wheels in the output's vendor/ where templates name them: `make wheel`."""
 
 import re
 from pathlib import Path
 
-[wheel] = Path("{{cookiecutter.project_slug}}/vendor").glob("*.whl")
-choice = Path("templates/durable_jobs/yes.jinja")
-text = choice.read_text("utf-8")
-choice.write_text(re.sub(r"durable_jobs-[^/\"]+\.whl", wheel.name, text), "utf-8")
+names = Path("templates/versions.jinja")
+text = names.read_text("utf-8")
+for wheel in Path("{{cookiecutter.project_slug}}/vendor").glob("*.whl"):
+    package = wheel.name.partition("-")[0]
+    text = re.sub(rf"{package}-[^/\"]+\.whl", wheel.name, text)
+names.write_text(text, "utf-8")

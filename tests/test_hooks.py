@@ -202,7 +202,7 @@ def test_overwriting_keeps_files_that_the_owner_added(run, tmp_path):
     assert (project / "vendor/mine.whl").read_text() == "mine"
 
 
-PATHS_DROPPED = ["vendor/mine.whl", "orders/templates/mine.html", "deploy/kubernetes/mine.yaml"]
+PATHS_DROPPED = ["orders/templates/mine.html", "deploy/kubernetes/mine.yaml"]
 
 
 @pytest.mark.usefixtures("hooks_in_this_process")

@@ -125,9 +125,10 @@ test = ["certifi"]
 
 def test_a_clone_installs_the_packages_of_the_day_of_its_commit(tmp_path):
     clone = Project(tmp_path / "clone")
-    (clone / "durable-jobs").mkdir(parents=True)
+    shutil.copytree(TEMPLATE / "celery-steady/src", clone / "celery-steady/src")
+    (clone / "durable-jobs").mkdir()
     shutil.copy(TEMPLATE / "Makefile", clone)
-    for folder in clone, clone / "durable-jobs":
+    for folder in clone, clone / "celery-steady", clone / "durable-jobs":
         (folder / "pyproject.toml").write_text(ABOUT)
     clone.commit(GIT_COMMITTER_DATE="2026-01-15T12:00:00Z")
     clone.call("make", ".venv")

@@ -13,7 +13,8 @@ from harness.project import Project
 from harness.versions import SUPPORTED
 
 VERSIONS, REQUIREMENTS = "templates/versions.jinja", "{{cookiecutter.project_slug}}/pyproject.toml"
-OWN = {"pyproject.toml", "durable-jobs/pyproject.toml"}  # of the tests, of the library
+# Of the tests, of the libraries
+OWN = {"pyproject.toml", "celery-steady/pyproject.toml", "durable-jobs/pyproject.toml"}
 WORKFLOW = ".github/workflows/ci.yml"
 NAMED = {name: value for name, value in vars(PINNED).items() if isinstance(value, str)}
 TEXTS = dict.fromkeys(("description", "author_name", "author_email"), "")
@@ -186,7 +187,7 @@ def test_renovate_reads_every_version_of_an_output():
     )
     assert "procrastinate" in found.pop("durable-jobs/bench/stack.py")
     packages = {f"{name}{version}" for names in found.values() for name, version in names.items()}
-    assert packages == set(requirements().values()) - {"durable-jobs"}
+    assert packages == set(requirements().values()) - {"celery-steady", "durable-jobs"}
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["template", "output"])

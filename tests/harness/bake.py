@@ -23,6 +23,7 @@ ENVIRONMENT = create_env_with_context({"cookiecutter": CONTEXT})
 ENVIRONMENT.loader = FileSystemLoader(TEMPLATE / "templates")
 ABOUT = tomllib.loads((TEMPLATE / "pyproject.toml").read_text("utf-8"))
 LIBRARY = TEMPLATE / "durable-jobs"
+STEADY = TEMPLATE / "celery-steady"
 ABOUT_LIBRARY = tomllib.loads((LIBRARY / "pyproject.toml").read_text("utf-8"))
 ADDRESS = ABOUT_LIBRARY["project"]["urls"]["Repository"]  # as this repository's pages write it
 PINNED = ENVIRONMENT.get_template("versions.jinja").module  # its `postgres` is an image with a tag

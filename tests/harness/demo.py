@@ -44,7 +44,7 @@ def main(answers, out=TEMPLATE / "demo", **environment):
     print(f"  {len(project.files())} files")
     print("\nInstall what it needs")
     project.install()
-    has_jobs = (project / "vendor").exists()
+    has_jobs = "durable_jobs=yes" in answers
     print("\nStart it: make run")
     settings = project.read("config/settings.py")
     for name, seconds in QUICK.items():

@@ -382,8 +382,7 @@ def shared_environment(project, folder):
         if not (shared / "done").exists():
             for file in ["Makefile", "pyproject.toml"]:
                 shutil.copy(project / file, shared)
-            if wheels:
-                shutil.copytree(project / "vendor", shared / "vendor")
+            shutil.copytree(project / "vendor", shared / "vendor")
             shared.call("make", ".venv")
             link_compiled(folder, shared)
             (shared / "done").touch()

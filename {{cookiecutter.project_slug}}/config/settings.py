@@ -1,6 +1,6 @@
 {% import "imports.jinja" as imports %}
 {% import "text.jinja" as text %}
-{% from "chosen.jinja" import include_example, broker, result_backend, durable_jobs, worker_pool, periodic_tasks, servers, has_example, has_flower, has_jobs, has_results, has_cache, flower_port with context %}
+{% from "chosen.jinja" import include_example, broker, result_backend, durable_jobs, worker_pool, periodic_tasks, servers, has_example, has_flower, has_jobs, has_results, has_cache, has_schedule_table, flower_port with context %}
 {% set lines %}
 from dotenv import load_dotenv
 from environs import Env, validate
@@ -81,6 +81,7 @@ INSTALLED_APPS = [
     "drf_spectacular",
     "drf_spectacular_sidecar",
     "django_structlog",
+    "celery_steady",  # checks for `manage.py check`
     "axes",
 {% for app in [result_backend.app, periodic_tasks.app] | select %}
     "{{ app }}",
@@ -271,9 +272,21 @@ CELERY_TASK_CREATE_MISSING_QUEUES = False  # sending a task to another queue is 
 {% endif %}
 CELERY_ACCEPT_CONTENT = ["json"]  # never pickle: a message could run any code
 CELERY_TIMEZONE = TIME_ZONE
-{% print periodic_tasks.settings %}
+{% print periodic_tasks.settings | default %}
 
 {% print durable_jobs.settings | default %}
+{% if not has_jobs %}
+# What Celery lacks: classes of the package celery-steady. Without a line, Celery's own class is used.
+{% if broker.transport is defined %}
+CELERY_BROKER_TRANSPORT = "{{ broker.transport }}"
+{% endif %}
+CELERY_WORKER_CONSUMER = "celery_steady.consumer:Consumer"
+CELERY_BEAT_SCHEDULER = "{{ periodic_tasks.scheduler }}"
+
+{% elif has_schedule_table %}
+CELERY_BEAT_SCHEDULER = "{{ periodic_tasks.scheduler }}"
+
+{% endif %}
 # Celery: broker
 {% print broker.settings %}
 CELERY_BROKER_CONNECTION_TIMEOUT = 1  # seconds

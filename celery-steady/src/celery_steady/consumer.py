@@ -6,11 +6,19 @@ from celery import signals
 from celery.concurrency import prefork
 from celery.worker import consumer
 
-from celery_steady import django, malformed, rabbitmq, results, shutdown, tasks, versions
+from celery_steady import (
+    django,
+    malformed,
+    rabbitmq,
+    renewal,
+    results,
+    shutdown,
+    tasks,
+    versions,
+)
 from celery_steady.events import BatchedEvents
 from celery_steady.liveness import touch_liveness_file
 from celery_steady.patience import be_patient
-from celery_steady.renewal import KeepMessages
 
 DELAYED_DELIVERY = "celery.worker.consumer.delayed_delivery:DelayedDelivery"
 
@@ -33,7 +41,7 @@ class Consumer(StockConsumer):
                 for step in consumer.Consumer.Blueprint.default_steps
             ),
             rabbitmq.NoticeLostConnection,
-            KeepMessages,
+            renewal.KeepMessages,
             shutdown.SoftStop,
             BatchedEvents,
         ]
@@ -42,6 +50,7 @@ class Consumer(StockConsumer):
 
     def __init__(self, *args, pool=None, app=None, worker_options=None, **kwargs):
         be_patient(app)
+        renewal.prepare(app, pool)
         results.replace(app)
         results.insist(app, pool)
         if django.is_used():
@@ -50,7 +59,7 @@ class Consumer(StockConsumer):
             worker_options = {**(worker_options or {}), "without_gossip": True}
         self.is_prefork = isinstance(pool, prefork.TaskPool)
         # Celery would wait for the last thread or greenlet.
-        self.ends_late = pool is not None and not pool.signal_safe and shutdown.is_wanted(app)
+        self.ends_late = pool is not None and not pool.signal_safe and self.is_limited(app)
         signals.heartbeat_sent.connect(touch_liveness_file)
         signals.worker_shutting_down.connect(self.on_shutting_down)
         super().__init__(*args, pool=pool, app=app, worker_options=worker_options, **kwargs)
@@ -76,6 +85,10 @@ class Consumer(StockConsumer):
         malformed.drop(self, message, exc)
 
     # The end
+
+    def is_limited(self, app):
+        """Return whether this worker's shutdown is limited."""
+        return shutdown.is_wanted(app)
 
     def announce_shutdown(self, sig=""):
         """Send Celery's signal, unless it was sent: Celery does so only if a signal ends the worker."""

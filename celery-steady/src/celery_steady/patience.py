@@ -9,7 +9,7 @@ TRANSPORTS = {
     "redis": {"socket_timeout": 20, "socket_connect_timeout": 5},
     "amqp": {"connect_timeout": 5, "read_timeout": 20, "write_timeout": 20},
 }
-SQS_CLIENT = {
+AWS_CLIENT = {
     "connect_timeout": 5,
     "read_timeout": 20,
     "retries": {"total_max_attempts": 6, "mode": "standard"},  # for about 15 seconds
@@ -31,9 +31,10 @@ def be_patient(app):
         options[name] = max(seconds, options.get(name) or 0)
     policy = {"max_retries": None, "interval_max": 5}
     if kind == "sqs":
-        options["client-config"] = SQS_CLIENT
+        options["client-config"] = AWS_CLIENT
         conf.task_publish_retry = True
     elif kind == "redis":
+        conf.broker_channel_error_retry = True  # outlive a Redis that refuses to write
         # kombu repeats immediately if Redis refuses to write, for example because it is full.
         policy["errback"] = lambda error, interval: time.sleep(1)
     conf.broker_transport_options = options
@@ -44,3 +45,15 @@ def be_patient(app):
     # A Redis that refuses to write, such as a replica or a full one, may do so later.
     refused = {"additional_connection_errors": ["redis.exceptions.ResponseError"]}
     conf.result_backend_transport_options = conf.result_backend_transport_options | refused
+    if str(conf.result_backend).startswith("dynamodb:"):
+        wait_for_aws()
+
+
+def wait_for_aws():
+    """If boto3's default session has timeouts of its own, as requests need, lengthen them."""
+    import boto3
+    from botocore.config import Config
+
+    session = boto3.DEFAULT_SESSION and boto3.DEFAULT_SESSION._session
+    if session and (config := session.get_default_client_config()):
+        session.set_default_client_config(config.merge(Config(**AWS_CLIENT)))

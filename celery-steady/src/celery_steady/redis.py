@@ -5,8 +5,10 @@ import sys
 import time
 from json import JSONDecodeError
 from logging import getLogger
+from urllib.parse import quote
 
 from kombu.transport import redis
+from kombu.utils.url import as_url
 from redis.exceptions import RedisError, ResponseError
 
 from celery_steady import versions
@@ -26,10 +28,11 @@ class QoS(redis.QoS):
         super().__init__(*args, **kwargs)
         self.connected_at = time.monotonic()
 
-    def restore_visible(self, *args, **kwargs):
+    def restore_visible(self, start=0, num=10, interval=10):
         # Workers try to reconnect at least every 30 seconds, and renew their messages then.
         if time.monotonic() > self.connected_at + self.visibility_timeout / 3:
-            super().restore_visible(*args, **kwargs)
+            # Each time: kombu would skip nine of ten.
+            super().restore_visible(start, num, self.channel.unacked_restore_throttle)
 
     def append(self, message, delivery_tag):
         while True:
@@ -44,6 +47,8 @@ class Channel(KeepingChannel, redis.Channel):
     QoS = QoS
     errors = (RedisError,)
     is_clock_checked = False
+    unacked_restore_throttle = 1
+    unacked_mutex_expire = 10  # a worker that is killed meanwhile delays others by 10 s, not 300
     # Ask whether an idle connection still exists. kombu does so only in a worker, and Flower, which
     # only listens, would never notice (kombu pull 2590).
     socket_keepalive = True
@@ -87,13 +92,39 @@ class Transport(redis.Transport):
     """Tries to send a task as often as the retry policy says. kombu 5.7 tries twice if Redis refuses."""
 
     Channel = Channel
-    recoverable_connection_errors = redis.Transport.connection_errors + redis.Transport.channel_errors
+    recoverable_connection_errors = (
+        redis.Transport.connection_errors + redis.Transport.channel_errors
+    )
 
     def __init__(self, client, **options):
         super().__init__(client, **options)
-        if str(client.hostname).startswith("sentinel://"):
+        self.scheme = "rediss" if client.ssl else "redis"
+        if "master_name" in client.transport_options:
+            self.scheme = "sentinel"
             self.Channel = SentinelChannel
             self.default_port = redis.SentinelTransport.default_port
+        self.can_parse_url = True  # so kombu asks as_uri()
+        keep_transport(client)
+
+    def as_uri(self, uri, include_password=False, mask="**"):
+        """Return the URL as it was set. kombu would write this class in place of `redis`."""
+        client = self.client
+        password = client.password if include_password else mask
+        path = quote(str(client.virtual_host or "/"))
+        place = client.hostname, client.port or self.default_port, client.userid, password, path
+        return as_url(self.scheme, *place, sanitize=not include_password, mask=mask)
+
+
+def keep_transport(client):
+    """Let this connection keep its transport when it takes the next URL of several. kombu's doesn't."""
+    if "switch" not in vars(client):
+        switch, transport = client.switch, client.transport_cls
+
+        def switch_and_keep(url):
+            switch(url)
+            client.transport_cls = transport
+
+        client.switch = switch_and_keep
 
 
 Transport = versions.choose("Redis", Transport, redis.Transport)

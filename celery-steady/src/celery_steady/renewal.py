@@ -5,6 +5,26 @@ from celery.worker import state
 from celery.worker.consumer.tasks import Tasks
 from kombu.transport import virtual
 
+VISIBILITY_SECONDS = 120  # until a killed worker's tasks run again, if the settings don't say
+CHECK_SECONDS = 25  # between two checks for messages of dead workers; kombu's own are 100
+
+
+def prepare(app, pool):
+    """Set what the settings don't say: how soon another worker gets the messages of a dead one."""
+    transport = app.connection_for_read().transport
+    if not hasattr(getattr(transport, "Channel", None), "renew"):
+        return
+    options = {"visibility_timeout": VISIBILITY_SECONDS}
+    if transport.driver_type == "redis":
+        options["unacked_restore_interval"] = CHECK_SECONDS
+        if getattr(pool, "is_green", False):
+            # Longer than the event loop of a gevent worker waits for a message. Otherwise the worker
+            # never delivers the tasks of a killed worker again (kombu 5.7).
+            options["polling_interval"] = 3
+            # Each greenlet that acknowledges a task takes a connection. With kombu's limit of 10, some fail.
+            options["max_connections"] = pool.limit + 100
+    app.conf.broker_transport_options = options | app.conf.broker_transport_options
+
 
 class KeepMessages(StartStopStep):
     """Renews this worker's messages, also after it has connected again.

@@ -37,7 +37,7 @@ class SoftStop(StartStopStep):
     deadline = timer = None
 
     def include_if(self, consumer):
-        return consumer.hub and consumer.is_prefork and is_wanted(consumer.app)
+        return consumer.hub and consumer.is_prefork and consumer.is_limited(consumer.app)
 
     def start(self, consumer):
         handler = signal.SIGTERM, lambda *args: self.begin(consumer)
@@ -82,12 +82,16 @@ def limit(consumer, seconds):
     def end():
         time.sleep(seconds)
         try:
-            if consumer.hub:
-                consumer.hub.close()  # acknowledges tasks that have ended
-            consumer.shutdown()  # closes the connection, which gives the other messages back
+            close(consumer)
             signals.worker_shutdown.send(consumer.controller)
         finally:
             os._exit(consumer.controller.exitcode or 0)
 
     # Not threading.Thread, whose lock may be taken in a signal handler.
     _thread.start_new_thread(end, ())
+
+
+def close(consumer):
+    if consumer.hub:
+        consumer.hub.close()  # acknowledges tasks that have ended
+    consumer.shutdown()  # closes the connection, which gives the other messages back

@@ -140,7 +140,7 @@ def test_a_variable_that_overrides_the_settings_is_found(project, name):
     command = ["check", "--deploy", "--fail-level", "WARNING"]
     variables = {**project.production(), "DEBUG": "False", "FLOWER_BASIC_AUTH": "a:secret"}
     project.manage(*command, **variables)
-    with pytest.raises(AssertionError, match="api.W005"):
+    with pytest.raises(AssertionError, match="celery_steady.W005"):
         project.manage(*command, **{**variables, name: "redis://h/1"})
 
 
@@ -245,8 +245,8 @@ from django.core.checks import run_checks
 print(sorted(each.id + each.msg.split("orders.tasks.")[1].split()[0] for each in run_checks()))
 """
     found = {
-        "no": ["api.E003call_nobody", "api.W006call_api"],
-        "yes": ["api.W006call_api", "durable_jobs.W005call_nobody"],
+        "no": ["celery_steady.E001call_nobody", "celery_steady.W001call_api"],
+        "yes": ["celery_steady.W001call_api", "durable_jobs.W005call_nobody"],
     }[copied.answers["durable_jobs"]]
     assert str(found) in copied.manage("shell", "-v0", "-c", code)
 

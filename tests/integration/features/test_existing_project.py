@@ -32,7 +32,6 @@ print(f"{job.state},{job.crashes},{bool(Order.objects.get().confirmed_at)}")
 @pytest.fixture
 def project(bake):
     project = bake()
-    (project / "vendor").mkdir()
     wheel = shutil.copy(WHEEL, project / "vendor")
     project.run("uv", "add", "--frozen", "--quiet", wheel)
     patch(project, code(PAGE, "config/settings.py"))

@@ -75,7 +75,7 @@ def test_a_task_that_would_not_run_is_found(copied):
     """Celery calls it, and gets an object that nothing uses. A job may be async."""
     copied.append("orders/tasks.py", TASKS)
     names = {"coroutine", "retried", "decorated_coroutine", "generator", "asynchronous_generator"}
-    assert found(copied, "check", "E004") == {f"orders.tasks.{name}" for name in names}
+    assert found(copied, "check", "steady.E002") == {f"orders.tasks.{name}" for name in names}
 
 
 @both_outputs
@@ -83,7 +83,7 @@ def test_an_interval_that_deploys_may_start_anew_is_found(copied):
     copied.append("config/settings.py", SCHEDULE)
     command = "check --deploy --fail-level WARNING"
     variables = {**copied.production(), "DEBUG": "False", "FLOWER_BASIC_AUTH": "a:secret"}
-    assert found(copied, command, "W011", **variables) == {"day", "seconds", "object"}
+    assert found(copied, command, "steady.W004", **variables) == {"day", "seconds", "object"}
 
 
 UPLOAD = """

@@ -10,7 +10,7 @@ from harness.blocks import Reader, blocks
 from harness.project import Process, Project, started, wait_for
 from harness.servers import RabbitMQ, Redis
 from harness.versions import SUPPORTED
-from test_wheel import WHEEL
+from test_wheel import STEADY_WHEEL, WHEEL
 
 CELERY = SUPPORTED["celery"]
 README = (LIBRARY / "README.md").read_text("utf-8")
@@ -34,7 +34,8 @@ def project(tmp_path, request):
     project.mkdir()
     project.call(sys.executable, "-m", "uv", "venv", "--quiet", ".venv")
     install = ["uv", "pip", "install", "--quiet", "--python", ".venv/bin/python"]
-    project.call(sys.executable, "-m", *install, str(WHEEL), f"celery[redis]~={request.param}.0")
+    wheels = str(STEADY_WHEEL), str(WHEEL)
+    project.call(sys.executable, "-m", *install, *wheels, f"celery[redis]~={request.param}.0")
     project.call(".venv/bin/django-admin", "startproject", "mysite", ".")
     project.manage("startapp", "reports")
     return project

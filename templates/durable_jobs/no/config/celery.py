@@ -1,22 +1,25 @@
-{% import "imports.jinja" as imports %}
-{% from "chosen.jinja" import broker, worker_pool with context %}
+{% from "chosen.jinja" import broker with context %}
+{% set app_class = broker.app_class | default("celery") %}
 import os
 import re
 
-{{ imports.sort("from celery import Celery, signals\nfrom celery.app import utils\n" ~ broker.celery_imports) }}
-# Set the default Django settings module for the 'celery' program.
-os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
-{% print worker_pool.celery_environment | default %}
+from celery import {{ "Celery, " if app_class == "celery" }}signals
+from celery.app import utils
+from celery_steady.django_structlog import LogStep
+{% if app_class != "celery" %}
+from {{ app_class }} import Celery
+{% endif %}
 
-app = Celery("config", include=["config.worker"])
+os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
+
+app = Celery("config")
 app.config_from_object("django.conf:settings", namespace="CELERY")
 app.autodiscover_tasks()
+app.steps["worker"].add(LogStep)  # a task's log lines name it and its request
 
 # `celery report`, `celery inspect conf` and Flower print all settings. Mask these passwords, too.
-utils.HIDDEN_SETTINGS = re.compile(
-    utils.HIDDEN_SETTINGS.pattern + "|CELERY_BROKER_URL|LOCATION|BASIC_AUTH", re.IGNORECASE
-)
-{% print broker.celery %}
+hidden = utils.HIDDEN_SETTINGS.pattern + "|CELERY_BROKER_URL|LOCATION|BASIC_AUTH"
+utils.HIDDEN_SETTINGS = re.compile(hidden, re.IGNORECASE)
 
 
 @signals.setup_logging.connect

@@ -1,4 +1,4 @@
-{% from "chosen.jinja" import broker, servers, worker_pool, has_example, has_flower, has_task_api with context %}
+{% from "chosen.jinja" import servers, worker_pool, has_example, has_flower, has_task_api with context %}
 import os
 import subprocess
 import sys
@@ -10,9 +10,6 @@ from celery import shared_task
 from celery.app.utils import filter_hidden_settings
 
 import dev
-{% if broker.check_tests is defined or worker_pool.checks is defined %}
-from api import checks
-{% endif %}
 from config.celery import app
 
 # The worker of this file, which imports it, has a queue of its own.
@@ -32,16 +29,6 @@ def test_celery_prints_no_passwords():
 def test_each_scheduled_task_exists():
     app.loader.import_default_modules()
     assert {entry["task"] for entry in app.conf.beat_schedule.values()} <= set(app.tasks)
-{% print broker.check_tests | default %}
-{% if worker_pool.checks is defined %}
-
-
-def test_a_task_with_only_one_time_limit_of_its_own_is_found(monkeypatch):
-    assert not list(checks.check_time_limits(None))
-    task = app.tasks["celery.backend_cleanup"]
-    monkeypatch.setattr(task, "time_limit", task.time_limit + 1)
-    assert [warning.id for warning in checks.check_time_limits(None)] == ["api.W009"]
-{% endif %}
 
 
 @pytest.mark.parametrize("url", ["/", "/admin/", "/api/docs/"])

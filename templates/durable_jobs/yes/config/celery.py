@@ -1,16 +1,17 @@
-{% import "imports.jinja" as imports %}
-{% from "chosen.jinja" import broker, worker_pool with context %}
+{% from "chosen.jinja" import worker_pool with context %}
 import os
 
-{{ imports.sort("from celery import signals\nfrom durable_jobs.celery import Celery\n" ~ broker.celery_imports) }}
-# Set the default Django settings module for the 'celery' program.
+from celery import signals
+from celery_steady.django_structlog import LogStep
+from durable_jobs.celery import Celery
+
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
 {% print worker_pool.celery_environment | default %}
 
-app = Celery("config", include=["config.worker"])
+app = Celery("config")
 app.config_from_object("django.conf:settings", namespace="CELERY")
 app.autodiscover_tasks()
-{% print broker.celery %}
+app.steps["worker"].add(LogStep)  # a task's log lines name it and its request
 
 
 @signals.setup_logging.connect

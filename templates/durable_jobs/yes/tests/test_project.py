@@ -1,4 +1,4 @@
-{% from "chosen.jinja" import broker, servers, worker_pool, has_example, has_flower with context %}
+{% from "chosen.jinja" import servers, worker_pool, has_example, has_flower with context %}
 """The project around the jobs: settings, checks, pages, login, log and probes."""
 
 import os
@@ -13,14 +13,13 @@ from urllib.parse import quote
 import pytest
 from axes.models import AccessLog
 from celery.app.utils import filter_hidden_settings
+{% if has_flower %}
 from django.core.checks import run_checks
+{% endif %}
 from django.db import OperationalError, connection
 from durable_jobs.tasks import job
 
 import dev
-{% if broker.check_tests is defined %}
-from api import checks
-{% endif %}
 from api.throttling import Throttle
 from config import urls
 from config.celery import app
@@ -33,11 +32,6 @@ app.conf.update(event_exchange="test-events", control_exchange="test-control")
 {% endif %}
 
 
-def found(identity):
-    """Return what the checks of api/checks.py say under this id."""
-    return [each for each in run_checks(include_deployment_checks=True) if each.id == identity]
-
-
 def test_celery_prints_no_passwords():
     url = "scheme://:hidden@host/0"
     settings = {"CELERY_BROKER_URL": url, "CACHES": {"LOCATION": url}, "FLOWER_BASIC_AUTH": url}
@@ -47,10 +41,14 @@ def test_celery_prints_no_passwords():
 def test_each_scheduled_task_exists():
     app.loader.import_default_modules()
     assert {entry["task"] for entry in app.conf.beat_schedule.values()} <= set(app.tasks)
-{% print broker.check_tests | default %}
 
 
 {% if has_flower %}
+def found(identity):
+    """Return what the checks of api/checks.py say under this id."""
+    return [each for each in run_checks(include_deployment_checks=True) if each.id == identity]
+
+
 @pytest.mark.parametrize("users", ["", "admin", "admin:", "admin:change-me", "me:secret,admin:"])
 def test_the_checks_find_a_flower_without_a_password(settings, users):
     settings.FLOWER_BASIC_AUTH = "me:secret"
@@ -60,9 +58,6 @@ def test_the_checks_find_a_flower_without_a_password(settings, users):
 
 
 {% endif %}
-{% for server in servers %}
-{% print server.check_tests | default %}
-{% endfor %}
 def test_requests_are_limited_unless_the_cache_is_unavailable(api, monkeypatch):
     def refuse(*args, **kwargs):
         raise ConnectionError("connection refused")
