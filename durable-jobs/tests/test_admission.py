@@ -289,7 +289,7 @@ def test_what_a_process_releases_at_its_end_keeps_its_slot_and_starts_later(
     celery_signals.worker_shutdown.connect(ended)
     Job.objects.update(due_at=Now() - timedelta(seconds=1000))
     with start(first), start(other):
-        shutdown.requeue_and_exit()
+        shutdown.requeue_and_exit(Mock())
         for run in list(process.runs.values()):
             run.has_written = True
             run.limit_key = None  # the process has ended, so no run does
@@ -313,7 +313,7 @@ def test_what_a_process_releases_at_its_end_waits_for_its_rate_again(sent, commi
     monkeypatch.setattr("os._exit", Mock())
     run = start(job)
     with run:
-        shutdown.requeue_and_exit()
+        shutdown.requeue_and_exit(Mock())
         run.has_written, run.limit_key = True, None
     Job.objects.update(due_at=Now())
     sweeper.sender.send_due()

@@ -4,6 +4,7 @@ import uuid
 from contextlib import suppress
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -43,6 +44,28 @@ def name_types(*args):
 def mode(request):
     """How plain tasks are sent."""
     app.conf.task_always_eager = request.param
+
+
+SOURCES = {
+    "a module": lambda other, **conf: other.config_from_object(
+        SimpleNamespace(**{f"CELERY_{name.upper()}": value for name, value in conf.items()}),
+        namespace="CELERY",
+    ),
+    "update": lambda other, **conf: other.conf.update(conf),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_project_may_replace_the_defaults_of_jobs(source):
+    other = Celery("other", set_as_current=False)
+    SOURCES[source](other, broker_url="memory://", beat_scheduler="own:Scheduler")
+    assert other.conf.broker_url == "memory://"
+    assert other.conf.beat_scheduler == "own:Scheduler"
+    assert other.conf.worker_consumer == "durable_jobs.worker.consumer:Consumer"
+    other = Celery("other", set_as_current=False)
+    SOURCES[source](other, worker_consumer="own:Consumer")
+    assert other.conf.worker_consumer == "own:Consumer"
+    assert other.conf.beat_scheduler == "celery_steady.beat:Scheduler"
 
 
 def test_delay_enqueues_a_job():

@@ -10,6 +10,7 @@ from unittest.mock import Mock
 import celery
 import pytest
 from celery import current_app as app
+from celery_steady.consumer import Consumer as SteadyConsumer
 from django.apps import apps as django_apps
 from django.core.checks import run_checks
 from django.core.exceptions import ImproperlyConfigured
@@ -22,6 +23,7 @@ from settings import app as app_of_tests
 
 from durable_jobs import checks, conf, messages
 from durable_jobs.celery import Celery
+from durable_jobs.worker.consumer import Consumer
 
 pytestmark = pytest.mark.django_db
 NUMBERS = {name for name, default in conf.DEFAULTS.items() if type(default) is int}
@@ -111,6 +113,7 @@ def test_the_checks_refuse_a_database_in_which_jobs_would_be_lost(monkeypatch, s
 START = """
 import sys, settings
 settings.USE_TZ = False
+settings.app.conf.worker_consumer = "celery.worker.consumer:Consumer"
 from celery.__main__ import main
 sys.argv = ["celery", "-A", "settings", *sys.argv[1:]]
 main()
@@ -131,11 +134,16 @@ def test_a_worker_and_beat_refuse_a_database_in_which_jobs_would_be_lost(process
     )
     assert run.returncode == 1, run.stderr
     assert "durable_jobs.E005" in run.stderr
+    assert ("durable_jobs.E008" in run.stderr) == process.startswith("worker")
 
 
 @pytest.mark.parametrize(
     ("sender", "refused"),
-    [(Mock(pool_cls="prefork"), True), (Mock(pool_cls="threads"), False), (object(), False)],
+    [
+        (Mock(pool_cls="prefork", consumer_cls=None), True),
+        (Mock(pool_cls="threads", consumer_cls=None), False),
+        (object(), False),
+    ],
     ids=["prefork", "threads", "beat"],
 )
 def test_only_a_prefork_worker_refuses_a_pool_of_connections(monkeypatch, sender, refused):
@@ -143,6 +151,22 @@ def test_only_a_prefork_worker_refuses_a_pool_of_connections(monkeypatch, sender
     monkeypatch.setitem(connection.settings_dict, "OPTIONS", {"pool": True})
     with pytest.raises(SystemExit, match="E007") if refused else nullcontext():
         checks.refuse_to_start(sender)
+
+
+class OwnConsumer(Consumer):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("kind", "refused"),
+    [("celery.worker.consumer:Consumer", True), (SteadyConsumer, True), (OwnConsumer, False)],
+)
+def test_a_consumer_that_would_not_release_jobs_is_refused(monkeypatch, kind, refused):
+    monkeypatch.setitem(app.conf, "worker_consumer", kind)
+    assert found_by_checks() == ({"durable_jobs.E008"} if refused else set())
+    worker = Mock(pool_cls="threads", consumer_cls=kind)
+    with pytest.raises(SystemExit, match="E008") if refused else nullcontext():
+        checks.refuse_to_start(worker)
 
 
 @pytest.mark.parametrize("pool", ["threads", "prefork"])

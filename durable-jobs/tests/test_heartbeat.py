@@ -231,7 +231,7 @@ def test_a_worker_ends_while_a_table_is_locked(consumer, published, model, monke
 
     def end():
         with suppress(Error), closing(connection):
-            shutdown.requeue_and_exit(1)
+            shutdown.requeue_and_exit(Mock(), 1)
 
     with ThreadPoolExecutor() as threads, transaction.atomic():
         connection.cursor().execute(f"LOCK TABLE {model._meta.db_table}")
@@ -245,7 +245,7 @@ def test_a_worker_that_leaves_without_celery_deletes_its_row(consumer, monkeypat
     write(consumer)
     monkeypatch.setattr(pool, "sleep", Mock())
     monkeypatch.setattr("os._exit", exits := Mock())
-    shutdown.requeue_and_exit(1)
+    shutdown.requeue_and_exit(Mock(), 1)
     exits.assert_called_once_with(1)
     assert not Worker.objects.exists()
 

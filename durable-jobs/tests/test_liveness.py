@@ -5,7 +5,6 @@ from unittest.mock import Mock
 
 import pytest
 
-from durable_jobs import liveness
 from durable_jobs.beat import sweeper as sweeper_module
 from durable_jobs.beat.schedule import watch_ticks
 from durable_jobs.contrib.prometheus import Collector
@@ -35,9 +34,3 @@ def test_beat_is_late_once_its_next_tick_is_overdue(monkeypatch):
     assert scheduler.tick() == 5 and late() == -5
     now = 146
     assert late() == 1
-
-
-def test_a_liveness_file_that_cannot_be_written_is_logged(monkeypatch, caplog):
-    monkeypatch.setenv("LIVENESS_FILE", "/no/such/folder/alive")
-    liveness.touch_liveness_file()
-    assert "LIVENESS_FILE cannot be written" in caplog.text

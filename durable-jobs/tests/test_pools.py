@@ -10,12 +10,13 @@ import pytest
 from celery import current_app as app
 from celery.concurrency import get_implementation
 from celery.platforms import signals
-from celery.signals import celeryd_init, worker_init, worker_shutting_down
+from celery.signals import celeryd_init, worker_init
+from celery_steady.shutdown import SoftStop
 from kombu.asynchronous.timer import Timer
 from settings import SOURCE
 
-from durable_jobs import pools, versions
-from durable_jobs.worker import events, shutdown, startup
+from durable_jobs import pools
+from durable_jobs.worker import shutdown, startup
 from durable_jobs.worker.runs import process
 
 
@@ -37,10 +38,9 @@ def test_celery_cancels_tasks_of_a_lost_connection_only_where_it_can(pool):
 @pytest.mark.parametrize("connection", [None, Mock()])
 def test_sigterm_starts_a_soft_shutdown_between_two_events(monkeypatch, connection):
     """Or at once, if the broker is down: then no event comes."""
-    monkeypatch.setattr(shutdown, "shutting_down", [False])
     monkeypatch.setitem(app.conf, "worker_soft_shutdown_timeout", 20)  # it is changed
     before = {name: signals[name] for name in ("SIGTERM", "SIGQUIT")}
-    consumer, seen = Mock(connection=connection, timer=Timer()), []
+    consumer, seen = Mock(app=app, connection=connection, timer=Timer()), []
 
     def next_event():
         _, entry = next(iter(consumer.timer))
@@ -49,7 +49,7 @@ def test_sigterm_starts_a_soft_shutdown_between_two_events(monkeypatch, connecti
 
     try:
         signals["SIGQUIT"] = lambda *args: seen.append("cold shutdown")
-        shutdown.SoftShutdown(consumer).start(consumer)
+        SoftStop(consumer).start(consumer)
         signals["SIGTERM"] = lambda *args: seen.append("another step of the worker")
         next_event()
         signal.raise_signal(signal.SIGTERM)
@@ -61,48 +61,25 @@ def test_sigterm_starts_a_soft_shutdown_between_two_events(monkeypatch, connecti
     assert seen == ["cold shutdown"]
 
 
-@pytest.fixture
-def threads(monkeypatch):
-    """The functions that would run in threads of their own: (name, exit code of the worker)."""
+@pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
+def test_a_worker_limits_its_shutdown_as_its_pool_needs(monkeypatch, pool):
     started = []
-    pool = SimpleNamespace(
-        start_thread=lambda function: started.append((function.func.__name__, *function.args)),
-    )
-    monkeypatch.setattr(shutdown, "pool", pool)
+    start_thread = lambda function: started.append((function.func.__name__, *function.args))  # noqa: E731
+    monkeypatch.setattr(shutdown, "pool", SimpleNamespace(start_thread=start_thread))
     monkeypatch.setattr(shutdown, "shutting_down", [False])
     monkeypatch.setattr(process, "is_prefork", None)
     monkeypatch.setattr(startup, "cancel_revoked_jobs", lambda: None)
-    return started
-
-
-@pytest.mark.parametrize(
-    ("pool", "ends"),
-    [
-        ("prefork", []),
-        ("threads", [("requeue_and_exit", 0)]),
-        ("solo", [("requeue_and_exit", 0)]),
-    ],
-)
-def test_a_worker_limits_its_shutdown_as_its_pool_needs(threads, pool, ends):
-    worker_init.send(Mock(pool_cls=pool))
-    for _ in range(2):
-        worker_shutting_down.send("celery@host", sig="SIGTERM")
-    assert threads == ends
-    is_on = events.BatchedEvents in app.steps["consumer"]
-    assert is_on == versions.fits("batched task events")
-
-
-def test_an_error_of_celery_limits_the_shutdown_too(threads):
-    worker_init.send(Mock(pool_cls="threads"))
-    [step] = [step for step in app.steps["worker"] if step is shutdown.Shutdown]
-    step(None).close(SimpleNamespace(exitcode=1))
-    assert threads == [("requeue_and_exit", 1)]  # so a supervisor starts it again
+    worker_init.send(Mock(pool_cls=pool, consumer_cls=None))
+    for exitcode in 1, 0:
+        shutdown.begin("consumer", exitcode)
+    ends = [] if pool == "prefork" else [("requeue_and_exit", "consumer", 1)]
+    assert started == ends and shutdown.shutting_down == [True]
 
 
 def test_gevent_without_monkey_patching_is_refused(monkeypatch):
     monkeypatch.setattr(pools, "IS_GEVENT", False)
     with pytest.raises(SystemExit, match="--pool gevent"):
-        worker_init.send(Mock(pool_cls="gevent"))
+        worker_init.send(Mock(pool_cls="gevent", consumer_cls=None))
 
 
 GREENLETS = """

@@ -7,9 +7,11 @@ import pytest
 from celery import current_app as app
 from celery.backends.cache import CacheBackend
 from celery.result import AsyncResult
+from celery_steady import results
 from helpers import add
 
 from durable_jobs import transitions
+from durable_jobs.celery import Celery
 from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Job
 from durable_jobs.publish import publish
@@ -25,6 +27,15 @@ def test_an_async_result_finds_a_job_by_its_id():
     publish([job])
     for result in AsyncResult(str(job.pk)), app.AsyncResult(str(job.pk)):
         assert (result.state, result.get()) == ("SUCCESS", 3)
+
+
+def test_a_backend_that_celery_steady_has_replaced_reads_jobs_too(monkeypatch):
+    other = Celery("other", set_as_current=False, backend="redis://localhost/1")
+    results.replace(other)
+    assert isinstance(other.backend, results.RedisBackend)
+    assert other.backend.connparams["db"] == 1
+    result = add.delay(1, 2)
+    assert other.AsyncResult(result.id).state == "PENDING"
 
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")  # Celery's, about results in eager mode

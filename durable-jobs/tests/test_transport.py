@@ -1,24 +1,45 @@
 """The connections of an app have what kombu's transports lack. Those of others do not change."""
 
+import celery_steady.redis
+import celery_steady.sqs
 import kombu
 import pytest
 from celery import current_app as app
+from kombu.transport.redis import SentinelChannel
+
+
+def keeps_no_jobs(transport):
+    steady, kept = issubclass(transport.Channel, celery_steady.redis.Channel), transport.Channel.QoS
+    assert steady == issubclass(kept, celery_steady.redis.QoS)
+    return kept.__module__.startswith("durable_jobs.")
+
 
 BROKERS = {
     "amqp://": lambda transport: hasattr(transport.Connection.Channel, "create_publish_batch"),
-    "redis://": lambda transport: transport.Channel.QoS.__module__.startswith("durable_jobs."),
-    "sentinel://": lambda transport: transport.Channel.QoS.__module__.startswith("durable_jobs."),
-    "sqs://": lambda transport: hasattr(transport.Channel, "_poll_later"),
+    "redis://": keeps_no_jobs,
+    "sentinel://": keeps_no_jobs,
+    "sqs://": lambda transport: isinstance(transport, celery_steady.sqs.Transport),
     "memory://": lambda transport: False,
 }
 
 
 @pytest.mark.parametrize("url", BROKERS)
 def test_only_connections_of_the_app_are_extended(url):
-    is_extended = BROKERS[url]
-    for connection in app.connection_for_read(url), app.connection_for_write(url).clone():
-        assert is_extended(connection.get_transport_cls()) == (url != "memory://")
-    assert not is_extended(kombu.Connection(url).get_transport_cls())
+    is_extended, is_sentinel = BROKERS[url], url == "sentinel://"
+    options = {"transport_options": {"master_name": "one"} if is_sentinel else {}}
+    own = app.connection_for_read(url, **options)
+    for connection in own, app.connection_for_write(url, **options).clone():
+        assert is_extended(connection.transport) == (url != "memory://")
+        channel = getattr(connection.transport, "Channel", object)
+        assert issubclass(channel, SentinelChannel) == is_sentinel
+    assert not is_extended(kombu.Connection(url, **options).transport)
+
+
+@pytest.mark.parametrize("kind", ["celery_steady.redis:Transport", "redis"])
+def test_a_transport_of_celery_steady_keeps_no_copies_of_jobs_either(monkeypatch, kind):
+    monkeypatch.setitem(app.conf, "broker_transport", kind)
+    transport = app.connection_for_read("redis://").transport
+    assert isinstance(transport, celery_steady.redis.Transport) and keeps_no_jobs(transport)
 
 
 def test_a_connection_that_fails_over_is_extended_too():

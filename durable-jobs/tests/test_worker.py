@@ -1,7 +1,11 @@
 """The main process of a worker: killed children, revokes, plain tasks."""
 
+import os
+import subprocess
+import sys
 import time
 import uuid
+from pathlib import Path
 from signal import SIGKILL, SIGTERM, SIGUSR1
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -13,9 +17,11 @@ from celery.app.task import Context
 from celery.utils.imports import symbol_by_name
 from celery.worker import state as worker_state
 from celery.worker.control import Panel
+from celery_steady.django import check_connections
 from django.db import connection
 from helpers import act, add, claim, claim_and_lapse, lapse, of_job, seconds_until_due
 from kombu.asynchronous import Hub
+from settings import SOURCE
 
 from durable_jobs import transitions
 from durable_jobs.enqueue import enqueue
@@ -183,8 +189,70 @@ def test_a_plain_task_starts_with_a_connection_that_works(headers, spared):
     """A job needs no such check: its first query is its claim, which is tried again."""
     connection.ensure_connection()
     task = SimpleNamespace(request=Context(headers))
-    startup.prepare_connection(task)
+
+    def start_task():  # see test_a_worker_has_the_consumer_of_jobs for this order
+        check_connections()
+        startup.skip_health_check(task)
+
+    start_task()
     assert connection.connection and connection.health_check_done is spared
     connection.close_at = 0  # CONN_MAX_AGE is over
-    startup.prepare_connection(task)
+    start_task()
     assert not connection.connection
+
+
+WORKER = """
+import os, sys, settings, threading
+import django; django.setup()
+from celery import signals
+from celery_steady.tasks import FailingRequest
+from django.db import connection
+from helpers import add, of_job, plain
+from durable_jobs.pools import shutting_down
+from durable_jobs.worker import shutdown
+settings.app.conf.worker_soft_shutdown_timeout = int(sys.argv[2])
+settings.app.conf["CELERY_DB_REUSE_MAX"] = 1000  # otherwise Celery closes the connection
+ended = []
+shutdown.requeue_and_exit = lambda *args: ended.append(args)
+def start():
+    global worker, consumer
+    worker = settings.app.Worker(pool=sys.argv[1], concurrency=1, hostname="one@here")
+    consumer = worker.consumer
+    consumer.update_strategies()
+thread = threading.Thread(target=start)
+thread.start(), thread.join()
+consumer.announce_shutdown()
+assert consumer.is_stopping and not shutting_down[0]  # as in a test with a worker of its own
+start()
+path = f"{type(consumer).__module__}:{type(consumer).__qualname__}"
+assert path == "durable_jobs.worker.consumer:Consumer"
+assert all(issubclass(task.Request, FailingRequest) for task in (add, plain))
+assert not hasattr(add.run, "_lets_fail")
+assert hasattr(plain.run, "_lets_fail") == (sys.argv[1] != "prefork")
+connection.ensure_connection()
+add.push_request(**of_job())
+signals.task_prerun.send(add, task=add)
+assert connection.health_check_done
+plain.push_request()
+signals.task_prerun.send(plain, task=plain)
+assert not connection.health_check_done
+signals.worker_shutting_down.send("other@here", sig="", how="", exitcode=0)
+assert not shutting_down[0]
+worker.exitcode = 3
+consumer.announce_shutdown()  # as Consumer.stop() does after an error
+for _ in range(100):
+    if ended or sys.argv[1] == "prefork":
+        break
+    threading.Event().wait(0.05)
+assert shutting_down[0] and ended == ([] if sys.argv[1] == "prefork" else [(consumer, 3)]), ended
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("timeout", [0, 20])
+@pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
+def test_a_worker_has_the_consumer_of_jobs(pool, timeout):
+    """Its jobs raise what they like, and are released at its end, even without a soft shutdown."""
+    command = [sys.executable, "-c", WORKER, pool, str(timeout)]
+    variables = {**os.environ, "PYTHONPATH": str(SOURCE), "DJANGO_SETTINGS_MODULE": "settings"}
+    subprocess.run(command, cwd=Path(__file__).parent, env=variables, check=True, timeout=60)

@@ -1,19 +1,13 @@
 """On which versions the tests run, and which of them say nothing about some."""
 
 import pytest
-
-from durable_jobs.versions import minor
+from celery_steady.versions import minor
 
 # {test: (package, the first minor version that it is for, why not for older ones)}
 SINCE = {
     "test_a_coroutine_can_be_retried_with_other_arguments": (
         ("celery", (5, 7)),
         "retry(args=…) keeps the keyword arguments of the first call",
-    ),
-    "test_a_worker_sends_its_task_events_in_batches": (("celery", (5, 7)), "the extension is off"),
-    "test_events_survive_a_lost_connection_and_a_shutdown": (
-        ("celery", (5, 7)),
-        "the extension is off",
     ),
     "test_no_run_is_lost_when_the_clock_goes_back": (
         ("celery", (5, 7)),

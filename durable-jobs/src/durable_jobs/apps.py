@@ -14,7 +14,7 @@ class DurableJobsConfig(AppConfig):
     default_auto_field = "django.db.models.BigAutoField"
 
     def ready(self):
-        from durable_jobs import checks, liveness
+        from durable_jobs import checks
         from durable_jobs.beat import schedule
         from durable_jobs.worker import children, shutdown, startup
         from durable_jobs.worker.heartbeat import heartbeat
@@ -48,16 +48,11 @@ class DurableJobsConfig(AppConfig):
         signals.worker_init.connect(checks.refuse_to_start)
         signals.worker_init.connect(startup.start)
         signals.worker_init.connect(shutdown.prepare)
-        if versions.fits("soft shutdown on SIGTERM"):
-            signals.worker_init.connect(shutdown.use_soft_shutdown)
         if versions.fits("fast recovery of child processes"):
             signals.worker_ready.connect(children.watch_children)
             signals.task_received.connect(children.assign_run_token)
             signals.task_failure.connect(children.recover_job_of_dead_child)
             signals.task_revoked.connect(children.free_slot_of_dead_child)
         signals.worker_ready.connect(heartbeat.start)
-        signals.worker_shutting_down.connect(shutdown.begin)
-        signals.task_prerun.connect(startup.prepare_connection)
-        signals.heartbeat_sent.connect(liveness.touch_liveness_file)
         signals.beat_init.connect(checks.refuse_to_start)
         signals.beat_init.connect(schedule.start)

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import celery
+import celery_steady.rabbitmq
 from celery import signals
 from celery.app import control, utils
 from celery.result import AsyncResult
@@ -18,6 +19,11 @@ from durable_jobs.transport import AMQP
 __all__ = ["Celery"]
 
 logger = logging.getLogger(__name__)
+
+DEFAULTS = {
+    "worker_consumer": "durable_jobs.worker.consumer:Consumer",
+    "beat_scheduler": "celery_steady.beat:Scheduler",
+}
 
 # Projects import this module before Django's models are loaded, so the functions import what needs these.
 
@@ -43,13 +49,19 @@ def log_errors(send, *args, **options):
     return answers
 
 
-class Celery(celery.Celery):
+def set_defaults(source, **kwargs):
+    """Replace Celery's own defaults. With Celery 5.7, add_defaults() would replace the project's settings too."""
+    source.maps[-1].update(DEFAULTS)
+
+
+class Celery(celery_steady.rabbitmq.Celery):
     amqp_cls = AMQP
     control_cls = Control
 
     def on_init(self):
         for signal in self.on_after_configure, self.on_after_finalize:
             signal.send = partial(log_errors, signal.send)
+        self.on_after_configure.connect(set_defaults)
 
     def send_task(
         self, name: str, args: Any = None, kwargs: dict[str, Any] | None = None, **options: Any

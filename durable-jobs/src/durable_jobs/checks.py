@@ -6,6 +6,7 @@ from collections import Counter
 from celery import current_app
 from celery.beat import ScheduleEntry
 from celery.contrib.django.task import DjangoTask
+from celery.utils.imports import symbol_by_name
 from django.apps import apps
 from django.conf import settings
 from django.core.checks import Error, Info, Tags, Warning, register
@@ -44,10 +45,27 @@ def check_database(app_configs, pool=None, **kwargs):
         )
 
 
+@register()
+def check_consumer(app_configs, consumer=None, **kwargs):
+    """Refuse a consumer of workers that would not release their jobs when they stop."""
+    from durable_jobs.worker.consumer import Consumer  # only workers need what it imports
+
+    consumer = symbol_by_name(consumer or current_app.conf.worker_consumer)
+    if not issubclass(consumer, Consumer):
+        yield Error(
+            f"Jobs require a worker_consumer that extends durable_jobs.worker.consumer.Consumer, not {consumer.__module__}.{consumer.__qualname__}.",
+            hint="Derive your class from it, or remove CELERY_WORKER_CONSUMER.",
+            id="durable_jobs.E008",
+        )
+
+
 def refuse_to_start(sender, **kwargs):
-    """End a worker or Beat (`sender`) with such a database: Celery ignores what Django's checks find."""
+    """End a worker or Beat (`sender`) with such settings: Celery ignores what Django's checks find."""
     pool = pool_name(getattr(sender, "pool_cls", "threads"))  # Beat has none, and forks nothing
-    errors = [error for error in check_database(None, pool) if not error.is_silenced()]
+    errors = [*check_database(None, pool)]
+    if consumer := getattr(sender, "consumer_cls", None):
+        errors += check_consumer(None, consumer)
+    errors = [error for error in errors if not error.is_silenced()]
     if errors:
         raise SystemExit("\n".join(map(str, errors)))
 

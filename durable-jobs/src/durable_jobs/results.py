@@ -52,6 +52,6 @@ class JobRowsMixin:
 
 
 def backend(app):
-    """Return the result backend of the settings, extended to read the rows of jobs."""
-    kind, url = backends.by_url(app.conf.result_backend, app.loader)
+    """Return the app's result backend, extended to read the rows of jobs."""
+    kind, url = backends.by_url(app.backend_cls or app.conf.result_backend, app.loader)
     return type(kind.__name__, (JobRowsMixin, kind), {})(app=app, url=url)

@@ -10,7 +10,6 @@ from durable_jobs.api.views import BatchViewSet, EnqueueMixin, JobViewSet, accep
 from durable_jobs.celery import Celery
 from durable_jobs.contrib.django_tasks import TaskBackend
 from durable_jobs.contrib.prometheus import Metrics
-from durable_jobs.contrib.structlog import LogStep
 from durable_jobs.eager import run_jobs
 from durable_jobs.enqueue import JobSignature, Options, enqueue_many
 from durable_jobs.exceptions import JobError, JobLost, WorkerStopping
@@ -18,7 +17,7 @@ from durable_jobs.models import Batch, Failure, Job, Pause
 from durable_jobs.tasks import JobTask, job
 
 app = Celery("mysite")
-CLASSES = [BatchSerializer, BatchViewSet, JobSerializer, JobViewSet, LogStep, Metrics, TaskBackend]
+CLASSES = [BatchSerializer, BatchViewSet, JobSerializer, JobViewSet, Metrics, TaskBackend]
 
 
 @job

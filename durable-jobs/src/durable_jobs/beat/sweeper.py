@@ -7,6 +7,7 @@ import time
 import uuid
 from datetime import timedelta
 
+from celery_steady.liveness import touch_liveness_file
 from django.db import connection, transaction
 
 from durable_jobs import batches, conf, transitions
@@ -14,7 +15,6 @@ from durable_jobs.beat.purge import clean_forever
 from durable_jobs.beat.republish import Sender
 from durable_jobs.database import Now, may_succeed_later, try_in_halves
 from durable_jobs.enqueue import CHUNK
-from durable_jobs.liveness import touch_liveness_file
 from durable_jobs.models import Job, Sweep
 from durable_jobs.worker.lease import POLL_SECONDS, recover
 

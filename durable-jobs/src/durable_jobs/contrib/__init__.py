@@ -1,1 +1,1 @@
-"""For other packages: Django's Tasks, Prometheus, structlog."""
+"""For other packages: Django's Tasks, Prometheus."""

@@ -1,41 +1,9 @@
-"""Redis: the message of a job needs no copy, and what is no JSON is dropped."""
+"""Redis: the message of a job needs no copy."""
 
-import time
-from json import JSONDecodeError
-from logging import getLogger
+from celery_steady.redis import QoS
+from kombu.transport import virtual
 
-from kombu.transport import redis, virtual
-from redis.exceptions import ResponseError
-
-from durable_jobs.malformed import Message
 from durable_jobs.messages import fields_in
-
-logger = getLogger(__name__)
-
-
-class QoS(redis.QoS):
-    """Lets all workers reconnect before it looks for messages of dead ones.
-
-    Waits while Redis refuses to write, for example because it is full or a replica: the message is
-    already off its queue, and would be lost if no copy of it were stored (kombu 5.7).
-    """
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.connected_at = time.monotonic()
-
-    def restore_visible(self, *args, **kwargs):
-        # Workers try to reconnect at least every 30 seconds, and renew their messages then.
-        if time.monotonic() > self.connected_at + self.visibility_timeout / 3:
-            super().restore_visible(*args, **kwargs)
-
-    def append(self, message, delivery_tag):
-        while True:
-            try:
-                return super().append(message, delivery_tag)
-            except ResponseError as error:
-                logger.warning("Redis refuses to write: %r", error)
-                time.sleep(1)
 
 
 def is_job(message):
@@ -68,16 +36,10 @@ class JobQoS(QoS):
             self.channel._do_restore_message(message._raw, *queue, client, leftmost)
 
 
-class Channel(redis.Channel):
-    QoS, Message = JobQoS, Message
-
-    def _brpop_read(self, **options):
-        try:
-            return super()._brpop_read(**options)
-        except JSONDecodeError as error:
-            logger.error("dropped a message that is no JSON: %r", error)
-
-
 def extend(transport):
-    channel = type("Channel", (Channel, transport.Channel), {})
-    return type("Transport", (transport,), {"Channel": channel})
+    class Transport(transport):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)  # chooses the channel: Redis's or Sentinel's
+            self.Channel = type("Channel", (self.Channel,), {"QoS": JobQoS})
+
+    return Transport

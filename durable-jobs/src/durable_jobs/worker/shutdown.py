@@ -6,7 +6,7 @@ a function ends when it has stored a cursor with report(). Its job is *released*
 Prefork:
 
 1. The main process gets SIGTERM. It waits until all children have ended their tasks, but at most
-   worker_soft_shutdown_timeout: SoftShutdown.
+   worker_soft_shutdown_timeout: see celery_steady/shutdown.py.
 2. Celery sends SIGTERM to the children that still have a task. SystemExit ends the function, and the child
    releases its job: worker/execution.py. A child that gets SIGTERM alone has crashed: child_has_crashed().
 3. The main process ends with its children. If one never ends, its supervisor must kill them.
@@ -22,17 +22,14 @@ Celery end a worker too. Then threads and gevent do the same, and prefork waits 
 """
 
 import os
-import signal
 import time
 from contextlib import suppress
 from functools import partial
-from logging import getLogger
 
 from billiard import get_start_method
 from billiard.common import terminate_handler_fired
 from celery import current_app, signals
-from celery.bootsteps import StartStopStep
-from celery.worker import state
+from celery_steady.shutdown import close
 from django.db import connection, transaction
 from django.db.transaction import TransactionManagementError
 
@@ -46,86 +43,24 @@ from durable_jobs.worker.heartbeat import heartbeat
 from durable_jobs.worker.lease import POLL_SECONDS
 from durable_jobs.worker.runs import jobs_of, process
 
-logger = getLogger(__name__)
-
 SIGTERM_SECONDS = 5  # if all processes get SIGTERM, the main process has handled it by then
 
 
 def prepare(sender, **kwargs):
     """Prepare the shutdown of the worker `sender`, whose pool has not started yet."""
     process.is_prefork = has_children(sender)
-    current_app.steps["worker"].add(Shutdown)
 
 
-class Shutdown(StartStopStep):
-    """A boot step that is closed at each end of a worker. After an error of Celery there is no signal."""
-
-    def close(self, worker):
-        begin(worker.exitcode or 0)
-
-
-def begin(exitcode=0, **kwargs):
-    """Begin the shutdown, and limit its time: Celery alone would wait for the last function."""
+def begin(consumer, exitcode=0):
+    """Begin the shutdown of this worker. May be called in a signal handler."""
     if shutting_down[0]:
         return
     shutting_down[0] = True
-    if not process.is_prefork:
-        pool.start_thread(partial(requeue_and_exit, exitcode))
+    if not process.is_prefork:  # Celery alone would wait for the last function
+        pool.start_thread(partial(requeue_and_exit, consumer, exitcode))
 
 
 # Prefork
-
-
-def use_soft_shutdown(sender, **kwargs):
-    """Let SIGTERM start a soft shutdown of the worker `sender`, whose pool has not started yet."""
-    if has_children(sender) and sender.use_eventloop:  # with Redis, RabbitMQ and SQS, it does
-        current_app.steps["consumer"].add(SoftShutdown)
-
-
-class SoftShutdown(StartStopStep):
-    """Waits until no task runs, but at most worker_soft_shutdown_timeout. A second SIGTERM ends the wait.
-
-    Celery's own soft shutdown, which SIGQUIT starts, always takes the whole time. It reads nothing from the children
-    meanwhile: a function that has just started would run to its end. REMAP_SIGTERM, Celery's own environment variable
-    for this, must be set before its command starts.
-    """
-
-    requires = {"celery.worker.consumer.tasks:Tasks"}
-    deadline = timer = None
-
-    def start(self, consumer):
-        handler = signal.SIGTERM, lambda *args: self.begin(consumer)
-        signal.signal(*handler)
-        # Once more when all steps have started: one of the project's own may handle SIGTERM, too.
-        consumer.timer.call_after(0, signal.signal, handler)
-        if self.deadline:  # it has lost its connection meanwhile
-            self.stop_consuming(consumer)
-
-    def begin(self, consumer):
-        shutting_down[0] = True
-        if not consumer.connection:  # the event loop is not running: the broker is down
-            signal.raise_signal(signal.SIGQUIT)
-        elif self.deadline:
-            self.deadline = 1  # long ago
-        else:
-            self.deadline = time.monotonic() + current_app.conf.worker_soft_shutdown_timeout
-            # Between two events: in the middle of one, the worker might be reading a child's result.
-            consumer.timer.call_after(0, self.stop_consuming, (consumer,))
-
-    def stop_consuming(self, consumer):
-        consumer.task_consumer.cancel()
-        consumer.controller.semaphore.clear()  # forget tasks that wait for a free child
-        logger.warning("soft shutdown: %d children have a task", self.count_tasks())
-        self.timer = consumer.timer.call_repeatedly(0.1, self.check)
-
-    def count_tasks(self):
-        return sum(bool(each._apply_result) for each in tuple(state.reserved_requests))
-
-    def check(self):
-        if not self.count_tasks() or time.monotonic() >= self.deadline:
-            self.timer.cancel()
-            current_app.conf.worker_soft_shutdown_timeout = 0  # it has waited
-            signal.raise_signal(signal.SIGQUIT)
 
 
 def child_has_crashed():
@@ -142,12 +77,14 @@ def child_has_crashed():
 # Threads and gevent
 
 
-def requeue_and_exit(exitcode=0):
+def requeue_and_exit(consumer, exitcode=0):
     """Release the jobs that have not ended after worker_soft_shutdown_timeout, and end the process."""
     pool.sleep(current_app.conf.worker_soft_shutdown_timeout)
     try:
         with process.lock:
             release([run for run in process.runs.values() if not run.limit_key])
+        # Give plain tasks back, in a thread of its own: a broker that hangs must not delay the end.
+        pool.start_thread(partial(pool.send, close, consumer))
         pool.sleep(POLL_SECONDS)
         signals.worker_shutdown.send(None)  # os._exit() comes before Celery would send it
         heartbeat.forget()

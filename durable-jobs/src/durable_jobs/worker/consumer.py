@@ -1,0 +1,36 @@
+"""The setting worker_consumer of a project with jobs: celery-steady's consumer, for jobs too."""
+
+import threading
+
+from celery import signals
+from celery_steady import consumer, tasks
+
+from durable_jobs.messages import is_job
+from durable_jobs.worker import shutdown, startup
+
+
+class Consumer(consumer.Consumer):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        # After celery-steady's receiver, which looks at the connection
+        signals.task_prerun.connect(startup.skip_health_check)
+        if self.is_limited(self.app):
+            signals.worker_shutting_down.connect(self.begin_shutdown)
+
+    def prepare(self, task):
+        """Let a job raise what it likes: worker/execution.py writes what that means."""
+        if is_job(task):
+            task.Request = tasks.failing(task.Request)
+        else:
+            super().prepare(task)
+
+    def is_limited(self, app):
+        """Release jobs even if worker_soft_shutdown_timeout is 0. A worker in another thread is a test's."""
+        return threading.current_thread() is threading.main_thread()
+
+    def begin_shutdown(self, sender, exitcode=0, **kwargs):
+        if sender == self.hostname:
+            shutdown.begin(self, exitcode)
+
+    def limit_shutdown(self, seconds):
+        """Nothing: begin() does it, with a native thread that releases jobs first."""
