@@ -1,7 +1,10 @@
-.PHONY: demo library test prove chaos bench site pictures wheel release lint
+.PHONY: demo steady library test prove chaos bench site pictures wheel release lint
 
 demo: .venv  ## bake a project, start it, run its tasks: make demo ARGS="durable_jobs=yes"
 	@PYTHONPATH=tests .venv/bin/python -m harness.demo $(ARGS)
+
+steady: .venv  ## test the library celery-steady: make steady ARGS="-k redis"
+	.venv/bin/python -m pytest -n auto celery-steady/tests -c celery-steady/pyproject.toml $(ARGS)
 
 library: .venv  ## test the library durable-jobs: make library ARGS="-k retry"
 	.venv/bin/python -m pytest durable-jobs/tests -c durable-jobs/tests/pytest.ini $(ARGS)
@@ -47,8 +50,8 @@ FIRST_PARTY := --config 'lint.isort.known-first-party = ["api", "config", "order
 AS_OUTPUT := --force-exclude --config durable-jobs/pyproject.toml $(WHOLE)
 
 lint: .venv  ## format all plain Python; CHECK=1 only reports problems
-	.venv/bin/ruff check $(if $(CHECK),,--fix) . durable-jobs
-	.venv/bin/ruff format $(if $(CHECK),--check) . durable-jobs
+	.venv/bin/ruff check $(if $(CHECK),,--fix) . celery-steady durable-jobs
+	.venv/bin/ruff format $(if $(CHECK),--check) . celery-steady durable-jobs
 	.venv/bin/ruff check $(if $(CHECK),,--fix) $(FIRST_PARTY) $(AS_OUTPUT)
 	.venv/bin/ruff format $(if $(CHECK),--check) $(AS_OUTPUT)
 

@@ -278,9 +278,9 @@ def test_redis_restarts_while_tasks_run_and_end(stack, gate, tmp_path):
 @on_prefork
 def test_the_first_task_that_a_process_of_a_worker_sends_waits_for_its_broker(stack):
     code = """
+from celery_steady.patience import be_patient
 from config.celery import app
-from config.worker import be_patient
-be_patient()
+be_patient(app)
 print(app.send_task("trials.tasks.quick", ignore_result=True))
 """
     proxy = Proxy(stack.broker.port)

@@ -145,7 +145,7 @@ def test_the_project_has_the_files_of_the_lesson(project):
     celery = project.read("config/celery.py")
     for line in [
         'os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")',
-        'app = Celery("config", include=["config.worker"])',
+        'app = Celery("config")',
         'app.config_from_object("django.conf:settings", namespace="CELERY")',
         "app.autodiscover_tasks()",
     ]:

@@ -1,0 +1,112 @@
+"""The two lines of celery-steady's README, in projects that weren't made from this template."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from cookiecutter.main import cookiecutter
+
+from harness.bake import STEADY
+from harness.blocks import code
+from harness.project import Process, Project, started, wait_for
+from harness.servers import Redis
+from test_wheel import STEADY_WHEEL
+
+README = (STEADY / "README.md").read_text("utf-8")
+TWO_LINES = code(README, "\nworker_consumer")
+DJANGO_LINES = code(README, "CELERY_BROKER_TRANSPORT")
+RECOVERED_WITHIN = 150  # seconds, with the defaults
+# Notes each start, and doesn't end.
+TASKS = """
+
+@{decorator}
+def endless(path):
+    import time
+    with open(path, "a") as file:
+        file.write("started\\n")
+    time.sleep(600)
+"""
+# For cookiecutter-django: another one, or a clone
+SOURCE = os.environ.get(
+    "COOKIECUTTER_DJANGO", "https://github.com/cookiecutter/cookiecutter-django"
+)
+
+
+def environment(project, *requirements, python=sys.executable):
+    uv = [sys.executable, "-m", "uv"]
+    subprocess.run([*uv, "venv", "--quiet", "--python", python, project / ".venv"], check=True)
+    install = [*uv, "pip", "install", "--quiet", "--python", project / ".venv/bin/python"]
+    subprocess.run([*install, STEADY_WHEEL, *requirements], check=True)
+
+
+@pytest.fixture
+def bare(tmp_path):
+    """A Celery project without Django, of three files."""
+    project = Project(tmp_path / "bare")
+    project.mkdir()
+    environment(project, "celery[redis]")
+    (project / "celeryconfig.py").write_text(f"{TWO_LINES}\ntask_acks_late = True\n")
+    app = 'from celery import Celery\n\napp = Celery("tasks")\napp.config_from_object("celeryconfig")\n'
+    (project / "tasks.py").write_text(app + TASKS.format(decorator="app.task"))
+    return project
+
+
+@pytest.fixture
+def cookiecutter_django(tmp_path):
+    """What the newest cookiecutter-django writes. Its hook would need Python 3.14, and downloads."""
+    options = {"project_slug": "shop", "use_celery": "y"}
+    written = cookiecutter(
+        SOURCE, no_input=True, extra_context=options, output_dir=tmp_path, accept_hooks=False
+    )
+    project = Project(written)
+    environment(
+        project, "-r", project / "requirements/base.txt", "psycopg[binary]", python="3.13"
+    )
+    own = 'from .base import *\nSECRET_KEY = "secret"\nCELERY_TASK_ACKS_LATE = True\n'
+    (project / "config/settings/steady.py").write_text(own + DJANGO_LINES)
+    project.append("shop/users/tasks.py", TASKS.format(decorator="shared_task"))
+    return project
+
+
+def recovery(project, app, task, folder, **variables):
+    """Kill a worker while it runs a task. Return after how many seconds another one has started it."""
+    note = folder / "starts"
+    variables |= {"PATH": f"{project}/.venv/bin:/usr/bin:/bin"}
+    command = ["celery", "-A", app, "worker", "--concurrency", "2"]
+    first, second = (
+        Process(command, folder / f"{name}.log", says=" ready.", cwd=project, variables=variables)
+        for name in ("first", "second")
+    )
+    with started(Redis(folder / "broker")) as [broker]:
+        url = broker.variables["CELERY_BROKER_URL"]
+        variables |= {"CELERY_BROKER_URL": url, "REDIS_URL": url}
+        first.options["env"] |= variables
+        second.options["env"] |= variables
+        with started(first):
+            call = ["celery", "-A", app, "call", task, "--args", f'["{note}"]']
+            project.call(*call, **variables)
+            wait_for(note.exists)
+            first.kill()
+            killed = time.monotonic()
+        with started(second):
+            wait_for(lambda: note.read_text().count("started") == 2)
+            return time.monotonic() - killed
+
+
+def test_a_killed_workers_task_runs_again_in_a_project_without_django(bare, tmp_path):
+    assert recovery(bare, "tasks", "tasks.endless", tmp_path) < RECOVERED_WITHIN
+    assert not list(bare.glob(".venv/lib/*/site-packages/django"))
+
+
+@pytest.mark.nightly  # it needs GitHub, or COOKIECUTTER_DJANGO=a clone
+def test_a_killed_workers_task_runs_again_in_cookiecutter_django(cookiecutter_django, tmp_path):
+    variables = {
+        "DJANGO_SETTINGS_MODULE": "config.settings.steady",
+        "DATABASE_URL": f"sqlite:///{tmp_path}/db.sqlite3",
+    }
+    task = "shop.users.tasks.endless"
+    assert recovery(cookiecutter_django, "config.celery_app", task, tmp_path, **variables) < (
+        RECOVERED_WITHIN
+    )
