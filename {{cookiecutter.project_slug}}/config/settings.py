@@ -81,7 +81,7 @@ INSTALLED_APPS = [
     "drf_spectacular",
     "drf_spectacular_sidecar",
     "django_structlog",
-    "celery_steady",  # checks for `manage.py check`
+    "celery_steady",  # lets `manage.py check` find tasks that would not run, among others
     "axes",
 {% for app in [result_backend.app, periodic_tasks.app] | select %}
     "{{ app }}",
@@ -276,15 +276,15 @@ CELERY_TIMEZONE = TIME_ZONE
 
 {% print durable_jobs.settings | default %}
 {% if not has_jobs %}
-# What Celery lacks: classes of the package celery-steady. Without a line, Celery's own class is used.
+# What Celery lacks, from the package celery-steady. Delete a line to use Celery's own class instead.
 {% if broker.transport is defined %}
-CELERY_BROKER_TRANSPORT = "{{ broker.transport }}"
+CELERY_BROKER_TRANSPORT = {{ broker.transport }}
 {% endif %}
-CELERY_WORKER_CONSUMER = "celery_steady.consumer:Consumer"
-CELERY_BEAT_SCHEDULER = "{{ periodic_tasks.scheduler }}"
+CELERY_WORKER_CONSUMER = "celery_steady.consumer:Consumer"  # renews messages, stops softly, waits
+CELERY_BEAT_SCHEDULER = {{ periodic_tasks.scheduler }}
 
 {% elif has_schedule_table %}
-CELERY_BEAT_SCHEDULER = "{{ periodic_tasks.scheduler }}"
+CELERY_BEAT_SCHEDULER = {{ periodic_tasks.scheduler }}
 
 {% endif %}
 # Celery: broker

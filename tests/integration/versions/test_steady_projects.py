@@ -74,7 +74,7 @@ def recovery(project, app, task, folder, **variables):
     """Kill a worker while it runs a task. Return after how many seconds another one has started it."""
     note = folder / "starts"
     variables |= {"PATH": f"{project}/.venv/bin:/usr/bin:/bin"}
-    command = ["celery", "-A", app, "worker", "--concurrency", "2"]
+    command = ["celery", "-A", app, "worker", "--concurrency", "2", "-l", "info"]
     first, second = (
         Process(command, folder / f"{name}.log", says=" ready.", cwd=project, variables=variables)
         for name in ("first", "second")
