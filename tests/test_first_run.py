@@ -49,9 +49,7 @@ def test_each_module_can_be_imported_first(project):
     """Settings name modules in strings, which test_there_are_no_circular_imports does not see."""
     settings = {"DJANGO_SETTINGS_MODULE": "config.settings"}
     imported = project.call(".venv/bin/python", "-c", IMPORT_EACH, **settings).split()
-    assert {"api/throttling.py", "api/views.py", "config/logs.py", "orders/views.py"} <= {
-        *imported
-    }
+    assert {"api/throttling.py", "api/views.py", "config/logs.py", "orders/views.py"} <= {*imported}
 
 
 @pytest.mark.parametrize("package", ["celery", "certifi"])

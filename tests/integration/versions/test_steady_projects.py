@@ -6,7 +6,6 @@ import sys
 import time
 
 import pytest
-from cookiecutter.main import cookiecutter
 
 from harness.bake import STEADY
 from harness.blocks import code
@@ -48,22 +47,21 @@ def bare(tmp_path):
     project.mkdir()
     environment(project, "celery[redis]")
     (project / "celeryconfig.py").write_text(f"{TWO_LINES}\ntask_acks_late = True\n")
-    app = 'from celery import Celery\n\napp = Celery("tasks")\napp.config_from_object("celeryconfig")\n'
+    app = 'from celery import Celery\n\napp = Celery("tasks", config_source="celeryconfig")\n'
     (project / "tasks.py").write_text(app + TASKS.format(decorator="app.task"))
     return project
 
 
 @pytest.fixture
 def cookiecutter_django(tmp_path):
-    """What the newest cookiecutter-django writes. Its hook would need Python 3.14, and downloads."""
-    options = {"project_slug": "shop", "use_celery": "y"}
-    written = cookiecutter(
-        SOURCE, no_input=True, extra_context=options, output_dir=tmp_path, accept_hooks=False
-    )
-    project = Project(written)
-    environment(
-        project, "-r", project / "requirements/base.txt", "psycopg[binary]", python="3.13"
-    )
+    """What the newest cookiecutter-django writes. Its hook would download Python 3.14."""
+    bake = [sys.executable, "-m", "cookiecutter", "--no-input", "--accept-hooks", "no"]
+    answers = ["project_slug=shop", "use_celery=y"]
+    subprocess.run([*bake, "--output-dir", tmp_path, SOURCE, *answers], check=True)
+    project = Project(tmp_path / "shop")
+    # What its requirements for production bring, without those that need a compiler
+    more = "celery[redis]", "psycopg[binary]"
+    environment(project, "-r", project / "requirements/base.txt", *more, python="3.13")
     own = 'from .base import *\nSECRET_KEY = "secret"\nCELERY_TASK_ACKS_LATE = True\n'
     (project / "config/settings/steady.py").write_text(own + DJANGO_LINES)
     project.append("shop/users/tasks.py", TASKS.format(decorator="shared_task"))
@@ -71,7 +69,7 @@ def cookiecutter_django(tmp_path):
 
 
 def recovery(project, app, task, folder, **variables):
-    """Kill a worker while it runs a task. Return after how many seconds another one has started it."""
+    """Kill a worker that runs a task. Return after how many seconds another one starts it."""
     note = folder / "starts"
     variables |= {"PATH": f"{project}/.venv/bin:/usr/bin:/bin"}
     command = ["celery", "-A", app, "worker", "--concurrency", "2", "-l", "info"]
