@@ -1,5 +1,6 @@
 """The setting worker_consumer: "celery_steady.consumer:Consumer"."""
 
+import threading
 from functools import partial
 
 from celery import signals
@@ -46,7 +47,7 @@ class Consumer(StockConsumer):
             BatchedEvents,
         ]
 
-    is_stopping = False
+    is_stopping = is_main = False
 
     def __init__(self, *args, pool=None, app=None, worker_options=None, **kwargs):
         be_patient(app)
@@ -63,6 +64,12 @@ class Consumer(StockConsumer):
         signals.heartbeat_sent.connect(touch_liveness_file)
         signals.worker_shutting_down.connect(self.on_shutting_down)
         super().__init__(*args, pool=pool, app=app, worker_options=worker_options, **kwargs)
+
+    def start(self):
+        # Tests make a worker in one thread, and start it in another. That must neither handle
+        # signals nor end the process.
+        self.is_main = threading.current_thread() is threading.main_thread()
+        super().start()
 
     # Errors of tasks and messages
 
@@ -101,7 +108,7 @@ class Consumer(StockConsumer):
         if sender != self.hostname:
             return
         is_first, self.is_stopping = not self.is_stopping, True
-        if self.ends_late:
+        if self.ends_late and self.is_main:
             timeout = self.app.conf.worker_soft_shutdown_timeout
             self.limit_shutdown(timeout if is_first else 0)
 

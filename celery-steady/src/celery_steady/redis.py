@@ -1,4 +1,4 @@
-"""The setting broker_transport for Redis and Sentinel: "celery_steady.redis:Transport"."""
+"""The setting broker_transport for Redis and Sentinel: "celery_steady.redis:Transport". And results there."""
 
 import socket
 import sys
@@ -7,12 +7,15 @@ from json import JSONDecodeError
 from logging import getLogger
 from urllib.parse import quote
 
+from celery.backends import asynchronous
+from celery.backends import redis as redis_results
 from kombu.transport import redis
 from kombu.utils.url import as_url
 from redis.exceptions import RedisError, ResponseError
 
 from celery_steady import versions
 from celery_steady.messages import KeepingChannel
+from celery_steady.results import KeepsResults
 
 logger = getLogger(__name__)
 
@@ -128,3 +131,32 @@ def keep_transport(client):
 
 
 Transport = versions.choose("Redis", Transport, redis.Transport)
+
+
+# Results
+
+
+class Drainer(asynchronous.geventDrainer):
+    """Reads results for all greenlets, also after an error. Celery's ends (celery issue 4857)."""
+
+    def _ensure_not_shut_down(self):
+        try:
+            super()._ensure_not_shut_down()
+        finally:
+            if self._shutdown.is_set():
+                self.__init__(self.result_consumer)
+
+
+class ResultConsumer(redis_results.ResultConsumer):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if type(self.drainer) is asynchronous.geventDrainer:
+            self.drainer = Drainer(self)
+
+
+class RedisBackend(KeepsResults, redis_results.RedisBackend):
+    ResultConsumer = ResultConsumer
+
+
+class SentinelBackend(KeepsResults, redis_results.SentinelBackend):
+    ResultConsumer = ResultConsumer

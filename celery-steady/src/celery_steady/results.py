@@ -2,15 +2,14 @@
 
 from celery import signals, states
 from celery.app import backends
-from celery.backends import asynchronous, dynamodb, redis
 from celery.concurrency import prefork
 
 from celery_steady import versions
 
 INSTEAD_OF = {
-    "celery.backends.redis:RedisBackend": "celery_steady.results:RedisBackend",
-    "celery.backends.redis:SentinelBackend": "celery_steady.results:SentinelBackend",
-    "celery.backends.dynamodb:DynamoDBBackend": "celery_steady.results:DynamoDBBackend",
+    "celery.backends.redis:RedisBackend": "celery_steady.redis:RedisBackend",
+    "celery.backends.redis:SentinelBackend": "celery_steady.redis:SentinelBackend",
+    "celery.backends.dynamodb:DynamoDBBackend": "celery_steady.dynamodb:DynamoDBBackend",
     "django_celery_results.backends.database:DatabaseBackend": (
         "celery_steady.django_celery_results:DatabaseBackend"
     ),
@@ -64,44 +63,3 @@ class StoresChordMembers:
         if getattr(request, "ignore_result", False):
             self.store_result(request.id, result, state, request=request)
         return super().on_chord_part_return(request, state, result, **kwargs)
-
-
-class Drainer(asynchronous.geventDrainer):
-    """Reads results for all greenlets, also after an error. Celery's ends (celery issue 4857)."""
-
-    def _ensure_not_shut_down(self):
-        try:
-            super()._ensure_not_shut_down()
-        finally:
-            if self._shutdown.is_set():
-                self.__init__(self.result_consumer)
-
-
-class ResultConsumer(redis.ResultConsumer):
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        if type(self.drainer) is asynchronous.geventDrainer:
-            self.drainer = Drainer(self)
-
-
-class RedisBackend(KeepsResults, redis.RedisBackend):
-    ResultConsumer = ResultConsumer
-
-
-class SentinelBackend(KeepsResults, redis.SentinelBackend):
-    ResultConsumer = ResultConsumer
-
-
-class DynamoDBBackend(StoresChordMembers, KeepsResults, dynamodb.DynamoDBBackend):
-    def exception_safe_to_retry(self, error):
-        """Tell Celery which errors may end. It tries to store the result again until they do.
-
-        Celery's own method knows none: celery pull 9614 added those of another backend.
-        """
-        from botocore.exceptions import ClientError, ConnectionError, HTTPClientError
-
-        if isinstance(error, ClientError):  # DynamoDB has an error of its own, or is too busy
-            code = error.response["Error"]["Code"]
-            failed = error.response["ResponseMetadata"]["HTTPStatusCode"] >= 500
-            return failed or "Throttling" in code or code.endswith("LimitExceeded")
-        return isinstance(error, (ConnectionError, HTTPClientError))

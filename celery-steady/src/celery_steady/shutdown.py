@@ -8,7 +8,6 @@ end threads (celery issue 10490).
 import _thread
 import os
 import signal
-import threading
 import time
 
 from celery import signals
@@ -18,13 +17,11 @@ from celery.worker.consumer.tasks import Tasks
 
 
 def is_wanted(app):
-    """Return whether a worker that starts here should limit its shutdown.
+    """Return whether a worker should limit its shutdown.
 
-    Without worker_soft_shutdown_timeout it waits for all tasks, as Celery does. A worker in another
-    thread, such as that of a test, must neither handle signals nor end the process.
+    Without worker_soft_shutdown_timeout it waits for all tasks, as Celery does.
     """
-    is_main = threading.current_thread() is threading.main_thread()
-    return is_main and app.conf.worker_soft_shutdown_timeout > 0
+    return app.conf.worker_soft_shutdown_timeout > 0
 
 
 class SoftStop(StartStopStep):
@@ -40,6 +37,8 @@ class SoftStop(StartStopStep):
         return consumer.hub and consumer.is_prefork and consumer.is_limited(consumer.app)
 
     def start(self, consumer):
+        if not consumer.is_main:
+            return
         handler = signal.SIGTERM, lambda *args: self.begin(consumer)
         signal.signal(*handler)
         # Once more when all steps have started: one of the project's own may handle SIGTERM, too.

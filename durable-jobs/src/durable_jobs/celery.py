@@ -12,6 +12,7 @@ from celery.app import control, utils
 from celery.result import AsyncResult
 from django.apps import apps
 
+from durable_jobs import conf
 from durable_jobs.messages import is_job
 from durable_jobs.pools import pool_name
 from durable_jobs.transport import AMQP
@@ -21,7 +22,7 @@ __all__ = ["Celery"]
 logger = logging.getLogger(__name__)
 
 DEFAULTS = {
-    "worker_consumer": "durable_jobs.worker.consumer:Consumer",
+    "worker_consumer": conf.CONSUMER,
     "beat_scheduler": "celery_steady.beat:Scheduler",
 }
 

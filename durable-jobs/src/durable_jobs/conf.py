@@ -2,6 +2,7 @@
 
 from django.conf import settings
 
+CONSUMER = "durable_jobs.worker.consumer:Consumer"  # the default of Celery's worker_consumer
 DEFAULTS = {
     "LEASE_SECONDS": 30,  # a worker that does not respond for this time counts as dead
     "SWEEP_SECONDS": 5,  # between two sweeps
