@@ -1,0 +1,123 @@
+"""Prints what celery-steady changes in Celery, kombu and billiard: python changes.py threads redis://…
+
+test_isolation.py runs it.
+"""
+
+import pkgutil
+import sys
+from contextlib import suppress
+from importlib import import_module
+from types import ModuleType
+from unittest import SkipTest
+
+import billiard
+import celery
+import kombu
+
+PACKAGES = "celery", "kombu", "billiard"
+# What a worker of Celery's changes: caches, and the state of the process.
+OWN = {
+    "__warningregistry__",
+    "_abc_impl",
+    "celery._state:_apps",
+    "celery._state:_on_app_finalizers",
+    "celery._state:_task_join_will_block",
+    "celery.apps.worker:active_thread_count",
+    "celery.worker.state:all_total_count",
+    "celery.worker.state:total_count",
+    "kombu.transport.redis:Channel:_fanout_queues",
+}
+
+
+def import_all():
+    """Import each module that has what it needs here, so that none is new later."""
+    for package in celery, kombu, billiard:
+        for module in pkgutil.walk_packages(
+            package.__path__, f"{package.__name__}.", lambda _: None
+        ):
+            with suppress(Exception, SystemExit, SkipTest):
+                import_module(module.name)
+
+
+def is_theirs(name):
+    return isinstance(name, str) and name.split(".")[0] in PACKAGES
+
+
+def owners():
+    """Return their modules and the classes in them, {name: module or class}."""
+    found = {}
+    for name, module in list(sys.modules.items()):
+        if is_theirs(name) and isinstance(module, ModuleType):
+            found[name] = module
+            for each in list(vars(module).values()):
+                if isinstance(each, type) and is_theirs(each.__module__):
+                    found[f"{each.__module__}:{each.__qualname__}"] = each
+    return found
+
+
+def content(value):
+    """Return what must stay: the object, or the objects in a container."""
+    if type(value) is dict:
+        return {key: id(each) for key, each in list(value.items())}
+    if type(value) in (list, tuple):
+        return [id(each) for each in value]
+    if type(value) is set:
+        return set(map(id, value))
+    return id(value)
+
+
+KEPT = []  # all objects, so that no id is used again
+
+
+def look():
+    found = {}
+    for name, owner in owners().items():
+        attributes = dict(vars(owner))
+        KEPT.append([(value, content(value)) for value in attributes.values()])
+        KEPT.extend(list(each.values()) for each in attributes.values() if type(each) is dict)
+        for attribute, value in attributes.items():
+            found[f"{name}:{attribute}"] = content(value)
+    return found
+
+
+def run(pool, broker, backend, **conf):
+    """Run a task in a worker of a new app. Return the class of its consumer."""
+    from celery.contrib.testing.worker import start_worker
+
+    app = celery.Celery("app", broker=broker, backend=backend, set_as_current=False)
+    app.conf.update(conf)
+
+    @app.task(shared=False)
+    def add(x, y):
+        return x + y
+
+    with start_worker(app, pool=pool, perform_ping_check=False, shutdown_timeout=60) as worker:
+        assert add.delay(2, 3).get(timeout=60) == 5
+        kind = f"{type(worker.consumer).__module__}:{type(worker.consumer).__qualname__}"
+    app.close()
+    return kind
+
+
+def main(pool, url):
+    import_all()
+    for broker, backend in ("memory://", "cache+memory://"), (url, url):
+        run(pool, broker, backend)  # fills the caches
+    before = look()
+
+    consumer = "celery_steady.consumer:Consumer"
+    for module in "beat", "events", "patience", "rabbitmq", "redis", "results", "sqs", "versions":
+        import_module(f"celery_steady.{module}")
+    assert run(pool, "memory://", "cache+memory://", worker_consumer=consumer) == consumer
+    transport = "celery_steady.redis:Transport"
+    conf = {"broker_transport": transport, "worker_consumer": consumer}
+    assert run(pool, url, url, **conf) == consumer
+
+    after = look()
+    for name in sorted(before.keys() | after.keys()):
+        is_own = name in OWN or name.split(":")[-1] in OWN or name.rsplit(":", 1)[0] not in after
+        if before.get(name) != after.get(name) and not is_own:
+            print(name)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,158 @@
+"""What a Django project gets: database connections that work, and results and schedules in its database."""
+
+from unittest.mock import patch
+
+import pytest
+from celery import Celery, chord, states
+from celery.contrib.testing.worker import start_worker
+from servers import LIMIT
+
+django = pytest.importorskip("django")
+pytest.importorskip("django_celery_beat")
+pytest.importorskip("django_celery_results")
+
+APPS = "django.contrib.contenttypes", "django_celery_beat", "django_celery_results"
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory):
+    """A Django with SQLite in this process."""
+    from django.conf import settings
+    from django.core.management import call_command
+
+    name = tmp_path_factory.mktemp("database") / "sqlite"
+    options = {"ENGINE": "django.db.backends.sqlite3", "NAME": name, "OPTIONS": {"timeout": LIMIT}}
+    settings.configure(INSTALLED_APPS=APPS, DATABASES={"default": options}, USE_TZ=True)
+    django.setup()
+    call_command("migrate", verbosity=0)
+    from django.db import connection
+
+    yield connection
+    connection.close()
+
+
+@pytest.fixture
+def app(database):
+    app = Celery(broker="memory://", backend="django-db", set_as_current=False)
+    app.conf.update(worker_consumer="celery_steady.consumer:Consumer", result_extended=True)
+    return app
+
+
+def test_a_worker_replaces_the_backend(app):
+    from celery_steady import results
+    from celery_steady.django_celery_results import DatabaseBackend
+
+    results.replace(app)
+    assert type(app.backend) is DatabaseBackend
+
+
+@pytest.mark.parametrize(
+    ("name", "may_end"),
+    [("InterfaceError", True), ("InternalError", True), ("OperationalError", True)]
+    + [("DataError", False), ("IntegrityError", False)],
+)
+def test_an_error_of_a_database_that_restarts_is_repeated(app, name, may_end):
+    """django-celery-results knows one of the three."""
+    from django.db import utils
+    from django_celery_results.backends import database
+
+    from celery_steady.django_celery_results import DatabaseBackend
+
+    error = getattr(utils, name)()
+    assert DatabaseBackend(app).exception_safe_to_retry(error) is may_end
+    stock = database.DatabaseBackend(app).exception_safe_to_retry(error)
+    assert bool(stock) is (name == "InterfaceError")
+
+
+def test_no_error_is_repeated_within_a_transaction(app):
+    from django.db import transaction
+    from django.db.utils import OperationalError
+
+    from celery_steady.django_celery_results import DatabaseBackend
+
+    with transaction.atomic():
+        assert not DatabaseBackend(app).exception_safe_to_retry(OperationalError())
+
+
+def test_the_state_retry_does_not_replace_a_result(app):
+    from celery_steady.django_celery_results import DatabaseBackend
+
+    backend = DatabaseBackend(app)
+    for state in states.READY_STATES:
+        backend.store_result(f"id-{state}", None, state)
+        backend.store_result(f"id-{state}", None, "RETRY")
+        assert backend.get_state(f"id-{state}") == state
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_chord_gets_the_results_of_its_members(app, ignored):
+    @app.task(shared=False, ignore_result=ignored)
+    def double(x):
+        return 2 * x
+
+    @app.task(shared=False)
+    def total(numbers):
+        return sum(numbers)
+
+    with start_worker(app, perform_ping_check=False, shutdown_timeout=LIMIT):
+        assert chord([double.s(1), double.s(2)])(total.s()).get(timeout=LIMIT) == 6
+
+
+def test_a_lost_connection_is_replaced_before_a_task(database):
+    from celery_steady.django import check_connections
+
+    database.ensure_connection()
+    lost = database.connection
+    database.errors_occurred = True
+    with patch.object(database, "is_usable", return_value=False):
+        check_connections()
+    assert database.connection is not lost
+
+
+def test_a_connection_in_a_transaction_is_kept(database):
+    from django.db import transaction
+
+    from celery_steady.django import check_connections
+
+    with transaction.atomic():
+        kept = database.connection
+        database.errors_occurred = True
+        with patch.object(database, "is_usable", return_value=False):
+            check_connections()
+        assert database.connection is kept
+        database.errors_occurred = False
+
+
+@pytest.mark.parametrize(("seconds", "lengthened"), [(1, 30), (100, 100), (None, None)])
+def test_a_worker_waits_longer_to_connect_to_its_database(database, seconds, lengthened):
+    from celery import signals
+
+    from celery_steady.django import check_connections, prepare_worker
+
+    options = {"connect_timeout": seconds} if seconds else {}
+    with patch.dict(database.settings_dict, OPTIONS=options):
+        prepare_worker()
+    signals.task_prerun.disconnect(check_connections)
+    assert options.get("connect_timeout") == lengthened
+
+
+def test_only_a_project_of_django_is_prepared(monkeypatch):
+    from celery_steady.django import is_used
+
+    monkeypatch.delenv("DJANGO_SETTINGS_MODULE", raising=False)
+    assert not is_used()
+    monkeypatch.setenv("DJANGO_SETTINGS_MODULE", "settings")
+    assert is_used()
+
+
+def test_beat_reads_the_schedules_of_the_database(app):
+    from django_celery_beat.models import IntervalSchedule, PeriodicTask
+
+    from celery_steady.django_celery_beat import DatabaseScheduler
+
+    hourly = IntervalSchedule.objects.create(every=1, period="hours")
+    PeriodicTask.objects.create(name="each hour", task="task", interval=hourly)
+    app.conf.broker_connection_max_retries = 1
+    scheduler = DatabaseScheduler(app, lazy=True)
+    assert "each hour" in scheduler.schedule
+    assert app.conf.broker_connection_max_retries is None

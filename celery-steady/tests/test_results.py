@@ -1,0 +1,122 @@
+"""Result backends keep each result, and a chord gets all of its members."""
+
+import uuid
+from unittest.mock import Mock
+
+import pytest
+from botocore.exceptions import ClientError, EndpointConnectionError, ReadTimeoutError
+from celery import Celery, chord, states
+from celery.contrib.testing.worker import start_worker
+from celery.exceptions import Retry
+from servers import LIMIT
+
+from celery_steady import dynamodb, results
+from celery_steady import redis as steady_redis
+
+STEADY = {"worker_consumer": "celery_steady.consumer:Consumer"}
+
+
+@pytest.fixture(params=["redis", "dynamodb"])
+def backend(request):
+    """An app with one of our backends."""
+    app = Celery(broker="memory://", set_as_current=False)
+    if request.param == "redis":
+        app.conf.result_backend = request.getfixturevalue("redis").url
+    else:
+        sqs = request.getfixturevalue("sqs")
+        app.conf.result_backend = "dynamodb://@localhost/celery"
+        app.conf.dynamodb_endpoint_url = sqs.endpoint
+    results.replace(app)
+    assert type(app.backend).__module__.startswith("celery_steady.")
+    return app.backend
+
+
+@pytest.fixture
+def id():
+    return str(uuid.uuid4())
+
+
+@pytest.mark.parametrize(
+    ("url", "kind"),
+    [
+        ("redis://localhost", steady_redis.RedisBackend),
+        ("rediss://localhost?ssl_cert_reqs=required", steady_redis.RedisBackend),
+        ("sentinel://localhost", steady_redis.SentinelBackend),
+        ("cache+memory://", None),
+        (None, None),
+    ],
+)
+def test_a_worker_replaces_the_backends_that_have_a_class_here(url, kind):
+    app, other = (Celery(backend=url, set_as_current=False) for _ in range(2))
+    app.conf.result_backend_transport_options = {"master_name": "main"}
+    results.replace(app)
+    assert type(app.backend) is (kind or type(other.backend))
+    assert type(other.backend).__module__.startswith("celery.")
+
+
+@pytest.mark.parametrize("state", sorted(states.READY_STATES))
+def test_the_state_retry_does_not_replace_a_result(backend, state, id):
+    backend.store_result(id, ValueError() if state != "SUCCESS" else 5, state)
+    backend.store_result(id, Retry(), "RETRY")
+    assert backend.get_state(id) == state
+
+
+@pytest.mark.parametrize("state", ["PENDING", "STARTED", "RETRY"])
+def test_the_state_retry_replaces_what_is_no_result(backend, state, id):
+    if state != "PENDING":
+        backend.store_result(id, Retry() if state == "RETRY" else None, state)
+    backend.store_result(id, Retry(), "RETRY")
+    assert backend.get_state(id) == "RETRY"
+    backend.store_result(id, 5, "SUCCESS")
+    assert backend.get_result(id) == 5
+
+
+def answer(status, code):
+    return ClientError(
+        {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}, "PutItem"
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "may_end"),
+    [
+        (EndpointConnectionError(endpoint_url=""), True),
+        (ReadTimeoutError(endpoint_url=""), True),
+        (answer(500, "InternalServerError"), True),
+        (answer(400, "ThrottlingException"), True),
+        (answer(400, "RequestLimitExceeded"), True),
+        (answer(400, "ValidationException"), False),
+        (answer(400, "ResourceNotFoundException"), False),
+        (ValueError(), False),
+    ],
+)
+def test_an_error_of_dynamodb_that_may_end_is_repeated(error, may_end):
+    backend = object.__new__(dynamodb.DynamoDBBackend)
+    assert bool(backend.exception_safe_to_retry(error)) is may_end
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_chord_gets_the_results_of_its_members(backend, ignored):
+    app = backend.app
+    app.conf.update(STEADY)
+
+    @app.task(shared=False, ignore_result=ignored)
+    def double(x):
+        return 2 * x
+
+    @app.task(shared=False)
+    def total(numbers):
+        return sum(numbers)
+
+    with start_worker(app, perform_ping_check=False, shutdown_timeout=LIMIT):
+        assert chord([double.s(1), double.s(2)])(total.s()).get(timeout=LIMIT) == 6
+
+
+def test_greenlets_get_results_again_after_an_error():
+    """The backend of a process that runs on gevent has a drainer that starts anew."""
+    drainer = steady_redis.Drainer(Mock())
+    drainer._shutdown.set()
+    with pytest.raises(Exception):  # noqa: B017 -- Celery's own
+        drainer.start()
+    drainer._started.set()  # a greenlet isn't needed here
+    drainer.start()

@@ -1,0 +1,171 @@
+"""Real workers on Redis: what the README promises, for each pool."""
+
+import json
+import signal
+import subprocess
+
+import pytest
+from servers import LIMIT, until
+
+pytestmark = pytest.mark.parametrize("pool", ["prefork", "threads", "gevent"])
+
+
+def test_a_task_runs_with_the_classes_of_the_package(pool, start, steady, send, settled):
+    worker = start(steady, pool=pool)
+    assert worker.parts == {
+        "consumer": "celery_steady.consumer:Consumer",
+        "transport": "celery_steady.redis:Transport",
+        "backend": "celery_steady.redis:RedisBackend",
+    }
+    assert send("add", 2, 3).get() == 5
+    settled()
+
+
+def test_a_task_longer_than_the_visibility_timeout_starts_once(
+    pool, start, steady, send, calls, settled, redis
+):
+    """It looks for messages to deliver again each second, and finds none."""
+    start(steady, pool=pool)
+    result = send("ask", "long")
+    task = calls.next("long")
+    [(tag, delivered)] = redis.client.zrange("unacked_index", 0, -1, withscores=True)
+    timeout = steady["broker_transport_options"]["visibility_timeout"]
+
+    def is_renewed():
+        return redis.client.zscore("unacked_index", tag) > delivered + 2 * timeout
+
+    until(is_renewed, "the message is renewed")
+    assert "long" not in calls.names()
+    task.answer()
+    assert result.get() == "long"
+    settled()
+    assert "long" not in calls.names()
+
+
+def test_another_worker_runs_the_tasks_of_a_killed_one(pool, start, steady, send, calls, settled):
+    worker = start(steady, pool=pool)
+    results = [send("ask", name) for name in ("one", "two")]
+    for name in "one", "two":
+        calls.next(name)
+    worker.kill()
+    start(steady, pool=pool)
+    for name in "one", "two":
+        calls.next(name).answer()
+    assert [result.get() for result in results] == ["one", "two"]
+    settled()
+
+
+def test_sigterm_ends_the_worker_when_its_tasks_have_ended(pool, start, steady, send, calls, redis):
+    worker = start({**steady, "worker_soft_shutdown_timeout": 100 * LIMIT}, pool=pool)
+    result = send("ask", "running")
+    task = calls.next("running")
+    worker.stop(signal.SIGTERM)
+    new = send("ask", "new")  # it may be just in time
+    task.answer()
+    while worker.is_running():
+        if "new" in calls.names():
+            calls.next("new").answer()
+    assert worker.wait() == 0
+    assert result.get() == "running"
+    assert redis.client.llen("celery") == (new.state == "PENDING")
+    assert not redis.client.hlen("unacked")
+
+
+def test_sigterm_waits_no_longer_than_its_timeout_and_releases_the_task(
+    pool, start, steady, send, calls, redis
+):
+    steady["broker_transport_options"]["visibility_timeout"] = 100 * LIMIT
+    worker = start({**steady, "worker_soft_shutdown_timeout": 1}, pool=pool)
+    send("ask", "endless")
+    calls.next("endless")
+    worker.stop(signal.SIGTERM)
+    assert worker.wait() == 0
+    assert redis.client.llen("celery") == 1  # at once, not after the visibility timeout
+
+
+def test_without_a_timeout_sigterm_waits_as_celery_does(pool, start, steady, send, calls):
+    worker = start(steady, pool=pool)
+    result = send("ask", "running")
+    task = calls.next("running")
+    worker.stop(signal.SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):
+        worker.process.wait(1)
+    task.answer()
+    assert worker.wait() == 0
+    assert result.get() == "running"
+
+
+def test_a_task_that_would_end_the_worker_fails(pool, start, steady, send, calls, settled):
+    worker = start(steady, pool=pool)
+    for error in "MemoryError", "SystemExit":
+        result = send("ask", error)
+        calls.next(error).answer(error)
+        result.get(propagate=False)
+        assert result.state == "FAILURE"
+        assert send("add", 2, 3).get() == 5
+    settled()
+    assert worker.is_running()
+    assert not calls.names()
+
+
+def test_a_task_that_runs_through_a_restart_of_redis_starts_once(
+    pool, start, steady, send, calls, settled, redis
+):
+    start(steady, pool=pool)
+    result = send("ask", "long")
+    task = calls.next("long")
+    redis.kill()
+    redis.start()
+    other = send("ask", "other")
+    calls.next("other").answer()  # the worker goes on
+    assert other.get() == "other"
+    task.answer()
+    assert result.get() == "long"
+    settled()
+    assert not calls.names()
+
+
+def test_a_task_that_ends_while_redis_is_down_is_not_run_again(
+    pool, start, steady, send, calls, settled, redis
+):
+    start(steady, pool=pool)
+    result = send("ask", "long")
+    task = calls.next("long")
+    redis.kill()
+    task.answer()
+    redis.start()
+    assert result.get() == "long"
+    settled()
+    assert not calls.names()
+
+
+NO_TASK = {
+    "body": "W10=",
+    "content-type": "application/json",
+    "content-encoding": "utf-8",
+    "headers": {},
+    "properties": {
+        "delivery_tag": "no task's",
+        "delivery_info": {"exchange": "", "routing_key": "celery"},
+        "body_encoding": "base64",
+    },
+}
+MALFORMED = [
+    "no JSON",
+    "{}",
+    "[]",
+    "null",
+    json.dumps(NO_TASK),
+    json.dumps(NO_TASK | {"body": "%"}),
+]
+
+
+def test_a_malformed_message_is_dropped_and_the_next_task_runs(
+    pool, start, steady, send, settled, redis
+):
+    worker = start(steady, pool=pool)
+    for message in MALFORMED:
+        redis.client.lpush("celery", message)
+    assert send("add", 2, 3).get() == 5
+    settled()
+    assert worker.is_running()

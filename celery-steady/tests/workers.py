@@ -1,0 +1,103 @@
+"""Real workers of worker_app.py, and the calls of their tasks."""
+
+import json
+import os
+import select
+import shutil
+import socket
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from servers import LIMIT, Process
+
+HERE = Path(__file__).parent
+
+
+class Call:
+    """An event of a worker, or a task that runs and waits for an answer()."""
+
+    def __init__(self, line):
+        self.line = line
+        line.settimeout(LIMIT)
+        with line.makefile() as file:
+            vars(self).update(json.loads(file.readline()))
+
+    def answer(self, error=""):
+        """Let the task return its name, or raise this built-in exception."""
+        self.line.sendall(error.encode())
+        self.line.close()
+
+
+class Calls:
+    """The calls that were not yet looked at."""
+
+    def __init__(self):
+        self.folder = tempfile.mkdtemp()  # short enough for the path of a socket
+        self.path = f"{self.folder}/calls"
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.bind(self.path)
+        self.socket.listen(1000)
+        self.waiting, self.taken = [], []
+
+    def accept(self, seconds):
+        """Wait for one more call. Return whether there was one."""
+        if not select.select([self.socket], [], [], seconds)[0]:
+            return False
+        self.waiting.append(Call(self.socket.accept()[0]))
+        return True
+
+    def next(self, name, worker=None):
+        """Wait for a call with this name, from this worker if one is given."""
+        deadline = time.monotonic() + LIMIT
+        while time.monotonic() < deadline:
+            assert worker is None or worker.is_running(), f"{name}: the worker has ended"
+            for call in self.waiting:
+                if call.name == name and (worker is None or call.group == worker.pid):
+                    self.waiting.remove(call)
+                    self.taken.append(call)  # keep its line open
+                    return call
+            self.accept(1)
+        raise AssertionError(f"{name} doesn't call")
+
+    def names(self):
+        """Return the names of all calls that wait for an answer."""
+        while self.accept(0.05):
+            pass
+        return [call.name for call in self.waiting]
+
+    def close(self):
+        self.socket.close()
+        for call in self.waiting + self.taken:
+            call.line.close()
+        shutil.rmtree(self.folder)
+
+
+class Worker(Process):
+    """A worker with these settings, which has started."""
+
+    def __init__(self, folder, calls, conf, pool="prefork", options=(), **variables):
+        number = len(list(folder.glob("worker*")))
+        self.calls = calls
+        celery = [sys.executable, "-m", "celery", "-A", "worker_app", "worker"]
+        words = f"-P {pool} -c 2 -n {number}@test -l INFO --without-mingle"
+        env = os.environ | {
+            "PYTHONPATH": os.pathsep.join(map(str, [*variables.pop("paths", []), HERE])),
+            "CONF": json.dumps(conf),
+            "CALLS": calls.path,
+            **variables,
+        }
+        env.pop("DJANGO_SETTINGS_MODULE", None)
+        log = folder / f"worker{number}.log"
+        super().__init__([*celery, *words.split(), *options], log, cwd=folder, env=env)
+
+    def start(self):
+        super().start()
+        self.parts = self.calls.next("ready", worker=self).parts
+        return self
+
+    def stop(self, number):
+        """Signal the worker, and wait until it has begun to stop."""
+        self.signal(number)
+        self.calls.next("stopping", worker=self)
