@@ -156,3 +156,72 @@ def test_beat_reads_the_schedules_of_the_database(app):
     scheduler = DatabaseScheduler(app, lazy=True)
     assert "each hour" in scheduler.schedule
     assert app.conf.broker_connection_max_retries is None
+
+
+@pytest.fixture
+def tasks(database, monkeypatch):
+    """The tasks of the current app, which checks look at: those of Celery, and one for each test."""
+    app = Celery(broker="amqp://", backend="disabled", set_as_current=True)
+    app.conf.update(task_create_missing_queues=False, task_time_limit=600, task_acks_late=True)
+    yield app
+    app.close()
+
+
+def nothing():
+    """The function of a task."""
+
+
+def found(check):
+    from celery_steady import checks
+
+    return [(each.id, each.msg.split()[0]) for each in getattr(checks, check)(None)]
+
+
+def test_a_task_whose_queue_does_not_exist_is_found(tasks):
+    assert found("check_queues") == []
+    tasks.task(name="lost", queue="nowhere")(nothing)
+    assert found("check_queues") == [("celery_steady.E001", "The")]
+
+
+def test_a_task_with_only_one_time_limit_of_its_own_is_found(tasks):
+    tasks.task(name="long", time_limit=900)(nothing)
+    assert found("check_time_limits") == []  # there is no soft one to keep
+    tasks.conf.task_soft_time_limit = 540
+    tasks.task(name="longer", time_limit=900)(nothing)
+    tasks.task(name="both", time_limit=900, soft_time_limit=800)(nothing)
+    assert ("celery_steady.W002", "longer") in found("check_time_limits")
+    assert "both" not in str(found("check_time_limits"))
+
+
+def test_a_task_that_rabbitmq_delivers_twice_is_found(tasks):
+    from django.test import override_settings
+
+    assert found("check_consumer_timeout") == []
+    tasks.task(name="slow", time_limit=1800)(nothing)
+    assert found("check_consumer_timeout") == [("celery_steady.W003", "slow")]
+    with override_settings(RABBITMQ_CONSUMER_TIMEOUT=3600):
+        assert found("check_consumer_timeout") == []
+    tasks.conf.broker_url = "redis://"
+    assert found("check_consumer_timeout") == []
+
+
+@pytest.mark.parametrize("query", ["", "?ssl_cert_reqs=none", "?ssl_cert_reqs=CERT_NONE"])
+def test_tls_without_verification_of_certificates_is_found(tasks, query):
+    tasks.conf.broker_url = "rediss://host?ssl_cert_reqs=required"
+    assert found("check_redis") == []
+    tasks.conf.broker_url = f"rediss://host{query}"
+    assert found("check_redis") == [("celery_steady.W006", "The")]
+
+
+@pytest.mark.parametrize("scheme", ["redis", "sentinel"])
+def test_a_redis_database_with_two_uses_is_found(tasks, scheme):
+    from django.test import override_settings
+
+    tasks.conf.broker_url = f"{scheme}://user:password@host:1/1;{scheme}://host:2/1"
+
+    def with_cache(url):
+        with override_settings(CACHES={"default": {"LOCATION": url}}):
+            return found("check_redis")
+
+    assert with_cache("redis://host:1/10") == []
+    assert with_cache("redis://:secret@host:1/1") == [("celery_steady.W007", "CELERY_BROKER_URL")]

@@ -98,6 +98,13 @@ def test_a_killed_workers_task_runs_again_in_a_project_without_django(bare, tmp_
     assert not list(bare.glob(".venv/lib/*/site-packages/django"))
 
 
+def test_it_needs_no_package_but_celery(tmp_path):
+    """A project with RabbitMQ has neither redis-py nor boto3."""
+    environment(tmp_path)
+    modules = "celery_steady.consumer, celery_steady.beat, celery_steady.rabbitmq"
+    Project(tmp_path).call(".venv/bin/python", "-c", f"import {modules}")
+
+
 @pytest.mark.nightly  # it needs GitHub, or COOKIECUTTER_DJANGO=a clone
 def test_a_killed_workers_task_runs_again_in_cookiecutter_django(cookiecutter_django, tmp_path):
     variables = {
