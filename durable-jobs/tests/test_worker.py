@@ -205,6 +205,7 @@ WORKER = """
 import os, sys, settings, threading
 import django; django.setup()
 from celery import signals
+from celery.worker.consumer import Consumer
 from celery_steady.tasks import FailingRequest
 from django.db import connection
 from helpers import add, of_job, plain
@@ -212,6 +213,7 @@ from durable_jobs.pools import shutting_down
 from durable_jobs.worker import shutdown
 settings.app.conf.worker_soft_shutdown_timeout = int(sys.argv[2])
 settings.app.conf["CELERY_DB_REUSE_MAX"] = 1000  # otherwise Celery closes the connection
+Consumer.start = lambda consumer: None
 ended = []
 shutdown.requeue_and_exit = lambda *args: ended.append(args)
 def start():
@@ -219,6 +221,7 @@ def start():
     worker = settings.app.Worker(pool=sys.argv[1], concurrency=1, hostname="one@here")
     consumer = worker.consumer
     consumer.update_strategies()
+    consumer.start()
 thread = threading.Thread(target=start)
 thread.start(), thread.join()
 consumer.announce_shutdown()

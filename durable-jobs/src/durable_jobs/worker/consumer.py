@@ -14,8 +14,11 @@ class Consumer(consumer.Consumer):
         super().__init__(*args, **kwargs)
         # After celery-steady's receiver, which looks at the connection
         signals.task_prerun.connect(startup.skip_health_check)
-        if self.is_limited(self.app):
+
+    def start(self):
+        if threading.current_thread() is threading.main_thread():  # otherwise it is a test's
             signals.worker_shutting_down.connect(self.begin_shutdown)
+        super().start()
 
     def prepare(self, task):
         """Let a job raise what it likes: worker/execution.py writes what that means."""
@@ -25,8 +28,8 @@ class Consumer(consumer.Consumer):
             super().prepare(task)
 
     def is_limited(self, app):
-        """Release jobs even if worker_soft_shutdown_timeout is 0. A worker in another thread is a test's."""
-        return threading.current_thread() is threading.main_thread()
+        """Release jobs even if worker_soft_shutdown_timeout is 0."""
+        return True
 
     def begin_shutdown(self, sender, exitcode=0, **kwargs):
         if sender == self.hostname:
