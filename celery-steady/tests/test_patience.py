@@ -2,6 +2,7 @@
 
 import pytest
 from celery import Celery
+from celery.contrib.testing.worker import start_worker
 from kombu import Connection
 
 from celery_steady import liveness
@@ -108,3 +109,11 @@ def test_a_liveness_file_that_cannot_be_written_ends_no_worker(tmp_path, monkeyp
 def test_without_a_liveness_file_nothing_is_touched(monkeypatch):
     monkeypatch.delenv("LIVENESS_FILE", raising=False)
     liveness.touch_liveness_file()
+
+
+@pytest.mark.parametrize("pool", ["threads", "solo"])
+def test_a_pool_that_cannot_cancel_tasks_keeps_them_when_the_connection_is_lost(pool):
+    name = "worker_cancel_long_running_tasks_on_connection_loss"
+    app = make_app("memory://", worker_consumer="celery_steady.consumer:Consumer", **{name: True})
+    with start_worker(app, pool=pool, perform_ping_check=False):
+        assert app.conf[name] is False

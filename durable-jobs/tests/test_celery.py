@@ -68,6 +68,12 @@ def test_a_project_may_replace_the_defaults_of_jobs(source):
     assert other.conf.beat_scheduler == "celery_steady.beat:Scheduler"
 
 
+def test_the_consumer_of_celery_steady_is_replaced_by_that_of_jobs():
+    other = Celery("other", set_as_current=False)
+    SOURCES["a module"](other, worker_consumer="celery_steady.consumer:Consumer")
+    assert other.conf.worker_consumer == "durable_jobs.worker.consumer:Consumer"
+
+
 def test_delay_enqueues_a_job():
     result = add.delay(1, y=2)
     [job] = Job.objects.all()

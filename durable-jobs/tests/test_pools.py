@@ -10,7 +10,7 @@ import pytest
 from celery import current_app as app
 from celery.concurrency import get_implementation
 from celery.platforms import signals
-from celery.signals import celeryd_init, worker_init
+from celery.signals import worker_init
 from celery_steady.shutdown import SoftStop
 from kombu.asynchronous.timer import Timer
 from settings import SOURCE
@@ -25,14 +25,6 @@ def test_a_pool_has_the_name_that_celery_has_for_it():
         assert pools.pool_name(name) == name
         assert pools.pool_name(get_implementation(name)) == name  # as a worker gets it
     assert pools.pool_name("processes") == "prefork"
-
-
-@pytest.mark.parametrize("pool", ["prefork", "gevent", "threads", "solo"])
-def test_celery_cancels_tasks_of_a_lost_connection_only_where_it_can(pool):
-    conf = SimpleNamespace(worker_cancel_long_running_tasks_on_connection_loss=True)
-    celeryd_init.send(None, conf=conf, options={"pool": pool}, instance=None)
-    is_on = conf.worker_cancel_long_running_tasks_on_connection_loss
-    assert is_on == (pool in ("prefork", "gevent"))
 
 
 @pytest.mark.parametrize("connection", [None, Mock()])

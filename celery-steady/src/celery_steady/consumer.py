@@ -4,7 +4,7 @@ import threading
 from functools import partial
 
 from celery import signals
-from celery.concurrency import prefork
+from celery.concurrency import prefork, solo, thread
 from celery.worker import consumer
 
 from celery_steady import (
@@ -56,9 +56,12 @@ class Consumer(StockConsumer):
         results.insist(app, pool)
         if django.is_used():
             django.prepare_worker()
-        if getattr(pool, "is_green", False):  # gossip can stop redelivery there
-            worker_options = {**(worker_options or {}), "without_gossip": True}
+        if getattr(pool, "is_green", False) and worker_options is not None:
+            worker_options["without_gossip"] = True  # gossip can stop redelivery there
         self.is_prefork = isinstance(pool, prefork.TaskPool)
+        if isinstance(pool, (solo.TaskPool, thread.TaskPool)):
+            # They can't cancel a task: Celery would fail to, after a lost connection.
+            app.conf.worker_cancel_long_running_tasks_on_connection_loss = False
         # Celery would wait for the last thread or greenlet.
         self.ends_late = pool is not None and not pool.signal_safe and self.is_limited(app)
         signals.heartbeat_sent.connect(touch_liveness_file)

@@ -7,20 +7,19 @@ from typing import Any
 
 import celery
 import celery_steady.rabbitmq
-from celery import signals
 from celery.app import control, utils
 from celery.result import AsyncResult
 from django.apps import apps
 
 from durable_jobs import conf
 from durable_jobs.messages import is_job
-from durable_jobs.pools import pool_name
 from durable_jobs.transport import AMQP
 
 __all__ = ["Celery"]
 
 logger = logging.getLogger(__name__)
 
+STEADY_CONSUMER = "celery_steady.consumer:Consumer"
 DEFAULTS = {
     "worker_consumer": conf.CONSUMER,
     "beat_scheduler": "celery_steady.beat:Scheduler",
@@ -53,6 +52,8 @@ def log_errors(send, *args, **options):
 def set_defaults(source, **kwargs):
     """Replace Celery's own defaults. With Celery 5.7, add_defaults() would replace the project's settings too."""
     source.maps[-1].update(DEFAULTS)
+    if source.worker_consumer == STEADY_CONSUMER:  # the line of its README, from before
+        source.worker_consumer = conf.CONSUMER
 
 
 class Celery(celery_steady.rabbitmq.Celery):
@@ -88,10 +89,3 @@ class Celery(celery_steady.rabbitmq.Celery):
 # passwords. They do not know these settings.
 pattern = utils.HIDDEN_SETTINGS.pattern + "|CELERY_BROKER_URL|LOCATION|BASIC_AUTH"
 utils.HIDDEN_SETTINGS = re.compile(pattern, re.IGNORECASE)
-
-
-@signals.celeryd_init.connect
-def adapt_to_pool(conf, options, **kwargs):
-    """Let threads continue when the broker is lost: Celery would fail to cancel their tasks."""
-    if pool_name(options.get("pool") or conf.worker_pool) in ("threads", "solo"):
-        conf.worker_cancel_long_running_tasks_on_connection_loss = False
