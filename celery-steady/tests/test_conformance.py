@@ -170,7 +170,7 @@ def test_a_message_that_is_sent_during_an_outage_arrives(open, broker, name):
             broker.start()
 
     with open() as client:
-        queue = client.queue
+        queue = Queue(client.queue.name, durable=True)  # not bound to the lost channel
         broker.kill()
         policy = {"errback": start, "interval_start": 0.1, "max_retries": None}
         client.send("sent", declare=[queue], retry=True, retry_policy=policy)

@@ -1,5 +1,6 @@
 """The package changes nothing in Celery, kombu and billiard, and no other app of the process."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,10 @@ from celery.contrib.testing.worker import start_worker
 from celery.worker.consumer import Consumer
 from kombu.transport.redis import Transport
 from servers import LIMIT
+from workers import PATHS
 
 POOLS = ["solo", "threads"]
+ENV = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, PATHS))}
 STEADY = {"worker_consumer": "celery_steady.consumer:Consumer"}
 
 
@@ -89,7 +92,7 @@ def test_no_class_and_no_module_of_celery_is_changed(pool, redis):
     """In a new process, which imports the package only after the first look."""
     script = Path(__file__).with_name("changes.py")
     command = [sys.executable, script, pool, redis.url]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=2 * LIMIT)
+    ended = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=2 * LIMIT)
     assert (ended.returncode, ended.stdout) == (0, ""), ended.stdout + ended.stderr
 
 
@@ -98,4 +101,4 @@ def test_a_process_of_redis_imports_no_client_of_aws():
     code = (
         "import sys, celery_steady.consumer, celery_steady.redis; assert 'boto3' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True, env=ENV)

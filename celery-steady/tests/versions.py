@@ -5,7 +5,55 @@ import pytest
 from celery_steady.versions import minor
 
 # {fault or test: (package, its first minor version, its last or None, why not others)}
-ONLY = {}
+ONLY = {
+    # Faults
+    "a_poll_of_sqs_waits_forever": ("kombu", (5, 6), None, "another HTTP client"),
+    "sqs_gets_a_message_back_after_a_poll": ("kombu", (5, 6), None, "it gets it back immediately"),
+    "sqs_refuses_a_task_after_two_tries": ("kombu", (5, 6), None, "the part is off"),
+    "greenlets_get_no_result_after_an_error": (
+        "celery",
+        (5, 6),
+        None,
+        "they wait without an error",
+    ),
+    # Promises
+    "test_a_message_that_is_sent_during_an_outage_arrives[sqs]": (
+        "kombu",
+        (5, 7),
+        None,
+        "a queue that is gone, as only moto's are, is not declared again",
+    ),
+    "test_a_task_that_would_end_the_worker_fails[prefork]": (
+        "celery",
+        (5, 7),
+        None,
+        "a child that exits has no result, with billiard 4.3",
+    ),
+    "test_a_task_that_runs_through_a_restart_of_redis_starts_once[prefork]": (
+        "celery",
+        (5, 6),
+        None,
+        "children that had a task get no other after a restart of Redis",
+    ),
+    "test_a_task_that_ends_while_redis_is_down_is_not_run_again[prefork]": (
+        "celery",
+        (5, 6),
+        None,
+        "the end of a task is not noticed after a restart of Redis",
+    ),
+    "test_another_worker_runs_the_tasks_of_a_killed_one[gevent]": (
+        "kombu",
+        (5, 6),
+        None,
+        "a gevent worker never looks for messages of dead ones",
+    ),
+    "test_greenlets_get_results_again_after_an_error": (
+        "celery",
+        (5, 6),
+        None,
+        "they wait without an error",
+    ),
+}
 
 
 def skip_on_other_versions(items):

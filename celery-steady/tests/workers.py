@@ -13,6 +13,7 @@ from pathlib import Path
 from servers import LIMIT, Process
 
 HERE = Path(__file__).parent
+PATHS = [HERE, HERE.parent / "src"]
 
 
 class Call:
@@ -83,7 +84,7 @@ class Worker(Process):
         celery = [sys.executable, "-m", "celery", "-A", "worker_app", "worker"]
         words = f"-P {pool} -c 2 -n {number}@test -l INFO --without-mingle"
         env = os.environ | {
-            "PYTHONPATH": os.pathsep.join(map(str, [*variables.pop("paths", []), HERE])),
+            "PYTHONPATH": os.pathsep.join(map(str, [*variables.pop("paths", []), *PATHS])),
             "CONF": json.dumps(conf),
             "CALLS": calls.path,
             **variables,

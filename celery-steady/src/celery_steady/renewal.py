@@ -14,6 +14,9 @@ def prepare(app, pool):
     transport = app.connection_for_read().transport
     if not hasattr(getattr(transport, "Channel", None), "renew"):
         return
+    # After a lost connection, Celery would take fewer messages. Those of running tasks count already:
+    # KeepMessages keeps them.
+    app.conf.worker_enable_prefetch_count_reduction = False
     options = {"visibility_timeout": VISIBILITY_SECONDS}
     if transport.driver_type == "redis":
         options["unacked_restore_interval"] = CHECK_SECONDS
@@ -54,7 +57,7 @@ class KeepMessages(StartStopStep):
             self.take(message)
         self.renew(consumer.timer, channel)
         # A second later, after tasks that ended meanwhile are acknowledged
-        consumer.timer.call_after(1, self.release, (kept,))
+        consumer.timer.call_after(1, self.release, (consumer, kept))
 
     def shutdown(self, consumer):
         if self.channel:
@@ -77,8 +80,9 @@ class KeepMessages(StartStopStep):
             message.ack()
         channel.renew()
 
-    def release(self, messages):
+    def release(self, consumer, messages):
         """Put back what was still waiting when the connection was lost: Celery has dropped it."""
+        consumer.perform_pending_operations()  # with gevent, Celery 5.6 acknowledges there
         running = {each.message for each in tuple(state.active_requests)}
         for message in messages:
             if not message.acknowledged and message not in running | self.unacknowledged:
