@@ -7,8 +7,9 @@ import sys
 import pytest
 
 from harness import missing
+from harness.bake import STEADY
 from harness.versions import SUPPORTED
-from test_steady import STEADY, run_steady_tests
+from test_steady import run_steady_tests
 
 OLDEST, NEWEST = SUPPORTED["python"][0], SUPPORTED["python"][-1]
 WITHOUT_DJANGO = SUPPORTED["celery"][0]  # one is enough
@@ -21,7 +22,8 @@ PARAMS = [
 
 @pytest.mark.parametrize(("celery", "python"), PARAMS)
 def test_celery_steady_passes_its_tests_on(celery, python, tmp_path):
-    printed = run_steady_tests(tmp_path, python=environment(tmp_path, celery, python))
+    in_parallel = "-n", "2", "--dist", "loadgroup"
+    printed = run_steady_tests(tmp_path, *in_parallel, python=environment(tmp_path, celery, python))
     assert re.search(r"= \d+ passed", printed), printed
 
 
