@@ -280,7 +280,7 @@ def a_thread_cannot_be_ended(is_cured, redis):
     if is_cured:
         start = patch.object(shutdown._thread, "start_new_thread", lambda end, args: end())
         with start, patch.object(shutdown.os, "_exit") as end:
-            shutdown.limit(Mock(), 0)
+            shutdown.limit(Mock(), 0, 0)
         return not end.called
     return fails(NotImplementedError, TaskPool.terminate_job, Mock(), 1)
 

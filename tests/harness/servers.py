@@ -289,8 +289,9 @@ def real(project, folder):
     A server without a class here is left to `make run`, and never replaced by another server.
     """
     variables, parts = project.free_servers(), chosen(**project.answers)
-    used = [part for part in (parts.broker, parts.result_backend) if part.server in SERVERS]
-    places = {(part.server, urlsplit(variables[part.required]).port) for part in used}
+    used = {"CELERY_BROKER_URL": parts.broker, "CELERY_RESULT_BACKEND": parts.result_backend}
+    used = {name: part.server for name, part in used.items() if part.server in SERVERS}
+    places = {(server, urlsplit(variables[name]).port) for name, server in used.items()}
     with started(*(SERVERS[server](folder / str(port), port=port) for server, port in places)):
         yield variables
 

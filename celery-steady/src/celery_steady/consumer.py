@@ -107,17 +107,17 @@ class Consumer(StockConsumer):
             sent = {"sig": sig, "how": "Soft", "exitcode": exitcode}
             signals.worker_shutting_down.send(self.hostname, **sent)
 
-    def on_shutting_down(self, sender, **kwargs):
+    def on_shutting_down(self, sender, exitcode=0, **kwargs):
         if sender != self.hostname:
             return
         is_first, self.is_stopping = not self.is_stopping, True
         if self.ends_late and self.is_main:
             timeout = self.app.conf.worker_soft_shutdown_timeout
-            self.limit_shutdown(timeout if is_first else 0)
+            self.limit_shutdown(timeout if is_first else 0, exitcode)
 
-    def limit_shutdown(self, seconds):
+    def limit_shutdown(self, seconds, exitcode):
         """End this process in so many seconds. Only threads and greenlets don't end themselves."""
-        shutdown.limit(self, seconds)
+        shutdown.limit(self, seconds, exitcode)
 
     def stop(self):
         self.announce_shutdown()

@@ -9,11 +9,14 @@ import _thread
 import os
 import signal
 import time
+from logging import getLogger
 
 from celery import signals
 from celery.bootsteps import StartStopStep
 from celery.worker import state
 from celery.worker.consumer.tasks import Tasks
+
+logger = getLogger(__name__)
 
 
 def is_wanted(app):
@@ -62,17 +65,21 @@ class SoftStop(StartStopStep):
     def stop_consuming(self, consumer):
         consumer.task_consumer.cancel()
         consumer.controller.semaphore.clear()  # forget tasks that wait for a free child
+        seconds = max(self.deadline - time.monotonic(), 0)
+        logger.warning("Soft shutdown: %d tasks have %d s to end", len(self.running()), seconds)
         self.timer = consumer.timer.call_repeatedly(0.1, self.check, (consumer,))
 
+    def running(self):
+        return [each for each in tuple(state.reserved_requests) if each._apply_result]
+
     def check(self, consumer):
-        busy = any(each._apply_result for each in tuple(state.reserved_requests))
-        if not busy or time.monotonic() >= self.deadline:
+        if not self.running() or time.monotonic() >= self.deadline:
             self.timer.cancel()
             consumer.app.conf.worker_soft_shutdown_timeout = 0  # it has waited
             signal.raise_signal(signal.SIGQUIT)
 
 
-def limit(consumer, seconds):
+def limit(consumer, seconds, exitcode):
     """Threads and gevent: end this process in so many seconds, unless it has ended by then.
 
     May be called in a signal handler.
@@ -84,7 +91,7 @@ def limit(consumer, seconds):
             close(consumer)
             signals.worker_shutdown.send(consumer.controller)
         finally:
-            os._exit(consumer.controller.exitcode or 0)
+            os._exit(exitcode)
 
     # Not threading.Thread, whose lock may be taken in a signal handler.
     _thread.start_new_thread(end, ())

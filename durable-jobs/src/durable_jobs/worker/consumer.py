@@ -35,5 +35,5 @@ class Consumer(consumer.Consumer):
         if sender == self.hostname:
             shutdown.begin(self, exitcode)
 
-    def limit_shutdown(self, seconds):
+    def limit_shutdown(self, seconds, exitcode):
         """Nothing: begin() does it, with a native thread that releases jobs first."""
