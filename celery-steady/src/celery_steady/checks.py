@@ -46,12 +46,12 @@ def check_queues(app_configs, **kwargs):
 def check_functions(app_configs, **kwargs):
     """Find tasks whose call only returns a coroutine or a generator, so that nothing runs.
 
-    A class of tasks that runs coroutines says so with an attribute `runs_coroutines`.
+    A class of tasks that runs coroutines says so with an attribute `_runs_coroutines`.
     """
     kinds = inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction
     for task in all_tasks():
         run = inspect.unwrap(task.run)
-        if not getattr(task, "runs_coroutines", False) and any(is_kind(run) for is_kind in kinds):
+        if not getattr(task, "_runs_coroutines", False) and any(is_kind(run) for is_kind in kinds):
             yield Error(
                 f"A worker would not run {task.name}: it is async, or contains yield.",
                 hint="Call async code with asgiref.sync.async_to_sync(), in a plain function.",

@@ -91,7 +91,7 @@ class JobTask(Enqueueable[P], DjangoTask):
 
     abstract = True
     _is_job = True  # checked by enqueue()
-    runs_coroutines = True  # checked by celery-steady
+    _runs_coroutines = True  # checked by celery-steady
     # Celery 5.6 looks up the setting only when a task starts.
     from_config = (*DjangoTask.from_config, ("time_limit", "task_time_limit"))
     acks_late = False  # the row survives a crash, so acknowledge the message immediately
