@@ -83,7 +83,7 @@ def test_sigterm_waits_no_longer_than_its_timeout_and_releases_the_task(
     assert redis.client.llen("celery") == 1  # at once, not after the visibility timeout
 
 
-def test_without_a_timeout_sigterm_waits_as_celery_does(pool, start, steady, send, calls):
+def test_without_a_timeout_sigterm_waits_as_celery_does(pool, start, steady, send, calls, redis):
     worker = start(steady, pool=pool)
     result = send("ask", "running")
     task = calls.next("running")
@@ -93,6 +93,7 @@ def test_without_a_timeout_sigterm_waits_as_celery_does(pool, start, steady, sen
     task.answer()
     assert worker.wait() == 0
     assert result.get() == "running"
+    assert not redis.client.llen("celery") and not redis.client.hlen("unacked")
 
 
 def test_a_task_that_would_end_the_worker_fails(pool, start, steady, send, calls, settled):

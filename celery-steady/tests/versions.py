@@ -31,7 +31,7 @@ ONLY = {
     ),
     "test_a_task_that_runs_through_a_restart_of_redis_starts_once[prefork]": (
         "celery",
-        (5, 6),
+        (5, 7),
         None,
         "children that had a task get no other after a restart of Redis",
     ),
