@@ -22,10 +22,12 @@ OWN = {
     "celery._state:_apps",
     "celery._state:_on_app_finalizers",
     "celery._state:_task_join_will_block",
+    "celery._state:default_app",
     "celery.apps.worker:active_thread_count",
-    "celery.worker.state:all_total_count",
+    "all_total_count",
     "celery.worker.state:total_count",
     "kombu.transport.redis:Channel:_fanout_queues",
+    "kombu.transport:_transport_cache",
 }
 
 
@@ -66,6 +68,7 @@ def content(value):
     return id(value)
 
 
+OWNERS = set()  # the names of all modules and classes at the first look
 KEPT = []  # all objects, so that no id is used again
 
 
@@ -103,6 +106,7 @@ def main(pool, url):
     for broker, backend in ("memory://", "cache+memory://"), (url, url):
         run(pool, broker, backend)  # fills the caches
     before = look()
+    OWNERS.update(owners())
 
     consumer = "celery_steady.consumer:Consumer"
     for module in "beat", "events", "patience", "rabbitmq", "redis", "results", "sqs", "versions":
@@ -114,8 +118,9 @@ def main(pool, url):
 
     after = look()
     for name in sorted(before.keys() | after.keys()):
-        is_own = name in OWN or name.split(":")[-1] in OWN or name.rsplit(":", 1)[0] not in after
-        if before.get(name) != after.get(name) and not is_own:
+        owner, attribute = name.rsplit(":", 1)
+        is_new = owner not in OWNERS  # a module that was imported only now, or its class
+        if before.get(name) != after.get(name) and not (is_new or {name, attribute} & OWN):
             print(name)
 
 

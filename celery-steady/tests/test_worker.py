@@ -115,11 +115,14 @@ def test_a_task_that_runs_through_a_restart_of_redis_starts_once(
     start(steady, pool=pool)
     result = send("ask", "long")
     task = calls.next("long")
+    [tag] = redis.client.zrange("unacked_index", 0, -1)
     redis.kill()
     redis.start()
     other = send("ask", "other")
     calls.next("other").answer()  # the worker goes on
     assert other.get() == "other"
+    due = redis.client.time()[0] + steady["broker_transport_options"]["visibility_timeout"]
+    until(lambda: redis.client.zscore("unacked_index", tag) > due, "the message is renewed")
     task.answer()
     assert result.get() == "long"
     settled()
