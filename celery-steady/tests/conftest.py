@@ -134,8 +134,10 @@ def client():
 
 
 class Result(AsyncResult):
-    def get(self, timeout=LIMIT, **options):
-        return super().get(timeout=timeout, **options)
+    def get(self, **options):
+        """Look until it is there: a client of Celery's may miss it while Redis restarts."""
+        until(self.ready, f"{self.id} has a result")
+        return super().get(timeout=LIMIT, **options)
 
 
 @pytest.fixture
