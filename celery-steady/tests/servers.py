@@ -119,11 +119,7 @@ class Server(Process):
 class Redis(Server):
     transport = "celery_steady.redis:Transport"
     # Look for messages of dead workers each second. Before kombu 5.7 it is each 10.
-    transport_options = {
-        "unacked_restore_interval": 1,
-        "unacked_restore_throttle": 1,
-        "unacked_mutex_expire": 2,
-    }
+    transport_options = {"unacked_restore_interval": 1}
 
     def __init__(self, folder):
         need("redis-server")

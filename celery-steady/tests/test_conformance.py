@@ -1,5 +1,6 @@
 """What each transport promises, on a real server of each broker. The transport memory:// is a control."""
 
+import signal
 import time
 import uuid
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ import pytest
 from kombu import Connection, Queue
 from servers import LIMIT, until
 
-from celery_steady import versions
+from celery_steady import dead_letters, versions
 
 HOUR = 3600
 PARTS = {"redis": "Redis", "sqs": "Amazon SQS", "rabbitmq": "RabbitMQ"}
@@ -50,8 +51,6 @@ def open(broker, name):
             channel = connection.default_channel
             queue = Queue(queue_name, durable=True)(channel)
             queue.declare()
-            if name == "redis":
-                channel.qos.connected_at = float("-inf")  # others have connected again
             yield Client(connection, channel, queue)
 
     return open
@@ -190,14 +189,19 @@ def test_a_message_outlives_an_outage(open, broker):
         assert client.receive().payload == "sent"
 
 
-@brokers("sqs", "rabbitmq")  # test_worker.py is about Redis
-def test_a_worker_of_this_broker_runs_a_task(broker, name, start, client, calls, steady, redis):
+@pytest.fixture
+def conf(broker, redis, steady):
+    """The settings of a worker of this broker."""
     options = {**broker.transport_options, "visibility_timeout": 3}
     conf = {"broker_url": broker.url, "broker_transport": broker.transport}
     conf |= {"broker_transport_options": options, "task_default_queue": f"queue-{uuid.uuid4()}"}
-    conf = {key: value for key, value in conf.items() if value}
-    start(steady | {"broker_transport": None} | conf, pool="threads")
-    app = client(conf | {"result_backend": redis.url})
+    return steady | conf | {"result_backend": redis.url}
+
+
+@brokers("sqs", "rabbitmq")  # test_worker.py is about Redis
+def test_a_worker_of_this_broker_runs_a_task(conf, name, start, client, calls):
+    start(conf, pool="threads")
+    app = client(conf)
     app.send_task("worker_app.ask", ["task"])
     task = calls.next("task")
     if name != "rabbitmq":
@@ -205,3 +209,58 @@ def test_a_worker_of_this_broker_runs_a_task(broker, name, start, client, calls,
     assert not calls.names()
     task.answer()
     assert app.send_task("worker_app.add", [2, 3]).get(timeout=LIMIT) == 5
+
+
+@servers
+def test_an_unknown_task_waits_for_a_worker_that_knows_it(conf, start, client):
+    """Known tasks run meanwhile."""
+    app = client(conf)
+    worker = start(conf, pool="threads")
+    result = app.send_task("worker_app.newer")
+    until(lambda: "unknown task worker_app.newer" in worker.text(), "it is unknown")
+    assert app.send_task("worker_app.add", [2, 3]).get(timeout=LIMIT) == 5
+    assert result.state == "PENDING"
+    worker.signal(signal.SIGTERM)
+    worker.wait()
+    start(conf, pool="threads", NEWER="1")
+    assert result.get(timeout=LIMIT) == "newer"
+
+
+@servers
+def test_a_countdown_of_a_killed_worker_starts_in_time(conf, name, start, client, calls):
+    """The broker keeps it, and no worker."""
+    if name == "rabbitmq":
+        conf["task_default_queue_type"] = "quorum"
+    app = client(conf)
+    worker = start(conf, pool="threads")
+    due = time.time() + 4
+    app.send_task("worker_app.ask", ["later"], countdown=4)
+    app.send_task("worker_app.add", [2, 3]).get(timeout=LIMIT)
+    worker.kill()
+    conf["broker_transport_options"]["visibility_timeout"] = HOUR
+    start(conf, pool="threads")
+    calls.next("later").answer()
+    assert time.time() > due - 1
+
+
+@brokers("redis", "rabbitmq")  # SQS has a command for it
+def test_dead_letters_are_sent_back_to_their_queue(open, broker, client, name):
+    with open() as sender:
+        channel = sender.channel
+        arguments = {"x-dead-letter-exchange": "", "x-dead-letter-routing-key": "dead-letters"}
+        queue = Queue(f"queue-{uuid.uuid4()}", queue_arguments=arguments, durable=True)(channel)
+        queue.declare()
+        Queue("dead-letters", durable=True)(channel).declare()
+        headers = {"id": "1"}
+        sender.connection.Producer().publish(
+            {"number": 5}, routing_key=queue.name, headers=headers, correlation_id="2"
+        )
+        until(queue.get, "it is there").reject()
+        app = client({"broker_url": broker.url, "broker_transport": broker.transport})
+        assert until(lambda: dead_letters.send_back(app), "it is a dead letter") == 1
+        message = until(queue.get, "it is back")
+        assert message.payload == {"number": 5}
+        assert message.headers["id"] == "1"
+        assert message.properties["correlation_id"] == "2"
+        message.ack()
+        assert dead_letters.send_back(app) == 0

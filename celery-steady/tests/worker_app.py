@@ -44,6 +44,13 @@ def add(x, y):
     return x + y
 
 
+if "NEWER" in os.environ:  # a newer version of the code
+
+    @app.task
+    def newer():
+        return "newer"
+
+
 @signals.worker_ready.connect
 def on_ready(sender, **kwargs):
     parts = {"consumer": sender, "backend": app.backend, "transport": sender.connection.transport}

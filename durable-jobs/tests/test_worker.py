@@ -206,7 +206,7 @@ import os, sys, settings, threading
 import django; django.setup()
 from celery import signals
 from celery.worker.consumer import Consumer
-from celery_steady.tasks import FailingRequest
+from celery_steady.tasks import SteadyRequest
 from django.db import connection
 from helpers import add, of_job, plain
 from durable_jobs.pools import shutting_down
@@ -229,7 +229,7 @@ assert consumer.is_stopping and not shutting_down[0]  # as in a test with a work
 start()
 path = f"{type(consumer).__module__}:{type(consumer).__qualname__}"
 assert path == "durable_jobs.worker.consumer:Consumer"
-assert all(issubclass(task.Request, FailingRequest) for task in (add, plain))
+assert all(issubclass(task.Request, SteadyRequest) for task in (add, plain))
 assert not hasattr(add.run, "_lets_fail")
 assert hasattr(plain.run, "_lets_fail") == (sys.argv[1] != "prefork")
 connection.ensure_connection()

@@ -15,6 +15,7 @@ from celery_steady import (
     results,
     shutdown,
     tasks,
+    unknown,
     versions,
 )
 from celery_steady.events import BatchedEvents
@@ -90,6 +91,10 @@ class Consumer(StockConsumer):
     def create_task_handler(self, *args, **kwargs):
         handle = super().create_task_handler(*args, **kwargs)
         return partial(malformed.handle_or_drop, self, handle)
+
+    def on_unknown_task(self, body, message, exc):
+        if not unknown.keep(self, message):
+            super().on_unknown_task(body, message, exc)
 
     def on_decode_error(self, message, exc):
         malformed.drop(self, message, exc)

@@ -1,14 +1,26 @@
 """Messages of Redis and SQS, which deliver a message again if it isn't acknowledged in time."""
 
 import sys
+import time
 import uuid
 from contextlib import suppress
+from datetime import datetime
 from logging import getLogger
 
 from amqp.exceptions import RecoverableConnectionError
 from kombu.transport import virtual
 
 logger = getLogger(__name__)
+
+# Properties of a delivery, which a message that is sent again must not have
+DELIVERED = {
+    "application_headers",
+    "body_encoding",
+    "deliveries",
+    "delivery_info",
+    "delivery_mode",
+    "delivery_tag",
+}
 
 
 class Message(virtual.Message):
@@ -40,8 +52,25 @@ class Message(virtual.Message):
         self.channel.unacknowledged.add(self)
 
 
+def due_time(payload):
+    """Return when this message's task may start, as a timestamp, or 0 if it doesn't say."""
+    try:
+        eta = datetime.fromisoformat(payload["headers"]["eta"])
+    except (KeyError, TypeError, ValueError):
+        return 0
+    return eta.timestamp() if eta.tzinfo else 0
+
+
+def send_again(producer, message, headers, **place):
+    """Send a received message as a new one, with these headers, to this exchange and routing_key."""
+    properties = {key: value for key, value in message.properties.items() if key not in DELIVERED}
+    properties["content_type"] = message.content_type
+    properties["content_encoding"] = message.content_encoding
+    producer.publish(message.body, headers=headers, **properties, **place)
+
+
 class KeepingChannel:
-    """What a channel of Redis or SQS needs for KeepMessages. A subclass has `errors` and renew()."""
+    """What a channel of Redis or SQS needs for KeepMessages. A subclass has `errors`, renew(), delay()."""
 
     Message = Message
     unacknowledged = None  # of a worker: its set of messages whose acknowledgement failed
@@ -50,6 +79,23 @@ class KeepingChannel:
     def renew(self):
         """Let the broker wait for this channel's messages as long again as when they were delivered."""
         raise NotImplementedError
+
+    def delay(self, queue, payload, due):
+        """Let the broker keep this message until that time. Return whether it does."""
+        raise NotImplementedError
+
+    def basic_consume(self, queue, no_ack, *args, **kwargs):
+        """Consume the queue, but let the broker keep countdowns that stock senders sent."""
+        super().basic_consume(queue, no_ack, *args, **kwargs)
+        deliver = self.connection._callbacks[queue]
+
+        def deliver_or_delay(payload):
+            due = due_time(payload)
+            if due <= time.time() or not self.delay(queue, payload, due):
+                deliver(payload)
+
+        if not no_ack:
+            self.connection._callbacks[queue] = deliver_or_delay
 
     def basic_publish(self, *args, **kwargs):
         """Refuse to send through a closed channel. Then kombu's retry opens a new one.

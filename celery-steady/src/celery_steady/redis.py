@@ -1,57 +1,201 @@
-"""The setting broker_transport for Redis and Sentinel: "celery_steady.redis:Transport". And results there."""
+"""The setting broker_transport for Redis and Sentinel: "celery_steady.redis:Transport". And results there.
+
+kombu hands over a message in two steps, and Celery's workers hold countdowns in memory. Here, each of four
+things is one step in Redis, by Redis' clock: a worker takes a message, a countdown waits, workers renew
+their messages, and they put back those of dead workers. The keys are kombu's, so stock workers and senders
+may run beside these. New keys:
+
+- `QUEUE:delayed`, a sorted set: messages by the time when they are due (`:` is kombu's separator)
+- `QUEUE:bell`, a list: a sender pushes an entry, so that a waiting worker looks for messages
+- `unacked_renewed`, a hash: when a worker last renewed messages, and since when there was no gap
+- `dead-letters`, a list of messages, which kombu reads as a queue
+"""
 
 import socket
 import sys
-import time
 from json import JSONDecodeError
 from logging import getLogger
+from queue import Empty
+from time import monotonic
 from urllib.parse import quote
 
 from celery.backends import asynchronous
 from celery.backends import redis as redis_results
-from kombu.transport import redis
+from kombu.transport import redis, virtual
+from kombu.utils.encoding import bytes_to_str
+from kombu.utils.json import dumps, loads
 from kombu.utils.url import as_url
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import RedisError
 
 from celery_steady import versions
-from celery_steady.messages import KeepingChannel
+from celery_steady.messages import KeepingChannel, due_time
 from celery_steady.results import KeepsResults
 
 logger = getLogger(__name__)
 
+DEAD_LETTERS = "dead-letters"
+DELIVERIES = 20  # to workers that died, as a quorum queue's delivery-limit in RabbitMQ 4
+IDLE = 1  # seconds until a waiting worker looks for messages of stock senders, who ring no bell
+MOST = 1000  # messages in one command
+STOCK = 3600  # seconds until messages of a stock worker come again: kombu's visibility_timeout
+
+NOW = "local now = redis.call('time'); now = now[1] + now[2] / 1000000\n"
+# A full Redis refuses commands that need memory, but only until a script has written. So what a worker
+# does begins with a write that needs none. SEND doesn't, and nothing of it happens.
+# KEYS: list, bell, delayed. ARGV: message, time when it's due.
+SEND = f"""{NOW}
+if tonumber(ARGV[2]) > now then
+  redis.call('zadd', KEYS[3], ARGV[2], ARGV[1])
+else
+  redis.call('lpush', KEYS[1], ARGV[1])
+end
+redis.call('lpush', KEYS[2], '')
+redis.call('ltrim', KEYS[2], 0, 99)
+"""
+# KEYS: unacked, unacked_index, delayed. ARGV: message, time when it's due, delivery tag.
+DELAY = f"""{NOW}
+if tonumber(ARGV[2]) > now and redis.call('hdel', KEYS[1], ARGV[3]) == 1 then
+  redis.call('zrem', KEYS[2], ARGV[3])
+  redis.call('zadd', KEYS[3], ARGV[2], ARGV[1])
+  return 1
+end
+"""
+# KEYS: unacked, unacked_index, n lists, n delayed, bells. ARGV: n, n names of queues as JSON, or
+# nothing if messages are not acknowledged. Returns list and message, or the seconds until one is due.
+#
+# The hash unacked has what kombu writes: message, exchange, routing key. Without an exchange, the message
+# can only go back to this queue. The space marks it as one that is renewed.
+TAKE = f"""{NOW}
+local n, wait = tonumber(ARGV[1]), {IDLE}
+if redis.call('exists', unpack(KEYS, 3, 2 * n + 2)) > 0 then
+  for i = 3, n + 2 do
+    local due = redis.call('zrangebyscore', KEYS[n + i], '-inf', now, 'limit', 0, 100)
+    for _, item in ipairs(due) do
+      redis.call('zrem', KEYS[n + i], item)
+      redis.call('lpush', KEYS[i], item)
+    end
+  end
+  for i = 3, n + 2 do
+    local item = redis.call('rpop', KEYS[i])
+    if item then
+      local ok, tag = pcall(function() return cjson.decode(item).properties.delivery_tag end)
+      if ok and type(tag) == 'string' and ARGV[i - 1] ~= '' then
+        redis.call('hset', KEYS[1], tag, '[' .. item .. ', "", ' .. ARGV[i - 1] .. ' ]')
+        redis.call('zadd', KEYS[2], now, tag)
+      end
+      return {{KEYS[i], item}}
+    end
+  end
+  for i = n + 3, 2 * n + 2 do
+    local next = redis.call('zrange', KEYS[i], 0, 0, 'withscores')[2]
+    if next then wait = math.max(math.min(wait, next - now), 0.001) end
+  end
+end
+redis.call('del', unpack(KEYS, 2 * n + 3))
+return tostring(wait)
+"""
+# KEYS: unacked_index, unacked_renewed. ARGV: visibility timeout, delivery tags.
+RENEW = f"""{NOW}
+redis.call('persist', KEYS[2])
+if now - (redis.call('hget', KEYS[2], 'at') or 0) > ARGV[1] / 2 then
+  redis.call('hset', KEYS[2], 'since', now)
+end
+redis.call('hset', KEYS[2], 'at', now)
+for i = 2, #ARGV do redis.call('zadd', KEYS[1], 'xx', now, ARGV[i]) end
+"""
+# Returns tags and entries of `unacked` that nobody renews. For one visibility timeout, nobody else gets
+# them. After a time when nobody could renew, because Redis was away, all get time to do so.
+# KEYS: unacked, unacked_index, unacked_renewed. ARGV: visibility timeout.
+LAPSED = f"""{NOW}
+local times = redis.call('hmget', KEYS[3], 'at', 'since')
+local gap, steady = now - (times[1] or 0), now - (times[2] or now)
+local found = {{}}
+if gap > ARGV[1] / 2 or steady < ARGV[1] / 2 then return found end
+local old = redis.call(
+  'zrangebyscore', KEYS[2], '-inf', now - ARGV[1], 'withscores', 'limit', 0, 10 * {MOST})
+for i = 1, #old, 2 do
+  local tag, entry = old[i], redis.call('hget', KEYS[1], old[i])
+  redis.call('persist', KEYS[1])
+  if not entry then
+    redis.call('zrem', KEYS[2], tag)
+  elseif entry:sub(-2) == ' ]' or now - old[i + 1] > {STOCK} then
+    redis.call('zadd', KEYS[2], now, tag)
+    table.insert(found, tag)
+    table.insert(found, entry)
+    if #found == 2 * {MOST} then break end
+  end
+end
+return found
+"""
+# KEYS: unacked, unacked_index, lists. ARGV: delivery tag, message, rpush to be the next or lpush.
+PUT = """
+if redis.call('hdel', KEYS[1], ARGV[1]) == 1 then
+  redis.call('zrem', KEYS[2], ARGV[1])
+  for i = 3, #KEYS do redis.call(ARGV[3], KEYS[i], ARGV[2]) end
+end
+"""
+
 
 class QoS(redis.QoS):
-    """Lets all workers reconnect before it looks for messages of dead ones.
+    # TAKE has noted the message.
+    append = virtual.QoS.append
 
-    Waits while Redis refuses to write, for example because it is full or a replica: the message is
-    already off its queue, and would be lost if no copy of it were stored (kombu 5.7).
-    """
+    def can_consume(self):
+        # What was asked for will come.
+        return bool(self.channel._in_poll) or super().can_consume()
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.connected_at = time.monotonic()
+    def reject(self, delivery_tag, requeue=False):
+        """Put the message back, or make it a dead letter. kombu would delete it."""
+        if requeue:
+            return super().reject(delivery_tag, requeue)
+        with self.channel.conn_or_acquire() as client:
+            if entry := client.hget(self.unacked_key, delivery_tag):
+                payload = loads(bytes_to_str(entry))[0]
+                self.put(client, delivery_tag, payload, [DEAD_LETTERS])
+        virtual.QoS.ack(self, delivery_tag)
 
-    def restore_visible(self, start=0, num=10, interval=10):
-        # Workers try to reconnect at least every 30 seconds, and renew their messages then.
-        if time.monotonic() > self.connected_at + self.visibility_timeout / 3:
-            # Each time: kombu would skip nine of ten.
-            super().restore_visible(start, num, self.channel.unacked_restore_throttle)
+    def restore_by_tag(self, tag, client=None, leftmost=False):
+        with self.channel.conn_or_acquire(client) as client:
+            if entry := client.hget(self.unacked_key, tag):
+                self.put_back(client, tag, entry, "lpush" if leftmost else "rpush")
 
-    def append(self, message, delivery_tag):
-        while True:
-            try:
-                return super().append(message, delivery_tag)
-            except ResponseError as error:
-                logger.warning("Redis refuses to write: %r", error)
-                time.sleep(1)
+    def restore_visible(self, *args, **kwargs):
+        self.channel.renew()
+
+    def restore_lapsed(self, client):
+        """Put back messages of dead workers. What has killed too many becomes a dead letter."""
+        keys = self.unacked_key, self.unacked_index_key, self.channel.renewed_key
+        found = client.eval(LAPSED, 3, *map(self.channel.key, keys), self.visibility_timeout)
+        for tag, entry in zip(found[::2], found[1::2], strict=True):
+            self.put_back(client, tag, entry, has_died=True)
+
+    def put_back(self, client, tag, entry, push="rpush", has_died=False):
+        payload, exchange, routing_key = loads(bytes_to_str(entry))
+        queues = self.channel._lookup(exchange, routing_key)
+        properties = payload["properties"]
+        for part in payload.get("headers"), properties.get("delivery_info"):
+            if isinstance(part, dict):
+                part["redelivered"] = True
+        if has_died:
+            properties["deliveries"] = properties.get("deliveries", 0) + 1
+            if properties["deliveries"] == DELIVERIES:
+                logger.error("%d workers died with this message: %.200r", DELIVERIES, payload)
+                return self.put(client, tag, payload, [DEAD_LETTERS])
+        priority = self.channel._get_message_priority(payload, reverse=False)
+        lists = [self.channel._q_for_pri(queue, priority) for queue in queues]
+        self.put(client, tag, payload, lists, push)
+
+    def put(self, client, tag, payload, lists, push="lpush"):
+        keys = self.unacked_key, self.unacked_index_key, *lists
+        client.eval(PUT, len(keys), *map(self.channel.key, keys), tag, dumps(payload), push)
 
 
 class Channel(KeepingChannel, redis.Channel):
     QoS = QoS
     errors = (RedisError,)
-    is_clock_checked = False
-    unacked_restore_throttle = 1
-    unacked_mutex_expire = 10  # a worker that is killed meanwhile delays others by 10 s, not 300
+    renewed_key = "unacked_renewed"
+    asked = None  # the command whose answer comes next
+    wait = None  # seconds to wait for a bell, or None to look for messages
     # Ask whether an idle connection still exists. kombu does so only in a worker, and Flower, which
     # only listens, would never notice (kombu pull 2590).
     socket_keepalive = True
@@ -62,33 +206,153 @@ class Channel(KeepingChannel, redis.Channel):
             socket.TCP_KEEPCNT: 3,
         }
 
+    def __init__(self, *args, **kwargs):
+        self.unacknowledging = set()  # queues whose messages are never acknowledged
+        self.commands = {}
+        super().__init__(*args, **kwargs)
+
+    def key(self, name):
+        return f"{self.global_keyprefix}{name}"
+
+    def bell(self, queue):
+        return f"{queue}{self.sep}bell"
+
+    def delayed(self, name):
+        return f"{name}{self.sep}delayed"
+
+    def lists(self, queues):
+        return [self._q_for_pri(queue, step) for step in self.priority_steps for queue in queues]
+
+    # Send
+
+    def _put(self, queue, message, _publish_batch=None, **kwargs):
+        if queue in getattr(self, "_expires", ()):  # kombu also renews its keys
+            return super()._put(queue, message, _publish_batch=_publish_batch, **kwargs)
+        name = self._q_for_pri(queue, self._get_message_priority(message, reverse=False))
+        keys = map(self.key, (name, self.bell(queue), self.delayed(name)))
+        command = SEND, 3, *keys, dumps(message), due_time(message)
+        if _publish_batch is not None:
+            _publish_batch.add("eval", *command)
+        else:
+            with self.conn_or_acquire() as client:
+                client.eval(*command)
+
+    # Receive
+
+    def basic_consume(self, queue, no_ack, *args, **kwargs):
+        change = self.unacknowledging.add if no_ack else self.unacknowledging.discard
+        change(queue)
+        self.commands.clear()
+        return super().basic_consume(queue, no_ack, *args, **kwargs)
+
+    def basic_get(self, queue, no_ack=False, **kwargs):
+        message = super().basic_get(queue, no_ack, **kwargs)
+        if message and no_ack:
+            self.qos._remove_from_indices(message.delivery_tag).execute()
+        return message
+
+    def take(self, queues):
+        """Return the command that takes a message from one of these queues, the first ones first."""
+        lists = self.lists(queues)
+        bells = map(self.bell, queues)
+        keys = [self.unacked_key, self.unacked_index_key, *lists, *map(self.delayed, lists), *bells]
+        names = ["" if queue in self.unacknowledging else dumps(queue) for queue in queues]
+        names *= len(self.priority_steps)
+        return "EVAL", TAKE, len(keys), *map(self.key, keys), len(lists), *names
+
+    def _get(self, queue):
+        with self.conn_or_acquire() as client:
+            answer = client.execute_command(*self.take([queue]))
+        if not isinstance(answer, list):
+            raise Empty
+        return loads(bytes_to_str(answer[1]))
+
+    def _brpop_start(self, timeout=None):
+        """Ask for a message, or for a bell if there was none."""
+        queues = self._queue_cycle.consume(len(self.active_queues))
+        if not queues:
+            return
+        connection = self._in_poll = self.client.connection
+        self._brpop_sent_at = monotonic()
+        if self.wait is None:
+            self.asked = "EVAL"
+            packed = self.commands.get(tuple(queues))
+            if packed is None:
+                packed = list(connection.pack_command(*self.take(queues)))
+                self.commands[tuple(queues)] = packed
+            connection.send_packed_command(packed)
+        else:
+            self.asked = "BRPOP"
+            bells = [self.key(self.bell(queue)) for queue in queues]
+            connection.send_command("BRPOP", *bells, self.wait)
+
     def _brpop_read(self, **options):
+        self.wait = None
+        connection = self.client.connection
         try:
-            return super()._brpop_read(**options)
+            answer = self.client.parse_response(connection, self.asked, **options)
+        except self.connection_errors:
+            connection.disconnect()  # so that the poller connects again
+            raise
+        finally:
+            self._in_poll = None
+            getattr(self, "_flush_brpop_reauth", bool)()  # since kombu 5.7
+        if self.asked == "BRPOP":
+            raise Empty
+        if not isinstance(answer, list):
+            self.wait = float(answer)
+            raise Empty
+        name, item = map(bytes_to_str, answer)
+        name = name[len(self.global_keyprefix) :]
+        queue = name.rsplit(self.sep, 1)[0]
+        self._queue_cycle.rotate(queue)
+        try:
+            payload = loads(item)
         except JSONDecodeError as error:
             logger.error("dropped a message that is no JSON: %r", error)
+        else:
+            self.connection._deliver(payload, queue)
+        return True
+
+    def delay(self, queue, payload, due):
+        name = self._q_for_pri(queue, self._get_message_priority(payload, reverse=False))
+        keys = self.unacked_key, self.unacked_index_key, self.delayed(name)
+        arguments = dumps(payload), due, payload["properties"]["delivery_tag"]
+        with self.conn_or_acquire() as client:
+            return client.eval(DELAY, 3, *map(self.key, keys), *arguments)
+
+    # Keep
 
     def renew(self):
+        """Renew this channel's messages. Then put back those that nobody renews."""
         tags = list(self.qos._delivered)
+        keys = [*map(self.key, (self.unacked_index_key, self.renewed_key))]
         with self.conn_or_acquire() as client:
-            for first in range(0, len(tags), 1000):
-                # xx: only those that Redis still has, as others have just been acknowledged
-                times = dict.fromkeys(tags[first : first + 1000], time.time())
-                client.zadd(self.unacked_index_key, times, xx=True)
-            if not self.is_clock_checked:
-                self.is_clock_checked = True
-                check_clock(client)
+            for first in range(0, len(tags) or 1, MOST):
+                some = tags[first : first + MOST]
+                client.eval(RENEW, 2, *keys, self.visibility_timeout, *some)
+            self.qos.restore_lapsed(client)
+
+    # The rest of a queue
+
+    def _purge(self, queue):
+        lists = self.lists([queue])
+        with self.conn_or_acquire() as client, client.pipeline() as pipe:
+            for delayed in map(self.delayed, lists):
+                pipe.execute_command("ZCARD", self.key(delayed))
+                pipe.delete(delayed)
+            waiting = sum(pipe.execute()[::2])
+        return super()._purge(queue) + waiting
+
+    def _delete(self, queue, *args, **kwargs):
+        names = [self.bell(queue), *map(self.delayed, self.lists([queue]))]
+        with self.conn_or_acquire(client=kwargs.get("client")) as client:
+            client.delete(*names)
+        super()._delete(queue, *args, **kwargs)
 
 
 class SentinelChannel(Channel, redis.SentinelChannel):
     pass
-
-
-def check_clock(client):
-    """Warn of a wrong clock: others compare the times that it writes, and may start tasks again."""
-    seconds = round(time.time() - client.time()[0])
-    if abs(seconds) > 5:
-        logger.warning("This clock is %+d s from that of Redis: tasks may run twice", seconds)
 
 
 class Transport(redis.Transport):

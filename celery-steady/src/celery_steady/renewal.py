@@ -6,7 +6,6 @@ from celery.worker.consumer.tasks import Tasks
 from kombu.transport import virtual
 
 VISIBILITY_SECONDS = 120  # until a killed worker's tasks run again, if the settings don't say
-CHECK_SECONDS = 25  # between two checks for messages of dead workers; kombu's own are 100
 
 
 def prepare(app, pool):
@@ -18,14 +17,9 @@ def prepare(app, pool):
     # KeepMessages keeps them.
     app.conf.worker_enable_prefetch_count_reduction = False
     options = {"visibility_timeout": VISIBILITY_SECONDS}
-    if transport.driver_type == "redis":
-        options["unacked_restore_interval"] = CHECK_SECONDS
-        if getattr(pool, "is_green", False):
-            # Longer than the event loop of a gevent worker waits for a message. Otherwise the worker
-            # never delivers the tasks of a killed worker again (kombu 5.7).
-            options["polling_interval"] = 3
-            # Each greenlet that acknowledges a task takes a connection. With kombu's limit of 10, some fail.
-            options["max_connections"] = pool.limit + 100
+    if transport.driver_type == "redis" and getattr(pool, "is_green", False):
+        # Each greenlet that acknowledges a task takes a connection. With kombu's limit of 10, some fail.
+        options["max_connections"] = pool.limit + 100
     app.conf.broker_transport_options = options | app.conf.broker_transport_options
 
 
@@ -70,7 +64,7 @@ class KeepMessages(StartStopStep):
     def renew(self, timer, channel):
         if channel.closed:
             return  # the next one has a round of its own
-        next_round = channel.visibility_timeout / 4  # so two of them may fail
+        next_round = channel.visibility_timeout / 5  # so three of them may fail
         timer.call_after(next_round, self.renew, (timer, channel))
         # If ack() fails again, it adds the message again.
         failed = set(self.unacknowledged)

@@ -1,15 +1,20 @@
 """The setting broker_transport for Amazon SQS: "celery_steady.sqs:Transport"."""
 
+import time
 from logging import getLogger
+from math import ceil
 
 from botocore.exceptions import BotoCoreError, ClientError
 from kombu.asynchronous.aws.connection import AsyncHTTPSConnection
 from kombu.transport import SQS
 
 from celery_steady import versions
-from celery_steady.messages import KeepingChannel
+from celery_steady.messages import KeepingChannel, due_time
 
 logger = getLogger(__name__)
+
+MOST_DELAY = 15 * 60  # seconds that SQS keeps a message that is sent, and one that was received
+MOST_VISIBILITY = 12 * 60 * 60 - 60  # a minute less, because the time since then counts, too
 
 
 class Connection(AsyncHTTPSConnection):
@@ -47,12 +52,28 @@ class Channel(KeepingChannel, SQS.Channel):
         logger.warning("A poll of the SQS queue %s failed: %r", queue, error)
         self.hub.call_later(1, self._schedule_queue, queue)
 
+    def _put(self, queue, message, **kwargs):
+        seconds = ceil(due_time(message) - time.time())
+        if seconds > 0 and not queue.endswith(".fifo"):  # which refuse it
+            message["properties"].setdefault("DelaySeconds", min(seconds, MOST_DELAY))
+        super()._put(queue, message, **kwargs)
+
+    def delay(self, queue, payload, due):
+        seconds = min(ceil(due - time.time()), MOST_VISIBILITY)
+        self._change_visibility(payload["properties"], seconds)
+        return True
+
+    def _change_visibility(self, properties, seconds):
+        info = properties["delivery_info"]
+        self.sqs(info["routing_key"]).change_message_visibility(
+            QueueUrl=info["sqs_queue"],
+            ReceiptHandle=properties["delivery_tag"],
+            VisibilityTimeout=seconds,
+        )
+
     def _restore(self, message):
         """Give an unfinished task's message back at once, not after 20 s (kombu pull 2049)."""
-        info = message.delivery_info
-        self.sqs(info["routing_key"]).change_message_visibility(
-            QueueUrl=info["sqs_queue"], ReceiptHandle=message.delivery_tag, VisibilityTimeout=0
-        )
+        self._change_visibility(message.properties, 0)
 
     def renew(self):
         queues = {}

@@ -1,6 +1,7 @@
 """Tasks whose errors would end their worker fail instead, like any other."""
 
 from asyncio import CancelledError
+from datetime import UTC, datetime
 from functools import cache, wraps
 
 from celery.utils.imports import symbol_by_name
@@ -11,10 +12,16 @@ NO_EXCEPTIONS = (CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit)
 OutOfMemory = type("MemoryError", (Exception,), {})
 
 
-class FailingRequest:
+class SteadyRequest:
     """A task that raises a MemoryError fails. Celery would end the worker, or never acknowledge the
     task, which then comes again without end (celery issue 10462).
     """
+
+    @property
+    def eta(self):
+        """When to start, or None if that time has come. Celery would take one more message meanwhile."""
+        eta = super().eta
+        return eta if eta and eta > datetime.now(UTC) else None
 
     def on_failure(self, exc_info, *args, **kwargs):
         error = getattr(exc_info.exception, "exc", exc_info.exception)
@@ -25,11 +32,11 @@ class FailingRequest:
 
 @cache
 def failing(request):
-    """Return this class of requests, or its name, with FailingRequest."""
+    """Return this class of requests, or its name, with SteadyRequest."""
     request = symbol_by_name(request)
-    if issubclass(request, FailingRequest):
+    if issubclass(request, SteadyRequest):
         return request
-    return type(request.__name__, (FailingRequest, request), {})
+    return type(request.__name__, (SteadyRequest, request), {})
 
 
 def let_fail(task):
