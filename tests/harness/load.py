@@ -235,15 +235,6 @@ class Load:
         if batches := self.accepted["batch"]:
             wait_for(lambda: not {"open", "closed"} & set(self.stack.ask(BATCHES, ids=batches)))
 
-    def give_up(self, seconds):
-        """Wait that long for all that was accepted, and expect the rest no more. Count it."""
-        until = time.monotonic() + seconds
-        while (lost := self.missing()) and time.monotonic() < until:
-            time.sleep(0.5)
-        for ids in self.accepted.values():
-            ids[:] = [task for task in ids if task not in lost]
-        return len(lost)
-
     def missing(self):
         """Return the ids of accepted tasks that have not ended.
 

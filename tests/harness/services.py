@@ -379,7 +379,6 @@ def what_happens(found):
         "orders that the hourly task found": "the hourly task finds orders whose task is missing",
         "refused": "requests get 503",
     }
-    lost = "a task that is just delivered is lost" if found["lost"] else "nothing is lost"
-    what = [lost, *(text for key, text in texts.items() if found[key])]
+    what = ["nothing is lost", *(text for key, text in texts.items() if found[key])]
     what += [f"{process} exits and is restarted" for process in found["exited"]]
     return "; ".join(what)

@@ -1,24 +1,31 @@
-"""RabbitMQ: countdowns of less than a second, queues that are declared in time, lost connections.
+"""RabbitMQ: countdowns that are short or early, queues that are declared in time, lost connections.
 
-An app of this class is needed for the first; the worker's consumer brings the rest.
+An app of this class is needed for the countdowns; the worker's consumer brings the rest.
 """
 
 from datetime import datetime
+from functools import partial
 
 import celery
+from amqp.exceptions import NotFound
 from celery.bootsteps import StartStopStep
 from celery.utils.quorum_queues import detect_quorum_queues
 from celery.worker.consumer import delayed_delivery
 from celery.worker.consumer.tasks import Tasks
 from kombu.common import ignore_errors
+from kombu.transport.native_delayed_delivery import (
+    bind_queue_to_native_delayed_delivery_exchange,
+    declare_native_delayed_delivery_exchanges_and_queues,
+)
 
 from celery_steady import versions
 
 
 class Celery(celery.Celery):
-    """Sends a task with a countdown of less than a second to a quorum queue after a second.
+    """Sends countdowns to quorum queues that Celery 5.7 can't send.
 
-    Celery 5.7 refuses it, and drops a task that is retried with one.
+    One of less than a second starts after a second. Celery refuses it, and drops a task that is retried
+    with one. Before the first worker has ever started, a countdown fails: workers declare its exchanges.
     """
 
     def send_task(self, name, args=None, kwargs=None, countdown=None, eta=None, **options):
@@ -30,7 +37,14 @@ class Celery(celery.Celery):
             seconds = (due - self.now()).total_seconds()
         if seconds and 0 < seconds < 2 and self._has_quorum_queues():
             countdown, eta = max(seconds, 1), None
-        return super().send_task(name, args, kwargs, countdown=countdown, eta=eta, **options)
+        send = partial(super().send_task, name, args, kwargs, countdown=countdown, eta=eta)
+        try:
+            return send(**options)
+        except NotFound:
+            if not seconds:
+                raise
+            declare_delays(self)
+            return send(**options)
 
     def _has_quorum_queues(self):
         driver = self.producer_pool.connections.connection.transport.driver_type
@@ -38,6 +52,23 @@ class Celery(celery.Celery):
 
 
 Celery = versions.choose("RabbitMQ", Celery, celery.Celery)
+
+
+def declare_delays(app):
+    """Declare all queues, and the exchanges and queues of countdowns."""
+    with app.connection_for_write() as connection:
+        declare_queues(app, connection)
+        kind = app.conf.broker_native_delayed_delivery_queue_type
+        declare_native_delayed_delivery_exchanges_and_queues(connection, kind)
+        for queue in app.amqp.queues.values():
+            bind_queue_to_native_delayed_delivery_exchange(connection, queue)
+
+
+def declare_queues(app, connection):
+    for queue in app.amqp.queues.values():
+        # A queue that exists with other arguments is an error only for the workers that use it.
+        with ignore_errors(connection), connection.channel() as channel:
+            queue(channel).declare()
 
 
 class DelayedDelivery(delayed_delivery.DelayedDelivery):
@@ -50,10 +81,7 @@ class DelayedDelivery(delayed_delivery.DelayedDelivery):
     name = delayed_delivery.DelayedDelivery.name  # replaces it
 
     def start(self, consumer):
-        for queue in consumer.app.amqp.queues.values():
-            # A queue that exists with other arguments is an error only for the workers that use it.
-            with ignore_errors(consumer.connection), consumer.connection.channel() as channel:
-                queue(channel).declare()
+        declare_queues(consumer.app, consumer.connection)
         super().start(consumer)
 
 

@@ -61,7 +61,8 @@ if tonumber(ARGV[2]) > now and redis.call('hdel', KEYS[1], ARGV[3]) == 1 then
 end
 """
 # KEYS: unacked, unacked_index, n lists, n delayed, bells. ARGV: n, n names of queues as JSON, or
-# nothing if messages are not acknowledged. Returns list and message, or the seconds until one is due.
+# nothing if messages are not acknowledged, and the header of messages that need no copy.
+# Returns list and message, or the seconds until one is due.
 #
 # The hash unacked has what kombu writes: message, exchange, routing key. Without an exchange, the message
 # can only go back to this queue. The space marks it as one that is renewed.
@@ -78,8 +79,11 @@ if redis.call('exists', unpack(KEYS, 3, 2 * n + 2)) > 0 then
   for i = 3, n + 2 do
     local item = redis.call('rpop', KEYS[i])
     if item then
-      local ok, tag = pcall(function() return cjson.decode(item).properties.delivery_tag end)
-      if ok and type(tag) == 'string' and ARGV[i - 1] ~= '' then
+      local ok, tag = pcall(function()
+        local message = cjson.decode(item)
+        return not message.headers[ARGV[n + 2]] and message.properties.delivery_tag
+      end)
+      if ok and tag and ARGV[i - 1] ~= '' then
         redis.call('hset', KEYS[1], tag, '[' .. item .. ', "", ' .. ARGV[i - 1] .. ' ]')
         redis.call('zadd', KEYS[2], now, tag)
       end
@@ -194,6 +198,7 @@ class Channel(KeepingChannel, redis.Channel):
     QoS = QoS
     errors = (RedisError,)
     renewed_key = "unacked_renewed"
+    without_copy = ""  # a header: the messages that have it may be lost with their worker
     asked = None  # the command whose answer comes next
     wait = None  # seconds to wait for a bell, or None to look for messages
     # Ask whether an idle connection still exists. kombu does so only in a worker, and Flower, which
@@ -258,7 +263,8 @@ class Channel(KeepingChannel, redis.Channel):
         keys = [self.unacked_key, self.unacked_index_key, *lists, *map(self.delayed, lists), *bells]
         names = ["" if queue in self.unacknowledging else dumps(queue) for queue in queues]
         names *= len(self.priority_steps)
-        return "EVAL", TAKE, len(keys), *map(self.key, keys), len(lists), *names
+        arguments = len(lists), *names, self.without_copy
+        return "EVAL", TAKE, len(keys), *map(self.key, keys), *arguments
 
     def _get(self, queue):
         with self.conn_or_acquire() as client:

@@ -59,6 +59,8 @@ def declare_pause(consumer, message, channel, seconds):
         "x-overflow": "reject-publish",
         "x-expires": GIVE_UP * 1000,  # an unused one
     }
-    queue = Queue(f"{name}.unknown.{seconds}", queue_arguments=arguments, durable=True)
+    queue = Queue(
+        f"celery_delayed_unknown_{seconds}_{name}", queue_arguments=arguments, durable=True
+    )
     queue(channel).declare()
     return queue.name

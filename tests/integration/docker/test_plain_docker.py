@@ -189,6 +189,9 @@ BURST = "from orders.tasks import send_confirmation as task; "
 BURST += "print([task.delay(0) for _ in range(1000)][0].id)"
 EXPIRE = "from orders.tasks import check_stock; "
 EXPIRE += "print(check_stock.apply_async([0], expires=1).id)"
+CHANNEL = "from config.celery import app; channel = app.connection_for_write().default_channel; "
+REJECT = CHANNEL + "channel.client.lpush('dead-letters', '{}')"
+PURGE = CHANNEL + "channel.queue_purge('dead-letters')"
 SEND = "from orders.tasks import forecast_demand; print(forecast_demand.delay('Tea').id)"
 # The exporter's service, and commands that leave the broker too little memory, and enough
 EXPORTERS = {"redis": ["redis-exporter"], "rabbitmq": []}
@@ -233,11 +236,10 @@ def test_the_profile_monitoring_sees_each_alert_fire_and_resolve(stack):
         wait_for(lambda: firing() == {"NoWorker", "TasksWait"}, site=stack)
         stack.shell(BURST)
         wait_for(lambda: firing() == {"NoWorker", "TasksWait", "QueueGrows"}, site=stack)
-        if broker == "rabbitmq":
-            stack.shell(EXPIRE)
-            wait_for(lambda: "DeadLetters" in firing(), site=stack)
-            stack.exec(broker, "rabbitmqctl", "purge_queue", "dead-letters")
+        stack.shell({"rabbitmq": EXPIRE, "redis": REJECT}[broker])
+        wait_for(lambda: "DeadLetters" in firing(), site=stack)
         stack.exec("web", "celery", "-A", "config", "purge", "--force")
+        stack.shell(PURGE)
         stack.up("worker")
         wait_for(lambda: not firing(), site=stack)
 
@@ -251,7 +253,7 @@ def test_the_profile_monitoring_sees_each_alert_fire_and_resolve(stack):
         wait_for(lambda: firing() == {"NoMetrics"}, site=stack)
         stack.up("flower")
         wait_for(lambda: not firing(), site=stack)
-        others = {"QueueGrows", "BrokerFull", *(["DeadLetters"] if broker == "rabbitmq" else [])}
+        others = {"QueueGrows", "BrokerFull", "DeadLetters"}
         assert alerts == {"TasksFail", "TasksWait", "NoWorker", "NoMetrics"} | others
 
 

@@ -31,7 +31,7 @@ result = [len(messages), [message["Body"] == messages[0]["Body"] for message in 
 def test_a_dead_letter_is_kept_and_can_be_sent_again(stack):
     """With rabbitmq.json, which names no queue of tasks, and the code in docs/production.md."""
     page = stack.project.read("docs/production.md")
-    again = code(page, "x-death")
+    again = code(page, "send_back")
     file = stack.project / "rabbitmq.json"
     with stack.broker.policy("dead-letters", "import_definitions", file):
         stack.send("plain.circle", ".", 0, queue="reports")

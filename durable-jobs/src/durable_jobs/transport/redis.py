@@ -3,7 +3,7 @@
 from celery_steady.redis import QoS
 from kombu.transport import virtual
 
-from durable_jobs.messages import fields_in
+from durable_jobs.messages import HEADER, fields_in
 
 
 def is_job(message):
@@ -11,15 +11,11 @@ def is_job(message):
 
 
 class JobQoS(QoS):
-    """What kombu does with a message from when a worker takes it until it is acknowledged.
+    """What a worker's connection does with a job's message, of which Redis has no copy.
 
-    kombu copies it into a hash and a sorted set, and deletes it there again: four of six commands of
-    Redis. The message of a job needs no copy: if the worker is killed, Beat sends it again.
+    celery-steady notes others in a hash and a sorted set, and removes them there again. If the worker of
+    a job is killed, Beat sends its message again.
     """
-
-    def append(self, message, delivery_tag):
-        kept = virtual.QoS if is_job(message) else QoS
-        kept.append(self, message, delivery_tag)
 
     def ack(self, delivery_tag):
         kept = virtual.QoS if is_job(self._delivered.get(delivery_tag)) else QoS
@@ -40,6 +36,7 @@ def extend(transport):
     class Transport(transport):
         def __init__(self, *args, **options):
             super().__init__(*args, **options)  # chooses the channel: Redis's or Sentinel's
-            self.Channel = type("Channel", (self.Channel,), {"QoS": JobQoS})
+            own = {"QoS": JobQoS, "without_copy": HEADER}
+            self.Channel = type("Channel", (self.Channel,), own)
 
     return Transport

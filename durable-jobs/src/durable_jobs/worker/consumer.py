@@ -5,7 +5,7 @@ import threading
 from celery import signals
 from celery_steady import consumer, tasks
 
-from durable_jobs.messages import is_job
+from durable_jobs.messages import fields_in, is_job
 from durable_jobs.worker import shutdown, startup
 
 
@@ -26,6 +26,11 @@ class Consumer(consumer.Consumer):
             task.Request = tasks.failing(task.Request)
         else:
             super().prepare(task)
+
+    def on_unknown_task(self, body, message, exc):
+        """Drop the message of a job: Beat sends it again."""
+        steady = super() if fields_in(message.headers) is None else super(consumer.Consumer, self)
+        steady.on_unknown_task(body, message, exc)
 
     def is_limited(self, app):
         """Release jobs even if worker_soft_shutdown_timeout is 0."""

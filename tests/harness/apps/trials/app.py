@@ -77,10 +77,4 @@ def slow_results():
     asynpool.ResultHandler._recv_message = partialmethod(receive, __read__=read_slowly)
 
 
-def wrong_clock():
-    """This process has a clock of its own."""
-    now, seconds = time.time, float(os.environ["AHEAD"])
-    time.time = lambda: now() + seconds
-
-
 globals()[os.environ["FAULT"]]()
