@@ -7,11 +7,12 @@ from datetime import UTC, datetime, timedelta
 from queue import Empty
 
 import pytest
+from celery import Celery
 from kombu import Connection, Consumer, Queue
 from redis.exceptions import ResponseError
 from servers import LIMIT
 
-from celery_steady.redis import DELIVERIES, STOCK
+from celery_steady.redis import DELIVERIES, STOCK, release_countdowns
 
 PREFIX = "{p}:"
 BELL, DELAYED = "\x06\x16bell", "\x06\x16delayed"
@@ -374,6 +375,17 @@ def test_a_queue_that_expires_keeps_doing_so(open, redis):
     client.send("sent", "short")
     assert redis.client.ttl(PREFIX + "short") > 0 or not hasattr(client.channel, "_expires")
     assert json.loads(redis.client.lindex(PREFIX + "short", 0))
+
+
+def test_without_this_package_stock_workers_get_the_countdowns(open, redis):
+    options = {"global_keyprefix": PREFIX}
+    app = Celery(broker=redis.url, set_as_current=False)
+    app.conf.update(broker_transport=redis.transport, broker_transport_options=options)
+    app.conf.task_default_queue = "queue"
+    open().send("later", seconds=100, priority=9)
+    assert release_countdowns(app) == 1 and not release_countdowns(app)
+    message = open(stock=True).get()
+    assert message.payload == "later" and message.headers["eta"]
 
 
 def test_an_empty_queue_raises_what_kombu_raises(open):

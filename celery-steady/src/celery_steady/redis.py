@@ -131,6 +131,13 @@ for i = 1, #old, 2 do
 end
 return found
 """
+# KEYS: delayed, list.
+RELEASE = """
+local items = redis.call('zrange', KEYS[1], 0, -1)
+redis.call('del', KEYS[1])
+for _, item in ipairs(items) do redis.call('lpush', KEYS[2], item) end
+return #items
+"""
 # KEYS: unacked, unacked_index, lists. ARGV: delivery tag, message, rpush to be the next or lpush.
 PUT = """
 if redis.call('hdel', KEYS[1], ARGV[1]) == 1 then
@@ -401,6 +408,16 @@ def keep_transport(client):
 
 
 Transport = versions.choose("Redis", Transport, redis.Transport)
+
+
+def release_countdowns(app):
+    """Move all countdowns to their queues, where stock workers take them and wait. Return how many."""
+    with app.connection_for_write() as connection:
+        channel = connection.default_channel
+        with channel.conn_or_acquire() as client:
+            names = channel.lists(app.amqp.queues)
+            keys = [(channel.delayed(name), name) for name in names]
+            return sum(client.eval(RELEASE, 2, *map(channel.key, pair)) for pair in keys)
 
 
 # Results

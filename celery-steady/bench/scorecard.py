@@ -1,0 +1,290 @@
+"""Kill workers, restart the broker and cut its connections under load. Count what was lost, and what ran twice.
+
+    python celery-steady/bench/scorecard.py redis --kills 200 --restarts 50 --cuts 50
+
+Each fifth task has a countdown, each tenth is retried. celery-steady and stock Celery get the same, one
+after the other. Writes docs/scorecard.md, and what it counted to docs/scorecard.json.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path += [str(HERE), str(HERE.parent / "tests"), str(HERE.parent / "src")]
+
+from servers import SQS, Process, RabbitMQ, Redis  # noqa: E402
+
+RATE = 100  # tasks a second
+VISIBILITY = 30  # seconds. With the default of 120, the end of each run takes longer
+DOCS = HERE.parent / "docs"
+KINDS = "celery-steady", "stock Celery"
+AWS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
+AWS["AWS_DEFAULT_REGION"] = "eu-central-1"
+
+
+class Broker:
+    """A server, and how its connections are cut."""
+
+    def __init__(self, name, folder):
+        self.server = {"redis": Redis, "rabbitmq": RabbitMQ, "sqs": SQS}[name](folder)
+        self.name = name
+
+    def cut(self):
+        if self.name == "redis":
+            from redis import Redis
+
+            client = Redis.from_url(self.server.url)
+            for kind in "normal", "pubsub":
+                client.client_kill_filter(_type=kind)
+        else:
+            command = ["rabbitmqctl", "close_all_connections", "scorecard"]
+            env = self.server.popen["env"]
+            subprocess.run(command, env=env, check=True, stdout=subprocess.DEVNULL)
+
+    def conf(self, kind):
+        is_quorum = self.name == "rabbitmq"
+        conf = {
+            "broker_url": self.server.url,
+            "broker_transport_options": {
+                "visibility_timeout": VISIBILITY,
+                **self.server.transport_options,
+            },
+            "broker_connection_retry_on_startup": True,
+            "broker_connection_max_retries": None,
+            "task_acks_late": True,
+            "task_reject_on_worker_lost": True,
+            "task_default_queue_type": "quorum" if is_quorum else "classic",
+            "worker_prefetch_multiplier": 1,
+            "worker_soft_shutdown_timeout": 10,
+        }
+        if self.name == "redis":  # kombu's own check takes ten times as long
+            conf["broker_transport_options"]["unacked_restore_throttle"] = 1
+        if kind == "celery-steady":
+            conf["worker_consumer"] = "celery_steady.consumer:Consumer"
+            if self.server.transport:
+                conf["broker_transport"] = self.server.transport
+        return conf
+
+
+class Sender(threading.Thread):
+    """Sends tasks until stop() is called. `accepted` has their numbers, `refused` counts errors."""
+
+    def __init__(self, app):
+        super().__init__()
+        self.app, self.accepted, self.refused = app, {}, 0
+        self.is_stopped = threading.Event()
+
+    def run(self):
+        number, due = 0, time.monotonic()
+        while not self.is_stopped.is_set():
+            number, due = number + 1, due + 1 / RATE
+            kind = random.random()
+            options = {"countdown": random.uniform(1, 5)} if kind < 0.2 else {}
+            is_retried = 0.2 <= kind < 0.3
+            seconds = random.choice([0, 0, 0, 0.01, 0.02])
+            try:
+                # What was sent without an answer may have arrived: neither lost nor doubled.
+                self.app.send_task(
+                    "scorecard_app.work", [number, seconds, is_retried], retry=False, **options
+                )
+                self.accepted[number] = 1 + is_retried
+            except Exception:
+                self.refused += 1
+                time.sleep(0.2)
+                due = max(due, time.monotonic())
+            time.sleep(max(0, due - time.monotonic()))
+
+    def stop(self):
+        self.is_stopped.set()
+        self.join()
+
+
+class Run:
+    def __init__(self, name, kind, folder):
+        self.folder = folder
+        self.broker = Broker(name, folder / "broker")
+        self.marks = folder / "marks"
+        self.marks.touch()
+        conf = self.broker.conf(kind)
+        self.env = os.environ | AWS | {"CONF": json.dumps(conf), "KIND": kind}
+        self.env |= {"MARKS": str(self.marks), "PYTHONPATH": os.pathsep.join(sys.path)}
+        if name == "sqs":
+            self.env["AWS_ENDPOINT_URL"] = self.broker.server.endpoint
+        self.faults, self.workers = Counter(), []
+        self.events, self.history = [], {}
+
+    def app(self):
+        os.environ.update({name: self.env[name] for name in ("CONF", "KIND", "MARKS", *AWS)})
+        if "AWS_ENDPOINT_URL" in self.env:
+            os.environ["AWS_ENDPOINT_URL"] = self.env["AWS_ENDPOINT_URL"]
+        sys.modules.pop("scorecard_app", None)
+        import scorecard_app
+
+        return scorecard_app.app
+
+    def start_worker(self, number):
+        command = (
+            f"{sys.executable} -m celery -A scorecard_app worker -c 2 -l WARNING -n {number}@x"
+        )
+        log = self.folder / f"worker{number}.log"
+        return Process(command.split(), log, cwd=self.folder, env=self.env).start()
+
+    def starts(self):
+        with open(self.marks) as file:
+            return sum(line.endswith("start\n") for line in file)
+
+    def wait_for_work(self, seconds=30):
+        """Wait until tasks start again. A stock worker may never."""
+        before, until = self.starts(), time.monotonic() + seconds
+        while self.starts() < before + 5 and time.monotonic() < until:
+            time.sleep(0.1)
+        time.sleep(random.uniform(0.2, 1.2))
+
+    def kill(self):
+        worker = random.choice(self.workers)
+        self.events.append((time.time(), f"kill {worker.pid}"))
+        worker.kill()
+        worker.start()
+
+    def restart(self):
+        server = self.broker.server
+        if random.random() < 0.5:
+            server.kill()
+        else:
+            server.signal(signal.SIGTERM)
+            server.wait()
+        time.sleep(1)
+        server.start()
+
+    def cut(self):
+        self.broker.cut()
+
+    def go(self, kills, restarts, cuts):
+        with self.broker.server:
+            sender = Sender(self.app())
+            self.workers = [self.start_worker(number) for number in range(2)]
+            try:
+                faults = ["kill"] * kills + ["restart"] * restarts + ["cut"] * cuts
+                random.shuffle(faults)
+                sender.start()
+                self.wait_for_work()
+                for number, fault in enumerate(faults):
+                    self.events.append((time.time(), fault))
+                    getattr(self, fault)()
+                    self.faults[fault] += 1
+                    self.wait_for_work()
+                    if number % 20 == 19:
+                        print(f"  {number + 1} faults of {len(faults)}", flush=True)
+                sender.stop()
+                self.wait_until_quiet()
+            finally:
+                for worker in self.workers:
+                    worker.kill()
+        return self.count(sender)
+
+    def wait_until_quiet(self):
+        """Wait until nothing has started for longer than a lost message could take."""
+        seen, since = self.starts(), time.monotonic()
+        while time.monotonic() < since + 3 * VISIBILITY:
+            time.sleep(1)
+            if (now := self.starts()) > seen:
+                seen, since = now, time.monotonic()
+
+    def count(self, sender):
+        starts, ended = Counter(), set()
+        interrupted = Counter()  # runs that a kill ended
+        runs = {}
+        for line in self.marks.read_text().splitlines():
+            number, retries, group, at, what = line.split()
+            run = int(number), int(retries)
+            self.history.setdefault(run, []).append((round(float(at), 2), group, what))
+            if what == "start":
+                starts[run] += 1
+                runs.setdefault(run, []).append(group)
+            else:
+                ended.add(run)
+                runs[run].remove(group)
+        for run, groups in runs.items():
+            interrupted[run] += len(groups)
+        lost = [
+            number
+            for number, runs in sender.accepted.items()
+            if not all((number, retries) in ended for retries in range(runs))
+        ]
+        doubled = [
+            run
+            for run, count in starts.items()
+            if run[0] in sender.accepted and count - interrupted[run] > 1
+        ]
+        for run in doubled:
+            print(run, self.history[run])
+        if doubled:
+            print(self.events)
+        return {
+            **self.faults,
+            "sent": len(sender.accepted),
+            "refused": sender.refused,
+            "lost": len(lost),
+            "ran again after a kill": sum(1 for count in interrupted.values() if count),
+            "ran twice otherwise": len(doubled),
+            "of them first runs": sum(not retries for _, retries in doubled),
+        }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("broker", choices=["redis", "rabbitmq", "sqs"])
+    for fault, count in {"kills": 200, "restarts": 50, "cuts": 50}.items():
+        parser.add_argument(f"--{fault}", type=int, default=count)
+    parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--write", action="store_true", help="into docs/")
+    options = parser.parse_args()
+    rows = []
+    for kind in options.kinds:
+        random.seed(options.seed)
+        with tempfile.TemporaryDirectory() as folder:
+            print(f"{options.broker}, {kind}", flush=True)
+            run = Run(options.broker, kind, Path(folder))
+            start = time.monotonic()
+            found = run.go(options.kills, options.restarts, options.cuts)
+            found["minutes"] = round((time.monotonic() - start) / 60)
+        rows.append({"broker": options.broker, "kind": kind, **found})
+        print(rows[-1], flush=True)
+    if options.write:
+        write(rows, options.seed)
+    return rows
+
+
+def write(rows, seed):
+    """Replace the rows of this broker in docs/scorecard.json, and write the page from all."""
+    DOCS.mkdir(exist_ok=True)
+    path = DOCS / "scorecard.json"
+    old = json.loads(path.read_text()) if path.exists() else []
+    commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True, cwd=HERE)
+    about = {
+        "date": date.today().isoformat(),
+        "commit": commit.strip(),
+        "seed": seed,
+        "versions": {name: version(name) for name in ("celery", "kombu", "redis")},
+        "machine": f"{os.cpu_count()} processors, Python {platform.python_version()}",
+    }
+    kept = [row for row in old if row["broker"] != rows[0]["broker"]]
+    path.write_text(json.dumps(kept + [row | about for row in rows], indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+"""The app under load. Its task writes each start and end to the file MARKS, as `number retries group time end`."""
+
+import json
+import os
+import time
+
+import celery
+
+from celery_steady import rabbitmq
+
+IS_STEADY = os.environ["KIND"] == "celery-steady"
+app = (rabbitmq.Celery if IS_STEADY else celery.Celery)("scorecard_app")
+app.conf.update(json.loads(os.environ["CONF"]))
+file = os.open(os.environ["MARKS"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+
+
+def mark(*words):
+    os.write(file, " ".join(map(str, words)).encode() + b"\n")
+
+
+@app.task(bind=True, ignore_result=True, max_retries=1)
+def work(self, number, seconds, is_retried):
+    mark(number, self.request.retries, os.getpgrp(), time.time(), "start")
+    time.sleep(seconds)
+    if is_retried and not self.request.retries:
+        mark(number, self.request.retries, os.getpgrp(), time.time(), "end")
+        raise self.retry(countdown=1)
+    mark(number, self.request.retries, os.getpgrp(), time.time(), "end")
