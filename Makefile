@@ -1,4 +1,4 @@
-.PHONY: demo steady library test prove chaos bench site pictures wheel release lint
+.PHONY: demo steady library test prove chaos scorecard bench site pictures wheel release lint
 
 demo: .venv  ## bake a project, start it, run its tasks: make demo ARGS="durable_jobs=yes"
 	@PYTHONPATH=tests .venv/bin/python -m harness.demo $(ARGS)
@@ -20,6 +20,9 @@ prove: .venv  ## the slow tests, such as faults and containers: make prove ARGS=
 
 chaos: .venv  ## two minutes of random faults on each broker; longer: make chaos ARGS="redis --seconds 600 --jobs 5000 --seed 1"
 	@PYTHONPATH=tests .venv/bin/python -m harness.chaos $(ARGS)
+
+scorecard: .venv  ## what faults lose with celery-steady and with stock Celery, into its docs: make scorecard ARGS="redis --kills 20"
+	.venv/bin/python celery-steady/bench/scorecard.py $(or $(ARGS),redis) --write
 
 bench: .venv  ## measure and write durable-jobs/docs/performance.md; a trial: make bench ARGS="--scale 0.1"
 	PYTHONPATH=tests .venv/bin/python durable-jobs/bench/run.py $(ARGS)

@@ -61,10 +61,9 @@ def answers_ping(port, *options):
 class Redis(Broker):
     server = "redis"
     answers = {"broker": "redis"}
-    # kombu looks for tasks to deliver again each second, not each 10. If it is killed meanwhile,
-    # others may do so after 2 seconds, not 10.
+    # Workers look for tasks of dead ones each second, not each 10.
     settings = """
-CELERY_BROKER_TRANSPORT_OPTIONS |= {"unacked_restore_interval": 1, "unacked_mutex_expire": 2}
+CELERY_BROKER_TRANSPORT_OPTIONS["unacked_restore_interval"] = 1
 """
 
     def __init__(self, folder, project=None, port=None):

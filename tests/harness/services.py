@@ -181,6 +181,10 @@ def servers_of(answers):
     return found
 
 
+def has_moto(answers):
+    return SQS in servers_of(answers).values()
+
+
 def cells_of(answers):
     """Return each service with each fault, as {(service, fault): what else has the same cell}.
 
@@ -205,7 +209,8 @@ def cells_of(answers):
 def spread(combinations):
     """Yield (answers, service, fault): each cell once, about as many for each of these answers.
 
-    With durable jobs, which have tests of their own for each broker, each service once.
+    With durable jobs, which have tests of their own for each broker, each service once. A stack with
+    moto, which is slow, gets only what no other one has.
     """
     where = {}
     for number, answers in enumerate(combinations):
@@ -215,7 +220,9 @@ def spread(combinations):
             where.setdefault(cell, []).append((number, service, fault))
     loads = [0] * len(combinations)
     for places in sorted(where.values(), key=len):
-        number, service, fault = min(places, key=lambda place: loads[place[0]])
+        number, service, fault = min(
+            places, key=lambda place: (has_moto(combinations[place[0]]), loads[place[0]])
+        )
         loads[number] += 1
         yield combinations[number], service, fault
 
@@ -242,7 +249,9 @@ def each_cell():
         group = "-".join(words)
         stack = stacks.setdefault(group, answers)
         marks = [pytest.mark.xdist_group(f"services-{group}")]
-        if jobs == "plain":
+        if has_moto(answers):
+            marks.append(pytest.mark.nightly)
+        elif jobs == "plain":
             marks.append(pytest.mark.each_broker)
         params.append(
             pytest.param(stack, service, fault, id=f"{group}-{service}-{fault}", marks=marks)
