@@ -209,8 +209,8 @@ def cells_of(answers):
 def spread(combinations):
     """Yield (answers, service, fault): each cell once, about as many for each of these answers.
 
-    With durable jobs, which have tests of their own for each broker, each service once. A stack with
-    moto, which is slow, gets only what no other one has.
+    With durable jobs, which have tests of their own for each broker, each service once. A stack
+    with moto, which is slow, gets only what no other one has.
     """
     where = {}
     for number, answers in enumerate(combinations):

@@ -1,4 +1,4 @@
-"""`make scorecard`, with few faults: nothing is lost, and nothing runs twice that wasn't running at a kill."""
+"""`make scorecard`, with few faults: nothing is lost, and only what ran at a kill runs again."""
 
 import subprocess
 import sys
