@@ -81,7 +81,7 @@ INSTALLED_APPS = [
     "drf_spectacular",
     "drf_spectacular_sidecar",
     "django_structlog",
-    "celery_steady",  # lets `manage.py check` find tasks that would not run, among others
+    "celery_steady",  # `manage.py check` also finds tasks that would never run
     "axes",
 {% for app in [result_backend.app, periodic_tasks.app] | select %}
     "{{ app }}",
@@ -276,11 +276,11 @@ CELERY_TIMEZONE = TIME_ZONE
 
 {% print durable_jobs.settings | default %}
 {% if not has_jobs %}
-# What Celery lacks, from the package celery-steady. Delete a line to use Celery's own class instead.
+# What Celery lacks, from the package celery-steady. Without a line, Celery uses its own class.
 {% if broker.transport is defined %}
 CELERY_BROKER_TRANSPORT = {{ broker.transport }}
 {% endif %}
-CELERY_WORKER_CONSUMER = "celery_steady.consumer:Consumer"  # renews messages, stops softly, waits
+CELERY_WORKER_CONSUMER = "celery_steady.consumer:Consumer"  # renews messages; SIGTERM has a limit
 CELERY_BEAT_SCHEDULER = {{ periodic_tasks.scheduler }}
 
 {% elif has_schedule_table %}

@@ -15,7 +15,7 @@ os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
 app = Celery("config")
 app.config_from_object("django.conf:settings", namespace="CELERY")
 app.autodiscover_tasks()
-app.steps["worker"].add(LogStep)  # django-structlog's, but each line names its task
+app.steps["worker"].add(LogStep)  # django-structlog's step, and each log line names its task
 
 # `celery report`, `celery inspect conf` and Flower print all settings. Mask these passwords, too.
 hidden = utils.HIDDEN_SETTINGS.pattern + "|CELERY_BROKER_URL|LOCATION|BASIC_AUTH"
