@@ -4,6 +4,7 @@ import signal
 import time
 import uuid
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 
 import pytest
@@ -129,6 +130,17 @@ def test_a_message_of_a_dead_client_comes_again(open):
             message = other.receive()
             assert message.payload == "sent"
             message.ack()
+
+
+@ours
+def test_a_message_arrives_when_its_time_has_come(open):
+    with open() as client:
+        due = datetime.now(UTC) + timedelta(seconds=2)
+        client.send("later", headers={"eta": due.isoformat()})
+        assert client.look() is None
+        message = client.receive()
+        assert datetime.now(UTC) > due - timedelta(seconds=0.5)
+        message.ack()
 
 
 @ours

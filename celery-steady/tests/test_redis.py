@@ -8,6 +8,7 @@ from queue import Empty
 
 import pytest
 from celery import Celery
+from celery.contrib.testing.worker import start_worker
 from kombu import Connection, Consumer, Queue
 from redis.exceptions import ResponseError
 from servers import LIMIT
@@ -135,6 +136,15 @@ def test_a_waiting_consumer_is_woken_by_a_message(open, redis):
         sender.send("sent")
         client.connection.drain_events(timeout=LIMIT)
         assert arrived
+
+
+def test_an_inspection_gets_its_replies_in_time(redis):
+    """Each waits in a queue that expires, and whose messages need no acknowledgement."""
+    app = Celery(broker=redis.url, set_as_current=False)
+    app.conf.update(broker_transport=redis.transport)
+    with start_worker(app, perform_ping_check=False, shutdown_timeout=LIMIT) as worker:
+        [replies] = app.control.ping(timeout=LIMIT / 2, limit=1)
+        assert replies == {worker.hostname: {"ok": "pong"}}
 
 
 def test_bells_that_nobody_waits_for_are_few(open, redis):
@@ -373,8 +383,10 @@ def test_a_queue_that_expires_keeps_doing_so(open, redis):
     queue = Queue("short", expires=100, durable=True)
     queue(client.channel).declare()
     client.send("sent", "short")
-    assert redis.client.ttl(PREFIX + "short") > 0 or not hasattr(client.channel, "_expires")
     assert json.loads(redis.client.lindex(PREFIX + "short", 0))
+    if hasattr(client.channel, "_expires"):  # since kombu 5.6
+        for name in "short", "short" + BELL:
+            assert redis.client.ttl(PREFIX + name) > 0
 
 
 def test_without_this_package_stock_workers_get_the_countdowns(open, redis):

@@ -42,15 +42,18 @@ STOCK = 3600  # seconds until messages of a stock worker come again: kombu's vis
 NOW = "local now = redis.call('time'); now = now[1] + now[2] / 1000000\n"
 # A full Redis refuses commands that need memory, but only until a script has written. So what a worker
 # does begins with a write that needs none. SEND doesn't, and nothing of it happens.
-# KEYS: list, bell, delayed. ARGV: message, time when it's due.
+# KEYS: delayed, list, bell, and what else expires. ARGV: message, time when it's due, milliseconds or 0.
 SEND = f"""{NOW}
 if tonumber(ARGV[2]) > now then
-  redis.call('zadd', KEYS[3], ARGV[2], ARGV[1])
+  redis.call('zadd', KEYS[1], ARGV[2], ARGV[1])
 else
-  redis.call('lpush', KEYS[1], ARGV[1])
+  redis.call('lpush', KEYS[2], ARGV[1])
 end
-redis.call('lpush', KEYS[2], '')
-redis.call('ltrim', KEYS[2], 0, 99)
+redis.call('lpush', KEYS[3], '')
+redis.call('ltrim', KEYS[3], 0, 99)
+if tonumber(ARGV[3]) > 0 then
+  for i = 2, #KEYS do redis.call('pexpire', KEYS[i], ARGV[3]) end
+end
 """
 # KEYS: unacked, unacked_index, delayed. ARGV: message, time when it's due, delivery tag.
 DELAY = f"""{NOW}
@@ -117,9 +120,9 @@ local found = {{}}
 if gap > ARGV[1] / 2 or steady < ARGV[1] / 2 then return found end
 local old = redis.call(
   'zrangebyscore', KEYS[2], '-inf', now - ARGV[1], 'withscores', 'limit', 0, 10 * {MOST})
+if #old > 0 then redis.call('persist', KEYS[1]) end
 for i = 1, #old, 2 do
   local tag, entry = old[i], redis.call('hget', KEYS[1], old[i])
-  redis.call('persist', KEYS[1])
   if not entry then
     redis.call('zrem', KEYS[2], tag)
   elseif entry:sub(-2) == ' ]' or now - old[i + 1] > {STOCK} then
@@ -238,11 +241,12 @@ class Channel(KeepingChannel, redis.Channel):
     # Send
 
     def _put(self, queue, message, _publish_batch=None, **kwargs):
-        if queue in getattr(self, "_expires", ()):  # kombu also renews its keys
-            return super()._put(queue, message, _publish_batch=_publish_batch, **kwargs)
         name = self._q_for_pri(queue, self._get_message_priority(message, reverse=False))
-        keys = map(self.key, (name, self.bell(queue), self.delayed(name)))
-        command = SEND, 3, *keys, dumps(message), due_time(message)
+        keys = [self.delayed(name), name, self.bell(queue)]
+        if expires := getattr(self, "_expires", {}).get(queue, 0):  # since kombu 5.6
+            keys += self.lists([queue])
+        arguments = dumps(message), due_time(message), expires
+        command = SEND, len(keys), *map(self.key, keys), *arguments
         if _publish_batch is not None:
             _publish_batch.add("eval", *command)
         else:
