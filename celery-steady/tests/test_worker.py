@@ -3,6 +3,7 @@
 import json
 import signal
 import subprocess
+import time
 
 import pytest
 from servers import LIMIT, until
@@ -139,6 +140,27 @@ def test_a_task_that_ends_while_redis_is_down_is_not_run_again(
     task.answer()
     redis.start()
     assert result.get() == "long"
+    settled()
+    assert not calls.names()
+
+
+@pytest.mark.parametrize("sender", ["steady", "stock"])
+def test_a_worker_without_a_free_slot_takes_no_task(
+    pool, sender, start, steady, stock, client, calls, settled, redis
+):
+    """A countdown took the last slot. The next task is for whoever is free first."""
+    start(steady, pool=pool)
+    app = client({"steady": steady, "stock": stock}[sender])
+    app.send_task("worker_app.ask", ["long"])
+    running = [calls.next("long")]
+    app.send_task("worker_app.ask", ["later"], countdown=1)
+    running.append(calls.next("later"))
+    app.send_task("worker_app.ask", ["next"])
+    time.sleep(2)  # a worker that waits for messages would have taken it
+    assert redis.client.llen("celery") == 1
+    for call in running:
+        call.answer()
+    calls.next("next").answer()
     settled()
     assert not calls.names()
 
