@@ -134,6 +134,7 @@ class Run:
         if name == "sqs":
             self.env["AWS_ENDPOINT_URL"] = self.broker.server.endpoint
         self.faults, self.workers = Counter(), []
+        self.at = []  # when which fault was
         self.killed = {}  # {process group: when it was killed}
 
     def app(self):
@@ -192,6 +193,7 @@ class Run:
                 sender.start()
                 self.wait_for_work()
                 for number, fault in enumerate(faults):
+                    self.at.append((fault, time.time()))
                     getattr(self, fault)()
                     self.faults[fault] += 1
                     self.wait_for_work()
@@ -229,6 +231,8 @@ class Run:
         for run, found in starts.items():
             if run[0] in sender.accepted and (extra := len(found) - 1):
                 killed = sum(self.ran_at_kill(group, at, ends.get(run, [])) for group, at in found)
+                if run[1]:  # its first run may have sent the retry again
+                    killed += len(starts[run[0], 0]) - 1
                 again += min(extra, killed)
                 if extra > killed:
                     twice.append((run, found, ends.get(run)))
@@ -240,6 +244,7 @@ class Run:
             "ran again after a kill": again,
             "ran twice otherwise": len(twice),
             "which": twice[:20],
+            "faults at": self.at if twice else [],
         }
 
     def ran_at_kill(self, group, start, ends):

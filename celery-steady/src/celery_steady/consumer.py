@@ -4,7 +4,7 @@ import threading
 from functools import partial
 
 from celery import signals
-from celery.concurrency import prefork, solo, thread
+from celery.concurrency import asynpool, prefork, solo, thread
 from celery.worker import consumer
 
 from celery_steady import (
@@ -99,6 +99,17 @@ class Consumer(StockConsumer):
     def on_decode_error(self, message, exc):
         malformed.drop(self, message, exc)
 
+    # A lost connection
+
+    def on_close(self):
+        """Celery forgets the tasks that no child has accepted, but some children only hadn't said so."""
+        jobs = sent_jobs(self.pool) if self.is_prefork else []
+        for job in jobs:
+            job._accepted = True
+        super().on_close()
+        for job in jobs:
+            job._accepted = False
+
     # The end
 
     def is_limited(self, app):
@@ -127,6 +138,12 @@ class Consumer(StockConsumer):
     def stop(self):
         self.announce_shutdown()
         super().stop()
+
+
+def sent_jobs(pool):
+    """Return the jobs that were written to a child, which has not yet said that it accepts them."""
+    jobs = [job for job in tuple(pool._pool._cache.values()) if not job._accepted]
+    return [job for job in jobs if job._write_to and not asynpool._get_job_writer(job)]
 
 
 Consumer = versions.choose("worker", Consumer, StockConsumer)

@@ -50,8 +50,9 @@ class KeepMessages(StartStopStep):
         for message in kept:
             self.take(message)
         self.renew(consumer.timer, channel)
-        # A second later, after tasks that ended meanwhile are acknowledged
-        consumer.timer.call_after(1, self.release, (consumer, kept))
+        # When the event loop has run for a second, it knows which tasks have started or ended meanwhile.
+        wait = 1, self.release, (consumer, channel, kept)
+        consumer.timer.call_after(0, consumer.timer.call_after, wait)
 
     def shutdown(self, consumer):
         if self.channel:
@@ -74,8 +75,10 @@ class KeepMessages(StartStopStep):
             message.ack()
         channel.renew()
 
-    def release(self, consumer, messages):
+    def release(self, consumer, channel, messages):
         """Put back what was still waiting when the connection was lost: Celery has dropped it."""
+        if self.channel is not channel:
+            return  # it was lost again
         consumer.perform_pending_operations()  # with gevent, Celery 5.6 acknowledges there
         running = {each.message for each in tuple(state.active_requests)}
         for message in messages:
