@@ -6,6 +6,7 @@ with a class of Celery's or kombu's, and with ours. Real workers show others: se
 
 import shelve
 import sys
+from collections import deque
 from io import BytesIO
 from itertools import chain, repeat
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from unittest.mock import DEFAULT, MagicMock, Mock, patch
 import pytest
 from amqp import RecoverableConnectionError
 from billiard.einfo import ExceptionInfo
+from billiard.pool import RUN
 from celery import Celery, beat
 from celery.app import trace
 from celery.app.task import Context
@@ -21,6 +23,7 @@ from celery.backends.asynchronous import geventDrainer
 from celery.backends.base import KeyValueStoreBackend
 from celery.backends.dynamodb import DynamoDBBackend
 from celery.backends.redis import RedisBackend
+from celery.concurrency import asynpool
 from celery.concurrency.thread import TaskPool
 from celery.worker import worker
 from celery.worker.consumer.delayed_delivery import DelayedDelivery
@@ -33,6 +36,7 @@ from kombu.transport import SQS, redis, virtual
 from redis.exceptions import ResponseError
 
 from celery_steady import beat as steady_beat
+from celery_steady import consumer as steady_consumer
 from celery_steady import dynamodb, messages, rabbitmq, renewal, shutdown, sqs, tasks
 from celery_steady import redis as steady_redis
 
@@ -318,6 +322,18 @@ def beat_does_not_start_with_a_schedule_whose_class_is_gone(kind, redis):
     return fails(ImportError, kind, app=app, schedule_filename=str(file))
 
 
+def a_task_that_a_child_has_just_got_is_forgotten(kind, redis):
+    """The connection is lost before the child has said so. The task ends, but is never acknowledged."""
+    job = Mock(_accepted=False, _write_to=Mock(), _writer=lambda: None)
+    children = Mock(_cache={1: job}, _state=RUN, synack=False, outbound_buffer=deque())
+    children.configure_mock(_active_writers=set(), _active_writes=set(), _busy_workers=set())
+    pool = Mock(_pool=children, flush=lambda: asynpool.AsynPool.flush(children))
+    consumer = object.__new__(kind)
+    vars(consumer).update(controller=None, task_buckets={}, timer=None, pool=pool, is_prefork=True)
+    consumer.on_close()
+    return job.discard.called
+
+
 REDIS = redis.Transport, steady_redis.Transport
 FAULTS = {  # {reproduction: (Celery's or kombu's part, ours)}
     an_acknowledgement_that_fails_is_not_repeated: (virtual.Message, messages.Message),
@@ -337,6 +353,10 @@ FAULTS = {  # {reproduction: (Celery's or kombu's part, ours)}
     a_chord_does_not_get_an_ignored_result: (DynamoDBBackend, dynamodb.DynamoDBBackend),
     the_state_retry_replaces_a_result: (RedisBackend, steady_redis.RedisBackend),
     greenlets_get_no_result_after_an_error: (geventDrainer, steady_redis.Drainer),
+    a_task_that_a_child_has_just_got_is_forgotten: (
+        steady_consumer.StockConsumer,
+        steady_consumer.Consumer,
+    ),
     a_soft_shutdown_takes_its_whole_time: (False, True),
     a_thread_cannot_be_ended: (False, True),
     a_task_that_raises_a_system_exit_never_ends: (False, True),
