@@ -35,7 +35,7 @@ logger = getLogger(__name__)
 
 DEAD_LETTERS = "dead-letters"
 DELIVERIES = 20  # to workers that died, as a quorum queue's delivery-limit in RabbitMQ 4
-IDLE = 1  # seconds until a waiting worker looks for messages of stock senders, who ring no bell
+IDLE = 2  # seconds until a waiting worker looks for messages of stock senders, who ring no bell
 MOST = 1000  # messages in one command
 STOCK = 3600  # seconds until messages of a stock worker come again: kombu's visibility_timeout
 
@@ -69,34 +69,34 @@ end
 #
 # The hash unacked has what kombu writes: message, exchange, routing key. Without an exchange, the message
 # can only go back to this queue. The space marks it as one that is renewed.
-TAKE = f"""{NOW}
+TAKE = f"""
 local n, wait = tonumber(ARGV[1]), {IDLE}
-if redis.call('exists', unpack(KEYS, 3, 2 * n + 2)) > 0 then
-  for i = 3, n + 2 do
-    local due = redis.call('zrangebyscore', KEYS[n + i], '-inf', now, 'limit', 0, 100)
-    for _, item in ipairs(due) do
-      redis.call('zrem', KEYS[n + i], item)
-      redis.call('lpush', KEYS[i], item)
+if redis.call('exists', unpack(KEYS, 3)) == 0 then return tostring(wait) end
+{NOW}
+for i = 3, n + 2 do
+  local due = redis.call('zrangebyscore', KEYS[n + i], '-inf', now, 'limit', 0, 100)
+  for _, item in ipairs(due) do
+    redis.call('zrem', KEYS[n + i], item)
+    redis.call('lpush', KEYS[i], item)
+  end
+end
+for i = 3, n + 2 do
+  local item = redis.call('rpop', KEYS[i])
+  if item then
+    local ok, tag = pcall(function()
+      local message = cjson.decode(item)
+      return not message.headers[ARGV[n + 2]] and message.properties.delivery_tag
+    end)
+    if ok and tag and ARGV[i - 1] ~= '' then
+      redis.call('hset', KEYS[1], tag, '[' .. item .. ', "", ' .. ARGV[i - 1] .. ' ]')
+      redis.call('zadd', KEYS[2], now, tag)
     end
+    return {{KEYS[i], item}}
   end
-  for i = 3, n + 2 do
-    local item = redis.call('rpop', KEYS[i])
-    if item then
-      local ok, tag = pcall(function()
-        local message = cjson.decode(item)
-        return not message.headers[ARGV[n + 2]] and message.properties.delivery_tag
-      end)
-      if ok and tag and ARGV[i - 1] ~= '' then
-        redis.call('hset', KEYS[1], tag, '[' .. item .. ', "", ' .. ARGV[i - 1] .. ' ]')
-        redis.call('zadd', KEYS[2], now, tag)
-      end
-      return {{KEYS[i], item}}
-    end
-  end
-  for i = n + 3, 2 * n + 2 do
-    local next = redis.call('zrange', KEYS[i], 0, 0, 'withscores')[2]
-    if next then wait = math.max(math.min(wait, next - now), 0.001) end
-  end
+end
+for i = n + 3, 2 * n + 2 do
+  local next = redis.call('zrange', KEYS[i], 0, 0, 'withscores')[2]
+  if next then wait = math.max(math.min(wait, next - now), 0.001) end
 end
 redis.call('del', unpack(KEYS, 2 * n + 3))
 return tostring(wait)

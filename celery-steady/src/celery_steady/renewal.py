@@ -17,9 +17,13 @@ def prepare(app, pool):
     # KeepMessages keeps them.
     app.conf.worker_enable_prefetch_count_reduction = False
     options = {"visibility_timeout": VISIBILITY_SECONDS}
-    if transport.driver_type == "redis" and getattr(pool, "is_green", False):
-        # Each greenlet that acknowledges a task takes a connection. With kombu's limit of 10, some fail.
-        options["max_connections"] = pool.limit + 100
+    if transport.driver_type == "redis":
+        options["unacked_restore_interval"] = (
+            100  # KeepMessages looks more often than kombu's timer
+        )
+        if getattr(pool, "is_green", False):
+            # Each greenlet that acknowledges a task takes a connection. With kombu's limit of 10, some fail.
+            options["max_connections"] = pool.limit + 100
     app.conf.broker_transport_options = options | app.conf.broker_transport_options
 
 
