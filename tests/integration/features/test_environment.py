@@ -256,7 +256,8 @@ def test_an_idle_worker_sends_redis_few_commands(project, tmp_path):
     """Some providers bill each. Looking for lost tasks each second quadruples them."""
     redis = Redis(tmp_path / "redis")
     command = [project / ".venv/bin/celery", "-A", "config", "worker", "--concurrency", "1"]
-    options = {"says": " ready.", "cwd": project, "variables": redis.variables}
+    variables = redis.variables | {"VISIBILITY_SECONDS": 120}  # the default
+    options = {"says": " ready.", "cwd": project, "variables": variables}
 
     def count():
         printed = subprocess.check_output(["redis-cli", "-p", str(redis.port), "info", "stats"])
