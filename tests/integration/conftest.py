@@ -23,6 +23,14 @@ def pytest_collection_modifyitems(items):
         item.add_marker(named[0] if named else FIRST)
         if {*named} & {*OTHERS} and not item.get_closest_marker("each_broker"):
             item.add_marker("nightly")
-        # moto takes as much time as all else: in .ci/run, only one pool has it.
-        if {*words} & {"sqs", "dynamodb"} and {*words} & {*OTHER_POOLS}:
+        folder = item.path.parent.name
+        other_pool = {*words} & {*OTHER_POOLS}
+        if (
+            # moto takes as much time as all else.
+            (other_pool and {*words} & {"sqs", "dynamodb"})
+            # The services and the runs have each pool, too.
+            or (other_pool and folder == "faults")
+            # The faults are about durable jobs, too.
+            or ("jobs" in words and folder == "services")
+        ):
             item.add_marker("nightly")
