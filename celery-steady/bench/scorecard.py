@@ -33,11 +33,11 @@ DOCS = HERE.parent / "docs"
 KINDS = "celery-steady", "stock Celery"
 BROKERS = ["redis", "rabbitmq", "sqs"]
 FAULTS = {"kill": "workers killed", "restart": "restarts", "cut": "times all connections cut"}
-COUNTS = ["sent", "lost", "ran again after a kill", "ran twice otherwise"]
+COUNTS = ["sent", "lost", "ran again after a kill", "retries sent twice", "ran twice otherwise"]
 COLUMNS = ["broker", "with", "faults", *COUNTS]
 PAGE = """# Scorecard
 
-What became of tasks while their workers were killed (`kill -9`), their broker was stopped or killed and started again, and all its connections were closed. 100 tasks a second were sent; each fifth had a countdown, each tenth was retried. A task that was not accepted, because the broker was away, doesn't count.
+What became of tasks while their workers were killed (`kill -9`), their broker was stopped or killed and started again, and all its connections were closed. 100 tasks a second were sent; each fifth had a countdown, each tenth was retried. A task that was not accepted, because the broker was away, doesn't count. If a connection is lost while a worker sends a retry, it gets no answer, and sends it again.
 
 [bench/scorecard.py](../bench/scorecard.py) counts it and writes this page: `make scorecard`. [scorecard.json](scorecard.json) has all that it counted.
 """
@@ -227,14 +227,16 @@ class Run:
             for number, runs in sender.accepted.items()
             if not all((number, retries) in ends for retries in range(runs))
         ]
-        again, twice = 0, []
+        again, sent_again, twice = 0, 0, []
         for run, found in starts.items():
             if run[0] in sender.accepted and (extra := len(found) - 1):
                 killed = sum(self.ran_at_kill(group, at, ends.get(run, [])) for group, at in found)
                 if run[1]:  # its first run may have sent the retry again
                     killed += len(starts[run[0], 0]) - 1
                 again += min(extra, killed)
-                if extra > killed:
+                if extra > killed and run[1] and self.is_near_a_cut(found):
+                    sent_again += 1
+                elif extra > killed:
                     twice.append((run, found, ends.get(run)))
         return {
             **self.faults,
@@ -242,10 +244,16 @@ class Run:
             "refused": sender.refused,
             "lost": len(lost),
             "ran again after a kill": again,
+            "retries sent twice": sent_again,
             "ran twice otherwise": len(twice),
             "which": twice[:20],
             "faults at": self.at if twice else [],
         }
+
+    def is_near_a_cut(self, found):
+        """Return whether a connection was lost shortly before: a worker that sent a retry got no answer."""
+        first = min(at for _, at in found)
+        return any(fault != "kill" and first - 10 < at < first for fault, at in self.at)
 
     def ran_at_kill(self, group, start, ends):
         """Return whether this run's worker was killed before it could acknowledge the task."""
