@@ -77,7 +77,9 @@ def check_time_limits(app_configs, **kwargs):
     """Find tasks that set their own time limit, but keep the soft limit of the settings."""
     hard, soft = current_app.conf.task_time_limit, current_app.conf.task_soft_time_limit
     for task in all_tasks():
-        if soft and task.time_limit != hard and task.soft_time_limit == soft:
+        # Before Celery 5.7, those of the settings are not the task's.
+        is_own = task.time_limit not in (None, hard)
+        if soft and is_own and task.soft_time_limit in (None, soft):
             yield Warning(
                 f"{task.name} has a time limit of {task.time_limit} s, and a soft one of {soft:.0f} s.",
                 hint="Set time_limit and soft_time_limit together.",

@@ -13,7 +13,17 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from harness.bake import CHOICES, LIBRARY, PINNED, WITH_JOBS, baked, chosen, covering, product
+from harness.bake import (
+    CHOICES,
+    LIBRARY,
+    PINNED,
+    STEADY,
+    WITH_JOBS,
+    baked,
+    chosen,
+    covering,
+    product,
+)
 from harness.blocks import code
 from harness.containers import docker, options_of
 from harness.kustomize import PRODUCTION, autoscaler, manifests, of_kind, only, pods
@@ -141,7 +151,8 @@ def check_selectors(documents):
 
 def check_variables(project, documents):
     """Check that the code reads each variable that a manifest sets, or uses in a command."""
-    files = [*(project / "config").glob("*.py"), *(LIBRARY / "src").rglob("*.py")]
+    libraries = [file for library in (STEADY, LIBRARY) for file in (library / "src").rglob("*.py")]
+    files = [*(project / "config").glob("*.py"), *libraries]
     code = "".join(file.read_text() for file in files)
     known = set(re.findall(r"""(?:env\.\w+|environ\.get)\(["']([A-Z0-9_]+)["']""", code))
     given = set()
