@@ -194,9 +194,9 @@ def test_a_broker_that_does_not_answer_delays_no_request(stack, how):
             stack.broker.resume()
     print("seconds of orders and reports:", [round(each, 2) for each in seconds])
     assert answers == [201, 503] * 3
-    # A promise: three timeouts of a second, and the request's own time on a busy machine.
+    # A promise: three timeouts of a second, and the request's own time. A machine may delay one.
     *most, slowest = sorted(seconds)
-    assert max(most) < 5 and slowest < 8
+    assert max(most) < 3.5 and slowest < 8
     with stack.supervised():
         if how == "is down":
             stack.broker.start()
