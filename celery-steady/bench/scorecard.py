@@ -138,9 +138,7 @@ class Run:
         self.killed = {}  # {process group: when it was killed}
 
     def app(self):
-        os.environ.update({name: self.env[name] for name in ("CONF", "KIND", "MARKS", *AWS)})
-        if "AWS_ENDPOINT_URL" in self.env:
-            os.environ["AWS_ENDPOINT_URL"] = self.env["AWS_ENDPOINT_URL"]
+        os.environ.update(self.env)
         sys.modules.pop("scorecard_app", None)
         import scorecard_app
 

@@ -14,15 +14,15 @@ app.conf.update(json.loads(os.environ["CONF"]))
 file = os.open(os.environ["MARKS"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
 
-def mark(*words):
+def mark(task, number, what):
+    words = number, task.request.retries, os.getpgrp(), time.time(), what
     os.write(file, " ".join(map(str, words)).encode() + b"\n")
 
 
 @app.task(bind=True, ignore_result=True, max_retries=1)
 def work(self, number, seconds, is_retried):
-    mark(number, self.request.retries, os.getpgrp(), time.time(), "start")
+    mark(self, number, "start")
     time.sleep(seconds)
+    mark(self, number, "end")
     if is_retried and not self.request.retries:
-        mark(number, self.request.retries, os.getpgrp(), time.time(), "end")
         raise self.retry(countdown=1)
-    mark(number, self.request.retries, os.getpgrp(), time.time(), "end")

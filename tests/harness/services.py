@@ -249,9 +249,7 @@ def each_cell():
         group = "-".join(words)
         stack = stacks.setdefault(group, answers)
         marks = [pytest.mark.xdist_group(f"services-{group}")]
-        if has_moto(answers):
-            marks.append(pytest.mark.nightly)
-        elif jobs == "plain":
+        if jobs == "plain":
             marks.append(pytest.mark.each_broker)
         params.append(
             pytest.param(stack, service, fault, id=f"{group}-{service}-{fault}", marks=marks)

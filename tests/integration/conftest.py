@@ -27,7 +27,7 @@ def pytest_collection_modifyitems(items):
         other_pool = {*words} & {*OTHER_POOLS}
         if (
             # moto takes as much time as all else.
-            (other_pool and {*words} & {"sqs", "dynamodb"})
+            ((other_pool or folder == "services") and {*words} & {"sqs", "dynamodb"})
             # The services and the runs have each pool, too.
             or (other_pool and folder == "faults")
             # The faults are about durable jobs, too.

@@ -16,11 +16,8 @@ def send_back(app, name="dead-letters"):
         producer = connection.Producer()
         queue = Queue(name)(producer.channel)
         while message := queue.get():
-            headers, place = message.headers, message.delivery_info
-            if deaths := headers.get("x-death"):  # of RabbitMQ
-                place = {"exchange": "", "routing_key": deaths[0]["queue"]}
-            place = {key: place[key] for key in ("exchange", "routing_key")}
-            send_again(producer, message, headers, **place)
+            deaths = message.headers.get("x-death")  # of RabbitMQ
+            send_again(producer, message, message.headers, queue=deaths and deaths[0]["queue"])
             message.ack()
             count += 1
     return count

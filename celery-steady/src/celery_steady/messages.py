@@ -61,8 +61,12 @@ def due_time(payload):
     return eta.timestamp() if eta.tzinfo else 0
 
 
-def send_again(producer, message, headers, **place):
-    """Send a received message as a new one, with these headers, to this exchange and routing_key."""
+def send_again(producer, message, headers, queue=None):
+    """Send a received message as a new one, with these headers: to this queue, or where it was sent to."""
+    info = message.delivery_info
+    place = {"exchange": info["exchange"], "routing_key": info["routing_key"]}
+    if queue:
+        place = {"exchange": "", "routing_key": queue}
     properties = {key: value for key, value in message.properties.items() if key not in DELIVERED}
     properties["content_type"] = message.content_type
     properties["content_encoding"] = message.content_encoding

@@ -179,7 +179,8 @@ class QoS(redis.QoS):
     def restore_lapsed(self, client):
         """Put back messages of dead workers. What has killed too many becomes a dead letter."""
         keys = self.unacked_key, self.unacked_index_key, self.channel.renewed_key
-        found = client.eval(LAPSED, 3, *map(self.channel.key, keys), self.visibility_timeout)
+        command = self.channel.script(LAPSED, keys, self.visibility_timeout)
+        found = client.execute_command(*command)
         for tag, entry in zip(found[::2], found[1::2], strict=True):
             self.put_back(client, tag, entry, has_died=True)
 
@@ -195,13 +196,12 @@ class QoS(redis.QoS):
             if properties["deliveries"] == DELIVERIES:
                 logger.error("%d workers died with this message: %.200r", DELIVERIES, payload)
                 return self.put(client, tag, payload, [DEAD_LETTERS])
-        priority = self.channel._get_message_priority(payload, reverse=False)
-        lists = [self.channel._q_for_pri(queue, priority) for queue in queues]
+        lists = [self.channel.list_for(queue, payload) for queue in queues]
         self.put(client, tag, payload, lists, push)
 
     def put(self, client, tag, payload, lists, push="lpush"):
         keys = self.unacked_key, self.unacked_index_key, *lists
-        client.eval(PUT, len(keys), *map(self.channel.key, keys), tag, dumps(payload), push)
+        client.execute_command(*self.channel.script(PUT, keys, tag, dumps(payload), push))
 
 
 class Channel(KeepingChannel, redis.Channel):
@@ -229,6 +229,10 @@ class Channel(KeepingChannel, redis.Channel):
     def key(self, name):
         return f"{self.global_keyprefix}{name}"
 
+    def script(self, text, keys, *arguments):
+        """Return the command that runs this script. `keys` are without the prefix."""
+        return "EVAL", text, len(keys), *map(self.key, keys), *arguments
+
     def bell(self, queue):
         return f"{queue}{self.sep}bell"
 
@@ -238,20 +242,22 @@ class Channel(KeepingChannel, redis.Channel):
     def lists(self, queues):
         return [self._q_for_pri(queue, step) for step in self.priority_steps for queue in queues]
 
+    def list_for(self, queue, payload):
+        return self._q_for_pri(queue, self._get_message_priority(payload, reverse=False))
+
     # Send
 
     def _put(self, queue, message, _publish_batch=None, **kwargs):
-        name = self._q_for_pri(queue, self._get_message_priority(message, reverse=False))
+        name = self.list_for(queue, message)
         keys = [self.delayed(name), name, self.bell(queue)]
         if expires := getattr(self, "_expires", {}).get(queue, 0):  # since kombu 5.6
             keys += self.lists([queue])
-        arguments = dumps(message), due_time(message), expires
-        command = SEND, len(keys), *map(self.key, keys), *arguments
+        command = self.script(SEND, keys, dumps(message), due_time(message), expires)
         if _publish_batch is not None:
-            _publish_batch.add("eval", *command)
+            _publish_batch.add("execute_command", *command)
         else:
             with self.conn_or_acquire() as client:
-                client.eval(*command)
+                client.execute_command(*command)
 
     # Receive
 
@@ -274,8 +280,7 @@ class Channel(KeepingChannel, redis.Channel):
         keys = [self.unacked_key, self.unacked_index_key, *lists, *map(self.delayed, lists), *bells]
         names = ["" if queue in self.unacknowledging else dumps(queue) for queue in queues]
         names *= len(self.priority_steps)
-        arguments = len(lists), *names, self.without_copy
-        return "EVAL", TAKE, len(keys), *map(self.key, keys), *arguments
+        return self.script(TAKE, keys, len(lists), *names, self.without_copy)
 
     def _get(self, queue):
         with self.conn_or_acquire() as client:
@@ -332,22 +337,22 @@ class Channel(KeepingChannel, redis.Channel):
         return True
 
     def delay(self, queue, payload, due):
-        name = self._q_for_pri(queue, self._get_message_priority(payload, reverse=False))
-        keys = self.unacked_key, self.unacked_index_key, self.delayed(name)
-        arguments = dumps(payload), due, payload["properties"]["delivery_tag"]
+        delayed = self.delayed(self.list_for(queue, payload))
+        keys = self.unacked_key, self.unacked_index_key, delayed
+        tag = payload["properties"]["delivery_tag"]
         with self.conn_or_acquire() as client:
-            return client.eval(DELAY, 3, *map(self.key, keys), *arguments)
+            return client.execute_command(*self.script(DELAY, keys, dumps(payload), due, tag))
 
     # Keep
 
     def renew(self):
         """Renew this channel's messages. Then put back those that nobody renews."""
         tags = list(self.qos._delivered)
-        keys = [*map(self.key, (self.unacked_index_key, self.renewed_key))]
+        keys = self.unacked_index_key, self.renewed_key
         with self.conn_or_acquire() as client:
             for first in range(0, len(tags) or 1, MOST):
                 some = tags[first : first + MOST]
-                client.eval(RENEW, 2, *keys, self.visibility_timeout, *some)
+                client.execute_command(*self.script(RENEW, keys, self.visibility_timeout, *some))
             self.qos.restore_lapsed(client)
 
     # The rest of a queue
@@ -419,9 +424,10 @@ def release_countdowns(app):
     with app.connection_for_write() as connection:
         channel = connection.default_channel
         with channel.conn_or_acquire() as client:
-            names = channel.lists(app.amqp.queues)
-            keys = [(channel.delayed(name), name) for name in names]
-            return sum(client.eval(RELEASE, 2, *map(channel.key, pair)) for pair in keys)
+            return sum(
+                client.execute_command(*channel.script(RELEASE, [channel.delayed(name), name]))
+                for name in channel.lists(app.amqp.queues)
+            )
 
 
 # Results

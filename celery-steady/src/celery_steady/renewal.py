@@ -18,9 +18,8 @@ def prepare(app, pool):
     app.conf.worker_enable_prefetch_count_reduction = False
     options = {"visibility_timeout": VISIBILITY_SECONDS}
     if transport.driver_type == "redis":
-        options["unacked_restore_interval"] = (
-            100  # KeepMessages looks more often than kombu's timer
-        )
+        # KeepMessages looks for messages of dead workers more often than kombu's timer.
+        options["unacked_restore_interval"] = 100
         if getattr(pool, "is_green", False):
             # Each greenlet that acknowledges a task takes a connection. With kombu's limit of 10, some fail.
             options["max_connections"] = pool.limit + 100

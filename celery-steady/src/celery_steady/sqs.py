@@ -13,8 +13,9 @@ from celery_steady.messages import KeepingChannel, due_time
 
 logger = getLogger(__name__)
 
-MOST_DELAY = 15 * 60  # seconds that SQS keeps a message that is sent, and one that was received
-MOST_VISIBILITY = 12 * 60 * 60 - 60  # a minute less, because the time since then counts, too
+MOST_DELAY = 15 * 60  # seconds for which SQS keeps back a message that is sent
+# And one that was received. A minute less, because the time since it was received counts, too.
+MOST_VISIBILITY = 12 * 60 * 60 - 60
 
 
 class Connection(AsyncHTTPSConnection):

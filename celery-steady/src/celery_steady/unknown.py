@@ -32,15 +32,14 @@ def keep(consumer, message):
         return False
     seconds = pause(age)
     logger.error("unknown task %s: a worker may know it in %d s", message.headers["task"], seconds)
-    info = message.delivery_info
-    place = {"exchange": info["exchange"], "routing_key": info["routing_key"]}
+    queue = None
     with consumer.app.producer_pool.acquire(block=True) as producer:
         if producer.connection.transport.driver_type == "amqp":
-            place = {"routing_key": declare_pause(consumer, message, producer.channel, seconds)}
+            queue = declare_pause(consumer, message, producer.channel, seconds)
         else:
             due = datetime.now(UTC) + timedelta(seconds=seconds)
             headers["eta"] = due.isoformat()
-        send_again(producer, message, headers, **place)
+        send_again(producer, message, headers, queue)
     message.ack_log_error(logger, consumer.connection_errors)
     return True
 
