@@ -53,7 +53,8 @@ def set_defaults(source, **kwargs):
     """Replace Celery's own defaults. With Celery 5.7, add_defaults() would replace the project's settings too."""
     source.maps[-1].update(DEFAULTS)
     if source.worker_consumer == STEADY_CONSUMER:  # the line of its README, from before
-        source.worker_consumer = conf.CONSUMER
+        # Before Celery 5.7, CELERY_WORKER_CONSUMER goes before worker_consumer.
+        source[source._to_keys("worker_consumer")[0]] = conf.CONSUMER
 
 
 class Celery(celery_steady.rabbitmq.Celery):

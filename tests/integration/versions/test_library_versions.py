@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from harness import missing
-from harness.bake import LIBRARY, covering, name, product
+from harness.bake import LIBRARY, STEADY, covering, name, product
 from harness.versions import SUPPORTED
 from test_library import run_tests
 
@@ -43,7 +43,7 @@ def environment(folder, django, celery, python):
     about = LIBRARY / "pyproject.toml"
     install = [*uv, "pip", "install", "--quiet", "--python", found, "--override", override]
     # A version of Celery with the kombu of its day
-    install += ["-r", about, "--all-extras", "--group", f"{about}:test"]
+    install += ["-r", about, "--all-extras", "--group", f"{about}:test", STEADY]
     install += [f"celery~={celery}.0", f"kombu~={celery}.0"]
     subprocess.run(install, check=True)
     return found
