@@ -24,7 +24,8 @@ chaos: .venv  ## two minutes of random faults on each broker; longer: make chaos
 scorecard: .venv  ## what faults lose with celery-steady and with stock Celery, into its docs: make scorecard ARGS="redis --kills 20"
 	.venv/bin/python celery-steady/bench/scorecard.py $(or $(ARGS),redis) --write
 
-bench: .venv  ## measure and write durable-jobs/docs/performance.md; a trial: make bench ARGS="--scale 0.1"
+bench: .venv  ## measure and write docs/speed.md and docs/performance.md of the libraries; a trial: make bench ARGS="--scale 0.1"
+	.venv/bin/python celery-steady/bench/speed.py $(ARGS)
 	PYTHONPATH=tests .venv/bin/python durable-jobs/bench/run.py $(ARGS)
 
 SITE := site

@@ -1,5 +1,7 @@
 """Result backends that keep each result. The worker's consumer replaces Celery's own by these."""
 
+from math import inf
+
 from celery import signals, states
 from celery.app import backends
 from celery.concurrency import prefork
@@ -30,8 +32,10 @@ def insist(app, pool):
     With prefork only in the children: the worker's main process must go on, or its messages would be
     delivered again.
     """
-    if not isinstance(pool, prefork.TaskPool):
-        app.conf.result_backend_always_retry = True
+    in_children = isinstance(pool, prefork.TaskPool)
+    app.conf.result_backend_always_retry = not in_children
+    app.conf.result_backend_max_retries = inf  # a web process may retry once
+    if not in_children:
         return
 
     def insist_in_child(**kwargs):

@@ -164,6 +164,32 @@ with connection.cursor() as cursor:
 
 
 @on_redis
+def test_a_result_is_read_again_if_a_firewall_forgets_the_connection(stack, tmp_path):
+    task = stack.send("quick")
+    stack.wait_until_started(task)
+    code = f"""
+import time
+from pathlib import Path
+from celery.result import AsyncResult
+AsyncResult({task!r}).state
+Path({str(tmp_path / "connected")!r}).touch()
+while not Path({str(tmp_path / "forgotten")!r}).exists():
+    time.sleep(0.1)
+print(AsyncResult({task!r}).state)
+"""
+    proxy = Proxy(stack.broker.port)
+    with ThreadPoolExecutor() as thread:
+        state = thread.submit(stack.project.shell, code, **proxy.redirect(stack.variables))
+        wait_for((tmp_path / "connected").exists)
+        proxy.forget()
+        (tmp_path / "forgotten").touch()
+        try:
+            assert "SUCCESS" in state.result()
+        finally:
+            proxy.clean_up()
+
+
+@on_redis
 def test_a_task_for_a_queue_that_nobody_consumes_is_an_error(stack):
     code = """
 from celery.exceptions import QueueNotFound
