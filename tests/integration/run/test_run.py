@@ -358,7 +358,6 @@ def start(worker):
         worker.prefetch_multiplier,
         conf.worker_cancel_long_running_tasks_on_connection_loss,
         worker.app._fixups[0].worker_fixup.db_reuse_max,  # Celery reads its setting only once
-        options["polling_interval"] if "polling_interval" in options else None,
         options["visibility_timeout"],
         worker.options["without_gossip"],
     )
@@ -391,9 +390,9 @@ def test_a_worker_with_any_pool_has_the_settings_of_the_project(project, request
         expected |= {"-P gevent": [own, *of_project], "-P gevent -c 7": [own, 7, *of_project[1:]]}
     else:
         expected[""] = [own.removesuffix("s"), *of_project]
-    by_pool = {"gevent": [3, 120, True]}  # celery-steady's
+    by_pool = {"gevent": [120, True]}  # celery-steady's
     for options, values in expected.items():
-        values += by_pool.get(values[0], [None, 120, False])
+        values += by_pool.get(values[0], [120, False])
         assert worker_settings(project, options) == " ".join(map(str, values)), options
     by_variable = worker_settings(project, "--pool threads", WORKER_CONCURRENCY=9)
     assert by_variable == " ".join(map(str, ["thread", 9, *of_project[1:], None, 120, False]))
