@@ -57,6 +57,9 @@ class Consumer(StockConsumer):
         results.insist(app, pool)
         if django.is_used():
             django.prepare_worker()
+        if isinstance(pool, prefork.TaskPool):  # before it forks its children
+            for task in app.tasks.values():
+                tasks.let_end(task)
         if getattr(pool, "is_green", False) and worker_options is not None:
             worker_options["without_gossip"] = True  # gossip can stop redelivery there
         self.is_prefork = isinstance(pool, prefork.TaskPool)
@@ -65,7 +68,7 @@ class Consumer(StockConsumer):
             app.conf.worker_cancel_long_running_tasks_on_connection_loss = False
         # Celery would wait for the last thread or greenlet.
         self.ends_late = pool is not None and not pool.signal_safe and self.is_limited(app)
-        signals.heartbeat_sent.connect(touch_liveness_file)
+        signals.heartbeat_sent.connect(self.on_heartbeat)
         signals.worker_shutting_down.connect(self.on_shutting_down)
         super().__init__(*args, pool=pool, app=app, worker_options=worker_options, **kwargs)
 
@@ -76,6 +79,10 @@ class Consumer(StockConsumer):
         super().start()
 
     # Errors of tasks and messages
+
+    def on_heartbeat(self, **kwargs):
+        if not self.is_prefork or has_children(self.pool):
+            touch_liveness_file()
 
     def update_strategies(self):
         for task in self.app.tasks.values():
@@ -138,6 +145,12 @@ class Consumer(StockConsumer):
     def stop(self):
         self.announce_shutdown()
         super().stop()
+
+
+def has_children(pool):
+    """Return whether a child of this pool has started."""
+    children = pool._pool
+    return not children._waiting_to_start.issuperset(children._pool)
 
 
 def sent_jobs(pool):

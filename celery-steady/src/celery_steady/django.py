@@ -16,6 +16,8 @@ def prepare_worker():
         if "connect_timeout" in (options := connection.settings_dict["OPTIONS"]):
             options["connect_timeout"] = max(30, options["connect_timeout"])  # seconds
     signals.task_prerun.connect(check_connections)
+    # The main process has connections of its own: link_error and task_failure of a child that was lost.
+    signals.heartbeat_sent.connect(check_connections)
 
 
 def check_connections(**kwargs):

@@ -1,9 +1,16 @@
 """Keeps the broker from delivering the messages of a worker again while it is alive."""
 
+import threading
+import time
+from logging import getLogger
+
 from celery.bootsteps import StartStopStep
+from celery.concurrency import solo
 from celery.worker import state
 from celery.worker.consumer.tasks import Tasks
 from kombu.transport import virtual
+
+logger = getLogger(__name__)
 
 VISIBILITY_SECONDS = 120  # until a killed worker's tasks run again, if the settings don't say
 
@@ -53,6 +60,8 @@ class KeepMessages(StartStopStep):
         for message in kept:
             self.take(message)
         self.renew(consumer.timer, channel)
+        if isinstance(consumer.pool, solo.TaskPool):
+            threading.Thread(target=self.renew_beside, args=(channel,), daemon=True).start()
         # When the event loop has run for a second, it knows which tasks have started or ended meanwhile.
         wait = 1, self.release, (consumer, channel, kept)
         consumer.timer.call_after(0, consumer.timer.call_after, wait)
@@ -77,6 +86,15 @@ class KeepMessages(StartStopStep):
             self.take(message)
             message.ack()
         channel.renew()
+
+    def renew_beside(self, channel):
+        """Solo: while a task runs, no timer does."""
+        while not channel.closed:
+            time.sleep(channel.visibility_timeout / 5)
+            try:
+                channel.renew()
+            except channel.errors as error:
+                logger.warning("Could not renew messages: %r", error)
 
     def release(self, consumer, channel, messages):
         """Put back what was still waiting when the connection was lost: Celery has dropped it."""

@@ -9,6 +9,7 @@ import _thread
 import os
 import signal
 import time
+from contextlib import suppress
 from logging import getLogger
 
 from celery import signals
@@ -17,6 +18,9 @@ from celery.worker import state
 from celery.worker.consumer.tasks import Tasks
 
 logger = getLogger(__name__)
+
+# Until a child that doesn't end is killed. Supervisors wait ten seconds or more after the timeout.
+KILL_SECONDS = 5
 
 
 def is_wanted(app):
@@ -30,7 +34,8 @@ def is_wanted(app):
 class SoftStop(StartStopStep):
     """Prefork: SIGTERM waits until no task runs, at most worker_soft_shutdown_timeout seconds.
 
-    Then the children that still have a task end. A second SIGTERM ends the wait.
+    Then the children that still have a task end, and those are killed that don't, such as in C code. A
+    second SIGTERM ends the wait.
     """
 
     requires = (Tasks,)
@@ -76,7 +81,17 @@ class SoftStop(StartStopStep):
         if not self.running() or time.monotonic() >= self.deadline:
             self.timer.cancel()
             consumer.app.conf.worker_soft_shutdown_timeout = 0  # it has waited
+            _thread.start_new_thread(kill_children, (consumer.pool,))
             signal.raise_signal(signal.SIGQUIT)
+
+
+def kill_children(pool):
+    time.sleep(KILL_SECONDS)
+    for child in tuple(pool._pool._pool):
+        if child.exitcode is None:
+            logger.warning("Killing the child process %d, which doesn't end", child.pid)
+            with suppress(ProcessLookupError):
+                os.kill(child.pid, signal.SIGKILL)
 
 
 def limit(consumer, seconds, exitcode):

@@ -1,13 +1,13 @@
 """Tasks whose errors would end their worker fail instead, like any other."""
 
-from asyncio import CancelledError
+import sys
 from datetime import UTC, datetime
 from functools import cache, wraps
 
+from billiard.common import terminate_handler_fired
+from celery.exceptions import TaskPredicate
 from celery.utils.imports import symbol_by_name
 
-# Celery's threads and greenlets would never end such a task (celery issue 10462).
-NO_EXCEPTIONS = (CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit)
 # The name that logs and Flower show. It isn't the built-in one, which Celery would raise again.
 OutOfMemory = type("MemoryError", (Exception,), {})
 
@@ -40,17 +40,47 @@ def failing(request):
 
 
 def let_fail(task):
-    """Let the function of this task raise exceptions only."""
+    """Threads, gevent: let the function of this task raise exceptions only.
+
+    Celery would never end a task that raises anything else (celery issue 10462).
+    """
+    gevent = sys.modules.get("gevent")
+    ends = (gevent.GreenletExit, gevent.Timeout) if gevent else ()  # Celery's revoke and time limit
+
+    def raised(error):
+        if not isinstance(error, (Exception, *ends)):
+            raise RuntimeError(f"The task raised {error!r}.") from error
+
+    replace_errors(task, raised)
+
+
+def let_end(task):
+    """Prefork: let a task end that was stopped, whatever its clean-up raises, so that it runs again.
+
+    Celery would take that error for the task's own: it fails (celery issue 10667).
+    """
+
+    def raised(error):
+        if isinstance(error, Exception) and not isinstance(error, TaskPredicate):
+            if terminate_handler_fired():
+                raise SystemExit from error
+
+    replace_errors(task, raised)
+
+
+def replace_errors(task, raised):
+    """Call raised(error), which may raise another one, with each error of this task's function."""
     run = task.run
-    if hasattr(run, "_lets_fail"):
+    if hasattr(run, "_replaces_errors"):
         return
 
     @wraps(run)
-    def run_or_fail(*args, **kwargs):
+    def run_or_replace(*args, **kwargs):
         try:
             return run(*args, **kwargs)
-        except NO_EXCEPTIONS as error:
-            raise RuntimeError(f"The task raised {error!r}.") from error
+        except BaseException as error:
+            raised(error)
+            raise
 
-    run_or_fail._lets_fail = True
-    task.run = run_or_fail
+    run_or_replace._replaces_errors = True
+    task.run = run_or_replace

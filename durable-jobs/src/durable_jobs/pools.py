@@ -67,7 +67,7 @@ class Threads:
 
     def is_terminated(self, error):
         """Return whether this exception ends more than a task: a prefork child, or a greenlet."""
-        return isinstance(error, SystemExit) and terminate_handler_fired()
+        return terminate_handler_fired()
 
 
 class Greenlets:
