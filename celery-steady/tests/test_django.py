@@ -98,14 +98,28 @@ def test_a_chord_gets_the_results_of_its_members(app, ignored):
         assert chord([double.s(1), double.s(2)])(total.s()).get(timeout=LIMIT) == 6
 
 
-def test_a_lost_connection_is_replaced_before_a_task(database):
-    from celery_steady.django import check_connections
+@pytest.fixture
+def prepare_worker():
+    from celery import signals
 
+    from celery_steady import django
+
+    yield django.prepare_worker
+    for signal in signals.task_prerun, signals.heartbeat_sent:
+        signal.disconnect(django.check_connections)
+
+
+@pytest.mark.parametrize("name", ["task_prerun", "heartbeat_sent"])
+def test_a_lost_connection_is_replaced(database, prepare_worker, name):
+    """Before a task, and in the main process, which calls link_error for a child that was lost."""
+    from celery import signals
+
+    prepare_worker()
     database.ensure_connection()
     lost = database.connection
     database.errors_occurred = True
     with patch.object(database, "is_usable", return_value=False):
-        check_connections()
+        getattr(signals, name).send(None)
     assert database.connection is not lost
 
 
@@ -124,15 +138,12 @@ def test_a_connection_in_a_transaction_is_kept(database):
 
 
 @pytest.mark.parametrize(("seconds", "lengthened"), [(1, 30), (100, 100), (None, None)])
-def test_a_worker_waits_longer_to_connect_to_its_database(database, seconds, lengthened):
-    from celery import signals
-
-    from celery_steady.django import check_connections, prepare_worker
-
+def test_a_worker_waits_longer_to_connect_to_its_database(
+    database, prepare_worker, seconds, lengthened
+):
     options = {"connect_timeout": seconds} if seconds else {}
     with patch.dict(database.settings_dict, OPTIONS=options):
         prepare_worker()
-    signals.task_prerun.disconnect(check_connections)
     assert options.get("connect_timeout") == lengthened
 
 

@@ -72,12 +72,13 @@ def test_sigterm_ends_the_worker_when_its_tasks_have_ended(pool, start, steady, 
     assert not redis.client.hlen("unacked")
 
 
+@pytest.mark.parametrize("task", ["ask", "clean_up"])
 def test_sigterm_waits_no_longer_than_its_timeout_and_releases_the_task(
-    pool, start, steady, send, calls, redis
+    pool, task, start, steady, send, calls, redis
 ):
     steady["broker_transport_options"]["visibility_timeout"] = 100 * LIMIT
     worker = start({**steady, "worker_soft_shutdown_timeout": 1}, pool=pool)
-    send("ask", "endless")
+    send(task, "endless")
     calls.next("endless")
     worker.stop(signal.SIGTERM)
     assert worker.wait() == 0
@@ -99,7 +100,7 @@ def test_without_a_timeout_sigterm_waits_as_celery_does(pool, start, steady, sen
 
 def test_a_task_that_would_end_the_worker_fails(pool, start, steady, send, calls, settled):
     worker = start(steady, pool=pool)
-    for error in "MemoryError", "SystemExit":
+    for error in "MemoryError", "SystemExit", "Panic":
         result = send("ask", error)
         calls.next(error).answer(error)
         result.get(propagate=False)

@@ -6,7 +6,9 @@ CONF has its settings, as JSON, and CALLS the test's socket.
 import builtins
 import json
 import os
+import signal
 import socket
+import time
 from contextlib import contextmanager
 
 from celery import Celery, signals
@@ -35,8 +37,28 @@ def ask(name):
     with call(name) as line:
         answer = line.recv(100).decode()
     if answer:
-        raise getattr(builtins, answer)("as the test said")
+        raise getattr(builtins, answer, Panic)("as the test said")
     return name
+
+
+class Panic(BaseException):
+    """As code in Rust raises it."""
+
+
+@app.task
+def clean_up(name):
+    """Raise an error at the end, also when it is stopped."""
+    try:
+        return ask(name)
+    finally:
+        os.remove("a file that is gone")
+
+
+@app.task
+def hold(name):
+    """Don't end on SIGTERM, as code in C doesn't."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    return ask(name)
 
 
 @app.task
@@ -49,6 +71,15 @@ if "NEWER" in os.environ:  # a newer version of the code
     @app.task
     def newer():
         return "newer"
+
+
+if "GATE" in os.environ:
+
+    @signals.worker_process_init.connect
+    def wait(**kwargs):
+        """Let a child process need time to start."""
+        while not os.path.exists(os.environ["GATE"]):
+            time.sleep(0.05)
 
 
 @signals.worker_ready.connect

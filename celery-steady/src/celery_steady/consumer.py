@@ -148,9 +148,8 @@ class Consumer(StockConsumer):
 
 
 def has_children(pool):
-    """Return whether a child of this pool has started."""
-    children = pool._pool
-    return not children._waiting_to_start.issuperset(children._pool)
+    """Return whether a child of this pool has started, and lives."""
+    return bool(pool._pool._fileno_to_inq)
 
 
 def sent_jobs(pool):

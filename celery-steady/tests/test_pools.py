@@ -1,0 +1,49 @@
+"""Real workers on Redis: what only one pool needs."""
+
+import signal
+import time
+
+from servers import until
+
+
+def test_a_solo_worker_renews_while_its_task_runs(start, steady, send, calls, settled, redis):
+    start(steady, pool="solo")
+    result = send("ask", "long")
+    task = calls.next("long")
+    [(tag, delivered)] = redis.client.zrange("unacked_index", 0, -1, withscores=True)
+    timeout = steady["broker_transport_options"]["visibility_timeout"]
+    until(
+        lambda: redis.client.zscore("unacked_index", tag) > delivered + 2 * timeout,
+        "the message is renewed",
+    )
+    task.answer()
+    assert result.get() == "long"
+    settled()
+    assert not calls.names()
+
+
+def test_a_child_that_does_not_end_is_killed_and_its_task_given_back(
+    start, steady, send, calls, redis
+):
+    steady["broker_transport_options"]["visibility_timeout"] = 1000
+    worker = start({**steady, "worker_soft_shutdown_timeout": 1})
+    for task in "hold", "ask":
+        send(task, task)
+    for task in "hold", "ask":
+        calls.next(task)
+    worker.stop(signal.SIGTERM)
+    start = time.monotonic()
+    assert worker.wait() == 0
+    assert time.monotonic() - start < 30
+    assert redis.client.llen("celery") == 2
+    assert not redis.client.hlen("unacked") and not redis.client.exists("celery\x06\x16delayed")
+
+
+def test_a_worker_without_a_child_that_has_started_shows_no_life(start, steady, tmp_path):
+    file, gate = tmp_path / "alive", tmp_path / "gate"
+    steady["worker_proc_alive_timeout"] = 1000
+    start(steady, LIVENESS_FILE=str(file), GATE=str(gate))
+    time.sleep(5)  # two heartbeats
+    assert not file.exists()
+    gate.touch()
+    until(file.exists, "the file is touched")
