@@ -61,6 +61,24 @@ def test_a_variable_of_dotenv_keeps_its_value(project, copied):
     assert settings_of(copied) == expected
 
 
+CONNECT = """
+import socket
+from django.core.mail import get_connection
+with socket.create_server(("127.0.0.1", 0)) as server:
+    port = server.getsockname()[1]
+    get_connection(host="127.0.0.1", port=port, timeout=1, fail_silently=True).open()
+    print("received", server.accept()[0].recv(1))
+"""
+SMTP = "django.core.mail.backends.smtp.EmailBackend"
+
+
+@plain_output
+def test_a_mail_server_may_expect_tls_at_once(project):
+    """As on port 465. A client's first byte is then 0x16; otherwise, it waits for a greeting."""
+    variables = {"EMAIL_BACKEND": SMTP, "EMAIL_USE_SSL": "True"}
+    assert project.shell(CONNECT, **variables) == r"b'\x16'"
+
+
 WINDOWS = """
 import os, signal
 for name in "SIGKILL SIGHUP SIGPIPE SIGUSR1 SIGUSR2 SIGALRM SIGCHLD SIGQUIT SIGTSTP".split():
