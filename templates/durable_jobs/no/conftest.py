@@ -26,6 +26,7 @@ def quick_settings(settings):
     settings.CACHES = {"default": {"BACKEND": "django.core.cache.backends.locmem.LocMemCache"}}
     cache.clear()
     settings.PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]  # fast
+    settings.AXES_ENABLED = False  # it needs a request, which client.login() has not
     settings.WHITENOISE_AUTOREFRESH = True  # works without `manage.py collectstatic`
 
 

@@ -29,6 +29,7 @@ def quick_settings(settings):
     memory = {"BACKEND": "django.core.files.storage.InMemoryStorage"}  # for uploads
     settings.STORAGES = {**settings.STORAGES, "default": memory}
     settings.PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]  # fast
+    settings.AXES_ENABLED = False  # it needs a request, which client.login() has not
     settings.WHITENOISE_AUTOREFRESH = True  # works without `manage.py collectstatic`
 
 

@@ -215,6 +215,22 @@ def test_results_of_plain_tasks_stay_in_the_process_of_a_test(copied):
     copied.call(*pytest, **copied.free_servers())
 
 
+LOGIN = """
+def test_login(client, django_user_model):
+    user = django_user_model.objects.create_user("somebody", password="secret")
+    assert client.login(username=user.get_username(), password="secret")
+"""
+
+
+@both_outputs
+def test_a_test_may_log_in_with_a_password(copied):
+    """django-axes wants a request, which Django's client does not pass."""
+    (copied / "tests/test_login.py").write_text(
+        f"import pytest\n\npytestmark = pytest.mark.django_db\n{LOGIN}"
+    )
+    copied.call(".venv/bin/python", "-m", "pytest", "-q", "tests/test_login.py")
+
+
 @plain_output
 def test_requests_reuse_connections_where_they_can(project):
     """Not under ASGI, where each would leave one, and not beside Django's own pool."""

@@ -105,6 +105,7 @@ def test_the_page_has_buttons_and_links_for_staff(client, admin_client, user, mo
 
 
 def test_an_address_that_guesses_passwords_is_locked_out(client, user, settings):
+    settings.AXES_ENABLED = True
     user.set_password("secret")
     user.save()
 
