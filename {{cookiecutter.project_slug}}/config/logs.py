@@ -12,6 +12,7 @@ PROCESSORS = [
     contextvars.merge_contextvars,
     structlog.stdlib.add_logger_name,
     structlog.stdlib.add_log_level,
+    structlog.stdlib.ExtraAdder(),  # logging's extra={…}
 ]
 FOR_PEOPLE = [structlog.dev.ConsoleRenderer()]
 AS_JSON = [

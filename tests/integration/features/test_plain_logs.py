@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -183,3 +184,16 @@ def test_the_report_of_a_test_shows_why_a_task_failed(running, project):
     (project / "tests/test_own.py").write_text(TEST)
     with pytest.raises(AssertionError, match="LookupError: of the task"):
         project.call(".venv/bin/python", "-m", "pytest", "-q", "tests/test_own.py")
+@plain_output
+@pytest.mark.parametrize("debug", ["True", "False"])
+def test_the_fields_of_extra_are_logged(project, debug):
+    code = """
+import logging
+import sys
+logging.getLogger().handlers[0].setStream(sys.stdout)
+logging.getLogger("own").warning("said", extra={"order_id": 77})
+"""
+    printed = project.manage("shell", "-v0", "-c", code, DEBUG=debug, ALLOWED_HOSTS="localhost")
+    assert re.search("order_id.*77", printed), printed
+
+
