@@ -4,6 +4,7 @@ test_plain_faults.py tests those that matter only if something fails. To see whi
 without a setting, name it: WITHOUT=CELERY_TASK_ROUTES make prove ARGS="-k plain_settings"
 """
 
+import re
 import subprocess
 import time
 from functools import partial
@@ -143,6 +144,22 @@ def test_flower_shows_how_many_tasks_wait_in_each_queue_without_a_worker(stack):
     status, _, answer = stack.ask_flower("/api/queues/length")
     lengths = {queue["name"]: queue["messages"] for queue in answer["active_queues"]}
     assert status == 200 and lengths.keys() >= {"celery", "cpu", "io"} and lengths["cpu"] == 1
+
+
+@on_redis
+def test_flower_forgets_a_killed_worker(stack):
+    """Otherwise, its metric says for ever that it is online."""
+    stack.project.edit("flowerconfig.py", r"^(purge_offline_workers) = \d+", r"\1 = 1")
+    stack.flower.start()
+    worker = stack.make_worker("other").start()
+
+    def online():
+        metrics = stack.ask_flower("/metrics")[2]
+        return set(re.findall('flower_worker_online{worker="(.+?)"} 1', metrics))
+
+    [name] = wait_for(lambda: {each for each in online() if each.startswith("other@")})
+    worker.kill()
+    wait_for(lambda: name not in online())
 
 
 # Results
