@@ -5,7 +5,8 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from harness.bake import CHOICES, WITH_JOBS, baked
+from harness.bake import CHOICES, DEFAULTS, WITH_JOBS, baked
+from harness.outputs import outputs
 from harness.project import started, wait_for
 from harness.servers import broker_class
 from harness.stack import TIMINGS, prepare
@@ -127,3 +128,18 @@ def test_each_task_of_the_schedule_starts_once(stack):
     assert [found[name, "3", "io", "False"] for name in ONCE] == [1, 1, 1, 1]
     rows = stack.ask("result = list(Job.objects.values_list('args', 'state', 'queue', 'retries'))")
     assert sorted(rows) == sorted([[name], "succeeded", "io", 0] for name in ONCE)
+
+
+EXPIRES = """
+from config.celery import app
+beat = app.Beat().Service(app, scheduler_cls=app.conf.beat_scheduler).get_scheduler()
+entries = beat.schedule.values()
+print(*(entry.options.get("expires") for entry in entries if "forgotten" in entry.task))
+"""
+
+
+@outputs(*({**DEFAULTS, "periodic_tasks": each} for each in CHOICES["periodic_tasks"]))
+def test_an_hourly_task_that_waited_for_an_hour_does_not_run(copied):
+    """After a night without workers, all of them would."""
+    copied.manage("migrate", "-v0")
+    assert copied.shell(EXPIRES) == "3600"

@@ -9,6 +9,7 @@ def create(apps, schema_editor):
         name="confirm-forgotten-orders",
         task="orders.tasks.confirm_forgotten_orders",
         crontab=every_hour,
+        expire_seconds=3600,  # after an hour without workers, the next one is enough
     )
 
 
