@@ -315,9 +315,12 @@ CELERY_WORKER_SEND_TASK_EVENTS = True
 # Logs and errors
 if sentry_dsn:
     import sentry_sdk  # only if needed, because it slows each start by a sixth
+    from sentry_sdk.integrations.celery import CeleryIntegration
     from sentry_sdk.integrations.logging import ignore_logger
 
-    sentry_sdk.init(sentry_dsn, release=RELEASE or None, before_send=logs.add_ids)
+    beat = CeleryIntegration(monitor_beat_tasks=True)  # and how each scheduled task ends
+    options = {"release": RELEASE or None, "before_send": logs.add_ids, "integrations": [beat]}
+    sentry_sdk.init(sentry_dsn, **options)
     ignore_logger("django_structlog.*")  # it logs the exceptions that Sentry catches itself
 
 if OTEL_ENDPOINT:

@@ -50,10 +50,10 @@ EVENTS = ["task_started", "task_retrying", "task_failed", "task_succeeded"]
 
 
 class Sentry(ThreadingHTTPServer):
-    """Collects the events that it is sent."""
+    """Collects the events, and the signs of life of scheduled tasks, that it is sent."""
 
     def __init__(self):
-        events = self.events = []
+        kept = self.kept = {"event": [], "check_in": []}
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self):
@@ -61,8 +61,8 @@ class Sentry(ThreadingHTTPServer):
                 if self.headers["Content-Encoding"] == "gzip":
                     body = gzip.decompress(body)
                 head, item = body.split(b"\n")[1:3]
-                if json.loads(head)["type"] == "event":
-                    events.append(json.loads(item))
+                if (kind := json.loads(head)["type"]) in kept:
+                    kept[kind].append(json.loads(item))
                 self.send_response(200)
                 self.end_headers()
 
@@ -75,7 +75,7 @@ class Sentry(ThreadingHTTPServer):
 
 @pytest.fixture(scope="module")
 def running(project, tmp_path_factory):
-    """A console, a function that reads the log lines of a worker, and the events in Sentry."""
+    """A console, a function that reads the log lines of a worker, and what Sentry got."""
     project.append("orders/tasks.py", TASKS)
     project.append("config/urls.py", VIEWS)
     sentry = Sentry()
@@ -92,7 +92,7 @@ def running(project, tmp_path_factory):
         return [line for line in found if line["event"] == event]
 
     with working(project, tmp_path_factory.mktemp("logs"), **variables) as (worker, console):
-        yield console, lines, sentry.events
+        yield console, lines, sentry.kept
     sentry.shutdown()
 
 
@@ -104,7 +104,8 @@ def send(console, task):
 @both_outputs
 def test_each_failure_is_one_event_in_sentry(running):
     """With its exception, and the ids that log lines have."""
-    console, _, events = running
+    console, _, kept = running
+    events = kept["event"]
     events.clear()
     failed = [send(console, task) for task in ("fail", "fail", "retry")]
     wait_for(lambda: len(events) >= 3)
@@ -126,6 +127,30 @@ result = client.get("{path}", headers=headers).status_code
     send(console, "kill")  # the death of a process is an event, too
     wait_for(lambda: "WorkerLostError" in str(events[5:]))
     assert len(events) == 7, events[5:]
+
+
+SCHEDULED = """
+from celery.beat import Scheduler
+from celery.schedules import schedule
+from config.celery import app
+beat = Scheduler(app, lazy=True)
+for name in "succeed", "fail":
+    entry = beat.Entry(name=name, task=f"orders.tasks.{name}", schedule=schedule(3600), app=app)
+    beat.apply_entry(entry)
+result = None
+"""
+
+
+@both_outputs
+def test_sentry_sees_how_each_scheduled_task_ends(running):
+    console, _, kept = running
+    console.ask(SCHEDULED)
+
+    def ended():
+        found = {(each["monitor_slug"], each["status"]) for each in kept["check_in"]}
+        return found >= {("succeed", "ok"), ("fail", "error")}
+
+    wait_for(ended)
 
 
 @plain_output
@@ -163,6 +188,19 @@ structlog.get_logger().exception("task_failed", exception=TimeoutError("time is 
 
 
 @plain_output
+@pytest.mark.parametrize("debug", ["True", "False"])
+def test_the_fields_of_extra_are_logged(project, debug):
+    code = """
+import logging
+import sys
+logging.getLogger().handlers[0].setStream(sys.stdout)
+logging.getLogger("own").warning("said", extra={"order_id": 77})
+"""
+    printed = project.manage("shell", "-v0", "-c", code, DEBUG=debug, ALLOWED_HOSTS="localhost")
+    assert re.search("order_id.*77", printed), printed
+
+
+@plain_output
 def test_after_apply_the_lines_of_a_task_have_its_own_id(running):
     console, lines, _ = running
     sent = send(console, "apply")
@@ -184,16 +222,3 @@ def test_the_report_of_a_test_shows_why_a_task_failed(running, project):
     (project / "tests/test_own.py").write_text(TEST)
     with pytest.raises(AssertionError, match="LookupError: of the task"):
         project.call(".venv/bin/python", "-m", "pytest", "-q", "tests/test_own.py")
-@plain_output
-@pytest.mark.parametrize("debug", ["True", "False"])
-def test_the_fields_of_extra_are_logged(project, debug):
-    code = """
-import logging
-import sys
-logging.getLogger().handlers[0].setStream(sys.stdout)
-logging.getLogger("own").warning("said", extra={"order_id": 77})
-"""
-    printed = project.manage("shell", "-v0", "-c", code, DEBUG=debug, ALLOWED_HOSTS="localhost")
-    assert re.search("order_id.*77", printed), printed
-
-
