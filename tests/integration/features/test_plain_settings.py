@@ -217,6 +217,13 @@ def test_a_child_process_that_needs_much_memory_is_replaced(stack):
 
 
 @on_redis
+def test_a_child_process_may_start_slowly(stack):
+    """By default, Celery kills one that has replaced another if it takes more than four seconds."""
+    stack.replace_worker("--concurrency 1 --max-tasks-per-child 1", CHILD_STARTS=6)
+    assert len(pids(stack, [stack.send("quick") for _ in range(3)])) == 3
+
+
+@on_redis
 def test_a_worker_waits_for_its_broker(stack):
     stack.worker.stop()
     stack.broker.kill()

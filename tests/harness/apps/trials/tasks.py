@@ -10,6 +10,7 @@ from pathlib import Path
 from celery import shared_task
 from celery.exceptions import SoftTimeLimitExceeded
 from celery.result import allow_join_result
+from celery.signals import worker_process_init
 from celery.worker.control import control_command
 from django.db import connection
 
@@ -25,6 +26,12 @@ def wait_for(gate):
     """Wait until this file exists, or the one with the id of this process."""
     while not Path(gate).exists() and not Path(f"{gate}-{os.getpid()}").exists():
         time.sleep(0.05)
+
+
+@worker_process_init.connect
+def start_slowly(**kwargs):
+    """Like a child process that loads a model."""
+    time.sleep(float(os.environ.get("CHILD_STARTS", 0)))
 
 
 @control_command(args=[("seconds", float)])
