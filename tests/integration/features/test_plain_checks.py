@@ -7,7 +7,7 @@ import pytest
 from harness.bake import DEFAULTS
 from harness.blocks import code
 from harness.outputs import both_outputs, outputs, plain_output, working
-from harness.project import Console, started, wait_for
+from harness.project import Console, path_without, started, wait_for
 
 TASKS = """
 
@@ -111,13 +111,30 @@ def test_uploads_that_the_read_only_root_refuses_are_found(project):
     assert re.findall("found ([0-9])", printed) == ["1", "1", "0", "0"]
 
 
+WORKSPACE = """
+[project]
+name = "workspace"
+version = "1"
+requires-python = ">=3.11"
+
+[tool.uv.workspace]
+members = ["*"]
+"""
+
+
 @plain_output
-def test_make_works_where_the_environment_names_another_venv(copied, tmp_path):
-    """As development containers do. Neither is that one used, nor does half of it stay behind."""
+def test_make_works_where_others_have_their_own_environments(copied, tmp_path):
+    """A development container names its own, and a folder above is a workspace of uv.
+
+    Neither is that one used, nor does half of it stay behind. pip, which installs uv if nobody has
+    it, is set to install for the user.
+    """
     (copied / ".venv").unlink()
-    other = tmp_path / "other"
-    copied.call("make", "check", UV_PROJECT_ENVIRONMENT=other, VIRTUAL_ENV=other)
-    assert (copied / ".venv/bin/python").exists() and not other.exists()
+    other, path = tmp_path / "other", path_without("uv", folder=tmp_path / "bin")
+    (tmp_path / "pyproject.toml").write_text(WORKSPACE)
+    variables = {"UV_PROJECT_ENVIRONMENT": other, "VIRTUAL_ENV": other, "PIP_USER": 1}
+    copied.call("make", "check", PATH=path, **variables)
+    assert (copied / ".venv/bin/celery").exists() and not other.exists()
 
 
 RUN = """
