@@ -10,6 +10,7 @@ import time
 from functools import partial
 
 import psutil
+import pytest
 
 from harness import faults
 from harness.project import Process, connects, free_ports, started, wait_for
@@ -195,6 +196,33 @@ def test_tasks_and_results_may_be_in_a_redis_cluster(stack, tmp_path):
         variables = {"CELERY_BROKER_URL": url, "CELERY_RESULT_BACKEND": url}
         stack.replace_worker(**variables)
         printed = stack.project.manage("shell", "-v0", "-c", CHORD, **stack.variables | variables)
+        assert printed.split("\n")[-3:-1] == ["[2, 3, 4]", "9"]
+
+
+ADDRESSES = [
+    "redis+socket://{socket}?virtual_host={number}",
+    "redis://{user}@127.0.0.1:{port}/{number}",
+]
+
+
+@on_redis
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_redis_may_have_a_socket_and_users(stack, tmp_path, address):
+    """With the permissions that docs/production.md gives to a user."""
+    [port], path = free_ports(1), tmp_path / "socket"
+    command = f"redis-server --port {port} --dir {tmp_path} --unixsocket {path}"
+    redis = Process(command.split(), tmp_path / "log", is_ready=partial(connects, port))
+    with started(redis):
+        page = stack.project.read("docs/production.md")
+        [rule] = re.findall("`(ACL SETUSER .+?)`", page)
+        subprocess.run(["redis-cli", "-p", str(port), *rule.split()], check=True)
+        user = f"{rule.split()[2]}:PASSWORD"
+        url = partial(address.format, socket=path, port=port, user=user)
+        names = "CELERY_BROKER_URL", "CELERY_RESULT_BACKEND"
+        variables = {name: url(number=number) for number, name in enumerate(names)}
+        stack.replace_worker(**variables)
+        code = f"import dev; dev.start_redis(){CHORD}"
+        printed = stack.project.manage("shell", "-v0", "-c", code, **stack.variables | variables)
         assert printed.split("\n")[-3:-1] == ["[2, 3, 4]", "9"]
 
 
