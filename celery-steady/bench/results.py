@@ -40,9 +40,9 @@ def page(text, rows, columns):
     for row in rows:
         cells = [each(row) if callable(each) else row[each] for each in columns.values()]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
-    for day, commit, machine, versions in {
+    for day, commit, machine, versions in dict.fromkeys(
         (row["date"], row["commit"], row["machine"], tuple(row["versions"].items())) for row in rows
-    }:
+    ):
         found = ", ".join(f"{name} {number}" for name, number in versions)
         lines.append(f"\n{day}, commit {commit}, {machine}, {found}.")
     return "\n".join(lines) + "\n"

@@ -306,15 +306,21 @@ def main():
             start = time.monotonic()
             found = run.go(options.kills, options.restarts, options.cuts)
             found["minutes"] = round((time.monotonic() - start) / 60)
-        rows.append({"broker": options.broker, "kind": kind, **found})
+        rows.append({"broker": options.broker, "kind": kind, **found, "seed": options.seed})
         print(rows[-1], flush=True)
-    if options.write:
-        rows = [row | {"seed": options.seed} for row in rows]
-        results.write(
-            "scorecard", PAGE, rows, COLUMNS, same=lambda row: row["broker"] == options.broker
-        )
+        if options.write:
+            write(rows[-1])
     if options.check:
         sys.exit(any(row["lost"] or row["ran twice otherwise"] or not row["sent"] for row in rows))
+
+
+def write(new):
+    """Replace the row of this broker and kind in docs/scorecard.json, and write the page of all."""
+
+    def is_old(row):
+        return row["broker"] == new["broker"] and row["kind"] == new["kind"]
+
+    results.write("scorecard", PAGE, [new], COLUMNS, same=is_old)
 
 
 if __name__ == "__main__":

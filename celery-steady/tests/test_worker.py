@@ -70,6 +70,7 @@ def test_sigterm_ends_the_worker_when_its_tasks_have_ended(pool, start, steady, 
     assert result.get() == "running"
     assert redis.client.llen("celery") == (new.state == "PENDING")
     assert not redis.client.hlen("unacked")
+    assert "Traceback" not in worker.text()
 
 
 @pytest.mark.parametrize("task", ["ask", "clean_up"])

@@ -81,7 +81,7 @@ class Consumer(StockConsumer):
     # Errors of tasks and messages
 
     def on_heartbeat(self, **kwargs):
-        if not self.is_prefork or has_children(self.pool):
+        if not self.is_prefork or has_child(self.pool):
             touch_liveness_file()
 
     def update_strategies(self):
@@ -147,13 +147,15 @@ class Consumer(StockConsumer):
         super().stop()
 
 
-def has_children(pool):
+def has_child(pool):
     """Return whether a child of this pool has started, and lives."""
-    return bool(pool._pool._fileno_to_inq)
+    return bool(pool._pool and pool._pool._fileno_to_inq)
 
 
 def sent_jobs(pool):
     """Return the jobs that were written to a child, which has not yet said that it accepts them."""
+    if not pool._pool:  # the worker has stopped
+        return []
     jobs = [job for job in tuple(pool._pool._cache.values()) if not job._accepted]
     return [job for job in jobs if job._write_to and not asynpool._get_job_writer(job)]
 
