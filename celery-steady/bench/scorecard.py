@@ -248,7 +248,7 @@ class Run:
                 if run[1]:  # its first run may have sent the retry again
                     stopped += len(starts[run[0], 0]) - 1
                 again += min(extra, stopped)
-                if extra > stopped and self.was_cut(*self.sent(run, found, sender)):
+                if extra > stopped and self.was_cut(*self.sent(run, ends, sender)):
                     sent_again += 1
                 elif extra > stopped:
                     twice.append((run, found, ends.get(run)))
@@ -264,11 +264,11 @@ class Run:
             "faults at": self.at if twice else [],
         }
 
-    def sent(self, run, found, sender):
-        """Return from when until when this run was sent. A worker sends the retry, and may repeat it."""
+    def sent(self, run, ends, sender):
+        """Return from when until when this run was sent. A worker sends a retry until it has an answer."""
         if run[1]:
-            first = min(at for _, at in found)
-            return first - 10, first
+            ended = [at for _, at in ends[run[0], 0]]
+            return min(ended), max(ended) + 30
         return sender.accepted[run[0]][1:]
 
     def was_cut(self, since, until):
