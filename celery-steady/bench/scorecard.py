@@ -280,9 +280,10 @@ class Run:
         """Return whether this run's worker could not acknowledge it."""
         killed = self.killed.get(group, float("inf"))
         ended = min((at for other, at in ends if other == group and at >= start), default=killed)
-        return ended + 2 > killed or (
-            self.broker.name == "rabbitmq" and self.was_cut(start, ended + 2)
-        )
+        lost_connection = self.was_cut(start, ended + 2)
+        # Without a connection, it acknowledges when it has connected again.
+        seconds = 10 if lost_connection else 2
+        return ended + seconds > killed or (self.broker.name == "rabbitmq" and lost_connection)
 
 
 def main():
