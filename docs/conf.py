@@ -3,7 +3,7 @@
 project = "OWNER/REPO"
 root_doc = "docs/index"
 include_patterns = ["*.md", "docs/*", "tests/*.md", "templates/*.md", "durable-jobs/*.md"]
-include_patterns += ["celery-steady/*.md", "durable-jobs/docs/*"]
+include_patterns += ["celery-steady/*.md", "celery-steady/docs/*.md", "durable-jobs/docs/*"]
 exclude_patterns = ["AGENTS.md"]
 extensions = ["myst_parser", "sphinxcontrib.mermaid"]
 myst_heading_anchors = 3

@@ -21,7 +21,7 @@ def write(name, text, rows, columns, same):
     path = DOCS / f"{name}.json"
     old = json.loads(path.read_text()) if path.exists() else []
     rows = [row for row in old if not same(row)] + [row | about() for row in rows]
-    path.write_text(json.dumps(rows, indent=2) + "\n")
+    path.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")  # a line each
     (DOCS / f"{name}.md").write_text(page(text, rows, columns))
 
 
