@@ -43,6 +43,6 @@ def page(text, rows, columns):
     for day, commit, machine, versions in dict.fromkeys(
         (row["date"], row["commit"], row["machine"], tuple(row["versions"].items())) for row in rows
     ):
-        found = ", ".join(f"{name} {number}" for name, number in versions)
+        found = ", ".join(f"{name}=={number}" for name, number in versions)
         lines.append(f"\n{day}, commit {commit}, {machine}, {found}.")
     return "\n".join(lines) + "\n"
