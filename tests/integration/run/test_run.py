@@ -395,7 +395,7 @@ def test_a_worker_with_any_pool_has_the_settings_of_the_project(project, request
         values += by_pool.get(values[0], [120, False])
         assert worker_settings(project, options) == " ".join(map(str, values)), options
     by_variable = worker_settings(project, "--pool threads", WORKER_CONCURRENCY=9)
-    assert by_variable == " ".join(map(str, ["thread", 9, *of_project[1:], None, 120, False]))
+    assert by_variable == " ".join(map(str, ["thread", 9, *of_project[1:], 120, False]))
 
 
 def worker_settings(project, options, **variables):
