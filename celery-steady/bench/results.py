@@ -12,15 +12,16 @@ HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs"
 
 
-def write(name, text, rows, columns, same):
-    """Replace the rows of which `same(row)` is true, and write the page: this text, then a table.
+def write(name, text, rows, columns, key):
+    """Replace the rows that have the values of these ones under `key`, and write the page.
 
-    `columns` are {heading: the key in a row, or a function of the row}.
+    It has this text, then a table. `columns` are {heading: the key in a row, or a function of the row}.
     """
     DOCS.mkdir(exist_ok=True)
     path = DOCS / f"{name}.json"
     old = json.loads(path.read_text()) if path.exists() else []
-    rows = [row for row in old if not same(row)] + [row | about() for row in rows]
+    new = {tuple(map(row.get, key)): row | about() for row in rows}
+    rows = [row for row in old if tuple(map(row.get, key)) not in new] + list(new.values())
     path.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")  # a line each
     (DOCS / f"{name}.md").write_text(page(text, rows, columns))
 

@@ -310,18 +310,9 @@ def main():
         rows.append({"broker": options.broker, "kind": kind, **found, "seed": options.seed})
         print(rows[-1], flush=True)
         if options.write:
-            write(rows[-1])
+            results.write("scorecard", PAGE, rows[-1:], COLUMNS, key=("broker", "kind"))
     if options.check:
         sys.exit(any(row["lost"] or row["ran twice otherwise"] or not row["sent"] for row in rows))
-
-
-def write(new):
-    """Replace the row of this broker and kind in docs/scorecard.json, and write the page of all."""
-
-    def is_old(row):
-        return row["broker"] == new["broker"] and row["kind"] == new["kind"]
-
-    results.write("scorecard", PAGE, [new], COLUMNS, same=is_old)
 
 
 if __name__ == "__main__":

@@ -104,7 +104,9 @@ class Run:
             time.sleep(20)  # a stock worker fetches them meanwhile
             found = [b - a for a, b in zip(before, self.memory(worker), strict=True)]
             worker.kill()
-        return dict(zip(["MB in Redis", "MB in the worker"], found, strict=True))
+        self.client.flushall()
+        names = [f"MB in {place}, {count:,} countdowns" for place in ("Redis", "the worker")]
+        return dict(zip(names, found, strict=True))
 
     def memory(self, worker):
         used = psutil.Process(worker.pid).memory_info().rss
@@ -134,20 +136,16 @@ def main():
     with tempfile.TemporaryDirectory() as folder, Redis(Path(folder) / "redis") as server:
         for _ in range(TURNS):
             for kind, taken in turns.items():
-                new = lambda kind=kind: Run(kind, server, Path(folder))  # noqa: E731
-                found = new().speed(tasks, tasks + 500) | new().single(singles)
-                deep = new().speed(tasks, many)["done a second"]
+                run = Run(kind, server, Path(folder))
+                found = run.speed(tasks, tasks + 500) | run.single(singles)
+                deep = run.speed(tasks, many)["done a second"]
                 found[f"done a second, {many:,} waiting"] = deep
+                found |= run.countdowns(many)
                 taken.append(found)
                 print(kind, found, flush=True)
-        for kind, taken in turns.items():
-            taken[0] |= {
-                f"{what}, {many:,} countdowns": size
-                for what, size in Run(kind, server, Path(folder)).countdowns(many).items()
-            }
     rows = []
     for what in turns["celery-steady"][0]:
-        ours, theirs = ([turn[what] for turn in turns[kind] if what in turn] for kind in KINDS)
+        ours, theirs = ([turn[what] for turn in turns[kind]] for kind in KINDS)
         ratio = median(our / their for our, their in zip(ours, theirs, strict=True) if their)
         rows.append({"what": what, **dict(zip(KINDS, (ours, theirs), strict=True)), "ratio": ratio})
         print(f"{what}: {median(ours):.2f}, {median(theirs):.2f}, ratio {ratio:.2f}", flush=True)
@@ -157,7 +155,7 @@ def main():
             **{kind: lambda row, kind=kind: short(median(row[kind])) for kind in KINDS},
             "ratio": lambda row: f"{row['ratio']:.2f}",
         }
-        results.write("speed", PAGE, rows, columns, same=lambda row: True)
+        results.write("speed", PAGE, rows, columns, key=("what",))
 
 
 def short(figure):

@@ -270,7 +270,7 @@ def a_soft_shutdown_takes_its_whole_time(is_cured, redis):
         step = shutdown.SoftStop(Mock())
         step.timer, step.deadline = Mock(), 1e12
         with patch.object(shutdown.signal, "raise_signal") as end:
-            step.check(Mock(app=Mock(conf=conf)))
+            step.check(Mock(app=Mock(conf=conf), **{"pool._pool._pool": []}))
         if not end.called:
             return True
     busy = SimpleNamespace(active_requests={Mock()})

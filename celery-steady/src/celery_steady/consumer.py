@@ -57,12 +57,12 @@ class Consumer(StockConsumer):
         results.insist(app, pool)
         if django.is_used():
             django.prepare_worker()
-        if isinstance(pool, prefork.TaskPool):  # before it forks its children
+        self.is_prefork = isinstance(pool, prefork.TaskPool)
+        if self.is_prefork:  # before it forks its children
             for task in app.tasks.values():
                 tasks.let_end(task)
         if getattr(pool, "is_green", False) and worker_options is not None:
             worker_options["without_gossip"] = True  # gossip can stop redelivery there
-        self.is_prefork = isinstance(pool, prefork.TaskPool)
         if isinstance(pool, (solo.TaskPool, thread.TaskPool)):
             # They can't cancel a task: Celery would fail to, after a lost connection.
             app.conf.worker_cancel_long_running_tasks_on_connection_loss = False
@@ -78,11 +78,11 @@ class Consumer(StockConsumer):
         self.is_main = threading.current_thread() is threading.main_thread()
         super().start()
 
-    # Errors of tasks and messages
-
     def on_heartbeat(self, **kwargs):
         if not self.is_prefork or has_child(self.pool):
             touch_liveness_file()
+
+    # Errors of tasks and messages
 
     def update_strategies(self):
         for task in self.app.tasks.values():

@@ -77,8 +77,7 @@ class KeepMessages(StartStopStep):
     def renew(self, timer, channel):
         if channel.closed:
             return  # the next one has a round of its own
-        next_round = channel.visibility_timeout / 5  # so three of them may fail
-        timer.call_after(next_round, self.renew, (timer, channel))
+        timer.call_after(pause(channel), self.renew, (timer, channel))
         # If ack() fails again, it adds the message again.
         failed = set(self.unacknowledged)
         self.unacknowledged -= failed
@@ -90,11 +89,11 @@ class KeepMessages(StartStopStep):
     def renew_beside(self, channel):
         """Solo: while a task runs, no timer does."""
         while not channel.closed:
-            time.sleep(channel.visibility_timeout / 5)
             try:
                 channel.renew()
             except channel.errors as error:
                 logger.warning("Could not renew messages: %r", error)
+            time.sleep(pause(channel))
 
     def release(self, consumer, channel, messages):
         """Put back what was still waiting when the connection was lost: Celery has dropped it."""
@@ -105,3 +104,8 @@ class KeepMessages(StartStopStep):
         for message in messages:
             if not message.acknowledged and message not in running | self.unacknowledged:
                 message.requeue()
+
+
+def pause(channel):
+    """Return the seconds between two rounds: three of them may fail."""
+    return channel.visibility_timeout / 5

@@ -81,13 +81,14 @@ class SoftStop(StartStopStep):
         if not self.running() or time.monotonic() >= self.deadline:
             self.timer.cancel()
             consumer.app.conf.worker_soft_shutdown_timeout = 0  # it has waited
-            _thread.start_new_thread(kill_children, (consumer.pool,))
+            # With its children of now: the pool forgets them when it has ended.
+            _thread.start_new_thread(kill, tuple(consumer.pool._pool._pool))
             signal.raise_signal(signal.SIGQUIT)
 
 
-def kill_children(pool):
+def kill(*children):
     time.sleep(KILL_SECONDS)
-    for child in tuple(pool._pool._pool):
+    for child in children:
         if child.exitcode is None:
             logger.warning("Killing the child process %d, which doesn't end", child.pid)
             with suppress(ProcessLookupError):
