@@ -23,12 +23,12 @@ from helpers import act, add, claim, claim_and_lapse, lapse, of_job, seconds_unt
 from kombu.asynchronous import Hub
 from settings import SOURCE
 
-from durable_jobs import transitions
+from durable_jobs import pools, transitions
 from durable_jobs.enqueue import enqueue
 from durable_jobs.messages import fields_in, message_of
 from durable_jobs.models import Job
 from durable_jobs.tasks import JobTask
-from durable_jobs.worker import children, remote_control, startup
+from durable_jobs.worker import children, execution, remote_control, startup
 from durable_jobs.worker.runs import process
 
 pytestmark = pytest.mark.django_db
@@ -126,6 +126,24 @@ def test_a_run_has_the_token_that_the_main_process_chose():
     finally:
         act.pop_request()
     assert Job.objects.get().result == str(token)
+
+
+@pytest.mark.parametrize("error", [SystemExit, RuntimeError])
+def test_a_job_that_its_worker_stopped_is_queued_whatever_its_clean_up_raises(monkeypatch, error):
+    monkeypatch.setattr(execution, "pool", pools.Threads())
+    monkeypatch.setattr(pools, "terminate_handler_fired", lambda: True)
+    monkeypatch.setattr(execution, "child_has_crashed", lambda: False)
+    act.function = Mock(side_effect=error)
+    job = enqueue(act)
+    request = {"id": str(job.pk), "hostname": "test", "called_directly": False}
+    act.push_request(**request, **of_job())
+    try:
+        with pytest.raises(error):
+            act()
+    finally:
+        act.pop_request()
+    job.refresh_from_db()
+    assert (job.state, job.crashes) == ("queued", 0)
 
 
 def test_celery_does_not_resend_a_job_that_killed_its_child(monkeypatch):
