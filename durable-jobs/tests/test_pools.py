@@ -32,7 +32,8 @@ def test_sigterm_starts_a_soft_shutdown_between_two_events(monkeypatch, connecti
     """Or at once, if the broker is down: then no event comes."""
     monkeypatch.setitem(app.conf, "worker_soft_shutdown_timeout", 20)  # it is changed
     before = {name: signals[name] for name in ("SIGTERM", "SIGQUIT")}
-    consumer, seen = Mock(app=app, connection=connection, timer=Timer()), []
+    children = {"pool._pool._pool": []}
+    consumer, seen = Mock(app=app, connection=connection, timer=Timer(), **children), []
 
     def next_event():
         _, entry = next(iter(consumer.timer))
