@@ -4,6 +4,10 @@
 
 Each fifth task has a countdown, each tenth is retried. celery-steady and stock Celery get the same, one
 after the other. Writes docs/scorecard.md, and what it counted to docs/scorecard.json.
+
+    python celery-steady/bench/scorecard.py redis --kinds both --kills 0 --restarts 0 --cuts 0 --swaps 50
+
+runs a worker of each kind side by side, as during an upgrade, and lets them change their kind.
 """
 
 import argparse
@@ -26,10 +30,11 @@ import results  # noqa: E402
 from servers import SQS, Process, RabbitMQ, Redis  # noqa: E402
 
 RATES = {"redis": 100, "rabbitmq": 100, "sqs": 10}  # tasks a second; moto does no more
-VISIBILITY = 30  # seconds. With the default of 120, the end of each run takes longer
 KINDS = "celery-steady", "stock Celery"
+BOTH = "both"
 BROKERS = ["redis", "rabbitmq", "sqs"]
 FAULTS = {"kill": "workers killed", "restart": "restarts", "cut": "times all connections cut"}
+FAULTS["swap"] = "workers replaced by the other kind"
 COUNTS = ["sent", "lost", "interrupted, ran again", "sent twice", "ran twice otherwise"]
 COLUMNS = {
     "broker": "broker",
@@ -41,7 +46,7 @@ COLUMNS = {
 }
 PAGE = """# Scorecard
 
-What became of tasks while their workers were killed (`kill -9`), their broker was stopped or killed and started again, and all its connections were closed. 100 tasks a second were sent, on SQS (moto) 10; each fifth had a countdown, each tenth was retried. A task that was not accepted, because the broker was away, doesn't count.
+What became of tasks while their workers were killed (`kill -9`), their broker was stopped or killed and started again, and all its connections were closed. 100 tasks a second were sent, on SQS (moto) 10; each fifth had a countdown, each tenth was retried. A task that was not accepted, because the broker was away, doesn't count. With "both", a worker of each kind ran side by side, as during an upgrade, and was stopped and replaced by one of the other kind.
 
 A task is interrupted, and runs again, if its worker is killed before it has acknowledged it; on RabbitMQ, also if its worker has lost its connection. If a connection is lost while a worker sends a retry, it gets no answer, and sends it again; on SQS, botocore does so for each sender.
 
@@ -54,7 +59,8 @@ AWS["AWS_DEFAULT_REGION"] = "eu-central-1"
 class Broker:
     """A server, and how its connections are cut."""
 
-    def __init__(self, name, folder):
+    def __init__(self, name, folder, visibility):
+        self.visibility = visibility  # seconds
         self.server = {"redis": Redis, "rabbitmq": RabbitMQ, "sqs": SQS}[name](folder)
         self.name = name
 
@@ -78,7 +84,7 @@ class Broker:
         conf = {
             "broker_url": self.server.url,
             "broker_transport_options": {
-                "visibility_timeout": VISIBILITY,
+                "visibility_timeout": self.visibility,
                 **self.server.transport_options,
             },
             "broker_connection_retry_on_startup": True,
@@ -136,22 +142,25 @@ class Sender(threading.Thread):
 
 
 class Run:
-    def __init__(self, name, kind, folder):
+    def __init__(self, name, kind, folder, visibility):
         self.folder = folder
-        self.broker = Broker(name, folder / "broker")
+        self.broker = Broker(name, folder / "broker", visibility)
         self.marks = folder / "marks"
         self.marks.touch()
-        conf = self.broker.conf(kind)
-        self.env = os.environ | AWS | {"CONF": json.dumps(conf), "KIND": kind}
-        self.env |= {"MARKS": str(self.marks), "PYTHONPATH": os.pathsep.join(sys.path)}
-        if name == "sqs":
-            self.env["AWS_ENDPOINT_URL"] = self.broker.server.endpoint
+        self.kinds = list(KINDS) if kind == BOTH else [kind] * 2  # of each worker
         self.faults, self.workers = Counter(), []
         self.at = []  # (fault, when it began, when it was over)
         self.killed = {}  # {process group: when it was killed}
 
+    def env(self, kind):
+        env = os.environ | AWS | {"CONF": json.dumps(self.broker.conf(kind)), "KIND": kind}
+        env |= {"MARKS": str(self.marks), "PYTHONPATH": os.pathsep.join(sys.path)}
+        if self.broker.name == "sqs":
+            env["AWS_ENDPOINT_URL"] = self.broker.server.endpoint
+        return env
+
     def app(self):
-        os.environ.update(self.env)
+        os.environ.update(self.env(self.kinds[0]))
         sys.modules.pop("scorecard_app", None)
         import scorecard_app
 
@@ -162,7 +171,9 @@ class Run:
             f"{sys.executable} -m celery -A scorecard_app worker -c 2 -l WARNING -n {number}@x"
         )
         log = self.folder / f"worker{number}.log"
-        return Process(command.split(), log, cwd=self.folder, env=self.env).start()
+        return Process(
+            command.split(), log, cwd=self.folder, env=self.env(self.kinds[number])
+        ).start()
 
     def starts(self):
         with open(self.marks) as file:
@@ -194,13 +205,19 @@ class Run:
     def cut(self):
         self.broker.cut()
 
-    def go(self, kills, restarts, cuts):
+    def swap(self):
+        """Stop a worker as a deploy does, and start the other kind in its place."""
+        number = random.randrange(2)
+        self.workers[number].signal(signal.SIGTERM)
+        self.workers[number].wait()
+        self.kinds[number] = next(kind for kind in KINDS if kind != self.kinds[number])
+        self.workers[number] = self.start_worker(number)
+
+    def go(self, faults):
         with self.broker.server:
             sender = Sender(self.app(), RATES[self.broker.name])
             self.workers = [self.start_worker(number) for number in range(2)]
             try:
-                faults = ["kill"] * kills + ["restart"] * restarts + ["cut"] * cuts
-                random.shuffle(faults)
                 sender.start()
                 self.wait_for_work()
                 for number, fault in enumerate(faults):
@@ -221,7 +238,7 @@ class Run:
     def wait_until_quiet(self):
         """Wait until nothing has started for longer than a lost message could take."""
         seen, since = self.starts(), time.monotonic()
-        while time.monotonic() < since + 3 * VISIBILITY:
+        while time.monotonic() < since + 3 * self.broker.visibility:
             time.sleep(1)
             if (now := self.starts()) > seen:
                 seen, since = now, time.monotonic()
@@ -273,7 +290,8 @@ class Run:
 
     def was_cut(self, since, until):
         return any(
-            fault != "kill" and began < until and since < over for fault, began, over in self.at
+            fault in ("restart", "cut") and began < until and since < over
+            for fault, began, over in self.at
         )
 
     def was_interrupted(self, group, start, ends):
@@ -289,9 +307,10 @@ class Run:
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("broker", choices=BROKERS)
-    for fault, count in {"kills": 200, "restarts": 50, "cuts": 50}.items():
+    for fault, count in {"kills": 200, "restarts": 50, "cuts": 50, "swaps": 0}.items():
         parser.add_argument(f"--{fault}", type=int, default=count)
-    parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
+    parser.add_argument("--kinds", nargs="+", default=KINDS, choices=[*KINDS, BOTH])
+    parser.add_argument("--visibility", type=int, default=30, help="seconds; outputs have 120")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--write", action="store_true", help="into docs/")
     parser.add_argument("--check", action="store_true", help="fail if any is lost or ran twice")
@@ -303,9 +322,11 @@ def main():
         random.seed(options.seed)
         with tempfile.TemporaryDirectory() as folder:
             print(f"{options.broker}, {kind}", flush=True)
-            run = Run(options.broker, kind, Path(folder))
+            run = Run(options.broker, kind, Path(folder), options.visibility)
             start = time.monotonic()
-            found = run.go(options.kills, options.restarts, options.cuts)
+            faults = [each for each in FAULTS for _ in range(vars(options)[f"{each}s"])]
+            random.shuffle(faults)
+            found = run.go(faults)
             found["minutes"] = round((time.monotonic() - start) / 60)
         rows.append({"broker": options.broker, "kind": kind, **found, "seed": options.seed})
         print(rows[-1], flush=True)

@@ -1,8 +1,10 @@
-"""python -m load.send FILE KIND…: send tasks of these kinds in turn, until FILE.stop exists.
+"""python -m load.send FILE RATE KIND…: send RATE tasks a second, of these kinds in turn.
 
+It ends when FILE.stop exists.
 A line of FILE is JSON: [kind, id of the task, error].
 """
 
+import itertools
 import json
 import sys
 import time
@@ -15,8 +17,6 @@ from django.db import close_old_connections  # noqa: E402
 
 from .kinds import KINDS  # noqa: E402
 
-PAUSE = 0.25  # seconds
-
 
 def send(kind):
     close_old_connections()  # as at the start of a request
@@ -27,14 +27,16 @@ def send(kind):
         return [kind, None, f"{name}: {error}"]
 
 
-def main(path, *kinds):
+def main(path, rate, *kinds):
+    due = time.monotonic()
     with open(path, "a") as file:
-        while True:
-            for kind in kinds:
-                if Path(f"{path}.stop").exists():
-                    return
-                print(json.dumps(send(kind)), file=file, flush=True)
-                time.sleep(PAUSE)
+        for kind in itertools.cycle(kinds):
+            if Path(f"{path}.stop").exists():
+                return
+            print(json.dumps(send(kind)), file=file, flush=True)
+            now = time.monotonic()
+            due = max(now, due + 1 / int(rate))
+            time.sleep(due - now)
 
 
 main(*sys.argv[1:])
