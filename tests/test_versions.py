@@ -24,6 +24,8 @@ FRAMEWORKS = ("celery", "django", "djangorestframework", "drf-spectacular")  # w
 # What was, and what was measured.
 HISTORY = {
     "CHANGELOG.md",
+    "celery-steady/docs/scorecard.md",
+    "celery-steady/docs/speed.md",
     "docs/decisions.md",
     "durable-jobs/docs/decisions.md",
     "durable-jobs/docs/performance.md",

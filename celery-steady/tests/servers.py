@@ -11,6 +11,11 @@ from contextlib import suppress
 from importlib.util import find_spec
 from unittest import SkipTest
 
+# Servers of other versions, made by .ci/servers, come first. Debian's commands for RabbitMQ change
+# the user: before them come the scripts themselves.
+FOLDERS = os.environ.get("SERVERS"), "/usr/lib/rabbitmq/bin", os.environ["PATH"]
+os.environ["PATH"] = os.pathsep.join(filter(None, FOLDERS))
+
 LIMIT = 60  # seconds of every wait: a machine may be far slower than ours
 
 
@@ -19,8 +24,8 @@ def missing(reason):
     raise AssertionError(reason) if os.environ.get("DEMAND_ALL") else SkipTest(reason)
 
 
-def need(program, path=None):
-    if not shutil.which(program, path=path):
+def need(program):
+    if not shutil.which(program):
         missing(f"{program} is not installed")
 
 
@@ -161,13 +166,11 @@ class RabbitMQ(Server):
     transport_options = {"confirm_publish": True}
 
     def __init__(self, folder):
-        # Debian's commands on PATH change the user; the scripts themselves are in this folder.
-        path = f"/usr/lib/rabbitmq/bin:{os.environ['PATH']}"
-        need("rabbitmq-server", path=path)
+        need("rabbitmq-server")
         self.port = free_port()
         self.url = f"amqp://guest:guest@127.0.0.1:{self.port}//"
         environment = {
-            "PATH": path,
+            "PATH": os.environ["PATH"],
             "HOME": folder,  # for Erlang's cookie
             "LANG": "C.UTF-8",
             "ERL_EPMD_ADDRESS": "127.0.0.1",

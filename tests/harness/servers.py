@@ -187,14 +187,12 @@ class RabbitMQ(Broker):
     answers = {"broker": "rabbitmq", "result_backend": "none"}
 
     def __init__(self, folder, project=None, port=None):
-        # Debian's commands on PATH change the user; the scripts themselves are in this folder.
-        path = f"/usr/lib/rabbitmq/bin:{os.environ['PATH']}"
-        need("rabbitmq-server", path=path)
+        need("rabbitmq-server")
         distribution, epmd, free = free_ports(3)
         self.port = port or free
         self.variables = {"CELERY_BROKER_URL": f"amqp://guest:guest@127.0.0.1:{self.port}//"}
         environment = {
-            "PATH": path,
+            "PATH": os.environ["PATH"],
             "HOME": folder,  # for Erlang's cookie
             "LANG": "C.UTF-8",
             "ERL_EPMD_ADDRESS": "127.0.0.1",
@@ -326,7 +324,7 @@ class PostgreSQL(Process):
     def __init__(self, *settings, password=None):
         """`settings` are strings such as "fsync=off". Without a password, anybody may log in."""
         debian = sorted(glob("/usr/lib/postgresql/*/bin/postgres"))  # not in PATH
-        if not (program := debian[-1] if debian else shutil.which("postgres")):
+        if not (program := shutil.which("postgres") or (debian and debian[-1])):
             missing("PostgreSQL is not installed: sudo apt install postgresql")
         self.binaries = Path(program).parent
         [self.port] = free_ports(1)
