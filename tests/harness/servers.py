@@ -323,8 +323,9 @@ def variables_of(servers, project):
 class PostgreSQL(Process):
     def __init__(self, *settings, password=None):
         """`settings` are strings such as "fsync=off". Without a password, anybody may log in."""
-        debian = sorted(glob("/usr/lib/postgresql/*/bin/postgres"))  # not in PATH
-        if not (program := shutil.which("postgres") or (debian and debian[-1])):
+        debian = sorted(glob("/usr/lib/postgresql/*/bin"))  # not in PATH
+        path = os.pathsep.join([os.environ.get("SERVERS", ""), *debian[-1:], os.environ["PATH"]])
+        if not (program := shutil.which("postgres", path=path)):
             missing("PostgreSQL is not installed: sudo apt install postgresql")
         self.binaries = Path(program).parent
         [self.port] = free_ports(1)
