@@ -1,13 +1,14 @@
 """Result backends keep each result, and a chord gets all of its members."""
 
 import uuid
-from unittest.mock import Mock
+from unittest.mock import DEFAULT, Mock
 
 import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError, ReadTimeoutError
 from celery import Celery, chord, states
 from celery.contrib.testing.worker import start_worker
 from celery.exceptions import Retry
+from redis.exceptions import TimeoutError
 from servers import LIMIT
 
 from celery_steady import dynamodb, results
@@ -34,6 +35,19 @@ def backend(request):
 @pytest.fixture
 def id():
     return str(uuid.uuid4())
+
+
+def test_a_worker_sends_redis_a_command_again_if_its_connection_was_forgotten(redis):
+    """A chord's task would fail, as nothing else repeats what counts it."""
+    app = Celery(backend=redis.url, set_as_current=False)
+    results.insist(app, pool=None)
+    client = app.backend.client
+    connection = client.connection_pool.get_connection()
+    client.connection_pool.release(connection)
+    answers = iter([TimeoutError(), *[DEFAULT] * 9])
+    connection.read_response = Mock(wraps=connection.read_response, side_effect=answers)
+    assert client.get("key") is None
+    assert connection.read_response.call_count > 1
 
 
 @pytest.mark.parametrize(

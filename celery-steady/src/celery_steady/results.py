@@ -35,6 +35,8 @@ def insist(app, pool):
     in_children = isinstance(pool, prefork.TaskPool)
     app.conf.result_backend_always_retry = not in_children
     app.conf.result_backend_max_retries = inf  # a web process may retry once
+    # What counts a chord's ended tasks is not retried otherwise: a lost connection would fail the task.
+    app.conf.redis_retry_on_timeout = True
     if not in_children:
         return
 

@@ -29,6 +29,7 @@ VARIABLES = {  # {variable: (another legal value, an illegal one, if there is on
     "EMAIL_HOST_USER": ("user", None),
     "EMAIL_HOST_PASSWORD": ("$a#", None),
     "EMAIL_USE_TLS": ("False", "maybe"),
+    "EMAIL_USE_SSL": ("True", "maybe"),
     "DEFAULT_FROM_EMAIL": ("Shop <shop@example.com>", None),
     "CELERY_BROKER_URL": ("redis://:secret@example.com:6380/3", ""),
     "CELERY_RESULT_BACKEND": ("redis://:secret@example.com:6380/4", ""),
