@@ -33,8 +33,12 @@ RATES = {"redis": 100, "rabbitmq": 100, "sqs": 10}  # tasks a second; moto does 
 KINDS = "celery-steady", "stock Celery"
 BOTH = "both"
 BROKERS = ["redis", "rabbitmq", "sqs"]
-FAULTS = {"kill": "workers killed", "restart": "restarts", "cut": "times all connections cut"}
-FAULTS["swap"] = "workers replaced by the other kind"
+FAULTS = {
+    "kill": "workers killed",
+    "restart": "restarts",
+    "cut": "times all connections cut",
+    "swap": "workers replaced by the other kind",
+}
 COUNTS = ["sent", "lost", "interrupted, ran again", "sent twice", "ran twice otherwise"]
 COLUMNS = {
     "broker": "broker",

@@ -42,8 +42,8 @@ def test_a_worker_sends_redis_a_command_again_if_its_connection_was_forgotten(re
     app = Celery(backend=redis.url, set_as_current=False)
     results.insist(app, pool=None)
     client = app.backend.client
-    connection = client.connection_pool.get_connection()
-    client.connection_pool.release(connection)
+    client.ping()
+    [connection] = client.connection_pool._available_connections
     answers = iter([TimeoutError(), *[DEFAULT] * 9])
     connection.read_response = Mock(wraps=connection.read_response, side_effect=answers)
     assert client.get("key") is None

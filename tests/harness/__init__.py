@@ -2,11 +2,13 @@
 
 import os
 import shutil
+from glob import glob
 from unittest import SkipTest
 
 # Servers of other versions, made by .ci/servers, come first. Debian's commands for RabbitMQ change
-# the user: before them come the scripts themselves.
-FOLDERS = os.environ.get("SERVERS"), "/usr/lib/rabbitmq/bin", os.environ["PATH"]
+# the user: before them come the scripts themselves. Its PostgreSQL is not in PATH.
+POSTGRESQL = sorted(glob("/usr/lib/postgresql/*/bin"))[-1:]
+FOLDERS = os.environ.get("SERVERS"), "/usr/lib/rabbitmq/bin", *POSTGRESQL, os.environ["PATH"]
 os.environ["PATH"] = os.pathsep.join(filter(None, FOLDERS))
 
 

@@ -12,7 +12,6 @@ import tempfile
 from collections import ChainMap
 from contextlib import contextmanager, suppress
 from functools import partial
-from glob import glob
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -323,11 +322,8 @@ def variables_of(servers, project):
 class PostgreSQL(Process):
     def __init__(self, *settings, password=None):
         """`settings` are strings such as "fsync=off". Without a password, anybody may log in."""
-        debian = sorted(glob("/usr/lib/postgresql/*/bin"))  # not in PATH
-        path = os.pathsep.join([os.environ.get("SERVERS", ""), *debian[-1:], os.environ["PATH"]])
-        if not (program := shutil.which("postgres", path=path)):
-            missing("PostgreSQL is not installed: sudo apt install postgresql")
-        self.binaries = Path(program).parent
+        need("postgres", "postgresql")
+        self.binaries = Path(shutil.which("postgres")).parent
         [self.port] = free_ports(1)
         self.url = f"postgres://postgres@127.0.0.1:{self.port}"
         self.folder = Path(tempfile.mkdtemp(prefix="postgresql-"))  # open to `postgres`
