@@ -85,7 +85,7 @@ def check_file(project, file, text):
     if file.suffix != ".html":  # Django's braces
         # Braces of GitHub, Prometheus, Grafana and f-strings are none of Jinja's.
         braces = r"(?<!\$)\{\{(?! \$| printf |\w+\}\})" if file.suffix != ".py" else r"\{\{-? "
-        tags = r"\{%(?! (extends|load|block|endblock|static)\b)"  # docs/pages.md shows Django's
+        tags = r"\{%(?! (extends|load|block|endblock|static)\b)"
         assert not re.search(rf"{braces}|{tags}|\{{#", text), f"{file} has a trace of Jinja"
     assert text.strip() or file.name in ("__init__.py", "py.typed"), f"{file} is empty"
     assert not text or (text.endswith("\n") and not text.endswith("\n\n")), file
