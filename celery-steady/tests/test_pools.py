@@ -36,3 +36,9 @@ def test_a_worker_without_a_child_that_has_started_shows_no_life(start, steady, 
     assert not file.exists()
     gate.touch()
     until(file.exists, "the file is touched")
+
+
+def test_a_worker_says_once_that_its_imports_exceed_the_memory_limit(start, steady):
+    name = "worker_max_memory_per_child"
+    for kilobytes, lines in (1, 1), (10**9, 0):
+        assert start({**steady, name: kilobytes}).text().count(name) == lines

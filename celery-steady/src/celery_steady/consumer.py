@@ -2,7 +2,9 @@
 
 import threading
 from functools import partial
+from logging import getLogger
 
+from billiard.compat import mem_rss
 from celery import signals
 from celery.concurrency import asynpool, prefork, solo, thread
 from celery.worker import consumer
@@ -21,6 +23,8 @@ from celery_steady import (
 from celery_steady.events import BatchedEvents
 from celery_steady.liveness import touch_liveness_file
 from celery_steady.patience import be_patient
+
+logger = getLogger(__name__)
 
 DELAYED_DELIVERY = "celery.worker.consumer.delayed_delivery:DelayedDelivery"
 
@@ -61,6 +65,7 @@ class Consumer(StockConsumer):
         if self.is_prefork:  # before it forks its children
             for task in app.tasks.values():
                 tasks.let_end(task)
+            warn_of_memory(pool)
         if getattr(pool, "is_green", False) and worker_options is not None:
             worker_options["without_gossip"] = True  # gossip can stop redelivery there
         if isinstance(pool, (solo.TaskPool, thread.TaskPool)):
@@ -145,6 +150,18 @@ class Consumer(StockConsumer):
     def stop(self):
         self.announce_shutdown()
         super().stop()
+
+
+def warn_of_memory(pool):
+    """If each child would end after one task, say so: billiard's own line of the log is hidden."""
+    limit, used = pool.options.get("max_memory_per_child"), mem_rss()
+    if limit and used > limit:
+        logger.warning(
+            "This worker uses %d KB before its first task, but worker_max_memory_per_child is %d:"
+            " each child process may end after one task. Import less, or raise the limit.",
+            used,
+            limit,
+        )
 
 
 def has_child(pool):
