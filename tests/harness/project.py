@@ -73,10 +73,8 @@ class Project(type(Path())):
         (self / file).write_text(text, "utf-8")
 
     def services(self):
-        """Return {name: service} of the compose files, without that for development."""
-        files = [self / "compose.yaml", *self.glob("compose.[!d]*.yaml")]
-        loaded = (yaml.safe_load(file.read_text("utf-8")) for file in files)
-        return {name: each for file in loaded for name, each in file["services"].items()}
+        """Return {name: service} of compose.yaml."""
+        return yaml.safe_load(self.read("compose.yaml"))["services"]
 
     def production(self):
         """Return the variables that production needs, with the values of .env.example."""
