@@ -30,8 +30,8 @@ def replace(path, old, new):
 
 def repository(address):
     """Return `owner/name` of an address, or None if it is not on GitHub."""
-    found = re.search(GITHUB, address)
-    return found and found[1]
+    match = re.search(GITHUB, address)
+    return match and match[1]
 
 
 def refusal(version):

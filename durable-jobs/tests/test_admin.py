@@ -160,7 +160,7 @@ FILTERS += [f"state={state}" for state in ("active", "waiting", "waiting later",
 
 def test_a_page_of_a_filtered_list_reads_only_its_own_rows(many, admin_client, monkeypatch):
     """Also if no row matches, when a scan would read all rows before it knows."""
-    monkeypatch.setattr("durable_jobs.admin.MOST", 300)
+    monkeypatch.setattr("durable_jobs.admin.MAX_ROWS", 300)
     for query in "", *FILTERS, f"task={greet.name}", "state=succeeded":
         with CaptureQueriesContext(connection) as captured:
             found = listed(admin_client, query)
@@ -219,7 +219,7 @@ def test_actions_take_the_filtered_set(admin_client, states):
 
 
 def test_an_action_of_all_takes_no_more_jobs_than_the_list_counts(admin_client, monkeypatch):
-    monkeypatch.setattr("durable_jobs.admin.MOST", 2)
+    monkeypatch.setattr("durable_jobs.admin.MAX_ROWS", 2)
     for _ in range(5):
         enqueue(greet, countdown=60)
     for action, state in {"cancel": "queued", "run_again": "cancelled"}.items():

@@ -4,6 +4,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
+from ctypes import c_bool
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,9 +41,9 @@ def queue(name):
 @pytest.fixture
 def consumer(db, monkeypatch):
     """The consumer of a ready worker, whose thread has not started."""
-    monkeypatch.setattr(heartbeat.heartbeat, "own", {})
+    monkeypatch.setattr(heartbeat.heartbeat, "row_key", {})
     monkeypatch.setattr(heartbeat.heartbeat, "lock", threading.Lock())
-    monkeypatch.setattr(heartbeat, "shutting_down", [False])
+    monkeypatch.setattr(heartbeat, "shutting_down", c_bool(False))
     monkeypatch.setattr("atexit.register", Mock())
     monkeypatch.setattr(heartbeat.pool, "start_thread", Mock())
     consumer = SimpleNamespace(
@@ -118,15 +119,16 @@ def test_the_slots_of_autoscaling_are_its_maximum(consumer):
 
 
 def test_a_worker_without_broker_or_that_ends_takes_from_no_queue(consumer):
-    for place, name, value in (
-        (vars(consumer), "connection", None),
-        (vars(consumer), "task_consumer", None),
-        (heartbeat.shutting_down, 0, True),
+    for owner, name, value in (
+        (consumer, "connection", None),
+        (consumer, "task_consumer", None),
+        (heartbeat.shutting_down, "value", True),
     ):
-        before, place[name] = place[name], value
+        before = getattr(owner, name)
+        setattr(owner, name, value)
         write(consumer)
         assert row().queues == []
-        place[name] = before
+        setattr(owner, name, before)
         write(consumer)
         assert row().queues == ["celery", "io"]
 
@@ -167,18 +169,18 @@ def test_a_restarted_worker_takes_over_the_row_of_a_killed_one(consumer, caplog)
 
 def test_two_workers_with_one_name_share_a_row(consumer, monkeypatch):
     write(consumer)
-    first = dict(heartbeat.heartbeat.own)
+    first = dict(heartbeat.heartbeat.row_key)
     heartbeat.heartbeat.start(consumer)  # the other one
     consumer.pool.num_processes = 8
     write(consumer)
     assert row().slots == 8
-    other = dict(heartbeat.heartbeat.own)
-    monkeypatch.setattr(heartbeat.heartbeat, "own", first)
+    other = dict(heartbeat.heartbeat.row_key)
+    monkeypatch.setattr(heartbeat.heartbeat, "row_key", first)
     heartbeat.heartbeat.forget()
     assert row().slots == 8  # it has deleted only its own
     monkeypatch.setattr(heartbeat.heartbeat, "lock", threading.Lock())
     write(consumer)
-    monkeypatch.setattr(heartbeat.heartbeat, "own", other)
+    monkeypatch.setattr(heartbeat.heartbeat, "row_key", other)
     write(consumer)
     assert row().started_at == other["started_at"]
 
@@ -202,7 +204,7 @@ def test_a_worker_that_ends_deletes_its_row_and_writes_none_after_it(consumer, m
 
 
 def test_a_process_without_a_heartbeat_forgets_nothing(db, monkeypatch):
-    monkeypatch.setattr(heartbeat.heartbeat, "own", {})
+    monkeypatch.setattr(heartbeat.heartbeat, "row_key", {})
     with CaptureQueriesContext(connection) as captured:
         heartbeat.heartbeat.forget()
     assert not captured and not heartbeat.heartbeat.lock.locked()

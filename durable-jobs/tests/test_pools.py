@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+from ctypes import c_bool
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -59,14 +60,14 @@ def test_a_worker_limits_its_shutdown_as_its_pool_needs(monkeypatch, pool):
     started = []
     start_thread = lambda function: started.append((function.func.__name__, *function.args))  # noqa: E731
     monkeypatch.setattr(shutdown, "pool", SimpleNamespace(start_thread=start_thread))
-    monkeypatch.setattr(shutdown, "shutting_down", [False])
+    monkeypatch.setattr(shutdown, "shutting_down", c_bool(False))
     monkeypatch.setattr(process, "is_prefork", None)
     monkeypatch.setattr(startup, "cancel_revoked_jobs", lambda: None)
     worker_init.send(Mock(pool_cls=pool, consumer_cls=None))
     for exitcode in 1, 0:
         shutdown.begin("consumer", exitcode)
     ends = [] if pool == "prefork" else [("requeue_and_exit", "consumer", 1)]
-    assert started == ends and shutdown.shutting_down == [True]
+    assert started == ends and shutdown.shutting_down.value
 
 
 def test_gevent_without_monkey_patching_is_refused(monkeypatch):

@@ -310,7 +310,7 @@ def test_a_queue_that_fails_delays_no_other(published, monkeypatch):
 
 
 def test_a_queue_with_many_jobs_delays_no_other(published, monkeypatch):
-    monkeypatch.setattr(admission, "AT_ONCE", 10)
+    monkeypatch.setattr(admission, "BATCH_SIZE", 10)
     many = enqueue_many([add.using(countdown=1, queue="many").s(1, 2)] * 100)
     few = [enqueue(add, [1, 2], countdown=1, queue=queue) for queue in "abcdef"]
     lapse(*many, *few)

@@ -16,8 +16,8 @@ pytestmark = pytest.mark.django_db
 @pytest.fixture
 def shut_down():
     """A function that begins the shutdown of this worker."""
-    yield partial(shutdown.shutting_down.__setitem__, 0, True)
-    shutdown.shutting_down[0] = False
+    yield partial(setattr, shutdown.shutting_down, "value", True)
+    shutdown.shutting_down.value = False
 
 
 @pytest.mark.django_db(transaction=True)

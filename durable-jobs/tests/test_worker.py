@@ -243,7 +243,7 @@ def start():
 thread = threading.Thread(target=start)
 thread.start(), thread.join()
 consumer.announce_shutdown()
-assert consumer.is_stopping and not shutting_down[0]  # as in a test with a worker of its own
+assert consumer.is_stopping and not shutting_down.value  # as in a test with a worker of its own
 start()
 path = f"{type(consumer).__module__}:{type(consumer).__qualname__}"
 assert path == "durable_jobs.worker.consumer:Consumer"
@@ -258,14 +258,14 @@ plain.push_request()
 signals.task_prerun.send(plain, task=plain)
 assert not connection.health_check_done
 signals.worker_shutting_down.send("other@here", sig="", how="", exitcode=0)
-assert not shutting_down[0]
+assert not shutting_down.value
 worker.exitcode = 3
 consumer.announce_shutdown()  # as Consumer.stop() does after an error
 for _ in range(100):
     if ended or sys.argv[1] == "prefork":
         break
     threading.Event().wait(0.05)
-assert shutting_down[0] and ended == ([] if sys.argv[1] == "prefork" else [(consumer, 3)]), ended
+assert shutting_down.value and ended == ([] if sys.argv[1] == "prefork" else [(consumer, 3)]), ended
 os._exit(0)
 """
 

@@ -14,8 +14,8 @@ PROCESSORS = [
     structlog.stdlib.add_log_level,
     structlog.stdlib.ExtraAdder(),  # logging's extra={…}
 ]
-FOR_PEOPLE = [structlog.dev.ConsoleRenderer()]
-AS_JSON = [
+CONSOLE = [structlog.dev.ConsoleRenderer()]
+JSON = [
     structlog.processors.TimeStamper(fmt="iso"),
     structlog.processors.format_exc_info,
     structlog.processors.JSONRenderer(),
@@ -51,7 +51,7 @@ def configure(debug, level):
         logger_factory=structlog.stdlib.LoggerFactory(),
         cache_logger_on_first_use=True,
     )
-    output = FOR_PEOPLE if debug else AS_JSON
+    output = CONSOLE if debug else JSON
     formatter = {
         "()": FORMATTER,
         "foreign_pre_chain": PROCESSORS,

@@ -36,7 +36,7 @@ logger = getLogger(__name__)
 DEAD_LETTERS = "dead-letters"
 DELIVERIES = 20  # to workers that died, as a quorum queue's delivery-limit in RabbitMQ 4
 IDLE = 2  # seconds until a waiting worker looks for messages of stock senders, who ring no bell
-MOST = 1000  # messages in one command
+BATCH_SIZE = 1000  # messages in one command
 STOCK = 3600  # seconds until messages of a stock worker come again: kombu's visibility_timeout
 
 NOW = "local now = redis.call('time'); now = now[1] + now[2] / 1000000\n"
@@ -116,10 +116,10 @@ for i = 2, #ARGV do redis.call('zadd', KEYS[1], 'xx', now, ARGV[i]) end
 LAPSED = f"""{NOW}
 local times = redis.call('hmget', KEYS[3], 'at', 'since')
 local gap, steady = now - (times[1] or 0), now - (times[2] or now)
-local found = {{}}
-if gap > ARGV[1] / 2 or steady < ARGV[1] / 2 then return found end
+local entries = {{}}
+if gap > ARGV[1] / 2 or steady < ARGV[1] / 2 then return entries end
 local old = redis.call(
-  'zrangebyscore', KEYS[2], '-inf', now - ARGV[1], 'withscores', 'limit', 0, 10 * {MOST})
+  'zrangebyscore', KEYS[2], '-inf', now - ARGV[1], 'withscores', 'limit', 0, 10 * {BATCH_SIZE})
 if #old > 0 then redis.call('persist', KEYS[1]) end
 for i = 1, #old, 2 do
   local tag, entry = old[i], redis.call('hget', KEYS[1], old[i])
@@ -127,12 +127,12 @@ for i = 1, #old, 2 do
     redis.call('zrem', KEYS[2], tag)
   elseif entry:sub(-2) == ' ]' or now - old[i + 1] > {STOCK} then
     redis.call('zadd', KEYS[2], now, tag)
-    table.insert(found, tag)
-    table.insert(found, entry)
-    if #found == 2 * {MOST} then break end
+    table.insert(entries, tag)
+    table.insert(entries, entry)
+    if #entries == 2 * {BATCH_SIZE} then break end
   end
 end
-return found
+return entries
 """
 # KEYS: delayed, list.
 RELEASE = """
@@ -180,8 +180,8 @@ class QoS(redis.QoS):
         """Put back messages of dead workers. What has killed too many becomes a dead letter."""
         keys = self.unacked_key, self.unacked_index_key, self.channel.renewed_key
         command = self.channel.script(LAPSED, keys, self.visibility_timeout)
-        found = client.execute_command(*command)
-        for tag, entry in zip(found[::2], found[1::2], strict=True):
+        entries = client.execute_command(*command)
+        for tag, entry in zip(entries[::2], entries[1::2], strict=True):
             self.put_back(client, tag, entry, has_died=True)
 
     def put_back(self, client, tag, entry, push="rpush", has_died=False):
@@ -350,8 +350,8 @@ class Channel(KeepingChannel, redis.Channel):
         tags = list(self.qos._delivered)
         keys = self.unacked_index_key, self.renewed_key
         with self.conn_or_acquire() as client:
-            for first in range(0, len(tags) or 1, MOST):
-                some = tags[first : first + MOST]
+            for first in range(0, len(tags) or 1, BATCH_SIZE):
+                some = tags[first : first + BATCH_SIZE]
                 client.execute_command(*self.script(RENEW, keys, self.visibility_timeout, *some))
             self.qos.restore_lapsed(client)
 

@@ -100,7 +100,7 @@ class KeepMessages(StartStopStep):
         if self.channel is not channel:
             return  # it was lost again
         consumer.perform_pending_operations()  # with gevent, Celery 5.6 acknowledges there
-        running = {each.message for each in tuple(state.active_requests)}
+        running = {request.message for request in tuple(state.active_requests)}
         for message in messages:
             if not message.acknowledged and message not in running | self.unacknowledged:
                 message.requeue()

@@ -58,7 +58,7 @@ class SoftStop(StartStopStep):
         if not consumer.connection:  # the event loop doesn't run
             signal.raise_signal(signal.SIGQUIT)
         elif self.deadline:
-            self.deadline = 1  # long ago
+            self.deadline = time.monotonic()
         else:
             consumer.announce_shutdown("SIGTERM")
             timeout = consumer.app.conf.worker_soft_shutdown_timeout
@@ -75,7 +75,7 @@ class SoftStop(StartStopStep):
         self.timer = consumer.timer.call_repeatedly(0.1, self.check, (consumer,))
 
     def running(self):
-        return [each for each in tuple(state.reserved_requests) if each._apply_result]
+        return [request for request in tuple(state.reserved_requests) if request._apply_result]
 
     def check(self, consumer):
         if not self.running() or time.monotonic() >= self.deadline:

@@ -28,9 +28,9 @@ def fits(part, since=SINCE):
     return minor(package) >= oldest and max(minor("celery"), minor("kombu")) <= NEWEST
 
 
-def choose(part, own, stock):
-    """Return `own` if this part fits the installed versions, otherwise Celery's or kombu's `stock`."""
-    return own if fits(part) else stock
+def choose(part, replacement, stock):
+    """Return `replacement` if this part fits the installed versions, otherwise Celery's or kombu's `stock`."""
+    return replacement if fits(part) else stock
 
 
 def log_what_is_off(name="celery-steady", since=SINCE):

@@ -37,7 +37,7 @@ ABOUT = ["task", "label", "args", "kwargs", "owner", "queue", "batch", "follows_
 OUTCOME = ["state", "reason", "error", "public_error", "result", "progress", "message"]
 OUTCOME += ["due_at", "started_at", "finished_at", "followed_by"]
 INTERNALS = [field.name for field in Job._meta.fields if field.name not in ABOUT + OUTCOME]
-MOST = 5000  # rows that a list counts, and that an action takes
+MAX_ROWS = 5000  # rows that a list counts, and that an action takes
 # How the list of jobs can be filtered, in the words of the metrics. A job that has not ended is in one of two
 # indexes: durable_jobs_job_active or durable_jobs_job_blocked.
 IS_ACTIVE = Q(state__in=ACTIVE) & (Q(sweep_at__isnull=False) | Q(blocked_by__isnull=False))
@@ -52,7 +52,7 @@ STATES = {
 }
 
 
-def announce(request: HttpRequest, jobs: list[Job], done: str = "enqueued", rest: str = "") -> None:
+def announce(request: HttpRequest, jobs: list[Job], done: str = "enqueued", hint: str = "") -> None:
     """Show how many jobs were enqueued, as a message in the admin.
 
     The message links to a page that shows them, or to the user's own jobs if the user may not view
@@ -66,7 +66,7 @@ def announce(request: HttpRequest, jobs: list[Job], done: str = "enqueued", rest
         url = reverse("admin:durable_jobs_job_changelist")  # which shows the newest first
     text = f"{len(jobs)} job{pluralize(jobs)} {done}"
     link = format_html('<a href="{}">{}</a>', url, text) if jobs else text
-    messages.success(request, format_html("{}. {}", link, rest))
+    messages.success(request, format_html("{}. {}", link, hint))
 
 
 def log(request, rows, text):
@@ -84,7 +84,7 @@ class FirstPages(Paginator):
 
     @cached_property
     def count(self):
-        return self.object_list.order_by()[:MOST].count()
+        return self.object_list.order_by()[:MAX_ROWS].count()
 
 
 class NameFilter(admin.SimpleListFilter):
@@ -176,7 +176,7 @@ class ListAdmin(JobPermissions, admin.ModelAdmin):
 
     def response_action(self, request, queryset, **location):  # Django 6.1 has pages with actions
         if request.POST.get("select_across") == "1":
-            ids = list(queryset.values_list("pk", flat=True)[:MOST])
+            ids = list(queryset.values_list("pk", flat=True)[:MAX_ROWS])
             queryset = self.model.objects.filter(pk__in=ids)
         return super().response_action(request, queryset, **location)
 
@@ -264,7 +264,7 @@ class BatchAdmin(ListAdmin):
     def run_failed_again(self, request, queryset):
         again = []
         for batch in queryset:
-            again += batches.run_failed_again(batch, most=MOST - len(again))
+            again += batches.run_failed_again(batch, most=MAX_ROWS - len(again))
         log(request, queryset, "Queued again")
         announce(request, again, "queued again")
 
@@ -338,15 +338,15 @@ class QueuesAdmin(PageAdmin):
 
     def context(self, rows):
         paused = {pause.name: pause for pause in Pause.objects.all()}
-        found = {row["queue"]: row for row in rows}
+        by_name = {row["queue"]: row for row in rows}
         for row in rows:
             if wait := row.get("durable_jobs_oldest_wait_seconds"):
                 row["wait"] = span(wait)
         tasks = job_names()
-        names = sorted({*found, *paused} - {*tasks})
+        names = sorted({*by_name, *paused} - {*tasks})
         return {
             "title": "Queues",
-            "queues": [(name, found.get(name, {}), paused.get(name)) for name in names],
+            "queues": [(name, by_name.get(name, {}), paused.get(name)) for name in names],
             "tasks": [(name, paused.get(name)) for name in tasks],
         }
 

@@ -43,13 +43,13 @@ from durable_jobs.states import HAS_SLOT, QUEUED
 
 logger = logging.getLogger(__name__)
 
-AT_ONCE = 100  # jobs in memory: up to 6 MB of arguments, which need more as Python objects
-KEYS_AT_ONCE = 500  # in a transaction
+BATCH_SIZE = 100  # jobs in memory: up to 6 MB of arguments, which need more as Python objects
+KEY_BATCH_SIZE = 500  # in a transaction
 NO_LIMIT = 2**31 - 1
 FIELDS = ["id", "created_at", *MESSAGE_FIELDS]
 # {key: (created_at of the job that hand_over() gave a slot to, until when it looks from there)}
 handed_over = {}
-MOST = 200  # jobs that the sweeper admits in a round, which takes half a second
+MAX_PER_ROUND = 200  # jobs that the sweeper admits in a round, which takes half a second
 # DISTINCT would read all blocked jobs. This finds each key in the index.
 KEYS = """
 WITH RECURSIVE keys(key) AS (
@@ -64,8 +64,8 @@ WITH RECURSIVE keys(key) AS (
 # Admitting jobs
 
 
-def admit(keys, most=AT_ONCE, skip_locked=False):
-    """Admit about `most` blocked jobs of these keys, AT_ONCE at a time, and send their messages.
+def admit(keys, most=BATCH_SIZE, skip_locked=False):
+    """Admit about `most` blocked jobs of these keys, BATCH_SIZE at a time, and send their messages.
 
     Returns how many.
 
@@ -73,11 +73,11 @@ def admit(keys, most=AT_ONCE, skip_locked=False):
     """
     count = 0
     try:
-        for some in chunks(iter(keys), KEYS_AT_ONCE):
+        for some in chunks(iter(keys), KEY_BATCH_SIZE):
             while count < most and (jobs := unblock_many(some, skip_locked)):
                 publish(jobs)
                 count += len(jobs)
-                if len(jobs) < AT_ONCE:
+                if len(jobs) < BATCH_SIZE:
                     break
     except Error as error:
         logger.warning("could not admit jobs of %s yet: %r", ", ".join(keys)[:200], error)
@@ -90,7 +90,7 @@ def admit_after_commit(keys):
 
 
 def unblock_many(keys, skip_locked):
-    """Unblock as many jobs of these keys as may start now, at most AT_ONCE. Returns them.
+    """Unblock as many jobs of these keys as may start now, at most BATCH_SIZE. Returns them.
 
     First look without the locks: mostly no slot is free. No job is overlooked: whoever frees a slot commits that
     before it looks for blocked jobs, and whoever stores a job commits that before it looks for a slot.
@@ -105,7 +105,7 @@ def unblock_many(keys, skip_locked):
         locked = Key.objects.filter(*lock_timeouts, pk__in=keys).order_by("pk")
         locked = locked.select_for_update(skip_locked=skip_locked).values_list("pk", flat=True)
         for key, number in free_slots(list(locked)).items():
-            while number > 0 and len(jobs) < AT_ONCE and (unblocked := unblock(key)):
+            while number > 0 and len(jobs) < BATCH_SIZE and (unblocked := unblock(key)):
                 jobs += unblocked
                 number -= 1
     return jobs
@@ -129,16 +129,16 @@ def oldest(blocked_by, slots):
     """Return the oldest due job of this key, if fewer than this many `slots` are in use."""
     rows = Job.objects.filter(HAS_SLOT, limit_key=blocked_by).values("limit_key")
     used = Coalesce(Subquery(rows.values(used=Count("pk"))), 0)
-    return first(Job.objects.alias(used=used).filter(blocked_by=blocked_by, used__lt=slots))
+    return oldest_due(Job.objects.alias(used=used).filter(blocked_by=blocked_by, used__lt=slots))
 
 
 @prepared()
 def oldest_since(blocked_by, created_at):
     """Return the oldest due job of this key that was stored at this time or later."""
-    return first(Job.objects.filter(blocked_by=blocked_by, created_at__gte=created_at))
+    return oldest_due(Job.objects.filter(blocked_by=blocked_by, created_at__gte=created_at))
 
 
-def first(jobs):
+def oldest_due(jobs):
     jobs = jobs.filter(~is_paused(), due_at__lte=Now()).order_by("created_at")
     # skip_locked: a run that ends and admit() may look at the same job.
     return jobs.select_for_update(skip_locked=True).values_list(*FIELDS)[:1], None
@@ -189,7 +189,7 @@ def admit_due(paused=()):
     keys = look_at_keys(blocked)
     due = [key for key, is_due in keys if is_due]
     random.shuffle(due)  # so that each key gets its turn, however many there are
-    if admit(due, MOST, skip_locked=True) >= MOST:
+    if admit(due, MAX_PER_ROUND, skip_locked=True) >= MAX_PER_ROUND:
         return 0, 0
     later = blocked.filter(blocked_by__in=[key for key, is_due in keys if not is_due])
     wait = later.order_by("due_at").values_list(F("due_at") - Now(), flat=True).first()

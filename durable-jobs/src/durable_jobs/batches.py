@@ -22,7 +22,7 @@ from durable_jobs import actions, transitions
 from durable_jobs.compiler import prepared
 from durable_jobs.database import Now, in_transaction, may_succeed_later, timeouts
 from durable_jobs.enqueue import (
-    OF_MEMBER,
+    MEMBER_OPTIONS,
     JobSignature,
     call_fields,
     check_call,
@@ -40,7 +40,7 @@ __all__ = ["add", "add_many", "cancel", "enqueue", "open_batch", "run_failed_aga
 logger = logging.getLogger(__name__)
 
 Callback = JobSignature[[]] | JobSignature[[Any]]
-ENDED_AT_ONCE = 500  # batches that the sweeper ends in a round
+MAX_PER_ROUND = 500  # batches that the sweeper ends
 
 
 @contextmanager
@@ -119,7 +119,7 @@ aenqueue, aadd = sync_to_async(enqueue), sync_to_async(add)
 
 def fields_of(call, results_of=None):
     """Return the fields of a call, and its countdown and eta. Raises TypeError, and the errors of enqueue()."""
-    check_call(call, OF_MEMBER)
+    check_call(call, MEMBER_OPTIONS)
     options = {"countdown": None, "eta": None, **call.options}
     when = options.pop("countdown"), options.pop("eta")
     if results_of and not call.immutable:
@@ -291,7 +291,7 @@ def end_all():
     """End batches whose jobs have ended. The sweeper calls this. It continues in its next round."""
     active = Subquery(newest_active(OuterRef("pk")))
     ended = Batch.objects.filter(ended_at=None).alias(active=active).filter(active=None)
-    for pk in list(ended.order_by("?").values_list("pk", flat=True)[:ENDED_AT_ONCE]):
+    for pk in list(ended.order_by("?").values_list("pk", flat=True)[:MAX_PER_ROUND]):
         try_to_end(pk, skip_locked=True)  # the sweeper must not wait
 
 

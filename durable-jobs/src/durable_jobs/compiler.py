@@ -72,7 +72,7 @@ OF_DATABASE = ["created_at", "due_at", "sweep_at"]  # what the INSERT of a job r
 
 
 def insert(job):
-    """INSERT this new job. `due_at` and `sweep_at` are datetimes, timedeltas from now (see FROM_NOW), or None.
+    """INSERT this new job. `due_at` and `sweep_at` are datetimes, timedeltas from now (see DATABASE_NOW), or None.
 
     Sets them, and `created_at`, to the database's times. Returns whether it is stored: not if another job has its id,
     its `idempotency_key` or, being active, its `unique_key`. That is no error, which would end the caller's transaction.

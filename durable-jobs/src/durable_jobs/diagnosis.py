@@ -31,11 +31,11 @@ def reasons(jobs, for_staff=False):
 
     With `for_staff`, it may quote exceptions. It has no time of day, because the reader's time zone is unknown.
     """
-    facts, found = Facts(jobs, for_staff), {}
+    facts, texts_by_id = Facts(jobs, for_staff), {}
     for job in jobs:
         if texts := list(filter(None, texts_of(job, facts))):
-            found[job.pk] = ". ".join(text.rstrip(".") for text in texts)
-    return found
+            texts_by_id[job.pk] = ". ".join(text.rstrip(".") for text in texts)
+    return texts_by_id
 
 
 def reasons_of_batches(rows, for_staff=False):
@@ -43,23 +43,23 @@ def reasons_of_batches(rows, for_staff=False):
     still_open = Batch.objects.filter(pk__in=[batch.pk for batch in rows if batch.ended_at is None])
     newest = dict(still_open.values_list("pk", Subquery(newest_active(OuterRef("pk")))))
     jobs = Job.objects.filter(pk__in=filter(None, newest.values()))
-    found = reasons(jobs.defer("args", "kwargs", "cursor", "result"), for_staff) if newest else {}
-    return {pk: found[job] for pk, job in newest.items() if job in found}
+    texts = reasons(jobs.defer("args", "kwargs", "cursor", "result"), for_staff) if newest else {}
+    return {pk: texts[job] for pk, job in newest.items() if job in texts}
 
 
 def problems(rows):
     """Return sentences about what is wrong with the whole system, for staff. `rows` is what by_queue() returns."""
     facts = Facts(for_staff=True)
-    found = [facts.standstill or facts.beat]
+    texts = [facts.standstill or facts.beat]
     for row in rows:
         count = row.get("durable_jobs_waiting")
         if count and (text := facts.no_worker(row["queue"])):
-            found.append(f"{text}: {numbered(count, 'job')} waiting")
-    found += [facts.refusal(queue) for queue in facts.refused]
+            texts.append(f"{text}: {numbered(count, 'job')} waiting")
+    texts += [facts.refusal(queue) for queue in facts.refused]
     if stalled := Job.objects.filter(STALLED).exclude(PAST_DEADLINE).count():
-        found.append(f"The workers of {numbered(stalled, 'job')} aren't responding")
-    found += [f"{name}: {text}" for name, text in facts.pauses.items()]
-    return [text for text in found if text]
+        texts.append(f"The workers of {numbered(stalled, 'job')} aren't responding")
+    texts += [f"{name}: {text}" for name, text in facts.pauses.items()]
+    return [text for text in texts if text]
 
 
 def texts_of(job, facts):

@@ -33,14 +33,14 @@ def run_queued(jobs, tried):
     """
     queued = jobs.filter(state="queued")
     queued.filter(blocked_by__isnull=False).update(blocked_by=None, sweep_at=Now())
-    found = [job for job in queued.order_by("created_at") if (job.pk, job.retries) not in tried]
-    for job in found:
+    untried = [job for job in queued.order_by("created_at") if (job.pk, job.retries) not in tried]
+    for job in untried:
         tried.add((job.pk, job.retries))
         run(job)
-    if found and connection.vendor == "postgresql" and in_transaction():
+    if untried and connection.vendor == "postgresql" and in_transaction():
         # IDLE_TIMEOUT is not for the test's own transaction, which a debugger may stop.
         connection.cursor().execute("SET LOCAL idle_in_transaction_session_timeout TO DEFAULT")
-    return bool(found)
+    return bool(untried)
 
 
 def run(job):

@@ -54,8 +54,8 @@ Rest = ParamSpec("Rest")
 CHUNK = 500  # jobs per statement
 # A call sends at most this many messages itself. Workers are busy with them until the sweeper sends the rest.
 SENT_IMMEDIATELY = 2000
-# Stands for the time of the database: FROM_NOW + delay is a timedelta, to which compiler.insert() adds its clock.
-FROM_NOW = timedelta()
+# Stands for the time of the database: DATABASE_NOW + delay is a timedelta, to which compiler.insert() adds its clock.
+DATABASE_NOW = timedelta()
 NO_CANVAS = (
     "A job can't be part of a chain, group or chord, nor a link of a task: use a batch with on_success= or"
     " on_finish=, or self.enqueue_next()"
@@ -79,9 +79,9 @@ class Options(TypedDict, total=False):
 
 
 # Options that enqueue_many() does not take, those that it does, and those of a job in a batch or after another one.
-OF_ONE = {"unique", "unique_until", "idempotency_key"}
-OF_MANY = Options.__optional_keys__ - OF_ONE
-OF_MEMBER = OF_MANY - {"owner"}
+SINGLE_OPTIONS = {"unique", "unique_until", "idempotency_key"}
+BULK_OPTIONS = Options.__optional_keys__ - SINGLE_OPTIONS
+MEMBER_OPTIONS = BULK_OPTIONS - {"owner"}
 
 
 class Enqueueable(Generic[P]):
@@ -124,6 +124,7 @@ class JobSignature(Enqueueable[P]):
     def __init__(self, task, args=(), kwargs=None, options=None, immutable=False):
         self.task, self.args, self.kwargs = task, tuple(args), kwargs or {}
         self.options, self.immutable = options or {}, immutable
+        self.app, self.name = task.app, task.name  # the canvas reads these
 
     def _with(self, args, kwargs, immutable=False):
         if self.immutable:  # as in Celery
@@ -149,8 +150,7 @@ class JobSignature(Enqueueable[P]):
     def clone(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise TypeError(f"{self.task.name}: {NO_CANVAS}")
 
-    apply = freeze = link = link_error = __or__ = __ror__ = __json__ = clone
-    app = name = type = property(clone)  # what the canvas reads before it calls anything
+    apply = freeze = link = link_error = AsyncResult = __or__ = __ror__ = __json__ = clone
 
 
 CallableSignature.register(JobSignature)  # so that Celery's canvas calls clone()
@@ -174,8 +174,8 @@ def check_options(options, supported=()):
 
 def enqueue(task, args=(), kwargs=None, **options):
     """Store a job, and send its message when the caller's transaction commits. See JobTask.using()."""
-    own = {name: options.pop(name, None) for name in OF_ONE}
-    return insert(new_fields(task, args, kwargs, **options), **own)
+    single = {name: options.pop(name, None) for name in SINGLE_OPTIONS}
+    return insert(new_fields(task, args, kwargs, **options), **single)
 
 
 def enqueue_many(calls: Iterable[JobSignature[[]]]) -> list[Job]:
@@ -186,7 +186,7 @@ def enqueue_many(calls: Iterable[JobSignature[[]]]) -> list[Job]:
     """
     now, jobs = database_time(), []
     for call in calls:
-        check_call(call, OF_MANY)
+        check_call(call, BULK_OPTIONS)
         fields = new_fields(call.task, call.args, call.kwargs, now, **call.options)
         jobs.append(new_job(**fields))
     return insert_many(now, jobs)
@@ -196,7 +196,7 @@ def enqueue_many(calls: Iterable[JobSignature[[]]]) -> list[Job]:
 
 
 def new_fields(
-    task, args, kwargs=None, now=FROM_NOW, /, countdown=None, eta=None, owner=None, **options
+    task, args, kwargs=None, now=DATABASE_NOW, /, countdown=None, eta=None, owner=None, **options
 ):
     """Return the fields of a new job. Raises the TypeError and ValueError of enqueue()."""
     fields = call_fields(task, args, kwargs, **options)
@@ -210,8 +210,8 @@ def call_fields(task, args, kwargs=None, label="", queue=None, results_of=None):
     """
     if not is_job(task):
         raise TypeError(f"{task!r} is not a job: declare it with @job")
-    given = ([Results(), *args] if results_of else args), kwargs or {}
-    args, kwargs = as_json(*given)
+    arguments = ([Results(), *args] if results_of else args), kwargs or {}
+    args, kwargs = as_json(*arguments)
     if not isinstance(args, list) or not isinstance(kwargs, dict):
         raise TypeError("args must be a list, such as [10], and kwargs a dictionary")
     task.__header__(*args, **kwargs)
@@ -221,7 +221,7 @@ def call_fields(task, args, kwargs=None, label="", queue=None, results_of=None):
     queue = queue or queue_of(task, args, kwargs)
     fields = {"task": task.name, "args": args[1:] if results_of else args, "kwargs": kwargs}
     fields |= {"label": label[:MAX_LABEL], "queue": queue, "results_of": results_of}
-    return {**fields, "limit_key": limits.key_of(task, *given)}
+    return {**fields, "limit_key": limits.key_of(task, *arguments)}
 
 
 def check_text(name, text):
@@ -240,17 +240,17 @@ def check_times(countdown=None, eta=None):
         raise TypeError(f"eta= must be a datetime, not {eta!r:.50}")
 
 
-def times(now=FROM_NOW, countdown=None, eta=None, limit_key=None):
+def times(now=DATABASE_NOW, countdown=None, eta=None, limit_key=None):
     """Return the fields of a new job that say when it is due, and when its message is sent, or which limit blocks it.
 
-    `now` is a time or Now(). With FROM_NOW and no `eta`, due_at and sweep_at are timedeltas, for compiler.insert().
+    `now` is a time or Now(). With DATABASE_NOW and no `eta`, due_at and sweep_at are timedeltas, for compiler.insert().
     An `eta` is compared with the database's clock: that of this process may be wrong.
     """
     check_times(countdown, eta)
     if eta is not None:
         if countdown is not None:
             raise TypeError("give countdown= or eta=, not both")
-        now = database_time() if now is FROM_NOW else now
+        now = database_time() if now is DATABASE_NOW else now
         countdown = (maybe_make_aware(eta) - now).total_seconds()
     if (delay := max(countdown or 0, 0)) > MAX_COUNTDOWN:
         raise ValueError(f"countdown={delay:.0f} is longer than ten years: it is in seconds")
@@ -273,8 +273,8 @@ def insert(fields, unique=None, unique_until=None, idempotency_key=None):
         raise ValueError(
             f'give unique= and unique_until="start" or "end", not {unique_until!r:.50}'
         )
-    own = {"unique_key": unique, "idempotency_key": idempotency_key}
-    job = Job(**fields, **own, unique_until_start=unique_until == "start")
+    keys = {"unique_key": unique, "idempotency_key": idempotency_key}
+    job = Job(**fields, **keys, unique_until_start=unique_until == "start")
     # Another job with this `unique` may be stored after active_with() found none: then the INSERT stores nothing. If
     # that job has ended when active_with() looks again, try once more.
     while (active := active_with(job)) is None:
@@ -315,11 +315,11 @@ def insert_many(now, jobs):
     """Store these jobs. Returns them."""
     for index, job in enumerate(jobs):
         job.created_at = now + timedelta(microseconds=index)  # pages sort by this time
-    rest = [job for job in jobs if job.times_sent][SENT_IMMEDIATELY:]
+    later = [job for job in jobs if job.times_sent][SENT_IMMEDIATELY:]
     recently = Now() - timedelta(seconds=3 * conf.SWEEP_SECONDS)
     # If the sweeper runs, let it send the rest: the call takes a fifth of the time.
-    if rest and Sweep.objects.filter(ended_at__gt=recently).exists():
-        for job in rest:
+    if later and Sweep.objects.filter(ended_at__gt=recently).exists():
+        for job in later:
             job.times_sent, job.sweep_at = 0, job.created_at  # which keeps their order
     Job.objects.bulk_create(jobs, batch_size=CHUNK)
     send_after_commit(jobs)

@@ -50,8 +50,8 @@ def parse(text):
     """Return the Limit of a text such as "5", "60/min" or "5, 60/min". Raises ValueError."""
     fields = {}
     for part in text.replace(" ", "").split(","):
-        found = PART.fullmatch(part)
-        number, times, unit = found.groups() if found else (0, None, "")
+        match = PART.fullmatch(part)
+        number, times, unit = match.groups() if match else (0, None, "")
         name = "starts" if unit else "running"
         if not number or name in fields:
             raise ValueError(f'{text!r} is not a valid limit: write "5", "60/min" or "5, 60/min"')
@@ -94,8 +94,10 @@ def key_of(task, args, kwargs):
         if callable(key):
             # Not the function itself: its annotations may name what only type checkers import.
             header = task._limit_header or task.__header__
-            given = signature(header).bind(*args, **kwargs).arguments.items()
-            key = key(**{name: each for name, each in given if not isinstance(each, Results)})
+            arguments = signature(header).bind(*args, **kwargs).arguments.items()
+            key = key(
+                **{name: value for name, value in arguments if not isinstance(value, Results)}
+            )
         if key is not None:
             check_key(key)
     except Exception as error:

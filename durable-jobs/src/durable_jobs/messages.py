@@ -97,13 +97,13 @@ def new_headers(job):
 
 def storable(headers):
     """Return those of these headers that a row can store."""
-    found = {}
+    stored = {}
     for name, value in (headers or {}).items():
         try:
-            found[name] = json.loads(to_json(value))
+            stored[name] = json.loads(to_json(value))
         except (TypeError, ValueError) as error:
             logger.warning("the header %s is not stored: %r", name, error)
-    return found
+    return stored
 
 
 def is_connection_error(error):

@@ -13,6 +13,7 @@ import mmap
 import sys
 import threading
 import time
+from ctypes import c_bool
 from types import FunctionType
 
 from asgiref import sync
@@ -21,8 +22,8 @@ from celery import concurrency
 from celery.exceptions import SoftTimeLimitExceeded
 
 TIME_LIMITED = {"prefork", "gevent"}  # pools in which Celery ends a task that takes too long
-# Its only byte says whether this worker is shutting down. Forked children share this memory.
-shutting_down = mmap.mmap(-1, 1)
+# Whether this worker is shutting down. Forked children share this memory.
+shutting_down = c_bool.from_buffer(mmap.mmap(-1, 1))
 
 # For `--pool gevent`, Celery patches Python before it imports anything else.
 monkey = sys.modules.get("gevent.monkey")
@@ -124,7 +125,7 @@ def pool_name(pool):
     """Return Celery's own name of a pool, such as "threads". `pool` is its class or a name."""
     pool = concurrency.get_implementation(pool)
     path = f"{pool.__module__}:{pool.__qualname__}"
-    return next((name for name, found in concurrency.ALIASES.items() if found == path), path)
+    return next((name for name, alias in concurrency.ALIASES.items() if alias == path), path)
 
 
 def has_children(worker):

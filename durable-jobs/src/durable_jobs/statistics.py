@@ -48,15 +48,15 @@ def by_queue():
         durable_jobs_blocked=Count("queue", filter=is_due),
         durable_jobs_waiting_later=Count("queue", filter=is_later),
     )
-    found = defaultdict(Counter, {queue: Counter() for queue in known_queues()})
+    queues = defaultdict(Counter, {queue: Counter() for queue in known_queues()})
     for row in [*active, *blocked]:
         # `active` first: an empty Counter copies its timedelta, a filled one would add it to 0.
-        found[row.pop("queue")].update(row)
+        queues[row.pop("queue")].update(row)
     for worker in alive():
         slots = {"durable_jobs_slots": worker.slots, "durable_jobs_busy_slots": worker.busy}
         for queue in worker.queues:
-            found[queue].update(slots, workers=1)
-    return [{"queue": queue, **row} for queue, row in found.items()]
+            queues[queue].update(slots, workers=1)
+    return [{"queue": queue, **row} for queue, row in queues.items()]
 
 
 def recently_ended():
@@ -84,9 +84,9 @@ def p95(metric, label, duration):
 
 def count_jobs(batches):
     """Return {id: {state: how many jobs of the batch}}. One query counts those of all open batches."""
-    found = {batch.pk: {} if batch.ended_at is None else batch.counts for batch in batches}
+    counts = {batch.pk: {} if batch.ended_at is None else batch.counts for batch in batches}
     open_ids = [batch.pk for batch in batches if batch.ended_at is None]
     rows = Job.objects.filter(batch__in=open_ids).values_list("batch", "state")
     for pk, state, count in rows.annotate(count=Count("*")):
-        found[pk][state] = count
-    return found
+        counts[pk][state] = count
+    return counts

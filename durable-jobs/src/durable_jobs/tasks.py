@@ -19,10 +19,10 @@ from celery.utils.time import maybe_make_aware
 
 from durable_jobs import batches
 from durable_jobs.enqueue import (
+    BULK_OPTIONS,
+    MEMBER_OPTIONS,
     NO_CANVAS,
-    OF_MANY,
-    OF_MEMBER,
-    OF_ONE,
+    SINGLE_OPTIONS,
     Enqueueable,
     JobSignature,
     Options,
@@ -165,14 +165,14 @@ class JobTask(Enqueueable[P], DjangoTask):
         if task_id and not uuids([task_id]):
             raise ValueError(f"the task_id of a job must be a UUID, not {task_id!r:.50}")
         fields = self._fields_of(args, kwargs, options) | ({"pk": task_id} if task_id else {})
-        own = {name: options.get(name) for name in OF_ONE}
-        return self.AsyncResult(str(insert(fields, **own).pk))
+        single = {name: options.get(name) for name in SINGLE_OPTIONS}
+        return self.AsyncResult(str(insert(fields, **single).pk))
 
     def _fields_of(self, args, kwargs, options):
         """Return the fields of the job that apply_async() stores. Raises its errors."""
         check_options(options, Options.__optional_keys__)
-        given = {name: options[name] for name in OF_MANY & options.keys()}
-        fields = new_fields(self, args or (), kwargs, **given)
+        bulk = {name: options[name] for name in BULK_OPTIONS & options.keys()}
+        fields = new_fields(self, args or (), kwargs, **bulk)
         return {**fields, "headers": storable(options.get("headers"))}
 
     def using(self, **options: Unpack[Options]) -> JobSignature[P]:
@@ -281,7 +281,7 @@ class JobTask(Enqueueable[P], DjangoTask):
             run.report = {"progress": max(0, min(percent, 100)), "message": message}
             if cursor is not None:
                 run.write_cursor(cursor)
-                if shutting_down[0]:
+                if shutting_down.value:
                     end_after_commit()
 
     @property
@@ -303,7 +303,7 @@ class JobTask(Enqueueable[P], DjangoTask):
         if run := self._own_run():
             run.next_jobs.append(batches.planned(call))
         else:
-            check_call(call, OF_MEMBER)
+            check_call(call, MEMBER_OPTIONS)
             call.enqueue()
 
     def _own_run(self):

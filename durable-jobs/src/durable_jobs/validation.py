@@ -29,8 +29,8 @@ def to_json(value):
     """
     text = dumps(value, allow_nan=False)
     # Remove escaped backslashes first: in a text, \\u0000 is no NUL.
-    if r"\u" in text and (found := UNSTORABLE.search(text.replace(r"\\", " "))):
-        raise ValueError(f"the database cannot store the character {found[0]}")
+    if r"\u" in text and (match := UNSTORABLE.search(text.replace(r"\\", " "))):
+        raise ValueError(f"the database cannot store the character {match[0]}")
     return text
 
 
@@ -58,11 +58,11 @@ def check_size(what, text, limit, hint):
 
 def uuids(ids):
     """Return {UUID: id} for those ids that are UUIDs: a plain task may have any other text as its id."""
-    found = {}
+    valid = {}
     for id in ids:
         with suppress(ValueError):
-            found[uuid.UUID(str(id))] = id
-    return found
+            valid[uuid.UUID(str(id))] = id
+    return valid
 
 
 def printable(text):

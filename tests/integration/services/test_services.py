@@ -33,7 +33,9 @@ TIMES = int(os.environ.get("TIMES", 1))
 
 
 @each_cell()
-def test_a_service_fails(stack_of_services, service, fault, record_cell):
+def test_nothing_accepted_is_lost_when_a_service_fails(
+    stack_of_services, service, fault, record_cell
+):
     stack = stack_of_services
     broker = stack.project.answers["broker"]
     place = service, fault, broker

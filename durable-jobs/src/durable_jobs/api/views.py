@@ -34,7 +34,7 @@ from durable_jobs.api.serializers import (
     has_job_perm,
     may_run_again,
 )
-from durable_jobs.enqueue import OF_MEMBER, JobSignature, check_call, insert, new_fields
+from durable_jobs.enqueue import MEMBER_OPTIONS, JobSignature, check_call, insert, new_fields
 from durable_jobs.models import Batch, Job
 
 __all__ = ["BatchViewSet", "EnqueueMixin", "JobViewSet", "accepted"]
@@ -119,11 +119,11 @@ class OwnViewSet(viewsets.ReadOnlyModelViewSet):
         user, rows = self.request.user, super().get_queryset()
         if self.detail and has_job_perm(user, "view" if self.action == "retrieve" else "delete"):
             return rows
-        own = Q(owner=user)
+        visible = Q(owner=user)
         # run_again() and run_failed_again() call may_run_again().
         if user.is_staff and self.action != "cancel":
-            own |= Q(owner=None)
-        return rows.filter(own)
+            visible |= Q(owner=None)
+        return rows.filter(visible)
 
     def get_serializer_class(self):
         return self.list_serializer_class if self.action == "list" else self.serializer_class
@@ -252,7 +252,7 @@ class EnqueueMixin:
         The owner and the idempotency_key are those of the request. There is no `unique`, because two
         objects could get the same job. With `batch`, it is the first job of this batch: see open_batch().
         """
-        check_call(call, OF_MEMBER)
+        check_call(call, MEMBER_OPTIONS)
         if batch:
             batches.keep_open(batch)
         owner = self.request.user
@@ -278,8 +278,8 @@ class EnqueueMixin:
             return None
         if job.fingerprint != fingerprint:
             raise KeyReused
-        if found := self.get_queryset().filter(job=job).first():
-            return self.get_serializer(found)
+        if row := self.get_queryset().filter(job=job).first():
+            return self.get_serializer(row)
         if Job.objects.filter(pk=job.pk).exists():
             raise NotFound  # the object was deleted
         return None  # the job was purged between the queries, so its key is free

@@ -47,12 +47,12 @@ class Purge:
         Returns whether there are more.
         """
         old = self.model.objects.filter(**{f"{self.field}__lt": transitions.retention_end()})
-        rest = old.order_by(self.field, "pk").values_list(self.field, "pk")
+        remaining = old.order_by(self.field, "pk").values_list(self.field, "pk")
         if self.last:  # rows after it. The plain __gte lets the database use the index.
             at, pk = self.last
             later = Q(**{f"{self.field}__gt": at}) | Q(pk__gt=pk)
-            rest = rest.filter(later, **{f"{self.field}__gte": at})
-        if page := list(rest[:PAGE]):
+            remaining = remaining.filter(later, **{f"{self.field}__gte": at})
+        if page := list(remaining[:PAGE]):
             self.last = page[-1]
             try_in_halves(self.delete, old, [pk for _, pk in page])
         return len(page) == PAGE

@@ -72,7 +72,7 @@ class Sender:
         return min(pause, until_countdown, max(MIN_RATE_PAUSE, until_rate))
 
     def send_some(self, queued, name, resend, broker):
-        """Send at most AT_ONCE of these queued jobs, of this queue. Returns whether more may be due."""
+        """Send at most BATCH_SIZE of these queued jobs, of this queue. Returns whether more may be due."""
         waiting = messages_in(name, broker)
         # Blocked jobs have no sweep_at. The index durable_jobs_job_active leaves them out.
         queued = queued.filter(queue=name, sweep_at__isnull=False)
@@ -82,9 +82,9 @@ class Sender:
         # The oldest jobs first. These are also the ones to send again: workers take the oldest messages first,
         # so the messages that are left belong to the newest jobs, and the missing ones to the oldest.
         due = queued.filter(IDLE_TIMEOUT, sweep_at__lte=Now()).order_by("sweep_at")
-        ids = mark_sent(due.filter(times_sent=0)[: admission.AT_ONCE])
+        ids = mark_sent(due.filter(times_sent=0)[: admission.BATCH_SIZE])
         if resend and missing > 0:
-            most = min(missing, admission.AT_ONCE - len(ids))
+            most = min(missing, admission.BATCH_SIZE - len(ids))
             ids += mark_sent(due.filter(times_sent__gt=0)[:most])
         try:
             try:
@@ -95,7 +95,7 @@ class Sender:
         except Exception:
             transitions.take_back(ids)
             raise
-        return len(ids) == admission.AT_ONCE
+        return len(ids) == admission.BATCH_SIZE
 
     def load_and_send(self, ids):
         jobs = Job.objects.filter(SENT).only(*MESSAGE_FIELDS).in_bulk(ids)

@@ -87,9 +87,9 @@ class TaskBackend(BaseTaskBackend):
             runs.append(last)
         errors = [
             base.TaskError(
-                exception_class_path=each.exception, traceback=each.traceback or each.error
+                exception_class_path=failure.exception, traceback=failure.traceback or failure.error
             )
-            for each in failures
+            for failure in failures
         ]
         result = base.TaskResult(
             task=task,

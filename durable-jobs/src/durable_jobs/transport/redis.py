@@ -36,7 +36,7 @@ def extend(transport):
     class Transport(transport):
         def __init__(self, *args, **options):
             super().__init__(*args, **options)  # chooses the channel: Redis's or Sentinel's
-            own = {"QoS": JobQoS, "without_copy": HEADER}
-            self.Channel = type("Channel", (self.Channel,), own)
+            attributes = {"QoS": JobQoS, "without_copy": HEADER}
+            self.Channel = type("Channel", (self.Channel,), attributes)
 
     return Transport

@@ -43,8 +43,8 @@ def renew_leases_of_children():
     while True:
         time.sleep(conf.LEASE_SECONDS / 3)
         try:
-            found = {r.id: fields_in(r.request_dict) for r in tuple(state.active_requests)}
-            if tokens := {id: fields["run_token"] for id, fields in found.items() if fields}:
+            requests = {r.id: fields_in(r.request_dict) for r in tuple(state.active_requests)}
+            if tokens := {id: fields["run_token"] for id, fields in requests.items() if fields}:
                 rows = Job.objects.filter(pk__in=tokens, run_token__in=tokens.values())
                 between_forks(renew, rows)
         except Exception as error:  # the next try may succeed

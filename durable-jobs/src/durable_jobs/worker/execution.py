@@ -40,7 +40,7 @@ def execute(task, args, kwargs):
     # A suspect has crashed and fails at its next crash. A process runs only one: see become_suspect().
     crashes = fields["crashes"]
     is_suspect = crashes and crashes + 1 >= conf.MAX_CRASHES
-    if shutting_down[0] or (is_suspect and not run.become_suspect()):
+    if shutting_down.value or (is_suspect and not run.become_suspect()):
         # Let another worker run it, unless it was queued again after this message was sent.
         row = Job.objects.filter(SENT, database.LOCK_TIMEOUT, pk=request.id)
         database.wait_past_soft_limit(transitions.requeue, row, conf.SWEEP_SECONDS)
@@ -127,10 +127,10 @@ def run_coroutine(task, coroutine):
     coroutine.
     """
     request, loop, current = task.request, None, None
-    if own := task._own_run():
+    if run := task._own_run():
         # Now, because a coroutine cannot query the database.
-        own.read_cursor()
-        own.read_batch()
+        run.read_cursor()
+        run.read_batch()
 
     async def with_request():
         nonlocal loop, current

@@ -40,13 +40,13 @@ class Heartbeat:
     """Writes the row of this process, if it is a worker's main process."""
 
     def __init__(self):
-        self.own = {}  # the key of the row: two processes may have the same name
+        self.row_key = {}  # the key of the row: two processes may have the same name
         # Locked while the row is written, and forever after it is deleted.
         self.lock = pool.Lock()
 
     def start(self, sender, **kwargs):
         """Start the heartbeat of a worker that is ready. `sender` is its consumer."""
-        self.own.update(name=sender.hostname, started_at=timezone.now())
+        self.row_key.update(name=sender.hostname, started_at=timezone.now())
         atexit.register(self.forget)
         # A native thread: with gevent, a function that does not let others run must not stop it.
         pool.start_thread(partial(self.beat, sender))
@@ -62,7 +62,7 @@ class Heartbeat:
 
     def write(self, consumer):
         """Insert or update the row, with one query."""
-        scaler, own = consumer.controller.autoscaler, self.own
+        scaler = consumer.controller.autoscaler
         fields = {
             "pool": pool_name(consumer.controller.pool_cls),
             # Autoscaling starts as many processes as there are tasks, up to its maximum.
@@ -73,23 +73,23 @@ class Heartbeat:
             "seen_at": Clock(),
         }
         update = {"update_conflicts": True, "unique_fields": ["name"]}
-        row = Worker(**own, **fields)
+        row = Worker(**self.row_key, **fields)
         Worker.objects.bulk_create([row], **update, update_fields=["started_at", *fields])
 
     def forget(self):
         """Delete the row of this worker, which ends. Writes no heartbeat after it."""
-        if self.own and self.lock.acquire(timeout=LOCK_SECONDS):
+        if self.row_key and self.lock.acquire(timeout=LOCK_SECONDS):
             try:
                 with transaction.atomic():
                     limit_locks()
-                    Worker.objects.filter(**self.own).delete()
+                    Worker.objects.filter(**self.row_key).delete()
             except Exception as error:  # the worker ends without the database
                 logger.warning("could not delete this worker's row, so it stays an hour: %r", error)
 
 
 def queues_of(consumer):
     """Return from which queues this worker takes tasks now: none without the broker."""
-    is_taking = consumer.connection and consumer.task_consumer and not shutting_down[0]
+    is_taking = consumer.connection and consumer.task_consumer and not shutting_down.value
     return sorted(queue.name for queue in consumer.task_consumer.queues) if is_taking else []
 
 

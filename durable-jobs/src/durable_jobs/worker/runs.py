@@ -136,7 +136,7 @@ class Run:
         """Renew the lease when a third of it has passed, and soon after the deadline: see lease_end()."""
         now = time.monotonic()
         times = [now + conf.LEASE_SECONDS / 3, self.late_at]
-        self.renew_at = min(each for each in times if each > now)
+        self.renew_at = min(at for at in times if at > now)
 
     def read_cursor(self):
         if self.cursor is UNREAD:

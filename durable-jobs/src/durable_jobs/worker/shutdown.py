@@ -53,9 +53,9 @@ def prepare(sender, **kwargs):
 
 def begin(consumer, exitcode=0):
     """Begin the shutdown of this worker. May be called in a signal handler."""
-    if shutting_down[0]:
+    if shutting_down.value:
         return
-    shutting_down[0] = True
+    shutting_down.value = True
     if not process.is_prefork:  # Celery alone would wait for the last function
         pool.start_thread(partial(requeue_and_exit, consumer, exitcode))
 
@@ -69,9 +69,9 @@ def child_has_crashed():
     if not terminate_handler_fired() or get_start_method() != "fork":
         return False
     until = time.monotonic() + SIGTERM_SECONDS
-    while not shutting_down[0] and time.monotonic() < until:
+    while not shutting_down.value and time.monotonic() < until:
         time.sleep(0.05)
-    return not shutting_down[0]
+    return not shutting_down.value
 
 
 # Threads and gevent

@@ -268,7 +268,7 @@ def test_a_report_can_be_watched_for_ten_seconds(api, user, order, run_jobs, rep
 
 
 def start(client, action, *selected):
-    data = {"action": action, "_selected_action": [each.pk for each in selected]}
+    data = {"action": action, "_selected_action": [row.pk for row in selected]}
     page = f"/admin/orders/{selected[0]._meta.model_name}/"
     return client.post(page, data, follow=True).content.decode()
 

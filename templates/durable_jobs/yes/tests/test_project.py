@@ -44,9 +44,9 @@ def test_each_scheduled_task_exists():
 
 
 {% if has_flower %}
-def found(identity):
+def messages(identity):
     """Return what the checks of api/checks.py say under this id."""
-    return [each for each in run_checks(include_deployment_checks=True) if each.id == identity]
+    return [message for message in run_checks(include_deployment_checks=True) if message.id == identity]
 
 
 @pytest.mark.parametrize("users", ["", "admin", "admin:", "admin:change-me", "me:secret,admin:"])
