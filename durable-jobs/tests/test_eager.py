@@ -4,9 +4,12 @@ from collections import Counter
 from unittest.mock import Mock
 
 import pytest
-from celery import shared_task
+from celery import current_app as app
+from celery import shared_task, signals
 from celery.exceptions import TimeoutError
+from celery.fixups.django import DjangoWorkerFixup
 from celery.result import AsyncResult
+from celery_steady import django
 from django.db import transaction
 from helpers import add, alone, ask, free, retry_once, total
 
@@ -90,6 +93,25 @@ def test_a_paused_job_stays_queued(eager):
     pauses.pause("celery")
     with pytest.raises(TimeoutError):
         free.delay().get(timeout=0.1)
+
+
+@pytest.mark.django_db
+@pytest.mark.parametrize("task", [free, retry_once])
+def test_run_jobs_keeps_the_connection_of_a_test(task):
+    """A worker that ran in this process has connected its receivers, which close connections."""
+    fixup, receivers = DjangoWorkerFixup(app), [django.check_connections]
+    receivers += [fixup.on_task_prerun, fixup.on_task_postrun]
+    signals.task_prerun.connect(receivers[0])
+    signals.task_prerun.connect(receivers[1])
+    signals.task_postrun.connect(receivers[2])
+    try:
+        task.enqueue()
+        run_jobs()
+    finally:
+        for receiver in receivers:
+            signals.task_prerun.disconnect(receiver)
+            signals.task_postrun.disconnect(receiver)
+    assert [state for state, _ in ends()] == ["succeeded"]
 
 
 @pytest.mark.django_db

@@ -3,7 +3,6 @@
 from contextlib import suppress
 from operator import attrgetter
 
-from celery import current_app
 from celery.utils.functional import chunks
 from django.db import IntegrityError, transaction
 from django.db.models import QuerySet
@@ -12,7 +11,7 @@ from kombu.utils.json import loads
 from durable_jobs import admission, transitions
 from durable_jobs.database import Now
 from durable_jobs.enqueue import CHUNK, active_with, call_fields, insert, send_after_commit, times
-from durable_jobs.messages import new_headers
+from durable_jobs.messages import find_task, new_headers
 from durable_jobs.models import Job
 from durable_jobs.states import UNFINISHED
 from durable_jobs.validation import to_json
@@ -90,10 +89,10 @@ def fields_to_run_again(job):
         raise ValueError("it has not ended yet")
     if job.sweep_at:
         raise ValueError("it was cancelled but is still running: try again when it has ended")
-    if job.task not in current_app.tasks:
+    if (task := find_task(job.task)) is None:
         raise ValueError(f"there is no task {job.task}")
     # As the task function gets them: with datetimes and UUIDs.
-    task, (args, kwargs) = current_app.tasks[job.task], loads(to_json([job.args, job.kwargs]))
+    args, kwargs = loads(to_json([job.args, job.kwargs]))
     options = {"label": job.label, "queue": job.queue, "results_of": job.results_of}
     fields = call_fields(task, args, kwargs, **options)
     # It follows the batch whose results it gets, because the purge keeps these for what follows the batch.

@@ -41,10 +41,6 @@ class DurableJobsConfig(AppConfig):
                 limits.parse(str(text))
             except ValueError as error:
                 raise ImproperlyConfigured(f"DURABLE_JOBS['LIMITS'][{name!r}]: {error}.") from error
-        # Import the tasks that workers import. Then send_task() knows which ones are jobs.
-        current_app.autodiscover_tasks(force=True)
-        for module in current_app.loader.default_modules:
-            current_app.loader.import_task_module(module)
         signals.worker_init.connect(checks.refuse_to_start)
         signals.worker_init.connect(startup.start)
         signals.worker_init.connect(shutdown.prepare)

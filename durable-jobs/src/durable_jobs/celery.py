@@ -12,7 +12,7 @@ from celery.result import AsyncResult
 from django.apps import apps
 
 from durable_jobs import conf
-from durable_jobs.messages import is_job
+from durable_jobs.messages import find_task, is_job
 from durable_jobs.transport import AMQP
 
 __all__ = ["Celery"]
@@ -70,8 +70,8 @@ class Celery(celery_steady.rabbitmq.Celery):
         self, name: str, args: Any = None, kwargs: dict[str, Any] | None = None, **options: Any
     ) -> AsyncResult:
         """Send a message as Celery documents it. If the task is a job, enqueue it instead."""
-        if is_job(self.tasks.get(name)):
-            return self.tasks[name].apply_async(args, kwargs, **options)
+        if is_job(task := find_task(name, self)):
+            return task.apply_async(args, kwargs, **options)
         return super().send_task(name, args, kwargs, **options)
 
     def add_periodic_task(self, schedule: Any, sig: Any, *args: Any, **options: Any) -> str:

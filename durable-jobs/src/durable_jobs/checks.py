@@ -15,7 +15,7 @@ from django.db.models import Count
 
 from durable_jobs import conf, limits
 from durable_jobs.beat.schedule import check_entry, check_row
-from durable_jobs.messages import job_names, known_queues, queue_of
+from durable_jobs.messages import import_tasks, job_names, known_queues, queue_of
 from durable_jobs.models import Job
 from durable_jobs.pools import TIME_LIMITED, pool_name
 
@@ -76,6 +76,7 @@ def refuse_to_start(sender, **kwargs):
 @register()
 def check_queues(app_configs, **kwargs):
     """Check the queues that tasks are routed to."""
+    import_tasks()
     known = known_queues()
     for name, task in sorted(current_app.tasks.items()):
         queue = queue_of(task, [], {})

@@ -6,7 +6,6 @@ A fact is read when the first job needs it. Jobs that run, have ended, or have j
 
 from datetime import timedelta
 
-from celery import current_app
 from django.db.models import Count, F, OuterRef, Subquery
 from django.template.defaultfilters import pluralize
 from django.utils import timezone
@@ -17,6 +16,7 @@ from durable_jobs.batches import newest_active
 from durable_jobs.database import Now
 from durable_jobs.enqueue import database_time
 from durable_jobs.limits import limit_of
+from durable_jobs.messages import find_task
 from durable_jobs.models import Batch, Failure, Job, Pause, Sweep
 from durable_jobs.states import HAS_SLOT, PAST_DEADLINE, STALLED
 from durable_jobs.worker.heartbeat import alive
@@ -95,7 +95,7 @@ def tries(job, facts):
     """Say which try comes next, and why the last one has ended."""
     texts = []
     if job.retries:
-        most = getattr(current_app.tasks.get(job.task), "max_retries", None)
+        most = getattr(find_task(job.task), "max_retries", None)
         # A task function may allow more with retry(max_retries=...).
         of = f" of {most + 1}" if most and most >= job.retries else ""
         texts.append(f"try {job.retries + 1}{of}")

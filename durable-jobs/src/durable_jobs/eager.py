@@ -10,7 +10,7 @@ from django.db.models import QuerySet
 from kombu.utils.json import dumps, loads
 
 from durable_jobs.database import Now, in_transaction
-from durable_jobs.messages import HEADER, message_of
+from durable_jobs.messages import find_task, message_of
 from durable_jobs.models import Job
 
 __all__ = ["run_jobs"]
@@ -45,10 +45,9 @@ def run_queued(jobs, tried):
 
 def run(job):
     """Run a job as a worker does that gets its message."""
-    task, headers = current_app.tasks[job.task], message_of(job).headers
-    # No thread renews its lease: it could not see the rows of a test's transaction.
-    headers[HEADER]["is_eager"] = True
+    task, headers = find_task(job.task), message_of(job).headers
     args, kwargs = loads(dumps([job.args, job.kwargs]))
     # Celery's task.apply() would not call apply_async() for a retry.
     trace = build_tracer(task.name, task, app=current_app, eager=True)
-    return trace(str(job.pk), args, kwargs, {**headers, "hostname": "eager"})
+    # Eager: nobody closes the connection, on which a test's transaction may be open.
+    return trace(str(job.pk), args, kwargs, {**headers, "hostname": "eager", "is_eager": True})

@@ -3,9 +3,11 @@
 import json
 import logging
 from contextlib import nullcontext
+from threading import RLock
 
 from celery import current_app, signals
 from celery.exceptions import OperationalError
+from django.apps import apps
 
 from durable_jobs.validation import to_json
 
@@ -15,6 +17,7 @@ logger = logging.getLogger(__name__)
 MESSAGE_FIELDS = ["task", "args", "kwargs", "queue", "batch_id", "retries", "crashes", "limit_key"]
 MESSAGE_FIELDS += ["results_of", "headers"]
 HEADER = "durable_job"  # marks the message of a job
+importing = RLock()
 
 
 def is_eager():
@@ -44,7 +47,7 @@ def send_one(job, producer, is_declared=False):
     does not send the event task-sent, which would be a second message.
     """
     headers, properties, body, _ = message_of(job)
-    task, amqp, conf = current_app.tasks.get(job.task), current_app.amqp, current_app.conf
+    task, amqp, conf = find_task(job.task), current_app.amqp, current_app.conf
     # Celery 5 uses the decorator's priority. Celery 6 will use only that of CELERY_TASK_ROUTES.
     options = {"queue": job.queue, "priority": getattr(task, "priority", None)}
     options = amqp.router.route(options, job.task, job.args, job.kwargs)
@@ -135,6 +138,26 @@ def messages_in(name, broker):
     return queue.queue_declare().message_count
 
 
+def import_tasks(app=current_app):
+    """Import the tasks that a worker imports, as it does, unless this process has done so. Raises their errors."""
+    loader = app.loader
+    with importing:
+        # Not in an AppConfig.ready(): tasks may need the other apps.
+        if apps.ready and not loader.worker_initialized:
+            try:
+                loader.init_worker()
+            except BaseException:
+                loader.worker_initialized = False
+                raise
+
+
+def find_task(name, app=current_app):
+    """Return the task of this name, or None if a worker does not know it either."""
+    if name not in app.tasks:
+        import_tasks(app)
+    return app.tasks.get(name)
+
+
 def is_job(task):
     """Return whether this is a task that is a job."""
     return getattr(task, "_is_job", False)
@@ -142,4 +165,5 @@ def is_job(task):
 
 def job_names():
     """Return the names of the tasks that are jobs."""
+    import_tasks()
     return sorted(name for name, task in current_app.tasks.items() if is_job(task))

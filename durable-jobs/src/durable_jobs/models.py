@@ -62,6 +62,12 @@ class Row(models.Model):
         super().save(*args, update_fields=update_fields, **options)
 
 
+def user(on_delete):
+    # "+", because a project's own Job may have an owner, too
+    options = {"null": True, "db_index": False, "related_name": "+"}
+    return models.ForeignKey(settings.AUTH_USER_MODEL, on_delete, **options)
+
+
 def index(name, fields, condition=None):
     return models.Index(name=f"durable_jobs_{name}", fields=fields.split(), condition=condition)
 
@@ -70,7 +76,7 @@ class Batch(Row):
     """Jobs that belong together, and the callbacks that start after them: see batches.py."""
 
     id = models.UUIDField(primary_key=True, default=uuid.uuid4, editable=False)
-    owner = models.ForeignKey(settings.AUTH_USER_MODEL, models.CASCADE, null=True, db_index=False)
+    owner = user(models.CASCADE)
     label = models.CharField(max_length=MAX_LABEL, help_text="human-readable name")
     on_success = models.JSONField(null=True, help_text="the callback once all jobs have succeeded")
     on_finish = models.JSONField(null=True, help_text="the callback once all jobs have ended")
@@ -95,7 +101,7 @@ class Batch(Row):
 
 class Job(Row):
     id = models.UUIDField(primary_key=True, default=uuid.uuid4, editable=False)
-    owner = models.ForeignKey(settings.AUTH_USER_MODEL, cascade_ended, null=True, db_index=False)
+    owner = user(cascade_ended)
     task = models.CharField(max_length=255)
     args = models.JSONField(default=list)
     kwargs = models.JSONField(default=dict)

@@ -232,7 +232,12 @@ class JobTask(Enqueueable[P], DjangoTask):
         if self._current_run and (exc or caught):
             self._current_run.failure = describe(exc or caught, caught)
             self._current_run.public_error = for_owner(exc or caught)
-        return super().retry(args, kwargs, exc, throw, **options)
+        request = self.request
+        was_eager, request.is_eager = request.is_eager, request.is_eager and not self._current_run
+        try:  # Celery would leave the retry of an eager job to apply()
+            return super().retry(args, kwargs, exc, throw, **options)
+        finally:
+            request.is_eager = was_eager
 
     def _retry_later(self, args, kwargs, retries, countdown=None, eta=None, queue=None, **options):
         """Remember the options of retry(). They are stored when the function and its transaction have ended."""

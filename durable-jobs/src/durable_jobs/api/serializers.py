@@ -1,12 +1,12 @@
 """What the API shows: of each kind of row, less in a list than alone."""
 
-from celery import current_app
 from django.utils.functional import cached_property
 from drf_spectacular.utils import extend_schema_field
 from rest_framework import serializers
 from rest_framework.reverse import reverse
 
 from durable_jobs.diagnosis import reasons, reasons_of_batches
+from durable_jobs.messages import find_task
 from durable_jobs.models import Batch, Failure, Job
 from durable_jobs.states import ACTIVE, FINAL
 from durable_jobs.statistics import count_jobs, kind_of, what_follows
@@ -24,7 +24,7 @@ def has_job_perm(user, action):
 
 def may_run_again(user, job):
     """Return whether this user may run the job again, once it has ended."""
-    task = current_app.tasks.get(job.task)
+    task = find_task(job.task)
     is_owner = job.owner_id is not None and job.owner_id == user.pk
     is_allowed = getattr(task, "owner_may_run_again", False) and job.state != "succeeded"
     return has_job_perm(user, "delete") or (is_owner and is_allowed)

@@ -9,12 +9,12 @@ from datetime import timedelta
 from functools import partial
 from queue import SimpleQueue
 
-from celery import current_app
 from celery.beat import BeatLazyFunc, SchedulingError
 from django.db import IntegrityError, close_old_connections, connection
 
 from durable_jobs.beat.sweeper import Sweeper
 from durable_jobs.database import may_succeed_later, wait_for
+from durable_jobs.messages import find_task
 from durable_jobs.models import Job
 from durable_jobs.tasks import JobTask
 
@@ -29,7 +29,7 @@ def start(sender, **kwargs):
 
 def check_entry(name, args, kwargs, options):
     """Raise TypeError or ValueError if Beat cannot start the task `name` with this call."""
-    task = current_app.tasks.get(name)
+    task = find_task(name)
     if task is None:
         raise ValueError(f"there is no task {name!r}: write the full path, such as app.tasks.name")
     if not isinstance(args, (list, tuple)) or not isinstance(kwargs, dict):
@@ -44,7 +44,7 @@ def check_entry(name, args, kwargs, options):
 
 def check_row(row):
     """Raise TypeError or ValueError if Beat cannot start the job of this row of django-celery-beat."""
-    if isinstance(current_app.tasks.get(row.task), JobTask):
+    if isinstance(find_task(row.task), JobTask):
         names = ["queue", "exchange", "routing_key", "priority", "expires", "expire_seconds"]
         options = {name: getattr(row, name) for name in names}
         check_entry(row.task, json.loads(row.args), json.loads(row.kwargs), options)

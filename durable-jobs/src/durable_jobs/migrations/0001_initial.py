@@ -73,7 +73,7 @@ class Migration(migrations.Migration):
                 ('counts', models.JSONField(default=dict, help_text='how many jobs ended in each state')),
                 ('created_at', models.DateTimeField(db_default=durable_jobs.database.Clock())),
                 ('ended_at', models.DateTimeField(null=True)),
-                ('owner', models.ForeignKey(db_index=False, null=True, on_delete=django.db.models.deletion.CASCADE, to=settings.AUTH_USER_MODEL)),
+                ('owner', models.ForeignKey(db_index=False, null=True, on_delete=django.db.models.deletion.CASCADE, related_name='+', to=settings.AUTH_USER_MODEL)),
             ],
             options={
                 'verbose_name_plural': 'batches',
@@ -118,7 +118,7 @@ class Migration(migrations.Migration):
                 ('results_of', models.UUIDField(help_text='the batch whose results are its argument', null=True)),
                 ('headers', models.JSONField(default=dict, help_text='of its messages, such as a trace')),
                 ('batch', models.ForeignKey(db_index=False, null=True, on_delete=durable_jobs.models.cascade_ended, related_name='jobs', to='durable_jobs.batch')),
-                ('owner', models.ForeignKey(db_index=False, null=True, on_delete=durable_jobs.models.cascade_ended, to=settings.AUTH_USER_MODEL)),
+                ('owner', models.ForeignKey(db_index=False, null=True, on_delete=durable_jobs.models.cascade_ended, related_name='+', to=settings.AUTH_USER_MODEL)),
             ],
             options={
                 'base_manager_name': 'objects',

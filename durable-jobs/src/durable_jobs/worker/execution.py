@@ -35,7 +35,7 @@ def execute(task, args, kwargs):
         store(task, args, kwargs)
         raise Ignore("stored as a job, which has a message of its own")
     run = Run(task, request, fields)
-    if not fields.get("is_eager"):
+    if not request.is_eager:  # the thread could not see the rows of a test's transaction
         lease.start_thread()
     # A suspect has crashed and fails at its next crash. A process runs only one: see become_suspect().
     crashes = fields["crashes"]
