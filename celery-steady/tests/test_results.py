@@ -1,11 +1,12 @@
 """Result backends keep each result, and a chord gets all of its members."""
 
 import uuid
+from threading import Event
 from unittest.mock import DEFAULT, Mock
 
 import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError, ReadTimeoutError
-from celery import Celery, chord, states
+from celery import Celery, chord, signals, states
 from celery.contrib.testing.worker import start_worker
 from celery.exceptions import Retry
 from redis.exceptions import TimeoutError
@@ -83,6 +84,28 @@ def test_the_state_retry_replaces_what_is_no_result(backend, state, id):
     assert backend.get_state(id) == "RETRY"
     backend.store_result(id, 5, "SUCCESS")
     assert backend.get_result(id) == 5
+
+
+@pytest.mark.parametrize(("retries", "state"), [(1, "PENDING"), (0, "FAILURE")])
+def test_a_task_whose_result_is_ignored_is_not_left_in_the_state_retry(backend, retries, state):
+    """Only its failure is stored, with task_store_errors_even_if_ignored."""
+    app, ended = backend.app, Event()
+    app.conf.update(STEADY, task_store_errors_even_if_ignored=True)
+
+    @app.task(shared=False, bind=True, ignore_result=True, max_retries=retries)
+    def retry_once(self):
+        if not self.request.retries:
+            raise self.retry(countdown=0)
+
+    def end(retval, state, **kwargs):
+        if state != "RETRY":
+            ended.set()
+
+    signals.task_postrun.connect(end)
+    with start_worker(app, perform_ping_check=False, shutdown_timeout=LIMIT):
+        id = retry_once.delay().id
+        assert ended.wait(LIMIT)
+    assert backend.get_state(id) == state
 
 
 def answer(status, code):

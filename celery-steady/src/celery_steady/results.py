@@ -57,6 +57,14 @@ class KeepsResults:
             return result
         return super()._store_result(task_id, result, state, *args, **kwargs)
 
+    def mark_as_retry(self, task_id, exc, traceback=None, request=None, **kwargs):
+        """Don't store the state RETRY of a task with ignore_result=True: no success would replace it.
+
+        Celery does so with task_store_errors_even_if_ignored.
+        """
+        if not getattr(request, "ignore_result", False):
+            return super().mark_as_retry(task_id, exc, traceback, request, **kwargs)
+
 
 class StoresChordMembers:
     """For backends that read a chord's results one by one, and need all of them."""
