@@ -99,6 +99,13 @@ def test_beat_stores_a_job_with_the_arguments_and_the_queue_of_its_entry(schedul
     assert (job.task, job.args, job.kwargs, job.queue) == (add.name, [1, 2], {}, "io")
 
 
+def test_a_schedule_starts_no_job_while_a_unique_one_is_active(published):
+    scheduler = beat(Scheduler).scheduler
+    for name in "first", "second":
+        tick(scheduler, name=name, unique="add")
+    assert Job.objects.get().unique_key == "add"
+
+
 def test_a_function_in_the_schedule_is_called_when_its_job_is_due():
     scheduler = beat(Scheduler).scheduler
     x, y = BeatLazyFunc(lambda: 1), BeatLazyFunc(lambda: 2)
@@ -241,6 +248,7 @@ def test_a_tick_that_cannot_be_stored_is_logged(scheduler, monkeypatch, errors):
 def test_an_option_that_a_job_cannot_have_is_logged(kind, errors):
     tick(beat(kind).scheduler, **{"expires" if kind is Scheduler else "expire_seconds": 60})
     assert len(errors()) == 1 and "a job does not take expires" in errors()[0]
+    assert '"unique"' in errors()[0]
     assert not Job.objects.exists()
 
 

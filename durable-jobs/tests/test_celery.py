@@ -10,6 +10,7 @@ from unittest.mock import Mock
 import pytest
 from celery import Task, chain, chord, group, shared_task
 from celery import current_app as app
+from celery.app.trace import build_tracer
 from celery.contrib.django.task import DjangoTask
 from celery.result import AsyncResult
 from celery.schedules import crontab
@@ -166,7 +167,6 @@ def test_a_time_limit_of_0_is_refused():
         lambda: add.map([1, 2]).apply_async(),
         lambda: add.starmap([(1, 2)]).delay(),
         lambda: add.chunks([(1, 2), (3, 4)], 1)(),
-        lambda: add.apply([1, 2]),
     ],
 )
 def test_a_job_is_refused_in_a_canvas_and_as_a_callback(mode, send):
@@ -185,6 +185,31 @@ def test_a_job_is_refused_in_a_canvas_and_as_a_callback(mode, send):
 def test_a_job_is_refused_as_the_callback_of_an_error(broker, send):
     with pytest.raises(EncodeError, match="part of a chain, group or chord"):
         send()
+
+
+@shared_task(base=JobTask, bind=True, max_retries=2)
+def try_twice(self, x):
+    self.report(1, 2)
+    if self.request.retries < 1:
+        raise self.retry(countdown=60)
+    return x, self.request.retries
+
+
+@pytest.mark.parametrize(
+    ("call", "result"),
+    [
+        (lambda: add.apply([1], {"y": 2}), 3),
+        (lambda: try_twice.apply([5], throw=False), (5, 1)),
+    ],
+)
+def test_apply_runs_the_function_in_this_process_without_a_job(mode, call, result):
+    assert call().get() == result
+    assert not Job.objects.exists()
+
+
+def test_apply_returns_the_error_of_the_function():
+    result = add.apply([1, "a"], throw=False)
+    assert (result.state, type(result.result)) == ("FAILURE", TypeError)
 
 
 def test_plain_tasks_can_still_be_combined(mode):
@@ -389,10 +414,11 @@ def test_a_function_without_self_is_refused():
 def in_a_worker(commit):
     """Run a task as a worker does that gets the message of another app, without our headers."""
 
-    def run(task, *args, **options):
-        options = {"task_id": str(uuid.uuid4()), **options}
+    def run(task, *args, id=None, callbacks=()):
+        id = id or str(uuid.uuid4())
+        request = {"id": id, "callbacks": callbacks, "hostname": ""}
         with commit():
-            DjangoTask.apply(task, args, throw=True, **options)
+            build_tracer(task.name, task, app=app, propagate=True)(id, args, {}, request)
         return Job.objects.latest("created_at")
 
     return run
@@ -407,17 +433,17 @@ def test_a_message_that_another_app_has_sent_becomes_a_job(in_a_worker):
 def test_a_message_that_another_app_has_sent_twice_is_one_job(in_a_worker):
     job = in_a_worker(add, 1, 2)
     finished_at = job.finished_at
-    in_a_worker(add, 3, 4, task_id=str(job.pk))
+    in_a_worker(add, 3, 4, id=str(job.pk))
     job.refresh_from_db()
     assert (job.result, job.finished_at) == (3, finished_at)
 
 
 def test_a_message_of_another_app_may_have_any_text_as_its_id(in_a_worker):
-    assert in_a_worker(add, 1, 2, task_id="import-7").result == 3
+    assert in_a_worker(add, 1, 2, id="import-7").result == 3
 
 
 def test_a_callback_that_another_app_gave_a_job_is_logged(in_a_worker, caplog):
-    in_a_worker(add, 1, 2, link=plain.si())
+    in_a_worker(add, 1, 2, callbacks=[plain.si()])
     assert "its callbacks will not run" in caplog.text
 
 

@@ -8,15 +8,21 @@ from celery import current_app as app
 from celery.backends.cache import CacheBackend
 from celery.result import AsyncResult
 from celery_steady import results
-from helpers import add
+from helpers import add, queries, run
 
 from durable_jobs import transitions
 from durable_jobs.celery import Celery
 from durable_jobs.enqueue import enqueue
+from durable_jobs.exceptions import JobError
 from durable_jobs.models import Job
 from durable_jobs.publish import publish
 
 pytestmark = pytest.mark.django_db
+
+
+class TwoTexts(Exception):
+    def __init__(self, first, second):
+        super().__init__(f"{first} {second}")
 
 
 def test_an_async_result_finds_a_job_by_its_id():
@@ -27,6 +33,35 @@ def test_an_async_result_finds_a_job_by_its_id():
     publish([job])
     for result in AsyncResult(str(job.pk)), app.AsyncResult(str(job.pk)):
         assert (result.state, result.get()) == ("SUCCESS", 3)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        JobError("Row 7"),
+        ValueError("no"),
+        KeyError(3),
+        Job.DoesNotExist("no row"),
+        TwoTexts("a", "b"),
+    ],
+    ids=repr,
+)
+def test_get_raises_the_exception_of_the_job(error):
+    def function(task):
+        raise error
+
+    result = AsyncResult(str(run(function).pk))
+    with pytest.raises(Exception) as raised:
+        result.get()
+    expected = Exception if isinstance(error, TwoTexts) else type(error)  # as in Celery
+    assert type(raised.value) is expected and str(error).strip("'") in str(raised.value)
+    assert "in function" in result.traceback
+
+
+def test_a_poll_of_a_plain_task_costs_one_query_by_primary_key():
+    result = AsyncResult(str(uuid.uuid4()))
+    [sql] = queries(lambda: result.state)
+    assert "WHERE durable_jobs_job.id IN" in sql
 
 
 def test_a_backend_that_celery_steady_has_replaced_reads_jobs_too(monkeypatch):
@@ -51,7 +86,7 @@ def test_get_waits_for_the_row_of_a_job(monkeypatch):
 @pytest.mark.parametrize(
     ("state", "error", "expected"),
     [
-        ("failed", "ValueError: no", ("FAILURE", "TaskError('ValueError: no')")),
+        ("failed", "The broker refused it", ("FAILURE", "TaskError('The broker refused it')")),
         ("cancelled", "", ("REVOKED", "TaskRevokedError('')")),
     ],
 )

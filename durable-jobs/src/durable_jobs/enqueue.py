@@ -60,6 +60,10 @@ NO_CANVAS = (
     "A job can't be part of a chain, group or chord, nor a link of a task: use a batch with on_success= or"
     " on_finish=, or self.enqueue_next()"
 )
+EXPIRES = (
+    'Pass the time as an argument. In CELERY_BEAT_SCHEDULE, "options": {"unique": "a name"} starts no job while'
+    " the last one is active"
+)
 OF_CANVAS = {"link", "link_error", "chain", "chord", "group_id", "root_id"}
 # Options of apply_async() that are supported or harmless.
 HARMLESS = ("queue", "headers", "ignore_result", "producer", "retries")
@@ -169,6 +173,8 @@ def check_options(options, supported=()):
     known = [*HARMLESS, *supported]
     if refused := [name for name in options if name not in known and options[name]]:
         hint = NO_CANVAS if OF_CANVAS & {*refused} else "See the options of using()"
+        if "expires" in refused:
+            hint = EXPIRES
         raise TypeError(f"a job does not take {', '.join(refused)}. {hint}")
 
 

@@ -1,10 +1,12 @@
 """The result of a job: AsyncResult(id) reads its row."""
 
+import sys
+
 from celery import states
 from celery.app import backends
 from celery.backends.base import BaseBackend
 
-from durable_jobs.models import Job
+from durable_jobs.models import Failure, Job
 from durable_jobs.validation import uuids
 
 STATES = {
@@ -14,7 +16,6 @@ STATES = {
     "failed": states.FAILURE,
     "cancelled": states.REVOKED,
 }
-ERRORS = {"failed": "TaskError", "cancelled": "TaskRevokedError"}  # in celery.exceptions
 UNKNOWN = {"status": states.PENDING, "result": None}  # what Celery answers for an unknown id
 
 
@@ -24,10 +25,29 @@ def read(task_id):
     job = Job.objects.filter(pk__in=keys).only("state", "result", "error").first()
     if job is None:
         return None
-    result = job.result
-    if name := ERRORS.get(job.state):
-        result = {"exc_type": name, "exc_message": job.error, "exc_module": "celery.exceptions"}
-    return {"status": STATES[job.state], "result": result}
+    meta = {"status": STATES[job.state], "result": job.result}
+    if job.state == "cancelled":
+        meta["result"] = exception("celery.exceptions.TaskRevokedError", job.error)
+    elif job.state == "failed":
+        last = job.failures.last()
+        # Not if it failed afterward, without a run of its own
+        if last and job.error.startswith(last.error):
+            meta["traceback"] = last.traceback
+        else:
+            last = Failure(exception="celery.exceptions.TaskError")
+        meta["result"] = exception(last.exception, job.error)
+    return meta
+
+
+def exception(path, text):
+    """Return an exception as Celery's backends store it, from the path of its class and what Python prints of it."""
+    module, _, name = path.rpartition(".")
+    while module not in sys.modules and "." in module:  # Order.DoesNotExist
+        module, _, outer = module.rpartition(".")
+        name = f"{outer}.{name}"
+    for prefix in path, name:
+        text = text.removeprefix(f"{prefix}: ")
+    return {"exc_type": name, "exc_message": text, "exc_module": module}
 
 
 class JobBackend(BaseBackend):

@@ -20,6 +20,7 @@ from celery.utils.time import maybe_make_aware
 from durable_jobs import batches
 from durable_jobs.enqueue import (
     BULK_OPTIONS,
+    EXPIRES,
     MEMBER_OPTIONS,
     NO_CANVAS,
     SINGLE_OPTIONS,
@@ -34,7 +35,7 @@ from durable_jobs.enqueue import (
     new_fields,
 )
 from durable_jobs.exceptions import JobError, JobLost
-from durable_jobs.messages import storable
+from durable_jobs.messages import fields_in, storable
 from durable_jobs.models import Batch
 from durable_jobs.pools import shutting_down
 from durable_jobs.validation import MAX_COUNTDOWN, printable, uuids
@@ -85,8 +86,8 @@ class JobTask(Enqueueable[P], DjangoTask):
     """The base class of tasks that are jobs: see job().
 
     delay(), apply_async() and everything that calls them enqueue a job. If an app that is not a
-    durable_jobs.celery.Celery sends it by name, a worker stores the job. A task that is called directly runs
-    as a plain function. After a crash the task function runs again, so it must be safe to repeat.
+    durable_jobs.celery.Celery sends it by name, a worker stores the job. A task that is called directly, or with
+    apply(), runs as a plain function. After a crash the task function runs again, so it must be safe to repeat.
     """
 
     abstract = True
@@ -115,7 +116,8 @@ class JobTask(Enqueueable[P], DjangoTask):
             cls._call, cls.__call__ = cls.__call__, JobTask._receive
         for name in ("before_start", "exchange", "expires", "routing_key"):
             if getattr(cls, name, None) != getattr(DjangoTask, name, None):
-                raise TypeError(f"{cls.name}: a job cannot have {name}")
+                hint = f": {EXPIRES}" if name == "expires" else ""
+                raise TypeError(f"{cls.name}: a job cannot have {name}{hint}")
         if cls.time_limit is not None and not cls.time_limit > 0:
             raise TypeError(f"{cls.name}: time_limit must be greater than 0, not {cls.time_limit}")
         cls.throws = (*cls.throws, JobError)  # Celery's log and Sentry expect it
@@ -211,7 +213,7 @@ class JobTask(Enqueueable[P], DjangoTask):
         """Raise TypeError: Celery would call the function without a job."""
         raise TypeError(f"{self.name}: {NO_CANVAS}")
 
-    apply = starmap = chunks = map
+    starmap = chunks = map
 
     def retry(
         self,
@@ -323,7 +325,9 @@ class JobTask(Enqueueable[P], DjangoTask):
 
     def _receive(self, *args, **kwargs):
         """The __call__() of each task that is a job. `_call` is that of its class."""
-        if self.request.called_directly or self._current_run:  # the function calls its own task
+        request = self.request
+        is_job = not request.called_directly and (fields_in(vars(request)) or not request.is_eager)
+        if not is_job or self._current_run:  # apply(), or the function calls its own task
             return self._call(*args, **kwargs)
         return execute(self, args, kwargs)
 

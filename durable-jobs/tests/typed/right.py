@@ -67,6 +67,7 @@ def enqueue(user: object, options: Options, at: datetime) -> None:
     build_report.delay_on_commit(10)
     build_report.apply_async([10], task_id="…", countdown=5, queue="io")
     build_report.apply_async_on_commit((10,))
+    build_report.apply((10,))
     build_report(10)
     fetch.enqueue("https://example.com")
     add.enqueue(1, y=2)
