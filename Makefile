@@ -1,4 +1,4 @@
-.PHONY: demo steady library test prove chaos scorecard bench site pictures wheel release lint
+.PHONY: demo steady library test prove chaos scorecard bench site pictures wheel dist release lint
 
 demo: .venv  ## bake a project, start it, run its tasks: make demo ARGS="durable_jobs=yes"
 	@PYTHONPATH=tests .venv/bin/python -m harness.demo $(ARGS)
@@ -36,16 +36,13 @@ pictures: .venv  ## retake the pictures in README.md
 	.venv/bin/uv pip install --quiet --python .venv/bin/python pillow
 	PYTHONPATH=tests .venv/bin/python -m harness.pictures
 
-VENDOR := {{cookiecutter.project_slug}}/vendor
+wheel: .venv  ## build the libraries whose source has changed into the output, as a test requires
+	@.venv/bin/python .ci/wheel.py celery-steady durable-jobs
 
-wheel: .venv  ## build both libraries into the output, as a test requires
-	@rm -f '$(VENDOR)'/*.whl
-	for library in celery-steady durable-jobs; do \
-		.venv/bin/uv build --quiet --wheel --no-create-gitignore --out-dir '$(VENDOR)' $$library; \
-	done
-	@.venv/bin/python .ci/wheel.py
+dist: .venv  ## build both libraries into dist/, and run their tests from there
+	.ci/dist
 
-release: .venv  ## test, commit and tag this version, and start the next one
+release: .venv  ## test, commit and tag each product whose changelog has an unreleased version
 	@.venv/bin/python .ci/release.py
 
 # The output's plain Python. The output's pyproject.toml is not TOML before it is rendered.

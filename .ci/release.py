@@ -1,21 +1,24 @@
-"""`make release`: test, commit and tag the version of durable-jobs, and start the next one.
+"""`make release`: test, commit and tag each product whose changelog has an unreleased version.
 
 It pushes nothing. The address on the pages is that of the remote `origin` on GitHub.
 """
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tomllib
 from datetime import date
 from pathlib import Path
 
-LIBRARY, VENDOR = Path("durable-jobs"), Path("{{cookiecutter.project_slug}}/vendor")
-VERSION, ABOUT = LIBRARY / "src/durable_jobs/__init__.py", LIBRARY / "pyproject.toml"
-CHANGELOG = Path("CHANGELOG.md")
-CHANGELOGS = CHANGELOG, LIBRARY / "CHANGELOG.md"
+# The folder of each product, by what its tags begin with
+PRODUCTS = {
+    "v": Path("."),
+    "celery-steady-": Path("celery-steady"),
+    "durable-jobs-": Path("durable-jobs"),
+}
+ABOUT = Path("durable-jobs/pyproject.toml")
+UNRELEASED = r"(?ms)^## (\d+\.\d+\.\d+) \(unreleased\)\n(.*?)(?=^## |\Z)"
 GITHUB = r"github\.com[:/]([\w.-]+/[\w.-]+?)(?:\.git)?/?$"
 
 
@@ -28,30 +31,43 @@ def replace(path, old, new):
     path.write_text(path.read_text("utf-8").replace(old, new, 1), "utf-8")
 
 
+def unreleased():
+    """Return {tag: (folder, version, its notes)} of what to release."""
+    found = {}
+    for prefix, folder in PRODUCTS.items():
+        changelog = (folder / "CHANGELOG.md").read_text("utf-8")
+        if match := re.search(UNRELEASED, changelog):
+            found[prefix + match[1]] = folder, match[1], match[2].strip()
+    return found
+
+
 def repository(address):
     """Return `owner/name` of an address, or None if it is not on GitHub."""
     match = re.search(GITHUB, address)
     return match and match[1]
 
 
-def refusal(version):
-    """Return why there can be no release of this version, or None."""
-    notes = re.search(r"(?ms)^## Unreleased\n(.*?)(^## |\Z)", CHANGELOG.read_text("utf-8"))
+def refusal(releases):
+    """Return why these can't be released, or None."""
     if git("status", "--porcelain"):
         return "There are changes without a commit: commit or stash them."
-    if not version.endswith(".dev"):
-        return f"The version in {VERSION} is {version}, but only one with .dev can be released."
-    if git("tag", "--list", f"v{version.removesuffix('.dev')}"):
-        return f"The tag v{version.removesuffix('.dev')} exists: set a newer version in {VERSION}."
-    if not notes or not notes[1].strip():
-        return "CHANGELOG.md says nothing under a heading `## Unreleased`."
+    if not releases:
+        return "No changelog has a heading such as `## 1.1.0 (unreleased)`."
+    for tag, (folder, version, notes) in releases.items():
+        if git("tag", "--list", tag):
+            return f"The tag {tag} exists: write a newer version into {folder / 'CHANGELOG.md'}."
+        if not notes:
+            return f"{folder / 'CHANGELOG.md'} says nothing about {version}."
+        for code in folder.glob("src/*/__init__.py"):
+            if f'"{version}.dev"' not in code.read_text("utf-8"):
+                return f"The version in {code} must be {version}.dev, as in its changelog."
     if not repository(git("ls-remote", "--get-url", "origin")):
         return "The remote `origin` isn't a repository on GitHub: the pages would have no address."
     return None
 
 
 def write_address():
-    """Replace the address on every page, and in the library, with that of `origin`."""
+    """Replace the address on every page, and in the libraries, with that of `origin`."""
     old = repository(tomllib.loads(ABOUT.read_text("utf-8"))["project"]["urls"]["Repository"])
     new = repository(git("ls-remote", "--get-url", "origin"))
     for name in git("grep", "-Ilz", "--fixed-strings", old).split("\0")[:-1]:
@@ -59,43 +75,30 @@ def write_address():
         Path(name).write_text(text.replace(old, new), "utf-8")
 
 
-def write_version(old, new):
-    replace(VERSION, old, new)
-    subprocess.run(["make", "wheel"], check=True)
-
-
-def commit(message):
-    git("add", "--all")  # the wheel has a new name
-    git("commit", "--message", message)
-
-
 def main():
-    developed = re.search('__version__ = "(.+)"', VERSION.read_text("utf-8"))[1]
-    if reason := refusal(developed):
+    releases = unreleased()
+    if reason := refusal(releases):
         sys.exit(f"No release. {reason}")
-    version = developed.removesuffix(".dev")
-    heading = f"## {version} ({date.today()})"
     try:
         write_address()
-        for changelog in CHANGELOGS:
-            replace(changelog, "## Unreleased", heading)
-        write_version(developed, version)
-        subprocess.run(["make", "test", "prove"], env={**os.environ, "DEMAND_ALL": "1"}, check=True)
+        for folder, version, _ in releases.values():
+            replace(
+                folder / "CHANGELOG.md", f"{version} (unreleased)", f"{version} ({date.today()})"
+            )
+            for code in folder.glob("src/*/__init__.py"):
+                replace(code, f'"{version}.dev"', f'"{version}"')
+        environment = {**os.environ, "DEMAND_ALL": "1"}
+        subprocess.run(["make", "wheel", "test", "prove", "dist"], env=environment, check=True)
     except (KeyboardInterrupt, subprocess.CalledProcessError):
         git("reset", "--quiet", "--hard")
         git("clean", "--quiet", "--force", "-d")
         sys.exit("No release, because the tests did not pass. All files are as before.")
-    commit(f"Release {version}")
-    git("tag", "--annotate", "--message", f"Release {version}", f"v{version}")  # for `git describe`
-    shutil.copytree(VENDOR, "dist", dirs_exist_ok=True)
-
-    major, minor, _ = version.split(".")
-    for changelog in CHANGELOGS:
-        replace(changelog, heading, f"## Unreleased\n\n{heading}")
-    write_version(version, f"{major}.{int(minor) + 1}.0.dev")
-    commit("Start the next version")
-    print(f"{version} is a commit, a tag, and a wheel in dist/. To publish it:")
-    print(f"    git push --atomic origin {git('branch', '--show-current')} v{version}")
+    git("add", "--all")  # the wheels have new names
+    git("commit", "--message", f"Release {', '.join(releases)}")
+    for tag in releases:
+        git("tag", "--annotate", "--message", f"Release {tag}", tag)  # for `git describe`
+    print(f"{', '.join(releases)}: a commit with tags. To publish it:")
+    print(f"    git push --atomic origin {git('branch', '--show-current')} {' '.join(releases)}")
 
 
 main()

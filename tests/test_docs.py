@@ -1,4 +1,4 @@
-"""The template's own pages, and the version on both sides."""
+"""The template's own pages, and the versions of the libraries."""
 
 import itertools
 import re
@@ -6,7 +6,9 @@ import subprocess
 from collections import Counter
 from pathlib import Path
 
-from harness.bake import CHOICES, LIBRARY, OPTIONS, OUTPUT, TEMPLATE
+import pytest
+
+from harness.bake import CHOICES, LIBRARY, OPTIONS, OUTPUT, STEADY, TEMPLATE
 from harness.checks import check_links
 from harness.project import Project
 from harness.promises import PAGE, page, proofs
@@ -24,7 +26,7 @@ def text(path):
 
 
 def is_page(path):
-    return path.suffix == ".md" or path.name == "llms.txt"
+    return path.suffix == ".md"
 
 
 def is_output(path):
@@ -54,13 +56,15 @@ def test_the_page_of_the_options_names_each_option_and_each_value():
     assert [name for name in names if page.count(f"`{name}`") < names[name]] == []
 
 
-def test_the_library_has_the_version_of_the_template():
-    """It is the newest in CHANGELOG.md, or while that is Unreleased, a .dev version."""
-    written = (LIBRARY / "src/durable_jobs/__init__.py").read_text("utf-8")
-    [version] = re.findall('__version__ = "(.+)"', written)
-    newest = re.search(r"^## (\S+)", (TEMPLATE / "CHANGELOG.md").read_text("utf-8"), re.M)[1]
-
-    assert version == newest or (newest == "Unreleased" and version.endswith(".dev"))
+@pytest.mark.parametrize("library", [STEADY, LIBRARY], ids=lambda folder: folder.name)
+def test_a_library_has_the_newest_version_of_its_changelog(library):
+    """While that is unreleased, with .dev."""
+    [code] = library.glob("src/*/__init__.py")
+    newest, state = re.search(
+        r"^## (\S+) \((\S+)\)$", (library / "CHANGELOG.md").read_text("utf-8"), re.M
+    ).groups()
+    expected = f"{newest}.dev" if state == "unreleased" else newest
+    assert f'__version__ = "{expected}"' in code.read_text("utf-8")
 
 
 def test_each_promise_of_the_library_has_a_test_that_a_table_names():

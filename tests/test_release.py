@@ -11,12 +11,17 @@ import pytest
 from harness.bake import ADDRESS, TEMPLATE
 from harness.project import Project
 
-VERSION = "durable-jobs/src/durable_jobs/__init__.py"
 VENDOR = "{{cookiecutter.project_slug}}/vendor"
-CHANGELOG = "# Changelog\n\n## Unreleased\n\n- New.\n"
+# What is unreleased, by what the tags begin with: the second library has nothing new.
+FOLDERS = {"v": ".", "celery-steady-": "celery-steady", "durable-jobs-": "durable-jobs"}
+CHANGELOG = "# Changelog\n\n## 1.2.3 (unreleased)\n\n- New.\n\n## 1.2.2 (2026-11-01)\n\n- Old.\n"
+OLD = CHANGELOG.replace("## 1.2.3 (unreleased)\n\n- New.\n\n", "")
+STEADY, JOBS = (
+    f"{name}/src/{name.replace('-', '_')}/__init__.py" for name in ("celery-steady", "durable-jobs")
+)
 # Writes which version it had, and whether a missing server would fail the tests.
-MAKEFILE = f"""VERSION := $$(grep -o '[0-9][^"]*' '{VERSION}')
-test prove:
+MAKEFILE = f"""VERSION := $$(grep -o '[0-9][^"]*' '{STEADY}')
+test prove dist:
 \t@echo $@ $(DEMAND_ALL) $(VERSION) >> ../made
 wheel:
 \t@rm -f '{VENDOR}'/*.whl; touch "{VENDOR}/$(VERSION).whl"
@@ -33,13 +38,14 @@ def clone(tmp_path, monkeypatch):
     clone = Project(tmp_path / "clone")
     for name in (".ci", "docs"):
         shutil.copytree(TEMPLATE / name, clone / name)
-    for folder in [(clone / VERSION).parent, clone / VENDOR]:
-        folder.mkdir(parents=True)
-    (clone / VERSION).write_text('__version__ = "1.2.3.dev"\n')
+    for code, version in (STEADY, "1.2.3.dev"), (JOBS, "1.2.2"):
+        (clone / code).parent.mkdir(parents=True)
+        (clone / code).write_text(f'__version__ = "{version}"\n')
+    (clone / VENDOR).mkdir(parents=True)
     (clone / VENDOR / "1.2.3.dev.whl").touch()
-    (clone / ".gitignore").write_text("dist/\n")
-    for folder in "", "durable-jobs":
-        (clone / folder / "CHANGELOG.md").write_text(CHANGELOG)
+    (clone / "CHANGELOG.md").write_text(CHANGELOG)
+    (clone / "celery-steady/CHANGELOG.md").write_text(CHANGELOG)
+    (clone / "durable-jobs/CHANGELOG.md").write_text(OLD)
     (clone / "Makefile").write_text(MAKEFILE)
     for name in ("README.md", "durable-jobs/pyproject.toml"):
         shutil.copy(TEMPLATE / name, clone / name)
@@ -58,26 +64,33 @@ def refused(clone):
     return str(refused.value)
 
 
-def test_a_release_is_a_tested_commit_with_a_tag_and_a_wheel(clone):
+def test_a_release_is_a_tested_commit_with_a_tag_for_each_unreleased_product(clone):
     printed = release(clone)
 
-    assert (clone.parent / "made").read_text().splitlines() == ["test 1 1.2.3", "prove 1 1.2.3"]
-    wheels = clone.call("git", "ls-tree", "-r", "--name-only", "v1.2.3", VENDOR)
-    assert wheels.split() == [f"{VENDOR}/1.2.3.whl"]
-    assert [path.name for path in (clone / "dist").iterdir()] == ["1.2.3.whl"]
-    assert clone.call("git", "show", f"v1.2.3:{VERSION}") == '__version__ = "1.2.3"\n'
-    assert clone.call("git", "describe", "HEAD~1") == "v1.2.3\n"
-    heading = f"## 1.2.3 ({date.today()})"
-    released = CHANGELOG.replace("## Unreleased", heading)
-    pages = ["CHANGELOG.md", "durable-jobs/CHANGELOG.md"]
-    assert [clone.call("git", "show", f"v1.2.3:{page}") for page in pages] == [released] * 2
-    assert "git push --atomic origin main v1.2.3" in printed
-
-    assert clone.read(VERSION) == '__version__ = "1.3.0.dev"\n'
-    next_one = released.replace(heading, f"## Unreleased\n\n{heading}")
-    assert [clone.read(page) for page in pages] == [next_one] * 2
-    assert [path.name for path in (clone / VENDOR).iterdir()] == ["1.3.0.dev.whl"]
+    made = (clone.parent / "made").read_text().splitlines()
+    assert made == ["test 1 1.2.3", "prove 1 1.2.3", "dist 1 1.2.3"]
+    tags = ["celery-steady-1.2.3", "v1.2.3"]
+    assert clone.call("git", "tag").split() == tags
+    assert clone.call("git", "rev-parse", *(f"{tag}^{{}}" for tag in tags)).split() == 2 * [
+        clone.call("git", "rev-parse", "HEAD").strip()
+    ]
+    assert [clone.read(code) for code in (STEADY, JOBS)] == [
+        '__version__ = "1.2.3"\n',
+        '__version__ = "1.2.2"\n',
+    ]
+    assert [path.name for path in (clone / VENDOR).iterdir()] == ["1.2.3.whl"]
+    released = CHANGELOG.replace("unreleased", str(date.today()))
+    pages = [clone.read(f"{folder}/CHANGELOG.md") for folder in FOLDERS.values()]
+    assert pages == [released, released, OLD]
     assert clone.call("git", "status", "--porcelain") == ""
+
+    published = clone.parent / "published.git"
+    clone.call("git", "init", "--quiet", "--bare", str(published))
+    [push] = re.findall("^ +(git push .+)", printed, re.MULTILINE)
+    rewrite = {"KEY_0": f"url.{published}.insteadOf", "VALUE_0": "git@github.com:tea/shop.git"}
+    environment = {f"GIT_CONFIG_{name}": value for name, value in rewrite.items()}
+    clone.call(*push.split(), GIT_CONFIG_COUNT="1", **environment)
+    assert clone.call("git", "-C", str(published), "tag").split() == tags
 
 
 def test_a_release_has_the_address_of_its_repository_on_every_page(clone):
@@ -112,15 +125,16 @@ def test_a_release_that_fails_its_tests_changes_nothing(clone):
 
 
 @pytest.mark.parametrize(
-    ("file", "text", "sentence"),
+    ("files", "text", "sentence"),
     [
-        (VERSION, '__version__ = "1.2.3"\n', "is 1.2.3, but only one with .dev"),
-        ("CHANGELOG.md", "# Changelog\n\n## 1.2.2 (2026-11-01)\n\n- Old.\n", "says nothing under"),
-        ("CHANGELOG.md", "## Unreleased\n\n## 1.2.2\n\n- Old.\n", "says nothing under"),
+        ([STEADY], '__version__ = "1.2.4.dev"\n', f"The version in {STEADY} must be 1.2.3.dev"),
+        (["CHANGELOG.md", "celery-steady/CHANGELOG.md"], OLD, "No changelog has a heading"),
+        (["CHANGELOG.md"], CHANGELOG.replace("- New.\n\n", ""), "CHANGELOG.md says nothing about"),
     ],
 )
-def test_a_release_is_refused_if_there_is_nothing_to_release(clone, file, text, sentence):
-    (clone / file).write_text(text)
+def test_a_release_is_refused_if_there_is_nothing_to_release(clone, files, text, sentence):
+    for file in files:
+        (clone / file).write_text(text)
     clone.commit()
     assert sentence in refused(clone)
 

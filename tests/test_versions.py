@@ -15,7 +15,7 @@ from harness.versions import SUPPORTED
 VERSIONS, REQUIREMENTS = "templates/versions.jinja", "{{cookiecutter.project_slug}}/pyproject.toml"
 # Of the tests, of the libraries
 OWN = {"pyproject.toml", "celery-steady/pyproject.toml", "durable-jobs/pyproject.toml"}
-WORKFLOW = ".github/workflows/ci.yml"
+WORKFLOW, PUBLISH = ".github/workflows/ci.yml", ".github/workflows/publish.yml"
 NAMED = {name: value for name, value in vars(PINNED).items() if isinstance(value, str)}
 TEXTS = dict.fromkeys(("description", "author_name", "author_email"), "")
 IMAGES = {value for value in NAMED.values() if re.search(":v?[0-9]", value)}
@@ -99,19 +99,20 @@ def homes():
 
 
 def test_each_version_stands_in_one_file():
-    """The workflow, which no template can write, has some too: the next test compares them."""
+    """The workflows, which no template can write, have some too: the next test compares them."""
     for pattern, home in homes().items():
         files = {name for name, text in TRACKED.items() if re.search(pattern, without_facts(text))}
         also = OWN if home == REQUIREMENTS else set()
-        assert files - {home, WORKFLOW} - also - HISTORY == set(), pattern
+        assert files - {home, WORKFLOW, PUBLISH} - also - HISTORY == set(), pattern
 
 
-def test_the_templates_own_workflow_has_the_versions_of_an_output():
-    workflow = yaml.safe_load(TRACKED[WORKFLOW])
-    jobs = workflow["jobs"].values()
+def test_the_templates_own_workflows_have_the_versions_of_an_output():
+    ci, publish = (yaml.safe_load(TRACKED[file])["jobs"] for file in (WORKFLOW, PUBLISH))
+    jobs = [*ci.values(), *publish.values()]
     assert {job["runs-on"] for job in jobs} == {PINNED.runner, "macos-latest"}
-    used = set(re.findall("uses: (.+)", TRACKED[WORKFLOW]))
-    assert used == {PINNED.checkout, PINNED.setup_python}
+    used = set(re.findall("uses: (.+)", TRACKED[WORKFLOW] + TRACKED[PUBLISH]))
+    publishing = {each for each in used if re.search("-artifact@|pypi-publish@", each)}
+    assert used - publishing == {PINNED.checkout, PINNED.setup_python}
 
     steps = itertools.chain(*(job["steps"] for job in jobs))
     pythons = {step["with"]["python-version"] for step in steps if "setup-python" in str(step)}

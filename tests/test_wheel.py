@@ -1,14 +1,21 @@
-"""The wheels in outputs are what the libraries build, and a second build has the same bytes."""
+"""The wheels in outputs have the libraries' source, and a second build has the same bytes."""
 
 import os
+import re
+import runpy
 import shutil
+import sys
 import zipfile
 
 import pytest
 
-from harness.bake import LIBRARY, OUTPUT, PINNED, STEADY
+from harness.bake import LIBRARY, OUTPUT, PINNED, STEADY, TEMPLATE
 from harness.project import Project
 
+VENDOR, NAMES = "{{cookiecutter.project_slug}}/vendor", "templates/versions.jinja"
+STEADY_VERSION = re.search(
+    '__version__ = "(.+)"', (STEADY / "src/celery_steady/__init__.py").read_text("utf-8")
+)[1]
 STEADY_WHEEL, WHEEL = (
     OUTPUT / "vendor" / name for name in (PINNED.celery_steady, PINNED.durable_jobs)
 )
@@ -17,6 +24,9 @@ libraries = pytest.mark.parametrize(
     [(STEADY, STEADY_WHEEL), (LIBRARY, WHEEL)],
     ids=["celery-steady", "durable-jobs"],
 )
+
+
+of_source = runpy.run_path(str(TEMPLATE / ".ci/wheel.py"))["source"]
 
 
 def build(source, folder, *options):
@@ -28,8 +38,45 @@ def build(source, folder, *options):
 
 @libraries
 def test_the_wheel_is_that_of_the_source(source, wheel, tmp_path):
-    built = build(source, tmp_path, "--wheel")
-    assert built == {wheel.name: wheel.read_bytes()}, "the source has changed: run `make wheel`"
+    assert build(source, tmp_path, "--wheel").keys() == {wheel.name}, "run `make wheel`"
+    built = of_source(tmp_path / wheel.name)
+    assert built == of_source(wheel), "the source has changed: run `make wheel`"
+
+
+def test_only_source_and_versions_change_a_wheel_and_a_released_one_stays(tmp_path):
+    """`make wheel`, in a copy of what it reads."""
+    copy = Project(tmp_path)
+    for folder in ".ci", "celery-steady":
+        shutil.copytree(TEMPLATE / folder, copy / folder)
+    for file in VENDOR, NAMES:
+        (copy / file).parent.mkdir(parents=True)
+    (copy / NAMES).write_text('{% set celery_steady = "celery_steady-0.9.0-py3-none-any.whl" %}\n')
+    (copy / VENDOR).mkdir()
+
+    def change(file, old="", new="\n"):
+        path = copy / "celery-steady" / file
+        path.write_text(path.read_text("utf-8").replace(old, new, 1), "utf-8")
+
+    def make():
+        copy.call(sys.executable, ".ci/wheel.py", "celery-steady")
+        [wheel] = (copy / VENDOR).iterdir()
+        assert f'"{wheel.name}"' in copy.read(NAMES)
+        return wheel.read_bytes()
+
+    code = "src/celery_steady/__init__.py"
+    change(code, STEADY_VERSION, "2.0.0.dev")
+    first = make()
+    for page in "README.md", "CHANGELOG.md":
+        change(page)
+    assert make() == first
+    change(code)
+    assert make() != first
+    change(code, "2.0.0.dev", "2.0.0")
+    released = make()
+    assert make() == released
+    change(code)
+    with pytest.raises(AssertionError, match="is released, but its source has changed"):
+        make()
 
 
 @pytest.mark.parametrize("durable_jobs", ["no", "yes"])
@@ -64,4 +111,4 @@ def test_the_wheel_has_every_file_its_licence_and_what_changed(source, wheel):
     source = source / "src"
     files = {file for file in source.rglob("*.*") if file.is_file() and file.suffix != ".pyc"}
     assert names >= {file.relative_to(source).as_posix() for file in files}
-    assert {"LICENSE", "CHANGELOG.md"} <= about
+    assert {"LICENSE", "CHANGELOG.md", "AGENTS.md"} <= about

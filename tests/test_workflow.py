@@ -1,4 +1,4 @@
-"""The files in .github/ are valid; the workflow has few permissions and runs every test."""
+"""The files in .github/ are valid; the workflows have few permissions, and CI runs every test."""
 
 import json
 import os
@@ -13,17 +13,20 @@ from harness.bake import CHOICES, TEMPLATE, baked
 from harness.blocks import code
 from harness.project import Project
 
-WORKFLOW = ".github/workflows/ci.yml"
+WORKFLOW, PUBLISH = ".github/workflows/ci.yml", ".github/workflows/publish.yml"
 FORM = ".github/ISSUE_TEMPLATE/bug.yml"
 ABOUT = yaml.safe_load((TEMPLATE / WORKFLOW).read_text())
 JOBS = ABOUT["jobs"]
+ENDS = ".tar.gz", "-py3-none-any.whl"
 
 
 @pytest.mark.parametrize(
     ("command", "file"),
     [
         ("check-jsonschema --builtin-schema vendor.github-workflows", WORKFLOW),
+        ("check-jsonschema --builtin-schema vendor.github-workflows", PUBLISH),
         ("zizmor --offline --persona pedantic", WORKFLOW),
+        ("zizmor --offline --persona pedantic", PUBLISH),
         ("check-jsonschema --builtin-schema vendor.github-issue-forms", FORM),
         ("check-jsonschema --builtin-schema vendor.renovate", ".github/renovate.json"),
     ],
@@ -35,7 +38,9 @@ def test_the_files_of_github_are_valid(command, file):
 def test_each_yaml_file_of_the_template_itself_is_checked():
     """Here, or by promtool: see integration/features/test_alerts.py."""
     listed = Project(TEMPLATE).call("git", "ls-files", ":!*cookiecutter*", "*.yml", "*.yaml")
-    assert {WORKFLOW, FORM} == {file for file in listed.split() if not is_for_promtool(file)}
+    assert {WORKFLOW, PUBLISH, FORM} == {
+        file for file in listed.split() if not is_for_promtool(file)
+    }
 
 
 def is_for_promtool(file):
@@ -158,3 +163,21 @@ def test_a_push_publishes_the_default_output_and_the_pages(tmp_path, cookies_ses
     assert contents_of("output") == written
     site = contents_of("site")
     assert {"docs/index.html", "durable-jobs/docs/guide.html", ".nojekyll"} <= site.keys()
+
+
+def test_a_tag_publishes_only_its_own_library(tmp_path):
+    (tmp_path / "dist").mkdir()
+    files = {f"{name}-1.2.0{end}" for name in ("celery_steady", "durable_jobs") for end in ENDS}
+    for name in files:
+        (tmp_path / "dist" / name).touch()
+    [script] = [
+        step["run"]
+        for step in yaml.safe_load((TEMPLATE / PUBLISH).read_text())["jobs"]["build"]["steps"]
+        if "GITHUB_REF_NAME" in step.get("run", "")
+    ]
+    tag = {"GITHUB_REF_NAME": "durable-jobs-1.2.0"}
+    Project(tmp_path).call("bash", "-e", "-c", script, **tag)
+    published = {path.name for path in (tmp_path / "publish").iterdir()}
+    assert published == {f"durable_jobs-1.2.0{end}" for end in ENDS}
+    with pytest.raises(AssertionError):  # was built in another version
+        Project(tmp_path).call("bash", "-e", "-c", script, GITHUB_REF_NAME="celery-steady-1.3.0")
