@@ -219,8 +219,13 @@ def options_of(spec, container):
     options += [f"--security-opt=no-new-privileges={not rights['allowPrivilegeEscalation']}"]
     for mount in container["volumeMounts"]:
         [volume] = [each for each in spec["volumes"] if each["name"] == mount["name"]]
-        size = volume["emptyDir"]["sizeLimit"].removesuffix("i")
-        options += ["--tmpfs", f"{mount['mountPath']}:size={size}"]
+        if folder := volume.get("emptyDir"):
+            size = folder["sizeLimit"].removesuffix("i")
+            options += ["--tmpfs", f"{mount['mountPath']}:size={size}"]
+        elif claim := volume.get("persistentVolumeClaim"):
+            options += ["--volume", f"{claim['claimName']}:{mount['mountPath']}"]
+        else:
+            assert volume["configMap"]["optional"], mount
     if memory := limits["limits"].get("memory"):
         options += ["--memory", memory.removesuffix("i"), "--memory-swap", memory.removesuffix("i")]
     return options
@@ -327,6 +332,7 @@ def running_pods(stack):
         yield pods
     finally:
         docker("rm", "--force", *pods.containers)
+        docker("volume", "rm", "--force", "media")
         stack.compose("start", "worker", "beat")
 
 

@@ -40,7 +40,7 @@ def test_kedas_variables_name_the_redis_of_the_broker(bake):
 def test_a_cluster_without_keda_needs_only_one_line_less(bake, broker):
     project = bake(broker=broker, deployment="kubernetes")
     with_keda = manifests(project)
-    project.edit(f"{PRODUCTION}/kustomization.yaml", "^components: .*\n", "")
+    project.edit(f"{PRODUCTION}/kustomization.yaml", "  - ../../keda .*\n", "")
     without = manifests(project)
     assert {key: with_keda[key] for key in without} == without
     kinds = {each["apiVersion"].split("/")[0] for each in without.values()}

@@ -85,6 +85,7 @@ def test_the_manifests_are_valid(render, answers):
     # With a schedule in the database, a plain project's Beat writes no file that shows it is alive.
     [container] = beat["template"]["spec"]["containers"]
     assert ("livenessProbe" in container) == (has_jobs or not choices.has_schedule_table)
+    check_uploads(documents, workers)
     if has_jobs:  # without them, KEDA reads some that the code does not
         check_variables(project, documents)
 
@@ -131,9 +132,9 @@ def check_selectors(documents):
     for (kind, name), document in documents.items():
         spec = document.get("spec")
         if kind == "Deployment":
-            assert (
-                spec["selector"] == {"matchLabels": labels[name]} == {"matchLabels": {"app": name}}
-            ), name
+            assert spec["selector"] == {"matchLabels": {"app": name}}, name
+            role = {"role": "worker"} if name.startswith("worker-") else {}
+            assert labels[name] == {"app": name, **role}, name
         elif kind == "Service":
             assert spec["selector"] == labels[name]
             [container] = pods(documents)["Deployment", name]["containers"]
@@ -144,9 +145,23 @@ def check_selectors(documents):
             replicas = documents["Deployment", name]["spec"]["replicas"]
             assert 0 < spec["maxUnavailable"] < replicas  # a node can be drained, and some answer
         elif kind == "NetworkPolicy" and name != "all":
-            [(how, wanted)] = spec["podSelector"].items()
-            names = [wanted["app"]] if how == "matchLabels" else wanted[0]["values"]
-            assert {*names} <= {*labels}, name
+            wanted = spec["podSelector"]["matchLabels"].items()
+            assert any(wanted <= each.items() for each in labels.values()), name
+
+
+def check_uploads(documents, workers):
+    """Check that web and workers store files in the volume that they share."""
+    claim = only("PersistentVolumeClaim", documents)
+    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
+    for name in {"web"} | workers:
+        spec = pods(documents)["Deployment", name]
+        [container] = spec["containers"]
+        place = {"name": "MEDIA_ROOT", "value": "/media"}
+        assert place in container["env"]
+        [mount] = [each for each in container["volumeMounts"] if each["mountPath"] == "/media"]
+        claimed = {"claimName": claim["metadata"]["name"]}
+        assert {"name": mount["name"], "persistentVolumeClaim": claimed} in spec["volumes"]
+        assert spec["securityContext"]["fsGroup"] == spec["securityContext"]["runAsUser"]
 
 
 def check_variables(project, documents):
@@ -192,6 +207,7 @@ def check_workers(name, documents, answers):
     if answers["worker_pool"] == "prefork":  # four children of 200 MB fit into the pod's memory
         expected["WORKER_MAX_KILOBYTES"] = "200000"
     env.pop("QUEUE_URL", None)  # for KEDA
+    del env["MEDIA_ROOT"]
     assert env == expected
 
 
@@ -215,7 +231,7 @@ def test_an_output_has_the_files_of_docker_and_manifests(render, bake):
     differ = {".env", "api/checks.py", "docs/production.md"}
     assert set(map(str, changed)) == differ
     kinds = {"ConfigMap", "Secret", "Service", "Deployment", "NetworkPolicy"}
-    kinds |= {"ServiceAccount", "PodDisruptionBudget"}
+    kinds |= {"ServiceAccount", "PodDisruptionBudget", "PersistentVolumeClaim"}
     _, documents = render()
     assert {kind for kind, _ in documents} == kinds | {"ScaledObject"}  # KEDA's; no server
 
@@ -274,12 +290,11 @@ def test_the_network_policies_open_only_needed_ports(render, broker, result_back
     assert policies["web"]["podSelector"] == {"matchLabels": {"app": "web"}}
     [rule] = ingress
     [origin] = rule["from"]
-    names = {"kubernetes.io/metadata.name": "ingress-nginx"}
+    names = {"kubernetes.io/metadata.name": "INGRESS"}
     assert origin == {"namespaceSelector": {"matchLabels": names}}
     assert ports([rule]) == {("TCP", 8000)}
 
-    [workers] = policies["workers"]["podSelector"]["matchExpressions"]
-    assert {f"worker-{queue}" for queue in ("celery", "cpu", "io")} == set(workers["values"])
+    assert policies["workers"]["podSelector"] == {"matchLabels": {"role": "worker"}}
     assert ports(policies["workers"]["egress"]) == {("TCP", 587)}  # EMAIL_PORT
 
 
@@ -290,6 +305,48 @@ def test_the_io_queue_reaches_other_services_over_https(render):
     assert ports(policy["egress"]) == {("TCP", 443)}
     _, documents = render(include_example="no")
     assert ("NetworkPolicy", "worker-io") not in documents
+
+
+@pytest.mark.parametrize("broker", ["redis", "rabbitmq"])
+def test_the_operator_finds_flower_and_the_alerts_of_a_plain_project(bake, broker):
+    project = bake(broker=broker, deployment="kubernetes")
+    before = manifests(project)
+    project.edit(f"{PRODUCTION}/kustomization.yaml", "# (?=- ../../../monitoring)", "")
+    after = manifests(project)
+    added = {kind: each for (kind, name), each in after.items() if (kind, name) not in before}
+    assert set(added) == {"PodMonitor", "PrometheusRule", "NetworkPolicy"}
+    alerts = yaml.safe_load((project / MONITORING / "alerts.yml").read_text())
+    assert added["PrometheusRule"]["spec"] == alerts
+    kubernetes_validate.validate(added["NetworkPolicy"], "1.37", strict=True)
+
+    flower = after["Deployment", "flower"]["spec"]["template"]
+    [container] = flower["spec"]["containers"]
+    [port] = container["ports"]
+    assert container["env"] == [{"name": "FLOWER_ADDRESS", "value": "0.0.0.0"}]
+    spec, policy = added["PodMonitor"]["spec"], added["NetworkPolicy"]["spec"]
+    assert (
+        spec["selector"] == policy["podSelector"] == {"matchLabels": flower["metadata"]["labels"]}
+    )
+    assert flower["metadata"]["labels"][spec["jobLabel"]] == "flower"  # as the alerts call it
+    assert [each["port"] for each in spec["podMetricsEndpoints"]] == [port["name"]]
+    assert [ports([rule]) for rule in policy["ingress"]] == [{("TCP", port["containerPort"])}]
+    changed = {key for key in before if before[key] != after[key]}
+    assert changed == {("Deployment", "flower")}
+
+
+def test_pods_have_the_certificate_authority_of_the_overlay(bake):
+    project = bake(deployment="kubernetes")
+    lines = "# (- name: ca) .*\n  #   (files.*)\n"
+    project.edit(f"{PRODUCTION}/kustomization.yaml", lines, r"\1\n    \2\n")
+    (project / PRODUCTION / "ca.crt").write_text("a certificate")
+    documents = manifests(project)
+    config = of_kind("ConfigMap", documents)
+    [name] = [name for name, each in config.items() if "ca.crt" in each["data"]]
+    for key, spec in pods(documents).items():
+        [volume] = [each for each in spec["volumes"] if "configMap" in each]
+        assert volume["configMap"]["name"] == name, key
+        for container in spec["containers"] + spec["initContainers"]:
+            assert {"name": volume["name"], "mountPath": "/ca"} in container["volumeMounts"], key
 
 
 @pytest.fixture(scope="module")
@@ -388,18 +445,15 @@ def test_flower_has_no_default_password(render, broker):
         return
     assert not secret["FLOWER_BASIC_AUTH"]
     [container] = pods(documents)["Deployment", "flower"]["containers"]
-    shell, option, script = container["command"]
-    for password, starts in (("", False), ("admin:secret", True)):
-        script = script.replace("exec celery", "echo started")
-        result = subprocess.run([shell, option, script], env={"FLOWER_BASIC_AUTH": password})
-        assert (result.returncode == 0) == starts
+    assert container["command"] == ["celery", "-A", "config", "flower"]  # reads flowerconfig.py
+    assert "env" not in container  # so it listens only inside its pod
 
 
 def test_no_pod_can_fill_the_disk_of_its_node(render):
     _, documents = render()
     for key, spec in pods(documents).items():
         for volume in spec["volumes"]:
-            assert volume["emptyDir"]["sizeLimit"], key
+            assert volume.get("emptyDir", {"sizeLimit": "none"})["sizeLimit"], key
 
 
 def test_each_process_has_the_same_time_to_stop(render):
@@ -433,7 +487,7 @@ def test_the_commands_of_the_page_name_what_exists(render, broker):
             assert folder == PRODUCTION
         if port := re.search("port-forward .* ([0-9]+)$", command):
             [flower] = pods(documents)["Deployment", "flower"]["containers"]
-            assert f"--port={port[1]}" in flower["command"][-1]
+            assert [int(port[1])] == [each["containerPort"] for each in flower["ports"]]
 
 
 def test_the_ingress_of_the_page_finds_the_web_server(bake):
@@ -586,9 +640,10 @@ def uploading(request, engine, bake):
     project.call("docker", "build", "--quiet", "--tag", slug, ".")
     yield project
     docker("image", "rm", "--force", slug)
+    docker("volume", "rm", "--force", "media")
 
 
-def test_pods_store_uploads_in_s3_and_nowhere_else(uploading, moto):
+def test_pods_store_uploads_in_their_volume_or_in_s3(uploading, moto):
     """With the rights and the volumes of the manifests: the root of a container is read-only."""
     documents = manifests(uploading)
     config, secret = (only(kind, documents)["data"] for kind in ("ConfigMap", "Secret"))
@@ -601,11 +656,16 @@ def test_pods_store_uploads_in_s3_and_nowhere_else(uploading, moto):
         spec = pods(documents)["Deployment", pod]
         [container] = spec["containers"]
         options = ["--rm", *options_of(spec, container)]
-        for name, value in {**variables, "S3_BUCKET": bucket}.items():
+        own = {each["name"]: each["value"] for each in container["env"]}
+        for name, value in {**variables, **own, "S3_BUCKET": bucket}.items():
             options += ["--env", f"{name}={value}"]
         shell = "python", "manage.py", "shell", "-v0", "-c", python
         return docker("run", *options, uploading.name, *shell)
 
+    assert run("web", UPLOAD, bucket="") == "stored as tea.csv"
+    assert run("worker-celery", READ, bucket="") == "b'Assam'"
+    uploading.edit(f"{PRODUCTION}/kustomization.yaml", "  - ../../uploads.*\n", "")
+    documents = manifests(uploading)
     with pytest.raises(AssertionError, match="Read-only file system"):
         run("web", UPLOAD, bucket="")
     assert run("web", BUCKET + UPLOAD, bucket="uploads") == "stored as tea.csv"
