@@ -52,9 +52,9 @@ def messages(identity):
 @pytest.mark.parametrize("users", ["", "admin", "admin:", "admin:change-me", "me:secret,admin:"])
 def test_the_checks_find_a_flower_without_a_password(settings, users):
     settings.FLOWER_BASIC_AUTH = "me:secret"
-    assert not found("api.E002")
+    assert not messages("api.E002")
     settings.FLOWER_BASIC_AUTH = users
-    assert found("api.E002")
+    assert messages("api.E002")
 
 
 {% endif %}
