@@ -44,17 +44,18 @@ def test_each_scheduled_task_exists():
 
 
 {% if has_flower %}
-def messages(identity):
+def messages_of(identity):
     """Return what the checks of api/checks.py say under this id."""
-    return [message for message in run_checks(include_deployment_checks=True) if message.id == identity]
+    messages = run_checks(include_deployment_checks=True)
+    return [message for message in messages if message.id == identity]
 
 
 @pytest.mark.parametrize("users", ["", "admin", "admin:", "admin:change-me", "me:secret,admin:"])
 def test_the_checks_find_a_flower_without_a_password(settings, users):
     settings.FLOWER_BASIC_AUTH = "me:secret"
-    assert not messages("api.E002")
+    assert not messages_of("api.E002")
     settings.FLOWER_BASIC_AUTH = users
-    assert messages("api.E002")
+    assert messages_of("api.E002")
 
 
 {% endif %}
