@@ -59,16 +59,18 @@ table = dynamodb.describe_table(TableName=name)["Table"]
 assert table["BillingModeSummary"]["BillingMode"] == "PAY_PER_REQUEST", table
 print(",".join(sorted(actions)))
 """
-ADMIN = {"periodic_tasks": "admin", "include_example": "no"}
+WITHOUT = {**DEFAULTS, "include_example": "no"}
 aws_output = outputs({**DEFAULTS, **WITH_JOBS, "broker": "sqs", "result_backend": "dynamodb"})
 
 
-@outputs(DEFAULTS, {**DEFAULTS, **WITH_JOBS}, {**DEFAULTS, **ADMIN})
+@outputs(DEFAULTS, {**WITHOUT, **WITH_JOBS}, {**WITHOUT, "periodic_tasks": "admin"})
 def test_a_reader_can_type_what_the_pages_show(broker, project):
     pages = sorted(page.relative_to(project) for page in project.glob("docs/*.md"))
     with Reader(project, **broker) as reader:
         for page in ("README.md", "AGENTS.md", *pages):
             reader.read(page)
+    project.manage("check", **broker)  # the settings and tasks after the last command of a page
+    project.call(".venv/bin/pytest", "-m", "not live", **broker)
 
 
 @pytest.fixture
