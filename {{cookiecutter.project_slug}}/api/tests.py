@@ -50,14 +50,14 @@ def test_only_staff_can_read_exceptions(api, user, task, location):
     assert "host db1" in api.get(location).data["error"]
 
 
-def test_nobody_else_can_see_a_task(api, admin_api, task, location, settings):
+def test_nobody_else_can_see_a_task(api, admin_api, task, location, monkeypatch):
     assert APIClient().get(location).status_code == 401
     for url in location, f"/api/tasks/{task.id}/":
         assert admin_api.get(url).status_code == 404
 {% if has_flower %}
         assert admin_api.delete(url).status_code == 404
 {% endif %}
-    settings.CELERY_RESULT_EXPIRES = -1
+    monkeypatch.setitem(app.conf, "result_expires", -1)
     assert api.get(location).status_code == 404
 {% if has_flower %}
 

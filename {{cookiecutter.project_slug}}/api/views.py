@@ -3,7 +3,6 @@
 
 from celery import current_app, states
 from celery.result import AsyncResult
-from django.conf import settings
 from django.core import signing
 from django.http import Http404, JsonResponse
 from django.urls import reverse
@@ -67,7 +66,7 @@ def describe(task_id, state):
 
 class TaskView(APIView):
     def result(self):
-        age = settings.CELERY_RESULT_EXPIRES
+        age = current_app.conf.result_expires  # a day by default
         try:
             task_id = signer(self.request.user).unsign(self.kwargs["key"], max_age=age)
         except signing.BadSignature:  # another user's, forged or expired

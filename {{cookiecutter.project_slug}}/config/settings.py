@@ -28,20 +28,23 @@ DEBUG = env.bool("DEBUG", False)
 SECRET_KEY = env.str("SECRET_KEY")
 ALLOWED_HOSTS = env.list("ALLOWED_HOSTS", subcast=str.strip)
 CSRF_TRUSTED_ORIGINS = env.list("CSRF_TRUSTED_ORIGINS", [], subcast=str.strip)
-NUM_PROXIES = env.int("NUM_PROXIES", 0 if DEBUG else 1)
+num_proxies = env.int("NUM_PROXIES", 0 if DEBUG else 1)
+throttle = env.str("THROTTLE", "600/min", validate=validate.Regexp(r"\d+/[smhd]"))
 TIME_ZONE = env.str("TIME_ZONE", "UTC")
-LOG_LEVEL = env.log_level("LOG_LEVEL", logging.INFO)
+log_level = env.log_level("LOG_LEVEL", logging.INFO)
 sentry_dsn = env.str("SENTRY_DSN", "")
-RELEASE = env.str("RELEASE", "")
-OTEL_ENDPOINT = env.str("OTEL_EXPORTER_OTLP_ENDPOINT", "")
+release = env.str("RELEASE", "")
+otel_endpoint = env.str("OTEL_EXPORTER_OTLP_ENDPOINT", "")
 MEDIA_ROOT = env.str("MEDIA_ROOT", str(BASE_DIR / ".data/media"))  # uploads
 {% if has_cache %}
 cache_url = env.str("CACHE_URL", "")
 {% endif %}
-database = env.dj_db_url("DATABASE_URL")
-# How long connections are reused, in seconds. Under ASGI, not at all: see config/asgi.py.
-CONN_MAX_AGE = env.int("CONN_MAX_AGE", 60)
-DISABLE_SERVER_SIDE_CURSORS = env.bool("DISABLE_SERVER_SIDE_CURSORS", False)  # for PgBouncer
+database = env.dj_db_url(
+    "DATABASE_URL",
+    conn_max_age=env.int("CONN_MAX_AGE", 60),  # seconds; under ASGI, 0: see config/asgi.py
+    conn_health_checks=True,  # replace a connection that the server has closed
+    disable_server_side_cursors=env.bool("DISABLE_SERVER_SIDE_CURSORS", False),  # for PgBouncer
+)
 EMAIL_BACKEND = env.str(
     "EMAIL_BACKEND", f"django.core.mail.backends.{'filebased' if DEBUG else 'smtp'}.EmailBackend"
 )
@@ -52,7 +55,6 @@ EMAIL_HOST_PASSWORD = env.str("EMAIL_HOST_PASSWORD", "")
 EMAIL_USE_SSL = env.bool("EMAIL_USE_SSL", False)  # TLS from the first byte: port 465
 EMAIL_USE_TLS = env.bool("EMAIL_USE_TLS", not EMAIL_USE_SSL)
 DEFAULT_FROM_EMAIL = env.str("DEFAULT_FROM_EMAIL")
-THROTTLE = env.str("THROTTLE", "600/min", validate=validate.Regexp(r"\d+/[smhd]"))
 {% print broker.environment %}
 {% print result_backend.environment | default %}
 CELERY_TASK_TIME_LIMIT = env.int("TASK_TIME_LIMIT", 600)  # seconds
@@ -109,10 +111,10 @@ MIDDLEWARE = [
     "django.contrib.messages.middleware.MessageMiddleware",
     "django.middleware.clickjacking.XFrameOptionsMiddleware",
     "django_structlog.middlewares.RequestMiddleware",
-    "axes.middleware.AxesMiddleware",
 {% if not has_jobs %}
     "api.middleware.ErrorMiddleware",  # an unavailable broker is a 503
 {% endif %}
+    "axes.middleware.AxesMiddleware",  # last
 ]
 TEMPLATES = [
     {
@@ -135,9 +137,6 @@ LOGOUT_REDIRECT_URL = "index"
 STATIC_URL = "static/"
 STATIC_ROOT = BASE_DIR / "staticfiles"
 DATABASES = {"default": database}
-database["CONN_MAX_AGE"] = CONN_MAX_AGE
-database["CONN_HEALTH_CHECKS"] = True  # replace a connection that the server has closed
-database["DISABLE_SERVER_SIDE_CURSORS"] = DISABLE_SERVER_SIDE_CURSORS
 if database["ENGINE"] == "django.db.backends.sqlite3":
     database["NAME"] = BASE_DIR / database["NAME"]
     # The web server, the worker and Beat share one file: wait for a lock instead of failing.
@@ -172,19 +171,17 @@ EMAIL_FILE_PATH = BASE_DIR / ".data/mail"  # for the backend "filebased", in dev
 EMAIL_TIMEOUT = 10  # seconds; without it a task would wait forever for a mail server that hangs
 
 # Security
-SECURE_SSL_REDIRECT = not DEBUG
-SESSION_COOKIE_SECURE = not DEBUG
-CSRF_COOKIE_SECURE = not DEBUG
+SECURE_SSL_REDIRECT = SESSION_COOKIE_SECURE = CSRF_COOKIE_SECURE = not DEBUG
 {% if has_jobs %}
 SECURE_REDIRECT_EXEMPT = [r"^metrics$"]  # for a Prometheus in the same private network
 {% endif %}
 SECURE_HSTS_SECONDS = 0 if DEBUG else 3600  # raise it once HTTPS works
 SILENCED_SYSTEM_CHECKS = ["security.W005", "security.W021"]  # HSTS for subdomains: your decision
 IPWARE_META_PRECEDENCE_ORDER = ["REMOTE_ADDR"]
-if NUM_PROXIES:  # without a proxy, these headers could only come from a client: don't trust them
+if num_proxies:  # without a proxy, these headers could only come from a client: don't trust them
     SECURE_PROXY_SSL_HEADER = ("HTTP_X_FORWARDED_PROTO", "https")
     IPWARE_META_PRECEDENCE_ORDER = ["HTTP_X_FORWARDED_FOR", "REMOTE_ADDR"]
-    IPWARE_META_PROXY_COUNT = NUM_PROXIES - 1  # ipware does not count the last proxy
+    IPWARE_META_PROXY_COUNT = num_proxies - 1  # ipware does not count the last proxy
     IPWARE_STRICT = False  # ignore extra addresses, which a client can send
 CONTENT_SECURITY_POLICY = {  # pages run only the project's own scripts
     "DIRECTIVES": {
@@ -225,9 +222,9 @@ REST_FRAMEWORK = {
     "DEFAULT_PAGINATION_CLASS": "rest_framework.pagination.PageNumberPagination",
     "PAGE_SIZE": 20,
     "DEFAULT_THROTTLE_CLASSES": ["api.throttling.Throttle"],
-    "DEFAULT_THROTTLE_RATES": {"user": THROTTLE},
+    "DEFAULT_THROTTLE_RATES": {"user": throttle},
     "DEFAULT_SCHEMA_CLASS": "drf_spectacular.openapi.AutoSchema",
-    "NUM_PROXIES": NUM_PROXIES,
+    "NUM_PROXIES": num_proxies,
     "TEST_REQUEST_DEFAULT_FORMAT": "json",
 }
 SPECTACULAR_SETTINGS = {
@@ -251,7 +248,7 @@ SPECTACULAR_SETTINGS = {
 {% endif %}
 CELERY_TASK_ACKS_LATE = True  # if a worker is killed, the broker delivers its tasks again
 {% print worker_pool.task_settings | default %}
-# The queues that a worker consumes by default; `--queues cpu` limits it to that one.
+# The queues that a worker consumes by default; `--queues celery` limits it to that one.
 {% if broker.queue_options is defined %}
 # Quorum queues survive the loss of a node, and count how often a message was redelivered.
 CELERY_TASK_QUEUES = [
@@ -271,8 +268,6 @@ CELERY_TASK_ROUTES = {}
 {% if not has_jobs %}
 CELERY_TASK_CREATE_MISSING_QUEUES = False  # sending a task to another queue is an error
 {% endif %}
-CELERY_ACCEPT_CONTENT = ["json"]  # never pickle: a message could run any code
-CELERY_TIMEZONE = TIME_ZONE
 {% print periodic_tasks.settings | default %}
 
 {% print durable_jobs.settings | default %}
@@ -292,12 +287,10 @@ CELERY_BEAT_SCHEDULER = {{ periodic_tasks.scheduler }}
 {% print broker.settings %}
 CELERY_BROKER_CONNECTION_TIMEOUT = 1  # seconds
 CELERY_BROKER_POOL_ACQUIRE_TIMEOUT = 1
-CELERY_BROKER_CONNECTION_RETRY_ON_STARTUP = True  # a worker waits for its broker
 
 # Celery: results
 {% if has_results %}
 {% print result_backend.settings %}
-CELERY_RESULT_EXPIRES = 24 * 60 * 60  # seconds
 CELERY_TASK_TRACK_STARTED = True  # clients see that a task is running
 {% elif not has_jobs %}
 CELERY_TASK_IGNORE_RESULT = True
@@ -319,13 +312,13 @@ if sentry_dsn:
     from sentry_sdk.integrations.logging import ignore_logger
 
     beat = CeleryIntegration(monitor_beat_tasks=True)  # and how each scheduled task ends
-    options = {"release": RELEASE or None, "before_send": logs.add_ids, "integrations": [beat]}
+    options = {"release": release or None, "before_send": logs.add_ids, "integrations": [beat]}
     sentry_sdk.init(sentry_dsn, **options)
     ignore_logger("django_structlog.*")  # it logs the exceptions that Sentry catches itself
 
-if OTEL_ENDPOINT:
+if otel_endpoint:
     INSTALLED_APPS += ["config.tracing.Tracing"]  # traces: see docs/production.md
 
-LOGGING = logs.configure(DEBUG, level=LOG_LEVEL)
+LOGGING = logs.configure(DEBUG, level=log_level)
 DJANGO_STRUCTLOG_STATUS_START_LOG_LEVEL = logging.DEBUG  # INFO shows only the end of a request
 DJANGO_STRUCTLOG_CELERY_ENABLED = True  # a message carries the request's id to the worker

@@ -211,7 +211,7 @@ def test_arguments_too_large_for_the_broker_are_refused_at_enqueue(stack):
     limit = """
 import boto3
 from django.conf import settings
-sqs = boto3.client("sqs", endpoint_url=settings.SQS_ENDPOINT, region_name=settings.SQS_REGION)
+sqs = boto3.client("sqs")
 url = settings.CELERY_BROKER_TRANSPORT_OPTIONS["predefined_queues"]["cpu"]["url"]
 sqs.set_queue_attributes(QueueUrl=url, Attributes={"MaximumMessageSize": str(limit)})
 """

@@ -18,10 +18,10 @@ def test_ten_deliveries_make_a_dead_letter(stack):
 import boto3
 from django.conf import settings
 sqs, messages = boto3.client("sqs"), []
-queue = settings.SQS_ADDRESS + "-test"
+queue = settings.CELERY_BROKER_TRANSPORT_OPTIONS["predefined_queues"]["test"]["url"]
 while found := sqs.receive_message(QueueUrl=queue, VisibilityTimeout=0).get("Messages"):
     messages += found
-dead = sqs.receive_message(QueueUrl=settings.SQS_ADDRESS + "-dead").get("Messages", [])
+dead = sqs.receive_message(QueueUrl=queue[:-4] + "dead").get("Messages", [])
 result = [len(messages), [message["Body"] == messages[0]["Body"] for message in dead]]
 """
     assert task and stack.ask(code) == [10, [True]]
