@@ -24,7 +24,7 @@ batches
 worker.runs
 worker.forks worker.lease
 worker.children worker.heartbeat worker.remote_control
-worker.shutdown worker.startup statistics diagnosis beat.republish
+worker.shutdown worker.startup worker.steps statistics diagnosis beat.republish
 worker.consumer worker.execution beat.purge contrib.prometheus
 tasks beat.sweeper api.schema api.serializers
 beat.schedule api.views contrib.django_tasks

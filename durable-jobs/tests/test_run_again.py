@@ -23,6 +23,7 @@ from durable_jobs.models import Batch, Failure, Job
 from durable_jobs.tasks import JobTask
 from durable_jobs.worker import remote_control
 from durable_jobs.worker.lease import write_and_renew
+from durable_jobs.worker.steps import run_step
 
 pytestmark = pytest.mark.django_db
 only_postgresql = pytest.mark.skipif(
@@ -39,7 +40,8 @@ def retried(self, n):
 
 @pytest.mark.parametrize("way", ["job", "queryset"])
 def test_a_failed_job_is_queued_again_in_its_own_row(published, user, commit, way):
-    kept = {"owner": user, "label": "Import", "idempotency_key": "key", "cursor": 7}
+    kept = {"owner": user, "label": "Import", "idempotency_key": "key"}
+    kept |= {"cursor": 7, "steps": {"charge": 7}}
     job = failed(**kept, progress=70)
     Failure.objects.create(job=job, started_at=timezone.now(), error="no")
     created_at = Job.objects.get().created_at
@@ -92,14 +94,14 @@ def test_a_message_of_the_run_before_starts_the_job_once(published):
 def test_a_job_that_succeeded_is_enqueued_anew(published, user):
     batch = batches.enqueue([work.s(1)], owner=user)
     job = batch.jobs.get()
-    transitions.finish(Job.objects.all(), "succeeded", cursor=7, result=1)
+    transitions.finish(Job.objects.all(), "succeeded", cursor=7, steps={"a": 1}, result=1)
     batches.end(batch.pk)
     job.refresh_from_db()
     for again in run_again(job), *run_all_again(Job.objects.filter(pk=job.pk)):
         assert again.pk != job.pk
         again.refresh_from_db()
         assert (again.follows, again.owner, again.args) == (job.pk, user, [1])
-        assert (again.batch, again.cursor) == (None, None)
+        assert (again.batch, again.cursor, again.steps) == (None, None, {})
     job.refresh_from_db()
     batch.refresh_from_db()
     assert (job.state, job.result, batch.state) == ("succeeded", 1, "succeeded")
@@ -164,13 +166,16 @@ def check_zombie(zombie, end):
     elif end == "cursor":
         with pytest.raises(JobLost):
             zombie.write_cursor(99)
+    elif end == "step":
+        with pytest.raises(JobLost):
+            run_step(zombie, "charge", pytest.fail, ["called"], {})
     else:
         zombie.report = {"progress": 99, "message": "zombie"}
         write_and_renew([zombie])
         assert zombie.lost
 
 
-@pytest.mark.parametrize("end", ["succeed", "fail", "cursor", "renewal"])
+@pytest.mark.parametrize("end", ["succeed", "fail", "cursor", "step", "renewal"])
 def test_a_frozen_run_does_not_write_into_the_run_that_was_started_again(published, end):
     job = enqueue(work, [1])
     zombie = zombie_of(job)
@@ -180,7 +185,7 @@ def test_a_frozen_run_does_not_write_into_the_run_that_was_started_again(publish
     new = zombie_of(job)
     check_zombie(zombie, end)
     job.refresh_from_db()
-    assert (job.state, job.run_token, job.cursor) == ("running", new.token, None)
+    assert (job.state, job.run_token, job.cursor, job.steps) == ("running", new.token, None, {})
     new.succeed(1)
     job.refresh_from_db()
     assert (job.state, job.result) == ("succeeded", 1)

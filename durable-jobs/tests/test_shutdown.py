@@ -72,6 +72,16 @@ def test_a_shutdown_repeats_nothing_of_a_transaction_that_rolls_back(shut_down):
     assert (job.state, job.result, job.cursor) == ("succeeded", "continued", None)
 
 
+@pytest.mark.django_db(transaction=True)
+def test_a_shutdown_ends_a_task_function_when_its_step_is_stored(shut_down):
+    def function(task):
+        task.step("first", shut_down)
+        task.step("second", pytest.fail)
+
+    job = run(function)
+    assert (job.state, job.crashes, job.steps) == ("queued", 0, {"first": None})
+
+
 def test_a_worker_that_shuts_down_starts_no_task_function(shut_down):
     shut_down()
     job = run(lambda task: pytest.fail("started"))

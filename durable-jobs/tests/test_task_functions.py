@@ -168,7 +168,9 @@ def test_a_report_in_a_thread_of_the_task_function_is_refused(call):
         with ThreadPoolExecutor() as threads:
             return threads.submit(call, task).result()
 
-    assert run(function).error.startswith("RuntimeError: report(), enqueue_next() and cursor")
+    assert run(function).error.startswith(
+        "RuntimeError: report(), step(), enqueue_next() and cursor"
+    )
     with ThreadPoolExecutor() as threads:
         assert threads.submit(call, act).result() is None  # no job runs
 

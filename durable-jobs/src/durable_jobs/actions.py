@@ -39,7 +39,7 @@ def cancel(jobs: QuerySet | Job) -> int:
 def run_again(job: Job) -> Job:
     """Queue this job again, if it failed or was cancelled. If it succeeded, enqueue a copy.
 
-    A job that is queued again keeps its id, its failures, its cursor and its batch. It may be retried as often
+    A job that is queued again keeps its id, its failures, its cursor, its steps and its batch. It may be retried as often
     as a new job. Its batch opens again. A copy has none of these, and `follows` is the id of this job or, if
     it gets the results of a batch, that of the batch.
 

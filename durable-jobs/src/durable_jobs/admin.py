@@ -190,7 +190,7 @@ class JobAdmin(ListAdmin):
     list_display += ["created_at", "finished_at", "progress"]
     list_filter = [StateFilter, TaskFilter, QueueFilter, "created_at"]
     search_help_text = 'An id, the full user name of an owner, or the key of a limit ("tenant:7")'
-    large = ["args", "kwargs", "cursor", "result"]
+    large = ["args", "kwargs", "cursor", "steps", "result"]
     actions = ["run_again", "cancel"]
     inlines = [FailureInline]
     fieldsets = [

@@ -43,7 +43,8 @@ def reasons_of_batches(rows, for_staff=False):
     still_open = Batch.objects.filter(pk__in=[batch.pk for batch in rows if batch.ended_at is None])
     newest = dict(still_open.values_list("pk", Subquery(newest_active(OuterRef("pk")))))
     jobs = Job.objects.filter(pk__in=filter(None, newest.values()))
-    texts = reasons(jobs.defer("args", "kwargs", "cursor", "result"), for_staff) if newest else {}
+    jobs = jobs.defer("args", "kwargs", "cursor", "steps", "result")
+    texts = reasons(jobs, for_staff) if newest else {}
     return {pk: texts[job] for pk, job in newest.items() if job in texts}
 
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from functools import wraps
 from inspect import getattr_static, iscoroutinefunction, signature, unwrap
-from typing import Any, Concatenate, Literal, NoReturn, Unpack, overload
+from typing import Any, Concatenate, Literal, NoReturn, ParamSpec, Unpack, overload
 
 from celery import shared_task
 from celery.contrib.django.task import DjangoTask
@@ -43,8 +43,11 @@ from durable_jobs.worker.execution import execute, run_coroutine
 from durable_jobs.worker.remote_control import JobRequest
 from durable_jobs.worker.runs import describe, for_owner, process
 from durable_jobs.worker.shutdown import end_after_commit
+from durable_jobs.worker.steps import run_step
 
 __all__ = ["JobSignature", "JobTask", "job"]
+
+StepP = ParamSpec("StepP")
 
 
 @overload
@@ -291,6 +294,38 @@ class JobTask(Enqueueable[P], DjangoTask):
                 if shutting_down.value:
                     end_after_commit()
 
+    def step(
+        self,
+        name: str,
+        function: Callable[StepP, Any],
+        /,
+        *args: StepP.args,
+        **kwargs: StepP.kwargs,
+    ) -> Any:
+        """Call function(*args, **kwargs) once for this job. Returns its result, or in later runs the stored one.
+
+            payment = self.step("charge", charge, order.pk)
+
+        The call is one transaction with the storing of its result: what the function writes to the database
+        `default` is written exactly once. Anything else is repeated if the worker dies before the result is
+        stored. A retry and run_again() keep the results. They count even if the function or its arguments have
+        changed since.
+
+        If the job is cancelled, or if the worker is shutting down and the result was stored, it ends the task
+        function, as report() does. If the task was called directly, it only calls the function.
+
+        Stores nothing and raises TypeError if `name` is no text; ValueError if a step of this run had the same name, or
+        if the results of all steps exceed 1,000,000 bytes; TypeError or ValueError if the result is not JSON;
+        RuntimeError in a thread that the task function has started.
+        """
+        run = self._own_run()
+        if not run:
+            return function(*args, **kwargs)
+        result = run_step(run, name, function, args, kwargs)
+        if shutting_down.value:
+            end_after_commit()
+        return result
+
     @property
     def batch(self) -> Batch | None:
         """The batch that this job belongs to, or None. batches.add() adds another job to it."""
@@ -316,7 +351,7 @@ class JobTask(Enqueueable[P], DjangoTask):
     def _own_run(self):
         if self.request_stack.top is None and process.has_run_of(self):
             raise RuntimeError(
-                "report(), enqueue_next() and cursor work only in the thread that runs the task function:"
+                "report(), step(), enqueue_next() and cursor work only in the thread that runs the task function:"
                 " call them there"
             )
         return self._current_run

@@ -25,6 +25,7 @@ def build_report(self: JobTask, pages: int, title: str = "") -> dict[str, int]:
     for page in range(self.cursor or 0, pages):
         self.report(page + 1, pages, f"Page {page + 1}", cursor=page + 1)
     self.report(1)
+    self.step("charge", print, "x", sep=title)
     self.enqueue_next(build_report.using(label=title, queue="io").s(pages, title="Next"))
     if self.batch:
         batches.add(self.batch, add_up.s([pages], "more"))

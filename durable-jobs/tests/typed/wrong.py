@@ -12,6 +12,7 @@ from durable_jobs.tasks import JobTask, job
 @job
 def build_report(self: JobTask, pages: int, title: str = "") -> None:
     self.report("half")  # wrong
+    self.step("half", divmod, 1)  # wrong
     self.enqueue_next(add_up)  # wrong to pyright
     self.enqueue_next(add_up.s("more"))  # wrong
 

@@ -6,7 +6,7 @@ The headings are those of "Workers" in reliability.md.
 import os
 import signal
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from functools import partial
 
 import pytest
@@ -76,6 +76,36 @@ def test_a_killed_child_loses_nothing(stack, gate):
     stack.wait_until_succeeded(job, crashes=1)
     wait_for(lambda: stack.notes("end", task))
     assert worker.is_running()
+
+
+POINTS = 26  # between and inside the steps of walk(): before and after each query and each call
+
+
+@pytest.mark.promise("A finished step isn't repeated")
+@on_prefork
+@pytest.mark.parametrize("kills", [POINTS, pytest.param(200, marks=pytest.mark.nightly)])
+def test_whenever_a_child_is_killed_each_step_is_taken_and_no_stored_one_again(stack, kills):
+    code = "result = [job.pk for job in enqueue_many([walk.s(point) for point in points])]"
+    jobs = stack.ask(code, points=[1 + number % POINTS for number in range(kills)])
+    rows = stack.wait_until_succeeded(*jobs, crashes=1)
+    assert all(row["result"] == [["0"], ["1"], ["2"]] for row in rows)
+    stack.wait_until_succeeded(*stack.ask(code, points=[POINTS + 1]), crashes=0)
+    stored, called = {}, defaultdict(list)
+    for kind, job, _, _, *names in stack.lines():
+        if kind == "start":
+            stored[job] = names
+        elif kind == "call":
+            assert not {*names} & {*stored[job]}
+            called[job] += names
+    assert all({*called[job]} == {*"012"} and len(called[job]) <= 4 for job in jobs)
+    # The step that only writes to the database took effect once.
+    code = """
+with connection.cursor() as cursor:
+    cursor.execute("SELECT job::text, array_agg(chunk) FROM chunks GROUP BY job")
+    result = dict(cursor.fetchall())
+"""
+    written = stack.ask(code)
+    assert [written[job] for job in jobs] == [[1]] * kills
 
 
 @on_prefork

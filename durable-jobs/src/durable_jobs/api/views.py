@@ -154,7 +154,7 @@ class JobViewSet(OwnViewSet):
         long = When(length__gt=10_000, then=Value(TOO_LONG, JSONField()))
         jobs = jobs.alias(length=Length(Cast("result", TextField())))
         jobs = jobs.annotate(short_result=Case(long, default="result"))
-        return jobs.defer("args", "kwargs", "cursor", "result")
+        return jobs.defer("args", "kwargs", "cursor", "steps", "result")
 
     @describe(200, JobSerializer)
     @action(detail=True, methods=["post"])

@@ -98,6 +98,7 @@ class Migration(migrations.Migration):
                 ('progress', models.PositiveSmallIntegerField(default=0, help_text='percent')),
                 ('message', models.CharField(max_length=255)),
                 ('cursor', models.JSONField(help_text='where the next run continues', null=True)),
+                ('steps', models.JSONField(default=dict, help_text='what its steps have returned, by name')),
                 ('result', models.JSONField(null=True)),
                 ('error', models.TextField()),
                 ('public_error', models.TextField(help_text='why it failed, for its owner')),

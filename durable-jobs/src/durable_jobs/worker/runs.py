@@ -74,6 +74,7 @@ class Run:
         self.report = {}  # the latest progress and message
         self.stored_report = self.report  # what is in the row
         self.cursor = self.batch = UNREAD
+        self.step_names = frozenset()  # of the steps of this run
         # A second more: in the row, the time limit begins with the claim, which is later than this.
         self.late_at = time.monotonic() + task.time_limit + 1
         self.plan_renewal()
@@ -151,9 +152,13 @@ class Run:
 
     def write_cursor(self, cursor):
         to_json(cursor)  # raises if it cannot be stored: PostgreSQL's error would end a transaction
-        changes = {"cursor": cursor, "sweep_at": lease_end(), **self.report}
-        self.query_or_lose(self.row.update, **changes)
+        self.store(cursor=cursor)
         self.cursor = UNREAD  # the function's transaction may roll back
+
+    def store(self, **changes):
+        """Store these changes with the report, and renew the lease."""
+        changes |= {"sweep_at": lease_end(), **self.report}
+        self.query_or_lose(self.row.update, **changes)
         if not in_transaction():
             self.stored_report = self.report  # renew_leases() need not write it again
 

@@ -3,6 +3,7 @@
 import asyncio
 import ctypes
 import fcntl
+import itertools
 import logging
 import os
 import signal
@@ -15,6 +16,7 @@ from django.db import Error, connection, transaction
 from django_tasks import task
 from trials.tasks import note, wait_for
 
+from durable_jobs.models import Job
 from durable_jobs.tasks import job
 
 logger = logging.getLogger(__name__)
@@ -100,6 +102,38 @@ def write_chunks(self, gate):
         self.report(chunk, cursor=chunk + 1)
         chunk += 1
     return chunk
+
+
+@job
+def walk(self, point):
+    """Take three steps, of which one writes a row. The first run is killed at this point."""
+    job = Job.objects.get(pk=self.request.id)
+    note(self.request.id, "start", *job.steps)
+    points = itertools.count(1)
+
+    def pass_point():
+        if next(points) == point and not job.crashes:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def call(name):
+        pass_point()
+        note(self.request.id, "call", name)
+        pass_point()
+        return [name]
+
+    def write(name):
+        with connection.cursor() as cursor:
+            cursor.execute("INSERT INTO chunks VALUES (%s, %s)", [self.request.id, name])
+        return call(name)
+
+    def query(execute, *args):
+        pass_point()
+        answer = execute(*args)
+        pass_point()
+        return answer
+
+    with connection.execute_wrapper(query):
+        return [self.step(name, write if name == "1" else call, name) for name in "012"]
 
 
 @job
