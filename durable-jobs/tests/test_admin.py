@@ -8,12 +8,14 @@ import pytest
 from celery import shared_task
 from django.contrib.admin import site
 from django.contrib.admin.utils import flatten_fieldsets
+from django.contrib.messages.storage.cookie import CookieStorage
 from django.db import connection
 from django.test.utils import CaptureQueriesContext
 from helpers import JOBS, call, count, counting_queries, fail, greet, listed, logged, multiply
 
 from durable_jobs import batches, transitions
 from durable_jobs.actions import cancel
+from durable_jobs.admin import announce
 from durable_jobs.database import Now
 from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Batch, Job
@@ -216,6 +218,15 @@ def test_actions_take_the_filtered_set(admin_client, states):
     assert "1 job queued again</a>." in text
     assert len(listed(admin_client, "state=waiting")) == 2
     assert logged() == [("admin", "Cancelled"), ("admin", "Queued again")]
+
+
+def test_the_message_about_jobs_has_a_link_for_users_who_may_view_them(rf, user, admin_user):
+    for request in rf.get("/"), rf.get("/"):
+        request.user, request._messages = user, CookieStorage(request)
+        announce(request, [enqueue(greet)])
+        [message] = request._messages
+        assert str(message).endswith("1 job enqueued</a>. " if user == admin_user else "enqueued. ")
+        user = admin_user
 
 
 def test_an_action_of_all_takes_no_more_jobs_than_the_list_counts(admin_client, monkeypatch):

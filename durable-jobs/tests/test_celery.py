@@ -117,6 +117,7 @@ def test_apply_async_refuses_an_id_that_is_no_uuid():
         lambda: add.apply_async([1, 2], expires=5),
         lambda: add.apply_async([1, 2], link=add.s(3)),
         lambda: add.apply_async([1, 2], priority=5),
+        lambda: add.apply_async([1, 2], MessageGroupId="customer"),
         lambda: add.apply_async([1, 2], time_limit=5),
         lambda: add.s(1, 2).apply_async(expires=5),
         lambda: add.signature((1, 2), priority=5).delay(),

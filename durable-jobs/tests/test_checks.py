@@ -202,6 +202,13 @@ def test_the_checks_find_a_queue_without_workers(monkeypatch):
     assert found_by_checks() == {"durable_jobs.W005"}
 
 
+def test_the_checks_find_a_job_whose_arguments_are_not_json(monkeypatch):
+    monkeypatch.setattr(app.tasks["helpers.plain"], "serializer", "pickle")
+    assert found_by_checks() == set()
+    monkeypatch.setattr(add, "serializer", "pickle")
+    assert found_by_checks() == {"durable_jobs.W012"}
+
+
 def test_the_checks_find_a_rate_that_each_worker_counts_for_itself(monkeypatch):
     monkeypatch.setattr(app.tasks["helpers.plain"], "rate_limit", "5/s")
     assert found_by_checks() == set()

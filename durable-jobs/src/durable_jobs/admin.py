@@ -55,18 +55,16 @@ STATES = {
 def announce(request: HttpRequest, jobs: list[Job], done: str = "enqueued", hint: str = "") -> None:
     """Show how many jobs were enqueued, as a message in the admin.
 
-    The message links to a page that shows them, or to the user's own jobs if the user may not view
-    jobs in the admin.
+    The message links to a page that shows them, if the user may view jobs in the admin.
     """
-    if not request.user.has_perm("durable_jobs.view_job"):
-        url = reverse("index")
-    elif len(jobs) == 1:
+    if len(jobs) == 1:
         url = reverse("admin:durable_jobs_job_change", args=[jobs[0].pk])
     else:
         url = reverse("admin:durable_jobs_job_changelist")  # which shows the newest first
     text = f"{len(jobs)} job{pluralize(jobs)} {done}"
-    link = format_html('<a href="{}">{}</a>', url, text) if jobs else text
-    messages.success(request, format_html("{}. {}", link, hint))
+    if jobs and request.user.has_perm("durable_jobs.view_job"):
+        text = format_html('<a href="{}">{}</a>', url, text)
+    messages.success(request, format_html("{}. {}", text, hint))
 
 
 def log(request, rows, text):

@@ -89,10 +89,16 @@ def check_queues(app_configs, **kwargs):
 
 
 @register()
-def check_limits(app_configs, **kwargs):
-    """Check that no job uses Celery's own rate limit, and check each limit that is a text."""
+def check_options(app_configs, **kwargs):
+    """Check the serializer and the rate limit of each job, and each limit that is a text."""
     for name in job_names():
         task = current_app.tasks[name]
+        if task.serializer != "json":
+            yield Warning(
+                f"{name} has the serializer {task.serializer}, but the arguments of jobs are JSON: a call with others raises TypeError.",
+                hint="Pass what JSON can hold, such as primary keys. Then remove the serializer from the task or the settings.",
+                id="durable_jobs.W012",
+            )
         if task.rate_limit:
             yield Warning(
                 f"{name} has rate_limit={task.rate_limit!r}: each worker applies it separately, and takes no other jobs while it holds delayed ones.",
