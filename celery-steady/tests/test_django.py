@@ -195,11 +195,11 @@ def test_a_task_whose_queue_does_not_exist_is_found(tasks):
 
 
 def test_a_task_with_only_one_time_limit_of_its_own_is_found(tasks):
-    tasks.task(name="long", time_limit=900)(nothing)
+    tasks.task(name="long", time_limit=800)(nothing)
     assert found("check_time_limits") == []  # there is no soft one to keep
     tasks.conf.task_soft_time_limit = 540
-    tasks.task(name="longer", time_limit=900)(nothing)
-    tasks.task(name="both", time_limit=900, soft_time_limit=800)(nothing)
+    tasks.task(name="longer", time_limit=800)(nothing)
+    tasks.task(name="both", time_limit=800, soft_time_limit=700)(nothing)
     assert ("celery_steady.W002", "longer") in found("check_time_limits")
     assert "both" not in str(found("check_time_limits"))
 
@@ -208,9 +208,9 @@ def test_a_task_that_rabbitmq_delivers_twice_is_found(tasks):
     from django.test import override_settings
 
     assert found("check_consumer_timeout") == []
-    tasks.task(name="slow", time_limit=1800)(nothing)
+    tasks.task(name="slow", time_limit=900)(nothing)
     assert found("check_consumer_timeout") == [("celery_steady.W003", "slow")]
-    with override_settings(RABBITMQ_CONSUMER_TIMEOUT=3600):
+    with override_settings(RABBITMQ_CONSUMER_TIMEOUT=1801):
         assert found("check_consumer_timeout") == []
     tasks.conf.broker_url = "redis://"
     assert found("check_consumer_timeout") == []

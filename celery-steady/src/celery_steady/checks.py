@@ -94,11 +94,13 @@ def check_consumer_timeout(app_configs, **kwargs):
         return
     limit = getattr(settings, "RABBITMQ_CONSUMER_TIMEOUT", CONSUMER_TIMEOUT)
     for task in all_tasks():
-        if task.acks_late and (task.time_limit or 0) >= limit:
+        # A worker may hold its message while another task runs as long.
+        if task.acks_late and 2 * (task.time_limit or 0) >= limit:
             yield Warning(
-                f"{task.name} may run for {task.time_limit} s, but RabbitMQ delivers it again after {limit} s.",
+                f"{task.name} may run for {task.time_limit} s, and wait as long for another task, but"
+                f" RabbitMQ delivers it again after {limit} s.",
                 hint="Lower its time_limit, or raise consumer_timeout in rabbitmq.conf and"
-                " RABBITMQ_CONSUMER_TIMEOUT in the settings.",
+                " RABBITMQ_CONSUMER_TIMEOUT in the settings to more than twice as much.",
                 id="celery_steady.W003",
             )
 
