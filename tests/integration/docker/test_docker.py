@@ -231,7 +231,7 @@ def test_no_command_line_shows_a_secret(stack):
 def test_the_image_contains_no_backup(engine, bake, tmp_path):
     """None of the usual names of a dump of the database."""
     project = bake(durable_jobs="yes")
-    backups = ["backup.sql", "shop-2026-01-31.sql.gz", "shop.dump"]
+    backups = ["backup.sql", "shop-2026-01-31.sql.gz", "shop.dump", "uploads.tar"]
     for name in backups:
         (project / name).write_text("secrets")
     (project / "orders/report.sql").write_text("SELECT 1")  # part of the program

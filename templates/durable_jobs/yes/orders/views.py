@@ -1,3 +1,4 @@
+from django.http import FileResponse
 from drf_spectacular.utils import extend_schema
 from durable_jobs.api.serializers import JobSerializer
 from durable_jobs.api.views import EnqueueMixin, accepted
@@ -54,6 +55,12 @@ class ImportViewSet(EnqueueMixin, viewsets.ReadOnlyModelViewSet):
         upload = serializer.save(owner=self.request.user, job_id=self.job_id)
         label = f"Import {self.request.FILES['file'].name}"
         self.enqueue(tasks.import_orders.using(label=label).s(upload.pk))
+
+    @extend_schema(responses={(200, "application/octet-stream"): bytes})
+    @action(detail=True)
+    def file(self, request, pk):
+        """Download the caller's file, as an attachment: a page in it can't run scripts here."""
+        return FileResponse(self.get_object().file.open(), as_attachment=True)
 
 
 class NewsletterViewSet(EnqueueMixin, viewsets.ReadOnlyModelViewSet):

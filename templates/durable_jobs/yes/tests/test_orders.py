@@ -14,7 +14,7 @@ from durable_jobs.models import Batch, Job
 from durable_jobs.tasks import JobTask
 
 from orders import tasks
-from orders.models import Newsletter, Order
+from orders.models import Import, Newsletter, Order
 
 pytestmark = pytest.mark.django_db
 
@@ -147,6 +147,15 @@ def test_a_file_becomes_orders(api, user, run_jobs, mailoutbox):
     [mail] = mailoutbox
     assert re.fullmatch(r"250 orders were imported from imports/tea.*\.csv\.", mail.body)
     assert mail.to == [user.email]
+
+
+def test_only_its_owner_can_download_a_file(api, staff_api):
+    url = f"/api/imports/{post_file(api, ORDERS).json()['id']}/file/"
+    assert staff_api.get(url).status_code == 404
+    response = api.get(url)
+    assert b"".join(response.streaming_content) == ORDERS.encode()
+    assert response["Content-Disposition"].startswith("attachment")
+    assert api.get(f"/{Import.objects.get().file.name}").status_code == 404  # no public address
 
 
 def test_an_import_continues_at_the_chunk_that_failed(api, run_jobs, mailoutbox, monkeypatch):
