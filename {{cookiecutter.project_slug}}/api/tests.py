@@ -31,6 +31,12 @@ def test_a_client_follows_a_task_to_its_result(api, task, location):
     assert api.get(location).data == expected
 
 
+def test_a_task_that_stores_no_state_is_refused(rf, task):
+    task.ignored = True
+    with pytest.raises(TypeError, match="ignore_result"):
+        accepted(rf.post("/"), task)
+
+
 @pytest.mark.parametrize("value", [float("nan"), {"data": b"\xff"}, "\ud800"])
 def test_a_result_that_json_cannot_hold_is_text(api, task, location, value):
     app.backend.store_result(task.id, value, "SUCCESS")
