@@ -95,8 +95,8 @@ def test_a_job_that_uses_no_cursor_makes_no_query_for_it():
 
 
 def test_a_job_without_a_batch_is_stored_claimed_and_ended_with_one_query_each():
-    insert = queries(enqueue, add, [1, 2])
-    assert [sql.split()[:3] for sql in insert] == [["INSERT", "INTO", "durable_jobs_job"]]
+    [insert] = queries(enqueue, add, [1, 2])
+    assert insert.startswith("INSERT ") and " INTO durable_jobs_job " in insert
     claim, succeed = queries(publish.publish, [Job.objects.get()])
     assert claim.startswith("UPDATE durable_jobs_job SET state = 'running'")
     assert succeed.startswith("UPDATE durable_jobs_job SET state = 'succeeded'")

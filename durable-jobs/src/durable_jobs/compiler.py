@@ -7,6 +7,7 @@ from functools import cache, wraps
 from inspect import signature
 
 from django.db import connection, models
+from django.db.models.constants import OnConflict
 from django.db.models.sql import InsertQuery, UpdateQuery
 
 from durable_jobs.database import Clock, Now, cursor_that_prepares
@@ -93,12 +94,10 @@ def compiled_insert(adds_now):
     values = {field.attname: Argument(field.attname, field) for field in fields}
     for name in ("due_at", "sweep_at") if adds_now else ():
         values[name] = Now() + Argument(name, models.DurationField())
-    query = InsertQuery(Job)
+    query = InsertQuery(Job, on_conflict=OnConflict.IGNORE)
     query.insert_values(fields, [Job(**values | {"created_at": Clock()})])
     compiler = query.get_compiler(Job.objects.db)
     compiler.returning_fields = [Job._meta.get_field(name) for name in OF_DATABASE]
     columns = [field.get_col(Job._meta.db_table) for field in compiler.returning_fields]
     [[sql, params]] = compiler.as_sql()
-    # Django's own INSERT that ignores conflicts returns nothing.
-    sql = sql.replace(" RETURNING ", " ON CONFLICT DO NOTHING RETURNING ")
     return compiler, compiler.get_converters(columns), sql, params
