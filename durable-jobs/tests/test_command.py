@@ -1,5 +1,7 @@
-"""manage.py jobs: pause, resume, paused."""
+"""manage.py durable_jobs. tests/integration/faults/test_workers.py has a drill with real workers."""
 
+import shutil
+import sys
 from io import StringIO
 
 import pytest
@@ -71,8 +73,16 @@ def test_one_wrong_name_changes_nothing(command):
         (["pause"], "required: NAME"),
         (["resume"], "required: NAME"),
         (["stop"], "invalid choice: 'stop'"),
+        (["drill"], "add --yes"),  # as DEBUG is off
+        (["drill", "--yes"], "CELERY_TASK_ALWAYS_EAGER = False"),
     ],
 )
 def test_it_says_what_is_missing(words, error):
     with pytest.raises(CommandError, match=error):
         jobs(*words)
+
+
+def test_a_drill_whose_workers_do_not_start_ends_with_their_log(broker, monkeypatch):
+    monkeypatch.setattr(sys, "executable", shutil.which("echo"))
+    with pytest.raises(CommandError, match="(?s)do not start.*-A nowhere worker"):
+        jobs("drill", "--yes", "--app", "nowhere")

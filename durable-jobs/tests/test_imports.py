@@ -27,7 +27,7 @@ worker.children worker.heartbeat worker.remote_control
 worker.shutdown worker.startup worker.steps statistics diagnosis beat.republish
 worker.consumer worker.execution beat.purge contrib.prometheus
 tasks beat.sweeper api.schema api.serializers
-beat.schedule api.views contrib.django_tasks
+beat.schedule api.views contrib.django_tasks drill
 admin celery checks testing urls views management.commands.durable_jobs
 apps
 """

@@ -4,12 +4,15 @@ The headings are those of "Workers" in reliability.md.
 """
 
 import os
+import re
 import signal
+import subprocess
 import time
 from collections import Counter, defaultdict
 from functools import partial
 
 import pytest
+import redis
 
 from harness.faults import (
     ONE,
@@ -54,6 +57,21 @@ def kill_a_worker(stack, gate):
     gate.touch()
     stack.wait_until_succeeded(job, crashes=1)
     return time.monotonic() - start
+
+
+@on_prefork
+def test_a_drill_kills_a_worker_of_its_own_and_leaves_nothing_behind(stack):
+    drill = stack.process("python manage.py durable_jobs drill --yes", "drill")
+    drill.launch()
+    assert drill.wait() == 0 and re.search(r"after \d+ s$", drill.printed), drill.printed
+    rows = "Job.objects.filter(label='Drill'), Worker.objects.filter(name__startswith='drill')"
+    assert stack.ask(f"result = [rows.count() for rows in ({rows})]") == [0, 0]
+    with redis.Redis(port=stack.broker.port) as broker:
+        assert broker.keys("*drill*") == []
+        assert not any(b"drill" in text for text in broker.smembers("_kombu.binding.celery.pidbox"))
+    ps = subprocess.run(["ps", "axeww"], capture_output=True, text=True, check=True).stdout
+    processes = [line for line in ps.splitlines() if stack.variables["DATABASE_URL"] in line]
+    assert processes and not [line for line in processes if "drill-" in line]
 
 
 # A child process is killed

@@ -1,28 +1,55 @@
-"""manage.py durable_jobs pause NAME… --reason TEXT, resume NAME…, or paused. A name is that of a queue or a task."""
+"""manage.py durable_jobs pause NAME… --reason TEXT, resume NAME…, paused, or drill.
 
+A name is that of a queue or a task.
+"""
+
+import os
+
+from django.conf import settings
 from django.core.management.base import BaseCommand, CommandError
 from django.db import transaction
 
 from durable_jobs import pauses
+from durable_jobs.drill import drill
 from durable_jobs.models import Pause
 
 
 class Command(BaseCommand):
-    help = "Pauses queues or tasks, resumes them, or lists what is paused."
+    help = "Pauses queues or tasks, resumes them, lists what is paused, or practices a crash."
 
     def add_arguments(self, parser):
         commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
         pause = commands.add_parser("pause", help="start no job of these queues or tasks")
         resume = commands.add_parser("resume", help="start them again")
         commands.add_parser("paused", help="list what is paused")
+        drill = commands.add_parser("drill", help="kill a worker of its own that runs a job")
+        drill.add_argument("--yes", action="store_true", help="also without DEBUG")
+        package = os.environ.get("DJANGO_SETTINGS_MODULE", "").partition(".")[0]
+        drill.add_argument("--app", default=package, help="as of celery -A")
         for command in pause, resume:
             command.add_argument(
                 "names", nargs="+", metavar="NAME", help="a queue, or a task's full name"
             )
         pause.add_argument("--reason", default="", help="for the people who wait")
 
+    def handle(self, command, **options):
+        if command == "drill":
+            self.drill(**options)
+        else:
+            self.pause(command, **options)
+
+    def drill(self, app, yes, **options):
+        if not (settings.DEBUG or yes):
+            raise CommandError("DEBUG is off: for a drill in production, add --yes")
+        self.stdout.write("Starting two workers, and killing the one that runs a job…")
+        try:
+            seconds = drill(app)
+        except RuntimeError as error:
+            raise CommandError(error) from None
+        self.stdout.write(f"The other one continued the job after {seconds:.0f} s")
+
     @transaction.atomic  # if one of the names is wrong, change nothing
-    def handle(self, command, names=(), reason="", **options):
+    def pause(self, command, names=(), reason="", **options):
         for name in names:
             try:
                 if command == "pause":
