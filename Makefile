@@ -1,7 +1,10 @@
 .PHONY: demo steady library test prove chaos scorecard bench site pictures wheel dist release lint
 
-demo: .venv  ## bake a project, start it, run its tasks: make demo ARGS="durable_jobs=yes"
-	@PYTHONPATH=tests .venv/bin/python -m harness.demo $(ARGS)
+# The demo needs less than the tests, but takes what they have.
+DEMO := $(firstword $(wildcard .venv) .venv-demo)
+
+demo: $(DEMO)  ## bake a project, start it, run its tasks: make demo ARGS="durable_jobs=yes"
+	@PYTHONPATH=tests $(DEMO)/bin/python -m harness.demo $(ARGS)
 
 steady: .venv  ## test the library celery-steady: make steady ARGS="-k redis"
 	.venv/bin/python -m pytest -n auto celery-steady/tests -c celery-steady/pyproject.toml $(ARGS)
@@ -57,18 +60,29 @@ lint: .venv  ## format all plain Python; CHECK=1 only reports problems
 	.venv/bin/ruff format $(if $(CHECK),--check) $(AS_OUTPUT)
 
 PYTHON := python3
-INSTALL = .venv/bin/uv pip install --quiet --python .venv/bin/python -e celery-steady \
-	--group celery-steady/pyproject.toml:test -r durable-jobs/pyproject.toml --all-extras \
-	--group durable-jobs/pyproject.toml:test --group test
+GROUPS := -e celery-steady --group celery-steady/pyproject.toml:test -r durable-jobs/pyproject.toml \
+	--all-extras --group durable-jobs/pyproject.toml:test --group test
 # Packages of the day of the last commit, so that a clone has in a year what was tested.
 AS_OF ?= $(shell git log -1 --format=%cI 2>/dev/null)
 
+# --clear, because an older one may be of another Python. A pip in it would take four seconds. If this
+# Python has none, it needs its own.
+define create
+	$(PYTHON) -m venv --clear --without-pip $@
+	$(PYTHON) -m pip --python $@/bin/python install --quiet uv || \
+		{ $(PYTHON) -m venv $@ && $@/bin/pip install --quiet uv; }
+endef
+
+# Some mirrors of PyPI don't know the date of a package: take the newest.
+install = $@/bin/uv pip install --quiet --python $@/bin/python $1 --exclude-newer '$(AS_OF)' 2>/dev/null || \
+	$@/bin/uv pip install --quiet --python $@/bin/python $1
+
 .venv: pyproject.toml celery-steady/pyproject.toml durable-jobs/pyproject.toml
-	# --clear, because an older .venv may be of another Python. A pip in .venv would take four
-	# seconds. If this Python has none, .venv needs its own.
-	$(PYTHON) -m venv --clear --without-pip .venv
-	$(PYTHON) -m pip --python .venv/bin/python install --quiet uv || \
-		{ $(PYTHON) -m venv .venv && .venv/bin/pip install --quiet uv; }
-	# Some mirrors of PyPI don't know the date of a package: take the newest.
-	$(INSTALL) --exclude-newer '$(AS_OF)' 2>/dev/null || $(INSTALL)
-	@touch .venv
+	$(create)
+	$(call install,$(GROUPS))
+	@touch $@
+
+.venv-demo: pyproject.toml
+	$(create)
+	$(call install,--group demo)
+	@touch $@
