@@ -125,6 +125,7 @@ def check_project(project, is_new):
         project.call("ruff", "format", "--check", "--no-cache")
 
 
+@pytest.mark.promise("Nothing you didn't choose")
 @pytest.mark.usefixtures("hooks_in_this_process")
 @pytest.mark.parametrize("answers", covering(COMBINATIONS), ids=name)
 def test_every_three_choices_bake_to_a_clean_project(bake, is_new, answers):
@@ -349,6 +350,7 @@ def output_files():
             yield path
 
 
+@pytest.mark.promise("Nothing you didn't choose")
 def test_no_choice_is_named_outside_its_file():
     """So that a new one needs only a choice and a file: see CONTRIBUTING.md."""
     for path in [TEMPLATE / "cookiecutter.json", *output_files(), *whole_files()]:

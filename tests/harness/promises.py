@@ -1,6 +1,6 @@
-"""Which tests prove which promise of durable-jobs/README.md: they have the mark `promise`.
+"""Which tests prove which promise of a README: they have the mark `promise`.
 
-python -m harness.promises  # writes the table in durable-jobs/docs/reliability.md
+python -m harness.promises  # writes the tables
 """
 
 import ast
@@ -8,31 +8,43 @@ import re
 
 from harness.bake import LIBRARY, TEMPLATE
 
-PAGE = LIBRARY / "docs/reliability.md"
+TABLES = {  # {the page with the table: (the README, the heading of its promises)}
+    LIBRARY / "docs/reliability.md": (LIBRARY / "README.md", "## Promises\n"),
+    TEMPLATE / "tests/README.md": (TEMPLATE / "README.md", "## What sets it apart\n"),
+}
 
 
 def proofs():
-    """Return {the first words of a promise, which are bold: the paths and names of its tests}."""
-    readme = (LIBRARY / "README.md").read_text("utf-8")
-    section = readme.partition("## Promises\n")[2].partition("\n## ")[0]
-    found = {text.strip(",."): [] for text in re.findall(r"^- \*\*(.+?)\*\*", section, re.M)}
-    files = *LIBRARY.glob("tests/test_*.py"), *TEMPLATE.glob("tests/integration/*/test_*.py")
+    """Return {page: {the first, bold words of a promise: the paths and names of its tests}}."""
+    found = {}
+    for page, (readme, heading) in TABLES.items():
+        section = readme.read_text("utf-8").partition(heading)[2].partition("\n## ")[0]
+        promises = re.findall(r"^- \*\*(.+?)\*\*", section, re.M)
+        found[page] = {text.strip(",."): [] for text in promises}
+    of_all = {promise: tests for each in found.values() for promise, tests in each.items()}
+    files = [*LIBRARY.glob("tests/test_*.py"), *TEMPLATE.glob("tests/**/test_*.py")]
     for path in sorted(files):
         for node in ast.parse(path.read_text("utf-8")).body:
             for mark in getattr(node, "decorator_list", []):
                 if ast.unparse(mark).startswith("pytest.mark.promise("):
                     name = f"{path.relative_to(TEMPLATE)}::{node.name}"
-                    found[mark.args[0].value].append(name)
+                    of_all[mark.args[0].value].append(name)
     return found
 
 
-def page():
-    """Return the page with the table of today."""
-    rows = [f"| {promise} | `{'`<br>`'.join(tests)}` |\n" for promise, tests in proofs().items()]
-    table = "".join(["| promise | tests |\n|---|---|\n", *rows])
-    before, start, rest = PAGE.read_text("utf-8").partition("<!-- promises -->\n")
-    return before + start + table + rest[rest.index("<!-- end -->") :]
+def pages():
+    """Return {page: its text with the table of today}."""
+    written = {}
+    for page, promises in proofs().items():
+        rows = [
+            f"| {promise} | `{'`<br>`'.join(tests)}` |\n" for promise, tests in promises.items()
+        ]
+        table = "".join(["| promise | tests |\n|---|---|\n", *rows])
+        before, start, rest = page.read_text("utf-8").partition("<!-- promises -->\n")
+        written[page] = before + start + table + rest[rest.index("<!-- end -->") :]
+    return written
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(), "utf-8")
+    for page, text in pages().items():
+        page.write_text(text, "utf-8")

@@ -233,6 +233,7 @@ def test_a_broker_that_does_not_answer_delays_no_request(stack, how):
         print("seconds until the next order was confirmed:", round(time.time() - start, 2))
 
 
+@pytest.mark.promise("It survives failing services")
 @stacks(["redis", "sqs"], ["prefork"], defaults=True)
 def test_the_default_settings_keep_their_promise(stack, gate, tmp_path):
     """Two minutes, and what takes longer runs once, also if the broker restarts with its data."""

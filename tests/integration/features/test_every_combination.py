@@ -18,6 +18,7 @@ GROUPS = {key: list(group) for key, group in itertools.groupby(COMBINATIONS, lar
 assert sum(map(len, GROUPS.values())) == len(COMBINATIONS), "options that stand between these"
 
 
+@pytest.mark.promise("Every combination works")
 @pytest.mark.usefixtures("hooks_in_this_process")
 @pytest.mark.parametrize("combinations", GROUPS.values(), ids=GROUPS)
 def test_every_combination_is_clean(bake, is_new, combinations):

@@ -181,6 +181,7 @@ def test_every_view_sends_a_task_in_every_way(addresses, console, project, tmp_p
     assert act(up) == [False] * 3
 
 
+@pytest.mark.promise("A failing broker doesn't take your site down")
 @each_broker
 def test_without_a_broker_every_view_answers_503(console, project):
     down = console(**project.free_servers())
@@ -189,6 +190,7 @@ def test_without_a_broker_every_view_answers_503(console, project):
     assert act(down) == [True] * 3
 
 
+@pytest.mark.promise("A failing broker doesn't take your site down")
 @each_broker
 def test_a_broker_that_hangs_is_a_503_too(console, project, hanging):
     here = {n: re.sub(r":\d+", f":{hanging}", u) for n, u in project.addresses().items()}

@@ -101,6 +101,7 @@ def follow(stack, url, until):
     return seen
 
 
+@pytest.mark.promise("Every combination works")
 @everywhere
 def test_a_worker_runs_a_task(stack):
     stack.wait_until_started(stack.send("quick"))
@@ -178,6 +179,7 @@ def test_a_retry_that_ends_before_its_state_is_stored_keeps_its_result(stack, ga
     assert states() == expected
 
 
+@pytest.mark.promise("Privacy")
 @with_results
 def test_a_client_sees_progress_and_result_of_its_own_task(stack, gate):
     status, headers, answer = start(stack, "work", gate)

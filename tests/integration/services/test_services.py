@@ -9,6 +9,8 @@ import os
 import time
 from contextlib import suppress
 
+import pytest
+
 from harness.bake import CHOICES
 from harness.load import FRESH, Load
 from harness.project import wait_for
@@ -32,6 +34,7 @@ AFTER = 4  # seconds of load after the fault
 TIMES = int(os.environ.get("TIMES", 1))
 
 
+@pytest.mark.promise("It survives failing services")
 @each_cell()
 def test_nothing_accepted_is_lost_when_a_service_fails(
     stack_of_services, service, fault, record_cell
