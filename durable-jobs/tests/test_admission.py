@@ -8,7 +8,6 @@ from unittest.mock import Mock
 
 import pytest
 from celery import signals as celery_signals
-from celery.exceptions import WorkerLostError
 from django.db import Error
 from django.db.models import F
 from django.utils import timezone
@@ -185,10 +184,8 @@ def test_a_task_function_of_a_cancelled_job_that_dies_frees_its_slot(
         sweeper.sender.send_due()
     else:
         monkeypatch.setattr(children, "in_thread", lambda update, *args, delay: update(*args))
-        headers = of_job(run_token=token)
-        sender = SimpleNamespace(request=SimpleNamespace(**headers))
         with commit():
-            children.recover_job_of_dead_child(sender, first.pk, WorkerLostError())
+            children.recover_later(first.pk, of_job(run_token=token))
     assert sent == [first.pk, second.pk]
     assert Job.objects.get(pk=first.pk).sweep_at is None
 

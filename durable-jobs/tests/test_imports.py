@@ -16,7 +16,7 @@ states transport.rabbitmq transport.redis
 models
 compiler eager pauses results
 transitions
-publish
+hooks publish
 admission
 enqueue
 actions

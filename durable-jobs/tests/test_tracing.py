@@ -3,13 +3,14 @@
 With the instrumentation of OpenTelemetry and with django-structlog, as they are on PyPI.
 """
 
+import uuid
 from collections import Counter
 from contextvars import ContextVar
 from unittest.mock import Mock
 
 import pytest
 from celery import current_app, shared_task, signals
-from celery.contrib.django.task import DjangoTask
+from celery.app.trace import build_tracer
 from django_structlog.celery.receivers import CeleryReceiver
 from helpers import add, run, sweeper
 from opentelemetry import trace
@@ -203,8 +204,9 @@ def test_headers_of_apply_async_are_stored(messages, commit):
 
 def test_headers_of_a_message_that_another_app_has_sent_are_kept(commit):
     headers = {"tenant": 7, "durable_job": "its own"}
+    traced = add._traced_by(build_tracer(add.name, add, app=current_app))
     with commit():
-        DjangoTask.apply(add, [1, 2], headers=headers, throw=True)
+        traced(id := str(uuid.uuid4()), [1, 2], {}, {"id": id, "headers": headers})
     job = Job.objects.get()
     assert (job.state, job.headers) == ("succeeded", headers)
 

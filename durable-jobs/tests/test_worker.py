@@ -12,7 +12,7 @@ from unittest.mock import Mock
 
 import pytest
 from celery import current_app as app
-from celery import exceptions, shared_task
+from celery import shared_task
 from celery.app.task import Context
 from celery.utils.imports import symbol_by_name
 from celery.worker import state as worker_state
@@ -46,13 +46,12 @@ def test_the_job_of_a_killed_child_is_due_again_soon(monkeypatch, published):
     request = SimpleNamespace(request_dict=message_of(job).headers)
     children.assign_run_token(request)
     headers = request.request_dict
-    sender = SimpleNamespace(request=Context(headers))
-    row, error = Job.objects.filter(pk=job.pk), exceptions.WorkerLostError()
+    row = Job.objects.filter(pk=job.pk)
     own_token = fields_in(headers)["run_token"]
     for token, state, crashes in (uuid.uuid4(), "running", 0), (own_token, "queued", 1):
         transitions.requeue(row)
         claim(job.pk, token)
-        children.recover_job_of_dead_child(sender, str(job.pk), error)
+        children.recover_later(str(job.pk), headers)
         job.refresh_from_db()
         assert (job.state, job.crashes) == (state, crashes)
     assert seconds_until_due(job) == pytest.approx(5, rel=0.3)
@@ -74,10 +73,8 @@ def test_a_job_whose_child_celery_killed_at_its_time_limit_fails(
     claim(job.pk, fields_in(request.request_dict)["run_token"])
     if has_lapsed:
         lapse(job)
-    for headers in {}, request.request_dict, {}:
-        sender = SimpleNamespace(request=Context(headers))
-        error = exceptions.TimeLimitExceeded(60)
-        children.recover_job_of_dead_child(sender, str(job.pk), error)
+    for _ in range(2):  # Celery calls on_timeout() and on_failure()
+        children.recover_later(str(job.pk), request.request_dict, is_late=True)
     job.refresh_from_db()
     assert (job.state, job.crashes) == (state, has_lapsed)
 

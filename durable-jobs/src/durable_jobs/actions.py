@@ -8,7 +8,7 @@ from django.db import IntegrityError, transaction
 from django.db.models import QuerySet
 from kombu.utils.json import loads
 
-from durable_jobs import admission, transitions
+from durable_jobs import admission, hooks, transitions
 from durable_jobs.database import Now
 from durable_jobs.enqueue import CHUNK, active_with, call_fields, insert, send_after_commit, times
 from durable_jobs.messages import find_task, new_headers
@@ -27,12 +27,15 @@ def cancel(jobs: QuerySet | Job) -> int:
     with transaction.atomic():
         # Lock the rows in one order, and change only these: otherwise two calls for the same jobs could deadlock.
         rows = Job.objects.filter(UNFINISHED, pk__in=jobs.values("pk")).order_by("created_at", "pk")
-        locked = dict(rows.select_for_update().values_list("pk", "limit_key"))
+        columns = rows.select_for_update().values_list("pk", "limit_key", "state")
+        locked = {pk: (limit_key, state) for pk, limit_key, state in columns}
         # Without those that changed while this waited, so that they are no longer meant.
         pks = locked.keys() & set(jobs.values_list("pk", flat=True))
         for part in chunks(iter(pks), CHUNK):
             cancelled += transitions.cancel(Job.objects.filter(pk__in=part))
-        admission.admit_after_commit({locked[pk] for pk in pks} - {None})
+            # The end of a running one says so itself: see Run.ignored().
+            hooks.revoked_after_commit([pk for pk in part if locked[pk][1] == "queued"])
+        admission.admit_after_commit({locked[pk][0] for pk in pks} - {None})
     return cancelled
 
 

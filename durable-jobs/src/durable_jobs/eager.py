@@ -48,6 +48,6 @@ def run(job):
     task, headers = find_task(job.task), message_of(job).headers
     args, kwargs = loads(dumps([job.args, job.kwargs]))
     # Celery's task.apply() would not call apply_async() for a retry.
-    trace = build_tracer(task.name, task, app=current_app, eager=True)
+    trace = task._traced_by(build_tracer(task.name, task, app=current_app, eager=True))
     # Eager: nobody closes the connection, on which a test's transaction may be open.
     return trace(str(job.pk), args, kwargs, {**headers, "hostname": "eager", "is_eager": True})

@@ -6,7 +6,7 @@ a task function.
 
 import sys
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from inspect import getattr_static, iscoroutinefunction, signature, unwrap
 from typing import Any, Concatenate, Literal, NoReturn, ParamSpec, Unpack, overload
 
@@ -39,8 +39,8 @@ from durable_jobs.messages import fields_in, storable
 from durable_jobs.models import Batch
 from durable_jobs.pools import shutting_down
 from durable_jobs.validation import MAX_COUNTDOWN, printable, uuids
-from durable_jobs.worker.execution import execute, run_coroutine
-from durable_jobs.worker.remote_control import JobRequest
+from durable_jobs.worker.children import JobRequest
+from durable_jobs.worker.execution import execute, run_and_write, run_coroutine, trace
 from durable_jobs.worker.runs import describe, for_owner, process
 from durable_jobs.worker.shutdown import end_after_commit
 from durable_jobs.worker.steps import run_step
@@ -105,6 +105,7 @@ class JobTask(Enqueueable[P], DjangoTask):
     owner_may_run_again = False  # a job that failed or was cancelled, through the API
     # The key of its limit, or a function: see limits.py
     limit: str | Callable[..., str | None] | None = None
+    _tracer = None
     _limit_header = None  # a function with the task function's parameters: see on_bound()
 
     @property
@@ -358,11 +359,25 @@ class JobTask(Enqueueable[P], DjangoTask):
 
     # In a worker
 
+    @property
+    def __trace__(self):
+        return self._tracer
+
+    @__trace__.setter
+    def __trace__(self, tracer):  # Celery does so before its worker starts
+        self._tracer = tracer and self._traced_by(tracer)
+
+    def _traced_by(self, tracer):
+        """Return what Celery calls for each message, and what calls Celery's `tracer` for each run."""
+        return partial(trace, self, tracer)
+
     def _receive(self, *args, **kwargs):
         """The __call__() of each task that is a job. `_call` is that of its class."""
-        request = self.request
+        request, run = self.request, self._current_run
+        if run and not run.is_started:
+            return run_and_write(run, args, kwargs)
         is_job = not request.called_directly and (fields_in(vars(request)) or not request.is_eager)
-        if not is_job or self._current_run:  # apply(), or the function calls its own task
+        if run or not is_job:  # the function calls its own task, or apply()
             return self._call(*args, **kwargs)
         return execute(self, args, kwargs)
 

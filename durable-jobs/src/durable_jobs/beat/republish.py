@@ -10,7 +10,7 @@ from celery import current_app
 from django.db import transaction
 from django.db.models import Min, Q
 
-from durable_jobs import admission, conf, transitions
+from durable_jobs import admission, conf, hooks, transitions
 from durable_jobs.database import IDLE_TIMEOUT, Now, may_succeed_later
 from durable_jobs.messages import MESSAGE_FIELDS, messages_in, send
 from durable_jobs.models import Job
@@ -134,6 +134,7 @@ def fail(pk, error):
     text = f"The broker refused it {REFUSALS} times: {error!r:.500}"
     if transitions.finish(Job.objects.filter(QUEUED, pk=pk), "failed", error=text):
         logger.error("job %s failed: %s", pk, text)
+        hooks.failed(Job.objects.get(pk=pk), error)
 
 
 def mark_sent(due):

@@ -125,10 +125,9 @@ class FunctionTask(JobTask):
         self._send(signals.task_finished)
 
     def on_failure(self, *args):
-        if self._current_run:  # otherwise this is the main process
-            # If the function no longer exists, task_started has failed, too.
-            with suppress(TaskResultDoesNotExist):
-                self._send(signals.task_finished)
+        # If the function no longer exists, task_started has failed, too.
+        with suppress(TaskResultDoesNotExist):
+            self._send(signals.task_finished)
 
 
 def register(task):

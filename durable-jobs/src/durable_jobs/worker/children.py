@@ -5,13 +5,15 @@ recovers the jobs of dead children.
 """
 
 import logging
-import signal
+import signal as signals
 import threading
 import time
 import uuid
 
-from celery import exceptions
+import celery.signals
+from celery.exceptions import TimeLimitExceeded, WorkerLostError
 from celery.worker import state
+from celery.worker.request import Request
 
 from durable_jobs import conf
 from durable_jobs.messages import HEADER, fields_in
@@ -21,6 +23,38 @@ from durable_jobs.worker.lease import POLL_SECONDS, recover, renew
 from durable_jobs.worker.runs import process
 
 logger = logging.getLogger(__name__)
+
+
+class JobRequest(Request):
+    """The message of a job, in a worker's main process."""
+
+    def terminate(self, pool, signal=None):
+        # After SIGTERM, a child with a job would wait 5 s for a shutdown: see child_has_crashed().
+        super().terminate(pool, signals.SIGKILL if signal in (None, signals.SIGTERM) else signal)
+
+    def on_timeout(self, soft, timeout):
+        """Recover the job of a child that Celery kills at its time limit, without Celery's task_failure."""
+        if soft or not self.has_child():
+            return super().on_timeout(soft, timeout)
+        state.task_ready(self)
+        logger.error("Hard time limit (%ss) exceeded for %s[%s]", timeout, self.name, self.id)
+        recover_later(self.id, self.request_dict, is_late=True)
+
+    def on_failure(self, exc_info, *args, **kwargs):
+        """Recover the job of a child that died, without Celery's task_failure: recover() says what it means."""
+        error = getattr(exc_info.exception, "exc", exc_info.exception)
+        is_late = isinstance(error, TimeLimitExceeded)
+        has_died = is_late or isinstance(error, (WorkerLostError, SystemExit, KeyboardInterrupt))
+        if not has_died or self._already_revoked or not self.has_child():
+            return super().on_failure(exc_info, *args, **kwargs)
+        state.task_ready(self)
+        recover_later(self.id, self.request_dict, is_late)
+        event = "task-failed" if is_late else "task-retried"
+        self.send_event(event, exception=repr(error), traceback=str(exc_info.traceback))
+        logger.error("The child process of %s[%s] ended: %r", self.name, self.id, error)
+
+    def has_child(self):
+        return process.is_prefork and fields_in(self.request_dict)
 
 
 def assign_run_token(request, **kwargs):
@@ -51,25 +85,23 @@ def renew_leases_of_children():
             logger.warning("cannot renew leases: %r", error)
 
 
-def recover_job_of_dead_child(sender, task_id, exception, **kwargs):
-    """Recover the job of a killed child immediately, without waiting for its lease to lapse.
-
-    If Celery killed the child at its time limit, the job fails.
-    """
-    # Celery sends the signal of a time limit twice, the second time without headers.
-    is_late = isinstance(exception, exceptions.TimeLimitExceeded)
-    if is_late or isinstance(exception, exceptions.WorkerLostError):
-        recover_later(task_id, sender.request, is_late)
+def watch_revokes(**kwargs):
+    """Watch them in a worker only: elsewhere, cancel() looks whether anybody does."""
+    celery.signals.task_revoked.connect(free_slot_of_dead_child)
 
 
 def free_slot_of_dead_child(request, terminated, signum, **kwargs):
     """Free the slot of a cancelled job whose child was killed by a revoke, without waiting for its lease."""
-    if terminated and signum == signal.SIGKILL and process.is_prefork:
-        recover_later(request.id, request)
+    if terminated and signum == signals.SIGKILL and process.is_prefork:
+        recover_later(request.id, vars(request))
 
 
-def recover_later(id, request, is_late=False):
-    """Recover this job once the database has rolled back its child's transaction."""
-    if fields := fields_in(vars(request)):
+def recover_later(id, headers, is_late=False):
+    """Recover this job once the database has rolled back its child's transaction.
+
+    This does not wait for its lease to lapse. If Celery killed the child at its time limit (`is_late`), the job fails.
+    """
+    fields = fields_in(headers)
+    if fields and "run_token" in fields:
         row = Job.objects.filter(pk=id, run_token=fields["run_token"])
         in_thread(recover, row, is_late, delay=POLL_SECONDS)

@@ -5,8 +5,12 @@ import logging
 import uuid
 from contextlib import suppress
 
+from billiard.einfo import ExceptionInfo
+from celery import states
+from celery.app.task import Context
+from celery.app.trace import TraceInfo, trace_ok_t
 from celery.exceptions import Ignore, Retry
-from django.db import IntegrityError, connection
+from django.db import IntegrityError, close_old_connections, connection
 from django.db.transaction import TransactionManagementError
 
 from durable_jobs import batches, conf, database, transitions
@@ -24,15 +28,51 @@ from durable_jobs.worker.shutdown import child_has_crashed
 logger = logging.getLogger(__name__)
 
 
-def execute(task, args, kwargs):
-    """Claim the job of the message that this process got, and run its function.
+def trace(task, tracer, id, args, kwargs, request):
+    """Claim the job of a message, and let Celery's `tracer` run its function. Returns what the tracer returns.
 
-    Returns its result, or raises what Celery expects.
+    Celery sends its signals in the tracer: so a message that starts no run sends none.
     """
-    request = task.request
+    context = Context(request, args=args, kwargs=kwargs, called_directly=False)
+    if not connection.in_atomic_block:  # of a test
+        close_old_connections()
+    connection.health_check_done = True  # on a dead connection, the claim is tried again
+    try:
+        run = start(task, context, args, kwargs)
+    except Ignore as error:
+        info, result = TraceInfo(states.IGNORED, error), ExceptionInfo(internal=True)
+        info.handle_ignore(task, context)
+        if not connection.in_atomic_block:
+            close_old_connections()
+        return trace_ok_t(result, info, None, None)
+    except Exception:  # the same comes in execute(), where the tracer handles it
+        return tracer(id, args, kwargs, request)
+    database.keep_open()
+    try:
+        with run:
+            return tracer(id, args, kwargs, {**request, "run_of_job": run})
+    finally:
+        database.let_close()
+        if not run.is_started:  # a shutdown during task_prerun
+            run.release()
+        run.ended = True
+
+
+def execute(task, args, kwargs):
+    """Do the same as trace() if Celery calls the function otherwise. Returns its result, or raises what Celery expects."""
+    task.request.run_of_job = run = start(task, task.request, args, kwargs)
+    try:
+        with run:
+            return run_and_write(run, args, kwargs)
+    finally:
+        run.ended = True
+
+
+def start(task, request, args, kwargs):
+    """Claim the job of this request. Returns its Run. Raises Ignore if it may not start now."""
     fields = fields_in(vars(request))  # Sentry replaces request.headers
     if fields is None:  # an app that does not know that this task is a job has sent it
-        store(task, args, kwargs)
+        store(task, request, args, kwargs)
         raise Ignore("stored as a job, which has a message of its own")
     run = Run(task, request, fields)
     if not request.is_eager:  # the thread could not see the rows of a test's transaction
@@ -51,27 +91,33 @@ def execute(task, args, kwargs):
                 raise Ignore("its queue or its task is paused")
             if not database.wait_past_soft_limit(run.claim):  # a pause may have ended in between
                 raise run.ignored()
-        request.run_of_job = run
-        with run, connection.execute_wrapper(database.end_interrupted_query):
-            return run_and_write(run, args, kwargs)
-    finally:
+    except BaseException:
         run.ended = True
+        raise
+    return run
 
 
-def store(task, args, kwargs):
+def store(task, request, args, kwargs):
     """Store the job that a plain message asks for. Its id may be any text, but that of a job is a UUID."""
-    id = task.request.id
-    lost = [name for name in ("callbacks", "errbacks", "chain", "chord") if task.request.get(name)]
+    id = request.id
+    lost = [name for name in ("callbacks", "errbacks", "chain", "chord") if request.get(name)]
     if lost:  # an app that does not know jobs could not refuse them
         logger.error("%s[%s]: its %s will not run. %s", task.name, id, ", ".join(lost), NO_CANVAS)
     pk = next(iter(uuids([id])), uuid.uuid5(uuid.NAMESPACE_OID, id))
-    fields = {"pk": pk, "headers": storable(task.request.headers)}
+    fields = {"pk": pk, "headers": storable(request.headers)}
     with suppress(IntegrityError):  # a second copy of the message
         database.wait_for(insert, {**new_fields(task, args, kwargs), **fields})
 
 
 def run_and_write(run, args, kwargs):
     """Run the function, and write how it ended. Returns its result, or raises what Celery expects."""
+    run.is_started = True
+    database.let_close()
+    with connection.execute_wrapper(database.end_interrupted_query):
+        return call_and_write(run, args, kwargs)
+
+
+def call_and_write(run, args, kwargs):
     try:
         result = call(run, args, kwargs)
     except Retry:

@@ -8,11 +8,13 @@ renews the lease of its job.
 import logging
 import random
 
+from celery.exceptions import TimeLimitExceeded, WorkerLostError
 from django.db import close_old_connections, transaction
 from django.db.models import Q
 
-from durable_jobs import admission, conf, transitions
+from durable_jobs import admission, conf, hooks, transitions
 from durable_jobs.database import Now
+from durable_jobs.messages import MESSAGE_FIELDS
 from durable_jobs.models import Job
 from durable_jobs.pools import pool
 from durable_jobs.states import PAST_DEADLINE
@@ -93,7 +95,8 @@ def recover(jobs, are_late=False):
     late, keys = PAST_DEADLINE, set()
     if are_late:
         late |= Q(sweep_at__gt=Now())
-    for job in transitions.locking(jobs).only("state", "crashes", "limit_key").annotate(late=late):
+    fields = ["state", *MESSAGE_FIELDS]
+    for job in transitions.locking(jobs).only(*fields).annotate(late=late):
         crashes = job.crashes + 1
         keys |= {job.limit_key} - {None}
         died = {"error": "Its worker died", "exception": "celery.exceptions.WorkerLostError"}
@@ -101,20 +104,23 @@ def recover(jobs, are_late=False):
             transitions.release_slots(Job.objects.filter(pk=job.pk))
         elif job.late:
             over = {"error": OVER_TIME_LIMIT, "exception": "celery.exceptions.TimeLimitExceeded"}
-            fail(job, over, OVER_TIME_LIMIT)
+            fail(job, TimeLimitExceeded, over, OVER_TIME_LIMIT)
         elif crashes >= conf.MAX_CRASHES:
             public_error = f"{STOPPED} {crashes} times"
-            fail(job, died, f"Its worker died {crashes} times", public_error, crashes=crashes)
+            error = f"Its worker died {crashes} times"
+            fail(job, WorkerLostError, died, error, public_error, crashes=crashes)
         else:
             delay = RECOVERY_DELAY * 2 ** min(job.crashes, 9) * random.uniform(0.8, 1.2)
             row = Job.objects.filter(pk=job.pk)
             transitions.requeue(row, delay, died, crashes=crashes, public_error=STOPPED)
+            hooks.after_commit(hooks.retried, job, WorkerLostError(died["error"]))
             text = "job %s lost its worker and will start again in %.0f s"
             logger.warning(text, job.pk, delay)
     admission.admit_after_commit(keys)
 
 
-def fail(job, failure, error, public_error="", **changes):
+def fail(job, exception, failure, error, public_error="", **changes):
     texts = {"error": error, "public_error": public_error or error}
     transitions.finish(Job.objects.filter(pk=job.pk), "failed", failure=failure, **texts, **changes)
+    hooks.after_commit(hooks.failed, job, exception(error))
     logger.error("job %s failed: %s", job.pk, error)

@@ -1,21 +1,10 @@
 """Remote control, from Flower or `celery control`: a job is cancelled when its task is revoked."""
 
-import signal as signals
-
 from celery.worker import state
 from celery.worker.control import Panel
-from celery.worker.request import Request
 
 from durable_jobs.batches import cancel_ids
 from durable_jobs.worker.forks import in_thread
-
-
-class JobRequest(Request):
-    """The message of a job, in a worker's main process."""
-
-    def terminate(self, pool, signal=None):
-        # After SIGTERM, a child with a job would wait 5 s for a shutdown: see child_has_crashed().
-        super().terminate(pool, signals.SIGKILL if signal in (None, signals.SIGTERM) else signal)
 
 
 def cancel_revoked_jobs():

@@ -10,6 +10,7 @@ from datetime import timedelta
 from functools import partial
 from traceback import format_exception, format_exception_only
 
+from celery import signals
 from celery.exceptions import Ignore, SoftTimeLimitExceeded
 from django.db import ProgrammingError, transaction
 
@@ -82,7 +83,7 @@ class Run:
         # Why it is retried: the fields of a Failure.
         self.failure = {"error": "The task called retry()", "exception": "celery.exceptions.Retry"}
         self.public_error = ""  # the same, for the owner
-        self.is_called = self.lost = self.ended = False
+        self.is_started = self.is_called = self.lost = self.ended = False
 
     @property
     def row(self):
@@ -259,7 +260,7 @@ class Run:
     def ignored(self):
         """Return the exception that ends a run whose job is cancelled or belongs to another run.
 
-        If the job is cancelled, Flower gets an event.
+        If the job is cancelled, Flower gets an event and, if its function has run, the project a signal.
         """
         task, id = self.task, self.job_id
         if wait_for(Job.objects.filter(pk=id, state="cancelled").exists):
@@ -267,6 +268,9 @@ class Run:
             if task.app.conf.worker_send_task_events:
                 with suppress(Exception):  # each transport has its own
                     task.send_event("task-revoked", terminated=True, signum=None, expired=False)
+            if self.is_started:
+                sent = {"terminated": True, "signum": None, "expired": False}
+                signals.task_revoked.send(sender=task, request=task.request, **sent)
         return Ignore("a duplicate message, or its job is cancelled or belongs to another run")
 
 
