@@ -102,7 +102,7 @@ def github(project):
     # YAML 1.1 reads the key `on` as True.
     known(workflow, "name", True, "permissions", "concurrency", "jobs")
     assert workflow[True] == {"push": {"branches": ["main"]}, "pull_request": None}
-    [job] = workflow["jobs"].values()
+    job = known(workflow["jobs"], "test", "image")["test"]  # image: integration/docker/
     known(job, "runs-on", "timeout-minutes", "services", "env", "steps")
     services = []
     for service in job["services"].values():

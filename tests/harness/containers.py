@@ -152,8 +152,9 @@ class ComposeStack(Site):
         return targets and all(target["health"] == "up" for target in targets)
 
     def psql(self, sql, database="postgres"):
-        """Run SQL as PostgreSQL's superuser, as docs/production.md says; return what it prints."""
-        return self.exec("db", "psql", "-U", "postgres", "-d", database, "-tAc", sql).strip()
+        """Run SQL, as docs/production.md says; return what it prints."""
+        user = self.project.name
+        return self.exec("db", "psql", "-U", user, "-d", database, "-tAc", sql).strip()
 
     def mails(self):
         """Return the texts of all emails: those of Mailpit, or without its image, of files."""
@@ -324,7 +325,7 @@ class Pods(Site):
 @contextmanager
 def running_pods(stack):
     """Run the pods, and not the stack's worker and Beat, until the block ends. Give the Pods."""
-    stack.psql(f"CREATE DATABASE pods OWNER {stack.project.name}")
+    stack.psql("CREATE DATABASE pods")
     stack.compose("stop", "worker", "beat")  # which would take the pods' messages
     pods = Pods(stack)
     try:

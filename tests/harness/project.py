@@ -77,8 +77,9 @@ class Project(type(Path())):
         return yaml.safe_load(self.read("compose.yaml"))["services"]
 
     def production(self):
-        """Return the variables that production needs, with the values of .env.example."""
-        examples = dict(re.findall(r"^# ([A-Z_]+)=(.+)$", self.read(".env.example"), re.MULTILINE))
+        """Return what production needs, with the values of .env.production.example."""
+        file = self.read(".env.production.example")
+        examples = dict(re.findall(r"^(?:# )?([A-Z_]+)=(.+)$", file, re.MULTILINE))
         needed = re.findall(ASKED, self.read("config/settings.py"))
         secret = {"SECRET_KEY": "only-this-test-knows-0123456789-abcdefghijklmnopqrstuvwxyz"}
         return {name: value for name, value in {**examples, **secret}.items() if name in needed}

@@ -1,6 +1,7 @@
 """Plain outputs in containers, built and started as baked."""
 
 import json
+import os
 import re
 
 import pytest
@@ -27,6 +28,10 @@ on_one = pytest.mark.parametrize("stack", STACKS[:1], indirect=True)
 on_second = pytest.mark.parametrize("stack", STACKS[1:2], indirect=True)
 on_third = pytest.mark.parametrize("stack", STACKS[2:], indirect=True)
 FINAL = {"SUCCESS", "FAILURE", "REVOKED"}
+
+
+# A row of the table of passwords: the variable, and the command, if there is one
+PASSWORD = r"^\| `([A-Z]+_PASSWORD)` \| (?:Run `(.+?)`)?"
 
 
 class PlainComposeStack(ComposeStack):
@@ -96,15 +101,22 @@ def test_the_image_has_nothing_that_is_only_for_development(stack):
     assert not found & {".env", "dev.py", "tests", "conftest.py", "compose.dev.yaml"}
 
 
-@on_one
-def test_a_new_password_of_the_database_is_one_line_of_env(stack):
-    path = stack.project / ".env"
-    before = path.read_text()
-    for password in "rotated", re.search("(?m)^POSTGRES_PASSWORD=(.+)", before)[1]:
-        path.write_text(re.sub("(?m)^(POSTGRES_PASSWORD=).*", rf"\g<1>{password}", before))
-        stack.make_up()
-        assert f":{password}@" in stack.exec("web", "printenv", "DATABASE_URL")
-        stack.order()
+@pytest.mark.parametrize("stack", STACKS[:2], indirect=True)
+def test_each_server_gets_a_new_password_as_the_page_says(stack):
+    rows = re.findall(PASSWORD, stack.project.read("docs/production.md"), re.M)
+    rows = [(*row, os.urandom(12).hex()) for row in rows]
+    for name, command, password in rows:
+        if command:  # psql asks for it twice
+            command = command.replace(" exec ", " exec -T ").replace("NEW", password)
+            typed = f"printf '{password}\\n{password}\\n' | {command}"
+            stack.project.call("sh", "-c", typed, **stack.environment)
+        stack.project.edit(".env", f"^{name}=.*", f"{name}={password}")
+    assert len(rows) > 1
+    stack.make_up()
+    variables = stack.exec("web", "printenv")
+    for name, _, password in rows:
+        assert f":{password}@" in variables, name
+    stack.order()
 
 
 @on_one
@@ -190,8 +202,8 @@ BURST += "print([task.delay(0) for _ in range(1000)][0].id)"
 EXPIRE = "from orders.tasks import check_stock; "
 EXPIRE += "print(check_stock.apply_async([0], expires=1).id)"
 CHANNEL = "from config.celery import app; channel = app.connection_for_write().default_channel; "
-REJECT = CHANNEL + "channel.client.lpush('dead-letters', '{}')"
-PURGE = CHANNEL + "channel.queue_purge('dead-letters')"
+REJECT = CHANNEL + "print(channel.client.lpush('dead-letters', '{}'))"
+PURGE = CHANNEL + "print(channel.queue_purge('dead-letters'))"
 SEND = "from orders.tasks import forecast_demand; print(forecast_demand.delay('Tea').id)"
 # The exporter's service, and commands that leave the broker too little memory, and enough
 EXPORTERS = {"redis": ["redis-exporter"], "rabbitmq": []}

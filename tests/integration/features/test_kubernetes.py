@@ -169,7 +169,7 @@ def check_variables(project, documents):
     libraries = [file for library in (STEADY, LIBRARY) for file in (library / "src").rglob("*.py")]
     files = [*(project / "config").glob("*.py"), *libraries]
     code = "".join(file.read_text() for file in files)
-    known = set(re.findall(r"""(?:env\.\w+|environ\.get)\(["']([A-Z0-9_]+)["']""", code))
+    known = set(re.findall(r"""(?:env\.\w+|environ\.get)\(\s*["']([A-Z0-9_]+)["']""", code))
     given = set()
     for document in documents.values():
         given |= set(document.get("data", {}))
