@@ -9,7 +9,7 @@ import pytest
 from harness.bake import STEADY
 from harness.project import env
 
-SLOW = "test_conformance.py", "test_worker.py"
+SLOW = "test_conformance.py", "test_poisons.py", "test_worker.py"
 
 
 def run_steady_tests(folder, *options, python=sys.executable, **variables):

@@ -139,13 +139,22 @@ class Result(AsyncResult):
         until(self.ready, f"{self.id} has a result")
         return super().get(timeout=LIMIT, **options)
 
+    def wait(self):
+        """Return its state when it has ended."""
+        until(self.ready, f"{self.id} has a result")
+        return self.state
+
 
 @pytest.fixture
 def send(client, steady):
     """A function that sends a task to the workers on Redis: send("ask", "name").get()."""
     app = client({"broker_url": steady["broker_url"], "result_backend": steady["result_backend"]})
     result = partial(Result, app=app)
-    return lambda name, *args: app.send_task(f"worker_app.{name}", args, result_cls=result)
+
+    def send(name, *args, **options):
+        return app.send_task(f"worker_app.{name}", args, result_cls=result, **options)
+
+    return send
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Real workers on Redis: what only one pool needs."""
 
-import signal
 import time
 
 from servers import until
@@ -9,23 +8,6 @@ from test_worker import test_a_task_longer_than_the_visibility_timeout_starts_on
 
 def test_a_solo_worker_renews_while_its_task_runs(start, steady, send, calls, settled, redis):
     starts_once("solo", start, steady, send, calls, settled, redis)
-
-
-def test_a_child_that_does_not_end_is_killed_and_its_task_given_back(
-    start, steady, send, calls, redis
-):
-    steady["broker_transport_options"]["visibility_timeout"] = 1000
-    worker = start({**steady, "worker_soft_shutdown_timeout": 1})
-    for task in "hold", "ask":
-        send(task, task)
-    for task in "hold", "ask":
-        calls.next(task)
-    worker.stop(signal.SIGTERM)
-    stopped = time.monotonic()
-    assert worker.wait() == 0
-    assert time.monotonic() - stopped < 30
-    assert redis.client.llen("celery") == 2
-    assert not redis.client.hlen("unacked") and not redis.client.exists("celery\x06\x16delayed")
 
 
 def test_a_worker_without_a_child_that_has_started_shows_no_life(start, steady, tmp_path):

@@ -29,7 +29,7 @@ ONLY = {
         None,
         "a queue that is gone, as only moto's are, is not declared again",
     ),
-    "test_a_task_that_would_end_the_worker_fails[prefork]": (
+    "test_each_poison_ends_and_other_tasks_run[prefork]": (
         "celery",
         (5, 7),
         None,

@@ -71,8 +71,9 @@ class Consumer(StockConsumer):
         if isinstance(pool, (solo.TaskPool, thread.TaskPool)):
             # They can't cancel a task: Celery would fail to, after a lost connection.
             app.conf.worker_cancel_long_running_tasks_on_connection_loss = False
+        self.has_limit = pool is not None and self.is_limited(app)
         # Celery would wait for the last thread or greenlet.
-        self.ends_late = pool is not None and not pool.signal_safe and self.is_limited(app)
+        self.ends_late = self.has_limit and not pool.signal_safe
         signals.heartbeat_sent.connect(self.on_heartbeat)
         signals.worker_shutting_down.connect(self.on_shutting_down)
         super().__init__(*args, pool=pool, app=app, worker_options=worker_options, **kwargs)
@@ -135,13 +136,15 @@ class Consumer(StockConsumer):
             sent = {"sig": sig, "how": "Soft", "exitcode": exitcode}
             signals.worker_shutting_down.send(self.hostname, **sent)
 
-    def on_shutting_down(self, sender, exitcode=0, **kwargs):
+    def on_shutting_down(self, sender, how="", exitcode=0, **kwargs):
         if sender != self.hostname:
             return
         is_first, self.is_stopping = not self.is_stopping, True
+        seconds = self.app.conf.worker_soft_shutdown_timeout if is_first else 0
         if self.ends_late and self.is_main:
-            timeout = self.app.conf.worker_soft_shutdown_timeout
-            self.limit_shutdown(timeout if is_first else 0, exitcode)
+            self.limit_shutdown(seconds, exitcode)
+        elif self.has_limit and self.is_prefork and self.is_main and how != "Warm":
+            shutdown.limit_children(self, seconds, exitcode)
 
     def limit_shutdown(self, seconds, exitcode):
         """End this process in so many seconds. Only threads and greenlets don't end themselves."""

@@ -19,8 +19,9 @@ from celery.worker.consumer.tasks import Tasks
 
 logger = getLogger(__name__)
 
-# Until a child that doesn't end is killed. Supervisors wait ten seconds or more after the timeout.
-KILL_SECONDS = 5
+# Until a child that doesn't end is killed, and until a worker then ends that doesn't end. Supervisors wait
+# ten seconds or more after the timeout.
+KILL_SECONDS, EXIT_SECONDS = 5, 3
 
 
 def is_wanted(app):
@@ -81,22 +82,35 @@ class SoftStop(StartStopStep):
         if not self.running() or time.monotonic() >= self.deadline:
             self.timer.cancel()
             consumer.app.conf.worker_soft_shutdown_timeout = 0  # it has waited
-            # With its children of now: the pool forgets them when it has ended.
-            _thread.start_new_thread(kill, tuple(consumer.pool._pool._pool))
             signal.raise_signal(signal.SIGQUIT)
 
 
-def kill(*children):
-    time.sleep(KILL_SECONDS)
-    for child in children:
-        if child.exitcode is None:
-            logger.warning("Killing the child process %d, which doesn't end", child.pid)
-            with suppress(ProcessLookupError):
-                os.kill(child.pid, signal.SIGKILL)
+def limit_children(consumer, seconds, exitcode):
+    """Prefork: in so many seconds and KILL_SECONDS, kill the children that haven't ended by then.
+
+    If this process then waits for something else, such as the rest of a dead child's result, it ends, too.
+    May be called in a signal handler.
+    """
+    pool = consumer.pool._pool
+    children = tuple(pool._pool) if pool else ()  # of now: the pool forgets them when it has ended
+
+    def kill():
+        time.sleep(seconds + KILL_SECONDS)
+        try:
+            consumer.cancel_active_requests()  # gives them back; after an error, Celery only waits
+        finally:
+            for child in children:
+                if child.exitcode is None:
+                    logger.warning("Killing the child process %d, which doesn't end", child.pid)
+                    with suppress(ProcessLookupError):
+                        os.kill(child.pid, signal.SIGKILL)
+
+    _thread.start_new_thread(kill, ())
+    limit(consumer, seconds + KILL_SECONDS + EXIT_SECONDS, exitcode)
 
 
 def limit(consumer, seconds, exitcode):
-    """Threads and gevent: end this process in so many seconds, unless it has ended by then.
+    """End this process in so many seconds, unless it has ended by then.
 
     May be called in a signal handler.
     """

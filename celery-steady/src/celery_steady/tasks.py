@@ -1,5 +1,6 @@
 """Tasks whose errors would end their worker fail instead, like any other."""
 
+import os
 import sys
 from datetime import UTC, datetime
 from functools import cache, wraps
@@ -76,11 +77,15 @@ def replace_errors(task, raised):
 
     @wraps(run)
     def run_or_replace(*args, **kwargs):
+        process = os.getpid()
         try:
             return run(*args, **kwargs)
         except BaseException as error:
             raised(error)
             raise
+        finally:
+            if os.getpid() != process:
+                os._exit(1)  # a copy that the task forked: it would go on as a second worker
 
     run_or_replace._replaces_errors = True
     task.run = run_or_replace
