@@ -124,8 +124,8 @@ def test_the_templates_own_workflows_have_the_versions_of_an_output():
 
 def test_the_tests_have_the_packages_of_an_output():
     outputs = requirements()
-    group = ABOUT["dependency-groups"]["test"]
-    tests = {package(each): re.sub(r"\[.*]", "", each) for each in group}
+    group = sum((ABOUT["dependency-groups"][name] for name in ("demo", "test")), [])
+    tests = {package(each): re.sub(r"\[.*]", "", each) for each in group if isinstance(each, str)}
     differ = {name for name in tests.keys() & outputs.keys() if tests[name] != outputs[name]}
     assert differ == DIFFER.keys()
 

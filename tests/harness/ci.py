@@ -131,7 +131,7 @@ def github(project):
 
 
 def gitlab(project):
-    [job] = yaml.safe_load(project.read(".gitlab-ci.yml")).values()
+    job = known(yaml.safe_load(project.read(".gitlab-ci.yml")), "test", "build")["test"]
     known(job, "image", "timeout", "services", "variables", "cache", "script")
     services = []
     for service in job["services"]:
