@@ -40,14 +40,22 @@ FAULTS = {
     "swap": "workers replaced by the other kind",
 }
 COUNTS = ["sent", "lost", "interrupted, ran again", "sent twice", "ran twice otherwise"]
+FIRST_IN_STOCK = "of them first in a stock worker"
 COLUMNS = {
     "broker": "broker",
     "with": "kind",
     "faults": lambda row: ", ".join(
         f"{row[each]} {name}" for each, name in FAULTS.items() if each in row
     ),
-    **{name: name for name in COUNTS},
+    **{name: name for name in COUNTS[:-1]},
+    COUNTS[-1]: lambda row: f"{row[COUNTS[-1]]}{by_stock(row)}",
 }
+
+
+def by_stock(row):
+    return f", {row[FIRST_IN_STOCK]} of them by a stock worker first" if row["kind"] == BOTH else ""
+
+
 PAGE = """# Scorecard
 
 What became of tasks while their workers were killed (`kill -9`), their broker was stopped or killed and started again, and all its connections were closed. 100 tasks a second were sent, on SQS (moto) 10; each fifth had a countdown, each tenth was retried. A task that was not accepted, because the broker was away, doesn't count. With "both", a worker of each kind ran side by side, as during an upgrade, and was stopped and replaced by one of the other kind.
@@ -154,7 +162,7 @@ class Run:
         self.kinds = list(KINDS) if kind == BOTH else [kind] * 2  # of each worker
         self.faults, self.workers = Counter(), []
         self.at = []  # (fault, when it began, when it was over)
-        self.killed = {}  # {process group: when it was killed}
+        self.killed = {}  # {worker, as its marks name it: when it was killed}
 
     def env(self, kind):
         env = os.environ | AWS | {"CONF": json.dumps(self.broker.conf(kind)), "KIND": kind}
@@ -191,8 +199,9 @@ class Run:
         time.sleep(random.uniform(0.2, 1.2))
 
     def kill(self):
-        worker = random.choice(self.workers)
-        self.killed[str(worker.pid)] = time.time()
+        number = random.randrange(2)
+        worker = self.workers[number]
+        self.killed[f"{self.kinds[number].split()[0]}-{worker.pid}"] = time.time()
         worker.kill()
         worker.start()
 
@@ -281,6 +290,7 @@ class Run:
             "interrupted, ran again": again,
             "sent twice": sent_again,
             "ran twice otherwise": len(twice),
+            FIRST_IN_STOCK: sum(runs[0][0].startswith("stock") for _, runs, _ in twice),
             "which": twice[:20],
             "faults at": self.at if twice else [],
         }

@@ -54,6 +54,7 @@ Rest = ParamSpec("Rest")
 CHUNK = 500  # jobs per statement
 # A call sends at most this many messages itself. Workers are busy with them until the sweeper sends the rest.
 SENT_IMMEDIATELY = 2000
+MAX_INSERTS = 100
 # Stands for the time of the database: DATABASE_NOW + delay is a timedelta, to which compiler.insert() adds its clock.
 DATABASE_NOW = timedelta()
 NO_CANVAS = (
@@ -283,7 +284,9 @@ def insert(fields, unique=None, unique_until=None, idempotency_key=None):
     job = Job(**fields, **keys, unique_until_start=unique_until == "start")
     # Another job with this `unique` may be stored after active_with() found none: then the INSERT stores nothing. If
     # that job has ended when active_with() looks again, try once more.
-    while (active := active_with(job)) is None:
+    for _ in range(MAX_INSERTS):
+        if active := active_with(job):
+            return active
         job.headers = new_headers(job)
         if compiler.insert(job):
             job.is_new = True
@@ -292,7 +295,7 @@ def insert(fields, unique=None, unique_until=None, idempotency_key=None):
         used = Q(owner_id=job.owner_id, idempotency_key=idempotency_key or "")
         if Job.objects.filter(Q(pk=job.pk) | used).exists():
             raise IntegrityError(f"used before: idempotency_key={idempotency_key!r} or id={job.pk}")
-    return active
+    raise IntegrityError("a constraint refuses this job")  # SQLite would ignore it
 
 
 def active_with(job):
