@@ -29,7 +29,7 @@ TAKEN = {  # Such a project could not start, or would replace what already has i
     "a PostgreSQL database or role": "none postgres public template0 template1",
     "a RabbitMQ user": "guest",
     "a Kubernetes namespace": "default kube_node_lease kube_public kube_system",
-    "an image that the project uses": "caddy python rabbitmq redis",
+    "an image that the project uses": "caddy docker python rabbitmq redis",
     "a device on Windows": "aux con nul prn " + " ".join(f"com{n} lpt{n}" for n in range(1, 10)),
 }
 ATOM, LABEL = r"[\w!#$%&'*+/=?^`{|}~-]+", r"[a-z0-9]([a-z0-9-]*[a-z0-9])?"
