@@ -30,7 +30,7 @@ def accepted(request, result):
     until the result expires. Celery itself can't tell an unknown id from that of a waiting task.
     Raises TypeError for a task with `ignore_result`, whose state nobody stores.
     """
-    if result.ignored:
+    if getattr(result, "ignored", False):  # a group's result has no such attribute
         raise TypeError("accepted() needs a task without ignore_result=True")
     location = reverse("task", args=[signer(request.user).sign(result.id)])
     answer = Response if hasattr(request, "accepted_renderer") else JsonResponse  # a plain view

@@ -24,7 +24,7 @@ from rest_framework.decorators import api_view
 from rest_framework.views import APIView
 from config.celery import app
 from api.views import accepted
-from orders.tasks import email_forecasts, send_newsletter as task
+from orders.tasks import email_forecasts, write_report as task
 
 callback = email_forecasts.si([], "a@example.com")
 OPTIONS = [
@@ -37,7 +37,6 @@ OPTIONS = [
     {"retry": False},
     {"headers": {"a": 1}},
     {"task_id": "0b0e4b0e"},
-    {"ignore_result": True},
     {"link": callback},
     {"link_error": callback},
     {"time_limit": 9, "soft_time_limit": 8},
