@@ -15,6 +15,10 @@ def run_again(modeladmin, request, queryset):
     for row in queryset.filter(status=states.FAILURE):
         try:
             args, kwargs = json.loads(row.task_args), json.loads(row.task_kwargs)
+            if isinstance(args, list):  # Celery stores a text once a task has started
+                text = "a step of a chain or chord that did not start: start the whole again."
+                messages.error(request, f"{row.task_id}: {text}")
+                continue
             if "..." in args + kwargs:  # Celery has cut them
                 raise ValueError
             args, kwargs = literal_eval(args), literal_eval(kwargs)

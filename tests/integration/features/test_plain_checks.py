@@ -194,6 +194,11 @@ FAIL = """
 def read(path, text="", **more):
     open(path).close()
     open(path + " was read", "w").close()
+
+
+@shared_task
+def fail():
+    raise ValueError
 """
 AGAIN = """
 from django.test import Client
@@ -216,7 +221,7 @@ result = sorted(TaskResult.objects.values_list("status", flat=True))
 
 @outputs({**DEFAULTS, "result_backend": "database"})
 def test_a_failed_task_runs_again_from_the_admin(copied, tmp_path):
-    """Not one whose stored arguments are cut, and not for somebody who may only see it."""
+    """Not with cut arguments, not a step that didn't start, and not for who may only see it."""
     copied.append("orders/tasks.py", FAIL)
     path = tmp_path / "é 'quoted' file"
 
@@ -239,3 +244,7 @@ def test_a_failed_task_runs_again_from_the_admin(copied, tmp_path):
         assert "not stored" in again(console, "view_taskresult", "change_taskresult")
         wait_for(path.with_name(f"{path.name} was read").exists)
         assert console.ask(STATES) == ["FAILURE"]
+        steps = "from celery import chain; from orders.tasks import fail"
+        console.ask(f"{steps}; result = chain(fail.si(), fail.si()).delay().id")
+        wait_for(lambda: console.ask(STATES) == ["FAILURE"] * 3)
+        assert "start the whole again" in again(console, "view_taskresult", "change_taskresult")
