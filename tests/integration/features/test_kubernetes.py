@@ -192,7 +192,7 @@ def check_workers(name, documents, answers):
     metadata, secret = trigger["metadata"], only("Secret", documents)["data"]
     assert (trigger["type"] == "postgresql") == (answers["durable_jobs"] == "yes")
     assert set(metadata) == TRIGGERS[trigger["type"]]
-    env = {each["name"]: each["value"] for each in container["env"]}
+    env = {each["name"]: each["value"] for each in container.get("env", [])}
     named = {value for key, value in metadata.items() if key.endswith("FromEnv")}
     if reference := trigger.get("authenticationRef"):
         authentication = documents["TriggerAuthentication", reference["name"]]["spec"]
@@ -656,7 +656,7 @@ def test_pods_store_uploads_in_their_volume_or_in_s3(uploading, moto):
         spec = pods(documents)["Deployment", pod]
         [container] = spec["containers"]
         options = ["--rm", *options_of(spec, container)]
-        own = {each["name"]: each["value"] for each in container["env"]}
+        own = {each["name"]: each["value"] for each in container.get("env", [])}
         for name, value in {**variables, **own, "S3_BUCKET": bucket}.items():
             options += ["--env", f"{name}={value}"]
         shell = "python", "manage.py", "shell", "-v0", "-c", python
