@@ -296,7 +296,6 @@ FUNCTIONS = {name: value for name, value in vars().items() if callable(value)} |
     "unprintable": raises(Unprintable()),
     "needs_more": raises(NeedsMore(1, two=2)),
     "ignore": raises(exceptions.Ignore()),
-    "reject": raises(exceptions.Reject("no")),
     "exit_0": lambda: os._exit(0),
     "exit_1": lambda: os._exit(1),
     "exit_in_thread": lambda: in_thread(lambda: os._exit(3)),

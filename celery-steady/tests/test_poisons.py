@@ -22,7 +22,7 @@ ENDS = {
         group panic memory_error cancelled stop_iteration worker_shutdown worker_terminate
         worker_lost hard_limit soft_limit connection_lost unpicklable unprintable needs_more
         recurse cause_itself big_error own_loop_exits deep_result cyclic_result
-        object_result generator_result huge_number reject
+        object_result generator_result huge_number
     """,
 }
 # With gevent, a copy that waits runs the other greenlets, too.

@@ -35,6 +35,12 @@ ONLY = {
         None,
         "a child that exits has no result, with billiard 4.3",
     ),
+    "test_a_worker_that_fails_ends_although_its_tasks_do_not": (
+        "celery",
+        (5, 6),
+        None,
+        "their messages come back after the visibility timeout",
+    ),
     "test_a_task_that_runs_through_a_restart_of_redis_starts_once[prefork]": (
         "celery",
         (5, 7),

@@ -91,13 +91,15 @@ def limit_children(consumer, seconds, exitcode):
     If this process then waits for something else, such as the rest of a dead child's result, it ends, too.
     May be called in a signal handler.
     """
+    # Celery 5.5's own cancels what has succeeded, too: there, messages come back after their timeout.
+    cancel = getattr(consumer, "cancel_active_requests", bool)
     pool = consumer.pool._pool
     children = tuple(pool._pool) if pool else ()  # of now: the pool forgets them when it has ended
 
     def kill():
         time.sleep(seconds + KILL_SECONDS)
         try:
-            consumer.cancel_active_requests()  # gives them back; after an error, Celery only waits
+            cancel()  # gives them back; after an error, Celery only waits
         finally:
             for child in children:
                 if child.exitcode is None:
