@@ -108,6 +108,7 @@ from durable_jobs.models import Job, Pause
 states = Job.objects.filter(state="queued").count(), Job.objects.get(pk={active!r}).state
 result = [Job.objects.count(), *states, Pause.objects.count()]
 """
+        wait_for(lambda: site.ask(seen)[1] == 2, site=site)  # the import has ended, too
         before = site.ask(seen)
         violations = [event for event in tab.events if "Content Security Policy" in str(event)]
         assert not violations
