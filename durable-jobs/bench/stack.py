@@ -16,7 +16,7 @@ from harness.project import Project, children_of, connects, env, free_ports, pro
 BENCH = Path(__file__).parent
 TICKS = os.sysconf("SC_CLK_TCK")  # for each second
 RIVALS = [
-    *(each for each in ABOUT["dependency-groups"]["test"] if each.startswith("django~")),
+    *(each for each in ABOUT["dependency-groups"]["test"] if str(each).startswith("django~")),
     "django-tasks-db[compat]~=0.13",
     "procrastinate[django]~=3.10",
     "psycopg[binary]~=3.3",
