@@ -12,6 +12,7 @@ from django.contrib.auth.models import Permission
 from django.core.cache import cache
 from django.db import OperationalError, connection, connections
 from django.db.backends.base.base import BaseDatabaseWrapper
+from django.db.models import QuerySet
 from django.utils import timezone
 from helpers import add, broken, greet, multiply, sweeper
 from rest_framework.test import APIClient
@@ -245,3 +246,18 @@ def new_test(monkeypatch):
     broken.clear()
     sweeper.__init__(sweeper.tick_delay)
     monkeypatch.setattr(sweeper_module, "POLL_SECONDS", 0)
+
+
+@pytest.fixture
+def update_errors(monkeypatch):
+    """A list of errors. Each UPDATE of jobs raises the last one and removes it."""
+    update, errors = QuerySet.update, []
+
+    def fail(self, **changes):
+        if errors:
+            raise errors.pop()
+        return update(self, **changes)
+
+    monkeypatch.setattr(QuerySet, "update", fail)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    return errors

@@ -6,7 +6,6 @@ from math import nan
 import pytest
 from celery.exceptions import SoftTimeLimitExceeded
 from django.db import OperationalError, transaction
-from django.db.models import QuerySet
 from helpers import add, claim, claim_and_lapse, deliver, run, run_of, seconds_until_due
 
 from durable_jobs import transitions
@@ -110,21 +109,6 @@ def test_a_cursor_is_written_once():
         return [first, task._current_run.needs_write()]
 
     assert run(function).result == [False, True]
-
-
-@pytest.fixture
-def update_errors(monkeypatch):
-    """A list of errors. Each UPDATE of jobs raises the last one and removes it."""
-    update, errors = QuerySet.update, []
-
-    def fail(self, **changes):
-        if errors:
-            raise errors.pop()
-        return update(self, **changes)
-
-    monkeypatch.setattr(QuerySet, "update", fail)
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
-    return errors
 
 
 @pytest.mark.django_db(transaction=True)  # it opens a new connection
