@@ -28,7 +28,8 @@ def test_only_connections_of_the_app_are_extended(url):
     is_extended, is_sentinel = BROKERS[url], url == "sentinel://"
     options = {"transport_options": {"master_name": "one"} if is_sentinel else {}}
     own = app.connection_for_read(url, **options)
-    for connection in own, app.connection_for_write(url, **options).clone():
+    pooled = own.Pool(1).acquire()
+    for connection in own, pooled, app.connection_for_write(url, **options).clone():
         assert is_extended(connection.transport) == (url != "memory://")
         channel = getattr(connection.transport, "Channel", object)
         assert issubclass(channel, SentinelChannel) == is_sentinel
@@ -42,7 +43,11 @@ def test_a_transport_of_celery_steady_keeps_no_copies_of_jobs_either(monkeypatch
     assert isinstance(transport, celery_steady.redis.Transport) and keeps_no_jobs(transport)
 
 
-def test_a_connection_that_fails_over_is_extended_too():
-    with app.connection_for_write("redis://one;redis://two") as connection:
+@pytest.mark.parametrize("is_pooled", [False, True])
+def test_a_connection_that_fails_over_is_extended_too(is_pooled):
+    connection = app.connection_for_write("redis://one;redis://two")
+    if is_pooled:
+        connection = connection.Pool(1).acquire()
+    with connection:
         connection.switch("redis://two")
         assert BROKERS["redis://"](connection.transport)

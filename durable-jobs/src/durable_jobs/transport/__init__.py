@@ -6,6 +6,7 @@ from importlib import import_module
 import celery_steady.versions
 import kombu
 from celery.app import amqp
+from kombu import connection
 
 from durable_jobs import versions
 
@@ -37,6 +38,20 @@ def extended(transport):
 class Connection(kombu.Connection):
     def get_transport_cls(self):
         return extended(super().get_transport_cls())
+
+    def Pool(self, limit=None, **kwargs):
+        return ConnectionPool(self, limit, **kwargs)
+
+
+class PooledConnection(Connection, connection.PooledConnection):
+    pass
+
+
+class ConnectionPool(connection.ConnectionPool):
+    """What senders use. kombu's makes kombu's own connections."""
+
+    def new(self):
+        return PooledConnection(self, **dict(self.connection._info(resolve=False)))
 
 
 class AMQP(amqp.AMQP):
