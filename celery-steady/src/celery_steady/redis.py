@@ -73,11 +73,14 @@ TAKE = f"""
 local n, wait = tonumber(ARGV[1]), {IDLE}
 if redis.call('exists', unpack(KEYS, 3)) == 0 then return tostring(wait) end
 {NOW}
-for i = 3, n + 2 do
-  local due = redis.call('zrangebyscore', KEYS[n + i], '-inf', now, 'limit', 0, 100)
-  for _, item in ipairs(due) do
-    redis.call('zrem', KEYS[n + i], item)
-    redis.call('lpush', KEYS[i], item)
+local delays = redis.call('exists', unpack(KEYS, n + 3, 2 * n + 2)) > 0
+if delays then
+  for i = 3, n + 2 do
+    local due = redis.call('zrangebyscore', KEYS[n + i], '-inf', now, 'limit', 0, 100)
+    for _, item in ipairs(due) do
+      redis.call('zrem', KEYS[n + i], item)
+      redis.call('lpush', KEYS[i], item)
+    end
   end
 end
 for i = 3, n + 2 do
@@ -94,9 +97,11 @@ for i = 3, n + 2 do
     return {{KEYS[i], item}}
   end
 end
-for i = n + 3, 2 * n + 2 do
-  local next = redis.call('zrange', KEYS[i], 0, 0, 'withscores')[2]
-  if next then wait = math.max(math.min(wait, next - now), 0.001) end
+if delays then
+  for i = n + 3, 2 * n + 2 do
+    local next = redis.call('zrange', KEYS[i], 0, 0, 'withscores')[2]
+    if next then wait = math.max(math.min(wait, next - now), 0.001) end
+  end
 end
 redis.call('del', unpack(KEYS, 2 * n + 3))
 return tostring(wait)
