@@ -78,7 +78,8 @@ TABLES = {
     "goals": "what|goal|measured|",
 }
 PRINTED = [  # and not written into the page
-    *("parts", "together", "processes", "post", "pools", "memory", "rendering", "goals")
+    *("costs", "bulk", "database", "parts", "together", "snapshot", "blocked", "waiting", "sweep"),
+    *("processes", "post", "pools", "memory", "rendering", "goals"),
 ]
 
 
